@@ -1,0 +1,136 @@
+"""Arrays of NumPy, PyTorch, CuPy and JAX in; the same kind, type and device out.
+
+A kind is a library's import name. Nothing here imports a library that the caller has not imported already, except
+:func:`to_kind`, which is asked for one by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import array_api_compat as api
+import numpy as np
+from numpy.typing import NDArray
+
+from .dtypes import FORMATS, format_of, is_float
+from .errors import InvalidInput, InvalidProblem
+
+__all__ = ["KINDS", "dtype_name", "kind_of", "like", "to_kind", "to_numpy"]
+
+KINDS = ("numpy", "torch", "cupy", "jax")
+
+
+def kind_of(x: Any) -> str | None:
+    """Return ``"numpy"``, ``"torch"``, ``"cupy"`` or ``"jax"``, or None for anything else."""
+    if api.is_numpy_array(x):
+        return "numpy"
+    if api.is_torch_array(x):
+        return "torch"
+    if api.is_cupy_array(x):
+        return "cupy"
+    if api.is_jax_array(x):
+        return "jax"
+    return None
+
+
+def dtype_name(x: Any) -> str:
+    """Return the name of an array's element type, the same for every kind: ``"bfloat16"``, ``"bool"``, ``"int32"``."""
+    name = getattr(x.dtype, "name", None) or str(x.dtype)
+    return str(name).rsplit(".", 1)[-1]
+
+
+def to_numpy(x: Any, name: str = "array") -> NDArray[Any]:
+    """Return an array's elements as a NumPy array on the host, bit for bit.
+
+    Parameters
+    ----------
+    x : array of NumPy, PyTorch, CuPy or JAX
+        bfloat16 and float8 arrive as the types of ml_dtypes.
+    name : str
+        What to call it in an error.
+
+    Raises
+    ------
+    InvalidProblem
+        `x` is no array of a known kind.
+    """
+    kind = kind_of(x)
+    if kind == "numpy":
+        return np.asarray(x)
+    if kind == "torch":
+        import torch
+
+        x = x.detach().cpu().resolve_conj().contiguous()
+        dtype = dtype_name(x)
+        if dtype in FORMATS and not isinstance(FORMATS[dtype].dtype.type(0), np.floating):
+            bits = torch.int16 if FORMATS[dtype].dtype.itemsize == 2 else torch.uint8
+            return np.asarray(x.view(bits).numpy()).view(FORMATS[dtype].dtype)
+        return np.asarray(x.numpy())
+    if kind == "cupy":
+        return np.asarray(x.get())
+    if kind == "jax":
+        return np.asarray(x)
+    raise InvalidProblem(f"{name}: got {type(x).__name__}, expected an array of {', '.join(KINDS)}; wrap it first, "
+                         "e.g. numpy.asarray(x, dtype=numpy.float32)")
+
+
+def to_kind(x: NDArray[Any], kind: str, device: Any = None) -> Any:
+    """Return a NumPy array as an array of the named kind, its element type kept.
+
+    Parameters
+    ----------
+    x : numpy.ndarray
+        bool, integers, or a float of the table.
+    kind : str
+        One of ``KINDS``; the library must be installed.
+    device : optional
+        Where to put it (PyTorch, JAX and CuPy), by default the library's own default.
+    """
+    if kind == "numpy":
+        return x
+    if kind not in KINDS:
+        raise InvalidInput(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+    x = np.array(x, copy=True, order="C")
+    if kind == "torch":
+        import torch
+
+        name = x.dtype.name
+        if name in FORMATS and not isinstance(x.dtype.type(0), np.floating):
+            bits = np.int16 if x.dtype.itemsize == 2 else np.uint8
+            tensor = torch.from_numpy(x.view(bits)).view(getattr(torch, name))
+        else:
+            tensor = torch.from_numpy(x)
+        return tensor if device is None else tensor.to(device)
+    if kind == "jax":
+        jax = importlib.import_module("jax")
+        # a float64 array stays one only where 64-bit types are on; say so and do not narrow it in silence
+        if x.dtype == np.float64 and not jax.config.jax_enable_x64:
+            raise InvalidInput("jax: float64 needs jax.config.update('jax_enable_x64', True); turn it on or cast first")
+        return jax.device_put(x, device)
+    cupy = importlib.import_module("cupy")
+    with cupy.cuda.Device(device):
+        return cupy.asarray(x)
+
+
+def like(x: NDArray[Any], model: Any) -> Any:
+    """Return a NumPy array as `model` is: the same kind and device (the element type is `x`'s own)."""
+    kind = kind_of(model)
+    if kind is None:
+        raise InvalidInput(f"like: got {type(model).__name__}, expected an array of {', '.join(KINDS)}")
+    return to_kind(x, kind, None if kind == "numpy" else api.device(model))
+
+
+def to_float64(x: NDArray[Any]) -> NDArray[np.float64]:
+    """Return a float array of the table as float64, exactly (every format's numbers are float64 numbers)."""
+    if not is_float(x.dtype):
+        raise InvalidInput(f"dtype: got {x.dtype.name!r}, expected one of {', '.join(FORMATS)}")
+    return np.asarray(x).astype(np.float64)
+
+
+def from_float64(x: NDArray[np.float64], dtype: Any) -> NDArray[Any]:
+    """Return numbers that `dtype` can hold exactly, in that type."""
+    form = format_of(dtype)
+    narrow = np.asarray(x, np.float64)
+    with np.errstate(all="ignore"):  # through float32 a number of a narrower format is still itself
+        return narrow.astype(form.dtype) if form.precision >= 24 else narrow.astype(np.float32).astype(form.dtype)

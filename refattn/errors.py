@@ -1,0 +1,29 @@
+"""The exceptions of refattn; an error names the argument or axis, what it got, what it expected, what to change."""
+
+from __future__ import annotations
+
+__all__ = ["InvalidInput", "InvalidProblem", "KernelError", "MismatchError", "RefattnError", "UnsupportedProblem"]
+
+
+class RefattnError(Exception):
+    """Base of every exception that refattn raises on purpose."""
+
+
+class InvalidProblem(RefattnError, ValueError):
+    """An attention call that has no meaning: wrong shapes, types or options."""
+
+
+class InvalidInput(RefattnError, ValueError):
+    """A name, file or setting outside a Problem that cannot be used."""
+
+
+class UnsupportedProblem(RefattnError, NotImplementedError):
+    """A call that has a meaning, but that this path does not compute."""
+
+
+class KernelError(RefattnError):
+    """A kernel broke its contract: it raised, or answered with the wrong shape, type or number of arrays."""
+
+
+class MismatchError(RefattnError, AssertionError):
+    """A kernel's answer is further from the exact value than its rounding model allows."""

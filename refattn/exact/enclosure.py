@@ -1,0 +1,110 @@
+"""Arrays of real numbers known up to a proven radius, and their correct rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import flint
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import Format
+
+__all__ = ["Enclosure"]
+
+Float = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Enclosure:
+    """Real numbers x with ``|x - (mid + tail)| <= radius``, element by element.
+
+    Attributes
+    ----------
+    mid, tail : float64 arrays
+        An unevaluated sum: tail is what float64 could not hold of the midpoint.
+    radius : float64 array
+        At least 0; inf where nothing is proven, and then mid says what is known (NaN: no number).
+    """
+
+    mid: Float
+    tail: Float
+    radius: Float
+
+    @classmethod
+    def of(cls, values: NDArray[Any]) -> Enclosure:
+        """Enclose an array of Arb balls (or plain floats, which stand for themselves)."""
+        mid, tail, radius = (np.empty(values.size) for _ in range(3))
+        for i, x in enumerate(values.ravel()):
+            mid[i], tail[i], radius[i] = _split(x)
+        return cls(*(a.reshape(values.shape) for a in (mid, tail, radius)))
+
+    def error(self, x: Float) -> Float:
+        """Return an upper bound, to first order in float64's own rounding, on |x - exact| for every element."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.abs((x - self.mid) - self.tail) + self.radius
+
+    def settle(self, form: Format) -> tuple[Float, Mask]:
+        """Round every element to nearest, ties to even, where the enclosure decides it.
+
+        Returns
+        -------
+        value : float64 array
+            The rounded number; where undecided, the rounded midpoint.
+        decided : bool array
+            True where every real number in the enclosure rounds to `value`.
+        """
+        with np.errstate(all="ignore"):
+            low, high = self._ends()
+            if form.precision < 53:  # one more rounding has happened: step outwards past it
+                exact = self.radius == 0
+                low = np.where(exact & (self.tail == 0), self.mid, np.nextafter(low, -np.inf))
+                high = np.where(exact & (self.tail == 0), self.mid, np.nextafter(high, np.inf))
+            a, b = form.round_array(low), form.round_array(high)
+        same = (a == b) & (np.signbit(a) == np.signbit(b))
+        nothing = np.isnan(self.mid) & (self.radius == 0)
+        point = (self.mid == 0) & (self.radius == 0) & (self.tail == 0)
+        overflow = np.isnan(a) & np.isnan(b) & ~np.isnan(low) & (np.signbit(low) == np.signbit(high))
+        value = np.where(same | overflow, a, form.round_array(self.mid))
+        return np.where(point, 0.0, value), same | nothing | point | overflow
+
+    def boundary(self, index: tuple[int, ...], form: Format) -> Fraction | None:
+        """Return the one rounding boundary (or zero) inside the enclosure of an undecided element, None if several."""
+        low, high = (float(x[index]) for x in self._ends())
+        if not np.isfinite([low, high]).all():
+            return None
+        if low <= 0 <= high:
+            return Fraction(0)
+        near = form.round(min(low, high, key=abs))
+        if not np.isfinite(near):
+            return None
+        boundary = form.neighbours(near)[1 if low > 0 else 0]
+        return boundary if abs(Fraction(float(self.mid[index])) + Fraction(float(self.tail[index])) - boundary) <= Fraction(
+            float(np.nextafter(self.radius[index], np.inf))) * 2 else None
+
+    def _ends(self) -> tuple[Float, Float]:
+        with np.errstate(all="ignore"):
+            point = self.radius == 0
+            down = np.where(point, self.tail, np.nextafter(self.tail - self.radius, -np.inf))
+            up = np.where(point, self.tail, np.nextafter(self.tail + self.radius, np.inf))
+            return self.mid + down, self.mid + up
+
+
+def _split(x: Any) -> tuple[float, float, float]:
+    if isinstance(x, float):
+        return x, 0.0, 0.0
+    if not x.is_finite():
+        return float("nan"), 0.0, float("inf")
+    mid = float(x.mid())
+    if not np.isfinite(mid):
+        certain = abs(x) >= flint.arb(2) ** 1024
+        return mid, 0.0, 0.0 if certain else float("inf")
+    rest = x - flint.arb(mid)
+    tail = float(rest.mid())
+    left = abs(rest - flint.arb(tail)).upper()
+    if left == 0:
+        return mid, tail, 0.0
+    return mid, tail, float(np.nextafter(float(left), np.inf))

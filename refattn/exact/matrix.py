@@ -1,0 +1,161 @@
+"""Matrices whose elements belong to one arithmetic: what a definition is written over."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Arithmetic", "Matrix"]
+
+Array = NDArray[Any]
+Mask = NDArray[np.bool_]
+
+
+class Arithmetic(Protocol):
+    """A kind of number: how to take one in exactly, and the few functions that definitions use, over arrays of it."""
+
+    name: str
+
+    def array(self, x: Array) -> Array:
+        """Take in a float64 array, exactly."""
+
+    def number(self, x: Any) -> Any:
+        """Take in an int, float or Fraction, exactly."""
+
+    def rsqrt(self, n: int) -> Any:
+        """Return 1/sqrt(n)."""
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Return the matrix product."""
+
+    def apply(self, function: str, a: Array) -> Array:
+        """Apply exp, log, tanh, sigmoid or relu to every element."""
+
+    def shift(self, a: Array, where: Mask) -> Array:
+        """Return for each row an exact number near its largest element where `where` holds (0 if none does), (n, 1)."""
+
+    def absmax(self, a: Array, where: Mask) -> Array:
+        """Return each row's largest absolute value where `where` holds (0 if none does), (n, 1)."""
+
+
+class Matrix:
+    """An (n, m) matrix over one arithmetic; (n, 1) columns and plain numbers spread over it as in NumPy."""
+
+    __slots__ = ("a", "f")
+
+    def __init__(self, a: Array, f: Arithmetic) -> None:
+        self.a, self.f = a, f
+
+    def _other(self, o: Any) -> Any:
+        return o.a if isinstance(o, Matrix) else o
+
+    def _with(self, a: Array) -> Matrix:
+        return Matrix(a, self.f)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, m)."""
+        return tuple(self.a.shape)
+
+    @property
+    def T(self) -> Matrix:
+        """The transpose."""
+        return self._with(self.a.T)
+
+    def __matmul__(self, o: Matrix) -> Matrix:
+        return self._with(self.f.matmul(self.a, o.a))
+
+    def __add__(self, o: Any) -> Matrix:
+        return self._with(self.a + self._other(o))
+
+    def __sub__(self, o: Any) -> Matrix:
+        return self._with(self.a - self._other(o))
+
+    def __mul__(self, o: Any) -> Matrix:
+        return self._with(self.a * self._other(o))
+
+    def __truediv__(self, o: Any) -> Matrix:
+        return self._with(self.a / self._other(o))
+
+    def __neg__(self) -> Matrix:
+        return self._with(-self.a)
+
+    def where(self, mask: Mask | None) -> Matrix:
+        """Keep the elements where `mask` holds; the others become 0."""
+        return self if mask is None else self._with(np.where(mask, self.a, self.f.number(0)))
+
+    def number(self, x: Any) -> Any:
+        """Take a number into the matrix's arithmetic."""
+        return self.f.number(x)
+
+    def zeros(self) -> Matrix:
+        """Return exact zeros of the same shape."""
+        return self.where(np.zeros(self.a.shape, bool))
+
+    def positive(self) -> Mask:
+        """Tell where an element is certainly above 0."""
+        return np.asarray(self.a > 0).astype(bool)
+
+    def _apply(self, function: str, where: Mask | None = None) -> Matrix:
+        if where is None or self.a.dtype != object:
+            return self._with(self.f.apply(function, self.a)).where(where)
+        out = np.empty(self.a.shape, object)
+        out[...] = self.f.number(0)
+        out[where] = self.f.apply(function, self.a[where])
+        return self._with(out)
+
+    def exp(self, where: Mask | None = None) -> Matrix:
+        """Exponential; 0 where `where` does not hold."""
+        return self._apply("exp", where)
+
+    def sigmoid(self, where: Mask | None = None) -> Matrix:
+        """1 / (1 + exp(-x)); 0 where `where` does not hold."""
+        return self._apply("sigmoid", where)
+
+    def log(self) -> Matrix:
+        """Natural logarithm."""
+        return self._apply("log")
+
+    def tanh(self) -> Matrix:
+        """Hyperbolic tangent."""
+        return self._apply("tanh")
+
+    def relu(self) -> Matrix:
+        """max(x, 0)."""
+        return self._apply("relu")
+
+    def power(self, p: int, where: Mask | None = None) -> Matrix:
+        """x**p by squaring; 0 where `where` does not hold."""
+        base, result = self.where(where).a, None
+        while p:
+            if p & 1:
+                result = base if result is None else result * base
+            p >>= 1
+            if p:
+                base = base * base
+        return self._with(result).where(where)
+
+    def sum(self) -> Matrix:
+        """Sum of each row, (n, 1)."""
+        ones = np.empty((self.a.shape[1], 1), self.a.dtype)
+        ones[...] = self.f.number(1)
+        return self._with(self.f.matmul(self.a, ones))
+
+    def shift(self, where: Mask, also: Matrix | None = None) -> Matrix:
+        """Return an exact number for each row near its largest element, (n, 1): taking it off tames an exponential.
+
+        It counts the elements where `where` holds, and the (1, 1) matrix `also` where given.
+        """
+        a = self.a
+        if also is not None:
+            column = np.empty((a.shape[0], 1), a.dtype)
+            column[...] = also.a
+            a = np.concatenate([a, column], axis=1)
+            where = np.concatenate([where, np.ones((a.shape[0], 1), bool)], axis=1)
+        return self._with(self.f.shift(a, where))
+
+    def absmax(self, where: Mask) -> Matrix:
+        """Return each row's largest absolute value where `where` holds, (n, 1)."""
+        return self._with(self.f.absmax(self.a, where))

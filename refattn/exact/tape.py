@@ -1,0 +1,154 @@
+"""Gradients of a definition, derived from its own text: the same operators, each remembering how it was made.
+
+A :class:`Tape` wraps the matrices of any arithmetic, so what :func:`gradients` returns is as exact as that arithmetic:
+balls in Arb, elements of a prime field in the exactness test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import UnsupportedProblem
+from .matrix import Mask
+
+__all__ = ["Tape", "gradients"]
+
+
+class Tape:
+    """A matrix that remembers its parents and, for each, the map from its own gradient to theirs."""
+
+    __slots__ = ("grad", "parents", "value")
+
+    def __init__(self, value: Any, *parents: tuple[Tape, Callable[[Any], Any]]) -> None:
+        self.value, self.parents, self.grad = value, parents, None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, m)."""
+        return tuple(self.value.shape)
+
+    @property
+    def T(self) -> Tape:
+        """The transpose."""
+        return Tape(self.value.T, (self, lambda g: g.T))
+
+    def __matmul__(self, o: Tape) -> Tape:
+        a, b = self.value, o.value
+        return Tape(a @ b, (self, lambda g: g @ b.T), (o, lambda g: a.T @ g))
+
+    def __add__(self, o: Any) -> Tape:
+        if not isinstance(o, Tape):
+            return Tape(self.value + o, (self, lambda g: g))
+        y = self.value + o.value
+        return Tape(y, (self, lambda g: _fold(g, self)), (o, lambda g: _fold(g, o)))
+
+    def __sub__(self, o: Any) -> Tape:
+        if not isinstance(o, Tape):
+            return Tape(self.value - o, (self, lambda g: g))
+        y = self.value - o.value
+        return Tape(y, (self, lambda g: _fold(g, self)), (o, lambda g: _fold(-g, o)))
+
+    def __mul__(self, o: Any) -> Tape:
+        if not isinstance(o, Tape):
+            return Tape(self.value * o, (self, lambda g: g * o))
+        a, b = self.value, o.value
+        return Tape(a * b, (self, lambda g: _fold(g * b, self)), (o, lambda g: _fold(g * a, o)))
+
+    def __truediv__(self, o: Any) -> Tape:
+        if not isinstance(o, Tape):
+            return Tape(self.value / o, (self, lambda g: g / o))
+        b = o.value
+        y = self.value / b
+        return Tape(y, (self, lambda g: _fold(g / b, self)), (o, lambda g: _fold(-(g * y) / b, o)))
+
+    def __neg__(self) -> Tape:
+        return Tape(-self.value, (self, lambda g: -g))
+
+    def where(self, mask: Mask | None) -> Tape:
+        """Keep the elements where `mask` holds; the others become 0."""
+        return Tape(self.value.where(mask), (self, lambda g: g.where(mask)))
+
+    def exp(self, where: Mask | None = None) -> Tape:
+        """Exponential."""
+        y = self.value.exp(where)
+        return Tape(y, (self, lambda g: g * y))
+
+    def sigmoid(self, where: Mask | None = None) -> Tape:
+        """1 / (1 + exp(-x))."""
+        y = self.value.sigmoid(where)
+        return Tape(y, (self, lambda g: g * (y - y * y)))
+
+    def log(self) -> Tape:
+        """Natural logarithm."""
+        x = self.value
+        return Tape(x.log(), (self, lambda g: g / x))
+
+    def tanh(self) -> Tape:
+        """Hyperbolic tangent."""
+        y = self.value.tanh()
+        return Tape(y, (self, lambda g: g - g * (y * y)))
+
+    def relu(self) -> Tape:
+        """max(x, 0); its slope at 0 is taken as 0."""
+        y = self.value.relu()
+        return Tape(y, (self, lambda g: g.where(y.positive())))
+
+    def power(self, p: int, where: Mask | None = None) -> Tape:
+        """x**p for p >= 2."""
+        x = self.value
+        slope = x.power(p - 1, where) * x.number(p)
+        return Tape(x.power(p, where), (self, lambda g: g * slope))
+
+    def sum(self) -> Tape:
+        """Sum of each row, (n, 1)."""
+        x = self.value
+        return Tape(x.sum(), (self, lambda g: x.zeros() + g))
+
+    def shift(self, where: Mask, also: Any = None) -> Any:
+        """Return the row's shift as a constant: it cancels, and so does its gradient."""
+        return Tape(self.value.shift(where, also.value if isinstance(also, Tape) else also))
+
+    def absmax(self, where: Mask) -> Any:
+        """Refuse: where two elements tie, the largest has no gradient."""
+        raise UnsupportedProblem("gradients: the stable form has none where the largest score is tied; use form='plain'")
+
+
+def _fold(g: Any, to: Tape) -> Any:
+    """Sum a gradient over the axes along which its operand was spread."""
+    if g.shape[1] != to.shape[1]:
+        g = g.sum()
+    return g.T.sum().T if g.shape[0] != to.shape[0] else g
+
+
+def gradients(output: Tape, seed: Any, leaves: list[Tape]) -> list[Any]:
+    """Return the gradient of sum(output * seed) with respect to each leaf, as matrices of the leaves' arithmetic.
+
+    Parameters
+    ----------
+    output : Tape
+        What a definition returned for leaves wrapped in Tape.
+    seed : Matrix
+        The gradient arriving at the output, of its shape.
+    leaves : list of Tape
+        Those to differentiate by; one that the output does not depend on gets zeros.
+    """
+    order: list[Tape] = []
+    seen: set[int] = set()
+    stack: list[tuple[Tape, bool]] = [(output, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            stack.extend((parent, False) for parent, _ in node.parents)
+    output.grad = seed
+    for node in reversed(order):
+        for parent, pull in node.parents:
+            g = pull(node.grad)
+            parent.grad = g if parent.grad is None else parent.grad + g
+        if node.parents:
+            node.grad = None  # not needed again: keep memory at a few matrices
+    return [leaf.value.zeros() if leaf.grad is None else leaf.grad for leaf in leaves]

@@ -1,0 +1,121 @@
+"""Which keys a query may attend to: the masks that a Problem carries, and makers of common ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InvalidInput
+from .problem import ALIGNMENTS, Problem
+
+__all__ = ["causal", "document", "padding", "sliding_window", "visible"]
+
+Mask = NDArray[np.bool_]
+
+
+def causal(n_q: int, n_k: int, alignment: str = "bottom_right") -> Mask:
+    """Return the causal mask: True where key j <= query i, counted from the aligned corner.
+
+    Parameters
+    ----------
+    n_q, n_k : int
+        Numbers of queries and keys.
+    alignment : {"bottom_right", "top_left"}
+        "bottom_right" lets the last query see every key; "top_left" lets the first query see the first key.
+
+    Returns
+    -------
+    (n_q, n_k) bool array
+    """
+    return _offsets(n_q, n_k, alignment) <= 0
+
+
+def sliding_window(
+    n_q: int, n_k: int, left: int | None, right: int | None, alignment: str = "bottom_right"
+) -> Mask:
+    """Return the window mask: True where -left <= j - i' <= right, i' the query's place on the diagonal.
+
+    Parameters
+    ----------
+    n_q, n_k : int
+        Numbers of queries and keys.
+    left, right : int or None
+        Keys to each side, the diagonal not counted; None is no limit.
+    alignment : {"bottom_right", "top_left"}
+        As in :func:`causal`.
+
+    Returns
+    -------
+    (n_q, n_k) bool array
+    """
+    offset = _offsets(n_q, n_k, alignment)
+    mask = np.ones((n_q, n_k), bool)
+    if left is not None:
+        mask &= offset >= -left
+    if right is not None:
+        mask &= offset <= right
+    return mask
+
+
+def document(ids_q: Sequence[int] | NDArray[np.integer], ids_k: Sequence[int] | NDArray[np.integer]) -> Mask:
+    """Return the document mask: True where query and key carry the same document number, (n_q, n_k) bool."""
+    return np.asarray(ids_q)[:, None] == np.asarray(ids_k)[None, :]
+
+
+def padding(lengths: Sequence[int] | NDArray[np.integer], n_k: int) -> Mask:
+    """Return the key-padding mask of each batch, (b, 1, 1, n_k) bool: True for the first `lengths[b]` keys."""
+    counts = np.asarray(lengths)
+    if counts.ndim != 1 or (counts < 0).any() or (counts > n_k).any():
+        raise InvalidInput(f"lengths: got {counts.tolist()}, expected one axis of numbers from 0 to n_k={n_k}")
+    return (np.arange(n_k)[None, :] < counts[:, None])[:, None, None, :]
+
+
+def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -> Mask:
+    """Return which keys each query of one packed sequence may attend to, every option of the problem counted.
+
+    Parameters
+    ----------
+    problem : Problem
+        With NumPy arrays.
+    batch, head : int
+        Indices of the batch and the query head.
+    rows, keys : slice
+        The sequence, as ``problem.segments()`` gives it.
+
+    Returns
+    -------
+    (rows, keys) bool array
+        False also where bias is -inf: such a key is absent.
+    """
+    n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
+    mask = np.ones((n_q, n_k), bool)
+    if problem.causal is not None:
+        mask &= causal(n_q, n_k, problem.causal)
+    if problem.window is not None:
+        mask &= sliding_window(n_q, n_k, *problem.window, alignment=problem.causal or "bottom_right")
+    if problem.allowed is not None:
+        mask &= block(problem.allowed, batch, head, rows, keys)
+    if problem.bias is not None:
+        mask &= ~np.isneginf(block(problem.bias, batch, head, rows, keys).astype(np.float64))
+    return mask
+
+
+def block(x: NDArray[np.generic], batch: int, head: int, rows: slice, keys: slice) -> NDArray[np.generic]:
+    """Return the (rows, keys) block of an array that broadcasts to (b, h_q, n_q, n_k)."""
+    plane = x[batch if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0]
+    plane = plane[rows if plane.shape[0] > 1 else slice(None), keys if plane.shape[1] > 1 else slice(None)]
+    return np.broadcast_to(plane, (rows.stop - rows.start, keys.stop - keys.start))
+
+
+def distance(n_q: int, n_k: int, alignment: str) -> NDArray[np.int64]:
+    """Return how far key j lies behind query i on the aligned diagonal, (n_q, n_k) integers (negative: ahead)."""
+    return -_offsets(n_q, n_k, alignment)
+
+
+def _offsets(n_q: int, n_k: int, alignment: str) -> NDArray[np.int64]:
+    if alignment not in ALIGNMENTS:
+        raise InvalidInput(f"alignment: got {alignment!r}, expected one of {', '.join(ALIGNMENTS)}")
+    shift = n_k - n_q if alignment == "bottom_right" else 0
+    return np.arange(n_k)[None, :] - np.arange(n_q)[:, None] - shift

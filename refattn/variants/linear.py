@@ -1,0 +1,80 @@
+"""Linear attention: a feature map in place of the exponential, an optional decay, an optional denominator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .variant import Option, Sensitivity, Variant, boolean, one_of, per_head
+
+__all__ = ["FEATURES", "LINEAR"]
+
+FEATURES = {
+    "identity": lambda x: x,
+    "relu": lambda x: x.relu(),
+    "elu1": lambda x: x.relu() + (-(-x).relu()).exp(),  # elu(x) + 1: 1 + x above 0, exp(x) below
+    "exp": lambda x: x.exp(),
+}
+"""The feature maps, over any arithmetic's matrices."""
+
+
+def attention(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
+    """Define linear attention of one head."""
+    phi = FEATURES[o.feature]
+    w = phi(q) @ phi(k).T * o.scale
+    if o.decay is not None:
+        w = w * (o.distance * -o.decay).exp()
+    w = w.where(o.allowed)
+    return (w @ v) / w.sum() if o.normalize else w @ v, None
+
+
+def sensitivity(q: np.ndarray, k: np.ndarray, o: Any) -> Sensitivity:
+    """Return weights, slopes and rounding magnitudes in float64."""
+    plain = {
+        "identity": lambda x: x,
+        "relu": lambda x: np.maximum(x, 0),
+        "elu1": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))),
+        "exp": np.exp,
+    }[o.feature]
+    a, b = plain(q), plain(k)
+    w, products = a @ b.T * o.scale, np.abs(a) @ np.abs(b).T * abs(o.scale)
+    passes = 0 if o.feature in ("identity", "relu") else 2  # a feature of the query and one of the key
+    roundings = np.abs(w) + passes * products
+    if o.decay is not None:
+        fade = np.exp(-o.decay * o.distance)
+        w, products = w * fade, products * fade
+        roundings = roundings * fade + np.abs(w) * (2 + np.abs(o.decay * o.distance))
+    mask = o.allowed
+    w, products, roundings = (np.where(mask, x, 0.0) for x in (w, products, roundings))
+    exponentials = passes + (o.decay is not None)
+    return Sensitivity(w, np.where(mask, 1.0, 0.0), products, roundings, w.sum(1) if o.normalize else None,
+                       relative=0.0, exponentials=exponentials)
+
+
+LINEAR = Variant(
+    name="linear",
+    define=attention,
+    sensitivity=sensitivity,
+    formula="out_i = sum_j w_ij v_j (over sum_j w_ij where normalize),  w_ij = scale·phi(q_i)·phi(k_j)·exp(-decay·(i' - j))",
+    unit="u · sum_j |w_ij v_jc|",
+    source="Katharopoulos et al., arXiv 2006.16236, eq. 5 (elu1, normalised); decay as in Lightning Attention-2, "
+    "arXiv 2401.04658 (per-head rate, no denominator). Recalled, not read again.",
+    uses=frozenset({"causal", "window", "allowed"}),
+    options={
+        "feature": Option("elu1", "phi: identity, relu, elu1 (elu + 1) or exp", one_of(*FEATURES)),
+        "decay": Option(None, "rate for each query head, in 1/position; needs causal", per_head),
+        "normalize": Option(True, "divide by the sum of the weights", boolean),
+    },
+    laws=("determinism", "key_permutation", "masked_keys_unread", "grouped_heads"),
+    bugs=("zeroed_head", "last_key_dropped", "causal_ignored", "causal_off_by_one", "allowed_ignored", "heads_tiled",
+          "wrong_scale", "sequences_joined", "neighbour_row", "empty_row_nan"),
+    families=("gaussian", "probe", "sparse", "poison", "ragged"),
+    contract=(
+        "A row without any key gives out 0.",
+        "A denominator that is exactly 0 gives NaN.",
+        "scale None is 1: the papers have none.",
+        "A key that is not allowed is never read.",
+    ),
+    default_scale="one",
+)

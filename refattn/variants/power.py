@@ -1,0 +1,71 @@
+"""Power-softmax: an even power in place of the exponential, so that encrypted arithmetic can compute it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .variant import Option, Sensitivity, Variant, above_zero, at_least_zero, even, one_of
+
+__all__ = ["POWER"]
+
+
+def attention(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
+    """Define power-softmax attention of one head."""
+    x = q @ k.T * o.scale
+    if o.form == "stable":
+        x = x / (x.absmax(o.allowed) + o.delta)
+    w = x.power(o.p, where=o.allowed)
+    if o.form == "mean":
+        w = w / o.count
+    return (w @ v) / (w.sum() + o.epsilon), None
+
+
+def sensitivity(q: np.ndarray, k: np.ndarray, o: Any) -> Sensitivity:
+    """Return weights, slopes and rounding magnitudes in float64."""
+    x = q @ k.T * o.scale
+    products = np.abs(q) @ np.abs(k).T * abs(o.scale)
+    roundings = np.abs(x)
+    if o.form == "stable":
+        # c is one number per row, and its own error is at most that of the score it comes from
+        c = np.where(o.allowed, np.abs(x), 0.0).max(1, initial=0.0, keepdims=True) + o.delta
+        worst = np.where(o.allowed, products, 0.0).max(1, initial=0.0, keepdims=True)
+        products = (products + np.abs(x) / c * worst) / c
+        x = x / c
+        roundings = roundings / c + 3 * np.abs(x)
+    w = np.where(o.allowed, x**o.p, 0.0)
+    slope = np.where(o.allowed, o.p * np.abs(x) ** (o.p - 1), 0.0)
+    count = o.count if o.form == "mean" else 1.0
+    return Sensitivity(w / count, slope / count, products, np.where(o.allowed, roundings, 0.0),
+                       w.sum(1) / np.ravel(count) + o.epsilon, relative=float(o.p + 1), exponentials=0)
+
+
+POWER = Variant(
+    name="power",
+    define=attention,
+    sensitivity=sensitivity,
+    formula="out_i = sum_j w_ij v_j / (epsilon + sum_j w_ij),  w_ij = x_ij^p,  x_ij = scale·q_i·k_j;  "
+    "stable: x_ij / (max_j |x_ij| + delta);  mean: w_ij / (number of keys that row i sees)",
+    unit="u · sum_j p_ij |v_jc|",
+    source="Zimerman et al., Power-Softmax, arXiv 2410.09457: the abstract and secondary descriptions were read, "
+    "not the equations themselves.",
+    uses=frozenset({"causal", "window", "allowed"}),
+    options={
+        "p": Option(4, "the even power", even),
+        "epsilon": Option(1e-3, "added to the denominator, so that the division is Lipschitz", at_least_zero),
+        "form": Option("plain", "plain, stable (divided by the row's largest, for training) or mean (length-agnostic)",
+                       one_of("plain", "stable", "mean")),
+        "delta": Option(1e-6, "added to the row's largest in the stable form", above_zero),
+    },
+    laws=("determinism", "key_permutation", "masked_keys_unread", "grouped_heads"),
+    bugs=("zeroed_head", "last_key_dropped", "causal_ignored", "causal_off_by_one", "allowed_ignored", "heads_tiled",
+          "wrong_scale", "sequences_joined", "neighbour_row", "empty_row_nan"),
+    families=("gaussian", "probe", "sparse", "poison", "ragged"),
+    contract=(
+        "A row without any key gives out 0.",
+        "The mean form divides by the number of keys that the row may attend to, so masked padding changes nothing.",
+        "A denominator that is exactly 0 (epsilon 0 and all scores 0) gives NaN.",
+        "A key that is not allowed is never read.",
+    ),
+)
