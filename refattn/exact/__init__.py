@@ -1,5 +1,16 @@
 """How a definition is evaluated with proof: arithmetics, rounding, gradients."""
 
+from .enclosure import Enclosure
 from .evaluate import Answer, evaluate, reference
+from .functions import linear_attention, power_attention, sigmoid_attention, softmax_attention
 
-__all__ = ["Answer", "evaluate", "reference"]
+__all__ = [
+    "Answer",
+    "Enclosure",
+    "evaluate",
+    "linear_attention",
+    "power_attention",
+    "reference",
+    "sigmoid_attention",
+    "softmax_attention",
+]

@@ -22,7 +22,7 @@ from .ties import exact_ties, lone_key_lse
 
 __all__ = ["Answer", "evaluate", "reference", "run"]
 
-LADDER = tuple(128 * 2**i for i in range(11))  # 128 ... 131072 bits
+LADDER = tuple(128 * 2**i for i in range(12))  # 128 ... 262144 bits
 TILE = 2**16  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
 
 Raw = dict[str, NDArray[Any]]
@@ -98,7 +98,14 @@ class Answer:
         return e.error(to_float64(self.values[name]))
 
 
-def evaluate(problem: Problem, bits: int = 128, *, rounding: str | None = None, gradients: Any = None) -> Answer:
+def evaluate(
+    problem: Problem,
+    bits: int = 128,
+    *,
+    rounding: str | None = None,
+    lse_rounding: str | None = None,
+    gradients: Any = None,
+) -> Answer:
     """Evaluate one attention call exactly.
 
     Inputs are taken as the exact numbers that they are; scale None is the exact real number.
@@ -112,6 +119,8 @@ def evaluate(problem: Problem, bits: int = 128, *, rounding: str | None = None, 
     rounding : str, optional
         A format of ``refattn.dtypes.FORMATS``: every value is then the correctly rounded one, to nearest, ties to even,
         found by raising the precision until the rounding is decided; exact ties and zeros are recognised.
+    lse_rounding : str, optional
+        Another format for lse, which is often kept wider than out.
     gradients : (b, h_q, n_q, d_v) array, optional
         The gradient arriving at out: asks for dq, dk, dv, dbias, dsink.
 
@@ -137,7 +146,7 @@ def evaluate(problem: Problem, bits: int = 128, *, rounding: str | None = None, 
             raw = run(problem, balls, dout)
             enclosures = {n: Enclosure.of(x) for n, x in raw.items()}
         return Answer(problem, {n: e.mid for n, e in enclosures.items()}, enclosures, None, {}, raw)
-    return _rounded(problem, format_of(rounding), dout)
+    return _rounded(problem, format_of(rounding), format_of(lse_rounding or rounding), dout)
 
 
 def reference(problem: Problem, dtype: Any = np.float64) -> dict[str, NDArray[Any]]:
@@ -275,7 +284,7 @@ def _arriving(problem: Problem, dout: Any) -> NDArray[np.float64]:
     return x
 
 
-def _rounded(problem: Problem, form: Format, dout: NDArray[np.float64] | None) -> Answer:
+def _rounded(problem: Problem, form: Format, lse_form: Format, dout: NDArray[np.float64] | None) -> Answer:
     need = np.ones(problem.out_shape[:3], bool)
     raw: Raw = {}
     enclosures: dict[str, Enclosure] = {}
@@ -292,19 +301,19 @@ def _rounded(problem: Problem, form: Format, dout: NDArray[np.float64] | None) -
                     fresh = old & (need if x.shape == need.shape else need[..., None] if name in ("out", "dq") else True)
                     _update(name, x, fresh, raw, enclosures)
         for name, e in enclosures.items():
-            value, sure = e.settle(form)
+            value, sure = e.settle(lse_form if name == "lse" else form)
             if name in decided:
                 value, sure = np.where(decided[name], values[name], value), decided[name] | sure
             values[name], decided[name] = value, sure
         if all(d.all() for d in decided.values()):
             break
         if step == 1:
-            lone_key_lse(problem, form, values, decided)
+            lone_key_lse(problem, lse_form, values, decided)
             exact_ties(problem, form, dout, enclosures, values, decided)
         need = _undecided_rows(problem, decided)
         if not need.any():
             break
-    typed = {n: from_float64(v, form.name) for n, v in values.items()}
+    typed = {n: from_float64(v, (lse_form if n == "lse" else form).name) for n, v in values.items()}
     return Answer(problem, typed, enclosures, form.name, {n: int((~d).sum()) for n, d in decided.items()}, {})
 
 

@@ -108,7 +108,6 @@ class Slab:
 def slabs(problem: Problem) -> Iterator[Slab]:
     """Yield the heads of a call, batch by batch, query heads of one key head together."""
     p = problem.to("numpy")
-    p.options and variant_of(p.variant).settings(p)
     q, k, v = (to_float64(to_numpy(x)) for x in (p.query, p.key, p.value))
     sink = None if p.sink is None else to_float64(p.sink)
     group = p.heads // p.heads_kv

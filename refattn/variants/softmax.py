@@ -64,12 +64,13 @@ SOFTMAX = Variant(
     uses=frozenset({"causal", "window", "softcap", "sink", "bias", "allowed"}),
     laws=("determinism", "key_permutation", "masked_keys_unread", "grouped_heads", "split_and_merge"),
     bugs=(
-        "zeroed_head", "own_key_dropped", "last_key_dropped", "wrong_scale", "causal_off_by_one", "causal_ignored",
-        "causal_corner_swapped", "window_off_by_one", "window_ignored", "allowed_ignored", "bias_ignored", "softcap_ignored",
-        "softcap_after_bias", "sink_ignored", "heads_tiled", "sequences_joined", "lse_base_two", "lse_without_shift",
-        "empty_row_nan", "empty_row_mean", "unnormalised", "neighbour_row", "output_rounded_twice", "masked_value_read",
+        "zeroed_head", "own_key_dropped", "last_key_dropped", "tail_tile_dropped", "wrong_scale", "causal_off_by_one",
+        "causal_ignored", "causal_corner_swapped", "window_off_by_one", "window_ignored", "allowed_ignored", "bias_ignored",
+        "softcap_ignored", "softcap_after_bias", "sink_ignored", "heads_tiled", "sequences_joined", "value_of_next_key",
+        "lse_base_two", "lse_of_empty_row_zero", "empty_row_nan", "empty_row_mean", "neighbour_row", "output_too_narrow",
+        "masked_value_read", "scores_clamped",
     ),
-    families=("gaussian", "peaked", "probe", "shifted", "sparse", "extreme", "poison", "ragged"),
+    families=("gaussian", "peaked", "probe", "shifted", "sparse", "empty", "extreme", "poison", "ragged"),
     contract=(
         "A row without any key gives out 0 and lse -inf; a sink counts as a key without a value.",
         "A key that is not allowed, or whose bias is -inf, is never read: NaN there changes nothing.",

@@ -138,6 +138,8 @@ class Variant:
             wrong = self.options[name].check(value, problem.heads)
             if wrong:
                 raise InvalidProblem(f"{name}: got {value!r}, expected {wrong}")
+        if values.get("decay") is not None and problem.causal is None:
+            raise InvalidProblem("decay: needs causal; set causal='bottom_right' or 'top_left'")
         return values
 
 

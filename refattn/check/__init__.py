@@ -1,0 +1,14 @@
+"""How a kernel is judged: bounds, laws, input families, planted bugs, report, pytest plugin."""
+
+from .call import call_kernel
+from .compare import Worst, compare
+from .families import FAMILIES, cases
+from .laws import LAWS, Law
+from .model import FEATURES, Capabilities, Model, flash, materialised
+from .report import Check, Report
+from .runner import check_kernel, check_problem
+
+__all__ = [
+    "FAMILIES", "FEATURES", "LAWS", "Capabilities", "Check", "Law", "Model", "Report", "Worst", "call_kernel", "cases", "check_kernel",
+    "check_problem", "compare", "flash", "materialised",
+]

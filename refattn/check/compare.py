@@ -1,0 +1,162 @@
+"""A kernel's answer against the exact one, element by element, by a written table.
+
+=====================  ==========================================================================================
+exact value            what passes
+=====================  ==========================================================================================
+finite                 finite and within the bound; an infinity of its sign where value plus bound overflows
+empty row              out exactly 0, lse -inf
+NaN                    NaN
+infinite               the same infinity, or NaN (a weight that underflowed met an infinite value)
+=====================  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import FORMATS, format_of
+from ..exact.evaluate import Answer
+from ..masks import visible
+
+__all__ = ["Worst", "compare", "empty_rows"]
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The element that is furthest from its exact value, in units of its bound.
+
+    Attributes
+    ----------
+    array : str
+        "out" or "lse".
+    ratio : float
+        |got - exact| / allowed; inf where the table is broken.
+    place : tuple of int
+        (batch, head, row, column), or (batch, head, row) for lse.
+    got, exact, allowed : float
+        The kernel's value, the exact value (nearest float64) and the bound.
+    failures : int
+        How many elements fail.
+    elements : int
+        How many were compared.
+    symptoms : tuple of str
+        What the failing elements have in common, in words.
+    """
+
+    array: str
+    ratio: float
+    place: tuple[int, ...]
+    got: float
+    exact: float
+    allowed: float
+    failures: int
+    elements: int
+    symptoms: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Tell whether no element fails."""
+        return self.failures == 0
+
+
+def empty_rows(answer: Answer) -> NDArray[np.bool_]:
+    """Return which rows see no key, (b, h_q, n_q)."""
+    p = answer.problem.to("numpy")
+    empty = np.ones(p.out_shape[:3], bool)
+    for b in range(p.batch):
+        for h in range(p.heads):
+            for rows, keys in p.segments():
+                empty[b, h, rows] = ~visible(p, b, h, rows, keys).any(1)
+    return empty
+
+
+def compare(name: str, got: NDArray[Any], answer: Answer, bound: Float, dtype: str) -> Worst:
+    """Compare one array of a kernel with the exact answer.
+
+    Parameters
+    ----------
+    name : str
+        "out" or "lse".
+    got : array
+        What the kernel returned.
+    answer : Answer
+        The exact answer.
+    bound : float64 array
+        What is allowed, from :func:`refattn.check.bounds.bounds`.
+    dtype : str
+        The format that the kernel returned it in (its overflow is no error of the kernel).
+
+    Returns
+    -------
+    Worst
+    """
+    enclosure = answer.enclosures[name]
+    x, exact = np.asarray(got).astype(np.float64), enclosure.mid
+    form = format_of(dtype)
+    with np.errstate(all="ignore"):
+        error = enclosure.error(x)
+        ratio = np.where(error == 0, 0.0, error / bound)
+        same = (x == exact) | (np.isnan(x) & np.isnan(exact))
+        overflows = np.isfinite(exact) & (np.abs(exact) + bound >= form.overflow)
+        sign = np.signbit(x) == np.signbit(exact)
+        ratio = np.where(np.isfinite(x) & np.isfinite(exact), ratio, np.inf)
+        ratio = np.where(same & ~np.isfinite(exact), 0.0, ratio)
+        ratio = np.where(overflows & np.isinf(x) & sign, 0.0, ratio)
+        if not form.infinities:
+            ratio = np.where(overflows & np.isnan(x), 0.0, ratio)
+        ratio = np.where(np.isinf(exact) & np.isnan(x) & (name == "out"), 0.0, ratio)
+        ratio = np.where(np.isnan(ratio), np.inf, ratio)  # a bound or a number that is none decides nothing: fail
+    failing = ratio > 1
+    place = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape)) if ratio.size else ()
+    if not ratio.size:
+        return Worst(name, 0.0, (), 0.0, 0.0, 0.0, 0, 0)
+    empty = empty_rows(answer)
+    symptoms = _symptoms(name, x, exact, failing, empty if name == "lse" else np.broadcast_to(empty[..., None], x.shape), answer)
+    return Worst(name, float(ratio[place]), place, float(x[place]), float(exact[place]), float(bound[place]),
+                 int(failing.sum()), int(ratio.size), symptoms)
+
+
+def _symptoms(name: str, x: Float, exact: Float, failing: NDArray[np.bool_], empty: NDArray[np.bool_], answer: Answer) -> tuple[str, ...]:
+    """Name what failing elements show."""
+    found: list[str] = []
+
+    def note(where: NDArray[np.bool_], text: str) -> None:
+        hits = failing & where
+        if hits.any():
+            found.append(f"{text} ({int(hits.sum())} of {hits.size})")
+
+    finite = np.isfinite(exact)
+    if name == "lse":
+        note(empty & np.isnan(x), "lse of a row without keys is NaN, must be -inf")
+        value = x[failing & empty]
+        if value.size and not np.isnan(value).all():
+            note(empty & ~np.isnan(x), f"lse of a row without keys is {value[~np.isnan(value)][0]:g}, must be -inf")
+    else:
+        note(empty & np.isnan(x), "NaN in a row without keys, must be 0")
+        filled = failing & empty & np.isfinite(x)
+        if filled.any():
+            note(filled, f"{_filling(x, filled, answer)} in a row without keys, must be 0")
+        note(empty & np.isinf(x), "inf in a row without keys, must be 0")
+    problem = answer.problem.to("numpy")
+    clean = all(bool(np.isfinite(a.astype(np.float64)).all()) for a in (problem.query, problem.key, problem.value))
+    cause = "overflow on finite data" if clean else "NaN or inf behind the mask leaks"
+    note(~empty & finite & np.isinf(x), f"{cause}: inf where the exact value is finite")
+    note(~empty & finite & np.isnan(x), f"{cause}: NaN where the exact value is finite")
+    note(~empty & ~finite & np.isfinite(x), "a finite number where NaN or inf must show")
+    note(~empty & finite & np.isfinite(x), "error above the bound")
+    return tuple(found)
+
+
+def _filling(x: Float, where: NDArray[np.bool_], answer: Answer) -> str:
+    """Tell whether rows that must be 0 hold the mean of all values."""
+    p = answer.problem.to("numpy")
+    with np.errstate(all="ignore"):
+        mean = np.repeat(np.asarray(p.value).astype(np.float64).mean(2, keepdims=True), p.heads // p.heads_kv, axis=1)
+        close = np.abs(x - mean) <= 2.0**-6 * np.abs(mean)
+    return "the mean of all values" if close[where].mean() > 0.9 else "a nonzero number"

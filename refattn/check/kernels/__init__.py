@@ -1,0 +1,170 @@
+"""The attention kernels that refattn knows how to call, each found only where its package can be imported."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ...dtypes import FORMATS
+from ...errors import InvalidInput
+from ..call import Kernel
+from ..model import FEATURES, Capabilities, Model, ModelFor, flash, materialised
+
+__all__ = ["KERNELS", "Entry", "find", "found"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel by name.
+
+    Attributes
+    ----------
+    name : str
+        What the command line calls it.
+    package : str
+        The package that must be importable; "" for our own.
+    load : callable
+        Returns the kernel.
+    capabilities : Capabilities
+        What it can do.
+    model : callable
+        From a format's name to its rounding model.
+    named_only : str
+        Why it runs only when it is named, "" where it always runs.
+    """
+
+    name: str
+    package: str
+    load: Callable[[], Kernel]
+    capabilities: Capabilities
+    model: ModelFor
+    named_only: str = ""
+
+    @property
+    def here(self) -> bool:
+        """Tell whether its package can be imported."""
+        return not self.package or importlib.util.find_spec(self.package) is not None
+
+    @property
+    def version(self) -> str:
+        """The version of its package."""
+        return f"{self.package or 'refattn'} {metadata.version(self.package or 'refattn')}"
+
+
+def _load(module: str, name: str) -> Callable[[], Kernel]:
+    return lambda: getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+def _able(dtypes: str, features: str, *, lse: bool = False) -> Capabilities:
+    return Capabilities(frozenset(dtypes.split()), frozenset(features.split()) | {"lengths_differ"}, lse=lse)
+
+
+_SDPA = "causal_top_left bias allowed grouped_heads scale no_rows_or_keys"
+_FLEX = "d_v_differs causal_bottom_right window softcap variable_lengths"
+
+# PyTorch's vectorised fexp_u20 (ATen/cpu/vec/vec512/vec512_float.h) replaces 2**f by 1 + f - cubic(f), whose equal ripples
+# are the cubic's constant term, and then truncates f to 2**-18: a relative error of ln 2 times their sum.
+_FEXP_ERROR = math.log(2) * (1.0703434948458272e-4 + 2.0**-18) / 2.0**-24
+
+
+def _torch_flash(dtype: str) -> Model:
+    model = flash(dtype)
+    return replace(model, exp_ulps=_FEXP_ERROR, subnormals=dtype != "bfloat16") if FORMATS[dtype].precision < 24 else model
+
+
+def _flushing(*dtypes: str) -> ModelFor:
+    """Return the model of a kernel that stores S and P, and takes subnormal numbers of some formats for zero."""
+    return lambda dtype: replace(materialised(dtype), subnormals=dtype not in dtypes)
+
+
+KERNELS: dict[str, Entry] = {
+    e.name: e
+    for e in (
+        Entry("refattn-tiled", "", _load("tiled", "tiled"),
+              Capabilities(frozenset({"float32", "float16", "bfloat16"}), FEATURES, lse=True), flash),
+        Entry("torch-sdpa-flash", "torch", _load("torch_sdpa", "sdpa_flash"),
+              _able("float32 float16 bfloat16 float64", _SDPA, lse=True), _torch_flash),
+        Entry("torch-sdpa-math", "torch", _load("torch_sdpa", "sdpa_math"), _able("float32 float16 bfloat16 float64", f"{_SDPA} d_v_differs"), materialised),
+        Entry("torch-flex", "torch", _load("torch_sdpa", "flex"),
+              _able("float32 float16 bfloat16 float64", f"{_SDPA} {_FLEX}"), _flushing("bfloat16")),
+        Entry("torch-flex-compiled", "torch", _load("torch_sdpa", "flex_compiled"),
+              _able("float32 bfloat16", f"{_SDPA} {_FLEX}"), flash,
+              "it compiles C++ for each shape, minutes in all"),
+        Entry("jax", "jax", _load("others", "jax_attention"),
+              _able("float32 float16 bfloat16", "causal_top_left window bias allowed grouped_heads scale no_rows_or_keys"), _flushing("float32", "bfloat16")),
+        Entry("onnxruntime", "onnxruntime", _load("others", "onnxruntime_attention"),
+              _able("float32 float16", "causal_top_left bias allowed softcap grouped_heads scale d_v_differs"), materialised),
+        Entry("openvino", "openvino", _load("others", "openvino_attention"),
+              _able("float32", "causal_top_left bias allowed scale d_v_differs"), flash),
+        Entry("keras", "keras", _load("others", "keras_attention"),
+              _able("float32 float16 bfloat16", "causal_top_left bias allowed scale"), _flushing("bfloat16")),
+    )
+}
+"""The kernels by name."""
+
+
+def found() -> list[Entry]:
+    """Return the kernels of the packages that are here, those that must be named left out."""
+    return [e for e in KERNELS.values() if e.here and not e.named_only]
+
+
+def find(name: str) -> list[Entry]:
+    """Return the kernels that a name of the command line means.
+
+    Parameters
+    ----------
+    name : str
+        A kernel's name, the beginning of several up to a dash ("torch-sdpa"), ``package.module:function``, or
+        ``path/file.py:function``.
+
+    Raises
+    ------
+    InvalidInput
+        There is no such kernel, package, module, file or function.
+    """
+    if ":" in name:
+        return [_custom(name)]
+    exact = [KERNELS[name]] if name in KERNELS else [
+        e for e in KERNELS.values() if e.name.startswith(f"{name}-") and not e.named_only]
+    if not exact:
+        raise InvalidInput(f"kernel: got {name!r}, expected one of {', '.join(KERNELS)}, package.module:function or path/file.py:function")
+    missing = [e for e in exact if not e.here]
+    if missing:
+        raise InvalidInput(f"kernel: {name} needs the package {missing[0].package}; install it with "
+                           f"pip install 'refattn[{missing[0].package}]'")
+    return exact
+
+
+def _custom(name: str) -> Entry:
+    module_name, function = name.rsplit(":", 1)
+    if module_name.endswith(".py"):
+        path = Path(module_name)
+        if not path.is_file():
+            raise InvalidInput(f"kernel: there is no file {module_name}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module: Any = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(path.stem, module)
+        load: Callable[[], Any] = lambda: spec.loader.exec_module(module)  # type: ignore[union-attr]  # noqa: E731
+    else:
+        sys.path.insert(0, "")
+        module = None
+        load = lambda: importlib.import_module(module_name)  # noqa: E731
+    try:
+        module = load() or module
+    except Exception as e:
+        raise InvalidInput(f"kernel: importing {module_name} raised {type(e).__name__}: {e}") from e
+    kernel = getattr(module, function, None)
+    if not callable(kernel):
+        raise InvalidInput(f"kernel: {module_name} has no function {function!r}")
+    given = getattr(kernel, "capabilities", None) or Capabilities()
+    model = getattr(kernel, "model", None) or flash
+    return Entry(name, "", lambda: kernel, given, model if callable(model) else lambda dtype: model)

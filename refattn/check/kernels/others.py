@@ -1,0 +1,117 @@
+"""JAX, ONNX Runtime, OpenVINO and Keras."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import UnsupportedProblem
+from ...problem import Problem
+
+__all__ = ["jax_attention", "keras_attention", "onnxruntime_attention", "openvino_attention"]
+
+
+def _swap(x: Any) -> Any:
+    return np.swapaxes(np.asarray(x), 1, 2)
+
+
+def jax_attention(problem: Problem) -> Any:
+    """Return what jax.nn.dot_product_attention gives (layout batch, seq, heads, dim)."""
+    import jax
+    import jax.numpy as jnp
+
+    p = problem.to("numpy")
+    q, k, v = (jnp.asarray(_swap(x)) for x in (p.query, p.key, p.value))
+    bias = None if p.bias is None else jnp.asarray(np.broadcast_to(p.bias, (*p.bias.shape[:2], p.n_q, p.n_k)))
+    mask = None if p.allowed is None else jnp.asarray(np.broadcast_to(p.allowed, (*p.allowed.shape[:2], p.n_q, p.n_k)))
+    if p.window is not None and None in p.window:
+        raise UnsupportedProblem("window: dot_product_attention has no open side")
+    if p.window is not None and p.n_q != p.n_k:
+        raise UnsupportedProblem("window: dot_product_attention counts it from the top left")
+    out = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=p.scale, is_causal=p.causal is not None, local_window_size=p.window)
+    return _swap(out)
+
+
+def keras_attention(problem: Problem) -> Any:
+    """Return what keras.ops.dot_product_attention gives on the backend that Keras is set to (PyTorch or JAX if unset)."""
+    if "KERAS_BACKEND" not in os.environ:
+        os.environ["KERAS_BACKEND"] = next((b for b in ("torch", "jax") if importlib.util.find_spec(b)), "tensorflow")
+    import keras
+
+    p = problem.to("numpy")
+    if p.bias is not None and p.allowed is not None:
+        raise UnsupportedProblem("bias: keras.ops takes bias or mask")
+    make = keras.ops.convert_to_tensor
+    q, k, v = (make(np.ascontiguousarray(_swap(x).astype(np.float32)), dtype=p.dtype) for x in (p.query, p.key, p.value))
+    full = (p.batch, p.heads, p.n_q, p.n_k)
+    bias = None if p.bias is None else make(np.broadcast_to(p.bias, full).astype(np.float32).copy(), dtype=p.dtype)
+    mask = None if p.allowed is None else make(np.broadcast_to(p.allowed, full).copy())
+    out = keras.ops.dot_product_attention(q, k, v, bias, mask, p.scale, p.causal is not None)
+    out = keras.ops.convert_to_numpy(keras.ops.cast(out, "float32"))
+    return _swap(out).astype(p.query.dtype)
+
+
+@lru_cache(maxsize=256)
+def _session(shapes: tuple[Any, ...], dtype: str, causal: bool, scale: float | None, softcap: float | None) -> Any:
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    kinds = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bool": TensorProto.BOOL}
+    attributes = {"is_causal": int(causal)} | {n: x for n, x in (("scale", scale), ("softcap", softcap)) if x is not None}
+    names = ("Q", "K", "V", "M")[: len(shapes)]
+    inputs = [helper.make_tensor_value_info(n, kinds[t], list(s)) for n, (s, t) in zip(names, shapes, strict=True)]
+    node = helper.make_node("Attention", list(names), ["Y"], **attributes)
+    graph = helper.make_graph([node], "attention", inputs, [helper.make_tensor_value_info("Y", kinds[dtype], None)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _attn_mask(p: Problem) -> NDArray[Any] | None:
+    """Return one mask argument: boolean, or bias with -inf where the mask is False, its last two axes whole."""
+    whole = lambda x: np.ascontiguousarray(np.broadcast_to(x, (*x.shape[:2], p.n_q, p.n_k)))  # noqa: E731
+    if p.bias is None:
+        return None if p.allowed is None else whole(p.allowed)
+    bias = p.bias if p.allowed is None else np.where(p.allowed, p.bias, np.array(-np.inf, p.bias.dtype))
+    return whole(bias)
+
+
+def onnxruntime_attention(problem: Problem) -> Any:
+    """Return what ONNX Runtime gives for an Attention node (opset 23)."""
+    p = problem.to("numpy")
+    if p.scale is not None and p.scale <= 0:
+        raise UnsupportedProblem(f"scale: ONNX Runtime's Attention refuses {p.scale}, it must be above 0")
+    mask = _attn_mask(p)
+    feed = {"Q": p.query, "K": p.key, "V": p.value} | ({} if mask is None else {"M": mask})
+    shapes = tuple((x.shape, x.dtype.name) for x in feed.values())
+    session = _session(shapes, p.dtype, p.causal is not None, p.scale, p.softcap)
+    return session.run(None, {n: np.ascontiguousarray(x) for n, x in feed.items()})[0]
+
+
+def openvino_attention(problem: Problem) -> Any:
+    """Return what OpenVINO's CPU plugin gives for scaled_dot_product_attention (opset 13), in float32 precision."""
+    import openvino
+    import openvino.opset13 as ops
+
+    p = problem.to("numpy")
+    mask = _attn_mask(p)
+    if p.scale is not None and mask is None:
+        mask = np.zeros((1, 1, p.n_q, p.n_k), p.query.dtype)  # the operator takes scale only after a mask
+    if mask is not None and p.causal is not None:
+        raise UnsupportedProblem("causal: scaled_dot_product_attention ignores attention_mask where causal is set")
+    feed = [x for x in (p.query, p.key, p.value, mask) if x is not None]
+    parameters = [ops.parameter(list(x.shape), bool if x.dtype == bool else x.dtype.type) for x in feed]
+    more: dict[str, Any] = {"causal": p.causal is not None}
+    if mask is not None:
+        more["attention_mask"] = parameters[3]
+    if p.scale is not None:
+        more["scale"] = ops.constant(np.asarray(p.scale, p.query.dtype))
+    node = ops.scaled_dot_product_attention(*parameters[:3], **more)
+    compiled = openvino.Core().compile_model(openvino.Model([node], parameters), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return np.array(next(iter(compiled([np.ascontiguousarray(x) for x in feed]).values())))

@@ -1,0 +1,109 @@
+"""PyTorch: scaled_dot_product_attention by backend, and flex_attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ... import masks
+from ...errors import UnsupportedProblem
+from ...problem import Problem
+
+__all__ = ["flex", "flex_compiled", "sdpa_flash", "sdpa_math"]
+
+
+def _mask(problem: Problem) -> Any:
+    """Return the attn_mask argument: the boolean mask, or the bias with -inf where the mask is False."""
+    import torch
+
+    p = problem.to("torch")
+    if p.bias is None:
+        return p.allowed
+    # the mask has the query's type, as scaled_dot_product_attention demands
+    bias = p.bias.to(p.query.dtype)
+    return bias if p.allowed is None else torch.where(p.allowed, bias, torch.tensor(-torch.inf, dtype=bias.dtype))
+
+
+def _sdpa(problem: Problem, backend: str) -> Any:
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    p, mask = problem.to("torch"), _mask(problem)
+    if mask is not None and p.causal is not None:
+        raise UnsupportedProblem("causal: scaled_dot_product_attention takes is_causal or attn_mask, not both")
+    with torch.no_grad(), sdpa_kernel(getattr(SDPBackend, backend)):
+        return F.scaled_dot_product_attention(p.query, p.key, p.value, mask, is_causal=p.causal is not None, scale=p.scale,
+                                              enable_gqa=p.heads != p.heads_kv)
+
+
+def sdpa_flash(problem: Problem) -> Any:
+    """Return what the CPU flash backend gives, with the lse of the operator that it dispatches to."""
+    import torch
+
+    out = _sdpa(problem, "FLASH_ATTENTION")
+    p, mask = problem.to("torch"), _mask(problem)
+    group = p.heads // p.heads_kv
+    k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (p.key, p.value))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if mask is not None and mask.dtype == torch.bool:  # as scaled_dot_product_attention converts it
+        mask = torch.zeros(mask.shape, dtype=p.query.dtype).masked_fill(~mask, -torch.inf)
+    if 0 in (p.n_q, p.n_k):
+        wide = torch.float64 if p.query.dtype == torch.float64 else torch.float32
+        return out, torch.full(problem.out_shape[:3], -torch.inf, dtype=wide)
+    _, lse = flash(p.query, k, v, 0.0, p.causal is not None, attn_mask=mask, scale=p.scale)
+    return out, lse
+
+
+def sdpa_math(problem: Problem) -> Any:
+    """Return what the math backend gives."""
+    return _sdpa(problem, "MATH")
+
+
+def _flex(problem: Problem, call: Any) -> Any:
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    p = problem.to("torch")
+    plain = problem.to("numpy")
+    if 0 in (p.n_q, p.n_k):
+        raise UnsupportedProblem("seq: flex_attention refuses an axis of length 0")
+    seen = np.ones((1, 1, p.n_q, p.n_k), bool)
+    if p.causal is not None or p.window is not None or p.cu_seqlens_q is not None:
+        rule = plain.replace(bias=None, allowed=None)
+        seen[...] = False
+        for rows, keys in rule.segments():
+            seen[0, 0, rows, keys] = masks.visible(rule, 0, 0, rows, keys)
+    mask = torch.from_numpy(np.broadcast_to(seen if plain.allowed is None else seen & plain.allowed,
+                                            (p.batch, p.heads, p.n_q, p.n_k)).copy())
+    bias = None if p.bias is None else p.bias.expand(p.batch, p.heads, p.n_q, p.n_k)
+
+    def score_mod(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        if p.softcap is not None:
+            score = torch.tanh(score / p.softcap) * p.softcap
+        return score if bias is None else score + bias[b, h, i, j]
+
+    blocks = create_block_mask(lambda b, h, i, j: mask[b, h, i, j], p.batch, p.heads, p.n_q, p.n_k, device="cpu")
+    with torch.no_grad():
+        return call(p.query, p.key, p.value, score_mod=score_mod, block_mask=blocks, scale=p.scale, enable_gqa=p.heads != p.heads_kv)
+
+
+def flex(problem: Problem) -> Any:
+    """Return what flex_attention gives without compilation."""
+    import warnings
+
+    from torch.nn.attention.flex_attention import flex_attention
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that it is not compiled
+        return _flex(problem, flex_attention)
+
+
+def flex_compiled(problem: Problem) -> Any:
+    """Return what torch.compile(flex_attention) gives; it compiles anew for each shape."""
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.reset()
+    return _flex(problem, torch.compile(flex_attention, dynamic=False))

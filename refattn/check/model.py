@@ -1,0 +1,110 @@
+"""How a kernel rounds, and what it says it can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..arrays import dtype_name
+from ..dtypes import FORMATS, format_of
+from ..errors import InvalidInput
+from ..problem import Problem
+
+__all__ = ["FEATURES", "Capabilities", "Model", "flash", "materialised"]
+
+FEATURES = frozenset({
+    "causal_bottom_right", "causal_top_left", "window", "softcap", "sink", "bias", "allowed", "variable_lengths",
+    "grouped_heads", "d_v_differs", "lengths_differ", "scale", "no_rows_or_keys",
+})
+"""What a call may ask of a kernel beyond plain attention."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A rounding model: the types that a kernel computes in. With a Problem it gives an error bound per element.
+
+    Attributes
+    ----------
+    accumulator : str
+        The type of products, sums, exponentials and running values.
+    weights : str
+        The type that the weights P are rounded to before they meet the values.
+    scores : str
+        The type that the scores S are stored in.
+    exp_ulps : float
+        The largest relative error of the exponential, in unit roundoffs of the accumulator.
+    tile : int
+        The fewest keys between two rescales of the running sums.
+    lse : str
+        The type that lse is returned in.
+    subnormals : bool
+        False where the kernel's machine takes subnormal numbers for zero.
+    """
+
+    accumulator: str = "float32"
+    weights: str = "float32"
+    scores: str = "float32"
+    exp_ulps: float = 3.0
+    tile: int = 16
+    lse: str = "float32"
+    subnormals: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("accumulator", "weights", "scores", "lse"):
+            format_of(getattr(self, name))
+        if not (self.exp_ulps > 0 and self.tile >= 1):
+            raise InvalidInput(f"model: got exp_ulps={self.exp_ulps} and tile={self.tile}, expected more than 0 and at least 1")
+
+
+def flash(dtype: str) -> Model:
+    """Return the model of a flash kernel: float32 inside (float64 for float64), P rounded to the input's type."""
+    inside = dtype if FORMATS[dtype].precision >= 24 else "float32"
+    return Model(inside, dtype, inside, lse=inside)
+
+
+def materialised(dtype: str) -> Model:
+    """Return the model of a kernel that stores S and P in the input's type and sums in float32."""
+    inside = dtype if FORMATS[dtype].precision >= 24 else "float32"
+    return Model(inside, dtype, dtype, lse=inside)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a kernel says it can do; a case outside it is reported as unsupported and not run.
+
+    Attributes
+    ----------
+    dtypes : frozenset of str
+        Names of formats.
+    features : frozenset of str
+        Out of ``FEATURES``.
+    d_max : int
+        The largest d_k and d_v.
+    lse : bool
+        Whether it returns the log-sum-exp.
+    """
+
+    dtypes: frozenset[str] = frozenset({"float32"})
+    features: frozenset[str] = field(default=FEATURES)
+    d_max: int = 2**31
+    lse: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtypes", frozenset(self.dtypes))
+        object.__setattr__(self, "features", frozenset(self.features))
+        for name, known in (("dtypes", frozenset(FORMATS)), ("features", FEATURES)):
+            unknown = sorted(getattr(self, name) - known)
+            if unknown:
+                raise InvalidInput(f"capabilities: {name} has {unknown[0]!r}, expected some of {', '.join(sorted(known))}")
+
+    def missing(self, problem: Problem) -> list[str]:
+        """Return what a call needs and the kernel does not have."""
+        lacks = sorted(problem.features() - self.features)
+        if dtype_name(problem.query) not in self.dtypes:
+            lacks.append(dtype_name(problem.query))
+        if max(problem.d_k, problem.d_v) > self.d_max:
+            lacks.append(f"dim {max(problem.d_k, problem.d_v)}")
+        return lacks
+
+
+ModelFor = Callable[[str], Model]

@@ -1,0 +1,227 @@
+"""Run the checks of a kernel."""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..dtypes import FORMATS
+from ..errors import InvalidInput, KernelError, UnsupportedProblem
+from ..exact.evaluate import Answer, evaluate
+from ..problem import Problem
+from ..variants import variant_of
+from .bounds import bounds, correctly_rounded_share
+from .call import Kernel, Result, call_kernel
+from .compare import Worst, compare
+from .families import Case, cases
+from .laws import LAWS, Law, law_problem
+from .model import Capabilities, Model, ModelFor, flash
+from .report import Check, Report
+
+__all__ = ["Item", "check_kernel", "check_problem", "plan"]
+
+Share = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One check to run: its name, its format, and the call that runs it."""
+
+    name: str
+    dtype: str
+    run: Callable[[], Check]
+
+
+@lru_cache(maxsize=1024)
+def _exact_case(variant: str, name: str, dtype: str) -> Answer:
+    case = next(c for c in cases(variant) if c.name == name)
+    return _exact(case.problem(dtype))
+
+
+def _exact(problem: Problem) -> Answer:
+    return replace(evaluate(problem), balls={})  # the balls themselves are not needed again
+
+
+def check_kernel(
+    kernel: Kernel,
+    variant: str = "softmax",
+    *,
+    model: Model | ModelFor | None = None,
+    capabilities: Capabilities | None = None,
+    dtypes: Sequence[str] | None = None,
+    only: str | None = None,
+    name: str | None = None,
+    version: str = "",
+    progress: Callable[[Item], None] | None = None,
+) -> Report:
+    """Check a kernel against the exact answer, on every input family and law of an operator.
+
+    Parameters
+    ----------
+    kernel : callable
+        ``kernel(problem) -> out`` or ``(out, lse)``; the problem's arrays are NumPy arrays, and
+        ``problem.to("torch")`` gives the same call in another library.
+    variant : str
+        The operator that the kernel computes.
+    model : Model, or a function from a format's name to one
+        How the kernel rounds; by default a flash kernel's model. There is no tolerance to set.
+    capabilities : Capabilities
+        What the kernel can do; by default the kernel's attribute ``capabilities``, or float32 with every feature.
+    dtypes : sequence of str
+        Formats to check, by default all that the capabilities name.
+    only : str
+        Run only the checks whose name is this, or matches it as a shell pattern.
+    name, version : str
+        What to call the kernel in the report.
+    progress : callable
+        Called with each Item before it runs.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    InvalidInput
+        An unknown variant or format, or `only` matches nothing.
+    """
+    share: dict[str, list[float]] = {}
+    items = plan(kernel, variant, model=model, capabilities=capabilities, dtypes=dtypes, only=only,
+                 share=lambda dtype, x: share.setdefault(dtype, []).append(x))
+    done = []
+    for item in items:
+        if progress is not None:
+            progress(item)
+        done.append(item.run())
+    chosen = _model_for(kernel, model)
+    models = {d: asdict(chosen(d)) for d in sorted({i.dtype for i in items})}
+    rounded = {d: float(np.mean(x)) for d, x in sorted(share.items())}
+    label = name or getattr(kernel, "__name__", type(kernel).__name__)
+    return Report(label, variant, tuple(done), version, models, rounded)
+
+
+def plan(
+    kernel: Kernel,
+    variant: str = "softmax",
+    *,
+    model: Model | ModelFor | None = None,
+    capabilities: Capabilities | None = None,
+    dtypes: Sequence[str] | None = None,
+    only: str | None = None,
+    share: Share | None = None,
+) -> list[Item]:
+    """Return the checks of a kernel without running them; the arguments are those of :func:`check_kernel`."""
+    v = variant_of(variant)
+    able = capabilities or getattr(kernel, "capabilities", None) or Capabilities()
+    chosen = _model_for(kernel, model)
+    unknown = [d for d in dtypes or () if d not in FORMATS]
+    if unknown:
+        raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
+    wanted = tuple(dtypes or [d for d in FORMATS if d in able.dtypes])
+    items = []
+    for dtype in wanted:
+        for case in cases(variant):
+            if not case.dtypes or dtype in case.dtypes:
+                items.append(Item(f"{case.name}[{dtype}]", dtype, _case_run(kernel, able, chosen(dtype), case, dtype, share)))
+        for law in (LAWS[n] for n in v.laws):
+            items.append(Item(f"law/{law.name}[{dtype}]", dtype, _law_run(kernel, able, chosen(dtype), law, dtype, variant)))
+    if only is not None:
+        items = [i for i in items if i.name == only or fnmatch.fnmatchcase(i.name, only.replace("[", "[[]"))]
+        if not items:
+            raise InvalidInput(f"only: no check of {variant} is named {only!r}; refattn list --checks {variant} shows the names")
+    return items
+
+
+def check_problem(kernel: Kernel, problem: Problem, label: str, *, model: Model | ModelFor | None = None, name: str | None = None) -> Report:
+    """Check a kernel on one problem of the caller's own.
+
+    Parameters
+    ----------
+    kernel : callable
+        As in :func:`check_kernel`.
+    problem : Problem
+        The call.
+    label : str
+        What to call the check.
+    model, name
+        As in :func:`check_kernel`.
+    """
+    chosen = _model_for(kernel, model)(problem.dtype)
+    plain = problem.to("numpy")
+    check = _guard(f"{label}[{problem.dtype}]", lambda: _judge(kernel, plain, _exact(plain), chosen, False, None))
+    name = name or getattr(kernel, "__name__", type(kernel).__name__)
+    return Report(name, problem.variant, (check,), models={problem.dtype: asdict(chosen)})
+
+
+def _model_for(kernel: Kernel, model: Model | ModelFor | None) -> ModelFor:
+    given = model or getattr(kernel, "model", None) or flash
+    return (lambda dtype: given) if isinstance(given, Model) else given
+
+
+def _case_run(kernel: Kernel, able: Capabilities, model: Model, case: Case, dtype: str, share: Share | None) -> Callable[[], Check]:
+    name = f"{case.name}[{dtype}]"
+
+    def run() -> Check:
+        problem = case.problem(dtype)
+        lacks = able.missing(problem)
+        if lacks:
+            return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
+        return _guard(name, lambda: _judge(kernel, problem, _exact_case(case.variant, case.name, dtype), model, able.lse, share))
+
+    return run
+
+
+def _law_run(kernel: Kernel, able: Capabilities, model: Model, law: Law, dtype: str, variant: str) -> Callable[[], Check]:
+    name = f"law/{law.name}[{dtype}]"
+
+    def run() -> Check:
+        problem = law_problem(law, dtype, variant)
+        lacks = able.missing(problem) + (["lse"] if law.needs_lse and not able.lse else [])
+        if lacks:
+            return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
+
+        def limit(p: Problem) -> dict[str, Any]:
+            return bounds(_exact(p), model)
+
+        return _guard(name, lambda: iter([law.test(lambda p: call_kernel(kernel, p), limit, problem)]))
+
+    return run
+
+
+def _judge(kernel: Kernel, problem: Problem, answer: Answer, model: Model, lse: bool, share: Share | None) -> Iterator[Worst]:
+    """Yield the worst element of each array."""
+    result: Result = call_kernel(kernel, problem)
+    limit = bounds(answer, model)
+    if share is not None and result.out.size:
+        share(problem.dtype, correctly_rounded_share(result.out.astype(np.float64), answer))
+    yield compare("out", result.out, answer, limit["out"], problem.dtype)
+    if result.lse is not None and "lse" in limit:
+        got = result.lse.dtype.name
+        if FORMATS[got].precision < FORMATS[model.lse].precision:
+            raise KernelError(f"lse: got dtype {got}, expected {model.lse} as its model says")
+        yield compare("lse", result.lse, answer, limit["lse"], got)
+    elif lse:
+        raise KernelError("the kernel returned no lse, but its capabilities name it; return (out, lse)")
+
+
+def _guard(name: str, judge: Callable[[], Iterator[Worst]]) -> Check:
+    start = time.perf_counter()
+    found: list[Worst] = []
+    try:
+        for worst in judge():
+            found.append(worst)
+    except UnsupportedProblem as e:
+        return Check(name, "unsupported", message=str(e), seconds=time.perf_counter() - start)
+    except KernelError as e:
+        worst_seen = max(found, key=lambda w: w.ratio, default=None)
+        return Check(name, "failed", worst_seen, str(e), time.perf_counter() - start)
+    top = max(found, key=lambda w: (not w.passed, w.ratio))
+    failed = [w for w in found if not w.passed]
+    message = "; ".join(text for w in failed for text in w.symptoms)
+    return Check(name, "failed" if failed else "passed", top, message, time.perf_counter() - start)

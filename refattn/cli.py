@@ -1,0 +1,279 @@
+"""The command line: refattn check, list, show, doctor, bench."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import __version__
+from .check.families import FAMILIES, cases
+from .check.kernels import KERNELS, Entry, find, found
+from .check.laws import LAWS
+from .check.report import Check, Report, junit, machine, summary, versions
+from .check.runner import Item, check_kernel, check_problem, plan
+from .dtypes import FORMATS
+from .errors import InvalidInput, InvalidProblem, UnsupportedProblem
+from .files import load_problem, write_text
+from .variants import VARIANTS, variant_of
+
+__all__ = ["main"]
+
+
+def _console(stderr: bool = False) -> Console:
+    # a pipe or a log has no width of its own: give tables room there
+    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else max(120, shutil.get_terminal_size().columns)
+    return Console(stderr=stderr, width=wide, highlight=False)
+
+
+class _Group(click.Group):
+    """Turn the package's own errors into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (InvalidInput, InvalidProblem, UnsupportedProblem) as e:
+            click.echo(f"error: {e}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="refattn")
+def main() -> None:
+    """Check attention kernels against the exact answer."""
+
+
+@main.command()
+@click.argument("kernels", nargs=-1)
+@click.option("--variant", default="softmax", show_default=True, help="The operator that the kernel computes.")
+@click.option("--dtype", "dtypes", multiple=True, help="A format to check; may be repeated. Default: all that the kernel has.")
+@click.option("--only", help="Run only the checks of this name (a shell pattern).")
+@click.option("--problem", "problem_file", help="Check on one problem, from a file of refattn.save_problem.")
+@click.option("--json", "json_file", help="Also write the reports to this file as JSON.")
+@click.option("--junit", "junit_file", help="Also write the reports to this file as JUnit XML.")
+def check(kernels: tuple[str, ...], variant: str, dtypes: tuple[str, ...], only: str | None, problem_file: str | None,
+          json_file: str | None, junit_file: str | None) -> None:
+    """Judge KERNELS (all that are found here, if none is named) against the exact answer.
+
+    A kernel is a name from `refattn list --kernels`, package.module:function, or path/file.py:function.
+    Exit code: 0 all passed, 1 a check failed, 2 bad input or nothing ran.
+    """
+    variant_of(variant)
+    for target in (json_file, junit_file):
+        if target is not None and not Path(target).resolve().parent.is_dir():
+            raise InvalidInput(f"{target}: its folder does not exist; make it first")
+    problem = None if problem_file is None else load_problem(problem_file)
+    entries = [e for name in kernels for e in find(name)] if kernels else found()
+    if variant != "softmax" and not kernels:
+        raise InvalidInput(f"kernel: no kernel here computes {variant}; name yours as package.module:function or path/file.py:function")
+    named = [e for e in entries if e.name in KERNELS]
+    if variant != "softmax" and named:
+        raise InvalidInput(f"kernel: {named[0].name} computes softmax, not {variant}")
+    unknown = [d for d in dtypes if d not in FORMATS]
+    if unknown:
+        raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
+    console = _console()
+    reports: list[Report] = []
+    try:
+        if problem is not None:
+            reports = [check_problem(e.load(), problem, f"file/{Path(str(problem_file)).stem}", model=e.model, name=e.name) for e in entries]
+        else:
+            _run(entries, variant, dtypes, only, reports)
+    except KeyboardInterrupt:
+        click.echo("interrupted: what follows covers the kernels that were done", err=True)
+    if json_file is not None:
+        write_text(json_file, summary(reports))
+    if junit_file is not None:
+        write_text(junit_file, junit(reports))
+    _failures(console, reports)
+    console.print(_table(reports))
+    _outside(console, reports, kernels)
+    if any(r.count("failed") for r in reports):
+        sys.exit(1)
+    if not any(r.count("passed") for r in reports):
+        click.echo("error: nothing ran: no check is within the kernel's capabilities", err=True)
+        sys.exit(2)
+
+
+def _run(entries: list[Entry], variant: str, dtypes: tuple[str, ...], only: str | None, reports: list[Report]) -> None:
+    chosen = [(e, tuple(d for d in FORMATS if d in (dtypes or e.capabilities.dtypes))) for e in entries]
+    total = sum(len(plan(e.load, variant, capabilities=e.capabilities, dtypes=d, only=only)) for e, d in chosen)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
+        task = progress.add_task("checks", total=total)
+        for entry, wanted in chosen:
+
+            def step(item: Item, name: str = entry.name) -> None:
+                progress.update(task, advance=1, description=f"{name} {item.name}")
+
+            reports.append(check_kernel(entry.load(), variant, model=entry.model, capabilities=entry.capabilities, dtypes=wanted,
+                                        only=only, name=entry.name, version=entry.version, progress=step))
+
+
+def _dtype(check: Check) -> str:
+    return check.name[check.name.rindex("[") + 1 : -1]
+
+
+def _table(reports: Iterable[Report]) -> Table:
+    table = Table(title="Attention kernels against the exact answer", title_justify="left",
+                  caption="error/bound: the worst error in units of what the kernel's arithmetic must lose; above 1 is a failure",
+                  caption_justify="left")
+    for name in ("kernel", "package", "format"):
+        table.add_column(name, overflow="fold")
+    for name in ("passed", "failed", "unsupported", "error/bound", "correctly rounded"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for r in reports:
+        for dtype in dict.fromkeys(_dtype(c) for c in r.checks):
+            here = [c for c in r.checks if _dtype(c) == dtype]
+            counts = [sum(c.verdict == v for c in here) for v in ("passed", "failed", "unsupported")]
+            verdict = "[red]failed[/]" if counts[1] else "[green]passed[/]" if counts[0] else "nothing ran"
+            share = r.correctly_rounded.get(dtype)
+            ratio = "inf" if any(c.ratio == float("inf") for c in here) else f"{r.worst(dtype):.2g}" if counts[0] else "-"
+            table.add_row(r.kernel, r.version, dtype, *map(str, counts), ratio, "-" if share is None else f"{100 * share:.1f} %", verdict)
+    return table
+
+
+def _failures(console: Console, reports: list[Report]) -> None:
+    """Print each failure once; formats that fail in the same way are named behind the first."""
+    for r in reports:
+        groups: dict[tuple[str, str], list[Check]] = {}
+        for c in r.failures:
+            plain = re.sub(r"\([^)]*\)|\d[\d.]*", "", c.message)
+            groups.setdefault((c.name.split("[")[0], plain), []).append(c)
+        for (_, _), group in groups.items():
+            console.print(r.describe(group[0]), markup=False, soft_wrap=True)
+            if len(group) > 1:
+                console.print(f"  the same in {', '.join(_dtype(c) for c in group[1:])}", markup=False, soft_wrap=True)
+        if groups:
+            console.print()
+
+
+def _outside(console: Console, reports: list[Report], kernels: tuple[str, ...]) -> None:
+    """Say what did not run, and why."""
+    for r in reports:
+        lacks: dict[str, int] = {}
+        for c in r.checks:
+            if c.verdict == "unsupported":
+                lacks[c.message] = lacks.get(c.message, 0) + 1
+        if lacks:
+            text = "; ".join(f"{n} × {m}" for m, n in sorted(lacks.items(), key=lambda x: -x[1])[:4])
+            console.print(f"{r.kernel}: {r.count('unsupported')} checks not run: {text}{' ...' if len(lacks) > 4 else ''}",
+                          markup=False, soft_wrap=True)
+    if not kernels:
+        missing = sorted({e.package for e in KERNELS.values() if not e.here})
+        if missing:
+            console.print(f"not here: {', '.join(missing)}; refattn doctor tells how to add them", markup=False, soft_wrap=True)
+        for e in KERNELS.values():
+            if e.here and e.named_only:
+                console.print(f"{e.name}: runs only when named, {e.named_only}", markup=False, soft_wrap=True)
+
+
+@main.command(name="list")
+@click.option("--kernels", is_flag=True, help="List the kernels that refattn can call.")
+@click.option("--checks", help="List the checks of an operator.")
+def list_(kernels: bool, checks: str | None) -> None:
+    """List the operators, the kernels or the checks."""
+    console = _console()
+    if checks is not None:
+        for case in cases(variant_of(checks).name):
+            console.print(case.name, markup=False)
+        for law in variant_of(checks).laws:
+            console.print(f"law/{law}", markup=False)
+        return
+    if kernels:
+        table = Table("kernel", "package", "here", "formats", "features")
+        for e in KERNELS.values():
+            table.add_row(e.name, e.package or "refattn", "yes" if e.here else "no", ", ".join(sorted(e.capabilities.dtypes)),
+                          ", ".join(sorted(e.capabilities.features)))
+    else:
+        table = Table("operator", "options of Problem", "own options", "checks", "source")
+        for v in VARIANTS.values():
+            table.add_row(v.name, ", ".join(sorted(v.uses)), ", ".join(v.options) or "-", str(len(cases(v.name)) + len(v.laws)), v.source)
+    console.print(table)
+
+
+@main.command()
+@click.argument("variant")
+def show(variant: str) -> None:
+    """Show an operator's formula, contract and source."""
+    v = variant_of(variant)
+    console = _console()
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    line(f"{v.name} attention\n\n  {v.formula}\n\nerror unit: {v.unit}")
+    line(f"options of Problem: {', '.join(sorted(v.uses))}; scale None is {'1/sqrt(d_k)' if v.default_scale == 'rsqrt' else '1'}")
+    for name, option in v.options.items():
+        line(f"option {name} (default {option.default!r}): {option.meaning}")
+    line("\ncontract:")
+    for text in v.contract:
+        line(f"  - {text}")
+    line("\nlaws:")
+    for name in v.laws:
+        line(f"  - {name}: {LAWS[name].statement}")
+    line("\ninput families:")
+    for name in v.families:
+        line(f"  - {name}: {FAMILIES[name]}")
+    line(f"\nplanted bugs that its checks must catch: {', '.join(v.bugs)}\n\nsource: {v.source}")
+
+
+EXTRAS = {"torch": ("torch",), "jax": ("jax",), "onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino",), "keras": ("keras",),
+          "fast": ("numba",), "cuda12 or cuda13": ("cupy",), "he": ("tenseal",), "report": ("matplotlib", "jinja2"),
+          "distributed": ("joblib", "distributed")}
+
+
+@main.command()
+def doctor() -> None:
+    """Show versions, devices, and the extras that are missing with the command that adds them."""
+    console = _console()
+    table = Table("what", "found")
+    for name, text in {**machine(), **versions(), "cores": str(os.cpu_count()), "GPU": _gpu()}.items():
+        table.add_row(name, text)
+    console.print(table)
+    missing = {e: m for e, modules in EXTRAS.items() if (m := [x for x in modules if importlib.util.find_spec(x) is None])}
+    for extra, modules in missing.items():
+        console.print(f"missing {', '.join(modules)}: pip install 'refattn[{extra.split()[0]}]'"
+                      + (" (or cuda13, for CUDA 13)" if "cuda" in extra else ""), markup=False, soft_wrap=True)
+    if not missing:
+        console.print("every extra is here")
+    clash = sorted(d.metadata["Name"] for d in metadata.distributions() if (d.metadata["Name"] or "").startswith("cupy-cuda"))
+    if len(clash) > 1:
+        console.print(f"two CuPy wheels clash: {', '.join(clash)}; uninstall all but the one for your CUDA", markup=False)
+
+
+def _gpu() -> str:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return "none (no nvidia-smi)"
+    query = [command, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.strip() or done.stderr.strip() or "none"
+
+
+@main.command()
+@click.argument("name")
+@click.option("--json", "json_file", help="Also write the figures to this file as JSON.")
+def bench(name: str, json_file: str | None) -> None:
+    """Run a benchmark and print a row for each figure."""
+    from .bench import benchmarks, run
+
+    if name not in benchmarks():
+        raise InvalidInput(f"bench: got {name!r}, expected one of {', '.join(benchmarks())}")
+    if json_file is not None and not Path(json_file).resolve().parent.is_dir():
+        raise InvalidInput(f"{json_file}: its folder does not exist; make it first")
+    rows = run(name, _console(), json_file)
+    sys.exit(0 if all(r.holds for r in rows) else 1)

@@ -1,0 +1,100 @@
+"""Problems as files, and files that are never torn."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .arrays import to_numpy
+from .dtypes import FORMATS
+from .errors import InvalidInput
+from .problem import OFFSETS, TENSORS, Problem
+
+__all__ = ["load_problem", "save_problem", "write_text", "write_whole"]
+
+MARK = "refattn problem 1"
+
+
+def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file under a temporary name beside its target, then rename it: a reader never sees half of it.
+
+    Raises
+    ------
+    InvalidInput
+        The folder does not exist or cannot be written, or the disk is full; the target is as it was.
+    """
+    target = Path(path)
+    try:
+        fd, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent or ".")
+    except OSError as e:
+        raise InvalidInput(f"{target}: cannot write there ({e.strerror}); choose another folder") from e
+    try:
+        with os.fdopen(fd, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, target)
+    except OSError as e:
+        os.unlink(name)
+        raise InvalidInput(f"{target}: cannot write it ({e.strerror}); the file is as it was") from e
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole, in UTF-8."""
+    write_whole(path, lambda f: f.write(text.encode()))
+
+
+def save_problem(problem: Problem, path: str | Path) -> None:
+    """Write a Problem to an .npz file; formats that NumPy lacks are kept as bits beside their names."""
+    arrays = {n: to_numpy(x) for n, x in problem.arrays().items()}
+    stored = {n: x if x.dtype.isbuiltin == 1 else x.view(f"u{x.dtype.itemsize}") for n, x in arrays.items()}
+    head = {"mark": MARK, "types": {n: x.dtype.name for n, x in arrays.items()}, "settings": problem.settings()}
+    write_whole(path, lambda f: np.savez(f, refattn=np.array(json.dumps(head)), **stored))
+
+
+def load_problem(path: str | Path) -> Problem:
+    """Read a Problem that :func:`save_problem` wrote.
+
+    Raises
+    ------
+    InvalidInput
+        There is no such file, or it is not one of ours.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            head = json.loads(str(file["refattn"]))
+            if head["mark"] != MARK:
+                raise KeyError("mark")
+            types = head["types"]
+            arrays = {n: _typed(file[n], types[n]) for n in (*TENSORS, *OFFSETS) if n in types}
+    except FileNotFoundError as e:
+        raise InvalidInput(f"{path}: there is no such file") from e
+    except (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as e:
+        raise InvalidInput(f"{path}: is not a problem file of refattn; make one with refattn.save_problem") from e
+    settings: dict[str, Any] = head["settings"]
+    if "window" in settings:
+        settings["window"] = tuple(settings["window"])
+    options = settings.get("options", {})
+    settings["options"] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
+    return Problem(**arrays, **settings)
+
+
+def _typed(x: Any, name: str) -> Any:
+    return x.view(FORMATS[name].dtype) if name in FORMATS and x.dtype.kind == "u" else x
