@@ -1,11 +1,10 @@
 """What the exact answer costs: mpmath, Arb and plain float64 NumPy side by side, one head, Gaussian float32 inputs.
 
-Floor: a forward takes 4 n² d multiply-adds' worth of work in QKᵀ and PV (2 n² d each) and n² exponentials. float64 NumPy does
-them at BLAS speed; Arb at 128 bits spends about 50 ns on a multiply-add and 400 ns on an exponential; mpmath
-about 1 µs on each operation. The distance is read off as a ratio to float64 in the same process.
+Floor: a forward is 2 n² d multiply-adds in QKᵀ and PV and n² exponentials. float64 NumPy does them at BLAS speed; the
+others are read off as ratios to it in the same process.
 
-mpmath's cost is the same for every query row, so from n = 256 on a few rows are timed and the time is scaled by their share;
-those rows' names say so.
+mpmath's cost is the same for every query row, so from n = 256 on a few rows are timed and the time is scaled by their
+share; those figures' names say so.
 """
 
 from __future__ import annotations

@@ -71,8 +71,10 @@ def to_numpy(x: Any, name: str = "array") -> NDArray[Any]:
         return np.asarray(x.get())
     if kind == "jax":
         return np.asarray(x)
-    raise InvalidProblem(f"{name}: got {type(x).__name__}, expected an array of {', '.join(KINDS)}; wrap it first, "
-                         "e.g. numpy.asarray(x, dtype=numpy.float32)")
+    raise InvalidProblem(
+        f"{name}: got {type(x).__name__}, expected an array of {', '.join(KINDS)}; wrap it first, "
+        "e.g. numpy.asarray(x, dtype=numpy.float32)"
+    )
 
 
 def to_kind(x: NDArray[Any], kind: str, device: Any = None) -> Any:

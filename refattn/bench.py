@@ -68,7 +68,13 @@ def run(name: str, console: Console, json_file: str | None) -> list[Row]:
     rows = list(_watched(module.rows(), console))
     table = Table("figure", "value", "unit", "held to", "holds")
     for r in rows:
-        bound = f"at most {r.at_most:g}" if r.at_most is not None else f"at least {r.at_least:g}" if r.at_least is not None else "-"
+        bound = (
+            f"at most {r.at_most:g}"
+            if r.at_most is not None
+            else f"at least {r.at_least:g}"
+            if r.at_least is not None
+            else "-"
+        )
         table.add_row(r.name, f"{r.value:.4g}", r.unit, bound, "yes" if r.holds else "[red]no[/]")
     console.print(table)
     if json_file is not None:

@@ -58,13 +58,22 @@ def main() -> None:
 @main.command()
 @click.argument("kernels", nargs=-1)
 @click.option("--variant", default="softmax", show_default=True, help="The operator that the kernel computes.")
-@click.option("--dtype", "dtypes", multiple=True, help="A format to check; may be repeated. Default: all that the kernel has.")
+@click.option(
+    "--dtype", "dtypes", multiple=True, help="A format to check; may be repeated. Default: all that the kernel has."
+)
 @click.option("--only", help="Run only the checks of this name (a shell pattern).")
 @click.option("--problem", "problem_file", help="Check on one problem, from a file of refattn.save_problem.")
 @click.option("--json", "json_file", help="Also write the reports to this file as JSON.")
 @click.option("--junit", "junit_file", help="Also write the reports to this file as JUnit XML.")
-def check(kernels: tuple[str, ...], variant: str, dtypes: tuple[str, ...], only: str | None, problem_file: str | None,
-          json_file: str | None, junit_file: str | None) -> None:
+def check(
+    kernels: tuple[str, ...],
+    variant: str,
+    dtypes: tuple[str, ...],
+    only: str | None,
+    problem_file: str | None,
+    json_file: str | None,
+    junit_file: str | None,
+) -> None:
     """Judge KERNELS (all that are found here, if none is named) against the exact answer.
 
     A kernel is a name from `refattn list --kernels`, package.module:function, or path/file.py:function.
@@ -77,7 +86,9 @@ def check(kernels: tuple[str, ...], variant: str, dtypes: tuple[str, ...], only:
     problem = None if problem_file is None else load_problem(problem_file)
     entries = [e for name in kernels for e in find(name)] if kernels else found()
     if variant != "softmax" and not kernels:
-        raise InvalidInput(f"kernel: no kernel here computes {variant}; name yours as package.module:function or path/file.py:function")
+        raise InvalidInput(
+            f"kernel: no kernel here computes {variant}; name yours as package.module:function or path/file.py:function"
+        )
     named = [e for e in entries if e.name in KERNELS]
     if variant != "softmax" and named:
         raise InvalidInput(f"kernel: {named[0].name} computes softmax, not {variant}")
@@ -88,7 +99,10 @@ def check(kernels: tuple[str, ...], variant: str, dtypes: tuple[str, ...], only:
     reports: list[Report] = []
     try:
         if problem is not None:
-            reports = [check_problem(e.load(), problem, f"file/{Path(str(problem_file)).stem}", model=e.model, name=e.name) for e in entries]
+            reports = [
+                check_problem(e.load(), problem, f"file/{Path(str(problem_file)).stem}", model=e.model, name=e.name)
+                for e in entries
+            ]
         else:
             _run(entries, variant, dtypes, only, reports)
     except KeyboardInterrupt:
@@ -109,7 +123,7 @@ def check(kernels: tuple[str, ...], variant: str, dtypes: tuple[str, ...], only:
 
 def _run(entries: list[Entry], variant: str, dtypes: tuple[str, ...], only: str | None, reports: list[Report]) -> None:
     chosen = [(e, tuple(d for d in FORMATS if d in (dtypes or e.capabilities.dtypes))) for e in entries]
-    total = sum(len(plan(e.load, variant, capabilities=e.capabilities, dtypes=d, only=only)) for e, d in chosen)
+    total = sum(len(plan(e.load(), variant, capabilities=e.capabilities, dtypes=d, only=only)) for e, d in chosen)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
         task = progress.add_task("checks", total=total)
@@ -118,8 +132,19 @@ def _run(entries: list[Entry], variant: str, dtypes: tuple[str, ...], only: str 
             def step(item: Item, name: str = entry.name) -> None:
                 progress.update(task, advance=1, description=f"{name} {item.name}")
 
-            reports.append(check_kernel(entry.load(), variant, model=entry.model, capabilities=entry.capabilities, dtypes=wanted,
-                                        only=only, name=entry.name, version=entry.version, progress=step))
+            reports.append(
+                check_kernel(
+                    entry.load(),
+                    variant,
+                    model=entry.model,
+                    capabilities=entry.capabilities,
+                    dtypes=wanted,
+                    only=only,
+                    name=entry.name,
+                    version=entry.version,
+                    progress=step,
+                )
+            )
 
 
 def _dtype(check: Check) -> str:
@@ -127,11 +152,14 @@ def _dtype(check: Check) -> str:
 
 
 def _table(reports: Iterable[Report]) -> Table:
-    table = Table(title="Attention kernels against the exact answer", title_justify="left",
-                  caption="error/bound: the worst error in units of what the kernel's arithmetic must lose; above 1 is a failure",
-                  caption_justify="left")
+    table = Table(
+        title="Attention kernels against the exact answer",
+        title_justify="left",
+        caption="error/bound: the worst error in units of what the kernel's arithmetic must lose; above 1 is a failure",
+        caption_justify="left",
+    )
     for name in ("kernel", "package", "format"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, no_wrap=True)
     for name in ("passed", "failed", "unsupported", "error/bound", "correctly rounded"):
         table.add_column(name, justify="right")
     table.add_column("verdict")
@@ -141,8 +169,18 @@ def _table(reports: Iterable[Report]) -> Table:
             counts = [sum(c.verdict == v for c in here) for v in ("passed", "failed", "unsupported")]
             verdict = "[red]failed[/]" if counts[1] else "[green]passed[/]" if counts[0] else "nothing ran"
             share = r.correctly_rounded.get(dtype)
-            ratio = "inf" if any(c.ratio == float("inf") for c in here) else f"{r.worst(dtype):.2g}" if counts[0] else "-"
-            table.add_row(r.kernel, r.version, dtype, *map(str, counts), ratio, "-" if share is None else f"{100 * share:.1f} %", verdict)
+            ratio = (
+                "inf" if any(c.ratio == float("inf") for c in here) else f"{r.worst(dtype):.2g}" if counts[0] else "-"
+            )
+            table.add_row(
+                r.kernel,
+                r.version,
+                dtype,
+                *map(str, counts),
+                ratio,
+                "-" if share is None else f"{100 * share:.1f} %",
+                verdict,
+            )
     return table
 
 
@@ -170,12 +208,17 @@ def _outside(console: Console, reports: list[Report], kernels: tuple[str, ...]) 
                 lacks[c.message] = lacks.get(c.message, 0) + 1
         if lacks:
             text = "; ".join(f"{n} × {m}" for m, n in sorted(lacks.items(), key=lambda x: -x[1])[:4])
-            console.print(f"{r.kernel}: {r.count('unsupported')} checks not run: {text}{' ...' if len(lacks) > 4 else ''}",
-                          markup=False, soft_wrap=True)
+            console.print(
+                f"{r.kernel}: {r.count('unsupported')} checks not run: {text}{' ...' if len(lacks) > 4 else ''}",
+                markup=False,
+                soft_wrap=True,
+            )
     if not kernels:
         missing = sorted({e.package for e in KERNELS.values() if not e.here})
         if missing:
-            console.print(f"not here: {', '.join(missing)}; refattn doctor tells how to add them", markup=False, soft_wrap=True)
+            console.print(
+                f"not here: {', '.join(missing)}; refattn doctor tells how to add them", markup=False, soft_wrap=True
+            )
         for e in KERNELS.values():
             if e.here and e.named_only:
                 console.print(f"{e.name}: runs only when named, {e.named_only}", markup=False, soft_wrap=True)
@@ -196,12 +239,23 @@ def list_(kernels: bool, checks: str | None) -> None:
     if kernels:
         table = Table("kernel", "package", "here", "formats", "features")
         for e in KERNELS.values():
-            table.add_row(e.name, e.package or "refattn", "yes" if e.here else "no", ", ".join(sorted(e.capabilities.dtypes)),
-                          ", ".join(sorted(e.capabilities.features)))
+            table.add_row(
+                e.name,
+                e.package or "refattn",
+                "yes" if e.here else "no",
+                ", ".join(sorted(e.capabilities.dtypes)),
+                ", ".join(sorted(e.capabilities.features)),
+            )
     else:
         table = Table("operator", "options of Problem", "own options", "checks", "source")
         for v in VARIANTS.values():
-            table.add_row(v.name, ", ".join(sorted(v.uses)), ", ".join(v.options) or "-", str(len(cases(v.name)) + len(v.laws)), v.source)
+            table.add_row(
+                v.name,
+                ", ".join(sorted(v.uses)),
+                ", ".join(v.options) or "-",
+                str(len(cases(v.name)) + len(v.laws)),
+                v.source,
+            )
     console.print(table)
 
 
@@ -216,7 +270,8 @@ def show(variant: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
     line(f"{v.name} attention\n\n  {v.formula}\n\nerror unit: {v.unit}")
-    line(f"options of Problem: {', '.join(sorted(v.uses))}; scale None is {'1/sqrt(d_k)' if v.default_scale == 'rsqrt' else '1'}")
+    scale = "1/sqrt(d_k)" if v.default_scale == "rsqrt" else "1"
+    line(f"options of Problem: {', '.join(sorted(v.uses))}; scale None is {scale}")
     for name, option in v.options.items():
         line(f"option {name} (default {option.default!r}): {option.meaning}")
     line("\ncontract:")
@@ -231,9 +286,18 @@ def show(variant: str) -> None:
     line(f"\nplanted bugs that its checks must catch: {', '.join(v.bugs)}\n\nsource: {v.source}")
 
 
-EXTRAS = {"torch": ("torch",), "jax": ("jax",), "onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino",), "keras": ("keras",),
-          "fast": ("numba",), "cuda12 or cuda13": ("cupy",), "he": ("tenseal",), "report": ("matplotlib", "jinja2"),
-          "distributed": ("joblib", "distributed")}
+EXTRAS = {
+    "torch": ("torch",),
+    "jax": ("jax",),
+    "onnxruntime": ("onnxruntime", "onnx"),
+    "openvino": ("openvino",),
+    "keras": ("keras",),
+    "fast": ("numba",),
+    "cuda12 or cuda13": ("cupy",),
+    "he": ("tenseal",),
+    "report": ("matplotlib", "jinja2"),
+    "distributed": ("joblib", "distributed"),
+}
 
 
 @main.command()
@@ -244,15 +308,25 @@ def doctor() -> None:
     for name, text in {**machine(), **versions(), "cores": str(os.cpu_count()), "GPU": _gpu()}.items():
         table.add_row(name, text)
     console.print(table)
-    missing = {e: m for e, modules in EXTRAS.items() if (m := [x for x in modules if importlib.util.find_spec(x) is None])}
+    missing = {
+        e: m for e, modules in EXTRAS.items() if (m := [x for x in modules if importlib.util.find_spec(x) is None])
+    }
     for extra, modules in missing.items():
-        console.print(f"missing {', '.join(modules)}: pip install 'refattn[{extra.split()[0]}]'"
-                      + (" (or cuda13, for CUDA 13)" if "cuda" in extra else ""), markup=False, soft_wrap=True)
+        console.print(
+            f"missing {', '.join(modules)}: pip install 'refattn[{extra.split()[0]}]'"
+            + (" (or cuda13, for CUDA 13)" if "cuda" in extra else ""),
+            markup=False,
+            soft_wrap=True,
+        )
     if not missing:
         console.print("every extra is here")
-    clash = sorted(d.metadata["Name"] for d in metadata.distributions() if (d.metadata["Name"] or "").startswith("cupy-cuda"))
+    clash = sorted(
+        d.metadata["Name"] for d in metadata.distributions() if (d.metadata["Name"] or "").startswith("cupy-cuda")
+    )
     if len(clash) > 1:
-        console.print(f"two CuPy wheels clash: {', '.join(clash)}; uninstall all but the one for your CUDA", markup=False)
+        console.print(
+            f"two CuPy wheels clash: {', '.join(clash)}; uninstall all but the one for your CUDA", markup=False
+        )
 
 
 def _gpu() -> str:

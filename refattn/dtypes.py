@@ -8,6 +8,7 @@ what rounds past the largest number becomes NaN).
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -204,10 +205,8 @@ def format_of(dtype: Any) -> Format:
     name = getattr(dtype, "name", None) or str(dtype)
     name = name.rsplit(".", 1)[-1]
     if name not in FORMATS:
-        try:
+        with contextlib.suppress(TypeError):
             name = np.dtype(dtype).name
-        except TypeError:
-            pass
     if name not in FORMATS:
         raise InvalidInput(f"dtype: got {name!r}, expected one of {', '.join(FORMATS)}; cast the arrays first")
     return FORMATS[name]

@@ -66,7 +66,8 @@ def save_problem(problem: Problem, path: str | Path) -> None:
     arrays = {n: to_numpy(x) for n, x in problem.arrays().items()}
     stored = {n: x if x.dtype.isbuiltin == 1 else x.view(f"u{x.dtype.itemsize}") for n, x in arrays.items()}
     head = {"mark": MARK, "types": {n: x.dtype.name for n, x in arrays.items()}, "settings": problem.settings()}
-    write_whole(path, lambda f: np.savez(f, refattn=np.array(json.dumps(head)), **stored))
+    parts: dict[str, Any] = {"refattn": np.array(json.dumps(head)), **stored}
+    write_whole(path, lambda f: np.savez(f, **parts))
 
 
 def load_problem(path: str | Path) -> Problem:

@@ -32,9 +32,7 @@ def causal(n_q: int, n_k: int, alignment: str = "bottom_right") -> Mask:
     return _offsets(n_q, n_k, alignment) <= 0
 
 
-def sliding_window(
-    n_q: int, n_k: int, left: int | None, right: int | None, alignment: str = "bottom_right"
-) -> Mask:
+def sliding_window(n_q: int, n_k: int, left: int | None, right: int | None, alignment: str = "bottom_right") -> Mask:
     """Return the window mask: True where -left <= j - i' <= right, i' the query's place on the diagonal.
 
     Parameters
@@ -61,7 +59,8 @@ def sliding_window(
 
 def document(ids_q: Sequence[int] | NDArray[np.integer], ids_k: Sequence[int] | NDArray[np.integer]) -> Mask:
     """Return the document mask: True where query and key carry the same document number, (n_q, n_k) bool."""
-    return np.asarray(ids_q)[:, None] == np.asarray(ids_k)[None, :]
+    same: Mask = np.equal.outer(np.asarray(ids_q), np.asarray(ids_k))
+    return same
 
 
 def padding(lengths: Sequence[int] | NDArray[np.integer], n_k: int) -> Mask:

@@ -170,7 +170,7 @@ class Problem:
         """Return the same call with every array of another kind (``"numpy"``, ``"torch"``, ``"jax"``, ``"cupy"``)."""
         if kind == self.kind and device is None:
             return self
-        changed = {n: x if x is None else to_kind(to_numpy(x), kind, device) for n, x in self._arrays()}
+        changed: dict[str, Any] = {n: x if x is None else to_kind(to_numpy(x), kind, device) for n, x in self._arrays()}
         return replace(self, **changed)
 
     def replace(self, **changes: Any) -> Problem:
@@ -204,41 +204,63 @@ class Problem:
             x = getattr(self, name)
             _expect_array(name, x)
             if len(x.shape) != 4:
-                raise InvalidProblem(f"{name}: got {len(x.shape)} axes {tuple(x.shape)}, expected 4 (batch, heads, seq, dim); "
-                                     "add or split axes")
+                raise InvalidProblem(
+                    f"{name}: got {len(x.shape)} axes {tuple(x.shape)}, expected 4 (batch, heads, seq, dim); "
+                    "add or split axes"
+                )
             if dtype_name(x) not in FORMATS:
-                raise InvalidProblem(f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; cast it")
+                raise InvalidProblem(
+                    f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; cast it"
+                )
         q, k, v = self.query, self.key, self.value
         for name, x in (("key", k), ("value", v)):
             if kind_of(x) != kind_of(q):
-                raise InvalidProblem(f"{name}: is of {kind_of(x)} and query of {kind_of(q)}; pass arrays of one library")
+                raise InvalidProblem(
+                    f"{name}: is of {kind_of(x)} and query of {kind_of(q)}; pass arrays of one library"
+                )
             if dtype_name(x) != dtype_name(q):
-                raise InvalidProblem(f"{name}: got dtype {dtype_name(x)}, expected query's {dtype_name(q)}; cast one of them")
+                raise InvalidProblem(
+                    f"{name}: got dtype {dtype_name(x)}, expected query's {dtype_name(q)}; cast one of them"
+                )
             if x.shape[0] != q.shape[0]:
-                raise InvalidProblem(f"{name}: axis batch is {x.shape[0]}, expected query's {q.shape[0]}; repeat or slice it")
+                raise InvalidProblem(
+                    f"{name}: axis batch is {x.shape[0]}, expected query's {q.shape[0]}; repeat or slice it"
+                )
         for axis, i in (("heads", 1), ("seq", 2)):
             if v.shape[i] != k.shape[i]:
-                raise InvalidProblem(f"value: axis {axis} is {v.shape[i]}, expected key's {k.shape[i]}; "
-                                     "every key needs its value")
+                raise InvalidProblem(
+                    f"value: axis {axis} is {v.shape[i]}, expected key's {k.shape[i]}; every key needs its value"
+                )
         if k.shape[3] != q.shape[3]:
             raise InvalidProblem(f"key: axis dim is {k.shape[3]}, expected query's {q.shape[3]}; project one of them")
-        for name, x, i, axis in (("query", q, 1, "heads"), ("key", k, 1, "heads"), ("query", q, 3, "dim"), ("value", v, 3, "dim")):
+        for name, x, i, axis in (
+            ("query", q, 1, "heads"),
+            ("key", k, 1, "heads"),
+            ("query", q, 3, "dim"),
+            ("value", v, 3, "dim"),
+        ):
             if x.shape[i] < 1:
                 raise InvalidProblem(f"{name}: axis {axis} is 0 and must be at least 1")
         if q.shape[1] % k.shape[1]:
-            raise InvalidProblem(f"key: axis heads is {k.shape[1]} and must divide query's {q.shape[1]} "
-                                 "(grouped-query attention); repeat or slice the key heads")
+            raise InvalidProblem(
+                f"key: axis heads is {k.shape[1]} and must divide query's {q.shape[1]} "
+                "(grouped-query attention); repeat or slice the key heads"
+            )
 
     def _check_options(self) -> None:
         if isinstance(self.causal, bool) or (self.causal is not None and self.causal not in ALIGNMENTS):
-            raise InvalidProblem(f"causal: got {self.causal!r}, expected None, 'bottom_right' or 'top_left'; "
-                                 "name the corner that the diagonal meets")
+            raise InvalidProblem(
+                f"causal: got {self.causal!r}, expected None, 'bottom_right' or 'top_left'; "
+                "name the corner that the diagonal meets"
+            )
         if self.window is not None:
             ok = isinstance(self.window, tuple | list) and len(self.window) == 2
             if not ok or any(not _is_int(w) and w is not None for w in self.window):
                 raise InvalidProblem(f"window: got {self.window!r}, expected (left, right) of integers or None")
             if any(w is not None and w < 0 for w in self.window):
-                raise InvalidProblem(f"window: got {tuple(self.window)}, expected sides of at least 0; None lifts a limit")
+                raise InvalidProblem(
+                    f"window: got {tuple(self.window)}, expected sides of at least 0; None lifts a limit"
+                )
             object.__setattr__(self, "window", tuple(None if w is None else int(w) for w in self.window))
         for name, positive in (("scale", False), ("softcap", True)):
             x = getattr(self, name)
@@ -263,14 +285,20 @@ class Problem:
             if name == "allowed" and dtype_name(x) != "bool":
                 raise InvalidProblem(f"allowed: got dtype {dtype_name(x)}, expected bool; numbers to add go into bias")
             if name != "allowed" and dtype_name(x) not in FORMATS:
-                raise InvalidProblem(f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; "
-                                     "a boolean mask goes into allowed")
+                raise InvalidProblem(
+                    f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; "
+                    "a boolean mask goes into allowed"
+                )
             if name == "sink":
                 if tuple(x.shape) != (self.heads,):
-                    raise InvalidProblem(f"sink: got shape {tuple(x.shape)}, expected ({self.heads},), a logit for each head")
+                    raise InvalidProblem(
+                        f"sink: got shape {tuple(x.shape)}, expected ({self.heads},), a logit for each head"
+                    )
             elif len(x.shape) != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True)):
-                raise InvalidProblem(f"{name}: got shape {tuple(x.shape)}, expected {full} or 1 in place of an axis; "
-                                     "add axes of length 1")
+                raise InvalidProblem(
+                    f"{name}: got shape {tuple(x.shape)}, expected {full} or 1 in place of an axis; "
+                    "add axes of length 1"
+                )
 
     def _check_lengths(self) -> None:
         q, k = self.cu_seqlens_q, self.cu_seqlens_k
@@ -279,14 +307,20 @@ class Problem:
         if q is None or k is None:
             raise InvalidProblem("cu_seqlens_q and cu_seqlens_k: got only one, expected both or none")
         if self.batch != 1:
-            raise InvalidProblem(f"query: axis batch is {self.batch}, expected 1 with cu_seqlens; pack along the seq axis")
+            raise InvalidProblem(
+                f"query: axis batch is {self.batch}, expected 1 with cu_seqlens; pack along the seq axis"
+            )
         ends = {"cu_seqlens_q": self.n_q, "cu_seqlens_k": self.n_k}
         for name, end in ends.items():
             x = to_numpy(getattr(self, name), name)
             if x.ndim != 1 or x.size < 2 or x.dtype.kind not in "iu":
-                raise InvalidProblem(f"{name}: got {x.dtype.name} of shape {x.shape}, expected at least 2 integers on one axis")
+                raise InvalidProblem(
+                    f"{name}: got {x.dtype.name} of shape {x.shape}, expected at least 2 integers on one axis"
+                )
             if x[0] != 0 or x[-1] != end or (np.diff(x.astype(np.int64)) < 0).any():
-                raise InvalidProblem(f"{name}: got {x.tolist()}, expected offsets that start at 0, never fall and end at {end}")
+                raise InvalidProblem(
+                    f"{name}: got {x.tolist()}, expected offsets that start at 0, never fall and end at {end}"
+                )
         if len(q) != len(k):
             raise InvalidProblem(f"cu_seqlens_k: has {len(k)} offsets, expected cu_seqlens_q's {len(q)}")
 

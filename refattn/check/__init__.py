@@ -9,6 +9,20 @@ from .report import Check, Report
 from .runner import check_kernel, check_problem
 
 __all__ = [
-    "FAMILIES", "FEATURES", "LAWS", "Capabilities", "Check", "Law", "Model", "Report", "Worst", "call_kernel", "cases", "check_kernel",
-    "check_problem", "compare", "flash", "materialised",
+    "FAMILIES",
+    "FEATURES",
+    "LAWS",
+    "Capabilities",
+    "Check",
+    "Law",
+    "Model",
+    "Report",
+    "Worst",
+    "call_kernel",
+    "cases",
+    "check_kernel",
+    "check_problem",
+    "compare",
+    "flash",
+    "materialised",
 ]

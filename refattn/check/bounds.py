@@ -1,4 +1,4 @@
-r"""What a kernel's arithmetic must lose: a bound on the error of every element, from the problem and the rounding model.
+r"""What a kernel's arithmetic must lose: an error bound for every element, from the problem and the rounding model.
 
 With scores s, weights w (up to the row's factor), denominator z and exact output o, one rounding error each:
 

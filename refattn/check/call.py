@@ -59,8 +59,14 @@ def call_kernel(kernel: Kernel, problem: Problem) -> Result:
             raise KernelError(f"the kernel changed its input {name}; it must leave its inputs as they are")
     parts = result if isinstance(result, tuple | list) else (result,)
     if len(parts) not in (1, 2) or any(kind_of(x) is None for x in parts if x is not None) or parts[0] is None:
-        got = f"{len(parts)} parts of " + ", ".join(type(x).__name__ for x in parts) if parts is result else type(result).__name__
-        raise KernelError(f"the kernel returned {got}; expected out or (out, lse), arrays of NumPy, PyTorch, CuPy or JAX")
+        got = (
+            f"{len(parts)} parts of " + ", ".join(type(x).__name__ for x in parts)
+            if parts is result
+            else type(result).__name__
+        )
+        raise KernelError(
+            f"the kernel returned {got}; expected out or (out, lse), arrays of NumPy, PyTorch, CuPy or JAX"
+        )
     out, lse = parts[0], parts[1] if len(parts) == 2 else None
     _expect("out", out, problem.out_shape)
     if dtype_name(out) != problem.dtype:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import FORMATS, format_of
+from ..dtypes import format_of
 from ..exact.evaluate import Answer
 from ..masks import visible
 
@@ -117,12 +117,25 @@ def compare(name: str, got: NDArray[Any], answer: Answer, bound: Float, dtype: s
     if not ratio.size:
         return Worst(name, 0.0, (), 0.0, 0.0, 0.0, 0, 0)
     empty = empty_rows(answer)
-    symptoms = _symptoms(name, x, exact, failing, empty if name == "lse" else np.broadcast_to(empty[..., None], x.shape), answer)
-    return Worst(name, float(ratio[place]), place, float(x[place]), float(exact[place]), float(bound[place]),
-                 int(failing.sum()), int(ratio.size), symptoms)
+    symptoms = _symptoms(
+        name, x, exact, failing, empty if name == "lse" else np.broadcast_to(empty[..., None], x.shape), answer
+    )
+    return Worst(
+        name,
+        float(ratio[place]),
+        place,
+        float(x[place]),
+        float(exact[place]),
+        float(bound[place]),
+        int(failing.sum()),
+        int(ratio.size),
+        symptoms,
+    )
 
 
-def _symptoms(name: str, x: Float, exact: Float, failing: NDArray[np.bool_], empty: NDArray[np.bool_], answer: Answer) -> tuple[str, ...]:
+def _symptoms(
+    name: str, x: Float, exact: Float, failing: NDArray[np.bool_], empty: NDArray[np.bool_], answer: Answer
+) -> tuple[str, ...]:
     """Name what failing elements show."""
     found: list[str] = []
 

@@ -125,8 +125,18 @@ def cases(variant: str) -> list[Case]:
             if needs <= v.uses:
                 found.append(Case(family, label, variant, build, dtypes))
     if variant == "linear":
-        found += [Case("gaussian", f"feature-{f}", variant, _with(feature=f, normalize=f != "identity")) for f in ("identity", "relu", "exp")]
-        found.append(Case("gaussian", "decay", variant, _with(causal="bottom_right", feature="identity", normalize=False, decay=(0.03, 0.4))))
+        found += [
+            Case("gaussian", f"feature-{f}", variant, _with(feature=f, normalize=f != "identity"))
+            for f in ("identity", "relu", "exp")
+        ]
+        found.append(
+            Case(
+                "gaussian",
+                "decay",
+                variant,
+                _with(causal="bottom_right", feature="identity", normalize=False, decay=(0.03, 0.4)),
+            )
+        )
     if variant == "power":
         found += [Case("gaussian", f"form-{f}", variant, _with(form=f, p=p)) for f, p in (("stable", 6), ("mean", 2))]
     if variant == "sigmoid":
@@ -148,8 +158,17 @@ def _entry(build: Build, *needs: str, dtypes: tuple[str, ...] = ()) -> Entry:
 
 
 def _everything(d: Draw) -> Problem:
-    return d.problem(b=2, h=6, h_kv=2, d_v=24, causal="bottom_right", softcap=5.0, bias=d.normal(1, 6, 37, 67), sink=d.normal(6),
-                     allowed=d.mask(2, 1, 1, 67))
+    return d.problem(
+        b=2,
+        h=6,
+        h_kv=2,
+        d_v=24,
+        causal="bottom_right",
+        softcap=5.0,
+        bias=d.normal(1, 6, 37, 67),
+        sink=d.normal(6),
+        allowed=d.mask(2, 1, 1, 67),
+    )
 
 
 def _empty_rows(d: Draw) -> Problem:
@@ -168,7 +187,11 @@ def _empty_rows_bias(d: Draw) -> Problem:
 
 def _needle(d: Draw, own: bool) -> Problem:
     q = d.normal(1, 2, 67, 32)
-    k = 3 * q if own else 3 * np.repeat(q[..., -1:, :], 67, axis=2) * (np.arange(67) == 66)[:, None] + d.normal(1, 2, 67, 32) / 4
+    k = (
+        3 * q
+        if own
+        else 3 * np.repeat(q[..., -1:, :], 67, axis=2) * (np.arange(67) == 66)[:, None] + d.normal(1, 2, 67, 32) / 4
+    )
     return d.problem(q=q, k=k, causal="bottom_right")
 
 
@@ -207,7 +230,7 @@ def _integers(d: Draw, **more: Any) -> Problem:
 
 
 def _huge_values(d: Draw) -> Problem:
-    top = 2.0 ** d.form.emax * 1.75
+    top = 2.0**d.form.emax * 1.75
     signs = np.where(np.arange(32) % 2, 1.0, -1.0)
     return d.problem(q=d.normal(1, 2, 37, 32) / 64, v=np.broadcast_to(signs * top, (1, 2, 67, 32)))
 
@@ -242,8 +265,13 @@ def _poison_causal(d: Draw) -> Problem:
 
 
 def _packed(d: Draw) -> Problem:
-    return d.problem(60, 70, causal="bottom_right", cu_seqlens_q=np.array([0, 17, 17, 40, 60], np.int32),
-                     cu_seqlens_k=np.array([0, 17, 20, 50, 70], np.int32))
+    return d.problem(
+        60,
+        70,
+        causal="bottom_right",
+        cu_seqlens_q=np.array([0, 17, 17, 40, 60], np.int32),
+        cu_seqlens_k=np.array([0, 17, 20, 50, 70], np.int32),
+    )
 
 
 BUILDERS: dict[str, dict[str, Entry]] = {

@@ -44,8 +44,17 @@ def _agree(x: Float, y: Float, allowed: Float | float, text: str) -> Worst:
     place = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape))
     failures = int((ratio > 1).sum())
     at = np.broadcast_to(np.asarray(allowed, np.float64), x.shape)[place]
-    return Worst("out", float(ratio[place]), place, float(x[place]), float(y[place]), float(at), failures, int(ratio.size),
-                 (f"{text} ({failures} of {ratio.size})",) if failures else ())
+    return Worst(
+        "out",
+        float(ratio[place]),
+        place,
+        float(x[place]),
+        float(y[place]),
+        float(at),
+        failures,
+        int(ratio.size),
+        (f"{text} ({failures} of {ratio.size})",) if failures else (),
+    )
 
 
 def _out(result: Result) -> Float:
@@ -59,14 +68,18 @@ def _determinism(call: Call, bound: Bound, p: Problem) -> Worst:
 def _key_permutation(call: Call, bound: Bound, p: Problem) -> Worst:
     order = np.random.default_rng(0).permutation(p.n_k)
     moved = p.replace(key=p.key[:, :, order], value=p.value[:, :, order])
-    return _agree(_out(call(moved)), _out(call(p)), bound(p)["out"] + bound(moved)["out"], "the order of the keys matters")
+    return _agree(
+        _out(call(moved)), _out(call(p)), bound(p)["out"] + bound(moved)["out"], "the order of the keys matters"
+    )
 
 
 def _masked_keys_unread(call: Call, bound: Bound, p: Problem) -> Worst:
     hidden = ~p.allowed.any((0, 1, 2))
     key, value = p.key.copy(), p.value.copy()
     key[:, :, hidden], value[:, :, hidden] = 3, -7
-    return _agree(_out(call(p.replace(key=key, value=value))), _out(call(p)), 0.0, "a key that no row may see changes the output")
+    return _agree(
+        _out(call(p.replace(key=key, value=value))), _out(call(p)), 0.0, "a key that no row may see changes the output"
+    )
 
 
 def _grouped_heads(call: Call, bound: Bound, p: Problem) -> Worst:
@@ -78,7 +91,10 @@ def _grouped_heads(call: Call, bound: Bound, p: Problem) -> Worst:
 def _split_and_merge(call: Call, bound: Bound, p: Problem) -> Worst:
     """Halve the keys (one half masked for half of the rows) and merge the two answers through their lse."""
     half = p.n_k // 2
-    parts = [p.replace(key=p.key[:, :, s], value=p.value[:, :, s], allowed=p.allowed[..., s]) for s in (slice(half), slice(half, None))]
+    parts = [
+        p.replace(key=p.key[:, :, s], value=p.value[:, :, s], allowed=p.allowed[..., s])
+        for s in (slice(half), slice(half, None))
+    ]
     results = [call(x) for x in parts]
     limits = [bound(x) for x in parts]
     if any(r.lse is None for r in results):
@@ -87,7 +103,7 @@ def _split_and_merge(call: Call, bound: Bound, p: Problem) -> Worst:
     with np.errstate(all="ignore"):
         total = np.logaddexp(*lse)[..., None]
         shares = [np.exp(x[..., None] - total) for x in lse]
-        merged = sum(s * np.where(s > 0, _out(r), 0) for s, r in zip(shares, results, strict=True))
+        merged = np.sum([s * np.where(s > 0, _out(r), 0) for s, r in zip(shares, results, strict=True)], axis=0)
         apart = np.abs(_out(results[0]) - _out(results[1]))
         slack = np.nan_to_num(limits[0]["lse"] + limits[1]["lse"])[..., None] * np.minimum(*shares) * apart
         allowed = sum(s * b["out"] for s, b in zip(shares, limits, strict=True)) + 2 * slack + bound(p)["out"]
@@ -110,8 +126,16 @@ LAWS = {
         Law("determinism", "the same call twice gives the same bits", lambda d: d.problem(65, 130), _determinism),
         Law("key_permutation", "the order of the keys does not matter", lambda d: d.problem(), _key_permutation),
         Law("masked_keys_unread", "what stands behind the mask does not matter", _hidden_keys, _masked_keys_unread),
-        Law("grouped_heads", "grouped heads equal repeated key heads", lambda d: d.problem(h=6, h_kv=2), _grouped_heads),
-        Law("split_and_merge", "two halves of the keys, merged through lse, equal the whole", _half_masked, _split_and_merge, True),
+        Law(
+            "grouped_heads", "grouped heads equal repeated key heads", lambda d: d.problem(h=6, h_kv=2), _grouped_heads
+        ),
+        Law(
+            "split_and_merge",
+            "two halves of the keys, merged through lse, equal the whole",
+            _half_masked,
+            _split_and_merge,
+            True,
+        ),
     )
 }
 """The laws, by name."""

@@ -12,10 +12,23 @@ from ..problem import Problem
 
 __all__ = ["FEATURES", "Capabilities", "Model", "flash", "materialised"]
 
-FEATURES = frozenset({
-    "causal_bottom_right", "causal_top_left", "window", "softcap", "sink", "bias", "allowed", "variable_lengths",
-    "grouped_heads", "d_v_differs", "lengths_differ", "scale", "no_rows_or_keys",
-})
+FEATURES = frozenset(
+    {
+        "causal_bottom_right",
+        "causal_top_left",
+        "window",
+        "softcap",
+        "sink",
+        "bias",
+        "allowed",
+        "variable_lengths",
+        "grouped_heads",
+        "d_v_differs",
+        "lengths_differ",
+        "scale",
+        "no_rows_or_keys",
+    }
+)
 """What a call may ask of a kernel beyond plain attention."""
 
 
@@ -53,7 +66,9 @@ class Model:
         for name in ("accumulator", "weights", "scores", "lse"):
             format_of(getattr(self, name))
         if not (self.exp_ulps > 0 and self.tile >= 1):
-            raise InvalidInput(f"model: got exp_ulps={self.exp_ulps} and tile={self.tile}, expected more than 0 and at least 1")
+            raise InvalidInput(
+                f"model: got exp_ulps={self.exp_ulps} and tile={self.tile}, expected more than 0 and at least 1"
+            )
 
 
 def flash(dtype: str) -> Model:
@@ -95,7 +110,9 @@ class Capabilities:
         for name, known in (("dtypes", frozenset(FORMATS)), ("features", FEATURES)):
             unknown = sorted(getattr(self, name) - known)
             if unknown:
-                raise InvalidInput(f"capabilities: {name} has {unknown[0]!r}, expected some of {', '.join(sorted(known))}")
+                raise InvalidInput(
+                    f"capabilities: {name} has {unknown[0]!r}, expected some of {', '.join(sorted(known))}"
+                )
 
     def missing(self, problem: Problem) -> list[str]:
         """Return what a call needs and the kernel does not have."""

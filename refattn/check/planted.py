@@ -23,7 +23,7 @@ Pair = tuple[NDArray[Any], NDArray[Any] | None]
 
 
 def plain(problem: Problem) -> Any:
-    """Return any operator's definition run in float32 (float64 for float64): the right kernel that bugs are planted in."""
+    """Return the right kernel that bugs are planted in: the tiled one, or any operator's definition in float32."""
     if problem.variant == "softmax":
         return tiled(problem)
     out = reference(problem, np.float64 if problem.dtype == "float64" else np.float32)["out"]
@@ -67,7 +67,11 @@ def _keys_dropped(p: Problem, start: int) -> Problem:
 def _causal_off_by_one(p: Problem) -> Problem:
     if p.causal is None or p.cu_seqlens_q is not None or p.window is not None:
         return p
-    return _only(p.replace(causal=None), masks.sliding_window(p.n_q, p.n_k, None, 1, p.causal)) if "decay" not in p.options else p
+    return (
+        _only(p.replace(causal=None), masks.sliding_window(p.n_q, p.n_k, None, 1, p.causal))
+        if "decay" not in p.options
+        else p
+    )
 
 
 def _corner_swapped(p: Problem) -> Problem:

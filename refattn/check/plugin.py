@@ -48,17 +48,20 @@ def parametrize_with_checks(
     import pytest
 
     from ..errors import InvalidInput
-    from .runner import plan
+    from .runner import kernel_name, plan
 
     items = plan(kernel, variant, capabilities=capabilities, model=model, dtypes=dtypes, only=only)
     expected = dict(expected_failures or {})
     names = {i.name for i in items}
     for name, reason in expected.items():
         if name not in names:
-            raise InvalidInput(f"expected_failures: {name!r} is no check of this kernel; refattn list --checks {variant} shows the names")
+            raise InvalidInput(
+                f"expected_failures: {name!r} is no check of this kernel; "
+                f"refattn list --checks {variant} shows the names"
+            )
         if not isinstance(reason, str) or not reason.strip():
             raise InvalidInput(f"expected_failures: {name!r} needs a reason, e.g. the number of its issue")
-    label = getattr(kernel, "__name__", type(kernel).__name__)
+    label = kernel_name(kernel)
     marks = {n: [pytest.mark.xfail(strict=True, reason=r)] for n, r in expected.items()}
     values = [pytest.param(_Runner(i, label, variant), id=i.name, marks=marks.get(i.name, [])) for i in items]
     return pytest.mark.parametrize("check", values)

@@ -1,4 +1,4 @@
-"""What a check found: every check that ran, by name, with the worst element, its place and a command that repeats it."""
+"""What a check found: every check by name, with the worst element, its place and a command that repeats it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ class Report:
 
     def worst(self, dtype: str | None = None) -> float:
         """Return the largest finite ratio (of one format)."""
-        ratios = [c.ratio for c in self.checks if math.isfinite(c.ratio) and (dtype is None or c.name.endswith(f"[{dtype}]"))]
+        ratios = [
+            c.ratio for c in self.checks if math.isfinite(c.ratio) and (dtype is None or c.name.endswith(f"[{dtype}]"))
+        ]
         return max(ratios, default=math.nan)
 
     def command(self, check: Check) -> str:
@@ -102,8 +104,10 @@ class Report:
         if w is not None and w.place:
             names = ("batch", "head", "row", "column")
             place = ", ".join(f"{n} {i}" for n, i in zip(names, w.place, strict=False))
-            lines.append(f"  {w.array} at {place}: got {w.got:.9g}, exact {w.exact:.9g}, allowed error {w.allowed:.3g}, "
-                         f"{_ratio(w.ratio)} times that; {w.failures} of {w.elements} elements fail")
+            lines.append(
+                f"  {w.array} at {place}: got {w.got:.9g}, exact {w.exact:.9g}, allowed error {w.allowed:.3g}, "
+                f"{_ratio(w.ratio)} times that; {w.failures} of {w.elements} elements fail"
+            )
         lines.append(f"  repeat it: {self.command(check)}")
         return "\n".join(lines)
 
@@ -111,10 +115,18 @@ class Report:
         """Return the report as plain values; numbers that JSON lacks become "nan", "inf" or "-inf"."""
         counts = {v: self.count(v) for v in VERDICTS}
         checks = [asdict(c) | {"ratio": c.ratio, "reproduce": self.command(c)} for c in self.checks]
-        plain: dict[str, Any] = _plain({
-            "kernel": self.kernel, "variant": self.variant, "version": self.version, "passed": self.passed, "counts": counts,
-            "models": self.models, "correctly_rounded": self.correctly_rounded, "checks": checks,
-        })
+        plain: dict[str, Any] = _plain(
+            {
+                "kernel": self.kernel,
+                "variant": self.variant,
+                "version": self.version,
+                "passed": self.passed,
+                "counts": counts,
+                "models": self.models,
+                "correctly_rounded": self.correctly_rounded,
+                "checks": checks,
+            }
+        )
         return plain
 
     def to_json(self) -> str:
@@ -132,11 +144,20 @@ def junit(reports: list[Report]) -> str:
     """Return several reports as JUnit XML: a suite a kernel, a case a check, unsupported ones as skipped."""
     root = ET.Element("testsuites")
     for r in reports:
-        suite = ET.SubElement(root, "testsuite", name=f"{r.kernel} ({r.variant})", tests=str(len(r.checks)),
-                              failures=str(r.count("failed")), errors="0", skipped=str(r.count("unsupported")),
-                              time=f"{sum(c.seconds for c in r.checks):.3f}")
+        suite = ET.SubElement(
+            root,
+            "testsuite",
+            name=f"{r.kernel} ({r.variant})",
+            tests=str(len(r.checks)),
+            failures=str(r.count("failed")),
+            errors="0",
+            skipped=str(r.count("unsupported")),
+            time=f"{sum(c.seconds for c in r.checks):.3f}",
+        )
         for c in r.checks:
-            case = ET.SubElement(suite, "testcase", classname=f"refattn.{r.kernel}", name=c.name, time=f"{c.seconds:.3f}")
+            case = ET.SubElement(
+                suite, "testcase", classname=f"refattn.{r.kernel}", name=c.name, time=f"{c.seconds:.3f}"
+            )
             if c.verdict == "failed":
                 ET.SubElement(case, "failure", message=c.message).text = r.describe(c)
             elif c.verdict == "unsupported":
@@ -147,11 +168,28 @@ def junit(reports: list[Report]) -> str:
 
 def machine() -> dict[str, str]:
     """Return what machine this is."""
-    return {"system": platform.platform(), "processor": platform.processor() or platform.machine(), "python": platform.python_version()}
+    return {
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+    }
 
 
-PACKAGES = ("refattn", "numpy", "mpmath", "python-flint", "ml-dtypes", "torch", "jax", "onnxruntime", "openvino", "keras", "cupy-cuda12x",
-            "cupy-cuda13x", "tenseal")
+PACKAGES = (
+    "refattn",
+    "numpy",
+    "mpmath",
+    "python-flint",
+    "ml-dtypes",
+    "torch",
+    "jax",
+    "onnxruntime",
+    "openvino",
+    "keras",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "tenseal",
+)
 
 
 def versions() -> dict[str, str]:

@@ -92,8 +92,15 @@ def check_kernel(
         An unknown variant or format, or `only` matches nothing.
     """
     share: dict[str, list[float]] = {}
-    items = plan(kernel, variant, model=model, capabilities=capabilities, dtypes=dtypes, only=only,
-                 share=lambda dtype, x: share.setdefault(dtype, []).append(x))
+    items = plan(
+        kernel,
+        variant,
+        model=model,
+        capabilities=capabilities,
+        dtypes=dtypes,
+        only=only,
+        share=lambda dtype, x: share.setdefault(dtype, []).append(x),
+    )
     done = []
     for item in items:
         if progress is not None:
@@ -102,7 +109,7 @@ def check_kernel(
     chosen = _model_for(kernel, model)
     models = {d: asdict(chosen(d)) for d in sorted({i.dtype for i in items})}
     rounded = {d: float(np.mean(x)) for d, x in sorted(share.items())}
-    label = name or getattr(kernel, "__name__", type(kernel).__name__)
+    label = name or kernel_name(kernel)
     return Report(label, variant, tuple(done), version, models, rounded)
 
 
@@ -128,17 +135,25 @@ def plan(
     for dtype in wanted:
         for case in cases(variant):
             if not case.dtypes or dtype in case.dtypes:
-                items.append(Item(f"{case.name}[{dtype}]", dtype, _case_run(kernel, able, chosen(dtype), case, dtype, share)))
+                items.append(
+                    Item(f"{case.name}[{dtype}]", dtype, _case_run(kernel, able, chosen(dtype), case, dtype, share))
+                )
         for law in (LAWS[n] for n in v.laws):
-            items.append(Item(f"law/{law.name}[{dtype}]", dtype, _law_run(kernel, able, chosen(dtype), law, dtype, variant)))
+            items.append(
+                Item(f"law/{law.name}[{dtype}]", dtype, _law_run(kernel, able, chosen(dtype), law, dtype, variant))
+            )
     if only is not None:
         items = [i for i in items if i.name == only or fnmatch.fnmatchcase(i.name, only.replace("[", "[[]"))]
         if not items:
-            raise InvalidInput(f"only: no check of {variant} is named {only!r}; refattn list --checks {variant} shows the names")
+            raise InvalidInput(
+                f"only: no check of {variant} is named {only!r}; refattn list --checks {variant} shows the names"
+            )
     return items
 
 
-def check_problem(kernel: Kernel, problem: Problem, label: str, *, model: Model | ModelFor | None = None, name: str | None = None) -> Report:
+def check_problem(
+    kernel: Kernel, problem: Problem, label: str, *, model: Model | ModelFor | None = None, name: str | None = None
+) -> Report:
     """Check a kernel on one problem of the caller's own.
 
     Parameters
@@ -155,8 +170,12 @@ def check_problem(kernel: Kernel, problem: Problem, label: str, *, model: Model 
     chosen = _model_for(kernel, model)(problem.dtype)
     plain = problem.to("numpy")
     check = _guard(f"{label}[{problem.dtype}]", lambda: _judge(kernel, plain, _exact(plain), chosen, False, None))
-    name = name or getattr(kernel, "__name__", type(kernel).__name__)
-    return Report(name, problem.variant, (check,), models={problem.dtype: asdict(chosen)})
+    return Report(name or kernel_name(kernel), problem.variant, (check,), models={problem.dtype: asdict(chosen)})
+
+
+def kernel_name(kernel: Kernel) -> str:
+    """Return what to call a kernel that was given no name."""
+    return str(getattr(kernel, "__name__", type(kernel).__name__))
 
 
 def _model_for(kernel: Kernel, model: Model | ModelFor | None) -> ModelFor:
@@ -164,7 +183,9 @@ def _model_for(kernel: Kernel, model: Model | ModelFor | None) -> ModelFor:
     return (lambda dtype: given) if isinstance(given, Model) else given
 
 
-def _case_run(kernel: Kernel, able: Capabilities, model: Model, case: Case, dtype: str, share: Share | None) -> Callable[[], Check]:
+def _case_run(
+    kernel: Kernel, able: Capabilities, model: Model, case: Case, dtype: str, share: Share | None
+) -> Callable[[], Check]:
     name = f"{case.name}[{dtype}]"
 
     def run() -> Check:
@@ -172,12 +193,16 @@ def _case_run(kernel: Kernel, able: Capabilities, model: Model, case: Case, dtyp
         lacks = able.missing(problem)
         if lacks:
             return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
-        return _guard(name, lambda: _judge(kernel, problem, _exact_case(case.variant, case.name, dtype), model, able.lse, share))
+        return _guard(
+            name, lambda: _judge(kernel, problem, _exact_case(case.variant, case.name, dtype), model, able.lse, share)
+        )
 
     return run
 
 
-def _law_run(kernel: Kernel, able: Capabilities, model: Model, law: Law, dtype: str, variant: str) -> Callable[[], Check]:
+def _law_run(
+    kernel: Kernel, able: Capabilities, model: Model, law: Law, dtype: str, variant: str
+) -> Callable[[], Check]:
     name = f"law/{law.name}[{dtype}]"
 
     def run() -> Check:
@@ -194,7 +219,9 @@ def _law_run(kernel: Kernel, able: Capabilities, model: Model, law: Law, dtype: 
     return run
 
 
-def _judge(kernel: Kernel, problem: Problem, answer: Answer, model: Model, lse: bool, share: Share | None) -> Iterator[Worst]:
+def _judge(
+    kernel: Kernel, problem: Problem, answer: Answer, model: Model, lse: bool, share: Share | None
+) -> Iterator[Worst]:
     """Yield the worst element of each array."""
     result: Result = call_kernel(kernel, problem)
     limit = bounds(answer, model)

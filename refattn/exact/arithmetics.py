@@ -27,7 +27,7 @@ class Floats:
 
     def array(self, x: Array) -> Array:
         """Take in an array."""
-        return np.asarray(x).astype(self.dtype)
+        return np.array(x, dtype=self.dtype)
 
     def number(self, x: Any) -> Any:
         """Take in a number, rounded to nearest."""
@@ -48,13 +48,13 @@ class Floats:
                 return np.maximum(a, self.dtype.type(0))
             if function == "sigmoid":
                 e = np.exp(-np.abs(a))
-                return np.where(a >= 0, self.dtype.type(1), e) / (1 + e)
+                return np.asarray(np.where(a >= 0, self.dtype.type(1), e) / (1 + e))
             return np.asarray(getattr(np, function)(a))
 
     def shift(self, a: Array, where: Mask) -> Array:
         """Return each row's largest visible element, (n, 1)."""
         top = np.where(where, a, -np.inf).max(1, initial=-np.inf, keepdims=True)
-        return np.where(np.isneginf(top), 0, top).astype(self.dtype)
+        return np.asarray(np.where(np.isneginf(top), 0, top).astype(self.dtype))
 
     def absmax(self, a: Array, where: Mask) -> Array:
         """Return each row's largest visible absolute value, (n, 1)."""
@@ -95,7 +95,9 @@ class _Objects:
 
     def shift(self, a: Array, where: Mask) -> Array:
         """Return for each row an exact number near its largest visible element, (n, 1)."""
-        rows = (max((self.middle(x) for x in row[seen]), default=self.number(0)) for row, seen in zip(a, where, strict=True))
+        rows = (
+            max((self.middle(x) for x in row[seen]), default=self.number(0)) for row, seen in zip(a, where, strict=True)
+        )
         return _objects((a.shape[0], 1), rows)
 
     def larger(self, x: Any, y: Any) -> Any:
@@ -131,8 +133,14 @@ class Multiprecision(_Objects):
         self.context = mpmath.ctx_mp.MPContext()
         self.context.prec = bits
         c = self.context
-        self.functions = {"exp": c.exp, "log": c.log, "tanh": c.tanh, "sqrt": c.sqrt, "sigmoid": self.sigmoid,
-                          "relu": lambda x: x if x > 0 else c.mpf(0)}
+        self.functions = {
+            "exp": c.exp,
+            "log": c.log,
+            "tanh": c.tanh,
+            "sqrt": c.sqrt,
+            "sigmoid": self.sigmoid,
+            "relu": lambda x: x if x > 0 else c.mpf(0),
+        }
 
     def number(self, x: Any) -> Any:
         """Take in a number (a float exactly, a fraction rounded)."""
@@ -149,8 +157,14 @@ class Intervals(_Objects):
         self.context = mpmath.ctx_iv.MPIntervalContext()
         self.context.prec = bits
         c = self.context
-        self.functions = {"exp": c.exp, "log": c.log, "sqrt": c.sqrt, "sigmoid": self.sigmoid, "tanh": self._tanh,
-                          "relu": lambda x: self.larger(x, c.mpf(0))}
+        self.functions = {
+            "exp": c.exp,
+            "log": c.log,
+            "sqrt": c.sqrt,
+            "sigmoid": self.sigmoid,
+            "tanh": self._tanh,
+            "relu": lambda x: self.larger(x, c.mpf(0)),
+        }
 
     def number(self, x: Any) -> Any:
         """Take in a number (a fraction as the interval around it)."""
@@ -182,8 +196,14 @@ class Balls(_Objects):
         self.bits = bits
         self.name = f"Arb at {bits} bits"
         arb = flint.arb
-        self.functions = {"exp": arb.exp, "log": arb.log, "tanh": _tanh, "sqrt": arb.sqrt, "sigmoid": self.sigmoid,
-                          "relu": arb.nonnegative_part}
+        self.functions = {
+            "exp": arb.exp,
+            "log": arb.log,
+            "tanh": _tanh,
+            "sqrt": arb.sqrt,
+            "sigmoid": self.sigmoid,
+            "relu": arb.nonnegative_part,
+        }
 
     def working(self) -> AbstractContextManager[Any]:
         """Return a context in which FLINT works at this precision."""

@@ -82,8 +82,12 @@ class Enclosure:
         if not np.isfinite(near):
             return None
         boundary = form.neighbours(near)[1 if low > 0 else 0]
-        return boundary if abs(Fraction(float(self.mid[index])) + Fraction(float(self.tail[index])) - boundary) <= Fraction(
-            float(np.nextafter(self.radius[index], np.inf))) * 2 else None
+        return (
+            boundary
+            if abs(Fraction(float(self.mid[index])) + Fraction(float(self.tail[index])) - boundary)
+            <= Fraction(float(np.nextafter(self.radius[index], np.inf))) * 2
+            else None
+        )
 
     def _ends(self) -> tuple[Float, Float]:
         with np.errstate(all="ignore"):

@@ -174,16 +174,15 @@ def run(problem: Problem, f: Any, dout: NDArray[np.float64] | None, need: NDArra
         Arrays of the arithmetic's numbers by name; numbers that the contract fixes are plain floats.
     """
     variant = variant_of(problem.variant)
-    kind = f.dtype if isinstance(f, Floats) else object
     p = problem.to("numpy")
-    out = np.zeros(p.out_shape, kind) if kind != object else _filled(p.out_shape, 0.0)
-    raw: Raw = {"out": out}
+    kind = f.dtype if isinstance(f, Floats) else np.dtype(object)
+    raw: Raw = {"out": np.full(p.out_shape, 0.0, kind)}
     if variant.has_lse:
-        raw["lse"] = np.full(p.out_shape[:3], -np.inf, kind) if kind != object else _filled(p.out_shape[:3], -np.inf)
+        raw["lse"] = np.full(p.out_shape[:3], -np.inf, kind)
     if dout is not None:
         shapes = {"dq": p.query.shape, "dk": p.key.shape, "dv": p.value.shape}
         shapes |= {n: getattr(p, n[1:]).shape for n in ("dbias", "dsink") if getattr(p, n[1:]) is not None}
-        raw |= {n: _filled(s, 0.0) for n, s in shapes.items()}
+        raw |= {n: np.full(s, 0.0, object) for n, s in shapes.items()}
     for slab in slabs(p):
         if dout is not None and not _finite(slab):
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
@@ -239,12 +238,6 @@ def _numbers(m: Any) -> NDArray[Any]:
     return np.asarray(m.image if hasattr(m, "image") else m.a)
 
 
-def _filled(shape: tuple[int, ...], value: float) -> NDArray[Any]:
-    out = np.empty(shape, object)
-    out[...] = value
-    return out
-
-
 def _tiles(lines: NDArray[np.intp], n_k: int) -> Iterator[NDArray[np.intp]]:
     size = max(1, TILE // max(n_k, 1))
     for start in range(0, len(lines), size):
@@ -298,7 +291,9 @@ def _rounded(problem: Problem, form: Format, lse_form: Format, dout: NDArray[np.
             for name, x in new.items():
                 if not raw or everything or name in ("out", "lse", "dq"):
                     old = ~decided[name] if name in decided else np.ones(x.shape, bool)
-                    fresh = old & (need if x.shape == need.shape else need[..., None] if name in ("out", "dq") else True)
+                    fresh = old & (
+                        need if x.shape == need.shape else need[..., None] if name in ("out", "dq") else True
+                    )
                     _update(name, x, fresh, raw, enclosures)
         for name, e in enclosures.items():
             value, sure = e.settle(lse_form if name == "lse" else form)

@@ -57,7 +57,9 @@ class Field:
         self.q = (self.p - 1) // 2
         self.square, self.d = _square_part(width)
         if pow(self.d, self.q, self.p) != 1:
-            raise UnsupportedProblem(f"dim: the exactness test knows widths whose prime factors are at most 257, got {width}")
+            raise UnsupportedProblem(
+                f"dim: the exactness test knows widths whose prime factors are at most 257, got {width}"
+            )
         self.root = pow(self.d, (self.p + 1) // 4, self.p)
         self.x, self.y = self._random("x"), self._random("y")
 
@@ -122,12 +124,15 @@ class FieldMatrix:
 
     def _combine(self, o: FieldMatrix, image: Array, exact: Any) -> FieldMatrix:
         both = self.exact is not None and o.exact is not None
-        return FieldMatrix(self.f, image % self.f.p, exact(*self.exact, *o.exact) if both else None)
+        return FieldMatrix(self.f, image % self.f.p, exact(*(self.exact or ()), *(o.exact or ())) if both else None)
 
     def _product(self, o: FieldMatrix, multiply: Any) -> FieldMatrix:
         d = self.f.d
-        return self._combine(o, multiply(self.image, o.image),
-                             lambda a, b, c, e: (multiply(a, e) + multiply(b, c), multiply(b, e) + multiply(a, c) * d))
+        return self._combine(
+            o,
+            multiply(self.image, o.image),
+            lambda a, b, c, e: (multiply(a, e) + multiply(b, c), multiply(b, e) + multiply(a, c) * d),
+        )
 
     def __matmul__(self, o: FieldMatrix) -> FieldMatrix:
         return self._product(o, np.matmul)
@@ -181,8 +186,11 @@ class FieldMatrix:
         where = np.ones(self.shape, bool) if where is None else where
         image = np.zeros(self.shape, object)
         for i, j in zip(*np.nonzero(where), strict=True):
-            image[i, j] = (self.f.oracle("exp", self.image[i, j]) if self.exact is None
-                           else self.f.exponential(self.exact[0][i, j], self.exact[1][i, j]))
+            image[i, j] = (
+                self.f.oracle("exp", self.image[i, j])
+                if self.exact is None
+                else self.f.exponential(self.exact[0][i, j], self.exact[1][i, j])
+            )
         return FieldMatrix(self.f, image)
 
     def sigmoid(self, where: Mask | None = None) -> FieldMatrix:

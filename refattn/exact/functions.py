@@ -58,7 +58,9 @@ def softmax_attention(
     -----
     Error: none beyond one rounding. A row without keys gives out 0 and lse -inf. Source: arXiv 1706.03762, eq. 1.
     """
-    problem = Problem(query, key, value, scale, causal, window, softcap, sink, bias, allowed, cu_seqlens_q, cu_seqlens_k)
+    problem = Problem(
+        query, key, value, scale, causal, window, softcap, sink, bias, allowed, cu_seqlens_q, cu_seqlens_k
+    )
     return _call(problem, rounding, return_lse)
 
 
@@ -76,7 +78,7 @@ def linear_attention(
     allowed: Any = None,
     rounding: str | None = None,
 ) -> Any:
-    """Return linear attention, correctly rounded: ``out_i = sum_j w_ij v_j / sum_j w_ij``, ``w_ij = phi(q_i)·phi(k_j)``.
+    """Return linear attention correctly rounded: ``out_i = sum_j w_ij v_j / sum_j w_ij``, ``w_ij = phi(q_i)·phi(k_j)``.
 
     Parameters
     ----------
@@ -181,8 +183,18 @@ def sigmoid_attention(
     -----
     Source: arXiv 2409.04431, section 2.
     """
-    problem = Problem(query, key, value, scale, causal, window, bias=bias, allowed=allowed, variant="sigmoid",
-                      options={"offset": offset})
+    problem = Problem(
+        query,
+        key,
+        value,
+        scale,
+        causal,
+        window,
+        bias=bias,
+        allowed=allowed,
+        variant="sigmoid",
+        options={"offset": offset},
+    )
     return _call(problem, rounding, False)
 
 

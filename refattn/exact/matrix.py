@@ -128,10 +128,10 @@ class Matrix:
 
     def power(self, p: int, where: Mask | None = None) -> Matrix:
         """x**p by squaring; 0 where `where` does not hold."""
-        base, result = self.where(where).a, None
+        base, result = self.where(where).a, self.number(1)
         while p:
             if p & 1:
-                result = base if result is None else result * base
+                result = result * base
             p >>= 1
             if p:
                 base = base * base

@@ -72,7 +72,7 @@ class Slab:
     values: Float
 
     def options(self, f: Any, rows: Any = slice(None)) -> SimpleNamespace:
-        """Return what a definition calls ``o``: the options as numbers and matrices of the arithmetic, for some rows."""
+        """Return what a definition calls ``o``: the options in the arithmetic, for some rows."""
         p, variant = self.problem, variant_of(self.problem.variant)
         allowed = self.allowed[rows]
         if p.scale is not None:
@@ -90,7 +90,9 @@ class Slab:
         )
         for name, value in variant.settings(p).items():
             x = value[self.head] if isinstance(value, tuple) else value
-            setattr(o, name, f.number(x) if isinstance(variant.options[name].default, float) or isinstance(x, float) else x)
+            setattr(
+                o, name, f.number(x) if isinstance(variant.options[name].default, float) or isinstance(x, float) else x
+            )
         if getattr(o, "decay", None) is not None:
             steps = distance(self.q.shape[0], self.k.shape[0], p.causal or "bottom_right")[rows]
             o.distance = matrix_of(f, steps.astype(np.float64))
@@ -101,8 +103,10 @@ class Slab:
         from .arithmetics import Floats
 
         o = self.options(Floats(), rows)
-        return SimpleNamespace(**{n: x.a if isinstance(x, Matrix) else x for n, x in vars(o).items()}
-                               | {"sink": self.sink, "length": float(self.k.shape[0])})
+        return SimpleNamespace(
+            **{n: x.a if isinstance(x, Matrix) else x for n, x in vars(o).items()}
+            | {"sink": self.sink, "length": float(self.k.shape[0])}
+        )
 
 
 def slabs(problem: Problem) -> Iterator[Slab]:
@@ -125,15 +129,18 @@ def slabs(problem: Problem) -> Iterator[Slab]:
                     bias = np.where(np.isfinite(bias), bias, 0.0)
                 if s is not None and not np.isfinite(s):
                     s = None
-                yield Slab(p, b, h, h // group, rows, keys, clean[0], clean[1], clean[2], bias, allowed, s, live, bad, parts[2])
+                yield Slab(
+                    p, b, h, h // group, rows, keys, clean[0], clean[1], clean[2], bias, allowed, s, live, bad, parts[2]
+                )
 
 
 def _spoilt(q: Float, k: Float, bias: Float | None, sink: float | None, allowed: Mask) -> Mask:
     """Return the rows that are NaN by the contract: a non-finite query, key in sight, bias above -inf, or sink."""
-    bad = (allowed & ~np.isfinite(k).all(1)[None, :]).any(1)
+    lost = ~np.asarray(np.isfinite(k)).all(1)
+    bad: Mask = np.asarray((allowed & lost[None, :]).any(1))
     bad |= ~np.isfinite(q).all(1) & allowed.any(1)
     if bias is not None:
         bad |= (allowed & ~np.isfinite(bias)).any(1)
     if sink is not None and not np.isfinite(sink):
-        bad |= True
+        bad[...] = True
     return bad

@@ -111,7 +111,9 @@ class Tape:
 
     def absmax(self, where: Mask) -> Any:
         """Refuse: where two elements tie, the largest has no gradient."""
-        raise UnsupportedProblem("gradients: the stable form has none where the largest score is tied; use form='plain'")
+        raise UnsupportedProblem(
+            "gradients: the stable form has none where the largest score is tied; use form='plain'"
+        )
 
 
 def _fold(g: Any, to: Tape) -> Any:

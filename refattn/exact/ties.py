@@ -33,7 +33,10 @@ def lone_key_lse(problem: Problem, form: Format, values: Values, decided: Decide
         at = (slab.batch, slab.head, slab.rows)
         for i in np.nonzero(~decided["lse"][at] & (slab.allowed.sum(1) == 1) & (slab.sink is None))[0]:
             j = int(np.nonzero(slab.allowed[i])[0][0])
-            dot = sum((Fraction(a) * Fraction(b) for a, b in zip(slab.q[i].tolist(), slab.k[j].tolist(), strict=True)), Fraction(0))
+            dot = sum(
+                (Fraction(a) * Fraction(b) for a, b in zip(slab.q[i].tolist(), slab.k[j].tolist(), strict=True)),
+                Fraction(0),
+            )
             scale = _rational_scale(problem)
             if scale is None and dot != 0:
                 continue  # a surd is no tie
@@ -50,7 +53,9 @@ def _rational_scale(problem: Problem) -> Fraction | None:
     return Fraction(1, root) if root * root == problem.d_k else None
 
 
-def exact_ties(problem: Problem, form: Format, dout: Any, enclosures: dict[str, Enclosure], values: Values, decided: Decided) -> None:
+def exact_ties(
+    problem: Problem, form: Format, dout: Any, enclosures: dict[str, Enclosure], values: Values, decided: Decided
+) -> None:
     """Decide in a prime field which undecided elements sit exactly on their rounding boundary, and round those.
 
     An element whose definition has no image in the field (a maximum, say) stays undecided.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from .variant import Option, Sensitivity, Variant, boolean, one_of, per_head
 
 __all__ = ["FEATURES", "LINEAR"]
 
-FEATURES = {
+FEATURES: dict[str, Callable[[Any], Any]] = {
     "identity": lambda x: x,
     "relu": lambda x: x.relu(),
     "elu1": lambda x: x.relu() + (-(-x).relu()).exp(),  # elu(x) + 1: 1 + x above 0, exp(x) below
@@ -31,13 +32,13 @@ def attention(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
 
 def sensitivity(q: np.ndarray, k: np.ndarray, o: Any) -> Sensitivity:
     """Return weights, slopes and rounding magnitudes in float64."""
-    plain = {
+    maps: dict[str, Callable[[Any], Any]] = {
         "identity": lambda x: x,
         "relu": lambda x: np.maximum(x, 0),
         "elu1": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))),
         "exp": np.exp,
-    }[o.feature]
-    a, b = plain(q), plain(k)
+    }
+    a, b = maps[o.feature](q), maps[o.feature](k)
     w, products = a @ b.T * o.scale, np.abs(a) @ np.abs(b).T * abs(o.scale)
     passes = 0 if o.feature in ("identity", "relu") else 2  # a feature of the query and one of the key
     roundings = np.abs(w) + passes * products
@@ -48,15 +49,23 @@ def sensitivity(q: np.ndarray, k: np.ndarray, o: Any) -> Sensitivity:
     mask = o.allowed
     w, products, roundings = (np.where(mask, x, 0.0) for x in (w, products, roundings))
     exponentials = passes + (o.decay is not None)
-    return Sensitivity(w, np.where(mask, 1.0, 0.0), products, roundings, w.sum(1) if o.normalize else None,
-                       relative=0.0, exponentials=exponentials)
+    return Sensitivity(
+        w,
+        np.where(mask, 1.0, 0.0),
+        products,
+        roundings,
+        w.sum(1) if o.normalize else None,
+        relative=0.0,
+        exponentials=exponentials,
+    )
 
 
 LINEAR = Variant(
     name="linear",
     define=attention,
     sensitivity=sensitivity,
-    formula="out_i = sum_j w_ij v_j (over sum_j w_ij where normalize),  w_ij = scale·phi(q_i)·phi(k_j)·exp(-decay·(i' - j))",
+    formula="out_i = sum_j w_ij v_j (over sum_j w_ij where normalize),  "
+    "w_ij = scale·phi(q_i)·phi(k_j)·exp(-decay·(i' - j))",
     unit="u · sum_j |w_ij v_jc|",
     source="Katharopoulos et al., arXiv 2006.16236, eq. 5 (elu1, normalised); decay as in Lightning Attention-2, "
     "arXiv 2401.04658 (per-head rate, no denominator). Recalled, not read again.",
@@ -68,9 +77,24 @@ LINEAR = Variant(
     },
     laws=("determinism", "key_permutation", "masked_keys_unread", "grouped_heads"),
     bugs=(
-        "zeroed_head", "own_key_dropped", "last_key_dropped", "tail_tile_dropped", "wrong_scale", "causal_off_by_one",
-        "causal_ignored", "causal_corner_swapped", "window_off_by_one", "window_ignored", "allowed_ignored", "heads_tiled",
-        "sequences_joined", "value_of_next_key", "empty_row_nan", "neighbour_row", "output_too_narrow", "masked_value_read",
+        "zeroed_head",
+        "own_key_dropped",
+        "last_key_dropped",
+        "tail_tile_dropped",
+        "wrong_scale",
+        "causal_off_by_one",
+        "causal_ignored",
+        "causal_corner_swapped",
+        "window_off_by_one",
+        "window_ignored",
+        "allowed_ignored",
+        "heads_tiled",
+        "sequences_joined",
+        "value_of_next_key",
+        "empty_row_nan",
+        "neighbour_row",
+        "output_too_narrow",
+        "masked_value_read",
     ),
     families=("gaussian", "peaked", "probe", "sparse", "empty", "poison", "ragged"),
     contract=(

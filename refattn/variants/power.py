@@ -37,8 +37,15 @@ def sensitivity(q: np.ndarray, k: np.ndarray, o: Any) -> Sensitivity:
     w = np.where(o.allowed, x**o.p, 0.0)
     slope = np.where(o.allowed, o.p * np.abs(x) ** (o.p - 1), 0.0)
     count = o.count if o.form == "mean" else 1.0
-    return Sensitivity(w / count, slope / count, products, np.where(o.allowed, roundings, 0.0),
-                       w.sum(1) / np.ravel(count) + o.epsilon, relative=float(o.p + 1), exponentials=0)
+    return Sensitivity(
+        w / count,
+        slope / count,
+        products,
+        np.where(o.allowed, roundings, 0.0),
+        w.sum(1) / np.ravel(count) + o.epsilon,
+        relative=float(o.p + 1),
+        exponentials=0,
+    )
 
 
 POWER = Variant(
@@ -54,15 +61,33 @@ POWER = Variant(
     options={
         "p": Option(4, "the even power", even),
         "epsilon": Option(1e-3, "added to the denominator, so that the division is Lipschitz", at_least_zero),
-        "form": Option("plain", "plain, stable (divided by the row's largest, for training) or mean (length-agnostic)",
-                       one_of("plain", "stable", "mean")),
+        "form": Option(
+            "plain",
+            "plain, stable (divided by the row's largest, for training) or mean (length-agnostic)",
+            one_of("plain", "stable", "mean"),
+        ),
         "delta": Option(1e-6, "added to the row's largest in the stable form", above_zero),
     },
     laws=("determinism", "key_permutation", "masked_keys_unread", "grouped_heads"),
     bugs=(
-        "zeroed_head", "own_key_dropped", "last_key_dropped", "tail_tile_dropped", "wrong_scale", "causal_off_by_one",
-        "causal_ignored", "causal_corner_swapped", "window_off_by_one", "window_ignored", "allowed_ignored", "heads_tiled",
-        "sequences_joined", "value_of_next_key", "empty_row_nan", "neighbour_row", "output_too_narrow", "masked_value_read",
+        "zeroed_head",
+        "own_key_dropped",
+        "last_key_dropped",
+        "tail_tile_dropped",
+        "wrong_scale",
+        "causal_off_by_one",
+        "causal_ignored",
+        "causal_corner_swapped",
+        "window_off_by_one",
+        "window_ignored",
+        "allowed_ignored",
+        "heads_tiled",
+        "sequences_joined",
+        "value_of_next_key",
+        "empty_row_nan",
+        "neighbour_row",
+        "output_too_narrow",
+        "masked_value_read",
     ),
     families=("gaussian", "peaked", "probe", "sparse", "empty", "poison", "ragged"),
     contract=(

@@ -30,8 +30,9 @@ def sensitivity(q: np.ndarray, k: np.ndarray, o: Any) -> Sensitivity:
     w = np.where(o.allowed, np.where(s >= 0, 1.0, e) / (1 + e), 0.0)
     slope = np.where(o.allowed, e / (1 + e) ** 2, 0.0)
     roundings = np.abs(raw) + np.abs(raw + bias) + np.abs(offset) + 2 * np.abs(s)
-    return Sensitivity(w, slope, np.abs(q) @ np.abs(k).T * abs(o.scale), np.where(o.allowed, roundings, 0.0), None,
-                       relative=3.0)
+    return Sensitivity(
+        w, slope, np.abs(q) @ np.abs(k).T * abs(o.scale), np.where(o.allowed, roundings, 0.0), None, relative=3.0
+    )
 
 
 SIGMOID = Variant(
@@ -46,9 +47,24 @@ SIGMOID = Variant(
     options={"offset": Option(None, "added to every score; None is -log(n_k)", finite)},
     laws=("determinism", "key_permutation", "masked_keys_unread", "grouped_heads"),
     bugs=(
-        "zeroed_head", "own_key_dropped", "last_key_dropped", "tail_tile_dropped", "wrong_scale", "causal_off_by_one",
-        "causal_ignored", "causal_corner_swapped", "window_off_by_one", "window_ignored", "allowed_ignored", "heads_tiled",
-        "sequences_joined", "value_of_next_key", "empty_row_nan", "neighbour_row", "output_too_narrow", "masked_value_read",
+        "zeroed_head",
+        "own_key_dropped",
+        "last_key_dropped",
+        "tail_tile_dropped",
+        "wrong_scale",
+        "causal_off_by_one",
+        "causal_ignored",
+        "causal_corner_swapped",
+        "window_off_by_one",
+        "window_ignored",
+        "allowed_ignored",
+        "heads_tiled",
+        "sequences_joined",
+        "value_of_next_key",
+        "empty_row_nan",
+        "neighbour_row",
+        "output_too_narrow",
+        "masked_value_read",
         "bias_ignored",
     ),
     families=("gaussian", "peaked", "probe", "sparse", "empty", "poison", "ragged"),

@@ -13,7 +13,18 @@ from numpy.typing import NDArray
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..problem import Problem
 
-__all__ = ["Option", "Sensitivity", "Variant", "above_zero", "at_least_zero", "boolean", "even", "finite", "one_of", "per_head"]
+__all__ = [
+    "Option",
+    "Sensitivity",
+    "Variant",
+    "above_zero",
+    "at_least_zero",
+    "boolean",
+    "even",
+    "finite",
+    "one_of",
+    "per_head",
+]
 
 Array = NDArray[np.float64]
 
@@ -128,7 +139,9 @@ class Variant:
         masks = ("causal", "window", "softcap", "sink", "bias", "allowed")
         for name in masks:
             if getattr(problem, name) is not None and name not in self.uses:
-                raise UnsupportedProblem(f"{name}: {self.name} attention does not have it; it has {', '.join(sorted(self.uses))}")
+                raise UnsupportedProblem(
+                    f"{name}: {self.name} attention does not have it; it has {', '.join(sorted(self.uses))}"
+                )
         unknown = sorted(set(problem.options) - set(self.options))
         if unknown:
             known = ", ".join(self.options) or "none"

@@ -69,14 +69,16 @@ def _able(dtypes: str, features: str, *, lse: bool = False) -> Capabilities:
 _SDPA = "causal_top_left bias allowed grouped_heads scale no_rows_or_keys"
 _FLEX = "d_v_differs causal_bottom_right window softcap variable_lengths"
 
-# PyTorch's vectorised fexp_u20 (ATen/cpu/vec/vec512/vec512_float.h) replaces 2**f by 1 + f - cubic(f), whose equal ripples
-# are the cubic's constant term, and then truncates f to 2**-18: a relative error of ln 2 times their sum.
+# PyTorch's vectorised fexp_u20 (ATen/cpu/vec/vec512/vec512_float.h) replaces 2**f by 1 + f - cubic(f), whose
+# equal ripples are the cubic's constant term, and then truncates f to 2**-18: a relative error of ln 2 times their sum.
 _FEXP_ERROR = math.log(2) * (1.0703434948458272e-4 + 2.0**-18) / 2.0**-24
 
 
 def _torch_flash(dtype: str) -> Model:
     model = flash(dtype)
-    return replace(model, exp_ulps=_FEXP_ERROR, subnormals=dtype != "bfloat16") if FORMATS[dtype].precision < 24 else model
+    return (
+        replace(model, exp_ulps=_FEXP_ERROR, subnormals=dtype != "bfloat16") if FORMATS[dtype].precision < 24 else model
+    )
 
 
 def _flushing(*dtypes: str) -> ModelFor:
@@ -87,24 +89,72 @@ def _flushing(*dtypes: str) -> ModelFor:
 KERNELS: dict[str, Entry] = {
     e.name: e
     for e in (
-        Entry("refattn-tiled", "", _load("tiled", "tiled"),
-              Capabilities(frozenset({"float32", "float16", "bfloat16"}), FEATURES, lse=True), flash),
-        Entry("torch-sdpa-flash", "torch", _load("torch_sdpa", "sdpa_flash"),
-              _able("float32 float16 bfloat16 float64", _SDPA, lse=True), _torch_flash),
-        Entry("torch-sdpa-math", "torch", _load("torch_sdpa", "sdpa_math"), _able("float32 float16 bfloat16 float64", f"{_SDPA} d_v_differs"), materialised),
-        Entry("torch-flex", "torch", _load("torch_sdpa", "flex"),
-              _able("float32 float16 bfloat16 float64", f"{_SDPA} {_FLEX}"), _flushing("bfloat16")),
-        Entry("torch-flex-compiled", "torch", _load("torch_sdpa", "flex_compiled"),
-              _able("float32 bfloat16", f"{_SDPA} {_FLEX}"), flash,
-              "it compiles C++ for each shape, minutes in all"),
-        Entry("jax", "jax", _load("others", "jax_attention"),
-              _able("float32 float16 bfloat16", "causal_top_left window bias allowed grouped_heads scale no_rows_or_keys"), _flushing("float32", "bfloat16")),
-        Entry("onnxruntime", "onnxruntime", _load("others", "onnxruntime_attention"),
-              _able("float32 float16", "causal_top_left bias allowed softcap grouped_heads scale d_v_differs"), materialised),
-        Entry("openvino", "openvino", _load("others", "openvino_attention"),
-              _able("float32", "causal_top_left bias allowed scale d_v_differs"), flash),
-        Entry("keras", "keras", _load("others", "keras_attention"),
-              _able("float32 float16 bfloat16", "causal_top_left bias allowed scale"), _flushing("bfloat16")),
+        Entry(
+            "refattn-tiled",
+            "",
+            _load("tiled", "tiled"),
+            Capabilities(frozenset({"float32", "float16", "bfloat16"}), FEATURES, lse=True),
+            flash,
+        ),
+        Entry(
+            "torch-sdpa-flash",
+            "torch",
+            _load("torch_sdpa", "sdpa_flash"),
+            _able("float32 float16 bfloat16 float64", _SDPA, lse=True),
+            _torch_flash,
+        ),
+        Entry(
+            "torch-sdpa-math",
+            "torch",
+            _load("torch_sdpa", "sdpa_math"),
+            _able("float32 float16 bfloat16 float64", f"{_SDPA} d_v_differs"),
+            materialised,
+        ),
+        Entry(
+            "torch-flex",
+            "torch",
+            _load("torch_sdpa", "flex"),
+            _able("float32 float16 bfloat16 float64", f"{_SDPA} {_FLEX}"),
+            _flushing("bfloat16"),
+        ),
+        Entry(
+            "torch-flex-compiled",
+            "torch",
+            _load("torch_sdpa", "flex_compiled"),
+            _able("float32 bfloat16", f"{_SDPA} {_FLEX}"),
+            flash,
+            "it compiles C++ for each shape, minutes in all",
+        ),
+        Entry(
+            "jax",
+            "jax",
+            _load("others", "jax_attention"),
+            _able(
+                "float32 float16 bfloat16", "causal_top_left window bias allowed grouped_heads scale no_rows_or_keys"
+            ),
+            _flushing("float32", "bfloat16"),
+        ),
+        Entry(
+            "onnxruntime",
+            "onnxruntime",
+            _load("others", "onnxruntime_attention"),
+            _able("float32 float16", "causal_top_left bias allowed softcap grouped_heads scale d_v_differs"),
+            materialised,
+        ),
+        Entry(
+            "openvino",
+            "openvino",
+            _load("others", "openvino_attention"),
+            _able("float32", "causal_top_left bias allowed scale d_v_differs"),
+            flash,
+        ),
+        Entry(
+            "keras",
+            "keras",
+            _load("others", "keras_attention"),
+            _able("float32 float16 bfloat16", "causal_top_left bias allowed scale"),
+            _flushing("bfloat16"),
+        ),
     )
 }
 """The kernels by name."""
@@ -131,14 +181,22 @@ def find(name: str) -> list[Entry]:
     """
     if ":" in name:
         return [_custom(name)]
-    exact = [KERNELS[name]] if name in KERNELS else [
-        e for e in KERNELS.values() if e.name.startswith(f"{name}-") and not e.named_only]
+    exact = (
+        [KERNELS[name]]
+        if name in KERNELS
+        else [e for e in KERNELS.values() if e.name.startswith(f"{name}-") and not e.named_only]
+    )
     if not exact:
-        raise InvalidInput(f"kernel: got {name!r}, expected one of {', '.join(KERNELS)}, package.module:function or path/file.py:function")
+        raise InvalidInput(
+            f"kernel: got {name!r}, expected one of {', '.join(KERNELS)}, package.module:function or "
+            "path/file.py:function"
+        )
     missing = [e for e in exact if not e.here]
     if missing:
-        raise InvalidInput(f"kernel: {name} needs the package {missing[0].package}; install it with "
-                           f"pip install 'refattn[{missing[0].package}]'")
+        raise InvalidInput(
+            f"kernel: {name} needs the package {missing[0].package}; install it with "
+            f"pip install 'refattn[{missing[0].package}]'"
+        )
     return exact
 
 

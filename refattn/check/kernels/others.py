@@ -33,12 +33,14 @@ def jax_attention(problem: Problem) -> Any:
         raise UnsupportedProblem("window: dot_product_attention has no open side")
     if p.window is not None and p.n_q != p.n_k:
         raise UnsupportedProblem("window: dot_product_attention counts it from the top left")
-    out = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=p.scale, is_causal=p.causal is not None, local_window_size=p.window)
+    out = jax.nn.dot_product_attention(
+        q, k, v, bias, mask, scale=p.scale, is_causal=p.causal is not None, local_window_size=p.window
+    )
     return _swap(out)
 
 
 def keras_attention(problem: Problem) -> Any:
-    """Return what keras.ops.dot_product_attention gives on the backend that Keras is set to (PyTorch or JAX if unset)."""
+    """Return what keras.ops.dot_product_attention gives on Keras's backend (PyTorch or JAX if unset)."""
     if "KERAS_BACKEND" not in os.environ:
         os.environ["KERAS_BACKEND"] = next((b for b in ("torch", "jax") if importlib.util.find_spec(b)), "tensorflow")
     import keras
@@ -47,7 +49,9 @@ def keras_attention(problem: Problem) -> Any:
     if p.bias is not None and p.allowed is not None:
         raise UnsupportedProblem("bias: keras.ops takes bias or mask")
     make = keras.ops.convert_to_tensor
-    q, k, v = (make(np.ascontiguousarray(_swap(x).astype(np.float32)), dtype=p.dtype) for x in (p.query, p.key, p.value))
+    q, k, v = (
+        make(np.ascontiguousarray(_swap(x).astype(np.float32)), dtype=p.dtype) for x in (p.query, p.key, p.value)
+    )
     full = (p.batch, p.heads, p.n_q, p.n_k)
     bias = None if p.bias is None else make(np.broadcast_to(p.bias, full).astype(np.float32).copy(), dtype=p.dtype)
     mask = None if p.allowed is None else make(np.broadcast_to(p.allowed, full).copy())
@@ -62,7 +66,9 @@ def _session(shapes: tuple[Any, ...], dtype: str, causal: bool, scale: float | N
     from onnx import TensorProto, helper
 
     kinds = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bool": TensorProto.BOOL}
-    attributes = {"is_causal": int(causal)} | {n: x for n, x in (("scale", scale), ("softcap", softcap)) if x is not None}
+    attributes = {"is_causal": int(causal)} | {
+        n: x for n, x in (("scale", scale), ("softcap", softcap)) if x is not None
+    }
     names = ("Q", "K", "V", "M")[: len(shapes)]
     inputs = [helper.make_tensor_value_info(n, kinds[t], list(s)) for n, (s, t) in zip(names, shapes, strict=True)]
     node = helper.make_node("Attention", list(names), ["Y"], **attributes)
@@ -75,11 +81,10 @@ def _session(shapes: tuple[Any, ...], dtype: str, causal: bool, scale: float | N
 
 def _attn_mask(p: Problem) -> NDArray[Any] | None:
     """Return one mask argument: boolean, or bias with -inf where the mask is False, its last two axes whole."""
-    whole = lambda x: np.ascontiguousarray(np.broadcast_to(x, (*x.shape[:2], p.n_q, p.n_k)))  # noqa: E731
-    if p.bias is None:
-        return None if p.allowed is None else whole(p.allowed)
-    bias = p.bias if p.allowed is None else np.where(p.allowed, p.bias, np.array(-np.inf, p.bias.dtype))
-    return whole(bias)
+    mask: NDArray[Any] | None = p.allowed if p.bias is None else p.bias
+    if p.bias is not None and p.allowed is not None:
+        mask = np.where(p.allowed, p.bias, np.array(-np.inf, p.bias.dtype))
+    return None if mask is None else np.ascontiguousarray(np.broadcast_to(mask, (*mask.shape[:2], p.n_q, p.n_k)))
 
 
 def onnxruntime_attention(problem: Problem) -> Any:
@@ -113,5 +118,7 @@ def openvino_attention(problem: Problem) -> Any:
     if p.scale is not None:
         more["scale"] = ops.constant(np.asarray(p.scale, p.query.dtype))
     node = ops.scaled_dot_product_attention(*parameters[:3], **more)
-    compiled = openvino.Core().compile_model(openvino.Model([node], parameters), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino.Core().compile_model(
+        openvino.Model([node], parameters), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
     return np.array(next(iter(compiled([np.ascontiguousarray(x) for x in feed]).values())))

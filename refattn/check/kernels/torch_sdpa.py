@@ -34,8 +34,15 @@ def _sdpa(problem: Problem, backend: str) -> Any:
     if mask is not None and p.causal is not None:
         raise UnsupportedProblem("causal: scaled_dot_product_attention takes is_causal or attn_mask, not both")
     with torch.no_grad(), sdpa_kernel(getattr(SDPBackend, backend)):
-        return F.scaled_dot_product_attention(p.query, p.key, p.value, mask, is_causal=p.causal is not None, scale=p.scale,
-                                              enable_gqa=p.heads != p.heads_kv)
+        return F.scaled_dot_product_attention(
+            p.query,
+            p.key,
+            p.value,
+            mask,
+            is_causal=p.causal is not None,
+            scale=p.scale,
+            enable_gqa=p.heads != p.heads_kv,
+        )
 
 
 def sdpa_flash(problem: Problem) -> Any:
@@ -75,8 +82,11 @@ def _flex(problem: Problem, call: Any) -> Any:
         seen[...] = False
         for rows, keys in rule.segments():
             seen[0, 0, rows, keys] = masks.visible(rule, 0, 0, rows, keys)
-    mask = torch.from_numpy(np.broadcast_to(seen if plain.allowed is None else seen & plain.allowed,
-                                            (p.batch, p.heads, p.n_q, p.n_k)).copy())
+    mask = torch.from_numpy(
+        np.broadcast_to(
+            seen if plain.allowed is None else seen & plain.allowed, (p.batch, p.heads, p.n_q, p.n_k)
+        ).copy()
+    )
     bias = None if p.bias is None else p.bias.expand(p.batch, p.heads, p.n_q, p.n_k)
 
     def score_mod(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
@@ -86,7 +96,15 @@ def _flex(problem: Problem, call: Any) -> Any:
 
     blocks = create_block_mask(lambda b, h, i, j: mask[b, h, i, j], p.batch, p.heads, p.n_q, p.n_k, device="cpu")
     with torch.no_grad():
-        return call(p.query, p.key, p.value, score_mod=score_mod, block_mask=blocks, scale=p.scale, enable_gqa=p.heads != p.heads_kv)
+        return call(
+            p.query,
+            p.key,
+            p.value,
+            score_mod=score_mod,
+            block_mask=blocks,
+            scale=p.scale,
+            enable_gqa=p.heads != p.heads_kv,
+        )
 
 
 def flex(problem: Problem) -> Any:
