@@ -27,7 +27,9 @@ class Floats:
 
     def array(self, x: Array) -> Array:
         """Take in an array."""
-        return np.array(x, dtype=self.dtype)
+        taken: Array = np.empty(np.shape(x), self.dtype)
+        taken[...] = x
+        return taken
 
     def number(self, x: Any) -> Any:
         """Take in a number, rounded to nearest."""

@@ -82,12 +82,13 @@ class Enclosure:
         if not np.isfinite(near):
             return None
         boundary = form.neighbours(near)[1 if low > 0 else 0]
-        return (
-            boundary
-            if abs(Fraction(float(self.mid[index])) + Fraction(float(self.tail[index])) - boundary)
-            <= Fraction(float(np.nextafter(self.radius[index], np.inf))) * 2
-            else None
-        )
+        middle = Fraction(float(self.mid[index])) + Fraction(float(self.tail[index]))
+        reach = Fraction(float(np.nextafter(self.radius[index], np.inf)))
+        return boundary if abs(middle - boundary) <= 2 * reach else None
+
+    def rounds_to_zero(self, index: tuple[int, ...], form: Format) -> bool:
+        """Tell whether every real number in the enclosure of an element rounds to a zero, of whichever sign."""
+        return all(form.round(float(x[index])) == 0 for x in self._ends())
 
     def _ends(self) -> tuple[Float, Float]:
         with np.errstate(all="ignore"):

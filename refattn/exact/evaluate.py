@@ -18,7 +18,7 @@ from .arithmetics import Balls, Floats
 from .enclosure import Enclosure
 from .slabs import Slab, matrix_of, slabs
 from .tape import Tape, gradients
-from .ties import exact_ties, lone_key_lse
+from .ties import decide_by_sign, exact_ties, lone_key_lse
 
 __all__ = ["Answer", "evaluate", "reference", "run"]
 
@@ -300,8 +300,9 @@ def _rounded(problem: Problem, form: Format, lse_form: Format, dout: NDArray[np.
             if name in decided:
                 value, sure = np.where(decided[name], values[name], value), decided[name] | sure
             values[name], decided[name] = value, sure
-        if all(d.all() for d in decided.values()):
-            break
+        if step:
+            with balls.working():
+                decide_by_sign(raw, {"lse": lse_form}, form, enclosures, values, decided)
         if step == 1:
             lone_key_lse(problem, lse_form, values, decided)
             exact_ties(problem, form, dout, enclosures, values, decided)

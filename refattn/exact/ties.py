@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import flint
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +17,7 @@ from .enclosure import Enclosure
 from .field import Field
 from .slabs import slabs
 
-__all__ = ["exact_ties", "lone_key_lse"]
+__all__ = ["decide_by_sign", "exact_ties", "lone_key_lse"]
 
 Values = dict[str, NDArray[np.float64]]
 Decided = dict[str, NDArray[np.bool_]]
@@ -80,6 +81,32 @@ def exact_ties(
                 continue
             if images[name][index] == f.number(boundary).image[0, 0]:
                 values[name][index], d[index] = form.round(boundary), True
+
+
+def decide_by_sign(
+    raw: dict[str, NDArray[Any]],
+    forms: dict[str, Format],
+    form: Format,
+    enclosures: dict[str, Enclosure],
+    values: Values,
+    decided: Decided,
+) -> None:
+    """Round undecided elements by the side of their rounding boundary that the ball itself lies on.
+
+    A ball of many bits decides what its float64 enclosure cannot hold: a tie broken by exp(-100000), say.
+    """
+    for name, d in decided.items():
+        for index in zip(*np.nonzero(~d), strict=True):
+            to = forms.get(name, form)
+            ball, boundary = raw[name][index], enclosures[name].boundary(index, to)
+            if boundary is None or isinstance(ball, float):
+                continue
+            if boundary == 0 and not enclosures[name].rounds_to_zero(index, to):
+                continue
+            gap = ball - flint.arb(flint.fmpq(boundary.numerator, boundary.denominator))
+            if gap > 0 or gap < 0:
+                side = 1 if gap > 0 else -1
+                values[name][index], d[index] = to.beside(boundary, side), True
 
 
 def _no_number(problem: Problem, values: Values, decided: Decided) -> None:
