@@ -19,7 +19,7 @@ import numpy as np
 from refattn import Problem
 from refattn.bench import Row
 from refattn.exact.arithmetics import Balls, Floats, Multiprecision
-from refattn.exact.evaluate import evaluate, run
+from refattn.exact.driver import evaluate, run
 
 SIZES = (64, 256, 1024)
 DIMS = (64, 128)

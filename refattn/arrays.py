@@ -127,7 +127,8 @@ def to_float64(x: NDArray[Any]) -> NDArray[np.float64]:
     """Return a float array of the table as float64, exactly (every format's numbers are float64 numbers)."""
     if not is_float(x.dtype):
         raise InvalidInput(f"dtype: got {x.dtype.name!r}, expected one of {', '.join(FORMATS)}")
-    return np.asarray(x).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        return np.asarray(x).astype(np.float64)
 
 
 def from_float64(x: NDArray[np.float64], dtype: Any) -> NDArray[Any]:

@@ -162,7 +162,7 @@ class Format:
             else abs(boundary) * Fraction(2) ** -(self.precision + 2)
         )
         near = self.round(boundary + side * step / 2)
-        return math.copysign(0.0, side) if near == 0 else near
+        return math.copysign(0.0, boundary or side) if near == 0 else near
 
     def _next(self, x: float, direction: int) -> Fraction:
         exact = Fraction(x)

@@ -79,7 +79,7 @@ def load_problem(path: str | Path) -> Problem:
         There is no such file, or it is not one of ours.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             head = json.loads(str(file["refattn"]))
             if head["mark"] != MARK:
                 raise KeyError("mark")

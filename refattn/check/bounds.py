@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import FORMATS, Format, format_of
-from ..exact.evaluate import Answer
+from ..exact.driver import Answer
 from ..exact.slabs import Slab, slabs
 from ..variants import variant_of
 from .model import Model

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import format_of
-from ..exact.evaluate import Answer
+from ..exact.driver import Answer
 from ..masks import visible
 
 __all__ = ["Worst", "compare", "empty_rows"]

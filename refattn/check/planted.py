@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .. import masks
 from ..arrays import from_float64
 from ..dtypes import FORMATS
-from ..exact.evaluate import reference
+from ..exact.driver import reference
 from ..exact.slabs import slabs
 from ..problem import Problem
 from .call import Kernel

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..dtypes import FORMATS
 from ..errors import InvalidInput, KernelError, UnsupportedProblem
-from ..exact.evaluate import Answer, evaluate
+from ..exact.driver import Answer, evaluate
 from ..problem import Problem
 from ..variants import variant_of
 from .bounds import bounds, correctly_rounded_share

@@ -1,7 +1,7 @@
 """How a definition is evaluated with proof: arithmetics, rounding, gradients."""
 
+from .driver import Answer, evaluate, reference
 from .enclosure import Enclosure
-from .evaluate import Answer, evaluate, reference
 from .functions import linear_attention, power_attention, sigmoid_attention, softmax_attention
 
 __all__ = [

@@ -47,7 +47,7 @@ class Floats:
         """Apply a function to every element; overflow gives inf, as IEEE arithmetic does."""
         with np.errstate(all="ignore"):
             if function == "relu":
-                return np.maximum(a, self.dtype.type(0))
+                return np.asarray(np.maximum(a, self.dtype.type(0)))
             if function == "sigmoid":
                 e = np.exp(-np.abs(a))
                 return np.asarray(np.where(a >= 0, self.dtype.type(1), e) / (1 + e))

@@ -58,11 +58,7 @@ class Enclosure:
             True where every real number in the enclosure rounds to `value`.
         """
         with np.errstate(all="ignore"):
-            low, high = self._ends()
-            if form.precision < 53:  # one more rounding has happened: step outwards past it
-                exact = self.radius == 0
-                low = np.where(exact & (self.tail == 0), self.mid, np.nextafter(low, -np.inf))
-                high = np.where(exact & (self.tail == 0), self.mid, np.nextafter(high, np.inf))
+            low, high = self._ends(form)
             a, b = form.round_array(low), form.round_array(high)
         same = (a == b) & (np.signbit(a) == np.signbit(b))
         nothing = np.isnan(self.mid) & (self.radius == 0)
@@ -73,34 +69,42 @@ class Enclosure:
 
     def boundary(self, index: tuple[int, ...], form: Format) -> Fraction | None:
         """Return the one rounding boundary (or zero) inside the enclosure of an undecided element, None if several."""
-        low, high = (float(x[index]) for x in self._ends())
+        low, high = (float(x[index]) for x in self._ends(form))
         if not np.isfinite([low, high]).all():
             return None
         if low <= 0 <= high:
             return Fraction(0)
-        near = form.round(min(low, high, key=abs))
+        near, far = (form.round(pick(low, high, key=abs)) for pick in (min, max))
         if not np.isfinite(near):
             return None
         boundary = form.neighbours(near)[1 if low > 0 else 0]
-        middle = Fraction(float(self.mid[index])) + Fraction(float(self.tail[index]))
-        reach = Fraction(float(np.nextafter(self.radius[index], np.inf)))
-        return boundary if abs(middle - boundary) <= 2 * reach else None
+        # the only one, if the far end rounds to the next number (past the largest there is no next)
+        one = not np.isfinite(far) or form.neighbours(far)[0 if low > 0 else 1] == boundary
+        return boundary if one else None
 
     def rounds_to_zero(self, index: tuple[int, ...], form: Format) -> bool:
         """Tell whether every real number in the enclosure of an element rounds to a zero, of whichever sign."""
-        return all(form.round(float(x[index])) == 0 for x in self._ends())
+        return all(form.round(float(x[index])) == 0 for x in self._ends(form))
 
-    def _ends(self) -> tuple[Float, Float]:
+    def _ends(self, form: Format) -> tuple[Float, Float]:
+        """Return float64 numbers whose rounding into the format bounds that of every number in the enclosure."""
         with np.errstate(all="ignore"):
             point = self.radius == 0
             down = np.where(point, self.tail, np.nextafter(self.tail - self.radius, -np.inf))
             up = np.where(point, self.tail, np.nextafter(self.tail + self.radius, np.inf))
-            return self.mid + down, self.mid + up
+            low, high = self.mid + down, self.mid + up
+            if form.precision == 53:
+                return low, high  # the sum's own rounding is the one asked for
+            point &= self.tail == 0
+            return (
+                np.where(point, self.mid, np.nextafter(low, -np.inf)),
+                np.where(point, self.mid, np.nextafter(high, np.inf)),
+            )
 
 
 def _split(x: Any) -> tuple[float, float, float]:
-    if isinstance(x, float):
-        return x, 0.0, 0.0
+    if isinstance(x, float | int):
+        return float(x), 0.0, 0.0
     if not x.is_finite():
         return float("nan"), 0.0, float("inf")
     mid = float(x.mid())

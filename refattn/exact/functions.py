@@ -7,7 +7,7 @@ from typing import Any
 from ..arrays import dtype_name, like
 from ..dtypes import FORMATS, format_of
 from ..problem import Problem
-from .evaluate import evaluate
+from .driver import evaluate
 
 __all__ = ["linear_attention", "power_attention", "sigmoid_attention", "softmax_attention"]
 

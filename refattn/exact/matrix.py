@@ -131,7 +131,7 @@ class Matrix:
         base, result = self.where(where).a, self.number(1)
         while p:
             if p & 1:
-                result = result * base
+                result = base * result
             p >>= 1
             if p:
                 base = base * base

@@ -61,7 +61,7 @@ def exact_ties(
 
     An element whose definition has no image in the field (a maximum, say) stays undecided.
     """
-    from .evaluate import _undecided_rows, run
+    from .driver import _undecided_rows, run
 
     undecided = {n: d for n, d in decided.items() if n != "lse"}
     if all(d.all() for d in undecided.values()):
@@ -79,7 +79,7 @@ def exact_ties(
             boundary = enclosures[name].boundary(index, form)
             if boundary is None or isinstance(images[name][index], float):
                 continue
-            if images[name][index] == f.number(boundary).image[0, 0]:
+            if images[name][index] % f.p == f.number(boundary).image[0, 0]:
                 values[name][index], d[index] = form.round(boundary), True
 
 

@@ -182,7 +182,7 @@ def run(problem: Problem, f: Any, dout: NDArray[np.float64] | None, need: NDArra
     if dout is not None:
         shapes = {"dq": p.query.shape, "dk": p.key.shape, "dv": p.value.shape}
         shapes |= {n: getattr(p, n[1:]).shape for n in ("dbias", "dsink") if getattr(p, n[1:]) is not None}
-        raw |= {n: np.full(s, 0.0, object) for n, s in shapes.items()}
+        raw |= {n: np.full(s, 0, object) for n, s in shapes.items()}
     for slab in slabs(p):
         if dout is not None and not _finite(slab):
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")

@@ -1,0 +1,36 @@
+"""Shared makers of small problems, and Hypothesis profiles."""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+from refattn import Problem
+from refattn.arrays import from_float64
+from refattn.dtypes import FORMATS
+
+pytest_plugins = ["pytester"]
+
+settings.register_profile("refattn-quick", max_examples=30, deadline=None, derandomize=True)
+settings.register_profile(
+    "refattn-nightly", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("REFATTN_PROFILE", "refattn-quick"))
+
+
+def tensor(rng, shape, dtype="float32"):
+    return from_float64(FORMATS[dtype].round_array(rng.standard_normal(shape)), dtype)
+
+
+@pytest.fixture
+def make():
+    """Return a maker of random problems: make(n_q, n_k, d, ...) with any option of Problem."""
+
+    def maker(n_q=5, n_k=7, d=8, *, b=1, h=2, h_kv=None, d_v=None, dtype="float32", seed=0, **more):
+        rng = np.random.default_rng(seed)
+        h_kv = h if h_kv is None else h_kv
+        shapes = ((b, h, n_q, d), (b, h_kv, n_k, d), (b, h_kv, n_k, d if d_v is None else d_v))
+        return Problem(*(tensor(rng, s, dtype) for s in shapes), **more)
+
+    return maker

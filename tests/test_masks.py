@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+
+from refattn import InvalidInput, Problem, masks
+
+
+def test_causal_corners():
+    assert masks.causal(2, 4).astype(int).tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert masks.causal(2, 4, "top_left").astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
+    assert masks.causal(4, 2).astype(int).tolist() == [[0, 0], [0, 0], [1, 0], [1, 1]]
+
+
+def test_window_counts_both_ends():
+    want = [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1]]
+    assert masks.sliding_window(4, 4, 2, 1).astype(int).tolist() == want
+    assert masks.sliding_window(4, 4, None, 0).tolist() == masks.causal(4, 4).tolist()
+    assert masks.sliding_window(3, 3, None, None).all()
+
+
+def test_document_and_padding():
+    assert masks.document([0, 0, 1], [0, 1]).astype(int).tolist() == [[1, 0], [1, 0], [0, 1]]
+    assert masks.padding([0, 2], 3)[:, 0, 0].astype(int).tolist() == [[0, 0, 0], [1, 1, 0]]
+    with pytest.raises(InvalidInput, match=r"lengths: got \[4\], expected one axis of numbers from 0 to n_k=3"):
+        masks.padding([4], 3)
+    with pytest.raises(InvalidInput, match="alignment: got 'left', expected one of bottom_right, top_left"):
+        masks.causal(2, 2, "left")
+
+
+def test_visible_combines_everything():
+    x = np.ones((1, 2, 3, 4), np.float32)
+    bias = np.zeros((1, 1, 1, 3), np.float32)
+    bias[..., 0] = -np.inf
+    allowed = np.ones((1, 2, 3, 3), bool)
+    allowed[:, 1, 2] = False
+    p = Problem(x, x, x, causal="bottom_right", bias=bias, allowed=allowed)
+    whole = slice(0, 3)
+    assert masks.visible(p, 0, 0, whole, whole).astype(int).tolist() == [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
+    assert masks.visible(p, 0, 1, whole, whole).astype(int).tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_window_follows_the_causal_corner():
+    x, y = np.ones((1, 1, 2, 4), np.float32), np.ones((1, 1, 4, 4), np.float32)
+    rows, keys = slice(0, 2), slice(0, 4)
+    right = masks.visible(Problem(x, y, y, window=(0, 0)), 0, 0, rows, keys)
+    left = masks.visible(Problem(x, y, y, window=(0, 0), causal="top_left"), 0, 0, rows, keys)
+    assert right.astype(int).tolist() == [[0, 0, 1, 0], [0, 0, 0, 1]]
+    assert left.astype(int).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]

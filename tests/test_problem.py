@@ -1,0 +1,115 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from refattn import InvalidProblem, Problem
+from refattn.check import FEATURES
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+def good(**more):
+    parts = {"query": ones(1, 8, 5, 16), "key": ones(1, 4, 7, 16), "value": ones(1, 4, 7, 24)} | more
+    return Problem(**parts)
+
+
+BAD = [
+    ({"query": ones(8, 5, 16)}, r"query: got 3 axes \(8, 5, 16\), expected 4 \(batch, heads, seq, dim\)"),
+    ({"query": [[1.0]]}, "query: got list, expected an array"),
+    ({"query": ones(1, 8, 5, 16, dtype=np.int32)}, "query: got dtype int32, expected one of float64"),
+    ({"key": ones(1, 3, 7, 16), "value": ones(1, 3, 7, 24)}, "key: axis heads is 3 and must divide query's 8"),
+    ({"key": ones(2, 4, 7, 16)}, "key: axis batch is 2, expected query's 1"),
+    ({"key": ones(1, 4, 7, 8)}, "key: axis dim is 8, expected query's 16"),
+    ({"key": ones(1, 4, 7, 16, dtype=np.float64)}, "key: got dtype float64, expected query's float32"),
+    ({"value": ones(1, 4, 6, 24)}, "value: axis seq is 6, expected key's 7"),
+    ({"value": ones(1, 2, 7, 24)}, "value: axis heads is 2, expected key's 4"),
+    ({"value": ones(1, 4, 7, 0)}, "value: axis dim is 0 and must be at least 1"),
+    ({"key": torch.ones(1, 4, 7, 16)}, "key: is of torch and query of numpy"),
+    ({"causal": True}, "causal: got True, expected None, 'bottom_right' or 'top_left'"),
+    ({"causal": "upper"}, "causal: got 'upper'"),
+    ({"window": 3}, r"window: got 3, expected \(left, right\)"),
+    ({"window": (1.5, 0)}, "window: got"),
+    ({"window": (-1, 0)}, r"window: got \(-1, 0\), expected sides of at least 0"),
+    ({"softcap": 0}, "softcap: got 0, expected a finite number above 0"),
+    ({"softcap": -2.0}, "softcap: got -2.0, expected a finite number above 0"),
+    ({"scale": float("nan")}, "scale: got nan, expected a finite number"),
+    ({"scale": "1"}, "scale: got '1', expected a real number or None"),
+    ({"scale": True}, "scale: got True"),
+    ({"sink": ones(4)}, r"sink: got shape \(4,\), expected \(8,\)"),
+    ({"bias": ones(5, 7)}, r"bias: got shape \(5, 7\), expected \(1, 8, 5, 7\) or 1 in place of an axis"),
+    ({"bias": ones(1, 1, 5, 7, dtype=bool)}, "bias: got dtype bool, .* a boolean mask goes into allowed"),
+    ({"allowed": ones(1, 1, 5, 7)}, "allowed: got dtype float32, expected bool"),
+    ({"allowed": torch.ones(1, 1, 5, 7, dtype=torch.bool)}, "allowed: is of torch and query of numpy"),
+    ({"allowed": ones(1, 2, 5, 7, dtype=bool)}, r"allowed: got shape \(1, 2, 5, 7\)"),
+    ({"cu_seqlens_q": np.array([0, 5])}, "got only one, expected both or none"),
+    ({"cu_seqlens_q": np.array([0, 4]), "cu_seqlens_k": np.array([0, 7])}, r"cu_seqlens_q: got \[0, 4\], .* end at 5"),
+    ({"cu_seqlens_q": np.array([0, 3, 2, 5]), "cu_seqlens_k": np.array([0, 1, 2, 7])}, "never fall"),
+    ({"cu_seqlens_q": np.array([0, 2, 5]), "cu_seqlens_k": np.array([0, 7])}, "cu_seqlens_k: has 2 offsets"),
+    ({"cu_seqlens_q": np.array([0.0, 5.0]), "cu_seqlens_k": np.array([0, 7])}, "cu_seqlens_q: got float64"),
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), BAD, ids=[t[:40] for _, t in BAD])
+def test_bad_input_names_the_argument(changes, text):
+    with pytest.raises(InvalidProblem, match=text):
+        good(**changes)
+
+
+def test_packed_needs_one_batch():
+    with pytest.raises(InvalidProblem, match="query: axis batch is 2, expected 1 with cu_seqlens"):
+        Problem(*(ones(2, 1, 5, 4) for _ in range(3)), cu_seqlens_q=np.array([0, 5]), cu_seqlens_k=np.array([0, 5]))
+
+
+def test_shapes_and_words():
+    p = good(scale=0.5, window=(3, None), causal="top_left")
+    assert (p.batch, p.heads, p.heads_kv, p.n_q, p.n_k, p.d_k, p.d_v) == (1, 8, 4, 5, 7, 16, 24)
+    assert p.out_shape == (1, 8, 5, 24)
+    assert p.dtype == "float32"
+    assert repr(p) == (
+        "Problem(softmax float32 numpy b=1 h_q=8 h_kv=4 n_q=5 n_k=7 d_k=16 d_v=24 scale=0.5 causal='top_left' "
+        "window=(3, None))"
+    )
+
+
+def test_empty_sequences_are_problems():
+    assert Problem(ones(1, 1, 0, 4), ones(1, 1, 0, 4), ones(1, 1, 0, 4)).n_k == 0
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        good().scale = 2.0
+    with pytest.raises(TypeError):
+        good(options={"p": 2}).options["p"] = 4
+
+
+def test_to_another_kind_and_back():
+    p = good(bias=ones(1, 1, 1, 7), sink=ones(8), allowed=ones(1, 1, 5, 1, dtype=bool))
+    t = p.to("torch")
+    assert t.kind == "torch"
+    assert all(isinstance(x, torch.Tensor) for x in t.arrays().values())
+    assert p.to("numpy") is p
+    assert t.to("numpy").query.tobytes() == p.query.tobytes()
+
+
+def test_features_are_those_that_capabilities_know():
+    everything = Problem(
+        ones(1, 2, 3, 4),
+        ones(1, 1, 5, 4),
+        ones(1, 1, 5, 6),
+        0.5,
+        "bottom_right",
+        (1, 0),
+        1.0,
+        ones(2),
+        ones(1, 1, 1, 5),
+        ones(1, 1, 1, 5, dtype=bool),
+        np.array([0, 3]),
+        np.array([0, 5]),
+    )
+    rest = Problem(*(ones(1, 1, 0, 4) for _ in range(3)), causal="top_left")
+    assert everything.features() | rest.features() == FEATURES
+    assert Problem(*(ones(1, 1, 2, 4) for _ in range(3))).features() == frozenset()
