@@ -33,8 +33,8 @@ __all__ = ["main"]
 
 
 def _console(stderr: bool = False) -> Console:
-    # a pipe or a log has no width of its own: give tables room there
-    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else max(120, shutil.get_terminal_size().columns)
+    # a pipe or a log has no width of its own: let tables be as wide as they are there
+    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else 1000
     return Console(stderr=stderr, width=wide, highlight=False)
 
 
@@ -159,7 +159,7 @@ def _table(reports: Iterable[Report]) -> Table:
         caption_justify="left",
     )
     for name in ("kernel", "package", "format"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")
     for name in ("passed", "failed", "unsupported", "error/bound", "correctly rounded"):
         table.add_column(name, justify="right")
     table.add_column("verdict")

@@ -1,0 +1,85 @@
+"""A kernel that breaks its contract is a named failure, and the run goes on."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from refattn import Capabilities, KernelError, UnsupportedProblem, check_kernel
+from refattn.check import call_kernel
+from refattn.check.kernels.tiled import tiled
+
+
+def raises(p):
+    raise RuntimeError("no such tile\nsecond line")
+
+
+def mutates(p):
+    p.key[...] = 0
+    return tiled(p)
+
+
+def mutates_through_torch(p):
+    torch.from_numpy(p.value).zero_()
+    return tiled(p)
+
+
+BROKEN = {
+    "raises": (raises, "the kernel raised RuntimeError: no such tile"),
+    "mutates": (mutates, "the kernel changed its input key; it must leave its inputs as they are"),
+    "mutates-torch": (mutates_through_torch, "the kernel changed its input value"),
+    "nothing": (lambda p: None, "the kernel returned NoneType; expected out or"),
+    "list": (lambda p: [1, 2, 3], "the kernel returned 3 parts of int, int, int"),
+    "wrong-shape": (lambda p: tiled(p)[0][:, :, :1], r"out: got shape \(1, 2, 1, 8\), expected \(1, 2, 5, 8\)"),
+    "wrong-dtype": (lambda p: tiled(p)[0].astype(np.float64), "out: got dtype float64, expected query's float32"),
+    "lse-shape": (lambda p: (tiled(p)[0], np.zeros(3, np.float32)), r"lse: got shape \(3,\), expected \(1, 2, 5\)"),
+    "lse-dtype": (lambda p: (tiled(p)[0], np.zeros((1, 2, 5), int)), "lse: got dtype int64, expected one of"),
+    "three": (lambda p: (*tiled(p), 1), "the kernel returned 3 parts of ndarray, ndarray, int"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_breach_is_named(make, name):
+    kernel, text = BROKEN[name]
+    with pytest.raises(KernelError, match=text):
+        call_kernel(kernel, make())
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_run_goes_on(name):
+    report = check_kernel(BROKEN[name][0], only="gaussian/*", capabilities=Capabilities())
+    assert report.count("failed") == len(report.checks)
+    assert all(c.message for c in report.checks)
+
+
+def test_results_of_every_library_are_taken(make):
+    p = make()
+    want = tiled(p)[0]
+    for wrap in (torch.from_numpy, jnp.asarray):
+        result = call_kernel(lambda p, wrap=wrap: tuple(wrap(x) for x in tiled(p)), p)
+        assert result.out.tobytes() == want.tobytes()
+        assert result.lse is not None
+    half = make(dtype="bfloat16")
+    assert call_kernel(lambda p: half.to("torch").query, half).out.tobytes() == half.query.tobytes()
+
+
+def test_unsupported_is_no_failure(make):
+    def kernel(p):
+        if p.softcap is not None:
+            raise UnsupportedProblem("softcap: not here")
+        return tiled(p)
+
+    with pytest.raises(UnsupportedProblem):
+        call_kernel(kernel, make(softcap=1.0))
+    report = check_kernel(kernel, only="gaussian/*", capabilities=Capabilities())
+    assert report.passed
+    assert {c.message for c in report.checks if c.verdict == "unsupported"} == {"softcap: not here"}
+
+
+def test_a_kernel_that_refuses_everything_has_not_passed():
+    def kernel(p):
+        raise UnsupportedProblem("nothing works")
+
+    report = check_kernel(kernel, only="gaussian/*")
+    assert not report.passed
+    assert report.count("unsupported") == len(report.checks)

@@ -1,0 +1,148 @@
+"""Real kernels: what is known to be wrong with them is found and named, without being told."""
+
+import math
+import sys
+
+import pytest
+
+from refattn import InvalidInput, check_kernel
+from refattn.check.kernels import _FEXP_ERROR, KERNELS, find, found
+from refattn.dtypes import FORMATS
+
+
+def run(name, only="*", dtypes=("float32",)):
+    (entry,) = find(name)
+    return check_kernel(
+        entry.load(), model=entry.model, capabilities=entry.capabilities, dtypes=dtypes, only=only, name=name
+    )
+
+
+def failed(report):
+    return {c.name.split("[")[0]: c.message for c in report.failures}
+
+
+POISON = {"poison/key-behind-mask", "poison/value-behind-mask", "poison/inf-behind-mask"}
+
+
+def test_our_own_kernel_passes_in_every_format():
+    report = run("refattn-tiled", dtypes=("float32", "bfloat16", "float16"))
+    assert report.passed
+    assert report.count("unsupported") == 0
+
+
+def test_torch_flash():
+    found_wrong = failed(run("torch-sdpa-flash"))
+    assert found_wrong["empty/rows-allowed"] == "lse of a row without keys is 0, must be -inf (8 of 74)"
+    assert "overflow on finite data: inf" in found_wrong["extreme/huge-values"]
+    assert "two halves merged through lse differ" in found_wrong["law/split_and_merge"]
+    assert "NaN or inf behind the mask leaks" in found_wrong["poison/value-behind-mask"]
+    assert set(found_wrong) == POISON | {
+        "empty/rows-allowed",
+        "empty/rows-bias",
+        "extreme/huge-values",
+        "extreme/huge-products",
+        "law/split_and_merge",
+    }
+
+
+def test_torch_math():
+    assert set(failed(run("torch-sdpa-math"))) == POISON
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_torch_flash_exponential_in_16_bits(dtype):
+    """Its fast exponential shows in lse: wrong for a float32 exponential, within the model of its own cubic."""
+    (entry,) = find("torch-sdpa-flash")
+    kernel = entry.load()
+    as_declared = run("torch-sdpa-flash", "gaussian/plain*", (dtype,))
+    assert as_declared.passed
+    from refattn.check import flash
+
+    strict = check_kernel(
+        kernel, model=flash, capabilities=entry.capabilities, dtypes=(dtype,), only="gaussian/causal-square*"
+    )
+    assert 1 < strict.checks[0].ratio < _FEXP_ERROR or sys.platform != "linux"
+
+
+def test_torch_flex():
+    found_wrong = failed(run("torch-flex"))
+    assert {"poison/value-behind-mask", "poison/value-seen-by-some", "extreme/huge-products"} <= set(found_wrong)
+    assert set(found_wrong) <= POISON | {"poison/value-seen-by-some", "extreme/huge-products"}
+
+
+def test_jax():
+    found_wrong = failed(run("jax"))
+    assert found_wrong["empty/rows-allowed"] == "the mean of all values in a row without keys, must be 0 (256 of 2368)"
+    assert found_wrong["empty/rows-bias"] == "NaN in a row without keys, must be 0 (64 of 2368)"
+    assert "overflow on finite data" in found_wrong["extreme/huge-products"]
+    assert "poison/value-behind-mask" in found_wrong
+    assert not any(name.startswith(("gaussian", "peaked", "probe", "shifted", "sparse", "law")) for name in found_wrong)
+
+
+def test_onnxruntime():
+    report = run("onnxruntime")
+    assert set(failed(report)) == POISON | {"extreme/huge-products"}
+    assert any("ONNX Runtime's Attention refuses -0.25" in c.message for c in report.checks)
+
+
+def test_openvino():
+    found_wrong = failed(run("openvino"))
+    assert found_wrong["empty/rows-allowed"] == "NaN in a row without keys, must be 0 (256 of 2368)"
+    assert not any(name.startswith(("gaussian", "peaked", "probe", "shifted", "sparse", "law")) for name in found_wrong)
+
+
+def test_keras():
+    found_wrong = failed(run("keras"))
+    assert "must be 0" in found_wrong["empty/rows-allowed"]
+    assert not any(name.startswith(("gaussian", "peaked", "probe", "shifted", "sparse", "law")) for name in found_wrong)
+
+
+def test_the_table():
+    assert "refattn-tiled" in {e.name for e in found()}
+    assert "torch-flex-compiled" not in {e.name for e in found()}
+    for name, e in KERNELS.items():
+        assert e.name == name
+        for dtype in e.capabilities.dtypes:
+            assert e.model(dtype).accumulator in FORMATS
+        assert e.version.startswith(e.package or "refattn")
+    assert math.isclose(_FEXP_ERROR, 1289, rel_tol=0.01)
+
+
+def test_names():
+    assert [e.name for e in find("torch-sdpa")] == ["torch-sdpa-flash", "torch-sdpa-math"]
+    assert [e.name for e in find("torch-flex-compiled")] == ["torch-flex-compiled"]
+    with pytest.raises(InvalidInput, match="kernel: got 'flashy', expected one of refattn-tiled, torch-sdpa-flash"):
+        find("flashy")
+
+
+def test_a_kernel_whose_package_is_not_here(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        InvalidInput, match=r"kernel: jax needs the package jax; install it with pip install 'refattn\[jax\]'"
+    ):
+        find("jax")
+    assert [e.name for e in found()] == ["refattn-tiled"]
+
+
+def test_a_function_in_a_file_or_a_module(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from refattn import Capabilities\n"
+        "def attention(problem):\n    return problem.query\n"
+        "attention.capabilities = Capabilities({'float16'})\n"
+        "value = 3\n"
+    )
+    (tmp_path / "broken_kernel.py").write_text("1 / 0\n")
+    (entry,) = find(f"{tmp_path}/mine.py:attention")
+    assert entry.capabilities.dtypes == {"float16"}
+    assert entry.load()(type("P", (), {"query": 5})) == 5
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find("mine:attention")[0].name == "mine:attention"
+    for name, text in (
+        (f"{tmp_path}/none.py:f", "kernel: there is no file"),
+        (f"{tmp_path}/mine.py:g", "has no function 'g'"),
+        ("mine:value", "kernel: mine has no function 'value'"),
+        ("no_such_module:f", "kernel: importing no_such_module raised ModuleNotFoundError"),
+        (f"{tmp_path}/broken_kernel.py:f", "raised ZeroDivisionError: division by zero"),
+    ):
+        with pytest.raises(InvalidInput, match=text):
+            find(name)

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+
+from refattn import Capabilities, InvalidInput, Model, check_kernel, check_problem
+from refattn.check.kernels.tiled import tiled
+from refattn.check.runner import plan
+
+
+def test_capabilities_decide_what_runs():
+    able = Capabilities({"float32"}, features={"lengths_differ", "causal_top_left"}, d_max=64)
+    report = check_kernel(lambda p: tiled(p)[0], capabilities=able)
+    ran = {c.name for c in report.checks if c.verdict != "unsupported"}
+    assert "gaussian/causal-top-left[float32]" in ran
+    assert "gaussian/window[float32]" not in ran
+    lacks = {c.name: c.message for c in report.checks if c.verdict == "unsupported"}
+    assert lacks["gaussian/window[float32]"] == "not in its capabilities: window"
+    assert lacks["gaussian/dim-128[float32]"] == "not in its capabilities: dim 128"
+    assert report.count("passed") + report.count("failed") + report.count("unsupported") == len(report.checks)
+
+
+def test_attributes_of_the_kernel_are_its_declaration():
+    def kernel(p):
+        return tiled(p)
+
+    kernel.capabilities = Capabilities({"bfloat16"}, lse=True)
+    kernel.model = Model(weights="bfloat16")
+    report = check_kernel(kernel, only="gaussian/plain*")
+    assert [c.name for c in report.checks] == ["gaussian/plain[bfloat16]"]
+    assert report.models["bfloat16"]["weights"] == "bfloat16"
+    assert report.kernel == "kernel"
+
+
+def test_the_model_decides_what_is_allowed():
+    """A bfloat16-P kernel is right as such and wrong as a float32 one."""
+
+    def kernel(p):
+        from refattn.arrays import from_float64
+        from refattn.dtypes import FORMATS
+
+        coarse = from_float64(FORMATS["bfloat16"].round_array(p.value.astype(float)), "bfloat16").astype(np.float32)
+        return tiled(p.replace(value=coarse))[0]
+
+    able = Capabilities({"float32"})
+    loose, strict = (
+        check_kernel(kernel, capabilities=able, model=m, only="gaussian/plain*")
+        for m in (Model(weights="bfloat16"), None)
+    )
+    assert loose.passed
+    assert not strict.passed
+
+
+def test_lse_is_demanded_where_declared():
+    report = check_kernel(lambda p: tiled(p)[0], only="gaussian/plain*", capabilities=Capabilities(lse=True))
+    assert report.failures[0].message.startswith("the kernel returned no lse, but its capabilities name it")
+    narrow = check_kernel(
+        lambda p: (tiled(p)[0], tiled(p)[1].astype(np.float16)), only="gaussian/plain*", capabilities=Capabilities()
+    )
+    assert narrow.failures[0].message == "lse: got dtype float16, expected float32 as its model says"
+
+
+def test_bad_arguments():
+    with pytest.raises(InvalidInput, match="variant: got 'cosine'"):
+        check_kernel(tiled, "cosine")
+    with pytest.raises(InvalidInput, match="dtype: got 'int8'"):
+        check_kernel(tiled, dtypes=["int8"])
+    with pytest.raises(InvalidInput, match="only: no check of softmax is named 'nothing'"):
+        check_kernel(tiled, only="nothing")
+
+
+def test_only_takes_a_name_or_a_pattern():
+    names = [i.name for i in plan(tiled, only="gaussian/plain[float32]")]
+    assert names == ["gaussian/plain[float32]"]
+    assert len(plan(tiled, only="law/*")) == 5
+    assert {i.name.split("/")[0] for i in plan(tiled, only="e*")} == {"empty", "extreme"}
+
+
+def test_progress_is_told():
+    seen = []
+    check_kernel(tiled, only="sparse/*", progress=lambda item: seen.append(item.name))
+    assert seen == ["sparse/integers[float32]", "sparse/scale-zero[float32]"]
+
+
+def test_one_problem_of_ones_own(make):
+    p = make(causal="top_left")
+    assert check_problem(tiled, p, "mine").passed
+    bad = check_problem(lambda p: tiled(p.replace(causal=None))[0], p, "mine", name="wrong")
+    assert not bad.passed
+    assert bad.kernel == "wrong"
+    assert bad.checks[0].name == "mine[float32]"
+
+
+def test_correctly_rounded_share():
+    report = check_kernel(tiled, only="gaussian/*", capabilities=Capabilities({"float32", "bfloat16"}))
+    assert 0.1 < report.correctly_rounded["float32"] < 0.5
+    assert 0.5 < report.correctly_rounded["bfloat16"] < 0.9
