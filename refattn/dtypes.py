@@ -78,7 +78,7 @@ class Format:
     def ulp(self, x: Fraction | float | int) -> float:
         """Return the unit in the last place of the real number `x`.
 
-        It is 2**(max(floor(log2 |x|), emin) - precision + 1); beyond the largest number, the ulp of the top binade.
+        It is ``2**(max(floor(log2 |x|), emin) - precision + 1)``; beyond the largest number, the ulp of the top binade.
 
         Parameters
         ----------

@@ -93,7 +93,7 @@ class Answer:
         return self.values.get("dsink")
 
     def radius(self, name: str = "out") -> NDArray[np.float64]:
-        """Return the proven bound on |value - exact| for every element of an array."""
+        """Return the proven bound on ``|value - exact|`` for every element of an array."""
         e = self.enclosures[name]
         return e.error(to_float64(self.values[name]))
 

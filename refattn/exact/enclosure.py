@@ -43,7 +43,7 @@ class Enclosure:
         return cls(*(a.reshape(values.shape) for a in (mid, tail, radius)))
 
     def error(self, x: Float) -> Float:
-        """Return an upper bound, to first order in float64's own rounding, on |x - exact| for every element."""
+        """Return an upper bound, to first order in float64's own rounding, on ``|x - exact|``."""
         with np.errstate(invalid="ignore", over="ignore"):
             return np.abs((x - self.mid) - self.tail) + self.radius
 

@@ -132,7 +132,7 @@ def power_attention(
     epsilon : float
         Added to the denominator.
     form : {"plain", "stable", "mean"}
-        As it stands; divided by the row's largest |x| plus `delta` first; or with means in place of sums.
+        As it stands; divided by the row's largest ``|x|`` plus `delta` first; or with means in place of sums.
     delta : float
         See `form`.
     rounding : str, optional
