@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .variant import Option, Sensitivity, Variant, boolean, one_of, per_head
+from .variant import COMMON_BUGS, COMMON_FAMILIES, COMMON_LAWS, Option, Sensitivity, Variant, boolean, one_of, per_head
 
 __all__ = ["FEATURES", "LINEAR"]
 
@@ -75,28 +75,9 @@ LINEAR = Variant(
         "decay": Option(None, "rate for each query head, in 1/position; needs causal", per_head),
         "normalize": Option(True, "divide by the sum of the weights", boolean),
     },
-    laws=("determinism", "key_permutation", "masked_keys_unread", "grouped_heads"),
-    bugs=(
-        "zeroed_head",
-        "own_key_dropped",
-        "last_key_dropped",
-        "tail_tile_dropped",
-        "wrong_scale",
-        "causal_off_by_one",
-        "causal_ignored",
-        "causal_corner_swapped",
-        "window_off_by_one",
-        "window_ignored",
-        "allowed_ignored",
-        "heads_tiled",
-        "sequences_joined",
-        "value_of_next_key",
-        "empty_row_nan",
-        "neighbour_row",
-        "output_too_narrow",
-        "masked_value_read",
-    ),
-    families=("gaussian", "peaked", "probe", "sparse", "empty", "poison", "ragged"),
+    laws=COMMON_LAWS,
+    bugs=COMMON_BUGS,
+    families=COMMON_FAMILIES,
     contract=(
         "A row without any key gives out 0.",
         "A denominator that is exactly 0 gives NaN.",

@@ -6,7 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from .variant import Option, Sensitivity, Variant, above_zero, at_least_zero, even, one_of
+from .variant import (
+    COMMON_BUGS,
+    COMMON_FAMILIES,
+    COMMON_LAWS,
+    Option,
+    Sensitivity,
+    Variant,
+    above_zero,
+    at_least_zero,
+    even,
+    one_of,
+)
 
 __all__ = ["POWER"]
 
@@ -68,28 +79,9 @@ POWER = Variant(
         ),
         "delta": Option(1e-6, "added to the row's largest in the stable form", above_zero),
     },
-    laws=("determinism", "key_permutation", "masked_keys_unread", "grouped_heads"),
-    bugs=(
-        "zeroed_head",
-        "own_key_dropped",
-        "last_key_dropped",
-        "tail_tile_dropped",
-        "wrong_scale",
-        "causal_off_by_one",
-        "causal_ignored",
-        "causal_corner_swapped",
-        "window_off_by_one",
-        "window_ignored",
-        "allowed_ignored",
-        "heads_tiled",
-        "sequences_joined",
-        "value_of_next_key",
-        "empty_row_nan",
-        "neighbour_row",
-        "output_too_narrow",
-        "masked_value_read",
-    ),
-    families=("gaussian", "peaked", "probe", "sparse", "empty", "poison", "ragged"),
+    laws=COMMON_LAWS,
+    bugs=COMMON_BUGS,
+    families=COMMON_FAMILIES,
     contract=(
         "A row without any key gives out 0.",
         "The mean form divides by the number of keys that the row may attend to, so masked padding changes nothing.",

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .variant import Option, Sensitivity, Variant, finite
+from .variant import COMMON_BUGS, COMMON_FAMILIES, COMMON_LAWS, Option, Sensitivity, Variant, finite
 
 __all__ = ["SIGMOID"]
 
@@ -45,29 +45,9 @@ SIGMOID = Variant(
     "summary read).",
     uses=frozenset({"causal", "window", "bias", "allowed"}),
     options={"offset": Option(None, "added to every score; None is -log(n_k)", finite)},
-    laws=("determinism", "key_permutation", "masked_keys_unread", "grouped_heads"),
-    bugs=(
-        "zeroed_head",
-        "own_key_dropped",
-        "last_key_dropped",
-        "tail_tile_dropped",
-        "wrong_scale",
-        "causal_off_by_one",
-        "causal_ignored",
-        "causal_corner_swapped",
-        "window_off_by_one",
-        "window_ignored",
-        "allowed_ignored",
-        "heads_tiled",
-        "sequences_joined",
-        "value_of_next_key",
-        "empty_row_nan",
-        "neighbour_row",
-        "output_too_narrow",
-        "masked_value_read",
-        "bias_ignored",
-    ),
-    families=("gaussian", "peaked", "probe", "sparse", "empty", "poison", "ragged"),
+    laws=COMMON_LAWS,
+    bugs=(*COMMON_BUGS, "bias_ignored"),
+    families=COMMON_FAMILIES,
     contract=(
         "A row without any key gives out 0.",
         "offset None is the exact -log(n_k), n_k the length of the key sequence, masked keys counted.",

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .variant import Sensitivity, Variant
+from .variant import COMMON_BUGS, COMMON_FAMILIES, COMMON_LAWS, Sensitivity, Variant
 
 __all__ = ["SOFTMAX", "scores"]
 
@@ -63,36 +63,19 @@ SOFTMAX = Variant(
     "the sink logit as in StreamingLLM's softmax1 (arXiv 2309.17453, eq. 2), learnable in gpt-oss. "
     "Recalled, not read again.",
     uses=frozenset({"causal", "window", "softcap", "sink", "bias", "allowed"}),
-    laws=("determinism", "key_permutation", "masked_keys_unread", "grouped_heads", "split_and_merge"),
+    laws=(*COMMON_LAWS, "split_and_merge"),
     bugs=(
-        "zeroed_head",
-        "own_key_dropped",
-        "last_key_dropped",
-        "tail_tile_dropped",
-        "wrong_scale",
-        "causal_off_by_one",
-        "causal_ignored",
-        "causal_corner_swapped",
-        "window_off_by_one",
-        "window_ignored",
-        "allowed_ignored",
+        *COMMON_BUGS,
         "bias_ignored",
         "softcap_ignored",
         "softcap_after_bias",
         "sink_ignored",
-        "heads_tiled",
-        "sequences_joined",
-        "value_of_next_key",
         "lse_base_two",
         "lse_of_empty_row_zero",
-        "empty_row_nan",
         "empty_row_mean",
-        "neighbour_row",
-        "output_too_narrow",
-        "masked_value_read",
         "scores_clamped",
     ),
-    families=("gaussian", "peaked", "probe", "shifted", "sparse", "empty", "extreme", "poison", "ragged"),
+    families=(*COMMON_FAMILIES, "shifted", "extreme"),
     contract=(
         "A row without any key gives out 0 and lse -inf; a sink counts as a key without a value.",
         "A key that is not allowed, or whose bias is -inf, is never read: NaN there changes nothing.",

@@ -28,6 +28,29 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
+COMMON_LAWS = ("determinism", "key_permutation", "masked_keys_unread", "grouped_heads")
+COMMON_BUGS = (
+    "zeroed_head",
+    "own_key_dropped",
+    "last_key_dropped",
+    "tail_tile_dropped",
+    "wrong_scale",
+    "causal_off_by_one",
+    "causal_ignored",
+    "causal_corner_swapped",
+    "window_off_by_one",
+    "window_ignored",
+    "allowed_ignored",
+    "heads_tiled",
+    "sequences_joined",
+    "value_of_next_key",
+    "empty_row_nan",
+    "neighbour_row",
+    "output_too_narrow",
+    "masked_value_read",
+)
+COMMON_FAMILIES = ("gaussian", "peaked", "probe", "sparse", "empty", "poison", "ragged")
+
 
 @dataclass(frozen=True)
 class Sensitivity:
