@@ -22,7 +22,7 @@ from . import __version__
 from .check.families import FAMILIES, cases
 from .check.kernels import KERNELS, Entry, find, found
 from .check.laws import LAWS
-from .check.report import Check, Report, junit, machine, summary, versions
+from .check.report import VERDICTS, Check, Report, junit, machine, summary, versions
 from .check.runner import Item, check_kernel, check_problem, plan
 from .dtypes import FORMATS
 from .errors import InvalidInput, InvalidProblem, UnsupportedProblem
@@ -155,33 +155,29 @@ def _table(reports: Iterable[Report]) -> Table:
     table = Table(
         title="Attention kernels against the exact answer",
         title_justify="left",
-        caption="error/bound: the worst error in units of what the kernel's arithmetic must lose; above 1 is a failure",
+        caption="error/bound: worst error in units of what the kernel's arithmetic must lose, of checks that passed",
         caption_justify="left",
     )
     for name in ("kernel", "package", "format"):
         table.add_column(name, overflow="fold")
-    for name in ("passed", "failed", "unsupported", "error/bound", "correctly rounded"):
+    for name in ("passed", "failed", "unsupported", "error/bound", "worst failure", "correctly rounded"):
         table.add_column(name, justify="right")
     table.add_column("verdict")
     for r in reports:
         for dtype in dict.fromkeys(_dtype(c) for c in r.checks):
-            here = [c for c in r.checks if _dtype(c) == dtype]
-            counts = [sum(c.verdict == v for c in here) for v in ("passed", "failed", "unsupported")]
-            verdict = "[red]failed[/]" if counts[1] else "[green]passed[/]" if counts[0] else "nothing ran"
+            here = {v: [c for c in r.checks if _dtype(c) == dtype and c.verdict == v] for v in VERDICTS}
+            counts = [str(len(x)) for x in here.values()]
+            verdict = "[red]failed[/]" if here["failed"] else "[green]passed[/]" if here["passed"] else "nothing ran"
             share = r.correctly_rounded.get(dtype)
-            ratio = (
-                "inf" if any(c.ratio == float("inf") for c in here) else f"{r.worst(dtype):.2g}" if counts[0] else "-"
-            )
-            table.add_row(
-                r.kernel,
-                r.version,
-                dtype,
-                *map(str, counts),
-                ratio,
-                "-" if share is None else f"{100 * share:.1f} %",
-                verdict,
-            )
+            rounded = "-" if share is None else f"{100 * share:.1f} %"
+            worst = [_largest(here[v]) for v in ("passed", "failed")]
+            table.add_row(r.kernel, r.version, dtype, *counts, *worst, rounded, verdict)
     return table
+
+
+def _largest(checks: list[Check]) -> str:
+    ratios = [c.ratio for c in checks if c.worst is not None]
+    return f"{max(ratios):.2g}" if ratios else "-"
 
 
 def _failures(console: Console, reports: list[Report]) -> None:
