@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,16 @@ from ..problem import Problem
 from ..variants import variant_of
 from .arithmetics import Balls, Floats
 from .enclosure import Enclosure
-from .slabs import Slab, matrix_of, slabs
-from .tape import Tape, gradients
+from .run import Raw, run
+from .state import State
+from .tiers import Tier
 from .ties import decide_by_sign, exact_ties, lone_key_lse
 
-__all__ = ["Answer", "evaluate", "reference", "run"]
+__all__ = ["Answer", "evaluate", "reference"]
 
+START = {53: 2, 24: 1, 11: 0, 8: 0, 4: 0, 3: 0}  # the first tier by the precision of the result
 LADDER = tuple(128 * 2**i for i in range(12))  # 128 ... 262144 bits
-TILE = 2**16  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
-
-Raw = dict[str, NDArray[Any]]
+EXACT_FROM = 256  # what these bits leave open is tested for being exact
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Answer:
         How many elements of each could not be decided; their enclosure still holds.
     balls : dict
         The Arb balls themselves (object arrays), where `rounding` is None.
+    stats : dict
+        By tier, how many elements it decided and the seconds it took.
     """
 
     problem: Problem
@@ -56,6 +59,7 @@ class Answer:
     rounding: str | None
     undecided: dict[str, int]
     balls: Raw
+    stats: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def out(self) -> NDArray[Any]:
@@ -154,119 +158,6 @@ def reference(problem: Problem, dtype: Any = np.float64) -> dict[str, NDArray[An
     return run(problem, Floats(dtype), None)
 
 
-def run(problem: Problem, f: Any, dout: NDArray[np.float64] | None, need: NDArray[np.bool_] | None = None) -> Raw:
-    """Run the definition of a call over one arithmetic.
-
-    Parameters
-    ----------
-    problem : Problem
-        The call.
-    f : arithmetic
-        As in ``refattn.exact.arithmetics``.
-    dout : (b, h_q, n_q, d_v) float64, optional
-        The gradient arriving at out.
-    need : (b, h_q, n_q) bool, optional
-        The rows to compute; others keep 0 (and gradients by key and value count only these rows).
-
-    Returns
-    -------
-    dict
-        Arrays of the arithmetic's numbers by name; numbers that the contract fixes are plain floats.
-    """
-    variant = variant_of(problem.variant)
-    p = problem.to("numpy")
-    kind = f.dtype if isinstance(f, Floats) else np.dtype(object)
-    raw: Raw = {"out": np.full(p.out_shape, 0.0, kind)}
-    if variant.has_lse:
-        raw["lse"] = np.full(p.out_shape[:3], -np.inf, kind)
-    if dout is not None:
-        shapes = {"dq": p.query.shape, "dk": p.key.shape, "dv": p.value.shape}
-        shapes |= {n: getattr(p, n[1:]).shape for n in ("dbias", "dsink") if getattr(p, n[1:]) is not None}
-        raw |= {n: np.full(s, 0, object) for n, s in shapes.items()}
-    for slab in slabs(p):
-        if dout is not None and not _finite(slab):
-            raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
-        lines = np.nonzero(slab.live if need is None else slab.live & need[slab.batch, slab.head, slab.rows])[0]
-        for tile in _tiles(lines, slab.k.shape[0]):
-            _tile(slab, f, tile, raw, dout)
-        _specials(slab, raw)
-    return raw
-
-
-def _tile(slab: Slab, f: Any, tile: NDArray[np.intp], raw: Raw, dout: NDArray[np.float64] | None) -> None:
-    define = variant_of(slab.problem.variant).define
-    o = slab.options(f, tile)
-    q, k, v = (matrix_of(f, x) for x in (slab.q[tile], slab.k, slab.v))
-    at = (slab.batch, slab.head, np.arange(slab.rows.start, slab.rows.stop)[tile])
-    with np.errstate(all="ignore"):
-        if dout is None:
-            out, lse = define(q, k, v, o)
-        else:
-            leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
-            for name in ("bias", "sink"):
-                if getattr(o, name) is not None:
-                    leaves["d" + name] = Tape(getattr(o, name))
-                    setattr(o, name, leaves["d" + name])
-            out, lse = define(leaves["dq"], leaves["dk"], leaves["dv"], o)
-            grads = gradients(out, matrix_of(f, dout[at]), list(leaves.values()))
-            _collect(slab, at, dict(zip(leaves, grads, strict=True)), raw)
-            out, lse = out.value, None if lse is None else lse.value
-        raw["out"][at] = _numbers(out)
-        if lse is not None:
-            raw["lse"][at] = _numbers(lse)[:, 0]
-
-
-def _collect(slab: Slab, at: Any, grads: dict[str, Any], raw: Raw) -> None:
-    b, h, lines = at
-    raw["dq"][at] = _numbers(grads["dq"])
-    for name in ("dk", "dv"):
-        raw[name][b, slab.head_kv, slab.keys] = raw[name][b, slab.head_kv, slab.keys] + _numbers(grads[name])
-    if "dsink" in grads:
-        raw["dsink"][h] = raw["dsink"][h] + _numbers(grads["dsink"])[0, 0]
-    if "dbias" in grads:
-        target, g = raw["dbias"], _numbers(grads["dbias"])
-        keys = np.arange(slab.keys.start, slab.keys.stop)
-        plane = target[b if target.shape[0] > 1 else 0, h if target.shape[1] > 1 else 0]
-        i = lines if plane.shape[0] > 1 else np.zeros_like(lines)
-        j = keys if plane.shape[1] > 1 else np.zeros_like(keys)
-        for r, row in enumerate(i):
-            for c, col in enumerate(j):
-                plane[row, col] = plane[row, col] + g[r, c]
-
-
-def _numbers(m: Any) -> NDArray[Any]:
-    return np.asarray(m.image if hasattr(m, "image") else m.a)
-
-
-def _tiles(lines: NDArray[np.intp], n_k: int) -> Iterator[NDArray[np.intp]]:
-    size = max(1, TILE // max(n_k, 1))
-    for start in range(0, len(lines), size):
-        yield lines[start : start + size]
-
-
-def _finite(slab: Slab) -> bool:
-    seen = slab.allowed.any(0)
-    return not slab.spoilt.any() and bool(np.isfinite(slab.values[seen]).all())
-
-
-def _specials(slab: Slab, raw: Raw) -> None:
-    """Write what the contract fixes: rows without keys, rows that see NaN or inf."""
-    at = (slab.batch, slab.head, slab.rows)
-    out = raw["out"][at]
-    if "lse" in raw:
-        lse = raw["lse"][at]
-        lse[~slab.allowed.any(1)] = -np.inf if slab.sink is None else slab.sink
-        lse[slab.spoilt] = np.nan
-    positive = slab.problem.variant in ("softmax", "sigmoid")  # every weight is above 0
-    for j, c in zip(*np.nonzero(~np.isfinite(slab.values)), strict=True):
-        for i in np.nonzero(slab.allowed[:, j])[0]:
-            x = float(slab.values[j, c]) if positive else np.nan
-            known = out[i, c]
-            clash = isinstance(known, float) and not np.isfinite(known) and known != x
-            out[i, c] = np.nan if clash else x
-    out[slab.spoilt] = np.nan
-
-
 def _arriving(problem: Problem, dout: Any) -> NDArray[np.float64]:
     if kind_of(dout) is None or tuple(dout.shape) != problem.out_shape:
         got = tuple(getattr(dout, "shape", ())) or type(dout).__name__
@@ -279,51 +170,35 @@ def _arriving(problem: Problem, dout: Any) -> NDArray[np.float64]:
 
 def _rounded(problem: Problem, form: Format, lse_form: Format, dout: NDArray[np.float64] | None) -> Answer:
     need = np.ones(problem.out_shape[:3], bool)
-    raw: Raw = {}
-    enclosures: dict[str, Enclosure] = {}
-    values: dict[str, NDArray[np.float64]] = {}
-    decided: dict[str, NDArray[np.bool_]] = {}
-    for step, bits in enumerate(LADDER):
-        balls = Balls(bits)
-        everything = bool(need.all())
-        with balls.working():
-            new = run(problem, balls, dout, need)
-            for name, x in new.items():
-                if not raw or everything or name in ("out", "lse", "dq"):
-                    old = ~decided[name] if name in decided else np.ones(x.shape, bool)
-                    fresh = old & (
-                        need if x.shape == need.shape else need[..., None] if name in ("out", "dq") else True
-                    )
-                    _update(name, x, fresh, raw, enclosures)
-        for name, e in enclosures.items():
-            value, sure = e.settle(lse_form if name == "lse" else form)
-            if name in decided:
-                value, sure = np.where(decided[name], values[name], value), decided[name] | sure
-            values[name], decided[name] = value, sure
-        if step:
-            with balls.working():
-                decide_by_sign(raw, {"lse": lse_form}, form, enclosures, values, decided)
-        if step == 1:
-            lone_key_lse(problem, lse_form, values, decided)
-            exact_ties(problem, form, dout, enclosures, values, decided)
-        need = _undecided_rows(problem, decided)
+    state = State(form, lse_form)
+    tiers: list[Tier | Balls] = [Tier(level) for level in range(START[form.precision], 4)]
+    for f in tiers + [Balls(bits) for bits in LADDER]:
+        start = time.perf_counter()
+        with f.working() if isinstance(f, Balls) else nullcontext():
+            raw = run(problem, f, dout, need)
+            state.take(raw, need, Enclosure.of if isinstance(f, Balls) else _enclosed)
+            if isinstance(f, Balls):
+                decide_by_sign(raw, state)
+        if isinstance(f, Balls) and f.bits == EXACT_FROM and not state.done:
+            lone_key_lse(problem, state)
+            exact_ties(problem, dout, state, undecided_rows(problem, state.decided))
+        state.count(f.name, time.perf_counter() - start)
+        need = undecided_rows(problem, state.decided)
         if not need.any():
             break
-    typed = {n: from_float64(v, (lse_form if n == "lse" else form).name) for n, v in values.items()}
-    return Answer(problem, typed, enclosures, form.name, {n: int((~d).sum()) for n, d in decided.items()}, {})
+    typed = {n: from_float64(v, state.form(n).name) for n, v in state.values.items()}
+    open_ = {n: int((~d).sum()) for n, d in state.decided.items()}
+    return Answer(problem, typed, state.enclosures, form.name, open_, {}, state.stats)
 
 
-def _update(name: str, x: NDArray[Any], fresh: NDArray[np.bool_], raw: Raw, enclosures: dict[str, Enclosure]) -> None:
-    if name not in raw:
-        raw[name], enclosures[name] = x, Enclosure.of(x)
-        return
-    raw[name][fresh] = x[fresh]
-    better, e = Enclosure.of(x[fresh]), enclosures[name]
-    for field in ("mid", "tail", "radius"):
-        getattr(e, field)[fresh] = getattr(better, field)
+def _enclosed(x: NDArray[np.float64]) -> Enclosure:
+    """Return a tier's numbers as enclosures; where anything is no number, nothing is proven."""
+    lost = ~np.isfinite(x).all(-1) & ~((x[..., 1] == 0) & (x[..., 2] == 0))
+    mid, tail, radius = np.moveaxis(x, -1, 0)
+    return Enclosure(np.where(lost, np.nan, mid), np.where(lost, 0.0, tail), np.where(lost, np.inf, radius))
 
 
-def _undecided_rows(problem: Problem, decided: dict[str, NDArray[np.bool_]]) -> NDArray[np.bool_]:
+def undecided_rows(problem: Problem, decided: dict[str, NDArray[np.bool_]]) -> NDArray[np.bool_]:
     need = np.zeros(problem.out_shape[:3], bool)
     for name, d in decided.items():
         if name in ("out", "dq"):

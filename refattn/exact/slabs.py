@@ -14,7 +14,6 @@ from ..arrays import to_float64, to_numpy
 from ..masks import block, distance, visible
 from ..problem import Problem
 from ..variants import variant_of
-from .field import FieldMatrix
 from .matrix import Matrix
 
 __all__ = ["Slab", "matrix_of", "slabs"]
@@ -26,7 +25,7 @@ Mask = NDArray[np.bool_]
 def matrix_of(f: Any, x: Float) -> Any:
     """Take a float64 matrix into an arithmetic, exactly."""
     taken = f.array(x)
-    return taken if isinstance(taken, FieldMatrix) else Matrix(taken, f)
+    return Matrix(taken, f) if isinstance(taken, np.ndarray) else taken  # a field and a tier have their own
 
 
 @dataclass(frozen=True)

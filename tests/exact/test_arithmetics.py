@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from refattn import VARIANTS, Problem
 from refattn.check.families import cases
 from refattn.exact.arithmetics import Balls, Floats, Intervals, Multiprecision
-from refattn.exact.driver import run
+from refattn.exact.run import run
 
 SMALL = [
     (v, c.name)
@@ -95,7 +95,7 @@ def test_float32_is_float32(make):
 
 
 def test_the_tiling_changes_nothing(make, monkeypatch):
-    from refattn.exact import driver as module
+    from refattn.exact import run as module
 
     p = make(9, 11, h=1)
     f = Balls(128)

@@ -13,7 +13,7 @@ from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, e
 from refattn.arrays import from_float64, to_float64
 from refattn.dtypes import FORMATS
 from refattn.exact.arithmetics import Balls
-from refattn.exact.driver import run
+from refattn.exact.run import run
 
 
 def brute(problem, form, name="out", bits=900):

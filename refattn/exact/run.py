@@ -1,0 +1,179 @@
+"""Run the definition of a call over one arithmetic, tile by tile, and collect what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UnsupportedProblem
+from ..problem import Problem
+from ..variants import variant_of
+from .arithmetics import Floats
+from .doubledouble import U, two_sum
+from .slabs import Slab, matrix_of, slabs
+from .tape import Tape, gradients
+from .tiers import UP, Bounded, Tier
+
+__all__ = ["Raw", "run"]
+
+TILE = 2**16  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
+TILE_TIER = 2**18
+
+Raw = dict[str, NDArray[Any]]
+"""Arrays by name. Elements are an arithmetic's numbers; those of a tier stand along a last axis as h, l, r."""
+
+
+def run(problem: Problem, f: Any, dout: NDArray[np.float64] | None, need: NDArray[np.bool_] | None = None) -> Raw:
+    """Run the definition of a call over one arithmetic.
+
+    Parameters
+    ----------
+    problem : Problem
+        The call.
+    f : arithmetic
+        As in ``refattn.exact.arithmetics``, ``tiers`` or ``field``.
+    dout : (b, h_q, n_q, d_v) float64, optional
+        The gradient arriving at out.
+    need : (b, h_q, n_q) bool, optional
+        The rows to compute; others keep 0 (and gradients by key and value count only these rows).
+
+    Returns
+    -------
+    dict
+        Arrays of the arithmetic's numbers by name; numbers that the contract fixes are plain floats.
+    """
+    variant = variant_of(problem.variant)
+    p = problem.to("numpy")
+    shapes = {"out": p.out_shape}
+    if variant.has_lse:
+        shapes["lse"] = p.out_shape[:3]  # type: ignore[assignment]
+    if dout is not None:
+        shapes |= {"dq": p.query.shape, "dk": p.key.shape, "dv": p.value.shape}
+        shapes |= {n: getattr(p, n[1:]).shape for n in ("dbias", "dsink") if getattr(p, n[1:]) is not None}
+    raw = {n: _empty(f, s) for n, s in shapes.items()}
+    for slab in slabs(p):
+        if dout is not None and not _finite(slab):
+            raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
+        lines = np.nonzero(slab.live if need is None else slab.live & need[slab.batch, slab.head, slab.rows])[0]
+        for tile in _tiles(lines, slab.k.shape[0], TILE_TIER if isinstance(f, Tier) else TILE):
+            _tile(slab, f, tile, raw, dout)
+        _specials(slab, raw, f)
+    return raw
+
+
+def _empty(f: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    if isinstance(f, Tier):
+        return np.zeros((*shape, 3))
+    return np.zeros(shape, f.dtype) if isinstance(f, Floats) else np.full(shape, 0, object)
+
+
+def _tile(slab: Slab, f: Any, tile: NDArray[np.intp], raw: Raw, dout: NDArray[np.float64] | None) -> None:
+    define = variant_of(slab.problem.variant).define
+    o = slab.options(f, tile)
+    unit = _unit(slab.v) if isinstance(f, Tier) and dout is None else 0
+    q, k, v = (matrix_of(f, x) for x in (slab.q[tile], slab.k, np.ldexp(slab.v, -unit)))
+    at = (slab.batch, slab.head, np.arange(slab.rows.start, slab.rows.stop)[tile])
+    with np.errstate(all="ignore"):
+        if dout is None:
+            out, lse = define(q, k, v, o)
+        else:
+            leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
+            for name in ("bias", "sink"):
+                if getattr(o, name) is not None:
+                    leaves["d" + name] = Tape(getattr(o, name))
+                    setattr(o, name, leaves["d" + name])
+            out, lse = define(leaves["dq"], leaves["dk"], leaves["dv"], o)
+            grads = gradients(out, matrix_of(f, dout[at]), list(leaves.values()))
+            _collect(slab, at, dict(zip(leaves, grads, strict=True)), raw)
+            out, lse = out.value, None if lse is None else lse.value
+        raw["out"][at] = _scaled(_numbers(out), unit)
+        if lse is not None:
+            raw["lse"][at] = _numbers(lse)[:, 0]
+
+
+def _unit(v: NDArray[np.float64]) -> int:
+    """Return the exponent to take off the values where they lie far from 1: outputs are linear in them."""
+    e = int(np.frexp(np.abs(v).max(initial=0.0))[1])
+    return e if abs(e) > 200 else 0
+
+
+def _scaled(x: NDArray[Any], unit: int) -> NDArray[Any]:
+    if unit == 0:
+        return x
+    out = np.ldexp(x, unit)
+    lost = (np.abs(out[..., 0]) < 2.0**-950) | ~np.isfinite(out[..., 0])  # too near the edge to be a power of two apart
+    out[lost, 2] = np.inf
+    return np.asarray(out)
+
+
+def _collect(slab: Slab, at: Any, grads: dict[str, Any], raw: Raw) -> None:
+    b, h, lines = at
+    raw["dq"][at] = _numbers(grads["dq"])
+    for name in ("dk", "dv"):
+        _add(raw[name], (b, slab.head_kv, slab.keys), _numbers(grads[name]))
+    if "dsink" in grads:
+        _add(raw["dsink"], (h,), _numbers(grads["dsink"])[0, 0])
+    if "dbias" in grads:
+        shape = slab.problem.bias.shape
+        g = grads["dbias"]
+        g = g if shape[2] > 1 else g.T.sum().T
+        g = g if shape[3] > 1 else g.sum()
+        rows = lines[:, None] if shape[2] > 1 else np.zeros((1, 1), int)
+        keys = np.arange(slab.keys.start, slab.keys.stop)[None, :] if shape[3] > 1 else np.zeros((1, 1), int)
+        _add(raw["dbias"], (b if shape[0] > 1 else 0, h if shape[1] > 1 else 0, rows, keys), _numbers(g))
+
+
+def _add(target: NDArray[Any], index: Any, x: NDArray[Any]) -> None:
+    """Add numbers in place."""
+    old = target[index]
+    if target.dtype == object or target.shape[-1] != 3 or x.ndim != old.ndim:
+        target[index] = old + x
+        return
+    s, e = two_sum(old[..., 0], x[..., 0])
+    low = old[..., 1] + x[..., 1]
+    h, tail = two_sum(s, e + low)
+    lost = 2 * U * (np.abs(e) + np.abs(old[..., 1]) + np.abs(x[..., 1]))
+    target[index] = np.stack([h, tail, (old[..., 2] + x[..., 2] + lost) * UP], -1)
+
+
+def _numbers(m: Any) -> NDArray[Any]:
+    if isinstance(m, Bounded):
+        return np.stack([m.h, *(np.broadcast_to(x, m.h.shape) for x in (m.l, m.r))], -1)
+    return np.asarray(m.image if hasattr(m, "image") else m.a)
+
+
+def _tiles(lines: NDArray[np.intp], n_k: int, most: int) -> Iterator[NDArray[np.intp]]:
+    size = max(1, most // max(n_k, 1))
+    for start in range(0, len(lines), size):
+        yield lines[start : start + size]
+
+
+def _finite(slab: Slab) -> bool:
+    seen = slab.allowed.any(0)
+    return not slab.spoilt.any() and bool(np.isfinite(slab.values[seen]).all())
+
+
+def _specials(slab: Slab, raw: Raw, f: Any) -> None:
+    """Write what the contract fixes: rows without keys, rows that see NaN or inf."""
+    at = (slab.batch, slab.head, slab.rows)
+
+    def fixed(x: float) -> Any:
+        return np.array([x, 0.0, 0.0]) if isinstance(f, Tier) else x
+
+    out = raw["out"][at]
+    if "lse" in raw:
+        lse = raw["lse"][at]
+        lse[~slab.allowed.any(1)] = fixed(-np.inf if slab.sink is None else slab.sink)
+        lse[slab.spoilt] = fixed(np.nan)
+    positive = slab.problem.variant in ("softmax", "sigmoid")  # every weight is above 0
+    known: dict[tuple[int, int], float] = {}
+    for j, c in zip(*np.nonzero(~np.isfinite(slab.values)), strict=True):
+        x = float(slab.values[j, c]) if positive else np.nan
+        for i in np.nonzero(slab.allowed[:, j])[0]:
+            place = int(i), int(c)
+            known[place] = x if known.get(place, x) == x else np.nan
+            out[place] = fixed(known[place])
+    out[slab.spoilt] = fixed(np.nan)

@@ -1,0 +1,75 @@
+"""What is known so far of an answer that is being rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import Format
+from .enclosure import Enclosure
+
+__all__ = ["State"]
+
+BY_ROW = ("out", "lse", "dq")  # the others sum over rows, and are computed whole
+
+
+class State:
+    """Rounded values, which of them are decided, and the enclosures that decide them, by array."""
+
+    def __init__(self, form: Format, lse_form: Format) -> None:
+        self.forms = {"lse": lse_form}
+        self.default = form
+        self.values: dict[str, NDArray[np.float64]] = {}
+        self.decided: dict[str, NDArray[np.bool_]] = {}
+        self.enclosures: dict[str, Enclosure] = {}
+        self.stats: dict[str, dict[str, float]] = {}
+        self._before = 0
+
+    def form(self, name: str) -> Format:
+        """Return the format that an array is rounded to."""
+        return self.forms.get(name, self.default)
+
+    @property
+    def done(self) -> bool:
+        """Tell whether every element is decided."""
+        return all(bool(d.all()) for d in self.decided.values())
+
+    def take(self, raw: dict[str, NDArray[Any]], need: NDArray[np.bool_], enclose: Callable[[Any], Enclosure]) -> None:
+        """Take in what an arithmetic gave for the needed rows, and round what it decides."""
+        for name, x in raw.items():
+            if name not in self.values:
+                e = enclose(x)
+                self.enclosures[name] = e
+                self.values[name], self.decided[name] = e.settle(self.form(name))
+                continue
+            if name not in BY_ROW and not need.all():
+                continue
+            fresh = ~self.decided[name]
+            if name in BY_ROW:
+                fresh &= need if name == "lse" else need[..., None]
+            better, e = enclose(x[fresh]), self.enclosures[name]
+            for part in ("mid", "tail", "radius"):
+                getattr(e, part)[fresh] = getattr(better, part)
+            self.values[name][fresh], self.decided[name][fresh] = better.settle(self.form(name))
+
+    def settle(self, name: str, index: tuple[int, ...], value: float) -> None:
+        """Decide one element."""
+        self.values[name][index], self.decided[name][index] = value, True
+
+    def open(self, *skip: str) -> list[tuple[str, tuple[int, ...]]]:
+        """Return the places that are not decided."""
+        return [
+            (name, index)
+            for name, d in self.decided.items()
+            if name not in skip
+            for index in zip(*np.nonzero(~d), strict=True)
+        ]
+
+    def count(self, tier: str, seconds: float) -> None:
+        """Note what a tier decided."""
+        now = sum(int(d.sum()) for d in self.decided.values())
+        self.stats[tier] = {"decided": now - self._before, "seconds": seconds}
+        self._before = now

@@ -1,0 +1,345 @@
+"""Enclosure arithmetic on BLAS: numbers h + l ± r in float64, the rigour inside each operator.
+
+A matrix product cuts each operand into L fixed-point heads and exact tails,
+
+    A B = sum_{s+t<L} A_s B_t  +  sum_{s<L} A_s B_{>=L-s}  +  A_{>=L} B,
+
+an identity. Head products are sums of integers below 2**53 and exact in any order of summation; only the last level
+rounds, on operands smaller by 2**(-b L). L = 0 is plain float64 with a certificate; each L adds about 20 bits.
+Radii are float64 numbers rounded up by the factor ``UP``; ``ETA`` covers every underflow. Proofs:
+docs/proofs/products.md and docs/proofs/operators.md.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import flint
+import numpy as np
+from numpy.typing import NDArray
+
+from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, constant, exp2, two_prod, two_sum
+
+__all__ = ["ETA", "UP", "Bounded", "Tier"]
+
+Float = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+UP = 1 + 2.0**-40
+"""More than the rounding of any radius computed here in fewer than 2**12 operations."""
+ETA = 2.0**-1000
+"""More than all that underflow can lose in one operator, for sums of fewer than 2**70 terms."""
+LOG2E_BITS = 200
+WIDE = 64
+"""Matrices with more columns may keep one radius a row."""
+
+
+def gamma(k: float) -> float:
+    """Return k u / (1 - k u), the error factor of k roundings."""
+    return k * U / (1 - k * U)
+
+
+def head_bits(k: int, level: int) -> int:
+    """Return the width b of a head: k · level · (2**b + 1)**2 <= 2**53, so that its products sum exactly."""
+    return int((52.99 - np.log2(max(k * max(level, 1), 1))) // 2)
+
+
+class Tier:
+    """The arithmetic of one level L, 0 to 3."""
+
+    def __init__(self, level: int) -> None:
+        self.level = level
+        self.name = f"float64 enclosures, L = {level}"
+        with flint.ctx.workprec(LOG2E_BITS):
+            self.log2e = constant(1 / flint.arb(2).log())
+
+    def array(self, x: Float) -> Bounded:
+        """Take in a float64 array, exactly."""
+        x = np.asarray(x, np.float64)
+        return Bounded(self, x, np.zeros((1, 1)), np.zeros((1, 1)))
+
+    def number(self, x: Any) -> Bounded:
+        """Take in an int, float or Fraction as a (1, 1) matrix."""
+        if isinstance(x, Fraction):
+            with flint.ctx.workprec(LOG2E_BITS):
+                return self._ball(flint.arb(flint.fmpq(x.numerator, x.denominator)))
+        return self.array(np.array([[float(x)]]))
+
+    def rsqrt(self, n: int) -> Bounded:
+        """Return 1/sqrt(n)."""
+        with flint.ctx.workprec(LOG2E_BITS):
+            return self._ball(1 / flint.arb(n).sqrt())
+
+    def _ball(self, x: Any) -> Bounded:
+        h, low = constant(x)
+        exact = x == flint.arb(h)
+        return Bounded(self, *(np.array([[v]]) for v in (h, low, 0.0 if exact else abs(h) * 2.0**-104)))
+
+
+class Bounded:
+    """A matrix of numbers h + l ± (r + relative · abs(h)); all but h may have axes of length 1 and spread as in NumPy.
+
+    A wide matrix keeps one radius a row where that loses little: its elements are never read one by one.
+    """
+
+    __slots__ = ("cuts", "f", "h", "l", "relative", "rest")
+
+    def __init__(self, f: Tier, h: Float, low: Float, r: Float, relative: Float | None = None) -> None:
+        self.f, self.h, self.l, self.rest, self.relative = f, h, low, r, relative
+        self.cuts: dict[int, Any] = {}
+
+    @property
+    def r(self) -> Float:
+        """The radius."""
+        return self.rest if self.relative is None else (self.rest + self.relative * np.abs(self.h)) * UP
+
+    def _by_row(self, *others: Bounded) -> bool:
+        """Tell whether a result of this shape keeps one radius a row."""
+        wide = self.h.shape[1] > WIDE
+        return wide and all(o.relative is None and o.rest.shape[1] == 1 for o in (self, *others))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, m)."""
+        return tuple(self.h.shape)
+
+    @property
+    def T(self) -> Bounded:
+        """The transpose."""
+        relative = None if self.relative is None else self.relative.T
+        return Bounded(self.f, self.h.T, self.l.T, self.rest.T, relative)
+
+    def number(self, x: Any) -> Bounded:
+        """Take in a number."""
+        return self.f.number(x)
+
+    def zeros(self) -> Bounded:
+        """Return exact zeros of the same shape."""
+        return self.f.array(np.zeros(self.h.shape))
+
+    def positive(self) -> Mask:
+        """Tell where an element is above 0; its sign must be certain."""
+        if not ((np.abs(self.h) > np.abs(self.l) + self.r) | (self.r == 0)).all():
+            raise ArithmeticError("the sign of an enclosure is not certain")
+        return self.h > 0
+
+    # sums and products of elements -------------------------------------------------------------------------------
+
+    def __add__(self, o: Bounded) -> Bounded:
+        s, e = two_sum(self.h, o.h)
+        if self._by_row(o):  # abs(e) <= u abs(s), abs(l) <= u abs(h)
+            small = 2 * U * (_row_max(self.h) + _row_max(o.h))
+        else:
+            small = np.abs(e) + np.abs(self.l) + np.abs(o.l)
+        h, low = two_sum(s, e + (self.l + o.l))
+        return Bounded(self.f, h, low, (self.r + o.r + 2 * U * small) * UP)
+
+    def __neg__(self) -> Bounded:
+        return Bounded(self.f, -self.h, -self.l, self.r)
+
+    def __sub__(self, o: Bounded) -> Bounded:
+        return self + (-o)
+
+    def __mul__(self, o: Bounded) -> Bounded:
+        p, e = two_prod(self.h, o.h)
+        a, b = self.h * o.l, self.l * o.h
+        h, low = two_sum(p, e + (a + b))
+        if o.h.shape == (1, 1) and self._by_row():
+            size, c = _row_max(self.h) * UP, np.abs(o.h) * UP
+            return Bounded(self.f, h, low, (16 * U * U * size * c + size * o.r + c * self.r + self.r * o.r) * UP + ETA)
+        small = np.abs(self.l * o.l) + 4 * U * (np.abs(e) + np.abs(a) + np.abs(b))
+        x, y = np.abs(self.h) + np.abs(self.l), np.abs(o.h) + np.abs(o.l)
+        return Bounded(self.f, h, low, (small + x * o.r + y * self.r + self.r * o.r) * UP + ETA)
+
+    def __truediv__(self, o: Bounded) -> Bounded:
+        q = self.h / o.h
+        p, e = two_prod(q, o.h)
+        first = self.h - p - e
+        back = q * o.l
+        n = first + self.l - back
+        t = n / o.h
+        h, low = two_sum(q, t)
+        least = np.abs(o.h) - np.abs(o.l)
+        lost = 5 * U * (np.abs(first) + np.abs(self.l) + np.abs(back)) + 2 * U * np.abs(n) + np.abs(n * o.l) / least
+        lost = lost + self.r + (np.abs(q) + 2 * np.abs(t)) * o.r + ETA
+        sure = least > 2 * o.r
+        return Bounded(self.f, h, low, np.where(sure, lost / np.where(sure, least - o.r, 1.0) * UP + ETA, np.inf))
+
+    # functions ----------------------------------------------------------------------------------------------------
+
+    def where(self, mask: Mask | None) -> Bounded:
+        """Keep the elements where `mask` holds; the others become 0."""
+        if mask is None or mask.all():
+            return self
+        h, low = np.where(mask, self.h, 0.0), np.where(mask, self.l, 0.0)
+        if self.relative is not None or self._by_row():  # what is masked is 0, and its radius too wide by the row's
+            return Bounded(self.f, h, low, self.rest, self.relative)
+        return Bounded(self.f, h, low, np.where(mask, self.rest, 0.0))
+
+    def exp(self, where: Mask | None = None) -> Bounded:
+        """Exponential: 2**(x log2 e); 0 where `where` does not hold."""
+        t = self * Bounded(self.f, *(np.array([[x]]) for x in (*self.f.log2e, 2.0**-104)))
+        if where is not None and not where.all():
+            t = Bounded(self.f, np.where(where, t.h, 2 * EXP2_FLOOR), np.where(where, t.l, 0.0), t.rest, t.relative)
+        h, low = exp2(np.minimum(t.h, 1000.0), t.l)
+        # 2**d - 1 for the argument's radius d <= 1 is at most 0.7 d 1.5
+        relative = EXP2_ERROR + np.where(t.r <= 2.0**-10, 0.694 * t.r, np.where(t.r <= 1, 1.05 * t.r, np.inf))
+        floor = np.full((1, 1), 2.0 ** (EXP2_FLOOR + 1))
+        if (t.h > 1000.0).any():
+            floor = np.where(t.h > 1000.0, np.inf, floor)
+        return Bounded(self.f, h, low, floor, relative * UP)
+
+    def sigmoid(self, where: Mask | None = None) -> Bounded:
+        """1 / (1 + exp(-x)), from the exponential of -abs(x)."""
+        up = self.h >= 0
+        sign = np.where(up, -1.0, 1.0)
+        e = Bounded(self.f, self.h * sign, self.l * sign, self.r + np.zeros_like(self.h)).exp()
+        one = self.f.number(1)
+        # (1 or e) / (1 + e)
+        top = Bounded(self.f, np.where(up, 1.0, e.h), np.where(up, 0.0, e.l), np.where(up, 0.0, e.r))
+        return (top / (one + e)).where(where)
+
+    def tanh(self) -> Bounded:
+        """(1 - e) / (1 + e) with e = exp(-2 abs(x)), and the sign of x; the slope is at most 1."""
+        sign = np.where(self.h >= 0, 1.0, -1.0)
+        point = np.zeros_like(self.h)
+        e = Bounded(self.f, -2 * sign * self.h, -2 * sign * self.l, point).exp()
+        one = self.f.number(1)
+        t = (one - e) / (one + e)
+        return Bounded(self.f, sign * t.h, sign * t.l, t.r + self.r)
+
+    def log(self) -> Bounded:
+        """Natural logarithm, through Arb: meant for columns."""
+        out = np.empty((3, *self.h.shape))
+        low, r = (np.broadcast_to(x, self.h.shape) for x in (self.l, self.r))
+        with flint.ctx.workprec(160):
+            for index in np.ndindex(*self.h.shape):
+                x = flint.arb(self.h[index]) + flint.arb(low[index])
+                x = (x + flint.arb(0, float(r[index]))).log() if np.isfinite(r[index]) else flint.arb("nan")
+                h = float(x.mid())
+                rest = x - flint.arb(h)
+                t = float(rest.mid())
+                left = float(abs(rest - flint.arb(t)).upper()) if x.is_finite() else np.inf
+                out[:, *index] = h, t, left * UP + ETA
+        return Bounded(self.f, *out)
+
+    def relu(self) -> Bounded:
+        """max(x, 0), which moves no two numbers apart."""
+        up = self.h > 0
+        return Bounded(self.f, np.where(up, self.h, 0.0), np.where(up, self.l, 0.0), self.r)
+
+    def power(self, p: int, where: Mask | None = None) -> Bounded:
+        """x**p by squaring; 0 where `where` does not hold."""
+        base, result = self.where(where), self.f.number(1)
+        first = True
+        while p:
+            if p & 1:
+                result = base if first else base * result
+                first = False
+            p >>= 1
+            if p:
+                base = base * base
+        return result.where(where)
+
+    def shift(self, where: Mask, also: Bounded | None = None) -> Bounded:
+        """Return each row's largest visible h, an exact number, (n, 1)."""
+        top = np.where(where, self.h, -np.inf).max(1, initial=-np.inf, keepdims=True)
+        if also is not None:
+            top = np.maximum(top, also.h)
+        return self.f.array(np.where(np.isneginf(top), 0.0, top))
+
+    def absmax(self, where: Mask) -> Bounded:
+        """Return each row's largest visible absolute value, (n, 1)."""
+        size = np.where(where, np.abs(self.h), 0.0)
+        at = size.argmax(1)[:, None] if size.shape[1] else np.zeros((size.shape[0], 0), int)
+        take = [np.take_along_axis(np.broadcast_to(x, size.shape), at, 1) for x in (self.h, self.l)]
+        sign = np.where(take[0] < 0, -1.0, 1.0)
+        # no other element can exceed it by more than the largest uncertainty of the row
+        slack = np.where(where, 2 * (np.abs(self.l) + self.r), 0.0).max(1, initial=0.0, keepdims=True)
+        return Bounded(self.f, sign * take[0], sign * take[1], slack * UP)
+
+    def sum(self) -> Bounded:
+        """Sum of each row, (n, 1)."""
+        return self @ self.f.array(np.ones((self.h.shape[1], 1)))
+
+    # the product --------------------------------------------------------------------------------------------------
+
+    def _cut(self, b: int, level: int) -> tuple[list[Float], list[Float]]:
+        """Return heads A_0 .. A_{L-1} and tails A_{>=0} .. A_{>=L}, cut along rows; heads and differences are exact."""
+        if b in self.cuts:
+            return self.cuts[b]  # type: ignore[no-any-return]
+        x, y = self.h, self.l
+        top = np.abs(x).max(1, initial=0.0, keepdims=True)
+        e = np.where(top > 0, np.ldexp(1.0, np.frexp(np.where(np.isfinite(top), top, 1.0))[1]), 1.0)
+        heads, tails = [], [x + y]
+        for s in range(level):
+            sigma = e * (1.5 * 2.0 ** (52 - b - s * (b + 1)))
+            head = (x + sigma) - sigma
+            x, y = two_sum(x - head, y)
+            heads.append(head)
+            tails.append(x + y)
+        self.cuts[b] = heads, tails
+        return heads, tails
+
+    def __matmul__(self, o: Bounded) -> Bounded:
+        level, k = self.f.level, self.h.shape[1]
+        if 0 in (*self.h.shape, *o.h.shape):
+            return self.f.array(np.zeros((self.h.shape[0], o.h.shape[1])))
+        b = head_bits(k, level)
+        left, left_tails = self._cut(b, level)
+        right, right_tails = ([x.T for x in part] for part in _columns(o)._cut(b, level))
+        pairs = [(left[s] if s < level else left_tails[level], right_tails[level - s]) for s in range(level + 1)]
+        pairs = [(x, y) for x, y in pairs if y.any() and x.any()]
+        h: Any = np.zeros((self.h.shape[0], o.h.shape[1]))
+        low: Any = 0.0
+        for t in range(level):
+            exact = np.concatenate(left[: t + 1], 1) @ np.concatenate(right[t::-1], 0)
+            h, e = two_sum(h, exact)
+            low = low + e
+        if pairs:
+            last = np.concatenate([x for x, _ in pairs], 1) @ np.concatenate([y for _, y in pairs], 0)
+            h, e = two_sum(h, last)
+            low = low + e
+        h, low = two_sum(h, low + np.zeros_like(h))
+        one, top = _row_sum(self.h), _column_max(o.h)
+        # the rounded level: its own sums, and the tails' rounding to float64
+        r: Any = 0.0
+        for x, y in pairs:
+            r = r + gamma(k * (level + 1) + level + 4) * _row_sum(x) * _column_max(y)
+        r = r + 2.0**-100 * one * top
+        own = _radius_sum(self)
+        their = _column_max(np.broadcast_to(o.r, o.h.shape)) if o.r.any() else np.zeros((1, 1))
+        r = (r + own * top + (one + own) * their) * UP + ETA
+        if r.shape[1] > k:  # a wide product keeps one radius a row
+            r = r.max(1, keepdims=True)
+        return Bounded(self.f, h, low, r)
+
+
+def _columns(o: Bounded) -> Bounded:
+    """Return the transpose, kept with the matrix so that its cuts are made once."""
+    if -1 not in o.cuts:
+        o.cuts[-1] = Bounded(o.f, np.ascontiguousarray(o.h.T), o.l.T, o.r.T)
+    return o.cuts[-1]  # type: ignore[no-any-return]
+
+
+def _row_sum(x: Float) -> Float:
+    return np.asarray(np.abs(x).sum(1, keepdims=True) * (1 + 2.0**-30))
+
+
+def _column_max(x: Float) -> Float:
+    return np.asarray(np.abs(x).max(0, keepdims=True))
+
+
+def _row_max(x: Float) -> Float:
+    return np.asarray(np.abs(x).max(1, initial=0.0, keepdims=True))
+
+
+def _radius_sum(x: Bounded) -> Float:
+    """Return the sum of each row's radii, (n, 1)."""
+    rest: Float = x.rest.sum(1, keepdims=True) if x.rest.shape[1] > 1 else x.rest * float(x.h.shape[1])
+    if x.relative is None:
+        return np.asarray(rest * UP)
+    if x.relative.shape[1] > 1:
+        return np.asarray((rest + (x.relative * np.abs(x.h)).sum(1, keepdims=True)) * UP)
+    return np.asarray((rest + x.relative * _row_sum(x.h)) * UP)
