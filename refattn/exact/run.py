@@ -14,19 +14,27 @@ from ..variants import variant_of
 from .arithmetics import Floats
 from .doubledouble import U, two_sum
 from .slabs import Slab, matrix_of, slabs
+from .stream import stream, streams
 from .tape import Tape, gradients
 from .tiers import UP, Bounded, Tier
 
 __all__ = ["Raw", "run"]
 
 TILE = 2**16  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
-TILE_TIER = 2**18
+TILE_TIER = 2**17
+STREAM_FROM = 256  # keys: fewer are faster whole
 
 Raw = dict[str, NDArray[Any]]
 """Arrays by name. Elements are an arithmetic's numbers; those of a tier stand along a last axis as h, l, r."""
 
 
-def run(problem: Problem, f: Any, dout: NDArray[np.float64] | None, need: NDArray[np.bool_] | None = None) -> Raw:
+def run(
+    problem: Problem,
+    f: Any,
+    dout: NDArray[np.float64] | None,
+    need: NDArray[np.bool_] | None = None,
+    threads: int = 1,
+) -> Raw:
     """Run the definition of a call over one arithmetic.
 
     Parameters
@@ -39,6 +47,8 @@ def run(problem: Problem, f: Any, dout: NDArray[np.float64] | None, need: NDArra
         The gradient arriving at out.
     need : (b, h_q, n_q) bool, optional
         The rows to compute; others keep 0 (and gradients by key and value count only these rows).
+    threads : int
+        Threads for the streaming path.
 
     Returns
     -------
@@ -58,8 +68,15 @@ def run(problem: Problem, f: Any, dout: NDArray[np.float64] | None, need: NDArra
         if dout is not None and not _finite(slab):
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
         lines = np.nonzero(slab.live if need is None else slab.live & need[slab.batch, slab.head, slab.rows])[0]
+        unit = _unit(slab.v) if isinstance(f, Tier) and dout is None else 0
+        if isinstance(f, Tier) and dout is None and lines.size and slab.k.shape[0] >= STREAM_FROM and streams(slab):
+            out, lse = stream(slab, f, lines, unit, threads)
+            at = (slab.batch, slab.head, np.arange(slab.rows.start, slab.rows.stop)[lines])
+            raw["out"][at], raw["lse"][at] = _scaled(out, unit), lse
+            lines = lines[:0]
+        k, v = (matrix_of(f, x) for x in (slab.k, np.ldexp(slab.v, -unit))) if lines.size else (None, None)
         for tile in _tiles(lines, slab.k.shape[0], TILE_TIER if isinstance(f, Tier) else TILE):
-            _tile(slab, f, tile, raw, dout)
+            _tile(slab, f, tile, k, v, unit, raw, dout)
         _specials(slab, raw, f)
     return raw
 
@@ -70,11 +87,19 @@ def _empty(f: Any, shape: tuple[int, ...]) -> NDArray[Any]:
     return np.zeros(shape, f.dtype) if isinstance(f, Floats) else np.full(shape, 0, object)
 
 
-def _tile(slab: Slab, f: Any, tile: NDArray[np.intp], raw: Raw, dout: NDArray[np.float64] | None) -> None:
+def _tile(
+    slab: Slab,
+    f: Any,
+    tile: NDArray[np.intp],
+    k: Any,
+    v: Any,
+    unit: int,
+    raw: Raw,
+    dout: NDArray[np.float64] | None,
+) -> None:
     define = variant_of(slab.problem.variant).define
     o = slab.options(f, tile)
-    unit = _unit(slab.v) if isinstance(f, Tier) and dout is None else 0
-    q, k, v = (matrix_of(f, x) for x in (slab.q[tile], slab.k, np.ldexp(slab.v, -unit)))
+    q = matrix_of(f, slab.q[tile])
     at = (slab.batch, slab.head, np.arange(slab.rows.start, slab.rows.stop)[tile])
     with np.errstate(all="ignore"):
         if dout is None:

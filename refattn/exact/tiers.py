@@ -71,6 +71,11 @@ class Tier:
         with flint.ctx.workprec(LOG2E_BITS):
             return self._ball(1 / flint.arb(n).sqrt())
 
+    def log2(self) -> Bounded:
+        """Return log(2)."""
+        with flint.ctx.workprec(LOG2E_BITS):
+            return self._ball(flint.arb(2).log())
+
     def _ball(self, x: Any) -> Bounded:
         h, low = constant(x)
         exact = x == flint.arb(h)
@@ -83,11 +88,11 @@ class Bounded:
     A wide matrix keeps one radius a row where that loses little: its elements are never read one by one.
     """
 
-    __slots__ = ("cuts", "f", "h", "l", "relative", "rest")
+    __slots__ = ("f", "h", "kept", "l", "relative", "rest")
 
     def __init__(self, f: Tier, h: Float, low: Float, r: Float, relative: Float | None = None) -> None:
         self.f, self.h, self.l, self.rest, self.relative = f, h, low, r, relative
-        self.cuts: dict[int, Any] = {}
+        self.kept: dict[Any, Any] = {}
 
     @property
     def r(self) -> Float:
@@ -106,9 +111,12 @@ class Bounded:
 
     @property
     def T(self) -> Bounded:
-        """The transpose."""
-        relative = None if self.relative is None else self.relative.T
-        return Bounded(self.f, self.h.T, self.l.T, self.rest.T, relative)
+        """The transpose, made once: its cuts are kept with it."""
+        if "T" not in self.kept:
+            relative = None if self.relative is None else self.relative.T
+            self.kept["T"] = Bounded(self.f, self.h.T, self.l.T, self.rest.T, relative)
+        turned: Bounded = self.kept["T"]
+        return turned
 
     def number(self, x: Any) -> Bounded:
         """Take in a number."""
@@ -267,8 +275,8 @@ class Bounded:
 
     def _cut(self, b: int, level: int) -> tuple[list[Float], list[Float]]:
         """Return heads A_0 .. A_{L-1} and tails A_{>=0} .. A_{>=L}, cut along rows; heads and differences are exact."""
-        if b in self.cuts:
-            return self.cuts[b]  # type: ignore[no-any-return]
+        if b in self.kept:
+            return self.kept[b]  # type: ignore[no-any-return]
         x, y = self.h, self.l
         top = np.abs(x).max(1, initial=0.0, keepdims=True)
         e = np.where(top > 0, np.ldexp(1.0, np.frexp(np.where(np.isfinite(top), top, 1.0))[1]), 1.0)
@@ -279,7 +287,7 @@ class Bounded:
             x, y = two_sum(x - head, y)
             heads.append(head)
             tails.append(x + y)
-        self.cuts[b] = heads, tails
+        self.kept[b] = heads, tails
         return heads, tails
 
     def __matmul__(self, o: Bounded) -> Bounded:
@@ -318,9 +326,9 @@ class Bounded:
 
 def _columns(o: Bounded) -> Bounded:
     """Return the transpose, kept with the matrix so that its cuts are made once."""
-    if -1 not in o.cuts:
-        o.cuts[-1] = Bounded(o.f, np.ascontiguousarray(o.h.T), o.l.T, o.r.T)
-    return o.cuts[-1]  # type: ignore[no-any-return]
+    if "columns" not in o.kept:
+        o.kept["columns"] = Bounded(o.f, np.ascontiguousarray(o.h.T), o.l.T, o.r.T)
+    return o.kept["columns"]  # type: ignore[no-any-return]
 
 
 def _row_sum(x: Float) -> Float:

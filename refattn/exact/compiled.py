@@ -1,0 +1,190 @@
+"""The elementwise steps of the streaming path, compiled by numba, with fused multiply-add.
+
+They do what ``elementwise.py`` does, with the same bounds: a fused multiply-add gives a product's error exactly.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from .doubledouble import EXP2_FLOOR, TABLE_BITS, _table
+
+__all__ = ["accumulate", "row_sums", "scores", "weights"]
+
+_HIGH, _LOW, (_C, _C_LOW) = _table()
+_BOTH = np.ascontiguousarray(np.concatenate([_HIGH, _LOW]))
+_SIZE = 1 << TABLE_BITS
+_MAGIC = 1.5 * 2.0**52
+_MAGIC_BITS = int(np.float64(_MAGIC).view(np.int64))
+_OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "cache": True}
+
+
+@intrinsic
+def _fma(context, a, b, c):
+    def emit(ctx, builder, signature, args):
+        return builder.fma(*args)
+
+    return types.float64(types.float64, types.float64, types.float64), emit
+
+
+@intrinsic
+def _to_bits(context, a):
+    def emit(ctx, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(64))
+
+    return types.int64(types.float64), emit
+
+
+@intrinsic
+def _from_bits(context, a):
+    def emit(ctx, builder, signature, args):
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.int64), emit
+
+
+@njit(inline="always", **_OPTIONS)
+def _two_sum(a, b):
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+@njit(inline="always", **_OPTIONS)
+def _fast_two_sum(a, b):
+    s = a + b
+    return s, b - (s - a)
+
+
+@njit(inline="always", **_OPTIONS)
+def _exp2(h, low):
+    z = h * float(_SIZE)
+    shifted = z + _MAGIC
+    k = shifted - _MAGIC
+    r, r_low = _two_sum(z - k, low * float(_SIZE))
+    index = _to_bits(shifted) - _MAGIC_BITS
+    i = numba.uint64(index & (_SIZE - 1))
+    power = _from_bits(((index >> TABLE_BITS) + 1023) << 52)
+    y = r * _C
+    y_low = _fma(r, _C, -y) + _fma(r, _C_LOW, r_low * _C)
+    s = y * y
+    s_low = _fma(y, y, -s) + 2.0 * (y * y_low)
+    rest = (y * s) * _fma(y, _fma(y, _fma(y, 1 / 720, 1 / 120), 1 / 24), 1 / 6)
+    q, e = _fast_two_sum(y, 0.5 * s)
+    q_low = e + _fma(0.5, s_low, y_low) + rest
+    t = _BOTH[i]
+    t_low = _BOTH[i + numba.uint64(_SIZE)]
+    p = t * q
+    e = _fma(t, q, -p)
+    out, e2 = _fast_two_sum(t, p)
+    out, low_part = _fast_two_sum(out, e2 + (_fma(t, q_low, e) + _fma(t_low, q, t_low)))
+    return out * power, low_part * power
+
+
+def _make_scores(count):
+    @njit(**_OPTIONS)
+    def compiled(c0, c1, c2, c3, c, c_low, h, low):
+        rows, width = c0.shape
+        for i in range(rows):
+            x0, x1, x2, x3, to, to_low = c0[i], c1[i], c2[i], c3[i], h[i], low[i]
+            for j in range(width):
+                s = x0[j]
+                s_low = 0.0
+                if count > 1:
+                    s, e = _two_sum(s, x1[j])
+                    s_low += e
+                if count > 2:
+                    s, e = _two_sum(s, x2[j])
+                    s_low += e
+                if count > 3:
+                    s, e = _two_sum(s, x3[j])
+                    s_low += e
+                p = s * c
+                e = _fma(s, c, -p) + _fma(s, c_low, s_low * c)
+                to[j], to_low[j] = _two_sum(p, e)
+
+    return compiled
+
+
+def _make_weights(level):
+    @njit(**_OPTIONS)
+    def compiled(h, low, m, sigma0, sigma1, sigma2, out):
+        rows, width = h.shape
+        # one row's parts apart from `out`, whose interleaved parts the compiler cannot tell from one another
+        room = np.empty((level + 1, width))
+        p0, p1, p2, p3 = room[0], room[min(1, level)], room[min(2, level)], room[level]
+        for i in range(rows):
+            shift, x_, y_ = m[i], h[i], low[i]
+            for j in range(width):
+                z, e = _two_sum(x_[j], -shift)
+                z, z_low = _two_sum(z, e + y_[j])
+                dead = z < EXP2_FLOOR  # also -inf, a masked key
+                z = EXP2_FLOOR if dead else z
+                z_low = 0.0 if dead else z_low
+                x, y = _exp2(z, z_low)
+                x = 0.0 if dead else x
+                y = 0.0 if dead else y
+                if level > 0:
+                    head = (x + sigma0) - sigma0
+                    p0[j] = head
+                    x -= head
+                if level > 1:
+                    x, y = _two_sum(x, y)
+                    head = (x + sigma1) - sigma1
+                    p1[j] = head
+                    x -= head
+                if level > 2:
+                    x, y = _two_sum(x, y)
+                    head = (x + sigma2) - sigma2
+                    p2[j] = head
+                    x -= head
+                p3[j] = x + y
+            out[i] = room
+
+    return compiled
+
+
+_SCORES = {n: _make_scores(n) for n in (1, 2, 3, 4)}
+_WEIGHTS = {n: _make_weights(n) for n in (0, 1, 2, 3)}
+
+
+def scores(levels, c, c_low, h, low):
+    """Write c · (sum of the levels) as a double-double into h and low."""
+    full = levels + [levels[0]] * (4 - len(levels))
+    _SCORES[len(levels)](*full, c, c_low, h, low)
+
+
+def weights(h, low, m, sigma, out):
+    """Write 2**(h + low - m) as heads and tail into out (r, L + 1, w)."""
+    cuts = [*sigma, 0.0, 0.0, 0.0][:3]
+    _WEIGHTS[len(sigma)](h, low, m, *cuts, out)
+
+
+@njit(fastmath={"reassoc", "nsz"}, nogil=True, cache=True)
+def _row_sums(p, out):
+    for i in range(p.shape[0]):
+        for s in range(p.shape[1]):
+            total, row = 0.0, p[i, s]
+            for j in range(row.shape[0]):
+                total += row[j]
+            out[i, s] = total
+
+
+def row_sums(p, out):
+    """Write the sums of p (r, L + 1, w) over keys into out (r, L + 1); any order of summation is allowed."""
+    _row_sums(p, out)
+
+
+@njit(**_OPTIONS)
+def accumulate(h, low, x):
+    """Add x to the double-double h + low, in place."""
+    for i in range(h.shape[0]):
+        for j in range(h.shape[1]):
+            h[i, j], e = _two_sum(h[i, j], x[i, j])
+            low[i, j] += e
