@@ -124,7 +124,7 @@ def _make_weights(level):
             for j in range(width):
                 z, e = _two_sum(x_[j], -shift)
                 z, z_low = _two_sum(z, e + y_[j])
-                dead = z < EXP2_FLOOR  # also -inf, a masked key
+                dead = not z >= EXP2_FLOOR  # also where a masked key's -inf has become no number
                 z = EXP2_FLOOR if dead else z
                 z_low = 0.0 if dead else z_low
                 x, y = _exp2(z, z_low)

@@ -1,0 +1,102 @@
+"""The soundness gate: enclosures of every tier against Arb at 320 bits, over families that hide nothing.
+
+Run ``python tests/exact/gate.py 100000000`` for 10^8 comparisons; the tests run a part of it.
+"""
+
+import sys
+import time
+
+import flint
+import numpy as np
+
+from refattn import Problem
+from refattn.exact import run as runner
+from refattn.exact.arithmetics import Balls
+from refattn.exact.tiers import Tier
+
+BITS = 320
+LOST = object()
+FAMILIES = {
+    "gaussian": lambda r, s: r.standard_normal(s),
+    "same sign": lambda r, s: 1 + 2.0**-20 * r.standard_normal(s),
+    "wide exponents": lambda r, s: r.standard_normal(s) * 2.0 ** r.integers(-30, 4, s),
+    "absolute": lambda r, s: np.abs(r.standard_normal(s)),
+    "integers": lambda r, s: r.integers(-3, 4, s) * 1.0,
+    "peaked": lambda r, s: r.standard_normal(s) * 8.0,
+}
+
+
+def draw(rng, variant=None):
+    """Draw a problem of any operator and options, and a gradient that arrives."""
+    n, m, d = int(rng.integers(1, 24)), int(rng.integers(1, 200)), int(rng.choice([1, 3, 16, 64]))
+    pick = lambda s: FAMILIES[list(FAMILIES)[rng.integers(len(FAMILIES))]](rng, s)  # noqa: E731
+    q, k = (pick((1, 1, x, d)) * 2.0 ** rng.integers(-3, 4) for x in (n, m))
+    v, dout = pick((1, 1, m, d)), pick((1, 1, n, d))
+    variant = variant or ["softmax", "softmax", "linear", "power", "sigmoid"][rng.integers(5)]
+    more = {}
+    if rng.random() < 0.4:
+        more["causal"] = ["bottom_right", "top_left"][rng.integers(2)]
+    if rng.random() < 0.2:
+        more["allowed"] = rng.random((1, 1, n, m)) < 0.8
+    if variant == "softmax":
+        if rng.random() < 0.3:
+            more["softcap"] = float(2.0 ** rng.integers(-2, 5))
+        if rng.random() < 0.3:
+            more["sink"] = rng.standard_normal(1) * 3
+    if variant in ("softmax", "sigmoid") and rng.random() < 0.3:
+        more["bias"] = rng.standard_normal((1, 1, n, m)) * 3
+    if variant == "linear":
+        feature = ["identity", "elu1", "exp", "relu"][rng.integers(4)]
+        more["options"] = {"feature": feature, "normalize": bool(rng.integers(2))}
+    if variant == "power":
+        more["options"] = {"form": ["plain", "mean"][rng.integers(2)], "p": int(rng.choice([2, 4]))}
+    return Problem(q, k, v, variant=variant, **more), dout if n * m < 2500 else None
+
+
+def compare(problem, dout, tiers=(0, 1, 2, 3)):
+    """Yield (array, level, error / radius) for every element."""
+    balls = Balls(BITS)
+    with balls.working():
+        exact = runner.run(problem, balls, dout)
+    for level in tiers:
+        got = runner.run(problem, Tier(level), dout)
+        with flint.ctx.workprec(BITS + 100):
+            for name, values in exact.items():
+                for (h, low, r), ball in zip(got[name].reshape(-1, 3).tolist(), values.ravel(), strict=True):
+                    if isinstance(ball, float | int):
+                        yield name, level, 0.0 if (h == ball or h != h) and r == 0 else np.inf
+                    elif not np.isfinite([h, low, r]).all():
+                        yield name, level, LOST
+                    elif ball.is_finite():
+                        error = float(abs(flint.arb(h) + flint.arb(low) - ball.mid()).lower())
+                        yield name, level, error / r if r else (0.0 if error == 0 else np.inf)
+
+
+def gate(elements, seed=0, tiers=(0, 1, 2, 3), variant=None, stop=None):
+    """Compare at least so many elements.
+
+    Return their number, the violations, the worst ratio by array and level, and how many enclosures proved nothing.
+    """
+    rng = np.random.default_rng(seed)
+    count, violations, worst, lost = 0, 0, {}, 0
+    while count < elements and (stop is None or violations < stop):
+        problem, dout = draw(rng, variant)
+        for name, level, ratio in compare(problem, dout, tiers):
+            if ratio is LOST:
+                lost += 1
+                continue
+            count += 1
+            violations += ratio > 1
+            worst[name, level] = max(worst.get((name, level), 0.0), ratio)
+    return count, violations, worst, lost
+
+
+if __name__ == "__main__":
+    start = time.time()
+    total = int(float(sys.argv[1])) if len(sys.argv) > 1 else 10**6
+    runner.STREAM_FROM = 64  # both paths
+    done, wrong, worst_of, nothing = gate(total)
+    print(f"{done} comparisons, {wrong} violations, {nothing} enclosures that prove nothing, {time.time() - start:.0f} s")
+    for (array, tier), ratio in sorted(worst_of.items()):
+        print(f"{array:6s} L = {tier}: worst error / radius {ratio:.4f}")
+    sys.exit(1 if wrong else 0)
