@@ -9,7 +9,6 @@ what rounds past the largest number becomes NaN).
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -153,16 +152,6 @@ class Format:
         """Return the two rounding boundaries around a number of the format: reals between them round to it."""
         low, high = self._next(x, -1), self._next(x, 1)
         return (low + Fraction(x)) / 2, (high + Fraction(x)) / 2
-
-    def beside(self, boundary: Fraction, side: int) -> float:
-        """Return what a real number just above (side 1) or below (side -1) a rounding boundary rounds to."""
-        step = (
-            Fraction(self.smallest_subnormal) / 2
-            if boundary == 0
-            else abs(boundary) * Fraction(2) ** -(self.precision + 2)
-        )
-        near = self.round(boundary + side * step / 2)
-        return math.copysign(0.0, boundary or side) if near == 0 else near
 
     def _next(self, x: float, direction: int) -> Fraction:
         exact = Fraction(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from .enclosure import Enclosure
 from .run import Raw, run
 from .state import State
 from .tiers import Tier
-from .ties import decide_by_sign, exact_ties, lone_key_lse
+from .ties import decide_by_ends, exact_lse, exact_ties
 
 __all__ = ["Answer", "evaluate", "reference"]
 
@@ -109,6 +110,7 @@ def evaluate(
     rounding: str | None = None,
     lse_rounding: str | None = None,
     gradients: Any = None,
+    n_jobs: int | None = None,
 ) -> Answer:
     """Evaluate one attention call exactly.
 
@@ -127,6 +129,8 @@ def evaluate(
         Another format for lse, which is often kept wider than out.
     gradients : (b, h_q, n_q, d_v) array, optional
         The gradient arriving at out: asks for dq, dk, dv, dbias, dsink.
+    n_jobs : int, optional
+        Threads of this process; None is one for each core. A correctly rounded answer does not depend on it.
 
     Returns
     -------
@@ -143,6 +147,9 @@ def evaluate(
     variant_of(problem.variant).settings(problem)
     if isinstance(bits, bool) or not isinstance(bits, int) or not 32 <= bits <= 2**20:
         raise InvalidInput(f"bits: got {bits!r}, expected an integer from 32 to {2**20}")
+    if n_jobs is not None and (isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1):
+        raise InvalidInput(f"n_jobs: got {n_jobs!r}, expected an integer of at least 1 or None")
+    threads = n_jobs or os.cpu_count() or 1
     dout = None if gradients is None else _arriving(problem, gradients)
     if rounding is None:
         balls = Balls(bits)
@@ -150,7 +157,7 @@ def evaluate(
             raw = run(problem, balls, dout)
             enclosures = {n: Enclosure.of(x) for n, x in raw.items()}
         return Answer(problem, {n: e.mid for n, e in enclosures.items()}, enclosures, None, {}, raw)
-    return _rounded(problem, format_of(rounding), format_of(lse_rounding or rounding), dout)
+    return _rounded(problem, format_of(rounding), format_of(lse_rounding or rounding), dout, threads)
 
 
 def reference(problem: Problem, dtype: Any = np.float64) -> dict[str, NDArray[Any]]:
@@ -168,20 +175,21 @@ def _arriving(problem: Problem, dout: Any) -> NDArray[np.float64]:
     return x
 
 
-def _rounded(problem: Problem, form: Format, lse_form: Format, dout: NDArray[np.float64] | None) -> Answer:
+def _rounded(
+    problem: Problem, form: Format, lse_form: Format, dout: NDArray[np.float64] | None, threads: int
+) -> Answer:
     need = np.ones(problem.out_shape[:3], bool)
     state = State(form, lse_form)
     tiers: list[Tier | Balls] = [Tier(level) for level in range(START[form.precision], 4)]
     for f in tiers + [Balls(bits) for bits in LADDER]:
         start = time.perf_counter()
         with f.working() if isinstance(f, Balls) else nullcontext():
-            raw = run(problem, f, dout, need)
+            raw = run(problem, f, dout, need, threads)
             state.take(raw, need, Enclosure.of if isinstance(f, Balls) else _enclosed)
-            if isinstance(f, Balls):
-                decide_by_sign(raw, state)
+            boundaries = decide_by_ends(raw, state) if isinstance(f, Balls) else {}
         if isinstance(f, Balls) and f.bits == EXACT_FROM and not state.done:
-            lone_key_lse(problem, state)
-            exact_ties(problem, dout, state, undecided_rows(problem, state.decided))
+            exact_lse(problem, state, boundaries)
+            exact_ties(problem, dout, state, undecided_rows(problem, state.decided), boundaries)
         state.count(f.name, time.perf_counter() - start)
         need = undecided_rows(problem, state.decided)
         if not need.any():

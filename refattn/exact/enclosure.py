@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import flint
@@ -66,25 +65,6 @@ class Enclosure:
         overflow = np.isnan(a) & np.isnan(b) & ~np.isnan(low) & (np.signbit(low) == np.signbit(high))
         value = np.where(same | overflow, a, form.round_array(self.mid))
         return np.where(point, 0.0, value), same | nothing | point | overflow
-
-    def boundary(self, index: tuple[int, ...], form: Format) -> Fraction | None:
-        """Return the one rounding boundary (or zero) inside the enclosure of an undecided element, None if several."""
-        low, high = (float(x[index]) for x in self._ends(form))
-        if not np.isfinite([low, high]).all():
-            return None
-        if low <= 0 <= high:
-            return Fraction(0)
-        near, far = (form.round(pick(low, high, key=abs)) for pick in (min, max))
-        if not np.isfinite(near):
-            return None
-        boundary = form.neighbours(near)[1 if low > 0 else 0]
-        # the only one, if the far end rounds to the next number (past the largest there is no next)
-        one = not np.isfinite(far) or form.neighbours(far)[0 if low > 0 else 1] == boundary
-        return boundary if one else None
-
-    def rounds_to_zero(self, index: tuple[int, ...], form: Format) -> bool:
-        """Tell whether every real number in the enclosure of an element rounds to a zero, of whichever sign."""
-        return all(form.round(float(x[index])) == 0 for x in self._ends(form))
 
     def _ends(self, form: Format) -> tuple[Float, Float]:
         """Return float64 numbers whose rounding into the format bounds that of every number in the enclosure."""

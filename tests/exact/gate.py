@@ -96,7 +96,9 @@ if __name__ == "__main__":
     total = int(float(sys.argv[1])) if len(sys.argv) > 1 else 10**6
     runner.STREAM_FROM = 64  # both paths
     done, wrong, worst_of, nothing = gate(total)
-    print(f"{done} comparisons, {wrong} violations, {nothing} enclosures that prove nothing, {time.time() - start:.0f} s")
+    print(
+        f"{done} comparisons, {wrong} violations, {nothing} enclosures that prove nothing, {time.time() - start:.0f} s"
+    )
     for (array, tier), ratio in sorted(worst_of.items()):
         print(f"{array:6s} L = {tier}: worst error / radius {ratio:.4f}")
     sys.exit(1 if wrong else 0)

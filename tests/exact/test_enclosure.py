@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from refattn.dtypes import FORMATS
 from refattn.exact.enclosure import Enclosure
+from refattn.exact.ties import _boundary
 
 finite = st.floats(width=64, allow_nan=False, allow_infinity=False)
 
@@ -36,19 +37,18 @@ def test_points_are_always_decided(x, name):
     assert value[0] == want or (np.isnan(value[0]) and np.isnan(want))
 
 
-def test_a_boundary_inside_is_found():
-    form = FORMATS["bfloat16"]
-    middle = Fraction(1) + Fraction(1, 256)
+def test_a_boundary_inside_a_ball_is_found():
+    form, single = FORMATS["bfloat16"], FORMATS["float32"]
+    middle, tiny = Fraction(1) + Fraction(1, 256), Fraction(1, 2**200)
     for sign in (1, -1):
-        e = Enclosure(np.array([sign * float(middle)]), np.zeros(1), np.array([1e-30]))
-        assert not e.settle(form)[1][0]
-        assert e.boundary((0,), form) == sign * middle
-    near_zero = Enclosure(np.array([1e-40]), np.zeros(1), np.array([1e-39]))
-    assert near_zero.boundary((0,), form) == 0
-    assert not near_zero.rounds_to_zero((0,), FORMATS["float32"])
-    assert near_zero.rounds_to_zero((0,), FORMATS["float16"])
-    wide = Enclosure(np.array([1.0]), np.zeros(1), np.array([np.inf]))
-    assert wide.boundary((0,), form) is None
+        ends = sorted(sign * (middle + s * tiny) for s in (1, -1))
+        assert _boundary(*ends, form) == sign * middle
+    assert _boundary(-tiny, tiny, form) == 0
+    assert _boundary(Fraction(1), Fraction(2), form) is None
+    top = Fraction(single.largest)
+    assert _boundary(top, top * 2, single) == single.neighbours(single.largest)[1]
+    half = Fraction(single.smallest_subnormal) / 2
+    assert _boundary(half - tiny, half + tiny, single) == half
 
 
 def test_balls_become_sums_with_a_radius():

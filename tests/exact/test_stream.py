@@ -1,0 +1,87 @@
+"""The streaming path is the definition over the same tier: enclosures overlap, roundings agree."""
+
+import numpy as np
+import pytest
+
+from refattn import Problem, evaluate
+from refattn.exact import elementwise, stream
+from refattn.exact import run as runner
+from refattn.exact.run import run
+from refattn.exact.tiers import Tier
+
+rng = np.random.default_rng(0)
+SHAPE = (1, 2, 70, 300)
+CALLS = {
+    "plain": {},
+    "causal": {"causal": "bottom_right"},
+    "top-left": {"causal": "top_left"},
+    "window": {"window": (40, 3)},
+    "allowed": {"allowed": rng.random(SHAPE) < 0.5},
+    "one key a row": {"allowed": np.broadcast_to(np.arange(300) == 277, SHAPE).copy()},
+    "bias": {"bias": rng.standard_normal(SHAPE) * 4},
+    "bias that removes": {"bias": np.where(rng.random(SHAPE) < 0.3, -np.inf, 1.0)},
+    "sink": {"sink": np.array([3.0, -200.0])},
+    "large sink": {"sink": np.array([900.0, 90.0])},
+    "negative scale": {"scale": -1.5},
+    "zero scale": {"scale": 0.0},
+    "huge scale": {"scale": 2.0**30},
+}
+
+
+def problem(dtype=np.float64, **more):
+    shapes = ((1, 2, 70, 16), (1, 2, 300, 16), (1, 2, 300, 5))
+    return Problem(*(rng.standard_normal(s).astype(dtype) for s in shapes), **more)
+
+
+def both(p, level, monkeypatch):
+    monkeypatch.setattr(runner, "STREAM_FROM", 10**9)
+    whole = run(p, Tier(level), None)
+    monkeypatch.setattr(runner, "STREAM_FROM", 1)
+    return whole, run(p, Tier(level), None)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "numpy"])
+@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("name", CALLS)
+def test_enclosures_overlap(name, level, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(stream, "steps", lambda: elementwise)
+    whole, streamed = both(problem(**CALLS[name]), level, monkeypatch)
+    for array in ("out", "lse"):
+        a, b = whole[array], streamed[array]
+        with np.errstate(invalid="ignore"):
+            gap = np.abs((a[..., 0] - b[..., 0]) + (a[..., 1] - b[..., 1]))
+            same = (a[..., 0] == b[..., 0]) & (a[..., 1] == b[..., 1])
+        assert (same | (gap <= (a[..., 2] + b[..., 2]) * (1 + 2.0**-20))).all()
+        finite = np.isfinite(a).all(-1)
+        assert (np.isfinite(b).all(-1) >= finite).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("form", ["bfloat16", "float32", "float64"])
+def test_threads_and_tiles_do_not_change_the_answer(threads, form, monkeypatch):
+    p = problem(np.float32, causal="bottom_right")
+    monkeypatch.setattr(runner, "STREAM_FROM", 10**9)
+    want = evaluate(p, rounding=form)
+    monkeypatch.setattr(runner, "STREAM_FROM", 1)
+    monkeypatch.setattr(stream, "ROWS", 16)
+    monkeypatch.setattr(stream, "KEYS", 48)
+    got = evaluate(p, rounding=form, n_jobs=threads)
+    assert (got.out == want.out).all()
+    assert (got.lse == want.lse).all()
+
+
+def test_softcap_is_not_streamed(make):
+    from refattn.exact.slabs import slabs
+
+    assert not stream.streams(next(slabs(make(softcap=1.0))))
+    assert not stream.streams(next(slabs(make(variant="power"))))
+    assert stream.streams(next(slabs(make())))
+
+
+def test_stats_tell_what_each_tier_decided(make):
+    p = make(8, 16, dtype="float32")
+    a = evaluate(p, rounding="float32")
+    assert sum(s["decided"] for s in a.stats.values()) == a.out.size + a.lse.size
+    assert next(iter(a.stats)) == "float64 enclosures, L = 1"
+    assert all(s["seconds"] >= 0 for s in a.stats.values())
