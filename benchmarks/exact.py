@@ -1,4 +1,4 @@
-"""What the exact answer costs: mpmath, Arb and plain float64 NumPy side by side, one head, Gaussian float32 inputs.
+"""What the exact answer costs: correctly rounded, by Arb, by mpmath, beside plain float64 NumPy; one head, Gaussian.
 
 Floor: a forward is 2 n² d multiply-adds in QKᵀ and PV and n² exponentials. float64 NumPy does them at BLAS speed; the
 others are read off as ratios to it in the same process.
@@ -11,15 +11,21 @@ from __future__ import annotations
 
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from refattn import Problem
+from refattn.arrays import from_float64
 from refattn.bench import Row
+from refattn.dtypes import FORMATS
+from refattn.exact import elementwise, stream
 from refattn.exact.arithmetics import Balls, Multiprecision
-from refattn.exact.driver import evaluate, run
+from refattn.exact.driver import evaluate
+from refattn.exact.run import run
 
 SIZES = (64, 256, 1024)
 DIMS = (64, 128)
@@ -27,10 +33,10 @@ BITS = 128
 MPMATH_ROWS = 8
 
 
-def problem(n: int, d: int) -> Problem:
+def problem(n: int, d: int, dtype: str = "float32") -> Problem:
     rng = np.random.default_rng(n + d)
-    q, k, v = (rng.standard_normal((1, 1, n, d)).astype(np.float32) for _ in range(3))
-    return Problem(q, k, v)
+    form = FORMATS[dtype]
+    return Problem(*(from_float64(form.round_array(rng.standard_normal((1, 1, n, d))), dtype) for _ in range(3)))
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -56,7 +62,57 @@ def balls(p: Problem) -> None:
         run(p, f, None)
 
 
+def base_of(p: Problem) -> float:
+    plain(p)
+    return min(seconds(lambda: plain(p), 5), seconds(lambda: plain(p), 5))
+
+
+def rounded(p: Problem, form: str) -> float:
+    evaluate(p.replace(query=p.query[:, :, :256]), rounding=form)  # what is compiled or tabulated once
+    return seconds(lambda: evaluate(p, rounding=form), 5)
+
+
+def certified() -> Iterator[Row]:
+    """Correctly rounded forwards at n = 4096, d = 128, as ratios to float64 NumPy in this process."""
+    n, d = 4096, 128
+    for dtype, form, bound in (
+        ("bfloat16", "bfloat16", 2.0),
+        ("float16", "float16", 2.0),
+        ("float32", "float32", 3.5),
+        ("float64", "float64", 6.0),
+    ):
+        p = problem(n, d, dtype)
+        base = base_of(p)
+        at = f"n={n} d={d} {dtype} in, {form} out"
+        yield Row(f"{at}, correctly rounded / float64", rounded(p, form) / base, "ratio", at_most=bound)
+        a = evaluate(p, rounding=form)
+        yield Row(f"{at}, undecided", float(sum(a.undecided.values())), "elements", at_most=0.0)
+    with numpy_only():
+        yield Row(f"n={n} d={d} float64, NumPy only / float64", rounded(p, "float64") / base, "ratio", at_most=10.0)
+    tracemalloc.start()
+    evaluate(p, rounding="float64")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    yield Row(f"n={n} d={d} float64, memory beyond the inputs", peak / (8 * n * d), "n×d float64 arrays", at_most=25.0)
+    p = problem(4 * n, d, "float64")
+    base = seconds(lambda: plain(p), 1)
+    cost = seconds(lambda: evaluate(p, rounding="float64"), 1)
+    yield Row(f"n={4 * n} d={d} float64, correctly rounded / float64", cost / base, "ratio", at_most=6.0)
+
+
+@contextmanager
+def numpy_only() -> Iterator[None]:
+    """Work as if numba were not here."""
+    known = stream.steps
+    stream.steps = lambda: elementwise  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        stream.steps = known
+
+
 def rows() -> Iterator[Row]:
+    yield from certified()
     for n in SIZES:
         for d in DIMS:
             p = problem(n, d)
@@ -67,12 +123,12 @@ def rows() -> Iterator[Row]:
             part = p.replace(query=p.query[:, :, :MPMATH_ROWS]) if few else p
             mp = Multiprecision(BITS)
             multi = seconds(lambda part=part, mp=mp: run(part, mp, None), 3) * (n / MPMATH_ROWS if few else 1)
-            rounded = seconds(lambda p=p: evaluate(p, rounding="float32"), 3)
+            whole = rounded(p, "float32")
             at = f"n={n} d={d}"
             yield Row(f"{at} float64 NumPy", base, "s")
             yield Row(f"{at} Arb {BITS} bits", arb, "s")
             yield Row(f"{at} mpmath {BITS} bits" + (f" ({MPMATH_ROWS} rows, scaled)" if few else ""), multi, "s")
-            yield Row(f"{at} correctly rounded float32", rounded, "s")
+            yield Row(f"{at} correctly rounded float32", whole, "s")
             yield Row(f"{at} Arb / float64", arb / base, "ratio")
             yield Row(f"{at} mpmath / float64", multi / base, "ratio")
             yield Row(f"{at} mpmath / Arb", multi / arb, "ratio", at_least=1.0)

@@ -1,4 +1,4 @@
-"""The command line: refattn check, list, show, doctor, bench."""
+"""The command line: refattn check, exact, list, show, doctor, bench."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from .check.kernels import KERNELS, Entry, find, found
 from .check.laws import LAWS
 from .check.report import VERDICTS, Check, Report, junit, machine, summary, versions
 from .check.runner import Item, check_kernel, check_problem, plan
+from .cli_exact import exact
 from .dtypes import FORMATS
 from .errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from .files import load_problem, write_text
@@ -332,6 +333,9 @@ def _gpu() -> str:
     query = [command, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     return done.stdout.strip() or done.stderr.strip() or "none"
+
+
+main.add_command(exact)
 
 
 @main.command()

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["InvalidInput", "InvalidProblem", "KernelError", "MismatchError", "RefattnError", "UnsupportedProblem"]
+__all__ = [
+    "InvalidInput",
+    "InvalidProblem",
+    "KernelError",
+    "MismatchError",
+    "RefattnError",
+    "UnsupportedProblem",
+    "UntrustedArithmetic",
+]
 
 
 class RefattnError(Exception):
@@ -23,6 +31,10 @@ class UnsupportedProblem(RefattnError, NotImplementedError):
 
 class KernelError(RefattnError):
     """A kernel broke its contract: it raised, or answered with the wrong shape, type or number of arrays."""
+
+
+class UntrustedArithmetic(RefattnError):
+    """This machine's floating point is not what a proof takes for granted."""
 
 
 class MismatchError(RefattnError, AssertionError):

@@ -6,20 +6,23 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .arrays import to_numpy
 from .dtypes import FORMATS
 from .errors import InvalidInput
 from .problem import OFFSETS, TENSORS, Problem
 
-__all__ = ["load_problem", "save_problem", "write_text", "write_whole"]
+__all__ = ["load_arrays", "load_problem", "save_arrays", "save_problem", "write_text", "write_whole"]
 
 MARK = "refattn problem 1"
+MARK_ARRAYS = "refattn arrays 1"
+BAD_FILE = (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile)
 
 
 def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -64,8 +67,12 @@ def write_text(path: str | Path, text: str) -> None:
 def save_problem(problem: Problem, path: str | Path) -> None:
     """Write a Problem to an .npz file; formats that NumPy lacks are kept as bits beside their names."""
     arrays = {n: to_numpy(x) for n, x in problem.arrays().items()}
+    _save(path, MARK, arrays, settings=problem.settings())
+
+
+def _save(path: str | Path, mark: str, arrays: Mapping[str, Any], **more: Any) -> None:
     stored = {n: x if x.dtype.isbuiltin == 1 else x.view(f"u{x.dtype.itemsize}") for n, x in arrays.items()}
-    head = {"mark": MARK, "types": {n: x.dtype.name for n, x in arrays.items()}, "settings": problem.settings()}
+    head = {"mark": mark, "types": {n: x.dtype.name for n, x in arrays.items()}, **more}
     parts: dict[str, Any] = {"refattn": np.array(json.dumps(head)), **stored}
     write_whole(path, lambda f: np.savez(f, **parts))
 
@@ -87,7 +94,7 @@ def load_problem(path: str | Path) -> Problem:
             arrays = {n: _typed(file[n], types[n]) for n in (*TENSORS, *OFFSETS) if n in types}
     except FileNotFoundError as e:
         raise InvalidInput(f"{path}: there is no such file") from e
-    except (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as e:
+    except BAD_FILE as e:
         raise InvalidInput(f"{path}: is not a problem file of refattn; make one with refattn.save_problem") from e
     settings: dict[str, Any] = head["settings"]
     if "window" in settings:
@@ -95,6 +102,31 @@ def load_problem(path: str | Path) -> Problem:
     options = settings.get("options", {})
     settings["options"] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
     return Problem(**arrays, **settings)
+
+
+def save_arrays(arrays: Mapping[str, Any], path: str | Path, **about: Any) -> None:
+    """Write named arrays to an .npz file, whole; formats that NumPy lacks are kept as bits beside their names."""
+    _save(path, MARK_ARRAYS, arrays, about=about)
+
+
+def load_arrays(path: str | Path) -> dict[str, NDArray[Any]]:
+    """Read arrays that :func:`save_arrays` wrote.
+
+    Raises
+    ------
+    InvalidInput
+        There is no such file, or it is not one of ours.
+    """
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            head = json.loads(str(file["refattn"]))
+            if head["mark"] != MARK_ARRAYS:
+                raise KeyError("mark")
+            return {n: _typed(file[n], t) for n, t in head["types"].items()}
+    except FileNotFoundError as e:
+        raise InvalidInput(f"{path}: there is no such file") from e
+    except BAD_FILE as e:
+        raise InvalidInput(f"{path}: is not an array file of refattn") from e
 
 
 def _typed(x: Any, name: str) -> Any:

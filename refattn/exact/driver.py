@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from ..problem import Problem
 from ..variants import variant_of
 from .arithmetics import Balls, Floats
 from .enclosure import Enclosure
+from .parts import Part, fingerprint, parts, whole, work_through
 from .run import Raw, run
 from .state import State
 from .tiers import Tier
@@ -52,6 +56,8 @@ class Answer:
         The Arb balls themselves (object arrays), where `rounding` is None.
     stats : dict
         By tier, how many elements it decided and the seconds it took.
+    decided : dict
+        Which elements are decided, by array (empty where all parts are put together again).
     """
 
     problem: Problem
@@ -61,6 +67,7 @@ class Answer:
     undecided: dict[str, int]
     balls: Raw
     stats: dict[str, dict[str, float]] = field(default_factory=dict)
+    decided: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     @property
     def out(self) -> NDArray[Any]:
@@ -111,6 +118,8 @@ def evaluate(
     lse_rounding: str | None = None,
     gradients: Any = None,
     n_jobs: int | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Answer:
     """Evaluate one attention call exactly.
 
@@ -130,7 +139,12 @@ def evaluate(
     gradients : (b, h_q, n_q, d_v) array, optional
         The gradient arriving at out: asks for dq, dk, dv, dbias, dsink.
     n_jobs : int, optional
-        Threads of this process; None is one for each core. A correctly rounded answer does not depend on it.
+        With `rounding`: processes for batches, heads and blocks of rows (by joblib, where it is installed), or threads
+        where there is one part; None is this process, a thread for each core. The answer does not depend on it.
+    checkpoint : path, optional
+        With `rounding`: a folder that keeps finished parts; the same call goes on from there after an interrupt.
+    progress : callable, optional
+        Called as ``progress(done, total)`` after each part.
 
     Returns
     -------
@@ -157,7 +171,12 @@ def evaluate(
             raw = run(problem, balls, dout)
             enclosures = {n: Enclosure.of(x) for n, x in raw.items()}
         return Answer(problem, {n: e.mid for n, e in enclosures.items()}, enclosures, None, {}, raw)
-    return _rounded(problem, format_of(rounding), format_of(lse_rounding or rounding), dout, threads)
+    form, lse_form = format_of(rounding), format_of(lse_rounding or rounding)
+    pieces = parts(problem, dout) if checkpoint is not None or progress is not None or (n_jobs or 1) > 1 else []
+    if len(pieces) < 2 and checkpoint is None:
+        return _rounded(problem, form, lse_form, dout, threads)
+    pieces = pieces or [whole(problem, dout)]
+    return _in_parts(problem, form, lse_form, dout, pieces, n_jobs or 1, threads, checkpoint, progress)
 
 
 def reference(problem: Problem, dtype: Any = np.float64) -> dict[str, NDArray[Any]]:
@@ -196,7 +215,57 @@ def _rounded(
             break
     typed = {n: from_float64(v, state.form(n).name) for n, v in state.values.items()}
     open_ = {n: int((~d).sum()) for n, d in state.decided.items()}
-    return Answer(problem, typed, state.enclosures, form.name, open_, {}, state.stats)
+    return Answer(problem, typed, state.enclosures, form.name, open_, {}, state.stats, state.decided)
+
+
+def _in_parts(
+    problem: Problem,
+    form: Format,
+    lse_form: Format,
+    dout: NDArray[np.float64] | None,
+    pieces: list[Part],
+    n_jobs: int,
+    threads: int,
+    checkpoint: str | Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> Answer:
+    name = fingerprint(problem, form.name, lse_form.name, None if dout is None else dout.tobytes().hex(), len(pieces))
+    each = partial(_part, form=form, lse_form=lse_form, threads=threads if n_jobs == 1 else 1)
+    folder = None if checkpoint is None else Path(checkpoint)
+    found: dict[str, NDArray[Any]] = {}
+    stats: dict[str, dict[str, float]] = {}
+    for part, arrays in work_through(pieces, each, n_jobs, folder, name, progress):
+        for key, x in arrays.items():
+            if key.startswith("stats "):
+                row = stats.setdefault(key[6:], {"decided": 0, "seconds": 0.0})
+                row["decided"] += float(x[0])
+                row["seconds"] += float(x[1])
+                continue
+            array = key.split(".")[0]
+            if key not in found:
+                found[key] = np.zeros(_shape(problem, array), x.dtype)
+            found[key][part.place(array)] = x
+    names = {k.split(".")[0] for k in found}
+    enclosures = {n: Enclosure(*(found[f"{n}.{p}"] for p in ("mid", "tail", "radius"))) for n in names}
+    undecided = {n: int((~found[f"{n}.decided"]).sum()) for n in names}
+    return Answer(problem, {n: found[f"{n}.value"] for n in names}, enclosures, form.name, undecided, {}, stats)
+
+
+def _part(part: Part, form: Format, lse_form: Format, threads: int) -> dict[str, NDArray[Any]]:
+    a = _rounded(part.problem, form, lse_form, part.dout, threads)
+    out: dict[str, NDArray[Any]] = {}
+    for n, x in a.values.items():
+        e = a.enclosures[n]
+        out |= {f"{n}.value": x, f"{n}.mid": e.mid, f"{n}.tail": e.tail, f"{n}.radius": e.radius}
+        out[f"{n}.decided"] = np.full(x.shape, True) if not a.undecided[n] else a.decided[n]
+    return out | {f"stats {t}": np.array([s["decided"], s["seconds"]]) for t, s in a.stats.items()}
+
+
+def _shape(problem: Problem, name: str) -> tuple[int, ...]:
+    if name in ("out", "lse"):
+        return problem.out_shape if name == "out" else problem.out_shape[:3]
+    source = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}[name]
+    return tuple(getattr(problem, source).shape)
 
 
 def _enclosed(x: NDArray[np.float64]) -> Enclosure:

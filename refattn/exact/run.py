@@ -17,6 +17,7 @@ from .slabs import Slab, matrix_of, slabs
 from .stream import stream, streams
 from .tape import Tape, gradients
 from .tiers import UP, Bounded, Tier
+from .trust import check_machine, check_thread
 
 __all__ = ["Raw", "run"]
 
@@ -56,6 +57,9 @@ def run(
         Arrays of the arithmetic's numbers by name; numbers that the contract fixes are plain floats.
     """
     variant = variant_of(problem.variant)
+    if isinstance(f, Tier):
+        check_machine()
+        check_thread()
     p = problem.to("numpy")
     shapes = {"out": p.out_shape}
     if variant.has_lse:

@@ -15,7 +15,20 @@ import refattn
 ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
 # a module may import from its own room and from those before it
-ROOMS = ["errors", "dtypes", "arrays", "problem", "masks", "files", "variants", "exact", "check", "bench", "cli"]
+ROOMS = [
+    "errors",
+    "dtypes",
+    "arrays",
+    "problem",
+    "masks",
+    "files",
+    "variants",
+    "exact",
+    "check",
+    "bench",
+    "cli_exact",
+    "cli",
+]
 HEAVY = [
     "torch",
     "jax",

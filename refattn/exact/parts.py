@@ -1,0 +1,164 @@
+"""A call in parts that know nothing of one another: for many processes or machines, and for going on after a stop."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidInput
+from ..files import load_arrays, save_arrays
+from ..masks import visible
+from ..problem import Problem
+
+__all__ = ["Part", "fingerprint", "parts", "whole", "work_through"]
+
+ROWS = 2048  # query rows to a part
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One key head of one batch, or a block of its rows: what to evaluate, and where its arrays belong."""
+
+    problem: Problem
+    dout: NDArray[np.float64] | None
+    batch: int
+    heads: slice
+    head_kv: int
+    rows: slice
+
+    def place(self, name: str) -> tuple[Any, ...]:
+        """Return the index of one of its arrays in the whole."""
+        if self.batch < 0:
+            return (...,)
+        b = slice(self.batch, self.batch + 1)
+        if name in ("dk", "dv"):
+            return (b, slice(self.head_kv, self.head_kv + 1))
+        return (self.heads,) if name == "dsink" else (b, self.heads, self.rows)
+
+
+def parts(problem: Problem, dout: NDArray[np.float64] | None) -> list[Part]:
+    """Cut a call along batches, key heads and, where no gradient is asked for, blocks of rows.
+
+    A gradient that is a sum over batches or heads (of a bias or a sink that they share) keeps the call whole.
+    """
+    p = problem.to("numpy")
+    shared = (p.bias is not None and (p.bias.shape[0] < p.batch or p.bias.shape[1] < p.heads)) or (
+        p.sink is not None and p.batch > 1
+    )
+    if p.cu_seqlens_q is not None or "decay" in p.options or (dout is not None and shared):
+        return []
+    return list(_parts(p, dout))
+
+
+def whole(problem: Problem, dout: NDArray[np.float64] | None) -> Part:
+    """Return a call that cannot be cut as its only part."""
+    p = problem.to("numpy")
+    return Part(p, dout, -1, slice(0, p.heads), 0, slice(0, p.n_q))
+
+
+def _parts(p: Problem, dout: NDArray[np.float64] | None) -> Iterator[Part]:
+    group = p.heads // p.heads_kv
+    step = ROWS if dout is None else max(p.n_q, 1)
+    for b in range(p.batch):
+        for h in range(p.heads_kv):
+            heads = slice(h * group, (h + 1) * group)
+            for i in range(0, max(p.n_q, 1), step):
+                rows = slice(i, min(i + step, p.n_q))
+                cut: dict[str, Any] = {
+                    "query": p.query[b : b + 1, heads, rows],
+                    "key": p.key[b : b + 1, h : h + 1],
+                    "value": p.value[b : b + 1, h : h + 1],
+                    "sink": None if p.sink is None else p.sink[heads],
+                    "bias": _block(p.bias, b, heads, rows),
+                    "allowed": _block(p.allowed, b, heads, rows),
+                }
+                if rows != slice(0, p.n_q) and (p.causal or p.window):
+                    # a block of rows is not aligned as the whole is: write its mask out
+                    rule = p.replace(bias=None, allowed=None)
+                    mask = visible(rule, b, h * group, slice(0, p.n_q), slice(0, p.n_k))[rows][None, None]
+                    cut["allowed"] = mask if cut["allowed"] is None else mask & cut["allowed"]
+                    cut |= {"causal": None, "window": None}
+                yield Part(p.replace(**cut), None if dout is None else dout[b : b + 1, heads], b, heads, h, rows)
+
+
+def _block(x: Any, b: int, heads: slice, rows: slice) -> Any:
+    if x is None:
+        return None
+    x = x[b : b + 1] if x.shape[0] > 1 else x
+    x = x[:, heads] if x.shape[1] > 1 else x
+    return x[:, :, rows] if x.shape[2] > 1 else x
+
+
+def fingerprint(problem: Problem, *more: Any) -> str:
+    """Return a name for a call and how it is evaluated: two calls with the same one have the same answer."""
+    digest = hashlib.sha256(json.dumps([problem.settings(), more], sort_keys=True, default=str).encode())
+    for name, x in sorted(problem.to("numpy").arrays().items()):
+        digest.update(f"{name} {x.dtype.name} {x.shape}".encode())
+        digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()[:24]
+
+
+def work_through(
+    todo: list[Part],
+    evaluate: Callable[[Part], Arrays],
+    n_jobs: int,
+    folder: Path | None,
+    name: str,
+    tell: Callable[[int, int], None] | None,
+) -> Iterator[tuple[Part, Arrays]]:
+    """Yield the arrays of every part, those found in the checkpoint folder first.
+
+    Each part is written whole as soon as it is done, so an interrupt loses only parts under way. Processes come from
+    joblib where it is installed: within ``joblib.parallel_config(backend="dask")`` they are a cluster's.
+    """
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InvalidInput(f"checkpoint: {folder} cannot be made ({e.strerror}); choose another folder") from e
+    done, files = 0, [None if folder is None else folder / f"{name}-{i}.npz" for i in range(len(todo))]
+    left = []
+    for i, part in enumerate(todo):
+        path = files[i]
+        if path is not None and path.is_file():
+            done += 1
+            yield part, load_arrays(path)
+        else:
+            left.append(i)
+    if tell is not None:
+        tell(done, len(todo))
+    for i, arrays in _run(left, todo, evaluate, n_jobs):
+        path = files[i]
+        if path is not None:
+            save_arrays(arrays, path)
+        done += 1
+        if tell is not None:
+            tell(done, len(todo))
+        yield todo[i], arrays
+
+
+def _run(
+    left: list[int], todo: list[Part], evaluate: Callable[[Part], Arrays], n_jobs: int
+) -> Iterator[tuple[int, Arrays]]:
+    if n_jobs == 1 or len(left) < 2 or importlib.util.find_spec("joblib") is None:
+        for i in left:
+            yield i, evaluate(todo[i])
+        return
+    from joblib import Parallel, delayed
+
+    calls = (delayed(_numbered)(i, evaluate, todo[i]) for i in left)
+    yield from Parallel(n_jobs=n_jobs, return_as="generator_unordered")(calls)
+
+
+def _numbered(i: int, evaluate: Callable[[Part], Arrays], part: Part) -> tuple[int, Arrays]:
+    return i, evaluate(part)
