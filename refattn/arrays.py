@@ -128,7 +128,7 @@ def to_float64(x: NDArray[Any]) -> NDArray[np.float64]:
     if not is_float(x.dtype):
         raise InvalidInput(f"dtype: got {x.dtype.name!r}, expected one of {', '.join(FORMATS)}")
     with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
-        return np.asarray(x).astype(np.float64)
+        return np.asarray(x).astype(np.float64, copy=False)
 
 
 def from_float64(x: NDArray[np.float64], dtype: Any) -> NDArray[Any]:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -170,3 +171,64 @@ def test_bench_names_itself(tmp_path, monkeypatch):
 def test_the_console_script_and_interrupts():
     done = subprocess.run([sys.executable, "-m", "refattn", "--version"], capture_output=True, text=True, check=True)
     assert __version__ in done.stdout
+
+
+def test_exact_from_a_problem_file(tmp_path, make):
+    from refattn import evaluate
+    from refattn.files import load_arrays
+
+    p = make(5, 9, causal="bottom_right", dtype="bfloat16")
+    save_problem(p, tmp_path / "in.npz")
+    dout = np.ones(p.out_shape, np.float32)
+    np.save(tmp_path / "dout.npy", dout)
+    result = call("exact", tmp_path / "in.npz", "--rounding", "bfloat16", "--out", tmp_path / "out.npz",
+                  "--gradients", tmp_path / "dout.npy", "--checkpoint", tmp_path / "parts")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "0 undecided" in result.output
+    assert "float64 enclosures, L = 0" in result.output
+    want = evaluate(p, rounding="bfloat16", gradients=dout).values
+    got = load_arrays(tmp_path / "out.npz")
+    assert {n: x.tobytes() for n, x in got.items()} == {n: x.tobytes() for n, x in want.items()}
+    assert got["out"].dtype.name == "bfloat16"
+
+
+def test_exact_from_plain_arrays(tmp_path, make):
+    from refattn import evaluate
+    from refattn.files import load_arrays
+
+    p = make(5, 9, scale=0.5, causal="top_left", softcap=3.0)
+    np.savez(tmp_path / "in.npz", query=p.query, key=p.key, value=p.value)
+    result = call("exact", tmp_path / "in.npz", "--rounding", "float64", "--out", tmp_path / "out.npz",
+                  "--scale", "0.5", "--causal", "top_left", "--softcap", "3", "--n-jobs", "2")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert (load_arrays(tmp_path / "out.npz")["out"] == evaluate(p, rounding="float64").out).all()
+
+
+def test_exact_and_bad_files(tmp_path, make):
+    (tmp_path / "text.npz").write_text("hello")
+    np.savez(tmp_path / "half.npz", query=np.ones(3))
+    np.savez(tmp_path / "flat.npz", query=np.ones(3), key=np.ones(3), value=np.ones(3))
+    save_problem(make(), tmp_path / "good.npz")
+    (tmp_path / "bad.npy").write_text("hello")
+    out = ("--out", tmp_path / "out.npz")
+    for arguments, text in (
+        (("none.npz", "--rounding", "float32", *out), "there is no such file"),
+        ((tmp_path / "text.npz", "--rounding", "float32", *out), "is no .npz file that can be read"),
+        ((tmp_path / "half.npz", "--rounding", "float32", *out), "is not a problem file of refattn"),
+        ((tmp_path / "flat.npz", "--rounding", "float32", *out), "query: got 1 axes"),
+        ((tmp_path / "good.npz", "--rounding", "float20", *out), "rounding: got 'float20'"),
+        (
+            (tmp_path / "good.npz", "--rounding", "float32", "--scale", "2", *out),
+            "carries its own options; leave out --scale",
+        ),
+        ((tmp_path / "good.npz", "--rounding", "float32", "--out", "/no/such/x.npz"), "its folder does not exist"),
+        (
+            (tmp_path / "good.npz", "--rounding", "float32", "--gradients", tmp_path / "bad.npy", *out),
+            "is no .npy file",
+        ),
+        ((tmp_path / "good.npz", *out), "Missing option '--rounding'"),
+    ):
+        result = call("exact", *arguments)
+        assert result.exit_code == 2, result.output
+        assert text in result.output
+    assert not (tmp_path / "out.npz").exists()

@@ -272,6 +272,8 @@ def _enclosed(x: NDArray[np.float64]) -> Enclosure:
     """Return a tier's numbers as enclosures; where anything is no number, nothing is proven."""
     lost = ~np.isfinite(x).all(-1) & ~((x[..., 1] == 0) & (x[..., 2] == 0))
     mid, tail, radius = np.moveaxis(x, -1, 0)
+    if not lost.any():
+        return Enclosure(mid, tail, radius)
     return Enclosure(np.where(lost, np.nan, mid), np.where(lost, 0.0, tail), np.where(lost, np.inf, radius))
 
 

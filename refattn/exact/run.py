@@ -74,9 +74,12 @@ def run(
         lines = np.nonzero(slab.live if need is None else slab.live & need[slab.batch, slab.head, slab.rows])[0]
         unit = _unit(slab.v) if isinstance(f, Tier) and dout is None else 0
         if isinstance(f, Tier) and dout is None and lines.size and slab.k.shape[0] >= STREAM_FROM and streams(slab):
-            out, lse = stream(slab, f, lines, unit, threads)
-            at = (slab.batch, slab.head, np.arange(slab.rows.start, slab.rows.stop)[lines])
-            raw["out"][at], raw["lse"][at] = _scaled(out, unit), lse
+            whole = unit == 0 and len(lines) == slab.rows.stop - slab.rows.start
+            at = (slab.batch, slab.head, slab.rows if whole else np.arange(slab.rows.start, slab.rows.stop)[lines])
+            into = (raw["out"][at], raw["lse"][at]) if whole else None  # views: nothing is copied
+            out, lse = stream(slab, f, lines, unit, threads, into)
+            if not whole:
+                raw["out"][at], raw["lse"][at] = _scaled(out, unit), lse
             lines = lines[:0]
         k, v = (matrix_of(f, x) for x in (slab.k, np.ldexp(slab.v, -unit))) if lines.size else (None, None)
         for tile in _tiles(lines, slab.k.shape[0], TILE_TIER if isinstance(f, Tier) else TILE):

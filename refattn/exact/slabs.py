@@ -123,7 +123,7 @@ def slabs(problem: Problem) -> Iterator[Slab]:
                 parts = (q[b, h, rows], k[b, h // group, keys], v[b, h // group, keys])
                 bad = _spoilt(parts[0], parts[1], bias, s, allowed)
                 live = allowed.any(1) & ~bad
-                clean = [np.where(np.isfinite(x), x, 0.0) for x in parts]
+                clean = [x if np.isfinite(x).all() else np.where(np.isfinite(x), x, 0.0) for x in parts]
                 if bias is not None:
                     bias = np.where(np.isfinite(bias), bias, 0.0)
                 if s is not None and not np.isfinite(s):

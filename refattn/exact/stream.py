@@ -64,7 +64,9 @@ class _Right:
         np.matmul(left[:, self.lead * self.k :], self.tails, out=out[level])
 
 
-def stream(slab: Slab, f: Tier, rows: NDArray[np.intp], unit: int, threads: int) -> tuple[Float, Float]:
+def stream(
+    slab: Slab, f: Tier, rows: NDArray[np.intp], unit: int, threads: int, into: tuple[Float, Float] | None = None
+) -> tuple[Float, Float]:
     """Return out (n, d_v, 3) and lse (n, 3) of some rows as h, l, r.
 
     Parameters
@@ -79,8 +81,10 @@ def stream(slab: Slab, f: Tier, rows: NDArray[np.intp], unit: int, threads: int)
         See `slab`.
     threads : int
         Tiles of rows to work on at a time.
+    into : two arrays, optional
+        Where to write them.
     """
-    work = _Work(slab, f, rows, unit)
+    work = _Work(slab, f, rows, unit, into)
     tiles = [slice(i, min(i + ROWS, len(rows))) for i in range(0, len(rows), ROWS)]
     with threadpool_limits(1 if threads > 1 else None, user_api="blas"):
         if threads > 1 and len(tiles) > 1:
@@ -95,17 +99,19 @@ def stream(slab: Slab, f: Tier, rows: NDArray[np.intp], unit: int, threads: int)
 class _Work:
     """One head's operands, prepared, and its results."""
 
-    def __init__(self, slab: Slab, f: Tier, rows: NDArray[np.intp], unit: int) -> None:
+    def __init__(
+        self, slab: Slab, f: Tier, rows: NDArray[np.intp], unit: int, into: tuple[Float, Float] | None
+    ) -> None:
         self.slab, self.f, self.rows = slab, f, rows
         level, (n_k, d) = f.level, slab.k.shape
-        v = np.ldexp(slab.v, -unit)
-        self.out, self.lse = np.zeros((len(rows), v.shape[1], 3)), np.zeros((len(rows), 3))
+        v = np.ldexp(slab.v, -unit) if unit else slab.v
+        self.out, self.lse = into or (np.zeros((len(rows), v.shape[1], 3)), np.zeros((len(rows), 3)))
         scale = slab.options(f, slice(0, 1)).scale * _constant(f, f.log2e, 2.0**-104)
         self.c, self.c_low = float(scale.h[0, 0]), float(scale.l[0, 0])
         self.ln2 = f.log2()
         self.whole = bool(slab.allowed.all())
         self.tiles = [slice(j, min(j + KEYS, n_k)) for j in range(0, n_k, KEYS)]
-        b, q = head_bits(d, level), f.array(slab.q[rows])
+        b, q = head_bits(d, level), f.array(slab.q if len(rows) == len(slab.q) else slab.q[rows])
         heads, tails = q._cut(b, level)
         self.left = np.concatenate([*heads, tails[level]], 1)
         self.keys = [_Right(slab.k[t], f, b) for t in self.tiles]
