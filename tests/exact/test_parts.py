@@ -98,7 +98,7 @@ def test_a_damaged_part_is_named(make, tmp_path):
 
 def test_bad_arguments(make, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidInput, match="checkpoint: .* cannot be made"):
+    with pytest.raises(InvalidInput, match=r"checkpoint: .* cannot be made"):
         evaluate(make(), rounding="float32", checkpoint=tmp_path / "file" / "folder")
     for jobs in (0, -1, True, 1.5):
         with pytest.raises(InvalidInput, match=f"n_jobs: got {jobs}, expected an integer of at least 1"):
