@@ -56,6 +56,16 @@ def plain(p: Problem) -> np.ndarray:
     return w @ v / w.sum(1, keepdims=True)
 
 
+def plain_gradients(p: Problem, dout: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Forward and backward as anyone would write them in float64."""
+    q, k, v, g = (x[0, 0].astype(np.float64) for x in (p.query, p.key, p.value, dout))
+    w = q @ k.T / np.sqrt(q.shape[1])
+    w = np.exp(w - w.max(1, keepdims=True))
+    w /= w.sum(1, keepdims=True)
+    s = w * (g @ v.T - (g * (w @ v)).sum(1, keepdims=True)) / np.sqrt(q.shape[1])
+    return s @ k, s.T @ q, w.T @ g
+
+
 def balls(p: Problem) -> None:
     f = Balls(BITS)
     with f.working():
@@ -94,6 +104,12 @@ def certified() -> Iterator[Row]:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     yield Row(f"n={n} d={d} float64, memory beyond the inputs", peak / (8 * n * d), "n×d float64 arrays", at_most=25.0)
+    for dtype in ("float32", "float64"):
+        p = problem(n, d, dtype)
+        dout = problem(n, d, dtype).query
+        base = seconds(lambda p=p, g=dout: plain_gradients(p, g), 3)
+        cost = seconds(lambda p=p, g=dout, t=dtype: evaluate(p, rounding=t, gradients=g), 1)
+        yield Row(f"n={n} d={d} {dtype} gradients, correctly rounded / float64", cost / base, "ratio")
     p = problem(4 * n, d, "float64")
     base = seconds(lambda: plain(p), 1)
     cost = seconds(lambda: evaluate(p, rounding="float64"), 1)

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from .doubledouble import EXP2_FLOOR, TABLE_BITS, _table
 
-__all__ = ["accumulate", "row_sums", "scores", "weights"]
+__all__ = ["accumulate", "gradient_weights", "row_sums", "scores", "weights"]
 
 _HIGH, _LOW, (_C, _C_LOW) = _table()
 _BOTH = np.ascontiguousarray(np.concatenate([_HIGH, _LOW]))
@@ -150,8 +150,76 @@ def _make_weights(level):
     return compiled
 
 
+@njit(inline="always", **_OPTIONS)
+def _cut(x, y, level, sigma0, sigma1, sigma2):
+    a = b = c = 0.0
+    if level > 0:
+        a = (x + sigma0) - sigma0
+        x -= a
+    if level > 1:
+        x, y = _two_sum(x, y)
+        b = (x + sigma1) - sigma1
+        x -= b
+    if level > 2:
+        x, y = _two_sum(x, y)
+        c = (x + sigma2) - sigma2
+        x -= c
+    return a, b, c, x + y
+
+
+def _make_gradient_weights(level):
+    @njit(**_OPTIONS)
+    def compiled(h, low, m, g, g_low, d, d_low, unit, sigma0, sigma1, sigma2, out, out_g):
+        rows, width = h.shape
+        room, room_g = np.empty((level + 1, width)), np.empty((level + 1, width))
+        p0, p1, p2, p3 = room[0], room[min(1, level)], room[min(2, level)], room[level]
+        q0, q1, q2, q3 = room_g[0], room_g[min(1, level)], room_g[min(2, level)], room_g[level]
+        product, product_low = np.empty(width), np.empty(width)
+        for i in range(rows):
+            shift, x_, y_, g_, gl_ = m[i], h[i], low[i], g[i], g_low[i]
+            di, dli, ui = d[i], d_low[i], unit[i]
+            for j in range(width):
+                z, e = _two_sum(x_[j], -shift)
+                z, z_low = _two_sum(z, e + y_[j])
+                dead = not z >= EXP2_FLOOR
+                z = EXP2_FLOOR if dead else z
+                z_low = 0.0 if dead else z_low
+                x, y = _exp2(z, z_low)
+                x = 0.0 if dead else x
+                y = 0.0 if dead else y
+                a, e = _two_sum(g_[j], -di)
+                a, a_low = _two_sum(a, e + (gl_[j] - dli))
+                a *= ui
+                a_low *= ui
+                p = x * a
+                e = _fma(x, a, -p) + _fma(x, a_low, y * a)
+                product[j], product_low[j] = _two_sum(p, e)
+                head0, head1, head2, tail = _cut(x, y, level, sigma0, sigma1, sigma2)
+                if level > 0:
+                    p0[j] = head0
+                if level > 1:
+                    p1[j] = head1
+                if level > 2:
+                    p2[j] = head2
+                p3[j] = tail
+            for j in range(width):
+                head0, head1, head2, tail = _cut(product[j], product_low[j], level, sigma0, sigma1, sigma2)
+                if level > 0:
+                    q0[j] = head0
+                if level > 1:
+                    q1[j] = head1
+                if level > 2:
+                    q2[j] = head2
+                q3[j] = tail
+            out[i] = room
+            out_g[i] = room_g
+
+    return compiled
+
+
 _SCORES = {n: _make_scores(n) for n in (1, 2, 3, 4)}
 _WEIGHTS = {n: _make_weights(n) for n in (0, 1, 2, 3)}
+_GRADIENT_WEIGHTS = {n: _make_gradient_weights(n) for n in (0, 1, 2, 3)}
 
 
 def scores(levels, c, c_low, h, low):
@@ -164,6 +232,12 @@ def weights(h, low, m, sigma, out):
     """Write 2**(h + low - m) as heads and tail into out (r, L + 1, w)."""
     cuts = [*sigma, 0.0, 0.0, 0.0][:3]
     _WEIGHTS[len(sigma)](h, low, m, *cuts, out)
+
+
+def gradient_weights(h, low, m, g, g_low, d, d_low, unit, sigma, out, out_g):
+    """Write weights w = 2**(h + low - m) into out and w · (g + g_low - d - d_low) · unit into out_g, both cut."""
+    cuts = [*sigma, 0.0, 0.0, 0.0][:3]
+    _GRADIENT_WEIGHTS[len(sigma)](h, low, m, g, g_low, d, d_low, unit, *cuts, out, out_g)
 
 
 @njit(fastmath={"reassoc", "nsz"}, nogil=True, cache=True)

@@ -5,14 +5,12 @@ Each works on one tile of r query rows and w keys, in place where it says so.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from .doubledouble import exp2, two_prod, two_sum
 
-__all__ = ["accumulate", "row_sums", "scores", "weights"]
+__all__ = ["accumulate", "gradient_weights", "row_sums", "scores", "weights"]
 
 Float = NDArray[np.float64]
 
@@ -39,6 +37,27 @@ def weights(h: Float, low: Float, m: Float, sigma: Float, out: Float) -> None:
     out[:, len(sigma)] = x + y
 
 
+def gradient_weights(
+    h: Float, low: Float, m: Float, g: Float, g_low: Float, d: Float, d_low: Float, unit: Float, sigma: Float,
+    out: Float, out_g: Float,
+) -> None:  # fmt: skip
+    """Write weights w = 2**(h + low - m) into out and w · (g + g_low - d - d_low) · unit into out_g, both cut."""
+    z, e = two_sum(h, -m[:, None])
+    z, z_low = two_sum(z, np.where(np.isfinite(z), e + low, 0.0))
+    x, y = exp2(z, z_low)
+    a, e = two_sum(g, -d[:, None])
+    a, a_low = two_sum(a, e + (g_low - d_low[:, None]))
+    a, a_low = a * unit[:, None], a_low * unit[:, None]
+    p, e = two_prod(x, a)
+    p, p_low = two_sum(p, e + (x * a_low + y * a))
+    for high, rest, to in ((x, y, out), (p, p_low, out_g)):
+        for s, cut in enumerate(sigma):
+            head = (high + cut) - cut
+            to[:, s] = head
+            high, rest = two_sum(high - head, rest)
+        to[:, len(sigma)] = high + rest
+
+
 def row_sums(p: Float, out: Float) -> None:
     """Write the sums of p (r, L + 1, w) over keys into out (r, L + 1); those of heads are exact in any order."""
     np.sum(p, axis=2, out=out)
@@ -49,8 +68,3 @@ def accumulate(h: Float, low: Float, x: Float) -> None:
     s, e = two_sum(h, x)
     h[...] = s
     low += e
-
-
-def names() -> dict[str, Any]:
-    """Return the steps by name."""
-    return {"scores": scores, "weights": weights, "row_sums": row_sums, "accumulate": accumulate}

@@ -12,6 +12,7 @@ from ..errors import UnsupportedProblem
 from ..problem import Problem
 from ..variants import variant_of
 from .arithmetics import Floats
+from .backward import backward, goes_back
 from .doubledouble import U, two_sum
 from .slabs import Slab, matrix_of, slabs
 from .stream import stream, streams
@@ -73,6 +74,9 @@ def run(
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
         lines = np.nonzero(slab.live if need is None else slab.live & need[slab.batch, slab.head, slab.rows])[0]
         unit = _unit(slab.v) if isinstance(f, Tier) and dout is None else 0
+        if dout is not None and isinstance(f, Tier) and lines.size and _back(slab, dout):
+            _backward(slab, f, lines, raw, dout, threads)
+            lines = lines[:0]
         if isinstance(f, Tier) and dout is None and lines.size and slab.k.shape[0] >= STREAM_FROM and streams(slab):
             whole = unit == 0 and len(lines) == slab.rows.stop - slab.rows.start
             at = (slab.batch, slab.head, slab.rows if whole else np.arange(slab.rows.start, slab.rows.stop)[lines])
@@ -124,6 +128,21 @@ def _tile(
         raw["out"][at] = _scaled(_numbers(out), unit)
         if lse is not None:
             raw["lse"][at] = _numbers(lse)[:, 0]
+
+
+def _back(slab: Slab, dout: NDArray[np.float64]) -> bool:
+    plain = _unit(slab.v) == _unit(dout[slab.batch, slab.head]) == _unit(slab.q) == _unit(slab.k) == 0
+    return plain and slab.k.shape[0] >= STREAM_FROM and goes_back(slab)
+
+
+def _backward(slab: Slab, f: Tier, lines: NDArray[np.intp], raw: Raw, dout: NDArray[np.float64], threads: int) -> None:
+    at = (slab.batch, slab.head, np.arange(slab.rows.start, slab.rows.stop)[lines])
+    result = backward(slab, f, lines, dout[at], threads)
+    raw["out"][at], raw["lse"][at], raw["dq"][at] = result["out"], result["lse"], _numbers(result["dq"])
+    for name in ("dk", "dv"):
+        _add(raw[name], (slab.batch, slab.head_kv, slab.keys), _numbers(result[name]))
+    if "dsink" in result:
+        _add(raw["dsink"], (slab.head,), _numbers(result["dsink"])[0, 0])
 
 
 def _unit(v: NDArray[np.float64]) -> int:

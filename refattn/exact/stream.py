@@ -7,6 +7,7 @@ as they are made; products are those of ``tiers.py``. The numerator's and the de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -20,7 +21,7 @@ from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U
 from .slabs import Slab
 from .tiers import ETA, UP, Bounded, Tier, gamma, head_bits
 
-__all__ = ["stream", "streams"]
+__all__ = ["Forward", "Right", "each_tile", "stream", "streams"]
 
 Float = NDArray[np.float64]
 ROWS, KEYS = 128, 256
@@ -44,12 +45,13 @@ def streams(slab: Slab) -> bool:
     return slab.problem.variant == "softmax" and slab.problem.softcap is None
 
 
-class _Right:
+class Right:
     """A right operand B (k, w), cut along its columns: what each level of a product needs."""
 
-    def __init__(self, turned: Float, f: Tier, b: int) -> None:
+    def __init__(self, turned: Any, f: Tier, b: int) -> None:
         level = f.level
-        heads, tails = f.array(turned)._cut(b, level)
+        turned = turned if isinstance(turned, Bounded) else f.array(turned)
+        heads, tails = turned._cut(b, level)
         heads, tails = ([np.ascontiguousarray(x.T) for x in part] for part in (heads, tails))
         self.k = turned.shape[1]
         self.heads = np.concatenate(heads[::-1], 0) if level else np.zeros((0, turned.shape[0]))
@@ -84,19 +86,24 @@ def stream(
     into : two arrays, optional
         Where to write them.
     """
-    work = _Work(slab, f, rows, unit, into)
-    tiles = [slice(i, min(i + ROWS, len(rows))) for i in range(0, len(rows), ROWS)]
-    with threadpool_limits(1 if threads > 1 else None, user_api="blas"):
-        if threads > 1 and len(tiles) > 1:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(work.tile, tiles[::-1]))
-        else:
-            for tile in tiles:
-                work.tile(tile)
+    work = Forward(slab, f, rows, unit, into)
+    each_tile(len(rows), work.tile, threads)
     return work.out, work.lse
 
 
-class _Work:
+def each_tile(rows: int, work: Callable[[slice], None], threads: int) -> None:
+    """Call ``work`` on every tile of rows, by threads of which each has BLAS for itself."""
+    tiles = [slice(i, min(i + ROWS, rows)) for i in range(0, rows, ROWS)]
+    with threadpool_limits(1 if threads > 1 else None, user_api="blas"):
+        if threads > 1 and len(tiles) > 1:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(work, tiles[::-1]))
+        else:
+            for tile in tiles:
+                work(tile)
+
+
+class Forward:
     """One head's operands, prepared, and its results."""
 
     def __init__(
@@ -111,12 +118,13 @@ class _Work:
         self.ln2 = f.log2()
         self.whole = bool(slab.allowed.all())
         self.tiles = [slice(j, min(j + KEYS, n_k)) for j in range(0, n_k, KEYS)]
+        self.shift, self.relative, self.sums = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros((len(rows), 3))
         b, q = head_bits(d, level), f.array(slab.q if len(rows) == len(slab.q) else slab.q[rows])
         heads, tails = q._cut(b, level)
         self.left = np.concatenate([*heads, tails[level]], 1)
-        self.keys = [_Right(slab.k[t], f, b) for t in self.tiles]
+        self.keys = [Right(slab.k[t], f, b) for t in self.tiles]
         self.width = head_bits(min(KEYS, n_k), level)
-        self.values = [_Right(np.ascontiguousarray(v[t].T), f, self.width) for t in self.tiles]
+        self.values = [Right(np.ascontiguousarray(v[t].T), f, self.width) for t in self.tiles]
         self.sigma = np.array([1.5 * 2.0 ** (52 - self.width - s * (self.width + 1)) for s in range(level)])
         # the radius of a score in base 2, one a row
         one = np.abs(slab.q[rows]).sum(1) * UP
@@ -215,6 +223,9 @@ class _Work:
             shift = f.array(up)
             bottom = bottom + ((s - shift) * self.ln2).exp()
         out, lse = top / bottom, bottom.log() + shift * self.ln2
+        self.shift[at] = shift.h[:, 0]
+        self.relative[at] = relative
+        self.sums[at] = np.stack([np.broadcast_to(x, bottom.h.shape)[:, 0] for x in (bottom.h, bottom.l, bottom.r)], -1)
         self.out[at] = np.stack([out.h, *(np.broadcast_to(x, out.h.shape) for x in (out.l, out.r))], -1)
         self.lse[at] = np.concatenate([lse.h, lse.l, np.broadcast_to(lse.r, lse.h.shape)], 1)
 

@@ -57,6 +57,42 @@ def test_enclosures_overlap(name, level, compiled, monkeypatch):
         assert (np.isfinite(b).all(-1) >= finite).all()
 
 
+GRADIENTS = {n: c for n, c in CALLS.items() if "bias" not in n and n != "huge scale"}
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "numpy"])
+@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_overlap_with_the_tapes(name, level, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(stream, "steps", lambda: elementwise)
+    p = problem(**GRADIENTS[name])
+    dout = rng.standard_normal(p.out_shape)
+    monkeypatch.setattr(runner, "STREAM_FROM", 10**9)
+    whole = run(p, Tier(level), dout)
+    monkeypatch.setattr(runner, "STREAM_FROM", 1)
+    streamed = run(p, Tier(level), dout, threads=2)
+    assert set(whole) == set(streamed)
+    for array in set(whole) - {"out", "lse"}:
+        a, b = whole[array], streamed[array]
+        gap = np.abs((a[..., 0] - b[..., 0]) + (a[..., 1] - b[..., 1]))
+        assert (gap <= (a[..., 2] + b[..., 2]) * (1 + 2.0**-20)).all(), array
+        assert np.isfinite(b).all()
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "float32", "float64"])
+def test_streamed_gradients_round_alike(form, monkeypatch):
+    p = problem(np.float32, causal="bottom_right", sink=np.array([0.5, -1.0], np.float32))
+    dout = rng.standard_normal(p.out_shape).astype(np.float32)
+    monkeypatch.setattr(runner, "STREAM_FROM", 10**9)
+    want = evaluate(p, rounding=form, gradients=dout)
+    monkeypatch.setattr(runner, "STREAM_FROM", 1)
+    got = evaluate(p, rounding=form, gradients=dout)
+    assert not any(got.undecided.values())
+    for n, x in want.values.items():
+        assert x.tobytes() == got.values[n].tobytes(), n
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("form", ["bfloat16", "float32", "float64"])
 def test_threads_and_tiles_do_not_change_the_answer(threads, form, monkeypatch):

@@ -6,8 +6,8 @@ import flint
 import numpy as np
 import pytest
 
+from refattn.exact import backward, stream, tiers
 from refattn.exact import run as runner
-from refattn.exact import stream, tiers
 from refattn.exact.tiers import Bounded, Tier
 
 from .gate import FAMILIES, gate
@@ -139,7 +139,7 @@ def test_overflow_and_lost_numbers_prove_nothing():
 
 @pytest.fixture(autouse=True)
 def both_paths(monkeypatch):
-    monkeypatch.setattr(runner, "STREAM_FROM", 64)
+    monkeypatch.setattr(runner, "STREAM_FROM", 32)
 
 
 def test_the_gate():
@@ -166,7 +166,7 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_error_in_a_bound_is_caught(name, monkeypatch):
     for attribute, wrong in PLANTED[name].items():
-        for module in (tiers, stream):
+        for module in (tiers, stream, backward):
             if hasattr(module, attribute):
                 monkeypatch.setattr(module, attribute, wrong)
     count, violations, *_ = gate(ELEMENTS, stop=1)
