@@ -24,7 +24,7 @@ from .tiers import ETA, UP, Bounded, Tier, gamma, head_bits
 __all__ = ["Forward", "Right", "each_tile", "stream", "streams"]
 
 Float = NDArray[np.float64]
-ROWS, KEYS = 128, 256
+ROWS, KEYS = 256, 512
 SLACK = 1 + 2.0**-12
 """More than what a head's rounding adds to the bounds of heads and tails, whose width is at least 20 bits."""
 LOWEST = -(2.0**60)
