@@ -34,7 +34,9 @@ def goes_back(slab: Slab) -> bool:
     return stream.streams(slab) and slab.bias is None
 
 
-def backward(slab: Slab, f: Tier, rows: NDArray[np.intp], dout: Float, threads: int) -> dict[str, Any]:
+def backward(
+    slab: Slab, f: Tier, rows: NDArray[np.intp], dout: Float, threads: int, keys: NDArray[np.intp] | None = None
+) -> dict[str, Any]:
     """Return out, lse, dq, dk, dv and dsink of some rows as :class:`Bounded` matrices.
 
     Parameters
@@ -49,8 +51,10 @@ def backward(slab: Slab, f: Tier, rows: NDArray[np.intp], dout: Float, threads: 
         The gradient arriving at these rows.
     threads : int
         Tiles of rows to work on at a time.
+    keys : integer array, optional
+        The keys whose dk and dv are wanted; dq then counts only them.
     """
-    work = _Backward(slab, f, rows, dout)
+    work = _Backward(slab, f, rows, dout, keys)
     each_tile(len(rows), work.forward.tile, threads)
     with np.errstate(all="ignore"):
         work.between()
@@ -70,18 +74,23 @@ class _Sums:
 class _Backward:
     """One head's operands and results."""
 
-    def __init__(self, slab: Slab, f: Tier, rows: NDArray[np.intp], dout: Float) -> None:
+    def __init__(self, slab: Slab, f: Tier, rows: NDArray[np.intp], dout: Float, keys: NDArray[np.intp] | None) -> None:
         self.slab, self.f, self.rows, self.dout = slab, f, rows, dout
         self.forward = Forward(slab, f, rows, 0, None)
-        level, tiles = f.level, self.forward.tiles
-        self.width = head_bits(max(min(stream.KEYS, slab.k.shape[0]), stream.ROWS), level)
+        level, self.which = f.level, keys
+        k, v = (slab.k, slab.v) if keys is None else (slab.k[keys], slab.v[keys])
+        self.count, (most_rows, most_keys) = len(k), stream.tile_sizes()
+        self.tiles = [slice(j, min(j + most_keys, self.count)) for j in range(0, self.count, most_keys)]
+        self.width = head_bits(max(min(most_keys, self.count), most_rows), level)
+        width = head_bits(k.shape[1], level)
+        self.scores = self.forward.keys if keys is None else [Right(k[t], f, width) for t in self.tiles]
         self.sigma = np.array([1.5 * 2.0 ** (52 - self.width - s * (self.width + 1)) for s in range(level)])
         b = head_bits(slab.v.shape[1], level)
         heads, tails = f.array(dout)._cut(b, level)
         self.left = np.concatenate([*heads, tails[level]], 1)
         self.parts = [*(np.abs(x).sum(1) for x in heads), np.abs(tails[level]).sum(1)]
-        self.values = [Right(slab.v[t], f, b) for t in tiles]
-        self.keys = [Right(np.ascontiguousarray(slab.k[t].T), f, self.width) for t in tiles]
+        self.values = [Right(v[t], f, b) for t in self.tiles]
+        self.keys = [Right(np.ascontiguousarray(k[t].T), f, self.width) for t in self.tiles]
         self.dq = np.zeros((len(rows), slab.k.shape[1], 3))
         self.local = threading.local()
         self.all: list[_Sums] = []
@@ -115,7 +124,7 @@ class _Backward:
 
     def _sums(self) -> _Sums:
         if not hasattr(self.local, "sums"):
-            self.local.sums = _Sums(self.slab.k.shape[1], self.slab.v.shape[1], self.slab.k.shape[0])
+            self.local.sums = _Sums(self.slab.k.shape[1], self.slab.v.shape[1], self.count)
             with self.lock:
                 self.all.append(self.local.sums)
         sums: _Sums = self.local.sums
@@ -135,8 +144,9 @@ class _Backward:
         part = [np.empty((r, slab.k.shape[1])) for _ in range(level + 1)]
         omega = self.omega[at]
         done, wide = 0, 0
-        for n, keys in enumerate(fw.tiles):
-            seen = None if fw.whole else slab.allowed[rows, keys]
+        for n, keys in enumerate(self.tiles):
+            columns = keys if self.which is None else self.which[keys]
+            seen = None if fw.whole else slab.allowed[rows][:, columns]
             if seen is not None and not seen.any():
                 continue
             w, done = keys.stop - keys.start, done + 1
@@ -145,7 +155,7 @@ class _Backward:
                 weights, products = np.empty((r, level + 1, w)), np.empty((r, level + 1, w))
             c, g_levels = room[: level + 1], room[level + 1 : 2 * level + 2]
             h, low, g, g_low = room[2 * level + 2 :]
-            fw.keys[n].levels(fw.left[at], level, c)
+            self.scores[n].levels(fw.left[at], level, c)
             step.scores(c, fw.c, fw.c_low, h, low)
             self.values[n].levels(self.left[at], level, g_levels)
             step.scores(g_levels, 1.0, 0.0, g, g_low)
@@ -199,7 +209,7 @@ class _Backward:
         weight = self.lost_g[at] / self.e[at] * z + adds * z + n_k * 2.0 ** (EXP2_FLOOR + 1)
         rounded = sum(np.outer(x, most[level - s]) for s, x in enumerate(sizes))
         lost = np.outer(weight + 2 * U * sizes[level], most[0])
-        lost = (lost + gamma(stream.KEYS * (level + 1) + level + 4) * rounded) * SLACK * UP + ETA
+        lost = (lost + gamma(self.forward.wide * (level + 1) + level + 4) * rounded) * SLACK * UP + ETA
         total = Bounded(f, *self.forward._normal(dq, dq_low), lost)
         scale = self.slab.options(f, slice(0, 1)).scale
         column = f.array(self.e[at][:, None]) / Bounded(f, *(x[at] for x in (self.z.h, self.z.l, self.z.r)))
@@ -209,7 +219,7 @@ class _Backward:
     def finish(self) -> dict[str, Any]:
         """Add up the threads' parts."""
         f, fw, slab = self.f, self.forward, self.slab
-        adds = 2 * (len(self.all) + (len(self.rows) // stream.ROWS + 2) * (f.level + 2)) ** 2 * U * U
+        adds = 2 * (len(self.all) + (len(self.rows) // stream.tile_sizes()[0] + 2) * (f.level + 2)) ** 2 * U * U
         y = np.sum([s.weights for s in self.all], axis=0) * SLACK
         # a sum over rows of weights, at most 1 each, bounds what double-double additions and the floor lose
         n = float(len(self.rows))

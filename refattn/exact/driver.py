@@ -22,7 +22,7 @@ from ..variants import variant_of
 from .arithmetics import Balls, Floats
 from .enclosure import Enclosure
 from .parts import Part, fingerprint, parts, whole, work_through
-from .run import Raw, run
+from .run import Raw, by_keys, run
 from .state import State
 from .tiers import Tier
 from .ties import decide_by_ends, exact_lse, exact_ties
@@ -199,20 +199,23 @@ def _rounded(
 ) -> Answer:
     need = np.ones(problem.out_shape[:3], bool)
     state = State(form, lse_form)
+    partial_keys, keys = by_keys(problem, dout), None
     tiers: list[Tier | Balls] = [Tier(level) for level in range(START[form.precision], 4)]
     for f in tiers + [Balls(bits) for bits in LADDER]:
         start = time.perf_counter()
         with f.working() if isinstance(f, Balls) else nullcontext():
-            raw = run(problem, f, dout, need, threads)
-            state.take(raw, need, Enclosure.of if isinstance(f, Balls) else _enclosed)
+            raw = run(problem, f, dout, need, threads, keys)
+            state.take(raw, need, keys, Enclosure.of if isinstance(f, Balls) else _enclosed)
             boundaries = decide_by_ends(raw, state) if isinstance(f, Balls) else {}
         if isinstance(f, Balls) and f.bits == EXACT_FROM and not state.done:
             exact_lse(problem, state, boundaries)
             exact_ties(problem, dout, state, undecided_rows(problem, state.decided), boundaries)
         state.count(f.name, time.perf_counter() - start)
-        need = undecided_rows(problem, state.decided)
-        if not need.any():
+        if state.done:
             break
+        # the tiers can go on with single keys; balls compute what sums over rows whole
+        keys = state.open_keys() if partial_keys and isinstance(f, Tier) and f.level < 3 else None
+        need = undecided_rows(problem, state.decided, by_row_only=keys is not None)
     typed = {n: from_float64(v, state.form(n).name) for n, v in state.values.items()}
     open_ = {n: int((~d).sum()) for n, d in state.decided.items()}
     return Answer(problem, typed, state.enclosures, form.name, open_, {}, state.stats, state.decided)
@@ -277,13 +280,15 @@ def _enclosed(x: NDArray[np.float64]) -> Enclosure:
     return Enclosure(np.where(lost, np.nan, mid), np.where(lost, 0.0, tail), np.where(lost, np.inf, radius))
 
 
-def undecided_rows(problem: Problem, decided: dict[str, NDArray[np.bool_]]) -> NDArray[np.bool_]:
+def undecided_rows(
+    problem: Problem, decided: dict[str, NDArray[np.bool_]], by_row_only: bool = False
+) -> NDArray[np.bool_]:
     need = np.zeros(problem.out_shape[:3], bool)
     for name, d in decided.items():
         if name in ("out", "dq"):
             need |= ~d.all(-1)
         elif name == "lse":
             need |= ~d
-        elif not d.all():
+        elif not d.all() and not by_row_only:
             need[...] = True  # sums over rows
     return need

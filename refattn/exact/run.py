@@ -20,7 +20,7 @@ from .tape import Tape, gradients
 from .tiers import UP, Bounded, Tier
 from .trust import check_machine, check_thread
 
-__all__ = ["Raw", "run"]
+__all__ = ["Raw", "by_keys", "run"]
 
 TILE = 2**16  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
 TILE_TIER = 2**17
@@ -36,6 +36,7 @@ def run(
     dout: NDArray[np.float64] | None,
     need: NDArray[np.bool_] | None = None,
     threads: int = 1,
+    keys: NDArray[np.bool_] | None = None,
 ) -> Raw:
     """Run the definition of a call over one arithmetic.
 
@@ -51,6 +52,8 @@ def run(
         The rows to compute; others keep 0 (and gradients by key and value count only these rows).
     threads : int
         Threads for the streaming path.
+    keys : (b, h_kv, n_k) bool, optional
+        The keys whose gradients are wanted, counted over all rows, where :func:`by_keys` holds; others keep 0.
 
     Returns
     -------
@@ -74,8 +77,8 @@ def run(
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
         lines = np.nonzero(slab.live if need is None else slab.live & need[slab.batch, slab.head, slab.rows])[0]
         unit = _unit(slab.v) if isinstance(f, Tier) and dout is None else 0
-        if dout is not None and isinstance(f, Tier) and lines.size and _back(slab, dout):
-            _backward(slab, f, lines, raw, dout, threads)
+        if dout is not None and isinstance(f, Tier) and (lines.size or keys is not None) and _back(slab, dout):
+            _backward(slab, f, lines, raw, dout, threads, keys)
             lines = lines[:0]
         if isinstance(f, Tier) and dout is None and lines.size and slab.k.shape[0] >= STREAM_FROM and streams(slab):
             whole = unit == 0 and len(lines) == slab.rows.stop - slab.rows.start
@@ -135,12 +138,39 @@ def _back(slab: Slab, dout: NDArray[np.float64]) -> bool:
     return plain and slab.k.shape[0] >= STREAM_FROM and goes_back(slab)
 
 
-def _backward(slab: Slab, f: Tier, lines: NDArray[np.intp], raw: Raw, dout: NDArray[np.float64], threads: int) -> None:
-    at = (slab.batch, slab.head, np.arange(slab.rows.start, slab.rows.stop)[lines])
+def by_keys(problem: Problem, dout: NDArray[np.float64] | None) -> bool:
+    """Tell whether a tier can compute the gradients of some keys alone."""
+    return dout is not None and problem.sink is None and all(_back(slab, dout) for slab in slabs(problem))
+
+
+def _backward(
+    slab: Slab,
+    f: Tier,
+    lines: NDArray[np.intp],
+    raw: Raw,
+    dout: NDArray[np.float64],
+    threads: int,
+    keys: NDArray[np.bool_] | None,
+) -> None:
+    def place(rows: NDArray[np.intp]) -> tuple[Any, ...]:
+        return (slab.batch, slab.head, np.arange(slab.rows.start, slab.rows.stop)[rows])
+
+    whole = np.arange(slab.keys.start, slab.keys.stop)
+    if keys is not None:
+        wanted = np.nonzero(keys[slab.batch, slab.head_kv, slab.keys])[0]
+        live = np.nonzero(slab.live)[0]
+        if wanted.size:
+            part = backward(slab, f, live, dout[place(live)], threads, wanted)
+            for name in ("dk", "dv"):
+                _add(raw[name], (slab.batch, slab.head_kv, whole[wanted]), _numbers(part[name]))
+    if not lines.size:
+        return
+    at = place(lines)
     result = backward(slab, f, lines, dout[at], threads)
     raw["out"][at], raw["lse"][at], raw["dq"][at] = result["out"], result["lse"], _numbers(result["dq"])
-    for name in ("dk", "dv"):
-        _add(raw[name], (slab.batch, slab.head_kv, slab.keys), _numbers(result[name]))
+    if keys is None:
+        for name in ("dk", "dv"):
+            _add(raw[name], (slab.batch, slab.head_kv, slab.keys), _numbers(result[name]))
     if "dsink" in result:
         _add(raw["dsink"], (slab.head,), _numbers(result["dsink"])[0, 0])
 

@@ -13,7 +13,8 @@ from .enclosure import Enclosure
 
 __all__ = ["State"]
 
-BY_ROW = ("out", "lse", "dq")  # the others sum over rows, and are computed whole
+BY_ROW = ("out", "lse", "dq")  # the others sum over rows
+BY_KEY = ("dk", "dv")
 
 
 class State:
@@ -37,23 +38,37 @@ class State:
         """Tell whether every element is decided."""
         return all(bool(d.all()) for d in self.decided.values())
 
-    def take(self, raw: dict[str, NDArray[Any]], need: NDArray[np.bool_], enclose: Callable[[Any], Enclosure]) -> None:
-        """Take in what an arithmetic gave for the needed rows, and round what it decides."""
+    def take(
+        self,
+        raw: dict[str, NDArray[Any]],
+        need: NDArray[np.bool_],
+        keys: NDArray[np.bool_] | None,
+        enclose: Callable[[Any], Enclosure],
+    ) -> None:
+        """Take in what an arithmetic gave for the needed rows and keys, and round what it decides."""
         for name, x in raw.items():
             if name not in self.values:
                 e = enclose(x)
                 self.enclosures[name] = e
                 self.values[name], self.decided[name] = e.settle(self.form(name))
                 continue
-            if name not in BY_ROW and not need.all():
+            by_key = name in BY_KEY and keys is not None
+            if name not in BY_ROW and not by_key and not need.all():
                 continue
             fresh = ~self.decided[name]
+            if by_key and keys is not None:
+                fresh &= keys[..., None]
             if name in BY_ROW:
                 fresh &= need if name == "lse" else need[..., None]
             better, e = enclose(x[fresh]), self.enclosures[name]
             for part in ("mid", "tail", "radius"):
                 getattr(e, part)[fresh] = getattr(better, part)
             self.values[name][fresh], self.decided[name][fresh] = better.settle(self.form(name))
+
+    def open_keys(self) -> NDArray[np.bool_]:
+        """Return the keys with a gradient that is not decided, (b, h_kv, n_k)."""
+        sure = [np.asarray(self.decided[name].all(-1)) for name in BY_KEY]
+        return ~(sure[0] & sure[1])
 
     def settle(self, name: str, index: tuple[int, ...], value: float) -> None:
         """Decide one element."""

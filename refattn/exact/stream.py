@@ -21,10 +21,11 @@ from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U
 from .slabs import Slab
 from .tiers import ETA, UP, Bounded, Tier, gamma, head_bits
 
-__all__ = ["Forward", "Right", "each_tile", "stream", "streams"]
+__all__ = ["Forward", "Right", "each_tile", "stream", "streams", "tile_sizes"]
 
 Float = NDArray[np.float64]
-ROWS, KEYS = 256, 512
+ROWS, KEYS = 256, 512  # what suits the compiled steps
+PLAIN_ROWS, PLAIN_KEYS = 128, 256  # NumPy's steps make temporaries: keep them in cache
 SLACK = 1 + 2.0**-12
 """More than what a head's rounding adds to the bounds of heads and tails, whose width is at least 20 bits."""
 LOWEST = -(2.0**60)
@@ -38,6 +39,11 @@ def steps() -> Any:
     except ImportError:
         return elementwise
     return compiled
+
+
+def tile_sizes() -> tuple[int, int]:
+    """Return how many rows and keys a tile has."""
+    return (min(ROWS, PLAIN_ROWS), min(KEYS, PLAIN_KEYS)) if steps() is elementwise else (ROWS, KEYS)
 
 
 def streams(slab: Slab) -> bool:
@@ -93,7 +99,8 @@ def stream(
 
 def each_tile(rows: int, work: Callable[[slice], None], threads: int) -> None:
     """Call ``work`` on every tile of rows, by threads of which each has BLAS for itself."""
-    tiles = [slice(i, min(i + ROWS, rows)) for i in range(0, rows, ROWS)]
+    size = tile_sizes()[0]
+    tiles = [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
     with threadpool_limits(1 if threads > 1 else None, user_api="blas"):
         if threads > 1 and len(tiles) > 1:
             with ThreadPoolExecutor(threads) as pool:
@@ -117,13 +124,14 @@ class Forward:
         self.c, self.c_low = float(scale.h[0, 0]), float(scale.l[0, 0])
         self.ln2 = f.log2()
         self.whole = bool(slab.allowed.all())
-        self.tiles = [slice(j, min(j + KEYS, n_k)) for j in range(0, n_k, KEYS)]
+        self.wide = tile_sizes()[1]
+        self.tiles = [slice(j, min(j + self.wide, n_k)) for j in range(0, n_k, self.wide)]
         self.shift, self.relative, self.sums = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros((len(rows), 3))
         b, q = head_bits(d, level), f.array(slab.q if len(rows) == len(slab.q) else slab.q[rows])
         heads, tails = q._cut(b, level)
         self.left = np.concatenate([*heads, tails[level]], 1)
         self.keys = [Right(slab.k[t], f, b) for t in self.tiles]
-        self.width = head_bits(min(KEYS, n_k), level)
+        self.width = head_bits(min(self.wide, n_k), level)
         self.values = [Right(np.ascontiguousarray(v[t].T), f, self.width) for t in self.tiles]
         self.sigma = np.array([1.5 * 2.0 ** (52 - self.width - s * (self.width + 1)) for s in range(level)])
         # the radius of a score in base 2, one a row
@@ -153,7 +161,7 @@ class Forward:
         den, den_low = np.zeros(r), np.zeros(r)
         part = np.empty((level + 1, r, d_v))
         sums = np.empty((r, level + 1))
-        wide = min(KEYS, slab.k.shape[0])
+        wide = min(self.wide, slab.k.shape[0])
         room = [np.empty((r, wide)) for _ in range(level + 3)]
         weights = np.empty((r, level + 1, wide))
         done = 0
@@ -206,10 +214,10 @@ class Forward:
         tail = sizes[level]
         adds = 2 * (done * (level + 1) + 2) ** 2 * U * U  # of the double-double sums
         weight = (relative + adds) * z + n_k * 2.0 ** (EXP2_FLOOR + 1)
-        r_den = (weight + (gamma(KEYS + 2) + 2 * U) * tail) * SLACK
+        r_den = (weight + (gamma(self.wide + 2) + 2 * U) * tail) * SLACK
         most = np.max([x.most for x in self.values], 0)  # (L + 1, d_v)
         rounded = sum(np.outer(x, most[level - s]) for s, x in enumerate(sizes))
-        r_num = np.outer(weight + 2 * U * tail, most[0]) + gamma(KEYS * (level + 1) + level + 4) * rounded
+        r_num = np.outer(weight + 2 * U * tail, most[0]) + gamma(self.wide * (level + 1) + level + 4) * rounded
         r_num = r_num * SLACK
         top = Bounded(f, *self._normal(*num), r_num * UP + ETA)
         z_high, z_low = (x[:, None] for x in self._normal(*den))

@@ -93,6 +93,28 @@ def test_streamed_gradients_round_alike(form, monkeypatch):
         assert x.tobytes() == got.values[n].tobytes(), n
 
 
+@pytest.mark.parametrize(
+    "more", [{}, {"causal": "bottom_right"}, {"window": (90, 20)}], ids=["plain", "causal", "window"]
+)
+def test_what_stays_open_goes_on_by_rows_and_keys(more, monkeypatch):
+    """From the first tier on, nearly nothing is decided in float64 at first: rows and keys go on alone."""
+    from refattn.exact import driver
+
+    p = problem(np.float32, **more)
+    p = p.replace(query=np.repeat(p.query, 2, axis=1))  # two heads share each key
+    dout = rng.standard_normal(p.out_shape).astype(np.float32)
+    monkeypatch.setattr(runner, "STREAM_FROM", 10**9)
+    want = evaluate(p, rounding="float32", gradients=dout)
+    monkeypatch.setattr(runner, "STREAM_FROM", 1)
+    monkeypatch.setattr(stream, "KEYS", 64)
+    monkeypatch.setitem(driver.START, 24, 0)
+    got = evaluate(p, rounding="float32", gradients=dout)
+    assert not any(got.undecided.values())
+    assert got.stats["float64 enclosures, L = 1"]["decided"] > 0
+    for n, x in want.values.items():
+        assert x.tobytes() == got.values[n].tobytes(), n
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("form", ["bfloat16", "float32", "float64"])
 def test_threads_and_tiles_do_not_change_the_answer(threads, form, monkeypatch):
