@@ -85,23 +85,14 @@ def load_problem(path: str | Path) -> Problem:
     InvalidInput
         There is no such file, or it is not one of ours.
     """
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            head = json.loads(str(file["refattn"]))
-            if head["mark"] != MARK:
-                raise KeyError("mark")
-            types = head["types"]
-            arrays = {n: _typed(file[n], types[n]) for n in (*TENSORS, *OFFSETS) if n in types}
-    except FileNotFoundError as e:
-        raise InvalidInput(f"{path}: there is no such file") from e
-    except BAD_FILE as e:
-        raise InvalidInput(f"{path}: is not a problem file of refattn; make one with refattn.save_problem") from e
+    head, arrays = _load(path, MARK, "a problem file of refattn; make one with refattn.save_problem")
     settings: dict[str, Any] = head["settings"]
     if "window" in settings:
         settings["window"] = tuple(settings["window"])
     options = settings.get("options", {})
     settings["options"] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
-    return Problem(**arrays, **settings)
+    tensors: dict[str, Any] = {n: x for n, x in arrays.items() if n in (*TENSORS, *OFFSETS)}
+    return Problem(**tensors, **settings)
 
 
 def save_arrays(arrays: Mapping[str, Any], path: str | Path, **about: Any) -> None:
@@ -117,16 +108,20 @@ def load_arrays(path: str | Path) -> dict[str, NDArray[Any]]:
     InvalidInput
         There is no such file, or it is not one of ours.
     """
+    return _load(path, MARK_ARRAYS, "an array file of refattn")[1]
+
+
+def _load(path: str | Path, mark: str, kind: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            head = json.loads(str(file["refattn"]))
-            if head["mark"] != MARK_ARRAYS:
+            head: dict[str, Any] = json.loads(str(file["refattn"]))
+            if head["mark"] != mark:
                 raise KeyError("mark")
-            return {n: _typed(file[n], t) for n, t in head["types"].items()}
+            return head, {n: _typed(file[n], t) for n, t in head["types"].items()}
     except FileNotFoundError as e:
         raise InvalidInput(f"{path}: there is no such file") from e
     except BAD_FILE as e:
-        raise InvalidInput(f"{path}: is not an array file of refattn") from e
+        raise InvalidInput(f"{path}: is not {kind}") from e
 
 
 def _typed(x: Any, name: str) -> Any:

@@ -112,6 +112,23 @@ def _make_scores(count):
     return compiled
 
 
+@njit(inline="always", **_OPTIONS)
+def _cut(x, y, level, sigma0, sigma1, sigma2):
+    a = b = c = 0.0
+    if level > 0:
+        a = (x + sigma0) - sigma0
+        x -= a
+    if level > 1:
+        x, y = _two_sum(x, y)
+        b = (x + sigma1) - sigma1
+        x -= b
+    if level > 2:
+        x, y = _two_sum(x, y)
+        c = (x + sigma2) - sigma2
+        x -= c
+    return a, b, c, x + y
+
+
 def _make_weights(level):
     @njit(**_OPTIONS)
     def compiled(h, low, m, sigma0, sigma1, sigma2, out):
@@ -130,41 +147,17 @@ def _make_weights(level):
                 x, y = _exp2(z, z_low)
                 x = 0.0 if dead else x
                 y = 0.0 if dead else y
+                head0, head1, head2, tail = _cut(x, y, level, sigma0, sigma1, sigma2)
                 if level > 0:
-                    head = (x + sigma0) - sigma0
-                    p0[j] = head
-                    x -= head
+                    p0[j] = head0
                 if level > 1:
-                    x, y = _two_sum(x, y)
-                    head = (x + sigma1) - sigma1
-                    p1[j] = head
-                    x -= head
+                    p1[j] = head1
                 if level > 2:
-                    x, y = _two_sum(x, y)
-                    head = (x + sigma2) - sigma2
-                    p2[j] = head
-                    x -= head
-                p3[j] = x + y
+                    p2[j] = head2
+                p3[j] = tail
             out[i] = room
 
     return compiled
-
-
-@njit(inline="always", **_OPTIONS)
-def _cut(x, y, level, sigma0, sigma1, sigma2):
-    a = b = c = 0.0
-    if level > 0:
-        a = (x + sigma0) - sigma0
-        x -= a
-    if level > 1:
-        x, y = _two_sum(x, y)
-        b = (x + sigma1) - sigma1
-        x -= b
-    if level > 2:
-        x, y = _two_sum(x, y)
-        c = (x + sigma2) - sigma2
-        x -= c
-    return a, b, c, x + y
 
 
 def _make_gradient_weights(level):
