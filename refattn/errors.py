@@ -10,6 +10,7 @@ __all__ = [
     "RefattnError",
     "UnsupportedProblem",
     "UntrustedArithmetic",
+    "WorkerDied",
 ]
 
 
@@ -39,3 +40,7 @@ class UntrustedArithmetic(RefattnError):
 
 class MismatchError(RefattnError, AssertionError):
     """A kernel's answer is further from the exact value than its rounding model allows."""
+
+
+class WorkerDied(RefattnError):
+    """A process that computed a part of an answer ended before it was done."""

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidInput
+from ..errors import InvalidInput, WorkerDied
 from ..files import load_arrays, save_arrays
 from ..masks import visible
 from ..problem import Problem
@@ -157,7 +158,13 @@ def _run(
     from joblib import Parallel, delayed
 
     calls = (delayed(_numbered)(i, evaluate, todo[i]) for i in left)
-    yield from Parallel(n_jobs=n_jobs, return_as="generator_unordered")(calls)
+    try:
+        yield from Parallel(n_jobs=n_jobs, return_as="generator_unordered")(calls)
+    except BrokenExecutor as e:
+        raise WorkerDied(
+            "n_jobs: a worker process died, perhaps for want of memory; use fewer, "
+            "and checkpoint= to go on from the parts that are done"
+        ) from e
 
 
 def _numbered(i: int, evaluate: Callable[[Part], Arrays], part: Part) -> tuple[int, Arrays]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from refattn import InvalidInput, evaluate, load_problem, save_problem
+from refattn.errors import WorkerDied
 from refattn.exact import parts as module
 
 
@@ -144,3 +145,24 @@ def test_a_cluster_of_dask_workers(make):
     ):
         got = evaluate(p, rounding="float32", n_jobs=2)
     same(evaluate(p, rounding="float32"), got)
+
+
+def test_a_worker_that_dies_is_named_and_what_is_done_is_kept(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROWS", 3)
+    todo = module.parts(make(9, 5, 4, h=2), None)
+
+    def work(part):
+        import os
+        import time
+
+        if part.head_kv == 1 and part.rows.start == 6:
+            time.sleep(2)
+            os._exit(1)
+        return {"out.value": np.zeros(3)}
+
+    found = []
+    with pytest.raises(
+        WorkerDied, match="a worker process died, perhaps for want of memory; use fewer, and checkpoint="
+    ):
+        found.extend(module.work_through(todo, work, 2, tmp_path, "name", None))
+    assert 1 <= len(os.listdir(tmp_path)) < 6
