@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from refattn import Problem, evaluate
 from refattn.exact import elementwise, stream
@@ -127,6 +128,17 @@ def test_threads_and_tiles_do_not_change_the_answer(threads, form, monkeypatch):
     got = evaluate(p, rounding=form, n_jobs=threads)
     assert (got.out == want.out).all()
     assert (got.lse == want.lse).all()
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "float32", "float64"])
+def test_blas_threads_do_not_change_the_answer(form):
+    p = problem(np.float32, causal="bottom_right")
+    answers = []
+    for threads in (1, 2):
+        with threadpool_limits(threads, user_api="blas"):
+            answers.append(evaluate(p, rounding=form, n_jobs=1))
+    assert answers[0].out.tobytes() == answers[1].out.tobytes()
+    assert answers[0].lse.tobytes() == answers[1].lse.tobytes()
 
 
 def test_softcap_is_not_streamed(make):
