@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import stream
-from .doubledouble import EXP2_FLOOR, U
+from .doubledouble import EXP2_FLOOR, U, fast_two_sum
 from .slabs import Slab
 from .stream import SLACK, Forward, Right, each_tile
 from .tiers import ETA, UP, Bounded, Tier, gamma, head_bits
@@ -144,9 +144,11 @@ class _Backward:
         part = [np.empty((r, slab.k.shape[1])) for _ in range(level + 1)]
         omega = self.omega[at]
         done, wide = 0, 0
+        allowed = None if fw.whole else slab.allowed[rows]
+        if allowed is not None and self.which is not None:
+            allowed = allowed[:, self.which]
         for n, keys in enumerate(self.tiles):
-            columns = keys if self.which is None else self.which[keys]
-            seen = None if fw.whole else slab.allowed[rows][:, columns]
+            seen = None if allowed is None else allowed[:, keys]
             if seen is not None and not seen.any():
                 continue
             w, done = keys.stop - keys.start, done + 1
@@ -210,7 +212,7 @@ class _Backward:
         rounded = sum(np.outer(x, most[level - s]) for s, x in enumerate(sizes))
         lost = np.outer(weight + 2 * U * sizes[level], most[0])
         lost = (lost + gamma(self.forward.wide * (level + 1) + level + 4) * rounded) * SLACK * UP + ETA
-        total = Bounded(f, *self.forward._normal(dq, dq_low), lost)
+        total = Bounded(f, *fast_two_sum(dq, dq_low), lost)
         scale = self.slab.options(f, slice(0, 1)).scale
         column = f.array(self.e[at][:, None]) / Bounded(f, *(x[at] for x in (self.z.h, self.z.l, self.z.r)))
         x = total * column * scale
@@ -229,7 +231,7 @@ class _Backward:
         for name, scaled, column in (("dk", q, 1), ("dv", dout, 0)):
             total = Bounded(f, np.zeros(getattr(self.all[0], name).T.shape), np.zeros((1, 1)), np.zeros((1, 1)))
             for part in self.all:
-                high, low = self.forward._normal(getattr(part, name).T, getattr(part, f"{name}_low").T)
+                high, low = fast_two_sum(getattr(part, name).T, getattr(part, f"{name}_low").T)
                 total = total + Bounded(f, high, low, np.zeros((1, 1)))
             lost = sum(getattr(s, "lost_k" if name == "dk" else "lost_v") for s in self.all)
             most = np.abs(scaled.h).max(0) * UP
@@ -239,7 +241,7 @@ class _Backward:
         results["dq"] = Bounded(f, *np.moveaxis(self.dq, -1, 0))
         results["out"], results["lse"] = fw.out, fw.lse
         if slab.sink is not None:
-            s = f.number(slab.sink) * Bounded(f, *(np.array([[x]]) for x in (*f.log2e, 2.0**-104)))
+            s = f.number(slab.sink) * f.log2e
             p = ((s - f.array(fw.shift[:, None])) * fw.ln2).exp() / self.z
             results["dsink"] = -(p * self.d).T.sum()
         return results

@@ -129,6 +129,17 @@ def _cut(x, y, level, sigma0, sigma1, sigma2):
     return a, b, c, x + y
 
 
+@njit(inline="always", **_OPTIONS)
+def _weight(h, low, shift):
+    z, e = _two_sum(h, -shift)
+    z, z_low = _two_sum(z, e + low)
+    dead = not z >= EXP2_FLOOR  # also where a masked key's -inf has become no number
+    z = EXP2_FLOOR if dead else z
+    z_low = 0.0 if dead else z_low
+    x, y = _exp2(z, z_low)
+    return 0.0 if dead else x, 0.0 if dead else y
+
+
 def _make_weights(level):
     @njit(**_OPTIONS)
     def compiled(h, low, m, sigma0, sigma1, sigma2, out):
@@ -139,14 +150,7 @@ def _make_weights(level):
         for i in range(rows):
             shift, x_, y_ = m[i], h[i], low[i]
             for j in range(width):
-                z, e = _two_sum(x_[j], -shift)
-                z, z_low = _two_sum(z, e + y_[j])
-                dead = not z >= EXP2_FLOOR  # also where a masked key's -inf has become no number
-                z = EXP2_FLOOR if dead else z
-                z_low = 0.0 if dead else z_low
-                x, y = _exp2(z, z_low)
-                x = 0.0 if dead else x
-                y = 0.0 if dead else y
+                x, y = _weight(x_[j], y_[j], shift)
                 head0, head1, head2, tail = _cut(x, y, level, sigma0, sigma1, sigma2)
                 if level > 0:
                     p0[j] = head0
@@ -172,14 +176,7 @@ def _make_gradient_weights(level):
             shift, x_, y_, g_, gl_ = m[i], h[i], low[i], g[i], g_low[i]
             di, dli, ui = d[i], d_low[i], unit[i]
             for j in range(width):
-                z, e = _two_sum(x_[j], -shift)
-                z, z_low = _two_sum(z, e + y_[j])
-                dead = not z >= EXP2_FLOOR
-                z = EXP2_FLOOR if dead else z
-                z_low = 0.0 if dead else z_low
-                x, y = _exp2(z, z_low)
-                x = 0.0 if dead else x
-                y = 0.0 if dead else y
+                x, y = _weight(x_[j], y_[j], shift)
                 a, e = _two_sum(g_[j], -di)
                 a, a_low = _two_sum(a, e + (gl_[j] - dli))
                 a *= ui

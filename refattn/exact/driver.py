@@ -232,7 +232,7 @@ def _in_parts(
     checkpoint: str | Path | None,
     progress: Callable[[int, int], None] | None,
 ) -> Answer:
-    name = fingerprint(problem, form.name, lse_form.name, None if dout is None else dout.tobytes().hex(), len(pieces))
+    name = fingerprint(problem, form.name, lse_form.name, len(pieces), dout=dout)
     each = partial(_part, form=form, lse_form=lse_form, threads=threads if n_jobs == 1 else 1)
     folder = None if checkpoint is None else Path(checkpoint)
     found: dict[str, NDArray[Any]] = {}
@@ -260,7 +260,7 @@ def _part(part: Part, form: Format, lse_form: Format, threads: int) -> dict[str,
     for n, x in a.values.items():
         e = a.enclosures[n]
         out |= {f"{n}.value": x, f"{n}.mid": e.mid, f"{n}.tail": e.tail, f"{n}.radius": e.radius}
-        out[f"{n}.decided"] = np.full(x.shape, True) if not a.undecided[n] else a.decided[n]
+        out[f"{n}.decided"] = a.decided[n]
     return out | {f"stats {t}": np.array([s["decided"], s["seconds"]]) for t, s in a.stats.items()}
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from . import elementwise
-from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U
+from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, fast_two_sum
 from .slabs import Slab
 from .tiers import ETA, UP, Bounded, Tier, gamma, head_bits
 
@@ -120,7 +120,7 @@ class Forward:
         level, (n_k, d) = f.level, slab.k.shape
         v = np.ldexp(slab.v, -unit) if unit else slab.v
         self.out, self.lse = into or (np.zeros((len(rows), v.shape[1], 3)), np.zeros((len(rows), 3)))
-        scale = slab.options(f, slice(0, 1)).scale * _constant(f, f.log2e, 2.0**-104)
+        scale = slab.options(f, slice(0, 1)).scale * f.log2e
         self.c, self.c_low = float(scale.h[0, 0]), float(scale.l[0, 0])
         self.ln2 = f.log2()
         self.whole = bool(slab.allowed.all())
@@ -198,7 +198,7 @@ class Forward:
 
     def _add_bias(self, h: Float, low: Float, bias: Float) -> None:
         """Add a bias in base 2, in place; what it loses is counted with the shift's rounding."""
-        t = Bounded(self.f, h, low, np.zeros((1, 1))) + self.f.array(bias) * _constant(self.f, self.f.log2e, 0.0)
+        t = Bounded(self.f, h, low, np.zeros((1, 1))) + self.f.array(bias) * self.f.log2e
         h[...], low[...] = t.h, t.l
 
     def _finish(self, at: slice, m: Float, num: Any, den: Any, done: int) -> None:
@@ -219,12 +219,12 @@ class Forward:
         rounded = sum(np.outer(x, most[level - s]) for s, x in enumerate(sizes))
         r_num = np.outer(weight + 2 * U * tail, most[0]) + gamma(self.wide * (level + 1) + level + 4) * rounded
         r_num = r_num * SLACK
-        top = Bounded(f, *self._normal(*num), r_num * UP + ETA)
-        z_high, z_low = (x[:, None] for x in self._normal(*den))
+        top = Bounded(f, *fast_two_sum(*num), r_num * UP + ETA)
+        z_high, z_low = (x[:, None] for x in fast_two_sum(*den))
         bottom = Bounded(f, z_high, z_low, r_den[:, None] * UP + ETA)
         shift = f.array(m[:, None])
         if slab.sink is not None:
-            s = f.number(slab.sink) * _constant(f, f.log2e, 2.0**-104)
+            s = f.number(slab.sink) * f.log2e
             up = np.maximum(m, np.ceil(s.h[0, 0]))[:, None]
             fade = np.exp2(np.maximum(m[:, None] - up, -1074.0))
             top, bottom = (Bounded(f, x.h * fade, x.l * fade, x.r * fade + ETA) for x in (top, bottom))
@@ -236,12 +236,3 @@ class Forward:
         self.sums[at] = np.stack([np.broadcast_to(x, bottom.h.shape)[:, 0] for x in (bottom.h, bottom.l, bottom.r)], -1)
         self.out[at] = np.stack([out.h, *(np.broadcast_to(x, out.h.shape) for x in (out.l, out.r))], -1)
         self.lse[at] = np.concatenate([lse.h, lse.l, np.broadcast_to(lse.r, lse.h.shape)], 1)
-
-    @staticmethod
-    def _normal(h: Float, low: Float) -> tuple[Float, Float]:
-        s = h + low
-        return s, low - (s - h)
-
-
-def _constant(f: Tier, x: tuple[float, float], r: float) -> Bounded:
-    return Bounded(f, *(np.array([[v]]) for v in (*x, r)))

@@ -52,7 +52,8 @@ class Tier:
         self.level = level
         self.name = f"float64 enclosures, L = {level}"
         with flint.ctx.workprec(LOG2E_BITS):
-            self.log2e = constant(1 / flint.arb(2).log())
+            high, low = constant(1 / flint.arb(2).log())
+        self.log2e = Bounded(self, *(np.array([[x]]) for x in (high, low, 2.0**-104)))
 
     def array(self, x: Float) -> Bounded:
         """Take in a float64 array, exactly."""
@@ -187,7 +188,7 @@ class Bounded:
 
     def exp(self, where: Mask | None = None) -> Bounded:
         """Exponential: 2**(x log2 e); 0 where `where` does not hold."""
-        t = self * Bounded(self.f, *(np.array([[x]]) for x in (*self.f.log2e, 2.0**-104)))
+        t = self * self.f.log2e
         if where is not None and not where.all():
             t = Bounded(self.f, np.where(where, t.h, 2 * EXP2_FLOOR), np.where(where, t.l, 0.0), t.rest, t.relative)
         h, low = exp2(np.minimum(t.h, 1000.0), t.l)
