@@ -23,9 +23,9 @@ from refattn import Problem
 from refattn.arrays import from_float64
 from refattn.bench import Row
 from refattn.dtypes import FORMATS
-from refattn.exact import elementwise, stream
+from refattn.exact import elementwise
 from refattn.exact.arithmetics import Balls, Multiprecision
-from refattn.exact.driver import evaluate
+from refattn.exact.driver import START, evaluate
 from refattn.exact.run import run
 from refattn.exact.tiers import Tier
 
@@ -106,16 +106,18 @@ def certified() -> Iterator[Row]:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     yield Row(f"n={n} d={d} float64, memory beyond the inputs", peak / (8 * n * d), "n×d float64 arrays", at_most=25.0)
-    p = problem(n, d, "float32")
-    dout = problem(n, d, "float32").key
-    base = seconds(lambda: plain_gradients(p, dout), 5)
-    g = dout.astype(np.float64)
-    for level in (1, 2):
+    for form, bound in (("float32", 4.5), ("float64", 8.0)):
+        p, dout = problem(n, d, form), problem(n + 1, d, form).key[:, :, :n]
+        base = seconds(lambda p=p, dout=dout: plain_gradients(p, dout), 5)
+        g = dout.astype(np.float64)
+        level = START[FORMATS[form].precision]
         run(p.replace(query=p.query[:, :, :256]), Tier(level), g[:, :, :256])
-        cost = seconds(lambda level=level: run(p, Tier(level), g, threads=os.cpu_count() or 1), 3)
+        cost = seconds(lambda p=p, g=g, level=level: run(p, Tier(level), g, threads=os.cpu_count() or 1), 3)
         yield Row(f"n={n} d={d} gradients, enclosures at L = {level} / float64", cost / base, "ratio")
-    cost = seconds(lambda: evaluate(p, rounding="float32", gradients=dout), 1)
-    yield Row(f"n={n} d={d} float32 gradients, correctly rounded / float64", cost / base, "ratio")
+        cost = seconds(lambda p=p, dout=dout, form=form: evaluate(p, rounding=form, gradients=dout), 5)
+        yield Row(f"n={n} d={d} {form} gradients, correctly rounded / float64", cost / base, "ratio", at_most=bound)
+        a = evaluate(p, rounding=form, gradients=dout)
+        yield Row(f"n={n} d={d} {form} gradients, undecided", float(sum(a.undecided.values())), "elements", at_most=0.0)
     p = problem(4 * n, d, "float64")
     base = seconds(lambda: plain(p), 1)
     cost = seconds(lambda: evaluate(p, rounding="float64"), 1)
@@ -125,12 +127,12 @@ def certified() -> Iterator[Row]:
 @contextmanager
 def numpy_only() -> Iterator[None]:
     """Work as if numba were not here."""
-    known = stream.steps
-    stream.steps = lambda: elementwise  # type: ignore[assignment]
+    known = elementwise.steps
+    elementwise.steps = lambda: elementwise  # type: ignore[assignment]
     try:
         yield
     finally:
-        stream.steps = known
+        elementwise.steps = known
 
 
 def rows() -> Iterator[Row]:

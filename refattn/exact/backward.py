@@ -13,15 +13,17 @@ The forward pass gives m, z and out. The bounds are those of ``stream.py`` (docs
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import stream
-from .doubledouble import EXP2_FLOOR, U, fast_two_sum
+from . import elementwise, stream
+from .doubledouble import EXP2_FLOOR, U, two_sum
+from .keys import Rows, column
 from .slabs import Slab
-from .stream import SLACK, Forward, Right, each_tile
+from .stream import SLACK, Forward, Right, each, each_tile, forward_pass, norms, product_sizes
 from .tiers import ETA, UP, Bounded, Tier, gamma, head_bits
 
 __all__ = ["backward", "goes_back"]
@@ -30,14 +32,20 @@ Float = NDArray[np.float64]
 
 
 def goes_back(slab: Slab) -> bool:
-    """Tell whether this path knows a call: softmax attention without softcap and bias."""
-    return stream.streams(slab) and slab.bias is None
+    """Tell whether this path knows a call: softmax attention without softcap."""
+    return stream.streams(slab)
 
 
 def backward(
-    slab: Slab, f: Tier, rows: NDArray[np.intp], dout: Float, threads: int, keys: NDArray[np.intp] | None = None
-) -> dict[str, Any]:
-    """Return out, lse, dq, dk, dv and dsink of some rows as :class:`Bounded` matrices.
+    slab: Slab,
+    f: Tier,
+    rows: NDArray[np.intp],
+    dout: Float,
+    threads: int,
+    dbias: Callable[[slice, slice, Bounded], None] | None = None,
+    forward: Forward | None = None,
+) -> tuple[dict[str, Any], Rows]:
+    """Return out, lse, dq, dk, dv and dsink of some rows as enclosures, and what these rows know.
 
     Parameters
     ----------
@@ -51,15 +59,19 @@ def backward(
         The gradient arriving at these rows.
     threads : int
         Tiles of rows to work on at a time.
-    keys : integer array, optional
-        The keys whose dk and dv are wanted; dq then counts only them.
+    dbias : callable, optional
+        Takes the gradient by the scores, tile by tile: which of the rows, which keys, and the numbers.
+    forward : Forward, optional
+        The forward pass of these rows, where it is there already.
     """
-    work = _Backward(slab, f, rows, dout, keys)
-    each_tile(len(rows), work.forward.tile, threads)
+    work = _Backward(forward or forward_pass(slab, f, rows, threads), dout, dbias, threads)
+    each_tile(len(rows), work.tile, threads)
     with np.errstate(all="ignore"):
-        work.between()
-        each_tile(len(rows), work.tile, threads)
-        return work.finish()
+        return work.finish(), Rows(rows, column(f, work.forward.lse), column(f, work.d))
+
+
+def _full(x: Bounded) -> Float:
+    return np.broadcast_to(x.r, x.h.shape)
 
 
 class _Sums:
@@ -67,64 +79,38 @@ class _Sums:
 
     def __init__(self, d: int, d_v: int, n_k: int) -> None:
         self.dk, self.dk_low, self.dv, self.dv_low = (np.zeros((w, n_k)) for w in (d, d, d_v, d_v))
-        self.weights = np.zeros((n_k, 2))
+        self.weights, self.products = np.zeros((n_k, 3)), np.zeros(n_k)
         self.lost_k, self.lost_v = np.zeros(d), np.zeros(d_v)
+        self.most_k, self.most_v = np.zeros((2, d)), np.zeros((2, d_v))
 
 
 class _Backward:
     """One head's operands and results."""
 
-    def __init__(self, slab: Slab, f: Tier, rows: NDArray[np.intp], dout: Float, keys: NDArray[np.intp] | None) -> None:
-        self.slab, self.f, self.rows, self.dout = slab, f, rows, dout
-        self.forward = Forward(slab, f, rows, 0, None)
-        level, self.which = f.level, keys
-        k, v = (slab.k, slab.v) if keys is None else (slab.k[keys], slab.v[keys])
-        self.count, (most_rows, most_keys) = len(k), stream.tile_sizes()
-        self.tiles = [slice(j, min(j + most_keys, self.count)) for j in range(0, self.count, most_keys)]
-        self.width = head_bits(max(min(most_keys, self.count), most_rows), level)
-        width = head_bits(k.shape[1], level)
-        self.scores = self.forward.keys if keys is None else [Right(k[t], f, width) for t in self.tiles]
+    def __init__(self, forward: Forward, dout: Float, dbias: Any, threads: int) -> None:
+        self.forward, self.dout, self.dbias = forward, dout, dbias
+        self.slab, self.f, self.rows = slab, f, rows = forward.slab, forward.f, forward.rows
+        level, k, v = f.level, slab.k, slab.v
+        self.tiles = self.forward.tiles
+        self.width = head_bits(max(min(stream.tile_sizes()[1], len(k)), stream.tile_sizes()[0]), level)
         self.sigma = np.array([1.5 * 2.0 ** (52 - self.width - s * (self.width + 1)) for s in range(level)])
-        b = head_bits(slab.v.shape[1], level)
-        heads, tails = f.array(dout)._cut(b, level)
-        self.left = np.concatenate([*heads, tails[level]], 1)
-        self.parts = [*(np.abs(x).sum(1) for x in heads), np.abs(tails[level]).sum(1)]
-        self.values = [Right(v[t], f, b) for t in self.tiles]
-        self.keys = [Right(np.ascontiguousarray(k[t].T), f, self.width) for t in self.tiles]
-        self.dq = np.zeros((len(rows), slab.k.shape[1], 3))
+        self.across = head_bits(v.shape[1], level)
+        self.values = each(lambda t: Right(v[t], f, self.across), self.tiles, threads)
+        self.keys = each(lambda t: Right(k[t].T, f, self.width), self.tiles, threads)
+        self.norm_v = max(x.norm[0] for x in self.values)
+        self.most_k, self.sums_k = np.max([x.most for x in self.keys], 0), np.sum([x.sums for x in self.keys], 0) * UP
+        # bounds of a weight's heads and tail, and of a product's
+        steps = (2.0 ** -(self.width + s * (self.width + 1) + 1) for s in range(level))
+        self.steps = np.array([1.0, *steps]) * SLACK
+        self.scale = slab.options(f, slice(0, 1)).scale
+        self.dq, self.d = np.zeros((len(rows), k.shape[1], 3)), np.zeros((len(rows), 3))
         self.local = threading.local()
         self.all: list[_Sums] = []
         self.lock = threading.Lock()
 
-    def between(self) -> None:
-        """Work out, from the forward pass, the columns that the second pass needs."""
-        f, fw, level = self.f, self.forward, self.f.level
-        out = Bounded(f, *np.moveaxis(fw.out, -1, 0))
-        self.z = Bounded(f, *(x[:, None] for x in fw.sums.T))
-        self.d = (f.array(self.dout) * out).sum()
-        most = np.max([x.most.max(1, initial=0.0) for x in self.values], 0)
-        one = np.abs(self.dout).sum(1) * UP
-        k = self.dout.shape[1]
-        lost = gamma(k * (level + 1) + level + 4) * sum(p * most[level - s] for s, p in enumerate(self.parts))
-        size = (one * most[0] + np.abs(self.d.h[:, 0])) * UP
-        self.size = size + ETA
-        self.e = np.ldexp(1.0, np.frexp(self.size)[1])
-        r = np.broadcast_to(self.d.r, self.d.h.shape)[:, 0]
-        # the error of X, and of w X, over the weight
-        z_relative = np.broadcast_to(self.z.r, self.z.h.shape)[:, 0] / self.z.h[:, 0]
-        # the shift may be the sink's, and then larger than the scores
-        weight = fw.relative + 8 * U * U * (np.abs(fw.shift) + 2 * fw.size)
-        relative = weight + z_relative + 2.0**-98
-        self.lost_x = (lost + r + (2.0**-98 + 64 * U * U) * self.size) * UP
-        self.lost_g = (weight * self.size + self.lost_x) * UP
-        per_z = UP / self.z.h[:, 0]
-        self.omega = np.stack([relative * per_z, (relative * self.size + self.lost_x) * per_z], 1) * UP
-        self.scaled_dout = f.array(self.dout) / self.z
-        self.scaled_q = f.array(self.slab.q[self.rows] * self.e[:, None]) / self.z
-
     def _sums(self) -> _Sums:
         if not hasattr(self.local, "sums"):
-            self.local.sums = _Sums(self.slab.k.shape[1], self.slab.v.shape[1], self.count)
+            self.local.sums = _Sums(self.slab.k.shape[1], self.slab.v.shape[1], len(self.slab.k))
             with self.lock:
                 self.all.append(self.local.sums)
         sums: _Sums = self.local.sums
@@ -133,22 +119,20 @@ class _Backward:
     def tile(self, at: slice) -> None:
         """Compute one tile of rows."""
         with np.errstate(all="ignore"):
-            self._tile(at, self._sums())
+            row = _Row(self, at)
+            self._tile(at, row, self._sums())
 
-    def _tile(self, at: slice, sums: _Sums) -> None:
-        slab, f, fw, step = self.slab, self.f, self.forward, stream.steps()
-        level, rows = f.level, self.rows[at]
+    def _tile(self, at: slice, row: _Row, sums: _Sums) -> None:
+        slab, fw, step, level = self.slab, self.forward, elementwise.steps(), self.f.level
+        rows = self.rows[at]
         r = len(rows)
-        turned = [self._turned(x, at) for x in (self.scaled_q, self.scaled_dout)]
         dq, dq_low = np.zeros((r, slab.k.shape[1])), np.zeros((r, slab.k.shape[1]))
         part = [np.empty((r, slab.k.shape[1])) for _ in range(level + 1)]
-        omega = self.omega[at]
+        left_over, left_over_low, row_sums = np.zeros(r), np.zeros(r), np.empty((r, level + 1))
+        by_z, g_size = np.zeros(len(slab.k)), np.zeros(r)
         done, wide = 0, 0
-        allowed = None if fw.whole else slab.allowed[rows]
-        if allowed is not None and self.which is not None:
-            allowed = allowed[:, self.which]
         for n, keys in enumerate(self.tiles):
-            seen = None if allowed is None else allowed[:, keys]
+            seen = None if fw.whole else slab.allowed[rows, keys]
             if seen is not None and not seen.any():
                 continue
             w, done = keys.stop - keys.start, done + 1
@@ -157,20 +141,20 @@ class _Backward:
                 weights, products = np.empty((r, level + 1, w)), np.empty((r, level + 1, w))
             c, g_levels = room[: level + 1], room[level + 1 : 2 * level + 2]
             h, low, g, g_low = room[2 * level + 2 :]
-            self.scores[n].levels(fw.left[at], level, c)
-            step.scores(c, fw.c, fw.c_low, h, low)
-            self.values[n].levels(self.left[at], level, g_levels)
+            fw.scores(n, at, seen, c, h, low)
+            self.values[n].levels(row.left, level, g_levels)
             step.scores(g_levels, 1.0, 0.0, g, g_low)
-            if seen is not None and not seen.all():
-                h[~seen] = -np.inf
-            d = (self.d.h[at, 0], self.d.l[at, 0])
-            step.gradient_weights(h, low, fw.shift[at], g, g_low, *d, 1 / self.e[at], self.sigma, weights, products)
+            d = (row.d.h[:, 0], row.d.l[:, 0])
+            step.gradient_weights(h, low, fw.shift[at], g, g_low, *d, 1 / row.e, self.sigma, weights, products)
             self.keys[n].levels(products.reshape(r, -1), level, part)
             for x in part:
                 step.accumulate(dq, dq_low, x)
+            step.row_sums(products, row_sums)
+            for s in range(level + 1):
+                elementwise.accumulate(left_over, left_over_low, row_sums[:, s])
             for (heads, tails), planes, total, total_low in (
-                (turned[0], products, sums.dk, sums.dk_low),
-                (turned[1], weights, sums.dv, sums.dv_low),
+                (row.q, products, sums.dk, sums.dk_low),
+                (row.dout, weights, sums.dv, sums.dv_low),
             ):
                 for t in range(level + 1):
                     if t < level:
@@ -178,73 +162,154 @@ class _Backward:
                     else:
                         pairs = [(tails[level - s], s) for s in range(level + 1)]
                     _product(pairs, planes, total[:, keys], total_low[:, keys], step)
-            sums.weights[keys] += weights[:, 0].T @ omega + 2.0**-self.width * omega.sum(0)
-        self._row_results(at, dq, dq_low, done)
-        for (_, tails), lost in ((turned[0], sums.lost_k), (turned[1], sums.lost_v)):
-            lost += self._rounded(tails, r)
-
-    def _turned(self, x: Bounded, at: slice) -> tuple[list[Float], list[Float]]:
-        """Return heads and tails of a tile of rows, cut along its columns and transposed."""
-        part = Bounded(self.f, x.h[at], x.l[at], np.zeros((1, 1)))
-        heads, tails = part.T._cut(self.width, self.f.level)
-        return heads, tails
-
-    def _steps(self) -> Float:
-        """Return bounds of a weight's heads and tail, and of a product's."""
-        level = self.f.level
-        return np.array([1.0, *(2.0 ** -(self.width + s * (self.width + 1) + 1) for s in range(level))]) * SLACK
-
-    def _rounded(self, tails: list[Float], r: int) -> Float:
-        """Return what the rounded level of a sum over r rows loses, by column."""
-        level, size = self.f.level, self._steps()
-        most = [np.abs(t).max(1, initial=0.0) for t in tails]
-        lost = gamma(r + 2 * level + 6) * sum(size[s] * most[level - s] for s in range(level + 1))
-        return np.asarray((lost + 2 * U * size[level] * most[0]) * r * UP)
-
-    def _row_results(self, at: slice, dq: Float, dq_low: Float, done: int) -> None:
-        f, level, n_k = self.f, self.f.level, self.slab.k.shape[0]
-        size = self._steps()
-        z = np.abs(self.z.h[at, 0]) * (1 + 2.0**-30)
-        sizes = [np.minimum(z * UP + n_k * size[1] if level else z, n_k), *(np.minimum(z, n_k * x) for x in size[1:])]
-        most = np.max([x.most for x in self.keys], 0)
-        adds = 2 * (done * (level + 1) + 2) ** 2 * U * U
-        weight = self.lost_g[at] / self.e[at] * z + adds * z + n_k * 2.0 ** (EXP2_FLOOR + 1)
-        rounded = sum(np.outer(x, most[level - s]) for s, x in enumerate(sizes))
-        lost = np.outer(weight + 2 * U * sizes[level], most[0])
-        lost = (lost + gamma(self.forward.wide * (level + 1) + level + 4) * rounded) * SLACK * UP + ETA
-        total = Bounded(f, *fast_two_sum(dq, dq_low), lost)
-        scale = self.slab.options(f, slice(0, 1)).scale
-        column = f.array(self.e[at][:, None]) / Bounded(f, *(x[at] for x in (self.z.h, self.z.l, self.z.r)))
-        x = total * column * scale
-        self.dq[at] = np.stack([x.h, *(np.broadcast_to(v, x.h.shape) for v in (x.l, x.r))], -1)
+            columns = weights[:, 0].T @ row.omega + 2.0**-self.width * row.omega.sum(0)
+            sums.weights[keys] += columns[:, :3]
+            by_z[keys] = columns[:, 3]
+            np.abs(products[:, 0], out=h)
+            g_size += h.sum(1)
+            sums.products[keys] += h.T @ row.relative_g + 2.0**-self.width * row.relative_g.sum()
+            if self.dbias is not None:
+                self.dbias(at, keys, row.by_score(weights, products).where(seen))
+        self.d[at], off = row.better_d(left_over, left_over_low, g_size, done)
+        self.dq[at] = row.dq(dq, dq_low, g_size, off, done)
+        sums.weights[:, 1] += off.max(initial=0.0) * by_z * UP
+        for (_, tails), lost, most in (
+            (row.q, sums.lost_k, sums.most_k),
+            (row.dout, sums.lost_v, sums.most_v),
+        ):
+            # what the rounded level loses over these rows, by column: all but the first plane, which goes by key
+            one = [np.abs(t).sum(1) * UP for t in tails]
+            for s in range(1, level + 1):
+                lost += gamma(r + 2 * level + 6) * self.steps[s] * one[level - s] * UP
+            if level:
+                lost += 2 * U * self.steps[level] * one[0] * UP
+            np.maximum(most, [np.abs(t).max(1, initial=0.0) for t in (tails[0], tails[level])], out=most)
 
     def finish(self) -> dict[str, Any]:
         """Add up the threads' parts."""
-        f, fw, slab = self.f, self.forward, self.slab
-        adds = 2 * (len(self.all) + (len(self.rows) // stream.tile_sizes()[0] + 2) * (f.level + 2)) ** 2 * U * U
+        f, fw, slab, step = self.f, self.forward, self.slab, elementwise.steps()
+        first, *others = self.all
+        for x in others:
+            for name in ("dk", "dv"):
+                for part in (name, f"{name}_low"):
+                    step.accumulate(getattr(first, name), getattr(first, f"{name}_low"), getattr(x, part))
+        adds = 4 * (2 * len(others) + (len(self.rows) // stream.tile_sizes()[0] + 2) * (f.level + 1)) * U * U
         y = np.sum([s.weights for s in self.all], axis=0) * SLACK
-        # a sum over rows of weights, at most 1 each, bounds what double-double additions and the floor lose
-        n = float(len(self.rows))
+        y[:, 1] += np.sum([s.products for s in self.all], axis=0) * SLACK
+        rounding = gamma(stream.tile_sizes()[0] + 2 * f.level + 6) + (0 if f.level else 2 * U)
         results: dict[str, Any] = {}
-        q, dout = self.scaled_q, self.scaled_dout
         own = {"dk": np.abs(slab.q[self.rows]).max(0), "dv": np.abs(self.dout).max(0)}
-        for name, scaled, column in (("dk", q, 1), ("dv", dout, 0)):
-            total = Bounded(f, np.zeros(getattr(self.all[0], name).T.shape), np.zeros((1, 1)), np.zeros((1, 1)))
-            for part in self.all:
-                high, low = fast_two_sum(getattr(part, name).T, getattr(part, f"{name}_low").T)
-                total = total + Bounded(f, high, low, np.zeros((1, 1)))
-            lost = sum(getattr(s, "lost_k" if name == "dk" else "lost_v") for s in self.all)
-            most = np.abs(scaled.h).max(0) * UP
-            r = np.outer(y[:, column], own[name]) + lost + n * (adds + 2.0 ** (EXP2_FLOOR + 1)) * most
-            results[name] = Bounded(f, total.h, total.l, (total.r + r) * UP + ETA)
-        results["dk"] = results["dk"] * slab.options(f, slice(0, 1)).scale
-        results["dq"] = Bounded(f, *np.moveaxis(self.dq, -1, 0))
-        results["out"], results["lse"] = fw.out, fw.lse
+        for name, at in (("dk", 1), ("dv", 0)):
+            lost = np.sum([getattr(s, f"lost_{name[1]}") for s in self.all], 0)
+            most, tail = np.max([getattr(s, f"most_{name[1]}") for s in self.all], 0)
+            floor = len(self.rows) * 2.0 ** (EXP2_FLOOR + 1)
+            r = np.outer(y[:, at], own[name]) + np.outer(y[:, 2], rounding * tail + 2 * adds * most) + floor * most
+            r = np.where(own[name] == 0, 0.0, (r + lost) * UP + ETA)
+            results[name] = Bounded(f, getattr(first, name).T, getattr(first, f"{name}_low").T, r)
+        results["dk"] = results["dk"] * self.scale
+        results["dq"], results["out"], results["lse"] = self.dq, fw.out, fw.lse
         if slab.sink is not None:
             s = f.number(slab.sink) * f.log2e
-            p = ((s - f.array(fw.shift[:, None])) * fw.ln2).exp() / self.z
-            results["dsink"] = -(p * self.d).T.sum()
+            p = ((s - f.array(fw.shift[:, None])) * fw.ln2).exp() / column(f, fw.sums)
+            results["dsink"] = -(p * column(f, self.d)).T.sum()
         return results
+
+
+class _Row:
+    """What one tile of rows needs beside its scores, and what it loses."""
+
+    def __init__(self, work: _Backward, at: slice) -> None:
+        self.work, f, fw, level = work, work.f, work.forward, work.f.level
+        dout = work.dout[at]
+        self.arriving = dout.any(1)
+        out = Bounded(f, *np.moveaxis(fw.out[at], -1, 0))
+        z = column(f, fw.sums[at])
+        self.z = np.abs(z.h[:, 0]) * (1 + 2.0**-30)
+        self.d = (f.array(dout) * out).sum()
+        heads, tails = f.array(dout)._cut(work.across, level)
+        self.left = np.concatenate([*heads, tails[level]], 1)
+        lost = product_sizes([*heads, tails[level]], work.values)
+        lost = gamma(dout.shape[1] * (level + 1) + level + 4) * lost
+        self.size = (norms(dout) * work.norm_v + np.abs(self.d.h[:, 0])) * UP + ETA
+        self.e = np.ldexp(1.0, np.frexp(self.size)[1])
+        # the shift may be the sink's, and then larger than the scores
+        self.weight = fw.relative[at] + 8 * U * U * (np.abs(fw.shift[at]) + 2 * fw.size[at])
+        # the error of X for the d that is used
+        self.lost_x = (lost + (2.0**-98 + 64 * U * U) * self.size) * UP
+        self.inverse = inverse = f.number(1) / z
+        relative = self.weight + inverse.r[:, 0] / np.abs(inverse.h[:, 0]) + 2.0**-98
+        per_z = np.abs(inverse.h[:, 0]) * UP
+        self.omega = np.stack([relative * per_z, self.lost_x * per_z, np.ones(len(dout)), per_z], 1) * UP
+        self.relative_g = relative * self.e * per_z * UP
+        self.q = self._turned(work.slab.q[work.rows[at]] * self.e[:, None])
+        self.dout = self._turned(dout)
+
+    def _turned(self, x: Float) -> tuple[list[Float], list[Float]]:
+        """Return heads and tails of x / z, cut along its columns and transposed."""
+        f = self.work.f
+        return (f.array(x) * self.inverse).T._cut(self.work.width, f.level)
+
+    def _scaled(self) -> Bounded:
+        """Return e / z, (r, 1)."""
+        e, x = self.e[:, None], self.inverse
+        return Bounded(self.work.f, x.h * e, x.l * e, x.r * e)
+
+    def _size(self, s: int) -> Float:
+        """Return a bound of the sum over keys of a plane of the products, one a row."""
+        n_k, steps = len(self.work.slab.k), self.work.steps
+        if s:
+            return np.asarray(np.minimum(self.z * SLACK, n_k * steps[s]))
+        return np.asarray(np.minimum(self.z * UP + (n_k * steps[1] if len(steps) > 1 else 0.0), n_k))
+
+    def _adds(self, done: int) -> float:
+        return 4 * done * (self.work.f.level + 1) * U * U
+
+    def _off(self, g_size: Float) -> Float:
+        """Return what the sums of w X are off by, for the d that is used, from the sums of |G|."""
+        sizes = np.minimum(g_size * SLACK + len(self.work.slab.k) * 2.0**-self.work.width, self.z * SLACK)
+        return np.asarray(self.weight * self.e * sizes + self.lost_x * self.z)
+
+    def dq(self, h: Float, low: Float, g_size: Float, off: Float, done: int) -> Float:
+        """Return the rows' dq with its radius; d is off by `off`."""
+        work, f, level, n_k = self.work, self.work.f, self.work.f.level, len(self.work.slab.k)
+        weight = (self._off(g_size) + off * self.z) / self.e + 2 * self._adds(done) * self.z
+        weight = weight + n_k * 2.0 ** (EXP2_FLOOR + 1)
+
+        def lost(s: int, tail: int) -> Float:
+            by_row = np.outer(self._size(s), work.most_k[tail])
+            return np.minimum(by_row, work.steps[s] * work.sums_k[tail]) if s else by_row
+
+        rounded = sum(lost(s, level - s) for s in range(level + 1))
+        r = np.outer(weight, work.most_k[0]) + 2 * U * lost(level, 0)
+        r = (r + gamma(work.forward.wide * (level + 1) + level + 4) * rounded) * SLACK * UP + ETA
+        r = np.where(np.outer(self.arriving, work.most_k[0] > 0), r, 0.0)
+        x = Bounded(f, h, low, r) * self._scaled() * work.scale
+        return np.stack([x.h, *(np.broadcast_to(v, x.h.shape) for v in (x.l, x.r))], -1)
+
+    def better_d(self, h: Float, low: Float, g_size: Float, done: int) -> tuple[Float, Float]:
+        """Return dout·out from the rows' sums of G, which would be 0 for the true one, and how far off it was."""
+        work, f, level, d = self.work, self.work.f, self.work.f.level, self.d
+        off = _full(d)
+        if work.slab.sink is None:
+            r = self._off(g_size) / self.e + self._adds(done) * self.z + len(work.slab.k) * 2.0 ** (EXP2_FLOOR + 1)
+            r = r + 4 * U * self._size(level)
+            more = Bounded(f, h[:, None], low[:, None], r[:, None] * SLACK * UP + ETA) * self._scaled()
+            d, off = Bounded(f, d.h, d.l, np.zeros((1, 1))) + more, (np.abs(more.h) + more.r) * SLACK
+        return np.concatenate([d.h, d.l, _full(d)], 1), off[:, 0]
+
+    def by_score(self, weights: Float, products: Float) -> Bounded:
+        """Return dS of a tile of keys."""
+        f, level = self.work.f, self.work.f.level
+        h, low = products[:, 0], np.zeros_like(products[:, 0])
+        for s in range(1, level + 1):
+            h, e = two_sum(h, products[:, s])
+            low = low + e
+        h, low = two_sum(h, low)
+        size = weights[:, 0] + self.work.steps[1] if level else weights[:, 0]
+        lost_x = ((self.lost_x + _full(self.d)[:, 0]) / self.e)[:, None]
+        r = (np.abs(h) * self.weight[:, None] + size * lost_x) * SLACK + 2.0 ** (EXP2_FLOOR + 1)
+        r = r + 4 * U * self.work.steps[level]
+        return Bounded(f, h, low, r) * self._scaled()
 
 
 def _product(pairs: list[tuple[Float, int]], planes: Float, h: Float, low: Float, step: Any) -> None:

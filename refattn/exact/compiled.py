@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from .doubledouble import EXP2_FLOOR, TABLE_BITS, _table
 
-__all__ = ["accumulate", "gradient_weights", "row_sums", "scores", "weights"]
+__all__ = ["accumulate", "cut", "gradient_weights", "row_sums", "scores", "weights"]
 
 _HIGH, _LOW, (_C, _C_LOW) = _table()
 _BOTH = np.ascontiguousarray(np.concatenate([_HIGH, _LOW]))
@@ -85,6 +85,22 @@ def _exp2(h, low):
     out, e2 = _fast_two_sum(t, p)
     out, low_part = _fast_two_sum(out, e2 + (_fma(t, q_low, e) + _fma(t_low, q, t_low)))
     return out * power, low_part * power
+
+
+@njit(**_OPTIONS)
+def cut(x, y, sigma, heads, tails):
+    """Cut a double-double x + y (n, m) along rows into heads (L, n, m), leaving tails (L + 1, n, m); sigma (L, n)."""
+    n, m = x.shape
+    for i in range(n):
+        for j in range(m):
+            a, b = x[i, j], y[i, j]
+            tails[0, i, j] = a + b
+            for s in range(sigma.shape[0]):
+                c = sigma[s, i]
+                head = (a + c) - c
+                heads[s, i, j] = head
+                a, b = _two_sum(a - head, b)
+                tails[s + 1, i, j] = a + b
 
 
 def _make_scores(count):
@@ -230,19 +246,28 @@ def gradient_weights(h, low, m, g, g_low, d, d_low, unit, sigma, out, out_g):
     _GRADIENT_WEIGHTS[len(sigma)](h, low, m, g, g_low, d, d_low, unit, *cuts, out, out_g)
 
 
-@njit(fastmath={"reassoc", "nsz"}, nogil=True, cache=True)
-def _row_sums(p, out):
+@njit(**_OPTIONS)
+def row_sums(p, out):
+    """Write the sums of p (r, L + 1, w) over keys into out (r, L + 1), within 2 u of the sums of absolute values."""
+    lanes, low = np.empty(16), np.empty(16)
     for i in range(p.shape[0]):
         for s in range(p.shape[1]):
-            total, row = 0.0, p[i, s]
-            for j in range(row.shape[0]):
-                total += row[j]
-            out[i, s] = total
-
-
-def row_sums(p, out):
-    """Write the sums of p (r, L + 1, w) over keys into out (r, L + 1); any order of summation is allowed."""
-    _row_sums(p, out)
+            row = p[i, s]
+            full = row.shape[0] & ~15
+            lanes[:] = 0.0
+            low[:] = 0.0
+            for j in range(0, full, 16):
+                for k in range(16):
+                    lanes[k], e = _two_sum(lanes[k], row[j + k])
+                    low[k] += e
+            total, rest = 0.0, 0.0
+            for k in range(16):
+                total, e = _two_sum(total, lanes[k])
+                rest += e + low[k]
+            for j in range(full, row.shape[0]):
+                total, e = _two_sum(total, row[j])
+                rest += e
+            out[i, s] = total + rest
 
 
 @njit(**_OPTIONS)
@@ -250,5 +275,5 @@ def accumulate(h, low, x):
     """Add x to the double-double h + low, in place."""
     for i in range(h.shape[0]):
         for j in range(h.shape[1]):
-            h[i, j], e = _two_sum(h[i, j], x[i, j])
-            low[i, j] += e
+            s, e = _two_sum(h[i, j], x[i, j])
+            h[i, j], low[i, j] = _two_sum(s, low[i, j] + e)

@@ -22,7 +22,7 @@ from ..variants import variant_of
 from .arithmetics import Balls, Floats
 from .enclosure import Enclosure
 from .parts import Part, fingerprint, parts, whole, work_through
-from .run import Raw, by_keys, run
+from .run import Known, Raw, by_keys, run
 from .state import State
 from .tiers import Tier
 from .ties import decide_by_ends, exact_lse, exact_ties
@@ -30,7 +30,9 @@ from .ties import decide_by_ends, exact_lse, exact_ties
 __all__ = ["Answer", "evaluate", "reference"]
 
 START = {53: 2, 24: 1, 11: 0, 8: 0, 4: 0, 3: 0}  # the first tier by the precision of the result
+START_BACK = START | {53: 3}  # what a level leaves open of dk and dv costs a forward pass of the next
 LADDER = tuple(128 * 2**i for i in range(12))  # 128 ... 262144 bits
+FEW_KEYS = 1 / 16  # of all: so many go on alone with what the rows know
 EXACT_FROM = 256  # what these bits leave open is tested for being exact
 
 
@@ -198,24 +200,31 @@ def _rounded(
     problem: Problem, form: Format, lse_form: Format, dout: NDArray[np.float64] | None, threads: int
 ) -> Answer:
     need = np.ones(problem.out_shape[:3], bool)
-    state = State(form, lse_form)
-    partial_keys, keys = by_keys(problem, dout), None
-    tiers: list[Tier | Balls] = [Tier(level) for level in range(START[form.precision], 4)]
+    own_bias = problem.bias is not None and problem.bias.shape == (*problem.out_shape[:3], problem.n_k)
+    state = State(form, lse_form, ("out", "lse", "dq", "dbias") if own_bias else ("out", "lse", "dq"))
+    by_key, keys = by_keys(problem, dout), None
+    first = (START if dout is None else START_BACK)[form.precision]
+    tiers: list[Tier | Balls] = [Tier(level) for level in range(first, 4)]
     for f in tiers + [Balls(bits) for bits in LADDER]:
         start = time.perf_counter()
         with f.working() if isinstance(f, Balls) else nullcontext():
-            raw = run(problem, f, dout, need, threads, keys)
+            known: Known = {}
+            raw = run(problem, f, dout, need, threads, keys, known)
             state.take(raw, need, keys, Enclosure.of if isinstance(f, Balls) else _enclosed)
             boundaries = decide_by_ends(raw, state) if isinstance(f, Balls) else {}
+            if by_key and keys is None and isinstance(f, Tier) and (few := _few_keys(state)) is not None:
+                # again, one level up, with what this level's rows know
+                none = np.zeros_like(need)
+                raw = run(problem, Tier(min(f.level + 1, 3)), dout, none, threads, few, known)
+                state.take(raw, none, few, _enclosed)
         if isinstance(f, Balls) and f.bits == EXACT_FROM and not state.done:
             exact_lse(problem, state, boundaries)
-            exact_ties(problem, dout, state, undecided_rows(problem, state.decided), boundaries)
+            exact_ties(problem, dout, state, state.open_rows(), boundaries)
         state.count(f.name, time.perf_counter() - start)
         if state.done:
             break
-        # the tiers can go on with single keys; balls compute what sums over rows whole
-        keys = state.open_keys() if partial_keys and isinstance(f, Tier) and f.level < 3 else None
-        need = undecided_rows(problem, state.decided, by_row_only=keys is not None)
+        keys = _few_keys(state) if by_key and not state.sums_open else None
+        need = state.open_rows(keys_apart=keys is not None)
     typed = {n: from_float64(v, state.form(n).name) for n, v in state.values.items()}
     open_ = {n: int((~d).sum()) for n, d in state.decided.items()}
     return Answer(problem, typed, state.enclosures, form.name, open_, {}, state.stats, state.decided)
@@ -280,15 +289,7 @@ def _enclosed(x: NDArray[np.float64]) -> Enclosure:
     return Enclosure(np.where(lost, np.nan, mid), np.where(lost, 0.0, tail), np.where(lost, np.inf, radius))
 
 
-def undecided_rows(
-    problem: Problem, decided: dict[str, NDArray[np.bool_]], by_row_only: bool = False
-) -> NDArray[np.bool_]:
-    need = np.zeros(problem.out_shape[:3], bool)
-    for name, d in decided.items():
-        if name in ("out", "dq"):
-            need |= ~d.all(-1)
-        elif name == "lse":
-            need |= ~d
-        elif not d.all() and not by_row_only:
-            need[...] = True  # sums over rows
-    return need
+def _few_keys(state: State) -> NDArray[np.bool_] | None:
+    """Return the keys with an open gradient, (b, h_kv, n_k), where these are few."""
+    keys = state.open_keys()
+    return keys if 0 < keys.mean() < FEW_KEYS else None

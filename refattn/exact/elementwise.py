@@ -5,14 +5,37 @@ Each works on one tile of r query rows and w keys, in place where it says so.
 
 from __future__ import annotations
 
+import sys
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from .doubledouble import exp2, two_prod, two_sum
 
-__all__ = ["accumulate", "gradient_weights", "row_sums", "scores", "weights"]
+__all__ = ["accumulate", "cut", "gradient_weights", "row_sums", "scores", "steps", "weights"]
 
 Float = NDArray[np.float64]
+
+
+@lru_cache(maxsize=1)
+def steps() -> Any:
+    """Return these steps: compiled where numba is here, NumPy's otherwise."""
+    try:
+        from . import compiled
+    except ImportError:
+        return sys.modules[__name__]
+    return compiled
+
+
+def cut(x: Float, y: Float, sigma: Float, heads: Float, tails: Float) -> None:
+    """Cut a double-double x + y (n, m) along rows into heads (L, n, m), leaving tails (L + 1, n, m); sigma (L, n)."""
+    tails[0] = x + y
+    for s, c in enumerate(sigma[..., None]):
+        heads[s] = (x + c) - c
+        x, y = two_sum(x - heads[s], y)
+        tails[s + 1] = x + y
 
 
 def scores(levels: list[Float], c: float, c_low: float, h: Float, low: Float) -> None:
@@ -59,12 +82,24 @@ def gradient_weights(
 
 
 def row_sums(p: Float, out: Float) -> None:
-    """Write the sums of p (r, L + 1, w) over keys into out (r, L + 1); those of heads are exact in any order."""
-    np.sum(p, axis=2, out=out)
+    """Write the sums of p (r, L + 1, w) over keys into out (r, L + 1), within 2 u of the sums of absolute values."""
+    np.sum(p, axis=2, out=out)  # exact for heads
+    last = p[:, -1]
+    x, low = np.zeros((len(p), 64)), np.zeros((len(p), 64))
+    for j in range(0, last.shape[1], 64):
+        part = last[:, j : j + 64]
+        lanes = slice(0, part.shape[1])
+        x[:, lanes], e = two_sum(x[:, lanes], part)
+        low[:, lanes] += e
+    rest = low.sum(1)
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        x, e = two_sum(x[:, :half], x[:, half:])
+        rest += e.sum(1)
+    out[:, -1] = x[:, 0] + rest
 
 
 def accumulate(h: Float, low: Float, x: Float) -> None:
     """Add x to the double-double h + low, in place."""
     s, e = two_sum(h, x)
-    h[...] = s
-    low += e
+    h[...], low[...] = two_sum(s, low + e)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,20 +15,23 @@ from ..variants import variant_of
 from .arithmetics import Floats
 from .backward import backward, goes_back
 from .doubledouble import U, two_sum
+from .keys import FEW, Rows, few_keys, rows_by_definition, rows_of
 from .slabs import Slab, matrix_of, slabs
-from .stream import stream, streams
+from .stream import Forward, forward_pass, stream, streams
 from .tape import Tape, gradients
 from .tiers import UP, Bounded, Tier
 from .trust import check_machine, check_thread
 
 __all__ = ["Raw", "by_keys", "run"]
 
-TILE = 2**16  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
+TILE = 2**18  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
 TILE_TIER = 2**17
 STREAM_FROM = 256  # keys: fewer are faster whole
 
 Raw = dict[str, NDArray[Any]]
 """Arrays by name. Elements are an arithmetic's numbers; those of a tier stand along a last axis as h, l, r."""
+Known = dict[tuple[int, int, int], Rows]
+"""What the rows of a head know, by batch, head and first row."""
 
 
 def run(
@@ -37,6 +41,7 @@ def run(
     need: NDArray[np.bool_] | None = None,
     threads: int = 1,
     keys: NDArray[np.bool_] | None = None,
+    known: Known | None = None,
 ) -> Raw:
     """Run the definition of a call over one arithmetic.
 
@@ -53,7 +58,9 @@ def run(
     threads : int
         Threads for the streaming path.
     keys : (b, h_kv, n_k) bool, optional
-        The keys whose gradients are wanted, counted over all rows, where :func:`by_keys` holds; others keep 0.
+        The keys whose dk and dv are wanted, counted over all rows, where :func:`by_keys` holds; others keep 0.
+    known : dict, optional
+        What rows know, by head: taken where it is there, else kept here.
 
     Returns
     -------
@@ -78,8 +85,10 @@ def run(
         lines = np.nonzero(slab.live if need is None else slab.live & need[slab.batch, slab.head, slab.rows])[0]
         unit = _unit(slab.v) if isinstance(f, Tier) and dout is None else 0
         if dout is not None and isinstance(f, Tier) and (lines.size or keys is not None) and _back(slab, dout):
-            _backward(slab, f, lines, raw, dout, threads, keys)
+            _backward(slab, f, lines, raw, dout, threads, keys, {} if known is None else known)
             lines = lines[:0]
+        elif dout is not None and keys is not None:
+            _keys(slab, f, raw, dout, threads, keys, {} if known is None else known)
         if isinstance(f, Tier) and dout is None and lines.size and slab.k.shape[0] >= STREAM_FROM and streams(slab):
             whole = unit == 0 and len(lines) == slab.rows.stop - slab.rows.start
             at = (slab.batch, slab.head, slab.rows if whole else np.arange(slab.rows.start, slab.rows.stop)[lines])
@@ -90,7 +99,7 @@ def run(
             lines = lines[:0]
         k, v = (matrix_of(f, x) for x in (slab.k, np.ldexp(slab.v, -unit))) if lines.size else (None, None)
         for tile in _tiles(lines, slab.k.shape[0], TILE_TIER if isinstance(f, Tier) else TILE):
-            _tile(slab, f, tile, k, v, unit, raw, dout)
+            _tile(slab, f, tile, k, v, unit, raw, dout, sums=keys is None)
         _specials(slab, raw, f)
     return raw
 
@@ -110,11 +119,12 @@ def _tile(
     unit: int,
     raw: Raw,
     dout: NDArray[np.float64] | None,
+    sums: bool,
 ) -> None:
     define = variant_of(slab.problem.variant).define
     o = slab.options(f, tile)
     q = matrix_of(f, slab.q[tile])
-    at = (slab.batch, slab.head, np.arange(slab.rows.start, slab.rows.stop)[tile])
+    at = _place(slab, tile)
     with np.errstate(all="ignore"):
         if dout is None:
             out, lse = define(q, k, v, o)
@@ -126,7 +136,7 @@ def _tile(
                     setattr(o, name, leaves["d" + name])
             out, lse = define(leaves["dq"], leaves["dk"], leaves["dv"], o)
             grads = gradients(out, matrix_of(f, dout[at]), list(leaves.values()))
-            _collect(slab, at, dict(zip(leaves, grads, strict=True)), raw)
+            _collect(slab, at, dict(zip(leaves, grads, strict=True)), raw, sums)
             out, lse = out.value, None if lse is None else lse.value
         raw["out"][at] = _scaled(_numbers(out), unit)
         if lse is not None:
@@ -139,8 +149,8 @@ def _back(slab: Slab, dout: NDArray[np.float64]) -> bool:
 
 
 def by_keys(problem: Problem, dout: NDArray[np.float64] | None) -> bool:
-    """Tell whether a tier can compute the gradients of some keys alone."""
-    return dout is not None and problem.sink is None and all(_back(slab, dout) for slab in slabs(problem))
+    """Tell whether the gradients of some keys can be computed alone."""
+    return dout is not None and all(_back(slab, dout) for slab in slabs(problem))
 
 
 def _backward(
@@ -151,28 +161,59 @@ def _backward(
     dout: NDArray[np.float64],
     threads: int,
     keys: NDArray[np.bool_] | None,
+    known: Known,
 ) -> None:
-    def place(rows: NDArray[np.intp]) -> tuple[Any, ...]:
-        return (slab.batch, slab.head, np.arange(slab.rows.start, slab.rows.stop)[rows])
-
-    whole = np.arange(slab.keys.start, slab.keys.stop)
-    if keys is not None:
-        wanted = np.nonzero(keys[slab.batch, slab.head_kv, slab.keys])[0]
-        live = np.nonzero(slab.live)[0]
-        if wanted.size:
-            part = backward(slab, f, live, dout[place(live)], threads, wanted)
-            for name in ("dk", "dv"):
-                _add(raw[name], (slab.batch, slab.head_kv, whole[wanted]), _numbers(part[name]))
+    forward = None if keys is None else _keys(slab, f, raw, dout, threads, keys, known)
     if not lines.size:
         return
-    at = place(lines)
-    result = backward(slab, f, lines, dout[at], threads)
-    raw["out"][at], raw["lse"][at], raw["dq"][at] = result["out"], result["lse"], _numbers(result["dq"])
+    at = _place(slab, lines)
+    lock = threading.Lock()
+
+    def dbias(rows: slice, columns: slice, g: Bounded) -> None:
+        with lock:
+            _add_dbias(slab, (slab.batch, slab.head, at[2][rows]), columns, g, raw)
+
+    result, rows = backward(
+        slab, f, lines, dout[at], threads, None if slab.bias is None else dbias, forward and forward.some(lines)
+    )
+    raw["out"][at], raw["lse"][at], raw["dq"][at] = result["out"], result["lse"], result["dq"]
+    if len(lines) == slab.live.sum():
+        known[slab.batch, slab.head, slab.rows.start] = rows
     if keys is None:
-        for name in ("dk", "dv"):
-            _add(raw[name], (slab.batch, slab.head_kv, slab.keys), _numbers(result[name]))
+        for x in ("dk", "dv"):
+            _add(raw[x], (slab.batch, slab.head_kv, slab.keys), _numbers(result[x]))
     if "dsink" in result:
         _add(raw["dsink"], (slab.head,), _numbers(result["dsink"])[0, 0])
+
+
+def _place(slab: Slab, rows: NDArray[np.intp]) -> tuple[Any, ...]:
+    return slab.batch, slab.head, slab.rows.start + rows
+
+
+def _keys(
+    slab: Slab,
+    f: Any,
+    raw: Raw,
+    dout: NDArray[np.float64],
+    threads: int,
+    keys: NDArray[np.bool_],
+    known: Known,
+) -> Forward | None:
+    """Add dk and dv of the keys that are wanted; return the forward pass if a tier had to make one."""
+    name, live, forward = (slab.batch, slab.head, slab.rows.start), np.nonzero(slab.live)[0], None
+    wanted = np.nonzero(keys[slab.batch, slab.head_kv, slab.keys])[0]
+    arriving = dout[_place(slab, live)]
+    if wanted.size and name not in known:
+        if isinstance(f, Tier):
+            forward = forward_pass(slab, f, live, threads)
+            known[name] = rows_of(forward, arriving, threads)
+        else:
+            known[name] = rows_by_definition(slab, f, live, arriving, max(1, TILE // len(slab.k)))
+    for i in range(0, len(wanted), FEW):
+        some = wanted[i : i + FEW]
+        for x, g in zip(("dk", "dv"), few_keys(slab, f, arriving, some, known[name], threads), strict=True):
+            _add(raw[x], (slab.batch, slab.head_kv, slab.keys.start + some), _numbers(g))
+    return forward
 
 
 def _unit(v: NDArray[np.float64]) -> int:
@@ -190,21 +231,26 @@ def _scaled(x: NDArray[Any], unit: int) -> NDArray[Any]:
     return np.asarray(out)
 
 
-def _collect(slab: Slab, at: Any, grads: dict[str, Any], raw: Raw) -> None:
-    b, h, lines = at
+def _collect(slab: Slab, at: Any, grads: dict[str, Any], raw: Raw, sums: bool) -> None:
+    b, h, _ = at
     raw["dq"][at] = _numbers(grads["dq"])
-    for name in ("dk", "dv"):
+    for name in ("dk", "dv") if sums else ():
         _add(raw[name], (b, slab.head_kv, slab.keys), _numbers(grads[name]))
     if "dsink" in grads:
         _add(raw["dsink"], (h,), _numbers(grads["dsink"])[0, 0])
     if "dbias" in grads:
-        shape = slab.problem.bias.shape
-        g = grads["dbias"]
-        g = g if shape[2] > 1 else g.T.sum().T
-        g = g if shape[3] > 1 else g.sum()
-        rows = lines[:, None] if shape[2] > 1 else np.zeros((1, 1), int)
-        keys = np.arange(slab.keys.start, slab.keys.stop)[None, :] if shape[3] > 1 else np.zeros((1, 1), int)
-        _add(raw["dbias"], (b if shape[0] > 1 else 0, h if shape[1] > 1 else 0, rows, keys), _numbers(g))
+        _add_dbias(slab, at, slice(0, slab.k.shape[0]), grads["dbias"], raw)
+
+
+def _add_dbias(slab: Slab, at: Any, columns: slice, g: Any, raw: Raw) -> None:
+    """Add the gradient by the scores of some rows and keys where the bias has them, summed where it was spread."""
+    b, h, lines = at
+    shape = slab.problem.bias.shape
+    g = g if shape[2] > 1 else g.T.sum().T
+    g = g if shape[3] > 1 else g.sum()
+    rows = lines[:, None] if shape[2] > 1 else np.zeros((1, 1), int)
+    keys = np.arange(slab.keys.start, slab.keys.stop)[None, columns] if shape[3] > 1 else np.zeros((1, 1), int)
+    _add(raw["dbias"], (b if shape[0] > 1 else 0, h if shape[1] > 1 else 0, rows, keys), _numbers(g))
 
 
 def _add(target: NDArray[Any], index: Any, x: NDArray[Any]) -> None:

@@ -136,7 +136,7 @@ def slabs(problem: Problem) -> Iterator[Slab]:
 def _spoilt(q: Float, k: Float, bias: Float | None, sink: float | None, allowed: Mask) -> Mask:
     """Return the rows that are NaN by the contract: a non-finite query, key in sight, bias above -inf, or sink."""
     lost: Mask = np.asarray((~np.isfinite(k)).any(1))
-    bad: Mask = np.asarray((allowed & lost[None, :]).any(1))
+    bad: Mask = np.asarray(allowed[:, lost].any(1))
     bad |= ~np.isfinite(q).all(1) & allowed.any(1)
     if bias is not None:
         bad |= (allowed & ~np.isfinite(bias)).any(1)

@@ -13,14 +13,14 @@ from .enclosure import Enclosure
 
 __all__ = ["State"]
 
-BY_ROW = ("out", "lse", "dq")  # the others sum over rows
 BY_KEY = ("dk", "dv")
 
 
 class State:
     """Rounded values, which of them are decided, and the enclosures that decide them, by array."""
 
-    def __init__(self, form: Format, lse_form: Format) -> None:
+    def __init__(self, form: Format, lse_form: Format, by_row: tuple[str, ...] = ("out", "lse", "dq")) -> None:
+        self.by_row = by_row  # the others sum over rows
         self.forms = {"lse": lse_form}
         self.default = form
         self.values: dict[str, NDArray[np.float64]] = {}
@@ -53,12 +53,12 @@ class State:
                 self.values[name], self.decided[name] = e.settle(self.form(name))
                 continue
             by_key = name in BY_KEY and keys is not None
-            if name not in BY_ROW and not by_key and not need.all():
+            if name not in self.by_row and not by_key and not need.all():
                 continue
             fresh = ~self.decided[name]
             if by_key and keys is not None:
                 fresh &= keys[..., None]
-            if name in BY_ROW:
+            if name in self.by_row:
                 fresh &= need if name == "lse" else need[..., None]
             better, e = enclose(x[fresh]), self.enclosures[name]
             for part in ("mid", "tail", "radius"):
@@ -69,6 +69,18 @@ class State:
         """Return the keys with a gradient that is not decided, (b, h_kv, n_k)."""
         sure = [np.asarray(self.decided[name].all(-1)) for name in BY_KEY]
         return ~(sure[0] & sure[1])
+
+    @property
+    def sums_open(self) -> bool:
+        """Tell whether anything that sums over rows, dk and dv apart, is not decided."""
+        return any(not d.all() for n, d in self.decided.items() if n not in (*self.by_row, *BY_KEY))
+
+    def open_rows(self, keys_apart: bool = False) -> NDArray[np.bool_]:
+        """Return the rows to compute again, (b, h_q, n_q): all for an open sum, unless dk and dv go apart."""
+        own = [d if n == "lse" else d.all(-1) for n, d in self.decided.items() if n in self.by_row]
+        rows: NDArray[np.bool_] = ~np.logical_and.reduce(own)
+        dk_open = not keys_apart and any(not self.decided[n].all() for n in BY_KEY if n in self.decided)
+        return rows | (dk_open or self.sums_open)
 
     def settle(self, name: str, index: tuple[int, ...], value: float) -> None:
         """Decide one element."""

@@ -7,23 +7,36 @@ as they are made; products are those of ``tiers.py``. The numerator's and the de
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from . import elementwise
-from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, fast_two_sum
+from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U
 from .slabs import Slab
 from .tiers import ETA, UP, Bounded, Tier, gamma, head_bits
 
-__all__ = ["Forward", "Right", "each_tile", "stream", "streams", "tile_sizes"]
+__all__ = [
+    "Forward",
+    "Right",
+    "each",
+    "each_tile",
+    "forward_pass",
+    "norms",
+    "product_sizes",
+    "stream",
+    "streams",
+    "tile_sizes",
+]
 
 Float = NDArray[np.float64]
+T = TypeVar("T")
+R = TypeVar("R")
 ROWS, KEYS = 256, 512  # what suits the compiled steps
 PLAIN_ROWS, PLAIN_KEYS = 128, 256  # NumPy's steps make temporaries: keep them in cache
 SLACK = 1 + 2.0**-12
@@ -31,24 +44,33 @@ SLACK = 1 + 2.0**-12
 LOWEST = -(2.0**60)
 
 
-@lru_cache(maxsize=1)
-def steps() -> Any:
-    """Return the elementwise steps: compiled where numba is here, NumPy's otherwise."""
-    try:
-        from . import compiled
-    except ImportError:
-        return elementwise
-    return compiled
-
-
 def tile_sizes() -> tuple[int, int]:
     """Return how many rows and keys a tile has."""
-    return (min(ROWS, PLAIN_ROWS), min(KEYS, PLAIN_KEYS)) if steps() is elementwise else (ROWS, KEYS)
+    return (min(ROWS, PLAIN_ROWS), min(KEYS, PLAIN_KEYS)) if elementwise.steps() is elementwise else (ROWS, KEYS)
 
 
 def streams(slab: Slab) -> bool:
     """Tell whether this path knows a call: softmax attention without a softcap."""
     return slab.problem.variant == "softmax" and slab.problem.softcap is None
+
+
+def norms(x: Float) -> Float:
+    """Return an upper bound of each row's 2-norm."""
+    return np.asarray(np.sqrt((x * x).sum(1)) * UP + ETA)
+
+
+def product_sizes(left: list[Float], right: list[Right]) -> Float:
+    """Return bounds of sum |A_s| |B_{>=L-s}| over the parts s of A, for any column of B, one a row.
+
+    By rows: the 1-norm times the largest element, or the 2-norms.
+    """
+    level = len(left) - 1
+    most = np.max([x.most.max(1, initial=0.0) for x in right], 0)
+    norm = np.max([x.norm for x in right], 0)
+    total = np.zeros(len(left[0]))
+    for s, a in enumerate(left):
+        total += np.minimum(np.abs(a).sum(1) * most[level - s], norms(a) * norm[level - s]) * UP
+    return total
 
 
 class Right:
@@ -58,12 +80,17 @@ class Right:
         level = f.level
         turned = turned if isinstance(turned, Bounded) else f.array(turned)
         heads, tails = turned._cut(b, level)
-        heads, tails = ([np.ascontiguousarray(x.T) for x in part] for part in (heads, tails))
         self.k = turned.shape[1]
-        self.heads = np.concatenate(heads[::-1], 0) if level else np.zeros((0, turned.shape[0]))
-        self.lead = next((t for t in range(level + 1) if tails[level - t].any()), level)
-        self.tails = np.concatenate(tails[::-1], 0)[self.lead * self.k :]
-        self.most = np.array([np.abs(t).max(0, initial=0.0) for t in tails])  # of each column, by tail
+        self.heads = np.concatenate([x.T for x in heads[::-1]], 0) if level else np.zeros((0, turned.shape[0]))
+        # of each column, by tail
+        self.most, self.sums = (np.empty((level + 1, turned.shape[0])) for _ in range(2))
+        self.norm = np.empty(level + 1)
+        for t, x in enumerate(tails):
+            size = np.abs(x)
+            self.most[t], self.sums[t] = size.max(1, initial=0.0), size.sum(1)
+            self.norm[t] = norms(x).max(initial=0.0)
+        self.lead = next((t for t in range(level + 1) if self.norm[level - t] > ETA), level)
+        self.tails = np.concatenate([x.T for x in tails[: level + 1 - self.lead][::-1]], 0)
 
     def levels(self, left: Float, level: int, out: list[Float]) -> None:
         """Write the products of left = [A_0 .. A_{L-1} A_{>=L}] by level; the last is the rounded one."""
@@ -92,29 +119,43 @@ def stream(
     into : two arrays, optional
         Where to write them.
     """
-    work = Forward(slab, f, rows, unit, into)
-    each_tile(len(rows), work.tile, threads)
+    work = forward_pass(slab, f, rows, threads, unit, into)
     return work.out, work.lse
+
+
+def forward_pass(
+    slab: Slab,
+    f: Tier,
+    rows: NDArray[np.intp],
+    threads: int,
+    unit: int = 0,
+    into: tuple[Float, Float] | None = None,
+) -> Forward:
+    """Do what :func:`stream` does, and return all that a gradient needs of it."""
+    work = Forward(slab, f, rows, unit, into, threads)
+    each_tile(len(rows), work.tile, threads)
+    return work
 
 
 def each_tile(rows: int, work: Callable[[slice], None], threads: int) -> None:
     """Call ``work`` on every tile of rows, by threads of which each has BLAS for itself."""
     size = tile_sizes()[0]
-    tiles = [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
-    with threadpool_limits(1 if threads > 1 else None, user_api="blas"):
-        if threads > 1 and len(tiles) > 1:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(work, tiles[::-1]))
-        else:
-            for tile in tiles:
-                work(tile)
+    each(work, [slice(i, min(i + size, rows)) for i in range(0, rows, size)][::-1], threads)
+
+
+def each(work: Callable[[T], R], items: list[T], threads: int) -> list[R]:
+    """Call ``work`` on every item, by threads of which each has BLAS for itself."""
+    if threads == 1 or len(items) == 1:
+        return [work(x) for x in items]
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))
 
 
 class Forward:
     """One head's operands, prepared, and its results."""
 
     def __init__(
-        self, slab: Slab, f: Tier, rows: NDArray[np.intp], unit: int, into: tuple[Float, Float] | None
+        self, slab: Slab, f: Tier, rows: NDArray[np.intp], unit: int, into: tuple[Float, Float] | None, threads: int
     ) -> None:
         self.slab, self.f, self.rows = slab, f, rows
         level, (n_k, d) = f.level, slab.k.shape
@@ -130,16 +171,15 @@ class Forward:
         b, q = head_bits(d, level), f.array(slab.q if len(rows) == len(slab.q) else slab.q[rows])
         heads, tails = q._cut(b, level)
         self.left = np.concatenate([*heads, tails[level]], 1)
-        self.keys = [Right(slab.k[t], f, b) for t in self.tiles]
+        self.keys = each(lambda t: Right(slab.k[t], f, b), self.tiles, threads)
         self.width = head_bits(min(self.wide, n_k), level)
-        self.values = [Right(np.ascontiguousarray(v[t].T), f, self.width) for t in self.tiles]
+        self.values = each(lambda t: Right(v[t].T, f, self.width), self.tiles, threads)
         self.sigma = np.array([1.5 * 2.0 ** (52 - self.width - s * (self.width + 1)) for s in range(level)])
+        self.most_v = np.max([x.most for x in self.values], 0)  # (L + 1, d_v)
+        self.sums_v = np.sum([x.sums for x in self.values], 0) * UP
         # the radius of a score in base 2, one a row
-        one = np.abs(slab.q[rows]).sum(1) * UP
-        most = np.max([x.most.max(1, initial=0.0) for x in self.keys], 0)
-        parts = [*(np.abs(h).sum(1) for h in heads), np.abs(tails[level]).sum(1)]
-        lost = gamma(d * (level + 1) + level + 4) * sum(p * most[level - s] for s, p in enumerate(parts)) * UP
-        size = one * most[0] * UP
+        lost = gamma(d * (level + 1) + level + 4) * product_sizes([*heads, tails[level]], self.keys) * UP
+        size = norms(slab.q[rows]) * max(x.norm[0] for x in self.keys) * UP
         c, rc = abs(self.c) * UP, float(np.ravel(scale.r)[0])
         r = lost + 2.0**-100 * size
         self.radius = (16 * U * U * size * c + (size + r) * rc + c * r) * UP + ETA
@@ -147,13 +187,20 @@ class Forward:
         if slab.bias is not None:
             self.size = self.size + 1.5 * np.abs(slab.bias[rows]).max(1)
 
+    def some(self, rows: NDArray[np.intp]) -> Forward:
+        """Return what is known of some of the rows."""
+        part, index = copy.copy(self), np.searchsorted(self.rows, rows)
+        for name in ("rows", "left", "shift", "relative", "sums", "radius", "size", "out", "lse"):
+            setattr(part, name, getattr(self, name)[index])
+        return part
+
     def tile(self, at: slice) -> None:
         """Compute one tile of rows."""
         with np.errstate(all="ignore"):
             self._tile(at)
 
     def _tile(self, at: slice) -> None:
-        slab, f, step = self.slab, self.f, steps()
+        slab, f, step = self.slab, self.f, elementwise.steps()
         level, rows = f.level, self.rows[at]
         r, d_v = len(rows), self.out.shape[1]
         m = np.full(r, LOWEST)
@@ -174,12 +221,7 @@ class Forward:
                 wide, room = w, [np.empty((r, w)) for _ in range(level + 3)]
                 weights = np.empty((r, level + 1, w))
             *c, h, low = room
-            self.keys[n].levels(self.left[at], level, c)
-            step.scores(c, self.c, self.c_low, h, low)
-            if slab.bias is not None:
-                self._add_bias(h, low, slab.bias[rows, keys])
-            if seen is not None and not seen.all():
-                h[~seen] = -np.inf
+            self.scores(n, at, seen, c, h, low)
             top = np.maximum(m, np.ceil(h.max(1)))
             fade = np.exp2(np.maximum(m - top, -1074.0))
             if (fade != 1).any():
@@ -195,6 +237,15 @@ class Forward:
             for x in part:
                 step.accumulate(num, num_low, x)
         self._finish(at, m, (num, num_low), (den, den_low), done)
+
+    def scores(self, n: int, at: slice, seen: Any, c: list[Float], h: Float, low: Float) -> None:
+        """Write the scores of one tile, in base 2, into h and low; c is room for their levels."""
+        self.keys[n].levels(self.left[at], self.f.level, c)
+        elementwise.steps().scores(c, self.c, self.c_low, h, low)
+        if self.slab.bias is not None:
+            self._add_bias(h, low, self.slab.bias[self.rows[at], self.tiles[n]])
+        if seen is not None and not seen.all():
+            h[~seen] = -np.inf
 
     def _add_bias(self, h: Float, low: Float, bias: Float) -> None:
         """Add a bias in base 2, in place; what it loses is counted with the shift's rounding."""
@@ -212,22 +263,27 @@ class Forward:
         unit = [2.0 ** -(self.width + s * (self.width + 1) + 1) for s in range(level)]  # half a head's last place
         sizes = [z + (n_k * unit[0] if level else 0.0), *(np.minimum(z, n_k * x) for x in unit)]
         tail = sizes[level]
-        adds = 2 * (done * (level + 1) + 2) ** 2 * U * U  # of the double-double sums
+        adds = 8 * done * (level + 1) * U * U  # of the double-double sums
         weight = (relative + adds) * z + n_k * 2.0 ** (EXP2_FLOOR + 1)
-        r_den = (weight + (gamma(self.wide + 2) + 2 * U) * tail) * SLACK
-        most = np.max([x.most for x in self.values], 0)  # (L + 1, d_v)
-        rounded = sum(np.outer(x, most[level - s]) for s, x in enumerate(sizes))
-        r_num = np.outer(weight + 2 * U * tail, most[0]) + gamma(self.wide * (level + 1) + level + 4) * rounded
-        r_num = r_num * SLACK
-        top = Bounded(f, *fast_two_sum(*num), r_num * UP + ETA)
-        z_high, z_low = (x[:, None] for x in fast_two_sum(*den))
-        bottom = Bounded(f, z_high, z_low, r_den[:, None] * UP + ETA)
+        r_den = (weight + 4 * U * tail) * SLACK
+
+        def lost(s: int, part: int) -> Float:
+            by_row = np.outer(sizes[s], self.most_v[part])
+            return np.minimum(by_row, unit[s - 1] * self.sums_v[part]) if s else by_row
+
+        rounded = sum(lost(s, level - s) for s in range(level + 1))
+        r_num = np.outer(weight, self.most_v[0]) + 2 * U * lost(level, 0)
+        r_num = (r_num + gamma(self.wide * (level + 1) + level + 4) * rounded) * SLACK
+        top = Bounded(f, num[0], num[1], np.where(self.most_v[0] == 0, 0.0, r_num * UP + ETA))
+        bottom = Bounded(f, den[0][:, None], den[1][:, None], r_den[:, None] * UP + ETA)
         shift = f.array(m[:, None])
         if slab.sink is not None:
             s = f.number(slab.sink) * f.log2e
             up = np.maximum(m, np.ceil(s.h[0, 0]))[:, None]
             fade = np.exp2(np.maximum(m[:, None] - up, -1074.0))
-            top, bottom = (Bounded(f, x.h * fade, x.l * fade, x.r * fade + ETA) for x in (top, bottom))
+            top, bottom = (
+                Bounded(f, x.h * fade, x.l * fade, np.where(x.r == 0, 0.0, x.r * fade + ETA)) for x in (top, bottom)
+            )
             shift = f.array(up)
             bottom = bottom + ((s - shift) * self.ln2).exp()
         out, lse = top / bottom, bottom.log() + shift * self.ln2

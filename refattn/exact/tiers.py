@@ -19,6 +19,7 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
+from . import elementwise
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, constant, exp2, two_prod, two_sum
 
 __all__ = ["ETA", "UP", "Bounded", "Tier"]
@@ -159,7 +160,10 @@ class Bounded:
             return Bounded(self.f, h, low, (16 * U * U * size * c + size * o.r + c * self.r + self.r * o.r) * UP + ETA)
         small = np.abs(self.l * o.l) + 4 * U * (np.abs(e) + np.abs(a) + np.abs(b))
         x, y = np.abs(self.h) + np.abs(self.l), np.abs(o.h) + np.abs(o.l)
-        return Bounded(self.f, h, low, (small + x * o.r + y * self.r + self.r * o.r) * UP + ETA)
+        r = (small + x * o.r + y * self.r + self.r * o.r) * UP + ETA
+        return Bounded(
+            self.f, h, low, np.where((x + self.r == 0) | (y + o.r == 0), 0.0, r)
+        )  # 0 times a number is exact
 
     def __truediv__(self, o: Bounded) -> Bounded:
         q = self.h / o.h
@@ -173,7 +177,8 @@ class Bounded:
         lost = 5 * U * (np.abs(first) + np.abs(self.l) + np.abs(back)) + 2 * U * np.abs(n) + np.abs(n * o.l) / least
         lost = lost + self.r + (np.abs(q) + 2 * np.abs(t)) * o.r + ETA
         sure = least > 2 * o.r
-        return Bounded(self.f, h, low, np.where(sure, lost / np.where(sure, least - o.r, 1.0) * UP + ETA, np.inf))
+        r = np.where(sure, lost / np.where(sure, least - o.r, 1.0) * UP + ETA, np.inf)
+        return Bounded(self.f, h, low, np.where(sure & (self.h == 0) & (self.l == 0) & (self.r == 0), 0.0, r))
 
     # functions ----------------------------------------------------------------------------------------------------
 
@@ -278,18 +283,13 @@ class Bounded:
         """Return heads A_0 .. A_{L-1} and tails A_{>=0} .. A_{>=L}, cut along rows; heads and differences are exact."""
         if b in self.kept:
             return self.kept[b]  # type: ignore[no-any-return]
-        x, y = self.h, self.l
-        top = np.abs(x).max(1, initial=0.0, keepdims=True)
+        top = np.abs(self.h).max(1, initial=0.0)
         e = np.where(top > 0, np.ldexp(1.0, np.frexp(np.where(np.isfinite(top), top, 1.0))[1]), 1.0)
-        heads, tails = [], [x + y]
-        for s in range(level):
-            sigma = e * (1.5 * 2.0 ** (52 - b - s * (b + 1)))
-            head = (x + sigma) - sigma
-            x, y = two_sum(x - head, y)
-            heads.append(head)
-            tails.append(x + y)
-        self.kept[b] = heads, tails
-        return heads, tails
+        sigma = np.array([e * (1.5 * 2.0 ** (52 - b - s * (b + 1))) for s in range(level)]).reshape(level, len(e))
+        heads, tails = np.empty((level, *self.h.shape)), np.empty((level + 1, *self.h.shape))
+        elementwise.steps().cut(self.h, np.broadcast_to(self.l, self.h.shape), sigma, heads, tails)
+        self.kept[b] = list(heads), list(tails)
+        return self.kept[b]  # type: ignore[no-any-return]
 
     def __matmul__(self, o: Bounded) -> Bounded:
         level, k = self.f.level, self.h.shape[1]
@@ -319,7 +319,12 @@ class Bounded:
         r = r + 2.0**-100 * one * top
         own = _radius_sum(self)
         their = _column_max(np.broadcast_to(o.r, o.h.shape)) if o.r.any() else np.zeros((1, 1))
-        r = (r + own * top + (one + own) * their) * UP + ETA
+        if self.h.shape[0] <= WIDE and self.r.shape == self.h.shape:  # few rows: each radius times its own element
+            through = (self.r @ np.abs(o.h)) * (1 + 2.0**-30)
+        else:
+            through = own * top
+        r = (r + through + (one + own) * their) * UP + ETA
+        r = np.where((one + own == 0) | (top + their == 0), 0.0, r)  # a sum of exact zeros
         if r.shape[1] > k:  # a wide product keeps one radius a row
             r = r.max(1, keepdims=True)
         return Bounded(self.f, h, low, r)

@@ -11,6 +11,7 @@ import numpy as np
 
 from refattn import Problem
 from refattn.exact import run as runner
+from refattn.exact import stream
 from refattn.exact.arithmetics import Balls
 from refattn.exact.tiers import Tier
 
@@ -33,6 +34,10 @@ def draw(rng, variant=None):
     q, k = (pick((1, 1, x, d)) * 2.0 ** rng.integers(-3, 4) for x in (n, m))
     v, dout = pick((1, 1, m, d)), pick((1, 1, n, d))
     variant = variant or ["softmax", "softmax", "linear", "power", "sigmoid"][rng.integers(5)]
+    if variant in ("softmax", "sigmoid") and rng.random() < 0.2:
+        x = (q, k, v, dout)[rng.integers(4)]  # what is padded with zeros
+        x[..., rng.random(x.shape[-1]) < 0.3] = 0.0
+        x[..., rng.random(x.shape[-2]) < 0.3, :] = 0.0
     more = {}
     if rng.random() < 0.4:
         more["causal"] = ["bottom_right", "top_left"][rng.integers(2)]
@@ -59,9 +64,26 @@ def compare(problem, dout, tiers=(0, 1, 2, 3)):
     with balls.working():
         exact = runner.run(problem, balls, dout)
     for level in tiers:
-        got = runner.run(problem, Tier(level), dout)
+        yield from against(exact, runs(problem, dout, level), level)
+
+
+def runs(problem, dout, level):
+    """Yield what the tier gives: whole, then single keys with what rows know from it and from a forward pass."""
+    known = {}
+    yield runner.run(problem, Tier(level), dout, known=known)
+    if runner.by_keys(problem, dout):
+        none, keys = np.zeros(problem.out_shape[:3], bool), np.ones((1, problem.heads_kv, problem.n_k), bool)
+        for f, rows in ((Tier(min(level + 1, 3)), known), (Tier(level), {})):
+            raw = runner.run(problem, f, dout, none, keys=keys, known=rows)
+            yield {name: raw[name] for name in ("dk", "dv")}
+
+
+def against(exact, answers, level):
+    """Compare answers with balls."""
+    for got in answers:
         with flint.ctx.workprec(BITS + 100):
-            for name, values in exact.items():
+            for name in got:
+                values = exact[name]
                 for (h, low, r), ball in zip(got[name].reshape(-1, 3).tolist(), values.ravel(), strict=True):
                     if isinstance(ball, float | int):
                         yield name, level, 0.0 if (h == ball or h != h) and r == 0 else np.inf
@@ -79,8 +101,10 @@ def gate(elements, seed=0, tiers=(0, 1, 2, 3), variant=None, stop=None):
     """
     rng = np.random.default_rng(seed)
     count, violations, worst, lost = 0, 0, {}, 0
+    sizes = stream.ROWS, stream.KEYS
     while count < elements and (stop is None or violations < stop):
         problem, dout = draw(rng, variant)
+        stream.ROWS, stream.KEYS = sizes if rng.random() < 0.5 else (16, 48)  # one tile, and several
         for name, level, ratio in compare(problem, dout, tiers):
             if ratio is LOST:
                 lost += 1
@@ -88,6 +112,7 @@ def gate(elements, seed=0, tiers=(0, 1, 2, 3), variant=None, stop=None):
             count += 1
             violations += ratio > 1
             worst[name, level] = max(worst.get((name, level), 0.0), ratio)
+    stream.ROWS, stream.KEYS = sizes
     return count, violations, worst, lost
 
 

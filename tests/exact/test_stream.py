@@ -7,6 +7,7 @@ from threadpoolctl import threadpool_limits
 from refattn import Problem, evaluate
 from refattn.exact import elementwise, stream
 from refattn.exact import run as runner
+from refattn.exact.arithmetics import Balls
 from refattn.exact.run import run
 from refattn.exact.tiers import Tier
 
@@ -30,7 +31,7 @@ CALLS = {
 
 
 def problem(dtype=np.float64, **more):
-    shapes = ((1, 2, 70, 16), (1, 2, 300, 16), (1, 2, 300, 5))
+    shapes, rng = ((1, 2, 70, 16), (1, 2, 300, 16), (1, 2, 300, 5)), np.random.default_rng(1)
     return Problem(*(rng.standard_normal(s).astype(dtype) for s in shapes), **more)
 
 
@@ -46,7 +47,7 @@ def both(p, level, monkeypatch):
 @pytest.mark.parametrize("name", CALLS)
 def test_enclosures_overlap(name, level, compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(stream, "steps", lambda: elementwise)
+        monkeypatch.setattr(elementwise, "steps", lambda: elementwise)
     whole, streamed = both(problem(**CALLS[name]), level, monkeypatch)
     for array in ("out", "lse"):
         a, b = whole[array], streamed[array]
@@ -58,7 +59,7 @@ def test_enclosures_overlap(name, level, compiled, monkeypatch):
         assert (np.isfinite(b).all(-1) >= finite).all()
 
 
-GRADIENTS = {n: c for n, c in CALLS.items() if "bias" not in n and n != "huge scale"}
+GRADIENTS = {n: c for n, c in CALLS.items() if n != "huge scale"}
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "numpy"])
@@ -66,7 +67,7 @@ GRADIENTS = {n: c for n, c in CALLS.items() if "bias" not in n and n != "huge sc
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_overlap_with_the_tapes(name, level, compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(stream, "steps", lambda: elementwise)
+        monkeypatch.setattr(elementwise, "steps", lambda: elementwise)
     p = problem(**GRADIENTS[name])
     dout = rng.standard_normal(p.out_shape)
     monkeypatch.setattr(runner, "STREAM_FROM", 10**9)
@@ -95,25 +96,76 @@ def test_streamed_gradients_round_alike(form, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"causal": "bottom_right"}, {"window": (90, 20)}], ids=["plain", "causal", "window"]
+    "more",
+    [
+        {},
+        {"causal": "bottom_right"},
+        {"window": (90, 20)},
+        {"sink": np.array([0.5, -1.0, 0.0, 2.0], np.float32)},
+        {"bias": rng.standard_normal((1, 4, 70, 300)).astype(np.float32)},
+        {"bias": rng.standard_normal((1, 4, 1, 300)).astype(np.float32)},
+    ],
+    ids=["plain", "causal", "window", "sink", "bias", "bias by key"],
 )
 def test_what_stays_open_goes_on_by_rows_and_keys(more, monkeypatch):
     """From the first tier on, nearly nothing is decided in float64 at first: rows and keys go on alone."""
     from refattn.exact import driver
 
-    p = problem(np.float32, **more)
-    p = p.replace(query=np.repeat(p.query, 2, axis=1))  # two heads share each key
+    p = problem(np.float32)
+    p = p.replace(query=np.repeat(p.query, 2, axis=1), **more)  # two heads share each key
     dout = rng.standard_normal(p.out_shape).astype(np.float32)
     monkeypatch.setattr(runner, "STREAM_FROM", 10**9)
     want = evaluate(p, rounding="float32", gradients=dout)
     monkeypatch.setattr(runner, "STREAM_FROM", 1)
     monkeypatch.setattr(stream, "KEYS", 64)
-    monkeypatch.setitem(driver.START, 24, 0)
+    monkeypatch.setitem(driver.START_BACK, 24, 0)
+    monkeypatch.setattr(driver, "FEW_KEYS", 2.0)
+    calls = []
+    monkeypatch.setattr(driver, "run", lambda p, f, *rest: calls.append((f.name, rest)) or run(p, f, *rest))
     got = evaluate(p, rounding="float32", gradients=dout)
     assert not any(got.undecided.values())
-    assert got.stats["float64 enclosures, L = 1"]["decided"] > 0
+    assert [name[-5:] for name, _ in calls[:2]] == ["L = 0", "L = 1"]
+    assert calls[1][1][3] is not None  # single keys
     for n, x in want.values.items():
         assert x.tobytes() == got.values[n].tobytes(), n
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "bias", "sink", "bias that removes"])
+def test_a_few_keys_in_balls_are_those_of_the_whole(name, monkeypatch):
+    monkeypatch.setattr(runner, "STREAM_FROM", 1)
+    p = problem(**CALLS[name])
+    dout, f = np.random.default_rng(2).standard_normal(p.out_shape), Balls(160)
+    keys = np.zeros((1, 2, 300), bool)
+    keys[0, 0, [3, 299]] = keys[0, 1, 150] = True
+    need = np.zeros(p.out_shape[:3], bool)
+    need[0, 1, 5] = True
+    with f.working():
+        whole, few = run(p, f, dout), run(p, f, dout, need, keys=keys)
+        for n, seen in {"dk": keys, "dv": keys, "dq": need, "out": need}.items():
+            assert all(
+                a.overlaps(b) and b.rad() < 1e-35 for a, b in zip(whole[n][seen].flat, few[n][seen].flat, strict=True)
+            )
+            assert not few[n][~seen].any()
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "arriving columns", "arriving rows"])
+def test_what_is_padded_with_zeros_is_decided_in_float64(name, monkeypatch):
+    monkeypatch.setattr(runner, "STREAM_FROM", 1)
+    p = problem()
+    dout = rng.standard_normal(p.out_shape)
+    if name == "arriving rows":
+        dout[:, :, ::3] = 0
+    else:
+        (dout if name == "arriving columns" else getattr(p, name))[..., -2:] = 0
+    a = evaluate(p, rounding="float64", gradients=dout)
+    assert not any(a.undecided.values())
+    assert all(tier.startswith("float64") for tier in a.stats)
+    zero = {"query": ("dk",), "key": ("dq",), "value": ("out",), "arriving columns": ("dv",), "arriving rows": ()}
+    for n in zero[name]:
+        assert not a.values[n][..., -2:].any()
+        assert a.values[n][..., :-2].all()
+    if name == "arriving rows":
+        assert not a.dq[:, :, ::3].any()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -1,0 +1,123 @@
+"""The gradients of a few keys alone, from what each row knows: one text for every arithmetic.
+
+    dk_j = scale sum_i P_ij (dout_i·v_j - d_i) q_i        dv_j = sum_i P_ij dout_i
+
+with P_ij = exp(s_ij - lse_i) and d_i = dout_i·out_i. Where a few elements of many are not decided, this costs next to
+nothing beside a whole backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..variants import variant_of
+from .matrix import Matrix
+from .slabs import Slab, matrix_of
+from .stream import Forward, each
+from .tiers import Bounded, Tier
+
+__all__ = ["FEW", "Rows", "few_keys", "rows_by_definition", "rows_of"]
+
+Float = NDArray[np.float64]
+FEW = 64
+"""Keys that :func:`few_keys` takes at a time: so many columns of a tier keep a radius for each element."""
+ROWS = 2**9
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the gradient of a key needs of each row.
+
+    Attributes
+    ----------
+    index : (n,) integer array
+        The rows: all that see a key.
+    lse, d : matrices (n, 1) of an arithmetic
+        Log-sum-exp, and dout·out.
+    """
+
+    index: NDArray[np.intp]
+    lse: Any
+    d: Any
+
+
+def rows_of(forward: Forward, dout: Float, threads: int) -> Rows:
+    """Return what rows know from a tier's forward pass."""
+    f = forward.f
+
+    def part(at: slice) -> Float:
+        with np.errstate(all="ignore"):
+            d = (f.array(dout[at]) * Bounded(f, *np.moveaxis(forward.out[at], -1, 0))).sum()
+        return np.concatenate([d.h, d.l, np.broadcast_to(d.r, d.h.shape)], 1)
+
+    d = np.concatenate(each(part, _slices(len(forward.rows)), threads))
+    return Rows(forward.rows, column(f, forward.lse), column(f, d))
+
+
+def rows_by_definition(slab: Slab, f: Any, rows: NDArray[np.intp], dout: Float, size: int) -> Rows:
+    """Return what rows know in any arithmetic, from the definition, `size` rows at a time."""
+    define = variant_of(slab.problem.variant).define
+    k, v = matrix_of(f, slab.k), matrix_of(f, slab.v)
+    parts = []
+    for i in range(0, len(rows), size):
+        at = rows[i : i + size]
+        out, lse = define(matrix_of(f, slab.q[at]), k, v, slab.options(f, at))
+        parts.append((lse.a, (matrix_of(f, dout[i : i + size]) * out).sum().a))
+    lse, d = (Matrix(np.concatenate(x), f) for x in zip(*parts, strict=True))
+    return Rows(rows, lse, d)
+
+
+def few_keys(slab: Slab, f: Any, dout: Float, keys: NDArray[np.intp], known: Rows, threads: int) -> tuple[Any, Any]:
+    """Return dk and dv of some keys, by the arithmetic's operators.
+
+    Parameters
+    ----------
+    slab : Slab
+        One head of softmax attention without softcap.
+    f : arithmetic
+        What to count in; the rows' numbers may come from a lower tier.
+    dout : (len(known.index), d_v) float64
+        The gradient arriving at the rows.
+    keys : integer array
+        At most ``FEW`` of them.
+    known : Rows
+        All rows that see a key.
+    threads : int
+        Tiles of rows to work on at a time.
+    """
+    k, v = matrix_of(f, slab.k[keys]), matrix_of(f, slab.v[keys])
+
+    def part(at: slice) -> tuple[Any, Any]:
+        rows = known.index[at]
+        o = slab.options(f, rows[:1])
+        q, g = matrix_of(f, slab.q[rows]), matrix_of(f, dout[at])
+        with np.errstate(all="ignore"):
+            s = q @ k.T * o.scale
+            if slab.bias is not None:
+                s = s + matrix_of(f, slab.bias[np.ix_(rows, keys)])
+            p = (s - _part(known.lse, at)).exp(slab.allowed[np.ix_(rows, keys)])
+            return (p * (g @ v.T - _part(known.d, at))).T @ q * o.scale, p.T @ g
+
+    sums: tuple[Any, Any] | None = None
+    for dk, dv in each(part, _slices(len(known.index)), threads if isinstance(f, Tier) else 1):
+        sums = (dk, dv) if sums is None else (sums[0] + dk, sums[1] + dv)
+    return sums or (matrix_of(f, np.zeros(slab.k[keys].shape)), matrix_of(f, np.zeros(slab.v[keys].shape)))
+
+
+def column(f: Tier, x: Float) -> Bounded:
+    """Take (n, 3) numbers of a tier as a column."""
+    return Bounded(f, *(part[:, None] for part in x.T))
+
+
+def _slices(n: int) -> list[slice]:
+    return [slice(i, i + ROWS) for i in range(0, n, ROWS)]
+
+
+def _part(x: Any, at: slice) -> Any:
+    if isinstance(x, Matrix):
+        return Matrix(x.a[at], x.f)
+    return Bounded(x.f, x.h[at], x.l[at], np.broadcast_to(x.r, x.h.shape)[at])
