@@ -29,7 +29,7 @@ def causal(n_q: int, n_k: int, alignment: str = "bottom_right") -> Mask:
     -------
     (n_q, n_k) bool array
     """
-    return _offsets(n_q, n_k, alignment) <= 0
+    return _band(n_q, n_k, None, 0, alignment).copy()
 
 
 def sliding_window(n_q: int, n_k: int, left: int | None, right: int | None, alignment: str = "bottom_right") -> Mask:
@@ -48,13 +48,7 @@ def sliding_window(n_q: int, n_k: int, left: int | None, right: int | None, alig
     -------
     (n_q, n_k) bool array
     """
-    offset = _offsets(n_q, n_k, alignment)
-    mask = np.ones((n_q, n_k), bool)
-    if left is not None:
-        mask &= offset >= -left
-    if right is not None:
-        mask &= offset <= right
-    return mask
+    return _band(n_q, n_k, left, right, alignment).copy()
 
 
 def document(ids_q: Sequence[int] | NDArray[np.integer], ids_k: Sequence[int] | NDArray[np.integer]) -> Mask:
@@ -86,20 +80,17 @@ def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -
     Returns
     -------
     (rows, keys) bool array
-        False also where bias is -inf: such a key is absent.
+        False also where bias is -inf: such a key is absent. Without `allowed` and bias, a read-only view in O(n) memory.
     """
     n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
-    if all(x is None for x in (problem.causal, problem.window, problem.allowed, problem.bias)):
-        return np.broadcast_to(np.True_, (n_q, n_k))  # no mask, no memory
-    mask = np.ones((n_q, n_k), bool)
+    left, right = problem.window or (None, None)
     if problem.causal is not None:
-        mask &= causal(n_q, n_k, problem.causal)
-    if problem.window is not None:
-        mask &= sliding_window(n_q, n_k, *problem.window, alignment=problem.causal or "bottom_right")
+        right = 0 if right is None else min(right, 0)
+    mask = _band(n_q, n_k, left, right, problem.causal or "bottom_right")
     if problem.allowed is not None:
-        mask &= block(problem.allowed, batch, head, rows, keys)
+        mask = np.logical_and(mask, block(problem.allowed, batch, head, rows, keys))
     if problem.bias is not None:
-        mask &= ~np.isneginf(block(problem.bias, batch, head, rows, keys).astype(np.float64))
+        mask = mask & ~np.isneginf(block(problem.bias, batch, head, rows, keys).astype(np.float64))
     return mask
 
 
@@ -112,11 +103,24 @@ def block(x: NDArray[np.generic], batch: int, head: int, rows: slice, keys: slic
 
 def distance(n_q: int, n_k: int, alignment: str) -> NDArray[np.int64]:
     """Return how far key j lies behind query i on the aligned diagonal, (n_q, n_k) integers (negative: ahead)."""
-    return -_offsets(n_q, n_k, alignment)
+    return np.arange(n_q)[:, None] - np.arange(n_k)[None, :] + _corner(n_q, n_k, alignment)
 
 
-def _offsets(n_q: int, n_k: int, alignment: str) -> NDArray[np.int64]:
+def _corner(n_q: int, n_k: int, alignment: str) -> int:
     if alignment not in ALIGNMENTS:
         raise InvalidInput(f"alignment: got {alignment!r}, expected one of {', '.join(ALIGNMENTS)}")
-    shift = n_k - n_q if alignment == "bottom_right" else 0
-    return np.arange(n_k)[None, :] - np.arange(n_q)[:, None] - shift
+    return n_k - n_q if alignment == "bottom_right" else 0
+
+
+def _band(n_q: int, n_k: int, left: int | None, right: int | None, alignment: str) -> Mask:
+    """Return a window mask as a view of one diagonal's length: it depends on j - i alone."""
+    corner = _corner(n_q, n_k, alignment)
+    if 0 in (n_q, n_k) or (left is None and right is None):
+        return np.broadcast_to(np.True_, (n_q, n_k))
+    offset = np.arange(1 - n_q, n_k) - corner
+    seen = np.ones(len(offset), bool)
+    if left is not None:
+        seen &= offset >= -left
+    if right is not None:
+        seen &= offset <= right
+    return np.lib.stride_tricks.sliding_window_view(seen, n_k)[::-1]

@@ -45,3 +45,22 @@ def test_window_follows_the_causal_corner():
     left = masks.visible(Problem(x, y, y, window=(0, 0), causal="top_left"), 0, 0, rows, keys)
     assert right.astype(int).tolist() == [[0, 0, 1, 0], [0, 0, 0, 1]]
     assert left.astype(int).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "more", [{"causal": "top_left"}, {"causal": "bottom_right", "window": (5, 0)}, {"window": (3, 9)}]
+)
+def test_a_band_takes_no_memory(more):
+    x, y = np.zeros((1, 1, 40, 2), np.float32), np.zeros((1, 1, 60, 2), np.float32)
+    p = Problem(x, y, y, **more)
+    seen = masks.visible(p, 0, 0, slice(0, 40), slice(0, 60))
+    want = np.ones((40, 60), bool)
+    if "causal" in more:
+        want &= masks.causal(40, 60, more["causal"])
+    if "window" in more:
+        want &= masks.sliding_window(40, 60, *more["window"], more.get("causal", "bottom_right"))
+    assert (seen == want).all()
+    base = seen
+    while base.base is not None:
+        base = base.base
+    assert base.nbytes < 200
