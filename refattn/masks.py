@@ -80,7 +80,7 @@ def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -
     Returns
     -------
     (rows, keys) bool array
-        False also where bias is -inf: such a key is absent. Without `allowed` and bias, a read-only view in O(n) memory.
+        False also where bias is -inf: such a key is absent. A view in O(n) memory where neither mask nor bias is given.
     """
     n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
     left, right = problem.window or (None, None)

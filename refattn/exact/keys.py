@@ -85,7 +85,7 @@ def few_keys(slab: Slab, f: Any, dout: Float, keys: NDArray[np.intp], known: Row
     keys : integer array
         At most ``FEW`` of them.
     known : Rows
-        All rows that see a key.
+        All rows that see a key, at least one.
     threads : int
         Tiles of rows to work on at a time.
     """
@@ -102,10 +102,10 @@ def few_keys(slab: Slab, f: Any, dout: Float, keys: NDArray[np.intp], known: Row
             p = (s - _part(known.lse, at)).exp(slab.allowed[np.ix_(rows, keys)])
             return (p * (g @ v.T - _part(known.d, at))).T @ q * o.scale, p.T @ g
 
-    sums: tuple[Any, Any] | None = None
-    for dk, dv in each(part, _slices(len(known.index)), threads if isinstance(f, Tier) else 1):
-        sums = (dk, dv) if sums is None else (sums[0] + dk, sums[1] + dv)
-    return sums or (matrix_of(f, np.zeros(slab.k[keys].shape)), matrix_of(f, np.zeros(slab.v[keys].shape)))
+    (dk, dv), *others = each(part, _slices(len(known.index)), threads if isinstance(f, Tier) else 1)
+    for x, y in others:
+        dk, dv = dk + x, dv + y
+    return dk, dv
 
 
 def column(f: Tier, x: Float) -> Bounded:

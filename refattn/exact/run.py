@@ -202,8 +202,10 @@ def _keys(
     """Add dk and dv of the keys that are wanted; return the forward pass if a tier had to make one."""
     name, live, forward = (slab.batch, slab.head, slab.rows.start), np.nonzero(slab.live)[0], None
     wanted = np.nonzero(keys[slab.batch, slab.head_kv, slab.keys])[0]
+    if not (wanted.size and live.size):
+        return None  # nothing is wanted, or no row sees a key: dk and dv stay 0
     arriving = dout[_place(slab, live)]
-    if wanted.size and name not in known:
+    if name not in known:
         if isinstance(f, Tier):
             forward = forward_pass(slab, f, live, threads)
             known[name] = rows_of(forward, arriving, threads)

@@ -148,6 +148,16 @@ def test_a_few_keys_in_balls_are_those_of_the_whole(name, monkeypatch):
             assert not few[n][~seen].any()
 
 
+def test_keys_that_no_row_sees_have_no_gradient(monkeypatch):
+    monkeypatch.setattr(runner, "STREAM_FROM", 1)
+    p = problem(allowed=np.zeros(SHAPE, bool))
+    keys = np.ones((1, 2, 300), bool)
+    for f in (Tier(1), Balls(128)):
+        raw = run(p, f, np.ones(p.out_shape), np.zeros(p.out_shape[:3], bool), keys=keys)
+        assert not raw["dk"].any()
+        assert not raw["dv"].any()
+
+
 @pytest.mark.parametrize("name", ["query", "key", "value", "arriving columns", "arriving rows"])
 def test_what_is_padded_with_zeros_is_decided_in_float64(name, monkeypatch):
     monkeypatch.setattr(runner, "STREAM_FROM", 1)
