@@ -25,7 +25,7 @@ from refattn.bench import Row
 from refattn.dtypes import FORMATS
 from refattn.exact import elementwise
 from refattn.exact.arithmetics import Balls, Multiprecision
-from refattn.exact.driver import START, evaluate
+from refattn.exact.driver import START_BACK, evaluate
 from refattn.exact.run import run
 from refattn.exact.tiers import Tier
 
@@ -110,7 +110,7 @@ def certified() -> Iterator[Row]:
         p, dout = problem(n, d, form), problem(n + 1, d, form).key[:, :, :n]
         base = seconds(lambda p=p, dout=dout: plain_gradients(p, dout), 5)
         g = dout.astype(np.float64)
-        level = START[FORMATS[form].precision]
+        level = START_BACK[FORMATS[form].precision]
         run(p.replace(query=p.query[:, :, :256]), Tier(level), g[:, :, :256])
         cost = seconds(lambda p=p, g=g, level=level: run(p, Tier(level), g, threads=os.cpu_count() or 1), 3)
         yield Row(f"n={n} d={d} gradients, enclosures at L = {level} / float64", cost / base, "ratio")

@@ -288,11 +288,11 @@ class _Row:
 
     def better_d(self, h: Float, low: Float, g_size: Float, done: int) -> tuple[Float, Float]:
         """Return dout·out from the rows' sums of G, which would be 0 for the true one, and how far off it was."""
-        work, f, level, d = self.work, self.work.f, self.work.f.level, self.d
+        work, f, fw, level, d = self.work, self.work.f, self.work.forward, self.work.f.level, self.d
         off = _full(d)
         if work.slab.sink is None:
             r = self._off(g_size) / self.e + self._adds(done) * self.z + len(work.slab.k) * 2.0 ** (EXP2_FLOOR + 1)
-            r = r + 4 * U * self._size(level)
+            r = r + (elementwise.steps().row_sum_error(fw.wide) + 2 * U) * self._size(level)
             more = Bounded(f, h[:, None], low[:, None], r[:, None] * SLACK * UP + ETA) * self._scaled()
             d, off = Bounded(f, d.h, d.l, np.zeros((1, 1))) + more, (np.abs(more.h) + more.r) * SLACK
         return np.concatenate([d.h, d.l, _full(d)], 1), off[:, 0]

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from .doubledouble import EXP2_FLOOR, TABLE_BITS, _table
 
-__all__ = ["accumulate", "cut", "gradient_weights", "row_sums", "scores", "weights"]
+__all__ = ["accumulate", "cut", "gradient_weights", "row_sum_error", "row_sums", "scores", "weights"]
 
 _HIGH, _LOW, (_C, _C_LOW) = _table()
 _BOTH = np.ascontiguousarray(np.concatenate([_HIGH, _LOW]))
@@ -101,6 +101,11 @@ def cut(x, y, sigma, heads, tails):
                 heads[s, i, j] = head
                 a, b = _two_sum(a - head, b)
                 tails[s + 1, i, j] = a + b
+
+
+def row_sum_error(w):
+    """Return the error of a sum over w keys, over the sum of absolute values: it is compensated, and rounded once."""
+    return 2.0**-52
 
 
 def _make_scores(count):
@@ -248,7 +253,7 @@ def gradient_weights(h, low, m, g, g_low, d, d_low, unit, sigma, out, out_g):
 
 @njit(**_OPTIONS)
 def row_sums(p, out):
-    """Write the sums of p (r, L + 1, w) over keys into out (r, L + 1), within 2 u of the sums of absolute values."""
+    """Write the sums of p (r, L + 1, w) over keys into out (r, L + 1), within :func:`row_sum_error`."""
     lanes, low = np.empty(16), np.empty(16)
     for i in range(p.shape[0]):
         for s in range(p.shape[1]):

@@ -265,7 +265,7 @@ class Forward:
         tail = sizes[level]
         adds = 8 * done * (level + 1) * U * U  # of the double-double sums
         weight = (relative + adds) * z + n_k * 2.0 ** (EXP2_FLOOR + 1)
-        r_den = (weight + 4 * U * tail) * SLACK
+        r_den = (weight + (elementwise.steps().row_sum_error(self.wide) + 2 * U) * tail) * SLACK
 
         def lost(s: int, part: int) -> Float:
             by_row = np.outer(sizes[s], self.most_v[part])
