@@ -7,8 +7,8 @@ With scores s, weights w (up to the row's factor), denominator z and exact outpu
   the weight function, and by ``|dw/ds| e_ij`` otherwise;
 - an error in a weight moves the output by ``|v_jc - o_ic| / z_i`` (it enters numerator and denominator alike), or by
   ``|v_jc|`` without a denominator; where all weights are positive the output cannot leave the values' hull;
-- the n_i products and sums of row i, and its rescales, cost ``(n_i + tiles + 3) u`` of ``sum_j w_ij |v_jc| / z_i``
-  and of ``|o_ic|``; rounding P costs ``u_P max(|v_jc|, |v_jc - o_ic|)`` a key;
+- the n_i products and sums of row i, and its rescales, cost ``(depth(n_i) + tiles + 3) u`` of
+  ``sum_j w_ij |v_jc| / z_i`` and of ``|o_ic|``; rounding P costs ``u_P max(|v_jc|, |v_jc - o_ic|)`` a key;
 - underflow costs half the smallest subnormal of each type a rounding (the smallest normal number where subnormals are
   taken for zero); the result itself ``u_out |o_ic|``.
 
@@ -71,13 +71,13 @@ def _rows(slab: Slab, rows: NDArray[np.intp], o: Float, model: Model, dtype: str
     # sums of the largest float64 numbers leave float64's range: work in smaller units there (a power of two)
     unit = 2.0**-64 if np.abs(slab.v).max(initial=0.0) > 2.0**900 else 1.0
     v, o = slab.v * unit, o * unit
-    u, u_w = inside.unit_roundoff, _loss(model.weights, inside.precision)
+    u, u_w = inside.unit_roundoff, loss(model.weights, inside.precision)
     with np.errstate(all="ignore"):
         s = variant_of(slab.problem.variant).sensitivity(slab.q[rows], slab.k, slab.plain(rows))
         seen = slab.allowed[rows]
-        n = seen.sum(1)[:, None]
+        n = model.depth(seen.sum(1)[:, None])
         tiles = np.ceil(slab.k.shape[0] / model.tile) if s.lse is not None else 0.0
-        e = u * ((slab.q.shape[1] + 2) * s.products + s.roundings) + _loss(model.scores, inside.precision) * s.roundings
+        e = u * ((slab.q.shape[1] + 2) * s.products + s.roundings) + loss(model.scores, inside.precision) * s.roundings
         passes = s.relative + s.exponentials * model.exp_ulps + tiles * (model.exp_ulps + 1)
         off = s.slope * (np.expm1(np.minimum(e, 700.0)) if s.exponentials else e) + passes * u * np.abs(s.weights)
         z = np.ones(len(rows)) if s.denominator is None else s.denominator
@@ -102,9 +102,9 @@ def _rows(slab: Slab, rows: NDArray[np.intp], o: Float, model: Model, dtype: str
         total = moved + steps * u * spread + u_w * rounded
         # underflow of a weight, of a product or sum, and of the result
         visible = (seen[:, :, None] * size).sum(1)
-        total = total + max(_floor(format_of(model.weights), model), _floor(inside, model)) * visible
-        total = total + steps * _floor(inside, model)
-        total = total * (1 + final.unit_roundoff) + final.unit_roundoff * np.abs(o) + _floor(final, model)
+        total = total + max(floor(format_of(model.weights), model), floor(inside, model)) * visible
+        total = total + steps * floor(inside, model)
+        total = total * (1 + final.unit_roundoff) + final.unit_roundoff * np.abs(o) + floor(final, model)
         if not model.subnormals:  # values that are subnormal were read as zero
             total = total + final.smallest_normal
         total = total / unit
@@ -115,15 +115,15 @@ def _rows(slab: Slab, rows: NDArray[np.intp], o: Float, model: Model, dtype: str
         m = s.lse - np.log(z)
         wide = u * (steps[:, 0] + 4 * np.abs(np.log(z)) + 4 * np.abs(m) + np.abs(s.lse) + 4)
         back = format_of(model.lse)
-        return total, log + wide + back.unit_roundoff * np.abs(s.lse) + _floor(back, model)
+        return total, log + wide + back.unit_roundoff * np.abs(s.lse) + floor(back, model)
 
 
-def _floor(form: Format, model: Model) -> float:
+def floor(form: Format, model: Model) -> float:
     """Return what underflow can cost one rounding."""
     return 0.5 * form.smallest_subnormal if model.subnormals else form.smallest_normal
 
 
-def _loss(name: str, precision: int) -> float:
+def loss(name: str, precision: int) -> float:
     """Return the unit roundoff of a type that values pass through, 0 where it is as wide as the accumulator."""
     form = format_of(name)
     return form.unit_roundoff if form.precision < precision else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..dtypes import FORMATS
 from ..errors import InvalidProblem, KernelError, UnsupportedProblem
 from ..problem import Problem
 
-__all__ = ["Kernel", "Result", "call_kernel"]
+__all__ = ["SOURCES", "Kernel", "Result", "call_gradients", "call_kernel"]
 
 Kernel = Callable[[Problem], Any]
 
@@ -41,22 +41,11 @@ def call_kernel(kernel: Kernel, problem: Problem) -> Result:
     Raises
     ------
     KernelError
-        The kernel raised, changed its inputs, or returned something else.
+        The kernel raised, changed its inputs, or returned a view of them or something else.
     UnsupportedProblem
         The kernel raised it: the call is outside what it can do.
     """
-    given = {n: np.array(x, copy=True) for n, x in problem.arrays().items()}
-    fresh = problem.replace(**given)
-    try:
-        result = kernel(fresh)
-    except UnsupportedProblem:
-        raise
-    except Exception as e:
-        text = (str(e).strip().splitlines() or [""])[0]
-        raise KernelError(f"the kernel raised {type(e).__name__}: {text[:200]}") from e
-    for name, x in problem.arrays().items():
-        if given[name].tobytes() != np.asarray(x).tobytes():
-            raise KernelError(f"the kernel changed its input {name}; it must leave its inputs as they are")
+    result, given = _on_copies(kernel, problem)
     parts = result if isinstance(result, tuple | list) else (result,)
     if len(parts) not in (1, 2) or any(kind_of(x) is None for x in parts if x is not None) or parts[0] is None:
         got = (
@@ -75,8 +64,82 @@ def call_kernel(kernel: Kernel, problem: Problem) -> Result:
         _expect("lse", lse, problem.out_shape[:3])
         if dtype_name(lse) not in FORMATS:
             raise KernelError(f"lse: got dtype {dtype_name(lse)}, expected one of {', '.join(FORMATS)}")
+    _own(given, out=out, lse=lse)
+    return Result(_numpy(out), None if lse is None else _numpy(lse))
+
+
+SOURCES = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}
+"""The input that each gradient belongs to."""
+
+
+def call_gradients(kernel: Kernel, problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Call ``kernel.gradients(problem, dout)`` on fresh copies and hold the result to the contract.
+
+    Parameters
+    ----------
+    kernel : callable
+        With an attribute ``gradients`` that returns a mapping from "dq", "dk", "dv", "dbias", "dsink" to arrays of their
+        inputs' shapes and types.
+    problem : Problem
+        With NumPy arrays.
+    dout : (b, h_q, n_q, d_v) NumPy array
+        The gradient arriving at out, of query's type.
+
+    Raises
+    ------
+    KernelError, UnsupportedProblem
+        As in :func:`call_kernel`.
+    """
+    backward = getattr(kernel, "gradients", None)
+    if backward is None:
+        raise KernelError("the kernel has no attribute gradients, but its capabilities name some")
+    arriving = np.array(dout, copy=True)
+    result, given = _on_copies(lambda p: backward(p, arriving), problem)
+    if arriving.tobytes() != np.asarray(dout).tobytes():
+        raise KernelError("the kernel changed its input dout; it must leave its inputs as they are")
+    if not isinstance(result, Mapping) or not result or set(result) - set(SOURCES):
+        got = ", ".join(map(str, result)) if isinstance(result, Mapping) else type(result).__name__
+        raise KernelError(f"gradients: got {got}; expected a mapping from some of {', '.join(SOURCES)} to arrays")
+    for name, x in result.items():
+        source = getattr(problem, SOURCES[name])
+        if source is None:
+            raise KernelError(f"{name}: the call has no {SOURCES[name]}")
+        if kind_of(x) is None:
+            raise KernelError(f"{name}: got {type(x).__name__}, expected an array of NumPy, PyTorch, CuPy or JAX")
+        _expect(name, x, tuple(source.shape))
+        if dtype_name(x) != dtype_name(source):
+            raise KernelError(f"{name}: got dtype {dtype_name(x)}, expected {SOURCES[name]}'s {dtype_name(source)}")
+    _own(given | {"dout": arriving}, **result)
+    return {name: _numpy(x) for name, x in result.items()}
+
+
+def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, dict[str, NDArray[Any]]]:
+    """Return what a call gives on copies of the inputs, and the copies, which it must have left alone."""
+    given = {n: np.array(x, copy=True) for n, x in problem.arrays().items()}
     try:
-        return Result(to_numpy(out), None if lse is None else to_numpy(lse))
+        result = call(problem.replace(**given))
+    except UnsupportedProblem:
+        raise
+    except Exception as e:
+        text = (str(e).strip().splitlines() or [""])[0]
+        raise KernelError(f"the kernel raised {type(e).__name__}: {text[:200]}") from e
+    for name, x in problem.arrays().items():
+        if given[name].tobytes() != np.asarray(x).tobytes():
+            raise KernelError(f"the kernel changed its input {name}; it must leave its inputs as they are")
+    return result, given
+
+
+def _own(given: dict[str, NDArray[Any]], **results: Any) -> None:
+    """Refuse a result that is a view of an input."""
+    for name, x in results.items():
+        for source, a in given.items():
+            if isinstance(x, np.ndarray) and np.shares_memory(x, a):
+                raise KernelError(f"{name}: shares memory with the input {source}; return an array of its own")
+
+
+def _numpy(x: Any) -> NDArray[Any]:
+    try:
+        return to_numpy(x)
     except InvalidProblem as e:
         raise KernelError(str(e)) from e
 

@@ -34,11 +34,11 @@ class Worst:
     Attributes
     ----------
     array : str
-        "out" or "lse".
+        "out", "lse" or a gradient's name.
     ratio : float
         |got - exact| / allowed; inf where the table is broken.
     place : tuple of int
-        (batch, head, row, column), or (batch, head, row) for lse.
+        (batch, head, row or key, column), or (batch, head, row) for lse, (head,) for dsink.
     got, exact, allowed : float
         The kernel's value, the exact value (nearest float64) and the bound.
     failures : int
@@ -82,7 +82,7 @@ def compare(name: str, got: NDArray[Any], answer: Answer, bound: Float, dtype: s
     Parameters
     ----------
     name : str
-        "out" or "lse".
+        "out", "lse" or a gradient's name.
     got : array
         What the kernel returned.
     answer : Answer
@@ -116,9 +116,9 @@ def compare(name: str, got: NDArray[Any], answer: Answer, bound: Float, dtype: s
     place = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape)) if ratio.size else ()
     if not ratio.size:
         return Worst(name, 0.0, (), 0.0, 0.0, 0.0, 0, 0)
-    empty = empty_rows(answer)
+    empty = empty_rows(answer) if name in ("out", "lse") else np.zeros(x.shape, bool)
     symptoms = _symptoms(
-        name, x, exact, failing, empty if name == "lse" else np.broadcast_to(empty[..., None], x.shape), answer
+        name, x, exact, failing, np.broadcast_to(empty[..., None], x.shape) if name == "out" else empty, answer
     )
     return Worst(
         name,
@@ -150,7 +150,7 @@ def _symptoms(
         value = x[failing & empty]
         if value.size and not np.isnan(value).all():
             note(empty & ~np.isnan(x), f"lse of a row without keys is {value[~np.isnan(value)][0]:g}, must be -inf")
-    else:
+    elif name == "out":
         note(empty & np.isnan(x), "NaN in a row without keys, must be 0")
         filled = failing & empty & np.isfinite(x)
         if filled.any():

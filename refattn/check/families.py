@@ -57,6 +57,16 @@ class Case:
     dtypes: tuple[str, ...] = ()
 
     @property
+    def backward(self) -> bool:
+        """Tell whether its gradient can be asked for: finite in sight of every query, and dout·v within the type."""
+        return self.variant == "softmax" and self.name not in ("poison/value-seen-by-some", "extreme/huge-values")
+
+    def arriving(self, dtype: str) -> NDArray[Any]:
+        """Return a gradient arriving at out, (b, h_q, n_q, d_v); the same every time."""
+        draw = Draw(FORMATS[dtype], np.random.default_rng(zlib.crc32(f"dout {self.name}".encode())), self.variant)
+        return draw.tensor(draw.normal(*self.problem(dtype).out_shape))
+
+    @property
     def name(self) -> str:
         """family/label."""
         return f"{self.family}/{self.label}"

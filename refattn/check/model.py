@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from ..arrays import dtype_name
 from ..dtypes import FORMATS, format_of
 from ..errors import InvalidInput
 from ..problem import Problem
 
-__all__ = ["FEATURES", "Capabilities", "Model", "flash", "materialised"]
+__all__ = ["FEATURES", "GRADIENTS", "Capabilities", "Model", "flash", "materialised"]
 
 FEATURES = frozenset(
     {
@@ -30,6 +33,10 @@ FEATURES = frozenset(
     }
 )
 """What a call may ask of a kernel beyond plain attention."""
+
+
+GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink"})
+"""The gradients of a call, each of its input's shape and type."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,11 @@ class Model:
         The type that lse is returned in.
     subnormals : bool
         False where the kernel's machine takes subnormal numbers for zero.
+    chain : int
+        The most products that are added one after another before they join a running sum: a sum of n numbers then
+        passes through chain + n / chain additions, not n.
+    group_sum : str
+        The type in which dk and dv of the query heads of a group are added; "" is the accumulator.
     """
 
     accumulator: str = "float32"
@@ -61,14 +73,22 @@ class Model:
     tile: int = 16
     lse: str = "float32"
     subnormals: bool = True
+    chain: int = 512
+    group_sum: str = ""
 
     def __post_init__(self) -> None:
         for name in ("accumulator", "weights", "scores", "lse"):
             format_of(getattr(self, name))
-        if not (self.exp_ulps > 0 and self.tile >= 1):
+        format_of(self.group_sum or self.accumulator)
+        if not (self.exp_ulps > 0 and self.tile >= 1 and self.chain >= 1):
             raise InvalidInput(
-                f"model: got exp_ulps={self.exp_ulps} and tile={self.tile}, expected more than 0 and at least 1"
+                f"model: got exp_ulps={self.exp_ulps}, tile={self.tile} and chain={self.chain}, "
+                "expected more than 0, at least 1 and at least 1"
             )
+
+    def depth(self, n: Any) -> Any:
+        """Return how many additions a number passes through in a sum of n (a number or an array)."""
+        return np.minimum(n, self.chain + np.ceil(n / self.chain))
 
 
 def flash(dtype: str) -> Model:
@@ -97,17 +117,21 @@ class Capabilities:
         The largest d_k and d_v.
     lse : bool
         Whether it returns the log-sum-exp.
+    gradients : frozenset of str
+        Those that its attribute ``gradients`` returns, out of ``GRADIENTS``.
     """
 
     dtypes: frozenset[str] = frozenset({"float32"})
     features: frozenset[str] = field(default=FEATURES)
     d_max: int = 2**31
     lse: bool = False
+    gradients: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", frozenset(self.dtypes))
         object.__setattr__(self, "features", frozenset(self.features))
-        for name, known in (("dtypes", frozenset(FORMATS)), ("features", FEATURES)):
+        object.__setattr__(self, "gradients", frozenset(self.gradients))
+        for name, known in (("dtypes", frozenset(FORMATS)), ("features", FEATURES), ("gradients", GRADIENTS)):
             unknown = sorted(getattr(self, name) - known)
             if unknown:
                 raise InvalidInput(

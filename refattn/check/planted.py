@@ -15,7 +15,7 @@ from ..exact.driver import reference
 from ..exact.slabs import slabs
 from ..problem import Problem
 from .call import Kernel
-from .kernels.tiled import TILE, tiled
+from .kernels.tiled import tiled
 
 __all__ = ["PLANTED", "plain", "planted"]
 
@@ -177,6 +177,7 @@ def _clamped(p: Problem) -> Problem:
     return p.replace(scale=0.0) if top > 1e4 and p.variant == "softmax" else p
 
 
+TILE = 64
 PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "zeroed_head": (_same, _zeroed_head),
     "own_key_dropped": (_own_key_dropped, _keep),

@@ -15,6 +15,12 @@ from .compare import Worst
 
 __all__ = ["Check", "Report", "junit", "machine", "summary", "versions"]
 
+PLACES = {
+    "dk": ("batch", "head", "key", "column"),
+    "dv": ("batch", "head", "key", "column"),
+    "dbias": ("batch", "head", "row", "key"),
+    "dsink": ("head",),
+}
 VERDICTS = ("passed", "failed", "unsupported")
 
 
@@ -102,7 +108,7 @@ class Report:
         lines = [f"{self.kernel} fails {check.name}: {check.message}"]
         w = check.worst
         if w is not None and w.place:
-            names = ("batch", "head", "row", "column")
+            names = PLACES.get(w.array, ("batch", "head", "row", "column"))
             place = ", ".join(f"{n} {i}" for n, i in zip(names, w.place, strict=False))
             lines.append(
                 f"  {w.array} at {place}: got {w.got:.9g}, exact {w.exact:.9g}, allowed error {w.allowed:.3g}, "

@@ -17,9 +17,10 @@ from ..exact.driver import Answer, evaluate
 from ..problem import Problem
 from ..variants import variant_of
 from .bounds import bounds, correctly_rounded_share
-from .call import Kernel, Result, call_kernel
+from .call import Kernel, Result, call_gradients, call_kernel
 from .compare import Worst, compare
 from .families import Case, cases
+from .gradient_bounds import gradient_bounds
 from .laws import LAWS, Law, law_problem
 from .model import Capabilities, Model, ModelFor, flash
 from .report import Check, Report
@@ -44,8 +45,16 @@ def _exact_case(variant: str, name: str, dtype: str) -> Answer:
     return _exact(case.problem(dtype))
 
 
-def _exact(problem: Problem) -> Answer:
-    return replace(evaluate(problem), balls={})  # the balls themselves are not needed again
+@lru_cache(maxsize=1024)
+def _exact_gradients(variant: str, name: str, dtype: str) -> Answer:
+    case = next(c for c in cases(variant) if c.name == name)
+    return _exact(case.problem(dtype), case.arriving(dtype))
+
+
+def _exact(problem: Problem, dout: Any = None) -> Answer:
+    """Return the exact answer, its enclosures far narrower than any bound."""
+    rounding = "float64" if dout is None and problem.variant == "softmax" else None  # faster than balls
+    return replace(evaluate(problem, gradients=dout, rounding=rounding), balls={})
 
 
 def check_kernel(
@@ -138,6 +147,9 @@ def plan(
                 items.append(
                     Item(f"{case.name}[{dtype}]", dtype, _case_run(kernel, able, chosen(dtype), case, dtype, share))
                 )
+                if able.gradients and case.backward:
+                    name = f"{case.name}/gradients[{dtype}]"
+                    items.append(Item(name, dtype, _gradients_run(kernel, able, chosen(dtype), case, dtype, name)))
         for law in (LAWS[n] for n in v.laws):
             items.append(
                 Item(f"law/{law.name}[{dtype}]", dtype, _law_run(kernel, able, chosen(dtype), law, dtype, variant))
@@ -200,6 +212,20 @@ def _case_run(
     return run
 
 
+def _gradients_run(
+    kernel: Kernel, able: Capabilities, model: Model, case: Case, dtype: str, name: str
+) -> Callable[[], Check]:
+    def run() -> Check:
+        problem, dout = case.problem(dtype), case.arriving(dtype)
+        lacks = able.missing(problem)
+        if lacks:
+            return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
+        answer = _exact_gradients(case.variant, case.name, dtype)
+        return _guard(name, lambda: _judge_gradients(kernel, problem, dout, answer, model, able.gradients))
+
+    return run
+
+
 def _law_run(
     kernel: Kernel, able: Capabilities, model: Model, law: Law, dtype: str, variant: str
 ) -> Callable[[], Check]:
@@ -235,6 +261,19 @@ def _judge(
         yield compare("lse", result.lse, answer, limit["lse"], got)
     elif lse:
         raise KernelError("the kernel returned no lse, but its capabilities name it; return (out, lse)")
+
+
+def _judge_gradients(
+    kernel: Kernel, problem: Problem, dout: Any, answer: Answer, model: Model, able: frozenset[str]
+) -> Iterator[Worst]:
+    """Yield the worst element of each gradient."""
+    result = call_gradients(kernel, problem, dout)
+    missing = sorted((able & set(answer.values)) - set(result))
+    if missing:
+        raise KernelError(f"gradients: the kernel returned no {missing[0]}, but its capabilities name it")
+    limit = gradient_bounds(answer, model, dout, bounds(answer, model))
+    for name, got in result.items():
+        yield compare(name, got, answer, limit[name], got.dtype.name)
 
 
 def _guard(name: str, judge: Callable[[], Iterator[Worst]]) -> Check:

@@ -15,7 +15,7 @@ from typing import Any
 from ...dtypes import FORMATS
 from ...errors import InvalidInput
 from ..call import Kernel
-from ..model import FEATURES, Capabilities, Model, ModelFor, flash, materialised
+from ..model import FEATURES, GRADIENTS, Capabilities, Model, ModelFor, flash, materialised
 
 __all__ = ["KERNELS", "Entry", "find", "found"]
 
@@ -93,7 +93,7 @@ KERNELS: dict[str, Entry] = {
             "refattn-tiled",
             "",
             _load("tiled", "tiled"),
-            Capabilities(frozenset({"float32", "float16", "bfloat16"}), FEATURES, lse=True),
+            Capabilities(frozenset({"float32", "float16", "bfloat16"}), FEATURES, lse=True, gradients=GRADIENTS),
             flash,
         ),
         Entry(

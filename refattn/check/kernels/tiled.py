@@ -1,34 +1,37 @@
-"""Our own tiled kernel: online softmax in NumPy, float32 inside, P rounded to the input's type.
+"""Our own tiled kernel in NumPy, forward and backward, written as flash kernels are: bugs are planted in it.
 
-The running output is kept normalised, so no sum can leave the range of the values.
+Float32 inside (float64 for float64), P and dS rounded to the input's type. Keys are taken in splits, whose answers are
+merged through their lse, and within a split in tiles. The running output is kept normalised, so no sum leaves the range
+of the values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays import from_float64
+from ...arrays import from_float64, to_float64
 from ...dtypes import FORMATS
 from ...errors import UnsupportedProblem
-from ...exact.slabs import Slab, slabs
 from ...problem import Problem
 
-__all__ = ["tiled"]
+__all__ = ["gradients", "tiled"]
 
-TILE = 64
+Array = NDArray[Any]
+ROWS, KEYS, SPLIT = 16, 32, 64
 
 
-def tiled(problem: Problem, tile: int = TILE) -> tuple[NDArray[Any], NDArray[Any]]:
+def tiled(problem: Problem, keys: int = KEYS) -> tuple[Array, Array]:
     """Return softmax attention by tiles of keys, as flash kernels do, and its lse.
 
     Parameters
     ----------
     problem : Problem
         Any softmax call.
-    tile : int
+    keys : int
         Keys to a tile.
 
     Returns
@@ -36,56 +39,196 @@ def tiled(problem: Problem, tile: int = TILE) -> tuple[NDArray[Any], NDArray[Any
     out : (b, h_q, n_q, d_v), of the problem's type
     lse : (b, h_q, n_q) float32 (float64 for float64)
     """
-    if problem.variant != "softmax":
-        raise UnsupportedProblem(f"variant: the tiled kernel computes softmax, not {problem.variant}")
-    kind = np.dtype(np.float64 if problem.dtype == "float64" else np.float32)
-    out = np.zeros(problem.out_shape, kind)
-    lse = np.full(problem.out_shape[:3], -np.inf, kind)
-    for slab in slabs(problem):
-        at = (slab.batch, slab.head, slab.rows)
-        with np.errstate(all="ignore"):
-            out[at], lse[at] = _head(slab, kind, tile, problem.dtype)
-    return from_float64(FORMATS[problem.dtype].round_array(out), problem.dtype), lse
+    c = _Call(problem, keys)
+    out, lse = np.zeros(problem.out_shape, c.kind), np.full(problem.out_shape[:3], -np.inf, c.kind)
+    with np.errstate(all="ignore"):
+        for b, h, i, seq in c.row_tiles():
+            out[b, h, i], lse[b, h, i] = _forward(c, b, h, i, seq)
+    return from_float64(FORMATS[problem.dtype].round_array(out.astype(np.float64)), problem.dtype), lse
 
 
-def _head(slab: Slab, kind: np.dtype[Any], tile: int, dtype: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    p = slab.problem
-    scale = kind.type(p.scale if p.scale is not None else 1 / np.sqrt(p.d_k))
-    q, k, v = slab.q.astype(kind) * scale, slab.k.astype(kind), slab.v.astype(kind)
-    n_q, n_k = slab.allowed.shape
-    m = np.full((n_q, 1), -np.inf, kind)
-    z, o = np.zeros((n_q, 1), kind), np.zeros((n_q, v.shape[1]), kind)
-    for start in range(0, n_k, tile):
-        keys = slice(start, start + tile)
-        s = q @ k[keys].T
-        if p.softcap is not None:
-            s = np.tanh(s / kind.type(p.softcap)) * kind.type(p.softcap)
-        if slab.bias is not None:
-            s = s + slab.bias[:, keys].astype(kind)
-        s = np.where(slab.allowed[:, keys], s, -np.inf).astype(kind)
-        top = np.maximum(m, s.max(1, keepdims=True))
-        shift = np.where(np.isneginf(top), 0, top).astype(kind)
-        weights = np.exp(s - shift)
+def gradients(problem: Problem, dout: Array, keys: int = KEYS) -> dict[str, Array]:
+    """Return dq, dk, dv, and dbias and dsink where the call has them, of their inputs' shapes and types.
+
+    Parameters
+    ----------
+    problem : Problem
+        Any softmax call.
+    dout : (b, h_q, n_q, d_v) array
+        The gradient arriving at out.
+    keys : int
+        Keys to a tile.
+    """
+    c = _Call(problem, keys)
+    out, lse = tiled(problem, keys)
+    arriving = to_float64(dout).astype(c.kind)
+    total = {"dq": np.zeros_like(c.q), "dk": np.zeros_like(c.k), "dv": np.zeros_like(c.v)}
+    if c.bias is not None:
+        total["dbias"] = np.zeros_like(c.bias)
+    if c.sink is not None:
+        total["dsink"] = np.zeros_like(c.sink)
+    with np.errstate(all="ignore"):
+        delta = (arriving * to_float64(out).astype(c.kind)).sum(-1)
+        for b, h, i, seq in c.row_tiles():
+            _backward(c, b, h, i, seq, arriving[b, h, i], lse[b, h, i], delta[b, h, i], total)
+    names = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}
+    given = {n: getattr(problem.to("numpy"), names[n]) for n in total}
+    form = {n: "float64" if x.dtype == np.float64 else x.dtype.name for n, x in given.items()}
+    return {n: from_float64(FORMATS[form[n]].round_array(x.astype(np.float64)), form[n]) for n, x in total.items()}
+
+
+def _forward(c: _Call, b: int, h: int, i: slice, seq: tuple[slice, slice]) -> tuple[Array, Array]:
+    """Return out and lse of one tile of rows: the splits' answers, merged through their lse, then the sink."""
+    r = i.stop - i.start
+    out, lse = np.zeros((r, c.v.shape[3]), c.kind), np.full(r, -np.inf, c.kind)
+    for split in c.splits(seq):
+        part, part_lse = _split(c, b, h, i, split, seq)
+        both = np.logaddexp(lse, part_lse)
+        shift = np.where(np.isneginf(both), 0, both)
+        out = out * np.exp(lse - shift)[:, None] + part * np.exp(part_lse - shift)[:, None]
+        lse = both
+    if c.sink is not None:
+        whole = np.logaddexp(lse, c.sink[h])
+        out, lse = out * np.exp(lse - whole)[:, None], whole
+    for j in np.nonzero(~np.isfinite(c.values[b, c.head_kv(h), seq[1]]).all(1))[0] + seq[1].start:
+        x = c.values[b, c.head_kv(h), j]
+        seen = c.seen(b, h, i, slice(j, j + 1), seq)[:, 0]
+        out[np.ix_(seen, ~np.isfinite(x))] += x[~np.isfinite(x)]  # NaN and inf reach the rows that see them
+    return out, lse
+
+
+def _split(c: _Call, b: int, h: int, i: slice, split: slice, seq: tuple[slice, slice]) -> tuple[Array, Array]:
+    """Return out and lse of one tile of rows over some of the keys, by online softmax."""
+    r = i.stop - i.start
+    m = np.full(r, -np.inf, c.kind)
+    z = np.zeros(r, c.kind)
+    out = np.zeros((r, c.v.shape[3]), c.kind)
+    for j in c.key_tiles(split):
+        s, _ = c.scores(b, h, i, j, seq)
+        top = np.maximum(m, s.max(1))
+        shift = np.where(np.isneginf(top), 0, top)
+        p = np.exp(s - shift[:, None])
         kept = z * np.exp(m - shift)
-        z = kept + weights.sum(1, keepdims=True)
-        share = np.where(z > 0, weights / z, 0)
-        rounded = FORMATS[dtype].round_array(share).astype(kind) if kind == np.float32 else share
-        o = np.where(z > 0, o * (kept / z), 0) + rounded @ v[keys]
+        z = kept + p.sum(1)
         m = top
-    if slab.sink is not None:
-        sink = kind.type(slab.sink)
-        top = np.maximum(m, sink)
-        kept = z * np.exp(m - top)
-        whole = kept + np.exp(sink - top)
-        o, z, m = o * (kept / whole), whole, top
-    lse = (np.where(np.isneginf(m), 0, m) + np.log(z))[:, 0]
-    _overlay(slab, o, lse)
-    return o, lse
+        share = np.where(z > 0, 1 / z, 0)
+        out = out * (kept * share)[:, None] + c.rounded(p * share[:, None]) @ c.v[b, c.head_kv(h), j]
+    lse = np.where(np.isneginf(m), 0, m) + np.log(z)
+    return out, lse
 
 
-def _overlay(slab: Slab, o: NDArray[Any], lse: NDArray[Any]) -> None:
-    """Let NaN and inf reach the rows that see them, and no others."""
-    for j in np.nonzero(~np.isfinite(slab.values).all(1))[0]:
-        bad = ~np.isfinite(slab.values[j])
-        o[np.ix_(slab.allowed[:, j], bad)] += slab.values[j][bad]
-    o[slab.spoilt], lse[slab.spoilt] = np.nan, np.nan
+def _backward(
+    c: _Call, b: int, h: int, i: slice, seq: tuple[slice, slice], dout: Array, lse: Array, delta: Array, total: Any
+) -> None:
+    """Add what one tile of rows gives to the gradients."""
+    hk = c.head_kv(h)
+    q, safe = c.q[b, h, i], np.where(np.isneginf(lse), 0, lse)
+    for j in c.key_tiles(seq[1]):
+        s, slope = c.scores(b, h, i, j, seq)
+        p = np.exp(s - safe[:, None])
+        dp = dout @ c.v[b, hk, j].T
+        ds = p * (dp - delta[:, None])
+        total["dv"][b, hk, j] += c.rounded(p).T @ dout
+        if c.bias is not None:
+            c.add_bias(total["dbias"], b, h, i, j, ds)
+        ds = c.rounded(ds * slope) * c.scale
+        total["dq"][b, h, i] += ds @ c.finite_k[b, hk, j]
+        total["dk"][b, hk, j] += ds.T @ q
+    if c.sink is not None:
+        total["dsink"][h] -= (np.exp(c.sink[h] - safe) * delta).sum()
+
+
+class _Call:
+    """One call's operands in the type that is computed in, and its index arithmetic."""
+
+    def __init__(self, problem: Problem, keys: int) -> None:
+        if problem.variant != "softmax":
+            raise UnsupportedProblem(f"variant: the tiled kernel computes softmax, not {problem.variant}")
+        self.problem = p = problem.to("numpy")
+        self.kind = np.dtype(np.float64 if p.dtype == "float64" else np.float32)
+        self.keys = keys
+        self.scale = self.kind.type(p.scale if p.scale is not None else 1 / np.sqrt(p.d_k))
+        self.q, self.k, self.values = (to_float64(x).astype(self.kind) for x in (p.query, p.key, p.value))
+        # what no row sees may be anything: it must not meet a weight of 0
+        self.v, self.finite_k = (np.where(np.isfinite(x), x, 0) for x in (self.values, self.k))
+        self.sink, self.bias = (None if x is None else to_float64(x).astype(self.kind) for x in (p.sink, p.bias))
+
+    def head_kv(self, h: int) -> int:
+        """Return the key head of a query head."""
+        group = self.problem.heads // self.problem.heads_kv
+        return h // group
+
+    def row_tiles(self) -> Iterator[tuple[int, int, slice, tuple[slice, slice]]]:
+        """Yield batch, head, rows and the sequence that they belong to."""
+        p = self.problem
+        for b in range(p.batch):
+            for h in range(p.heads):
+                for seq in p.segments():
+                    for start in range(seq[0].start, seq[0].stop, ROWS):
+                        yield b, h, slice(start, min(start + ROWS, seq[0].stop)), seq
+
+    def splits(self, seq: tuple[slice, slice]) -> Iterator[slice]:
+        """Yield the splits of a sequence's keys."""
+        for start in range(seq[1].start, seq[1].stop, SPLIT):
+            yield slice(start, min(start + SPLIT, seq[1].stop))
+
+    def key_tiles(self, keys: slice) -> Iterator[slice]:
+        """Yield the tiles of some keys."""
+        for start in range(keys.start, keys.stop, self.keys):
+            yield slice(start, min(start + self.keys, keys.stop))
+
+    def seen(self, b: int, h: int, i: slice, j: slice, seq: tuple[slice, slice]) -> Array:
+        """Return which keys of a tile each row may see."""
+        p = self.problem
+        n_q, n_k = (s.stop - s.start for s in seq)
+        row, col = np.arange(i.start, i.stop) - seq[0].start, np.arange(j.start, j.stop) - seq[1].start
+        corner = 0 if p.causal == "top_left" else n_k - n_q
+        ahead = col[None, :] - row[:, None] - corner
+        seen = np.ones(ahead.shape, bool)
+        if p.causal is not None:
+            seen &= ahead <= 0
+        left, right = p.window or (None, None)
+        if left is not None:
+            seen &= ahead >= -left
+        if right is not None:
+            seen &= ahead <= right
+        if p.allowed is not None:
+            seen &= self.block(p.allowed, b, h, i, j)
+        if self.bias is not None:
+            seen &= ~np.isneginf(self.block(self.bias, b, h, i, j))
+        return seen
+
+    def scores(self, b: int, h: int, i: slice, j: slice, seq: tuple[slice, slice]) -> tuple[Array, Array | int]:
+        """Return the scores of a tile, -inf where a key is not seen, and the softcap's slope."""
+        s = (self.q[b, h, i] * self.scale) @ self.k[b, self.head_kv(h), j].T
+        slope: Array | int = 1
+        if self.problem.softcap is not None:
+            cap = self.kind.type(self.problem.softcap)
+            t = np.tanh(s / cap)
+            s, slope = t * cap, 1 - t * t
+        if self.bias is not None:
+            s = s + self.block(self.bias, b, h, i, j)
+        return np.where(self.seen(b, h, i, j, seq), s, -np.inf).astype(self.kind), slope
+
+    def block(self, x: Array, b: int, h: int, i: slice, j: slice) -> Array:
+        """Return a tile of an array that broadcasts to (b, h, n_q, n_k)."""
+        plane = x[b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0]
+        tile: Array = plane[i if plane.shape[0] > 1 else slice(None), j if plane.shape[1] > 1 else slice(None)]
+        return tile
+
+    def add_bias(self, total: Array, b: int, h: int, i: slice, j: slice, ds: Array) -> None:
+        """Add a tile of the gradient by the scores to that of the bias, summed where the bias was spread."""
+        tile = self.block(total, b, h, i, j)
+        for axis in (0, 1):
+            if tile.shape[axis] == 1:
+                ds = ds.sum(axis, keepdims=True)
+        tile += ds
+
+    def rounded(self, x: Array) -> Array:
+        """Round P or dS to the input's type."""
+        if self.kind == np.float64 or self.problem.dtype == "float32":
+            return x
+        return FORMATS[self.problem.dtype].round_array(x.astype(np.float64)).astype(self.kind)
+
+
+tiled.gradients = gradients  # type: ignore[attr-defined]
