@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..dtypes import format_of
 from ..exact.driver import Answer
 from ..masks import visible
+from .statistics import Figures, figures
 
 __all__ = ["Worst", "compare", "empty_rows"]
 
@@ -47,6 +48,8 @@ class Worst:
         How many were compared.
     symptoms : tuple of str
         What the failing elements have in common, in words.
+    figures : Figures or None
+        The errors as a whole.
     """
 
     array: str
@@ -58,11 +61,12 @@ class Worst:
     failures: int
     elements: int
     symptoms: tuple[str, ...] = ()
+    figures: Figures | None = None
 
     @property
     def passed(self) -> bool:
-        """Tell whether no element fails."""
-        return self.failures == 0
+        """Tell whether no element fails, and the errors as a whole are no larger than the model's roundings give."""
+        return self.failures == 0 and not (self.figures is not None and self.figures.excess)
 
 
 def empty_rows(answer: Answer) -> NDArray[np.bool_]:
@@ -76,7 +80,9 @@ def empty_rows(answer: Answer) -> NDArray[np.bool_]:
     return empty
 
 
-def compare(name: str, got: NDArray[Any], answer: Answer, bound: Float, dtype: str) -> Worst:
+def compare(
+    name: str, got: NDArray[Any], answer: Answer, bound: Float, dtype: str, variance: Float | None = None
+) -> Worst:
     """Compare one array of a kernel with the exact answer.
 
     Parameters
@@ -91,6 +97,8 @@ def compare(name: str, got: NDArray[Any], answer: Answer, bound: Float, dtype: s
         What is allowed, from :func:`refattn.check.bounds.bounds`.
     dtype : str
         The format that the kernel returned it in (its overflow is no error of the kernel).
+    variance : float64 array, optional
+        What is predicted, from :func:`refattn.check.predict.predict`.
 
     Returns
     -------
@@ -116,6 +124,7 @@ def compare(name: str, got: NDArray[Any], answer: Answer, bound: Float, dtype: s
     place = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape)) if ratio.size else ()
     if not ratio.size:
         return Worst(name, 0.0, (), 0.0, 0.0, 0.0, 0, 0)
+    whole = figures(name, got, enclosure, bound, variance, dtype)
     empty = empty_rows(answer) if name in ("out", "lse") else np.zeros(x.shape, bool)
     symptoms = _symptoms(
         name, x, exact, failing, np.broadcast_to(empty[..., None], x.shape) if name == "out" else empty, answer
@@ -129,8 +138,15 @@ def compare(name: str, got: NDArray[Any], answer: Answer, bound: Float, dtype: s
         float(bound[place]),
         int(failing.sum()),
         int(ratio.size),
-        symptoms,
+        (*symptoms, *_excess(whole)),
+        whole,
     )
+
+
+def _excess(f: Figures) -> tuple[str, ...]:
+    if not f.excess:
+        return ()
+    return (f"errors are {f.rms:.3g} times what the model's roundings give (rms), mean {f.bias:+.3g} of it",)
 
 
 def _symptoms(

@@ -40,6 +40,8 @@ class Check:
         Why it failed or is unsupported.
     seconds : float
         Time spent in the kernel and in comparing.
+    arrays : tuple of Worst
+        Every array that was compared, with its figures.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Check:
     worst: Worst | None = None
     message: str = ""
     seconds: float = 0.0
+    arrays: tuple[Worst, ...] = ()
 
     @property
     def ratio(self) -> float:

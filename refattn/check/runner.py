@@ -23,6 +23,7 @@ from .families import Case, cases
 from .gradient_bounds import gradient_bounds
 from .laws import LAWS, Law, law_problem
 from .model import Capabilities, Model, ModelFor, flash
+from .predict import predict
 from .report import Check, Report
 
 __all__ = ["Item", "check_kernel", "check_problem", "plan"]
@@ -253,7 +254,8 @@ def _judge(
     limit = bounds(answer, model)
     if share is not None and result.out.size:
         share(problem.dtype, correctly_rounded_share(result.out.astype(np.float64), answer))
-    yield compare("out", result.out, answer, limit["out"], problem.dtype)
+    variance = predict(answer, model)["out"] if problem.variant == "softmax" else None
+    yield compare("out", result.out, answer, limit["out"], problem.dtype, variance)
     if result.lse is not None and "lse" in limit:
         got = result.lse.dtype.name
         if FORMATS[got].precision < FORMATS[model.lse].precision:
@@ -272,8 +274,9 @@ def _judge_gradients(
     if missing:
         raise KernelError(f"gradients: the kernel returned no {missing[0]}, but its capabilities name it")
     limit = gradient_bounds(answer, model, dout, bounds(answer, model))
+    variance = predict(answer, model, dout)
     for name, got in result.items():
-        yield compare(name, got, answer, limit[name], got.dtype.name)
+        yield compare(name, got, answer, limit[name], got.dtype.name, variance.get(name))
 
 
 def _guard(name: str, judge: Callable[[], Iterator[Worst]]) -> Check:
@@ -290,4 +293,4 @@ def _guard(name: str, judge: Callable[[], Iterator[Worst]]) -> Check:
     top = max(found, key=lambda w: (not w.passed, w.ratio))
     failed = [w for w in found if not w.passed]
     message = "; ".join(text for w in failed for text in w.symptoms)
-    return Check(name, "failed" if failed else "passed", top, message, time.perf_counter() - start)
+    return Check(name, "failed" if failed else "passed", top, message, time.perf_counter() - start, tuple(found))

@@ -1,0 +1,115 @@
+"""What the errors of one array look like as a whole: size against prediction, bias, ulps, and where they lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import format_of
+from ..exact.enclosure import Enclosure
+
+__all__ = ["Figures", "figures"]
+
+Float = NDArray[np.float64]
+BANDS = 16
+SIGMAS = 5.0
+"""Standard errors above the limit that count as an excess: one right run in 3.5 million, if rows are independent."""
+WIDEST = (1 / 3) / 0.18033688
+"""The limit: variance of a rounding whose mantissas are all 1, over the predicted one, whose mantissas are spread."""
+FEWEST = 24
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One array's errors.
+
+    Attributes
+    ----------
+    array : str
+        "out", "lse" or a gradient's name.
+    rms : float
+        Root mean square of error over predicted error (1 for a right kernel, less where its types are better than the
+        model says); NaN where nothing was predicted.
+    excess : bool
+        Whether it lies above what the model's roundings can give, by ``SIGMAS`` standard errors over rows.
+    bias : float
+        Mean of the error toward larger absolute values, over the predicted error (0 for a kernel that rounds to nearest).
+    correctly_rounded : float
+        Share of elements that equal the correctly rounded value.
+    ulps : tuple of two floats
+        Median and largest error in units in the last place of the exact value.
+    by_head, by_row : tuple of float
+        Worst error/bound by head, and by band of rows (of keys for dk and dv), at most ``BANDS`` of them.
+    """
+
+    array: str
+    rms: float
+    excess: bool
+    bias: float
+    correctly_rounded: float
+    ulps: tuple[float, float]
+    by_head: tuple[float, ...]
+    by_row: tuple[float, ...]
+
+
+def figures(
+    name: str, got: NDArray[Any], enclosure: Enclosure, bound: Float, variance: Float | None, dtype: str
+) -> Figures:
+    """Describe the errors of one array.
+
+    Parameters
+    ----------
+    name : str
+        Of the array.
+    got : array
+        What the kernel returned.
+    enclosure : Enclosure
+        The exact values.
+    bound, variance : float64 arrays
+        What is allowed, and what is predicted (None where nothing is).
+    dtype : str
+        The format of `got`.
+    """
+    x, form = np.asarray(got).astype(np.float64), format_of(dtype)
+    exact = enclosure.mid
+    value, decided = enclosure.settle(form)
+    fine = np.isfinite(x) & np.isfinite(exact)
+    with np.errstate(all="ignore"):
+        error = np.where(fine, (x - exact) - enclosure.tail, 0.0)
+        ratio = np.where(error == 0, 0.0, np.abs(error) / bound)
+        ratio = np.where(fine, ratio, np.where((x == exact) | (np.isnan(x) & np.isnan(exact)), 0.0, np.inf))
+        last = np.abs(error) / form.ulp_array(np.where(fine, exact, 1.0))
+    use = fine & decided
+    rounded = float((x[use] == value[use]).mean()) if use.any() else 1.0
+    rms, excess, bias = np.nan, False, np.nan
+    if variance is not None and (counted := fine & (variance > 0)).any():
+        with np.errstate(all="ignore"):
+            unit = np.where(counted, error / np.sqrt(variance), np.nan)
+            rows = unit.reshape(-1, unit.shape[-1])
+            rows = rows[np.isfinite(rows).any(1)]
+            square = np.nanmean(rows * rows, 1)
+            rms = float(np.sqrt(square.mean()))
+            bias = float(np.nanmean(unit * np.sign(exact)))
+        if len(square) >= FEWEST:
+            excess = bool(square.mean() - SIGMAS * square.std(ddof=1) / np.sqrt(len(square)) > WIDEST)
+    return Figures(
+        name,
+        rms,
+        excess,
+        bias,
+        rounded,
+        (float(np.median(last[fine])), float(last[fine].max())) if fine.any() else (0.0, 0.0),
+        _worst(ratio, 1 if ratio.ndim > 1 else 0),
+        _worst(ratio, 2) if ratio.ndim > 2 else (),
+    )
+
+
+def _worst(ratio: Float, axis: int) -> tuple[float, ...]:
+    """Return the largest ratio along an axis, in at most BANDS bands."""
+    if not ratio.size:
+        return ()
+    along = np.moveaxis(np.nan_to_num(ratio, nan=np.inf, posinf=np.inf), axis, 0).reshape(ratio.shape[axis], -1).max(1)
+    return tuple(float(x.max()) for x in np.array_split(along, min(BANDS, len(along))))
