@@ -1,4 +1,4 @@
-"""The command line: refattn check, exact, list, show, doctor, bench."""
+"""The command line: refattn check, exact, list, show, doctor, bench, golden."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from .check.laws import LAWS
 from .check.report import VERDICTS, Check, Report, junit, machine, summary, versions
 from .check.runner import Item, check_kernel, check_problem, plan
 from .cli_exact import exact
+from .cli_golden import golden
 from .dtypes import FORMATS
 from .errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from .files import load_problem, write_text
@@ -101,7 +102,7 @@ def check(
     try:
         if problem is not None:
             reports = [
-                check_problem(e.load(), problem, f"file/{Path(str(problem_file)).stem}", model=e.model, name=e.name)
+                check_problem(e.kernel(), problem, f"file/{Path(str(problem_file)).stem}", model=e.model, name=e.name)
                 for e in entries
             ]
         else:
@@ -124,7 +125,7 @@ def check(
 
 def _run(entries: list[Entry], variant: str, dtypes: tuple[str, ...], only: str | None, reports: list[Report]) -> None:
     chosen = [(e, tuple(d for d in FORMATS if d in (dtypes or e.capabilities.dtypes))) for e in entries]
-    total = sum(len(plan(e.load(), variant, capabilities=e.capabilities, dtypes=d, only=only)) for e, d in chosen)
+    total = sum(len(plan(e.kernel(), variant, capabilities=e.capabilities, dtypes=d, only=only)) for e, d in chosen)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
         task = progress.add_task("checks", total=total)
@@ -135,7 +136,7 @@ def _run(entries: list[Entry], variant: str, dtypes: tuple[str, ...], only: str 
 
             reports.append(
                 check_kernel(
-                    entry.load(),
+                    entry.kernel(),
                     variant,
                     model=entry.model,
                     capabilities=entry.capabilities,
@@ -336,6 +337,7 @@ def _gpu() -> str:
 
 
 main.add_command(exact)
+main.add_command(golden)
 
 
 @main.command()

@@ -127,11 +127,3 @@ def loss(name: str, precision: int) -> float:
     """Return the unit roundoff of a type that values pass through, 0 where it is as wide as the accumulator."""
     form = format_of(name)
     return form.unit_roundoff if form.precision < precision else 0.0
-
-
-def correctly_rounded_share(got: Any, answer: Answer) -> float:
-    """Return the share of finite output elements that equal the correctly rounded value."""
-    form = FORMATS[answer.problem.dtype]
-    value, decided = answer.enclosures["out"].settle(form)
-    use = decided & np.isfinite(value)
-    return float((got[use] == value[use]).mean()) if use.any() else 1.0

@@ -67,6 +67,7 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
     plain, q, k, v = slab.plain(), slab.q, slab.k, slab.v
     s = variant_of(p.variant).sensitivity(q, k, plain)
     assert s.denominator is not None
+    assert s.lse is not None
     weights = s.weights / np.where(s.denominator > 0, s.denominator, 1.0)[:, None]
     scale = float(plain.scale)
     raw, squares = q @ k.T * scale, (q * q) @ (k * k).T * scale**2

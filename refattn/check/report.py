@@ -15,6 +15,7 @@ from .compare import Worst
 
 __all__ = ["Check", "Report", "junit", "machine", "summary", "versions"]
 
+ROW = ("batch", "head", "row", "column")
 PLACES = {
     "dk": ("batch", "head", "key", "column"),
     "dv": ("batch", "head", "key", "column"),
@@ -42,6 +43,8 @@ class Check:
         Time spent in the kernel and in comparing.
     arrays : tuple of Worst
         Every array that was compared, with its figures.
+    rules : dict
+        What other projects' rules say of out (:mod:`refattn.check.rules`).
     """
 
     name: str
@@ -50,6 +53,7 @@ class Check:
     message: str = ""
     seconds: float = 0.0
     arrays: tuple[Worst, ...] = ()
+    rules: dict[str, bool | None] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -69,8 +73,6 @@ class Report:
         Every check, those not run for lack of a capability included.
     models : dict
         The rounding model by format.
-    correctly_rounded : dict
-        By format, the share of outputs that equal the correctly rounded value (all compared cases together).
     """
 
     kernel: str
@@ -78,7 +80,6 @@ class Report:
     checks: tuple[Check, ...]
     version: str = ""
     models: dict[str, Any] = field(default_factory=dict)
-    correctly_rounded: dict[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -101,6 +102,16 @@ class Report:
         ]
         return max(ratios, default=math.nan)
 
+    @property
+    def correctly_rounded(self) -> dict[str, float]:
+        """By format, the mean share of outputs that equal the correctly rounded value, over the cases compared."""
+        shares: dict[str, list[float]] = {}
+        for c in self.checks:
+            for a in c.arrays:
+                if a.array == "out" and a.figures is not None:
+                    shares.setdefault(c.name.split("[")[-1].rstrip("]"), []).append(a.figures.correctly_rounded)
+        return {d: sum(x) / len(x) for d, x in sorted(shares.items())}
+
     def command(self, check: Check) -> str:
         """Return the command that repeats one check."""
         more = "" if self.variant == "softmax" else f" --variant {self.variant}"
@@ -111,12 +122,7 @@ class Report:
         lines = [f"{self.kernel} fails {check.name}: {check.message}"]
         w = check.worst
         if w is not None and w.place:
-            names = PLACES.get(w.array, ("batch", "head", "row", "column"))
-            place = ", ".join(f"{n} {i}" for n, i in zip(names, w.place, strict=False))
-            lines.append(
-                f"  {w.array} at {place}: got {w.got:.9g}, exact {w.exact:.9g}, allowed error {w.allowed:.3g}, "
-                f"{_ratio(w.ratio)} times that; {w.failures} of {w.elements} elements fail"
-            )
+            lines.append(f"  {element(w)}")
         lines.append(f"  repeat it: {self.command(check)}")
         return "\n".join(lines)
 
@@ -141,6 +147,15 @@ class Report:
     def to_json(self) -> str:
         """Return the report as JSON text."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+
+def element(w: Worst) -> str:
+    """Return the worst element in words: its place, what was got, what is exact, what was allowed."""
+    place = ", ".join(f"{n} {i}" for n, i in zip(PLACES.get(w.array, ROW), w.place, strict=False))
+    return (
+        f"{w.array} at {place}: got {w.got:.9g}, exact {w.exact:.9g}, allowed error {w.allowed:.3g}, "
+        f"{_ratio(w.ratio)} times that; {w.failures} of {w.elements} elements fail"
+    )
 
 
 def summary(reports: list[Report]) -> str:

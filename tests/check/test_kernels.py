@@ -13,7 +13,7 @@ from refattn.dtypes import FORMATS
 def run(name, only="*", dtypes=("float32",)):
     (entry,) = find(name)
     return check_kernel(
-        entry.load(), model=entry.model, capabilities=entry.capabilities, dtypes=dtypes, only=only, name=name
+        entry.kernel(), model=entry.model, capabilities=entry.capabilities, dtypes=dtypes, only=only, name=name
     )
 
 
@@ -53,7 +53,7 @@ def test_torch_math():
 def test_torch_flash_exponential_in_16_bits(dtype):
     """Its fast exponential shows in lse: wrong for a float32 exponential, within the model of its own cubic."""
     (entry,) = find("torch-sdpa-flash")
-    kernel = entry.load()
+    kernel = entry.kernel()
     as_declared = run("torch-sdpa-flash", "gaussian/plain*", (dtype,))
     assert as_declared.passed
     from refattn.check import flash
@@ -134,7 +134,7 @@ def test_a_function_in_a_file_or_a_module(tmp_path, monkeypatch):
     (tmp_path / "broken_kernel.py").write_text("1 / 0\n")
     (entry,) = find(f"{tmp_path}/mine.py:attention")
     assert entry.capabilities.dtypes == {"float16"}
-    assert entry.load()(type("P", (), {"query": 5})) == 5
+    assert entry.kernel()(type("P", (), {"query": 5})) == 5
     monkeypatch.syspath_prepend(tmp_path)
     assert find("mine:attention")[0].name == "mine:attention"
     for name, text in (

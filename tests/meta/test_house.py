@@ -25,8 +25,11 @@ ROOMS = [
     "variants",
     "exact",
     "check",
+    "golden_file",
+    "golden",
     "bench",
     "cli_exact",
+    "cli_golden",
     "cli",
 ]
 HEAVY = [

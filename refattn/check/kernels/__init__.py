@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...dtypes import FORMATS
-from ...errors import InvalidInput
+from ...errors import InvalidInput, UnsupportedProblem
+from ...problem import Problem
 from ..call import Kernel
 from ..model import FEATURES, GRADIENTS, Capabilities, Model, ModelFor, flash, materialised
 
@@ -47,6 +48,11 @@ class Entry:
     model: ModelFor
     named_only: str = ""
 
+    def kernel(self) -> Kernel:
+        """Return the kernel; one that we call by an adapter of ours raises outside its capabilities."""
+        loaded = self.load()
+        return loaded if ":" in self.name else declared(loaded, self.capabilities)
+
     @property
     def here(self) -> bool:
         """Tell whether its package can be imported."""
@@ -60,6 +66,21 @@ class Entry:
 
 def _load(module: str, name: str) -> Callable[[], Kernel]:
     return lambda: getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+def declared(kernel: Kernel, able: Capabilities) -> Kernel:
+    """Return a kernel that raises UnsupportedProblem outside its capabilities: our ways to call others' leave options out."""
+
+    def call(problem: Problem) -> Any:
+        lacks = able.missing(problem)
+        if lacks:
+            raise UnsupportedProblem(f"not in its capabilities: {', '.join(lacks)}")
+        return kernel(problem)
+
+    call.__name__ = getattr(kernel, "__name__", "kernel")
+    if hasattr(kernel, "gradients"):
+        call.gradients = kernel.gradients  # type: ignore[attr-defined]
+    return call
 
 
 def _able(dtypes: str, features: str, *, lse: bool = False) -> Capabilities:
