@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -12,52 +13,99 @@ from numpy.typing import NDArray
 
 from ...errors import UnsupportedProblem
 from ...problem import Problem
+from .gradients import by_name, with_gradients
 
 __all__ = ["jax_attention", "keras_attention", "onnxruntime_attention", "openvino_attention"]
 
 
-def _swap(x: Any) -> Any:
-    return np.swapaxes(np.asarray(x), 1, 2)
+Call = Callable[..., Any]
 
 
-def jax_attention(problem: Problem) -> Any:
-    """Return what jax.nn.dot_product_attention gives (layout batch, seq, heads, dim)."""
+def _jax(problem: Problem) -> tuple[Call, list[Any]]:
+    """Return the call as a function of query, key, value and, if it is there, bias, and these as JAX's arrays."""
     import jax
     import jax.numpy as jnp
 
     p = problem.to("numpy")
-    q, k, v = (jnp.asarray(_swap(x)) for x in (p.query, p.key, p.value))
-    bias = None if p.bias is None else jnp.asarray(np.broadcast_to(p.bias, (*p.bias.shape[:2], p.n_q, p.n_k)))
-    mask = None if p.allowed is None else jnp.asarray(np.broadcast_to(p.allowed, (*p.allowed.shape[:2], p.n_q, p.n_k)))
     if p.window is not None and None in p.window:
         raise UnsupportedProblem("window: dot_product_attention has no open side")
     if p.window is not None and p.n_q != p.n_k:
         raise UnsupportedProblem("window: dot_product_attention counts it from the top left")
-    out = jax.nn.dot_product_attention(
-        q, k, v, bias, mask, scale=p.scale, is_causal=p.causal is not None, local_window_size=p.window
-    )
-    return _swap(out)
+    mask = None if p.allowed is None else jnp.broadcast_to(p.allowed, (*p.allowed.shape[:2], p.n_q, p.n_k))
+
+    def call(q: Any, k: Any, v: Any, bias: Any = None) -> Any:
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # its layout is batch, seq, heads, dim
+        bias = None if bias is None else jnp.broadcast_to(bias, (*bias.shape[:2], p.n_q, p.n_k))
+        out = jax.nn.dot_product_attention(
+            q, k, v, bias, mask, scale=p.scale, is_causal=p.causal is not None, local_window_size=p.window
+        )
+        return jnp.swapaxes(out, 1, 2)
+
+    return call, [jnp.asarray(x) for x in (p.query, p.key, p.value, p.bias) if x is not None]
 
 
-def keras_attention(problem: Problem) -> Any:
-    """Return what keras.ops.dot_product_attention gives on Keras's backend (PyTorch or JAX if unset)."""
+def _jax_gradients(problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    import jax
+
+    call, given = _jax(problem)
+    _, back = jax.vjp(call, *given)
+    return by_name(problem, map(np.asarray, back(jax.numpy.asarray(dout))))
+
+
+@with_gradients(_jax_gradients)
+def jax_attention(problem: Problem) -> Any:
+    """Return what jax.nn.dot_product_attention gives."""
+    call, given = _jax(problem)
+    return call(*given)
+
+
+def _keras(problem: Problem) -> tuple[Call, list[Any]]:
+    """Return the call as a function of query, key, value and, if it is there, bias, and these as Keras's tensors."""
     if "KERAS_BACKEND" not in os.environ:
         os.environ["KERAS_BACKEND"] = next((b for b in ("torch", "jax") if importlib.util.find_spec(b)), "tensorflow")
-    import keras
+    from keras import ops
 
     p = problem.to("numpy")
     if p.bias is not None and p.allowed is not None:
         raise UnsupportedProblem("bias: keras.ops takes bias or mask")
-    make = keras.ops.convert_to_tensor
-    q, k, v = (
-        make(np.ascontiguousarray(_swap(x).astype(np.float32)), dtype=p.dtype) for x in (p.query, p.key, p.value)
-    )
     full = (p.batch, p.heads, p.n_q, p.n_k)
-    bias = None if p.bias is None else make(np.broadcast_to(p.bias, full).astype(np.float32).copy(), dtype=p.dtype)
-    mask = None if p.allowed is None else make(np.broadcast_to(p.allowed, full).copy())
-    out = keras.ops.dot_product_attention(q, k, v, bias, mask, p.scale, p.causal is not None)
-    out = keras.ops.convert_to_numpy(keras.ops.cast(out, "float32"))
-    return _swap(out).astype(p.query.dtype)
+    mask = None if p.allowed is None else ops.convert_to_tensor(np.broadcast_to(p.allowed, full).copy())
+
+    def call(q: Any, k: Any, v: Any, bias: Any = None) -> Any:
+        q, k, v = (ops.swapaxes(x, 1, 2) for x in (q, k, v))  # its layout is batch, seq, heads, dim
+        bias = None if bias is None else ops.broadcast_to(bias, full)
+        return ops.swapaxes(ops.dot_product_attention(q, k, v, bias, mask, p.scale, p.causal is not None), 1, 2)
+
+    given = (x.astype(np.float32) for x in (p.query, p.key, p.value, p.bias) if x is not None)
+    return call, [ops.convert_to_tensor(x, dtype=p.dtype) for x in given]
+
+
+def _from_keras(x: Any) -> NDArray[Any]:
+    from keras import ops
+
+    return np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")))
+
+
+def _keras_gradients(problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    call, given = _keras(problem)
+    import keras
+
+    if keras.backend.backend() != "torch":
+        raise UnsupportedProblem(f"gradients: Keras's backend is {keras.backend.backend()}, expected torch")
+    import torch
+
+    # where the bias needs a gradient PyTorch takes the math backend, which refuses bias with causal
+    leaves = [x.requires_grad_() for x in given]
+    out = call(*leaves)
+    arriving = keras.ops.convert_to_tensor(dout.astype(np.float32), dtype=problem.dtype)
+    return by_name(problem, map(_from_keras, torch.autograd.grad(out, leaves, arriving)))
+
+
+@with_gradients(_keras_gradients)
+def keras_attention(problem: Problem) -> Any:
+    """Return what keras.ops.dot_product_attention gives on Keras's backend (PyTorch or JAX if unset)."""
+    call, given = _keras(problem)
+    return _from_keras(call(*given)).astype(problem.to("numpy").query.dtype)
 
 
 @lru_cache(maxsize=256)

@@ -5,12 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ... import masks
+from ...arrays import to_kind, to_numpy
 from ...errors import UnsupportedProblem
 from ...problem import Problem
+from .gradients import Gradients, by_name, with_gradients
 
 __all__ = ["flex", "flex_compiled", "sdpa_flash", "sdpa_math"]
+
+
+def _by_autograd(backend: str, *tensors: str) -> Gradients:
+    """Return the gradients of a backend by those of the named tensors that a call has."""
+
+    def gradients(problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        import torch
+
+        p = problem.to("torch")
+        leaves = {n: x.detach().requires_grad_() for n, x in p.arrays().items() if n in tensors}
+        out = _sdpa(p.replace(**leaves), backend)
+        found = torch.autograd.grad(out, list(leaves.values()), to_kind(dout, "torch"))
+        return by_name(problem, map(to_numpy, found))
+
+    return gradients
 
 
 def _mask(problem: Problem) -> Any:
@@ -26,14 +44,13 @@ def _mask(problem: Problem) -> Any:
 
 
 def _sdpa(problem: Problem, backend: str) -> Any:
-    import torch
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     p, mask = problem.to("torch"), _mask(problem)
     if mask is not None and p.causal is not None:
         raise UnsupportedProblem("causal: scaled_dot_product_attention takes is_causal or attn_mask, not both")
-    with torch.no_grad(), sdpa_kernel(getattr(SDPBackend, backend)):
+    with sdpa_kernel(getattr(SDPBackend, backend)):
         return F.scaled_dot_product_attention(
             p.query,
             p.key,
@@ -45,6 +62,8 @@ def _sdpa(problem: Problem, backend: str) -> Any:
         )
 
 
+# it refuses a mask that needs a gradient
+@with_gradients(_by_autograd("FLASH_ATTENTION", "query", "key", "value"))
 def sdpa_flash(problem: Problem) -> Any:
     """Return what the CPU flash backend gives, with the lse of the operator that it dispatches to."""
     import torch
@@ -63,6 +82,7 @@ def sdpa_flash(problem: Problem) -> Any:
     return out, lse
 
 
+@with_gradients(_by_autograd("MATH", "query", "key", "value", "bias"))
 def sdpa_math(problem: Problem) -> Any:
     """Return what the math backend gives."""
     return _sdpa(problem, "MATH")
@@ -95,7 +115,7 @@ def _flex(problem: Problem, call: Any) -> Any:
         return score if bias is None else score + bias[b, h, i, j]
 
     blocks = create_block_mask(lambda b, h, i, j: mask[b, h, i, j], p.batch, p.heads, p.n_q, p.n_k, device="cpu")
-    with torch.no_grad():
+    with torch.no_grad():  # flex_attention has no backward on a CPU
         return call(
             p.query,
             p.key,
