@@ -17,8 +17,6 @@ The first two are first order in u elsewhere. There is no tolerance to choose.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 

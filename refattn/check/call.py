@@ -78,8 +78,8 @@ def call_gradients(kernel: Kernel, problem: Problem, dout: NDArray[Any]) -> dict
     Parameters
     ----------
     kernel : callable
-        With an attribute ``gradients`` that returns a mapping from "dq", "dk", "dv", "dbias", "dsink" to arrays of their
-        inputs' shapes and types.
+        With an attribute ``gradients`` that returns a mapping from "dq", "dk", "dv", "dbias", "dsink" to arrays of
+        their inputs' shapes and types.
     problem : Problem
         With NumPy arrays.
     dout : (b, h_q, n_q, d_v) NumPy array

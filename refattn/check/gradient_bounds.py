@@ -1,6 +1,7 @@
 r"""What a backward pass must lose: an error bound for every element of a gradient, to first order.
 
-With P the weights, X_ij = dout_i·v_j - D_i and D_i = dout_i·out_i, a flash kernel computes P again from its scores and lse, and
+With P the weights, X_ij = dout_i·v_j - D_i and D_i = dout_i·out_i, a flash kernel computes P again from its scores and
+lse, and
 
     dS = P X,   dbias = dS,   dq = scale dS K,   dk = scale dS^T q,   dv = P^T dout,   dsink = -sum_i p_sink,i D_i
 

@@ -1,9 +1,10 @@
 """What other projects' acceptance rules say of an output, beside ours: each as its project states it.
 
-Sources, as read in those projects' tests: flash-attention ``tests/test_flash_attn.py`` (error at most twice that of eager
-attention in the same type), ``torch.testing.assert_close`` (its defaults by type), xformers ``attn_bias_utils.py`` (absolute
-tolerance by type), flashinfer (1e-2 relative and absolute, its most common pair), NATTEN ``tests/utils.py`` (absolute
-tolerance by type), and a cosine of at least 0.99. Each compares with the exact answer rounded to the output's type.
+Sources, as read in those projects' tests: flash-attention ``tests/test_flash_attn.py`` (error at most twice that of
+eager attention in the same type), ``torch.testing.assert_close`` (its defaults by type), xformers
+``attn_bias_utils.py`` (absolute tolerance by type), flashinfer (1e-2 relative and absolute, its most common pair),
+NATTEN ``tests/utils.py`` (absolute tolerance by type), and a cosine of at least 0.99. Each compares with the exact
+answer rounded to the output's type.
 """
 
 from __future__ import annotations

@@ -188,7 +188,8 @@ def _case_run(kernel: Kernel, able: Capabilities, model: Model, case: Case, dtyp
     name = f"{case.name}[{dtype}]"
 
     def run() -> Check:
-        problem, others = case.problem(dtype), {}
+        problem = case.problem(dtype)
+        others: dict[str, bool | None] = {}
         answer = partial(_exact_case, case.variant, case.name, dtype)
         lacks = able.missing(problem)
         if lacks:

@@ -34,7 +34,7 @@ class Figures:
         Root mean square of error over predicted error (1 for a right kernel, less where its types are better than the
         model says); NaN where nothing was predicted.
     excess : bool
-        Whether it lies above what the model's roundings can give, by ``SIGMAS`` standard errors over rows.
+        Whether it is above what the model's roundings can give, by ``SIGMAS`` standard errors.
     bias : float
         Mean of the error toward larger absolute values, over the predicted error (0 for a kernel that rounds to nearest).
     correctly_rounded : float

@@ -99,7 +99,7 @@ def test_flushed_subnormals_are_allowed_only_where_declared(make):
 def test_a_model_is_checked():
     with pytest.raises(InvalidInput, match="dtype: got 'int8'"):
         Model(weights="int8")
-    with pytest.raises(InvalidInput, match="model: got exp_ulps=0 and tile=16, expected more than 0"):
+    with pytest.raises(InvalidInput, match="model: got exp_ulps=0, tile=16 and chain=512, expected more than 0"):
         Model(exp_ulps=0)
     with pytest.raises(InvalidInput, match="capabilities: features has 'rope'"):
         Capabilities(features={"rope"})

@@ -35,9 +35,13 @@ def test_failures_say_everything_and_unsupported_is_skipped(pytester):
     able = "capabilities=Capabilities(features={'allowed', 'lengths_differ'})"
     body = f"@parametrize_with_checks(leaky, only='poison/*', {able})\ndef test_kernel(check):\n    check()\n"
     result = outcome(pytester, body)
-    result.assert_outcomes(failed=2, passed=1, skipped=1)
+    result.assert_outcomes(failed=3, passed=1)  # it is wrong outside its capabilities, and does not say so
     result.stdout.fnmatch_lines(
-        ["*MismatchError: leaky fails poison/value-behind-mask*", "*out at batch 0, head 0, row 0, column 5: got nan*"]
+        [
+            "*MismatchError: leaky fails poison/value-behind-mask*",
+            "*out at batch 0, head 0, row 0, column 5: got nan*",
+            "*not in its capabilities: causal_bottom_right; it must raise there, and gave a wrong answer: *",
+        ]
     )
 
 

@@ -69,7 +69,7 @@ def _load(module: str, name: str) -> Callable[[], Kernel]:
 
 
 def declared(kernel: Kernel, able: Capabilities) -> Kernel:
-    """Return a kernel that raises UnsupportedProblem outside its capabilities: our ways to call others' leave options out."""
+    """Return a kernel that raises outside its capabilities: our adapters leave such options out."""
 
     def call(problem: Problem) -> Any:
         lacks = able.missing(problem)
@@ -83,8 +83,9 @@ def declared(kernel: Kernel, able: Capabilities) -> Kernel:
     return call
 
 
-def _able(dtypes: str, features: str, *, lse: bool = False) -> Capabilities:
-    return Capabilities(frozenset(dtypes.split()), frozenset(features.split()) | {"lengths_differ"}, lse=lse)
+def _able(dtypes: str, features: str, *, lse: bool = False, gradients: str = "") -> Capabilities:
+    given = frozenset(features.split()) | {"lengths_differ"}
+    return Capabilities(frozenset(dtypes.split()), given, lse=lse, gradients=frozenset(gradients.split()))
 
 
 _SDPA = "causal_top_left bias allowed grouped_heads scale no_rows_or_keys"
@@ -121,14 +122,14 @@ KERNELS: dict[str, Entry] = {
             "torch-sdpa-flash",
             "torch",
             _load("torch_sdpa", "sdpa_flash"),
-            _able("float32 float16 bfloat16 float64", _SDPA, lse=True),
+            _able("float32 float16 bfloat16 float64", _SDPA, lse=True, gradients="dq dk dv"),
             _torch_flash,
         ),
         Entry(
             "torch-sdpa-math",
             "torch",
             _load("torch_sdpa", "sdpa_math"),
-            _able("float32 float16 bfloat16 float64", f"{_SDPA} d_v_differs"),
+            _able("float32 float16 bfloat16 float64", f"{_SDPA} d_v_differs", gradients="dq dk dv dbias"),
             materialised,
         ),
         Entry(
@@ -151,7 +152,9 @@ KERNELS: dict[str, Entry] = {
             "jax",
             _load("others", "jax_attention"),
             _able(
-                "float32 float16 bfloat16", "causal_top_left window bias allowed grouped_heads scale no_rows_or_keys"
+                "float32 float16 bfloat16",
+                "causal_top_left window bias allowed grouped_heads scale no_rows_or_keys",
+                gradients="dq dk dv dbias",
             ),
             _flushing("float32", "bfloat16"),
         ),
@@ -173,7 +176,7 @@ KERNELS: dict[str, Entry] = {
             "keras",
             "keras",
             _load("others", "keras_attention"),
-            _able("float32 float16 bfloat16", "causal_top_left bias allowed scale"),
+            _able("float32 float16 bfloat16", "causal_top_left bias allowed scale", gradients="dq dk dv dbias"),
             _flushing("bfloat16"),
         ),
     )
