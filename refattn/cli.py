@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import __version__
+from .check.explain import explain as explain_report
 from .check.families import FAMILIES, cases
 from .check.kernels import KERNELS, Entry, find, found
 from .check.laws import LAWS
@@ -32,6 +33,8 @@ from .files import load_problem, write_text
 from .variants import VARIANTS, variant_of
 
 __all__ = ["main"]
+
+EXPLAIN = 5.0  # seconds for each kernel
 
 
 def _console(stderr: bool = False) -> Console:
@@ -65,6 +68,7 @@ def main() -> None:
 )
 @click.option("--only", help="Run only the checks of this name (a shell pattern).")
 @click.option("--problem", "problem_file", help="Check on one problem, from a file of refattn.save_problem.")
+@click.option("--explain/--no-explain", default=True, help="Shrink a failure, and say what it looks like (seconds).")
 @click.option("--json", "json_file", help="Also write the reports to this file as JSON.")
 @click.option("--junit", "junit_file", help="Also write the reports to this file as JUnit XML.")
 def check(
@@ -73,6 +77,7 @@ def check(
     dtypes: tuple[str, ...],
     only: str | None,
     problem_file: str | None,
+    explain: bool,
     json_file: str | None,
     junit_file: str | None,
 ) -> None:
@@ -114,6 +119,8 @@ def check(
     if junit_file is not None:
         write_text(junit_file, junit(reports))
     _failures(console, reports)
+    if explain and problem is None:
+        _explain(console, entries, reports)
     console.print(_table(reports))
     _outside(console, reports, kernels)
     if any(r.count("failed") for r in reports):
@@ -195,6 +202,14 @@ def _failures(console: Console, reports: list[Report]) -> None:
                 console.print(f"  the same in {', '.join(_dtype(c) for c in group[1:])}", markup=False, soft_wrap=True)
         if groups:
             console.print()
+
+
+def _explain(console: Console, entries: list[Entry], reports: list[Report]) -> None:
+    for entry, report in zip(entries, reports, strict=False):
+        if report.failures:
+            able = entry.capabilities
+            text = explain_report(entry.kernel(), report, model=entry.model, capabilities=able, seconds=EXPLAIN)
+            console.print(f"{report.kernel}: {text}\n", markup=False, soft_wrap=True)
 
 
 def _outside(console: Console, reports: list[Report], kernels: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..dtypes import format_of
 from ..exact.driver import Answer
 from ..masks import visible
-from .statistics import Figures, figures
+from .statistics import Figures, figures, where
 
 __all__ = ["Worst", "compare", "empty_rows"]
 
@@ -138,7 +138,7 @@ def compare(
         float(bound[place]),
         int(failing.sum()),
         int(ratio.size),
-        (*symptoms, *_excess(whole)),
+        (*symptoms, *where(name, failing), *_excess(whole)),
         whole,
     )
 
@@ -185,6 +185,8 @@ def _symptoms(
 def _filling(x: Float, where: NDArray[np.bool_], answer: Answer) -> str:
     """Tell whether rows that must be 0 hold the mean of all values."""
     p = answer.problem.to("numpy")
+    if not p.n_k:
+        return "a nonzero number"
     with np.errstate(all="ignore"):
         mean = np.repeat(np.asarray(p.value).astype(np.float64).mean(2, keepdims=True), p.heads // p.heads_kv, axis=1)
         close = np.abs(x - mean) <= 2.0**-6 * np.abs(mean)

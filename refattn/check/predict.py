@@ -1,10 +1,10 @@
 r"""The errors that a right kernel of a model should show: a predicted variance for every element.
 
-Roundings are taken as independent. One to nearest, of a number whose mantissa is spread as mantissas are, has
-the variance ``C u^2`` of its square with C = 3 / (8 ln 2) / 3. A dot product of d terms t_k adds up partial sums that wander
-from 0 to s = sum t_k, so it loses ``C u^2 (depth (s^2 / 3 + T / 6) + T)`` with T = sum t_k^2. The exponential is off by
-up to exp_ulps, evenly. The variances meet as in the bounds (``bounds.py``, ``gradient_bounds.py``), squares in place of
-sizes. Derived in docs/proofs/bounds.md.
+Roundings are taken as independent. One to nearest, of a number whose mantissa is spread as mantissas are, has the
+variance ``C u^2`` of its square with C = 3 / (8 ln 2) / 3. A dot product of d terms t_k adds up partial sums that
+wander from 0 to s = sum t_k, so it loses ``C u^2 (depth (s^2 / 3 + T / 6) + T)`` with T = sum t_k^2. The exponential
+is off by up to exp_ulps, evenly. The variances meet as in the bounds (``bounds.py``, ``gradient_bounds.py``), squares
+in place of sizes. Derived in docs/proofs/bounds.md.
 """
 
 from __future__ import annotations

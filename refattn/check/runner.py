@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
+from ..arrays import to_numpy
 from ..dtypes import FORMATS
 from ..errors import InvalidInput, KernelError, UnsupportedProblem
 from ..exact.driver import Answer, evaluate
@@ -104,7 +105,7 @@ def check_kernel(
         if progress is not None:
             progress(item)
         done.append(item.run())
-    chosen = _model_for(kernel, model)
+    chosen = model_for(kernel, model)
     models = {d: asdict(chosen(d)) for d in sorted({i.dtype for i in items})}
     return Report(name or kernel_name(kernel), variant, tuple(done), version, models)
 
@@ -121,7 +122,7 @@ def plan(
     """Return the checks of a kernel without running them; the arguments are those of :func:`check_kernel`."""
     v = variant_of(variant)
     able = capabilities or getattr(kernel, "capabilities", None) or Capabilities()
-    chosen = _model_for(kernel, model)
+    chosen = model_for(kernel, model)
     unknown = [d for d in dtypes or () if d not in FORMATS]
     if unknown:
         raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
@@ -153,25 +154,64 @@ def matches(name: str, only: str | None) -> bool:
 
 
 def check_problem(
-    kernel: Kernel, problem: Problem, label: str, *, model: Model | ModelFor | None = None, name: str | None = None
+    kernel: Kernel | str,
+    problem: Problem,
+    label: str,
+    *,
+    gradients: Any = None,
+    model: Model | ModelFor | None = None,
+    name: str | None = None,
 ) -> Report:
     """Check a kernel on one problem of the caller's own.
 
     Parameters
     ----------
-    kernel : callable
-        As in :func:`check_kernel`.
+    kernel : callable or str
+        As in :func:`check_kernel`, or a name that ``refattn check`` takes.
     problem : Problem
         The call.
     label : str
         What to call the check.
+    gradients : (b, h_q, n_q, d_v) array, optional
+        The gradient arriving at out: checks the gradients, too.
     model, name
         As in :func:`check_kernel`.
     """
-    chosen = _model_for(kernel, model)(problem.dtype)
-    plain = problem.to("numpy")
-    check = _guard(f"{label}[{problem.dtype}]", lambda: _judge(kernel, plain, _exact(plain), chosen, False, {}))
-    return Report(name or kernel_name(kernel), problem.variant, (check,), models={problem.dtype: asdict(chosen)})
+    if isinstance(kernel, str):
+        from .kernels import find
+
+        entry = find(kernel)[0]
+        kernel, model, name = entry.kernel(), model or entry.model, name or entry.name
+    chosen = model_for(kernel, model)(problem.dtype)
+    plain, called = problem.to("numpy"), kernel
+    checks = [
+        _guard(f"{label}[{problem.dtype}]", lambda: _judge(called, plain, _exact(plain), chosen, False, {})),
+    ]
+    if gradients is not None:
+        answer = _exact(plain, gradients)
+        checks.append(
+            _guard(
+                f"{label}/gradients[{problem.dtype}]",
+                lambda: _judge_gradients(called, plain, to_numpy(gradients), answer, chosen, frozenset()),
+            )
+        )
+    models = {problem.dtype: asdict(chosen)}
+    return Report(name or kernel_name(kernel), problem.variant, tuple(checks), models=models)
+
+
+def failing(kernel: Kernel, model: Model, able: frozenset[str]) -> Callable[[Problem, Any], bool]:
+    """Return a function that tells whether a kernel fails a call (with an arriving gradient: its gradients)."""
+
+    def fails(problem: Problem, dout: Any) -> bool:
+        def judge() -> Iterator[Worst]:
+            answer = _exact(problem, dout)
+            if dout is None:
+                return _judge(kernel, problem, answer, model, False, {})
+            return _judge_gradients(kernel, problem, dout, answer, model, able & set(answer.values))
+
+        return _guard("", judge).verdict == "failed"
+
+    return fails
 
 
 def kernel_name(kernel: Kernel) -> str:
@@ -179,7 +219,7 @@ def kernel_name(kernel: Kernel) -> str:
     return str(getattr(kernel, "__name__", type(kernel).__name__))
 
 
-def _model_for(kernel: Kernel, model: Model | ModelFor | None) -> ModelFor:
+def model_for(kernel: Kernel, model: Model | ModelFor | None) -> ModelFor:
     given = model or getattr(kernel, "model", None) or flash
     return (lambda dtype: given) if isinstance(given, Model) else given
 

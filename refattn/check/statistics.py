@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..dtypes import format_of
 from ..exact.enclosure import Enclosure
 
-__all__ = ["Figures", "figures"]
+__all__ = ["Figures", "figures", "where"]
 
 Float = NDArray[np.float64]
 BANDS = 16
@@ -20,6 +20,7 @@ SIGMAS = 5.0
 WIDEST = (1 / 3) / 0.18033688
 """The limit: variance of a rounding whose mantissas are all 1, over the predicted one, whose mantissas are spread."""
 FEWEST = 24
+TILES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Figures:
     excess : bool
         Whether it is above what the model's roundings can give, by ``SIGMAS`` standard errors.
     bias : float
-        Mean of the error toward larger absolute values, over the predicted error (0 for a kernel that rounds to nearest).
+        Mean of the error toward larger absolute values, over the predicted error (0 if it rounds to nearest).
     correctly_rounded : float
         Share of elements that equal the correctly rounded value.
     ulps : tuple of two floats
@@ -113,3 +114,41 @@ def _worst(ratio: Float, axis: int) -> tuple[float, ...]:
         return ()
     along = np.moveaxis(np.nan_to_num(ratio, nan=np.inf, posinf=np.inf), axis, 0).reshape(ratio.shape[axis], -1).max(1)
     return tuple(float(x.max()) for x in np.array_split(along, min(BANDS, len(along))))
+
+
+def where(name: str, failing: NDArray[np.bool_]) -> tuple[str, ...]:
+    """Say where the failing elements of an array lie, if not everywhere.
+
+    Parameters
+    ----------
+    name : str
+        "out", "lse" or a gradient's name.
+    failing : bool array
+        Of the array's shape.
+    """
+    if not failing.any() or name == "dsink":
+        return ()
+    words = {
+        0: "batch",
+        1: "head",
+        2: "key" if name in ("dk", "dv") else "row",
+        3: "key" if name == "dbias" else "column",
+    }
+    found = []
+    for axis in range(failing.ndim):
+        other = tuple(i for i in range(failing.ndim) if i != axis)
+        at, n = np.nonzero(failing.any(other))[0], failing.shape[axis]
+        if len(at) == n or n == 1:
+            continue
+        word = words[axis]
+        if len(at) == 1:
+            found.append(f"only in {word} {at[0]} of {n}")
+        elif (np.diff(at) == 1).all() and (at[-1] == n - 1 or at[0] == 0):
+            start = at[0] if at[-1] == n - 1 else 0
+            edge = next((t for t in reversed(TILES) if start and start % t == 0), None)
+            past = f", the edge of a tile of {edge}" if edge else ""
+            found.append(f"only from {word} {start} of {n} on{past}" if start else f"only up to {word} {at[-1]} of {n}")
+        elif len(at) <= n // 2:
+            some = ", ".join(map(str, at[:4])) + (", ..." if len(at) > 4 else "")
+            found.append(f"only in {len(at)} of {n} {word}s: {some}")
+    return tuple(found)
