@@ -118,7 +118,9 @@ def _rows(slab: Slab, rows: NDArray[np.intp], o: Float, model: Model, dtype: str
 
 def floor(form: Format, model: Model) -> float:
     """Return what underflow can cost one rounding."""
-    return 0.5 * form.smallest_subnormal if model.subnormals else form.smallest_normal
+    if not model.subnormals:
+        return form.smallest_normal
+    return 0.5 * form.smallest_subnormal or form.smallest_subnormal  # half of float64's would be 0
 
 
 def loss(name: str, precision: int) -> float:

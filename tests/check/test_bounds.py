@@ -11,6 +11,7 @@ from refattn import InvalidInput, Problem, evaluate
 from refattn.arrays import from_float64, to_float64
 from refattn.check import Capabilities, Model, check_kernel, flash, materialised
 from refattn.check.bounds import bounds
+from refattn.check.compare import compare
 from refattn.check.kernels.tiled import tiled
 from refattn.check.planted import plain
 from refattn.dtypes import FORMATS
@@ -105,3 +106,12 @@ def test_a_model_is_checked():
         Capabilities(features={"rope"})
     with pytest.raises(InvalidInput, match="capabilities: dtypes has 'int8'"):
         Capabilities({"int8"})
+
+
+def test_an_output_below_float64_may_be_zero(make):
+    """A sink far above the only key: the exact output is e^-1000 or so, and no float64 but 0 is near."""
+    p = make(1, 1, 2, h=1, dtype="float64", sink=np.array([1000.0]))
+    answer = evaluate(p)
+    limit = bounds(answer, flash("float64"))["out"]
+    assert (limit > 0).all()
+    assert compare("out", np.zeros(p.out_shape), answer, limit, "float64").passed
