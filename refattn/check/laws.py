@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..problem import Problem
 from .call import Result
 from .compare import Worst
-from .families import Draw
+from .draw import Draw
 
 __all__ = ["LAWS", "Law"]
 

@@ -49,7 +49,7 @@ COMMON_BUGS = (
     "output_too_narrow",
     "masked_value_read",
 )
-COMMON_FAMILIES = ("gaussian", "peaked", "probe", "sparse", "empty", "poison", "ragged")
+COMMON_FAMILIES = ("gaussian", "peaked", "probe", "sparse", "drift", "empty", "poison", "ragged")
 
 
 @dataclass(frozen=True)

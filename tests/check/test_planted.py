@@ -26,10 +26,20 @@ def test_every_planted_bug_belongs_to_an_operator():
 @pytest.mark.parametrize(
     ("bug", "where"),
     [
-        ("heads_tiled", {"gaussian/grouped-heads", "gaussian/everything", "law/grouped_heads"}),
-        ("sequences_joined", {"ragged/packed"}),
-        ("sink_ignored", {"gaussian/sink", "gaussian/everything"}),
-        ("window_off_by_one", {"gaussian/window", "gaussian/window-causal"}),
+        (
+            "heads_tiled",
+            {f"gaussian/grouped-heads{x}" for x in ("", "-6-on-3", "-8-on-2")}
+            | {"gaussian/everything", "law/grouped_heads"},
+        ),
+        ("sequences_joined", {"ragged/packed", "ragged/packed-ends", "ragged/packed-no-keys"}),
+        ("sink_ignored", {"gaussian/sink", "gaussian/everything", "probe/head-scales-sink", "shifted/large-sink"}),
+        (
+            "window_off_by_one",
+            {
+                f"gaussian/window{x}"
+                for x in ("", "-causal", "-lengths-differ", "-both-sides-causal", "-both-sides-top-left")
+            },
+        ),
         ("softcap_after_bias", {"gaussian/softcap-bias", "gaussian/everything"}),
         ("causal_corner_swapped", None),
     ],
@@ -53,7 +63,7 @@ def test_the_zeroed_head_is_caught_where_other_rules_pass_it():
         out[:, 1] = 0
         return out, lse
 
-    report = check_kernel(kernel, only="probe/head-scales*", capabilities=Capabilities({"bfloat16"}))
+    report = check_kernel(kernel, only="probe/head-scales[bfloat16]", capabilities=Capabilities({"bfloat16"}))
     (check,) = report.checks
     assert check.verdict == "failed"
     assert check.worst.place[1] == 1
