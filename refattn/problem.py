@@ -193,6 +193,10 @@ class Problem:
         given = "".join(f" {n}" for n in self.arrays() if n not in ("query", "key", "value"))
         return f"Problem({self.variant} {self.dtype} {self.kind} {shape} d_v={self.d_v}{more}{given})"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        # IPython and Hypothesis would print every array of a dataclass in full
+        printer.text(repr(self))
+
     # validation -----------------------------------------------------------------------------------------------
 
     def _arrays(self) -> Iterator[tuple[str, Any]]:

@@ -113,3 +113,11 @@ def test_features_are_those_that_capabilities_know():
     rest = Problem(*(ones(1, 1, 0, 4) for _ in range(3)), causal="top_left")
     assert everything.features() | rest.features() == FEATURES
     assert Problem(*(ones(1, 1, 2, 4) for _ in range(3))).features() == frozenset()
+
+
+def test_ipython_and_hypothesis_show_the_short_form(make):
+    from hypothesis.vendor.pretty import pretty
+
+    p = make(50, 60)
+    assert pretty(p) == repr(p)
+    assert len(repr(p)) < 100

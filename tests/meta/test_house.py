@@ -25,6 +25,7 @@ ROOMS = [
     "variants",
     "exact",
     "check",
+    "strategies",
     "golden_file",
     "golden",
     "bench",
