@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..dtypes import FORMATS
 from ..problem import Problem
@@ -29,6 +30,8 @@ FAMILIES = {
     "poison": "NaN and inf behind the mask, and in sight of some rows only",
 }
 """Family names, and what they expose."""
+FORWARD_ONLY = ("poison/value-seen-by-some", "extreme/huge-values", "extreme/one-huge-value")
+"""Cases without a gradient: NaN in sight, or dout·v past the type's range."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Case:
     @property
     def backward(self) -> bool:
         """Tell whether its gradient can be asked for: finite in sight of every query, and dout·v within the type."""
-        return self.variant == "softmax" and self.name not in ("poison/value-seen-by-some", "extreme/huge-values")
+        return self.variant == "softmax" and self.name not in FORWARD_ONLY
 
     def arriving(self, dtype: str) -> NDArray[Any]:
         """Return a gradient arriving at out, (b, h_q, n_q, d_v); the same every time."""

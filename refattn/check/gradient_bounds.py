@@ -111,7 +111,8 @@ def _head(
     tiles = np.ceil(slab.k.shape[0] / model.tile)
     passes = s.relative + model.exp_ulps + tiles * (model.exp_ulps + 1) + 4
     lost_p = weights * (np.expm1(np.minimum(e + np.nan_to_num(lost_lse)[:, None], 700.0)) + passes * u)
-    lost_p = np.minimum(lost_p, 1.0) * slab.allowed  # a right kernel's P stays in [0, 1], up to a rounding
+    tiny = max(floor(format_of(model.weights), model), floor(inside, model))
+    lost_p = (np.minimum(lost_p, 1.0) + tiny) * slab.allowed  # a right kernel's P stays in [0, 1], up to a rounding
     size, values = np.abs(dout), np.abs(slab.v)
     dp, dp_size = dout @ slab.v.T, size @ values.T
     n, d_v = slab.allowed.sum(1, keepdims=True), dout.shape[1]
@@ -124,7 +125,6 @@ def _head(
     x = np.abs(dp - d)
     ds = weights * x
     lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds) * slab.allowed
-    tiny = max(floor(format_of(model.weights), model), floor(inside, model))
     _spread(slab, lost, "dbias", lost_ds + model.depth(_rows_of(slab)) * u * ds)
     if "dsink" in lost and slab.sink is not None:
         _sink(slab, model, u, s.lse, d[:, 0], lost_lse, lost_d[:, 0], lost["dsink"])
@@ -170,5 +170,6 @@ def _sink(slab: Slab, model: Model, u: float, lse: Any, d: Float, lost_lse: Floa
         np.nan_to_num(lost_lse)
         + (2 * np.abs(np.where(live, lse, 0.0)) + abs(float(slab.sink or 0)) + model.exp_ulps + 3) * u
     )
+    lost_p = lost_p + floor(format_of(model.accumulator), model)
     n = model.depth(len(d)) + 3
     lost[slab.head] += (lost_p * np.abs(d) + p * lost_d + n * u * p * np.abs(d)).sum()
