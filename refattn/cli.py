@@ -67,6 +67,9 @@ def main() -> None:
     "--dtype", "dtypes", multiple=True, help="A format to check; may be repeated. Default: all that the kernel has."
 )
 @click.option("--only", help="Run only the checks of this name (a shell pattern).")
+@click.option(
+    "--budget", default="ci", show_default=True, help="quick (seconds), ci (every case) or nightly (each in 8 draws)."
+)
 @click.option("--problem", "problem_file", help="Check on one problem, from a file of refattn.save_problem.")
 @click.option("--explain/--no-explain", default=True, help="Shrink a failure, and say what it looks like (seconds).")
 @click.option("--json", "json_file", help="Also write the reports to this file as JSON.")
@@ -76,6 +79,7 @@ def check(
     variant: str,
     dtypes: tuple[str, ...],
     only: str | None,
+    budget: str,
     problem_file: str | None,
     explain: bool,
     json_file: str | None,
@@ -87,6 +91,7 @@ def check(
     Exit code: 0 all passed, 1 a check failed, 2 bad input or nothing ran.
     """
     variant_of(variant)
+    cases(variant, budget)
     for target in (json_file, junit_file):
         if target is not None and not Path(target).resolve().parent.is_dir():
             raise InvalidInput(f"{target}: its folder does not exist; make it first")
@@ -111,7 +116,7 @@ def check(
                 for e in entries
             ]
         else:
-            _run(entries, variant, dtypes, only, reports)
+            _run(entries, variant, dtypes, only, budget, reports)
     except KeyboardInterrupt:
         click.echo("interrupted: what follows covers the kernels that were done", err=True)
     if json_file is not None:
@@ -130,9 +135,14 @@ def check(
         sys.exit(2)
 
 
-def _run(entries: list[Entry], variant: str, dtypes: tuple[str, ...], only: str | None, reports: list[Report]) -> None:
+def _run(
+    entries: list[Entry], variant: str, dtypes: tuple[str, ...], only: str | None, budget: str, reports: list[Report]
+) -> None:
     chosen = [(e, tuple(d for d in FORMATS if d in (dtypes or e.capabilities.dtypes))) for e in entries]
-    total = sum(len(plan(e.kernel(), variant, capabilities=e.capabilities, dtypes=d, only=only)) for e, d in chosen)
+    total = sum(
+        len(plan(e.kernel(), variant, capabilities=e.capabilities, dtypes=d, only=only, budget=budget))
+        for e, d in chosen
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
         task = progress.add_task("checks", total=total)
@@ -149,6 +159,7 @@ def _run(entries: list[Entry], variant: str, dtypes: tuple[str, ...], only: str 
                     capabilities=entry.capabilities,
                     dtypes=wanted,
                     only=only,
+                    budget=budget,
                     name=entry.name,
                     version=entry.version,
                     progress=step,

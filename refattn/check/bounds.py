@@ -112,6 +112,7 @@ def _rows(slab: Slab, rows: NDArray[np.intp], o: Float, model: Model, dtype: str
         log = np.where(share < 1, -np.log1p(-np.minimum(share, 1 - 1e-16)), np.inf)
         m = s.lse - np.log(z)
         wide = u * (steps[:, 0] + 4 * np.abs(np.log(z)) + 4 * np.abs(m) + np.abs(s.lse) + 4)
+        wide = wide + u * model.merges(slab.k.shape[0]) * (2 * np.abs(s.lse) + model.exp_ulps + 4)
         back = format_of(model.lse)
         return total, log + wide + back.unit_roundoff * np.abs(s.lse) + floor(back, model)
 

@@ -165,6 +165,18 @@ def _poison_causal(d: Draw) -> Problem:
     return p.replace(value=v)
 
 
+def _poison_key(d: Draw) -> Problem:
+    p = d.problem(37, 37, causal="bottom_right")
+    k = p.key.copy()
+    k[..., 25, 5] = np.nan
+    return p.replace(key=k)
+
+
+def _many_keys(d: Draw) -> Problem:
+    n = 33000
+    return d.problem(2, n, h=1, d=4, causal="bottom_right", bias=d.normal(1, 1, 2, n))
+
+
 def _packed(d: Draw, q: list[int], k: list[int], causal: str | None = "bottom_right") -> Problem:
     offsets: dict[str, Any] = {"cu_seqlens_q": np.array(q, np.int32), "cu_seqlens_k": np.array(k, np.int32)}
     return d.problem(q[-1], k[-1], causal=causal, **offsets)
@@ -204,6 +216,8 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "grouped-heads-8-on-2": _entry(lambda d: d.problem(h=8, h_kv=2)),
         "narrow-values": _entry(lambda d: d.problem(d=64, d_v=24)),
         "dim-128": _entry(lambda d: d.problem(d=128)),
+        # a width that is no multiple of 16: columns past the last whole vector
+        "dim-40": _entry(lambda d: d.problem(d=40, d_v=20)),
         "negative-scale": _entry(lambda d: d.problem(scale=-0.25)),
         "everything": _entry(_everything, "causal", "softcap", "bias", "sink", "allowed"),
     },
@@ -212,6 +226,9 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "one-key": _entry(lambda d: d.problem(5, 1)),
         "tile-plus-one": _entry(lambda d: d.problem(65, 65, causal="top_left"), "causal"),
         "tile-minus-one": _entry(lambda d: d.problem(63, 127)),
+        # offsets and positions past 2**15: indices in 16 bits, where kernels wrap at 2**31 and up
+        "rows-past-16-bits": _entry(lambda d: d.problem(1100, 5)),
+        "keys-past-16-bits": _entry(_many_keys, "causal", "bias"),
         "no-keys": _entry(lambda d: d.problem(5, 0)),
         "no-queries": _entry(lambda d: d.problem(0, 5)),
         # a tile that is full, one short, one over; lengths that no tile divides
@@ -284,5 +301,7 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "value-behind-mask": _entry(lambda d: _poison(d, "value"), "allowed"),
         "inf-behind-mask": _entry(lambda d: _poison(d, "inf"), "allowed"),
         "value-seen-by-some": _entry(_poison_causal, "causal"),
+        # NaN that must show: a maximum that skips it hides it
+        "key-seen-by-some": _entry(_poison_key, "causal"),
     },
 }

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import FORMATS
+from ..errors import InvalidInput
 from ..problem import Problem
 from ..variants import variant_of
 from .builders import BUILDERS, Build
 from .draw import Draw
 
-__all__ = ["FAMILIES", "Case", "cases"]
+__all__ = ["BUDGETS", "FAMILIES", "QUICK", "Case", "cases"]
 
 FAMILIES = {
     "gaussian": "plain random data through every option: a flag ignored, a head or a broadcast axis mapped wrongly",
@@ -30,7 +31,12 @@ FAMILIES = {
     "poison": "NaN and inf behind the mask, and in sight of some rows only",
 }
 """Family names, and what they expose."""
-FORWARD_ONLY = ("poison/value-seen-by-some", "extreme/huge-values", "extreme/one-huge-value")
+FORWARD_ONLY = (
+    "poison/value-seen-by-some",
+    "poison/key-seen-by-some",
+    "extreme/huge-values",
+    "extreme/one-huge-value",
+)
 """Cases without a gradient: NaN in sight, or dout·v past the type's range."""
 
 
@@ -48,6 +54,8 @@ class Case:
         ``build(draw) -> Problem``.
     dtypes : tuple of str
         The formats that it makes sense in; empty means all.
+    draw : int
+        Which draw of the numbers.
     """
 
     family: str
@@ -55,11 +63,12 @@ class Case:
     variant: str
     build: Build
     dtypes: tuple[str, ...] = ()
+    draw: int = 0
 
     @property
     def backward(self) -> bool:
         """Tell whether its gradient can be asked for: finite in sight of every query, and dout·v within the type."""
-        return self.variant == "softmax" and self.name not in FORWARD_ONLY
+        return self.variant == "softmax" and f"{self.family}/{self.label}" not in FORWARD_ONLY
 
     def arriving(self, dtype: str) -> NDArray[Any]:
         """Return a gradient arriving at out, (b, h_q, n_q, d_v); the same every time."""
@@ -68,8 +77,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        """family/label."""
-        return f"{self.family}/{self.label}"
+        """family/label, and #draw from the second on."""
+        return f"{self.family}/{self.label}" + (f"#{self.draw}" if self.draw else "")
 
     def problem(self, dtype: str) -> Problem:
         """Return the problem in a format; the same every time."""
@@ -77,8 +86,37 @@ class Case:
         return self.build(Draw(FORMATS[dtype], np.random.default_rng(seed), self.variant))
 
 
-def cases(variant: str) -> list[Case]:
-    """Return the cases of an operator, family by family."""
+BUDGETS = ("quick", "ci", "nightly")
+"""How much to run: a few cases that catch nearly all planted bugs, every case, every case in several draws."""
+NIGHTLY_DRAWS = 8
+QUICK = frozenset({"gaussian/everything"})
+"""The cases of the quick budget (a greedy cover of what the planted bugs fail, each bug twice where it can be)."""
+
+
+def cases(variant: str, budget: str = "ci") -> list[Case]:
+    """Return the cases of an operator, family by family.
+
+    Parameters
+    ----------
+    variant : str
+        The operator.
+    budget : str
+        One of ``BUDGETS``.
+
+    Raises
+    ------
+    InvalidInput
+        There is no such operator or budget.
+    """
+    if budget not in BUDGETS:
+        raise InvalidInput(f"budget: got {budget!r}, expected one of {', '.join(BUDGETS)}")
+    known = _cases(variant)
+    if budget == "quick":
+        return [c for c in known if c.name in QUICK or c.variant != "softmax"]
+    return [replace(c, draw=i) for i in range(NIGHTLY_DRAWS) for c in known] if budget == "nightly" else known
+
+
+def _cases(variant: str) -> list[Case]:
     v = variant_of(variant)
     found: list[Case] = []
     for family in v.families:

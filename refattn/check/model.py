@@ -62,6 +62,8 @@ class Model:
     chain : int
         The most products that are added one after another before they join a running sum: a sum of n numbers then
         passes through chain + n / chain additions, not n.
+    split : int
+        The fewest keys to a part whose answer is merged with the others' through lse; 0 where there is one part.
     group_sum : str
         The type in which dk and dv of the query heads of a group are added; "" is the accumulator.
     """
@@ -74,6 +76,7 @@ class Model:
     lse: str = "float32"
     subnormals: bool = True
     chain: int = 512
+    split: int = 0
     group_sum: str = ""
 
     def __post_init__(self) -> None:
@@ -85,6 +88,10 @@ class Model:
                 f"model: got exp_ulps={self.exp_ulps}, tile={self.tile} and chain={self.chain}, "
                 "expected more than 0, at least 1 and at least 1"
             )
+
+    def merges(self, n: int) -> int:
+        """Return how many parts n keys are merged from."""
+        return -(-n // self.split) if self.split else 0
 
     def depth(self, n: Any) -> Any:
         """Return how many additions a number passes through in a sum of n (a number or an array)."""

@@ -20,6 +20,7 @@ def parametrize_with_checks(
     model: Model | ModelFor | None = None,
     dtypes: Sequence[str] | None = None,
     only: str | None = None,
+    budget: str = "ci",
     expected_failures: Mapping[str, str] | None = None,
 ) -> Callable[[Any], Any]:
     """Give a test one item for each check of a kernel.
@@ -29,7 +30,7 @@ def parametrize_with_checks(
 
     Parameters
     ----------
-    kernel, variant, capabilities, model, dtypes, only
+    kernel, variant, capabilities, model, dtypes, only, budget
         As in :func:`refattn.check_kernel`.
     expected_failures : mapping
         From a check's name to the reason that it fails, e.g. ``{"poison/key-behind-mask[float32]": "#12"}``. It is
@@ -50,7 +51,7 @@ def parametrize_with_checks(
     from ..errors import InvalidInput
     from .runner import kernel_name, plan
 
-    items = plan(kernel, variant, capabilities=capabilities, model=model, dtypes=dtypes, only=only)
+    items = plan(kernel, variant, capabilities=capabilities, model=model, dtypes=dtypes, only=only, budget=budget)
     expected = dict(expected_failures or {})
     names = {i.name for i in items}
     for name, reason in expected.items():

@@ -96,7 +96,7 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
     var_d = (g2 * out).sum(1, keepdims=True) + cu * (g2 * o * o).sum(1, keepdims=True)
     x = dp - (dout * o).sum(1, keepdims=True)
     lse = np.where(slab.allowed.any(1), np.nan_to_num(s.lse, neginf=0.0), 0.0)[:, None]
-    var_p = var_w + cu * (2 * lse**2 + 4)
+    var_p = var_w + cu * ((2 + 2 * model.merges(k.shape[0])) * (lse**2 + 2))
     ds = weights * x * slope
     own = slope**2 * w2 * (x * x * (var_p + 2 * cu) + var_dp) + cu_p * ds * ds
     mean_k = (weights * slope) @ k

@@ -26,6 +26,7 @@ from .predict import predict
 from .report import Check, Report
 from .rules import verdicts
 
+LARGE = 2**14
 __all__ = ["Item", "check_kernel", "check_problem", "plan"]
 
 
@@ -39,20 +40,20 @@ class Item:
 
 
 @lru_cache(maxsize=1024)
-def _exact_case(variant: str, name: str, dtype: str) -> Answer:
-    case = next(c for c in cases(variant) if c.name == name)
+def _exact_case(case: Case, dtype: str) -> Answer:
     return _exact(case.problem(dtype))
 
 
 @lru_cache(maxsize=1024)
-def _exact_gradients(variant: str, name: str, dtype: str) -> Answer:
-    case = next(c for c in cases(variant) if c.name == name)
+def _exact_gradients(case: Case, dtype: str) -> Answer:
     return _exact(case.problem(dtype), case.arriving(dtype))
 
 
 def _exact(problem: Problem, dout: Any = None) -> Answer:
     """Return the exact answer, its enclosures far narrower than any bound."""
-    rounding = "float64" if dout is None and problem.variant == "softmax" else None  # faster than balls
+    large = problem.n_q * problem.n_k > LARGE
+    # faster than balls where no gradient needs an exact decision, or where there are many scores
+    rounding = "float64" if problem.variant == "softmax" and (dout is None or large) else None
     return replace(evaluate(problem, gradients=dout, rounding=rounding), balls={})
 
 
@@ -64,6 +65,7 @@ def check_kernel(
     capabilities: Capabilities | None = None,
     dtypes: Sequence[str] | None = None,
     only: str | None = None,
+    budget: str = "ci",
     name: str | None = None,
     version: str = "",
     progress: Callable[[Item], None] | None = None,
@@ -85,6 +87,8 @@ def check_kernel(
         Formats to check, by default all that the capabilities name.
     only : str
         Run only the checks whose name is this, or matches it as a shell pattern.
+    budget : str
+        "quick" (seconds), "ci" (every case) or "nightly" (every case in several draws).
     name, version : str
         What to call the kernel in the report.
     progress : callable
@@ -97,9 +101,9 @@ def check_kernel(
     Raises
     ------
     InvalidInput
-        An unknown variant or format, or `only` matches nothing.
+        An unknown variant, format or budget, or `only` matches nothing.
     """
-    items = plan(kernel, variant, model=model, capabilities=capabilities, dtypes=dtypes, only=only)
+    items = plan(kernel, variant, model=model, capabilities=capabilities, dtypes=dtypes, only=only, budget=budget)
     done = []
     for item in items:
         if progress is not None:
@@ -118,6 +122,7 @@ def plan(
     capabilities: Capabilities | None = None,
     dtypes: Sequence[str] | None = None,
     only: str | None = None,
+    budget: str = "ci",
 ) -> list[Item]:
     """Return the checks of a kernel without running them; the arguments are those of :func:`check_kernel`."""
     v = variant_of(variant)
@@ -129,7 +134,7 @@ def plan(
     wanted = tuple(dtypes or [d for d in FORMATS if d in able.dtypes])
     items = []
     for dtype in wanted:
-        for case in cases(variant):
+        for case in cases(variant, budget):
             if not case.dtypes or dtype in case.dtypes:
                 items.append(Item(f"{case.name}[{dtype}]", dtype, _case_run(kernel, able, chosen(dtype), case, dtype)))
                 if able.gradients and case.backward:
@@ -230,7 +235,7 @@ def _case_run(kernel: Kernel, able: Capabilities, model: Model, case: Case, dtyp
     def run() -> Check:
         problem = case.problem(dtype)
         others: dict[str, bool | None] = {}
-        answer = partial(_exact_case, case.variant, case.name, dtype)
+        answer = partial(_exact_case, case, dtype)
         lacks = able.missing(problem)
         if lacks:
             return _outside(name, lacks, lambda: _judge(kernel, problem, answer(), model, False, {}))
@@ -257,7 +262,7 @@ def _gradients_run(
         lacks = able.missing(problem)
         if lacks:
             return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
-        answer = _exact_gradients(case.variant, case.name, dtype)
+        answer = _exact_gradients(case, dtype)
         return _guard(name, lambda: _judge_gradients(kernel, problem, dout, answer, model, able.gradients))
 
     return run

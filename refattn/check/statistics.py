@@ -57,7 +57,7 @@ class Figures:
 
 
 def figures(
-    name: str, got: NDArray[Any], enclosure: Enclosure, bound: Float, variance: Float | None, dtype: str
+    name: str, got: NDArray[Any], enclosure: Enclosure, bound: Float, variance: Float | None, dtype: str, rows: int
 ) -> Figures:
     """Describe the errors of one array.
 
@@ -73,6 +73,8 @@ def figures(
         What is allowed, and what is predicted (None where nothing is).
     dtype : str
         The format of `got`.
+    rows : int
+        How many query rows there are: what a row's lse loses is common to all its keys.
     """
     x, form = np.asarray(got).astype(np.float64), format_of(dtype)
     exact = enclosure.mid
@@ -89,13 +91,14 @@ def figures(
     if variance is not None and (counted := fine & (variance > 0)).any():
         with np.errstate(all="ignore"):
             unit = np.where(counted, error / np.sqrt(variance), np.nan)
-            rows = unit.reshape(-1, unit.shape[-1])
-            rows = rows[np.isfinite(rows).any(1)]
-            square = np.nanmean(rows * rows, 1)
+            lines = unit.reshape(-1, unit.shape[-1])
+            lines = lines[np.isfinite(lines).any(1)]
+            square = np.nanmean(lines * lines, 1)
             rms = float(np.sqrt(square.mean()))
             bias = float(np.nanmean(unit * np.sign(exact)))
-        if len(square) >= FEWEST:
-            excess = bool(square.mean() - SIGMAS * square.std(ddof=1) / np.sqrt(len(square)) > WIDEST)
+        independent = min(len(square), rows)
+        if independent >= FEWEST:
+            excess = bool(square.mean() - SIGMAS * square.std(ddof=1) / np.sqrt(independent) > WIDEST)
     return Figures(
         name,
         rms,

@@ -116,7 +116,7 @@ KERNELS: dict[str, Entry] = {
             "",
             _load("tiled", "tiled"),
             Capabilities(frozenset({"float32", "float16", "bfloat16"}), FEATURES, lse=True, gradients=GRADIENTS),
-            flash,
+            lambda dtype: replace(flash(dtype), split=64),
         ),
         Entry(
             "torch-sdpa-flash",
