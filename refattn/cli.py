@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from rich.table import Table
 from . import __version__
 from .check.explain import explain as explain_report
 from .check.families import FAMILIES, cases
+from .check.isolated import Isolated
 from .check.kernels import KERNELS, Entry, find, found
 from .check.laws import LAWS
 from .check.report import VERDICTS, Check, Report, junit, machine, summary, versions
@@ -70,6 +73,7 @@ def main() -> None:
 @click.option(
     "--budget", default="ci", show_default=True, help="quick (seconds), ci (every case) or nightly (each in 8 draws)."
 )
+@click.option("--time-limit", type=float, help="Run each kernel in a process of its own, so many seconds for a call.")
 @click.option("--problem", "problem_file", help="Check on one problem, from a file of refattn.save_problem.")
 @click.option("--explain/--no-explain", default=True, help="Shrink a failure, and say what it looks like (seconds).")
 @click.option("--json", "json_file", help="Also write the reports to this file as JSON.")
@@ -80,6 +84,7 @@ def check(
     dtypes: tuple[str, ...],
     only: str | None,
     budget: str,
+    time_limit: float | None,
     problem_file: str | None,
     explain: bool,
     json_file: str | None,
@@ -107,6 +112,8 @@ def check(
     unknown = [d for d in dtypes if d not in FORMATS]
     if unknown:
         raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
+    if time_limit is not None:
+        entries = [replace(e, load=partial(Isolated, e.name, time_limit)) for e in entries]
     console = _console()
     reports: list[Report] = []
     try:

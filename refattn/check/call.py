@@ -118,7 +118,7 @@ def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, d
     given = {n: np.array(x, copy=True) for n, x in problem.arrays().items()}
     try:
         result = call(problem.replace(**given))
-    except UnsupportedProblem:
+    except (UnsupportedProblem, KernelError):
         raise
     except Exception as e:
         text = (str(e).strip().splitlines() or [""])[0]

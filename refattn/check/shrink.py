@@ -51,12 +51,15 @@ def shrink(problem: Problem, dout: Any, fails: Fails, seconds: float = 10.0) -> 
 
 def _steps(p: Problem, dout: Any) -> Iterator[Call]:
     """Yield smaller calls, those that take most away first."""
-    for i in range(len(p.segments()) if p.cu_seqlens_q is not None else 0):
-        rows, keys = p.segments()[i]
-        yield from _valid(_cut(p.replace(cu_seqlens_q=None, cu_seqlens_k=None), dout, rows=rows, keys=keys))
+    if p.cu_seqlens_q is not None:
+        yield from _shorter(p, dout)
     for name in ("bias", "allowed", "sink", "softcap", "window", "causal", "scale"):
         if getattr(p, name) is not None and not (name == "causal" and p.window is not None):
             yield from _valid((p.replace(**{name: None}), dout))
+    for side, width in enumerate(p.window or ()):
+        for narrow in (width // 2, width - 1) if width else ():
+            window = tuple(narrow if i == side else w for i, w in enumerate(p.window or ()))
+            yield from _valid((p.replace(window=window), dout))
     group = p.heads // p.heads_kv
     for name, size in (("batch", p.batch), ("heads", p.heads_kv)):
         for part in _halves(size):
@@ -104,22 +107,42 @@ def _simpler(p: Problem, dout: Any) -> Iterator[Call]:
             yield from _valid((p, whole) if name == "dout" else (p.replace(**{name: whole}), dout))
 
 
-def _cut(p: Problem, dout: Any, **parts: slice) -> Any:
-    """Return a function that makes the call with parts of its axes."""
+def _shorter(p: Problem, dout: Any) -> Iterator[Call]:
+    """Yield packed calls with one sequence alone, or dropped, or shorter."""
+    segments = p.segments()
+    for i, (rows, keys) in enumerate(segments):
+        yield from _valid(_cut(p.replace(cu_seqlens_q=None, cu_seqlens_k=None), dout, rows=rows, keys=keys))
+        n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
+        parts: list[tuple[slice, slice] | None] = [None] if len(segments) > 1 else []
+        parts += [(slice(rows.start + r.start, rows.start + r.stop), keys) for r in _halves(n_q)]
+        parts += [(rows, slice(keys.start + k.start, keys.start + k.stop)) for k in _halves(n_k)]
+        for part in parts:
+            kept = segments[:i] + ([] if part is None else [part]) + segments[i + 1 :]
+            at = [np.concatenate([np.arange(s[axis].start, s[axis].stop) for s in kept]) for axis in (0, 1)]
+            offsets = [np.cumsum([0, *(s[axis].stop - s[axis].start for s in kept)], dtype=np.int32) for axis in (0, 1)]
+            yield from _valid(_cut(p, dout, rows=at[0], keys=at[1], offsets=offsets))
+
+
+def _cut(p: Problem, dout: Any, offsets: Any = None, **parts: Any) -> Any:
+    """Return a function that makes the call with parts of its axes: slices or indices."""
 
     def make() -> Call:
         b, h, hk, i, j = (parts.get(n, slice(None)) for n in ("batch", "heads", "heads_kv", "rows", "keys"))
-        changed: dict[str, Any] = {"query": p.query[b, h, i], "key": p.key[b, hk, j], "value": p.value[b, hk, j]}
+        changed: dict[str, Any] = {"query": p.query[b][:, h][:, :, i]}
+        changed |= {n: getattr(p, n)[b][:, hk][:, :, j] for n in ("key", "value")}
         for name in ("bias", "allowed"):
             x = getattr(p, name)
             if x is not None:
-                at = tuple(s if n > 1 else slice(None) for s, n in zip((b, h, i, j), x.shape, strict=True))
-                changed[name] = x[at]
+                for axis, at in enumerate((b, h, i, j)):
+                    if x.shape[axis] > 1:
+                        x = x[(slice(None),) * axis + (at,)]
+                changed[name] = x
         if p.sink is not None:
             changed["sink"] = p.sink[h]
-        return p.replace(**{n: np.ascontiguousarray(x) for n, x in changed.items()}), None if dout is None else dout[
-            b, h, i
-        ]
+        changed = {n: np.ascontiguousarray(x) for n, x in changed.items()}
+        if offsets is not None:
+            changed |= {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1]}
+        return p.replace(**changed), None if dout is None else dout[b][:, h][:, :, i]
 
     return make
 

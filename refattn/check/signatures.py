@@ -21,10 +21,16 @@ def signature(name: str, dtype: str = "float32") -> list[str]:
 
 def main() -> None:
     """Write the table."""
-    found = {name: signature(name) or signature(name, "bfloat16") for name in BUGS}
+    found, narrow = {}, []
+    for name in BUGS:
+        found[name] = signature(name)
+        if not found[name]:  # what only a narrow type shows
+            narrow.append(name)
+            found[name] = signature(name, "bfloat16")
     checks = sorted({c for names in found.values() for c in names})
     index = {c: i for i, c in enumerate(checks)}
-    table = {"checks": checks, "bugs": {bug: [index[c] for c in names] for bug, names in found.items()}}
+    bugs = {bug: [index[c] for c in names] for bug, names in found.items()}
+    table = {"checks": checks, "bfloat16": narrow, "bugs": bugs}
     write_text(SIGNATURES, json.dumps(table, separators=(",", ":")) + "\n")
 
 
