@@ -26,6 +26,7 @@ from .check.families import FAMILIES, cases
 from .check.isolated import Isolated
 from .check.kernels import KERNELS, Entry, find, found
 from .check.laws import LAWS
+from .check.page import page
 from .check.report import VERDICTS, Check, Report, junit, machine, summary, versions
 from .check.runner import Item, check_kernel, check_problem, plan
 from .cli_exact import exact
@@ -78,6 +79,7 @@ def main() -> None:
 @click.option("--explain/--no-explain", default=True, help="Shrink a failure, and say what it looks like (seconds).")
 @click.option("--json", "json_file", help="Also write the reports to this file as JSON.")
 @click.option("--junit", "junit_file", help="Also write the reports to this file as JUnit XML.")
+@click.option("--html", "html_file", help="Also write the reports to this file as one HTML page.")
 def check(
     kernels: tuple[str, ...],
     variant: str,
@@ -89,6 +91,7 @@ def check(
     explain: bool,
     json_file: str | None,
     junit_file: str | None,
+    html_file: str | None,
 ) -> None:
     """Judge KERNELS (all that are found here, if none is named) against the exact answer.
 
@@ -97,7 +100,7 @@ def check(
     """
     variant_of(variant)
     cases(variant, budget)
-    for target in (json_file, junit_file):
+    for target in (json_file, junit_file, html_file):
         if target is not None and not Path(target).resolve().parent.is_dir():
             raise InvalidInput(f"{target}: its folder does not exist; make it first")
     problem = None if problem_file is None else load_problem(problem_file)
@@ -130,6 +133,8 @@ def check(
         write_text(json_file, summary(reports))
     if junit_file is not None:
         write_text(junit_file, junit(reports))
+    if html_file is not None:
+        write_text(html_file, page(reports))
     _failures(console, reports)
     if explain and problem is None:
         _explain(console, entries, reports)
@@ -174,10 +179,6 @@ def _run(
             )
 
 
-def _dtype(check: Check) -> str:
-    return check.name[check.name.rindex("[") + 1 : -1]
-
-
 def _table(reports: Iterable[Report]) -> Table:
     table = Table(
         title="Attention kernels against the exact answer",
@@ -191,8 +192,8 @@ def _table(reports: Iterable[Report]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("verdict")
     for r in reports:
-        for dtype in dict.fromkeys(_dtype(c) for c in r.checks):
-            here = {v: [c for c in r.checks if _dtype(c) == dtype and c.verdict == v] for v in VERDICTS}
+        for dtype in dict.fromkeys(c.dtype for c in r.checks):
+            here = {v: [c for c in r.checks if c.dtype == dtype and c.verdict == v] for v in VERDICTS}
             counts = [str(len(x)) for x in here.values()]
             verdict = "[red]failed[/]" if here["failed"] else "[green]passed[/]" if here["passed"] else "nothing ran"
             share = r.correctly_rounded.get(dtype)
@@ -217,7 +218,7 @@ def _failures(console: Console, reports: list[Report]) -> None:
         for (_, _), group in groups.items():
             console.print(r.describe(group[0]), markup=False, soft_wrap=True)
             if len(group) > 1:
-                console.print(f"  the same in {', '.join(_dtype(c) for c in group[1:])}", markup=False, soft_wrap=True)
+                console.print(f"  the same in {', '.join(c.dtype for c in group[1:])}", markup=False, soft_wrap=True)
         if groups:
             console.print()
 
@@ -326,7 +327,7 @@ EXTRAS = {
     "fast": ("numba",),
     "cuda12 or cuda13": ("cupy",),
     "he": ("tenseal",),
-    "report": ("matplotlib", "jinja2"),
+    "report": ("matplotlib",),
     "distributed": ("joblib", "distributed"),
 }
 

@@ -86,6 +86,7 @@ def test_nothing_ran_is_2(kernels):
         (["check", "--variant", "power"], "error: kernel: no kernel here computes power"),
         (["check", "refattn-tiled", "--only", "nothing"], "error: only: no check of softmax is named 'nothing'"),
         (["check", "refattn-tiled", "--json", "/no/such/folder/x.json"], "its folder does not exist"),
+        (["check", "refattn-tiled", "--html", "/no/such/folder/x.html"], "its folder does not exist"),
         (["check", "refattn-tiled", "--problem", "/no/such/file"], "there is no such file"),
         (["check", "--tolerance", "1e-3"], "No such option"),
         (["show", "cosine"], "error: variant: got 'cosine'"),
@@ -111,6 +112,17 @@ def test_json_and_junit_are_written(kernels, tmp_path):
     assert set(whole) == {"kernels", "machine", "versions"}
     assert [k["passed"] for k in whole["kernels"]] == [False, True]
     assert xml.read_text().count("<testsuite ") == 2
+
+
+def test_the_page_is_written(kernels, tmp_path):
+    target = tmp_path / "r.html"
+    result = call("check", f"{kernels}:wrong", "refattn-tiled", "--only", "gaussian/plain*", "--html", target)
+    assert result.exit_code == 1
+    text = target.read_text()
+    assert "✗ failed" in text
+    assert "✓ passed" in text
+    assert "refattn-tiled" in text
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".html"] == ["r.html"]
 
 
 def test_a_problem_of_ones_own(kernels, tmp_path, make):

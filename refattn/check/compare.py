@@ -125,7 +125,7 @@ def compare(
     if not ratio.size:
         return Worst(name, 0.0, (), 0.0, 0.0, 0.0, 0, 0)
     rows = int(np.prod(answer.problem.out_shape[:3]))
-    whole = figures(name, got, enclosure, bound, variance, dtype, rows)
+    whole = figures(name, got, enclosure, ratio, variance, dtype, rows)
     empty = empty_rows(answer) if name in ("out", "lse") else np.zeros(x.shape, bool)
     symptoms = _symptoms(
         name, x, exact, failing, np.broadcast_to(empty[..., None], x.shape) if name == "out" else empty, answer

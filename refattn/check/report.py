@@ -56,6 +56,11 @@ class Check:
     rules: dict[str, bool | None] = field(default_factory=dict)
 
     @property
+    def dtype(self) -> str:
+        """The format, from the name's end."""
+        return self.name.rpartition("[")[2].rstrip("]")
+
+    @property
     def ratio(self) -> float:
         """Worst error in units of its bound; NaN where nothing was compared."""
         return math.nan if self.worst is None else self.worst.ratio
@@ -97,9 +102,7 @@ class Report:
 
     def worst(self, dtype: str | None = None) -> float:
         """Return the largest finite ratio (of one format)."""
-        ratios = [
-            c.ratio for c in self.checks if math.isfinite(c.ratio) and (dtype is None or c.name.endswith(f"[{dtype}]"))
-        ]
+        ratios = [c.ratio for c in self.checks if math.isfinite(c.ratio) and (dtype is None or c.dtype == dtype)]
         return max(ratios, default=math.nan)
 
     @property
@@ -109,7 +112,7 @@ class Report:
         for c in self.checks:
             for a in c.arrays:
                 if a.array == "out" and a.figures is not None:
-                    shares.setdefault(c.name.split("[")[-1].rstrip("]"), []).append(a.figures.correctly_rounded)
+                    shares.setdefault(c.dtype, []).append(a.figures.correctly_rounded)
         return {d: sum(x) / len(x) for d, x in sorted(shares.items())}
 
     def command(self, check: Check) -> str:

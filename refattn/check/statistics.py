@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from ..dtypes import format_of
 from ..exact.enclosure import Enclosure
 
-__all__ = ["Figures", "figures", "where"]
+__all__ = ["EDGES", "Figures", "bands", "figures", "where"]
 
 Float = NDArray[np.float64]
 BANDS = 16
+HEADS = 8
+EDGES = (0.0, 0.5, *(2.0**k for k in range(21)))
+"""Upper ends of the histogram's bins, in ulps; one more bin holds what is larger."""
 SIGMAS = 5.0
 """Standard errors above the limit that count as an excess: one right run in 3.5 million, if rows are independent."""
 WIDEST = (1 / 3) / 0.18033688
@@ -44,6 +47,13 @@ class Figures:
         Median and largest error in units in the last place of the exact value.
     by_head, by_row : tuple of float
         Worst error/bound by head, and by band of rows (of keys for dk and dv), at most ``BANDS`` of them.
+    shape : tuple of int
+        Of the array.
+    histogram : tuple of int
+        How many elements have an error of 0, at most 0.5, 1, 2, 4, ... 2**20 ulps (``EDGES``), and more or none.
+    map : tuple of tuples of tuples of float
+        Worst error/bound by band of heads (at most ``HEADS``), of rows and of columns (at most ``BANDS``); empty where
+        every element is right, which keeps reports of many checks small.
     """
 
     array: str
@@ -54,10 +64,13 @@ class Figures:
     ulps: tuple[float, float]
     by_head: tuple[float, ...]
     by_row: tuple[float, ...]
+    shape: tuple[int, ...] = ()
+    histogram: tuple[int, ...] = ()
+    map: tuple[tuple[tuple[float, ...], ...], ...] = ()
 
 
 def figures(
-    name: str, got: NDArray[Any], enclosure: Enclosure, bound: Float, variance: Float | None, dtype: str, rows: int
+    name: str, got: NDArray[Any], enclosure: Enclosure, ratio: Float, variance: Float | None, dtype: str, rows: int
 ) -> Figures:
     """Describe the errors of one array.
 
@@ -69,8 +82,10 @@ def figures(
         What the kernel returned.
     enclosure : Enclosure
         The exact values.
-    bound, variance : float64 arrays
-        What is allowed, and what is predicted (None where nothing is).
+    ratio : float64 array
+        Error over what is allowed; infinite where an element is wrong whatever its bound.
+    variance : float64 array or None
+        What is predicted (None where nothing is).
     dtype : str
         The format of `got`.
     rows : int
@@ -82,8 +97,6 @@ def figures(
     fine = np.isfinite(x) & np.isfinite(exact)
     with np.errstate(all="ignore"):
         error = np.where(fine, (x - exact) - enclosure.tail, 0.0)
-        ratio = np.where(error == 0, 0.0, np.abs(error) / bound)
-        ratio = np.where(fine, ratio, np.where((x == exact) | (np.isnan(x) & np.isnan(exact)), 0.0, np.inf))
         last = np.abs(error) / form.ulp_array(np.where(fine, exact, 1.0))
     use = fine & decided
     rounded = float((x[use] == value[use]).mean()) if use.any() else 1.0
@@ -108,15 +121,41 @@ def figures(
         (float(np.median(last[fine])), float(last[fine].max())) if fine.any() else (0.0, 0.0),
         _worst(ratio, 1 if ratio.ndim > 1 else 0),
         _worst(ratio, 2) if ratio.ndim > 2 else (),
+        ratio.shape,
+        _histogram(np.where(fine, last, np.where(ratio > 1, np.inf, 0.0))),
+        _map(ratio) if excess or (ratio > 1).any() else (),
     )
 
 
+def bands(n: int, most: int = BANDS) -> list[range]:
+    """Return n places as at most `most` bands of nearly equal width."""
+    return [range(int(x[0]), int(x[-1]) + 1) for x in np.array_split(np.arange(n), min(n, most)) if len(x)]
+
+
+def _banded(x: Float, axis: int, most: int = BANDS) -> Float:
+    """Return the largest value of each band along an axis."""
+    top: Float = np.maximum.reduceat(x, [b.start for b in bands(x.shape[axis], most)], axis)
+    return top
+
+
 def _worst(ratio: Float, axis: int) -> tuple[float, ...]:
-    """Return the largest ratio along an axis, in at most BANDS bands."""
     if not ratio.size:
         return ()
-    along = np.moveaxis(np.nan_to_num(ratio, nan=np.inf, posinf=np.inf), axis, 0).reshape(ratio.shape[axis], -1).max(1)
-    return tuple(float(x.max()) for x in np.array_split(along, min(BANDS, len(along))))
+    along = np.moveaxis(ratio, axis, 0).reshape(ratio.shape[axis], -1).max(1)
+    return tuple(float(x) for x in _banded(along, 0))
+
+
+def _map(ratio: Float) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    whole = ratio.reshape((1, -1) if ratio.ndim == 1 else ratio.shape)  # dsink has heads only
+    x = whole.reshape(*whole.shape, *(1,) * (4 - whole.ndim)).max(0)
+    for axis, most in enumerate((HEADS, BANDS, BANDS)):
+        x = _banded(x, axis, most)
+    return tuple(tuple(tuple(float(v) for v in row) for row in head) for head in x)
+
+
+def _histogram(ulps: Float) -> tuple[int, ...]:
+    at = np.searchsorted(EDGES, ulps.ravel())  # the first bin whose upper end is not below
+    return tuple(int(n) for n in np.bincount(at, minlength=len(EDGES) + 1))
 
 
 def where(name: str, failing: NDArray[np.bool_]) -> tuple[str, ...]:
