@@ -140,8 +140,9 @@ def test_a_problem_of_ones_own(kernels, tmp_path, make):
 def test_formats_that_fail_alike_are_told_once():
     result = call("check", "torch-sdpa-math", "--only", "poison/value-behind*")
     assert result.exit_code == 1
-    assert result.output.count("fails poison/value-behind-mask") == 1
-    assert "the same in float32, float16, bfloat16" in result.output
+    assert result.output.count("fails poison/value-behind-mask[float64]") == 1
+    assert result.output.count("fails poison/value-behind-mask/gradients[float64]") == 1
+    assert result.output.count("the same in float32, float16, bfloat16") == 2
 
 
 def test_list_show_and_doctor():

@@ -17,6 +17,8 @@ from .shrink import program, shrink
 
 __all__ = ["alike", "explain", "pattern", "shared"]
 
+LEAST = 10
+"""Checks that must have run before planted bugs can be told apart."""
 SMALL = 16
 """The largest axis of a call that is printed as a program."""
 SIGNATURES = Path(__file__).parent / "signatures.json"
@@ -112,6 +114,8 @@ def alike(report: Report, most: int = 3) -> tuple[tuple[str, float], ...]:
     ran = {c.name.rsplit("[", 1)[0] for c in report.checks if c.verdict != "unsupported"}
     seen = frozenset().union(*(pattern(report, d) for d in dtypes)) if dtypes else frozenset()
     scores = []
+    if len(ran) < LEAST:
+        return ()
     for bug, names in table.items():
         both, either = seen & names, (seen | names) & ran
         if both:

@@ -48,8 +48,8 @@ def verdicts(problem: Problem, got: NDArray[Any], exact: Float) -> dict[str, boo
         gap = np.abs(x - want)
         eager = np.abs(_eager(problem) - want)
 
-        def close(rtol: float, atol: float) -> bool:
-            return bool(((gap <= atol + rtol * np.abs(want)) | (x == want)).all())
+        def close(relative: float, absolute: float) -> bool:
+            return bool(((gap <= absolute + relative * np.abs(want)) | (x == want)).all())
 
         worst, limit = (float(a.max(initial=0.0)) for a in (gap, eager))  # NaN compares as their tests do: it fails
         size = float(np.sqrt((x * x).sum() * (want * want).sum()))

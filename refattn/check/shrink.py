@@ -89,7 +89,7 @@ def _halves(n: int) -> Iterator[slice]:
     seen = {(0, n)}
     for size in (n // 2, n - n // 4, n - 1):
         for start in (0, n - size):
-            if 0 < size and (start, start + size) not in seen:
+            if size > 0 and (start, start + size) not in seen:
                 seen.add((start, start + size))
                 yield slice(start, start + size)
 

@@ -95,7 +95,7 @@ def test_the_mean_of_the_values_is_recognised(make):
     got = a.out.astype(np.float32)
     got[:, :, 1] = p.value.mean(2)
     w = compare("out", got, a, bounds(a, flash("float32"))["out"], "float32")
-    assert w.symptoms == ("the mean of all values in a row without keys, must be 0 (16 of 80)",)
+    assert w.symptoms == ("the mean of all values in a row without keys, must be 0 (16 of 80)", "only in row 1 of 5")
 
 
 def test_overflow_of_the_format_itself_is_no_error(make):
