@@ -89,7 +89,29 @@ class Case:
 BUDGETS = ("quick", "ci", "nightly")
 """How much to run: a few cases that catch nearly all planted bugs, every case, every case in several draws."""
 NIGHTLY_DRAWS = 8
-QUICK = frozenset({"gaussian/everything"})
+QUICK = frozenset(
+    {
+        "empty/rows-allowed",
+        "gaussian/bias-for-all-rows",
+        "gaussian/dim-40",
+        "gaussian/everything",
+        "gaussian/softcap-bias",
+        "gaussian/window-both-sides-top-left",
+        "gaussian/window-lengths-differ",
+        "poison/key-behind-mask",
+        "poison/key-seen-by-some",
+        "poison/value-seen-by-some",
+        "ragged/keys-past-16-bits",
+        "ragged/no-keys",
+        "ragged/no-queries",
+        "ragged/packed-ends",
+        "ragged/rows-past-16-bits",
+        "shifted/below-sentinels-causal",
+        "shifted/large-sink",
+        "shifted/small",
+        "sparse/scale-zero",
+    }
+)
 """The cases of the quick budget (a greedy cover of what the planted bugs fail, each bug twice where it can be)."""
 
 

@@ -78,10 +78,11 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
     var_w = var_w + C * loss(model.scores, inside.precision) ** 2 * s.roundings**2
     tiles = np.ceil(k.shape[0] / model.tile)
     var_w = np.minimum(var_w + (inside.unit_roundoff * model.exp_ulps) ** 2 / 3 + (s.relative + tiles) * cu, 1.0)
+    merges = 4 * model.merges(k.shape[0])
     w2, v2, n = weights**2, v * v, slab.allowed.sum(1, keepdims=True)
     o = np.nan_to_num(o, posinf=0, neginf=0)
     moved = (w2 * var_w) @ v2 - 2 * o * ((w2 * var_w) @ v) + o * o * (w2 * var_w).sum(1, keepdims=True)
-    out = np.maximum(moved, 0) + cu_p * (w2 @ v2) + cu * (_dot(model, n, o, w2 @ v2) + (tiles + 3) * o * o)
+    out = np.maximum(moved, 0) + cu_p * (w2 @ v2) + cu * (_dot(model, n, o, w2 @ v2) + (tiles + 3 + merges) * o * o)
     # underflow: of a weight, of a product or a running sum
     tiny_w, tiny = (floor(form, model) ** 2 / 3 for form in (format_of(model.weights), inside))
     seen = slab.allowed.astype(np.float64)

@@ -6,27 +6,24 @@ import fnmatch
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 from ..arrays import to_numpy
 from ..dtypes import FORMATS
 from ..errors import InvalidInput, KernelError, UnsupportedProblem
-from ..exact.driver import Answer, evaluate
 from ..problem import Problem
 from ..variants import variant_of
 from .bounds import bounds
 from .call import Kernel, Result, call_gradients, call_kernel
 from .compare import Worst, compare
 from .families import Case, cases
-from .gradient_bounds import gradient_bounds
 from .laws import LAWS, Law, law_problem
 from .model import Capabilities, Model, ModelFor, flash
-from .predict import predict
 from .report import Check, Report
 from .rules import verdicts
+from .truth import Truth, exact, of_case, truth
 
-LARGE = 2**14
 __all__ = ["Item", "check_kernel", "check_problem", "plan"]
 
 
@@ -37,24 +34,6 @@ class Item:
     name: str
     dtype: str
     run: Callable[[], Check]
-
-
-@lru_cache(maxsize=1024)
-def _exact_case(case: Case, dtype: str) -> Answer:
-    return _exact(case.problem(dtype))
-
-
-@lru_cache(maxsize=1024)
-def _exact_gradients(case: Case, dtype: str) -> Answer:
-    return _exact(case.problem(dtype), case.arriving(dtype))
-
-
-def _exact(problem: Problem, dout: Any = None) -> Answer:
-    """Return the exact answer, its enclosures far narrower than any bound."""
-    large = problem.n_q * problem.n_k > LARGE
-    # faster than balls where no gradient needs an exact decision, or where there are many scores
-    rounding = "float64" if problem.variant == "softmax" and (dout is None or large) else None
-    return replace(evaluate(problem, gradients=dout, rounding=rounding), balls={})
 
 
 def check_kernel(
@@ -190,15 +169,13 @@ def check_problem(
     chosen = model_for(kernel, model)(problem.dtype)
     plain, called = problem.to("numpy"), kernel
     checks = [
-        _guard(f"{label}[{problem.dtype}]", lambda: _judge(called, plain, _exact(plain), chosen, False, {})),
+        _guard(f"{label}[{problem.dtype}]", lambda: _judge(called, plain, truth(plain, chosen), chosen, False, {})),
     ]
     if gradients is not None:
-        answer = _exact(plain, gradients)
+        dout = to_numpy(gradients)
+        name_of = f"{label}/gradients[{problem.dtype}]"
         checks.append(
-            _guard(
-                f"{label}/gradients[{problem.dtype}]",
-                lambda: _judge_gradients(called, plain, to_numpy(gradients), answer, chosen, frozenset()),
-            )
+            _guard(name_of, lambda: _judge_gradients(called, plain, dout, truth(plain, chosen, dout), frozenset()))
         )
     models = {problem.dtype: asdict(chosen)}
     return Report(name or kernel_name(kernel), problem.variant, tuple(checks), models=models)
@@ -209,10 +186,10 @@ def failing(kernel: Kernel, model: Model, able: frozenset[str]) -> Callable[[Pro
 
     def fails(problem: Problem, dout: Any) -> bool:
         def judge() -> Iterator[Worst]:
-            answer = _exact(problem, dout)
+            known = truth(problem, model, dout)
             if dout is None:
-                return _judge(kernel, problem, answer, model, False, {})
-            return _judge_gradients(kernel, problem, dout, answer, model, able & set(answer.values))
+                return _judge(kernel, problem, known, model, False, {})
+            return _judge_gradients(kernel, problem, dout, known, able)
 
         return _guard("", judge).verdict == "failed"
 
@@ -235,11 +212,11 @@ def _case_run(kernel: Kernel, able: Capabilities, model: Model, case: Case, dtyp
     def run() -> Check:
         problem = case.problem(dtype)
         others: dict[str, bool | None] = {}
-        answer = partial(_exact_case, case, dtype)
+        known = partial(of_case, case, dtype, model, backward=False)
         lacks = able.missing(problem)
         if lacks:
-            return _outside(name, lacks, lambda: _judge(kernel, problem, answer(), model, False, {}))
-        check = _guard(name, lambda: _judge(kernel, problem, answer(), model, able.lse, others))
+            return _outside(name, lacks, lambda: _judge(kernel, problem, known(), model, False, {}))
+        check = _guard(name, lambda: _judge(kernel, problem, known(), model, able.lse, others))
         return replace(check, rules=others)
 
     return run
@@ -262,8 +239,8 @@ def _gradients_run(
         lacks = able.missing(problem)
         if lacks:
             return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
-        answer = _exact_gradients(case, dtype)
-        return _guard(name, lambda: _judge_gradients(kernel, problem, dout, answer, model, able.gradients))
+        known = of_case(case, dtype, model, backward=True)
+        return _guard(name, lambda: _judge_gradients(kernel, problem, dout, known, able.gradients))
 
     return run
 
@@ -280,7 +257,7 @@ def _law_run(
             return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
 
         def limit(p: Problem) -> dict[str, Any]:
-            return bounds(_exact(p), model)
+            return bounds(exact(p), model)
 
         return _guard(name, lambda: iter([law.test(lambda p: call_kernel(kernel, p), limit, problem)]))
 
@@ -288,36 +265,33 @@ def _law_run(
 
 
 def _judge(
-    kernel: Kernel, problem: Problem, answer: Answer, model: Model, lse: bool, others: dict[str, bool | None]
+    kernel: Kernel, problem: Problem, known: Truth, model: Model, lse: bool, others: dict[str, bool | None]
 ) -> Iterator[Worst]:
     """Yield the worst element of each array; note what other rules say of out."""
     result: Result = call_kernel(kernel, problem)
-    limit = bounds(answer, model)
+    answer, allowed = known.answer, known.allowed
     if problem.variant == "softmax":
         others.update(verdicts(problem, result.out, answer.enclosures["out"].mid))
-    variance = predict(answer, model)["out"] if problem.variant == "softmax" else None
-    yield compare("out", result.out, answer, limit["out"], problem.dtype, variance)
-    if result.lse is not None and "lse" in limit:
+    yield compare("out", result.out, answer, allowed["out"], problem.dtype, known.variance.get("out"))
+    if result.lse is not None and "lse" in allowed:
         got = result.lse.dtype.name
         if FORMATS[got].precision < FORMATS[model.lse].precision:
             raise KernelError(f"lse: got dtype {got}, expected {model.lse} as its model says")
-        yield compare("lse", result.lse, answer, limit["lse"], got)
+        yield compare("lse", result.lse, answer, allowed["lse"], got)
     elif lse:
         raise KernelError("the kernel returned no lse, but its capabilities name it; return (out, lse)")
 
 
 def _judge_gradients(
-    kernel: Kernel, problem: Problem, dout: Any, answer: Answer, model: Model, able: frozenset[str]
+    kernel: Kernel, problem: Problem, dout: Any, known: Truth, able: frozenset[str]
 ) -> Iterator[Worst]:
     """Yield the worst element of each gradient."""
     result = call_gradients(kernel, problem, dout)
-    missing = sorted((able & set(answer.values)) - set(result))
+    missing = sorted((able & set(known.answer.values)) - set(result))
     if missing:
         raise KernelError(f"gradients: the kernel returned no {missing[0]}, but its capabilities name it")
-    limit = gradient_bounds(answer, model, dout, bounds(answer, model))
-    variance = predict(answer, model, dout)
     for name, got in result.items():
-        yield compare(name, got, answer, limit[name], got.dtype.name, variance.get(name))
+        yield compare(name, got, known.answer, known.allowed[name], got.dtype.name, known.variance.get(name))
 
 
 def _guard(name: str, judge: Callable[[], Iterator[Worst]]) -> Check:

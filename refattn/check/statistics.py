@@ -109,7 +109,7 @@ def figures(
             square = np.nanmean(lines * lines, 1)
             rms = float(np.sqrt(square.mean()))
             bias = float(np.nanmean(unit * np.sign(exact)))
-        independent = min(len(square), rows)
+        independent = min(rows, _independent(lines))
         if independent >= FEWEST:
             excess = bool(square.mean() - SIGMAS * square.std(ddof=1) / np.sqrt(independent) > WIDEST)
     return Figures(
@@ -136,6 +136,17 @@ def _banded(x: Float, axis: int, most: int = BANDS) -> Float:
     """Return the largest value of each band along an axis."""
     top: Float = np.maximum.reduceat(x, [b.start for b in bands(x.shape[axis], most)], axis)
     return top
+
+
+def _independent(lines: Float) -> float:
+    """Return how many of the lines of errors are independent: from how they lie in the space of columns.
+
+    For k independent lines of c columns, (sum of squares)^2 over the square of the Gram matrix is k c / (k + c).
+    """
+    x = np.nan_to_num(lines)
+    c, gram = x.shape[1], x.T @ x
+    r = float(np.trace(gram) ** 2 / max(float((gram * gram).sum()), 1e-300))
+    return min(float(len(x)), r * c / (c - r)) if r < c else float(len(x))
 
 
 def _worst(ratio: Float, axis: int) -> tuple[float, ...]:

@@ -1,0 +1,129 @@
+"""How good the checker is: planted bugs caught, right runs failed, sharpness of the bound, what other rules accept.
+
+Floor: a checker that catches everything and fails nothing has 1 and 0. The bound cannot be sharper than the worst a
+right kernel meets; the predicted rms is 1 for a kernel whose roundings are independent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from refattn.arrays import from_float64
+from refattn.bench import Row
+from refattn.check import Capabilities, check_kernel
+from refattn.check.bugs import BUGS, broken
+from refattn.check.call import call_gradients, call_kernel
+from refattn.check.compare import compare
+from refattn.check.families import QUICK, cases
+from refattn.check.kernels.tiled import gradients, tiled
+from refattn.check.model import GRADIENTS, Model, flash
+from refattn.check.rules import RULES
+from refattn.check.truth import truth
+from refattn.dtypes import FORMATS
+from refattn.problem import Problem
+
+TYPES = ("float32", "bfloat16")
+RIGHT = ("float32", "float16", "bfloat16", "float8_e4m3fn")
+RUNS = 200
+
+
+def able(dtype: str) -> Capabilities:
+    return Capabilities(frozenset({dtype}), lse=True, gradients=GRADIENTS)
+
+
+def planted() -> Iterator[Row]:
+    """The whole corpus, and what each rule says of the wrong outputs."""
+    caught, quick, wrong = 0, 0, 0
+    accepted = dict.fromkeys(RULES, 0)
+    asked = dict.fromkeys(RULES, 0)
+    for name in BUGS:
+        failed: set[str] = set()
+        for dtype in TYPES:
+            report = check_kernel(broken(name), capabilities=able(dtype), dtypes=[dtype])
+            for c in report.failures:
+                failed.add(c.name.split("[")[0].removesuffix("/gradients"))
+                if c.rules and any(a.array == "out" and not a.passed for a in c.arrays):
+                    wrong += 1
+                    for rule, said in c.rules.items():
+                        asked[rule] += said is not None
+                        accepted[rule] += said is True
+        caught += bool(failed)
+        quick += any(f in QUICK or f.startswith("law/") for f in failed)
+    yield Row(f"{len(BUGS)} planted bugs, caught by the ci budget", caught / len(BUGS), "share", at_least=1.0)
+    yield Row(f"{len(BUGS)} planted bugs, caught by the quick budget", quick / len(BUGS), "share", at_least=0.95)
+    yield Row("wrong outputs among the planted bugs' checks", wrong, "outputs")
+    for rule in RULES:
+        yield Row(f"wrong outputs that {rule} accepts", accepted[rule] / max(asked[rule], 1), "share")
+
+
+def right_runs() -> Iterator[Row]:
+    """Right kernels of any tile size, on fresh draws of every case."""
+    known = [c for c in cases("softmax", "nightly") if c.draw and "past-16" not in c.name]
+    for dtype in RIGHT:
+        rng = np.random.default_rng(0)
+        alarms, worst, rms = 0, 0.0, []
+        for _ in range(RUNS):
+            case = known[rng.integers(len(known))]
+            while case.dtypes and dtype not in case.dtypes:
+                case = known[rng.integers(len(known))]
+            tile = int(rng.choice([16, 32, 64, 128]))
+            found = _judged(case.problem(dtype), case.arriving(dtype) if case.backward else None, dtype, tile)
+            alarms += any(not w.passed for w in found)
+            worst = max([worst, *(w.ratio for w in found)])
+            rms += [w.figures.rms for w in found if w.figures is not None and w.figures.rms > 0]
+        yield Row(f"{dtype}: false alarms in {RUNS} right runs", alarms, "runs", at_most=0.0)
+        yield Row(f"{dtype}: worst error/bound of {RUNS} right runs", worst, "ratio", at_most=1.0)
+        yield Row(f"{dtype}: rms measured/predicted, median", float(np.median(rms)), "ratio")
+
+
+def _judged(p: Problem, dout: Any, dtype: str, tile: int) -> list[Any]:
+    model = Model(flash(dtype).accumulator, dtype, flash(dtype).accumulator, lse=flash(dtype).lse, split=64)
+    kernel: Any = partial(tiled, keys=tile)
+    known = truth(p, model)
+    out = call_kernel(kernel, p).out
+    found = [compare("out", out, known.answer, known.allowed["out"], dtype, known.variance["out"])]
+    if dout is not None:
+        kernel.gradients = partial(gradients, keys=tile)
+        known = truth(p, model, dout)
+        for name, x in call_gradients(kernel, p, dout).items():
+            of = known.variance.get(name)
+            found.append(compare(name, x, known.answer, known.allowed[name], x.dtype.name, of))
+    return found
+
+
+def sharpness() -> Iterator[Row]:
+    """Worst error/bound and rms of the tiled kernel as rows grow longer."""
+    for n in (64, 1024, 4096):
+        for dtype in ("float32", "float16", "bfloat16"):
+            rng, form = np.random.default_rng(n), FORMATS[dtype]
+            shapes = ((1, 1, 64, 64), (1, 1, n, 64), (1, 1, n, 64), (1, 1, 64, 64))
+            q, k, v, g = (from_float64(form.round_array(rng.standard_normal(s)), dtype) for s in shapes)
+            for w in _judged(Problem(q, k, v), g, dtype, 64):
+                at = f"n={n} {dtype} {w.array}"
+                yield Row(f"{at}, worst error/bound", w.ratio, "ratio", at_most=1.0)
+                if w.figures is not None:
+                    yield Row(f"{at}, rms measured/predicted", w.figures.rms, "ratio", at_most=1.5)
+
+
+def times() -> Iterator[Row]:
+    """Seconds of a whole check of one kernel in one format, exact answers included, in a fresh cache."""
+    from refattn.check.truth import _answer, of_case
+
+    for budget, bound in (("quick", 20.0), ("ci", 180.0)):
+        of_case.cache_clear()
+        _answer.cache_clear()
+        start = time.perf_counter()
+        check_kernel(tiled, capabilities=able("float32"), dtypes=["float32"], budget=budget)
+        yield Row(f"check of one kernel, float32, {budget}", time.perf_counter() - start, "s", at_most=bound)
+
+
+def rows() -> Iterator[Row]:
+    yield from times()
+    yield from sharpness()
+    yield from right_runs()
+    yield from planted()
