@@ -39,6 +39,8 @@ class Entry:
         From a format's name to its rounding model.
     named_only : str
         Why it runs only when it is named, "" where it always runs.
+    gpu : bool
+        Whether it needs an NVIDIA GPU.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Entry:
     capabilities: Capabilities
     model: ModelFor
     named_only: str = ""
+    gpu: bool = False
 
     def kernel(self) -> Kernel:
         """Return the kernel; one that we call by an adapter of ours raises outside its capabilities."""
@@ -55,7 +58,9 @@ class Entry:
 
     @property
     def here(self) -> bool:
-        """Tell whether its package can be imported."""
+        """Tell whether its package can be imported, and its GPU is there."""
+        if self.gpu and not Path("/dev/nvidia0").exists():
+            return False
         return not self.package or importlib.util.find_spec(self.package) is not None
 
     @property
@@ -101,6 +106,22 @@ def _torch_flash(dtype: str) -> Model:
     return (
         replace(model, exp_ulps=_FEXP_ERROR, subnormals=dtype != "bfloat16") if FORMATS[dtype].precision < 24 else model
     )
+
+
+def _cuda(dtype: str) -> Model:
+    """Return the model of a flash kernel on a GPU: ex2.approx is within 2**-22, and subnormal numbers are zero."""
+    ulps = 4.0 if FORMATS[dtype].precision <= 24 else 3.0
+    return replace(flash(dtype), exp_ulps=ulps, subnormals=False, group_sum=dtype)
+
+
+def _gpu(name: str, package: str, dtypes: str, features: str, lse: bool = False, named_only: str = "") -> Entry:
+    able = _able(dtypes, features, lse=lse, gradients="" if name == "cuda-triton" else "dq dk dv")
+    load = _load("cuda", name.removeprefix("cuda-").replace("-", "_"))
+    return Entry(name, package, load, able, _cuda, named_only, gpu=True)
+
+
+_HALF = "float16 bfloat16"
+_PLAIN = "causal_top_left grouped_heads scale"
 
 
 def _flushing(*dtypes: str) -> ModelFor:
@@ -158,6 +179,19 @@ KERNELS: dict[str, Entry] = {
             ),
             _flushing("float32", "bfloat16"),
         ),
+        _gpu("cuda-flash", "torch", _HALF, _PLAIN),
+        _gpu("cuda-efficient", "torch", f"float32 {_HALF}", f"{_PLAIN} bias allowed d_v_differs"),
+        _gpu("cuda-cudnn", "torch", _HALF, f"{_PLAIN} bias allowed d_v_differs"),
+        _gpu("cuda-math", "torch", f"float64 float32 {_HALF}", f"{_PLAIN} bias allowed d_v_differs"),
+        _gpu(
+            "cuda-flex",
+            "torch",
+            f"float32 {_HALF}",
+            f"{_PLAIN} causal_bottom_right bias allowed softcap d_v_differs",
+            named_only="it compiles a kernel for each shape, seconds each",
+        ),
+        _gpu("cuda-jax-cudnn", "jax", _HALF, f"{_PLAIN} bias allowed"),
+        _gpu("cuda-triton", "triton", f"float32 {_HALF}", f"{_PLAIN} causal_bottom_right", lse=True),
         Entry(
             "onnxruntime",
             "onnxruntime",
@@ -218,7 +252,9 @@ def find(name: str) -> list[Entry]:
     missing = [e for e in exact if not e.here]
     if missing:
         raise InvalidInput(
-            f"kernel: {name} needs the package {missing[0].package}; install it with "
+            f"kernel: {name} needs an NVIDIA GPU and the package {missing[0].package}"
+            if missing[0].gpu
+            else f"kernel: {name} needs the package {missing[0].package}; install it with "
             f"pip install 'refattn[{missing[0].package}]'"
         )
     return exact

@@ -13,7 +13,7 @@ from ...errors import UnsupportedProblem
 from ...problem import Problem
 from .gradients import Gradients, by_name, with_gradients
 
-__all__ = ["flex", "flex_compiled", "sdpa_flash", "sdpa_math"]
+__all__ = ["attention_mask", "flex", "flex_compiled", "sdpa_flash", "sdpa_math"]
 
 
 def _by_autograd(backend: str, *tensors: str) -> Gradients:
@@ -31,23 +31,27 @@ def _by_autograd(backend: str, *tensors: str) -> Gradients:
     return gradients
 
 
-def _mask(problem: Problem) -> Any:
+def attention_mask(problem: Problem) -> Any:
     """Return the attn_mask argument: the boolean mask, or the bias with -inf where the mask is False."""
     import torch
 
-    p = problem.to("torch")
+    p = problem if problem.kind == "torch" else problem.to("torch")
     if p.bias is None:
         return p.allowed
     # the mask has the query's type, as scaled_dot_product_attention demands
     bias = p.bias.to(p.query.dtype)
-    return bias if p.allowed is None else torch.where(p.allowed, bias, torch.tensor(-torch.inf, dtype=bias.dtype))
+    return (
+        bias
+        if p.allowed is None
+        else torch.where(p.allowed, bias, torch.tensor(-torch.inf, dtype=bias.dtype, device=bias.device))
+    )
 
 
 def _sdpa(problem: Problem, backend: str) -> Any:
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    p, mask = problem.to("torch"), _mask(problem)
+    p, mask = problem.to("torch"), attention_mask(problem)
     if mask is not None and p.causal is not None:
         raise UnsupportedProblem("causal: scaled_dot_product_attention takes is_causal or attn_mask, not both")
     with sdpa_kernel(getattr(SDPBackend, backend)):
@@ -69,7 +73,7 @@ def sdpa_flash(problem: Problem) -> Any:
     import torch
 
     out = _sdpa(problem, "FLASH_ATTENTION")
-    p, mask = problem.to("torch"), _mask(problem)
+    p, mask = problem.to("torch"), attention_mask(problem)
     group = p.heads // p.heads_kv
     k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (p.key, p.value))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -1,0 +1,187 @@
+"""Kernels on an NVIDIA GPU: PyTorch's backends and flex_attention, JAX's cuDNN, and a Triton kernel of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays import to_kind, to_numpy
+from ...errors import UnsupportedProblem
+from ...problem import Problem
+from .gradients import by_name
+from .torch_sdpa import attention_mask
+
+__all__ = ["cudnn", "efficient", "flash", "flex", "jax_cudnn", "math", "triton"]
+
+NAMES = ("query", "key", "value")
+
+
+def _on_gpu(problem: Problem, gradients: bool) -> Problem:
+    p = problem.to("torch", "cuda")
+    return p.replace(**{n: getattr(p, n).detach().requires_grad_() for n in NAMES}) if gradients else p
+
+
+class _Torch:
+    """A backend of scaled_dot_product_attention, with its lse and its gradients."""
+
+    def __init__(self, backend: str, lse: Callable[[Any, Any], Any] | None = None) -> None:
+        self.backend, self.lse = backend, lse
+        self.__name__ = backend.lower()
+
+    def _out(self, p: Problem) -> Any:
+        import torch.nn.functional as F
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        mask = attention_mask(p)
+        if mask is not None and p.causal is not None:
+            raise UnsupportedProblem("causal: scaled_dot_product_attention takes is_causal or attn_mask, not both")
+        with sdpa_kernel(getattr(SDPBackend, self.backend)):
+            try:
+                return F.scaled_dot_product_attention(
+                    p.query, p.key, p.value, mask, is_causal=p.causal is not None, scale=p.scale,
+                    enable_gqa=p.heads != p.heads_kv,
+                )  # fmt: skip
+            except RuntimeError as e:
+                if "No available kernel" in str(e) or "No viable backend" in str(e):
+                    raise UnsupportedProblem(f"{self.backend}: PyTorch has no kernel for this call") from e
+                raise
+
+    def __call__(self, problem: Problem) -> Any:
+        p = _on_gpu(problem, False)
+        out = self._out(p)
+        if self.lse is None or p.heads != p.heads_kv:
+            return out
+        return out, self.lse(p, attention_mask(p))
+
+    def gradients(self, problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Return dq, dk and dv by autograd."""
+        import torch
+
+        p = _on_gpu(problem, True)
+        given = [getattr(p, n) for n in NAMES]
+        found = torch.autograd.grad(self._out(p), given, to_kind(dout, "torch", "cuda"))
+        return by_name(problem, map(to_numpy, found))
+
+
+def _flash_lse(p: Any, mask: Any) -> Any:
+    import torch
+
+    call = torch.ops.aten._scaled_dot_product_flash_attention
+    return call(p.query, p.key, p.value, 0.0, p.causal is not None, False, scale=p.scale)[1]
+
+
+def _efficient_lse(p: Any, mask: Any) -> Any:
+    import torch
+
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=p.query.dtype, device="cuda").masked_fill(~mask, -torch.inf)
+    if mask is not None:
+        mask = mask.expand(p.batch, p.heads, p.n_q, p.n_k).contiguous()
+    call = torch.ops.aten._scaled_dot_product_efficient_attention
+    lse = call(p.query, p.key, p.value, mask, True, 0.0, p.causal is not None, scale=p.scale)[1]
+    return lse[:, :, : p.n_q].contiguous()  # it is padded
+
+
+flash = _Torch("FLASH_ATTENTION", _flash_lse)
+efficient = _Torch("EFFICIENT_ATTENTION", _efficient_lse)
+cudnn = _Torch("CUDNN_ATTENTION")
+math = _Torch("MATH")
+
+
+def _flex_out(p: Problem) -> Any:
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if 0 in (p.n_q, p.n_k):
+        raise UnsupportedProblem("seq: flex_attention refuses an axis of length 0")
+    corner = p.n_k - p.n_q if p.causal == "bottom_right" else 0
+    allowed = None if p.allowed is None else p.allowed.expand(p.batch, p.heads, p.n_q, p.n_k)
+    bias = None if p.bias is None else p.bias.expand(p.batch, p.heads, p.n_q, p.n_k)
+
+    def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
+        yes = j - i - corner <= 0 if p.causal is not None else j >= 0
+        return yes if allowed is None else yes & allowed[b, h, i, j]
+
+    def score(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        if p.softcap is not None:
+            s = torch.tanh(s / p.softcap) * p.softcap
+        return s if bias is None else s + bias[b, h, i, j]
+
+    torch._dynamo.reset()
+    blocks = create_block_mask(seen, p.batch, p.heads, p.n_q, p.n_k, device="cuda")
+    call = torch.compile(flex_attention, dynamic=False)
+    return call(
+        p.query, p.key, p.value, score_mod=score, block_mask=blocks, scale=p.scale, enable_gqa=p.heads != p.heads_kv
+    )
+
+
+class _Flex:
+    """PyTorch's compiled flex_attention."""
+
+    __name__ = "flex"
+
+    def __call__(self, problem: Problem) -> Any:
+        return _flex_out(_on_gpu(problem, False))
+
+    def gradients(self, problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Return dq, dk and dv by autograd."""
+        import torch
+
+        p = _on_gpu(problem, True)
+        found = torch.autograd.grad(_flex_out(p), [getattr(p, n) for n in NAMES], to_kind(dout, "torch", "cuda"))
+        return by_name(problem, map(to_numpy, found))
+
+
+flex = _Flex()
+
+
+def _jax_call(problem: Problem) -> tuple[Any, tuple[Any, ...]]:
+    import jax
+
+    p = problem.to("jax")
+    given = tuple(getattr(p, n).swapaxes(1, 2) for n in NAMES)
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        out = jax.nn.dot_product_attention(
+            q, k, v, bias=p.bias, mask=p.allowed, scale=p.scale, is_causal=p.causal is not None, implementation="cudnn"
+        )
+        return out.swapaxes(1, 2)
+
+    return call, given
+
+
+class _JaxCudnn:
+    """JAX's dot_product_attention through cuDNN."""
+
+    __name__ = "jax_cudnn"
+
+    def __call__(self, problem: Problem) -> Any:
+        call, given = _jax_call(problem)
+        return call(*given)
+
+    def gradients(self, problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Return dq, dk and dv by jax.vjp."""
+        import jax
+
+        call, given = _jax_call(problem)
+        found = jax.vjp(call, *given)[1](to_kind(dout, "jax"))
+        return by_name(problem, (to_numpy(x.swapaxes(1, 2)) for x in found))
+
+
+jax_cudnn = _JaxCudnn()
+
+
+def triton(problem: Problem) -> Any:
+    """Return what a plain Triton forward kernel gives (:mod:`.triton_forward`), and its lse."""
+    from .triton_forward import attention
+
+    p = problem.to("torch", "cuda")
+    if 0 in (p.n_q, p.n_k):
+        raise UnsupportedProblem("seq: an axis of length 0")
+    group = p.heads // p.heads_kv
+    scale = float(p.scale if p.scale is not None else 1 / np.sqrt(p.d_k))
+    call: Any = attention
+    return call(p.query, p.key, p.value, scale, p.causal, group)
