@@ -46,7 +46,7 @@ def bounds(answer: Answer, model: Model) -> dict[str, Float]:
     -------
     dict
         ``out`` (b, h_q, n_q, d_v) and, where the operator has one, ``lse`` (b, h_q, n_q): absolute errors, float64.
-        0 where the contract fixes the value (rows without keys); NaN where the exact value is no number.
+        0 where the contract fixes the value (rows without keys, rows that are NaN).
     """
     problem = answer.problem
     out = np.zeros(problem.out_shape)

@@ -64,8 +64,9 @@ def call_kernel(kernel: Kernel, problem: Problem) -> Result:
         _expect("lse", lse, problem.out_shape[:3])
         if dtype_name(lse) not in FORMATS:
             raise KernelError(f"lse: got dtype {dtype_name(lse)}, expected one of {', '.join(FORMATS)}")
-    _own(given, out=out, lse=lse)
-    return Result(_numpy(out), None if lse is None else _numpy(lse))
+    result = Result(_numpy(out), None if lse is None else _numpy(lse))
+    _own(given, out=result.out, lse=result.lse)
+    return result
 
 
 SOURCES = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}
@@ -109,8 +110,9 @@ def call_gradients(kernel: Kernel, problem: Problem, dout: NDArray[Any]) -> dict
         _expect(name, x, tuple(source.shape))
         if dtype_name(x) != dtype_name(source):
             raise KernelError(f"{name}: got dtype {dtype_name(x)}, expected {SOURCES[name]}'s {dtype_name(source)}")
-    _own(given | {"dout": arriving}, **result)
-    return {name: _numpy(x) for name, x in result.items()}
+    found = {name: _numpy(x) for name, x in result.items()}
+    _own(given | {"dout": arriving}, **found)
+    return found
 
 
 def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, dict[str, NDArray[Any]]]:
@@ -133,7 +135,7 @@ def _own(given: dict[str, NDArray[Any]], **results: Any) -> None:
     """Refuse a result that is a view of an input."""
     for name, x in results.items():
         for source, a in given.items():
-            if isinstance(x, np.ndarray) and np.shares_memory(x, a):
+            if x is not None and np.shares_memory(x, a):
                 raise KernelError(f"{name}: shares memory with the input {source}; return an array of its own")
 
 

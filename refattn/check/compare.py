@@ -163,10 +163,11 @@ def _symptoms(
 
     finite = np.isfinite(exact)
     if name == "lse":
-        note(empty & np.isnan(x), "lse of a row without keys is NaN, must be -inf")
-        value = x[failing & empty]
-        if value.size and not np.isnan(value).all():
-            note(empty & ~np.isnan(x), f"lse of a row without keys is {value[~np.isnan(value)][0]:g}, must be -inf")
+        at = failing & empty
+        must = f"must be {exact[at][0]:g}" if at.any() else ""
+        note(empty & np.isnan(x), f"lse of a row without keys is NaN, {must}")
+        if (number := at & ~np.isnan(x)).any():
+            note(empty & ~np.isnan(x), f"lse of a row without keys is {x[number][0]:g}, {must}")
     elif name == "out":
         note(empty & np.isnan(x), "NaN in a row without keys, must be 0")
         filled = failing & empty & np.isfinite(x)
@@ -179,6 +180,7 @@ def _symptoms(
     note(~empty & finite & np.isinf(x), f"{cause}: inf where the exact value is finite")
     note(~empty & finite & np.isnan(x), f"{cause}: NaN where the exact value is finite")
     note(~empty & ~finite & np.isfinite(x), "a finite number where NaN or inf must show")
+    note(~empty & ~finite & ~np.isfinite(x), "another infinity or NaN than the exact one")
     note(~empty & finite & np.isfinite(x), "error above the bound")
     return tuple(found)
 

@@ -125,7 +125,7 @@ def _head(
     x = np.abs(dp - d)
     ds = weights * x
     lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds) * slab.allowed
-    _spread(slab, lost, "dbias", lost_ds + model.depth(_rows_of(slab)) * u * ds)
+    _spread(slab, lost, "dbias", lost_ds + model.depth(_spread_over(slab)) * u * ds)
     if "dsink" in lost and slab.sink is not None:
         _sink(slab, model, u, s.lse, d[:, 0], lost_lse, lost_d[:, 0], lost["dsink"])
     if p.softcap is not None:
@@ -145,6 +145,14 @@ def _head(
     lost_p = lost_p + u_p * weights
     lost["dv"][keys] += lost_p.T @ size + rows * u * (weights.T @ size) + tiny * (seen.T @ size)
     sums["dv"][keys] += weights.T @ size
+
+
+def _spread_over(slab: Slab) -> int:
+    """Return how many scores meet in one element of the bias's gradient, at most."""
+    p = slab.problem
+    full = (p.batch, p.heads, p.n_q, p.n_k)
+    shape = full if p.bias is None else p.bias.shape
+    return int(np.prod([n for n, m in zip(full, shape, strict=True) if m == 1]))
 
 
 def _rows_of(slab: Slab) -> int:
@@ -171,5 +179,5 @@ def _sink(slab: Slab, model: Model, u: float, lse: Any, d: Float, lost_lse: Floa
         + (2 * np.abs(np.where(live, lse, 0.0)) + abs(float(slab.sink or 0)) + model.exp_ulps + 3) * u
     )
     lost_p = lost_p + floor(format_of(model.accumulator), model)
-    n = model.depth(len(d)) + 3
+    n = model.depth(len(d) * slab.problem.batch) + 3
     lost[slab.head] += (lost_p * np.abs(d) + p * lost_d + n * u * p * np.abs(d)).sum()

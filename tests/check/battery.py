@@ -17,7 +17,7 @@ from refattn.dtypes import FORMATS
 
 from ..conftest import tensor
 
-MODULES = ("bounds", "call", "compare", "families", "gradient_bounds", "laws", "model", "predict", "runner")
+MODULES = ("bounds", "call", "compare", "families", "gradient_bounds", "laws", "model", "predict", "runner", "truth")
 U = 2.0**-24  # float32's unit roundoff
 
 
@@ -343,7 +343,7 @@ def trial_a_backward_call_keeps_its_contract(c):
 def run(c, kernel, backward=None, name="plain", **able):
     """Run the checks of one problem; return the report, and of each check verdict and message."""
     case = c.families.Case("mine", name, "softmax", lambda draw: problem(name))
-    c.runner.cases, c.runner.evaluate = lambda variant: [case], answer
+    c.runner.cases, c.truth.evaluate = lambda variant, budget: [case], answer
 
     def own(p):
         return kernel(p)

@@ -7,7 +7,8 @@ import pytest
 from refattn import Capabilities, check_kernel, masks
 from refattn.arrays import from_float64
 from refattn.check.builders import BUILDERS
-from refattn.check.kernels.tiled import TILE, tiled
+from refattn.check.kernels.tiled import SPLIT as TILE
+from refattn.check.kernels.tiled import tiled
 from refattn.check.model import FEATURES
 from refattn.dtypes import FORMATS
 from refattn.exact.slabs import slabs

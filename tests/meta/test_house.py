@@ -114,7 +114,12 @@ def test_every_module_has_its_names():
     for info in pkgutil.walk_packages(refattn.__path__, "refattn."):
         if info.name.endswith("__main__"):
             continue
-        module = importlib.import_module(info.name)
+        try:
+            module = importlib.import_module(info.name)
+        except ModuleNotFoundError as e:
+            if e.name not in (*HEAVY, "triton"):  # a kernel's package that is not here
+                raise
+            continue
         assert module.__doc__, info.name
         if hasattr(module, "__all__"):
             assert all(hasattr(module, n) for n in module.__all__), info.name

@@ -78,8 +78,10 @@ def _efficient_lse(p: Any, mask: Any) -> Any:
 
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=p.query.dtype, device="cuda").masked_fill(~mask, -torch.inf)
-    if mask is not None:
-        mask = mask.expand(p.batch, p.heads, p.n_q, p.n_k).contiguous()
+    if mask is not None:  # its rows must start at multiples of 16 bytes
+        wide = torch.zeros((p.batch, p.heads, p.n_q, -(-p.n_k // 8) * 8), dtype=mask.dtype, device="cuda")
+        wide[..., : p.n_k] = mask
+        mask = wide[..., : p.n_k]
     call = torch.ops.aten._scaled_dot_product_efficient_attention
     lse = call(p.query, p.key, p.value, mask, True, 0.0, p.causal is not None, scale=p.scale)[1]
     return lse[:, :, : p.n_q].contiguous()  # it is padded
@@ -153,6 +155,14 @@ def _jax_call(problem: Problem) -> tuple[Any, tuple[Any, ...]]:
     return call, given
 
 
+def _supported(call: Callable[[], Any]) -> Any:
+    """Call JAX; what it says it cannot do is unsupported."""
+    try:
+        return call()
+    except (NotImplementedError, ValueError) as e:
+        raise UnsupportedProblem(f"cudnn: {str(e).splitlines()[0]}") from e
+
+
 class _JaxCudnn:
     """JAX's dot_product_attention through cuDNN."""
 
@@ -160,14 +170,14 @@ class _JaxCudnn:
 
     def __call__(self, problem: Problem) -> Any:
         call, given = _jax_call(problem)
-        return call(*given)
+        return _supported(lambda: call(*given))
 
     def gradients(self, problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Return dq, dk and dv by jax.vjp."""
         import jax
 
         call, given = _jax_call(problem)
-        found = jax.vjp(call, *given)[1](to_kind(dout, "jax"))
+        found = _supported(lambda: jax.vjp(call, *given)[1](to_kind(dout, "jax")))
         return by_name(problem, (to_numpy(x.swapaxes(1, 2)) for x in found))
 
 
@@ -176,12 +186,12 @@ jax_cudnn = _JaxCudnn()
 
 def triton(problem: Problem) -> Any:
     """Return what a plain Triton forward kernel gives (:mod:`.triton_forward`), and its lse."""
-    from .triton_forward import attention
+    from .triton_forward import forward
 
     p = problem.to("torch", "cuda")
     if 0 in (p.n_q, p.n_k):
         raise UnsupportedProblem("seq: an axis of length 0")
     group = p.heads // p.heads_kv
     scale = float(p.scale if p.scale is not None else 1 / np.sqrt(p.d_k))
-    call: Any = attention
+    call: Any = forward
     return call(p.query, p.key, p.value, scale, p.causal, group)

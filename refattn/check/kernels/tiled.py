@@ -89,7 +89,7 @@ def _forward(c: _Call, b: int, h: int, i: slice, seq: tuple[slice, slice]) -> tu
         lse = both
     if c.sink is not None:
         whole = np.logaddexp(lse, c.sink[h])
-        out, lse = out * np.exp(lse - whole)[:, None], whole
+        out, lse = out * np.exp(lse - np.where(np.isneginf(whole), 0, whole))[:, None], whole
     for j in np.nonzero(~np.isfinite(c.values[b, c.head_kv(h), seq[1]]).all(1))[0] + seq[1].start:
         x = c.values[b, c.head_kv(h), j]
         seen = c.seen(b, h, i, slice(j, j + 1), seq)[:, 0]

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["attention"]
+__all__ = ["forward"]
 
 ROWS, KEYS = 64, 64
 
@@ -47,7 +47,7 @@ def _forward(q, k, v, out, lse, scale, corner, n_q, n_k, d, heads, group, causal
     tl.store(lse + head.to(tl.int64) * n_q + i, tl.where(z > 0, m + tl.log(z), float("-inf")), mask=i < n_q)
 
 
-def attention(q, k, v, scale, causal, group):
+def forward(q, k, v, scale, causal, group):
     """Return out and lse of (b, h, n, d) CUDA tensors; causal is None, "bottom_right" or "top_left"."""
     q, k, v = (x.contiguous() for x in (q, k, v))
     b, h, n_q, d = q.shape
