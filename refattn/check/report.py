@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import shlex
+import subprocess
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -194,12 +197,24 @@ def junit(reports: list[Report]) -> str:
 
 
 def machine() -> dict[str, str]:
-    """Return what machine this is."""
+    """Return what machine this is, its GPU, and the commit of the source tree where there is one."""
+    gpu = _said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    commit = os.environ.get("REFATTN_COMMIT") or _said("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
     return {
         "system": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),
+        **({"gpu": gpu} if gpu else {}),
+        **({"commit": commit} if commit else {}),
     }
+
+
+def _said(*command: str) -> str:
+    """Return what a command prints, "" where it is not here or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 PACKAGES = (
@@ -213,6 +228,7 @@ PACKAGES = (
     "onnxruntime",
     "openvino",
     "keras",
+    "triton",
     "cupy-cuda12x",
     "cupy-cuda13x",
     "tenseal",
