@@ -1,8 +1,8 @@
 """How exact the attention kernels found here are, forward and backward, on every case of the check.
 
-Floor: 0 failed checks, error/bound below 1, and an rms of 1 over what the kernel's roundings should give (less where its
-types are better than its model says). The bias is the mean error toward larger values over the predicted error: 0 for a
-kernel that rounds to nearest.
+Floor: 0 failed checks, error/bound below 1, and an rms of 1 over what the kernel's roundings should give (less where
+its types are better than its model says). The bias is the mean error toward larger values over the predicted error: 0
+for a kernel that rounds to nearest.
 """
 
 from __future__ import annotations

@@ -109,9 +109,9 @@ def _torch_flash(dtype: str) -> Model:
 
 
 def _cuda(dtype: str) -> Model:
-    """Return the model of a flash kernel on a GPU: ex2.approx is within 2**-22, and subnormal numbers are zero."""
+    """Return the model of a flash kernel on a GPU: ex2.approx is within 2**-22 and flushes subnormal float32 to zero."""
     ulps = 4.0 if FORMATS[dtype].precision <= 24 else 3.0
-    return replace(flash(dtype), exp_ulps=ulps, subnormals=False, group_sum=dtype)
+    return replace(flash(dtype), exp_ulps=ulps, subnormals=dtype == "float16", group_sum=dtype)
 
 
 def _gpu(name: str, package: str, dtypes: str, features: str, lse: bool = False, named_only: str = "") -> Entry:
