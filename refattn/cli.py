@@ -246,7 +246,7 @@ def _outside(console: Console, reports: list[Report], kernels: tuple[str, ...]) 
                 soft_wrap=True,
             )
     if not kernels:
-        missing = sorted({e.package for e in KERNELS.values() if not e.here})
+        missing = sorted({e.package for e in KERNELS.values() if not e.here and not e.gpu})
         if missing:
             console.print(
                 f"not here: {', '.join(missing)}; refattn doctor tells how to add them", markup=False, soft_wrap=True

@@ -110,6 +110,32 @@ def _split_and_merge(call: Call, bound: Bound, p: Problem) -> Worst:
     return _agree(merged, _out(call(p)), allowed, "two halves merged through lse differ from the whole")
 
 
+def _batch_independence(call: Call, bound: Bound, p: Problem) -> Worst:
+    other = p.replace(**{n: np.concatenate([x[:1], x[1:][::-1] * x.dtype.type(2)]) for n, x in p.arrays().items()})
+    x, y = (_out(call(a))[:1] for a in (p, other))
+    return _agree(x, y, 0.0, "what another batch holds changes the output")
+
+
+def _values_doubled(call: Call, bound: Bound, p: Problem) -> Worst:
+    twice = p.replace(value=(p.value * p.value.dtype.type(2)).astype(p.value.dtype))
+    return _agree(_out(call(twice)), 2 * _out(call(p)), 0.0, "values twice as large do not double the output")
+
+
+def _layout(call: Call, bound: Bound, p: Problem) -> Worst:
+    turned = {n: np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for n, x in p.arrays().items()}
+    return _agree(_out(call(p.replace(**turned))), _out(call(p)), 2 * bound(p)["out"], "strides change the output")
+
+
+def _bias_shifted(call: Call, bound: Bound, p: Problem) -> Worst:
+    moved = p.replace(bias=(p.bias + p.bias.dtype.type(4)).astype(p.bias.dtype))
+    allowed = bound(p)["out"] + bound(moved)["out"]
+    return _agree(_out(call(moved)), _out(call(p)), allowed, "a constant added to all scores changes the output")
+
+
+def _whole_bias(d: Draw) -> Problem:
+    return d.problem(bias=np.rint(2 * d.normal(1, 2, 37, 67)))  # so that the shift is exact in every format
+
+
 def _half_masked(d: Draw) -> Problem:
     allowed = np.ones((1, 1, 37, 66), bool)
     allowed[..., ::2, 33:] = False  # every second row sees nothing of the second half
@@ -125,6 +151,10 @@ LAWS = {
     for law in (
         Law("determinism", "the same call twice gives the same bits", lambda d: d.problem(65, 130), _determinism),
         Law("key_permutation", "the order of the keys does not matter", lambda d: d.problem(), _key_permutation),
+        Law("batch_independence", "a batch does not matter to another", lambda d: d.problem(b=3), _batch_independence),
+        Law("values_doubled", "the output is linear in the values", lambda d: d.problem(), _values_doubled),
+        Law("layout", "strides do not matter", lambda d: d.problem(b=2, h=3), _layout),
+        Law("bias_shifted", "a constant added to a row's scores does not matter", _whole_bias, _bias_shifted),
         Law("masked_keys_unread", "what stands behind the mask does not matter", _hidden_keys, _masked_keys_unread),
         Law(
             "grouped_heads", "grouped heads equal repeated key heads", lambda d: d.problem(h=6, h_kv=2), _grouped_heads

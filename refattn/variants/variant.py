@@ -28,7 +28,15 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
-COMMON_LAWS = ("determinism", "key_permutation", "masked_keys_unread", "grouped_heads")
+COMMON_LAWS = (
+    "determinism",
+    "key_permutation",
+    "masked_keys_unread",
+    "grouped_heads",
+    "batch_independence",
+    "values_doubled",
+    "layout",
+)
 COMMON_BUGS = (
     "zeroed_head",
     "own_key_dropped",

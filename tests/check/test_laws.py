@@ -3,6 +3,7 @@ import pytest
 
 from refattn import Capabilities, check_kernel
 from refattn.check import LAWS
+from refattn.check.bugs import broken
 from refattn.check.kernels.tiled import tiled
 from refattn.check.planted import plain
 
@@ -54,6 +55,33 @@ def test_heads_mapped_wrongly():
         return tiled(p.replace(key=p.key[:, at], value=p.value[:, at]))
 
     assert "grouped heads differ from repeated ones" in law(kernel, "grouped_heads").message
+
+
+def test_batches_that_meet():
+    def kernel(p):
+        out, lse = tiled(p)
+        return out + np.float32(1e-6) * p.query[-1:, :, :, :1], lse
+
+    assert "what another batch holds changes the output" in law(kernel, "batch_independence").message
+
+
+def test_values_that_saturate():
+    def kernel(p):
+        out, lse = tiled(p)
+        return np.clip(out, -0.5, 0.5), lse
+
+    assert "values twice as large do not double the output" in law(kernel, "values_doubled").message
+
+
+def test_strides_that_are_ignored():
+    assert "strides change the output" in law(broken("strides_ignored"), "layout").message
+
+
+def test_scores_that_are_not_shifted():
+    def kernel(p):
+        return tiled(p if p.bias is None else p.replace(bias=np.minimum(p.bias, np.float32(3))))
+
+    assert "a constant added to all scores changes the output" in law(kernel, "bias_shifted").message
 
 
 def test_an_lse_that_does_not_merge():

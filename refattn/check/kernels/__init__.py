@@ -109,7 +109,7 @@ def _torch_flash(dtype: str) -> Model:
 
 
 def _cuda(dtype: str) -> Model:
-    """Return the model of a flash kernel on a GPU: ex2.approx is within 2**-22 and flushes subnormal float32 to zero."""
+    """Return the model of a flash kernel on a GPU: ex2.approx is within 2**-22, subnormal float32 is zero."""
     ulps = 4.0 if FORMATS[dtype].precision <= 24 else 3.0
     return replace(flash(dtype), exp_ulps=ulps, subnormals=dtype == "float16", group_sum=dtype)
 
