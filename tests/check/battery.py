@@ -431,7 +431,11 @@ def trial_laws(c):
         return c.bounds.bounds(answer(p), c.model.flash("float32"))
 
     def law(name, kernel):
-        p = problem("law") if name != "key_permutation" else problem("plain")  # a mask would have to move along
+        p = problem("law")
+        if name == "key_permutation":  # a mask would have to move along
+            p = problem("plain")
+        elif name in ("batch_independence", "values_doubled", "layout", "bias_shifted"):
+            p = c.laws.law_problem(c.laws.LAWS[name], "float32", "softmax")
         return c.laws.LAWS[name].test(lambda p: c.call.call_kernel(kernel, p), bound, p)
 
     def every_other(value):
@@ -462,6 +466,9 @@ def trial_laws(c):
         ("key_permutation", first_dropped),
         ("masked_keys_unread", reads_hidden),
         ("grouped_heads", mapped),
+        ("batch_independence", lambda p: (t(p)[0] + p.query[-1:, :, :, :1], t(p)[1])),
+        ("values_doubled", lambda p: (np.clip(t(p)[0], -0.5, 0.5), t(p)[1])),
+        ("bias_shifted", lambda p: t(p.replace(bias=np.minimum(p.bias, np.float32(3))))),
         ("split_and_merge", lambda p: (t(p)[0], t(p)[1] * np.float32(1.4))),
         ("split_and_merge", lambda p: t(p)[0]),
     ):
