@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import format_of
 from ..exact.enclosure import Enclosure
+from .predict import C
 
 __all__ = ["EDGES", "Figures", "bands", "figures", "where"]
 
@@ -20,7 +21,7 @@ EDGES = (0.0, 0.5, *(2.0**k for k in range(21)))
 """Upper ends of the histogram's bins, in ulps; one more bin holds what is larger."""
 SIGMAS = 5.0
 """Standard errors above the limit that count as an excess: one right run in 3.5 million, if rows are independent."""
-WIDEST = (1 / 3) / 0.18033688
+WIDEST = (1 / 3) / C
 """The limit: variance of a rounding whose mantissas are all 1, over the predicted one, whose mantissas are spread."""
 FEWEST = 24
 TILES = (16, 32, 64, 128)

@@ -26,14 +26,9 @@ from .slabs import Slab
 from .stream import SLACK, Forward, Right, each, each_tile, forward_pass, norms, product_sizes
 from .tiers import ETA, UP, Bounded, Tier, gamma, head_bits
 
-__all__ = ["backward", "goes_back"]
+__all__ = ["backward"]
 
 Float = NDArray[np.float64]
-
-
-def goes_back(slab: Slab) -> bool:
-    """Tell whether this path knows a call: softmax attention without softcap."""
-    return stream.streams(slab)
 
 
 def backward(

@@ -13,7 +13,7 @@ from ..errors import UnsupportedProblem
 from ..problem import Problem
 from ..variants import variant_of
 from .arithmetics import Floats
-from .backward import backward, goes_back
+from .backward import backward
 from .doubledouble import U, two_sum
 from .keys import FEW, Rows, few_keys, rows_by_definition, rows_of
 from .slabs import Slab, matrix_of, slabs
@@ -145,7 +145,7 @@ def _tile(
 
 def _back(slab: Slab, dout: NDArray[np.float64]) -> bool:
     plain = _unit(slab.v) == _unit(dout[slab.batch, slab.head]) == _unit(slab.q) == _unit(slab.k) == 0
-    return plain and slab.k.shape[0] >= STREAM_FROM and goes_back(slab)
+    return plain and slab.k.shape[0] >= STREAM_FROM and streams(slab)
 
 
 def by_keys(problem: Problem, dout: NDArray[np.float64] | None) -> bool:

@@ -12,72 +12,61 @@ from ...arrays import to_kind, to_numpy
 from ...errors import UnsupportedProblem
 from ...problem import Problem
 from .gradients import by_name
-from .torch_sdpa import attention_mask
+from .torch_sdpa import additive, attention_mask, sdpa
 
 __all__ = ["cudnn", "efficient", "flash", "flex", "jax_cudnn", "math", "triton"]
 
 NAMES = ("query", "key", "value")
 
 
-def _on_gpu(problem: Problem, gradients: bool) -> Problem:
-    p = problem.to("torch", "cuda")
-    return p.replace(**{n: getattr(p, n).detach().requires_grad_() for n in NAMES}) if gradients else p
-
-
 class _Torch:
-    """A backend of scaled_dot_product_attention, with its lse and its gradients."""
+    """A kernel of PyTorch's: what it gives, its lse where it has one, and its gradients."""
 
-    def __init__(self, backend: str, lse: Callable[[Any, Any], Any] | None = None) -> None:
-        self.backend, self.lse = backend, lse
-        self.__name__ = backend.lower()
-
-    def _out(self, p: Problem) -> Any:
-        import torch.nn.functional as F
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        mask = attention_mask(p)
-        if mask is not None and p.causal is not None:
-            raise UnsupportedProblem("causal: scaled_dot_product_attention takes is_causal or attn_mask, not both")
-        with sdpa_kernel(getattr(SDPBackend, self.backend)):
-            try:
-                return F.scaled_dot_product_attention(
-                    p.query, p.key, p.value, mask, is_causal=p.causal is not None, scale=p.scale,
-                    enable_gqa=p.heads != p.heads_kv,
-                )  # fmt: skip
-            except RuntimeError as e:
-                if "No available kernel" in str(e) or "No viable backend" in str(e):
-                    raise UnsupportedProblem(f"{self.backend}: PyTorch has no kernel for this call") from e
-                raise
+    def __init__(self, name: str, out: Callable[[Problem], Any], lse: Callable[[Any], Any] | None = None) -> None:
+        self.__name__, self.out, self.lse = name, out, lse
 
     def __call__(self, problem: Problem) -> Any:
-        p = _on_gpu(problem, False)
-        out = self._out(p)
-        if self.lse is None or p.heads != p.heads_kv:
-            return out
-        return out, self.lse(p, attention_mask(p))
+        p = problem.to("torch", "cuda")
+        out = self.out(p)
+        return out if self.lse is None or p.heads != p.heads_kv else (out, self.lse(p))
 
     def gradients(self, problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Return dq, dk and dv by autograd."""
         import torch
 
-        p = _on_gpu(problem, True)
-        given = [getattr(p, n) for n in NAMES]
-        found = torch.autograd.grad(self._out(p), given, to_kind(dout, "torch", "cuda"))
+        p = problem.to("torch", "cuda")
+        leaves = {n: getattr(p, n).detach().requires_grad_() for n in NAMES}
+        found = torch.autograd.grad(
+            self.out(p.replace(**leaves)), list(leaves.values()), to_kind(dout, "torch", "cuda")
+        )
         return by_name(problem, map(to_numpy, found))
 
 
-def _flash_lse(p: Any, mask: Any) -> Any:
+def _backend(name: str) -> Callable[[Problem], Any]:
+    """Return a backend's call; what PyTorch has no kernel for is unsupported."""
+
+    def call(p: Problem) -> Any:
+        try:
+            return sdpa(p, name)
+        except RuntimeError as e:
+            if "No available kernel" in str(e) or "No viable backend" in str(e):
+                raise UnsupportedProblem(f"{name}: PyTorch has no kernel for this call") from e
+            raise
+
+    return call
+
+
+def _flash_lse(p: Any) -> Any:
     import torch
 
     call = torch.ops.aten._scaled_dot_product_flash_attention
     return call(p.query, p.key, p.value, 0.0, p.causal is not None, False, scale=p.scale)[1]
 
 
-def _efficient_lse(p: Any, mask: Any) -> Any:
+def _efficient_lse(p: Any) -> Any:
     import torch
 
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=p.query.dtype, device="cuda").masked_fill(~mask, -torch.inf)
+    mask = additive(attention_mask(p), p.query)
     if mask is not None:  # its rows must start at multiples of 16 bytes
         wide = torch.zeros((p.batch, p.heads, p.n_q, -(-p.n_k // 8) * 8), dtype=mask.dtype, device="cuda")
         wide[..., : p.n_k] = mask
@@ -87,10 +76,10 @@ def _efficient_lse(p: Any, mask: Any) -> Any:
     return lse[:, :, : p.n_q].contiguous()  # it is padded
 
 
-flash = _Torch("FLASH_ATTENTION", _flash_lse)
-efficient = _Torch("EFFICIENT_ATTENTION", _efficient_lse)
-cudnn = _Torch("CUDNN_ATTENTION")
-math = _Torch("MATH")
+flash = _Torch("flash", _backend("FLASH_ATTENTION"), _flash_lse)
+efficient = _Torch("efficient", _backend("EFFICIENT_ATTENTION"), _efficient_lse)
+cudnn = _Torch("cudnn", _backend("CUDNN_ATTENTION"))
+math = _Torch("math", _backend("MATH"))
 
 
 def _flex_out(p: Problem) -> Any:
@@ -120,24 +109,7 @@ def _flex_out(p: Problem) -> Any:
     )
 
 
-class _Flex:
-    """PyTorch's compiled flex_attention."""
-
-    __name__ = "flex"
-
-    def __call__(self, problem: Problem) -> Any:
-        return _flex_out(_on_gpu(problem, False))
-
-    def gradients(self, problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        """Return dq, dk and dv by autograd."""
-        import torch
-
-        p = _on_gpu(problem, True)
-        found = torch.autograd.grad(_flex_out(p), [getattr(p, n) for n in NAMES], to_kind(dout, "torch", "cuda"))
-        return by_name(problem, map(to_numpy, found))
-
-
-flex = _Flex()
+flex = _Torch("flex", _flex_out)
 
 
 def _jax_call(problem: Problem) -> tuple[Any, tuple[Any, ...]]:

@@ -13,7 +13,7 @@ from ...errors import UnsupportedProblem
 from ...problem import Problem
 from .gradients import Gradients, by_name, with_gradients
 
-__all__ = ["attention_mask", "flex", "flex_compiled", "sdpa_flash", "sdpa_math"]
+__all__ = ["additive", "attention_mask", "flex", "flex_compiled", "sdpa", "sdpa_flash", "sdpa_math"]
 
 
 def _by_autograd(backend: str, *tensors: str) -> Gradients:
@@ -24,7 +24,7 @@ def _by_autograd(backend: str, *tensors: str) -> Gradients:
 
         p = problem.to("torch")
         leaves = {n: x.detach().requires_grad_() for n, x in p.arrays().items() if n in tensors}
-        out = _sdpa(p.replace(**leaves), backend)
+        out = sdpa(p.replace(**leaves), backend)
         found = torch.autograd.grad(out, list(leaves.values()), to_kind(dout, "torch"))
         return by_name(problem, map(to_numpy, found))
 
@@ -35,19 +35,26 @@ def attention_mask(problem: Problem) -> Any:
     """Return the attn_mask argument: the boolean mask, or the bias with -inf where the mask is False."""
     import torch
 
-    p = problem if problem.kind == "torch" else problem.to("torch")
+    p = problem.to("torch")
     if p.bias is None:
         return p.allowed
     # the mask has the query's type, as scaled_dot_product_attention demands
     bias = p.bias.to(p.query.dtype)
-    return (
-        bias
-        if p.allowed is None
-        else torch.where(p.allowed, bias, torch.tensor(-torch.inf, dtype=bias.dtype, device=bias.device))
-    )
+    hidden = torch.tensor(-torch.inf, dtype=bias.dtype, device=bias.device)
+    return bias if p.allowed is None else torch.where(p.allowed, bias, hidden)
 
 
-def _sdpa(problem: Problem, backend: str) -> Any:
+def additive(mask: Any, like: Any) -> Any:
+    """Return a mask as scaled_dot_product_attention converts it for its operators: numbers of another tensor's type."""
+    import torch
+
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, -torch.inf)
+
+
+def sdpa(problem: Problem, backend: str) -> Any:
+    """Return what a backend gives, on the device of the problem's tensors."""
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -72,24 +79,22 @@ def sdpa_flash(problem: Problem) -> Any:
     """Return what the CPU flash backend gives, with the lse of the operator that it dispatches to."""
     import torch
 
-    out = _sdpa(problem, "FLASH_ATTENTION")
+    out = sdpa(problem, "FLASH_ATTENTION")
     p, mask = problem.to("torch"), attention_mask(problem)
     group = p.heads // p.heads_kv
     k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (p.key, p.value))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    if mask is not None and mask.dtype == torch.bool:  # as scaled_dot_product_attention converts it
-        mask = torch.zeros(mask.shape, dtype=p.query.dtype).masked_fill(~mask, -torch.inf)
     if 0 in (p.n_q, p.n_k):
         wide = torch.float64 if p.query.dtype == torch.float64 else torch.float32
         return out, torch.full(problem.out_shape[:3], -torch.inf, dtype=wide)
-    _, lse = flash(p.query, k, v, 0.0, p.causal is not None, attn_mask=mask, scale=p.scale)
+    _, lse = flash(p.query, k, v, 0.0, p.causal is not None, attn_mask=additive(mask, p.query), scale=p.scale)
     return out, lse
 
 
 @with_gradients(_by_autograd("MATH", "query", "key", "value", "bias"))
 def sdpa_math(problem: Problem) -> Any:
     """Return what the math backend gives."""
-    return _sdpa(problem, "MATH")
+    return sdpa(problem, "MATH")
 
 
 def _flex(problem: Problem, call: Any) -> Any:
