@@ -266,7 +266,8 @@ def list_(kernels: bool, checks: str | None) -> None:
         for case in cases(variant_of(checks).name):
             console.print(case.name, markup=False)
         for law in variant_of(checks).laws:
-            console.print(f"law/{law}", markup=False)
+            why = LAWS[law].named_only
+            console.print(f"law/{law}" + (f"  (only by --only 'law/{law}[DTYPE]': {why})" if why else ""), markup=False)
         return
     if kernels:
         table = Table("kernel", "package", "here", "formats", "features")

@@ -9,33 +9,76 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import FORMATS
 from ..problem import Problem
-from .call import Result
+from .call import SOURCES, Kernel, Result, call_gradients, call_kernel
 from .compare import Worst
 from .draw import Draw
+from .model import Capabilities, Model
+from .truth import exact, truth
 
-__all__ = ["LAWS", "Law"]
+__all__ = ["LAWS", "Asked", "Law", "law_problem"]
 
 Float = NDArray[np.float64]
-Call = Callable[[Problem], Result]
-Bound = Callable[[Problem], dict[str, Float]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A kernel that a law is tried on: what it answers, and what its arithmetic may lose."""
+
+    kernel: Kernel
+    model: Model
+    able: Capabilities
+
+    def result(self, p: Problem) -> Result:
+        """Return out and lse."""
+        return call_kernel(self.kernel, p)
+
+    def out(self, p: Problem) -> Float:
+        """Return out as float64."""
+        return self.result(p).out.astype(np.float64)
+
+    def gradients(self, p: Problem, dout: NDArray[Any]) -> dict[str, Float]:
+        """Return the gradients as float64."""
+        return {n: x.astype(np.float64) for n, x in call_gradients(self.kernel, p, dout).items()}
+
+    def allowed(self, p: Problem, dout: NDArray[Any] | None = None) -> dict[str, Float]:
+        """Return the bounds of out and lse, or with `dout` of the gradients."""
+        return truth(p, self.model, dout).allowed
 
 
 @dataclass(frozen=True)
 class Law:
-    """One relation: what it says, the problem to try it on, and the test.
+    """One relation.
 
-    ``test(call, bound, problem) -> Worst``: `call` runs the kernel, `bound` gives what its arithmetic may lose.
+    Attributes
+    ----------
+    name, statement : str
+        What it is called, and what it says.
+    problem : callable
+        Makes the call that it is tried on.
+    test : callable
+        ``test(asked, problem) -> Worst``.
+    needs : str
+        "", "lse", or the gradient without which it cannot be tried.
+    named_only : str
+        Why it runs only where it is named, "" where it always runs.
     """
 
     name: str
     statement: str
     problem: Callable[[Draw], Problem]
-    test: Callable[[Call, Bound, Problem], Worst]
-    needs_lse: bool = False
+    test: Callable[[Asked, Problem], Worst]
+    needs: str = ""
+    named_only: str = ""
+
+    def missing(self, able: Capabilities) -> list[str]:
+        """Return what it needs and the kernel does not have."""
+        there = able.lse if self.needs == "lse" else not self.needs or self.needs in able.gradients
+        return [] if there else [self.needs]
 
 
-def _agree(x: Float, y: Float, allowed: Float | float, text: str) -> Worst:
+def _agree(x: Float, y: Float, allowed: Float | float, text: str, array: str = "out") -> Worst:
     """Compare two answers; NaN agrees with NaN."""
     with np.errstate(all="ignore"):
         gap = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
@@ -45,7 +88,7 @@ def _agree(x: Float, y: Float, allowed: Float | float, text: str) -> Worst:
     failures = int((ratio > 1).sum())
     at = np.broadcast_to(np.asarray(allowed, np.float64), x.shape)[place]
     return Worst(
-        "out",
+        array,
         float(ratio[place]),
         place,
         float(x[place]),
@@ -57,79 +100,157 @@ def _agree(x: Float, y: Float, allowed: Float | float, text: str) -> Worst:
     )
 
 
-def _out(result: Result) -> Float:
-    return result.out.astype(np.float64)
+def _determinism(ask: Asked, p: Problem) -> Worst:
+    return _agree(ask.out(p), ask.out(p), 0.0, "two runs on the same input differ")
 
 
-def _determinism(call: Call, bound: Bound, p: Problem) -> Worst:
-    return _agree(_out(call(p)), _out(call(p)), 0.0, "two runs on the same input differ")
-
-
-def _key_permutation(call: Call, bound: Bound, p: Problem) -> Worst:
+def _key_permutation(ask: Asked, p: Problem) -> Worst:
     order = np.random.default_rng(0).permutation(p.n_k)
     moved = p.replace(key=p.key[:, :, order], value=p.value[:, :, order])
-    return _agree(
-        _out(call(moved)), _out(call(p)), bound(p)["out"] + bound(moved)["out"], "the order of the keys matters"
-    )
+    limit = ask.allowed(p)["out"] + ask.allowed(moved)["out"]
+    return _agree(ask.out(moved), ask.out(p), limit, "the order of the keys matters")
 
 
-def _masked_keys_unread(call: Call, bound: Bound, p: Problem) -> Worst:
+def _masked_keys_unread(ask: Asked, p: Problem) -> Worst:
     hidden = ~p.allowed.any((0, 1, 2))
     key, value = p.key.copy(), p.value.copy()
     key[:, :, hidden], value[:, :, hidden] = 3, -7
-    return _agree(
-        _out(call(p.replace(key=key, value=value))), _out(call(p)), 0.0, "a key that no row may see changes the output"
-    )
+    text = "a key that no row may see changes the output"
+    return _agree(ask.out(p.replace(key=key, value=value)), ask.out(p), 0.0, text)
 
 
-def _grouped_heads(call: Call, bound: Bound, p: Problem) -> Worst:
+def _grouped_heads(ask: Asked, p: Problem) -> Worst:
     group = p.heads // p.heads_kv
     wide = p.replace(key=np.repeat(p.key, group, axis=1), value=np.repeat(p.value, group, axis=1))
-    return _agree(_out(call(p)), _out(call(wide)), 2 * bound(p)["out"], "grouped heads differ from repeated ones")
+    limit = 2 * ask.allowed(p)["out"]
+    return _agree(ask.out(p), ask.out(wide), limit, "grouped heads differ from repeated ones")
 
 
-def _split_and_merge(call: Call, bound: Bound, p: Problem) -> Worst:
+def _split_and_merge(ask: Asked, p: Problem) -> Worst:
     """Halve the keys (one half masked for half of the rows) and merge the two answers through their lse."""
     half = p.n_k // 2
     parts = [
         p.replace(key=p.key[:, :, s], value=p.value[:, :, s], allowed=p.allowed[..., s])
         for s in (slice(half), slice(half, None))
     ]
-    results = [call(x) for x in parts]
-    limits = [bound(x) for x in parts]
+    results = [ask.result(x) for x in parts]
+    limits = [ask.allowed(x) for x in parts]
     if any(r.lse is None for r in results):
         return Worst("out", np.inf, (), np.nan, np.nan, 0.0, 1, 1, ("no lse was returned",))
-    lse = [np.asarray(r.lse).astype(np.float64) for r in results]
+    lse, out = ([x.astype(np.float64) for x in many] for many in zip(*((r.lse, r.out) for r in results), strict=True))
     with np.errstate(all="ignore"):
         total = np.logaddexp(*lse)[..., None]
         shares = [np.exp(x[..., None] - total) for x in lse]
-        merged = np.sum([s * np.where(s > 0, _out(r), 0) for s, r in zip(shares, results, strict=True)], axis=0)
-        apart = np.abs(_out(results[0]) - _out(results[1]))
-        slack = np.nan_to_num(limits[0]["lse"] + limits[1]["lse"])[..., None] * np.minimum(*shares) * apart
-        allowed = sum(s * b["out"] for s, b in zip(shares, limits, strict=True)) + 2 * slack + bound(p)["out"]
-    return _agree(merged, _out(call(p)), allowed, "two halves merged through lse differ from the whole")
+        merged = np.sum([s * np.where(s > 0, o, 0) for s, o in zip(shares, out, strict=True)], axis=0)
+        slack = np.nan_to_num(limits[0]["lse"] + limits[1]["lse"])[..., None] * np.minimum(*shares)
+        slack = 2 * slack * np.abs(out[0] - out[1])
+        allowed = sum(s * b["out"] for s, b in zip(shares, limits, strict=True)) + slack + ask.allowed(p)["out"]
+    return _agree(merged, ask.out(p), allowed, "two halves merged through lse differ from the whole")
 
 
-def _batch_independence(call: Call, bound: Bound, p: Problem) -> Worst:
+def _batch_independence(ask: Asked, p: Problem) -> Worst:
     other = p.replace(**{n: np.concatenate([x[:1], x[1:][::-1] * x.dtype.type(2)]) for n, x in p.arrays().items()})
-    x, y = (_out(call(a))[:1] for a in (p, other))
-    return _agree(x, y, 0.0, "what another batch holds changes the output")
+    return _agree(ask.out(p)[:1], ask.out(other)[:1], 0.0, "what another batch holds changes the output")
 
 
-def _values_doubled(call: Call, bound: Bound, p: Problem) -> Worst:
+def _batch_invariance(ask: Asked, p: Problem) -> Worst:
+    alone = [ask.out(p.replace(**{n: x[i : i + 1] for n, x in p.arrays().items()})) for i in range(p.batch)]
+    limit: Any = 0.0 if ask.able.batch_invariant else 2 * ask.allowed(p)["out"]
+    return _agree(np.concatenate(alone), ask.out(p), limit, "a batch alone gives another output than among others")
+
+
+def _values_doubled(ask: Asked, p: Problem) -> Worst:
     twice = p.replace(value=(p.value * p.value.dtype.type(2)).astype(p.value.dtype))
-    return _agree(_out(call(twice)), 2 * _out(call(p)), 0.0, "values twice as large do not double the output")
+    form, out = FORMATS[p.dtype], 2 * ask.out(p)
+    # among subnormal numbers twice a rounded number is one place from twice the number, rounded
+    step = form.smallest_subnormal if ask.model.subnormals else 2 * form.smallest_normal
+    limit = np.where(np.abs(out) < 4 * form.smallest_normal, step, 0.0)
+    return _agree(ask.out(twice), out, limit, "values twice as large do not double the output")
 
 
-def _layout(call: Call, bound: Bound, p: Problem) -> Worst:
+def _layout(ask: Asked, p: Problem) -> Worst:
     turned = {n: np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for n, x in p.arrays().items()}
-    return _agree(_out(call(p.replace(**turned))), _out(call(p)), 2 * bound(p)["out"], "strides change the output")
+    limit = 2 * ask.allowed(p)["out"]
+    return _agree(ask.out(p.replace(**turned)), ask.out(p), limit, "strides change the output")
 
 
-def _bias_shifted(call: Call, bound: Bound, p: Problem) -> Worst:
+def _bias_shifted(ask: Asked, p: Problem) -> Worst:
     moved = p.replace(bias=(p.bias + p.bias.dtype.type(4)).astype(p.bias.dtype))
-    allowed = bound(p)["out"] + bound(moved)["out"]
-    return _agree(_out(call(moved)), _out(call(p)), allowed, "a constant added to all scores changes the output")
+    limit = ask.allowed(p)["out"] + ask.allowed(moved)["out"]
+    return _agree(ask.out(moved), ask.out(p), limit, "a constant added to all scores changes the output")
+
+
+def _gradient_steps(ask: Asked, p: Problem) -> Worst:
+    """Move one input a step: dout·out changes by the step times the mean of the gradients at both ends.
+
+    That is the trapezoid rule; what it leaves out is known from the exact answer, and allowed. The step is twice the
+    cube root of a rounding, where roundings and what is left out meet.
+    """
+    d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
+    dout, size = d.tensor(d.normal(*p.out_shape)), 2 * d.form.unit_roundoff ** (1 / 3)
+    start, found = _Loss.of(ask, p, dout), []
+    for name in sorted(ask.able.gradients & {"dq", "dk", "dv"}):
+        x = getattr(p, SOURCES[name])
+        slope = start.by[name]  # the change is largest along it
+        uphill = size * np.sign(np.where(np.isfinite(slope) & (slope != 0), slope, d.normal(*x.shape)))
+        moved = d.tensor(x.astype(np.float64) + uphill)
+        step = moved.astype(np.float64) - x.astype(np.float64)
+        end = _Loss.of(ask, p.replace(**{SOURCES[name]: moved}), dout)
+        change, expected = end.value - start.value, ((start.by[name] + end.by[name]) / 2 * step).sum((2, 3))
+        rule = ((start.true[name] + end.true[name]) / 2 * step).sum((2, 3))
+        group = p.heads // p.heads_kv if name != "dq" else 1
+        change, lost, true = (
+            a.reshape(p.batch, -1, group).sum(2)
+            for a in (change, start.lost + end.lost, end.exact_value - start.exact_value)
+        )
+        allowed = ((start.allowed[name] + end.allowed[name]) / 2 * np.abs(step)).sum((2, 3))
+        text = f"{name} is not the derivative of out along a step"
+        found.append(_agree(expected, change, lost + allowed + np.abs(true - rule), text, name))
+    return max(found, key=lambda w: w.ratio)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """dout·out by head, its gradients, what each may lose, and the exact ones."""
+
+    value: Float
+    exact_value: Float
+    lost: Float
+    by: dict[str, Float]
+    allowed: dict[str, Float]
+    true: dict[str, Float]
+
+    @classmethod
+    def of(cls, ask: Asked, p: Problem, dout: NDArray[Any]) -> _Loss:
+        wide = dout.astype(np.float64)
+        true = {n: x.mid for n, x in exact(p, dout).enclosures.items()}
+        value, exact_value = ((wide * x).sum((2, 3)) for x in (ask.out(p), true["out"]))
+        lost = (np.abs(wide) * ask.allowed(p)["out"]).sum((2, 3))
+        return cls(value, exact_value, lost, ask.gradients(p, dout), ask.allowed(p, dout), true)
+
+
+def _row_sums(name: str, axis: int, text: str) -> Callable[[Asked, Problem], Worst]:
+    """Return the law that a gradient sums to 0: a constant added to all scores of a row changes nothing."""
+
+    def test(ask: Asked, p: Problem) -> Worst:
+        d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
+        dout = d.tensor(d.normal(*p.out_shape))
+        total, limit = ask.gradients(p, dout)[name].sum(axis), ask.allowed(p, dout)[name].sum(axis)
+        return _agree(total, np.zeros_like(total), limit, text, name)
+
+    return test
+
+
+def _past_31_bits(ask: Asked, p: Problem) -> Worst:
+    """Repeat a few heads until their elements pass 2**31: the last ones must equal the first."""
+    many = -(-(LARGE + 1) // (p.n_k * p.d_k * p.heads)) + 1
+    whole = {n: np.tile(x, (1, many, 1, 1)) for n, x in p.arrays().items()}
+    out = ask.out(p.replace(**whole)).reshape(many, p.heads, p.n_q, p.d_v)
+    text = "heads past 2**31 elements differ from the same heads before"
+    return _agree(out[-2:], np.broadcast_to(ask.out(p), (2, *out.shape[1:])), 2 * ask.allowed(p)["out"], text)
+
+
+LARGE = 2**31
 
 
 def _whole_bias(d: Draw) -> Problem:
@@ -152,6 +273,12 @@ LAWS = {
         Law("determinism", "the same call twice gives the same bits", lambda d: d.problem(65, 130), _determinism),
         Law("key_permutation", "the order of the keys does not matter", lambda d: d.problem(), _key_permutation),
         Law("batch_independence", "a batch does not matter to another", lambda d: d.problem(b=3), _batch_independence),
+        Law(
+            "batch_invariance",
+            "a batch alone gives what it gives among others; the same bits where the capabilities say so",
+            lambda d: d.problem(2, 259, b=3),
+            _batch_invariance,
+        ),
         Law("values_doubled", "the output is linear in the values", lambda d: d.problem(), _values_doubled),
         Law("layout", "strides do not matter", lambda d: d.problem(b=2, h=3), _layout),
         Law("bias_shifted", "a constant added to a row's scores does not matter", _whole_bias, _bias_shifted),
@@ -164,15 +291,41 @@ LAWS = {
             "two halves of the keys, merged through lse, equal the whole",
             _half_masked,
             _split_and_merge,
-            True,
+            "lse",
+        ),
+        Law(
+            "gradient_steps",
+            "dq, dk and dv are the derivatives of out: a step changes out by what they say",
+            lambda d: d.problem(5, 19, h=2, d=8),
+            _gradient_steps,
+            "dq",
+        ),
+        Law(
+            "dk_sums",
+            "the rows of dS sum to 0, so dk sums to 0 over the keys",
+            lambda d: d.problem(),
+            _row_sums("dk", 2, "dk does not sum to 0 over the keys"),
+            "dk",
+        ),
+        Law(
+            "dbias_sums",
+            "the rows of dS sum to 0, so dbias sums to 0 over the keys",
+            _whole_bias,
+            _row_sums("dbias", 3, "a row of dbias does not sum to 0"),
+            "dbias",
+        ),
+        Law(
+            "past_31_bits",
+            "offsets past 2**31 elements do not matter",
+            lambda d: d.problem(2, 1024, h=61, d=64),
+            _past_31_bits,
+            named_only="it needs 8 to 20 GB, here and on the device",
         ),
     )
 }
 """The laws, by name."""
 
 
-def law_problem(law: Law, dtype: str, variant: str) -> Any:
+def law_problem(law: Law, dtype: str, variant: str) -> Problem:
     """Return the problem that a law is tried on."""
-    from ..dtypes import FORMATS
-
     return law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant))

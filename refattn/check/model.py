@@ -126,6 +126,8 @@ class Capabilities:
         Whether it returns the log-sum-exp.
     gradients : frozenset of str
         Those that its attribute ``gradients`` returns, out of ``GRADIENTS``.
+    batch_invariant : bool
+        Whether a batch gives the same bits alone and among others.
     """
 
     dtypes: frozenset[str] = frozenset({"float32"})
@@ -133,6 +135,7 @@ class Capabilities:
     d_max: int = 2**31
     lse: bool = False
     gradients: frozenset[str] = frozenset()
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", frozenset(self.dtypes))

@@ -14,15 +14,14 @@ from ..dtypes import FORMATS
 from ..errors import InvalidInput, KernelError, UnsupportedProblem
 from ..problem import Problem
 from ..variants import variant_of
-from .bounds import bounds
 from .call import Kernel, Result, call_gradients, call_kernel
 from .compare import Worst, compare
 from .families import Case, cases
-from .laws import LAWS, Law, law_problem
+from .laws import LAWS, Asked, Law, law_problem
 from .model import Capabilities, Model, ModelFor, flash
 from .report import Check, Report
 from .rules import verdicts
-from .truth import Truth, exact, of_case, truth
+from .truth import Truth, of_case, truth
 
 RAISED = "the kernel raised"
 __all__ = ["Item", "check_kernel", "check_problem", "plan"]
@@ -121,9 +120,9 @@ def plan(
                     name = f"{case.name}/gradients[{dtype}]"
                     items.append(Item(name, dtype, _gradients_run(kernel, able, chosen(dtype), case, dtype, name)))
         for law in (LAWS[n] for n in v.laws):
-            items.append(
-                Item(f"law/{law.name}[{dtype}]", dtype, _law_run(kernel, able, chosen(dtype), law, dtype, variant))
-            )
+            name = f"law/{law.name}[{dtype}]"
+            if not law.named_only or only == name:
+                items.append(Item(name, dtype, _law_run(kernel, able, chosen(dtype), law, dtype, variant)))
     if only is not None:
         items = [i for i in items if matches(i.name, only)]
         if not items:
@@ -254,14 +253,11 @@ def _law_run(
 
     def run() -> Check:
         problem = law_problem(law, dtype, variant)
-        lacks = able.missing(problem) + (["lse"] if law.needs_lse and not able.lse else [])
+        lacks = able.missing(problem) + law.missing(able)
         if lacks:
             return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
 
-        def limit(p: Problem) -> dict[str, Any]:
-            return bounds(exact(p), model)
-
-        return _guard(name, lambda: iter([law.test(lambda p: call_kernel(kernel, p), limit, problem)]))
+        return _guard(name, lambda: iter([law.test(Asked(kernel, model, able), problem)]))
 
     return run
 

@@ -63,7 +63,7 @@ SOFTMAX = Variant(
     "the sink logit as in StreamingLLM's softmax1 (arXiv 2309.17453, eq. 2), learnable in gpt-oss. "
     "Recalled, not read again.",
     uses=frozenset({"causal", "window", "softcap", "sink", "bias", "allowed"}),
-    laws=(*COMMON_LAWS, "split_and_merge", "bias_shifted"),
+    laws=(*COMMON_LAWS, "split_and_merge", "bias_shifted", "gradient_steps", "dk_sums", "dbias_sums"),
     bugs=(
         *COMMON_BUGS,
         "bias_ignored",

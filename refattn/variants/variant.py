@@ -34,6 +34,8 @@ COMMON_LAWS = (
     "masked_keys_unread",
     "grouped_heads",
     "batch_independence",
+    "batch_invariance",
+    "past_31_bits",
     "values_doubled",
     "layout",
 )

@@ -1,13 +1,17 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from refattn import Capabilities, check_kernel
-from refattn.check import LAWS
+from refattn.check import LAWS, laws
 from refattn.check.bugs import broken
-from refattn.check.kernels.tiled import tiled
+from refattn.check.kernels.tiled import gradients, tiled
+from refattn.check.model import GRADIENTS
 from refattn.check.planted import plain
+from refattn.check.runner import plan
 
-ABLE = Capabilities(lse=True)
+ABLE = Capabilities(lse=True, gradients=GRADIENTS, batch_invariant=True)
 
 
 def law(kernel, name, able=ABLE):
@@ -15,9 +19,85 @@ def law(kernel, name, able=ABLE):
     return check
 
 
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", [n for n, x in LAWS.items() if not x.named_only])
 def test_the_right_kernel_obeys(name):
     assert law(tiled, name).verdict == "passed"
+
+
+def backward(name, value):
+    """Return the tiled kernel with one gradient changed."""
+
+    def kernel(p):
+        return tiled(p)
+
+    def changed(p, dout):
+        found = gradients(p, dout)
+        return found | {name: value(found[name]).astype(found[name].dtype)}
+
+    kernel.gradients = changed
+    return kernel
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["dq", "dk", "dv"])
+def test_gradients_that_are_not_the_derivative(name, dtype):
+    able = replace(ABLE, dtypes=frozenset({dtype}))
+    for factor in (1, 0, 2, -1):
+        kernel = backward(name, lambda x, by=factor: x * x.dtype.type(by))
+        (check,) = check_kernel(kernel, only=f"law/gradient_steps[{dtype}]", capabilities=able).checks
+        assert check.verdict == ("passed" if factor == 1 else "failed"), factor
+        if factor != 1:
+            assert f"{name} is not the derivative of out along a step" in check.message
+
+
+def test_gradients_that_do_not_sum_to_zero():
+    kernel = backward("dk", lambda x: x + np.float32(0.01))
+    assert "dk does not sum to 0 over the keys (64 of 64)" in law(kernel, "dk_sums").message
+    kernel = backward("dbias", lambda x: x + np.float32(1e-4))
+    assert "a row of dbias does not sum to 0 (74 of 74)" in law(kernel, "dbias_sums").message
+
+
+def test_laws_of_gradients_need_them():
+    assert law(plain, "gradient_steps", Capabilities()).message == "not in its capabilities: dq"
+    assert law(plain, "dk_sums", Capabilities(gradients={"dq"})).message == "not in its capabilities: dk"
+
+
+def test_a_split_that_depends_on_the_batch():
+    def kernel(p):
+        return tiled(p, keys=32 if p.batch > 1 else 16)
+
+    assert law(kernel, "batch_invariance", Capabilities(lse=True)).verdict == "passed"  # within the bound
+    assert "a batch alone gives another output than among others" in law(kernel, "batch_invariance").message
+
+
+def test_subnormal_outputs_may_be_one_place_off():
+    """Among subnormal numbers 2·round(x) is not round(2x)."""
+    able = replace(ABLE, dtypes=frozenset({"float8_e4m3fn"}))
+    (check,) = check_kernel(tiled, only="law/values_doubled[float8_e4m3fn]", capabilities=able).checks
+    assert (check.verdict, check.ratio) == ("passed", 1.0)
+
+
+@pytest.fixture
+def past(monkeypatch):
+    """Run the law of large offsets with small ones: 3 times 61 heads."""
+    monkeypatch.setattr(laws, "LARGE", 2 * 61 * 64 * 1024)
+    return "past_31_bits"
+
+
+def test_offsets_past_31_bits(past):
+    """A kernel whose head offset wraps."""
+    assert law(plain, past).verdict == "passed"
+
+    def wraps(p):
+        at = np.arange(p.heads) % 128
+        return plain(p.replace(key=p.key[:, at], value=p.value[:, at]))
+
+    assert "heads past 2**31 elements differ from the same heads before" in law(wraps, past).message
+
+
+def test_offsets_past_31_bits_are_tried_by_name_only():
+    assert not any("past_31_bits" in i.name for i in plan(tiled))
+    assert len(plan(tiled, only="law/past_31_bits[float32]")) == 1
 
 
 def test_nondeterminism():

@@ -136,7 +136,13 @@ KERNELS: dict[str, Entry] = {
             "refattn-tiled",
             "",
             _load("tiled", "tiled"),
-            Capabilities(frozenset({"float32", "float16", "bfloat16"}), FEATURES, lse=True, gradients=GRADIENTS),
+            Capabilities(
+                frozenset({"float32", "float16", "bfloat16"}),
+                FEATURES,
+                lse=True,
+                gradients=GRADIENTS,
+                batch_invariant=True,
+            ),
             lambda dtype: replace(flash(dtype), split=64),
         ),
         Entry(
