@@ -26,6 +26,7 @@ from .check.families import FAMILIES, cases
 from .check.isolated import Isolated
 from .check.kernels import KERNELS, Entry, find, found
 from .check.laws import LAWS
+from .check.model import MODELS, model_named
 from .check.page import page
 from .check.report import VERDICTS, Check, Report, junit, machine, summary, versions
 from .check.runner import Item, check_kernel, check_problem, plan
@@ -74,6 +75,7 @@ def main() -> None:
 @click.option(
     "--budget", default="ci", show_default=True, help="quick (seconds), ci (every case) or nightly (each in 8 draws)."
 )
+@click.option("--model", help="Judge by a named rounding model: " + ", ".join(MODELS) + ". Default: the kernel's own.")
 @click.option("--time-limit", type=float, help="Run each kernel in a process of its own, so many seconds for a call.")
 @click.option("--problem", "problem_file", help="Check on one problem, from a file of refattn.save_problem.")
 @click.option("--explain/--no-explain", default=True, help="Shrink a failure, and say what it looks like (seconds).")
@@ -86,6 +88,7 @@ def check(
     dtypes: tuple[str, ...],
     only: str | None,
     budget: str,
+    model: str | None,
     time_limit: float | None,
     problem_file: str | None,
     explain: bool,
@@ -115,6 +118,8 @@ def check(
     unknown = [d for d in dtypes if d not in FORMATS]
     if unknown:
         raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
+    if model is not None:
+        entries = [replace(e, model=model_named(model)) for e in entries]
     if time_limit is not None:
         entries = [replace(e, load=partial(Isolated, e.name, time_limit)) for e in entries]
     console = _console()

@@ -24,7 +24,8 @@ from ..dtypes import FORMATS, Format, format_of
 from ..exact.driver import Answer
 from ..exact.slabs import Slab, slabs
 from ..variants import variant_of
-from .model import Model
+from .model import Model, inside_type
+from .operands import Operands, score_errors
 
 __all__ = ["bounds"]
 
@@ -53,29 +54,29 @@ def bounds(answer: Answer, model: Model) -> dict[str, Float]:
     lse = np.zeros(problem.out_shape[:3])
     exact = answer.enclosures["out"].mid
     for slab in slabs(problem):
-        at = (slab.batch, slab.head, slab.rows)
+        at, operands = (slab.batch, slab.head, slab.rows), Operands.of(slab, model)
         live = np.nonzero(slab.live)[0]
         size = max(1, CHUNK // max(1, slab.k.shape[0] * slab.v.shape[1]))
         for start in range(0, len(live), size):
             rows = live[start : start + size]
-            out[at][rows], lse[at][rows] = _rows(slab, rows, exact[at][rows], model, problem.dtype)
+            out[at][rows], lse[at][rows] = _rows(slab, operands, rows, exact[at][rows], model)
     if variant_of(problem.variant).has_lse:
         return {"out": out, "lse": lse}
     return {"out": out}
 
 
-def _rows(slab: Slab, rows: NDArray[np.intp], o: Float, model: Model, dtype: str) -> tuple[Float, Float]:
-    inside, final = format_of(model.accumulator), FORMATS[dtype]
+def _rows(slab: Slab, lost: Operands, rows: NDArray[np.intp], o: Float, model: Model) -> tuple[Float, Float]:
+    inside, final = format_of(model.accumulator), FORMATS[slab.problem.dtype]
     # sums of the largest float64 numbers leave float64's range: work in smaller units there (a power of two)
     unit = 2.0**-64 if np.abs(slab.v).max(initial=0.0) > 2.0**900 else 1.0
     v, o = slab.v * unit, o * unit
-    u, u_w = inside.unit_roundoff, loss(model.weights, inside.precision)
+    u, u_w = inside.unit_roundoff, model.loss(model.weights)
     with np.errstate(all="ignore"):
         s = variant_of(slab.problem.variant).sensitivity(slab.q[rows], slab.k, slab.plain(rows))
         seen = slab.allowed[rows]
         n = model.depth(seen.sum(1)[:, None])
         tiles = np.ceil(slab.k.shape[0] / model.tile) if s.lse is not None else 0.0
-        e = u * ((slab.q.shape[1] + 2) * s.products + s.roundings) + loss(model.scores, inside.precision) * s.roundings
+        e = score_errors(slab, s, lost, model, rows)
         passes = s.relative + s.exponentials * model.exp_ulps + tiles * (model.exp_ulps + 1)
         off = s.slope * (np.expm1(np.minimum(e, 700.0)) if s.exponentials else e) + passes * u * np.abs(s.weights)
         z = np.ones(len(rows)) if s.denominator is None else s.denominator
@@ -98,9 +99,11 @@ def _rows(slab: Slab, rows: NDArray[np.intp], o: Float, model: Model, dtype: str
             spread = (w * size).sum(1) / np.abs(z)[:, None] + np.abs(o) * w.sum(1) / np.abs(z)[:, None]
         steps = n + tiles + 3
         total = moved + steps * u * spread + u_w * rounded
+        if model.operands:
+            total = total + (1 + u_w) * (np.abs(s.weights) @ (lost.v * unit)) / np.abs(z)[:, None]
         # underflow of a weight, of a product or sum, and of the result
         visible = (seen[:, :, None] * size).sum(1)
-        total = total + max(floor(format_of(model.weights), model), floor(inside, model)) * visible
+        total = total + max(floor(inside_type(model.weights), model), floor(inside, model)) * visible
         total = total + steps * floor(inside, model)
         total = total * (1 + final.unit_roundoff) + final.unit_roundoff * np.abs(o) + floor(final, model)
         if not model.subnormals:  # values that are subnormal were read as zero
@@ -122,9 +125,3 @@ def floor(form: Format, model: Model) -> float:
     if not model.subnormals:
         return form.smallest_normal
     return 0.5 * form.smallest_subnormal or form.smallest_subnormal  # half of float64's would be 0
-
-
-def loss(name: str, precision: int) -> float:
-    """Return the unit roundoff of a type that values pass through, 0 where it is as wide as the accumulator."""
-    form = format_of(name)
-    return form.unit_roundoff if form.precision < precision else 0.0

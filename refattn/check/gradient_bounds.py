@@ -27,9 +27,10 @@ from ..errors import UnsupportedProblem
 from ..exact.driver import Answer
 from ..exact.slabs import Slab, slabs
 from ..variants import variant_of
-from .bounds import floor, loss
+from .bounds import floor
 from .call import SOURCES
-from .model import Model
+from .model import Model, inside_type
+from .operands import Operands, lost, score_errors
 
 __all__ = ["gradient_bounds"]
 
@@ -64,31 +65,30 @@ def gradient_bounds(answer: Answer, model: Model, dout: Any, limit: dict[str, Fl
     if p.variant != "softmax":
         raise UnsupportedProblem(f"variant: gradients of {p.variant} have no error bound yet; softmax's have")
     arriving = to_float64(dout)
-    lost = {n: np.zeros(np.shape(getattr(p, SOURCES[n]))) for n in SOURCES if n in answer.values}
-    sums = {n: np.zeros_like(lost[n]) for n in ("dk", "dv")}
+    total = {n: np.zeros(np.shape(getattr(p, SOURCES[n]))) for n in SOURCES if n in answer.values}
+    sums = {n: np.zeros_like(total[n]) for n in ("dk", "dv")}
     for slab in slabs(p):
         at = (slab.batch, slab.head, slab.rows)
         with np.errstate(all="ignore"):
             _head(
                 slab,
                 model,
-                arriving[at],
+                arriving,
                 answer.enclosures["out"].mid[at],
                 limit["out"][at],
                 limit["lse"][at],
-                lost,
+                total,
                 sums,
             )
-    inside = format_of(model.accumulator)
-    group, added = p.heads // p.heads_kv, format_of(model.group_sum or model.accumulator)
-    for n, total in lost.items():
+    group = p.heads // p.heads_kv
+    for n, x in total.items():
         if n in sums and group > 1:  # each head's part rounded, then added
-            total = total + 2 * group * loss(added.name, inside.precision) * sums[n]
+            x = x + 2 * group * model.loss(model.group_sum or model.accumulator) * sums[n]
         form = FORMATS[_dtype(getattr(p, SOURCES[n]))]
         exact = np.abs(answer.enclosures[n].mid)
-        total = total * (1 + form.unit_roundoff) + form.unit_roundoff * exact + floor(form, model)
-        lost[n] = total if model.subnormals else total + form.smallest_normal
-    return lost
+        x = x * (1 + form.unit_roundoff) + form.unit_roundoff * exact + floor(form, model)
+        total[n] = x if model.subnormals else x + form.smallest_normal
+    return total
 
 
 def _dtype(x: Any) -> str:
@@ -96,27 +96,30 @@ def _dtype(x: Any) -> str:
 
 
 def _head(
-    slab: Slab, model: Model, dout: Float, o: Float, lost_o: Float, lost_lse: Float, lost: Any, sums: Any
+    slab: Slab, model: Model, arriving: Float, o: Float, lost_o: Float, lost_lse: Float, total: Any, sums: Any
 ) -> None:
     """Add what one head loses."""
     p, inside = slab.problem, format_of(model.accumulator)
-    u, u_p = inside.unit_roundoff, loss(model.weights, inside.precision)
+    u, u_p = inside.unit_roundoff, model.loss(model.weights)
+    dout, operands = arriving[slab.batch, slab.head, slab.rows], Operands.of(slab, model)
+    lost_dout = lost(dout, arriving, model)
     o, lost_o = np.nan_to_num(o, posinf=0, neginf=0), np.nan_to_num(lost_o, nan=np.inf)
     plain = slab.plain()
     s = variant_of(p.variant).sensitivity(slab.q, slab.k, plain)
     assert s.denominator is not None
     z = np.where(s.denominator > 0, s.denominator, 1.0)[:, None]
     weights = s.weights / z
-    e = u * ((slab.q.shape[1] + 2) * s.products + s.roundings) + loss(model.scores, inside.precision) * s.roundings
+    e = score_errors(slab, s, operands, model)
     tiles = np.ceil(slab.k.shape[0] / model.tile)
     passes = s.relative + model.exp_ulps + tiles * (model.exp_ulps + 1) + 4
     lost_p = weights * (np.expm1(np.minimum(e + np.nan_to_num(lost_lse)[:, None], 700.0)) + passes * u)
-    tiny = max(floor(format_of(model.weights), model), floor(inside, model))
+    tiny = max(floor(inside_type(model.weights), model), floor(inside, model))
     lost_p = (np.minimum(lost_p, 1.0) + tiny) * slab.allowed  # a right kernel's P stays in [0, 1], up to a rounding
     size, values = np.abs(dout), np.abs(slab.v)
     dp, dp_size = dout @ slab.v.T, size @ values.T
     n, d_v = slab.allowed.sum(1, keepdims=True), dout.shape[1]
-    lost_dp = (d_v + 1) * u * dp_size + loss(model.scores, inside.precision) * np.abs(dp)
+    lost_dp = (d_v + 1) * u * dp_size + model.loss(model.scores) * np.abs(dp)
+    lost_dp = lost_dp + lost_dout @ values.T + (size + lost_dout) @ operands.v.T
     d = (dout * o).sum(1, keepdims=True)
     from_out = (size * lost_o).sum(1, keepdims=True) + (d_v + 1) * u * (size * np.abs(o)).sum(1, keepdims=True)
     from_p = (lost_p * np.abs(dp) + weights * lost_dp).sum(1, keepdims=True)
@@ -125,9 +128,9 @@ def _head(
     x = np.abs(dp - d)
     ds = weights * x
     lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds) * slab.allowed
-    _spread(slab, lost, "dbias", lost_ds + model.depth(_spread_over(slab)) * u * ds)
-    if "dsink" in lost and slab.sink is not None:
-        _sink(slab, model, u, s.lse, d[:, 0], lost_lse, lost_d[:, 0], lost["dsink"])
+    _spread(slab, total, "dbias", lost_ds + model.depth(_spread_over(slab)) * u * ds)
+    if "dsink" in total and slab.sink is not None:
+        _sink(slab, model, u, s.lse, d[:, 0], lost_lse, lost_d[:, 0], total["dsink"])
     if p.softcap is not None:
         t = np.tanh(slab.q @ slab.k.T * plain.scale / p.softcap)
         slope = 1 - t * t
@@ -138,13 +141,17 @@ def _head(
     scale, q, k = abs(float(plain.scale)), np.abs(slab.q), np.abs(slab.k)
     at, keys = (slab.batch, slab.head, slab.rows), (slab.batch, slab.head_kv, slab.keys)
     seen = slab.allowed.astype(np.float64)
-    lost["dq"][at] = scale * (lost_ds @ k + (model.depth(n) + tiles + 3) * u * (ds @ k) + tiny * (seen @ k))
+    total["dq"][at] = scale * (lost_ds @ k + (model.depth(n) + tiles + 3) * u * (ds @ k) + tiny * (seen @ k))
     rows = model.depth(_rows_of(slab)) + np.ceil(dout.shape[0] / model.tile) + 3
-    lost["dk"][keys] += scale * (lost_ds.T @ q + rows * u * (ds.T @ q) + tiny * (seen.T @ q))
+    total["dk"][keys] += scale * (lost_ds.T @ q + rows * u * (ds.T @ q) + tiny * (seen.T @ q))
     sums["dk"][keys] += scale * (ds.T @ q)
     lost_p = lost_p + u_p * weights
-    lost["dv"][keys] += lost_p.T @ size + rows * u * (weights.T @ size) + tiny * (seen.T @ size)
+    total["dv"][keys] += lost_p.T @ size + rows * u * (weights.T @ size) + tiny * (seen.T @ size)
     sums["dv"][keys] += weights.T @ size
+    if model.operands:
+        total["dq"][at] += scale * ((ds + lost_ds) @ operands.k)
+        total["dk"][keys] += scale * ((ds + lost_ds).T @ operands.q)
+        total["dv"][keys] += (weights + lost_p).T @ lost_dout
 
 
 def _spread_over(slab: Slab) -> int:

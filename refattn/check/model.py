@@ -9,11 +9,31 @@ from typing import Any
 import numpy as np
 
 from ..arrays import dtype_name
-from ..dtypes import FORMATS, format_of
+from ..dtypes import FORMATS, Format, format_of
 from ..errors import InvalidInput
 from ..problem import Problem
 
-__all__ = ["FEATURES", "GRADIENTS", "Capabilities", "Model", "flash", "materialised"]
+__all__ = [
+    "FEATURES",
+    "GRADIENTS",
+    "MODELS",
+    "Capabilities",
+    "Model",
+    "flash",
+    "inside_type",
+    "materialised",
+    "model_named",
+    "narrowed",
+]
+
+TF32 = Format("tf32", np.dtype(np.float32), 11, -126, 127, float((2 - 2.0**-10) * 2.0**127))
+"""The matrix units' type for float32 operands: never an array's own."""
+
+
+def inside_type(name: str) -> Format:
+    """Return a type that a kernel computes in: a format, or tf32."""
+    return TF32 if name == "tf32" else format_of(name)
+
 
 FEATURES = frozenset(
     {
@@ -66,6 +86,16 @@ class Model:
         The fewest keys to a part whose answer is merged with the others' through lse; 0 where there is one part.
     group_sum : str
         The type in which dk and dv of the query heads of a group are added; "" is the accumulator.
+    operands : str
+        The type that query, key and value (and dout) are rounded to before they are multiplied: a format or "tf32";
+        "" where they go in as they are.
+    passes : int
+        1, or 3 where an operand is the sum of two numbers of that type, and all products but the smallest are added.
+    scales : str
+        "" where operands are cast as they are, "tensor" or "block" where each tensor, or each block of rows of a
+        head, is scaled so that its largest element becomes the type's largest number.
+    block : int
+        Rows to a block of ``scales``.
     """
 
     accumulator: str = "float32"
@@ -78,16 +108,37 @@ class Model:
     chain: int = 512
     split: int = 0
     group_sum: str = ""
+    operands: str = ""
+    passes: int = 1
+    scales: str = ""
+    block: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("accumulator", "weights", "scores", "lse"):
+        for name in ("accumulator", "scores", "lse"):
             format_of(getattr(self, name))
-        format_of(self.group_sum or self.accumulator)
-        if not (self.exp_ulps > 0 and self.tile >= 1 and self.chain >= 1):
+        for name in (self.weights, self.group_sum or self.accumulator, self.operands or self.accumulator):
+            inside_type(name)
+        if not (self.exp_ulps > 0 and self.tile >= 1 and self.chain >= 1 and self.block >= 1):
             raise InvalidInput(
-                f"model: got exp_ulps={self.exp_ulps}, tile={self.tile} and chain={self.chain}, "
-                "expected more than 0, at least 1 and at least 1"
+                f"model: got exp_ulps={self.exp_ulps}, tile={self.tile}, chain={self.chain} and block={self.block}, "
+                "expected more than 0, at least 1, at least 1 and at least 1"
             )
+        if self.passes not in (1, 3) or self.scales not in ("", "tensor", "block"):
+            raise InvalidInput(
+                f"model: got passes={self.passes} and scales={self.scales!r}, expected 1 or 3, and '', 'tensor' or "
+                "'block'"
+            )
+        if (self.passes == 3 or self.scales) and not self.operands:
+            raise InvalidInput("model: passes and scales are of operands; name their type, e.g. operands='tf32'")
+        if self.passes == 3 and self.scales:
+            raise InvalidInput("model: operands in three passes are not scaled")
+
+    def loss(self, name: str) -> float:
+        """Return what a value loses by passing through a type: 0 where that is as wide as the accumulator."""
+        form = inside_type(name)
+        if self.passes == 3 and name == self.operands:
+            return 1.5 * form.unit_roundoff**2
+        return form.unit_roundoff if form.precision < inside_type(self.accumulator).precision else 0.0
 
     def merges(self, n: int) -> int:
         """Return how many parts n keys are merged from."""
@@ -108,6 +159,32 @@ def materialised(dtype: str) -> Model:
     """Return the model of a kernel that stores S and P in the input's type and sums in float32."""
     inside = dtype if FORMATS[dtype].precision >= 24 else "float32"
     return Model(inside, dtype, dtype, lse=inside)
+
+
+def narrowed(dtype: str, operands: str = "float8_e4m3fn", scales: str = "tensor", passes: int = 1) -> Model:
+    """Return the model of a flash kernel that multiplies in a narrower type: query, key, value and P rounded to it."""
+    inside = dtype if FORMATS[dtype].precision >= 24 else "float32"
+    return Model(inside, operands, inside, lse=inside, operands=operands, scales=scales, passes=passes)
+
+
+ModelFor = Callable[[str], Model]
+
+MODELS: dict[str, ModelFor] = {
+    "flash": flash,
+    "math": materialised,
+    "tf32": lambda dtype: narrowed(dtype, "tf32", ""),
+    "tf32x3": lambda dtype: narrowed(dtype, "tf32", "", 3),
+    "float8": narrowed,
+    "float8-block": lambda dtype: narrowed(dtype, scales="block"),
+}
+"""The named models: by name, from a format to its model. "flash" and "math" of float64 compute in float64."""
+
+
+def model_named(name: str) -> ModelFor:
+    """Return a named model, or raise InvalidInput."""
+    if name not in MODELS:
+        raise InvalidInput(f"model: got {name!r}, expected one of {', '.join(MODELS)}")
+    return MODELS[name]
 
 
 @dataclass(frozen=True)
@@ -156,6 +233,3 @@ class Capabilities:
         if max(problem.d_k, problem.d_v) > self.d_max:
             lacks.append(f"dim {max(problem.d_k, problem.d_v)}")
         return lacks
-
-
-ModelFor = Callable[[str], Model]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import format_of
 from ..exact.enclosure import Enclosure
-from .predict import C
+from .operands import C
 
 __all__ = ["EDGES", "Figures", "bands", "figures", "where"]
 
@@ -111,7 +111,11 @@ def figures(
             rms = float(np.sqrt(square.mean()))
             bias = float(np.nanmean(unit * np.sign(exact)))
         independent = min(rows, _independent(lines))
-        if independent >= FEWEST:
+        # however errors of a head depend on each other, all of them together are seldom so large
+        heads = unit.reshape(int(np.prod(unit.shape[:2])) if unit.ndim > 2 else 1, -1)
+        heads = heads[np.isfinite(heads).any(1)]
+        excess = bool((np.nanmean(heads * heads, 1) > SIGMAS**2 * WIDEST).any())
+        if independent >= FEWEST and not excess:
             excess = bool(square.mean() - SIGMAS * square.std(ddof=1) / np.sqrt(independent) > WIDEST)
     return Figures(
         name,

@@ -17,7 +17,19 @@ from refattn.dtypes import FORMATS
 
 from ..conftest import tensor
 
-MODULES = ("bounds", "call", "compare", "families", "gradient_bounds", "laws", "model", "predict", "runner", "truth")
+MODULES = (
+    "bounds",
+    "call",
+    "compare",
+    "families",
+    "gradient_bounds",
+    "laws",
+    "model",
+    "operands",
+    "predict",
+    "runner",
+    "truth",
+)
 U = 2.0**-24  # float32's unit roundoff
 
 
@@ -242,6 +254,16 @@ def trial_overflow_of_the_format(c):
 def trial_a_bound_that_is_no_number_fails(c):
     x = rounded("plain")
     assert not judge(c, "plain", x, bound=np.full(x.shape, np.nan)).passed
+
+
+def trial_a_head_that_is_wrong_alike_in_all_rows(c):
+    """Errors of one head that are no independent draws: too large together, each within its bound."""
+    a = answer(problem("plain"))
+    size = np.sqrt(c.predict.predict(a, c.model.flash("float32"))["out"])
+    right, wrong = (judge(c, "plain", a.out + by * size * np.array([0, 1])[:, None, None]) for by in (6, 8))
+    assert right.passed
+    assert wrong.failures == 0
+    assert not wrong.passed
 
 
 def trial_the_errors_as_a_whole(c):

@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from refattn import Capabilities, InvalidInput, Model, Problem, check_kernel
+from refattn.check.kernels import declared
+from refattn.check.model import MODELS, flash, model_named, narrowed
+from refattn.check.planted import plain
+from refattn.check.runner import check_problem
+from refattn.cli import main
+
+from ..conftest import tensor
+from .narrow import float8, tf32, to_tf32
+
+CASES = "gaussian/*", "ragged/*", "probe/*", "drift/*", "shifted/*", "extreme/tiny-values*", "law/*"
+
+
+def judged(kernel, name, dtype, only=CASES):
+    able = Capabilities({dtype}, features={"scale", "d_v_differs", "lengths_differ"}, lse=True)
+    kernel = declared(kernel, able)
+    reports = [check_kernel(kernel, model=MODELS[name], capabilities=able, only=o) for o in only]
+    return [c for r in reports for c in r.checks if c.verdict != "unsupported"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name", "dtype"),
+    [
+        (tf32(1), "tf32", "float32"),
+        (tf32(3), "tf32x3", "float32"),
+        (float8("tensor"), "float8", "bfloat16"),
+        (float8("tensor"), "float8", "float16"),
+        (float8("block"), "float8-block", "bfloat16"),
+    ],
+)
+def test_a_right_kernel_passes_and_is_predicted(kernel, name, dtype):
+    checks = judged(kernel, name, dtype)
+    assert len(checks) > 25
+    assert [(c.name, c.message) for c in checks if c.verdict == "failed"] == []
+    rms = [c.arrays[0].figures.rms for c in checks if c.arrays and c.name.startswith("gaussian")]
+    assert 0.5 < np.median(rms) < 1.1
+
+
+@pytest.mark.parametrize(
+    ("kernel", "claims", "dtype"),
+    [
+        (tf32(1), "tf32x3", "float32"),
+        (tf32(1), "flash", "float32"),
+        (float8("block"), "flash", "bfloat16"),
+    ],
+)
+def test_a_kernel_narrower_than_its_model_fails(kernel, claims, dtype):
+    assert any(c.verdict == "failed" for c in judged(kernel, claims, dtype, ["gaussian/*"]))
+
+
+def test_one_scale_for_all_heads_does_not_pass_for_a_scale_a_block():
+    """A head of small values among large ones loses them to the tensor's scale."""
+    rng = np.random.default_rng(0)
+    q, k, v = (tensor(rng, (1, 2, n, 32), "bfloat16") for n in (37, 67, 67))
+    q, v[:, 1] = (4 * q).astype(q.dtype), v[:, 1] * v.dtype.type(2.0**-24)  # peaked rows, each its own
+    problem = Problem(q, k, v)
+    assert check_problem(float8("tensor"), problem, "scales", model=MODELS["float8"]).passed
+    assert check_problem(float8("block"), problem, "scales", model=MODELS["float8-block"]).passed
+    assert not check_problem(float8("tensor"), problem, "scales", model=MODELS["float8-block"]).passed
+
+
+def test_tf32_rounds_to_nearest_even():
+    x = np.array([1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-12, -1 - 2.0**-11 - 2.0**-20], np.float32)
+    assert (to_tf32(x) == np.array([1, 1 + 2.0**-9, 1, -1 - 2.0**-10], np.float32)).all()
+
+
+def test_names():
+    assert model_named("flash")("float16") == flash("float16")
+    assert model_named("flash")("float64").accumulator == "float64"
+    assert model_named("tf32x3")("float32").passes == 3
+    assert narrowed("bfloat16").scales == "tensor"
+    with pytest.raises(
+        InvalidInput, match="model: got 'fp8', expected one of flash, math, tf32, tf32x3, float8, float"
+    ):
+        model_named("fp8")
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"passes": 2, "operands": "tf32"}, "got passes=2 and scales='', expected 1 or 3"),
+        ({"scales": "row", "operands": "float16"}, "scales='row', expected 1 or 3, and '', 'tensor' or 'block'"),
+        ({"passes": 3}, "passes and scales are of operands; name their type, e.g. operands='tf32'"),
+        ({"scales": "tensor"}, "passes and scales are of operands"),
+        ({"operands": "tf32", "passes": 3, "scales": "tensor"}, "operands in three passes are not scaled"),
+        ({"operands": "tf33"}, "got 'tf33', expected one of float64"),
+        ({"block": 0}, "block=0, expected more than 0, at least 1, at least 1 and at least 1"),
+    ],
+)
+def test_a_model_that_cannot_be(fields, text):
+    with pytest.raises(InvalidInput, match=text.replace("(", r"\(")):
+        Model(**fields)
+
+
+def test_the_command_line_names_a_model():
+    wide = CliRunner().invoke(main, ["check", "refattn-tiled", "--model", "tf32", "--only", "gaussian/plain[float32]"])
+    assert wide.exit_code == 0
+    wrong = CliRunner().invoke(main, ["check", "refattn-tiled", "--model", "tf31"])
+    assert wrong.exit_code == 2
+    assert "model: got 'tf31', expected one of flash" in wrong.stderr
+
+
+def test_the_plain_kernel_is_within_every_wider_model():
+    for name in ("flash", "math", "tf32", "tf32x3"):
+        assert all(c.verdict == "passed" for c in judged(plain, name, "float32", ["gaussian/plain[float32]"]))
