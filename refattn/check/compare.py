@@ -139,7 +139,7 @@ def compare(
         float(bound[place]),
         int(failing.sum()),
         int(ratio.size),
-        (*symptoms, *where(name, failing), *_excess(whole)),
+        (*symptoms, *where(name, failing), *(() if failing.any() else _excess(whole))),
         whole,
     )
 

@@ -128,7 +128,8 @@ def _head(
     x = np.abs(dp - d)
     ds = weights * x
     lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds) * slab.allowed
-    _spread(slab, total, "dbias", lost_ds + model.depth(_spread_over(slab)) * u * ds)
+    if "dbias" in total:
+        spread(slab, total["dbias"], lost_ds + model.depth(spread_over(slab)) * u * ds)
     if "dsink" in total and slab.sink is not None:
         _sink(slab, model, u, s.lse, d[:, 0], lost_lse, lost_d[:, 0], total["dsink"])
     if p.softcap is not None:
@@ -154,7 +155,7 @@ def _head(
         total["dv"][keys] += (weights + lost_p).T @ lost_dout
 
 
-def _spread_over(slab: Slab) -> int:
+def spread_over(slab: Slab) -> int:
     """Return how many scores meet in one element of the bias's gradient, at most."""
     p = slab.problem
     full = (p.batch, p.heads, p.n_q, p.n_k)
@@ -166,16 +167,14 @@ def _rows_of(slab: Slab) -> int:
     return int(slab.q.shape[0]) * (slab.problem.heads // slab.problem.heads_kv)
 
 
-def _spread(slab: Slab, lost: Any, name: str, x: Float) -> None:
-    """Add what the gradient by the scores loses where the bias has it."""
-    if name not in lost:
-        return
-    shape = lost[name].shape
+def spread(slab: Slab, total: Float, x: Float) -> None:
+    """Add what belongs to one head's scores where the bias has it."""
+    shape = total.shape
     for axis, wide in ((0, shape[2]), (1, shape[3])):
         if wide == 1:
             x = x.sum(axis, keepdims=True)
     at = (slab.batch if shape[0] > 1 else 0, slab.head if shape[1] > 1 else 0)
-    lost[name][at][slab.rows if shape[2] > 1 else slice(None), slab.keys if shape[3] > 1 else slice(None)] += x
+    total[at][slab.rows if shape[2] > 1 else slice(None), slab.keys if shape[3] > 1 else slice(None)] += x
 
 
 def _sink(slab: Slab, model: Model, u: float, lse: Any, d: Float, lost_lse: Float, lost_d: Float, lost: Float) -> None:

@@ -21,6 +21,7 @@ from ..exact.slabs import Slab, slabs
 from ..variants import variant_of
 from .bounds import floor
 from .call import SOURCES
+from .gradient_bounds import spread, spread_over
 from .model import Model, inside_type
 from .operands import C, variance
 
@@ -32,7 +33,7 @@ WILD = 1 / 16
 
 
 def predict(answer: Answer, model: Model, dout: Any = None) -> dict[str, Float]:
-    """Return the predicted variance of the error of every element of out, and of dq, dk and dv with `dout`.
+    """Return the predicted variance of the error of every element of out and lse, or with `dout` of the gradients.
 
     NaN where the scores' errors are too large to foresee what they do.
 
@@ -47,7 +48,7 @@ def predict(answer: Answer, model: Model, dout: Any = None) -> dict[str, Float]:
     """
     p = answer.problem.to("numpy")
     # what operands lose is the same wherever they are multiplied: only out's is followed through
-    names = ["out"] if dout is None or model.operands else ["out", "dq", "dk", "dv"]
+    names = [n for n in answer.enclosures if n in ("out", "lse") or (dout is not None and not model.operands)]
     total = {n: np.zeros(answer.enclosures[n].mid.shape) for n in names}
     arriving = None if dout is None else to_float64(dout)
     for slab in slabs(p):
@@ -56,9 +57,10 @@ def predict(answer: Answer, model: Model, dout: Any = None) -> dict[str, Float]:
         with np.errstate(all="ignore"):
             _head(slab, model, answer.enclosures["out"].mid[at], arriving_here, total)
     for n, x in total.items():
-        form = FORMATS[p.dtype if n == "out" else getattr(p, SOURCES[n]).dtype.name]
+        exact = answer.enclosures[n].mid
+        form = FORMATS[{"out": p.dtype, "lse": model.lse}.get(n) or getattr(p, SOURCES[n]).dtype.name]
         with np.errstate(over="ignore"):
-            total[n] = x + form.ulp_array(answer.enclosures[n].mid) ** 2 / 12
+            total[n] = x + form.ulp_array(np.where(np.isfinite(exact), exact, 0.0)) ** 2 / 12
     return total
 
 
@@ -88,6 +90,7 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
     wild = (np.where(slab.allowed, var_w, 0.0).max(1, initial=0.0) > WILD)[:, None]
     var_w = np.where(wild, 1.0, var_w)
     merges = 4 * model.merges(k.shape[0])
+    live = np.isfinite(s.lse) & (s.denominator > 0)
     w2, v2, n = weights**2, v * v, slab.allowed.sum(1, keepdims=True)
     o = np.nan_to_num(o, posinf=0, neginf=0)
     moved = (w2 * var_w) @ v2 - 2 * o * ((w2 * var_w) @ v) + o * o * (w2 * var_w).sum(1, keepdims=True)
@@ -100,6 +103,17 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
     out = out + max(tiny_w, tiny) * (seen @ v2) + tiny * (n + tiles)
     at, keys = (slab.batch, slab.head, slab.rows), (slab.batch, slab.head_kv, slab.keys)
     total["out"][at] = np.where(wild, np.nan, out)
+    z, whole = np.where(live, s.denominator, 1.0), np.where(live, s.lse, 0.0)
+    # the exponential may be off the same way for every key
+    var_lse = (w2 * var_w).sum(1) + (inside.unit_roundoff * model.exp_ulps) ** 2
+    var_lse = var_lse + cu * (
+        _dot(model, n[:, 0], np.ones(1), w2.sum(1)) + tiles + 1 + np.log(z) ** 2 + (whole - np.log(z)) ** 2
+    )
+    if model.operands:  # a query's errors are in all scores of its row
+        mean = (weights * slope) @ k
+        var_lse = var_lse + scale**2 * (variance(q, p.query, model) * mean * mean).sum(1)
+    var_lse = np.where(live, var_lse + cu * (1 + merges / 2) * whole**2, 0.0)
+    total["lse"][at] = np.where(wild[:, 0], np.nan, var_lse)
     if dout is None:
         return
     out = out + FORMATS[p.dtype].ulp_array(o) ** 2 / 12
@@ -124,6 +138,19 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
     total["dv"][keys] += dv + max(tiny_w, tiny) * (seen.T @ g2) + tiny * rows
     if wild.any():
         total["dk"][keys], total["dv"][keys] = np.nan, np.nan
+    if "dbias" in total:
+        one_key = total["dbias"].shape[3] == 1  # then D's error is common to what is summed
+        score = w2 * (x * x * (var_p + 2 * cu) + var_dp + var_d * (0 if one_key else 1))
+        score = score + cu * (model.depth(spread_over(slab)) / 6 + 1) * w2 * x * x
+        score = score + (weights.sum(1, keepdims=True) ** 2 * var_d / k.shape[0] if one_key else 0.0)
+        spread(slab, total["dbias"], np.where(wild, np.nan, score * seen if not one_key else score))
+    if "dsink" in total and slab.sink is not None:
+        p_sink, d = np.exp(slab.sink - whole), (dout * o).sum(1)
+        var_s = var_lse + inside_type(model.lse).ulp_array(whole) ** 2 / 12 + cu * (whole**2 + slab.sink**2 + 1)
+        var_s = np.where(wild[:, 0], np.nan, p_sink**2 * (d * d * (var_s + 2 * cu) + var_d[:, 0]))
+        total["dsink"][slab.head] += (var_s + tiny * d * d).sum() + cu * (model.depth(rows) + 1) * (p_sink * d) @ (
+            p_sink * d
+        )
 
 
 def _moved_by_queries(slab: Slab, weights: Float, o: Float, model: Model) -> Float:

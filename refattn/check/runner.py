@@ -275,7 +275,7 @@ def _judge(
         got = result.lse.dtype.name
         if FORMATS[got].precision < FORMATS[model.lse].precision:
             raise KernelError(f"lse: got dtype {got}, expected {model.lse} as its model says")
-        yield compare("lse", result.lse, answer, allowed["lse"], got)
+        yield compare("lse", result.lse, answer, allowed["lse"], got, known.variance.get("lse"))
     elif lse and "lse" in allowed:
         raise KernelError("the kernel returned no lse, but its capabilities name it; return (out, lse)")
 

@@ -149,7 +149,7 @@ def _independent(lines: Float) -> float:
     For k independent lines of c columns, (sum of squares)^2 over the square of the Gram matrix is k c / (k + c).
     """
     x = np.nan_to_num(lines)
-    c, gram = x.shape[1], x.T @ x
+    c, gram = x.shape[1], x.T @ x if len(x) > x.shape[1] else x @ x.T  # both have the same trace and norm
     r = float(np.trace(gram) ** 2 / max(float((gram * gram).sum()), 1e-300))
     return min(float(len(x)), r * c / (c - r)) if r < c else float(len(x))
 
