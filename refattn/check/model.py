@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import dtype_name
+from ..arrays import KINDS, dtype_name
 from ..dtypes import FORMATS, Format, format_of
 from ..errors import InvalidInput
 from ..problem import Problem
@@ -205,6 +205,10 @@ class Capabilities:
         Those that its attribute ``gradients`` returns, out of ``GRADIENTS``.
     batch_invariant : bool
         Whether a batch gives the same bits alone and among others.
+    arrays : str
+        The library of the arrays that it takes and returns: "numpy", "torch", "cupy" or "jax".
+    device : str
+        Where the library is to put them, e.g. "cuda"; "" is the library's default.
     """
 
     dtypes: frozenset[str] = frozenset({"float32"})
@@ -213,11 +217,18 @@ class Capabilities:
     lse: bool = False
     gradients: frozenset[str] = frozenset()
     batch_invariant: bool = False
+    arrays: str = "numpy"
+    device: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtypes", frozenset(self.dtypes))
         object.__setattr__(self, "features", frozenset(self.features))
         object.__setattr__(self, "gradients", frozenset(self.gradients))
+        if self.arrays not in KINDS or (self.arrays == "numpy" and self.device):
+            raise InvalidInput(
+                f"capabilities: got arrays={self.arrays!r} and device={self.device!r}, expected one of "
+                f"{', '.join(KINDS)}, and no device for numpy"
+            )
         for name, known in (("dtypes", frozenset(FORMATS)), ("features", FEATURES), ("gradients", GRADIENTS)):
             unknown = sorted(getattr(self, name) - known)
             if unknown:

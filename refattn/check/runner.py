@@ -19,6 +19,7 @@ from .compare import Worst, compare
 from .families import Case, cases
 from .laws import LAWS, Asked, Law, law_problem
 from .model import Capabilities, Model, ModelFor, flash
+from .placed import placed
 from .report import Check, Report
 from .rules import verdicts
 from .truth import Truth, of_case, truth
@@ -106,7 +107,7 @@ def plan(
     """Return the checks of a kernel without running them; the arguments are those of :func:`check_kernel`."""
     v = variant_of(variant)
     able = capabilities or getattr(kernel, "capabilities", None) or Capabilities()
-    chosen = model_for(kernel, model)
+    chosen, kernel = model_for(kernel, model), placed(kernel, able)
     unknown = [d for d in dtypes or () if d not in FORMATS]
     if unknown:
         raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
@@ -167,7 +168,7 @@ def check_problem(
         entry = find(kernel)[0]
         kernel, model, name = entry.kernel(), model or entry.model, name or entry.name
     chosen = model_for(kernel, model)(problem.dtype)
-    plain, called = problem.to("numpy"), kernel
+    plain, called = problem.to("numpy"), placed(kernel, getattr(kernel, "capabilities", None) or Capabilities())
     checks = [
         _guard(f"{label}[{problem.dtype}]", lambda: _judge(called, plain, truth(plain, chosen), chosen, False, {})),
     ]

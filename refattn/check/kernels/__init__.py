@@ -17,6 +17,7 @@ from ...errors import InvalidInput, UnsupportedProblem
 from ...problem import Problem
 from ..call import Kernel
 from ..model import FEATURES, GRADIENTS, Capabilities, Model, ModelFor, flash, materialised
+from ..placed import placed
 
 __all__ = ["KERNELS", "Entry", "find", "found"]
 
@@ -54,7 +55,7 @@ class Entry:
     def kernel(self) -> Kernel:
         """Return the kernel; one that we call by an adapter of ours raises outside its capabilities."""
         loaded = self.load()
-        return loaded if ":" in self.name else declared(loaded, self.capabilities)
+        return placed(loaded if ":" in self.name else declared(loaded, self.capabilities), self.capabilities)
 
     @property
     def here(self) -> bool:

@@ -1,0 +1,91 @@
+"""A kernel that takes arrays of PyTorch, CuPy or JAX: it must answer in that library, where its inputs are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat as api
+from numpy.typing import NDArray
+
+from ..arrays import kind_of, to_kind, to_numpy
+from ..errors import KernelError
+from ..problem import Problem
+from .call import Kernel
+from .model import Capabilities
+
+__all__ = ["placed"]
+
+
+def placed(kernel: Kernel, able: Capabilities) -> Kernel:
+    """Return a kernel as one that takes NumPy arrays.
+
+    Parameters
+    ----------
+    kernel : callable
+        Of arrays of ``able.arrays`` on ``able.device``.
+    able : Capabilities
+        What it says it can do.
+    """
+    if able.arrays == "numpy" or getattr(kernel, "placed", False):
+        return kernel
+    return _Placed(kernel, able)
+
+
+class _Placed:
+    placed = True
+
+    def __init__(self, kernel: Kernel, able: Capabilities) -> None:
+        self.kernel, self.able = kernel, able
+        self.__name__ = str(getattr(kernel, "__name__", type(kernel).__name__))
+        for name in ("model", "capabilities"):
+            if hasattr(kernel, name):
+                setattr(self, name, getattr(kernel, name))
+        if hasattr(kernel, "gradients"):
+            self.gradients = self._gradients
+
+    def __call__(self, problem: Problem) -> Any:
+        there = problem.to(self.able.arrays, self.able.device or None)
+        result = self.kernel(there)
+        parts = result if isinstance(result, tuple | list) else (result,)
+        for name, x in zip(("out", "lse"), parts, strict=False):
+            self._is_there(name, x, there)
+        self._unchanged(problem, there)
+        return result
+
+    def _gradients(self, problem: Problem, dout: NDArray[Any]) -> Any:
+        there = problem.to(self.able.arrays, self.able.device or None)
+        arriving = to_kind(dout, self.able.arrays, self.able.device or None)
+        result = self.kernel.gradients(there, arriving)  # type: ignore[attr-defined]
+        if hasattr(result, "items"):
+            for name, x in result.items():
+                self._is_there(str(name), x, there)
+        self._unchanged(problem, there)
+        if to_numpy(arriving).tobytes() != dout.tobytes():
+            raise KernelError("the kernel changed its input dout; it must leave its inputs as they are")
+        return result
+
+    def _is_there(self, name: str, x: Any, there: Problem) -> None:
+        kind = kind_of(x)
+        if kind is None:
+            return  # call_kernel says what it got
+        if kind != self.able.arrays:
+            raise KernelError(f"{name}: got an array of {kind}, expected {self.able.arrays} as the inputs are")
+        got, expected = (str(api.device(a)) for a in (x, there.query))
+        if got != expected:
+            raise KernelError(f"{name}: is on device {got}, expected {expected} as the inputs are")
+        for source, a in there.arrays().items():
+            if a.size != 0 and _memory(x) == _memory(a):
+                raise KernelError(f"{name}: shares memory with the input {source}; return an array of its own")
+
+    def _unchanged(self, problem: Problem, there: Problem) -> None:
+        for name, x in problem.arrays().items():
+            if to_numpy(there.arrays()[name]).tobytes() != x.tobytes():
+                raise KernelError(f"the kernel changed its input {name}; it must leave its inputs as they are")
+
+
+def _memory(x: Any) -> Any:
+    """Return where an array's memory begins."""
+    kind = kind_of(x)
+    if kind == "torch":
+        return x.untyped_storage().data_ptr()
+    return x.data.mem.ptr if kind == "cupy" else x.unsafe_buffer_pointer()

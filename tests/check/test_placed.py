@@ -1,0 +1,105 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from refattn import Capabilities, InvalidInput, check_kernel
+from refattn.check.kernels import find
+from refattn.check.kernels.tiled import gradients, tiled
+
+torch = pytest.importorskip("torch")
+ABLE = Capabilities({"bfloat16"}, lse=True, gradients={"dq", "dk", "dv"}, arrays="torch", device="cpu")
+NAME = "gaussian/plain[bfloat16]"
+
+
+def kernel(p):
+    """Compute in PyTorch, as a kernel that lives there."""
+    out, lse = tiled(p)
+    q = p.query
+    assert isinstance(q, torch.Tensor)
+    return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16), torch.from_numpy(lse)
+
+
+def backward(p, dout):
+    assert isinstance(dout, torch.Tensor)
+    found = gradients(p, dout.view(torch.int16).numpy().view(p.to("numpy").query.dtype))
+    return {n: torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) for n, x in found.items() if n[1] in "qkv"}
+
+
+kernel.gradients = backward
+
+
+def said(changed, gradients=None, able=ABLE):
+    def call(p):
+        return changed(p)
+
+    call.gradients = gradients or backward
+    only = NAME if gradients is None else NAME.replace("[", "/gradients[")
+    (check,) = check_kernel(call, capabilities=able, only=only).checks
+    return check.verdict, check.message
+
+
+def test_a_kernel_of_pytorch_arrays():
+    report = check_kernel(kernel, capabilities=ABLE, only="gaussian/*")
+    assert report.kernel == "kernel"
+    assert report.count("passed") > 30
+    assert report.passed
+
+
+def test_an_answer_of_another_library():
+    wrong = "out: got an array of numpy, expected torch as the inputs are"
+    assert said(lambda p: tiled(p)) == ("failed", wrong)
+    assert said(kernel, lambda p, g: {"dq": np.zeros(1)}) == ("failed", wrong.replace("out", "dq"))
+
+
+def test_an_answer_on_another_device():
+    wrong = "out: is on device meta, expected cpu as the inputs are"
+    assert said(lambda p: kernel(p)[0].to("meta")) == ("failed", wrong)
+    wrong = "lse: is on device meta, expected cpu as the inputs are"
+    assert said(lambda p: (kernel(p)[0], kernel(p)[1].to("meta"))) == ("failed", wrong)
+    moved = {"dk": torch.zeros(1, device="meta")}
+    assert said(kernel, lambda p, g: moved) == ("failed", wrong.replace("lse", "dk"))
+
+
+def test_a_view_of_an_input():
+    def view(p):
+        return p.query.view(p.query.shape)
+
+    assert said(view) == ("failed", "out: shares memory with the input query; return an array of its own")
+
+
+def test_a_changed_input():
+    def changes(p):
+        found = kernel(p)
+        p.key[0, 0, 0, 0] = 7
+        return found
+
+    def changes_dout(p, dout):
+        found = backward(p, dout)
+        dout[0, 0, 0, 0] = 7
+        return found
+
+    assert said(changes) == ("failed", "the kernel changed its input key; it must leave its inputs as they are")
+    text = "the kernel changed its input dout; it must leave its inputs as they are"
+    assert said(kernel, changes_dout) == ("failed", text)
+
+
+def test_capabilities_name_a_library():
+    with pytest.raises(InvalidInput, match="got arrays='tensorflow' and device='', expected one of numpy, torch, cupy"):
+        Capabilities(arrays="tensorflow")
+    with pytest.raises(InvalidInput, match="got arrays='numpy' and device='cuda'"):
+        replace(ABLE, arrays="numpy", device="cuda")
+
+
+def test_a_kernel_of_a_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import torch\n"
+        "from refattn import Capabilities\n"
+        "def attention(p):\n"
+        "    return torch.nn.functional.scaled_dot_product_attention(p.query, p.key, p.value)\n"
+        "attention.capabilities = Capabilities(features={'lengths_differ'}, arrays='torch')\n"
+    )
+    entry = find(f"{path}:attention")[0]
+    report = check_kernel(entry.kernel(), capabilities=entry.capabilities, only="gaussian/plain*")
+    assert report.passed
