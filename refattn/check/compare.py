@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..dtypes import format_of
 from ..exact.driver import Answer
 from ..masks import visible
+from .keytiles import weights_off
 from .statistics import Figures, figures, where
 
 __all__ = ["Worst", "compare", "empty_rows"]
@@ -130,6 +131,7 @@ def compare(
     symptoms = _symptoms(
         name, x, exact, failing, np.broadcast_to(empty[..., None], x.shape) if name == "out" else empty, answer
     )
+    keys = weights_off(answer, x) if name == "out" and failing.any() and answer.problem.n_k else ()
     return Worst(
         name,
         float(ratio[place]),
@@ -139,7 +141,7 @@ def compare(
         float(bound[place]),
         int(failing.sum()),
         int(ratio.size),
-        (*symptoms, *where(name, failing), *(() if failing.any() else _excess(whole))),
+        (*symptoms, *where(name, failing), *keys, *(() if failing.any() else _excess(whole))),
         whole,
     )
 
