@@ -37,7 +37,10 @@ def golden() -> None:
     show_default=True,
     help="text: also write each file as flat text, one number a line.",
 )
-def make_(folder: str, variant: str, dtypes: str, only: str | None, form: str) -> None:
+@click.option(
+    "--gradients", is_flag=True, help="Also store dout and the exact gradients, for the cases that have them."
+)
+def make_(folder: str, variant: str, dtypes: str, only: str | None, form: str, gradients: bool) -> None:
     """Write the input cases of an operator with their exact answers and allowed errors to DIR (new or empty)."""
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("cases", total=None)
@@ -48,6 +51,7 @@ def make_(folder: str, variant: str, dtypes: str, only: str | None, form: str) -
             only,
             form == "text",
             lambda name: bar.update(task, description=name),
+            gradients,
         )
     click.echo(f"{folder}: {len(names)} files")
 

@@ -37,6 +37,7 @@ def make(
     only: str | None = None,
     text: bool = False,
     progress: Step | None = None,
+    gradients: bool = False,
 ) -> list[str]:
     """Write a file for every input case of an operator, and manifest.json; the same arguments give the same bytes.
 
@@ -54,6 +55,8 @@ def make(
         Also write each file as flat text, one number a line.
     progress : callable
         Called with each case's name before its work.
+    gradients : bool
+        Also store a gradient arriving at out, and the exact gradients of the inputs, for the cases that have them.
 
     Returns
     -------
@@ -63,10 +66,13 @@ def make(
     Raises
     ------
     InvalidInput
-        An unknown operator or format, a pattern that matches nothing, a folder that is not empty or cannot be made.
+        An unknown operator or format, a pattern that matches nothing, a folder that is not empty or cannot be made,
+        gradients of another operator than softmax.
     """
     folder = Path(folder)
     variant_of(variant)
+    if gradients and variant != "softmax":
+        raise InvalidInput(f"gradients: got {variant}, expected softmax: others' have no bound yet")
     unknown = [d for d in dtypes if d not in FORMATS]
     if unknown or not dtypes:
         raise InvalidInput(f"dtypes: got {unknown[0] if unknown else ''!r}, expected some of {', '.join(FORMATS)}")
@@ -89,7 +95,8 @@ def make(
     for case, dtype in chosen:
         if progress is not None:
             progress(f"{case.name}[{dtype}]")
-        document = document_of(case.name, case.problem(dtype))
+        dout = case.arriving(dtype) if gradients and case.backward else None
+        document = document_of(case.name, case.problem(dtype), dout)
         contents = {"json": json.dumps(document, indent=0) + "\n"} | ({"txt": text_of(document)} if text else {})
         for ending, content in contents.items():
             name = f"{case.name.replace('/', '.')}.{dtype}.{ending}"
@@ -97,6 +104,7 @@ def make(
             about = {"case": case.name, "dtype": dtype, "variant": variant}
             files.append({"name": name, "sha256": _digest(content.encode()), **about})
     arguments = {"variant": variant, "dtypes": list(dtypes), "only": only, "format": "text" if text else "json"}
+    arguments |= {"gradients": "yes"} if gradients else {}
     manifest = {"golden": VERSION, "refattn": __version__, "arguments": arguments, "files": files}
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     return [f["name"] for f in files] + ["manifest.json"]
@@ -121,8 +129,8 @@ def check_results(folder: str | Path, results: str | Path, progress: Step | None
     folder : path
         Golden files; each one's digest is checked before it judges.
     results : path
-        A folder with files of the same names: ``{"out": [...], "lse": [...]}``, hex or decimal numbers, flat or
-        nested as the shape; lse may be left out. Numbers are rounded to the format that the file names.
+        A folder with files of the same names: ``{"out": [...], "lse": [...], "dq": [...]}``, hex or decimal numbers,
+        flat or nested as the shape; all but out may be left out. Numbers are rounded to the format that the file names.
     progress : callable
         Called with each file's name before its work.
 
@@ -212,7 +220,8 @@ def _holds(folder: Path, entry: Entry) -> Check:
     about = {n: stored[n] for n in ("case", "dtype", "variant")}
     if about != {n: entry[n] for n in about}:
         raise InvalidInput(f"{name}: got {about}, expected what the manifest says")
-    fresh = document_of(stored["case"], problem_of(stored))
+    dout = array_of(stored["inputs"]["dout"]) if "dout" in stored["inputs"] else None
+    fresh = document_of(stored["case"], problem_of(stored), dout)
     for part, new in fresh["exact"].items():
         old = stored["exact"][part]
         a, b = (array_of(x, "allowed") for x in (old, new))
@@ -241,9 +250,12 @@ def _judged(folder: Path, entry: Entry, given: Path) -> Check:
         return Check(name, "not run", message=f"{given}: there is no such file")
     document, result = _read(folder, entry), _json(given)
     exact = document["exact"]
-    if not isinstance(result, dict) or "out" not in result or not set(result) <= {"out", "lse"}:
+    if not isinstance(result, dict) or "out" not in result or not set(result) <= set(exact):
         got = ", ".join(map(str, result)) if isinstance(result, dict) else type(result).__name__
-        raise InvalidInput(f"{given.name}: got {got[:60] or 'nothing'}, expected an object with out and perhaps lse")
+        others = ", ".join(n for n in exact if n != "out")
+        raise InvalidInput(
+            f"{given.name}: got {got[:60] or 'nothing'}, expected an object with out and perhaps {others}"
+        )
     answer = answer_of(problem_of(document), {n: array_of(x, "float64") for n, x in exact.items()})
     found = []
     for part in (n for n in exact if n in result):

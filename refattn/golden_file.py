@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from .arrays import from_float64, to_float64
 from .check.bounds import bounds
+from .check.call import SOURCES
+from .check.gradient_bounds import gradient_bounds
 from .check.model import Model, flash
 from .dtypes import FORMATS
 from .errors import InvalidInput
@@ -53,8 +55,8 @@ def parse(x: Any, name: str = "number") -> float:
     raise InvalidInput(f"{name}: got {str(x)[:40]!r}, expected a hex or decimal number, inf or nan")
 
 
-def document_of(case: str, problem: Problem) -> Document:
-    """Return a call, evaluated, as JSON values; docs/golden.md says what each field is."""
+def document_of(case: str, problem: Problem, dout: NDArray[Any] | None = None) -> Document:
+    """Return a call, evaluated, as JSON values, with `dout` its gradients, too; docs/golden.md says what is what."""
     variant, model = variant_of(problem.variant), flash(problem.dtype)
     near = 1 / math.sqrt(problem.d_k) if variant.default_scale == "rsqrt" else 1.0
     head = {"golden": VERSION, "case": case, "variant": problem.variant, "dtype": problem.dtype}
@@ -67,18 +69,26 @@ def document_of(case: str, problem: Problem) -> Document:
         "softcap": _plain(problem.softcap),
         "options": _plain(variant.settings(problem)),
         "model": _plain(asdict(model)),
-        "inputs": {n: _stored(x) for n, x in problem.arrays().items()},
-        "exact": _exact(problem, model),
+        "inputs": {n: _stored(x) for n, x in (problem.arrays() | ({} if dout is None else {"dout": dout})).items()},
+        "exact": _exact(problem, model, dout),
     }
 
 
-def _exact(problem: Problem, model: Model) -> Document:
-    near = evaluate(problem, rounding="float64")
-    rounded = evaluate(problem, rounding=problem.dtype, lse_rounding=model.lse)
-    undecided = sum((*near.undecided.values(), *rounded.undecided.values()))
+def _exact(problem: Problem, model: Model, dout: NDArray[Any] | None) -> Document:
+    near = evaluate(problem, gradients=dout, rounding="float64")
+    answer = evaluate(problem, rounding=problem.dtype, lse_rounding=model.lse)
+    rounded, undecided = dict(answer.values), sum((*near.undecided.values(), *answer.undecided.values()))
+    for name, source in SOURCES.items():
+        if name in near.values:
+            kind = getattr(problem, source).dtype.name
+            value, decided = near.enclosures[name].settle(FORMATS[kind])
+            rounded[name], undecided = from_float64(value, kind), undecided + int((~decided).sum())
     if undecided:
         raise InvalidInput(f"{problem!r}: got {undecided} elements without a decided rounding, expected 0")
-    limit = bounds(answer_of(problem, near.values), model)
+    known = answer_of(problem, near.values)
+    limit = bounds(known, model)
+    if dout is not None:
+        limit = limit | gradient_bounds(known, model, dout, limit)
     found = {}
     for name, x in near.values.items():
         # the stored exact value is off by up to half its last place
@@ -87,7 +97,7 @@ def _exact(problem: Problem, model: Model) -> Document:
         with np.errstate(over="ignore"):
             m, e = np.frexp(allowed)
             allowed = np.ldexp(np.ceil(np.ldexp(m, BITS)), e - BITS)
-        stored = _stored(rounded.values[name])
+        stored = _stored(rounded[name])
         stored["rounded"] = stored.pop("data")
         found[name] = stored | {"float64": _spelled(x), "allowed": _spelled(allowed)}
     return found
@@ -139,7 +149,7 @@ def array_of(stored: Document, key: str = "data") -> NDArray[Any]:
 
 def problem_of(document: Document) -> Problem:
     """Return the call that a document holds."""
-    arrays: Any = {n: array_of(x) for n, x in document["inputs"].items()}
+    arrays: Any = {n: array_of(x) for n, x in document["inputs"].items() if n != "dout"}
     settings: Any = {n: _back(document[n]) for n in ("scale", "causal", "window", "softcap", "variant")}
     return Problem(**arrays, **settings, options={n: _back(x) for n, x in document["options"].items()})
 

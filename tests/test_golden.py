@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from refattn import InvalidInput
 from refattn.check import cases
-from refattn.check.kernels.tiled import tiled
+from refattn.check.kernels.tiled import gradients, tiled
 from refattn.cli import main
 from refattn.dtypes import FORMATS
 from refattn.golden import check_results, make, verify
@@ -247,3 +247,32 @@ def test_the_documented_program_passes(tmp_path):
         (tmp_path / f"r-{n}" / f"{text.stem}.json").write_text(done.stdout)
         (check,) = check_results(tmp_path / n, tmp_path / f"r-{n}")
         assert check.verdict == "passed", check
+
+
+def test_gradients(tmp_path):
+    folder, results = tmp_path / "set", tmp_path / "results"
+    done = call("make", folder, "--gradients", "--only", "gaussian/everything[*", "--format", "text")
+    assert (done.exit_code, done.output.strip()) == (0, f"{folder}: 5 files")
+    assert call("verify", folder).exit_code == 0
+    text = (folder / "gaussian.everything.float32.txt").read_text()
+    assert all(f"\n{n}_allowed float64 " in text for n in ("dq", "dk", "dv", "dbias", "dsink"))
+    results.mkdir()
+    for wrong in ("", "dk", "dsink"):
+        for path in folder.glob("*.*.json"):
+            document = json.loads(path.read_text())
+            problem, dout = problem_of(document), array_of(document["inputs"]["dout"])
+            found = dict(zip(("out", "lse"), tiled(problem), strict=True)) | gradients(problem, dout)
+            parts = {n: (x.astype(float) * (1.1 if n == wrong else 1)).tolist() for n, x in found.items()}
+            (results / path.name).write_text(json.dumps(parts))
+        checks = check_results(folder, results)
+        assert [c.verdict for c in checks] == 2 * ["failed" if wrong else "passed"]
+        assert all(c.worst.array == wrong for c in checks if wrong)
+
+
+def test_gradients_where_there_are_none(tmp_path):
+    with pytest.raises(InvalidInput, match="gradients: got linear, expected softmax"):
+        make(tmp_path / "set", "linear", gradients=True)
+    make(tmp_path / "forward", only="extreme/huge-values[float32]", gradients=True)
+    document = json.loads((tmp_path / "forward" / "extreme.huge-values.float32.json").read_text())
+    assert "dout" not in document["inputs"]
+    assert set(document["exact"]) == {"out", "lse"}

@@ -60,7 +60,7 @@ def weights_off(answer: Answer, got: NDArray[np.generic]) -> tuple[str, ...]:
         gram, right, energy = gram + a @ a.T, right + a @ (error.ravel() / size), energy + (error**2).sum() / size**2
     if not energy or not np.isfinite(gram).all():
         return ()
-    eps: Float = np.linalg.lstsq(gram, right, rcond=1e-9)[0]
+    eps = np.asarray(np.linalg.lstsq(gram, right, rcond=1e-9)[0], np.float64)
     if 2 * right @ eps - eps @ gram @ eps < EXPLAINED * energy:
         return ()
     if shared and np.median(1 + eps) > 0:  # by the denominator, all weights may be larger alike
