@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from refattn.bench import Row
 from refattn.check import check_kernel
-from refattn.check.kernels import found
+from refattn.check.kernels import find, found
 
 ARRAYS = ("out", "lse", "dq", "dk", "dv", "dbias")
 
@@ -22,9 +22,7 @@ ARRAYS = ("out", "lse", "dq", "dk", "dv", "dbias")
 def rows() -> Iterator[Row]:
     """The kernels named in REFATTN_KERNELS (separated by commas), or all that are found."""
     wanted = [n for n in os.environ.get("REFATTN_KERNELS", "").split(",") if n]
-    for entry in found():
-        if wanted and entry.name not in wanted:
-            continue
+    for entry in [e for n in wanted for e in find(n)] or found():
         report = check_kernel(
             entry.kernel(), model=entry.model, capabilities=entry.capabilities, name=entry.name, version=entry.version
         )

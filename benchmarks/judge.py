@@ -6,6 +6,7 @@ right kernel meets; the predicted rms is 1 for a kernel whose roundings are inde
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -19,10 +20,13 @@ from refattn.check import Capabilities, check_kernel
 from refattn.check.bugs import BUGS, broken
 from refattn.check.call import call_gradients, call_kernel
 from refattn.check.compare import compare
+from refattn.check.explain import SIGNATURES
 from refattn.check.families import QUICK, cases
-from refattn.check.kernels.tiled import gradients, tiled
+from refattn.check.kernels.tiled import SPLIT, gradients, tiled
 from refattn.check.model import GRADIENTS, Model, flash
 from refattn.check.rules import RULES
+from refattn.check.runner import failing
+from refattn.check.shrink import shrink
 from refattn.check.truth import truth
 from refattn.dtypes import FORMATS
 from refattn.problem import Problem
@@ -30,6 +34,7 @@ from refattn.problem import Problem
 TYPES = ("float32", "bfloat16")
 RIGHT = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 RUNS = 200
+SMALL = 8
 
 
 def able(dtype: str) -> Capabilities:
@@ -59,6 +64,34 @@ def planted() -> Iterator[Row]:
     yield Row("wrong outputs among the planted bugs' checks", wrong, "outputs")
     for rule in RULES:
         yield Row(f"wrong outputs that {rule} accepts", accepted[rule] / max(asked[rule], 1), "share")
+
+
+def shrunk() -> Iterator[Row]:
+    """How small the calls are that planted bugs are shrunk to; those that come and go (class K) are left out."""
+    known = json.loads(SIGNATURES.read_text())
+    by_name = {c.name: c for c in cases("softmax")}
+    lasting = [n for n, b in BUGS.items() if b.kind != "K"]
+    sizes = []
+    for name in lasting:
+        dtype = "bfloat16" if name in known["bfloat16"] else "float32"
+        fails = failing(broken(name), flash(dtype), GRADIENTS)
+        checks = [known["checks"][i] for i in known["bugs"][name]]
+        costly = ("past-16", "extreme", "poison")
+        checks = sorted((c for c in checks if not c.startswith("law/")), key=lambda c: any(x in c for x in costly))
+        best = 10**6
+        for check in checks[:3]:
+            case = by_name[check.removesuffix("/gradients")]
+            p, dout = case.problem(dtype), case.arriving(dtype) if check.endswith("/gradients") else None
+            if best > SMALL and fails(p, dout):
+                p, _ = shrink(p, dout, fails, 6.0)
+                best = min(best, max(p.n_q, p.n_k, p.d_k, p.d_v))
+        sizes.append(best)
+    for most, why in (
+        (SMALL, "n and d of 8"),
+        (SPLIT + 1, f"n and d of {SPLIT + 1}, one past the kernel's largest tile"),
+    ):
+        share = sum(s <= most for s in sizes) / len(sizes)
+        yield Row(f"{len(lasting)} lasting planted bugs, shrunk to at most {why}", share, "share")
 
 
 def right_runs() -> Iterator[Row]:
@@ -126,4 +159,5 @@ def rows() -> Iterator[Row]:
     yield from times()
     yield from sharpness()
     yield from right_runs()
+    yield from shrunk()
     yield from planted()

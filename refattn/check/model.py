@@ -10,7 +10,7 @@ import numpy as np
 
 from ..arrays import KINDS, dtype_name
 from ..dtypes import FORMATS, Format, format_of
-from ..errors import InvalidInput
+from ..errors import InvalidInput, UnsupportedProblem
 from ..problem import Problem
 
 __all__ = [
@@ -244,3 +244,9 @@ class Capabilities:
         if max(problem.d_k, problem.d_v) > self.d_max:
             lacks.append(f"dim {max(problem.d_k, problem.d_v)}")
         return lacks
+
+    def require(self, problem: Problem) -> None:
+        """Raise UnsupportedProblem where a call needs what the kernel does not have: its first line."""
+        lacks = self.missing(problem)
+        if lacks:
+            raise UnsupportedProblem(f"not in its capabilities: {', '.join(lacks)}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...dtypes import FORMATS
-from ...errors import InvalidInput, UnsupportedProblem
+from ...errors import InvalidInput
 from ...problem import Problem
 from ..call import Kernel
 from ..model import FEATURES, GRADIENTS, Capabilities, Model, ModelFor, flash, materialised
@@ -78,9 +78,7 @@ def declared(kernel: Kernel, able: Capabilities) -> Kernel:
     """Return a kernel that raises outside its capabilities: our adapters leave such options out."""
 
     def call(problem: Problem) -> Any:
-        lacks = able.missing(problem)
-        if lacks:
-            raise UnsupportedProblem(f"not in its capabilities: {', '.join(lacks)}")
+        able.require(problem)
         return kernel(problem)
 
     call.__name__ = getattr(kernel, "__name__", "kernel")
