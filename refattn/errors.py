@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "BuildError",
     "InvalidInput",
     "InvalidProblem",
     "KernelError",
@@ -32,6 +33,10 @@ class UnsupportedProblem(RefattnError, NotImplementedError):
 
 class KernelError(RefattnError):
     """A kernel broke its contract: it raised, or answered with the wrong shape, type or number of arrays."""
+
+
+class BuildError(RefattnError):
+    """A GPU kernel did not compile; the text is the compiler's."""
 
 
 class UntrustedArithmetic(RefattnError):

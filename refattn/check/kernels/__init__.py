@@ -66,8 +66,9 @@ class Entry:
 
     @property
     def version(self) -> str:
-        """The version of its package."""
-        return f"{self.package or 'refattn'} {metadata.version(self.package or 'refattn')}"
+        """The version of its package: for our own kernels, refattn's."""
+        package = "refattn" if self.name.startswith("refattn") else self.package or "refattn"
+        return f"{package} {metadata.version(package)}"
 
 
 def _load(module: str, name: str) -> Callable[[], Kernel]:
@@ -121,6 +122,7 @@ def _gpu(name: str, package: str, dtypes: str, features: str, lse: bool = False,
 
 _HALF = "float16 bfloat16"
 _PLAIN = "causal_top_left grouped_heads scale"
+_OURS = "causal_bottom_right grouped_heads scale lengths_differ no_rows_or_keys"
 
 
 def _flushing(*dtypes: str) -> ModelFor:
@@ -183,6 +185,28 @@ KERNELS: dict[str, Entry] = {
                 gradients="dq dk dv dbias",
             ),
             _flushing("float32", "bfloat16"),
+        ),
+        *(
+            Entry(
+                name,
+                "cupy",
+                _load("cuda", function),
+                Capabilities(
+                    frozenset(_HALF.split()),
+                    frozenset(_OURS.split()),
+                    d_max=256,
+                    lse=True,
+                    batch_invariant=True,
+                    arrays="torch",
+                    device="cuda",
+                ),
+                model,
+                gpu=True,
+            )
+            for name, function, model in (
+                ("refattn-gpu", "ours", _cuda),
+                ("refattn-gpu-high", "ours_high", lambda dtype: replace(_cuda(dtype), weights="float32")),
+            )
         ),
         _gpu("cuda-flash", "torch", _HALF, _PLAIN),
         _gpu("cuda-efficient", "torch", f"float32 {_HALF}", f"{_PLAIN} bias allowed d_v_differs"),

@@ -14,9 +14,21 @@ from ...problem import Problem
 from .gradients import by_name
 from .torch_sdpa import additive, attention_mask, sdpa
 
-__all__ = ["cudnn", "efficient", "flash", "flex", "jax_cudnn", "math", "triton"]
+__all__ = ["cudnn", "efficient", "flash", "flex", "jax_cudnn", "math", "ours", "ours_high", "triton"]
 
 NAMES = ("query", "key", "value")
+
+
+def _ours(accuracy: str) -> Callable[[Problem], Any]:
+    def call(p: Problem) -> Any:
+        from ...gpu import attention
+
+        return attention(p.query, p.key, p.value, scale=p.scale, causal=p.causal, accuracy=accuracy, return_lse=True)
+
+    return call
+
+
+ours, ours_high = _ours("fast"), _ours("high")
 
 
 class _Torch:

@@ -1,0 +1,6 @@
+"""Attention on NVIDIA GPUs by kernels of our own, for CuPy and PyTorch arrays."""
+
+from .attention import attention
+from .plan import IMPLS, Plan, plan
+
+__all__ = ["IMPLS", "Plan", "attention", "plan"]
