@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import array_api_compat as api
@@ -74,7 +75,7 @@ class _Placed:
         if got != expected:
             raise KernelError(f"{name}: is on device {got}, expected {expected} as the inputs are")
         for source, a in there.arrays().items():
-            if a.size != 0 and _memory(x) == _memory(a):
+            if math.prod(a.shape) and _memory(x) == _memory(a):
                 raise KernelError(f"{name}: shares memory with the input {source}; return an array of its own")
 
     def _unchanged(self, problem: Problem, there: Problem) -> None:

@@ -68,6 +68,12 @@ def test_a_view_of_an_input():
     assert said(view) == ("failed", "out: shares memory with the input query; return an array of its own")
 
 
+def test_arrays_of_no_elements_share_nothing():
+    able = replace(ABLE, features=frozenset({"no_rows_or_keys", "lengths_differ"}))
+    (check,) = check_kernel(kernel, capabilities=able, only="ragged/no-queries[bfloat16]").checks
+    assert (check.verdict, check.message) == ("passed", "")
+
+
 def test_a_changed_input():
     def changes(p):
         found = kernel(p)

@@ -12,16 +12,26 @@ from refattn.check.kernels import KERNELS
 
 from ..conftest import tensor
 
-pytestmark = pytest.mark.skipif(not KERNELS["refattn-gpu"].here, reason="needs an NVIDIA GPU and CuPy")
-NAN = {"poison/value-seen-by-some"}  # a causal row reads the values of its tile, also those that it does not see
+pytestmark = [
+    pytest.mark.skipif(not KERNELS["refattn-gpu"].here, reason="needs an NVIDIA GPU and CuPy"),
+    pytest.mark.filterwarnings("ignore:ExternalStream is deprecated:DeprecationWarning"),
+]
+KNOWN = {
+    "poison/value-seen-by-some[float16]",  # a causal row reads the values of its tile, also those that it does not see
+    "poison/value-seen-by-some[bfloat16]",
+    "extreme/huge-values[bfloat16]",  # sums of values near the largest float32, before they are divided
+    "extreme/huge-products[bfloat16]",  # products of queries and keys past float32
+}
+HIGH = {"probe/faint-key[float16]"}  # P's second part is below float16's smallest numbers
 
 
 @pytest.mark.parametrize("name", ["refattn-gpu", "refattn-gpu-high"])
 def test_the_judge(name):
     e = KERNELS[name]
     report = check_kernel(e.kernel(), capabilities=e.capabilities, model=e.model, name=name)
-    assert {c.name.split("[")[0] for c in report.failures} <= NAN, [report.describe(c) for c in report.failures]
-    assert report.count("passed") > 40
+    expected = KNOWN | (HIGH if name == "refattn-gpu-high" else set())
+    assert {c.name for c in report.failures} == expected, [report.describe(c) for c in report.failures]
+    assert report.count("passed") > 80
 
 
 @settings(max_examples=200, deadline=None)

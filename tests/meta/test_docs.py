@@ -67,6 +67,7 @@ def test_names_in_the_documentation_exist():
         "exact",
         "dtypes",
         "errors",
+        "gpu",
         "masks",
         "strategies",
     }

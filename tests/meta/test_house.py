@@ -24,6 +24,7 @@ ROOMS = [
     "files",
     "variants",
     "exact",
+    "gpu",
     "check",
     "strategies",
     "golden_file",
