@@ -17,6 +17,8 @@ The first two are first order in u elsewhere. There is no tolerance to choose.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -77,7 +79,10 @@ def _rows(slab: Slab, lost: Operands, rows: NDArray[np.intp], o: Float, model: M
         n = model.depth(seen.sum(1)[:, None])
         tiles = np.ceil(slab.k.shape[0] / model.tile) if s.lse is not None else 0.0
         e = score_errors(slab, s, lost, model, rows)
-        passes = s.relative + s.exponentials * model.exp_ulps + tiles * (model.exp_ulps + 1)
+        passes: Any = s.relative + s.exponentials * model.exp_ulps + tiles * (model.exp_ulps + 1)
+        merges = model.merges(slab.k.shape[0], slab.sink is not None)
+        if merges > 1 and s.lse is not None:  # a part weighs exp of its lse less the whole's, both rounded
+            passes = passes + (merges - 1) * (2 * np.abs(np.nan_to_num(s.lse)) + model.exp_ulps + 4)[:, None]
         off = s.slope * (np.expm1(np.minimum(e, 700.0)) if s.exponentials else e) + passes * u * np.abs(s.weights)
         z = np.ones(len(rows)) if s.denominator is None else s.denominator
         w = np.abs(s.weights)[:, :, None]
@@ -99,6 +104,8 @@ def _rows(slab: Slab, lost: Operands, rows: NDArray[np.intp], o: Float, model: M
             spread = (w * size).sum(1) / np.abs(z)[:, None] + np.abs(o) * w.sum(1) / np.abs(z)[:, None]
         steps = n + tiles + 3
         total = moved + steps * u * spread + u_w * rounded
+        if merges > 1 and s.lse is not None:  # the whole's lse divides every part alike
+            total = total + (merges - 1) * u * (np.abs(np.nan_to_num(s.lse)) + 2)[:, None] * np.abs(o)
         if model.operands:
             total = total + (1 + u_w) * (np.abs(s.weights) @ (lost.v * unit)) / np.abs(z)[:, None]
         # underflow of a weight, of a product or sum, and of the result
@@ -115,7 +122,7 @@ def _rows(slab: Slab, lost: Operands, rows: NDArray[np.intp], o: Float, model: M
         log = np.where(share < 1, -np.log1p(-np.minimum(share, 1 - 1e-16)), np.inf)
         m = s.lse - np.log(z)
         wide = u * (steps[:, 0] + 4 * np.abs(np.log(z)) + 4 * np.abs(m) + np.abs(s.lse) + 4)
-        wide = wide + u * model.merges(slab.k.shape[0]) * (2 * np.abs(s.lse) + model.exp_ulps + 4)
+        wide = wide + u * merges * (2 * np.abs(s.lse) + model.exp_ulps + 4)
         back = format_of(model.lse)
         return total, log + wide + back.unit_roundoff * np.abs(s.lse) + floor(back, model)
 

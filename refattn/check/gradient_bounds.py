@@ -127,7 +127,7 @@ def _head(
     lost_d = np.maximum(from_out, from_p)
     x = np.abs(dp - d)
     ds = weights * x
-    lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds) * slab.allowed
+    lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds + tiny) * slab.allowed
     if "dbias" in total:
         spread(slab, total["dbias"], lost_ds + model.depth(spread_over(slab)) * u * ds)
     if "dsink" in total and slab.sink is not None:
@@ -137,17 +137,21 @@ def _head(
         slope = 1 - t * t
         raw = (slab.q.shape[1] + 3) * u * (np.abs(slab.q) @ np.abs(slab.k).T * abs(plain.scale))
         lost_slope = 2 * np.abs(t) * (raw / p.softcap * slope + 3 * u * np.abs(t)) + 3 * u
-        lost_ds, ds = lost_ds * slope + ds * lost_slope, ds * slope
+        lost_ds, ds = lost_ds * (slope + lost_slope) + ds * lost_slope, ds * slope
     lost_ds = lost_ds + u_p * ds
     scale, q, k = abs(float(plain.scale)), np.abs(slab.q), np.abs(slab.k)
     at, keys = (slab.batch, slab.head, slab.rows), (slab.batch, slab.head_kv, slab.keys)
     seen = slab.allowed.astype(np.float64)
-    total["dq"][at] = scale * (lost_ds @ k + (model.depth(n) + tiles + 3) * u * (ds @ k) + tiny * (seen @ k))
+    total["dq"][at] = scale * (lost_ds @ k + (model.depth(n) + tiles + 3) * u * (ds @ k) + tiny * (seen @ k)) + tiny * (
+        seen @ k + n
+    )
     rows = model.depth(_rows_of(slab)) + np.ceil(dout.shape[0] / model.tile) + 3
-    total["dk"][keys] += scale * (lost_ds.T @ q + rows * u * (ds.T @ q) + tiny * (seen.T @ q))
+    total["dk"][keys] += scale * (lost_ds.T @ q + rows * u * (ds.T @ q) + tiny * (seen.T @ q)) + tiny * (
+        seen.T @ q + rows
+    )
     sums["dk"][keys] += scale * (ds.T @ q)
     lost_p = lost_p + u_p * weights
-    total["dv"][keys] += lost_p.T @ size + rows * u * (weights.T @ size) + tiny * (seen.T @ size)
+    total["dv"][keys] += lost_p.T @ size + rows * u * (weights.T @ size) + tiny * (seen.T @ size + rows)
     sums["dv"][keys] += weights.T @ size
     if model.operands:
         total["dq"][at] += scale * ((ds + lost_ds) @ operands.k)

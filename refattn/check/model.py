@@ -140,9 +140,9 @@ class Model:
             return 1.5 * form.unit_roundoff**2
         return form.unit_roundoff if form.precision < inside_type(self.accumulator).precision else 0.0
 
-    def merges(self, n: int) -> int:
-        """Return how many parts n keys are merged from."""
-        return -(-n // self.split) if self.split else 0
+    def merges(self, n: int, sink: bool) -> int:
+        """Return how many parts n keys, and a sink as one more, are merged from."""
+        return -(-n // self.split) + sink if self.split else 0
 
     def depth(self, n: Any) -> Any:
         """Return how many additions a number passes through in a sum of n (a number or an array)."""

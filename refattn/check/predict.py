@@ -80,7 +80,8 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
     weights = s.weights / np.where(s.denominator > 0, s.denominator, 1.0)[:, None]
     scale = float(plain.scale)
     raw, squares = q @ k.T * scale, (q * q) @ (k * k).T * scale**2
-    slope: Any = 1.0 if p.softcap is None else 1 - np.tanh(raw / p.softcap) ** 2
+    t = np.zeros(1) if p.softcap is None else np.tanh(raw / p.softcap)
+    slope: Any = 1 - t * t
     var_w = cu * (_dot(model, q.shape[1], raw, squares) + raw**2) * slope**2 + cu * s.roundings**2
     var_w = var_w + C * model.loss(model.scores) ** 2 * s.roundings**2
     if model.operands:
@@ -89,12 +90,16 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
     var_w = var_w + (inside.unit_roundoff * model.exp_ulps) ** 2 / 3 + (s.relative + tiles) * cu
     wild = (np.where(slab.allowed, var_w, 0.0).max(1, initial=0.0) > WILD)[:, None]
     var_w = np.where(wild, 1.0, var_w)
-    merges = 4 * model.merges(k.shape[0])
+    parts = model.merges(k.shape[0], slab.sink is not None)
+    merges = 4 * parts
     live = np.isfinite(s.lse) & (s.denominator > 0)
     w2, v2, n = weights**2, v * v, slab.allowed.sum(1, keepdims=True)
     o = np.nan_to_num(o, posinf=0, neginf=0)
     moved = (w2 * var_w) @ v2 - 2 * o * ((w2 * var_w) @ v) + o * o * (w2 * var_w).sum(1, keepdims=True)
     out = np.maximum(moved, 0) + cu_p * (w2 @ v2) + cu * (_dot(model, n, o, w2 @ v2) + (tiles + 3 + merges) * o * o)
+    if parts > 1:
+        sizes = np.where(live, s.lse, 0.0)[:, None] ** 2
+        out = out + cu * ((2 * sizes + 2) * _moved_by_parts(slab, weights, o, model) + (parts - 1) * sizes * o * o)
     if model.operands:
         out = out + w2 @ variance(v, p.value, model) + scale**2 * _moved_by_queries(slab, weights * slope, o, model)
     # underflow: of a weight, of a product or a running sum
@@ -122,9 +127,11 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
     var_d = (g2 * out).sum(1, keepdims=True) + cu * (g2 * o * o).sum(1, keepdims=True)
     x = dp - (dout * o).sum(1, keepdims=True)
     lse = np.where(slab.allowed.any(1), np.nan_to_num(s.lse, neginf=0.0), 0.0)[:, None]
-    var_p = var_w + cu * ((2 + 2 * model.merges(k.shape[0])) * (lse**2 + 2))
+    var_p = var_w + cu * ((2 + 2 * parts) * (lse**2 + 2))
     ds = weights * x * slope
     own = slope**2 * w2 * (x * x * (var_p + 2 * cu) + var_dp) + cu_p * ds * ds
+    if p.softcap is not None:  # 1 - t^2 near 0 keeps the errors of t, which is good to 2 ulps, and of its square
+        own = own + w2 * (x * x + var_dp + var_d) * (4 * t * t * (3 * inside.unit_roundoff * t) ** 2 / 3 + 4 * cu)
     mean_k = (weights * slope) @ k
     rows = q.shape[0] * (p.heads // p.heads_kv)
     dq = scale**2 * (own @ (k * k) + var_d * mean_k**2 + cu * _dot(model, n, ds @ k, ds**2 @ (k * k)))
@@ -141,6 +148,7 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
     if "dbias" in total:
         one_key = total["dbias"].shape[3] == 1  # then D's error is common to what is summed
         score = w2 * (x * x * (var_p + 2 * cu) + var_dp + var_d * (0 if one_key else 1))
+        score = score + max(tiny_w, tiny) * x * x + tiny
         score = score + cu * (model.depth(spread_over(slab)) / 6 + 1) * w2 * x * x
         score = score + (weights.sum(1, keepdims=True) ** 2 * var_d / k.shape[0] if one_key else 0.0)
         spread(slab, total["dbias"], np.where(wild, np.nan, score * seen if not one_key else score))
@@ -151,6 +159,16 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
         total["dsink"][slab.head] += (var_s + tiny * d * d).sum() + cu * (model.depth(rows) + 1) * (p_sink * d) @ (
             p_sink * d
         )
+
+
+def _moved_by_parts(slab: Slab, weights: Float, o: Float, model: Model) -> Float:
+    """Return the squares of what a relative error of 1 in the weight of a part does to out, summed over the parts."""
+    total = np.zeros_like(o)
+    for start in range(0, slab.k.shape[0], model.split):
+        part = weights[:, start : start + model.split]
+        moved = part @ slab.v[start : start + model.split] - o * part.sum(1, keepdims=True)
+        total += moved * moved
+    return total if slab.sink is None else total + ((1 - weights.sum(1, keepdims=True)) * o) ** 2
 
 
 def _moved_by_queries(slab: Slab, weights: Float, o: Float, model: Model) -> Float:
