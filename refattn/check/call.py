@@ -14,7 +14,7 @@ from ..dtypes import FORMATS
 from ..errors import InvalidProblem, KernelError, UnsupportedProblem
 from ..problem import Problem
 
-__all__ = ["SOURCES", "Kernel", "Result", "call_gradients", "call_kernel"]
+__all__ = ["SOURCES", "Kernel", "Result", "call_gradients", "call_kernel", "unchanged"]
 
 Kernel = Callable[[Problem], Any]
 
@@ -96,8 +96,7 @@ def call_gradients(kernel: Kernel, problem: Problem, dout: NDArray[Any]) -> dict
         raise KernelError("the kernel has no attribute gradients, but its capabilities name some")
     arriving = np.array(dout, copy=True)
     result, given = _on_copies(lambda p: backward(p, arriving), problem)
-    if arriving.tobytes() != np.asarray(dout).tobytes():
-        raise KernelError("the kernel changed its input dout; it must leave its inputs as they are")
+    unchanged({"dout": arriving}, {"dout": dout})
     if not isinstance(result, Mapping) or not result or set(result) - set(SOURCES):
         got = ", ".join(map(str, result)) if isinstance(result, Mapping) else type(result).__name__
         raise KernelError(f"gradients: got {got}; expected a mapping from some of {', '.join(SOURCES)} to arrays")
@@ -125,10 +124,15 @@ def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, d
     except Exception as e:
         text = (str(e).strip().splitlines() or [""])[0]
         raise KernelError(f"the kernel raised {type(e).__name__}: {text[:200]}") from e
-    for name, x in problem.arrays().items():
+    unchanged(given, problem.arrays())
+    return result, given
+
+
+def unchanged(given: Mapping[str, NDArray[Any]], before: Mapping[str, Any]) -> None:
+    """Refuse a kernel that wrote to what it was given."""
+    for name, x in before.items():
         if given[name].tobytes() != np.asarray(x).tobytes():
             raise KernelError(f"the kernel changed its input {name}; it must leave its inputs as they are")
-    return result, given
 
 
 def _own(given: dict[str, NDArray[Any]], **results: Any) -> None:

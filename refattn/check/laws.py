@@ -15,7 +15,7 @@ from .call import SOURCES, Kernel, Result, call_gradients, call_kernel
 from .compare import Worst
 from .draw import Draw
 from .model import Capabilities, Model
-from .truth import exact, truth
+from .truth import truth
 
 __all__ = ["LAWS", "Asked", "Law", "law_problem"]
 
@@ -224,11 +224,11 @@ class _Loss:
 
     @classmethod
     def of(cls, ask: Asked, p: Problem, dout: NDArray[Any]) -> _Loss:
-        wide = dout.astype(np.float64)
-        true = {n: x.mid for n, x in exact(p, dout).enclosures.items()}
+        wide, known = dout.astype(np.float64), truth(p, ask.model, dout)
+        true = {n: x.mid for n, x in known.answer.enclosures.items()}
         value, exact_value = ((wide * x).sum((2, 3)) for x in (ask.out(p), true["out"]))
         lost = (np.abs(wide) * ask.allowed(p)["out"]).sum((2, 3))
-        return cls(value, exact_value, lost, ask.gradients(p, dout), ask.allowed(p, dout), true)
+        return cls(value, exact_value, lost, ask.gradients(p, dout), known.allowed, true)
 
 
 def _row_sums(name: str, axis: int, text: str) -> Callable[[Asked, Problem], Worst]:
