@@ -12,22 +12,31 @@ import os
 import statistics
 from collections.abc import Iterator
 
+from joblib import Parallel, delayed
+
 from refattn.bench import Row
-from refattn.check import check_kernel
 from refattn.check.kernels import find, found
+from refattn.check.report import Check
+from refattn.check.runner import plan
 
 ARRAYS = ("out", "lse", "dq", "dk", "dv", "dbias")
 
 
+def part(name: str, first: int, step: int) -> list[Check]:
+    """Return every `step`-th check of a kernel, run."""
+    (e,) = find(name)
+    return [i.run() for i in plan(e.kernel(), model=e.model, capabilities=e.capabilities)[first::step]]
+
+
 def rows() -> Iterator[Row]:
-    """The kernels named in REFATTN_KERNELS (separated by commas), or all that are found."""
+    """The kernels named in REFATTN_KERNELS (separated by commas), or all that are found; REFATTN_JOBS processes."""
+    jobs = int(os.environ.get("REFATTN_JOBS", "1"))
     wanted = [n for n in os.environ.get("REFATTN_KERNELS", "").split(",") if n]
     for entry in [e for n in wanted for e in find(n)] or found():
-        report = check_kernel(
-            entry.kernel(), model=entry.model, capabilities=entry.capabilities, name=entry.name, version=entry.version
-        )
+        parts = Parallel(n_jobs=jobs)(delayed(part)(entry.name, i, jobs) for i in range(jobs))
+        done = [c for p in parts for c in p]
         for dtype in sorted(entry.capabilities.dtypes):
-            checks = [c for c in report.checks if c.dtype == dtype]
+            checks = [c for c in done if c.dtype == dtype]
             at = f"{entry.name} ({entry.version}) {dtype}"
             for verdict in ("passed", "failed", "unsupported"):
                 yield Row(f"{at}, {verdict}", sum(c.verdict == verdict for c in checks), "checks")

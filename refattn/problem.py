@@ -14,7 +14,7 @@ from .arrays import KINDS, dtype_name, kind_of, to_kind, to_numpy
 from .dtypes import FORMATS
 from .errors import InvalidProblem
 
-__all__ = ["ALIGNMENTS", "Problem"]
+__all__ = ["ALIGNMENTS", "Problem", "check_offsets"]
 
 ALIGNMENTS = ("bottom_right", "top_left")
 TENSORS = ("query", "key", "value", "bias", "allowed", "sink")
@@ -305,28 +305,31 @@ class Problem:
                 )
 
     def _check_lengths(self) -> None:
-        q, k = self.cu_seqlens_q, self.cu_seqlens_k
-        if q is None and k is None:
+        if self.cu_seqlens_q is None and self.cu_seqlens_k is None:
             return
-        if q is None or k is None:
-            raise InvalidProblem("cu_seqlens_q and cu_seqlens_k: got only one, expected both or none")
-        if self.batch != 1:
-            raise InvalidProblem(
-                f"query: axis batch is {self.batch}, expected 1 with cu_seqlens; pack along the seq axis"
-            )
-        ends = {"cu_seqlens_q": self.n_q, "cu_seqlens_k": self.n_k}
-        for name, end in ends.items():
+        check_offsets(self, self.cu_seqlens_q, self.cu_seqlens_k)
+        for name, end in zip(OFFSETS, (self.n_q, self.n_k), strict=True):
             x = to_numpy(getattr(self, name), name)
-            if x.ndim != 1 or x.size < 2 or x.dtype.kind not in "iu":
-                raise InvalidProblem(
-                    f"{name}: got {x.dtype.name} of shape {x.shape}, expected at least 2 integers on one axis"
-                )
             if x[0] != 0 or x[-1] != end or (np.diff(x.astype(np.int64)) < 0).any():
                 raise InvalidProblem(
                     f"{name}: got {x.tolist()}, expected offsets that start at 0, never fall and end at {end}"
                 )
-        if len(q) != len(k):
-            raise InvalidProblem(f"cu_seqlens_k: has {len(k)} offsets, expected cu_seqlens_q's {len(q)}")
+
+
+def check_offsets(p: Problem, q: Any, k: Any) -> None:
+    """Refuse offsets of packed sequences that do not fit a call; their values are not looked at."""
+    if q is None or k is None:
+        raise InvalidProblem("cu_seqlens_q and cu_seqlens_k: got only one, expected both or none")
+    if p.batch != 1:
+        raise InvalidProblem(f"query: axis batch is {p.batch}, expected 1 with cu_seqlens; pack along the seq axis")
+    for name, x in zip(OFFSETS, (q, k), strict=True):
+        _expect_array(name, x)
+        if len(x.shape) != 1 or x.shape[0] < 2 or not dtype_name(x).lstrip("u").startswith("int"):
+            raise InvalidProblem(
+                f"{name}: got {dtype_name(x)} of shape {tuple(x.shape)}, expected at least 2 integers on one axis"
+            )
+    if q.shape[0] != k.shape[0]:
+        raise InvalidProblem(f"cu_seqlens_k: has {k.shape[0]} offsets, expected cu_seqlens_q's {q.shape[0]}")
 
 
 def _is_int(x: Any) -> bool:

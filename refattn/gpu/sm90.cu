@@ -3,22 +3,27 @@
 // Steps
 //  1. A block has one producer warpgroup and CONSUMERS consumer warpgroups; each consumer owns 64 query rows.
 //  2. The producer (one thread) takes tiles of BLOCK_M query rows from a queue, and copies Q, K and V tiles to shared memory
-//     by the bulk tensor copy engine (128-byte swizzle, boxes of 64 columns; d below HEAD_DIM is filled up with zeros). K and V each have a ring of STAGES slots with
-//     a "full" and an "empty" mbarrier a slot. Out-of-range rows arrive as zeros.
+//     by the bulk tensor copy engine (128-byte swizzle, boxes of 64 columns; d below HEAD_DIM is filled up with zeros). K and
+//     V each have a ring of STAGES slots with a "full" and an "empty" mbarrier a slot. Out-of-range rows arrive as zeros.
+//     BLOCKS: it skips the key blocks that a block mask hides, and tells with each K tile which one comes next.
 //  3. A consumer walks the key blocks from the last to the first, so that the blocks to be masked (tail, causal diagonal)
 //     come first. In each step it issues S' = Q K'^T for the next block, then O += P V for the current one, and computes the
 //     softmax of S' while O += P V runs. P stays in registers: the accumulator layout of S is the A operand layout of P V.
 //  4. PINGPONG: named barriers pass a token from consumer to consumer, so that one issues its products while the others are
 //     in their softmax.
-//  5. Softmax is online, base 2: p = 2^(s * scale * log2 e - max * scale * log2 e); the row sum is reduced over the four lanes
-//     of a row at the end only. Rows without keys give 0 and lse = -inf.
+//  5. Softmax is online, base 2: p = 2^(s * scale * log2 e - max * scale * log2 e + OFFSET); the row sum is reduced over the
+//     four lanes of a row at the end only. Rows without keys give 0 and lse = -inf. OFFSET moves P in the range of its type: up
+//     in float16, whose smallest numbers are not small; down in bfloat16, so that sums of its largest values stay finite.
 //  6. HIGH: P = hi + lo, two 16-bit parts, O += hi V + lo V: the rounding of P leaves the result.
 //  7. Epilogue: divide by the row sum, transpose within each quad of lanes, 16-byte stores. The producer already loads the
 //     next tile meanwhile.
+//  8. CAUSAL: a hidden key's p is 0, and 0 * NaN is NaN. Tiles with an output that is not finite are marked in `redo`, a byte for
+//     64 rows; simt.cu computes them anew.
 //
 // Macros: HEAD_DIM 64 | 128 | 256, BF16 0 | 1, CAUSAL 0 | 1 (aligned to the bottom right), HIGH 0 | 1, CONSUMERS 2 | 3, BLOCK_N
-// (multiple of 16), STAGES (K, V), Q_STAGES, PINGPONG 0 | 1, LAZY (0 or a power of 2, see softmax), CONSUMER_REGISTERS and
-// PRODUCER_REGISTERS (multiples of 8). d at most HEAD_DIM, a multiple of 8. scale must be positive. Rows of all tensors 16-byte aligned, last axis contiguous.
+// (multiple of 16), STAGES (K, V), Q_STAGES, PINGPONG 0 | 1, BLOCKS 0 | 1 (of multiples of BLOCK_M rows and BLOCK_N keys),
+// CONSUMER_REGISTERS and PRODUCER_REGISTERS (multiples of 8). d at most HEAD_DIM, a multiple of 8. scale must be positive.
+// Rows of all tensors 16-byte aligned, last axis contiguous.
 // The wgmma wrappers qk_first, qk_next (S (+)= Q K^T, both from shared memory) and pv (O += P V, P from registers) are
 // generated text (sm90.py) put in at the marker below, since their asm statements have one operand an accumulator register.
 //
@@ -45,7 +50,9 @@ constexpr u32 OFFSET_K = Q_STAGES * Q_BYTES;
 constexpr u32 OFFSET_V = OFFSET_K + STAGES * KV_BYTES;
 constexpr u32 OFFSET_BARRIERS = OFFSET_V + STAGES * KV_BYTES;
 constexpr u32 FULL_Q = 0, EMPTY_Q = FULL_Q + 8 * Q_STAGES, FULL_K = EMPTY_Q + 8 * Q_STAGES, EMPTY_K = FULL_K + 8 * STAGES,
-              FULL_V = EMPTY_K + 8 * STAGES, EMPTY_V = FULL_V + 8 * STAGES, WORK = EMPTY_V + 8 * STAGES;
+              FULL_V = EMPTY_K + 8 * STAGES, EMPTY_V = FULL_V + 8 * STAGES, WORK = EMPTY_V + 8 * STAGES,
+              NEXT = WORK + 16 * Q_STAGES;
+constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 32768.f;  // UNSHIFT = 2^-OFFSET
 
 #define DEVICE __device__ __forceinline__
 #define INFINITY_F __int_as_float(0x7f800000)
@@ -148,9 +155,8 @@ DEVICE void apply_mask(float (&s)[NS], const int (&limit)[2]) {  // keeps column
     for (int i = 0; i < NS; i++)
         if (8 * (i / 4) + i % 2 >= limit[i / 2 % 2]) s[i] = -INFINITY_F;
 }
-// s: scores in, numerators out. top: the row maximum that numerators refer to, sum: running lane sums. Returns whether top moved:
-// O must then be multiplied with factor. LAZY > 0: top moves only if a maximum of the warp grew by more than LAZY (base 2),
-// numerators are then at most 2^LAZY.
+// s: scores in, numerators out. top: the row maximum, sum: running lane sums. Returns whether a maximum of the warp moved: O must
+// then be multiplied with factor.
 template <bool MASKED> DEVICE bool softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&factor)[2], float scale_log2) {
     float now[2];
 #pragma unroll
@@ -161,7 +167,7 @@ template <bool MASKED> DEVICE bool softmax(float (&s)[NS], float (&top)[2], floa
         now[r] = quad_max(fmaxf(a, b));
         factor[r] = 1.f;
     }
-    bool moved = LAZY == 0 || __any_sync(~0u, (now[0] - top[0]) * scale_log2 > LAZY || (now[1] - top[1]) * scale_log2 > LAZY);
+    bool moved = __any_sync(~0u, now[0] > top[0] || now[1] > top[1]);
     if (moved) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -171,7 +177,7 @@ template <bool MASKED> DEVICE bool softmax(float (&s)[NS], float (&top)[2], floa
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float base = (MASKED && top[r] == -INFINITY_F ? 0.f : top[r]) * scale_log2, a = 0.f, b = 0.f;
+        float base = (MASKED && top[r] == -INFINITY_F ? 0.f : top[r]) * scale_log2 - OFFSET, a = 0.f, b = 0.f;
 #pragma unroll
         for (int i = 0; i < NS; i += 4) {
             float x = exp2_fast(fmaf(s[i + 2 * r], scale_log2, -base)), y = exp2_fast(fmaf(s[i + 2 * r + 1], scale_log2, -base));
@@ -198,6 +204,7 @@ DEVICE void rescale(float (&o)[NO], const float (&factor)[2]) {
 
 // ---- work -----------------------------------------------------------------------------------------------------------------
 struct Shape { int batch, heads, group, n_q, n_k, d, head_group, tiles; };  // group: query heads a key head; head_group: see decode
+struct BlockMask { const unsigned char* blocks; long long batch, head, row; int block_q, block_k; };  // strides in bytes
 struct Work { int row, head, batch, blocks; };
 // Tiles in the order of the queue: groups of head_group heads (whose K and V fit in the L2 cache together), inside a group the
 // query blocks (the longest first when causal), innermost the heads.
@@ -216,7 +223,8 @@ template <int N> struct Ring {
     DEVICE void advance() { if (++stage == N) { stage = 0; phase ^= 1; } }
 };
 
-DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k, const TensorMap* map_v, u32 shared, const Shape& z, int* counter) {
+DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k, const TensorMap* map_v, u32 shared, const Shape& z, const BlockMask& mask,
+                    int* counter) {
     u32 bars = shared + OFFSET_BARRIERS;
     Ring<Q_STAGES> q;
     Ring<STAGES> k, v;
@@ -224,13 +232,22 @@ DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k, const Tensor
         Work w = {0, 0, 0, -1};                                  // blocks < 0: the end
         if (tile < z.tiles) w = decode(tile, z);
         int head_kv = w.head / z.group;
-        auto load_k = [&](int j) {
+        const unsigned char* blocks = mask.blocks + w.batch * mask.batch + w.head * mask.head + (BLOCKS ? w.row / mask.block_q : 0) * mask.row;
+        const int a_block = BLOCKS ? mask.block_k / BLOCK_N : 1;
+        auto shown = [&](int j) {                                // j, or the first block before it that is computed
+            if (BLOCKS) while (j >= 0 && !blocks[j / a_block]) j = j / a_block * a_block - 1;
+            return j;
+        };
+        auto load_k = [&](int j, int next) {
             barrier_wait(bars + EMPTY_K + 8 * k.stage, k.phase ^ 1);
+            if (BLOCKS) asm volatile("st.shared.b32 [%0], %1;" ::"r"(bars + NEXT + 4 * k.stage), "r"(next) : "memory");
             barrier_expect(bars + FULL_K + 8 * k.stage, KV_BYTES);
             copy_tile(shared + OFFSET_K + k.stage * KV_BYTES, map_k, bars + FULL_K + 8 * k.stage, BLOCK_N, j * BLOCK_N, head_kv, w.batch);
             k.advance();
         };
-        if (w.blocks > 0) load_k(w.blocks - 1);
+        int j = BLOCKS ? shown(w.blocks - 1) : w.blocks - 1, next = -1;
+        if (BLOCKS && w.blocks > 0) w.blocks = j + 1;
+        if (w.blocks > 0) next = shown(j - 1), load_k(j, next);
         barrier_wait(bars + EMPTY_Q + 8 * q.stage, q.phase ^ 1);
         asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(bars + WORK + 16 * q.stage), "r"(w.row), "r"(w.head), "r"(w.batch),
                      "r"(w.blocks) : "memory");
@@ -239,12 +256,14 @@ DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k, const Tensor
         copy_tile(shared + q.stage * Q_BYTES, map_q, bars + FULL_Q + 8 * q.stage, BLOCK_M, w.row, w.head, w.batch);
         q.advance();
         int taken = atomicAdd(counter, 1);                       // one for each tile; its value is needed only below
-        for (int j = w.blocks - 1; j >= 0; j--) {
-            if (j > 0) load_k(j - 1);
+        while (j >= 0) {
+            int after = next < 0 ? -1 : shown(next - 1);
+            if (next >= 0) load_k(next, after);
             barrier_wait(bars + EMPTY_V + 8 * v.stage, v.phase ^ 1);
             barrier_expect(bars + FULL_V + 8 * v.stage, KV_BYTES);
             copy_tile(shared + OFFSET_V + v.stage * KV_BYTES, map_v, bars + FULL_V + 8 * v.stage, BLOCK_N, j * BLOCK_N, head_kv, w.batch);
             v.advance();
+            j = next, next = after;
         }
         if (taken == z.tiles - 1) atomicExch(counter, 0);        // the last to be taken: ready for the next launch
         tile = gridDim.x + taken;
@@ -278,7 +297,7 @@ DEVICE void store_rows(u16* out, const float (&o)[NO], const float (&inverse)[2]
     }
 }
 
-DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Strides& stride, float* lse) {
+DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Strides& stride, float* lse, unsigned char* redo) {
     u32 bars = shared + OFFSET_BARRIERS;
     int consumer = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, lane = threadIdx.x % 32, lane4 = lane % 4;
     int my_row = consumer * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4;        // and my_row + 8
@@ -323,23 +342,39 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         float inverse[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float total = quad_sum(sum[r]);
-            inverse[r] = total > 0.f ? 1.f / total : (total == 0.f ? 0.f : total);      // NaN stays
+            float total = quad_sum(sum[r]) * UNSHIFT;
+            inverse[r] = total == 0.f ? 0.f : UNSHIFT / total;
             if (lane4 == 0 && row + 8 * r < z.n_q)
                 lse[((long long)w.batch * z.heads + w.head) * z.n_q + row + 8 * r] =
                     total == 0.f ? -INFINITY_F : top[r] * scale + 0.6931471805599453f * __log2f(total);
         }
         store_rows(out + w.batch * stride.batch + w.head * stride.head, o, inverse, row, z.n_q, z.d, stride.row, lane4);
+        if (CAUSAL) {
+            float zero = 0.f;                                                 // 0 * x is 0, or NaN
+#pragma unroll
+            for (int i = 0; i < NO; i++) zero = fmaf(o[i], 0.f, zero);
+            int first = w.row + consumer * 64;
+            if (zero != 0.f && first < z.n_q) redo[((long long)w.batch * z.heads + w.head) * ((z.n_q + 63) / 64) + first / 64] = 1;
+        }
     };
-    auto release_k = [&](int j) {
+    auto next_block = [&](int j) {                                            // the block after j; the K tile of j is there
+        int next = j - 1;
+        if (BLOCKS) {
+            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(next) : "r"(bars + NEXT + 4 * k.stage) : "memory");
+            next = __shfl_sync(~0u, next, 0);
+        }
+        return next;
+    };
+    auto release_k = [&](int next) {
         release(bars + EMPTY_K + 8 * k.stage);
-        if (j == 0) release(bars + EMPTY_Q + 8 * q.stage);
+        if (next < 0) release(bars + EMPTY_Q + 8 * q.stage);
         k.advance();
     };
     auto release_v = [&]() { release(bars + EMPTY_V + 8 * v.stage); v.advance(); };
     auto step = [&](int j, auto masked) {                                     // S = Q K^T of block j, O += P V of block j + 1, softmax of S
         float s[NS];
         barrier_wait(bars + FULL_K + 8 * k.stage, k.phase);
+        const int next = next_block(j);
         if (PINGPONG) token_wait(consumer);
         wgmma_fence();
         product_qk(s, desc_q(), desc_k());
@@ -349,7 +384,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         if (PINGPONG) token_pass(consumer);
         wgmma_wait<1>();
         pin(s);
-        release_k(j);
+        release_k(next);
         if (masked.value) mask(s, j);
         bool moved = softmax<decltype(masked)::value>(s, top, sum, factor, scale_log2);
         wgmma_wait<0>();
@@ -357,27 +392,29 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         release_v();
         round_p(p, s);
         if (moved) rescale(o, factor);
+        return next;
     };
     if (PINGPONG && consumer == CONSUMERS - 1) token_pass(consumer);
     for (Work w = fetch(); w.blocks >= 0; w = fetch()) {
         start(w);
         clear();
         if (w.blocks > 0) {
+            int j;
             {
                 float s[NS];
                 barrier_wait(bars + FULL_K + 8 * k.stage, k.phase);
+                j = next_block(w.blocks - 1);
                 wgmma_fence();
                 product_qk(s, desc_q(), desc_k());
                 wgmma_wait<0>();
                 pin(s);
-                release_k(w.blocks - 1);
+                release_k(j);
                 mask(s, w.blocks - 1);
                 softmax<true>(s, top, sum, factor, scale_log2);
                 round_p(p, s);
             }
-            int j = w.blocks - 2;
-            for (; CAUSAL && j >= unmasked; j--) step(j, Yes());
-            for (; j >= 0; j--) step(j, No());
+            while (CAUSAL && j >= unmasked) j = step(j, Yes());
+            while (j >= 0) j = step(j, No());
             barrier_wait(bars + FULL_V + 8 * v.stage, v.phase);
             wgmma_fence();
             product_pv(o, p, desc_v());
@@ -394,7 +431,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 attention_forward(const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_v,
-                  u16* out, float* lse, int* counter, const Shape shape, const Strides stride, float scale) {
+                  u16* out, float* lse, int* counter, unsigned char* redo, const Shape shape, const Strides stride, const BlockMask mask, float scale) {
     extern __shared__ char memory[];
     u32 shared = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
     if (threadIdx.x == 0) {
@@ -411,9 +448,9 @@ attention_forward(const __grid_constant__ TensorMap map_q, const __grid_constant
     __syncthreads();
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
-        if (threadIdx.x == 0) produce(&map_q, &map_k, &map_v, shared, shape, counter);
+        if (threadIdx.x == 0) produce(&map_q, &map_k, &map_v, shared, shape, mask, counter);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-        consume(shared, shape, scale, out, stride, lse);
+        consume(shared, shape, scale, out, stride, lse, redo);
     }
 }

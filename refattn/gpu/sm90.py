@@ -1,35 +1,146 @@
-"""Source, tensor maps and launch of the Hopper kernel (sm90.cu)."""
+"""The kernel for Hopper (sm90.cu): wgmma, bulk tensor copies, specialised warps; its source and arguments."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BuildError, UnsupportedProblem
+from ..errors import UnsupportedProblem
+from .build import text_of
 from .views import View
 
-__all__ = ["launch", "shared_bytes", "source"]
+if TYPE_CHECKING:
+    from .plan import Call
 
-OPTIONS = ("-std=c++17", "-arch=sm_90a")
-NOT_MACROS = ("L2_MIB",)
+__all__ = ["FILE", "WIDTHS", "arguments", "block_rows", "macros", "obstacle", "shared_bytes", "source", "target", "why"]
+
+FILE = "sm90.cu"
+WIDTHS = (64, 128, 256)
+"""Head dims that it is compiled for; smaller ones are filled up with zeros."""
+ROWS_BLOCK_MASK = 128
+"""Query rows of a block where there is a block mask, whose blocks must be multiples of it."""
 
 
-def source(macros: Mapping[str, int]) -> str:
+def _tiles(consumers: int, keys: int, stages: int, query_stages: int, l2: int = 16) -> dict[str, int]:
+    return {
+        "CONSUMERS": consumers,
+        "BLOCK_N": keys,
+        "STAGES": stages,
+        "Q_STAGES": query_stages,
+        "L2_MIB": l2,
+        "CONSUMER_REGISTERS": 232 if consumers == 2 else 160,
+        "PRODUCER_REGISTERS": 40 if consumers == 2 else 32,
+    }
+
+
+CONFIGURATIONS: dict[tuple[int, bool, str], dict[str, int]] = {
+    (64, False, "fast"): _tiles(3, 128, 3, 2),
+    (64, True, "fast"): _tiles(3, 128, 3, 2),
+    (64, False, "high"): _tiles(3, 96, 3, 2),
+    (64, True, "high"): _tiles(2, 128, 3, 2),
+    (128, False, "fast"): _tiles(2, 128, 2, 2),
+    (128, True, "fast"): _tiles(2, 128, 2, 2),
+    (128, False, "high"): _tiles(2, 128, 2, 2),
+    (128, True, "high"): _tiles(2, 112, 2, 2),
+    (256, False, "fast"): _tiles(2, 80, 2, 1),
+    (256, True, "fast"): _tiles(2, 80, 2, 1, 32),
+    (256, False, "high"): _tiles(2, 64, 2, 1),
+    (256, True, "high"): _tiles(2, 64, 2, 1),
+}
+"""Tiles by (width, causal, accuracy): what was fastest of those that do not spill."""
+BLOCK_MASK_KEYS = {64: 128, 128: 128, 256: 64}
+"""Keys of a tile by width where there is a block mask."""
+
+
+def obstacle(call: Call, capability: tuple[int, int]) -> str:
+    """Return why the kernel cannot compute a call, "" where it can."""
+    if capability != (9, 0):
+        return f"needs compute capability 9.0, got {capability[0]}.{capability[1]}"
+    if call.dtype not in ("float16", "bfloat16"):
+        return f"takes float16 and bfloat16, got {call.dtype}"
+    if call.d_k != call.d_v or call.d_k % 8 or not 0 < call.d_k <= WIDTHS[-1]:
+        return f"takes equal head dims, multiples of 8 up to {WIDTHS[-1]}, got {call.d_k} and {call.d_v}"
+    if not call.mapped:
+        return "takes rows that begin at multiples of 16 bytes, at strides above 0"
+    options = ("window", "softcap", "sink", "bias", "allowed", "packed")
+    given = [n.replace("packed", "cu_seqlens") for n in options if getattr(call, n)]
+    if given:
+        return f"does not take {', '.join(given)}"
+    if not call.positive_scale:
+        return "takes a scale above 0"
+    if call.causal == "top_left" and call.n_q != call.n_k:
+        return f"takes causal='top_left' only with n_q = n_k, got {call.n_q} and {call.n_k}"
+    if max(call.n_q, call.n_k) >= 2**30:
+        return f"takes fewer than 2**30 rows and keys, got {call.n_q} and {call.n_k}"
+    if not call.n_k:
+        return "needs at least one key"
+    if call.blocks and (call.blocks[0] % ROWS_BLOCK_MASK or call.blocks[1] % BLOCK_MASK_KEYS[_width(call)]):
+        multiples = f"{ROWS_BLOCK_MASK} rows and {BLOCK_MASK_KEYS[_width(call)]} keys"
+        return f"takes block masks of multiples of {multiples}, got {call.blocks[0]} and {call.blocks[1]}"
+    return ""
+
+
+def _width(call: Call) -> int:
+    return min(w for w in WIDTHS if w >= call.d_k)
+
+
+def why(call: Call) -> str:
+    """Return what the kernel is for."""
+    return f"{call.dtype} on Hopper's tensor cores, head dim {call.d_k} in tiles of {_width(call)}"
+
+
+def macros(call: Call) -> dict[str, Any]:
+    """Return what the kernel is compiled with."""
+    width, causal, high = _width(call), call.causal is not None, call.accuracy == "high"
+    tiles = CONFIGURATIONS[width, causal, call.accuracy]
+    if call.blocks:
+        keys = BLOCK_MASK_KEYS[width] if not (high and causal) else 64
+        tiles = _tiles(2, keys, 3 if width == 64 else 2, 1 if width == 256 else 2)
+    return {
+        "HEAD_DIM": width,
+        "BF16": int(call.dtype == "bfloat16"),
+        "CAUSAL": int(causal),
+        "HIGH": int(high),
+        "BLOCKS": int(call.blocks is not None),
+        "PINGPONG": 1,
+        **tiles,
+    }
+
+
+def block_rows(m: Mapping[str, Any]) -> int:
+    """Return the query rows of a block."""
+    return int(64 * m["CONSUMERS"])
+
+
+def threads(m: Mapping[str, Any]) -> int:
+    """Return the threads of a block."""
+    return int(128 * (m["CONSUMERS"] + 1))
+
+
+def shared_bytes(m: Mapping[str, Any]) -> int:
+    """Return the dynamic shared memory of a block, in bytes."""
+    rows = block_rows(m) * m["Q_STAGES"] + 2 * m["STAGES"] * m["BLOCK_N"]
+    return int(1024 + 2 * m["HEAD_DIM"] * rows + 32 * m["Q_STAGES"] + 36 * m["STAGES"])
+
+
+def target(capability: tuple[int, int]) -> str:
+    """Return the architecture to compile for: with `a`, or there is no wgmma."""
+    return "sm_90a"
+
+
+def source(m: Mapping[str, Any]) -> str:
     """Return the kernel's text for some macros: its #defines, and the wgmma wrappers of its tiles."""
-    defines = "".join(f"#define {n} {v}\n" for n, v in macros.items() if n not in NOT_MACROS)
-    kind = "bf16" if macros["BF16"] else "f16"
+    kind = "bf16" if m["BF16"] else "f16"
     wrappers = (
-        _wgmma("qk_first", macros["BLOCK_N"], kind, first=True, from_registers=False),
-        _wgmma("qk_next", macros["BLOCK_N"], kind, first=False, from_registers=False),
-        _wgmma("pv", macros["HEAD_DIM"], kind, first=False, from_registers=True),
+        _wgmma("qk_first", m["BLOCK_N"], kind, first=True, from_registers=False),
+        _wgmma("qk_next", m["BLOCK_N"], kind, first=False, from_registers=False),
+        _wgmma("pv", m["HEAD_DIM"], kind, first=False, from_registers=True),
     )
-    text = (Path(__file__).parent / "sm90.cu").read_text(encoding="utf-8")
-    return defines + text.replace("// (wgmma wrappers)", "".join(wrappers))
+    return text_of(FILE, m).replace("// (wgmma wrappers)", "".join(wrappers))
 
 
 def _wgmma(name: str, n: int, kind: str, *, first: bool, from_registers: bool) -> str:
@@ -40,12 +151,12 @@ def _wgmma(name: str, n: int, kind: str, *, first: bool, from_registers: bool) -
     if from_registers:
         a = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
         b, last = f"%{count + 4}", "p, 1, 1, 1"  # the last 1: B is transposed
-        given, arguments = '"r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b)', "u32 a0, u32 a1, u32 a2, u32 a3, u64 b"
+        given, parameters = '"r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b)', "u32 a0, u32 a1, u32 a2, u32 a3, u64 b"
     else:
         a, b, last = f"%{count}", f"%{count + 1}", "p, 1, 1, 0, 0"
-        given, arguments = '"l"(a), "l"(b)', "u64 a, u64 b"
+        given, parameters = '"l"(a), "l"(b)', "u64 a, u64 b"
     return (
-        f"DEVICE void {name}(float (&d)[{count}], {arguments}) {{\n"
+        f"DEVICE void {name}(float (&d)[{count}], {parameters}) {{\n"
         f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, {0 if first else 1}, 0;\\n"\n'
         f'                 "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} '
         f'{{{accumulators}}}, {a}, {b}, {last};\\n}}"\n'
@@ -53,70 +164,55 @@ def _wgmma(name: str, n: int, kind: str, *, first: bool, from_registers: bool) -
     )
 
 
-def shared_bytes(macros: Mapping[str, int]) -> int:
-    """Return the dynamic shared memory of a block, in bytes."""
-    rows = 64 * macros["CONSUMERS"] * macros["Q_STAGES"] + 2 * macros["STAGES"] * macros["BLOCK_N"]
-    return 1024 + 2 * macros["HEAD_DIM"] * rows + 32 * (macros["Q_STAGES"] + macros["STAGES"])
+def arguments(
+    m: Mapping[str, Any],
+    arrays: Mapping[str, View],
+    scale: float,
+    blocks: tuple[int, int] | None,
+    counter: int,
+    redo: int,
+    multiprocessors: int,
+) -> tuple[int, tuple[Any, ...]]:
+    """Return the grid and the kernel's arguments.
 
-
-def launch(macros: Mapping[str, int], q: View, k: View, v: View, out: View, lse: View, scale: float) -> None:
-    """Launch the kernel on the current device and stream of CuPy; nothing is waited for."""
-    cupy = importlib.import_module("cupy")
+    Parameters
+    ----------
+    m : mapping
+        Macros.
+    arrays : mapping of str to View
+        query, key, value, out, lse, and blocks where there is a block mask.
+    scale : float
+        Multiplies the scores.
+    blocks : (block_q, block_k) or None
+        Rows and keys of a block of the block mask.
+    counter, redo : int
+        Addresses of the queue's counter, and of the marks of tiles to repair.
+    multiprocessors : int
+        Of the GPU.
+    """
+    q, k, v, out = (arrays[n] for n in ("query", "key", "value", "out"))
     (b, h, n_q, d), n_k, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
-    block_rows = 64 * macros["CONSUMERS"]
-    maps = (_map(q, block_rows, "query"), _map(k, macros["BLOCK_N"], "key"), _map(v, macros["BLOCK_N"], "value"))
-    tiles = -(-n_q // block_rows) * b * h
+    maps = (_map(q, block_rows(m), "query"), _map(k, m["BLOCK_N"], "key"), _map(v, m["BLOCK_N"], "value"))
+    tiles = -(-n_q // block_rows(m)) * b * h
     # causal tiles are taken longest first within as many heads as have their keys and values in the L2 cache together
-    together = (macros["L2_MIB"] << 20) * group // max(1, 4 * n_k * d)
-    head_group = max(group, min(b * h, together)) if macros["CAUSAL"] else 1
-    stream = cupy.cuda.get_current_stream()
-    counter = _counter(q.device, stream.ptr)
+    together = (m["L2_MIB"] << 20) * group // max(1, 4 * n_k * d)
+    head_group = max(group, min(b * h, together)) if m["CAUSAL"] else 1
     shape = np.array([b, h, group, n_q, n_k, d, head_group, tiles], np.int32).view("V32")
     strides = np.array(out.strides[:3], np.int64).view("V24")
-    pointers = (np.uint64(out.pointer), np.uint64(lse.pointer), np.uint64(counter.data.ptr))
-    kernel = _kernel(tuple(sorted(macros.items())), q.device)
-    threads = 128 * (macros["CONSUMERS"] + 1)
-    arguments = (*maps, *pointers, shape, strides, np.float32(scale))
-    kernel((min(tiles, _multiprocessors(q.device)),), (threads,), arguments, shared_mem=shared_bytes(macros))
+    mask = arrays.get("blocks")
+    table, spread = (0, [0, 0, 0]) if mask is None else (mask.pointer, mask.spread()[:3])
+    block_mask = np.array([table, *spread, (blocks[0] | blocks[1] << 32) if blocks else 0], np.int64).view("V40")
+    pointers = tuple(np.uint64(x) for x in (out.pointer, arrays["lse"].pointer, counter, redo))
+    return min(tiles, multiprocessors), (*maps, *pointers, shape, strides, block_mask, np.float32(scale))
 
 
-@lru_cache(maxsize=256)
-def _kernel(macros: tuple[tuple[str, int], ...], device: int) -> Any:
-    """Return the compiled kernel; CuPy keeps the machine code on disk, written to a temporary name and renamed."""
-    cupy = importlib.import_module("cupy")
-    chosen = dict(macros)
-    module = cupy.RawModule(code=source(chosen), options=OPTIONS, backend="nvrtc")
-    try:
-        kernel = module.get_function("attention_forward")
-    except Exception as e:
-        raise BuildError(f"gpu: compiling the kernel sm90 failed with {type(e).__name__}: {e}") from e
-    kernel.max_dynamic_shared_size_bytes = shared_bytes(chosen)
-    return kernel
-
-
-@lru_cache(maxsize=64)
-def _counter(device: int, stream: int) -> Any:
-    """Return the queue's counter of a stream: 0, as every launch leaves it; launches of other streams have others."""
-    return importlib.import_module("cupy").zeros(1, np.int32)
-
-
-@lru_cache(maxsize=64)
-def _multiprocessors(device: int) -> int:
-    return int(importlib.import_module("cupy").cuda.Device(device).attributes["MultiProcessorCount"])
-
-
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _map(x: View, rows: int, name: str) -> Any:
     """Return the tensor map of a tensor: boxes of `rows` x 64 columns, 128-byte swizzle."""
     cu = importlib.import_module("cuda.bindings.driver")
     b, h, n, d = x.shape
     # a stride along an axis of one element is never used, but must be a legal one
     strides = [2 * s if size > 1 else 16 for s, size in zip(x.strides[:3], x.shape[:3], strict=True)]
-    if x.strides[3] != 1 or x.pointer % 16 or any(s % 16 or not 0 < s < 2**40 for s in strides):
-        raise UnsupportedProblem(
-            f"{name}: got strides {x.strides} at address {x.pointer:#x}; the kernel sm90 takes a contiguous last axis "
-            "and rows that begin at multiples of 16 bytes"
-        )
     kinds, u64, u32 = cu.CUtensorMapDataType, cu.cuuint64_t, cu.cuuint32_t
     kind = "BFLOAT16" if x.dtype == "bfloat16" else "FLOAT16"
     status, found = cu.cuTensorMapEncodeTiled(

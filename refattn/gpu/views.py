@@ -1,18 +1,19 @@
-"""GPU arrays of CuPy and PyTorch as pointers, shapes and strides; results of the same kind, on the current stream."""
+"""GPU arrays of CuPy, PyTorch and JAX as pointers, shapes and strides; results of the same kind; the stream."""
 
 from __future__ import annotations
 
 import importlib
+from collections import deque
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..arrays import dtype_name, kind_of
 from ..errors import InvalidProblem, UnsupportedProblem
 
-__all__ = ["View", "current_stream", "empty", "view"]
+__all__ = ["View", "cast", "current_stream", "empty", "finish", "view"]
 
-LIBRARIES = ("cupy", "torch")
+LIBRARIES = ("cupy", "torch", "jax")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class View:
         The format's name.
     device : int
         The GPU's number.
+    owner : object
+        What keeps the memory.
     """
 
     pointer: int
@@ -36,6 +39,11 @@ class View:
     strides: tuple[int, ...]
     dtype: str
     device: int
+    owner: Any = field(default=None, compare=False, repr=False)
+
+    def spread(self) -> tuple[int, ...]:
+        """Return the strides, 0 along the axes of one element: it stands for all."""
+        return tuple(0 if n == 1 else s for n, s in zip(self.shape, self.strides, strict=True))
 
 
 def view(x: Any, name: str) -> View:
@@ -44,41 +52,105 @@ def view(x: Any, name: str) -> View:
     Raises
     ------
     InvalidProblem
-        No array, or one that is not on a GPU.
+        It is not on a GPU.
     UnsupportedProblem
         An array of another library.
     """
     kind = kind_of(x)
-    if kind is None:
-        raise InvalidProblem(f"{name}: got {type(x).__name__}, expected an array of {' or '.join(LIBRARIES)} on a GPU")
+    number, dtype = _device_of(x, name), dtype_name(x)
+    if kind == "torch":
+        return View(x.data_ptr(), tuple(x.shape), x.stride(), dtype, number, owner=x)
+    if kind == "jax":
+        x = importlib.import_module("cupy").from_dlpack(x)  # the current stream waits until it is computed
+    strides = tuple(s // x.itemsize for s in x.strides)
+    return View(x.data.ptr, tuple(x.shape), strides, dtype, number, owner=x)
+
+
+def _device_of(x: Any, name: str) -> int:
+    """Return the number of the GPU that an array is on."""
+    kind = kind_of(x)
     if kind not in LIBRARIES:
-        raise UnsupportedProblem(f"{name}: got an array of {kind}, expected one of {' or '.join(LIBRARIES)} on a GPU")
-    shape = tuple(int(n) for n in x.shape)
+        expected = f"{', '.join(LIBRARIES[:-1])} or {LIBRARIES[-1]}"
+        raise UnsupportedProblem(f"{name}: got an array of {kind}, expected one of {expected} on a GPU")
+    if kind == "cupy":
+        return int(x.device.id)
     if kind == "torch":
         if x.device.type != "cuda":
             raise InvalidProblem(f"{name}: is on device {x.device}, expected a GPU; move it with {name}.cuda()")
-        return View(x.data_ptr(), shape, tuple(x.stride()), dtype_name(x), x.device.index)
-    strides = tuple(s // x.itemsize for s in x.strides)
-    return View(x.data.ptr, shape, strides, dtype_name(x), x.device.id)
+        return int(x.device.index)
+    (device, *more) = x.devices()
+    if device.platform != "gpu" or more:
+        where = f"devices {x.devices()}" if more else f"device {device}"
+        raise InvalidProblem(f"{name}: is on {where}, expected one GPU; move it with jax.device_put")
+    return int(device.local_hardware_id)
 
 
-def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """Return a new array of `like`'s library and device, its elements not set."""
+def empty(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, View]:
+    """Return a new array of `like`'s device, its elements not set, and its place; `finish` gives it like's library."""
     if kind_of(like) == "torch":
         torch = importlib.import_module("torch")
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
-    cupy = importlib.import_module("cupy")
-    return cupy.empty(shape, like.dtype if dtype == dtype_name(like) else dtype)
+        out = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    else:
+        cupy = importlib.import_module("cupy")
+        ml_dtypes = importlib.import_module("ml_dtypes")
+        out = cupy.empty(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    return out, view(out, "out")
 
 
-def current_stream(like: Any) -> AbstractContextManager[Any]:
+def finish(like: Any, found: list[Any], given: list[View]) -> list[Any]:
+    """Return results in `like`'s library; memory that another library owns is kept until the stream has used it."""
+    if kind_of(like) != "jax":
+        return found
+    cupy, jax = importlib.import_module("cupy"), importlib.import_module("jax")
+    event = cupy.cuda.Event(disable_timing=True)
+    event.record()
+    while _PENDING and _PENDING[0][0].done:
+        _PENDING.popleft()
+    _PENDING.append((event, given))
+    return [jax.dlpack.from_dlpack(x) for x in found]
+
+
+_PENDING: deque[tuple[Any, list[View]]] = deque()
+"""What launches in flight read; JAX frees in the order of its own streams, which know nothing of ours."""
+
+
+def cast(x: Any, dtype: str) -> Any:
+    """Return a small array in another type, on its device; the same array where it is of that type."""
+    if dtype_name(x) == dtype:
+        return x
+    return x.to(getattr(importlib.import_module("torch"), dtype)) if kind_of(x) == "torch" else x.astype(dtype)
+
+
+def current_stream(like: Any, name: str) -> AbstractContextManager[Any]:
     """Return the caller's current stream on `like`'s device, as a context in which CuPy launches on it."""
+    number = _device_of(like, name)
     cupy = importlib.import_module("cupy")
     if kind_of(like) == "torch":
         torch = importlib.import_module("torch")
-        handle = torch.cuda.current_stream(like.device).cuda_stream
-        return _Both(cupy.cuda.Device(like.device.index), cupy.cuda.ExternalStream(handle, like.device.index))
-    return _Both(like.device, cupy.cuda.get_current_stream(like.device.id))
+        return _Both(cupy.cuda.Device(number), _stream(torch.cuda.current_stream(number).cuda_stream, number))
+    return _Both(cupy.cuda.Device(number), cupy.cuda.get_current_stream(number))
+
+
+def _stream(handle: int, device: int) -> Any:
+    """Return PyTorch's stream as CuPy's; PyTorch keeps it."""
+    cuda = importlib.import_module("cupy").cuda
+    known = _STREAMS.get((handle, device))
+    if known is None:
+        known = _STREAMS[handle, device] = cuda.Stream.from_external(_Handle(handle))
+    return known
+
+
+_STREAMS: dict[tuple[int, int], Any] = {}
+
+
+@dataclass(frozen=True)
+class _Handle:
+    """CUDA's stream protocol for a handle."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
 
 
 class _Both(AbstractContextManager[Any]):

@@ -114,6 +114,12 @@ def _cuda(dtype: str) -> Model:
     return replace(flash(dtype), exp_ulps=ulps, subnormals=dtype == "float16", group_sum=dtype)
 
 
+def _unrounded(dtype: str) -> Model:
+    """Return the model of a flash kernel on a GPU that does not round P to the input's type."""
+    model = _cuda(dtype)
+    return replace(model, weights=model.accumulator)
+
+
 def _gpu(name: str, package: str, dtypes: str, features: str, lse: bool = False, named_only: str = "") -> Entry:
     able = _able(dtypes, features, lse=lse, gradients="" if name == "cuda-triton" else "dq dk dv")
     load = _load("cuda", name.removeprefix("cuda-").replace("-", "_"))
@@ -122,7 +128,6 @@ def _gpu(name: str, package: str, dtypes: str, features: str, lse: bool = False,
 
 _HALF = "float16 bfloat16"
 _PLAIN = "causal_top_left grouped_heads scale"
-_OURS = "causal_bottom_right grouped_heads scale lengths_differ no_rows_or_keys"
 
 
 def _flushing(*dtypes: str) -> ModelFor:
@@ -192,9 +197,9 @@ KERNELS: dict[str, Entry] = {
                 "cupy",
                 _load("cuda", function),
                 Capabilities(
-                    frozenset(_HALF.split()),
-                    frozenset(_OURS.split()),
-                    d_max=256,
+                    frozenset(dtypes.split()),
+                    FEATURES,
+                    d_max=d_max,
                     lse=True,
                     batch_invariant=True,
                     arrays="torch",
@@ -203,9 +208,12 @@ KERNELS: dict[str, Entry] = {
                 model,
                 gpu=True,
             )
-            for name, function, model in (
-                ("refattn-gpu", "ours", _cuda),
-                ("refattn-gpu-high", "ours_high", lambda dtype: replace(_cuda(dtype), weights="float32")),
+            for name, function, dtypes, d_max, model in (
+                ("refattn-gpu", "ours", f"float64 float32 {_HALF}", 256, _cuda),
+                ("refattn-gpu-high", "ours_high", _HALF, 256, _unrounded),
+                ("refattn-gpu-mma", "ours_mma", _HALF, 256, _cuda),
+                ("refattn-gpu-mma-high", "ours_mma_high", _HALF, 128, _unrounded),
+                ("refattn-gpu-simt", "ours_simt", f"float64 float32 {_HALF}", 256, _unrounded),
             )
         ),
         _gpu("cuda-flash", "torch", _HALF, _PLAIN),

@@ -14,21 +14,38 @@ from ...problem import Problem
 from .gradients import by_name
 from .torch_sdpa import additive, attention_mask, sdpa
 
-__all__ = ["cudnn", "efficient", "flash", "flex", "jax_cudnn", "math", "ours", "ours_high", "triton"]
+__all__ = [
+    "cudnn",
+    "efficient",
+    "flash",
+    "flex",
+    "jax_cudnn",
+    "math",
+    "ours",
+    "ours_high",
+    "ours_mma",
+    "ours_mma_high",
+    "ours_simt",
+    "triton",
+]
 
 NAMES = ("query", "key", "value")
 
 
-def _ours(accuracy: str) -> Callable[[Problem], Any]:
+def _ours(accuracy: str = "fast", impl: str | None = None) -> Callable[[Problem], Any]:
     def call(p: Problem) -> Any:
         from ...gpu import attention
 
-        return attention(p.query, p.key, p.value, scale=p.scale, causal=p.causal, accuracy=accuracy, return_lse=True)
+        names = ("scale", "causal", "window", "softcap", "sink", "bias", "allowed")
+        packed = None if p.cu_seqlens_q is None else (p.cu_seqlens_q, p.cu_seqlens_k)
+        options = {n: getattr(p, n) for n in names} | {"cu_seqlens": packed, "accuracy": accuracy, "impl": impl}
+        return attention(p.query, p.key, p.value, **options, return_lse=True)
 
     return call
 
 
-ours, ours_high = _ours("fast"), _ours("high")
+ours, ours_high = _ours(), _ours("high")
+ours_mma, ours_mma_high, ours_simt = _ours(impl="mma"), _ours("high", "mma"), _ours(impl="simt")
 
 
 class _Torch:

@@ -1,0 +1,99 @@
+"""The kernel for tensor cores by mma.sync (mma.cu): 16-bit types, every option, from compute capability 8.0 on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .simt import target
+
+if TYPE_CHECKING:
+    from .plan import Call
+
+__all__ = ["FILE", "WIDTHS", "block_rows", "macros", "obstacle", "shared_bytes", "target", "threads", "why"]
+
+FILE = "mma.cu"
+WIDTHS = (32, 64, 96, 128, 192, 256)
+"""Head dims that it is compiled for; smaller ones are filled up with zeros."""
+
+
+def _rich(call: Call) -> int:
+    """Return how many options are in use that take registers."""
+    return sum((call.allowed, call.bias is not None, call.blocks is not None, call.packed))
+
+
+def obstacle(call: Call, capability: tuple[int, int]) -> str:
+    """Return why the kernel cannot compute a call, "" where it can."""
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
+    if call.dtype not in ("float16", "bfloat16"):
+        return f"takes float16 and bfloat16, got {call.dtype}"
+    if max(call.d_k, call.d_v) > WIDTHS[-1]:
+        return f"takes head dims up to {WIDTHS[-1]}, got {call.d_k} and {call.d_v}"
+    if call.bias not in (None, call.dtype, "float32"):
+        return f"takes a bias of {call.dtype} or float32, got {call.bias}"
+    if call.blocks and call.packed:
+        return "takes a block mask or packed sequences, got both"
+    if call.accuracy == "high" and (_rich(call) or call.window) and max(call.d_k, call.d_v) > 128:
+        return (
+            "takes accuracy='high' with a bias, masks, a window or packed sequences for head dims up to 128, "
+            f"got {call.d_k} and {call.d_v}"
+        )
+    return ""
+
+
+def why(call: Call) -> str:
+    """Return what the kernel is for."""
+    return f"{call.dtype} on tensor cores by mma.sync"
+
+
+def macros(call: Call) -> dict[str, Any]:
+    """Return what the kernel is compiled with: tiles that do not spill."""
+    wide_k, wide_v = (min(w for w in WIDTHS if w >= d) for d in (call.d_k, call.d_v))
+    high = call.accuracy == "high"
+    # 1 query rows tile or 2 a warp, keys, stages: fewer where options or a second part of P take registers
+    rich = _rich(call)
+    more = rich + high + (not call.aligned) + (call.window is not None) + (rich > 0 and call.softcap)
+    width = max(wide_k, wide_v)
+    if width <= 64:
+        tiles, keys, stages = 2, 128 if width == 64 and not rich and call.aligned else 64, 2
+    elif width <= 128:
+        tiles, keys, stages = (2, 64, 2) if not more else (2, 32, 2) if more == 1 else (1, 32, 2)
+    else:
+        tiles, keys, stages = 1, 32 if more else 64, 1
+    return {
+        "BF16": int(call.dtype == "bfloat16"),
+        "WIDTH_K": wide_k,
+        "WIDTH_V": wide_v,
+        "WARPS": 4,
+        "M_TILES": tiles,
+        "BLOCK_N": keys,
+        "STAGES": stages,
+        "MIN_BLOCKS": 2,
+        "ALIGNED": int(call.aligned),
+        "ACCURACY_HIGH": int(high),
+        "CAUSAL": int(call.causal is not None),
+        "WINDOW": int(call.window is not None),
+        "SOFTCAP": int(call.softcap),
+        "SINK": int(call.sink),
+        "MASK": int(call.allowed),
+        "PACKED": int(call.packed),
+        "BIAS": 0 if call.bias is None else 2 if call.bias == "float32" else 1,
+        "BLOCKS": int(call.blocks is not None),
+        "PRESCALE": int(not call.positive_scale),
+    }
+
+
+def block_rows(m: dict[str, Any]) -> int:
+    """Return the query rows of a block."""
+    return int(16 * m["M_TILES"] * m["WARPS"])
+
+
+def threads(m: dict[str, Any]) -> int:
+    """Return the threads of a block."""
+    return int(32 * m["WARPS"])
+
+
+def shared_bytes(m: dict[str, Any]) -> int:
+    """Return the dynamic shared memory of a block, in bytes."""
+    wide = m["WIDTH_K"] + m["WIDTH_V"]
+    return int(2 * block_rows(m) * max(m["WIDTH_K"], m["WIDTH_V"]) + m["STAGES"] * 2 * m["BLOCK_N"] * wide)

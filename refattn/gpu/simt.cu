@@ -1,0 +1,396 @@
+// Attention forward on the CUDA cores (no tensor cores): out = softmax(scores) V and lse, for every type and every option.
+// Products, sums and softmax are in float32 (float64 for float64 inputs).
+//
+// Steps
+//  1. A block owns BLOCK_M query rows of one head (of one packed sequence). It finds the tiles of BLOCK_N keys that causal mask,
+//     window and block mask leave; hidden tiles are never loaded.
+//  2. Q, K and V tiles lie row-major in shared memory, in the type of the sums; a row is padded by 16 bytes, so that eight rows are
+//     read without bank conflicts. float32 and float64 arrive by cp.async, 16-bit types are converted on the way.
+//  3. S = Q K^T: a thread holds ROWS x KEYS scores in registers, and reads VEC = 16 bytes along d of each of its rows and keys.
+//     V of this tile is loaded meanwhile.
+//  4. Scale, softcap, bias, masks; online softmax. The eight threads of a row share its maximum by shuffles; the sum is reduced at
+//     the end only. P goes to shared memory; a warp reads only the rows that it wrote.
+//  5. O += P V: a thread holds ROWS x COLS outputs in registers. K of the next tile is loaded meanwhile.
+//  6. Epilogue: sink, division by the sum, out and lse.
+//  7. Repair: with `redo` (a byte for each 64 rows of a head, set by another kernel) only marked tiles are computed, and unmarked.
+//
+// A key that a row does not see gets the score -inf and the weight -0. If a tile with such keys holds a NaN or an infinity in V, the
+// weight -0 is skipped instead of multiplied (product_pv_seen). A seen score that is infinite makes its row NaN.
+//
+// Macros: T float16 | bfloat16 | float32 | float64; D_K, D_V: d_k, d_v padded to multiples of 16; ROWS (rows a thread), WARPS,
+// BLOCK_N (multiple of 32), MIN_BLOCKS (blocks a multiprocessor); features 0 | 1: BAND (causal or window), BITMASK, BLOCKS, PACKED,
+// SOFTCAP; BIAS: type of the bias, not defined without one. sink and lse are null or not at run time.
+// Launch: block 32 * WARPS, grid (row tiles * h * b), row tiles = ceil(n_q / BLOCK_M) (+ sequences if PACKED, an upper bound).
+
+typedef unsigned int u32;
+typedef float float32;
+typedef double float64;
+struct float16 { unsigned short bits; };
+struct bfloat16 { unsigned short bits; };
+
+#include "params.cuh"
+
+#define DEVICE __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+
+// ---- types ----------------------------------------------------------------------------------------------------------------
+template <typename X> struct Sum { typedef float type; };
+template <> struct Sum<double> { typedef double type; };
+typedef Sum<T>::type Acc;                               // the type of all sums
+constexpr bool CONVERTED = sizeof(T) == 2;
+
+DEVICE float to_sum(float x) { return x; }
+DEVICE double to_sum(double x) { return x; }
+DEVICE float to_sum(bfloat16 x) { return __uint_as_float((u32)x.bits << 16); }
+DEVICE float to_sum(float16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
+DEVICE void put(float* p, float x) { *p = x; }
+DEVICE void put(double* p, double x) { *p = x; }
+DEVICE void put(bfloat16* p, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(p->bits) : "f"(x)); }
+DEVICE void put(float16* p, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(p->bits) : "f"(x)); }
+
+DEVICE float infinity(float) { return __int_as_float(0x7f800000); }
+DEVICE double infinity(double) { return __longlong_as_double(0x7ff0000000000000LL); }
+DEVICE bool is_unseen(float p) { return __float_as_int(p) == (int)0x80000000; }                  // the weight -0
+DEVICE bool is_unseen(double p) { return __double_as_longlong(p) == (long long)0x8000000000000000LL; }
+
+// Scores are in units of log2 e, folded into the scale; with a bias (which may be as large as the type allows) and in float64
+// they are natural.
+#ifdef BIAS
+constexpr bool BIASED = true;
+#else
+constexpr bool BIASED = false;
+#endif
+constexpr bool NATURAL = BIASED || sizeof(Acc) == 8;
+constexpr double LOG2E = 1.4426950408889634074, LN2 = 0.69314718055994530942;
+constexpr double UNIT = NATURAL ? 1.0 : LOG2E;
+DEVICE float exp2_float(float x) { float y; asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float exponential(float x) { return exp2_float(NATURAL ? x * (float)LOG2E : x); }
+DEVICE double exponential(double x) { return exp(x); }
+
+// ---- sizes ----------------------------------------------------------------------------------------------------------------
+constexpr int THREADS = 32 * WARPS;
+constexpr int BLOCK_M = 4 * ROWS * WARPS;               // a warp is 4 rows x 8 keys of threads
+constexpr int KEYS = BLOCK_N / 8;                       // keys a thread
+constexpr int COLS = D_V / 8;                           // columns of O a thread
+constexpr int VEC = 16 / sizeof(Acc);                   // elements of a 16-byte read
+constexpr int VEC_V = D_V % (8 * VEC) == 0 ? VEC : 2;   // columns of V read at once
+constexpr int STRIDE_QK = D_K + VEC;                    // an odd number of 16 bytes: rows fall on different banks
+constexpr int STRIDE_P = BLOCK_N + 8;                   // the 4 rows of a warp's store fall on different banks
+constexpr int STEPS_PV = ROWS * COLS * sizeof(Acc) < 512 ? 2 : 1;  // unrolled steps of P V: fewer where O fills the registers
+template <int N> struct alignas(N * sizeof(Acc)) Vector { Acc x[N]; };
+
+// ---- global to shared -----------------------------------------------------------------------------------------------------
+template <int BYTES> DEVICE void copy_async(void* shared, const void* global, bool valid) {   // zeros where not valid
+    u32 address = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(global), "n"(BYTES), "r"(valid ? BYTES : 0) : "memory");
+}
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// Copies `rows` rows of `width` elements; the rest of the (HEIGHT, WIDTH) tile becomes 0.
+// aligned: every row of the source starts at a multiple of 16 bytes, and so does its end.
+template <int HEIGHT, int WIDTH, int STRIDE>
+DEVICE void load_tile(Acc* tile, const T* source, long long stride, int rows, int width, bool aligned) {
+    constexpr int PER = 16 / sizeof(T), CHUNKS = WIDTH / PER, STEP = THREADS / CHUNKS;
+    if (aligned) {
+        int column = threadIdx.x % CHUNKS * PER, row = threadIdx.x / CHUNKS;
+        if (row >= STEP) return;
+        const T* from = source + row * stride + column;
+#pragma unroll 4
+        for (; row < HEIGHT; row += STEP, from += STEP * stride) {
+            bool valid = row < rows && column < width;
+            Acc* to = tile + row * STRIDE + column;
+            if (CONVERTED) {
+                struct alignas(16) { T x[PER]; } chunk = {};
+                if (valid) chunk = *(const decltype(chunk)*)from;
+                UNROLL for (int i = 0; i < PER; i++) to[i] = to_sum(chunk.x[i]);
+            } else {
+                copy_async<16>(to, valid ? from : source, valid);
+            }
+        }
+    } else {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < HEIGHT * WIDTH; i += THREADS) {
+            int row = i / WIDTH, column = i % WIDTH;
+            bool valid = row < rows && column < width;
+            const T* from = valid ? source + row * stride + column : source;
+            Acc* to = tile + row * STRIDE + column;
+            if (CONVERTED) *to = valid ? to_sum(*from) : (Acc)0;
+            else copy_async<CONVERTED ? 4 : sizeof(T)>(to, from, valid);
+        }
+    }
+}
+DEVICE bool is_aligned(const void* p, int width, long long a, long long b, long long c) {
+    constexpr int PER = 16 / sizeof(T);
+    return ((unsigned long long)p & 15) == 0 && width % PER == 0 && a % PER == 0 && b % PER == 0 && c % PER == 0;
+}
+
+// ---- the two products -----------------------------------------------------------------------------------------------------
+// Both add to their first argument. q, k: this thread's first row in the tiles of Q and K; its rows are 4 apart, its keys 8.
+DEVICE void product_qk(Acc (&s)[ROWS][KEYS], const Acc* q, const Acc* k) {
+#pragma unroll 2
+    for (int d = 0; d < D_K; d += VEC) {
+        Vector<VEC> a[ROWS];
+        UNROLL for (int i = 0; i < ROWS; i++) a[i] = *(const Vector<VEC>*)(q + 4 * i * STRIDE_QK + d);
+        UNROLL for (int j = 0; j < KEYS; j++) {
+            Vector<VEC> b = *(const Vector<VEC>*)(k + 8 * j * STRIDE_QK + d);
+            UNROLL for (int e = 0; e < VEC; e++)
+                UNROLL for (int i = 0; i < ROWS; i++) s[i][j] = fma(a[i].x[e], b.x[e], s[i][j]);
+        }
+    }
+}
+// p: this thread's first row of P; v: its first column of V. Its columns come in groups of VEC_V, 8 * VEC_V apart.
+DEVICE void product_pv(Acc (&o)[ROWS][COLS], const Acc* p, const Acc* v) {
+#pragma unroll STEPS_PV
+    for (int key = 0; key < BLOCK_N; key += VEC) {
+        Vector<VEC> a[ROWS];
+        UNROLL for (int i = 0; i < ROWS; i++) a[i] = *(const Vector<VEC>*)(p + 4 * i * STRIDE_P + key);
+        UNROLL for (int e = 0; e < VEC; e++)
+            UNROLL for (int c = 0; c < COLS; c += VEC_V) {
+                Vector<VEC_V> b = *(const Vector<VEC_V>*)(v + (key + e) * D_V + 8 * c);
+                UNROLL for (int i = 0; i < ROWS; i++)
+                    UNROLL for (int f = 0; f < VEC_V; f++) o[i][c + f] = fma(a[i].x[e], b.x[f], o[i][c + f]);
+            }
+    }
+}
+// The same, but the value of an unseen key is not touched. Rare, so it is written for size.
+DEVICE void product_pv_seen(Acc (&o)[ROWS][COLS], const Acc* p, const Acc* v) {
+#pragma unroll 1
+    for (int key = 0; key < BLOCK_N; key++)
+        UNROLL for (int i = 0; i < ROWS; i++) {
+            Acc weight = p[4 * i * STRIDE_P + key];
+            if (is_unseen(weight)) continue;
+            UNROLL for (int c = 0; c < COLS; c++)
+                o[i][c] = fma(weight, v[key * D_V + 8 * (c - c % VEC_V) + c % VEC_V], o[i][c]);
+        }
+}
+// Does the tile of V hold a NaN or an infinity? All threads get the answer.
+DEVICE bool any_nonfinite(const Acc* v) {
+    Acc sum = 0;                                          // 0 * x is 0, or NaN
+#pragma unroll 4
+    for (int i = threadIdx.x * VEC; i < BLOCK_N * D_V; i += THREADS * VEC) {
+        Vector<VEC> x = *(const Vector<VEC>*)(v + i);
+        UNROLL for (int e = 0; e < VEC; e++) sum = fma(x.x[e], (Acc)0, sum);
+    }
+    return __syncthreads_or(!(sum == 0));
+}
+
+DEVICE int clamp(int offset, int n) { return min(max(offset, 0), n); }   // wrong offsets of sequences stay inside the arrays
+
+// ---- which keys a tile of rows sees -----------------------------------------------------------------------------------------
+enum Tile { HIDDEN, PARTIAL, FULL };
+// Does the block mask show any, or all, of the rows and keys of a tile? The threads share the look-ups.
+DEVICE Tile blocks_of_tile(const Params& p, const unsigned char* blocks, int row, int rows, int key, int keys) {
+    int q0 = row / p.block_q, q_count = (row + rows - 1) / p.block_q - q0 + 1;
+    int k0 = key / p.block_k, k_count = (key + keys - 1) / p.block_k - k0 + 1;
+    bool any = false, all = true;
+    for (int i = threadIdx.x; i < q_count * k_count; i += THREADS) {
+        bool computed = blocks[(q0 + i / k_count) * p.blocks_q + k0 + i % k_count];
+        any |= computed, all &= computed;
+    }
+    return !__syncthreads_or(any) ? HIDDEN : __syncthreads_and(all) ? FULL : PARTIAL;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(const __grid_constant__ Params p) {
+    extern __shared__ __align__(16) unsigned char shared[];
+    Acc* tile_q = (Acc*)shared;
+    Acc* tile_k = tile_q + BLOCK_M * STRIDE_QK;
+    Acc* tile_v = tile_k + BLOCK_N * STRIDE_QK;
+    Acc* tile_p = tile_v + BLOCK_N * D_V;
+    const Acc INF = infinity((Acc)0);
+
+    // Which rows: the last rows come first, since they see the most keys under a causal mask. In 64 bits only where needed.
+    u32 row_tiles = (p.n_q + BLOCK_M - 1) / BLOCK_M + (PACKED ? p.sequences : 0);
+    int row_tile = row_tiles - 1 - blockIdx.x % row_tiles;
+    int head = blockIdx.x / row_tiles % p.h, batch = blockIdx.x / row_tiles / p.h, head_kv = head / (p.h / p.h_kv);
+    int n_q = p.n_q, n_k = p.n_k, start_q = 0, start_k = 0;
+#if PACKED
+    int sequence = 0;
+    for (; sequence < p.sequences; sequence++) {
+        start_q = clamp(p.cu_q[sequence], p.n_q);
+        n_q = clamp(p.cu_q[sequence + 1], p.n_q) - start_q;
+        int count = (max(0, n_q) + BLOCK_M - 1) / BLOCK_M;
+        if (row_tile < count) break;
+        row_tile -= count;
+    }
+    if (sequence == p.sequences) return;
+    start_k = clamp(p.cu_k[sequence], p.n_k);
+    n_k = max(0, clamp(p.cu_k[sequence + 1], p.n_k) - start_k);
+#endif
+    int row0 = row_tile * BLOCK_M, rows = min(BLOCK_M, n_q - row0);
+    if (p.redo) {                                         // a repair (step 7)
+        unsigned char* redo = p.redo + (batch * p.h + head) * (long long)((n_q + 63) / 64) + row0 / 64;
+        int i = threadIdx.x, found = i < (rows + 63) / 64 && redo[i];
+        if (!__syncthreads_or(found)) return;
+        if (found) redo[i] = 0;
+    }
+
+    const T* q = (const T*)p.q + batch * p.q_b + head * p.q_h + (start_q + (long long)row0) * p.q_n;
+    const T* k = (const T*)p.k + batch * p.k_b + head_kv * p.k_h + start_k * p.k_n;
+    const T* v = (const T*)p.v + batch * p.v_b + head_kv * p.v_h + start_k * p.v_n;
+    bool aligned_k = is_aligned(p.k, p.d_k, p.k_b, p.k_h, p.k_n), aligned_v = is_aligned(p.v, p.d_v, p.v_b, p.v_h, p.v_n);
+#if BITMASK
+    const u32* mask = p.mask + batch * p.mask_b + head * p.mask_h;
+#endif
+#if BLOCKS
+    const unsigned char* blocks = p.blocks + batch * p.blocks_b + head * p.blocks_h;
+#endif
+#ifdef BIAS
+    const BIAS* bias = (const BIAS*)p.bias + batch * p.bias_b + head * p.bias_h;
+#endif
+    constexpr bool SELECTIVE = BAND || BITMASK || BLOCKS || BIASED;   // rows of one tile may see different keys
+
+    // Lanes: i and i ^ 1 read the same key, i and i ^ 2 the same row, so that a half warp's 16-byte reads take one pass.
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int row_thread = warp * 4 * ROWS + (lane & 1) + (lane >> 4) * 2, key_thread = lane >> 1 & 7;
+    const Acc* q_thread = tile_q + row_thread * STRIDE_QK;
+    const Acc* k_thread = tile_k + key_thread * STRIDE_QK;
+    const Acc* v_thread = tile_v + key_thread * VEC_V;
+    Acc* p_thread = tile_p + row_thread * STRIDE_P;
+
+    // Which tiles of keys.
+    int first_key = 0, end_key = n_k;
+    long long band_first = 0, band_last = 0;              // causal mask and window: row i sees keys i + band_first .. i + band_last
+    if (BAND) {
+        long long corner = p.causal == 1 ? 0 : (long long)n_k - n_q, far = 1LL << 40;
+        band_first = corner - (p.left < 0 ? far : p.left);
+        band_last = corner + (p.causal ? 0 : p.right < 0 ? far : p.right);
+        first_key = (int)min(max(row0 + band_first, 0LL), (long long)n_k);
+        end_key = (int)min(max(row0 + rows + band_last, 0LL), (long long)n_k);
+    }
+    int tiles = (int)(((long long)end_key + BLOCK_N - 1) / BLOCK_N);
+    Tile kind = HIDDEN;
+    // From tile t on, the next one that is not hidden.
+    auto next_tile = [&](int t) {
+        for (; t < tiles; t++) {
+            int key0 = t * BLOCK_N, keys = min(BLOCK_N, n_k - key0);
+            kind = keys == BLOCK_N ? FULL : PARTIAL;
+            if (BAND && (key0 < row0 + rows - 1 + band_first || key0 + BLOCK_N - 1 > row0 + band_last)) kind = PARTIAL;
+#if BLOCKS
+            Tile shown = blocks_of_tile(p, blocks, row0, rows, key0, keys);
+            if (shown == HIDDEN) continue;
+            if (shown == PARTIAL) kind = PARTIAL;
+#endif
+            break;
+        }
+        return t;
+    };
+    auto load_k = [&](int t) {
+        int key0 = t * BLOCK_N;
+        load_tile<BLOCK_N, D_K, STRIDE_QK>(tile_k, k + key0 * p.k_n, p.k_n, n_k - key0, p.d_k, aligned_k);
+        copy_commit();
+    };
+
+    Acc o[ROWS][COLS] = {}, row_max[ROWS], row_sum[ROWS] = {};
+    UNROLL for (int i = 0; i < ROWS; i++) row_max[i] = -INF;
+
+    int tile = next_tile(first_key / BLOCK_N);
+    if (tile < tiles) {
+        load_tile<BLOCK_M, D_K, STRIDE_QK>(tile_q, q, p.q_n, rows, p.d_k, is_aligned(p.q, p.d_k, p.q_b, p.q_h, p.q_n));
+        load_k(tile);
+    }
+    const Acc scale = (Acc)(SOFTCAP ? p.scale / p.softcap : p.scale * UNIT), cap = (Acc)(p.softcap * UNIT);
+#pragma unroll 1
+    while (tile < tiles) {
+        int key0 = tile * BLOCK_N;
+        const bool partial = BITMASK || BIASED || kind == PARTIAL;
+        copy_wait<0>();
+        __syncthreads();                                  // K is there for all; all have done with V and P of the last tile
+        load_tile<BLOCK_N, D_V, D_V>(tile_v, v + key0 * p.v_n, p.v_n, n_k - key0, p.d_v, aligned_v);
+        copy_commit();
+
+        Acc s[ROWS][KEYS] = {};
+        product_qk(s, q_thread, k_thread);
+        int first_row = row_thread;
+        asm volatile("" : "+r"(first_row));               // else ptxas keeps the addresses of all rows in registers all along
+        UNROLL for (int i = 0; i < ROWS; i++) {
+            UNROLL for (int j = 0; j < KEYS; j++) {
+                s[i][j] = fma(s[i][j] * scale, (Acc)0, s[i][j] * scale);   // an infinite score makes the row NaN
+                if (SOFTCAP) s[i][j] = cap * tanh(s[i][j]);
+            }
+            if (!partial) continue;
+            int row = row0 + min(first_row + 4 * i, rows - 1), from = 0, to = n_k - 1 - key0;   // from, to: keys seen, less key0
+            if (BAND) {
+                from = (int)min(max(row + band_first - key0, 0LL), (long long)BLOCK_N);
+                to = (int)min(max(row + band_last - key0, -1LL), (long long)to);
+            }
+#ifdef BIAS
+            const BIAS* bias_row = bias + (start_q + (long long)row) * p.bias_q;
+#endif
+#if BITMASK
+            const u32* words = mask + (start_q + (long long)row) * p.mask_q;
+#endif
+#if BLOCKS
+            const unsigned char* blocks_row = blocks + row / p.block_q * p.blocks_q;
+#endif
+            UNROLL for (int j = 0; j < KEYS; j++) {
+                int offset = key_thread + 8 * j;
+                long long key = min(key0 + offset, n_k - 1);
+                bool seen = offset >= from && offset <= to;
+#ifdef BIAS
+                Acc b = (Acc)to_sum(bias_row[(start_k + key) * p.bias_k]);
+                seen = seen && b != -INF;
+                s[i][j] += b;
+#endif
+#if BITMASK
+                seen = seen && (words[(start_k + key) / 32] >> (start_k + key) % 32 & 1);
+#endif
+#if BLOCKS
+                seen = seen && blocks_row[(int)key / p.block_k];
+#endif
+                if (!seen) s[i][j] = -INF;
+            }
+        }
+
+        // Online softmax.
+        UNROLL for (int i = 0; i < ROWS; i++) {
+            Acc top = row_max[i];
+            UNROLL for (int j = 0; j < KEYS; j++) top = fmax(top, s[i][j]);
+            UNROLL for (int hop = 2; hop < 16; hop *= 2) top = fmax(top, __shfl_xor_sync(~0u, top, hop));
+            Acc base = top == -INF ? (Acc)0 : top;        // no key yet: all weights are exp(-inf)
+            Acc shrink = exponential(row_max[i] - base);
+            row_max[i] = top;
+            Acc sum = 0;
+            UNROLL for (int j = 0; j < KEYS; j++) {
+                Acc weight = exponential(s[i][j] - base);
+                if (SELECTIVE && s[i][j] == -INF) weight = -(Acc)0;
+                sum += weight;
+                p_thread[4 * i * STRIDE_P + key_thread + 8 * j] = weight;
+            }
+            row_sum[i] = fma(row_sum[i], shrink, sum);
+            UNROLL for (int c = 0; c < COLS; c++) o[i][c] *= shrink;
+        }
+
+        int next = next_tile(tile + 1);
+        copy_wait<0>();
+        __syncthreads();                                  // V is there for all, K is read by all, P is written
+        if (next < tiles) load_k(next);
+        if (SELECTIVE && partial && any_nonfinite(tile_v)) product_pv_seen(o, p_thread, v_thread);
+        else product_pv(o, p_thread, v_thread);
+        tile = next;
+    }
+
+    // Epilogue.
+    T* out = (T*)p.out + batch * p.o_b + head * p.o_h + (start_q + (long long)row0) * p.o_n;
+    Acc* lse = (Acc*)p.lse + batch * p.lse_b + head * p.lse_h + start_q + (long long)row0;
+    UNROLL for (int i = 0; i < ROWS; i++) {
+        int row = row_thread + 4 * i;
+        Acc sum = row_sum[i], top = row_max[i];
+        UNROLL for (int hop = 2; hop < 16; hop *= 2) sum += __shfl_xor_sync(~0u, sum, hop);
+        Acc factor = 1;
+        if (p.sink) {
+            Acc sink = ((const Acc*)p.sink)[head] * (Acc)UNIT;
+            top = fmax(top, sink);
+            Acc base = top == -INF ? (Acc)0 : top;
+            factor = exponential(row_max[i] - base);
+            sum = fma(sum, factor, exponential(sink - base));
+        }
+        factor = sum == 0 ? (Acc)0 : factor / sum;
+        if (row >= rows) continue;
+        if (p.lse && key_thread == 0) lse[row] = sum == 0 ? -INF : (NATURAL ? top : top * (Acc)LN2) + log(sum);
+        UNROLL for (int c = 0; c < COLS; c++) {
+            int column = 8 * (c - c % VEC_V) + key_thread * VEC_V + c % VEC_V;
+            if (column < p.d_v) put(out + row * p.o_n + column, o[i][c] * factor);
+        }
+    }
+}

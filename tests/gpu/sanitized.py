@@ -1,0 +1,110 @@
+"""Small calls of every kernel between borders of NaN, for compute-sanitizer: python -m tests.gpu.sanitized."""
+
+import math
+
+import numpy as np
+
+CALLS = [
+    # impl, dtype, (b, h, h_kv, n_q, n_k, d_k, d_v), options
+    ("sm90", "bfloat16", (1, 2, 2, 128, 128, 64, 64), {}),
+    ("sm90", "float16", (2, 2, 1, 70, 200, 64, 64), {"causal": "bottom_right"}),
+    ("sm90", "bfloat16", (1, 1, 1, 193, 129, 128, 128), {"accuracy": "high"}),
+    ("sm90", "float16", (1, 2, 1, 65, 33, 200, 200), {"causal": "bottom_right"}),
+    ("sm90", "bfloat16", (1, 2, 2, 300, 300, 64, 64), {"blocks": 128}),
+    ("mma", "bfloat16", (1, 2, 2, 129, 65, 64, 64), {"window": (40, 3)}),
+    ("mma", "float16", (1, 2, 1, 33, 70, 20, 50), {"allowed": True, "softcap": 5.0}),
+    ("mma", "bfloat16", (1, 2, 2, 100, 100, 128, 128), {"packed": True, "causal": "top_left"}),
+    ("mma", "float16", (1, 1, 1, 90, 130, 256, 256), {"bias": True, "sink": True}),
+    ("mma", "bfloat16", (1, 2, 2, 150, 150, 64, 64), {"blocks": 40, "accuracy": "high"}),
+    ("simt", "float32", (1, 2, 1, 70, 100, 64, 64), {"causal": "bottom_right", "window": (20, None)}),
+    ("simt", "float64", (1, 1, 1, 20, 33, 7, 9), {"allowed": True, "bias": True}),
+    ("simt", "bfloat16", (1, 2, 2, 100, 100, 128, 128), {"packed": True, "sink": True}),
+    ("simt", "float16", (1, 1, 1, 60, 60, 40, 40), {"blocks": 16, "softcap": 3.0}),
+]
+BORDER = 512
+
+
+def bordered(cupy, shape, dtype, fill=None):
+    """Return an array inside a longer one whose ends are NaN, and that one."""
+    size = math.prod(shape)
+    whole = cupy.full(size + 2 * BORDER, np.nan, dtype)
+    inner = whole[BORDER : BORDER + size].reshape(shape)
+    if fill is not None:
+        inner[...] = cupy.asarray(fill, dtype)
+    return inner, whole
+
+
+def run(cupy, impl, dtype, shape, options):
+    """Call a kernel and compare it with float64; borders must stay NaN."""
+    import ml_dtypes
+
+    import refattn.gpu.attention as module
+    from refattn.masks import visible
+    from refattn.problem import Problem
+
+    b, h, h_kv, n_q, n_k, d_k, d_v = shape
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    rng = np.random.default_rng(0)
+    host = [rng.standard_normal(s).astype(kind) for s in ((b, h, n_q, d_k), (b, h_kv, n_k, d_k), (b, h_kv, n_k, d_v))]
+    q, k, v = (bordered(cupy, x.shape, kind, x)[0] for x in host)
+    wholes = []
+
+    def empty(like, shape, dtype):
+        inner, whole = bordered(cupy, shape, kind if dtype not in ("float32", "float64") else dtype)
+        wholes.append((inner, whole))
+        return inner, module.view(inner, "out")
+
+    given, meant = dict(options), {n: x for n, x in options.items() if n in ("causal", "window", "softcap")}
+    allowed = np.ones((1, 1, n_q, n_k), bool)
+    if given.pop("allowed", False):
+        allowed = rng.random((1, h, n_q, n_k)) < 0.7
+        given["allowed"] = bordered(cupy, allowed.shape, np.float32)[0] < 0  # of the same shape
+        given["allowed"][...] = cupy.asarray(allowed)
+    if size := given.pop("blocks", 0):
+        blocks = rng.random((1, h, -(-n_q // size), -(-n_k // size))) < 0.6
+        given["block_mask"] = (cupy.asarray(blocks), size, size)
+        allowed = np.repeat(np.repeat(blocks, size, 2), size, 3)[:, :, :n_q, :n_k]
+    bias = rng.standard_normal((1, h, n_q, n_k)).astype(kind) if given.pop("bias", False) else None
+    sink = rng.standard_normal(h).astype(np.float32) if given.pop("sink", False) else None
+    if bias is not None:
+        given["bias"] = bordered(cupy, bias.shape, kind, bias)[0]
+    if sink is not None:
+        given["sink"] = cupy.asarray(sink)
+    cu = np.array([0, n_q // 3, n_q // 3, n_q], np.int32) if given.pop("packed", False) else None
+    if cu is not None:
+        given["cu_seqlens"] = (cupy.asarray(cu), cupy.asarray(cu))
+        meant |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    module.empty = empty
+    out, lse = module.attention(q, k, v, return_lse=True, impl=impl, **given)
+    cupy.cuda.get_current_stream().synchronize()
+
+    p = Problem(*host, allowed=allowed, **meant)
+    x, y, z = (a.astype(np.float64) for a in host)
+    y, z = (np.repeat(a, h // h_kv, 1) for a in (y, z))
+    s = x @ y.swapaxes(2, 3) / math.sqrt(d_k)
+    if options.get("softcap"):
+        s = options["softcap"] * np.tanh(s / options["softcap"])
+    s = s + (0 if bias is None else bias.astype(np.float64))
+    s = np.where(visible(p), s, -np.inf)
+    s = np.concatenate([s, np.broadcast_to(-np.inf if sink is None else sink[:, None, None], (b, h, n_q, 1))], 3)
+    top = np.maximum(s.max(3, keepdims=True), -1e30)
+    w = np.exp(s - top)
+    total = w.sum(3, keepdims=True)
+    expected = w[..., :-1] @ z / np.maximum(total, 1e-300)
+    tolerance = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
+    assert np.abs(out.get().astype(np.float64) - expected).max() < tolerance, "out"
+    with np.errstate(divide="ignore"):
+        right = np.where(total[..., 0] > 0, top[..., 0] + np.log(total[..., 0]), -np.inf)
+    np.testing.assert_allclose(lse.get(), right, atol=1e-4)
+    for inner, whole in wholes:
+        ends = cupy.concatenate([whole[:BORDER], whole[BORDER + inner.size :]]).astype(np.float32)
+        assert bool(cupy.isnan(ends).all()), "written past the end"
+
+
+if __name__ == "__main__":
+    import cupy
+
+    cupy.cuda.set_allocator(None)  # no pool: the sanitizer sees the end of every array
+    for call in CALLS:
+        run(cupy, *call)
+        print("ok", *call, flush=True)
