@@ -1,47 +1,69 @@
-"""The GPU kernel beside PyTorch's flash (FlashAttention-2), cuDNN and memory-efficient kernels, forward, in one run.
+"""The GPU kernels beside PyTorch's flash (FlashAttention-2), cuDNN, memory-efficient, flex, and Triton, forward.
 
 Floor: 4·b·h·n²·d operations (half if causal) over the matrix units' rate, which is measured first. Every figure is a
-median of runs that take turns, 16384 tokens a batch, h·d = 2048. Errors are relative (Frobenius) against float64, over
-those of rounding the exact answer once.
+median of runs that take turns, each of at least a millisecond of calls, 16384 tokens a batch, h·d = 2048. Errors are
+relative (Frobenius) against float64, over those of rounding the exact answer once; and the worst element's over the
+bound of the check.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import numpy as np
+
+from refattn.arrays import from_float64
 from refattn.bench import Row
+from refattn.check import check_problem
+from refattn.check.kernels import KERNELS
+from refattn.dtypes import FORMATS
 from refattn.errors import UnsupportedProblem
+from refattn.problem import Problem
 
 TOKENS, WIDTH = 16384, 2048
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-RUNS = 20
+RUNS, LEAST_MS = 15, 1.0
 PEERS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
+JUDGED = ("gpu", "gpu-high", "gpu-mma", "flash", "cudnn", "efficient", "triton")
 Call = Callable[[], Any]
 
 
-def medians(torch: Any, calls: dict[str, Call]) -> dict[str, float]:
+def medians(torch: Any, calls: dict[str, Call], runs: int = RUNS) -> dict[str, float]:
     """Return the median milliseconds of each call, the calls taking turns."""
-    times: dict[str, list[float]] = {n: [] for n in calls}
-    for run in range(RUNS + 3):
-        for name, call in calls.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+
+    def lasts(call: Call, repeats: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
             call()
-            end.record()
-            end.synchronize()
-            if run >= 3:
-                times[name].append(start.elapsed_time(end))
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / repeats
+
+    repeats = {}
+    for name, call in calls.items():
+        lasts(call, 2)
+        repeats[name] = max(1, math.ceil(LEAST_MS / lasts(call, 4)))
+    times: dict[str, list[float]] = {n: [] for n in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            times[name].append(lasts(call, repeats[name]))
     return {n: statistics.median(t) for n, t in times.items()}
 
 
-def contestants(torch: Any, q: Any, k: Any, v: Any, causal: bool) -> dict[str, Call]:
-    """Return our kernel in both accuracies, and its peers."""
+def contestants(torch: Any, q: Any, k: Any, v: Any, causal: bool, flex: bool = False) -> dict[str, Call]:
+    """Return our kernels, and their peers."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    from refattn.check.kernels.triton_forward import forward as triton  # type: ignore[attr-defined]
     from refattn.gpu import attention
+
+    corner = "bottom_right" if causal else None
 
     def peer(backend: str) -> Call:
         def call() -> Any:
@@ -50,10 +72,19 @@ def contestants(torch: Any, q: Any, k: Any, v: Any, causal: bool) -> dict[str, C
 
         return call
 
-    def ours(accuracy: str) -> Call:
-        return lambda: attention(q, k, v, causal="bottom_right" if causal else None, accuracy=accuracy)
+    def ours(accuracy: str, impl: str | None = None) -> Call:
+        return lambda: attention(q, k, v, causal=corner, accuracy=accuracy, impl=impl)
 
-    return {"fast": ours("fast"), "high": ours("high")} | {n: peer(b) for n, b in PEERS.items()}
+    calls = {"fast": ours("fast"), "high": ours("high"), "mma": ours("fast", "mma")}
+    calls |= {n: peer(b) for n, b in PEERS.items()}
+    calls["triton"] = lambda: triton(q, k, v, 1 / math.sqrt(q.shape[3]), corner, 1)[0]
+    if flex:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        n, compiled = q.shape[2], torch.compile(flex_attention, dynamic=False)
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device="cuda") if causal else None
+        calls["flex"] = lambda: compiled(q, k, v, block_mask=mask)
+    return calls
 
 
 def errors(torch: Any, calls: dict[str, Call], q: Any, k: Any, v: Any) -> dict[str, float]:
@@ -64,14 +95,13 @@ def errors(torch: Any, calls: dict[str, Call], q: Any, k: Any, v: Any) -> dict[s
     return {n: float((call()[:1, :2].double() - exact).norm() / once) for n, call in calls.items()}
 
 
-def ceiling(torch: Any) -> float:
-    """Return the TFLOP/s of a bfloat16 matrix product."""
-    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return 2 * 8192**3 / medians(torch, {"product": lambda: x @ x})["product"] / 1e9
+def random(torch: Any, shape: tuple[int, ...], dtype: str) -> list[Any]:
+    """Return query, key and value of normal numbers."""
+    return [torch.randn(shape, device="cuda", dtype=getattr(torch, dtype)) for _ in range(3)]
 
 
 def rows() -> Iterator[Row]:
-    """TFLOP/s, ratios to the peers and errors, by type, head dim, length and mask."""
+    """TFLOP/s, ratios to the peers and errors, by type, head dim, length and mask; block masks, float32, memory."""
     try:
         import torch
     except ModuleNotFoundError as e:
@@ -81,30 +111,130 @@ def rows() -> Iterator[Row]:
     torch.manual_seed(0)
     top = ceiling(torch)
     yield Row("matrix product 8192 x 8192 x 8192, bfloat16", top, "TFLOP/s")
+    yield from host(torch)
     for dtype in ("bfloat16", "float16"):
         for d in (64, 128, 256):
             for n in LENGTHS:
-                b, h = TOKENS // n, WIDTH // d
-                kind = getattr(torch, dtype)
-                q, k, v = (torch.randn(b, h, n, d, device="cuda", dtype=kind) for _ in range(3))
-                for causal in (False, True):
-                    at = f"{dtype} d={d} n={n}{' causal' if causal else ''}"
-                    calls = contestants(torch, q, k, v, causal)
-                    speed = {
-                        name: 4 * b * h * n * n * d / (2 if causal else 1) / ms / 1e9
-                        for name, ms in medians(torch, calls).items()
-                    }
-                    for name, x in speed.items():
-                        yield Row(f"{at} {name}", x, "TFLOP/s")
-                    least = (1.5 if d == 128 and n >= 4096 else 1.0) if n >= 1024 else None
-                    yield Row(f"{at} fast over flash", speed["fast"] / speed["flash"], "ratio", at_least=least)
-                    least = 0.8 if d == 128 and n >= 4096 else None
-                    yield Row(f"{at} fast over cuDNN", speed["fast"] / speed["cuDNN"], "ratio", at_least=least)
-                    yield Row(f"{at} fast over the matrix product", speed["fast"] / top, "ratio")
-                    yield Row(f"{at} time of high over fast", speed["fast"] / speed["high"], "ratio", at_most=2.0)
-                if n == 4096:
-                    found = errors(torch, contestants(torch, q, k, v, False), q, k, v)
-                    least_peer = min(found[n] for n in PEERS)
-                    for name, x in found.items():
-                        limit = {"high": 1.05, "fast": least_peer * 1.01}.get(name)
-                        yield Row(f"{at.removesuffix(' causal')} error of {name}", x, "times", at_most=limit)
+                yield from dense(torch, dtype, d, n, top)
+            yield from bounded(dtype, d)
+    for d in (64, 128):
+        yield from single(torch, d)
+        yield from sparse(torch, d)
+    yield from memory(torch)
+
+
+def ceiling(torch: Any) -> float:
+    """Return the TFLOP/s of a bfloat16 matrix product."""
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * 8192**3 / medians(torch, {"product": lambda: x @ x})["product"] / 1e9
+
+
+def host(torch: Any) -> Iterator[Row]:
+    """The time that Python takes to queue a call."""
+    q, k, v = random(torch, (1, 1, 64, 64), "bfloat16")
+    for name, call in contestants(torch, q, k, v, False).items():
+        for _ in range(20):
+            call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(100):
+            call()
+        yield Row(f"time to queue a call of {name}", (time.perf_counter() - start) * 1e4, "us")
+        torch.cuda.synchronize()
+
+
+def dense(torch: Any, dtype: str, d: int, n: int, top: float) -> Iterator[Row]:
+    """One head dim and length, causal and not."""
+    b, h = TOKENS // n, WIDTH // d
+    q, k, v = random(torch, (b, h, n, d), dtype)
+    for causal in (False, True):
+        at = f"{dtype} d={d} n={n}{' causal' if causal else ''}"
+        calls = contestants(torch, q, k, v, causal, flex=dtype == "bfloat16" and n == 4096 and d < 256)
+        operations = 4 * b * h * n * n * d / (2 if causal else 1)
+        speed = {name: operations / ms / 1e9 for name, ms in medians(torch, calls).items()}
+        for name, x in speed.items():
+            yield Row(f"{at} {name}", x, "TFLOP/s")
+        least = (1.5 if d == 128 and n >= 4096 else 1.0) if n >= 1024 else None
+        yield Row(f"{at} fast over flash", speed["fast"] / speed["flash"], "ratio", at_least=least)
+        least = 0.8 if d == 128 and n >= 4096 else None
+        yield Row(f"{at} fast over cuDNN", speed["fast"] / speed["cuDNN"], "ratio", at_least=least)
+        yield Row(f"{at} fast over the matrix product", speed["fast"] / top, "ratio")
+        yield Row(f"{at} time of high over fast", speed["fast"] / speed["high"], "ratio", at_most=2.0)
+        if n == 4096:
+            found = errors(torch, calls, q, k, v) if not causal else {}
+            for name, x in found.items():
+                limit = {"high": 1.05, "fast": min(found[n] for n in PEERS)}.get(name)
+                yield Row(f"{at} error of {name} over rounding once", x, "times", at_most=limit)
+
+
+def bounded(dtype: str, d: int) -> Iterator[Row]:
+    """The worst element's error over its bound, of one head of 4096 rows and keys."""
+    rng = np.random.default_rng(0)
+    model = KERNELS["refattn-gpu"].model(dtype)
+    q, k, v = (from_float64(FORMATS[dtype].round_array(rng.standard_normal((1, 1, 4096, d))), dtype) for _ in range(3))
+    p = Problem(q, k, v)
+    for name in JUDGED:
+        entry = KERNELS[f"{'refattn' if name.startswith('gpu') else 'cuda'}-{name}"]
+        report = check_problem(entry.kernel(), p, "n=4096", model=model, name=name)
+        (found,) = (a for c in report.checks for a in c.arrays if a.array == "out")
+        yield Row(f"{dtype} d={d} n=4096 worst error/bound of {name}", found.ratio, "ratio", at_most=1.0)
+
+
+def single(torch: Any, d: int) -> Iterator[Row]:
+    """float32 beside the memory-efficient kernel; no tf32 anywhere."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from refattn.gpu import attention
+
+    b, h, n = 4, 16, 4096
+    q, k, v = random(torch, (b, h, n, d), "float32")
+
+    def efficient() -> Any:
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    calls = {"simt": lambda: attention(q, k, v), "efficient": efficient}
+    speed = {name: 4 * b * h * n * n * d / ms / 1e9 for name, ms in medians(torch, calls).items()}
+    found = errors(torch, calls, q, k, v)
+    for name in calls:
+        least = 34.0 if name == "simt" else None
+        yield Row(f"float32 d={d} n={n} {name}", speed[name], "TFLOP/s", at_least=least)
+        limit = found["efficient"] if name == "simt" else None
+        yield Row(f"float32 d={d} n={n} error of {name} over rounding once", found[name], "times", at_most=limit)
+
+
+def sparse(torch: Any, d: int) -> Iterator[Row]:
+    """Time under block masks of 128 x 128, over density times the time without a mask."""
+    from refattn.gpu import attention
+
+    n = 16384
+    q, k, v = random(torch, (1, WIDTH // d, n, d), "bfloat16")
+    masks = {x: torch.rand(1, 1, n // 128, n // 128, device="cuda") < x for x in (1.0, 0.5, 0.25, 0.1)}
+    for impl in ("sm90", "mma"):
+        calls: dict[str, Call] = {
+            str(x): partial(attention, q, k, v, block_mask=(m, 128, 128), impl=impl) for x, m in masks.items()
+        }
+        calls["dense"] = partial(attention, q, k, v, impl=impl)
+        ms = medians(torch, calls)
+        for density, mask in masks.items():
+            at = f"bfloat16 d={d} n={n} {impl} block mask of density {density}"
+            share = float(mask.float().mean())
+            yield Row(f"{at}, time over density x dense", ms[str(density)] / share / ms["dense"], "ratio")
+
+
+def memory(torch: Any) -> Iterator[Row]:
+    """Memory beyond inputs and outputs, up to 262144 keys."""
+    from refattn.gpu import attention
+
+    for n in (65536, 262144):
+        q, k, v = random(torch, (1, 1, n, 64), "bfloat16")
+        attention(q, k, v)
+        torch.cuda.synchronize()
+        free = torch.cuda.mem_get_info()[0]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out, lse = attention(q, k, v, return_lse=True)
+        torch.cuda.synchronize()
+        used = torch.cuda.max_memory_allocated() - before + free - torch.cuda.mem_get_info()[0]
+        outputs = out.numel() * 2 + lse.numel() * 4
+        yield Row(f"bfloat16 d=64 n={n} memory beyond inputs and outputs", used - outputs, "bytes", at_most=2.0**21)

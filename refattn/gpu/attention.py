@@ -108,7 +108,7 @@ def _layout(views: list[View]) -> tuple[bool, bool]:
     aligned = mapped = True
     for x in views:
         size = 16 // ITEM_BYTES[x.dtype]
-        if x.strides[3] != 1 and x.shape[3] > 1:
+        if x.strides[3] != 1 and x.shape[3] > 1 and min(x.shape) > 0:
             raise UnsupportedProblem(f"gpu: takes a contiguous last axis, got strides {x.strides}; copy the array")
         for s, n in zip(x.strides[:3], x.shape[:3], strict=True):
             if n > 1:

@@ -63,6 +63,7 @@ constexpr bool BIASED = false;
 constexpr bool NATURAL = BIASED || sizeof(Acc) == 8;
 constexpr double LOG2E = 1.4426950408889634074, LN2 = 0.69314718055994530942;
 constexpr double UNIT = NATURAL ? 1.0 : LOG2E;
+constexpr Acc TINY = (Acc)(1.0 / 65536), UNTINY = 65536;   // weights are at most TINY: sums of the largest values stay finite
 DEVICE float exp2_float(float x) { float y; asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float exponential(float x) { return exp2_float(NATURAL ? x * (float)LOG2E : x); }
 DEVICE double exponential(double x) { return exp(x); }
@@ -352,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
             row_max[i] = top;
             Acc sum = 0;
             UNROLL for (int j = 0; j < KEYS; j++) {
-                Acc weight = exponential(s[i][j] - base);
+                Acc weight = exponential(s[i][j] - base) * TINY;
                 if (SELECTIVE && s[i][j] == -INF) weight = -(Acc)0;
                 sum += weight;
                 p_thread[4 * i * STRIDE_P + key_thread + 8 * j] = weight;
@@ -377,13 +378,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
         int row = row_thread + 4 * i;
         Acc sum = row_sum[i], top = row_max[i];
         UNROLL for (int hop = 2; hop < 16; hop *= 2) sum += __shfl_xor_sync(~0u, sum, hop);
-        Acc factor = 1;
+        Acc factor = UNTINY;
+        sum *= UNTINY;
         if (p.sink) {
             Acc sink = ((const Acc*)p.sink)[head] * (Acc)UNIT;
             top = fmax(top, sink);
             Acc base = top == -INF ? (Acc)0 : top;
-            factor = exponential(row_max[i] - base);
-            sum = fma(sum, factor, exponential(sink - base));
+            Acc shrink = exponential(row_max[i] - base);
+            sum = fma(sum, shrink, exponential(sink - base));
+            factor *= shrink;
         }
         factor = sum == 0 ? (Acc)0 : factor / sum;
         if (row >= rows) continue;

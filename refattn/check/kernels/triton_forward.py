@@ -10,7 +10,7 @@ import triton.language as tl
 
 __all__ = ["forward"]
 
-ROWS, KEYS = 64, 64
+KEYS = 64
 
 
 @triton.jit
@@ -25,7 +25,10 @@ def _forward(q, k, v, out, lse, scale, corner, n_q, n_k, d, heads, group, causal
     m = tl.full([rows], float("-inf"), tl.float32)
     z = tl.zeros([rows], tl.float32)
     acc = tl.zeros([rows, width], tl.float32)
-    for j0 in range(0, n_k, keys):
+    end = n_k
+    if causal:
+        end = tl.minimum(n_k, start + rows + corner)
+    for j0 in range(0, end, keys):
         j = j0 + tl.arange(0, keys)
         there = (j[:, None] < n_k) & (c[None, :] < d)
         offset = head_kv * n_k * d + j[:, None].to(tl.int64) * d + c[None, :]
@@ -56,6 +59,10 @@ def forward(q, k, v, scale, causal, group):
     lse = torch.empty((b, h, n_q), dtype=torch.float32, device=q.device)
     width = max(16, triton.next_power_of_2(d))
     corner = n_k - n_q if causal == "bottom_right" else 0
-    grid = (triton.cdiv(n_q, ROWS), b * h)
-    _forward[grid](q, k, v, out, lse, scale, corner, n_q, n_k, d, h, group, causal is not None, width, ROWS, KEYS)
+    rows = 128 if width <= 128 and q.element_size() == 2 else 64
+    grid = (triton.cdiv(n_q, rows), b * h)
+    size = (width, rows, KEYS)
+    _forward[grid](
+        q, k, v, out, lse, scale, corner, n_q, n_k, d, h, group, causal is not None, *size, num_warps=rows // 16
+    )
     return out, lse
