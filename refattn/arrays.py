@@ -7,6 +7,7 @@ A kind is a library's import name. Nothing here imports a library that the calle
 from __future__ import annotations
 
 import importlib
+from functools import lru_cache
 from typing import Any
 
 import array_api_compat as api
@@ -23,6 +24,18 @@ KINDS = ("numpy", "torch", "cupy", "jax")
 
 def kind_of(x: Any) -> str | None:
     """Return ``"numpy"``, ``"torch"``, ``"cupy"`` or ``"jax"``, or None for anything else."""
+    known = _KINDS_OF_TYPES.get(type(x))
+    if known is None:
+        known = _kind_of(x)
+        if known in ("torch", "cupy"):  # of JAX some arrays are NumPy's by type
+            _KINDS_OF_TYPES[type(x)] = known
+    return known
+
+
+_KINDS_OF_TYPES: dict[type, str] = {}
+
+
+def _kind_of(x: Any) -> str | None:
     if api.is_numpy_array(x):
         return "numpy"
     if api.is_torch_array(x):
@@ -36,7 +49,12 @@ def kind_of(x: Any) -> str | None:
 
 def dtype_name(x: Any) -> str:
     """Return the name of an array's element type, the same for every kind: ``"bfloat16"``, ``"bool"``, ``"int32"``."""
-    name = getattr(x.dtype, "name", None) or str(x.dtype)
+    return _name_of(x.dtype)
+
+
+@lru_cache(maxsize=256)
+def _name_of(dtype: Any) -> str:
+    name = getattr(dtype, "name", None) or str(dtype)
     return str(name).rsplit(".", 1)[-1]
 
 

@@ -95,10 +95,10 @@ def attention(
         found.append(empty(query, problem.out_shape[:3], "float64" if problem.dtype == "float64" else "float32"))
         arrays["out"], arrays["lse"] = (x for _, x in found)
         if allowed is not None:
-            arrays["allowed"] = pack(arrays["allowed"], problem.n_k)
+            arrays["allowed"] = pack(arrays["allowed"], problem.n_k, query)
         if math.prod(problem.out_shape):
             by = 1 / math.sqrt(problem.d_k) if scale is None else float(scale)
-            launch(chosen, call, arrays, by, {"causal": causal, "window": problem.window, "softcap": softcap})
+            launch(chosen, call, query, arrays, by, {"causal": causal, "window": problem.window, "softcap": softcap})
         out, lse = finish(query, [x for x, _ in found], list(arrays.values()))
     return (out, lse) if return_lse else out
 

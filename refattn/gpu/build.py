@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
+from .views import library
 
 __all__ = ["compiled", "text_of"]
 
@@ -49,7 +49,7 @@ def compiled(text: str, entry: str, shared: int, target: str, device: int) -> An
     BuildError
         With the compiler's message.
     """
-    cupy = importlib.import_module("cupy")
+    cupy = library("cupy")
     module = cupy.RawModule(code=text, options=("-std=c++17", f"-arch={target}"), backend="nvrtc")
     try:
         kernel = module.get_function(entry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import math
 import struct
 from collections.abc import Mapping
 from functools import lru_cache
@@ -13,7 +13,7 @@ import numpy as np
 from . import mma, simt, sm90
 from .build import compiled, text_of
 from .plan import Call, Plan, configured
-from .views import View
+from .views import View, empty, library
 
 __all__ = ["launch", "pack"]
 
@@ -24,7 +24,9 @@ CAUSAL = {None: 0, "top_left": 1, "bottom_right": 2}
 PACK = struct.Struct("@2Q4q4i")
 
 
-def launch(plan: Plan, call: Call, arrays: Mapping[str, View], scale: float, options: Mapping[str, Any]) -> None:
+def launch(
+    plan: Plan, call: Call, like: Any, arrays: Mapping[str, View], scale: float, options: Mapping[str, Any]
+) -> None:
     """Launch a kernel on the current device and stream of CuPy; nothing is waited for.
 
     Parameters
@@ -33,6 +35,8 @@ def launch(plan: Plan, call: Call, arrays: Mapping[str, View], scale: float, opt
         The kernel.
     call : Call
         What it is planned for.
+    like : array
+        What is allocated comes from its library.
     arrays : mapping of str to View
         Those of ``POINTERS`` that are there; allowed as ``pack`` leaves it.
     scale : float
@@ -41,10 +45,12 @@ def launch(plan: Plan, call: Call, arrays: Mapping[str, View], scale: float, opt
         causal, window, softcap.
     """
     device = arrays["query"].device
+    if plan.macros["BLOCKS"] == 1 and plan.impl != "simt":
+        arrays = {**arrays, "block_bits": pack(arrays["blocks"], arrays["blocks"].shape[3], like)}
     if plan.impl != "sm90":
         _launch_params(plan, arrays, scale, call.blocks, options, redo=0)
         return
-    stream = importlib.import_module("cupy").cuda.get_current_stream().ptr
+    stream = library("cupy").cuda.get_current_stream().ptr
     repair = call.causal is not None
     tiles = arrays["query"].shape[0] * arrays["query"].shape[1] * -(-arrays["query"].shape[2] // 64)
     redo = _zeros(device, stream, 1 << (tiles - 1).bit_length() if repair else 1, "redo")
@@ -64,11 +70,14 @@ def _launch_params(
     module = MODULES[plan.impl]
     q, k, v, out, lse = (arrays[n] for n in ("query", "key", "value", "out", "lse"))
     (b, h, n_q, d_k), (_, h_kv, n_k, _), d_v = q.shape, k.shape, v.shape[3]
-    bias, allowed, table = ((arrays[n].spread() if n in arrays else (0,) * 4) for n in ("bias", "allowed", "blocks"))
+    names = [*POINTERS]
+    if plan.impl == "mma" and plan.macros["BLOCKS"] == 1:
+        names[names.index("blocks")] = "block_bits"
+    bias, allowed, table = (arrays[n].spread() if n in arrays else (0,) * 4 for n in (names[5], *names[7:9]))
     sequences = arrays["cu_q"].shape[0] - 1 if "cu_q" in arrays else 0
     left, right = (-1 if w is None else min(w, 2**31 - 1) for w in options["window"] or (None, None))
     packed = PARAMS.pack(
-        *(arrays[n].pointer if n in arrays else 0 for n in POINTERS),
+        *(arrays[n].pointer if n in arrays else 0 for n in names),
         redo,
         *(s for x in (q, k, v, out) for s in x.strides[:3]),
         *lse.strides[:2],
@@ -87,17 +96,15 @@ def _launch_params(
     _kernel(plan, q.device)((tiles * h * b,), (module.threads(plan.macros),), (argument,), shared_mem=plan.shared_bytes)
 
 
-def pack(allowed: View, n_k: int) -> View:
+def pack(allowed: View, n_k: int, like: Any) -> View:
     """Return a boolean mask as bits: key j of a row is bit j % 32 of its word j / 32."""
-    cupy = importlib.import_module("cupy")
     b, h, n_q, _ = allowed.shape
-    words = -(-n_k // 32)
-    out = cupy.empty((b, h, n_q, words), np.uint32)
-    found = View(out.data.ptr, out.shape, tuple(s // 4 for s in out.strides), "uint32", allowed.device, owner=out)
-    if out.size:
+    _, found = empty(like, (b, h, n_q, -(-n_k // 32)), "int32")
+    size = math.prod(found.shape)
+    if size:
         argument = PACK.pack(allowed.pointer, found.pointer, *allowed.spread(), b, h, n_q, n_k)
         kernel = compiled(text_of("pack.cu", {}), "pack", 0, simt.target(capability(allowed.device)), allowed.device)
-        grid = min(-(-out.size // 8), 16 * _attribute(allowed.device, "MultiProcessorCount"))
+        grid = min(-(-size // 8), 16 * _attribute(allowed.device, "MultiProcessorCount"))
         kernel((grid,), (256,), (np.frombuffer(argument, f"V{PACK.size}"),))
     return found
 
@@ -114,13 +121,13 @@ def _kernel(plan: Plan, device: int) -> Any:
 @lru_cache(maxsize=64)
 def capability(device: int) -> tuple[int, int]:
     """Return a GPU's compute capability."""
-    text = str(importlib.import_module("cupy").cuda.Device(device).compute_capability)
+    text = str(library("cupy").cuda.Device(device).compute_capability)
     return int(text[:-1]), int(text[-1])
 
 
 @lru_cache(maxsize=64)
 def _attribute(device: int, name: str) -> int:
-    return int(importlib.import_module("cupy").cuda.Device(device).attributes[name])
+    return int(library("cupy").cuda.Device(device).attributes[name])
 
 
 _ZEROS: dict[tuple[int, int, int, str], Any] = {}
@@ -131,5 +138,5 @@ def _zeros(device: int, stream: int, size: int, what: str) -> int:
     key = (device, stream, size, what)
     found = _ZEROS.get(key)
     if found is None:
-        found = _ZEROS[key] = importlib.import_module("cupy").zeros(size, np.uint8)
+        found = _ZEROS[key] = library("cupy").zeros(size, np.uint8)
     return int(found.data.ptr)

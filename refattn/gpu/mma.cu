@@ -18,7 +18,8 @@
 // Macros: BF16 0|1; WIDTH_K, WIDTH_V: d_k, d_v padded to 32, 64, 96, 128, 192 or 256; WARPS, M_TILES, BLOCK_N (multiple of 32),
 // STAGES, MIN_BLOCKS: the tiling; ALIGNED 0|1: pointers and strides of q, k, v, out are multiples of 16 bytes; ACCURACY_HIGH 0|1;
 // CAUSAL, WINDOW, SOFTCAP, SINK, MASK, PACKED 0|1: the option is in use; BIAS 0, 1 (type of the inputs), 2 (float);
-// BLOCKS 0|1: a block mask; PRESCALE 1: needed where scale <= 0.
+// BLOCKS 0, 1 (bits packed by pack.cu, of multiples of BLOCK_M rows and BLOCK_N keys), 2 (bytes, of any size);
+// PRESCALE 1: needed where scale <= 0.
 //
 // Launch: grid tiles * h * b with tiles = ceil(n_q / BLOCK_M), or n_q / BLOCK_M + sequences if PACKED (n_q, n_k: total rows; bias
 // and mask are indexed by total rows and keys, too), block 32 * WARPS, dynamic shared memory mma.shared_bytes.
@@ -63,7 +64,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
     const int left = HAS_LEFT && p.left >= 0 ? (int)clamp(corner - p.left, -BLOCK_M, n_k) : -BLOCK_M;
     const int key_end = HAS_RIGHT ? max(0, min(n_k, right + m_count)) : n_k, end = (key_end + BLOCK_N - 1) / BLOCK_N;
     const int first_tile = HAS_LEFT ? max(0, left) / BLOCK_N : 0;
-#if BLOCKS
+#if BLOCKS == 1
+    const u32* block_bits = (const u32*)p.blocks + batch * p.blocks_b + head * p.blocks_h + m0 / p.block_q * p.blocks_q;
+    const int tiles_a_block = p.block_k / BLOCK_N;
+    auto next_tile = [&](int t) {
+        while (t < end) {
+            const int block = t / tiles_a_block;
+            const u32 rest = block_bits[block / 32] >> (block & 31);
+            if (rest & 1) break;
+            t = (rest ? block + __ffs(rest) - 1 : block / 32 * 32 + 32) * tiles_a_block;
+        }
+        return t;
+    };
+#elif BLOCKS == 2
     const unsigned char* blocks = p.blocks + batch * p.blocks_b + head * p.blocks_h;
     bool partial = false;  // whether some block of the tile is 0
     auto next_tile = [&](int t) {
@@ -111,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
         const int n0 = t * BLOCK_N;
         // ---- the tile's state: `masked`: some of its rows do not see some of its keys; `active`: this warp sees some ----
         bool masked = MASK || BIAS || n0 + BLOCK_N > n_k || (HAS_RIGHT && n0 + BLOCK_N - 1 > right) || (HAS_LEFT && n0 < left + m_count - 1);
-#if BLOCKS
+#if BLOCKS == 2
         const bool some_zero = partial;  // next_tile below moves `partial` on
         masked |= some_zero;
 #endif
@@ -195,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
 #if MASK
                             seen = seen && (bits[n / 4] >> (n % 4 * 8 + e) & 1);
 #endif
-#if BLOCKS
+#if BLOCKS == 2
                             if (some_zero) seen = seen && row < m_count && blocks[(m0 + row) / p.block_q * p.blocks_q + (n0 + column + at) / p.block_k];
 #endif
                             x = seen ? x : -INF;

@@ -53,6 +53,7 @@ def macros(call: Call) -> dict[str, Any]:
     # 1 query rows tile or 2 a warp, keys, stages: fewer where options or a second part of P take registers
     rich = _rich(call)
     more = rich + high + (not call.aligned) + (call.window is not None) + (rich > 0 and call.softcap)
+    more += call.blocks is not None and call.causal is not None
     width = max(wide_k, wide_v)
     if width <= 64:
         tiles, keys, stages = 2, 128 if width == 64 and not rich and call.aligned else 64, 2
@@ -60,6 +61,12 @@ def macros(call: Call) -> dict[str, Any]:
         tiles, keys, stages = (2, 64, 2) if not more else (2, 32, 2) if more == 1 else (1, 32, 2)
     else:
         tiles, keys, stages = 1, 32 if more else 64, 1
+    blocks = 0
+    if call.blocks:  # tiles that divide the blocks are skipped or computed whole
+        block_q, block_k = call.blocks
+        tiles = tiles if block_q % (64 * tiles) == 0 else 1
+        keys = keys if block_k % keys == 0 else 32
+        blocks = 1 if block_q % (64 * tiles) == 0 and block_k % keys == 0 else 2
     return {
         "BF16": int(call.dtype == "bfloat16"),
         "WIDTH_K": wide_k,
@@ -78,7 +85,7 @@ def macros(call: Call) -> dict[str, Any]:
         "MASK": int(call.allowed),
         "PACKED": int(call.packed),
         "BIAS": 0 if call.bias is None else 2 if call.bias == "float32" else 1,
-        "BLOCKS": int(call.blocks is not None),
+        "BLOCKS": blocks,
         "PRESCALE": int(not call.positive_scale),
     }
 

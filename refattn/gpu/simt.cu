@@ -10,7 +10,8 @@
 //     V of this tile is loaded meanwhile.
 //  4. Scale, softcap, bias, masks; online softmax. The eight threads of a row share its maximum by shuffles; the sum is reduced at
 //     the end only. P goes to shared memory; a warp reads only the rows that it wrote.
-//  5. O += P V: a thread holds ROWS x COLS outputs in registers. K of the next tile is loaded meanwhile.
+//  5. O += P V: a thread holds ROWS x COLS outputs in registers. A tile's products are added up first, in the registers of S: sums
+//     of n numbers pass through BLOCK_N + n / BLOCK_N additions, not n. K of the next tile is loaded meanwhile.
 //  6. Epilogue: sink, division by the sum, out and lse.
 //  7. Repair: with `redo` (a byte for each 64 rows of a head, set by another kernel) only marked tiles are computed, and unmarked.
 //
@@ -77,7 +78,10 @@ constexpr int VEC = 16 / sizeof(Acc);                   // elements of a 16-byte
 constexpr int VEC_V = D_V % (8 * VEC) == 0 ? VEC : 2;   // columns of V read at once
 constexpr int STRIDE_QK = D_K + VEC;                    // an odd number of 16 bytes: rows fall on different banks
 constexpr int STRIDE_P = BLOCK_N + 8;                   // the 4 rows of a warp's store fall on different banks
-constexpr int STEPS_PV = ROWS * COLS * sizeof(Acc) < 512 ? 2 : 1;  // unrolled steps of P V: fewer where O fills the registers
+constexpr int BYTES_O = ROWS * COLS * sizeof(Acc);
+constexpr int PARTS = BYTES_O > 384 ? 4 : BYTES_O > 256 ? 2 : 1;   // P V takes O in so many parts of PART columns a thread, so
+constexpr int PART = (COLS / PARTS + VEC_V - 1) / VEC_V * VEC_V;   // that a tile's products fit in the registers beside O
+constexpr int STEPS_PV = PARTS == 1 ? 2 : 1;                       // unrolled steps of P V
 template <int N> struct alignas(N * sizeof(Acc)) Vector { Acc x[N]; };
 
 // ---- global to shared -----------------------------------------------------------------------------------------------------
@@ -140,29 +144,31 @@ DEVICE void product_qk(Acc (&s)[ROWS][KEYS], const Acc* q, const Acc* k) {
         }
     }
 }
-// p: this thread's first row of P; v: its first column of V. Its columns come in groups of VEC_V, 8 * VEC_V apart.
-DEVICE void product_pv(Acc (&o)[ROWS][COLS], const Acc* p, const Acc* v) {
+// p: this thread's first row of P; v: its first column of V. Its columns come in groups of VEC_V, 8 * VEC_V apart; `first` is the
+// first of this part.
+DEVICE void product_pv(Acc (&o)[ROWS][PART], const Acc* p, const Acc* v, int first) {
 #pragma unroll STEPS_PV
     for (int key = 0; key < BLOCK_N; key += VEC) {
         Vector<VEC> a[ROWS];
         UNROLL for (int i = 0; i < ROWS; i++) a[i] = *(const Vector<VEC>*)(p + 4 * i * STRIDE_P + key);
         UNROLL for (int e = 0; e < VEC; e++)
-            UNROLL for (int c = 0; c < COLS; c += VEC_V) {
-                Vector<VEC_V> b = *(const Vector<VEC_V>*)(v + (key + e) * D_V + 8 * c);
+            UNROLL for (int c = 0; c < PART; c += VEC_V) {
+                if (first + c >= COLS) break;
+                Vector<VEC_V> b = *(const Vector<VEC_V>*)(v + (key + e) * D_V + 8 * (first + c));
                 UNROLL for (int i = 0; i < ROWS; i++)
                     UNROLL for (int f = 0; f < VEC_V; f++) o[i][c + f] = fma(a[i].x[e], b.x[f], o[i][c + f]);
             }
     }
 }
 // The same, but the value of an unseen key is not touched. Rare, so it is written for size.
-DEVICE void product_pv_seen(Acc (&o)[ROWS][COLS], const Acc* p, const Acc* v) {
+DEVICE void product_pv_seen(Acc (&o)[ROWS][PART], const Acc* p, const Acc* v, int first) {
 #pragma unroll 1
     for (int key = 0; key < BLOCK_N; key++)
         UNROLL for (int i = 0; i < ROWS; i++) {
             Acc weight = p[4 * i * STRIDE_P + key];
             if (is_unseen(weight)) continue;
-            UNROLL for (int c = 0; c < COLS; c++)
-                o[i][c] = fma(weight, v[key * D_V + 8 * (c - c % VEC_V) + c % VEC_V], o[i][c]);
+            UNROLL for (int c = 0; c < PART; c++)
+                if (first + c < COLS) o[i][c] = fma(weight, v[key * D_V + 8 * (first + c - c % VEC_V) + c % VEC_V], o[i][c]);
         }
 }
 // Does the tile of V hold a NaN or an infinity? All threads get the answer.
@@ -344,12 +350,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
         }
 
         // Online softmax.
+        Acc shrink[ROWS];
         UNROLL for (int i = 0; i < ROWS; i++) {
             Acc top = row_max[i];
             UNROLL for (int j = 0; j < KEYS; j++) top = fmax(top, s[i][j]);
             UNROLL for (int hop = 2; hop < 16; hop *= 2) top = fmax(top, __shfl_xor_sync(~0u, top, hop));
             Acc base = top == -INF ? (Acc)0 : top;        // no key yet: all weights are exp(-inf)
-            Acc shrink = exponential(row_max[i] - base);
+            shrink[i] = exponential(row_max[i] - base);
             row_max[i] = top;
             Acc sum = 0;
             UNROLL for (int j = 0; j < KEYS; j++) {
@@ -358,16 +365,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
                 sum += weight;
                 p_thread[4 * i * STRIDE_P + key_thread + 8 * j] = weight;
             }
-            row_sum[i] = fma(row_sum[i], shrink, sum);
-            UNROLL for (int c = 0; c < COLS; c++) o[i][c] *= shrink;
+            row_sum[i] = fma(row_sum[i], shrink[i], sum);
         }
 
         int next = next_tile(tile + 1);
         copy_wait<0>();
         __syncthreads();                                  // V is there for all, K is read by all, P is written
         if (next < tiles) load_k(next);
-        if (SELECTIVE && partial && any_nonfinite(tile_v)) product_pv_seen(o, p_thread, v_thread);
-        else product_pv(o, p_thread, v_thread);
+        const bool careful = SELECTIVE && partial && any_nonfinite(tile_v);
+        UNROLL for (int first = 0; first < COLS; first += PART) {
+            Acc products[ROWS][PART] = {};
+            if (careful) product_pv_seen(products, p_thread, v_thread, first);
+            else product_pv(products, p_thread, v_thread, first);
+            UNROLL for (int i = 0; i < ROWS; i++)
+                UNROLL for (int c = 0; c < PART; c++)
+                    if (first + c < COLS) o[i][first + c] = fma(o[i][first + c], shrink[i], products[i][c]);
+        }
         tile = next;
     }
 

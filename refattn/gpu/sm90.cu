@@ -204,7 +204,7 @@ DEVICE void rescale(float (&o)[NO], const float (&factor)[2]) {
 
 // ---- work -----------------------------------------------------------------------------------------------------------------
 struct Shape { int batch, heads, group, n_q, n_k, d, head_group, tiles; };  // group: query heads a key head; head_group: see decode
-struct BlockMask { const unsigned char* blocks; long long batch, head, row; int block_q, block_k; };  // strides in bytes
+struct BlockMask { const u32* bits; long long batch, head, row; int block_q, block_k; };  // packed by pack.cu; strides in words
 struct Work { int row, head, batch, blocks; };
 // Tiles in the order of the queue: groups of head_group heads (whose K and V fit in the L2 cache together), inside a group the
 // query blocks (the longest first when causal), innermost the heads.
@@ -232,10 +232,18 @@ DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k, const Tensor
         Work w = {0, 0, 0, -1};                                  // blocks < 0: the end
         if (tile < z.tiles) w = decode(tile, z);
         int head_kv = w.head / z.group;
-        const unsigned char* blocks = mask.blocks + w.batch * mask.batch + w.head * mask.head + (BLOCKS ? w.row / mask.block_q : 0) * mask.row;
+        const u32* bits = mask.bits + w.batch * mask.batch + w.head * mask.head + (BLOCKS ? w.row / mask.block_q : 0) * mask.row;
         const int a_block = BLOCKS ? mask.block_k / BLOCK_N : 1;
-        auto shown = [&](int j) {                                // j, or the first block before it that is computed
-            if (BLOCKS) while (j >= 0 && !blocks[j / a_block]) j = j / a_block * a_block - 1;
+        int known = -1;                                          // the word of the mask that is in `word`
+        u32 word = 0;
+        auto shown = [&](int j) {                                // j, or the first block of keys before it that is computed
+            while (BLOCKS && j >= 0) {
+                int block = j / a_block;
+                if (block / 32 != known) known = block / 32, word = bits[known];
+                u32 rest = word << (31 - block % 32);            // bit 31: block
+                if (rest >> 31) break;
+                j = (rest ? block - __clz(rest) + 1 : block / 32 * 32) * a_block - 1;
+            }
             return j;
         };
         auto load_k = [&](int j, int next) {
@@ -312,11 +320,13 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
     auto desc_k = [&]() { return descriptor(shared + OFFSET_K + k.stage * KV_BYTES, 16); };
     auto desc_v = [&]() { return descriptor(shared + OFFSET_V + v.stage * KV_BYTES, BLOCK_N * 128); };
     auto fetch = [&]() {                                                      // waits for the next tile: its rows are in shared memory
-        Work w;
+        Work w = {};
         barrier_wait(bars + FULL_Q + 8 * q.stage, q.phase);
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(w.row), "=r"(w.head), "=r"(w.batch), "=r"(w.blocks)
-                     : "r"(bars + WORK + 16 * q.stage) : "memory");
-        w.row = __shfl_sync(~0u, w.row, 0); w.blocks = __shfl_sync(~0u, w.blocks, 0);
+        if (lane == 0)                                                        // the lane that frees the slot
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(w.row), "=r"(w.head), "=r"(w.batch), "=r"(w.blocks)
+                         : "r"(bars + WORK + 16 * q.stage) : "memory");
+        w.row = __shfl_sync(~0u, w.row, 0); w.head = __shfl_sync(~0u, w.head, 0);
+        w.batch = __shfl_sync(~0u, w.batch, 0); w.blocks = __shfl_sync(~0u, w.blocks, 0);
         return w;
     };
     auto start = [&](const Work& w) {                                         // sets the running quantities of a tile
@@ -360,7 +370,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
     auto next_block = [&](int j) {                                            // the block after j; the K tile of j is there
         int next = j - 1;
         if (BLOCKS) {
-            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(next) : "r"(bars + NEXT + 4 * k.stage) : "memory");
+            if (lane == 0) asm volatile("ld.shared.b32 %0, [%1];" : "=r"(next) : "r"(bars + NEXT + 4 * k.stage) : "memory");
             next = __shfl_sync(~0u, next, 0);
         }
         return next;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import struct
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import UnsupportedProblem
 from .build import text_of
-from .views import View
+from .views import View, library
 
 if TYPE_CHECKING:
     from .plan import Call
@@ -180,7 +180,7 @@ def arguments(
     m : mapping
         Macros.
     arrays : mapping of str to View
-        query, key, value, out, lse, and blocks where there is a block mask.
+        query, key, value, out, lse, and block_bits where there is a block mask.
     scale : float
         Multiplies the scores.
     blocks : (block_q, block_k) or None
@@ -197,19 +197,27 @@ def arguments(
     # causal tiles are taken longest first within as many heads as have their keys and values in the L2 cache together
     together = (m["L2_MIB"] << 20) * group // max(1, 4 * n_k * d)
     head_group = max(group, min(b * h, together)) if m["CAUSAL"] else 1
-    shape = np.array([b, h, group, n_q, n_k, d, head_group, tiles], np.int32).view("V32")
-    strides = np.array(out.strides[:3], np.int64).view("V24")
-    mask = arrays.get("blocks")
-    table, spread = (0, [0, 0, 0]) if mask is None else (mask.pointer, mask.spread()[:3])
-    block_mask = np.array([table, *spread, (blocks[0] | blocks[1] << 32) if blocks else 0], np.int64).view("V40")
-    pointers = tuple(np.uint64(x) for x in (out.pointer, arrays["lse"].pointer, counter, redo))
-    return min(tiles, multiprocessors), (*maps, *pointers, shape, strides, block_mask, np.float32(scale))
+    mask = arrays.get("block_bits")
+    table, spread = (0, (0, 0, 0)) if mask is None else (mask.pointer, mask.spread()[:3])
+    shape = _packed("8i", b, h, group, n_q, n_k, d, head_group, tiles)
+    strides = _packed("3q", *out.strides[:3])
+    block_mask = _packed("4q2i", table, *spread, *(blocks or (1, 1)))
+    return min(tiles, multiprocessors), (
+        *maps,
+        *(out.pointer, arrays["lse"].pointer, counter, redo),
+        *(shape, strides, block_mask, np.float32(scale)),
+    )
+
+
+def _packed(form: str, *values: int) -> Any:
+    """Return a struct as one element of void type: CuPy passes it by value."""
+    return np.frombuffer(struct.pack(form, *values), f"V{struct.calcsize(form)}")
 
 
 @lru_cache(maxsize=4096)
 def _map(x: View, rows: int, name: str) -> Any:
     """Return the tensor map of a tensor: boxes of `rows` x 64 columns, 128-byte swizzle."""
-    cu = importlib.import_module("cuda.bindings.driver")
+    cu = library("cuda.bindings.driver")
     b, h, n, d = x.shape
     # a stride along an axis of one element is never used, but must be a legal one
     strides = [2 * s if size > 1 else 16 for s, size in zip(x.strides[:3], x.shape[:3], strict=True)]

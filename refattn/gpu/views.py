@@ -6,13 +6,16 @@ import importlib
 from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from ..arrays import dtype_name, kind_of
 from ..errors import InvalidProblem, UnsupportedProblem
 
-__all__ = ["View", "cast", "current_stream", "empty", "finish", "view"]
+__all__ = ["View", "cast", "current_stream", "empty", "finish", "library", "view"]
 
+library = cache(importlib.import_module)
+"""Import a package once; asking again costs nothing."""
 LIBRARIES = ("cupy", "torch", "jax")
 
 
@@ -61,7 +64,7 @@ def view(x: Any, name: str) -> View:
     if kind == "torch":
         return View(x.data_ptr(), tuple(x.shape), x.stride(), dtype, number, owner=x)
     if kind == "jax":
-        x = importlib.import_module("cupy").from_dlpack(x)  # the current stream waits until it is computed
+        x = library("cupy").from_dlpack(x)  # the current stream waits until it is computed
     strides = tuple(s // x.itemsize for s in x.strides)
     return View(x.data.ptr, tuple(x.shape), strides, dtype, number, owner=x)
 
@@ -88,12 +91,10 @@ def _device_of(x: Any, name: str) -> int:
 def empty(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, View]:
     """Return a new array of `like`'s device, its elements not set, and its place; `finish` gives it like's library."""
     if kind_of(like) == "torch":
-        torch = importlib.import_module("torch")
+        torch = library("torch")
         out = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
     else:
-        cupy = importlib.import_module("cupy")
-        ml_dtypes = importlib.import_module("ml_dtypes")
-        out = cupy.empty(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        out = library("cupy").empty(shape, library("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
     return out, view(out, "out")
 
 
@@ -101,7 +102,7 @@ def finish(like: Any, found: list[Any], given: list[View]) -> list[Any]:
     """Return results in `like`'s library; memory that another library owns is kept until the stream has used it."""
     if kind_of(like) != "jax":
         return found
-    cupy, jax = importlib.import_module("cupy"), importlib.import_module("jax")
+    cupy, jax = library("cupy"), library("jax")
     event = cupy.cuda.Event(disable_timing=True)
     event.record()
     while _PENDING and _PENDING[0][0].done:
@@ -118,22 +119,21 @@ def cast(x: Any, dtype: str) -> Any:
     """Return a small array in another type, on its device; the same array where it is of that type."""
     if dtype_name(x) == dtype:
         return x
-    return x.to(getattr(importlib.import_module("torch"), dtype)) if kind_of(x) == "torch" else x.astype(dtype)
+    return x.to(getattr(library("torch"), dtype)) if kind_of(x) == "torch" else x.astype(dtype)
 
 
 def current_stream(like: Any, name: str) -> AbstractContextManager[Any]:
     """Return the caller's current stream on `like`'s device, as a context in which CuPy launches on it."""
     number = _device_of(like, name)
-    cupy = importlib.import_module("cupy")
+    cupy = library("cupy")
     if kind_of(like) == "torch":
-        torch = importlib.import_module("torch")
-        return _Both(cupy.cuda.Device(number), _stream(torch.cuda.current_stream(number).cuda_stream, number))
+        return _Both(cupy.cuda.Device(number), _stream(library("torch")._C._cuda_getCurrentRawStream(number), number))
     return _Both(cupy.cuda.Device(number), cupy.cuda.get_current_stream(number))
 
 
 def _stream(handle: int, device: int) -> Any:
     """Return PyTorch's stream as CuPy's; PyTorch keeps it."""
-    cuda = importlib.import_module("cupy").cuda
+    cuda = library("cupy").cuda
     known = _STREAMS.get((handle, device))
     if known is None:
         known = _STREAMS[handle, device] = cuda.Stream.from_external(_Handle(handle))
