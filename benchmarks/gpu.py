@@ -58,7 +58,7 @@ def medians(torch: Any, calls: dict[str, Call], runs: int = RUNS) -> dict[str, f
     return {n: statistics.median(t) for n, t in times.items()}
 
 
-def contestants(torch: Any, q: Any, k: Any, v: Any, causal: bool, flex: bool = False) -> dict[str, Call]:
+def contestants(torch: Any, q: Any, k: Any, v: Any, causal: bool, with_flex: bool = False) -> dict[str, Call]:
     """Return our kernels, and their peers."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -80,13 +80,18 @@ def contestants(torch: Any, q: Any, k: Any, v: Any, causal: bool, flex: bool = F
     calls = {"fast": ours("fast"), "high": ours("high"), "mma": ours("fast", "mma")}
     calls |= {n: peer(b) for n, b in PEERS.items()}
     calls["triton"] = lambda: triton(q, k, v, 1 / math.sqrt(q.shape[3]), corner, 1)[0]
-    if flex:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        n, compiled = q.shape[2], torch.compile(flex_attention, dynamic=False)
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device="cuda") if causal else None
-        calls["flex"] = lambda: compiled(q, k, v, block_mask=mask)
+    if with_flex:
+        calls["flex"] = flex(torch, q, k, v, (lambda b, h, i, j: i >= j) if causal else None)
     return calls
+
+
+def flex(torch: Any, q: Any, k: Any, v: Any, seen: Any = None) -> Call:
+    """Return a compiled flex_attention; `seen` tells of (batch, head, row, key) whether the row sees the key."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    n, compiled = q.shape[2], torch.compile(flex_attention, dynamic=False)
+    mask = None if seen is None else create_block_mask(seen, None, None, n, n, device="cuda")
+    return lambda: compiled(q, k, v, block_mask=mask)
 
 
 def errors(torch: Any, calls: dict[str, Call], q: Any, k: Any, v: Any) -> dict[str, float]:
@@ -151,7 +156,7 @@ def dense(torch: Any, dtype: str, d: int, n: int, top: float) -> Iterator[Row]:
     q, k, v = random(torch, (b, h, n, d), dtype)
     for causal in (False, True):
         at = f"{dtype} d={d} n={n}{' causal' if causal else ''}"
-        calls = contestants(torch, q, k, v, causal, flex=dtype == "bfloat16" and n == 4096 and d < 256)
+        calls = contestants(torch, q, k, v, causal, with_flex=dtype == "bfloat16" and n == 4096 and d < 256)
         operations = 4 * b * h * n * n * d / (2 if causal else 1)
         speed = {name: operations / ms / 1e9 for name, ms in medians(torch, calls).items()}
         for name, x in speed.items():
@@ -215,16 +220,20 @@ def sparse(torch: Any, d: int) -> Iterator[Row]:
     n = 16384
     q, k, v = random(torch, (1, WIDTH // d, n, d), "bfloat16")
     masks = {x: torch.rand(1, 1, n // 128, n // 128, device="cuda") < x for x in (1.0, 0.5, 0.25, 0.1)}
-    for impl in ("sm90", "mma"):
-        calls: dict[str, Call] = {
-            str(x): partial(attention, q, k, v, block_mask=(m, 128, 128), impl=impl) for x, m in masks.items()
-        }
-        calls["dense"] = partial(attention, q, k, v, impl=impl)
-        ms = medians(torch, calls)
+    for impl in ("sm90", "mma", *(("flex",) if d == 128 else ())):
+
+        def call(mask: Any = None, impl: str = impl) -> Call:
+            if impl == "flex":
+                seen = None if mask is None else lambda b, h, i, j: mask[0, 0, i // 128, j // 128]
+                return flex(torch, q, k, v, seen)
+            return partial(attention, q, k, v, block_mask=None if mask is None else (mask, 128, 128), impl=impl)
+
+        ms = medians(torch, {str(x): call(m) for x, m in masks.items()} | {"dense": call()})
         for density, mask in masks.items():
             at = f"bfloat16 d={d} n={n} {impl} block mask of density {density}"
             share = float(mask.float().mean())
             yield Row(f"{at}, time over density x dense", ms[str(density)] / share / ms["dense"], "ratio")
+        yield Row(f"bfloat16 d={d} n={n} {impl} block mask of density 0.1", ms["0.1"], "ms")
 
 
 def memory(torch: Any) -> Iterator[Row]:
