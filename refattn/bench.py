@@ -65,7 +65,17 @@ def run(name: str, console: Console, json_file: str | None) -> list[Row]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    rows = list(_watched(module.rows(), console))
+    rows: list[Row] = []
+    try:
+        rows.extend(_watched(module.rows(), console))
+    finally:  # what was measured before an error or an interrupt is kept
+        if json_file is not None:
+            whole = {
+                "machine": machine(),
+                "versions": versions(),
+                "rows": [asdict(r) | {"holds": r.holds} for r in rows],
+            }
+            write_text(json_file, json.dumps(whole, indent=1) + "\n")
     table = Table("figure", "value", "unit", "held to", "holds")
     for r in rows:
         bound = (
@@ -77,9 +87,6 @@ def run(name: str, console: Console, json_file: str | None) -> list[Row]:
         )
         table.add_row(r.name, f"{r.value:.4g}", r.unit, bound, "yes" if r.holds else "[red]no[/]")
     console.print(table)
-    if json_file is not None:
-        whole = {"machine": machine(), "versions": versions(), "rows": [asdict(r) | {"holds": r.holds} for r in rows]}
-        write_text(json_file, json.dumps(whole, indent=1) + "\n")
     return rows
 
 
