@@ -8,7 +8,8 @@ from refattn import bench
 
 
 def test_what_was_measured_before_an_error_is_kept(tmp_path, monkeypatch):
-    text = "from refattn.bench import Row\ndef rows():\n    yield Row('a', 2.0, 'ms', at_most=1.0)\n    raise OSError('gone')\n"
+    rows = "def rows():\n    yield Row('a', 2.0, 'ms', at_most=1.0)\n    raise OSError('gone')\n"
+    text = f"from refattn.bench import Row\n{rows}"
     (tmp_path / "broken.py").write_text(text)
     monkeypatch.setattr(refattn.bench, "_folder", lambda: tmp_path)
     with pytest.raises(OSError, match="gone"):

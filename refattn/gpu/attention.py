@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..arrays import dtype_name, kind_of
 from ..dtypes import FORMATS
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..problem import Problem, check_offsets
-from .launch import capability, launch, pack
-from .plan import Call, check_block_mask, choose
-from .views import View, cast, current_stream, empty, finish, view
+from .launch import capability, launch
+from .plan import Call, Plan, check_block_mask, choose
+from .views import View, cast, device_of, empty, finish, on, stream_of, view
 
 __all__ = ["attention"]
 
@@ -71,36 +72,73 @@ def attention(
     UnsupportedProblem
         No kernel computes it; raised before any launch.
     """
-    problem = Problem(query, key, value, scale, causal, window, softcap, sink, bias, allowed)
-    given = problem.arrays()
+    given = {"query": query, "key": key, "value": value, "bias": bias, "allowed": allowed}
+    device = device_of(query, "query")
+    wide = "float64" if dtype_name(query) == "float64" else "float32"
+    sizes: Any = None
     if sink is not None:
-        given["sink"] = cast(sink, "float64" if problem.dtype == "float64" else "float32")
-    blocks = None
+        given["sink"] = cast(sink, wide, "sink")
     if block_mask is not None:
-        blocks, given["blocks"] = check_block_mask(problem, block_mask), block_mask[0]
+        given["blocks"], sizes = _parts(block_mask, "block_mask", ("blocks", "block_q", "block_k"))
     if cu_seqlens is not None:
-        check_offsets(problem, *cu_seqlens)
-        given |= {n: cast(x, "int32") for n, x in zip(("cu_q", "cu_k"), cu_seqlens, strict=True)}
-    with current_stream(query, "query"):
-        arrays = {n: view(x, n) for n, x in given.items()}
-        device = arrays["query"].device
-        for name, x in arrays.items():
-            if x.device != device:
-                raise InvalidProblem(f"{name}: is on GPU {x.device} and query on GPU {device}; move one of them")
-        aligned, mapped = _layout([arrays[n] for n in ("query", "key", "value")])
-        packed = cu_seqlens is not None
-        call = Call.of(problem, accuracy, blocks, packed=packed, aligned=aligned, mapped=mapped)
-        chosen = choose(call, impl, capability(device))
-        found = [empty(query, problem.out_shape, problem.dtype)]
-        found.append(empty(query, problem.out_shape[:3], "float64" if problem.dtype == "float64" else "float32"))
-        arrays["out"], arrays["lse"] = (x for _, x in found)
-        if allowed is not None:
-            arrays["allowed"] = pack(arrays["allowed"], problem.n_k, query)
-        if math.prod(problem.out_shape):
-            by = 1 / math.sqrt(problem.d_k) if scale is None else float(scale)
-            launch(chosen, call, query, arrays, by, {"causal": causal, "window": problem.window, "softcap": softcap})
-        out, lse = finish(query, [x for x, _ in found], list(arrays.values()))
+        given["cu_q"], (given["cu_k"],) = _parts(cu_seqlens, "cu_seqlens", ("cu_seqlens_q", "cu_seqlens_k"))
+        given |= {n: cast(given[n], "int32", f"{n[:2]}_seqlens{n[2:]}") for n in ("cu_q", "cu_k")}
+    with on(device):
+        arrays = {n: view(x, n) for n, x in given.items() if x is not None}
+        window = tuple(window) if isinstance(window, list) else window
+        options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        cast_from = tuple(dtype_name(x) for x in (sink, *(cu_seqlens or ())) if x is not None)
+        asked = (*options.values(), type(scale), type(softcap), accuracy, impl, sizes, cast_from)
+        layout = tuple(
+            (n, kind_of(given[n]), x.shape, x.strides, x.dtype, x.device, x.pointer % 16 == 0)
+            for n, x in arrays.items()
+        )
+        known = _known((asked, layout))
+        if known is None:
+            problem = Problem(query, key, value, sink=sink, bias=bias, allowed=allowed, **options)
+            if cu_seqlens is not None:
+                check_offsets(problem, *cu_seqlens)
+            blocks = None if block_mask is None else check_block_mask(problem, block_mask)
+            call = _call(problem, arrays, accuracy, blocks)
+            known = _KNOWN[asked, layout] = (call, choose(call, impl, capability(device)))
+        shape = (*arrays["query"].shape[:3], arrays["value"].shape[3])
+        out, arrays["out"] = empty(query, shape, arrays["query"].dtype)
+        lse, arrays["lse"] = empty(query, shape[:3], wide)
+        if min(shape):
+            by = 1 / math.sqrt(arrays["query"].shape[3]) if scale is None else float(scale)
+            launch(*known, query, arrays, options | {"scale": by}, stream_of(query, device))
+        out, lse = finish(query, [out, lse], list(arrays.values()))
     return (out, lse) if return_lse else out
+
+
+_KNOWN: dict[Any, tuple[Call, Plan]] = {}
+"""Calls that were checked and planned, by all that the checks and the choice of a kernel depend on."""
+
+
+def _known(signature: Any) -> tuple[Call, Plan] | None:
+    if len(_KNOWN) > 4096:
+        _KNOWN.clear()
+    try:
+        return _KNOWN.get(signature)
+    except TypeError:  # an option that cannot be hashed: Problem says what is wrong with it
+        return None
+
+
+def _parts(given: Any, name: str, parts: tuple[str, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """Return the first part of a tuple, and the others."""
+    if not isinstance(given, tuple | list) or len(given) != len(parts):
+        raise InvalidProblem(f"{name}: got {type(given).__name__}, expected a tuple ({', '.join(parts)})")
+    return given[0], tuple(given[1:])
+
+
+def _call(problem: Problem, arrays: dict[str, View], accuracy: str, blocks: tuple[int, int] | None) -> Call:
+    """Return what the choice of a kernel depends on."""
+    device = arrays["query"].device
+    for name, x in arrays.items():
+        if x.device != device:
+            raise InvalidProblem(f"{name}: is on GPU {x.device} and query on GPU {device}; move one of them")
+    aligned, mapped = _layout([arrays[n] for n in ("query", "key", "value")])
+    return Call.of(problem, accuracy, blocks, packed="cu_q" in arrays, aligned=aligned, mapped=mapped)
 
 
 def _layout(views: list[View]) -> tuple[bool, bool]:

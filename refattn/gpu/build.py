@@ -25,8 +25,8 @@ def text_of(name: str, macros: Mapping[str, Any]) -> str:
 
 
 @lru_cache(maxsize=1024)
-def compiled(text: str, entry: str, shared: int, target: str, device: int) -> Any:
-    """Return a kernel for the current device.
+def compiled(text: str, entry: str, shared: int, target: str, device: int) -> tuple[int, Any]:
+    """Return a kernel's handle for the current device, and what keeps it loaded.
 
     CuPy keeps the machine code on disk by the text's hash, written to a temporary name and renamed, so that two
     processes may build at once.
@@ -53,7 +53,8 @@ def compiled(text: str, entry: str, shared: int, target: str, device: int) -> An
     module = cupy.RawModule(code=text, options=("-std=c++17", f"-arch={target}"), backend="nvrtc")
     try:
         kernel = module.get_function(entry)
+        handle = int(kernel.kernel.ptr)
     except Exception as e:
         raise BuildError(f"gpu: compiling {entry} for {target} failed with {type(e).__name__}: {e}") from e
     kernel.max_dynamic_shared_size_bytes = shared
-    return kernel
+    return handle, kernel

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +17,7 @@ from .build import compiled, text_of
 from .plan import Call, Plan, configured
 from .views import View, empty, library
 
-__all__ = ["launch", "pack"]
+__all__ = ["capability", "launch"]
 
 MODULES = {"simt": simt, "mma": mma, "sm90": sm90}
 POINTERS = ("query", "key", "value", "out", "lse", "bias", "sink", "allowed", "blocks", "cu_q", "cu_k")
@@ -24,49 +26,47 @@ CAUSAL = {None: 0, "top_left": 1, "bottom_right": 2}
 PACK = struct.Struct("@2Q4q4i")
 
 
-def launch(
-    plan: Plan, call: Call, like: Any, arrays: Mapping[str, View], scale: float, options: Mapping[str, Any]
-) -> None:
-    """Launch a kernel on the current device and stream of CuPy; nothing is waited for.
+def launch(call: Call, plan: Plan, like: Any, arrays: dict[str, View], options: Mapping[str, Any], stream: int) -> None:
+    """Queue a call's kernels on a stream of the current device; nothing is waited for.
 
     Parameters
     ----------
+    call : Call
+        What is computed.
     plan : Plan
         The kernel.
-    call : Call
-        What it is planned for.
     like : array
         What is allocated comes from its library.
-    arrays : mapping of str to View
-        Those of ``POINTERS`` that are there; allowed as ``pack`` leaves it.
-    scale : float
-        Multiplies the scores.
+    arrays : dict of str to View
+        Those of ``POINTERS`` that are there.
     options : mapping
-        causal, window, softcap.
+        scale (a number), causal, window, softcap.
+    stream : int
+        The stream's handle.
     """
     device = arrays["query"].device
+    if "allowed" in arrays:
+        arrays["allowed"] = _pack(arrays["allowed"], call.n_k, like, stream)
     if plan.macros["BLOCKS"] == 1 and plan.impl != "simt":
-        arrays = {**arrays, "block_bits": pack(arrays["blocks"], arrays["blocks"].shape[3], like)}
+        arrays["block_bits"] = _pack(arrays["blocks"], arrays["blocks"].shape[3], like, stream)
     if plan.impl != "sm90":
-        _launch_params(plan, arrays, scale, call.blocks, options, redo=0)
+        _launch_params(plan, call, arrays, options, stream, redo=0)
         return
-    stream = library("cupy").cuda.get_current_stream().ptr
+    b, h, n_q, _ = arrays["query"].shape
     repair = call.causal is not None
-    tiles = arrays["query"].shape[0] * arrays["query"].shape[1] * -(-arrays["query"].shape[2] // 64)
-    redo = _zeros(device, stream, 1 << (tiles - 1).bit_length() if repair else 1, "redo")
+    redo = _zeros(device, stream, 1 << (b * h * -(-n_q // 64) - 1).bit_length(), "redo") if repair else 0
     counter = _zeros(device, stream, 4, "counter")
-    grid, given = sm90.arguments(
-        plan.macros, arrays, scale, call.blocks, counter, redo, _attribute(device, "MultiProcessorCount")
-    )
-    _kernel(plan, device)((grid,), (sm90.threads(plan.macros),), given, shared_mem=plan.shared_bytes)
+    multiprocessors = _attribute(device, "MultiProcessorCount")
+    grid, packed = sm90.arguments(plan.macros, arrays, options["scale"], call.blocks, counter, redo, multiprocessors)
+    _queue(_kernel(plan, device), grid, sm90.threads(plan.macros), plan.shared_bytes, stream, packed)
     if repair:
-        _launch_params(configured("simt", call), arrays, scale, call.blocks, options, redo=redo)
+        _launch_params(configured("simt", call), call, arrays, options, stream, redo=redo)
 
 
 def _launch_params(
-    plan: Plan, arrays: Mapping[str, View], scale: float, blocks: Any, options: Mapping[str, Any], redo: int
+    plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[str, Any], stream: int, redo: int
 ) -> None:
-    """Launch simt.cu or mma.cu."""
+    """Queue simt.cu or mma.cu."""
     module = MODULES[plan.impl]
     q, k, v, out, lse = (arrays[n] for n in ("query", "key", "value", "out", "lse"))
     (b, h, n_q, d_k), (_, h_kv, n_k, _), d_v = q.shape, k.shape, v.shape[3]
@@ -84,33 +84,42 @@ def _launch_params(
         *bias,
         *allowed[:3],
         *table[:3],
-        scale,
+        options["scale"],
         options["softcap"] or 0.0,
         *(b, h, h_kv, n_q, n_k, d_k, d_v, CAUSAL[options["causal"]], left, right),
-        *(blocks or (1, 1)),
+        *(call.blocks or (1, 1)),
         sequences,
     )
     rows = module.block_rows(plan.macros)
     tiles = n_q // rows + sequences if plan.impl == "mma" and sequences else -(-n_q // rows) + sequences
-    argument = np.frombuffer(packed, f"V{PARAMS.size}")  # one element of void type: CuPy passes it by value
-    _kernel(plan, q.device)((tiles * h * b,), (module.threads(plan.macros),), (argument,), shared_mem=plan.shared_bytes)
+    _queue(_kernel(plan, q.device), tiles * h * b, module.threads(plan.macros), plan.shared_bytes, stream, packed)
 
 
-def pack(allowed: View, n_k: int, like: Any) -> View:
+def _pack(allowed: View, n_k: int, like: Any, stream: int) -> View:
     """Return a boolean mask as bits: key j of a row is bit j % 32 of its word j / 32."""
     b, h, n_q, _ = allowed.shape
     _, found = empty(like, (b, h, n_q, -(-n_k // 32)), "int32")
     size = math.prod(found.shape)
     if size:
-        argument = PACK.pack(allowed.pointer, found.pointer, *allowed.spread(), b, h, n_q, n_k)
+        packed = PACK.pack(allowed.pointer, found.pointer, *allowed.spread(), b, h, n_q, n_k)
         kernel = compiled(text_of("pack.cu", {}), "pack", 0, simt.target(capability(allowed.device)), allowed.device)
         grid = min(-(-size // 8), 16 * _attribute(allowed.device, "MultiProcessorCount"))
-        kernel((grid,), (256,), (np.frombuffer(argument, f"V{PACK.size}"),))
+        _queue(kernel, grid, 256, 0, stream, packed)
     return found
 
 
+def _queue(kernel: tuple[int, Any], grid: int, threads: int, shared: int, stream: int, packed: bytes) -> None:
+    """Launch a kernel whose arguments lie one after another as it declares them; the driver copies them."""
+    buffer, size = ctypes.create_string_buffer(packed, len(packed)), ctypes.c_size_t(len(packed))
+    # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE, CU_LAUNCH_PARAM_END
+    extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), 0)
+    library("cupy").cuda.driver.launchKernel(
+        kernel[0], grid, 1, 1, threads, 1, 1, shared, stream, 0, ctypes.addressof(extra)
+    )
+
+
 @lru_cache(maxsize=1024)
-def _kernel(plan: Plan, device: int) -> Any:
+def _kernel(plan: Plan, device: int) -> tuple[int, Any]:
     """Return a plan's compiled kernel."""
     module = MODULES[plan.impl]
     entry = "attention_forward" if plan.impl == "sm90" else "attention"
@@ -130,6 +139,16 @@ def _attribute(device: int, name: str) -> int:
     return int(library("cupy").cuda.Device(device).attributes[name])
 
 
+@dataclass(frozen=True)
+class _Handle:
+    """CUDA's stream protocol for a handle."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
 _ZEROS: dict[tuple[int, int, int, str], Any] = {}
 
 
@@ -138,5 +157,7 @@ def _zeros(device: int, stream: int, size: int, what: str) -> int:
     key = (device, stream, size, what)
     found = _ZEROS.get(key)
     if found is None:
-        found = _ZEROS[key] = library("cupy").zeros(size, np.uint8)
+        cuda = library("cupy").cuda
+        with cuda.Stream.from_external(_Handle(stream)) if stream else cuda.Stream.null:
+            found = _ZEROS[key] = library("cupy").zeros(size, np.uint8)
     return int(found.data.ptr)

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..errors import UnsupportedProblem
 from .build import text_of
 from .views import View, library
@@ -21,6 +19,8 @@ __all__ = ["FILE", "WIDTHS", "arguments", "block_rows", "macros", "obstacle", "s
 FILE = "sm90.cu"
 WIDTHS = (64, 128, 256)
 """Head dims that it is compiled for; smaller ones are filled up with zeros."""
+ARGUMENTS = struct.Struct("@128s128s128s4Q8i3q4q2if")
+"""Tensor maps, pointers, shape, strides, block mask and scale."""
 ROWS_BLOCK_MASK = 128
 """Query rows of a block where there is a block mask, whose blocks must be multiples of it."""
 
@@ -172,8 +172,8 @@ def arguments(
     counter: int,
     redo: int,
     multiprocessors: int,
-) -> tuple[int, tuple[Any, ...]]:
-    """Return the grid and the kernel's arguments.
+) -> tuple[int, bytes]:
+    """Return the grid and the kernel's arguments, one after another as it declares them.
 
     Parameters
     ----------
@@ -199,23 +199,19 @@ def arguments(
     head_group = max(group, min(b * h, together)) if m["CAUSAL"] else 1
     mask = arrays.get("block_bits")
     table, spread = (0, (0, 0, 0)) if mask is None else (mask.pointer, mask.spread()[:3])
-    shape = _packed("8i", b, h, group, n_q, n_k, d, head_group, tiles)
-    strides = _packed("3q", *out.strides[:3])
-    block_mask = _packed("4q2i", table, *spread, *(blocks or (1, 1)))
-    return min(tiles, multiprocessors), (
+    packed = ARGUMENTS.pack(
         *maps,
         *(out.pointer, arrays["lse"].pointer, counter, redo),
-        *(shape, strides, block_mask, np.float32(scale)),
+        *(b, h, group, n_q, n_k, d, head_group, tiles),
+        *out.strides[:3],
+        *(table, *spread, *(blocks or (1, 1))),
+        scale,
     )
-
-
-def _packed(form: str, *values: int) -> Any:
-    """Return a struct as one element of void type: CuPy passes it by value."""
-    return np.frombuffer(struct.pack(form, *values), f"V{struct.calcsize(form)}")
+    return min(tiles, multiprocessors), packed
 
 
 @lru_cache(maxsize=4096)
-def _map(x: View, rows: int, name: str) -> Any:
+def _map(x: View, rows: int, name: str) -> bytes:
     """Return the tensor map of a tensor: boxes of `rows` x 64 columns, 128-byte swizzle."""
     cu = library("cuda.bindings.driver")
     b, h, n, d = x.shape
@@ -238,4 +234,4 @@ def _map(x: View, rows: int, name: str) -> Any:
     )
     if int(status) != 0:
         raise UnsupportedProblem(f"{name}: cuTensorMapEncodeTiled answered {status} for strides {x.strides}")
-    return np.frombuffer(np.array([int(w) for w in found.opaque], np.uint64).tobytes(), "V128")
+    return struct.pack("16Q", *(int(w) for w in found.opaque))

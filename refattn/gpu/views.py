@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import deque
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from ..arrays import dtype_name, kind_of
 from ..errors import InvalidProblem, UnsupportedProblem
 
-__all__ = ["View", "cast", "current_stream", "empty", "finish", "library", "view"]
+__all__ = ["View", "cast", "device_of", "empty", "finish", "library", "on", "stream_of", "view"]
 
 library = cache(importlib.import_module)
 """Import a package once; asking again costs nothing."""
@@ -50,42 +50,43 @@ class View:
 
 
 def view(x: Any, name: str) -> View:
-    """Return the place of a GPU array.
+    """Return the place of a GPU array; of JAX's, once CuPy's current stream waits until it is computed.
 
     Raises
     ------
     InvalidProblem
-        It is not on a GPU.
+        No array, or one that is not on a GPU.
     UnsupportedProblem
         An array of another library.
     """
-    kind = kind_of(x)
-    number, dtype = _device_of(x, name), dtype_name(x)
-    if kind == "torch":
+    number, dtype = device_of(x, name), dtype_name(x)
+    if kind_of(x) == "torch":
         return View(x.data_ptr(), tuple(x.shape), x.stride(), dtype, number, owner=x)
-    if kind == "jax":
-        x = library("cupy").from_dlpack(x)  # the current stream waits until it is computed
+    if kind_of(x) == "jax":
+        x = library("cupy").from_dlpack(x)
     strides = tuple(s // x.itemsize for s in x.strides)
     return View(x.data.ptr, tuple(x.shape), strides, dtype, number, owner=x)
 
 
-def _device_of(x: Any, name: str) -> int:
-    """Return the number of the GPU that an array is on."""
+def device_of(x: Any, name: str) -> int:
+    """Return the number of the GPU that an array is on; refuse others, as `view` does."""
     kind = kind_of(x)
-    if kind not in LIBRARIES:
-        expected = f"{', '.join(LIBRARIES[:-1])} or {LIBRARIES[-1]}"
-        raise UnsupportedProblem(f"{name}: got an array of {kind}, expected one of {expected} on a GPU")
-    if kind == "cupy":
-        return int(x.device.id)
     if kind == "torch":
         if x.device.type != "cuda":
             raise InvalidProblem(f"{name}: is on device {x.device}, expected a GPU; move it with {name}.cuda()")
         return int(x.device.index)
-    (device, *more) = x.devices()
-    if device.platform != "gpu" or more:
-        where = f"devices {x.devices()}" if more else f"device {device}"
-        raise InvalidProblem(f"{name}: is on {where}, expected one GPU; move it with jax.device_put")
-    return int(device.local_hardware_id)
+    if kind == "cupy":
+        return int(x.device.id)
+    if kind == "jax":
+        (device, *more) = x.devices()
+        if device.platform != "gpu" or more:
+            where = f"devices {x.devices()}" if more else f"device {device}"
+            raise InvalidProblem(f"{name}: is on {where}, expected one GPU; move it with jax.device_put")
+        return int(device.local_hardware_id)
+    expected = f"of {', '.join(LIBRARIES[:-1])} or {LIBRARIES[-1]} on a GPU"
+    if kind is None:
+        raise InvalidProblem(f"{name}: got {type(x).__name__}, expected an array {expected}")
+    raise UnsupportedProblem(f"{name}: got an array of {kind}, expected one {expected}")
 
 
 def empty(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, View]:
@@ -115,55 +116,22 @@ _PENDING: deque[tuple[Any, list[View]]] = deque()
 """What launches in flight read; JAX frees in the order of its own streams, which know nothing of ours."""
 
 
-def cast(x: Any, dtype: str) -> Any:
+def cast(x: Any, dtype: str, name: str) -> Any:
     """Return a small array in another type, on its device; the same array where it is of that type."""
+    device_of(x, name)
     if dtype_name(x) == dtype:
         return x
     return x.to(getattr(library("torch"), dtype)) if kind_of(x) == "torch" else x.astype(dtype)
 
 
-def current_stream(like: Any, name: str) -> AbstractContextManager[Any]:
-    """Return the caller's current stream on `like`'s device, as a context in which CuPy launches on it."""
-    number = _device_of(like, name)
-    cupy = library("cupy")
+def stream_of(like: Any, device: int) -> int:
+    """Return the handle of the caller's current stream: PyTorch's for its tensors, else CuPy's."""
     if kind_of(like) == "torch":
-        return _Both(cupy.cuda.Device(number), _stream(library("torch")._C._cuda_getCurrentRawStream(number), number))
-    return _Both(cupy.cuda.Device(number), cupy.cuda.get_current_stream(number))
+        return int(library("torch")._C._cuda_getCurrentRawStream(device))
+    return int(library("cupy").cuda.get_current_stream(device).ptr)
 
 
-def _stream(handle: int, device: int) -> Any:
-    """Return PyTorch's stream as CuPy's; PyTorch keeps it."""
+def on(device: int) -> AbstractContextManager[Any]:
+    """Return a context in which a GPU is the current one."""
     cuda = library("cupy").cuda
-    known = _STREAMS.get((handle, device))
-    if known is None:
-        known = _STREAMS[handle, device] = cuda.Stream.from_external(_Handle(handle))
-    return known
-
-
-_STREAMS: dict[tuple[int, int], Any] = {}
-
-
-@dataclass(frozen=True)
-class _Handle:
-    """CUDA's stream protocol for a handle."""
-
-    handle: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
-
-
-class _Both(AbstractContextManager[Any]):
-    """A device and a stream on it."""
-
-    def __init__(self, device: Any, stream: Any) -> None:
-        self.device, self.stream = device, stream
-
-    def __enter__(self) -> Any:
-        self.device.__enter__()
-        self.stream.__enter__()
-        return self.stream
-
-    def __exit__(self, *error: Any) -> None:
-        self.stream.__exit__(*error)
-        self.device.__exit__(*error)
+    return nullcontext() if cuda.runtime.getDevice() == device else cuda.Device(device)

@@ -1,28 +1,77 @@
-"""Every kernel compiles for sm_90a without spills; it runs where there is a GPU (refattn check refattn-gpu)."""
+"""Kernels compile for sm_90a without spills: those of tests and of every option; they run where there is a GPU."""
 
 import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
-from refattn.gpu.plan import ACCURACIES, WIDTHS, plan
-from refattn.gpu.sm90 import shared_bytes, source
+from refattn.gpu import mma, simt, sm90
+from refattn.gpu.build import text_of
+from refattn.gpu.plan import ACCURACIES, Call, configured
 
-CALLS = [
-    (d, dtype, c, a)
-    for d in WIDTHS
-    for dtype in ("float16", "bfloat16")
-    for c in (None, "bottom_right")
-    for a in ACCURACIES
-]
+MODULES = {"sm90": sm90, "mma": mma, "simt": simt}
+PLAIN = Call(
+    dtype="bfloat16",
+    n_q=128,
+    n_k=128,
+    d_k=64,
+    d_v=64,
+    causal=None,
+    window=None,
+    softcap=False,
+    sink=False,
+    bias=None,
+    allowed=False,
+    packed=False,
+    blocks=None,
+    positive_scale=True,
+    aligned=True,
+    mapped=True,
+    accuracy="fast",
+)
+OPTIONS = (
+    {},
+    {"causal": "bottom_right"},
+    {"window": (3, 0), "sink": True},
+    {"softcap": True, "aligned": False},
+    {"allowed": True},
+    {"bias": "float32"},
+    {"packed": True, "causal": "top_left"},
+    {"blocks": (128, 128)},
+    {"blocks": (40, 40), "allowed": True, "bias": "own", "softcap": True, "window": (3, 3), "sink": True},
+)
 MOST = 232448  # bytes of shared memory that a block of sm_90 may have
 
 
-def macros(d, dtype, causal, accuracy):
-    shape = (1, 1, 128, d)
-    return plan((shape, shape, shape), dtype, causal=causal, accuracy=accuracy).macros
+def calls():
+    """Return (kernel, call) for every kernel: widths, formats, accuracies, each option, and many of them together."""
+    wide = [replace(PLAIN, d_k=d, d_v=d) for d in (64, 128, 256)]
+    for c in wide:
+        for dtype in ("float16", "bfloat16"):
+            for causal in (None, "bottom_right"):
+                for accuracy in ACCURACIES:
+                    changed = replace(c, dtype=dtype, causal=causal, accuracy=accuracy)
+                    yield from (("sm90", replace(changed, blocks=b)) for b in (None, (128, 128)))
+        for i, options in enumerate(OPTIONS):
+            for kernel, dtypes in (("mma", ("float16", "bfloat16")), ("simt", ("float32", "float64", "bfloat16"))):
+                dtype, accuracy = dtypes[i % len(dtypes)], ACCURACIES[i % 2]
+                own = {"bias": dtype} if options.get("bias") == "own" else {}
+                own |= {"bias": "float64"} if dtype == "float64" and "bias" in options else {}
+                call = replace(c, dtype=dtype, accuracy=accuracy, **(options | own))
+                if not MODULES[kernel].obstacle(call, (9, 0)):
+                    yield kernel, call
+        yield from (("simt", replace(c, dtype=t)) for t in ("float32", "float64"))
+
+
+CALLS = list(calls())
+
+
+def text(kernel, call):
+    macros = configured(kernel, call).macros
+    return sm90.source(macros) if kernel == "sm90" else text_of(MODULES[kernel].FILE, macros)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -30,19 +79,19 @@ def test_every_kernel_compiles_without_spills(tmp_path):
     def build(item):
         i, call = item
         path = tmp_path / f"{i}.cu"
-        path.write_text(source(macros(*call)))
+        path.write_text(text_of("pack.cu", {}) if call is None else text(*call))
         target = ("-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v")
         command = ["nvcc", "-std=c++17", *target, "-o", f"{path}bin", str(path)]
         return call, subprocess.run(command, capture_output=True, text=True, check=False)
 
     with ThreadPoolExecutor(2) as pool:
-        for call, done in pool.map(build, enumerate(CALLS)):
+        for call, done in pool.map(build, enumerate([None, *CALLS])):
             assert done.returncode == 0, (call, done.stderr)
-            assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr, call
+            assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr, (call, done.stderr)
             # products that wait for each other, or a register budget that is not respected
             assert not re.search(r"C75\d\d|warning", done.stderr), (call, done.stderr)
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_shared_memory_suffices(call):
-    assert shared_bytes(macros(*call)) <= MOST
+    assert configured(*call).shared_bytes <= MOST

@@ -1,85 +1,126 @@
 import numpy as np
 import pytest
 
-from refattn import InvalidInput, InvalidProblem, UnsupportedProblem
+from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem
 from refattn.gpu import attention, plan
-from refattn.gpu.attention import _check
-from refattn.gpu.views import View, view
+from refattn.gpu.launch import PARAMS
+from refattn.gpu.sm90 import ARGUMENTS
+from refattn.gpu.views import view
 
-SHAPES = ((2, 8, 100, 64), (2, 2, 300, 64), (2, 2, 300, 64))
 
-
-def changed(d=64, d_v=None, n_q=100):
-    return ((2, 8, n_q, d), (2, 2, 300, d), (2, 2, 300, d_v or d))
+def problem(dtype="float16", d=64, d_v=None, n_q=100, n_k=300, **options):
+    shapes = ((2, 8, n_q, d), (2, 2, n_k, d), (2, 2, n_k, d_v or d))
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    return Problem(*(np.zeros(s, dtype) for s in shapes), **options)
 
 
 def test_what_runs_and_why():
-    p = plan(SHAPES, "bfloat16", causal="bottom_right", accuracy="high")
-    assert (p.impl, p.why) == ("sm90", "bfloat16, head dim 64 in tiles of 64, compute capability 9.0")
+    p = plan(problem("bfloat16", causal="bottom_right"), accuracy="high")
+    assert (p.impl, p.why) == ("sm90", "bfloat16 on Hopper's tensor cores, head dim 64 in tiles of 64")
     assert (p.macros["BF16"], p.macros["CAUSAL"], p.macros["HIGH"]) == (1, 1, 1)
     for d, width in ((8, 64), (72, 128), (128, 128), (192, 256)):
-        assert plan(changed(d), "float16").macros["HEAD_DIM"] == width
+        assert plan(problem(d=d)).macros["HEAD_DIM"] == width
+    p = plan(problem("float32"))
+    assert p.impl == "simt"
+    assert p.why == (
+        "products and sums in float32; the kernel sm90 takes float16 and bfloat16, got float32; "
+        "the kernel mma takes float16 and bfloat16, got float32"
+    )
+    p = plan(problem(window=(10, 0)))
+    assert (p.impl, p.why) == ("mma", "float16 on tensor cores by mma.sync; the kernel sm90 does not take window")
+    assert plan(problem(), capability=(8, 0)).impl == "mma"
+    assert plan(problem(), capability=(7, 0)).impl == "simt"
+    assert plan(problem(), impl="simt").impl == "simt"
 
 
 @pytest.mark.parametrize(
-    ("shapes", "dtype", "more", "text"),
+    ("given", "more", "text"),
     [
-        (SHAPES, "float32", {}, "takes float16 and bfloat16, got float32"),
-        (changed(60), "float16", {}, "takes equal head dims, multiples of 8 up to 256, got 60 and 60"),
-        (changed(264), "float16", {}, "up to 256, got 264 and 264"),
-        (changed(64, 128), "float16", {}, "got 64 and 128"),
-        (SHAPES, "float16", {"scale": 0.0}, "takes a scale above 0, got 0.0"),
-        (SHAPES, "float16", {"causal": "top_left"}, "takes causal='top_left' only with n_q = n_k, got 100 and 300"),
-        (SHAPES, "float16", {"capability": (8, 0)}, "needs compute capability 9.0, got 8.0"),
-        (changed(n_q=2**30), "float16", {}, r"takes fewer than 2\*\*30 rows and keys"),
+        ({"dtype": "float32"}, {}, "sm90 takes float16 and bfloat16, got float32"),
+        ({"d": 60}, {}, "sm90 takes equal head dims, multiples of 8 up to 256, got 60 and 60"),
+        ({"d_v": 128}, {}, "sm90 takes equal head dims, multiples of 8 up to 256, got 64 and 128"),
+        ({"scale": 0.0}, {}, "sm90 takes a scale above 0"),
+        ({"causal": "top_left"}, {}, "sm90 takes causal='top_left' only with n_q = n_k, got 100 and 300"),
+        ({}, {"capability": (8, 0)}, "sm90 needs compute capability 9.0, got 8.0"),
+        ({"n_k": 0}, {}, "sm90 needs at least one key"),
+        ({"softcap": 2.0, "window": (3, 3)}, {}, "sm90 does not take window, softcap"),
+        (
+            {},
+            {"block_mask": (2, 5, 64, 64)},
+            "sm90 takes block masks of multiples of 128 rows and 128 keys, got 64 and 64",
+        ),
+        ({}, {"impl": "mma", "capability": (7, 5)}, "mma needs compute capability 8.0 or later, got 7.5"),
+        ({"dtype": "float32"}, {"impl": "mma"}, "mma takes float16 and bfloat16, got float32"),
+        ({"d": 264}, {"impl": "mma"}, "mma takes head dims up to 256, got 264 and 264"),
+        (
+            {"d": 200, "window": (3, 3)},
+            {"impl": "mma", "accuracy": "high"},
+            "mma takes accuracy='high' with a bias, masks, a window or packed sequences for head dims up to 128, "
+            "got 200 and 200",
+        ),
+        ({"bias": np.zeros((1, 1, 1, 1))}, {"impl": "mma"}, "mma takes a bias of float16 or float32, got float64"),
+        ({"bias": np.zeros((1, 1, 1, 1))}, {"impl": "simt"}, "simt takes a bias of float16 or float32, got float64"),
+        ({"d": 264}, {"impl": "simt"}, "simt takes head dims up to 256, got 264 and 264"),
+        ({}, {"impl": "simt", "capability": (6, 1)}, "simt needs compute capability 7.0 or later, got 6.1"),
     ],
 )
-def test_what_is_not_supported_says_why(shapes, dtype, more, text):
-    with pytest.raises(UnsupportedProblem, match=f"gpu: the kernel sm90 .*{text}"):
-        plan(shapes, dtype, **more)
+def test_what_is_not_supported_says_why(given, more, text):
+    if "block_mask" in more:
+        rows, columns, block_q, block_k = more["block_mask"]
+        more = more | {"block_mask": (np.ones((1, 1, rows, columns), bool), block_q, block_k)}
+    with pytest.raises(UnsupportedProblem) as e:
+        plan(problem(**given), **({"impl": "sm90"} | more))
+    assert str(e.value) == f"gpu: the kernel {text}"
+
+
+def test_what_no_kernel_takes_names_every_obstacle():
+    with pytest.raises(UnsupportedProblem, match=r"gpu: the kernel sm90 .*; the kernel mma .*; the kernel simt .* 256"):
+        plan(problem(d=264))
+    with pytest.raises(UnsupportedProblem, match="gpu: computes variant 'softmax', got 'power'"):
+        plan(problem(variant="power"))
+
+
+@pytest.mark.parametrize(
+    ("mask", "text"),
+    [
+        (5, r"block_mask: expected \(blocks, block_q, block_k\)"),
+        ((np.ones((1, 1, 1, 3), bool), 128, 0), "got blocks of 128 rows and 0 keys, expected at least 1"),
+        ((np.ones((1, 1, 1, 3)), 128, 128), "block_mask: got dtype float64, expected bool"),
+        (
+            (np.ones((1, 1, 2, 3), bool), 128, 128),
+            r"block_mask: got shape \(1, 1, 2, 3\), expected \(2, 8, 1, 3\), or 1 in place of its first two axes",
+        ),
+        (([[True]], 128, 128), "block_mask: is of None and query of numpy"),
+    ],
+)
+def test_block_masks_that_do_not_fit(mask, text):
+    with pytest.raises(InvalidProblem, match=text):
+        plan(problem(), block_mask=mask)
 
 
 def test_names_are_checked():
     with pytest.raises(InvalidInput, match="accuracy: got 'exact', expected one of fast, high"):
-        plan(SHAPES, "float16", accuracy="exact")
-    with pytest.raises(InvalidInput, match="impl: got 'sm80', expected one of sm90"):
-        plan(SHAPES, "float16", impl="sm80")
+        plan(problem(), accuracy="exact")
+    with pytest.raises(InvalidInput, match="impl: got 'sm80', expected one of sm90, mma, simt"):
+        plan(problem(), impl="sm80")
 
 
 def test_arrays_that_are_not_on_a_gpu():
     x = np.zeros((1, 1, 4, 64), np.float16)
-    with pytest.raises(
-        UnsupportedProblem, match="query: got an array of numpy, expected one of cupy or torch on a GPU"
-    ):
+    expected = "expected one of cupy, torch or jax on a GPU"
+    with pytest.raises(UnsupportedProblem, match=f"query: got an array of numpy, {expected}"):
         attention(x, x, x)
-    with pytest.raises(InvalidProblem, match="query: got list, expected an array of cupy or torch on a GPU"):
+    with pytest.raises(InvalidProblem, match="query: got list, expected an array of cupy, torch or jax on a GPU"):
         attention([1], x, x)
     torch = pytest.importorskip("torch")
     with pytest.raises(InvalidProblem, match=r"query: is on device cpu, expected a GPU; move it with query.cuda\(\)"):
         view(torch.zeros(1), "query")
+    jax = pytest.importorskip("jax")
+    with pytest.raises(InvalidProblem, match=r"key: is on device .*, expected one GPU; move it with jax.device_put"):
+        view(jax.numpy.zeros(1), "key")
 
 
-@pytest.mark.parametrize(
-    ("shapes", "more", "text"),
-    [
-        (
-            ((2, 8, 64), (2, 8, 4, 64), (2, 8, 4, 64)),
-            {},
-            r"query: got shape \(2, 8, 64\), expected \(batch, heads, n, d\)",
-        ),
-        (((2, 8, 4, 64), (1, 8, 4, 64), (1, 8, 4, 64)), {}, "which do not fit query's"),
-        (((2, 8, 4, 64), (2, 3, 4, 64), (2, 3, 4, 64)), {}, "key: got 3 heads, expected a divisor of query's 8"),
-        (SHAPES, {"scale": float("nan")}, "scale: got nan, expected a finite number"),
-        (SHAPES, {"causal": "left"}, "causal: got 'left', expected None, 'bottom_right' or 'top_left'"),
-    ],
-)
-def test_shapes_that_do_not_fit(shapes, more, text):
-    views = [View(0, s, (0,) * len(s), "float16", 0) for s in shapes]
-    with pytest.raises(InvalidProblem, match=text):
-        _check(*views, more.get("scale"), more.get("causal"))
-
-
-def test_types_that_do_not_fit():
-    q, k = (View(0, (1, 1, 4, 64), (256, 256, 64, 1), t, 0) for t in ("float16", "bfloat16"))
-    with pytest.raises(InvalidProblem, match="key: got bfloat16 on GPU 0, expected query's float16 on GPU 0"):
-        _check(q, k, k, None, None)
+def test_arguments_lie_as_the_kernels_declare_them():
+    assert PARAMS.size == 12 * 8 + 24 * 8 + 2 * 8 + 13 * 4 + 4  # struct Params, params.cuh
+    assert ARGUMENTS.size == 3 * 128 + 4 * 8 + 8 * 4 + 3 * 8 + 4 * 8 + 2 * 4 + 4  # attention_forward, sm90.cu
