@@ -58,7 +58,8 @@ def launch(call: Call, plan: Plan, like: Any, arrays: dict[str, View], options: 
     counter = _zeros(device, stream, 4, "counter")
     multiprocessors = _attribute(device, "MultiProcessorCount")
     grid, packed = sm90.arguments(plan.macros, arrays, options["scale"], call.blocks, counter, redo, multiprocessors)
-    _queue(_kernel(plan, device), grid, sm90.threads(plan.macros), plan.shared_bytes, stream, packed)
+    kernel, threads = _kernel(plan, device), sm90.threads(plan.macros)
+    _queue(kernel, grid, threads, plan.shared_bytes, stream, packed, sm90.OFFSETS)
     if repair:
         _launch_params(configured("simt", call), call, arrays, options, stream, redo=redo)
 
@@ -108,13 +109,21 @@ def _pack(allowed: View, n_k: int, like: Any, stream: int) -> View:
     return found
 
 
-def _queue(kernel: tuple[int, Any], grid: int, threads: int, shared: int, stream: int, packed: bytes) -> None:
-    """Launch a kernel whose arguments lie one after another as it declares them; the driver copies them."""
-    buffer, size = ctypes.create_string_buffer(packed, len(packed)), ctypes.c_size_t(len(packed))
-    # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE, CU_LAUNCH_PARAM_END
-    extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), 0)
+def _queue(
+    kernel: tuple[int, Any],
+    grid: int,
+    threads: int,
+    shared: int,
+    stream: int,
+    packed: bytes,
+    offsets: tuple[int, ...] = (0,),
+) -> None:
+    """Launch a kernel whose arguments lie at some offsets of `packed`; the driver copies them."""
+    buffer = ctypes.create_string_buffer(packed, len(packed))
+    start = ctypes.addressof(buffer)
+    pointers = (ctypes.c_void_p * len(offsets))(*(start + o for o in offsets))
     library("cupy").cuda.driver.launchKernel(
-        kernel[0], grid, 1, 1, threads, 1, 1, shared, stream, 0, ctypes.addressof(extra)
+        kernel[0], grid, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
     )
 
 

@@ -21,6 +21,8 @@ WIDTHS = (64, 128, 256)
 """Head dims that it is compiled for; smaller ones are filled up with zeros."""
 ARGUMENTS = struct.Struct("@128s128s128s4Q8i3q4q2if")
 """Tensor maps, pointers, shape, strides, block mask and scale."""
+OFFSETS = (0, 128, 256, 384, 392, 400, 408, 416, 448, 472, 512)
+"""Where the kernel's arguments lie in them."""
 ROWS_BLOCK_MASK = 128
 """Query rows of a block where there is a block mask, whose blocks must be multiples of it."""
 
@@ -173,7 +175,7 @@ def arguments(
     redo: int,
     multiprocessors: int,
 ) -> tuple[int, bytes]:
-    """Return the grid and the kernel's arguments, one after another as it declares them.
+    """Return the grid and the kernel's arguments, at ``OFFSETS``.
 
     Parameters
     ----------

@@ -4,7 +4,7 @@ import pytest
 from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem
 from refattn.gpu import attention, plan
 from refattn.gpu.launch import PARAMS
-from refattn.gpu.sm90 import ARGUMENTS
+from refattn.gpu.sm90 import ARGUMENTS, OFFSETS
 from refattn.gpu.views import view
 
 
@@ -123,4 +123,6 @@ def test_arrays_that_are_not_on_a_gpu():
 
 def test_arguments_lie_as_the_kernels_declare_them():
     assert PARAMS.size == 12 * 8 + 24 * 8 + 2 * 8 + 13 * 4 + 4  # struct Params, params.cuh
-    assert ARGUMENTS.size == 3 * 128 + 4 * 8 + 8 * 4 + 3 * 8 + 4 * 8 + 2 * 4 + 4  # attention_forward, sm90.cu
+    sizes = [128] * 3 + [8] * 4 + [8 * 4, 3 * 8, 4 * 8 + 2 * 4, 4]  # attention_forward, sm90.cu
+    assert ARGUMENTS.size == sum(sizes)
+    assert tuple(sum(sizes[:i]) for i in range(len(sizes))) == OFFSETS
