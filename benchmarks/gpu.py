@@ -178,17 +178,17 @@ def dense(torch: Any, dtype: str, d: int, n: int, top: float) -> Iterator[Row]:
 
 
 def bounded(dtype: str, d: int) -> Iterator[Row]:
-    """The worst element's error over its bound, of one head of 1024 rows and keys."""
+    """The worst element's error over its bound, of one head of 512 rows and keys."""
     rng = np.random.default_rng(0)
     model = KERNELS["refattn-gpu"].model(dtype)
-    q, k, v = (from_float64(FORMATS[dtype].round_array(rng.standard_normal((1, 1, 1024, d))), dtype) for _ in range(3))
+    q, k, v = (from_float64(FORMATS[dtype].round_array(rng.standard_normal((1, 1, 512, d))), dtype) for _ in range(3))
     p = Problem(q, k, v)
     known = truth(p, model)
     for name in JUDGED:
         entry = KERNELS[f"{'refattn' if name.startswith('gpu') else 'cuda'}-{name}"]
         out = call_kernel(entry.kernel(), p).out
         found = compare("out", out, known.answer, known.allowed["out"], dtype, known.variance["out"])
-        yield Row(f"{dtype} d={d} n=1024 worst error/bound of {entry.name}", found.ratio, "ratio", at_most=1.0)
+        yield Row(f"{dtype} d={d} n=512 worst error/bound of {entry.name}", found.ratio, "ratio", at_most=1.0)
 
 
 def single(torch: Any, d: int) -> Iterator[Row]:
