@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +23,9 @@ from .check.kernels import KERNELS, Entry, find, found
 from .check.laws import LAWS
 from .check.model import MODELS, model_named
 from .check.page import page
-from .check.report import VERDICTS, Check, Report, junit, machine, summary, versions
+from .check.report import VERDICTS, Check, Report, junit, summary
 from .check.runner import Item, check_kernel, check_problem, plan
+from .cli_doctor import doctor
 from .cli_exact import exact
 from .cli_golden import golden
 from .dtypes import FORMATS
@@ -324,60 +320,9 @@ def show(variant: str) -> None:
     line(f"\nplanted bugs that its checks must catch: {', '.join(v.bugs)}\n\nsource: {v.source}")
 
 
-EXTRAS = {
-    "torch": ("torch",),
-    "jax": ("jax",),
-    "onnxruntime": ("onnxruntime", "onnx"),
-    "openvino": ("openvino",),
-    "keras": ("keras",),
-    "fast": ("numba",),
-    "cuda12 or cuda13": ("cupy",),
-    "he": ("tenseal",),
-    "report": ("matplotlib",),
-    "distributed": ("joblib", "distributed"),
-}
-
-
-@main.command()
-def doctor() -> None:
-    """Show versions, devices, and the extras that are missing with the command that adds them."""
-    console = _console()
-    table = Table("what", "found")
-    for name, text in {**machine(), **versions(), "cores": str(os.cpu_count()), "GPU": _gpu()}.items():
-        table.add_row(name, text)
-    console.print(table)
-    missing = {
-        e: m for e, modules in EXTRAS.items() if (m := [x for x in modules if importlib.util.find_spec(x) is None])
-    }
-    for extra, modules in missing.items():
-        console.print(
-            f"missing {', '.join(modules)}: pip install 'refattn[{extra.split()[0]}]'"
-            + (" (or cuda13, for CUDA 13)" if "cuda" in extra else ""),
-            markup=False,
-            soft_wrap=True,
-        )
-    if not missing:
-        console.print("every extra is here")
-    clash = sorted(
-        d.metadata["Name"] for d in metadata.distributions() if (d.metadata["Name"] or "").startswith("cupy-cuda")
-    )
-    if len(clash) > 1:
-        console.print(
-            f"two CuPy wheels clash: {', '.join(clash)}; uninstall all but the one for your CUDA", markup=False
-        )
-
-
-def _gpu() -> str:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return "none (no nvidia-smi)"
-    query = [command, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    return done.stdout.strip() or done.stderr.strip() or "none"
-
-
 main.add_command(exact)
 main.add_command(golden)
+main.add_command(doctor)
 
 
 @main.command()

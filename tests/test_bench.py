@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -16,3 +19,14 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, monkeypatch):
         bench.run("broken", Console(quiet=True), str(tmp_path / "x.json"))
     (row,) = json.loads((tmp_path / "x.json").read_text())["rows"]
     assert (row["name"], row["value"], row["holds"]) == ("a", 2.0, False)
+
+
+def test_the_plot_of_the_gpu_figures_shows_every_kernel(tmp_path):
+    pytest.importorskip("matplotlib")
+    root = Path(__file__).parents[1] / "benchmarks"
+    target = tmp_path / "gpu.svg"
+    command = [sys.executable, root / "_plot_gpu.py", root / "results" / "gpu-h100.json", target]
+    subprocess.run(command, check=True)
+    text = target.read_text()
+    for label in ("refattn, fast", "cuDNN", "PyTorch flash", "Triton", "d = 256, causal", "NVIDIA H100"):
+        assert label in text

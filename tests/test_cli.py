@@ -1,6 +1,7 @@
 """The command line, as a person calls it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -160,6 +161,18 @@ def test_list_show_and_doctor():
     assert __version__ in told.output
     assert "GPU" in told.output
     assert "pip install 'refattn[" in told.output or "every extra is here" in told.output
+
+
+def test_doctor_shows_the_driver_and_compute_capability(tmp_path, monkeypatch):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 580.159.04, 9.0'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    told = " ".join(call("doctor").output.split())
+    assert "driver 580.159.04, compute capability 9.0" in told
+    assert "CUDA" in told
+    fake.write_text("#!/bin/sh\necho 'no devices were found' >&2\nexit 6\n")
+    assert "no devices were found" in call("doctor").output
 
 
 def test_bench_names_itself(tmp_path, monkeypatch):

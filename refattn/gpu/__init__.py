@@ -1,4 +1,4 @@
-"""Attention on NVIDIA GPUs by kernels of our own, for CuPy and PyTorch arrays."""
+"""Attention on NVIDIA GPUs by kernels of our own, for CuPy, PyTorch and JAX arrays."""
 
 from .attention import attention
 from .plan import IMPLS, Plan, plan

@@ -32,6 +32,7 @@ ROOMS = [
     "bench",
     "cli_exact",
     "cli_golden",
+    "cli_doctor",
     "cli",
 ]
 HEAVY = [
