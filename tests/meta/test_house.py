@@ -25,6 +25,7 @@ ROOMS = [
     "variants",
     "exact",
     "gpu",
+    "he",
     "check",
     "strategies",
     "golden_file",

@@ -1,0 +1,246 @@
+"""The encrypted program, once: power-softmax attention in terms of an arithmetic; arithmetics that need no keys.
+
+The same text runs on float64 numbers (`Numbers`), on counts of operations and levels (`Levels`), on bounds of noise
+(noise.py) and on ciphertexts (seal.py). Each has these methods, which leave their operands as they are:
+
+- ``mul``, ``square``: the product, not yet relinearised; ``product``: relinearised and rescaled, too;
+- ``add``, ``add_constant``, ``negate``; ``times_constant``: at the square of its operand's scale;
+- ``relinearize``, ``rescale``, ``rotate`` (slot s gets what slot s + k holds), ``conjugate``;
+- ``step``: where the program is; ``within``, ``quotient``: promises about values (the largest one; that a numerator
+  is a mean of values times its denominator).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import UnsupportedProblem
+from .inverse import Inverse
+from .layout import Layout
+
+__all__ = ["Levels", "Numbers", "Token", "attend"]
+
+
+def attend(
+    m: Any,
+    layout: Layout,
+    p: int,
+    inverse: Inverse | None,
+    added: float,
+    most: float,
+    q: Sequence[Any],
+    k: Sequence[Any],
+    v: Sequence[Any],
+) -> list[Any]:
+    """Return a block of queries' attention: [quotient], or [numerator, denominator] where the client divides.
+
+    Parameters
+    ----------
+    m : arithmetic
+        What the program runs on.
+    layout : Layout
+        Where features, keys and queries lie in the slots.
+    p : int
+        The even power.
+    inverse : Inverse or None
+        The polynomial for 1/D; None where the client divides.
+    added : float
+        epsilon, added to the denominator.
+    most : float
+        The largest sum of powers that the circuit sees, which the client checks.
+    q, k, v : sequence of layout.parts ciphertexts each
+        As ``layout.queries``, ``keys`` and ``values`` make them.
+    """
+    m.step("products")
+    x = _dot(m, q, k)
+    x = m.add(x, m.conjugate(x))  # 2·Re: two features a slot
+    for step in layout.group_steps():
+        x = m.add(x, m.rotate(x, step))
+    x = m.within(x, most ** (1 / p))
+    m.step("power")
+    w = _power(m, x, p)
+    m.step("denominator")
+    d = w
+    for step in layout.key_steps():
+        d = m.add(d, m.rotate(d, step))
+    m.step("values")
+    n = _weighted(m, layout, w, v)
+    m.step("division")
+    if inverse is None:
+        return [_sum_keys(m, layout, n), d]
+    n, d = m.quotient(n, d)
+    return [_sum_keys(m, layout, inverse.apply(m, n, d, added))]
+
+
+def _dot(m: Any, a: Sequence[Any], b: Sequence[Any]) -> Any:
+    """Return the sum of products, relinearised and rescaled once."""
+    total = None
+    for x, y in zip(a, b, strict=True):
+        xy = m.mul(x, y)
+        total = xy if total is None else m.add(total, xy)
+    return m.rescale(m.relinearize(total))
+
+
+def _power(m: Any, x: Any, p: int) -> Any:
+    square = m.rescale(m.relinearize(m.square(x)))
+    if p == 2:
+        return square
+    fourth = m.rescale(m.relinearize(m.square(square)))
+    if p == 4:
+        return fourth
+    if p == 6:
+        return m.product(fourth, square)
+    return m.rescale(m.relinearize(m.square(fourth)))  # 8
+
+
+def _weighted(m: Any, layout: Layout, w: Any, v: Sequence[Any]) -> Any:
+    """Return the sums over `parts` neighbouring keys of w·v: baby steps turn w, giant steps turn sums."""
+    baby = layout.baby
+    turned = [w] + [m.rotate(w, -b * layout.columns) for b in range(1, baby)]
+    total = None
+    for giant in range(layout.parts // baby):
+        part = _dot(m, turned, v[giant * baby : (giant + 1) * baby])
+        if giant:
+            part = m.rotate(part, -giant * baby * layout.columns)
+        total = part if total is None else m.add(total, part)
+    return total
+
+
+def _sum_keys(m: Any, layout: Layout, n: Any) -> Any:
+    """Return the sum over the rest of the keys: last, where rotations are cheapest."""
+    for step in layout.value_steps():
+        n = m.add(n, m.rotate(n, step))
+    return n
+
+
+class Numbers:
+    """float64 (complex) slots: what the circuit computes without keys and noise."""
+
+    def step(self, name: str) -> None:
+        """Note where the program is."""
+
+    def mul(self, a: Any, b: Any) -> Any:
+        return a * b
+
+    def square(self, a: Any) -> Any:
+        return a * a
+
+    def add(self, a: Any, b: Any) -> Any:
+        return a + b
+
+    def add_constant(self, a: Any, c: float) -> Any:
+        return a + c
+
+    def negate(self, a: Any) -> Any:
+        return -a
+
+    def times_constant(self, a: Any, c: float) -> Any:
+        return a * c
+
+    def relinearize(self, a: Any) -> Any:
+        return a
+
+    def rescale(self, a: Any) -> Any:
+        return a
+
+    def rotate(self, a: Any, k: int) -> Any:
+        return np.roll(a, -k)
+
+    def conjugate(self, a: Any) -> Any:
+        return np.conj(a)
+
+    def within(self, a: Any, most: float) -> Any:
+        return a
+
+    def quotient(self, n: Any, d: Any) -> tuple[Any, Any]:
+        return n, d
+
+    def product(self, a: Any, b: Any) -> Any:
+        return a * b
+
+
+@dataclass(frozen=True)
+class Token:
+    """A ciphertext that is none: the primes that are left of its modulus."""
+
+    limbs: int
+
+
+class Levels:
+    """Counts of operations by the primes that their operands have left, and of the levels that each step takes.
+
+    Attributes
+    ----------
+    counts : Counter
+        Of (operation, primes).
+    levels : dict of str to int
+        By step, in order.
+    rotations : set of int
+        The steps of all rotations.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, int]] = Counter()
+        self.levels: dict[str, int] = {}
+        self.rotations: set[int] = set()
+        self._name, self._lowest = "", 10**9
+
+    def step(self, name: str) -> None:
+        self._name = name
+        self.levels.setdefault(name, 0)
+
+    def _did(self, what: str, *operands: Token) -> Token:
+        limbs = min(x.limbs for x in operands)
+        self.counts[what, limbs] += 1
+        return Token(limbs)
+
+    def mul(self, a: Token, b: Token) -> Token:
+        return self._did("multiply", a, b)
+
+    def square(self, a: Token) -> Token:
+        return self._did("square", a)
+
+    def add(self, a: Token, b: Token) -> Token:
+        return self._did("add", a, b)
+
+    def add_constant(self, a: Token, c: float) -> Token:
+        return self._did("add_plain", a)
+
+    def negate(self, a: Token) -> Token:
+        return self._did("negate", a)
+
+    def times_constant(self, a: Token, c: float) -> Token:
+        return self._did("multiply_plain", a)
+
+    def relinearize(self, a: Token) -> Token:
+        return self._did("switch_key", a)
+
+    def rescale(self, a: Token) -> Token:
+        if a.limbs < 2:
+            raise UnsupportedProblem(f"he: no level is left at step {self._name!r}")
+        self._did("rescale", a)
+        if a.limbs - 1 < self._lowest:
+            self._lowest = a.limbs - 1
+            self.levels[self._name] = self.levels.get(self._name, 0) + 1
+        return Token(a.limbs - 1)
+
+    def rotate(self, a: Token, k: int) -> Token:
+        self.rotations.add(k)
+        return self._did("switch_key", a)
+
+    def conjugate(self, a: Token) -> Token:
+        return self._did("switch_key", a)
+
+    def within(self, a: Token, most: float) -> Token:
+        return a
+
+    def quotient(self, n: Token, d: Token) -> tuple[Token, Token]:
+        return n, d
+
+    def product(self, a: Token, b: Token) -> Token:
+        return self.rescale(self.relinearize(self.mul(a, b)))

@@ -1,0 +1,120 @@
+"""A problem as a plan wants it: checked against its sizes and ranges, scaled and filled up; and a run without keys."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import to_float64
+from ..errors import InvalidProblem, UnsupportedProblem
+from ..masks import visible
+from ..problem import Problem
+from .circuit import Numbers, attend
+from .plan import Plan
+
+__all__ = ["divided", "out_of", "simulate", "slots_of"]
+
+Float = NDArray[np.float64]
+
+
+def simulate(plan: Plan, problem: Problem) -> Float:
+    """Return what the encrypted program computes, on float64 numbers: the same polynomial, without keys and noise.
+
+    Parameters
+    ----------
+    plan : Plan
+        The program.
+    problem : Problem
+        As :meth:`refattn.he.Client.encrypt` takes it.
+
+    Returns
+    -------
+    (1, heads, n_q, d_v) array
+
+    Raises
+    ------
+    InvalidProblem
+        Sizes, options or numbers that are not the plan's.
+    """
+    layout = plan.layout
+    q, k, v, seen = slots_of(plan, problem)
+    pairs = np.zeros((plan.heads, layout.queries, layout.groups * layout.parts), np.complex128)
+    for block in layout.blocks():
+        given = layout.query_slots(q, seen, block), layout.key_slots(k, block), layout.value_slots(v, block)
+        found = attend(Numbers(), layout, plan.p, plan.inverse, plan.epsilon, plan.most, *given)
+        layout.read(divided(plan, found), pairs, block)
+    return out_of(plan, pairs)
+
+
+def divided(plan: Plan, found: list[NDArray[np.complex128]]) -> NDArray[np.complex128]:
+    """Return a block's result from the slots of its ciphertexts: the client's part of the program."""
+    if plan.inverse is not None:
+        return found[0] * plan.inverse.output_factor
+    with np.errstate(divide="ignore", invalid="ignore"):  # slots that no query is in
+        return np.asarray(found[0] / (found[1].real + plan.epsilon * plan.input_factor))
+
+
+def out_of(plan: Plan, pairs: NDArray[np.complex128]) -> Float:
+    """Return out, (1, heads, n_q, d_v), from pairs of outputs as complex numbers."""
+    whole = np.stack([pairs.real, pairs.imag], -1).reshape(plan.heads, plan.layout.queries, -1)
+    return np.asarray(whole[None, :, : plan.n_q, : plan.d_v])
+
+
+def slots_of(plan: Plan, p: Problem) -> tuple[Float, Float, Float, NDArray[np.bool_]]:
+    """Return query (scaled), key and value filled up with zeros, and which keys each query sees."""
+    layout = plan.layout
+    _fits(plan, p)
+    width = 2 * layout.groups * layout.parts
+    group = p.heads // p.heads_kv
+    q, k, v = (to_float64(np.asarray(x))[0] for x in (p.query, p.key, p.value))
+    k, v = (np.repeat(x, group, 0) for x in (k, v))
+    seen = np.zeros((plan.heads, layout.queries, layout.keys), bool)
+    for head in range(plan.heads):
+        seen[head, : plan.n_q, : plan.n_k] = visible(p, 0, head, slice(0, plan.n_q), slice(0, plan.n_k))
+    _in_range(plan, q, k, v, seen)
+
+    def filled(x: Float, rows: int) -> Float:
+        return np.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, width - x.shape[2])))
+
+    scaled = q * (plan.scale * plan.input_factor ** (1 / plan.p))
+    return filled(scaled, layout.queries), filled(k, layout.keys), filled(v, layout.keys), seen
+
+
+def _fits(plan: Plan, p: Problem) -> None:
+    """Refuse a problem that is not the plan's."""
+    if p.kind != "numpy":
+        raise UnsupportedProblem(f"he: takes arrays of numpy, got {p.kind}; problem.to('numpy') gives them")
+    if p.variant != "power" or p.options.get("form", "plain") != "plain":
+        raise UnsupportedProblem("he: computes variant 'power' in its plain form")
+    if p.cu_seqlens_q is not None or p.batch != 1:
+        raise UnsupportedProblem("he: computes one batch, without packed sequences")
+    found = {n: getattr(p, n) for n in ("n_q", "n_k", "d_k", "d_v", "heads")}
+    found |= {"p": p.options.get("p", 4), "epsilon": p.options.get("epsilon", 1e-3)}
+    found["scale"] = 1 / math.sqrt(p.d_k) if p.scale is None else p.scale
+    for name, x in found.items():
+        if x != getattr(plan, name):
+            raise InvalidProblem(f"{name}: got {x}, expected the plan's {getattr(plan, name)}")
+
+
+def _in_range(plan: Plan, q: Float, k: Float, v: Float, seen: NDArray[np.bool_]) -> None:
+    """Refuse numbers outside the plan's ranges: the result would be wrong without a sign of it."""
+    largest = {
+        "query": (np.linalg.norm(q, axis=2), plan.norms[0], "row norm"),
+        "key": (np.linalg.norm(k, axis=2), plan.norms[1], "row norm"),
+        "value": (np.abs(v).max(2), plan.value_most, "element"),
+    }
+    for name, (sizes, most, what) in largest.items():
+        if not sizes.max() <= most:  # NaN, too
+            raise InvalidProblem(f"{name}: its largest {what} is {sizes.max():.4g}, beyond the plan's {most:.4g}")
+    low, high = plan.denominator
+    seen = seen[:, : plan.n_q, : plan.n_k]
+    sums = ((plan.scale * np.einsum("hid,hjd->hij", q, k)) ** plan.p * seen).sum(2) + plan.epsilon
+    outside = seen.any(2) & ~((sums >= low) & (sums <= high))
+    if outside.any():
+        head, row = (int(x) for x in np.argwhere(outside)[0])
+        raise InvalidProblem(
+            f"denominator: head {head}, row {row} has {sums[head, row]:.4g}, outside the plan's "
+            f"({low:.4g}, {high:.4g}), where its inverse holds; plan a wider range"
+        )

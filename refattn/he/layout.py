@@ -1,0 +1,163 @@
+"""Where features, keys and queries lie in the slots of a ciphertext.
+
+A slot is (g, j, column): j a key, column a query of a head, g a group of features; the column runs fastest. A slot holds two
+features, as a complex number. With R ciphertexts and G groups, ciphertext r holds in row J = g·L + j the pair of features
+f(J + r), f(J) = (J // L)·R + J mod R (J modulo G·L): so rotations by whole rows bring the right features to the right keys
+wherever they wrap around, and nothing has to be masked out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UnsupportedProblem
+
+__all__ = ["Layout", "layout_for"]
+
+Float = NDArray[np.float64]
+Complex = NDArray[np.complex128]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout.
+
+    Attributes
+    ----------
+    slots : int
+        Slots of a ciphertext.
+    keys : int
+        L: keys, filled up to a power of 2.
+    columns : int
+        Columns of a block: queries of one head, or all queries of several heads.
+    groups, parts : int
+        G groups in a ciphertext times R ciphertexts: pairs of features.
+    queries : int
+        Queries of a head, filled up to a power of 2.
+    heads : int
+        Heads in all.
+    """
+
+    slots: int
+    keys: int
+    columns: int
+    groups: int
+    parts: int
+    queries: int
+    heads: int
+
+    @property
+    def baby(self) -> int:
+        """Ciphertexts to a giant step of the product with the values."""
+        return 1 << math.ceil(math.log2(self.parts) / 2)
+
+    @property
+    def blocks_per_head(self) -> int:
+        """Blocks that a head's queries take; 1 where a block holds several heads."""
+        return max(1, self.queries // self.columns)
+
+    @property
+    def heads_per_block(self) -> int:
+        """Heads in a block."""
+        return max(1, self.columns // self.queries)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Return (first head, first query) of each block."""
+        firsts = range(0, self.heads, self.heads_per_block)
+        return [(h, i * self.columns) for h in firsts for i in range(self.blocks_per_head)]
+
+    def group_steps(self) -> list[int]:
+        """Return the rotations that add up groups of features."""
+        return [g * self.keys * self.columns for g in _powers(1, self.groups)]
+
+    def key_steps(self) -> list[int]:
+        """Return the rotations that add up all keys."""
+        return [j * self.columns for j in _powers(1, self.keys)]
+
+    def value_steps(self) -> list[int]:
+        """Return the rotations that add up every `parts`-th key."""
+        return [j * self.columns for j in _powers(self.parts, self.keys)]
+
+    def _pairs(self, shift: int) -> NDArray[np.int64]:
+        """Return f(J + shift) for every row J."""
+        rows = self.groups * self.keys
+        j = (np.arange(rows) + shift) % rows
+        return j // self.keys * self.parts + j % self.parts
+
+    def _columns(self, block: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return (head, query) of each column of a block; heads past the last repeat it."""
+        head, query = block
+        if self.heads_per_block == 1:
+            return [(head, query + c) for c in range(self.columns)]
+        return [(min(head + c // self.queries, self.heads - 1), c % self.queries) for c in range(self.columns)]
+
+    def _tiled(self, x: Complex) -> Complex:
+        """Return rows and columns as slots, repeated until they are full: rotations then stay cyclic."""
+        return np.tile(x.ravel(), self.slots // x.size)
+
+    def query_slots(self, q: Float, seen: NDArray[np.bool_], block: tuple[int, int]) -> list[Complex]:
+        """Return the ciphertexts' slots of a block's queries.
+
+        Parameters
+        ----------
+        q : (heads, queries, pairs·2) array
+            Filled up with zeros.
+        seen : (heads, queries, keys) bool array
+            A query is 0 at the keys that it does not see: the mask costs nothing.
+        block : (head, query)
+            Its first ones.
+        """
+        z = (q[..., 0::2] + 1j * q[..., 1::2]) / 2
+        heads, rows = (np.array(x) for x in zip(*self._columns(block), strict=True))
+        mask = np.tile(seen[heads, rows].T, (self.groups, 1))
+        return [self._tiled(z[heads, rows][:, self._pairs(r)].T * mask) for r in range(self.parts)]
+
+    def key_slots(self, k: Float, block: tuple[int, int]) -> list[Complex]:
+        """Return the slots of the keys of a block's heads; k is (heads, keys, pairs·2)."""
+        return [self._of_keys(k[..., 0::2] - 1j * k[..., 1::2], r, block) for r in range(self.parts)]
+
+    def value_slots(self, v: Float, block: tuple[int, int]) -> list[Complex]:
+        """Return the slots of the values, turned ahead by their baby steps."""
+        z = v[..., 0::2] + 1j * v[..., 1::2]
+        shift = self.columns
+        return [np.roll(self._of_keys(z, r, block), r % self.baby * shift) for r in range(self.parts)]
+
+    def _of_keys(self, z: Complex, r: int, block: tuple[int, int]) -> Complex:
+        heads = np.array([h for h, _ in self._columns(block)])
+        j = np.arange(self.groups * self.keys) % self.keys
+        return self._tiled(z[heads[None, :], j[:, None], self._pairs(r)[:, None]])
+
+    def read(self, slots: Complex, out: Complex, block: tuple[int, int]) -> None:
+        """Put a block's result into out, (heads, queries, pairs) complex: two outputs a number."""
+        rows = slots[: self.groups * self.keys * self.columns].reshape(-1, self.columns)
+        pairs = np.arange(self.groups * self.parts)
+        found = rows[pairs // self.parts * self.keys + pairs % self.parts]
+        for c, (head, query) in enumerate(self._columns(block)):
+            out[head, query] = found[:, c]
+
+
+def _powers(first: int, end: int) -> list[int]:
+    return [first << i for i in range(max(0, (end // first).bit_length() - 1))]
+
+
+def layout_for(slots: int, n_q: int, n_k: int, d_k: int, d_v: int, heads: int) -> Layout:
+    """Return the layout of a call.
+
+    Raises
+    ------
+    UnsupportedProblem
+        The keys and features do not fit.
+    """
+    keys, queries, pairs = (1 << (n - 1).bit_length() for n in (n_k, n_q, -(-max(d_k, d_v) // 2)))
+    columns = min(queries * (1 << (heads - 1).bit_length()), max(1, slots // max(keys, pairs)))
+    groups = max(1, min(pairs, slots // (keys * columns)))
+    parts = pairs // groups
+    if keys * columns > slots or parts > keys:
+        raise UnsupportedProblem(
+            f"he: n_k = {n_k}, d = {max(d_k, d_v)} and {heads} heads of {n_q} queries do not fit {slots} slots"
+        )
+    return Layout(slots, keys, columns, groups, parts, queries, heads)

@@ -1,0 +1,167 @@
+"""What CKKS noise does to a result: variances through the circuit, for any inputs in the declared range.
+
+A slot's noise is the sum of very many coefficients' roundings and of errors drawn by the scheme, near normal. Each operation
+adds what it must (rounding of N coefficients by the rescaling, the key-switching digits' product with their errors), and
+passes its operands' noise on by the product rule. The worst case over inputs: one key holds the whole denominator, and the
+numerator is the largest value times the denominator.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Bounds", "Noisy", "Ring", "quantile"]
+
+Float = NDArray[np.float64]
+ERROR = 3.2**2  # variance of an error coefficient (SEAL: centred binomial of standard deviation 3.2)
+SECRET = 2 / 3  # variance of a coefficient of the ternary secret key
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A ring and its chain of primes.
+
+    Attributes
+    ----------
+    degree : int
+        N, the polynomials' degree.
+    first, middle, special : int
+        Bits of the last prime that remains, of those that rescaling takes away, and of the key-switching prime.
+    levels : int
+        How many primes rescaling can take away.
+    """
+
+    degree: int
+    first: int
+    middle: int
+    special: int
+    levels: int
+
+    @property
+    def bits(self) -> list[int]:
+        """Bits of all primes, as SEAL takes them."""
+        return [self.first, *[self.middle] * self.levels, self.special]
+
+    @property
+    def slots(self) -> int:
+        """Complex numbers in a ciphertext."""
+        return self.degree // 2
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """A ciphertext's worst value and noise variance, at one or more points of the input range.
+
+    Attributes
+    ----------
+    value, variance : array
+        By point: of one key (0: it has no weight, 1: it has all), or of the denominator.
+    scale : float
+        What numbers are multiplied with before they are rounded.
+    limbs : int
+        Primes left.
+    of_keys : bool
+        The points are those of one key: what a rotation brings is another key, without weight.
+    """
+
+    value: Float
+    variance: Float
+    scale: float
+    limbs: int
+    of_keys: bool = False
+
+
+class Bounds:
+    """The arithmetic of noise variances.
+
+    Parameters
+    ----------
+    ring : Ring
+        The chain.
+    value_most : float
+        The largest value (of a pair, as a complex number's size).
+    denominators : array
+        Points of the denominator's range, as the circuit sees it.
+    """
+
+    def __init__(self, ring: Ring, value_most: float, denominators: Float) -> None:
+        self.ring, self.value_most, self.denominators = ring, value_most, denominators
+        self.denominator_variance = 0.0
+
+    def fresh(self, value: float) -> Noisy:
+        """Return an input as the client encrypts it."""
+        scale = 2.0**self.ring.middle
+        variance = self.ring.degree * (ERROR + 1 / 12) / scale**2
+        return Noisy(np.array([value]), np.array([variance]), scale, self.ring.levels + 1)
+
+    def step(self, name: str) -> None:
+        """Note where the program is."""
+
+    def _rounding(self, scale: float) -> float:
+        n = self.ring.degree
+        return n * (1 + SECRET * n) / 12 / scale**2
+
+    def _join(self, a: Noisy, b: Noisy, value: Float, variance: Float, scale: float) -> Noisy:
+        return Noisy(value, variance, scale, min(a.limbs, b.limbs), a.of_keys or b.of_keys)
+
+    def mul(self, a: Noisy, b: Noisy) -> Noisy:
+        variance = a.value**2 * b.variance + b.value**2 * a.variance + a.variance * b.variance
+        return self._join(a, b, a.value * b.value, variance, a.scale * b.scale)
+
+    def square(self, a: Noisy) -> Noisy:
+        return replace(a, value=a.value**2, variance=4 * a.value**2 * a.variance + 2 * a.variance**2, scale=a.scale**2)
+
+    def add(self, a: Noisy, b: Noisy) -> Noisy:
+        return self._join(a, b, a.value + b.value, a.variance + b.variance, a.scale)
+
+    def add_constant(self, a: Noisy, c: float) -> Noisy:
+        return replace(a, value=a.value + c, variance=a.variance + 1 / 12 / a.scale**2)
+
+    def negate(self, a: Noisy) -> Noisy:
+        return replace(a, value=-a.value)
+
+    def times_constant(self, a: Noisy, c: float) -> Noisy:
+        variance = c**2 * a.variance + a.value**2 / 12 / a.scale**2
+        return replace(a, value=a.value * c, variance=variance, scale=a.scale**2)
+
+    def relinearize(self, a: Noisy) -> Noisy:
+        n, ring = self.ring.degree, self.ring
+        # digits of a prime's size times errors, divided by the special prime
+        digits = a.limbs * n * ERROR / 12 * 4.0 ** (max(ring.first, ring.middle) - ring.special)
+        return replace(a, variance=a.variance + n * digits / a.scale**2 + self._rounding(a.scale))
+
+    def rescale(self, a: Noisy) -> Noisy:
+        scale = a.scale / 2.0**self.ring.middle
+        return replace(a, variance=a.variance + self._rounding(scale), scale=scale, limbs=a.limbs - 1)
+
+    def rotate(self, a: Noisy, k: int) -> Noisy:
+        a = self.relinearize(a)
+        if not a.of_keys:
+            return a
+        return replace(a, value=np.full_like(a.value, a.value[0]), variance=np.full_like(a.variance, a.variance[0]))
+
+    def conjugate(self, a: Noisy) -> Noisy:
+        return self.relinearize(a)
+
+    def product(self, a: Noisy, b: Noisy) -> Noisy:
+        return self.rescale(self.relinearize(self.mul(a, b)))
+
+    def within(self, a: Noisy, most: float) -> Noisy:
+        return replace(a, value=np.array([0.0, most]), variance=np.full(2, a.variance.max()), of_keys=True)
+
+    def quotient(self, n: Noisy, d: Noisy) -> tuple[Noisy, Noisy]:
+        # the denominator's noise reaches the quotient by its derivative: see plan.noise_of
+        self.denominator_variance = float(d.variance.max())
+        points = self.denominators
+        zero = np.zeros_like(points)
+        numerator = replace(n, value=self.value_most * points, variance=zero + float(n.variance.max()), of_keys=False)
+        return numerator, replace(d, value=points, variance=zero, of_keys=False)
+
+
+def quantile(count: int, chance: float = 2.0**-40) -> float:
+    """Return how many standard deviations the largest of `count` normal numbers exceeds by a chance only."""
+    return math.sqrt(2 * math.log(2 * count / chance))

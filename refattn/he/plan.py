@@ -1,0 +1,337 @@
+"""The planner: ring, chain, layout, inverse, keys, time and error of an encrypted call, before any key exists."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ..errors import InvalidInput, UnsupportedProblem
+from .circuit import Levels, Numbers, Token, attend
+from .costs import COSTS, Costs, predicted_ms
+from .inverse import Inverse, choose
+from .layout import Layout, layout_for
+from .noise import Bounds, Ring, quantile
+
+__all__ = ["Plan", "plan"]
+
+MOST_BITS = {8192: 218, 16384: 438, 32768: 881}
+"""Bits of a chain at 128 bits of security (homomorphicencryption.org's table, SEAL's TC128)."""
+LEAST_MIDDLE, MOST_MIDDLE, MOST_FIRST = 25, 48, 60
+POWERS = (2, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An encrypted call, planned.
+
+    Attributes
+    ----------
+    n_q, n_k, d_k, d_v, heads, p : int
+        Sizes and the even power.
+    denominator : (float, float)
+        The range of the denominators, epsilon included: the client refuses inputs outside it.
+    epsilon, scale : float
+        Added to the denominator; multiplies the scores.
+    norms : (float, float)
+        The largest Euclidean norms of a query and of a key row.
+    value_most : float
+        The largest size of an element of value.
+    normalize : str
+        Who divides: "server" by a polynomial, or "client", who then learns the denominators.
+    tolerance : float
+        The largest error wanted of an element of out.
+    ring, layout, inverse
+        What was chosen.
+    levels : dict of str to int
+        Levels by step.
+    counts : Counter
+        Operations of a block by (name, primes left).
+    rotations : tuple of int
+        Those that keys are made for.
+    approximation, noise : float
+        Bounds of the two parts of the error; the noise's holds but for a chance of 2**-40.
+    """
+
+    n_q: int
+    n_k: int
+    d_k: int
+    d_v: int
+    heads: int
+    p: int
+    denominator: tuple[float, float]
+    epsilon: float
+    scale: float
+    norms: tuple[float, float]
+    value_most: float
+    normalize: str
+    tolerance: float
+    ring: Ring
+    layout: Layout
+    inverse: Inverse | None
+    levels: dict[str, int]
+    counts: Counter[tuple[str, int]]
+    rotations: tuple[int, ...]
+    approximation: float
+    noise: float
+
+    @property
+    def input_factor(self) -> float:
+        """What sums of powers are multiplied with before the circuit sees them."""
+        return 1 / self.denominator[1] if self.inverse is None else self.inverse.input_factor
+
+    @property
+    def most(self) -> float:
+        """The largest sum of powers that the circuit sees."""
+        return (self.denominator[1] - self.epsilon) * self.input_factor
+
+    @property
+    def error(self) -> float:
+        """The bound on an element of out."""
+        return self.approximation + self.noise
+
+    def predicted_ms(self, costs: Costs = COSTS) -> float:
+        """Return the server's time on one core."""
+        return predicted_ms(costs, self.ring.degree, self.counts) * len(self.layout.blocks())
+
+    @property
+    def upload_bytes(self) -> int:
+        """Of a query, near: each ciphertext is one polynomial and a seed."""
+        bits = self.ring.first + self.ring.middle * self.ring.levels
+        blocks = self.layout.blocks()
+        groups = len({h for h, _ in blocks})
+        return self.layout.parts * (len(blocks) + 2 * groups) * self.ring.degree * bits // 8
+
+    @property
+    def key_bytes(self) -> int:
+        """Of the evaluation keys, near."""
+        digits = self.ring.levels + 1
+        return (len(self.rotations) + 2) * digits * self.ring.degree * sum(self.ring.bits) // 8
+
+    @property
+    def digest(self) -> bytes:
+        """What messages name the plan by."""
+        names = ("n_q", "n_k", "d_k", "d_v", "heads", "p", "denominator", "epsilon", "scale", "norms", "value_most")
+        text = {n: getattr(self, n) for n in names} | {"ring": asdict(self.ring), "layout": asdict(self.layout)}
+        text["inverse"] = None if self.inverse is None else [type(self.inverse).__name__, self.inverse.steps]
+        return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).digest()
+
+    def report(self) -> dict[str, Any]:
+        """Return all that the plan says, as what JSON holds."""
+        inverse = "the client divides" if self.inverse is None else type(self.inverse).__name__
+        switches = sum(c for (n, _), c in self.counts.items() if n == "switch_key") * len(self.layout.blocks())
+        return {
+            "degree": self.ring.degree,
+            "chain_bits": self.ring.bits,
+            "most_bits": MOST_BITS[self.ring.degree],
+            "levels": dict(self.levels),
+            "inverse": inverse,
+            "inverse_degree": None if self.inverse is None else self.inverse.order - 1,
+            "layout": asdict(self.layout),
+            "blocks": len(self.layout.blocks()),
+            "rotation_keys": len(self.rotations),
+            "key_switches": switches,
+            "operations_of_a_block": {f"{n} at {limbs} primes": c for (n, limbs), c in sorted(self.counts.items())},
+            "predicted_ms": self.predicted_ms(),
+            "key_bytes": self.key_bytes,
+            "upload_bytes": self.upload_bytes,
+            "error_approximation": self.approximation,
+            "error_noise": self.noise,
+        }
+
+    def table(self) -> Table:
+        """Return the report as a table for the terminal."""
+        table = Table("what", "planned")
+        for name, value in self.report().items():
+            if name != "operations_of_a_block":
+                table.add_row(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
+        return table
+
+
+def plan(
+    n_q: int,
+    n_k: int,
+    d_k: int,
+    d_v: int | None = None,
+    heads: int = 1,
+    p: int = 2,
+    *,
+    denominator: tuple[float, float],
+    epsilon: float = 0.0,
+    scale: float | None = None,
+    norms: tuple[float, float],
+    value_most: float,
+    tolerance: float = 1e-2,
+    normalize: str = "server",
+) -> Plan:
+    """Return the fastest plan for power-softmax attention on ciphertexts within a tolerance.
+
+    Parameters
+    ----------
+    n_q, n_k, d_k, d_v, heads : int
+        Sizes; d_v is d_k by default.
+    p : int
+        2, 4, 6 or 8.
+    denominator : (low, high)
+        The range of sum_j (scale·q_i·k_j)**p + epsilon over all rows, above 0.
+    epsilon, scale : float
+        As in :func:`refattn.power_attention`; scale is 1/sqrt(d_k) by default.
+    norms : (query, key)
+        The largest Euclidean norms of their rows.
+    value_most : float
+        The largest size of an element of value.
+    tolerance : float
+        The largest error of an element of out.
+    normalize : {"server", "client"}
+        Who divides. The client learns the denominators where it does.
+
+    Raises
+    ------
+    InvalidInput
+        A size, range or name that has no meaning.
+    UnsupportedProblem
+        No ring at 128 bits of security does it; the text names the step that ran out of levels and what would help.
+    """
+    _check(n_q, n_k, d_k, d_v, heads, p, denominator, epsilon, norms, value_most, tolerance, normalize)
+    d_v = d_k if d_v is None else d_v
+    low, high = denominator
+    inverses: Sequence[Inverse | None] = [None]
+    if normalize == "server":
+        inverses = choose(low, high, tolerance / 2 / value_most)[:4]
+    found: list[Plan] = []
+    obstacles: list[str] = []
+    for inverse in inverses:
+        for degree in MOST_BITS:
+            given = {
+                "n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_v, "heads": heads, "p": p,
+                "denominator": (float(low), float(high)), "epsilon": float(epsilon),
+                "scale": 1 / math.sqrt(d_k) if scale is None else float(scale),
+                "norms": (float(norms[0]), float(norms[1])), "value_most": float(value_most),
+                "normalize": normalize, "tolerance": float(tolerance),
+            }  # fmt: skip
+            made = _try(given, inverse, degree, obstacles)
+            if made is not None:
+                found.append(made)
+    if not found:
+        why = obstacles[-1] if obstacles else f"no polynomial is within {tolerance / 2:.3g} on ({low:.3g}, {high:.3g})"
+        raise UnsupportedProblem(
+            f"he: {why}; a smaller p, a narrower denominator (a larger epsilon), a larger tolerance or "
+            "normalize='client' would help"
+        )
+    return min(found, key=lambda x: x.predicted_ms())
+
+
+def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles: list[str]) -> Plan | None:
+    """Return the plan at a degree, or None, with what was in the way."""
+    sizes = (given[n] for n in ("n_q", "n_k", "d_k", "d_v", "heads"))
+    try:
+        layout = layout_for(degree // 2, *sizes)
+    except UnsupportedProblem as e:
+        obstacles.append(str(e).removeprefix("he: "))
+        return None
+    counting = Levels()
+    tokens = [Token(99)] * layout.parts
+    outs = attend(counting, layout, given["p"], inverse, given["epsilon"], 1.0, tokens, tokens, tokens)
+    depth = 99 - min(x.limbs for x in outs)
+    middle = min(MOST_MIDDLE, (MOST_BITS[degree] - 20) // (depth + 2))
+    if middle < LEAST_MIDDLE:
+        room = (MOST_BITS[degree] - 20) // LEAST_MIDDLE - 2
+        used, out_at = 0, ""
+        for step, n in counting.levels.items():
+            used += n
+            if used > room and not out_at:
+                out_at = step
+        obstacles.append(
+            f"{depth} levels are needed ({', '.join(f'{s} {n}' for s, n in counting.levels.items() if n)}), and degree "
+            f"{degree} has room for {room} at 128 bits of security: step {out_at!r} runs out"
+        )
+        return None
+    first = min(MOST_FIRST, middle + 10)
+    ring = Ring(degree, first, middle, first, depth)
+    exact = Levels()
+    tokens = [Token(depth + 1)] * layout.parts
+    attend(exact, layout, given["p"], inverse, given["epsilon"], 1.0, tokens, tokens, tokens)
+    approximation = 0.0 if inverse is None else inverse.relative_error * given["value_most"]
+    made = Plan(
+        **given,
+        ring=ring,
+        layout=layout,
+        inverse=inverse,
+        levels={s: n for s, n in exact.levels.items() if n},
+        counts=exact.counts,
+        rotations=tuple(sorted({r % ring.slots for r in exact.rotations})),
+        approximation=approximation,
+        noise=0.0,
+    )
+    made = Plan(**{**made.__dict__, "noise": noise_of(made)})
+    if made.error > made.tolerance:
+        obstacles.append(
+            f"at degree {degree} with primes of {middle} bits the error's bound is {made.approximation:.2g} + "
+            f"{made.noise:.2g} (approximation, noise), above the tolerance {made.tolerance:.2g}"
+        )
+        return None
+    return made
+
+
+def noise_of(p: Plan) -> float:
+    """Return the bound on what CKKS noise adds to an element of out."""
+    low, high = ((x - p.epsilon) * p.input_factor for x in p.denominator)
+    points = np.linspace(low, high, 257)
+    m = Bounds(p.ring, math.sqrt(2) * p.value_most, points)
+    pairs = p.layout.groups * p.layout.parts
+    factor = p.scale * p.input_factor ** (1 / p.p)
+    q = m.fresh(p.norms[0] * factor / 2 / math.sqrt(pairs))
+    k = m.fresh(p.norms[1] / math.sqrt(pairs))
+    v = m.fresh(math.sqrt(2) * p.value_most)
+    parts = p.layout.parts
+    outs = attend(m, p.layout, p.p, p.inverse, p.epsilon, p.most, [q] * parts, [k] * parts, [v] * parts)
+    count = p.heads * p.n_q * p.d_v
+    if p.inverse is None:
+        numerator, denominator = outs
+        # d(n/d) = dn/d - n/d · dd/d, d at least `low`
+        least = max(low, 1e-300)
+        variance = (
+            float(numerator.variance.max()) + 2 * p.value_most**2 * float(denominator.variance.max())
+        ) / least**2
+        return quantile(count) * math.sqrt(variance / 2)
+    (out,) = outs
+    numbers, step = Numbers(), (points[-1] - points[0]) * 1e-6
+
+    def circuit(x: Any) -> Any:
+        return p.inverse.apply(numbers, np.ones_like(x), x, p.epsilon)  # type: ignore[union-attr]
+
+    slope = np.abs(circuit(points + step) - circuit(points - step)) / (2 * step)
+    variance = out.variance + (math.sqrt(2) * p.value_most * points * slope) ** 2 * m.denominator_variance
+    return quantile(count) * p.inverse.output_factor * math.sqrt(float(variance.max()) / 2)
+
+
+def _check(
+    n_q: Any, n_k: Any, d_k: Any, d_v: Any, heads: Any, p: Any, denominator: Any, epsilon: Any, norms: Any,
+    value_most: Any, tolerance: Any, normalize: Any,
+) -> None:  # fmt: skip
+    sizes = {"n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_k if d_v is None else d_v, "heads": heads}
+    for name, n in sizes.items():
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise InvalidInput(f"{name}: got {n!r}, expected an integer of at least 1")
+    if p not in POWERS:
+        raise InvalidInput(f"p: got {p!r}, expected one of {', '.join(map(str, POWERS))}")
+    numbers = {"norms": min(norms), "value_most": value_most, "tolerance": tolerance}
+    for name, x in numbers.items():
+        if not (math.isfinite(x) and x > 0):
+            raise InvalidInput(f"{name}: got {x!r}, expected a finite number above 0")
+    if not (math.isfinite(epsilon) and epsilon >= 0):
+        raise InvalidInput(f"epsilon: got {epsilon!r}, expected a finite number of at least 0")
+    low, high = denominator
+    if not (math.isfinite(high) and epsilon <= low < high and low > 0):
+        raise InvalidInput(
+            f"denominator: got ({low}, {high}), expected 0 < low < high with low at least epsilon = {epsilon}"
+        )
+    if normalize not in ("server", "client"):
+        raise InvalidInput(f"normalize: got {normalize!r}, expected 'server' or 'client'")

@@ -1,0 +1,193 @@
+"""Ciphertexts: the arithmetic on TenSEAL's binding of Microsoft SEAL, its keys, and their bytes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidInput, UnsupportedProblem
+from .noise import Ring
+
+__all__ = ["Sealed", "context", "decode", "encode", "from_bytes", "galois_elements", "to_bytes"]
+
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""Where the binding's files go: it saves and loads by path only. mkstemp's files are their owner's alone."""
+
+
+def api() -> Any:
+    """Return TenSEAL's raw binding of SEAL."""
+    try:
+        return importlib.import_module("tenseal.sealapi")
+    except ModuleNotFoundError as e:
+        raise UnsupportedProblem("he: needs the package tenseal; pip install 'refattn[he]'") from e
+
+
+@cache
+def context(ring: Ring) -> Any:
+    """Return SEAL's context of a ring, at 128 bits of security.
+
+    Raises
+    ------
+    UnsupportedProblem
+        The chain is longer than 128 bits of security allow, or has no primes of its sizes.
+    """
+    s = api()
+    parameters = s.EncryptionParameters(s.SCHEME_TYPE.CKKS)
+    parameters.set_poly_modulus_degree(ring.degree)
+    parameters.set_coeff_modulus(s.CoeffModulus.Create(ring.degree, ring.bits))
+    made = s.SEALContext(parameters, True, s.SEC_LEVEL_TYPE.TC128)
+    if not made.parameters_set():  # it does not raise by itself
+        raise UnsupportedProblem(
+            f"he: a chain of {sum(ring.bits)} bits at degree {ring.degree} is refused: "
+            f"{made.parameters_error_message()}"
+        )
+    return made
+
+
+def galois_elements(ring: Ring, rotations: Iterable[int]) -> list[int]:
+    """Return the Galois elements of some rotations, and that of the conjugation."""
+    steps = sorted({r % ring.slots for r in rotations} - {0})
+    return [*(pow(3, r, 2 * ring.degree) for r in steps), 2 * ring.degree - 1]
+
+
+def encode(encoder: Any, x: NDArray[np.complex128], scale: float) -> Any:
+    """Return slots as a plaintext."""
+    plain = api().Plaintext()
+    encoder.encode([complex(z) for z in x], scale, plain)
+    return plain
+
+
+def decode(encoder: Any, plain: Any) -> NDArray[np.complex128]:
+    """Return a plaintext's slots."""
+    return np.array(encoder.decode_complex(plain))
+
+
+def to_bytes(x: Any) -> bytes:
+    """Return what SEAL saves of an object."""
+    handle, path = tempfile.mkstemp(dir=MEMORY)
+    os.close(handle)
+    try:
+        x.save(path)
+        return Path(path).read_bytes()
+    finally:
+        os.unlink(path)
+
+
+def from_bytes(kind: str, ring: Ring, data: bytes) -> Any:
+    """Return an object that SEAL saved: a Ciphertext, RelinKeys or GaloisKeys.
+
+    Raises
+    ------
+    InvalidInput
+        The bytes are none, or not of this ring.
+    """
+    made = getattr(api(), kind)()
+    handle, path = tempfile.mkstemp(dir=MEMORY)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        made.load(context(ring), path)
+    except (RuntimeError, ValueError) as e:
+        raise InvalidInput(f"he: got bytes that are no {kind} of this plan: {e}") from e
+    finally:
+        os.unlink(path)
+    return made
+
+
+class Sealed:
+    """The arithmetic on ciphertexts; every operation leaves its operands as they are."""
+
+    def __init__(self, ring: Ring, relin_keys: Any, galois_keys: Any) -> None:
+        self.api, self.ring = api(), ring
+        self.relin_keys, self.galois_keys = relin_keys, galois_keys
+        made = context(ring)
+        self.evaluator, self.encoder = self.api.Evaluator(made), self.api.CKKSEncoder(made)
+
+    def step(self, name: str) -> None:
+        """Note where the program is."""
+
+    def _alike(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """Return both at the level of the lower."""
+        x, y = a.coeff_modulus_size(), b.coeff_modulus_size()
+        if x == y:
+            return a, b
+        higher, lower = (a, b) if x > y else (b, a)
+        down = self.api.Ciphertext()
+        self.evaluator.mod_switch_to(higher, lower.parms_id(), down)
+        return (down, b) if x > y else (a, down)
+
+    def mul(self, a: Any, b: Any) -> Any:
+        a, b = self._alike(a, b)
+        out = self.api.Ciphertext()
+        self.evaluator.multiply(a, b, out)
+        return out
+
+    def square(self, a: Any) -> Any:
+        out = self.api.Ciphertext()
+        self.evaluator.square(a, out)
+        return out
+
+    def add(self, a: Any, b: Any) -> Any:
+        a, b = self._alike(a, b)
+        out = self.api.Ciphertext()
+        self.evaluator.add(a, b, out)
+        return out
+
+    def _constant(self, a: Any, c: float) -> Any:
+        plain = self.api.Plaintext()
+        self.encoder.encode(float(c), a.parms_id(), a.scale, plain)
+        return plain
+
+    def add_constant(self, a: Any, c: float) -> Any:
+        out = self.api.Ciphertext()
+        self.evaluator.add_plain(a, self._constant(a, c), out)
+        return out
+
+    def negate(self, a: Any) -> Any:
+        out = self.api.Ciphertext()
+        self.evaluator.negate(a, out)
+        return out
+
+    def times_constant(self, a: Any, c: float) -> Any:
+        out = self.api.Ciphertext()
+        self.evaluator.multiply_plain(a, self._constant(a, c), out)
+        return out
+
+    def relinearize(self, a: Any) -> Any:
+        out = self.api.Ciphertext()
+        self.evaluator.relinearize(a, self.relin_keys, out)
+        return out
+
+    def rescale(self, a: Any) -> Any:
+        out = self.api.Ciphertext()
+        self.evaluator.rescale_to_next(a, out)
+        return out
+
+    def rotate(self, a: Any, k: int) -> Any:
+        k %= self.ring.slots
+        out = self.api.Ciphertext()
+        half = self.ring.slots // 2
+        self.evaluator.rotate_vector(a, k if k <= half else k - self.ring.slots, self.galois_keys, out)
+        return out
+
+    def conjugate(self, a: Any) -> Any:
+        out = self.api.Ciphertext()
+        self.evaluator.complex_conjugate(a, self.galois_keys, out)
+        return out
+
+    def within(self, a: Any, most: float) -> Any:
+        return a
+
+    def quotient(self, n: Any, d: Any) -> tuple[Any, Any]:
+        return n, d
+
+    def product(self, a: Any, b: Any) -> Any:
+        return self.rescale(self.relinearize(self.mul(a, b)))

@@ -1,0 +1,173 @@
+"""Client and server: the client holds the secret key, the server evaluation keys only."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidInput
+from ..problem import Problem
+from .circuit import attend
+from .inputs import divided, out_of, slots_of
+from .plan import Plan
+from .seal import Sealed, api, context, decode, encode, from_bytes, galois_elements, to_bytes
+from .wire import KEYS, QUERY, REPLY, Message, pack, unpack
+
+__all__ = ["Client", "Server"]
+
+Float = NDArray[np.float64]
+SLACK = 2
+"""How many times the planned bytes a message may have."""
+
+
+class Client:
+    """Holds a secret key: encrypts queries, decrypts replies. The secret key has no way out of it.
+
+    Parameters
+    ----------
+    plan : Plan
+        What the server will compute.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        s, made = api(), context(plan.ring)
+        self._generator = s.KeyGenerator(made)
+        secret = self._generator.secret_key()
+        self._public = s.PublicKey()
+        self._generator.create_public_key(self._public)
+        self._encryptor = s.Encryptor(made, self._public, secret)
+        self._decryptor = s.Decryptor(made, secret)
+        self._encoder = s.CKKSEncoder(made)
+        self._name = secrets.token_bytes(16)
+        self._asked: dict[bytes, Problem] = {}
+
+    def __repr__(self) -> str:
+        return f"Client(degree {self.plan.ring.degree}, {len(self._asked)} queries without a reply)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a client holds a secret key and is not pickled or copied")
+
+    def evaluation_keys(self) -> bytes:
+        """Return what a server needs: keys for relinearisation, the plan's rotations and the conjugation."""
+        relin = self._generator.create_relin_keys()
+        galois = self._generator.create_galois_keys(galois_elements(self.plan.ring, self.plan.rotations))
+        parts = (to_bytes(relin), to_bytes(galois))
+        return pack(Message(KEYS, self.plan.digest, self._name, bytes(16), parts))
+
+    def encrypt(self, problem: Problem) -> bytes:
+        """Return a call as ciphertexts.
+
+        Parameters
+        ----------
+        problem : Problem
+            Of variant "power", one batch, the plan's sizes, p, epsilon and scale; NumPy arrays.
+
+        Raises
+        ------
+        InvalidProblem
+            Its sizes or options are not the plan's, or its numbers leave the plan's ranges: the result would be wrong
+            without a sign of it.
+        """
+        q, k, v, seen = slots_of(self.plan, problem)
+        layout, plan = self.plan.layout, self.plan
+        parts: list[bytes] = []
+        done: set[int] = set()
+        for block in layout.blocks():
+            slots = layout.query_slots(q, seen, block)
+            if block[0] not in done:
+                done.add(block[0])
+                slots = layout.key_slots(k, block) + layout.value_slots(v, block) + slots
+            parts += [self._encrypted(x) for x in slots]
+        name = secrets.token_bytes(16)
+        self._asked[name] = problem
+        return pack(Message(QUERY, plan.digest, self._name, name, tuple(parts)))
+
+    def decrypt(self, reply: bytes) -> Float:
+        """Return out, (1, heads, n_q, d_v), of a reply to a query of this client.
+
+        Raises
+        ------
+        InvalidInput
+            It is no reply to a query that waits for one.
+        """
+        plan = self.plan
+        m = unpack(reply, REPLY, plan.digest, SLACK * (plan.upload_bytes + 2**20))
+        if m.client != self._name or m.query not in self._asked:
+            raise InvalidInput("he: got a reply to another client or to no query that waits for one")
+        layout, each = plan.layout, 1 if plan.inverse is not None else 2
+        blocks = layout.blocks()
+        if len(m.parts) != each * len(blocks):
+            raise InvalidInput(f"he: got a reply of {len(m.parts)} ciphertexts, expected {each * len(blocks)}")
+        pairs = np.zeros((plan.heads, layout.queries, layout.groups * layout.parts), np.complex128)
+        for i, block in enumerate(blocks):
+            slots = [self._decrypted(x) for x in m.parts[each * i : each * (i + 1)]]
+            layout.read(divided(plan, slots), pairs, block)
+        del self._asked[m.query]
+        return out_of(plan, pairs)
+
+    def _encrypted(self, slots: Any) -> bytes:
+        return to_bytes(self._encryptor.encrypt_symmetric(encode(self._encoder, slots, 2.0**self.plan.ring.middle)))
+
+    def _decrypted(self, data: bytes) -> Any:
+        plain = api().Plaintext()
+        self._decryptor.decrypt(from_bytes("Ciphertext", self.plan.ring, data), plain)
+        return decode(self._encoder, plain)
+
+
+class Server:
+    """Computes on ciphertexts with a client's evaluation keys.
+
+    Parameters
+    ----------
+    plan : Plan
+        The client's plan.
+    keys : bytes
+        What ``Client.evaluation_keys`` returned.
+    """
+
+    def __init__(self, plan: Plan, keys: bytes) -> None:
+        self.plan = plan
+        m = unpack(keys, KEYS, plan.digest, SLACK * (plan.key_bytes + 2**20))
+        if len(m.parts) != 2:
+            raise InvalidInput(f"he: got {len(m.parts)} evaluation keys, expected 2: relinearisation and rotations")
+        self._client = m.client
+        relin, galois = (from_bytes(n, plan.ring, x) for n, x in zip(("RelinKeys", "GaloisKeys"), m.parts, strict=True))
+        self._arithmetic = Sealed(plan.ring, relin, galois)
+
+    def attend(self, query: bytes) -> bytes:
+        """Return the reply to a query.
+
+        Raises
+        ------
+        InvalidInput
+            It is no query of this plan and this client, or was changed on its way.
+        """
+        plan, layout = self.plan, self.plan.layout
+        m = unpack(query, QUERY, plan.digest, SLACK * (plan.upload_bytes + 2**20))
+        if m.client != self._client:
+            raise InvalidInput("he: got a query of another client than the one whose keys are here")
+        blocks = layout.blocks()
+        wanted = layout.parts * (len(blocks) + 2 * len({h for h, _ in blocks}))
+        if len(m.parts) != wanted:
+            raise InvalidInput(f"he: got a query of {len(m.parts)} ciphertexts, expected {wanted}")
+        at, keys, values = 0, [], []
+        outs: list[bytes] = []
+        head = -1
+
+        def take() -> list[Any]:
+            nonlocal at
+            at += layout.parts
+            return [from_bytes("Ciphertext", plan.ring, x) for x in m.parts[at - layout.parts : at]]
+
+        for block in blocks:
+            if block[0] != head:
+                head, keys, values = block[0], take(), take()
+            found = attend(
+                self._arithmetic, layout, plan.p, plan.inverse, plan.epsilon, plan.most, take(), keys, values
+            )
+            outs += [to_bytes(x) for x in found]
+        return pack(Message(REPLY, plan.digest, self._client, m.query, tuple(outs)))
