@@ -196,6 +196,7 @@ class Levels:
 
     def _did(self, what: str, *operands: Token) -> Token:
         limbs = min(x.limbs for x in operands)
+        self.counts["negate", limbs] += sum(x.limbs > limbs for x in operands)  # switching a modulus copies, too
         self.counts[what, limbs] += 1
         return Token(limbs)
 

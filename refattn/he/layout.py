@@ -1,9 +1,9 @@
 """Where features, keys and queries lie in the slots of a ciphertext.
 
-A slot is (g, j, column): j a key, column a query of a head, g a group of features; the column runs fastest. A slot holds two
-features, as a complex number. With R ciphertexts and G groups, ciphertext r holds in row J = g·L + j the pair of features
-f(J + r), f(J) = (J // L)·R + J mod R (J modulo G·L): so rotations by whole rows bring the right features to the right keys
-wherever they wrap around, and nothing has to be masked out.
+A slot is (g, j, column): j a key, column a query of a head, g a group of features; the column runs fastest. A slot
+holds two features, as a complex number. With R ciphertexts and G groups, ciphertext r holds in row J = g·L + j the pair
+of features f(J + r), f(J) = (J // L)·R + J mod R (J modulo G·L): so rotations by whole rows bring the right features to
+the right keys wherever they wrap around, and nothing has to be masked out.
 """
 
 from __future__ import annotations

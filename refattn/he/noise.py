@@ -1,9 +1,9 @@
 """What CKKS noise does to a result: variances through the circuit, for any inputs in the declared range.
 
-A slot's noise is the sum of very many coefficients' roundings and of errors drawn by the scheme, near normal. Each operation
-adds what it must (rounding of N coefficients by the rescaling, the key-switching digits' product with their errors), and
-passes its operands' noise on by the product rule. The worst case over inputs: one key holds the whole denominator, and the
-numerator is the largest value times the denominator.
+A slot's noise is the sum of very many coefficients' roundings and of errors drawn by the scheme, near normal. Each
+operation adds what it must (rounding of N coefficients by the rescaling, the key-switching digits' product with their
+errors), and passes its operands' noise on by the product rule. The worst case over inputs: one key holds the whole
+denominator, and the numerator is the largest value times the denominator.
 """
 
 from __future__ import annotations

@@ -93,27 +93,40 @@ class Plan:
         return (self.denominator[1] - self.epsilon) * self.input_factor
 
     @property
+    def value_limbs(self) -> int:
+        """Primes that the values' ciphertexts have left: what the weights have when they meet."""
+        return self.ring.levels + 1 - self.levels["products"] - self.levels["power"]
+
+    def loads(self) -> Counter[tuple[str, int]]:
+        """Return the ciphertexts of a query by ("load", primes left)."""
+        blocks = self.layout.blocks()
+        groups, top = len({h for h, _ in blocks}), self.ring.levels + 1
+        found = Counter({("load", top): self.layout.parts * (len(blocks) + groups)})
+        found["load", self.value_limbs] += self.layout.parts * groups
+        return found
+
+    @property
     def error(self) -> float:
         """The bound on an element of out."""
         return self.approximation + self.noise
 
     def predicted_ms(self, costs: Costs = COSTS) -> float:
-        """Return the server's time on one core."""
-        return predicted_ms(costs, self.ring.degree, self.counts) * len(self.layout.blocks())
+        """Return the server's time on one core: the program, and reading the query's ciphertexts."""
+        degree = self.ring.degree
+        program = predicted_ms(costs, degree, self.counts) * len(self.layout.blocks())
+        return program + predicted_ms(costs, degree, self.loads())
 
     @property
     def upload_bytes(self) -> int:
-        """Of a query, near: each ciphertext is one polynomial and a seed."""
-        bits = self.ring.first + self.ring.middle * self.ring.levels
-        blocks = self.layout.blocks()
-        groups = len({h for h, _ in blocks})
-        return self.layout.parts * (len(blocks) + 2 * groups) * self.ring.degree * bits // 8
+        """Of a query, near: a ciphertext is one polynomial and a seed."""
+        bits = sum(c * (self.ring.first + self.ring.middle * (limbs - 1)) for (_, limbs), c in self.loads().items())
+        return bits * self.ring.degree // 7  # SEAL's compression leaves an eighth more than the primes' bits
 
     @property
     def key_bytes(self) -> int:
         """Of the evaluation keys, near."""
         digits = self.ring.levels + 1
-        return (len(self.rotations) + 2) * digits * self.ring.degree * sum(self.ring.bits) // 8
+        return (len(self.rotations) + 2) * digits * self.ring.degree * sum(self.ring.bits) // 7
 
     @property
     def digest(self) -> bytes:
@@ -257,7 +270,8 @@ def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles:
     ring = Ring(degree, first, middle, first, depth)
     exact = Levels()
     tokens = [Token(depth + 1)] * layout.parts
-    attend(exact, layout, given["p"], inverse, given["epsilon"], 1.0, tokens, tokens, tokens)
+    values = [Token(depth + 1 - counting.levels["products"] - counting.levels["power"])] * layout.parts
+    attend(exact, layout, given["p"], inverse, given["epsilon"], 1.0, tokens, tokens, values)
     approximation = 0.0 if inverse is None else inverse.relative_error * given["value_most"]
     made = Plan(
         **given,

@@ -58,11 +58,20 @@ def galois_elements(ring: Ring, rotations: Iterable[int]) -> list[int]:
     return [*(pow(3, r, 2 * ring.degree) for r in steps), 2 * ring.degree - 1]
 
 
-def encode(encoder: Any, x: NDArray[np.complex128], scale: float) -> Any:
-    """Return slots as a plaintext."""
+def encode(encoder: Any, x: NDArray[np.complex128], ring: Ring, limbs: int) -> Any:
+    """Return slots as a plaintext with some primes left."""
     plain = api().Plaintext()
-    encoder.encode([complex(z) for z in x], scale, plain)
+    encoder.encode(x.tolist(), _level(ring, limbs), 2.0**ring.middle, plain)
     return plain
+
+
+@cache
+def _level(ring: Ring, limbs: int) -> Any:
+    """Return SEAL's name of the level with some primes left."""
+    data = context(ring).first_context_data()
+    while data.chain_index() + 1 > limbs:
+        data = data.next_context_data()
+    return data.parms_id()
 
 
 def decode(encoder: Any, plain: Any) -> NDArray[np.complex128]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any, NoReturn
 
 import numpy as np
@@ -77,11 +79,11 @@ class Client:
         parts: list[bytes] = []
         done: set[int] = set()
         for block in layout.blocks():
-            slots = layout.query_slots(q, seen, block)
             if block[0] not in done:
                 done.add(block[0])
-                slots = layout.key_slots(k, block) + layout.value_slots(v, block) + slots
-            parts += [self._encrypted(x) for x in slots]
+                parts += [self._encrypted(x) for x in layout.key_slots(k, block)]
+                parts += [self._encrypted(x, plan.value_limbs) for x in layout.value_slots(v, block)]
+            parts += [self._encrypted(x) for x in layout.query_slots(q, seen, block)]
         name = secrets.token_bytes(16)
         self._asked[name] = problem
         return pack(Message(QUERY, plan.digest, self._name, name, tuple(parts)))
@@ -109,8 +111,10 @@ class Client:
         del self._asked[m.query]
         return out_of(plan, pairs)
 
-    def _encrypted(self, slots: Any) -> bytes:
-        return to_bytes(self._encryptor.encrypt_symmetric(encode(self._encoder, slots, 2.0**self.plan.ring.middle)))
+    def _encrypted(self, slots: Any, limbs: int | None = None) -> bytes:
+        ring = self.plan.ring
+        plain = encode(self._encoder, slots, ring, ring.levels + 1 if limbs is None else limbs)
+        return to_bytes(self._encryptor.encrypt_symmetric(plain))
 
     def _decrypted(self, data: bytes) -> Any:
         plain = api().Plaintext()
@@ -127,16 +131,34 @@ class Server:
         The client's plan.
     keys : bytes
         What ``Client.evaluation_keys`` returned.
+    workers : int
+        Processes that share a query's blocks; they stay up until ``close``. 1 computes in this process (the binding
+        holds Python's lock, so threads gain nothing).
     """
 
-    def __init__(self, plan: Plan, keys: bytes) -> None:
+    def __init__(self, plan: Plan, keys: bytes, workers: int = 1) -> None:
+        if workers < 1:
+            raise InvalidInput(f"workers: got {workers}, expected at least 1")
         self.plan = plan
         m = unpack(keys, KEYS, plan.digest, SLACK * (plan.key_bytes + 2**20))
         if len(m.parts) != 2:
             raise InvalidInput(f"he: got {len(m.parts)} evaluation keys, expected 2: relinearisation and rotations")
         self._client = m.client
-        relin, galois = (from_bytes(n, plan.ring, x) for n, x in zip(("RelinKeys", "GaloisKeys"), m.parts, strict=True))
-        self._arithmetic = Sealed(plan.ring, relin, galois)
+        self._worker = _Worker(plan, m.parts)  # also the check of the keys
+        self._pool: ProcessPoolExecutor | None = None
+        if workers > 1:
+            self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (plan, m.parts))
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the workers."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def attend(self, query: bytes) -> bytes:
         """Return the reply to a query.
@@ -150,24 +172,55 @@ class Server:
         m = unpack(query, QUERY, plan.digest, SLACK * (plan.upload_bytes + 2**20))
         if m.client != self._client:
             raise InvalidInput("he: got a query of another client than the one whose keys are here")
-        blocks = layout.blocks()
-        wanted = layout.parts * (len(blocks) + 2 * len({h for h, _ in blocks}))
+        wanted = plan.loads().total()
         if len(m.parts) != wanted:
             raise InvalidInput(f"he: got a query of {len(m.parts)} ciphertexts, expected {wanted}")
-        at, keys, values = 0, [], []
-        outs: list[bytes] = []
-        head = -1
-
-        def take() -> list[Any]:
-            nonlocal at
+        tasks, at, shared = [], 0, 2 * layout.parts
+        previous = None
+        for head, _ in layout.blocks():
+            if head != previous:
+                previous, first = head, at
+                at += shared
+            tasks.append((m.parts[first : first + shared], m.parts[at : at + layout.parts]))
             at += layout.parts
-            return [from_bytes("Ciphertext", plan.ring, x) for x in m.parts[at - layout.parts : at]]
+        if self._pool is None:
+            found = [self._worker.block(*t) for t in tasks]
+        else:
+            found = list(self._pool.map(_block, *zip(*tasks, strict=True)))
+        return pack(Message(REPLY, plan.digest, self._client, m.query, tuple(x for outs in found for x in outs)))
 
-        for block in blocks:
-            if block[0] != head:
-                head, keys, values = block[0], take(), take()
-            found = attend(
-                self._arithmetic, layout, plan.p, plan.inverse, plan.epsilon, plan.most, take(), keys, values
-            )
-            outs += [to_bytes(x) for x in found]
-        return pack(Message(REPLY, plan.digest, self._client, m.query, tuple(outs)))
+
+class _Worker:
+    """What computes blocks: keys, and the last heads' keys and values."""
+
+    def __init__(self, plan: Plan, parts: tuple[bytes, ...]) -> None:
+        self.plan = plan
+        names = ("RelinKeys", "GaloisKeys")
+        relin, galois = (from_bytes(n, plan.ring, x) for n, x in zip(names, parts, strict=True))
+        self._arithmetic = Sealed(plan.ring, relin, galois)
+        self._shared: tuple[tuple[bytes, ...], list[Any]] = ((), [])
+
+    def block(self, shared: tuple[bytes, ...], queries: tuple[bytes, ...]) -> list[bytes]:
+        """Return the ciphertexts of a block's result."""
+        plan, half = self.plan, self.plan.layout.parts
+        if self._shared[0] != shared:
+            self._shared = (shared, self._loaded(shared))
+        keys, values = self._shared[1][:half], self._shared[1][half:]
+        inputs = (self._loaded(queries), keys, values)
+        outs = attend(self._arithmetic, plan.layout, plan.p, plan.inverse, plan.epsilon, plan.most, *inputs)
+        return [to_bytes(x) for x in outs]
+
+    def _loaded(self, parts: tuple[bytes, ...]) -> list[Any]:
+        return [from_bytes("Ciphertext", self.plan.ring, x) for x in parts]
+
+
+_HERE: dict[str, _Worker] = {}
+"""The worker of a process of the pool."""
+
+
+def _begin(plan: Plan, parts: tuple[bytes, ...]) -> None:
+    _HERE["worker"] = _Worker(plan, parts)
+
+
+def _block(shared: tuple[bytes, ...], queries: tuple[bytes, ...]) -> list[bytes]:
+    return _HERE["worker"].block(shared, queries)

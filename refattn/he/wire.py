@@ -1,4 +1,4 @@
-"""Messages between client and server: a version, what they are, whose they are and of which plan, and a digest of it all."""
+"""Messages between client and server: a version, what they are, whose, of which plan, and a digest of it all."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def unpack(data: bytes, kind: int, plan: bytes, most: int) -> Message:
         raise InvalidInput(f"he: got {len(data)} bytes, expected at most {most} for {NAMES[kind]} of this plan")
     if len(data) < HEAD.size + DIGEST or data[: len(MAGIC)] != MAGIC:
         raise InvalidInput(f"he: got {len(data)} bytes that are no message; expected {NAMES[kind]}")
-    magic, version, found, of_plan, client, query, count = HEAD.unpack_from(data)
+    _, version, found, of_plan, client, query, count = HEAD.unpack_from(data)
     if version != VERSION:
         raise InvalidInput(f"he: got a message of version {version}, expected {VERSION}")
     if hashlib.sha256(data[:-DIGEST]).digest() != data[-DIGEST:]:
