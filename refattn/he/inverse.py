@@ -172,7 +172,7 @@ def choose(low: float, high: float, relative_error: float) -> list[Inverse]:
     if not relative_error > 0:
         raise InvalidInput(f"tolerance: got {relative_error}, expected a number above 0")
     found: list[tuple[int, Inverse]] = []
-    for steps in range(1, 13):
+    for steps in range(1, 33):
         # past four steps the product form's factors lose more digits than they save
         if steps <= 4:
             found.append((steps, ProductInverse(low, high, steps)))

@@ -183,6 +183,7 @@ def plan(
     value_most: float,
     tolerance: float = 1e-2,
     normalize: str = "server",
+    inverse: Inverse | None = None,
 ) -> Plan:
     """Return the fastest plan for power-softmax attention on ciphertexts within a tolerance.
 
@@ -204,6 +205,8 @@ def plan(
         The largest error of an element of out.
     normalize : {"server", "client"}
         Who divides. The client learns the denominators where it does.
+    inverse : Inverse, optional
+        The polynomial for 1/D; by default the one with the fastest plan.
 
     Raises
     ------
@@ -217,10 +220,10 @@ def plan(
     low, high = denominator
     inverses: Sequence[Inverse | None] = [None]
     if normalize == "server":
-        inverses = choose(low, high, tolerance / 2 / value_most)[:4]
+        inverses = [inverse] if inverse else choose(low, high, tolerance / 2 / value_most)[:4]
     found: list[Plan] = []
     obstacles: list[str] = []
-    for inverse in inverses:
+    for candidate in inverses:
         for degree in MOST_BITS:
             given = {
                 "n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_v, "heads": heads, "p": p,
@@ -229,7 +232,7 @@ def plan(
                 "norms": (float(norms[0]), float(norms[1])), "value_most": float(value_most),
                 "normalize": normalize, "tolerance": float(tolerance),
             }  # fmt: skip
-            made = _try(given, inverse, degree, obstacles)
+            made = _try(given, candidate, degree, obstacles)
             if made is not None:
                 found.append(made)
     if not found:
@@ -309,8 +312,8 @@ def noise_of(p: Plan) -> float:
     count = p.heads * p.n_q * p.d_v
     if p.inverse is None:
         numerator, denominator = outs
-        # d(n/d) = dn/d - n/d · dd/d, d at least `low`
-        least = max(low, 1e-300)
+        # d(n/d) = dn/d - n/d · dd/d, where d has its epsilon
+        least = p.denominator[0] * p.input_factor
         variance = (
             float(numerator.variance.max()) + 2 * p.value_most**2 * float(denominator.variance.max())
         ) / least**2

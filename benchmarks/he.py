@@ -1,0 +1,106 @@
+"""Power-softmax attention on ciphertexts, beside what a user would write with TenSEAL's CKKSTensor and CKKSVector.
+
+Normal inputs, epsilon a tenth of the mean denominator, 128-bit security. Times are the server's, from the query's bytes to
+the reply's: medians of 5 after one to warm up, on one core unless workers are named. Floor: the circuit's operations at the
+costs that ``refattn.he.costs.measure`` finds on this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from refattn import he, power_attention
+from refattn.bench import Row
+from refattn.he.baselines import ckks_tensor, ckks_vector
+from refattn.he.costs import measure
+from refattn.he.inverse import ChebyshevInverse
+from refattn.he.noise import Ring
+from refattn.problem import Problem
+
+RUNS = 5
+SIZES = ((16, 32, 1), (16, 64, 4), (32, 64, 1), (64, 64, 1), (128, 64, 1))
+GRID = [(n, d, heads, p) for n, d, heads in SIZES for p in (2, 4)]
+
+
+def call(n: int, d: int, heads: int, p: int, seed: int = 0) -> tuple[Problem, dict[str, object]]:
+    """Return a call, and its ranges as a plan wants them."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((1, heads, n, d)) for _ in range(3))
+    sums = ((q @ k.swapaxes(2, 3) / np.sqrt(d)) ** p).sum(3)
+    epsilon = 0.1 * float(sums.mean())
+    given = {
+        "denominator": (epsilon + 0.5 * float(sums.min()), epsilon + 1.05 * float(sums.max())),
+        "epsilon": epsilon,
+        "norms": (float(np.linalg.norm(q, axis=3).max()), float(np.linalg.norm(k, axis=3).max())),
+        "value_most": float(np.abs(v).max()),
+    }
+    return Problem(q, k, v, variant="power", options={"p": p, "epsilon": epsilon}), given
+
+
+def timed(plan: he.Plan, x: Problem, workers: int = 1) -> tuple[float, float, float]:
+    """Return the median seconds, and the largest errors against the definition and against the plain run."""
+    client = he.Client(plan)
+    with he.Server(plan, client.evaluation_keys(), workers) as server:
+        times, outs = [], []
+        for run in range(RUNS + 1 + workers):
+            query = client.encrypt(x)
+            start = time.perf_counter()
+            reply = server.attend(query)
+            if run > workers:
+                times.append(time.perf_counter() - start)
+            outs.append(client.decrypt(reply))
+    exact = power_attention(x.query, x.key, x.value, **x.options)[0]
+    plain = he.simulate(plan, x)
+    worst = (max(float(np.abs(o - y).max()) for o in outs) for y in (exact, plain))
+    return statistics.median(times), *worst
+
+
+def rows() -> Iterator[Row]:
+    """Ratios to the baselines, times, predictions and errors."""
+    yield from baselines()
+    costs = measure(Ring(16384, 50, 40, 50, 8), 4)
+    ratios, spare = [], []
+    for n, d, heads, p in GRID:
+        x, given = call(n, d, heads, p)
+        plan = he.plan(n, n, d, None, heads, p, **given)  # type: ignore[arg-type]
+        seconds, error, noise = timed(plan, x)
+        at = f"{heads} x {n} x {d}, p={p}"
+        yield Row(f"{at} server, {plan.upload_bytes / 1e6:.0f} MB up, degree {plan.ring.degree}", seconds, "s")
+        ratio = plan.predicted_ms(costs) / 1e3 / seconds
+        ratios.append(ratio)
+        yield Row(f"{at} predicted over measured time", ratio, "ratio")
+        yield Row(f"{at} error over its bound", error / plan.error, "ratio", at_most=1.0)
+        spare.append(plan.noise / noise)
+        yield Row(f"{at} noise bound over noise", plan.noise / noise, "ratio", at_least=1.0)
+    worst = max(ratios, key=lambda r: abs(r - 1))
+    yield Row("predicted over measured time, furthest from 1", worst, "ratio", at_most=1.15, at_least=0.85)
+    yield Row("noise bound over noise, largest", max(spare), "ratio")
+    workers = os.cpu_count() or 1
+    for heads, p, most in ((1, 2, 0.8), (1, 4, 1.2), (12, 2, 8.0)):
+        x, given = call(128, 64, heads, p)
+        plan = he.plan(128, 128, 64, None, heads, p, **given)  # type: ignore[arg-type]
+        seconds, _, _ = timed(plan, x, workers)
+        yield Row(f"{heads} x 128 x 64, p={p}, {workers} workers", seconds, "s", at_most=most)
+
+
+def baselines() -> Iterator[Row]:
+    """The same inverse polynomial on the same inputs, 16 x 32."""
+    x, given = call(16, 32, 1, 2)
+    low, high = given["denominator"]  # type: ignore[misc]
+    inverse = ChebyshevInverse(low, high, 4)
+    plan = he.plan(16, 16, 32, **given, inverse=inverse)  # type: ignore[arg-type]
+    ours, error, _ = timed(plan, x)
+    yield Row("16 x 32 refattn", ours, "s")
+    yield Row("16 x 32 refattn error", error, "absolute")
+    q, k, v = (np.asarray(a)[0, 0] for a in (x.query, x.key, x.value))
+    exact = power_attention(x.query, x.key, x.value, **x.options)[0][0, 0]
+    for name, run, least in (("CKKSTensor", ckks_tensor, 500.0), ("CKKSVector", ckks_vector, 150.0)):
+        out, seconds = run(q, k, v, inverse, 1 / np.sqrt(32), float(x.options["epsilon"]))
+        yield Row(f"16 x 32 {name}", seconds, "s")
+        yield Row(f"16 x 32 {name} error", float(np.abs(out - exact).max()), "absolute")
+        yield Row(f"16 x 32 {name} over refattn", seconds / ours, "ratio", at_least=least)

@@ -1,0 +1,112 @@
+"""What a user would write with TenSEAL's public types, CKKSTensor and CKKSVector: the baselines of the benchmark.
+
+The same inverse polynomial, by the same text; one head, the server divides. TenSEAL relinearises and rescales itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UnsupportedProblem
+from .inverse import ChebyshevInverse
+
+__all__ = ["ckks_tensor", "ckks_vector"]
+
+Float = NDArray[np.float64]
+
+
+class _Public:
+    """The arithmetic of TenSEAL's types."""
+
+    def add_constant(self, a: Any, c: float) -> Any:
+        return a + c
+
+    def negate(self, a: Any) -> Any:
+        return -a
+
+    def square(self, a: Any) -> Any:
+        return a.square()
+
+    def relinearize(self, a: Any) -> Any:
+        return a
+
+    def rescale(self, a: Any) -> Any:
+        return a
+
+    def product(self, a: Any, b: Any) -> Any:
+        return b if isinstance(a, _One) else a * b
+
+
+class _One:
+    """A numerator of 1: the quotient's other factor is wanted alone."""
+
+
+def _context(levels: int, rotations: bool, threads: int) -> Any:
+    try:
+        ts = importlib.import_module("tenseal")
+    except ModuleNotFoundError as e:
+        raise UnsupportedProblem("he: needs the package tenseal; pip install 'refattn[he]'") from e
+    bits = [54, *[40] * levels, 54]
+    made = ts.context(ts.SCHEME_TYPE.CKKS, 16384, coeff_mod_bit_sizes=bits, n_threads=threads)
+    made.global_scale = 2.0**40
+    if rotations:
+        made.generate_galois_keys()
+    return ts, made
+
+
+def ckks_tensor(
+    q: Float, k: Float, v: Float, inverse: ChebyshevInverse, scale: float, epsilon: float = 0.0, threads: int = 1
+) -> tuple[Float, float]:
+    """Return out (n_q, d_v) of power-softmax attention with p = 2 by CKKSTensor, and the server's seconds.
+
+    Parameters
+    ----------
+    q, k, v : (n_q, d), (n_k, d), (n_k, d_v) arrays
+        One head, in clear; encrypted here.
+    inverse : ChebyshevInverse
+        The polynomial for 1/D.
+    scale : float
+        Multiplies the scores.
+    epsilon : float
+        Added to the denominator.
+    threads : int
+        TenSEAL's.
+    """
+    ts, made = _context(inverse.steps + 3, False, threads)
+    factor = scale * np.sqrt(inverse.input_factor)
+    a, b, c = (ts.ckks_tensor(made, ts.plain_tensor(x)) for x in (q * factor, k.T.copy(), v))
+    start = time.perf_counter()
+    w = a.mm(b).square()
+    d = w.sum(axis=1)
+    n = w.mm(c)
+    y = inverse.apply(_Public(), _One(), d, epsilon).reshape([len(q), 1])
+    out = n * y.broadcast([len(q), v.shape[1]])
+    seconds = time.perf_counter() - start
+    return np.array(out.decrypt().tolist()).reshape(len(q), -1) * inverse.output_factor, seconds
+
+
+def ckks_vector(
+    q: Float, k: Float, v: Float, inverse: ChebyshevInverse, scale: float, epsilon: float = 0.0, threads: int = 1
+) -> tuple[Float, float]:
+    """Return the same by CKKSVector, a vector a row: see :func:`ckks_tensor`."""
+    ts, made = _context(inverse.steps + 4, True, threads)
+    factor = scale * np.sqrt(inverse.input_factor)
+    a, b, c = ([ts.ckks_vector(made, x) for x in rows] for rows in (q * factor, k, v))
+    start = time.perf_counter()
+    out = []
+    for row in a:
+        weights = [row.dot(x).square() for x in b]
+        d = weights[0]
+        for w in weights[1:]:
+            d = d + w
+        n = c[0] * weights[0]
+        for x, w in zip(c[1:], weights[1:], strict=True):
+            n = n + x * w
+        out.append(n * inverse.apply(_Public(), _One(), d, epsilon))
+    seconds = time.perf_counter() - start
+    return np.array([x.decrypt() for x in out]) * inverse.output_factor, seconds

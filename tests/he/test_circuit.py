@@ -1,0 +1,128 @@
+"""The program on plain numbers against the definition, and its counts."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from refattn import InvalidProblem, UnsupportedProblem, he, power_attention
+from refattn.he.circuit import Levels, Numbers, Token, attend
+from refattn.he.layout import Layout, layout_for
+
+from .make import planned, problem
+
+
+def exact(x):
+    """Return the definition's answer, correctly rounded."""
+    options = {n: getattr(x, n) for n in ("scale", "causal", "window", "allowed")}
+    return power_attention(x.query, x.key, x.value, **options, **x.options)[0]
+
+
+@given(data=st.data())
+def test_the_program_is_the_definition(data):
+    n_q, n_k = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20))
+    d, d_v = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))
+    heads, seed = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 2**31))
+    causal = data.draw(st.sampled_from([None, "bottom_right", "top_left"]))
+    window = data.draw(st.sampled_from([None, (3, 2)]))
+    allowed = None
+    if data.draw(st.booleans()):
+        allowed = np.random.default_rng(seed).random((1, heads, n_q, n_k)) < 0.7
+    x = problem(n_q, n_k, d, d_v, heads, data.draw(st.sampled_from([2, 4, 6, 8])), 1.0, seed,
+                causal=causal, window=window, allowed=allowed)  # fmt: skip
+    assume(sees(x))
+    plan = planned(x, normalize="client", tolerance=10.0)
+    assert np.abs(he.simulate(plan, x) - exact(x)).max() <= 1e-9 * plan.value_most
+
+
+def sees(x):
+    """Tell whether some row sees a key."""
+    from refattn.masks import visible
+
+    return any(visible(x, 0, h, slice(0, x.n_q), slice(0, x.n_k)).any() for h in range(x.heads))
+
+
+@pytest.mark.parametrize("p", [2, 4, 6])
+def test_with_the_inverse_it_is_within_the_approximation(p):
+    x = problem(16, 16, 32, 32, 2, p, epsilon=3.0, causal="bottom_right")
+    plan = planned(x)
+    error = np.abs(he.simulate(plan, x) - exact(x)).max()
+    assert 0.01 * plan.approximation <= error <= plan.approximation
+
+
+def test_a_wrong_turn_shows(monkeypatch):
+    """The test of the tests: values that are not turned ahead give another answer."""
+    x = problem(8, 64, 64, 64, 4, epsilon=3.0)
+    plan = planned(x, normalize="client", tolerance=10.0)
+    assert plan.layout.baby > 1
+    right = he.simulate(plan, x)
+    straight = Layout.value_slots
+
+    def wrong(self, v, block):
+        slots = straight(self, v, block)
+        return [slots[0], *(np.roll(s, self.columns) for s in slots[1:])]
+
+    monkeypatch.setattr(Layout, "value_slots", wrong)
+    assert np.abs(he.simulate(plan, x) - right).max() > 0.01
+
+
+def test_counts_follow_from_the_text():
+    layout = layout_for(8192, 128, 128, 64, 64, 1)
+    assert (layout.columns, layout.groups, layout.parts, len(layout.blocks())) == (64, 1, 32, 2)
+    m = Levels()
+    tokens = [Token(9)] * 32
+    outs = attend(m, layout, 4, None, 0.0, 1.0, tokens, tokens, tokens)
+    assert m.levels == {"products": 1, "power": 2, "denominator": 0, "values": 1, "division": 0}
+    assert [x.limbs for x in outs] == [5, 6]
+    assert m.counts["multiply", 9] == 32
+    # conjugate, 2 squares, baby 7, giant 3 and their 4 sums, keys 7, the last keys 2, the first sum
+    assert sum(c for (n, _), c in m.counts.items() if n == "switch_key") == 1 + 2 + 7 + 3 + 4 + 7 + 2 + 1
+    with pytest.raises(UnsupportedProblem, match="he: no level is left at step 'power'"):
+        attend(Levels(), layout, 4, None, 0.0, 1.0, [Token(2)] * 32, [Token(2)] * 32, tokens)
+
+
+def test_a_rotation_brings_later_slots():
+    assert Numbers().rotate(np.arange(4), 1).tolist() == [1, 2, 3, 0]
+
+
+def test_what_does_not_fit_the_slots():
+    with pytest.raises(
+        UnsupportedProblem, match="he: n_k = 16384, d = 2 and 1 heads of 1 queries do not fit 8192 slots"
+    ):
+        layout_for(8192, 1, 16384, 2, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"query": 10.0}, InvalidProblem, "query: its largest row norm is .*, beyond the plan's"),
+        ({"key": 10.0}, InvalidProblem, "key: its largest row norm is .*, beyond the plan's"),
+        ({"value": np.nan}, InvalidProblem, "value: its largest element is nan, beyond the plan's"),
+        (
+            {"query": 0.1},
+            InvalidProblem,
+            r"denominator: head 0, row \d has .*, outside the plan's .* plan a wider range",
+        ),
+    ],
+)
+def test_numbers_outside_the_plan_are_refused(change, error, text):
+    x = problem(epsilon=0.01)
+    plan = planned(x, normalize="client", tolerance=10.0)
+    changed = {n: getattr(x, n) * f for n, f in change.items()}
+    with pytest.raises(error, match=text):
+        he.simulate(plan, x.replace(**changed))
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "text"),
+    [
+        (problem(n_q=6), InvalidProblem, "n_q: got 6, expected the plan's 5"),
+        (problem(p=4), InvalidProblem, "p: got 4, expected the plan's 2"),
+        (problem(scale=1.0), InvalidProblem, "scale: got 1.0, expected the plan's 0.408"),
+        (problem(epsilon=0.1), InvalidProblem, "epsilon: got 0.1, expected the plan's 0.5"),
+        (problem().replace(variant="softmax", options={}), UnsupportedProblem, "computes variant 'power'"),
+    ],
+)
+def test_problems_of_another_plan_are_refused(other, error, text):
+    with pytest.raises(error, match=text):
+        he.simulate(planned(problem()), other)

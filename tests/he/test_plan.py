@@ -1,0 +1,85 @@
+import json
+
+import pytest
+from rich.console import Console
+
+from refattn import InvalidInput, UnsupportedProblem, he
+from refattn.he.plan import MOST_BITS
+
+from .make import planned, problem
+
+GIVEN = {"denominator": (1.0, 10.0), "norms": (8.0, 8.0), "value_most": 3.0}
+
+
+def test_a_plan_says_all():
+    p = he.plan(16, 16, 32, **GIVEN)
+    assert sum(p.ring.bits) <= MOST_BITS[p.ring.degree]
+    assert p.error <= p.tolerance
+    report = json.loads(json.dumps(p.report()))
+    assert report["levels"] == {"products": 1, "power": 1, "values": 1, "division": 3}
+    assert report["chain_bits"] == p.ring.bits
+    assert report["key_switches"] == sum(c for n, c in report["operations_of_a_block"].items() if "switch" in n)
+    assert 0 < report["error_noise"] < report["error_approximation"] < 1e-2
+    console = Console(record=True, width=200, quiet=True, file=None)
+    console.print(p.table())
+    assert len(p.table().rows) == len(report) - 1
+
+
+def test_more_costs_more():
+    first = he.plan(16, 16, 32, **GIVEN)
+    assert he.plan(16, 16, 32, p=4, **GIVEN).predicted_ms() > first.predicted_ms()
+    assert he.plan(128, 128, 64, **GIVEN).predicted_ms() > 3 * first.predicted_ms()
+    assert he.plan(16, 16, 32, **GIVEN, normalize="client").ring.degree == 8192
+    assert he.plan(16, 16, 32, **GIVEN, tolerance=1e-5).inverse.steps > first.inverse.steps
+
+
+def test_heads_share_spare_slots():
+    p = he.plan(16, 16, 32, heads=4, **GIVEN)
+    assert len(p.layout.blocks()) == 1
+    assert p.layout.heads_per_block == 4
+
+
+def test_names_differ_where_plans_do():
+    plans = [he.plan(16, 16, 32, **GIVEN), he.plan(16, 16, 32, p=4, **GIVEN), he.plan(16, 15, 32, **GIVEN)]
+    plans.append(he.plan(16, 16, 32, **GIVEN | {"denominator": (1.0, 10.1)}))
+    assert len({p.digest for p in plans}) == 4
+    assert he.plan(16, 16, 32, **GIVEN).digest == plans[0].digest
+
+
+def test_what_cannot_be_had_says_which_step_ran_out():
+    with pytest.raises(UnsupportedProblem) as e:
+        he.plan(16, 16, 32, p=8, **GIVEN | {"denominator": (1e-20, 1e12)}, tolerance=1e-3)
+    assert "he: " in str(e.value)
+    assert "a smaller p, a narrower denominator (a larger epsilon), a larger tolerance or" in str(e.value)
+    with pytest.raises(UnsupportedProblem, match=r"error's bound is .* above the tolerance 1e-15"):
+        he.plan(16, 16, 32, **GIVEN, normalize="client", tolerance=1e-15)
+    with pytest.raises(
+        UnsupportedProblem, match=r"levels are needed \(products 1, power 3, .*step 'division' runs out"
+    ):
+        he.plan(16, 16, 32, p=8, **GIVEN | {"denominator": (1e-14, 1e2)}, tolerance=0.5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"n_q": 0}, "n_q: got 0, expected an integer of at least 1"),
+        ({"p": 3}, "p: got 3, expected one of 2, 4, 6, 8"),
+        ({"denominator": (0.0, 1.0)}, r"denominator: got \(0.0, 1.0\), expected 0 < low < high"),
+        ({"epsilon": 2.0}, "with low at least epsilon = 2.0"),
+        ({"epsilon": -1.0}, "epsilon: got -1.0, expected a finite number of at least 0"),
+        ({"norms": (0.0, 1.0)}, "norms: got 0.0, expected a finite number above 0"),
+        ({"tolerance": float("nan")}, "tolerance: got nan, expected a finite number above 0"),
+        ({"normalize": "both"}, "normalize: got 'both', expected 'server' or 'client'"),
+    ],
+)
+def test_what_has_no_meaning(changed, text):
+    given = {"n_q": 4, "n_k": 4, "d_k": 4, **GIVEN} | changed
+    with pytest.raises(InvalidInput, match=text):
+        he.plan(**given)
+
+
+def test_a_plan_of_a_real_call():
+    p = planned(problem(128, 128, 64, 64, 12, epsilon=12.8))
+    assert len(p.layout.blocks()) == 24
+    assert p.layout.blocks_per_head == 2
+    assert p.loads().total() == 32 * (24 + 2 * 12)

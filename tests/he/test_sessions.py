@@ -1,0 +1,154 @@
+"""Client and server, on ciphertexts."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refattn import InvalidInput, InvalidProblem, he
+from refattn.he import wire
+from refattn.he.circuit import attend
+
+from .make import planned, problem
+from .test_circuit import exact
+
+pytest.importorskip("tenseal")
+
+CALLS = {
+    "small, p=2": (problem(5, 7, 6, 4, epsilon=0.5), {}),
+    "causal, several heads, p=4": (problem(16, 16, 32, 32, 4, 4, 3.0, causal="bottom_right"), {"tolerance": 3e-2}),
+    "the client divides": (problem(16, 16, 32, 32, 2, epsilon=0.0), {"normalize": "client"}),
+    "two blocks, many parts": (problem(128, 64, 128, 128, 1, epsilon=6.0), {}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_encrypted_is_the_simulation_within_its_noise(name):
+    x, more = CALLS[name]
+    plan = planned(x, **more)
+    client = he.Client(plan)
+    server = he.Server(plan, client.evaluation_keys())
+    query = client.encrypt(x)
+    out = client.decrypt(server.attend(query))
+    noise = np.abs(out - he.simulate(plan, x)).max()
+    # bounds are for the worst inputs; these are random ones
+    assert plan.noise / 3000 <= noise <= plan.noise
+    assert np.abs(out - exact(x)).max() <= plan.error
+    assert 0.8 <= len(query) / plan.upload_bytes <= 1.25
+
+
+@pytest.fixture(scope="module")
+def session():
+    x = problem(4, 4, 4, epsilon=0.5)
+    plan = planned(x, normalize="client")
+    client = he.Client(plan)
+    return x, plan, client, client.evaluation_keys()
+
+
+def test_the_planner_counts_what_the_engine_does(session):
+    x, plan, client, keys = session
+    server = he.Server(plan, keys)
+    engine = server._worker._arithmetic
+    done = []
+
+    class Watched:
+        def __getattr__(self, name):
+            def call(*args):
+                done.append(name)
+                return getattr(engine, name)(*args)
+
+            return call
+
+        def product(self, a, b):
+            return self.rescale(self.relinearize(self.mul(a, b)))
+
+    parts = wire.unpack(client.encrypt(x), wire.QUERY, plan.digest, 2**30).parts
+    tokens = [server._worker._loaded(parts[i : i + plan.layout.parts]) for i in range(0, len(parts), plan.layout.parts)]
+    attend(Watched(), plan.layout, plan.p, plan.inverse, plan.epsilon, plan.most, tokens[2], tokens[0], tokens[1])
+    kinds = {"switch_key": ("relinearize", "rotate", "conjugate"), "multiply": ("mul",), "rescale": ("rescale",)}
+    for kind, names in kinds.items():
+        assert sum(c for (n, _), c in plan.counts.items() if n == kind) == sum(d in names for d in done)
+
+
+def test_workers_give_the_same(session):
+    x = problem(128, 64, 64, 64, epsilon=6.0)
+    plan = planned(x)
+    client = he.Client(plan)
+    with he.Server(plan, client.evaluation_keys(), workers=2) as server:
+        for _ in range(2):
+            out = client.decrypt(server.attend(client.encrypt(x)))
+            assert np.abs(out - exact(x)).max() <= plan.error
+    with pytest.raises(InvalidInput, match="workers: got 0, expected at least 1"):
+        he.Server(plan, b"", workers=0)
+
+
+def test_what_is_not_for_this_server_is_refused(session):
+    x, plan, client, keys = session
+    server = he.Server(plan, keys)
+    query = client.encrypt(x)
+    other = he.Client(plan)
+    wider = planned(x, normalize="client", value_most=100.0)
+    cases = [
+        (lambda: client.decrypt(query), "got a query, expected a reply"),
+        (lambda: server.attend(query[:-1]), "was cut short or changed on its way"),
+        (lambda: server.attend(b"hello"), "got 5 bytes that are no message; expected a query"),
+        (lambda: server.attend(query + bytes(2**24)), "expected at most .* for a query of this plan"),
+        (lambda: server.attend(other.encrypt(x)), "a query of another client than the one whose keys are here"),
+        (lambda: he.Server(wider, keys), "evaluation keys of another plan; client and server must use the same one"),
+        (lambda: he.Server(plan, query), "got a query, expected evaluation keys"),
+        (lambda: other.decrypt(server.attend(query)), "a reply to another client or to no query that waits for one"),
+    ]
+    for call, text in cases:
+        with pytest.raises(InvalidInput, match=text):
+            call()
+    reply = server.attend(query)
+    assert np.abs(client.decrypt(reply) - exact(x)).max() <= plan.error  # the server is still up
+    with pytest.raises(InvalidInput, match="no query that waits for one"):
+        client.decrypt(reply)  # a reply counts once
+
+
+def test_bytes_that_seal_does_not_know(session):
+    _, plan, _, keys = session
+    m = wire.unpack(keys, wire.KEYS, plan.digest, 2**30)
+    broken = wire.pack(wire.Message(m.kind, m.plan, m.client, m.query, (b"no keys", m.parts[1])))
+    with pytest.raises(InvalidInput, match="he: got bytes that are no RelinKeys of this plan"):
+        he.Server(plan, broken)
+    one = wire.pack(wire.Message(m.kind, m.plan, m.client, m.query, m.parts[:1]))
+    with pytest.raises(InvalidInput, match="he: got 1 evaluation keys, expected 2"):
+        he.Server(plan, one)
+
+
+def test_the_secret_key_stays(session):
+    from refattn.he.seal import to_bytes
+
+    x, _, client, keys = session
+    secret = to_bytes(client._generator.secret_key())
+    sent = keys + client.encrypt(x)
+    chunks = {secret[i : i + 32] for i in range(64, len(secret) - 64, 997)}
+    assert len(chunks) > 50
+    assert not any(c in sent for c in chunks)
+    for way_out in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="a client holds a secret key and is not pickled or copied"):
+            way_out(client)
+    assert "Client(degree" in repr(client)
+
+
+def test_a_client_refuses_what_would_go_wrong_in_silence(session):
+    x, _, client, _ = session
+    with pytest.raises(InvalidProblem, match="query: its largest row norm"):
+        client.encrypt(x.replace(query=x.query * 3))
+
+
+@given(data=st.data())
+def test_no_changed_message_is_taken(data):
+    m = wire.Message(wire.QUERY, bytes(32), bytes(16), bytes(range(16)), (b"abc", b"", b"defg"))
+    good = wire.pack(m)
+    assert wire.unpack(good, wire.QUERY, bytes(32), 1000) == m
+    at, by = data.draw(st.integers(0, len(good) - 1)), data.draw(st.integers(1, 255))
+    changed = good[:at] + bytes([good[at] ^ by]) + good[at + 1 :]
+    for bad in (changed, good[:at], good + bytes(by)):
+        with pytest.raises(InvalidInput, match=r"^he: "):
+            wire.unpack(bad, wire.QUERY, bytes(32), 1000)
