@@ -1,8 +1,8 @@
 """Power-softmax attention on ciphertexts, beside what a user would write with TenSEAL's CKKSTensor and CKKSVector.
 
-Normal inputs, epsilon a tenth of the mean denominator, 128-bit security. Times are the server's, from the query's bytes to
-the reply's: medians of 5 after one to warm up, on one core unless workers are named. Floor: the circuit's operations at the
-costs that ``refattn.he.costs.measure`` finds on this machine.
+Normal inputs, epsilon a tenth of the mean denominator, 128-bit security. Times are the server's, from the query's bytes
+to the reply's: medians of 5 after one to warm up, on one core unless workers are named. Floor: the circuit's operations at
+the costs that ``refattn.he.costs.measure`` finds on this machine.
 """
 
 from __future__ import annotations

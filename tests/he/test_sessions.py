@@ -1,14 +1,15 @@
 """Client and server, on ciphertexts."""
 
 import copy
+import os
 import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings, target
 from hypothesis import strategies as st
 
-from refattn import InvalidInput, InvalidProblem, he
+from refattn import InvalidInput, InvalidProblem, Problem, he
 from refattn.he import wire
 from refattn.he.circuit import attend
 
@@ -38,6 +39,34 @@ def test_encrypted_is_the_simulation_within_its_noise(name):
     assert plan.noise / 3000 <= noise <= plan.noise
     assert np.abs(out - exact(x)).max() <= plan.error
     assert 0.8 <= len(query) / plan.upload_bytes <= 1.25
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """Return a plan with wide ranges, its client and its server."""
+    given = {"denominator": (0.5, 20.0), "epsilon": 0.5, "norms": (6.0, 6.0), "value_most": 2.0, "tolerance": 5.0}
+    plan = he.plan(2, 4, 4, p=2, normalize="client", **given)
+    client = he.Client(plan)
+    return plan, client, he.Server(plan, client.evaluation_keys())
+
+
+@settings(max_examples=int(os.environ.get("REFATTN_HE_EXAMPLES", "60")))
+@given(data=st.data())
+def test_no_input_in_range_breaks_the_bound(narrow, data):
+    """Hypothesis seeks the worst inputs: all weight on one key, equal keys, large values of one sign."""
+    plan, client, server = narrow
+    entries = st.floats(-3, 3).map(lambda v: round(v, 3))
+    q, k, v = (
+        np.array(data.draw(st.lists(entries, min_size=m, max_size=m))).reshape(1, 1, -1, 4) for m in (8, 16, 16)
+    )
+    x = Problem(q, k, np.clip(v, -2, 2), variant="power", options={"p": 2, "epsilon": 0.5})
+    try:
+        query = client.encrypt(x)
+    except InvalidProblem:
+        assume(False)
+    error = np.abs(client.decrypt(server.attend(query)) - exact(x)).max()
+    target(error / plan.error)
+    assert error <= plan.error
 
 
 @pytest.fixture(scope="module")
