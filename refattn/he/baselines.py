@@ -39,11 +39,7 @@ class _Public:
         return a
 
     def product(self, a: Any, b: Any) -> Any:
-        return b if isinstance(a, _One) else a * b
-
-
-class _One:
-    """A numerator of 1: the quotient's other factor is wanted alone."""
+        return a * b
 
 
 def _context(levels: int, rotations: bool, threads: int) -> Any:
@@ -84,8 +80,8 @@ def ckks_tensor(
     w = a.mm(b).square()
     d = w.sum(axis=1)
     n = w.mm(c)
-    y = inverse.apply(_Public(), _One(), d, epsilon).reshape([len(q), 1])
-    out = n * y.broadcast([len(q), v.shape[1]])
+    (y,) = inverse.factors(_Public(), d, epsilon)
+    out = n * y.reshape([len(q), 1]).broadcast([len(q), v.shape[1]])
     seconds = time.perf_counter() - start
     return np.array(out.decrypt().tolist()).reshape(len(q), -1) * inverse.output_factor, seconds
 
@@ -107,6 +103,6 @@ def ckks_vector(
         n = c[0] * weights[0]
         for x, w in zip(c[1:], weights[1:], strict=True):
             n = n + x * w
-        out.append(n * inverse.apply(_Public(), _One(), d, epsilon))
+        out.append(inverse.apply(_Public(), n, d, epsilon))
     seconds = time.perf_counter() - start
     return np.array([x.decrypt() for x in out]) * inverse.output_factor, seconds

@@ -6,8 +6,8 @@ The same text runs on float64 numbers (`Numbers`), on counts of operations and l
 - ``mul``, ``square``: the product, not yet relinearised; ``product``: relinearised and rescaled, too;
 - ``add``, ``add_constant``, ``negate``; ``times_constant``: at the square of its operand's scale;
 - ``relinearize``, ``rescale``, ``rotate`` (slot s gets what slot s + k holds), ``conjugate``;
-- ``step``: where the program is; ``within``, ``quotient``: promises about values (the largest one; that a numerator
-  is a mean of values times its denominator).
+- ``step``: where the program is; ``within``, ``quotient``, ``another``: promises about values (the largest one; that a
+  numerator is a mean of values times its denominator; that this is of another key than the first).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import numpy as np
 
 from ..errors import UnsupportedProblem
 from .inverse import Inverse
-from .layout import Layout
+from .layout import BatchLayout, Layout
 
 __all__ = ["Levels", "Numbers", "Token", "attend"]
 
 
 def attend(
     m: Any,
-    layout: Layout,
+    layout: Layout | BatchLayout,
     p: int,
     inverse: Inverse | None,
     added: float,
@@ -37,13 +37,13 @@ def attend(
     k: Sequence[Any],
     v: Sequence[Any],
 ) -> list[Any]:
-    """Return a block of queries' attention: [quotient], or [numerator, denominator] where the client divides.
+    """Return a block of queries' attention: quotients, or numerators and the denominator where the client divides.
 
     Parameters
     ----------
     m : arithmetic
         What the program runs on.
-    layout : Layout
+    layout : Layout or BatchLayout
         Where features, keys and queries lie in the slots.
     p : int
         The even power.
@@ -53,9 +53,11 @@ def attend(
         epsilon, added to the denominator.
     most : float
         The largest sum of powers that the circuit sees, which the client checks.
-    q, k, v : sequence of layout.parts ciphertexts each
-        As ``layout.queries``, ``keys`` and ``values`` make them.
+    q, k, v : sequences of ciphertexts
+        As ``layout.query_slots``, ``key_slots`` and ``value_slots`` make them.
     """
+    if isinstance(layout, BatchLayout):
+        return _attend_batch(m, layout, p, inverse, added, most, q, k, v)
     m.step("products")
     x = _dot(m, q, k)
     x = m.add(x, m.conjugate(x))  # 2·Re: two features a slot
@@ -75,6 +77,37 @@ def attend(
         return [_sum_keys(m, layout, n), d]
     n, d = m.quotient(n, d)
     return [_sum_keys(m, layout, inverse.apply(m, n, d, added))]
+
+
+def _attend_batch(
+    m: Any, layout: BatchLayout, p: int, inverse: Inverse | None, added: float, most: float,
+    q: Sequence[Any], k: Sequence[Any], v: Sequence[Any],
+) -> list[Any]:  # fmt: skip
+    """Return a query's attention where a slot is an input: no rotations."""
+    weights: list[Any] = []
+    for j in range(layout.keys):
+        m.step("products")
+        x = _dot(m, q, k[j * layout.pairs : (j + 1) * layout.pairs])
+        x = m.within(m.add(x, m.conjugate(x)), most ** (1 / p))
+        m.step("power")
+        w = _power(m, x, p)
+        weights.append(m.another(w) if weights else w)
+    d = weights[0]
+    for w in weights[1:]:
+        d = m.add(d, w)
+    m.step("values")
+    ns = [_dot(m, weights, v[c :: layout.pairs]) for c in range(layout.pairs)]
+    m.step("division")
+    if inverse is None:
+        return [*ns, d]
+    bounded = [m.quotient(n, d) for n in ns]
+    factors = inverse.factors(m, bounded[0][1], added)
+    outs = []
+    for n, _ in bounded:
+        for f in factors:
+            n = m.product(n, f)
+        outs.append(n)
+    return outs
 
 
 def _dot(m: Any, a: Sequence[Any], b: Sequence[Any]) -> Any:
@@ -160,6 +193,9 @@ class Numbers:
     def quotient(self, n: Any, d: Any) -> tuple[Any, Any]:
         return n, d
 
+    def another(self, a: Any) -> Any:
+        return a
+
     def product(self, a: Any, b: Any) -> Any:
         return a * b
 
@@ -242,6 +278,9 @@ class Levels:
 
     def quotient(self, n: Token, d: Token) -> tuple[Token, Token]:
         return n, d
+
+    def another(self, a: Token) -> Token:
+        return a
 
     def product(self, a: Token, b: Token) -> Token:
         return self.rescale(self.relinearize(self.mul(a, b)))

@@ -31,7 +31,7 @@ def simulate(plan: Plan, problem: Problem) -> Float:
 
     Returns
     -------
-    (1, heads, n_q, d_v) array
+    (b, h, n_q, d_v) array
 
     Raises
     ------
@@ -40,39 +40,40 @@ def simulate(plan: Plan, problem: Problem) -> Float:
     """
     layout = plan.layout
     q, k, v, seen = slots_of(plan, problem)
-    pairs = np.zeros((plan.heads, layout.queries, layout.groups * layout.parts), np.complex128)
+    pairs = np.zeros((plan.heads, layout.queries, layout.pairs), np.complex128)
     for block in layout.blocks():
         given = layout.query_slots(q, seen, block), layout.key_slots(k, block), layout.value_slots(v, block)
         found = attend(Numbers(), layout, plan.p, plan.inverse, plan.epsilon, plan.most, *given)
         layout.read(divided(plan, found), pairs, block)
-    return out_of(plan, pairs)
+    return out_of(plan, problem, pairs)
 
 
-def divided(plan: Plan, found: list[NDArray[np.complex128]]) -> NDArray[np.complex128]:
+def divided(plan: Plan, found: list[NDArray[np.complex128]]) -> list[NDArray[np.complex128]]:
     """Return a block's result from the slots of its ciphertexts: the client's part of the program."""
     if plan.inverse is not None:
-        return found[0] * plan.inverse.output_factor
+        return [x * plan.inverse.output_factor for x in found]
     with np.errstate(divide="ignore", invalid="ignore"):  # slots that no query is in
-        return np.asarray(found[0] / (found[1].real + plan.epsilon * plan.input_factor))
+        return [np.asarray(x / (found[-1].real + plan.epsilon * plan.input_factor)) for x in found[:-1]]
 
 
-def out_of(plan: Plan, pairs: NDArray[np.complex128]) -> Float:
-    """Return out, (1, heads, n_q, d_v), from pairs of outputs as complex numbers."""
+def out_of(plan: Plan, problem: Problem, pairs: NDArray[np.complex128]) -> Float:
+    """Return out, (b, h, n_q, d_v), from pairs of outputs as complex numbers."""
     whole = np.stack([pairs.real, pairs.imag], -1).reshape(plan.heads, plan.layout.queries, -1)
-    return np.asarray(whole[None, :, : plan.n_q, : plan.d_v])
+    return np.asarray(whole[:, : plan.n_q, : plan.d_v].reshape(problem.out_shape))
 
 
 def slots_of(plan: Plan, p: Problem) -> tuple[Float, Float, Float, NDArray[np.bool_]]:
     """Return query (scaled), key and value filled up with zeros, and which keys each query sees."""
     layout = plan.layout
     _fits(plan, p)
-    width = 2 * layout.groups * layout.parts
-    group = p.heads // p.heads_kv
-    q, k, v = (to_float64(np.asarray(x))[0] for x in (p.query, p.key, p.value))
-    k, v = (np.repeat(x, group, 0) for x in (k, v))
+    width = 2 * layout.pairs
+    q, k, v = (to_float64(np.asarray(x)) for x in (p.query, p.key, p.value))
+    k, v = (np.repeat(x, p.heads // p.heads_kv, 1) for x in (k, v))
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     seen = np.zeros((plan.heads, layout.queries, layout.keys), bool)
     for head in range(plan.heads):
-        seen[head, : plan.n_q, : plan.n_k] = visible(p, 0, head, slice(0, plan.n_q), slice(0, plan.n_k))
+        of = (head // p.heads, head % p.heads)
+        seen[head, : plan.n_q, : plan.n_k] = visible(p, *of, slice(0, plan.n_q), slice(0, plan.n_k))
     _in_range(plan, q, k, v, seen)
 
     def filled(x: Float, rows: int) -> Float:
@@ -88,9 +89,9 @@ def _fits(plan: Plan, p: Problem) -> None:
         raise UnsupportedProblem(f"he: takes arrays of numpy, got {p.kind}; problem.to('numpy') gives them")
     if p.variant != "power" or p.options.get("form", "plain") != "plain":
         raise UnsupportedProblem("he: computes variant 'power' in its plain form")
-    if p.cu_seqlens_q is not None or p.batch != 1:
-        raise UnsupportedProblem("he: computes one batch, without packed sequences")
-    found = {n: getattr(p, n) for n in ("n_q", "n_k", "d_k", "d_v", "heads")}
+    if p.cu_seqlens_q is not None:
+        raise UnsupportedProblem("he: takes no packed sequences")
+    found = {n: getattr(p, n) for n in ("n_q", "n_k", "d_k", "d_v")} | {"heads": p.batch * p.heads}
     found |= {"p": p.options.get("p", 4), "epsilon": p.options.get("epsilon", 1e-3)}
     found["scale"] = 1 / math.sqrt(p.d_k) if p.scale is None else p.scale
     for name, x in found.items():

@@ -69,9 +69,18 @@ class Inverse:
         """What the circuit's quotient is multiplied with afterwards."""
         raise NotImplementedError
 
+    def factors(self, m: Any, denominator: Any, added: float) -> list[Any]:
+        """Return what a numerator is multiplied with, one after another, by an arithmetic.
+
+        The product of all is 1 / (denominator + added) / output_factor, the denominator and `added` times input_factor.
+        """
+        raise NotImplementedError
+
     def apply(self, m: Any, numerator: Any, denominator: Any, added: float) -> Any:
         """Return numerator / (denominator + added) / output_factor by an arithmetic; both scaled by input_factor."""
-        raise NotImplementedError
+        for factor in self.factors(m, denominator, added):
+            numerator = m.product(numerator, factor)
+        return numerator
 
     def __call__(self, x: Float) -> Float:
         """Return y(x) in float64."""
@@ -107,18 +116,17 @@ class ProductInverse(Inverse):
         constant = math.prod(c for _, c in self._quadratics())
         return (self.high - self.low) / (self.high + self.low) / constant
 
-    def apply(self, m: Any, numerator: Any, denominator: Any, added: float) -> Any:
+    def factors(self, m: Any, denominator: Any, added: float) -> list[Any]:
+        if self.steps == 1:
+            return []
         u = m.add_constant(m.negate(denominator), self.centre - added * self.input_factor)
-        factors = [numerator]
-        if self.steps > 1:
-            square = m.relinearize(m.square(u))
-            for linear, constant in self._quadratics():
-                z = m.add(m.times_constant(u, linear), square)
-                factors.append(m.rescale(m.add_constant(z, constant)))
-        while len(factors) > 1:
-            pairs = [m.product(x, y) for x, y in zip(factors[::2], factors[1::2], strict=False)]
-            factors = pairs + factors[len(pairs) * 2 :]
-        return factors[0]
+        square = m.relinearize(m.square(u))
+        quadratics = []
+        for linear, constant in self._quadratics():
+            z = m.add(m.times_constant(u, linear), square)
+            quadratics.append(m.rescale(m.add_constant(z, constant)))
+        # 1, 2, 4, ... of them: each product is there when the numerator has come so far
+        return [_product(m, quadratics[2**i - 1 : 2 ** (i + 1) - 1]) for i in range(self.steps - 1)]
 
 
 class ChebyshevInverse(Inverse):
@@ -149,7 +157,7 @@ class ChebyshevInverse(Inverse):
         alpha, _, scale = self._constants()
         return math.prod(a / s for a, s in zip(alpha, scale, strict=True)) / scale[0]
 
-    def apply(self, m: Any, numerator: Any, denominator: Any, added: float) -> Any:
+    def factors(self, m: Any, denominator: Any, added: float) -> list[Any]:
         _, beta, scale = self._constants()
         w = m.add_constant(m.negate(denominator), scale[0] - added * self.input_factor)
         y = None
@@ -158,7 +166,14 @@ class ChebyshevInverse(Inverse):
             y = factor if y is None else m.product(y, factor)
             if k < self.steps - 1:
                 w = m.add_constant(m.rescale(m.relinearize(m.square(w))), -scale[k + 1] * beta[k])
-        return m.product(numerator, y)
+        return [y]
+
+
+def _product(m: Any, factors: list[Any]) -> Any:
+    """Return a product of 2**i factors, in i levels."""
+    while len(factors) > 1:
+        factors = [m.product(x, y) for x, y in zip(factors[::2], factors[1::2], strict=True)]
+    return factors[0]
 
 
 def choose(low: float, high: float, relative_error: float) -> list[Inverse]:

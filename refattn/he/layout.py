@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import UnsupportedProblem
 
-__all__ = ["Layout", "layout_for"]
+__all__ = ["BatchLayout", "Layout", "layout_for"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -49,6 +49,26 @@ class Layout:
     parts: int
     queries: int
     heads: int
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of features, or of outputs, that are carried."""
+        return self.groups * self.parts
+
+    @property
+    def query_parts(self) -> int:
+        """Ciphertexts of a block's queries."""
+        return self.parts
+
+    @property
+    def shared_parts(self) -> int:
+        """Ciphertexts of keys, and as many of values, that the blocks of the same heads share."""
+        return self.parts
+
+    @property
+    def outs(self) -> int:
+        """Ciphertexts of a block's result."""
+        return 1
 
     @property
     def baby(self) -> int:
@@ -131,20 +151,88 @@ class Layout:
         j = np.arange(self.groups * self.keys) % self.keys
         return self._tiled(z[heads[None, :], j[:, None], self._pairs(r)[:, None]])
 
-    def read(self, slots: Complex, out: Complex, block: tuple[int, int]) -> None:
+    def read(self, slots: list[Complex], out: Complex, block: tuple[int, int]) -> None:
         """Put a block's result into out, (heads, queries, pairs) complex: two outputs a number."""
-        rows = slots[: self.groups * self.keys * self.columns].reshape(-1, self.columns)
+        rows = slots[0][: self.groups * self.keys * self.columns].reshape(-1, self.columns)
         pairs = np.arange(self.groups * self.parts)
         found = rows[pairs // self.parts * self.keys + pairs % self.parts]
         for c, (head, query) in enumerate(self._columns(block)):
             out[head, query] = found[:, c]
 
 
+@dataclass(frozen=True)
+class BatchLayout:
+    """A slot is a head of an input: every pair of features of every row is a ciphertext of its own, a block a query.
+
+    Attributes
+    ----------
+    slots, heads : int
+        Slots of a ciphertext, and how many of them are used.
+    queries, keys, pairs : int
+        Rows, and pairs of features.
+    """
+
+    slots: int
+    heads: int
+    queries: int
+    keys: int
+    pairs: int
+
+    @property
+    def query_parts(self) -> int:
+        """Ciphertexts of a query."""
+        return self.pairs
+
+    @property
+    def shared_parts(self) -> int:
+        """Ciphertexts of the keys, and as many of the values."""
+        return self.keys * self.pairs
+
+    @property
+    def outs(self) -> int:
+        """Ciphertexts of a query's result."""
+        return self.pairs
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Return (0, query) of each query."""
+        return [(0, i) for i in range(self.queries)]
+
+    def _slots(self, x: Complex) -> Complex:
+        return np.pad(x, (0, self.slots - len(x)))
+
+    def query_slots(self, q: Float, seen: NDArray[np.bool_], block: tuple[int, int]) -> list[Complex]:
+        """Return the ciphertexts' slots of a query; q is (heads, queries, pairs·2).
+
+        Raises
+        ------
+        UnsupportedProblem
+            A key is hidden: here a query is one ciphertext for all keys.
+        """
+        if not seen.all():
+            raise UnsupportedProblem("he: mode='throughput' takes no masks")
+        row = q[:, block[1]]
+        return [self._slots(z / 2) for z in (row[:, 0::2] + 1j * row[:, 1::2]).T]
+
+    def key_slots(self, k: Float, block: tuple[int, int]) -> list[Complex]:
+        """Return the slots of all keys, (keys, pairs) flattened."""
+        return [self._slots(z) for rows in (k[..., 0::2] - 1j * k[..., 1::2]).transpose(1, 2, 0) for z in rows]
+
+    def value_slots(self, v: Float, block: tuple[int, int]) -> list[Complex]:
+        """Return the slots of all values, (keys, pairs) flattened."""
+        return [self._slots(z) for rows in (v[..., 0::2] + 1j * v[..., 1::2]).transpose(1, 2, 0) for z in rows]
+
+    def read(self, slots: list[Complex], out: Complex, block: tuple[int, int]) -> None:
+        """Put a query's result into out, (heads, queries, pairs) complex."""
+        out[:, block[1]] = np.stack(slots, 1)[: self.heads]
+
+
 def _powers(first: int, end: int) -> list[int]:
     return [first << i for i in range(max(0, (end // first).bit_length() - 1))]
 
 
-def layout_for(slots: int, n_q: int, n_k: int, d_k: int, d_v: int, heads: int) -> Layout:
+def layout_for(
+    slots: int, n_q: int, n_k: int, d_k: int, d_v: int, heads: int, mode: str = "latency"
+) -> Layout | BatchLayout:
     """Return the layout of a call.
 
     Raises
@@ -152,6 +240,10 @@ def layout_for(slots: int, n_q: int, n_k: int, d_k: int, d_v: int, heads: int) -
     UnsupportedProblem
         The keys and features do not fit.
     """
+    if mode == "throughput":
+        if heads > slots:
+            raise UnsupportedProblem(f"he: {heads} heads of inputs do not fit {slots} slots")
+        return BatchLayout(slots, heads, n_q, n_k, -(-max(d_k, d_v) // 2))
     keys, queries, pairs = (1 << (n - 1).bit_length() for n in (n_k, n_q, -(-max(d_k, d_v) // 2)))
     columns = min(queries * (1 << (heads - 1).bit_length()), max(1, slots // max(keys, pairs)))
     groups = max(1, min(pairs, slots // (keys * columns)))

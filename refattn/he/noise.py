@@ -139,7 +139,9 @@ class Bounds:
         return replace(a, variance=a.variance + self._rounding(scale), scale=scale, limbs=a.limbs - 1)
 
     def rotate(self, a: Noisy, k: int) -> Noisy:
-        a = self.relinearize(a)
+        return self.another(self.relinearize(a))
+
+    def another(self, a: Noisy) -> Noisy:
         if not a.of_keys:
             return a
         return replace(a, value=np.full_like(a.value, a.value[0]), variance=np.full_like(a.variance, a.variance[0]))

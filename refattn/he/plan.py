@@ -17,7 +17,7 @@ from ..errors import InvalidInput, UnsupportedProblem
 from .circuit import Levels, Numbers, Token, attend
 from .costs import COSTS, Costs, predicted_ms
 from .inverse import Inverse, choose
-from .layout import Layout, layout_for
+from .layout import BatchLayout, Layout, layout_for
 from .noise import Bounds, Ring, quantile
 
 __all__ = ["Plan", "plan"]
@@ -46,6 +46,8 @@ class Plan:
         The largest size of an element of value.
     normalize : str
         Who divides: "server" by a polynomial, or "client", who then learns the denominators.
+    mode : str
+        "latency" (a call's numbers share ciphertexts) or "throughput" (a slot is an input).
     tolerance : float
         The largest error wanted of an element of out.
     ring, layout, inverse
@@ -72,9 +74,10 @@ class Plan:
     norms: tuple[float, float]
     value_most: float
     normalize: str
+    mode: str
     tolerance: float
     ring: Ring
-    layout: Layout
+    layout: Layout | BatchLayout
     inverse: Inverse | None
     levels: dict[str, int]
     counts: Counter[tuple[str, int]]
@@ -101,8 +104,9 @@ class Plan:
         """Return the ciphertexts of a query by ("load", primes left)."""
         blocks = self.layout.blocks()
         groups, top = len({h for h, _ in blocks}), self.ring.levels + 1
-        found = Counter({("load", top): self.layout.parts * (len(blocks) + groups)})
-        found["load", self.value_limbs] += self.layout.parts * groups
+        shared = self.layout.shared_parts * groups
+        found = Counter({("load", top): self.layout.query_parts * len(blocks) + shared})
+        found["load", self.value_limbs] += shared
         return found
 
     @property
@@ -133,6 +137,7 @@ class Plan:
         """What messages name the plan by."""
         names = ("n_q", "n_k", "d_k", "d_v", "heads", "p", "denominator", "epsilon", "scale", "norms", "value_most")
         text = {n: getattr(self, n) for n in names} | {"ring": asdict(self.ring), "layout": asdict(self.layout)}
+        text["mode"] = self.mode
         text["inverse"] = None if self.inverse is None else [type(self.inverse).__name__, self.inverse.steps]
         return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).digest()
 
@@ -183,6 +188,7 @@ def plan(
     value_most: float,
     tolerance: float = 1e-2,
     normalize: str = "server",
+    mode: str = "latency",
     inverse: Inverse | None = None,
 ) -> Plan:
     """Return the fastest plan for power-softmax attention on ciphertexts within a tolerance.
@@ -190,7 +196,7 @@ def plan(
     Parameters
     ----------
     n_q, n_k, d_k, d_v, heads : int
-        Sizes; d_v is d_k by default.
+        Sizes; d_v is d_k by default. heads counts those of all batches.
     p : int
         2, 4, 6 or 8.
     denominator : (low, high)
@@ -205,6 +211,9 @@ def plan(
         The largest error of an element of out.
     normalize : {"server", "client"}
         Who divides. The client learns the denominators where it does.
+    mode : {"latency", "throughput"}
+        A call's numbers share few ciphertexts, or each has one of its own with a slot for each of up to thousands of
+        heads: a long time and a large upload, little by head; without masks.
     inverse : Inverse, optional
         The polynomial for 1/D; by default the one with the fastest plan.
 
@@ -215,7 +224,7 @@ def plan(
     UnsupportedProblem
         No ring at 128 bits of security does it; the text names the step that ran out of levels and what would help.
     """
-    _check(n_q, n_k, d_k, d_v, heads, p, denominator, epsilon, norms, value_most, tolerance, normalize)
+    _check(n_q, n_k, d_k, d_v, heads, p, denominator, epsilon, norms, value_most, tolerance, normalize, mode)
     d_v = d_k if d_v is None else d_v
     low, high = denominator
     inverses: Sequence[Inverse | None] = [None]
@@ -230,7 +239,7 @@ def plan(
                 "denominator": (float(low), float(high)), "epsilon": float(epsilon),
                 "scale": 1 / math.sqrt(d_k) if scale is None else float(scale),
                 "norms": (float(norms[0]), float(norms[1])), "value_most": float(value_most),
-                "normalize": normalize, "tolerance": float(tolerance),
+                "normalize": normalize, "mode": mode, "tolerance": float(tolerance),
             }  # fmt: skip
             made = _try(given, candidate, degree, obstacles)
             if made is not None:
@@ -246,15 +255,16 @@ def plan(
 
 def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles: list[str]) -> Plan | None:
     """Return the plan at a degree, or None, with what was in the way."""
-    sizes = (given[n] for n in ("n_q", "n_k", "d_k", "d_v", "heads"))
+    sizes = {n: given[n] for n in ("n_q", "n_k", "d_k", "d_v", "heads", "mode")}
     try:
-        layout = layout_for(degree // 2, *sizes)
+        layout = layout_for(degree // 2, **sizes)
     except UnsupportedProblem as e:
         obstacles.append(str(e).removeprefix("he: "))
         return None
-    counting = Levels()
-    tokens = [Token(99)] * layout.parts
-    outs = attend(counting, layout, given["p"], inverse, given["epsilon"], 1.0, tokens, tokens, tokens)
+    queries, shared = layout.query_parts, layout.shared_parts
+    counting, top = Levels(), Token(99)
+    common = (layout, given["p"], inverse, given["epsilon"], 1.0)
+    outs = attend(counting, *common, [top] * queries, [top] * shared, [top] * shared)
     depth = 99 - min(x.limbs for x in outs)
     middle = min(MOST_MIDDLE, (MOST_BITS[degree] - 20) // (depth + 2))
     if middle < LEAST_MIDDLE:
@@ -271,10 +281,9 @@ def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles:
         return None
     first = min(MOST_FIRST, middle + 10)
     ring = Ring(degree, first, middle, first, depth)
-    exact = Levels()
-    tokens = [Token(depth + 1)] * layout.parts
-    values = [Token(depth + 1 - counting.levels["products"] - counting.levels["power"])] * layout.parts
-    attend(exact, layout, given["p"], inverse, given["epsilon"], 1.0, tokens, tokens, values)
+    exact, top = Levels(), Token(depth + 1)
+    at_values = Token(depth + 1 - counting.levels["products"] - counting.levels["power"])
+    attend(exact, *common, [top] * queries, [top] * shared, [at_values] * shared)
     approximation = 0.0 if inverse is None else inverse.relative_error * given["value_most"]
     made = Plan(
         **given,
@@ -302,23 +311,23 @@ def noise_of(p: Plan) -> float:
     low, high = ((x - p.epsilon) * p.input_factor for x in p.denominator)
     points = np.linspace(low, high, 257)
     m = Bounds(p.ring, math.sqrt(2) * p.value_most, points)
-    pairs = p.layout.groups * p.layout.parts
+    pairs = p.layout.pairs
     factor = p.scale * p.input_factor ** (1 / p.p)
     q = m.fresh(p.norms[0] * factor / 2 / math.sqrt(pairs))
     k = m.fresh(p.norms[1] / math.sqrt(pairs))
     v = m.fresh(math.sqrt(2) * p.value_most)
-    parts = p.layout.parts
-    outs = attend(m, p.layout, p.p, p.inverse, p.epsilon, p.most, [q] * parts, [k] * parts, [v] * parts)
+    queries, shared = p.layout.query_parts, p.layout.shared_parts
+    outs = attend(m, p.layout, p.p, p.inverse, p.epsilon, p.most, [q] * queries, [k] * shared, [v] * shared)
     count = p.heads * p.n_q * p.d_v
     if p.inverse is None:
-        numerator, denominator = outs
+        numerator, denominator = outs[0], outs[-1]
         # d(n/d) = dn/d - n/d · dd/d, where d has its epsilon
         least = p.denominator[0] * p.input_factor
         variance = (
             float(numerator.variance.max()) + 2 * p.value_most**2 * float(denominator.variance.max())
         ) / least**2
         return quantile(count) * math.sqrt(variance / 2)
-    (out,) = outs
+    out = outs[0]
     numbers, step = Numbers(), (points[-1] - points[0]) * 1e-6
 
     def circuit(x: Any) -> Any:
@@ -331,7 +340,7 @@ def noise_of(p: Plan) -> float:
 
 def _check(
     n_q: Any, n_k: Any, d_k: Any, d_v: Any, heads: Any, p: Any, denominator: Any, epsilon: Any, norms: Any,
-    value_most: Any, tolerance: Any, normalize: Any,
+    value_most: Any, tolerance: Any, normalize: Any, mode: Any,
 ) -> None:  # fmt: skip
     sizes = {"n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_k if d_v is None else d_v, "heads": heads}
     for name, n in sizes.items():
@@ -352,3 +361,5 @@ def _check(
         )
     if normalize not in ("server", "client"):
         raise InvalidInput(f"normalize: got {normalize!r}, expected 'server' or 'client'")
+    if mode not in ("latency", "throughput"):
+        raise InvalidInput(f"mode: got {mode!r}, expected 'latency' or 'throughput'")

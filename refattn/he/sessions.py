@@ -66,7 +66,7 @@ class Client:
         Parameters
         ----------
         problem : Problem
-            Of variant "power", one batch, the plan's sizes, p, epsilon and scale; NumPy arrays.
+            Of variant "power", the plan's sizes, p, epsilon and scale; NumPy arrays.
 
         Raises
         ------
@@ -89,7 +89,7 @@ class Client:
         return pack(Message(QUERY, plan.digest, self._name, name, tuple(parts)))
 
     def decrypt(self, reply: bytes) -> Float:
-        """Return out, (1, heads, n_q, d_v), of a reply to a query of this client.
+        """Return out, (b, h, n_q, d_v), of a reply to a query of this client.
 
         Raises
         ------
@@ -100,16 +100,15 @@ class Client:
         m = unpack(reply, REPLY, plan.digest, SLACK * (plan.upload_bytes + 2**20))
         if m.client != self._name or m.query not in self._asked:
             raise InvalidInput("he: got a reply to another client or to no query that waits for one")
-        layout, each = plan.layout, 1 if plan.inverse is not None else 2
+        layout, each = plan.layout, plan.layout.outs + (plan.inverse is None)
         blocks = layout.blocks()
         if len(m.parts) != each * len(blocks):
             raise InvalidInput(f"he: got a reply of {len(m.parts)} ciphertexts, expected {each * len(blocks)}")
-        pairs = np.zeros((plan.heads, layout.queries, layout.groups * layout.parts), np.complex128)
+        pairs = np.zeros((plan.heads, layout.queries, layout.pairs), np.complex128)
         for i, block in enumerate(blocks):
             slots = [self._decrypted(x) for x in m.parts[each * i : each * (i + 1)]]
             layout.read(divided(plan, slots), pairs, block)
-        del self._asked[m.query]
-        return out_of(plan, pairs)
+        return out_of(plan, self._asked.pop(m.query), pairs)
 
     def _encrypted(self, slots: Any, limbs: int | None = None) -> bytes:
         ring = self.plan.ring
@@ -175,14 +174,14 @@ class Server:
         wanted = plan.loads().total()
         if len(m.parts) != wanted:
             raise InvalidInput(f"he: got a query of {len(m.parts)} ciphertexts, expected {wanted}")
-        tasks, at, shared = [], 0, 2 * layout.parts
+        tasks, at, shared = [], 0, 2 * layout.shared_parts
         previous = None
         for head, _ in layout.blocks():
             if head != previous:
                 previous, first = head, at
                 at += shared
-            tasks.append((m.parts[first : first + shared], m.parts[at : at + layout.parts]))
-            at += layout.parts
+            tasks.append((m.parts[first : first + shared], m.parts[at : at + layout.query_parts]))
+            at += layout.query_parts
         if self._pool is None:
             found = [self._worker.block(*t) for t in tasks]
         else:
@@ -202,7 +201,7 @@ class _Worker:
 
     def block(self, shared: tuple[bytes, ...], queries: tuple[bytes, ...]) -> list[bytes]:
         """Return the ciphertexts of a block's result."""
-        plan, half = self.plan, self.plan.layout.parts
+        plan, half = self.plan, self.plan.layout.shared_parts
         if self._shared[0] != shared:
             self._shared = (shared, self._loaded(shared))
         keys, values = self._shared[1][:half], self._shared[1][half:]

@@ -15,7 +15,7 @@ from .make import planned, problem
 def exact(x):
     """Return the definition's answer, correctly rounded."""
     options = {n: getattr(x, n) for n in ("scale", "causal", "window", "allowed")}
-    return power_attention(x.query, x.key, x.value, **options, **x.options)[0]
+    return power_attention(x.query, x.key, x.value, **options, **x.options)
 
 
 @given(data=st.data())
@@ -40,6 +40,23 @@ def sees(x):
     from refattn.masks import visible
 
     return any(visible(x, 0, h, slice(0, x.n_q), slice(0, x.n_k)).any() for h in range(x.heads))
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.sampled_from([2, 4, 6, 8]), st.integers(0, 99))
+def test_a_slot_an_input_is_the_definition_too(n_q, n_k, d, p, seed):
+    x = problem(n_q, n_k, d, d + 1, 2, p, 1.0, seed, batch=3)
+    for more in ({"normalize": "client"}, {}):
+        plan = planned(x, mode="throughput", tolerance=10.0, **more)
+        error = np.abs(he.simulate(plan, x) - exact(x)).max()
+        assert error <= plan.approximation + 1e-9 * plan.value_most
+
+
+def test_a_slot_an_input_takes_no_masks():
+    x = problem(3, 3, causal="bottom_right")
+    with pytest.raises(UnsupportedProblem, match="he: mode='throughput' takes no masks"):
+        he.simulate(planned(x, mode="throughput", normalize="client", tolerance=10.0), x)
+    with pytest.raises(UnsupportedProblem, match="he: 9000 heads of inputs do not fit 8192 slots"):
+        layout_for(8192, 1, 1, 2, 2, 9000, "throughput")
 
 
 @pytest.mark.parametrize("p", [2, 4, 6])

@@ -69,6 +69,7 @@ def test_what_cannot_be_had_says_which_step_ran_out():
         ({"epsilon": -1.0}, "epsilon: got -1.0, expected a finite number of at least 0"),
         ({"norms": (0.0, 1.0)}, "norms: got 0.0, expected a finite number above 0"),
         ({"tolerance": float("nan")}, "tolerance: got nan, expected a finite number above 0"),
+        ({"mode": "fast"}, "mode: got 'fast', expected 'latency' or 'throughput'"),
         ({"normalize": "both"}, "normalize: got 'both', expected 'server' or 'client'"),
     ],
 )

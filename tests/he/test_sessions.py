@@ -22,6 +22,10 @@ CALLS = {
     "small, p=2": (problem(5, 7, 6, 4, epsilon=0.5), {}),
     "causal, several heads, p=4": (problem(16, 16, 32, 32, 4, 4, 3.0, causal="bottom_right"), {"tolerance": 3e-2}),
     "the client divides": (problem(16, 16, 32, 32, 2, epsilon=0.0), {"normalize": "client"}),
+    "two batches": (problem(5, 7, 6, 4, 2, epsilon=0.5, batch=2), {}),
+    "throughput": (problem(2, 3, 4, 6, 2, epsilon=0.5, batch=50), {"mode": "throughput"}),
+    "throughput, p=4": (problem(2, 3, 4, 6, 2, 4, 0.5, batch=5), {"mode": "throughput", "tolerance": 1.0}),
+    "throughput, the client divides": (problem(2, 3, 4, batch=9), {"mode": "throughput", "normalize": "client"}),
     "two blocks, many parts": (problem(128, 64, 128, 128, 1, epsilon=6.0), {}),
 }
 
@@ -56,9 +60,7 @@ def test_no_input_in_range_breaks_the_bound(narrow, data):
     """Hypothesis seeks the worst inputs: all weight on one key, equal keys, large values of one sign."""
     plan, client, server = narrow
     entries = st.floats(-3, 3).map(lambda v: round(v, 3))
-    q, k, v = (
-        np.array(data.draw(st.lists(entries, min_size=m, max_size=m))).reshape(1, 1, -1, 4) for m in (8, 16, 16)
-    )
+    q, k, v = (np.array(data.draw(st.lists(entries, min_size=m, max_size=m))).reshape(1, 1, -1, 4) for m in (8, 16, 16))
     x = Problem(q, k, np.clip(v, -2, 2), variant="power", options={"p": 2, "epsilon": 0.5})
     try:
         query = client.encrypt(x)
