@@ -55,7 +55,7 @@ class Inverse:
 
     @property
     def relative_error(self) -> float:
-        """The largest |1 - D·y(D)| on the interval: 1/T_m(t0)."""
+        """The largest size of 1 - D·y(D) on the interval: 1/T_m(t0)."""
         exponent = self.order * math.acosh(self.centre)
         return 1 / math.cosh(exponent) if exponent < 700 else 0.0
 
