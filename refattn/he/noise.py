@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 __all__ = ["Bounds", "Noisy", "Ring", "quantile"]
 
 Float = NDArray[np.float64]
-ERROR = 3.2**2  # variance of an error coefficient (SEAL: centred binomial of standard deviation 3.2)
+ERROR = 10.5  # variance of an error coefficient (SEAL: the difference of two sums of 21 bits)
 SECRET = 2 / 3  # variance of a coefficient of the ternary secret key
 
 
@@ -130,9 +130,10 @@ class Bounds:
 
     def relinearize(self, a: Noisy) -> Noisy:
         n, ring = self.ring.degree, self.ring
-        # digits of a prime's size times errors, divided by the special prime
-        digits = a.limbs * n * ERROR / 12 * 4.0 ** (max(ring.first, ring.middle) - ring.special)
-        return replace(a, variance=a.variance + n * digits / a.scale**2 + self._rounding(a.scale))
+        # SEAL's digits lie between 0 and a prime, not about 0: their mean is half a prime times 1 + X + ... + X**(N-1),
+        # which is 2/(1 - root) at a slot's root, N·2/pi at slot 0. Errors times digits go through the special prime.
+        digits = a.limbs * (n / math.pi) ** 2 * 4.0 ** (max(ring.first, ring.middle) - ring.special)
+        return replace(a, variance=a.variance + ERROR * n * digits / a.scale**2 + self._rounding(a.scale))
 
     def rescale(self, a: Noisy) -> Noisy:
         scale = a.scale / 2.0**self.ring.middle
@@ -165,5 +166,9 @@ class Bounds:
 
 
 def quantile(count: int, chance: float = 2.0**-40) -> float:
-    """Return how many standard deviations the largest of `count` normal numbers exceeds by a chance only."""
-    return math.sqrt(2 * math.log(2 * count / chance))
+    """Return how many standard deviations the largest of `count` noises exceeds by a chance only.
+
+    A slot's noise is near a product of two normal numbers (a rounding times the secret key, an error times a digit):
+    its tail is sqrt(pi·t)·exp(-2t).
+    """
+    return (math.log(count / chance) + 3) / 2

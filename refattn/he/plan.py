@@ -266,9 +266,10 @@ def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles:
     common = (layout, given["p"], inverse, given["epsilon"], 1.0)
     outs = attend(counting, *common, [top] * queries, [top] * shared, [top] * shared)
     depth = 99 - min(x.limbs for x in outs)
-    middle = min(MOST_MIDDLE, (MOST_BITS[degree] - 20) // (depth + 2))
+    # a special prime larger than the others keeps the key switching's noise small
+    middle = min(MOST_MIDDLE, (MOST_BITS[degree] - MOST_FIRST - 10) // (depth + 1))
     if middle < LEAST_MIDDLE:
-        room = (MOST_BITS[degree] - 20) // LEAST_MIDDLE - 2
+        room = (MOST_BITS[degree] - MOST_FIRST - 10) // LEAST_MIDDLE - 1
         used, out_at = 0, ""
         for step, n in counting.levels.items():
             used += n
@@ -280,7 +281,7 @@ def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles:
         )
         return None
     first = min(MOST_FIRST, middle + 10)
-    ring = Ring(degree, first, middle, first, depth)
+    ring = Ring(degree, first, middle, MOST_FIRST, depth)
     exact, top = Levels(), Token(depth + 1)
     at_values = Token(depth + 1 - counting.levels["products"] - counting.levels["power"])
     attend(exact, *common, [top] * queries, [top] * shared, [at_values] * shared)
@@ -326,7 +327,7 @@ def noise_of(p: Plan) -> float:
         variance = (
             float(numerator.variance.max()) + 2 * p.value_most**2 * float(denominator.variance.max())
         ) / least**2
-        return quantile(count) * math.sqrt(variance / 2)
+        return quantile(count) * math.sqrt(variance)
     out = outs[0]
     numbers, step = Numbers(), (points[-1] - points[0]) * 1e-6
 
@@ -335,7 +336,7 @@ def noise_of(p: Plan) -> float:
 
     slope = np.abs(circuit(points + step) - circuit(points - step)) / (2 * step)
     variance = out.variance + (math.sqrt(2) * p.value_most * points * slope) ** 2 * m.denominator_variance
-    return quantile(count) * p.inverse.output_factor * math.sqrt(float(variance.max()) / 2)
+    return quantile(count) * p.inverse.output_factor * math.sqrt(float(variance.max()))
 
 
 def _check(

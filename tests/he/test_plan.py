@@ -30,7 +30,7 @@ def test_more_costs_more():
     assert he.plan(16, 16, 32, p=4, **GIVEN).predicted_ms() > first.predicted_ms()
     assert he.plan(128, 128, 64, **GIVEN).predicted_ms() > 3 * first.predicted_ms()
     assert he.plan(16, 16, 32, **GIVEN, normalize="client").ring.degree == 8192
-    assert he.plan(16, 16, 32, **GIVEN, tolerance=1e-5).inverse.steps > first.inverse.steps
+    assert first.inverse.steps > he.plan(16, 16, 32, **GIVEN, tolerance=0.2).inverse.steps
 
 
 def test_heads_share_spare_slots():
