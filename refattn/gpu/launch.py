@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from . import mma, simt, sm90
+from . import simt, sm90
 from .build import compiled, text_of
-from .plan import Call, Plan, configured
+from .plan import MODULES, Call, Plan, configured
 from .views import View, empty, library
 
 __all__ = ["capability", "launch"]
 
-MODULES = {"simt": simt, "mma": mma, "sm90": sm90}
 POINTERS = ("query", "key", "value", "out", "lse", "bias", "sink", "allowed", "blocks", "cu_q", "cu_k")
 PARAMS = struct.Struct("@12Q24q2d13i4x")  # params.cuh
 CAUSAL = {None: 0, "top_left": 1, "bottom_right": 2}

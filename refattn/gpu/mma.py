@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .simt import target
+from .simt import target, threads
 
 if TYPE_CHECKING:
     from .plan import Call
@@ -93,11 +93,6 @@ def macros(call: Call) -> dict[str, Any]:
 def block_rows(m: dict[str, Any]) -> int:
     """Return the query rows of a block."""
     return int(16 * m["M_TILES"] * m["WARPS"])
-
-
-def threads(m: dict[str, Any]) -> int:
-    """Return the threads of a block."""
-    return int(32 * m["WARPS"])
 
 
 def shared_bytes(m: dict[str, Any]) -> int:

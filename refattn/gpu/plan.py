@@ -13,7 +13,7 @@ from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..problem import Problem
 from . import mma, simt, sm90
 
-__all__ = ["ACCURACIES", "IMPLS", "Call", "Plan", "check_block_mask", "choose", "configured", "plan"]
+__all__ = ["ACCURACIES", "IMPLS", "MODULES", "Call", "Plan", "check_block_mask", "choose", "configured", "plan"]
 
 MODULES = {"sm90": sm90, "mma": mma, "simt": simt}
 IMPLS = tuple(MODULES)

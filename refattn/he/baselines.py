@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UnsupportedProblem
+from .circuit import Numbers
 from .inverse import ChebyshevInverse
 
 __all__ = ["ckks_tensor", "ckks_vector"]
@@ -20,26 +21,11 @@ __all__ = ["ckks_tensor", "ckks_vector"]
 Float = NDArray[np.float64]
 
 
-class _Public:
-    """The arithmetic of TenSEAL's types."""
-
-    def add_constant(self, a: Any, c: float) -> Any:
-        return a + c
-
-    def negate(self, a: Any) -> Any:
-        return -a
+class _Public(Numbers):
+    """The arithmetic of TenSEAL's types: theirs is written as that of numbers."""
 
     def square(self, a: Any) -> Any:
         return a.square()
-
-    def relinearize(self, a: Any) -> Any:
-        return a
-
-    def rescale(self, a: Any) -> Any:
-        return a
-
-    def product(self, a: Any, b: Any) -> Any:
-        return a * b
 
 
 def _context(levels: int, rotations: bool, threads: int) -> Any:

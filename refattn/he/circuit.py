@@ -12,6 +12,7 @@ The same text runs on float64 numbers (`Numbers`), on counts of operations and l
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ..errors import UnsupportedProblem
 from .inverse import Inverse
 from .layout import BatchLayout, Layout
 
-__all__ = ["Levels", "Numbers", "Token", "attend"]
+__all__ = ["Arithmetic", "Levels", "Numbers", "Token", "attend"]
 
 
 def attend(
@@ -151,11 +152,36 @@ def _sum_keys(m: Any, layout: Layout, n: Any) -> Any:
     return n
 
 
-class Numbers:
-    """float64 (complex) slots: what the circuit computes without keys and noise."""
+class Arithmetic(ABC):
+    """What most arithmetics do alike: promises change nothing, and a product is relinearised and rescaled."""
 
-    def step(self, name: str) -> None:
+    def step(self, name: str) -> None:  # noqa: B027 (most do not care)
         """Note where the program is."""
+
+    def within(self, a: Any, most: float) -> Any:
+        return a
+
+    def quotient(self, n: Any, d: Any) -> tuple[Any, Any]:
+        return n, d
+
+    def another(self, a: Any) -> Any:
+        return a
+
+    def product(self, a: Any, b: Any) -> Any:
+        return self.rescale(self.relinearize(self.mul(a, b)))
+
+    @abstractmethod
+    def mul(self, a: Any, b: Any) -> Any: ...
+
+    @abstractmethod
+    def relinearize(self, a: Any) -> Any: ...
+
+    @abstractmethod
+    def rescale(self, a: Any) -> Any: ...
+
+
+class Numbers(Arithmetic):
+    """float64 (complex) slots: what the circuit computes without keys and noise."""
 
     def mul(self, a: Any, b: Any) -> Any:
         return a * b
@@ -187,18 +213,6 @@ class Numbers:
     def conjugate(self, a: Any) -> Any:
         return np.conj(a)
 
-    def within(self, a: Any, most: float) -> Any:
-        return a
-
-    def quotient(self, n: Any, d: Any) -> tuple[Any, Any]:
-        return n, d
-
-    def another(self, a: Any) -> Any:
-        return a
-
-    def product(self, a: Any, b: Any) -> Any:
-        return a * b
-
 
 @dataclass(frozen=True)
 class Token:
@@ -207,7 +221,7 @@ class Token:
     limbs: int
 
 
-class Levels:
+class Levels(Arithmetic):
     """Counts of operations by the primes that their operands have left, and of the levels that each step takes.
 
     Attributes
@@ -272,15 +286,3 @@ class Levels:
 
     def conjugate(self, a: Token) -> Token:
         return self._did("switch_key", a)
-
-    def within(self, a: Token, most: float) -> Token:
-        return a
-
-    def quotient(self, n: Token, d: Token) -> tuple[Token, Token]:
-        return n, d
-
-    def another(self, a: Token) -> Token:
-        return a
-
-    def product(self, a: Token, b: Token) -> Token:
-        return self.rescale(self.relinearize(self.mul(a, b)))

@@ -8,6 +8,7 @@ polynomial, u = (a + b - 2D)/(b - a) and t0 = (b + a)/(b - a): it equals 1 at D 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ Float = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Inverse:
+class Inverse(ABC):
     """An approximation of 1/D on [low, high] by a polynomial.
 
     Attributes
@@ -49,9 +50,9 @@ class Inverse:
         return (self.high + self.low) / (self.high - self.low)
 
     @property
+    @abstractmethod
     def order(self) -> int:
         """m: the polynomial's degree, and one."""
-        raise NotImplementedError
 
     @property
     def relative_error(self) -> float:
@@ -60,21 +61,21 @@ class Inverse:
         return 1 / math.cosh(exponent) if exponent < 700 else 0.0
 
     @property
+    @abstractmethod
     def input_factor(self) -> float:
         """What D is multiplied with before the circuit sees it."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def output_factor(self) -> float:
         """What the circuit's quotient is multiplied with afterwards."""
-        raise NotImplementedError
 
+    @abstractmethod
     def factors(self, m: Any, denominator: Any, added: float) -> list[Any]:
         """Return what a numerator is multiplied with, one after another, by an arithmetic.
 
         The product of all is 1 / (denominator + added) / output_factor, the denominator and `added` times input_factor.
         """
-        raise NotImplementedError
 
     def apply(self, m: Any, numerator: Any, denominator: Any, added: float) -> Any:
         """Return numerator / (denominator + added) / output_factor by an arithmetic; both scaled by input_factor."""

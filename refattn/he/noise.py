@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from .circuit import Arithmetic
+
 __all__ = ["Bounds", "Noisy", "Ring", "quantile"]
 
 Float = NDArray[np.float64]
@@ -75,7 +77,7 @@ class Noisy:
     of_keys: bool = False
 
 
-class Bounds:
+class Bounds(Arithmetic):
     """The arithmetic of noise variances.
 
     Parameters
@@ -97,9 +99,6 @@ class Bounds:
         scale = 2.0**self.ring.middle
         variance = self.ring.degree * (ERROR + 1 / 12) / scale**2
         return Noisy(np.array([value]), np.array([variance]), scale, self.ring.levels + 1)
-
-    def step(self, name: str) -> None:
-        """Note where the program is."""
 
     def _rounding(self, scale: float) -> float:
         n = self.ring.degree
@@ -149,9 +148,6 @@ class Bounds:
 
     def conjugate(self, a: Noisy) -> Noisy:
         return self.relinearize(a)
-
-    def product(self, a: Noisy, b: Noisy) -> Noisy:
-        return self.rescale(self.relinearize(self.mul(a, b)))
 
     def within(self, a: Noisy, most: float) -> Noisy:
         return replace(a, value=np.array([0.0, most]), variance=np.full(2, a.variance.max()), of_keys=True)

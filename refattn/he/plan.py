@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -232,15 +232,15 @@ def plan(
         inverses = [inverse] if inverse else choose(low, high, tolerance / 2 / value_most)[:4]
     found: list[Plan] = []
     obstacles: list[str] = []
+    given = {
+        "n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_v, "heads": heads, "p": p,
+        "denominator": (float(low), float(high)), "epsilon": float(epsilon),
+        "scale": 1 / math.sqrt(d_k) if scale is None else float(scale),
+        "norms": (float(norms[0]), float(norms[1])), "value_most": float(value_most),
+        "normalize": normalize, "mode": mode, "tolerance": float(tolerance),
+    }  # fmt: skip
     for candidate in inverses:
         for degree in MOST_BITS:
-            given = {
-                "n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_v, "heads": heads, "p": p,
-                "denominator": (float(low), float(high)), "epsilon": float(epsilon),
-                "scale": 1 / math.sqrt(d_k) if scale is None else float(scale),
-                "norms": (float(norms[0]), float(norms[1])), "value_most": float(value_most),
-                "normalize": normalize, "mode": mode, "tolerance": float(tolerance),
-            }  # fmt: skip
             made = _try(given, candidate, degree, obstacles)
             if made is not None:
                 found.append(made)
@@ -297,7 +297,7 @@ def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles:
         approximation=approximation,
         noise=0.0,
     )
-    made = Plan(**{**made.__dict__, "noise": noise_of(made)})
+    made = replace(made, noise=noise_of(made))
     if made.error > made.tolerance:
         obstacles.append(
             f"at degree {degree} with primes of {middle} bits the error's bound is {made.approximation:.2g} + "

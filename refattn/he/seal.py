@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem
+from .circuit import Arithmetic
 from .noise import Ring
 
 __all__ = ["Sealed", "context", "decode", "encode", "from_bytes", "galois_elements", "to_bytes"]
@@ -111,7 +112,7 @@ def from_bytes(kind: str, ring: Ring, data: bytes) -> Any:
     return made
 
 
-class Sealed:
+class Sealed(Arithmetic):
     """The arithmetic on ciphertexts; every operation leaves its operands as they are."""
 
     def __init__(self, ring: Ring, relin_keys: Any, galois_keys: Any) -> None:
@@ -120,8 +121,11 @@ class Sealed:
         made = context(ring)
         self.evaluator, self.encoder = self.api.Evaluator(made), self.api.CKKSEncoder(made)
 
-    def step(self, name: str) -> None:
-        """Note where the program is."""
+    def _new(self, operation: Any, *operands: Any) -> Any:
+        """Return a new ciphertext with an operation's result."""
+        out = self.api.Ciphertext()
+        operation(*operands, out)
+        return out
 
     def _alike(self, a: Any, b: Any) -> tuple[Any, Any]:
         """Return both at the level of the lower."""
@@ -129,26 +133,17 @@ class Sealed:
         if x == y:
             return a, b
         higher, lower = (a, b) if x > y else (b, a)
-        down = self.api.Ciphertext()
-        self.evaluator.mod_switch_to(higher, lower.parms_id(), down)
+        down = self._new(self.evaluator.mod_switch_to, higher, lower.parms_id())
         return (down, b) if x > y else (a, down)
 
     def mul(self, a: Any, b: Any) -> Any:
-        a, b = self._alike(a, b)
-        out = self.api.Ciphertext()
-        self.evaluator.multiply(a, b, out)
-        return out
+        return self._new(self.evaluator.multiply, *self._alike(a, b))
 
     def square(self, a: Any) -> Any:
-        out = self.api.Ciphertext()
-        self.evaluator.square(a, out)
-        return out
+        return self._new(self.evaluator.square, a)
 
     def add(self, a: Any, b: Any) -> Any:
-        a, b = self._alike(a, b)
-        out = self.api.Ciphertext()
-        self.evaluator.add(a, b, out)
-        return out
+        return self._new(self.evaluator.add, *self._alike(a, b))
 
     def _constant(self, a: Any, c: float) -> Any:
         plain = self.api.Plaintext()
@@ -156,50 +151,24 @@ class Sealed:
         return plain
 
     def add_constant(self, a: Any, c: float) -> Any:
-        out = self.api.Ciphertext()
-        self.evaluator.add_plain(a, self._constant(a, c), out)
-        return out
+        return self._new(self.evaluator.add_plain, a, self._constant(a, c))
 
     def negate(self, a: Any) -> Any:
-        out = self.api.Ciphertext()
-        self.evaluator.negate(a, out)
-        return out
+        return self._new(self.evaluator.negate, a)
 
     def times_constant(self, a: Any, c: float) -> Any:
-        out = self.api.Ciphertext()
-        self.evaluator.multiply_plain(a, self._constant(a, c), out)
-        return out
+        return self._new(self.evaluator.multiply_plain, a, self._constant(a, c))
 
     def relinearize(self, a: Any) -> Any:
-        out = self.api.Ciphertext()
-        self.evaluator.relinearize(a, self.relin_keys, out)
-        return out
+        return self._new(self.evaluator.relinearize, a, self.relin_keys)
 
     def rescale(self, a: Any) -> Any:
-        out = self.api.Ciphertext()
-        self.evaluator.rescale_to_next(a, out)
-        return out
+        return self._new(self.evaluator.rescale_to_next, a)
 
     def rotate(self, a: Any, k: int) -> Any:
         k %= self.ring.slots
-        out = self.api.Ciphertext()
-        half = self.ring.slots // 2
-        self.evaluator.rotate_vector(a, k if k <= half else k - self.ring.slots, self.galois_keys, out)
-        return out
+        step = k if k <= self.ring.slots // 2 else k - self.ring.slots
+        return self._new(self.evaluator.rotate_vector, a, step, self.galois_keys)
 
     def conjugate(self, a: Any) -> Any:
-        out = self.api.Ciphertext()
-        self.evaluator.complex_conjugate(a, self.galois_keys, out)
-        return out
-
-    def within(self, a: Any, most: float) -> Any:
-        return a
-
-    def quotient(self, n: Any, d: Any) -> tuple[Any, Any]:
-        return n, d
-
-    def another(self, a: Any) -> Any:
-        return a
-
-    def product(self, a: Any, b: Any) -> Any:
-        return self.rescale(self.relinearize(self.mul(a, b)))
+        return self._new(self.evaluator.complex_conjugate, a, self.galois_keys)

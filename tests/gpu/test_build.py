@@ -8,11 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from refattn.gpu import mma, simt, sm90
+from refattn.gpu import sm90
 from refattn.gpu.build import text_of
-from refattn.gpu.plan import ACCURACIES, Call, configured
+from refattn.gpu.plan import ACCURACIES, MODULES, Call, configured
 
-MODULES = {"sm90": sm90, "mma": mma, "simt": simt}
 PLAIN = Call(
     dtype="bfloat16",
     n_q=128,
