@@ -45,7 +45,7 @@ def simulate(plan: Plan, problem: Problem) -> Float:
         given = layout.query_slots(q, seen, block), layout.key_slots(k, block), layout.value_slots(v, block)
         found = attend(Numbers(), layout, plan.p, plan.inverse, plan.epsilon, plan.most, *given)
         layout.read(divided(plan, found), pairs, block)
-    return out_of(plan, problem, pairs)
+    return out_of(plan, problem.out_shape, pairs)
 
 
 def divided(plan: Plan, found: list[NDArray[np.complex128]]) -> list[NDArray[np.complex128]]:
@@ -56,10 +56,10 @@ def divided(plan: Plan, found: list[NDArray[np.complex128]]) -> list[NDArray[np.
         return [np.asarray(x / (found[-1].real + plan.epsilon * plan.input_factor)) for x in found[:-1]]
 
 
-def out_of(plan: Plan, problem: Problem, pairs: NDArray[np.complex128]) -> Float:
-    """Return out, (b, h, n_q, d_v), from pairs of outputs as complex numbers."""
+def out_of(plan: Plan, shape: tuple[int, ...], pairs: NDArray[np.complex128]) -> Float:
+    """Return out, of shape (b, h, n_q, d_v), from pairs of outputs as complex numbers."""
     whole = np.stack([pairs.real, pairs.imag], -1).reshape(plan.heads, plan.layout.queries, -1)
-    return np.asarray(whole[:, : plan.n_q, : plan.d_v].reshape(problem.out_shape))
+    return np.asarray(whole[:, : plan.n_q, : plan.d_v].reshape(shape))
 
 
 def slots_of(plan: Plan, p: Problem) -> tuple[Float, Float, Float, NDArray[np.bool_]]:
