@@ -1,7 +1,12 @@
 """Power-softmax attention on ciphertexts (CKKS, by TenSEAL's binding of SEAL): plan, simulate, client, server."""
 
-from .inputs import simulate
+from .inputs import reference, simulate
+from .layer import Layer
+from .layer_plan import LayerPlan
 from .plan import Plan, plan
 from .sessions import Client, Server
+from .weights import Feedforward, Weights
 
-__all__ = ["Client", "Plan", "Server", "plan", "simulate"]
+__all__ = [
+    "Client", "Feedforward", "Layer", "LayerPlan", "Plan", "Server", "Weights", "plan", "reference", "simulate",
+]  # fmt: skip

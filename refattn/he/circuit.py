@@ -6,6 +6,8 @@ The same text runs on float64 numbers (`Numbers`), on counts of operations and l
 - ``mul``, ``square``: the product, not yet relinearised; ``product``: relinearised and rescaled, too;
 - ``add``, ``add_constant``, ``negate``; ``times_constant``: at the square of its operand's scale;
 - ``relinearize``, ``rescale``, ``rotate`` (slot s gets what slot s + k holds), ``conjugate``;
+- ``times``, ``plus``: with numbers in slots that the server knows (linear.Plain), times at the scale's square;
+  ``like``: a number at another's level and scale;
 - ``step``: where the program is; ``within``, ``quotient``, ``another``: promises about values (the largest one; that a
   numerator is a mean of values times its denominator; that this is of another key than the first).
 """
@@ -167,6 +169,15 @@ class Arithmetic(ABC):
     def another(self, a: Any) -> Any:
         return a
 
+    def times(self, a: Any, plain: Any) -> Any:
+        raise NotImplementedError
+
+    def plus(self, a: Any, plain: Any) -> Any:
+        raise NotImplementedError
+
+    def like(self, a: Any, b: Any) -> Any:
+        raise NotImplementedError
+
     def product(self, a: Any, b: Any) -> Any:
         return self.rescale(self.relinearize(self.mul(a, b)))
 
@@ -200,6 +211,15 @@ class Numbers(Arithmetic):
 
     def times_constant(self, a: Any, c: float) -> Any:
         return a * c
+
+    def times(self, a: Any, plain: Any) -> Any:
+        return a * plain.slots
+
+    def plus(self, a: Any, plain: Any) -> Any:
+        return a + plain.slots
+
+    def like(self, a: Any, b: Any) -> Any:
+        return a
 
     def relinearize(self, a: Any) -> Any:
         return a
@@ -267,6 +287,19 @@ class Levels(Arithmetic):
 
     def times_constant(self, a: Token, c: float) -> Token:
         return self._did("multiply_plain", a)
+
+    def times(self, a: Token, plain: Any) -> Token:
+        return self._did("multiply_plain", a)
+
+    def plus(self, a: Token, plain: Any) -> Token:
+        return self._did("add_plain", a)
+
+    def like(self, a: Token, b: Token) -> Token:
+        if a.limbs <= b.limbs:
+            raise UnsupportedProblem(f"he: no level is left to bring numbers to one scale at step {self._name!r}")
+        above = Token(b.limbs + 1)
+        self._did("multiply_plain", above)
+        return self.rescale(above)
 
     def relinearize(self, a: Token) -> Token:
         return self._did("switch_key", a)

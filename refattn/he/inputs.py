@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import to_float64
 from ..errors import InvalidProblem, UnsupportedProblem
+from ..exact import evaluate
 from ..masks import visible
 from ..problem import Problem
-from .circuit import Numbers, attend
-from .plan import Plan
+from .circuit import Numbers
 
-__all__ = ["divided", "out_of", "simulate", "slots_of"]
+if TYPE_CHECKING:
+    from .plan import Plan
+
+__all__ = ["decoded", "encoded", "reference", "simulate"]
 
 Float = NDArray[np.float64]
+Complex = NDArray[np.complex128]
+
+
+def reference(problem: Problem) -> Float:
+    """Return power-softmax attention, (b, h, n_q, d_v), correctly rounded to float64: what a plan approximates.
+
+    Parameters
+    ----------
+    problem : Problem
+        Of variant "power".
+
+    Raises
+    ------
+    InvalidProblem
+        It is of another variant.
+    """
+    if problem.variant != "power":
+        raise InvalidProblem(f"he.reference: got variant {problem.variant!r}, expected 'power'")
+    return to_float64(evaluate(problem, rounding="float64").out)
 
 
 def simulate(plan: Plan, problem: Problem) -> Float:
@@ -38,17 +62,38 @@ def simulate(plan: Plan, problem: Problem) -> Float:
     InvalidProblem
         Sizes, options or numbers that are not the plan's.
     """
-    layout = plan.layout
+    shape, slots = encoded(plan, problem)
+    found = [plan.compute(Numbers(), *task) for task in plan.tasks([s for s, _ in slots])]
+    return decoded(plan, [x for outs in found for x in outs], shape)
+
+
+def encoded(plan: Plan, problem: Problem) -> tuple[tuple[int, ...], list[tuple[Complex, int]]]:
+    """Return the result's shape, and slots and primes of each ciphertext of a query: by heads, then by blocks."""
+    layout, top = plan.layout, plan.ring.levels + 1
     q, k, v, seen = slots_of(plan, problem)
-    pairs = np.zeros((plan.heads, layout.queries, layout.pairs), np.complex128)
+    found: list[tuple[Complex, int]] = []
+    done: set[int] = set()
     for block in layout.blocks():
-        given = layout.query_slots(q, seen, block), layout.key_slots(k, block), layout.value_slots(v, block)
-        found = attend(Numbers(), layout, plan.p, plan.inverse, plan.epsilon, plan.most, *given)
-        layout.read(divided(plan, found), pairs, block)
-    return out_of(plan, problem.out_shape, pairs)
+        if block[0] not in done:
+            done.add(block[0])
+            found += [(x, top) for x in layout.key_slots(k, block)]
+            found += [(x, plan.value_limbs) for x in layout.value_slots(v, block)]
+        found += [(x, top) for x in layout.query_slots(q, seen, block)]
+    return problem.out_shape, found
 
 
-def divided(plan: Plan, found: list[NDArray[np.complex128]]) -> list[NDArray[np.complex128]]:
+def decoded(plan: Plan, slots: Sequence[Complex], shape: tuple[int, ...]) -> Float:
+    """Return out from the slots of a reply."""
+    layout = plan.layout
+    pairs = np.zeros((plan.heads, layout.queries, layout.pairs), np.complex128)
+    blocks = layout.blocks()
+    each = len(slots) // len(blocks)
+    for i, block in enumerate(blocks):
+        layout.read(divided(plan, slots[each * i : each * (i + 1)]), pairs, block)
+    return out_of(plan, shape, pairs)
+
+
+def divided(plan: Plan, found: Sequence[Complex]) -> list[NDArray[np.complex128]]:
     """Return a block's result from the slots of its ciphertexts: the client's part of the program."""
     if plan.inverse is not None:
         return [x * plan.inverse.output_factor for x in found]

@@ -11,14 +11,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem
+from ..problem import Problem
 from .circuit import Levels, Numbers, Token, attend
 from .costs import COSTS, Costs, predicted_ms
+from .inputs import decoded, encoded
 from .inverse import Inverse, choose
 from .layout import BatchLayout, Layout, layout_for
 from .noise import Bounds, Ring, quantile
+from .planned import Planned
 
 __all__ = ["Plan", "plan"]
 
@@ -29,7 +32,7 @@ POWERS = (2, 4, 6, 8)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Planned):
     """An encrypted call, planned.
 
     Attributes
@@ -86,6 +89,40 @@ class Plan:
     noise: float
 
     @property
+    def plan(self) -> Plan:
+        """What a server needs to compute it: this."""
+        return self
+
+    def encoded(self, problem: Problem) -> tuple[tuple[int, ...], list[tuple[NDArray[np.complex128], int]]]:
+        """Return the result's shape, and slots and primes of each ciphertext of a query."""
+        return encoded(self, problem)
+
+    def decoded(self, slots: Sequence[NDArray[np.complex128]], shape: tuple[int, ...]) -> NDArray[np.float64]:
+        """Return out from the slots of a reply."""
+        return decoded(self, slots, shape)
+
+    def tasks(self, parts: Sequence[Any]) -> list[tuple[Sequence[Any], Sequence[Any]]]:
+        """Return the ciphertexts of each block: those that its head's blocks share, and its own."""
+        found, at, shared, previous = [], 0, 2 * self.layout.shared_parts, None
+        for head, _ in self.layout.blocks():
+            if head != previous:
+                previous, first = head, at
+                at += shared
+            found.append((parts[first : first + shared], parts[at : at + self.layout.query_parts]))
+            at += self.layout.query_parts
+        return found
+
+    def compute(self, m: Any, shared: Sequence[Any], queries: Sequence[Any]) -> list[Any]:
+        """Return a block's result by an arithmetic."""
+        keys, values = shared[: len(shared) // 2], shared[len(shared) // 2 :]
+        return attend(m, self.layout, self.p, self.inverse, self.epsilon, self.most, queries, keys, values)
+
+    @property
+    def outs(self) -> int:
+        """Ciphertexts of a reply."""
+        return (self.layout.outs + (self.inverse is None)) * len(self.layout.blocks())
+
+    @property
     def input_factor(self) -> float:
         """What sums of powers are multiplied with before the circuit sees them."""
         return 1 / self.denominator[1] if self.inverse is None else self.inverse.input_factor
@@ -121,18 +158,6 @@ class Plan:
         return program + predicted_ms(costs, degree, self.loads())
 
     @property
-    def upload_bytes(self) -> int:
-        """Of a query, near: a ciphertext is one polynomial and a seed."""
-        bits = sum(c * (self.ring.first + self.ring.middle * (limbs - 1)) for (_, limbs), c in self.loads().items())
-        return bits * self.ring.degree // 7  # SEAL's compression leaves an eighth more than the primes' bits
-
-    @property
-    def key_bytes(self) -> int:
-        """Of the evaluation keys, near."""
-        digits = self.ring.levels + 1
-        return (len(self.rotations) + 2) * digits * self.ring.degree * sum(self.ring.bits) // 7
-
-    @property
     def digest(self) -> bytes:
         """What messages name the plan by."""
         names = ("n_q", "n_k", "d_k", "d_v", "heads", "p", "denominator", "epsilon", "scale", "norms", "value_most")
@@ -163,14 +188,6 @@ class Plan:
             "error_approximation": self.approximation,
             "error_noise": self.noise,
         }
-
-    def table(self) -> Table:
-        """Return the report as a table for the terminal."""
-        table = Table("what", "planned")
-        for name, value in self.report().items():
-            if name != "operations_of_a_block":
-                table.add_row(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
-        return table
 
 
 def plan(

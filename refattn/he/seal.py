@@ -75,6 +75,13 @@ def _level(ring: Ring, limbs: int) -> Any:
     return data.parms_id()
 
 
+@cache
+def _primes(ring: Ring) -> list[int]:
+    """Return the chain's primes, the last one that remains first."""
+    data = context(ring).first_context_data()
+    return [int(x.value()) for x in data.parms().coeff_modulus()]
+
+
 def decode(encoder: Any, plain: Any) -> NDArray[np.complex128]:
     """Return a plaintext's slots."""
     return np.array(encoder.decode_complex(plain))
@@ -120,6 +127,7 @@ class Sealed(Arithmetic):
         self.relin_keys, self.galois_keys = relin_keys, galois_keys
         made = context(ring)
         self.evaluator, self.encoder = self.api.Evaluator(made), self.api.CKKSEncoder(made)
+        self._plains: dict[tuple[Any, int, float], Any] = {}
 
     def _new(self, operation: Any, *operands: Any) -> Any:
         """Return a new ciphertext with an operation's result."""
@@ -158,6 +166,33 @@ class Sealed(Arithmetic):
 
     def times_constant(self, a: Any, c: float) -> Any:
         return self._new(self.evaluator.multiply_plain, a, self._constant(a, c))
+
+    def times(self, a: Any, plain: Any) -> Any:
+        return self._new(self.evaluator.multiply_plain, a, self._encoded(a, plain))
+
+    def plus(self, a: Any, plain: Any) -> Any:
+        return self._new(self.evaluator.add_plain, a, self._encoded(a, plain))
+
+    def _encoded(self, a: Any, plain: Any) -> Any:
+        """Return a server's numbers at a ciphertext's level and scale, encoded once."""
+        key = (plain, a.coeff_modulus_size(), a.scale)
+        if key not in self._plains:
+            made = self._plains[key] = self.api.Plaintext()
+            self.encoder.encode(plain.slots.tolist(), a.parms_id(), a.scale, made)
+        return self._plains[key]
+
+    def like(self, a: Any, b: Any) -> Any:
+        limbs = b.coeff_modulus_size() + 1
+        if a.coeff_modulus_size() < limbs:
+            raise UnsupportedProblem("he: no level is left to bring numbers to one scale")
+        if a.coeff_modulus_size() > limbs:
+            a = self._new(self.evaluator.mod_switch_to, a, _level(self.ring, limbs))
+        one = self.api.Plaintext()
+        prime = float(_primes(self.ring)[limbs - 1])
+        self.encoder.encode(1.0, a.parms_id(), b.scale * prime / a.scale, one)
+        found = self.rescale(self._new(self.evaluator.multiply_plain, a, one))
+        found.scale = b.scale  # but for rounding it is
+        return found
 
     def relinearize(self, a: Any) -> Any:
         return self._new(self.evaluator.relinearize, a, self.relin_keys)

@@ -1,0 +1,289 @@
+"""A transformer's layer on ciphertexts, with weights that the server holds in clear.
+
+Slots are (f, j, h, i): a pair of features f, a key j, a head h, a query i, which runs fastest; the whole is repeated
+until a ciphertext is full. Tokens come twice, along i and along j, so that no projection moves a token. Linear maps are
+linear.py's, attention is circuit.attend; its result lies in row j = 0. What follows a sum over the rows lies in rows
+j >= 1, shifted by one f: a rotation past a row's end goes to the next f, and the maps are compiled for that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UnsupportedProblem
+from .circuit import Levels, Numbers, Token, attend
+from .inverse import Inverse, choose
+from .layer_plan import LayerPlan, axes_of, feature_of, period_of
+from .layout import Layout
+from .linear import Arrangement, Map, Plain, compiled
+from .noise import Ring
+from .plan import MOST_BITS, MOST_FIRST, MOST_MIDDLE
+from .polynomials import Polynomial, product
+from .weights import Feedforward, Weights, check
+
+__all__ = ["Layer"]
+
+Float = NDArray[np.float64]
+Complex = NDArray[np.complex128]
+LEAST_MIDDLE = 36
+"""Bits of a prime: fewer would leave a layer's noise above 1e-4."""
+
+
+class Layer:
+    """A layer's program: the plan, and the weights as plaintexts. The server's alone.
+
+    Parameters
+    ----------
+    weights : Weights
+        What it computes.
+    tolerance : float
+        The largest relative error of the polynomial for 1/D.
+
+    Raises
+    ------
+    InvalidInput
+        Shapes that do not fit together, or ranges that have no meaning.
+    UnsupportedProblem
+        No ring at 128 bits of security has the slots and levels.
+    """
+
+    def __init__(self, weights: Weights, tolerance: float = 1e-2) -> None:
+        self.weights = w = weights
+        check(w)
+        candidates = choose(*w.denominator, tolerance)
+        if not candidates:
+            raise UnsupportedProblem(f"he: no polynomial is within {tolerance:.3g} of 1/D on {w.denominator}")
+        self.inverse: Inverse = candidates[0]
+        then, (heads, d, _) = w.then, w.query.shape
+        n = w.query_bias.shape[1]
+        width = max(w.query.shape[2], w.value.shape[2], 1 if not isinstance(then, Feedforward) else -(-d // heads))
+        rows, columns = 1 << (n - 1).bit_length(), 1 << (heads - 1).bit_length()
+        groups = 1 << (-(-width // 2) - 1).bit_length()
+        hidden = then.up.shape[1] if isinstance(then, Feedforward) else 0
+        while (rows - 2) * groups * columns < hidden and 2 * groups * rows * columns * rows <= max(MOST_BITS) // 2:
+            groups *= 2
+        if hidden and (rows - 2) * groups * columns < hidden:
+            raise UnsupportedProblem(
+                f"he: {hidden} hidden features do not fit {n} tokens' slots, which hold "
+                f"{max(0, rows - 2) * groups * columns}"
+            )
+        period = groups * rows * columns * rows
+        found = []
+        for degree in MOST_BITS:
+            if degree // 2 < period:
+                continue
+            layout = Layout(degree // 2, rows, columns * rows, groups, 1, rows, columns)
+            for spread, apart in itertools.product(_powers(groups), _powers(degree // 2 // period)):
+                if spread * apart < 2 * d:
+                    found += self._planned(layout, spread, apart, n)
+        if not found:
+            raise UnsupportedProblem(
+                f"he: no ring at 128 bits of security has {period} slots and the levels that the layer needs; "
+                "narrower ranges, a larger tolerance or a smaller p would help"
+            )
+        # the time on a line of 1 Gbit/s counts, too: 8e-6 ms a byte
+        self.plan = min(found, key=lambda x: x.predicted_ms() + 8e-6 * x.upload_bytes)
+        self._compile(self.plan.layout, self.plan.spread, self.plan.apart)
+
+    def _planned(self, layout: Layout, spread: int, apart: int, n: int) -> list[LayerPlan]:
+        """Return a plan, or none where the ring has too few levels."""
+        w, then = self.weights, self.weights.then
+        degree, d = 2 * layout.slots, w.query.shape[1]
+        self._compile(layout, spread, apart)
+        copies = self._copies
+        counting = Levels()
+        (out,) = self.compute(counting, (), [Token(99)] * (2 * copies + 1))
+        depth = 99 - out.limbs
+        middle = min(MOST_MIDDLE, (MOST_BITS[degree] - MOST_FIRST - 10) // (depth + 1))
+        if middle < LEAST_MIDDLE:
+            return []
+        ring = Ring(degree, min(MOST_FIRST, middle + 10), middle, MOST_FIRST, depth)
+        steps = {s: c for s, c in counting.levels.items() if c}
+        before = sum(steps.get(s, 0) for s in ("projections", "products", "power", "values", "division", "output"))
+        limbs = depth + 2 - before
+        exact = Levels()
+        self.compute(exact, (), [Token(depth + 1)] * (2 * copies) + [Token(limbs)])
+        kappa = _kappa(then.norm, d) if isinstance(then, Feedforward) else 1.0
+        return [LayerPlan(
+            n, d, w.query.shape[0], w.p, 0 if isinstance(then, Feedforward) else len(then), ring, layout, spread, apart,
+            0 if not isinstance(then, Feedforward) else limbs, w.first_epsilon, kappa,
+            1 / kappa if isinstance(then, Feedforward) else self.inverse.output_factor / n,
+            steps, exact.counts, tuple(sorted({r % ring.slots for r in exact.rotations})),
+        )]  # fmt: skip
+
+    def simulate(self, x: Any) -> Float:
+        """Return what the encrypted layer computes, on float64 numbers: without keys and noise."""
+        shape, slots = self.plan.encoded(x)
+        return self.plan.decoded(self.compute(Numbers(), (), [s for s, _ in slots]), shape)
+
+    def tasks(self, parts: Sequence[Any]) -> list[tuple[Sequence[Any], Sequence[Any]]]:
+        """Return what can be computed apart: here a query is one task."""
+        return [((), parts)]
+
+    def compute(self, m: Any, shared: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
+        """Return the result by an arithmetic; parts are a query's ciphertexts."""
+        w, then, half = self.weights, self.weights.then, self._copies
+        m.step("projections")
+        along_i, along_j = parts[:half], parts[half : 2 * half]
+        period = period_of(self._layout)
+        q, k, v = (
+            m.plus(_sums(m, self._maps[name].apply(m, x), period, self._apart), self._plains[name])
+            for name, x in (("query", along_i), ("key", along_j), ("value", along_j))
+        )
+        (z,) = attend(m, self._layout, w.p, self.inverse, w.epsilon, 1.0, [q], [k], [v])
+        if not isinstance(then, Feedforward):
+            m.step("mean")
+            z = _sums(m, z, 1, self._layout.columns)
+            return [m.plus(z, self._plains["bias"])]
+        return [self._feedforward(m, then, z, parts[2 * half])]
+
+    def _feedforward(self, m: Any, then: Feedforward, z: Any, residual: Any) -> Any:
+        layout = self._layout
+        m.step("output")
+        y = m.plus(self._maps["out"].apply(m, [z, m.conjugate(z)]), self._plains["out"])
+        y = m.add(y, m.like(residual, y))
+        y = _sums(m, y, layout.columns, layout.keys)
+        m.step("normalisation")
+        s = m.rescale(m.relinearize(m.mul(y, m.conjugate(y))))
+        for step in layout.group_steps():
+            s = m.add(s, m.rotate(s, step))
+        s = _sums(m, s, layout.queries, layout.heads)
+        norm = then.norm
+        s = m.add_constant(s, (2 * then.norm_epsilon - norm.low - norm.high) / (norm.high - norm.low))
+        t = self._maps["up"].apply(m, [y])
+        u = product(m, [m.add(t, m.conjugate(t)), *norm.apply(m, s)])
+        m.step("activation")
+        g = then.activation.apply(m, m.plus(u, self._plains["up"]))
+        m.step("feed-forward")
+        o = _sums(m, self._maps["down"].apply(m, [g]), layout.columns, layout.keys)
+        o = m.plus(o, self._plains["down"])
+        return m.add(o, m.like(y, o))
+
+    def _compile(self, layout: Layout, spread: int, apart: int) -> None:
+        """Make the maps and plaintexts for a layout."""
+        w, then = self.weights, self.weights.then
+        f, j, h, i = axes_of(layout)
+        heads, d, _ = w.query.shape
+        n = w.query_bias.shape[1]
+        self._layout, self._copies, self._apart = layout, -(-d // (spread * apart)), apart
+        unit = layout.keys * layout.columns
+        steps = (layout.columns, 1), (unit, spread)
+        pair, key = (
+            f * layout.heads + h,
+            np.arange(len(f)) % period_of(layout)
+            + np.arange(len(f)) // (apart * period_of(layout)) * period_of(layout),
+        )
+        factor = w.scale * self.inverse.input_factor ** (1 / w.p) / 2
+        seen = (i < n) & (j < n) & ((j <= i) | (not w.causal)) & (h < heads)
+        self._maps: dict[str, Map] = {}
+        self._plains: dict[str, Plain] = {}
+        sides = {
+            "query": (w.query * factor, w.query_bias * factor, 1j, i, seen),
+            "key": (w.key, w.key_bias, -1j, j, (j < n) & (h < heads)),
+            "value": (w.value, w.value_bias, 1j, j, (j < n) & (h < heads)),
+        }
+        for name, (weight, bias, unit_i, token, where) in sides.items():
+            of = _paired(weight, layout.groups, layout.heads, unit_i)  # (d, pairs)
+            by = _paired(bias, layout.groups, layout.heads, unit_i)  # (n, pairs)
+            inputs = [_tokens(feature_of(layout, spread, apart, c), token, d, n) for c in range(self._copies)]
+            out = Arrangement(np.where(where, token, -1), np.where(where, pair, -1))
+            self._maps[name] = compiled(inputs, out, key, of, steps)
+            added = np.where(where, by[np.minimum(token, n - 1), pair], 0)
+            self._plains[name] = Plain(added)
+        if isinstance(then, Feedforward):
+            self._compile_feedforward(then, layout, n, d)
+            return
+        bias = np.pad(then, (0, 2 * layout.groups - len(then))) * n / self.inverse.output_factor
+        added = np.where((j == 0) & (h == 0) & (i == 0), bias[2 * f] + 1j * bias[2 * f + 1], 0)
+        self._plains["bias"] = Plain(added)
+
+    def _compile_feedforward(self, then: Feedforward, layout: Layout, n: int, d: int) -> None:
+        f, j, h, i = axes_of(layout)
+        heads, d_v, _ = then.out.shape
+        hidden, width = then.up.shape[1], layout.groups * layout.heads
+        kappa, real = _kappa(then.norm, d), i < n
+        pair, next_f = f * layout.heads + h, (f + 1) % layout.groups
+        after = next_f * layout.heads + h
+        steps = (layout.queries, layout.heads), (layout.keys * layout.columns, layout.groups)
+
+        def pairs(x: Float) -> Complex:
+            """Return features as pairs along the last axis."""
+            x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 2 * width - x.shape[-1])])
+            return np.asarray(x[..., 0::2] + 1j * x[..., 1::2])
+
+        # of z, the pair (a, b) of head h: a·A + b·B = z·(A - iB)/2 + conj(z)·(A + iB)/2
+        of = np.zeros((2 * width, width), np.complex128)
+        out = np.pad(then.out, ((0, 0), (0, 2 * layout.groups - d_v), (0, 0))) * kappa * self.inverse.output_factor
+        rows = np.arange(layout.groups)
+        for head in range(heads):
+            a, b = pairs(out[head, 0::2]), pairs(out[head, 1::2])
+            of[rows * layout.heads + head] = (a - 1j * b) / 2
+            of[width + rows * layout.heads + head] = (a + 1j * b) / 2
+        # heads that are none are zero in z, too; all pairs are asked for, so that every product is there
+        first = [Arrangement(np.where((j == 0) & real, i, -1), x) for x in (pair, width + pair)]
+        last = j == layout.keys - 1  # of the next f: what lies past this row's end
+        target = np.where(j == 0, pair, after)
+        wanted = real & ((j == 0) | last)
+        own = np.arange(len(f)) // period_of(layout) * width * layout.queries  # repeats are results of their own
+        self._maps["out"] = compiled(
+            first, Arrangement(np.where(wanted, i, -1), np.where(wanted, target, -1)),
+            own + target * layout.queries + i, of, steps,
+        )  # fmt: skip
+        bias = pairs(then.out_bias * kappa)
+        self._plains["out"] = Plain(np.where((j == 0) & real, bias[pair], 0))
+
+        held = Arrangement(np.where((j >= 1) & real, i, -1), after)
+        unit = (j - 1) * width + pair
+        wide = real & (j >= 1) & (j <= layout.keys - 2) & (unit < hidden)
+        up = np.pad(then.up, ((0, 2 * width - d), (0, 0)))
+        up = up * (then.norm.factors()[0] / (2 * kappa * then.activation.most))
+        up_pairs = up[0::2] - 1j * up[1::2]
+        hiddens = Arrangement(np.where(wide, i, -1), np.where(wide, unit, -1))
+        self._maps["up"] = compiled([held], hiddens, np.arange(len(f)), up_pairs, steps)
+        bias_up = np.where(wide, (then.up_bias / then.activation.most)[np.where(wide, unit, 0)], 0)
+        self._plains["up"] = Plain(bias_up.astype(np.complex128))
+
+        down = pairs(then.down * kappa * then.activation.constant)
+        target = np.where(j == 0, pair, after)
+        rows_in = real & (j <= layout.keys - 2)
+        self._maps["down"] = compiled(
+            [hiddens], Arrangement(np.where(rows_in, i, -1), np.where(rows_in, target, -1)),
+            own + target * layout.queries + i, down, steps,
+        )  # fmt: skip
+        bias = pairs(then.down_bias * kappa)
+        self._plains["down"] = Plain(np.where((j == 1) & real, bias[after], 0))
+
+
+def _tokens(feature: NDArray[np.int64], token: NDArray[np.int64], d: int, n: int) -> Arrangement:
+    return Arrangement(np.where(token < n, token, -1), np.where(feature < d, feature, -1))
+
+
+def _paired(x: Float, groups: int, heads: int, unit: complex) -> Complex:
+    """Return (rows, pairs) of (heads, rows, features): pair (f, h) of features 2f and 2f + 1 of head h."""
+    x = np.pad(x, ((0, heads - x.shape[0]), (0, 0), (0, 2 * groups - x.shape[2])))
+    z = x[..., 0::2] + unit * x[..., 1::2]
+    return np.asarray(z.transpose(1, 2, 0).reshape(x.shape[1], -1))
+
+
+def _kappa(norm: Polynomial, d: int) -> float:
+    """Return what makes the sum of squares the variable that the normalisation's polynomial is in, but for a shift."""
+    return math.sqrt(2 / (d * (norm.high - norm.low)))
+
+
+def _sums(m: Any, x: Any, unit: int, count: int) -> Any:
+    """Return sums over `count` neighbours, a power of 2, that are `unit` slots apart."""
+    step = unit
+    while step < unit * count:
+        x = m.add(x, m.rotate(x, step))
+        step *= 2
+    return x
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << k for k in range(most.bit_length())]

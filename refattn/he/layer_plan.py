@@ -1,0 +1,173 @@
+"""The plan of a layer: what client and server agree on, and where a token's features lie in the slots."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidProblem
+from .costs import COSTS, Costs, predicted_ms
+from .layout import Layout
+from .noise import Ring
+from .planned import Planned
+
+__all__ = ["LayerPlan", "axes_of", "feature_of", "period_of"]
+
+Float = NDArray[np.float64]
+Complex = NDArray[np.complex128]
+
+
+@dataclass(frozen=True)
+class LayerPlan(Planned):
+    """What client and server agree on: no weight is in it.
+
+    Attributes
+    ----------
+    n, d, heads, p : int
+        Tokens, features of a token, heads, the even power.
+    classes : int
+        Scores of the whole input; 0 where the result is (n, d).
+    ring, layout
+        What was chosen.
+    spread, apart : int
+        Features of a token in a ciphertext: along f, and in how many repeats others: more take rotations, fewer
+        ciphertexts.
+    residual_limbs : int
+        Primes left of the ciphertext for the residual.
+    first_epsilon : float or None
+        The client divides each token by the root of its mean square and this; not those of the residual.
+    residual_factor, out_factor : float
+        What the residual is multiplied with before encryption, and the result afterwards.
+    levels : dict of str to int
+        Levels by step.
+    counts : Counter
+        Operations by (name, primes left).
+    rotations : tuple of int
+        Those that keys are made for.
+    """
+
+    n: int
+    d: int
+    heads: int
+    p: int
+    classes: int
+    ring: Ring
+    layout: Layout
+    spread: int
+    apart: int
+    residual_limbs: int
+    first_epsilon: float | None
+    residual_factor: float
+    out_factor: float
+    levels: dict[str, int]
+    counts: Counter[tuple[str, int]] = field(repr=False)
+    rotations: tuple[int, ...]
+
+    outs = 1
+
+    @property
+    def copies(self) -> int:
+        """Ciphertexts of all tokens along i, and as many along j."""
+        return -(-self.d // (self.spread * self.apart))
+
+    def loads(self) -> Counter[tuple[str, int]]:
+        """Return the ciphertexts of a query by ("load", primes left)."""
+        found = Counter({("load", self.ring.levels + 1): 2 * self.copies})
+        if not self.classes:
+            found["load", self.residual_limbs] += 1
+        return found
+
+    def predicted_ms(self, costs: Costs = COSTS) -> float:
+        """Return the server's time on one core."""
+        return predicted_ms(costs, self.ring.degree, self.counts + self.loads())
+
+    @property
+    def digest(self) -> bytes:
+        """What messages name the plan by."""
+        text = {
+            n: getattr(self, n)
+            for n in ("n", "d", "heads", "p", "classes", "spread", "apart", "residual_limbs", "first_epsilon")
+        }
+        text |= {"ring": asdict(self.ring), "factors": (self.residual_factor, self.out_factor)}
+        return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).digest()
+
+    def report(self) -> dict[str, Any]:
+        """Return all that the plan says, as what JSON holds."""
+        return {
+            "degree": self.ring.degree,
+            "chain_bits": self.ring.bits,
+            "levels": self.levels,
+            "rotation_keys": len(self.rotations),
+            "key_switches": sum(c for (name, _), c in self.counts.items() if name == "switch_key"),
+            "predicted_ms": self.predicted_ms(),
+            "key_bytes": self.key_bytes,
+            "upload_bytes": self.upload_bytes,
+        }
+
+    def encoded(self, x: Any) -> tuple[tuple[int, ...], list[tuple[Complex, int]]]:
+        """Return the result's shape, and slots and primes of each ciphertext of a query.
+
+        Parameters
+        ----------
+        x : (n, d) array
+            The tokens.
+
+        Raises
+        ------
+        InvalidProblem
+            Another shape, or numbers that are not finite.
+        """
+        x = np.asarray(x, np.float64)
+        if x.shape != (self.n, self.d):
+            raise InvalidProblem(f"x: got shape {x.shape}, expected {(self.n, self.d)}")
+        if not np.isfinite(x).all():
+            raise InvalidProblem("x: has numbers that are not finite")
+        y = x if self.first_epsilon is None else x / np.sqrt((x**2).mean(1, keepdims=True) + self.first_epsilon)
+        f, j, h, i = axes_of(self.layout)
+        features = [feature_of(self.layout, self.spread, self.apart, c) for c in range(self.copies)]
+        rows = (0, self.layout.queries - self.n)
+        y = np.pad(y, (rows, (0, 1 + max(int(c.max()) for c in features))))
+        top = self.ring.levels + 1
+        found = [(y[t, c], top) for t in (i, j) for c in features]
+        if not self.classes:
+            pair = 2 * (f * self.layout.heads + h)
+            padded = np.pad(x, (rows, (0, 2 * self.layout.pairs * self.layout.heads)))
+            residual = np.where(j == 0, padded[i, pair] + 1j * padded[i, pair + 1], 0)
+            found.append((residual * self.residual_factor, self.residual_limbs))
+        slots = [(s.astype(np.complex128), limbs) for s, limbs in found]
+        return (self.classes,) if self.classes else (self.n, self.d), slots
+
+    def decoded(self, slots: Sequence[Complex], shape: tuple[int, ...]) -> Float:
+        """Return the result from the slots of a reply."""
+        f, j, h, i = (x[: period_of(self.layout)] for x in axes_of(self.layout))
+        whole = slots[0][: len(f)] * self.out_factor
+        if self.classes:
+            pairs = whole[(j == 0) & (h == 0) & (i == 0)]
+            return np.stack([pairs.real, pairs.imag], 1).ravel()[: self.classes]
+        rows = whole[j == 1].reshape(self.layout.groups, self.layout.heads, -1)
+        pairs = np.roll(rows, 1, 0).reshape(-1, self.layout.queries)  # row 1 of f holds f + 1
+        return np.stack([pairs.real, pairs.imag], 1).reshape(-1, self.layout.queries).T[: self.n, : self.d]
+
+
+def axes_of(layout: Layout) -> tuple[NDArray[np.int64], ...]:
+    """Return f, j, h and i of each slot."""
+    shape = (layout.slots // period_of(layout), layout.groups, layout.keys, layout.heads, layout.queries)
+    return tuple(x.ravel() for x in np.indices(shape)[1:])
+
+
+def period_of(layout: Layout) -> int:
+    """Return after how many slots everything but the tokens' features repeats."""
+    return layout.groups * layout.keys * layout.columns
+
+
+def feature_of(layout: Layout, spread: int, apart: int, copy: int) -> NDArray[np.int64]:
+    """Return which of a token's features a ciphertext's slots hold: `spread` along f, others in `apart` repeats."""
+    repeat = np.arange(layout.slots) // period_of(layout) % apart
+    return np.asarray((copy * apart + repeat) * spread + axes_of(layout)[0] % spread)

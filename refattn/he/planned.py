@@ -1,0 +1,48 @@
+"""What plans of attention and of a layer say alike."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from typing import Any
+
+from rich.table import Table
+
+from .noise import Ring
+
+__all__ = ["Planned"]
+
+
+class Planned(ABC):
+    """Sizes of messages from the ring, the rotations and the ciphertexts of a query; the report as a table."""
+
+    ring: Ring
+    rotations: tuple[int, ...]
+
+    @abstractmethod
+    def loads(self) -> Counter[tuple[str, int]]:
+        """Return the ciphertexts of a query by ("load", primes left)."""
+
+    @abstractmethod
+    def report(self) -> dict[str, Any]:
+        """Return all that the plan says, as what JSON holds."""
+
+    @property
+    def upload_bytes(self) -> int:
+        """Of a query, near: a ciphertext is one polynomial and a seed."""
+        bits = sum(c * (self.ring.first + self.ring.middle * (limbs - 1)) for (_, limbs), c in self.loads().items())
+        return bits * self.ring.degree // 7  # SEAL's compression leaves an eighth more than the primes' bits
+
+    @property
+    def key_bytes(self) -> int:
+        """Of the evaluation keys, near."""
+        digits = self.ring.levels + 1
+        return (len(self.rotations) + 2) * digits * self.ring.degree * sum(self.ring.bits) // 7
+
+    def table(self) -> Table:
+        """Return the report as a table for the terminal."""
+        table = Table("what", "planned")
+        for name, value in self.report().items():
+            if name != "operations_of_a_block":
+                table.add_row(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
+        return table
