@@ -1,4 +1,4 @@
-"""The command line: refattn check, exact, list, show, doctor, bench, golden."""
+"""The command line: refattn check, exact, list, show, doctor, bench, golden, he."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ from .check.runner import Item, check_kernel, check_problem, plan
 from .cli_doctor import doctor
 from .cli_exact import exact
 from .cli_golden import golden
+from .cli_he import he
 from .dtypes import FORMATS
-from .errors import InvalidInput, InvalidProblem, UnsupportedProblem
+from .errors import InvalidInput, InvalidProblem, ServiceError, UnsupportedProblem
 from .files import load_problem, write_text
 from .variants import VARIANTS, variant_of
 
@@ -50,7 +51,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (InvalidInput, InvalidProblem, UnsupportedProblem) as e:
+        except (InvalidInput, InvalidProblem, ServiceError, UnsupportedProblem) as e:
             click.echo(f"error: {e}", err=True)
             ctx.exit(2)
 
@@ -323,6 +324,7 @@ def show(variant: str) -> None:
 main.add_command(exact)
 main.add_command(golden)
 main.add_command(doctor)
+main.add_command(he)
 
 
 @main.command()

@@ -26,7 +26,7 @@ EXTRAS = {
     "keras": ("keras",),
     "fast": ("numba",),
     "cuda12 or cuda13": ("cupy",),
-    "he": ("tenseal",),
+    "he": ("tenseal", "starlette", "uvicorn", "httpx"),
     "report": ("matplotlib",),
     "distributed": ("joblib", "distributed"),
 }

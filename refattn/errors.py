@@ -9,6 +9,7 @@ __all__ = [
     "KernelError",
     "MismatchError",
     "RefattnError",
+    "ServiceError",
     "UnsupportedProblem",
     "UntrustedArithmetic",
     "WorkerDied",
@@ -45,6 +46,10 @@ class UntrustedArithmetic(RefattnError):
 
 class MismatchError(RefattnError, AssertionError):
     """A kernel's answer is further from the exact value than its rounding model allows."""
+
+
+class ServiceError(RefattnError):
+    """A server elsewhere does not answer, or failed."""
 
 
 class WorkerDied(RefattnError):

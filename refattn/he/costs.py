@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -36,11 +37,8 @@ def predicted_ms(costs: Costs, degree: int, counts: Counter[tuple[str, int]]) ->
     """Return the time of some operations, by (operation, primes left)."""
     # number-theoretic transforms: N log N
     size = degree * np.log2(degree) / (16384 * 14)
-    total = 0.0
-    for (name, limbs), count in counts.items():
-        square, linear = costs[name]
-        total += count * (square * limbs**2 + linear * limbs)
-    return float(total * size)
+    each = ((costs[name], limbs, count) for (name, limbs), count in counts.items())
+    return float(size * math.fsum(count * (a * limbs**2 + b * limbs) for (a, b), limbs, count in each))
 
 
 def measure(ring: Ring, seconds: float = 2.0) -> Costs:

@@ -69,6 +69,8 @@ def simulate(plan: Plan, problem: Problem) -> Float:
 
 def encoded(plan: Plan, problem: Problem) -> tuple[tuple[int, ...], list[tuple[Complex, int]]]:
     """Return the result's shape, and slots and primes of each ciphertext of a query: by heads, then by blocks."""
+    if not isinstance(problem, Problem):
+        raise InvalidProblem(f"he: got {type(problem).__name__}, expected a Problem")
     layout, top = plan.layout, plan.ring.levels + 1
     q, k, v, seen = slots_of(plan, problem)
     found: list[tuple[Complex, int]] = []

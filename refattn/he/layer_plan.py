@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidProblem
+from ..problem import Problem
 from .costs import COSTS, Costs, predicted_ms
 from .layout import Layout
 from .noise import Ring
@@ -124,6 +125,8 @@ class LayerPlan(Planned):
         InvalidProblem
             Another shape, or numbers that are not finite.
         """
+        if isinstance(x, Problem):
+            raise InvalidProblem(f"x: got a Problem, expected an array of shape {(self.n, self.d)}")
         x = np.asarray(x, np.float64)
         if x.shape != (self.n, self.d):
             raise InvalidProblem(f"x: got shape {x.shape}, expected {(self.n, self.d)}")

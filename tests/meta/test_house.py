@@ -34,6 +34,7 @@ ROOMS = [
     "cli_exact",
     "cli_golden",
     "cli_doctor",
+    "cli_he",
     "cli",
 ]
 HEAVY = [
@@ -41,6 +42,9 @@ HEAVY = [
     "jax",
     "cupy",
     "tenseal",
+    "starlette",
+    "uvicorn",
+    "httpx",
     "pytest",
     "hypothesis",
     "onnxruntime",
