@@ -262,7 +262,8 @@ def plan(
             if made is not None:
                 found.append(made)
     if not found:
-        why = obstacles[-1] if obstacles else f"no polynomial is within {tolerance / 2:.3g} on ({low:.3g}, {high:.3g})"
+        # of the polynomial with the fewest levels, in the largest ring
+        why = obstacles[len(MOST_BITS) - 1] if obstacles else f"no polynomial is within {tolerance / 2:.3g} on ({low:.3g}, {high:.3g})"
         raise UnsupportedProblem(
             f"he: {why}; a smaller p, a narrower denominator (a larger epsilon), a larger tolerance or "
             "normalize='client' would help"
@@ -314,8 +315,9 @@ def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles:
         approximation=approximation,
         noise=0.0,
     )
-    made = replace(made, noise=noise_of(made))
-    if made.error > made.tolerance:
+    with np.errstate(over="ignore", invalid="ignore"):  # an infinite bound is above every tolerance
+        made = replace(made, noise=noise_of(made))
+    if not made.error <= made.tolerance:
         obstacles.append(
             f"at degree {degree} with primes of {middle} bits the error's bound is {made.approximation:.2g} + "
             f"{made.noise:.2g} (approximation, noise), above the tolerance {made.tolerance:.2g}"

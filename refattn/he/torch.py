@@ -82,12 +82,16 @@ class PowerSoftmaxAttention(_Ranged):
         super().__init__()
         if d % heads:
             raise InvalidInput(f"heads: got {heads}, expected a divisor of d = {d}")
-        if not 0 < epsilon <= denominator[0]:
-            raise InvalidInput(f"epsilon: got {epsilon}, expected above 0 and at most {denominator[0]}")
         self.heads, self.p, self.epsilon, self.causal = heads, p, float(epsilon), causal
+        self.set_range(denominator, tolerance)
+        self.query, self.key, self.value, self.out = (nn.Linear(d, d) for _ in range(4))
+
+    def set_range(self, denominator: tuple[float, float], tolerance: float) -> None:
+        """Choose the polynomial for 1/D for another range, e.g. the one that was ``seen``."""
+        if not 0 < self.epsilon <= denominator[0]:
+            raise InvalidInput(f"epsilon: got {self.epsilon}, expected above 0 and at most {denominator[0]}")
         self.denominator, self.tolerance = denominator, tolerance
         self.inverse = choose(*denominator, tolerance)[0]
-        self.query, self.key, self.value, self.out = (nn.Linear(d, d) for _ in range(4))
 
     def forward(self, x: Any) -> Any:
         """Return (batch, n, d) of (batch, n, d)."""

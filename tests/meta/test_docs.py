@@ -39,6 +39,9 @@ def test_documentation_builds_without_warnings_and_notebooks_run(tmp_path):
         "api",
         *(f"variants/{v}" for v in refattn.VARIANTS),
         "notebooks/01_check_a_kernel",
+        "notebooks/02_encrypted_attention",
+        "notebooks/03_encrypted_digits",
+        "notebooks/04_encrypted_diagnosis",
     ):
         assert (tmp_path / "html" / f"{page}.html").is_file(), page
 
