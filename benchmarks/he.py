@@ -16,8 +16,9 @@ import numpy as np
 
 from refattn import he, power_attention
 from refattn.bench import Row
+from refattn.errors import UnsupportedProblem
 from refattn.he.baselines import ckks_tensor, ckks_vector
-from refattn.he.costs import measure
+from refattn.he.costs import Costs, measure
 from refattn.he.inverse import ChebyshevInverse
 from refattn.he.noise import Ring
 from refattn.problem import Problem
@@ -80,12 +81,111 @@ def rows() -> Iterator[Row]:
     worst = max(ratios, key=lambda r: abs(r - 1))
     yield Row("predicted over measured time, furthest from 1", worst, "ratio", at_most=1.15, at_least=0.85)
     yield Row("noise bound over noise, largest", max(spare), "ratio")
+    yield from digits(costs)
+    yield from block(costs)
     workers = os.cpu_count() or 1
     for heads, p, most in ((1, 2, 0.8), (1, 4, 1.2), (12, 2, 8.0)):
         x, given = call(128, 64, heads, p)
         plan = he.plan(128, 128, 64, None, heads, p, **given)  # type: ignore[arg-type]
         seconds, _, _ = timed(plan, x, workers)
         yield Row(f"{heads} x 128 x 64, p={p}, {workers} workers", seconds, "s", at_most=most)
+
+
+def digits(costs: Costs) -> Iterator[Row]:
+    """scikit-learn's digits, 450 test images: a classifier with the server's weights, encrypted and in the clear."""
+    try:
+        import torch
+        from sklearn.datasets import load_digits
+
+        from refattn.he import torch as nets
+    except ModuleNotFoundError as e:
+        raise UnsupportedProblem(f"bench he: needs PyTorch and scikit-learn: {e}") from e
+    data = load_digits()
+    tokens = (data.images / 16).reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 4)
+    order = np.random.default_rng(0).permutation(len(tokens))
+    train, test = order[:1347], order[1347:]
+    x, y = torch.tensor(tokens, dtype=torch.float32), torch.tensor(data.target)
+    torch.manual_seed(0)
+    attention = nets.PowerSoftmaxAttention(64, 4, p=2, epsilon=1.0, denominator=(1.0, 12.0))
+    model = nets.Classifier(16, 4, 10, attention, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+    for _ in range(60):
+        for part in torch.randperm(len(train)).split(64):
+            i = torch.tensor(train)[part]
+            scores = model(x[i] + 0.03 * torch.randn(len(i), 16, 4))
+            loss = torch.nn.functional.cross_entropy(scores, y[i]) + 30 * nets.range_penalty(model)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        clear = model(x[test]).argmax(1).numpy()
+        nets.polynomial(model, False)
+        model(x[train])
+    attention.set_range((1.0, 1.3 * attention.seen[1]), tolerance=3e-3)
+    layer = he.Layer(nets.weights_of(model), tolerance=3e-3)
+    client = he.Client(layer.plan)
+    server = he.Server(layer, client.evaluation_keys())
+    times, same, right = [], 0, 0
+    for i, expected in zip(test, clear, strict=True):
+        query = client.encrypt(tokens[i])
+        start = time.perf_counter()
+        reply = server.attend(query)
+        times.append(time.perf_counter() - start)
+        found = int(client.decrypt(reply).argmax())
+        same += found == expected
+        right += found == data.target[i]
+    at = f"digits, degree {layer.plan.ring.degree}, {layer.plan.upload_bytes / 1e6:.0f} MB up"
+    yield Row("digits, encrypted class as in the clear", same / len(test), "share", at_least=1.0)
+    yield Row("digits, right", right / len(test), "share")
+    yield Row(f"{at}, server", statistics.median(times), "s")
+    yield Row(
+        "digits, predicted over measured time", layer.plan.predicted_ms(costs) / 1e3 / statistics.median(times), "ratio"
+    )
+
+
+def block(costs: Costs) -> Iterator[Row]:
+    """A whole block, 16 tokens, d = 64, 4 heads, 256 hidden features, random weights as PyTorch begins with."""
+    import torch
+
+    from refattn.he import torch as nets
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, 64, dtype=torch.float64)
+
+    def made(denominator: tuple[float, float], low: float, high: float, most: float) -> nets.Block:
+        torch.manual_seed(0)
+        attention = nets.PowerSoftmaxAttention(64, 4, p=2, epsilon=1.0, denominator=denominator, tolerance=1e-2)
+        norm, act = nets.PolynomialRMSNorm(64, low, high, 1e-2), nets.PolynomialActivation("gelu", most, 1e-2)
+        return nets.Block(attention, norm, 256, act).double()
+
+    first = made((1.0, 1e3), 0.1, 1.0, 1.0)
+    with torch.no_grad():
+        exact = first(x)[0].numpy()
+    seen = [part.seen for part in (first.attention, first.norm, first.activation)]
+    module = made(
+        (1.0, 1.2 * seen[0][1]), seen[1][0] / 1.2, seen[1][1] * 1.2, 1.2 * max(abs(seen[2][0]), abs(seen[2][1]))
+    )
+    layer = he.Layer(nets.weights_of(module, 16), tolerance=1e-2)
+    plan = layer.plan
+    client = he.Client(plan)
+    server = he.Server(layer, client.evaluation_keys())
+    times = []
+    for _ in range(4):
+        query = client.encrypt(x[0].numpy())
+        start = time.perf_counter()
+        reply = server.attend(query)
+        times.append(time.perf_counter() - start)
+        out = client.decrypt(reply)
+    at = f"block 16 x 64, degree {plan.ring.degree}, {plan.ring.levels} levels"
+    up = f"{plan.upload_bytes / 1e6:.0f} MB up, {plan.key_bytes / 1e6:.0f} MB of keys"
+    yield Row(f"{at}, {up}, server", statistics.median(times[1:]), "s", at_most=10.0)
+    yield Row(
+        "block, predicted over measured time", plan.predicted_ms(costs) / 1e3 / statistics.median(times[1:]), "ratio"
+    )
+    yield Row("block, error against the exact functions", float(np.abs(out - exact).max()), "absolute")
+    yield Row("block, noise", float(np.abs(out - layer.simulate(x[0].numpy())).max()), "absolute")
 
 
 def throughput(peer: float) -> Iterator[Row]:

@@ -62,7 +62,7 @@ def attend(
     if isinstance(layout, BatchLayout):
         return _attend_batch(m, layout, p, inverse, added, most, q, k, v)
     m.step("products")
-    x = _dot(m, q, k)
+    x = _turned(m, layout, q[0], k, 1) if layout.compact else _dot(m, q, k)
     x = m.add(x, m.conjugate(x))  # 2·Re: two features a slot
     for step in layout.group_steps():
         x = m.add(x, m.rotate(x, step))
@@ -74,7 +74,7 @@ def attend(
     for step in layout.key_steps():
         d = m.add(d, m.rotate(d, step))
     m.step("values")
-    n = _weighted(m, layout, w, v)
+    n = _turned(m, layout, w, v, -1)  # over `parts` neighbouring keys
     m.step("division")
     if inverse is None:
         return [_sum_keys(m, layout, n), d]
@@ -134,15 +134,15 @@ def _power(m: Any, x: Any, p: int) -> Any:
     return m.rescale(m.relinearize(m.square(fourth)))  # 8
 
 
-def _weighted(m: Any, layout: Layout, w: Any, v: Sequence[Any]) -> Any:
-    """Return the sums over `parts` neighbouring keys of w·v: baby steps turn w, giant steps turn sums."""
-    baby = layout.baby
-    turned = [w] + [m.rotate(w, -b * layout.columns) for b in range(1, baby)]
+def _turned(m: Any, layout: Layout, a: Any, bs: Sequence[Any], sign: int) -> Any:
+    """Return the sum over r of a, turned by r rows, times b_r: baby steps turn a, giant steps turn sums."""
+    baby, unit = layout.baby, sign * layout.columns
+    turned = [a] + [m.rotate(a, r * unit) for r in range(1, baby)]
     total = None
     for giant in range(layout.parts // baby):
-        part = _dot(m, turned, v[giant * baby : (giant + 1) * baby])
+        part = _dot(m, turned, bs[giant * baby : (giant + 1) * baby])
         if giant:
-            part = m.rotate(part, -giant * baby * layout.columns)
+            part = m.rotate(part, giant * baby * unit)
         total = part if total is None else m.add(total, part)
     return total
 

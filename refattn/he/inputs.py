@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,13 @@ from ..exact import evaluate
 from ..masks import visible
 from ..problem import Problem
 from .circuit import Numbers
+from .sampled import Sampled
 
 if TYPE_CHECKING:
+    from .layer import Layer
     from .plan import Plan
 
-__all__ = ["decoded", "encoded", "reference", "simulate"]
+__all__ = ["decoded", "encoded", "reference", "simulate", "simulated"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -43,8 +45,8 @@ def reference(problem: Problem) -> Float:
     return to_float64(evaluate(problem, rounding="float64").out)
 
 
-def simulate(plan: Plan, problem: Problem) -> Float:
-    """Return what the encrypted program computes, on float64 numbers: the same polynomial, without keys and noise.
+def simulate(plan: Plan, problem: Problem, seed: int | None = None) -> Float:
+    """Return what the encrypted program computes, on float64 numbers: the same polynomial, without keys.
 
     Parameters
     ----------
@@ -52,6 +54,8 @@ def simulate(plan: Plan, problem: Problem) -> Float:
         The program.
     problem : Problem
         As :meth:`refattn.he.Client.encrypt` takes it.
+    seed : int, optional
+        Of noise that is drawn as the scheme draws it; by default there is none.
 
     Returns
     -------
@@ -62,9 +66,21 @@ def simulate(plan: Plan, problem: Problem) -> Float:
     InvalidProblem
         Sizes, options or numbers that are not the plan's.
     """
-    shape, slots = encoded(plan, problem)
-    found = [plan.compute(Numbers(), *task) for task in plan.tasks([s for s, _ in slots])]
-    return decoded(plan, [x for outs in found for x in outs], shape)
+    return simulated(plan, problem, seed)
+
+
+def simulated(program: Plan | Layer, x: Any, seed: int | None) -> Float:
+    """Return what a program computes on plain numbers, with drawn noise where there is a seed."""
+    plan = program.plan
+    shape, slots = plan.encoded(x)
+    if seed is None:
+        plain = Numbers()
+        outs = [y for task in program.tasks([s for s, _ in slots]) for y in program.compute(plain, *task)]
+    else:
+        m = Sampled(plan.ring, seed)
+        given = [m.fresh(s, limbs) for s, limbs in slots]
+        outs = [y.slots for task in program.tasks(given) for y in program.compute(m, *task)]
+    return plan.decoded(outs, shape)
 
 
 def encoded(plan: Plan, problem: Problem) -> tuple[tuple[int, ...], list[tuple[Complex, int]]]:
@@ -73,12 +89,14 @@ def encoded(plan: Plan, problem: Problem) -> tuple[tuple[int, ...], list[tuple[C
         raise InvalidProblem(f"he: got {type(problem).__name__}, expected a Problem")
     layout, top = plan.layout, plan.ring.levels + 1
     q, k, v, seen = slots_of(plan, problem)
+    # what is filled up is 0 and hides nothing
+    seen_here = seen | (np.arange(layout.queries) >= plan.n_q)[:, None] | (np.arange(layout.keys) >= plan.n_k)
     found: list[tuple[Complex, int]] = []
     done: set[int] = set()
     for block in layout.blocks():
         if block[0] not in done:
             done.add(block[0])
-            found += [(x, top) for x in layout.key_slots(k, block)]
+            found += [(x, top) for x in layout.key_slots(k, seen_here, block)]
             found += [(x, plan.value_limbs) for x in layout.value_slots(v, block)]
         found += [(x, top) for x in layout.query_slots(q, seen, block)]
     return problem.out_shape, found

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UnsupportedProblem
-from .circuit import Levels, Numbers, Token, attend
+from .circuit import Levels, Token, attend
+from .inputs import simulated
 from .inverse import Inverse, choose
 from .layer_plan import LayerPlan, axes_of, feature_of, period_of
 from .layout import Layout
@@ -117,10 +118,9 @@ class Layer:
             steps, exact.counts, tuple(sorted({r % ring.slots for r in exact.rotations})),
         )]  # fmt: skip
 
-    def simulate(self, x: Any) -> Float:
-        """Return what the encrypted layer computes, on float64 numbers: without keys and noise."""
-        shape, slots = self.plan.encoded(x)
-        return self.plan.decoded(self.compute(Numbers(), (), [s for s, _ in slots]), shape)
+    def simulate(self, x: Any, seed: int | None = None) -> Float:
+        """Return what the encrypted layer computes, on float64 numbers without keys; with noise drawn by a seed."""
+        return simulated(self, x, seed)
 
     def tasks(self, parts: Sequence[Any]) -> list[tuple[Sequence[Any], Sequence[Any]]]:
         """Return what can be computed apart: here a query is one task."""

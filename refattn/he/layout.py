@@ -40,6 +40,8 @@ class Layout:
         Queries of a head, filled up to a power of 2.
     heads : int
         Heads in all.
+    compact : bool
+        The queries come once, and the server turns them: half the upload for more rotations.
     """
 
     slots: int
@@ -49,6 +51,7 @@ class Layout:
     parts: int
     queries: int
     heads: int
+    compact: bool = False
 
     @property
     def pairs(self) -> int:
@@ -58,7 +61,7 @@ class Layout:
     @property
     def query_parts(self) -> int:
         """Ciphertexts of a block's queries."""
-        return self.parts
+        return 1 if self.compact else self.parts
 
     @property
     def shared_parts(self) -> int:
@@ -133,12 +136,31 @@ class Layout:
         """
         z = (q[..., 0::2] + 1j * q[..., 1::2]) / 2
         heads, rows = (np.array(x) for x in zip(*self._columns(block), strict=True))
-        mask = np.tile(seen[heads, rows].T, (self.groups, 1))
-        return [self._tiled(z[heads, rows][:, self._pairs(r)].T * mask) for r in range(self.parts)]
+        mask = 1 if self.compact else self._mask(seen, block)
+        return [self._tiled(z[heads, rows][:, self._pairs(r)].T * mask) for r in range(self.query_parts)]
 
-    def key_slots(self, k: Float, block: tuple[int, int]) -> list[Complex]:
-        """Return the slots of the keys of a block's heads; k is (heads, keys, pairs·2)."""
-        return [self._of_keys(k[..., 0::2] - 1j * k[..., 1::2], r, block) for r in range(self.parts)]
+    def _mask(self, seen: NDArray[np.bool_], block: tuple[int, int]) -> NDArray[np.bool_]:
+        heads, rows = (np.array(x) for x in zip(*self._columns(block), strict=True))
+        return np.tile(seen[heads, rows].T, (self.groups, 1))
+
+    def key_slots(self, k: Float, seen: NDArray[np.bool_], block: tuple[int, int]) -> list[Complex]:
+        """Return the slots of the keys of a block's heads; k is (heads, keys, pairs·2).
+
+        Where the queries come once, the mask is in the keys, which are turned ahead by their giant steps.
+
+        Raises
+        ------
+        UnsupportedProblem
+            The queries come once, a key is hidden, and a head's queries need several blocks, which share the keys.
+        """
+        z = k[..., 0::2] - 1j * k[..., 1::2]
+        if not self.compact:
+            return [self._of_keys(z, r, block) for r in range(self.parts)]
+        if self.blocks_per_head > 1 and not seen.all():
+            raise UnsupportedProblem("he: upload='compact' takes no masks where a head's queries need several blocks")
+        mask = 1 if self.blocks_per_head > 1 else self._tiled(self._mask(seen, block) + 0j)
+        turns = [r // self.baby * self.baby * self.columns for r in range(self.parts)]
+        return [np.roll(self._of_keys(z, r, block) * mask, turn) for r, turn in enumerate(turns)]
 
     def value_slots(self, v: Float, block: tuple[int, int]) -> list[Complex]:
         """Return the slots of the values, turned ahead by their baby steps."""
@@ -213,7 +235,7 @@ class BatchLayout:
         row = q[:, block[1]]
         return [self._slots(z / 2) for z in (row[:, 0::2] + 1j * row[:, 1::2]).T]
 
-    def key_slots(self, k: Float, block: tuple[int, int]) -> list[Complex]:
+    def key_slots(self, k: Float, seen: NDArray[np.bool_], block: tuple[int, int]) -> list[Complex]:
         """Return the slots of all keys, (keys, pairs) flattened."""
         return [self._slots(z) for rows in (k[..., 0::2] - 1j * k[..., 1::2]).transpose(1, 2, 0) for z in rows]
 
@@ -231,7 +253,7 @@ def _powers(first: int, end: int) -> list[int]:
 
 
 def layout_for(
-    slots: int, n_q: int, n_k: int, d_k: int, d_v: int, heads: int, mode: str = "latency"
+    slots: int, n_q: int, n_k: int, d_k: int, d_v: int, heads: int, mode: str = "latency", upload: str = "full"
 ) -> Layout | BatchLayout:
     """Return the layout of a call.
 
@@ -252,4 +274,4 @@ def layout_for(
         raise UnsupportedProblem(
             f"he: n_k = {n_k}, d = {max(d_k, d_v)} and {heads} heads of {n_q} queries do not fit {slots} slots"
         )
-    return Layout(slots, keys, columns, groups, parts, queries, heads)
+    return Layout(slots, keys, columns, groups, parts, queries, heads, upload == "compact")

@@ -49,6 +49,11 @@ class Ring:
         return [self.first, *[self.middle] * self.levels, self.special]
 
     @property
+    def rounding(self) -> float:
+        """The variance in a slot of both polynomials' coefficients rounded, the second times the secret key."""
+        return self.degree * (1 + SECRET * self.degree) / 12
+
+    @property
     def slots(self) -> int:
         """Complex numbers in a ciphertext."""
         return self.degree // 2
@@ -101,8 +106,7 @@ class Bounds(Arithmetic):
         return Noisy(np.array([value]), np.array([variance]), scale, self.ring.levels + 1)
 
     def _rounding(self, scale: float) -> float:
-        n = self.ring.degree
-        return n * (1 + SECRET * n) / 12 / scale**2
+        return self.ring.rounding / scale**2
 
     def _join(self, a: Noisy, b: Noisy, value: Float, variance: Float, scale: float) -> Noisy:
         return Noisy(value, variance, scale, min(a.limbs, b.limbs), a.of_keys or b.of_keys)

@@ -51,6 +51,8 @@ class Plan(Planned):
         Who divides: "server" by a polynomial, or "client", who then learns the denominators.
     mode : str
         "latency" (a call's numbers share ciphertexts) or "throughput" (a slot is an input).
+    upload : str
+        "full", or "compact": the queries come once.
     tolerance : float
         The largest error wanted of an element of out.
     ring, layout, inverse
@@ -78,6 +80,7 @@ class Plan(Planned):
     value_most: float
     normalize: str
     mode: str
+    upload: str
     tolerance: float
     ring: Ring
     layout: Layout | BatchLayout
@@ -206,6 +209,7 @@ def plan(
     tolerance: float = 1e-2,
     normalize: str = "server",
     mode: str = "latency",
+    upload: str = "full",
     inverse: Inverse | None = None,
 ) -> Plan:
     """Return the fastest plan for power-softmax attention on ciphertexts within a tolerance.
@@ -231,6 +235,8 @@ def plan(
     mode : {"latency", "throughput"}
         A call's numbers share few ciphertexts, or each has one of its own with a slot for each of up to thousands of
         heads: a long time and a large upload, little by head; without masks.
+    upload : {"full", "compact"}
+        Of queries in latency mode: turned by the client, or once; then half the bytes, and rotations on the server.
     inverse : Inverse, optional
         The polynomial for 1/D; by default the one with the fastest plan.
 
@@ -241,7 +247,7 @@ def plan(
     UnsupportedProblem
         No ring at 128 bits of security does it; the text names the step that ran out of levels and what would help.
     """
-    _check(n_q, n_k, d_k, d_v, heads, p, denominator, epsilon, norms, value_most, tolerance, normalize, mode)
+    _check(n_q, n_k, d_k, d_v, heads, p, denominator, epsilon, norms, value_most, tolerance, normalize, mode, upload)
     d_v = d_k if d_v is None else d_v
     low, high = denominator
     inverses: Sequence[Inverse | None] = [None]
@@ -254,7 +260,7 @@ def plan(
         "denominator": (float(low), float(high)), "epsilon": float(epsilon),
         "scale": 1 / math.sqrt(d_k) if scale is None else float(scale),
         "norms": (float(norms[0]), float(norms[1])), "value_most": float(value_most),
-        "normalize": normalize, "mode": mode, "tolerance": float(tolerance),
+        "normalize": normalize, "mode": mode, "upload": upload, "tolerance": float(tolerance),
     }  # fmt: skip
     for candidate in inverses:
         for degree in MOST_BITS:
@@ -263,7 +269,11 @@ def plan(
                 found.append(made)
     if not found:
         # of the polynomial with the fewest levels, in the largest ring
-        why = obstacles[len(MOST_BITS) - 1] if obstacles else f"no polynomial is within {tolerance / 2:.3g} on ({low:.3g}, {high:.3g})"
+        why = (
+            obstacles[len(MOST_BITS) - 1]
+            if obstacles
+            else f"no polynomial is within {tolerance / 2:.3g} on ({low:.3g}, {high:.3g})"
+        )
         raise UnsupportedProblem(
             f"he: {why}; a smaller p, a narrower denominator (a larger epsilon), a larger tolerance or "
             "normalize='client' would help"
@@ -273,7 +283,7 @@ def plan(
 
 def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles: list[str]) -> Plan | None:
     """Return the plan at a degree, or None, with what was in the way."""
-    sizes = {n: given[n] for n in ("n_q", "n_k", "d_k", "d_v", "heads", "mode")}
+    sizes = {n: given[n] for n in ("n_q", "n_k", "d_k", "d_v", "heads", "mode", "upload")}
     try:
         layout = layout_for(degree // 2, **sizes)
     except UnsupportedProblem as e:
@@ -360,7 +370,7 @@ def noise_of(p: Plan) -> float:
 
 def _check(
     n_q: Any, n_k: Any, d_k: Any, d_v: Any, heads: Any, p: Any, denominator: Any, epsilon: Any, norms: Any,
-    value_most: Any, tolerance: Any, normalize: Any, mode: Any,
+    value_most: Any, tolerance: Any, normalize: Any, mode: Any, upload: Any,
 ) -> None:  # fmt: skip
     sizes = {"n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_k if d_v is None else d_v, "heads": heads}
     for name, n in sizes.items():
@@ -383,3 +393,7 @@ def _check(
         raise InvalidInput(f"normalize: got {normalize!r}, expected 'server' or 'client'")
     if mode not in ("latency", "throughput"):
         raise InvalidInput(f"mode: got {mode!r}, expected 'latency' or 'throughput'")
+    if upload not in ("full", "compact"):
+        raise InvalidInput(f"upload: got {upload!r}, expected 'full' or 'compact'")
+    if upload == "compact" and mode == "throughput":
+        raise UnsupportedProblem("he: upload='compact' is for mode='latency'")

@@ -24,7 +24,7 @@ __all__ = ["load_weights", "plan_from_json", "plan_to_json", "save_weights"]
 
 VERSION = 1
 ARGUMENTS = ("n_q", "n_k", "d_k", "d_v", "heads", "p")
-RANGES = ("denominator", "epsilon", "scale", "norms", "value_most", "tolerance", "normalize", "mode")
+RANGES = ("denominator", "epsilon", "scale", "norms", "value_most", "tolerance", "normalize", "mode", "upload")
 
 
 def plan_to_json(made: Plan | LayerPlan) -> str:

@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidInput
+from ..errors import InvalidInput, UnsupportedProblem
 from .layer import Layer
 from .layer_plan import LayerPlan
 from .plan import Plan
 from .seal import Sealed, api, context, decode, encode, from_bytes, galois_elements, to_bytes
 from .wire import KEYS, QUERY, REPLY, Message, pack, unpack
 
-__all__ = ["Client", "Server"]
+__all__ = ["Client", "Server", "Sharing"]
 
 Float = NDArray[np.float64]
 SLACK = 2
 """How many times the planned bytes a message may have."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How a decrypted result is made fit to be shown (noise flooding): see the page on security.
+
+    Attributes
+    ----------
+    bits : int
+        s: an attacker's advantage is at most about 2**-s (statistical security).
+    results : int
+        How many results of one key will be shown in all.
+    """
+
+    bits: int = 30
+    results: int = 1
+
+    def __post_init__(self) -> None:
+        if self.bits < 1 or self.results < 1:
+            raise InvalidInput(f"he: got {self.bits} bits and {self.results} results, expected at least 1")
+
+    def deviation(self, noise: float) -> float:
+        """Return the standard deviation to add where the encryption's noise is at most so large.
+
+        sqrt(12·results)·2**(bits/2) times it: Li, Micciancio, Schultz and Sorrell, 2022 (ePrint 2022/816), as OpenFHE
+        uses it; recalled from OpenFHE's documentation, not from the paper.
+        """
+        return math.sqrt(12 * self.results) * 2.0 ** (self.bits / 2) * noise
 
 
 class Client:
@@ -81,14 +111,27 @@ class Client:
         self._asked[name] = shape
         return pack(Message(QUERY, self.plan.digest, self._name, name, parts))
 
-    def decrypt(self, reply: bytes) -> Float:
+    def decrypt(self, reply: bytes, share: Sharing | None = None) -> Float:
         """Return the result, e.g. out (b, h, n_q, d_v), of a reply to a query of this client.
+
+        Parameters
+        ----------
+        reply : bytes
+            From the server.
+        share : Sharing, optional
+            The result will be shown to others: noise is added that drowns the encryption's. Not to be shown otherwise.
 
         Raises
         ------
         InvalidInput
             It is no reply to a query that waits for one.
+        UnsupportedProblem
+            A result to be shared of a plan without a bound on its noise.
         """
+        if share is not None and not isinstance(self.plan, Plan):
+            raise UnsupportedProblem(
+                "he: the plan of a layer has no bound on its noise, so nothing says how much drowns it"
+            )
         plan = self.plan
         m = unpack(reply, REPLY, plan.digest, SLACK * (plan.upload_bytes + 2**20))
         if m.client != self._name or m.query not in self._asked:
@@ -96,7 +139,12 @@ class Client:
         if len(m.parts) != plan.outs:
             raise InvalidInput(f"he: got a reply of {len(m.parts)} ciphertexts, expected {plan.outs}")
         slots = [self._decrypted(x) for x in m.parts]
-        return plan.decoded(slots, self._asked.pop(m.query))
+        out = plan.decoded(slots, self._asked.pop(m.query))
+        if share is None or not isinstance(plan, Plan):
+            return out
+        draw = secrets.SystemRandom().gauss
+        deviation = share.deviation(plan.noise)
+        return out + np.array([draw(0.0, deviation) for _ in range(out.size)]).reshape(out.shape)
 
     def _encrypted(self, slots: Any, limbs: int) -> bytes:
         plain = encode(self._encoder, slots, self.plan.ring, limbs)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings, target
 from hypothesis import strategies as st
 
-from refattn import InvalidInput, InvalidProblem, Problem, he
+from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, he
 from refattn.he import wire
 from refattn.he.circuit import attend
 
@@ -26,6 +26,9 @@ CALLS = {
     "throughput": (problem(2, 3, 4, 6, 2, epsilon=0.5, batch=50), {"mode": "throughput"}),
     "throughput, p=4": (problem(2, 3, 4, 6, 2, 4, 0.5, batch=5), {"mode": "throughput", "tolerance": 1.0}),
     "throughput, the client divides": (problem(2, 3, 4, batch=9), {"mode": "throughput", "normalize": "client"}),
+    "compact": (problem(16, 16, 32, 32, 4, 2, 3.0, causal="bottom_right"), {"upload": "compact"}),
+    "compact, the client divides": (problem(5, 7, 6, 4, 3, epsilon=0.5), {"upload": "compact", "normalize": "client"}),
+    "compact, two blocks, many parts": (problem(128, 60, 64, 64, 1, epsilon=6.0), {"upload": "compact"}),
     "two blocks, many parts": (problem(128, 64, 128, 128, 1, epsilon=6.0), {}),
 }
 
@@ -183,3 +186,55 @@ def test_no_changed_message_is_taken(data):
     for bad in (changed, good[:at], good + bytes(by)):
         with pytest.raises(InvalidInput, match=r"^he: "):
             wire.unpack(bad, wire.QUERY, bytes(32), 1000)
+
+
+def test_drawn_noise_looks_like_the_schemes():
+    x = problem(16, 16, 32, 32, 4, epsilon=3.0)
+    plan = planned(x)
+    client = he.Client(plan)
+    server = he.Server(plan, client.evaluation_keys())
+    plain = he.simulate(plan, x)
+    drawn = [np.abs(he.simulate(plan, x, seed) - plain) for seed in range(3)]
+    real = [np.abs(client.decrypt(server.attend(client.encrypt(x))) - plain) for _ in range(3)]
+    assert np.array_equal(he.simulate(plan, x, 0) - plain, he.simulate(plan, x, 0) - plain)
+    # the middle and the largest of 2048 errors: the median is stable to a few percent, the largest is of slot 0
+    assert 0.6 <= np.median(real) / np.median(drawn) <= 1.6
+    assert 0.1 <= np.max(real) / np.max(drawn) <= 10
+
+
+def test_a_result_to_be_shared_is_drowned(narrow):
+    plan, client, server = narrow
+    q = np.full((1, 1, 2, 4), 1.0)
+    x = Problem(q, np.ones((1, 1, 4, 4)), np.ones((1, 1, 4, 4)), variant="power", options={"p": 2, "epsilon": 0.5})
+    share = he.Sharing(bits=20, results=3)
+    deviation = 6 * 2**10 * plan.noise
+    assert share.deviation(plan.noise) == pytest.approx(deviation)
+    errors = []
+    for _ in range(20):
+        errors.append(client.decrypt(server.attend(client.encrypt(x)), share) - he.reference(x))
+    # 160 numbers: five standard errors
+    assert np.std(errors) == pytest.approx(deviation, rel=5 / np.sqrt(2 * 160))
+    with pytest.raises(InvalidInput, match="got 0 bits and 1 results, expected at least 1"):
+        he.Sharing(bits=0)
+
+
+def test_what_no_bound_is_known_of_is_not_shared():
+    from .test_layer import layer
+
+    client = he.Client(he.Layer(layer(n=4, d=4, heads=1, d_k=4, classes=2)[0]).plan)
+    with pytest.raises(UnsupportedProblem, match="the plan of a layer has no bound on its noise"):
+        client.decrypt(b"", he.Sharing())
+
+
+def test_compact_queries_need_less_and_refuse_what_they_cannot_carry():
+    x = problem(128, 128, 64, 64, epsilon=6.0)
+    full, compact = planned(x), planned(x, upload="compact")
+    assert compact.upload_bytes < 0.6 * full.upload_bytes
+    assert full.noise < compact.noise <= compact.error <= 1e-2
+    masked = problem(128, 128, 64, 64, epsilon=6.0, causal="bottom_right")
+    with pytest.raises(UnsupportedProblem, match="takes no masks where a head's queries need several blocks"):
+        he.simulate(planned(masked, upload="compact"), masked)
+    with pytest.raises(UnsupportedProblem, match="upload='compact' is for mode='latency'"):
+        planned(problem(2, 3, 4), upload="compact", mode="throughput")
+    with pytest.raises(InvalidInput, match="upload: got 'small', expected 'full' or 'compact'"):
+        planned(problem(2, 3, 4), upload="small")
