@@ -66,15 +66,11 @@ def run(name: str, console: Console, json_file: str | None) -> list[Row]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     rows: list[Row] = []
-    try:
-        rows.extend(_watched(module.rows(), console))
-    finally:  # what was measured before an error or an interrupt is kept
-        if json_file is not None:
-            whole = {
-                "machine": machine(),
-                "versions": versions(),
-                "rows": [asdict(r) | {"holds": r.holds} for r in rows],
-            }
+    about = {"machine": machine(), "versions": versions()}
+    for row in _watched(module.rows(), console):
+        rows.append(row)
+        if json_file is not None:  # row by row: what was measured before an error or a crash is kept
+            whole = about | {"rows": [asdict(r) | {"holds": r.holds} for r in rows]}
             write_text(json_file, json.dumps(whole, indent=1) + "\n")
     table = Table("figure", "value", "unit", "held to", "holds")
     for r in rows:

@@ -152,16 +152,26 @@ def _fits(plan: Plan, p: Problem) -> None:
     """Refuse a problem that is not the plan's."""
     if p.kind != "numpy":
         raise UnsupportedProblem(f"he: takes arrays of numpy, got {p.kind}; problem.to('numpy') gives them")
-    if p.variant != "power" or p.options.get("form", "plain") != "plain":
-        raise UnsupportedProblem("he: computes variant 'power' in its plain form")
+    form, epsilon = p.options.get("form", "plain"), p.options.get("epsilon", 1e-3)
+    if p.variant != "power" or form not in ("plain", "mean"):
+        raise UnsupportedProblem("he: computes variant 'power' in its plain and mean forms")
+    if form == "mean":  # the plain form with an epsilon of as many times, where all rows see as many keys
+        seen = {int(n) for b in range(p.batch) for h in range(p.heads) for n in _counts(p, b, h)}
+        if len(seen) > 1:
+            raise UnsupportedProblem("he: the mean form needs rows that all see as many keys")
+        epsilon *= seen.pop()
     if p.cu_seqlens_q is not None:
         raise UnsupportedProblem("he: takes no packed sequences")
     found = {n: getattr(p, n) for n in ("n_q", "n_k", "d_k", "d_v")} | {"heads": p.batch * p.heads}
-    found |= {"p": p.options.get("p", 4), "epsilon": p.options.get("epsilon", 1e-3)}
+    found |= {"p": p.options.get("p", 4), "epsilon": epsilon}
     found["scale"] = 1 / math.sqrt(p.d_k) if p.scale is None else p.scale
     for name, x in found.items():
         if x != getattr(plan, name):
             raise InvalidProblem(f"{name}: got {x}, expected the plan's {getattr(plan, name)}")
+
+
+def _counts(p: Problem, batch: int, head: int) -> NDArray[np.int64]:
+    return np.asarray(visible(p, batch, head, slice(0, p.n_q), slice(0, p.n_k)).sum(1))
 
 
 def _in_range(plan: Plan, q: Float, k: Float, v: Float, seen: NDArray[np.bool_]) -> None:

@@ -101,7 +101,7 @@ def save_weights(weights: Weights, path: str | Path) -> None:
     path : str or Path
         The target.
     """
-    arrays = {f.name: getattr(weights, f.name) for f in fields(weights)}
+    arrays: dict[str, Any] = {f.name: getattr(weights, f.name) for f in fields(weights)}
     then = arrays.pop("then")
     rest: dict[str, Any] = {
         n: arrays.pop(n) for n in ("p", "epsilon", "scale", "denominator", "causal", "first_epsilon")
@@ -125,7 +125,7 @@ def load_weights(path: str | Path) -> Weights:
     InvalidInput
         There is no such file, or it is not one of ours.
     """
-    arrays = load_arrays(path)
+    arrays: dict[str, Any] = dict(load_arrays(path))
     try:
         rest = json.loads(arrays.pop("settings").tobytes())
         if rest.pop("version") != VERSION:

@@ -143,3 +143,15 @@ def test_numbers_outside_the_plan_are_refused(change, error, text):
 def test_problems_of_another_plan_are_refused(other, error, text):
     with pytest.raises(error, match=text):
         he.simulate(planned(problem()), other)
+
+
+def test_the_mean_form_is_the_plain_one_with_more_epsilon():
+    from dataclasses import replace
+
+    x = problem(4, 8, 6, epsilon=0.8)
+    plan = planned(x)
+    mean = replace(x, options={"p": 2, "epsilon": 0.1, "form": "mean"})
+    np.testing.assert_allclose(he.simulate(plan, mean), he.simulate(plan, x))
+    assert np.abs(he.simulate(plan, mean) - he.reference(mean)).max() <= plan.error
+    with pytest.raises(UnsupportedProblem, match="the mean form needs rows that all see as many keys"):
+        he.simulate(plan, replace(mean, causal="bottom_right"))

@@ -1,0 +1,47 @@
+"""The pairwise forms of triple-wise attention on a GPU: tree and rank-one, by two calls of `refattn.gpu.attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from ..errors import UnsupportedProblem
+from ..gpu import attention as pairwise
+from .forms import check, scale_of
+
+__all__ = ["attention"]
+
+
+def attention(
+    query: Any, k1: Any, k2: Any, v1: Any, v2: Any, *, form: str, scale: float | None = None,
+    causal: str | None = None, window: Any = None, accuracy: str = "fast",
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return out and lse of the tree or the rank-one form, on the GPU that the arrays are on.
+
+    Parameters
+    ----------
+    query, k1, k2, v1, v2, form, scale, causal, window
+        As in :func:`refattn.tensor.attention`; arrays of PyTorch or CuPy, of any type that `refattn.gpu` takes. In the
+        tree form v1 times the inner result is rounded to that type.
+    accuracy : str
+        As in :func:`refattn.gpu.attention`.
+
+    Raises
+    ------
+    UnsupportedProblem
+        Another form: its kernels are not there yet.
+    """
+    shape = check(query, (k1, k2), (v1, v2), form, causal, window)
+    if form not in ("tree", "rank_one"):
+        raise UnsupportedProblem(f"tensor: the form {form!r} is not there on a GPU; 'tree' and 'rank_one' are")
+    windows = [None if w is None else (w - 1, 0) for w in shape.window]
+    given = {"scale": scale_of(scale, shape.d), "causal": causal, "accuracy": accuracy, "return_lse": True}
+    if form == "rank_one":
+        a, lse_a = pairwise(query, k1, v1, window=windows[0], **given)
+        b, lse_b = pairwise(query, k2, v2, window=windows[1], **given)
+        return a * b, lse_a + lse_b
+    inner, terms = pairwise(k1, k2, v2, window=windows[1], **given)
+    # a term for each key, the same for all rows and for the heads that share the keys
+    bias = array_namespace(terms).repeat(terms, shape.heads // shape.heads_kv, axis=1)[:, :, None, :]
+    return pairwise(query, k1, v1 * inner, window=windows[0], bias=bias, **given)  # type: ignore[no-any-return]

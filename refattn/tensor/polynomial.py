@@ -1,0 +1,404 @@
+"""Tensor attention by polynomials: near-linear in n for small logits, any order, each row with a proven bound.
+
+exp(s) on [-R, R] is replaced by a polynomial of degree g. As s_i = sum_l q_il k1_jl k2_kl ..., its powers are sums over
+monomials a of degree up to g: C(d+g, g) of them, each a product of one feature of the query and of every key. So the
+sums over all tuples of keys are products of sums over each kind of keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import mpmath
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import dtype_name, kind_of
+from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
+from .forms import scale_of
+from .stream import attention
+
+__all__ = ["Certified", "auto", "crossover", "polynomial"]
+
+Array = NDArray[Any]
+KINDS = ("taylor", "chebyshev")
+MOST_DEGREE, MOST_FEATURES = 24, 1 << 16
+NS_EXACT, NS_FEATURE = (0.6, 0.02), 0.35
+"""Nanoseconds of one core: a triple in `attention` (and for each of d + d_v), and a feature's multiplication."""
+
+
+@dataclass(frozen=True)
+class Certified:
+    """An approximation and what is proven of it.
+
+    Attributes
+    ----------
+    out : (b, h, n_q, d_v) array
+        The result.
+    bound : (b, h, n_q) float64 array
+        For each row, a bound on the error of every element: of the polynomial and of its rounding. 0 for a row that was
+        computed exactly, up to that arithmetic's own rounding.
+    degree : int
+        The polynomial's; -1 where no row took it.
+    kind : str
+        "taylor" or "chebyshev".
+    share : float
+        The part of rows that took the polynomial.
+    """
+
+    out: Array
+    bound: NDArray[np.float64]
+    degree: int
+    kind: str
+    share: float
+
+
+def polynomial(
+    query: Array, keys: Sequence[Array], values: Sequence[Array], *, scale: float | None = None,
+    causal: bool = False, tolerance: float = 1e-6, degree: int | None = None, kind: str | None = None,
+) -> Certified:  # fmt: skip
+    """Return tensor attention of any order by a polynomial, with a bound for each row.
+
+    s = scale · sum_l q_il · prod_t k_t,l; the value of a tuple of keys is the product of its values.
+
+    Parameters
+    ----------
+    query : (b, h, n_q, d) float32 or float64 array
+        The queries.
+    keys, values : sequences of (b, h, n_t, d) and (b, h, n_t, d_v) arrays
+        As many kinds of keys as the order asks for: 1 is pairwise attention, 2 triple-wise.
+    scale : float, optional
+        1/d by default.
+    causal : bool
+        Row i sees keys up to its own place, all n equal: a recurrence whose state does not grow.
+    tolerance : float
+        The largest bound wanted; the degree is the least that gives it.
+    degree : int, optional
+        A degree instead of a tolerance.
+    kind : {"taylor", "chebyshev"}, optional
+        By default the one with the smaller bound.
+
+    Raises
+    ------
+    InvalidProblem
+        Shapes or types that do not fit together.
+    UnsupportedProblem
+        No degree gives the tolerance, or the features would overflow or be more than fit: the text says which.
+    """
+    by = _check(query, keys, values, scale, causal)
+    sizes = _sizes(query, keys, by)
+    kind_, degree = _degree(query, keys, values, sizes, tolerance, degree, kind)
+    largest = float(sizes.max())
+    coefficients = _coefficients(kind_, degree, largest)
+    out = np.empty((*query.shape[:3], values[0].shape[3]), query.dtype)
+    for b, h in np.ndindex(*query.shape[:2]):
+        out[b, h] = _head(query[b, h], [k[b, h] for k in keys], [v[b, h] for v in values], coefficients, by, causal)
+    bound = _bound(kind_, degree, sizes, query, keys, values)
+    return Certified(out, bound, degree, kind_, 1.0)
+
+
+def auto(
+    query: Array, k1: Array, k2: Array, v1: Array, v2: Array, *, scale: float | None = None, tolerance: float = 1e-6
+) -> Certified:
+    """Return triple-wise attention within a tolerance: rows by the polynomial where that is proven, exact otherwise.
+
+    Parameters
+    ----------
+    query, k1, k2, v1, v2, scale
+        As in :func:`refattn.tensor.attention`, h_kv = h.
+    tolerance : float
+        The largest error of an element that the polynomial may have.
+
+    Raises
+    ------
+    InvalidProblem
+        Shapes or types that do not fit together.
+    """
+    keys, values = (k1, k2), (v1, v2)
+    by = _check(query, keys, values, scale, False)
+    sizes = _sizes(query, keys, by)
+    d, d_v, n1, n2 = query.shape[3], v1.shape[3], k1.shape[2], k2.shape[2]
+    heads, rows = query.shape[0] * query.shape[1], query.shape[2]
+    exact_ns = _exact_ns(n1 * n2, d, d_v)
+    best, least = (-1, np.zeros(sizes.shape, bool)), exact_ns * rows * heads
+    for degree in range(1, MOST_DEGREE + 1):
+        features = math.comb(d + degree, degree)
+        if features > MOST_FEATURES:
+            break
+        good = _bound("taylor", degree, sizes, query, keys, values) <= tolerance
+        cost = NS_FEATURE * features * (d_v + 1) * heads * (rows + n1 + n2) + exact_ns * float((~good).sum())
+        if cost < least:
+            best, least = (degree, good), cost
+    degree, good = best
+    out = np.empty((*query.shape[:3], d_v), query.dtype)
+    for b, h in np.ndindex(*query.shape[:2]):
+        of = good[b, h]
+        ks, vs = [k[b, h] for k in keys], [v[b, h] for v in values]
+        if of.any():
+            out[b, h, of] = _head(query[b, h, of], ks, vs, _coefficients("taylor", degree, 1.0), by, False)
+        if not of.all():
+            some = (x[b : b + 1, h : h + 1] for x in (k1, k2, v1, v2))
+            out[b, h, ~of] = attention(query[b : b + 1, h : h + 1, ~of], *some, scale=by)[0, 0]
+    bound = np.where(good, _bound("taylor", degree, sizes, query, keys, values) if degree > 0 else 0.0, 0.0)
+    return Certified(out, bound, degree, "taylor", float(good.mean()))
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Which method is cheapest, and why.
+
+    Attributes
+    ----------
+    method : str
+        "polynomial" or "exact".
+    degree : int or None
+        The polynomial's, the least within the tolerance; None where there is none.
+    features : int
+        How many it has.
+    polynomial_seconds, exact_seconds : float
+        Predicted, of one core.
+    why : str
+        In words.
+    """
+
+    method: str
+    degree: int | None
+    features: int
+    polynomial_seconds: float
+    exact_seconds: float
+    why: str
+
+
+def crossover(n: int, d: int, bound: float, tolerance: float, d_v: int | None = None) -> Crossover:
+    """Return which method is cheapest for n queries and keys of each kind whose logits are at most `bound` in size.
+
+    Parameters
+    ----------
+    n, d : int
+        Length and features.
+    bound : float
+        The largest |scale · s|.
+    tolerance : float
+        The largest error, relative to the largest product of values.
+    d_v : int, optional
+        Features of a value; d by default.
+
+    Raises
+    ------
+    InvalidInput
+        A size, bound or tolerance that has no meaning.
+    """
+    if min(n, d) < 1 or not (math.isfinite(bound) and bound >= 0) or not tolerance > 0:
+        raise InvalidInput(f"crossover: got n {n}, d {d}, bound {bound}, tolerance {tolerance}")
+    d_v = d_v or d
+    exact = n * _exact_ns(n * n, d, d_v) / 1e9
+    for degree in range(1, MOST_DEGREE + 1):
+        error = min(float(_relative(k, degree, np.array(bound))) for k in KINDS)
+        if _total(error) <= tolerance:
+            features = math.comb(d + degree, degree)
+            seconds = 3 * NS_FEATURE * features * (d_v + 1) * n / 1e9
+            method = "polynomial" if seconds < exact else "exact"
+            why = f"degree {degree} has {features} features: {seconds:.2g} s, all triples {exact:.2g} s"
+            return Crossover(method, degree, features, seconds, exact, why)
+    why = f"no degree up to {MOST_DEGREE} is within {tolerance:g} for logits of {bound:g}"
+    return Crossover("exact", None, 0, math.inf, exact, why)
+
+
+def _exact_ns(pairs: int, d: int, d_v: int) -> float:
+    return pairs * (NS_EXACT[0] + NS_EXACT[1] * (d + d_v))
+
+
+def _check(query: Any, keys: Sequence[Any], values: Sequence[Any], scale: float | None, causal: bool) -> float:
+    if len(keys) < 1 or len(keys) != len(values):
+        raise InvalidProblem(f"keys: got {len(keys)} kinds and {len(values)} of values, expected as many, at least 1")
+    arrays = {"query": query}
+    arrays |= {f"k{t + 1}": x for t, x in enumerate(keys)} | {f"v{t + 1}": x for t, x in enumerate(values)}
+    for name, x in arrays.items():
+        if kind_of(x) != "numpy" or len(x.shape) != 4 or min(x.shape) < 1:
+            raise InvalidProblem(f"{name}: expected a NumPy array of four axes of at least 1: (b, h, n, d)")
+        if dtype_name(x) != dtype_name(query):
+            raise InvalidProblem(f"{name}: is {dtype_name(x)} and query {dtype_name(query)}")
+    if dtype_name(query) not in ("float32", "float64"):
+        raise UnsupportedProblem(
+            f"tensor.polynomial: takes float32 and float64, got {dtype_name(query)}, whose features would overflow"
+        )
+    b, h, n, d = query.shape
+    for t, (k, v) in enumerate(zip(keys, values, strict=True), 1):
+        if k.shape[:2] != (b, h) or k.shape[3] != d or (causal and k.shape[2] != n):
+            raise InvalidProblem(f"k{t}: got shape {k.shape}, expected {(b, h, n if causal else 'n', d)}")
+        if v.shape != (b, h, k.shape[2], values[0].shape[3]):
+            raise InvalidProblem(f"v{t}: got shape {v.shape}, expected {(b, h, k.shape[2], values[0].shape[3])}")
+    return scale_of(scale, d)
+
+
+def _sizes(query: Array, keys: Sequence[Array], by: float) -> NDArray[np.float64]:
+    """Return R_i, a bound on |scale·s| of each row, a little enlarged for its own rounding."""
+    most = np.ones((*query.shape[:2], 1, query.shape[3]))
+    for k in keys:
+        most = most * np.abs(k.astype(np.float64)).max(2, keepdims=True)
+    found = (np.abs(query.astype(np.float64)) * most).sum(3) * abs(by) * (1 + 1e-12)
+    if not np.isfinite(found).all():
+        raise InvalidProblem("tensor.polynomial: the numbers are not finite, or their products are not")
+    return np.asarray(found)
+
+
+def _relative(kind: str, degree: int, sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return a bound on |p(s)·exp(-s) - 1| for |s| up to each size."""
+    with np.errstate(over="ignore"):
+        if kind == "taylor":  # Lagrange's remainder: at most |s|**(g+1)/(g+1)! below 0, times exp(s) above
+            logs = (degree + 1) * np.log(np.maximum(sizes, 1e-300)) - math.lgamma(degree + 2) + sizes
+            return np.asarray(np.exp(logs) * (1 + 1e-12))
+        largest = float(sizes.max())
+        # the coefficients that are left away, each at most 2·I_m(R) <= 2·(R/2)**m/m! · exp(R**2/(4·(m + 1)))
+        tail = 2 * math.fsum(
+            math.exp(min(m * math.log(max(largest, 1e-300) / 2) - math.lgamma(m + 1) + largest**2 / (4 * m + 4), 700.0))
+            for m in range(degree + 1, degree + 200)
+        )
+        return np.full(sizes.shape, (tail * (1 + 1e-9) + 1e-300) * np.exp(largest))
+
+
+@lru_cache(maxsize=256)
+def _coefficients(kind: str, degree: int, largest: float) -> tuple[float, ...]:
+    """Return the polynomial's coefficients, from the constant up."""
+    if kind == "taylor":
+        return tuple(1 / math.factorial(m) for m in range(degree + 1))
+    with mpmath.workdps(60):
+        r = mpmath.mpf(largest)
+        total = [mpmath.mpf(0)] * (degree + 1)
+        before, now = [mpmath.mpf(1)], [mpmath.mpf(0), mpmath.mpf(1)]  # T_0, T_1
+        for m in range(degree + 1):
+            t = before
+            a = mpmath.besseli(m, r) * (1 if m == 0 else 2)
+            for power, c in enumerate(t):
+                total[power] += a * c
+            after = [mpmath.mpf(0)] + [2 * c for c in now]
+            for power, c in enumerate(before):
+                after[power] -= c
+            before, now = now, after
+        return tuple(float(c / r**m) if largest else float(m == 0) for m, c in enumerate(total))
+
+
+def _total(error: Any) -> Any:
+    """Return the bound on a quotient whose parts have a relative error: 2e/(1 - e), infinite from 1 on."""
+    return np.where(error < 1, 2 * error / np.maximum(1 - error, 1e-300), np.inf)
+
+
+def _bound(
+    kind: str, degree: int, sizes: NDArray[np.float64], query: Array, keys: Sequence[Array], values: Sequence[Array]
+) -> NDArray[np.float64]:
+    """Return for each row the bound on the error of its elements."""
+    unit = float(np.finfo(query.dtype).eps) / 2
+    coefficients = np.abs(_coefficients(kind, degree, float(sizes.max())))
+    # the longest chain of roundings: sums over each kind of keys and over the features, products of powers
+    steps = sum(k.shape[2] for k in keys) + math.comb(query.shape[3] + degree, degree) + (len(keys) + 1) * degree + 16
+    with np.errstate(over="ignore", invalid="ignore"):
+        powers = sizes[..., None] ** np.arange(degree + 1)
+        rounding = steps * unit / max(1 - steps * unit, 1e-300) * (powers @ coefficients) * np.exp(sizes)
+        error = np.nan_to_num(_relative(kind, degree, sizes) + rounding, nan=np.inf)
+    most = np.ones((*query.shape[:2], 1))
+    for v in values:
+        most = most * np.abs(v.astype(np.float64)).max((2, 3), keepdims=True)[..., 0]
+    with np.errstate(over="ignore"):
+        return np.asarray((_total(error) + 4 * unit) * most)
+
+
+def _degree(
+    query: Array, keys: Sequence[Array], values: Sequence[Array], sizes: NDArray[np.float64], tolerance: float,
+    degree: int | None, kind: str | None,
+) -> tuple[str, int]:  # fmt: skip
+    """Return the kind and the least degree within the tolerance."""
+    if kind is not None and kind not in KINDS:
+        raise InvalidInput(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+    if not tolerance > 0:
+        raise InvalidInput(f"tolerance: got {tolerance}, expected a number above 0")
+    if degree is not None and not 1 <= degree <= MOST_DEGREE:
+        raise InvalidInput(f"degree: got {degree}, expected from 1 to {MOST_DEGREE}")
+    kinds, d, reached = (kind,) if kind else KINDS, query.shape[3], math.inf
+    for g in (degree,) if degree else range(1, MOST_DEGREE + 1):
+        if math.comb(d + g, g) > MOST_FEATURES:
+            raise UnsupportedProblem(
+                f"tensor.polynomial: degree {g} has {math.comb(d + g, g)} features of d = {d}, more than "
+                f"{MOST_FEATURES}; the bound is {reached:.3g} so far. The exact form or `auto` does it"
+            )
+        least, best = min((float(_bound(k, g, sizes, query, keys, values).max()), k) for k in kinds)
+        if degree or least <= tolerance:
+            return best, g
+        reached = min(reached, least)
+    raise UnsupportedProblem(
+        f"tensor.polynomial: logits of up to {sizes.max():.3g} are too large: the least bound up to degree "
+        f"{MOST_DEGREE} is {reached:.3g}, above {tolerance:.3g}. The exact form or `auto` does it"
+    )
+
+
+@lru_cache(maxsize=64)
+def _monomials(d: int, degree: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return exponents of all monomials up to a degree, and of each which other one times which feature it is."""
+    exponents, parents, features, last = [(0,) * d], [0], [0], [0]
+    level = [0]
+    for _ in range(degree):
+        after = []
+        for parent in level:
+            for c in range(last[parent], d):
+                e = list(exponents[parent])
+                e[c] += 1
+                after.append(len(exponents))
+                exponents.append(tuple(e))
+                parents.append(parent)
+                features.append(c)
+                last.append(c)
+        level = after
+    return np.array(exponents), np.array(parents), np.array(features)
+
+
+def _features(x: Array, degree: int) -> Array:
+    """Return all monomials of each row, (features, rows)."""
+    exponents, parents, of = _monomials(x.shape[1], degree)
+    out = np.empty((len(exponents), len(x)), x.dtype)
+    out[0] = 1
+    columns = np.ascontiguousarray(x.T)
+    for t in range(1, len(exponents)):
+        np.multiply(out[parents[t]], columns[of[t]], out=out[t])
+    return out
+
+
+def _weights(d: int, coefficients: tuple[float, ...], by: float) -> NDArray[np.float64]:
+    """Return each monomial's factor: c_m · m!/prod(a!) · scale**m."""
+    exponents, _, _ = _monomials(d, len(coefficients) - 1)
+    degrees = exponents.sum(1)
+    factorials = np.array([math.factorial(m) for m in range(len(coefficients))], float)
+    return np.asarray(
+        np.array(coefficients)[degrees]
+        * factorials[degrees]
+        / factorials[exponents].prod(1)
+        * by ** degrees.astype(float)
+    )
+
+
+def _head(
+    q: Array, keys: Sequence[Array], values: Sequence[Array], coefficients: tuple[float, ...], by: float, causal: bool
+) -> Array:
+    """Return out of a head."""
+    degree = len(coefficients) - 1
+    weight = _weights(q.shape[1], coefficients, by).astype(q.dtype)[:, None]
+    of_q = _features(q, degree) * weight
+    of_keys = [_features(k, degree) for k in keys]
+    wide = [np.concatenate([v, np.ones((len(v), 1), v.dtype)], 1) for v in values]
+    if not causal:
+        moments = np.ones((len(of_q), wide[0].shape[1]), q.dtype)
+        for f, w in zip(of_keys, wide, strict=True):
+            moments = moments * (f @ w)
+        sums = of_q.T @ moments
+    else:
+        state = [np.zeros((len(of_q), w.shape[1]), q.dtype) for w in wide]
+        sums = np.empty((len(q), wide[0].shape[1]), q.dtype)
+        for i in range(len(q)):
+            moments = np.ones_like(state[0])
+            for s, f, w in zip(state, of_keys, wide, strict=True):
+                s += f[:, i, None] * w[i]
+                moments = moments * s
+            sums[i] = of_q[:, i] @ moments
+    return np.asarray(sums[:, :-1] / sums[:, -1:])
