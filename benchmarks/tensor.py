@@ -110,6 +110,10 @@ def polynomials() -> Iterator[Row]:
     yield Row("n=4096 d=4 polynomial at 1e-8", fast, "s")
     yield Row("n=4096 d=4 exact", slow, "s")
     yield Row("n=4096 d=4 exact over polynomial", slow / fast, "ratio", at_least=1e4)
+    logits = float(np.abs(q).max() * np.abs(k1).max() * np.abs(k2).max())
+    said = tensor.crossover(4096, 4, logits, 1e-8)
+    yield Row("n=4096 d=4 predicted over measured, exact", said.exact_seconds / slow, "ratio")
+    yield Row("n=4096 d=4 predicted over measured, polynomial", said.polynomial_seconds / fast, "ratio")
     error = float(np.abs(found.out - exact).max())
     yield Row("n=4096 d=4 error over its bound", error / float(found.bound.max()), "ratio", at_most=1.0)
     for name, sizes, call in (

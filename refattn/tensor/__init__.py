@@ -2,7 +2,8 @@
 
 from .forms import FORMS, as_pairs, exact
 from .gradients import exact_gradients
-from .polynomial import Certified, auto, crossover, polynomial
+from .polynomial import Certified, polynomial
+from .routing import auto, crossover
 from .stream import attention, backward
 
 __all__ = [

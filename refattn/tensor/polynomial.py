@@ -20,15 +20,12 @@ from numpy.typing import NDArray
 from ..arrays import dtype_name, kind_of
 from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from .forms import scale_of
-from .stream import attention
 
-__all__ = ["Certified", "auto", "crossover", "polynomial"]
+__all__ = ["Certified", "polynomial"]
 
 Array = NDArray[Any]
 KINDS = ("taylor", "chebyshev")
 MOST_DEGREE, MOST_FEATURES = 24, 1 << 16
-NS_EXACT, NS_FEATURE = (0.6, 0.02), 0.35
-"""Nanoseconds of one core: a triple in `attention` (and for each of d + d_v), and a feature's multiplication."""
 
 
 @dataclass(frozen=True)
@@ -89,130 +86,19 @@ def polynomial(
     UnsupportedProblem
         No degree gives the tolerance, or the features would overflow or be more than fit: the text says which.
     """
-    by = _check(query, keys, values, scale, causal)
-    sizes = _sizes(query, keys, by)
+    by = check_arrays(query, keys, values, scale, causal)
+    sizes = sizes_of(query, keys, by)
     kind_, degree = _degree(query, keys, values, sizes, tolerance, degree, kind)
     largest = float(sizes.max())
-    coefficients = _coefficients(kind_, degree, largest)
+    coefficients = coefficients_of(kind_, degree, largest)
     out = np.empty((*query.shape[:3], values[0].shape[3]), query.dtype)
     for b, h in np.ndindex(*query.shape[:2]):
-        out[b, h] = _head(query[b, h], [k[b, h] for k in keys], [v[b, h] for v in values], coefficients, by, causal)
-    bound = _bound(kind_, degree, sizes, query, keys, values)
+        out[b, h] = head(query[b, h], [k[b, h] for k in keys], [v[b, h] for v in values], coefficients, by, causal)
+    bound = bound_of(kind_, degree, sizes, query, keys, largest_of(values))
     return Certified(out, bound, degree, kind_, 1.0)
 
 
-def auto(
-    query: Array, k1: Array, k2: Array, v1: Array, v2: Array, *, scale: float | None = None, tolerance: float = 1e-6
-) -> Certified:
-    """Return triple-wise attention within a tolerance: rows by the polynomial where that is proven, exact otherwise.
-
-    Parameters
-    ----------
-    query, k1, k2, v1, v2, scale
-        As in :func:`refattn.tensor.attention`, h_kv = h.
-    tolerance : float
-        The largest error of an element that the polynomial may have.
-
-    Raises
-    ------
-    InvalidProblem
-        Shapes or types that do not fit together.
-    """
-    keys, values = (k1, k2), (v1, v2)
-    by = _check(query, keys, values, scale, False)
-    sizes = _sizes(query, keys, by)
-    d, d_v, n1, n2 = query.shape[3], v1.shape[3], k1.shape[2], k2.shape[2]
-    heads, rows = query.shape[0] * query.shape[1], query.shape[2]
-    exact_ns = _exact_ns(n1 * n2, d, d_v)
-    best, least = (-1, np.zeros(sizes.shape, bool)), exact_ns * rows * heads
-    for degree in range(1, MOST_DEGREE + 1):
-        features = math.comb(d + degree, degree)
-        if features > MOST_FEATURES:
-            break
-        good = _bound("taylor", degree, sizes, query, keys, values) <= tolerance
-        cost = NS_FEATURE * features * (d_v + 1) * heads * (rows + n1 + n2) + exact_ns * float((~good).sum())
-        if cost < least:
-            best, least = (degree, good), cost
-    degree, good = best
-    out = np.empty((*query.shape[:3], d_v), query.dtype)
-    for b, h in np.ndindex(*query.shape[:2]):
-        of = good[b, h]
-        ks, vs = [k[b, h] for k in keys], [v[b, h] for v in values]
-        if of.any():
-            out[b, h, of] = _head(query[b, h, of], ks, vs, _coefficients("taylor", degree, 1.0), by, False)
-        if not of.all():
-            some = (x[b : b + 1, h : h + 1] for x in (k1, k2, v1, v2))
-            out[b, h, ~of] = attention(query[b : b + 1, h : h + 1, ~of], *some, scale=by)[0, 0]
-    bound = np.where(good, _bound("taylor", degree, sizes, query, keys, values) if degree > 0 else 0.0, 0.0)
-    return Certified(out, bound, degree, "taylor", float(good.mean()))
-
-
-@dataclass(frozen=True)
-class Crossover:
-    """Which method is cheapest, and why.
-
-    Attributes
-    ----------
-    method : str
-        "polynomial" or "exact".
-    degree : int or None
-        The polynomial's, the least within the tolerance; None where there is none.
-    features : int
-        How many it has.
-    polynomial_seconds, exact_seconds : float
-        Predicted, of one core.
-    why : str
-        In words.
-    """
-
-    method: str
-    degree: int | None
-    features: int
-    polynomial_seconds: float
-    exact_seconds: float
-    why: str
-
-
-def crossover(n: int, d: int, bound: float, tolerance: float, d_v: int | None = None) -> Crossover:
-    """Return which method is cheapest for n queries and keys of each kind whose logits are at most `bound` in size.
-
-    Parameters
-    ----------
-    n, d : int
-        Length and features.
-    bound : float
-        The largest |scale · s|.
-    tolerance : float
-        The largest error, relative to the largest product of values.
-    d_v : int, optional
-        Features of a value; d by default.
-
-    Raises
-    ------
-    InvalidInput
-        A size, bound or tolerance that has no meaning.
-    """
-    if min(n, d) < 1 or not (math.isfinite(bound) and bound >= 0) or not tolerance > 0:
-        raise InvalidInput(f"crossover: got n {n}, d {d}, bound {bound}, tolerance {tolerance}")
-    d_v = d_v or d
-    exact = n * _exact_ns(n * n, d, d_v) / 1e9
-    for degree in range(1, MOST_DEGREE + 1):
-        error = min(float(_relative(k, degree, np.array(bound))) for k in KINDS)
-        if _total(error) <= tolerance:
-            features = math.comb(d + degree, degree)
-            seconds = 3 * NS_FEATURE * features * (d_v + 1) * n / 1e9
-            method = "polynomial" if seconds < exact else "exact"
-            why = f"degree {degree} has {features} features: {seconds:.2g} s, all triples {exact:.2g} s"
-            return Crossover(method, degree, features, seconds, exact, why)
-    why = f"no degree up to {MOST_DEGREE} is within {tolerance:g} for logits of {bound:g}"
-    return Crossover("exact", None, 0, math.inf, exact, why)
-
-
-def _exact_ns(pairs: int, d: int, d_v: int) -> float:
-    return pairs * (NS_EXACT[0] + NS_EXACT[1] * (d + d_v))
-
-
-def _check(query: Any, keys: Sequence[Any], values: Sequence[Any], scale: float | None, causal: bool) -> float:
+def check_arrays(query: Any, keys: Sequence[Any], values: Sequence[Any], scale: float | None, causal: bool) -> float:
     if len(keys) < 1 or len(keys) != len(values):
         raise InvalidProblem(f"keys: got {len(keys)} kinds and {len(values)} of values, expected as many, at least 1")
     arrays = {"query": query}
@@ -235,7 +121,7 @@ def _check(query: Any, keys: Sequence[Any], values: Sequence[Any], scale: float 
     return scale_of(scale, d)
 
 
-def _sizes(query: Array, keys: Sequence[Array], by: float) -> NDArray[np.float64]:
+def sizes_of(query: Array, keys: Sequence[Array], by: float) -> NDArray[np.float64]:
     """Return R_i, a bound on |scale·s| of each row, a little enlarged for its own rounding."""
     most = np.ones((*query.shape[:2], 1, query.shape[3]))
     for k in keys:
@@ -246,7 +132,7 @@ def _sizes(query: Array, keys: Sequence[Array], by: float) -> NDArray[np.float64
     return np.asarray(found)
 
 
-def _relative(kind: str, degree: int, sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+def relative_error(kind: str, degree: int, sizes: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return a bound on |p(s)·exp(-s) - 1| for |s| up to each size."""
     with np.errstate(over="ignore"):
         if kind == "taylor":  # Lagrange's remainder: at most |s|**(g+1)/(g+1)! below 0, times exp(s) above
@@ -262,7 +148,7 @@ def _relative(kind: str, degree: int, sizes: NDArray[np.float64]) -> NDArray[np.
 
 
 @lru_cache(maxsize=256)
-def _coefficients(kind: str, degree: int, largest: float) -> tuple[float, ...]:
+def coefficients_of(kind: str, degree: int, largest: float) -> tuple[float, ...]:
     """Return the polynomial's coefficients, from the constant up."""
     if kind == "taylor":
         return tuple(1 / math.factorial(m) for m in range(degree + 1))
@@ -282,28 +168,33 @@ def _coefficients(kind: str, degree: int, largest: float) -> tuple[float, ...]:
         return tuple(float(c / r**m) if largest else float(m == 0) for m, c in enumerate(total))
 
 
-def _total(error: Any) -> Any:
+def quotient_error(error: Any) -> Any:
     """Return the bound on a quotient whose parts have a relative error: 2e/(1 - e), infinite from 1 on."""
     return np.where(error < 1, 2 * error / np.maximum(1 - error, 1e-300), np.inf)
 
 
-def _bound(
-    kind: str, degree: int, sizes: NDArray[np.float64], query: Array, keys: Sequence[Array], values: Sequence[Array]
+def bound_of(
+    kind: str, degree: int, sizes: NDArray[np.float64], query: Array, keys: Sequence[Array], most: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return for each row the bound on the error of its elements."""
     unit = float(np.finfo(query.dtype).eps) / 2
-    coefficients = np.abs(_coefficients(kind, degree, float(sizes.max())))
+    coefficients = np.abs(coefficients_of(kind, degree, float(sizes.max())))
     # the longest chain of roundings: sums over each kind of keys and over the features, products of powers
     steps = sum(k.shape[2] for k in keys) + math.comb(query.shape[3] + degree, degree) + (len(keys) + 1) * degree + 16
     with np.errstate(over="ignore", invalid="ignore"):
         powers = sizes[..., None] ** np.arange(degree + 1)
         rounding = steps * unit / max(1 - steps * unit, 1e-300) * (powers @ coefficients) * np.exp(sizes)
-        error = np.nan_to_num(_relative(kind, degree, sizes) + rounding, nan=np.inf)
-    most = np.ones((*query.shape[:2], 1))
-    for v in values:
-        most = most * np.abs(v.astype(np.float64)).max((2, 3), keepdims=True)[..., 0]
+        error = np.nan_to_num(relative_error(kind, degree, sizes) + rounding, nan=np.inf)
     with np.errstate(over="ignore"):
-        return np.asarray((_total(error) + 4 * unit) * most)
+        return np.asarray((quotient_error(error) + 4 * unit) * most)
+
+
+def largest_of(values: Sequence[Array]) -> NDArray[np.float64]:
+    """Return the largest size of a product of values, (b, h, 1)."""
+    most = np.ones((*values[0].shape[:2], 1))
+    for v in values:
+        most = most * np.abs(v).max((2, 3), keepdims=True)[..., 0].astype(np.float64)
+    return most
 
 
 def _degree(
@@ -317,6 +208,8 @@ def _degree(
         raise InvalidInput(f"tolerance: got {tolerance}, expected a number above 0")
     if degree is not None and not 1 <= degree <= MOST_DEGREE:
         raise InvalidInput(f"degree: got {degree}, expected from 1 to {MOST_DEGREE}")
+    # the bound grows with the size of logits and of values: the worst row decides
+    worst, most = sizes.max(keepdims=True), largest_of(values).max(keepdims=True)
     kinds, d, reached = (kind,) if kind else KINDS, query.shape[3], math.inf
     for g in (degree,) if degree else range(1, MOST_DEGREE + 1):
         if math.comb(d + g, g) > MOST_FEATURES:
@@ -324,7 +217,7 @@ def _degree(
                 f"tensor.polynomial: degree {g} has {math.comb(d + g, g)} features of d = {d}, more than "
                 f"{MOST_FEATURES}; the bound is {reached:.3g} so far. The exact form or `auto` does it"
             )
-        least, best = min((float(_bound(k, g, sizes, query, keys, values).max()), k) for k in kinds)
+        least, best = min((float(bound_of(k, g, worst, query, keys, most)[0, 0, 0]), k) for k in kinds)
         if degree or least <= tolerance:
             return best, g
         reached = min(reached, least)
@@ -378,7 +271,7 @@ def _weights(d: int, coefficients: tuple[float, ...], by: float) -> NDArray[np.f
     )
 
 
-def _head(
+def head(
     q: Array, keys: Sequence[Array], values: Sequence[Array], coefficients: tuple[float, ...], by: float, causal: bool
 ) -> Array:
     """Return out of a head."""

@@ -26,6 +26,7 @@ ROOMS = [
     "exact",
     "gpu",
     "he",
+    "tensor",
     "check",
     "strategies",
     "golden_file",

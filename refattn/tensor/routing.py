@@ -1,0 +1,148 @@
+"""Which rows, and which calls, a polynomial is for: by its own proven bound and by predicted times."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidInput
+from .polynomial import (
+    KINDS,
+    MOST_DEGREE,
+    MOST_FEATURES,
+    Certified,
+    bound_of,
+    check_arrays,
+    coefficients_of,
+    head,
+    largest_of,
+    quotient_error,
+    relative_error,
+    sizes_of,
+)
+from .stream import attention
+
+__all__ = ["Crossover", "auto", "crossover"]
+
+Array = NDArray[Any]
+NS_EXACT, NS_FEATURE = (2.7, 0.017), (4.0, 0.4)
+"""Nanoseconds of one core: a triple in `attention`, and more for each of d + d_v; a feature of a row, and of d_v + 1."""
+
+
+def auto(
+    query: Array, k1: Array, k2: Array, v1: Array, v2: Array, *, scale: float | None = None, tolerance: float = 1e-6
+) -> Certified:
+    """Return triple-wise attention within a tolerance: rows by the polynomial where that is proven, exact otherwise.
+
+    Parameters
+    ----------
+    query, k1, k2, v1, v2, scale
+        As in :func:`refattn.tensor.attention`, h_kv = h.
+    tolerance : float
+        The largest error of an element that the polynomial may have.
+
+    Raises
+    ------
+    InvalidProblem
+        Shapes or types that do not fit together.
+    """
+    keys, values = (k1, k2), (v1, v2)
+    by = check_arrays(query, keys, values, scale, False)
+    sizes, most = sizes_of(query, keys, by), largest_of(values)
+    d, d_v, n1, n2 = query.shape[3], v1.shape[3], k1.shape[2], k2.shape[2]
+    heads, rows = query.shape[0] * query.shape[1], query.shape[2]
+    exact_ns = _exact_ns(n1 * n2, d, d_v)
+    best, least = (-1, np.zeros(sizes.shape, bool)), exact_ns * rows * heads
+    for degree in range(1, MOST_DEGREE + 1):
+        features = math.comb(d + degree, degree)
+        if features > MOST_FEATURES:
+            break
+        good = bound_of("taylor", degree, sizes, query, keys, most) <= tolerance
+        cost = _feature_ns(d_v) * features * heads * (rows + n1 + n2) + exact_ns * float((~good).sum())
+        if cost < least:
+            best, least = (degree, good), cost
+    degree, good = best
+    out = np.empty((*query.shape[:3], d_v), query.dtype)
+    for b, h in np.ndindex(*query.shape[:2]):
+        of = good[b, h]
+        ks, vs = [k[b, h] for k in keys], [v[b, h] for v in values]
+        if of.any():
+            out[b, h, of] = head(query[b, h, of], ks, vs, coefficients_of("taylor", degree, 1.0), by, False)
+        if not of.all():
+            some = (x[b : b + 1, h : h + 1] for x in (k1, k2, v1, v2))
+            out[b, h, ~of] = attention(query[b : b + 1, h : h + 1, ~of], *some, scale=by)[0, 0]
+    bound = np.where(good, bound_of("taylor", degree, sizes, query, keys, most) if degree > 0 else 0.0, 0.0)
+    return Certified(out, bound, degree, "taylor", float(good.mean()))
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Which method is cheapest, and why.
+
+    Attributes
+    ----------
+    method : str
+        "polynomial" or "exact".
+    degree : int or None
+        The polynomial's, the least within the tolerance; None where there is none.
+    features : int
+        How many it has.
+    polynomial_seconds, exact_seconds : float
+        Predicted, of one core.
+    why : str
+        In words.
+    """
+
+    method: str
+    degree: int | None
+    features: int
+    polynomial_seconds: float
+    exact_seconds: float
+    why: str
+
+
+def crossover(n: int, d: int, bound: float, tolerance: float, d_v: int | None = None) -> Crossover:
+    """Return which method is cheapest for n queries and keys of each kind whose logits are at most `bound` in size.
+
+    Parameters
+    ----------
+    n, d : int
+        Length and features.
+    bound : float
+        The largest |scale · s|.
+    tolerance : float
+        The largest error, relative to the largest product of values.
+    d_v : int, optional
+        Features of a value; d by default.
+
+    Raises
+    ------
+    InvalidInput
+        A size, bound or tolerance that has no meaning.
+    """
+    if min(n, d) < 1 or not (math.isfinite(bound) and bound >= 0) or not tolerance > 0:
+        raise InvalidInput(f"crossover: got n {n}, d {d}, bound {bound}, tolerance {tolerance}")
+    d_v = d_v or d
+    exact = n * _exact_ns(n * n, d, d_v) / 1e9
+    for degree in range(1, MOST_DEGREE + 1):
+        error = min(float(relative_error(k, degree, np.array(bound))) for k in KINDS)
+        if quotient_error(error) <= tolerance:
+            features = math.comb(d + degree, degree)
+            seconds = 3 * _feature_ns(d_v) * features * n / 1e9
+            method = "polynomial" if seconds < exact else "exact"
+            why = f"degree {degree} has {features} features: {seconds:.2g} s, all triples {exact:.2g} s"
+            return Crossover(method, degree, features, seconds, exact, why)
+    why = f"no degree up to {MOST_DEGREE} is within {tolerance:g} for logits of {bound:g}"
+    return Crossover("exact", None, 0, math.inf, exact, why)
+
+
+def _exact_ns(pairs: int, d: int, d_v: int) -> float:
+    return pairs * (NS_EXACT[0] + NS_EXACT[1] * (d + d_v))
+
+
+def _feature_ns(d_v: int) -> float:
+    return NS_FEATURE[0] + NS_FEATURE[1] * (d_v + 1)
