@@ -26,6 +26,7 @@ __all__ = ["Certified", "polynomial"]
 Array = NDArray[Any]
 KINDS = ("taylor", "chebyshev")
 MOST_DEGREE, MOST_FEATURES = 24, 1 << 16
+ROWS = 2048  # whose features fit the caches
 
 
 @dataclass(frozen=True)
@@ -277,15 +278,18 @@ def head(
     """Return out of a head."""
     degree = len(coefficients) - 1
     weight = _weights(q.shape[1], coefficients, by).astype(q.dtype)[:, None]
-    of_q = _features(q, degree) * weight
-    of_keys = [_features(k, degree) for k in keys]
     wide = [np.concatenate([v, np.ones((len(v), 1), v.dtype)], 1) for v in values]
     if not causal:
-        moments = np.ones((len(of_q), wide[0].shape[1]), q.dtype)
-        for f, w in zip(of_keys, wide, strict=True):
-            moments = moments * (f @ w)
-        sums = of_q.T @ moments
+        moments = np.ones((len(weight), wide[0].shape[1]), q.dtype)
+        for k, w in zip(keys, wide, strict=True):
+            moments = moments * sum(
+                _features(k[i : i + ROWS], degree) @ w[i : i + ROWS] for i in range(0, len(k), ROWS)
+            )
+        parts = (q[i : i + ROWS] for i in range(0, len(q), ROWS))
+        sums = np.concatenate([(_features(x, degree) * weight).T @ moments for x in parts])
     else:
+        of_q = _features(q, degree) * weight
+        of_keys = [_features(k, degree) for k in keys]
         state = [np.zeros((len(of_q), w.shape[1]), q.dtype) for w in wide]
         sums = np.empty((len(q), wide[0].shape[1]), q.dtype)
         for i in range(len(q)):

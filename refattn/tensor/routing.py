@@ -30,7 +30,7 @@ __all__ = ["Crossover", "auto", "crossover"]
 
 Array = NDArray[Any]
 NS_EXACT, NS_FEATURE = (2.7, 0.017), (4.0, 0.4)
-"""Nanoseconds of one core: a triple in `attention`, and more for each of d + d_v; a feature of a row, and of d_v + 1."""
+"""Nanoseconds of one core: a triple in `attention`, more for each of d + d_v; a row's feature, more for each of d_v."""
 
 
 def auto(
