@@ -1,7 +1,7 @@
-"""Power-softmax attention on ciphertexts, beside what a user would write with TenSEAL's CKKSTensor and CKKSVector.
+"""Power-softmax attention on ciphertexts: times, predictions, errors; digits; a whole block. Peers are in he_peers.
 
 Normal inputs, epsilon a tenth of the mean denominator, 128-bit security. Times are the server's, from the query's bytes
-to the reply's: medians of 5 after one to warm up, on one core unless workers are named; TenSEAL's have two threads.
+to the reply's: medians of 5 after one to warm up, on one core unless workers are named.
 Floor: the circuit's operations at the costs that ``refattn.he.costs.measure`` finds on this machine.
 """
 
@@ -11,17 +11,13 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import numpy as np
 
 from refattn import he, power_attention
 from refattn.bench import Row
 from refattn.errors import UnsupportedProblem
-from refattn.he.baselines import ckks_tensor, ckks_vector
 from refattn.he.costs import Costs, measure
-from refattn.he.inverse import ChebyshevInverse
 from refattn.he.noise import Ring
 from refattn.problem import Problem
 
@@ -65,7 +61,6 @@ def timed(plan: he.Plan, x: Problem, workers: int = 1) -> tuple[float, float, fl
 
 def rows() -> Iterator[Row]:
     """Ratios to the baselines, times, predictions and errors."""
-    yield from baselines()
     costs = measure(Ring(16384, 50, 40, 50, 8), 4)
     ratios, spare = [], []
     for n, d, heads, p in GRID:
@@ -188,51 +183,3 @@ def block(costs: Costs) -> Iterator[Row]:
     )
     yield Row("block, error against the exact functions", float(np.abs(out - exact).max()), "absolute")
     yield Row("block, noise", float(np.abs(out - layer.simulate(x[0].numpy())).max()), "absolute")
-
-
-def throughput(peer: float) -> Iterator[Row]:
-    """A slot an input: 8192 inputs at once, by input and core, beside CKKSTensor's time by input and core."""
-    n, d, inputs = 16, 32, 8192
-    x, given = call(n, d, inputs, 2)
-    plan = he.plan(n, n, d, None, inputs, 2, **given, mode="throughput")  # type: ignore[arg-type]
-    client = he.Client(plan)
-    server = he.Server(plan, client.evaluation_keys())
-    query = client.encrypt(x)
-    start = time.perf_counter()
-    reply = server.attend(query)
-    seconds = time.perf_counter() - start
-    w = (x.query @ x.key.swapaxes(2, 3) / np.sqrt(d)) ** 2
-    exact = w @ x.value / (w.sum(3, keepdims=True) + x.options["epsilon"])
-    error = float(np.abs(client.decrypt(reply) - exact).max())
-    yield Row(f"throughput, {inputs} x {n} x {d}, {len(query) / 1e9:.2f} GB up, an input", seconds / inputs * 1e3, "ms")
-    yield Row(
-        "throughput, CKKSTensor's time by input and core over ours",
-        peer / (seconds / inputs * 1e3),
-        "ratio",
-        at_least=6.0,
-    )
-    yield Row("throughput error over its bound", error / plan.error, "ratio", at_most=1.0)
-
-
-def baselines() -> Iterator[Row]:
-    """The same inverse polynomial on the same inputs, 16 x 32."""
-    x, given = call(16, 32, 1, 2)
-    low, high = given["denominator"]  # type: ignore[misc]
-    inverse = ChebyshevInverse(low, high, 4)
-    plan = he.plan(16, 16, 32, **given, inverse=inverse)  # type: ignore[arg-type]
-    ours, error, _ = timed(plan, x)
-    yield Row("16 x 32 refattn", ours, "s")
-    yield Row("16 x 32 refattn error", error, "absolute")
-    q, k, v = (np.asarray(a)[0, 0] for a in (x.query, x.key, x.value))
-    exact = power_attention(x.query, x.key, x.value, **x.options)[0, 0]
-    for name, run, least in (("CKKSTensor", ckks_tensor, 500.0), ("CKKSVector", ckks_vector, 150.0)):
-        # in a process of its own, which gives its gigabytes back
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            call_ = (q, k, v, inverse, 1 / np.sqrt(32), float(x.options["epsilon"]), THREADS)
-            out, seconds = pool.submit(run, *call_).result()
-        if name == "CKKSTensor":
-            # its ciphertexts cost the same with all their slots in use
-            yield from throughput(seconds * THREADS / 8192 * 1e3)
-        yield Row(f"16 x 32 {name}", seconds, "s")
-        yield Row(f"16 x 32 {name} error", float(np.abs(out - exact).max()), "absolute")
-        yield Row(f"16 x 32 {name} over refattn", seconds / ours, "ratio", at_least=least)

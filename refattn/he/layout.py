@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,7 +119,7 @@ class Layout:
             return [(head, query + c) for c in range(self.columns)]
         return [(min(head + c // self.queries, self.heads - 1), c % self.queries) for c in range(self.columns)]
 
-    def _tiled(self, x: Complex) -> Complex:
+    def _tiled(self, x: Any) -> Complex:
         """Return rows and columns as slots, repeated until they are full: rotations then stay cyclic."""
         return np.tile(x.ravel(), self.slots // x.size)
 

@@ -48,6 +48,10 @@ class Ring:
         """Bits of all primes, as SEAL takes them."""
         return [self.first, *[self.middle] * self.levels, self.special]
 
+    def digits(self, limbs: int) -> float:
+        """The sum of squares of the digits' primes over the special prime, with some primes left."""
+        return 4.0 ** (self.first - self.special) + (limbs - 1) * 4.0 ** (self.middle - self.special)
+
     @property
     def rounding(self) -> float:
         """The variance in a slot of both polynomials' coefficients rounded, the second times the secret key."""
@@ -135,7 +139,7 @@ class Bounds(Arithmetic):
         n, ring = self.ring.degree, self.ring
         # SEAL's digits lie between 0 and a prime, not about 0: their mean is half a prime times 1 + X + ... + X**(N-1),
         # which is 2/(1 - root) at a slot's root, N·2/pi at slot 0. Errors times digits go through the special prime.
-        digits = a.limbs * (n / math.pi) ** 2 * 4.0 ** (max(ring.first, ring.middle) - ring.special)
+        digits = (n / math.pi) ** 2 * ring.digits(a.limbs)
         return replace(a, variance=a.variance + ERROR * n * digits / a.scale**2 + self._rounding(a.scale))
 
     def rescale(self, a: Noisy) -> Noisy:

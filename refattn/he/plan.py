@@ -295,9 +295,10 @@ def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles:
     outs = attend(counting, *common, [top] * queries, [top] * shared, [top] * shared)
     depth = 99 - min(x.limbs for x in outs)
     # a special prime larger than the others keeps the key switching's noise small
-    middle = min(MOST_MIDDLE, (MOST_BITS[degree] - MOST_FIRST - 10) // (depth + 1))
+    above = _above(given, inverse)
+    middle = min(MOST_MIDDLE, (MOST_BITS[degree] - MOST_FIRST - above) // (depth + 1))
     if middle < LEAST_MIDDLE:
-        room = (MOST_BITS[degree] - MOST_FIRST - 10) // LEAST_MIDDLE - 1
+        room = (MOST_BITS[degree] - MOST_FIRST - above) // LEAST_MIDDLE - 1
         used, out_at = 0, ""
         for step, n in counting.levels.items():
             used += n
@@ -308,7 +309,7 @@ def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles:
             f"{degree} has room for {room} at 128 bits of security: step {out_at!r} runs out"
         )
         return None
-    first = min(MOST_FIRST, middle + 10)
+    first = min(MOST_FIRST, middle + above)
     ring = Ring(degree, first, middle, MOST_FIRST, depth)
     exact, top = Levels(), Token(depth + 1)
     at_values = Token(depth + 1 - counting.levels["products"] - counting.levels["power"])
@@ -334,6 +335,12 @@ def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles:
         )
         return None
     return made
+
+
+def _above(given: dict[str, Any], inverse: Inverse | None) -> int:
+    """Return how many bits the last prime has above the scale: for the largest result, twice, and its sign."""
+    largest = math.sqrt(2) * given["value_most"] / (1.0 if inverse is None else inverse.output_factor)
+    return max(3, math.ceil(math.log2(max(largest, 1.0))) + 2)
 
 
 def noise_of(p: Plan) -> float:

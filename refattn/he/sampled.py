@@ -90,7 +90,7 @@ class Sampled(Arithmetic):
 
     def relinearize(self, a: Sample) -> Sample:
         n, ring = self.ring.degree, self.ring
-        digits = 4.0 ** (max(ring.first, ring.middle) - ring.special) * a.limbs * (self._mean + n / 12)
+        digits = ring.digits(a.limbs) * (self._mean + n / 12)
         return replace(a, slots=a.slots + self._noise((ERROR * n * digits + ring.rounding) / a.scale**2))
 
     def rescale(self, a: Sample) -> Sample:

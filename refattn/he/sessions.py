@@ -52,7 +52,7 @@ class Sharing:
         sqrt(12·results)·2**(bits/2) times it: Li, Micciancio, Schultz and Sorrell, 2022 (ePrint 2022/816), as OpenFHE
         uses it; recalled from OpenFHE's documentation, not from the paper.
         """
-        return math.sqrt(12 * self.results) * 2.0 ** (self.bits / 2) * noise
+        return float(math.sqrt(12 * self.results) * 2.0 ** (self.bits / 2) * noise)
 
 
 class Client:
@@ -144,7 +144,7 @@ class Client:
             return out
         draw = secrets.SystemRandom().gauss
         deviation = share.deviation(plan.noise)
-        return out + np.array([draw(0.0, deviation) for _ in range(out.size)]).reshape(out.shape)
+        return np.asarray(out + np.array([draw(0.0, deviation) for _ in range(out.size)]).reshape(out.shape))
 
     def _encrypted(self, slots: Any, limbs: int) -> bytes:
         plain = encode(self._encoder, slots, self.plan.ring, limbs)

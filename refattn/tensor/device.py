@@ -36,7 +36,12 @@ def attention(
     if form not in ("tree", "rank_one"):
         raise UnsupportedProblem(f"tensor: the form {form!r} is not there on a GPU; 'tree' and 'rank_one' are")
     windows = [None if w is None else (w - 1, 0) for w in shape.window]
-    given = {"scale": scale_of(scale, shape.d), "causal": causal, "accuracy": accuracy, "return_lse": True}
+    given: dict[str, Any] = {
+        "scale": scale_of(scale, shape.d),
+        "causal": causal,
+        "accuracy": accuracy,
+        "return_lse": True,
+    }
     if form == "rank_one":
         a, lse_a = pairwise(query, k1, v1, window=windows[0], **given)
         b, lse_b = pairwise(query, k2, v2, window=windows[1], **given)
@@ -44,4 +49,5 @@ def attention(
     inner, terms = pairwise(k1, k2, v2, window=windows[1], **given)
     # a term for each key, the same for all rows and for the heads that share the keys
     bias = array_namespace(terms).repeat(terms, shape.heads // shape.heads_kv, axis=1)[:, :, None, :]
-    return pairwise(query, k1, v1 * inner, window=windows[0], bias=bias, **given)  # type: ignore[no-any-return]
+    out, lse = pairwise(query, k1, v1 * inner, window=windows[0], bias=bias, **given)
+    return out, lse

@@ -82,4 +82,4 @@ def _checked(x: Any, modulus: int) -> NDArray[np.int64]:
         raise InvalidInput("match3: expected one axis of integers")
     if modulus < 2 or x.min() < 0 or x.max() >= modulus:
         raise InvalidInput(f"match3: expected tokens from 0 to {modulus - 1} and a modulus of at least 2")
-    return x.astype(np.int64)
+    return np.asarray(x, np.int64)

@@ -171,7 +171,8 @@ def coefficients_of(kind: str, degree: int, largest: float) -> tuple[float, ...]
 
 def quotient_error(error: Any) -> Any:
     """Return the bound on a quotient whose parts have a relative error: 2e/(1 - e), infinite from 1 on."""
-    return np.where(error < 1, 2 * error / np.maximum(1 - error, 1e-300), np.inf)
+    small = np.minimum(error, 1 - 2.0**-53)
+    return np.where(error < 1, 2 * small / (1 - small), np.inf)
 
 
 def bound_of(

@@ -60,7 +60,7 @@ def attention(
     lse = np.full(arrays[0].shape[:3], -np.inf, arrays[0].dtype)
     for b, h in np.ndindex(shape.batch, shape.heads):
         q, *rest = _head(arrays, b, h, shape)
-        out[b, h], lse[b, h] = _forward(shape, form, q * q.dtype.type(by), *rest, q.dtype.type(by))
+        out[b, h], lse[b, h] = _forward(shape, form, [q * q.dtype.type(by), *rest], q.dtype.type(by))
     return (out, lse) if return_lse else out
 
 
@@ -93,7 +93,7 @@ def backward(
     for b, h in np.ndindex(shape.batch, shape.heads):
         q, *rest = _head(arrays, b, h, shape)
         g = np.asarray(dout[b, h], q.dtype)
-        dq, *others = _backward(shape, form, q * by, *rest, by, out[b, h], lse[b, h], g)
+        dq, *others = _backward(shape, form, [q * by, *rest], by, out[b, h], lse[b, h], g)
         grads[0][b, h] = dq * by
         for total, x in zip(grads[1:], others, strict=True):
             total[b, h // group] += x
@@ -148,10 +148,9 @@ def _scores(form: str, q: Array, k1: Array, k2: Array, by: Any, mask: Array | No
     return s if mask is None else np.where(mask, s, -np.inf)
 
 
-def _forward(
-    shape: Shape, form: str, q: Array, k1: Array, k2: Array, v1: Array, v2: Array, by: Any
-) -> tuple[Array, Array]:
-    """Return out and lse of a head; q is scaled."""
+def _forward(shape: Shape, form: str, arrays: list[Array], by: Any) -> tuple[Array, Array]:
+    """Return out and lse of a head; its query is scaled."""
+    q, k1, k2, v1, v2 = arrays
     if form == "rank_one":
         a, b = (_pairwise(q, k, v, shape.bounds(x), None) for x, (k, v) in enumerate(((k1, v1), (k2, v2))))
         return a[0] * b[0], a[1] + b[1]
@@ -177,20 +176,9 @@ def _forward(
     return out / np.where(total > 0, total, 1)[:, None], lse
 
 
-def _backward(
-    shape: Shape,
-    form: str,
-    q: Array,
-    k1: Array,
-    k2: Array,
-    v1: Array,
-    v2: Array,
-    by: Any,
-    out: Array,
-    lse: Array,
-    g: Array,
-) -> list[Array]:
+def _backward(shape: Shape, form: str, arrays: list[Array], by: Any, out: Array, lse: Array, g: Array) -> list[Array]:
     """Return the gradients of a head by scaled query, k1, k2, v1 and v2."""
+    q, k1, k2, v1, v2 = arrays
     if form == "rank_one":
         pieces = [(k1, v1, shape.bounds(0)), (k2, v2, shape.bounds(1))]
         a, b = (_pairwise(q, k, v, bounds, None) for k, v, bounds in pieces)
