@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidInput, UnsupportedProblem
+from ..errors import UnsupportedProblem
 from ..problem import Problem
+from .arguments import check_arguments
 from .circuit import Levels, Numbers, Token, attend
 from .costs import COSTS, Costs, predicted_ms
 from .inputs import decoded, encoded
@@ -28,7 +29,6 @@ __all__ = ["Plan", "plan"]
 MOST_BITS = {8192: 218, 16384: 438, 32768: 881}
 """Bits of a chain at 128 bits of security (homomorphicencryption.org's table, SEAL's TC128)."""
 LEAST_MIDDLE, MOST_MIDDLE, MOST_FIRST = 25, 48, 60
-POWERS = (2, 4, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,9 @@ def plan(
     UnsupportedProblem
         No ring at 128 bits of security does it; the text names the step that ran out of levels and what would help.
     """
-    _check(n_q, n_k, d_k, d_v, heads, p, denominator, epsilon, norms, value_most, tolerance, normalize, mode, upload)
+    check_arguments(
+        n_q, n_k, d_k, d_v, heads, p, denominator, epsilon, norms, value_most, tolerance, normalize, mode, upload
+    )
     d_v = d_k if d_v is None else d_v
     low, high = denominator
     inverses: Sequence[Inverse | None] = [None]
@@ -373,34 +375,3 @@ def noise_of(p: Plan) -> float:
     slope = np.abs(circuit(points + step) - circuit(points - step)) / (2 * step)
     variance = out.variance + (math.sqrt(2) * p.value_most * points * slope) ** 2 * m.denominator_variance
     return quantile(count) * p.inverse.output_factor * math.sqrt(float(variance.max()))
-
-
-def _check(
-    n_q: Any, n_k: Any, d_k: Any, d_v: Any, heads: Any, p: Any, denominator: Any, epsilon: Any, norms: Any,
-    value_most: Any, tolerance: Any, normalize: Any, mode: Any, upload: Any,
-) -> None:  # fmt: skip
-    sizes = {"n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_k if d_v is None else d_v, "heads": heads}
-    for name, n in sizes.items():
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise InvalidInput(f"{name}: got {n!r}, expected an integer of at least 1")
-    if p not in POWERS:
-        raise InvalidInput(f"p: got {p!r}, expected one of {', '.join(map(str, POWERS))}")
-    numbers = {"norms": min(norms), "value_most": value_most, "tolerance": tolerance}
-    for name, x in numbers.items():
-        if not (math.isfinite(x) and x > 0):
-            raise InvalidInput(f"{name}: got {x!r}, expected a finite number above 0")
-    if not (math.isfinite(epsilon) and epsilon >= 0):
-        raise InvalidInput(f"epsilon: got {epsilon!r}, expected a finite number of at least 0")
-    low, high = denominator
-    if not (math.isfinite(high) and epsilon <= low < high and low > 0):
-        raise InvalidInput(
-            f"denominator: got ({low}, {high}), expected 0 < low < high with low at least epsilon = {epsilon}"
-        )
-    if normalize not in ("server", "client"):
-        raise InvalidInput(f"normalize: got {normalize!r}, expected 'server' or 'client'")
-    if mode not in ("latency", "throughput"):
-        raise InvalidInput(f"mode: got {mode!r}, expected 'latency' or 'throughput'")
-    if upload not in ("full", "compact"):
-        raise InvalidInput(f"upload: got {upload!r}, expected 'full' or 'compact'")
-    if upload == "compact" and mode == "throughput":
-        raise UnsupportedProblem("he: upload='compact' is for mode='latency'")

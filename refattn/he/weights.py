@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
-from .plan import POWERS
+from .arguments import POWERS
 from .polynomials import Activation, Polynomial
 
 __all__ = ["Feedforward", "Weights", "check"]
