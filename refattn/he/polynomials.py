@@ -32,7 +32,7 @@ class Polynomial:
     coefficients : tuple of float
         Of Chebyshev polynomials in w = (2x - low - high) / (high - low).
     error : float
-        A bound on weight(x)·|f(x) - p(x)| on the interval: the largest at many points, and what slopes allow between.
+        A bound on ``weight(x)·|f(x) - p(x)|`` there: the largest at many points, and what slopes allow between.
     """
 
     low: float
@@ -137,7 +137,7 @@ def inverse_sqrt(low: float, high: float, tolerance: float, most: int = 14) -> P
     low, high : float
         The interval, above 0.
     tolerance : float
-        The largest relative error, ``error`` of the result: |1 - sqrt(x)·p(x)|.
+        The largest relative error, ``error`` of the result: ``|1 - sqrt(x)·p(x)|``.
     most : int
         The largest degree.
 
@@ -172,7 +172,7 @@ class Activation:
     most : float
         The largest size of an input.
     even : Polynomial
-        e, of t = (u / most)**2 on [0, 1]. Its error is the largest of |f(u) - u/2 - e|.
+        e, of t = (u / most)**2 on [0, 1]. Its error is the largest of ``|f(u) - u/2 - e|``.
     """
 
     name: str

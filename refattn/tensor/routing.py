@@ -113,7 +113,7 @@ def crossover(n: int, d: int, bound: float, tolerance: float, d_v: int | None = 
     n, d : int
         Length and features.
     bound : float
-        The largest |scale · s|.
+        The largest ``|scale · s|``.
     tolerance : float
         The largest error, relative to the largest product of values.
     d_v : int, optional
