@@ -17,6 +17,7 @@ import numpy as np
 from refattn import he, power_attention
 from refattn.bench import Row
 from refattn.errors import UnsupportedProblem
+from refattn.he.baselines import random_call
 from refattn.he.costs import Costs, measure
 from refattn.he.noise import Ring
 from refattn.problem import Problem
@@ -24,21 +25,6 @@ from refattn.problem import Problem
 RUNS, THREADS = 5, 2
 SIZES = ((16, 32, 1), (16, 64, 4), (32, 64, 1), (64, 64, 1), (128, 64, 1))
 GRID = [(n, d, heads, p) for n, d, heads in SIZES for p in (2, 4)]
-
-
-def call(n: int, d: int, heads: int, p: int, seed: int = 0) -> tuple[Problem, dict[str, object]]:
-    """Return a call, and its ranges as a plan wants them."""
-    rng = np.random.default_rng(seed)
-    q, k, v = (rng.standard_normal((1, heads, n, d)) for _ in range(3))
-    sums = ((q @ k.swapaxes(2, 3) / np.sqrt(d)) ** p).sum(3)
-    epsilon = 0.1 * float(sums.mean())
-    given = {
-        "denominator": (epsilon + 0.5 * float(sums.min()), epsilon + 1.05 * float(sums.max())),
-        "epsilon": epsilon,
-        "norms": (float(np.linalg.norm(q, axis=3).max()), float(np.linalg.norm(k, axis=3).max())),
-        "value_most": float(np.abs(v).max()),
-    }
-    return Problem(q, k, v, variant="power", options={"p": p, "epsilon": epsilon}), given
 
 
 def timed(plan: he.Plan, x: Problem, workers: int = 1) -> tuple[float, float, float]:
@@ -64,7 +50,7 @@ def rows() -> Iterator[Row]:
     costs = measure(Ring(16384, 50, 40, 50, 8), 4)
     ratios, spare = [], []
     for n, d, heads, p in GRID:
-        x, given = call(n, d, heads, p)
+        x, given = random_call(n, d, heads, p)
         plan = he.plan(n, n, d, None, heads, p, **given)  # type: ignore[arg-type]
         seconds, error, noise = timed(plan, x)
         at = f"{heads} x {n} x {d}, p={p}"
@@ -82,7 +68,7 @@ def rows() -> Iterator[Row]:
     yield from block(costs)
     workers = os.cpu_count() or 1
     for heads, p, most in ((1, 2, 0.8), (1, 4, 1.2), (12, 2, 8.0)):
-        x, given = call(128, 64, heads, p)
+        x, given = random_call(128, 64, heads, p)
         plan = he.plan(128, 128, 64, None, heads, p, **given)  # type: ignore[arg-type]
         seconds, _, _ = timed(plan, x, workers)
         yield Row(f"{heads} x 128 x 64, p={p}, {workers} workers", seconds, "s", at_most=most)

@@ -16,26 +16,11 @@ import numpy as np
 
 from refattn import he
 from refattn.bench import Row
-from refattn.he.baselines import ckks_tensor, ckks_vector
+from refattn.he.baselines import ckks_tensor, ckks_vector, random_call
 from refattn.he.inverse import ChebyshevInverse
 from refattn.problem import Problem
 
 RUNS, THREADS = 5, 2
-
-
-def call(n: int, d: int, heads: int, p: int, seed: int = 0) -> tuple[Problem, dict[str, object]]:
-    """Return a call, and its ranges as a plan wants them."""
-    rng = np.random.default_rng(seed)
-    q, k, v = (rng.standard_normal((1, heads, n, d)) for _ in range(3))
-    sums = ((q @ k.swapaxes(2, 3) / np.sqrt(d)) ** p).sum(3)
-    epsilon = 0.1 * float(sums.mean())
-    given = {
-        "denominator": (epsilon + 0.5 * float(sums.min()), epsilon + 1.05 * float(sums.max())),
-        "epsilon": epsilon,
-        "norms": (float(np.linalg.norm(q, axis=3).max()), float(np.linalg.norm(k, axis=3).max())),
-        "value_most": float(np.abs(v).max()),
-    }
-    return Problem(q, k, v, variant="power", options={"p": p, "epsilon": epsilon}), given
 
 
 def timed(plan: he.Plan, x: Problem) -> tuple[float, float]:
@@ -60,7 +45,7 @@ def rows() -> Iterator[Row]:
 def throughput(peer: float) -> Iterator[Row]:
     """A slot an input: 8192 inputs at once, by input and core, beside CKKSTensor's time by input and core."""
     n, d, inputs = 16, 32, 8192
-    x, given = call(n, d, inputs, 2)
+    x, given = random_call(n, d, inputs, 2)
     plan = he.plan(n, n, d, None, inputs, 2, **given, mode="throughput")  # type: ignore[arg-type]
     client = he.Client(plan)
     server = he.Server(plan, client.evaluation_keys())
@@ -83,7 +68,7 @@ def throughput(peer: float) -> Iterator[Row]:
 
 def baselines() -> Iterator[Row]:
     """The same inverse polynomial on the same inputs, 16 x 32."""
-    x, given = call(16, 32, 1, 2)
+    x, given = random_call(16, 32, 1, 2)
     low, high = given["denominator"]  # type: ignore[misc]
     inverse = ChebyshevInverse(low, high, 4)
     plan = he.plan(16, 16, 32, **given, inverse=inverse)  # type: ignore[arg-type]

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UnsupportedProblem
+from ..problem import Problem
 from .circuit import Numbers
 from .inverse import ChebyshevInverse
 
-__all__ = ["ckks_tensor", "ckks_vector"]
+__all__ = ["ckks_tensor", "ckks_vector", "random_call"]
 
 Float = NDArray[np.float64]
 
@@ -92,3 +93,18 @@ def ckks_vector(
         out.append(inverse.apply(_Public(), n, d, epsilon))
     seconds = time.perf_counter() - start
     return np.array([x.decrypt() for x in out]) * inverse.output_factor, seconds
+
+
+def random_call(n: int, d: int, heads: int, p: int, seed: int = 0) -> tuple[Problem, dict[str, object]]:
+    """Return a call of normal numbers, epsilon a tenth of the mean denominator, and its ranges as a plan wants them."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((1, heads, n, d)) for _ in range(3))
+    sums = ((q @ k.swapaxes(2, 3) / np.sqrt(d)) ** p).sum(3)
+    epsilon = 0.1 * float(sums.mean())
+    given = {
+        "denominator": (epsilon + 0.5 * float(sums.min()), epsilon + 1.05 * float(sums.max())),
+        "epsilon": epsilon,
+        "norms": (float(np.linalg.norm(q, axis=3).max()), float(np.linalg.norm(k, axis=3).max())),
+        "value_most": float(np.abs(v).max()),
+    }
+    return Problem(q, k, v, variant="power", options={"p": p, "epsilon": epsilon}), given

@@ -7,7 +7,7 @@ The same text runs on float64 numbers (`Numbers`), on counts of operations and l
 - ``add``, ``add_constant``, ``negate``; ``times_constant``: at the square of its operand's scale;
 - ``relinearize``, ``rescale``, ``rotate`` (slot s gets what slot s + k holds), ``conjugate``;
 - ``times``, ``plus``: with numbers in slots that the server knows (linear.Plain), times at the scale's square;
-  ``like``: a number at another's level and scale;
+  ``like``: a number at another's level and scale (a layer needs these, attention does not: noise.Bounds has none);
 - ``step``: where the program is; ``within``, ``quotient``, ``another``: promises about values (the largest one; that a
   numerator is a mean of values times its denominator; that this is of another key than the first).
 """
@@ -168,15 +168,6 @@ class Arithmetic(ABC):
 
     def another(self, a: Any) -> Any:
         return a
-
-    def times(self, a: Any, plain: Any) -> Any:
-        raise NotImplementedError
-
-    def plus(self, a: Any, plain: Any) -> Any:
-        raise NotImplementedError
-
-    def like(self, a: Any, b: Any) -> Any:
-        raise NotImplementedError
 
     def product(self, a: Any, b: Any) -> Any:
         return self.rescale(self.relinearize(self.mul(a, b)))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidInput
 
-__all__ = ["ChebyshevInverse", "Inverse", "ProductInverse", "choose"]
+__all__ = ["ChebyshevInverse", "Inverse", "ProductInverse", "choose", "product"]
 
 Float = NDArray[np.float64]
 
@@ -127,7 +127,7 @@ class ProductInverse(Inverse):
             z = m.add(m.times_constant(u, linear), square)
             quadratics.append(m.rescale(m.add_constant(z, constant)))
         # 1, 2, 4, ... of them: each product is there when the numerator has come so far
-        return [_product(m, quadratics[2**i - 1 : 2 ** (i + 1) - 1]) for i in range(self.steps - 1)]
+        return [product(m, quadratics[2**i - 1 : 2 ** (i + 1) - 1]) for i in range(self.steps - 1)]
 
 
 class ChebyshevInverse(Inverse):
@@ -170,10 +170,13 @@ class ChebyshevInverse(Inverse):
         return [y]
 
 
-def _product(m: Any, factors: list[Any]) -> Any:
-    """Return a product of 2**i factors, in i levels."""
+def product(m: Any, factors: list[Any]) -> Any:
+    """Return a product in the fewest levels; the deepest factors last."""
+    factors = list(factors)
     while len(factors) > 1:
-        factors = [m.product(x, y) for x, y in zip(factors[::2], factors[1::2], strict=True)]
+        factors = [
+            m.product(*p) if len(p) == 2 else p[0] for p in (factors[i : i + 2] for i in range(0, len(factors), 2))
+        ]
     return factors[0]
 
 

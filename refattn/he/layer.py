@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from ..errors import UnsupportedProblem
 from .circuit import Levels, Token, attend
 from .inputs import simulated
-from .inverse import Inverse, choose
+from .inverse import Inverse, choose, product
 from .layer_plan import LayerPlan, axes_of, feature_of, period_of
 from .layout import Layout
 from .linear import Arrangement, Map, Plain, compiled
 from .noise import Ring
 from .plan import MOST_BITS, MOST_FIRST, MOST_MIDDLE
-from .polynomials import Polynomial, product
+from .polynomials import Polynomial
 from .weights import Feedforward, Weights, check
 
 __all__ = ["Layer"]

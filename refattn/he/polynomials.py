@@ -12,6 +12,7 @@ from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem
+from .inverse import product
 
 __all__ = ["ACTIVATIONS", "Activation", "Polynomial", "activation", "inverse_sqrt"]
 
@@ -75,16 +76,6 @@ class Polynomial:
             z = m.add(m.times_constant(w, rest[0]), square)
             found.append(m.rescale(m.add_constant(z, constant)))
         return found
-
-
-def product(m: Any, factors: list[Any]) -> Any:
-    """Return a product in the fewest levels; the deepest factors last."""
-    factors = list(factors)
-    while len(factors) > 1:
-        factors = [
-            m.product(*p) if len(p) == 2 else p[0] for p in (factors[i : i + 2] for i in range(0, len(factors), 2))
-        ]
-    return factors[0]
 
 
 def _fit(f: Float, w: Float, weight: Float, degree: int) -> Float:

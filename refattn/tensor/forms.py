@@ -98,9 +98,7 @@ class Shape:
 
     def chain(self) -> NDArray[np.bool_]:
         """Return which k2 each k1 sees in the tree form, (n1, n2): as a row at its place would."""
-        first, last = self.inner()
-        k = np.arange(self.n2)
-        return np.asarray((k >= first[:, None]) & (k < last[:, None]))
+        return within(self.inner(), self.n2)
 
 
 def check(query: Any, keys: Sequence[Any], values: Sequence[Any], form: str, causal: str | None, window: Any) -> Shape:
@@ -202,14 +200,19 @@ def as_pairs(
         features, keys = [q, q], [left, right]
     allowed = None
     if causal is not None:
-        seen = [(np.arange(n) >= lo[:, None]) & (np.arange(n) < hi[:, None]) for n, (lo, hi) in
-                ((shape.n1, shape.bounds(0)), (shape.n2, shape.bounds(1)))]  # fmt: skip
+        seen = within(shape.bounds(0), shape.n1), within(shape.bounds(1), shape.n2)
         both = seen[0][:, :, None] & (shape.chain() if form == "tree" else seen[1][:, None, :])
         allowed = np.ascontiguousarray(both.reshape(1, 1, shape.n_q, -1))
     value = np.multiply(*pairs(x, y))
     return Problem(
         np.concatenate(features, -1), np.concatenate(keys, -1), value, scale=scale_of(scale, shape.d), allowed=allowed
     )
+
+
+def within(bounds: tuple[NDArray[np.int64], NDArray[np.int64]], n: int) -> NDArray[np.bool_]:
+    """Return (rows, n) bools: which of n keys lie within each row's bounds."""
+    at, (first, last) = np.arange(n), bounds
+    return np.asarray((at >= first[:, None]) & (at < last[:, None]))
 
 
 def turned(x: Any, by: int) -> Any:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from refattn import InvalidInput, UnsupportedProblem
 from refattn.he.circuit import Numbers
-from refattn.he.polynomials import ACTIVATIONS, activation, inverse_sqrt, product
+from refattn.he.inverse import product
+from refattn.he.polynomials import ACTIVATIONS, activation, inverse_sqrt
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
