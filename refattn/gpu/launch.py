@@ -17,7 +17,7 @@ from .build import compiled, text_of
 from .plan import MODULES, Call, Plan, configured
 from .views import View, empty, library
 
-__all__ = ["capability", "launch"]
+__all__ = ["attribute", "capability", "launch", "queue"]
 
 POINTERS = ("query", "key", "value", "out", "lse", "bias", "sink", "allowed", "blocks", "cu_q", "cu_k")
 PARAMS = struct.Struct("@12Q24q2d13i4x")  # params.cuh
@@ -55,10 +55,10 @@ def launch(call: Call, plan: Plan, like: Any, arrays: dict[str, View], options: 
     repair = call.causal is not None
     redo = _zeros(device, stream, 1 << (b * h * -(-n_q // 64) - 1).bit_length(), "redo") if repair else 0
     counter = _zeros(device, stream, 4, "counter")
-    multiprocessors = _attribute(device, "MultiProcessorCount")
+    multiprocessors = attribute(device, "MultiProcessorCount")
     grid, packed = sm90.arguments(plan.macros, arrays, options["scale"], call.blocks, counter, redo, multiprocessors)
     kernel, threads = _kernel(plan, device), sm90.threads(plan.macros)
-    _queue(kernel, grid, threads, plan.shared_bytes, stream, packed, sm90.OFFSETS)
+    queue(kernel, grid, threads, plan.shared_bytes, stream, packed, sm90.OFFSETS)
     if repair:
         _launch_params(configured("simt", call), call, arrays, options, stream, redo=redo)
 
@@ -92,7 +92,7 @@ def _launch_params(
     )
     rows = module.block_rows(plan.macros)
     tiles = n_q // rows + sequences if plan.impl == "mma" and sequences else -(-n_q // rows) + sequences
-    _queue(_kernel(plan, q.device), tiles * h * b, module.threads(plan.macros), plan.shared_bytes, stream, packed)
+    queue(_kernel(plan, q.device), tiles * h * b, module.threads(plan.macros), plan.shared_bytes, stream, packed)
 
 
 def _pack(allowed: View, n_k: int, like: Any, stream: int) -> View:
@@ -103,12 +103,12 @@ def _pack(allowed: View, n_k: int, like: Any, stream: int) -> View:
     if size:
         packed = PACK.pack(allowed.pointer, found.pointer, *allowed.spread(), b, h, n_q, n_k)
         kernel = compiled(text_of("pack.cu", {}), "pack", 0, simt.target(capability(allowed.device)), allowed.device)
-        grid = min(-(-size // 8), 16 * _attribute(allowed.device, "MultiProcessorCount"))
-        _queue(kernel, grid, 256, 0, stream, packed)
+        grid = min(-(-size // 8), 16 * attribute(allowed.device, "MultiProcessorCount"))
+        queue(kernel, grid, 256, 0, stream, packed)
     return found
 
 
-def _queue(
+def queue(
     kernel: tuple[int, Any],
     grid: int,
     threads: int,
@@ -143,7 +143,7 @@ def capability(device: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def _attribute(device: int, name: str) -> int:
+def attribute(device: int, name: str) -> int:
     return int(library("cupy").cuda.Device(device).attributes[name])
 
 

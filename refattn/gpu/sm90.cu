@@ -30,11 +30,7 @@
 // Launch: grid any size from 1 to `tiles` (tiles: plain grid; number of multiprocessors: persistent), block BLOCK_THREADS, dynamic
 // shared memory sm90.shared_bytes, `counter` one zeroed int (zero again at the end; not to be shared by concurrent launches).
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-
-struct alignas(64) TensorMap { char bytes[128]; };
+#include "hopper.cuh"
 
 constexpr int BLOCK_M = 64 * CONSUMERS;
 constexpr int BLOCK_THREADS = 128 * (CONSUMERS + 1);
@@ -52,22 +48,7 @@ constexpr u32 OFFSET_BARRIERS = OFFSET_V + STAGES * KV_BYTES;
 constexpr u32 FULL_Q = 0, EMPTY_Q = FULL_Q + 8 * Q_STAGES, FULL_K = EMPTY_Q + 8 * Q_STAGES, EMPTY_K = FULL_K + 8 * STAGES,
               FULL_V = EMPTY_K + 8 * STAGES, EMPTY_V = FULL_V + 8 * STAGES, WORK = EMPTY_V + 8 * STAGES,
               NEXT = WORK + 16 * Q_STAGES;
-constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 32768.f;  // UNSHIFT = 2^-OFFSET
 
-#define DEVICE __device__ __forceinline__
-#define INFINITY_F __int_as_float(0x7f800000)
-
-// ---- mbarriers, bulk tensor copies, named barriers ----------------------------------------------------------------------
-DEVICE void barrier_init(u32 bar, u32 count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory"); }
-DEVICE void barrier_expect(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-DEVICE void barrier_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
-DEVICE void barrier_wait(u32 bar, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra WAIT;\nDONE:\n}"
-        ::"r"(bar), "r"(parity) : "memory");
-}
 // A tile is HEAD_DIM / 64 boxes of 64 columns, one after another in shared memory; columns past the tensor's arrive as zeros.
 DEVICE void copy_tile(u32 dst, const TensorMap* map, u32 bar, int rows, int row, int head, int batch) {
 #pragma unroll
@@ -82,20 +63,6 @@ DEVICE void token_pass(int consumer) {
     asm volatile("bar.arrive %0, 256;" ::"r"(next + 1) : "memory");
 }
 
-// ---- wgmma ----------------------------------------------------------------------------------------------------------------
-// Matrix descriptor: address, leading and stride byte offsets (each / 16), 128-byte swizzle.
-// K-major (Q, K): 8 rows of 128 bytes = 1024 (stride); leading unused. MN-major (V): 8 keys = 1024 (stride), next 64 columns (leading).
-DEVICE u64 descriptor(u32 address, u32 leading) {
-    return ((u64)1 << 62) | ((u64)(1024 >> 4) << 32) | ((u64)(leading >> 4) << 16) | ((address & 0x3ffff) >> 4);
-}
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
-// Keeps the compiler from moving uses of accumulators across a wait.
-template <int N> DEVICE void pin(float (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
-}
 // (wgmma wrappers)
 
 DEVICE void product_qk(float (&s)[NS], u64 q, u64 k) {  // q, k: descriptors of the tiles
@@ -120,73 +87,11 @@ DEVICE void product_pv(float (&o)[NO], const u32 (&p)[(1 + HIGH) * NP], u64 v) {
 }
 
 // ---- softmax --------------------------------------------------------------------------------------------------------------
-DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-DEVICE float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-DEVICE float quad_sum(float x) { x += __shfl_xor_sync(~0u, x, 1); return x + __shfl_xor_sync(~0u, x, 2); }
-DEVICE u32 pack(float lower, float upper) {
-    u32 y;
-#if BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(upper), "f"(lower));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(upper), "f"(lower));
-#endif
-    return y;
-}
-DEVICE float lower_half(u32 x) {
-#if BF16
-    return __uint_as_float(x << 16);
-#else
-    float y; asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(y) : "r"(x)); return y;
-#endif
-}
-DEVICE float upper_half(u32 x) {
-#if BF16
-    return __uint_as_float(x & 0xffff0000u);
-#else
-    float y; asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(y) : "r"(x)); return y;
-#endif
-}
 // Register i of S holds row 8 * (i / 2 % 2) of the thread's two rows, column 8 * (i / 4) + i % 2 after the thread's first column.
 DEVICE void apply_mask(float (&s)[NS], const int (&limit)[2]) {  // keeps columns under limit[row]
 #pragma unroll
     for (int i = 0; i < NS; i++)
         if (8 * (i / 4) + i % 2 >= limit[i / 2 % 2]) s[i] = -INFINITY_F;
-}
-// s: scores in, numerators out. top: the row maximum, sum: running lane sums. Returns whether a maximum of the warp moved: O must
-// then be multiplied with factor.
-template <bool MASKED> DEVICE bool softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&factor)[2], float scale_log2) {
-    float now[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float a = fmaxf(top[r], s[2 * r]), b = s[2 * r + 1];
-#pragma unroll
-        for (int i = 4; i < NS; i += 4) { a = fmaxf(a, s[i + 2 * r]); b = fmaxf(b, s[i + 2 * r + 1]); }
-        now[r] = quad_max(fmaxf(a, b));
-        factor[r] = 1.f;
-    }
-    bool moved = __any_sync(~0u, now[0] > top[0] || now[1] > top[1]);
-    if (moved) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            factor[r] = exp2_fast((top[r] - (MASKED && now[r] == -INFINITY_F ? 0.f : now[r])) * scale_log2);
-            top[r] = now[r];
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float base = (MASKED && top[r] == -INFINITY_F ? 0.f : top[r]) * scale_log2 - OFFSET, a = 0.f, b = 0.f;
-#pragma unroll
-        for (int i = 0; i < NS; i += 4) {
-            float x = exp2_fast(fmaf(s[i + 2 * r], scale_log2, -base)), y = exp2_fast(fmaf(s[i + 2 * r + 1], scale_log2, -base));
-            s[i + 2 * r] = x; s[i + 2 * r + 1] = y;
-            a += x; b += y;
-        }
-        sum[r] = fmaf(sum[r], factor[r], a + b);
-    }
-    return moved;
 }
 DEVICE void round_p(u32 (&p)[(1 + HIGH) * NP], const float (&s)[NS]) {
 #pragma unroll
@@ -196,10 +101,6 @@ DEVICE void round_p(u32 (&p)[(1 + HIGH) * NP], const float (&s)[NS]) {
         p[NP + i] = pack(s[2 * i] - lower_half(p[i]), s[2 * i + 1] - upper_half(p[i]));
 #endif
     }
-}
-DEVICE void rescale(float (&o)[NO], const float (&factor)[2]) {
-#pragma unroll
-    for (int i = 0; i < NO; i++) o[i] *= factor[i / 2 % 2];
 }
 
 // ---- work -----------------------------------------------------------------------------------------------------------------
@@ -218,11 +119,6 @@ DEVICE Work decode(int tile, const Shape& z) {
     w.blocks = keys > 0 ? (keys + BLOCK_N - 1) / BLOCK_N : 0;
     return w;
 }
-template <int N> struct Ring {
-    u32 stage = 0, phase = 0;
-    DEVICE void advance() { if (++stage == N) { stage = 0; phase ^= 1; } }
-};
-
 DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k, const TensorMap* map_v, u32 shared, const Shape& z, const BlockMask& mask,
                     int* counter) {
     u32 bars = shared + OFFSET_BARRIERS;
@@ -275,33 +171,6 @@ DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k, const Tensor
         }
         if (taken == z.tiles - 1) atomicExch(counter, 0);        // the last to be taken: ready for the next launch
         tile = gridDim.x + taken;
-    }
-}
-
-struct Yes { static constexpr bool value = true; };
-struct No { static constexpr bool value = false; };
-struct Strides { long long batch, head, row; };
-
-// The thread holds 2 columns of 8 in each group of 8 columns; the 4 lanes of a row exchange so that each holds 8 columns = 16 bytes.
-DEVICE void store_rows(u16* out, const float (&o)[NO], const float (&inverse)[2], int row, int n_q, int d, long long row_stride, int lane4) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-#pragma unroll
-        for (int c = 0; c < NO / 16; c++) {  // 32 columns
-            u32 x[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) x[i] = pack(o[16 * c + 4 * i + 2 * r] * inverse[r], o[16 * c + 4 * i + 2 * r + 1] * inverse[r]);
-#pragma unroll
-            for (int bit = 1; bit < 4; bit *= 2)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    if (!(i & bit)) {
-                        u32 got = __shfl_xor_sync(~0u, lane4 & bit ? x[i] : x[i | bit], bit);
-                        if (lane4 & bit) x[i] = got;
-                        else x[i | bit] = got;
-                    }
-            if (row + 8 * r < n_q && 32 * c + 8 * lane4 < d) *(uint4*)(out + (row + 8 * r) * row_stride + 32 * c + 8 * lane4) = make_uint4(x[0], x[1], x[2], x[3]);
-        }
     }
 }
 
@@ -358,7 +227,11 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
                 lse[((long long)w.batch * z.heads + w.head) * z.n_q + row + 8 * r] =
                     total == 0.f ? -INFINITY_F : top[r] * scale + 0.6931471805599453f * __log2f(total);
         }
-        store_rows(out + w.batch * stride.batch + w.head * stride.head, o, inverse, row, z.n_q, z.d, stride.row, lane4);
+        u16* to[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            to[r] = row + 8 * r < z.n_q ? out + w.batch * stride.batch + w.head * stride.head + (row + 8 * r) * stride.row : nullptr;
+        store_rows(to, o, inverse, z.d, lane4);
         if (CAUSAL) {
             float zero = 0.f;                                                 // 0 * x is 0, or NaN
 #pragma unroll

@@ -14,7 +14,20 @@ from .views import View, library
 if TYPE_CHECKING:
     from .plan import Call
 
-__all__ = ["FILE", "WIDTHS", "arguments", "block_rows", "macros", "obstacle", "shared_bytes", "source", "target", "why"]
+__all__ = [
+    "FILE",
+    "WIDTHS",
+    "arguments",
+    "block_rows",
+    "macros",
+    "obstacle",
+    "shared_bytes",
+    "source",
+    "target",
+    "tensor_map",
+    "wgmma",
+    "why",
+]
 
 FILE = "sm90.cu"
 WIDTHS = (64, 128, 256)
@@ -138,24 +151,27 @@ def source(m: Mapping[str, Any]) -> str:
     """Return the kernel's text for some macros: its #defines, and the wgmma wrappers of its tiles."""
     kind = "bf16" if m["BF16"] else "f16"
     wrappers = (
-        _wgmma("qk_first", m["BLOCK_N"], kind, first=True, from_registers=False),
-        _wgmma("qk_next", m["BLOCK_N"], kind, first=False, from_registers=False),
-        _wgmma("pv", m["HEAD_DIM"], kind, first=False, from_registers=True),
+        wgmma("qk_first", m["BLOCK_N"], kind, first=True, from_registers=False),
+        wgmma("qk_next", m["BLOCK_N"], kind, first=False, from_registers=False),
+        wgmma("pv", m["HEAD_DIM"], kind, first=False, from_registers=True, rows=True),
     )
     return text_of(FILE, m).replace("// (wgmma wrappers)", "".join(wrappers))
 
 
-def _wgmma(name: str, n: int, kind: str, *, first: bool, from_registers: bool) -> str:
-    """Return a wrapper of wgmma m64 n<n> k16: float32 accumulators (set, or added to), A from memory or registers."""
+def wgmma(name: str, n: int, kind: str, *, first: bool, from_registers: bool, rows: bool = False) -> str:
+    """Return a wrapper of wgmma m64 n<n> k16: float32 accumulators (set, or added to), A from memory or registers.
+
+    rows: B has its 16 rows along the contraction (V), else its n rows are contracted with (K).
+    """
     count = n // 2
     accumulators = ", ".join(f"%{i}" for i in range(count))
     results = ", ".join(f'"{"=" if first else "+"}f"(d[{i}])' for i in range(count))
     if from_registers:
         a = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
-        b, last = f"%{count + 4}", "p, 1, 1, 1"  # the last 1: B is transposed
+        b, last = f"%{count + 4}", f"p, 1, 1, {int(rows)}"
         given, parameters = '"r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b)', "u32 a0, u32 a1, u32 a2, u32 a3, u64 b"
     else:
-        a, b, last = f"%{count}", f"%{count + 1}", "p, 1, 1, 0, 0"
+        a, b, last = f"%{count}", f"%{count + 1}", f"p, 1, 1, 0, {int(rows)}"
         given, parameters = '"l"(a), "l"(b)', "u64 a, u64 b"
     return (
         f"DEVICE void {name}(float (&d)[{count}], {parameters}) {{\n"
@@ -194,7 +210,7 @@ def arguments(
     """
     q, k, v, out = (arrays[n] for n in ("query", "key", "value", "out"))
     (b, h, n_q, d), n_k, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
-    maps = (_map(q, block_rows(m), "query"), _map(k, m["BLOCK_N"], "key"), _map(v, m["BLOCK_N"], "value"))
+    maps = (_key_map(q, block_rows(m), "query"), _key_map(k, m["BLOCK_N"], "key"), _key_map(v, m["BLOCK_N"], "value"))
     tiles = -(-n_q // block_rows(m)) * b * h
     # causal tiles are taken longest first within as many heads as have their keys and values in the L2 cache together
     together = (m["L2_MIB"] << 20) * group // max(1, 4 * n_k * d)
@@ -212,23 +228,27 @@ def arguments(
     return min(tiles, multiprocessors), packed
 
 
+def _key_map(x: View, rows: int, name: str) -> bytes:
+    """Return the tensor map of a (b, h, n, d) tensor: boxes of `rows` x 64 columns."""
+    return tensor_map(x, (3, 2, 1, 0), (64, rows, 1, 1), name)
+
+
 @lru_cache(maxsize=4096)
-def _map(x: View, rows: int, name: str) -> bytes:
-    """Return the tensor map of a tensor: boxes of `rows` x 64 columns, 128-byte swizzle."""
+def tensor_map(x: View, axes: tuple[int, ...], box: tuple[int, ...], name: str) -> bytes:
+    """Return the tensor map of a 16-bit tensor, 128-byte swizzle; axes and box from the contiguous axis on."""
     cu = library("cuda.bindings.driver")
-    b, h, n, d = x.shape
     # a stride along an axis of one element is never used, but must be a legal one
-    strides = [2 * s if size > 1 else 16 for s, size in zip(x.strides[:3], x.shape[:3], strict=True)]
+    strides = [2 * x.strides[a] if x.shape[a] > 1 else 16 for a in axes[1:]]
     kinds, u64, u32 = cu.CUtensorMapDataType, cu.cuuint64_t, cu.cuuint32_t
     kind = "BFLOAT16" if x.dtype == "bfloat16" else "FLOAT16"
     status, found = cu.cuTensorMapEncodeTiled(
         getattr(kinds, f"CU_TENSOR_MAP_DATA_TYPE_{kind}"),
-        4,
+        len(axes),
         x.pointer,
-        [u64(size) for size in (d, n, h, b)],
-        [u64(s) for s in (strides[2], strides[1], strides[0])],
-        [u32(size) for size in (64, rows, 1, 1)],
-        [u32(1)] * 4,
+        [u64(x.shape[a]) for a in axes],
+        [u64(s) for s in strides],
+        [u32(size) for size in box],
+        [u32(1)] * len(axes),
         cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         cu.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
         cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from functools import cache
@@ -17,10 +18,20 @@ from ..errors import InvalidInput, UnsupportedProblem
 from .circuit import Arithmetic
 from .noise import Ring
 
-__all__ = ["Sealed", "context", "decode", "encode", "from_bytes", "galois_elements", "to_bytes"]
+__all__ = [
+    "Sealed",
+    "context",
+    "decode",
+    "encode",
+    "folder_for",
+    "from_bytes",
+    "from_file",
+    "galois_elements",
+    "to_bytes",
+]
 
-MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
-"""Where the binding's files go: it saves and loads by path only. mkstemp's files are their owner's alone."""
+MEMORY, LARGEST = "/dev/shm", 2**30
+"""Where the binding's files go, and about the largest: it saves and loads by path only. A file is its owner's alone."""
 
 
 def api() -> Any:
@@ -89,7 +100,7 @@ def decode(encoder: Any, plain: Any) -> NDArray[np.complex128]:
 
 def to_bytes(x: Any) -> bytes:
     """Return what SEAL saves of an object."""
-    handle, path = tempfile.mkstemp(dir=MEMORY)
+    handle, path = tempfile.mkstemp(dir=folder_for(LARGEST))
     os.close(handle)
     try:
         x.save(path)
@@ -106,17 +117,29 @@ def from_bytes(kind: str, ring: Ring, data: bytes) -> Any:
     InvalidInput
         The bytes are none, or not of this ring.
     """
-    made = getattr(api(), kind)()
-    handle, path = tempfile.mkstemp(dir=MEMORY)
+    handle, path = tempfile.mkstemp(dir=folder_for(len(data)))
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+        return from_file(kind, ring, path)
+    finally:
+        os.unlink(path)
+
+
+def from_file(kind: str, ring: Ring, path: str) -> Any:
+    """Return an object of a file that SEAL saved, as `from_bytes` does of bytes."""
+    made = getattr(api(), kind)()
+    try:
         made.load(context(ring), path)
     except (RuntimeError, ValueError) as e:
         raise InvalidInput(f"he: got bytes that are no {kind} of this plan: {e}") from e
-    finally:
-        os.unlink(path)
     return made
+
+
+def folder_for(size: int) -> str | None:
+    """Return the folder for files of some bytes in all: in memory where there is room, else the usual one."""
+    roomy = os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > 2 * size
+    return MEMORY if roomy else None
 
 
 class Sealed(Arithmetic):

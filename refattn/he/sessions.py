@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import secrets
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -17,7 +19,7 @@ from ..errors import InvalidInput, UnsupportedProblem
 from .layer import Layer
 from .layer_plan import LayerPlan
 from .plan import Plan
-from .seal import Sealed, api, context, decode, encode, from_bytes, galois_elements, to_bytes
+from .seal import Sealed, api, context, decode, encode, folder_for, from_bytes, from_file, galois_elements, to_bytes
 from .wire import KEYS, QUERY, REPLY, Message, pack, unpack
 
 __all__ = ["Client", "Server", "Sharing"]
@@ -180,6 +182,7 @@ class Server:
             raise InvalidInput(f"he: got {len(m.parts)} evaluation keys, expected 2: relinearisation and rotations")
         self._client = m.client
         self._worker = _Worker(program, m.parts)  # also the check of the keys
+        self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
         if workers > 1:
             self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (program, m.parts))
@@ -210,12 +213,24 @@ class Server:
         wanted = plan.loads().total()
         if len(m.parts) != wanted:
             raise InvalidInput(f"he: got a query of {len(m.parts)} ciphertexts, expected {wanted}")
-        tasks = self.program.tasks(m.parts)
         if self._pool is None:
-            found = [self._worker.block(shared, own) for shared, own in tasks]
+            found = [self._worker.block(*task) for task in self.program.tasks(m.parts)]
         else:
-            found = list(self._pool.map(_block, *zip(*tasks, strict=True)))
+            found = self._shared_out(m.parts)
         return pack(Message(REPLY, plan.digest, self._client, m.query, tuple(x for outs in found for x in outs)))
+
+    def _shared_out(self, parts: Sequence[bytes]) -> list[list[bytes]]:
+        """Return the results of the blocks, computed by the workers; they read the ciphertexts from files."""
+        assert self._pool is not None
+        with tempfile.TemporaryDirectory(dir=folder_for(sum(map(len, parts)))) as folder:
+            paths = [Path(folder, str(i)) for i in range(len(parts))]
+            for path, part in zip(paths, parts, strict=True):
+                path.write_bytes(part)
+            tasks = self.program.tasks(paths)
+            groups = len({tuple(shared[:1]) for shared, _ in tasks})
+            # blocks that share ciphertexts go to one worker, which loads them once, where that leaves none idle
+            together = len(tasks) // groups if groups % self._workers == 0 else 1
+            return list(self._pool.map(_block, *zip(*tasks, strict=True), chunksize=together))
 
 
 class _Worker:
@@ -226,17 +241,21 @@ class _Worker:
         names = ("RelinKeys", "GaloisKeys")
         relin, galois = (from_bytes(n, self.ring, x) for n, x in zip(names, parts, strict=True))
         self._arithmetic = Sealed(self.ring, relin, galois)
-        self._shared: tuple[Sequence[bytes], list[Any]] = ((), [])
+        self._shared: tuple[Sequence[bytes | Path], list[Any]] = ((), [])
 
-    def block(self, shared: Sequence[bytes], queries: Sequence[bytes]) -> list[bytes]:
-        """Return the ciphertexts of a block's result."""
+    def block(self, shared: Sequence[bytes | Path], queries: Sequence[bytes | Path]) -> list[bytes]:
+        """Return the ciphertexts of a block's result, of ciphertexts as bytes or in files."""
         if self._shared[0] != shared:
             self._shared = (shared, self._loaded(shared))
         outs = self.program.compute(self._arithmetic, self._shared[1], self._loaded(queries))
         return [to_bytes(x) for x in outs]
 
-    def _loaded(self, parts: Sequence[bytes]) -> list[Any]:
-        return [from_bytes("Ciphertext", self.ring, x) for x in parts]
+    def _loaded(self, parts: Sequence[bytes | Path]) -> list[Any]:
+        name = "Ciphertext"
+        return [
+            from_bytes(name, self.ring, x) if isinstance(x, bytes) else from_file(name, self.ring, str(x))
+            for x in parts
+        ]
 
 
 _HERE: dict[str, _Worker] = {}
@@ -247,5 +266,5 @@ def _begin(program: Plan | Layer, parts: tuple[bytes, ...]) -> None:
     _HERE["worker"] = _Worker(program, parts)
 
 
-def _block(shared: Sequence[bytes], queries: Sequence[bytes]) -> list[bytes]:
+def _block(shared: Sequence[Path], queries: Sequence[Path]) -> list[bytes]:
     return _HERE["worker"].block(shared, queries)

@@ -71,7 +71,7 @@ def unpack(data: bytes, kind: int, plan: bytes, most: int) -> Message:
     _, version, found, of_plan, client, query, count = HEAD.unpack_from(data)
     if version != VERSION:
         raise InvalidInput(f"he: got a message of version {version}, expected {VERSION}")
-    if hashlib.sha256(data[:-DIGEST]).digest() != data[-DIGEST:]:
+    if hashlib.sha256(memoryview(data)[:-DIGEST]).digest() != data[-DIGEST:]:
         raise InvalidInput("he: the message was cut short or changed on its way: its digest does not fit")
     if found != kind:
         raise InvalidInput(f"he: got {NAMES.get(found, f'kind {found}')}, expected {NAMES[kind]}")

@@ -1,4 +1,4 @@
-"""The pairwise forms of triple-wise attention on a GPU: tree and rank-one, by two calls of `refattn.gpu.attention`."""
+"""Triple-wise attention on a GPU: tree and rank-one by two calls of `refattn.gpu.attention`, trilinear by its own kernel."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from ..errors import UnsupportedProblem
+from ..errors import InvalidProblem, UnsupportedProblem
 from ..gpu import attention as pairwise
+from ..gpu import trilinear
 from .forms import check, scale_of
 
 __all__ = ["attention"]
@@ -17,26 +18,39 @@ def attention(
     query: Any, k1: Any, k2: Any, v1: Any, v2: Any, *, form: str, scale: float | None = None,
     causal: str | None = None, window: Any = None, accuracy: str = "fast",
 ) -> tuple[Any, Any]:  # fmt: skip
-    """Return out and lse of the tree or the rank-one form, on the GPU that the arrays are on.
+    """Return out and lse, on the GPU that the arrays are on.
 
     Parameters
     ----------
-    query, k1, k2, v1, v2, form, scale, causal, window
-        As in :func:`refattn.tensor.attention`; arrays of PyTorch or CuPy, of any type that `refattn.gpu` takes. In the
-        tree form v1 times the inner result is rounded to that type.
+    query, k1, k2, v1, v2, scale, causal, window
+        As in :func:`refattn.tensor.attention`; arrays of PyTorch or CuPy. For the tree and the rank-one form of any type
+        that `refattn.gpu` takes; in the tree form v1 times the inner result is rounded to that type. For the trilinear
+        form bfloat16, head dims equal and multiples of 8 up to 128, on a Hopper GPU: q times k1 and P are rounded to
+        bfloat16, all sums are float32, v1 is multiplied in float32. Values at hidden keys near a row's own must be
+        finite: they meet weights of 0.
+    form : str
+        "trilinear", "tree" or "rank_one".
     accuracy : str
-        As in :func:`refattn.gpu.attention`.
+        As in :func:`refattn.gpu.attention`; "fast" for the trilinear form.
 
     Raises
     ------
     UnsupportedProblem
-        Another form: its kernels are not there yet.
+        Another form, type, size or GPU; raised before any launch.
     """
     shape = check(query, (k1, k2), (v1, v2), form, causal, window)
+    if accuracy not in ("fast", "high"):
+        raise InvalidProblem(f"accuracy: got {accuracy!r}, expected 'fast' or 'high'")
+    if form == "trilinear" and accuracy == "fast":
+        given = {"scale": scale_of(scale, shape.d), "causal": causal, "window": shape.window}
+        return trilinear.forward(query, k1, k2, v1, v2, **given)
     if form not in ("tree", "rank_one"):
-        raise UnsupportedProblem(f"tensor: the form {form!r} is not there on a GPU; 'tree' and 'rank_one' are")
+        raise UnsupportedProblem(
+            f"tensor: the form {form!r} with accuracy {accuracy!r} is not there on a GPU; 'tree' and 'rank_one' are, and "
+            "'trilinear' with 'fast'"
+        )
     windows = [None if w is None else (w - 1, 0) for w in shape.window]
-    given: dict[str, Any] = {
+    given = {
         "scale": scale_of(scale, shape.d),
         "causal": causal,
         "accuracy": accuracy,
