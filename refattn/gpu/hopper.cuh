@@ -68,7 +68,7 @@ DEVICE float upper_half(u32 x) {
 }
 
 // ---- softmax, online, base 2; numerators are times 2^OFFSET ------------------------------------------------------------------
-constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 32768.f;  // UNSHIFT = 2^-OFFSET
+[[maybe_unused]] constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 32768.f;  // UNSHIFT = 2^-OFFSET
 // s: scores in, numerators out. top: the row maximum, sum: running lane sums. Returns whether a maximum of the warp moved: O must
 // then be multiplied with factor.
 template <bool MASKED, int NS> DEVICE bool softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&factor)[2], float scale_log2) {

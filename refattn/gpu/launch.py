@@ -144,6 +144,7 @@ def capability(device: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=64)
 def attribute(device: int, name: str) -> int:
+    """Return an attribute of a GPU."""
     return int(library("cupy").cuda.Device(device).attributes[name])
 
 

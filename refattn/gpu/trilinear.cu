@@ -24,9 +24,10 @@
 
 constexpr int KEYS = 64 * HALVES, NS = 32, NO = HEAD_DIM / 2, NP = 16, NA = HEAD_DIM / 4, SLOTS = HALVES == 2 ? 4 : 8;
 constexpr u32 Q_BYTES = 64 * HEAD_DIM * 2, KV_BYTES = KEYS * HEAD_DIM * 2, ROW_BYTES = HEAD_DIM * 2, ARRIVALS = 8;
+constexpr u32 WARP_BYTES = SLOTS * 2 * ROW_BYTES + 64 + 512;  // a consumer warp's own
 // Shared memory, from a 1024-byte aligned base.
 constexpr u32 OFFSET_K = 2 * Q_BYTES, OFFSET_V = OFFSET_K + STAGES * KV_BYTES, OFFSET_ROWS = OFFSET_V + STAGES * KV_BYTES,
-              OFFSET_MERGE = OFFSET_ROWS + 8 * SLOTS * 2 * ROW_BYTES, OFFSET_BARRIERS = OFFSET_MERGE + 128 * 4 * (NO + 4), OFFSET_WORK = OFFSET_BARRIERS + 32 + 32 * STAGES;
+              OFFSET_MERGE = OFFSET_ROWS + 8 * WARP_BYTES, OFFSET_BARRIERS = OFFSET_MERGE + 128 * 4 * (NO + 4);
 constexpr u32 FULL_Q = 0, EMPTY_Q = 16, FULL_K = 32, EMPTY_K = FULL_K + 8 * STAGES, FULL_V = EMPTY_K + 8 * STAGES, EMPTY_V = FULL_V + 8 * STAGES;
 
 struct Keys { int n, shift, window; };  // row i sees keys [end - window, end), end = i + 1 + shift, where causal
@@ -93,6 +94,7 @@ DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k2, const Tenso
 }
 
 DEVICE u32 load_shared(u32 a) { u32 x; asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(a) : "memory"); return x; }
+DEVICE void store_shared(u32 a, u32 x, u32 y) { asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(a), "r"(x), "r"(y) : "memory"); }
 DEVICE float load_float(u32 a) { return __uint_as_float(load_shared(a)); }
 DEVICE void store_float(u32 a, float x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "f"(x) : "memory"); }
 DEVICE u32 product(u32 x, u32 y) { u32 z; asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y)); return z; }
@@ -102,15 +104,19 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, const u16* k1, cons
     u32 bars = shared + OFFSET_BARRIERS;
     int consumer = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, lane = threadIdx.x % 32, lane4 = lane % 4, warp = threadIdx.x / 32 % 4;
     float scale_log2 = scale * 1.4426950408889634f;
-    u32 queries = 0, keys = 0;                                                                    // tiles and blocks of keys so far
+    u32 keys = 0;                                                                                 // blocks so far
     float o[NO], t[NO], top[2], sum[2], factor[2];
     u32 p[NP], a[NA];
-    u32 work = shared + OFFSET_WORK + 48 * (threadIdx.x - 128);                                   // the thread's own, out of registers
-    u32 rows = shared + OFFSET_ROWS + (consumer * 4 + warp) * SLOTS * 2 * ROW_BYTES;
+    // what need not be in registers: the lane's source of k1_j or v1_j; the warp's tile
+    const u32 rows = shared + OFFSET_ROWS + (consumer * 4 + warp) * WARP_BYTES, work = rows + SLOTS * 2 * ROW_BYTES, mine = work + 64 + 16 * lane;
     auto release = [&](u32 bar) { if (lane == 0) barrier_arrive(bar); };
     if (consumer == 1) token_pass(consumer);
-    for (int tile = blockIdx.x; tile < z.tiles; tile += gridDim.x) {
+    store_shared(work + 32, blockIdx.x, 0);
+    for (;;) {
+        int tile = load_shared(work + 32);
+        if (tile >= z.tiles) break;
         Work w = decode(tile, z);
+        __syncwarp();
 #pragma unroll
         for (int i = 0; i < NO; i++) o[i] = t[i] = 0.f;
         top[0] = top[1] = -INFINITY_F; sum[0] = sum[1] = 0.f;
@@ -122,21 +128,23 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, const u16* k1, cons
             const u16* from = (second ? v1 : k1) + w.batch * (second ? v1_at.batch : k1_at.batch) + w.head_kv * (second ? v1_at.head : k1_at.head) +
                               w.first1 * stride + lane % PIECES * 8;
             const int bytes = min(max(z.d - lane % PIECES * 8, 0), 8) * 2;
-            const int rounds = w.rounds, blocks = w.blocks, last = min(w.place + places(z), z.n_q) - 1;
+            const int rounds = w.rounds, last = min(w.place + places(z), z.n_q) - 1;
             // rounds whose j, and halves of blocks whose keys, all rows see
             const int all1 = (first_seen(z, z.k1, last) - w.first1 - consumer + 1) / 2, all1_end = (end_seen(z, z.k1, w.place) - w.first1 - consumer + 1) / 2;
             const int all2 = (first_seen(z, z.k2, last) - w.first2 + 63) / 64, all2_end = max(end_seen(z, z.k2, w.place) - w.first2, 0) / 64;
             asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(work), "r"(w.place), "r"(w.first1), "r"(w.first2), "r"(w.end1 - w.first1) : "memory");
             asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(work + 16), "r"(all1), "r"(all1_end), "r"(all2), "r"(all2_end) : "memory");
-            asm volatile("st.shared.v2.b64 [%0], {%1, %2};" ::"r"(work + 32), "l"(from), "l"((stride * 2) << 8 | bytes) : "memory");
+            store_shared(work + 40, rounds, w.blocks);
+            asm volatile("st.shared.v2.b64 [%0], {%1, %2};" ::"r"(mine), "l"(from), "l"((stride * 2) << 8 | bytes) : "memory");
+            __syncwarp();
             int at = 0, round = 0, block = 0;                                                     // j so far; of this block; blocks
             u32 edges = 0;                                                                        // bits: halves to be masked
             auto slot = [&](int i) { return rows + (i & (SLOTS - 1)) * 2 * ROW_BYTES; };
             auto load_row = [&](int i, int round) {
                 const u16* from;
                 long long packed;
-                asm volatile("ld.shared.v2.b64 {%0, %1}, [%2];" : "=l"(from), "=l"(packed) : "r"(work + 32) : "memory");
-                while (round >= rounds) round -= rounds;
+                asm volatile("ld.shared.v2.b64 {%0, %1}, [%2];" : "=l"(from), "=l"(packed) : "r"(mine) : "memory");
+                for (int rounds = load_shared(work + 40); round >= rounds;) round -= rounds;
                 int j = 2 * round + consumer;
                 const bool there = j < (int)load_shared(work + 12);
                 if (lane < 2 * PIECES)
@@ -172,7 +180,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, const u16* k1, cons
             };
             auto make_a = [&](u32 row) {                                                          // A = Q * k1_j
                 int r = warp * 16 + lane % 16;
-                u32 address = shared + (queries & 1) * Q_BYTES + r * 128, chunk = (lane / 16 ^ (r & 7)) << 4;
+                u32 address = shared + (load_shared(work + 36) & 1) * Q_BYTES + r * 128, chunk = (lane / 16 ^ (r & 7)) << 4;
 #pragma unroll
                 for (int i = 0; i < HEAD_DIM / 16; i++) {
                     u32 x[4];
@@ -244,8 +252,8 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, const u16* k1, cons
                 bool moved = softmax<true>(s, top, sum, factor, scale_log2);
                 wgmma_wait<0>();
                 pin(t);
-                round_p(s);
                 if (moved) { rescale(o, factor); rescale(t, factor); }
+                round_p(s);
             };
             auto next_row = [&]() {
                 asm volatile("cp.async.wait_group 1;" ::: "memory");
@@ -256,17 +264,20 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, const u16* k1, cons
             };
             load_row(0, 0);
             load_row(1, 1);
-            barrier_wait(bars + FULL_Q + queries % 2 * 8, queries / 2 & 1);
+            {
+                u32 queries = load_shared(work + 36);
+                barrier_wait(bars + FULL_Q + queries % 2 * 8, queries / 2 & 1);
+            }
             barrier_wait(bars + FULL_K + keys % STAGES * 8, keys / STAGES & 1);
             next_row();
             step(Number<0>(), Yes(), keys);
             if constexpr (HALVES == 2) step(Number<1>(), No(), keys);
 #pragma unroll 1
             for (at = 1;; at++) {
-                const bool turn = ++round == rounds;
+                const bool turn = ++round == load_shared(work + 40);
                 if (turn) {                                                                       // the next block of keys
                     round = 0;
-                    if (++block == blocks) break;
+                    if (++block == load_shared(work + 44)) break;
                     release(bars + EMPTY_K + keys % STAGES * 8);
                     keys++;
                     barrier_wait(bars + FULL_K + keys % STAGES * 8, keys / STAGES & 1);
@@ -286,10 +297,13 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, const u16* k1, cons
             asm volatile("cp.async.wait_all;" ::: "memory");
             release(bars + EMPTY_K + keys % STAGES * 8);
             release(bars + EMPTY_V + keys % STAGES * 8);
+            u32 queries = load_shared(work + 36);
             release(bars + EMPTY_Q + queries % 2 * 8);
-            keys++; queries++;
-            asm volatile("" : "+r"(tile));                                                        // decoded anew, not kept
-            w = decode(tile, z);
+            keys++;
+            tile = load_shared(work + 32);
+            __syncwarp();
+            store_shared(work + 32, tile, queries + 1);
+            w = decode(tile, z);                                                                  // anew, not kept
         }
         // one result of two
         u32 merge = shared + OFFSET_MERGE + threadIdx.x % 128 * 4;
@@ -321,6 +335,10 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, const u16* k1, cons
             for (int i = 0; i < NO; i++) o[i] = o[i] * factor[i / 2 % 2] + load_float(merge + 512 * i) * other[i / 2 % 2];
             store_rows(to, o, inverse, z.d, lane4);
         }
+        u32 next = load_shared(work + 32) + gridDim.x;
+        __syncwarp();
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(work + 32), "r"(next) : "memory");
+        __syncwarp();
     }
 }
 

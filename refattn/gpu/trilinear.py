@@ -1,9 +1,10 @@
-"""The kernel of trilinear (2-simplicial) attention for Hopper (trilinear.cu): its source, arguments and launch."""
+"""Trilinear (2-simplicial) attention on Hopper, forward and backward: the kernels' source, arguments and launches."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UnsupportedProblem
@@ -12,13 +13,18 @@ from .launch import attribute, capability, queue
 from .sm90 import tensor_map, wgmma
 from .views import View, device_of, empty, on, stream_of, view
 
-__all__ = ["forward", "macros", "shared_bytes", "source"]
+__all__ = ["backward", "forward", "macros", "macros_backward", "shared_bytes", "shared_bytes_backward", "source"]
 
-FILE = "trilinear.cu"
+FILE, BACKWARD = "trilinear.cu", "trilinear_backward.cu"
 WIDTHS = (64, 128)
 ARGUMENTS = struct.Struct("@128s128s128s4Q9q8i6if")
 OFFSETS = (0, 128, 256, *(384 + 8 * i for i in range(4)), 416, 440, 464, 488, 544)
 """Where the kernel's arguments lie: maps, k1, v1, out, lse, three strides, shape, scale."""
+ARGUMENTS_BACKWARD = struct.Struct("@32q2Q8i6if")
+OFFSETS_BACKWARD = (*range(0, 256, 32), 256, 264, 272, 328)
+"""Those of the backward kernel: eight tensors, lse, delta, shape, scale."""
+ARGUMENTS_DELTA, OFFSETS_DELTA = struct.Struct("@8qQ2iqi"), (0, 32, 64, 72, 76, 80, 88)
+NAMES = ("query", "k1", "k2", "v1", "v2")
 
 
 def macros(d: int, keys: int) -> dict[str, int]:
@@ -36,15 +42,37 @@ def macros(d: int, keys: int) -> dict[str, int]:
 def shared_bytes(m: Mapping[str, int]) -> int:
     """Return the dynamic shared memory of a block, in bytes."""
     rows = 2 * 64 + 2 * m["STAGES"] * 64 * m["HALVES"] + 8 * 2 * (4 if m["HALVES"] == 2 else 8)
-    return 1024 + 2 * m["HEAD_DIM"] * rows + 512 * (m["HEAD_DIM"] // 2 + 4) + 32 + 32 * m["STAGES"] + 48 * 256
+    return 1024 + 2 * m["HEAD_DIM"] * rows + 512 * (m["HEAD_DIM"] // 2 + 4) + 32 + 32 * m["STAGES"] + 16 * 256 + 64 * 8
+
+
+def macros_backward(d: int, query: bool) -> dict[str, int]:
+    """Return what the backward kernel is compiled with, for the gradient of the query or of keys and values."""
+    width = min(w for w in WIDTHS if w >= d)
+    keep = query or width == 64  # else there are no registers for it
+    return {
+        "HEAD_DIM": width,
+        "QUERY": int(query),
+        "KEEP": int(keep),
+        "BF16": 1,
+        "CONSUMER_REGISTERS": 184 if keep else 208,
+        "BUILDER_REGISTERS": 72 if keep else 48,
+    }
+
+
+def shared_bytes_backward(m: Mapping[str, int]) -> int:
+    """Return the dynamic shared memory of a block of the backward kernel, in bytes."""
+    return 1024 + (10 if m["KEEP"] else 12) * 64 * 2 * m["HEAD_DIM"] + 4 * 512 + 64
 
 
 def source(m: Mapping[str, int]) -> str:
-    """Return the kernel's text: its #defines, and the wgmma wrappers of its tiles."""
-    pairs = (("first", True), ("next", False))
-    wrappers = [wgmma(f"qk_{n}", 64, "bf16", first=f, from_registers=True) for n, f in pairs]
-    wrappers += [wgmma(f"pv_{n}", m["HEAD_DIM"], "bf16", first=f, from_registers=True, rows=True) for n, f in pairs]
-    return text_of(FILE, m).replace("// (wgmma wrappers)", "".join(wrappers))
+    """Return a kernel's text, the backward one's for its macros: #defines, and the wgmma wrappers of its tiles."""
+    backward, pairs = "QUERY" in m, (("first", True), ("next", False))
+    wrappers = [wgmma(f"qk_{n}", 64, "bf16", first=f, from_registers=not backward) for n, f in pairs]
+    wrappers += [
+        wgmma(f"pv_{n}", m["HEAD_DIM"], "bf16", first=f, from_registers=True, rows=True)
+        for n, f in pairs[int(backward) :]
+    ]
+    return text_of(BACKWARD if backward else FILE, m).replace("// (wgmma wrappers)", "".join(wrappers))
 
 
 def forward(
@@ -60,30 +88,141 @@ def forward(
     """
     device = device_of(query, "query")
     with on(device):
-        names = ("query", "k1", "k2", "v1", "v2")
-        arrays = {n: view(x, n) for n, x in zip(names, (query, k1, k2, v1, v2), strict=True)}
+        arrays = {n: view(x, n) for n, x in zip(NAMES, (query, k1, k2, v1, v2), strict=True)}
         _check(arrays, scale, device)
-        (b, h, n_q, d), n1, n2 = arrays["query"].shape, k1.shape[2], k2.shape[2]
+        b, h, n_q, d = arrays["query"].shape
         out, arrays["out"] = empty(query, (b, h, n_q, d), "bfloat16")
         lse, arrays["lse"] = empty(query, (b, h, n_q), "float32")
-        rows = _row_heads(h // k1.shape[1])
+        call = _Call.of(arrays, scale, causal, window)
         # a block of k2 stays in shared memory while k1 passes by: the more keys are blocks
-        span = [min(n, n if w is None else w + 64 // rows - 1) for n, w in zip((n1, n2), window, strict=True)]
-        if span[0] > span[1]:
+        if call.span(0) > call.span(1):
             for x in "kv":
                 arrays[x + "1"], arrays[x + "2"] = arrays[x + "2"], arrays[x + "1"]
-            window, span = (window[1], window[0]), span[::-1]
-        m = macros(d, span[1])
-        grid, packed = _arguments(m, arrays, scale, causal, window, attribute(device, "MultiProcessorCount"))
+            call = call.turned()
+        m = macros(d, call.span(1))
+        tiles = b * h // call.row_heads * -(-n_q // (64 // call.row_heads))
+        grid = min(tiles, attribute(device, "MultiProcessorCount"))
         kernel = compiled(source(m), "trilinear_forward", shared_bytes(m), "sm_90a", device)
+        packed = _arguments(m, arrays, call, tiles)
         queue(kernel, grid, 384, shared_bytes(m), stream_of(query, device), packed, OFFSETS)
     return out, lse
+
+
+def backward(
+    query: Any, k1: Any, k2: Any, v1: Any, v2: Any, out: Any, lse: Any, d_out: Any, *, scale: float,
+    causal: str | None, window: tuple[int | None, int | None],
+) -> tuple[Any, Any, Any, Any, Any]:  # fmt: skip
+    """Return the gradients of query, k1, k2, v1 and v2, given what `forward` returned and out's gradient.
+
+    Raises
+    ------
+    UnsupportedProblem
+        As in `forward`.
+    """
+    device = device_of(query, "query")
+    with on(device):
+        given = (query, k1, k2, v1, v2, out, d_out)
+        arrays = {n: view(x, n) for n, x in zip((*NAMES, "out", "d_out"), given, strict=True)}
+        _check(arrays, scale, device)
+        call = _Call.of(arrays, scale, causal, window)
+        (b, h, n_q, d), stream = arrays["query"].shape, stream_of(query, device)
+        kept, delta = empty(query, (b, h, n_q), "float32")
+        found = []
+        for name in NAMES:
+            x, arrays["d_" + name] = empty(query, arrays[name].shape, "bfloat16")
+            found.append(x)
+        pointers = (view(lse, "lse").pointer, delta.pointer)
+        packed = ARGUMENTS_DELTA.pack(
+            *_tensor(arrays["out"]), *_tensor(arrays["d_out"]), delta.pointer, h, n_q, b * h * n_q, d
+        )
+        text = source(macros_backward(d, query=True))
+        kernel = compiled(text, "trilinear_delta", 0, "sm_90a", device)
+        queue(kernel, -(-b * h * n_q // 8), 256, 0, stream, packed, OFFSETS_DELTA)
+        q, a, k, x, v = (("query", "d_out"), ("k1", "v1"), ("k2", "v2"), ("d_k1", "d_v1"), ("d_k2", "d_v2"))
+        wide = call.span(1) >= call.span(0)  # the rows of Y come in tiles: the more keys
+        launches = [
+            (True, (*q, *(k + a if wide else a + k), "d_query", "d_query"), call if wide else call.turned()),
+            (False, (*k, *q, *a, *v), call),
+            (False, (*a, *q, *k, *x), call.turned()),
+        ]
+        for of_query, names, c in launches:
+            m = macros_backward(d, of_query)
+            rows = h // call.row_heads * -(-n_q // (64 // call.row_heads)) if of_query else 0
+            tiles = b * (rows or arrays["k1"].shape[1] * -(-c.n[1] // 64))
+            tensors = (s for n in names for s in _tensor(arrays[n]))
+            packed = ARGUMENTS_BACKWARD.pack(*tensors, *pointers, *c.shape(tiles), *c.keys(1), *c.keys(0), scale)
+            kernel = compiled(source(m), "trilinear_backward", shared_bytes_backward(m), "sm_90a", device)
+            queue(kernel, tiles, 512, shared_bytes_backward(m), stream, packed, OFFSETS_BACKWARD)
+        del kept
+    return tuple(found)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Sizes and masks; those of k1 and k2 in this order, or turned around.
+
+    Attributes
+    ----------
+    batch, heads_kv, group, n_q, d : int
+        Sizes.
+    n, shift, window : (int, int)
+        Keys, how much further a row sees than its own place, and how many keys back.
+    causal : bool
+        Whether rows see no keys after their place.
+    scale : float
+        Of the scores.
+    """
+
+    batch: int
+    heads_kv: int
+    group: int
+    n_q: int
+    d: int
+    n: tuple[int, int]
+    shift: tuple[int, int]
+    window: tuple[int, int]
+    causal: bool
+    scale: float
+
+    @classmethod
+    def of(
+        cls, arrays: Mapping[str, View], scale: float, causal: str | None, window: tuple[int | None, int | None]
+    ) -> _Call:
+        (b, h, n_q, d), (_, h_kv, n1, _), n2 = arrays["query"].shape, arrays["k1"].shape, arrays["k2"].shape[2]
+        shift = tuple(n - n_q if causal == "bottom_right" else 0 for n in (n1, n2))
+        back = tuple(n + n_q if w is None else min(w, n + n_q) for n, w in zip((n1, n2), window, strict=True))
+        return cls(b, h_kv, h // h_kv, n_q, d, (n1, n2), shift, back, causal is not None, scale)  # type: ignore[arg-type]
+
+    def turned(self) -> _Call:
+        """Return the call with the keys' kinds turned around."""
+        n, shift, window = (x[::-1] for x in (self.n, self.shift, self.window))
+        return replace(self, n=n, shift=shift, window=window)  # type: ignore[arg-type]
+
+    @property
+    def row_heads(self) -> int:
+        """Heads of a key head's group in a tile: the largest power of 2 that divides it, up to 64."""
+        return min(self.group & -self.group, 64)
+
+    def span(self, kind: int) -> int:
+        """Return how many keys of a kind a tile of rows sees."""
+        return min(self.n[kind], self.window[kind] + 64 // self.row_heads - 1) if self.causal else self.n[kind]
+
+    def shape(self, tiles: int) -> tuple[int, ...]:
+        """Return the kernels' struct Shape, up to its keys."""
+        rows = self.row_heads.bit_length() - 1
+        return self.batch, self.heads_kv, self.group, self.n_q, self.d, int(self.causal), rows, tiles
+
+    def keys(self, kind: int) -> tuple[int, int, int]:
+        """Return the kernels' struct Keys."""
+        return self.n[kind], self.shift[kind], self.window[kind]
 
 
 def _check(arrays: Mapping[str, View], scale: float, device: int) -> None:
     found = capability(device)
     if found != (9, 0):
-        raise UnsupportedProblem(f"tensor: the trilinear kernel needs compute capability 9.0, got {found[0]}.{found[1]}")
+        raise UnsupportedProblem(
+            f"tensor: the trilinear kernel needs compute capability 9.0, got {found[0]}.{found[1]}"
+        )
     query, value = arrays["query"], arrays["v1"]
     if query.dtype != "bfloat16":  # products of float16 may be infinite
         raise UnsupportedProblem(f"tensor: the trilinear kernel takes bfloat16, got {query.dtype}")
@@ -105,35 +244,27 @@ def _check(arrays: Mapping[str, View], scale: float, device: int) -> None:
             )
 
 
-def _row_heads(group: int) -> int:
-    """Return how many heads of a key head's group a tile takes: the largest power of 2 that divides it, up to 64."""
-    return min(group & -group, 64)
+def _tensor(x: View) -> tuple[int, ...]:
+    """Return the backward kernel's struct Tensor."""
+    return (x.pointer, *x.spread()[:3])
 
 
-def _arguments(
-    m: Mapping[str, int], arrays: Mapping[str, View], scale: float, causal: str | None,
-    window: tuple[int | None, int | None], multiprocessors: int,
-) -> tuple[int, bytes]:  # fmt: skip
-    """Return the grid and the kernel's arguments, at ``OFFSETS``."""
+def _arguments(m: Mapping[str, int], arrays: Mapping[str, View], call: _Call, tiles: int) -> bytes:
+    """Return the forward kernel's arguments, at ``OFFSETS``."""
     q, k1, k2, v1, v2, out = (arrays[n] for n in ("query", "k1", "k2", "v1", "v2", "out"))
-    (b, h, n_q, d), (_, h_kv, n1, _), n2 = q.shape, k1.shape, k2.shape[2]
-    group = h // h_kv
-    rows, (s_b, s_h, s_n, _) = _row_heads(group), q.strides
-    grouped = View(q.pointer, (b, h_kv, group, n_q, d), (s_b, group * s_h, s_h, s_n, 1), q.dtype, q.device)
-    keys = 64 * m["HALVES"]
+    rows, (s_b, s_h, s_n, _) = call.row_heads, q.strides
+    shape = (call.batch, call.heads_kv, call.group, call.n_q, call.d)
+    grouped = View(q.pointer, shape, (s_b, call.group * s_h, s_h, s_n, 1), q.dtype, q.device)
     maps = (
         tensor_map(grouped, (4, 2, 3, 1, 0), (64, rows, 64 // rows, 1, 1), "query"),
-        *(tensor_map(x, (3, 2, 1, 0), (64, keys, 1, 1), n) for x, n in ((k2, "k2"), (v2, "v2"))),
+        *(tensor_map(x, (3, 2, 1, 0), (64, 64 * m["HALVES"], 1, 1), n) for x, n in ((k2, "k2"), (v2, "v2"))),
     )
-    tiles = b * h // rows * -(-n_q // (64 // rows))
-    shifts = [n - n_q if causal == "bottom_right" else 0 for n in (n1, n2)]
-    windows = [n + n_q if w is None else min(w, n + n_q) for n, w in zip((n1, n2), window, strict=True)]
-    packed = ARGUMENTS.pack(
+    return ARGUMENTS.pack(
         *maps,
         *(x.pointer for x in (k1, v1, out, arrays["lse"])),
         *(s for x in (k1, v1, out) for s in x.spread()[:3]),
-        *(b, h_kv, group, n_q, d, int(causal is not None), rows.bit_length() - 1, tiles),
-        *(n1, shifts[0], windows[0], n2, shifts[1], windows[1]),
-        scale,
+        *call.shape(tiles),
+        *call.keys(0),
+        *call.keys(1),
+        call.scale,
     )
-    return min(tiles, multiprocessors), packed
