@@ -9,7 +9,6 @@ bound of the check.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,44 +17,19 @@ from typing import Any
 import numpy as np
 
 from refattn.arrays import from_float64
-from refattn.bench import Row
+from refattn.bench import Row, gpu_medians, gpu_torch
 from refattn.check.call import call_kernel
 from refattn.check.compare import compare
 from refattn.check.kernels import KERNELS
 from refattn.check.truth import truth
 from refattn.dtypes import FORMATS
-from refattn.errors import UnsupportedProblem
 from refattn.problem import Problem
 
 TOKENS, WIDTH = 16384, 2048
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-RUNS, LEAST_MS = 15, 1.0
 PEERS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 JUDGED = ("gpu", "gpu-high", "gpu-mma", "flash", "cudnn", "efficient", "triton")
 Call = Callable[[], Any]
-
-
-def medians(torch: Any, calls: dict[str, Call], runs: int = RUNS) -> dict[str, float]:
-    """Return the median milliseconds of each call, the calls taking turns."""
-
-    def lasts(call: Call, repeats: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / repeats
-
-    repeats = {}
-    for name, call in calls.items():
-        lasts(call, 2)
-        repeats[name] = max(1, math.ceil(LEAST_MS / lasts(call, 4)))
-    times: dict[str, list[float]] = {n: [] for n in calls}
-    for _ in range(runs):
-        for name, call in calls.items():
-            times[name].append(lasts(call, repeats[name]))
-    return {n: statistics.median(t) for n, t in times.items()}
 
 
 def contestants(torch: Any, q: Any, k: Any, v: Any, causal: bool, with_flex: bool = False) -> dict[str, Call]:
@@ -110,12 +84,7 @@ def random(torch: Any, shape: tuple[int, ...], dtype: str) -> list[Any]:
 
 def rows() -> Iterator[Row]:
     """TFLOP/s, ratios to the peers and errors, by type, head dim, length and mask; block masks, float32, memory."""
-    try:
-        import torch
-    except ModuleNotFoundError as e:
-        raise UnsupportedProblem("bench gpu: needs PyTorch and an NVIDIA GPU") from e
-    if not torch.cuda.is_available():
-        raise UnsupportedProblem("bench gpu: needs an NVIDIA GPU")
+    torch = gpu_torch()
     torch.manual_seed(0)
     top = ceiling(torch)
     yield Row("matrix product 8192 x 8192 x 8192, bfloat16", top, "TFLOP/s")
@@ -134,7 +103,7 @@ def rows() -> Iterator[Row]:
 def ceiling(torch: Any) -> float:
     """Return the TFLOP/s of a bfloat16 matrix product."""
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return 2 * 8192**3 / medians(torch, {"product": lambda: x @ x})["product"] / 1e9
+    return 2 * 8192**3 / gpu_medians(torch, {"product": lambda: x @ x})["product"] / 1e9
 
 
 def host(torch: Any) -> Iterator[Row]:
@@ -159,7 +128,7 @@ def dense(torch: Any, dtype: str, d: int, n: int, top: float) -> Iterator[Row]:
         at = f"{dtype} d={d} n={n}{' causal' if causal else ''}"
         calls = contestants(torch, q, k, v, causal, with_flex=dtype == "bfloat16" and n == 4096 and d < 256)
         operations = 4 * b * h * n * n * d / (2 if causal else 1)
-        speed = {name: operations / ms / 1e9 for name, ms in medians(torch, calls).items()}
+        speed = {name: operations / ms / 1e9 for name, ms in gpu_medians(torch, calls).items()}
         for name, x in speed.items():
             yield Row(f"{at} {name}", x, "TFLOP/s")
         least = (1.5 if d == 128 and n >= 4096 else 1.0) if n >= 1024 else None
@@ -205,7 +174,7 @@ def single(torch: Any, d: int) -> Iterator[Row]:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     calls = {"simt": lambda: attention(q, k, v), "efficient": efficient}
-    speed = {name: 4 * b * h * n * n * d / ms / 1e9 for name, ms in medians(torch, calls).items()}
+    speed = {name: 4 * b * h * n * n * d / ms / 1e9 for name, ms in gpu_medians(torch, calls).items()}
     found = errors(torch, calls, q, k, v)
     for name in calls:
         least = 34.0 if name == "simt" else None
@@ -229,7 +198,7 @@ def sparse(torch: Any, d: int) -> Iterator[Row]:
                 return flex(torch, q, k, v, seen)
             return partial(attention, q, k, v, block_mask=None if mask is None else (mask, 128, 128), impl=impl)
 
-        ms = medians(torch, {str(x): call(m) for x, m in masks.items()} | {"dense": call()})
+        ms = gpu_medians(torch, {str(x): call(m) for x, m in masks.items()} | {"dense": call()})
         for density, mask in masks.items():
             at = f"bfloat16 d={d} n={n} {impl} block mask of density {density}"
             share = float(mask.float().mean())

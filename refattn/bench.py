@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from .check.report import machine, versions
-from .errors import InvalidInput
+from .errors import InvalidInput, UnsupportedProblem
 from .files import write_text
 
 __all__ = ["Row", "benchmarks", "run"]
@@ -91,3 +94,45 @@ def _watched(rows: Iterable[Row], console: Console) -> Iterator[Row]:
         for row in rows:
             status.update(f"measured {row.name}")
             yield row
+
+
+def gpu_torch() -> Any:
+    """Return PyTorch, for a benchmark that needs it and an NVIDIA GPU.
+
+    Raises
+    ------
+    UnsupportedProblem
+        One of the two is missing.
+    """
+    try:
+        torch = importlib.import_module("torch")
+    except ModuleNotFoundError as e:
+        raise UnsupportedProblem("bench: needs PyTorch and an NVIDIA GPU") from e
+    if not torch.cuda.is_available():
+        raise UnsupportedProblem("bench: needs an NVIDIA GPU")
+    return torch
+
+
+def gpu_medians(
+    torch: Any, calls: dict[str, Callable[[], Any]], runs: int = 15, least_ms: float = 1.0
+) -> dict[str, float]:
+    """Return the median milliseconds of each call on a GPU; the calls take turns, each for at least some time."""
+
+    def lasts(call: Callable[[], Any], repeats: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / repeats
+
+    repeats = {}
+    for name, call in calls.items():
+        lasts(call, 2)
+        repeats[name] = max(1, math.ceil(least_ms / lasts(call, 4)))
+    times: dict[str, list[float]] = {n: [] for n in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            times[name].append(lasts(call, repeats[name]))
+    return {n: statistics.median(t) for n, t in times.items()}

@@ -308,14 +308,13 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, const u16* k1, cons
         // one result of two
         u32 merge = shared + OFFSET_MERGE + threadIdx.x % 128 * 4;
         if (consumer == 1) {
-            asm volatile("bar.sync 4, 256;" ::: "memory");
 #pragma unroll
             for (int i = 0; i < NO; i++) store_float(merge + 512 * i, o[i]);
 #pragma unroll
             for (int r = 0; r < 2; r++) { store_float(merge + 512 * (NO + r), top[r]); store_float(merge + 512 * (NO + 2 + r), sum[r]); }
-            asm volatile("bar.arrive 3, 256;" ::: "memory");
-        } else {
-            asm volatile("bar.arrive 4, 256;\nbar.sync 3, 256;" ::: "memory");
+        }
+        asm volatile("bar.sync 3, 256;" ::: "memory");
+        if (consumer == 0) {
             float other[2], inverse[2];
             u16* to[2];
 #pragma unroll
@@ -335,6 +334,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, const u16* k1, cons
             for (int i = 0; i < NO; i++) o[i] = o[i] * factor[i / 2 % 2] + load_float(merge + 512 * i) * other[i / 2 % 2];
             store_rows(to, o, inverse, z.d, lane4);
         }
+        asm volatile("bar.sync 3, 256;" ::: "memory");                                            // read, may be written anew
         u32 next = load_shared(work + 32) + gridDim.x;
         __syncwarp();
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(work + 32), "r"(next) : "memory");

@@ -11,7 +11,7 @@ from ..errors import UnsupportedProblem
 from .build import compiled, text_of
 from .launch import attribute, capability, queue
 from .sm90 import tensor_map, wgmma
-from .views import View, device_of, empty, on, stream_of, view
+from .views import View, device_of, empty, finish, on, stream_of, view
 
 __all__ = ["backward", "forward", "macros", "macros_backward", "shared_bytes", "shared_bytes_backward", "source"]
 
@@ -105,6 +105,7 @@ def forward(
         kernel = compiled(source(m), "trilinear_forward", shared_bytes(m), "sm_90a", device)
         packed = _arguments(m, arrays, call, tiles)
         queue(kernel, grid, 384, shared_bytes(m), stream_of(query, device), packed, OFFSETS)
+        out, lse = finish(query, [out, lse], list(arrays.values()))
     return out, lse
 
 
@@ -124,14 +125,17 @@ def backward(
         given = (query, k1, k2, v1, v2, out, d_out)
         arrays = {n: view(x, n) for n, x in zip((*NAMES, "out", "d_out"), given, strict=True)}
         _check(arrays, scale, device)
-        call = _Call.of(arrays, scale, causal, window)
+        sums = view(lse, "lse")
         (b, h, n_q, d), stream = arrays["query"].shape, stream_of(query, device)
+        if any(n > 1 and s != e for n, s, e in zip(sums.shape, sums.strides, (h * n_q, n_q, 1), strict=True)):
+            raise UnsupportedProblem(f"lse: the trilinear kernel takes a contiguous one, got strides {sums.strides}")
+        call = _Call.of(arrays, scale, causal, window)
         kept, delta = empty(query, (b, h, n_q), "float32")
         found = []
         for name in NAMES:
             x, arrays["d_" + name] = empty(query, arrays[name].shape, "bfloat16")
             found.append(x)
-        pointers = (view(lse, "lse").pointer, delta.pointer)
+        pointers = (sums.pointer, delta.pointer)
         packed = ARGUMENTS_DELTA.pack(
             *_tensor(arrays["out"]), *_tensor(arrays["d_out"]), delta.pointer, h, n_q, b * h * n_q, d
         )
@@ -153,8 +157,8 @@ def backward(
             packed = ARGUMENTS_BACKWARD.pack(*tensors, *pointers, *c.shape(tiles), *c.keys(1), *c.keys(0), scale)
             kernel = compiled(source(m), "trilinear_backward", shared_bytes_backward(m), "sm_90a", device)
             queue(kernel, tiles, 512, shared_bytes_backward(m), stream, packed, OFFSETS_BACKWARD)
-        del kept
-    return tuple(found)  # type: ignore[return-value]
+        *results, _ = finish(query, [*found, kept], [*arrays.values(), sums, delta])
+    return tuple(results)
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,7 @@ class _Call:
     def turned(self) -> _Call:
         """Return the call with the keys' kinds turned around."""
         n, shift, window = (x[::-1] for x in (self.n, self.shift, self.window))
-        return replace(self, n=n, shift=shift, window=window)  # type: ignore[arg-type]
+        return replace(self, n=n, shift=shift, window=window)
 
     @property
     def row_heads(self) -> int:

@@ -23,6 +23,12 @@ CALLS = [
     ("simt", "bfloat16", (1, 2, 2, 100, 100, 128, 128), {"packed": True, "sink": True}),
     ("simt", "float16", (1, 1, 1, 60, 60, 40, 40), {"blocks": 16, "softcap": 3.0}),
 ]
+TRILINEAR = [
+    # (b, h, h_kv, n_q, n1, n2, d), options
+    ((1, 64, 1, 9, 9, 80, 128), {"causal": "bottom_right", "window": (4, 70)}),
+    ((2, 2, 1, 40, 7, 33, 64), {"causal": "top_left", "window": (5, 20)}),
+    ((1, 3, 3, 30, 70, 5, 72), {}),
+]
 BORDER = 512
 
 
@@ -107,10 +113,45 @@ def run(cupy, impl, dtype, shape, options):
         assert bool(cupy.isnan(ends).all()), "written past the end"
 
 
+def run_trilinear(cupy, shape, options):
+    """Call the trilinear kernels, forward and backward, between borders of NaN; results are within their bounds."""
+    import ml_dtypes
+
+    from tests.tensor.rounding import bounds
+
+    module = importlib.import_module("refattn.gpu.trilinear")
+    b, h, h_kv, n_q, n1, n2, d = shape
+    rng, kind, wholes = np.random.default_rng(0), ml_dtypes.bfloat16, []
+    sizes = [(b, h, n_q, d), *((b, h_kv, n, d) for n in (n1, n2, n1, n2)), (b, h, n_q, d)]
+    host = [rng.standard_normal(s).astype(kind) for s in sizes]
+    given = [bordered(cupy, x.shape, kind, x)[0] for x in host]
+
+    def empty(like, shape, dtype):
+        inner, whole = bordered(cupy, shape, np.float32 if dtype == "float32" else kind)
+        wholes.append((inner, whole))
+        return inner, module.view(inner, "out")
+
+    module.empty = empty
+    options = {"causal": None, "window": (None, None), **options, "scale": d**-0.5}
+    out, lse = module.forward(*given[:5], **options)
+    found = [out, lse, *module.backward(*given[:5], out, lse, given[5], **options)]
+    cupy.cuda.get_current_stream().synchronize()
+    wanted_out, wanted_lse, gradients = bounds(*(x.astype(np.float64) for x in host), **options)
+    for i, (x, (value, bound)) in enumerate(zip(found, [wanted_out, wanted_lse, *gradients], strict=True)):
+        here = np.isfinite(value)  # lse of a row without keys is not
+        assert (np.abs(x.get().astype(np.float64) - np.where(here, value, 0))[here] <= bound[here]).all(), f"result {i}"
+    for inner, whole in wholes:
+        ends = cupy.concatenate([whole[:BORDER], whole[BORDER + inner.size :]]).astype(np.float32)
+        assert bool(cupy.isnan(ends).all()), "written past the end"
+
+
 if __name__ == "__main__":
     import cupy
 
     cupy.cuda.set_allocator(None)  # no pool: the sanitizer sees the end of every array
     for call in CALLS:
         run(cupy, *call)
+        print("ok", *call, flush=True)
+    for call in TRILINEAR:
+        run_trilinear(cupy, *call)
         print("ok", *call, flush=True)

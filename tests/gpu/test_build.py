@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from refattn.gpu import sm90
+from refattn.gpu import sm90, trilinear
 from refattn.gpu.build import text_of
 from refattn.gpu.plan import ACCURACIES, MODULES, Call, configured
 
@@ -66,6 +66,8 @@ def calls():
 
 
 CALLS = list(calls())
+TRILINEAR = [trilinear.macros(d, keys) for d in (64, 128) for keys in (64, 65)]
+TRILINEAR += [trilinear.macros_backward(d, query) for d in (64, 128) for query in (True, False)]
 
 
 def text(kernel, call):
@@ -75,20 +77,30 @@ def text(kernel, call):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_every_kernel_compiles_without_spills(tmp_path):
+    texts = {"pack": text_of("pack.cu", {})} | {call: text(*call) for call in CALLS}
+    texts |= {str(m): trilinear.source(m) for m in TRILINEAR}
+
     def build(item):
-        i, call = item
+        i, (call, written) = item
         path = tmp_path / f"{i}.cu"
-        path.write_text(text_of("pack.cu", {}) if call is None else text(*call))
+        path.write_text(written)
         target = ("-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v")
         command = ["nvcc", "-std=c++17", *target, "-o", f"{path}bin", str(path)]
         return call, subprocess.run(command, capture_output=True, text=True, check=False)
 
     with ThreadPoolExecutor(2) as pool:
-        for call, done in pool.map(build, enumerate([None, *CALLS])):
+        for call, done in pool.map(build, enumerate(texts.items())):
             assert done.returncode == 0, (call, done.stderr)
-            assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr, (call, done.stderr)
+            frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", done.stderr)
+            assert set(frames) == {("0", "0", "0")}, (call, done.stderr)
             # products that wait for each other, or a register budget that is not respected
             assert not re.search(r"C75\d\d|warning", done.stderr), (call, done.stderr)
+
+
+@pytest.mark.parametrize("m", TRILINEAR)
+def test_shared_memory_suffices_for_the_trilinear_kernels(m):
+    bytes_of = trilinear.shared_bytes_backward if "QUERY" in m else trilinear.shared_bytes
+    assert bytes_of(m) <= MOST
 
 
 @pytest.mark.parametrize("call", CALLS)
