@@ -249,7 +249,7 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, cons
             wgmma_wait<0>();
             pin(gradient);
             pin(other);
-            if (lane == 0) barrier_arrive(bars + 32 + 8 * (done & 1));
+            barrier_arrive(bars + 32 + 8 * (done & 1));           // each lane, which has read lse and delta
             done++;
         }
     }
@@ -286,7 +286,7 @@ trilinear_backward(const Tensor x, const Tensor x2, const Tensor y, const Tensor
     u32 shared = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
     const Work w = decode(shape);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 4; i++) { barrier_init(shared + OFFSET_BARRIERS + 8 * i, 256); barrier_init(shared + OFFSET_BARRIERS + 32 + 8 * i, 4); }
+        for (int i = 0; i < 4; i++) { barrier_init(shared + OFFSET_BARRIERS + 8 * i, 256); barrier_init(shared + OFFSET_BARRIERS + 32 + 8 * i, 128); }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     for (int i = threadIdx.x; i < 64 * CHUNKS; i += 512) {
