@@ -1,20 +1,26 @@
 """Triple-wise ("tensor") attention: exact, streaming, and approximated with a certificate."""
 
+from .approximations import Measured, centroids, windowed
 from .forms import FORMS, as_pairs, exact
 from .gradients import exact_gradients
 from .polynomial import Certified, polynomial
+from .polynomial_gradients import polynomial_backward
 from .routing import auto, crossover
 from .stream import attention, backward
 
 __all__ = [
     "FORMS",
     "Certified",
+    "Measured",
     "as_pairs",
     "attention",
     "auto",
     "backward",
+    "centroids",
     "crossover",
     "exact",
     "exact_gradients",
     "polynomial",
+    "polynomial_backward",
+    "windowed",
 ]

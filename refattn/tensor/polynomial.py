@@ -87,16 +87,34 @@ def polynomial(
     UnsupportedProblem
         No degree gives the tolerance, or the features would overflow or be more than fit: the text says which.
     """
-    by = check_arrays(query, keys, values, scale, causal)
-    sizes = sizes_of(query, keys, by)
-    kind_, degree = _degree(query, keys, values, sizes, tolerance, degree, kind)
-    largest = float(sizes.max())
-    coefficients = coefficients_of(kind_, degree, largest)
+    plan = prepared(query, keys, values, scale, causal, tolerance, degree, kind)
+    coefficients = coefficients_of(plan.kind, plan.degree, float(plan.sizes.max()))
     out = np.empty((*query.shape[:3], values[0].shape[3]), query.dtype)
     for b, h in np.ndindex(*query.shape[:2]):
-        out[b, h] = head(query[b, h], [k[b, h] for k in keys], [v[b, h] for v in values], coefficients, by, causal)
-    bound = bound_of(kind_, degree, sizes, query, keys, largest_of(values))
-    return Certified(out, bound, degree, kind_, 1.0)
+        given = query[b, h], [k[b, h] for k in keys], [v[b, h] for v in values]
+        out[b, h] = head(*given, coefficients, plan.scale, causal)
+    bound = bound_of(plan.kind, plan.degree, plan.sizes, query, keys, largest_of(values))
+    return Certified(out, bound, plan.degree, plan.kind, 1.0)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a checked call takes: the scale, the bounds of its logits (b, h, n_q), the polynomial."""
+
+    scale: float
+    sizes: NDArray[np.float64]
+    kind: str
+    degree: int
+
+
+def prepared(
+    query: Array, keys: Sequence[Array], values: Sequence[Array], scale: float | None, causal: bool, tolerance: float,
+    degree: int | None, kind: str | None,
+) -> Prepared:  # fmt: skip
+    """Check a call of `polynomial`, and choose its polynomial."""
+    by = check_arrays(query, keys, values, scale, causal)
+    sizes = sizes_of(query, keys, by)
+    return Prepared(by, sizes, *_degree(query, keys, values, sizes, tolerance, degree, kind))
 
 
 def check_arrays(query: Any, keys: Sequence[Any], values: Sequence[Any], scale: float | None, causal: bool) -> float:
@@ -230,7 +248,7 @@ def _degree(
 
 
 @lru_cache(maxsize=64)
-def _monomials(d: int, degree: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def monomials(d: int, degree: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return exponents of all monomials up to a degree, and of each which other one times which feature it is."""
     exponents, parents, features, last = [(0,) * d], [0], [0], [0]
     level = [0]
@@ -249,9 +267,9 @@ def _monomials(d: int, degree: int) -> tuple[NDArray[np.int64], NDArray[np.int64
     return np.array(exponents), np.array(parents), np.array(features)
 
 
-def _features(x: Array, degree: int) -> Array:
+def features(x: Array, degree: int) -> Array:
     """Return all monomials of each row, (features, rows)."""
-    exponents, parents, of = _monomials(x.shape[1], degree)
+    exponents, parents, of = monomials(x.shape[1], degree)
     out = np.empty((len(exponents), len(x)), x.dtype)
     out[0] = 1
     columns = np.ascontiguousarray(x.T)
@@ -260,9 +278,9 @@ def _features(x: Array, degree: int) -> Array:
     return out
 
 
-def _weights(d: int, coefficients: tuple[float, ...], by: float) -> NDArray[np.float64]:
+def weights(d: int, coefficients: tuple[float, ...], by: float) -> NDArray[np.float64]:
     """Return each monomial's factor: c_m · m!/prod(a!) · scale**m."""
-    exponents, _, _ = _monomials(d, len(coefficients) - 1)
+    exponents, _, _ = monomials(d, len(coefficients) - 1)
     degrees = exponents.sum(1)
     factorials = np.array([math.factorial(m) for m in range(len(coefficients))], float)
     return np.asarray(
@@ -278,19 +296,17 @@ def head(
 ) -> Array:
     """Return out of a head."""
     degree = len(coefficients) - 1
-    weight = _weights(q.shape[1], coefficients, by).astype(q.dtype)[:, None]
+    weight = weights(q.shape[1], coefficients, by).astype(q.dtype)[:, None]
     wide = [np.concatenate([v, np.ones((len(v), 1), v.dtype)], 1) for v in values]
     if not causal:
         moments = np.ones((len(weight), wide[0].shape[1]), q.dtype)
         for k, w in zip(keys, wide, strict=True):
-            moments = moments * sum(
-                _features(k[i : i + ROWS], degree) @ w[i : i + ROWS] for i in range(0, len(k), ROWS)
-            )
+            moments = moments * sum(features(k[i : i + ROWS], degree) @ w[i : i + ROWS] for i in range(0, len(k), ROWS))
         parts = (q[i : i + ROWS] for i in range(0, len(q), ROWS))
-        sums = np.concatenate([(_features(x, degree) * weight).T @ moments for x in parts])
+        sums = np.concatenate([(features(x, degree) * weight).T @ moments for x in parts])
     else:
-        of_q = _features(q, degree) * weight
-        of_keys = [_features(k, degree) for k in keys]
+        of_q = features(q, degree) * weight
+        of_keys = [features(k, degree) for k in keys]
         state = [np.zeros((len(of_q), w.shape[1]), q.dtype) for w in wide]
         sums = np.empty((len(q), wide[0].shape[1]), q.dtype)
         for i in range(len(q)):

@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 
 from ..arrays import dtype_name
 from ..errors import InvalidProblem, UnsupportedProblem
+from . import strassen
 from .forms import Shape, check, scale_of
 
 __all__ = ["attention", "backward"]
 
 Array = NDArray[Any]
+Bounds = tuple[NDArray[np.int64], NDArray[np.int64]]
 ROWS, FIRST, SECOND = 8, 64, 256
 """Rows, keys of k1 and keys of k2 in a tile."""
 
@@ -120,11 +122,11 @@ def _left(form: str, q: Array, k1: Array, by: Any) -> tuple[Array, Array | None]
     return q[:, None] + by * k1, q @ k1.T  # strassen
 
 
-def _tiles(shape: Shape) -> Any:
+def _tiles(bounds: tuple[Bounds, Bounds]) -> Any:
     """Yield (rows, keys of k1, keys of k2, mask or None) of every tile that holds a pair that a row sees."""
-    first, last = zip(shape.bounds(0), shape.bounds(1), strict=True)
-    for i in range(0, shape.n_q, ROWS):
-        rows = slice(i, min(i + ROWS, shape.n_q))
+    (first, last), n = zip(*bounds, strict=True), len(bounds[0][0])
+    for i in range(0, n, ROWS):
+        rows = slice(i, min(i + ROWS, n))
         low = [int(x[rows].min()) for x in first]
         high = [int(x[rows].max()) for x in last]
         for j in range(low[0], high[0], FIRST):
@@ -157,10 +159,19 @@ def _forward(shape: Shape, form: str, arrays: list[Array], by: Any) -> tuple[Arr
     if form == "tree":
         inner, inner_lse = _pairwise(by * k1, k2, v2, shape.inner(), None)
         return _pairwise(q, k1, v1 * inner, shape.bounds(0), inner_lse)
-    n, d_v = shape.n_q, shape.d_v
+    bounds = shape.bounds(0), shape.bounds(1)
+    if form == "strassen":
+        return strassen.forward(arrays, by, bounds, lambda some, of: _by_tiles(form, some, by, of))
+    return _by_tiles(form, arrays, by, bounds)
+
+
+def _by_tiles(form: str, arrays: list[Array], by: Any, bounds: tuple[Bounds, Bounds]) -> tuple[Array, Array]:
+    """Return out and lse of a head's rows, pairs of keys in tiles."""
+    q, k1, k2, v1, v2 = arrays
+    n, d_v = len(q), v1.shape[1]
     top, total = np.full(n, -np.inf, q.dtype), np.zeros(n, q.dtype)
     out = np.zeros((n, d_v), q.dtype)
-    for rows, js, ks, mask in _tiles(shape):
+    for rows, js, ks, mask in _tiles(bounds):
         s = _scores(form, q[rows], k1[js], k2[ks], by, mask)
         largest = np.maximum(top[rows], s.max((1, 2)))
         base = np.where(np.isfinite(largest), largest, 0)
@@ -194,7 +205,7 @@ def _backward(shape: Shape, form: str, arrays: list[Array], by: Any, out: Array,
     dq, dk1, dk2, dv1, dv2 = grads
     delta = (g * out).sum(1)
     base = np.where(np.isfinite(lse), lse, 0)
-    for rows, js, ks, mask in _tiles(shape):
+    for rows, js, ks, mask in _tiles((shape.bounds(0), shape.bounds(1))):
         a, b = q[rows], k1[js]
         x, _ = _left(form, a, b, by)
         s = _scores(form, a, b, k2[ks], by, mask)
