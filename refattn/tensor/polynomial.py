@@ -46,6 +46,8 @@ class Certified:
         "taylor" or "chebyshev".
     share : float
         The part of rows that took the polynomial.
+    predicted_seconds : float or None
+        Of one core, where a method was chosen by it.
     """
 
     out: Array
@@ -53,6 +55,7 @@ class Certified:
     degree: int
     kind: str
     share: float
+    predicted_seconds: float | None = None
 
 
 def polynomial(
@@ -93,7 +96,7 @@ def polynomial(
     for b, h in np.ndindex(*query.shape[:2]):
         given = query[b, h], [k[b, h] for k in keys], [v[b, h] for v in values]
         out[b, h] = head(*given, coefficients, plan.scale, causal)
-    bound = bound_of(plan.kind, plan.degree, plan.sizes, query, keys, largest_of(values))
+    bound = bound_of(plan.kind, plan.degree, plan.sizes, Sums.of(query, keys), largest_of(values))
     return Certified(out, bound, plan.degree, plan.kind, 1.0)
 
 
@@ -114,7 +117,8 @@ def prepared(
     """Check a call of `polynomial`, and choose its polynomial."""
     by = check_arrays(query, keys, values, scale, causal)
     sizes = sizes_of(query, keys, by)
-    return Prepared(by, sizes, *_degree(query, keys, values, sizes, tolerance, degree, kind))
+    kind, degree = chosen(Sums.of(query, keys), sizes, largest_of(values), tolerance, degree, kind)
+    return Prepared(by, sizes, kind, degree)
 
 
 def check_arrays(query: Any, keys: Sequence[Any], values: Sequence[Any], scale: float | None, causal: bool) -> float:
@@ -193,14 +197,28 @@ def quotient_error(error: Any) -> Any:
     return np.where(error < 1, 2 * small / (1 - small), np.inf)
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What roundings depend on: features d, how many keys of each kind, and the format's name."""
+
+    d: int
+    lengths: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, query: Any, keys: Sequence[Any]) -> Sums:
+        """Return those of a call."""
+        return cls(query.shape[3], tuple(k.shape[2] for k in keys), dtype_name(query))
+
+
 def bound_of(
-    kind: str, degree: int, sizes: NDArray[np.float64], query: Array, keys: Sequence[Array], most: NDArray[np.float64]
+    kind: str, degree: int, sizes: NDArray[np.float64], sums: Sums, most: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return for each row the bound on the error of its elements."""
-    unit = float(np.finfo(query.dtype).eps) / 2
+    unit = float(np.finfo(sums.dtype).eps) / 2
     coefficients = np.abs(coefficients_of(kind, degree, float(sizes.max())))
     # the longest chain of roundings: sums over each kind of keys and over the features, products of powers
-    steps = sum(k.shape[2] for k in keys) + math.comb(query.shape[3] + degree, degree) + (len(keys) + 1) * degree + 16
+    steps = sum(sums.lengths) + math.comb(sums.d + degree, degree) + (len(sums.lengths) + 1) * degree + 16
     with np.errstate(over="ignore", invalid="ignore"):
         powers = sizes[..., None] ** np.arange(degree + 1)
         rounding = steps * unit / max(1 - steps * unit, 1e-300) * (powers @ coefficients) * np.exp(sizes)
@@ -217,9 +235,9 @@ def largest_of(values: Sequence[Array]) -> NDArray[np.float64]:
     return most
 
 
-def _degree(
-    query: Array, keys: Sequence[Array], values: Sequence[Array], sizes: NDArray[np.float64], tolerance: float,
-    degree: int | None, kind: str | None,
+def chosen(
+    sums: Sums, sizes: NDArray[np.float64], most: NDArray[np.float64], tolerance: float, degree: int | None,
+    kind: str | None,
 ) -> tuple[str, int]:  # fmt: skip
     """Return the kind and the least degree within the tolerance."""
     if kind is not None and kind not in KINDS:
@@ -229,15 +247,15 @@ def _degree(
     if degree is not None and not 1 <= degree <= MOST_DEGREE:
         raise InvalidInput(f"degree: got {degree}, expected from 1 to {MOST_DEGREE}")
     # the bound grows with the size of logits and of values: the worst row decides
-    worst, most = sizes.max(keepdims=True), largest_of(values).max(keepdims=True)
-    kinds, d, reached = (kind,) if kind else KINDS, query.shape[3], math.inf
+    worst, most = sizes.max(keepdims=True), most.max(keepdims=True)
+    kinds, d, reached = (kind,) if kind else KINDS, sums.d, math.inf
     for g in (degree,) if degree else range(1, MOST_DEGREE + 1):
         if math.comb(d + g, g) > MOST_FEATURES:
             raise UnsupportedProblem(
                 f"tensor.polynomial: degree {g} has {math.comb(d + g, g)} features of d = {d}, more than "
                 f"{MOST_FEATURES}; the bound is {reached:.3g} so far. The exact form or `auto` does it"
             )
-        least, best = min((float(bound_of(k, g, worst, query, keys, most)[0, 0, 0]), k) for k in kinds)
+        least, best = min((float(bound_of(k, g, worst, sums, most)[0, 0, 0]), k) for k in kinds)
         if degree or least <= tolerance:
             return best, g
         reached = min(reached, least)

@@ -42,6 +42,7 @@ def test_documentation_builds_without_warnings_and_notebooks_run(tmp_path):
         "notebooks/02_encrypted_attention",
         "notebooks/03_encrypted_digits",
         "notebooks/04_encrypted_diagnosis",
+        "notebooks/05_triple_wise",
     ):
         assert (tmp_path / "html" / f"{page}.html").is_file(), page
 

@@ -6,6 +6,7 @@ import pytest
 from refattn import InvalidProblem, UnsupportedProblem, tensor
 from refattn.check.kernels import KERNELS
 from refattn.tensor import device
+from refattn.tensor.device_polynomial import polynomial
 
 from .rounding import bounds
 from .test_tensor import MASKS, arrays
@@ -111,6 +112,51 @@ def test_what_the_trilinear_kernel_does_not_take_is_named():
     out, lse = device.attention(*given[:5], form="trilinear")
     with pytest.raises(InvalidProblem, match=r"lse: got shape \(1, 2, 8\) of float32, expected \(1, 2, 9\) of float32"):
         device.backward(*given[:5], out, lse[..., :8], given[5])
+
+
+@GPU
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_polynomial_on_a_gpu_keeps_its_bound(order, library, dtype):
+    xp = pytest.importorskip(library)
+    rng = np.random.default_rng(order)
+    shapes = [(2, 3, 70, 4), *((2, 3, 30 + t, 4) for t in range(order)), *((2, 3, 30 + t, 5) for t in range(order))]
+    host = [rng.uniform(-0.6, 0.6, s).astype(dtype) for s in shapes]
+    given = [xp.asarray(x, device="cuda") if library == "torch" else xp.asarray(x) for x in host]
+    tolerance = 1e-3 if dtype == "float32" else 1e-8
+    found = polynomial(given[0], given[1 : order + 1], given[order + 1 :], tolerance=tolerance)
+    cpu = tensor.polynomial(host[0], host[1 : order + 1], host[order + 1 :], tolerance=tolerance)
+    assert (found.degree, found.kind) == (cpu.degree, cpu.kind)
+    np.testing.assert_allclose(found.bound, cpu.bound, rtol=1e-9)
+    wide = [x.astype(np.float64) for x in host]
+    exact = np.empty((*found.bound.shape, 5))
+    for b, h in np.ndindex(2, 3):
+        axes = "jkl"[:order]
+        names = [f"{x}d" for x in axes]
+        s = np.einsum(",".join(["id", *names]) + f"->i{axes}", *(x[b, h] for x in wide[: order + 1])) / 4
+        p = np.exp(s) / np.exp(s).sum(tuple(range(1, order + 1)), keepdims=True)
+        terms = [f"{x}c" for x in axes]
+        exact[b, h] = np.einsum(",".join([f"i{axes}", *terms]) + "->ic", p, *(x[b, h] for x in wide[order + 1 :]))
+    out = found.out.cpu().numpy() if library == "torch" else found.out.get()
+    assert (np.abs(out - exact).max(3) <= found.bound).all()
+    assert found.bound.max() <= tolerance
+
+
+@GPU
+def test_what_the_polynomial_on_a_gpu_does_not_take_is_named():
+    torch = pytest.importorskip("torch")
+    q, k1, k2, v1, v2 = (torch.tensor(x, device="cuda") for x in arrays(dtype="float32", size=0.3))
+    with pytest.raises(UnsupportedProblem, match="takes float32 and float64 of PyTorch or CuPy, got float16"):
+        polynomial(q.half(), (k1.half(),), (v1.half(),))
+    with pytest.raises(InvalidProblem, match=r"v2: got shape \(1, 1, 6, 3\), expected \(1, 1, 7, 3\)"):
+        polynomial(q, (k1, k2), (v1, v1))
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(UnsupportedProblem, match=r"the bound needs torch\.set_float32_matmul_precision"):
+            polynomial(q, (k1, k2), (v1, v2))
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_bounds_are_of_the_definition():

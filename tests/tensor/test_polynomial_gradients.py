@@ -1,5 +1,7 @@
 """Gradients of the polynomial path: those of the polynomial, and near the exact ones."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,6 @@ def test_polynomial_gradients_come_near_the_exact_ones():
     for degree in (2, 5, 8, 11):
         dq, dks, dvs = tensor.polynomial_backward(q, (k1, k2), (v1, v2), dout, degree=degree)
         apart.append(max(np.abs(g - e).max() for g, e in zip((dq, *dks, *dvs), exact, strict=True)))
-    assert all(b < a / 10 for a, b in zip(apart, apart[1:], strict=False)), apart
+    assert all(b < a / 10 for a, b in itertools.pairwise(apart)), apart
     with pytest.raises(InvalidProblem, match=r"dout: got shape \(1, 1, 3, 2\), expected \(1, 1, 40, 2\)"):
         tensor.polynomial_backward(q, (k1, k2), (v1, v2), dout[:, :, :3])
