@@ -5,6 +5,7 @@ from pathlib import Path
 
 import refattn
 from refattn.check import FAMILIES, LAWS
+from refattn.theory import CLAIMS
 
 project = "refattn"
 copyright = "2026, the refattn authors"
@@ -57,7 +58,32 @@ def _page(v: refattn.Variant) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _claims() -> str:
+    parts = ["# Claims that run", CLAIMS_INTRO]
+    for claim in CLAIMS.values():
+        lines = [
+            f"## `{claim.name}`",
+            f"{claim.statement}.",
+            f"- checks: {claim.check.__doc__}",
+            f"- control: {claim.control.__doc__}",
+        ]
+        lines += [f"- needs: {text}" for text in claim.hypotheses]
+        lines += [f"- conditional on {claim.conditional_on}"] if claim.conditional_on else []
+        parts += ["\n\n".join(lines[:2]), "\n".join([*lines[2:], f"- source: {claim.source}"])]
+    return "\n\n".join(parts) + "\n"
+
+
+CLAIMS_INTRO = """\
+Claims of the papers on attention that this package builds on, as code: `refattn theory list`, `refattn theory run NAME`
+or `--all`, with `--json FILE` and `--plots FOLDER`. A claim holds where what is measured is at most its bound; its
+control is something near it that is false, and must be found so. What a claim does not speak of it refuses by naming
+the hypothesis. Nothing here is a proof: a check can only fail to find a counterexample.
+"""
+
+
 def _write_pages() -> None:
+    (HERE / "theory").mkdir(exist_ok=True)
+    (HERE / "theory" / "index.md").write_text(_claims())
     pages = HERE / "variants"
     pages.mkdir(exist_ok=True)
     for v in refattn.VARIANTS.values():

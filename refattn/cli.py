@@ -29,6 +29,7 @@ from .cli_doctor import doctor
 from .cli_exact import exact
 from .cli_golden import golden
 from .cli_he import he
+from .cli_theory import theory
 from .dtypes import FORMATS
 from .errors import InvalidInput, InvalidProblem, ServiceError, UnsupportedProblem
 from .files import load_problem, write_text
@@ -325,6 +326,7 @@ main.add_command(exact)
 main.add_command(golden)
 main.add_command(doctor)
 main.add_command(he)
+main.add_command(theory)
 
 
 @main.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "BuildError",
+    "HypothesisViolated",
     "InvalidInput",
     "InvalidProblem",
     "KernelError",
@@ -30,6 +31,10 @@ class InvalidInput(RefattnError, ValueError):
 
 class UnsupportedProblem(RefattnError, NotImplementedError):
     """A call that has a meaning, but that this path does not compute."""
+
+
+class HypothesisViolated(RefattnError, ValueError):
+    """A claim was asked about something that it does not speak of."""
 
 
 class KernelError(RefattnError):

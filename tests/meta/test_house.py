@@ -27,6 +27,7 @@ ROOMS = [
     "gpu",
     "he",
     "tensor",
+    "theory",
     "check",
     "strategies",
     "golden_file",
@@ -36,6 +37,7 @@ ROOMS = [
     "cli_golden",
     "cli_doctor",
     "cli_he",
+    "cli_theory",
     "cli",
 ]
 HEAVY = [

@@ -1,0 +1,44 @@
+"""Claims of the papers on attention that this package builds on, as code that checks them, each with a control."""
+
+from . import (
+    bounded_entries,
+    combiner,
+    crate,
+    decisions,
+    ecoformer,
+    flash_io,
+    hyper,
+    kinetics,
+    lightning,
+    match3_layers,
+    reach,
+    softmax_rounding,
+    systems,
+    universal,
+    urpe,
+    virtual_node,
+)
+from .claim import Claim, Evidence, Result, run
+
+__all__ = ["CLAIMS", "Claim", "Evidence", "Result", "run"]
+
+MODULES = (
+    flash_io,
+    bounded_entries,
+    softmax_rounding,
+    hyper,
+    urpe,
+    universal,
+    virtual_node,
+    decisions,
+    crate,
+    systems,
+    reach,
+    combiner,
+    kinetics,
+    lightning,
+    ecoformer,
+    match3_layers,
+)
+CLAIMS = {claim.name: claim for module in MODULES for claim in module.CLAIMS}
+"""All claims, by name."""

@@ -1,0 +1,126 @@
+"""Claims of papers as code: a statement, what it needs, a check of a bound against a measured error, a control."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import HypothesisViolated
+
+__all__ = ["SETH", "Claim", "Evidence", "Result", "needs", "run"]
+
+SETH = (
+    "the strong exponential time hypothesis (its refutation has been claimed in 2026-10; the proofs were not checked)"
+)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a check or a control found.
+
+    Attributes
+    ----------
+    measured, bound : float
+        The claim holds where measured is at most the bound.
+    what : str
+        What was measured, in words, with its unit.
+    detail : mapping
+        More numbers, or lists of them, for tables and plots.
+    """
+
+    measured: float
+    bound: float
+    what: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool:
+        """Whether measured is at most the bound; NaN is not."""
+        return bool(self.measured <= self.bound)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim.
+
+    Attributes
+    ----------
+    name : str
+        For the command line.
+    statement : str
+        What is claimed.
+    source : str
+        Whose it is, and what of it was read.
+    check, control : callable
+        Evidence for the claim, and evidence that must not hold: something near it that is false. Options of `check` are
+        its keyword arguments; it raises HypothesisViolated for those that the claim does not speak of.
+    hypotheses : tuple of str
+        What the claim needs.
+    conditional_on : str
+        An unproven conjecture that it rests on, or "".
+    """
+
+    name: str
+    statement: str
+    source: str
+    check: Callable[..., Evidence]
+    control: Callable[[], Evidence]
+    hypotheses: tuple[str, ...] = ()
+    conditional_on: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What running a claim gave; `violated` is the hypothesis that did not hold, then nothing else is known."""
+
+    name: str
+    holds: bool
+    control_failed: bool
+    measured: float
+    bound: float
+    what: str
+    seconds: float
+    violated: str = ""
+    control: str = ""
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON's types; numbers that JSON has not are null."""
+        found = asdict(self)
+        for name in ("measured", "bound"):
+            if not math.isfinite(found[name]):
+                found[name] = None
+        return found
+
+
+def run(claim: Claim, **options: Any) -> Result:
+    """Run a claim's check and its control.
+
+    Parameters
+    ----------
+    claim : Claim
+        The claim.
+    **options
+        Of its check.
+    """
+    start = time.perf_counter()
+    try:
+        found = claim.check(**options)
+    except HypothesisViolated as e:
+        return Result(claim.name, False, False, math.nan, math.nan, "", time.perf_counter() - start, violated=str(e))
+    wrong = claim.control()
+    control = f"{wrong.what}: {wrong.measured:.3g}, bound {wrong.bound:.3g}"
+    seconds = time.perf_counter() - start
+    return Result(
+        claim.name, found.holds, not wrong.holds, float(found.measured), float(found.bound), found.what, seconds,
+        control=control, detail=found.detail,
+    )  # fmt: skip
+
+
+def needs(condition: bool, text: str) -> None:
+    """Raise HypothesisViolated where a hypothesis does not hold."""
+    if not condition:
+        raise HypothesisViolated(text)

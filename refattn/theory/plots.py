@@ -1,0 +1,39 @@
+"""Plots of evidence: what changes with a size, in logarithms."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ..errors import UnsupportedProblem
+from .claim import Result
+
+__all__ = ["figure"]
+
+
+def figure(result: Result) -> Any:
+    """Return a matplotlib figure of a result's lists against the first of them, or None where there are not two.
+
+    Raises
+    ------
+    UnsupportedProblem
+        matplotlib is missing.
+    """
+    lists = {n: x for n, x in result.detail.items() if isinstance(x, list) and len(x) > 1}
+    if not lists:
+        return None
+    (name, at), *others = lists.items()
+    others = [(n, x) for n, x in others if len(x) == len(at)]
+    if not others:
+        return None
+    try:
+        made = importlib.import_module("matplotlib.figure").Figure(figsize=(6, 4))
+    except ModuleNotFoundError as e:
+        raise UnsupportedProblem("theory: plots need matplotlib; pip install 'refattn[report]'") from e
+    axes = made.subplots()
+    for label, values in others:
+        axes.plot(at, values, "o-", label=label)
+    positive = all(v > 0 for _, values in others for v in values) and min(at) > 0
+    axes.set(xlabel=name, title=result.name, **({"xscale": "log", "yscale": "log"} if positive else {}))
+    axes.legend()
+    return made
