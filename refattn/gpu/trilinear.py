@@ -235,6 +235,8 @@ def _check(arrays: Mapping[str, View], scale: float, device: int) -> None:
         raise UnsupportedProblem(
             f"tensor: the trilinear kernel takes equal head dims, multiples of 8 up to {WIDTHS[-1]}, got {d} and {d_v}"
         )
+    if max(x.shape[2] for x in arrays.values()) >= 2**24:
+        raise UnsupportedProblem("tensor: the trilinear kernel takes fewer than 2**24 rows and keys")
     if not scale > 0:
         raise UnsupportedProblem(f"tensor: the trilinear kernel takes a scale above 0, got {scale}")
     for name, x in arrays.items():

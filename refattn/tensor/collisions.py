@@ -1,6 +1,6 @@
 """Two inputs with opposite Match3 labels that a given small pairwise layer cannot tell apart.
 
-The reduction of Sanford, Hsu and Telgarsky (arXiv 2306.02896; recalled, not read here): one half of the tokens says a
+The reduction of Sanford, Hsu and Telgarsky (arXiv 2306.02896; its abstract was read): one half of the tokens says a
 set A, the other a set B, and token 0 has the label "A and B meet". What a pairwise layer says of B at token 0 are
 H·(m + 1) sums; there are 2**universe sets B, so that two of them have nearly the same sums, and A can be an element
 that only one of them has.

@@ -1,6 +1,6 @@
 """Match3: is there a pair of tokens that completes a token to a multiple of M? One triple-wise layer answers exactly.
 
-Sanford, Hsu and Telgarsky (arXiv 2306.02896; recalled, not read here): a pairwise layer needs width times heads times
+Sanford, Hsu and Telgarsky (arXiv 2306.02896; its abstract was read): a pairwise layer needs width times heads times
 bits in proportion to N/loglog N for it, one triple-wise head a constant width.
 """
 

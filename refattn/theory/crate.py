@@ -146,7 +146,7 @@ def ista_long() -> Evidence:
     return Evidence(_lasso(3.0), 1e-12, "largest rise of the loss, eta = 3/|D|²")
 
 
-SOURCE = "Yu et al., CRATE (arXiv 2306.01129; public code was read, the theorems are recalled)"
+SOURCE = "Yu et al., CRATE (arXiv 2306.01129; its abstract and code were read, the theorems are recalled)"
 CLAIMS = [
     Claim(
         "crate-gradient",

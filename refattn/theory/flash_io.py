@@ -165,7 +165,7 @@ def hbm_scores() -> Evidence:
 
 
 def _claims() -> list[Claim]:
-    source = "Dao et al., FlashAttention (arXiv 2205.14135; recalled, public code was read)"
+    source = "Dao et al., FlashAttention (arXiv 2205.14135; its abstract and code were read, the theorem is recalled)"
     own = "derived here from the loop"
     found: list[Any] = [
         Claim(

@@ -60,7 +60,7 @@ def triple_is_apart() -> Evidence:
     return Evidence(abs(out[0] - out[1]), found.difference, "difference of a triple-wise layer's outputs")
 
 
-SOURCE = "Sanford, Hsu and Telgarsky, arXiv 2306.02896 (recalled); the construction is ours"
+SOURCE = "Sanford, Hsu and Telgarsky, arXiv 2306.02896 (its abstract was read); the construction is ours"
 CLAIMS = [
     Claim(
         "match3-one-layer",

@@ -124,7 +124,7 @@ CLAIMS = [
     Claim(
         "boltzmann-gap",
         "Boltzmann averages of different sets of values are more than (log n)² exp(-2r) apart",
-        "Kajitsuka and Sato, arXiv 2307.14023 (recalled)",
+        "Kajitsuka and Sato, arXiv 2307.14023 (its abstract was read, the gap is recalled)",
         contextual,
         contextual_in_float32,
         ("values more than 2 log n + 3 apart",),

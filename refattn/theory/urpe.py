@@ -76,7 +76,7 @@ def position_without() -> Evidence:
     return Evidence(_index(gain=False), 1e-14, "distance from i/n, no gain")
 
 
-SOURCE = "Luo et al., URPE (arXiv 2205.13401; its public code was read, the theorems are recalled)"
+SOURCE = "Luo et al., URPE (arXiv 2205.13401; its abstract and code were read, the theorems are recalled)"
 CLAIMS = [
     Claim(
         "rpe-constant",
