@@ -139,11 +139,13 @@ class ChebyshevInverse(Inverse):
 
     def _constants(self) -> tuple[list[float], list[float], list[float]]:
         """Return alpha, beta of v -> alpha·v**2 - beta, and the factors that make it w -> w**2 - constant."""
-        t = [self.centre]
+        t, alpha, beta = self.centre, [], []
         for _ in range(self.steps):
-            t.append(2 * t[-1] ** 2 - 1)
-        alpha = [2 * t[k] ** 2 / t[k + 1] for k in range(self.steps)]
-        beta = [1 / t[k + 1] for k in range(self.steps)]
+            twice = 2 * t**2
+            # T_2**k of a narrow interval's centre grows past float64, where alpha is 1 and beta nothing
+            t = min(twice - 1, 1e150)
+            alpha.append(twice / (twice - 1))
+            beta.append(1 / t)
         scale = [1.0] * self.steps
         for k in range(self.steps - 2, -1, -1):
             scale[k] = math.sqrt(alpha[k] * scale[k + 1])

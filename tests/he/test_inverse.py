@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from refattn import InvalidInput
@@ -11,6 +11,7 @@ FORMS = st.sampled_from([(ProductInverse, s) for s in range(1, 5)] + [(Chebyshev
 
 
 @given(INTERVALS, FORMS)
+@example((1.0, 1.25), (ChebyshevInverse, 8))
 def test_the_error_is_the_chebyshev_polynomials(interval, form):
     make, steps = form
     f = make(*interval, steps)
