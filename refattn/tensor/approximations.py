@@ -141,17 +141,17 @@ class _Clusters:
     covariance: Array
 
 
-def scikit_learn(part: str, what: str) -> Any:
-    """Return a part of scikit-learn, or say what needs it."""
+def _scikit_learn(part: str) -> Any:
+    """Return a part of scikit-learn."""
     try:
         return importlib.import_module(f"sklearn.{part}")
     except ModuleNotFoundError as e:
-        raise UnsupportedProblem(f"{what}: needs scikit-learn; pip install scikit-learn") from e
+        raise UnsupportedProblem("tensor.centroids: needs scikit-learn; pip install scikit-learn") from e
 
 
 def _clustered(k: Array, v: Array, count: int, rng: Any) -> _Clusters:
     """Return the clusters of a head's keys."""
-    cluster = scikit_learn("cluster", "tensor.centroids")
+    cluster = _scikit_learn("cluster")
     near = cluster.KMeans(count, n_init=1, random_state=int(rng.integers(2**31))).fit_predict(k)
     one = (near[:, None] == np.unique(near)).astype(k.dtype)
     size = one.sum(0)

@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem
-from .approximations import scikit_learn
 from .match3 import labels
 
 __all__ = ["Collision", "collide"]
 
 Float = NDArray[np.float64]
-MOST, CANDIDATES = 22, 64
+MOST, CANDIDATES, ROWS = 16, 64, 64
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Collision:
     modulus: int
 
 
-def collide(scores: Any, values: Any, *, universe: int = 18) -> Collision:
+def collide(scores: Any, values: Any, *, universe: int = 14) -> Collision:
     """Return two inputs of 2·universe + 1 tokens that a pairwise softmax layer gives nearly the same output for.
 
     Parameters
@@ -68,7 +67,7 @@ def collide(scores: Any, values: Any, *, universe: int = 18) -> Collision:
     InvalidInput
         Shapes or sizes that do not fit together.
     UnsupportedProblem
-        scikit-learn is missing, or none of the nearest sets gives opposite labels.
+        None of the nearest sets gives opposite labels.
     """
     scores, values = np.asarray(scores, np.float64), np.asarray(values, np.float64)
     if scores.ndim != 2 or values.shape[:2] != scores.shape or values.ndim != 3:
@@ -90,11 +89,10 @@ def collide(scores: Any, values: Any, *, universe: int = 18) -> Collision:
     states = np.zeros((1, of_token.shape[1]))
     for t in elements:  # the sums of all sets, set s having element t where bit t of s is 1
         states = np.concatenate([states, states + of_token[second[t]] - of_token[blanks[1]]])
-    tree = scikit_learn("neighbors", "tensor.collisions").KDTree(states)
-    distance, near = tree.query(states, k=2)
+    distance, near = _nearest(states)
     best: Collision | None = None
-    for s in np.argsort(distance[:, 1])[:CANDIDATES]:
-        pair = [(n >> elements & 1).astype(bool) for n in (int(s), int(next(x for x in near[s] if x != s)))]
+    for s in np.argsort(distance)[:CANDIDATES]:
+        pair = [(n >> elements & 1).astype(bool) for n in (int(s), int(near[s]))]
         for t in np.flatnonzero(pair[0] != pair[1]):
             left = np.where(elements == t, first, blanks[0])
             inputs = np.array([np.concatenate([[1], left, np.where(b, second, blanks[1])]) for b in pair])
@@ -109,3 +107,15 @@ def collide(scores: Any, values: Any, *, universe: int = 18) -> Collision:
     if best is None or not math.isfinite(best.difference):
         raise UnsupportedProblem(f"collide: none of the {CANDIDATES} nearest pairs of sets has opposite labels")
     return best
+
+
+def _nearest(states: Float) -> tuple[Float, NDArray[np.int64]]:
+    """Return the squared distance of each state to the nearest other one, and which that is."""
+    distance, near = np.empty(len(states)), np.empty(len(states), np.int64)
+    for i in range(0, len(states), ROWS):
+        rows = np.arange(i, min(i + ROWS, len(states)))
+        apart = np.asarray(sum((states[rows, c, None] - states[:, c]) ** 2 for c in range(states.shape[1])))
+        apart[rows - i, rows] = np.inf
+        near[rows] = apart.argmin(1)
+        distance[rows] = apart.min(1)
+    return distance, near

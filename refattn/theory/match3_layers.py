@@ -73,7 +73,7 @@ CLAIMS = [
     Claim(
         "match3-pairwise",
         "A pairwise layer with H heads of m values has inputs of opposite labels that it nearly confuses",
-        SOURCE + "; needs scikit-learn",
+        SOURCE,
         collision,
         triple_is_apart,
         ("H(m + 1) is small beside N",),

@@ -44,8 +44,6 @@ VIOLATED = {
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_claim_holds_and_its_control_fails(name):
-    if name == "match3-pairwise":
-        pytest.importorskip("sklearn")
     result = run(CLAIMS[name])
     assert result.holds, (result.measured, result.bound, result.what, result.violated)
     assert result.control_failed, result.control
