@@ -18,7 +18,7 @@ from .check.report import machine, versions
 from .errors import InvalidInput, UnsupportedProblem
 from .files import write_text
 
-__all__ = ["Row", "benchmarks", "run"]
+__all__ = ["Row", "benchmarks", "gpu_medians", "gpu_torch", "run"]
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,13 @@ import math
 from typing import Any
 
 from ..arrays import dtype_name, kind_of
-from ..dtypes import FORMATS
-from ..errors import InvalidProblem, UnsupportedProblem
+from ..errors import InvalidProblem
 from ..problem import Problem, check_offsets
 from .launch import capability, launch
 from .plan import Call, Plan, check_block_mask, choose
-from .views import View, cast, device_of, empty, finish, on, stream_of, view
+from .views import View, cast, check_devices, device_of, empty, finish, layout, on, stream_of, view
 
 __all__ = ["attention"]
-
-ITEM_BYTES = {name: form.dtype.itemsize for name, form in FORMATS.items()}
 
 
 def attention(
@@ -133,23 +130,6 @@ def _parts(given: Any, name: str, parts: tuple[str, ...]) -> tuple[Any, tuple[An
 
 def _call(problem: Problem, arrays: dict[str, View], accuracy: str, blocks: tuple[int, int] | None) -> Call:
     """Return what the choice of a kernel depends on."""
-    device = arrays["query"].device
-    for name, x in arrays.items():
-        if x.device != device:
-            raise InvalidProblem(f"{name}: is on GPU {x.device} and query on GPU {device}; move one of them")
-    aligned, mapped = _layout([arrays[n] for n in ("query", "key", "value")])
+    check_devices(arrays)
+    aligned, mapped = layout([arrays[n] for n in ("query", "key", "value")])
     return Call.of(problem, accuracy, blocks, packed="cu_q" in arrays, aligned=aligned, mapped=mapped)
-
-
-def _layout(views: list[View]) -> tuple[bool, bool]:
-    """Return whether all rows begin at multiples of 16 bytes, and whether tensor maps can describe the arrays."""
-    aligned = mapped = True
-    for x in views:
-        size = 16 // ITEM_BYTES[x.dtype]
-        if x.strides[3] != 1 and x.shape[3] > 1 and min(x.shape) > 0:
-            raise UnsupportedProblem(f"gpu: takes a contiguous last axis, got strides {x.strides}; copy the array")
-        for s, n in zip(x.strides[:3], x.shape[:3], strict=True):
-            if n > 1:
-                aligned, mapped = aligned and s % size == 0, mapped and 0 < s < 2**38
-        aligned = aligned and x.pointer % 16 == 0
-    return aligned, mapped and aligned

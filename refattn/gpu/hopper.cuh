@@ -21,6 +21,10 @@ DEVICE void barrier_wait(u32 bar, u32 parity) {
         "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra WAIT;\nDONE:\n}"
         ::"r"(bar), "r"(parity) : "memory");
 }
+// The barriers of `count` slots, 8 bytes apart: one arrival fills a slot, `arrivals` free it.
+DEVICE void barriers_init(u32 full, u32 empty, int count, u32 arrivals) {
+    for (int i = 0; i < count; i++) { barrier_init(full + 8 * i, 1); barrier_init(empty + 8 * i, arrivals); }
+}
 // ---- wgmma ----------------------------------------------------------------------------------------------------------------
 // Matrix descriptor: address, leading and stride byte offsets (each / 16), 128-byte swizzle.
 // K-major (Q, K): 8 rows of 128 bytes = 1024 (stride); leading unused. MN-major (V): 8 keys = 1024 (stride), next 64 columns (leading).

@@ -319,13 +319,9 @@ attention_forward(const __grid_constant__ TensorMap map_q, const __grid_constant
     u32 shared = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
     if (threadIdx.x == 0) {
         u32 bars = shared + OFFSET_BARRIERS;
-        for (int i = 0; i < Q_STAGES; i++) { barrier_init(bars + FULL_Q + 8 * i, 1); barrier_init(bars + EMPTY_Q + 8 * i, ARRIVALS); }
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(bars + FULL_K + 8 * i, 1);
-            barrier_init(bars + FULL_V + 8 * i, 1);
-            barrier_init(bars + EMPTY_K + 8 * i, ARRIVALS);
-            barrier_init(bars + EMPTY_V + 8 * i, ARRIVALS);
-        }
+        barriers_init(bars + FULL_Q, bars + EMPTY_Q, Q_STAGES, ARRIVALS);
+        barriers_init(bars + FULL_K, bars + EMPTY_K, STAGES, ARRIVALS);
+        barriers_init(bars + FULL_V, bars + EMPTY_V, STAGES, ARRIVALS);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();

@@ -19,6 +19,7 @@ __all__ = [
     "WIDTHS",
     "arguments",
     "block_rows",
+    "key_map",
     "macros",
     "obstacle",
     "shared_bytes",
@@ -210,7 +211,7 @@ def arguments(
     """
     q, k, v, out = (arrays[n] for n in ("query", "key", "value", "out"))
     (b, h, n_q, d), n_k, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
-    maps = (_key_map(q, block_rows(m), "query"), _key_map(k, m["BLOCK_N"], "key"), _key_map(v, m["BLOCK_N"], "value"))
+    maps = (key_map(q, block_rows(m), "query"), key_map(k, m["BLOCK_N"], "key"), key_map(v, m["BLOCK_N"], "value"))
     tiles = -(-n_q // block_rows(m)) * b * h
     # causal tiles are taken longest first within as many heads as have their keys and values in the L2 cache together
     together = (m["L2_MIB"] << 20) * group // max(1, 4 * n_k * d)
@@ -228,7 +229,7 @@ def arguments(
     return min(tiles, multiprocessors), packed
 
 
-def _key_map(x: View, rows: int, name: str) -> bytes:
+def key_map(x: View, rows: int, name: str) -> bytes:
     """Return the tensor map of a (b, h, n, d) tensor: boxes of `rows` x 64 columns."""
     return tensor_map(x, (3, 2, 1, 0), (64, rows, 1, 1), name)
 

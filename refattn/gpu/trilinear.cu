@@ -21,6 +21,7 @@
 // Launch: grid any size from 1 to `tiles`, block 384, dynamic shared memory trilinear.shared_bytes.
 
 #include "hopper.cuh"
+#include "trilinear.cuh"
 
 constexpr int KEYS = 64 * HALVES, NS = 32, NO = HEAD_DIM / 2, NP = 16, NA = HEAD_DIM / 4, SLOTS = HALVES == 2 ? 4 : 8;
 constexpr u32 Q_BYTES = 64 * HEAD_DIM * 2, KV_BYTES = KEYS * HEAD_DIM * 2, ROW_BYTES = HEAD_DIM * 2, ARRIVALS = 8;
@@ -30,23 +31,18 @@ constexpr u32 OFFSET_K = 2 * Q_BYTES, OFFSET_V = OFFSET_K + STAGES * KV_BYTES, O
               OFFSET_MERGE = OFFSET_ROWS + 8 * WARP_BYTES, OFFSET_BARRIERS = OFFSET_MERGE + 128 * 4 * (NO + 4);
 constexpr u32 FULL_Q = 0, EMPTY_Q = 16, FULL_K = 32, EMPTY_K = FULL_K + 8 * STAGES, FULL_V = EMPTY_K + 8 * STAGES, EMPTY_V = FULL_V + 8 * STAGES;
 
-struct Keys { int n, shift, window; };  // row i sees keys [end - window, end), end = i + 1 + shift, where causal
-struct Shape { int batch, heads_kv, group, n_q, d, causal, row_heads_log2, tiles; Keys k1, k2; };
 struct Work { int place, head, head_kv, batch, first1, end1, first2, blocks, rounds; };  // rounds: j of each consumer
 
-DEVICE int first_seen(const Shape& z, const Keys& k, int i) { return z.causal ? min(max(i + 1 + k.shift - k.window, 0), k.n) : 0; }
-DEVICE int end_seen(const Shape& z, const Keys& k, int i) { return z.causal ? min(max(i + 1 + k.shift, 0), k.n) : k.n; }
-DEVICE int places(const Shape& z) { return 64 >> z.row_heads_log2; }
 DEVICE Work decode(int tile, const Shape& z) {  // the last places, whose work is the longest, first
-    int heads = z.group >> z.row_heads_log2, a = tile % heads, rest = tile / heads, rows = (z.n_q + places(z) - 1) / places(z);
+    int heads = head_tiles(z), a = tile % heads, rest = tile / heads, rows = (z.n_q + places(z) - 1) / places(z);
     Work w;
     w.head_kv = rest % z.heads_kv; rest /= z.heads_kv;
     w.batch = rest % z.batch; rest /= z.batch;
     w.place = (rows - 1 - rest) * places(z);
     w.head = a << z.row_heads_log2;  // in its group
-    int last = min(w.place + places(z), z.n_q) - 1, end2 = end_seen(z, z.k2, last);
-    w.first1 = first_seen(z, z.k1, w.place); w.end1 = end_seen(z, z.k1, last);
-    w.first2 = first_seen(z, z.k2, w.place);
+    int last = min(w.place + places(z), z.n_q) - 1, end2 = end_seen(z, z.tiled, last);
+    w.first1 = first_seen(z, z.single, w.place); w.end1 = end_seen(z, z.single, last);
+    w.first2 = first_seen(z, z.tiled, w.place);
     w.blocks = w.end1 > w.first1 && end2 > w.first2 ? (end2 - w.first2 + KEYS - 1) / KEYS : 0;
     w.rounds = (w.end1 - w.first1 + 1) / 2;
     return w;
@@ -93,17 +89,13 @@ DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k2, const Tenso
     }
 }
 
-DEVICE u32 load_shared(u32 a) { u32 x; asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(a) : "memory"); return x; }
 DEVICE void store_shared(u32 a, u32 x, u32 y) { asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(a), "r"(x), "r"(y) : "memory"); }
-DEVICE float load_float(u32 a) { return __uint_as_float(load_shared(a)); }
-DEVICE void store_float(u32 a, float x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "f"(x) : "memory"); }
-DEVICE u32 product(u32 x, u32 y) { u32 z; asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y)); return z; }
 
 DEVICE void consume(u32 shared, const Shape& z, float scale, const u16* k1, const Strides& k1_at, const u16* v1, const Strides& v1_at, u16* out,
                     const Strides& out_at, float* lse) {
     u32 bars = shared + OFFSET_BARRIERS;
     int consumer = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, lane = threadIdx.x % 32, lane4 = lane % 4, warp = threadIdx.x / 32 % 4;
-    float scale_log2 = scale * 1.4426950408889634f;
+    float scale_log2 = scale * LOG2E;
     u32 keys = 0;                                                                                 // blocks so far
     float o[NO], t[NO], top[2], sum[2], factor[2];
     u32 p[NP], a[NA];
@@ -130,8 +122,8 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, const u16* k1, cons
             const int bytes = min(max(z.d - lane % PIECES * 8, 0), 8) * 2;
             const int rounds = w.rounds, last = min(w.place + places(z), z.n_q) - 1;
             // rounds whose j, and halves of blocks whose keys, all rows see
-            const int all1 = (first_seen(z, z.k1, last) - w.first1 - consumer + 1) / 2, all1_end = (end_seen(z, z.k1, w.place) - w.first1 - consumer + 1) / 2;
-            const int all2 = (first_seen(z, z.k2, last) - w.first2 + 63) / 64, all2_end = max(end_seen(z, z.k2, w.place) - w.first2, 0) / 64;
+            const int all1 = (first_seen(z, z.single, last) - w.first1 - consumer + 1) / 2, all1_end = (end_seen(z, z.single, w.place) - w.first1 - consumer + 1) / 2;
+            const int all2 = (first_seen(z, z.tiled, last) - w.first2 + 63) / 64, all2_end = max(end_seen(z, z.tiled, w.place) - w.first2, 0) / 64;
             asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(work), "r"(w.place), "r"(w.first1), "r"(w.first2), "r"(w.end1 - w.first1) : "memory");
             asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(work + 16), "r"(all1), "r"(all1_end), "r"(all2), "r"(all2_end) : "memory");
             store_shared(work + 40, rounds, w.blocks);
@@ -168,9 +160,9 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, const u16* k1, cons
                 int j = w.first1 + 2 * round + consumer, base = w.first2 + block * KEYS + half * 64;
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    int i = w.place + ((warp * 16 + lane / 4 + 8 * r) >> z.row_heads_log2), column = base + 2 * lane4;
-                    int low = first_seen(z, z.k2, i) - column, high = end_seen(z, z.k2, i) - column;
-                    if (j < first_seen(z, z.k1, i) || j >= end_seen(z, z.k1, i)) high = -1;
+                    int i = w.place + place_in(z, warp * 16 + lane / 4 + 8 * r), column = base + 2 * lane4;
+                    int low = first_seen(z, z.tiled, i) - column, high = end_seen(z, z.tiled, i) - column;
+                    if (j < first_seen(z, z.single, i) || j >= end_seen(z, z.single, i)) high = -1;
 #pragma unroll
                     for (int c = 0; c < NS / 4; c++)
 #pragma unroll
@@ -323,8 +315,8 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, const u16* k1, cons
                 factor[r] = exp2_fast((top[r] - base) * scale_log2); other[r] = exp2_fast((top1 - base) * scale_log2);
                 float total = quad_sum(sum[r] * factor[r] + load_float(merge + 512 * (NO + 2 + r)) * other[r]) * UNSHIFT;
                 inverse[r] = total == 0.f ? 0.f : UNSHIFT / total;
-                int row = warp * 16 + lane / 4 + 8 * r, i = w.place + (row >> z.row_heads_log2);
-                long long head = w.head_kv * z.group + w.head + (row & (1 << z.row_heads_log2) - 1);
+                int row = warp * 16 + lane / 4 + 8 * r, i = w.place + place_in(z, row);
+                long long head = w.head_kv * z.group + w.head + head_in(z, row);
                 to[r] = i < z.n_q ? out + w.batch * out_at.batch + head * out_at.head + i * out_at.row : nullptr;
                 if (lane4 == 0 && i < z.n_q)
                     lse[((long long)w.batch * z.heads_kv * z.group + head) * z.n_q + i] =
@@ -350,13 +342,9 @@ trilinear_forward(const __grid_constant__ TensorMap map_q, const __grid_constant
     u32 shared = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
     if (threadIdx.x == 0) {
         u32 bars = shared + OFFSET_BARRIERS;
-        for (int i = 0; i < 2; i++) { barrier_init(bars + FULL_Q + 8 * i, 1); barrier_init(bars + EMPTY_Q + 8 * i, ARRIVALS); }
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(bars + FULL_K + 8 * i, 1);
-            barrier_init(bars + FULL_V + 8 * i, 1);
-            barrier_init(bars + EMPTY_K + 8 * i, ARRIVALS);
-            barrier_init(bars + EMPTY_V + 8 * i, ARRIVALS);
-        }
+        barriers_init(bars + FULL_Q, bars + EMPTY_Q, 2, ARRIVALS);
+        barriers_init(bars + FULL_K, bars + EMPTY_K, STAGES, ARRIVALS);
+        barriers_init(bars + FULL_V, bars + EMPTY_V, STAGES, ARRIVALS);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();

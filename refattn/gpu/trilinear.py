@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import UnsupportedProblem
 from .build import compiled, text_of
 from .launch import attribute, capability, queue
-from .sm90 import tensor_map, wgmma
-from .views import View, device_of, empty, finish, on, stream_of, view
+from .sm90 import key_map, tensor_map, wgmma
+from .views import View, check_devices, device_of, empty, finish, layout, on, stream_of, view
 
 __all__ = ["backward", "forward", "macros", "macros_backward", "shared_bytes", "shared_bytes_backward", "source"]
 
@@ -154,7 +154,7 @@ def backward(
             rows = h // call.row_heads * -(-n_q // (64 // call.row_heads)) if of_query else 0
             tiles = b * (rows or arrays["k1"].shape[1] * -(-c.n[1] // 64))
             tensors = (s for n in names for s in _tensor(arrays[n]))
-            packed = ARGUMENTS_BACKWARD.pack(*tensors, *pointers, *c.shape(tiles), *c.keys(1), *c.keys(0), scale)
+            packed = ARGUMENTS_BACKWARD.pack(*tensors, *pointers, *c.shape(tiles), scale)
             kernel = compiled(source(m), "trilinear_backward", shared_bytes_backward(m), "sm_90a", device)
             queue(kernel, tiles, 512, shared_bytes_backward(m), stream, packed, OFFSETS_BACKWARD)
         *results, _ = finish(query, [*found, kept], [*arrays.values(), sums, delta])
@@ -212,16 +212,13 @@ class _Call:
         return min(self.n[kind], self.window[kind] + 64 // self.row_heads - 1) if self.causal else self.n[kind]
 
     def shape(self, tiles: int) -> tuple[int, ...]:
-        """Return the kernels' struct Shape, up to its keys."""
+        """Return the kernels' struct Shape: k1 are the keys that come one by one."""
         rows = self.row_heads.bit_length() - 1
-        return self.batch, self.heads_kv, self.group, self.n_q, self.d, int(self.causal), rows, tiles
-
-    def keys(self, kind: int) -> tuple[int, int, int]:
-        """Return the kernels' struct Keys."""
-        return self.n[kind], self.shift[kind], self.window[kind]
+        keys = (x for kind in zip(self.n, self.shift, self.window, strict=True) for x in kind)
+        return self.batch, self.heads_kv, self.group, self.n_q, self.d, int(self.causal), rows, tiles, *keys
 
 
-def _check(arrays: Mapping[str, View], scale: float, device: int) -> None:
+def _check(arrays: dict[str, View], scale: float, device: int) -> None:
     found = capability(device)
     if found != (9, 0):
         raise UnsupportedProblem(
@@ -239,14 +236,12 @@ def _check(arrays: Mapping[str, View], scale: float, device: int) -> None:
         raise UnsupportedProblem("tensor: the trilinear kernel takes fewer than 2**24 rows and keys")
     if not scale > 0:
         raise UnsupportedProblem(f"tensor: the trilinear kernel takes a scale above 0, got {scale}")
+    check_devices(arrays)
     for name, x in arrays.items():
-        if x.device != device:
-            raise UnsupportedProblem(f"{name}: is on GPU {x.device} and query on GPU {device}; move one of them")
-        strides = [s for s, n in zip(x.strides, x.shape, strict=True) if n > 1]
-        if x.pointer % 16 or (x.strides[3] != 1 and d > 1) or any(s < 1 or s % 8 for s in strides[:-1]):
+        if not layout([x])[1]:
             raise UnsupportedProblem(
-                f"{name}: the trilinear kernel takes rows that begin at multiples of 16 bytes, the last axis "
-                f"contiguous, strides above 0, got strides {x.strides}; copy the array"
+                f"{name}: the trilinear kernel takes rows that begin at multiples of 16 bytes, at strides above 0, got "
+                f"strides {x.strides}; copy the array"
             )
 
 
@@ -263,14 +258,12 @@ def _arguments(m: Mapping[str, int], arrays: Mapping[str, View], call: _Call, ti
     grouped = View(q.pointer, shape, (s_b, call.group * s_h, s_h, s_n, 1), q.dtype, q.device)
     maps = (
         tensor_map(grouped, (4, 2, 3, 1, 0), (64, rows, 64 // rows, 1, 1), "query"),
-        *(tensor_map(x, (3, 2, 1, 0), (64, 64 * m["HALVES"], 1, 1), n) for x, n in ((k2, "k2"), (v2, "v2"))),
+        *(key_map(x, 64 * m["HALVES"], n) for x, n in ((k2, "k2"), (v2, "v2"))),
     )
     return ARGUMENTS.pack(
         *maps,
         *(x.pointer for x in (k1, v1, out, arrays["lse"])),
         *(s for x in (k1, v1, out) for s in x.spread()[:3]),
         *call.shape(tiles),
-        *call.keys(0),
-        *call.keys(1),
         call.scale,
     )

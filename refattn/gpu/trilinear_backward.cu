@@ -21,6 +21,7 @@
 // Launch: a block a tile of X, 512 threads, dynamic shared memory trilinear.shared_bytes_backward.
 
 #include "hopper.cuh"
+#include "trilinear.cuh"
 
 constexpr int NS = 32, NO = HEAD_DIM / 2, CHUNKS = HEAD_DIM / 8, PASSES = CHUNKS / 4, PASS_ROWS = 256 / CHUNKS;
 constexpr u32 TILE_BYTES = 64 * HEAD_DIM * 2, SLOT_BYTES = 2 * TILE_BYTES;
@@ -29,17 +30,11 @@ constexpr u32 OFFSET_SLOTS = 2 * TILE_BYTES, OFFSET_ROWS = OFFSET_SLOTS + 4 * SL
               OFFSET_KEPT = OFFSET_BARRIERS + 64;
 
 struct Tensor { u16* data; long long batch, head, row; };
-struct Keys { int n, shift, window; };  // row i sees keys [end - window, end), end = i + 1 + shift, where causal
-struct Shape { int batch, heads_kv, group, n_q, d, causal, row_heads_log2, tiles; Keys own, single; };  // own: of X or Y; single: of z
 struct Work { int head_kv, batch, place, head, tiles; };  // place: first query or key of X; tiles: of Y
 
-DEVICE int first_seen(const Shape& z, const Keys& k, int i) { return z.causal ? min(max(i + 1 + k.shift - k.window, 0), k.n) : 0; }
-DEVICE int end_seen(const Shape& z, const Keys& k, int i) { return z.causal ? min(max(i + 1 + k.shift, 0), k.n) : k.n; }
-DEVICE int places(const Shape& z) { return 64 >> z.row_heads_log2; }
-DEVICE int head_tiles(const Shape& z) { return z.group >> z.row_heads_log2; }
 // Queries that may see one of the keys from k on.
-DEVICE int first_query(const Shape& z, int k) { return z.causal ? max(k - z.own.shift, 0) : 0; }
-DEVICE int last_query(const Shape& z, int k) { return z.causal ? min(z.n_q - 1, k - z.own.shift + z.own.window - 1) : z.n_q - 1; }
+DEVICE int first_query(const Shape& z, int k) { return z.causal ? max(k - z.tiled.shift, 0) : 0; }
+DEVICE int last_query(const Shape& z, int k) { return z.causal ? min(z.n_q - 1, k - z.tiled.shift + z.tiled.window - 1) : z.n_q - 1; }
 DEVICE Work decode(const Shape& z) {
     Work w;
     int rest = blockIdx.x;
@@ -49,10 +44,10 @@ DEVICE Work decode(const Shape& z) {
     if (QUERY) {
         w.place = rest * places(z);
         int last = min(w.place + places(z), z.n_q) - 1;
-        w.tiles = (max(end_seen(z, z.own, last) - first_seen(z, z.own, w.place), 0) + 63) / 64;
+        w.tiles = (max(end_seen(z, z.tiled, last) - first_seen(z, z.tiled, w.place), 0) + 63) / 64;
     } else {
         w.place = rest * 64;
-        int first = first_query(z, w.place), last = last_query(z, min(w.place + 63, z.own.n - 1));
+        int first = first_query(z, w.place), last = last_query(z, min(w.place + 63, z.tiled.n - 1));
         w.tiles = last < first ? 0 : (last - first + places(z)) / places(z) * head_tiles(z);
     }
     return w;
@@ -61,7 +56,7 @@ DEVICE Work decode(const Shape& z) {
 struct Tile { int place, head, first, end; };
 DEVICE Tile tile_of(const Shape& z, const Work& w, int t) {
     Tile y;
-    if (QUERY) { y.place = first_seen(z, z.own, w.place) + 64 * t; y.head = 0; }
+    if (QUERY) { y.place = first_seen(z, z.tiled, w.place) + 64 * t; y.head = 0; }
     else { y.place = first_query(z, w.place) + t / head_tiles(z) * places(z); y.head = t % head_tiles(z) << z.row_heads_log2; }
     int from = QUERY ? w.place : y.place, last = min(from + places(z), z.n_q) - 1;
     y.first = first_seen(z, z.single, from); y.end = max(end_seen(z, z.single, last), y.first);
@@ -69,13 +64,13 @@ DEVICE Tile tile_of(const Shape& z, const Work& w, int t) {
 }
 // Row r of a tile of queries or of keys, or null.
 DEVICE u16* row_of(const Tensor& x, const Shape& z, const Work& w, int place, int head, int r, bool queries) {
-    if (!queries) return place + r < z.own.n ? x.data + w.batch * x.batch + w.head_kv * x.head + (place + r) * x.row : nullptr;
-    int i = place + (r >> z.row_heads_log2), h = w.head_kv * z.group + head + (r & (1 << z.row_heads_log2) - 1);
+    if (!queries) return place + r < z.tiled.n ? x.data + w.batch * x.batch + w.head_kv * x.head + (place + r) * x.row : nullptr;
+    int i = place + place_in(z, r), h = w.head_kv * z.group + head + head_in(z, r);
     return i < z.n_q ? x.data + w.batch * x.batch + h * x.head + i * x.row : nullptr;
 }
 // Index of row r of a tile of queries in (batch, heads, n_q) arrays; -1 past the end.
 DEVICE long long index_of(const Shape& z, const Work& w, int place, int head, int r) {
-    int i = place + (r >> z.row_heads_log2), h = w.head_kv * z.group + head + (r & (1 << z.row_heads_log2) - 1);
+    int i = place + place_in(z, r), h = w.head_kv * z.group + head + head_in(z, r);
     return i < z.n_q ? ((long long)w.batch * z.heads_kv * z.group + h) * z.n_q + i : -1;
 }
 DEVICE uint4 piece(const u16* row, int chunk, int d) { return row && 8 * chunk < d ? *(const uint4*)(row + 8 * chunk) : make_uint4(0, 0, 0, 0); }
@@ -86,13 +81,9 @@ DEVICE uint4 load_shared4(u32 a) {
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(a) : "memory");
     return x;
 }
-DEVICE void store_float(u32 a, float x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "f"(x) : "memory"); }
-DEVICE float load_float(u32 a) { float x; asm volatile("ld.shared.b32 %0, [%1];" : "=f"(x) : "r"(a) : "memory"); return x; }
 DEVICE float2 load_pair(u32 a) { float2 x; asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(a) : "memory"); return x; }
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-DEVICE u32 product(u32 x, u32 y) { u32 z; asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y)); return z; }
 DEVICE uint4 product(uint4 x, uint4 y) { return make_uint4(product(x.x, y.x), product(x.y, y.y), product(x.z, y.z), product(x.w, y.w)); }
-constexpr float LOG2E = 1.4426950408889634f;
 
 // (wgmma wrappers)
 
@@ -185,15 +176,15 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, cons
             for (int r = 0; r < 2; r++) {
                 int row = my_row + 8 * r;
                 if (QUERY) {
-                    int i = w.place + (row >> z.row_heads_log2);
-                    low[r] = first_seen(z, z.own, i) - tile.place;
-                    high[r] = j >= first_seen(z, z.single, i) && j < end_seen(z, z.single, i) ? end_seen(z, z.own, i) - tile.place : 0;
+                    int i = w.place + place_in(z, row);
+                    low[r] = first_seen(z, z.tiled, i) - tile.place;
+                    high[r] = j >= first_seen(z, z.single, i) && j < end_seen(z, z.single, i) ? end_seen(z, z.tiled, i) - tile.place : 0;
                 } else {
                     int a = 0, b = z.n_q - 1;
                     if (z.causal) {
-                        int first = w.place + row - z.own.shift, second = j - z.single.shift;
+                        int first = w.place + row - z.tiled.shift, second = j - z.single.shift;
                         a = max(max(first, second), 0);
-                        b = min(min(first + z.own.window, second + z.single.window) - 1, b);
+                        b = min(min(first + z.tiled.window, second + z.single.window) - 1, b);
                     }
                     low[r] = (a - tile.place) * (1 << z.row_heads_log2);
                     high[r] = (b + 1 - tile.place) * (1 << z.row_heads_log2);

@@ -10,12 +10,26 @@ from functools import cache
 from typing import Any
 
 from ..arrays import dtype_name, kind_of
+from ..dtypes import FORMATS
 from ..errors import InvalidProblem, UnsupportedProblem
 
-__all__ = ["View", "cast", "device_of", "empty", "finish", "library", "on", "stream_of", "view"]
+__all__ = [
+    "View",
+    "cast",
+    "check_devices",
+    "device_of",
+    "empty",
+    "finish",
+    "layout",
+    "library",
+    "on",
+    "stream_of",
+    "view",
+]
 
 library = cache(importlib.import_module)
 """Import a package once; asking again costs nothing."""
+ITEM_BYTES = {name: form.dtype.itemsize for name, form in FORMATS.items()}
 LIBRARIES = ("cupy", "torch", "jax")
 
 
@@ -135,3 +149,25 @@ def on(device: int) -> AbstractContextManager[Any]:
     """Return a context in which a GPU is the current one."""
     cuda = library("cupy").cuda
     return nullcontext() if cuda.runtime.getDevice() == device else cuda.Device(device)
+
+
+def check_devices(arrays: dict[str, View]) -> None:
+    """Refuse arrays on another GPU than query's."""
+    device = arrays["query"].device
+    for name, x in arrays.items():
+        if x.device != device:
+            raise InvalidProblem(f"{name}: is on GPU {x.device} and query on GPU {device}; move one of them")
+
+
+def layout(views: list[View]) -> tuple[bool, bool]:
+    """Return whether all rows begin at multiples of 16 bytes, and whether tensor maps can describe the arrays."""
+    aligned = mapped = True
+    for x in views:
+        size = 16 // ITEM_BYTES[x.dtype]
+        if x.strides[3] != 1 and x.shape[3] > 1 and min(x.shape) > 0:
+            raise UnsupportedProblem(f"gpu: takes a contiguous last axis, got strides {x.strides}; copy the array")
+        for s, n in zip(x.strides[:3], x.shape[:3], strict=True):
+            if n > 1:
+                aligned, mapped = aligned and s % size == 0, mapped and 0 < s < 2**38
+        aligned = aligned and x.pointer % 16 == 0
+    return aligned, mapped and aligned

@@ -38,7 +38,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(module, "_kernel", lambda plan, device: (f"kernel {plan.impl}", None))
     monkeypatch.setattr(module, "attribute", lambda device, name: 5)
     monkeypatch.setattr(module, "_zeros", lambda device, stream, size, what: 7000 if what == "redo" else 8000)
-    monkeypatch.setattr(sm90, "_key_map", lambda x, rows, name: struct.pack("16Q", x.pointer, rows, *[0] * 14))
+    monkeypatch.setattr(sm90, "key_map", lambda x, rows, name: struct.pack("16Q", x.pointer, rows, *[0] * 14))
     return found
 
 
