@@ -32,7 +32,7 @@ from .cli_he import he
 from .cli_theory import theory
 from .dtypes import FORMATS
 from .errors import InvalidInput, InvalidProblem, ServiceError, UnsupportedProblem
-from .files import load_problem, write_text
+from .files import check_folders, load_problem, write_text
 from .variants import VARIANTS, variant_of
 
 __all__ = ["main"]
@@ -101,9 +101,7 @@ def check(
     """
     variant_of(variant)
     cases(variant, budget)
-    for target in (json_file, junit_file, html_file):
-        if target is not None and not Path(target).resolve().parent.is_dir():
-            raise InvalidInput(f"{target}: its folder does not exist; make it first")
+    check_folders(json_file, junit_file, html_file)
     problem = None if problem_file is None else load_problem(problem_file)
     entries = [e for name in kernels for e in find(name)] if kernels else found()
     if variant != "softmax" and not kernels:
@@ -338,7 +336,6 @@ def bench(name: str, json_file: str | None) -> None:
 
     if name not in benchmarks():
         raise InvalidInput(f"bench: got {name!r}, expected one of {', '.join(benchmarks())}")
-    if json_file is not None and not Path(json_file).resolve().parent.is_dir():
-        raise InvalidInput(f"{json_file}: its folder does not exist; make it first")
+    check_folders(json_file)
     rows = run(name, _console(), json_file)
     sys.exit(0 if all(r.holds for r in rows) else 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,7 +13,7 @@ from rich.table import Table
 from .dtypes import FORMATS
 from .errors import InvalidInput
 from .exact import evaluate
-from .files import BAD_FILE, load_problem, save_arrays
+from .files import BAD_FILE, check_folders, load_problem, save_arrays
 from .problem import OFFSETS, TENSORS, Problem
 
 __all__ = ["exact"]
@@ -48,8 +47,7 @@ def exact(
     INPUT.npz is a file of refattn.save_problem, or a plain .npz with the arrays query, key, value and, where wanted,
     bias, allowed, sink, cu_seqlens_q, cu_seqlens_k. refattn.files.load_arrays reads what is written.
     """
-    if not Path(target).resolve().parent.is_dir():
-        raise InvalidInput(f"{target}: its folder does not exist; make it first")
+    check_folders(target)
     if rounding not in FORMATS:
         raise InvalidInput(f"rounding: got {rounding!r}, expected one of {', '.join(FORMATS)}")
     options = {"causal": causal, "scale": scale, "softcap": softcap}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -13,7 +12,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from .errors import InvalidInput
-from .files import write_text, write_whole
+from .files import check_folders, write_text, write_whole
 
 __all__ = ["theory"]
 
@@ -46,15 +45,14 @@ def list_() -> None:
 def run_(names: tuple[str, ...], every: bool, json_file: str | None, plots: str | None) -> None:
     """Run claims: what was measured beside its bound, and whether the control failed as it must."""
     from .theory import CLAIMS, run
+    from .theory.plots import figure
 
     unknown = [n for n in names if n not in CLAIMS]
     if unknown:
         raise InvalidInput(f"theory: got {unknown[0]!r}, expected one of {', '.join(CLAIMS)}")
     if every == bool(names):
         raise InvalidInput("theory: give names of claims, or --all; `refattn theory list` prints them")
-    for path in (json_file, plots):
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise InvalidInput(f"{path}: its folder does not exist; make it first")
+    check_folders(json_file, plots)
     chosen = list(CLAIMS) if every else list(names)
     console = Console()
     found = [run(CLAIMS[n]) for n in track(chosen, "claims", console=Console(stderr=True), transient=True)]
@@ -72,14 +70,6 @@ def run_(names: tuple[str, ...], every: bool, json_file: str | None, plots: str 
     if plots is not None:
         Path(plots).mkdir(exist_ok=True)
         for r in found:
-            _plot(Path(plots), r)
+            if (drawn := figure(r)) is not None:
+                write_whole(Path(plots, f"{r.name}.png"), drawn.savefig)
     sys.exit(0 if all(r.holds and r.control_failed for r in found) else 1)
-
-
-def _plot(folder: Path, result: Any) -> None:
-    """Draw the lists of a result's detail that are as long as the first one, against it."""
-    from .theory.plots import figure
-
-    drawn = figure(result)
-    if drawn is not None:
-        write_whole(folder / f"{result.name}.png", lambda file: drawn.savefig(file, format="png"))

@@ -18,11 +18,26 @@ from .dtypes import FORMATS
 from .errors import InvalidInput
 from .problem import OFFSETS, TENSORS, Problem
 
-__all__ = ["load_arrays", "load_problem", "save_arrays", "save_problem", "write_text", "write_whole"]
+__all__ = [
+    "check_folders",
+    "load_arrays",
+    "load_problem",
+    "save_arrays",
+    "save_problem",
+    "write_text",
+    "write_whole",
+]
 
 MARK = "refattn problem 1"
 MARK_ARRAYS = "refattn arrays 1"
 BAD_FILE = (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile)
+
+
+def check_folders(*targets: str | None) -> None:
+    """Refuse files that could not be written later because their folder does not exist; None is no file."""
+    for target in targets:
+        if target is not None and not Path(target).resolve().parent.is_dir():
+            raise InvalidInput(f"{target}: its folder does not exist; make it first")
 
 
 def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:

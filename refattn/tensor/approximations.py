@@ -81,7 +81,7 @@ def centroids(
             for i in range(0, shape.n_q, ROWS):
                 rows = slice(i, i + ROWS)
                 out[b, h, rows] = _attended(query[b, h, rows] * query.dtype.type(by), first, second, first_order)
-    return _measured(out, (query, k1, k2, v1, v2), {"scale": by}, sample, rng)
+    return _measured(out, (query, k1, k2, v1, v2), {"scale": by, "form": "trilinear"}, sample, rng)
 
 
 def windowed(
@@ -98,7 +98,14 @@ def windowed(
         Rows of each head to measure the error on.
     seed : int
         Of the sample.
+
+    Raises
+    ------
+    UnsupportedProblem
+        The tree form.
     """
+    if form == "tree":
+        raise UnsupportedProblem("tensor.windowed: in the tree form keys see keys; its error is not measured by rows")
     options: dict[str, Any] = {"scale": scale, "causal": causal, "form": form}
     out = attention(query, k1, k2, v1, v2, window=window, **options)
     return _measured(out, (query, k1, k2, v1, v2), options, sample, np.random.default_rng(seed))
@@ -110,25 +117,19 @@ def _measured(out: Array, given: tuple[Array, ...], options: dict[str, Any], sam
     n = out.shape[2]
     rows = np.sort(rng.choice(n, min(sample, n), replace=False))
     query, *others = given
-    if options.get("causal"):
-        exact = np.concatenate([_one_row(query, others, int(i), options) for i in rows], 2)
-    else:
-        exact = attention(query[:, :, rows], *others, **options)
+    shape = check(query, others[:2], others[2:], options["form"], options.get("causal"), None)
+    ends = np.stack([shape.bounds(axis)[1][rows] for axis in (0, 1)], 1)  # a row sees the keys before these
+    exact = np.zeros((*out.shape[:2], len(rows), out.shape[3]), out.dtype)
+    for seen in np.unique(ends, axis=0):
+        alike = (ends == seen).all(1)
+        if seen.min() > 0:
+            some = [x[:, :, :n] for x, n in zip(others, (*seen, *seen), strict=True)]
+            exact[:, :, alike] = attention(
+                query[:, :, rows[alike]], *some, form=options["form"], scale=options["scale"]
+            )
     difference = np.abs(out[:, :, rows] - exact)
     relative = float(np.linalg.norm(difference)) / max(float(np.linalg.norm(exact)), 1e-300)
     return Measured(out, rows, float(difference.max()), relative)
-
-
-def _one_row(query: Array, others: list[Array], i: int, options: dict[str, Any]) -> Array:
-    """Return the exact result of row i: the keys that it sees, and no mask."""
-    n, form = query.shape[2], options["form"]
-    if form == "tree":
-        raise UnsupportedProblem("tensor.windowed: in the tree form keys see keys; its error is not measured by rows")
-    keep = [i + 1 + (x.shape[2] - n if options["causal"] == "bottom_right" else 0) for x in others]
-    if min(keep) < 1:
-        return np.zeros((*query.shape[:2], 1, others[2].shape[3]), query.dtype)
-    seen = [x[:, :, :m] for x, m in zip(others, keep, strict=True)]
-    return np.asarray(attention(query[:, :, i : i + 1], *seen, form=form, scale=options["scale"]))
 
 
 @dataclass(frozen=True)
@@ -141,17 +142,12 @@ class _Clusters:
     covariance: Array
 
 
-def _scikit_learn(part: str) -> Any:
-    """Return a part of scikit-learn."""
-    try:
-        return importlib.import_module(f"sklearn.{part}")
-    except ModuleNotFoundError as e:
-        raise UnsupportedProblem("tensor.centroids: needs scikit-learn; pip install scikit-learn") from e
-
-
 def _clustered(k: Array, v: Array, count: int, rng: Any) -> _Clusters:
     """Return the clusters of a head's keys."""
-    cluster = _scikit_learn("cluster")
+    try:
+        cluster = importlib.import_module("sklearn.cluster")
+    except ModuleNotFoundError as e:
+        raise UnsupportedProblem("tensor.centroids: needs scikit-learn; pip install scikit-learn") from e
     near = cluster.KMeans(count, n_init=1, random_state=int(rng.integers(2**31))).fit_predict(k)
     one = (near[:, None] == np.unique(near)).astype(k.dtype)
     size = one.sum(0)

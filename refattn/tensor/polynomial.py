@@ -15,9 +15,10 @@ from typing import Any
 
 import mpmath
 import numpy as np
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from ..arrays import dtype_name, kind_of
+from ..arrays import dtype_name, kind_of, to_numpy
 from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from .forms import scale_of
 
@@ -25,6 +26,7 @@ __all__ = ["Certified", "polynomial"]
 
 Array = NDArray[Any]
 KINDS = ("taylor", "chebyshev")
+KIND_NAMES = {"numpy": "NumPy", "torch": "PyTorch", "cupy": "CuPy"}
 MOST_DEGREE, MOST_FEATURES = 24, 1 << 16
 ROWS = 2048  # whose features fit the caches
 
@@ -121,14 +123,19 @@ def prepared(
     return Prepared(by, sizes, kind, degree)
 
 
-def check_arrays(query: Any, keys: Sequence[Any], values: Sequence[Any], scale: float | None, causal: bool) -> float:
+def check_arrays(
+    query: Any, keys: Sequence[Any], values: Sequence[Any], scale: float | None, causal: bool,
+    kinds: Sequence[str] = ("numpy",),
+) -> float:  # fmt: skip
+    """Return the scale of a call whose arrays, all of one of some kinds, fit together."""
     if len(keys) < 1 or len(keys) != len(values):
         raise InvalidProblem(f"keys: got {len(keys)} kinds and {len(values)} of values, expected as many, at least 1")
     arrays = {"query": query}
     arrays |= {f"k{t + 1}": x for t, x in enumerate(keys)} | {f"v{t + 1}": x for t, x in enumerate(values)}
     for name, x in arrays.items():
-        if kind_of(x) != "numpy" or len(x.shape) != 4 or min(x.shape) < 1:
-            raise InvalidProblem(f"{name}: expected a NumPy array of four axes of at least 1: (b, h, n, d)")
+        if kind_of(x) not in kinds or kind_of(x) != kind_of(query) or len(x.shape) != 4 or min(x.shape) < 1:
+            kind = " or ".join(KIND_NAMES[k] for k in kinds)
+            raise InvalidProblem(f"{name}: expected a {kind} array of four axes of at least 1: (b, h, n, d)")
         if dtype_name(x) != dtype_name(query):
             raise InvalidProblem(f"{name}: is {dtype_name(x)} and query {dtype_name(query)}")
     if dtype_name(query) not in ("float32", "float64"):
@@ -137,22 +144,24 @@ def check_arrays(query: Any, keys: Sequence[Any], values: Sequence[Any], scale: 
         )
     b, h, n, d = query.shape
     for t, (k, v) in enumerate(zip(keys, values, strict=True), 1):
-        if k.shape[:2] != (b, h) or k.shape[3] != d or (causal and k.shape[2] != n):
-            raise InvalidProblem(f"k{t}: got shape {k.shape}, expected {(b, h, n if causal else 'n', d)}")
-        if v.shape != (b, h, k.shape[2], values[0].shape[3]):
-            raise InvalidProblem(f"v{t}: got shape {v.shape}, expected {(b, h, k.shape[2], values[0].shape[3])}")
+        of_k, of_v, wanted = tuple(k.shape), tuple(v.shape), (b, h, k.shape[2], values[0].shape[3])
+        if of_k[:2] != (b, h) or of_k[3] != d or (causal and of_k[2] != n):
+            raise InvalidProblem(f"k{t}: got shape {of_k}, expected {(b, h, n if causal else 'n', d)}")
+        if of_v != wanted:
+            raise InvalidProblem(f"v{t}: got shape {of_v}, expected {wanted}")
     return scale_of(scale, d)
 
 
-def sizes_of(query: Array, keys: Sequence[Array], by: float) -> NDArray[np.float64]:
-    """Return R_i, a bound on |scale·s| of each row, a little enlarged for its own rounding."""
-    most = np.ones((*query.shape[:2], 1, query.shape[3]))
+def sizes_of(query: Any, keys: Sequence[Any], by: float) -> NDArray[np.float64]:
+    """Return R_i, a bound on |scale·s| of each row, a little enlarged for its own rounding; computed where they are."""
+    xp = array_namespace(query)
+    each: Any = xp.abs(xp.astype(query, xp.float64))
     for k in keys:
-        most = most * np.abs(k.astype(np.float64)).max(2, keepdims=True)
-    found = (np.abs(query.astype(np.float64)) * most).sum(3) * abs(by) * (1 + 1e-12)
+        each = each * xp.max(xp.abs(xp.astype(k, xp.float64)), axis=2, keepdims=True)
+    found = to_numpy(xp.sum(each, axis=3) * abs(by) * (1 + 1e-12))
     if not np.isfinite(found).all():
         raise InvalidProblem("tensor.polynomial: the numbers are not finite, or their products are not")
-    return np.asarray(found)
+    return found
 
 
 def relative_error(kind: str, degree: int, sizes: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -227,11 +236,11 @@ def bound_of(
         return np.asarray((quotient_error(error) + 4 * unit) * most)
 
 
-def largest_of(values: Sequence[Array]) -> NDArray[np.float64]:
+def largest_of(values: Sequence[Any]) -> NDArray[np.float64]:
     """Return the largest size of a product of values, (b, h, 1)."""
-    most = np.ones((*values[0].shape[:2], 1))
+    xp, most = array_namespace(*values), np.ones((*values[0].shape[:2], 1))
     for v in values:
-        most = most * np.abs(v).max((2, 3), keepdims=True)[..., 0].astype(np.float64)
+        most = most * to_numpy(xp.max(xp.abs(v), axis=(2, 3)))[..., None].astype(np.float64)
     return most
 
 

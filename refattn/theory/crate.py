@@ -97,27 +97,26 @@ def literal() -> Evidence:
     )
 
 
+def _two_terms(size: float) -> tuple[float, float]:
+    """Return beta·lambda of tokens of some size, and the relative error of two terms of the series."""
+    z, bases, beta = _subspaces()
+    parts = [(u, u.T @ (size * z)) for u in bases]
+    spectrum = max(float(np.linalg.eigvalsh(beta * w @ w.T)[-1]) for _, w in parts)
+    exact = gradient(size * z, bases, beta)
+    found = sum(beta * u @ (w - beta * w @ w.T @ w) for u, w in parts)
+    return spectrum, float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
 def neumann(size: float = 0.05) -> Evidence:
     """(I + beta W Wᵀ)⁻¹ as I - beta W Wᵀ: a relative error below (beta·lambda)², where that is below 1."""
-    z, bases, beta = _subspaces()
-    z = size * z
-    spectrum = max(float(np.linalg.eigvalsh(beta * (w := u.T @ z) @ w.T)[-1]) for u in bases)
+    spectrum, error = _two_terms(size)
     needs(spectrum < 1, f"beta · lambda below 1, got {spectrum:.2g}: the series does not converge")
-    exact = gradient(z, bases, beta)
-    first = sum(beta * u @ (w - beta * w @ w.T @ w) for u in bases for w in [u.T @ z])
-    error = float(np.linalg.norm(first - exact) / np.linalg.norm(exact))
     return Evidence(error, spectrum**2, "relative error of two terms", {"beta lambda": spectrum})
 
 
 def neumann_large() -> Evidence:
     """The same two terms for tokens 20 times as large."""
-    z, bases, beta = _subspaces()
-    z = 20 * z
-    exact = gradient(z, bases, beta)
-    first = sum(beta * u @ (w - beta * w @ w.T @ w) for u in bases for w in [u.T @ z])
-    return Evidence(
-        float(np.linalg.norm(first - exact) / np.linalg.norm(exact)), 1.0, "relative error of two terms, large tokens"
-    )
+    return Evidence(_two_terms(20.0)[1], 1.0, "relative error of two terms, large tokens")
 
 
 def _lasso(step: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,55 +28,51 @@ def _ridge(n: int = 40, d: int = 5) -> tuple[Float, Float, float]:
     return a, a @ rng.standard_normal(d) + 0.1 * rng.standard_normal(n), 1.0
 
 
-def gradient() -> Evidence:
-    """A layer against the gradient step, in float64."""
+def _step_error(found: Callable[[Float, Float, Float], Float], what: str) -> Evidence:
+    """Compare a layer's step of 0.01 with the gradient's, over the sizes of the terms."""
     a, r, weight = _ridge()
     w = np.random.default_rng(1).standard_normal(5)
     exact = w - 0.01 * (a.T @ (a @ w - r) + weight * w)
     size = 0.01 * (np.abs(a).T @ (np.abs(a) @ np.abs(w) + np.abs(r))).max() + np.abs(w).max()
-    return Evidence(
-        float(np.abs(_relu_step(a, r, w, 0.01, weight) - exact).max() / size),
-        100 * 2.0**-53,
-        "distance over the terms' sizes",
-    )
+    return Evidence(float(np.abs(found(a, r, w) - exact).max() / size), 100 * 2.0**-53, what)
+
+
+def gradient() -> Evidence:
+    """A layer against the gradient step, in float64."""
+    return _step_error(lambda a, r, w: _relu_step(a, r, w, 0.01, 1.0), "distance over the terms' sizes")
 
 
 def one_head() -> Evidence:
     """One ReLU head: only residuals of one sign."""
+    return _step_error(
+        lambda a, r, w: w - 0.01 * ((np.maximum(a @ w - r, 0)[:, None] * a).sum(0) + w), "distance with one head"
+    )
+
+
+def _descent(step: Callable[[float, float], float], count: int) -> tuple[list[float], float, float]:
+    """Return the error after each of some layers, kappa, and the size of the solution."""
     a, r, weight = _ridge()
-    w = np.random.default_rng(1).standard_normal(5)
-    exact = w - 0.01 * (a.T @ (a @ w - r) + weight * w)
-    found = w - 0.01 * (np.maximum(a @ w - r, 0)[:, None] * a).sum(0) - 0.01 * weight * w
-    return Evidence(float(np.abs(found - exact).max() / np.abs(w).max()), 100 * 2.0**-53, "distance with one head")
+    h = a.T @ a + weight * np.eye(5)
+    low, high = np.linalg.eigvalsh(h)[[0, -1]]
+    exact, w, errors = np.linalg.solve(h, a.T @ r), np.zeros(5), []
+    for _ in range(count):
+        w = _relu_step(a, r, w, step(low, high), weight)
+        errors.append(float(np.linalg.norm(w - exact)))
+    return errors, float(high / low), float(np.linalg.norm(exact))
 
 
 def layers(counts: tuple[int, ...] = (1, 5, 10, 20, 40)) -> Evidence:
     """L layers of the step 2/(m + M): the error falls by (kappa - 1)/(kappa + 1) a layer, or more."""
-    a, r, weight = _ridge()
-    h = a.T @ a + weight * np.eye(5)
-    low, high = np.linalg.eigvalsh(h)[[0, -1]]
-    exact, kappa = np.linalg.solve(h, a.T @ r), high / low
-    w, errors = np.zeros(5), {}
-    for layer in range(1, max(counts) + 1):
-        w = _relu_step(a, r, w, 2 / (low + high), weight)
-        errors[layer] = float(np.linalg.norm(w - exact))
-    worst = max(errors[c] / (((kappa - 1) / (kappa + 1)) ** c * np.linalg.norm(exact) + 1e-13) for c in counts)
-    return Evidence(
-        worst, 1 + 1e-9, "error over the bound", {"layers": list(counts), "errors": [errors[c] for c in counts]}
-    )
+    errors, kappa, size = _descent(lambda low, high: 2 / (low + high), max(counts))
+    found = [errors[c - 1] for c in counts]
+    worst = max(e / (((kappa - 1) / (kappa + 1)) ** c * size + 1e-13) for e, c in zip(found, counts, strict=True))
+    return Evidence(worst, 1 + 1e-9, "error over the bound", {"layers": list(counts), "errors": found})
 
 
 def long_step() -> Evidence:
     """A step of 3/M, beyond what converges."""
-    a, r, weight = _ridge()
-    h = a.T @ a + weight * np.eye(5)
-    high = np.linalg.eigvalsh(h)[-1]
-    exact, w = np.linalg.solve(h, a.T @ r), np.zeros(5)
-    for _ in range(40):
-        w = _relu_step(a, r, w, 3 / high, weight)
-    return Evidence(
-        float(np.linalg.norm(w - exact) / np.linalg.norm(exact)), 1.0, "error after 40 layers over the start's"
-    )
+    errors, _, size = _descent(lambda _, high: 3 / high, 40)
+    return Evidence(errors[-1] / size, 1.0, "error after 40 layers over the start's")
 
 
 def _depth(kappa: float, accelerated: bool, error: float = 1e-6) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,20 +123,22 @@ def sparse_by_entries() -> Evidence:
     return Evidence(ratio, 2 / (rows * columns), "share of the words at one entry a block, over twice its density")
 
 
+def _exponents(d: int, lengths: tuple[int, ...], memories: tuple[int, ...], what: str) -> Evidence:
+    """Fit the powers of N and M in the words of triple-wise attention, and compare them with 3 and -1."""
+    sizes = [(n, m) for n in lengths for m in memories]
+    rows = np.array([[1, math.log(n), math.log(m)] for n, m in sizes])
+    fit = np.linalg.lstsq(rows, np.log([triple_wise(n, d, m) for n, m in sizes]), rcond=None)[0]
+    return Evidence(float(np.abs(fit[1:] - [3, -1]).max()), 0.1, what, {"fit": fit.tolist()})
+
+
 def triple() -> Evidence:
     """Exponents of the words of triple-wise attention: 3 in N and -1 in M, where tiles of scores fill the memory."""
-    sizes = [(n, m) for n in (2**18, 2**20, 2**22) for m in (2**20, 2**22, 2**24)]
-    rows = np.array([[1, math.log(n), math.log(m)] for n, m in sizes])
-    fit = np.linalg.lstsq(rows, np.log([triple_wise(n, 8, m) for n, m in sizes]), rcond=None)[0]
-    return Evidence(float(np.abs(fit[1:] - [3, -1]).max()), 0.1, "distance of the exponents", {"fit": fit.tolist()})
+    return _exponents(8, (2**18, 2**20, 2**22), (2**20, 2**22, 2**24), "distance of the exponents")
 
 
 def triple_small() -> Evidence:
     """The same exponents where d rules the tiles, M below d²: the power of M is then -2."""
-    sizes = [(n, m) for n in (2**14, 2**16, 2**18) for m in (2**13, 2**14, 2**15)]
-    rows = np.array([[1, math.log(n), math.log(m)] for n, m in sizes])
-    fit = np.linalg.lstsq(rows, np.log([triple_wise(n, 256, m) for n, m in sizes]), rcond=None)[0]
-    return Evidence(float(np.abs(fit[1:] - [3, -1]).max()), 0.1, "distance of the exponents, M < d²")
+    return _exponents(256, (2**14, 2**16, 2**18), (2**13, 2**14, 2**15), "distance of the exponents, M < d²")
 
 
 # (batch, heads, n, d) of bfloat16 calls, and the bytes read and written that Nsight Compute measured on an H100:
@@ -150,43 +151,51 @@ MEASURED = [
 ]
 
 
+def _bytes(scores: bool, what: str) -> Evidence:
+    ratios = [(hbm_bytes(b, h, h, n, n, d) + 4 * b * h * n * n * scores) / found for (b, h, n, d), found in MEASURED]
+    return Evidence(max(abs(r - 1) for r in ratios), 0.1, what, {"ratios": ratios})
+
+
 def hbm() -> Evidence:
     """Compare `hbm_bytes` with what was measured of this package's kernels."""
-    ratios = [hbm_bytes(b, h, h, n, n, d) / found for (b, h, n, d), found in MEASURED]
-    return Evidence(
-        max(abs(r - 1) for r in ratios), 0.1, "distance of predicted from measured bytes", {"ratios": ratios}
-    )
+    return _bytes(False, "distance of predicted from measured bytes")
 
 
 def hbm_scores() -> Evidence:
     """The bytes of a kernel that writes its scores, beside the same measurements."""
-    ratios = [(hbm_bytes(b, h, h, n, n, d) + 4 * b * h * n * n) / found for (b, h, n, d), found in MEASURED]
-    return Evidence(max(abs(r - 1) for r in ratios), 0.1, "distance, with the scores in slow memory")
+    return _bytes(True, "distance, with the scores in slow memory")
 
 
-def _claims() -> list[Claim]:
-    source = "Dao et al., FlashAttention (arXiv 2205.14135; its abstract and code were read, the theorem is recalled)"
-    own = "derived here from the loop"
-    found: list[Any] = [
-        Claim(
-            "flash-io",
-            "FlashAttention moves Theta(N² d² / M) words, with constants between 12 and 12 + 16/d and lower terms",
-            source, check, loses, ("d <= M <= N·d",),
-        ),
-        Claim(
-            "flash-io-block-sparse", "Words beyond reading k and v are in proportion to the blocks that are computed",
-            source, sparse, sparse_by_entries,
-        ),
-        Claim(
-            "flash-hbm", "refattn.gpu's kernels move each input and result through device memory once, within 10 %",
-            "measured here", hbm, hbm_scores,
-        ),
-        Claim(
-            "triple-io", "Triple-wise attention by tiles of b × b pairs (row, k1) moves O(N³ d / M) words for M > d²",
-            own, triple, triple_small, ("M > d²",),
-        ),
-    ]  # fmt: skip
-    return found
-
-
-CLAIMS = _claims()
+SOURCE = "Dao et al., FlashAttention (arXiv 2205.14135; its abstract and code were read, the theorem is recalled)"
+CLAIMS = [
+    Claim(
+        "flash-io",
+        "FlashAttention moves Theta(N² d² / M) words, with constants between 12 and 12 + 16/d and lower terms",
+        SOURCE,
+        check,
+        loses,
+        ("d <= M <= N·d",),
+    ),
+    Claim(
+        "flash-io-block-sparse",
+        "Words beyond reading k and v are in proportion to the blocks that are computed",
+        SOURCE,
+        sparse,
+        sparse_by_entries,
+    ),
+    Claim(
+        "flash-hbm",
+        "refattn.gpu's kernels move each input and result through device memory once, within 10 %",
+        "measured here",
+        hbm,
+        hbm_scores,
+    ),
+    Claim(
+        "triple-io",
+        "Triple-wise attention by tiles of b × b pairs (row, k1) moves O(N³ d / M) words for M > d²",
+        "derived here from the loop",
+        triple,
+        triple_small,
+        ("M > d²",),
+    ),
+]

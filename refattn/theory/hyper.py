@@ -47,31 +47,30 @@ def _call(n: int = 768, d: int = 16) -> tuple[Float, Float]:
     return np.exp(q @ k.T / math.sqrt(d)), v
 
 
-def _ratios(own_block: bool, repeats: int = 400, m: int = 64, block: int = 64) -> Float:
-    """Return estimated over true row sums: a block exactly, the rest from m samples of all or of the other keys."""
+def _bias(own_block: bool, what: str, repeats: int = 400, m: int = 64, block: int = 64) -> Evidence:
+    """Compare estimated row sums with the true ones: a block exactly, the rest from samples of all or of other keys."""
     a, _ = _call()
     n, rng = len(a), np.random.default_rng(1)
     inside = a[:, :block].sum(1)
     outside = np.arange(block, n) if own_block else np.arange(n)
     found = [inside + a[:, rng.choice(outside, m)].mean(1) * len(outside) for _ in range(repeats)]
-    return np.asarray(np.array(found) / a.sum(1))
+    ratios = (np.array(found) / a.sum(1)).mean(1)  # repeats are independent, rows are not
+    z = abs(ratios.mean() - 1) / (ratios.std(ddof=1) / math.sqrt(repeats))
+    return Evidence(float(z), 4.0, what, {"mean ratio": float(ratios.mean())})
 
 
 def unbiased() -> Evidence:
     """The estimator of row sums, its own block left out of the sampling: mean ratio 1 within four deviations."""
-    ratios = _ratios(own_block=True).mean(1)  # repeats are independent, rows are not
-    z = abs(ratios.mean() - 1) / (ratios.std(ddof=1) / math.sqrt(len(ratios)))
-    return Evidence(float(z), 4.0, "deviations of the mean ratio from 1", {"mean ratio": float(ratios.mean())})
+    return _bias(True, "deviations of the mean ratio from 1")
 
 
 def counted_twice() -> Evidence:
     """The block also in the sampling, as where a block mask is ignored: it counts twice."""
-    ratios = _ratios(own_block=False).mean(1)
-    z = abs(ratios.mean() - 1) / (ratios.std(ddof=1) / math.sqrt(len(ratios)))
-    return Evidence(float(z), 4.0, "deviations of the mean ratio from 1, the block sampled too")
+    return _bias(False, "deviations of the mean ratio from 1, the block sampled too")
 
 
-def _errors(sizes: tuple[int, ...], replace: bool, repeats: int = 8) -> Float:
+def _errors(sizes: tuple[int, ...], repeats: int = 8) -> Float:
+    """Return the mean error of the product by m keys, sampled by the norms of values, for each m."""
     a, v = _call()
     n, rng = len(a), np.random.default_rng(2)
     exact = a @ v / a.sum(1, keepdims=True)
@@ -80,10 +79,9 @@ def _errors(sizes: tuple[int, ...], replace: bool, repeats: int = 8) -> Float:
     for m in sizes:
         errors = []
         for _ in range(repeats):
-            at = rng.choice(n, m, p=share) if replace else np.arange(m)
-            weight = 1 / (m * share[at]) if replace else np.full(m, n / m)
-            total = a[:, rng.choice(n, m)].mean(1) * n if replace else a[:, at].mean(1) * n
-            errors.append(np.linalg.norm((a[:, at] * weight) @ v[at] / total[:, None] - exact, 2))
+            at = rng.choice(n, m, p=share)
+            total = a[:, rng.choice(n, m)].mean(1) * n
+            errors.append(np.linalg.norm((a[:, at] / (m * share[at])) @ v[at] / total[:, None] - exact, 2))
         found.append(np.mean(errors))
     return np.array(found)
 
@@ -91,7 +89,7 @@ def _errors(sizes: tuple[int, ...], replace: bool, repeats: int = 8) -> Float:
 def rate(sizes: tuple[int, ...] = (16, 64, 256, 1024)) -> Evidence:
     """The error in operator norm falls as m^-1/2: the slope of logarithms within 0.1."""
     needs(min(sizes) >= 8, "at least 8 samples")
-    errors = _errors(sizes, replace=True)
+    errors = _errors(sizes)
     slope = float(np.polyfit(np.log(sizes), np.log(errors), 1)[0])
     a, _ = _call()
     detail = {"m": list(sizes), "errors": errors.tolist(), "kappa": float(a.sum(1).max() / a.sum(1).min())}
@@ -105,8 +103,7 @@ def first_keys() -> Evidence:
     a, v = a[:, order], v[order]
     exact, errors, sizes = a @ v / a.sum(1, keepdims=True), [], (16, 64, 256)
     for m in sizes:
-        at = np.arange(m)
-        errors.append(np.linalg.norm(a[:, at] @ v[at] / a[:, at].sum(1, keepdims=True) - exact, 2))
+        errors.append(np.linalg.norm(a[:, :m] @ v[:m] / a[:, :m].sum(1, keepdims=True) - exact, 2))
     slope = float(np.polyfit(np.log(sizes), np.log(errors), 1)[0])
     return Evidence(abs(slope + 0.5), 0.1, "distance of the slope from -1/2, the first keys of a sorted list")
 

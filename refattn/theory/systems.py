@@ -31,32 +31,28 @@ def _gated(q: Float, k: Float, v: Float, a: Float) -> Float:
     return out
 
 
-def recurrence(decayed: bool = True) -> Evidence:
-    """h_t = a_t h_{t-1} + k_t v_tᵀ, o_t = q_t h_t, against (QKᵀ ∘ L) V, L_ts the product of a from s + 1 to t."""
+def _from_matrix(first: int, what: str) -> Evidence:
+    """Compare the recurrence with (QKᵀ ∘ L) V, L_ts the product of a from s + first to t."""
     q, k, v, a = _call()
-    a = a if decayed else np.ones_like(a)
     logs = np.cumsum(np.log(a))
-    mask = np.tril(np.exp(logs[:, None] - logs))
+    mask = np.tril(np.exp(logs[:, None] - logs + (1 - first) * np.log(a)))
     size = (np.abs(q) @ np.abs(k).T * mask) @ np.abs(v)
     error = np.abs(_gated(q, k, v, a) - ((q @ k.T) * mask) @ v)
-    return Evidence(float((error / size).max()), 300 * 2.0**-53, "error over the sum of the terms' sizes")
+    return Evidence(float((error / size).max()), 300 * 2.0**-53, what)
+
+
+def recurrence() -> Evidence:
+    """h_t = a_t h_{t-1} + k_t v_tᵀ, o_t = q_t h_t, against (QKᵀ ∘ L) V, L_ts the product of a from s + 1 to t."""
+    return _from_matrix(1, "error over the sum of the terms' sizes")
 
 
 def recurrence_off_by_one() -> Evidence:
     """The mask with a's product from s instead of s + 1."""
-    q, k, v, a = _call()
-    logs = np.cumsum(np.log(a))
-    mask = np.tril(np.exp(logs[:, None] - logs + np.log(a)[None]))
-    size = (np.abs(q) @ np.abs(k).T * mask) @ np.abs(v)
-    return Evidence(
-        float((np.abs(_gated(q, k, v, a) - ((q @ k.T) * mask) @ v) / size).max()),
-        300 * 2.0**-53,
-        "the same, off by one",
-    )
+    return _from_matrix(0, "the same, off by one")
 
 
-def normalised() -> Evidence:
-    """Normalised linear attention as a system with Λ_t = η_{t-1}/η_t and B_t = k_t/η_t: it divides as it goes."""
+def _normalised(scaled: bool, what: str) -> Evidence:
+    """Compare a system that divides as it goes with the masked matrix; its state is scaled down, or not."""
     rng = np.random.default_rng(1)
     q, k = np.abs(rng.standard_normal((2, 60, 4)))
     v = rng.standard_normal((60, 3))
@@ -65,28 +61,23 @@ def normalised() -> Evidence:
     before = 0.0
     for t in range(60):
         now = before + float(k[t].sum())
-        factor = before / now
+        factor = before / now if scaled else 1.0
         state, total = factor * state + np.outer(k[t], v[t]) / now, factor * total + k[t] / now
         found[t] = (q[t] @ state) / (q[t] @ total)
         before = now
     p = np.tril(q @ k.T)
     error = np.abs(found - p @ v / p.sum(1, keepdims=True)).max()
-    return Evidence(float(error), 1000 * 2.0**-53, "distance from the masked matrix")
+    return Evidence(float(error), 1000 * 2.0**-53, what)
+
+
+def normalised() -> Evidence:
+    """Normalised linear attention as a system with Λ_t = η_{t-1}/η_t and B_t = k_t/η_t: it divides as it goes."""
+    return _normalised(True, "distance from the masked matrix")
 
 
 def normalised_without() -> Evidence:
     """Without the factor Λ."""
-    rng = np.random.default_rng(1)
-    q, k = np.abs(rng.standard_normal((2, 60, 4)))
-    v = rng.standard_normal((60, 3))
-    sums = np.cumsum(k.sum(1))
-    state = np.cumsum(k[:, :, None] * v[:, None] / sums[:, None, None], 0)
-    total = np.cumsum(k / sums[:, None], 0)
-    found = np.einsum("ti,tij->tj", q, state) / np.einsum("ti,ti->t", q, total)[:, None]
-    p = np.tril(q @ k.T)
-    return Evidence(
-        float(np.abs(found - p @ v / p.sum(1, keepdims=True)).max()), 1000 * 2.0**-53, "the same without the factor"
-    )
+    return _normalised(False, "the same without the factor")
 
 
 def selective(a: float = 1.7) -> Evidence:

@@ -78,17 +78,31 @@ def narrow() -> Evidence:
     return Evidence(_taylor(1)[0] / _taylor(12)[1], 1.0, "error of degree 1 over the bound of degree 12")
 
 
+def _read(x: Float, selector: Float, beta: float) -> Float:
+    """Return what the virtual node reads: the softmax of a selector's scores over the nodes."""
+    scores = beta * (x @ selector)
+    p = np.exp(scores - scores.max())
+    return np.asarray(p @ x / p.sum())
+
+
 def _deep(x: Float, selectors: Float, beta: float) -> Float:
     """Return attention by n rounds: in each the virtual node reads one node by softmax, and all add its term."""
     total, weight = np.zeros_like(x), np.zeros(len(x))
     for s in selectors:
-        scores = beta * (x @ s)
-        p = np.exp(scores - scores.max())
-        read = p @ x / p.sum()
+        read = _read(x, s, beta)
         w = np.exp(x @ read)
         total += w[:, None] * read
         weight += w
     return total / weight[:, None]
+
+
+def _unit_nodes(separated: bool) -> Float:
+    """Return nodes of unit norm; the first one at the mean of the others where they are not to be separable."""
+    x = np.random.default_rng(1).standard_normal((24, 4))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    if not separated:
+        x[0] = x[1:].mean(0)
+    return x
 
 
 def _separation(x: Float, selectors: Float) -> float:
@@ -99,15 +113,10 @@ def _separation(x: Float, selectors: Float) -> float:
 
 def deep(beta: float = 2000.0, separated: bool = True) -> Evidence:
     """Rounds with selectors that pick one node each: an error below n·exp(-beta·delta) times what a node changes."""
-    rng = np.random.default_rng(1)
-    x = rng.standard_normal((24, 4))
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    if not separated:
-        x[0] = x[1:].mean(0)
+    x = _unit_nodes(separated)
     delta = _separation(x, x)
     needs(delta > 0, f"every node has a selector that scores it above all others, got a gap of {delta:.2g}")
-    p = np.exp(x @ x.T)
-    error = np.abs(_deep(x, x, beta) - p @ x / p.sum(1, keepdims=True)).max()
+    error = np.abs(_deep(x, x, beta) - _softmax(x, x, x)).max()
     # a read is off by (n - 1)·exp(-beta·delta)·2; weights and terms change by at most exp(2)·3 times that
     bound = len(x) * math.exp(-beta * delta) * 2 * 3 * math.exp(2) * 2 + 1e-13
     return Evidence(float(error), bound, "distance from softmax attention", {"delta": delta})
@@ -115,15 +124,10 @@ def deep(beta: float = 2000.0, separated: bool = True) -> Evidence:
 
 def unselectable() -> Evidence:
     """A node at the mean of the others: no selector, of 5000, reads it."""
-    rng = np.random.default_rng(1)
-    x = rng.standard_normal((24, 4))
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    x[0] = x[1:].mean(0)
-    best = math.inf
-    for s in rng.standard_normal((5000, 4)):
-        scores = 2000.0 * (x @ s)
-        p = np.exp(scores - scores.max())
-        best = min(best, float(np.linalg.norm(p @ x / p.sum() - x[0])))
+    x = _unit_nodes(separated=False)
+    best = min(
+        float(np.linalg.norm(_read(x, s, 2000.0) - x[0])) for s in np.random.default_rng(2).standard_normal((5000, 4))
+    )
     return Evidence(best, 1e-6, "least distance of what is read from the node")
 
 
