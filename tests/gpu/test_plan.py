@@ -118,7 +118,7 @@ def test_arrays_that_are_not_on_a_gpu():
         view(torch.zeros(1), "query")
     jax = pytest.importorskip("jax")
     with pytest.raises(InvalidProblem, match=r"key: is on device .*, expected one GPU; move it with jax.device_put"):
-        view(jax.numpy.zeros(1), "key")
+        view(jax.device_put(jax.numpy.zeros(1), jax.devices("cpu")[0]), "key")
 
 
 def test_arguments_lie_as_the_kernels_declare_them():
