@@ -32,7 +32,7 @@ def he() -> None:
 @click.option("--tolerance", default=1e-2, show_default=True, help="The largest error of an element of out.")
 @click.option("--normalize", type=click.Choice(["server", "client"]), default="server", show_default=True)
 @click.option("--mode", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True)
-@click.option("--upload", type=click.Choice(["full", "compact"]), default="full", show_default=True)
+@click.option("--upload", type=click.Choice(["full", "compact", "whole"]), default="full", show_default=True)
 @click.option("-o", "--output", help="Write the plan to this file, for `serve` and for clients.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def plan_(sizes: tuple[int, ...], output: str | None, as_json: bool, **given: Any) -> None:

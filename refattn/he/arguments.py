@@ -10,6 +10,7 @@ from ..errors import InvalidInput, UnsupportedProblem
 __all__ = ["POWERS", "check_arguments"]
 
 POWERS = (2, 4, 6, 8)
+UPLOADS = ("full", "compact", "whole")
 
 
 def check_arguments(
@@ -38,7 +39,7 @@ def check_arguments(
         raise InvalidInput(f"normalize: got {normalize!r}, expected 'server' or 'client'")
     if mode not in ("latency", "throughput"):
         raise InvalidInput(f"mode: got {mode!r}, expected 'latency' or 'throughput'")
-    if upload not in ("full", "compact"):
-        raise InvalidInput(f"upload: got {upload!r}, expected 'full' or 'compact'")
+    if upload not in UPLOADS:
+        raise InvalidInput(f"upload: got {upload!r}, expected one of {', '.join(UPLOADS)}")
     if upload == "compact" and mode == "throughput":
         raise UnsupportedProblem("he: upload='compact' is for mode='latency'")

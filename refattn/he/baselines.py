@@ -17,7 +17,7 @@ from ..problem import Problem
 from .circuit import Numbers
 from .inverse import ChebyshevInverse
 
-__all__ = ["ckks_tensor", "ckks_vector", "random_call"]
+__all__ = ["ckks_tensor", "ckks_vector", "edge_call", "random_call"]
 
 Float = NDArray[np.float64]
 
@@ -95,7 +95,7 @@ def ckks_vector(
     return np.array([x.decrypt() for x in out]) * inverse.output_factor, seconds
 
 
-def random_call(n: int, d: int, heads: int, p: int, seed: int = 0) -> tuple[Problem, dict[str, object]]:
+def random_call(n: int, d: int, heads: int, p: int, seed: int = 0) -> tuple[Problem, dict[str, Any]]:
     """Return a call of normal numbers, epsilon a tenth of the mean denominator, and its ranges as a plan wants them."""
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((1, heads, n, d)) for _ in range(3))
@@ -108,3 +108,20 @@ def random_call(n: int, d: int, heads: int, p: int, seed: int = 0) -> tuple[Prob
         "value_most": float(np.abs(v).max()),
     }
     return Problem(q, k, v, variant="power", options={"p": p, "epsilon": epsilon}), given
+
+
+def edge_call(x: Problem, given: dict[str, Any]) -> Problem:
+    """Return a call at the ends of a plan's ranges, where errors are largest: see :func:`random_call`.
+
+    Each query is a multiple of a key, which then has nearly all of the denominator; the denominators go from the least
+    to the largest; values are the largest, of one sign in half of the columns.
+    """
+    (low, high), (most_q, _), p = given["denominator"], given["norms"], x.options["p"]
+    k, epsilon, d_k = np.asarray(x.key), x.options["epsilon"], x.d_k
+    sums = ((k @ k.swapaxes(2, 3) / np.sqrt(d_k)) ** p).sum(3)
+    wanted = np.geomspace(low * (1 + 1e-9), high * (1 - 1e-9), x.n_k) - epsilon
+    most = most_q * (1 - 1e-9) / np.linalg.norm(k, axis=3)
+    q = k * np.minimum((wanted / sums) ** (1 / p), most)[..., None]
+    signs = np.random.default_rng(1).choice((-1.0, 1.0), np.shape(x.value))
+    signs[..., : x.d_v // 2] = 1
+    return Problem(q, k, given["value_most"] * signs, variant="power", options=x.options)

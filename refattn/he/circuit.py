@@ -3,13 +3,14 @@
 The same text runs on float64 numbers (`Numbers`), on counts of operations and levels (`Levels`), on bounds of noise
 (noise.py) and on ciphertexts (seal.py). Each has these methods, which leave their operands as they are:
 
-- ``mul``, ``square``: the product, not yet relinearised; ``product``: relinearised and rescaled, too;
+- ``mul``, ``square``: the product, not yet relinearised; ``product``: relinearised and rescaled, too; ``dot``: a sum of
+  products, relinearised and rescaled once;
 - ``add``, ``add_constant``, ``negate``; ``times_constant``: at the square of its operand's scale;
 - ``relinearize``, ``rescale``, ``rotate`` (slot s gets what slot s + k holds), ``conjugate``;
 - ``times``, ``plus``: with numbers in slots that the server knows (linear.Plain), times at the scale's square;
   ``like``: a number at another's level and scale (a layer needs these, attention does not: noise.Bounds has none);
-- ``step``: where the program is; ``within``, ``quotient``, ``another``: promises about values (the largest one; that a
-  numerator is a mean of values times its denominator; that this is of another key than the first).
+- ``step``: where the program is; ``within``, ``quotient``, ``another``: promises about values (that p-th powers add up
+  to a denominator; that a numerator is a mean of values times it; that this is of another key than the first).
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ def attend(
     p: int,
     inverse: Inverse | None,
     added: float,
-    most: float,
     q: Sequence[Any],
     k: Sequence[Any],
     v: Sequence[Any],
@@ -54,27 +54,28 @@ def attend(
         The polynomial for 1/D; None where the client divides.
     added : float
         epsilon, added to the denominator.
-    most : float
-        The largest sum of powers that the circuit sees, which the client checks.
     q, k, v : sequences of ciphertexts
         As ``layout.query_slots``, ``key_slots`` and ``value_slots`` make them.
     """
     if isinstance(layout, BatchLayout):
-        return _attend_batch(m, layout, p, inverse, added, most, q, k, v)
+        return _attend_batch(m, layout, p, inverse, added, q, k, v)
     m.step("products")
-    x = _turned(m, layout, q[0], k, 1) if layout.compact else _dot(m, q, k)
+    x = _turned(m, layout, _turns(m, layout, q[0], 1), k, 1) if layout.compact else m.dot(q, k)
     x = m.add(x, m.conjugate(x))  # 2·Re: two features a slot
     for step in layout.group_steps():
         x = m.add(x, m.rotate(x, step))
-    x = m.within(x, most ** (1 / p))
+    x = m.within(x, p)
     m.step("power")
     w = _power(m, x, p)
+    m.step("values")
+    turned = _turns(m, layout, w, -1)
+    n = _turned(m, layout, turned, v, -1)  # over `parts` neighbouring keys
     m.step("denominator")
-    d = w
+    d = turned[0]
+    for x in turned[1:]:
+        d = m.add(d, x)
     for step in layout.key_steps():
         d = m.add(d, m.rotate(d, step))
-    m.step("values")
-    n = _turned(m, layout, w, v, -1)  # over `parts` neighbouring keys
     m.step("division")
     if inverse is None:
         return [_sum_keys(m, layout, n), d]
@@ -83,15 +84,15 @@ def attend(
 
 
 def _attend_batch(
-    m: Any, layout: BatchLayout, p: int, inverse: Inverse | None, added: float, most: float,
+    m: Any, layout: BatchLayout, p: int, inverse: Inverse | None, added: float,
     q: Sequence[Any], k: Sequence[Any], v: Sequence[Any],
 ) -> list[Any]:  # fmt: skip
     """Return a query's attention where a slot is an input: no rotations."""
     weights: list[Any] = []
     for j in range(layout.keys):
         m.step("products")
-        x = _dot(m, q, k[j * layout.pairs : (j + 1) * layout.pairs])
-        x = m.within(m.add(x, m.conjugate(x)), most ** (1 / p))
+        x = m.dot(q, k[j * layout.pairs : (j + 1) * layout.pairs])
+        x = m.within(m.add(x, m.conjugate(x)), p)
         m.step("power")
         w = _power(m, x, p)
         weights.append(m.another(w) if weights else w)
@@ -99,7 +100,7 @@ def _attend_batch(
     for w in weights[1:]:
         d = m.add(d, w)
     m.step("values")
-    ns = [_dot(m, weights, v[c :: layout.pairs]) for c in range(layout.pairs)]
+    ns = [m.dot(weights, v[c :: layout.pairs]) for c in range(layout.pairs)]
     m.step("division")
     if inverse is None:
         return [*ns, d]
@@ -111,15 +112,6 @@ def _attend_batch(
             n = m.product(n, f)
         outs.append(n)
     return outs
-
-
-def _dot(m: Any, a: Sequence[Any], b: Sequence[Any]) -> Any:
-    """Return the sum of products, relinearised and rescaled once."""
-    total = None
-    for x, y in zip(a, b, strict=True):
-        xy = m.mul(x, y)
-        total = xy if total is None else m.add(total, xy)
-    return m.rescale(m.relinearize(total))
 
 
 def _power(m: Any, x: Any, p: int) -> Any:
@@ -134,13 +126,17 @@ def _power(m: Any, x: Any, p: int) -> Any:
     return m.rescale(m.relinearize(m.square(fourth)))  # 8
 
 
-def _turned(m: Any, layout: Layout, a: Any, bs: Sequence[Any], sign: int) -> Any:
-    """Return the sum over r of a, turned by r rows, times b_r: baby steps turn a, giant steps turn sums."""
+def _turns(m: Any, layout: Layout, a: Any, sign: int) -> list[Any]:
+    """Return a, turned by as many rows as a giant step leaves over."""
+    return [a] + [m.rotate(a, r * sign * layout.columns) for r in range(1, layout.baby)]
+
+
+def _turned(m: Any, layout: Layout, turned: Sequence[Any], bs: Sequence[Any], sign: int) -> Any:
+    """Return the sum over r of a, turned by r rows, times b_r: a is turned by baby steps, sums by giant steps."""
     baby, unit = layout.baby, sign * layout.columns
-    turned = [a] + [m.rotate(a, r * unit) for r in range(1, baby)]
     total = None
     for giant in range(layout.parts // baby):
-        part = _dot(m, turned, bs[giant * baby : (giant + 1) * baby])
+        part = m.dot(turned, bs[giant * baby : (giant + 1) * baby])
         if giant:
             part = m.rotate(part, giant * baby * unit)
         total = part if total is None else m.add(total, part)
@@ -160,7 +156,7 @@ class Arithmetic(ABC):
     def step(self, name: str) -> None:  # noqa: B027 (most do not care)
         """Note where the program is."""
 
-    def within(self, a: Any, most: float) -> Any:
+    def within(self, a: Any, p: int) -> Any:
         return a
 
     def quotient(self, n: Any, d: Any) -> tuple[Any, Any]:
@@ -171,6 +167,15 @@ class Arithmetic(ABC):
 
     def product(self, a: Any, b: Any) -> Any:
         return self.rescale(self.relinearize(self.mul(a, b)))
+
+    def dot(self, a: Sequence[Any], b: Sequence[Any]) -> Any:
+        total = self.mul(a[0], b[0])
+        for x, y in zip(a[1:], b[1:], strict=True):
+            total = self.add(total, self.mul(x, y))
+        return self.rescale(self.relinearize(total))
+
+    @abstractmethod
+    def add(self, a: Any, b: Any) -> Any: ...
 
     @abstractmethod
     def mul(self, a: Any, b: Any) -> Any: ...

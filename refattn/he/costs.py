@@ -29,6 +29,7 @@ COSTS: Costs = {
     "add_plain": (0.0, 0.033),
     "negate": (0.0, 0.029),
     "load": (0.0, 0.630),
+    "load_whole": (0.0, 0.063),
 }
 """One core of an AMD EPYC (Zen 5) at 2.6 GHz: what `measure` found at degrees 8192, 16384 and 32768, between."""
 
@@ -51,7 +52,7 @@ def measure(ring: Ring, seconds: float = 2.0) -> Costs:
     seconds : float
         How long to measure in all.
     """
-    from .seal import Sealed, api, context, encode, galois_elements, to_bytes
+    from .seal import Sealed, api, context, encode, galois_elements, to_bytes, whole_bytes
 
     s, made = api(), context(ring)
     generator = s.KeyGenerator(made)
@@ -64,7 +65,7 @@ def measure(ring: Ring, seconds: float = 2.0) -> Costs:
     share = seconds / (ring.levels * len(COSTS))
     for limbs in range(ring.levels + 1, 1, -1):
         plain = encode(m.encoder, np.zeros(ring.slots, complex), ring, limbs)
-        calls = _calls(m, to_bytes(encryptor.encrypt_symmetric(plain)))
+        calls = _calls(m, to_bytes(encryptor.encrypt_symmetric(plain)), whole_bytes(encryptor, plain))
         for name, call in calls.items():
             times: list[float] = []
             end = time.perf_counter() + share
@@ -77,7 +78,7 @@ def measure(ring: Ring, seconds: float = 2.0) -> Costs:
     return {n: _fit(points, size, n == "switch_key") for n, points in found.items()}
 
 
-def _calls(m: Any, saved: bytes) -> dict[str, Callable[[], Any]]:
+def _calls(m: Any, saved: bytes, whole: bytes) -> dict[str, Callable[[], Any]]:
     """Return a call of each operation, on operands that are not in the caches: a program has very many ciphertexts."""
     from .seal import from_bytes
 
@@ -92,6 +93,7 @@ def _calls(m: Any, saved: bytes) -> dict[str, Callable[[], Any]]:
         "add_plain": lambda: m.add_constant(next(operands), 0.5),
         "negate": lambda: m.negate(next(operands)),
         "load": lambda: _received(m.ring, saved),
+        "load_whole": lambda: _received(m.ring, whole),
     }
 
 

@@ -136,7 +136,7 @@ class Layer:
             m.plus(_sums(m, self._maps[name].apply(m, x), period, self._apart), self._plains[name])
             for name, x in (("query", along_i), ("key", along_j), ("value", along_j))
         )
-        (z,) = attend(m, self._layout, w.p, self.inverse, w.epsilon, 1.0, [q], [k], [v])
+        (z,) = attend(m, self._layout, w.p, self.inverse, w.epsilon, [q], [k], [v])
         if not isinstance(then, Feedforward):
             m.step("mean")
             z = _sums(m, z, 1, self._layout.columns)

@@ -72,6 +72,7 @@ class LayerPlan(Planned):
     rotations: tuple[int, ...]
 
     outs = 1
+    upload = "full"
 
     @property
     def copies(self) -> int:

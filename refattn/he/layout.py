@@ -99,8 +99,8 @@ class Layout:
         return [g * self.keys * self.columns for g in _powers(1, self.groups)]
 
     def key_steps(self) -> list[int]:
-        """Return the rotations that add up all keys."""
-        return [j * self.columns for j in _powers(1, self.keys)]
+        """Return the rotations that add up all keys, of sums over the neighbours that baby steps bring."""
+        return [j * self.columns for j in _powers(self.baby, self.keys)]
 
     def value_steps(self) -> list[int]:
         """Return the rotations that add up every `parts`-th key."""

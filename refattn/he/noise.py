@@ -2,8 +2,8 @@
 
 A slot's noise is the sum of very many coefficients' roundings and of errors drawn by the scheme, near normal. Each
 operation adds what it must (rounding of N coefficients by the rescaling, the key-switching digits' product with their
-errors), and passes its operands' noise on by the product rule. The worst case over inputs: one key holds the whole
-denominator, and the numerator is the largest value times the denominator.
+errors), and passes its operands' noise on by the product rule. The worst case over inputs, for each denominator: one
+key holds all of it, and the numerator is the largest value times the denominator.
 """
 
 from __future__ import annotations
@@ -65,18 +65,18 @@ class Ring:
 
 @dataclass(frozen=True)
 class Noisy:
-    """A ciphertext's worst value and noise variance, at one or more points of the input range.
+    """A ciphertext's worst value and noise variance, at points of the denominator's range.
 
     Attributes
     ----------
     value, variance : array
-        By point: of one key (0: it has no weight, 1: it has all), or of the denominator.
+        By point, or one for all; of_keys: in two rows, of a key without weight and of one that has all.
     scale : float
         What numbers are multiplied with before they are rounded.
     limbs : int
         Primes left.
     of_keys : bool
-        The points are those of one key: what a rotation brings is another key, without weight.
+        They are of one key: what a rotation brings is another key, without weight.
     """
 
     value: Float
@@ -96,12 +96,12 @@ class Bounds(Arithmetic):
     value_most : float
         The largest value (of a pair, as a complex number's size).
     denominators : array
-        Points of the denominator's range, as the circuit sees it.
+        Points of the denominator's range without epsilon, as the circuit sees it.
     """
 
     def __init__(self, ring: Ring, value_most: float, denominators: Float) -> None:
         self.ring, self.value_most, self.denominators = ring, value_most, denominators
-        self.denominator_variance = 0.0
+        self.denominator_variance: Float = np.zeros(1)
 
     def fresh(self, value: float) -> Noisy:
         """Return an input as the client encrypts it."""
@@ -152,21 +152,21 @@ class Bounds(Arithmetic):
     def another(self, a: Noisy) -> Noisy:
         if not a.of_keys:
             return a
-        return replace(a, value=np.full_like(a.value, a.value[0]), variance=np.full_like(a.variance, a.variance[0]))
+        value, variance = (np.broadcast_to(x[:1], x.shape) for x in (a.value, a.variance))
+        return replace(a, value=value, variance=variance)
 
     def conjugate(self, a: Noisy) -> Noisy:
         return self.relinearize(a)
 
-    def within(self, a: Noisy, most: float) -> Noisy:
-        return replace(a, value=np.array([0.0, most]), variance=np.full(2, a.variance.max()), of_keys=True)
+    def within(self, a: Noisy, p: int) -> Noisy:
+        value = np.stack([np.zeros_like(self.denominators), self.denominators ** (1 / p)])
+        return replace(a, value=value, variance=np.full_like(value, a.variance.max()), of_keys=True)
 
     def quotient(self, n: Noisy, d: Noisy) -> tuple[Noisy, Noisy]:
         # the denominator's noise reaches the quotient by its derivative: see plan.noise_of
-        self.denominator_variance = float(d.variance.max())
-        points = self.denominators
-        zero = np.zeros_like(points)
-        numerator = replace(n, value=self.value_most * points, variance=zero + float(n.variance.max()), of_keys=False)
-        return numerator, replace(d, value=points, variance=zero, of_keys=False)
+        points, self.denominator_variance = self.denominators, d.variance.max(0)
+        numerator = replace(n, value=self.value_most * points, variance=n.variance.max(0), of_keys=False)
+        return numerator, replace(d, value=points, variance=np.zeros_like(points), of_keys=False)
 
 
 def quantile(count: int, chance: float = 2.0**-40) -> float:

@@ -52,7 +52,7 @@ class Plan(Planned):
     mode : str
         "latency" (a call's numbers share ciphertexts) or "throughput" (a slot is an input).
     upload : str
-        "full", or "compact": the queries come once.
+        "full"; "compact": the queries come once; "whole": nothing of the ciphertexts is left to the server to expand.
     tolerance : float
         The largest error wanted of an element of out.
     ring, layout, inverse
@@ -118,7 +118,7 @@ class Plan(Planned):
     def compute(self, m: Any, shared: Sequence[Any], queries: Sequence[Any]) -> list[Any]:
         """Return a block's result by an arithmetic."""
         keys, values = shared[: len(shared) // 2], shared[len(shared) // 2 :]
-        return attend(m, self.layout, self.p, self.inverse, self.epsilon, self.most, queries, keys, values)
+        return attend(m, self.layout, self.p, self.inverse, self.epsilon, queries, keys, values)
 
     @property
     def outs(self) -> int:
@@ -131,22 +131,17 @@ class Plan(Planned):
         return 1 / self.denominator[1] if self.inverse is None else self.inverse.input_factor
 
     @property
-    def most(self) -> float:
-        """The largest sum of powers that the circuit sees."""
-        return (self.denominator[1] - self.epsilon) * self.input_factor
-
-    @property
     def value_limbs(self) -> int:
         """Primes that the values' ciphertexts have left: what the weights have when they meet."""
         return self.ring.levels + 1 - self.levels["products"] - self.levels["power"]
 
     def loads(self) -> Counter[tuple[str, int]]:
-        """Return the ciphertexts of a query by ("load", primes left)."""
+        """Return the ciphertexts of a query by ("load" or "load_whole", primes left)."""
         blocks = self.layout.blocks()
         groups, top = len({h for h, _ in blocks}), self.ring.levels + 1
-        shared = self.layout.shared_parts * groups
-        found = Counter({("load", top): self.layout.query_parts * len(blocks) + shared})
-        found["load", self.value_limbs] += shared
+        shared, name = self.layout.shared_parts * groups, "load_whole" if self.upload == "whole" else "load"
+        found = Counter({(name, top): self.layout.query_parts * len(blocks) + shared})
+        found[name, self.value_limbs] += shared
         return found
 
     @property
@@ -165,7 +160,7 @@ class Plan(Planned):
         """What messages name the plan by."""
         names = ("n_q", "n_k", "d_k", "d_v", "heads", "p", "denominator", "epsilon", "scale", "norms", "value_most")
         text = {n: getattr(self, n) for n in names} | {"ring": asdict(self.ring), "layout": asdict(self.layout)}
-        text["mode"] = self.mode
+        text["mode"], text["upload"] = self.mode, self.upload
         text["inverse"] = None if self.inverse is None else [type(self.inverse).__name__, self.inverse.steps]
         return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).digest()
 
@@ -235,8 +230,11 @@ def plan(
     mode : {"latency", "throughput"}
         A call's numbers share few ciphertexts, or each has one of its own with a slot for each of up to thousands of
         heads: a long time and a large upload, little by head; without masks.
-    upload : {"full", "compact"}
-        Of queries in latency mode: turned by the client, or once; then half the bytes, and rotations on the server.
+    upload : {"full", "compact", "whole"}
+        "full": a ciphertext comes as one polynomial and the seed of another, compressed. "compact", in latency mode:
+        the queries come once instead of turned by the client, which is half the bytes and more rotations on the
+        server. "whole": both polynomials as they are, over twice the bytes of "full", which the server reads in a
+        tenth of the time.
     inverse : Inverse, optional
         The polynomial for 1/D; by default the one with the fastest plan.
 
@@ -254,7 +252,7 @@ def plan(
     low, high = denominator
     inverses: Sequence[Inverse | None] = [None]
     if normalize == "server":
-        inverses = [inverse] if inverse else choose(low, high, tolerance / 2 / value_most)[:4]
+        inverses = [inverse] if inverse else choose(low, high, tolerance / value_most)[:4]
     found: list[Plan] = []
     obstacles: list[str] = []
     given = {
@@ -274,7 +272,7 @@ def plan(
         why = (
             obstacles[len(MOST_BITS) - 1]
             if obstacles
-            else f"no polynomial is within {tolerance / 2:.3g} on ({low:.3g}, {high:.3g})"
+            else f"no polynomial is within {tolerance:.3g} on ({low:.3g}, {high:.3g})"
         )
         raise UnsupportedProblem(
             f"he: {why}; a smaller p, a narrower denominator (a larger epsilon), a larger tolerance or "
@@ -293,7 +291,7 @@ def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles:
         return None
     queries, shared = layout.query_parts, layout.shared_parts
     counting, top = Levels(), Token(99)
-    common = (layout, given["p"], inverse, given["epsilon"], 1.0)
+    common = (layout, given["p"], inverse, given["epsilon"])
     outs = attend(counting, *common, [top] * queries, [top] * shared, [top] * shared)
     depth = 99 - min(x.limbs for x in outs)
     # a special prime larger than the others keeps the key switching's noise small
@@ -348,7 +346,7 @@ def _above(given: dict[str, Any], inverse: Inverse | None) -> int:
 def noise_of(p: Plan) -> float:
     """Return the bound on what CKKS noise adds to an element of out."""
     low, high = ((x - p.epsilon) * p.input_factor for x in p.denominator)
-    points = np.linspace(low, high, 257)
+    points = low + (high - low) * np.linspace(0, 1, 257) ** 2  # closest where quotients change most
     m = Bounds(p.ring, math.sqrt(2) * p.value_most, points)
     pairs = p.layout.pairs
     factor = p.scale * p.input_factor ** (1 / p.p)
@@ -356,16 +354,12 @@ def noise_of(p: Plan) -> float:
     k = m.fresh(p.norms[1] / math.sqrt(pairs))
     v = m.fresh(math.sqrt(2) * p.value_most)
     queries, shared = p.layout.query_parts, p.layout.shared_parts
-    outs = attend(m, p.layout, p.p, p.inverse, p.epsilon, p.most, [q] * queries, [k] * shared, [v] * shared)
+    outs = attend(m, p.layout, p.p, p.inverse, p.epsilon, [q] * queries, [k] * shared, [v] * shared)
     count = p.heads * p.n_q * p.d_v
     if p.inverse is None:
-        numerator, denominator = outs[0], outs[-1]
         # d(n/d) = dn/d - n/d · dd/d, where d has its epsilon
-        least = p.denominator[0] * p.input_factor
-        variance = (
-            float(numerator.variance.max()) + 2 * p.value_most**2 * float(denominator.variance.max())
-        ) / least**2
-        return quantile(count) * math.sqrt(variance)
+        variance = outs[0].variance + 2 * p.value_most**2 * outs[-1].variance
+        return quantile(count) * math.sqrt(float((variance / (points + p.epsilon * p.input_factor) ** 2).max()))
     out = outs[0]
     numbers, step = Numbers(), (points[-1] - points[0]) * 1e-6
 

@@ -18,10 +18,11 @@ class Planned(ABC):
 
     ring: Ring
     rotations: tuple[int, ...]
+    upload: str
 
     @abstractmethod
     def loads(self) -> Counter[tuple[str, int]]:
-        """Return the ciphertexts of a query by ("load", primes left)."""
+        """Return the ciphertexts of a query by ("load", primes left), or ("load_whole", primes left)."""
 
     @abstractmethod
     def report(self) -> dict[str, Any]:
@@ -29,9 +30,12 @@ class Planned(ABC):
 
     @property
     def upload_bytes(self) -> int:
-        """Of a query, near: a ciphertext is one polynomial and a seed."""
-        bits = sum(c * (self.ring.first + self.ring.middle * (limbs - 1)) for (_, limbs), c in self.loads().items())
-        return bits * self.ring.degree // 7  # SEAL's compression leaves an eighth more than the primes' bits
+        """Of a query, near: a ciphertext is one polynomial and a seed, or whole: two, and a word for each number."""
+        loads, ring = self.loads(), self.ring
+        if self.upload == "whole":
+            return sum(16 * limbs * ring.degree * c for (_, limbs), c in loads.items())
+        bits = sum(c * (ring.first + ring.middle * (limbs - 1)) for (_, limbs), c in loads.items())
+        return bits * ring.degree // 7  # SEAL's compression leaves an eighth more than the primes' bits
 
     @property
     def key_bytes(self) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import shutil
+import struct
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
+from io import FileIO
 from typing import Any
 
 import numpy as np
@@ -28,10 +31,16 @@ __all__ = [
     "from_file",
     "galois_elements",
     "to_bytes",
+    "whole_bytes",
 ]
 
-MEMORY, LARGEST = "/dev/shm", 2**30
-"""Where the binding's files go, and about the largest: it saves and loads by path only. A file is its owner's alone."""
+MEMORY = "/dev/shm"
+"""Where files of ciphertexts go that processes share: the binding saves and loads by path only."""
+KEPT = 2**24
+"""Bytes that a file in memory keeps until its next use: fresh pages cost more than what is written to them."""
+HEADER = struct.Struct("<HBBBBHQ")
+"""SEAL's: a magic number, its own size, a version, the compression, nothing, and the size of all."""
+ZSTD, NONE = 2, 0
 
 
 def api() -> Any:
@@ -98,18 +107,65 @@ def decode(encoder: Any, plain: Any) -> NDArray[np.complex128]:
     return np.array(encoder.decode_complex(plain))
 
 
-def to_bytes(x: Any) -> bytes:
-    """Return what SEAL saves of an object."""
-    handle, path = tempfile.mkstemp(dir=folder_for(LARGEST))
-    os.close(handle)
-    try:
-        x.save(path)
-        return Path(path).read_bytes()
-    finally:
+_free: list[tuple[FileIO, str]] = []
+
+
+def _new_scratch() -> tuple[FileIO, str]:
+    if hasattr(os, "memfd_create"):
+        file = FileIO(os.memfd_create("refattn"), "r+")
+        return file, f"/proc/self/fd/{file.fileno()}"
+    handle, path = tempfile.mkstemp()
+    file = FileIO(handle, "r+")
+
+    def end() -> None:
+        file.close()
         os.unlink(path)
 
+    atexit.register(end)
+    return file, path
 
-def from_bytes(kind: str, ring: Ring, data: bytes) -> Any:
+
+@contextmanager
+def _scratch() -> Iterator[tuple[FileIO, str]]:
+    """Give a file and its path, where the system can one in memory that has no other name."""
+    file, path = _free.pop() if _free else _new_scratch()
+    try:
+        yield file, path
+    finally:
+        if os.fstat(file.fileno()).st_size > KEPT:
+            file.truncate(KEPT)
+        _free.append((file, path))
+
+
+def to_bytes(x: Any) -> bytes:
+    """Return what SEAL saves of an object."""
+    with _scratch() as (file, path):
+        x.save(path)
+        file.seek(0)
+        return file.readall()
+
+
+def whole_bytes(encryptor: Any, plain: Any) -> bytes:
+    """Return a ciphertext of a plaintext with both its polynomials, not compressed."""
+    made = api().Ciphertext()
+    encryptor.encrypt_symmetric(plain, made)
+    saved = to_bytes(made)
+    magic, size, major, minor, compression, reserved, _ = HEADER.unpack_from(saved)
+    if compression == NONE:
+        return saved
+    body: bytes = zstandard().ZstdDecompressor().decompressobj().decompress(saved[size:])
+    return HEADER.pack(magic, size, major, minor, NONE, reserved, size + len(body)) + body
+
+
+def zstandard() -> Any:
+    """Return the package that undoes SEAL's compression."""
+    try:
+        return importlib.import_module("zstandard")
+    except ModuleNotFoundError as e:
+        raise UnsupportedProblem("he: upload='whole' needs the package zstandard; pip install 'refattn[he]'") from e
+
+
+def from_bytes(kind: str, ring: Ring, data: bytes | memoryview) -> Any:
     """Return an object that SEAL saved: a Ciphertext, RelinKeys or GaloisKeys.
 
     Raises
@@ -117,13 +173,13 @@ def from_bytes(kind: str, ring: Ring, data: bytes) -> Any:
     InvalidInput
         The bytes are none, or not of this ring.
     """
-    handle, path = tempfile.mkstemp(dir=folder_for(len(data)))
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+    with _scratch() as (file, path):
+        file.truncate(len(data))  # nothing of an earlier object stays behind a shorter one
+        file.seek(0)
+        rest = memoryview(data)
+        while len(rest):
+            rest = rest[file.write(rest) :]
         return from_file(kind, ring, path)
-    finally:
-        os.unlink(path)
 
 
 def from_file(kind: str, ring: Ring, path: str) -> Any:
@@ -172,6 +228,12 @@ class Sealed(Arithmetic):
 
     def square(self, a: Any) -> Any:
         return self._new(self.evaluator.square, a)
+
+    def dot(self, a: Any, b: Any) -> Any:
+        total = self.mul(a[0], b[0])
+        for x, y in zip(a[1:], b[1:], strict=True):
+            self.evaluator.add_inplace(total, self.mul(x, y))  # as the sum is nobody else's
+        return self.rescale(self.relinearize(total))
 
     def add(self, a: Any, b: Any) -> Any:
         return self._new(self.evaluator.add, *self._alike(a, b))

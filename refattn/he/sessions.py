@@ -6,7 +6,7 @@ import math
 import secrets
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,12 +19,25 @@ from ..errors import InvalidInput, UnsupportedProblem
 from .layer import Layer
 from .layer_plan import LayerPlan
 from .plan import Plan
-from .seal import Sealed, api, context, decode, encode, folder_for, from_bytes, from_file, galois_elements, to_bytes
+from .seal import (
+    Sealed,
+    api,
+    context,
+    decode,
+    encode,
+    folder_for,
+    from_bytes,
+    from_file,
+    galois_elements,
+    to_bytes,
+    whole_bytes,
+)
 from .wire import KEYS, QUERY, REPLY, Message, pack, unpack
 
 __all__ = ["Client", "Server", "Sharing"]
 
 Float = NDArray[np.float64]
+Part = bytes | memoryview | Path
 SLACK = 2
 """How many times the planned bytes a message may have."""
 
@@ -150,9 +163,11 @@ class Client:
 
     def _encrypted(self, slots: Any, limbs: int) -> bytes:
         plain = encode(self._encoder, slots, self.plan.ring, limbs)
+        if self.plan.upload == "whole":
+            return whole_bytes(self._encryptor, plain)
         return to_bytes(self._encryptor.encrypt_symmetric(plain))
 
-    def _decrypted(self, data: bytes) -> Any:
+    def _decrypted(self, data: bytes | memoryview) -> Any:
         plain = api().Plaintext()
         self._decryptor.decrypt(from_bytes("Ciphertext", self.plan.ring, data), plain)
         return decode(self._encoder, plain)
@@ -184,8 +199,10 @@ class Server:
         self._worker = _Worker(program, m.parts)  # also the check of the keys
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
+        self._threads = ThreadPoolExecutor(workers)  # for what needs no lock: digests and files
         if workers > 1:
-            self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (program, m.parts))
+            given = (program, tuple(bytes(x) for x in m.parts))
+            self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, given)
 
     def __enter__(self) -> Server:
         return self
@@ -195,6 +212,7 @@ class Server:
 
     def close(self) -> None:
         """Stop the workers."""
+        self._threads.shutdown()
         if self._pool is not None:
             self._pool.shutdown()
 
@@ -207,7 +225,8 @@ class Server:
             It is no query of this plan and this client, or was changed on its way.
         """
         plan = self.plan
-        m = unpack(query, QUERY, plan.digest, SLACK * (plan.upload_bytes + 2**20))
+        most = SLACK * (plan.upload_bytes + 2**20)
+        m = unpack(query, QUERY, plan.digest, most, self._threads.map)
         if m.client != self._client:
             raise InvalidInput("he: got a query of another client than the one whose keys are here")
         wanted = plan.loads().total()
@@ -219,13 +238,12 @@ class Server:
             found = self._shared_out(m.parts)
         return pack(Message(REPLY, plan.digest, self._client, m.query, tuple(x for outs in found for x in outs)))
 
-    def _shared_out(self, parts: Sequence[bytes]) -> list[list[bytes]]:
+    def _shared_out(self, parts: Sequence[bytes | memoryview]) -> list[list[bytes]]:
         """Return the results of the blocks, computed by the workers; they read the ciphertexts from files."""
         assert self._pool is not None
         with tempfile.TemporaryDirectory(dir=folder_for(sum(map(len, parts)))) as folder:
             paths = [Path(folder, str(i)) for i in range(len(parts))]
-            for path, part in zip(paths, parts, strict=True):
-                path.write_bytes(part)
+            list(self._threads.map(Path.write_bytes, paths, parts))
             tasks = self.program.tasks(paths)
             groups = len({tuple(shared[:1]) for shared, _ in tasks})
             # blocks that share ciphertexts go to one worker, which loads them once, where that leaves none idle
@@ -236,26 +254,30 @@ class Server:
 class _Worker:
     """What computes blocks: keys, and the last heads' keys and values."""
 
-    def __init__(self, program: Plan | Layer, parts: tuple[bytes, ...]) -> None:
+    def __init__(self, program: Plan | Layer, parts: Sequence[bytes | memoryview]) -> None:
         self.program, self.ring = program, program.plan.ring
         names = ("RelinKeys", "GaloisKeys")
         relin, galois = (from_bytes(n, self.ring, x) for n, x in zip(names, parts, strict=True))
         self._arithmetic = Sealed(self.ring, relin, galois)
-        self._shared: tuple[Sequence[bytes | Path], list[Any]] = ((), [])
+        self._shared: tuple[Sequence[Part], list[Any]] = ((), [])
 
-    def block(self, shared: Sequence[bytes | Path], queries: Sequence[bytes | Path]) -> list[bytes]:
+    def block(self, shared: Sequence[Part], queries: Sequence[Part]) -> list[bytes]:
         """Return the ciphertexts of a block's result, of ciphertexts as bytes or in files."""
-        if self._shared[0] != shared:
+        if not _same(self._shared[0], shared):
             self._shared = (shared, self._loaded(shared))
         outs = self.program.compute(self._arithmetic, self._shared[1], self._loaded(queries))
         return [to_bytes(x) for x in outs]
 
-    def _loaded(self, parts: Sequence[bytes | Path]) -> list[Any]:
+    def _loaded(self, parts: Sequence[Part]) -> list[Any]:
         name = "Ciphertext"
         return [
-            from_bytes(name, self.ring, x) if isinstance(x, bytes) else from_file(name, self.ring, str(x))
-            for x in parts
+            from_file(name, self.ring, str(x)) if isinstance(x, Path) else from_bytes(name, self.ring, x) for x in parts
         ]
+
+
+def _same(a: Sequence[Part], b: Sequence[Part]) -> bool:
+    """Return whether these are the same files or the same objects; not what is in them, which takes long."""
+    return len(a) == len(b) and all(x is y or (isinstance(x, Path) and x == y) for x, y in zip(a, b, strict=True))
 
 
 _HERE: dict[str, _Worker] = {}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from ..errors import InvalidInput
 
 __all__ = ["KEYS", "QUERY", "REPLY", "Message", "pack", "unpack"]
 
-MAGIC, VERSION = b"refattn-he", 1
+MAGIC, VERSION = b"refattn-he", 2
 KEYS, QUERY, REPLY = 1, 2, 3
 NAMES = {KEYS: "evaluation keys", QUERY: "a query", REPLY: "a reply"}
 HEAD = struct.Struct("<10sBB32s16s16sI")
@@ -27,7 +29,7 @@ class Message:
         KEYS, QUERY or REPLY.
     plan, client, query : bytes
         Digest of the plan, and random names of the client and of its query.
-    parts : tuple of bytes
+    parts : tuple of bytes or memoryview
         What SEAL saved.
     """
 
@@ -35,17 +37,26 @@ class Message:
     plan: bytes
     client: bytes
     query: bytes
-    parts: tuple[bytes, ...]
+    parts: tuple[bytes | memoryview, ...]
 
 
 def pack(m: Message) -> bytes:
     """Return a message's bytes."""
     head = HEAD.pack(MAGIC, VERSION, m.kind, m.plan, m.client, m.query, len(m.parts))
-    body = b"".join((head, struct.pack(f"<{len(m.parts)}Q", *map(len, m.parts)), *m.parts))
-    return body + hashlib.sha256(body).digest()
+    head += struct.pack(f"<{len(m.parts)}Q", *map(len, m.parts))
+    return b"".join((head, *m.parts, _digest(head, m.parts, map)))
 
 
-def unpack(data: bytes, kind: int, plan: bytes, most: int) -> Message:
+def _digest(head: bytes, parts: Sequence[bytes | memoryview], each: Callable[..., Iterable[bytes]]) -> bytes:
+    """Return the digest of a message: of its head and its parts' digests."""
+    return hashlib.sha256(b"".join((head, *each(_sha256, parts)))).digest()
+
+
+def _sha256(data: bytes | memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def unpack(data: bytes, kind: int, plan: bytes, most: int, each: Callable[..., Iterable[bytes]] = map) -> Message:
     """Return the message of some bytes.
 
     Parameters
@@ -58,6 +69,8 @@ def unpack(data: bytes, kind: int, plan: bytes, most: int) -> Message:
         Digest of the plan that it must be of.
     most : int
         The most bytes that such a message may have.
+    each : callable
+        What maps a function over the parts: threads', to look at several at once.
 
     Raises
     ------
@@ -71,21 +84,19 @@ def unpack(data: bytes, kind: int, plan: bytes, most: int) -> Message:
     _, version, found, of_plan, client, query, count = HEAD.unpack_from(data)
     if version != VERSION:
         raise InvalidInput(f"he: got a message of version {version}, expected {VERSION}")
-    if hashlib.sha256(memoryview(data)[:-DIGEST]).digest() != data[-DIGEST:]:
-        raise InvalidInput("he: the message was cut short or changed on its way: its digest does not fit")
+    changed = "he: the message was cut short or changed on its way: "
+    end, at = len(data) - DIGEST, HEAD.size + 8 * count
+    if at > end:
+        raise InvalidInput(f"{changed}it says it has {count} parts, more than its bytes hold")
+    sizes = struct.unpack_from(f"<{count}Q", data, HEAD.size)
+    if at + sum(sizes) != end:
+        raise InvalidInput(f"{changed}its parts do not fill it")
+    whole, ends = memoryview(data), [at, *(at + x for x in accumulate(sizes))]
+    parts = tuple(whole[i:j] for i, j in pairwise(ends))
+    if _digest(data[:at], parts, each) != data[end:]:
+        raise InvalidInput(f"{changed}its digest does not fit")
     if found != kind:
         raise InvalidInput(f"he: got {NAMES.get(found, f'kind {found}')}, expected {NAMES[kind]}")
     if of_plan != plan:
         raise InvalidInput(f"he: got {NAMES[kind]} of another plan; client and server must use the same one")
-    end = len(data) - DIGEST
-    at = HEAD.size + 8 * count
-    if at > end:
-        raise InvalidInput(f"he: the message says it has {count} parts, more than its bytes hold")
-    sizes = struct.unpack_from(f"<{count}Q", data, HEAD.size)
-    if at + sum(sizes) != end:
-        raise InvalidInput("he: the message's parts do not fill it")
-    parts = []
-    for size in sizes:
-        parts.append(data[at : at + size])
-        at += size
-    return Message(kind, of_plan, client, query, tuple(parts))
+    return Message(kind, of_plan, client, query, parts)

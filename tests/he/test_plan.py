@@ -1,9 +1,11 @@
 import json
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from refattn import InvalidInput, UnsupportedProblem, he
+from refattn.he.baselines import edge_call, random_call
 from refattn.he.plan import MOST_BITS
 
 from .make import planned, problem
@@ -84,3 +86,17 @@ def test_a_plan_of_a_real_call():
     assert len(p.layout.blocks()) == 24
     assert p.layout.blocks_per_head == 2
     assert p.loads().total() == 32 * (24 + 2 * 12)
+
+
+@pytest.mark.parametrize("p", [2, 4])
+@pytest.mark.parametrize("size", [(16, 32, 1), (16, 64, 4), (32, 64, 1)], ids=str)
+def test_inputs_at_the_ends_of_the_ranges_come_near_the_bounds(size, p):
+    n, d, heads = size
+    x, given = random_call(n, d, heads, p)
+    plan = he.plan(n, n, d, None, heads, p, **given)
+    worst = edge_call(x, given)
+    exact, plain = he.reference(worst), he.simulate(plan, worst)
+    drawn = [he.simulate(plan, worst, seed=seed) for seed in range(4)]
+    error, noise = (max(float(np.abs(y - z).max()) for y in drawn) for z in (exact, plain))
+    assert error <= plan.error <= 5 * error
+    assert noise <= plan.noise <= 200 * noise  # a product's parts add up as if they were independent

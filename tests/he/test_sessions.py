@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, he
 from refattn.he import wire
 from refattn.he.circuit import attend
+from refattn.he.seal import Sealed, from_bytes, to_bytes, zstandard
 
 from .make import planned, problem
 from .test_circuit import exact
@@ -29,6 +30,8 @@ CALLS = {
     "compact": (problem(16, 16, 32, 32, 4, 2, 3.0, causal="bottom_right"), {"upload": "compact"}),
     "compact, the client divides": (problem(5, 7, 6, 4, 3, epsilon=0.5), {"upload": "compact", "normalize": "client"}),
     "compact, two blocks, many parts": (problem(128, 60, 64, 64, 1, epsilon=6.0), {"upload": "compact"}),
+    "whole": (problem(16, 16, 32, 32, 4, 2, 3.0, causal="bottom_right"), {"upload": "whole"}),
+    "whole, throughput": (problem(2, 3, 4, 6, 2, epsilon=0.5, batch=50), {"mode": "throughput", "upload": "whole"}),
     "two blocks, many parts": (problem(128, 64, 128, 128, 1, epsilon=6.0), {}),
 }
 
@@ -88,20 +91,15 @@ def test_the_planner_counts_what_the_engine_does(session):
     engine = server._worker._arithmetic
     done = []
 
-    class Watched:
-        def __getattr__(self, name):
-            def call(*args):
-                done.append(name)
-                return getattr(engine, name)(*args)
-
-            return call
-
-        def product(self, a, b):
-            return self.rescale(self.relinearize(self.mul(a, b)))
+    class Watched(Sealed):
+        def __getattribute__(self, name):
+            done.append(name)
+            return super().__getattribute__(name)
 
     parts = wire.unpack(client.encrypt(x), wire.QUERY, plan.digest, 2**30).parts
     tokens = [server._worker._loaded(parts[i : i + plan.layout.parts]) for i in range(0, len(parts), plan.layout.parts)]
-    attend(Watched(), plan.layout, plan.p, plan.inverse, plan.epsilon, plan.most, tokens[2], tokens[0], tokens[1])
+    watched = Watched(plan.ring, engine.relin_keys, engine.galois_keys)
+    attend(watched, plan.layout, plan.p, plan.inverse, plan.epsilon, tokens[2], tokens[0], tokens[1])
     kinds = {"switch_key": ("relinearize", "rotate", "conjugate"), "multiply": ("mul",), "rescale": ("rescale",)}
     for kind, names in kinds.items():
         assert sum(c for (n, _), c in plan.counts.items() if n == kind) == sum(d in names for d in done)
@@ -155,15 +153,24 @@ def test_bytes_that_seal_does_not_know(session):
         he.Server(plan, one)
 
 
-def test_the_secret_key_stays(session):
-    from refattn.he.seal import to_bytes
+def test_a_shorter_object_has_nothing_of_a_longer_before_it(session):
+    x, plan, client, _ = session
+    part = bytes(wire.unpack(client.encrypt(x), wire.QUERY, plan.digest, 2**30).parts[0])
+    assert to_bytes(from_bytes("Ciphertext", plan.ring, part))
+    with pytest.raises(InvalidInput, match="he: got bytes that are no Ciphertext of this plan"):
+        from_bytes("Ciphertext", plan.ring, part[: len(part) // 2])
 
+
+def test_the_secret_key_stays(session):
     x, _, client, keys = session
-    secret = to_bytes(client._generator.secret_key())
-    sent = keys + client.encrypt(x)
-    chunks = {secret[i : i + 32] for i in range(64, len(secret) - 64, 997)}
-    assert len(chunks) > 50
-    assert not any(c in sent for c in chunks)
+    whole = he.Client(planned(x, upload="whole"))
+    sent = ((client, keys + client.encrypt(x)), (whole, whole.evaluation_keys() + whole.encrypt(x)))
+    for holder, message in sent:
+        secret = to_bytes(holder._generator.secret_key())
+        bare = zstandard().ZstdDecompressor().decompressobj().decompress(secret[16:])
+        chunks = {s[i : i + 32] for s in (secret, bare) for i in range(64, len(s) - 64, 997)}
+        assert len(chunks) > 100
+        assert not any(c in message for c in chunks)
     for way_out in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="a client holds a secret key and is not pickled or copied"):
             way_out(client)
@@ -229,12 +236,15 @@ def test_what_no_bound_is_known_of_is_not_shared():
 def test_compact_queries_need_less_and_refuse_what_they_cannot_carry():
     x = problem(128, 128, 64, 64, epsilon=6.0)
     full, compact = planned(x), planned(x, upload="compact")
-    assert compact.upload_bytes < 0.6 * full.upload_bytes
+    whole = planned(x, upload="whole")
+    assert compact.upload_bytes < 0.6 * full.upload_bytes < 0.3 * whole.upload_bytes
+    assert whole.noise == full.noise
+    assert whole.predicted_ms() < 0.7 * full.predicted_ms()
     assert full.noise < compact.noise <= compact.error <= 1e-2
     masked = problem(128, 128, 64, 64, epsilon=6.0, causal="bottom_right")
     with pytest.raises(UnsupportedProblem, match="takes no masks where a head's queries need several blocks"):
         he.simulate(planned(masked, upload="compact"), masked)
     with pytest.raises(UnsupportedProblem, match="upload='compact' is for mode='latency'"):
         planned(problem(2, 3, 4), upload="compact", mode="throughput")
-    with pytest.raises(InvalidInput, match="upload: got 'small', expected 'full' or 'compact'"):
+    with pytest.raises(InvalidInput, match="upload: got 'small', expected one of full, compact, whole"):
         planned(problem(2, 3, 4), upload="small")
