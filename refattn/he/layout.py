@@ -224,20 +224,21 @@ class BatchLayout:
         return np.pad(x, (0, self.slots - len(x)))
 
     def query_slots(self, q: Float, seen: NDArray[np.bool_], block: tuple[int, int]) -> list[Complex]:
-        """Return the ciphertexts' slots of a query; q is (heads, queries, pairs·2).
-
-        Raises
-        ------
-        UnsupportedProblem
-            A key is hidden: here a query is one ciphertext for all keys.
-        """
-        if not seen.all():
-            raise UnsupportedProblem("he: mode='throughput' takes no masks")
+        """Return the ciphertexts' slots of a query; q is (heads, queries, pairs·2)."""
         row = q[:, block[1]]
         return [self._slots(z / 2) for z in (row[:, 0::2] + 1j * row[:, 1::2]).T]
 
     def key_slots(self, k: Float, seen: NDArray[np.bool_], block: tuple[int, int]) -> list[Complex]:
-        """Return the slots of all keys, (keys, pairs) flattened."""
+        """Return the slots of all keys, (keys, pairs) flattened; one that an input's queries do not see is 0.
+
+        Raises
+        ------
+        UnsupportedProblem
+            Some queries of an input see a key and others do not: here a key is one ciphertext for all of them.
+        """
+        if not (seen == seen[:, :1]).all():
+            raise UnsupportedProblem("he: mode='throughput' takes masks that hide a key from all queries of an input")
+        k = k * seen[:, 0, :, None]
         return [self._slots(z) for rows in (k[..., 0::2] - 1j * k[..., 1::2]).transpose(1, 2, 0) for z in rows]
 
     def value_slots(self, v: Float, block: tuple[int, int]) -> list[Complex]:

@@ -229,7 +229,7 @@ def plan(
         Who divides. The client learns the denominators where it does.
     mode : {"latency", "throughput"}
         A call's numbers share few ciphertexts, or each has one of its own with a slot for each of up to thousands of
-        heads: a long time and a large upload, little by head; without masks.
+        heads: a long time and a large upload, little by head; masks may differ by input, not by query.
     upload : {"full", "compact", "whole"}
         "full": a ciphertext comes as one polynomial and the seed of another, compressed. "compact", in latency mode:
         the queries come once instead of turned by the client, which is half the bytes and more rotations on the

@@ -20,7 +20,7 @@ from ..errors import InvalidProblem, UnsupportedProblem
 from ..exact import Answer, evaluate
 from ..problem import Problem
 
-__all__ = ["FORMS", "Form", "Shape", "as_pairs", "check", "exact", "scale_of", "turned"]
+__all__ = ["FORMS", "Form", "Seen", "Shape", "as_pairs", "check", "exact", "scale_of", "turned"]
 
 Float = NDArray[np.float64]
 
@@ -60,6 +60,50 @@ FORMS = {
 
 
 @dataclass(frozen=True)
+class Seen:
+    """Which of n keys each row sees.
+
+    Attributes
+    ----------
+    n : int
+        How many keys there are.
+    first, last : (rows,) int arrays
+        The first key in sight of a row, and the first behind those.
+    allowed : (rows, n) bool array, optional
+        Which of these it sees; all by default.
+    """
+
+    n: int
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+    allowed: NDArray[np.bool_] | None = None
+
+    def __getitem__(self, rows: Any) -> Seen:
+        """Return what some rows see."""
+        allowed = None if self.allowed is None else self.allowed[rows]
+        return Seen(self.n, self.first[rows], self.last[rows], allowed)
+
+    def mask(self, keys: slice | None = None) -> NDArray[np.bool_]:
+        """Return (rows, keys) bools of some keys, all by default."""
+        keys = keys or slice(0, self.n)
+        at = np.arange(keys.start, keys.stop)
+        seen = (at >= self.first[:, None]) & (at < self.last[:, None])
+        return np.asarray(seen if self.allowed is None else seen & self.allowed[:, keys])
+
+    def spans(self, size: int) -> list[slice]:
+        """Return spans of keys that hold all that a row sees."""
+        end = int(self.last.max())
+        return [slice(j, min(j + size, end)) for j in range(int(self.first.min()), end, size)]
+
+    def shown(self, x: Any) -> Any:
+        """Return the keys' numbers, 0 for those that no row sees: what lies there counts for nothing."""
+        if self.allowed is None:
+            return x
+        some = np.asarray(self.mask().any(0))
+        return np.where(some[:, None], x, x.dtype.type(0))
+
+
+@dataclass(frozen=True)
 class Shape:
     """Sizes and masks of a checked call.
 
@@ -71,6 +115,8 @@ class Shape:
         "bottom_right", "top_left" or None.
     window : (int or None, int or None)
         Row i sees the last w keys up to its own place, of each kind; None for all.
+    allowed : (array or None, array or None)
+        Which keys of each kind rows see besides; in the tree form the second is of k1's rows.
     """
 
     batch: int
@@ -83,6 +129,7 @@ class Shape:
     d_v: int
     causal: str | None
     window: tuple[int | None, int | None]
+    allowed: tuple[Any, Any] = (None, None)
 
     def bounds(self, axis: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return for each row the first key that it sees, and the first behind them, of k1 (0) or k2 (1)."""
@@ -92,16 +139,20 @@ class Shape:
         end = np.arange(self.n_q) + 1 + (n - self.n_q if self.causal == "bottom_right" else 0)
         return np.clip(end - (n + self.n_q if width is None else width), 0, n), np.clip(end, 0, n)
 
-    def inner(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the bounds of the keys k2 that each k1 sees in the tree form: those that a row at its place would."""
-        return replace(self, n_q=self.n1, n1=self.n2, window=(self.window[1],) * 2).bounds(0)
+    def seen(self, form: str, batch: int, head: int) -> tuple[Seen, Seen]:
+        """Return the keys k1 that each row of a head sees, and the keys k2: in the tree form those that each k1 sees.
 
-    def chain(self) -> NDArray[np.bool_]:
-        """Return which k2 each k1 sees in the tree form, (n1, n2): as a row at its place would."""
-        return within(self.inner(), self.n2)
+        A k1 sees those k2 that a row at its place would.
+        """
+        of = self if form != "tree" else replace(self, n_q=self.n1, n1=self.n2, window=(self.window[1],) * 2)
+        masks = [None if x is None else x[batch % len(x), head % x.shape[1]] for x in self.allowed]
+        return Seen(self.n1, *self.bounds(0), masks[0]), Seen(self.n2, *of.bounds(form != "tree"), masks[1])
 
 
-def check(query: Any, keys: Sequence[Any], values: Sequence[Any], form: str, causal: str | None, window: Any) -> Shape:
+def check(
+    query: Any, keys: Sequence[Any], values: Sequence[Any], form: str, causal: str | None, window: Any,
+    allowed: Any = None,
+) -> Shape:  # fmt: skip
     """Return the sizes of a call, or say what is wrong with it.
 
     Raises
@@ -137,7 +188,30 @@ def check(query: Any, keys: Sequence[Any], values: Sequence[Any], form: str, cau
         raise InvalidProblem(f"window: got {window!r}, expected two integers of at least 1, or None")
     if window != (None, None) and causal is None:
         raise InvalidProblem("window: counts keys back from a row's own place, so it needs causal")
-    return Shape(b, h, h_kv, n_q, n1, n2, d, d_v, causal, window)
+    rows = (n_q, n1 if form == "tree" else n_q)
+    masks = _masks(allowed, [(b, h, rows[0], n1), (b, h, rows[1], n2)])
+    return Shape(b, h, h_kv, n_q, n1, n2, d, d_v, causal, window, masks)
+
+
+def _masks(allowed: Any, wanted: Sequence[tuple[int, ...]]) -> tuple[Any, Any]:
+    """Return two masks of some shapes, whose first two axes may be 1, or None."""
+    if allowed is None:
+        return None, None
+    if not isinstance(allowed, (tuple, list)) or len(allowed) != 2:
+        raise InvalidProblem(f"allowed: got {type(allowed).__name__}, expected two masks, of k1 and of k2, or None")
+    found = []
+    for name, x, shape in zip(("k1", "k2"), allowed, wanted, strict=True):
+        if x is not None:
+            x = np.asarray(x)
+            if x.dtype != np.bool_:
+                raise InvalidProblem(f"allowed: the mask of {name} is {x.dtype}, expected bool")
+            fits = x.ndim == 4 and x.shape[2:] == shape[2:]
+            if not fits or x.shape[0] not in (1, shape[0]) or x.shape[1] not in (1, shape[1]):
+                raise InvalidProblem(
+                    f"allowed: the mask of {name} has shape {x.shape}, expected {shape}, whose first two may be 1"
+                )
+        found.append(x)
+    return tuple(found)
 
 
 def scale_of(scale: float | None, d: int) -> float:
@@ -151,13 +225,13 @@ def scale_of(scale: float | None, d: int) -> float:
 
 def as_pairs(
     query: Any, k1: Any, k2: Any, v1: Any, v2: Any, *, form: str = "trilinear", scale: float | None = None,
-    causal: str | None = None, window: Any = None,
+    causal: str | None = None, window: Any = None, allowed: Any = None,
 ) -> Problem:  # fmt: skip
     """Return the same call as softmax attention over pairs of keys: its definition, and what `exact` evaluates.
 
     Parameters
     ----------
-    query, k1, k2, v1, v2, form, scale, causal, window
+    query, k1, k2, v1, v2, form, scale, causal, window, allowed
         As in :func:`refattn.tensor.attention`; any format whose products are exact in float64: float32, float16,
         bfloat16 and float8.
 
@@ -173,7 +247,7 @@ def as_pairs(
     UnsupportedProblem
         float64, whose products float64 cannot hold.
     """
-    shape = check(query, (k1, k2), (v1, v2), form, causal, window)
+    shape = check(query, (k1, k2), (v1, v2), form, causal, window, allowed)
     dtype = dtype_name(query)
     if 2 * FORMATS[dtype].precision > 53:
         raise UnsupportedProblem(
@@ -198,21 +272,19 @@ def as_pairs(
         features, keys = [q, one], [left, left * right]
     else:
         features, keys = [q, q], [left, right]
-    allowed = None
-    if causal is not None:
-        seen = within(shape.bounds(0), shape.n1), within(shape.bounds(1), shape.n2)
-        both = seen[0][:, :, None] & (shape.chain() if form == "tree" else seen[1][:, None, :])
-        allowed = np.ascontiguousarray(both.reshape(1, 1, shape.n_q, -1))
+    of_pairs = None
+    if causal is not None or any(m is not None for m in shape.allowed):
+        alike = all(m is None or m.shape[:2] == (1, 1) for m in shape.allowed)
+        sizes = (1, 1) if alike else (shape.batch, shape.heads)
+        of_pairs = np.empty((*sizes, shape.n_q, shape.n1 * shape.n2), bool)
+        for at in np.ndindex(*sizes):
+            first, second = (s.mask() for s in shape.seen(form, *at))
+            both = first[:, :, None] & (second if form == "tree" else second[:, None, :])
+            of_pairs[at] = both.reshape(shape.n_q, -1)
     value = np.multiply(*pairs(x, y))
     return Problem(
-        np.concatenate(features, -1), np.concatenate(keys, -1), value, scale=scale_of(scale, shape.d), allowed=allowed
+        np.concatenate(features, -1), np.concatenate(keys, -1), value, scale=scale_of(scale, shape.d), allowed=of_pairs
     )
-
-
-def within(bounds: tuple[NDArray[np.int64], NDArray[np.int64]], n: int) -> NDArray[np.bool_]:
-    """Return (rows, n) bools: which of n keys lie within each row's bounds."""
-    at, (first, last) = np.arange(n), bounds
-    return np.asarray((at >= first[:, None]) & (at < last[:, None]))
 
 
 def turned(x: Any, by: int) -> Any:
@@ -222,13 +294,13 @@ def turned(x: Any, by: int) -> Any:
 
 def exact(
     query: Any, k1: Any, k2: Any, v1: Any, v2: Any, *, form: str = "trilinear", scale: float | None = None,
-    causal: str | None = None, window: Any = None, rounding: str | None = None,
+    causal: str | None = None, window: Any = None, allowed: Any = None, rounding: str | None = None,
 ) -> Answer:  # fmt: skip
     """Return triple-wise attention, correctly rounded, from the certified engine over all pairs of keys.
 
     Parameters
     ----------
-    query, k1, k2, v1, v2, form, scale, causal, window
+    query, k1, k2, v1, v2, form, scale, causal, window, allowed
         As in `as_pairs`. Time and memory grow with n_q·n1·n2 and n1·n2.
     rounding : str, optional
         The format of the answer: query's by default.
@@ -238,5 +310,5 @@ def exact(
     Answer
         out (b, h, n_q, d_v) and lse (b, h, n_q).
     """
-    problem = as_pairs(query, k1, k2, v1, v2, form=form, scale=scale, causal=causal, window=window)
+    problem = as_pairs(query, k1, k2, v1, v2, form=form, scale=scale, causal=causal, window=window, allowed=allowed)
     return evaluate(problem, rounding=rounding or dtype_name(query))

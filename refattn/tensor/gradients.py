@@ -23,13 +23,13 @@ LADDER = (128, 256, 512, 1024)
 
 def exact_gradients(
     query: Any, k1: Any, k2: Any, v1: Any, v2: Any, dout: Any, *, form: str = "trilinear", scale: float | None = None,
-    causal: str | None = None, window: Any = None, rounding: str | None = None,
+    causal: str | None = None, window: Any = None, allowed: Any = None, rounding: str | None = None,
 ) -> dict[str, NDArray[Any]]:  # fmt: skip
     """Return the correctly rounded gradients of sum(out·dout) by query, k1, k2, v1 and v2.
 
     Parameters
     ----------
-    query, k1, k2, v1, v2, form, scale, causal, window
+    query, k1, k2, v1, v2, form, scale, causal, window, allowed
         As in :func:`refattn.tensor.as_pairs`. All is in balls: for small sizes.
     dout : (b, h, n_q, d_v) array
         The gradient that arrives at out.
@@ -46,7 +46,7 @@ def exact_gradients(
     UnsupportedProblem
         A rounding stays open at 1024 bits: an exact tie, or an exact zero that is a sum of others.
     """
-    problem = as_pairs(query, k1, k2, v1, v2, form=form, scale=scale, causal=causal, window=window)
+    problem = as_pairs(query, k1, k2, v1, v2, form=form, scale=scale, causal=causal, window=window, allowed=allowed)
     target = format_of(rounding or dtype_name(query))
     given = [to_float64(np.asarray(x)) for x in (k1, k2, v1, v2)]
     arriving = to_float64(np.asarray(dout))

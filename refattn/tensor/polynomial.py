@@ -8,9 +8,10 @@ sums over all tuples of keys are products of sums over each kind of keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import mpmath
@@ -29,6 +30,7 @@ KINDS = ("taylor", "chebyshev")
 KIND_NAMES = {"numpy": "NumPy", "torch": "PyTorch", "cupy": "CuPy"}
 MOST_DEGREE, MOST_FEATURES = 24, 1 << 16
 ROWS = 2048  # whose features fit the caches
+MOST_STEPS = 1 << 16  # numbers of running sums that are held at once
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def prepared(
 ) -> Prepared:  # fmt: skip
     """Check a call of `polynomial`, and choose its polynomial."""
     by = check_arrays(query, keys, values, scale, causal)
-    sizes = sizes_of(query, keys, by)
+    sizes = sizes_of(query, keys, by, causal)
     kind, degree = chosen(Sums.of(query, keys), sizes, largest_of(values), tolerance, degree, kind)
     return Prepared(by, sizes, kind, degree)
 
@@ -152,12 +154,14 @@ def check_arrays(
     return scale_of(scale, d)
 
 
-def sizes_of(query: Any, keys: Sequence[Any], by: float) -> NDArray[np.float64]:
+def sizes_of(query: Any, keys: Sequence[Any], by: float, causal: bool = False) -> NDArray[np.float64]:
     """Return R_i, a bound on |scale·s| of each row, a little enlarged for its own rounding; computed where they are."""
     xp = array_namespace(query)
     each: Any = xp.abs(xp.astype(query, xp.float64))
     for k in keys:
-        each = each * xp.max(xp.abs(xp.astype(k, xp.float64)), axis=2, keepdims=True)
+        sizes = xp.abs(xp.astype(k, xp.float64))
+        # of the keys up to its own place, which NumPy alone can say (and causal calls are on the CPU)
+        each = each * (np.maximum.accumulate(sizes, axis=2) if causal else xp.max(sizes, axis=2, keepdims=True))
     found = to_numpy(xp.sum(each, axis=3) * abs(by) * (1 + 1e-12))
     if not np.isfinite(found).all():
         raise InvalidProblem("tensor.polynomial: the numbers are not finite, or their products are not")
@@ -319,9 +323,10 @@ def weights(d: int, coefficients: tuple[float, ...], by: float) -> NDArray[np.fl
 
 
 def head(
-    q: Array, keys: Sequence[Array], values: Sequence[Array], coefficients: tuple[float, ...], by: float, causal: bool
-) -> Array:
-    """Return out of a head."""
+    q: Array, keys: Sequence[Array], values: Sequence[Array], coefficients: tuple[float, ...], by: float,
+    causal: bool, places: NDArray[np.int64] | None = None,
+) -> Array:  # fmt: skip
+    """Return out of a head's rows; causal rows may be some only, at their places."""
     degree = len(coefficients) - 1
     weight = weights(q.shape[1], coefficients, by).astype(q.dtype)[:, None]
     wide = [np.concatenate([v, np.ones((len(v), 1), v.dtype)], 1) for v in values]
@@ -333,13 +338,44 @@ def head(
         sums = np.concatenate([(features(x, degree) * weight).T @ moments for x in parts])
     else:
         of_q = features(q, degree) * weight
-        of_keys = [features(k, degree) for k in keys]
-        state = [np.zeros((len(of_q), w.shape[1]), q.dtype) for w in wide]
         sums = np.empty((len(q), wide[0].shape[1]), q.dtype)
-        for i in range(len(q)):
-            moments = np.ones_like(state[0])
-            for s, f, w in zip(state, of_keys, wide, strict=True):
-                s += f[:, i, None] * w[i]
-                moments = moments * s
-            sums[i] = of_q[:, i] @ moments
+        places = np.arange(len(q)) if places is None else places
+        for part, states, _ in running(keys, wide, degree):
+            first, last = np.searchsorted(places, (part.start, part.stop))
+            here = places[first:last] - part.start
+            moments = math.prod((s[here] for s in states[1:]), start=states[0][here])
+            sums[first:last] = (moments @ of_q[:, first:last].T[:, :, None])[:, :, 0]
     return np.asarray(sums[:, :-1] / sums[:, -1:])
+
+
+def running(
+    keys: Sequence[Array], wide: Sequence[Array], degree: int, before: Sequence[Array] | None = None
+) -> Iterator[tuple[slice, list[Array], list[Array]]]:
+    """Yield parts of the rows, the sums of each kind of keys up to each row, (rows, values, features), and features.
+
+    Parameters
+    ----------
+    keys, wide : sequences of (n, d) and (n, w) arrays
+        A head's keys, and their values with a 1 behind.
+    degree : int
+        The features' degree.
+    before : sequence of (w, features) arrays, optional
+        The sums before the first row: 0 by default.
+    """
+    count = math.comb(keys[0].shape[1] + degree, degree)
+    state = list(before) if before else [np.zeros((w.shape[1], count), w.dtype) for w in wide]
+    steps = max(16, min(64, MOST_STEPS // (count * wide[0].shape[1])))
+    block = ROWS // steps * steps
+    for i in range(0, len(keys[0]), steps):
+        part = slice(i, min(i + steps, len(keys[0])))
+        if i % block == 0:
+            of_block = [features(k[i : i + block], degree) for k in keys]
+        of_keys, sums = [f[:, i % block : i % block + steps] for f in of_block], []
+        for t, (f, w) in enumerate(zip(of_keys, wide, strict=True)):
+            s = np.ascontiguousarray(f.T)[:, None] * w[part, :, None]
+            s[0] += state[t]
+            for before_, here in pairwise(s):
+                here += before_
+            sums.append(s)
+        yield part, sums, of_keys
+        state = [s[-1].copy() for s in sums]

@@ -32,17 +32,22 @@ __all__ = ["Crossover", "auto", "crossover"]
 Array = NDArray[Any]
 NS_EXACT, NS_FEATURE = (2.2, 0.05), (4.2, 0.05)
 """Nanoseconds of one core: a triple in `attention`, more for each of d + d_v; a row's feature, more for each of d_v."""
+NS_CAUSAL = 10.0
+"""Nanoseconds of one core: a row's feature, for each of its values and their 1, in causal sums."""
 
 
 def auto(
-    query: Array, k1: Array, k2: Array, v1: Array, v2: Array, *, scale: float | None = None, tolerance: float = 1e-6
-) -> Certified:
+    query: Array, k1: Array, k2: Array, v1: Array, v2: Array, *, scale: float | None = None, causal: bool = False,
+    tolerance: float = 1e-6,
+) -> Certified:  # fmt: skip
     """Return triple-wise attention within a tolerance: rows by the polynomial where that is proven, exact otherwise.
 
     Parameters
     ----------
     query, k1, k2, v1, v2, scale
         As in :func:`refattn.tensor.attention`, h_kv = h.
+    causal : bool
+        Row i sees keys up to its own place, all n equal.
     tolerance : float
         The largest error of an element that the polynomial may have.
 
@@ -52,18 +57,20 @@ def auto(
         Shapes or types that do not fit together.
     """
     keys, values = (k1, k2), (v1, v2)
-    by = check_arrays(query, keys, values, scale, False)
-    sizes, most = sizes_of(query, keys, by), largest_of(values)
+    by = check_arrays(query, keys, values, scale, causal)
+    sizes, most = sizes_of(query, keys, by, causal), largest_of(values)
     d, d_v, n1, n2 = query.shape[3], v1.shape[3], k1.shape[2], k2.shape[2]
     heads, rows = query.shape[0] * query.shape[1], query.shape[2]
-    exact_ns = _exact_ns(n1 * n2, d, d_v)
-    best, least = (-1, np.zeros(sizes.shape, bool)), exact_ns * rows * heads
+    pairs = np.arange(1.0, n1 + 1) ** 2 if causal else np.full(rows, float(n1 * n2))
+    exact_ns = _exact_ns(pairs, d, d_v)  # by row
+    best, least = (-1, np.zeros(sizes.shape, bool)), float(exact_ns.sum()) * heads
     for degree in range(1, MOST_DEGREE + 1):
         features = math.comb(d + degree, degree)
         if features > MOST_FEATURES:
             break
         good = bound_of("taylor", degree, sizes, Sums.of(query, keys), most) <= tolerance
-        cost = _feature_ns(d_v) * features * heads * (rows + n1 + n2) + exact_ns * float((~good).sum())
+        of_features = NS_CAUSAL * (d_v + 1) * rows if causal else _feature_ns(d_v) * (rows + n1 + n2)
+        cost = of_features * features * heads + float((exact_ns * ~good).sum())
         if cost < least:
             best, least = (degree, good), cost
     degree, good = best
@@ -72,10 +79,14 @@ def auto(
         of = good[b, h]
         ks, vs = [k[b, h] for k in keys], [v[b, h] for v in values]
         if of.any():
-            out[b, h, of] = head(query[b, h, of], ks, vs, coefficients_of("taylor", degree, 1.0), by, False)
+            coefficients = coefficients_of("taylor", degree, 1.0)
+            out[b, h, of] = head(query[b, h, of], ks, vs, coefficients, by, causal, np.flatnonzero(of))
         if not of.all():
             some = (x[b : b + 1, h : h + 1] for x in (k1, k2, v1, v2))
-            out[b, h, ~of] = attention(query[b : b + 1, h : h + 1, ~of], *some, scale=by)[0, 0]
+            before = (np.arange(n1) <= np.flatnonzero(~of)[:, None])[None, None] if causal else None
+            out[b, h, ~of] = attention(
+                query[b : b + 1, h : h + 1, ~of], *some, scale=by, allowed=(before, before) if causal else None
+            )[0, 0]
     bound = np.where(good, bound_of("taylor", degree, sizes, Sums.of(query, keys), most) if degree > 0 else 0.0, 0.0)
     return Certified(out, bound, degree, "taylor", float(good.mean()), least / 1e9)
 
@@ -141,7 +152,7 @@ def crossover(n: int, d: int, bound: float, tolerance: float, d_v: int | None = 
     return Crossover("exact", None, 0, math.inf, exact, why)
 
 
-def _exact_ns(pairs: int, d: int, d_v: int) -> float:
+def _exact_ns(pairs: Any, d: int, d_v: int) -> Any:
     return pairs * (NS_EXACT[0] + NS_EXACT[1] * (d + d_v))
 
 

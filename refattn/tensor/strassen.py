@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .forms import within
+from .forms import Seen
 
 __all__ = ["forward"]
 
 Array = NDArray[Any]
-Bounds = tuple[NDArray[np.int64], NDArray[np.int64]]
 ROWS, KEYS = 64, 512
 
 
 def forward(
-    arrays: list[Array], by: Any, bounds: tuple[Bounds, Bounds], by_tiles: Callable[[list[Array], Any], Any]
+    arrays: list[Array], by: Any, seen: tuple[Seen, Seen], by_tiles: Callable[[list[Array], Any], Any]
 ) -> tuple[Array, Array]:
     """Return out and lse of a head.
 
@@ -32,8 +31,8 @@ def forward(
         The scaled query, k1, k2, v1 and v2 of a head.
     by : float
         The scale.
-    bounds : two pairs of (n_q,) int arrays
-        For k1 and k2: the first key that each row sees, and the first behind them.
+    seen : (Seen, Seen)
+        The keys k1 and k2 that each row sees.
     by_tiles : callable
         Gives out and lse of some rows by tiles: of those whose sum is so small that what underflowed may count.
     """
@@ -46,9 +45,9 @@ def forward(
     value = np.concatenate([v2, np.ones((n2, 1), v2.dtype)], 1)
     for i in range(0, n, ROWS):
         rows = slice(i, min(i + ROWS, n))
-        seen = [within((b[0][rows], b[1][rows]), m) for b, m in zip(bounds, (n1, n2), strict=True)]
-        a = np.where(seen[0], q[rows] @ k1.T + tops, -np.inf)
-        c = np.where(seen[1], q[rows] @ k2.T, -np.inf)
+        masks = [s[rows].mask() for s in seen]
+        a = np.where(masks[0], q[rows] @ k1.T + tops, -np.inf)
+        c = np.where(masks[1], q[rows] @ k2.T, -np.inf)
         top_a, top_c = (np.where(np.isfinite(x.max(1)), x.max(1), 0)[:, None] for x in (a, c))
         a, c = np.exp(a - top_a), np.exp(c - top_c)
         # (rows · (d_v + 1), k2) times (k2, k1): all sums over k at once
@@ -56,7 +55,7 @@ def forward(
         sums = np.zeros((len(c), d_v + 1), q.dtype)
         for j in range(0, n1, KEYS):
             js = slice(j, min(j + KEYS, n1))
-            if not seen[0][:, js].any():
+            if not masks[0][:, js].any():
                 continue
             b = np.exp(by * k1[js] @ k2.T - tops[js, None])
             weighted = (left @ b.T).reshape(len(c), d_v + 1, -1)
@@ -69,5 +68,5 @@ def forward(
         lse[rows] = np.log(safe) + top_a[:, 0] + top_c[:, 0]
     rest = ~known
     if rest.any():
-        out[rest], lse[rest] = by_tiles([q[rest], k1, k2, v1, v2], tuple((f[rest], e[rest]) for f, e in bounds))
+        out[rest], lse[rest] = by_tiles([q[rest], k1, k2, v1, v2], tuple(s[rest] for s in seen))
     return out, lse

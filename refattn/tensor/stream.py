@@ -10,19 +10,19 @@ from numpy.typing import NDArray
 from ..arrays import dtype_name
 from ..errors import InvalidProblem, UnsupportedProblem
 from . import strassen
-from .forms import Shape, check, scale_of
+from .forms import Seen, Shape, check, scale_of
 
 __all__ = ["attention", "backward"]
 
 Array = NDArray[Any]
-Bounds = tuple[NDArray[np.int64], NDArray[np.int64]]
 ROWS, FIRST, SECOND = 8, 64, 256
 """Rows, keys of k1 and keys of k2 in a tile."""
 
 
 def attention(
     query: Array, k1: Array, k2: Array, v1: Array, v2: Array, *, form: str = "trilinear", scale: float | None = None,
-    causal: str | None = None, window: tuple[int | None, int | None] | None = None, return_lse: bool = False,
+    causal: str | None = None, window: tuple[int | None, int | None] | None = None,
+    allowed: tuple[Array | None, Array | None] | None = None, return_lse: bool = False,
 ) -> Any:  # fmt: skip
     """Return triple-wise softmax attention: sum_jk P_ijk (v1_j ∘ v2_k), P the softmax over (j, k) of scale · s_ijk.
 
@@ -43,6 +43,10 @@ def attention(
         Row i sees keys of both kinds up to its own place. In the tree form k1_j sees those k2 up to its own place.
     window : (w1, w2), optional
         With causal: the last w1 keys k1 and the last w2 keys k2 only; None for all.
+    allowed : (mask, mask), optional
+        The keys k1, (b, h, n_q, n1) bools, and k2, (b, h, n_q, n2), that each row sees at most; b and h may be 1; None
+        for all. In the tree form the second says which k2 each k1 sees, (b, h, n1, n2). What lies at keys that no row
+        of a head sees counts for nothing, even NaN.
     return_lse : bool
         Also return the log-sum-exp over all pairs, (b, h, n_q); -inf for a row without keys, whose out is 0.
 
@@ -53,7 +57,7 @@ def attention(
     UnsupportedProblem
         Another type than float32 and float64.
     """
-    shape = check(query, (k1, k2), (v1, v2), form, causal, window)
+    shape = check(query, (k1, k2), (v1, v2), form, causal, window, allowed)
     if dtype_name(query) not in ("float32", "float64"):
         raise UnsupportedProblem(f"tensor.attention: takes float32 and float64, got {dtype_name(query)}")
     by = scale_of(scale, shape.d)
@@ -61,20 +65,21 @@ def attention(
     out = np.zeros((*arrays[0].shape[:3], shape.d_v), arrays[0].dtype)
     lse = np.full(arrays[0].shape[:3], -np.inf, arrays[0].dtype)
     for b, h in np.ndindex(shape.batch, shape.heads):
-        q, *rest = _head(arrays, b, h, shape)
-        out[b, h], lse[b, h] = _forward(shape, form, [q * q.dtype.type(by), *rest], q.dtype.type(by))
+        (q, *rest), seen = _head(arrays, b, h, shape, form)
+        out[b, h], lse[b, h] = _forward(seen, form, [q * q.dtype.type(by), *rest], q.dtype.type(by))
     return (out, lse) if return_lse else out
 
 
 def backward(
     query: Array, k1: Array, k2: Array, v1: Array, v2: Array, dout: Array, *, form: str = "trilinear",
     scale: float | None = None, causal: str | None = None, window: tuple[int | None, int | None] | None = None,
+    allowed: tuple[Array | None, Array | None] | None = None,
 ) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
     """Return the gradients of sum(out·dout) by query, k1, k2, v1 and v2, by tiles.
 
     Parameters
     ----------
-    query, k1, k2, v1, v2, form, scale, causal, window
+    query, k1, k2, v1, v2, form, scale, causal, window, allowed
         As in :func:`attention`.
     dout : (b, h, n_q, d_v) array
         The gradient that arrives at out.
@@ -84,27 +89,29 @@ def backward(
     InvalidProblem, UnsupportedProblem
         As in :func:`attention`.
     """
-    given = {"form": form, "scale": scale, "causal": causal, "window": window}
+    given = {"form": form, "scale": scale, "causal": causal, "window": window, "allowed": allowed}
     out, lse = attention(query, k1, k2, v1, v2, **given, return_lse=True)  # type: ignore[arg-type]
-    shape = check(query, (k1, k2), (v1, v2), form, causal, window)
+    shape = check(query, (k1, k2), (v1, v2), form, causal, window, allowed)
     if np.shape(dout) != out.shape:
         raise InvalidProblem(f"dout: got shape {np.shape(dout)}, expected {out.shape}")
     arrays = [np.asarray(x) for x in (query, k1, k2, v1, v2)]
     grads = [np.zeros_like(x) for x in arrays]
     by, group = arrays[0].dtype.type(scale_of(scale, shape.d)), shape.heads // shape.heads_kv
     for b, h in np.ndindex(shape.batch, shape.heads):
-        q, *rest = _head(arrays, b, h, shape)
+        (q, *rest), seen = _head(arrays, b, h, shape, form)
         g = np.asarray(dout[b, h], q.dtype)
-        dq, *others = _backward(shape, form, [q * by, *rest], by, out[b, h], lse[b, h], g)
+        dq, *others = _backward(seen, form, [q * by, *rest], by, out[b, h], lse[b, h], g)
         grads[0][b, h] = dq * by
         for total, x in zip(grads[1:], others, strict=True):
             total[b, h // group] += x
     return tuple(grads)  # type: ignore[return-value]
 
 
-def _head(arrays: list[Array], b: int, h: int, shape: Shape) -> list[Array]:
-    kv = h // (shape.heads // shape.heads_kv)
-    return [arrays[0][b, h], *(x[b, kv] for x in arrays[1:])]
+def _head(arrays: list[Array], b: int, h: int, shape: Shape, form: str) -> tuple[list[Array], tuple[Seen, Seen]]:
+    """Return a head's arrays, and the keys that its rows see."""
+    kv, seen = h // (shape.heads // shape.heads_kv), shape.seen(form, b, h)
+    first, second = ([s.shown(x[b, kv]) for x in arrays[t::2]] for t, s in enumerate(seen, 1))
+    return [arrays[0][b, h], first[0], second[0], first[1], second[1]], seen
 
 
 def _cross(a: Array, b: Array) -> Array:
@@ -122,24 +129,21 @@ def _left(form: str, q: Array, k1: Array, by: Any) -> tuple[Array, Array | None]
     return q[:, None] + by * k1, q @ k1.T  # strassen
 
 
-def _tiles(bounds: tuple[Bounds, Bounds]) -> Any:
+def _tiles(seen: tuple[Seen, Seen]) -> Any:
     """Yield (rows, keys of k1, keys of k2, mask or None) of every tile that holds a pair that a row sees."""
-    (first, last), n = zip(*bounds, strict=True), len(bounds[0][0])
+    n = len(seen[0].first)
     for i in range(0, n, ROWS):
         rows = slice(i, min(i + ROWS, n))
-        low = [int(x[rows].min()) for x in first]
-        high = [int(x[rows].max()) for x in last]
-        for j in range(low[0], high[0], FIRST):
-            js = slice(j, min(j + FIRST, high[0]))
-            for k in range(low[1], high[1], SECOND):
-                ks = slice(k, min(k + SECOND, high[1]))
-                seen = [
-                    (np.arange(s.start, s.stop) >= first[x][rows, None])
-                    & (np.arange(s.start, s.stop) < last[x][rows, None])
-                    for x, s in ((0, js), (1, ks))
-                ]
-                whole = seen[0].all() and seen[1].all()
-                yield rows, js, ks, None if whole else seen[0][:, :, None] & seen[1][:, None, :]
+        one, two = (s[rows] for s in seen)
+        for js in one.spans(FIRST):
+            of_one = one.mask(js)
+            if not of_one.any():
+                continue
+            for ks in two.spans(SECOND):
+                of_two = two.mask(ks)
+                if of_two.any():
+                    whole = of_one.all() and of_two.all()
+                    yield rows, js, ks, None if whole else of_one[:, :, None] & of_two[:, None, :]
 
 
 def _scores(form: str, q: Array, k1: Array, k2: Array, by: Any, mask: Array | None) -> Array:
@@ -150,28 +154,27 @@ def _scores(form: str, q: Array, k1: Array, k2: Array, by: Any, mask: Array | No
     return s if mask is None else np.where(mask, s, -np.inf)
 
 
-def _forward(shape: Shape, form: str, arrays: list[Array], by: Any) -> tuple[Array, Array]:
+def _forward(seen: tuple[Seen, Seen], form: str, arrays: list[Array], by: Any) -> tuple[Array, Array]:
     """Return out and lse of a head; its query is scaled."""
     q, k1, k2, v1, v2 = arrays
     if form == "rank_one":
-        a, b = (_pairwise(q, k, v, shape.bounds(x), None) for x, (k, v) in enumerate(((k1, v1), (k2, v2))))
+        a, b = _pairwise(q, k1, v1, seen[0], None), _pairwise(q, k2, v2, seen[1], None)
         return a[0] * b[0], a[1] + b[1]
     if form == "tree":
-        inner, inner_lse = _pairwise(by * k1, k2, v2, shape.inner(), None)
-        return _pairwise(q, k1, v1 * inner, shape.bounds(0), inner_lse)
-    bounds = shape.bounds(0), shape.bounds(1)
+        inner, inner_lse = _pairwise(by * k1, k2, v2, seen[1], None)
+        return _pairwise(q, k1, v1 * inner, seen[0], inner_lse)
     if form == "strassen":
-        return strassen.forward(arrays, by, bounds, lambda some, of: _by_tiles(form, some, by, of))
-    return _by_tiles(form, arrays, by, bounds)
+        return strassen.forward(arrays, by, seen, lambda some, of: _by_tiles(form, some, by, of))
+    return _by_tiles(form, arrays, by, seen)
 
 
-def _by_tiles(form: str, arrays: list[Array], by: Any, bounds: tuple[Bounds, Bounds]) -> tuple[Array, Array]:
+def _by_tiles(form: str, arrays: list[Array], by: Any, seen: tuple[Seen, Seen]) -> tuple[Array, Array]:
     """Return out and lse of a head's rows, pairs of keys in tiles."""
     q, k1, k2, v1, v2 = arrays
     n, d_v = len(q), v1.shape[1]
     top, total = np.full(n, -np.inf, q.dtype), np.zeros(n, q.dtype)
     out = np.zeros((n, d_v), q.dtype)
-    for rows, js, ks, mask in _tiles(bounds):
+    for rows, js, ks, mask in _tiles(seen):
         s = _scores(form, q[rows], k1[js], k2[ks], by, mask)
         largest = np.maximum(top[rows], s.max((1, 2)))
         base = np.where(np.isfinite(largest), largest, 0)
@@ -187,25 +190,26 @@ def _by_tiles(form: str, arrays: list[Array], by: Any, bounds: tuple[Bounds, Bou
     return out / np.where(total > 0, total, 1)[:, None], lse
 
 
-def _backward(shape: Shape, form: str, arrays: list[Array], by: Any, out: Array, lse: Array, g: Array) -> list[Array]:
+def _backward(
+    seen: tuple[Seen, Seen], form: str, arrays: list[Array], by: Any, out: Array, lse: Array, g: Array
+) -> list[Array]:
     """Return the gradients of a head by scaled query, k1, k2, v1 and v2."""
     q, k1, k2, v1, v2 = arrays
     if form == "rank_one":
-        pieces = [(k1, v1, shape.bounds(0)), (k2, v2, shape.bounds(1))]
-        a, b = (_pairwise(q, k, v, bounds, None) for k, v, bounds in pieces)
-        da = _pairwise_backward(q, k1, v1, shape.bounds(0), None, *a, g * b[0], None)
-        db = _pairwise_backward(q, k2, v2, shape.bounds(1), None, *b, g * a[0], None)
+        a, b = _pairwise(q, k1, v1, seen[0], None), _pairwise(q, k2, v2, seen[1], None)
+        da = _pairwise_backward(q, k1, v1, seen[0], None, *a, g * b[0], None)
+        db = _pairwise_backward(q, k2, v2, seen[1], None, *b, g * a[0], None)
         return [da[0] + db[0], da[1], db[1], da[2], db[2]]
     if form == "tree":
-        inner, inner_lse = _pairwise(by * k1, k2, v2, shape.inner(), None)
-        dq, dk1, dv, dbias = _pairwise_backward(q, k1, v1 * inner, shape.bounds(0), inner_lse, out, lse, g, None)
-        dk, dk2, dv2, _ = _pairwise_backward(by * k1, k2, v2, shape.inner(), None, inner, inner_lse, dv * v1, dbias)
+        inner, inner_lse = _pairwise(by * k1, k2, v2, seen[1], None)
+        dq, dk1, dv, dbias = _pairwise_backward(q, k1, v1 * inner, seen[0], inner_lse, out, lse, g, None)
+        dk, dk2, dv2, _ = _pairwise_backward(by * k1, k2, v2, seen[1], None, inner, inner_lse, dv * v1, dbias)
         return [dq, dk1 + by * dk, dk2, dv * inner, dv2]
     grads = [np.zeros_like(x) for x in (q, k1, k2, v1, v2)]
     dq, dk1, dk2, dv1, dv2 = grads
     delta = (g * out).sum(1)
     base = np.where(np.isfinite(lse), lse, 0)
-    for rows, js, ks, mask in _tiles((shape.bounds(0), shape.bounds(1))):
+    for rows, js, ks, mask in _tiles(seen):
         a, b = q[rows], k1[js]
         x, _ = _left(form, a, b, by)
         s = _scores(form, a, b, k2[ks], by, mask)
@@ -232,25 +236,24 @@ def _backward(shape: Shape, form: str, arrays: list[Array], by: Any, out: Array,
     return grads
 
 
-def _pairwise_tiles(n: int, bounds: tuple[Any, Any]) -> Any:
-    first, last = bounds
+def _pairwise_tiles(seen: Seen) -> Any:
+    n = len(seen.first)
     for i in range(0, n, SECOND):
         rows = slice(i, min(i + SECOND, n))
-        for j in range(int(first[rows].min()), int(last[rows].max()), SECOND):
-            js = slice(j, min(j + SECOND, int(last[rows].max())))
-            at = np.arange(js.start, js.stop)
-            yield rows, js, (at >= first[rows, None]) & (at < last[rows, None])
+        of = seen[rows]
+        for js in of.spans(SECOND):
+            yield rows, js, of.mask(js)
 
 
-def _pairwise(q: Array, k: Array, v: Array, bounds: tuple[Any, Any], bias: Array | None) -> tuple[Array, Array]:
+def _pairwise(q: Array, k: Array, v: Array, seen: Seen, bias: Array | None) -> tuple[Array, Array]:
     """Return out and lse of pairwise softmax attention, a term for each key added to its scores."""
     n = len(q)
     top, total, out = np.full(n, -np.inf, q.dtype), np.zeros(n, q.dtype), np.zeros((n, v.shape[1]), q.dtype)
-    for rows, js, seen in _pairwise_tiles(n, bounds):
+    for rows, js, mask in _pairwise_tiles(seen):
         s = q[rows] @ k[js].T
         if bias is not None:
             s += bias[js]
-        s = np.where(seen, s, -np.inf)
+        s = np.where(mask, s, -np.inf)
         largest = np.maximum(top[rows], s.max(1))
         base = np.where(np.isfinite(largest), largest, 0)
         shrink, p = np.exp(top[rows] - base), np.exp(s - base[:, None])
@@ -263,7 +266,7 @@ def _pairwise(q: Array, k: Array, v: Array, bounds: tuple[Any, Any], bias: Array
 
 
 def _pairwise_backward(
-    q: Array, k: Array, v: Array, bounds: tuple[Any, Any], bias: Array | None, out: Array, lse: Array, g: Array,
+    q: Array, k: Array, v: Array, seen: Seen, bias: Array | None, out: Array, lse: Array, g: Array,
     dlse: Array | None,
 ) -> list[Array]:  # fmt: skip
     """Return gradients by q, k, v and the keys' terms; dlse is what arrives at lse."""
@@ -272,11 +275,11 @@ def _pairwise_backward(
     if dlse is not None:
         delta = delta - dlse
     base = np.where(np.isfinite(lse), lse, 0)
-    for rows, js, seen in _pairwise_tiles(len(q), bounds):
+    for rows, js, mask in _pairwise_tiles(seen):
         s = q[rows] @ k[js].T
         if bias is not None:
             s += bias[js]
-        p = np.exp(np.where(seen, s, -np.inf) - base[rows, None])
+        p = np.exp(np.where(mask, s, -np.inf) - base[rows, None])
         ds = p * (g[rows] @ v[js].T - delta[rows, None])
         dv[js] += p.T @ g[rows]
         dq[rows] += ds @ k[js]

@@ -44,16 +44,20 @@ def sees(x):
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.sampled_from([2, 4, 6, 8]), st.integers(0, 99))
 def test_a_slot_an_input_is_the_definition_too(n_q, n_k, d, p, seed):
-    x = problem(n_q, n_k, d, d + 1, 2, p, 1.0, seed, batch=3)
+    lengths = np.random.default_rng(seed).integers(1, n_k + 1, (3, 2, 1, 1))
+    allowed = np.broadcast_to(np.arange(n_k) < lengths, (3, 2, n_q, n_k)).copy()
+    x = problem(n_q, n_k, d, d + 1, 2, p, 1.0, seed, batch=3, allowed=allowed)
     for more in ({"normalize": "client"}, {}):
         plan = planned(x, mode="throughput", tolerance=10.0, **more)
         error = np.abs(he.simulate(plan, x) - exact(x)).max()
         assert error <= plan.approximation + 1e-9 * plan.value_most
 
 
-def test_a_slot_an_input_takes_no_masks():
+def test_a_slot_an_input_takes_no_masks_by_query():
     x = problem(3, 3, causal="bottom_right")
-    with pytest.raises(UnsupportedProblem, match="he: mode='throughput' takes no masks"):
+    with pytest.raises(
+        UnsupportedProblem, match="he: mode='throughput' takes masks that hide a key from all queries of an input"
+    ):
         he.simulate(planned(x, mode="throughput", normalize="client", tolerance=10.0), x)
     with pytest.raises(UnsupportedProblem, match="he: 9000 heads of inputs do not fit 8192 slots"):
         layout_for(8192, 1, 1, 2, 2, 9000, "throughput")

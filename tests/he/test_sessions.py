@@ -19,12 +19,17 @@ from .test_circuit import exact
 
 pytest.importorskip("tenseal")
 
+LENGTHS = np.arange(3) < np.random.default_rng(0).integers(1, 4, (50, 1, 1, 1))
 CALLS = {
     "small, p=2": (problem(5, 7, 6, 4, epsilon=0.5), {}),
     "causal, several heads, p=4": (problem(16, 16, 32, 32, 4, 4, 3.0, causal="bottom_right"), {"tolerance": 3e-2}),
     "the client divides": (problem(16, 16, 32, 32, 2, epsilon=0.0), {"normalize": "client"}),
     "two batches": (problem(5, 7, 6, 4, 2, epsilon=0.5, batch=2), {}),
     "throughput": (problem(2, 3, 4, 6, 2, epsilon=0.5, batch=50), {"mode": "throughput"}),
+    "throughput, inputs of different lengths": (
+        problem(2, 3, 4, 6, 2, epsilon=0.5, batch=50, allowed=np.broadcast_to(LENGTHS, (50, 1, 2, 3)).copy()),
+        {"mode": "throughput"},
+    ),
     "throughput, p=4": (problem(2, 3, 4, 6, 2, 4, 0.5, batch=5), {"mode": "throughput", "tolerance": 1.0}),
     "throughput, the client divides": (problem(2, 3, 4, batch=9), {"mode": "throughput", "normalize": "client"}),
     "compact": (problem(16, 16, 32, 32, 4, 2, 3.0, causal="bottom_right"), {"upload": "compact"}),

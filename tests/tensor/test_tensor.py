@@ -226,22 +226,25 @@ def test_order_three_and_causal_are_the_sums():
     assert np.abs(causal.out - exact).max() <= causal.bound.max() <= 1e-9
 
 
+@pytest.mark.parametrize(("n", "causal"), [(96, False), (300, True)], ids=["all keys", "causal"])
 @pytest.mark.parametrize("hot", [0.0, 0.05, 0.2, 1.0])
-def test_auto_is_within_its_tolerance_and_says_who_took_which(hot):
+def test_auto_is_within_its_tolerance_and_says_who_took_which(hot, n, causal):
     rng = np.random.default_rng(0)
-    n, d = 96, 4
+    d = 4
     size = np.where(rng.random(n) < hot, 8.0, 0.6)
     q = rng.uniform(-1, 1, (1, 1, n, d)) * size[:, None]
     k1, k2 = (rng.uniform(-1, 1, (1, 1, n, d)) for _ in range(2))
     v1, v2 = (rng.uniform(-1, 1, (1, 1, n, 8)) for _ in range(2))
-    found = tensor.auto(q, k1, k2, v1, v2, tolerance=1e-6)
-    exact = tensor.attention(q, k1, k2, v1, v2)
+    found = tensor.auto(q, k1, k2, v1, v2, causal=causal, tolerance=1e-6)
+    exact = tensor.attention(q, k1, k2, v1, v2, causal="bottom_right" if causal else None)
     assert found.bound.max() <= 1e-6
     assert (np.abs(found.out - exact).max(-1) <= found.bound + 1e-14).all()
     assert found.share <= 1 - (size > 1).mean() + 1e-12
     if hot < 1:
         assert found.share > 0.5
         assert found.degree > 0
+    elif causal:
+        assert found.share < 0.1  # of the first rows, whose keys may be small
     else:
         assert found.share == 0
         np.testing.assert_array_equal(found.out, exact)
