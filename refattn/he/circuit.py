@@ -72,8 +72,8 @@ def attend(
     n = _turned(m, layout, turned, v, -1)  # over `parts` neighbouring keys
     m.step("denominator")
     d = turned[0]
-    for x in turned[1:]:
-        d = m.add(d, x)
+    for more in turned[1:]:
+        d = m.add(d, more)
     for step in layout.key_steps():
         d = m.add(d, m.rotate(d, step))
     m.step("division")

@@ -108,6 +108,8 @@ def decode(encoder: Any, plain: Any) -> NDArray[np.complex128]:
 
 
 _free: list[tuple[FileIO, str]] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free.clear)  # a child's files would be its parent's
 
 
 def _new_scratch() -> tuple[FileIO, str]:

@@ -166,6 +166,21 @@ def test_a_shorter_object_has_nothing_of_a_longer_before_it(session):
         from_bytes("Ciphertext", plan.ring, part[: len(part) // 2])
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process_has_files_of_its_own(session):
+    x, plan, client, _ = session
+    parts = [bytes(p) for p in wire.unpack(client.encrypt(x), wire.QUERY, plan.digest, 2**30).parts]
+    expected = [to_bytes(from_bytes("Ciphertext", plan.ring, p)) for p in parts]
+    child = os.fork()
+    mine = child == 0
+    found = all(to_bytes(from_bytes("Ciphertext", plan.ring, parts[mine])) == expected[mine] for _ in range(200))
+    if child == 0:
+        os._exit(not found)
+    assert found
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_the_secret_key_stays(session):
     x, _, client, keys = session
     whole = he.Client(planned(x, upload="whole"))
