@@ -107,36 +107,38 @@ def decode(encoder: Any, plain: Any) -> NDArray[np.complex128]:
     return np.array(encoder.decode_complex(plain))
 
 
-_free: list[tuple[FileIO, str]] = []
+_free: list[FileIO] = []
+"""Files in memory that nobody uses now."""
+
+
+def _close() -> None:
+    while _free:
+        _free.pop().close()
+
+
+atexit.register(_close)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_free.clear)  # a child's files would be its parent's
-
-
-def _new_scratch() -> tuple[FileIO, str]:
-    if hasattr(os, "memfd_create"):
-        file = FileIO(os.memfd_create("refattn"), "r+")
-        return file, f"/proc/self/fd/{file.fileno()}"
-    handle, path = tempfile.mkstemp()
-    file = FileIO(handle, "r+")
-
-    def end() -> None:
-        file.close()
-        os.unlink(path)
-
-    atexit.register(end)
-    return file, path
+    os.register_at_fork(after_in_child=_close)  # a child's files would be its parent's
 
 
 @contextmanager
 def _scratch() -> Iterator[tuple[FileIO, str]]:
-    """Give a file and its path, where the system can one in memory that has no other name."""
-    file, path = _free.pop() if _free else _new_scratch()
+    """Give a file and its path: where the system can, one in memory that has no other name and is used again."""
+    if not hasattr(os, "memfd_create"):
+        handle, path = tempfile.mkstemp()
+        try:
+            with FileIO(handle, "r+") as file:
+                yield file, path
+        finally:
+            os.unlink(path)
+        return
+    file = _free.pop() if _free else FileIO(os.memfd_create("refattn"), "r+")
     try:
-        yield file, path
+        yield file, f"/proc/self/fd/{file.fileno()}"
     finally:
         if os.fstat(file.fileno()).st_size > KEPT:
             file.truncate(KEPT)
-        _free.append((file, path))
+        _free.append(file)
 
 
 def to_bytes(x: Any) -> bytes:

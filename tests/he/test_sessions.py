@@ -166,6 +166,14 @@ def test_a_shorter_object_has_nothing_of_a_longer_before_it(session):
         from_bytes("Ciphertext", plan.ring, part[: len(part) // 2])
 
 
+def test_files_where_the_system_has_none_in_memory(session, monkeypatch):
+    x, plan, client, _ = session
+    part = bytes(wire.unpack(client.encrypt(x), wire.QUERY, plan.digest, 2**30).parts[0])
+    expected = to_bytes(from_bytes("Ciphertext", plan.ring, part))
+    monkeypatch.delattr(os, "memfd_create")
+    assert to_bytes(from_bytes("Ciphertext", plan.ring, part)) == expected
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_process_has_files_of_its_own(session):
