@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from refattn import he, power_attention
+from refattn import he
 from refattn.bench import Row
 from refattn.errors import UnsupportedProblem
 from refattn.he.baselines import edge_call, random_call
@@ -45,7 +45,7 @@ def errors(plan: he.Plan, problems: tuple[Problem, ...]) -> tuple[float, float]:
     client, worst = he.Client(plan), np.zeros(2)
     with he.Server(plan, client.evaluation_keys()) as server:
         for x in problems:
-            references = power_attention(x.query, x.key, x.value, **x.options), he.simulate(plan, x)
+            references = he.reference(x), he.simulate(plan, x)
             for _ in range(RUNS):
                 out = client.decrypt(server.attend(client.encrypt(x)))
                 worst = np.maximum(worst, [np.abs(out - y).max() for y in references])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -199,10 +199,11 @@ class Server:
         self._worker = _Worker(program, m.parts)  # also the check of the keys
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
-        self._threads = ThreadPoolExecutor(workers)  # for what needs no lock: digests and files
+        self._each: Callable[..., Iterable[Any]] = map  # what needs no lock: digests and files
         if workers > 1:
             given = (program, tuple(bytes(x) for x in m.parts))
             self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, given)
+            self._each = ThreadPoolExecutor(workers).map
 
     def __enter__(self) -> Server:
         return self
@@ -212,7 +213,6 @@ class Server:
 
     def close(self) -> None:
         """Stop the workers."""
-        self._threads.shutdown()
         if self._pool is not None:
             self._pool.shutdown()
 
@@ -226,7 +226,7 @@ class Server:
         """
         plan = self.plan
         most = SLACK * (plan.upload_bytes + 2**20)
-        m = unpack(query, QUERY, plan.digest, most, self._threads.map)
+        m = unpack(query, QUERY, plan.digest, most, self._each)
         if m.client != self._client:
             raise InvalidInput("he: got a query of another client than the one whose keys are here")
         wanted = plan.loads().total()
@@ -243,7 +243,7 @@ class Server:
         assert self._pool is not None
         with tempfile.TemporaryDirectory(dir=folder_for(sum(map(len, parts)))) as folder:
             paths = [Path(folder, str(i)) for i in range(len(parts))]
-            list(self._threads.map(Path.write_bytes, paths, parts))
+            list(self._each(Path.write_bytes, paths, parts))
             tasks = self.program.tasks(paths)
             groups = len({tuple(shared[:1]) for shared, _ in tasks})
             # blocks that share ciphertexts go to one worker, which loads them once, where that leaves none idle

@@ -95,12 +95,12 @@ class Seen:
         end = int(self.last.max())
         return [slice(j, min(j + size, end)) for j in range(int(self.first.min()), end, size)]
 
-    def shown(self, x: Any) -> Any:
-        """Return the keys' numbers, 0 for those that no row sees: what lies there counts for nothing."""
+    def shown(self, xs: Sequence[Any]) -> Sequence[Any]:
+        """Return arrays of the keys, 0 at those that no row sees: what lies there counts for nothing."""
         if self.allowed is None:
-            return x
-        some = np.asarray(self.mask().any(0))
-        return np.where(some[:, None], x, x.dtype.type(0))
+            return xs
+        some = np.asarray(self.mask().any(0))[:, None]
+        return [np.where(some, x, x.dtype.type(0)) for x in xs]
 
 
 @dataclass(frozen=True)

@@ -329,7 +329,7 @@ def head(
     """Return out of a head's rows; causal rows may be some only, at their places."""
     degree = len(coefficients) - 1
     weight = weights(q.shape[1], coefficients, by).astype(q.dtype)[:, None]
-    wide = [np.concatenate([v, np.ones((len(v), 1), v.dtype)], 1) for v in values]
+    wide = widened(values)
     if not causal:
         moments = np.ones((len(weight), wide[0].shape[1]), q.dtype)
         for k, w in zip(keys, wide, strict=True):
@@ -348,6 +348,11 @@ def head(
     return np.asarray(sums[:, :-1] / sums[:, -1:])
 
 
+def widened(values: Sequence[Array]) -> list[Array]:
+    """Return each kind's values with a 1 behind, whose sums are the denominators."""
+    return [np.concatenate([v, np.ones((len(v), 1), v.dtype)], 1) for v in values]
+
+
 def running(
     keys: Sequence[Array], wide: Sequence[Array], degree: int, before: Sequence[Array] | None = None
 ) -> Iterator[tuple[slice, list[Array], list[Array]]]:
@@ -356,7 +361,7 @@ def running(
     Parameters
     ----------
     keys, wide : sequences of (n, d) and (n, w) arrays
-        A head's keys, and their values with a 1 behind.
+        A head's keys, and their values as `widened` gives them.
     degree : int
         The features' degree.
     before : sequence of (w, features) arrays, optional
@@ -374,8 +379,8 @@ def running(
         for t, (f, w) in enumerate(zip(of_keys, wide, strict=True)):
             s = np.ascontiguousarray(f.T)[:, None] * w[part, :, None]
             s[0] += state[t]
-            for before_, here in pairwise(s):
-                here += before_
+            for previous, here in pairwise(s):
+                here += previous
             sums.append(s)
         yield part, sums, of_keys
         state = [s[-1].copy() for s in sums]

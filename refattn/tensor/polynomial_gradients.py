@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidProblem
-from .polynomial import ROWS, coefficients_of, features, monomials, prepared, running, weights
+from .polynomial import ROWS, coefficients_of, features, monomials, prepared, running, weights, widened
 
 __all__ = ["polynomial_backward"]
 
@@ -69,7 +69,7 @@ def _head(
     """Return the gradients of a head."""
     degree = len(coefficients) - 1
     weight = weights(q.shape[1], coefficients, by).astype(q.dtype)[:, None]
-    wide = [np.concatenate([v, np.ones((len(v), 1), v.dtype)], 1) for v in values]
+    wide = widened(values)
     sums = [sum(features(k[i], degree) @ w[i] for i in _parts(k)) for k, w in zip(keys, wide, strict=True)]
     moments = math.prod(sums[1:], start=sums[0]) * weight
     arrived, dq = np.zeros_like(moments), np.empty_like(q)
@@ -101,7 +101,7 @@ def _causal_head(
     """Return the gradients of a head whose rows see the keys up to their own: parts of the rows, from the last."""
     degree = len(coefficients) - 1
     weight = weights(q.shape[1], coefficients, by).astype(q.dtype)
-    wide = [np.concatenate([v, np.ones((len(v), 1), v.dtype)], 1) for v in values]
+    wide = widened(values)
     zero = [np.zeros((w.shape[1], len(weight)), w.dtype) for w in wide]
     starts, parts = [zero], []
     for part, sums, _ in running(keys, wide, degree):

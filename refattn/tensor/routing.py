@@ -84,9 +84,8 @@ def auto(
         if not of.all():
             some = (x[b : b + 1, h : h + 1] for x in (k1, k2, v1, v2))
             before = (np.arange(n1) <= np.flatnonzero(~of)[:, None])[None, None] if causal else None
-            out[b, h, ~of] = attention(
-                query[b : b + 1, h : h + 1, ~of], *some, scale=by, allowed=(before, before) if causal else None
-            )[0, 0]
+            rest = query[b : b + 1, h : h + 1, ~of]
+            out[b, h, ~of] = attention(rest, *some, scale=by, allowed=(before, before))[0, 0]
     bound = np.where(good, bound_of("taylor", degree, sizes, Sums.of(query, keys), most) if degree > 0 else 0.0, 0.0)
     return Certified(out, bound, degree, "taylor", float(good.mean()), least / 1e9)
 

@@ -110,8 +110,8 @@ def backward(
 def _head(arrays: list[Array], b: int, h: int, shape: Shape, form: str) -> tuple[list[Array], tuple[Seen, Seen]]:
     """Return a head's arrays, and the keys that its rows see."""
     kv, seen = h // (shape.heads // shape.heads_kv), shape.seen(form, b, h)
-    first, second = ([s.shown(x[b, kv]) for x in arrays[t::2]] for t, s in enumerate(seen, 1))
-    return [arrays[0][b, h], first[0], second[0], first[1], second[1]], seen
+    (k1, v1), (k2, v2) = (s.shown([x[b, kv] for x in arrays[t::2]]) for t, s in enumerate(seen, 1))
+    return [arrays[0][b, h], k1, k2, v1, v2], seen
 
 
 def _cross(a: Array, b: Array) -> Array:
