@@ -17,7 +17,7 @@ import numpy as np
 from refattn import he
 from refattn.bench import Row
 from refattn.he.baselines import ckks_tensor, ckks_vector, random_call
-from refattn.he.inverse import ChebyshevInverse
+from refattn.he.inverse import Inverse
 from refattn.problem import Problem
 
 RUNS, THREADS = 5, 2
@@ -67,7 +67,7 @@ def baselines() -> Iterator[Row]:
     """The same inverse polynomial on the same inputs, 16 x 32."""
     x, given = random_call(16, 32, 1, 2)
     low, high = given["denominator"]
-    inverse = ChebyshevInverse(low, high, 4)
+    inverse = Inverse(low, high, 4)
     plan = he.plan(16, 16, 32, **given, inverse=inverse)
     ours, error = timed(plan, x)
     yield Row("16 x 32 refattn", ours, "s")

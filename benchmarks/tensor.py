@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 from refattn import tensor
 from refattn.bench import Row
 from refattn.errors import UnsupportedProblem
+from refattn.tensor.costs import measure
 
 EXAMPLES = 100_000
 
@@ -111,7 +112,7 @@ def polynomials() -> Iterator[Row]:
     yield Row("n=4096 d=4 exact", slow, "s")
     yield Row("n=4096 d=4 exact over polynomial", slow / fast, "ratio", at_least=1e4)
     logits = float(np.abs(q).max() * np.abs(k1).max() * np.abs(k2).max())
-    said = tensor.crossover(4096, 4, logits, 1e-8)
+    said = tensor.crossover(4096, 4, logits, 1e-8, costs=measure())
     yield Row("n=4096 d=4 predicted over measured, exact", said.exact_seconds / slow, "ratio")
     yield Row("n=4096 d=4 predicted over measured, polynomial", said.polynomial_seconds / fast, "ratio")
     error = float(np.abs(found.out - exact).max())
@@ -127,20 +128,19 @@ def polynomials() -> Iterator[Row]:
 
 
 def routing() -> Iterator[Row]:
-    """Auto with a share of rows whose logits are too large for the polynomial."""
+    """Auto with a share of rows whose logits are too large for the polynomial, by this machine's costs."""
     n, d = 512, 4
+    costs = measure()
     for hot in (0.0, 0.05, 0.2):
         rng = np.random.default_rng(1)
         given = arrays(n, d, 1.0, 8)
         given[0] *= np.where(rng.random(n) < hot, 6.0, 0.6)[:, None]
-        found, exact = tensor.auto(*given, tolerance=1e-6), tensor.attention(*given)
+        route = partial(tensor.auto, *given, tolerance=1e-6, costs=costs)
+        found, exact = route(), tensor.attention(*given)
         at = f"auto, {hot:.0%} hot rows"
         yield Row(f"{at}, error", float(np.abs(found.out - exact).max()), "absolute", at_most=1e-6)
         yield Row(f"{at}, share of the polynomial", found.share, "share")
-        ours, whole = (
-            seconds(lambda g=given: tensor.auto(*g, tolerance=1e-6)),
-            seconds(lambda g=given: tensor.attention(*g)),
-        )
+        ours, whole = seconds(route), seconds(lambda g=given: tensor.attention(*g))
         yield Row(f"{at}, exact over auto", whole / ours, "ratio")
         yield Row(f"{at}, predicted over measured time", found.predicted_seconds / ours, "ratio", 2.0, 0.5)
 

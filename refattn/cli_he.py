@@ -57,6 +57,7 @@ def plan_(sizes: tuple[int, ...], output: str | None, as_json: bool, **given: An
 @click.option("--sessions", default=8, show_default=True, help="The most sessions at once: a process and keys each.")
 @click.option("--expire", default=3600.0, show_default=True, help="Seconds without a query after which one ends.")
 @click.option("--tolerance", default=1e-2, show_default=True, help="Of a layer's polynomial for 1/D, relative.")
+@click.option("--upload", type=click.Choice(["full", "whole"]), default="full", show_default=True, help="Of a layer.")
 @click.option("--certificate", help="A file with a TLS certificate.")
 @click.option("--key", help="The file with its key.")
 def serve(program: str, host: str, port: int, certificate: str | None, key: str | None, **given: Any) -> None:
@@ -76,7 +77,7 @@ def serve(program: str, host: str, port: int, certificate: str | None, key: str 
             raise InvalidInput(f"serve: --{name}: there is no file {file}")
     what: Any
     if program.endswith(".npz"):
-        what = Layer(load_weights(program), given["tolerance"])
+        what = Layer(load_weights(program), given["tolerance"], given["upload"])
     else:
         what = plan_from_json(Path(program).read_bytes())
         if not isinstance(what, Plan):

@@ -15,10 +15,11 @@ UPLOADS = ("full", "compact", "whole")
 
 def check_arguments(
     n_q: Any, n_k: Any, d_k: Any, d_v: Any, heads: Any, p: Any, denominator: Any, epsilon: Any, norms: Any,
-    value_most: Any, tolerance: Any, normalize: Any, mode: Any, upload: Any,
+    value_most: Any, tolerance: Any, normalize: Any, mode: Any, upload: Any, workers: Any,
 ) -> None:  # fmt: skip
     """Refuse sizes, ranges and names that have no meaning."""
     sizes = {"n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_k if d_v is None else d_v, "heads": heads}
+    sizes["workers"] = workers
     for name, n in sizes.items():
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise InvalidInput(f"{name}: got {n!r}, expected an integer of at least 1")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..errors import UnsupportedProblem
 from ..problem import Problem
 from .circuit import Numbers
-from .inverse import ChebyshevInverse
+from .inverse import Inverse
 
 __all__ = ["ckks_tensor", "ckks_vector", "edge_call", "random_call"]
 
@@ -43,7 +43,7 @@ def _context(levels: int, rotations: bool, threads: int) -> Any:
 
 
 def ckks_tensor(
-    q: Float, k: Float, v: Float, inverse: ChebyshevInverse, scale: float, epsilon: float = 0.0, threads: int = 1
+    q: Float, k: Float, v: Float, inverse: Inverse, scale: float, epsilon: float = 0.0, threads: int = 1
 ) -> tuple[Float, float]:
     """Return out (n_q, d_v) of power-softmax attention with p = 2 by CKKSTensor, and the server's seconds.
 
@@ -51,7 +51,7 @@ def ckks_tensor(
     ----------
     q, k, v : (n_q, d), (n_k, d), (n_k, d_v) arrays
         One head, in clear; encrypted here.
-    inverse : ChebyshevInverse
+    inverse : Inverse
         The polynomial for 1/D.
     scale : float
         Multiplies the scores.
@@ -60,24 +60,25 @@ def ckks_tensor(
     threads : int
         TenSEAL's.
     """
-    ts, made = _context(inverse.steps + 3, False, threads)
+    ts, made = _context(inverse.levels + 2, False, threads)
     factor = scale * np.sqrt(inverse.input_factor)
     a, b, c = (ts.ckks_tensor(made, ts.plain_tensor(x)) for x in (q * factor, k.T.copy(), v))
     start = time.perf_counter()
     w = a.mm(b).square()
     d = w.sum(axis=1)
     n = w.mm(c)
-    (y,) = inverse.factors(_Public(), d, epsilon)
-    out = n * y.reshape([len(q), 1]).broadcast([len(q), v.shape[1]])
+    out = n
+    for y in inverse.factors(_Public(), d, epsilon):
+        out = out * y.reshape([len(q), 1]).broadcast([len(q), v.shape[1]])
     seconds = time.perf_counter() - start
     return np.array(out.decrypt().tolist()).reshape(len(q), -1) * inverse.output_factor, seconds
 
 
 def ckks_vector(
-    q: Float, k: Float, v: Float, inverse: ChebyshevInverse, scale: float, epsilon: float = 0.0, threads: int = 1
+    q: Float, k: Float, v: Float, inverse: Inverse, scale: float, epsilon: float = 0.0, threads: int = 1
 ) -> tuple[Float, float]:
     """Return the same by CKKSVector, a vector a row: see :func:`ckks_tensor`."""
-    ts, made = _context(inverse.steps + 4, True, threads)
+    ts, made = _context(inverse.levels + 3, True, threads)
     factor = scale * np.sqrt(inverse.input_factor)
     a, b, c = ([ts.ckks_vector(made, x) for x in rows] for rows in (q * factor, k, v))
     start = time.perf_counter()

@@ -15,6 +15,7 @@ The same text runs on float64 numbers (`Numbers`), on counts of operations and l
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -60,19 +61,24 @@ def attend(
     if isinstance(layout, BatchLayout):
         return _attend_batch(m, layout, p, inverse, added, q, k, v)
     m.step("products")
-    x = _turned(m, layout, _turns(m, layout, q[0], 1), k, 1) if layout.compact else m.dot(q, k)
-    x = m.add(x, m.conjugate(x))  # 2·Re: two features a slot
-    for step in layout.group_steps():
-        x = m.add(x, m.rotate(x, step))
-    x = m.within(x, p)
-    m.step("power")
-    w = _power(m, x, p)
+    turned_q = [_turns(m, layout, q[0], 1)] if layout.compact else []
+    weights: list[Any] = []
+    for of_span in _split(k, layout.spans):
+        m.step("products")
+        x = _turned(m, layout, turned_q, [of_span], 1) if layout.compact else m.dot(q, of_span)
+        x = m.add(x, m.conjugate(x))  # 2·Re: two features a slot
+        for step in layout.group_steps():
+            x = m.add(x, m.rotate(x, step))
+        x = m.within(x, p)
+        m.step("power")
+        w = _power(m, x, p)
+        weights.append(m.another(w) if weights else w)
     m.step("values")
-    turned = _turns(m, layout, w, -1)
-    n = _turned(m, layout, turned, v, -1)  # over `parts` neighbouring keys
+    turned = [_turns(m, layout, w, -1) for w in weights]
+    n = _turned(m, layout, turned, _split(v, layout.spans), -1)  # over `parts` neighbouring keys of all spans
     m.step("denominator")
-    d = turned[0]
-    for more in turned[1:]:
+    d, *rest = itertools.chain(*turned)
+    for more in rest:
         d = m.add(d, more)
     for step in layout.key_steps():
         d = m.add(d, m.rotate(d, step))
@@ -131,12 +137,18 @@ def _turns(m: Any, layout: Layout, a: Any, sign: int) -> list[Any]:
     return [a] + [m.rotate(a, r * sign * layout.columns) for r in range(1, layout.baby)]
 
 
-def _turned(m: Any, layout: Layout, turned: Sequence[Any], bs: Sequence[Any], sign: int) -> Any:
-    """Return the sum over r of a, turned by r rows, times b_r: a is turned by baby steps, sums by giant steps."""
+def _split(xs: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    each = len(xs) // count
+    return [xs[i * each : (i + 1) * each] for i in range(count)]
+
+
+def _turned(m: Any, layout: Layout, turned: Sequence[Sequence[Any]], bs: Sequence[Sequence[Any]], sign: int) -> Any:
+    """Return the sum over spans and r of a, turned by r rows, times b_r: a by baby steps, sums by giant steps."""
     baby, unit = layout.baby, sign * layout.columns
+    every = [x for of_span in turned for x in of_span]
     total = None
     for giant in range(layout.parts // baby):
-        part = m.dot(turned, bs[giant * baby : (giant + 1) * baby])
+        part = m.dot(every, [x for of_span in bs for x in of_span[giant * baby : (giant + 1) * baby]])
         if giant:
             part = m.rotate(part, giant * baby * unit)
         total = part if total is None else m.add(total, part)

@@ -8,7 +8,6 @@ polynomial, u = (a + b - 2D)/(b - a) and t0 = (b + a)/(b - a): it equals 1 at D 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,32 +16,42 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidInput
 
-__all__ = ["ChebyshevInverse", "Inverse", "ProductInverse", "choose", "product"]
+__all__ = ["Inverse", "choose", "product"]
 
 Float = NDArray[np.float64]
+MOST_QUADRATICS = 15
+"""More lose more digits than they save levels."""
 
 
 @dataclass(frozen=True)
-class Inverse(ABC):
-    """An approximation of 1/D on [low, high] by a polynomial.
+class Inverse:
+    """An approximation of 1/D on [low, high] by the best polynomial of degree m - 1, m = 2**doublings · odd.
+
+    With v = u / t0 and T_2m = 2·T_m**2 - 1, the residual is brought down to T_odd by doublings, each a level and a
+    factor 1 + v of 1/D; that of T_odd is 1 - v times (odd - 1)/2 quadratics in v.
 
     Attributes
     ----------
     low, high : float
         The interval.
-    steps : int
-        The degree is 2**steps - 2 (product form) or 2**steps - 1 (Chebyshev form).
+    doublings : int
+        How often T_2 is applied. Each is small for wide intervals.
+    odd : int
+        The order of what is left, odd.
     """
 
     low: float
     high: float
-    steps: int
+    doublings: int = 0
+    odd: int = 1
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.high) and 0 < self.low < self.high):
             raise InvalidInput(f"denominator: got ({self.low}, {self.high}), expected 0 < low < high")
-        if self.steps < 1:
-            raise InvalidInput(f"inverse: got {self.steps} steps, expected at least 1")
+        if self.doublings < 0 or self.odd < 1 or self.odd % 2 == 0:
+            raise InvalidInput(
+                f"inverse: got {self.doublings} doublings of order {self.odd}, expected 0 or more of an odd order"
+            )
 
     @property
     def centre(self) -> float:
@@ -50,32 +59,103 @@ class Inverse(ABC):
         return (self.high + self.low) / (self.high - self.low)
 
     @property
-    @abstractmethod
+    def reach(self) -> float:
+        """acosh(t0), which says how fast the error falls with m: to digits where t0 is all but 1."""
+        above = 2 * self.low / (self.high - self.low)
+        return math.log1p(above + math.sqrt(above * (2 + above)))
+
+    @property
     def order(self) -> int:
         """m: the polynomial's degree, and one."""
+        return self.odd << self.doublings
+
+    @property
+    def quadratics(self) -> int:
+        """How many quadratics are left after the doublings."""
+        return self.odd // 2
+
+    @property
+    def levels(self) -> int:
+        """Levels from the denominator to the quotient, where the numerator comes a level later than it."""
+        if self.order == 1:
+            return 1
+        return 1 + self.doublings + self.quadratics.bit_length()
+
+    @property
+    def products(self) -> int:
+        """Products of ciphertexts, squares among them."""
+        squares = self.doublings if self.odd > 1 else max(0, self.doublings - 1)
+        return squares + (self.odd > 1) + self.doublings + self.quadratics
 
     @property
     def relative_error(self) -> float:
         """The largest size of 1 - D·y(D) on the interval: 1/T_m(t0)."""
-        exponent = self.order * math.acosh(self.centre)
+        exponent = self.order * self.reach
         return 1 / math.cosh(exponent) if exponent < 700 else 0.0
 
+    def _doubled(self) -> tuple[list[float], list[float], list[float], float]:
+        """Return alpha, beta of v -> alpha·v**2 - beta, the factors that make it w -> w**2 - constant, and the centre.
+
+        The last factor is 1: what is left after the doublings is v itself.
+        """
+        t, alpha, beta = self.centre, [], []
+        for _ in range(self.doublings):
+            twice = 2 * t**2
+            # T_2**k of a narrow interval's centre grows past float64, where alpha is 1 and beta nothing
+            t = min(twice - 1, 1e150)
+            alpha.append(twice / (twice - 1))
+            beta.append(1 / t)
+        scale = [1.0] * (self.doublings + 1)
+        # the last doubling's square is not taken where nothing is left after it
+        for k in range(self.doublings - 1 - (self.odd == 1), -1, -1):
+            scale[k] = math.sqrt(alpha[k] * scale[k + 1])
+        return alpha, beta, scale, t
+
+    def _quadratics(self, centre: float) -> list[tuple[float, float]]:
+        """Return (l, c) of the factors v**2 + l·v + c: the roots of T_odd(t·v) = T_odd(t) but 1, in pairs."""
+        angles = [2 * math.pi * k / self.odd for k in range(1, self.quadratics + 1)]
+        factors = [(-2 * math.cos(x), 1 - (math.sin(x) / centre) ** 2) for x in angles]
+        return [
+            factors[i // 2] if i % 2 == 0 else factors[-1 - i // 2] for i in range(len(factors))
+        ]  # small ones beside large
+
     @property
-    @abstractmethod
     def input_factor(self) -> float:
         """What D is multiplied with before the circuit sees it."""
+        return 2 * self._doubled()[2][0] / (self.low + self.high)
 
     @property
-    @abstractmethod
     def output_factor(self) -> float:
         """What the circuit's quotient is multiplied with afterwards."""
+        alpha, _, scale, centre = self._doubled()
+        doubled = math.prod(a / s for a, s in zip(alpha, scale, strict=False))
+        return doubled / scale[0] / math.prod(c for _, c in self._quadratics(centre))
 
-    @abstractmethod
     def factors(self, m: Any, denominator: Any, added: float) -> list[Any]:
         """Return what a numerator is multiplied with, one after another, by an arithmetic.
 
         The product of all is 1 / (denominator + added) / output_factor, the denominator and `added` times input_factor.
         """
+        if self.order == 1:
+            return []
+        _, beta, scale, centre = self._doubled()
+        w = m.add_constant(m.negate(denominator), scale[0] - added * self.input_factor)
+        y = None
+        for k in range(self.doublings):
+            factor = m.add_constant(w, scale[k])
+            y = factor if y is None else m.product(y, factor)
+            if k < self.doublings - 1 or self.odd > 1:
+                w = m.add_constant(m.rescale(m.relinearize(m.square(w))), -scale[k + 1] * beta[k])
+        found = [] if y is None else [y]
+        if self.odd == 1:
+            return found
+        square, quadratics = m.relinearize(m.square(w)), []
+        for linear, constant in self._quadratics(centre):
+            z = m.add(m.times_constant(w, linear), square)
+            quadratics.append(m.rescale(m.add_constant(z, constant)))
+        # 1, 2, 4, ... of them: each product is there when the numerator has come so far
+        groups = (quadratics[2**i - 1 : 2 ** (i + 1) - 1] for i in range(self.quadratics.bit_length()))
+        return found + [product(m, g) for g in groups]
 
     def apply(self, m: Any, numerator: Any, denominator: Any, added: float) -> Any:
         """Return numerator / (denominator + added) / output_factor by an arithmetic; both scaled by input_factor."""
@@ -92,86 +172,6 @@ class Inverse(ABC):
         return np.asarray(out * self.output_factor)
 
 
-class ProductInverse(Inverse):
-    """The best polynomial of degree 2**steps - 2 as a product of quadratics in u: `steps` levels with the numerator."""
-
-    @property
-    def order(self) -> int:
-        return (1 << self.steps) - 1
-
-    def _quadratics(self) -> list[tuple[float, float]]:
-        """Return (l, c) of the factors u**2 + l·u + c: the roots of T_m(u) = T_m(t0) but t0, in pairs."""
-        count = (self.order - 1) // 2
-        angles = [2 * math.pi * k / self.order for k in range(1, count + 1)]
-        factors = [(-2 * self.centre * math.cos(x), self.centre**2 - math.sin(x) ** 2) for x in angles]
-        return [
-            factors[i // 2] if i % 2 == 0 else factors[-1 - i // 2] for i in range(count)
-        ]  # small ones beside large
-
-    @property
-    def input_factor(self) -> float:
-        return 2 / (self.high - self.low)
-
-    @property
-    def output_factor(self) -> float:
-        constant = math.prod(c for _, c in self._quadratics())
-        return (self.high - self.low) / (self.high + self.low) / constant
-
-    def factors(self, m: Any, denominator: Any, added: float) -> list[Any]:
-        if self.steps == 1:
-            return []
-        u = m.add_constant(m.negate(denominator), self.centre - added * self.input_factor)
-        square = m.relinearize(m.square(u))
-        quadratics = []
-        for linear, constant in self._quadratics():
-            z = m.add(m.times_constant(u, linear), square)
-            quadratics.append(m.rescale(m.add_constant(z, constant)))
-        # 1, 2, 4, ... of them: each product is there when the numerator has come so far
-        return [product(m, quadratics[2**i - 1 : 2 ** (i + 1) - 1]) for i in range(self.steps - 1)]
-
-
-class ChebyshevInverse(Inverse):
-    """The best polynomial of degree 2**steps - 1 by T_2(T_2(...)): a level more, and small for wide intervals."""
-
-    @property
-    def order(self) -> int:
-        return 1 << self.steps
-
-    def _constants(self) -> tuple[list[float], list[float], list[float]]:
-        """Return alpha, beta of v -> alpha·v**2 - beta, and the factors that make it w -> w**2 - constant."""
-        t, alpha, beta = self.centre, [], []
-        for _ in range(self.steps):
-            twice = 2 * t**2
-            # T_2**k of a narrow interval's centre grows past float64, where alpha is 1 and beta nothing
-            t = min(twice - 1, 1e150)
-            alpha.append(twice / (twice - 1))
-            beta.append(1 / t)
-        scale = [1.0] * self.steps
-        for k in range(self.steps - 2, -1, -1):
-            scale[k] = math.sqrt(alpha[k] * scale[k + 1])
-        return alpha, beta, scale
-
-    @property
-    def input_factor(self) -> float:
-        return 2 * self._constants()[2][0] / (self.low + self.high)
-
-    @property
-    def output_factor(self) -> float:
-        alpha, _, scale = self._constants()
-        return math.prod(a / s for a, s in zip(alpha, scale, strict=True)) / scale[0]
-
-    def factors(self, m: Any, denominator: Any, added: float) -> list[Any]:
-        _, beta, scale = self._constants()
-        w = m.add_constant(m.negate(denominator), scale[0] - added * self.input_factor)
-        y = None
-        for k in range(self.steps):
-            factor = m.add_constant(w, scale[k])
-            y = factor if y is None else m.product(y, factor)
-            if k < self.steps - 1:
-                w = m.add_constant(m.rescale(m.relinearize(m.square(w))), -scale[k + 1] * beta[k])
-        return [y]
-
-
 def product(m: Any, factors: list[Any]) -> Any:
     """Return a product in the fewest levels; the deepest factors last."""
     factors = list(factors)
@@ -183,7 +183,7 @@ def product(m: Any, factors: list[Any]) -> Any:
 
 
 def choose(low: float, high: float, relative_error: float) -> list[Inverse]:
-    """Return inverses within a relative error, those with few levels first.
+    """Return inverses within a relative error, those with few levels and then few products first.
 
     Raises
     ------
@@ -192,11 +192,11 @@ def choose(low: float, high: float, relative_error: float) -> list[Inverse]:
     """
     if not relative_error > 0:
         raise InvalidInput(f"tolerance: got {relative_error}, expected a number above 0")
-    found: list[tuple[int, Inverse]] = []
-    for steps in range(1, 33):
-        # past four steps the product form's factors lose more digits than they save
-        if steps <= 4:
-            found.append((steps, ProductInverse(low, high, steps)))
-        found.append((steps + 1, ChebyshevInverse(low, high, steps)))
-    good = [(levels, x) for levels, x in found if x.relative_error <= relative_error]
-    return [x for _, x in sorted(good, key=lambda pair: pair[0])]
+    order = math.acosh(1 / min(relative_error, 1.0)) / Inverse(low, high).reach
+    found = set()
+    for doublings in range(math.ceil(math.log2(max(order, 1.0))) + 2):
+        # the least odd order, and two more for where noise leaves less room
+        odd = max(1, 2 * math.ceil((order / 2**doublings - 1) / 2) + 1)
+        found |= {Inverse(low, high, doublings, o) for o in (odd, odd + 2) if o // 2 <= MOST_QUADRATICS}
+    good = [x for x in found if x.relative_error <= relative_error]
+    return sorted(good, key=lambda x: (x.levels, x.products, x.order))

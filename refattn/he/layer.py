@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UnsupportedProblem
+from ..errors import InvalidInput, UnsupportedProblem
 from .circuit import Levels, Token, attend
 from .inputs import simulated
 from .inverse import Inverse, choose, product
@@ -32,6 +32,8 @@ __all__ = ["Layer"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
+LINE = {"full": 8e-6, "whole": 8e-7}
+"""Milliseconds that a byte takes: 1 Gbit/s, and 10 where whole ciphertexts are asked for."""
 LEAST_MIDDLE = 36
 """Bits of a prime: fewer would leave a layer's noise above 1e-4."""
 
@@ -45,6 +47,9 @@ class Layer:
         What it computes.
     tolerance : float
         The largest relative error of the polynomial for 1/D.
+    upload : {"full", "whole"}
+        As in :func:`refattn.he.plan`. The plan is the fastest with its query's way on a line of 1 Gbit/s, or of 10
+        where whole ciphertexts are asked for.
 
     Raises
     ------
@@ -54,9 +59,12 @@ class Layer:
         No ring at 128 bits of security has the slots and levels.
     """
 
-    def __init__(self, weights: Weights, tolerance: float = 1e-2) -> None:
+    def __init__(self, weights: Weights, tolerance: float = 1e-2, upload: str = "full") -> None:
         self.weights = w = weights
         check(w)
+        if upload not in LINE:
+            raise InvalidInput(f"upload: got {upload!r}, expected one of {', '.join(LINE)} for a layer")
+        self._upload = upload
         candidates = choose(*w.denominator, tolerance)
         if not candidates:
             raise UnsupportedProblem(f"he: no polynomial is within {tolerance:.3g} of 1/D on {w.denominator}")
@@ -88,8 +96,7 @@ class Layer:
                 f"he: no ring at 128 bits of security has {period} slots and the levels that the layer needs; "
                 "narrower ranges, a larger tolerance or a smaller p would help"
             )
-        # the time on a line of 1 Gbit/s counts, too: 8e-6 ms a byte
-        self.plan = min(found, key=lambda x: x.predicted_ms() + 8e-6 * x.upload_bytes)
+        self.plan = min(found, key=lambda x: x.predicted_ms() + LINE[upload] * x.upload_bytes)
         self._compile(self.plan.layout, self.plan.spread, self.plan.apart)
 
     def _planned(self, layout: Layout, spread: int, apart: int, n: int) -> list[LayerPlan]:
@@ -115,7 +122,7 @@ class Layer:
             n, d, w.query.shape[0], w.p, 0 if isinstance(then, Feedforward) else len(then), ring, layout, spread, apart,
             0 if not isinstance(then, Feedforward) else limbs, w.first_epsilon, kappa,
             1 / kappa if isinstance(then, Feedforward) else self.inverse.output_factor / n,
-            steps, exact.counts, tuple(sorted({r % ring.slots for r in exact.rotations})),
+            steps, exact.counts, tuple(sorted({r % ring.slots for r in exact.rotations})), self._upload,
         )]  # fmt: skip
 
     def simulate(self, x: Any, seed: int | None = None) -> Float:

@@ -52,6 +52,8 @@ class LayerPlan(Planned):
         Operations by (name, primes left).
     rotations : tuple of int
         Those that keys are made for.
+    upload : str
+        "full" or "whole", as in :func:`refattn.he.plan`.
     """
 
     n: int
@@ -70,9 +72,9 @@ class LayerPlan(Planned):
     levels: dict[str, int]
     counts: Counter[tuple[str, int]] = field(repr=False)
     rotations: tuple[int, ...]
+    upload: str = "full"
 
     outs = 1
-    upload = "full"
 
     @property
     def copies(self) -> int:
@@ -80,10 +82,11 @@ class LayerPlan(Planned):
         return -(-self.d // (self.spread * self.apart))
 
     def loads(self) -> Counter[tuple[str, int]]:
-        """Return the ciphertexts of a query by ("load", primes left)."""
-        found = Counter({("load", self.ring.levels + 1): 2 * self.copies})
+        """Return the ciphertexts of a query by ("load" or "load_whole", primes left)."""
+        name = "load_whole" if self.upload == "whole" else "load"
+        found = Counter({(name, self.ring.levels + 1): 2 * self.copies})
         if not self.classes:
-            found["load", self.residual_limbs] += 1
+            found[name, self.residual_limbs] += 1
         return found
 
     def predicted_ms(self, costs: Costs = COSTS) -> float:
@@ -95,7 +98,7 @@ class LayerPlan(Planned):
         """What messages name the plan by."""
         text = {
             n: getattr(self, n)
-            for n in ("n", "d", "heads", "p", "classes", "spread", "apart", "residual_limbs", "first_epsilon")
+            for n in ("n", "d", "heads", "p", "classes", "spread", "apart", "residual_limbs", "first_epsilon", "upload")
         }
         text |= {"ring": asdict(self.ring), "factors": (self.residual_factor, self.out_factor)}
         return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).digest()

@@ -4,11 +4,14 @@ A slot is (g, j, column): j a key, column a query of a head, g a group of featur
 holds two features, as a complex number. With R ciphertexts and G groups, ciphertext r holds in row J = g·L + j the pair
 of features f(J + r), f(J) = (J // L)·R + J mod R (J modulo G·L): so rotations by whole rows bring the right features to
 the right keys wherever they wrap around, and nothing has to be masked out.
+
+Keys that do not fit beside all queries come in spans of L. What adds up keys is done for all spans at once, and so is
+the division: few columns in many blocks take more of both, but blocks can be computed apart.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import UnsupportedProblem
 
-__all__ = ["BatchLayout", "Layout", "layout_for"]
+__all__ = ["BatchLayout", "Layout", "layouts_for"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -32,7 +35,7 @@ class Layout:
     slots : int
         Slots of a ciphertext.
     keys : int
-        L: keys, filled up to a power of 2.
+        Keys, filled up to a power of 2.
     columns : int
         Columns of a block: queries of one head, or all queries of several heads.
     groups, parts : int
@@ -43,6 +46,8 @@ class Layout:
         Heads in all.
     compact : bool
         The queries come once, and the server turns them: half the upload for more rotations.
+    spans : int
+        How many spans the keys come in.
     """
 
     slots: int
@@ -53,6 +58,12 @@ class Layout:
     queries: int
     heads: int
     compact: bool = False
+    spans: int = 1
+
+    @property
+    def rows(self) -> int:
+        """L: keys in a ciphertext."""
+        return self.keys // self.spans
 
     @property
     def pairs(self) -> int:
@@ -66,8 +77,8 @@ class Layout:
 
     @property
     def shared_parts(self) -> int:
-        """Ciphertexts of keys, and as many of values, that the blocks of the same heads share."""
-        return self.parts
+        """Ciphertexts of keys, and as many of values, that the blocks of the same heads share: span by span."""
+        return self.spans * self.parts
 
     @property
     def outs(self) -> int:
@@ -76,8 +87,13 @@ class Layout:
 
     @property
     def baby(self) -> int:
-        """Ciphertexts to a giant step of the product with the values."""
-        return 1 << math.ceil(math.log2(self.parts) / 2)
+        """Ciphertexts to a giant step of the product with the values.
+
+        Every span takes the baby steps; a giant step is of all spans, and takes about 1.7 key switches for its rotation
+        and its sum's relinearisation.
+        """
+        every = _powers(1, 2 * self.parts)
+        return min(every, key=lambda b: self.spans * (b - 1) + 1.7 * self.parts / b + len(_powers(b, self.rows)))
 
     @property
     def blocks_per_head(self) -> int:
@@ -96,21 +112,21 @@ class Layout:
 
     def group_steps(self) -> list[int]:
         """Return the rotations that add up groups of features."""
-        return [g * self.keys * self.columns for g in _powers(1, self.groups)]
+        return [g * self.rows * self.columns for g in _powers(1, self.groups)]
 
     def key_steps(self) -> list[int]:
         """Return the rotations that add up all keys, of sums over the neighbours that baby steps bring."""
-        return [j * self.columns for j in _powers(self.baby, self.keys)]
+        return [j * self.columns for j in _powers(self.baby, self.rows)]
 
     def value_steps(self) -> list[int]:
         """Return the rotations that add up every `parts`-th key."""
-        return [j * self.columns for j in _powers(self.parts, self.keys)]
+        return [j * self.columns for j in _powers(self.parts, self.rows)]
 
     def _pairs(self, shift: int) -> NDArray[np.int64]:
         """Return f(J + shift) for every row J."""
-        rows = self.groups * self.keys
+        rows = self.groups * self.rows
         j = (np.arange(rows) + shift) % rows
-        return j // self.keys * self.parts + j % self.parts
+        return j // self.rows * self.parts + j % self.parts
 
     def _columns(self, block: tuple[int, int]) -> list[tuple[int, int]]:
         """Return (head, query) of each column of a block; heads past the last repeat it."""
@@ -131,23 +147,25 @@ class Layout:
         q : (heads, queries, pairs·2) array
             Filled up with zeros.
         seen : (heads, queries, keys) bool array
-            A query is 0 at the keys that it does not see: the mask costs nothing.
+            Where a head's queries need several blocks, which share the keys, a query is 0 at the keys that it does not
+            see: the mask costs nothing. Else the keys are.
         block : (head, query)
             Its first ones.
         """
         z = (q[..., 0::2] + 1j * q[..., 1::2]) / 2
         heads, rows = (np.array(x) for x in zip(*self._columns(block), strict=True))
-        mask = 1 if self.compact else self._mask(seen, block)
+        mask = 1 if self.compact or self.blocks_per_head == 1 else self._mask(seen, block, 0)
         return [self._tiled(z[heads, rows][:, self._pairs(r)].T * mask) for r in range(self.query_parts)]
 
-    def _mask(self, seen: NDArray[np.bool_], block: tuple[int, int]) -> NDArray[np.bool_]:
+    def _mask(self, seen: NDArray[np.bool_], block: tuple[int, int], span: int) -> NDArray[np.bool_]:
         heads, rows = (np.array(x) for x in zip(*self._columns(block), strict=True))
-        return np.tile(seen[heads, rows].T, (self.groups, 1))
+        of_span = slice(span * self.rows, (span + 1) * self.rows)
+        return np.tile(seen[heads, rows, of_span].T, (self.groups, 1))
 
     def key_slots(self, k: Float, seen: NDArray[np.bool_], block: tuple[int, int]) -> list[Complex]:
         """Return the slots of the keys of a block's heads; k is (heads, keys, pairs·2).
 
-        Where the queries come once, the mask is in the keys, which are turned ahead by their giant steps.
+        Where the queries come once, the keys are turned ahead by their giant steps.
 
         Raises
         ------
@@ -155,30 +173,33 @@ class Layout:
             The queries come once, a key is hidden, and a head's queries need several blocks, which share the keys.
         """
         z = k[..., 0::2] - 1j * k[..., 1::2]
-        if not self.compact:
-            return [self._of_keys(z, r, block) for r in range(self.parts)]
-        if self.blocks_per_head > 1 and not seen.all():
+        masked = self.blocks_per_head == 1
+        if self.compact and not masked and not seen.all():
             raise UnsupportedProblem("he: upload='compact' takes no masks where a head's queries need several blocks")
-        mask = 1 if self.blocks_per_head > 1 else self._tiled(self._mask(seen, block) + 0j)
-        turns = [r // self.baby * self.baby * self.columns for r in range(self.parts)]
-        return [np.roll(self._of_keys(z, r, block) * mask, turn) for r, turn in enumerate(turns)]
+        found = []
+        for span in range(self.spans):
+            mask = self._tiled(self._mask(seen, block, span) + 0j) if masked else 1
+            for r in range(self.parts):
+                turn = r // self.baby * self.baby * self.columns if self.compact else 0
+                found.append(np.roll(self._of_keys(z, r, block, span) * mask, turn))
+        return found
 
     def value_slots(self, v: Float, block: tuple[int, int]) -> list[Complex]:
         """Return the slots of the values, turned ahead by their baby steps."""
         z = v[..., 0::2] + 1j * v[..., 1::2]
-        shift = self.columns
-        return [np.roll(self._of_keys(z, r, block), r % self.baby * shift) for r in range(self.parts)]
+        turns = [r % self.baby * self.columns for r in range(self.parts)]
+        return [np.roll(self._of_keys(z, r, block, s), turn) for s in range(self.spans) for r, turn in enumerate(turns)]
 
-    def _of_keys(self, z: Complex, r: int, block: tuple[int, int]) -> Complex:
+    def _of_keys(self, z: Complex, r: int, block: tuple[int, int], span: int) -> Complex:
         heads = np.array([h for h, _ in self._columns(block)])
-        j = np.arange(self.groups * self.keys) % self.keys
+        j = span * self.rows + np.arange(self.groups * self.rows) % self.rows
         return self._tiled(z[heads[None, :], j[:, None], self._pairs(r)[:, None]])
 
     def read(self, slots: list[Complex], out: Complex, block: tuple[int, int]) -> None:
         """Put a block's result into out, (heads, queries, pairs) complex: two outputs a number."""
-        rows = slots[0][: self.groups * self.keys * self.columns].reshape(-1, self.columns)
+        rows = slots[0][: self.groups * self.rows * self.columns].reshape(-1, self.columns)
         pairs = np.arange(self.groups * self.parts)
-        found = rows[pairs // self.parts * self.keys + pairs % self.parts]
+        found = rows[pairs // self.parts * self.rows + pairs % self.parts]
         for c, (head, query) in enumerate(self._columns(block)):
             out[head, query] = found[:, c]
 
@@ -254,10 +275,10 @@ def _powers(first: int, end: int) -> list[int]:
     return [first << i for i in range(max(0, (end // first).bit_length() - 1))]
 
 
-def layout_for(
+def layouts_for(
     slots: int, n_q: int, n_k: int, d_k: int, d_v: int, heads: int, mode: str = "latency", upload: str = "full"
-) -> Layout | BatchLayout:
-    """Return the layout of a call.
+) -> Sequence[Layout | BatchLayout]:
+    """Return the layouts that a call may have: with all keys in a ciphertext, and with more columns and keys in spans.
 
     Raises
     ------
@@ -267,13 +288,20 @@ def layout_for(
     if mode == "throughput":
         if heads > slots:
             raise UnsupportedProblem(f"he: {heads} heads of inputs do not fit {slots} slots")
-        return BatchLayout(slots, heads, n_q, n_k, -(-max(d_k, d_v) // 2))
+        return [BatchLayout(slots, heads, n_q, n_k, -(-max(d_k, d_v) // 2))]
     keys, queries, pairs = (1 << (n - 1).bit_length() for n in (n_k, n_q, -(-max(d_k, d_v) // 2)))
-    columns = min(queries * (1 << (heads - 1).bit_length()), max(1, slots // max(keys, pairs)))
-    groups = max(1, min(pairs, slots // (keys * columns)))
-    parts = pairs // groups
-    if keys * columns > slots or parts > keys:
+    most = queries * (1 << (heads - 1).bit_length())
+    first = min(most, max(1, slots // max(keys, pairs)))
+    found = []
+    for columns in (first * x for x in _powers(1, 2 * most // first)):
+        rows = min(keys, slots // columns)
+        groups = max(1, min(pairs, slots // max(1, rows * columns)))
+        parts, whole_heads = pairs // groups, columns >= queries
+        if parts <= rows and (rows == keys or whole_heads):
+            compact = upload == "compact"
+            found.append(Layout(slots, keys, columns, groups, parts, queries, heads, compact, keys // rows))
+    if not found:
         raise UnsupportedProblem(
             f"he: n_k = {n_k}, d = {max(d_k, d_v)} and {heads} heads of {n_q} queries do not fit {slots} slots"
         )
-    return Layout(slots, keys, columns, groups, parts, queries, heads, upload == "compact")
+    return found

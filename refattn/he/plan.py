@@ -20,7 +20,7 @@ from .circuit import Levels, Numbers, Token, attend
 from .costs import COSTS, Costs, predicted_ms
 from .inputs import decoded, encoded
 from .inverse import Inverse, choose
-from .layout import BatchLayout, Layout, layout_for
+from .layout import BatchLayout, Layout, layouts_for
 from .noise import Bounds, Ring, quantile
 from .planned import Planned
 
@@ -53,6 +53,8 @@ class Plan(Planned):
         "latency" (a call's numbers share ciphertexts) or "throughput" (a slot is an input).
     upload : str
         "full"; "compact": the queries come once; "whole": nothing of the ciphertexts is left to the server to expand.
+    workers : int
+        Processes of the server that the layout is for.
     tolerance : float
         The largest error wanted of an element of out.
     ring, layout, inverse
@@ -81,6 +83,7 @@ class Plan(Planned):
     normalize: str
     mode: str
     upload: str
+    workers: int
     tolerance: float
     ring: Ring
     layout: Layout | BatchLayout
@@ -149,11 +152,14 @@ class Plan(Planned):
         """The bound on an element of out."""
         return self.approximation + self.noise
 
-    def predicted_ms(self, costs: Costs = COSTS) -> float:
-        """Return the server's time on one core: the program, and reading the query's ciphertexts."""
-        degree = self.ring.degree
-        program = predicted_ms(costs, degree, self.counts) * len(self.layout.blocks())
-        return program + predicted_ms(costs, degree, self.loads())
+    def predicted_ms(self, costs: Costs = COSTS, workers: int = 1) -> float:
+        """Return the server's time: the program, and reading the query's ciphertexts; workers have a core each."""
+        degree, blocks, loads = self.ring.degree, self.layout.blocks(), self.loads()
+        groups = len({h for h, _ in blocks})
+        if workers > 1 and groups % workers:  # then those that share keys and values are computed apart
+            loads = Counter({k: c * len(blocks) // groups for k, c in loads.items()})
+        whole = predicted_ms(costs, degree, self.counts) * len(blocks) + predicted_ms(costs, degree, loads)
+        return whole / len(blocks) * math.ceil(len(blocks) / workers)
 
     @property
     def digest(self) -> bytes:
@@ -161,12 +167,14 @@ class Plan(Planned):
         names = ("n_q", "n_k", "d_k", "d_v", "heads", "p", "denominator", "epsilon", "scale", "norms", "value_most")
         text = {n: getattr(self, n) for n in names} | {"ring": asdict(self.ring), "layout": asdict(self.layout)}
         text["mode"], text["upload"] = self.mode, self.upload
-        text["inverse"] = None if self.inverse is None else [type(self.inverse).__name__, self.inverse.steps]
+        text["inverse"] = None if self.inverse is None else [self.inverse.doublings, self.inverse.odd]
         return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).digest()
 
     def report(self) -> dict[str, Any]:
         """Return all that the plan says, as what JSON holds."""
-        inverse = "the client divides" if self.inverse is None else type(self.inverse).__name__
+        inverse = "the client divides"
+        if self.inverse is not None:
+            inverse = f"{self.inverse.doublings} doublings, {self.inverse.quadratics} quadratics"
         switches = sum(c for (n, _), c in self.counts.items() if n == "switch_key") * len(self.layout.blocks())
         return {
             "degree": self.ring.degree,
@@ -205,6 +213,7 @@ def plan(
     normalize: str = "server",
     mode: str = "latency",
     upload: str = "full",
+    workers: int = 1,
     inverse: Inverse | None = None,
 ) -> Plan:
     """Return the fastest plan for power-softmax attention on ciphertexts within a tolerance.
@@ -235,6 +244,9 @@ def plan(
         the queries come once instead of turned by the client, which is half the bytes and more rotations on the
         server. "whole": both polynomials as they are, over twice the bytes of "full", which the server reads in a
         tenth of the time.
+    workers : int
+        How many processes the server will have: a plan for many cuts a head's queries apart, where one for few does
+        more of the work for all of them at once. Any number of them computes any plan.
     inverse : Inverse, optional
         The polynomial for 1/D; by default the one with the fastest plan.
 
@@ -246,8 +258,9 @@ def plan(
         No ring at 128 bits of security does it; the text names the step that ran out of levels and what would help.
     """
     check_arguments(
-        n_q, n_k, d_k, d_v, heads, p, denominator, epsilon, norms, value_most, tolerance, normalize, mode, upload
-    )
+        n_q, n_k, d_k, d_v, heads, p, denominator, epsilon, norms, value_most, tolerance, normalize, mode, upload,
+        workers,
+    )  # fmt: skip
     d_v = d_k if d_v is None else d_v
     low, high = denominator
     inverses: Sequence[Inverse | None] = [None]
@@ -260,35 +273,38 @@ def plan(
         "denominator": (float(low), float(high)), "epsilon": float(epsilon),
         "scale": 1 / math.sqrt(d_k) if scale is None else float(scale),
         "norms": (float(norms[0]), float(norms[1])), "value_most": float(value_most),
-        "normalize": normalize, "mode": mode, "upload": upload, "tolerance": float(tolerance),
+        "normalize": normalize, "mode": mode, "upload": upload, "workers": workers,
+        "tolerance": float(tolerance),
     }  # fmt: skip
     for candidate in inverses:
         for degree in MOST_BITS:
-            made = _try(given, candidate, degree, obstacles)
-            if made is not None:
-                found.append(made)
+            # obstacles of the polynomial with the fewest levels are told, last those in the largest ring
+            found += _try(given, candidate, degree, obstacles if candidate is inverses[0] else [])
     if not found:
-        # of the polynomial with the fewest levels, in the largest ring
-        why = (
-            obstacles[len(MOST_BITS) - 1]
-            if obstacles
-            else f"no polynomial is within {tolerance:.3g} on ({low:.3g}, {high:.3g})"
-        )
+        why = obstacles[-1] if obstacles else f"no polynomial is within {tolerance:.3g} on ({low:.3g}, {high:.3g})"
         raise UnsupportedProblem(
             f"he: {why}; a smaller p, a narrower denominator (a larger epsilon), a larger tolerance or "
             "normalize='client' would help"
         )
-    return min(found, key=lambda x: x.predicted_ms())
+    return min(found, key=lambda x: x.predicted_ms(workers=workers))
 
 
-def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles: list[str]) -> Plan | None:
-    """Return the plan at a degree, or None, with what was in the way."""
+def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles: list[str]) -> list[Plan]:
+    """Return the plans at a degree, and note what was in the way."""
     sizes = {n: given[n] for n in ("n_q", "n_k", "d_k", "d_v", "heads", "mode", "upload")}
     try:
-        layout = layout_for(degree // 2, **sizes)
+        layouts = layouts_for(degree // 2, **sizes)
     except UnsupportedProblem as e:
         obstacles.append(str(e).removeprefix("he: "))
-        return None
+        return []
+    made = (_with_layout(given, inverse, degree, layout, obstacles) for layout in layouts)
+    return [x for x in made if x is not None]
+
+
+def _with_layout(
+    given: dict[str, Any], inverse: Inverse | None, degree: int, layout: Layout | BatchLayout, obstacles: list[str]
+) -> Plan | None:
+    """Return the plan with a layout, or None, with what was in the way."""
     queries, shared = layout.query_parts, layout.shared_parts
     counting, top = Levels(), Token(99)
     common = (layout, given["p"], inverse, given["epsilon"])
@@ -327,7 +343,8 @@ def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles:
         noise=0.0,
     )
     with np.errstate(over="ignore", invalid="ignore"):  # an infinite bound is above every tolerance
-        made = replace(made, noise=noise_of(made))
+        noise = noise_of(made)
+        made = replace(made, noise=math.inf if math.isnan(noise) else noise)
     if not made.error <= made.tolerance:
         obstacles.append(
             f"at degree {degree} with primes of {middle} bits the error's bound is {made.approximation:.2g} + "

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import InvalidInput
 from ..files import load_arrays, save_arrays
-from . import inverse
+from .inverse import Inverse
 from .layer_plan import LayerPlan, period_of
 from .layout import Layout
 from .noise import Ring
@@ -22,9 +22,20 @@ from .weights import Feedforward, Weights, check
 
 __all__ = ["load_weights", "plan_from_json", "plan_to_json", "save_weights"]
 
-VERSION = 1
+VERSION, PLAN_VERSION = 1, 2
 ARGUMENTS = ("n_q", "n_k", "d_k", "d_v", "heads", "p")
-RANGES = ("denominator", "epsilon", "scale", "norms", "value_most", "tolerance", "normalize", "mode", "upload")
+RANGES = (
+    "denominator",
+    "epsilon",
+    "scale",
+    "norms",
+    "value_most",
+    "tolerance",
+    "normalize",
+    "mode",
+    "upload",
+    "workers",
+)
 
 
 def plan_to_json(made: Plan | LayerPlan) -> str:
@@ -32,13 +43,15 @@ def plan_to_json(made: Plan | LayerPlan) -> str:
     if isinstance(made, Plan):
         what: dict[str, Any] = {n: getattr(made, n) for n in (*ARGUMENTS, *RANGES)}
         if made.inverse is not None:
-            what["inverse"] = [type(made.inverse).__name__, made.inverse.steps]
+            what["inverse"] = [made.inverse.doublings, made.inverse.odd]
     else:
         what = {f.name: getattr(made, f.name) for f in fields(made)}
         what |= {"ring": asdict(made.ring), "layout": asdict(made.layout)}
         what["counts"] = [[name, limbs, count] for (name, limbs), count in sorted(made.counts.items())]
     kind = "attention" if isinstance(made, Plan) else "layer"
-    return json.dumps({"refattn": f"he {kind} plan", "version": VERSION, "digest": made.digest.hex(), "plan": what})
+    return json.dumps(
+        {"refattn": f"he {kind} plan", "version": PLAN_VERSION, "digest": made.digest.hex(), "plan": what}
+    )
 
 
 def plan_from_json(text: str | bytes) -> Plan | LayerPlan:
@@ -52,8 +65,8 @@ def plan_from_json(text: str | bytes) -> Plan | LayerPlan:
     try:
         whole = json.loads(text)
         kind, version, digest, what = (whole[n] for n in ("refattn", "version", "digest", "plan"))
-        if version != VERSION:
-            raise InvalidInput(f"he: got a plan of version {version}, expected {VERSION}")
+        if version != PLAN_VERSION:
+            raise InvalidInput(f"he: got a plan of version {version}, expected {PLAN_VERSION}")
         if kind == "he attention plan":
             made: Plan | LayerPlan = _attention(dict(what))
         elif kind == "he layer plan":
@@ -71,8 +84,7 @@ def _attention(what: dict[str, Any]) -> Plan:
     given = [what.pop(n) for n in ARGUMENTS]
     of, (low, high) = what.pop("inverse", None), what["denominator"]
     if of is not None:
-        kind = {c.__name__: c for c in (inverse.ProductInverse, inverse.ChebyshevInverse)}[of[0]]
-        what["inverse"] = kind(low, high, int(of[1]))
+        what["inverse"] = Inverse(low, high, *map(int, of))
     what["denominator"], what["norms"] = (low, high), tuple(what["norms"])
     return plan(*given, **what)
 
@@ -85,7 +97,7 @@ def _layer(what: dict[str, Any]) -> LayerPlan:
     ring, layout = made.ring, made.layout
     if ring.degree not in MOST_BITS or sum(ring.bits) > MOST_BITS[ring.degree] or layout.slots != ring.slots:
         raise InvalidInput("he: the plan's ring is not within 128 bits of security")
-    sizes = (made.n, made.d, made.heads, made.spread, made.apart, layout.groups, layout.keys, layout.columns)
+    sizes = (made.n, made.d, made.heads, made.spread, made.apart, layout.groups, layout.rows, layout.columns)
     if min(sizes) < 1 or max(made.n, made.d, made.classes) > layout.slots or layout.slots % period_of(layout):
         raise InvalidInput("he: the plan's sizes do not fit its slots")
     return made

@@ -227,16 +227,19 @@ class Sealed(Arithmetic):
         down = self._new(self.evaluator.mod_switch_to, higher, lower.parms_id())
         return (down, b) if x > y else (a, down)
 
-    def mul(self, a: Any, b: Any) -> Any:
-        return self._new(self.evaluator.multiply, *self._alike(a, b))
+    def mul(self, a: Any, b: Any, out: Any = None) -> Any:
+        out = self.api.Ciphertext() if out is None else out
+        self.evaluator.multiply(*self._alike(a, b), out)
+        return out
 
     def square(self, a: Any) -> Any:
         return self._new(self.evaluator.square, a)
 
     def dot(self, a: Any, b: Any) -> Any:
-        total = self.mul(a[0], b[0])
+        total, each = self.mul(a[0], b[0]), self.api.Ciphertext()
         for x, y in zip(a[1:], b[1:], strict=True):
-            self.evaluator.add_inplace(total, self.mul(x, y))  # as the sum is nobody else's
+            # as the sum is nobody else's, and always into the same memory
+            self.evaluator.add_inplace(total, self.mul(x, y, each))
         return self.rescale(self.relinearize(total))
 
     def add(self, a: Any, b: Any) -> Any:

@@ -92,7 +92,7 @@ def service(program: Plan | Layer, sessions: int = 8, seconds: float = 3600.0) -
         if len(open_sessions) >= sessions:
             raise _Refused(503, f"all {sessions} sessions are in use; try later")
         name = secrets.token_hex(32)
-        session = open_sessions[name] = _Session(ProcessPoolExecutor(1, get_context("spawn")), time.monotonic())
+        session = open_sessions[name] = _Session(ProcessPoolExecutor(1, get_context("spawn")), _now())
         session.running += 1  # does not expire while it begins
         try:
             keys = await _body(request, SLACK * (plan.key_bytes + 2**20))
@@ -102,7 +102,7 @@ def service(program: Plan | Layer, sessions: int = 8, seconds: float = 3600.0) -
             session.close()
             raise
         session.running -= 1
-        session.used = time.monotonic()
+        session.used = _now()
         return JSONResponse({"session": name, "seconds": seconds}, 201)
 
     async def ask(request: Any) -> Any:
@@ -124,7 +124,7 @@ def service(program: Plan | Layer, sessions: int = 8, seconds: float = 3600.0) -
             raise _Refused(500, "the session's process ended; open another session") from e
         finally:
             session.running -= 1
-            session.used = time.monotonic()
+            session.used = _now()
         return Response(reply, media_type="application/octet-stream")
 
     async def end(request: Any) -> Any:
@@ -167,10 +167,14 @@ def _session(sessions: dict[str, _Session], request: Any, seconds: float) -> tup
     return name, sessions[name]
 
 
+def _now() -> float:
+    return time.monotonic()
+
+
 def _expire(sessions: dict[str, _Session], seconds: float) -> None:
     """End the sessions that have not been used for so long."""
     for name, session in list(sessions.items()):
-        if not session.running and time.monotonic() - session.used > seconds:
+        if not session.running and _now() - session.used > seconds:
             del sessions[name]
             session.close()
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
+from .costs import COSTS, Costs
 from .polynomial import (
     KINDS,
     MOST_DEGREE,
@@ -30,15 +31,11 @@ from .stream import attention
 __all__ = ["Crossover", "auto", "crossover"]
 
 Array = NDArray[Any]
-NS_EXACT, NS_FEATURE = (2.2, 0.05), (4.2, 0.05)
-"""Nanoseconds of one core: a triple in `attention`, more for each of d + d_v; a row's feature, more for each of d_v."""
-NS_CAUSAL = 10.0
-"""Nanoseconds of one core: a row's feature, for each of its values and their 1, in causal sums."""
 
 
 def auto(
     query: Array, k1: Array, k2: Array, v1: Array, v2: Array, *, scale: float | None = None, causal: bool = False,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-6, costs: Costs = COSTS,
 ) -> Certified:  # fmt: skip
     """Return triple-wise attention within a tolerance: rows by the polynomial where that is proven, exact otherwise.
 
@@ -50,6 +47,8 @@ def auto(
         Row i sees keys up to its own place, all n equal.
     tolerance : float
         The largest error of an element that the polynomial may have.
+    costs : Costs
+        What decides between the two within the tolerance; :func:`refattn.tensor.costs.measure` finds this machine's.
 
     Raises
     ------
@@ -62,14 +61,14 @@ def auto(
     d, d_v, n1, n2 = query.shape[3], v1.shape[3], k1.shape[2], k2.shape[2]
     heads, rows = query.shape[0] * query.shape[1], query.shape[2]
     pairs = np.arange(1.0, n1 + 1) ** 2 if causal else np.full(rows, float(n1 * n2))
-    exact_ns = _exact_ns(pairs, d, d_v)  # by row
+    exact_ns = costs.exact(pairs, d, d_v)  # by row
     best, least = (-1, np.zeros(sizes.shape, bool)), float(exact_ns.sum()) * heads
     for degree in range(1, MOST_DEGREE + 1):
         features = math.comb(d + degree, degree)
         if features > MOST_FEATURES:
             break
         good = bound_of("taylor", degree, sizes, Sums.of(query, keys), most) <= tolerance
-        of_features = NS_CAUSAL * (d_v + 1) * rows if causal else _feature_ns(d_v) * (rows + n1 + n2)
+        of_features = costs.features(rows, n1 + n2, d_v, causal)
         cost = of_features * features * heads + float((exact_ns * ~good).sum())
         if cost < least:
             best, least = (degree, good), cost
@@ -116,7 +115,9 @@ class Crossover:
     why: str
 
 
-def crossover(n: int, d: int, bound: float, tolerance: float, d_v: int | None = None) -> Crossover:
+def crossover(
+    n: int, d: int, bound: float, tolerance: float, d_v: int | None = None, costs: Costs = COSTS
+) -> Crossover:
     """Return which method is cheapest for n queries and keys of each kind whose logits are at most `bound` in size.
 
     Parameters
@@ -129,6 +130,8 @@ def crossover(n: int, d: int, bound: float, tolerance: float, d_v: int | None = 
         The largest error, relative to the largest product of values.
     d_v : int, optional
         Features of a value; d by default.
+    costs : Costs
+        As in :func:`auto`.
 
     Raises
     ------
@@ -138,22 +141,14 @@ def crossover(n: int, d: int, bound: float, tolerance: float, d_v: int | None = 
     if min(n, d) < 1 or not (math.isfinite(bound) and bound >= 0) or not tolerance > 0:
         raise InvalidInput(f"crossover: got n {n}, d {d}, bound {bound}, tolerance {tolerance}")
     d_v = d_v or d
-    exact = n * _exact_ns(n * n, d, d_v) / 1e9
+    exact = n * costs.exact(n * n, d, d_v) / 1e9
     for degree in range(1, MOST_DEGREE + 1):
         error = min(float(relative_error(k, degree, np.array(bound))) for k in KINDS)
         if quotient_error(error) <= tolerance:
             features = math.comb(d + degree, degree)
-            seconds = 3 * _feature_ns(d_v) * features * n / 1e9
+            seconds = costs.features(n, 2 * n, d_v) * features / 1e9
             method = "polynomial" if seconds < exact else "exact"
             why = f"degree {degree} has {features} features: {seconds:.2g} s, all triples {exact:.2g} s"
             return Crossover(method, degree, features, seconds, exact, why)
     why = f"no degree up to {MOST_DEGREE} is within {tolerance:g} for logits of {bound:g}"
     return Crossover("exact", None, 0, math.inf, exact, why)
-
-
-def _exact_ns(pairs: Any, d: int, d_v: int) -> Any:
-    return pairs * (NS_EXACT[0] + NS_EXACT[1] * (d + d_v))
-
-
-def _feature_ns(d_v: int) -> float:
-    return NS_FEATURE[0] + NS_FEATURE[1] * (d_v + 1)

@@ -1,5 +1,7 @@
 """The program on plain numbers against the definition, and its counts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from refattn import InvalidProblem, UnsupportedProblem, he, power_attention
 from refattn.he.circuit import Levels, Numbers, Token, attend
-from refattn.he.layout import Layout, layout_for
+from refattn.he.layout import Layout, layouts_for
 
 from .make import planned, problem
 
@@ -32,6 +34,20 @@ def test_the_program_is_the_definition(data):
                 causal=causal, window=window, allowed=allowed)  # fmt: skip
     assume(sees(x))
     plan = planned(x, normalize="client", tolerance=10.0)
+    assert np.abs(he.simulate(plan, x) - exact(x)).max() <= 1e-9 * plan.value_most
+
+
+@pytest.mark.parametrize("upload", ["full", "compact"])
+@pytest.mark.parametrize("spans", [2, 4, 8])
+@pytest.mark.parametrize("masked", [False, True])
+def test_keys_in_spans_are_the_definition_too(spans, upload, masked):
+    allowed = np.random.default_rng(1).random((1, 3, 16, 30)) < 0.7 if masked else None
+    x = problem(16, 30, 6, 5, 3, 2, 1.0, causal="bottom_right" if masked else None, allowed=allowed)
+    plan = planned(x, normalize="client", tolerance=10.0, upload=upload)
+    assert plan.layout.spans == 1
+    # fewer slots hold all of it: what does not fit beside the queries comes in spans
+    layout = next(y for y in layouts_for(256, 16, 30, 6, 5, 3, "latency", upload) if y.spans == spans)
+    plan = replace(plan, ring=replace(plan.ring, degree=512), layout=layout)
     assert np.abs(he.simulate(plan, x) - exact(x)).max() <= 1e-9 * plan.value_most
 
 
@@ -60,7 +76,7 @@ def test_a_slot_an_input_takes_no_masks_by_query():
     ):
         he.simulate(planned(x, mode="throughput", normalize="client", tolerance=10.0), x)
     with pytest.raises(UnsupportedProblem, match="he: 9000 heads of inputs do not fit 8192 slots"):
-        layout_for(8192, 1, 1, 2, 2, 9000, "throughput")
+        layouts_for(8192, 1, 1, 2, 2, 9000, "throughput")
 
 
 @pytest.mark.parametrize("p", [2, 4, 6])
@@ -88,7 +104,7 @@ def test_a_wrong_turn_shows(monkeypatch):
 
 
 def test_counts_follow_from_the_text():
-    layout = layout_for(8192, 128, 128, 64, 64, 1)
+    layout, spans = layouts_for(8192, 128, 128, 64, 64, 1)
     assert (layout.columns, layout.groups, layout.parts, len(layout.blocks())) == (64, 1, 32, 2)
     m = Levels()
     tokens = [Token(9)] * 32
@@ -98,6 +114,12 @@ def test_counts_follow_from_the_text():
     assert m.counts["multiply", 9] == 32
     # conjugate, 2 squares, baby 7, giant 3 and their 4 sums, keys past the baby steps 4, the last keys 2, the first sum
     assert sum(c for (n, _), c in m.counts.items() if n == "switch_key") == 1 + 2 + 7 + 3 + 4 + 4 + 2 + 1
+    # in two spans, all queries at once: each has its products, powers and 3 baby steps, and they share the rest
+    assert (spans.columns, spans.parts, spans.spans, spans.baby, len(spans.blocks())) == (128, 32, 2, 4, 1)
+    m = Levels()
+    attend(m, spans, 4, None, 0.0, tokens, tokens * 2, tokens * 2)
+    assert m.counts["multiply", 9] == 64
+    assert sum(c for (n, _), c in m.counts.items() if n == "switch_key") == 2 * (1 + 1 + 2 + 3) + 7 + 8 + 4 + 1
     with pytest.raises(UnsupportedProblem, match="he: no level is left at step 'power'"):
         attend(Levels(), layout, 4, None, 0.0, [Token(2)] * 32, [Token(2)] * 32, tokens)
 
@@ -108,9 +130,9 @@ def test_a_rotation_brings_later_slots():
 
 def test_what_does_not_fit_the_slots():
     with pytest.raises(
-        UnsupportedProblem, match="he: n_k = 16384, d = 2 and 1 heads of 1 queries do not fit 8192 slots"
+        UnsupportedProblem, match="he: n_k = 2, d = 65536 and 1 heads of 1 queries do not fit 8192 slots"
     ):
-        layout_for(8192, 1, 16384, 2, 2, 1)
+        layouts_for(8192, 1, 2, 65536, 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -4,41 +4,57 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from refattn import InvalidInput
-from refattn.he.inverse import ChebyshevInverse, ProductInverse, choose
+from refattn.he.circuit import Levels, Token
+from refattn.he.inverse import MOST_QUADRATICS, Inverse, choose
 
 INTERVALS = st.tuples(st.floats(1e-3, 1e3), st.floats(1.1, 300)).map(lambda x: (x[0], x[0] * x[1]))
-FORMS = st.sampled_from([(ProductInverse, s) for s in range(1, 5)] + [(ChebyshevInverse, s) for s in range(1, 9)])
+FORMS = st.tuples(st.integers(0, 8), st.integers(0, MOST_QUADRATICS).map(lambda n: 2 * n + 1))
 
 
 @given(INTERVALS, FORMS)
-@example((1.0, 1.25), (ChebyshevInverse, 8))
+@example((1.0, 1.25), (8, 1))
+@example((1.0, 300.0), (8, 31))
 def test_the_error_is_the_chebyshev_polynomials(interval, form):
-    make, steps = form
-    f = make(*interval, steps)
+    f = Inverse(*interval, *form)
     x = np.geomspace(*interval, 4001)
     residual = 1 - x * f(x)
-    u, t0 = (sum(interval) - 2 * x) / (interval[1] - interval[0]), f.centre
+    u = (sum(interval) - 2 * x) / (interval[1] - interval[0])
     expected = np.cos(f.order * np.arccos(np.clip(u, -1, 1))) * f.relative_error
-    # the product form loses digits in its constants: its factors are far from 1 where t0 is large
-    assert np.abs(residual - expected).max() <= 1e-9 * max(1, t0)
-    assert np.abs(residual).max() <= f.relative_error + 1e-9 * max(1, t0)
+    assert np.abs(residual - expected).max() <= 1e-9
+    assert np.abs(residual).max() <= f.relative_error + 1e-9
+
+
+@given(FORMS)
+def test_levels_and_products_are_those_that_it_takes(form):
+    f, counted = Inverse(1.0, 10.0, *form), Levels()
+    out = f.apply(counted, Token(49), Token(50), 0.1)  # the numerator comes a level later
+    assert 50 - out.limbs == f.levels
+    assert sum(c for (name, _), c in counted.counts.items() if name == "switch_key") == f.products
 
 
 def test_few_levels_come_first():
     found = choose(1.0, 10.0, 1e-2)
-    levels = [f.steps + isinstance(f, ChebyshevInverse) for f in found]
-    assert levels == sorted(levels)
-    assert isinstance(found[0], ProductInverse)
+    work = [(f.levels, f.products) for f in found]
+    assert work == sorted(work)
     assert all(f.relative_error <= 1e-2 for f in found)
-    assert ProductInverse(1.0, 10.0, found[0].steps - 1).relative_error > 1e-2
+    every = [Inverse(1.0, 10.0, d, odd) for d in range(6) for odd in range(1, 2 * MOST_QUADRATICS + 2, 2)]
+    assert work[0] == min((f.levels, f.products) for f in every if f.relative_error <= 1e-2)
+
+
+@given(st.floats(1.01, 1e4), st.floats(1e-12, 2.0))
+def test_there_is_always_one(ratio, tolerance):
+    found = choose(1.0, ratio, tolerance)
+    assert found
+    assert all(f.relative_error <= tolerance for f in found)
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: ProductInverse(0.0, 1.0, 2), r"denominator: got \(0.0, 1.0\), expected 0 < low < high"),
-        (lambda: ChebyshevInverse(2.0, 1.0, 2), "expected 0 < low < high"),
-        (lambda: ChebyshevInverse(1.0, 2.0, 0), "inverse: got 0 steps, expected at least 1"),
+        (lambda: Inverse(0.0, 1.0, 2), r"denominator: got \(0.0, 1.0\), expected 0 < low < high"),
+        (lambda: Inverse(2.0, 1.0, 2), "expected 0 < low < high"),
+        (lambda: Inverse(1.0, 2.0, -1), "inverse: got -1 doublings of order 1, expected 0 or more of an odd order"),
+        (lambda: Inverse(1.0, 2.0, 0, 4), "got 0 doublings of order 4"),
         (lambda: choose(1.0, 2.0, 0.0), "tolerance: got 0.0, expected a number above 0"),
     ],
 )

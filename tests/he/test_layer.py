@@ -81,13 +81,27 @@ def test_encrypted_scores_are_the_simulation(name, workers):
     assert 0.8 <= len(query) / made.plan.upload_bytes <= 1.25
 
 
-def test_an_encrypted_block_is_the_simulation():
+@pytest.mark.parametrize("upload", ["full", "whole"])
+def test_an_encrypted_block_is_the_simulation(upload):
     pytest.importorskip("tenseal")
     weights, x, _ = layer(4, 8, 1, 8, 12, seed=1)
-    made = he.Layer(weights, 5e-2)
+    made = he.Layer(weights, 5e-2, upload)
     client = he.Client(made.plan)
-    out = client.decrypt(he.Server(made, client.evaluation_keys()).attend(client.encrypt(x)))
+    query = client.encrypt(x)
+    out = client.decrypt(he.Server(made, client.evaluation_keys()).attend(query))
     assert np.abs(out - made.simulate(x)).max() <= 1e-5 * np.abs(out).max()
+    assert 0.8 <= len(query) / made.plan.upload_bytes <= 1.25
+
+
+def test_whole_ciphertexts_save_the_server_time_and_rotations():
+    weights, _, _ = layer(**SIZES["the size of a small model"])
+    full, whole = (he.Layer(weights, 1e-2, upload).plan for upload in ("full", "whole"))
+    assert whole.upload_bytes > 2 * full.upload_bytes
+    assert whole.predicted_ms() < 0.9 * full.predicted_ms()
+    assert len(whole.rotations) <= len(full.rotations)
+    assert whole.digest != full.digest
+    with pytest.raises(InvalidInput, match="upload: got 'compact', expected one of full, whole for a layer"):
+        he.Layer(weights, 1e-2, "compact")
 
 
 def test_the_plan_holds_no_weights_and_counts_what_runs():

@@ -32,7 +32,7 @@ def test_more_costs_more():
     assert he.plan(16, 16, 32, p=4, **GIVEN).predicted_ms() > first.predicted_ms()
     assert he.plan(128, 128, 64, **GIVEN).predicted_ms() > 3 * first.predicted_ms()
     assert he.plan(16, 16, 32, **GIVEN, normalize="client").ring.degree == 8192
-    assert first.inverse.steps > he.plan(16, 16, 32, **GIVEN, tolerance=0.2).inverse.steps
+    assert first.inverse.order > he.plan(16, 16, 32, **GIVEN, tolerance=0.2).inverse.order
 
 
 def test_heads_share_spare_slots():
@@ -58,13 +58,14 @@ def test_what_cannot_be_had_says_which_step_ran_out():
     with pytest.raises(
         UnsupportedProblem, match=r"levels are needed \(products 1, power 3, .*step 'division' runs out"
     ):
-        he.plan(16, 16, 32, p=8, **GIVEN | {"denominator": (1e-14, 1e2)}, tolerance=0.5)
+        he.plan(16, 16, 32, p=8, **GIVEN | {"denominator": (1e-19, 1e2)}, tolerance=0.5)
 
 
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
         ({"n_q": 0}, "n_q: got 0, expected an integer of at least 1"),
+        ({"workers": 0}, "workers: got 0, expected an integer of at least 1"),
         ({"p": 3}, "p: got 3, expected one of 2, 4, 6, 8"),
         ({"denominator": (0.0, 1.0)}, r"denominator: got \(0.0, 1.0\), expected 0 < low < high"),
         ({"epsilon": 2.0}, "with low at least epsilon = 2.0"),
@@ -83,9 +84,20 @@ def test_what_has_no_meaning(changed, text):
 
 def test_a_plan_of_a_real_call():
     p = planned(problem(128, 128, 64, 64, 12, epsilon=12.8))
-    assert len(p.layout.blocks()) == 24
-    assert p.layout.blocks_per_head == 2
-    assert p.loads().total() == 32 * (24 + 2 * 12)
+    # two heads' queries, their keys in four spans
+    assert (len(p.layout.blocks()), p.layout.heads_per_block, p.layout.spans) == (6, 2, 4)
+    assert p.loads().total() == 32 * 6 * (1 + 2 * 4)
+    assert p.predicted_ms(workers=2) == pytest.approx(p.predicted_ms() / 2)
+
+
+def test_a_plan_for_many_workers_cuts_queries_apart():
+    x = problem(128, 128, 64, 64, epsilon=12.8)
+    one, two = planned(x), planned(x, workers=2)
+    assert (len(one.layout.blocks()), one.layout.spans) == (1, 2)
+    assert (len(two.layout.blocks()), two.layout.spans) == (2, 1)
+    assert one.predicted_ms() < two.predicted_ms()
+    assert one.predicted_ms(workers=2) == one.predicted_ms()
+    assert two.predicted_ms(workers=2) < 0.8 * one.predicted_ms()
 
 
 @pytest.mark.parametrize("p", [2, 4])

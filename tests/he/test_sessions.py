@@ -102,7 +102,8 @@ def test_the_planner_counts_what_the_engine_does(session):
             return super().__getattribute__(name)
 
     parts = wire.unpack(client.encrypt(x), wire.QUERY, plan.digest, 2**30).parts
-    tokens = [server._worker._loaded(parts[i : i + plan.layout.parts]) for i in range(0, len(parts), plan.layout.parts)]
+    each = plan.layout.parts
+    tokens = [server._worker._loaded(parts[i : i + each]) for i in range(0, len(parts), each)]
     watched = Watched(plan.ring, engine.relin_keys, engine.galois_keys)
     attend(watched, plan.layout, plan.p, plan.inverse, plan.epsilon, tokens[2], tokens[0], tokens[1])
     kinds = {"switch_key": ("relinearize", "rotate", "conjugate"), "multiply": ("mul",), "rescale": ("rescale",)}

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refattn import InvalidInput, InvalidProblem, UnsupportedProblem, tensor
+from refattn.tensor.costs import COSTS, measure
 from refattn.tensor.stream import backward
 
 MASKS = {
@@ -280,6 +282,31 @@ def test_the_crossover_says_why():
     assert "no degree up to 24 is within 1e-08 for logits of 50" in far.why
     with pytest.raises(InvalidInput, match="crossover: got n 0"):
         tensor.crossover(0, 4, 1.0, 1e-8)
+
+
+def test_costs_decide_and_are_told():
+    cheap, dear = replace(COSTS, triple=(1e-9, 0.0)), replace(COSTS, triple=(1e9, 0.0))
+    assert tensor.crossover(4096, 4, 0.25, 1e-8, costs=cheap).method == "exact"
+    assert tensor.crossover(8, 16, 0.25, 1e-8, costs=dear).method == "polynomial"
+    q, k1, k2, v1, v2 = arrays(d=4, size=0.6)
+    assert tensor.auto(q, k1, k2, v1, v2, costs=cheap).share == 0
+    found = tensor.auto(q, k1, k2, v1, v2, costs=dear)
+    assert found.share == 1
+    n, heads = q.shape[2], q.shape[0] * q.shape[1]
+    features = math.comb(4 + found.degree, 4)
+    each = COSTS.features(n, k1.shape[2] + k2.shape[2], v1.shape[3])
+    assert found.predicted_seconds == pytest.approx(heads * features * each / 1e9)
+    # causal sums cost by row, not by key
+    assert COSTS.features(8, 16, 3, causal=True) == 8 * 4 * COSTS.causal
+
+
+def test_measured_costs_are_costs():
+    found = measure(0.1)
+    assert found.exact(10.0, 4, 4) > 0
+    assert found.features(8, 16, 4) > 0
+    assert found.causal > 0
+    with pytest.raises(InvalidInput, match="costs: got 0 seconds, expected more than 0"):
+        measure(0)
 
 
 @pytest.mark.parametrize("form", tensor.FORMS)
