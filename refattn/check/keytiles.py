@@ -17,13 +17,16 @@ EXPLAINED = 0.9
 """The share of the errors' squares that the tiles must explain to be named."""
 LEAST = 0.25
 MOST = 64
+ELEMENTS = 1 << 14
+"""About how many elements the errors are explained of: the rows with the largest; the unknowns are 64."""
 
 
 def weights_off(answer: Answer, got: NDArray[np.generic]) -> tuple[str, ...]:
     """Say which tiles of keys weigh too much or too little, where that explains the errors of out.
 
     If the weights of tile t are (1 + eps_t) times what they should be, out is x with x - o = sum_t eps_t sum_{j in t}
-    p_ij (v_j - x) (v_j alone where there is no denominator): eps by least squares, over all rows and heads.
+    p_ij (v_j - x) (v_j alone where there is no denominator): eps by least squares, over the rows of all heads whose
+    errors are largest.
 
     Parameters
     ----------
@@ -36,15 +39,18 @@ def weights_off(answer: Answer, got: NDArray[np.generic]) -> tuple[str, ...]:
     tiles = bands(p.n_k, MOST)
     gram, right, energy = np.zeros((len(tiles), len(tiles))), np.zeros(len(tiles)), 0.0
     x, shared = np.asarray(got).astype(np.float64), False
+    chosen = _largest(x - exact)
     for slab in slabs(p):
         at = (slab.batch, slab.head, slab.rows)
+        if not chosen[at].any():
+            continue
         with np.errstate(all="ignore"):
             s = variant_of(p.variant).sensitivity(slab.q, slab.k, slab.plain())
             shared = s.denominator is not None
             z = np.ones(len(slab.q)) if s.denominator is None else s.denominator
             weights = np.where(z[:, None] != 0, s.weights / z[:, None], 0.0)
             error = x[at] - exact[at]
-        live = np.isfinite(error).all(1)
+        live = chosen[at]
         error, weights, out = error[live], weights[live], x[at][live]
         size = np.abs(error).max(initial=0.0)
         if not size:
@@ -69,6 +75,15 @@ def weights_off(answer: Answer, got: NDArray[np.generic]) -> tuple[str, ...]:
         f"as if the weights of keys {a} to {b} were {abs(by):.0%} too {'large' if by > 0 else 'small'}"
         for a, b, by in _runs(tiles, eps)
     )
+
+
+def _largest(error: Float) -> NDArray[np.bool_]:
+    """Return which rows, (b, h, n), have the largest finite errors."""
+    sizes = np.abs(error).max(-1, initial=0.0)
+    sizes[~np.isfinite(sizes)] = -1.0
+    count = max(MOST, ELEMENTS // error.shape[-1])
+    least = np.partition(sizes, -count, axis=None)[-count] if sizes.size > count else 0.0
+    return np.asarray(sizes >= max(least, 0.0))
 
 
 def _runs(tiles: list[range], eps: Float) -> list[tuple[int, int, float]]:

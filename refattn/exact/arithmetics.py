@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from fractions import Fraction
 from typing import Any
@@ -218,6 +218,10 @@ class Balls(_Objects):
             return flint.arb(flint.fmpq(x.numerator, x.denominator))
         return flint.arb(x)
 
+    def array(self, x: Array) -> Array:
+        """Take in a float64 array, exactly."""
+        return _objects(x.shape, map(flint.arb, np.asarray(x, np.float64).ravel().tolist()))
+
     def matmul(self, a: Array, b: Array) -> Array:
         """Return the matrix product by FLINT's ball matrices."""
         n, k, m = a.shape[0], a.shape[1], b.shape[1]
@@ -239,7 +243,7 @@ def _tanh(x: Any) -> Any:
     return x.tanh()
 
 
-def _objects(shape: tuple[int, ...], values: Iterator[Any]) -> Array:
+def _objects(shape: tuple[int, ...], values: Iterable[Any]) -> Array:
     out = np.empty(int(np.prod(shape)), object)
     out[:] = list(values)
     return out.reshape(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,14 +87,12 @@ def _split(x: Any) -> tuple[float, float, float]:
     if isinstance(x, float | int):
         return float(x), 0.0, 0.0
     if not x.is_finite():
-        return float("nan"), 0.0, float("inf")
-    mid = float(x.mid())
-    if not np.isfinite(mid):
+        return math.nan, 0.0, math.inf
+    mid = float(x)  # of the midpoint
+    if not math.isfinite(mid):
         certain = abs(x) >= flint.arb(2) ** 1024
-        return mid, 0.0, 0.0 if certain else float("inf")
-    rest = x - flint.arb(mid)
-    tail = float(rest.mid())
-    left = abs(rest - flint.arb(tail)).upper()
-    if left == 0:
-        return mid, tail, 0.0
-    return mid, tail, float(np.nextafter(float(left), np.inf))
+        return mid, 0.0, 0.0 if certain else math.inf
+    rest = x - mid
+    tail = float(rest)
+    left = (rest - tail).abs_upper()
+    return mid, tail, 0.0 if left == 0 else math.nextafter(float(left), math.inf)
