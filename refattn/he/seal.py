@@ -26,6 +26,7 @@ __all__ = [
     "context",
     "decode",
     "encode",
+    "fill",
     "folder_for",
     "from_bytes",
     "from_file",
@@ -178,12 +179,17 @@ def from_bytes(kind: str, ring: Ring, data: bytes | memoryview) -> Any:
         The bytes are none, or not of this ring.
     """
     with _scratch() as (file, path):
-        file.truncate(len(data))  # nothing of an earlier object stays behind a shorter one
-        file.seek(0)
-        rest = memoryview(data)
-        while len(rest):
-            rest = rest[file.write(rest) :]
+        fill(file, data)
         return from_file(kind, ring, path)
+
+
+def fill(file: FileIO, data: bytes | memoryview) -> None:
+    """Make a file hold these bytes and no others, in the pages that it has."""
+    file.truncate(len(data))
+    file.seek(0)
+    rest = memoryview(data)
+    while len(rest):
+        rest = rest[file.write(rest) :]
 
 
 def from_file(kind: str, ring: Ring, path: str) -> Any:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import secrets
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +29,7 @@ from .seal import (
     context,
     decode,
     encode,
+    fill,
     folder_for,
     from_bytes,
     from_file,
@@ -199,6 +204,10 @@ class Server:
         self._worker = _Worker(program, m.parts)  # also the check of the keys
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
+        # folders with a query's ciphertexts, written over by the next one: fresh pages cost more than the writing
+        self._made: list[str] = []
+        self._free: list[str] = []
+        self._gone = weakref.finalize(self, _remove, self._made)
         self._each: Callable[..., Iterable[Any]] = map  # what needs no lock: digests and files
         if workers > 1:
             given = (program, tuple(bytes(x) for x in m.parts))
@@ -212,9 +221,10 @@ class Server:
         self.close()
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers, and give up the memory of their queries."""
         if self._pool is not None:
             self._pool.shutdown()
+        self._gone()
 
     def attend(self, query: bytes) -> bytes:
         """Return the reply to a query.
@@ -241,14 +251,31 @@ class Server:
     def _shared_out(self, parts: Sequence[bytes | memoryview]) -> list[list[bytes]]:
         """Return the results of the blocks, computed by the workers; they read the ciphertexts from files."""
         assert self._pool is not None
-        with tempfile.TemporaryDirectory(dir=folder_for(sum(map(len, parts)))) as folder:
+        try:
+            folder = self._free.pop()
+        except IndexError:
+            folder = tempfile.mkdtemp(dir=folder_for(sum(map(len, parts))))
+            self._made.append(folder)
+        try:
             paths = [Path(folder, str(i)) for i in range(len(parts))]
-            list(self._each(Path.write_bytes, paths, parts))
+            list(self._each(_write_over, paths, parts))
             tasks = self.program.tasks(paths)
             groups = len({tuple(shared[:1]) for shared, _ in tasks})
             # blocks that share ciphertexts go to one worker, which loads them once, where that leaves none idle
             together = len(tasks) // groups if groups % self._workers == 0 else 1
             return list(self._pool.map(_block, *zip(*tasks, strict=True), chunksize=together))
+        finally:
+            self._free.append(folder)
+
+
+def _remove(folders: list[str]) -> None:
+    while folders:
+        shutil.rmtree(folders.pop(), ignore_errors=True)
+
+
+def _write_over(path: Path, data: bytes | memoryview) -> None:
+    with FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
+        fill(file, data)
 
 
 class _Worker:

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +120,10 @@ def test_workers_give_the_same(session):
         for _ in range(2):
             out = client.decrypt(server.attend(client.encrypt(x)))
             assert np.abs(out - exact(x)).max() <= plan.error
+        (folder,) = map(Path, server._made)  # the second query is written over the first
+        assert {y.stat().st_mode & 0o077 for y in (folder, *folder.iterdir())} == {0}
+        assert len(list(folder.iterdir())) == plan.loads().total()
+    assert not folder.exists()
     with pytest.raises(InvalidInput, match="workers: got 0, expected at least 1"):
         he.Server(plan, b"", workers=0)
 
