@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import secrets
@@ -205,6 +206,7 @@ class Server:
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
         # folders with a query's ciphertexts, written over by the next one: fresh pages cost more than the writing
+        self._queries = itertools.count()
         self._made: list[str] = []
         self._free: list[str] = []
         self._gone = weakref.finalize(self, _remove, self._made)
@@ -263,7 +265,8 @@ class Server:
             groups = len({tuple(shared[:1]) for shared, _ in tasks})
             # blocks that share ciphertexts go to one worker, which loads them once, where that leaves none idle
             together = len(tasks) // groups if groups % self._workers == 0 else 1
-            return list(self._pool.map(_block, *zip(*tasks, strict=True), chunksize=together))
+            query = itertools.repeat(next(self._queries))
+            return list(self._pool.map(_block, query, *zip(*tasks, strict=True), chunksize=together))
         finally:
             self._free.append(folder)
 
@@ -287,11 +290,13 @@ class _Worker:
         relin, galois = (from_bytes(n, self.ring, x) for n, x in zip(names, parts, strict=True))
         self._arithmetic = Sealed(self.ring, relin, galois)
         self._shared: tuple[Sequence[Part], list[Any]] = ((), [])
+        self._query = -1
 
-    def block(self, shared: Sequence[Part], queries: Sequence[Part]) -> list[bytes]:
-        """Return the ciphertexts of a block's result, of ciphertexts as bytes or in files."""
-        if not _same(self._shared[0], shared):
-            self._shared = (shared, self._loaded(shared))
+    def block(self, shared: Sequence[Part], queries: Sequence[Part], query: int = 0) -> list[bytes]:
+        """Return the ciphertexts of a block's result, of ciphertexts as bytes or in files, of the query of a number."""
+        # the files of another query may have the same names
+        if query != self._query or not _same(self._shared[0], shared):
+            self._shared, self._query = (shared, self._loaded(shared)), query
         outs = self.program.compute(self._arithmetic, self._shared[1], self._loaded(queries))
         return [to_bytes(x) for x in outs]
 
@@ -315,5 +320,5 @@ def _begin(program: Plan | Layer, parts: tuple[bytes, ...]) -> None:
     _HERE["worker"] = _Worker(program, parts)
 
 
-def _block(shared: Sequence[Path], queries: Sequence[Path]) -> list[bytes]:
-    return _HERE["worker"].block(shared, queries)
+def _block(query: int, shared: Sequence[Path], queries: Sequence[Path]) -> list[bytes]:
+    return _HERE["worker"].block(shared, queries, query)

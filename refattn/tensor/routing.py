@@ -67,9 +67,11 @@ def auto(
         features = math.comb(d + degree, degree)
         if features > MOST_FEATURES:
             break
+        cost = costs.features(rows, n1 + n2, d_v, causal) * features * heads
+        if cost >= least:
+            break  # more features cost more
         good = bound_of("taylor", degree, sizes, Sums.of(query, keys), most) <= tolerance
-        of_features = costs.features(rows, n1 + n2, d_v, causal)
-        cost = of_features * features * heads + float((exact_ns * ~good).sum())
+        cost += float((exact_ns * ~good).sum())
         if cost < least:
             best, least = (degree, good), cost
     degree, good = best

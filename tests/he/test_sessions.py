@@ -113,13 +113,15 @@ def test_the_planner_counts_what_the_engine_does(session):
 
 
 def test_workers_give_the_same(session):
-    x = problem(128, 64, 64, 64, epsilon=6.0)
-    plan = planned(x)
+    x = problem(128, 128, 64, 64, epsilon=12.0)
+    plan = planned(x, workers=2)
+    assert plan.layout.blocks_per_head == 2  # which share keys and values
+    other = x.replace(key=x.key[:, :, ::-1].copy(), value=-x.value)
     client = he.Client(plan)
     with he.Server(plan, client.evaluation_keys(), workers=2) as server:
-        for _ in range(2):
-            out = client.decrypt(server.attend(client.encrypt(x)))
-            assert np.abs(out - exact(x)).max() <= plan.error
+        for y in (x, other):
+            out = client.decrypt(server.attend(client.encrypt(y)))
+            assert np.abs(out - exact(y)).max() <= plan.error
         (folder,) = map(Path, server._made)  # the second query is written over the first
         assert {y.stat().st_mode & 0o077 for y in (folder, *folder.iterdir())} == {0}
         assert len(list(folder.iterdir())) == plan.loads().total()
