@@ -57,7 +57,7 @@ def plan_(sizes: tuple[int, ...], output: str | None, as_json: bool, **given: An
 @click.option("--sessions", default=8, show_default=True, help="The most sessions at once: a process and keys each.")
 @click.option("--expire", default=3600.0, show_default=True, help="Seconds without a query after which one ends.")
 @click.option("--tolerance", default=1e-2, show_default=True, help="Of a layer's polynomial for 1/D, relative.")
-@click.option("--upload", type=click.Choice(["full", "whole"]), default="full", show_default=True, help="Of a layer.")
+@click.option("--upload", type=click.Choice(["full", "whole"]), help="Of a layer; a plan has its own.  [default: full]")
 @click.option("--certificate", help="A file with a TLS certificate.")
 @click.option("--key", help="The file with its key.")
 def serve(program: str, host: str, port: int, certificate: str | None, key: str | None, **given: Any) -> None:
@@ -77,11 +77,13 @@ def serve(program: str, host: str, port: int, certificate: str | None, key: str 
             raise InvalidInput(f"serve: --{name}: there is no file {file}")
     what: Any
     if program.endswith(".npz"):
-        what = Layer(load_weights(program), given["tolerance"], given["upload"])
+        what = Layer(load_weights(program), given["tolerance"], given["upload"] or "full")
     else:
         what = plan_from_json(Path(program).read_bytes())
         if not isinstance(what, Plan):
             raise InvalidInput(f"serve: {program} is the plan of a layer; serve the layer's weights")
+        if given["upload"]:
+            raise InvalidInput(f"serve: --upload is for a layer's weights; {program} is a plan, which has its own")
     app = service(what, given["sessions"], given["expire"])
     config = uvicorn.Config(
         app, host, port, log_level="warning", ssl_certfile=certificate, ssl_keyfile=key, access_log=False

@@ -220,6 +220,7 @@ class Balls(_Objects):
 
     def array(self, x: Array) -> Array:
         """Take in a float64 array, exactly."""
+        # not by `number`, which asks of each of very many what it is
         return _objects(x.shape, map(flint.arb, np.asarray(x, np.float64).ravel().tolist()))
 
     def matmul(self, a: Array, b: Array) -> Array:

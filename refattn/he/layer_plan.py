@@ -82,11 +82,10 @@ class LayerPlan(Planned):
         return -(-self.d // (self.spread * self.apart))
 
     def loads(self) -> Counter[tuple[str, int]]:
-        """Return the ciphertexts of a query by ("load" or "load_whole", primes left)."""
-        name = "load_whole" if self.upload == "whole" else "load"
-        found = Counter({(name, self.ring.levels + 1): 2 * self.copies})
+        """Return the ciphertexts of a query by (`load`, primes left)."""
+        found = Counter({(self.load, self.ring.levels + 1): 2 * self.copies})
         if not self.classes:
-            found[name, self.residual_limbs] += 1
+            found[self.load, self.residual_limbs] += 1
         return found
 
     def predicted_ms(self, costs: Costs = COSTS) -> float:

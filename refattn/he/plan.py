@@ -139,12 +139,12 @@ class Plan(Planned):
         return self.ring.levels + 1 - self.levels["products"] - self.levels["power"]
 
     def loads(self) -> Counter[tuple[str, int]]:
-        """Return the ciphertexts of a query by ("load" or "load_whole", primes left)."""
+        """Return the ciphertexts of a query by (`load`, primes left)."""
         blocks = self.layout.blocks()
         groups, top = len({h for h, _ in blocks}), self.ring.levels + 1
-        shared, name = self.layout.shared_parts * groups, "load_whole" if self.upload == "whole" else "load"
-        found = Counter({(name, top): self.layout.query_parts * len(blocks) + shared})
-        found[name, self.value_limbs] += shared
+        shared = self.layout.shared_parts * groups
+        found = Counter({(self.load, top): self.layout.query_parts * len(blocks) + shared})
+        found[self.load, self.value_limbs] += shared
         return found
 
     @property

@@ -22,7 +22,12 @@ class Planned(ABC):
 
     @abstractmethod
     def loads(self) -> Counter[tuple[str, int]]:
-        """Return the ciphertexts of a query by ("load", primes left), or ("load_whole", primes left)."""
+        """Return the ciphertexts of a query by (`load`, primes left)."""
+
+    @property
+    def load(self) -> str:
+        """What reading a ciphertext of a query is called among the costs."""
+        return "load_whole" if self.upload == "whole" else "load"
 
     @abstractmethod
     def report(self) -> dict[str, Any]:

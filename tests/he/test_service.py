@@ -251,6 +251,7 @@ def test_a_server_that_is_not_there_is_named():
         (["--certificate", "x.pem"], "serve: --certificate and --key go together"),
         (["--certificate", "x.pem", "--key", "y.pem"], "serve: --certificate: there is no file x.pem"),
         (["--sessions", "0"], "got 0 sessions and 3600.0 seconds"),
+        (["--upload", "whole"], "serve: --upload is for a layer's weights"),
     ],
 )
 def test_serving_refuses_what_it_cannot_do(tmp_path, arguments, text):
