@@ -3,7 +3,8 @@
 Normal inputs, epsilon a tenth of the mean denominator, 128-bit security. Times are the server's, from the query's bytes
 to the reply's: medians of 5 after one to warm up, on one core unless workers are named. The worst errors seen are those
 of 5 encryptions of such inputs and of 5 at the ends of the plan's ranges.
-Floor: the circuit's operations at the costs that ``refattn.he.costs.measure`` finds on this machine around them.
+Floor: the circuit's operations at the costs that ``refattn.he.costs.measure`` finds on this machine for the plan's ring,
+before and after each timing: the machine's speed changes within a minute.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -19,11 +21,11 @@ from refattn import he
 from refattn.bench import Row
 from refattn.errors import UnsupportedProblem
 from refattn.he.baselines import edge_call, random_call
-from refattn.he.costs import Costs, measure
-from refattn.he.noise import Ring
+from refattn.he.costs import measure
+from refattn.he.planned import Planned
 from refattn.problem import Problem
 
-RUNS, RING = 5, Ring(16384, 50, 40, 50, 8)
+RUNS = 5
 SIZES = ((16, 32, 1), (16, 64, 4), (32, 64, 1), (64, 64, 1), (128, 64, 1))
 GRID = [(n, d, heads, p) for n, d, heads in SIZES for p in (2, 4)]
 
@@ -38,6 +40,23 @@ def timed(plan: he.Plan, x: Problem, workers: int = 1) -> float:
             server.attend(query)
             times.append(time.perf_counter() - start)
     return statistics.median(times[-RUNS:])
+
+
+def compared(plan: Planned, queries: int, serve: Callable[[], object]) -> tuple[float, float]:
+    """Return the median seconds of a server, and predicted over measured time: the median of pairs close in time."""
+    times, expected = [], []
+    serve()
+    costs = measure(plan.ring)
+    for _ in range(RUNS):
+        seconds = []
+        for _ in range(queries):
+            start = time.perf_counter()
+            serve()
+            seconds.append(time.perf_counter() - start)
+        before, costs = costs, measure(plan.ring)
+        times.append(statistics.median(seconds))
+        expected.append((plan.predicted_ms(before) + plan.predicted_ms(costs)) / 2e3)
+    return statistics.median(times), statistics.median(e / t for e, t in zip(expected, times, strict=True))
 
 
 def errors(plan: he.Plan, problems: tuple[Problem, ...]) -> tuple[float, float]:
@@ -58,14 +77,12 @@ def rows() -> Iterator[Row]:
     for n, d, heads, p in GRID:
         x, given = random_call(n, d, heads, p)
         plan = he.plan(n, n, d, None, heads, p, **given)
-        # before and after, as the machine's speed changes by the minute
-        costs = measure(RING, 4)
-        seconds = timed(plan, x)
-        expected = (plan.predicted_ms(costs) + plan.predicted_ms(measure(RING, 4))) / 2e3
+        client = he.Client(plan)
+        with he.Server(plan, client.evaluation_keys()) as server:
+            seconds, ratio = compared(plan, 3, partial(server.attend, client.encrypt(x)))
         error, noise = errors(plan, (x, edge_call(x, given)))
         at = f"{heads} x {n} x {d}, p={p}"
         yield Row(f"{at} server, {plan.upload_bytes / 1e6:.0f} MB up, degree {plan.ring.degree}", seconds, "s")
-        ratio = expected / seconds
         ratios.append(ratio)
         yield Row(f"{at} predicted over measured time", ratio, "ratio")
         slack.append(plan.error / error)
@@ -74,8 +91,8 @@ def rows() -> Iterator[Row]:
     worst = max(ratios, key=lambda r: abs(r - 1))
     yield Row("predicted over measured time, furthest from 1", worst, "ratio", at_most=1.15, at_least=0.85)
     yield Row("error's bound over the worst seen, largest", max(slack), "ratio", at_most=30.0)
-    yield from digits(measure(RING, 4))
-    yield from block(measure(RING, 4))
+    yield from digits()
+    yield from block()
     workers = os.cpu_count() or 1
     for heads, p, most in ((1, 2, 0.8), (1, 4, 1.2), (12, 2, 8.0)):
         x, given = random_call(128, 64, heads, p)
@@ -85,7 +102,7 @@ def rows() -> Iterator[Row]:
             yield Row(at, timed(plan, x, workers), "s", at_most=most if upload == "whole" else None)
 
 
-def digits(costs: Costs) -> Iterator[Row]:
+def digits() -> Iterator[Row]:
     """scikit-learn's digits, 450 test images: a classifier with the server's weights, encrypted and in the clear."""
     try:
         import torch
@@ -121,25 +138,20 @@ def digits(costs: Costs) -> Iterator[Row]:
     layer = he.Layer(nets.weights_of(model), tolerance=3e-3)
     client = he.Client(layer.plan)
     server = he.Server(layer, client.evaluation_keys())
-    times, same, right = [], 0, 0
+    seconds, ratio = compared(layer.plan, 3, partial(server.attend, client.encrypt(tokens[test[0]])))
+    same, right = 0, 0
     for i, expected in zip(test, clear, strict=True):
-        query = client.encrypt(tokens[i])
-        start = time.perf_counter()
-        reply = server.attend(query)
-        times.append(time.perf_counter() - start)
-        found = int(client.decrypt(reply).argmax())
+        found = int(client.decrypt(server.attend(client.encrypt(tokens[i]))).argmax())
         same += found == expected
         right += found == data.target[i]
     at = f"digits, degree {layer.plan.ring.degree}, {layer.plan.upload_bytes / 1e6:.0f} MB up"
     yield Row("digits, encrypted class as in the clear", same / len(test), "share", at_least=1.0)
     yield Row("digits, right", right / len(test), "share")
-    yield Row(f"{at}, server", statistics.median(times), "s")
-    yield Row(
-        "digits, predicted over measured time", layer.plan.predicted_ms(costs) / 1e3 / statistics.median(times), "ratio"
-    )
+    yield Row(f"{at}, server", seconds, "s")
+    yield Row("digits, predicted over measured time", ratio, "ratio")
 
 
-def block(costs: Costs) -> Iterator[Row]:
+def block() -> Iterator[Row]:
     """A whole block, 16 tokens, d = 64, 4 heads, 256 hidden features, random weights as PyTorch begins with."""
     import torch
 
@@ -166,18 +178,14 @@ def block(costs: Costs) -> Iterator[Row]:
         plan = layer.plan
         client = he.Client(plan)
         server = he.Server(layer, client.evaluation_keys())
-        times = []
-        for _ in range(4):
-            query = client.encrypt(x[0].numpy())
-            start = time.perf_counter()
-            reply = server.attend(query)
-            times.append(time.perf_counter() - start)
-            out = client.decrypt(reply)
+        query = client.encrypt(x[0].numpy())
+        seconds, ratio = compared(plan, 1, partial(server.attend, query))
+        out = client.decrypt(server.attend(query))
         at = f"block 16 x 64, degree {plan.ring.degree}, {plan.ring.levels} levels"
         up = f"{plan.upload_bytes / 1e6:.0f} MB up, {plan.key_bytes / 1e6:.0f} MB of keys"
-        most, seconds = 10.0 if upload == "whole" else None, statistics.median(times[1:])
+        most = 10.0 if upload == "whole" else None
         yield Row(f"{at}, {up}, server", seconds, "s", at_most=most)
-        yield Row(f"block, {upload}, predicted over measured time", plan.predicted_ms(costs) / 1e3 / seconds, "ratio")
+        yield Row(f"block, {upload}, predicted over measured time", ratio, "ratio")
         error = float(np.abs(out - exact).max())
         yield Row(f"block, {upload}, error against the exact functions", error, "absolute")
         yield Row(f"block, {upload}, noise", float(np.abs(out - layer.simulate(x[0].numpy())).max()), "absolute")
