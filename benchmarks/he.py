@@ -3,8 +3,8 @@
 Normal inputs, epsilon a tenth of the mean denominator, 128-bit security. Times are the server's, from the query's bytes
 to the reply's: medians of 5 after one to warm up, on one core unless workers are named. The worst errors seen are those
 of 5 encryptions of such inputs and of 5 at the ends of the plan's ranges.
-Floor: the circuit's operations at the costs that ``refattn.he.costs.measure`` finds on this machine for the plan's ring,
-before and after each timing: the machine's speed changes within a minute.
+Floor: the circuit's operations at the costs that ``refattn.he.costs.measure`` finds on this machine for the plan's
+ring, before and after each timing: the machine's speed changes within a minute.
 """
 
 from __future__ import annotations
