@@ -36,7 +36,7 @@ def exact(problem: Problem, dout: Any = None) -> Answer:
     """Return the exact answer, its enclosures far narrower than any bound."""
     large = problem.n_q * problem.n_k > LARGE
     # faster than balls where no gradient needs an exact decision, or where there are many scores
-    rounding = "float64" if problem.variant == "softmax" and (dout is None or large) else None
+    rounding = "float64" if dout is None or large else None
     return replace(evaluate(problem, gradients=dout, rounding=rounding), balls={})
 
 
