@@ -1,10 +1,11 @@
 r"""The errors that a right kernel of a model should show: a predicted variance for every element.
 
 Roundings are taken as independent. One to nearest, of a number whose mantissa is spread as mantissas are, has the
-variance ``C u^2`` of its square with C = 3 / (8 ln 2) / 3. A dot product of d terms t_k adds up partial sums that
-wander from 0 to s = sum t_k, so it loses ``C u^2 (depth (s^2 / 3 + T / 6) + T)`` with T = sum t_k^2. The exponential
-is off by up to exp_ulps, evenly. The variances meet as in the bounds (``bounds.py``, ``gradient_bounds.py``), squares
-in place of sizes. Derived in docs/proofs/bounds.md.
+variance ``C u^2`` of its square with C = 3 / (8 ln 2) / 3. A dot product of terms t_k rounds its partial sums: it loses
+``C u^2 (depth W + T)`` with T = sum t_k^2 and W their mean square, that of the terms as they come or of a walk from 0
+to s = sum t_k in no order, s^2 / 3 + T / 6, whichever is larger. The exponential is off by up to exp_ulps, evenly. The
+variances meet as in the bounds (``bounds.py``, ``gradient_bounds.py``), squares in place of sizes. Derived in
+docs/proofs/bounds.md.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from .call import SOURCES
 from .gradient_bounds import spread, spread_over
 from .model import Model, inside_type
 from .operands import C, variance
+from .statistics import bands
 
 __all__ = ["predict"]
 
 Float = NDArray[np.float64]
 WILD = 1 / 16
 """The variance of a score from which on errors are not proportional to roundings, and nothing is predicted."""
+PLACES = 8
+"""Where partial sums are looked at."""
 
 
 def predict(answer: Answer, model: Model, dout: Any = None) -> dict[str, Float]:
@@ -64,9 +68,15 @@ def predict(answer: Answer, model: Model, dout: Any = None) -> dict[str, Float]:
     return total
 
 
-def _dot(model: Model, n: Any, s: Float, squares: Float) -> Float:
-    """Return the variance of a sum of n rounded products, over C u^2."""
-    return np.asarray(model.depth(n) * (s * s / 3 + squares / 6) + squares)
+def _dot(model: Model, n: Any, x: Float, y: Float) -> Float:
+    """Return the variances of sums of n rounded products, those of x @ y, over C u^2."""
+    total, walk = np.zeros((2, x.shape[0], y.shape[1]))
+    for part in bands(x.shape[1], PLACES):
+        at = slice(part.start, part.stop)
+        total = total + x[:, at] @ y[at]
+        walk = walk + total * total * (len(part) / x.shape[1])
+    squares = (x * x) @ (y * y)
+    return np.asarray(model.depth(n) * np.maximum(walk, total * total / 3 + squares / 6) + squares)
 
 
 def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) -> None:
@@ -79,10 +89,10 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
     assert s.lse is not None
     weights = s.weights / np.where(s.denominator > 0, s.denominator, 1.0)[:, None]
     scale = float(plain.scale)
-    raw, squares = q @ k.T * scale, (q * q) @ (k * k).T * scale**2
+    raw = q @ k.T * scale
     t = np.zeros(1) if p.softcap is None else np.tanh(raw / p.softcap)
     slope: Any = 1 - t * t
-    var_w = cu * (_dot(model, q.shape[1], raw, squares) + raw**2) * slope**2 + cu * s.roundings**2
+    var_w = cu * (_dot(model, q.shape[1], q * scale, k.T) + raw**2) * slope**2 + cu * s.roundings**2
     var_w = var_w + C * model.loss(model.scores) ** 2 * s.roundings**2
     if model.operands:
         var_w = var_w + (scale * slope) ** 2 * ((q * q) @ variance(k, p.key, model).T)
@@ -96,7 +106,7 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
     w2, v2, n = weights**2, v * v, slab.allowed.sum(1, keepdims=True)
     o = np.nan_to_num(o, posinf=0, neginf=0)
     moved = (w2 * var_w) @ v2 - 2 * o * ((w2 * var_w) @ v) + o * o * (w2 * var_w).sum(1, keepdims=True)
-    out = np.maximum(moved, 0) + cu_p * (w2 @ v2) + cu * (_dot(model, n, o, w2 @ v2) + (tiles + 3 + merges) * o * o)
+    out = np.maximum(moved, 0) + cu_p * (w2 @ v2) + cu * (_dot(model, n, weights, v) + (tiles + 3 + merges) * o * o)
     if parts > 1:
         sizes = np.where(live, s.lse, 0.0)[:, None] ** 2
         out = out + cu * ((2 * sizes + 2) * _moved_by_parts(slab, weights, o, model) + (parts - 1) * sizes * o * o)
@@ -112,7 +122,7 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
     # the exponential may be off the same way for every key
     var_lse = (w2 * var_w).sum(1) + (inside.unit_roundoff * model.exp_ulps) ** 2
     var_lse = var_lse + cu * (
-        _dot(model, n[:, 0], np.ones(1), w2.sum(1)) + tiles + 1 + np.log(z) ** 2 + (whole - np.log(z)) ** 2
+        _dot(model, n, weights, np.ones_like(v[:, :1]))[:, 0] + tiles + 1 + np.log(z) ** 2 + (whole - np.log(z)) ** 2
     )
     if model.operands:  # a query's errors are in all scores of its row
         mean = (weights * slope) @ k
@@ -123,7 +133,7 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
         return
     out = out + FORMATS[p.dtype].ulp_array(o) ** 2 / 12
     g2, dp = dout * dout, dout @ v.T
-    var_dp = cu * _dot(model, v.shape[1], dp, g2 @ v2.T) + C * model.loss(model.scores) ** 2 * dp * dp
+    var_dp = cu * _dot(model, v.shape[1], dout, v.T) + C * model.loss(model.scores) ** 2 * dp * dp
     var_d = (g2 * out).sum(1, keepdims=True) + cu * (g2 * o * o).sum(1, keepdims=True)
     x = dp - (dout * o).sum(1, keepdims=True)
     lse = np.where(slab.allowed.any(1), np.nan_to_num(s.lse, neginf=0.0), 0.0)[:, None]
@@ -134,14 +144,14 @@ def _head(slab: Slab, model: Model, o: Float, dout: Float | None, total: Any) ->
         own = own + w2 * (x * x + var_dp + var_d) * (4 * t * t * (3 * inside.unit_roundoff * t) ** 2 / 3 + 4 * cu)
     mean_k = (weights * slope) @ k
     rows = q.shape[0] * (p.heads // p.heads_kv)
-    dq = scale**2 * (own @ (k * k) + var_d * mean_k**2 + cu * _dot(model, n, ds @ k, ds**2 @ (k * k)))
+    dq = scale**2 * (own @ (k * k) + var_d * mean_k**2 + cu * _dot(model, n, ds, k))
     tiny_s = tiny + scale**2 * max(tiny_w, tiny)
     total["dq"][at] = np.where(wild, np.nan, dq + tiny_s * (seen @ (k * k)) + tiny * (n + tiles))
     dk = (own + slope**2 * w2 * var_d).T @ (q * q)
-    dk = scale**2 * (dk + cu * _dot(model, rows, ds.T @ q, (ds**2).T @ (q * q)))
+    dk = scale**2 * (dk + cu * _dot(model, rows, ds.T, q))
     total["dk"][keys] += dk + tiny_s * (seen.T @ (q * q)) + tiny * rows
     dv = (w2 * (var_p + cu_p)).T @ g2
-    dv = dv + cu * _dot(model, rows, weights.T @ dout, w2.T @ g2)
+    dv = dv + cu * _dot(model, rows, weights.T, dout)
     total["dv"][keys] += dv + max(tiny_w, tiny) * (seen.T @ g2) + tiny * rows
     if wild.any():
         total["dk"][keys], total["dv"][keys] = np.nan, np.nan

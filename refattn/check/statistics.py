@@ -134,7 +134,7 @@ def figures(
 
 def bands(n: int, most: int = BANDS) -> list[range]:
     """Return n places as at most `most` bands of nearly equal width."""
-    return [range(int(x[0]), int(x[-1]) + 1) for x in np.array_split(np.arange(n), min(n, most)) if len(x)]
+    return [range(int(x[0]), int(x[-1]) + 1) for x in np.array_split(np.arange(n), max(1, min(n, most))) if len(x)]
 
 
 def _banded(x: Float, axis: int, most: int = BANDS) -> Float:

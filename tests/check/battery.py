@@ -67,6 +67,14 @@ def _sizes():
     return p.replace(value=from_float64(value, "bfloat16"))
 
 
+def _offset():
+    """Scores far from 0 by their first product, the same for all keys; the sums' mantissas are spread."""
+    p = _problem(64, 64, 64)
+    query, key = p.query.copy(), p.key.copy()
+    query[..., 0], key[..., 0] = 2.0 ** np.random.default_rng(4).uniform(4, 5, query.shape[:3]), 24
+    return p.replace(query=query, key=key)
+
+
 PROBLEMS = {
     "plain": lambda: _problem(32, 32, 16),
     "bfloat16": lambda: _problem(32, 32, 16, dtype="bfloat16"),
@@ -76,6 +84,7 @@ PROBLEMS = {
     "poisoned": _poisoned,
     "grouped": lambda: _problem(30, 30, h=4, allowed=_without(30, 30, 3)),
     "sizes": _sizes,  # head 1, and the last column of head 0, hold numbers 4096 times smaller
+    "offset": _offset,
     "overflow": lambda: _problem(
         5, 7, dtype="float16", variant="linear", options={"feature": "identity", "normalize": False}, scale=1e5
     ),
@@ -282,6 +291,19 @@ def trial_the_errors_as_a_whole(c):
     assert judge(c, "plain", once).passed  # one row of many, by chance
     assert abs(judge(c, "plain", a.out - size * np.sign(a.out)).figures.bias + 1) < 1e-3
     assert judge(c, "plain", rounded("plain")).figures.correctly_rounded == 1
+
+
+def trial_products_whose_first_term_is_large(c):
+    """Scores added up in the features' order: all partial sums are as large as the whole, and their errors foreseen."""
+    p = problem("offset")
+    s = np.zeros((*p.out_shape[:3], p.n_k), np.float32)
+    for i in range(p.d_k):
+        s = s + p.query[..., i, None] * p.key[..., None, :, i]
+    s = s.astype(np.float64) / np.sqrt(p.d_k)
+    w = np.exp(s - s.max(3, keepdims=True))
+    seen = judge(c, "offset", w @ p.value.astype(np.float64) / w.sum(3, keepdims=True))
+    assert seen.passed
+    assert 0.8 < seen.figures.rms < 1.1
 
 
 # the contract of a call ---------------------------------------------------------------------------------------------
