@@ -30,7 +30,7 @@ SIZES = ((16, 32, 1), (16, 64, 4), (32, 64, 1), (64, 64, 1), (128, 64, 1))
 GRID = [(n, d, heads, p) for n, d, heads in SIZES for p in (2, 4)]
 
 
-def timed(plan: he.Plan, x: Problem, workers: int = 1) -> float:
+def timed(plan: he.Plan, x: Problem, workers: int) -> float:
     """Return the median seconds of a server."""
     client = he.Client(plan)
     with he.Server(plan, client.evaluation_keys(), workers) as server:
