@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from refattn.check.report import machine, versions
+from refattn.check.report.report import machine, versions
 
 METRICS = {
     "gpu__time_duration.sum": "time",

@@ -16,7 +16,7 @@ from joblib import Parallel, delayed
 
 from refattn.bench import Row
 from refattn.check.kernels import find, found
-from refattn.check.report import Check
+from refattn.check.report.report import Check
 from refattn.check.runner import plan
 
 ARRAYS = ("out", "lse", "dq", "dk", "dv", "dbias")

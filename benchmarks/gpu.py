@@ -18,10 +18,10 @@ import numpy as np
 
 from refattn.arrays import from_float64
 from refattn.bench import Row, gpu_medians, gpu_torch
+from refattn.check.bounds.truth import truth
 from refattn.check.call import call_kernel
 from refattn.check.compare import compare
 from refattn.check.kernels import KERNELS
-from refattn.check.truth import truth
 from refattn.dtypes import FORMATS
 from refattn.problem import Problem
 

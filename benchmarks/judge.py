@@ -17,17 +17,17 @@ import numpy as np
 from refattn.arrays import from_float64
 from refattn.bench import Row
 from refattn.check import Capabilities, check_kernel
-from refattn.check.bugs import BUGS, broken
+from refattn.check.bounds.truth import truth
+from refattn.check.bugs.edits import BUGS, broken
 from refattn.check.call import call_gradients, call_kernel
 from refattn.check.compare import compare
-from refattn.check.explain import SIGNATURES
-from refattn.check.families import QUICK, cases
+from refattn.check.diagnose.explain import SIGNATURES
+from refattn.check.diagnose.rules import RULES
+from refattn.check.diagnose.shrink import shrink
+from refattn.check.inputs.families import QUICK, cases
 from refattn.check.kernels.tiled import SPLIT, gradients, tiled
 from refattn.check.model import GRADIENTS, Model, flash
-from refattn.check.rules import RULES
 from refattn.check.runner import failing
-from refattn.check.shrink import shrink
-from refattn.check.truth import truth
 from refattn.dtypes import FORMATS
 from refattn.problem import Problem
 
@@ -145,7 +145,7 @@ def sharpness() -> Iterator[Row]:
 
 def times() -> Iterator[Row]:
     """Seconds of a whole check of one kernel in one format, exact answers included, once numba has compiled."""
-    from refattn.check.truth import _answer, of_case
+    from refattn.check.bounds.truth import _answer, of_case
 
     check_kernel(tiled, capabilities=able("float32"), dtypes=["float32"], budget="quick")
     for budget, bound in (("quick", 20.0), ("ci", 180.0)):

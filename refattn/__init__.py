@@ -1,5 +1,6 @@
 """refattn: the exact answer for attention, and a check for any kernel."""
 
+from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 
 from . import masks
@@ -12,7 +13,7 @@ from .check import (
     check_problem,
     compare,
 )
-from .check.plugin import parametrize_with_checks
+from .check.parametrize import parametrize_with_checks
 from .errors import (
     InvalidInput,
     InvalidProblem,
@@ -34,7 +35,10 @@ from .files import load_problem, save_problem
 from .problem import Problem
 from .variants import VARIANTS, Variant
 
-__version__ = _version("refattn")
+try:
+    __version__ = _version("refattn")
+except _NotInstalled:  # a plain checkout
+    __version__ = "0+unknown"
 
 __all__ = [
     "VARIANTS",

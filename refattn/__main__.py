@@ -1,5 +1,5 @@
 """``python -m refattn``: the command line."""
 
-from .cli import main
+from .cli.main import main
 
 main(prog_name="refattn")

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from .arrays import from_float64, kind_of, like
-from .check.draw import Draw
+from .check.inputs.draw import Draw
+from .check.inputs.values import RARE, VALUES, numbers
 from .check.model import FEATURES
-from .check.values import RARE, VALUES, numbers
 from .dtypes import FORMATS, Format, format_of, is_float
 from .errors import InvalidInput
 from .masks import visible

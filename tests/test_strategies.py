@@ -7,9 +7,9 @@ from hypothesis.errors import NoSuchExample
 from refattn import VARIANTS, InvalidInput, evaluate
 from refattn.arrays import from_float64
 from refattn.check import FEATURES
+from refattn.check.inputs.values import BUILDERS
 from refattn.check.kernels.tiled import tiled
 from refattn.check.runner import check_problem
-from refattn.check.values import BUILDERS
 from refattn.dtypes import FORMATS
 from refattn.masks import visible
 from refattn.strategies import OWN, VALUES, arrays, gradients, layouts, problems

@@ -2,10 +2,10 @@
 
 from .call import call_kernel
 from .compare import Worst, compare
-from .families import FAMILIES, cases
+from .inputs.families import FAMILIES, cases
 from .laws import LAWS, Law
 from .model import FEATURES, Capabilities, Model, flash, materialised
-from .report import Check, Report
+from .report.report import Check, Report
 from .runner import check_kernel, check_problem
 
 __all__ = [

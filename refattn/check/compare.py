@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ..dtypes import format_of
 from ..exact.driver import Answer
 from ..masks import visible
-from .keytiles import weights_off
-from .statistics import Figures, figures, where
+from .diagnose.keytiles import weights_off
+from .diagnose.statistics import Figures, figures, where
 
 __all__ = ["Worst", "compare", "empty_rows"]
 
@@ -95,11 +95,11 @@ def compare(
     answer : Answer
         The exact answer.
     bound : float64 array
-        What is allowed, from :func:`refattn.check.bounds.bounds`.
+        What is allowed, from :func:`refattn.check.bounds.forward.bounds`.
     dtype : str
         The format that the kernel returned it in (its overflow is no error of the kernel).
     variance : float64 array, optional
-        What is predicted, from :func:`refattn.check.predict.predict`.
+        What is predicted, from :func:`refattn.check.bounds.predict.predict`.
 
     Returns
     -------

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from ..dtypes import FORMATS
 from ..problem import Problem
+from .bounds.truth import truth
 from .call import SOURCES, Kernel, Result, call_gradients, call_kernel
 from .compare import Worst
-from .draw import Draw
+from .inputs.draw import Draw
 from .model import Capabilities, Model
-from .truth import truth
 
 __all__ = ["LAWS", "Asked", "Law", "law_problem"]
 

@@ -14,15 +14,15 @@ from ..dtypes import FORMATS
 from ..errors import InvalidInput, KernelError, UnsupportedProblem
 from ..problem import Problem
 from ..variants import variant_of
+from .bounds.truth import Truth, of_case, truth
 from .call import Kernel, Result, call_gradients, call_kernel
 from .compare import Worst, compare
-from .families import Case, cases
+from .diagnose.rules import verdicts
+from .inputs.families import Case, cases
 from .laws import LAWS, Asked, Law, law_problem
 from .model import Capabilities, Model, ModelFor, flash
 from .placed import placed
-from .report import Check, Report
-from .rules import verdicts
-from .truth import Truth, of_case, truth
+from .report.report import Check, Report
 
 RAISED = "the kernel raised"
 __all__ = ["Item", "check_kernel", "check_problem", "plan"]

@@ -5,7 +5,7 @@ import pytest
 
 from refattn import evaluate
 from refattn.check import compare, flash
-from refattn.check.bounds import bounds
+from refattn.check.bounds.forward import bounds
 
 
 @pytest.fixture

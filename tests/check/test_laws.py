@@ -5,10 +5,10 @@ import pytest
 
 from refattn import Capabilities, check_kernel
 from refattn.check import LAWS, laws
-from refattn.check.bugs import broken
+from refattn.check.bugs.edits import broken
+from refattn.check.bugs.planted import plain
 from refattn.check.kernels.tiled import gradients, tiled
 from refattn.check.model import GRADIENTS
-from refattn.check.planted import plain
 from refattn.check.runner import plan
 
 ABLE = Capabilities(lse=True, gradients=GRADIENTS, batch_invariant=True)

@@ -3,11 +3,11 @@ import pytest
 from click.testing import CliRunner
 
 from refattn import Capabilities, InvalidInput, Model, Problem, check_kernel
+from refattn.check.bugs.planted import plain
 from refattn.check.kernels import declared
 from refattn.check.model import MODELS, flash, model_named, narrowed
-from refattn.check.planted import plain
 from refattn.check.runner import check_problem
-from refattn.cli import main
+from refattn.cli.main import main
 
 from ..conftest import tensor
 from .narrow import float8, tf32, to_tf32

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refattn import check_problem
+from refattn.check.inputs.values import VALUES
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import flash
-from refattn.check.values import VALUES
 from refattn.strategies import problems
 
 from ..conftest import tensor

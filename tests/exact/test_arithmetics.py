@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refattn import VARIANTS, Problem
-from refattn.check.families import cases
+from refattn.check.inputs.families import cases
 from refattn.exact.arithmetics import Balls, Floats, Intervals, Multiprecision
 from refattn.exact.run import run
 

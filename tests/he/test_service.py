@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from refattn import InvalidInput, he, save_problem
-from refattn.cli import main
+from refattn.cli.main import main
 from refattn.errors import ServiceError
 from refattn.he.saved import load_weights, plan_from_json, plan_to_json, save_weights
 from refattn.he.service import Remote, service

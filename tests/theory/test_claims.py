@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from refattn.cli import main
+from refattn.cli.main import main
 from refattn.errors import HypothesisViolated, InvalidInput
 from refattn.theory import CLAIMS, Claim, Evidence, run
 from refattn.theory.flash_io import counted, hbm_bytes, standard

@@ -5,7 +5,7 @@ import pytest
 
 from refattn import VARIANTS, InvalidInput, InvalidProblem, UnsupportedProblem, evaluate, reference
 from refattn.check import FAMILIES, LAWS
-from refattn.check.planted import PLANTED
+from refattn.check.bugs.planted import PLANTED
 from refattn.exact.arithmetics import Floats
 from refattn.exact.slabs import matrix_of, slabs
 from refattn.exact.tape import Tape, gradients

@@ -1,0 +1,193 @@
+r"""What a backward pass must lose: an error bound for every element of a gradient, to first order.
+
+With P the weights, X_ij = dout_i·v_j - D_i and D_i = dout_i·out_i, a flash kernel computes P again from its scores and
+lse, and
+
+    dS = P X,   dbias = dS,   dq = scale dS K,   dk = scale dS^T q,   dv = P^T dout,   dsink = -sum_i p_sink,i D_i
+
+(dS times the softcap's slope before K and q). Errors, one line each (docs/proofs/bounds.md):
+
+- P by ``P (exp(e + e_lse) - 1 + (elementary results) u)``, e the scores' error and e_lse the lse's;
+- dout·v by ``(d_v + 1) u |dout|·|v|``; D by ``|dout|·e_out + (d_v + 1) u |dout|·|out|``, or by what
+  sum_j P_ij dout_i·v_j would lose;
+- dS by ``e_P |X| + (P + e_P) (e_dP + e_D) + 2 u |dS|``; rounded to P's type before it meets K and q;
+- a sum of n products by ``(depth(n) + 3) u`` of the sum of absolute values, and its result by one rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays import to_float64
+from ...dtypes import FORMATS, format_of
+from ...errors import UnsupportedProblem
+from ...exact.driver import Answer
+from ...exact.slabs import Slab, slabs
+from ...variants import variant_of
+from ..call import SOURCES
+from ..model import Model, inside_type
+from .forward import floor
+from .operands import Operands, lost, score_errors
+
+__all__ = ["gradient_bounds"]
+
+Float = NDArray[np.float64]
+
+
+def gradient_bounds(answer: Answer, model: Model, dout: Any, limit: dict[str, Float]) -> dict[str, Float]:
+    """Return the largest error that a right backward pass of this model can make, for every element.
+
+    Parameters
+    ----------
+    answer : Answer
+        The exact answer with gradients.
+    model : Model
+        The kernel's rounding model.
+    dout : (b, h_q, n_q, d_v) array
+        The gradient arriving at out.
+    limit : dict
+        What :func:`refattn.check.bounds.forward.bounds` allows out and lse.
+
+    Returns
+    -------
+    dict
+        By gradient, of its input's shape: absolute errors, float64.
+
+    Raises
+    ------
+    UnsupportedProblem
+        Another operator than softmax.
+    """
+    p = answer.problem.to("numpy")
+    if p.variant != "softmax":
+        raise UnsupportedProblem(f"variant: gradients of {p.variant} have no error bound yet; softmax's have")
+    arriving = to_float64(dout)
+    total = {n: np.zeros(np.shape(getattr(p, SOURCES[n]))) for n in SOURCES if n in answer.values}
+    sums = {n: np.zeros_like(total[n]) for n in ("dk", "dv")}
+    for slab in slabs(p):
+        at = (slab.batch, slab.head, slab.rows)
+        with np.errstate(all="ignore"):
+            _head(
+                slab,
+                model,
+                arriving,
+                answer.enclosures["out"].mid[at],
+                limit["out"][at],
+                limit["lse"][at],
+                total,
+                sums,
+            )
+    group = p.heads // p.heads_kv
+    for n, x in total.items():
+        if n in sums and group > 1:  # each head's part rounded, then added
+            x = x + 2 * group * model.loss(model.group_sum or model.accumulator) * sums[n]
+        form = FORMATS[_dtype(getattr(p, SOURCES[n]))]
+        exact = np.abs(answer.enclosures[n].mid)
+        x = x * (1 + form.unit_roundoff) + form.unit_roundoff * exact + floor(form, model)
+        total[n] = x if model.subnormals else x + form.smallest_normal
+    return total
+
+
+def _dtype(x: Any) -> str:
+    return str(x.dtype.name)
+
+
+def _head(
+    slab: Slab, model: Model, arriving: Float, o: Float, lost_o: Float, lost_lse: Float, total: Any, sums: Any
+) -> None:
+    """Add what one head loses."""
+    p, inside = slab.problem, format_of(model.accumulator)
+    u, u_p = inside.unit_roundoff, model.loss(model.weights)
+    dout, operands = arriving[slab.batch, slab.head, slab.rows], Operands.of(slab, model)
+    lost_dout = lost(dout, arriving, model)
+    o, lost_o = np.nan_to_num(o, posinf=0, neginf=0), np.nan_to_num(lost_o, nan=np.inf)
+    plain = slab.plain()
+    s = variant_of(p.variant).sensitivity(slab.q, slab.k, plain)
+    assert s.denominator is not None
+    z = np.where(s.denominator > 0, s.denominator, 1.0)[:, None]
+    weights = s.weights / z
+    e = score_errors(slab, s, operands, model)
+    tiles = np.ceil(slab.k.shape[0] / model.tile)
+    passes = s.relative + model.exp_ulps + tiles * (model.exp_ulps + 1) + 4
+    lost_p = weights * (np.expm1(np.minimum(e + np.nan_to_num(lost_lse)[:, None], 700.0)) + passes * u)
+    tiny = max(floor(inside_type(model.weights), model), floor(inside, model))
+    lost_p = (np.minimum(lost_p, 1.0) + tiny) * slab.allowed  # a right kernel's P stays in [0, 1], up to a rounding
+    size, values = np.abs(dout), np.abs(slab.v)
+    dp, dp_size = dout @ slab.v.T, size @ values.T
+    n, d_v = slab.allowed.sum(1, keepdims=True), dout.shape[1]
+    lost_dp = (d_v + 1) * u * dp_size + model.loss(model.scores) * np.abs(dp)
+    lost_dp = lost_dp + lost_dout @ values.T + (size + lost_dout) @ operands.v.T
+    d = (dout * o).sum(1, keepdims=True)
+    from_out = (size * lost_o).sum(1, keepdims=True) + (d_v + 1) * u * (size * np.abs(o)).sum(1, keepdims=True)
+    from_p = (lost_p * np.abs(dp) + weights * lost_dp).sum(1, keepdims=True)
+    from_p = from_p + (model.depth(n) + 1) * u * (weights * dp_size).sum(1, keepdims=True)
+    lost_d = np.maximum(from_out, from_p)
+    x = np.abs(dp - d)
+    ds = weights * x
+    lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds + tiny) * slab.allowed
+    if "dbias" in total:
+        spread(slab, total["dbias"], lost_ds + model.depth(spread_over(slab)) * u * ds)
+    if "dsink" in total and slab.sink is not None:
+        _sink(slab, model, u, s.lse, d[:, 0], lost_lse, lost_d[:, 0], total["dsink"])
+    if p.softcap is not None:
+        t = np.tanh(slab.q @ slab.k.T * plain.scale / p.softcap)
+        slope = 1 - t * t
+        raw = (slab.q.shape[1] + 3) * u * (np.abs(slab.q) @ np.abs(slab.k).T * abs(plain.scale))
+        lost_slope = 2 * np.abs(t) * (raw / p.softcap * slope + 3 * u * np.abs(t)) + 3 * u
+        lost_ds, ds = lost_ds * (slope + lost_slope) + ds * lost_slope, ds * slope
+    lost_ds = lost_ds + u_p * ds
+    scale, q, k = abs(float(plain.scale)), np.abs(slab.q), np.abs(slab.k)
+    at, keys = (slab.batch, slab.head, slab.rows), (slab.batch, slab.head_kv, slab.keys)
+    seen = slab.allowed.astype(np.float64)
+    total["dq"][at] = scale * (lost_ds @ k + (model.depth(n) + tiles + 3) * u * (ds @ k) + tiny * (seen @ k)) + tiny * (
+        seen @ k + n
+    )
+    rows = model.depth(_rows_of(slab)) + np.ceil(dout.shape[0] / model.tile) + 3
+    total["dk"][keys] += scale * (lost_ds.T @ q + rows * u * (ds.T @ q) + tiny * (seen.T @ q)) + tiny * (
+        seen.T @ q + rows
+    )
+    sums["dk"][keys] += scale * (ds.T @ q)
+    lost_p = lost_p + u_p * weights
+    total["dv"][keys] += lost_p.T @ size + rows * u * (weights.T @ size) + tiny * (seen.T @ size + rows)
+    sums["dv"][keys] += weights.T @ size
+    if model.operands:
+        total["dq"][at] += scale * ((ds + lost_ds) @ operands.k)
+        total["dk"][keys] += scale * ((ds + lost_ds).T @ operands.q)
+        total["dv"][keys] += (weights + lost_p).T @ lost_dout
+
+
+def spread_over(slab: Slab) -> int:
+    """Return how many scores meet in one element of the bias's gradient, at most."""
+    p = slab.problem
+    full = (p.batch, p.heads, p.n_q, p.n_k)
+    shape = full if p.bias is None else p.bias.shape
+    return int(np.prod([n for n, m in zip(full, shape, strict=True) if m == 1]))
+
+
+def _rows_of(slab: Slab) -> int:
+    return int(slab.q.shape[0]) * (slab.problem.heads // slab.problem.heads_kv)
+
+
+def spread(slab: Slab, total: Float, x: Float) -> None:
+    """Add what belongs to one head's scores where the bias has it."""
+    shape = total.shape
+    for axis, wide in ((0, shape[2]), (1, shape[3])):
+        if wide == 1:
+            x = x.sum(axis, keepdims=True)
+    at = (slab.batch if shape[0] > 1 else 0, slab.head if shape[1] > 1 else 0)
+    total[at][slab.rows if shape[2] > 1 else slice(None), slab.keys if shape[3] > 1 else slice(None)] += x
+
+
+def _sink(slab: Slab, model: Model, u: float, lse: Any, d: Float, lost_lse: Float, lost_d: Float, lost: Float) -> None:
+    live = np.isfinite(lse)
+    p = np.exp(np.where(live, slab.sink - np.where(live, lse, 0.0), -np.inf))
+    lost_p = p * (
+        np.nan_to_num(lost_lse)
+        + (2 * np.abs(np.where(live, lse, 0.0)) + abs(float(slab.sink or 0)) + model.exp_ulps + 3) * u
+    )
+    lost_p = lost_p + floor(format_of(model.accumulator), model)
+    n = model.depth(len(d) * slab.problem.batch) + 3
+    lost[slab.head] += (lost_p * np.abs(d) + p * lost_d + n * u * p * np.abs(d)).sum()

@@ -1,0 +1,115 @@
+r"""What query, key and value lose before they are multiplied: narrower types, in parts or scaled (``Model.operands``).
+
+An element x that is multiplied by its tensor's or block's scale 1/s, rounded to the operands' type and multiplied back
+is off by at most ``(u_o + 2 u) |x| + s eta / 2``, eta the type's smallest subnormal number: two roundings by the
+scale, one to the type, one below its normal numbers. In three passes x is the sum of two numbers of the type and a
+rest; the products of both rests are left out: ``3 u_o^2 |x y|`` a product, half of it for each factor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays import to_float64
+from ...exact.slabs import Slab
+from ...variants.variant import Sensitivity
+from ..model import Model, inside_type
+
+__all__ = ["C", "Operands", "lost", "score_errors", "variance"]
+
+Float = NDArray[np.float64]
+C = 3 / (8 * math.log(2)) / 3
+"""The variance of a rounding to nearest over u^2 of the number's square, mantissas spread as they are."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """By operand of one head, of its shape: the largest error of each element, 0 where nothing is lost."""
+
+    q: Float
+    k: Float
+    v: Float
+
+    @classmethod
+    def of(cls, slab: Slab, model: Model) -> Operands:
+        """Return what one head's operands lose."""
+        p = slab.problem
+        return cls(*(lost(x, t, model) for x, t in ((slab.q, p.query), (slab.k, p.key), (slab.v, p.value))))
+
+
+def lost(x: Float, tensor: Any, model: Model) -> Float:
+    """Return the largest error of each element of an operand.
+
+    Parameters
+    ----------
+    x : (n, d) float64 array
+        One head of it.
+    tensor : array
+        All of it: what its scale is made from where there is one scale.
+    model : Model
+        The kernel's rounding model.
+    """
+    size = np.abs(x)
+    if not model.operands:
+        return np.zeros_like(size)
+    form, inside = inside_type(model.operands), inside_type(model.accumulator)
+    if model.passes == 3:
+        return np.asarray(1.5 * form.unit_roundoff**2 * size + 0.5 * form.smallest_subnormal)
+    s = _scale(size, tensor, model)
+    known = (form.unit_roundoff + (2 * inside.unit_roundoff if model.scales else 0.0)) * size
+    known = known + 0.5 * form.smallest_subnormal * s
+    return np.where(size > form.largest * s * (1 + inside.unit_roundoff), np.inf, known)
+
+
+def variance(x: Float, tensor: Any, model: Model) -> Float:
+    """Return the variance of the error of each element of an operand: that of its place among the type's numbers."""
+    form = inside_type(model.operands)
+    if model.passes == 3:  # the rests' product, and their roundings
+        return np.asarray(C * (1 + C / 2) * form.unit_roundoff**4 * x * x + form.smallest_subnormal**2 / 12)
+    s = np.maximum(_scale(np.abs(x), tensor, model), np.finfo(np.float64).tiny)
+    return np.asarray((form.ulp_array(x / s) * s) ** 2 / 12)
+
+
+def _scale(size: Float, tensor: Any, model: Model) -> Any:
+    """Return what stands for 1 in an operand: a number, or one for each row."""
+    largest = inside_type(model.operands).largest
+    if not model.scales:
+        return 1.0
+    if model.scales == "tensor":
+        whole = np.abs(to_float64(tensor))
+        return float(whole[np.isfinite(whole)].max(initial=0.0)) / largest
+    starts = np.arange(0, len(size), model.block)
+    top = np.maximum.reduceat(size.max(1, initial=0.0), starts) if len(size) else size.max(1, initial=0.0)
+    return np.asarray(top[np.arange(len(size)) // model.block, None] / largest)
+
+
+def score_errors(slab: Slab, s: Sensitivity, lost: Operands, model: Model, rows: Any = slice(None)) -> Float:
+    """Return the largest error of every score of one head: its roundings, and what its operands lose.
+
+    Parameters
+    ----------
+    slab : Slab
+        The head.
+    s : Sensitivity
+        Of `rows`.
+    lost : Operands
+        What the operands lose.
+    model : Model
+        The kernel's rounding model.
+    rows : slice or array of int
+        Which of the head's rows.
+    """
+    u = inside_type(model.accumulator).unit_roundoff
+    e: Float = u * ((slab.q.shape[1] + 2) * s.products + s.roundings) + model.loss(model.scores) * s.roundings
+    if not model.operands:
+        return e
+    q, k, dq = np.abs(slab.q[rows]), np.abs(slab.k), lost.q[rows]
+    scale = abs(float(slab.plain().scale))
+    sizes = q @ k.T * scale
+    slope = np.where(sizes > 0, s.products / np.where(sizes > 0, sizes, 1.0), 1.0)  # a softcap's
+    return np.asarray(e + slope * scale * (dq @ k.T + (q + dq) @ lost.k.T))

@@ -1,0 +1,64 @@
+"""What a kernel is compared with: the exact answer, what is allowed, what is predicted; made once for each case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...exact.driver import Answer, evaluate
+from ...problem import Problem
+from ..inputs.families import Case
+from ..model import Model
+from .forward import bounds
+from .gradients import gradient_bounds
+from .predict import predict
+
+__all__ = ["Truth", "exact", "of_case", "truth"]
+
+Float = NDArray[np.float64]
+LARGE = 2**14
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The exact answer of a call, and by array the allowed errors and the predicted variances (where there are any)."""
+
+    answer: Answer
+    allowed: dict[str, Float]
+    variance: dict[str, Float]
+
+
+def exact(problem: Problem, dout: Any = None) -> Answer:
+    """Return the exact answer, its enclosures far narrower than any bound."""
+    large = problem.n_q * problem.n_k > LARGE
+    # faster than balls where no gradient needs an exact decision, or where there are many scores
+    rounding = "float64" if dout is None or large else None
+    return replace(evaluate(problem, gradients=dout, rounding=rounding), balls={})
+
+
+def truth(problem: Problem, model: Model, dout: Any = None) -> Truth:
+    """Return what to compare a call with: out and lse, or with an arriving gradient its gradients."""
+    return _with(exact(problem, dout), model, dout)
+
+
+def _with(answer: Answer, model: Model, dout: Any) -> Truth:
+    allowed = bounds(answer, model)
+    if dout is not None:
+        allowed = gradient_bounds(answer, model, dout, allowed)
+    variance = predict(answer, model, dout) if answer.problem.variant == "softmax" else {}
+    return Truth(answer, allowed, variance)
+
+
+@lru_cache(maxsize=4096)
+def of_case(case: Case, dtype: str, model: Model, backward: bool) -> Truth:
+    """Return :func:`truth` of a case, made once."""
+    return _with(_answer(case, dtype, backward), model, case.arriving(dtype) if backward else None)
+
+
+@lru_cache(maxsize=4096)
+def _answer(case: Case, dtype: str, backward: bool) -> Answer:
+    return exact(case.problem(dtype), case.arriving(dtype) if backward else None)

@@ -1,0 +1,71 @@
+"""Real bugs, planted in the tiled kernel as small edits of its text (bugs.toml); the checker must fail each of them.
+
+Classes: A alignment, B option ignored or composed wrongly, C rows without keys, D extreme scores, E tails, F poison
+through 0 · NaN, G index width, H heads and layout, I lse and merging, J scale and type, K races and stale memory,
+L backward only, M precision. An origin names the thread in which a project met the bug; the edit shows the same symptom
+in this kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import tomllib
+import types
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..call import Kernel
+
+__all__ = ["BUGS", "Bug", "broken"]
+
+CLASSES = "ABCDEFGHIJKLM"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One planted bug.
+
+    Attributes
+    ----------
+    name : str
+        What is wrong.
+    kind : str
+        Its class, a letter of ``CLASSES``.
+    origin : str
+        ``owner/project#number`` where such a bug was reported, "" where none was found.
+    edits : tuple of pairs
+        Old and new text; each old text stands once in the kernel's source.
+    """
+
+    name: str
+    kind: str
+    origin: str
+    edits: tuple[tuple[str, str], ...]
+
+
+@lru_cache(maxsize=1)
+def _source() -> str:
+    return inspect.getsource(importlib.import_module("refattn.check.kernels.tiled"))
+
+
+def broken(name: str) -> Kernel:
+    """Return the tiled kernel with one bug, a module of its own (what it keeps between calls is its own, too)."""
+    text = _source()
+    for old, new in BUGS[name].edits:
+        if text.count(old) != 1:
+            raise ValueError(f"{name}: {old!r} stands {text.count(old)} times in the kernel, expected once")
+        text = text.replace(old, new)
+    module = types.ModuleType(f"refattn.check.kernels.{name}")
+    module.__package__ = "refattn.check.kernels"
+    exec(compile(text, f"<{name}>", "exec"), module.__dict__)
+    kernel: Any = module.__dict__["tiled"]
+    kernel.__name__ = name
+    return kernel  # type: ignore[no-any-return]
+
+
+_TABLE = tomllib.loads((Path(__file__).parent / "bugs.toml").read_text(encoding="utf-8"))
+BUGS = {n: Bug(n, x["class"], x["origin"], tuple((a, b) for a, b in x["edits"])) for n, x in _TABLE.items()}
+"""The planted bugs by name."""

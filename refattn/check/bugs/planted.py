@@ -1,0 +1,209 @@
+"""Kernels known to be wrong: each is a right kernel with one small edit. The checker must fail every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ... import masks
+from ...arrays import from_float64
+from ...dtypes import FORMATS
+from ...exact.driver import reference
+from ...exact.slabs import slabs
+from ...problem import Problem
+from ..call import Kernel
+from ..kernels.tiled import tiled
+
+__all__ = ["PLANTED", "plain", "planted"]
+
+Pair = tuple[NDArray[Any], NDArray[Any] | None]
+
+
+def plain(problem: Problem) -> Any:
+    """Return the right kernel that bugs are planted in: the tiled one, or any operator's definition in float32."""
+    if problem.variant == "softmax":
+        return tiled(problem)
+    out = reference(problem, np.float64 if problem.dtype == "float64" else np.float32)["out"]
+    return from_float64(FORMATS[problem.dtype].round_array(out.astype(np.float64)), problem.dtype)
+
+
+def planted(name: str) -> Kernel:
+    """Return the wrong kernel of that name."""
+    before, after = PLANTED[name]
+
+    def kernel(problem: Problem) -> Any:
+        result = plain(before(problem))
+        out, lse = result if isinstance(result, tuple) else (result, None)
+        out, lse = after(problem, out.copy(), None if lse is None else lse.copy())
+        return out if lse is None else (out, lse)
+
+    kernel.__name__ = f"planted_{name}"
+    return kernel
+
+
+def _only(problem: Problem, mask: NDArray[np.bool_]) -> Problem:
+    """Allow only the keys of an (n_q, n_k) mask, on top of what is allowed."""
+    mask = mask[None, None]
+    return problem.replace(allowed=mask if problem.allowed is None else mask & problem.allowed)
+
+
+def _own_key_dropped(p: Problem) -> Problem:
+    mask = np.ones((p.n_q, p.n_k), bool)
+    if p.causal and mask.size:
+        last = np.nonzero(masks.causal(p.n_q, p.n_k, p.causal)[-1])[0]
+        mask[-1, last[-1:]] = False
+    return _only(p, mask)
+
+
+def _keys_dropped(p: Problem, start: int) -> Problem:
+    mask = np.ones((p.n_q, p.n_k), bool)
+    mask[:, max(start, 1) :] = False
+    return _only(p, mask)
+
+
+def _causal_off_by_one(p: Problem) -> Problem:
+    if p.causal is None or p.cu_seqlens_q is not None or p.window is not None:
+        return p
+    return (
+        _only(p.replace(causal=None), masks.sliding_window(p.n_q, p.n_k, None, 1, p.causal))
+        if "decay" not in p.options
+        else p
+    )
+
+
+def _corner_swapped(p: Problem) -> Problem:
+    swap = {"bottom_right": "top_left", "top_left": "bottom_right", None: None}
+    return p.replace(causal=swap[p.causal])
+
+
+def _ignored(*names: str) -> Callable[[Problem], Problem]:
+    def before(p: Problem) -> Problem:
+        keep = "causal" in names and p.options.get("decay") is not None
+        return p if keep else p.replace(**dict.fromkeys(names))
+
+    return before
+
+
+def _window_off_by_one(p: Problem) -> Problem:
+    return p if p.window is None else p.replace(window=tuple(None if w is None else w + 1 for w in p.window))
+
+
+def _heads_tiled(p: Problem) -> Problem:
+    at = np.arange(p.heads) % p.heads_kv
+    return p.replace(key=p.key[:, at], value=p.value[:, at])
+
+
+def _same(p: Problem) -> Problem:
+    return p
+
+
+def _keep(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> Pair:
+    return out, lse
+
+
+def _zeroed_head(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> Pair:
+    out[:, p.heads // 2] = 0
+    return out, lse
+
+
+def _empty(p: Problem) -> NDArray[np.bool_]:
+    mask = np.zeros(p.out_shape[:3], bool)
+    for slab in slabs(p):
+        mask[slab.batch, slab.head, slab.rows] = ~slab.allowed.any(1)
+    return mask
+
+
+def _empty_nan(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> Pair:
+    out[_empty(p)] = np.nan
+    return out, lse
+
+
+def _empty_mean(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> Pair:
+    group = p.heads // p.heads_kv
+    if p.n_k and _empty(p).any():
+        mean = np.repeat(p.value.astype(np.float64).mean(2, keepdims=True), group, axis=1)
+        out = np.where(_empty(p)[..., None], mean, out.astype(np.float64)).astype(out.dtype)
+    return out, lse
+
+
+def _empty_lse_zero(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> Pair:
+    if lse is not None:
+        lse[np.isneginf(lse)] = 0
+    return out, lse
+
+
+def _base_two(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> Pair:
+    return out, None if lse is None else (lse / np.log(2)).astype(lse.dtype)
+
+
+def _neighbour_row(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> Pair:
+    if p.n_q > 1:
+        out[:, :, p.n_q // 2] = out[:, :, p.n_q // 2 - 1]
+    return out, lse
+
+
+def _too_narrow(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> Pair:
+    x = out.astype(np.float64)
+    with np.errstate(all="ignore"):
+        unit = FORMATS[p.dtype].ulp_array(x) * 16
+        coarse = np.where(np.isfinite(x), np.rint(x / unit) * unit, x)
+    return from_float64(FORMATS[p.dtype].round_array(coarse), p.dtype), lse
+
+
+def _masked_value_read(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> Pair:
+    with np.errstate(all="ignore"):
+        leak = np.repeat((p.value.astype(np.float64) * 0).sum(2, keepdims=True), p.heads // p.heads_kv, axis=1)
+        return (out.astype(np.float64) + leak).astype(out.dtype), lse
+
+
+def _cap_after_bias(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> Pair:
+    if p.softcap is None or p.bias is None:
+        return out, lse
+    for slab in slabs(p):
+        o = slab.plain()
+        s = np.tanh((slab.q @ slab.k.T * o.scale + slab.bias) / p.softcap) * p.softcap
+        w = np.where(slab.allowed, np.exp(s), 0)
+        z = w.sum(1, keepdims=True) + (0 if slab.sink is None else np.exp(slab.sink))
+        out[slab.batch, slab.head, slab.rows] = (w @ slab.v / np.where(z > 0, z, 1)).astype(out.dtype)
+    return out, lse
+
+
+def _clamped(p: Problem) -> Problem:
+    """Clamp scores at a sentinel of -1e4, as kernels do that mask with it: rows far below become uniform."""
+    top = max((float(np.abs(slab.q @ slab.k.T * slab.plain().scale).max(initial=0)) for slab in slabs(p)), default=0.0)
+    return p.replace(scale=0.0) if top > 1e4 and p.variant == "softmax" else p
+
+
+TILE = 64
+PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
+    "zeroed_head": (_same, _zeroed_head),
+    "own_key_dropped": (_own_key_dropped, _keep),
+    "last_key_dropped": (lambda p: _keys_dropped(p, p.n_k - 1), _keep),
+    "tail_tile_dropped": (lambda p: _keys_dropped(p, p.n_k // TILE * TILE if p.n_k > TILE else p.n_k), _keep),
+    "wrong_scale": (lambda p: p.replace(scale=1 / p.d_k if p.scale is None else p.scale * 0.75), _keep),
+    "causal_off_by_one": (_causal_off_by_one, _keep),
+    "causal_ignored": (_ignored("causal"), _keep),
+    "causal_corner_swapped": (_corner_swapped, _keep),
+    "window_off_by_one": (_window_off_by_one, _keep),
+    "window_ignored": (_ignored("window"), _keep),
+    "allowed_ignored": (_ignored("allowed"), _keep),
+    "bias_ignored": (_ignored("bias"), _keep),
+    "softcap_ignored": (_ignored("softcap"), _keep),
+    "softcap_after_bias": (_same, _cap_after_bias),
+    "sink_ignored": (_ignored("sink"), _keep),
+    "heads_tiled": (_heads_tiled, _keep),
+    "sequences_joined": (_ignored("cu_seqlens_q", "cu_seqlens_k"), _keep),
+    "value_of_next_key": (lambda p: p.replace(value=np.roll(p.value, 1, axis=2)), _keep),
+    "lse_base_two": (_same, _base_two),
+    "lse_of_empty_row_zero": (_same, _empty_lse_zero),
+    "empty_row_nan": (_same, _empty_nan),
+    "empty_row_mean": (_same, _empty_mean),
+    "neighbour_row": (_same, _neighbour_row),
+    "output_too_narrow": (_same, _too_narrow),
+    "masked_value_read": (_same, _masked_value_read),
+    "scores_clamped": (_clamped, _keep),
+}
+"""Planted bugs by name: an edit of the problem that the kernel is given, and one of what it returns."""

@@ -1,0 +1,130 @@
+"""Failures in more words: what failed checks share, which planted bugs fail alike, the smallest call that fails."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ...problem import Problem
+from ..call import Kernel
+from ..inputs.families import cases
+from ..model import Capabilities, Model, ModelFor
+from ..report.report import Report
+from ..runner import failing, model_for
+from .shrink import program, shrink
+
+__all__ = ["alike", "explain", "pattern", "shared"]
+
+LEAST = 10
+"""Checks that must have run before planted bugs can be told apart."""
+SMALL = 16
+"""The largest axis of a call that is printed as a program."""
+SIGNATURES = Path(__file__).parents[1] / "bugs" / "signatures.json"
+
+
+def explain(
+    kernel: Kernel,
+    report: Report,
+    *,
+    model: Model | ModelFor | None = None,
+    capabilities: Capabilities | None = None,
+    seconds: float = 10.0,
+) -> str:
+    """Return what can be said of a report's failures beyond each check's own message.
+
+    Parameters
+    ----------
+    kernel : callable
+        The kernel that was checked.
+    report : Report
+        With failures.
+    model, capabilities
+        As :func:`refattn.check_kernel` was given them.
+    seconds : float
+        For shrinking.
+    """
+    lines = []
+    if common := shared(report):
+        lines.append(f"every failed check is {', '.join(common)}")
+    if bugs := alike(report):
+        lines.append("planted bugs that fail alike: " + ", ".join(f"{n} ({100 * s:.0f} %)" for n, s in bugs))
+    able = capabilities or getattr(kernel, "capabilities", None) or Capabilities()
+    for check in report.failures:
+        plain, dtype = check.name.rsplit("[", 1)
+        case = _cases(report.variant).get(plain.removesuffix("/gradients"))
+        if case is None or check.worst is None:
+            continue
+        dtype = dtype.rstrip("]")
+        dout = case.arriving(dtype) if plain.endswith("/gradients") else None
+        chosen = model_for(kernel, model)(dtype)
+        small, arriving = shrink(case.problem(dtype), dout, failing(kernel, chosen, able.gradients), seconds)
+        lines.append(f"{check.name} still fails on {small!r}")
+        if max(small.n_q, small.n_k, small.d_k, small.d_v) <= SMALL:
+            lines.append(program(report.kernel, small, arriving))
+        break
+    return "\n".join(lines)
+
+
+def shared(report: Report) -> tuple[str, ...]:
+    """Say what all failed checks have and not all passed ones: a feature, an option, a gradient."""
+    failed, passed = ([c.name for c in report.checks if c.verdict == v] for v in ("failed", "passed"))
+    if not failed or not passed:
+        return ()
+    sets = {n: _traits(report.variant, n) for n in failed + passed}
+    common = frozenset.intersection(*(sets[n] for n in failed))
+    return tuple(sorted(t for t in common if any(t not in sets[n] for n in passed)))
+
+
+def _traits(variant: str, name: str) -> frozenset[str]:
+    plain, dtype = name.rsplit("[", 1)
+    traits = {f"in {dtype.rstrip(']')}"}
+    if plain.endswith("/gradients"):
+        traits.add("in gradients")
+    case = _cases(variant).get(plain.removesuffix("/gradients"))
+    if case is not None:
+        p: Problem = case.problem("float32" if not case.dtypes else case.dtypes[0])
+        traits |= {f"with {f.replace('_', ' ')}" for f in p.features()}
+        traits |= {
+            f"where {t}"
+            for t, yes in (("n_k > 64", p.n_k > 64), ("n_q > 64", p.n_q > 64), ("b > 1", p.batch > 1))
+            if yes
+        }
+    return frozenset(traits)
+
+
+@lru_cache(maxsize=8)
+def _cases(variant: str) -> dict[str, Any]:
+    return {c.name: c for c in cases(variant)}
+
+
+def pattern(report: Report, dtype: str) -> frozenset[str]:
+    """Return the names of the failed checks of a format."""
+    return frozenset(c.name.rsplit("[", 1)[0] for c in report.failures if c.name.endswith(f"[{dtype}]"))
+
+
+def alike(report: Report, most: int = 3) -> tuple[tuple[str, float], ...]:
+    """Return the planted bugs whose failed checks are most like a report's, each with the share in common (0 to 1).
+
+    The table of what each bug fails is ``signatures.json``; ``python -m refattn.check.bugs.signatures`` makes it.
+    """
+    table = _signatures()
+    dtypes = sorted({c.name.rsplit("[", 1)[1].rstrip("]") for c in report.failures})
+    ran = {c.name.rsplit("[", 1)[0] for c in report.checks if c.verdict != "unsupported"}
+    seen = frozenset().union(*(pattern(report, d) for d in dtypes)) if dtypes else frozenset()
+    scores = []
+    if len(ran) < LEAST:
+        return ()
+    for bug, names in table.items():
+        both, either = seen & names, (seen | names) & ran
+        if both:
+            scores.append((bug, len(both) / len(either)))
+    return tuple(sorted(scores, key=lambda x: -x[1])[:most])
+
+
+@lru_cache(maxsize=1)
+def _signatures() -> dict[str, frozenset[str]]:
+    stored = json.loads(SIGNATURES.read_text(encoding="utf-8"))
+    names = stored["checks"]
+    return {bug: frozenset(names[i] for i in at) for bug, at in stored["bugs"].items()}

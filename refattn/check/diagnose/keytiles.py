@@ -1,0 +1,101 @@
+"""Which keys an output's errors come from: the weights' errors by tile of keys that explain them best."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...exact.driver import Answer
+from ...exact.slabs import slabs
+from ...variants import variant_of
+from .statistics import bands
+
+__all__ = ["weights_off"]
+
+Float = NDArray[np.float64]
+EXPLAINED = 0.9
+"""The share of the errors' squares that the tiles must explain to be named."""
+LEAST = 0.25
+MOST = 64
+ELEMENTS = 1 << 14
+"""About how many elements the errors are explained of: the rows with the largest; the unknowns are 64."""
+
+
+def weights_off(answer: Answer, got: NDArray[np.generic]) -> tuple[str, ...]:
+    """Say which tiles of keys weigh too much or too little, where that explains the errors of out.
+
+    If the weights of tile t are (1 + eps_t) times what they should be, out is x with x - o = sum_t eps_t sum_{j in t}
+    p_ij (v_j - x) (v_j alone where there is no denominator): eps by least squares, over the rows of all heads whose
+    errors are largest.
+
+    Parameters
+    ----------
+    answer : Answer
+        The exact answer.
+    got : (b, h_q, n_q, d_v) array
+        What the kernel returned.
+    """
+    p, exact = answer.problem.to("numpy"), answer.enclosures["out"].mid
+    tiles = bands(p.n_k, MOST)
+    gram, right, energy = np.zeros((len(tiles), len(tiles))), np.zeros(len(tiles)), 0.0
+    x, shared = np.asarray(got).astype(np.float64), False
+    with np.errstate(invalid="ignore"):  # inf where inf is right
+        chosen = _largest(x - exact)
+    for slab in slabs(p):
+        at = (slab.batch, slab.head, slab.rows)
+        if not chosen[at].any():
+            continue
+        with np.errstate(all="ignore"):
+            s = variant_of(p.variant).sensitivity(slab.q, slab.k, slab.plain())
+            shared = s.denominator is not None
+            z = np.ones(len(slab.q)) if s.denominator is None else s.denominator
+            weights = np.where(z[:, None] != 0, s.weights / z[:, None], 0.0)
+            error = x[at] - exact[at]
+        live = chosen[at]
+        error, weights, out = error[live], weights[live], x[at][live]
+        size = np.abs(error).max(initial=0.0)
+        if not size:
+            continue
+        moved = []
+        for t in tiles:  # a sequence's keys are some of all
+            j = slice(max(t.start, slab.keys.start) - slab.keys.start, max(0, t.stop - slab.keys.start))
+            part = weights[:, j]
+            moved.append(
+                (part @ slab.v[j] - (0 if s.denominator is None else out * part.sum(1)[:, None])).ravel() / size
+            )
+        a = np.array(moved)
+        gram, right, energy = gram + a @ a.T, right + a @ (error.ravel() / size), energy + (error**2).sum() / size**2
+    if not energy or not np.isfinite(gram).all():
+        return ()
+    eps = np.asarray(np.linalg.lstsq(gram, right, rcond=1e-9)[0], np.float64)
+    if 2 * right @ eps - eps @ gram @ eps < EXPLAINED * energy:
+        return ()
+    if shared and np.median(1 + eps) > 0:  # by the denominator, all weights may be larger alike
+        eps = np.asarray((1 + eps) / np.median(1 + eps) - 1)
+    return tuple(
+        f"as if the weights of keys {a} to {b} were {abs(by):.0%} too {'large' if by > 0 else 'small'}"
+        for a, b, by in _runs(tiles, eps)
+    )
+
+
+def _largest(error: Float) -> NDArray[np.bool_]:
+    """Return which rows, (b, h, n), have the largest finite errors."""
+    sizes = np.abs(error).max(-1, initial=0.0)
+    sizes[~np.isfinite(sizes)] = -1.0
+    count = max(MOST, ELEMENTS // error.shape[-1])
+    least = np.partition(sizes, -count, axis=None)[-count] if sizes.size > count else 0.0
+    return np.asarray(sizes >= max(least, 0.0))
+
+
+def _runs(tiles: list[range], eps: Float) -> list[tuple[int, int, float]]:
+    """Return first and last key and error of runs of tiles whose weights are off alike, unless they are all."""
+    off = [i for i, x in enumerate(eps) if abs(x) >= LEAST]
+    if len(off) > len(tiles) // 2:
+        return []
+    found: list[tuple[int, int, float]] = []
+    for i in off:
+        if found and found[-1][1] == tiles[i].start - 1 and abs(found[-1][2] - eps[i]) < LEAST:
+            found[-1] = (found[-1][0], tiles[i].stop - 1, found[-1][2])
+        else:
+            found.append((tiles[i].start, tiles[i].stop - 1, float(eps[i])))
+    return found

@@ -1,0 +1,185 @@
+"""Make a failing call as small as it can be while it still fails, and write it as a program."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from ...errors import InvalidProblem, UnsupportedProblem
+from ...problem import Problem
+
+__all__ = ["program", "shrink"]
+
+Fails = Callable[[Problem, Any], bool]
+Call = tuple[Problem, Any]
+
+
+def shrink(problem: Problem, dout: Any, fails: Fails, seconds: float = 10.0) -> Call:
+    """Return the smallest call that still fails, by greedy steps.
+
+    Parameters
+    ----------
+    problem : Problem
+        A call on NumPy arrays that fails.
+    dout : (b, h_q, n_q, d_v) array or None
+        The gradient arriving at out, where a gradient fails.
+    fails : callable
+        ``fails(problem, dout)``; called for every step.
+    seconds : float
+        When to stop.
+
+    Returns
+    -------
+    Problem, array or None
+    """
+    end = time.monotonic() + seconds
+    best: Call = (problem, dout)
+    again = True
+    while again and time.monotonic() < end:
+        again = False
+        for smaller in _steps(*best):
+            if time.monotonic() > end:
+                break
+            if fails(*smaller):
+                best, again = smaller, True
+                break
+    return best
+
+
+def _steps(p: Problem, dout: Any) -> Iterator[Call]:
+    """Yield smaller calls, those that take most away first."""
+    if p.cu_seqlens_q is not None:
+        yield from _shorter(p, dout)
+    for name in ("bias", "allowed", "sink", "softcap", "window", "causal", "scale"):
+        if getattr(p, name) is not None and not (name == "causal" and p.window is not None):
+            yield from _valid((p.replace(**{name: None}), dout))
+    for side, width in enumerate(p.window or ()):
+        for narrow in (width // 2, width - 1) if width else ():
+            window = tuple(narrow if i == side else w for i, w in enumerate(p.window or ()))
+            yield from _valid((p.replace(window=window), dout))
+    group = p.heads // p.heads_kv
+    for name, size in (("batch", p.batch), ("heads", p.heads_kv)):
+        for part in _halves(size):
+            if name == "batch":
+                yield from _valid(_cut(p, dout, batch=part))
+            else:
+                yield from _valid(_cut(p, dout, heads=slice(part.start * group, part.stop * group), heads_kv=part))
+    if group > 1:
+        for at in range(group):
+            yield from _valid(_cut(p, dout, heads=slice(at, None, group)))
+    if p.cu_seqlens_q is None:
+        for part in _halves(p.n_k):
+            yield from _valid(_cut(p, dout, keys=part))
+        for part in _halves(p.n_q):
+            yield from _valid(_cut(p, dout, rows=part))
+    for part in _halves(p.d_v):
+        value = p.value[..., part]
+        yield from _valid((p.replace(value=value), None if dout is None else dout[..., part]))
+    for part in _halves(p.d_k):
+        # the default scale is that of the width: keep it, so that a step changes one thing
+        yield from _valid((p.replace(query=p.query[..., part], key=p.key[..., part]), dout))
+    yield from _simpler(p, dout)
+
+
+def _halves(n: int) -> Iterator[slice]:
+    """Yield parts of a range of n: halves, then all but a quarter, then all but one."""
+    seen = {(0, n)}
+    for size in (n // 2, n - n // 4, n - 1):
+        for start in (0, n - size):
+            if size > 0 and (start, start + size) not in seen:
+                seen.add((start, start + size))
+                yield slice(start, start + size)
+
+
+def _simpler(p: Problem, dout: Any) -> Iterator[Call]:
+    """Yield the call with one tensor's numbers rounded to small integers."""
+    for name in ("query", "key", "value", "bias", "sink", "dout"):
+        x = dout if name == "dout" else getattr(p, name)
+        if x is None:
+            continue
+        wide = np.asarray(x).astype(np.float64)
+        with np.errstate(all="ignore"):
+            whole = np.where(np.isfinite(wide), np.rint(wide), wide).astype(x.dtype)
+        if whole.tobytes() != np.asarray(x).tobytes():
+            yield from _valid((p, whole) if name == "dout" else (p.replace(**{name: whole}), dout))
+
+
+def _shorter(p: Problem, dout: Any) -> Iterator[Call]:
+    """Yield packed calls with one sequence alone, or dropped, or shorter."""
+    segments = p.segments()
+    for i, (rows, keys) in enumerate(segments):
+        yield from _valid(_cut(p.replace(cu_seqlens_q=None, cu_seqlens_k=None), dout, rows=rows, keys=keys))
+        n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
+        parts: list[tuple[slice, slice] | None] = [None] if len(segments) > 1 else []
+        parts += [(slice(rows.start + r.start, rows.start + r.stop), keys) for r in _halves(n_q)]
+        parts += [(rows, slice(keys.start + k.start, keys.start + k.stop)) for k in _halves(n_k)]
+        for part in parts:
+            kept = segments[:i] + ([] if part is None else [part]) + segments[i + 1 :]
+            at = [np.concatenate([np.arange(s[axis].start, s[axis].stop) for s in kept]) for axis in (0, 1)]
+            offsets = [np.cumsum([0, *(s[axis].stop - s[axis].start for s in kept)], dtype=np.int32) for axis in (0, 1)]
+            yield from _valid(_cut(p, dout, rows=at[0], keys=at[1], offsets=offsets))
+
+
+def _cut(p: Problem, dout: Any, offsets: Any = None, **parts: Any) -> Any:
+    """Return a function that makes the call with parts of its axes: slices or indices."""
+
+    def make() -> Call:
+        b, h, hk, i, j = (parts.get(n, slice(None)) for n in ("batch", "heads", "heads_kv", "rows", "keys"))
+        changed: dict[str, Any] = {"query": p.query[b][:, h][:, :, i]}
+        changed |= {n: getattr(p, n)[b][:, hk][:, :, j] for n in ("key", "value")}
+        for name in ("bias", "allowed"):
+            x = getattr(p, name)
+            if x is not None:
+                for axis, at in enumerate((b, h, i, j)):
+                    if x.shape[axis] > 1:
+                        x = x[(slice(None),) * axis + (at,)]
+                changed[name] = x
+        if p.sink is not None:
+            changed["sink"] = p.sink[h]
+        changed = {n: np.ascontiguousarray(x) for n, x in changed.items()}
+        if offsets is not None:
+            changed |= {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1]}
+        return p.replace(**changed), None if dout is None else dout[b][:, h][:, :, i]
+
+    return make
+
+
+def _valid(call: Any) -> Iterator[Call]:
+    """Yield a call that can be made."""
+    try:
+        yield call() if callable(call) else call
+    except (InvalidProblem, UnsupportedProblem):
+        return
+
+
+def program(kernel: str, problem: Problem, dout: Any = None) -> str:
+    """Return a call as a Python program that makes it and judges the kernel; its numbers are exact.
+
+    Parameters
+    ----------
+    kernel : str
+        The kernel's name, as ``refattn check`` takes it.
+    problem : Problem
+        The call, small.
+    dout : array, optional
+        The gradient arriving at out.
+    """
+    parts = [f"{n}={_literal(x)}" for n, x in problem.arrays().items()]
+    parts += [f"{n}={v!r}" for n, v in problem.settings().items()]
+    more = "" if dout is None else f", gradients={_literal(dout)}"
+    return (
+        "import numpy as np, refattn\n"
+        f"p = refattn.Problem({', '.join(parts)})\n"
+        f"print(refattn.check_problem({kernel!r}, p, 'found'{more}).failures)"
+    )
+
+
+def _literal(x: Any) -> str:
+    a = np.asarray(x)
+    if a.dtype == bool or np.issubdtype(a.dtype, np.integer):
+        return f"np.array({a.tolist()}, {a.dtype.name!r})"
+    numbers = str(a.astype(np.float64).tolist()).replace("nan", "np.nan").replace("inf", "np.inf")
+    return f"np.array({numbers}).astype({a.dtype.name!r})"

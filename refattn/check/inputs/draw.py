@@ -1,0 +1,66 @@
+"""Random tensors of one format: what the builders of problems draw from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays import from_float64
+from ...dtypes import Format
+from ...problem import Problem
+
+__all__ = ["Draw", "Float"]
+
+Float = NDArray[np.float64]
+
+
+class Draw:
+    """Random tensors of one format."""
+
+    def __init__(self, form: Format, rng: np.random.Generator, variant: str) -> None:
+        self.form, self.rng, self.variant = form, rng, variant
+
+    def tensor(self, x: Float) -> NDArray[Any]:
+        """Round float64 numbers to the format, held to its finite range."""
+        top = self.form.largest
+        return from_float64(self.form.round_array(np.clip(x, -top, top)), self.form.name)
+
+    def normal(self, *shape: int) -> Float:
+        """Draw standard normal numbers."""
+        return self.rng.standard_normal(shape)
+
+    def mask(self, *shape: int) -> NDArray[np.bool_]:
+        """Draw a mask that is True for about two keys in three, and for the first one."""
+        mask = self.rng.random(shape) < 2 / 3
+        mask[..., :1] = True
+        return mask
+
+    def problem(
+        self,
+        n_q: int = 37,
+        n_k: int = 67,
+        *,
+        b: int = 1,
+        h: int = 2,
+        h_kv: int | None = None,
+        d: int = 32,
+        d_v: int | None = None,
+        q: Float | None = None,
+        k: Float | None = None,
+        v: Float | None = None,
+        **more: Any,
+    ) -> Problem:
+        """Build a problem of normal tensors, or of those given."""
+        h_kv = h if h_kv is None else h_kv
+        q = self.normal(b, h, n_q, d) if q is None else q
+        k = self.normal(b, h_kv, n_k, d) if k is None else k
+        v = self.normal(b, h_kv, n_k, d if d_v is None else d_v) if v is None else v
+        wide = np.float64 if self.form.precision == 53 else np.float32
+        for name in ("bias", "sink"):
+            if more.get(name) is not None:
+                more[name] = np.asarray(more[name], wide)
+        if more.get("bias") is not None and self.form.infinities:  # a format without -inf has float32 biases
+            more["bias"] = from_float64(self.form.round_array(more["bias"].astype(np.float64)), self.form.name)
+        return Problem(self.tensor(q), self.tensor(k), self.tensor(v), variant=self.variant, **more)

@@ -1,0 +1,169 @@
+"""The input families: small problems, each named by the bug that it exposes."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...dtypes import FORMATS
+from ...errors import InvalidInput
+from ...problem import Problem
+from ...variants import variant_of
+from .builders import BUILDERS, Build
+from .draw import Draw
+
+__all__ = ["BUDGETS", "FAMILIES", "QUICK", "Case", "cases"]
+
+FAMILIES = {
+    "gaussian": "plain random data through every option: a flag ignored, a head or a broadcast axis mapped wrongly",
+    "ragged": "lengths at tile edges, primes, one query, one key, none, packed sequences: off-by-one and tail bugs",
+    "peaked": "one key holds nearly all the weight: a key that is dropped or added shows",
+    "probe": "values that reveal P: one-hot columns, heads of different size, one large value",
+    "shifted": "scores far from 0 or nearly tied, far biases and sinks: sentinels such as -1e4, missing shift",
+    "sparse": "small integers, equal scores, zero scale: answers that are exact ties or known by hand",
+    "drift": "similar rows, positive sums, fractions of the last place: biased rounding, narrow sums, truncation",
+    "empty": "rows without keys: NaN, garbage, the mean of all values, an lse that is not -inf",
+    "extreme": "the largest and smallest values, in one key or all, products that leave float32's range",
+    "poison": "NaN and inf behind the mask, and in sight of some rows only",
+}
+"""Family names, and what they expose."""
+FORWARD_ONLY = (
+    "poison/value-seen-by-some",
+    "poison/key-seen-by-some",
+    "extreme/huge-values",
+    "extreme/one-huge-value",
+)
+"""Cases without a gradient: NaN in sight, or dout·v past the type's range."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem of a family.
+
+    Attributes
+    ----------
+    family, label : str
+        Its name is ``family/label``.
+    variant : str
+        The operator.
+    build : callable
+        ``build(draw) -> Problem``.
+    dtypes : tuple of str
+        The formats that it makes sense in; empty means all.
+    draw : int
+        Which draw of the numbers.
+    """
+
+    family: str
+    label: str
+    variant: str
+    build: Build
+    dtypes: tuple[str, ...] = ()
+    draw: int = 0
+
+    @property
+    def backward(self) -> bool:
+        """Tell whether its gradient can be asked for: finite in sight of every query, and dout·v within the type."""
+        return self.variant == "softmax" and f"{self.family}/{self.label}" not in FORWARD_ONLY
+
+    def arriving(self, dtype: str) -> NDArray[Any]:
+        """Return a gradient arriving at out, (b, h_q, n_q, d_v); the same every time."""
+        draw = Draw(FORMATS[dtype], np.random.default_rng(zlib.crc32(f"dout {self.name}".encode())), self.variant)
+        return draw.tensor(draw.normal(*self.problem(dtype).out_shape))
+
+    @property
+    def name(self) -> str:
+        """family/label, and #draw from the second on."""
+        return f"{self.family}/{self.label}" + (f"#{self.draw}" if self.draw else "")
+
+    def problem(self, dtype: str) -> Problem:
+        """Return the problem in a format; the same every time."""
+        seed = zlib.crc32(f"{self.variant} {self.name}".encode())
+        return self.build(Draw(FORMATS[dtype], np.random.default_rng(seed), self.variant))
+
+
+BUDGETS = ("quick", "ci", "nightly")
+"""How much to run: a few cases that catch nearly all planted bugs, every case, every case in several draws."""
+NIGHTLY_DRAWS = 8
+QUICK = frozenset(
+    {
+        "empty/rows-allowed",
+        "gaussian/bias-for-all-rows",
+        "gaussian/dim-40",
+        "gaussian/everything",
+        "gaussian/softcap-bias",
+        "gaussian/window-both-sides-top-left",
+        "gaussian/window-lengths-differ",
+        "poison/key-behind-mask",
+        "poison/key-seen-by-some",
+        "poison/value-seen-by-some",
+        "ragged/keys-past-16-bits",
+        "ragged/no-keys",
+        "ragged/no-queries",
+        "ragged/packed-ends",
+        "ragged/rows-past-16-bits",
+        "shifted/below-sentinels-causal",
+        "shifted/large-sink",
+        "shifted/small",
+        "sparse/scale-zero",
+    }
+)
+"""The cases of the quick budget (a greedy cover of what the planted bugs fail, each bug twice where it can be)."""
+
+
+def cases(variant: str, budget: str = "ci") -> list[Case]:
+    """Return the cases of an operator, family by family.
+
+    Parameters
+    ----------
+    variant : str
+        The operator.
+    budget : str
+        One of ``BUDGETS``.
+
+    Raises
+    ------
+    InvalidInput
+        There is no such operator or budget.
+    """
+    if budget not in BUDGETS:
+        raise InvalidInput(f"budget: got {budget!r}, expected one of {', '.join(BUDGETS)}")
+    known = _cases(variant)
+    if budget == "quick":
+        return [c for c in known if c.name in QUICK or c.variant != "softmax"]
+    return [replace(c, draw=i) for i in range(NIGHTLY_DRAWS) for c in known] if budget == "nightly" else known
+
+
+def _cases(variant: str) -> list[Case]:
+    v = variant_of(variant)
+    found: list[Case] = []
+    for family in v.families:
+        for label, (build, needs, dtypes) in BUILDERS[family].items():
+            if needs <= v.uses:
+                found.append(Case(family, label, variant, build, dtypes))
+    if variant == "linear":
+        found += [
+            Case("gaussian", f"feature-{f}", variant, _with(feature=f, normalize=f != "identity"))
+            for f in ("identity", "relu", "exp")
+        ]
+        found.append(
+            Case(
+                "gaussian",
+                "decay",
+                variant,
+                _with(causal="bottom_right", feature="identity", normalize=False, decay=(0.03, 0.4)),
+            )
+        )
+    if variant == "power":
+        found += [Case("gaussian", f"form-{f}", variant, _with(form=f, p=p)) for f, p in (("stable", 6), ("mean", 2))]
+    if variant == "sigmoid":
+        found.append(Case("gaussian", "offset", variant, _with(offset=-1.5)))
+    return found
+
+
+def _with(causal: str | None = None, **options: Any) -> Build:
+    return lambda draw: draw.problem(causal=causal, options=options)

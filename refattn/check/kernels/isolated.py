@@ -1,0 +1,122 @@
+"""A kernel in a process of its own: one that hangs or crashes is a named failure, and the run goes on."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.connection import Connection
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ...errors import InvalidInput, KernelError, UnsupportedProblem
+from ...problem import Problem
+from ..call import call_gradients, call_kernel
+from . import find
+
+__all__ = ["Isolated"]
+
+START = 120.0
+"""Seconds for the process to start and import the kernel."""
+
+
+class Isolated:
+    """A kernel by name, called in a child process that is started again when it has ended.
+
+    Parameters
+    ----------
+    name : str
+        As ``refattn check`` takes it; it must name one kernel.
+    seconds : float
+        The time limit of one call.
+
+    Raises
+    ------
+    InvalidInput
+        The name means no kernel, or several; a limit that is not above 0.
+    """
+
+    placed = True  # the other process puts the arrays where the kernel wants them
+
+    def __init__(self, name: str, seconds: float = 60.0) -> None:
+        if not seconds > 0:
+            raise InvalidInput(f"seconds: got {seconds}, expected more than 0")
+        entries = find(name)
+        if len(entries) > 1:
+            raise InvalidInput(
+                f"kernel: {name} means {len(entries)} kernels; name one of {', '.join(e.name for e in entries)}"
+            )
+        self.name, self.seconds, entry = name, seconds, entries[0]
+        self.__name__ = entry.name
+        self.capabilities, self.model = entry.capabilities, entry.model
+        self._process: Any = None
+        self._pipe: Connection | None = None
+
+    def __call__(self, problem: Problem) -> Any:
+        """Return out and lse, or out alone."""
+        result = self._ask(problem, None)
+        return result.out if result.lse is None else (result.out, result.lse)
+
+    def gradients(self, problem: Problem, dout: NDArray[Any]) -> Any:
+        """Return the gradients by name."""
+        return self._ask(problem, dout)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+        self._process = self._pipe = None
+
+    def _ask(self, problem: Problem, dout: Any) -> Any:
+        if self._process is None or not self._process.is_alive():
+            self._start()
+        assert self._pipe is not None
+        try:
+            self._pipe.send((problem.arrays(), problem.settings() | {"variant": problem.variant}, dout))
+            if not self._pipe.poll(self.seconds):
+                self.close()
+                raise KernelError(f"the kernel gave no answer within {self.seconds:g} s; its process was ended")
+            kind, answer = self._pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError) as e:
+            raise KernelError(self._death()) from e
+        if kind == "unsupported":
+            raise UnsupportedProblem(answer)
+        if kind == "error":
+            raise KernelError(answer)
+        return answer
+
+    def _start(self) -> None:
+        # not fork: the libraries that kernels use do not survive it
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self.name, other), daemon=True)
+        self._process.start()
+        other.close()
+        if not self._pipe.poll(START) or self._pipe.recv() != "ready":
+            raise KernelError(f"the kernel's process did not start within {START:g} s")
+
+    def _death(self) -> str:
+        process, self._process = self._process, None
+        process.join()
+        code = process.exitcode
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        return f"the kernel ended its process {how}"
+
+
+def _serve(name: str, pipe: Connection) -> None:
+    """Answer calls until the other end closes."""
+    kernel = find(name)[0].kernel()
+    pipe.send("ready")
+    while True:
+        try:
+            arrays, settings, dout = pipe.recv()
+        except EOFError:
+            return
+        try:
+            problem = Problem(**arrays, **settings)
+            answer: Any = call_kernel(kernel, problem) if dout is None else call_gradients(kernel, problem, dout)
+            pipe.send(("answer", answer))
+        except UnsupportedProblem as e:
+            pipe.send(("unsupported", str(e)))
+        except KernelError as e:
+            pipe.send(("error", str(e)))

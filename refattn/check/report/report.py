@@ -1,0 +1,260 @@
+"""What a check found: every check by name, with the worst element, its place and a command that repeats it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from ..compare import Worst
+
+__all__ = ["Check", "Report", "junit", "machine", "summary", "versions"]
+
+ROW = ("batch", "head", "row", "column")
+PLACES = {
+    "dk": ("batch", "head", "key", "column"),
+    "dv": ("batch", "head", "key", "column"),
+    "dbias": ("batch", "head", "row", "key"),
+    "dsink": ("head",),
+}
+VERDICTS = ("passed", "failed", "unsupported")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of a kernel.
+
+    Attributes
+    ----------
+    name : str
+        ``family/label[dtype]`` or ``law/name[dtype]``.
+    verdict : str
+        "passed", "failed" or "unsupported".
+    worst : Worst or None
+        The element furthest from its exact value, where arrays were compared.
+    message : str
+        Why it failed or is unsupported.
+    seconds : float
+        Time spent in the kernel and in comparing.
+    arrays : tuple of Worst
+        Every array that was compared, with its figures.
+    rules : dict
+        What other projects' rules say of out (:mod:`refattn.check.diagnose.rules`).
+    """
+
+    name: str
+    verdict: str
+    worst: Worst | None = None
+    message: str = ""
+    seconds: float = 0.0
+    arrays: tuple[Worst, ...] = ()
+    rules: dict[str, bool | None] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> str:
+        """The format, from the name's end."""
+        return self.name.rpartition("[")[2].rstrip("]")
+
+    @property
+    def ratio(self) -> float:
+        """Worst error in units of its bound; NaN where nothing was compared."""
+        return math.nan if self.worst is None else self.worst.ratio
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks of one kernel.
+
+    Attributes
+    ----------
+    kernel, variant, version : str
+        What was checked, for which operator, in which version of its package.
+    checks : tuple of Check
+        Every check, those not run for lack of a capability included.
+    models : dict
+        The rounding model by format.
+    """
+
+    kernel: str
+    variant: str
+    checks: tuple[Check, ...]
+    version: str = ""
+    models: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Tell whether at least one check ran and none failed."""
+        return self.count("failed") == 0 and self.count("passed") > 0
+
+    def count(self, verdict: str) -> int:
+        """Return the number of checks with a verdict."""
+        return sum(c.verdict == verdict for c in self.checks)
+
+    @property
+    def failures(self) -> list[Check]:
+        """The failed checks."""
+        return [c for c in self.checks if c.verdict == "failed"]
+
+    def worst(self, dtype: str | None = None) -> float:
+        """Return the largest finite ratio (of one format)."""
+        ratios = [c.ratio for c in self.checks if math.isfinite(c.ratio) and (dtype is None or c.dtype == dtype)]
+        return max(ratios, default=math.nan)
+
+    @property
+    def correctly_rounded(self) -> dict[str, float]:
+        """By format, the mean share of outputs that equal the correctly rounded value, over the cases compared."""
+        shares: dict[str, list[float]] = {}
+        for c in self.checks:
+            for a in c.arrays:
+                if a.array == "out" and a.figures is not None:
+                    shares.setdefault(c.dtype, []).append(a.figures.correctly_rounded)
+        return {d: sum(x) / len(x) for d, x in sorted(shares.items())}
+
+    def command(self, check: Check) -> str:
+        """Return the command that repeats one check."""
+        more = "" if self.variant == "softmax" else f" --variant {self.variant}"
+        return f"refattn check {shlex.quote(self.kernel)}{more} --only {shlex.quote(check.name)}"
+
+    def describe(self, check: Check) -> str:
+        """Return a failed check in words: what, where, got, exact, allowed, and how to repeat it."""
+        lines = [f"{self.kernel} fails {check.name}: {check.message}"]
+        w = check.worst
+        if w is not None and w.place:
+            lines.append(f"  {element(w)}")
+        lines.append(f"  repeat it: {self.command(check)}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values; numbers that JSON lacks become "nan", "inf" or "-inf"."""
+        counts = {v: self.count(v) for v in VERDICTS}
+        checks = [asdict(c) | {"ratio": c.ratio, "reproduce": self.command(c)} for c in self.checks]
+        plain: dict[str, Any] = _plain(
+            {
+                "kernel": self.kernel,
+                "variant": self.variant,
+                "version": self.version,
+                "passed": self.passed,
+                "counts": counts,
+                "models": self.models,
+                "correctly_rounded": self.correctly_rounded,
+                "checks": checks,
+            }
+        )
+        return plain
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+
+def element(w: Worst) -> str:
+    """Return the worst element in words: its place, what was got, what is exact, what was allowed."""
+    place = ", ".join(f"{n} {i}" for n, i in zip(PLACES.get(w.array, ROW), w.place, strict=False))
+    return (
+        f"{w.array} at {place}: got {w.got:.9g}, exact {w.exact:.9g}, allowed error {w.allowed:.3g}, "
+        f"{_ratio(w.ratio)} times that; {w.failures} of {w.elements} elements fail"
+    )
+
+
+def summary(reports: list[Report]) -> str:
+    """Return several reports as one JSON text: ``kernels``, ``machine``, ``versions``."""
+    whole = {"kernels": [r.to_dict() for r in reports], "machine": machine(), "versions": versions()}
+    return json.dumps(whole, indent=1, allow_nan=False)
+
+
+def junit(reports: list[Report]) -> str:
+    """Return several reports as JUnit XML: a suite a kernel, a case a check, unsupported ones as skipped."""
+    root = ET.Element("testsuites")
+    for r in reports:
+        suite = ET.SubElement(
+            root,
+            "testsuite",
+            name=f"{r.kernel} ({r.variant})",
+            tests=str(len(r.checks)),
+            failures=str(r.count("failed")),
+            errors="0",
+            skipped=str(r.count("unsupported")),
+            time=f"{sum(c.seconds for c in r.checks):.3f}",
+        )
+        for c in r.checks:
+            case = ET.SubElement(
+                suite, "testcase", classname=f"refattn.{r.kernel}", name=c.name, time=f"{c.seconds:.3f}"
+            )
+            if c.verdict == "failed":
+                ET.SubElement(case, "failure", message=c.message).text = r.describe(c)
+            elif c.verdict == "unsupported":
+                ET.SubElement(case, "skipped", message=c.message)
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def machine() -> dict[str, str]:
+    """Return what machine this is, its GPU, and the commit of the source tree where there is one."""
+    gpu = _said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    commit = os.environ.get("REFATTN_COMMIT") or _said("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
+    return {
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        **({"gpu": gpu} if gpu else {}),
+        **({"commit": commit} if commit else {}),
+    }
+
+
+def _said(*command: str) -> str:
+    """Return what a command prints, "" where it is not here or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+PACKAGES = (
+    "refattn",
+    "numpy",
+    "mpmath",
+    "python-flint",
+    "ml-dtypes",
+    "torch",
+    "jax",
+    "onnxruntime",
+    "openvino",
+    "keras",
+    "triton",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "tenseal",
+)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that matter, those installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _ratio(x: float) -> str:
+    return "infinitely many" if math.isinf(x) else f"{x:.3g}"
+
+
+def _plain(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {str(k): _plain(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(v) for v in x]
+    if isinstance(x, float) and not math.isfinite(x):
+        return str(x)
+    return x

@@ -1,0 +1,97 @@
+"""The command line: refattn exact, the exact answer from files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ..dtypes import FORMATS
+from ..errors import InvalidInput
+from ..exact import evaluate
+from ..files import BAD_FILE, check_folders, load_problem, save_arrays
+from ..problem import OFFSETS, TENSORS, Problem
+
+__all__ = ["exact"]
+
+
+@click.command()
+@click.argument("source", metavar="INPUT.npz")
+@click.option("--rounding", required=True, help="The format to round to: " + ", ".join(FORMATS) + ".")
+@click.option(
+    "--out", "target", required=True, help="Where to write the answer (.npz; refattn.files.load_arrays reads it)."
+)
+@click.option("--causal", type=click.Choice(["bottom_right", "top_left"]), help="With a plain .npz: the causal corner.")
+@click.option("--scale", type=float, help="With a plain .npz: the scale; by default 1/sqrt(d_k).")
+@click.option("--softcap", type=float, help="With a plain .npz: the softcap.")
+@click.option("--gradients", "dout_file", help="A .npy file with the gradient arriving at out: also write dq, dk, dv.")
+@click.option("--n-jobs", type=click.IntRange(1), help="Processes; by default one, with a thread for each core.")
+@click.option("--checkpoint", help="A folder for finished parts: the same command goes on from there.")
+def exact(
+    source: str,
+    rounding: str,
+    target: str,
+    causal: str | None,
+    scale: float | None,
+    softcap: float | None,
+    dout_file: str | None,
+    n_jobs: int | None,
+    checkpoint: str | None,
+) -> None:
+    """Write the correctly rounded answer of the call in INPUT.npz.
+
+    INPUT.npz is a file of refattn.save_problem, or a plain .npz with the arrays query, key, value and, where wanted,
+    bias, allowed, sink, cu_seqlens_q, cu_seqlens_k. refattn.files.load_arrays reads what is written.
+    """
+    check_folders(target)
+    if rounding not in FORMATS:
+        raise InvalidInput(f"rounding: got {rounding!r}, expected one of {', '.join(FORMATS)}")
+    options = {"causal": causal, "scale": scale, "softcap": softcap}
+    problem = _read(source, {n: x for n, x in options.items() if x is not None})
+    dout = None if dout_file is None else _array(dout_file)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("parts", total=None)
+        answer = evaluate(
+            problem,
+            rounding=rounding,
+            gradients=dout,
+            n_jobs=n_jobs,
+            checkpoint=checkpoint,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    save_arrays(answer.values, target, problem=repr(problem), rounding=rounding, undecided=answer.undecided)
+    table = Table("tier", "decided", "seconds", title=repr(problem))
+    for tier, s in answer.stats.items():
+        table.add_row(tier, f"{s['decided']:.0f}", f"{s['seconds']:.3f}")
+    Console(highlight=False).print(table)
+    for name, count in answer.undecided.items():
+        click.echo(f"{name}: {answer.values[name].size} elements, {count} undecided")
+
+
+def _read(source: str, options: dict[str, Any]) -> Problem:
+    try:
+        with open(source, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            plain = "refattn" not in file and {"query", "key", "value"} <= set(file)
+            arrays = {n: file[n] for n in (*TENSORS, *OFFSETS) if n in file} if plain else {}
+    except FileNotFoundError as e:
+        raise InvalidInput(f"{source}: there is no such file") from e
+    except BAD_FILE as e:
+        raise InvalidInput(f"{source}: is no .npz file that can be read") from e
+    if plain:
+        return Problem(**arrays, **options)
+    if options:
+        raise InvalidInput(f"{source}: carries its own options; leave out --{next(iter(options))}")
+    return load_problem(source)
+
+
+def _array(path: str) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError as e:
+        raise InvalidInput(f"{path}: there is no such file") from e
+    except BAD_FILE as e:
+        raise InvalidInput(f"{path}: is no .npy file that can be read") from e

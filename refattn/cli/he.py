@@ -1,0 +1,134 @@
+"""The command line: refattn he, attention on ciphertexts: plan, serve, query."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+
+from ..errors import InvalidInput, UnsupportedProblem
+from ..files import load_problem, write_text, write_whole
+
+__all__ = ["he"]
+
+
+@click.group()
+def he() -> None:
+    """Power-softmax attention on encrypted inputs: plan a call, serve it, query a server."""
+
+
+@he.command(name="plan")
+@click.argument("sizes", metavar="N_Q N_K D_K D_V HEADS", nargs=5, type=int)
+@click.option("--p", default=2, show_default=True, help="The even power: 2, 4, 6 or 8.")
+@click.option("--denominator", type=(float, float), required=True, help="The range of the denominators.")
+@click.option("--epsilon", default=0.0, show_default=True, help="Added to the denominators.")
+@click.option("--norms", type=(float, float), required=True, help="The largest norms of a query and of a key row.")
+@click.option("--value-most", type=float, required=True, help="The largest size of an element of value.")
+@click.option("--tolerance", default=1e-2, show_default=True, help="The largest error of an element of out.")
+@click.option("--normalize", type=click.Choice(["server", "client"]), default="server", show_default=True)
+@click.option("--mode", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True)
+@click.option("--upload", type=click.Choice(["full", "compact", "whole"]), default="full", show_default=True)
+@click.option("-o", "--output", help="Write the plan to this file, for `serve` and for clients.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def plan_(sizes: tuple[int, ...], output: str | None, as_json: bool, **given: Any) -> None:
+    """Plan an encrypted call: ring, levels, keys, time, bytes and error, before any key exists."""
+    from ..he import plan
+    from ..he.saved import plan_to_json
+
+    n_q, n_k, d_k, d_v, heads = sizes
+    made = plan(n_q, n_k, d_k, d_v, heads, given.pop("p"), **given)
+    if output:
+        write_text(output, plan_to_json(made))
+    if as_json:
+        click.echo(json.dumps(made.report(), indent=1))
+    else:
+        Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(made.table())
+
+
+@he.command()
+@click.argument("program", metavar="PLAN.json|WEIGHTS.npz", type=click.Path(exists=True, dir_okay=False))
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
+@click.option("--port", default=8000, show_default=True, help="0 takes a free one; it is printed.")
+@click.option("--sessions", default=8, show_default=True, help="The most sessions at once: a process and keys each.")
+@click.option("--expire", default=3600.0, show_default=True, help="Seconds without a query after which one ends.")
+@click.option("--tolerance", default=1e-2, show_default=True, help="Of a layer's polynomial for 1/D, relative.")
+@click.option("--upload", type=click.Choice(["full", "whole"]), help="Of a layer; a plan has its own.  [default: full]")
+@click.option("--certificate", help="A file with a TLS certificate.")
+@click.option("--key", help="The file with its key.")
+def serve(program: str, host: str, port: int, certificate: str | None, key: str | None, **given: Any) -> None:
+    """Serve a plan of attention, or a layer with its weights, over HTTP."""
+    from ..he import Layer, Plan
+    from ..he.saved import load_weights, plan_from_json
+    from ..he.service import service
+
+    try:
+        import uvicorn
+    except ModuleNotFoundError as e:
+        raise UnsupportedProblem("he: serving needs the package uvicorn; pip install 'refattn[he]'") from e
+    if (certificate is None) != (key is None):
+        raise InvalidInput("serve: --certificate and --key go together")
+    for name, file in (("certificate", certificate), ("key", key)):
+        if file is not None and not Path(file).is_file():
+            raise InvalidInput(f"serve: --{name}: there is no file {file}")
+    what: Any
+    if program.endswith(".npz"):
+        what = Layer(load_weights(program), given["tolerance"], given["upload"] or "full")
+    else:
+        what = plan_from_json(Path(program).read_bytes())
+        if not isinstance(what, Plan):
+            raise InvalidInput(f"serve: {program} is the plan of a layer; serve the layer's weights")
+        if given["upload"]:
+            raise InvalidInput(f"serve: --upload is for a layer's weights; {program} is a plan, which has its own")
+    app = service(what, given["sessions"], given["expire"])
+    config = uvicorn.Config(
+        app, host, port, log_level="warning", ssl_certfile=certificate, ssl_keyfile=key, access_log=False
+    )
+
+    class Announced(uvicorn.Server):  # type: ignore[misc]
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if self.servers:
+                bound = self.servers[0].sockets[0].getsockname()
+                click.echo(f"listening at http{'s' if certificate else ''}://{host}:{bound[1]}")
+
+    Announced(config).run()
+
+
+@he.command()
+@click.argument("url")
+@click.argument("source", metavar="INPUT", type=click.Path(exists=True, dir_okay=False))
+@click.option("-o", "--output", required=True, help="The .npy file for the result.")
+@click.option("--plan", "expected", type=click.Path(exists=True, dir_okay=False), help="Refuse a server with another.")
+def query(url: str, source: str, output: str, expected: str | None) -> None:
+    """Encrypt INPUT, have a server compute, decrypt the result.
+
+    INPUT is a problem's .npz file for a plan of attention, or a .npy file with an (n, d) array for a layer. Keys are
+    made for this one query; the secret one stays here.
+    """
+    from ..he import Client
+    from ..he.saved import plan_from_json
+    from ..he.service import Remote
+
+    x: Any
+    if source.endswith(".npz"):
+        x = load_problem(source)
+    else:
+        try:
+            x = np.load(source, allow_pickle=False)
+        except (OSError, ValueError) as e:
+            raise InvalidInput(f"{source}: not a .npy file: {e}") from e
+    with Remote(url) as server:
+        plan = server.plan()
+        if expected is not None and plan_from_json(Path(expected).read_bytes()).digest != plan.digest:
+            raise InvalidInput(f"{url} has another plan than {expected}")
+        plan.encoded(x)  # a wrong input is refused before keys are made
+        client = Client(plan)
+        server.open(client.evaluation_keys())
+        out = client.decrypt(server.attend(client.encrypt(x)))
+    write_whole(output, lambda f: np.save(f, out))
+    click.echo(f"{output}: {' x '.join(map(str, out.shape))}")

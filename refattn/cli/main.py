@@ -1,0 +1,341 @@
+"""The command line: refattn check, exact, list, show, doctor, bench, golden, he."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .. import __version__
+from ..check.diagnose.explain import explain as explain_report
+from ..check.inputs.families import FAMILIES, cases
+from ..check.kernels import KERNELS, Entry, find, found
+from ..check.kernels.isolated import Isolated
+from ..check.laws import LAWS
+from ..check.model import MODELS, model_named
+from ..check.report.page import page
+from ..check.report.report import VERDICTS, Check, Report, junit, summary
+from ..check.runner import Item, check_kernel, check_problem, plan
+from ..dtypes import FORMATS
+from ..errors import InvalidInput, InvalidProblem, ServiceError, UnsupportedProblem
+from ..files import check_folders, load_problem, write_text
+from ..variants import VARIANTS, variant_of
+from .doctor import doctor
+from .exact import exact
+from .golden import golden
+from .he import he
+from .theory import theory
+
+__all__ = ["main"]
+
+EXPLAIN = 5.0  # seconds for each kernel
+
+
+def _console(stderr: bool = False) -> Console:
+    # a pipe or a log has no width of its own: let tables be as wide as they are there
+    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else 1000
+    return Console(stderr=stderr, width=wide, highlight=False)
+
+
+class _Group(click.Group):
+    """Turn the package's own errors into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (InvalidInput, InvalidProblem, ServiceError, UnsupportedProblem) as e:
+            click.echo(f"error: {e}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="refattn")
+def main() -> None:
+    """Check attention kernels against the exact answer."""
+
+
+@main.command()
+@click.argument("kernels", nargs=-1)
+@click.option("--variant", default="softmax", show_default=True, help="The operator that the kernel computes.")
+@click.option(
+    "--dtype", "dtypes", multiple=True, help="A format to check; may be repeated. Default: all that the kernel has."
+)
+@click.option("--only", help="Run only the checks of this name (a shell pattern).")
+@click.option(
+    "--budget", default="ci", show_default=True, help="quick (seconds), ci (every case) or nightly (each in 8 draws)."
+)
+@click.option("--model", help="Judge by a named rounding model: " + ", ".join(MODELS) + ". Default: the kernel's own.")
+@click.option("--time-limit", type=float, help="Run each kernel in a process of its own, so many seconds for a call.")
+@click.option("--problem", "problem_file", help="Check on one problem, from a file of refattn.save_problem.")
+@click.option("--explain/--no-explain", default=True, help="Shrink a failure, and say what it looks like (seconds).")
+@click.option("--json", "json_file", help="Also write the reports to this file as JSON.")
+@click.option("--junit", "junit_file", help="Also write the reports to this file as JUnit XML.")
+@click.option("--html", "html_file", help="Also write the reports to this file as one HTML page.")
+def check(
+    kernels: tuple[str, ...],
+    variant: str,
+    dtypes: tuple[str, ...],
+    only: str | None,
+    budget: str,
+    model: str | None,
+    time_limit: float | None,
+    problem_file: str | None,
+    explain: bool,
+    json_file: str | None,
+    junit_file: str | None,
+    html_file: str | None,
+) -> None:
+    """Judge KERNELS (all that are found here, if none is named) against the exact answer.
+
+    A kernel is a name from `refattn list --kernels`, package.module:function, or path/file.py:function.
+    Exit code: 0 all passed, 1 a check failed, 2 bad input or nothing ran.
+    """
+    variant_of(variant)
+    cases(variant, budget)
+    check_folders(json_file, junit_file, html_file)
+    problem = None if problem_file is None else load_problem(problem_file)
+    entries = [e for name in kernels for e in find(name)] if kernels else found()
+    if variant != "softmax" and not kernels:
+        raise InvalidInput(
+            f"kernel: no kernel here computes {variant}; name yours as package.module:function or path/file.py:function"
+        )
+    named = [e for e in entries if e.name in KERNELS]
+    if variant != "softmax" and named:
+        raise InvalidInput(f"kernel: {named[0].name} computes softmax, not {variant}")
+    unknown = [d for d in dtypes if d not in FORMATS]
+    if unknown:
+        raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
+    if model is not None:
+        entries = [replace(e, model=model_named(model)) for e in entries]
+    if time_limit is not None:
+        entries = [replace(e, load=partial(Isolated, e.name, time_limit)) for e in entries]
+    console = _console()
+    reports: list[Report] = []
+    try:
+        if problem is not None:
+            reports = [
+                check_problem(e.kernel(), problem, f"file/{Path(str(problem_file)).stem}", model=e.model, name=e.name)
+                for e in entries
+            ]
+        else:
+            _run(entries, variant, dtypes, only, budget, reports)
+    except KeyboardInterrupt:
+        click.echo("interrupted: what follows covers the kernels that were done", err=True)
+    if json_file is not None:
+        write_text(json_file, summary(reports))
+    if junit_file is not None:
+        write_text(junit_file, junit(reports))
+    if html_file is not None:
+        write_text(html_file, page(reports))
+    _failures(console, reports)
+    if explain and problem is None:
+        _explain(console, entries, reports)
+    console.print(_table(reports))
+    _outside(console, reports, kernels)
+    if any(r.count("failed") for r in reports):
+        sys.exit(1)
+    if not any(r.count("passed") for r in reports):
+        click.echo("error: nothing ran: no check is within the kernel's capabilities", err=True)
+        sys.exit(2)
+
+
+def _run(
+    entries: list[Entry], variant: str, dtypes: tuple[str, ...], only: str | None, budget: str, reports: list[Report]
+) -> None:
+    chosen = [(e, tuple(d for d in FORMATS if d in (dtypes or e.capabilities.dtypes))) for e in entries]
+    total = sum(
+        len(plan(e.kernel(), variant, capabilities=e.capabilities, dtypes=d, only=only, budget=budget))
+        for e, d in chosen
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
+        task = progress.add_task("checks", total=total)
+        for entry, wanted in chosen:
+
+            def step(item: Item, name: str = entry.name) -> None:
+                progress.update(task, advance=1, description=f"{name} {item.name}")
+
+            reports.append(
+                check_kernel(
+                    entry.kernel(),
+                    variant,
+                    model=entry.model,
+                    capabilities=entry.capabilities,
+                    dtypes=wanted,
+                    only=only,
+                    budget=budget,
+                    name=entry.name,
+                    version=entry.version,
+                    progress=step,
+                )
+            )
+
+
+def _table(reports: Iterable[Report]) -> Table:
+    table = Table(
+        title="Attention kernels against the exact answer",
+        title_justify="left",
+        caption="error/bound: worst error in units of what the kernel's arithmetic must lose, of checks that passed",
+        caption_justify="left",
+    )
+    for name in ("kernel", "package", "format"):
+        table.add_column(name, overflow="fold")
+    for name in ("passed", "failed", "unsupported", "error/bound", "worst failure", "correctly rounded"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    for r in reports:
+        for dtype in dict.fromkeys(c.dtype for c in r.checks):
+            here = {v: [c for c in r.checks if c.dtype == dtype and c.verdict == v] for v in VERDICTS}
+            counts = [str(len(x)) for x in here.values()]
+            verdict = "[red]failed[/]" if here["failed"] else "[green]passed[/]" if here["passed"] else "nothing ran"
+            share = r.correctly_rounded.get(dtype)
+            rounded = "-" if share is None else f"{100 * share:.1f} %"
+            worst = [_largest(here[v]) for v in ("passed", "failed")]
+            table.add_row(r.kernel, r.version, dtype, *counts, *worst, rounded, verdict)
+    return table
+
+
+def _largest(checks: list[Check]) -> str:
+    ratios = [c.ratio for c in checks if c.worst is not None]
+    return f"{max(ratios):.2g}" if ratios else "-"
+
+
+def _failures(console: Console, reports: list[Report]) -> None:
+    """Print each failure once; formats that fail in the same way are named behind the first."""
+    for r in reports:
+        groups: dict[tuple[str, str], list[Check]] = {}
+        for c in r.failures:
+            plain = re.sub(r"\([^)]*\)|\d[\d.]*", "", c.message)
+            groups.setdefault((c.name.split("[")[0], plain), []).append(c)
+        for (_, _), group in groups.items():
+            console.print(r.describe(group[0]), markup=False, soft_wrap=True)
+            if len(group) > 1:
+                console.print(f"  the same in {', '.join(c.dtype for c in group[1:])}", markup=False, soft_wrap=True)
+        if groups:
+            console.print()
+
+
+def _explain(console: Console, entries: list[Entry], reports: list[Report]) -> None:
+    for entry, report in zip(entries, reports, strict=False):
+        if report.failures:
+            able = entry.capabilities
+            text = explain_report(entry.kernel(), report, model=entry.model, capabilities=able, seconds=EXPLAIN)
+            console.print(f"{report.kernel}: {text}\n", markup=False, soft_wrap=True)
+
+
+def _outside(console: Console, reports: list[Report], kernels: tuple[str, ...]) -> None:
+    """Say what did not run, and why."""
+    for r in reports:
+        lacks: dict[str, int] = {}
+        for c in r.checks:
+            if c.verdict == "unsupported":
+                lacks[c.message] = lacks.get(c.message, 0) + 1
+        if lacks:
+            text = "; ".join(f"{n} × {m}" for m, n in sorted(lacks.items(), key=lambda x: -x[1])[:4])
+            console.print(
+                f"{r.kernel}: {r.count('unsupported')} checks not run: {text}{' ...' if len(lacks) > 4 else ''}",
+                markup=False,
+                soft_wrap=True,
+            )
+    if not kernels:
+        missing = sorted({e.package for e in KERNELS.values() if not e.here and not e.gpu})
+        if missing:
+            console.print(
+                f"not here: {', '.join(missing)}; refattn doctor tells how to add them", markup=False, soft_wrap=True
+            )
+        for e in KERNELS.values():
+            if e.here and e.named_only:
+                console.print(f"{e.name}: runs only when named, {e.named_only}", markup=False, soft_wrap=True)
+
+
+@main.command(name="list")
+@click.option("--kernels", is_flag=True, help="List the kernels that refattn can call.")
+@click.option("--checks", help="List the checks of an operator.")
+def list_(kernels: bool, checks: str | None) -> None:
+    """List the operators, the kernels or the checks."""
+    console = _console()
+    if checks is not None:
+        for case in cases(variant_of(checks).name):
+            console.print(case.name, markup=False)
+        for law in variant_of(checks).laws:
+            why = LAWS[law].named_only
+            console.print(f"law/{law}" + (f"  (only by --only 'law/{law}[DTYPE]': {why})" if why else ""), markup=False)
+        return
+    if kernels:
+        table = Table("kernel", "package", "here", "formats", "features")
+        for e in KERNELS.values():
+            table.add_row(
+                e.name,
+                e.package or "refattn",
+                "yes" if e.here else "no",
+                ", ".join(sorted(e.capabilities.dtypes)),
+                ", ".join(sorted(e.capabilities.features)),
+            )
+    else:
+        table = Table("operator", "options of Problem", "own options", "checks", "source")
+        for v in VARIANTS.values():
+            table.add_row(
+                v.name,
+                ", ".join(sorted(v.uses)),
+                ", ".join(v.options) or "-",
+                str(len(cases(v.name)) + len(v.laws)),
+                v.source,
+            )
+    console.print(table)
+
+
+@main.command()
+@click.argument("variant")
+def show(variant: str) -> None:
+    """Show an operator's formula, contract and source."""
+    v = variant_of(variant)
+    console = _console()
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    line(f"{v.name} attention\n\n  {v.formula}\n\nerror unit: {v.unit}")
+    scale = "1/sqrt(d_k)" if v.default_scale == "rsqrt" else "1"
+    line(f"options of Problem: {', '.join(sorted(v.uses))}; scale None is {scale}")
+    for name, option in v.options.items():
+        line(f"option {name} (default {option.default!r}): {option.meaning}")
+    line("\ncontract:")
+    for text in v.contract:
+        line(f"  - {text}")
+    line("\nlaws:")
+    for name in v.laws:
+        line(f"  - {name}: {LAWS[name].statement}")
+    line("\ninput families:")
+    for name in v.families:
+        line(f"  - {name}: {FAMILIES[name]}")
+    line(f"\nplanted bugs that its checks must catch: {', '.join(v.bugs)}\n\nsource: {v.source}")
+
+
+main.add_command(exact)
+main.add_command(golden)
+main.add_command(doctor)
+main.add_command(he)
+main.add_command(theory)
+
+
+@main.command()
+@click.argument("name")
+@click.option("--json", "json_file", help="Also write the figures to this file as JSON.")
+def bench(name: str, json_file: str | None) -> None:
+    """Run a benchmark and print a row for each figure."""
+    from ..bench import benchmarks, run
+
+    if name not in benchmarks():
+        raise InvalidInput(f"bench: got {name!r}, expected one of {', '.join(benchmarks())}")
+    check_folders(json_file)
+    rows = run(name, _console(), json_file)
+    sys.exit(0 if all(r.holds for r in rows) else 1)

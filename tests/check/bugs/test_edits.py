@@ -1,0 +1,57 @@
+"""The planted bugs: each edit still applies, each bug still fails what the table of signatures says."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from refattn import Capabilities, check_kernel
+from refattn.check.bugs.edits import BUGS, CLASSES, broken
+from refattn.check.diagnose.explain import SIGNATURES
+from refattn.check.kernels.tiled import tiled
+from refattn.check.model import GRADIENTS
+
+TABLE = json.loads(SIGNATURES.read_text())
+ABLE = Capabilities(frozenset({"float32", "bfloat16"}), lse=True, gradients=GRADIENTS)
+
+
+def failed(kernel, dtype, names):
+    """The names of those checks that fail."""
+    found = set()
+    for name in names:
+        report = check_kernel(kernel, capabilities=ABLE, dtypes=[dtype], only=f"{name}[{dtype}]")
+        found |= {c.name.split("[")[0] for c in report.failures}
+    return found
+
+
+def test_there_are_enough_of_every_class():
+    count = Counter(b.kind for b in BUGS.values())
+    assert len(BUGS) >= 100
+    assert set(count) == set(CLASSES)
+    assert min(count.values()) >= 5
+    assert sum(bool(b.origin) for b in BUGS.values()) >= 75
+    assert all("#" in b.origin for b in BUGS.values() if b.origin)
+
+
+def test_the_table_knows_every_bug():
+    assert set(TABLE["bugs"]) == set(BUGS)
+    assert all(TABLE["bugs"].values())
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_is_caught(name):
+    at = TABLE["bugs"][name]
+    if BUGS[name].kind == "K" or name == "scale_of_an_earlier_call":  # it shows in a run, not in a check alone
+        assert not check_kernel(broken(name), capabilities=ABLE, dtypes=["float32"]).passed
+        return
+    # two of the checks that it fails: the first, and one from the middle
+    names = dict.fromkeys(TABLE["checks"][i] for i in (at[0], at[len(at) // 2]))
+    dtype = "bfloat16" if name in TABLE["bfloat16"] else "float32"
+    assert failed(broken(name), dtype, names) == set(names)
+    assert failed(tiled, dtype, names) == set()
+
+
+def test_an_edit_that_no_longer_applies_is_an_error(monkeypatch):
+    monkeypatch.setattr("refattn.check.bugs.edits._source", lambda: "nothing")
+    with pytest.raises(ValueError, match="stands 0 times in the kernel, expected once"):
+        broken("heads_tiled")

@@ -1,0 +1,101 @@
+"""The checker's own test: every kernel known to be wrong fails."""
+
+import numpy as np
+import pytest
+
+from refattn import VARIANTS, Capabilities, check_kernel
+from refattn.check.bugs.planted import PLANTED, plain, planted
+from refattn.check.runner import plan
+
+WRONG = [(v, b, "float32") for v in VARIANTS for b in VARIANTS[v].bugs]
+WRONG += [("softmax", b, "bfloat16") for b in VARIANTS["softmax"].bugs]
+
+
+@pytest.mark.parametrize(("variant", "bug", "dtype"), WRONG)
+def test_a_planted_bug_is_caught(variant, bug, dtype):
+    able = Capabilities({dtype}, lse=variant == "softmax")
+    checks = (i.run() for i in plan(planted(bug), variant, capabilities=able, dtypes=[dtype]))
+    found = next((c for c in checks if c.verdict == "failed"), None)
+    assert found is not None, f"no check of {variant} fails"
+    assert found.message
+
+
+def test_every_planted_bug_belongs_to_an_operator():
+    assert set(PLANTED) == {b for v in VARIANTS.values() for b in v.bugs}
+
+
+@pytest.mark.parametrize(
+    ("bug", "where"),
+    [
+        (
+            "heads_tiled",
+            {f"gaussian/grouped-heads{x}" for x in ("", "-6-on-3", "-8-on-2")}
+            | {"gaussian/everything", "law/grouped_heads"},
+        ),
+        ("sequences_joined", {"ragged/packed", "ragged/packed-ends", "ragged/packed-no-keys"}),
+        ("sink_ignored", {"gaussian/sink", "gaussian/everything", "probe/head-scales-sink", "shifted/large-sink"}),
+        (
+            "window_off_by_one",
+            {
+                f"gaussian/window{x}"
+                for x in ("", "-causal", "-lengths-differ", "-both-sides-causal", "-both-sides-top-left")
+            },
+        ),
+        ("softcap_after_bias", {"gaussian/softcap-bias", "gaussian/everything"}),
+        ("causal_corner_swapped", None),
+    ],
+)
+def test_a_bug_shows_only_where_it_can(bug, where):
+    report = check_kernel(planted(bug), capabilities=Capabilities(lse=True), dtypes=["float32"])
+    assert not report.passed
+    assert all(c.message for c in report.failures)
+    names = {c.name.split("[")[0] for c in report.failures}
+    if where is None:
+        assert "gaussian/causal-square" not in names
+        assert "gaussian/causal-bottom-right" in names
+    else:
+        assert names == where
+
+
+def test_the_zeroed_head_is_caught_where_other_rules_pass_it():
+    """A head whose values are 64 times smaller, zeroed: within 1e-2 of the truth, and far outside its bound."""
+
+    def kernel(p):
+        out, lse = plain(p)
+        out = out.copy()
+        out[:, 1] = 0
+        return out, lse
+
+    report = check_kernel(kernel, only="probe/head-scales[bfloat16]", capabilities=Capabilities({"bfloat16"}))
+    (check,) = report.checks
+    assert check.verdict == "failed"
+    assert check.worst.place[1] == 1
+    assert check.worst.failures > 0.95 * 37 * 32
+    assert abs(check.worst.got - check.worst.exact) < 2e-2
+
+
+def test_the_dropped_own_key_is_caught_at_length_1024():
+    """The last causal row drops its own key: Gaussian data hides it in bfloat16, probe values do not."""
+    from refattn import Problem
+    from refattn.arrays import from_float64
+    from refattn.check import check_problem
+    from refattn.dtypes import FORMATS
+
+    rng = np.random.default_rng(0)
+    n, form = 1024, FORMATS["bfloat16"]
+
+    def problem(v):
+        rows = rng.standard_normal((1, 1, n, 64)), rng.standard_normal((1, 1, n, 64)), v
+        return Problem(*(from_float64(form.round_array(x), form.name) for x in rows), causal="top_left")
+
+    v = rng.standard_normal((1, 1, n, 64))
+    v[..., -1, :] = 256
+    report = check_problem(planted("own_key_dropped"), _tail(problem(v)), "probe")
+    assert report.count("failed") == 1
+    assert report.failures[0].worst.place[2] == 7
+    assert check_problem(plain, _tail(problem(v)), "probe").passed
+
+
+def _tail(p):
+    """The last 8 rows of a causal square: the rows before them do not matter here."""
+    return p.replace(query=p.query[:, :, -8:].copy(), causal="bottom_right")

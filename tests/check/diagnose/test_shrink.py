@@ -1,0 +1,93 @@
+"""Failing calls become small, and their program runs and still fails."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from refattn import Capabilities, Problem
+from refattn.check.bugs.edits import broken
+from refattn.check.diagnose.shrink import program, shrink
+from refattn.check.inputs.families import cases
+from refattn.check.model import GRADIENTS, flash
+from refattn.check.runner import failing
+
+CASES = {c.name: c for c in cases("softmax")}
+SMALL = {
+    "heads_tiled": "gaussian/grouped-heads",
+    "window_left_exclusive": "gaussian/window",
+    "causal_corner_fixed": "gaussian/causal-bottom-right",
+    "softcap_never_applied": "gaussian/softcap",
+    "sink_left_out": "gaussian/everything",
+    "bias_before_the_cap": "gaussian/everything",
+    "lengths_ignored": "ragged/packed",
+    "zero_by_zero": "empty/rows-allowed",
+    "lse_base_two": "gaussian/plain",
+    "no_shift": "shifted/large",
+    "mask_added": "poison/key-behind-mask",
+    "scale_not_considered": "gaussian/negative-scale",
+    "batch_of_the_bias_ignored": "gaussian/allowed",
+}
+BACKWARD = {
+    "no_delta": "gaussian/plain",
+    "no_slope_of_the_cap": "gaussian/softcap",
+    "group_not_summed": "gaussian/grouped-heads",
+    "no_sink_gradient": "gaussian/everything",
+    "bias_gradient_of_the_last_row": "gaussian/bias-for-all-rows",
+}
+
+
+def fails_of(name):
+    return failing(broken(name), flash("float32"), GRADIENTS)
+
+
+@pytest.mark.parametrize(("name", "case"), [*SMALL.items(), *BACKWARD.items()])
+def test_a_bug_shrinks(name, case):
+    fails, dout = fails_of(name), CASES[case].arriving("float32") if name in BACKWARD else None
+    p, dout = shrink(CASES[case].problem("float32"), dout, fails, 20.0)
+    assert fails(p, dout)
+    assert max(p.n_q, p.n_k) <= 8
+    assert max(p.d_k, p.d_v) <= 8
+    assert p.batch <= 2
+    assert p.heads <= 8
+
+
+def test_what_a_bug_needs_is_kept():
+    p, _ = shrink(CASES["gaussian/everything"].problem("float32"), None, fails_of("bias_before_the_cap"), 20.0)
+    assert p.bias is not None
+    assert p.softcap is not None
+    assert p.sink is None
+    assert p.allowed is None
+    assert p.causal is None
+
+
+def test_nothing_is_lost_when_time_is_up():
+    p = CASES["gaussian/everything"].problem("float32")
+    assert shrink(p, None, lambda p, dout: True, 0.0) == (p, None)
+
+
+def test_the_program_runs_and_fails(tmp_path):
+    name = "window_left_exclusive"
+    p, _ = shrink(CASES["gaussian/window"].problem("float32"), None, fails_of(name), 20.0)
+    (tmp_path / "kernel.py").write_text(f"from refattn.check.bugs.edits import broken\nkernel = broken({name!r})\n")
+    text = program("kernel.py:kernel", p)
+    assert len(text.splitlines()) == 3
+    done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "'failed'" in done.stdout
+
+
+def test_the_program_holds_the_numbers_exactly():
+    x = np.array([[[[0.1, -0.0, np.inf, np.nan]]]], np.float32)
+    p = Problem(x, x, x, causal="top_left", scale=0.3, allowed=np.ones((1, 1, 1, 1), bool))
+    text = program("k", p, x).splitlines()[1]
+    scope = {}
+    exec("import numpy as np, refattn\n" + text, scope)
+    for name, a in p.arrays().items():
+        assert a.tobytes() == scope["p"].arrays()[name].tobytes()
+    assert scope["p"].settings() == p.settings()
+
+
+def test_capabilities_name_the_gradients():
+    with pytest.raises(Exception, match="capabilities: gradients has 'dx'"):
+        Capabilities(gradients={"dx"})

@@ -1,0 +1,260 @@
+"""The command line, as a person calls it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from refattn import __version__, save_problem
+from refattn.cli.main import main
+
+WRONG = """
+import numpy as np
+from refattn import Capabilities
+from refattn.check.kernels.tiled import tiled
+
+def right(problem):
+    return tiled(problem)
+
+def wrong(problem):
+    out, lse = tiled(problem)
+    out = out.copy()
+    out[:, 0, 2:3] = 0
+    return out, lse
+
+def none(problem):
+    return tiled(problem)
+
+none.capabilities = Capabilities({"float32"}, features=set())
+"""
+
+
+@pytest.fixture
+def kernels(tmp_path):
+    (tmp_path / "kernels.py").write_text(WRONG)
+    return str(tmp_path / "kernels.py")
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_a_right_kernel_exits_with_0(kernels):
+    result = call("check", f"{kernels}:right", "--only", "gaussian/*")
+    assert result.exit_code == 0, result.output
+    assert "passed" in result.output
+    assert "float32" in result.output
+    assert "error/bound" in result.output
+
+
+def test_a_wrong_kernel_exits_with_1_and_tells_where(kernels):
+    result = call("check", f"{kernels}:wrong", "--only", "gaussian/*")
+    assert result.exit_code == 1
+    assert "fails gaussian/plain[float32]: error above the bound" in result.output
+    assert "head 0, row 2" in result.output
+    assert "allowed error" in result.output
+    assert f"repeat it: refattn check {kernels}:wrong --only 'gaussian/plain[float32]'" in result.output
+
+
+def test_the_command_that_repeats_it_does(kernels):
+    first = call("check", f"{kernels}:wrong", "--only", "gaussian/plain*").output
+    line = next(x for x in first.splitlines() if "repeat it" in x)
+    import shlex
+
+    again = call(*shlex.split(line.split("refattn ", 1)[1]))
+    assert again.exit_code == 1
+    assert "fails gaussian/plain[float32]" in again.output
+
+
+def test_nothing_ran_is_2(kernels):
+    result = call("check", f"{kernels}:none", "--only", "gaussian/window*")
+    assert result.exit_code == 2
+    assert "nothing ran: no check is within the kernel's capabilities" in result.output
+    assert "not in its capabilities" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["check", "flashy"], "error: kernel: got 'flashy', expected one of"),
+        (["check", "refattn-tiled", "--dtype", "int8"], "error: dtype: got 'int8'"),
+        (["check", "refattn-tiled", "--variant", "cosine"], "error: variant: got 'cosine'"),
+        (["check", "refattn-tiled", "--variant", "power"], "error: kernel: refattn-tiled computes softmax, not power"),
+        (["check", "--variant", "power"], "error: kernel: no kernel here computes power"),
+        (["check", "refattn-tiled", "--only", "nothing"], "error: only: no check of softmax is named 'nothing'"),
+        (["check", "refattn-tiled", "--json", "/no/such/folder/x.json"], "its folder does not exist"),
+        (["check", "refattn-tiled", "--html", "/no/such/folder/x.html"], "its folder does not exist"),
+        (["check", "refattn-tiled", "--problem", "/no/such/file"], "there is no such file"),
+        (["check", "--tolerance", "1e-3"], "No such option"),
+        (["show", "cosine"], "error: variant: got 'cosine'"),
+        (["list", "--checks", "cosine"], "error: variant: got 'cosine'"),
+        (["bench", "everything"], "error: bench: got 'everything', expected one of accuracy, exact"),
+    ],
+    ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else "",
+)
+def test_bad_input_is_2_and_one_line(arguments, text):
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert text in result.output
+    assert "Traceback" not in result.output
+
+
+def test_json_and_junit_are_written(kernels, tmp_path):
+    out, xml = tmp_path / "r.json", tmp_path / "r.xml"
+    result = call(
+        "check", f"{kernels}:wrong", "refattn-tiled", "--only", "gaussian/plain*", "--json", out, "--junit", xml
+    )
+    assert result.exit_code == 1
+    whole = json.loads(out.read_text())
+    assert set(whole) == {"kernels", "machine", "versions"}
+    assert [k["passed"] for k in whole["kernels"]] == [False, True]
+    assert xml.read_text().count("<testsuite ") == 2
+
+
+def test_the_page_is_written(kernels, tmp_path):
+    target = tmp_path / "r.html"
+    result = call("check", f"{kernels}:wrong", "refattn-tiled", "--only", "gaussian/plain*", "--html", target)
+    assert result.exit_code == 1
+    text = target.read_text()
+    assert "✗ failed" in text
+    assert "✓ passed" in text
+    assert "refattn-tiled" in text
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".html"] == ["r.html"]
+
+
+def test_a_problem_of_ones_own(kernels, tmp_path, make):
+    save_problem(make(7, 9, causal="bottom_right"), tmp_path / "mine.npz")
+    assert call("check", f"{kernels}:right", "--problem", tmp_path / "mine.npz").exit_code == 0
+    result = call("check", f"{kernels}:wrong", "--problem", tmp_path / "mine.npz")
+    assert result.exit_code == 1
+    assert "fails file/mine[float32]" in result.output
+    (tmp_path / "other.npz").write_text("hello")
+    result = call("check", f"{kernels}:right", "--problem", tmp_path / "other.npz")
+    assert result.exit_code == 2
+    assert "is not a problem file of refattn" in result.output
+
+
+def test_formats_that_fail_alike_are_told_once():
+    result = call("check", "torch-sdpa-math", "--only", "poison/value-behind*")
+    assert result.exit_code == 1
+    assert result.output.count("fails poison/value-behind-mask[float64]") == 1
+    assert result.output.count("fails poison/value-behind-mask/gradients[float64]") == 1
+    assert result.output.count("the same in float32, float16, bfloat16") == 2
+
+
+def test_list_show_and_doctor():
+    listed = call("list").output
+    assert all(v in listed for v in ("softmax", "linear", "power", "sigmoid"))
+    assert "torch-flex" in call("list", "--kernels").output
+    names = call("list", "--checks", "softmax").output.split()
+    assert "gaussian/plain" in names
+    assert "law/split_and_merge" in names
+    shown = call("show", "power").output
+    for text in ("error unit", "contract:", "epsilon (default 0.001)", "arXiv 2410.09457", "planted bugs"):
+        assert text in shown
+    told = call("doctor")
+    assert told.exit_code == 0
+    assert __version__ in told.output
+    assert "GPU" in told.output
+    assert "pip install 'refattn[" in told.output or "every extra is here" in told.output
+
+
+def test_doctor_shows_the_driver_and_compute_capability(tmp_path, monkeypatch):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 580.159.04, 9.0'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    told = " ".join(call("doctor").output.split())
+    assert "driver 580.159.04, compute capability 9.0" in told
+    assert "CUDA" in told
+    fake.write_text("#!/bin/sh\necho 'no devices were found' >&2\nexit 6\n")
+    assert "no devices were found" in call("doctor").output
+
+
+def test_bench_names_itself(tmp_path, monkeypatch):
+    """The benchmark's own folder is found, and a figure that breaks its bound exits with 1."""
+    from refattn import bench
+
+    (tmp_path / "toy.py").write_text(
+        "from refattn.bench import Row\n"
+        "def rows():\n    yield Row('a', 1.0, 's', at_most=2.0)\n    yield Row('b', 1.0, 'ratio', at_least=2.0)\n"
+    )
+    assert "exact" in bench.benchmarks()
+    monkeypatch.setattr(bench, "_folder", lambda: tmp_path)
+    result = call("bench", "toy", "--json", tmp_path / "toy.json")
+    assert result.exit_code == 1
+    whole = json.loads((tmp_path / "toy.json").read_text())
+    assert set(whole) == {"machine", "versions", "rows"}
+    assert whole["rows"][0] == {"name": "a", "value": 1.0, "unit": "s", "at_most": 2.0, "at_least": None, "holds": True}
+    assert whole["rows"][1]["holds"] is False
+    assert call("bench", "toy", "--json", "/no/such/folder/x").exit_code == 2
+
+
+def test_the_console_script_and_interrupts():
+    done = subprocess.run([sys.executable, "-m", "refattn", "--version"], capture_output=True, text=True, check=True)
+    assert __version__ in done.stdout
+
+
+def test_exact_from_a_problem_file(tmp_path, make):
+    from refattn import evaluate
+    from refattn.files import load_arrays
+
+    p = make(5, 9, causal="bottom_right", dtype="bfloat16")
+    save_problem(p, tmp_path / "in.npz")
+    dout = np.ones(p.out_shape, np.float32)
+    np.save(tmp_path / "dout.npy", dout)
+    result = call("exact", tmp_path / "in.npz", "--rounding", "bfloat16", "--out", tmp_path / "out.npz",
+                  "--gradients", tmp_path / "dout.npy", "--checkpoint", tmp_path / "parts")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "0 undecided" in result.output
+    assert "float64 enclosures, L = 0" in result.output
+    want = evaluate(p, rounding="bfloat16", gradients=dout).values
+    got = load_arrays(tmp_path / "out.npz")
+    assert {n: x.tobytes() for n, x in got.items()} == {n: x.tobytes() for n, x in want.items()}
+    assert got["out"].dtype.name == "bfloat16"
+
+
+def test_exact_from_plain_arrays(tmp_path, make):
+    from refattn import evaluate
+    from refattn.files import load_arrays
+
+    p = make(5, 9, scale=0.5, causal="top_left", softcap=3.0)
+    np.savez(tmp_path / "in.npz", query=p.query, key=p.key, value=p.value)
+    result = call("exact", tmp_path / "in.npz", "--rounding", "float64", "--out", tmp_path / "out.npz",
+                  "--scale", "0.5", "--causal", "top_left", "--softcap", "3", "--n-jobs", "2")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert (load_arrays(tmp_path / "out.npz")["out"] == evaluate(p, rounding="float64").out).all()
+
+
+def test_exact_and_bad_files(tmp_path, make):
+    (tmp_path / "text.npz").write_text("hello")
+    np.savez(tmp_path / "half.npz", query=np.ones(3))
+    np.savez(tmp_path / "flat.npz", query=np.ones(3), key=np.ones(3), value=np.ones(3))
+    save_problem(make(), tmp_path / "good.npz")
+    (tmp_path / "bad.npy").write_text("hello")
+    out = ("--out", tmp_path / "out.npz")
+    for arguments, text in (
+        (("none.npz", "--rounding", "float32", *out), "there is no such file"),
+        ((tmp_path / "text.npz", "--rounding", "float32", *out), "is no .npz file that can be read"),
+        ((tmp_path / "half.npz", "--rounding", "float32", *out), "is not a problem file of refattn"),
+        ((tmp_path / "flat.npz", "--rounding", "float32", *out), "query: got 1 axes"),
+        ((tmp_path / "good.npz", "--rounding", "float20", *out), "rounding: got 'float20'"),
+        (
+            (tmp_path / "good.npz", "--rounding", "float32", "--scale", "2", *out),
+            "carries its own options; leave out --scale",
+        ),
+        ((tmp_path / "good.npz", "--rounding", "float32", "--out", "/no/such/x.npz"), "its folder does not exist"),
+        (
+            (tmp_path / "good.npz", "--rounding", "float32", "--gradients", tmp_path / "bad.npy", *out),
+            "is no .npy file",
+        ),
+        ((tmp_path / "good.npz", *out), "Missing option '--rounding'"),
+    ):
+        result = call("exact", *arguments)
+        assert result.exit_code == 2, result.output
+        assert text in result.output
+    assert not (tmp_path / "out.npz").exists()
