@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ __all__ = [
     "FEATURES",
     "GRADIENTS",
     "MODELS",
+    "C",
     "Capabilities",
     "Model",
     "flash",
@@ -26,6 +28,8 @@ __all__ = [
     "narrowed",
 ]
 
+C = 3 / (8 * math.log(2)) / 3
+"""The variance of a rounding to nearest over u^2 of the number's square, mantissas spread as they are."""
 TF32 = Format("tf32", np.dtype(np.float32), 11, -126, 127, float((2 - 2.0**-10) * 2.0**127))
 """The matrix units' type for float32 operands: never an array's own."""
 

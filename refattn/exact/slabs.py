@@ -98,7 +98,7 @@ class Slab:
         return o
 
     def plain(self, rows: Any = slice(None)) -> SimpleNamespace:
-        """Return the options as float64 NumPy arrays and numbers, for an operator's sensitivity."""
+        """Return the options as float64 NumPy arrays and numbers."""
         from .arithmetics import Floats
 
         o = self.options(Floats(), rows)

@@ -7,9 +7,9 @@ from .linear import LINEAR
 from .power import POWER
 from .sigmoid import SIGMOID
 from .softmax import SOFTMAX
-from .variant import Option, Sensitivity, Variant
+from .variant import Option, Variant
 
-__all__ = ["VARIANTS", "Option", "Sensitivity", "Variant", "variant_of"]
+__all__ = ["VARIANTS", "Option", "Variant", "variant_of"]
 
 VARIANTS: dict[str, Variant] = {v.name: v for v in (SOFTMAX, LINEAR, POWER, SIGMOID)}
 """The operators that refattn knows, by name."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from .variant import COMMON_BUGS, COMMON_FAMILIES, COMMON_LAWS, Option, Sensitivity, Variant, boolean, one_of, per_head
+from .variant import COMMON_BUGS, COMMON_FAMILIES, COMMON_LAWS, Option, Variant, boolean, one_of, per_head
 
 __all__ = ["FEATURES", "LINEAR"]
 
@@ -30,40 +28,9 @@ def attention(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
     return (w @ v) / w.sum() if o.normalize else w @ v, None
 
 
-def sensitivity(q: np.ndarray, k: np.ndarray, o: Any) -> Sensitivity:
-    """Return weights, slopes and rounding magnitudes in float64."""
-    maps: dict[str, Callable[[Any], Any]] = {
-        "identity": lambda x: x,
-        "relu": lambda x: np.maximum(x, 0),
-        "elu1": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))),
-        "exp": np.exp,
-    }
-    a, b = maps[o.feature](q), maps[o.feature](k)
-    w, products = a @ b.T * o.scale, np.abs(a) @ np.abs(b).T * abs(o.scale)
-    passes = 0 if o.feature in ("identity", "relu") else 2  # a feature of the query and one of the key
-    roundings = np.abs(w) + passes * products
-    if o.decay is not None:
-        fade = np.exp(-o.decay * o.distance)
-        w, products = w * fade, products * fade
-        roundings = roundings * fade + np.abs(w) * (2 + np.abs(o.decay * o.distance))
-    mask = o.allowed
-    w, products, roundings = (np.where(mask, x, 0.0) for x in (w, products, roundings))
-    exponentials = passes + (o.decay is not None)
-    return Sensitivity(
-        w,
-        np.where(mask, 1.0, 0.0),
-        products,
-        roundings,
-        w.sum(1) if o.normalize else None,
-        relative=0.0,
-        exponentials=exponentials,
-    )
-
-
 LINEAR = Variant(
     name="linear",
     define=attention,
-    sensitivity=sensitivity,
     formula="out_i = sum_j w_ij v_j (over sum_j w_ij where normalize),  "
     "w_ij = scale·phi(q_i)·phi(k_j)·exp(-decay·(i' - j))",
     unit="u · sum_j |w_ij v_jc|",

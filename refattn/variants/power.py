@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from .variant import (
     COMMON_BUGS,
     COMMON_FAMILIES,
     COMMON_LAWS,
     Option,
-    Sensitivity,
     Variant,
     above_zero,
     at_least_zero,
@@ -33,36 +30,9 @@ def attention(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
     return (w @ v) / (w.sum() + o.epsilon), None
 
 
-def sensitivity(q: np.ndarray, k: np.ndarray, o: Any) -> Sensitivity:
-    """Return weights, slopes and rounding magnitudes in float64."""
-    x = q @ k.T * o.scale
-    products = np.abs(q) @ np.abs(k).T * abs(o.scale)
-    roundings = np.abs(x)
-    if o.form == "stable":
-        # c is one number per row, and its own error is at most that of the score it comes from
-        c = np.where(o.allowed, np.abs(x), 0.0).max(1, initial=0.0, keepdims=True) + o.delta
-        worst = np.where(o.allowed, products, 0.0).max(1, initial=0.0, keepdims=True)
-        products = (products + np.abs(x) / c * worst) / c
-        x = x / c
-        roundings = roundings / c + 3 * np.abs(x)
-    w = np.where(o.allowed, x**o.p, 0.0)
-    slope = np.where(o.allowed, o.p * np.abs(x) ** (o.p - 1), 0.0)
-    count = o.count if o.form == "mean" else 1.0
-    return Sensitivity(
-        w / count,
-        slope / count,
-        products,
-        np.where(o.allowed, roundings, 0.0),
-        w.sum(1) / np.ravel(count) + o.epsilon,
-        relative=float(o.p + 1),
-        exponentials=0,
-    )
-
-
 POWER = Variant(
     name="power",
     define=attention,
-    sensitivity=sensitivity,
     formula="out_i = sum_j w_ij v_j / (epsilon + sum_j w_ij),  w_ij = x_ij^p,  x_ij = scale·q_i·k_j;  "
     "stable: x_ij / (max_j |x_ij| + delta);  mean: w_ij / (number of keys that row i sees)",
     unit="u · sum_j p_ij |v_jc|",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from .variant import COMMON_BUGS, COMMON_FAMILIES, COMMON_LAWS, Sensitivity, Variant
+from .variant import COMMON_BUGS, COMMON_FAMILIES, COMMON_LAWS, Variant
 
 __all__ = ["SOFTMAX", "scores"]
 
@@ -28,34 +26,9 @@ def attention(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
     return (p @ v) / z, m + z.log()
 
 
-def sensitivity(q: np.ndarray, k: np.ndarray, o: Any) -> Sensitivity:
-    """Return weights, slopes and rounding magnitudes in float64."""
-    raw = q @ k.T * o.scale
-    products = np.abs(q) @ np.abs(k).T * abs(o.scale)
-    roundings = np.abs(raw)
-    s = raw
-    if o.softcap is not None:
-        s = np.tanh(raw / o.softcap) * o.softcap
-        products = products * (1 - (s / o.softcap) ** 2)
-        roundings = (roundings * (1 - (s / o.softcap) ** 2)) + 4 * np.abs(s)  # quotient, tanh to 2 ulp, product
-    if o.bias is not None:
-        s = s + o.bias
-        roundings = roundings + np.abs(s)
-    visible = np.where(o.allowed, s, -np.inf)
-    m = visible.max(1, initial=-np.inf if o.sink is None else o.sink)
-    m = np.where(np.isneginf(m), 0.0, m)[:, None]
-    w = np.where(o.allowed, np.exp(np.minimum(s - m, 0.0)), 0.0)
-    z = w.sum(1) + (0.0 if o.sink is None else np.exp(o.sink - m[:, 0]))
-    # the shift is taken in natural or base-2 units: two roundings of its size
-    roundings = np.where(o.allowed, roundings + 2 * np.abs(s - m) + np.abs(s), 0.0)
-    with np.errstate(divide="ignore"):
-        return Sensitivity(w, w, products, roundings, z, relative=1.0, lse=m[:, 0] + np.log(z))
-
-
 SOFTMAX = Variant(
     name="softmax",
     define=attention,
-    sensitivity=sensitivity,
     formula="out_i = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + exp(sink)),  "
     "s_ij = softcap·tanh(scale·q_i·k_j / softcap) + bias_ij;  lse_i = log(sum_j exp(s_ij) + exp(sink))",
     unit="u · sum_j p_ij |v_jc|",

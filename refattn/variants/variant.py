@@ -15,7 +15,6 @@ from ..problem import Problem
 
 __all__ = [
     "Option",
-    "Sensitivity",
     "Variant",
     "above_zero",
     "at_least_zero",
@@ -63,42 +62,6 @@ COMMON_FAMILIES = ("gaussian", "peaked", "probe", "sparse", "drift", "empty", "p
 
 
 @dataclass(frozen=True)
-class Sensitivity:
-    """How one head's output answers to errors in its scores, in float64 NumPy: what an error bound needs.
-
-    The output is ``out_ic = sum_j w_ij v_jc / z_i`` (``z_i = 1`` where the operator has no denominator).
-
-    Attributes
-    ----------
-    weights : (n_q, n_k)
-        w_ij, up to a positive factor per row where there is a denominator; 0 where the key is not allowed.
-    slope : (n_q, n_k)
-        |dw_ij / ds_ij|, with the same factor.
-    products : (n_q, n_k)
-        Sum of the absolute products behind a score: what a dot product's rounding scales with.
-    roundings : (n_q, n_k)
-        Sum of the absolute intermediate results behind a weight, each rounded once: score, bias, shift.
-    denominator : (n_q,) or None
-        z_i with the same factor, None where the operator has none.
-    relative : float
-        How many correctly rounded elementary results (besides the exponential's own error) a weight passes through.
-    lse : (n_q,) or None
-        The log-sum-exp where the operator has one.
-    exponentials : int
-        How many exponentials a weight passes through.
-    """
-
-    weights: Array
-    slope: Array
-    products: Array
-    roundings: Array
-    denominator: Array | None
-    relative: float = 2.0
-    lse: Array | None = None
-    exponentials: int = 1
-
-
-@dataclass(frozen=True)
 class Option:
     """One of an operator's own options: its default, its meaning, and what its value must be.
 
@@ -120,8 +83,6 @@ class Variant:
         The operator's name.
     define : callable
         The definition for one head, ``define(q, k, v, o) -> (out, lse or None)``, over any arithmetic's matrices.
-    sensitivity : callable
-        ``sensitivity(q, k, o) -> Sensitivity``, over float64 NumPy arrays.
     formula : str
         The definition as a formula.
     unit : str
@@ -142,7 +103,6 @@ class Variant:
 
     name: str
     define: Callable[..., Any]
-    sensitivity: Callable[..., Sensitivity]
     formula: str
     unit: str
     source: str

@@ -1,35 +1,35 @@
-r"""What a kernel's arithmetic must lose: an error bound for every element, from the problem and the rounding model.
+r"""What a kernel's arithmetic must lose: an error bound for every element, from the definition and the rounding model.
 
-With scores s, weights w (up to the row's factor), denominator z and exact output o, one rounding error each:
+The definition runs over the arithmetic of losses (:mod:`refattn.check.bounds.losses`), which notes what each operation
+may lose in a kernel of the Model. The bound of an element of out is the sum over all nodes of |adjoint| times loss, the
+predicted variance that of adjoint squared times variance (:mod:`refattn.check.bounds.graph`). Three facts about
+attention sharpen it:
 
-- a score is off by at most ``e_ij = u ((d_k + 2) sum_c |scale q_ic k_jc| + roundings) + u_S |s_ij|``;
-- a weight by ``|dw/ds| (exp(e_ij) - 1) + (elementary results and rescales) u w_ij``, where the exponential is
-  the weight function, and by ``|dw/ds| e_ij`` otherwise;
-- an error in a weight moves the output by ``|v_jc - o_ic| / z_i`` (it enters numerator and denominator alike), or by
-  ``|v_jc|`` without a denominator; where all weights are positive the output cannot leave the values' hull;
-- the n_i products and sums of row i, and its rescales, cost ``(depth(n_i) + tiles + 3) u`` of
-  ``sum_j w_ij |v_jc| / z_i`` and of ``|o_ic|``; rounding P costs ``u_P max(|v_jc|, |v_jc - o_ic|)`` a key;
-- underflow costs half the smallest subnormal of each type a rounding (the smallest normal number where subnormals are
-  taken for zero); the result itself ``u_out |o_ic|``.
+- an error in a weight that stands in numerator and denominator moves out by ``(v_jc - o_ic) / z``: the adjoint;
+- a mean with weights that cannot be negative stays in the hull of the values, whatever the weights' errors;
+- the weights are rounded to their own type before they meet the values; the denominator may sum them before or after.
 
-The first two are first order in u elsewhere. There is no tolerance to choose.
+There is no tolerance to choose.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...dtypes import FORMATS, Format, format_of
+from ...dtypes import FORMATS, format_of
 from ...exact.driver import Answer
 from ...exact.slabs import Slab, slabs
 from ...variants import variant_of
-from ..model import Model, inside_type
-from .operands import Operands, score_errors
+from ..model import Model
+from .graph import Graph, Node
+from .losses import Losses, Lossy, floor
+from .operands import Operands
 
-__all__ = ["bounds"]
+__all__ = ["Head", "bounds", "forward", "head_losses"]
 
 Float = NDArray[np.float64]
 CHUNK = 2**21  # elements of (rows, keys, d_v) alive at a time
@@ -51,84 +51,211 @@ def bounds(answer: Answer, model: Model) -> dict[str, Float]:
         ``out`` (b, h_q, n_q, d_v) and, where the operator has one, ``lse`` (b, h_q, n_q): absolute errors, float64.
         0 where the contract fixes the value (rows without keys, rows that are NaN).
     """
+    return forward(answer, model)[0]
+
+
+def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, Float]]:
+    """Return the bounds of out and lse, and the predicted variances of their errors.
+
+    The arguments are those of :func:`bounds`. A variance is NaN where the scores' errors are too large to foresee.
+    """
     problem = answer.problem
-    out = np.zeros(problem.out_shape)
-    lse = np.zeros(problem.out_shape[:3])
+    shapes = {"out": problem.out_shape, "lse": problem.out_shape[:3]}
+    names = [n for n in ("out", "lse") if n == "out" or variant_of(problem.variant).has_lse]
+    limit, variance = ({n: np.zeros(shapes[n]) for n in names} for _ in range(2))
     exact = answer.enclosures["out"].mid
     for slab in slabs(problem):
-        at, operands = (slab.batch, slab.head, slab.rows), Operands.of(slab, model)
+        at = (slab.batch, slab.head, slab.rows)
         live = np.nonzero(slab.live)[0]
         size = max(1, CHUNK // max(1, slab.k.shape[0] * slab.v.shape[1]))
         for start in range(0, len(live), size):
             rows = live[start : start + size]
-            out[at][rows], lse[at][rows] = _rows(slab, operands, rows, exact[at][rows], model)
-    if variant_of(problem.variant).has_lse:
-        return {"out": out, "lse": lse}
-    return {"out": out}
+            found = _rows(slab, rows, exact[at][rows], model)
+            for n in names:
+                limit[n][at][rows], variance[n][at][rows] = found[n]
+    for n in names:
+        mid = answer.enclosures[n].mid
+        form = FORMATS[problem.dtype if n == "out" else model.lse]
+        with np.errstate(over="ignore", invalid="ignore"):
+            variance[n] += form.ulp_array(np.where(np.isfinite(mid), mid, 0.0)) ** 2 / 12
+    return limit, variance
 
 
-def _rows(slab: Slab, lost: Operands, rows: NDArray[np.intp], o: Float, model: Model) -> tuple[Float, Float]:
-    inside, final = format_of(model.accumulator), FORMATS[slab.problem.dtype]
+@dataclass(frozen=True)
+class Head:
+    """What a definition gives for some rows of one head over the arithmetic of losses.
+
+    Attributes
+    ----------
+    out, lse : Lossy
+        Its outputs; lse None where the operator has none.
+    f : Losses
+        The arithmetic, which knows the weights.
+    lost_values : (n_k, d_v) array
+        What the values lose before they are multiplied.
+    """
+
+    out: Lossy
+    lse: Lossy | None
+    f: Losses
+    lost_values: Float
+
+    @property
+    def weights(self) -> Node:
+        """What the values were multiplied with, (n_q, n_k), up to the row's factor."""
+        assert self.f.weights is not None
+        return self.f.weights.node
+
+    @property
+    def divides(self) -> bool:
+        """Tell whether the weights' product with the values is divided, by a number for each row."""
+        return "product" not in self.out.node.marks
+
+    @property
+    def divided(self) -> Any:
+        """What divides the weights' product with the values, (n_q, 1), or 1 where nothing does."""
+        n = self.out.node
+        return n.links[1].parent.a if self.divides else 1.0
+
+    @property
+    def shares(self) -> Float:
+        """What each key's value counts in the output, (n_q, n_k); 0 in rows that see no key."""
+        with np.errstate(all="ignore"):
+            return np.asarray(np.where(self.divided == 0, 0.0, self.weights.a / self.divided))
+
+    @property
+    def score_errors(self) -> Float:
+        """The largest error of every score before its exponential, (n_q, n_k)."""
+        n = self.weights
+        while "exp" not in n.marks and n.links:
+            n = n.links[0].parent
+        return np.asarray(np.broadcast_to(n.links[0].parent.span, self.weights.a.shape))
+
+    @property
+    def score_variances(self) -> Any:
+        """The variance of every weight's relative error, (n_q, n_k)."""
+        n = self.weights
+        with np.errstate(all="ignore"):
+            return np.where(n.a > 0, n.flow[1] / np.square(n.a), 0.0)
+
+
+def head_losses(slab: Slab, rows: Any, model: Model, unit: float = 1.0) -> Head:
+    """Run an operator's definition over the arithmetic of losses.
+
+    Parameters
+    ----------
+    slab : Slab
+        One head.
+    rows : index
+        Which of its rows.
+    model : Model
+        The kernel's rounding model.
+    unit : float
+        A power of two that the values are multiplied with.
+    """
+    f, lost = Losses(model, slab.k.shape[0]), Operands.of(slab, model)
+    q = f.leaf(slab.q[rows], ("q", "d"), lost.q[rows], lost.var_q[rows])
+    k = f.leaf(slab.k, ("k", "d"), lost.k, lost.var_k)
+    v = f.leaf(slab.v * unit, ("k", "v"), lost.v * unit, lost.var_v * unit**2)
+    with np.errstate(all="ignore"):
+        out, lse = variant_of(slab.problem.variant).define(q, k, v, slab.options(f, rows))
+    head = Head(out, lse, f, lost.v * unit)
+    if lse is not None:
+        _merged(head, model, slab)
+    return head
+
+
+def _merged(head: Head, model: Model, slab: Slab) -> None:
+    """Add what merging parts of the keys loses: a part weighs exp of its lse less the whole's, both rounded."""
+    parts = model.merges(slab.k.shape[0], slab.sink is not None)
+    assert head.lse is not None
+    f, n, lse = head.f, head.weights, np.abs(head.lse.a)
+    if parts > 1:
+        more = (parts - 1) * f.u * (2 * lse + model.exp_ulps + 4) * n.a
+        n.err, n.span = n.err + more, n.span + more
+        more = (parts - 1) * f.u * (lse + 2) * np.abs(head.out.a)
+        head.out.node.err = head.out.node.err + more
+        head.out.node.var = head.out.node.var + f.cu * ((parts - 1) * lse**2 + 4 * parts) * head.out.a**2
+    head.lse.node.err = head.lse.node.err + parts * f.u * (2 * lse + model.exp_ulps + 4)
+    head.lse.node.var = head.lse.node.var + f.cu * (2 * parts) * head.lse.a**2
+
+
+def _rows(slab: Slab, rows: NDArray[np.intp], o: Float, model: Model) -> dict[str, tuple[Float, Float]]:
+    final = FORMATS[slab.problem.dtype]
     # sums of the largest float64 numbers leave float64's range: work in smaller units there (a power of two)
     unit = 2.0**-64 if np.abs(slab.v).max(initial=0.0) > 2.0**900 else 1.0
-    v, o = slab.v * unit, o * unit
-    u, u_w = inside.unit_roundoff, model.loss(model.weights)
+    o = np.where(np.isfinite(o), o * unit, 0.0)
     with np.errstate(all="ignore"):
-        s = variant_of(slab.problem.variant).sensitivity(slab.q[rows], slab.k, slab.plain(rows))
-        seen = slab.allowed[rows]
-        n = model.depth(seen.sum(1)[:, None])
-        tiles = np.ceil(slab.k.shape[0] / model.tile) if s.lse is not None else 0.0
-        e = score_errors(slab, s, lost, model, rows)
-        passes: Any = s.relative + s.exponentials * model.exp_ulps + tiles * (model.exp_ulps + 1)
-        merges = model.merges(slab.k.shape[0], slab.sink is not None)
-        if merges > 1 and s.lse is not None:  # a part weighs exp of its lse less the whole's, both rounded
-            passes = passes + (merges - 1) * (2 * np.abs(np.nan_to_num(s.lse)) + model.exp_ulps + 4)[:, None]
-        off = s.slope * (np.expm1(np.minimum(e, 700.0)) if s.exponentials else e) + passes * u * np.abs(s.weights)
-        z = np.ones(len(rows)) if s.denominator is None else s.denominator
-        w = np.abs(s.weights)[:, :, None]
-        size = np.abs(v)[None, :, :]
-        if s.denominator is None:
-            moved = (off[:, :, None] * size).sum(1)
-            rounded = (w * size).sum(1)
-            spread = rounded
-        else:
-            apart = np.abs(v[None, :, :] - np.where(np.isfinite(o), o, 0.0)[:, None, :])
-            # an error in the denominator itself cannot make it smaller than this share
-            share = 1 - off.sum(1)[:, None] / np.abs(z)[:, None]
-            moved = (off[:, :, None] * apart).sum(1) / np.abs(z)[:, None]
-            moved = np.where(share > 0, moved / np.maximum(share, 1e-300), np.inf)
-            if s.lse is not None:
-                hull = np.where(seen[:, :, None], apart, 0.0).max(1, initial=0.0)
-                moved = np.minimum(moved, hull if slab.sink is None else np.maximum(hull, np.abs(o)))
-            rounded = (w * np.maximum(size, apart)).sum(1) / np.abs(z)[:, None]
-            spread = (w * size).sum(1) / np.abs(z)[:, None] + np.abs(o) * w.sum(1) / np.abs(z)[:, None]
-        steps = n + tiles + 3
-        total = moved + steps * u * spread + u_w * rounded
-        if merges > 1 and s.lse is not None:  # the whole's lse divides every part alike
-            total = total + (merges - 1) * u * (np.abs(np.nan_to_num(s.lse)) + 2)[:, None] * np.abs(o)
-        if model.operands:
-            total = total + (1 + u_w) * (np.abs(s.weights) @ (lost.v * unit)) / np.abs(z)[:, None]
-        # underflow of a weight, of a product or sum, and of the result
-        visible = (seen[:, :, None] * size).sum(1)
-        total = total + max(floor(inside_type(model.weights), model), floor(inside, model)) * visible
-        total = total + steps * floor(inside, model)
+        head = head_losses(slab, rows, model, unit)
+        graph = Graph([x.node for x in (head.out, head.lse) if x is not None])
+        total, variance = _of_out(slab, head, graph, o, rows, model, unit)
         total = total * (1 + final.unit_roundoff) + final.unit_roundoff * np.abs(o) + floor(final, model)
         if not model.subnormals:  # values that are subnormal were read as zero
             total = total + final.smallest_normal
-        total = total / unit
-        if s.lse is None:
-            return total, np.zeros(len(rows))
-        share = off.sum(1) / z
-        log = np.where(share < 1, -np.log1p(-np.minimum(share, 1 - 1e-16)), np.inf)
-        m = s.lse - np.log(z)
-        wide = u * (steps[:, 0] + 4 * np.abs(np.log(z)) + 4 * np.abs(m) + np.abs(s.lse) + 4)
-        wide = wide + u * merges * (2 * np.abs(s.lse) + model.exp_ulps + 4)
-        back = format_of(model.lse)
-        return total, log + wide + back.unit_roundoff * np.abs(s.lse) + floor(back, model)
+        found = {"out": (total / unit, variance / unit**2)}
+        if head.lse is not None:
+            lse, spread = head.lse.node.flow
+            for joint, g, _ in graph.joints(head.lse.node, 1):
+                lse = lse + (np.abs(g[0]) * joint.flow[0]).sum(1, keepdims=True)
+                spread = spread + (np.square(g[0]) * joint.flow[1]).sum(1, keepdims=True)
+            back = format_of(model.lse)
+            lse = np.where(np.isfinite(head.lse.a), lse + back.unit_roundoff * np.abs(head.lse.a), np.inf)
+            found["lse"] = ((lse + floor(back, model))[:, 0], np.broadcast_to(spread, lse.shape)[:, 0])
+    return found
 
 
-def floor(form: Format, model: Model) -> float:
-    """Return what underflow can cost one rounding."""
-    if not model.subnormals:
-        return form.smallest_normal
-    return 0.5 * form.smallest_subnormal or form.smallest_subnormal  # half of float64's would be 0
+def _of_out(
+    slab: Slab, head: Head, graph: Graph, o: Float, rows: NDArray[np.intp], model: Model, unit: float
+) -> tuple[Float, Float]:
+    """Return the bound and the variance of out, its own rounding apart."""
+    node, weights, shape = head.out.node, head.weights, head.out.a.shape
+    rest, variance = (np.broadcast_to(x, shape).copy() for x in node.flow)
+    moved: Float = np.zeros(shape)
+    for joint, g, parts in graph.joints(node, shape[1]):
+        part = _over_keys(np.abs(g), joint.flow[0], joint)
+        variance += _over_keys(g * g, joint.flow[1], joint)
+        if joint is not weights and not joint.above(weights):
+            rest += part
+            continue
+        moved += part
+        if joint is not weights:
+            continue
+        for product, alone in parts:
+            assert product.cast is not None
+            rest += _over_keys(np.maximum(np.abs(alone), np.abs(g)), product.cast[0], joint)
+            variance += _over_keys(alone * alone, product.cast[1], joint)
+        variance += _by_parts(slab, head, g, model)
+    if node.amplify is None:
+        return moved + rest, variance
+    # whatever the weights are, their mean lies among the values, and roundings are in proportion to the largest
+    seen, v = slab.allowed[rows], np.abs(slab.v * unit) + head.lost_values
+    hull = _largest(np.abs(slab.v[None] * unit - o[:, None]), seen)
+    hull = np.maximum(hull, np.abs(o)) if "more" in node.marks else hull
+    most = (node.relative + 2 * head.f.u + head.f.u_weights) * _largest(np.broadcast_to(v, (len(rows), *v.shape)), seen)
+    under = (head.f.floor_weights + head.f.floor) * (seen @ v) + head.f.floor * seen.sum(1, keepdims=True)
+    # below a row's maximum the denominator is at least 1
+    most = most + (under if "shifted" in weights.marks else under * node.amplify / np.abs(head.divided))
+    most = most + node.err + _largest(np.broadcast_to(head.lost_values, (len(rows), *v.shape)), seen)
+    total = np.fmin(moved * node.amplify, hull) + np.fmin(rest * node.amplify, most)
+    return total * (1 + head.f.u), variance
+
+
+def _largest(x: Float, seen: NDArray[np.bool_]) -> Float:
+    """Return the largest of the keys that each row sees, (n_q, d_v)."""
+    return np.asarray(np.where(seen[:, :, None], x, 0.0).max(1, initial=0.0))
+
+
+def _over_keys(g: Float, x: Any, joint: Node) -> Float:
+    return np.asarray(np.einsum("cij,ij->ic", g, np.broadcast_to(x, joint.a.shape)))
+
+
+def _by_parts(slab: Slab, head: Head, g: Float, model: Model) -> Any:
+    """Return the variance of out by the errors of the parts that are merged: each is common to all keys of its part."""
+    if head.lse is None or model.merges(slab.k.shape[0], slab.sink is not None) < 2:
+        return 0.0
+    starts = np.arange(0, slab.k.shape[0], model.split)
+    by_part = np.add.reduceat(g * head.weights.a, starts, axis=2)
+    moved = np.square(by_part).sum(2).T
+    if slab.sink is not None:  # the sink's part is what the keys' leave
+        moved = moved + np.square(by_part.sum(2)).T
+    return head.f.cu * (2 * np.square(head.lse.a) + 2) * moved

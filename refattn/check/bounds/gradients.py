@@ -26,11 +26,11 @@ from ...dtypes import FORMATS, format_of
 from ...errors import UnsupportedProblem
 from ...exact.driver import Answer
 from ...exact.slabs import Slab, slabs
-from ...variants import variant_of
 from ..call import SOURCES
 from ..model import Model, inside_type
-from .forward import floor
-from .operands import Operands, lost, score_errors
+from .forward import head_losses
+from .losses import floor
+from .operands import Operands, lost
 
 __all__ = ["gradient_bounds"]
 
@@ -104,14 +104,12 @@ def _head(
     dout, operands = arriving[slab.batch, slab.head, slab.rows], Operands.of(slab, model)
     lost_dout = lost(dout, arriving, model)
     o, lost_o = np.nan_to_num(o, posinf=0, neginf=0), np.nan_to_num(lost_o, nan=np.inf)
-    plain = slab.plain()
-    s = variant_of(p.variant).sensitivity(slab.q, slab.k, plain)
-    assert s.denominator is not None
-    z = np.where(s.denominator > 0, s.denominator, 1.0)[:, None]
-    weights = s.weights / z
-    e = score_errors(slab, s, operands, model)
+    plain, head = slab.plain(), head_losses(slab, slice(None), model)
+    assert head.lse is not None
+    weights, lse = head.shares, head.lse.a[:, 0]
+    e = head.score_errors
     tiles = np.ceil(slab.k.shape[0] / model.tile)
-    passes = s.relative + model.exp_ulps + tiles * (model.exp_ulps + 1) + 4
+    passes = 1 + model.exp_ulps + tiles * (model.exp_ulps + 1) + 4
     lost_p = weights * (np.expm1(np.minimum(e + np.nan_to_num(lost_lse)[:, None], 700.0)) + passes * u)
     tiny = max(floor(inside_type(model.weights), model), floor(inside, model))
     lost_p = (np.minimum(lost_p, 1.0) + tiny) * slab.allowed  # a right kernel's P stays in [0, 1], up to a rounding
@@ -131,7 +129,7 @@ def _head(
     if "dbias" in total:
         spread(slab, total["dbias"], lost_ds + model.depth(spread_over(slab)) * u * ds)
     if "dsink" in total and slab.sink is not None:
-        _sink(slab, model, u, s.lse, d[:, 0], lost_lse, lost_d[:, 0], total["dsink"])
+        _sink(slab, model, u, lse, d[:, 0], lost_lse, lost_d[:, 0], total["dsink"])
     if p.softcap is not None:
         t = np.tanh(slab.q @ slab.k.T * plain.scale / p.softcap)
         slope = 1 - t * t

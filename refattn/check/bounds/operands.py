@@ -8,7 +8,6 @@ rest; the products of both rests are left out: ``3 u_o^2 |x y|`` a product, half
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,29 +16,30 @@ from numpy.typing import NDArray
 
 from ...arrays import to_float64
 from ...exact.slabs import Slab
-from ...variants.variant import Sensitivity
-from ..model import Model, inside_type
+from ..model import C, Model, inside_type
 
-__all__ = ["C", "Operands", "lost", "score_errors", "variance"]
+__all__ = ["Operands", "lost", "variance"]
 
 Float = NDArray[np.float64]
-C = 3 / (8 * math.log(2)) / 3
-"""The variance of a rounding to nearest over u^2 of the number's square, mantissas spread as they are."""
 
 
 @dataclass(frozen=True)
 class Operands:
-    """By operand of one head, of its shape: the largest error of each element, 0 where nothing is lost."""
+    """By operand of one head, of its shape: the largest error of each element and its variance, 0 where none is."""
 
     q: Float
     k: Float
     v: Float
+    var_q: Float
+    var_k: Float
+    var_v: Float
 
     @classmethod
     def of(cls, slab: Slab, model: Model) -> Operands:
         """Return what one head's operands lose."""
         p = slab.problem
-        return cls(*(lost(x, t, model) for x, t in ((slab.q, p.query), (slab.k, p.key), (slab.v, p.value))))
+        pairs = ((slab.q, p.query), (slab.k, p.key), (slab.v, p.value))
+        return cls(*(of(x, t, model) for of in (lost, variance) for x, t in pairs))
 
 
 def lost(x: Float, tensor: Any, model: Model) -> Float:
@@ -68,6 +68,8 @@ def lost(x: Float, tensor: Any, model: Model) -> Float:
 
 def variance(x: Float, tensor: Any, model: Model) -> Float:
     """Return the variance of the error of each element of an operand: that of its place among the type's numbers."""
+    if not model.operands:
+        return np.zeros_like(x)
     form = inside_type(model.operands)
     if model.passes == 3:  # the rests' product, and their roundings
         return np.asarray(C * (1 + C / 2) * form.unit_roundoff**4 * x * x + form.smallest_subnormal**2 / 12)
@@ -86,30 +88,3 @@ def _scale(size: Float, tensor: Any, model: Model) -> Any:
     starts = np.arange(0, len(size), model.block)
     top = np.maximum.reduceat(size.max(1, initial=0.0), starts) if len(size) else size.max(1, initial=0.0)
     return np.asarray(top[np.arange(len(size)) // model.block, None] / largest)
-
-
-def score_errors(slab: Slab, s: Sensitivity, lost: Operands, model: Model, rows: Any = slice(None)) -> Float:
-    """Return the largest error of every score of one head: its roundings, and what its operands lose.
-
-    Parameters
-    ----------
-    slab : Slab
-        The head.
-    s : Sensitivity
-        Of `rows`.
-    lost : Operands
-        What the operands lose.
-    model : Model
-        The kernel's rounding model.
-    rows : slice or array of int
-        Which of the head's rows.
-    """
-    u = inside_type(model.accumulator).unit_roundoff
-    e: Float = u * ((slab.q.shape[1] + 2) * s.products + s.roundings) + model.loss(model.scores) * s.roundings
-    if not model.operands:
-        return e
-    q, k, dq = np.abs(slab.q[rows]), np.abs(slab.k), lost.q[rows]
-    scale = abs(float(slab.plain().scale))
-    sizes = q @ k.T * scale
-    slope = np.where(sizes > 0, s.products / np.where(sizes > 0, sizes, 1.0), 1.0)  # a softcap's
-    return np.asarray(e + slope * scale * (dq @ k.T + (q + dq) @ lost.k.T))

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from ...exact.driver import Answer, evaluate
 from ...problem import Problem
+from ...variants import variant_of
 from ..inputs.families import Case
 from ..model import Model
-from .forward import bounds
+from .forward import forward
 from .gradients import gradient_bounds
 from .predict import predict
 
@@ -46,11 +47,12 @@ def truth(problem: Problem, model: Model, dout: Any = None) -> Truth:
 
 
 def _with(answer: Answer, model: Model, dout: Any) -> Truth:
-    allowed = bounds(answer, model)
-    if dout is not None:
-        allowed = gradient_bounds(answer, model, dout, allowed)
-    variance = predict(answer, model, dout) if answer.problem.variant == "softmax" else {}
-    return Truth(answer, allowed, variance)
+    allowed, variance = forward(answer, model)
+    if dout is None:
+        return Truth(answer, allowed, variance)
+    limit = gradient_bounds(answer, model, dout, allowed)
+    softmax = variant_of(answer.problem.variant).has_lse
+    return Truth(answer, limit, predict(answer, model, dout, variance) if softmax else {})
 
 
 @lru_cache(maxsize=4096)

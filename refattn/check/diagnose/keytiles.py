@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from ...exact.driver import Answer
 from ...exact.slabs import slabs
-from ...variants import variant_of
+from ..bounds.forward import head_losses
+from ..model import Model
 from .statistics import bands
 
 __all__ = ["weights_off"]
@@ -46,10 +47,8 @@ def weights_off(answer: Answer, got: NDArray[np.generic]) -> tuple[str, ...]:
         if not chosen[at].any():
             continue
         with np.errstate(all="ignore"):
-            s = variant_of(p.variant).sensitivity(slab.q, slab.k, slab.plain())
-            shared = s.denominator is not None
-            z = np.ones(len(slab.q)) if s.denominator is None else s.denominator
-            weights = np.where(z[:, None] != 0, s.weights / z[:, None], 0.0)
+            head = head_losses(slab, slice(None), Model())
+            shared, weights = head.divides, head.shares
             error = x[at] - exact[at]
         live = chosen[at]
         error, weights, out = error[live], weights[live], x[at][live]
@@ -60,9 +59,7 @@ def weights_off(answer: Answer, got: NDArray[np.generic]) -> tuple[str, ...]:
         for t in tiles:  # a sequence's keys are some of all
             j = slice(max(t.start, slab.keys.start) - slab.keys.start, max(0, t.stop - slab.keys.start))
             part = weights[:, j]
-            moved.append(
-                (part @ slab.v[j] - (0 if s.denominator is None else out * part.sum(1)[:, None])).ravel() / size
-            )
+            moved.append((part @ slab.v[j] - (out * part.sum(1)[:, None] if shared else 0)).ravel() / size)
         a = np.array(moved)
         gram, right, energy = gram + a @ a.T, right + a @ (error.ravel() / size), energy + (error**2).sum() / size**2
     if not energy or not np.isfinite(gram).all():

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import FORMATS
-from ...exact.slabs import slabs
 from ...problem import Problem
-from ...variants import variant_of
+from ..bounds.rounded import simulate
+from ..model import materialised
 
 __all__ = ["RULES", "verdicts"]
 
@@ -66,14 +66,4 @@ def verdicts(problem: Problem, got: NDArray[Any], exact: Float) -> dict[str, boo
 def _eager(problem: Problem) -> Float:
     """Return attention as eager mode computes it: scores and weights stored in the input's type, sums in float32."""
     form = FORMATS[problem.dtype]
-    out = np.zeros(problem.out_shape)
-    for slab in slabs(problem):
-        s = variant_of(problem.variant).sensitivity(form.round_array(slab.q), slab.k, slab.plain())
-        assert s.denominator is not None
-        weights = s.weights / np.where(s.denominator > 0, s.denominator, 1.0)[:, None]
-        # a score stored in the input's type carries one rounding: its effect on the weight, to first order
-        with np.errstate(divide="ignore"):
-            score = np.where(weights > 0, np.log(weights), 0.0)
-        weights = form.round_array(np.where(weights > 0, np.exp(form.round_array(score)), 0.0))
-        out[slab.batch, slab.head, slab.rows] = weights @ slab.v
-    return form.round_array(out)
+    return form.round_array(simulate(problem, materialised(problem.dtype))["out"])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ...dtypes import format_of
 from ...exact.enclosure import Enclosure
-from ..bounds.operands import C
+from ..model import C
 
 __all__ = ["EDGES", "Figures", "bands", "figures", "where"]
 

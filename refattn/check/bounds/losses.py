@@ -1,0 +1,422 @@
+r"""The arithmetic of losses: runs a definition and notes what a kernel of a Model may lose at every operation.
+
+With u the accumulator's unit roundoff, u_S and u_P what storing scores and weights in their types loses (0 where those
+are as wide), e the exponential's error in u, and T the tiles of a running sum:
+
+=============================  ====================================================================================
+operation                      loses at most
+=============================  ====================================================================================
+product over d features        (d + 2) u |a||b| + u_S of the result's size (any order of summation)
+product or sum over n keys     (depth(n) + T + 3) u |w||v|; the weights' rounding u_P |w| each
+score + - · / or tanh          u + u_S of the result (tanh: 2 u); taking off the maximum 2 of the result, 1 of the score
+exp                            (e + 1) u of the result; below a running maximum T (e + 1) u more, for its rescales
+sigmoid, x**p                  (e + 3) u, (p + 1) u of the result
+logarithm                      4 u (size + 1)
+merging parts through lse      each merge (2 |lse| + e + 4) u of the weights, (|lse| + 2) u of the output
+underflow                      half the smallest subnormal number of the type, for each rounding
+=============================  ====================================================================================
+
+The variances are those of independent roundings (docs/proofs/bounds.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...dtypes import Format, format_of
+from ..model import C, Model, inside_type
+from .graph import Left, Node, Right, Scaled, Summed, Turned
+
+__all__ = ["Losses", "Lossy", "floor"]
+
+Float = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+PLACES = 8
+"""Where partial sums are looked at."""
+
+
+def floor(form: Format, model: Model) -> float:
+    """Return what underflow can cost one rounding."""
+    if not model.subnormals:
+        return form.smallest_normal
+    return 0.5 * form.smallest_subnormal or form.smallest_subnormal  # half of float64's would be 0
+
+
+class Losses:
+    """The arithmetic of one Model for some rows of one head."""
+
+    name = "losses"
+
+    def __init__(self, model: Model, n_k: int) -> None:
+        inside = format_of(model.accumulator)
+        self.model, self.u = model, inside.unit_roundoff
+        self.u_scores, self.u_weights = model.loss(model.scores), model.loss(model.weights)
+        self.cu, self.exp = C * self.u**2, model.exp_ulps
+        self.tiles = math.ceil(n_k / model.tile)
+        self.floor, self.floor_weights = floor(inside, model), floor(inside_type(model.weights), model)
+        self.weights: Lossy | None = None
+        """What the values were last multiplied with."""
+
+    def times(self, n: Any) -> Any:
+        """Return the largest relative error of n roundings one after another."""
+        return np.expm1(np.asarray(n) * math.log1p(self.u))
+
+    def leaf(self, x: Float, axes: tuple[str, str], err: Any = 0.0, var: Any = 0.0) -> Lossy:
+        """Take in an operand with what it loses before it is multiplied."""
+        return Lossy(self, Node(x, axes, err, var))
+
+    def array(self, x: Any) -> Lossy:
+        """Take in an option's matrix: rows are queries and columns keys unless there is one for all."""
+        a = np.asarray(x, np.float64)
+        return self.leaf(a, ("1" if a.shape[0] == 1 else "q", "1" if a.shape[1] == 1 else "k"))
+
+    def number(self, x: Any) -> float:
+        """Take in a number."""
+        return float(x)
+
+    def rsqrt(self, n: int) -> float:
+        """Return 1/sqrt(n)."""
+        return 1 / math.sqrt(n)
+
+    def walk(self, x: Float, y: Float) -> tuple[Float, Float]:
+        """Return the mean square of the partial sums of x @ y, and the sum of the terms' squares."""
+        total, walk = np.zeros((2, x.shape[0], y.shape[1]))
+        for part in np.array_split(np.arange(x.shape[1]), PLACES):
+            at = slice(int(part[0]), int(part[-1]) + 1) if len(part) else slice(0)
+            total = total + x[:, at] @ y[at]
+            walk = walk + total * total * (len(part) / max(1, x.shape[1]))
+        squares = (x * x) @ (y * y)
+        return np.maximum(walk, total * total / 3 + squares / 6), squares
+
+
+class Lossy:
+    """A matrix of the arithmetic of losses, with the operators of :class:`refattn.exact.matrix.Matrix`."""
+
+    __slots__ = ("f", "node")
+
+    def __init__(self, f: Losses, node: Node) -> None:
+        self.f, self.node = f, node
+
+    @property
+    def a(self) -> Float:
+        """The value."""
+        return self.node.a
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, m)."""
+        return tuple(self.node.a.shape)
+
+    @property
+    def T(self) -> Lossy:
+        """The transpose: nothing is lost."""
+        n = self.node
+        found = Node(n.a.T, (n.axes[1], n.axes[0]), 0.0, 0.0, Turned(n), marks=n.marks & {"shifted", "positive"})
+        found.seen = None if n.seen is None else n.seen.T
+        return Lossy(self.f, found)
+
+    def number(self, x: Any) -> float:
+        """Take a number into the arithmetic."""
+        return float(x)
+
+    # products and sums ---------------------------------------------------------------------------------------
+
+    def __matmul__(self, o: Lossy) -> Lossy:
+        f, a, b = self.f, self.node, o.node
+        y, size = a.a @ b.a, (np.abs(a.a) + a.span) @ (np.abs(b.a) + b.span)  # it rounds what it is given
+        walk, squares = f.walk(a.a, b.a)
+        over_features = a.axes[1] not in ("q", "k")
+        n = a.a.shape[1]
+        if over_features:
+            relative = f.times(n + 2)
+            err, var = relative * size, f.cu * (f.model.depth(n) * walk + squares)
+        else:
+            steps, tiles = self._steps()
+            relative = f.times(steps + tiles + 3)
+            err = relative * size + (steps + tiles + 3) * f.floor
+            var = f.cu * (steps * walk + squares + tiles * walk) + (steps + tiles) * f.floor**2 / 3
+        meet = _both(a.span, b.span, a.a.shape, b.a.shape)
+        axes = (a.axes[0], b.axes[1])
+        marks = a.marks & b.marks & {"positive"} | ({"raw"} if over_features else set())
+        found = Node(y, axes, err + meet, var, Left(a, b.a), Right(b, a.a), marks=marks)
+        found.relative = relative
+        found.seen = a.seen if b.axes[1] == "k" else None
+        if b.axes == ("k", "v") and axes[0] == "q":
+            f.weights = self
+            lost = f.u_weights * (np.abs(a.a) + a.span)
+            lost = lost + (f.floor_weights if a.seen is None else f.floor_weights * a.seen)
+            var_cast = C * f.u_weights**2 * a.a**2 + f.floor_weights**2 / 3 * (1 if a.seen is None else a.seen)
+            found.cast = (lost, var_cast)
+            found.err = found.err + lost @ np.broadcast_to(b.span, b.a.shape)
+            found.span = found.span + lost @ (np.abs(b.a) + b.span)
+            found.marks |= {"product"}
+        return Lossy(f, found)
+
+    def _steps(self) -> tuple[Any, int]:
+        """Return how many additions a term of a row's sum passes through, and how many rescales."""
+        n = self.node
+        count = n.a.shape[1] if n.seen is None else n.seen.sum(1, keepdims=True)
+        return self.f.model.depth(count), self.f.tiles if "shifted" in n.marks else 0
+
+    def sum(self) -> Lossy:
+        """Sum of each row, (n, 1)."""
+        f, n = self.f, self.node
+        steps, tiles = self._steps()
+        ones = np.ones((n.a.shape[1], 1))
+        walk, squares = f.walk(n.a, ones)
+        size = (np.abs(n.a) + n.span).sum(1, keepdims=True)
+        err = f.times(steps + tiles + 3) * size + (steps + tiles + 3) * f.floor
+        var = f.cu * (steps * walk + squares + tiles * walk)
+        y = n.a.sum(1, keepdims=True)
+        found = Node(y, (n.axes[0], "1"), err, var, Summed(n), marks=n.marks & {"positive", "shifted"} | {"sum"})
+        found.relative = f.times(steps + tiles + 3)
+        if n.log is not None:  # a sum moves by no larger a factor than its terms
+            with np.errstate(all="ignore"):
+                low = found.relative + (steps + tiles + 3) * f.floor / y
+            found.log = np.max(n.log, axis=1, initial=0.0, keepdims=True) + _factor(low)
+        return Lossy(f, found)
+
+    # elementwise ---------------------------------------------------------------------------------------------
+
+    def _rounded(self, y: Float, axes: tuple[str, str], size: Float, times: float = 1.0) -> tuple[Any, Any]:
+        """Return what one rounding of a result loses, which is at most of that size; scores may be stored narrower."""
+        f, stored = self.f, self._stored(axes)
+        relative = (1 + f.times(times)) * (1 + stored) - 1
+        return relative * size + f.floor, (times * f.cu + C * stored**2) * y * y
+
+    def _stored(self, axes: tuple[str, str]) -> float:
+        """Return what storing a result on the way to a score loses: scores themselves, and features."""
+        return self.f.u_scores if axes[1] == "d" or axes == ("q", "k") else 0.0
+
+    def _with(self, o: Any, y: Float, slopes: tuple[Any, Any], more: Any = 0.0, marks: Any = ()) -> Lossy:
+        n = self.node
+        links = [Scaled(n, slopes[0], y.shape)]
+        axes = n.axes
+        if isinstance(o, Lossy):
+            links.append(Scaled(o.node, slopes[1], y.shape))
+            axes = tuple(x if x != "1" else z for x, z in zip(axes, o.node.axes, strict=True))  # type: ignore[assignment]
+        err, var = self._rounded(y, axes, np.abs(y) + more + sum(x.forward(x.parent.span) for x in links))
+        return Lossy(self.f, Node(y, axes, err + more, var, *links, marks=marks))
+
+    def __add__(self, o: Any) -> Lossy:
+        y = self.a + _value(o)
+        marks = self.node.marks & o.node.marks & {"positive"} if isinstance(o, Lossy) else self._kept(_value(o) >= 0)
+        more = bool(marks) and "sum" in self.node.marks
+        found = self._with(o, y, (1.0, 1.0), marks=marks | ({"sum", "more"} if more else set()))
+        found.node.relative = self.node.relative + self.f.times(1) if more else 0.0
+        logs = [x for x in (self.node.log, o.node.log if isinstance(o, Lossy) else 0.0) if x is not None]
+        if "positive" in marks and len(logs) == 2:
+            found.node.log = np.maximum(logs[0], logs[1]) + _factor(self.f.u)
+        if isinstance(o, Lossy) and "shift" in self.node.marks:  # the maximum is put back: its own conversions too
+            found.node.err = found.node.err + 4 * self.f.u * np.abs(self.a)
+            found.node.span = found.node.span + 4 * self.f.u * np.abs(self.a)
+            found.node.var = found.node.var + self.f.cu * self.a**2
+        return found
+
+    def __sub__(self, o: Any) -> Lossy:
+        y = self.a - _value(o)
+        if not (isinstance(o, Lossy) and "shift" in o.node.marks):
+            return self._with(o, y, (1.0, -1.0))
+        # in natural or base-2 units: two roundings of the result's size and one of the score's
+        f, size = self.f, 2 * np.abs(y) + np.abs(self.a) + 3 * self.node.span
+        axes = ("q", self.node.axes[1])
+        stored = self._stored(axes)
+        err, var = ((1 + f.u) * (1 + stored) - 1) * size + f.floor, (f.cu + C * stored**2) * size**2
+        return Lossy(f, Node(y, axes, err, var, Scaled(self.node, 1.0, y.shape), marks={"shifted"}))
+
+    def __neg__(self) -> Lossy:
+        return Lossy(self.f, Node(-self.a, self.node.axes, 0.0, 0.0, Scaled(self.node, -1.0, self.a.shape)))
+
+    def __mul__(self, o: Any) -> Lossy:
+        b = _value(o)
+        more = self.node.span * o.node.span if isinstance(o, Lossy) else 0.0
+        positive = self.node.marks & o.node.marks & {"positive"} if isinstance(o, Lossy) else self._kept(b >= 0)
+        kept = self.node.marks & {"shifted"}
+        return self._with(o, self.a * b, (b, self.a), more, positive | kept)
+
+    def _kept(self, yes: Any) -> frozenset[str]:
+        return self.node.marks & {"positive"} if np.all(yes) else frozenset()
+
+    def __truediv__(self, o: Any) -> Lossy:
+        b = _value(o)
+        with np.errstate(all="ignore"):
+            y = self.a / b
+        if not isinstance(o, Lossy):
+            return self._with(o, y, (1 / b, 0.0), marks=self._kept(b > 0))
+        # (a + da) / (b + db) moves by (da - y db) / (b + db), for errors of any size
+        with np.errstate(all="ignore"):
+            left = 1 - np.broadcast_to(o.node.span, b.shape) / np.abs(b)
+            amplify = np.where(left > 0, 1 / left, np.inf)
+            amplify = amplify if o.node.log is None else np.minimum(amplify, np.exp(np.minimum(o.node.log, 700.0)))
+            if "product" in self.node.marks and {"sum", "positive"} <= o.node.marks:
+                found = self._with(o, y, (1 / b, -y / b), marks={"mean", *(o.node.marks & {"more"})})
+                found.node.amplify = amplify
+                found.node.err = self.f.u * np.abs(y) + self.f.floor
+                found.node.relative = self.node.relative + o.node.relative
+                return found
+            by = np.minimum(amplify, 1e100) / b
+        return self._with(o, y, (by, -y * by))
+
+    def where(self, mask: Mask | None) -> Lossy:
+        """Keep the elements where `mask` holds; the others become 0."""
+        if mask is None:
+            return self
+        n = self.node
+        keep = np.broadcast_to(mask, n.a.shape)
+        marks = n.marks & {"positive", "shifted"}
+        found = Node(
+            np.where(keep, n.a, 0.0), n.axes, 0.0, 0.0, Scaled(n, keep.astype(np.float64), n.a.shape), marks=marks
+        )
+        found.seen = keep if n.axes[1] == "k" else None
+        return Lossy(self.f, found)
+
+    def zeros(self) -> Lossy:
+        """Return exact zeros of the same shape."""
+        return Lossy(self.f, Node(np.zeros(self.shape), self.node.axes, 0.0, 0.0))
+
+    def positive(self) -> Mask:
+        """Tell where an element is above 0."""
+        return np.asarray(self.a > 0)
+
+    def _function(
+        self, y: Float, slope: Float, curve: tuple[Any, Any], own: tuple[Any, Any], where: Mask | None, marks: Any = ()
+    ) -> Lossy:
+        """Apply a function: its slope, its curve (:class:`Node`), its own roundings; 0 where `where` does not hold."""
+        n, f = self.node, self.f
+        keep = 1.0 if where is None else np.broadcast_to(where, n.a.shape)
+        err, var = own
+        if "raw" in n.marks and n.axes == ("q", "k"):  # scores that nothing else rounds are stored all the same
+            err, var = err + f.u_scores * np.abs(slope * n.a), var + C * (f.u_scores * slope * n.a) ** 2
+        stored = self._stored(n.axes) if n.axes[1] == "d" and np.any(err) else 0.0
+        err, var = err + stored * np.abs(y), var + C * (stored * y) ** 2
+        with np.errstate(all="ignore"):
+            y, slope, whole, rest, err, var = (np.where(keep, x, 0.0) for x in (y, slope, *curve, err, var))
+        found = Node(y, n.axes, err, var, Scaled(n, slope, y.shape), marks=marks, curve=(whole, rest))
+        if where is not None and n.axes[1] == "k":
+            found.seen = np.asarray(keep, bool)
+        return Lossy(f, found)
+
+    def exp(self, where: Mask | None = None) -> Lossy:
+        """Exponential; 0 where `where` does not hold."""
+        f, x = self.f, self.a
+        shifted = "shifted" in self.node.marks
+        with np.errstate(all="ignore"):
+            y = np.exp(x if where is None else np.where(where, x, -np.inf))
+            span = np.minimum(self.node.span, 700.0)
+            curve = y * np.expm1(span), y * (np.expm1(span) - span)
+        rescales = f.tiles if shifted and self.node.axes[1] == "k" else 0
+        passes = f.times(f.exp + 1 + rescales * (f.exp + 1))
+        var = ((f.u * f.exp) ** 2 / 3 + (1 + rescales) * f.cu) * y * y + f.floor**2 / 3
+        kept = {"positive", "exp", *(("shifted",) if shifted else ())}
+        found = self._function(y, y, curve, (passes * (y + curve[0]) + f.floor, var), where, kept)
+        with np.errstate(all="ignore"):
+            moved = span + _factor(passes + f.floor / y)
+        found.node.log = np.where(found.a > 0, moved, 0.0)
+        return found
+
+    def sigmoid(self, where: Mask | None = None) -> Lossy:
+        """1 / (1 + exp(-x)); 0 where `where` does not hold."""
+        f, x, span = self.f, self.a, np.minimum(self.node.span, 700.0)
+        y, slope = _sigmoid(x), _sigmoid(x) * _sigmoid(-x)
+        rest = slope * (np.expm1(span) - span)  # the slope grows by a factor of at most exp(span)
+        var = ((f.u * f.exp) ** 2 / 3 + 3 * f.cu) * y * y + f.floor**2 / 3
+        whole = _moves(_sigmoid, x, span)
+        own = f.times(f.exp + 3) * (y + whole) + f.floor, var
+        return self._function(y, slope, (whole, rest), own, where, {"positive"})
+
+    def tanh(self) -> Lossy:
+        """Hyperbolic tangent."""
+        y, span = np.asarray(np.tanh(self.a), np.float64), np.minimum(self.node.span, 300.0)
+        rest: Float = (1 - y * y) * (np.expm1(2 * span) - 2 * span) / 2
+        whole = _moves(np.tanh, self.a, span)
+        own = self._rounded(y, self.node.axes, np.abs(y) + whole, 2.0)
+        return self._function(y, np.asarray(1 - y * y), (whole, rest), own, None)
+
+    def log(self) -> Lossy:
+        """Natural logarithm."""
+        f, x = self.f, self.a
+        with np.errstate(all="ignore"):
+            y, share = np.log(x), np.broadcast_to(self.node.span, x.shape) / x
+            whole = np.where(share < 1, -np.log1p(-np.minimum(share, 1 - 1e-16)), np.inf)
+            whole = whole if self.node.log is None else np.fmin(whole, self.node.log)
+        # all exponentials may be off the same way
+        var = f.cu * (1 + y * y) + ((f.u * f.exp) ** 2 if "positive" in self.node.marks else 0.0)
+        return self._function(
+            y,
+            1 / x,
+            (whole, np.maximum(whole - share, 0.0)),
+            (f.times(4) * (np.abs(y) + np.minimum(whole, 1e300) + 1), var),
+            None,
+        )
+
+    def relu(self) -> Lossy:
+        """max(x, 0)."""
+        up, span = self.a > 0, np.broadcast_to(self.node.span, self.shape)
+        rest = np.maximum(span - np.abs(self.a), 0.0)  # the other side of 0
+        own = np.zeros(self.shape), np.zeros(self.shape)
+        return self._function(
+            np.maximum(self.a, 0.0), up * 1.0, (np.where(up, span, rest), rest), own, None, {"positive"}
+        )
+
+    def power(self, p: int, where: Mask | None = None) -> Lossy:
+        """x**p for p >= 1; 0 where `where` does not hold."""
+        f, x = self.f, np.abs(self.a)
+        with np.errstate(all="ignore"):
+            y, slope, span = self.a**p, p * self.a ** (p - 1), np.broadcast_to(self.node.span, x.shape)
+            whole = (x + span) ** p - np.abs(y)
+            rest = np.maximum(whole - np.abs(slope) * span, 0.0)
+        own = f.times(p + 1) * (np.abs(y) + whole) + f.floor, (p + 1) * f.cu * y * y
+        return self._function(y, slope, (whole, rest), own, where, {"positive"} if p % 2 == 0 else ())
+
+    # rows ----------------------------------------------------------------------------------------------------
+
+    def shift(self, where: Mask, also: Lossy | None = None) -> Lossy:
+        """Return each row's maximum as a constant: it cancels."""
+        top = np.where(where, self.a, -np.inf).max(1, initial=-np.inf if also is None else also.a.item(), keepdims=True)
+        return Lossy(self.f, Node(np.where(np.isneginf(top), 0.0, top), ("q", "1"), 0.0, 0.0, marks={"shift"}))
+
+    def absmax(self, where: Mask) -> Lossy:
+        """Return each row's largest absolute value: nothing is lost, and the error is at most the largest one."""
+        n = self.node
+        span = np.where(where, np.broadcast_to(n.span, n.a.shape), 0.0).max(1, initial=0.0, keepdims=True)
+        y = np.where(where, np.abs(n.a), 0.0).max(1, initial=0.0, keepdims=True)
+        top = np.where(where & (np.abs(n.a) == y), np.broadcast_to(_variance(n), n.a.shape), 0.0)
+        return Lossy(self.f, Node(y, (n.axes[0], "1"), span, top.max(1, initial=0.0, keepdims=True)))
+
+
+def _factor(x: Any) -> Any:
+    """Return how far a logarithm moves by a relative error of at most x."""
+    with np.errstate(all="ignore"):
+        return np.where(np.asarray(x) < 1, -np.log1p(-np.minimum(x, 1 - 2.0**-53)), np.inf)
+
+
+def _sigmoid(x: Float) -> Float:
+    e = np.exp(-np.abs(x))
+    return np.asarray(np.where(x >= 0, 1.0, e) / (1 + e))
+
+
+def _moves(function: Callable[[Float], Float], x: Float, span: Any) -> Float:
+    """Return how far a growing function moves by an error of at most span, rounded up."""
+    y = function(x)
+    return np.asarray(np.maximum(function(x + span) - y, y - function(x - span)) + 4 * 2.0**-53 * np.abs(y))
+
+
+def _value(o: Any) -> Any:
+    return o.a if isinstance(o, Lossy) else o
+
+
+def _both(x: Any, y: Any, left: tuple[int, ...], right: tuple[int, ...]) -> Any:
+    """Return the product of both operands' errors."""
+    if not np.any(x) or not np.any(y):
+        return 0.0
+    return np.broadcast_to(x, left) @ np.broadcast_to(y, right)
+
+
+def _variance(n: Node) -> Any:
+    """Return a node's variance, its parents' included."""
+    return n.var + sum(link.squares(_variance(link.parent)) for link in n.links)
