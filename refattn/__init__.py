@@ -14,6 +14,7 @@ from .check import (
     compare,
 )
 from .check.parametrize import parametrize_with_checks
+from .check.register import register
 from .errors import (
     InvalidInput,
     InvalidProblem,
@@ -66,6 +67,7 @@ __all__ = [
     "parametrize_with_checks",
     "power_attention",
     "reference",
+    "register",
     "save_problem",
     "sigmoid_attention",
     "softmax_attention",

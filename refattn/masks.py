@@ -80,7 +80,7 @@ def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -
     Returns
     -------
     (rows, keys) bool array
-        False also where bias is -inf: such a key is absent. A view in O(n) memory where neither mask nor bias is given.
+        False also where bias is -inf or a weight is 0: such a key is absent. A view in O(n) memory without masks.
     """
     n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
     left, right = problem.window or (None, None)
@@ -91,6 +91,8 @@ def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -
         mask = np.logical_and(mask, block(problem.allowed, batch, head, rows, keys))
     if problem.bias is not None:
         mask = mask & ~np.isneginf(block(problem.bias, batch, head, rows, keys).astype(np.float64))
+    if problem.weight is not None:
+        mask = mask & (block(problem.weight, batch, head, rows, keys).astype(np.float64) != 0)
     return mask
 
 

@@ -14,11 +14,15 @@ from .arrays import KINDS, dtype_name, kind_of, to_kind, to_numpy
 from .dtypes import FORMATS
 from .errors import InvalidProblem
 
-__all__ = ["ALIGNMENTS", "Problem", "check_offsets"]
+__all__ = ["ALIGNMENTS", "MEANINGS", "VARIANT", "Problem", "check_offsets"]
 
 ALIGNMENTS = ("bottom_right", "top_left")
-TENSORS = ("query", "key", "value", "bias", "allowed", "sink")
+TENSORS = ("query", "key", "value", "bias", "allowed", "sink", "weight", "state")
 OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
+MEANINGS = ("causal", "window", "softcap", "sink", "bias", "allowed", "weight", "state")
+"""The options that mean something for some operators only."""
+VARIANT = "softmax"
+"""The operator of a call that names none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +59,10 @@ class Problem:
         The operator's name in ``refattn.VARIANTS``.
     options : mapping
         The operator's own options; ``refattn show VARIANT`` lists them.
+    weight : (b or 1, h_q or 1, n_q or 1, n_k or 1) float array, optional
+        Of at least 0: how often each key counts. Its logarithm is added to the scores, exactly; 0 removes a key.
+    state : (b, h_q, d_k, d_v) float array, optional
+        The state that a recurrence starts from; None is 0.
 
     Raises
     ------
@@ -78,8 +86,10 @@ class Problem:
     allowed: Any = None
     cu_seqlens_q: Any = None
     cu_seqlens_k: Any = None
-    variant: str = "softmax"
+    variant: str = VARIANT
     options: Mapping[str, Any] = field(default_factory=dict)
+    weight: Any = None
+    state: Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
@@ -149,7 +159,7 @@ class Problem:
 
     def features(self) -> frozenset[str]:
         """Return what a kernel must be able to do for this call, as names of ``Capabilities``."""
-        found = {name for name in ("window", "softcap", "sink", "bias", "allowed") if getattr(self, name) is not None}
+        found = {name for name in MEANINGS[1:] if getattr(self, name) is not None}
         if self.causal is not None:
             found.add(f"causal_{self.causal}")
         if self.cu_seqlens_q is not None:
@@ -184,7 +194,7 @@ class Problem:
     def settings(self) -> dict[str, Any]:
         """Return every argument that is no array and differs from its default, by name."""
         names = [f.name for f in fields(self) if f.name not in TENSORS + OFFSETS + ("options",)]
-        plain = {n: getattr(self, n) for n in names if getattr(self, n) not in (None, "softmax")}
+        plain = {n: getattr(self, n) for n in names if getattr(self, n) not in (None, VARIANT)}
         return plain | ({"options": dict(self.options)} if self.options else {})
 
     def __repr__(self) -> str:
@@ -279,7 +289,7 @@ class Problem:
 
     def _check_masks(self) -> None:
         full = (self.batch, self.heads, self.n_q, self.n_k)
-        for name in ("bias", "allowed", "sink"):
+        for name in ("bias", "allowed", "sink", "weight", "state"):
             x = getattr(self, name)
             if x is None:
                 continue
@@ -297,6 +307,13 @@ class Problem:
                 if tuple(x.shape) != (self.heads,):
                     raise InvalidProblem(
                         f"sink: got shape {tuple(x.shape)}, expected ({self.heads},), a logit for each head"
+                    )
+            elif name == "state":
+                want = (self.batch, self.heads, self.d_k, self.d_v)
+                if tuple(x.shape) != want:
+                    raise InvalidProblem(
+                        f"state: got shape {tuple(x.shape)}, expected (b, h_q, d_k, d_v) = {want}, a matrix for each "
+                        "query head"
                     )
             elif len(x.shape) != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True)):
                 raise InvalidProblem(

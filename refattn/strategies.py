@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
-from hypothesis import note
+from hypothesis import assume, note
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -22,31 +22,19 @@ from .check.model import FEATURES
 from .dtypes import FORMATS, Format, format_of, is_float
 from .errors import InvalidInput
 from .masks import visible
-from .problem import ALIGNMENTS, Problem
+from .problem import ALIGNMENTS, MEANINGS, VARIANT, Problem
 from .variants import Variant, variant_of
 
 __all__ = ["VALUES", "arrays", "gradients", "layouts", "problems"]
 
 Shape = tuple[int, ...]
 
-OWN: dict[str, tuple[Any, ...]] = {
-    "feature": ("elu1", "relu", "identity", "exp"),
-    "normalize": (True, False),
-    "p": (4, 2, 6),
-    "epsilon": (1e-3, 1.0, 0.0),
-    "form": ("plain", "stable", "mean"),
-    "delta": (1e-6, 0.5),
-    "offset": (None, 0.0, -1.5),
-}
-"""Values of the operators' own options, the default first; one that is not here keeps its default."""
-
-RATES = (0.0, 0.03, 0.4)
 PRIMES = (13, 37, 61, 131)
 KINDS = ("integers", "normal", "positive", "one", "wide", "largest")
 
 
 def problems(
-    variant: str = "softmax",
+    variant: str = VARIANT,
     *,
     dtypes: Sequence[str] = ("float32",),
     max_rows: int = 131,
@@ -111,7 +99,8 @@ def _features(v: Variant) -> list[str]:
     """Return the features that an operator has, the simplest first."""
     always = ["lengths_differ", "d_v_differs", "grouped_heads", "scale", "variable_lengths", "no_rows_or_keys"]
     causal = [f"causal_{a}" for a in reversed(ALIGNMENTS)] if "causal" in v.uses else []  # a later flag is kept
-    return causal + always + [n for n in ("allowed", "window", "bias", "softcap", "sink") if n in v.uses]
+    found = causal + always + [n for n in MEANINGS[::-1] if n in v.uses and n != "causal"]
+    return [n for n in found if n not in v.never]
 
 
 def _some(name: str, given: Collection[str], known: Sequence[str]) -> list[str]:
@@ -139,7 +128,7 @@ def _problems(
     families: list[str],
 ) -> Problem:
     # a flag for each, one in three: what does not matter shrinks away alone
-    on = {name for name in able if draw(st.sampled_from((False, False, True)))}
+    on = {name for name in able if name in v.always or draw(st.sampled_from((False, False, True)))}
     rows, keys, dims = (_sizes(x, tile) for x in limits)
     none = [0] if "no_rows_or_keys" in on else []
     if "lengths_differ" in on:
@@ -168,6 +157,10 @@ def _problems(
         cuts = draw(st.lists(st.tuples(st.integers(0, n_q), st.integers(0, n_k)), max_size=3))
         for name, end, at in (("cu_seqlens_q", n_q, 0), ("cu_seqlens_k", n_k, 1)):
             more[name] = np.array([0, *sorted(c[at] for c in cuts), end], np.int32)
+    if "weight" in on:
+        more["weight"] = np.exp(d.normal(*_broadcastable(draw, (b, h, n_q, n_k))))
+    if "state" in on:
+        more["state"] = d.normal(b, h, d_k, d_v)
     if "sink" in on:
         size = draw(st.sampled_from((1.0, 100.0, -np.inf)))
         more["sink"] = size * (d.normal(h) if np.isfinite(size) else np.ones(h))
@@ -180,9 +173,10 @@ def _problems(
     if "allowed" in on or (family == "poison" and "allowed" in able):
         removed = draw(st.sampled_from(("keys", "nothing", "rows")))
         more["allowed"] = _mask(d, _broadcastable(draw, full), removed)
-    more["options"] = _own(draw, v, h, more["causal"] is not None)
+    more["options"] = _own(draw, v, h, more)
     q, k, x = numbers(family, d, (b, h, n_q, d_k), (b, h_kv, n_k, d_k), (b, h_kv, n_k, d_v))
     problem = d.problem(n_q, n_k, b=b, h=h, h_kv=h_kv, d=d_k, d_v=d_v, q=q, k=k, v=x, **more)
+    assume(v.takes(problem))
     return _poison(problem, d) if family == "poison" else problem
 
 
@@ -204,12 +198,13 @@ def _mask(d: Draw, shape: Shape, removed: str) -> NDArray[np.bool_]:
     return mask
 
 
-def _own(draw: st.DrawFn, v: Variant, heads: int, causal: bool) -> dict[str, Any]:
+def _own(draw: st.DrawFn, v: Variant, heads: int, more: dict[str, Any]) -> dict[str, Any]:
     """Draw the operator's own options; only those that differ from their default are set."""
-    drawn = {n: draw(st.sampled_from(OWN[n])) for n in v.options if n in OWN}
-    if "decay" in v.options and causal and draw(st.booleans()):
-        drawn["decay"] = tuple(RATES[i % 3] for i in range(heads))
-    return {n: x for n, x in drawn.items() if x != v.options[n].default}
+    # an option without a usable default is drawn among the others
+    start = {n: 0 if o.check(o.default, heads) is None else 1 for n, o in v.options.items()}
+    drawn = {n: draw(st.sampled_from(o.draws(heads)[start[n] :])) for n, o in v.options.items()}
+    lacking = {n for n, o in v.options.items() if o.needs and more.get(o.needs) is None}
+    return {n: x for n, x in drawn.items() if x != v.options[n].default and n not in lacking}
 
 
 def _poison(p: Problem, d: Draw) -> Problem:

@@ -13,6 +13,7 @@ from ..arrays import dtype_name, kind_of, to_numpy
 from ..dtypes import FORMATS
 from ..errors import InvalidProblem, KernelError, UnsupportedProblem
 from ..problem import Problem
+from ..variants import Steps, variant_of
 
 __all__ = ["SOURCES", "Kernel", "Result", "call_gradients", "call_kernel", "unchanged"]
 
@@ -24,7 +25,12 @@ class Result:
     """What a kernel returned, as NumPy arrays."""
 
     out: NDArray[Any]
-    lse: NDArray[Any] | None
+    lse: NDArray[Any] | None = None
+    state: NDArray[Any] | None = None
+
+    def more(self) -> dict[str, NDArray[Any]]:
+        """Return what came with out, by name."""
+        return {n: x for n, x in (("lse", self.lse), ("state", self.state)) if x is not None}
 
 
 def call_kernel(kernel: Kernel, problem: Problem) -> Result:
@@ -34,7 +40,8 @@ def call_kernel(kernel: Kernel, problem: Problem) -> Result:
     ----------
     kernel : callable
         Returns out, or (out, lse): out of shape (b, h_q, n_q, d_v) and query's type, lse of shape (b, h_q, n_q) in a
-        float format; arrays of NumPy, PyTorch, CuPy or JAX.
+        float format; of a recurrence (out, state), state of shape (b, h_q, d_k, d_v); arrays of NumPy, PyTorch, CuPy
+        or JAX.
     problem : Problem
         With NumPy arrays.
 
@@ -56,17 +63,19 @@ def call_kernel(kernel: Kernel, problem: Problem) -> Result:
         raise KernelError(
             f"the kernel returned {got}; expected out or (out, lse), arrays of NumPy, PyTorch, CuPy or JAX"
         )
-    out, lse = parts[0], parts[1] if len(parts) == 2 else None
+    out, more = parts[0], parts[1] if len(parts) == 2 else None
+    name = "state" if isinstance(variant_of(problem.variant).shape, Steps) else "lse"
     _expect("out", out, problem.out_shape)
     if dtype_name(out) != problem.dtype:
         raise KernelError(f"out: got dtype {dtype_name(out)}, expected query's {problem.dtype}")
-    if lse is not None:
-        _expect("lse", lse, problem.out_shape[:3])
-        if dtype_name(lse) not in FORMATS:
-            raise KernelError(f"lse: got dtype {dtype_name(lse)}, expected one of {', '.join(FORMATS)}")
-    result = Result(_numpy(out), None if lse is None else _numpy(lse))
-    _own(given, out=result.out, lse=result.lse)
-    return result
+    if more is not None:
+        state = (*problem.out_shape[:2], problem.d_k, problem.d_v)
+        _expect(name, more, problem.out_shape[:3] if name == "lse" else state)
+        if dtype_name(more) not in FORMATS:
+            raise KernelError(f"{name}: got dtype {dtype_name(more)}, expected one of {', '.join(FORMATS)}")
+    found = Result(_numpy(out), **({} if more is None else {name: _numpy(more)}))
+    _own(given, out=found.out, **found.more())
+    return found
 
 
 SOURCES = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}

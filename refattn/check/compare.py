@@ -72,7 +72,7 @@ class Worst:
 
 def empty_rows(answer: Answer) -> NDArray[np.bool_]:
     """Return which rows see no key, (b, h_q, n_q)."""
-    p = answer.problem.to("numpy")
+    p = answer.call.to("numpy")
     empty = np.ones(p.out_shape[:3], bool)
     for b in range(p.batch):
         for h in range(p.heads):
@@ -125,13 +125,13 @@ def compare(
     place = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape)) if ratio.size else ()
     if not ratio.size:
         return Worst(name, 0.0, (), 0.0, 0.0, 0.0, 0, 0)
-    rows = int(np.prod(answer.problem.out_shape[:3]))
+    rows = int(np.prod(answer.call.out_shape[:3]))
     whole = figures(name, got, enclosure, ratio, variance, dtype, rows)
     empty = empty_rows(answer) if name in ("out", "lse") else np.zeros(x.shape, bool)
     symptoms = _symptoms(
         name, x, exact, failing, np.broadcast_to(empty[..., None], x.shape) if name == "out" else empty, answer
     )
-    keys = weights_off(answer, x) if name == "out" and failing.any() and answer.problem.n_k else ()
+    keys = weights_off(answer, x) if name == "out" and failing.any() and answer.call.n_k else ()
     return Worst(
         name,
         float(ratio[place]),
@@ -176,7 +176,7 @@ def _symptoms(
         if filled.any():
             note(filled, f"{_filling(x, filled, answer)} in a row without keys, must be 0")
         note(empty & np.isinf(x), "inf in a row without keys, must be 0")
-    problem = answer.problem.to("numpy")
+    problem = answer.call.to("numpy")
     clean = all(bool(np.isfinite(a.astype(np.float64)).all()) for a in (problem.query, problem.key, problem.value))
     cause = "overflow on finite data" if clean else "NaN or inf behind the mask leaks"
     note(~empty & finite & np.isinf(x), f"{cause}: inf where the exact value is finite")
@@ -189,7 +189,7 @@ def _symptoms(
 
 def _filling(x: Float, where: NDArray[np.bool_], answer: Answer) -> str:
     """Tell whether rows that must be 0 hold the mean of all values."""
-    p = answer.problem.to("numpy")
+    p = answer.call.to("numpy")
     if not p.n_k:
         return "a nonzero number"
     with np.errstate(all="ignore"):

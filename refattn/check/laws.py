@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import FORMATS
-from ..problem import Problem
+from ..problem import VARIANT, Problem
+from ..variants import Selected, variant_of
 from .bounds.truth import truth
 from .call import SOURCES, Kernel, Result, call_gradients, call_kernel
 from .compare import Worst
@@ -60,7 +61,7 @@ class Law:
     test : callable
         ``test(asked, problem) -> Worst``.
     needs : str
-        "", "lse", or the gradient without which it cannot be tried.
+        "", "lse", "state", or the gradient without which it cannot be tried.
     named_only : str
         Why it runs only where it is named, "" where it always runs.
     """
@@ -74,7 +75,7 @@ class Law:
 
     def missing(self, able: Capabilities) -> list[str]:
         """Return what it needs and the kernel does not have."""
-        there = able.lse if self.needs == "lse" else not self.needs or self.needs in able.gradients
+        there = able.lse if self.needs == "lse" else not self.needs or self.needs in able.gradients | able.features
         return [] if there else [self.needs]
 
 
@@ -243,6 +244,30 @@ def _row_sums(name: str, axis: int, text: str) -> Callable[[Asked, Problem], Wor
     return test
 
 
+def _full_budget_is_dense(ask: Asked, p: Problem) -> Worst:
+    """Compare the operator with its whole budget to its core on every key."""
+    known = truth(p.replace(variant=VARIANT, options={}), ask.model)
+    text = "with every candidate chosen it is not what its core is"
+    return _agree(ask.out(p), known.answer.enclosures["out"].mid, known.allowed["out"], text)
+
+
+def _state_carried(ask: Asked, p: Problem) -> Worst:
+    """Stop half way and go on from the state that the kernel returned: the rest must be right for that state."""
+    half = p.n_q // 2
+    cut = [{n: x[:, :, s] for n, x in p.arrays().items() if n != "state"} for s in (slice(half), slice(half, None))]
+    first = ask.result(p.replace(**cut[0]))
+    if first.state is None:
+        return Worst("state", np.inf, (), np.nan, np.nan, 0.0, 1, 1, ("no state was returned",))
+    rest = p.replace(**cut[1], state=first.state)
+    known, start = truth(rest, ask.model), truth(p.replace(**cut[0]), ask.model)
+    text = "going on from a returned state is not right for that state"
+    found = _agree(ask.out(rest), known.answer.enclosures["out"].mid, known.allowed["out"], text)
+    said = "the returned state is not the state after the last token"
+    state = first.state.astype(np.float64)
+    whole = _agree(state, start.answer.enclosures["state"].mid, start.allowed["state"], said, "state")
+    return max(found, whole, key=lambda w: w.ratio)
+
+
 def _past_31_bits(ask: Asked, p: Problem) -> Worst:
     """Repeat a few heads until their elements pass 2**31: the last ones must equal the first."""
     many = -(-(LARGE + 1) // (p.n_k * p.d_k * p.heads)) + 1
@@ -269,9 +294,35 @@ def _hidden_keys(d: Draw) -> Problem:
     return d.problem(allowed=np.broadcast_to(np.arange(67) % 5 != 3, (1, 1, 37, 67)).copy())
 
 
+def _first_case() -> Callable[[Draw], Problem]:
+    """Return a maker of the first call that an operator names for itself, with its whole budget where it chooses."""
+
+    def build(d: Draw) -> Problem:
+        v = variant_of(d.variant)
+        settings = dict(next(iter(v.cases.values())))
+        if isinstance(v.shape, Selected):
+            settings["options"] = {**settings.get("options", {}), **v.shape.full}
+        return d.problem(**settings)
+
+    return build
+
+
 LAWS = {
     law.name: law
     for law in (
+        Law(
+            "full_budget_is_dense",
+            "with every candidate chosen the operator is its core",
+            _first_case(),
+            _full_budget_is_dense,
+        ),
+        Law(
+            "state_carried",
+            "a call that goes on from a returned state is right for that state",
+            _first_case(),
+            _state_carried,
+            "state",
+        ),
         Law("determinism", "the same call twice gives the same bits", lambda d: d.problem(65, 130), _determinism),
         Law("key_permutation", "the order of the keys does not matter", lambda d: d.problem(), _key_permutation),
         Law("batch_independence", "a batch does not matter to another", lambda d: d.problem(b=3), _batch_independence),
@@ -329,5 +380,16 @@ LAWS = {
 
 
 def law_problem(law: Law, dtype: str, variant: str) -> Problem:
-    """Return the problem that a law is tried on."""
-    return law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant))
+    """Return the problem that a law is tried on: where an operator does not take it, the first that it names itself."""
+    v = variant_of(variant)
+    p = law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant))
+    if v.takes(p):
+        return p
+    settings = {"b": p.batch, "h": p.heads, "h_kv": p.heads_kv} | dict(next(iter(v.cases.values())))
+    given = settings.get("options", {})  # one that is by head needs as many as there are here
+    own = {n: given.get(n, o.default) for n, o in v.options.items()}
+    for n, o in v.options.items():
+        if o.check(own[n], p.heads) is not None:
+            own[n] = o.draws(p.heads)[-1]
+    settings["options"] = own
+    return Draw(FORMATS[dtype], np.random.default_rng(1), variant).problem(**settings)

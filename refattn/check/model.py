@@ -48,6 +48,8 @@ FEATURES = frozenset(
         "sink",
         "bias",
         "allowed",
+        "weight",
+        "state",
         "variable_lengths",
         "grouped_heads",
         "d_v_differs",

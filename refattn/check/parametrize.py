@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the plugin is loaded before a user's coverage starts: import nothing of refattn until asked
+from ..problem import VARIANT
+
+if TYPE_CHECKING:
     from .call import Kernel
     from .model import Capabilities, Model, ModelFor
 
@@ -14,7 +16,7 @@ __all__ = ["parametrize_with_checks"]
 
 def parametrize_with_checks(
     kernel: Kernel,
-    variant: str = "softmax",
+    variant: str = VARIANT,
     *,
     capabilities: Capabilities | None = None,
     model: Model | ModelFor | None = None,

@@ -12,7 +12,7 @@ from typing import Any
 from ..arrays import to_numpy
 from ..dtypes import FORMATS
 from ..errors import InvalidInput, KernelError, UnsupportedProblem
-from ..problem import Problem
+from ..problem import VARIANT, Problem
 from ..variants import variant_of
 from .bounds.truth import Truth, of_case, truth
 from .call import Kernel, Result, call_gradients, call_kernel
@@ -39,7 +39,7 @@ class Item:
 
 def check_kernel(
     kernel: Kernel,
-    variant: str = "softmax",
+    variant: str = VARIANT,
     *,
     model: Model | ModelFor | None = None,
     capabilities: Capabilities | None = None,
@@ -96,7 +96,7 @@ def check_kernel(
 
 def plan(
     kernel: Kernel,
-    variant: str = "softmax",
+    variant: str = VARIANT,
     *,
     model: Model | ModelFor | None = None,
     capabilities: Capabilities | None = None,
@@ -241,8 +241,11 @@ def _gradients_run(
         lacks = able.missing(problem)
         if lacks:
             return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
-        known = of_case(case, dtype, model, backward=True)
-        return _guard(name, lambda: _judge_gradients(kernel, problem, dout, known, able.gradients))
+
+        def judge() -> Iterator[Worst]:
+            return _judge_gradients(kernel, problem, dout, of_case(case, dtype, model, backward=True), able.gradients)
+
+        return _guard(name, judge)
 
     return run
 
@@ -268,16 +271,18 @@ def _judge(
 ) -> Iterator[Worst]:
     """Yield the worst element of each array; note what other rules say of out."""
     result: Result = call_kernel(kernel, problem)
+    known = known.for_result({"out": result.out, **result.more()})
     answer, allowed = known.answer, known.allowed
-    if problem.variant == "softmax":
-        others.update(verdicts(problem, result.out, answer.enclosures["out"].mid))
+    others.update(verdicts(answer.call, result.out, answer.enclosures["out"].mid))
     yield compare("out", result.out, answer, allowed["out"], problem.dtype, known.variance.get("out"))
-    if result.lse is not None and "lse" in allowed:
-        got = result.lse.dtype.name
-        if FORMATS[got].precision < FORMATS[model.lse].precision:
-            raise KernelError(f"lse: got dtype {got}, expected {model.lse} as its model says")
-        yield compare("lse", result.lse, answer, allowed["lse"], got, known.variance.get("lse"))
-    elif lse and "lse" in allowed:
+    for name, x in result.more().items():
+        if name not in allowed:
+            continue
+        got, wanted = x.dtype.name, model.lse if name == "lse" else model.accumulator
+        if FORMATS[got].precision < FORMATS[wanted].precision:
+            raise KernelError(f"{name}: got dtype {got}, expected {wanted} as its model says")
+        yield compare(name, x, answer, allowed[name], got, known.variance.get(name))
+    if result.lse is None and lse and "lse" in allowed:
         raise KernelError("the kernel returned no lse, but its capabilities name it; return (out, lse)")
 
 

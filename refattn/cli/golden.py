@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from ..check.register import load
 from ..check.report.report import Check, element
 from ..dtypes import FORMATS
 from ..golden.make import check_results, make, verify
+from ..problem import VARIANT
 
 __all__ = ["golden"]
 
@@ -24,7 +26,12 @@ def golden() -> None:
 
 @golden.command(name="make")
 @click.argument("folder", metavar="DIR")
-@click.option("--variant", default="softmax", show_default=True, help="The operator.")
+@click.option(
+    "--variant",
+    default=VARIANT,
+    show_default=True,
+    help="The operator: a name, or path/file.py:NAME.",
+)
 @click.option(
     "--dtypes", default="float32,bfloat16", show_default=True, help="Formats, with commas: " + ", ".join(FORMATS) + "."
 )
@@ -46,7 +53,7 @@ def make_(folder: str, variant: str, dtypes: str, only: str | None, form: str, g
         task = bar.add_task("cases", total=None)
         names = make(
             folder,
-            variant,
+            load(variant),
             [d.strip() for d in dtypes.split(",") if d.strip()],
             only,
             form == "text",

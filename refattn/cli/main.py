@@ -22,12 +22,14 @@ from ..check.kernels import KERNELS, Entry, find, found
 from ..check.kernels.isolated import Isolated
 from ..check.laws import LAWS
 from ..check.model import MODELS, model_named
+from ..check.register import load
 from ..check.report.page import page
 from ..check.report.report import VERDICTS, Check, Report, junit, summary
 from ..check.runner import Item, check_kernel, check_problem, plan
 from ..dtypes import FORMATS
 from ..errors import InvalidInput, InvalidProblem, ServiceError, UnsupportedProblem
 from ..files import check_folders, load_problem, write_text
+from ..problem import VARIANT
 from ..variants import VARIANTS, variant_of
 from .doctor import doctor
 from .exact import exact
@@ -65,7 +67,12 @@ def main() -> None:
 
 @main.command()
 @click.argument("kernels", nargs=-1)
-@click.option("--variant", default="softmax", show_default=True, help="The operator that the kernel computes.")
+@click.option(
+    "--variant",
+    default=VARIANT,
+    show_default=True,
+    help="The operator that the kernel computes: a name, or path/file.py:NAME for one of your own.",
+)
 @click.option(
     "--dtype", "dtypes", multiple=True, help="A format to check; may be repeated. Default: all that the kernel has."
 )
@@ -99,18 +106,18 @@ def check(
     A kernel is a name from `refattn list --kernels`, package.module:function, or path/file.py:function.
     Exit code: 0 all passed, 1 a check failed, 2 bad input or nothing ran.
     """
-    variant_of(variant)
+    variant = load(variant)
     cases(variant, budget)
     check_folders(json_file, junit_file, html_file)
     problem = None if problem_file is None else load_problem(problem_file)
     entries = [e for name in kernels for e in find(name)] if kernels else found()
-    if variant != "softmax" and not kernels:
+    if variant != VARIANT and not kernels:
         raise InvalidInput(
             f"kernel: no kernel here computes {variant}; name yours as package.module:function or path/file.py:function"
         )
     named = [e for e in entries if e.name in KERNELS]
-    if variant != "softmax" and named:
-        raise InvalidInput(f"kernel: {named[0].name} computes softmax, not {variant}")
+    if variant != VARIANT and named:
+        raise InvalidInput(f"kernel: {named[0].name} computes {VARIANT}, not {variant}")
     unknown = [d for d in dtypes if d not in FORMATS]
     if unknown:
         raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
@@ -264,7 +271,8 @@ def list_(kernels: bool, checks: str | None) -> None:
     """List the operators, the kernels or the checks."""
     console = _console()
     if checks is not None:
-        for case in cases(variant_of(checks).name):
+        checks = load(checks)
+        for case in cases(checks):
             console.print(case.name, markup=False)
         for law in variant_of(checks).laws:
             why = LAWS[law].named_only
@@ -297,7 +305,7 @@ def list_(kernels: bool, checks: str | None) -> None:
 @click.argument("variant")
 def show(variant: str) -> None:
     """Show an operator's formula, contract and source."""
-    v = variant_of(variant)
+    v = variant_of(load(variant))
     console = _console()
 
     def line(text: str) -> None:

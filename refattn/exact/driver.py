@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from ..arrays import from_float64, kind_of, to_float64, to_numpy
 from ..dtypes import Format, format_of
 from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..problem import Problem
-from ..variants import variant_of
 from .arithmetics import Balls, Floats
 from .enclosure import Enclosure
+from .lowering import lower
 from .parts import Part, fingerprint, parts, whole, work_through
-from .run import Known, Raw, by_keys, run
+from .run import Known, Raw, Work, run
 from .state import State
 from .tiers import Tier
 from .ties import decide_by_ends, exact_lse, exact_ties
@@ -60,6 +60,11 @@ class Answer:
         By tier, how many elements it decided and the seconds it took.
     decided : dict
         Which elements are decided, by array (empty where all parts are put together again).
+    core : Problem or None
+        The call that the operator is another way of writing: masks and weights written out, choices made.
+    margins : (b, h_q, n_q) array or None
+        Where keys are chosen by scores: how far the last chosen score lies above the first that was not; 0 for a tie,
+        inf where there was nothing to choose.
     """
 
     problem: Problem
@@ -70,6 +75,18 @@ class Answer:
     balls: Raw
     stats: dict[str, dict[str, float]] = field(default_factory=dict)
     decided: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    core: Problem | None = None
+    margins: NDArray[np.float64] | None = None
+
+    @property
+    def call(self) -> Problem:
+        """The call that was evaluated: `core` where there is one, else `problem`."""
+        return self.core or self.problem
+
+    @property
+    def state(self) -> NDArray[Any] | None:
+        """The state after the last token, (b, h_q, d_k, d_v), where the operator is a recurrence."""
+        return self.values.get("state")
 
     @property
     def out(self) -> NDArray[Any]:
@@ -160,13 +177,19 @@ def evaluate(
     UnsupportedProblem
         An option of Problem that means nothing for the operator; gradients of non-finite inputs.
     """
-    variant_of(problem.variant).settings(problem)
+    lowered = lower(problem)
     if isinstance(bits, bool) or not isinstance(bits, int) or not 32 <= bits <= 2**20:
         raise InvalidInput(f"bits: got {bits!r}, expected an integer from 32 to {2**20}")
     if n_jobs is not None and (isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1):
         raise InvalidInput(f"n_jobs: got {n_jobs!r}, expected an integer of at least 1 or None")
     threads = n_jobs or os.cpu_count() or 1
     dout = None if gradients is None else _arriving(problem, gradients)
+    if lowered.problem is not problem:
+        more: Any = {"n_jobs": n_jobs, "checkpoint": checkpoint, "progress": progress}
+        answer = evaluate(
+            lowered.problem, bits, rounding=rounding, lse_rounding=lse_rounding, gradients=gradients, **more
+        )
+        return replace(answer, problem=problem, core=answer.core or lowered.problem, margins=lowered.margins)
     if rounding is None:
         balls = Balls(bits)
         with balls.working():
@@ -183,7 +206,7 @@ def evaluate(
 
 def reference(problem: Problem, dtype: Any = np.float64) -> dict[str, NDArray[Any]]:
     """Return the definition run in plain NumPy floating point, by name: what a careful user would write, no proof."""
-    return run(problem, Floats(dtype), None)
+    return run(lower(problem).problem, Floats(dtype))
 
 
 def _arriving(problem: Problem, dout: Any) -> NDArray[np.float64]:
@@ -202,24 +225,25 @@ def _rounded(
     need = np.ones(problem.out_shape[:3], bool)
     own_bias = problem.bias is not None and problem.bias.shape == (*problem.out_shape[:3], problem.n_k)
     state = State(form, lse_form, ("out", "lse", "dq", "dbias") if own_bias else ("out", "lse", "dq"))
-    by_key, keys = by_keys(problem, dout), None
+    work = Work(problem, dout, threads)
+    by_key, keys = work.by_keys, None
     first = (START if dout is None else START_BACK)[form.precision]
     tiers: list[Tier | Balls] = [Tier(level) for level in range(first, 4)]
     for f in tiers + [Balls(bits) for bits in LADDER]:
         start = time.perf_counter()
         with f.working() if isinstance(f, Balls) else nullcontext():
             known: Known = {}
-            raw = run(problem, f, dout, need, threads, keys, known)
+            raw = work.run(f, need, keys, known)
             state.take(raw, need, keys, Enclosure.of if isinstance(f, Balls) else _enclosed)
             boundaries = decide_by_ends(raw, state) if isinstance(f, Balls) else {}
             if by_key and keys is None and isinstance(f, Tier) and (few := _few_keys(state)) is not None:
                 # again, one level up, with what this level's rows know
                 none = np.zeros_like(need)
-                raw = run(problem, Tier(min(f.level + 1, 3)), dout, none, threads, few, known)
+                raw = work.run(Tier(min(f.level + 1, 3)), none, few, known)
                 state.take(raw, none, few, _enclosed)
         if isinstance(f, Balls) and f.bits == EXACT_FROM and not state.done:
             exact_lse(problem, state, boundaries)
-            exact_ties(problem, dout, state, state.open_rows(), boundaries)
+            exact_ties(work, state, state.open_rows(), boundaries)
         state.count(f.name, time.perf_counter() - start)
         if state.done:
             break
@@ -274,6 +298,8 @@ def _part(part: Part, form: Format, lse_form: Format, threads: int) -> dict[str,
 
 
 def _shape(problem: Problem, name: str) -> tuple[int, ...]:
+    if name == "state":
+        return (problem.batch, problem.heads, problem.d_k, problem.d_v)
     if name in ("out", "lse"):
         return problem.out_shape if name == "out" else problem.out_shape[:3]
     source = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}[name]

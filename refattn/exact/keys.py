@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..variants import Rows as RowsShape
 from ..variants import variant_of
 from .matrix import Matrix
 from .slabs import Slab, matrix_of
@@ -60,12 +61,13 @@ def rows_of(forward: Forward, dout: Float, threads: int) -> Rows:
 
 def rows_by_definition(slab: Slab, f: Any, rows: NDArray[np.intp], dout: Float, size: int) -> Rows:
     """Return what rows know in any arithmetic, from the definition, `size` rows at a time."""
-    define = variant_of(slab.problem.variant).define
+    shape = variant_of(slab.problem.variant).shape
+    assert isinstance(shape, RowsShape)
     k, v = matrix_of(f, slab.k), matrix_of(f, slab.v)
     parts = []
     for i in range(0, len(rows), size):
         at = rows[i : i + size]
-        out, lse = define(matrix_of(f, slab.q[at]), k, v, slab.options(f, at))
+        out, lse = shape.define(matrix_of(f, slab.q[at]), k, v, slab.options(f, at))
         parts.append((lse.a, (matrix_of(f, dout[i : i + size]) * out).sum().a))
     lse, d = (Matrix(np.concatenate(x), f) for x in zip(*parts, strict=True))
     return Rows(rows, lse, d)

@@ -18,6 +18,7 @@ from ..errors import InvalidInput, WorkerDied
 from ..files import load_arrays, save_arrays
 from ..masks import visible
 from ..problem import Problem
+from ..variants import Rows, variant_of
 
 __all__ = ["Part", "fingerprint", "parts", "whole", "work_through"]
 
@@ -50,13 +51,16 @@ class Part:
 def parts(problem: Problem, dout: NDArray[np.float64] | None) -> list[Part]:
     """Cut a call along batches, key heads and, where no gradient is asked for, blocks of rows.
 
-    A gradient that is a sum over batches or heads (of a bias or a sink that they share) keeps the call whole.
+    A gradient that is a sum over batches or heads (of a bias or a sink that they share) keeps the call whole, and so
+    does an operator in which places count (distances, a recurrence) or heads have options of their own.
     """
     p = problem.to("numpy")
     shared = (p.bias is not None and (p.bias.shape[0] < p.batch or p.bias.shape[1] < p.heads)) or (
         p.sink is not None and p.batch > 1
     )
-    if p.cu_seqlens_q is not None or "decay" in p.options or (dout is not None and shared):
+    v = variant_of(p.variant)
+    apart = isinstance(v.shape, Rows) and not v.shape.together and not v.places
+    if p.cu_seqlens_q is not None or not apart or (dout is not None and shared):
         return []
     return list(_parts(p, dout))
 
@@ -82,6 +86,7 @@ def _parts(p: Problem, dout: NDArray[np.float64] | None) -> Iterator[Part]:
                     "sink": None if p.sink is None else p.sink[heads],
                     "bias": _block(p.bias, b, heads, rows),
                     "allowed": _block(p.allowed, b, heads, rows),
+                    "weight": _block(p.weight, b, heads, rows),
                 }
                 if rows != slice(0, p.n_q) and (p.causal or p.window):
                     # a block of rows is not aligned as the whole is: write its mask out

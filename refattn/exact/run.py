@@ -1,4 +1,4 @@
-"""Run the definition of a call over one arithmetic, tile by tile, and collect what it gives."""
+"""A call, its heads and the route of each, chosen once; every level of the driver runs it over one arithmetic."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from numpy.typing import NDArray
 
 from ..errors import UnsupportedProblem
 from ..problem import Problem
-from ..variants import variant_of
+from ..variants import Rows as RowsShape
+from ..variants import Steps, variant_of
 from .arithmetics import Floats
 from .backward import backward
 from .doubledouble import U, two_sum
 from .keys import FEW, Rows, few_keys, rows_by_definition, rows_of
-from .slabs import Slab, matrix_of, slabs
+from .slabs import Slab, matrix_of, numbers_of, slabs
+from .steps import by_steps
 from .stream import Forward, forward_pass, stream, streams
 from .tape import Tape, gradients
 from .tiers import UP, Bounded, Tier
 from .trust import check_machine, check_thread
 
-__all__ = ["Raw", "by_keys", "run"]
+__all__ = ["Known", "Raw", "Work", "run"]
 
 TILE = 2**18  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
 TILE_TIER = 2**17
@@ -34,74 +36,133 @@ Known = dict[tuple[int, int, int], Rows]
 """What the rows of a head know, by batch, head and first row."""
 
 
-def run(
-    problem: Problem,
-    f: Any,
-    dout: NDArray[np.float64] | None,
-    need: NDArray[np.bool_] | None = None,
-    threads: int = 1,
-    keys: NDArray[np.bool_] | None = None,
-    known: Known | None = None,
-) -> Raw:
-    """Run the definition of a call over one arithmetic.
+class Work:
+    """A call to run over arithmetics.
 
     Parameters
     ----------
     problem : Problem
-        The call.
-    f : arithmetic
-        As in ``refattn.exact.arithmetics``, ``tiers`` or ``field``.
+        The call, of an operator of the shapes ``Rows`` and ``Steps``.
     dout : (b, h_q, n_q, d_v) float64, optional
         The gradient arriving at out.
-    need : (b, h_q, n_q) bool, optional
-        The rows to compute; others keep 0 (and gradients by key and value count only these rows).
     threads : int
         Threads for the streaming path.
-    keys : (b, h_kv, n_k) bool, optional
-        The keys whose dk and dv are wanted, counted over all rows, where :func:`by_keys` holds; others keep 0.
-    known : dict, optional
-        What rows know, by head: taken where it is there, else kept here.
 
-    Returns
-    -------
-    dict
-        Arrays of the arithmetic's numbers by name; numbers that the contract fixes are plain floats.
+    Raises
+    ------
+    UnsupportedProblem
+        Gradients where NaN or inf is in sight of a query.
     """
-    variant = variant_of(problem.variant)
-    if isinstance(f, Tier):
-        check_machine()
-        check_thread()
-    p = problem.to("numpy")
-    shapes = {"out": p.out_shape}
-    if variant.has_lse:
-        shapes["lse"] = p.out_shape[:3]  # type: ignore[assignment]
-    if dout is not None:
-        shapes |= {"dq": p.query.shape, "dk": p.key.shape, "dv": p.value.shape}
-        shapes |= {n: getattr(p, n[1:]).shape for n in ("dbias", "dsink") if getattr(p, n[1:]) is not None}
-    raw = {n: _empty(f, s) for n, s in shapes.items()}
-    for slab in slabs(p):
-        if dout is not None and not _finite(slab):
+
+    def __init__(self, problem: Problem, dout: NDArray[np.float64] | None = None, threads: int = 1) -> None:
+        self.p, self.dout, self.threads = problem.to("numpy"), dout, threads
+        self.variant = variant_of(problem.variant)
+        self.slabs = list(slabs(self.p))
+        if dout is not None and not all(_finite(s) for s in self.slabs):
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
-        lines = np.nonzero(slab.live if need is None else slab.live & need[slab.batch, slab.head, slab.rows])[0]
-        unit = _unit(slab.v) if isinstance(f, Tier) and dout is None else 0
-        if dout is not None and isinstance(f, Tier) and (lines.size or keys is not None) and _back(slab, dout):
-            _backward(slab, f, lines, raw, dout, threads, keys, {} if known is None else known)
-            lines = lines[:0]
-        elif dout is not None and keys is not None:
-            _keys(slab, f, raw, dout, threads, keys, {} if known is None else known)
-        if isinstance(f, Tier) and dout is None and lines.size and slab.k.shape[0] >= STREAM_FROM and streams(slab):
-            whole = unit == 0 and len(lines) == slab.rows.stop - slab.rows.start
-            at = (slab.batch, slab.head, slab.rows if whole else np.arange(slab.rows.start, slab.rows.stop)[lines])
-            into = (raw["out"][at], raw["lse"][at]) if whole else None  # views: nothing is copied
-            out, lse = stream(slab, f, lines, unit, threads, into)
-            if not whole:
-                raw["out"][at], raw["lse"][at] = _scaled(out, unit), lse
-            lines = lines[:0]
-        k, v = (matrix_of(f, x) for x in (slab.k, np.ldexp(slab.v, -unit))) if lines.size else (None, None)
-        for tile in _tiles(lines, slab.k.shape[0], TILE_TIER if isinstance(f, Tier) else TILE):
-            _tile(slab, f, tile, k, v, unit, raw, dout, sums=keys is None)
-        _specials(slab, raw, f)
-    return raw
+        self.streamed = [len(s.k) >= STREAM_FROM and streams(s) for s in self.slabs]
+        self.backward = [
+            yes and dout is not None and _plain(s, dout) for yes, s in zip(self.streamed, self.slabs, strict=True)
+        ]
+
+    @property
+    def by_keys(self) -> bool:
+        """Tell whether the gradients of some keys can be computed alone."""
+        return self.dout is not None and all(self.backward)
+
+    def _empty(self, f: Any) -> Raw:
+        p = self.p
+        shapes: dict[str, tuple[int, ...]] = {"out": p.out_shape}
+        if self.variant.has_lse:
+            shapes["lse"] = p.out_shape[:3]
+        if isinstance(self.variant.shape, Steps):
+            shapes["state"] = (p.batch, p.heads, p.d_k, p.d_v)
+        if self.dout is not None:
+            shapes |= {"dq": p.query.shape, "dk": p.key.shape, "dv": p.value.shape}
+            shapes |= {n: getattr(p, n[1:]).shape for n in ("dbias", "dsink") if getattr(p, n[1:]) is not None}
+        return {n: _empty(f, s) for n, s in shapes.items()}
+
+    def run(
+        self,
+        f: Any,
+        need: NDArray[np.bool_] | None = None,
+        keys: NDArray[np.bool_] | None = None,
+        known: Known | None = None,
+    ) -> Raw:
+        """Run the definition over one arithmetic.
+
+        Parameters
+        ----------
+        f : arithmetic
+            As in ``refattn.exact.arithmetics``, ``tiers`` or ``field``.
+        need : (b, h_q, n_q) bool, optional
+            The rows to compute; others keep 0 (and gradients by key and value count only these rows).
+        keys : (b, h_kv, n_k) bool, optional
+            The keys whose dk and dv are wanted, counted over all rows, where :attr:`by_keys` holds; others keep 0.
+        known : dict, optional
+            What rows know, by head: taken where it is there, else kept here.
+
+        Returns
+        -------
+        dict
+            Arrays of the arithmetic's numbers by name; numbers that the contract fixes are plain floats.
+        """
+        if isinstance(f, Tier):
+            check_machine()
+            check_thread()
+        raw, known, dout = self._empty(f), {} if known is None else known, self.dout
+        for i, slab in enumerate(self.slabs):
+            wanted = slab.live if need is None else slab.live & need[slab.batch, slab.head, slab.rows]
+            lines, tier = np.nonzero(wanted)[0], isinstance(f, Tier)
+            if isinstance(self.variant.shape, Steps):
+                for name, x in by_steps(slab, f, self.variant.shape, dout).items():
+                    _put(slab, name, x, raw)
+            elif tier and dout is not None and self.backward[i]:
+                if lines.size or keys is not None:
+                    _backward(slab, f, lines, raw, dout, self.threads, keys, known)
+            elif tier and dout is None and self.streamed[i] and lines.size:
+                _streamed(slab, f, lines, raw, self.threads)
+            else:
+                if dout is not None and keys is not None:
+                    _keys(slab, f, raw, dout, self.threads, keys, known)
+                self._by_tiles(slab, f, lines, raw, sums=keys is None)
+            _specials(slab, raw, f, self.variant.positive)
+        return raw
+
+    def _by_tiles(self, slab: Slab, f: Any, lines: NDArray[np.intp], raw: Raw, sums: bool) -> None:
+        if not lines.size:
+            return
+        shape, tier = self.variant.shape, isinstance(f, Tier)
+        assert isinstance(shape, RowsShape)
+        unit = _unit(slab.v) if tier and self.dout is None else 0
+        k, v = (matrix_of(f, x) for x in (slab.k, np.ldexp(slab.v, -unit)))
+        most = TILE_TIER if tier else TILE
+        for tile in [lines] if shape.together else _tiles(lines, slab.k.shape[0], most):
+            _tile(slab, f, shape, tile, k, v, unit, raw, self.dout, sums)
+
+
+def run(problem: Problem, f: Any, dout: NDArray[np.float64] | None = None, need: Any = None, threads: int = 1) -> Raw:
+    """Run a call over one arithmetic, once; the arguments are those of :class:`Work`."""
+    return Work(problem, dout, threads).run(f, need)
+
+
+def _streamed(slab: Slab, f: Tier, lines: NDArray[np.intp], raw: Raw, threads: int) -> None:
+    """Run softmax over a tier by tiles of keys, into the result itself where every row is wanted."""
+    unit = _unit(slab.v)
+    whole = unit == 0 and len(lines) == slab.rows.stop - slab.rows.start
+    at = (slab.batch, slab.head, slab.rows if whole else np.arange(slab.rows.start, slab.rows.stop)[lines])
+    into = (raw["out"][at], raw["lse"][at]) if whole else None  # views: nothing is copied
+    out, lse = stream(slab, f, lines, unit, threads, into)
+    if not whole:
+        raw["out"][at], raw["lse"][at] = _scaled(out, unit), lse
+
+
+def _put(slab: Slab, name: str, x: NDArray[Any], raw: Raw) -> None:
+    """Write what a recurrence gives of one head."""
+    if name in ("dk", "dv"):
+        _add(raw[name], (slab.batch, slab.head_kv, slab.keys), x)
+    else:
+        raw[name][(slab.batch, slab.head) if name == "state" else (slab.batch, slab.head, slab.rows)] = x
 
 
 def _empty(f: Any, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -113,6 +174,7 @@ def _empty(f: Any, shape: tuple[int, ...]) -> NDArray[Any]:
 def _tile(
     slab: Slab,
     f: Any,
+    shape: RowsShape,
     tile: NDArray[np.intp],
     k: Any,
     v: Any,
@@ -121,7 +183,7 @@ def _tile(
     dout: NDArray[np.float64] | None,
     sums: bool,
 ) -> None:
-    define = variant_of(slab.problem.variant).define
+    define = shape.define
     o = slab.options(f, tile)
     q = matrix_of(f, slab.q[tile])
     at = _place(slab, tile)
@@ -135,22 +197,17 @@ def _tile(
                     leaves["d" + name] = Tape(getattr(o, name))
                     setattr(o, name, leaves["d" + name])
             out, lse = define(leaves["dq"], leaves["dk"], leaves["dv"], o)
-            grads = gradients(out, matrix_of(f, dout[at]), list(leaves.values()))
+            grads = gradients([out], [matrix_of(f, dout[at])], list(leaves.values()))
             _collect(slab, at, dict(zip(leaves, grads, strict=True)), raw, sums)
             out, lse = out.value, None if lse is None else lse.value
-        raw["out"][at] = _scaled(_numbers(out), unit)
+        raw["out"][at] = _scaled(numbers_of(out), unit)
         if lse is not None:
-            raw["lse"][at] = _numbers(lse)[:, 0]
+            raw["lse"][at] = numbers_of(lse)[:, 0]
 
 
-def _back(slab: Slab, dout: NDArray[np.float64]) -> bool:
-    plain = _unit(slab.v) == _unit(dout[slab.batch, slab.head]) == _unit(slab.q) == _unit(slab.k) == 0
-    return plain and slab.k.shape[0] >= STREAM_FROM and streams(slab)
-
-
-def by_keys(problem: Problem, dout: NDArray[np.float64] | None) -> bool:
-    """Tell whether the gradients of some keys can be computed alone."""
-    return dout is not None and all(_back(slab, dout) for slab in slabs(problem))
+def _plain(slab: Slab, dout: NDArray[np.float64]) -> bool:
+    """Tell whether all of a head's numbers lie near enough to 1."""
+    return _unit(slab.v) == _unit(dout[slab.batch, slab.head]) == _unit(slab.q) == _unit(slab.k) == 0
 
 
 def _backward(
@@ -181,9 +238,9 @@ def _backward(
         known[slab.batch, slab.head, slab.rows.start] = rows
     if keys is None:
         for x in ("dk", "dv"):
-            _add(raw[x], (slab.batch, slab.head_kv, slab.keys), _numbers(result[x]))
+            _add(raw[x], (slab.batch, slab.head_kv, slab.keys), numbers_of(result[x]))
     if "dsink" in result:
-        _add(raw["dsink"], (slab.head,), _numbers(result["dsink"])[0, 0])
+        _add(raw["dsink"], (slab.head,), numbers_of(result["dsink"])[0, 0])
 
 
 def _place(slab: Slab, rows: NDArray[np.intp]) -> tuple[Any, ...]:
@@ -214,7 +271,7 @@ def _keys(
     for i in range(0, len(wanted), FEW):
         some = wanted[i : i + FEW]
         for x, g in zip(("dk", "dv"), few_keys(slab, f, arriving, some, known[name], threads), strict=True):
-            _add(raw[x], (slab.batch, slab.head_kv, slab.keys.start + some), _numbers(g))
+            _add(raw[x], (slab.batch, slab.head_kv, slab.keys.start + some), numbers_of(g))
     return forward
 
 
@@ -235,11 +292,11 @@ def _scaled(x: NDArray[Any], unit: int) -> NDArray[Any]:
 
 def _collect(slab: Slab, at: Any, grads: dict[str, Any], raw: Raw, sums: bool) -> None:
     b, h, _ = at
-    raw["dq"][at] = _numbers(grads["dq"])
+    raw["dq"][at] = numbers_of(grads["dq"])
     for name in ("dk", "dv") if sums else ():
-        _add(raw[name], (b, slab.head_kv, slab.keys), _numbers(grads[name]))
+        _add(raw[name], (b, slab.head_kv, slab.keys), numbers_of(grads[name]))
     if "dsink" in grads:
-        _add(raw["dsink"], (h,), _numbers(grads["dsink"])[0, 0])
+        _add(raw["dsink"], (h,), numbers_of(grads["dsink"])[0, 0])
     if "dbias" in grads:
         _add_dbias(slab, at, slice(0, slab.k.shape[0]), grads["dbias"], raw)
 
@@ -252,7 +309,7 @@ def _add_dbias(slab: Slab, at: Any, columns: slice, g: Any, raw: Raw) -> None:
     g = g if shape[3] > 1 else g.sum()
     rows = lines[:, None] if shape[2] > 1 else np.zeros((1, 1), int)
     keys = np.arange(slab.keys.start, slab.keys.stop)[None, columns] if shape[3] > 1 else np.zeros((1, 1), int)
-    _add(raw["dbias"], (b if shape[0] > 1 else 0, h if shape[1] > 1 else 0, rows, keys), _numbers(g))
+    _add(raw["dbias"], (b if shape[0] > 1 else 0, h if shape[1] > 1 else 0, rows, keys), numbers_of(g))
 
 
 def _add(target: NDArray[Any], index: Any, x: NDArray[Any]) -> None:
@@ -268,12 +325,6 @@ def _add(target: NDArray[Any], index: Any, x: NDArray[Any]) -> None:
     target[index] = np.stack([h, tail, (old[..., 2] + x[..., 2] + lost) * UP], -1)
 
 
-def _numbers(m: Any) -> NDArray[Any]:
-    if isinstance(m, Bounded):
-        return np.stack([m.h, *(np.broadcast_to(x, m.h.shape) for x in (m.l, m.r))], -1)
-    return np.asarray(m.image if hasattr(m, "image") else m.a)
-
-
 def _tiles(lines: NDArray[np.intp], n_k: int, most: int) -> Iterator[NDArray[np.intp]]:
     size = max(1, most // max(n_k, 1))
     for start in range(0, len(lines), size):
@@ -285,7 +336,7 @@ def _finite(slab: Slab) -> bool:
     return not slab.spoilt.any() and bool(np.isfinite(slab.values[seen]).all())
 
 
-def _specials(slab: Slab, raw: Raw, f: Any) -> None:
+def _specials(slab: Slab, raw: Raw, f: Any, positive: bool) -> None:
     """Write what the contract fixes: rows without keys, rows that see NaN or inf."""
     at = (slab.batch, slab.head, slab.rows)
 
@@ -297,7 +348,6 @@ def _specials(slab: Slab, raw: Raw, f: Any) -> None:
         lse = raw["lse"][at]
         lse[~slab.allowed.any(1)] = fixed(-np.inf if slab.sink is None else slab.sink)
         lse[slab.spoilt] = fixed(np.nan)
-    positive = slab.problem.variant in ("softmax", "sigmoid")  # every weight is above 0
     known: dict[tuple[int, int], float] = {}
     for j, c in zip(*np.nonzero(~np.isfinite(slab.values)), strict=True):
         x = float(slab.values[j, c]) if positive else np.nan

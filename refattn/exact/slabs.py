@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import to_float64, to_numpy
+from ..errors import InvalidProblem, UnsupportedProblem
 from ..masks import block, distance, visible
 from ..problem import Problem
-from ..variants import variant_of
+from ..variants import Rows, variant_of
+from ..variants.variant import shape_of
 from .matrix import Matrix
 
-__all__ = ["Slab", "matrix_of", "slabs"]
+__all__ = ["Given", "Slab", "matrix_of", "numbers_of", "rows_of", "slabs"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -26,6 +28,43 @@ def matrix_of(f: Any, x: Float) -> Any:
     """Take a float64 matrix into an arithmetic, exactly."""
     taken = f.array(x)
     return Matrix(taken, f) if isinstance(taken, np.ndarray) else taken  # a field and a tier have their own
+
+
+class Given:
+    """What a definition calls ``o``: options in one arithmetic; what follows from the call is made when it is read."""
+
+    def __init__(self, make: dict[str, Callable[[], Any]], **values: Any) -> None:
+        self._make = make
+        vars(self).update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._make:
+            raise AttributeError(f"definition: options have no {name!r}; they have {', '.join(sorted(self.names()))}")
+        setattr(self, name, self._make[name]())
+        return vars(self)[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        vars(self)[name] = value
+
+    def names(self) -> list[str]:
+        """Return what can be read."""
+        return [n for n in (*vars(self), *self._make) if not n.startswith("_")]
+
+
+def rows_of(slab: Slab) -> Rows:
+    """Return the definition of a head's rows: the operator's own, or the form of a recurrence that has all tokens."""
+    variant = variant_of(slab.problem.variant)
+    for shape in (variant.shape, *(shape_of(x) for x in variant.forms.values())):
+        if isinstance(shape, Rows):
+            return shape
+    raise UnsupportedProblem(f"variant: {variant.name} attention has no form that gives all rows at once")
+
+
+def numbers_of(m: Any) -> NDArray[Any]:
+    """Return a matrix's numbers as an array; those of a tier stand along a last axis as h, l, r."""
+    if hasattr(m, "h"):
+        return np.stack([m.h, *(np.broadcast_to(x, m.h.shape) for x in (m.l, m.r))], -1)
+    return np.asarray(m.image if hasattr(m, "image") else m.a)
 
 
 @dataclass(frozen=True)
@@ -46,6 +85,10 @@ class Slab:
         Every mask combined.
     sink : float or None
         None also where it is -inf.
+    weight : (n_q, n_k) or None
+        How often each key counts.
+    state : (d_k, d_v) or None
+        What a recurrence starts from.
     live : (n_q,) bool
         Rows that the definition must be asked for: they see a key and nothing non-finite decides them.
     spoilt : (n_q,) bool
@@ -69,8 +112,10 @@ class Slab:
     live: Mask
     spoilt: Mask
     values: Float
+    weight: Float | None = None
+    state: Float | None = None
 
-    def options(self, f: Any, rows: Any = slice(None)) -> SimpleNamespace:
+    def options(self, f: Any, rows: Any = slice(None)) -> Given:
         """Return what a definition calls ``o``: the options in the arithmetic, for some rows."""
         p, variant = self.problem, variant_of(self.problem.variant)
         allowed = self.allowed[rows]
@@ -78,34 +123,43 @@ class Slab:
             scale = f.number(p.scale)
         else:
             scale = f.rsqrt(p.d_k) if variant.default_scale == "rsqrt" else f.number(1)
-        o = SimpleNamespace(
+        own = {}
+        for name, value in variant.settings(p).items():
+            x = value[self.head] if isinstance(value, tuple) and value else value
+            real = isinstance(variant.options[name].default, float) or isinstance(x, float)
+            own[name] = f.number(x) if real else x
+
+        def column(x: Any) -> Any:
+            return matrix_of(f, np.asarray(x, np.float64))
+
+        def steps() -> Any:
+            return distance(self.q.shape[0], self.k.shape[0], p.causal or "bottom_right")[rows]
+
+        return Given(
+            {
+                "one": lambda: column([[1.0]]),
+                "count": lambda: column(allowed.sum(1, keepdims=True)),
+                "length": lambda: column([[self.k.shape[0]]]),
+                "distance": lambda: column(steps()),
+                "place": lambda: column(np.arange(1, self.q.shape[0] + 1)[rows][:, None]),
+            },
             scale=scale,
             softcap=None if p.softcap is None else f.number(p.softcap),
-            bias=None if self.bias is None else matrix_of(f, self.bias[rows]),
-            sink=None if self.sink is None else matrix_of(f, np.array([[self.sink]])),
+            bias=None if self.bias is None else column(self.bias[rows]),
+            sink=None if self.sink is None else column([[self.sink]]),
+            weight=None if self.weight is None else column(self.weight[rows]),
+            state=None if self.state is None else (f.state if hasattr(f, "state") else column)(self.state),
             allowed=allowed,
-            count=matrix_of(f, allowed.sum(1, keepdims=True).astype(np.float64)),
-            length=matrix_of(f, np.array([[float(self.k.shape[0])]])),
+            **own,
         )
-        for name, value in variant.settings(p).items():
-            x = value[self.head] if isinstance(value, tuple) else value
-            setattr(
-                o, name, f.number(x) if isinstance(variant.options[name].default, float) or isinstance(x, float) else x
-            )
-        if getattr(o, "decay", None) is not None:
-            steps = distance(self.q.shape[0], self.k.shape[0], p.causal or "bottom_right")[rows]
-            o.distance = matrix_of(f, steps.astype(np.float64))
-        return o
 
     def plain(self, rows: Any = slice(None)) -> SimpleNamespace:
         """Return the options as float64 NumPy arrays and numbers."""
         from .arithmetics import Floats
 
-        o = self.options(Floats(), rows)
-        return SimpleNamespace(
-            **{n: x.a if isinstance(x, Matrix) else x for n, x in vars(o).items()}
-            | {"sink": self.sink, "length": float(self.k.shape[0])}
-        )
+        o = vars(self.options(Floats(), rows))
+        known = {n: x.a if isinstance(x, Matrix) else x for n, x in o.items() if not n.startswith("_")}
+        return SimpleNamespace(**known | {"sink": self.sink})
 
 
 def slabs(problem: Problem) -> Iterator[Slab]:
@@ -119,6 +173,7 @@ def slabs(problem: Problem) -> Iterator[Slab]:
             for rows, keys in p.segments():
                 allowed = visible(p, b, h, rows, keys)
                 bias = None if p.bias is None else to_float64(block(p.bias, b, h, rows, keys))
+                weight = None if p.weight is None else _weights(to_float64(block(p.weight, b, h, rows, keys)))
                 s = None if sink is None or np.isneginf(sink[h]) else float(sink[h])
                 parts = (q[b, h, rows], k[b, h // group, keys], v[b, h // group, keys])
                 bad = _spoilt(parts[0], parts[1], bias, s, allowed)
@@ -128,9 +183,32 @@ def slabs(problem: Problem) -> Iterator[Slab]:
                     bias = np.where(np.isfinite(bias), bias, 0.0)
                 if s is not None and not np.isfinite(s):
                     s = None
+                state = None if p.state is None else to_float64(p.state[b, h])
                 yield Slab(
-                    p, b, h, h // group, rows, keys, clean[0], clean[1], clean[2], bias, allowed, s, live, bad, parts[2]
+                    p,
+                    b,
+                    h,
+                    h // group,
+                    rows,
+                    keys,
+                    clean[0],
+                    clean[1],
+                    clean[2],
+                    bias,
+                    allowed,
+                    s,
+                    live,
+                    bad,
+                    parts[2],
+                    weight,
+                    state,
                 )
+
+
+def _weights(x: Float) -> Float:
+    if not (x >= 0).all() or np.isinf(x).any():
+        raise InvalidProblem("weight: has a number below 0, NaN or inf; it says how often a key counts")
+    return x
 
 
 def _spoilt(q: Float, k: Float, bias: Float | None, sink: float | None, allowed: Mask) -> Mask:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from ..variants import variant_of
 from . import elementwise
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U
 from .slabs import Slab
@@ -35,6 +36,8 @@ __all__ = [
 ]
 
 Float = NDArray[np.float64]
+STREAMED = "softmax"
+"""The definition that this file is a fast implementation of (``Variant.fused``)."""
 T = TypeVar("T")
 R = TypeVar("R")
 ROWS, KEYS = 256, 512  # what suits the compiled steps
@@ -50,8 +53,9 @@ def tile_sizes() -> tuple[int, int]:
 
 
 def streams(slab: Slab) -> bool:
-    """Tell whether this path knows a call: softmax attention without a softcap."""
-    return slab.problem.variant == "softmax" and slab.problem.softcap is None
+    """Tell whether this path knows a call: softmax attention without a softcap and weights."""
+    fused = variant_of(slab.problem.variant).fused
+    return fused == STREAMED and slab.problem.softcap is None and slab.weight is None
 
 
 def norms(x: Float) -> Float:

@@ -123,21 +123,21 @@ def _fold(g: Any, to: Tape) -> Any:
     return g.T.sum().T if g.shape[0] != to.shape[0] else g
 
 
-def gradients(output: Tape, seed: Any, leaves: list[Tape]) -> list[Any]:
+def gradients(outputs: list[Tape], seeds: list[Any], leaves: list[Tape]) -> list[Any]:
     """Return the gradient of sum(output * seed) with respect to each leaf, as matrices of the leaves' arithmetic.
 
     Parameters
     ----------
-    output : Tape
-        What a definition returned for leaves wrapped in Tape.
-    seed : Matrix
-        The gradient arriving at the output, of its shape.
+    outputs : list of Tape
+        What a definition returned for leaves wrapped in Tape; a recurrence returns one for each token.
+    seeds : list of Matrix
+        The gradient arriving at each output, of its shape.
     leaves : list of Tape
         Those to differentiate by; one that the output does not depend on gets zeros.
     """
     order: list[Tape] = []
     seen: set[int] = set()
-    stack: list[tuple[Tape, bool]] = [(output, False)]
+    stack: list[tuple[Tape, bool]] = [(x, False) for x in outputs]
     while stack:
         node, done = stack.pop()
         if done:
@@ -146,8 +146,11 @@ def gradients(output: Tape, seed: Any, leaves: list[Tape]) -> list[Any]:
             seen.add(id(node))
             stack.append((node, True))
             stack.extend((parent, False) for parent, _ in node.parents)
-    output.grad = seed
+    for output, seed in zip(outputs, seeds, strict=True):
+        output.grad = seed
     for node in reversed(order):
+        if node.grad is None:  # a later token's state, which no output reads
+            continue
         for parent, pull in node.parents:
             g = pull(node.grad)
             parent.grad = g if parent.grad is None else parent.grad + g

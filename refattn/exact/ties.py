@@ -13,7 +13,7 @@ from ..errors import UnsupportedProblem
 from ..problem import Problem
 from ..variants import variant_of
 from .field import Field
-from .run import run
+from .run import Work
 from .slabs import slabs
 from .state import State
 
@@ -110,8 +110,7 @@ def _boundary(low: Fraction, high: Fraction, form: Format) -> Fraction | None:
 
 
 def exact_ties(
-    problem: Problem,
-    dout: Any,
+    work: Work,
     state: State,
     need: NDArray[np.bool_],
     boundaries: Boundaries,
@@ -124,8 +123,8 @@ def exact_ties(
     if not places:
         return
     try:
-        f = Field(problem.d_k)
-        images = run(problem, f, dout, need)
+        f = Field(work.p.d_k)
+        images = work.run(f, need)
     except UnsupportedProblem:
         return
     except ZeroDivisionError:

@@ -18,8 +18,9 @@ from ..check.inputs.families import cases
 from ..check.report.report import Check
 from ..check.runner import matches
 from ..dtypes import FORMATS
-from ..errors import InvalidInput, RefattnError
+from ..errors import InvalidInput, RefattnError, UnsupportedProblem
 from ..files import write_text
+from ..problem import VARIANT
 from ..variants import variant_of
 from .file import BITS, VERSION, answer_of, array_of, document_of, parse, problem_of, text_of
 
@@ -32,7 +33,7 @@ Entry = dict[str, str]
 
 def make(
     folder: str | Path,
-    variant: str = "softmax",
+    variant: str = VARIANT,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     only: str | None = None,
     text: bool = False,
@@ -66,13 +67,10 @@ def make(
     Raises
     ------
     InvalidInput
-        An unknown operator or format, a pattern that matches nothing, a folder that is not empty or cannot be made,
-        gradients of another operator than softmax.
+        An unknown operator or format, a pattern that matches nothing, a folder that is not empty or cannot be made.
     """
     folder = Path(folder)
     variant_of(variant)
-    if gradients and variant != "softmax":
-        raise InvalidInput(f"gradients: got {variant}, expected softmax: others' have no bound yet")
     unknown = [d for d in dtypes if d not in FORMATS]
     if unknown or not dtypes:
         raise InvalidInput(f"dtypes: got {unknown[0] if unknown else ''!r}, expected some of {', '.join(FORMATS)}")
@@ -96,7 +94,10 @@ def make(
         if progress is not None:
             progress(f"{case.name}[{dtype}]")
         dout = case.arriving(dtype) if gradients and case.backward else None
-        document = document_of(case.name, case.problem(dtype), dout)
+        try:
+            document = document_of(case.name, case.problem(dtype), dout)
+        except UnsupportedProblem:  # this case has no gradient
+            document = document_of(case.name, case.problem(dtype), None)
         contents = {"json": json.dumps(document, indent=0) + "\n"} | ({"txt": text_of(document)} if text else {})
         for ending, content in contents.items():
             name = f"{case.name.replace('/', '.')}.{dtype}.{ending}"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from ..errors import InvalidInput
+from .lightning import LIGHTNING
 from .linear import LINEAR
+from .moba import MOBA
+from .option import Option
 from .power import POWER
+from .power_blocks import POWER_BLOCKS
+from .shapes import Choices, Lowered, Rows, Selected, Steps
 from .sigmoid import SIGMOID
 from .softmax import SOFTMAX
-from .variant import Option, Variant
+from .variant import Variant
 
-__all__ = ["VARIANTS", "Option", "Variant", "variant_of"]
+__all__ = ["VARIANTS", "Choices", "Lowered", "Option", "Rows", "Selected", "Steps", "Variant", "variant_of"]
 
-VARIANTS: dict[str, Variant] = {v.name: v for v in (SOFTMAX, LINEAR, POWER, SIGMOID)}
-"""The operators that refattn knows, by name."""
+VARIANTS: dict[str, Variant] = {v.name: v for v in (SOFTMAX, LINEAR, POWER, SIGMOID, LIGHTNING, POWER_BLOCKS, MOBA)}
+"""The operators that refattn knows, by name; ``refattn.register`` adds one of your own."""
 
 
 def variant_of(name: str) -> Variant:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .variant import COMMON_BUGS, COMMON_FAMILIES, COMMON_LAWS, Option, Variant, boolean, one_of, per_head
+from .option import Option, boolean, one_of, per_head
+from .variant import Variant
 
 __all__ = ["FEATURES", "LINEAR"]
 
@@ -28,6 +29,11 @@ def attention(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
     return (w @ v) / w.sum() if o.normalize else w @ v, None
 
 
+def rates(heads: int) -> tuple[Any, ...]:
+    """Return decays to try."""
+    return None, tuple((0.0, 0.03, 0.4)[i % 3] for i in range(heads))
+
+
 LINEAR = Variant(
     name="linear",
     define=attention,
@@ -38,13 +44,21 @@ LINEAR = Variant(
     "arXiv 2401.04658 (per-head rate, no denominator). Recalled, not read again.",
     uses=frozenset({"causal", "window", "allowed"}),
     options={
-        "feature": Option("elu1", "phi: identity, relu, elu1 (elu + 1) or exp", one_of(*FEATURES)),
-        "decay": Option(None, "rate for each query head, in 1/position; needs causal", per_head),
-        "normalize": Option(True, "divide by the sum of the weights", boolean),
+        "feature": Option(
+            "elu1", "phi: identity, relu, elu1 (elu + 1) or exp", one_of(*FEATURES), ("elu1", "relu", "identity", "exp")
+        ),
+        "decay": Option(None, "rate for each query head, in 1/position", per_head, rates, needs="causal"),
+        "normalize": Option(True, "divide by the sum of the weights", boolean, (True, False)),
     },
-    laws=COMMON_LAWS,
-    bugs=COMMON_BUGS,
-    families=COMMON_FAMILIES,
+    cases={
+        "feature-identity": {"options": {"feature": "identity", "normalize": False}},
+        "feature-relu": {"options": {"feature": "relu"}},
+        "feature-exp": {"options": {"feature": "exp"}},
+        "decay": {
+            "causal": "bottom_right",
+            "options": {"feature": "identity", "normalize": False, "decay": (0.03, 0.4)},
+        },
+    },
     contract=(
         "A row without any key gives out 0.",
         "A denominator that is exactly 0 gives NaN.",
@@ -52,4 +66,5 @@ LINEAR = Variant(
         "A key that is not allowed is never read.",
     ),
     default_scale="one",
+    places=True,
 )

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .variant import (
-    COMMON_BUGS,
-    COMMON_FAMILIES,
-    COMMON_LAWS,
-    Option,
-    Variant,
-    above_zero,
-    at_least_zero,
-    even,
-    one_of,
-)
+from .option import Option, above_zero, at_least_zero, even, one_of
+from .variant import Variant
 
 __all__ = ["POWER"]
 
@@ -40,18 +31,23 @@ POWER = Variant(
     "not the equations themselves.",
     uses=frozenset({"causal", "window", "allowed"}),
     options={
-        "p": Option(4, "the even power", even),
-        "epsilon": Option(1e-3, "added to the denominator, so that the division is Lipschitz", at_least_zero),
+        "p": Option(4, "the even power", even, (4, 2, 6)),
+        "epsilon": Option(
+            1e-3, "added to the denominator, so that the division is Lipschitz", at_least_zero, (1e-3, 1.0, 0.0)
+        ),
         "form": Option(
             "plain",
             "plain, stable (divided by the row's largest, for training) or mean (length-agnostic)",
             one_of("plain", "stable", "mean"),
+            ("plain", "stable", "mean"),
         ),
-        "delta": Option(1e-6, "added to the row's largest in the stable form", above_zero),
+        "delta": Option(1e-6, "added to the row's largest in the stable form", above_zero, (1e-6, 0.5)),
     },
-    laws=COMMON_LAWS,
-    bugs=COMMON_BUGS,
-    families=COMMON_FAMILIES,
+    cases={
+        "form-stable": {"options": {"form": "stable", "p": 6}},
+        "form-mean": {"options": {"form": "mean", "p": 2}},
+        "wide-margins": {"options": {"form": "stable", "epsilon": 1.0, "delta": 0.5}},
+    },
     contract=(
         "A row without any key gives out 0.",
         "The mean form divides by the number of keys that the row may attend to, so masked padding changes nothing.",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .variant import COMMON_BUGS, COMMON_FAMILIES, COMMON_LAWS, Option, Variant, finite
+from .option import Option, finite
+from .variant import COMMON_BUGS, Variant
 
 __all__ = ["SIGMOID"]
 
@@ -26,10 +27,10 @@ SIGMOID = Variant(
     source="Ramapuram et al., arXiv 2409.04431v2, section 2; the offset -log n from its best practices (abstract and "
     "summary read).",
     uses=frozenset({"causal", "window", "bias", "allowed"}),
-    options={"offset": Option(None, "added to every score; None is -log(n_k)", finite)},
-    laws=COMMON_LAWS,
+    options={"offset": Option(None, "added to every score; None is -log(n_k)", finite, (None, 0.0, -1.5))},
+    positive=True,
+    cases={"offset": {"options": {"offset": -1.5}}},
     bugs=(*COMMON_BUGS, "bias_ignored"),
-    families=COMMON_FAMILIES,
     contract=(
         "A row without any key gives out 0.",
         "offset None is the exact -log(n_k), n_k the length of the key sequence, masked keys counted.",

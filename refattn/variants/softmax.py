@@ -22,6 +22,8 @@ def attention(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
     s = scores(q, k, o)
     m = s.shift(o.allowed, o.sink)  # any number per row will do: it cancels
     p = (s - m).exp(where=o.allowed)
+    if o.weight is not None:
+        p = p * o.weight
     z = p.sum() if o.sink is None else p.sum() + (o.sink - m).exp()
     return (p @ v) / z, m + z.log()
 
@@ -30,12 +32,15 @@ SOFTMAX = Variant(
     name="softmax",
     define=attention,
     formula="out_i = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + exp(sink)),  "
-    "s_ij = softcap·tanh(scale·q_i·k_j / softcap) + bias_ij;  lse_i = log(sum_j exp(s_ij) + exp(sink))",
+    "s_ij = softcap·tanh(scale·q_i·k_j / softcap) + bias_ij + log weight_ij;  lse_i = log(sum_j exp(s_ij) + exp(sink))",
     unit="u · sum_j p_ij |v_jc|",
     source="Vaswani et al., arXiv 1706.03762, eq. 1; softcap as in Gemma 2 (arXiv 2408.00118, section 2); "
     "the sink logit as in StreamingLLM's softmax1 (arXiv 2309.17453, eq. 2), learnable in gpt-oss. "
     "Recalled, not read again.",
-    uses=frozenset({"causal", "window", "softcap", "sink", "bias", "allowed"}),
+    uses=frozenset({"causal", "window", "softcap", "sink", "bias", "allowed", "weight"}),
+    has_lse=True,
+    positive=True,
+    fused="softmax",
     laws=(*COMMON_LAWS, "split_and_merge", "bias_shifted", "gradient_steps", "dk_sums", "dbias_sums"),
     bugs=(
         *COMMON_BUGS,
@@ -49,9 +54,32 @@ SOFTMAX = Variant(
         "scores_clamped",
     ),
     families=(*COMMON_FAMILIES, "shifted", "extreme"),
+    quick=frozenset(
+        {
+            "empty/rows-allowed",
+            "gaussian/bias-for-all-rows",
+            "gaussian/dim-40",
+            "gaussian/everything",
+            "gaussian/softcap-bias",
+            "gaussian/window-both-sides-top-left",
+            "gaussian/window-lengths-differ",
+            "poison/key-behind-mask",
+            "poison/key-seen-by-some",
+            "poison/value-seen-by-some",
+            "ragged/keys-past-16-bits",
+            "ragged/no-keys",
+            "ragged/no-queries",
+            "ragged/packed-ends",
+            "ragged/rows-past-16-bits",
+            "shifted/below-sentinels-causal",
+            "shifted/large-sink",
+            "shifted/small",
+            "sparse/scale-zero",
+        }
+    ),
     contract=(
         "A row without any key gives out 0 and lse -inf; a sink counts as a key without a value.",
-        "A key that is not allowed, or whose bias is -inf, is never read: NaN there changes nothing.",
+        "A key that is not allowed, whose bias is -inf or whose weight is 0, is never read: NaN there changes nothing.",
         "NaN or inf in a query, or in a key that a row sees, or +inf in a bias: that row's out and lse are NaN.",
         "NaN in a value that a row sees: that element is NaN; inf: it is the same inf (NaN if both signs meet).",
         "lse is the natural logarithm.",

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..errors import InvalidProblem, UnsupportedProblem
-from ..problem import Problem
+from ..problem import MEANINGS, Problem
+from .option import Option
+from .shapes import Rows, Shape
 
-__all__ = [
-    "Option",
-    "Variant",
-    "above_zero",
-    "at_least_zero",
-    "boolean",
-    "even",
-    "finite",
-    "one_of",
-    "per_head",
-]
-
-Array = NDArray[np.float64]
+__all__ = ["COMMON_BUGS", "COMMON_FAMILIES", "COMMON_LAWS", "Variant"]
 
 COMMON_LAWS = (
     "determinism",
@@ -62,18 +48,6 @@ COMMON_FAMILIES = ("gaussian", "peaked", "probe", "sparse", "drift", "empty", "p
 
 
 @dataclass(frozen=True)
-class Option:
-    """One of an operator's own options: its default, its meaning, and what its value must be.
-
-    ``check(value, heads)`` returns what was expected, or None where the value is good.
-    """
-
-    default: Any
-    meaning: str
-    check: Callable[[Any, int], str | None]
-
-
-@dataclass(frozen=True)
 class Variant:
     """One operator.
 
@@ -81,8 +55,8 @@ class Variant:
     ----------
     name : str
         The operator's name.
-    define : callable
-        The definition for one head, ``define(q, k, v, o) -> (out, lse or None)``, over any arithmetic's matrices.
+    define : callable or Shape
+        The definition: for :class:`Rows` the function alone, else one of the other shapes.
     formula : str
         The definition as a formula.
     unit : str
@@ -99,25 +73,54 @@ class Variant:
         What holds at the edges, a sentence each.
     default_scale : str
         "rsqrt" (scale None is 1/sqrt(d_k)) or "one".
+    has_lse : bool
+        Whether the definition returns a log-sum-exp.
+    positive : bool
+        Whether every weight is above 0: an infinite value that a row sees is then the row's output.
+    fused : str
+        Which of the package's fast implementations knows this definition: "softmax", or "" for none.
+    cases : mapping
+        Input cases of the operator's own, by label: what ``Draw.problem`` takes (lengths, options of Problem, options).
+        Every option of its own must differ from its default in one of them.
+    quick : frozenset of str
+        The cases of the quick budget; empty means all.
+    forms : mapping
+        The same operator written another way, by name: each a definition or shape. All must agree exactly.
+    fits : callable
+        ``fits(problem)`` returns what a call must change to fit the operator, or None.
+    places : bool
+        Whether the definition reads where rows and keys stand (``o.distance``, ``o.place``), or options by head.
+    always, never : frozenset of str
+        Features that every call has, or none can have, for tests that draw calls.
     """
 
     name: str
-    define: Callable[..., Any]
+    define: Callable[..., Any] | Shape
     formula: str
     unit: str
     source: str
     uses: frozenset[str]
     options: Mapping[str, Option] = field(default_factory=dict)
-    laws: tuple[str, ...] = ()
-    bugs: tuple[str, ...] = ()
-    families: tuple[str, ...] = ()
-    contract: tuple[str, ...] = ()
+    laws: tuple[str, ...] = COMMON_LAWS
+    bugs: tuple[str, ...] = COMMON_BUGS
+    families: tuple[str, ...] = COMMON_FAMILIES
+    contract: tuple[str, ...] = ("A row without any key gives out 0.", "A key that is not allowed is never read.")
     default_scale: str = "rsqrt"
+    has_lse: bool = False
+    positive: bool = False
+    fused: str = ""
+    cases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    quick: frozenset[str] = frozenset()
+    forms: Mapping[str, Any] = field(default_factory=dict)
+    fits: Callable[[Problem], str | None] = lambda problem: None
+    places: bool = False
+    always: frozenset[str] = frozenset()
+    never: frozenset[str] = frozenset()
 
     @property
-    def has_lse(self) -> bool:
-        """Tell whether the operator has a log-sum-exp."""
-        return self.name == "softmax"
+    def shape(self) -> Shape:
+        """The definition as one of the four shapes."""
+        return shape_of(self.define)
 
     def settings(self, problem: Problem) -> dict[str, Any]:
         """Return the operator's options for a call, defaults filled in, after checking that the call fits.
@@ -129,8 +132,7 @@ class Variant:
         InvalidProblem
             The call sets an option that the operator does not have, or to a value that it cannot take.
         """
-        masks = ("causal", "window", "softcap", "sink", "bias", "allowed")
-        for name in masks:
+        for name in MEANINGS:
             if getattr(problem, name) is not None and name not in self.uses:
                 raise UnsupportedProblem(
                     f"{name}: {self.name} attention does not have it; it has {', '.join(sorted(self.uses))}"
@@ -141,53 +143,29 @@ class Variant:
             raise InvalidProblem(f"options: {self.name} attention has no {unknown[0]!r}; it has {known}")
         values = {name: problem.options.get(name, option.default) for name, option in self.options.items()}
         for name, value in values.items():
-            wrong = self.options[name].check(value, problem.heads)
+            option = self.options[name]
+            wrong = option.check(value, problem.heads)
             if wrong:
                 raise InvalidProblem(f"{name}: got {value!r}, expected {wrong}")
-        if values.get("decay") is not None and problem.causal is None:
-            raise InvalidProblem("decay: needs causal; set causal='bottom_right' or 'top_left'")
+            if option.needs and value != option.default and getattr(problem, option.needs) is None:
+                raise InvalidProblem(f"{name}: needs {option.needs}; set {option.needs}={NEEDED[option.needs]}")
+        unfit = self.fits(problem)
+        if unfit:
+            raise InvalidProblem(unfit)
         return values
 
-
-def _number(value: Any) -> bool:
-    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return real and math.isfinite(value)
-
-
-def finite(value: Any, heads: int) -> str | None:
-    """Check for a finite number or None."""
-    return None if value is None or _number(value) else "a finite number or None"
+    def takes(self, problem: Problem) -> bool:
+        """Tell whether a call fits the operator."""
+        try:
+            self.settings(problem)
+        except (InvalidProblem, UnsupportedProblem):
+            return False
+        return True
 
 
-def at_least_zero(value: Any, heads: int) -> str | None:
-    """Check for a finite number of at least 0."""
-    return None if _number(value) and value >= 0 else "a finite number of at least 0"
+NEEDED = {"causal": "'bottom_right' or 'top_left'"}
 
 
-def above_zero(value: Any, heads: int) -> str | None:
-    """Check for a finite number above 0."""
-    return None if _number(value) and value > 0 else "a finite number above 0"
-
-
-def boolean(value: Any, heads: int) -> str | None:
-    """Check for True or False."""
-    return None if isinstance(value, bool) else "True or False"
-
-
-def even(value: Any, heads: int) -> str | None:
-    """Check for a positive even integer."""
-    ok = isinstance(value, int) and not isinstance(value, bool) and value > 0 and value % 2 == 0
-    return None if ok else "a positive even integer"
-
-
-def one_of(*names: str) -> Callable[[Any, int], str | None]:
-    """Check for one of some names."""
-    return lambda value, heads: None if value in names else f"one of {', '.join(names)}"
-
-
-def per_head(value: Any, heads: int) -> str | None:
-    """Check for None or a tuple with a finite number of at least 0 for each query head."""
-    if value is None:
-        return None
-    ok = isinstance(value, tuple) and len(value) == heads and all(_number(x) and x >= 0 for x in value)
-    return None if ok else f"None or a tuple of {heads} finite numbers of at least 0, one for each query head"
+def shape_of(define: Any) -> Shape:
+    """Return a definition as one of the four shapes."""
+    return define if isinstance(define, Shape) else Rows(define)

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 
 from ...dtypes import FORMATS, format_of
 from ...exact.driver import Answer
-from ...exact.slabs import Slab, slabs
-from ...variants import variant_of
+from ...exact.slabs import Slab, rows_of, slabs
+from ...variants import Steps, variant_of
 from ..model import Model
 from .graph import Graph, Node
 from .losses import Losses, Lossy, floor
 from .operands import Operands
+from .stepped import stepped
 
 __all__ = ["Head", "bounds", "forward", "head_losses"]
 
@@ -59,9 +60,10 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
 
     The arguments are those of :func:`bounds`. A variance is NaN where the scores' errors are too large to foresee.
     """
-    problem = answer.problem
-    shapes = {"out": problem.out_shape, "lse": problem.out_shape[:3]}
-    names = [n for n in ("out", "lse") if n == "out" or variant_of(problem.variant).has_lse]
+    problem = answer.call
+    variant = variant_of(problem.variant)
+    shapes = {"out": problem.out_shape} | ({"lse": problem.out_shape[:3]} if variant.has_lse else {})
+    names = list(shapes)
     limit, variance = ({n: np.zeros(shapes[n]) for n in names} for _ in range(2))
     exact = answer.enclosures["out"].mid
     for slab in slabs(problem):
@@ -73,12 +75,29 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
             found = _rows(slab, rows, exact[at][rows], model)
             for n in names:
                 limit[n][at][rows], variance[n][at][rows] = found[n]
+    if isinstance(variant.shape, Steps):
+        _recurrence(answer, variant.shape, model, limit)
+        return limit, {}  # errors of a state add up in an order that the model does not name
     for n in names:
         mid = answer.enclosures[n].mid
         form = FORMATS[problem.dtype if n == "out" else model.lse]
         with np.errstate(over="ignore", invalid="ignore"):
             variance[n] += form.ulp_array(np.where(np.isfinite(mid), mid, 0.0)) ** 2 / 12
     return limit, variance
+
+
+def _recurrence(answer: Answer, shape: Steps, model: Model, limit: dict[str, Float]) -> None:
+    """Widen out's bound to what a kernel loses that goes token by token, and add that of the last state."""
+    final, inside = FORMATS[answer.call.dtype], format_of(model.accumulator)
+    limit["state"] = np.zeros(answer.enclosures["state"].mid.shape)
+    for slab in slabs(answer.call):
+        at = (slab.batch, slab.head, slab.rows)
+        out, state = stepped(slab, shape, model)
+        for found, n, where, form in ((out, "out", at, final), (state, "state", at[:2], inside)):
+            exact = np.nan_to_num(np.abs(answer.enclosures[n].mid[where]), posinf=0.0)
+            total = found * (1 + form.unit_roundoff) + form.unit_roundoff * exact + floor(form, model)
+            limit[n][where] = np.maximum(limit[n][where], total)
+        limit["out"][at][~slab.live] = 0.0
 
 
 @dataclass(frozen=True)
@@ -158,7 +177,7 @@ def head_losses(slab: Slab, rows: Any, model: Model, unit: float = 1.0) -> Head:
     k = f.leaf(slab.k, ("k", "d"), lost.k, lost.var_k)
     v = f.leaf(slab.v * unit, ("k", "v"), lost.v * unit, lost.var_v * unit**2)
     with np.errstate(all="ignore"):
-        out, lse = variant_of(slab.problem.variant).define(q, k, v, slab.options(f, rows))
+        out, lse = rows_of(slab).define(q, k, v, slab.options(f, rows))
     head = Head(out, lse, f, lost.v * unit)
     if lse is not None:
         _merged(head, model, slab)

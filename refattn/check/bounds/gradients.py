@@ -23,14 +23,16 @@ from numpy.typing import NDArray
 
 from ...arrays import to_float64
 from ...dtypes import FORMATS, format_of
-from ...errors import UnsupportedProblem
 from ...exact.driver import Answer
 from ...exact.slabs import Slab, slabs
+from ...exact.stream import STREAMED
+from ...variants import variant_of
 from ..call import SOURCES
 from ..model import Model, inside_type
 from .forward import head_losses
 from .losses import floor
 from .operands import Operands, lost
+from .taped import head_gradients
 
 __all__ = ["gradient_bounds"]
 
@@ -39,6 +41,9 @@ Float = NDArray[np.float64]
 
 def gradient_bounds(answer: Answer, model: Model, dout: Any, limit: dict[str, Float]) -> dict[str, Float]:
     """Return the largest error that a right backward pass of this model can make, for every element.
+
+    Softmax has bounds of its own, which know how its kernels compute P again; every other operator's are those of the
+    tape of its definition (``taped.py``).
 
     Parameters
     ----------
@@ -55,31 +60,20 @@ def gradient_bounds(answer: Answer, model: Model, dout: Any, limit: dict[str, Fl
     -------
     dict
         By gradient, of its input's shape: absolute errors, float64.
-
-    Raises
-    ------
-    UnsupportedProblem
-        Another operator than softmax.
     """
-    p = answer.problem.to("numpy")
-    if p.variant != "softmax":
-        raise UnsupportedProblem(f"variant: gradients of {p.variant} have no error bound yet; softmax's have")
-    arriving = to_float64(dout)
+    p = answer.call.to("numpy")
+    arriving, own = to_float64(dout), variant_of(p.variant).fused == STREAMED
     total = {n: np.zeros(np.shape(getattr(p, SOURCES[n]))) for n in SOURCES if n in answer.values}
     sums = {n: np.zeros_like(total[n]) for n in ("dk", "dv")}
     for slab in slabs(p):
         at = (slab.batch, slab.head, slab.rows)
+        of_out = limit["out"][at]
         with np.errstate(all="ignore"):
-            _head(
-                slab,
-                model,
-                arriving,
-                answer.enclosures["out"].mid[at],
-                limit["out"][at],
-                limit["lse"][at],
-                total,
-                sums,
-            )
+            if own:
+                exact = answer.enclosures["out"].mid[at]
+                _head(slab, model, arriving, exact, of_out, limit["lse"][at], total, sums)
+            else:
+                _taped(slab, model, arriving, of_out, total, sums)
     group = p.heads // p.heads_kv
     for n, x in total.items():
         if n in sums and group > 1:  # each head's part rounded, then added
@@ -89,6 +83,20 @@ def gradient_bounds(answer: Answer, model: Model, dout: Any, limit: dict[str, Fl
         x = x * (1 + form.unit_roundoff) + form.unit_roundoff * exact + floor(form, model)
         total[n] = x if model.subnormals else x + form.smallest_normal
     return total
+
+
+def _taped(slab: Slab, model: Model, arriving: Float, limit: Float, total: Any, sums: Any) -> None:
+    """Add what one head loses by the tape of its definition."""
+    at, keys = (slab.batch, slab.head, slab.rows), (slab.batch, slab.head_kv, slab.keys)
+    found = head_gradients(slab, model, arriving[at], arriving, limit)
+    total["dq"][at] = found["dq"][1]
+    for n in sums:
+        sums[n][keys] += found[n][0]
+        total[n][keys] += found[n][1]
+    if "dbias" in total:
+        size, lost_by = found["dbias"]
+        u = format_of(model.accumulator).unit_roundoff
+        spread(slab, total["dbias"], lost_by + model.depth(spread_over(slab)) * u * size)
 
 
 def _dtype(x: Any) -> str:

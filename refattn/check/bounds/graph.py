@@ -53,13 +53,13 @@ class Node:
         Of a mean: its denominator over the least that the denominator can be.
     log : array, optional
         Of what cannot be negative: the largest error of its logarithm.
-    relative : (n, 1) array
-        Of a product or sum: its own largest error over the sum of the terms' sizes.
+    relative, under : (n, 1) arrays
+        Of a product or sum: its own largest error over the sum of the terms' sizes; what underflow adds.
     """
 
     __slots__ = (
         "a", "amplify", "axes", "cast", "curve", "direct", "err", "flow", "links", "log", "marks", "relative", "seen",
-        "span", "spread", "uses", "var",
+        "span", "spread", "under", "uses", "var",
     )  # fmt: skip
 
     def __init__(
@@ -80,6 +80,7 @@ class Node:
         self.amplify: Any = None
         self.log: Any = None
         self.relative: Any = 0.0
+        self.under: Any = 0.0
         self.uses, self.spread, self.direct = 0, False, True
         self.flow: tuple[Any, Any] = (0.0, 0.0)
 

@@ -62,6 +62,9 @@ class Losses:
         self.weights: Lossy | None = None
         """What the values were last multiplied with."""
 
+        self.unsure: tuple[Mask, Mask] | None = None
+        """Where something was last asked to be above 0, and where that is not sure."""
+
     def times(self, n: Any) -> Any:
         """Return the largest relative error of n roundings one after another."""
         return np.expm1(np.asarray(n) * math.log1p(self.u))
@@ -74,6 +77,10 @@ class Losses:
         """Take in an option's matrix: rows are queries and columns keys unless there is one for all."""
         a = np.asarray(x, np.float64)
         return self.leaf(a, ("1" if a.shape[0] == 1 else "q", "1" if a.shape[1] == 1 else "k"))
+
+    def state(self, x: Any) -> Lossy:
+        """Take in the state that a recurrence starts from."""
+        return self.leaf(np.asarray(x, np.float64), ("d", "v"))
 
     def number(self, x: Any) -> float:
         """Take in a number."""
@@ -133,27 +140,30 @@ class Lossy:
         over_features = a.axes[1] not in ("q", "k")
         n = a.a.shape[1]
         if over_features:
-            relative = f.times(n + 2)
+            relative, under = f.times(n + 2), 0.0
             err, var = relative * size, f.cu * (f.model.depth(n) * walk + squares)
         else:
             steps, tiles = self._steps()
             relative = f.times(steps + tiles + 3)
-            err = relative * size + (steps + tiles + 3) * f.floor
+            under = (steps + tiles + 3) * f.floor
+            err = relative * size + under
             var = f.cu * (steps * walk + squares + tiles * walk) + (steps + tiles) * f.floor**2 / 3
         meet = _both(a.span, b.span, a.a.shape, b.a.shape)
         axes = (a.axes[0], b.axes[1])
         marks = a.marks & b.marks & {"positive"} | ({"raw"} if over_features else set())
         found = Node(y, axes, err + meet, var, Left(a, b.a), Right(b, a.a), marks=marks)
-        found.relative = relative
+        found.relative, found.under = relative, under
         found.seen = a.seen if b.axes[1] == "k" else None
-        if b.axes == ("k", "v") and axes[0] == "q":
-            f.weights = self
+        if not over_features:  # weights and their gradients are rounded to their type before they are multiplied
             lost = f.u_weights * (np.abs(a.a) + a.span)
             lost = lost + (f.floor_weights if a.seen is None else f.floor_weights * a.seen)
+            lost = np.broadcast_to(lost, a.a.shape)
+            found.span = found.span + lost @ (np.abs(b.a) + b.span)
+        if b.axes == ("k", "v") and axes[0] == "q":
+            f.weights = self
             var_cast = C * f.u_weights**2 * a.a**2 + f.floor_weights**2 / 3 * (1 if a.seen is None else a.seen)
             found.cast = (lost, var_cast)
             found.err = found.err + lost @ np.broadcast_to(b.span, b.a.shape)
-            found.span = found.span + lost @ (np.abs(b.a) + b.span)
             found.marks |= {"product"}
         return Lossy(f, found)
 
@@ -256,7 +266,9 @@ class Lossy:
             if "product" in self.node.marks and {"sum", "positive"} <= o.node.marks:
                 found = self._with(o, y, (1 / b, -y / b), marks={"mean", *(o.node.marks & {"more"})})
                 found.node.amplify = amplify
-                found.node.err = self.f.u * np.abs(y) + self.f.floor
+                # a kernel may divide the weights first: then products underflow at the output's size
+                found.node.err = self.f.u * np.abs(y) + self.f.floor + self.node.under
+                found.node.var = found.node.var + self.node.under * self.f.floor / 3
                 found.node.relative = self.node.relative + o.node.relative
                 return found
             by = np.minimum(amplify, 1e100) / b
@@ -273,6 +285,9 @@ class Lossy:
             np.where(keep, n.a, 0.0), n.axes, 0.0, 0.0, Scaled(n, keep.astype(np.float64), n.a.shape), marks=marks
         )
         found.seen = keep if n.axes[1] == "k" else None
+        if self.f.unsure is not None and mask is self.f.unsure[0]:
+            found.err = np.where(self.f.unsure[1], np.abs(n.a) + n.span, 0.0)
+            found.span = found.span + found.err
         return Lossy(self.f, found)
 
     def zeros(self) -> Lossy:
@@ -280,8 +295,10 @@ class Lossy:
         return Lossy(self.f, Node(np.zeros(self.shape), self.node.axes, 0.0, 0.0))
 
     def positive(self) -> Mask:
-        """Tell where an element is above 0."""
-        return np.asarray(self.a > 0)
+        """Tell where an element is above 0; what is kept there may be wrong where its error reaches 0."""
+        above = np.asarray(self.a > 0)
+        self.f.unsure = above, np.broadcast_to(self.node.span, self.shape) >= np.abs(self.a)
+        return above
 
     def _function(
         self, y: Float, slope: Float, curve: tuple[Any, Any], own: tuple[Any, Any], where: Mask | None, marks: Any = ()
@@ -331,11 +348,12 @@ class Lossy:
 
     def tanh(self) -> Lossy:
         """Hyperbolic tangent."""
-        y, span = np.asarray(np.tanh(self.a), np.float64), np.minimum(self.node.span, 300.0)
-        rest: Float = (1 - y * y) * (np.expm1(2 * span) - 2 * span) / 2
-        whole = _moves(np.tanh, self.a, span)
+        y, span = _tanh(self.a), np.minimum(self.node.span, 300.0)
+        slope = _slope_of_tanh(y)
+        rest = slope * (np.expm1(2 * span) - 2 * span) / 2
+        whole = _moves(_tanh, self.a, span)
         own = self._rounded(y, self.node.axes, np.abs(y) + whole, 2.0)
-        return self._function(y, np.asarray(1 - y * y), (whole, rest), own, None)
+        return self._function(y, slope, (whole, rest), own, None)
 
     def log(self) -> Lossy:
         """Natural logarithm."""
@@ -346,22 +364,16 @@ class Lossy:
             whole = whole if self.node.log is None else np.fmin(whole, self.node.log)
         # all exponentials may be off the same way
         var = f.cu * (1 + y * y) + ((f.u * f.exp) ** 2 if "positive" in self.node.marks else 0.0)
-        return self._function(
-            y,
-            1 / x,
-            (whole, np.maximum(whole - share, 0.0)),
-            (f.times(4) * (np.abs(y) + np.minimum(whole, 1e300) + 1), var),
-            None,
-        )
+        own = f.times(4) * (np.abs(y) + np.minimum(whole, 1e300) + 1), var
+        return self._function(y, 1 / x, (whole, np.maximum(whole - share, 0.0)), own, None)
 
     def relu(self) -> Lossy:
         """max(x, 0)."""
         up, span = self.a > 0, np.broadcast_to(self.node.span, self.shape)
         rest = np.maximum(span - np.abs(self.a), 0.0)  # the other side of 0
         own = np.zeros(self.shape), np.zeros(self.shape)
-        return self._function(
-            np.maximum(self.a, 0.0), up * 1.0, (np.where(up, span, rest), rest), own, None, {"positive"}
-        )
+        curve = np.where(up, span, rest), rest
+        return self._function(np.maximum(self.a, 0.0), up.astype(np.float64), curve, own, None, {"positive"})
 
     def power(self, p: int, where: Mask | None = None) -> Lossy:
         """x**p for p >= 1; 0 where `where` does not hold."""
@@ -398,6 +410,14 @@ def _factor(x: Any) -> Any:
 def _sigmoid(x: Float) -> Float:
     e = np.exp(-np.abs(x))
     return np.asarray(np.where(x >= 0, 1.0, e) / (1 + e))
+
+
+def _slope_of_tanh(y: Float) -> Float:
+    return np.asarray(1 - y * y, np.float64)
+
+
+def _tanh(x: Float) -> Float:
+    return np.asarray(np.tanh(x), np.float64)
 
 
 def _moves(function: Callable[[Float], Float], x: Float, span: Any) -> Float:

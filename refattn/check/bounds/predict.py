@@ -45,7 +45,7 @@ def predict(answer: Answer, model: Model, dout: Any, variance: dict[str, Float])
     variance : dict
         What is predicted of out and lse.
     """
-    p = answer.problem.to("numpy")
+    p = answer.call.to("numpy")
     names = [n for n in answer.enclosures if n in SOURCES and not model.operands]
     total = {n: np.zeros(answer.enclosures[n].mid.shape) for n in names}
     arriving = to_float64(dout)

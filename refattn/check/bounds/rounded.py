@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import FORMATS, Format, format_of
-from ...exact.slabs import slabs
+from ...exact.slabs import rows_of, slabs
 from ...problem import Problem
 from ...variants import variant_of
 from ..model import Model, inside_type
@@ -244,7 +244,7 @@ def simulate(
         )
         with np.errstate(all="ignore"):
             q, k, v = Rounded(f, take.q[rows], None), Rounded(f, take.k, None), Rounded(f, take.v, "value")
-            out, lse = variant_of(p.variant).define(q, k, v, slab.options(f, rows))
+            out, lse = rows_of(slab).define(q, k, v, slab.options(f, rows))
         at = slab.batch, slab.head, slab.rows.start + rows
         found["out"][at] = f.rounded(out.a, FORMATS[p.dtype])
         if lse is not None:

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...exact.driver import Answer, evaluate
+from ...exact.stream import STREAMED
 from ...problem import Problem
 from ...variants import variant_of
 from ..inputs.families import Case
 from ..model import Model
+from .choices import Either, either
 from .forward import forward
 from .gradients import gradient_bounds
 from .predict import predict
@@ -31,6 +33,14 @@ class Truth:
     answer: Answer
     allowed: dict[str, Float]
     variance: dict[str, Float]
+    either: Either | None = None
+
+    def for_result(self, got: dict[str, Any]) -> Truth:
+        """Return what to compare a kernel's result with: each row by the choice that it is nearest to."""
+        if self.either is None:
+            return self
+        wide = {n: np.asarray(x).astype(np.float64) for n, x in got.items()}
+        return Truth(*self.either.nearest(wide, self.answer, self.allowed, self.variance), self.either)
 
 
 def exact(problem: Problem, dout: Any = None) -> Answer:
@@ -49,10 +59,10 @@ def truth(problem: Problem, model: Model, dout: Any = None) -> Truth:
 def _with(answer: Answer, model: Model, dout: Any) -> Truth:
     allowed, variance = forward(answer, model)
     if dout is None:
-        return Truth(answer, allowed, variance)
+        return Truth(answer, allowed, variance, either(answer, model))
     limit = gradient_bounds(answer, model, dout, allowed)
-    softmax = variant_of(answer.problem.variant).has_lse
-    return Truth(answer, limit, predict(answer, model, dout, variance) if softmax else {})
+    known = variant_of(answer.call.variant).fused == STREAMED
+    return Truth(answer, limit, predict(answer, model, dout, variance) if known else {})
 
 
 @lru_cache(maxsize=4096)

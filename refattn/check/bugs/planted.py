@@ -13,7 +13,9 @@ from ...arrays import from_float64
 from ...dtypes import FORMATS
 from ...exact.driver import reference
 from ...exact.slabs import slabs
+from ...exact.stream import STREAMED
 from ...problem import Problem
+from ...variants import variant_of
 from ..call import Kernel
 from ..kernels.tiled import tiled
 
@@ -24,10 +26,12 @@ Pair = tuple[NDArray[Any], NDArray[Any] | None]
 
 def plain(problem: Problem) -> Any:
     """Return the right kernel that bugs are planted in: the tiled one, or any operator's definition in float32."""
-    if problem.variant == "softmax":
+    if variant_of(problem.variant).fused == STREAMED:
         return tiled(problem)
-    out = reference(problem, np.float64 if problem.dtype == "float64" else np.float32)["out"]
-    return from_float64(FORMATS[problem.dtype].round_array(out.astype(np.float64)), problem.dtype)
+    found = reference(problem, np.float64 if problem.dtype == "float64" else np.float32)
+    out = from_float64(FORMATS[problem.dtype].round_array(found["out"].astype(np.float64)), problem.dtype)
+    more = [found[n] for n in ("lse", "state") if n in found]
+    return (out, *more) if more else out
 
 
 def planted(name: str) -> Kernel:
@@ -67,11 +71,10 @@ def _keys_dropped(p: Problem, start: int) -> Problem:
 def _causal_off_by_one(p: Problem) -> Problem:
     if p.causal is None or p.cu_seqlens_q is not None or p.window is not None:
         return p
-    return (
-        _only(p.replace(causal=None), masks.sliding_window(p.n_q, p.n_k, None, 1, p.causal))
-        if "decay" not in p.options
-        else p
-    )
+    free = p.replace(causal=None)
+    if not variant_of(p.variant).takes(free):
+        return p
+    return _only(free, masks.sliding_window(p.n_q, p.n_k, None, 1, p.causal))
 
 
 def _corner_swapped(p: Problem) -> Problem:
@@ -81,8 +84,8 @@ def _corner_swapped(p: Problem) -> Problem:
 
 def _ignored(*names: str) -> Callable[[Problem], Problem]:
     def before(p: Problem) -> Problem:
-        keep = "causal" in names and p.options.get("decay") is not None
-        return p if keep else p.replace(**dict.fromkeys(names))
+        without = p.replace(**dict.fromkeys(names))
+        return without if variant_of(p.variant).takes(without) else p
 
     return before
 
@@ -174,7 +177,7 @@ def _cap_after_bias(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> 
 def _clamped(p: Problem) -> Problem:
     """Clamp scores at a sentinel of -1e4, as kernels do that mask with it: rows far below become uniform."""
     top = max((float(np.abs(slab.q @ slab.k.T * slab.plain().scale).max(initial=0)) for slab in slabs(p)), default=0.0)
-    return p.replace(scale=0.0) if top > 1e4 and p.variant == "softmax" else p
+    return p.replace(scale=0.0) if top > 1e4 and variant_of(p.variant).has_lse else p
 
 
 TILE = 64

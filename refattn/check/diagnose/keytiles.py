@@ -36,7 +36,7 @@ def weights_off(answer: Answer, got: NDArray[np.generic]) -> tuple[str, ...]:
     got : (b, h_q, n_q, d_v) array
         What the kernel returned.
     """
-    p, exact = answer.problem.to("numpy"), answer.enclosures["out"].mid
+    p, exact = answer.call.to("numpy"), answer.enclosures["out"].mid
     tiles = bands(p.n_k, MOST)
     gram, right, energy = np.zeros((len(tiles), len(tiles))), np.zeros(len(tiles)), 0.0
     x, shared = np.asarray(got).astype(np.float64), False

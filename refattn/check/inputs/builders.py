@@ -210,6 +210,11 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "softcap": _entry(lambda d: d.problem(q=3 * d.normal(1, 2, 37, 32), softcap=4.0), "softcap"),
         "softcap-bias": _entry(lambda d: d.problem(softcap=2.0, bias=3 * d.normal(1, 1, 37, 67)), "softcap", "bias"),
         "sink": _entry(lambda d: d.problem(sink=3 * d.normal(2)), "sink"),
+        # some keys count twice, some not at all
+        "weight": _entry(lambda d: d.problem(weight=d.rng.integers(0, 4, (1, 2, 37, 67)) * 1.0), "weight"),
+        "weight-for-all-rows": _entry(
+            lambda d: d.problem(b=2, weight=np.exp(d.normal(2, 1, 1, 67)), causal="bottom_right"), "weight", "causal"
+        ),
         "grouped-heads": _entry(lambda d: d.problem(h=6, h_kv=2)),
         # heads mapped right only where a group is as large as the number of key heads, or has three
         "grouped-heads-6-on-3": _entry(lambda d: d.problem(h=6, h_kv=3)),

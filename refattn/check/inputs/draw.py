@@ -58,9 +58,11 @@ class Draw:
         k = self.normal(b, h_kv, n_k, d) if k is None else k
         v = self.normal(b, h_kv, n_k, d if d_v is None else d_v) if v is None else v
         wide = np.float64 if self.form.precision == 53 else np.float32
-        for name in ("bias", "sink"):
+        for name in ("bias", "sink", "weight", "state"):
             if more.get(name) is not None:
                 more[name] = np.asarray(more[name], wide)
+        if more.get("weight") is not None:
+            more["weight"] = from_float64(self.form.round_array(more["weight"].astype(np.float64)), self.form.name)
         if more.get("bias") is not None and self.form.infinities:  # a format without -inf has float32 biases
             more["bias"] = from_float64(self.form.round_array(more["bias"].astype(np.float64)), self.form.name)
         return Problem(self.tensor(q), self.tensor(k), self.tensor(v), variant=self.variant, **more)

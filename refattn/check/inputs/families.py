@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from ...variants import variant_of
 from .builders import BUILDERS, Build
 from .draw import Draw
 
-__all__ = ["BUDGETS", "FAMILIES", "QUICK", "Case", "cases"]
+__all__ = ["BUDGETS", "FAMILIES", "Case", "cases"]
 
 FAMILIES = {
     "gaussian": "plain random data through every option: a flag ignored, a head or a broadcast axis mapped wrongly",
@@ -68,7 +70,7 @@ class Case:
     @property
     def backward(self) -> bool:
         """Tell whether its gradient can be asked for: finite in sight of every query, and dout·v within the type."""
-        return self.variant == "softmax" and f"{self.family}/{self.label}" not in FORWARD_ONLY
+        return f"{self.family}/{self.label}" not in FORWARD_ONLY
 
     def arriving(self, dtype: str) -> NDArray[Any]:
         """Return a gradient arriving at out, (b, h_q, n_q, d_v); the same every time."""
@@ -89,30 +91,6 @@ class Case:
 BUDGETS = ("quick", "ci", "nightly")
 """How much to run: a few cases that catch nearly all planted bugs, every case, every case in several draws."""
 NIGHTLY_DRAWS = 8
-QUICK = frozenset(
-    {
-        "empty/rows-allowed",
-        "gaussian/bias-for-all-rows",
-        "gaussian/dim-40",
-        "gaussian/everything",
-        "gaussian/softcap-bias",
-        "gaussian/window-both-sides-top-left",
-        "gaussian/window-lengths-differ",
-        "poison/key-behind-mask",
-        "poison/key-seen-by-some",
-        "poison/value-seen-by-some",
-        "ragged/keys-past-16-bits",
-        "ragged/no-keys",
-        "ragged/no-queries",
-        "ragged/packed-ends",
-        "ragged/rows-past-16-bits",
-        "shifted/below-sentinels-causal",
-        "shifted/large-sink",
-        "shifted/small",
-        "sparse/scale-zero",
-    }
-)
-"""The cases of the quick budget (a greedy cover of what the planted bugs fail, each bug twice where it can be)."""
 
 
 def cases(variant: str, budget: str = "ci") -> list[Case]:
@@ -134,7 +112,8 @@ def cases(variant: str, budget: str = "ci") -> list[Case]:
         raise InvalidInput(f"budget: got {budget!r}, expected one of {', '.join(BUDGETS)}")
     known = _cases(variant)
     if budget == "quick":
-        return [c for c in known if c.name in QUICK or c.variant != "softmax"]
+        quick = variant_of(variant).quick
+        return [c for c in known if not quick or c.name in quick]
     return [replace(c, draw=i) for i in range(NIGHTLY_DRAWS) for c in known] if budget == "nightly" else known
 
 
@@ -145,25 +124,22 @@ def _cases(variant: str) -> list[Case]:
         for label, (build, needs, dtypes) in BUILDERS[family].items():
             if needs <= v.uses:
                 found.append(Case(family, label, variant, build, dtypes))
-    if variant == "linear":
-        found += [
-            Case("gaussian", f"feature-{f}", variant, _with(feature=f, normalize=f != "identity"))
-            for f in ("identity", "relu", "exp")
-        ]
-        found.append(
-            Case(
-                "gaussian",
-                "decay",
-                variant,
-                _with(causal="bottom_right", feature="identity", normalize=False, decay=(0.03, 0.4)),
-            )
-        )
-    if variant == "power":
-        found += [Case("gaussian", f"form-{f}", variant, _with(form=f, p=p)) for f, p in (("stable", 6), ("mean", 2))]
-    if variant == "sigmoid":
-        found.append(Case("gaussian", "offset", variant, _with(offset=-1.5)))
-    return found
+    found = [c for c in found if _fits(c)]
+    return found + [Case("gaussian", label, variant, _own(settings)) for label, settings in v.cases.items()]
 
 
-def _with(causal: str | None = None, **options: Any) -> Build:
-    return lambda draw: draw.problem(causal=causal, options=options)
+@lru_cache(maxsize=4096)
+def _fits(case: Case) -> bool:
+    """Tell whether an operator takes a case at all: some have no masks, some need as many keys as queries."""
+    return variant_of(case.variant).takes(case.problem(case.dtypes[0] if case.dtypes else "float32"))
+
+
+def _own(settings: Mapping[str, Any]) -> Build:
+    def build(d: Draw) -> Problem:
+        more = dict(settings)
+        if more.pop("state", False):
+            h, width = more.get("h", 2), more.get("d", 32)
+            more["state"] = d.normal(more.get("b", 1), h, width, more.get("d_v", width))
+        return d.problem(**more)
+
+    return build

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ...arrays import from_float64, to_float64
 from ...dtypes import FORMATS
 from ...errors import UnsupportedProblem
-from ...problem import Problem
+from ...problem import VARIANT, Problem
 
 __all__ = ["gradients", "tiled"]
 
@@ -108,6 +108,7 @@ def _split(c: _Call, b: int, h: int, i: slice, split: slice, seq: tuple[slice, s
         top = np.maximum(m, s.max(1))
         shift = np.where(np.isneginf(top), 0, top)
         p = np.exp(s - shift[:, None])
+        p = c.weighted(p, b, h, i, j)
         kept = z * np.exp(m - shift)
         z = kept + p.sum(1)
         m = top
@@ -126,6 +127,7 @@ def _backward(
     for j in c.key_tiles(seq[1]):
         s, slope = c.scores(b, h, i, j, seq)
         p = np.exp(s - safe[:, None])
+        p = c.weighted(p, b, h, i, j)
         dp = dout @ c.v[b, hk, j].T
         ds = p * (dp - delta[:, None])
         total["dv"][b, hk, j] += c.rounded(p).T @ dout
@@ -142,8 +144,8 @@ class _Call:
     """One call's operands in the type that is computed in, and its index arithmetic."""
 
     def __init__(self, problem: Problem, keys: int) -> None:
-        if problem.variant != "softmax":
-            raise UnsupportedProblem(f"variant: the tiled kernel computes softmax, not {problem.variant}")
+        if problem.variant != VARIANT:
+            raise UnsupportedProblem(f"variant: the tiled kernel computes {VARIANT}, not {problem.variant}")
         self.problem = p = problem.to("numpy")
         self.kind = np.dtype(np.float64 if p.dtype == "float64" else np.float32)
         self.keys = keys
@@ -151,7 +153,8 @@ class _Call:
         self.q, self.k, self.values = (to_float64(x).astype(self.kind) for x in (p.query, p.key, p.value))
         # what no row sees may be anything: it must not meet a weight of 0
         self.v, self.finite_k = (np.where(np.isfinite(x), x, 0) for x in (self.values, self.k))
-        self.sink, self.bias = (None if x is None else to_float64(x).astype(self.kind) for x in (p.sink, p.bias))
+        extra = (None if x is None else to_float64(x).astype(self.kind) for x in (p.sink, p.bias, p.weight))
+        self.sink, self.bias, self.weight = extra
 
     def head_kv(self, h: int) -> int:
         """Return the key head of a query head."""
@@ -196,6 +199,8 @@ class _Call:
             seen &= self.block(p.allowed, b, h, i, j)
         if self.bias is not None:
             seen &= ~np.isneginf(self.block(self.bias, b, h, i, j))
+        if self.weight is not None:
+            seen &= self.block(self.weight, b, h, i, j) != 0
         return seen
 
     def scores(self, b: int, h: int, i: slice, j: slice, seq: tuple[slice, slice]) -> tuple[Array, Array | int]:
@@ -209,6 +214,10 @@ class _Call:
         if self.bias is not None:
             s = s + self.block(self.bias, b, h, i, j)
         return np.where(self.seen(b, h, i, j, seq), s, -np.inf).astype(self.kind), slope
+
+    def weighted(self, p: Array, b: int, h: int, i: slice, j: slice) -> Array:
+        """Return a tile of exponentials times how often each key counts."""
+        return p if self.weight is None else p * self.block(self.weight, b, h, i, j)
 
     def block(self, x: Array, b: int, h: int, i: slice, j: slice) -> Array:
         """Return a tile of an array that broadcasts to (b, h, n_q, n_k)."""

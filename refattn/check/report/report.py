@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+from ...problem import VARIANT
 from ..compare import Worst
 
 __all__ = ["Check", "Report", "junit", "machine", "summary", "versions"]
@@ -120,7 +121,7 @@ class Report:
 
     def command(self, check: Check) -> str:
         """Return the command that repeats one check."""
-        more = "" if self.variant == "softmax" else f" --variant {self.variant}"
+        more = "" if self.variant == VARIANT else f" --variant {self.variant}"
         return f"refattn check {shlex.quote(self.kernel)}{more} --only {shlex.quote(check.name)}"
 
     def describe(self, check: Check) -> str:

@@ -1,0 +1,142 @@
+"""Rows whose choice a kernel's own rounding can turn: they are judged by every choice that it may make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import combinations, islice
+from math import comb
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...exact.driver import Answer, evaluate
+from ...exact.enclosure import Enclosure
+from ...exact.lowering import candidates, scores_of
+from ...exact.slabs import Slab, slabs
+from ...exact.tiers import Tier
+from ...variants import Choices, Selected, variant_of
+from ..model import Model
+from .forward import forward
+from .losses import Losses
+from .operands import Operands
+
+__all__ = ["Either", "either"]
+
+Float = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+MOST = 64
+"""Choices of one row that are tried; a row with more of them is judged by these."""
+
+
+@dataclass(frozen=True)
+class Either:
+    """The answers of a call under other choices than the exact one.
+
+    Attributes
+    ----------
+    rows : (b, h_q, n_q) integer array
+        How many other choices a kernel may make in each row.
+    answers : tuple of (Answer, bounds, variances)
+        The first other choice of all rows that have one, the second, and so on.
+    """
+
+    rows: NDArray[np.int64]
+    answers: tuple[tuple[Answer, dict[str, Float], dict[str, Float]], ...]
+
+    def nearest(
+        self, got: dict[str, Float], answer: Answer, allowed: dict[str, Float], variance: dict[str, Float]
+    ) -> tuple[Answer, dict[str, Float], dict[str, Float]]:
+        """Return the exact answer, bounds and variances with each row by the choice that a kernel's row is nearest to.
+
+        Parameters
+        ----------
+        got : dict
+            The kernel's "out" and, where it returns one, "lse", as float64.
+        answer, allowed, variance
+            By the exact choice.
+        """
+        found = {n: Enclosure(*(x.copy() for x in (e.mid, e.tail, e.radius))) for n, e in answer.enclosures.items()}
+        allowed, variance = ({n: x.copy() for n, x in y.items()} for y in (allowed, variance))
+        best = _distance(got["out"], answer, allowed)
+        for i, (other, limit, spread) in enumerate(self.answers):
+            ratio = _distance(got["out"], other, limit)
+            nearer = (self.rows > i) & (ratio < best)
+            best = np.where(nearer, ratio, best)
+            for n in set(found) & set(limit):
+                for part in ("mid", "tail", "radius"):
+                    getattr(found[n], part)[nearer] = getattr(other.enclosures[n], part)[nearer]
+                allowed[n][nearer] = limit[n][nearer]
+                if n in variance and n in spread:
+                    variance[n][nearer] = spread[n][nearer]
+        return replace(answer, enclosures=found), allowed, variance
+
+
+def _distance(got: Float, answer: Answer, limit: dict[str, Float]) -> Float:
+    with np.errstate(all="ignore"):
+        ratio = answer.enclosures["out"].error(got) / limit["out"]
+    return np.asarray(np.where(np.isnan(ratio), np.inf, ratio).max(-1, initial=0.0))
+
+
+def either(answer: Answer, model: Model) -> Either | None:
+    """Return what else a kernel of a model may choose; None where its rounding can turn no choice.
+
+    Parameters
+    ----------
+    answer : Answer
+        Of an operator of the shape ``Selected``.
+    model : Model
+        How the kernel rounds: its scores are off by what the arithmetic of losses says of their text.
+    """
+    shape, core = variant_of(answer.problem.variant).shape, answer.core
+    if not isinstance(shape, Selected) or core is None:
+        return None
+    rows = np.zeros(answer.problem.out_shape[:3], np.int64)
+    others: list[Mask] = []
+    for slab in slabs(answer.problem):
+        c = candidates(slab, shape)
+        for i, choices in _unsure(slab, shape, c, model):
+            at = (slab.batch, slab.head, slab.rows.start + i)
+            exact = core.allowed[at]
+            masks = [((c.must[i] | taken) @ c.members) for taken in choices]
+            masks = [m for m in masks if (m != exact).any()]
+            rows[at] = len(masks)
+            for k, mask in enumerate(masks):
+                if k == len(others):
+                    others.append(np.array(core.allowed, copy=True))
+                others[k][at] = mask
+    if not others:
+        return None
+    found = []
+    for allowed in others:
+        other = evaluate(core.replace(allowed=allowed), rounding="float64")
+        found.append((other, *forward(other, model)))
+    return Either(rows, tuple(found))
+
+
+def _unsure(slab: Slab, shape: Selected, c: Choices, model: Model) -> list[tuple[int, list[Mask]]]:
+    """Return the rows in which errors can turn the choice, each with the choices that it may make."""
+    f, lost = Losses(model, len(slab.k)), Operands.of(slab, model)
+    q, k = f.leaf(slab.q, ("q", "d"), lost.q), f.leaf(slab.k, ("k", "d"), lost.k)
+    node: Any = scores_of(slab, shape, c, f, q, k).node
+    s = scores_of(slab, shape, c, Tier(1)).h
+    e = np.broadcast_to(node.span, s.shape)
+    found = []
+    for i in np.nonzero(slab.live & (c.may.sum(1) > c.count))[0].tolist():
+        at = np.nonzero(c.may[i])[0]
+        low, high = s[i, at] - e[i, at], s[i, at] + e[i, at]
+        above = (high[None, :] >= low[:, None]).sum(1) - 1  # how many others may be ahead
+        surely_above = (low[None, :] > high[:, None]).sum(1)
+        sure, out = above < c.count, surely_above >= c.count
+        open_ = at[~sure & ~out]
+        take = c.count - int(sure.sum())
+        if not 0 < take < len(open_) or comb(len(open_), take) < 2:
+            continue
+        masks = []
+        for chosen in islice(combinations(open_, take), MOST):
+            mask = np.zeros(len(c.members), bool)
+            mask[at[sure]] = True
+            mask[list(chosen)] = True
+            masks.append(mask)
+        found.append((i, masks))
+    return found

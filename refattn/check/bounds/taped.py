@@ -1,0 +1,64 @@
+"""Bounds of any operator's gradients: the tape of its definition over the arithmetic of losses.
+
+Errors are taken on and never back, so nothing cancels: wider than softmax's own (``gradients.py``), at the cost of one
+backward pass. A kernel may take its stored output for what the definition gives, so that rounding counts, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...exact.slabs import Slab, rows_of
+from ...exact.tape import Tape, gradients
+from ..model import Model
+from .losses import Losses, Lossy
+from .operands import Operands, lost
+
+__all__ = ["head_gradients"]
+
+Float = NDArray[np.float64]
+
+
+def head_gradients(
+    slab: Slab, model: Model, dout: Float, arriving: Any, limit: Float
+) -> dict[str, tuple[Float, Float]]:
+    """Return the sizes and the largest errors of one head's gradients, in all but the results' own roundings.
+
+    Parameters
+    ----------
+    slab : Slab
+        The head.
+    model : Model
+        The kernel's rounding model.
+    dout : (n_q, d_v) array
+        The gradient arriving at it.
+    arriving : array
+        All of it: what its scale is made from.
+    limit : (n_q, d_v) array
+        What out may be off by.
+
+    Returns
+    -------
+    dict
+        By gradient "dq", "dk", "dv", "dbias": size and largest error.
+    """
+    f, off = Losses(model, slab.k.shape[0]), Operands.of(slab, model)
+    q = f.leaf(slab.q, ("q", "d"), off.q)
+    k, v = f.leaf(slab.k, ("k", "d"), off.k), f.leaf(slab.v, ("k", "v"), off.v)
+    leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
+    o = slab.options(f)
+    if o.bias is not None:
+        leaves["dbias"] = Tape(o.bias)
+        o.bias = leaves["dbias"]
+    with np.errstate(all="ignore"):
+        out, _ = rows_of(slab).define(leaves["dq"], leaves["dk"], leaves["dv"], o)
+        out.value.node.span = out.value.node.span + np.nan_to_num(limit, nan=np.inf)
+        seed = f.leaf(dout, ("q", "v"), lost(dout, arriving, model))
+        grads: list[Lossy] = gradients([out], [seed], list(leaves.values()))
+    return {
+        n: (np.abs(g.a), np.nan_to_num(np.broadcast_to(g.node.span, g.a.shape), nan=np.inf))
+        for n, g in zip(leaves, grads, strict=True)
+    }

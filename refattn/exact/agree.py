@@ -1,0 +1,88 @@
+"""Whether two ways of writing an operator agree: equal images in a prime field, balls that meet; no tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace as replaced
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UnsupportedProblem
+from ..problem import Problem
+from ..variants import VARIANTS, Variant, variant_of
+from ..variants.variant import shape_of
+from .arithmetics import Balls
+from .field import Field
+from .lowering import lower
+from .run import Work
+
+__all__ = ["differing_form", "under"]
+
+BITS = 192
+
+
+def differing_form(problem: Problem) -> str:
+    """Return which form of a call's operator gives something else than its definition, and where; "" where none does.
+
+    Images in a field of about 2**127 elements are equal by chance once in so many; where a definition has none (a
+    maximum, say), its balls at 192 bits must meet.
+
+    Parameters
+    ----------
+    problem : Problem
+        A small call: every number is computed exactly.
+    """
+    variant = variant_of(problem.variant)
+    for name, form in variant.forms.items():
+        other = replaced(variant, name=f"{variant.name}/{name}", define=shape_of(form), forms={})
+        with under(other):
+            moved = problem.replace(variant=other.name)
+            for array, same in _compared(problem, moved):
+                if not same.all():
+                    at = tuple(int(i) for i in np.argwhere(~same)[0])
+                    return f"form {name!r} differs in {array} at {at} ({int((~same).sum())} of {same.size} elements)"
+    return ""
+
+
+class under:
+    """A context in which one more operator is known."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
+
+    def __enter__(self) -> Variant:
+        VARIANTS[self.variant.name] = self.variant
+        return self.variant
+
+    def __exit__(self, *error: object) -> None:
+        del VARIANTS[self.variant.name]
+
+
+def _compared(a: Problem, b: Problem) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Yield by array where two calls agree."""
+    works = [Work(lower(p).problem) for p in (a, b)]
+    try:
+        f = Field(a.d_k)
+        x, y = (w.run(f) for w in works)
+        for n in sorted(set(x) & set(y) - {"lse"}):
+            yield n, np.asarray(_images(x[n], f) == _images(y[n], f)).astype(bool)
+    except (UnsupportedProblem, ZeroDivisionError):
+        pass
+    balls = Balls(BITS)
+    with balls.working():
+        x, y = (w.run(balls) for w in works)
+        for n in sorted(set(x) & set(y)):
+            pairs = zip(x[n].ravel(), y[n].ravel(), strict=True)
+            yield n, np.array([_meet(p, q) for p, q in pairs], bool).reshape(x[n].shape)
+
+
+def _images(x: NDArray[Any], f: Field) -> NDArray[Any]:
+    return np.array([z if isinstance(z, float) else int(z) % f.p for z in x.ravel()], object).reshape(x.shape)
+
+
+def _meet(x: Any, y: Any) -> bool:
+    if isinstance(x, float | int) or isinstance(y, float | int):
+        return bool(x == y) or (x != x and y != y)
+    return bool(x.overlaps(y)) or not (x.is_finite() or y.is_finite())

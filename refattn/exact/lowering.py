@@ -1,0 +1,146 @@
+"""Operators that are another operator's call: masks written out, and choices made exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidProblem
+from ..problem import VARIANT, Problem
+from ..variants import Choices, Lowered, Selected, variant_of
+from .arithmetics import Balls
+from .field import Field
+from .slabs import Slab, matrix_of, slabs
+from .tiers import Tier
+
+__all__ = ["Lowering", "candidates", "lower", "scores_of"]
+
+Float = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+LADDER = (256, 1024, 4096)  # bits at which scores that enclosures cannot tell apart are looked at again
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """The call that is evaluated, and each row's margin where keys were chosen by scores, (b, h_q, n_q)."""
+
+    problem: Problem
+    margins: Float | None = None
+
+
+def lower(problem: Problem) -> Lowering:
+    """Return the call that an operator is another way of writing: itself for a definition of rows or steps.
+
+    Raises
+    ------
+    InvalidProblem, UnsupportedProblem
+        The call does not fit its operator.
+    """
+    variant = variant_of(problem.variant)
+    settings, shape = variant.settings(problem), variant.shape
+    if isinstance(shape, Lowered):
+        core = shape.lower(problem.to("numpy"), SimpleNamespace(**settings))
+        return lower(core) if core.variant != problem.variant else Lowering(core)
+    return _selected(problem, shape) if isinstance(shape, Selected) else Lowering(problem)
+
+
+def _selected(problem: Problem, shape: Selected) -> Lowering:
+    p = problem.to("numpy")
+    full = (*p.out_shape[:3], p.n_k)
+    seen, margins = np.zeros(full, bool), np.full(full[:3], np.inf)
+    for slab in slabs(p):
+        at = (slab.batch, slab.head, slab.rows)
+        c = candidates(slab, shape)
+        taken, margins[at] = _chosen(slab, shape, c)
+        seen[at] = taken @ c.members
+    return Lowering(p.replace(variant=VARIANT, options={}, allowed=seen), margins)
+
+
+def candidates(slab: Slab, shape: Selected) -> Choices:
+    """Return what the rows of one head choose among, checked.
+
+    Raises
+    ------
+    InvalidProblem
+        The operator's choices do not fit the call.
+    """
+    n_q, n_k = len(slab.q), len(slab.k)
+    own = variant_of(slab.problem.variant).settings(slab.problem)
+    c = shape.choices(n_q, n_k, SimpleNamespace(**own))
+    m = len(c.members)
+    if c.members.shape != (m, n_k) or c.may.shape != (n_q, m) or c.must.shape != (n_q, m):
+        raise InvalidProblem(
+            f"choices: got members {c.members.shape}, may {c.may.shape} and must {c.must.shape}, expected "
+            f"({m}, {n_k}), ({n_q}, {m}) twice"
+        )
+    if c.count < 0 or (c.may & c.must).any() or not c.members.any(1).all():
+        raise InvalidProblem("choices: count is below 0, a candidate is both chosen from and taken, or one has no key")
+    return c
+
+
+def scores_of(slab: Slab, shape: Selected, c: Choices, f: Any, q: Any = None, k: Any = None) -> Any:
+    """Return the scores of all candidates over an arithmetic, (n_q, m)."""
+    o = slab.options(f)
+    o.members = matrix_of(f, c.members.astype(np.float64))
+    o.sizes = matrix_of(f, c.members.sum(1, keepdims=True).astype(np.float64))
+    q, k = (matrix_of(f, x) if y is None else y for x, y in ((slab.q, q), (slab.k, k)))
+    with np.errstate(all="ignore"):
+        return shape.scores(q, k, o)
+
+
+def _chosen(slab: Slab, shape: Selected, c: Choices) -> tuple[Mask, Float]:
+    """Return what each row takes, (n_q, m), and its margin."""
+    s = scores_of(slab, shape, c, Tier(1))
+    mid, radius = np.where(c.may, s.h, -np.inf), np.broadcast_to(np.abs(s.l) + s.r, s.h.shape)
+    taken, margins = c.must.copy(), np.full(len(mid), np.inf)
+    order = np.argsort(-mid, axis=1, kind="stable")
+    free = c.may.sum(1) > c.count
+    taken |= c.may & ~free[:, None]
+    if c.count == 0 or not free.any():
+        return taken if c.count else c.must.copy(), margins
+    rows = np.nonzero(free)[0]
+    for i in rows.tolist():
+        inside, outside = order[i, : c.count], order[i, c.count : c.may[i].sum()]
+        low, high = (mid[i] - radius[i])[inside].min(), (mid[i] + radius[i])[outside].max()
+        if not low > high:
+            inside, margins[i] = _decided(slab, shape, c, i)
+        else:
+            margins[i] = mid[i, inside].min() - mid[i, outside].max()
+        taken[i, inside] = True
+    return taken, margins
+
+
+def _decided(slab: Slab, shape: Selected, c: Choices, row: int) -> tuple[NDArray[np.intp], float]:
+    """Choose for one row whose scores lie close: by more bits, and by the prime field where they are equal."""
+    at = np.nonzero(c.may[row])[0]
+    image = scores_of(slab, shape, c, Field(slab.q.shape[1])).image[row]
+    for bits in LADDER:
+        balls = Balls(bits)
+        with balls.working():
+            s = scores_of(slab, shape, c, balls).a[row]
+            order = sorted(at, key=lambda j: (-float(s[j].mid()), j))
+            order = _sorted_exactly(order, s)
+            last, first = order[c.count - 1], order[c.count]
+            tied = [j for j in at if image[j] == image[last]]
+            apart = all(not s[j].overlaps(s[last]) for j in at if j not in tied)
+            if apart:
+                above = [j for j in at if j not in tied and s[j] > s[last]]
+                inside = above + sorted(tied)[: c.count - len(above)]
+                margin = 0.0 if image[first] == image[last] else float((s[last] - s[first]).mid())
+                return np.array(inside), margin
+    raise InvalidProblem(f"scores: two candidates of row {row} differ by less than {LADDER[-1]} bits can tell")
+
+
+def _sorted_exactly(order: list[Any], s: Any) -> list[Any]:
+    """Sort by the midpoints themselves, which float64 may round together; equal ones by index."""
+    from functools import cmp_to_key
+
+    def compare(i: Any, j: Any) -> int:
+        gap = s[i].mid() - s[j].mid()
+        return -1 if gap > 0 else 1 if gap < 0 else int(i) - int(j)
+
+    return sorted(order, key=cmp_to_key(compare))

@@ -1,0 +1,52 @@
+"""A recurrence over any arithmetic, one token after another, and its gradients through time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..variants import Steps
+from .slabs import Slab, matrix_of, numbers_of
+from .tape import Tape, gradients
+
+__all__ = ["by_steps"]
+
+
+def by_steps(slab: Slab, f: Any, shape: Steps, dout: NDArray[np.float64] | None) -> dict[str, NDArray[Any]]:
+    """Return the arithmetic's numbers of a head's out and last state, and with `dout` of dq, dk and dv.
+
+    Parameters
+    ----------
+    slab : Slab
+        The head.
+    f : arithmetic
+        What to count in.
+    shape : Steps
+        The recurrence.
+    dout : (b, h_q, n_q, d_v) float64, optional
+        The gradient arriving at out.
+    """
+    o, taped = slab.options(f), dout is not None
+    with np.errstate(all="ignore"):
+        shape.prepare(o)
+        state = matrix_of(f, np.zeros((slab.q.shape[1], slab.v.shape[1]))) if o.state is None else o.state
+        tokens = [[matrix_of(f, x[t : t + 1]) for x in (slab.q, slab.k, slab.v)] for t in range(len(slab.q))]
+        if taped:
+            state, tokens = Tape(state), [[Tape(x) for x in token] for token in tokens]
+        outs = []
+        for q, k, v in tokens:
+            state, out = shape.step(state, q, k, v, o)
+            outs.append(out)
+        if not taped:
+            return {"out": _stacked(outs), "state": numbers_of(state)}
+        arriving = dout[slab.batch, slab.head, slab.rows]  # type: ignore[index]
+        seeds = [matrix_of(f, arriving[t : t + 1]) for t in range(len(outs))]
+        grads = gradients(outs, seeds, [x for token in tokens for x in token])
+    by = {n: _stacked(grads[i::3]) for i, n in enumerate(("dq", "dk", "dv"))}
+    return {"out": _stacked([x.value for x in outs]), "state": numbers_of(state.value), **by}
+
+
+def _stacked(rows: list[Any]) -> NDArray[Any]:
+    return np.concatenate([numbers_of(x) for x in rows])

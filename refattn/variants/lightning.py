@@ -1,0 +1,83 @@
+"""Lightning attention: a linear recurrence with a decay for each head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..problem import Problem
+from .option import Option, rate_per_head
+from .shapes import Steps
+from .variant import COMMON_BUGS, Variant
+
+__all__ = ["LIGHTNING"]
+
+
+def prepare(o: Any) -> None:
+    """Set the decay from one token to the next."""
+    o.fade = (o.one * -o.decay).exp()
+
+
+def step(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    """Take in one token: the state fades and gains k^T v, the query reads it."""
+    state = state * o.fade + k.T @ v
+    return state, q * o.scale @ state
+
+
+def dense(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
+    """Write the same with all tokens at once."""
+    w = (q @ k.T * o.scale) * (o.distance * -o.decay).exp()
+    out = w.where(o.allowed) @ v
+    return (out if o.state is None else out + (q * o.scale @ o.state) * (o.place * -o.decay).exp()), None
+
+
+def fits(p: Problem) -> str | None:
+    """Refuse calls that are no sequence of tokens."""
+    if p.causal is None:
+        return "causal: a recurrence sees no later token; set causal='bottom_right'"
+    if p.n_q != p.n_k:
+        return f"key: axis seq is {p.n_k}, expected query's {p.n_q}: each token brings a query, a key and a value"
+    return None
+
+
+def rates(heads: int) -> tuple[tuple[float, ...], ...]:
+    """Return decays to try."""
+    return tuple(tuple(r[i % 3] for i in range(heads)) for r in ((0.03, 0.4, 0.0), (0.0, 1.5, 0.1)))
+
+
+LIGHTNING = Variant(
+    name="lightning",
+    define=Steps(step, prepare),
+    forms={"dense": dense},
+    formula="S_t = exp(-decay) S_(t-1) + k_t^T v_t,  out_t = scale·q_t S_t;  S_0 = state, or 0",
+    unit="u · sum_j |w_ij v_jc|",
+    source="Qin et al., Lightning Attention-2, arXiv 2401.04658; the released lightning_attn/ops/torch/"
+    "linear_attention.py and TransNormerLLM's slopes were read: no scale, no denominator.",
+    uses=frozenset({"causal", "state"}),
+    options={"decay": Option((), "rate for each query head, in 1/position", rate_per_head, rates)},
+    laws=("determinism", "batch_independence", "batch_invariance", "values_doubled", "grouped_heads", "state_carried"),
+    bugs=tuple(n for n in COMMON_BUGS if n in ("zeroed_head", "wrong_scale", "heads_tiled", "value_of_next_key")),
+    families=("gaussian", "ragged", "peaked", "probe", "drift"),
+    contract=(
+        "scale None is 1: the paper has none.",
+        "A token's own key counts in full: the decay falls on the state before it.",
+        "The state is float32 or wider in a kernel of the flash models: what it loses is counted at every step.",
+    ),
+    default_scale="one",
+    cases={
+        "decay": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"decay": (0.03, 0.4)}},
+        "fast-decay": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"decay": (1.5, 0.0)}},
+        "one-token": {"n_q": 1, "n_k": 1, "causal": "bottom_right", "options": {"decay": (0.1, 0.2)}},
+        "grouped": {
+            "n_q": 37,
+            "n_k": 37,
+            "h": 4,
+            "h_kv": 2,
+            "causal": "bottom_right",
+            "options": {"decay": (0.0, 0.1, 0.2, 0.3)},
+        },
+        "state": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "options": {"decay": (0.1, 0.2)}, "state": True},
+    },
+    fits=fits,
+    always=frozenset({"causal_bottom_right"}),
+    never=frozenset({"lengths_differ", "no_rows_or_keys", "causal_top_left", "variable_lengths"}),
+)

@@ -1,0 +1,74 @@
+"""MoBA: softmax attention to a query's own block of keys and the earlier blocks whose mean key it scores highest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..problem import Problem
+from .option import Option, whole
+from .shapes import Choices, Selected
+from .variant import COMMON_BUGS, Variant
+
+__all__ = ["MOBA"]
+
+
+def scores(q: Any, k: Any, o: Any) -> Any:
+    """Return a query's product with the mean of each block's keys."""
+    return q @ ((o.members @ k) / o.sizes).T
+
+
+def choices(n_q: int, n_k: int, o: Any) -> Choices:
+    """Return which keys a block holds, and which blocks a row may and must take."""
+    block = np.arange(n_k) // o.block_size
+    own = (np.arange(n_q) + n_k - n_q)[:, None] // o.block_size
+    blocks = np.arange(-(-n_k // o.block_size))
+    return Choices(blocks[:, None] == block, blocks < own, blocks == own, o.topk - 1)
+
+
+def fits(p: Problem) -> str | None:
+    """Refuse calls in which a query has no block of its own."""
+    if p.cu_seqlens_q is not None:
+        return "cu_seqlens_q: blocks of packed sequences are not defined; pass one sequence at a time"
+    if p.causal != "bottom_right":
+        return "causal: blocks are chosen among earlier ones; set causal='bottom_right'"
+    if p.n_q > p.n_k:
+        return f"query: axis seq is {p.n_q}, expected at most key's {p.n_k}: each query stands at a key"
+    return None
+
+
+MOBA = Variant(
+    name="moba",
+    define=Selected(scores, choices, full={"topk": 2**31}),
+    formula="softmax attention to the keys of block(i) and of the topk - 1 earlier blocks b with the largest "
+    "q_i·mean(K_b)",
+    unit="u · sum_j p_ij |v_jc|",
+    source="Lu et al., MoBA, arXiv 2502.13189, eq. 4 to 6; the released moba_naive.py was read.",
+    uses=frozenset({"causal", "sink", "weight"}),
+    options={
+        "block_size": Option(64, "keys of a block; the last may be shorter", whole(1), (64, 8, 5)),
+        "topk": Option(3, "blocks of a row, its own counted", whole(1), (3, 1, 2)),
+    },
+    laws=("determinism", "grouped_heads", "batch_independence", "values_doubled", "full_budget_is_dense"),
+    bugs=tuple(n for n in COMMON_BUGS if n not in ("window_off_by_one", "window_ignored", "allowed_ignored",
+               "sequences_joined", "masked_value_read", "empty_row_nan", "causal_corner_swapped")),
+    contract=(
+        "A tie goes to the lower block.",
+        "Means are of the exact keys of a block, the ragged last one's of those that are there.",
+        "Where a kernel's own scores cannot tell two blocks apart, it may take either: the row is judged by both.",
+    ),
+    has_lse=True,
+    positive=True,
+    cases={
+        "blocks": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"block_size": 8, "topk": 3}},
+        "own-block-only": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"block_size": 16, "topk": 1}},
+        "more-than-there-are": {"n_q": 37, "n_k": 67, "causal": "bottom_right",
+                                "options": {"block_size": 16, "topk": 9}},
+        "ragged": {"n_q": 37, "n_k": 61, "h": 4, "h_kv": 2, "causal": "bottom_right",
+                   "options": {"block_size": 7, "topk": 2}},
+    },
+    fits=fits,
+    always=frozenset({"causal_bottom_right"}),
+    never=frozenset({"variable_lengths", "causal_top_left", "no_rows_or_keys"}),
+)  # fmt: skip

@@ -1,0 +1,110 @@
+"""An operator's own options: what they mean, what values they take, values to try."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "Option",
+    "above_zero",
+    "at_least_zero",
+    "boolean",
+    "even",
+    "finite",
+    "one_of",
+    "per_head",
+    "rate_per_head",
+    "whole",
+]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One of an operator's own options.
+
+    Attributes
+    ----------
+    default : Any
+        Its value where a call names none.
+    meaning : str
+        What it is, in a few words.
+    check : callable
+        ``check(value, heads)`` returns what was expected, or None where the value is good.
+    samples : tuple, or function from the number of query heads to a tuple
+        Values that tests draw, the simplest first.
+    needs : str
+        An option of Problem without which this one means nothing; "" where there is none.
+    """
+
+    default: Any
+    meaning: str
+    check: Callable[[Any, int], str | None]
+    samples: Any = ()
+    needs: str = ""
+
+    def draws(self, heads: int) -> tuple[Any, ...]:
+        """Return values to try, the default among them."""
+        found = tuple(self.samples(heads) if callable(self.samples) else self.samples)
+        return found if self.default in found else (self.default, *found)
+
+
+def _number(value: Any) -> bool:
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return real and math.isfinite(value)
+
+
+def finite(value: Any, heads: int) -> str | None:
+    """Check for a finite number or None."""
+    return None if value is None or _number(value) else "a finite number or None"
+
+
+def at_least_zero(value: Any, heads: int) -> str | None:
+    """Check for a finite number of at least 0."""
+    return None if _number(value) and value >= 0 else "a finite number of at least 0"
+
+
+def above_zero(value: Any, heads: int) -> str | None:
+    """Check for a finite number above 0."""
+    return None if _number(value) and value > 0 else "a finite number above 0"
+
+
+def boolean(value: Any, heads: int) -> str | None:
+    """Check for True or False."""
+    return None if isinstance(value, bool) else "True or False"
+
+
+def whole(least: int) -> Callable[[Any, int], str | None]:
+    """Check for an integer of at least `least`."""
+
+    def check(value: Any, heads: int) -> str | None:
+        ok = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least
+        return None if ok else f"an integer of at least {least}"
+
+    return check
+
+
+def even(value: Any, heads: int) -> str | None:
+    """Check for a positive even integer."""
+    ok = isinstance(value, int) and not isinstance(value, bool) and value > 0 and value % 2 == 0
+    return None if ok else "a positive even integer"
+
+
+def one_of(*names: str) -> Callable[[Any, int], str | None]:
+    """Check for one of some names."""
+    return lambda value, heads: None if value in names else f"one of {', '.join(names)}"
+
+
+def per_head(value: Any, heads: int) -> str | None:
+    """Check for None or a tuple with a finite number of at least 0 for each query head."""
+    return None if value is None else rate_per_head(value, heads, "None or ")
+
+
+def rate_per_head(value: Any, heads: int, other: str = "") -> str | None:
+    """Check for a tuple with a finite number of at least 0 for each query head."""
+    ok = isinstance(value, tuple) and len(value) == heads and all(_number(x) and x >= 0 for x in value)
+    return None if ok else f"{other}a tuple of {heads} finite numbers of at least 0, one for each query head"

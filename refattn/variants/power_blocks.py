@@ -1,0 +1,88 @@
+"""PowerAttention: softmax attention whose blocks of keys lie a power of two of blocks behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..problem import Problem
+from .option import Option, whole
+from .shapes import Lowered
+from .softmax import attention
+from .variant import COMMON_BUGS, COMMON_LAWS, Variant
+
+__all__ = ["POWER_BLOCKS", "block_mask"]
+
+
+def block_mask(n_q: int, n_k: int, block: int, window: int, sink: int) -> NDArray[np.bool_]:
+    """Return which keys a row's blocks hold, (n_q, n_k): 0 or a power of two of blocks behind, near ones, first ones.
+
+    Rows are aligned to the bottom right: the last query stands at the last key.
+    """
+    own, of_key = (np.arange(n_q) + n_k - n_q)[:, None] // block, np.arange(n_k)[None, :] // block
+    behind = own - of_key
+    keep: NDArray[np.bool_] = (behind & (behind - 1) == 0) | (behind < window) | (of_key < sink)
+    return keep & (behind >= 0)
+
+
+def lower(p: Problem, o: Any) -> Problem:
+    """Write the blocks out as a mask."""
+    mask = block_mask(p.n_q, p.n_k, o.block_size, o.window_blocks, o.sink_blocks)[None, None]
+    return p.replace(variant="softmax", options={}, allowed=mask if p.allowed is None else mask & p.allowed)
+
+
+def by_blocks(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    """Write the same as softmax over a mask that a loop over blocks makes."""
+    n_q, n_k = q.shape[0], k.shape[0]
+    seen = np.zeros((n_q, n_k), bool)
+    for i in range(n_q):
+        own = (i + n_k - n_q) // o.block_size
+        for b in range(own + 1):
+            near = own - b < o.window_blocks or b < o.sink_blocks
+            if near or own - b in (0, *(2**e for e in range(own.bit_length() + 1))):
+                seen[i, b * o.block_size : (b + 1) * o.block_size] = True
+    o.allowed = o.allowed & seen
+    return attention(q, k, v, o)
+
+
+def fits(p: Problem) -> str | None:
+    """Refuse calls without a place for every query."""
+    if p.cu_seqlens_q is not None:
+        return "cu_seqlens_q: blocks of packed sequences are not defined; pass one sequence at a time"
+    if p.n_q > p.n_k:
+        return f"query: axis seq is {p.n_q}, expected at most key's {p.n_k}: each query stands at a key"
+    if p.causal == "top_left" and p.n_q != p.n_k:
+        return "causal: blocks count from the bottom right; set causal='bottom_right'"
+    return None
+
+
+SIZES = {"block_size": 8, "window_blocks": 2, "sink_blocks": 1}
+POWER_BLOCKS = Variant(
+    name="power_blocks",
+    define=Lowered(lower),
+    forms={"by_blocks": by_blocks},
+    formula="softmax attention of row i in block a to the keys of blocks b with a - b = 0, 1, 2, 4, 8, ...,  "
+    "a - b < window_blocks,  or b < sink_blocks",
+    unit="u · sum_j p_ij |v_jc|",
+    source="PowerAttention, arXiv 2503.03588, section 3 and the README were read; no code was released.",
+    uses=frozenset({"causal", "softcap", "sink", "bias", "allowed", "weight"}),
+    options={
+        "block_size": Option(256, "keys of a block; the last may be shorter", whole(1), (256, 8, 1)),
+        "window_blocks": Option(5, "how many nearest blocks a row sees, its own counted", whole(0), (5, 2, 0)),
+        "sink_blocks": Option(1, "how many first blocks every row sees", whole(0), (1, 0, 2)),
+    },
+    laws=tuple(n for n in COMMON_LAWS if n != "key_permutation"),
+    bugs=COMMON_BUGS,
+    contract=("A row without any key gives out 0 and lse -inf.", "A row's own block is always among its blocks."),
+    has_lse=True,
+    positive=True,
+    cases={
+        "blocks": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": SIZES},
+        "blocks-of-one": {"n_q": 37, "n_k": 67, "options": {"block_size": 1, "window_blocks": 0, "sink_blocks": 0}},
+        "no-window": {"n_q": 131, "n_k": 131, "options": {**SIZES, "window_blocks": 0, "sink_blocks": 2}},
+    },
+    fits=fits,
+    never=frozenset({"variable_lengths", "causal_top_left", "window"}),
+)

@@ -1,0 +1,108 @@
+"""The four shapes that a definition can have: every operator is one of them, over any arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..problem import Problem
+
+__all__ = ["Choices", "Lowered", "Rows", "Selected", "Shape", "Steps"]
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One head's rows: ``define(q, k, v, o) -> (out, lse or None)``.
+
+    Attributes
+    ----------
+    define : callable
+        Over an arithmetic's matrices q (n_q, d_k), k (n_k, d_k), v (n_k, d_v) and the options o.
+    together : bool
+        Whether a row's output depends on other rows' queries: then a head is never taken in tiles of rows.
+    """
+
+    define: Callable[..., Any]
+    together: bool = False
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Another operator's call: ``lower(problem, o) -> Problem`` with the same tensors, such as a mask or weights more.
+
+    Attributes
+    ----------
+    lower : callable
+        Takes the call and its options (a namespace of the operator's own, defaults filled in).
+    """
+
+    lower: Callable[..., Problem]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a row may choose among.
+
+    Attributes
+    ----------
+    members : (m, n_k) bool array
+        Which keys each candidate stands for.
+    may : (n_q, m) bool array
+        Which candidates a row chooses from.
+    must : (n_q, m) bool array
+        Which it takes besides, whatever their scores.
+    count : int
+        How many it chooses; all of `may` where there are no more.
+    """
+
+    members: Mask
+    may: Mask
+    must: Mask
+    count: int
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A core call over what scores choose.
+
+    The scores run in enclosures and the choice is exact: a tie goes to the lower index, recognised in a prime field.
+
+    Attributes
+    ----------
+    scores : callable
+        ``scores(q, k, o) -> (n_q, m)`` over an arithmetic's matrices; `o` has ``members`` (m, n_k) of 0 and 1 and
+        ``sizes`` (m, 1), the number of keys of each candidate.
+    choices : callable
+        ``choices(n_q, n_k, o) -> Choices``.
+    full : mapping
+        Options under which everything is chosen, so that the operator is its core.
+    """
+
+    scores: Callable[..., Any]
+    choices: Callable[..., Choices]
+    full: Any
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A recurrence with an explicit state: ``step(state, q, k, v, o) -> (state, out)``, one token after another.
+
+    Attributes
+    ----------
+    step : callable
+        Over an arithmetic's matrices: state (d_k, d_v), q and k (1, d_k), v (1, d_v), out (1, d_v).
+    prepare : callable
+        ``prepare(o)`` sets on the options what does not change from token to token.
+    """
+
+    step: Callable[..., Any]
+    prepare: Callable[[Any], None]
+
+
+Shape = Rows | Lowered | Selected | Steps
