@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from refattn import Problem
+from refattn import VARIANTS, Problem
 from refattn.arrays import from_float64
 from refattn.dtypes import FORMATS
 
@@ -32,5 +32,21 @@ def make():
         h_kv = h if h_kv is None else h_kv
         shapes = ((b, h, n_q, d), (b, h_kv, n_k, d), (b, h_kv, n_k, d if d_v is None else d_v))
         return Problem(*(tensor(rng, s, dtype) for s in shapes), **more)
+
+    return maker
+
+
+@pytest.fixture
+def call_of(make):
+    """Return a maker of a small call that an operator takes, whichever it is: call_of(variant, ...) as make(...)."""
+
+    def maker(variant, n_q=5, n_k=7, d=8, **more):
+        v = VARIANTS[variant]
+        if "lengths_differ" in v.never:
+            n_q = n_k
+        if "causal_bottom_right" in v.always:
+            more.setdefault("causal", "bottom_right")
+        own = {n: o.draws(2)[1] for n, o in v.options.items() if o.check(o.default, 2) is not None}
+        return make(n_q, n_k, d, variant=variant, **({"options": own} if own else {}) | more)
 
     return maker

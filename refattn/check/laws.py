@@ -299,7 +299,7 @@ def _first_case() -> Callable[[Draw], Problem]:
 
     def build(d: Draw) -> Problem:
         v = variant_of(d.variant)
-        settings = dict(next(iter(v.cases.values())))
+        settings: dict[str, Any] = dict(next(iter(v.cases.values()), {}))
         if isinstance(v.shape, Selected):
             settings["options"] = {**settings.get("options", {}), **v.shape.full}
         return d.problem(**settings)

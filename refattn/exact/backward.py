@@ -147,16 +147,7 @@ class _Backward:
             step.row_sums(products, row_sums)
             for s in range(level + 1):
                 elementwise.accumulate(left_over, left_over_low, row_sums[:, s])
-            for (heads, tails), planes, total, total_low in (
-                (row.q, products, sums.dk, sums.dk_low),
-                (row.dout, weights, sums.dv, sums.dv_low),
-            ):
-                for t in range(level + 1):
-                    if t < level:
-                        pairs = [(heads[s], t - s) for s in range(t + 1)]
-                    else:
-                        pairs = [(tails[level - s], s) for s in range(level + 1)]
-                    _product(pairs, planes, total[:, keys], total_low[:, keys], step)
+            self._by_keys(row, weights, products, keys, sums, step)
             columns = weights[:, 0].T @ row.omega + 2.0**-self.width * row.omega.sum(0)
             sums.weights[keys] += columns[:, :3]
             by_z[keys] = columns[:, 3]
@@ -168,11 +159,29 @@ class _Backward:
         self.d[at], off = row.better_d(left_over, left_over_low, g_size, done)
         self.dq[at] = row.dq(dq, dq_low, g_size, off, done)
         sums.weights[:, 1] += off.max(initial=0.0) * by_z * UP
+        self._loses(row, sums, r)
+
+    def _by_keys(self, row: _Row, weights: Float, products: Float, keys: slice, sums: _Sums, step: Any) -> None:
+        """Add what these rows give to dk and dv of some keys, level by level."""
+        level = self.f.level
+        for (heads, tails), planes, total, total_low in (
+            (row.q, products, sums.dk, sums.dk_low),
+            (row.dout, weights, sums.dv, sums.dv_low),
+        ):
+            for t in range(level + 1):
+                if t < level:
+                    pairs = [(heads[s], t - s) for s in range(t + 1)]
+                else:
+                    pairs = [(tails[level - s], s) for s in range(level + 1)]
+                _product(pairs, planes, total[:, keys], total_low[:, keys], step)
+
+    def _loses(self, row: _Row, sums: _Sums, r: int) -> None:
+        """Add what the rounded level loses over these rows, by column: all but the first plane, which goes by key."""
+        level = self.f.level
         for (_, tails), lost, most in (
             (row.q, sums.lost_k, sums.most_k),
             (row.dout, sums.lost_v, sums.most_v),
         ):
-            # what the rounded level loses over these rows, by column: all but the first plane, which goes by key
             one = [np.abs(t).sum(1) * UP for t in tails]
             for s in range(1, level + 1):
                 lost += gamma(r + 2 * level + 6) * self.steps[s] * one[level - s] * UP

@@ -206,7 +206,7 @@ def evaluate(
 
 def reference(problem: Problem, dtype: Any = np.float64) -> dict[str, NDArray[Any]]:
     """Return the definition run in plain NumPy floating point, by name: what a careful user would write, no proof."""
-    return run(lower(problem).problem, Floats(dtype))
+    return run(problem, Floats(dtype))
 
 
 def _arriving(problem: Problem, dout: Any) -> NDArray[np.float64]:

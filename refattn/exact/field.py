@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UnsupportedProblem
+from .matrix import Reflected
 
 __all__ = ["Field", "FieldMatrix"]
 
@@ -104,7 +105,7 @@ class Field:
         return self._random(f"{label} {image}")
 
 
-class FieldMatrix:
+class FieldMatrix(Reflected):
     """A matrix over :class:`Field`: the images, and the exact numbers while the value is still in Q(√D)."""
 
     __slots__ = ("exact", "f", "image")
@@ -137,19 +138,23 @@ class FieldMatrix:
     def __matmul__(self, o: FieldMatrix) -> FieldMatrix:
         return self._product(o, np.matmul)
 
-    def __mul__(self, o: FieldMatrix) -> FieldMatrix:
+    def __mul__(self, o: Any) -> FieldMatrix:
+        o = self._taken(o)
         return self._product(o, np.multiply)
 
-    def __add__(self, o: FieldMatrix) -> FieldMatrix:
+    def __add__(self, o: Any) -> FieldMatrix:
+        o = self._taken(o)
         return self._combine(o, self.image + o.image, lambda a, b, c, e: (a + c, b + e))
 
-    def __sub__(self, o: FieldMatrix) -> FieldMatrix:
+    def __sub__(self, o: Any) -> FieldMatrix:
+        o = self._taken(o)
         return self._combine(o, self.image - o.image, lambda a, b, c, e: (a - c, b - e))
 
     def __neg__(self) -> FieldMatrix:
         return FieldMatrix(self.f, -self.image % self.f.p, self.exact and (-self.exact[0], -self.exact[1]))
 
-    def __truediv__(self, o: FieldMatrix) -> FieldMatrix:
+    def __truediv__(self, o: Any) -> FieldMatrix:
+        o = self._taken(o)
         if (o.image == 0).any():
             raise ZeroDivisionError
         inverse = self._each(o.image, lambda z: pow(int(z), -1, self.f.p))
@@ -166,6 +171,9 @@ class FieldMatrix:
         zero = flint.fmpq(0)
         exact = self.exact and (np.where(mask, self.exact[0], zero), np.where(mask, self.exact[1], zero))
         return FieldMatrix(self.f, np.where(mask, self.image, 0), exact)
+
+    def _taken(self, o: Any) -> FieldMatrix:
+        return o if isinstance(o, FieldMatrix) else self.f.number(o)
 
     def zeros(self) -> FieldMatrix:
         """Return zeros of the same shape."""

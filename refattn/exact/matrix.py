@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Arithmetic", "Matrix"]
+__all__ = ["Arithmetic", "Matrix", "Reflected"]
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -40,7 +40,25 @@ class Arithmetic(Protocol):
         """Return each row's largest absolute value where `where` holds (0 if none does), (n, 1)."""
 
 
-class Matrix:
+class Reflected:
+    """Operators with a plain number on the left, such as 1 / x, for matrices of any arithmetic."""
+
+    __slots__ = ()
+
+    def __radd__(self, o: Any) -> Any:
+        return self + o
+
+    def __rmul__(self, o: Any) -> Any:
+        return self * o
+
+    def __rsub__(self, o: Any) -> Any:
+        return -self + o  # type: ignore[operator]
+
+    def __rtruediv__(self, o: Any) -> Any:
+        return (self.zeros() + o) / self  # type: ignore[attr-defined]
+
+
+class Matrix(Reflected):
     """An (n, m) matrix over one arithmetic; (n, 1) columns and plain numbers spread over it as in NumPy."""
 
     __slots__ = ("a", "f")

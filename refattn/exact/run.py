@@ -17,6 +17,7 @@ from .arithmetics import Floats
 from .backward import backward
 from .doubledouble import U, two_sum
 from .keys import FEW, Rows, few_keys, rows_by_definition, rows_of
+from .lowering import lower
 from .slabs import Slab, matrix_of, numbers_of, slabs
 from .steps import by_steps
 from .stream import Forward, forward_pass, stream, streams
@@ -142,8 +143,8 @@ class Work:
 
 
 def run(problem: Problem, f: Any, dout: NDArray[np.float64] | None = None, need: Any = None, threads: int = 1) -> Raw:
-    """Run a call over one arithmetic, once; the arguments are those of :class:`Work`."""
-    return Work(problem, dout, threads).run(f, need)
+    """Run a call of any shape over one arithmetic, once; the arguments are those of :class:`Work`."""
+    return Work(lower(problem).problem, dout, threads).run(f, need)
 
 
 def _streamed(slab: Slab, f: Tier, lines: NDArray[np.intp], raw: Raw, threads: int) -> None:
@@ -184,7 +185,7 @@ def _tile(
     sums: bool,
 ) -> None:
     define = shape.define
-    o = slab.options(f, tile)
+    o = slab.options(f, tile) if dout is None else slab.options(f, tile, Tape)
     q = matrix_of(f, slab.q[tile])
     at = _place(slab, tile)
     with np.errstate(all="ignore"):
@@ -194,8 +195,7 @@ def _tile(
             leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
             for name in ("bias", "sink"):
                 if getattr(o, name) is not None:
-                    leaves["d" + name] = Tape(getattr(o, name))
-                    setattr(o, name, leaves["d" + name])
+                    leaves["d" + name] = getattr(o, name)
             out, lse = define(leaves["dq"], leaves["dk"], leaves["dv"], o)
             grads = gradients([out], [matrix_of(f, dout[at])], list(leaves.values()))
             _collect(slab, at, dict(zip(leaves, grads, strict=True)), raw, sums)

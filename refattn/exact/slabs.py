@@ -115,8 +115,8 @@ class Slab:
     weight: Float | None = None
     state: Float | None = None
 
-    def options(self, f: Any, rows: Any = slice(None)) -> Given:
-        """Return what a definition calls ``o``: the options in the arithmetic, for some rows."""
+    def options(self, f: Any, rows: Any = slice(None), wrap: Callable[[Any], Any] = lambda x: x) -> Given:
+        """Return what a definition calls ``o``: the options in the arithmetic, for some rows; matrices wrapped."""
         p, variant = self.problem, variant_of(self.problem.variant)
         allowed = self.allowed[rows]
         if p.scale is not None:
@@ -130,10 +130,13 @@ class Slab:
             own[name] = f.number(x) if real else x
 
         def column(x: Any) -> Any:
-            return matrix_of(f, np.asarray(x, np.float64))
+            return wrap(matrix_of(f, np.asarray(x, np.float64)))
 
         def steps() -> Any:
             return distance(self.q.shape[0], self.k.shape[0], p.causal or "bottom_right")[rows]
+
+        def state() -> Any:
+            return wrap(f.state(self.state)) if hasattr(f, "state") else column(self.state)
 
         return Given(
             {
@@ -148,7 +151,7 @@ class Slab:
             bias=None if self.bias is None else column(self.bias[rows]),
             sink=None if self.sink is None else column([[self.sink]]),
             weight=None if self.weight is None else column(self.weight[rows]),
-            state=None if self.state is None else (f.state if hasattr(f, "state") else column)(self.state),
+            state=None if self.state is None else state(),
             allowed=allowed,
             **own,
         )

@@ -28,13 +28,15 @@ def by_steps(slab: Slab, f: Any, shape: Steps, dout: NDArray[np.float64] | None)
     dout : (b, h_q, n_q, d_v) float64, optional
         The gradient arriving at out.
     """
-    o, taped = slab.options(f), dout is not None
+    taped = dout is not None
+    o = slab.options(f, wrap=Tape) if taped else slab.options(f)
     with np.errstate(all="ignore"):
         shape.prepare(o)
-        state = matrix_of(f, np.zeros((slab.q.shape[1], slab.v.shape[1]))) if o.state is None else o.state
+        start = matrix_of(f, np.zeros((slab.q.shape[1], slab.v.shape[1])))
+        state: Any = o.state if o.state is not None else Tape(start) if taped else start
         tokens = [[matrix_of(f, x[t : t + 1]) for x in (slab.q, slab.k, slab.v)] for t in range(len(slab.q))]
         if taped:
-            state, tokens = Tape(state), [[Tape(x) for x in token] for token in tokens]
+            tokens = [[Tape(x) for x in token] for token in tokens]
         outs = []
         for q, k, v in tokens:
             state, out = shape.step(state, q, k, v, o)

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import UnsupportedProblem
-from .matrix import Mask
+from .matrix import Mask, Reflected
 
 __all__ = ["Tape", "gradients"]
 
 
-class Tape:
+class Tape(Reflected):
     """A matrix that remembers its parents and, for each, the map from its own gradient to theirs."""
 
     __slots__ = ("grad", "parents", "value")
@@ -64,6 +64,10 @@ class Tape:
 
     def __neg__(self) -> Tape:
         return Tape(-self.value, (self, lambda g: -g))
+
+    def zeros(self) -> Tape:
+        """Return exact zeros of the same shape."""
+        return Tape(self.value.zeros())
 
     def where(self, mask: Mask | None) -> Tape:
         """Keep the elements where `mask` holds; the others become 0."""

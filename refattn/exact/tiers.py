@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from . import elementwise
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, constant, exp2, two_prod, two_sum
+from .matrix import Reflected
 
 __all__ = ["ETA", "UP", "Bounded", "Tier"]
 
@@ -84,7 +85,7 @@ class Tier:
         return Bounded(self, *(np.array([[v]]) for v in (h, low, 0.0 if exact else abs(h) * 2.0**-104)))
 
 
-class Bounded:
+class Bounded(Reflected):
     """A matrix of numbers h + l ± (r + relative · abs(h)); all but h may have axes of length 1 and spread as in NumPy.
 
     A wide matrix keeps one radius a row where that loses little: its elements are never read one by one.
@@ -124,6 +125,9 @@ class Bounded:
         """Take in a number."""
         return self.f.number(x)
 
+    def _taken(self, o: Any) -> Bounded:
+        return o if isinstance(o, Bounded) else self.f.number(o)
+
     def zeros(self) -> Bounded:
         """Return exact zeros of the same shape."""
         return self.f.array(np.zeros(self.h.shape))
@@ -136,7 +140,8 @@ class Bounded:
 
     # sums and products of elements -------------------------------------------------------------------------------
 
-    def __add__(self, o: Bounded) -> Bounded:
+    def __add__(self, o: Any) -> Bounded:
+        o = self._taken(o)
         s, e = two_sum(self.h, o.h)
         if self._by_row(o):  # abs(e) <= u abs(s), abs(l) <= u abs(h)
             small = 2 * U * (_row_max(self.h) + _row_max(o.h))
@@ -148,10 +153,11 @@ class Bounded:
     def __neg__(self) -> Bounded:
         return Bounded(self.f, -self.h, -self.l, self.r)
 
-    def __sub__(self, o: Bounded) -> Bounded:
-        return self + (-o)
+    def __sub__(self, o: Any) -> Bounded:
+        return self + (-self._taken(o))
 
-    def __mul__(self, o: Bounded) -> Bounded:
+    def __mul__(self, o: Any) -> Bounded:
+        o = self._taken(o)
         p, e = two_prod(self.h, o.h)
         a, b = self.h * o.l, self.l * o.h
         h, low = two_sum(p, e + (a + b))
@@ -165,7 +171,8 @@ class Bounded:
             self.f, h, low, np.where((x + self.r == 0) | (y + o.r == 0), 0.0, r)
         )  # 0 times a number is exact
 
-    def __truediv__(self, o: Bounded) -> Bounded:
+    def __truediv__(self, o: Any) -> Bounded:
+        o = self._taken(o)
         q = self.h / o.h
         p, e = two_prod(q, o.h)
         first = self.h - p - e

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+import refattn
 from refattn import KernelError, Problem, UnsupportedProblem, evaluate
 from refattn.arrays import from_float64, to_float64
 from refattn.dtypes import FORMATS
@@ -27,6 +28,7 @@ MODULES = {
     "model": "model",
     "operands": "bounds.operands",
     "predict": "bounds.predict",
+    "rounded": "bounds.rounded",
     "runner": "runner",
     "truth": "bounds.truth",
 }
@@ -50,6 +52,13 @@ def _poisoned():
     value = p.value.copy()
     value[0, 0, 2, 3], value[0, 0, 4, 5] = np.nan, np.inf  # seen by every row but 1
     return p.replace(value=value)
+
+
+def _cancelling():
+    """Two keys, scores in the hundreds from few large products, values of one sign: no rounding cancels."""
+    p = _problem(4, 2, scale=1.0)
+    q, k = p.query * np.float32(8), p.key * np.float32(8)
+    return p.replace(query=q, key=k, value=np.abs(p.value))
 
 
 def _tied():
@@ -81,6 +90,8 @@ PROBLEMS = {
     "one-key": lambda: _problem(5, 1),
     "one-key-bfloat16": lambda: _problem(5, 1, dtype="bfloat16"),
     "tied": _tied,
+    "capped": lambda: _problem(6, 9, softcap=1.5, sink=np.array([0.5, -1.0], np.float32)),
+    "cancelling": _cancelling,
     "poisoned": _poisoned,
     "grouped": lambda: _problem(30, 30, h=4, allowed=_without(30, 30, 3)),
     "sizes": _sizes,  # head 1, and the last column of head 0, hold numbers 4096 times smaller
@@ -129,7 +140,7 @@ def judge(c, name, got, array="out", bound=None):
     p, a = problem(name), answer(problem(name))
     model = c.model.flash(p.dtype)
     bound = c.bounds.bounds(a, model)[array] if bound is None else bound
-    variance = c.predict.predict(a, model)["out"] if array == "out" and p.variant == "softmax" else None
+    variance = c.bounds.forward(a, model)[1].get("out") if array == "out" else None
     return c.compare.compare(array, got, a, bound, p.dtype if array == "out" else "float32", variance)
 
 
@@ -155,7 +166,7 @@ def trial_right_kernels_use_a_fair_share_of_their_bounds(c):
         assert second.passed
         assert low < w.ratio < 10 * low
         assert 0.02 < second.ratio < 0.2
-        assert 0.6 < w.figures.rms < 1.1
+        assert 0.55 < w.figures.rms < 1.1
         assert max(w.figures.by_head) == max(w.figures.by_row) == w.ratio
 
 
@@ -163,7 +174,7 @@ def trial_right_gradients_use_a_fair_share_of_their_bounds(c):
     p, g, model = problem("grouped"), arriving("grouped"), c.model.flash("float32")
     a = answer(p, g)
     bound = c.gradient_bounds.gradient_bounds(a, model, g, c.bounds.bounds(a, model))
-    predicted = c.predict.predict(a, model, g)
+    predicted = c.predict.predict(a, model, g, c.bounds.forward(a, model)[1])
     for name, x in c.back(p, g).items():
         w = c.compare.compare(name, x, a, bound[name], "float32", predicted[name])
         assert w.passed, name
@@ -172,10 +183,10 @@ def trial_right_gradients_use_a_fair_share_of_their_bounds(c):
 
 
 def trial_the_bound_of_one_key_is_known(c):
-    """Out is v: 5 roundings of each of two sizes |v|, and its own; P's rounding and out's where they are narrower."""
+    """Out is v: 5 roundings in numerator and denominator, the quotient, its own; P's and out's where narrower."""
     for name, own, weights in (("one-key", U, 0.0), ("one-key-bfloat16", 2.0**-8, 2.0**-8)):
         size = np.abs(to_float64(problem(name).value))
-        share = limit(c, name) / (size * (10 * U + own + weights))
+        share = limit(c, name) / (size * (11 * U + own + weights))
         assert (np.abs(share - 1) < 0.01).all(), name
 
 
@@ -186,6 +197,20 @@ def trial_the_bound_of_two_tied_keys_is_known(c):
     e = 10 * U * 2048
     assert (np.abs(bound["out"] / (e * np.abs(p.value[:, :, :1])) - 1) < 0.01).all()
     assert (np.abs(bound["lse"] / e - 1) < 0.01).all()
+
+
+def trial_what_rounds_as_its_model_says_is_within_the_bound(c):
+    """Every operation off by as much as the Model allows, one way or by turns: nothing passes its bound."""
+    rng = np.random.default_rng(3)
+    for name in ("plain", "grouped", "one-key", "bfloat16", "capped", "cancelling"):
+        p, a = problem(name), answer(problem(name))
+        for model in (c.model.flash(p.dtype), c.model.materialised(p.dtype), c.model.narrowed(p.dtype, "tf32", "")):
+            bound = c.bounds.bounds(a, model)
+            for how in c.rounded.HOWS:
+                got = c.rounded.simulate(p, model, how, rng)
+                for array, x in got.items():
+                    error, seen = a.enclosures[array].error(x), np.isfinite(a.enclosures[array].mid)
+                    assert (error <= bound[array])[seen].all(), (name, array, how)
 
 
 def trial_the_table_of_what_passes(c):
@@ -268,7 +293,7 @@ def trial_a_bound_that_is_no_number_fails(c):
 def trial_a_head_that_is_wrong_alike_in_all_rows(c):
     """Errors of one head that are no independent draws: too large together, each within its bound."""
     a = answer(problem("plain"))
-    size = np.sqrt(c.predict.predict(a, c.model.flash("float32"))["out"])
+    size = np.sqrt(c.bounds.forward(a, c.model.flash("float32"))[1]["out"])
     right, wrong = (judge(c, "plain", a.out + by * size * np.array([0, 1])[:, None, None]) for by in (6, 8))
     assert right.passed
     assert wrong.failures == 0
@@ -278,7 +303,7 @@ def trial_a_head_that_is_wrong_alike_in_all_rows(c):
 def trial_the_errors_as_a_whole(c):
     """Errors of the predicted size have an rms of 1; of 1.5 times that, they are too many, each within its bound."""
     a = answer(problem("plain"))
-    size = np.sqrt(c.predict.predict(a, c.model.flash("float32"))["out"])
+    size = np.sqrt(c.bounds.forward(a, c.model.flash("float32"))[1]["out"])
     sign = np.where(np.random.default_rng(2).random(size.shape) < 0.5, -1, 1)
     right, wrong = (judge(c, "plain", a.out + by * size * sign) for by in (1, 1.5))
     assert right.passed
@@ -511,8 +536,8 @@ def trial_laws(c):
     def first_dropped(p):
         return t(p.replace(allowed=np.broadcast_to(np.arange(p.n_k) > 0, (1, 1, p.n_q, p.n_k)).copy()))
 
-    for name, of in c.laws.LAWS.items():
-        assert of.named_only or law(name, t).passed, name
+    for name in refattn.VARIANTS["softmax"].laws:
+        assert c.laws.LAWS[name].named_only or law(name, t).passed, name
     for name, kernel in (
         ("determinism", every_other(np.float32(1 + 2**-20))),
         ("determinism", every_other(np.float32(np.nan))),

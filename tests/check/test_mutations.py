@@ -24,7 +24,10 @@ class Edited(MetaPathFinder, Loader):
     """Gives one module another text."""
 
     def __init__(self, file, text):
-        self.name, self.code = f"{ROOM}.{file.removesuffix('.py').replace('/', '.')}", compile(text, f"<edited {file}>", "exec")
+        self.name, self.code = (
+            f"{ROOM}.{file.removesuffix('.py').replace('/', '.')}",
+            compile(text, f"<edited {file}>", "exec"),
+        )
 
     def find_spec(self, name, path, target=None):
         return spec_from_loader(name, self) if name == self.name else None
@@ -90,7 +93,9 @@ def test_the_table():
 
 def test_what_was_imported_is_put_back():
     before = _ours()
-    with checker("report/report.py", "VERDICTS = Report = Check = junit = machine = summary = versions = element = None") as c:
+    with checker(
+        "report/report.py", "VERDICTS = Report = Check = junit = machine = summary = versions = element = None"
+    ) as c:
         assert importlib.import_module("refattn.check.report.report").Report is None
         assert c.runner is not before[f"{ROOM}.runner"]
     assert _ours() == before

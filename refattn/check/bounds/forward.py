@@ -26,8 +26,9 @@ from ...exact.slabs import Slab, rows_of, slabs
 from ...variants import Steps, variant_of
 from ..model import Model
 from .graph import Graph, Node
-from .losses import Losses, Lossy, floor
+from .losses import Losses, Lossy
 from .operands import Operands
+from .rules import floor
 from .stepped import stepped
 
 __all__ = ["Head", "bounds", "forward", "head_losses"]

@@ -30,8 +30,8 @@ from ...variants import variant_of
 from ..call import SOURCES
 from ..model import Model, inside_type
 from .forward import head_losses
-from .losses import floor
 from .operands import Operands, lost
+from .rules import floor
 from .taped import head_gradients
 
 __all__ = ["gradient_bounds"]

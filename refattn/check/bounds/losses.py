@@ -22,52 +22,34 @@ The variances are those of independent roundings (docs/proofs/bounds.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...dtypes import Format, format_of
-from ..model import C, Model, inside_type
+from ...exact.matrix import Reflected
+from ..model import C, Model
 from .graph import Left, Node, Right, Scaled, Summed, Turned
+from .rules import Rules, in_logarithm, logistic, moves, slope_of_tanh, tanh
 
-__all__ = ["Losses", "Lossy", "floor"]
+__all__ = ["Losses", "Lossy"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-PLACES = 8
-"""Where partial sums are looked at."""
 
 
-def floor(form: Format, model: Model) -> float:
-    """Return what underflow can cost one rounding."""
-    if not model.subnormals:
-        return form.smallest_normal
-    return 0.5 * form.smallest_subnormal or form.smallest_subnormal  # half of float64's would be 0
-
-
-class Losses:
+class Losses(Rules):
     """The arithmetic of one Model for some rows of one head."""
 
     name = "losses"
 
     def __init__(self, model: Model, n_k: int) -> None:
-        inside = format_of(model.accumulator)
-        self.model, self.u = model, inside.unit_roundoff
-        self.u_scores, self.u_weights = model.loss(model.scores), model.loss(model.weights)
-        self.cu, self.exp = C * self.u**2, model.exp_ulps
-        self.tiles = math.ceil(n_k / model.tile)
-        self.floor, self.floor_weights = floor(inside, model), floor(inside_type(model.weights), model)
+        super().__init__(model, n_k)
         self.weights: Lossy | None = None
         """What the values were last multiplied with."""
 
         self.unsure: tuple[Mask, Mask] | None = None
         """Where something was last asked to be above 0, and where that is not sure."""
-
-    def times(self, n: Any) -> Any:
-        """Return the largest relative error of n roundings one after another."""
-        return np.expm1(np.asarray(n) * math.log1p(self.u))
 
     def leaf(self, x: Float, axes: tuple[str, str], err: Any = 0.0, var: Any = 0.0) -> Lossy:
         """Take in an operand with what it loses before it is multiplied."""
@@ -90,18 +72,8 @@ class Losses:
         """Return 1/sqrt(n)."""
         return 1 / math.sqrt(n)
 
-    def walk(self, x: Float, y: Float) -> tuple[Float, Float]:
-        """Return the mean square of the partial sums of x @ y, and the sum of the terms' squares."""
-        total, walk = np.zeros((2, x.shape[0], y.shape[1]))
-        for part in np.array_split(np.arange(x.shape[1]), PLACES):
-            at = slice(int(part[0]), int(part[-1]) + 1) if len(part) else slice(0)
-            total = total + x[:, at] @ y[at]
-            walk = walk + total * total * (len(part) / max(1, x.shape[1]))
-        squares = (x * x) @ (y * y)
-        return np.maximum(walk, total * total / 3 + squares / 6), squares
 
-
-class Lossy:
+class Lossy(Reflected):
     """A matrix of the arithmetic of losses, with the operators of :class:`refattn.exact.matrix.Matrix`."""
 
     __slots__ = ("f", "node")
@@ -188,7 +160,7 @@ class Lossy:
         if n.log is not None:  # a sum moves by no larger a factor than its terms
             with np.errstate(all="ignore"):
                 low = found.relative + (steps + tiles + 3) * f.floor / y
-            found.log = np.max(n.log, axis=1, initial=0.0, keepdims=True) + _factor(low)
+            found.log = np.max(n.log, axis=1, initial=0.0, keepdims=True) + in_logarithm(low)
         return Lossy(f, found)
 
     # elementwise ---------------------------------------------------------------------------------------------
@@ -221,7 +193,7 @@ class Lossy:
         found.node.relative = self.node.relative + self.f.times(1) if more else 0.0
         logs = [x for x in (self.node.log, o.node.log if isinstance(o, Lossy) else 0.0) if x is not None]
         if "positive" in marks and len(logs) == 2:
-            found.node.log = np.maximum(logs[0], logs[1]) + _factor(self.f.u)
+            found.node.log = np.maximum(logs[0], logs[1]) + in_logarithm(self.f.u)
         if isinstance(o, Lossy) and "shift" in self.node.marks:  # the maximum is put back: its own conversions too
             found.node.err = found.node.err + 4 * self.f.u * np.abs(self.a)
             found.node.span = found.node.span + 4 * self.f.u * np.abs(self.a)
@@ -332,26 +304,26 @@ class Lossy:
         kept = {"positive", "exp", *(("shifted",) if shifted else ())}
         found = self._function(y, y, curve, (passes * (y + curve[0]) + f.floor, var), where, kept)
         with np.errstate(all="ignore"):
-            moved = span + _factor(passes + f.floor / y)
+            moved = span + in_logarithm(passes + f.floor / y)
         found.node.log = np.where(found.a > 0, moved, 0.0)
         return found
 
     def sigmoid(self, where: Mask | None = None) -> Lossy:
         """1 / (1 + exp(-x)); 0 where `where` does not hold."""
         f, x, span = self.f, self.a, np.minimum(self.node.span, 700.0)
-        y, slope = _sigmoid(x), _sigmoid(x) * _sigmoid(-x)
+        y, slope = logistic(x), logistic(x) * logistic(-x)
         rest = slope * (np.expm1(span) - span)  # the slope grows by a factor of at most exp(span)
         var = ((f.u * f.exp) ** 2 / 3 + 3 * f.cu) * y * y + f.floor**2 / 3
-        whole = _moves(_sigmoid, x, span)
+        whole = moves(logistic, x, span)
         own = f.times(f.exp + 3) * (y + whole) + f.floor, var
         return self._function(y, slope, (whole, rest), own, where, {"positive"})
 
     def tanh(self) -> Lossy:
         """Hyperbolic tangent."""
-        y, span = _tanh(self.a), np.minimum(self.node.span, 300.0)
-        slope = _slope_of_tanh(y)
+        y, span = tanh(self.a), np.minimum(self.node.span, 300.0)
+        slope = slope_of_tanh(y)
         rest = slope * (np.expm1(2 * span) - 2 * span) / 2
-        whole = _moves(_tanh, self.a, span)
+        whole = moves(tanh, self.a, span)
         own = self._rounded(y, self.node.axes, np.abs(y) + whole, 2.0)
         return self._function(y, slope, (whole, rest), own, None)
 
@@ -399,31 +371,6 @@ class Lossy:
         y = np.where(where, np.abs(n.a), 0.0).max(1, initial=0.0, keepdims=True)
         top = np.where(where & (np.abs(n.a) == y), np.broadcast_to(_variance(n), n.a.shape), 0.0)
         return Lossy(self.f, Node(y, (n.axes[0], "1"), span, top.max(1, initial=0.0, keepdims=True)))
-
-
-def _factor(x: Any) -> Any:
-    """Return how far a logarithm moves by a relative error of at most x."""
-    with np.errstate(all="ignore"):
-        return np.where(np.asarray(x) < 1, -np.log1p(-np.minimum(x, 1 - 2.0**-53)), np.inf)
-
-
-def _sigmoid(x: Float) -> Float:
-    e = np.exp(-np.abs(x))
-    return np.asarray(np.where(x >= 0, 1.0, e) / (1 + e))
-
-
-def _slope_of_tanh(y: Float) -> Float:
-    return np.asarray(1 - y * y, np.float64)
-
-
-def _tanh(x: Float) -> Float:
-    return np.asarray(np.tanh(x), np.float64)
-
-
-def _moves(function: Callable[[Float], Float], x: Float, span: Any) -> Float:
-    """Return how far a growing function moves by an error of at most span, rounded up."""
-    y = function(x)
-    return np.asarray(np.maximum(function(x + span) - y, y - function(x - span)) + 4 * 2.0**-53 * np.abs(y))
 
 
 def _value(o: Any) -> Any:

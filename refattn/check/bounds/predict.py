@@ -21,7 +21,8 @@ from ..model import C, Model, inside_type
 from .forward import Head, head_losses
 from .gradients import spread, spread_over
 from .graph import Graph
-from .losses import Losses, floor
+from .losses import Losses
+from .rules import floor
 
 __all__ = ["predict"]
 

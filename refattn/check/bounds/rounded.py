@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import FORMATS, Format, format_of
+from ...exact.matrix import Reflected
 from ...exact.slabs import rows_of, slabs
 from ...problem import Problem
 from ...variants import variant_of
@@ -81,7 +82,7 @@ class Rounding:
         return 1 / math.sqrt(n)
 
 
-class Rounded:
+class Rounded(Reflected):
     """A matrix of the rounding arithmetic, with the operators of :class:`refattn.exact.matrix.Matrix`."""
 
     __slots__ = ("a", "f", "kind", "seen", "shifted")
@@ -155,6 +156,10 @@ class Rounded:
             return self
         keep = np.broadcast_to(mask, self.a.shape)
         return Rounded(self.f, np.where(keep, self.a, 0.0), self.kind, keep, self.shifted)
+
+    def zeros(self) -> Rounded:
+        """Return zeros of the same shape."""
+        return Rounded(self.f, np.zeros(self.shape), self.kind, self.seen)
 
     def positive(self) -> Mask:
         """Tell where an element is above 0."""

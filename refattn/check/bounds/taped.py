@@ -49,10 +49,9 @@ def head_gradients(
     q = f.leaf(slab.q, ("q", "d"), off.q)
     k, v = f.leaf(slab.k, ("k", "d"), off.k), f.leaf(slab.v, ("k", "v"), off.v)
     leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
-    o = slab.options(f)
+    o = slab.options(f, wrap=Tape)
     if o.bias is not None:
-        leaves["dbias"] = Tape(o.bias)
-        o.bias = leaves["dbias"]
+        leaves["dbias"] = o.bias
     with np.errstate(all="ignore"):
         out, _ = rows_of(slab).define(leaves["dq"], leaves["dk"], leaves["dv"], o)
         out.value.node.span = out.value.node.span + np.nan_to_num(limit, nan=np.inf)

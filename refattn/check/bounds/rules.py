@@ -1,0 +1,80 @@
+"""What a Model lets one rounding lose, in the numbers that the arithmetic of losses counts with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...dtypes import Format, format_of
+from ..model import C, Model, inside_type
+
+__all__ = ["Rules", "floor", "in_logarithm", "logistic", "moves", "slope_of_tanh", "tanh"]
+
+Float = NDArray[np.float64]
+PLACES = 8
+"""Where partial sums are looked at."""
+
+
+def floor(form: Format, model: Model) -> float:
+    """Return what underflow can cost one rounding."""
+    if not model.subnormals:
+        return form.smallest_normal
+    return 0.5 * form.smallest_subnormal or form.smallest_subnormal  # half of float64's would be 0
+
+
+class Rules:
+    """The numbers of one Model for calls of some number of keys."""
+
+    def __init__(self, model: Model, n_k: int) -> None:
+        inside = format_of(model.accumulator)
+        self.model, self.u = model, inside.unit_roundoff
+        self.u_scores, self.u_weights = model.loss(model.scores), model.loss(model.weights)
+        self.cu, self.exp = C * self.u**2, model.exp_ulps
+        self.tiles = math.ceil(n_k / model.tile)
+        self.floor, self.floor_weights = floor(inside, model), floor(inside_type(model.weights), model)
+
+    def times(self, n: Any) -> Any:
+        """Return the largest relative error of n roundings one after another."""
+        return np.expm1(np.asarray(n) * math.log1p(self.u))
+
+    def walk(self, x: Float, y: Float) -> tuple[Float, Float]:
+        """Return the mean square of the partial sums of x @ y, and the sum of the terms' squares."""
+        total, walk = np.zeros((2, x.shape[0], y.shape[1]))
+        for part in np.array_split(np.arange(x.shape[1]), PLACES):
+            at = slice(int(part[0]), int(part[-1]) + 1) if len(part) else slice(0)
+            total = total + x[:, at] @ y[at]
+            walk = walk + total * total * (len(part) / max(1, x.shape[1]))
+        squares = (x * x) @ (y * y)
+        return np.maximum(walk, total * total / 3 + squares / 6), squares
+
+
+def in_logarithm(x: Any) -> Any:
+    """Return how far a logarithm moves by a relative error of at most x."""
+    with np.errstate(all="ignore"):
+        return np.where(np.asarray(x) < 1, -np.log1p(-np.minimum(x, 1 - 2.0**-53)), np.inf)
+
+
+def logistic(x: Float) -> Float:
+    """Return 1 / (1 + exp(-x)), without a large exponential."""
+    e = np.exp(-np.abs(x))
+    return np.asarray(np.where(x >= 0, 1.0, e) / (1 + e))
+
+
+def slope_of_tanh(y: Float) -> Float:
+    """Return the slope of tanh where its value is y."""
+    return np.asarray(1 - y * y, np.float64)
+
+
+def tanh(x: Float) -> Float:
+    """Return the hyperbolic tangent."""
+    return np.asarray(np.tanh(x), np.float64)
+
+
+def moves(function: Callable[[Float], Float], x: Float, span: Any) -> Float:
+    """Return how far a growing function moves by an error of at most span, rounded up."""
+    y = function(x)
+    return np.asarray(np.maximum(function(x + span) - y, y - function(x - span)) + 4 * 2.0**-53 * np.abs(y))

@@ -1,0 +1,220 @@
+"""An operator defined here, outside the package: everything that refattn does, it does for it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import refattn
+from refattn import VARIANTS, Capabilities, InvalidInput, InvalidProblem, check_kernel, evaluate, strategies
+from refattn.arrays import to_float64
+from refattn.check.bugs.planted import plain, planted
+from refattn.cli.main import main
+from refattn.exact.agree import under
+from refattn.golden.make import make, verify
+
+TEXT = """
+import refattn
+from refattn.variants.option import Option, above_zero
+
+
+def cauchy(q, k, v, o):
+    s = q @ k.T * o.scale / o.width
+    w = (1 / (1 + s * s)).where(o.allowed)
+    return (w @ v) / w.sum(), None
+
+
+def by_rows(q, k, v, o):
+    w = (q @ k.T * o.scale / o.width).power(2)
+    w = (o.one / (w + o.one)).where(o.allowed)
+    return (w / w.sum()) @ v, None
+
+
+CAUCHY = refattn.Variant(
+    name="cauchy",
+    define=cauchy,
+    formula="out_i = sum_j w_ij v_j / sum_j w_ij,  w_ij = 1 / (1 + (scale·q_i·k_j / width)^2)",
+    unit="u · sum_j p_ij |v_jc|",
+    source="made up for a test",
+    uses=frozenset({"causal", "allowed"}),
+    options={"width": Option(1.0, "of the bell", above_zero, (1.0, 0.5))},
+    forms={"by_rows": by_rows},
+    cases={"narrow": {"n_q": 37, "n_k": 37, "options": {"width": 0.5}}},
+)
+
+
+def kernel(problem):
+    p = problem.to("numpy")
+    group = p.heads // p.heads_kv
+    k, v = p.key.repeat(group, 1).astype("f4"), p.value.repeat(group, 1).astype("f4")
+    scale, width = p.scale or p.d_k**-0.5, p.options.get("width", 1.0)
+    s = p.query.astype("f4") @ k.swapaxes(2, 3) * np.float32(scale) / np.float32(width)
+    w = 1 / (1 + s * s)
+    return (w / w.sum(-1, keepdims=True) @ v).astype(p.query.dtype)
+"""
+
+
+def namespace():
+    room = {}
+    exec(TEXT.split("def kernel")[0], room)
+    return room
+
+
+CAUCHY = namespace()["CAUCHY"]
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    if "cauchy" not in VARIANTS:
+        refattn.register(CAUCHY)
+    yield
+    VARIANTS.pop("cauchy", None)
+
+
+def test_it_has_exact_answers_and_gradients(make):
+    p = make(5, 7, variant="cauchy", causal="bottom_right", options={"width": 0.25})
+    s = to_float64(p.query) @ to_float64(p.key).swapaxes(2, 3) / np.sqrt(8) / 0.25
+    w = np.where(np.tril(np.ones((5, 7), bool), 2), 1 / (1 + s * s), 0)
+    plain_answer = w @ to_float64(p.value) / w.sum(-1, keepdims=True)
+    answer = evaluate(p)
+    # float64's own rounding of some twenty operations on numbers of this size
+    assert (np.abs(answer.out - plain_answer) <= 2.0**-46 * np.abs(p.value).max()).all()
+    assert (answer.enclosures["out"].radius < 2.0**-60).all()
+    assert evaluate(p, rounding="bfloat16").undecided == {"out": 0}
+    dout = np.random.default_rng(0).standard_normal(p.out_shape)
+    graded, step = evaluate(p, gradients=dout), 2.0**-20
+    for name in ("query", "key", "value"):
+        x = getattr(p, name).astype(np.float64)
+        wide = p.replace(**{n: getattr(p, n).astype(np.float64) for n in ("query", "key", "value")})
+        up, down = (evaluate(wide.replace(**{name: x + by * step * np.sign(x)})).out for by in (1, -1))
+        change = ((up - down) * dout).sum() / (2 * step)
+        said = (graded.values["d" + name[0]] * np.sign(x)).sum()
+        assert abs(change - said) <= 2.0**-16 * max(1.0, abs(said))  # the square of the step, and float64's rounding
+
+
+def test_its_kernels_are_judged():
+    able = Capabilities({"float32"}, features={"causal_bottom_right", "allowed", "scale", "lengths_differ"})
+    report = check_kernel(plain, "cauchy", capabilities=able)
+    assert report.passed, [report.describe(c) for c in report.failures]
+    assert report.count("passed") > 40
+    for bug in ("last_key_dropped", "causal_ignored", "wrong_scale", "zeroed_head"):
+        assert not check_kernel(planted(bug), "cauchy", capabilities=able, only="gaussian/*").passed, bug
+
+
+def test_gradients_of_its_kernels_are_judged():
+    def kernel(p):
+        return plain(p)
+
+    def gradients(p, dout):
+        answer = evaluate(p, gradients=dout, rounding="float32")
+        return {n: answer.values[n] for n in ("dq", "dk", "dv")}
+
+    able = Capabilities({"float32"}, features={"scale", "lengths_differ"}, gradients={"dq", "dk", "dv"})
+    kernel.gradients = gradients
+    assert check_kernel(kernel, "cauchy", capabilities=able, only="gaussian/*/gradients*").passed
+    kernel.gradients = lambda p, dout: {n: x * x.dtype.type(1.5) for n, x in gradients(p, dout).items()}
+    assert not check_kernel(kernel, "cauchy", capabilities=able, only="gaussian/*/gradients*").passed
+
+
+@given(st.deferred(lambda: strategies.problems("cauchy", max_rows=8, max_keys=8, max_dim=8)))
+@settings(max_examples=20)
+def test_it_has_strategies(problem):
+    assert problem.variant == "cauchy"
+    assert set(problem.options) <= {"width"}
+    assert np.isfinite(evaluate(problem, rounding="float32").out).all() or problem.n_k == 0
+
+
+def test_it_has_golden_files(tmp_path):
+    names = make(tmp_path / "golden", "cauchy", ["float32"], "gaussian/narrow*", gradients=True)
+    assert names[-1] == "manifest.json"
+    stored = json.loads((tmp_path / "golden" / names[0]).read_text())
+    assert stored["variant"] == "cauchy"
+    assert "dout" in stored["inputs"]
+    assert all(c.verdict == "passed" for c in verify(tmp_path / "golden"))
+
+
+def test_the_command_line_takes_it_from_a_file(tmp_path):
+    """In a fresh process, which knows nothing of it."""
+    (tmp_path / "mine.py").write_text(TEXT)
+    run = [sys.executable, "-m", "refattn"]
+
+    def ask(*arguments):
+        return subprocess.run([*run, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    shown = ask("show", "mine.py:CAUCHY")
+    assert shown.returncode == 0, shown.stderr
+    assert "cauchy attention" in shown.stdout
+    assert "option width (default 1.0): of the bell" in shown.stdout
+    judged = ask("check", "mine.py:kernel", "--variant", "mine.py:CAUCHY", "--only", "gaussian/narrow*")
+    assert judged.returncode == 0, judged.stdout + judged.stderr
+    missing = ask("show", "mine.py:NOBODY")
+    assert missing.returncode == 2
+    assert "variant: mine.py has no Variant 'NOBODY'" in missing.stderr
+    absent = ask("show", "nobody.py:X")
+    assert "variant: nobody.py is no file; name yours as path/file.py:NAME" in absent.stderr
+
+
+def variant(**changes):
+    parts = {n: getattr(CAUCHY, n) for n in ("define", "formula", "unit", "source", "uses", "options", "cases")}
+    return refattn.Variant(**({"name": "other"} | parts | changes))
+
+
+def no_such_operation(q, k, v, o):
+    return (q @ k.T).sin() @ v, None
+
+
+def differs(q, k, v, o):
+    return v.where(v.positive()) if False else (q @ k.T * o.scale).where(o.allowed) @ v, None
+
+
+def reads_what_is_not_there(q, k, v, o):
+    return (q @ k.T * o.temperature).where(o.allowed) @ v, None
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"formula": " "}, "other: has no formula; say it in a line"),
+        ({"source": ""}, "other: has no source"),
+        ({"name": "softmax"}, "variant: 'softmax' is known already; choose another name"),
+        ({"name": "two words"}, "variant: got name 'two words', expected an identifier"),
+        ({"cases": {}}, "other: option 'width' is 1.0 in every case; add one to cases= that sets it"),
+        ({"cases": {"x": {"options": {"hight": 2.0}}}}, "other: case 'x' sets an option 'hight' that it does not have"),
+        ({"uses": frozenset({"masks"})}, "other: uses has 'masks', expected some of allowed, bias"),
+        ({"laws": ("associativity",)}, "other: laws has 'associativity', expected some of"),
+        ({"bugs": ("a_typo",)}, "other: bugs has 'a_typo'"),
+        ({"families": ("huge",)}, "other: families has 'huge'"),
+        ({"define": no_such_operation}, "other: its definition uses what balls do not have: .*sin.*; definitions are"),
+        ({"define": reads_what_is_not_there}, "definition: options have no 'temperature'; they have .*allowed"),
+        ({"forms": {"flat": differs}}, r"other: form 'flat' differs in out at \(0, 0, 0, 0\) .*both must be the same"),
+        (
+            {"fits": lambda p: "nothing fits"},
+            "other: none of its cases fits a call of 5 queries and keys: nothing fits",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(changes, text):
+    with pytest.raises((InvalidInput, InvalidProblem), match=text):
+        refattn.register(variant(**changes))
+    assert "other" not in VARIANTS
+
+
+def test_the_cli_says_what_a_file_lacks(tmp_path):
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    done = CliRunner().invoke(main, ["show", f"{tmp_path / 'broken.py'}:X"])
+    assert done.exit_code == 2
+    assert "raised ModuleNotFoundError" in done.stderr
+
+
+def test_three_lines_are_enough():
+    def mean(q, k, v, o):
+        w = (q @ k.T * o.scale).power(2, where=o.allowed)
+        return (w @ v) / (w.sum() + 1.0), None
+
+    with under(refattn.Variant("mean", mean, "a formula", "u", "here", frozenset({"causal"}))):
+        assert check_kernel(plain, "mean", only="gaussian/plain[float32]").passed

@@ -1,0 +1,205 @@
+"""The four shapes of definition: lowered, selected and stepped operators against what they are made of."""
+
+import numpy as np
+import pytest
+
+from refattn import InvalidProblem, Problem, UnsupportedProblem, evaluate
+from refattn.exact.arithmetics import Balls
+from refattn.exact.lowering import lower
+from refattn.variants.power_blocks import block_mask
+
+
+def test_blocks_lie_a_power_of_two_behind():
+    seen = block_mask(12, 12, 1, 0, 0)
+    assert np.nonzero(seen[11])[0].tolist() == [3, 7, 9, 10, 11]  # 8, 4, 2, 1 and 0 behind
+    assert np.nonzero(block_mask(12, 12, 1, 3, 2)[11])[0].tolist() == [0, 1, 3, 7, 9, 10, 11]
+    assert block_mask(2, 12, 4, 0, 0)[1].tolist() == [True] * 12  # 0, 1 and 2 blocks behind
+    assert (block_mask(5, 7, 100, 0, 0)).all()
+
+
+def test_a_lowered_call_is_the_call_with_its_mask(make):
+    p = make(9, 12, variant="power_blocks", options={"block_size": 2, "window_blocks": 0, "sink_blocks": 0})
+    answer = evaluate(p, rounding="float32")
+    mask = block_mask(9, 12, 2, 0, 0)[None, None]
+    plain = evaluate(p.replace(variant="softmax", options={}, allowed=mask), rounding="float32")
+    assert (answer.out == plain.out).all()
+    assert (answer.lse == plain.lse).all()
+    assert answer.problem is p
+    assert answer.core is not None
+    assert answer.call is answer.core
+    assert plain.core is None
+
+
+def chosen(p, n_blocks, size, topk):
+    """Return MoBA's mask as its released loop makes it, scores as fractions of integers, the lower block at a tie."""
+    b, h, n_q, _ = p.query.shape
+    seen = np.zeros((b, h, n_q, p.n_k), bool)
+    for at in np.ndindex(b, h, n_q):
+        i = at[2] + p.n_k - n_q
+        own = i // size
+        q, k = p.query[at].astype(float), p.key[at[0], at[1] // (h // p.heads_kv)].astype(float)
+        scores = [float((q * k[s * size : (s + 1) * size].mean(0)).sum()) for s in range(own)]
+        best = sorted(range(own), key=lambda s: (-round(scores[s], 10), s))[: topk - 1]
+        for s in [*best, own]:
+            seen[at][s * size : (s + 1) * size] = True
+    return seen
+
+
+@pytest.mark.parametrize(("size", "topk"), [(4, 3), (5, 2), (7, 1), (1, 4), (64, 3)])
+def test_moba_chooses_what_its_loop_chooses(make, size, topk):
+    p = make(21, 23, h=4, h_kv=2, causal="bottom_right", variant="moba", options={"block_size": size, "topk": topk})
+    assert (lower(p).problem.allowed == chosen(p, -(-23 // size), size, topk)).all()
+
+
+def test_exact_ties_go_to_the_lower_block_with_a_margin_of_zero(make):
+    """Two blocks with the same keys in another order have the same mean; thirds keep their sums from being floats."""
+    p = make(9, 9, causal="bottom_right", variant="moba", options={"block_size": 3, "topk": 2})
+    key = p.key.copy()
+    key[:, :, 3:6] = key[:, :, 2::-1]
+    answer = evaluate(p.replace(key=key), rounding="float32")
+    tied = answer.margins == 0
+    assert tied[:, :, 6:].all()  # the last block's rows choose between the two
+    assert not tied[:, :, :6].any()
+    assert answer.core.allowed[:, :, 6:, :3].all()
+    assert not answer.core.allowed[:, :, 6:, 3:6].any()
+    assert np.isinf(answer.margins[:, :, :6]).all()
+
+
+def test_scores_that_differ_by_less_than_enclosures_tell_are_told_apart(make):
+    """2**-70 of a score between two blocks: beyond double precision, not beyond the definition."""
+    p = make(3, 3, 2, h=1, dtype="float64", causal="bottom_right", variant="moba", options={"block_size": 1, "topk": 2})
+    q, k = np.zeros_like(p.query), np.zeros_like(p.key)
+    q[..., :] = 1.0, 2.0**-70
+    k[0, 0, 0], k[0, 0, 1] = (1.0, 0.0), (1.0, 1.0)
+    seen = lower(p.replace(query=q, key=k))
+    assert seen.problem.allowed[0, 0, 2].tolist() == [False, True, True]
+    assert 0 < seen.margins[0, 0, 2] < 2.0**-69
+
+
+def test_the_whole_budget_is_dense(make):
+    p = make(21, 21, causal="bottom_right", variant="moba", options={"block_size": 4, "topk": 6})
+    dense = evaluate(p.replace(variant="softmax", options={}), rounding="float64")
+    assert (evaluate(p, rounding="float64").out == dense.out).all()
+    less = evaluate(p.replace(options={"block_size": 4, "topk": 2}), rounding="float64")
+    assert not (less.out == dense.out).all()
+
+
+def test_gradients_hold_the_choice_fixed(make):
+    p = make(9, 9, causal="bottom_right", variant="moba", options={"block_size": 2, "topk": 2})
+    dout = np.ones(p.out_shape, np.float32)
+    answer = evaluate(p, gradients=dout)
+    core = evaluate(answer.core, gradients=dout)
+    assert all((answer.values[n] == core.values[n]).all() for n in ("dq", "dk", "dv"))
+
+
+def test_a_recurrence_goes_on_from_its_state(make):
+    p = make(11, 11, dtype="float64", causal="bottom_right", variant="lightning", options={"decay": (0.25, 1.5)})
+    first, rest = (
+        p.replace(**{n: getattr(p, n)[:, :, s] for n in ("query", "key", "value")}) for s in (slice(4), slice(4, None))
+    )
+    whole, before = evaluate(p), evaluate(first)
+    after = evaluate(rest.replace(state=before.state))
+    # the state is rounded to float64 once: the rest may differ by what that moves it
+    slack = np.abs(rest.query).sum(-1, keepdims=True) * 2.0**-52 * np.abs(before.state).max()
+    assert (np.abs(after.out - whole.out[:, :, 4:]) <= slack).all()
+    assert (np.abs(after.state - whole.state) <= 2.0**-51 * np.abs(before.state).max()).all()
+    again = evaluate(rest)
+    assert not (np.abs(again.out - whole.out[:, :, 4:]) <= slack).all()
+
+
+def test_lightning_by_hand():
+    """Two tokens of width 1, decay log 2: the state halves, then gains k v."""
+    one = np.ones((1, 1, 2, 1))
+    value = np.array([3.0, 5.0]).reshape(1, 1, 2, 1)
+    p = Problem(one, one, value, causal="bottom_right", variant="lightning", options={"decay": (float(np.log(2)),)})
+    answer = evaluate(p)
+    assert answer.out[0, 0, 0, 0] == 3.0
+    assert abs(answer.out[0, 0, 1, 0] - 6.5) < 2.0**-50
+    assert answer.state.shape == (1, 1, 1, 1)
+    assert abs(answer.state.item() - 6.5) < 2.0**-50
+    started = evaluate(p.replace(state=np.full((1, 1, 1, 1), 4.0)))
+    assert abs(started.out[0, 0, 1, 0] - 7.5) < 2.0**-50
+
+
+def test_gradients_through_time_are_those_of_the_dense_form(make):
+    p = make(6, 6, 4, causal="bottom_right", variant="lightning", options={"decay": (0.1, 0.7)})
+    dout = np.random.default_rng(0).standard_normal(p.out_shape)
+    stepped = evaluate(p, gradients=dout)
+    options = {"feature": "identity", "normalize": False, "decay": (0.1, 0.7)}
+    dense = evaluate(p.replace(variant="linear", options=options), gradients=dout)
+    for name in ("out", "dq", "dk", "dv"):
+        with Balls(128).working():
+            pairs = zip(stepped.balls[name].ravel(), dense.balls[name].ravel(), strict=True)
+            assert all(x.overlaps(y) for x, y in pairs), name
+
+
+def test_a_weight_is_the_exponential_of_a_bias(make):
+    p = make(4, 6)
+    weight = np.random.default_rng(1).integers(0, 4, (1, 2, 4, 6)).astype(np.float32)
+    weight[..., 0] = 1
+    with np.errstate(divide="ignore"):
+        bias = np.log(weight.astype(np.float64))
+    a, b = evaluate(p.replace(weight=weight)), evaluate(p.replace(bias=bias))
+    # the bias is a rounded logarithm
+    assert (np.abs(a.out - b.out) <= 2.0**-50 * np.abs(p.value).max()).all()
+    assert (np.abs(a.lse - b.lse) <= 2.0**-50 * (1 + np.abs(a.lse))).all()
+
+
+def test_a_weight_of_two_is_a_key_that_stands_twice(make):
+    p = make(4, 6)
+    weight = np.ones((1, 1, 1, 6), np.float32)
+    weight[..., 2], weight[..., 4] = 2, 0
+    order = [0, 1, 2, 2, 3, 5]
+    twice = evaluate(p.replace(key=p.key[:, :, order], value=p.value[:, :, order]), rounding="float64")
+    once = evaluate(p.replace(weight=weight), rounding="float64")
+    assert (once.out == twice.out).all()
+    assert (once.lse == twice.lse).all()
+    poisoned = p.value.copy()
+    poisoned[:, :, 4] = np.nan
+    assert (evaluate(p.replace(weight=weight, value=poisoned), rounding="float64").out == once.out).all()
+
+
+@pytest.mark.parametrize("n_jobs", [None, 2])
+def test_weights_survive_being_cut_into_parts(make, n_jobs, tmp_path):
+    p = make(5, 7, b=2, weight=np.exp(np.random.default_rng(0).standard_normal((2, 2, 5, 7))).astype(np.float32))
+    whole = evaluate(p, rounding="float32")
+    parts = evaluate(p, rounding="float32", n_jobs=n_jobs, checkpoint=tmp_path)
+    assert (whole.out == parts.out).all()
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "more", "text"),
+    [
+        ("moba", {"block_size": 0}, {}, "block_size: got 0, expected an integer of at least 1"),
+        ("moba", {"topk": 0}, {}, "topk: got 0, expected an integer of at least 1"),
+        ("moba", {"topk": 2.0}, {}, "topk: got 2.0, expected an integer"),
+        ("moba", {}, {"causal": None}, "causal: blocks are chosen among earlier ones; set causal='bottom_right'"),
+        ("power_blocks", {"sink_blocks": -1}, {}, "sink_blocks: got -1, expected an integer of at least 0"),
+        ("power_blocks", {}, {"causal": "top_left", "n_k": 9}, "causal: blocks count from the bottom right"),
+        ("power_blocks", {}, {"n_q": 9}, "query: axis seq is 9, expected at most key's 7"),
+        ("lightning", {"decay": (0.1,)}, {}, "decay: got .* expected a tuple of 2 finite numbers of at least 0"),
+        ("lightning", {"decay": (0.1, -0.1)}, {}, "decay: got .* expected a tuple of 2 finite numbers of at least 0"),
+        ("lightning", {"decay": (0.1, 0.1)}, {"causal": None}, "causal: a recurrence sees no later token"),
+        ("lightning", {"decay": (0.1, 0.1)}, {"n_k": 8}, "key: axis seq is 8, expected query's 7"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_named(make, variant, options, more, text):
+    n_q, n_k = more.pop("n_q", 7), more.pop("n_k", 7)
+    p = make(n_q, n_k, variant=variant, options=options, **({"causal": "bottom_right"} | more))
+    with pytest.raises(InvalidProblem, match=text):
+        evaluate(p)
+
+
+def test_weights_and_states_that_cannot_be_are_named(make):
+    p = make()
+    for x in (-1.0, np.nan, np.inf):
+        with pytest.raises(InvalidProblem, match="weight: has a number below 0, NaN or inf; it says how often"):
+            evaluate(p.replace(weight=np.full((1, 1, 1, 7), x, np.float32)))
+    with pytest.raises(InvalidProblem, match=r"weight: got shape \(2, 7\), expected \(1, 2, 5, 7\) or 1"):
+        p.replace(weight=np.ones((2, 7), np.float32))
+    with pytest.raises(InvalidProblem, match=r"state: got shape \(1, 8, 8\), expected \(b, h_q, d_k, d_v\) = \(1"):
+        p.replace(state=np.ones((1, 8, 8), np.float32))
+    with pytest.raises(UnsupportedProblem, match="state: softmax attention does not have it"):
+        evaluate(p.replace(state=np.ones((1, 2, 8, 8), np.float32)))
+    with pytest.raises(UnsupportedProblem, match="weight: sigmoid attention does not have it"):
+        evaluate(p.replace(variant="sigmoid", weight=np.ones((1, 1, 1, 7), np.float32)))
