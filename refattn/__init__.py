@@ -1,45 +1,71 @@
 """refattn: the exact answer for attention, and a check for any kernel."""
 
-from importlib.metadata import PackageNotFoundError as _NotInstalled
-from importlib.metadata import version as _version
+from importlib import import_module as _import
+from typing import TYPE_CHECKING, Any
 
-from . import masks
-from .check import (
-    Capabilities,
-    Law,
-    Model,
-    Report,
-    check_kernel,
-    check_problem,
-    compare,
-)
-from .check.parametrize import parametrize_with_checks
-from .check.register import register
-from .errors import (
-    InvalidInput,
-    InvalidProblem,
-    KernelError,
-    MismatchError,
-    RefattnError,
-    UnsupportedProblem,
-)
-from .exact import (
-    Answer,
-    evaluate,
-    linear_attention,
-    power_attention,
-    reference,
-    sigmoid_attention,
-    softmax_attention,
-)
-from .files import load_problem, save_problem
-from .problem import Problem
-from .variants import VARIANTS, Variant
+if TYPE_CHECKING:
+    from . import masks
+    from .check import (
+        Capabilities,
+        Law,
+        Model,
+        Report,
+        check_kernel,
+        check_problem,
+        compare,
+    )
+    from .check.parametrize import parametrize_with_checks
+    from .check.register import register
+    from .errors import (
+        InvalidInput,
+        InvalidProblem,
+        KernelError,
+        MismatchError,
+        RefattnError,
+        UnsupportedProblem,
+    )
+    from .exact import (
+        Answer,
+        evaluate,
+        linear_attention,
+        power_attention,
+        reference,
+        sigmoid_attention,
+        softmax_attention,
+    )
+    from .files import load_problem, save_problem
+    from .problem import Problem
+    from .variants import VARIANTS, Variant
 
-try:
-    __version__ = _version("refattn")
-except _NotInstalled:  # a plain checkout
-    __version__ = "0+unknown"
+    __version__: str
+
+_WHERE = {
+    "check": ("Capabilities", "Law", "Model", "Report", "check_kernel", "check_problem", "compare"),
+    "check.parametrize": ("parametrize_with_checks",),
+    "check.register": ("register",),
+    "errors": (
+        "InvalidInput",
+        "InvalidProblem",
+        "KernelError",
+        "MismatchError",
+        "RefattnError",
+        "UnsupportedProblem",
+    ),
+    "exact": (
+        "Answer",
+        "evaluate",
+        "linear_attention",
+        "power_attention",
+        "reference",
+        "sigmoid_attention",
+        "softmax_attention",
+    ),
+    "files": ("load_problem", "save_problem"),
+    "problem": ("Problem",),
+    "variants": ("VARIANTS", "Variant"),
+}
+_HOME = {name: module for module, names in _WHERE.items() for name in names}
+_ROOMS = ("bench", "check", "cli", "dtypes", "exact", "golden", "gpu", "he", "masks", "strategies", "tensor", "theory")
 
 __all__ = [
     "VARIANTS",
@@ -72,3 +98,30 @@ __all__ = [
     "sigmoid_attention",
     "softmax_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a room, when it is first asked for."""
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOME:
+        value = getattr(_import(f".{_HOME[name]}", __name__), name)
+    elif name in _ROOMS:
+        return _import(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module 'refattn' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("refattn")
+    except PackageNotFoundError:  # a plain checkout
+        return "0+unknown"

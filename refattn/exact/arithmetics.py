@@ -8,7 +8,6 @@ from fractions import Fraction
 from typing import Any
 
 import flint
-import mpmath
 import numpy as np
 from numpy.typing import NDArray
 
@@ -132,6 +131,8 @@ class Multiprecision(_Objects):
 
     def __init__(self, bits: int) -> None:
         self.name = f"mpmath at {bits} bits"
+        import mpmath  # only here: the import costs a tenth of a second
+
         self.context = mpmath.ctx_mp.MPContext()
         self.context.prec = bits
         c = self.context
@@ -156,6 +157,8 @@ class Intervals(_Objects):
 
     def __init__(self, bits: int) -> None:
         self.name = f"mpmath intervals at {bits} bits"
+        import mpmath
+
         self.context = mpmath.ctx_iv.MPIntervalContext()
         self.context.prec = bits
         c = self.context

@@ -9,7 +9,7 @@ import numpy as np
 from ..problem import Problem
 from .option import Option, whole
 from .shapes import Choices, Selected
-from .variant import COMMON_BUGS, Variant
+from .variant import Variant
 
 __all__ = ["MOBA"]
 
@@ -51,8 +51,20 @@ MOBA = Variant(
         "topk": Option(3, "blocks of a row, its own counted", whole(1), (3, 1, 2)),
     },
     laws=("determinism", "grouped_heads", "batch_independence", "values_doubled", "full_budget_is_dense"),
-    bugs=tuple(n for n in COMMON_BUGS if n not in ("window_off_by_one", "window_ignored", "allowed_ignored",
-               "sequences_joined", "masked_value_read", "empty_row_nan", "causal_corner_swapped")),
+    bugs=(
+        "zeroed_head",
+        "own_key_dropped",
+        "last_key_dropped",
+        "tail_tile_dropped",
+        "wrong_scale",
+        "causal_off_by_one",
+        "causal_ignored",
+        "allowed_ignored",
+        "heads_tiled",
+        "value_of_next_key",
+        "neighbour_row",
+        "output_too_narrow",
+    ),
     contract=(
         "A tie goes to the lower block.",
         "Means are of the exact keys of a block, the ragged last one's of those that are there.",

@@ -53,8 +53,10 @@ class Node:
         Of a mean: its denominator over the least that the denominator can be.
     log : array, optional
         Of what cannot be negative: the largest error of its logarithm.
-    relative, under : (n, 1) arrays
-        Of a product or sum: its own largest error over the sum of the terms' sizes; what underflow adds.
+    relative : (n, 1) array
+        Of a product or sum: its own largest error over the sum of the terms' sizes.
+    under : tuple of two arrays
+        Of a product with values: what underflow costs where the weights are divided first, and its variance.
     """
 
     __slots__ = (
@@ -80,7 +82,7 @@ class Node:
         self.amplify: Any = None
         self.log: Any = None
         self.relative: Any = 0.0
-        self.under: Any = 0.0
+        self.under: Any = (0.0, 0.0)
         self.uses, self.spread, self.direct = 0, False, True
         self.flow: tuple[Any, Any] = (0.0, 0.0)
 
@@ -149,7 +151,7 @@ class Scaled(Link):
     @property
     def spreads(self) -> bool:
         """Tell whether the parent is a column or a row of its child."""
-        return self.parent.a.shape != self.shape and self.parent.axes != ("1", "1")
+        return self.parent.a.shape != self.shape
 
 
 @dataclass(frozen=True)

@@ -112,19 +112,18 @@ class Lossy(Reflected):
         over_features = a.axes[1] not in ("q", "k")
         n = a.a.shape[1]
         if over_features:
-            relative, under = f.times(n + 2), 0.0
+            relative = f.times(n + 2)
             err, var = relative * size, f.cu * (f.model.depth(n) * walk + squares)
         else:
             steps, tiles = self._steps()
             relative = f.times(steps + tiles + 3)
-            under = (steps + tiles + 3) * f.floor
-            err = relative * size + under
+            err = relative * size + (steps + tiles + 3) * f.floor
             var = f.cu * (steps * walk + squares + tiles * walk) + (steps + tiles) * f.floor**2 / 3
         meet = _both(a.span, b.span, a.a.shape, b.a.shape)
         axes = (a.axes[0], b.axes[1])
         marks = a.marks & b.marks & {"positive"} | ({"raw"} if over_features else set())
         found = Node(y, axes, err + meet, var, Left(a, b.a), Right(b, a.a), marks=marks)
-        found.relative, found.under = relative, under
+        found.relative = relative
         found.seen = a.seen if b.axes[1] == "k" else None
         if not over_features:  # weights and their gradients are rounded to their type before they are multiplied
             lost = f.u_weights * (np.abs(a.a) + a.span)
@@ -133,6 +132,12 @@ class Lossy(Reflected):
             found.span = found.span + lost @ (np.abs(b.a) + b.span)
         if b.axes == ("k", "v") and axes[0] == "q":
             f.weights = self
+            seen = np.ones(a.a.shape) if a.seen is None else a.seen
+            tiny, tiny_sum = f.floor_weights, (steps + tiles + 3) * f.floor
+            found.under = (
+                tiny * (seen @ (np.abs(b.a) + b.span)) + tiny_sum,
+                (tiny**2 * (seen @ (b.a * b.a)) + tiny_sum * f.floor) / 3,
+            )
             var_cast = C * f.u_weights**2 * a.a**2 + f.floor_weights**2 / 3 * (1 if a.seen is None else a.seen)
             found.cast = (lost, var_cast)
             found.err = found.err + lost @ np.broadcast_to(b.span, b.a.shape)
@@ -168,7 +173,7 @@ class Lossy(Reflected):
     def _rounded(self, y: Float, axes: tuple[str, str], size: Float, times: float = 1.0) -> tuple[Any, Any]:
         """Return what one rounding of a result loses, which is at most of that size; scores may be stored narrower."""
         f, stored = self.f, self._stored(axes)
-        relative = (1 + f.times(times)) * (1 + stored) - 1
+        relative = f.times(times) + stored * (1 + f.times(times))
         return relative * size + f.floor, (times * f.cu + C * stored**2) * y * y
 
     def _stored(self, axes: tuple[str, str]) -> float:
@@ -208,7 +213,7 @@ class Lossy(Reflected):
         f, size = self.f, 2 * np.abs(y) + np.abs(self.a) + 3 * self.node.span
         axes = ("q", self.node.axes[1])
         stored = self._stored(axes)
-        err, var = ((1 + f.u) * (1 + stored) - 1) * size + f.floor, (f.cu + C * stored**2) * size**2
+        err, var = (f.u + stored * (1 + f.u)) * size + f.floor, (f.cu + C * stored**2) * size**2
         return Lossy(f, Node(y, axes, err, var, Scaled(self.node, 1.0, y.shape), marks={"shifted"}))
 
     def __neg__(self) -> Lossy:
@@ -239,8 +244,8 @@ class Lossy(Reflected):
                 found = self._with(o, y, (1 / b, -y / b), marks={"mean", *(o.node.marks & {"more"})})
                 found.node.amplify = amplify
                 # a kernel may divide the weights first: then products underflow at the output's size
-                found.node.err = self.f.u * np.abs(y) + self.f.floor + self.node.under
-                found.node.var = found.node.var + self.node.under * self.f.floor / 3
+                found.node.err = self.f.u * np.abs(y) + self.f.floor + self.node.under[0]
+                found.node.var = found.node.var + self.node.under[1]
                 found.node.relative = self.node.relative + o.node.relative
                 return found
             by = np.minimum(amplify, 1e100) / b

@@ -108,8 +108,8 @@ def _split(c: _Call, b: int, h: int, i: slice, split: slice, seq: tuple[slice, s
         top = np.maximum(m, s.max(1))
         shift = np.where(np.isneginf(top), 0, top)
         p = np.exp(s - shift[:, None])
-        p = c.weighted(p, b, h, i, j)
         kept = z * np.exp(m - shift)
+        p = c.weighted(p, b, h, i, j)
         z = kept + p.sum(1)
         m = top
         share = np.where(z > 0, 1 / z, 0)
