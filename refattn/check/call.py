@@ -15,9 +15,9 @@ from ..errors import InvalidProblem, KernelError, UnsupportedProblem
 from ..problem import Problem
 from ..variants import Steps, variant_of
 
-__all__ = ["SOURCES", "Kernel", "Result", "call_gradients", "call_kernel", "unchanged"]
+__all__ = ["SOURCES", "Function", "Result", "call_gradients", "call_kernel", "unchanged"]
 
-Kernel = Callable[[Problem], Any]
+Function = Callable[[Problem], Any]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Result:
         return {n: x for n, x in (("lse", self.lse), ("state", self.state)) if x is not None}
 
 
-def call_kernel(kernel: Kernel, problem: Problem) -> Result:
+def call_kernel(kernel: Function, problem: Problem) -> Result:
     """Call ``kernel(problem)`` on fresh copies of the inputs and hold the result to the contract.
 
     Parameters
@@ -82,7 +82,7 @@ SOURCES = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": 
 """The input that each gradient belongs to."""
 
 
-def call_gradients(kernel: Kernel, problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
+def call_gradients(kernel: Function, problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """Call ``kernel.gradients(problem, dout)`` on fresh copies and hold the result to the contract.
 
     Parameters

@@ -13,21 +13,21 @@ from ..dtypes import FORMATS
 from ..problem import VARIANT, Problem
 from ..variants import Selected, variant_of
 from .bounds.truth import truth
-from .call import SOURCES, Kernel, Result, call_gradients, call_kernel
+from .call import SOURCES, Function, Result, call_gradients, call_kernel
 from .compare import Worst
 from .inputs.draw import Draw
 from .model import Capabilities, Model
 
-__all__ = ["LAWS", "Asked", "Law", "law_problem"]
+__all__ = ["LAWS", "Law", "Trial", "law_problem"]
 
 Float = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Trial:
     """A kernel that a law is tried on: what it answers, and what its arithmetic may lose."""
 
-    kernel: Kernel
+    kernel: Function
     model: Model
     able: Capabilities
 
@@ -69,7 +69,7 @@ class Law:
     name: str
     statement: str
     problem: Callable[[Draw], Problem]
-    test: Callable[[Asked, Problem], Worst]
+    test: Callable[[Trial, Problem], Worst]
     needs: str = ""
     named_only: str = ""
 
@@ -101,18 +101,18 @@ def _agree(x: Float, y: Float, allowed: Float | float, text: str, array: str = "
     )
 
 
-def _determinism(ask: Asked, p: Problem) -> Worst:
+def _determinism(ask: Trial, p: Problem) -> Worst:
     return _agree(ask.out(p), ask.out(p), 0.0, "two runs on the same input differ")
 
 
-def _key_permutation(ask: Asked, p: Problem) -> Worst:
+def _key_permutation(ask: Trial, p: Problem) -> Worst:
     order = np.random.default_rng(0).permutation(p.n_k)
     moved = p.replace(key=p.key[:, :, order], value=p.value[:, :, order])
     limit = ask.allowed(p)["out"] + ask.allowed(moved)["out"]
     return _agree(ask.out(moved), ask.out(p), limit, "the order of the keys matters")
 
 
-def _masked_keys_unread(ask: Asked, p: Problem) -> Worst:
+def _masked_keys_unread(ask: Trial, p: Problem) -> Worst:
     hidden = ~p.allowed.any((0, 1, 2))
     key, value = p.key.copy(), p.value.copy()
     key[:, :, hidden], value[:, :, hidden] = 3, -7
@@ -120,14 +120,14 @@ def _masked_keys_unread(ask: Asked, p: Problem) -> Worst:
     return _agree(ask.out(p.replace(key=key, value=value)), ask.out(p), 0.0, text)
 
 
-def _grouped_heads(ask: Asked, p: Problem) -> Worst:
+def _grouped_heads(ask: Trial, p: Problem) -> Worst:
     group = p.heads // p.heads_kv
     wide = p.replace(key=np.repeat(p.key, group, axis=1), value=np.repeat(p.value, group, axis=1))
     limit = 2 * ask.allowed(p)["out"]
     return _agree(ask.out(p), ask.out(wide), limit, "grouped heads differ from repeated ones")
 
 
-def _split_and_merge(ask: Asked, p: Problem) -> Worst:
+def _split_and_merge(ask: Trial, p: Problem) -> Worst:
     """Halve the keys (one half masked for half of the rows) and merge the two answers through their lse."""
     half = p.n_k // 2
     parts = [
@@ -149,20 +149,20 @@ def _split_and_merge(ask: Asked, p: Problem) -> Worst:
     return _agree(merged, ask.out(p), allowed, "two halves merged through lse differ from the whole")
 
 
-def _batch_independence(ask: Asked, p: Problem) -> Worst:
+def _batch_independence(ask: Trial, p: Problem) -> Worst:
     other = p.replace(**{n: np.concatenate([x[:1], x[1:][::-1] * x.dtype.type(2)]) for n, x in p.arrays().items()})
     # one scale for a whole tensor is made from every batch
     limit = (ask.allowed(p)["out"] + ask.allowed(other)["out"])[:1] if ask.model.scales == "tensor" else 0.0
     return _agree(ask.out(p)[:1], ask.out(other)[:1], limit, "what another batch holds changes the output")
 
 
-def _batch_invariance(ask: Asked, p: Problem) -> Worst:
+def _batch_invariance(ask: Trial, p: Problem) -> Worst:
     alone = [ask.out(p.replace(**{n: x[i : i + 1] for n, x in p.arrays().items()})) for i in range(p.batch)]
     limit: Any = 0.0 if ask.able.batch_invariant else 2 * ask.allowed(p)["out"]
     return _agree(np.concatenate(alone), ask.out(p), limit, "a batch alone gives another output than among others")
 
 
-def _values_doubled(ask: Asked, p: Problem) -> Worst:
+def _values_doubled(ask: Trial, p: Problem) -> Worst:
     twice = p.replace(value=(p.value * p.value.dtype.type(2)).astype(p.value.dtype))
     form, out = FORMATS[p.dtype], 2 * ask.out(p)
     # among subnormal numbers twice a rounded number is one place from twice the number, rounded
@@ -171,19 +171,19 @@ def _values_doubled(ask: Asked, p: Problem) -> Worst:
     return _agree(ask.out(twice), out, limit, "values twice as large do not double the output")
 
 
-def _layout(ask: Asked, p: Problem) -> Worst:
+def _layout(ask: Trial, p: Problem) -> Worst:
     turned = {n: np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for n, x in p.arrays().items()}
     limit = 2 * ask.allowed(p)["out"]
     return _agree(ask.out(p.replace(**turned)), ask.out(p), limit, "strides change the output")
 
 
-def _bias_shifted(ask: Asked, p: Problem) -> Worst:
+def _bias_shifted(ask: Trial, p: Problem) -> Worst:
     moved = p.replace(bias=(p.bias + p.bias.dtype.type(4)).astype(p.bias.dtype))
     limit = ask.allowed(p)["out"] + ask.allowed(moved)["out"]
     return _agree(ask.out(moved), ask.out(p), limit, "a constant added to all scores changes the output")
 
 
-def _gradient_steps(ask: Asked, p: Problem) -> Worst:
+def _gradient_steps(ask: Trial, p: Problem) -> Worst:
     """Move one input a step: dout·out changes by the step times the mean of the gradients at both ends.
 
     That is the trapezoid rule; what it leaves out is known from the exact answer, and allowed. The step is twice the
@@ -224,7 +224,7 @@ class _Loss:
     true: dict[str, Float]
 
     @classmethod
-    def of(cls, ask: Asked, p: Problem, dout: NDArray[Any]) -> _Loss:
+    def of(cls, ask: Trial, p: Problem, dout: NDArray[Any]) -> _Loss:
         wide, known = dout.astype(np.float64), truth(p, ask.model, dout)
         true = {n: x.mid for n, x in known.answer.enclosures.items()}
         value, exact_value = ((wide * x).sum((2, 3)) for x in (ask.out(p), true["out"]))
@@ -232,10 +232,10 @@ class _Loss:
         return cls(value, exact_value, lost, ask.gradients(p, dout), known.allowed, true)
 
 
-def _row_sums(name: str, axis: int, text: str) -> Callable[[Asked, Problem], Worst]:
+def _row_sums(name: str, axis: int, text: str) -> Callable[[Trial, Problem], Worst]:
     """Return the law that a gradient sums to 0: a constant added to all scores of a row changes nothing."""
 
-    def test(ask: Asked, p: Problem) -> Worst:
+    def test(ask: Trial, p: Problem) -> Worst:
         d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
         dout = d.tensor(d.normal(*p.out_shape))
         total, limit = ask.gradients(p, dout)[name].sum(axis), ask.allowed(p, dout)[name].sum(axis)
@@ -244,14 +244,14 @@ def _row_sums(name: str, axis: int, text: str) -> Callable[[Asked, Problem], Wor
     return test
 
 
-def _full_budget_is_dense(ask: Asked, p: Problem) -> Worst:
+def _full_budget_is_dense(ask: Trial, p: Problem) -> Worst:
     """Compare the operator with its whole budget to its core on every key."""
     known = truth(p.replace(variant=VARIANT, options={}), ask.model)
     text = "with every candidate chosen it is not what its core is"
     return _agree(ask.out(p), known.answer.enclosures["out"].mid, known.allowed["out"], text)
 
 
-def _state_carried(ask: Asked, p: Problem) -> Worst:
+def _state_carried(ask: Trial, p: Problem) -> Worst:
     """Stop half way and go on from the state that the kernel returned: the rest must be right for that state."""
     half = p.n_q // 2
     cut = [{n: x[:, :, s] for n, x in p.arrays().items() if n != "state"} for s in (slice(half), slice(half, None))]
@@ -268,7 +268,7 @@ def _state_carried(ask: Asked, p: Problem) -> Worst:
     return max(found, whole, key=lambda w: w.ratio)
 
 
-def _past_31_bits(ask: Asked, p: Problem) -> Worst:
+def _past_31_bits(ask: Trial, p: Problem) -> Worst:
     """Repeat a few heads until their elements pass 2**31: the last ones must equal the first."""
     many = -(-(LARGE + 1) // (p.n_k * p.d_k * p.heads)) + 1
     whole = {n: np.tile(x, (1, many, 1, 1)) for n, x in p.arrays().items()}

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from ..problem import VARIANT
 
 if TYPE_CHECKING:
-    from .call import Kernel
+    from .call import Function
     from .model import Capabilities, Model, ModelFor
 
 __all__ = ["parametrize_with_checks"]
 
 
 def parametrize_with_checks(
-    kernel: Kernel,
+    kernel: Function,
     variant: str = VARIANT,
     *,
     capabilities: Capabilities | None = None,
@@ -51,7 +51,8 @@ def parametrize_with_checks(
     import pytest
 
     from ..errors import InvalidInput
-    from .runner import kernel_name, plan
+    from .kernel import name_of
+    from .runner import plan
 
     items = plan(kernel, variant, capabilities=capabilities, model=model, dtypes=dtypes, only=only, budget=budget)
     expected = dict(expected_failures or {})
@@ -64,7 +65,7 @@ def parametrize_with_checks(
             )
         if not isinstance(reason, str) or not reason.strip():
             raise InvalidInput(f"expected_failures: {name!r} needs a reason, e.g. the number of its issue")
-    label = kernel_name(kernel)
+    label = name_of(kernel)
     marks = {n: [pytest.mark.xfail(strict=True, reason=r)] for n, r in expected.items()}
     values = [pytest.param(_Runner(i, label, variant), id=i.name, marks=marks.get(i.name, [])) for i in items]
     return pytest.mark.parametrize("check", values)

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from ..arrays import kind_of, to_kind, to_numpy
 from ..errors import KernelError
 from ..problem import Problem
-from .call import Kernel, unchanged
+from .call import Function, unchanged
 from .model import Capabilities
 
 __all__ = ["placed"]
 
 
-def placed(kernel: Kernel, able: Capabilities) -> Kernel:
+def placed(kernel: Function, able: Capabilities) -> Function:
     """Return a kernel as one that takes NumPy arrays.
 
     Parameters
@@ -35,7 +35,7 @@ def placed(kernel: Kernel, able: Capabilities) -> Kernel:
 class _Placed:
     placed = True
 
-    def __init__(self, kernel: Kernel, able: Capabilities) -> None:
+    def __init__(self, kernel: Function, able: Capabilities) -> None:
         self.kernel, self.able = kernel, able
         self.__name__ = str(getattr(kernel, "__name__", type(kernel).__name__))
         for name in ("model", "capabilities"):

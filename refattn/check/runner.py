@@ -15,13 +15,13 @@ from ..errors import InvalidInput, KernelError, UnsupportedProblem
 from ..problem import VARIANT, Problem
 from ..variants import variant_of
 from .bounds.truth import Truth, of_case, truth
-from .call import Kernel, Result, call_gradients, call_kernel
+from .call import Function, Result, call_gradients, call_kernel
 from .compare import Worst, compare
 from .diagnose.rules import verdicts
 from .inputs.families import Case, cases
-from .laws import LAWS, Asked, Law, law_problem
-from .model import Capabilities, Model, ModelFor, flash
-from .placed import placed
+from .kernel import Kernel
+from .laws import LAWS, Law, Trial, law_problem
+from .model import Capabilities, Model, ModelFor
 from .report.report import Check, Report
 
 RAISED = "the kernel raised"
@@ -38,7 +38,7 @@ class Item:
 
 
 def check_kernel(
-    kernel: Kernel,
+    kernel: Function | Kernel,
     variant: str = VARIANT,
     *,
     model: Model | ModelFor | None = None,
@@ -83,19 +83,19 @@ def check_kernel(
     InvalidInput
         An unknown variant, format or budget, or `only` matches nothing.
     """
-    items = plan(kernel, variant, model=model, capabilities=capabilities, dtypes=dtypes, only=only, budget=budget)
+    judged = Kernel.of(kernel, model=model, capabilities=capabilities, name=name, version=version)
+    items = plan(judged, variant, dtypes=dtypes, only=only, budget=budget)
     done = []
     for item in items:
         if progress is not None:
             progress(item)
         done.append(item.run())
-    chosen = model_for(kernel, model)
-    models = {d: asdict(chosen(d)) for d in sorted({i.dtype for i in items})}
-    return Report(name or kernel_name(kernel), variant, tuple(done), version, models)
+    models = {d: asdict(judged.model(d)) for d in sorted({i.dtype for i in items})}
+    return Report(judged.name, variant, tuple(done), judged.version, models)
 
 
 def plan(
-    kernel: Kernel,
+    kernel: Function | Kernel,
     variant: str = VARIANT,
     *,
     model: Model | ModelFor | None = None,
@@ -105,9 +105,8 @@ def plan(
     budget: str = "ci",
 ) -> list[Item]:
     """Return the checks of a kernel without running them; the arguments are those of :func:`check_kernel`."""
-    v = variant_of(variant)
-    able = capabilities or getattr(kernel, "capabilities", None) or Capabilities()
-    chosen, kernel = model_for(kernel, model), placed(kernel, able)
+    v, judged = variant_of(variant), Kernel.of(kernel, model=model, capabilities=capabilities)
+    able = judged.capabilities
     unknown = [d for d in dtypes or () if d not in FORMATS]
     if unknown:
         raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
@@ -116,14 +115,14 @@ def plan(
     for dtype in wanted:
         for case in cases(variant, budget):
             if not case.dtypes or dtype in case.dtypes:
-                items.append(Item(f"{case.name}[{dtype}]", dtype, _case_run(kernel, able, chosen(dtype), case, dtype)))
+                items.append(Item(f"{case.name}[{dtype}]", dtype, _case_run(judged, case, dtype)))
                 if able.gradients and case.backward:
                     name = f"{case.name}/gradients[{dtype}]"
-                    items.append(Item(name, dtype, _gradients_run(kernel, able, chosen(dtype), case, dtype, name)))
+                    items.append(Item(name, dtype, _gradients_run(judged, case, dtype, name)))
         for law in (LAWS[n] for n in v.laws):
             name = f"law/{law.name}[{dtype}]"
             if not law.named_only or only == name:
-                items.append(Item(name, dtype, _law_run(kernel, able, chosen(dtype), law, dtype, variant)))
+                items.append(Item(name, dtype, _law_run(judged, law, dtype, variant)))
     if only is not None:
         items = [i for i in items if matches(i.name, only)]
         if not items:
@@ -139,7 +138,7 @@ def matches(name: str, only: str | None) -> bool:
 
 
 def check_problem(
-    kernel: Kernel | str,
+    kernel: Function | Kernel | str,
     problem: Problem,
     label: str,
     *,
@@ -165,10 +164,9 @@ def check_problem(
     if isinstance(kernel, str):
         from .kernels import find
 
-        entry = find(kernel)[0]
-        kernel, model, name = entry.kernel(), model or entry.model, name or entry.name
-    chosen = model_for(kernel, model)(problem.dtype)
-    plain, called = problem.to("numpy"), placed(kernel, getattr(kernel, "capabilities", None) or Capabilities())
+        kernel = find(kernel)[0].kernel()
+    judged, plain = Kernel.of(kernel, model=model, name=name), problem.to("numpy")
+    chosen, called = judged.model(problem.dtype), judged.call
     checks = [
         _guard(f"{label}[{problem.dtype}]", lambda: _judge(called, plain, truth(plain, chosen), chosen, False, {})),
     ]
@@ -179,10 +177,10 @@ def check_problem(
             _guard(name_of, lambda: _judge_gradients(called, plain, dout, truth(plain, chosen, dout), frozenset()))
         )
     models = {problem.dtype: asdict(chosen)}
-    return Report(name or kernel_name(kernel), problem.variant, tuple(checks), models=models)
+    return Report(judged.name, problem.variant, tuple(checks), models=models)
 
 
-def failing(kernel: Kernel, model: Model, able: frozenset[str]) -> Callable[[Problem, Any], bool]:
+def failing(kernel: Function, model: Model, able: frozenset[str]) -> Callable[[Problem, Any], bool]:
     """Return a function that tells whether a kernel fails a call (with an arriving gradient: its gradients)."""
 
     def fails(problem: Problem, dout: Any) -> bool:
@@ -197,18 +195,8 @@ def failing(kernel: Kernel, model: Model, able: frozenset[str]) -> Callable[[Pro
     return fails
 
 
-def kernel_name(kernel: Kernel) -> str:
-    """Return what to call a kernel that was given no name."""
-    return str(getattr(kernel, "__name__", type(kernel).__name__))
-
-
-def model_for(kernel: Kernel, model: Model | ModelFor | None) -> ModelFor:
-    given = model or getattr(kernel, "model", None) or flash
-    return (lambda dtype: given) if isinstance(given, Model) else given
-
-
-def _case_run(kernel: Kernel, able: Capabilities, model: Model, case: Case, dtype: str) -> Callable[[], Check]:
-    name = f"{case.name}[{dtype}]"
+def _case_run(kernel: Kernel, case: Case, dtype: str) -> Callable[[], Check]:
+    name, able, model = f"{case.name}[{dtype}]", kernel.capabilities, kernel.model(dtype)
 
     def run() -> Check:
         problem = case.problem(dtype)
@@ -216,8 +204,8 @@ def _case_run(kernel: Kernel, able: Capabilities, model: Model, case: Case, dtyp
         known = partial(of_case, case, dtype, model, backward=False)
         lacks = able.missing(problem)
         if lacks:
-            return _outside(name, lacks, lambda: _judge(kernel, problem, known(), model, False, {}))
-        check = _guard(name, lambda: _judge(kernel, problem, known(), model, able.lse, others))
+            return _outside(name, lacks, lambda: _judge(kernel.call, problem, known(), model, False, {}))
+        check = _guard(name, lambda: _judge(kernel.call, problem, known(), model, able.lse, others))
         return replace(check, rules=others)
 
     return run
@@ -233,9 +221,9 @@ def _outside(name: str, lacks: list[str], judge: Callable[[], Iterator[Worst]]) 
     return replace(check, message=f"{text}; it must raise there, and gave a wrong answer: {check.message}")
 
 
-def _gradients_run(
-    kernel: Kernel, able: Capabilities, model: Model, case: Case, dtype: str, name: str
-) -> Callable[[], Check]:
+def _gradients_run(kernel: Kernel, case: Case, dtype: str, name: str) -> Callable[[], Check]:
+    able, model = kernel.capabilities, kernel.model(dtype)
+
     def run() -> Check:
         problem, dout = case.problem(dtype), case.arriving(dtype)
         lacks = able.missing(problem)
@@ -243,17 +231,17 @@ def _gradients_run(
             return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
 
         def judge() -> Iterator[Worst]:
-            return _judge_gradients(kernel, problem, dout, of_case(case, dtype, model, backward=True), able.gradients)
+            return _judge_gradients(
+                kernel.call, problem, dout, of_case(case, dtype, model, backward=True), able.gradients
+            )
 
         return _guard(name, judge)
 
     return run
 
 
-def _law_run(
-    kernel: Kernel, able: Capabilities, model: Model, law: Law, dtype: str, variant: str
-) -> Callable[[], Check]:
-    name = f"law/{law.name}[{dtype}]"
+def _law_run(kernel: Kernel, law: Law, dtype: str, variant: str) -> Callable[[], Check]:
+    name, able = f"law/{law.name}[{dtype}]", kernel.capabilities
 
     def run() -> Check:
         problem = law_problem(law, dtype, variant)
@@ -261,13 +249,13 @@ def _law_run(
         if lacks:
             return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
 
-        return _guard(name, lambda: iter([law.test(Asked(kernel, model, able), problem)]))
+        return _guard(name, lambda: iter([law.test(Trial(kernel.call, kernel.model(dtype), able), problem)]))
 
     return run
 
 
 def _judge(
-    kernel: Kernel, problem: Problem, known: Truth, model: Model, lse: bool, others: dict[str, bool | None]
+    kernel: Function, problem: Problem, known: Truth, model: Model, lse: bool, others: dict[str, bool | None]
 ) -> Iterator[Worst]:
     """Yield the worst element of each array; note what other rules say of out."""
     result: Result = call_kernel(kernel, problem)
@@ -287,7 +275,7 @@ def _judge(
 
 
 def _judge_gradients(
-    kernel: Kernel, problem: Problem, dout: Any, known: Truth, able: frozenset[str]
+    kernel: Function, problem: Problem, dout: Any, known: Truth, able: frozenset[str]
 ) -> Iterator[Worst]:
     """Yield the worst element of each gradient."""
     result = call_gradients(kernel, problem, dout)

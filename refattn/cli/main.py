@@ -129,10 +129,7 @@ def check(
     reports: list[Report] = []
     try:
         if problem is not None:
-            reports = [
-                check_problem(e.kernel(), problem, f"file/{Path(str(problem_file)).stem}", model=e.model, name=e.name)
-                for e in entries
-            ]
+            reports = [check_problem(e.kernel(), problem, f"file/{Path(str(problem_file)).stem}") for e in entries]
         else:
             _run(entries, variant, dtypes, only, budget, reports)
     except KeyboardInterrupt:
@@ -159,10 +156,7 @@ def _run(
     entries: list[Entry], variant: str, dtypes: tuple[str, ...], only: str | None, budget: str, reports: list[Report]
 ) -> None:
     chosen = [(e, tuple(d for d in FORMATS if d in (dtypes or e.capabilities.dtypes))) for e in entries]
-    total = sum(
-        len(plan(e.kernel(), variant, capabilities=e.capabilities, dtypes=d, only=only, budget=budget))
-        for e, d in chosen
-    )
+    total = sum(len(plan(e.kernel(), variant, dtypes=d, only=only, budget=budget)) for e, d in chosen)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
         task = progress.add_task("checks", total=total)
@@ -172,18 +166,7 @@ def _run(
                 progress.update(task, advance=1, description=f"{name} {item.name}")
 
             reports.append(
-                check_kernel(
-                    entry.kernel(),
-                    variant,
-                    model=entry.model,
-                    capabilities=entry.capabilities,
-                    dtypes=wanted,
-                    only=only,
-                    budget=budget,
-                    name=entry.name,
-                    version=entry.version,
-                    progress=step,
-                )
+                check_kernel(entry.kernel(), variant, dtypes=wanted, only=only, budget=budget, progress=step)
             )
 
 
@@ -234,8 +217,7 @@ def _failures(console: Console, reports: list[Report]) -> None:
 def _explain(console: Console, entries: list[Entry], reports: list[Report]) -> None:
     for entry, report in zip(entries, reports, strict=False):
         if report.failures:
-            able = entry.capabilities
-            text = explain_report(entry.kernel(), report, model=entry.model, capabilities=able, seconds=EXPLAIN)
+            text = explain_report(entry.kernel(), report, seconds=EXPLAIN)
             console.print(f"{report.kernel}: {text}\n", markup=False, soft_wrap=True)
 
 

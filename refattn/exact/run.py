@@ -142,9 +142,9 @@ class Work:
             _tile(slab, f, shape, tile, k, v, unit, raw, self.dout, sums)
 
 
-def run(problem: Problem, f: Any, dout: NDArray[np.float64] | None = None, need: Any = None, threads: int = 1) -> Raw:
-    """Run a call of any shape over one arithmetic, once; the arguments are those of :class:`Work`."""
-    return Work(lower(problem).problem, dout, threads).run(f, need)
+def run(problem: Problem, f: Any, dout: NDArray[np.float64] | None = None, threads: int = 1, **some: Any) -> Raw:
+    """Run a call of any shape over one arithmetic, once; the arguments are those of :class:`Work` and its ``run``."""
+    return Work(lower(problem).problem, dout, threads).run(f, **some)
 
 
 def _streamed(slab: Slab, f: Tier, lines: NDArray[np.intp], raw: Raw, threads: int) -> None:

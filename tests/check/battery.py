@@ -503,7 +503,7 @@ def trial_laws(c):
             p = problem("plain")
         elif name not in ("determinism", "masked_keys_unread", "grouped_heads", "split_and_merge"):
             p = c.laws.law_problem(c.laws.LAWS[name], "float32", "softmax")
-        return c.laws.LAWS[name].test(c.laws.Asked(kernel, c.model.flash("float32"), able), p)
+        return c.laws.LAWS[name].test(c.laws.Trial(kernel, c.model.flash("float32"), able), p)
 
     def backward(name, value):
         def kernel(p):

@@ -69,12 +69,12 @@ def compare(problem, dout, tiers=(0, 1, 2, 3)):
 
 def runs(problem, dout, level):
     """Yield what the tier gives: whole, then single keys with what rows know from it and from a forward pass."""
-    known = {}
-    yield runner.run(problem, Tier(level), dout, known=known)
-    if runner.by_keys(problem, dout):
+    known, work = {}, runner.Work(problem, dout)
+    yield work.run(Tier(level), known=known)
+    if work.by_keys:
         none, keys = np.zeros(problem.out_shape[:3], bool), np.ones((1, problem.heads_kv, problem.n_k), bool)
         for f, rows in ((Tier(min(level + 1, 3)), known), (Tier(level), {})):
-            raw = runner.run(problem, f, dout, none, keys=keys, known=rows)
+            raw = work.run(f, none, keys=keys, known=rows)
             yield {name: raw[name] for name in ("dk", "dv")}
 
 

@@ -121,11 +121,12 @@ def test_what_stays_open_goes_on_by_rows_and_keys(more, monkeypatch):
     monkeypatch.setitem(driver.START_BACK, 24, 0)
     monkeypatch.setattr(driver, "FEW_KEYS", 2.0)
     calls = []
-    monkeypatch.setattr(driver, "run", lambda p, f, *rest: calls.append((f.name, rest)) or run(p, f, *rest))
+    usual = runner.Work.run
+    monkeypatch.setattr(runner.Work, "run", lambda w, f, *rest: calls.append((f.name, rest)) or usual(w, f, *rest))
     got = evaluate(p, rounding="float32", gradients=dout)
     assert not any(got.undecided.values())
     assert [name[-5:] for name, _ in calls[:2]] == ["L = 0", "L = 1"]
-    assert calls[1][1][3] is not None  # single keys
+    assert calls[1][1][1] is not None  # single keys
     for n, x in want.values.items():
         assert x.tobytes() == got.values[n].tobytes(), n
 
@@ -140,7 +141,7 @@ def test_a_few_keys_in_balls_are_those_of_the_whole(name, monkeypatch):
     need = np.zeros(p.out_shape[:3], bool)
     need[0, 1, 5] = True
     with f.working():
-        whole, few = run(p, f, dout), run(p, f, dout, need, keys=keys)
+        whole, few = run(p, f, dout), run(p, f, dout, need=need, keys=keys)
         for n, seen in {"dk": keys, "dv": keys, "dq": need, "out": need}.items():
             assert all(
                 a.overlaps(b) and b.rad() < 1e-35 for a, b in zip(whole[n][seen].flat, few[n][seen].flat, strict=True)
@@ -153,7 +154,7 @@ def test_keys_that_no_row_sees_have_no_gradient(monkeypatch):
     p = problem(allowed=np.zeros(SHAPE, bool))
     keys = np.ones((1, 2, 300), bool)
     for f in (Tier(1), Balls(128)):
-        raw = run(p, f, np.ones(p.out_shape), np.zeros(p.out_shape[:3], bool), keys=keys)
+        raw = run(p, f, np.ones(p.out_shape), need=np.zeros(p.out_shape[:3], bool), keys=keys)
         assert not raw["dk"].any()
         assert not raw["dv"].any()
 

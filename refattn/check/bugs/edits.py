@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..call import Kernel
+from ..call import Function
 
 __all__ = ["BUGS", "Bug", "broken"]
 
@@ -51,7 +51,7 @@ def _source() -> str:
     return inspect.getsource(importlib.import_module("refattn.check.kernels.tiled"))
 
 
-def broken(name: str) -> Kernel:
+def broken(name: str) -> Function:
     """Return the tiled kernel with one bug, a module of its own (what it keeps between calls is its own, too)."""
     text = _source()
     for old, new in BUGS[name].edits:

@@ -17,7 +17,7 @@ from ...exact.slabs import slabs
 from ...exact.stream import STREAMED
 from ...problem import Problem
 from ...variants import variant_of
-from ..call import Kernel
+from ..call import Function
 from ..kernels.tiled import tiled
 
 __all__ = ["PLANTED", "plain", "planted"]
@@ -35,7 +35,7 @@ def plain(problem: Problem) -> Any:
     return (out, *more) if more else out
 
 
-def planted(name: str) -> Kernel:
+def planted(name: str) -> Function:
     """Return the wrong kernel of that name."""
     before, after = PLANTED[name]
 

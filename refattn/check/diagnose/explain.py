@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ...problem import Problem
-from ..call import Kernel
+from ..call import Function
 from ..inputs.families import cases
+from ..kernel import Kernel
 from ..model import Capabilities, Model, ModelFor
 from ..report.report import Report
-from ..runner import failing, model_for
+from ..runner import failing
 from .shrink import program, shrink
 
 __all__ = ["alike", "explain", "pattern", "shared"]
@@ -25,7 +26,7 @@ SIGNATURES = Path(__file__).parents[1] / "bugs" / "signatures.json"
 
 
 def explain(
-    kernel: Kernel,
+    kernel: Function | Kernel,
     report: Report,
     *,
     model: Model | ModelFor | None = None,
@@ -50,7 +51,7 @@ def explain(
         lines.append(f"every failed check is {', '.join(common)}")
     if bugs := alike(report):
         lines.append("planted bugs that fail alike: " + ", ".join(f"{n} ({100 * s:.0f} %)" for n, s in bugs))
-    able = capabilities or getattr(kernel, "capabilities", None) or Capabilities()
+    judged = Kernel.of(kernel, model=model, capabilities=capabilities)
     for check in report.failures:
         plain, dtype = check.name.rsplit("[", 1)
         case = _cases(report.variant).get(plain.removesuffix("/gradients"))
@@ -58,8 +59,8 @@ def explain(
             continue
         dtype = dtype.rstrip("]")
         dout = case.arriving(dtype) if plain.endswith("/gradients") else None
-        chosen = model_for(kernel, model)(dtype)
-        small, arriving = shrink(case.problem(dtype), dout, failing(kernel, chosen, able.gradients), seconds)
+        fails = failing(judged.call, judged.model(dtype), judged.capabilities.gradients)
+        small, arriving = shrink(case.problem(dtype), dout, fails, seconds)
         lines.append(f"{check.name} still fails on {small!r}")
         if max(small.n_q, small.n_k, small.d_k, small.d_v) <= SMALL:
             lines.append(program(report.kernel, small, arriving))

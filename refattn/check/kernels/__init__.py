@@ -15,9 +15,9 @@ from typing import Any
 from ...dtypes import FORMATS
 from ...errors import InvalidInput
 from ...problem import Problem
-from ..call import Kernel
+from ..call import Function
+from ..kernel import Kernel
 from ..model import FEATURES, GRADIENTS, Capabilities, Model, ModelFor, flash, materialised
-from ..placed import placed
 
 __all__ = ["KERNELS", "Entry", "find", "found"]
 
@@ -46,7 +46,7 @@ class Entry:
 
     name: str
     package: str
-    load: Callable[[], Kernel]
+    load: Callable[[], Function]
     capabilities: Capabilities
     model: ModelFor
     named_only: str = ""
@@ -55,7 +55,8 @@ class Entry:
     def kernel(self) -> Kernel:
         """Return the kernel; one that we call by an adapter of ours raises outside its capabilities."""
         loaded = self.load()
-        return placed(loaded if ":" in self.name else declared(loaded, self.capabilities), self.capabilities)
+        call = loaded if ":" in self.name else declared(loaded, self.capabilities)
+        return Kernel.of(call, model=self.model, capabilities=self.capabilities, name=self.name, version=self.version)
 
     @property
     def here(self) -> bool:
@@ -71,11 +72,11 @@ class Entry:
         return f"{package} {metadata.version(package)}"
 
 
-def _load(module: str, name: str) -> Callable[[], Kernel]:
+def _load(module: str, name: str) -> Callable[[], Function]:
     return lambda: getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
-def declared(kernel: Kernel, able: Capabilities) -> Kernel:
+def declared(kernel: Function, able: Capabilities) -> Function:
     """Return a kernel that raises outside its capabilities: our adapters leave such options out."""
 
     def call(problem: Problem) -> Any:
@@ -320,6 +321,5 @@ def _custom(name: str) -> Entry:
     kernel = getattr(module, function, None)
     if not callable(kernel):
         raise InvalidInput(f"kernel: {module_name} has no function {function!r}")
-    given = getattr(kernel, "capabilities", None) or Capabilities()
-    model = getattr(kernel, "model", None) or flash
-    return Entry(name, "", lambda: kernel, given, model if callable(model) else lambda dtype: model)
+    record = Kernel.of(kernel)
+    return Entry(name, "", lambda: kernel, record.capabilities, record.model)

@@ -114,7 +114,9 @@ def _serve(name: str, pipe: Connection) -> None:
             return
         try:
             problem = Problem(**arrays, **settings)
-            answer: Any = call_kernel(kernel, problem) if dout is None else call_gradients(kernel, problem, dout)
+            answer: Any = (
+                call_kernel(kernel.call, problem) if dout is None else call_gradients(kernel.call, problem, dout)
+            )
             pipe.send(("answer", answer))
         except UnsupportedProblem as e:
             pipe.send(("unsupported", str(e)))

@@ -145,7 +145,7 @@ def test_a_function_in_a_file_or_a_module(tmp_path, monkeypatch):
     (tmp_path / "broken_kernel.py").write_text("1 / 0\n")
     (entry,) = find(f"{tmp_path}/mine.py:attention")
     assert entry.capabilities.dtypes == {"float16"}
-    assert entry.kernel()(type("P", (), {"query": 5})) == 5
+    assert entry.kernel().call(type("P", (), {"query": 5})) == 5
     monkeypatch.syspath_prepend(tmp_path)
     assert find("mine:attention")[0].name == "mine:attention"
     for name, text in (
