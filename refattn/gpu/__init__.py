@@ -1,6 +1,7 @@
 """Attention on NVIDIA GPUs by kernels of our own, for CuPy, PyTorch and JAX arrays."""
 
 from .attention import attention
-from .plan import IMPLS, Plan, plan
+from .kernel import Plan
+from .plan import IMPLS, plan
 
 __all__ = ["IMPLS", "Plan", "attention", "plan"]

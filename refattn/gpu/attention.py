@@ -8,8 +8,9 @@ from typing import Any
 from ..arrays import dtype_name, kind_of
 from ..errors import InvalidProblem
 from ..problem import Problem, check_offsets
+from .kernel import Call, Plan
 from .launch import capability, launch
-from .plan import Call, Plan, check_block_mask, choose
+from .plan import check_block_mask, choose
 from .views import View, cast, check_devices, device_of, empty, finish, layout, on, stream_of, view
 
 __all__ = ["attention"]

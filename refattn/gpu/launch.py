@@ -14,7 +14,8 @@ import numpy as np
 
 from . import simt, sm90
 from .build import compiled, text_of
-from .plan import MODULES, Call, Plan, configured
+from .kernel import Call, Plan
+from .plan import configured
 from .views import View, empty, library
 
 __all__ = ["attribute", "capability", "launch", "queue"]
@@ -57,8 +58,8 @@ def launch(call: Call, plan: Plan, like: Any, arrays: dict[str, View], options: 
     counter = _zeros(device, stream, 4, "counter")
     multiprocessors = attribute(device, "MultiProcessorCount")
     grid, packed = sm90.arguments(plan.macros, arrays, options["scale"], call.blocks, counter, redo, multiprocessors)
-    kernel, threads = _kernel(plan, device), sm90.threads(plan.macros)
-    queue(kernel, grid, threads, plan.shared_bytes, stream, packed, sm90.OFFSETS)
+    threads = plan.kernel.threads(plan.macros)
+    queue(_kernel(plan, device), grid, threads, plan.shared_bytes, stream, packed, sm90.OFFSETS)
     if repair:
         _launch_params(configured("simt", call), call, arrays, options, stream, redo=redo)
 
@@ -67,7 +68,6 @@ def _launch_params(
     plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[str, Any], stream: int, redo: int
 ) -> None:
     """Queue simt.cu or mma.cu."""
-    module = MODULES[plan.impl]
     q, k, v, out, lse = (arrays[n] for n in ("query", "key", "value", "out", "lse"))
     (b, h, n_q, d_k), (_, h_kv, n_k, _), d_v = q.shape, k.shape, v.shape[3]
     names = [*POINTERS]
@@ -90,9 +90,9 @@ def _launch_params(
         *(call.blocks or (1, 1)),
         sequences,
     )
-    rows = module.block_rows(plan.macros)
+    rows, threads = plan.kernel.block_rows(plan.macros), plan.kernel.threads(plan.macros)
     tiles = n_q // rows + sequences if plan.impl == "mma" and sequences else -(-n_q // rows) + sequences
-    queue(_kernel(plan, q.device), tiles * h * b, module.threads(plan.macros), plan.shared_bytes, stream, packed)
+    queue(_kernel(plan, q.device), tiles * h * b, threads, plan.shared_bytes, stream, packed)
 
 
 def _pack(allowed: View, n_k: int, like: Any, stream: int) -> View:
@@ -129,10 +129,9 @@ def queue(
 @lru_cache(maxsize=1024)
 def _kernel(plan: Plan, device: int) -> tuple[int, Any]:
     """Return a plan's compiled kernel."""
-    module = MODULES[plan.impl]
-    entry = "attention_forward" if plan.impl == "sm90" else "attention"
-    text = sm90.source(plan.macros) if plan.impl == "sm90" else text_of(module.FILE, plan.macros)
-    return compiled(text, entry, plan.shared_bytes, module.target(capability(device)), device)
+    kernel = plan.kernel
+    target = kernel.target(capability(device))
+    return compiled(kernel.source(plan.macros), kernel.entry, plan.shared_bytes, target, device)
 
 
 @lru_cache(maxsize=64)
