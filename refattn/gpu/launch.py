@@ -18,7 +18,7 @@ from .kernel import Call, Plan
 from .plan import configured
 from .views import View, empty, library
 
-__all__ = ["attribute", "capability", "launch", "queue"]
+__all__ = ["attribute", "capability", "kernel_of", "launch", "pack", "queue", "zeros"]
 
 POINTERS = ("query", "key", "value", "out", "lse", "bias", "sink", "allowed", "blocks", "cu_q", "cu_k")
 PARAMS = struct.Struct("@12Q24q2d13i4x")  # params.cuh
@@ -46,20 +46,20 @@ def launch(call: Call, plan: Plan, like: Any, arrays: dict[str, View], options: 
     """
     device = arrays["query"].device
     if "allowed" in arrays:
-        arrays["allowed"] = _pack(arrays["allowed"], call.n_k, like, stream)
+        arrays["allowed"] = pack(arrays["allowed"], call.n_k, like, stream)
     if plan.macros["BLOCKS"] == 1 and plan.impl != "simt":
-        arrays["block_bits"] = _pack(arrays["blocks"], arrays["blocks"].shape[3], like, stream)
+        arrays["block_bits"] = pack(arrays["blocks"], arrays["blocks"].shape[3], like, stream)
     if plan.impl != "sm90":
         _launch_params(plan, call, arrays, options, stream, redo=0)
         return
     b, h, n_q, _ = arrays["query"].shape
     repair = call.causal is not None
-    redo = _zeros(device, stream, 1 << (b * h * -(-n_q // 64) - 1).bit_length(), "redo") if repair else 0
-    counter = _zeros(device, stream, 4, "counter")
+    redo = zeros(device, stream, 1 << (b * h * -(-n_q // 64) - 1).bit_length(), "redo") if repair else 0
+    counter = zeros(device, stream, 4, "counter")
     multiprocessors = attribute(device, "MultiProcessorCount")
     grid, packed = sm90.arguments(plan.macros, arrays, options["scale"], call.blocks, counter, redo, multiprocessors)
     threads = plan.kernel.threads(plan.macros)
-    queue(_kernel(plan, device), grid, threads, plan.shared_bytes, stream, packed, sm90.OFFSETS)
+    queue(kernel_of(plan, device), grid, threads, plan.shared_bytes, stream, packed, sm90.OFFSETS)
     if repair:
         _launch_params(configured("simt", call), call, arrays, options, stream, redo=redo)
 
@@ -92,10 +92,10 @@ def _launch_params(
     )
     rows, threads = plan.kernel.block_rows(plan.macros), plan.kernel.threads(plan.macros)
     tiles = n_q // rows + sequences if plan.impl == "mma" and sequences else -(-n_q // rows) + sequences
-    queue(_kernel(plan, q.device), tiles * h * b, threads, plan.shared_bytes, stream, packed)
+    queue(kernel_of(plan, q.device), tiles * h * b, threads, plan.shared_bytes, stream, packed)
 
 
-def _pack(allowed: View, n_k: int, like: Any, stream: int) -> View:
+def pack(allowed: View, n_k: int, like: Any, stream: int) -> View:
     """Return a boolean mask as bits: key j of a row is bit j % 32 of its word j / 32."""
     b, h, n_q, _ = allowed.shape
     _, found = empty(like, (b, h, n_q, -(-n_k // 32)), "int32")
@@ -127,7 +127,7 @@ def queue(
 
 
 @lru_cache(maxsize=1024)
-def _kernel(plan: Plan, device: int) -> tuple[int, Any]:
+def kernel_of(plan: Plan, device: int) -> tuple[int, Any]:
     """Return a plan's compiled kernel."""
     kernel = plan.kernel
     target = kernel.target(capability(device))
@@ -160,7 +160,7 @@ class _Handle:
 _ZEROS: dict[tuple[int, int, int, str], Any] = {}
 
 
-def _zeros(device: int, stream: int, size: int, what: str) -> int:
+def zeros(device: int, stream: int, size: int, what: str) -> int:
     """Return the address of zeros that every launch leaves zeros; a stream has its own, kept for CUDA graphs."""
     key = (device, stream, size, what)
     found = _ZEROS.get(key)

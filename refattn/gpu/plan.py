@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -10,9 +11,9 @@ from ..arrays import dtype_name, kind_of
 from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..problem import Problem
 from . import mma, simt, sm90
-from .kernel import ACCURACIES, Call, Plan
+from .kernel import ACCURACIES, Call, Kernel, Plan
 
-__all__ = ["IMPLS", "KERNELS", "check_block_mask", "choose", "configured", "plan"]
+__all__ = ["IMPLS", "KERNELS", "check_block_mask", "choose", "configured", "pick", "plan"]
 
 KERNELS = {k.name: k for k in (sm90.KERNEL, mma.KERNEL, simt.KERNEL)}
 IMPLS = tuple(KERNELS)
@@ -54,13 +55,21 @@ def choose(call: Call, impl: str | None, capability: tuple[int, int]) -> Plan:
     """Return the plan for a call: the kernel that was asked for, or the first that computes it."""
     if call.accuracy not in ACCURACIES:
         raise InvalidInput(f"accuracy: got {call.accuracy!r}, expected one of {', '.join(ACCURACIES)}")
-    if impl is not None and impl not in IMPLS:
-        raise InvalidInput(f"impl: got {impl!r}, expected one of {', '.join(IMPLS)}")
+    name, obstacles = pick(KERNELS, call, impl, capability)
+    return configured(name, call, obstacles)
+
+
+def pick(
+    kernels: Mapping[str, Kernel], call: Call, impl: str | None, capability: tuple[int, int]
+) -> tuple[str, tuple[str, ...]]:
+    """Return the first kernel that computes a call, or the one that was asked for, and what is in the way of others."""
+    if impl is not None and impl not in kernels:
+        raise InvalidInput(f"impl: got {impl!r}, expected one of {', '.join(kernels)}")
     obstacles: list[str] = []
-    for name in (impl,) if impl else IMPLS:
-        obstacle = KERNELS[name].obstacle(call, capability)
+    for name in (impl,) if impl else kernels:
+        obstacle = kernels[name].obstacle(call, capability)
         if not obstacle:
-            return configured(name, call, tuple(obstacles))
+            return name, tuple(obstacles)
         obstacles.append(f"the kernel {name} {obstacle}")
     raise UnsupportedProblem(f"gpu: {'; '.join(obstacles)}")
 

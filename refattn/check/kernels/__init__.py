@@ -201,6 +201,7 @@ KERNELS: dict[str, Entry] = {
                     FEATURES,
                     d_max=d_max,
                     lse=True,
+                    gradients=frozenset() if "high" in function else GRADIENTS,  # P and dS are rounded backward
                     batch_invariant=True,
                     arrays="torch",
                     device="cuda",
