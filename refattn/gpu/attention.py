@@ -11,7 +11,7 @@ from .plan import choose
 from .request import read
 from .views import device_of, empty, finish, on, stream_of
 
-__all__ = ["attention"]
+__all__ = ["attention", "forward"]
 
 
 def attention(
@@ -33,6 +33,9 @@ def attention(
     impl: str | None = None,
 ) -> Any:
     """Return softmax attention, computed on the GPU that the arrays are on.
+
+    Gradients flow through PyTorch's graph, by :func:`refattn.gpu.attention_backward`, also under ``torch.compile``. Of
+    CuPy and JAX arrays that function gives them; what JAX traces (``jit``, ``grad``) is refused.
 
     Nothing is waited for: the kernels are queued on the caller's current stream (CuPy's for JAX arrays). Inputs are not
     copied, but for a boolean mask, which is packed to bits, and for sinks and offsets of another type.
@@ -68,6 +71,23 @@ def attention(
     UnsupportedProblem
         No kernel computes it; raised before any launch.
     """
+    options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "sink": sink, "bias": bias}
+    options |= {"allowed": allowed, "block_mask": block_mask, "cu_seqlens": cu_seqlens}
+    if hasattr(query, "requires_grad"):  # a tensor of PyTorch: its graph may want a gradient, or only shapes
+        from . import torch_operators
+
+        if torch_operators.needed(query, key, value, sink, bias):
+            found = torch_operators.attention(query, key, value, options, accuracy, impl)
+            return found if return_lse else found[0]
+    out, lse = forward(query, key, value, accuracy=accuracy, impl=impl, **options)
+    return (out, lse) if return_lse else out
+
+
+def forward(
+    query: Any, key: Any, value: Any, *, scale: float | None, causal: str | None, window: Any, softcap: float | None,
+    sink: Any, bias: Any, allowed: Any, block_mask: Any, cu_seqlens: Any, accuracy: str, impl: str | None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return out and lse of :func:`attention`, without gradients."""
     device = device_of(query, "query")
     with on(device):
         tensors = {"query": query, "key": key, "value": value, "bias": bias, "allowed": allowed}
@@ -85,7 +105,7 @@ def attention(
             by = 1 / math.sqrt(arrays["query"].shape[3]) if scale is None else float(scale)
             launch(*known, query, arrays, asked.options | {"scale": by}, stream_of(query, device))
         out, lse = finish(query, [out, lse], list(arrays.values()))
-    return (out, lse) if return_lse else out
+    return out, lse
 
 
 _KNOWN: dict[Any, tuple[Call, Plan]] = {}

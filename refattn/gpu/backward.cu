@@ -1,4 +1,4 @@
-// What surrounds the backward kernels: which keys each row sees, D = dout . out, the gradient of the sinks, sums of parts.
+// What surrounds the backward kernels: which keys each row sees, delta = dout . out - dlse, the gradient of the sinks, sums of parts.
 //
 // keys_of_rows: a block of 64 threads has 64 rows and 64 keys, a half warp a granule of 16. Band (causal order and window) and
 //   sequence leave a row an interval of keys, and a key an interval of rows: p.row_keys, and those of 16 rows or keys together.
@@ -73,6 +73,7 @@ extern "C" __global__ void row_products(const __grid_constant__ Params p) {
     Acc sum = 0;
     for (int c = lane; c < p.d_v; c += 32) sum = fma(to_sum(out[c]), to_sum(dout[c]), sum);
     UNROLL for (int hop = 16; hop; hop /= 2) sum += __shfl_xor_sync(~0u, sum, hop);
+    if (lane == 0 && p.dlse.data) sum -= ((const Acc*)p.dlse.data)[batch * p.dlse.b + head * p.dlse.h + i * p.dlse.n];
     if (lane == 0) ((Acc*)p.delta.data)[batch * p.delta.b + head * p.delta.h + i] = sum;
 }
 

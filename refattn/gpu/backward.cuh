@@ -1,7 +1,8 @@
 // What the backward kernels are given, by value. Strides are in elements, 0 where an axis is spread; absent arrays are null.
 struct Array { void* data; long long b, h, n, m; };       // m: of the keys, for bias, its gradient and the masks
 struct Params {
-    Array q, k, v, out, dout, dq, dk, dv, lse, delta;     // lse, delta: float (double for double inputs)
+    Array q, k, v, out, dout, dq, dk, dv;
+    Array lse, dlse, delta;                               // float (double for double inputs); dlse: the gradient of lse
     Array bias, dbias;
     Array mask;                                           // allowed, packed by pack.cu; strides in words
     Array blocks;                                         // block mask, a byte a block, 0: hidden

@@ -39,6 +39,7 @@ def attention_backward(
     allowed: Any = None,
     block_mask: tuple[Any, int, int] | None = None,
     cu_seqlens: tuple[Any, Any] | None = None,
+    dlse: Any = None,
     wanted: Iterable[str] | None = None,
     impl: str | None = None,
 ) -> dict[str, Any]:
@@ -59,6 +60,8 @@ def attention_backward(
         The gradient that arrives at out, of query's type.
     scale, causal, window, softcap, sink, bias, allowed, block_mask, cu_seqlens
         As in :func:`refattn.gpu.attention`.
+    dlse : (b, h_q, n_q) array, optional
+        The gradient that arrives at lse, of its type.
     wanted : iterable of str, optional
         Out of "dq", "dk", "dv", "dbias" and "dsink"; by default the gradients of all that is there.
     impl : str, optional
@@ -83,7 +86,7 @@ def attention_backward(
     device = device_of(query, "query")
     with on(device):
         tensors = {"query": query, "key": key, "value": value, "bias": bias, "allowed": allowed}
-        tensors |= {"out": out, "lse": lse, "dout": dout}
+        tensors |= {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
         options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         asked = read(tensors, sink, block_mask, cu_seqlens, options, "backward", impl)
         call, kernel = _checked(asked, impl, device)
@@ -122,10 +125,14 @@ def _check_results(asked: Request) -> None:
     q, v = asked.arrays["query"], asked.arrays["value"]
     wide = "float64" if q.dtype == "float64" else "float32"
     shape = (*q.shape[:3], v.shape[3])
-    for name, expected, dtype in (("out", shape, q.dtype), ("lse", shape[:3], wide), ("dout", shape, q.dtype)):
-        x = asked.arrays[name]
-        if x.shape != expected or x.dtype != dtype:
+    like = {"out": (shape, q.dtype), "dout": (shape, q.dtype), "lse": (shape[:3], wide), "dlse": (shape[:3], wide)}
+    for name, (expected, dtype) in like.items():
+        x = asked.arrays.get(name)
+        if x is not None and (x.shape, x.dtype) != (expected, dtype):
             raise InvalidProblem(f"{name}: got {x.dtype} of shape {x.shape}, expected {dtype} of shape {expected}")
+    for name in ("out", "lse", "dout"):
+        if name not in asked.arrays:
+            raise InvalidProblem(f"{name}: got None, expected an array")
     if asked.sink is not None and dtype_name(asked.sink) not in SINKS:
         raise UnsupportedProblem(f"sink: takes {', '.join(SINKS)} backward, got {dtype_name(asked.sink)}")
 

@@ -17,22 +17,8 @@ from .views import View, empty
 
 __all__ = ["PARAMS", "launch"]
 
-ARRAYS = (
-    "query",
-    "key",
-    "value",
-    "out",
-    "dout",
-    "dq",
-    "dk",
-    "dv",
-    "lse",
-    "delta",
-    "bias",
-    "dbias",
-    "allowed",
-    "blocks",
-)
+TENSORS = ("query", "key", "value", "out", "dout", "dq", "dk", "dv")
+ARRAYS = (*TENSORS, "lse", "dlse", "delta", "bias", "dbias", "allowed", "blocks")
 PARAMS = struct.Struct("@" + "Q4q" * len(ARRAYS) + "9Q2d14i")  # backward.cuh
 GRANULE = 16
 """Rows (or keys) that share an interval of keys (or rows) and a mark."""

@@ -1,6 +1,6 @@
 // Attention backward on tensor cores by mma.sync (sm_80 and later), 16-bit inputs, without atomics: the same bits each time.
 //
-//   P = exp(S - lse), dP = dout V^T, dS = P (dP - delta), delta = dout . out (backward.cu)
+//   P = exp(S - lse), dP = dout V^T, dS = P (dP - delta), delta = dout . out - dlse (backward.cu)
 // One kernel gives the gradients of whatever X is. X is owned, Y passes by:
 //   QUERY 1: X, X2 = q, dout; Y, Y2 = k, v.  dX = dq = scale dS' Y.
 //   QUERY 0: X, X2 = k, v; Y, Y2 = q, dout.  dX = dk = scale dS'^T Y; dX2 = dv = P^T Y2.

@@ -65,7 +65,7 @@ class Request:
         problem = self.problem()
         blocks = None if self.block_mask is None else check_block_mask(problem, self.block_mask)
         aligned, mapped = layout([self.arrays[n] for n in TENSORS if n in self.arrays and n != "lse"])
-        aligned = aligned and problem.d_v % 8 == 0  # so are the rows of out, which are contiguous
+        aligned = aligned and not (problem.d_k % 8 or problem.d_v % 8)  # so are rows of results, which are contiguous
         packed = self.offsets is not None
         return Call.of(problem, accuracy, blocks, packed=packed, aligned=aligned, mapped=mapped)
 

@@ -1,7 +1,7 @@
 // Attention backward on the CUDA cores, for every type and every option, without atomics: the same bits each time.
 // Products, sums and exponentials are in float32 (float64 for float64 inputs).
 //
-//   P = exp(S - lse), dP = dout V^T, dS = P (dP - delta), delta = dout . out (backward.cu)
+//   P = exp(S - lse), dP = dout V^T, dS = P (dP - delta), delta = dout . out - dlse (backward.cu)
 //   GRADIENT 0: dq = scale dS' K;  1: dk = scale dS'^T q and dv = P^T dout;  2: dbias = dS
 // dS' is dS times the slope of the softcap, 1 - tanh^2.
 //
