@@ -24,8 +24,8 @@ class Call:
     ----------
     dtype : str
         The arrays' format.
-    n_q, n_k, d_k, d_v : int
-        Lengths and head dims.
+    n_q, n_k, d_k, d_v, group : int
+        Lengths, head dims, and query heads of a key head.
     causal, window, softcap, sink, bias, allowed, packed
         Whether an option is in use; causal, window and bias (its format) as they are given.
     blocks : (block_q, block_k) or None
@@ -42,6 +42,7 @@ class Call:
     n_k: int
     d_k: int
     d_v: int
+    group: int
     causal: str | None
     window: tuple[int | None, int | None] | None
     softcap: bool
@@ -75,6 +76,7 @@ class Call:
             n_k=p.n_k,
             d_k=p.d_k,
             d_v=p.d_v,
+            group=p.heads // p.heads_kv,
             causal=p.causal,
             window=None if p.window == (None, None) else p.window,
             softcap=p.softcap is not None,
@@ -112,6 +114,8 @@ class Kernel:
         Take the macros; return the query rows, the threads and the dynamic shared memory (bytes) of a block.
     target : callable
         Takes a compute capability; returns the architecture to compile for.
+    least_keys : int
+        The fewest keys for which it is chosen unasked.
     """
 
     name: str
@@ -124,6 +128,7 @@ class Kernel:
     threads: Callable[[Mapping[str, Any]], int]
     shared_bytes: Callable[[Mapping[str, Any]], int]
     target: Callable[[tuple[int, int]], str]
+    least_keys: int = 0
 
 
 @dataclass(frozen=True, eq=False)

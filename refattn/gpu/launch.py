@@ -14,6 +14,7 @@ import numpy as np
 
 from . import simt, sm90
 from .build import compiled, text_of
+from .decode import SPLIT, split_of
 from .kernel import Call, Plan
 from .plan import configured
 from .views import View, empty, library
@@ -44,6 +45,9 @@ def launch(call: Call, plan: Plan, like: Any, arrays: dict[str, View], options: 
     stream : int
         The stream's handle.
     """
+    if plan.impl == "decode":
+        _launch_split(plan, call, like, arrays, options, stream)
+        return
     device = arrays["query"].device
     if "allowed" in arrays:
         arrays["allowed"] = pack(arrays["allowed"], call.n_k, like, stream)
@@ -68,6 +72,37 @@ def _launch_params(
     plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[str, Any], stream: int, redo: int
 ) -> None:
     """Queue simt.cu or mma.cu."""
+    (b, h, n_q, _), device = arrays["query"].shape, arrays["query"].device
+    packed = _params(plan, call, arrays, options, redo)
+    sequences = arrays["cu_q"].shape[0] - 1 if "cu_q" in arrays else 0
+    rows, threads = plan.kernel.block_rows(plan.macros), plan.kernel.threads(plan.macros)
+    tiles = n_q // rows + sequences if plan.impl == "mma" and sequences else -(-n_q // rows) + sequences
+    queue(kernel_of(plan, device), tiles * h * b, threads, plan.shared_bytes, stream, packed)
+
+
+def _launch_split(
+    plan: Plan, call: Call, like: Any, arrays: Mapping[str, View], options: Mapping[str, Any], stream: int
+) -> None:
+    """Queue decode.cu: the parts of the keys, and their merge."""
+    (b, h, n_q, _), device, m = arrays["query"].shape, arrays["query"].device, plan.macros
+    split = split_of(call)
+    parts = b * (h // call.group) * split.units
+    rows, width = call.group * n_q, m["WIDTH_V"]
+    _, kept = empty(like, (parts * rows * (width + 2),), "float32")
+    multiprocessors = attribute(device, "MultiProcessorCount")
+    grid = min(-(-parts // m["WARPS"]), multiprocessors)
+    stats, workers = kept.pointer + 4 * parts * rows * width, min(parts, grid * m["WARPS"])
+    params = _params(plan, call, arrays, options, 0)
+    cut = (split.first_key, split.keys, split.unit, split.units, workers)
+    packed = params + SPLIT.pack(kept.pointer, stats, *cut)
+    offsets = (0, len(params))
+    if parts:
+        queue(kernel_of(plan, device), grid, plan.kernel.threads(m), plan.shared_bytes, stream, packed, offsets)
+    queue(kernel_of(plan, device, "merge", 0), b * h * n_q, 256, 0, stream, packed, offsets)
+
+
+def _params(plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[str, Any], redo: int) -> bytes:
+    """Return struct Params of params.cuh."""
     q, k, v, out, lse = (arrays[n] for n in ("query", "key", "value", "out", "lse"))
     (b, h, n_q, d_k), (_, h_kv, n_k, _), d_v = q.shape, k.shape, v.shape[3]
     names = [*POINTERS]
@@ -76,7 +111,7 @@ def _launch_params(
     bias, allowed, table = (arrays[n].spread() if n in arrays else (0,) * 4 for n in (names[5], *names[7:9]))
     sequences = arrays["cu_q"].shape[0] - 1 if "cu_q" in arrays else 0
     left, right = (-1 if w is None else min(w, 2**31 - 1) for w in options["window"] or (None, None))
-    packed = PARAMS.pack(
+    return PARAMS.pack(
         *(arrays[n].pointer if n in arrays else 0 for n in names),
         redo,
         *(s for x in (q, k, v, out) for s in x.strides[:3]),
@@ -90,9 +125,6 @@ def _launch_params(
         *(call.blocks or (1, 1)),
         sequences,
     )
-    rows, threads = plan.kernel.block_rows(plan.macros), plan.kernel.threads(plan.macros)
-    tiles = n_q // rows + sequences if plan.impl == "mma" and sequences else -(-n_q // rows) + sequences
-    queue(kernel_of(plan, q.device), tiles * h * b, threads, plan.shared_bytes, stream, packed)
 
 
 def pack(allowed: View, n_k: int, like: Any, stream: int) -> View:
@@ -127,11 +159,12 @@ def queue(
 
 
 @lru_cache(maxsize=1024)
-def kernel_of(plan: Plan, device: int) -> tuple[int, Any]:
-    """Return a plan's compiled kernel."""
+def kernel_of(plan: Plan, device: int, entry: str = "", shared: int | None = None) -> tuple[int, Any]:
+    """Return a plan's compiled kernel, or another one of its text."""
     kernel = plan.kernel
     target = kernel.target(capability(device))
-    return compiled(kernel.source(plan.macros), kernel.entry, plan.shared_bytes, target, device)
+    shared = plan.shared_bytes if shared is None else shared
+    return compiled(kernel.source(plan.macros), entry or kernel.entry, shared, target, device)
 
 
 @lru_cache(maxsize=64)

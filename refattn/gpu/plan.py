@@ -10,14 +10,14 @@ from typing import Any
 from ..arrays import dtype_name, kind_of
 from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..problem import Problem
-from . import mma, simt, sm90
+from . import decode, mma, simt, sm90
 from .kernel import ACCURACIES, Call, Kernel, Plan
 
 __all__ = ["IMPLS", "KERNELS", "check_block_mask", "choose", "configured", "pick", "plan"]
 
-KERNELS = {k.name: k for k in (sm90.KERNEL, mma.KERNEL, simt.KERNEL)}
+KERNELS = {k.name: k for k in (decode.KERNEL, sm90.KERNEL, mma.KERNEL, simt.KERNEL)}
 IMPLS = tuple(KERNELS)
-"""The kernels, in the order in which they are tried: Hopper's wgmma, mma.sync, the CUDA cores."""
+"""The kernels, in the order in which they are tried: few queries, Hopper's wgmma, mma.sync, the CUDA cores."""
 
 
 def plan(
@@ -68,6 +68,8 @@ def pick(
     obstacles: list[str] = []
     for name in (impl,) if impl else kernels:
         obstacle = kernels[name].obstacle(call, capability)
+        if not obstacle and impl is None and call.n_k < kernels[name].least_keys:
+            obstacle = f"is chosen from {kernels[name].least_keys} keys on, got {call.n_k}"
         if not obstacle:
             return name, tuple(obstacles)
         obstacles.append(f"the kernel {name} {obstacle}")

@@ -20,6 +20,7 @@ PLAIN = Call(
     n_k=128,
     d_k=64,
     d_v=64,
+    group=1,
     causal=None,
     window=None,
     softcap=False,

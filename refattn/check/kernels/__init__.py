@@ -120,6 +120,11 @@ def _unrounded(dtype: str) -> Model:
     return replace(model, weights=model.accumulator)
 
 
+def _split(dtype: str) -> Model:
+    """Return the model of a flash kernel on a GPU that merges parts of at least 128 keys."""
+    return replace(_cuda(dtype), split=128)
+
+
 def _gpu(name: str, package: str, dtypes: str, features: str, lse: bool = False, named_only: str = "") -> Entry:
     able = _able(dtypes, features, lse=lse, gradients="" if name == "cuda-triton" else "dq dk dv")
     load = _load("cuda", name.removeprefix("cuda-").replace("-", "_"))
@@ -198,10 +203,11 @@ KERNELS: dict[str, Entry] = {
                 _load("cuda", function),
                 Capabilities(
                     frozenset(dtypes.split()),
-                    FEATURES,
+                    FEATURES - {"bias", "allowed", "variable_lengths"} if "decode" in function else FEATURES,
                     d_max=d_max,
                     lse=True,
-                    gradients=frozenset() if "high" in function else GRADIENTS,  # P and dS are rounded backward
+                    # after "high", P and dS are rounded backward
+                    gradients=frozenset() if "high" in function or "decode" in function else GRADIENTS,
                     batch_invariant=True,
                     arrays="torch",
                     device="cuda",
@@ -211,6 +217,7 @@ KERNELS: dict[str, Entry] = {
             )
             for name, function, dtypes, d_max, model in (
                 ("refattn-gpu", "ours", f"float64 float32 {_HALF}", 256, _cuda),
+                ("refattn-gpu-decode", "ours_decode", _HALF, 128, _split),
                 ("refattn-gpu-high", "ours_high", _HALF, 256, _unrounded),
                 ("refattn-gpu-mma", "ours_mma", _HALF, 256, _cuda),
                 ("refattn-gpu-mma-high", "ours_mma_high", _HALF, 128, _unrounded),

@@ -22,6 +22,7 @@ __all__ = [
     "jax_cudnn",
     "math",
     "ours",
+    "ours_decode",
     "ours_high",
     "ours_mma",
     "ours_mma_high",
@@ -59,6 +60,7 @@ class _Ours:
 
 
 ours, ours_high = _Ours(), _Ours("high")
+ours_decode = _Ours(impl="decode")
 ours_mma, ours_mma_high, ours_simt = _Ours(impl="mma"), _Ours("high", "mma"), _Ours(impl="simt")
 
 

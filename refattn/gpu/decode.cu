@@ -1,0 +1,277 @@
+// Attention forward of few queries over many keys, 16-bit inputs, by mma.sync: every key is read once.
+//
+// Steps
+//  1. The rows of a tile are the queries of all heads of a key head's group. Keys come in parts of `unit`, a number that depends
+//     on n_k alone: the same bits for any batch, on any GPU. A warp takes consecutive parts of consecutive key heads; warps
+//     share nothing and do not wait for each other.
+//  2. Tiles of 16 keys come by cp.async into the warp's own ring of STAGES, also across parts and heads. Q is in registers.
+//  3. S = Q K^T, softcap, band, online softmax (base 2, see OFFSET in mma.cu), O += P V. ACCURACY_HIGH: P in two 16-bit parts.
+//  4. A part's O, maximum and sum go to device memory. `merge` adds the parts of a row up: warp w takes parts w, w + 8, ... in
+//     order, then the warps' sums are added in order; sink, division, out, lse.
+//
+// Hidden keys: as in mma.cu, step 6.
+//
+// Macros: BF16; WIDTH_K, WIDTH_V: 32, 64, 96 or 128; WARPS, M_TILES (of 16 rows), STAGES; BLOCK_N 16; ALIGNED;
+// ACCURACY_HIGH, SOFTCAP, BAND (causal or window) 0|1.
+// Launch: decode: any grid of 32 * WARPS threads with at least s.workers warps; merge: grid b * h * n_q, block 256.
+
+#include "params.cuh"
+#include "mma_tiles.cuh"
+
+struct Split { float* parts; float2* stats; int first_key, keys, unit, units, workers; };   // units: parts of a key head's keys
+constexpr int NO = WIDTH_V / 8, QK = WIDTH_K / 16;
+constexpr u32 STAGE = K_BYTES + V_BYTES;
+constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 32768.f;
+
+DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> DEVICE void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// A warp copies 16 rows of `d` elements; rows from `rows` on, and columns from d on, become 0.
+template <int WIDTH> DEVICE void copy_rows(u32 to, const u16* from, long long stride, int rows, int d) {
+    typedef Tile<WIDTH> Of;
+    UNROLL for (int i = 0; i < 16 * Of::CHUNKS / 32; i++) {
+        const int at = i * 32 + (threadIdx.x & 31), row = at / Of::CHUNKS, c = at % Of::CHUNKS;
+        const int count = row < rows ? max(0, min(8, d - 8 * c)) : 0;
+        const u16* source = from + row * stride + 8 * c;
+#if ALIGNED
+        copy_async(to + Of::chunk(row, c), count ? source : from, 2 * count);
+#else
+        u32 x[4];
+        UNROLL for (int e = 0; e < 4; e++) x[e] = (2 * e < count ? source[2 * e] : 0) | (2 * e + 1 < count ? (u32)source[2 * e + 1] << 16 : 0);
+        store_shared(to + Of::chunk(row, c), make_uint4(x[0], x[1], x[2], x[3]));
+#endif
+    }
+}
+
+struct Place { long long part, end; int key, last; const u16 *k, *v; };   // what is loaded next: keys key .. last - 1
+DEVICE void find(Place& x, const Params& p, const Split& s) {
+    if (x.part >= x.end) return;
+    const long long pair = x.part / s.units;
+    const int batch = pair / p.h_kv, head = pair % p.h_kv;
+    x.key = s.first_key + (int)(x.part % s.units) * s.unit;
+    x.last = min(s.first_key + s.keys, x.key + s.unit);
+    x.k = (const u16*)p.k + batch * p.k_b + head * p.k_h, x.v = (const u16*)p.v + batch * p.v_b + head * p.v_h;
+}
+DEVICE void load(Place& x, const Params& p, const Split& s, u32 to) {
+    if (x.part < x.end) {
+        copy_rows<WIDTH_K>(to, x.k + x.key * p.k_n, p.k_n, x.last - x.key, p.d_k);
+        copy_rows<WIDTH_V>(to + K_BYTES, x.v + x.key * p.v_n, p.v_n, x.last - x.key, p.d_v);
+        x.key += 16;
+        if (x.key >= x.last) x.part++, find(x, p, s);
+    }
+    commit();
+}
+
+// Values that are not finite: added to the rows that see them, then zeroed (rare).
+DEVICE void odd_values(float (&o)[M_TILES][NO][4], const float (&s)[M_TILES][NS][4], u32 v) {
+    const int lane = threadIdx.x & 31, column = 2 * (lane & 3);
+    u32 seen[ROWS];
+    UNROLL for (int r = 0; r < ROWS; r++) {
+        seen[r] = 0;
+        UNROLL for (int n = 0; n < NS; n++)
+            UNROLL for (int e = 0; e < 2; e++) seen[r] |= (s[r / 2][n][r % 2 * 2 + e] != -INF ? 1u : 0u) << (8 * n + e);
+        seen[r] = quad_or(seen[r] << column);
+    }
+#pragma unroll 1
+    for (int j = 0; j < 16; j++)
+        UNROLL for (int n = 0; n < NO; n++) {
+            const u32 x = load_shared(v + TileV::chunk(j, n) + 2 * column), odd = not_finite(x);
+            if (odd) {
+                UNROLL for (int r = 0; r < ROWS; r++) {
+                    if (seen[r] >> j & 1 && odd & 0x8000u) o[r / 2][n][r % 2 * 2] += lower_half(x);
+                    if (seen[r] >> j & 1 && odd >> 31) o[r / 2][n][r % 2 * 2 + 1] += upper_half(x);
+                }
+            }
+        }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane; i < 16 * TileV::CHUNKS; i += 32) {
+        const u32 at = v + TileV::chunk(i / TileV::CHUNKS, i % TileV::CHUNKS);
+        const uint4 x = load_shared4(at);
+        store_shared(at, make_uint4(zero_not_finite(x.x), zero_not_finite(x.y), zero_not_finite(x.z), zero_not_finite(x.w)));
+    }
+    __syncwarp();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Params p, const __grid_constant__ Split s) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const int lane = threadIdx.x & 31, column = 2 * (lane & 3), worker = blockIdx.x * WARPS + threadIdx.x / 32;
+    if (worker >= s.workers) return;
+    const u32 ring = shared_address(shared) + threadIdx.x / 32 * STAGES * STAGE;
+    const int group = p.h / p.h_kv, rows = group * p.n_q;
+    const long long total = (long long)p.b * p.h_kv * s.units;
+    Place next = {worker * total / s.workers, (worker + 1) * total / s.workers};
+    const long long begin = next.part, end = next.end;
+    find(next, p, s);
+    UNROLL for (int i = 0; i < STAGES - 1; i++) load(next, p, s, ring + i * STAGE);
+
+    // row i of queries sees keys i + left .. i + right
+    const long long corner = p.causal == 1 ? 0 : (long long)p.n_k - p.n_q, far = 1LL << 30;
+    const int left = (int)max(corner - (p.left < 0 ? far : p.left), -far);
+    const int right = (int)min(corner + (p.causal ? 0 : p.right < 0 ? far : p.right), far);
+    const float scale2 = (float)(p.scale * 1.4426950408889634);
+    const u32 k_start = TileK::chunk((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1), v_start = K_BYTES + TileV::chunk(lane & 15, lane >> 4);
+    u32 q[M_TILES][QK][4];
+    long long known = -1;                                 // the key head whose queries are in q
+    int stage = 0;
+    for (long long part = begin; part < end; part++) {
+        const long long pair = part / s.units;
+        if (pair != known) {
+            known = pair;
+            const u16* from = (const u16*)p.q + pair / p.h_kv * p.q_b + pair % p.h_kv * group * p.q_h;
+            UNROLL for (int m = 0; m < M_TILES; m++)
+                UNROLL for (int e = 0; e < 4; e++) {
+                    const int row = 16 * m + lane / 4 + e % 2 * 8;
+                    const u16* at = from + row / p.n_q * p.q_h + row % p.n_q * p.q_n;
+                    UNROLL for (int i = 0; i < QK; i++) {
+                        const int c = 16 * i + e / 2 * 8 + column;
+                        q[m][i][e] = (row < rows && c < p.d_k ? at[c] : 0) | (row < rows && c + 1 < p.d_k ? (u32)at[c + 1] << 16 : 0);
+                    }
+                }
+        }
+        float o[M_TILES][NO][4], row_max[ROWS], row_sum[ROWS];
+        UNROLL for (int r = 0; r < ROWS; r++) row_max[r] = -INF, row_sum[r] = 0;
+        UNROLL for (int m = 0; m < M_TILES; m++)
+            UNROLL for (int n = 0; n < NO; n++) o[m][n][0] = o[m][n][1] = o[m][n][2] = o[m][n][3] = 0;
+        int key = s.first_key + (int)(part % s.units) * s.unit;
+        const int last = min(s.first_key + s.keys, key + s.unit);
+#pragma unroll 1
+        for (; key < last; key += 16) {
+            wait<STAGES - 2>();
+            __syncwarp();                                 // the tile is there for all lanes, and the last one is read by all
+            load(next, p, s, ring + (stage ? stage - 1 : STAGES - 1) * STAGE);
+            const u32 tile = ring + stage * STAGE;
+            stage = stage == STAGES - 1 ? 0 : stage + 1;
+
+            float x[M_TILES][NS][4];
+            UNROLL for (int m = 0; m < M_TILES; m++)
+                UNROLL for (int n = 0; n < NS; n++) x[m][n][0] = x[m][n][1] = x[m][n][2] = x[m][n][3] = 0;
+            UNROLL for (int i = 0; i < QK; i++) {
+                u32 b[4];
+                load_matrix(b, TileK::step(tile + k_start, i));
+                UNROLL for (int m = 0; m < M_TILES; m++) mma(x[m][0], q[m][i], b[0], b[1]), mma(x[m][1], q[m][i], b[2], b[3]);
+            }
+            const float inner = SOFTCAP ? (float)(p.scale / p.softcap) : scale2, outer = (float)(p.softcap * 1.4426950408889634);
+            UNROLL for (int m = 0; m < M_TILES; m++)
+                UNROLL for (int n = 0; n < NS; n++)
+                    UNROLL for (int e = 0; e < 4; e++) x[m][n][e] = SOFTCAP ? outer * tanhf(x[m][n][e] * inner) : x[m][n][e] * inner;
+            if (key + 16 > p.n_k || (BAND && (p.n_q - 1 + left > key || right < key + 15))) {
+                UNROLL for (int r = 0; r < ROWS; r++) {
+                    const int i = (16 * (r / 2) + r % 2 * 8 + lane / 4) % p.n_q;
+                    UNROLL for (int n = 0; n < NS; n++)
+                        UNROLL for (int e = 0; e < 2; e++) {
+                            const int at = key + 8 * n + column + e;
+                            const bool on = at < p.n_k && (!BAND || (at >= i + left && at <= i + right));
+                            x[r / 2][n][r % 2 * 2 + e] = on ? x[r / 2][n][r % 2 * 2 + e] : -INF;
+                        }
+                }
+                u32 bad = 0;
+                for (int i = lane; i < 16 * TileV::CHUNKS; i += 32) {
+                    const uint4 y = load_shared4(tile + K_BYTES + TileV::chunk(i / TileV::CHUNKS, i % TileV::CHUNKS));
+                    bad |= not_finite(y.x) | not_finite(y.y) | not_finite(y.z) | not_finite(y.w);
+                }
+                if (__any_sync(~0u, bad)) odd_values(o, x, tile + K_BYTES);
+            }
+            // ---- online softmax ----
+            float top[ROWS];
+            bool move = false;
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                const float* y = &x[r / 2][0][r % 2 * 2];
+                top[r] = quad_max(fmaxf(fmaxf(y[0], y[1]), fmaxf(y[4], y[5])));
+                move |= top[r] > row_max[r];
+            }
+            if (__any_sync(~0u, move)) {
+                UNROLL for (int r = 0; r < ROWS; r++) {
+                    const float old = row_max[r];
+                    row_max[r] = fmaxf(old, top[r]);
+                    const float factor = row_max[r] == old || old == -INF ? 1.f : exp2_fast(old - row_max[r]);
+                    row_sum[r] *= factor;
+                    UNROLL for (int n = 0; n < NO; n++) o[r / 2][n][r % 2 * 2] *= factor, o[r / 2][n][r % 2 * 2 + 1] *= factor;
+                }
+            }
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                const float shift = (row_max[r] == -INF ? 0.f : row_max[r]) - OFFSET;
+                UNROLL for (int n = 0; n < NS; n++)
+                    UNROLL for (int e = 0; e < 2; e++) {
+                        float& y = x[r / 2][n][r % 2 * 2 + e];
+                        y = exp2_fast(y - shift);
+                        row_sum[r] += y;
+                    }
+            }
+            // ---- O += P V ----
+            u32 a[M_TILES][4];
+#if ACCURACY_HIGH
+            u32 rest[M_TILES][4];
+#endif
+            UNROLL for (int m = 0; m < M_TILES; m++)
+                UNROLL for (int e = 0; e < 4; e++) {
+                    const float y = x[m][e / 2][e % 2 * 2], z = x[m][e / 2][e % 2 * 2 + 1];
+                    a[m][e] = pack(y, z);
+#if ACCURACY_HIGH
+                    rest[m][e] = pack(y - lower_half(a[m][e]), z - upper_half(a[m][e]));
+#endif
+                }
+            UNROLL for (int n = 0; n < NO; n += 2) {
+                u32 b[4];
+                load_matrix_transposed(b, TileV::step(tile + v_start, n / 2));
+                UNROLL for (int m = 0; m < M_TILES; m++) {
+                    mma(o[m][n], a[m], b[0], b[1]), mma(o[m][n + 1], a[m], b[2], b[3]);
+#if ACCURACY_HIGH
+                    mma(o[m][n], rest[m], b[0], b[1]), mma(o[m][n + 1], rest[m], b[2], b[3]);
+#endif
+                }
+            }
+        }
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            const int row = 16 * (r / 2) + r % 2 * 8 + lane / 4;
+            const float sum = quad_sum(row_sum[r]) * UNSHIFT;
+            if (row >= rows) continue;
+            if ((lane & 3) == 0) s.stats[part * rows + row] = make_float2(row_max[r], sum);
+            float* to = s.parts + (part * rows + row) * WIDTH_V + column;
+            UNROLL for (int n = 0; n < NO; n++)
+                *(float2*)(to + 8 * n) = make_float2(o[r / 2][n][r % 2 * 2] * UNSHIFT, o[r / 2][n][r % 2 * 2 + 1] * UNSHIFT);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) merge(const __grid_constant__ Params p, const __grid_constant__ Split s) {
+    __shared__ float tops[8], sums[8], outs[8][WIDTH_V];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, group = p.h / p.h_kv, rows = group * p.n_q;
+    const long long pair = blockIdx.x / rows;
+    const int row = blockIdx.x % rows, batch = pair / p.h_kv, head = pair % p.h_kv * group + row / p.n_q, query = row % p.n_q;
+    const float2* stats = s.stats + pair * s.units * rows + row;
+    const float* parts = s.parts + (pair * s.units * rows + row) * WIDTH_V;
+    float top = -INF;
+    for (int i = threadIdx.x; i < s.units; i += 256) top = fmaxf(top, stats[(long long)i * rows].x);
+    UNROLL for (int hop = 16; hop; hop /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, hop));
+    if (lane == 0) tops[warp] = top;
+    __syncthreads();
+    UNROLL for (int i = 0; i < 8; i++) top = fmaxf(top, tops[i]);
+    const float sink = p.sink ? ((const float*)p.sink)[head] * LOG2E : -INF;
+    top = fmaxf(top, sink);
+    const float base = top == -INF ? 0.f : top;
+    float sum = 0.f, o[4] = {};
+#pragma unroll 4
+    for (int i = warp; i < s.units; i += 8) {
+        const float2 x = stats[(long long)i * rows];
+        const float weight = exp2_fast(x.x - base);
+        sum = fmaf(weight, x.y, sum);
+        if (4 * lane < WIDTH_V) {
+            const float4 y = *(const float4*)(parts + (long long)i * rows * WIDTH_V + 4 * lane);
+            o[0] = fmaf(weight, y.x, o[0]), o[1] = fmaf(weight, y.y, o[1]), o[2] = fmaf(weight, y.z, o[2]), o[3] = fmaf(weight, y.w, o[3]);
+        }
+    }
+    if (lane == 0) sums[warp] = sum;
+    UNROLL for (int e = 0; e < 4; e++)
+        if (4 * lane < WIDTH_V) outs[warp][4 * lane + e] = o[e];
+    __syncthreads();
+    sum = sink == -INF ? 0.f : exp2_fast(sink - base);
+    UNROLL for (int i = 0; i < 8; i++) sum += sums[i];
+    u16* out = (u16*)p.out + batch * p.o_b + head * p.o_h + query * p.o_n;
+    if (threadIdx.x == 0) ((float*)p.lse)[batch * p.lse_b + head * p.lse_h + query] = sum == 0 ? -INF : (top + log2f(sum)) * LN2;
+    for (int c = threadIdx.x; c < p.d_v; c += 256) {
+        float x = 0.f;
+        UNROLL for (int i = 0; i < 8; i++) x += outs[i][c];
+        out[c] = (u16)pack(sum == 0 ? 0.f : x / sum, 0.f);
+    }
+}
