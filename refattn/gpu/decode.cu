@@ -2,39 +2,45 @@
 //
 // Steps
 //  1. The rows of a tile are the queries of all heads of a key head's group. Keys come in parts of `unit`, a number that depends
-//     on n_k alone: the same bits for any batch, on any GPU. A warp takes consecutive parts of consecutive key heads; warps
-//     share nothing and do not wait for each other.
-//  2. Tiles of 16 keys come by cp.async into the warp's own ring of STAGES, also across parts and heads. Q is in registers.
+//     on n_k alone: the same bits for any batch, on any GPU. A block takes consecutive parts of consecutive key heads.
+//  2. Warp w takes tiles w, w + WARPS, ... of 16 keys of a part. They come by cp.async into the warp's own ring of STAGES, ahead
+//     also across parts and heads, so that loads never stop. Q is in registers.
 //  3. S = Q K^T, softcap, band, online softmax (base 2, see OFFSET in mma.cu), O += P V. ACCURACY_HIGH: P in two 16-bit parts.
-//  4. A part's O, maximum and sum go to device memory. `merge` adds the parts of a row up: warp w takes parts w, w + 8, ... in
-//     order, then the warps' sums are added in order; sink, division, out, lse.
+//  4. At a part's end the warps' O are added up, in order, four rows at a time through shared memory. O, maximum and sum of the
+//     part go to device memory.
+//  5. `merge` adds the parts of a row up: warp w takes parts w, w + 16, ... in order, then the warps' sums are added in order;
+//     sink, division, out, lse.
 //
 // Hidden keys: as in mma.cu, step 6.
 //
 // Macros: BF16; WIDTH_K, WIDTH_V: 32, 64, 96 or 128; WARPS, M_TILES (of 16 rows), STAGES; BLOCK_N 16; ALIGNED;
 // ACCURACY_HIGH, SOFTCAP, BAND (causal or window) 0|1.
-// Launch: decode: any grid of 32 * WARPS threads with at least s.workers warps; merge: grid b * h * n_q, block 256.
+// Launch: decode: grid s.workers, block 32 * WARPS, shared memory decode.shared_bytes; merge: grid b * h * n_q, block 512.
 
 #include "params.cuh"
 #include "mma_tiles.cuh"
 
 struct Split { float* parts; float2* stats; int first_key, keys, unit, units, workers; };   // units: parts of a key head's keys
-constexpr int NO = WIDTH_V / 8, QK = WIDTH_K / 16;
+constexpr int NO = WIDTH_V / 8, QK = WIDTH_K / 16, STEP = 16 * WARPS;
 constexpr u32 STAGE = K_BYTES + V_BYTES;
 constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 32768.f;
 
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
+DEVICE void copy_ahead(u32 dst, const void* src, int bytes) {  // 16 bytes, zeros past `bytes`; the next 256 go to the L2 cache
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(dst), "l"(__cvta_generic_to_global(src)), "r"(bytes) : "memory");
+}
 // A warp copies 16 rows of `d` elements; rows from `rows` on, and columns from d on, become 0.
 template <int WIDTH> DEVICE void copy_rows(u32 to, const u16* from, long long stride, int rows, int d) {
     typedef Tile<WIDTH> Of;
-    UNROLL for (int i = 0; i < 16 * Of::CHUNKS / 32; i++) {
+#pragma unroll (ALIGNED ? 16 : 1)
+    for (int i = 0; i < 16 * Of::CHUNKS / 32; i++) {
         const int at = i * 32 + (threadIdx.x & 31), row = at / Of::CHUNKS, c = at % Of::CHUNKS;
         const int count = row < rows ? max(0, min(8, d - 8 * c)) : 0;
         const u16* source = from + row * stride + 8 * c;
 #if ALIGNED
-        copy_async(to + Of::chunk(row, c), count ? source : from, 2 * count);
+        copy_ahead(to + Of::chunk(row, c), count ? source : from, 2 * count);
 #else
         u32 x[4];
         UNROLL for (int e = 0; e < 4; e++) x[e] = (2 * e < count ? source[2 * e] : 0) | (2 * e + 1 < count ? (u32)source[2 * e + 1] << 16 : 0);
@@ -44,19 +50,22 @@ template <int WIDTH> DEVICE void copy_rows(u32 to, const u16* from, long long st
 }
 
 struct Place { long long part, end; int key, last; const u16 *k, *v; };   // what is loaded next: keys key .. last - 1
-DEVICE void find(Place& x, const Params& p, const Split& s) {
+DEVICE void find(Place& x, const Params& p, const Split& s) {   // the warp's first tile of a part; some parts have none
+    for (; x.part < x.end; x.part++) {
+        const int first = s.first_key + (int)(x.part % s.units) * s.unit;
+        x.key = first + threadIdx.x / 32 * 16, x.last = min(s.first_key + s.keys, first + s.unit);
+        if (x.key < x.last) break;
+    }
     if (x.part >= x.end) return;
     const long long pair = x.part / s.units;
     const int batch = pair / p.h_kv, head = pair % p.h_kv;
-    x.key = s.first_key + (int)(x.part % s.units) * s.unit;
-    x.last = min(s.first_key + s.keys, x.key + s.unit);
     x.k = (const u16*)p.k + batch * p.k_b + head * p.k_h, x.v = (const u16*)p.v + batch * p.v_b + head * p.v_h;
 }
 DEVICE void load(Place& x, const Params& p, const Split& s, u32 to) {
     if (x.part < x.end) {
         copy_rows<WIDTH_K>(to, x.k + x.key * p.k_n, p.k_n, x.last - x.key, p.d_k);
         copy_rows<WIDTH_V>(to + K_BYTES, x.v + x.key * p.v_n, p.v_n, x.last - x.key, p.d_v);
-        x.key += 16;
+        x.key += STEP;
         if (x.key >= x.last) x.part++, find(x, p, s);
     }
     commit();
@@ -95,12 +104,13 @@ DEVICE void odd_values(float (&o)[M_TILES][NO][4], const float (&s)[M_TILES][NS]
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Params p, const __grid_constant__ Split s) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    const int lane = threadIdx.x & 31, column = 2 * (lane & 3), worker = blockIdx.x * WARPS + threadIdx.x / 32;
-    if (worker >= s.workers) return;
-    const u32 ring = shared_address(shared) + threadIdx.x / 32 * STAGES * STAGE;
+    const int lane = threadIdx.x & 31, column = 2 * (lane & 3), warp = threadIdx.x / 32;
+    const u32 ring = shared_address(shared) + warp * STAGES * STAGE;
+    float* sums = (float*)(shared + WARPS * STAGES * STAGE);                  // of 4 rows of each warp
+    float2* tops = (float2*)(sums + WARPS * 4 * WIDTH_V);                     // maximum and sum of each warp's rows
     const int group = p.h / p.h_kv, rows = group * p.n_q;
     const long long total = (long long)p.b * p.h_kv * s.units;
-    Place next = {worker * total / s.workers, (worker + 1) * total / s.workers};
+    Place next = {blockIdx.x * total / s.workers, (blockIdx.x + 1) * total / s.workers};
     const long long begin = next.part, end = next.end;
     find(next, p, s);
     UNROLL for (int i = 0; i < STAGES - 1; i++) load(next, p, s, ring + i * STAGE);
@@ -133,10 +143,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         UNROLL for (int r = 0; r < ROWS; r++) row_max[r] = -INF, row_sum[r] = 0;
         UNROLL for (int m = 0; m < M_TILES; m++)
             UNROLL for (int n = 0; n < NO; n++) o[m][n][0] = o[m][n][1] = o[m][n][2] = o[m][n][3] = 0;
-        int key = s.first_key + (int)(part % s.units) * s.unit;
-        const int last = min(s.first_key + s.keys, key + s.unit);
+        const int first = s.first_key + (int)(part % s.units) * s.unit, last = min(s.first_key + s.keys, first + s.unit);
 #pragma unroll 1
-        for (; key < last; key += 16) {
+        for (int key = first + 16 * warp; key < last; key += STEP) {
             wait<STAGES - 2>();
             __syncwarp();                                 // the tile is there for all lanes, and the last one is read by all
             load(next, p, s, ring + (stage ? stage - 1 : STAGES - 1) * STAGE);
@@ -222,56 +231,87 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
                 }
             }
         }
+        // ---- the part's sums ----
         UNROLL for (int r = 0; r < ROWS; r++) {
-            const int row = 16 * (r / 2) + r % 2 * 8 + lane / 4;
             const float sum = quad_sum(row_sum[r]) * UNSHIFT;
-            if (row >= rows) continue;
-            if ((lane & 3) == 0) s.stats[part * rows + row] = make_float2(row_max[r], sum);
-            float* to = s.parts + (part * rows + row) * WIDTH_V + column;
-            UNROLL for (int n = 0; n < NO; n++)
-                *(float2*)(to + 8 * n) = make_float2(o[r / 2][n][r % 2 * 2] * UNSHIFT, o[r / 2][n][r % 2 * 2 + 1] * UNSHIFT);
+            if ((lane & 3) == 0) tops[warp * WARP_M + 8 * r + lane / 4] = make_float2(row_max[r], sum);
+        }
+        __syncthreads();
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            float top = -INF;
+            UNROLL for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w * WARP_M + 8 * r + lane / 4].x);
+            const float factor = row_max[r] == -INF ? 0.f : exp2_fast(row_max[r] - top) * UNSHIFT;
+            UNROLL for (int n = 0; n < NO; n++) o[r / 2][n][r % 2 * 2] *= factor, o[r / 2][n][r % 2 * 2 + 1] *= factor;
+        }
+        if (threadIdx.x < rows) {
+            float top = -INF, sum = 0.f;
+            UNROLL for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w * WARP_M + threadIdx.x].x);
+            UNROLL for (int w = 0; w < WARPS; w++) {
+                const float2 x = tops[w * WARP_M + threadIdx.x];
+                if (x.x != -INF) sum = fmaf(exp2_fast(x.x - top), x.y, sum);
+            }
+            s.stats[part * rows + threadIdx.x] = make_float2(top, sum);
+        }
+        UNROLL for (int j = 0; j < WARP_M / 4; j++) {
+            if (4 * j >= rows) break;
+            if (lane / 16 == j % 2) {
+                float* to = sums + (warp * 4 + lane / 4 % 4) * WIDTH_V + column;
+                UNROLL for (int n = 0; n < NO; n++)
+                    *(float2*)(to + 8 * n) = make_float2(o[j / 4][n][j / 2 % 2 * 2], o[j / 4][n][j / 2 % 2 * 2 + 1]);
+            }
+            __syncthreads();
+            for (int i = threadIdx.x; i < 4 * WIDTH_V; i += THREADS) {
+                float x = 0.f;
+                UNROLL for (int w = 0; w < WARPS; w++) x += sums[w * 4 * WIDTH_V + i];
+                if (4 * j + i / WIDTH_V < rows) s.parts[(part * rows + 4 * j) * WIDTH_V + i] = x;
+            }
+            __syncthreads();
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) merge(const __grid_constant__ Params p, const __grid_constant__ Split s) {
-    __shared__ float tops[8], sums[8], outs[8][WIDTH_V];
+constexpr int MERGING = 16;                               // warps
+extern "C" __global__ void __launch_bounds__(32 * MERGING) merge(const __grid_constant__ Params p, const __grid_constant__ Split s) {
+    __shared__ float tops[MERGING], sums[MERGING], outs[MERGING][WIDTH_V];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, group = p.h / p.h_kv, rows = group * p.n_q;
     const long long pair = blockIdx.x / rows;
     const int row = blockIdx.x % rows, batch = pair / p.h_kv, head = pair % p.h_kv * group + row / p.n_q, query = row % p.n_q;
     const float2* stats = s.stats + pair * s.units * rows + row;
-    const float* parts = s.parts + (pair * s.units * rows + row) * WIDTH_V;
+    const float* parts = s.parts + (pair * s.units * rows + row) * WIDTH_V + 4 * lane;
     float top = -INF;
-    for (int i = threadIdx.x; i < s.units; i += 256) top = fmaxf(top, stats[(long long)i * rows].x);
+    for (int i = threadIdx.x; i < s.units; i += 32 * MERGING) top = fmaxf(top, stats[(long long)i * rows].x);
     UNROLL for (int hop = 16; hop; hop /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, hop));
     if (lane == 0) tops[warp] = top;
     __syncthreads();
-    UNROLL for (int i = 0; i < 8; i++) top = fmaxf(top, tops[i]);
-    const float sink = p.sink ? ((const float*)p.sink)[head] * LOG2E : -INF;
-    top = fmaxf(top, sink);
+    UNROLL for (int i = 0; i < MERGING; i++) top = fmaxf(top, tops[i]);
+    const float sink = p.sink ? ((const float*)p.sink)[head] : -INF, sink2 = sink * LOG2E;
+    top = fmaxf(top, sink2);
     const float base = top == -INF ? 0.f : top;
     float sum = 0.f, o[4] = {};
-#pragma unroll 4
-    for (int i = warp; i < s.units; i += 8) {
+#pragma unroll 8
+    for (int i = warp; i < s.units; i += MERGING) {
         const float2 x = stats[(long long)i * rows];
         const float weight = exp2_fast(x.x - base);
         sum = fmaf(weight, x.y, sum);
         if (4 * lane < WIDTH_V) {
-            const float4 y = *(const float4*)(parts + (long long)i * rows * WIDTH_V + 4 * lane);
+            const float4 y = *(const float4*)(parts + (long long)i * rows * WIDTH_V);
             o[0] = fmaf(weight, y.x, o[0]), o[1] = fmaf(weight, y.y, o[1]), o[2] = fmaf(weight, y.z, o[2]), o[3] = fmaf(weight, y.w, o[3]);
         }
     }
     if (lane == 0) sums[warp] = sum;
-    UNROLL for (int e = 0; e < 4; e++)
-        if (4 * lane < WIDTH_V) outs[warp][4 * lane + e] = o[e];
+    if (4 * lane < WIDTH_V) {
+        UNROLL for (int e = 0; e < 4; e++) outs[warp][4 * lane + e] = o[e];
+    }
     __syncthreads();
-    sum = sink == -INF ? 0.f : exp2_fast(sink - base);
-    UNROLL for (int i = 0; i < 8; i++) sum += sums[i];
+    float keys = 0.f;
+    UNROLL for (int i = 0; i < MERGING; i++) keys += sums[i];
+    sum = keys + (sink == -INF ? 0.f : exp2_fast(sink2 - base));
+    if (threadIdx.x == 0)                                 // a row without keys: lse is the sink itself, or -inf
+        ((float*)p.lse)[batch * p.lse_b + head * p.lse_h + query] = keys == 0 ? sink : (top + log2f(sum)) * LN2;
     u16* out = (u16*)p.out + batch * p.o_b + head * p.o_h + query * p.o_n;
-    if (threadIdx.x == 0) ((float*)p.lse)[batch * p.lse_b + head * p.lse_h + query] = sum == 0 ? -INF : (top + log2f(sum)) * LN2;
-    for (int c = threadIdx.x; c < p.d_v; c += 256) {
+    for (int c = threadIdx.x; c < p.d_v; c += 32 * MERGING) {
         float x = 0.f;
-        UNROLL for (int i = 0; i < 8; i++) x += outs[i][c];
+        UNROLL for (int i = 0; i < MERGING; i++) x += outs[i][c];
         out[c] = (u16)pack(sum == 0 ? 0.f : x / sum, 0.f);
     }
 }

@@ -19,8 +19,8 @@ FILE = "decode.cu"
 MOST_QUERIES, WIDEST, WARPS = 16, 128, 8
 SPLIT = struct.Struct("@2Q5i4x")
 """struct Split of decode.cu."""
-SHARED = 232448 - 1024
-"""Shared memory of a block that the rings may take: nearly all that there is."""
+SHARED = 210000
+"""Bytes of shared memory that a block's rings may take: nearly all that there is beside the sums."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def split_of(call: Call) -> Split:
     right = 0 if call.causal else right
     first = 0 if left is None else min(max(corner - left, 0), call.n_k)
     end = call.n_k if right is None else min(max(call.n_q + corner + right, first), call.n_k)
-    unit = 512 if call.n_k >= 16384 else 256 if call.n_k >= 4096 else 128
+    unit = 1024 if call.n_k >= 32768 else 512 if call.n_k >= 8192 else 256
     return Split(first, end - first, unit, -(-(end - first) // unit))
 
 
@@ -113,7 +113,8 @@ def block_rows(m: Mapping[str, Any]) -> int:
 
 def shared_bytes(m: Mapping[str, Any]) -> int:
     """Return the dynamic shared memory of a block, in bytes."""
-    return int(m["WARPS"] * m["STAGES"] * 32 * (m["WIDTH_K"] + m["WIDTH_V"]))
+    rings = m["WARPS"] * m["STAGES"] * 32 * (m["WIDTH_K"] + m["WIDTH_V"])
+    return int(rings + m["WARPS"] * (16 * m["WIDTH_V"] + 8 * block_rows(m)))
 
 
 KERNEL = Kernel(

@@ -90,15 +90,14 @@ def _launch_split(
     rows, width = call.group * n_q, m["WIDTH_V"]
     _, kept = empty(like, (parts * rows * (width + 2),), "float32")
     multiprocessors = attribute(device, "MultiProcessorCount")
-    grid = min(-(-parts // m["WARPS"]), multiprocessors)
-    stats, workers = kept.pointer + 4 * parts * rows * width, min(parts, grid * m["WARPS"])
+    stats, grid = kept.pointer + 4 * parts * rows * width, min(parts, multiprocessors)
     params = _params(plan, call, arrays, options, 0)
-    cut = (split.first_key, split.keys, split.unit, split.units, workers)
+    cut = (split.first_key, split.keys, split.unit, split.units, grid)
     packed = params + SPLIT.pack(kept.pointer, stats, *cut)
     offsets = (0, len(params))
     if parts:
         queue(kernel_of(plan, device), grid, plan.kernel.threads(m), plan.shared_bytes, stream, packed, offsets)
-    queue(kernel_of(plan, device, "merge", 0), b * h * n_q, 256, 0, stream, packed, offsets)
+    queue(kernel_of(plan, device, "merge", 0), b * h * n_q, 512, 0, stream, packed, offsets)
 
 
 def _params(plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[str, Any], redo: int) -> bytes:

@@ -121,8 +121,8 @@ def _unrounded(dtype: str) -> Model:
 
 
 def _split(dtype: str) -> Model:
-    """Return the model of a flash kernel on a GPU that merges parts of at least 128 keys."""
-    return replace(_cuda(dtype), split=128)
+    """Return the model of a flash kernel on a GPU that merges parts of at least 16 keys."""
+    return replace(_cuda(dtype), split=16)
 
 
 def _gpu(name: str, package: str, dtypes: str, features: str, lse: bool = False, named_only: str = "") -> Entry:
