@@ -23,6 +23,7 @@
 struct Split { float* parts; float2* stats; int first_key, keys, unit, units, workers; };   // units: parts of a key head's keys
 constexpr int NO = WIDTH_V / 8, QK = WIDTH_K / 16, STEP = 16 * WARPS;
 constexpr u32 STAGE = K_BYTES + V_BYTES;
+constexpr int COPIES = ALIGNED ? 16 : 1;                  // of a lane at a time
 constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 32768.f;
 
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -34,7 +35,7 @@ DEVICE void copy_ahead(u32 dst, const void* src, int bytes) {  // 16 bytes, zero
 // A warp copies 16 rows of `d` elements; rows from `rows` on, and columns from d on, become 0.
 template <int WIDTH> DEVICE void copy_rows(u32 to, const u16* from, long long stride, int rows, int d) {
     typedef Tile<WIDTH> Of;
-#pragma unroll (ALIGNED ? 16 : 1)
+#pragma unroll COPIES
     for (int i = 0; i < 16 * Of::CHUNKS / 32; i++) {
         const int at = i * 32 + (threadIdx.x & 31), row = at / Of::CHUNKS, c = at % Of::CHUNKS;
         const int count = row < rows ? max(0, min(8, d - 8 * c)) : 0;
