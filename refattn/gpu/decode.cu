@@ -29,9 +29,6 @@ constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 3
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
-DEVICE void copy_ahead(u32 dst, const void* src, int bytes) {  // 16 bytes, zeros past `bytes`; the next 256 go to the L2 cache
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(dst), "l"(__cvta_generic_to_global(src)), "r"(bytes) : "memory");
-}
 // A warp copies 16 rows of `d` elements; rows from `rows` on, and columns from d on, become 0.
 template <int WIDTH> DEVICE void copy_rows(u32 to, const u16* from, long long stride, int rows, int d) {
     typedef Tile<WIDTH> Of;
@@ -41,7 +38,7 @@ template <int WIDTH> DEVICE void copy_rows(u32 to, const u16* from, long long st
         const int count = row < rows ? max(0, min(8, d - 8 * c)) : 0;
         const u16* source = from + row * stride + 8 * c;
 #if ALIGNED
-        copy_ahead(to + Of::chunk(row, c), count ? source : from, 2 * count);
+        copy_async(to + Of::chunk(row, c), count ? source : from, 2 * count);
 #else
         u32 x[4];
         UNROLL for (int e = 0; e < 4; e++) x[e] = (2 * e < count ? source[2 * e] : 0) | (2 * e + 1 < count ? (u32)source[2 * e + 1] << 16 : 0);

@@ -17,6 +17,8 @@ __all__ = ["KERNEL", "MOST_QUERIES", "SPLIT", "Split", "split_of"]
 
 FILE = "decode.cu"
 MOST_QUERIES, WIDEST, WARPS = 16, 128, 8
+UNITS = ((65536, 2048), (16384, 1024), (4096, 512), (0, 256))
+"""Keys of a part by the fewest keys: few long parts cost little traffic, many short ones fill the GPU."""
 SPLIT = struct.Struct("@2Q5i4x")
 """struct Split of decode.cu."""
 SHARED = 210000
@@ -50,7 +52,7 @@ def split_of(call: Call) -> Split:
     right = 0 if call.causal else right
     first = 0 if left is None else min(max(corner - left, 0), call.n_k)
     end = call.n_k if right is None else min(max(call.n_q + corner + right, first), call.n_k)
-    unit = 1024 if call.n_k >= 32768 else 512 if call.n_k >= 8192 else 256
+    unit = next(u for n, u in UNITS if call.n_k >= n)
     return Split(first, end - first, unit, -(-(end - first) // unit))
 
 

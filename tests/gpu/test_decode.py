@@ -56,12 +56,12 @@ def test_it_compiles_without_spills(tmp_path, call):
 
 
 def test_the_parts_of_the_keys():
-    assert split_of(FEW) == Split(0, 5000, 256, 20)
+    assert split_of(FEW) == Split(0, 5000, 512, 10)
     assert split_of(replace(FEW, n_k=100, n_q=4)) == Split(0, 100, 256, 1)
-    assert split_of(replace(FEW, n_k=65536, group=8)) == Split(0, 65536, 1024, 64)
-    assert split_of(replace(FEW, n_q=4, window=(1000, None))) == Split(3996, 1004, 256, 4)
-    assert split_of(replace(FEW, n_q=4, causal="top_left")) == Split(0, 4, 256, 1)
-    assert split_of(replace(FEW, n_q=4, causal="top_left", window=(0, 9))) == Split(0, 4, 256, 1)
+    assert split_of(replace(FEW, n_k=65536, group=8)) == Split(0, 65536, 2048, 32)
+    assert split_of(replace(FEW, n_q=4, window=(1000, None))) == Split(3996, 1004, 512, 2)
+    assert split_of(replace(FEW, n_q=4, causal="top_left")) == Split(0, 4, 512, 1)
+    assert split_of(replace(FEW, n_q=4, causal="top_left", window=(0, 9))) == Split(0, 4, 512, 1)
     assert split_of(replace(FEW, n_k=3, n_q=9, causal="bottom_right")) == Split(0, 3, 256, 1)
     assert split_of(replace(FEW, n_k=0)).units == 0
 

@@ -87,7 +87,7 @@ def test_gradients_flow():
 
 
 @gpu
-@pytest.mark.filterwarnings("ignore:the rational private module:DeprecationWarning")  # mpmath's, met when hashing
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pickle looks into all modules, mpmath's old ones too
 def test_a_compiled_call_gives_the_same_bits():
     from refattn.gpu import attention
 
