@@ -15,6 +15,8 @@ from .mma import WIDTHS
 __all__ = ["KERNELS", "SIMT", "pass_of", "support"]
 
 WIDEST = 128
+TILES = {(False, 0): (2, 32, 4), (False, 1): (2, 32, 4), (True, 0): (2, 32, 4), (True, 1): (1, 32, 4)}
+"""By (head dims above 64, pass): 16-row tiles of a warp, rows that pass by in a tile, warps."""
 
 
 def _mma_obstacle(call: Call, capability: tuple[int, int]) -> str:
@@ -38,8 +40,6 @@ def _mma_macros(call: Call) -> dict[str, Any]:
         "BF16": int(call.dtype == "bfloat16"),
         "WIDTH_K": wide_k,
         "WIDTH_V": wide_v,
-        "WARPS": 4,
-        "MIN_BLOCKS": 2,
         "ALIGNED": int(call.aligned),
         "SOFTCAP": int(call.softcap),
         "MASK": int(call.allowed),
@@ -50,11 +50,12 @@ def _mma_macros(call: Call) -> dict[str, Any]:
 
 def _mma_pass(m: Mapping[str, Any], which: int, dbias: bool) -> dict[str, Any]:
     wide = max(m["WIDTH_K"], m["WIDTH_V"]) > 64
-    rich = m["MASK"] or m["BLOCKS"] or m["BIAS"] or (m["SOFTCAP"] and wide)  # what takes registers
-    tiles, keys = (1, 32) if rich or (which == 1 and wide) else (2, 32)
-    if wide and (m["MASK"] if which == 0 else m["BIAS"]):
-        keys = 16
-    return {**m, "QUERY": int(which == 0), "DBIAS": int(dbias), "M_TILES": tiles, "BLOCK_N": keys}
+    tiles, keys, warps = TILES[wide, which]
+    if m["MASK"] or m["BLOCKS"] or m["BIAS"] or m["SOFTCAP"] or not m["ALIGNED"]:  # they take registers
+        narrow = wide and (m["MASK"] if which == 0 else m["BIAS"])
+        tiles, keys, warps = 1, 16 if narrow else 32, 4
+    tiling = {"M_TILES": tiles, "BLOCK_N": keys, "WARPS": warps, "MIN_BLOCKS": 8 // warps}
+    return {**m, "QUERY": int(which == 0), "DBIAS": int(dbias), **tiling}
 
 
 def _mma_shared(m: Mapping[str, Any]) -> int:
