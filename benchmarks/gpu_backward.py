@@ -42,11 +42,12 @@ def rows() -> Iterator[Row]:
         for n in lengths:
             for causal in (False, True):
                 yield from dense(torch, dtype, d, n, causal, top)
-        yield from bounded(dtype, d)
     yield from dense(torch, "float16", 128, 4096, False, top)
     for d in (64, 128):
         yield from single(torch, d)
     yield memory(torch)
+    for d in (64, 128):
+        yield from bounded("bfloat16", d)
 
 
 def contestants(torch: Any, given: list[Any], causal: bool, peers: dict[str, str]) -> dict[str, Call]:

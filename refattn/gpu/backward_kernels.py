@@ -15,7 +15,7 @@ from .mma import WIDTHS
 __all__ = ["KERNELS", "SIMT", "pass_of", "support"]
 
 WIDEST = 128
-TILES = {(False, 0): (2, 32, 4), (False, 1): (2, 32, 4), (True, 0): (2, 32, 4), (True, 1): (1, 32, 4)}
+TILES = {(False, 0): (2, 48, 4), (False, 1): (2, 32, 4), (True, 0): (2, 32, 4), (True, 1): (1, 48, 4)}
 """By (head dims above 64, pass): 16-row tiles of a warp, rows that pass by in a tile, warps."""
 
 
