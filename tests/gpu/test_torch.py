@@ -62,6 +62,75 @@ def test_what_jax_traces_is_refused():
         jax.grad(lambda q: attention(q, x, x).sum())(x)
 
 
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The operators over a stand-in for the kernels, written in PyTorch."""
+    from refattn.gpu import torch_operators
+
+    def scores(q, k, bias, sink):
+        s = q @ k.transpose(2, 3) / q.shape[3] ** 0.5 + (0 if bias is None else bias)
+        column = (
+            torch.full_like(s[..., :1], -torch.inf) if sink is None else sink.view(1, -1, 1, 1).expand(s[..., :1].shape)
+        )
+        return torch.cat([s, column], 3)
+
+    def forward(q, k, v, *, bias, sink, **_):
+        s = scores(q, k, bias, sink)
+        return (torch.softmax(s, 3)[..., :-1] @ v).contiguous(), torch.logsumexp(s, 3)
+
+    def backward(q, k, v, out, lse, dout, *, bias, sink, dlse, wanted, **_):
+        p = torch.exp(scores(q, k, bias, sink) - lse[..., None])
+        delta = (dout * out).sum(3, keepdim=True) - (0 if dlse is None else dlse[..., None])
+        ds, scale = p[..., :-1] * (dout @ v.transpose(2, 3) - delta), q.shape[3] ** -0.5
+        found = {"dq": ds @ k * scale, "dk": ds.transpose(2, 3) @ q * scale, "dv": p[..., :-1].transpose(2, 3) @ dout}
+        found |= {
+            "dbias": None if bias is None else ds.sum_to_size(bias.shape),
+            "dsink": -(p[..., -1:] * delta).sum((0, 2, 3)),
+        }
+        return {n: found[n].contiguous() for n in wanted}
+
+    monkeypatch.setattr(torch_operators, "forward", forward)
+    monkeypatch.setattr(torch_operators, "attention_backward", backward)
+    return forward
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_gradients_reach_every_input_of_a_whole_graph(on_cpu, backend):
+    from refattn.gpu import attention
+
+    torch.manual_seed(0)
+    leaves = [
+        torch.randn(s, requires_grad=True) for s in ((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 4), (1, 2, 1, 7), (2,))
+    ]
+
+    def call(q, k, v, bias, sink):
+        out, lse = attention(q * 2, k, v, bias=bias, sink=sink, return_lse=True)
+        return (out**2).sum() + lse.sum()
+
+    def direct(q, k, v, bias, sink):
+        out, lse = on_cpu(q * 2, k, v, bias=bias, sink=sink)
+        return (out**2).sum() + lse.sum()
+
+    torch._dynamo.reset()
+    expected = torch.autograd.grad(direct(*leaves), leaves)
+    found = torch.autograd.grad(torch.compile(call, backend=backend, fullgraph=True)(*leaves), leaves)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(call(*leaves), leaves), expected)
+    (only,) = torch.autograd.grad(call(*leaves), leaves[3:4])
+    torch.testing.assert_close(only, expected[3])
+
+
+def test_the_operators_keep_their_contract_without_a_gpu(on_cpu):
+    from refattn.gpu import torch_operators
+
+    assert torch_operators.needed(torch.zeros(1, requires_grad=True))
+    assert not torch_operators.needed(torch.zeros(1))
+    q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (5, 7, 7))
+    rest = (None,) * 10 + (None, 0, 0, None, "fast")
+    torch.library.opcheck(torch.ops.refattn.attention.default, (q, k, v, *rest))
+
+
 @gpu
 def test_gradients_flow():
     from refattn.gpu import attention, attention_backward
@@ -111,6 +180,6 @@ def test_the_operators_keep_their_contract():
     from refattn.gpu import torch_operators
 
     q = torch.randn(1, 2, 20, 32, device="cuda", dtype=torch.float64, requires_grad=True)
-    rest = (None,) * 6 + (None, "bottom_right", None, None, None, 0, 0, None, "fast")
+    rest = (None,) * 7 + ("bottom_right", None, None, None, 0, 0, None, "fast")
     assert torch_operators.needed(q)
     torch.library.opcheck(torch.ops.refattn.attention.default, (q, q, q, *rest))
