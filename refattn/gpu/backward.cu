@@ -1,9 +1,11 @@
-// What surrounds the backward kernels: which keys each row sees, delta = dout . out - dlse, the gradient of the sinks, sums of parts.
+// What surrounds the backward kernels: which keys each row sees, delta = dout . out - dlse, the gradient of the
+// sinks, sums of parts.
 //
-// keys_of_rows: a block of 64 threads has 64 rows and 64 keys, a half warp a granule of 16. Band (causal order and window) and
-//   sequence leave a row an interval of keys, and a key an interval of rows: p.row_keys, and those of 16 rows or keys together.
-//   Launch: grid ceil(max(n_q, n_k) / 64), block 64.
-// row_products: delta, a warp a row, its 32 partial sums added pairwise. Launch: grid ceil(b * h * n_q / 8), block 256.
+// keys_of_rows: a block of 64 threads has 64 rows and 64 keys, a half warp a granule of 16. Band (causal order and
+//   window) and sequence leave a row an interval of keys, and a key an interval of rows: p.row_keys, and those of
+//   16 rows or keys together. Launch: grid ceil(max(n_q, n_k) / 64), block 64.
+// row_products: delta, a warp a row, its 32 partial sums added pairwise. Launch: grid ceil(b * h * n_q / 8), block
+//   256.
 // sinks: dsink of a head, -sum exp(sink - lse) delta, a block a head. Launch: grid h, block 256.
 // add_parts: dbias, the `splits` parts of each element in order. Launch: any grid, block 256.
 //
@@ -57,7 +59,8 @@ extern "C" __global__ void keys_of_rows(const __grid_constant__ Params p) {
     UNROLL for (int hop = 1; hop < GRANULE; hop *= 2) {
         all.x = min(all.x, __shfl_xor_sync(~0u, all.x, hop)), all.y = max(all.y, __shfl_xor_sync(~0u, all.y, hop));
         all.z = min(all.z, __shfl_xor_sync(~0u, all.z, hop)), all.w = max(all.w, __shfl_xor_sync(~0u, all.w, hop));
-        rows.x = min(rows.x, __shfl_xor_sync(~0u, rows.x, hop)), rows.y = max(rows.y, __shfl_xor_sync(~0u, rows.y, hop));
+        rows.x = min(rows.x, __shfl_xor_sync(~0u, rows.x, hop)), rows.y = max(rows.y, __shfl_xor_sync(~0u, rows.y,
+            hop));
     }
     if (threadIdx.x % GRANULE) return;
     if (i < p.n_q) p.granule_keys[i / GRANULE] = all;
@@ -102,7 +105,8 @@ extern "C" __global__ void sinks(const __grid_constant__ Params p) {
 #ifdef BIAS
 extern "C" __global__ void add_parts(const __grid_constant__ Params p) {
     // dbias is contiguous; an axis of length 1 has stride 0
-    const long long size = (p.dbias.b ? p.b : 1LL) * (p.dbias.h ? p.h : 1) * (p.dbias.n ? p.n_q : 1) * (p.dbias.m ? p.n_k : 1);
+    const long long size = (p.dbias.b ? p.b : 1LL) * (p.dbias.h ? p.h : 1) * (p.dbias.n ? p.n_q : 1) * (p.dbias.m
+        ? p.n_k : 1);
     for (long long i = blockIdx.x * 256LL + threadIdx.x; i < size; i += gridDim.x * 256LL) {
         Acc sum = 0;
         for (int s = 0; s < p.splits; s++) sum += ((const Acc*)p.parts)[s * size + i];

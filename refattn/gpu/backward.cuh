@@ -1,4 +1,5 @@
-// What the backward kernels are given, by value. Strides are in elements, 0 where an axis is spread; absent arrays are null.
+// What the backward kernels are given, by value. Strides are in elements, 0 where an axis is spread; absent arrays are
+// null.
 struct Array { void* data; long long b, h, n, m; };       // m: of the keys, for bias, its gradient and the masks
 struct Params {
     Array q, k, v, out, dout, dq, dk, dv;
@@ -8,14 +9,19 @@ struct Params {
     Array blocks;                                         // block mask, a byte a block, 0: hidden
     const void* sink; void* dsink;                        // (h)
     const int *cu_q, *cu_k;                               // offsets of packed sequences
-    int2* row_keys;                                       // by row: the first and the last key that band and sequence leave
-    int4* granule_keys;                                   // by 16 rows: the least and the most of the first, and of the last
-    int2* granule_rows;                                   // by 16 keys: the first and the last row that sees one of them
-    unsigned char* redo;                                  // by 16 rows (or keys) of a head: to be computed anew by simt_backward.cu
+    // by row: the first and the last key that band and sequence leave
+    int2* row_keys;
+    // by 16 rows: the least and the most of the first, and of the last
+    int4* granule_keys;
+    // by 16 keys: the first and the last row that sees one of them
+    int2* granule_rows;
+    // by 16 rows (or keys) of a head: to be computed anew by simt_backward.cu
+    unsigned char* redo;
     void* parts;                                          // dbias of each of `splits` parts of the work, to be added up
     double scale, softcap;
     int b, h, h_kv, n_q, n_k, d_k, d_v;
-    int causal, left, right;                              // causal: 0 none, 1 top left, 2 bottom right; window: -1 no limit
+    // causal: 0 none, 1 top left, 2 bottom right; window: -1 no limit
+    int causal, left, right;
     int block_q, block_k, sequences, splits;
 };
 constexpr int GRANULE = 16, NEVER = 0x7fffffff;           // a row without keys: first NEVER, last -1

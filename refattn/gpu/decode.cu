@@ -1,26 +1,30 @@
 // Attention forward of few queries over many keys, 16-bit inputs, by mma.sync: every key is read once.
 //
 // Steps
-//  1. The rows of a tile are the queries of all heads of a key head's group. Keys come in parts of `unit`, a number that depends
-//     on n_k alone: the same bits for any batch, on any GPU. A block takes consecutive parts of consecutive key heads.
-//  2. Warp w takes tiles w, w + WARPS, ... of 16 keys of a part. They come by cp.async into the warp's own ring of STAGES, ahead
-//     also across parts and heads, so that loads never stop. Q is in registers.
-//  3. S = Q K^T, softcap, band, online softmax (base 2, see OFFSET in mma.cu), O += P V. ACCURACY_HIGH: P in two 16-bit parts.
-//  4. At a part's end the warps' O are added up, in order, four rows at a time through shared memory. O, maximum and sum of the
-//     part go to device memory.
-//  5. `merge` adds the parts of a row up: warp w takes parts w, w + 16, ... in order, then the warps' sums are added in order;
-//     sink, division, out, lse.
+//  1. The rows of a tile are the queries of all heads of a key head's group. Keys come in parts of `unit`, a number
+//     that depends on n_k alone: the same bits for any batch, on any GPU. A block takes consecutive parts of
+//     consecutive key heads.
+//  2. Warp w takes tiles w, w + WARPS, ... of 16 keys of a part. They come by cp.async into the warp's own ring of
+//     STAGES, ahead also across parts and heads, so that loads never stop. Q is in registers.
+//  3. S = Q K^T, softcap, band, online softmax (base 2, see OFFSET in mma.cu), O += P V. ACCURACY_HIGH: P in two
+//     16-bit parts.
+//  4. At a part's end the warps' O are added up, in order, four rows at a time through shared memory. O, maximum
+//     and sum of the part go to device memory.
+//  5. `merge` adds the parts of a row up: warp w takes parts w, w + 16, ... in order, then the warps' sums are
+//     added in order; sink, division, out, lse.
 //
 // Hidden keys: as in mma.cu, step 6.
 //
 // Macros: BF16; WIDTH_K, WIDTH_V: 32, 64, 96 or 128; WARPS, M_TILES (of 16 rows), STAGES; BLOCK_N 16; ALIGNED;
 // ACCURACY_HIGH, SOFTCAP, BAND (causal or window) 0|1.
-// Launch: decode: grid s.workers, block 32 * WARPS, shared memory decode.shared_bytes; merge: grid b * h * n_q, block 512.
+// Launch: decode: grid s.workers, block 32 * WARPS, shared memory decode.shared_bytes; merge: grid b * h * n_q,
+// block 512.
 
 #include "params.cuh"
 #include "mma_tiles.cuh"
 
-struct Split { float* parts; float2* stats; int first_key, keys, unit, units, workers; };   // units: parts of a key head's keys
+// units: parts of a key head's keys
+struct Split { float* parts; float2* stats; int first_key, keys, unit, units, workers; };
 constexpr int NO = WIDTH_V / 8, QK = WIDTH_K / 16, STEP = 16 * WARPS;
 constexpr u32 STAGE = K_BYTES + V_BYTES;
 constexpr int COPIES = ALIGNED ? 16 : 1;                  // of a lane at a time
@@ -41,7 +45,8 @@ template <int WIDTH> DEVICE void copy_rows(u32 to, const u16* from, long long st
         copy_async(to + Of::chunk(row, c), count ? source : from, 2 * count);
 #else
         u32 x[4];
-        UNROLL for (int e = 0; e < 4; e++) x[e] = (2 * e < count ? source[2 * e] : 0) | (2 * e + 1 < count ? (u32)source[2 * e + 1] << 16 : 0);
+        UNROLL for (int e = 0; e < 4; e++) x[e] = (2 * e < count ? source[2 * e] : 0) | (2 * e + 1 < count
+            ? (u32)source[2 * e + 1] << 16 : 0);
         store_shared(to + Of::chunk(row, c), make_uint4(x[0], x[1], x[2], x[3]));
 #endif
     }
@@ -95,12 +100,14 @@ DEVICE void odd_values(float (&o)[M_TILES][NO][4], const float (&s)[M_TILES][NS]
     for (int i = lane; i < 16 * TileV::CHUNKS; i += 32) {
         const u32 at = v + TileV::chunk(i / TileV::CHUNKS, i % TileV::CHUNKS);
         const uint4 x = load_shared4(at);
-        store_shared(at, make_uint4(zero_not_finite(x.x), zero_not_finite(x.y), zero_not_finite(x.z), zero_not_finite(x.w)));
+        store_shared(at, make_uint4(zero_not_finite(x.x), zero_not_finite(x.y), zero_not_finite(x.z),
+            zero_not_finite(x.w)));
     }
     __syncwarp();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Params p, const __grid_constant__ Split s) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Params p,
+    const __grid_constant__ Split s) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const int lane = threadIdx.x & 31, column = 2 * (lane & 3), warp = threadIdx.x / 32;
     const u32 ring = shared_address(shared) + warp * STAGES * STAGE;
@@ -118,7 +125,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     const int left = (int)max(corner - (p.left < 0 ? far : p.left), -far);
     const int right = (int)min(corner + (p.causal ? 0 : p.right < 0 ? far : p.right), far);
     const float scale2 = (float)(p.scale * 1.4426950408889634);
-    const u32 k_start = TileK::chunk((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1), v_start = K_BYTES + TileV::chunk(lane & 15, lane >> 4);
+    const u32 k_start = TileK::chunk((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1),
+        v_start = K_BYTES + TileV::chunk(lane & 15, lane >> 4);
     u32 q[M_TILES][QK][4];
     long long known = -1;                                 // the key head whose queries are in q
     int stage = 0;
@@ -133,7 +141,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
                     const u16* at = from + row / p.n_q * p.q_h + row % p.n_q * p.q_n;
                     UNROLL for (int i = 0; i < QK; i++) {
                         const int c = 16 * i + e / 2 * 8 + column;
-                        q[m][i][e] = (row < rows && c < p.d_k ? at[c] : 0) | (row < rows && c + 1 < p.d_k ? (u32)at[c + 1] << 16 : 0);
+                        q[m][i][e] = (row < rows && c < p.d_k ? at[c] : 0) | (row < rows
+                            && c + 1 < p.d_k ? (u32)at[c + 1] << 16 : 0);
                     }
                 }
         }
@@ -141,11 +150,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         UNROLL for (int r = 0; r < ROWS; r++) row_max[r] = -INF, row_sum[r] = 0;
         UNROLL for (int m = 0; m < M_TILES; m++)
             UNROLL for (int n = 0; n < NO; n++) o[m][n][0] = o[m][n][1] = o[m][n][2] = o[m][n][3] = 0;
-        const int first = s.first_key + (int)(part % s.units) * s.unit, last = min(s.first_key + s.keys, first + s.unit);
+        const int first = s.first_key + (int)(part % s.units) * s.unit, last = min(s.first_key + s.keys,
+            first + s.unit);
 #pragma unroll 1
         for (int key = first + 16 * warp; key < last; key += STEP) {
             wait<STAGES - 2>();
-            __syncwarp();                                 // the tile is there for all lanes, and the last one is read by all
+            // the tile is there for all lanes, and the last one is read by all
+            __syncwarp();
             load(next, p, s, ring + (stage ? stage - 1 : STAGES - 1) * STAGE);
             const u32 tile = ring + stage * STAGE;
             stage = stage == STAGES - 1 ? 0 : stage + 1;
@@ -156,12 +167,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             UNROLL for (int i = 0; i < QK; i++) {
                 u32 b[4];
                 load_matrix(b, TileK::step(tile + k_start, i));
-                UNROLL for (int m = 0; m < M_TILES; m++) mma(x[m][0], q[m][i], b[0], b[1]), mma(x[m][1], q[m][i], b[2], b[3]);
+                UNROLL for (int m = 0; m < M_TILES; m++) mma(x[m][0], q[m][i], b[0], b[1]), mma(x[m][1], q[m][i], b[2],
+                    b[3]);
             }
-            const float inner = SOFTCAP ? (float)(p.scale / p.softcap) : scale2, outer = (float)(p.softcap * 1.4426950408889634);
+            const float inner = SOFTCAP ? (float)(p.scale / p.softcap) : scale2,
+                outer = (float)(p.softcap * 1.4426950408889634);
             UNROLL for (int m = 0; m < M_TILES; m++)
                 UNROLL for (int n = 0; n < NS; n++)
-                    UNROLL for (int e = 0; e < 4; e++) x[m][n][e] = SOFTCAP ? outer * tanhf(x[m][n][e] * inner) : x[m][n][e] * inner;
+                    UNROLL for (int e = 0; e < 4; e++) x[m][n][e] = SOFTCAP
+                        ? outer * tanhf(x[m][n][e] * inner) : x[m][n][e] * inner;
             if (key + 16 > p.n_k || (BAND && (p.n_q - 1 + left > key || right < key + 15))) {
                 UNROLL for (int r = 0; r < ROWS; r++) {
                     const int i = (16 * (r / 2) + r % 2 * 8 + lane / 4) % p.n_q;
@@ -193,7 +207,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
                     row_max[r] = fmaxf(old, top[r]);
                     const float factor = row_max[r] == old || old == -INF ? 1.f : exp2_fast(old - row_max[r]);
                     row_sum[r] *= factor;
-                    UNROLL for (int n = 0; n < NO; n++) o[r / 2][n][r % 2 * 2] *= factor, o[r / 2][n][r % 2 * 2 + 1] *= factor;
+                    UNROLL for (int n = 0; n < NO; n++) o[r / 2][n][r % 2 * 2] *= factor,
+                        o[r / 2][n][r % 2 * 2 + 1] *= factor;
                 }
             }
             UNROLL for (int r = 0; r < ROWS; r++) {
@@ -269,11 +284,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 }
 
 constexpr int MERGING = 16;                               // warps
-extern "C" __global__ void __launch_bounds__(32 * MERGING) merge(const __grid_constant__ Params p, const __grid_constant__ Split s) {
+extern "C" __global__ void __launch_bounds__(32 * MERGING) merge(const __grid_constant__ Params p,
+    const __grid_constant__ Split s) {
     __shared__ float tops[MERGING], sums[MERGING], outs[MERGING][WIDTH_V];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, group = p.h / p.h_kv, rows = group * p.n_q;
     const long long pair = blockIdx.x / rows;
-    const int row = blockIdx.x % rows, batch = pair / p.h_kv, head = pair % p.h_kv * group + row / p.n_q, query = row % p.n_q;
+    const int row = blockIdx.x % rows, batch = pair / p.h_kv, head = pair % p.h_kv * group + row / p.n_q,
+        query = row % p.n_q;
     const float2* stats = s.stats + pair * s.units * rows + row;
     const float* parts = s.parts + (pair * s.units * rows + row) * WIDTH_V + 4 * lane;
     float top = -INF;
@@ -293,7 +310,8 @@ extern "C" __global__ void __launch_bounds__(32 * MERGING) merge(const __grid_co
         sum = fmaf(weight, x.y, sum);
         if (4 * lane < WIDTH_V) {
             const float4 y = *(const float4*)(parts + (long long)i * rows * WIDTH_V);
-            o[0] = fmaf(weight, y.x, o[0]), o[1] = fmaf(weight, y.y, o[1]), o[2] = fmaf(weight, y.z, o[2]), o[3] = fmaf(weight, y.w, o[3]);
+            o[0] = fmaf(weight, y.x, o[0]), o[1] = fmaf(weight, y.y, o[1]), o[2] = fmaf(weight, y.z, o[2]),
+                o[3] = fmaf(weight, y.w, o[3]);
         }
     }
     if (lane == 0) sums[warp] = sum;

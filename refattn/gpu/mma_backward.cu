@@ -1,4 +1,5 @@
-// Attention backward on tensor cores by mma.sync (sm_80 and later), 16-bit inputs, without atomics: the same bits each time.
+// Attention backward on tensor cores by mma.sync (sm_80 and later), 16-bit inputs, without atomics: the same bits
+// each time.
 //
 //   P = exp(S - lse), dP = dout V^T, dS = P (dP - delta), delta = dout . out - dlse (backward.cu)
 // One kernel gives the gradients of whatever X is. X is owned, Y passes by:
@@ -8,32 +9,36 @@
 //
 // Steps
 //  1. A block owns BLOCK_M rows of X and X2 in swizzled shared memory; each of its warps owns M_TILES x 16 of them.
-//  2. It walks the tiles of BLOCK_N rows of Y, Y2 that band, sequences and block mask leave (for dk, dv: those of all heads of
-//     the group). Tile t + 1 comes by cp.async while t is computed, one barrier a tile.
-//  3. S = X Y^T and dP = X2 Y2^T by ldmatrix and mma m16n8k16, float32 accumulators; P and dS in the same registers, softcap,
-//     bias and masks applied there.
-//  4. The accumulator layout of S is the A operand layout: P and dS are rounded to the type of the inputs and multiplied by
-//     Y2 and Y, which come by ldmatrix.trans.
-//  5. Hidden keys: P and dS are 0. As 0 * NaN is NaN, a tile that is partly hidden is searched for non-finite values; if there
-//     are any, the block marks its rows in `redo`, and simt_backward.cu computes them anew.
+//  2. It walks the tiles of BLOCK_N rows of Y, Y2 that band, sequences and block mask leave (for dk, dv: those of
+//     all heads of the group). Tile t + 1 comes by cp.async while t is computed, one barrier a tile.
+//  3. S = X Y^T and dP = X2 Y2^T by ldmatrix and mma m16n8k16, float32 accumulators; P and dS in the same
+//     registers, softcap, bias and masks applied there.
+//  4. The accumulator layout of S is the A operand layout: P and dS are rounded to the type of the inputs and
+//     multiplied by Y2 and Y, which come by ldmatrix.trans.
+//  5. Hidden keys: P and dS are 0. As 0 * NaN is NaN, a tile that is partly hidden is searched for non-finite
+//     values; if there are any, the block marks its rows in `redo`, and simt_backward.cu computes them anew.
 //
-// Macros: BF16; WIDTH_K, WIDTH_V: 32, 64, 96 or 128; WARPS, M_TILES, BLOCK_N (multiple of 16), MIN_BLOCKS: the tiling; ALIGNED;
-// QUERY; SOFTCAP, MASK, BLOCKS 0|1; BIAS 0, 1 (type of the inputs), 2 (float); DBIAS 0|1 (QUERY only): dbias, of the bias's type
-// and spread along no axis, is written too; it is 0 where nothing is written.
+// Macros: BF16; WIDTH_K, WIDTH_V: 32, 64, 96 or 128; WARPS, M_TILES, BLOCK_N (multiple of 16), MIN_BLOCKS: the
+// tiling; ALIGNED; QUERY; SOFTCAP, MASK, BLOCKS 0|1; BIAS 0, 1 (type of the inputs), 2 (float); DBIAS 0|1 (QUERY
+// only): dbias, of the bias's type and spread along no axis, is written too; it is 0 where nothing is written.
 //
-// Launch: grid tiles * heads * b with tiles = ceil(rows of X / BLOCK_M), block 32 * WARPS, shared memory mma_backward.shared_bytes.
+// Launch: grid tiles * heads * b with tiles = ceil(rows of X / BLOCK_M), block 32 * WARPS, shared memory
+// mma_backward.shared_bytes.
 
 #include "backward.cuh"
 #include "mma_tiles.cuh"
 
 [[maybe_unused]] constexpr int NK = WIDTH_K / 8, NV = WIDTH_V / 8;
-constexpr u32 X_BYTES = BLOCK_M * 2 * WIDTH_K, X2_BYTES = BLOCK_M * 2 * WIDTH_V, STAGE = K_BYTES + V_BYTES + 8 * BLOCK_N;
+constexpr u32 X_BYTES = BLOCK_M * 2 * WIDTH_K, X2_BYTES = BLOCK_M * 2 * WIDTH_V,
+    STAGE = K_BYTES + V_BYTES + 8 * BLOCK_N;
 constexpr bool ALWAYS = MASK || BIAS || BLOCKS;           // every tile may be partly hidden
 
 DEVICE void copy_async4(u32 dst, const void* src, bool valid) {  // 4 bytes, 0 where not valid
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(__cvta_generic_to_global(src)), "r"(valid ? 4 : 0) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(__cvta_generic_to_global(src)),
+        "r"(valid ? 4 : 0) : "memory");
 }
-DEVICE float2 load_pair(u32 a) { float2 x; asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(a) : "memory"); return x; }
+DEVICE float2 load_pair(u32 a) { float2 x; asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x),
+    "=f"(x.y) : "r"(a) : "memory"); return x; }
 template <bool VALUE> struct Flag { static constexpr bool value = VALUE; };
 DEVICE void put(float* p, float x) { *p = x; }
 DEVICE void put(u16* p, float x) { *p = (u16)pack(x, 0.f); }
@@ -48,31 +53,37 @@ template <int WIDTH> DEVICE void dots(float (&x)[M_TILES][NS][4], u32 a, u32 b) 
         UNROLL for (int m = 0; m < M_TILES; m++) load_matrix(from[m], Of::step(a, i) + m * 16 * WIDTH * 2);
         UNROLL for (int n = 0; n < NS; n += 2) {
             load_matrix(with, Of::step(b, i) + n * 8 * WIDTH * 2);
-            UNROLL for (int m = 0; m < M_TILES; m++) mma(x[m][n], from[m], with[0], with[1]), mma(x[m][n + 1], from[m], with[2], with[3]);
+            UNROLL for (int m = 0; m < M_TILES; m++) mma(x[m][n], from[m], with[0], with[1]), mma(x[m][n + 1], from[m],
+                with[2], with[3]);
         }
     }
 }
 // total += W B, W: what `dots` gives, rounded; B: BLOCK_N rows of WIDTH columns; b: the lane's address.
-template <int WIDTH> DEVICE void gather(float (&total)[M_TILES][WIDTH / 8][4], const float (&w)[M_TILES][NS][4], u32 b) {
+template <int WIDTH> DEVICE void gather(float (&total)[M_TILES][WIDTH / 8][4], const float (&w)[M_TILES][NS][4],
+    u32 b) {
     typedef Tile<WIDTH> Of;
     UNROLL for (int i = 0; i < BLOCK_N / 16; i++) {
         u32 from[M_TILES][4], with[4];
         UNROLL for (int m = 0; m < M_TILES; m++)
-            UNROLL for (int e = 0; e < 4; e++) from[m][e] = pack(w[m][2 * i + e / 2][e % 2 * 2], w[m][2 * i + e / 2][e % 2 * 2 + 1]);
+            UNROLL for (int e = 0; e < 4; e++) from[m][e] = pack(w[m][2 * i + e / 2][e % 2 * 2],
+                w[m][2 * i + e / 2][e % 2 * 2 + 1]);
         UNROLL for (int n = 0; n < WIDTH / 8; n += 2) {
             load_matrix_transposed(with, Of::step(b, n / 2) + i * 16 * WIDTH * 2);
-            UNROLL for (int m = 0; m < M_TILES; m++) mma(total[m][n], from[m], with[0], with[1]), mma(total[m][n + 1], from[m], with[2], with[3]);
+            UNROLL for (int m = 0; m < M_TILES; m++) mma(total[m][n], from[m], with[0], with[1]), mma(total[m][n + 1],
+                from[m], with[2], with[3]);
         }
     }
 }
 // Writes a warp's rows of a gradient, through its own rows of shared memory.
 template <int WIDTH>
-DEVICE void store(const Array& to, int batch, int head, int first, int n, int d, float (&x)[M_TILES][WIDTH / 8][4], float by, u32 shared) {
+DEVICE void store(const Array& to, int batch, int head, int first, int n, int d, float (&x)[M_TILES][WIDTH / 8][4],
+    float by, u32 shared) {
     typedef Tile<WIDTH> Of;
     const int lane = threadIdx.x & 31, warp_row = threadIdx.x / 32 * WARP_M;
     UNROLL for (int r = 0; r < ROWS; r++)
         UNROLL for (int c = 0; c < WIDTH / 8; c++)
-            store_shared(shared + Of::chunk(warp_row + r * 8 + lane / 4, c) + 4 * (lane & 3), pack(x[r / 2][c][r % 2 * 2] * by, x[r / 2][c][r % 2 * 2 + 1] * by));
+            store_shared(shared + Of::chunk(warp_row + r * 8 + lane / 4, c) + 4 * (lane & 3),
+                pack(x[r / 2][c][r % 2 * 2] * by, x[r / 2][c][r % 2 * 2 + 1] * by));
     __syncwarp();
     u16* data = (u16*)to.data + batch * to.b + head * to.h;
     for (int i = lane; i < WARP_M * Of::CHUNKS; i += 32) {
@@ -92,18 +103,23 @@ DEVICE void store(const Array& to, int batch, int head, int first, int n, int d,
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const u32 smem_x = shared_address(shared), smem_x2 = smem_x + X_BYTES, smem_y = smem_x2 + X2_BYTES;
-    const int lane = threadIdx.x & 31, warp_row = threadIdx.x / 32 * WARP_M, column = 2 * (lane & 3), group = p.h / p.h_kv;
-    const Array &ax = QUERY ? p.q : p.k, &ax2 = QUERY ? p.dout : p.v, &ay = QUERY ? p.k : p.q, &ay2 = QUERY ? p.v : p.dout;
+    const int lane = threadIdx.x & 31, warp_row = threadIdx.x / 32 * WARP_M, column = 2 * (lane & 3),
+        group = p.h / p.h_kv;
+    const Array &ax = QUERY ? p.q : p.k, &ax2 = QUERY ? p.dout : p.v, &ay = QUERY ? p.k : p.q,
+        &ay2 = QUERY ? p.v : p.dout;
     const int n_x = QUERY ? p.n_q : p.n_k, n_y = QUERY ? p.n_k : p.n_q, heads = QUERY ? p.h : p.h_kv;
-    const int tiles = (n_x + BLOCK_M - 1) / BLOCK_M, head_x = blockIdx.x / tiles % heads, batch = blockIdx.x / tiles / heads;
-    const int tile = blockIdx.x % tiles, x0 = (QUERY ? tiles - 1 - tile : tile) * BLOCK_M;   // long ones first, if causal
+    const int tiles = (n_x + BLOCK_M - 1) / BLOCK_M, head_x = blockIdx.x / tiles % heads,
+        batch = blockIdx.x / tiles / heads;
+    // long ones first, if causal
+    const int tile = blockIdx.x % tiles, x0 = (QUERY ? tiles - 1 - tile : tile) * BLOCK_M;
 
     // ---- which tiles of Y: `count` of them for each head, from `first` on ----
     int4 keys = make_int4(0, 0, 0, 0);
     int2 range;
     if (QUERY) keys = keys_of(p.granule_keys, x0, BLOCK_M, n_x), range = make_int2(keys.x, keys.w);
     else range = rows_of(p.granule_rows, x0, BLOCK_M, n_x);
-    const int first = range.x / BLOCK_N, count = range.y < range.x ? 0 : range.y / BLOCK_N - first + 1, total = QUERY ? count : count * group;
+    const int first = range.x / BLOCK_N, count = range.y < range.x ? 0 : range.y / BLOCK_N - first + 1,
+        total = QUERY ? count : count * group;
     auto head_of = [&](int t) { return QUERY ? head_x / group : head_x * group + t / count; };   // of Y
     auto place_of = [&](int t) { return (first + (QUERY ? t : t % count)) * BLOCK_N; };
     bool whole = false;                                   // all of the tile's rows see all of its keys
@@ -119,10 +135,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const
 #if BLOCKS
             const int head = QUERY ? head_x : head_of(t), m0 = QUERY ? x0 : y0, n0 = QUERY ? y0 : x0;
             const unsigned char* blocks = (const unsigned char*)p.blocks.data + batch * p.blocks.b + head * p.blocks.h;
-            const int q0 = m0 / p.block_q, q_count = (min(m0 + (QUERY ? BLOCK_M : BLOCK_N), p.n_q) - 1) / p.block_q - q0 + 1;
-            const int k0 = n0 / p.block_k, k_count = (min(n0 + (QUERY ? BLOCK_N : BLOCK_M), p.n_k) - 1) / p.block_k - k0 + 1;
+            const int q0 = m0 / p.block_q, q_count = (min(m0 + (QUERY ? BLOCK_M : BLOCK_N),
+                p.n_q) - 1) / p.block_q - q0 + 1;
+            const int k0 = n0 / p.block_k, k_count = (min(n0 + (QUERY ? BLOCK_N : BLOCK_M),
+                p.n_k) - 1) / p.block_k - k0 + 1;
             bool any = false;
-            for (int i = lane; i < q_count * k_count; i += 32) any |= blocks[(q0 + i / k_count) * p.blocks.n + (k0 + i % k_count) * p.blocks.m];
+            for (int i = lane; i < q_count * k_count; i += 32) any |= blocks[(q0 + i / k_count) * p.blocks.n + (k0
+                + i % k_count) * p.blocks.m];
             if (!__any_sync(~0u, any)) continue;
 #endif
             break;
@@ -133,7 +152,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const
         const u32 to = smem_y + stage * STAGE;
         const int y0 = place_of(t), head = head_of(t);
         TileK::load<BLOCK_N>(to, (const u16*)ay.data + batch * ay.b + head * ay.h + y0 * ay.n, ay.n, n_y - y0, p.d_k);
-        TileV::load<BLOCK_N>(to + K_BYTES, (const u16*)ay2.data + batch * ay2.b + head * ay2.h + y0 * ay2.n, ay2.n, n_y - y0, p.d_v);
+        TileV::load<BLOCK_N>(to + K_BYTES, (const u16*)ay2.data + batch * ay2.b + head * ay2.h + y0 * ay2.n, ay2.n,
+            n_y - y0, p.d_v);
         if (!QUERY && threadIdx.x < BLOCK_N) {            // lse and delta of the rows
             const int i = y0 + threadIdx.x;
             const float* lse = (const float*)p.lse.data + batch * p.lse.b + head * p.lse.h + i * p.lse.n;
@@ -164,15 +184,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const
         }
     }
     const float scale2 = (float)(p.scale * 1.4426950408889634);
-    const u32 x_start = smem_x + TileK::chunk(warp_row + (lane & 15), lane >> 4), x2_start = smem_x2 + TileV::chunk(warp_row + (lane & 15), lane >> 4);
-    const u32 y_start = TileK::chunk((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1), y2_start = TileV::chunk((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
-    [[maybe_unused]] const u32 y_rows = TileK::chunk(lane & 15, lane >> 4), y2_rows = TileV::chunk(lane & 15, lane >> 4);   // for ldmatrix.trans
+    const u32 x_start = smem_x + TileK::chunk(warp_row + (lane & 15), lane >> 4),
+        x2_start = smem_x2 + TileV::chunk(warp_row + (lane & 15), lane >> 4);
+    const u32 y_start = TileK::chunk((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1),
+        y2_start = TileV::chunk((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
+    // for ldmatrix.trans
+    [[maybe_unused]] const u32 y_rows = TileK::chunk(lane & 15, lane >> 4), y2_rows = TileV::chunk(lane & 15,
+        lane >> 4);
     bool bad = false;                                     // some hidden value may not be finite
 
     int t = next_tile(0), stage = 0;
     if (t < total) {
-        TileK::load<BLOCK_M>(smem_x, (const u16*)ax.data + batch * ax.b + head_x * ax.h + x0 * ax.n, ax.n, n_x - x0, p.d_k);
-        TileV::load<BLOCK_M>(smem_x2, (const u16*)ax2.data + batch * ax2.b + head_x * ax2.h + x0 * ax2.n, ax2.n, n_x - x0, p.d_v);
+        TileK::load<BLOCK_M>(smem_x, (const u16*)ax.data + batch * ax.b + head_x * ax.h + x0 * ax.n, ax.n, n_x - x0,
+            p.d_k);
+        TileV::load<BLOCK_M>(smem_x2, (const u16*)ax2.data + batch * ax2.b + head_x * ax2.h + x0 * ax2.n, ax2.n,
+            n_x - x0, p.d_v);
         load(t, 0);
     }
     while (t < total) {
@@ -194,14 +220,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const
             constexpr bool CHECK = decltype(check)::value;
             UNROLL for (int n = 0; n < NS; n++) {
                 float2 lse = make_float2(0.f, 0.f), delta = lse;
-                if (!QUERY) lse = load_pair(stats + 32 * n), delta = load_pair(stats + 4 * BLOCK_N + 32 * n), lse.x *= LOG2E, lse.y *= LOG2E;
+                if (!QUERY) lse = load_pair(stats + 32 * n), delta = load_pair(stats + 4 * BLOCK_N + 32 * n),
+                    lse.x *= LOG2E, lse.y *= LOG2E;
                 UNROLL for (int e = 0; e < 2; e++) {
                     const int at = y0 + column + 8 * n + e;   // of Y
                     int2 seen = make_int2(0, 0);
                     if (!QUERY && CHECK) seen = at < n_y ? p.row_keys[at] : make_int2(NEVER, -1);
                     UNROLL for (int r = 0; r < ROWS; r++) {
                         float &x = s[r / 2][n][r % 2 * 2 + e], &g = ds[r / 2][n][r % 2 * 2 + e];
-                        const float l = QUERY ? row_lse[r] : e ? lse.y : lse.x, d = QUERY ? row_delta[r] : e ? delta.y : delta.x;
+                        const float l = QUERY ? row_lse[r] : e ? lse.y : lse.x,
+                            d = QUERY ? row_delta[r] : e ? delta.y : delta.x;
                         float score, slope = 1.f;
                         if (SOFTCAP) {
                             const float c = tanhf(x * (float)(p.scale / p.softcap));
@@ -213,11 +241,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const
                             if (QUERY) seen = i < n_x ? p.row_keys[i] : make_int2(NEVER, -1);
                             on = j >= seen.x && j <= seen.y;
 #if MASK
-                            const u32* bits = (const u32*)p.mask.data + batch * p.mask.b + head * p.mask.h + i * p.mask.n;
+                            const u32* bits = (const u32*)p.mask.data + batch * p.mask.b + head * p.mask.h
+                                + i * p.mask.n;
                             on = on && (bits[j / 32] >> (j & 31) & 1);
 #endif
 #if BLOCKS
-                            const unsigned char* blocks = (const unsigned char*)p.blocks.data + batch * p.blocks.b + head * p.blocks.h;
+                            const unsigned char* blocks = (const unsigned char*)p.blocks.data + batch * p.blocks.b
+                                + head * p.blocks.h;
                             on = on && blocks[i / p.block_q * p.blocks.n + j / p.block_k * p.blocks.m];
 #endif
 #if BIAS
@@ -230,7 +260,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const
                         const float weight = exp2_fast(score), grad = weight * (g - d);
 #if DBIAS
                         if (i < p.n_q && j < p.n_k)
-                            put((BiasType*)p.dbias.data + batch * p.dbias.b + head * p.dbias.h + i * p.dbias.n + j * p.dbias.m, on ? grad : 0.f);
+                            put((BiasType*)p.dbias.data + batch * p.dbias.b + head * p.dbias.h + i * p.dbias.n
+                                + j * p.dbias.m, on ? grad : 0.f);
 #endif
                         x = on ? weight : 0.f, g = on ? grad * slope : 0.f;
                     }

@@ -6,27 +6,29 @@
 // dS' is dS times the slope of the softcap, 1 - tanh^2.
 //
 // Steps
-//  1. A block owns BLOCK_M query rows of one head (0), BLOCK_N keys of one key head (1), or a tile of dbias (2), and walks the
-//     tiles of scores that it needs: those of other keys; of other rows, for all heads of the group; of what the bias is spread
-//     over. p.row_keys and its sums over 16 rows tell which tiles band and sequences hide; they are not loaded.
-//  2. Q, dout, K and V tiles lie row-major in shared memory, in the type of the sums, rows padded by 16 bytes. A thread of the
-//     16 x 16 holds rows ty + 16 i and keys tx + 16 j of S and dP in registers, and makes P and dS.
-//  3. 0, 1: P and dS go to shared memory, and the second products add to registers, a tile's sum first: sums of n numbers pass
-//     through BLOCK + n / BLOCK additions, not n. 2: dS adds to registers.
+//  1. A block owns BLOCK_M query rows of one head (0), BLOCK_N keys of one key head (1), or a tile of dbias (2),
+//     and walks the tiles of scores that it needs: those of other keys; of other rows, for all heads of the group;
+//     of what the bias is spread over. p.row_keys and its sums over 16 rows tell which tiles band and sequences
+//     hide; they are not loaded.
+//  2. Q, dout, K and V tiles lie row-major in shared memory, in the type of the sums, rows padded by 16 bytes. A
+//     thread of the 16 x 16 holds rows ty + 16 i and keys tx + 16 j of S and dP in registers, and makes P and dS.
+//  3. 0, 1: P and dS go to shared memory, and the second products add to registers, a tile's sum first: sums of n
+//     numbers pass through BLOCK + n / BLOCK additions, not n. 2: dS adds to registers.
 //  4. 2: the splits of a tile's work go to p.parts, which backward.cu adds up.
 //  5. Repair: with `redo`, set by another kernel, only marked tiles are computed, and unmarked.
 //
-// A key that a row does not see gets the weights -0. If a tile with such keys holds a NaN or an infinity, these are skipped
-// instead of multiplied.
+// A key that a row does not see gets the weights -0. If a tile with such keys holds a NaN or an infinity, these are
+// skipped instead of multiplied.
 //
-// Macros: T; D_K, D_V: padded to multiples of 32; BLOCK_M, BLOCK_N: multiples of 16; WARPS 8; MIN_BLOCKS; GRADIENT; features
-// 0 | 1: BITMASK, BLOCKS, SOFTCAP; BIAS: type of the bias, not defined without one.
+// Macros: T; D_K, D_V: padded to multiples of 32; BLOCK_M, BLOCK_N: multiples of 16; WARPS 8; MIN_BLOCKS; GRADIENT;
+// features 0 | 1: BITMASK, BLOCKS, SOFTCAP; BIAS: type of the bias, not defined without one.
 // Launch: block 256, grid (0) row tiles * h * b, (1) key tiles * h_kv * b, (2) tiles of dbias * splits.
 
 #include "backward.cuh"
 #include "simt_tiles.cuh"
 
-[[maybe_unused]] constexpr int SIDE = 16, RI = BLOCK_M / SIDE, KJ = BLOCK_N / SIDE, CK = D_K / SIDE, CV = D_V / SIDE;   // a thread's part
+// a thread's part
+[[maybe_unused]] constexpr int SIDE = 16, RI = BLOCK_M / SIDE, KJ = BLOCK_N / SIDE, CK = D_K / SIDE, CV = D_V / SIDE;
 constexpr int STRIDE_K = D_K + VEC, STRIDE_V = D_V + VEC, STRIDE_S = BLOCK_N + VEC;
 DEVICE float exponential(float x) { return exp2_float(x * (float)LOG2E); }
 DEVICE double exponential(double x) { return exp(x); }
@@ -68,7 +70,8 @@ DEVICE void gather(Acc (&total)[PARTS][COLUMNS], const Acc* w, const Acc* x, int
 // Does a tile hold a NaN or an infinity? The thread's part of it.
 DEVICE bool any_nonfinite(const Acc* tile, int rows, int width, int stride) {
     Acc sum = 0;                                          // 0 * x is 0, or NaN
-    for (int i = threadIdx.x; i < rows * width; i += THREADS) sum = fma(tile[i / width * stride + i % width], (Acc)0, sum);
+    for (int i = threadIdx.x; i < rows * width; i += THREADS) sum = fma(tile[i / width * stride + i % width], (Acc)0,
+        sum);
     return !(sum == 0);
 }
 DEVICE void load_rows(const Tiles& t, const Params& p, int batch, int head, int m0) {
@@ -138,7 +141,8 @@ DEVICE void scores(Scores& x, const Tiles& t, const Params& p, int batch, int he
             }
 #ifdef BIAS
             Acc b = 0;
-            if (seen) b = to_sum(((const BIAS*)p.bias.data)[batch * p.bias.b + head * p.bias.h + row * p.bias.n + key * p.bias.m]);
+            if (seen) b = to_sum(((const BIAS*)p.bias.data)[batch * p.bias.b + head * p.bias.h + row * p.bias.n
+                + key * p.bias.m]);
             seen = seen && b != -infinity((Acc)0);
             s += b;
 #endif
@@ -181,7 +185,8 @@ DEVICE bool wanted(const Params& p, long long head, int first, int count, int n)
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char shared[];
     Tiles t;
-    t.q = (Acc*)shared, t.dout = t.q + BLOCK_M * STRIDE_K, t.k = t.dout + BLOCK_M * STRIDE_V, t.v = t.k + BLOCK_N * STRIDE_K;
+    t.q = (Acc*)shared, t.dout = t.q + BLOCK_M * STRIDE_K, t.k = t.dout + BLOCK_M * STRIDE_V,
+        t.v = t.k + BLOCK_N * STRIDE_K;
     t.p = t.v + BLOCK_N * STRIDE_V, t.ds = t.p + (GRADIENT == 1 ? BLOCK_M * STRIDE_S : 0);
     t.lse = t.ds + BLOCK_M * STRIDE_S, t.delta = t.lse + BLOCK_M, t.keys = (int2*)(t.delta + BLOCK_M);
     const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE, group = p.h / p.h_kv;
@@ -241,14 +246,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const
     const Array& to = p.dbias;
     long long tile = blockIdx.x / p.splits;
     const int split = blockIdx.x % p.splits;
-    auto take = [&](bool own, int n) { const int i = own ? (int)(tile % n) : 0; tile = own ? tile / n : tile; return i; };
-    const int key0 = take(to.m, key_tiles), row0 = take(to.n, row_tiles), head0 = take(to.h, p.h), batch0 = take(to.b, p.b);
-    const int keys_n = to.m ? 1 : key_tiles, rows_n = to.n ? 1 : row_tiles, heads_n = to.h ? 1 : p.h, batches_n = to.b ? 1 : p.b;
+    auto take = [&](bool own, int n) { const int i = own ? (int)(tile % n) : 0; tile = own ? tile / n : tile; return i;
+        };
+    const int key0 = take(to.m, key_tiles), row0 = take(to.n, row_tiles), head0 = take(to.h, p.h), batch0 = take(to.b,
+        p.b);
+    const int keys_n = to.m ? 1 : key_tiles, rows_n = to.n ? 1 : row_tiles, heads_n = to.h ? 1 : p.h,
+        batches_n = to.b ? 1 : p.b;
     const long long work = (long long)keys_n * rows_n * heads_n * batches_n;
     Acc sum[RI][KJ] = {};
     for (long long at = work * split / p.splits; at < work * (split + 1) / p.splits; at++) {
         const int n0 = (key0 + (int)(at % keys_n)) * BLOCK_N, m0 = (row0 + (int)(at / keys_n % rows_n)) * BLOCK_M;
-        const int head = head0 + (int)(at / keys_n / rows_n % heads_n), batch = batch0 + (int)(at / keys_n / rows_n / heads_n);
+        const int head = head0 + (int)(at / keys_n / rows_n % heads_n),
+            batch = batch0 + (int)(at / keys_n / rows_n / heads_n);
         if (hidden(p, keys_of(p.granule_keys, m0, BLOCK_M, p.n_q), batch, head, m0, n0)) continue;
         __syncthreads();
         load_rows(t, p, batch, head, m0);
@@ -263,7 +272,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const
     UNROLL for (int i = 0; i < RI; i++)
         UNROLL for (int j = 0; j < KJ; j++) t.ds[(ty + SIDE * i) * STRIDE_S + tx + SIDE * j] = sum[i][j];
     __syncthreads();
-    const long long n_keys = to.m ? p.n_k : 1, n_rows = to.n ? p.n_q : 1, n_heads = to.h ? p.h : 1, n_batches = to.b ? p.b : 1;
+    const long long n_keys = to.m ? p.n_k : 1, n_rows = to.n ? p.n_q : 1, n_heads = to.h ? p.h : 1,
+        n_batches = to.b ? p.b : 1;
     const int keys = to.m ? BLOCK_N : 1, rows = to.n ? BLOCK_M : 1;
     for (int i = threadIdx.x; i < rows * keys; i += THREADS) {
         const int r = i / keys, c = i % keys, row = row0 * BLOCK_M + r, key = key0 * BLOCK_N + c;
