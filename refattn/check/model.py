@@ -18,6 +18,7 @@ __all__ = [
     "FEATURES",
     "GRADIENTS",
     "MODELS",
+    "USUAL",
     "C",
     "Capabilities",
     "Model",
@@ -59,6 +60,8 @@ FEATURES = frozenset(
     }
 )
 """What a call may ask of a kernel beyond plain attention."""
+USUAL = FEATURES - {"weight", "state"}
+"""What a kernel is taken to have that does not say what it has."""
 
 
 GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink"})
@@ -202,7 +205,7 @@ class Capabilities:
     dtypes : frozenset of str
         Names of formats.
     features : frozenset of str
-        Out of ``FEATURES``.
+        Out of ``FEATURES``; by default all but "weight" and "state".
     d_max : int
         The largest d_k and d_v.
     lse : bool
@@ -218,7 +221,7 @@ class Capabilities:
     """
 
     dtypes: frozenset[str] = frozenset({"float32"})
-    features: frozenset[str] = field(default=FEATURES)
+    features: frozenset[str] = field(default=USUAL)
     d_max: int = 2**31
     lse: bool = False
     gradients: frozenset[str] = frozenset()

@@ -59,7 +59,8 @@ def parts(problem: Problem, dout: NDArray[np.float64] | None) -> list[Part]:
         p.sink is not None and p.batch > 1
     )
     v = variant_of(p.variant)
-    apart = isinstance(v.shape, Rows) and not v.shape.together and not v.places
+    placed = v.places or any(o.places and n in p.options for n, o in v.options.items())
+    apart = isinstance(v.shape, Rows) and not v.shape.together and not placed
     if p.cu_seqlens_q is not None or not apart or (dout is not None and shared):
         return []
     return list(_parts(p, dout))

@@ -1,6 +1,8 @@
 """Attention on NVIDIA GPUs by kernels of our own, for CuPy, PyTorch and JAX arrays."""
 
 from .attention import attention
-from .plan import IMPLS, Plan, plan
+from .backward import attention_backward
+from .kernel import Plan
+from .plan import IMPLS, plan
 
-__all__ = ["IMPLS", "Plan", "attention", "plan"]
+__all__ = ["IMPLS", "Plan", "attention", "attention_backward", "plan"]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..arrays import dtype_name, kind_of
-from ..errors import InvalidProblem
-from ..problem import Problem, check_offsets
+from .kernel import Call, Plan
 from .launch import capability, launch
-from .plan import Call, Plan, check_block_mask, choose
-from .views import View, cast, check_devices, device_of, empty, finish, layout, on, stream_of, view
+from .plan import choose
+from .request import read
+from .views import device_of, empty, finish, on, stream_of
 
-__all__ = ["attention"]
+__all__ = ["attention", "forward"]
 
 
 def attention(
@@ -34,6 +33,9 @@ def attention(
     impl: str | None = None,
 ) -> Any:
     """Return softmax attention, computed on the GPU that the arrays are on.
+
+    Gradients flow through PyTorch's graph, by :func:`refattn.gpu.attention_backward`, also under ``torch.compile``. Of
+    CuPy and JAX arrays that function gives them; what JAX traces (``jit``, ``grad``) is refused.
 
     Nothing is waited for: the kernels are queued on the caller's current stream (CuPy's for JAX arrays). Inputs are not
     copied, but for a boolean mask, which is packed to bits, and for sinks and offsets of another type.
@@ -69,43 +71,41 @@ def attention(
     UnsupportedProblem
         No kernel computes it; raised before any launch.
     """
-    given = {"query": query, "key": key, "value": value, "bias": bias, "allowed": allowed}
+    options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "sink": sink, "bias": bias}
+    options |= {"allowed": allowed, "block_mask": block_mask, "cu_seqlens": cu_seqlens}
+    if hasattr(query, "requires_grad"):  # a tensor of PyTorch: its graph may want a gradient, or only shapes
+        from . import torch_operators
+
+        if torch_operators.needed(query, key, value, sink, bias):
+            found = torch_operators.attention(query, key, value, options, accuracy, impl)
+            return found if return_lse else found[0]
+    out, lse = forward(query, key, value, accuracy=accuracy, impl=impl, **options)
+    return (out, lse) if return_lse else out
+
+
+def forward(
+    query: Any, key: Any, value: Any, *, scale: float | None, causal: str | None, window: Any, softcap: float | None,
+    sink: Any, bias: Any, allowed: Any, block_mask: Any, cu_seqlens: Any, accuracy: str, impl: str | None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return out and lse of :func:`attention`, without gradients."""
     device = device_of(query, "query")
-    wide = "float64" if dtype_name(query) == "float64" else "float32"
-    sizes: Any = None
-    if sink is not None:
-        given["sink"] = cast(sink, wide, "sink")
-    if block_mask is not None:
-        given["blocks"], sizes = _parts(block_mask, "block_mask", ("blocks", "block_q", "block_k"))
-    if cu_seqlens is not None:
-        given["cu_q"], (given["cu_k"],) = _parts(cu_seqlens, "cu_seqlens", ("cu_seqlens_q", "cu_seqlens_k"))
-        given |= {n: cast(given[n], "int32", f"{n[:2]}_seqlens{n[2:]}") for n in ("cu_q", "cu_k")}
     with on(device):
-        arrays = {n: view(x, n) for n, x in given.items() if x is not None}
-        window = tuple(window) if isinstance(window, list) else window
-        options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
-        cast_from = tuple(dtype_name(x) for x in (sink, *(cu_seqlens or ())) if x is not None)
-        asked = (*options.values(), type(scale), type(softcap), accuracy, impl, sizes, cast_from)
-        layout = tuple(
-            (n, kind_of(given[n]), x.shape, x.strides, x.dtype, x.device, x.pointer % 16 == 0)
-            for n, x in arrays.items()
-        )
-        known = _known((asked, layout))
+        tensors = {"query": query, "key": key, "value": value, "bias": bias, "allowed": allowed}
+        options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        asked = read(tensors, sink, block_mask, cu_seqlens, options, accuracy, impl)
+        known = _known(asked.signature)
         if known is None:
-            problem = Problem(query, key, value, sink=sink, bias=bias, allowed=allowed, **options)
-            if cu_seqlens is not None:
-                check_offsets(problem, *cu_seqlens)
-            blocks = None if block_mask is None else check_block_mask(problem, block_mask)
-            call = _call(problem, arrays, accuracy, blocks)
-            known = _KNOWN[asked, layout] = (call, choose(call, impl, capability(device)))
+            call = asked.call(accuracy)
+            known = _KNOWN[asked.signature] = (call, choose(call, impl, capability(device)))
+        arrays, wide = asked.arrays, "float64" if asked.arrays["query"].dtype == "float64" else "float32"
         shape = (*arrays["query"].shape[:3], arrays["value"].shape[3])
         out, arrays["out"] = empty(query, shape, arrays["query"].dtype)
         lse, arrays["lse"] = empty(query, shape[:3], wide)
         if min(shape):
             by = 1 / math.sqrt(arrays["query"].shape[3]) if scale is None else float(scale)
-            launch(*known, query, arrays, options | {"scale": by}, stream_of(query, device))
+            launch(*known, query, arrays, asked.options | {"scale": by}, stream_of(query, device))
         out, lse = finish(query, [out, lse], list(arrays.values()))
-    return (out, lse) if return_lse else out
+    return out, lse
 
 
 _KNOWN: dict[Any, tuple[Call, Plan]] = {}
@@ -119,17 +119,3 @@ def _known(signature: Any) -> tuple[Call, Plan] | None:
         return _KNOWN.get(signature)
     except TypeError:  # an option that cannot be hashed: Problem says what is wrong with it
         return None
-
-
-def _parts(given: Any, name: str, parts: tuple[str, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """Return the first part of a tuple, and the others."""
-    if not isinstance(given, tuple | list) or len(given) != len(parts):
-        raise InvalidProblem(f"{name}: got {type(given).__name__}, expected a tuple ({', '.join(parts)})")
-    return given[0], tuple(given[1:])
-
-
-def _call(problem: Problem, arrays: dict[str, View], accuracy: str, blocks: tuple[int, int] | None) -> Call:
-    """Return what the choice of a kernel depends on."""
-    check_devices(arrays)
-    aligned, mapped = layout([arrays[n] for n in ("query", "key", "value")])
-    return Call.of(problem, accuracy, blocks, packed="cu_q" in arrays, aligned=aligned, mapped=mapped)

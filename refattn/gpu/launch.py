@@ -14,10 +14,12 @@ import numpy as np
 
 from . import simt, sm90
 from .build import compiled, text_of
-from .plan import MODULES, Call, Plan, configured
+from .decode import SPLIT, split_of
+from .kernel import Call, Plan
+from .plan import configured
 from .views import View, empty, library
 
-__all__ = ["attribute", "capability", "launch", "queue"]
+__all__ = ["attribute", "capability", "kernel_of", "launch", "pack", "queue", "zeros"]
 
 POINTERS = ("query", "key", "value", "out", "lse", "bias", "sink", "allowed", "blocks", "cu_q", "cu_k")
 PARAMS = struct.Struct("@12Q24q2d13i4x")  # params.cuh
@@ -43,22 +45,25 @@ def launch(call: Call, plan: Plan, like: Any, arrays: dict[str, View], options: 
     stream : int
         The stream's handle.
     """
+    if plan.impl == "decode":
+        _launch_split(plan, call, like, arrays, options, stream)
+        return
     device = arrays["query"].device
     if "allowed" in arrays:
-        arrays["allowed"] = _pack(arrays["allowed"], call.n_k, like, stream)
+        arrays["allowed"] = pack(arrays["allowed"], call.n_k, like, stream)
     if plan.macros["BLOCKS"] == 1 and plan.impl != "simt":
-        arrays["block_bits"] = _pack(arrays["blocks"], arrays["blocks"].shape[3], like, stream)
+        arrays["block_bits"] = pack(arrays["blocks"], arrays["blocks"].shape[3], like, stream)
     if plan.impl != "sm90":
         _launch_params(plan, call, arrays, options, stream, redo=0)
         return
     b, h, n_q, _ = arrays["query"].shape
     repair = call.causal is not None
-    redo = _zeros(device, stream, 1 << (b * h * -(-n_q // 64) - 1).bit_length(), "redo") if repair else 0
-    counter = _zeros(device, stream, 4, "counter")
+    redo = zeros(device, stream, 1 << (b * h * -(-n_q // 64) - 1).bit_length(), "redo") if repair else 0
+    counter = zeros(device, stream, 4, "counter")
     multiprocessors = attribute(device, "MultiProcessorCount")
     grid, packed = sm90.arguments(plan.macros, arrays, options["scale"], call.blocks, counter, redo, multiprocessors)
-    kernel, threads = _kernel(plan, device), sm90.threads(plan.macros)
-    queue(kernel, grid, threads, plan.shared_bytes, stream, packed, sm90.OFFSETS)
+    threads = plan.kernel.threads(plan.macros)
+    queue(kernel_of(plan, device), grid, threads, plan.shared_bytes, stream, packed, sm90.OFFSETS)
     if repair:
         _launch_params(configured("simt", call), call, arrays, options, stream, redo=redo)
 
@@ -67,7 +72,36 @@ def _launch_params(
     plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[str, Any], stream: int, redo: int
 ) -> None:
     """Queue simt.cu or mma.cu."""
-    module = MODULES[plan.impl]
+    (b, h, n_q, _), device = arrays["query"].shape, arrays["query"].device
+    packed = _params(plan, call, arrays, options, redo)
+    sequences = arrays["cu_q"].shape[0] - 1 if "cu_q" in arrays else 0
+    rows, threads = plan.kernel.block_rows(plan.macros), plan.kernel.threads(plan.macros)
+    tiles = n_q // rows + sequences if plan.impl == "mma" and sequences else -(-n_q // rows) + sequences
+    queue(kernel_of(plan, device), tiles * h * b, threads, plan.shared_bytes, stream, packed)
+
+
+def _launch_split(
+    plan: Plan, call: Call, like: Any, arrays: Mapping[str, View], options: Mapping[str, Any], stream: int
+) -> None:
+    """Queue decode.cu: the parts of the keys, and their merge."""
+    (b, h, n_q, _), device, m = arrays["query"].shape, arrays["query"].device, plan.macros
+    split = split_of(call)
+    parts = b * (h // call.group) * split.units
+    rows, width = call.group * n_q, m["WIDTH_V"]
+    _, kept = empty(like, (parts * rows * (width + 2),), "float32")
+    multiprocessors = attribute(device, "MultiProcessorCount")
+    stats, grid = kept.pointer + 4 * parts * rows * width, min(parts, multiprocessors)
+    params = _params(plan, call, arrays, options, 0)
+    cut = (split.first_key, split.keys, split.unit, split.units, grid)
+    packed = params + SPLIT.pack(kept.pointer, stats, *cut)
+    offsets = (0, len(params))
+    if parts:
+        queue(kernel_of(plan, device), grid, plan.kernel.threads(m), plan.shared_bytes, stream, packed, offsets)
+    queue(kernel_of(plan, device, "merge", 0), b * h * n_q, 512, 0, stream, packed, offsets)
+
+
+def _params(plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[str, Any], redo: int) -> bytes:
+    """Return struct Params of params.cuh."""
     q, k, v, out, lse = (arrays[n] for n in ("query", "key", "value", "out", "lse"))
     (b, h, n_q, d_k), (_, h_kv, n_k, _), d_v = q.shape, k.shape, v.shape[3]
     names = [*POINTERS]
@@ -76,7 +110,7 @@ def _launch_params(
     bias, allowed, table = (arrays[n].spread() if n in arrays else (0,) * 4 for n in (names[5], *names[7:9]))
     sequences = arrays["cu_q"].shape[0] - 1 if "cu_q" in arrays else 0
     left, right = (-1 if w is None else min(w, 2**31 - 1) for w in options["window"] or (None, None))
-    packed = PARAMS.pack(
+    return PARAMS.pack(
         *(arrays[n].pointer if n in arrays else 0 for n in names),
         redo,
         *(s for x in (q, k, v, out) for s in x.strides[:3]),
@@ -90,12 +124,9 @@ def _launch_params(
         *(call.blocks or (1, 1)),
         sequences,
     )
-    rows = module.block_rows(plan.macros)
-    tiles = n_q // rows + sequences if plan.impl == "mma" and sequences else -(-n_q // rows) + sequences
-    queue(_kernel(plan, q.device), tiles * h * b, module.threads(plan.macros), plan.shared_bytes, stream, packed)
 
 
-def _pack(allowed: View, n_k: int, like: Any, stream: int) -> View:
+def pack(allowed: View, n_k: int, like: Any, stream: int) -> View:
     """Return a boolean mask as bits: key j of a row is bit j % 32 of its word j / 32."""
     b, h, n_q, _ = allowed.shape
     _, found = empty(like, (b, h, n_q, -(-n_k // 32)), "int32")
@@ -127,12 +158,12 @@ def queue(
 
 
 @lru_cache(maxsize=1024)
-def _kernel(plan: Plan, device: int) -> tuple[int, Any]:
-    """Return a plan's compiled kernel."""
-    module = MODULES[plan.impl]
-    entry = "attention_forward" if plan.impl == "sm90" else "attention"
-    text = sm90.source(plan.macros) if plan.impl == "sm90" else text_of(module.FILE, plan.macros)
-    return compiled(text, entry, plan.shared_bytes, module.target(capability(device)), device)
+def kernel_of(plan: Plan, device: int, entry: str = "", shared: int | None = None) -> tuple[int, Any]:
+    """Return a plan's compiled kernel, or another one of its text."""
+    kernel = plan.kernel
+    target = kernel.target(capability(device))
+    shared = plan.shared_bytes if shared is None else shared
+    return compiled(kernel.source(plan.macros), entry or kernel.entry, shared, target, device)
 
 
 @lru_cache(maxsize=64)
@@ -161,7 +192,7 @@ class _Handle:
 _ZEROS: dict[tuple[int, int, int, str], Any] = {}
 
 
-def _zeros(device: int, stream: int, size: int, what: str) -> int:
+def zeros(device: int, stream: int, size: int, what: str) -> int:
     """Return the address of zeros that every launch leaves zeros; a stream has its own, kept for CUDA graphs."""
     key = (device, stream, size, what)
     found = _ZEROS.get(key)

@@ -27,6 +27,11 @@
 #include "params.cuh"
 #include "mma_tiles.cuh"
 
+constexpr int NO = WIDTH_V / 8, WORDS = BLOCK_N / 32;                                                       // 8-column tiles of O
+constexpr u32 Q_BYTES = BLOCK_M * 2 * (WIDTH_K > WIDTH_V ? WIDTH_K : WIDTH_V);                              // the epilogue reuses Q
+constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 32768.f;                      // UNSHIFT = 2^-OFFSET
+constexpr bool HAS_RIGHT = CAUSAL || WINDOW, HAS_LEFT = WINDOW, BASE2 = SOFTCAP || BIAS || PRESCALE;        // BASE2: c = 1
+
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const u32 smem_q = shared_address(shared), smem_k = smem_q + Q_BYTES, smem_v = smem_k + STAGES * K_BYTES;

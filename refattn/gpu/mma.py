@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
+from .build import text_of
+from .kernel import Call, Kernel
 from .simt import target, threads
 
-if TYPE_CHECKING:
-    from .plan import Call
-
-__all__ = ["FILE", "WIDTHS", "block_rows", "macros", "obstacle", "shared_bytes", "target", "threads", "why"]
+__all__ = ["KERNEL", "WIDTHS"]
 
 FILE = "mma.cu"
 WIDTHS = (32, 64, 96, 128, 192, 256)
@@ -90,12 +91,17 @@ def macros(call: Call) -> dict[str, Any]:
     }
 
 
-def block_rows(m: dict[str, Any]) -> int:
+def block_rows(m: Mapping[str, Any]) -> int:
     """Return the query rows of a block."""
     return int(16 * m["M_TILES"] * m["WARPS"])
 
 
-def shared_bytes(m: dict[str, Any]) -> int:
+def shared_bytes(m: Mapping[str, Any]) -> int:
     """Return the dynamic shared memory of a block, in bytes."""
     wide = m["WIDTH_K"] + m["WIDTH_V"]
     return int(2 * block_rows(m) * max(m["WIDTH_K"], m["WIDTH_V"]) + m["STAGES"] * 2 * m["BLOCK_N"] * wide)
+
+
+KERNEL = Kernel(
+    "mma", "attention", obstacle, why, macros, partial(text_of, FILE), block_rows, threads, shared_bytes, target
+)

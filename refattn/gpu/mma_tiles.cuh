@@ -1,4 +1,4 @@
-// Parts of mma.cu: constants of the tiling, PTX, conversions, tiles in swizzled shared memory.
+// What the kernels by mma.sync share: constants of the tiling, PTX, conversions, tiles in swizzled shared memory.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -7,13 +7,10 @@ typedef unsigned short u16;
 #define UNROLL _Pragma("unroll")
 #define INF __int_as_float(0x7f800000)
 
-constexpr int THREADS = 32 * WARPS, WARP_M = 16 * M_TILES, BLOCK_M = WARP_M * WARPS, ROWS = 2 * M_TILES;   // ROWS: query rows a lane
-constexpr int NS = BLOCK_N / 8, NO = WIDTH_V / 8, WORDS = BLOCK_N / 32;                                     // 8-column tiles of S, O
-constexpr u32 Q_BYTES = BLOCK_M * 2 * (WIDTH_K > WIDTH_V ? WIDTH_K : WIDTH_V);                              // the epilogue reuses Q
+[[maybe_unused]] constexpr int THREADS = 32 * WARPS, WARP_M = 16 * M_TILES, BLOCK_M = WARP_M * WARPS, ROWS = 2 * M_TILES;   // ROWS: query rows a lane
+constexpr int NS = BLOCK_N / 8;                                                                             // 8-column tiles of S
 constexpr u32 K_BYTES = BLOCK_N * 2 * WIDTH_K, V_BYTES = BLOCK_N * 2 * WIDTH_V;
 [[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 32768.f;                      // UNSHIFT = 2^-OFFSET
-constexpr bool HAS_RIGHT = CAUSAL || WINDOW, HAS_LEFT = WINDOW, BASE2 = SOFTCAP || BIAS || PRESCALE;        // BASE2: c = 1
 
 // ---- primitives -----------------------------------------------------------------------------------------------------------
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -11,111 +10,14 @@ from typing import Any
 from ..arrays import dtype_name, kind_of
 from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..problem import Problem
-from . import mma, simt, sm90
+from . import decode, mma, simt, sm90
+from .kernel import ACCURACIES, Call, Kernel, Plan
 
-__all__ = ["ACCURACIES", "IMPLS", "MODULES", "Call", "Plan", "check_block_mask", "choose", "configured", "plan"]
+__all__ = ["IMPLS", "KERNELS", "check_block_mask", "choose", "configured", "pick", "plan"]
 
-MODULES = {"sm90": sm90, "mma": mma, "simt": simt}
-IMPLS = tuple(MODULES)
-"""The kernels, in the order in which they are tried: Hopper's wgmma, mma.sync, the CUDA cores."""
-ACCURACIES = ("fast", "high")
-"""P rounded to the input's type, or kept in two parts of it: then the error is the output's own rounding."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """All that the choice of a kernel depends on.
-
-    Attributes
-    ----------
-    dtype : str
-        The arrays' format.
-    n_q, n_k, d_k, d_v : int
-        Lengths and head dims.
-    causal, window, softcap, sink, bias, allowed, packed
-        Whether an option is in use; causal, window and bias (its format) as they are given.
-    blocks : (block_q, block_k) or None
-        Rows and keys of a block of the block mask.
-    positive_scale, aligned, mapped : bool
-        Whether the scale is above 0; whether all rows begin at multiples of 16 bytes; whether tensor maps can describe
-        the arrays (strides above 0, too).
-    accuracy : str
-        Out of ``ACCURACIES``.
-    """
-
-    dtype: str
-    n_q: int
-    n_k: int
-    d_k: int
-    d_v: int
-    causal: str | None
-    window: tuple[int | None, int | None] | None
-    softcap: bool
-    sink: bool
-    bias: str | None
-    allowed: bool
-    packed: bool
-    blocks: tuple[int, int] | None
-    positive_scale: bool
-    aligned: bool
-    mapped: bool
-    accuracy: str
-
-    @classmethod
-    def of(
-        cls,
-        p: Problem,
-        accuracy: str,
-        blocks: tuple[int, int] | None,
-        *,
-        packed: bool = False,
-        aligned: bool = True,
-        mapped: bool = True,
-    ) -> Call:
-        """Return what a problem asks for; `packed` where its cu_seqlens are kept apart."""
-        if p.variant != "softmax":
-            raise UnsupportedProblem(f"gpu: computes variant 'softmax', got {p.variant!r}")
-        return cls(
-            dtype=p.dtype,
-            n_q=p.n_q,
-            n_k=p.n_k,
-            d_k=p.d_k,
-            d_v=p.d_v,
-            causal=p.causal,
-            window=None if p.window == (None, None) else p.window,
-            softcap=p.softcap is not None,
-            sink=p.sink is not None,
-            bias=None if p.bias is None else dtype_name(p.bias),
-            allowed=p.allowed is not None,
-            packed=packed or p.cu_seqlens_q is not None,
-            blocks=blocks,
-            positive_scale=p.scale is None or p.scale > 0,
-            aligned=aligned,
-            mapped=mapped,
-            accuracy=accuracy,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What will run.
-
-    Attributes
-    ----------
-    impl : str
-        Out of ``IMPLS``.
-    why : str
-        Why this kernel, and what is in the way of those before it.
-    macros : mapping
-        What it is compiled with.
-    shared_bytes : int
-        The dynamic shared memory of a block.
-    """
-
-    impl: str
-    why: str
-    macros: Mapping[str, Any]
-    shared_bytes: int
+KERNELS = {k.name: k for k in (decode.KERNEL, sm90.KERNEL, mma.KERNEL, simt.KERNEL)}
+IMPLS = tuple(KERNELS)
+"""The kernels, in the order in which they are tried: few queries, Hopper's wgmma, mma.sync, the CUDA cores."""
 
 
 def plan(
@@ -153,13 +55,23 @@ def choose(call: Call, impl: str | None, capability: tuple[int, int]) -> Plan:
     """Return the plan for a call: the kernel that was asked for, or the first that computes it."""
     if call.accuracy not in ACCURACIES:
         raise InvalidInput(f"accuracy: got {call.accuracy!r}, expected one of {', '.join(ACCURACIES)}")
-    if impl is not None and impl not in IMPLS:
-        raise InvalidInput(f"impl: got {impl!r}, expected one of {', '.join(IMPLS)}")
+    name, obstacles = pick(KERNELS, call, impl, capability)
+    return configured(name, call, obstacles)
+
+
+def pick(
+    kernels: Mapping[str, Kernel], call: Call, impl: str | None, capability: tuple[int, int]
+) -> tuple[str, tuple[str, ...]]:
+    """Return the first kernel that computes a call, or the one that was asked for, and what is in the way of others."""
+    if impl is not None and impl not in kernels:
+        raise InvalidInput(f"impl: got {impl!r}, expected one of {', '.join(kernels)}")
     obstacles: list[str] = []
-    for name in (impl,) if impl else IMPLS:
-        obstacle = MODULES[name].obstacle(call, capability)
+    for name in (impl,) if impl else kernels:
+        obstacle = kernels[name].obstacle(call, capability)
+        if not obstacle and impl is None and call.n_k < kernels[name].least_keys:
+            obstacle = f"is chosen from {kernels[name].least_keys} keys on, got {call.n_k}"
         if not obstacle:
-            return configured(name, call, tuple(obstacles))
+            return name, tuple(obstacles)
         obstacles.append(f"the kernel {name} {obstacle}")
     raise UnsupportedProblem(f"gpu: {'; '.join(obstacles)}")
 
@@ -167,10 +79,10 @@ def choose(call: Call, impl: str | None, capability: tuple[int, int]) -> Plan:
 @lru_cache(maxsize=4096)
 def configured(impl: str, call: Call, obstacles: tuple[str, ...] = ()) -> Plan:
     """Return the plan of a kernel that computes a call."""
-    module = MODULES[impl]
-    macros = module.macros(call)
-    why = "; ".join((module.why(call), *obstacles))
-    return Plan(impl, why, MappingProxyType(macros), module.shared_bytes(macros))
+    kernel = KERNELS[impl]
+    macros = kernel.macros(call)
+    why = "; ".join((kernel.why(call), *obstacles))
+    return Plan(kernel, why, MappingProxyType(macros), kernel.shared_bytes(macros))
 
 
 def check_block_mask(p: Problem, mask: Any) -> tuple[int, int]:

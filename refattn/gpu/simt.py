@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
-if TYPE_CHECKING:
-    from .plan import Call
+from .build import text_of
+from .kernel import Call, Kernel
 
-__all__ = ["FILE", "block_rows", "macros", "obstacle", "shared_bytes", "target", "threads", "why"]
+__all__ = ["KERNEL", "target", "threads"]
 
 FILE = "simt.cu"
 TYPES = ("float16", "bfloat16", "float32", "float64")
@@ -67,17 +69,17 @@ def macros(call: Call) -> dict[str, Any]:
     }
 
 
-def block_rows(m: dict[str, Any]) -> int:
+def block_rows(m: Mapping[str, Any]) -> int:
     """Return the query rows of a block."""
     return int(4 * m["ROWS"] * m["WARPS"])
 
 
-def threads(m: dict[str, Any]) -> int:
+def threads(m: Mapping[str, Any]) -> int:
     """Return the threads of a block."""
     return int(32 * m["WARPS"])
 
 
-def shared_bytes(m: dict[str, Any]) -> int:
+def shared_bytes(m: Mapping[str, Any]) -> int:
     """Return the dynamic shared memory of a block, in bytes."""
     size, rows, keys = 8 if m["T"] == "float64" else 4, block_rows(m), m["BLOCK_N"]
     return int(size * ((rows + keys) * (m["D_K"] + 16 // size) + keys * m["D_V"] + rows * (keys + 8)))
@@ -86,3 +88,8 @@ def shared_bytes(m: dict[str, Any]) -> int:
 def target(capability: tuple[int, int]) -> str:
     """Return the architecture to compile for."""
     return f"sm_{capability[0]}{capability[1]}"
+
+
+KERNEL = Kernel(
+    "simt", "attention", obstacle, why, macros, partial(text_of, FILE), block_rows, threads, shared_bytes, target
+)

@@ -5,30 +5,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UnsupportedProblem
 from .build import text_of
+from .kernel import Call, Kernel
 from .views import View, library
 
-if TYPE_CHECKING:
-    from .plan import Call
-
-__all__ = [
-    "FILE",
-    "WIDTHS",
-    "arguments",
-    "block_rows",
-    "key_map",
-    "macros",
-    "obstacle",
-    "shared_bytes",
-    "source",
-    "target",
-    "tensor_map",
-    "wgmma",
-    "why",
-]
+__all__ = ["KERNEL", "WIDTHS", "arguments", "key_map", "source", "tensor_map", "wgmma"]
 
 FILE = "sm90.cu"
 WIDTHS = (64, 128, 256)
@@ -258,3 +242,6 @@ def tensor_map(x: View, axes: tuple[int, ...], box: tuple[int, ...], name: str) 
     if int(status) != 0:
         raise UnsupportedProblem(f"{name}: cuTensorMapEncodeTiled answered {status} for strides {x.strides}")
     return struct.pack("16Q", *(int(w) for w in found.opaque))
+
+
+KERNEL = Kernel("sm90", "attention_forward", obstacle, why, macros, source, block_rows, threads, shared_bytes, target)

@@ -92,6 +92,11 @@ def device_of(x: Any, name: str) -> int:
     if kind == "cupy":
         return int(x.device.id)
     if kind == "jax":
+        if isinstance(x, library("jax").core.Tracer):
+            raise UnsupportedProblem(
+                f"{name}: is traced by JAX (jit, grad or vmap), expected an array; call it outside, and "
+                "refattn.gpu.attention_backward for gradients"
+            )
         (device, *more) = x.devices()
         if device.platform != "gpu" or more:
             where = f"devices {x.devices()}" if more else f"device {device}"

@@ -47,7 +47,7 @@ LINEAR = Variant(
         "feature": Option(
             "elu1", "phi: identity, relu, elu1 (elu + 1) or exp", one_of(*FEATURES), ("elu1", "relu", "identity", "exp")
         ),
-        "decay": Option(None, "rate for each query head, in 1/position", per_head, rates, needs="causal"),
+        "decay": Option(None, "rate for each query head, in 1/position", per_head, rates, "causal", True),
         "normalize": Option(True, "divide by the sum of the weights", boolean, (True, False)),
     },
     cases={
@@ -66,5 +66,4 @@ LINEAR = Variant(
         "A key that is not allowed is never read.",
     ),
     default_scale="one",
-    places=True,
 )

@@ -37,6 +37,8 @@ class Option:
         ``check(value, heads)`` returns what was expected, or None where the value is good.
     samples : tuple, or function from the number of query heads to a tuple
         Values that tests draw, the simplest first.
+    places : bool
+        Whether, where it is set, it counts where rows and keys stand, or which head it is: the call is not cut then.
     needs : str
         An option of Problem without which this one means nothing; "" where there is none.
     """
@@ -46,6 +48,7 @@ class Option:
     check: Callable[[Any, int], str | None]
     samples: Any = ()
     needs: str = ""
+    places: bool = False
 
     def draws(self, heads: int) -> tuple[Any, ...]:
         """Return values to try, the default among them."""

@@ -89,7 +89,7 @@ class Variant:
     fits : callable
         ``fits(problem)`` returns what a call must change to fit the operator, or None.
     places : bool
-        Whether the definition reads where rows and keys stand (``o.distance``, ``o.place``), or options by head.
+        Whether the definition always reads where rows and keys stand (``o.distance``, ``o.place``).
     always, never : frozenset of str
         Features that every call has, or none can have, for tests that draw calls.
     """

@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from refattn.gpu.views import view
+
 CALLS = [
     # impl, dtype, (b, h, h_kv, n_q, n_k, d_k, d_v), options
     ("sm90", "bfloat16", (1, 2, 2, 128, 128, 64, 64), {}),
@@ -12,6 +14,8 @@ CALLS = [
     ("sm90", "bfloat16", (1, 1, 1, 193, 129, 128, 128), {"accuracy": "high"}),
     ("sm90", "float16", (1, 2, 1, 65, 33, 200, 200), {"causal": "bottom_right"}),
     ("sm90", "bfloat16", (1, 2, 2, 300, 1300, 64, 64), {"blocks": 128}),
+    ("decode", "bfloat16", (2, 4, 1, 3, 1100, 64, 64), {"causal": "bottom_right", "sink": True}),
+    ("decode", "float16", (1, 2, 2, 5, 70, 20, 50), {"window": (40, 3), "softcap": 5.0}),
     ("mma", "bfloat16", (1, 2, 2, 129, 65, 64, 64), {"window": (40, 3)}),
     ("mma", "float16", (1, 2, 1, 33, 70, 20, 50), {"allowed": True, "softcap": 5.0}),
     ("mma", "bfloat16", (1, 2, 2, 100, 100, 128, 128), {"packed": True, "causal": "top_left"}),
@@ -22,6 +26,14 @@ CALLS = [
     ("simt", "float64", (1, 1, 1, 20, 33, 7, 9), {"allowed": True, "bias": True}),
     ("simt", "bfloat16", (1, 2, 2, 100, 100, 128, 128), {"packed": True, "sink": True}),
     ("simt", "float16", (1, 1, 1, 60, 60, 40, 40), {"blocks": 16, "softcap": 3.0}),
+]
+BACKWARD = [
+    # impl, dtype, (b, h, h_kv, n_q, n_k, d_k, d_v), options
+    ("mma", "bfloat16", (1, 2, 1, 129, 70, 128, 128), {"causal": "bottom_right"}),
+    ("mma", "float16", (1, 2, 2, 33, 150, 20, 50), {"softcap": 5.0, "bias": (1, 2, 33, 150)}),
+    ("simt", "bfloat16", (1, 2, 1, 70, 90, 64, 64), {"window": (20, None), "bias": (1, 1, 1, 90)}),
+    ("simt", "float32", (2, 2, 1, 20, 33, 40, 40), {}),
+    ("simt", "float64", (1, 1, 1, 20, 33, 7, 9), {"causal": "top_left"}),
 ]
 TRILINEAR = [
     # (b, h, h_kv, n_q, n1, n2, d), options
@@ -60,7 +72,7 @@ def run(cupy, impl, dtype, shape, options):
     def empty(like, shape, dtype):
         inner, whole = bordered(cupy, shape, kind if dtype not in ("float32", "float64") else dtype)
         wholes.append((inner, whole))
-        return inner, module.view(inner, "out")
+        return inner, view(inner, "out")
 
     given, meant = dict(options), {n: x for n, x in options.items() if n in ("causal", "window", "softcap")}
     allowed = np.ones((1, 1, n_q, n_k), bool)
@@ -113,6 +125,40 @@ def run(cupy, impl, dtype, shape, options):
         assert bool(cupy.isnan(ends).all()), "written past the end"
 
 
+def run_backward(cupy, impl, dtype, shape, options):
+    """Call a backward pass between borders of NaN: they stay, and no result is NaN."""
+    import ml_dtypes
+
+    module = importlib.import_module("refattn.gpu.backward")
+    b, h, h_kv, n_q, n_k, d_k, d_v = shape
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    rng, wholes, given = np.random.default_rng(0), [], dict(options)
+
+    def make(size):
+        return bordered(cupy, size, kind, rng.standard_normal(size).astype(kind))[0]
+
+    q, k, v, dout = (make(s) for s in ((b, h, n_q, d_k), (b, h_kv, n_k, d_k), (b, h_kv, n_k, d_v), (b, h, n_q, d_v)))
+    if "bias" in given:
+        given["bias"] = make(given["bias"])
+    out, lse = importlib.import_module("refattn.gpu.attention").attention(
+        q, k, v, return_lse=True, impl="simt", **given
+    )
+
+    def empty(like, size, name):
+        inner, whole = bordered(cupy, size, kind)
+        wholes.append((inner, whole))
+        return inner, view(inner, "out")
+
+    module.empty = empty
+    found = module.attention_backward(q, k, v, out, lse, dout, impl=impl, **given)
+    cupy.cuda.get_current_stream().synchronize()
+    assert len(wholes) == len(found) == 3 + ("bias" in given)
+    for inner, whole in wholes:
+        assert not bool(cupy.isnan(inner.astype(np.float32)).any()), "not written"
+        ends = cupy.concatenate([whole[:BORDER], whole[BORDER + inner.size :]]).astype(np.float32)
+        assert bool(cupy.isnan(ends).all()), "written past the end"
+
+
 def run_trilinear(cupy, shape, options):
     """Call the trilinear kernels, forward and backward, between borders of NaN; results are within their bounds."""
     import ml_dtypes
@@ -129,7 +175,7 @@ def run_trilinear(cupy, shape, options):
     def empty(like, shape, dtype):
         inner, whole = bordered(cupy, shape, np.float32 if dtype == "float32" else kind)
         wholes.append((inner, whole))
-        return inner, module.view(inner, "out")
+        return inner, view(inner, "out")
 
     module.empty = empty
     options = {"causal": None, "window": (None, None), **options, "scale": d**-0.5}
@@ -151,6 +197,9 @@ if __name__ == "__main__":
     cupy.cuda.set_allocator(None)  # no pool: the sanitizer sees the end of every array
     for call in CALLS:
         run(cupy, *call)
+        print("ok", *call, flush=True)
+    for call in BACKWARD:
+        run_backward(cupy, *call)
         print("ok", *call, flush=True)
     for call in TRILINEAR:
         run_trilinear(cupy, *call)

@@ -9,9 +9,10 @@ from itertools import product
 
 import pytest
 
-from refattn.gpu import sm90, trilinear
+from refattn.gpu import trilinear
 from refattn.gpu.build import text_of
-from refattn.gpu.plan import ACCURACIES, MODULES, Call, configured
+from refattn.gpu.kernel import ACCURACIES, Call
+from refattn.gpu.plan import KERNELS, configured
 
 PLAIN = Call(
     dtype="bfloat16",
@@ -19,6 +20,7 @@ PLAIN = Call(
     n_k=128,
     d_k=64,
     d_v=64,
+    group=1,
     causal=None,
     window=None,
     softcap=False,
@@ -60,7 +62,7 @@ def calls():
                 own = {"bias": dtype} if options.get("bias") == "own" else {}
                 own |= {"bias": "float64"} if dtype == "float64" and "bias" in options else {}
                 call = replace(c, dtype=dtype, accuracy=accuracy, **(options | own))
-                if not MODULES[kernel].obstacle(call, (9, 0)):
+                if not KERNELS[kernel].obstacle(call, (9, 0)):
                     yield kernel, call
         yield from (("simt", replace(c, dtype=t)) for t in ("float32", "float64"))
 
@@ -71,8 +73,7 @@ TRILINEAR += [trilinear.macros_backward(d, query) for d in (64, 128) for query i
 
 
 def text(kernel, call):
-    macros = configured(kernel, call).macros
-    return sm90.source(macros) if kernel == "sm90" else text_of(MODULES[kernel].FILE, macros)
+    return KERNELS[kernel].source(configured(kernel, call).macros)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -35,9 +35,9 @@ class Driver:
 def driver(monkeypatch):
     found = Driver()
     monkeypatch.setattr(module, "library", lambda _: SimpleNamespace(cuda=SimpleNamespace(driver=found)))
-    monkeypatch.setattr(module, "_kernel", lambda plan, device: (f"kernel {plan.impl}", None))
+    monkeypatch.setattr(module, "kernel_of", lambda plan, device: (f"kernel {plan.impl}", None))
     monkeypatch.setattr(module, "attribute", lambda device, name: 5)
-    monkeypatch.setattr(module, "_zeros", lambda device, stream, size, what: 7000 if what == "redo" else 8000)
+    monkeypatch.setattr(module, "zeros", lambda device, stream, size, what: 7000 if what == "redo" else 8000)
     monkeypatch.setattr(sm90, "key_map", lambda x, rows, name: struct.pack("16Q", x.pointer, rows, *[0] * 14))
     return found
 

@@ -17,18 +17,23 @@ def problem(dtype="float16", d=64, d_v=None, n_q=100, n_k=300, **options):
 
 def test_what_runs_and_why():
     p = plan(problem("bfloat16", causal="bottom_right"), accuracy="high")
-    assert (p.impl, p.why) == ("sm90", "bfloat16 on Hopper's tensor cores, head dim 64 in tiles of 64")
+    few = "the kernel decode takes 1 to 16 queries, got 100"
+    assert (p.impl, p.why) == ("sm90", f"bfloat16 on Hopper's tensor cores, head dim 64 in tiles of 64; {few}")
     assert (p.macros["BF16"], p.macros["CAUSAL"], p.macros["HIGH"]) == (1, 1, 1)
     for d, width in ((8, 64), (72, 128), (128, 128), (192, 256)):
         assert plan(problem(d=d)).macros["HEAD_DIM"] == width
     p = plan(problem("float32"))
     assert p.impl == "simt"
     assert p.why == (
-        "products and sums in float32; the kernel sm90 takes float16 and bfloat16, got float32; "
+        "products and sums in float32; the kernel decode takes float16 and bfloat16, got float32; "
+        "the kernel sm90 takes float16 and bfloat16, got float32; "
         "the kernel mma takes float16 and bfloat16, got float32"
     )
     p = plan(problem(window=(10, 0)))
-    assert (p.impl, p.why) == ("mma", "float16 on tensor cores by mma.sync; the kernel sm90 does not take window")
+    assert (p.impl, p.why) == (
+        "mma",
+        f"float16 on tensor cores by mma.sync; {few}; the kernel sm90 does not take window",
+    )
     assert plan(problem(), capability=(8, 0)).impl == "mma"
     assert plan(problem(), capability=(7, 0)).impl == "simt"
     assert plan(problem(), impl="simt").impl == "simt"
@@ -75,7 +80,10 @@ def test_what_is_not_supported_says_why(given, more, text):
 
 
 def test_what_no_kernel_takes_names_every_obstacle():
-    with pytest.raises(UnsupportedProblem, match=r"gpu: the kernel sm90 .*; the kernel mma .*; the kernel simt .* 256"):
+    with pytest.raises(
+        UnsupportedProblem,
+        match=r"gpu: the kernel decode .*; the kernel sm90 .*; the kernel mma .*; the kernel simt .* 256",
+    ):
         plan(problem(d=264))
     with pytest.raises(UnsupportedProblem, match="gpu: computes variant 'softmax', got 'power'"):
         plan(problem(variant="power"))
@@ -102,7 +110,7 @@ def test_block_masks_that_do_not_fit(mask, text):
 def test_names_are_checked():
     with pytest.raises(InvalidInput, match="accuracy: got 'exact', expected one of fast, high"):
         plan(problem(), accuracy="exact")
-    with pytest.raises(InvalidInput, match="impl: got 'sm80', expected one of sm90, mma, simt"):
+    with pytest.raises(InvalidInput, match="impl: got 'sm80', expected one of decode, sm90, mma, simt"):
         plan(problem(), impl="sm80")
 
 

@@ -133,7 +133,7 @@ NAMED = {
     "exact/arithmetics.py": "the sigmoid, a function of numbers",
     "exact/matrix.py": "the sigmoid, a function of numbers",
     "he/": "an implementation of one operator",
-    "gpu/plan.py": "an implementation of one operator",
+    "gpu/": "an implementation of one operator",
     "theory/": "claims about operators, under the names of their papers",
     "tensor/": "names of triple-wise forms and of fits",
 }

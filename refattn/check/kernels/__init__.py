@@ -17,7 +17,7 @@ from ...errors import InvalidInput
 from ...problem import Problem
 from ..call import Function
 from ..kernel import Kernel
-from ..model import FEATURES, GRADIENTS, Capabilities, Model, ModelFor, flash, materialised
+from ..model import FEATURES, GRADIENTS, USUAL, Capabilities, Model, ModelFor, flash, materialised
 
 __all__ = ["KERNELS", "Entry", "find", "found"]
 
@@ -121,6 +121,11 @@ def _unrounded(dtype: str) -> Model:
     return replace(model, weights=model.accumulator)
 
 
+def _split(dtype: str) -> Model:
+    """Return the model of a flash kernel on a GPU that merges parts of at least 16 keys."""
+    return replace(_cuda(dtype), split=16)
+
+
 def _gpu(name: str, package: str, dtypes: str, features: str, lse: bool = False, named_only: str = "") -> Entry:
     able = _able(dtypes, features, lse=lse, gradients="" if name == "cuda-triton" else "dq dk dv")
     load = _load("cuda", name.removeprefix("cuda-").replace("-", "_"))
@@ -199,9 +204,11 @@ KERNELS: dict[str, Entry] = {
                 _load("cuda", function),
                 Capabilities(
                     frozenset(dtypes.split()),
-                    FEATURES,
+                    USUAL - {"bias", "allowed", "variable_lengths"} if "decode" in function else USUAL,
                     d_max=d_max,
                     lse=True,
+                    # after "high", P and dS are rounded backward
+                    gradients=frozenset() if "high" in function or "decode" in function else GRADIENTS,
                     batch_invariant=True,
                     arrays="torch",
                     device="cuda",
@@ -211,6 +218,7 @@ KERNELS: dict[str, Entry] = {
             )
             for name, function, dtypes, d_max, model in (
                 ("refattn-gpu", "ours", f"float64 float32 {_HALF}", 256, _cuda),
+                ("refattn-gpu-decode", "ours_decode", _HALF, 128, _split),
                 ("refattn-gpu-high", "ours_high", _HALF, 256, _unrounded),
                 ("refattn-gpu-mma", "ours_mma", _HALF, 256, _cuda),
                 ("refattn-gpu-mma-high", "ours_mma_high", _HALF, 128, _unrounded),

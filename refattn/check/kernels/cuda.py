@@ -22,6 +22,7 @@ __all__ = [
     "jax_cudnn",
     "math",
     "ours",
+    "ours_decode",
     "ours_high",
     "ours_mma",
     "ours_mma_high",
@@ -32,20 +33,35 @@ __all__ = [
 NAMES = ("query", "key", "value")
 
 
-def _ours(accuracy: str = "fast", impl: str | None = None) -> Callable[[Problem], Any]:
-    def call(p: Problem) -> Any:
+class _Ours:
+    """A kernel of refattn.gpu: out and lse, and its gradients."""
+
+    def __init__(self, accuracy: str = "fast", impl: str | None = None) -> None:
+        self.__name__, self.accuracy, self.impl = f"ours_{impl or accuracy}", accuracy, impl
+
+    def __call__(self, p: Problem) -> Any:
         from ...gpu import attention
 
+        options = self._options(p)
+        return attention(p.query, p.key, p.value, **options, return_lse=True, accuracy=self.accuracy, impl=self.impl)
+
+    def gradients(self, p: Problem, dout: Any) -> dict[str, Any]:
+        """Return the gradients of all that is there, from out and lse computed before."""
+        from ...gpu import attention_backward
+
+        out, lse = self(p)
+        return attention_backward(p.query, p.key, p.value, out, lse, dout, **self._options(p), impl=self.impl)
+
+    @staticmethod
+    def _options(p: Problem) -> dict[str, Any]:
         names = ("scale", "causal", "window", "softcap", "sink", "bias", "allowed")
         packed = None if p.cu_seqlens_q is None else (p.cu_seqlens_q, p.cu_seqlens_k)
-        options = {n: getattr(p, n) for n in names} | {"cu_seqlens": packed, "accuracy": accuracy, "impl": impl}
-        return attention(p.query, p.key, p.value, **options, return_lse=True)
-
-    return call
+        return {n: getattr(p, n) for n in names} | {"cu_seqlens": packed}
 
 
-ours, ours_high = _ours(), _ours("high")
-ours_mma, ours_mma_high, ours_simt = _ours(impl="mma"), _ours("high", "mma"), _ours(impl="simt")
+ours, ours_high = _Ours(), _Ours("high")
+ours_decode = _Ours(impl="decode")
+ours_mma, ours_mma_high, ours_simt = _Ours(impl="mma"), _Ours("high", "mma"), _Ours(impl="simt")
 
 
 class _Torch:

@@ -225,6 +225,7 @@ PACKAGES = (
     "python-flint",
     "ml-dtypes",
     "torch",
+    "fa3-fwd",
     "jax",
     "onnxruntime",
     "openvino",

@@ -1,0 +1,165 @@
+"""Gradients on the GPU beside PyTorch's flash (FlashAttention-2), cuDNN and memory-efficient kernels.
+
+Operations: 10·b·h·n²·d (half if causal), five products, whatever a kernel computes twice. Every figure is a median of
+runs that take turns, each of at least a millisecond of calls, 16384 tokens a batch, h·d = 2048. Errors are relative
+(Frobenius) against float64, over those of rounding the exact gradients once; and the worst element's over the bound of
+the check.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from refattn.check.truth import truth
+
+from refattn.arrays import from_float64
+from refattn.bench import Row, gpu_medians, gpu_torch
+from refattn.check.call import call_gradients
+from refattn.check.compare import compare
+from refattn.check.kernels import KERNELS
+from refattn.dtypes import FORMATS
+from refattn.problem import Problem
+
+TOKENS, WIDTH = 16384, 2048
+PEERS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION"}
+JUDGED = ("refattn-gpu", "refattn-gpu-simt", "cuda-flash", "cuda-cudnn")
+NAMES = ("dq", "dk", "dv")
+Call = Callable[[], Any]
+
+
+def rows() -> Iterator[Row]:
+    """TFLOP/s, ratios and errors by head dim, length and mask; float32; memory; time to queue."""
+    torch = gpu_torch()
+    torch.manual_seed(0)
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    top = 2 * 8192**3 / gpu_medians(torch, {"product": lambda: x @ x})["product"] / 1e9
+    yield Row("matrix product 8192 x 8192 x 8192, bfloat16", top, "TFLOP/s")
+    yield host(torch)
+    for dtype, d, lengths in (("bfloat16", 64, (512, 4096, 16384)), ("bfloat16", 128, (512, 1024, 4096, 16384))):
+        for n in lengths:
+            for causal in (False, True):
+                yield from dense(torch, dtype, d, n, causal, top)
+    yield from dense(torch, "float16", 128, 4096, False, top)
+    for d in (64, 128):
+        yield from single(torch, d)
+    yield memory(torch)
+    for d in (64, 128):
+        yield from bounded("bfloat16", d)
+
+
+def contestants(torch: Any, given: list[Any], causal: bool, peers: dict[str, str]) -> dict[str, Call]:
+    """Return calls of our backward pass and its peers', each with its forward pass done."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from refattn.gpu import attention, attention_backward
+
+    *tensors, dout = given
+    corner = "bottom_right" if causal else None
+    out, lse = attention(*tensors, causal=corner, return_lse=True)
+
+    def ours() -> Any:
+        found = attention_backward(*tensors, out, lse, dout, causal=corner)
+        return tuple(found[n] for n in NAMES)
+
+    calls: dict[str, Call] = {"ours": ours}
+    for name, backend in peers.items():
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            answer = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=causal)
+
+        def peer(answer: Any = answer, leaves: Any = leaves) -> Any:
+            return torch.autograd.grad(answer, leaves, dout, retain_graph=True)
+
+        calls[name] = peer
+    return calls
+
+
+def dense(torch: Any, dtype: str, d: int, n: int, causal: bool, top: float) -> Iterator[Row]:
+    """One head dim, length and mask."""
+    b, h = TOKENS // n, WIDTH // d
+    given = [torch.randn(b, h, n, d, device="cuda", dtype=getattr(torch, dtype)) for _ in range(4)]
+    at = f"{dtype} d={d} n={n}{' causal' if causal else ''}"
+    calls = contestants(torch, given, causal, PEERS)
+    operations = 10 * b * h * n * n * d / (2 if causal else 1)
+    speed = {name: operations / ms / 1e9 for name, ms in gpu_medians(torch, calls).items()}
+    for name, x in speed.items():
+        yield Row(f"{at} {name}", x, "TFLOP/s")
+    for name in PEERS:
+        yield Row(f"{at} ours over {name}", speed["ours"] / speed[name], "ratio")
+    yield Row(f"{at} ours over the matrix product", speed["ours"] / top, "ratio")
+    if n == 4096:
+        yield from errors(torch, calls, given, causal, at)
+
+
+def errors(torch: Any, calls: dict[str, Call], given: list[Any], causal: bool, at: str) -> Iterator[Row]:
+    """Relative errors over that of the exact gradients rounded once, over two heads of the first batch."""
+    *tensors, dout = (x[:1, :2].double() for x in given)
+    leaves = [x.requires_grad_() for x in tensors]
+    s = leaves[0] @ leaves[1].transpose(2, 3) / given[0].shape[3] ** 0.5
+    if causal:
+        s = s.masked_fill(torch.ones_like(s[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+    exact = torch.autograd.grad(torch.softmax(s, 3) @ leaves[2], leaves, dout)
+    for name, call in calls.items():
+        for gradient, got, x in zip(NAMES, call(), exact, strict=True):
+            once = (x.to(got.dtype).double() - x).norm()
+            error = float((got[:1, :2].double() - x).norm() / once)
+            yield Row(f"{at} error of {gradient} of {name} over rounding once", error, "times")
+
+
+def bounded(dtype: str, d: int) -> Iterator[Row]:
+    """The worst element's error over its bound, of one head of 256 rows and keys."""
+    rng = np.random.default_rng(0)
+    draw = [FORMATS[dtype].round_array(rng.standard_normal((1, 1, 256, d))) for _ in range(4)]
+    q, k, v, dout = (from_float64(x, dtype) for x in draw)
+    p = Problem(q, k, v)
+    for name in JUDGED:
+        entry = KERNELS[name]
+        known = truth(p, entry.model(dtype), dout)
+        found = call_gradients(entry.kernel(), p, dout)
+        worst = max(
+            compare(n, x, known.answer, known.allowed[n], dtype, known.variance.get(n)).ratio for n, x in found.items()
+        )
+        yield Row(f"{dtype} d={d} n=256 worst error/bound of {name}", worst, "ratio", at_most=1.0)
+
+
+def single(torch: Any, d: int) -> Iterator[Row]:
+    """float32 beside the memory-efficient kernel; no tf32 anywhere."""
+    b, h, n = 4, 16, 4096
+    given = [torch.randn(b, h, n, d, device="cuda") for _ in range(4)]
+    calls = contestants(torch, given, False, {"efficient": "EFFICIENT_ATTENTION"})
+    for name, ms in gpu_medians(torch, calls, runs=7).items():
+        yield Row(f"float32 d={d} n={n} {name}", 10 * b * h * n * n * d / ms / 1e9, "TFLOP/s")
+    yield from errors(torch, calls, given, False, f"float32 d={d} n={n}")
+
+
+def host(torch: Any) -> Row:
+    """The time that Python takes to queue a backward pass."""
+    given = [torch.randn(1, 1, 64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    call = contestants(torch, given, False, {})["ours"]
+    for _ in range(20):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(100):
+        call()
+    spent = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return Row("time to queue a backward pass", spent * 1e4, "us")
+
+
+def memory(torch: Any) -> Row:
+    """Memory beyond inputs and gradients."""
+    n = 65536
+    given = [torch.randn(1, 1, n, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    call = contestants(torch, given, False, {})["ours"]
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = call()
+    torch.cuda.synchronize()
+    used = torch.cuda.max_memory_allocated() - before - sum(2 * x.numel() for x in found)
+    return Row(f"bfloat16 d=64 n={n} memory beyond inputs and gradients", used / n, "bytes a row")

@@ -1,0 +1,146 @@
+"""Gradients of softmax attention on a GPU: P computed anew from lse, without atomics, the same bits each time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from ..arrays import dtype_name
+from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
+from .backward_kernels import KERNELS
+from .backward_launch import launch
+from .kernel import Call, Kernel
+from .launch import capability
+from .plan import pick
+from .request import Request, read
+from .views import device_of, empty, finish, on, stream_of
+
+__all__ = ["attention_backward"]
+
+SOURCES = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}
+SINKS = ("float16", "bfloat16", "float32", "float64")
+
+
+def attention_backward(
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    lse: Any,
+    dout: Any,
+    *,
+    scale: float | None = None,
+    causal: str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sink: Any = None,
+    bias: Any = None,
+    allowed: Any = None,
+    block_mask: tuple[Any, int, int] | None = None,
+    cu_seqlens: tuple[Any, Any] | None = None,
+    dlse: Any = None,
+    wanted: Iterable[str] | None = None,
+    impl: str | None = None,
+) -> dict[str, Any]:
+    """Return the gradients of :func:`refattn.gpu.attention`'s out, given what arrives at out.
+
+    Sums are in float32 (float64 for float64 inputs) and in an order that depends on shapes and GPU alone. Nothing is
+    waited for; the kernels are queued on the caller's current stream.
+
+    Parameters
+    ----------
+    query, key, value : arrays
+        As they were given to :func:`refattn.gpu.attention`, like all options below.
+    out : (b, h_q, n_q, d_v) array
+        What it returned, of query's type.
+    lse : (b, h_q, n_q) array
+        Likewise; float32 (float64 for float64).
+    dout : (b, h_q, n_q, d_v) array
+        The gradient that arrives at out, of query's type.
+    scale, causal, window, softcap, sink, bias, allowed, block_mask, cu_seqlens
+        As in :func:`refattn.gpu.attention`.
+    dlse : (b, h_q, n_q) array, optional
+        The gradient that arrives at lse, of its type.
+    wanted : iterable of str, optional
+        Out of "dq", "dk", "dv", "dbias" and "dsink"; by default the gradients of all that is there.
+    impl : str, optional
+        "mma" (float16 and bfloat16, head dims up to 128) or "simt"; by default the first that computes it. The gradient
+        of a bias that is spread along an axis always comes from "simt".
+
+    Returns
+    -------
+    dict of str to array
+        By name, each of the shape and type of what it is by. With accuracy="fast" as forward: P and dS are rounded to
+        float16 or bfloat16 before they are multiplied.
+
+    Raises
+    ------
+    InvalidProblem
+        Shapes, types or devices that do not fit together.
+    InvalidInput
+        An unknown kernel, or a gradient of what is not there.
+    UnsupportedProblem
+        No kernel computes it; raised before any launch.
+    """
+    device = device_of(query, "query")
+    with on(device):
+        tensors = {"query": query, "key": key, "value": value, "bias": bias, "allowed": allowed}
+        tensors |= {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
+        options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        asked = read(tensors, sink, block_mask, cu_seqlens, options, "backward", impl)
+        call, kernel = _checked(asked, impl, device)
+        names = _wanted(wanted, tensors | {"sink": sink})
+        found: dict[str, Any] = {}
+        for n in names:
+            source = tensors.get(SOURCES[n], sink)
+            found[n], asked.arrays[n] = empty(query, tuple(source.shape), dtype_name(source))
+        by = 1 / math.sqrt(asked.arrays["query"].shape[3]) if scale is None else float(scale)
+        used = launch(call, kernel, query, found, asked.arrays, asked.options | {"scale": by}, stream_of(query, device))
+        results = finish(query, list(found.values()), [*asked.arrays.values(), *used])
+    return {n: x for n, x in zip(found, results, strict=True) if n in names}
+
+
+_KNOWN: dict[Any, tuple[Call, Kernel]] = {}
+
+
+def _checked(asked: Request, impl: str | None, device: int) -> tuple[Call, Kernel]:
+    """Return the call and its kernel; calls that were checked are kept."""
+    if len(_KNOWN) > 4096:
+        _KNOWN.clear()
+    try:
+        known = _KNOWN.get(asked.signature)
+    except TypeError:  # an option that cannot be hashed: Problem says what is wrong with it
+        known = None
+    if known is None:
+        call = asked.call()
+        _check_results(asked)
+        name, _ = pick(KERNELS, call, impl, capability(device))
+        known = _KNOWN[asked.signature] = (call, KERNELS[name])
+    return known
+
+
+def _check_results(asked: Request) -> None:
+    """Refuse out, lse, dout and sinks that do not fit."""
+    q, v = asked.arrays["query"], asked.arrays["value"]
+    wide = "float64" if q.dtype == "float64" else "float32"
+    shape = (*q.shape[:3], v.shape[3])
+    like = {"out": (shape, q.dtype), "dout": (shape, q.dtype), "lse": (shape[:3], wide), "dlse": (shape[:3], wide)}
+    for name, (expected, dtype) in like.items():
+        x = asked.arrays.get(name)
+        if x is not None and (x.shape, x.dtype) != (expected, dtype):
+            raise InvalidProblem(f"{name}: got {x.dtype} of shape {x.shape}, expected {dtype} of shape {expected}")
+    for name in ("out", "lse", "dout"):
+        if name not in asked.arrays:
+            raise InvalidProblem(f"{name}: got None, expected an array")
+    if asked.sink is not None and dtype_name(asked.sink) not in SINKS:
+        raise UnsupportedProblem(f"sink: takes {', '.join(SINKS)} backward, got {dtype_name(asked.sink)}")
+
+
+def _wanted(wanted: Iterable[str] | None, tensors: dict[str, Any]) -> list[str]:
+    there = [n for n, source in SOURCES.items() if tensors[source] is not None]
+    names = there if wanted is None else list(wanted)
+    for n in names:
+        if n not in there:
+            raise InvalidInput(f"wanted: got {n!r}, expected gradients out of {', '.join(there)}")
+    return [n for n in there if n in names]

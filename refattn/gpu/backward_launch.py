@@ -1,0 +1,179 @@
+"""Launches of the backward pass: arguments, what is allocated in between, and the order of the kernels."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..arrays import kind_of
+from .backward_kernels import SIMT, pass_of, support
+from .build import compiled
+from .kernel import Call, Kernel, Plan
+from .launch import CAUSAL, attribute, capability, kernel_of, pack, queue, zeros
+from .views import View, empty
+
+__all__ = ["PARAMS", "launch"]
+
+TENSORS = ("query", "key", "value", "out", "dout", "dq", "dk", "dv")
+ARRAYS = (*TENSORS, "lse", "dlse", "delta", "bias", "dbias", "allowed", "blocks")
+PARAMS = struct.Struct("@" + "Q4q" * len(ARRAYS) + "9Q2d14i")  # backward.cuh
+GRANULE = 16
+"""Rows (or keys) that share an interval of keys (or rows) and a mark."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the launches of one call share."""
+
+    call: Call
+    arrays: dict[str, View]
+    options: Mapping[str, Any]
+    stream: int
+    ranges: tuple[int, int, int]
+
+    @property
+    def device(self) -> int:
+        return self.arrays["query"].device
+
+    def arguments(self, redo: int = 0, parts: int = 0, splits: int = 1) -> bytes:
+        """Return the kernels' struct Params."""
+        a, o = self.arrays, self.options
+        q, k = a["query"], a["key"]
+        packed: list[int] = []
+        for n in ARRAYS:
+            x = a.get(n)
+            strides = (0, 0, 0, 0) if x is None else (*x.spread(), 1)[:4]
+            packed += (0 if x is None else x.pointer, *strides)
+        left, right = (-1 if w is None else min(w, 2**31 - 1) for w in o["window"] or (None, None))
+        (b, h, n_q, d_k), (_, h_kv, n_k, _), d_v = q.shape, k.shape, a["value"].shape[3]
+        return PARAMS.pack(
+            *packed,
+            *(a[n].pointer if n in a else 0 for n in ("sink", "dsink", "cu_q", "cu_k")),
+            *(*self.ranges, redo, parts),
+            *(o["scale"], o["softcap"] or 0.0),
+            *(b, h, h_kv, n_q, n_k, d_k, d_v, CAUSAL[o["causal"]], left, right),
+            *(*(self.call.blocks or (1, 1)), a["cu_q"].shape[0] - 1 if "cu_q" in a else 0, splits),
+        )
+
+    def support(self, entry: str, grid: int, threads: int, **more: int) -> None:
+        """Queue a kernel of backward.cu."""
+        sink = self.arrays["dsink"].dtype if "dsink" in self.arrays else None
+        text = support(self.call.dtype, self.call.bias, sink)
+        kernel = compiled(text, entry, 0, SIMT.target(capability(self.device)), self.device)
+        if grid:
+            queue(kernel, grid, threads, 0, self.stream, self.arguments(**more))
+
+    def run(self, plan: Plan, grid: int, **more: int) -> None:
+        """Queue one pass."""
+        if grid:
+            threads = plan.kernel.threads(plan.macros)
+            kernel = kernel_of(plan, self.device)
+            queue(kernel, grid, threads, plan.shared_bytes, self.stream, self.arguments(**more))
+
+
+def launch(
+    call: Call, kernel: Kernel, like: Any, found: dict[str, Any], arrays: dict[str, View], options: Mapping[str, Any],
+    stream: int,
+) -> list[View]:  # fmt: skip
+    """Queue the kernels of a backward pass on a stream of the current device; nothing is waited for.
+
+    Parameters
+    ----------
+    call : Call
+        What is computed.
+    kernel : Kernel
+        Out of ``backward_kernels.KERNELS``.
+    like : array
+        What is allocated comes from its library.
+    found : dict of str to array
+        The gradients that are wanted, to be filled; one that comes with another is added.
+    arrays : dict of str to View
+        The inputs, and the places of `found`.
+    options : mapping
+        scale (a number), causal, window, softcap.
+    stream : int
+        The stream's handle.
+
+    Returns
+    -------
+    list of View
+        What was allocated in between.
+    """
+    q, k = arrays["query"], arrays["key"]
+    (b, h, n_q, _), (_, h_kv, n_k, _) = q.shape, k.shape
+    for n, other, source in (("dk", "dv", "value"), ("dv", "dk", "key")):
+        if n in arrays and other not in arrays:
+            found[other], arrays[other] = empty(like, arrays[source].shape, call.dtype)
+    if "allowed" in arrays:
+        arrays["allowed"] = pack(arrays["allowed"], call.n_k, like, stream)
+    _, arrays["delta"] = empty(like, (b, h, n_q), arrays["lse"].dtype)
+    granules = -(-n_q // GRANULE), -(-n_k // GRANULE)
+    _, ranges = empty(like, (4 * granules[0] + 2 * granules[1] + 2 * n_q,), "int32")
+    at = ranges.pointer
+    places = (at + 16 * granules[0] + 8 * granules[1], at, at + 16 * granules[0])
+    work = _Work(call, arrays, options, stream, places)
+    work.support("keys_of_rows", -(-max(n_q, n_k) // 64), 64)
+    work.support("row_products", -(-b * h * n_q // 8), 256)
+    if "dsink" in arrays:
+        work.support("sinks", h, 256)
+    direct = "dbias" in arrays and kernel.name == "mma" and arrays["bias"].shape == (b, h, n_q, n_k)
+    if direct:
+        _clear(found["dbias"])
+    if "dq" not in arrays and direct:
+        found["dq"], arrays["dq"] = empty(like, q.shape, call.dtype)
+    if "dq" in arrays:
+        _owned(work, kernel, 0, n_q, h, direct)
+    if "dk" in arrays:
+        _owned(work, kernel, 1, n_k, h_kv, False)
+    used = [arrays["delta"], ranges]
+    if "dbias" in arrays and not direct:
+        used.append(_bias(work, like))
+    return used
+
+
+def _owned(work: _Work, kernel: Kernel, which: int, n: int, heads: int, dbias: bool) -> None:
+    """Queue the pass of dq, or that of dk and dv, and the repair of what met a hidden NaN."""
+    c, b = work.call, work.arrays["query"].shape[0]
+    plan = pass_of(kernel, c, which, dbias)
+    size = b * heads * -(-n // GRANULE)
+    partial = c.causal or c.window or c.allowed or c.bias or c.blocks or c.packed
+    repaired = kernel is not SIMT and partial and size
+    redo = zeros(work.device, work.stream, 1 << (size - 1).bit_length(), "redo") if repaired else 0
+    work.run(plan, -(-n // _rows(plan, which)) * heads * b, redo=redo)
+    if repaired:
+        again = pass_of(SIMT, c, which)
+        work.run(again, -(-n // _rows(again, which)) * heads * b, redo=redo)
+
+
+def _rows(plan: Plan, which: int) -> int:
+    """Return the rows, or keys, that a block of a pass owns."""
+    return (
+        plan.kernel.block_rows(plan.macros)
+        if plan.kernel is not SIMT
+        else plan.macros["BLOCK_N" if which else "BLOCK_M"]
+    )
+
+
+def _bias(work: _Work, like: Any) -> View:
+    """Queue the gradient of a bias, in as many parts as fill the GPU, and their sum."""
+    plan = pass_of(SIMT, work.call, 2)
+    to, m = work.arrays["dbias"], plan.macros
+    full = (*work.arrays["query"].shape[:3], work.arrays["key"].shape[2])
+    blocks = [-(-n // size) for n, size in zip(full, (1, 1, m["BLOCK_M"], m["BLOCK_N"]), strict=True)]
+    tiles = math.prod(n for n, own in zip(blocks, to.shape, strict=True) if own > 1)
+    each = math.prod(n for n, own in zip(blocks, to.shape, strict=True) if own == 1)
+    splits = max(1, min(each, -(-2 * attribute(work.device, "MultiProcessorCount") // max(tiles, 1))))
+    _, parts = empty(like, (splits * math.prod(to.shape),), work.arrays["lse"].dtype)
+    work.run(plan, tiles * splits, parts=parts.pointer, splits=splits)
+    work.support("add_parts", min(-(-math.prod(to.shape) // 256), 4096), 256, parts=parts.pointer, splits=splits)
+    return parts
+
+
+def _clear(x: Any) -> None:
+    if kind_of(x) == "torch":
+        x.zero_()
+    else:
+        x.fill(0)

@@ -1,0 +1,111 @@
+"""What a caller asks for: arrays as views, options, and the properties that the choice of a kernel depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..arrays import dtype_name, kind_of
+from ..errors import InvalidProblem
+from ..problem import Problem, check_offsets
+from .kernel import Call
+from .plan import check_block_mask
+from .views import View, cast, check_devices, layout, view
+
+__all__ = ["Request", "read"]
+
+TENSORS = ("query", "key", "value", "out", "lse", "dout")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call before it is checked.
+
+    Attributes
+    ----------
+    given : dict of str to array
+        The arrays, sinks and offsets in the kernels' types.
+    arrays : dict of str to View
+        Their places.
+    options : dict
+        scale, causal, window, softcap.
+    sink, offsets, block_mask
+        As they were given.
+    signature : tuple
+        All that the checks and the choice of a kernel depend on.
+    """
+
+    given: dict[str, Any]
+    arrays: dict[str, View]
+    options: dict[str, Any]
+    sink: Any
+    offsets: tuple[Any, ...] | None
+    block_mask: Any
+    signature: tuple[Any, ...]
+
+    def problem(self) -> Problem:
+        """Return the call as a Problem, its arrays and options checked but for the values of offsets."""
+        names = ("query", "key", "value", "bias", "allowed")
+        tensors = {n: self.given[n] for n in names if n in self.given}
+        problem = Problem(**tensors, sink=self.sink, **self.options)
+        if self.offsets is not None:
+            check_offsets(problem, *self.offsets)
+        check_devices(self.arrays)
+        return problem
+
+    def call(self, accuracy: str = "fast") -> Call:
+        """Return what the choice of a kernel depends on.
+
+        Raises
+        ------
+        InvalidProblem, UnsupportedProblem
+            What does not fit together; layouts that no kernel takes.
+        """
+        problem = self.problem()
+        blocks = None if self.block_mask is None else check_block_mask(problem, self.block_mask)
+        aligned, mapped = layout([self.arrays[n] for n in TENSORS if n in self.arrays and n != "lse"])
+        aligned = aligned and not (problem.d_k % 8 or problem.d_v % 8)  # so are rows of results, which are contiguous
+        packed = self.offsets is not None
+        return Call.of(problem, accuracy, blocks, packed=packed, aligned=aligned, mapped=mapped)
+
+
+def read(
+    tensors: Mapping[str, Any], sink: Any, block_mask: Any, cu_seqlens: Any, options: dict[str, Any], *more: Any
+) -> Request:
+    """Return what a caller asks for; `more` is what else the choice of a kernel depends on.
+
+    Raises
+    ------
+    InvalidProblem
+        Something that is no array on a GPU, or no tuple where one is expected.
+    UnsupportedProblem
+        An array of a library that has none on a GPU.
+    """
+    given = {n: x for n, x in tensors.items() if x is not None}
+    sizes: Any = None
+    offsets: tuple[Any, ...] | None = None
+    if sink is not None:
+        given["sink"] = cast(sink, "float64" if dtype_name(given["query"]) == "float64" else "float32", "sink")
+    if block_mask is not None:
+        given["blocks"], *sizes = _parts(block_mask, "block_mask", ("blocks", "block_q", "block_k"))
+    if cu_seqlens is not None:
+        offsets = _parts(cu_seqlens, "cu_seqlens", ("cu_seqlens_q", "cu_seqlens_k"))
+        for n, x in zip(("cu_q", "cu_k"), offsets, strict=True):
+            given[n] = cast(x, "int32", f"{n[:2]}_seqlens{n[2:]}")
+    arrays = {n: view(x, n) for n, x in given.items()}
+    window = options.get("window")
+    options = options | {"window": tuple(window) if isinstance(window, list) else window}
+    cast_from = tuple(dtype_name(x) for x in (sink, *(offsets or ())) if x is not None)
+    types = type(options["scale"]), type(options["softcap"])
+    asked = (*options.values(), *types, *more, None if sizes is None else tuple(sizes), cast_from)
+    places = tuple(
+        (n, kind_of(given[n]), x.shape, x.strides, x.dtype, x.device, x.pointer % 16 == 0) for n, x in arrays.items()
+    )
+    return Request(given, arrays, options, sink, offsets, block_mask, (asked, places))
+
+
+def _parts(given: Any, name: str, parts: tuple[str, ...]) -> tuple[Any, ...]:
+    if not isinstance(given, tuple | list) or len(given) != len(parts):
+        raise InvalidProblem(f"{name}: got {type(given).__name__}, expected a tuple ({', '.join(parts)})")
+    return tuple(given)
