@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-import tempfile
+import secrets
+import stat
 import zipfile
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +32,7 @@ __all__ = [
     "write_whole",
 ]
 
+MOST_LINKS = 40
 MARK = "refattn problem 1"
 MARK_ARRAYS = "refattn arrays 1"
 BAD_FILE = (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile)
@@ -43,35 +48,104 @@ def check_folders(*targets: str | None) -> None:
 def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file under a temporary name beside its target, then rename it: a reader never sees half of it.
 
+    A link is followed, a file keeps its mode and, where the system allows it, its owner. What is no regular file (a
+    device, a pipe, a process's own output) is written into: it is never replaced.
+
     Raises
     ------
     InvalidInput
-        The folder does not exist or cannot be written, or the disk is full; the target is as it was.
+        The folder does not exist or cannot be written, or the disk is full; a regular target is as it was.
     """
     target = Path(path)
     try:
-        fd, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent or ".")
+        own, real = _followed(target)
+        found = None if own is not None else _status(real)
+        if own is not None or (found is not None and not stat.S_ISREG(found.st_mode)):
+            whole = BytesIO()  # all of it is made before the first byte is written
+            write(whole)
+            _write_into(os.dup(own) if own is not None else os.open(real, os.O_WRONLY), whole.getvalue())
+            return
+    except OSError as e:
+        raise InvalidInput(f"{target}: cannot write it ({e.strerror}); choose another file") from e
+    if found is not None and not os.access(real, os.W_OK):
+        raise InvalidInput(f"{target}: cannot write it (it is read-only); choose another file, or make it writable")
+    _replace(target, Path(real), found, write)
+
+
+def _replace(target: Path, real: Path, found: os.stat_result | None, write: Callable[[BinaryIO], Any]) -> None:
+    # a name of its own, not longer than the system allows; a private file's successor is private from its first byte
+    name = real.with_name(f".{real.name[:32]}.{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        # the system takes the umask away itself: asking for it would change it for every thread meanwhile
+        fd = os.open(name, flags, 0o666 if found is None else 0o600)
     except OSError as e:
         raise InvalidInput(f"{target}: cannot write there ({e.strerror}); choose another folder") from e
     try:
         with os.fdopen(fd, "wb") as f:
             write(f)
             f.flush()
+            if found is not None:
+                _alike(name, found)
             os.fsync(f.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
+        os.replace(name, real)
+        _sync(real.parent)
     except OSError as e:
-        os.unlink(name)
+        name.unlink(missing_ok=True)
         raise InvalidInput(f"{target}: cannot write it ({e.strerror}); the file is as it was") from e
     except BaseException:
-        os.unlink(name)
+        name.unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _followed(target: Path) -> tuple[int | None, str]:
+    """Return the number of this process's own file where a path names one, and the path with its links followed."""
+    path = os.path.abspath(target)
+    for _ in range(MOST_LINKS):
+        # of the last name only: /proc/self/fd/1 and /dev/stdout are links, too, and lead on to what is open there
+        path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        folder, name = os.path.split(path)
+        if name.isdecimal() and folder in ("/dev/fd", f"/proc/{os.getpid()}/fd"):
+            os.fstat(int(name))  # is it open?
+            return int(name), path
+        if not os.path.islink(path):
+            return None, path
+        if _status(path) is not None and folder.startswith("/proc/"):
+            return None, path  # another process's: the link is followed when it is opened
+        path = os.path.join(folder, os.readlink(path))
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _write_into(fd: int, data: bytes) -> None:
+    with os.fdopen(fd, "wb", buffering=0) as f:
+        rest = memoryview(data)
+        while len(rest):
+            rest = rest[f.write(rest) or 0 :]
+
+
+def _alike(name: Path, found: os.stat_result) -> None:
+    """Give a new file the owner and the mode of the one that it replaces."""
+    if hasattr(os, "chown"):
+        with contextlib.suppress(PermissionError):
+            os.chown(name, found.st_uid, found.st_gid)
+    os.chmod(name, stat.S_IMODE(found.st_mode))
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename last; some systems have no way to ask for it."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def write_text(path: str | Path, text: str) -> None:
