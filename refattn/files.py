@@ -10,6 +10,7 @@ import secrets
 import stat
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,15 +18,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import to_numpy
+from .arrays import native, to_numpy
 from .dtypes import FORMATS
 from .errors import InvalidInput
-from .problem import OFFSETS, TENSORS, Problem
+from .problem import TENSORS, Problem
 
 __all__ = [
     "check_folders",
     "load_arrays",
     "load_problem",
+    "plain",
     "save_arrays",
     "save_problem",
     "write_text",
@@ -33,9 +35,9 @@ __all__ = [
 ]
 
 MOST_LINKS = 40
+BAD_FILE = (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile)
 MARK = "refattn problem 1"
 MARK_ARRAYS = "refattn arrays 1"
-BAD_FILE = (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile)
 
 
 def check_folders(*targets: str | None) -> None:
@@ -155,15 +157,22 @@ def write_text(path: str | Path, text: str) -> None:
 
 def save_problem(problem: Problem, path: str | Path) -> None:
     """Write a Problem to an .npz file; formats that NumPy lacks are kept as bits beside their names."""
-    arrays = {n: to_numpy(x) for n, x in problem.arrays().items()}
-    _save(path, MARK, arrays, settings=problem.settings())
+    _save(path, MARK, problem.arrays(), settings=problem.settings())
 
 
 def _save(path: str | Path, mark: str, arrays: Mapping[str, Any], **more: Any) -> None:
+    arrays = {n: to_numpy(x, n) for n, x in arrays.items()}
     stored = {n: x if x.dtype.isbuiltin == 1 else x.view(f"u{x.dtype.itemsize}") for n, x in arrays.items()}
     head = {"mark": mark, "types": {n: x.dtype.name for n, x in arrays.items()}, **more}
-    parts: dict[str, Any] = {"refattn": np.array(json.dumps(head)), **stored}
+    parts: dict[str, Any] = {"refattn": np.array(json.dumps(head, default=plain)), **stored}
     write_whole(path, lambda f: np.savez(f, **parts))
+
+
+def plain(x: Any) -> Any:
+    """Return what JSON can hold of a number or an array of NumPy, all of it; for ``json.dumps(default=)``."""
+    if isinstance(x, np.generic | np.ndarray):
+        return x.tolist()
+    raise InvalidInput(f"{type(x).__name__}: cannot be kept in a file; pass numbers, names and tuples of them")
 
 
 def load_problem(path: str | Path) -> Problem:
@@ -175,12 +184,20 @@ def load_problem(path: str | Path) -> Problem:
         There is no such file, or it is not one of ours.
     """
     head, arrays = _load(path, MARK, "a problem file of refattn; make one with refattn.save_problem")
-    settings: dict[str, Any] = head["settings"]
-    if "window" in settings:
+    settings, names = head.get("settings"), {f.name for f in fields(Problem)}
+    if not isinstance(settings, dict) or not isinstance(settings.get("options", {}), dict):
+        raise InvalidInput(f"{path}: its settings are no mapping of names to values; write it with save_problem again")
+    if unknown := sorted(str(n)[:40] for n in {*arrays, *settings} - names):
+        raise InvalidInput(f"{path}: has {', '.join(unknown)}, which Problem does not know; another version wrote it")
+    if missing := [n for n in TENSORS[:3] if n not in arrays]:
+        raise InvalidInput(f"{path}: has no {', '.join(missing)}; write it with save_problem again")
+    if isinstance(settings.get("window"), list):
         settings["window"] = tuple(settings["window"])
     options = settings.get("options", {})
     settings["options"] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
-    tensors: dict[str, Any] = {n: x for n, x in arrays.items() if n in (*TENSORS, *OFFSETS)}
+    for name in arrays.keys() & settings.keys():
+        raise InvalidInput(f"{path}: has {name} twice; write it with save_problem again")
+    tensors: dict[str, Any] = arrays
     return Problem(**tensors, **settings)
 
 
@@ -202,16 +219,24 @@ def load_arrays(path: str | Path) -> dict[str, NDArray[Any]]:
 
 def _load(path: str | Path, mark: str, kind: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+        opened = open(path, "rb")  # noqa: SIM115 (what is wrong with opening is told apart from what is in it)
+    except FileNotFoundError as e:
+        raise InvalidInput(f"{path}: there is no such file") from e
+    except OSError as e:
+        raise InvalidInput(f"{path}: cannot be read ({e.strerror})") from e
+    try:
+        with opened, np.load(opened, allow_pickle=False) as file:
             head: dict[str, Any] = json.loads(str(file["refattn"]))
             if head["mark"] != mark:
                 raise KeyError("mark")
             return head, {n: _typed(file[n], t) for n, t in head["types"].items()}
-    except FileNotFoundError as e:
-        raise InvalidInput(f"{path}: there is no such file") from e
-    except BAD_FILE as e:
+    except Exception as e:  # a broken archive breaks its readers in many ways: zlib's, struct's, memory's, ...
         raise InvalidInput(f"{path}: is not {kind}") from e
 
 
-def _typed(x: Any, name: str) -> Any:
-    return x.view(FORMATS[name].dtype) if name in FORMATS and x.dtype.kind == "u" else x
+def _typed(x: NDArray[Any], name: str) -> NDArray[Any]:
+    x = native(x)
+    x = x.view(FORMATS[name].dtype) if name in FORMATS and x.dtype.kind == "u" else x
+    if x.dtype.name != name:
+        raise ValueError("another type than the head says")
+    return x

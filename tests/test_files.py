@@ -1,3 +1,5 @@
+import contextlib
+import json
 import os
 import stat
 import subprocess
@@ -6,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from refattn import InvalidInput, Problem, load_problem, save_problem
+from refattn import InvalidInput, InvalidProblem, Problem, load_problem, save_problem
 from refattn.dtypes import FORMATS
-from refattn.files import save_arrays, write_text, write_whole
+from refattn.files import load_arrays, save_arrays, write_text, write_whole
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -116,7 +118,7 @@ def test_the_own_output_is_written_into(tmp_path, to_file):
     (tmp_path / "again").symlink_to("out")
     code = "import sys; from refattn.files import write_text; print('first', flush=True);"
     code += "[write_text(p, 'report\\n') for p in sys.argv[1:]]; print('last')"
-    command = [sys.executable, "-c", code, str(tmp_path / "again"), "/dev/stdout"]
+    command = [sys.executable, "-c", code, str(tmp_path / "again"), "/dev/fd/1"]
     if to_file:  # what was written to it before is kept, and what comes after is behind the report
         with open(tmp_path / "file", "w") as f:
             subprocess.run(command, check=True, stdout=f)
@@ -200,3 +202,72 @@ def test_what_fails_writes_nothing_into_a_pipe(tmp_path):
         write_whole(tmp_path / "pipe", broken)
     assert os.read(reader, 100) == b""
     os.close(reader)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_files_do_not_depend_on_the_order_of_bytes(tmp_path, make, dtype):
+    p = make(dtype=dtype)
+    swapped = {n: x.astype(x.dtype.newbyteorder("S")) for n, x in p.arrays().items()}
+    save_problem(p.replace(**swapped), tmp_path / "p.npz")
+    save_arrays(swapped, tmp_path / "a.npz")
+    for found in (load_problem(tmp_path / "p.npz").arrays(), load_arrays(tmp_path / "a.npz")):
+        assert {n: x.tobytes() for n, x in found.items()} == {n: x.tobytes() for n, x in p.arrays().items()}
+
+
+def test_options_of_numpy_survive(tmp_path, make):
+    p = make(
+        variant="linear", causal="top_left", options={"decay": np.array([0.5, 0.25]), "normalize": np.bool_(False)}
+    )
+    save_problem(p, tmp_path / "p.npz")
+    assert load_problem(tmp_path / "p.npz").options == {"decay": (0.5, 0.25), "normalize": False}
+    with pytest.raises(InvalidInput, match="object: cannot be kept in a file; pass numbers"):
+        save_problem(p.replace(options={"decay": object()}), tmp_path / "p.npz")
+
+
+def rewritten(tmp_path, make, change):
+    """Return a problem's file with its head changed."""
+    save_problem(make(), tmp_path / "p.npz")
+    with np.load(tmp_path / "p.npz") as f:
+        parts = dict(f)
+    head = json.loads(str(parts.pop("refattn")))
+    change(head, parts)
+    np.savez(tmp_path / "p.npz", refattn=np.array(json.dumps(head)), **parts)
+    return tmp_path / "p.npz"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda head, parts: head.update(settings=None), "its settings are no mapping of names to values"),
+        (lambda head, parts: head.pop("settings"), "its settings are no mapping of names to values"),
+        (lambda head, parts: head.update(settings={"options": None}), "its settings are no mapping"),
+        (lambda head, parts: head.update(settings={"colour": 1}), "has colour, which Problem does not know"),
+        (lambda head, parts: head.update(settings={"query": 1}), "has query twice"),
+        (lambda head, parts: head["types"].pop("key"), "has no key; write it with save_problem again"),
+        (lambda head, parts: head.update(types=None), "is not a problem file of refattn"),
+        (lambda head, parts: head["types"].update(key="float64"), "is not a problem file|key: "),
+        (lambda head, parts: head.update(settings={"scale": 10**400}), "scale: got 1000"),
+        (lambda head, parts: head.update(settings={"window": 3}), "window: got 3"),
+        (lambda head, parts: head.update(settings={"variant": None}), "variant: got None"),
+    ],
+)
+def test_a_head_that_is_none(tmp_path, make, change, text):
+    path = rewritten(tmp_path, make, change)
+    with pytest.raises((InvalidInput, InvalidProblem), match=text):
+        load_problem(path)
+
+
+def test_an_archive_broken_anywhere_is_named(tmp_path, make):
+    save_problem(make(), tmp_path / "p.npz")
+    np.savez_compressed(tmp_path / "c.npz", **dict(np.load(tmp_path / "p.npz")))
+    rng = np.random.default_rng(0)
+    for name in ("p.npz", "c.npz"):
+        whole = np.frombuffer((tmp_path / name).read_bytes(), np.uint8)
+        for _ in range(300):
+            broken = whole.copy()
+            broken[rng.integers(0, len(whole), 3)] = rng.integers(0, 256, 3)
+            (tmp_path / "broken.npz").write_bytes(broken.tobytes())
+            with contextlib.suppress(InvalidInput, InvalidProblem):  # and nothing else
+                load_problem(tmp_path / "broken.npz")
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        load_problem(tmp_path)
