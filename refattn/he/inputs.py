@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,10 @@ from ..errors import InvalidProblem, UnsupportedProblem
 from ..exact import evaluate
 from ..masks import visible
 from ..problem import Problem
-from .circuit import Numbers
+from .arithmetic import Numbers
+from .call import Call
+from .planned import Program
 from .sampled import Sampled
-
-if TYPE_CHECKING:
-    from .layer import Layer
-    from .plan import Plan
 
 __all__ = ["decoded", "encoded", "reference", "simulate", "simulated"]
 
@@ -45,7 +43,7 @@ def reference(problem: Problem) -> Float:
     return to_float64(evaluate(problem, rounding="float64").out)
 
 
-def simulate(plan: Plan, problem: Problem, seed: int | None = None) -> Float:
+def simulate(plan: Program, problem: Problem, seed: int | None = None) -> Float:
     """Return what the encrypted program computes, on float64 numbers: the same polynomial, without keys.
 
     Parameters
@@ -69,7 +67,7 @@ def simulate(plan: Plan, problem: Problem, seed: int | None = None) -> Float:
     return simulated(plan, problem, seed)
 
 
-def simulated(program: Plan | Layer, x: Any, seed: int | None) -> Float:
+def simulated(program: Program, x: Any, seed: int | None) -> Float:
     """Return what a program computes on plain numbers, with drawn noise where there is a seed."""
     plan = program.plan
     shape, slots = plan.encoded(x)
@@ -80,10 +78,11 @@ def simulated(program: Plan | Layer, x: Any, seed: int | None) -> Float:
         m = Sampled(plan.ring, seed)
         given = [m.fresh(s, limbs) for s, limbs in slots]
         outs = [y.slots for task in program.tasks(given) for y in program.compute(m, *task)]
-    return plan.decoded(outs, shape)
+    found: Float = plan.decoded(outs, shape)
+    return found
 
 
-def encoded(plan: Plan, problem: Problem) -> tuple[tuple[int, ...], list[tuple[Complex, int]]]:
+def encoded(plan: Call, problem: Problem) -> tuple[tuple[int, ...], list[tuple[Complex, int]]]:
     """Return the result's shape, and slots and primes of each ciphertext of a query: by heads, then by blocks."""
     if not isinstance(problem, Problem):
         raise InvalidProblem(f"he: got {type(problem).__name__}, expected a Problem")
@@ -102,7 +101,7 @@ def encoded(plan: Plan, problem: Problem) -> tuple[tuple[int, ...], list[tuple[C
     return problem.out_shape, found
 
 
-def decoded(plan: Plan, slots: Sequence[Complex], shape: tuple[int, ...]) -> Float:
+def decoded(plan: Call, slots: Sequence[Complex], shape: tuple[int, ...]) -> Float:
     """Return out from the slots of a reply."""
     layout = plan.layout
     pairs = np.zeros((plan.heads, layout.queries, layout.pairs), np.complex128)
@@ -113,7 +112,7 @@ def decoded(plan: Plan, slots: Sequence[Complex], shape: tuple[int, ...]) -> Flo
     return out_of(plan, shape, pairs)
 
 
-def divided(plan: Plan, found: Sequence[Complex]) -> list[NDArray[np.complex128]]:
+def divided(plan: Call, found: Sequence[Complex]) -> list[NDArray[np.complex128]]:
     """Return a block's result from the slots of its ciphertexts: the client's part of the program."""
     if plan.inverse is not None:
         return [x * plan.inverse.output_factor for x in found]
@@ -121,13 +120,13 @@ def divided(plan: Plan, found: Sequence[Complex]) -> list[NDArray[np.complex128]
         return [np.asarray(x / (found[-1].real + plan.epsilon * plan.input_factor)) for x in found[:-1]]
 
 
-def out_of(plan: Plan, shape: tuple[int, ...], pairs: NDArray[np.complex128]) -> Float:
+def out_of(plan: Call, shape: tuple[int, ...], pairs: NDArray[np.complex128]) -> Float:
     """Return out, of shape (b, h, n_q, d_v), from pairs of outputs as complex numbers."""
     whole = np.stack([pairs.real, pairs.imag], -1).reshape(plan.heads, plan.layout.queries, -1)
     return np.asarray(whole[:, : plan.n_q, : plan.d_v].reshape(shape))
 
 
-def slots_of(plan: Plan, p: Problem) -> tuple[Float, Float, Float, NDArray[np.bool_]]:
+def slots_of(plan: Call, p: Problem) -> tuple[Float, Float, Float, NDArray[np.bool_]]:
     """Return query (scaled), key and value filled up with zeros, and which keys each query sees."""
     layout = plan.layout
     _fits(plan, p)
@@ -148,7 +147,7 @@ def slots_of(plan: Plan, p: Problem) -> tuple[Float, Float, Float, NDArray[np.bo
     return filled(scaled, layout.queries), filled(k, layout.keys), filled(v, layout.keys), seen
 
 
-def _fits(plan: Plan, p: Problem) -> None:
+def _fits(plan: Call, p: Problem) -> None:
     """Refuse a problem that is not the plan's."""
     if p.kind != "numpy":
         raise UnsupportedProblem(f"he: takes arrays of numpy, got {p.kind}; problem.to('numpy') gives them")
@@ -174,7 +173,7 @@ def _counts(p: Problem, batch: int, head: int) -> NDArray[np.int64]:
     return np.asarray(visible(p, batch, head, slice(0, p.n_q), slice(0, p.n_k)).sum(1))
 
 
-def _in_range(plan: Plan, q: Float, k: Float, v: Float, seen: NDArray[np.bool_]) -> None:
+def _in_range(plan: Call, q: Float, k: Float, v: Float, seen: NDArray[np.bool_]) -> None:
     """Refuse numbers outside the plan's ranges: the result would be wrong without a sign of it."""
     largest = {
         "query": (np.linalg.norm(q, axis=2), plan.norms[0], "row norm"),

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
+from .arithmetic import Numbers
 
 __all__ = ["Inverse", "choose", "product"]
 
@@ -165,8 +166,6 @@ class Inverse:
 
     def __call__(self, x: Float) -> Float:
         """Return y(x) in float64."""
-        from .circuit import Numbers
-
         x = np.asarray(x, np.float64)
         out = self.apply(Numbers(), np.full_like(x, self.input_factor), x * self.input_factor, 0.0)
         return np.asarray(out * self.output_factor)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from rich.table import Table
 
 from .noise import Ring
 
-__all__ = ["Planned"]
+__all__ = ["Planned", "Program"]
 
 
 class Planned(ABC):
@@ -55,3 +56,17 @@ class Planned(ABC):
             if name != "operations_of_a_block":
                 table.add_row(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
         return table
+
+
+class Program(Protocol):
+    """What a server computes: a plan of attention, or a layer."""
+
+    @property
+    def plan(self) -> Any:
+        """What client and server agree on."""
+
+    def tasks(self, parts: Sequence[Any]) -> list[tuple[Sequence[Any], Sequence[Any]]]:
+        """Return the ciphertexts of each block that can be computed apart: shared ones, and its own."""
+
+    def compute(self, m: Any, shared: Sequence[Any], queries: Sequence[Any]) -> list[Any]:
+        """Return a block's result by an arithmetic."""

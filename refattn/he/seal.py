@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem
-from .circuit import Arithmetic
+from .arithmetic import Arithmetic
 from .noise import Ring
 
 __all__ = [

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import InvalidInput, UnsupportedProblem
-from .circuit import Numbers
+from .arithmetic import Numbers
 from .inverse import choose
 from .polynomials import Polynomial, activation, inverse_sqrt
 from .weights import Feedforward, Weights

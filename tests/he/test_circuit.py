@@ -8,7 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from refattn import InvalidProblem, UnsupportedProblem, he, power_attention
-from refattn.he.circuit import Levels, Numbers, Token, attend
+from refattn.he.arithmetic import Levels, Numbers, Token
+from refattn.he.circuit import attend
 from refattn.he.layout import Layout, layouts_for
 
 from .make import planned, problem

@@ -4,7 +4,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from refattn import InvalidInput
-from refattn.he.circuit import Levels, Token
+from refattn.he.arithmetic import Levels, Token
 from refattn.he.inverse import MOST_QUADRATICS, Inverse, choose
 
 INTERVALS = st.tuples(st.floats(1e-3, 1e3), st.floats(1.1, 300)).map(lambda x: (x[0], x[0] * x[1]))
