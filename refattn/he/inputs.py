@@ -14,6 +14,7 @@ from ..errors import InvalidProblem, UnsupportedProblem
 from ..exact import evaluate
 from ..masks import visible
 from ..problem import Problem
+from ..variants import VARIANTS
 from .arithmetic import Numbers
 from .call import Call
 from .planned import Program
@@ -36,11 +37,24 @@ def reference(problem: Problem) -> Float:
     Raises
     ------
     InvalidProblem
-        It is of another variant.
+        It has an option that the operator does not know or cannot take.
+    UnsupportedProblem
+        It is of another variant, or a part of the call, e.g. a softcap, means nothing to power-softmax.
     """
-    if problem.variant != "power":
-        raise InvalidProblem(f"he.reference: got variant {problem.variant!r}, expected 'power'")
+    checked(problem)
     return to_float64(evaluate(problem, rounding="float64").out)
+
+
+def checked(problem: Problem) -> dict[str, Any]:
+    """Return a problem's own options with defaults filled in, checked as the exact evaluation checks them.
+
+    This is the one check for what is computed exactly and on ciphertexts: an option that one refuses, both do.
+    """
+    if not isinstance(problem, Problem):
+        raise InvalidProblem(f"he: got {type(problem).__name__}, expected a Problem")
+    if problem.variant != "power":
+        raise UnsupportedProblem(f"he: computes variant 'power', got {problem.variant!r}")
+    return dict(VARIANTS["power"].settings(problem))
 
 
 def simulate(plan: Program, problem: Problem, seed: int | None = None) -> Float:
@@ -84,8 +98,6 @@ def simulated(program: Program, x: Any, seed: int | None) -> Float:
 
 def encoded(plan: Call, problem: Problem) -> tuple[tuple[int, ...], list[tuple[Complex, int]]]:
     """Return the result's shape, and slots and primes of each ciphertext of a query: by heads, then by blocks."""
-    if not isinstance(problem, Problem):
-        raise InvalidProblem(f"he: got {type(problem).__name__}, expected a Problem")
     layout, top = plan.layout, plan.ring.levels + 1
     q, k, v, seen = slots_of(plan, problem)
     # what is filled up is 0 and hides nothing
@@ -128,8 +140,8 @@ def out_of(plan: Call, shape: tuple[int, ...], pairs: NDArray[np.complex128]) ->
 
 def slots_of(plan: Call, p: Problem) -> tuple[Float, Float, Float, NDArray[np.bool_]]:
     """Return query (scaled), key and value filled up with zeros, and which keys each query sees."""
-    layout = plan.layout
     _fits(plan, p)
+    layout = plan.layout
     width = 2 * layout.pairs
     q, k, v = (to_float64(np.asarray(x)) for x in (p.query, p.key, p.value))
     k, v = (np.repeat(x, p.heads // p.heads_kv, 1) for x in (k, v))
@@ -151,9 +163,10 @@ def _fits(plan: Call, p: Problem) -> None:
     """Refuse a problem that is not the plan's."""
     if p.kind != "numpy":
         raise UnsupportedProblem(f"he: takes arrays of numpy, got {p.kind}; problem.to('numpy') gives them")
-    form, epsilon = p.options.get("form", "plain"), p.options.get("epsilon", 1e-3)
-    if p.variant != "power" or form not in ("plain", "mean"):
-        raise UnsupportedProblem("he: computes variant 'power' in its plain and mean forms")
+    settings = checked(p)
+    form, epsilon = settings["form"], settings["epsilon"]
+    if form not in ("plain", "mean"):
+        raise UnsupportedProblem(f"he: got form {form!r}, expected 'plain' or 'mean'; reference computes the others")
     if form == "mean":  # the plain form with an epsilon of as many times, where all rows see as many keys
         seen = {int(n) for b in range(p.batch) for h in range(p.heads) for n in _counts(p, b, h)}
         if len(seen) > 1:
@@ -162,7 +175,7 @@ def _fits(plan: Call, p: Problem) -> None:
     if p.cu_seqlens_q is not None:
         raise UnsupportedProblem("he: takes no packed sequences")
     found = {n: getattr(p, n) for n in ("n_q", "n_k", "d_k", "d_v")} | {"heads": p.batch * p.heads}
-    found |= {"p": p.options.get("p", 4), "epsilon": epsilon}
+    found |= {"p": settings["p"], "epsilon": epsilon}
     found["scale"] = 1 / math.sqrt(p.d_k) if p.scale is None else p.scale
     for name, x in found.items():
         if x != getattr(plan, name):
