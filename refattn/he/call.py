@@ -102,6 +102,16 @@ class Call(Planned):
         found[self.load, self.value_limbs] += shared
         return found
 
+    def part_limbs(self) -> list[int]:
+        """Return the primes left of each ciphertext of a query, in its order."""
+        top, shared, found, previous = self.ring.levels + 1, self.layout.shared_parts, [], None
+        for head, _ in self.layout.blocks():
+            if head != previous:
+                previous = head
+                found += [top] * shared + [self.value_limbs] * shared
+            found += [top] * self.layout.query_parts
+        return found
+
     @property
     def error(self) -> float:
         """The bound on an element of out."""

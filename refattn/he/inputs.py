@@ -199,10 +199,12 @@ def _in_range(plan: Call, q: Float, k: Float, v: Float, seen: NDArray[np.bool_])
     low, high = plan.denominator
     seen = seen[:, : plan.n_q, : plan.n_k]
     sums = ((plan.scale * np.einsum("hid,hjd->hij", q, k)) ** plan.p * seen).sum(2) + plan.epsilon
-    outside = seen.any(2) & ~((sums >= low) & (sums <= high))
+    # a row that sees no key has the numerator 0: a polynomial makes that 0, a division of noises by the client does not
+    outside = (seen.any(2) | (plan.inverse is None)) & ~((sums >= low) & (sums <= high))
     if outside.any():
         head, row = (int(x) for x in np.argwhere(outside)[0])
         raise InvalidProblem(
             f"denominator: head {head}, row {row} has {sums[head, row]:.4g}, outside the plan's "
             f"({low:.4g}, {high:.4g}), where its inverse holds; plan a wider range"
+            + ("" if seen[head, row].any() else ", or normalize='server' for rows that see no key")
         )

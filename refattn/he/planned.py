@@ -25,6 +25,10 @@ class Planned(ABC):
     def loads(self) -> Counter[tuple[str, int]]:
         """Return the ciphertexts of a query by (`load`, primes left)."""
 
+    @abstractmethod
+    def part_limbs(self) -> list[int]:
+        """Return the primes left of each ciphertext of a query, in its order."""
+
     @property
     def load(self) -> str:
         """What reading a ciphertext of a query is called among the costs."""
@@ -42,6 +46,16 @@ class Planned(ABC):
             return sum(16 * limbs * ring.degree * c for (_, limbs), c in loads.items())
         bits = sum(c * (ring.first + ring.middle * (limbs - 1)) for (_, limbs), c in loads.items())
         return bits * ring.degree // 7  # SEAL's compression leaves an eighth more than the primes' bits
+
+    @property
+    @abstractmethod
+    def outs(self) -> int:
+        """Ciphertexts of a reply."""
+
+    @property
+    def reply_most(self) -> int:
+        """The most bytes of a reply: both polynomials of each ciphertext, not compressed, and what is around them."""
+        return self.outs * (16 * (self.ring.levels + 1) * self.ring.degree + 2**10) + 2**10
 
     @property
     def key_bytes(self) -> int:
