@@ -161,9 +161,9 @@ def slots_of(plan: Call, p: Problem) -> tuple[Float, Float, Float, NDArray[np.bo
 
 def _fits(plan: Call, p: Problem) -> None:
     """Refuse a problem that is not the plan's."""
+    settings = checked(p)
     if p.kind != "numpy":
         raise UnsupportedProblem(f"he: takes arrays of numpy, got {p.kind}; problem.to('numpy') gives them")
-    settings = checked(p)
     form, epsilon = settings["form"], settings["epsilon"]
     if form not in ("plain", "mean"):
         raise UnsupportedProblem(f"he: got form {form!r}, expected 'plain' or 'mean'; reference computes the others")

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
+from ..problem import shown
+from .arguments import is_count
 from .arithmetic import Numbers
 
 __all__ = ["Inverse", "choose", "product"]
@@ -22,6 +24,8 @@ __all__ = ["Inverse", "choose", "product"]
 Float = NDArray[np.float64]
 MOST_QUADRATICS = 15
 """More lose more digits than they save levels."""
+MOST_DOUBLINGS = 40
+"""No chain has more levels."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,11 @@ class Inverse:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.high) and 0 < self.low < self.high):
             raise InvalidInput(f"denominator: got ({self.low}, {self.high}), expected 0 < low < high")
-        if self.doublings < 0 or self.odd < 1 or self.odd % 2 == 0:
+        most = 2 * MOST_QUADRATICS + 1
+        if not is_count(self.doublings, 0, MOST_DOUBLINGS) or not is_count(self.odd, 1, most) or self.odd % 2 == 0:
             raise InvalidInput(
-                f"inverse: got {self.doublings} doublings of order {self.odd}, expected 0 or more of an odd order"
+                f"inverse: got {shown(self.doublings)} doublings of order {shown(self.odd)}, expected 0 or more of an "
+                f"odd order, at most {MOST_DOUBLINGS} and {most}"
             )
 
     @property

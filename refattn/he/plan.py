@@ -161,7 +161,7 @@ def plan(
     """
     check_arguments(
         n_q, n_k, d_k, d_v, heads, p, denominator, epsilon, norms, value_most, tolerance, normalize, mode, upload,
-        workers,
+        workers, scale, inverse,
     )  # fmt: skip
     d_v = d_k if d_v is None else d_v
     low, high = denominator
