@@ -188,7 +188,7 @@ def product(m: Any, factors: list[Any]) -> Any:
 
 
 def choose(low: float, high: float, relative_error: float) -> list[Inverse]:
-    """Return inverses within a relative error, those with few levels and then few products first.
+    """Return inverses within a relative error, those with few levels and then few products first; none if none is.
 
     Raises
     ------
@@ -199,7 +199,7 @@ def choose(low: float, high: float, relative_error: float) -> list[Inverse]:
         raise InvalidInput(f"tolerance: got {relative_error}, expected a number above 0")
     order = math.acosh(1 / min(relative_error, 1.0)) / Inverse(low, high).reach
     found = set()
-    for doublings in range(math.ceil(math.log2(max(order, 1.0))) + 2):
+    for doublings in range(min(math.ceil(math.log2(max(order, 1.0))) + 2, MOST_DOUBLINGS + 1)):
         # the least odd order, and two more for where noise leaves less room
         odd = max(1, 2 * math.ceil((order / 2**doublings - 1) / 2) + 1)
         found |= {Inverse(low, high, doublings, o) for o in (odd, odd + 2) if o // 2 <= MOST_QUADRATICS}

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from refattn import InvalidInput
+from refattn import InvalidInput, UnsupportedProblem
 from refattn.he.arithmetic import Levels, Token
 from refattn.he.inverse import MOST_QUADRATICS, Inverse, choose
 
@@ -61,3 +61,13 @@ def test_there_is_always_one(ratio, tolerance):
 def test_what_has_no_meaning(call, text):
     with pytest.raises(InvalidInput, match=text):
         call()
+
+
+def test_of_a_range_that_is_too_wide_there_is_none():
+    assert choose(1e-100, 1e100, 1e-2) == []
+    torch = pytest.importorskip("torch")
+    from refattn.he.torch import PowerSoftmaxAttention
+
+    assert torch
+    with pytest.raises(UnsupportedProblem, match=r"no polynomial is within 0.01 of 1/D on \(1.0, 1e\+100\); narrow it"):
+        PowerSoftmaxAttention(4, 1, denominator=(1.0, 1e100))
