@@ -128,7 +128,7 @@ class Remote:
         parts, size = [], 0
         try:
             with self._http.stream(method, path, content=body) as answer:
-                for part in answer.iter_raw():
+                for part in [answer.content] if answer.is_stream_consumed else answer.iter_raw():
                     size += len(part)
                     if size > (most if answer.is_success else 2**16):
                         raise ServiceError(
