@@ -149,7 +149,7 @@ def test_a_body_has_a_least_rate(monkeypatch):
     async def go():
         monkeypatch.setattr(bodies, "GRACE", 0.05)
         with pytest.raises(bodies.Refused, match="the body came too slowly"):
-            async with bodies.Bodies(10**9).read(Sender(itertools.repeat(b"x"), 0.001), 10**9):
+            async with bodies.Bodies(10**9).read(Sender(itertools.repeat(b"x", 5000), 0.001), 10**9):
                 pass
         many = [bytes(2**20)] * 3  # each earns 16 s
         async with bodies.Bodies(10**9).read(Sender(many, 0.001), 10**9) as body:
@@ -184,11 +184,13 @@ def test_all_bodies_together_have_a_bound():
 
 LISTENING = """
 import sys
+from refattn.he import bodies
 from refattn.he.listen import listen
 from refattn.he.saved import plan_from_json
 from refattn.he.service import service
 
 if __name__ == "__main__":
+    bodies.IDLE = bodies.GRACE = 3600.0  # no slow body is given up before the signal
     app = service(plan_from_json(open(sys.argv[1]).read()))
     listen(app, port=0, announce=lambda url: print(url, flush=True), grace=1)
 """
@@ -218,7 +220,7 @@ def test_a_signal_ends_a_server_whatever_its_clients_do(tmp_path):
                     connection.sendall(b"POST /sessions HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n\r\nx")
                 server.attend(client.encrypt(CALL))  # all eight are read meanwhile
                 process.send_signal(signal.SIGTERM)
-                process.wait(30)  # within the second's grace, and what it takes to stop; before bodies are given up
+                process.wait(30)  # within the second's grace, and what it takes to stop
                 for connection in slow:
                     connection.close()
                 server._session = None
