@@ -95,7 +95,7 @@ class Remote:
             name = json.loads(answer)["session"]
         except (ValueError, KeyError, TypeError, RecursionError):
             name = None
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{16,128}", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", name):
             raise ServiceError("he: the server opened a session without a name; is it one of refattn?")
         self._session = name
 
