@@ -199,8 +199,9 @@ def _in_range(plan: Call, q: Float, k: Float, v: Float, seen: NDArray[np.bool_])
     low, high = plan.denominator
     seen = seen[:, : plan.n_q, : plan.n_k]
     sums = ((plan.scale * np.einsum("hid,hjd->hij", q, k)) ** plan.p * seen).sum(2) + plan.epsilon
-    # a row that sees no key has the numerator 0: a polynomial makes that 0, a division of noises by the client does not
-    outside = (seen.any(2) | (plan.inverse is None)) & ~((sums >= low) & (sums <= high))
+    # a row that sees no key is 0 over epsilon; where the client divides, noise over epsilon: its bound grows so much
+    unsure = plan.inverse is None and plan.noise * low > plan.tolerance * plan.epsilon
+    outside = (seen.any(2) | unsure) & ~((sums >= low) & (sums <= high))
     if outside.any():
         head, row = (int(x) for x in np.argwhere(outside)[0])
         raise InvalidProblem(

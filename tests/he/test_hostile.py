@@ -129,6 +129,15 @@ def test_a_row_without_keys_is_not_divided_by_noise():
         InvalidProblem, match=r"row 1 has 0, outside .*, or normalize='server' for rows that see no key"
     ):
         plan.encoded(x)
+    y = problem(4, 4, 4, epsilon=1e-9, allowed=seen)
+    with pytest.raises(InvalidProblem, match=r"row 1 has 1e-09, outside .*, or normalize='server'"):
+        planned(y, normalize="client").encoded(y)
+    y = problem(4, 4, 4, epsilon=0.1, allowed=seen)
+    plan = planned(y, normalize="client")
+    assert plan.noise * plan.denominator[0] <= plan.tolerance * 0.1
+    client = he.Client(plan)
+    out = client.decrypt(he.Server(plan, client.evaluation_keys()).attend(client.encrypt(y)))
+    assert np.abs(out - he.reference(y)).max() <= plan.tolerance
     y = problem(4, 4, 4, epsilon=0.5, allowed=seen)
     plan = planned(y)
     client = he.Client(plan)
