@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .dtypes import FORMATS, format_of, is_float
 from .errors import InvalidInput, InvalidProblem
 
-__all__ = ["KINDS", "dtype_name", "kind_of", "like", "to_kind", "to_numpy"]
+__all__ = ["KINDS", "dtype_name", "kind_of", "like", "native", "to_kind", "to_numpy", "why_unusable"]
 
 KINDS = ("numpy", "torch", "cupy", "jax")
 
@@ -59,7 +59,7 @@ def _name_of(dtype: Any) -> str:
 
 
 def to_numpy(x: Any, name: str = "array") -> NDArray[Any]:
-    """Return an array's elements as a NumPy array on the host, bit for bit.
+    """Return an array's elements as a NumPy array on the host, bit for bit, in this machine's byte order.
 
     Parameters
     ----------
@@ -71,15 +71,17 @@ def to_numpy(x: Any, name: str = "array") -> NDArray[Any]:
     Raises
     ------
     InvalidProblem
-        `x` is no array of a known kind.
+        `x` is no array of a known kind, or its numbers are not there.
     """
     kind = kind_of(x)
+    if (why := why_unusable(x)) is not None:
+        raise InvalidProblem(f"{name}: {why}")
     if kind == "numpy":
-        return np.asarray(x)
+        return native(np.asarray(x))
     if kind == "torch":
         import torch
 
-        x = x.detach().cpu().resolve_conj().contiguous()
+        x = x.detach().cpu().resolve_conj().resolve_neg().contiguous()
         dtype = dtype_name(x)
         if dtype in FORMATS and not isinstance(FORMATS[dtype].dtype.type(0), np.floating):
             bits = torch.int16 if FORMATS[dtype].dtype.itemsize == 2 else torch.uint8
@@ -88,11 +90,39 @@ def to_numpy(x: Any, name: str = "array") -> NDArray[Any]:
     if kind == "cupy":
         return np.asarray(x.get())
     if kind == "jax":
-        return np.asarray(x)
+        try:
+            return np.asarray(x)
+        except (TypeError, RuntimeError) as e:  # traced, or deleted
+            raise InvalidProblem(
+                f"{name}: JAX does not give its numbers ({type(e).__name__}); pass it outside jit, vmap and grad, and "
+                "before it is donated or deleted"
+            ) from e
     raise InvalidProblem(
         f"{name}: got {type(x).__name__}, expected an array of {', '.join(KINDS)}; wrap it first, "
         "e.g. numpy.asarray(x, dtype=numpy.float32)"
     )
+
+
+def native(x: NDArray[Any]) -> NDArray[Any]:
+    """Return an array in this machine's byte order: itself, where it is so."""
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
+def why_unusable(x: Any) -> str | None:
+    """Return why an array of a known kind has no plain numbers and what to do about it, or None where it has."""
+    if isinstance(x, np.ma.MaskedArray):
+        return "is a masked array; pass x.filled(0) and what is masked in allowed (True where a key may be seen)"
+    if kind_of(x) != "torch":
+        return None
+    if type(x).__name__ == "FakeTensor" or x.is_meta:
+        return (
+            f"is a {'meta' if x.is_meta else 'fake'} tensor, which has no numbers; make it on a device that keeps them"
+        )
+    if x.is_nested:
+        return "is a nested tensor; pad it (x.to_padded_tensor(0)), or pack it and pass cu_seqlens_q and cu_seqlens_k"
+    if not str(x.layout).endswith("strided"):
+        return f"is a sparse tensor ({x.layout}); pass x.to_dense()"
+    return None
 
 
 def to_kind(x: NDArray[Any], kind: str, device: Any = None) -> Any:
@@ -111,7 +141,7 @@ def to_kind(x: NDArray[Any], kind: str, device: Any = None) -> Any:
         return x
     if kind not in KINDS:
         raise InvalidInput(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
-    x = np.array(x, copy=True, order="C")
+    x = native(np.array(x, copy=True, order="C"))
     if kind == "torch":
         import torch
 

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-import tempfile
+import secrets
+import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import fields
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import to_numpy
+from .arrays import native, to_numpy
 from .dtypes import FORMATS
 from .errors import InvalidInput
-from .problem import OFFSETS, TENSORS, Problem
+from .problem import TENSORS, Problem
 
 __all__ = [
     "check_folders",
     "load_arrays",
     "load_problem",
+    "plain",
     "save_arrays",
     "save_problem",
     "write_text",
     "write_whole",
 ]
 
+MOST_LINKS = 40
+BAD_FILE = (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, struct.error)
 MARK = "refattn problem 1"
 MARK_ARRAYS = "refattn arrays 1"
-BAD_FILE = (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile)
 
 
 def check_folders(*targets: str | None) -> None:
@@ -43,35 +52,104 @@ def check_folders(*targets: str | None) -> None:
 def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file under a temporary name beside its target, then rename it: a reader never sees half of it.
 
+    A link is followed, a file keeps its mode and, where the system allows it, its owner. What is no regular file (a
+    device, a pipe, a process's own output) is written into: it is never replaced.
+
     Raises
     ------
     InvalidInput
-        The folder does not exist or cannot be written, or the disk is full; the target is as it was.
+        The folder does not exist or cannot be written, or the disk is full; a regular target is as it was.
     """
     target = Path(path)
     try:
-        fd, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent or ".")
+        own, real = _followed(target)
+        found = None if own is not None else _status(real)
+        if own is not None or (found is not None and not stat.S_ISREG(found.st_mode)):
+            whole = BytesIO()  # all of it is made before the first byte is written
+            write(whole)
+            _write_into(os.dup(own) if own is not None else os.open(real, os.O_WRONLY), whole.getvalue())
+            return
+    except OSError as e:
+        raise InvalidInput(f"{target}: cannot write it ({e.strerror}); choose another file") from e
+    if found is not None and not os.access(real, os.W_OK):
+        raise InvalidInput(f"{target}: cannot write it (it is read-only); choose another file, or make it writable")
+    _replace(target, Path(real), found, write)
+
+
+def _replace(target: Path, real: Path, found: os.stat_result | None, write: Callable[[BinaryIO], Any]) -> None:
+    # a name of its own, not longer than the system allows; a private file's successor is private from its first byte
+    name = real.with_name(f".{real.name[:32]}.{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        # the system takes the umask away itself: asking for it would change it for every thread meanwhile
+        fd = os.open(name, flags, 0o666 if found is None else 0o600)
     except OSError as e:
         raise InvalidInput(f"{target}: cannot write there ({e.strerror}); choose another folder") from e
     try:
         with os.fdopen(fd, "wb") as f:
             write(f)
             f.flush()
+            if found is not None:
+                _alike(name, found)
             os.fsync(f.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
+        os.replace(name, real)
+        _sync(real.parent)
     except OSError as e:
-        os.unlink(name)
+        name.unlink(missing_ok=True)
         raise InvalidInput(f"{target}: cannot write it ({e.strerror}); the file is as it was") from e
     except BaseException:
-        os.unlink(name)
+        name.unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _followed(target: Path) -> tuple[int | None, str]:
+    """Return the number of this process's own file where a path names one, and the path with its links followed."""
+    path = os.path.abspath(target)
+    for _ in range(MOST_LINKS):
+        # of the last name only: /proc/self/fd/1 and /dev/stdout are links, too, and lead on to what is open there
+        path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        folder, name = os.path.split(path)
+        if name.isdecimal() and folder in ("/dev/fd", f"/proc/{os.getpid()}/fd"):
+            os.fstat(int(name))  # is it open?
+            return int(name), path
+        if not os.path.islink(path):
+            return None, path
+        if _status(path) is not None and folder.startswith("/proc/"):
+            return None, path  # another process's: the link is followed when it is opened
+        path = os.path.join(folder, os.readlink(path))
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _write_into(fd: int, data: bytes) -> None:
+    with os.fdopen(fd, "wb", buffering=0) as f:
+        rest = memoryview(data)
+        while len(rest):
+            rest = rest[f.write(rest) or 0 :]
+
+
+def _alike(name: Path, found: os.stat_result) -> None:
+    """Give a new file the owner and the mode of the one that it replaces."""
+    if hasattr(os, "chown"):
+        with contextlib.suppress(PermissionError):
+            os.chown(name, found.st_uid, found.st_gid)
+    os.chmod(name, stat.S_IMODE(found.st_mode))
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename last; some systems have no way to ask for it."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -81,15 +159,22 @@ def write_text(path: str | Path, text: str) -> None:
 
 def save_problem(problem: Problem, path: str | Path) -> None:
     """Write a Problem to an .npz file; formats that NumPy lacks are kept as bits beside their names."""
-    arrays = {n: to_numpy(x) for n, x in problem.arrays().items()}
-    _save(path, MARK, arrays, settings=problem.settings())
+    _save(path, MARK, problem.arrays(), settings=problem.settings())
 
 
 def _save(path: str | Path, mark: str, arrays: Mapping[str, Any], **more: Any) -> None:
+    arrays = {n: to_numpy(x, n) for n, x in arrays.items()}
     stored = {n: x if x.dtype.isbuiltin == 1 else x.view(f"u{x.dtype.itemsize}") for n, x in arrays.items()}
     head = {"mark": mark, "types": {n: x.dtype.name for n, x in arrays.items()}, **more}
-    parts: dict[str, Any] = {"refattn": np.array(json.dumps(head)), **stored}
+    parts: dict[str, Any] = {"refattn": np.array(json.dumps(head, default=plain)), **stored}
     write_whole(path, lambda f: np.savez(f, **parts))
+
+
+def plain(x: Any) -> Any:
+    """Return what JSON can hold of a number or an array of NumPy, all of it; for ``json.dumps(default=)``."""
+    if isinstance(x, np.generic | np.ndarray):
+        return x.tolist()
+    raise InvalidInput(f"{type(x).__name__}: cannot be kept in a file; pass numbers, names and tuples of them")
 
 
 def load_problem(path: str | Path) -> Problem:
@@ -101,12 +186,20 @@ def load_problem(path: str | Path) -> Problem:
         There is no such file, or it is not one of ours.
     """
     head, arrays = _load(path, MARK, "a problem file of refattn; make one with refattn.save_problem")
-    settings: dict[str, Any] = head["settings"]
-    if "window" in settings:
+    settings, names = head.get("settings"), {f.name for f in fields(Problem)}
+    if not isinstance(settings, dict) or not isinstance(settings.get("options", {}), dict):
+        raise InvalidInput(f"{path}: its settings are no mapping of names to values; write it with save_problem again")
+    if unknown := sorted(str(n)[:40] for n in {*arrays, *settings} - names):
+        raise InvalidInput(f"{path}: has {', '.join(unknown)}, which Problem does not know; another version wrote it")
+    if missing := [n for n in TENSORS[:3] if n not in arrays]:
+        raise InvalidInput(f"{path}: has no {', '.join(missing)}; write it with save_problem again")
+    if isinstance(settings.get("window"), list):
         settings["window"] = tuple(settings["window"])
     options = settings.get("options", {})
     settings["options"] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
-    tensors: dict[str, Any] = {n: x for n, x in arrays.items() if n in (*TENSORS, *OFFSETS)}
+    for name in arrays.keys() & settings.keys():
+        raise InvalidInput(f"{path}: has {name} twice; write it with save_problem again")
+    tensors: dict[str, Any] = arrays
     return Problem(**tensors, **settings)
 
 
@@ -128,16 +221,24 @@ def load_arrays(path: str | Path) -> dict[str, NDArray[Any]]:
 
 def _load(path: str | Path, mark: str, kind: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+        opened = open(path, "rb")  # noqa: SIM115 (what is wrong with opening is told apart from what is in it)
+    except FileNotFoundError as e:
+        raise InvalidInput(f"{path}: there is no such file") from e
+    except OSError as e:
+        raise InvalidInput(f"{path}: cannot be read ({e.strerror})") from e
+    try:
+        with opened, np.load(opened, allow_pickle=False) as file:
             head: dict[str, Any] = json.loads(str(file["refattn"]))
             if head["mark"] != mark:
                 raise KeyError("mark")
             return head, {n: _typed(file[n], t) for n, t in head["types"].items()}
-    except FileNotFoundError as e:
-        raise InvalidInput(f"{path}: there is no such file") from e
-    except BAD_FILE as e:
+    except Exception as e:  # a broken archive breaks its readers in many ways: zlib's, struct's, memory's, ...
         raise InvalidInput(f"{path}: is not {kind}") from e
 
 
-def _typed(x: Any, name: str) -> Any:
-    return x.view(FORMATS[name].dtype) if name in FORMATS and x.dtype.kind == "u" else x
+def _typed(x: NDArray[Any], name: str) -> NDArray[Any]:
+    x = native(x)
+    x = x.view(FORMATS[name].dtype) if name in FORMATS and x.dtype.kind == "u" else x
+    if x.dtype.name != name:
+        raise ValueError("another type than the head says")
+    return x

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import KINDS, dtype_name, kind_of, to_kind, to_numpy
+from .arrays import KINDS, dtype_name, kind_of, native, to_kind, to_numpy, why_unusable
 from .dtypes import FORMATS
 from .errors import InvalidProblem
 
-__all__ = ["ALIGNMENTS", "MEANINGS", "VARIANT", "Problem", "check_offsets"]
+__all__ = ["ALIGNMENTS", "MEANINGS", "VARIANT", "Problem", "check_offsets", "shown"]
 
 ALIGNMENTS = ("bottom_right", "top_left")
 TENSORS = ("query", "key", "value", "bias", "allowed", "sink", "weight", "state")
@@ -23,6 +23,8 @@ MEANINGS = ("causal", "window", "softcap", "sink", "bias", "allowed", "weight", 
 """The options that mean something for some operators only."""
 VARIANT = "softmax"
 """The operator of a call that names none."""
+WIDEST = 2**62
+"""The widest side of a window: sums with it are still integers of 64 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +94,14 @@ class Problem:
     state: Any = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.options, Mapping) or any(not isinstance(n, str) for n in self.options):
+            raise InvalidProblem(f"options: got {shown(self.options)}, expected a mapping of names to values")
+        if not isinstance(self.variant, str):
+            raise InvalidProblem(f"variant: got {shown(self.variant)}, expected the name of an operator")
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        for name, x in self._arrays():  # numbers are what they are, in whatever order their bytes come
+            if kind_of(x) == "numpy" and not x.dtype.isnative:
+                object.__setattr__(self, name, native(x))
         self._check_tensors()
         self._check_options()
         self._check_masks()
@@ -262,18 +271,19 @@ class Problem:
             )
 
     def _check_options(self) -> None:
-        if isinstance(self.causal, bool) or (self.causal is not None and self.causal not in ALIGNMENTS):
+        if self.causal is not None and not (isinstance(self.causal, str) and self.causal in ALIGNMENTS):
             raise InvalidProblem(
-                f"causal: got {self.causal!r}, expected None, 'bottom_right' or 'top_left'; "
+                f"causal: got {shown(self.causal)}, expected None, 'bottom_right' or 'top_left'; "
                 "name the corner that the diagonal meets"
             )
         if self.window is not None:
             ok = isinstance(self.window, tuple | list) and len(self.window) == 2
             if not ok or any(not _is_int(w) and w is not None for w in self.window):
-                raise InvalidProblem(f"window: got {self.window!r}, expected (left, right) of integers or None")
-            if any(w is not None and w < 0 for w in self.window):
+                raise InvalidProblem(f"window: got {shown(self.window)}, expected (left, right) of integers or None")
+            if any(w is not None and not 0 <= w <= WIDEST for w in self.window):
                 raise InvalidProblem(
-                    f"window: got {tuple(self.window)}, expected sides of at least 0; None lifts a limit"
+                    f"window: got {shown(tuple(self.window))}, expected sides of at least 0 and at most 2**62; "
+                    "None lifts a limit"
                 )
             object.__setattr__(self, "window", tuple(None if w is None else int(w) for w in self.window))
         for name, positive in (("scale", False), ("softcap", True)):
@@ -281,10 +291,10 @@ class Problem:
             if x is None:
                 continue
             if isinstance(x, bool) or not isinstance(x, int | float | np.integer | np.floating):
-                raise InvalidProblem(f"{name}: got {x!r}, expected a real number or None")
-            if not math.isfinite(x) or (positive and x <= 0):
+                raise InvalidProblem(f"{name}: got {shown(x)}, expected a real number or None")
+            if not _is_finite(x) or (positive and x <= 0):
                 want = "a finite number above 0" if positive else "a finite number"
-                raise InvalidProblem(f"{name}: got {x}, expected {want}; None turns it off")
+                raise InvalidProblem(f"{name}: got {shown(x)}, expected {want}; None turns it off")
             object.__setattr__(self, name, float(x))
 
     def _check_masks(self) -> None:
@@ -349,6 +359,22 @@ def check_offsets(p: Problem, q: Any, k: Any) -> None:
         raise InvalidProblem(f"cu_seqlens_k: has {k.shape[0]} offsets, expected cu_seqlens_q's {q.shape[0]}")
 
 
+def shown(x: Any) -> str:
+    """Return a value as an error shows it: short, whatever it is; a huge integer or an odd object is named only."""
+    try:
+        text = str(x) if isinstance(x, np.generic) else repr(x)
+    except Exception:  # of an integer of thousands of digits, and of whatever a foreign class does
+        return f"a value of {type(x).__name__} that cannot be shown"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_finite(x: Any) -> bool:
+    try:
+        return math.isfinite(x)
+    except OverflowError:  # an integer beyond float64
+        return False
+
+
 def _is_int(x: Any) -> bool:
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
@@ -356,3 +382,5 @@ def _is_int(x: Any) -> bool:
 def _expect_array(name: str, x: Any) -> None:
     if kind_of(x) is None:
         raise InvalidProblem(f"{name}: got {type(x).__name__}, expected an array of {', '.join(KINDS)}")
+    if (why := why_unusable(x)) is not None:
+        raise InvalidProblem(f"{name}: {why}")

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from refattn.arrays import dtype_name, from_float64, kind_of, like, to_float64, to_kind, to_numpy
+from refattn.arrays import dtype_name, from_float64, kind_of, like, native, to_float64, to_kind, to_numpy
 from refattn.dtypes import FORMATS
 from refattn.errors import InvalidInput, InvalidProblem
 
@@ -68,3 +69,40 @@ def test_errors_name_what_was_got():
         to_kind(np.ones(1), "tensorflow")
     with pytest.raises(InvalidInput, match="like: got int"):
         like(np.ones(1), 3)
+
+
+@pytest.mark.parametrize("dtype", [*FORMATS, "int32", "bool"])
+def test_the_other_byte_order_becomes_this_ones(dtype):
+    x = sample(dtype)
+    y = x.astype(x.dtype.newbyteorder("S"))
+    for found in (to_numpy(y), native(y)):
+        assert found.dtype.isnative
+        assert found.tobytes() == x.tobytes()
+    if dtype != "float64":
+        assert (to_numpy(to_kind(y, "torch")) == x).all()
+
+
+def test_what_has_no_numbers_is_refused():
+    x = torch.ones(2, 3)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+    for y, text in (
+        (np.ma.masked_array([1.0, 2.0], [True, False]), r"x: is a masked array; pass x\.filled"),
+        (x.to("meta"), "x: is a meta tensor, which has no numbers"),
+        (fake, "x: is a fake tensor, which has no numbers"),
+        (x.to_sparse(), r"x: is a sparse tensor \(torch.sparse_coo\)"),
+    ):
+        with pytest.raises(InvalidProblem, match=text):
+            to_numpy(y, "x")
+    with pytest.raises(InvalidProblem, match=r"x: JAX does not give its numbers \(TracerArrayConversionError\); pass"):
+        jax.jit(lambda y: to_numpy(y, "x"))(jnp.ones(3))
+    gone = jnp.ones(3)
+    gone.delete()
+    with pytest.raises(InvalidProblem, match=r"x: JAX does not give its numbers \(RuntimeError\)"):
+        to_numpy(gone, "x")
+
+
+def test_a_tensor_that_only_says_it_is_negated():
+    z = torch._neg_view(torch.tensor([2.0, -4.0]))
+    assert z.is_neg()
+    assert (to_numpy(z) == [-2, 4]).all()

@@ -17,6 +17,11 @@ def good(**more):
     return Problem(**parts)
 
 
+class Unspeakable:
+    def __repr__(self):
+        raise RuntimeError
+
+
 BAD = [
     ({"query": ones(8, 5, 16)}, r"query: got 3 axes \(8, 5, 16\), expected 4 \(batch, heads, seq, dim\)"),
     ({"query": [[1.0]]}, "query: got list, expected an array"),
@@ -50,6 +55,25 @@ BAD = [
     ({"cu_seqlens_q": np.array([0, 3, 2, 5]), "cu_seqlens_k": np.array([0, 1, 2, 7])}, "never fall"),
     ({"cu_seqlens_q": np.array([0, 2, 5]), "cu_seqlens_k": np.array([0, 7])}, "cu_seqlens_k: has 2 offsets"),
     ({"cu_seqlens_q": np.array([0.0, 5.0]), "cu_seqlens_k": np.array([0, 7])}, "cu_seqlens_q: got float64"),
+    ({"scale": 10**400}, r"scale: got 10+\.\.\., expected a finite number; None turns it off"),
+    ({"scale": 10**9999}, "scale: got a value of int that cannot be shown, expected a finite number"),
+    ({"scale": np.longdouble(10) ** 400}, "scale: got .*, expected a finite number"),
+    ({"scale": Unspeakable()}, "scale: got a value of Unspeakable that cannot be shown, expected a real number"),
+    ({"causal": Unspeakable()}, "causal: got a value of Unspeakable that cannot be shown"),
+    ({"causal": np.ones(2)}, r"causal: got array\(\[1., 1.\]\), expected None"),
+    ({"window": Unspeakable()}, "window: got a value of Unspeakable that cannot be shown"),
+    ({"window": (10**30, 0)}, r"window: got \(10+, 0\), expected sides of at least 0 and at most 2\*\*62"),
+    ({"options": None}, "options: got None, expected a mapping of names to values"),
+    ({"options": {1: 2}}, "options: got {1: 2}, expected a mapping"),
+    ({"variant": None}, "variant: got None, expected the name of an operator"),
+    ({"query": np.ma.masked_array(ones(1, 8, 5, 16))}, r"query: is a masked array; pass x\.filled\(0\)"),
+    ({"allowed": np.ma.masked_array(ones(1, 1, 5, 7, dtype=bool))}, "allowed: is a masked array"),
+    ({"query": torch.ones(1, 8, 5, 16, device="meta")}, "query: is a meta tensor, which has no numbers; make it on"),
+    ({"query": torch.ones(1, 8, 5, 16).to_sparse()}, r"query: is a sparse tensor \(torch.sparse_coo\); .*to_dense"),
+    (
+        {"query": torch.nested.nested_tensor([torch.ones(2, 3)], layout=torch.jagged)},
+        "query: is a nested tensor; pad it",
+    ),
 ]
 
 
@@ -123,3 +147,13 @@ def test_ipython_and_hypothesis_show_the_short_form(make):
     p = make(50, 60)
     assert pretty(p) == repr(p)
     assert len(repr(p)) < 100
+
+
+def test_numbers_do_not_depend_on_the_order_of_their_bytes():
+    given = {n: np.random.default_rng(0).standard_normal((1, 2, 5, 4)).astype(">f4") for n in ("query", "key", "value")}
+    given["cu_seqlens_q"] = given["cu_seqlens_k"] = np.array([0, 2, 5], ">i8")
+    p = Problem(**given)
+    for name, x in p.arrays().items():
+        assert x.dtype.isnative
+        np.testing.assert_array_equal(x, given[name])
+    assert p.to("torch").query[0, 0, 0, 0] == given["query"][0, 0, 0, 0]

@@ -11,7 +11,7 @@ import click
 import numpy as np
 from rich.console import Console
 
-from ..errors import InvalidInput, UnsupportedProblem
+from ..errors import InvalidInput
 from ..files import load_problem, write_text, write_whole
 
 __all__ = ["he"]
@@ -60,16 +60,30 @@ def plan_(sizes: tuple[int, ...], output: str | None, as_json: bool, **given: An
 @click.option("--upload", type=click.Choice(["full", "whole"]), help="Of a layer; a plan has its own.  [default: full]")
 @click.option("--certificate", help="A file with a TLS certificate.")
 @click.option("--key", help="The file with its key.")
-def serve(program: str, host: str, port: int, certificate: str | None, key: str | None, **given: Any) -> None:
-    """Serve a plan of attention, or a layer with its weights, over HTTP."""
+@click.option(
+    "--tokens", "token_file", help="A file with bearer tokens, one a line; others may not read it (mode 600)."
+)
+def serve(
+    program: str,
+    host: str,
+    port: int,
+    certificate: str | None,
+    key: str | None,
+    token_file: str | None,
+    **given: Any,
+) -> None:
+    """Serve a plan of attention, or a layer with its weights, over HTTP.
+
+    Beyond this machine (--host) a token is demanded of every request.
+    """
     from ..he import Layer, Plan
+    from ..he.listen import listen
     from ..he.saved import load_weights, plan_from_json
     from ..he.service import service
+    from ..he.tokens import demand, read_tokens
 
-    try:
-        import uvicorn
-    except ModuleNotFoundError as e:
-        raise UnsupportedProblem("he: serving needs the package uvicorn; pip install 'refattn[he]'") from e
+    tokens = None if token_file is None else read_tokens(token_file)
+    demand(host, tokens)
     if (certificate is None) != (key is None):
         raise InvalidInput("serve: --certificate and --key go together")
     for name, file in (("certificate", certificate), ("key", key)):
@@ -84,19 +98,9 @@ def serve(program: str, host: str, port: int, certificate: str | None, key: str 
             raise InvalidInput(f"serve: {program} is the plan of a layer; serve the layer's weights")
         if given["upload"]:
             raise InvalidInput(f"serve: --upload is for a layer's weights; {program} is a plan, which has its own")
-    app = service(what, given["sessions"], given["expire"])
-    config = uvicorn.Config(
-        app, host, port, log_level="warning", ssl_certfile=certificate, ssl_keyfile=key, access_log=False
-    )
-
-    class Announced(uvicorn.Server):  # type: ignore[misc]
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            if self.servers:
-                bound = self.servers[0].sockets[0].getsockname()
-                click.echo(f"listening at http{'s' if certificate else ''}://{host}:{bound[1]}")
-
-    Announced(config).run()
+    app = service(what, given["sessions"], given["expire"], tokens=tokens)
+    where = {"certificate": certificate, "key": key}
+    listen(app, host, port, **where, announce=lambda url: click.echo(f"listening at {url}"))  # type: ignore[arg-type]
 
 
 @he.command()
@@ -104,16 +108,19 @@ def serve(program: str, host: str, port: int, certificate: str | None, key: str 
 @click.argument("source", metavar="INPUT", type=click.Path(exists=True, dir_okay=False))
 @click.option("-o", "--output", required=True, help="The .npy file for the result.")
 @click.option("--plan", "expected", type=click.Path(exists=True, dir_okay=False), help="Refuse a server with another.")
-def query(url: str, source: str, output: str, expected: str | None) -> None:
+@click.option("--token-file", help="A file with the token that the server demands (mode 600).")
+def query(url: str, source: str, output: str, expected: str | None, token_file: str | None) -> None:
     """Encrypt INPUT, have a server compute, decrypt the result.
 
     INPUT is a problem's .npz file for a plan of attention, or a .npy file with an (n, d) array for a layer. Keys are
     made for this one query; the secret one stays here.
     """
     from ..he import Client
+    from ..he.remote import Remote
     from ..he.saved import plan_from_json
-    from ..he.service import Remote
+    from ..he.tokens import read_tokens
 
+    token = None if token_file is None else read_tokens(token_file)[0]
     x: Any
     if source.endswith(".npz"):
         x = load_problem(source)
@@ -122,7 +129,7 @@ def query(url: str, source: str, output: str, expected: str | None) -> None:
             x = np.load(source, allow_pickle=False)
         except (OSError, ValueError) as e:
             raise InvalidInput(f"{source}: not a .npy file: {e}") from e
-    with Remote(url) as server:
+    with Remote(url, token=token) as server:
         plan = server.plan()
         if expected is not None and plan_from_json(Path(expected).read_bytes()).digest != plan.digest:
             raise InvalidInput(f"{url} has another plan than {expected}")

@@ -8,20 +8,23 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import native
 from ..errors import InvalidInput, WorkerDied
-from ..files import load_arrays, save_arrays
+from ..files import load_arrays, plain, save_arrays
 from ..masks import visible
 from ..problem import Problem
 from ..variants import Rows, variant_of
 
 __all__ = ["Part", "fingerprint", "parts", "whole", "work_through"]
 
+VERSION = version("refattn")
 ROWS = 2048  # query rows to a part
 
 Arrays = dict[str, NDArray[Any]]
@@ -107,11 +110,13 @@ def _block(x: Any, b: int, heads: slice, rows: slice) -> Any:
 
 
 def fingerprint(problem: Problem, *more: Any, dout: NDArray[np.float64] | None = None) -> str:
-    """Return a name for a call and how it is evaluated: two calls with the same one have the same answer."""
-    digest = hashlib.sha256(json.dumps([problem.settings(), more], sort_keys=True, default=str).encode())
+    """Return a name for a call and how it is evaluated, by what version: those with the same one have one answer."""
+    about = [VERSION, problem.settings(), more]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=plain).encode())
     arrays = problem.to("numpy").arrays() | ({} if dout is None else {"dout": dout})
     for name, x in sorted(arrays.items()):
-        digest.update(f"{name} {x.dtype.name} {x.shape}".encode())
+        x = native(x)  # else other numbers in the other byte order have these bytes
+        digest.update(f"{name} {x.dtype.name} {x.dtype.str} {x.shape}".encode())
         digest.update(np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()[:24]
 

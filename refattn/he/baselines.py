@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import UnsupportedProblem
 from ..problem import Problem
-from .circuit import Numbers
+from .arithmetic import Numbers
 from .inverse import Inverse
 
 __all__ = ["ckks_tensor", "ckks_vector", "edge_call", "random_call"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,11 @@ from ..errors import InvalidProblem, UnsupportedProblem
 from ..exact import evaluate
 from ..masks import visible
 from ..problem import Problem
-from .circuit import Numbers
+from ..variants import VARIANTS
+from .arithmetic import Numbers
+from .call import Call
+from .planned import Program
 from .sampled import Sampled
-
-if TYPE_CHECKING:
-    from .layer import Layer
-    from .plan import Plan
 
 __all__ = ["decoded", "encoded", "reference", "simulate", "simulated"]
 
@@ -38,14 +37,27 @@ def reference(problem: Problem) -> Float:
     Raises
     ------
     InvalidProblem
-        It is of another variant.
+        It has an option that the operator does not know or cannot take.
+    UnsupportedProblem
+        It is of another variant, or a part of the call, e.g. a softcap, means nothing to power-softmax.
     """
-    if problem.variant != "power":
-        raise InvalidProblem(f"he.reference: got variant {problem.variant!r}, expected 'power'")
+    checked(problem)
     return to_float64(evaluate(problem, rounding="float64").out)
 
 
-def simulate(plan: Plan, problem: Problem, seed: int | None = None) -> Float:
+def checked(problem: Problem) -> dict[str, Any]:
+    """Return a problem's own options with defaults filled in, checked as the exact evaluation checks them.
+
+    This is the one check for what is computed exactly and on ciphertexts: an option that one refuses, both do.
+    """
+    if not isinstance(problem, Problem):
+        raise InvalidProblem(f"he: got {type(problem).__name__}, expected a Problem")
+    if problem.variant != "power":
+        raise UnsupportedProblem(f"he: computes variant 'power', got {problem.variant!r}")
+    return dict(VARIANTS["power"].settings(problem))
+
+
+def simulate(plan: Program, problem: Problem, seed: int | None = None) -> Float:
     """Return what the encrypted program computes, on float64 numbers: the same polynomial, without keys.
 
     Parameters
@@ -69,7 +81,7 @@ def simulate(plan: Plan, problem: Problem, seed: int | None = None) -> Float:
     return simulated(plan, problem, seed)
 
 
-def simulated(program: Plan | Layer, x: Any, seed: int | None) -> Float:
+def simulated(program: Program, x: Any, seed: int | None) -> Float:
     """Return what a program computes on plain numbers, with drawn noise where there is a seed."""
     plan = program.plan
     shape, slots = plan.encoded(x)
@@ -80,13 +92,12 @@ def simulated(program: Plan | Layer, x: Any, seed: int | None) -> Float:
         m = Sampled(plan.ring, seed)
         given = [m.fresh(s, limbs) for s, limbs in slots]
         outs = [y.slots for task in program.tasks(given) for y in program.compute(m, *task)]
-    return plan.decoded(outs, shape)
+    found: Float = plan.decoded(outs, shape)
+    return found
 
 
-def encoded(plan: Plan, problem: Problem) -> tuple[tuple[int, ...], list[tuple[Complex, int]]]:
+def encoded(plan: Call, problem: Problem) -> tuple[tuple[int, ...], list[tuple[Complex, int]]]:
     """Return the result's shape, and slots and primes of each ciphertext of a query: by heads, then by blocks."""
-    if not isinstance(problem, Problem):
-        raise InvalidProblem(f"he: got {type(problem).__name__}, expected a Problem")
     layout, top = plan.layout, plan.ring.levels + 1
     q, k, v, seen = slots_of(plan, problem)
     # what is filled up is 0 and hides nothing
@@ -102,7 +113,7 @@ def encoded(plan: Plan, problem: Problem) -> tuple[tuple[int, ...], list[tuple[C
     return problem.out_shape, found
 
 
-def decoded(plan: Plan, slots: Sequence[Complex], shape: tuple[int, ...]) -> Float:
+def decoded(plan: Call, slots: Sequence[Complex], shape: tuple[int, ...]) -> Float:
     """Return out from the slots of a reply."""
     layout = plan.layout
     pairs = np.zeros((plan.heads, layout.queries, layout.pairs), np.complex128)
@@ -113,7 +124,7 @@ def decoded(plan: Plan, slots: Sequence[Complex], shape: tuple[int, ...]) -> Flo
     return out_of(plan, shape, pairs)
 
 
-def divided(plan: Plan, found: Sequence[Complex]) -> list[NDArray[np.complex128]]:
+def divided(plan: Call, found: Sequence[Complex]) -> list[NDArray[np.complex128]]:
     """Return a block's result from the slots of its ciphertexts: the client's part of the program."""
     if plan.inverse is not None:
         return [x * plan.inverse.output_factor for x in found]
@@ -121,16 +132,16 @@ def divided(plan: Plan, found: Sequence[Complex]) -> list[NDArray[np.complex128]
         return [np.asarray(x / (found[-1].real + plan.epsilon * plan.input_factor)) for x in found[:-1]]
 
 
-def out_of(plan: Plan, shape: tuple[int, ...], pairs: NDArray[np.complex128]) -> Float:
+def out_of(plan: Call, shape: tuple[int, ...], pairs: NDArray[np.complex128]) -> Float:
     """Return out, of shape (b, h, n_q, d_v), from pairs of outputs as complex numbers."""
     whole = np.stack([pairs.real, pairs.imag], -1).reshape(plan.heads, plan.layout.queries, -1)
     return np.asarray(whole[:, : plan.n_q, : plan.d_v].reshape(shape))
 
 
-def slots_of(plan: Plan, p: Problem) -> tuple[Float, Float, Float, NDArray[np.bool_]]:
+def slots_of(plan: Call, p: Problem) -> tuple[Float, Float, Float, NDArray[np.bool_]]:
     """Return query (scaled), key and value filled up with zeros, and which keys each query sees."""
-    layout = plan.layout
     _fits(plan, p)
+    layout = plan.layout
     width = 2 * layout.pairs
     q, k, v = (to_float64(np.asarray(x)) for x in (p.query, p.key, p.value))
     k, v = (np.repeat(x, p.heads // p.heads_kv, 1) for x in (k, v))
@@ -148,13 +159,14 @@ def slots_of(plan: Plan, p: Problem) -> tuple[Float, Float, Float, NDArray[np.bo
     return filled(scaled, layout.queries), filled(k, layout.keys), filled(v, layout.keys), seen
 
 
-def _fits(plan: Plan, p: Problem) -> None:
+def _fits(plan: Call, p: Problem) -> None:
     """Refuse a problem that is not the plan's."""
+    settings = checked(p)
     if p.kind != "numpy":
         raise UnsupportedProblem(f"he: takes arrays of numpy, got {p.kind}; problem.to('numpy') gives them")
-    form, epsilon = p.options.get("form", "plain"), p.options.get("epsilon", 1e-3)
-    if p.variant != "power" or form not in ("plain", "mean"):
-        raise UnsupportedProblem("he: computes variant 'power' in its plain and mean forms")
+    form, epsilon = settings["form"], settings["epsilon"]
+    if form not in ("plain", "mean"):
+        raise UnsupportedProblem(f"he: got form {form!r}, expected 'plain' or 'mean'; reference computes the others")
     if form == "mean":  # the plain form with an epsilon of as many times, where all rows see as many keys
         seen = {int(n) for b in range(p.batch) for h in range(p.heads) for n in _counts(p, b, h)}
         if len(seen) > 1:
@@ -163,7 +175,7 @@ def _fits(plan: Plan, p: Problem) -> None:
     if p.cu_seqlens_q is not None:
         raise UnsupportedProblem("he: takes no packed sequences")
     found = {n: getattr(p, n) for n in ("n_q", "n_k", "d_k", "d_v")} | {"heads": p.batch * p.heads}
-    found |= {"p": p.options.get("p", 4), "epsilon": epsilon}
+    found |= {"p": settings["p"], "epsilon": epsilon}
     found["scale"] = 1 / math.sqrt(p.d_k) if p.scale is None else p.scale
     for name, x in found.items():
         if x != getattr(plan, name):
@@ -174,7 +186,7 @@ def _counts(p: Problem, batch: int, head: int) -> NDArray[np.int64]:
     return np.asarray(visible(p, batch, head, slice(0, p.n_q), slice(0, p.n_k)).sum(1))
 
 
-def _in_range(plan: Plan, q: Float, k: Float, v: Float, seen: NDArray[np.bool_]) -> None:
+def _in_range(plan: Call, q: Float, k: Float, v: Float, seen: NDArray[np.bool_]) -> None:
     """Refuse numbers outside the plan's ranges: the result would be wrong without a sign of it."""
     largest = {
         "query": (np.linalg.norm(q, axis=2), plan.norms[0], "row norm"),
@@ -187,10 +199,13 @@ def _in_range(plan: Plan, q: Float, k: Float, v: Float, seen: NDArray[np.bool_])
     low, high = plan.denominator
     seen = seen[:, : plan.n_q, : plan.n_k]
     sums = ((plan.scale * np.einsum("hid,hjd->hij", q, k)) ** plan.p * seen).sum(2) + plan.epsilon
-    outside = seen.any(2) & ~((sums >= low) & (sums <= high))
+    # a row that sees no key is 0 over epsilon; where the client divides, noise over epsilon: its bound grows so much
+    unsure = plan.inverse is None and plan.noise * low > plan.tolerance * plan.epsilon
+    outside = (seen.any(2) | unsure) & ~((sums >= low) & (sums <= high))
     if outside.any():
         head, row = (int(x) for x in np.argwhere(outside)[0])
         raise InvalidProblem(
             f"denominator: head {head}, row {row} has {sums[head, row]:.4g}, outside the plan's "
             f"({low:.4g}, {high:.4g}), where its inverse holds; plan a wider range"
+            + ("" if seen[head, row].any() else ", or normalize='server' for rows that see no key")
         )

@@ -15,12 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
+from ..problem import shown
+from .arguments import is_count
+from .arithmetic import Numbers
 
 __all__ = ["Inverse", "choose", "product"]
 
 Float = NDArray[np.float64]
 MOST_QUADRATICS = 15
 """More lose more digits than they save levels."""
+MOST_DOUBLINGS = 40
+"""No chain has more levels."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,11 @@ class Inverse:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.high) and 0 < self.low < self.high):
             raise InvalidInput(f"denominator: got ({self.low}, {self.high}), expected 0 < low < high")
-        if self.doublings < 0 or self.odd < 1 or self.odd % 2 == 0:
+        most = 2 * MOST_QUADRATICS + 1
+        if not is_count(self.doublings, 0, MOST_DOUBLINGS) or not is_count(self.odd, 1, most) or self.odd % 2 == 0:
             raise InvalidInput(
-                f"inverse: got {self.doublings} doublings of order {self.odd}, expected 0 or more of an odd order"
+                f"inverse: got {shown(self.doublings)} doublings of order {shown(self.odd)}, expected 0 or more of an "
+                f"odd order, at most {MOST_DOUBLINGS} and {most}"
             )
 
     @property
@@ -165,8 +172,6 @@ class Inverse:
 
     def __call__(self, x: Float) -> Float:
         """Return y(x) in float64."""
-        from .circuit import Numbers
-
         x = np.asarray(x, np.float64)
         out = self.apply(Numbers(), np.full_like(x, self.input_factor), x * self.input_factor, 0.0)
         return np.asarray(out * self.output_factor)
@@ -183,7 +188,7 @@ def product(m: Any, factors: list[Any]) -> Any:
 
 
 def choose(low: float, high: float, relative_error: float) -> list[Inverse]:
-    """Return inverses within a relative error, those with few levels and then few products first.
+    """Return inverses within a relative error, those with few levels and then few products first; none if none is.
 
     Raises
     ------
@@ -194,7 +199,7 @@ def choose(low: float, high: float, relative_error: float) -> list[Inverse]:
         raise InvalidInput(f"tolerance: got {relative_error}, expected a number above 0")
     order = math.acosh(1 / min(relative_error, 1.0)) / Inverse(low, high).reach
     found = set()
-    for doublings in range(math.ceil(math.log2(max(order, 1.0))) + 2):
+    for doublings in range(min(math.ceil(math.log2(max(order, 1.0))) + 2, MOST_DOUBLINGS + 1)):
         # the least odd order, and two more for where noise leaves less room
         odd = max(1, 2 * math.ceil((order / 2**doublings - 1) / 2) + 1)
         found |= {Inverse(low, high, doublings, o) for o in (odd, odd + 2) if o // 2 <= MOST_QUADRATICS}

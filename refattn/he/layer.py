@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem
-from .circuit import Levels, Token, attend
+from .arithmetic import Levels, Token
+from .circuit import attend
 from .inputs import simulated
 from .inverse import Inverse, choose, product
 from .layer_plan import LayerPlan, axes_of, feature_of, period_of

@@ -74,7 +74,10 @@ class LayerPlan(Planned):
     rotations: tuple[int, ...]
     upload: str = "full"
 
-    outs = 1
+    @property
+    def outs(self) -> int:
+        """Ciphertexts of a reply."""
+        return 1
 
     @property
     def copies(self) -> int:
@@ -87,6 +90,10 @@ class LayerPlan(Planned):
         if not self.classes:
             found[self.load, self.residual_limbs] += 1
         return found
+
+    def part_limbs(self) -> list[int]:
+        """Return the primes left of each ciphertext of a query, in its order."""
+        return [self.ring.levels + 1] * 2 * self.copies + ([] if self.classes else [self.residual_limbs])
 
     def predicted_ms(self, costs: Costs = COSTS) -> float:
         """Return the server's time on one core."""

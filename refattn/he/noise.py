@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .circuit import Arithmetic
+from .arithmetic import Arithmetic
 
 __all__ = ["Bounds", "Noisy", "Ring", "quantile"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -16,13 +14,14 @@ from numpy.typing import NDArray
 from ..errors import UnsupportedProblem
 from ..problem import Problem
 from .arguments import check_arguments
-from .circuit import Levels, Numbers, Token, attend
+from .arithmetic import Levels, Numbers, Token
+from .call import Call
+from .circuit import attend
 from .costs import COSTS, Costs, predicted_ms
 from .inputs import decoded, encoded
 from .inverse import Inverse, choose
 from .layout import BatchLayout, Layout, layouts_for
 from .noise import Bounds, Ring, quantile
-from .planned import Planned
 
 __all__ = ["Plan", "plan"]
 
@@ -32,67 +31,8 @@ LEAST_MIDDLE, MOST_MIDDLE, MOST_FIRST = 25, 48, 60
 
 
 @dataclass(frozen=True)
-class Plan(Planned):
-    """An encrypted call, planned.
-
-    Attributes
-    ----------
-    n_q, n_k, d_k, d_v, heads, p : int
-        Sizes and the even power.
-    denominator : (float, float)
-        The range of the denominators, epsilon included: the client refuses inputs outside it.
-    epsilon, scale : float
-        Added to the denominator; multiplies the scores.
-    norms : (float, float)
-        The largest Euclidean norms of a query and of a key row.
-    value_most : float
-        The largest size of an element of value.
-    normalize : str
-        Who divides: "server" by a polynomial, or "client", who then learns the denominators.
-    mode : str
-        "latency" (a call's numbers share ciphertexts) or "throughput" (a slot is an input).
-    upload : str
-        "full"; "compact": the queries come once; "whole": nothing of the ciphertexts is left to the server to expand.
-    workers : int
-        Processes of the server that the layout is for.
-    tolerance : float
-        The largest error wanted of an element of out.
-    ring, layout, inverse
-        What was chosen.
-    levels : dict of str to int
-        Levels by step.
-    counts : Counter
-        Operations of a block by (name, primes left).
-    rotations : tuple of int
-        Those that keys are made for.
-    approximation, noise : float
-        Bounds of the two parts of the error; the noise's holds but for a chance of 2**-40.
-    """
-
-    n_q: int
-    n_k: int
-    d_k: int
-    d_v: int
-    heads: int
-    p: int
-    denominator: tuple[float, float]
-    epsilon: float
-    scale: float
-    norms: tuple[float, float]
-    value_most: float
-    normalize: str
-    mode: str
-    upload: str
-    workers: int
-    tolerance: float
-    ring: Ring
-    layout: Layout | BatchLayout
-    inverse: Inverse | None
-    levels: dict[str, int]
-    counts: Counter[tuple[str, int]]
-    rotations: tuple[int, ...]
-    approximation: float
-    noise: float
+class Plan(Call):
+    """An encrypted call, planned; its attributes are those of ``refattn.he.call.Call``."""
 
     @property
     def plan(self) -> Plan:
@@ -123,35 +63,6 @@ class Plan(Planned):
         keys, values = shared[: len(shared) // 2], shared[len(shared) // 2 :]
         return attend(m, self.layout, self.p, self.inverse, self.epsilon, queries, keys, values)
 
-    @property
-    def outs(self) -> int:
-        """Ciphertexts of a reply."""
-        return (self.layout.outs + (self.inverse is None)) * len(self.layout.blocks())
-
-    @property
-    def input_factor(self) -> float:
-        """What sums of powers are multiplied with before the circuit sees them."""
-        return 1 / self.denominator[1] if self.inverse is None else self.inverse.input_factor
-
-    @property
-    def value_limbs(self) -> int:
-        """Primes that the values' ciphertexts have left: what the weights have when they meet."""
-        return self.ring.levels + 1 - self.levels["products"] - self.levels["power"]
-
-    def loads(self) -> Counter[tuple[str, int]]:
-        """Return the ciphertexts of a query by (`load`, primes left)."""
-        blocks = self.layout.blocks()
-        groups, top = len({h for h, _ in blocks}), self.ring.levels + 1
-        shared = self.layout.shared_parts * groups
-        found = Counter({(self.load, top): self.layout.query_parts * len(blocks) + shared})
-        found[self.load, self.value_limbs] += shared
-        return found
-
-    @property
-    def error(self) -> float:
-        """The bound on an element of out."""
-        return self.approximation + self.noise
-
     def predicted_ms(self, costs: Costs = COSTS, workers: int = 1) -> float:
         """Return the server's time: the program, and reading the query's ciphertexts; workers have a core each."""
         degree, blocks, loads = self.ring.degree, self.layout.blocks(), self.loads()
@@ -160,15 +71,6 @@ class Plan(Planned):
             loads = Counter({k: c * len(blocks) // groups for k, c in loads.items()})
         whole = predicted_ms(costs, degree, self.counts) * len(blocks) + predicted_ms(costs, degree, loads)
         return whole / len(blocks) * math.ceil(len(blocks) / workers)
-
-    @property
-    def digest(self) -> bytes:
-        """What messages name the plan by."""
-        names = ("n_q", "n_k", "d_k", "d_v", "heads", "p", "denominator", "epsilon", "scale", "norms", "value_most")
-        text = {n: getattr(self, n) for n in names} | {"ring": asdict(self.ring), "layout": asdict(self.layout)}
-        text["mode"], text["upload"] = self.mode, self.upload
-        text["inverse"] = None if self.inverse is None else [self.inverse.doublings, self.inverse.odd]
-        return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).digest()
 
     def report(self) -> dict[str, Any]:
         """Return all that the plan says, as what JSON holds."""
@@ -259,7 +161,7 @@ def plan(
     """
     check_arguments(
         n_q, n_k, d_k, d_v, heads, p, denominator, epsilon, norms, value_most, tolerance, normalize, mode, upload,
-        workers,
+        workers, scale, inverse,
     )  # fmt: skip
     d_v = d_k if d_v is None else d_v
     low, high = denominator

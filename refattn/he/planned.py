@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from rich.table import Table
 
 from .noise import Ring
 
-__all__ = ["Planned"]
+__all__ = ["Planned", "Program"]
 
 
 class Planned(ABC):
@@ -23,6 +24,10 @@ class Planned(ABC):
     @abstractmethod
     def loads(self) -> Counter[tuple[str, int]]:
         """Return the ciphertexts of a query by (`load`, primes left)."""
+
+    @abstractmethod
+    def part_limbs(self) -> list[int]:
+        """Return the primes left of each ciphertext of a query, in its order."""
 
     @property
     def load(self) -> str:
@@ -43,6 +48,16 @@ class Planned(ABC):
         return bits * ring.degree // 7  # SEAL's compression leaves an eighth more than the primes' bits
 
     @property
+    @abstractmethod
+    def outs(self) -> int:
+        """Ciphertexts of a reply."""
+
+    @property
+    def reply_most(self) -> int:
+        """The most bytes of a reply: both polynomials of each ciphertext, not compressed, and what is around them."""
+        return self.outs * (16 * (self.ring.levels + 1) * self.ring.degree + 2**10) + 2**10
+
+    @property
     def key_bytes(self) -> int:
         """Of the evaluation keys, near."""
         digits = self.ring.levels + 1
@@ -55,3 +70,17 @@ class Planned(ABC):
             if name != "operations_of_a_block":
                 table.add_row(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
         return table
+
+
+class Program(Protocol):
+    """What a server computes: a plan of attention, or a layer."""
+
+    @property
+    def plan(self) -> Any:
+        """What client and server agree on."""
+
+    def tasks(self, parts: Sequence[Any]) -> list[tuple[Sequence[Any], Sequence[Any]]]:
+        """Return the ciphertexts of each block that can be computed apart: shared ones, and its own."""
+
+    def compute(self, m: Any, shared: Sequence[Any], queries: Sequence[Any]) -> list[Any]:
+        """Return a block's result by an arithmetic."""

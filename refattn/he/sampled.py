@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .circuit import Arithmetic
+from .arithmetic import Arithmetic
 from .noise import ERROR, Ring
 
 __all__ = ["Sample", "Sampled"]

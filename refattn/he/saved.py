@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import InvalidInput
+from ..errors import InvalidInput, RefattnError
 from ..files import load_arrays, save_arrays
+from ..problem import shown
+from .arguments import is_number
+from .foreign import layer_plan_of
 from .inverse import Inverse
-from .layer_plan import LayerPlan, period_of
-from .layout import Layout
-from .noise import Ring
-from .plan import MOST_BITS, Plan, plan
+from .layer_plan import LayerPlan
+from .plan import Plan, plan
 from .polynomials import Activation, Polynomial
 from .weights import Feedforward, Weights, check
 
 __all__ = ["load_weights", "plan_from_json", "plan_to_json", "save_weights"]
 
 VERSION, PLAN_VERSION = 1, 2
+MOST_TEXT = 2**20
+"""Bytes of a plan as JSON."""
 ARGUMENTS = ("n_q", "n_k", "d_k", "d_v", "heads", "p")
 RANGES = (
     "denominator",
@@ -54,53 +56,66 @@ def plan_to_json(made: Plan | LayerPlan) -> str:
     )
 
 
-def plan_from_json(text: str | bytes) -> Plan | LayerPlan:
+def plan_from_json(text: str | bytes, most_bytes: int = 2**40) -> Plan | LayerPlan:
     """Return the plan of some JSON.
+
+    Parameters
+    ----------
+    text : str or bytes
+        What :func:`plan_to_json` returned; it may come from a server that nobody trusts.
+    most_bytes : int
+        The most bytes that the plan's keys, or a query, may have.
 
     Raises
     ------
     InvalidInput
-        It is none, of another version, or not within 128 bits of security.
+        It is none, of another version, not within 128 bits of security, or asks for more than `most_bytes`.
+    UnsupportedProblem
+        Sizes that no ring has room for.
     """
+    if len(text) > MOST_TEXT:
+        raise InvalidInput(f"he: got {len(text)} bytes of a plan, expected at most {MOST_TEXT}")
     try:
         whole = json.loads(text)
         kind, version, digest, what = (whole[n] for n in ("refattn", "version", "digest", "plan"))
         if version != PLAN_VERSION:
-            raise InvalidInput(f"he: got a plan of version {version}, expected {PLAN_VERSION}")
+            raise InvalidInput(f"he: got a plan of version {shown(version)}, expected {PLAN_VERSION}")
         if kind == "he attention plan":
             made: Plan | LayerPlan = _attention(dict(what))
         elif kind == "he layer plan":
-            made = _layer(dict(what))
+            made = layer_plan_of(dict(what))
         else:
-            raise InvalidInput(f"he: got {kind!r}, expected a plan of attention or of a layer")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InvalidInput(f"he: got what is no plan: {type(e).__name__}: {e}") from e
+            raise InvalidInput(f"he: got {shown(kind)}, expected a plan of attention or of a layer")
+    except RefattnError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
+        raise InvalidInput(f"he: got what is no plan: {type(e).__name__}: {str(e)[:200]}") from e
     if made.digest.hex() != digest:
         raise InvalidInput("he: the plan is not what its digest says: it was changed, or made by another version")
+    for name, n in (("keys", made.key_bytes), ("a query", made.upload_bytes)):
+        if n > most_bytes:
+            raise InvalidInput(f"he: the plan asks for {n} bytes of {name}, expected at most most_bytes = {most_bytes}")
     return made
 
 
 def _attention(what: dict[str, Any]) -> Plan:
     given = [what.pop(n) for n in ARGUMENTS]
-    of, (low, high) = what.pop("inverse", None), what["denominator"]
+    of, denominator = what.pop("inverse", None), what["denominator"]
+    for name in ("denominator", "norms"):
+        if isinstance(what[name], list):
+            what[name] = tuple(what[name])
     if of is not None:
-        what["inverse"] = Inverse(low, high, *map(int, of))
-    what["denominator"], what["norms"] = (low, high), tuple(what["norms"])
+        if not isinstance(of, list) or len(of) != 2 or not isinstance(denominator, list):
+            raise InvalidInput(f"inverse: got {shown(of)}, expected [doublings, order]")
+        low, high = map(_float, denominator)
+        what["inverse"] = Inverse(low, high, *of)
     return plan(*given, **what)
 
 
-def _layer(what: dict[str, Any]) -> LayerPlan:
-    what["ring"], what["layout"] = Ring(**what["ring"]), Layout(**what["layout"])
-    what["counts"] = Counter({(str(n), int(limbs)): int(c) for n, limbs, c in what["counts"]})
-    what["rotations"] = tuple(int(r) for r in what["rotations"])
-    made = LayerPlan(**what)
-    ring, layout = made.ring, made.layout
-    if ring.degree not in MOST_BITS or sum(ring.bits) > MOST_BITS[ring.degree] or layout.slots != ring.slots:
-        raise InvalidInput("he: the plan's ring is not within 128 bits of security")
-    sizes = (made.n, made.d, made.heads, made.spread, made.apart, layout.groups, layout.rows, layout.columns)
-    if min(sizes) < 1 or max(made.n, made.d, made.classes) > layout.slots or layout.slots % period_of(layout):
-        raise InvalidInput("he: the plan's sizes do not fit its slots")
-    return made
+def _float(x: Any) -> float:
+    if not is_number(x):
+        raise InvalidInput(f"denominator: got {shown(x)}, expected a finite number above 0")
+    return float(x)
 
 
 def save_weights(weights: Weights, path: str | Path) -> None:

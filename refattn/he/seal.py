@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
-import shutil
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -18,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem
-from .circuit import Arithmetic
+from .arithmetic import Arithmetic
 from .noise import Ring
+from .shared import Slice, copied
 
 __all__ = [
     "Sealed",
@@ -27,16 +27,14 @@ __all__ = [
     "decode",
     "encode",
     "fill",
-    "folder_for",
     "from_bytes",
-    "from_file",
+    "from_slice",
     "galois_elements",
+    "primes",
     "to_bytes",
     "whole_bytes",
 ]
 
-MEMORY = "/dev/shm"
-"""Where files of ciphertexts go that processes share: the binding saves and loads by path only."""
 KEPT = 2**24
 """Bytes that a file in memory keeps until its next use: fresh pages cost more than what is written to them."""
 HEADER = struct.Struct("<HBBBBHQ")
@@ -97,7 +95,7 @@ def _level(ring: Ring, limbs: int) -> Any:
 
 
 @cache
-def _primes(ring: Ring) -> list[int]:
+def primes(ring: Ring) -> list[int]:
     """Return the chain's primes, the last one that remains first."""
     data = context(ring).first_context_data()
     return [int(x.value()) for x in data.parms().coeff_modulus()]
@@ -180,7 +178,14 @@ def from_bytes(kind: str, ring: Ring, data: bytes | memoryview) -> Any:
     """
     with _scratch() as (file, path):
         fill(file, data)
-        return from_file(kind, ring, path)
+        return _from_file(kind, ring, path)
+
+
+def from_slice(kind: str, ring: Ring, part: Slice) -> Any:
+    """Return an object of bytes that another process holds, as `from_bytes` does of bytes."""
+    with _scratch() as (file, path):
+        copied(part, file.fileno())
+        return _from_file(kind, ring, path)
 
 
 def fill(file: FileIO, data: bytes | memoryview) -> None:
@@ -192,20 +197,13 @@ def fill(file: FileIO, data: bytes | memoryview) -> None:
         rest = rest[file.write(rest) :]
 
 
-def from_file(kind: str, ring: Ring, path: str) -> Any:
-    """Return an object of a file that SEAL saved, as `from_bytes` does of bytes."""
+def _from_file(kind: str, ring: Ring, path: str) -> Any:
     made = getattr(api(), kind)()
     try:
         made.load(context(ring), path)
-    except (RuntimeError, ValueError) as e:
+    except (RuntimeError, ValueError, OverflowError, IndexError) as e:
         raise InvalidInput(f"he: got bytes that are no {kind} of this plan: {e}") from e
     return made
-
-
-def folder_for(size: int) -> str | None:
-    """Return the folder for files of some bytes in all: in memory where there is room, else the usual one."""
-    roomy = os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > 2 * size
-    return MEMORY if roomy else None
 
 
 class Sealed(Arithmetic):
@@ -216,7 +214,8 @@ class Sealed(Arithmetic):
         self.relin_keys, self.galois_keys = relin_keys, galois_keys
         made = context(ring)
         self.evaluator, self.encoder = self.api.Evaluator(made), self.api.CKKSEncoder(made)
-        self._plains: dict[tuple[Any, int, float], Any] = {}
+        # one for each of the server's numbers at each level, whatever scales ciphertexts come with
+        self._plains: dict[tuple[Any, int], tuple[float, Any]] = {}
 
     def _new(self, operation: Any, *operands: Any) -> Any:
         """Return a new ciphertext with an operation's result."""
@@ -272,12 +271,14 @@ class Sealed(Arithmetic):
         return self._new(self.evaluator.add_plain, a, self._encoded(a, plain))
 
     def _encoded(self, a: Any, plain: Any) -> Any:
-        """Return a server's numbers at a ciphertext's level and scale, encoded once."""
-        key = (plain, a.coeff_modulus_size(), a.scale)
-        if key not in self._plains:
-            made = self._plains[key] = self.api.Plaintext()
+        """Return a server's numbers at a ciphertext's level and scale, encoded once while the scale is the same."""
+        key = (plain, a.coeff_modulus_size())
+        scale, made = self._plains.get(key, (None, None))
+        if scale != a.scale:
+            made = self.api.Plaintext()
             self.encoder.encode(plain.slots.tolist(), a.parms_id(), a.scale, made)
-        return self._plains[key]
+            self._plains[key] = (a.scale, made)
+        return made
 
     def like(self, a: Any, b: Any) -> Any:
         limbs = b.coeff_modulus_size() + 1
@@ -286,7 +287,7 @@ class Sealed(Arithmetic):
         if a.coeff_modulus_size() > limbs:
             a = self._new(self.evaluator.mod_switch_to, a, _level(self.ring, limbs))
         one = self.api.Plaintext()
-        prime = float(_primes(self.ring)[limbs - 1])
+        prime = float(primes(self.ring)[limbs - 1])
         self.encoder.encode(1.0, a.parms_id(), b.scale * prime / a.scale, one)
         found = self.rescale(self._new(self.evaluator.multiply_plain, a, one))
         found.scale = b.scale  # but for rounding it is

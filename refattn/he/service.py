@@ -1,4 +1,4 @@
-"""A server over HTTP, and its client: sessions that expire, limits on sizes, a process for each client's keys.
+"""A server over HTTP: sessions that expire, limits on sizes, rates, memory and time, a process for each client's keys.
 
 GET /plan gives the plan. POST /sessions with evaluation keys opens a session; its name, which only that client knows,
 is the way to POST /sessions/NAME/queries and to DELETE /sessions/NAME. Errors are JSON: {"error": text}.
@@ -9,54 +9,30 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from multiprocessing import get_context
 from typing import Any
 
-from ..errors import InvalidInput, ServiceError, UnsupportedProblem
+from ..errors import InvalidInput, UnsupportedProblem
+from .bodies import Bodies, Refused
+from .hosted import MOST_ASKED, Ended, Hosted, seconds_of
 from .layer import Layer
-from .layer_plan import LayerPlan
 from .plan import Plan
-from .saved import plan_from_json, plan_to_json
-from .sessions import SLACK, Server
-from .wire import QUERY, unpack
+from .remote import Remote
+from .saved import plan_to_json
+from .sessions import SLACK
+from .tokens import Tokens
+from .wire import query_of
 
 __all__ = ["Remote", "service"]
 
 WAITING = 4
 """Queries of a session that may wait or run at once."""
-BODY_SECONDS = 600.0
-"""The longest that a body may take to arrive."""
 
 
-@dataclass
-class _Session:
-    """A client's process, and what it has asked."""
-
-    pool: ProcessPoolExecutor
-    used: float
-    asked: set[bytes] = field(default_factory=set)
-    running: int = 0
-
-    def close(self) -> None:
-        for process in list((self.pool._processes or {}).values()):
-            process.terminate()  # what runs is of nobody any more
-        self.pool.shutdown(wait=False, cancel_futures=True)
-
-
-class _Refused(Exception):
-    """A status and a text for the client."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-
-
-def service(program: Plan | Layer, sessions: int = 8, seconds: float = 3600.0) -> Any:
+def service(
+    program: Plan | Layer, sessions: int = 8, seconds: float = 3600.0, tokens: Iterable[str] | None = None
+) -> Any:
     """Return a Starlette application that serves a plan or a layer.
 
     Parameters
@@ -67,225 +43,168 @@ def service(program: Plan | Layer, sessions: int = 8, seconds: float = 3600.0) -
         The most sessions at once. Each has a process of its own, and its keys in memory.
     seconds : float
         After how long without a query a session ends.
+    tokens : iterable of str, optional
+        One of them is demanded with every request, as ``Authorization: Bearer TOKEN``, and a session answers the one
+        that opened it. None: requests from this machine need none, and others are refused.
 
     Raises
     ------
+    InvalidInput
+        Numbers that have no meaning, or a token that is too short.
     UnsupportedProblem
         Starlette is not installed.
     """
     try:
         from starlette.applications import Starlette
-        from starlette.responses import JSONResponse, Response
+        from starlette.responses import JSONResponse
         from starlette.routing import Route
     except ModuleNotFoundError as e:
         raise UnsupportedProblem("he: serving needs the package starlette; pip install 'refattn[he]'") from e
     if sessions < 1 or not seconds > 0:
         raise InvalidInput(f"he: got {sessions} sessions and {seconds} seconds, expected at least 1 and above 0")
-    plan, open_sessions = program.plan, {}  # type: tuple[Any, dict[str, _Session]]
-    text = plan_to_json(plan)
+    desk = _Desk(program, sessions, seconds, Tokens(tokens))
 
-    async def show(request: Any) -> Any:
-        return Response(text, media_type="application/json")
+    async def refused(request: Any, error: Any) -> Any:
+        return JSONResponse({"error": str(error)}, getattr(error, "status", 400), getattr(error, "headers", None))
 
-    async def begin(request: Any) -> Any:
-        _expire(open_sessions, seconds)
-        if len(open_sessions) >= sessions:
-            raise _Refused(503, f"all {sessions} sessions are in use; try later")
-        name = secrets.token_hex(32)
-        session = open_sessions[name] = _Session(ProcessPoolExecutor(1, get_context("spawn")), _now())
-        session.running += 1  # does not expire while it begins
-        try:
-            keys = await _body(request, SLACK * (plan.key_bytes + 2**20))
-            await _in_process(session, _begin, program, keys)
-        except BaseException:
-            del open_sessions[name]
-            session.close()
-            raise
+    routes = [
+        Route("/plan", desk.show),
+        Route("/sessions", desk.begin, methods=["POST"]),
+        Route("/sessions/{name}/queries", desk.ask, methods=["POST"]),
+        Route("/sessions/{name}", desk.end, methods=["DELETE"]),
+    ]
+    handlers: dict[Any, Any] = {Refused: refused, InvalidInput: refused, UnsupportedProblem: refused}
+    return Starlette(routes=routes, exception_handlers=handlers, lifespan=desk.lifespan)
+
+
+class _Unknown(Refused):
+    """Somebody without a token."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(401, text)
+        self.headers = {"WWW-Authenticate": "Bearer"}
+
+
+class _Desk:
+    """The sessions of a service, and what is done for each kind of request."""
+
+    def __init__(self, program: Plan | Layer, sessions: int, seconds: float, tokens: Tokens) -> None:
+        self.program, self.plan = program, program.plan
+        self.sessions, self.seconds, self.tokens = sessions, seconds, tokens
+        self.text = plan_to_json(self.plan)
+        self.most_keys = SLACK * (self.plan.key_bytes + 2**20)
+        self.most_query = SLACK * (self.plan.upload_bytes + 2**20)
+        # what all sessions may send at once, if each sends its keys or its queries
+        self.bodies = Bodies(sessions * max(self.most_keys, self.most_query))
+        self.open: dict[str, Hosted] = {}
+
+    async def show(self, request: Any) -> Any:
+        from starlette.responses import Response
+
+        self._owner(request)
+        return Response(self.text, media_type="application/json")
+
+    async def begin(self, request: Any) -> Any:
+        from starlette.responses import JSONResponse
+
+        owner = self._owner(request)
+        self._free()  # before the body, which is sent for nothing else; and after it, when the place is taken
+        async with self.bodies.read(request, self.most_keys) as keys:
+            self._free()
+            name = secrets.token_hex(32)
+            session = self.open[name] = Hosted(self.program, owner, _now(), seconds_of(self.plan))
+            session.running += 1  # does not expire while it begins
+            try:
+                await session.begin(keys)
+            except BaseException:
+                self.open.pop(name, None)
+                session.close()
+                raise
         session.running -= 1
         session.used = _now()
-        return JSONResponse({"session": name, "seconds": seconds}, 201)
+        return JSONResponse({"session": name, "seconds": self.seconds}, 201)
 
-    async def ask(request: Any) -> Any:
-        name, session = _session(open_sessions, request, seconds)
-        if session.running >= WAITING:
-            raise _Refused(429, f"{WAITING} queries of this session are waiting; send the next when one is answered")
-        session.running += 1
-        try:
-            most = SLACK * (plan.upload_bytes + 2**20)
-            query = await _body(request, most)
-            asked = unpack(query, QUERY, plan.digest, most).query
+    async def ask(self, request: Any) -> Any:
+        from starlette.responses import Response
+
+        name, session = self._session(request)
+        session.used = _now()
+        async with self.bodies.read(request, self.most_query) as query:
+            self._session(request)  # it may have ended meanwhile
+            if session.running >= WAITING:
+                raise Refused(429, f"{WAITING} queries of this session are waiting; send the next when one is answered")
+            asked = query_of(query)
             if asked in session.asked:
-                raise _Refused(409, "this query was asked before; encrypt the input anew")
+                raise Refused(409, "this query was asked before; encrypt the input anew")
+            if len(session.asked) >= MOST_ASKED:
+                raise Refused(429, f"this session has answered {MOST_ASKED} queries; open another one")
             session.asked.add(asked)
-            reply = await _in_process(session, _attend, query)
-        except BrokenProcessPool as e:
-            open_sessions.pop(name, None)
-            session.close()
-            raise _Refused(500, "the session's process ended; open another session") from e
-        finally:
-            session.running -= 1
-            session.used = _now()
+            session.running += 1
+            try:
+                reply = await session.attend(query)
+            except Ended:
+                self.open.pop(name, None)
+                raise
+            except InvalidInput:
+                session.asked.discard(asked)  # nothing was computed
+                raise
+            finally:
+                session.running -= 1
+                session.used = _now()
         return Response(reply, media_type="application/octet-stream")
 
-    async def end(request: Any) -> Any:
-        name, session = _session(open_sessions, request, seconds)
-        del open_sessions[name]
+    async def end(self, request: Any) -> Any:
+        from starlette.responses import Response
+
+        name, session = self._session(request)
+        del self.open[name]
         session.close()
         return Response(status_code=204)
 
-    async def refused(request: Any, error: Any) -> Any:
-        return JSONResponse({"error": str(error)}, getattr(error, "status", 400))
-
     @asynccontextmanager
-    async def lifespan(app: Any) -> AsyncIterator[None]:
+    async def lifespan(self, app: Any) -> AsyncIterator[None]:
         async def sweep() -> None:
             while True:
-                await asyncio.sleep(min(seconds, 5.0))
-                _expire(open_sessions, seconds)
+                await asyncio.sleep(min(self.seconds, 5.0))
+                self._expire()
 
         task = asyncio.create_task(sweep())
-        yield
-        task.cancel()
-        for session in open_sessions.values():
-            session.close()
+        try:
+            yield
+        finally:
+            task.cancel()
+            while self.open:
+                self.open.popitem()[1].close()
 
-    routes = [
-        Route("/plan", show),
-        Route("/sessions", begin, methods=["POST"]),
-        Route("/sessions/{name}/queries", ask, methods=["POST"]),
-        Route("/sessions/{name}", end, methods=["DELETE"]),
-    ]
-    handlers: dict[Any, Any] = {_Refused: refused, InvalidInput: refused, UnsupportedProblem: refused}
-    return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    def _owner(self, request: Any) -> bytes:
+        """Return who asks; somebody who may not is refused before a byte of the body is read."""
+        address = None if request.client is None else request.client.host
+        owner = self.tokens.owner(request.headers.get("authorization"), address)
+        if owner is None:
+            raise _Unknown("who asks is not known: send one of the server's tokens as 'Authorization: Bearer TOKEN'")
+        return owner
 
+    def _session(self, request: Any) -> tuple[str, Hosted]:
+        owner = self._owner(request)
+        self._expire()
+        name = request.path_params["name"]
+        session = self.open.get(name)
+        if session is None or session.owner != owner:
+            raise Refused(404, "there is no such session; it may have expired")
+        return name, session
 
-def _session(sessions: dict[str, _Session], request: Any, seconds: float) -> tuple[str, _Session]:
-    _expire(sessions, seconds)
-    name = request.path_params["name"]
-    if name not in sessions:
-        raise _Refused(404, "there is no such session; it may have expired")
-    return name, sessions[name]
+    def _free(self) -> None:
+        self._expire()
+        if len(self.open) >= self.sessions:
+            raise Refused(503, f"all {self.sessions} sessions are in use; try later")
+
+    def _expire(self) -> None:
+        """End the sessions that have not been used for so long."""
+        for name, session in list(self.open.items()):
+            if not session.running and _now() - session.used > self.seconds:
+                del self.open[name]
+                session.close()
 
 
 def _now() -> float:
     return time.monotonic()
-
-
-def _expire(sessions: dict[str, _Session], seconds: float) -> None:
-    """End the sessions that have not been used for so long."""
-    for name, session in list(sessions.items()):
-        if not session.running and _now() - session.used > seconds:
-            del sessions[name]
-            session.close()
-
-
-async def _body(request: Any, most: int) -> bytes:
-    """Return a request's body; one that is too long is not read to its end."""
-    said = request.headers.get("content-length", "0")
-    if not said.isdigit() or int(said) > most:
-        raise _Refused(413, f"the body says it has {said[:20]} bytes, expected at most {most}")
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                size += len(part)
-                if size > most:
-                    raise _Refused(413, f"the body has more than {most} bytes")
-                parts.append(part)
-    except TimeoutError as e:
-        raise _Refused(408, f"the body did not arrive within {BODY_SECONDS:g} s") from e
-    return b"".join(parts)
-
-
-async def _in_process(session: _Session, call: Any, *arguments: Any) -> Any:
-    return await asyncio.wrap_future(session.pool.submit(call, *arguments))
-
-
-_HERE: dict[str, Server] = {}
-"""The server of a session's process."""
-
-
-def _begin(program: Plan | Layer, keys: bytes) -> None:
-    _HERE["server"] = Server(program, keys)
-
-
-def _attend(query: bytes) -> bytes:
-    return _HERE["server"].attend(query)
-
-
-class Remote:
-    """A server elsewhere: its plan, a session, queries. A context manager, which ends the session.
-
-    Parameters
-    ----------
-    url : str
-        Where it is, e.g. ``"http://127.0.0.1:8000"``.
-    seconds : float
-        The longest that an answer may take.
-    transport : httpx transport, optional
-        Another way to it, e.g. for tests.
-
-    Raises
-    ------
-    UnsupportedProblem
-        httpx is not installed.
-    """
-
-    def __init__(self, url: str, seconds: float = 600.0, transport: Any = None) -> None:
-        try:
-            import httpx
-        except ModuleNotFoundError as e:
-            raise UnsupportedProblem("he: asking a server needs the package httpx; pip install 'refattn[he]'") from e
-        self._http, self._errors = httpx.Client(base_url=url, timeout=seconds, transport=transport), httpx.HTTPError
-        self._session: str | None = None
-
-    def __enter__(self) -> Remote:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def plan(self) -> Plan | LayerPlan:
-        """Return the server's plan, checked to be within 128 bits of security."""
-        return plan_from_json(self._call("GET", "/plan"))
-
-    def open(self, keys: bytes) -> None:
-        """Open a session with a client's evaluation keys."""
-        import json
-
-        self._session = json.loads(self._call("POST", "/sessions", keys))["session"]
-
-    def attend(self, query: bytes) -> bytes:
-        """Return the reply to a query.
-
-        Raises
-        ------
-        InvalidInput
-            The server refuses it, with what it says.
-        ServiceError
-            The server cannot be reached, or fails.
-        """
-        if self._session is None:
-            raise InvalidInput("he: open a session with evaluation keys first")
-        return self._call("POST", f"/sessions/{self._session}/queries", query)
-
-    def close(self) -> None:
-        """End the session."""
-        if self._session is not None:
-            name, self._session = self._session, None
-            self._call("DELETE", f"/sessions/{name}")
-        self._http.close()
-
-    def _call(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        try:
-            answer = self._http.request(method, path, content=body)
-        except self._errors as e:
-            raise ServiceError(f"he: {self._http.base_url} does not answer: {type(e).__name__}: {e}") from e
-        if answer.is_success:
-            return bytes(answer.content)
-        try:
-            text = str(answer.json()["error"])
-        except (ValueError, KeyError, TypeError):
-            text = answer.reason_phrase
-        error = InvalidInput if answer.is_client_error else ServiceError
-        raise error(f"he: the server refuses it ({answer.status_code}): {text}")

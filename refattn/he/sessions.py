@@ -4,46 +4,29 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import secrets
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidInput, UnsupportedProblem
+from ..errors import InvalidInput, UnsupportedProblem, WorkerDied
 from .layer import Layer
 from .layer_plan import LayerPlan
 from .plan import Plan
-from .seal import (
-    Sealed,
-    api,
-    context,
-    decode,
-    encode,
-    fill,
-    folder_for,
-    from_bytes,
-    from_file,
-    galois_elements,
-    to_bytes,
-    whole_bytes,
-)
+from .plausible import check_out, check_reply
+from .processes import pool_of, stop
+from .seal import api, context, decode, encode, from_bytes, galois_elements, to_bytes, whole_bytes
+from .shared import held
 from .wire import KEYS, QUERY, REPLY, Message, pack, unpack
+from .worker import Sent, Worker, begin, block
 
 __all__ = ["Client", "Server", "Sharing"]
 
 Float = NDArray[np.float64]
-Part = bytes | memoryview | Path
 SLACK = 2
 """How many times the planned bytes a message may have."""
 
@@ -145,7 +128,9 @@ class Client:
         Raises
         ------
         InvalidInput
-            It is no reply to a query that waits for one.
+            It is no reply to a query that waits for one, or one that cannot be right: of another structure, level or
+        scale, with numbers that are not finite or larger than the plan's largest value and error. The query then waits
+        for another one.
         UnsupportedProblem
             A result to be shared of a plan without a bound on its noise.
         """
@@ -154,13 +139,15 @@ class Client:
                 "he: the plan of a layer has no bound on its noise, so nothing says how much drowns it"
             )
         plan = self.plan
-        m = unpack(reply, REPLY, plan.digest, SLACK * (plan.upload_bytes + 2**20))
+        m = unpack(reply, REPLY, plan.digest, plan.reply_most, parts=plan.outs)
         if m.client != self._name or m.query not in self._asked:
             raise InvalidInput("he: got a reply to another client or to no query that waits for one")
-        if len(m.parts) != plan.outs:
-            raise InvalidInput(f"he: got a reply of {len(m.parts)} ciphertexts, expected {plan.outs}")
-        slots = [self._decrypted(x) for x in m.parts]
-        out = plan.decoded(slots, self._asked.pop(m.query))
+        found = [from_bytes("Ciphertext", plan.ring, x) for x in m.parts]
+        check_reply(plan, found)
+        with np.errstate(all="ignore"):  # what is not finite is told below
+            out = plan.decoded([self._decrypted(x) for x in found], self._asked[m.query])
+        check_out(plan, out)
+        del self._asked[m.query]
         if share is None or not isinstance(plan, Plan):
             return out
         draw = secrets.SystemRandom().gauss
@@ -173,9 +160,9 @@ class Client:
             return whole_bytes(self._encryptor, plain)
         return to_bytes(self._encryptor.encrypt_symmetric(plain))
 
-    def _decrypted(self, data: bytes | memoryview) -> Any:
+    def _decrypted(self, ciphertext: Any) -> Any:
         plain = api().Plaintext()
-        self._decryptor.decrypt(from_bytes("Ciphertext", self.plan.ring, data), plain)
+        self._decryptor.decrypt(ciphertext, plain)
         return decode(self._encoder, plain)
 
 
@@ -198,23 +185,18 @@ class Server:
             raise InvalidInput(f"workers: got {workers}, expected at least 1")
         self.program, plan = program, program.plan
         self.plan = plan
-        m = unpack(keys, KEYS, plan.digest, SLACK * (plan.key_bytes + 2**20))
-        if len(m.parts) != 2:
-            raise InvalidInput(f"he: got {len(m.parts)} evaluation keys, expected 2: relinearisation and rotations")
+        m = unpack(keys, KEYS, plan.digest, SLACK * (plan.key_bytes + 2**20), parts=2)
         self._client = m.client
-        self._worker = _Worker(program, m.parts)  # also the check of the keys
+        self._worker = Worker(program, m.parts)  # also the check of the keys
         self._workers = workers
-        self._pool: ProcessPoolExecutor | None = None
-        # folders with a query's ciphertexts, written over by the next one: fresh pages cost more than the writing
         self._queries = itertools.count()
-        self._made: list[str] = []
-        self._free: list[str] = []
-        self._gone = weakref.finalize(self, _remove, self._made)
+        self._pool: ProcessPoolExecutor | None = None
+        self._threads: ThreadPoolExecutor | None = None
         self._each: Callable[..., Iterable[Any]] = map  # what needs no lock: digests and files
         if workers > 1:
-            given = (program, tuple(bytes(x) for x in m.parts))
-            self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, given)
-            self._each = ThreadPoolExecutor(workers).map
+            self._pool = pool_of(workers, begin, program, tuple(bytes(x) for x in m.parts))
+            self._threads = ThreadPoolExecutor(workers)
+            self._each = self._threads.map
 
     def __enter__(self) -> Server:
         return self
@@ -223,10 +205,11 @@ class Server:
         self.close()
 
     def close(self) -> None:
-        """Stop the workers, and give up the memory of their queries."""
+        """Stop the workers."""
         if self._pool is not None:
-            self._pool.shutdown()
-        self._gone()
+            stop(self._pool)
+        if self._threads is not None:
+            self._threads.shutdown()
 
     def attend(self, query: bytes) -> bytes:
         """Return the reply to a query.
@@ -238,87 +221,30 @@ class Server:
         """
         plan = self.plan
         most = SLACK * (plan.upload_bytes + 2**20)
-        m = unpack(query, QUERY, plan.digest, most, self._each)
+        limbs = plan.part_limbs()
+        m = unpack(query, QUERY, plan.digest, most, self._each, parts=len(limbs))
         if m.client != self._client:
             raise InvalidInput("he: got a query of another client than the one whose keys are here")
-        wanted = plan.loads().total()
-        if len(m.parts) != wanted:
-            raise InvalidInput(f"he: got a query of {len(m.parts)} ciphertexts, expected {wanted}")
-        if self._pool is None:
-            found = [self._worker.block(*task) for task in self.program.tasks(m.parts)]
-        else:
-            found = self._shared_out(m.parts)
+        try:
+            found = self._computed(m.parts, limbs)
+        finally:
+            self._worker.forget()
         return pack(Message(REPLY, plan.digest, self._client, m.query, tuple(x for outs in found for x in outs)))
 
-    def _shared_out(self, parts: Sequence[bytes | memoryview]) -> list[list[bytes]]:
-        """Return the results of the blocks, computed by the workers; they read the ciphertexts from files."""
-        assert self._pool is not None
-        try:
-            folder = self._free.pop()
-        except IndexError:
-            folder = tempfile.mkdtemp(dir=folder_for(sum(map(len, parts))))
-            self._made.append(folder)
-        try:
-            paths = [Path(folder, str(i)) for i in range(len(parts))]
-            list(self._each(_write_over, paths, parts))
-            tasks = self.program.tasks(paths)
+    def _computed(self, parts: Sequence[bytes | memoryview], limbs: Sequence[int]) -> list[list[bytes]]:
+        """Return the results of the blocks; workers read the ciphertexts from a file that is gone with the reply."""
+        if self._pool is None:
+            return [self._worker.block(*task) for task in self.program.tasks(list(map(Sent, parts, limbs)))]
+        with held(parts, self._each) as slices:
+            tasks = self.program.tasks(list(map(Sent, slices, limbs)))
             groups = len({tuple(shared[:1]) for shared, _ in tasks})
             # blocks that share ciphertexts go to one worker, which loads them once, where that leaves none idle
             together = len(tasks) // groups if groups % self._workers == 0 else 1
             query = itertools.repeat(next(self._queries))
-            return list(self._pool.map(_block, query, *zip(*tasks, strict=True), chunksize=together))
-        finally:
-            self._free.append(folder)
-
-
-def _remove(folders: list[str]) -> None:
-    while folders:
-        shutil.rmtree(folders.pop(), ignore_errors=True)
-
-
-def _write_over(path: Path, data: bytes | memoryview) -> None:
-    with FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
-        fill(file, data)
-
-
-class _Worker:
-    """What computes blocks: keys, and the last heads' keys and values."""
-
-    def __init__(self, program: Plan | Layer, parts: Sequence[bytes | memoryview]) -> None:
-        self.program, self.ring = program, program.plan.ring
-        names = ("RelinKeys", "GaloisKeys")
-        relin, galois = (from_bytes(n, self.ring, x) for n, x in zip(names, parts, strict=True))
-        self._arithmetic = Sealed(self.ring, relin, galois)
-        self._shared: tuple[Sequence[Part], list[Any]] = ((), [])
-        self._query = -1
-
-    def block(self, shared: Sequence[Part], queries: Sequence[Part], query: int = 0) -> list[bytes]:
-        """Return the ciphertexts of a block's result, of ciphertexts as bytes or in files, of the query of a number."""
-        # the files of another query may have the same names
-        if query != self._query or not _same(self._shared[0], shared):
-            self._shared, self._query = (shared, self._loaded(shared)), query
-        outs = self.program.compute(self._arithmetic, self._shared[1], self._loaded(queries))
-        return [to_bytes(x) for x in outs]
-
-    def _loaded(self, parts: Sequence[Part]) -> list[Any]:
-        name = "Ciphertext"
-        return [
-            from_file(name, self.ring, str(x)) if isinstance(x, Path) else from_bytes(name, self.ring, x) for x in parts
-        ]
-
-
-def _same(a: Sequence[Part], b: Sequence[Part]) -> bool:
-    """Return whether these are the same files or the same objects; not what is in them, which takes long."""
-    return len(a) == len(b) and all(x is y or (isinstance(x, Path) and x == y) for x, y in zip(a, b, strict=True))
-
-
-_HERE: dict[str, _Worker] = {}
-"""The worker of a process of the pool."""
-
-
-def _begin(program: Plan | Layer, parts: tuple[bytes, ...]) -> None:
-    _HERE["worker"] = _Worker(program, parts)
-
-
-def _block(query: int, shared: Sequence[Path], queries: Sequence[Path]) -> list[bytes]:
-    return _HERE["worker"].block(shared, queries, query)
+            try:
+                return list(self._pool.map(block, query, *zip(*tasks, strict=True), chunksize=together))
+            except BrokenExecutor as e:
+                raise WorkerDied(
+                    "workers: a process ended before it was done, perhaps for want of memory; make another Server, "
+                    "with fewer workers"
+                ) from e

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import InvalidInput, UnsupportedProblem
-from .circuit import Numbers
+from .arithmetic import Numbers
 from .inverse import choose
 from .polynomials import Polynomial, activation, inverse_sqrt
 from .weights import Feedforward, Weights
@@ -91,7 +91,10 @@ class PowerSoftmaxAttention(_Ranged):
         if not 0 < self.epsilon <= denominator[0]:
             raise InvalidInput(f"epsilon: got {self.epsilon}, expected above 0 and at most {denominator[0]}")
         self.denominator, self.tolerance = denominator, tolerance
-        self.inverse = choose(*denominator, tolerance)[0]
+        found = choose(*denominator, tolerance)
+        if not found:
+            raise UnsupportedProblem(f"he: no polynomial is within {tolerance:.3g} of 1/D on {denominator}; narrow it")
+        self.inverse = found[0]
 
     def forward(self, x: Any) -> Any:
         """Return (batch, n, d) of (batch, n, d)."""

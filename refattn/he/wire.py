@@ -10,13 +10,14 @@ from itertools import accumulate, pairwise
 
 from ..errors import InvalidInput
 
-__all__ = ["KEYS", "QUERY", "REPLY", "Message", "pack", "unpack"]
+__all__ = ["KEYS", "QUERY", "REPLY", "Message", "pack", "query_of", "unpack"]
 
 MAGIC, VERSION = b"refattn-he", 2
 KEYS, QUERY, REPLY = 1, 2, 3
 NAMES = {KEYS: "evaluation keys", QUERY: "a query", REPLY: "a reply"}
 HEAD = struct.Struct("<10sBB32s16s16sI")
 DIGEST = 32
+MOST_PARTS = 2**16
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,14 @@ def _sha256(data: bytes | memoryview) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def unpack(data: bytes, kind: int, plan: bytes, most: int, each: Callable[..., Iterable[bytes]] = map) -> Message:
+def unpack(
+    data: bytes,
+    kind: int,
+    plan: bytes,
+    most: int,
+    each: Callable[..., Iterable[bytes]] = map,
+    parts: int | None = None,
+) -> Message:
     """Return the message of some bytes.
 
     Parameters
@@ -71,6 +79,8 @@ def unpack(data: bytes, kind: int, plan: bytes, most: int, each: Callable[..., I
         The most bytes that such a message may have.
     each : callable
         What maps a function over the parts: threads', to look at several at once.
+    parts : int, optional
+        How many parts it must have; by default any number up to `MOST_PARTS`. They are counted before any is looked at.
 
     Raises
     ------
@@ -84,6 +94,13 @@ def unpack(data: bytes, kind: int, plan: bytes, most: int, each: Callable[..., I
     _, version, found, of_plan, client, query, count = HEAD.unpack_from(data)
     if version != VERSION:
         raise InvalidInput(f"he: got a message of version {version}, expected {VERSION}")
+    if found != kind:
+        raise InvalidInput(f"he: got {NAMES.get(found, f'kind {found}')}, expected {NAMES[kind]}")
+    if of_plan != plan:
+        raise InvalidInput(f"he: got {NAMES[kind]} of another plan; client and server must use the same one")
+    if count > MOST_PARTS if parts is None else count != parts:
+        expected = f"at most {MOST_PARTS}" if parts is None else str(parts)
+        raise InvalidInput(f"he: got {NAMES[kind]} of {count} parts, expected {expected} by the plan")
     changed = "he: the message was cut short or changed on its way: "
     end, at = len(data) - DIGEST, HEAD.size + 8 * count
     if at > end:
@@ -92,11 +109,12 @@ def unpack(data: bytes, kind: int, plan: bytes, most: int, each: Callable[..., I
     if at + sum(sizes) != end:
         raise InvalidInput(f"{changed}its parts do not fill it")
     whole, ends = memoryview(data), [at, *(at + x for x in accumulate(sizes))]
-    parts = tuple(whole[i:j] for i, j in pairwise(ends))
-    if _digest(data[:at], parts, each) != data[end:]:
+    found_parts = tuple(whole[i:j] for i, j in pairwise(ends))
+    if _digest(data[:at], found_parts, each) != data[end:]:
         raise InvalidInput(f"{changed}its digest does not fit")
-    if found != kind:
-        raise InvalidInput(f"he: got {NAMES.get(found, f'kind {found}')}, expected {NAMES[kind]}")
-    if of_plan != plan:
-        raise InvalidInput(f"he: got {NAMES[kind]} of another plan; client and server must use the same one")
-    return Message(kind, of_plan, client, query, parts)
+    return Message(kind, of_plan, client, query, found_parts)
+
+
+def query_of(data: bytes) -> bytes:
+    """Return what a message names its query by, without a look at anything else in it; nothing where it is none."""
+    return bytes(HEAD.unpack_from(data)[5]) if len(data) >= HEAD.size and data.startswith(MAGIC) else b""

@@ -22,6 +22,8 @@ __all__ = [
     "whole",
 ]
 
+LARGEST = float(np.finfo(np.float64).max)
+
 
 @dataclass(frozen=True)
 class Option:
@@ -58,7 +60,7 @@ class Option:
 
 def _number(value: Any) -> bool:
     real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return real and math.isfinite(value)
+    return real and abs(value) <= LARGEST and math.isfinite(value)  # an int beyond float64 is none
 
 
 def finite(value: Any, heads: int) -> str | None:

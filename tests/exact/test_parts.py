@@ -9,9 +9,10 @@ import time
 import numpy as np
 import pytest
 
-from refattn import InvalidInput, evaluate, load_problem, save_problem
+from refattn import InvalidInput, Problem, evaluate, load_problem, save_problem
 from refattn.errors import WorkerDied
 from refattn.exact import parts as module
+from refattn.exact.parts import fingerprint
 
 
 def same(a, b):
@@ -166,3 +167,30 @@ def test_a_worker_that_dies_is_named_and_what_is_done_is_kept(make, tmp_path, mo
     ):
         found.extend(module.work_through(todo, work, 2, tmp_path, "name", None))
     assert 1 <= len(os.listdir(tmp_path)) < 6
+
+
+def test_a_checkpoint_is_of_one_call_of_one_version(make, tmp_path, monkeypatch):
+    x = make(8, 8, 4)
+    swapped = {n: a.view(a.dtype.newbyteorder("S")) for n, a in x.arrays().items()}  # the same bytes, other numbers
+    small = {n: np.where(np.abs(a) < 1e30, a, 1).astype(a.dtype) for n, a in swapped.items()}
+    y = x.replace(**small)
+    evaluate(y, rounding="float32", checkpoint=tmp_path)
+    same(evaluate(x, rounding="float32"), evaluate(x, rounding="float32", checkpoint=tmp_path))
+    # and the same numbers in the other order of bytes are the same call
+    before = os.listdir(tmp_path)
+    again = x.replace(**{n: a.astype(a.dtype.newbyteorder("S")) for n, a in x.arrays().items()})
+    same(evaluate(x, rounding="float32"), evaluate(again, rounding="float32", checkpoint=tmp_path))
+    assert os.listdir(tmp_path) == before
+    monkeypatch.setattr(module, "VERSION", "another")
+    evaluate(x, rounding="float32", checkpoint=tmp_path)
+    assert len(os.listdir(tmp_path)) == len(before) + 2  # two heads
+
+
+def test_the_name_of_a_call_holds_its_arrays_whole():
+    a, b = np.arange(3000.0), np.arange(3000.0)
+    b[1500] += 1  # in the middle, which str() leaves out
+    q = np.ones((1, 1, 2, 4), np.float32)
+    calls = [Problem(q, q, q, options={"decay": x}) for x in (a, b)]
+    assert fingerprint(calls[0]) != fingerprint(calls[1])
+    bytes_alone = [Problem(*[q.view(np.float32)] * 3), Problem(*[q.view(">f4")] * 3)]
+    assert fingerprint(bytes_alone[0]) != fingerprint(bytes_alone[1])

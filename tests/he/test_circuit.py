@@ -8,7 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from refattn import InvalidProblem, UnsupportedProblem, he, power_attention
-from refattn.he.circuit import Levels, Numbers, Token, attend
+from refattn.he.arithmetic import Levels, Numbers, Token
+from refattn.he.circuit import attend
 from refattn.he.layout import Layout, layouts_for
 
 from .make import planned, problem
@@ -34,6 +35,7 @@ def test_the_program_is_the_definition(data):
                 causal=causal, window=window, allowed=allowed)  # fmt: skip
     assume(sees(x))
     plan = planned(x, normalize="client", tolerance=10.0)
+    assume(plan.noise * plan.denominator[0] <= plan.tolerance)  # else rows that see no key are refused
     assert np.abs(he.simulate(plan, x) - exact(x)).max() <= 1e-9 * plan.value_most
 
 
@@ -169,6 +171,35 @@ def test_numbers_outside_the_plan_are_refused(change, error, text):
 def test_problems_of_another_plan_are_refused(other, error, text):
     with pytest.raises(error, match=text):
         he.simulate(planned(problem()), other)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"softcap": 0.1}, UnsupportedProblem, "softcap: power attention does not have it"),
+        ({"sink": np.array([5.0])}, UnsupportedProblem, "sink: power attention does not have it"),
+        ({"bias": np.full((1, 1, 5, 7), 3.0)}, UnsupportedProblem, "bias: power attention does not have it"),
+        ({"options": {"p": 2, "epsilon": 0.5, "colour": 1}}, InvalidProblem, "power attention has no 'colour'"),
+        ({"options": {"p": 2, "epsilon": 0.5, "delta": -1.0}}, InvalidProblem, "delta: got -1.0, expected a finite"),
+        ({"options": {"p": 2, "epsilon": -0.5}}, InvalidProblem, "epsilon: got -0.5, expected a finite number"),
+        ({"options": {"p": 2.0, "epsilon": 0.5}}, InvalidProblem, "p: got 2.0, expected a positive even integer"),
+        ({"options": {"p": 2, "epsilon": 0.5, "form": "round"}}, InvalidProblem, "form: got 'round', expected one of"),
+    ],
+)
+def test_what_the_reference_refuses_is_not_encrypted(change, error, text):
+    x = problem()
+    for call in (he.reference, lambda y: planned(x).encoded(y), lambda y: he.simulate(planned(x), y)):
+        with pytest.raises(error, match=text):
+            call(x.replace(**change))
+
+
+def test_forms_that_are_not_encrypted_are_named():
+    x = problem().replace(options={"p": 2, "epsilon": 0.5, "form": "stable"})
+    assert he.reference(x).shape == x.out_shape
+    with pytest.raises(UnsupportedProblem, match="he: got form 'stable', expected 'plain' or 'mean'"):
+        he.simulate(planned(problem()), x)
+    with pytest.raises(InvalidProblem, match="he: got ndarray, expected a Problem"):
+        he.reference(np.ones(3))
 
 
 def test_the_mean_form_is_the_plain_one_with_more_epsilon():

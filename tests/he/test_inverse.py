@@ -3,8 +3,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from refattn import InvalidInput
-from refattn.he.circuit import Levels, Token
+from refattn import InvalidInput, UnsupportedProblem
+from refattn.he.arithmetic import Levels, Token
 from refattn.he.inverse import MOST_QUADRATICS, Inverse, choose
 
 INTERVALS = st.tuples(st.floats(1e-3, 1e3), st.floats(1.1, 300)).map(lambda x: (x[0], x[0] * x[1]))
@@ -61,3 +61,13 @@ def test_there_is_always_one(ratio, tolerance):
 def test_what_has_no_meaning(call, text):
     with pytest.raises(InvalidInput, match=text):
         call()
+
+
+def test_of_a_range_that_is_too_wide_there_is_none():
+    assert choose(1e-100, 1e100, 1e-2) == []
+    torch = pytest.importorskip("torch")
+    from refattn.he.torch import PowerSoftmaxAttention
+
+    assert torch
+    with pytest.raises(UnsupportedProblem, match=r"no polynomial is within 0.01 of 1/D on \(1.0, 1e\+100\); narrow it"):
+        PowerSoftmaxAttention(4, 1, denominator=(1.0, 1e100))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from refattn import InvalidInput, InvalidProblem, UnsupportedProblem, he, power_attention
-from refattn.he.circuit import Levels, Token
+from refattn.he.arithmetic import Levels, Token
 from refattn.he.linear import Arrangement, compiled
 from refattn.he.polynomials import activation, inverse_sqrt
 from refattn.he.weights import Feedforward, Weights
@@ -154,7 +154,7 @@ def test_a_map_that_misses_a_feature_is_refused():
         compiled([held], held, slots, np.ones((8, 8), complex), ((1, 2), (4, 1)))
     weights = slots[:, None] + 10 * slots[None, :]
     made = compiled([held], held, slots, weights + 0j, ((1, 2), (2, 4)))
-    from refattn.he.circuit import Numbers
+    from refattn.he.arithmetic import Numbers
 
     x = np.arange(8) ** 2.0
     expected = x @ weights

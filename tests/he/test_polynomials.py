@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refattn import InvalidInput, UnsupportedProblem
-from refattn.he.circuit import Numbers
+from refattn.he.arithmetic import Numbers
 from refattn.he.inverse import product
 from refattn.he.polynomials import ACTIVATIONS, activation, inverse_sqrt
 

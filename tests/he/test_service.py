@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from refattn import InvalidInput, he, save_problem
 from refattn.cli.main import main
 from refattn.errors import ServiceError
+from refattn.he import hosted
 from refattn.he.saved import load_weights, plan_from_json, plan_to_json, save_weights
 from refattn.he.service import Remote, service
 
@@ -157,9 +158,7 @@ def dies(query):
 
 def test_a_process_that_dies_takes_only_its_session(monkeypatch):
     async def go():
-        from refattn.he import service as module
-
-        monkeypatch.setattr(module, "_attend", dies)
+        monkeypatch.setattr(hosted, "_attend", dies)
         async with running() as http:
             client = he.Client(PLAN)
             at = await opened(http, client)

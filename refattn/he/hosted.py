@@ -1,0 +1,122 @@
+"""A session's process at the server: a client's keys in it, and limits on what it may take."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import RefattnError
+from .bodies import Refused
+from .planned import Program
+from .processes import limit_memory, pool_of, stop
+from .sessions import Server
+
+__all__ = ["Hosted", "memory_of", "seconds_of"]
+
+MOST_ASKED = 2**16
+"""Queries of a session: their names are kept, so that none is computed twice."""
+BEGIN_SECONDS = 300.0
+"""The longest that a process may take to start and to read keys."""
+
+
+def memory_of(plan: Any) -> int:
+    """Return the bytes that a session's process may take: keys and ciphertexts unpacked, thrice, and 2 GiB."""
+    ring, operations = plan.ring, plan.counts
+    limb = 8 * ring.degree
+    keys = (len(plan.rotations) + 2) * (ring.levels + 1) * 2 * (ring.levels + 2) * limb
+    query = sum(2 * limbs * limb for limbs in plan.part_limbs())
+    plains = sum(c * limbs * limb for (n, limbs), c in operations.items() if n in ("multiply_plain", "add_plain"))
+    return int(3 * (keys + query + plains) + 2 * (plan.key_bytes + plan.upload_bytes) + 2**31)
+
+
+def seconds_of(plan: Any) -> float:
+    """Return how long a query may be computed: as on a machine a hundred times slower than the planner's, and 60 s."""
+    return 60.0 + float(plan.predicted_ms()) / 10
+
+
+@dataclass
+class Hosted:
+    """A client's process, and what it has asked.
+
+    Attributes
+    ----------
+    owner : bytes
+        Who opened it.
+    used : float
+        When it was used last.
+    seconds : float
+        How long a query may be computed.
+    asked : set of bytes
+        Names of its queries.
+    running : int
+        Queries that wait or run.
+    """
+
+    program: Program
+    owner: bytes
+    used: float
+    seconds: float
+    asked: set[bytes] = field(default_factory=set)
+    running: int = 0
+
+    def __post_init__(self) -> None:
+        self._pool = pool_of(1, limit_memory, memory_of(self.program.plan))
+        self._turn = asyncio.Lock()
+
+    def close(self) -> None:
+        """End the process; what it computes is of nobody any more."""
+        stop(self._pool)
+
+    async def begin(self, keys: bytes) -> None:
+        """Give the process a client's keys; they are looked at there."""
+        await self._call(BEGIN_SECONDS, _begin, self.program, keys)
+
+    async def attend(self, query: bytes) -> bytes:
+        """Return the reply to a query, one at a time; the query is looked at in the process."""
+        async with self._turn:
+            return bytes(await self._call(self.seconds, _attend, query))
+
+    async def _call(self, seconds: float, call: Any, *given: Any) -> Any:
+        """Return what the process does; whatever goes wrong there but for a refusal ends the session.
+
+        Raises
+        ------
+        Refused
+            The process ended, took too long or too much memory, or failed; it is ended then.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.wrap_future(self._pool.submit(call, *given))
+        except RefattnError:  # it refuses what it was given
+            raise
+        except BrokenProcessPool as e:
+            self.close()
+            raise Ended(500, "the session's process ended; open another session") from e
+        except TimeoutError as e:
+            self.close()
+            raise Ended(504, f"it took longer than {math.ceil(seconds)} s; the session was ended") from e
+        except MemoryError as e:
+            self.close()
+            raise Ended(413, "it needs more memory than a session may take; the session was ended") from e
+        except Exception as e:
+            self.close()
+            raise Ended(500, f"the session's process failed ({type(e).__name__}); open another session") from e
+
+
+class Ended(Refused):
+    """A refusal that ends the session."""
+
+
+_HERE: dict[str, Server] = {}
+"""The server of a session's process."""
+
+
+def _begin(program: Any, keys: bytes) -> None:
+    _HERE["server"] = Server(program, keys)
+
+
+def _attend(query: bytes) -> bytes:
+    return _HERE["server"].attend(query)
