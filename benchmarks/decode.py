@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from refattn.check.truth import truth
 
 from refattn.arrays import from_float64
 from refattn.bench import Row, gpu_medians, gpu_torch
+from refattn.check.bounds.truth import truth
 from refattn.check.call import call_kernel
 from refattn.check.compare import compare
 from refattn.check.kernels import KERNELS

@@ -103,7 +103,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a public name, or a room, when it is first asked for."""
     if name == "__version__":
-        value: Any = _version()
+        value: Any = _import(".version", __name__).VERSION
     elif name in _HOME:
         value = getattr(_import(f".{_HOME[name]}", __name__), name)
     elif name in _ROOMS:
@@ -116,12 +116,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_ROOMS})
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("refattn")
-    except PackageNotFoundError:  # a plain checkout
-        return "0+unknown"

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .. import __version__
 from ..check.diagnose.explain import explain as explain_report
 from ..check.inputs.families import FAMILIES, cases
 from ..check.kernels import KERNELS, Entry, find, found
@@ -31,6 +30,7 @@ from ..errors import InvalidInput, InvalidProblem, ServiceError, UnsupportedProb
 from ..files import check_folders, load_problem, write_text
 from ..problem import VARIANT
 from ..variants import VARIANTS, variant_of
+from ..version import VERSION
 from .doctor import doctor
 from .exact import exact
 from .golden import golden
@@ -60,7 +60,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="refattn")
+@click.version_option(VERSION, prog_name="refattn")
 def main() -> None:
     """Check attention kernels against the exact answer."""
 

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from ..files import load_arrays, plain, save_arrays
 from ..masks import visible
 from ..problem import Problem
 from ..variants import Rows, variant_of
+from ..version import VERSION
 
 __all__ = ["Part", "fingerprint", "parts", "whole", "work_through"]
 
-VERSION = version("refattn")
 ROWS = 2048  # query rows to a part
 
 Arrays = dict[str, NDArray[Any]]

@@ -15,6 +15,7 @@ from typing import Any
 from ...dtypes import FORMATS
 from ...errors import InvalidInput
 from ...problem import Problem
+from ...version import VERSION
 from ..call import Function
 from ..kernel import Kernel
 from ..model import FEATURES, GRADIENTS, USUAL, Capabilities, Model, ModelFor, flash, materialised
@@ -69,7 +70,7 @@ class Entry:
     def version(self) -> str:
         """The version of its package: for our own kernels, refattn's."""
         package = "refattn" if self.name.startswith("refattn") else self.package or "refattn"
-        return f"{package} {metadata.version(package)}"
+        return f"{package} {VERSION if package == 'refattn' else metadata.version(package)}"
 
 
 def _load(module: str, name: str) -> Callable[[], Function]:
