@@ -21,7 +21,7 @@ from ..errors import InvalidInput, RefattnError, UnsupportedProblem
 from ..files import write_text
 from ..problem import VARIANT
 from ..variants import variant_of
-from ..version import VERSION
+from ..version import VERSION as INSTALLED
 from .file import BITS, VERSION, answer_of, array_of, document_of, parse, problem_of, text_of
 
 __all__ = ["check_results", "make", "verify"]
@@ -106,7 +106,7 @@ def make(
             files.append({"name": name, "sha256": _digest(content.encode()), **about})
     arguments = {"variant": variant, "dtypes": list(dtypes), "only": only, "format": "text" if text else "json"}
     arguments |= {"gradients": "yes"} if gradients else {}
-    manifest = {"golden": VERSION, "refattn": VERSION, "arguments": arguments, "files": files}
+    manifest = {"golden": VERSION, "refattn": INSTALLED, "arguments": arguments, "files": files}
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     return [f["name"] for f in files] + ["manifest.json"]
 
