@@ -1,5 +1,5 @@
-// What the kernels for Hopper share: mbarriers, wgmma's descriptors and fences, numbers of 16 bits, rings of slots, stores of rows.
-// Macro: BF16 0 | 1.
+// What the kernels for Hopper share: mbarriers, wgmma's descriptors and fences, numbers of 16 bits, rings of slots,
+// stores of rows. Macro: BF16 0 | 1.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -10,24 +10,26 @@ struct alignas(64) TensorMap { char bytes[128]; };
 #define DEVICE __device__ __forceinline__
 #define INFINITY_F __int_as_float(0x7f800000)
 
-// ---- mbarriers -----------------------------------------------------------------------------------------------------------
-DEVICE void barrier_init(u32 bar, u32 count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory"); }
+// ---- mbarriers ---------------------------------------------------------------------------------------------------
+DEVICE void barrier_init(u32 bar, u32 count)
+{ asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory"); }
 DEVICE void barrier_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
 DEVICE void barrier_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
 DEVICE void barrier_wait(u32 bar, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra WAIT;\nDONE:\n}"
-        ::"r"(bar), "r"(parity) : "memory");
+    asm volatile("{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra "
+                 "DONE;\nbra WAIT;\nDONE:\n}" ::"r"(bar),
+                 "r"(parity)
+                 : "memory");
 }
 // The barriers of `count` slots, 8 bytes apart: one arrival fills a slot, `arrivals` free it.
 DEVICE void barriers_init(u32 full, u32 empty, int count, u32 arrivals) {
     for (int i = 0; i < count; i++) { barrier_init(full + 8 * i, 1); barrier_init(empty + 8 * i, arrivals); }
 }
-// ---- wgmma ----------------------------------------------------------------------------------------------------------------
-// Matrix descriptor: address, leading and stride byte offsets (each / 16), 128-byte swizzle.
-// K-major (Q, K): 8 rows of 128 bytes = 1024 (stride); leading unused. MN-major (V): 8 keys = 1024 (stride), next 64 columns (leading).
+// ---- wgmma --------------------------------------------------------------------------------------------------------
+// Matrix descriptor: address, leading and stride byte offsets (each / 16), 128-byte swizzle. K-major (Q, K): 8 rows
+// of 128 bytes = 1024 (stride); leading unused. MN-major (V): 8 keys = 1024 (stride), next 64 columns (leading).
 DEVICE u64 descriptor(u32 address, u32 leading) {
     return ((u64)1 << 62) | ((u64)(1024 >> 4) << 32) | ((u64)(leading >> 4) << 16) | ((address & 0x3ffff) >> 4);
 }
@@ -40,7 +42,7 @@ template <int N> DEVICE void pin(float (&x)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// ---- numbers -------------------------------------------------------------------------------------------------------------
+// ---- numbers -----------------------------------------------------------------------------------------------------
 DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
@@ -71,11 +73,14 @@ DEVICE float upper_half(u32 x) {
 #endif
 }
 
-// ---- softmax, online, base 2; numerators are times 2^OFFSET ------------------------------------------------------------------
-[[maybe_unused]] constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 32768.f;  // UNSHIFT = 2^-OFFSET
-// s: scores in, numerators out. top: the row maximum, sum: running lane sums. Returns whether a maximum of the warp moved: O must
-// then be multiplied with factor.
-template <bool MASKED, int NS> DEVICE bool softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&factor)[2], float scale_log2) {
+// ---- softmax, online, base 2; numerators are times 2^OFFSET ------------------------------------------------------
+// UNSHIFT = 2^-OFFSET
+[[maybe_unused]] constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 32768.f;
+// s: scores in, numerators out. top: the row maximum, sum: running lane sums. Returns whether a maximum of the warp
+// moved: O must then be multiplied with factor.
+template <bool MASKED, int NS>
+DEVICE bool softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&factor)[2], float scale_log2)
+{
     float now[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -98,7 +103,8 @@ template <bool MASKED, int NS> DEVICE bool softmax(float (&s)[NS], float (&top)[
         float base = (MASKED && top[r] == -INFINITY_F ? 0.f : top[r]) * scale_log2 - OFFSET, a = 0.f, b = 0.f;
 #pragma unroll
         for (int i = 0; i < NS; i += 4) {
-            float x = exp2_fast(fmaf(s[i + 2 * r], scale_log2, -base)), y = exp2_fast(fmaf(s[i + 2 * r + 1], scale_log2, -base));
+            float x = exp2_fast(fmaf(s[i + 2 * r], scale_log2, -base)),
+                  y = exp2_fast(fmaf(s[i + 2 * r + 1], scale_log2, -base));
             s[i + 2 * r] = x; s[i + 2 * r + 1] = y;
             a += x; b += y;
         }
@@ -111,7 +117,7 @@ template <int N> DEVICE void rescale(float (&o)[N], const float (&factor)[2]) {
     for (int i = 0; i < N; i++) o[i] *= factor[i / 2 % 2];
 }
 
-// ---- slots, stores ---------------------------------------------------------------------------------------------------------
+// ---- slots, stores -----------------------------------------------------------------------------------------------
 template <int N> struct Ring {
     u32 stage = 0, phase = 0;
     DEVICE void advance() { if (++stage == N) { stage = 0; phase ^= 1; } }
@@ -121,16 +127,19 @@ struct No { static constexpr bool value = false; };
 template <int N> struct Number { static constexpr int value = N; };
 struct Strides { long long batch, head, row; };
 
-// The thread holds 2 columns of 8 in each group of 8 columns; the 4 lanes of a row exchange so that each holds 8 columns = 16 bytes.
-// to: the first element of the thread's two rows, or null.
-template <int N> DEVICE void store_rows(u16* const (&to)[2], const float (&o)[N], const float (&inverse)[2], int d, int lane4) {
+// The thread holds 2 columns of 8 in each group of 8 columns; the 4 lanes of a row exchange so that each holds 8
+// columns = 16 bytes. to: the first element of the thread's two rows, or null.
+template <int N>
+DEVICE void store_rows(u16* const (&to)[2], const float (&o)[N], const float (&inverse)[2], int d, int lane4)
+{
 #pragma unroll
     for (int r = 0; r < 2; r++) {
 #pragma unroll
         for (int c = 0; c < N / 16; c++) {  // 32 columns
             u32 x[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) x[i] = pack(o[16 * c + 4 * i + 2 * r] * inverse[r], o[16 * c + 4 * i + 2 * r + 1] * inverse[r]);
+            for (int i = 0; i < 4; i++)
+                x[i] = pack(o[16 * c + 4 * i + 2 * r] * inverse[r], o[16 * c + 4 * i + 2 * r + 1] * inverse[r]);
 #pragma unroll
             for (int bit = 1; bit < 4; bit *= 2)
 #pragma unroll
@@ -140,7 +149,8 @@ template <int N> DEVICE void store_rows(u16* const (&to)[2], const float (&o)[N]
                         if (lane4 & bit) x[i] = got;
                         else x[i | bit] = got;
                     }
-            if (to[r] && 32 * c + 8 * lane4 < d) *(uint4*)(to[r] + 32 * c + 8 * lane4) = make_uint4(x[0], x[1], x[2], x[3]);
+            if (to[r] && 32 * c + 8 * lane4 < d)
+                *(uint4*)(to[r] + 32 * c + 8 * lane4) = make_uint4(x[0], x[1], x[2], x[3]);
         }
     }
 }

@@ -1,11 +1,12 @@
-// Packs a boolean mask (one byte an element, any strides, 0 where an axis is spread) to bits: bit j % 32 of word j / 32 of a row.
+// Packs a boolean mask (one byte an element, any strides, 0 where an axis is spread) to bits: bit j % 32 of word j /
+// 32 of a row.
 //
 // Steps
 //  1. The words of all rows are numbered; a warp takes one word at a time, in turns (any grid).
 //  2. Each lane reads the byte of its key; a ballot makes the word; bits past n_k are 0. Lane 0 stores it.
 //
-// Launch: block a multiple of 32, any grid. out: (b, h, n_q, words) contiguous, words = ceil(n_k / 32); an axis that is spread over
-// batches, heads or rows has length 1 here, and stride 0 in the kernel that reads it.
+// Launch: block a multiple of 32, any grid. out: (b, h, n_q, words) contiguous, words = ceil(n_k / 32); an axis that
+// is spread over batches, heads or rows has length 1 here, and stride 0 in the kernel that reads it.
 
 struct PackParams {
     const unsigned char* mask; unsigned* out;

@@ -1,8 +1,10 @@
-// What simt.cu and mma.cu are given, by value. Strides are in elements, last axes are contiguous; absent arrays are null.
+// What simt.cu and mma.cu are given, by value. Strides are in elements, last axes are contiguous; absent arrays are
+// null.
 struct Params {
     const void *q, *k, *v; void *out; void *lse;            // lse, sink: float (double for double inputs)
     const void *bias; const void *sink;                     // sink: (h)
-    const unsigned* mask;                                   // allowed, packed by pack.cu: key j of a row is bit j % 32 of word j / 32
+    // allowed, packed by pack.cu: key j of a row is bit j % 32 of word j / 32
+    const unsigned* mask;
     const unsigned char* blocks;                            // block mask, 0: hidden
     const int *cu_q, *cu_k;                                 // offsets of packed sequences
     unsigned char* redo;                                    // see simt.cu
@@ -13,6 +15,7 @@ struct Params {
     long long blocks_b, blocks_h, blocks_q;                 // in bytes
     double scale, softcap;
     int b, h, h_kv, n_q, n_k, d_k, d_v;
-    int causal, left, right;                                // causal: 0 none, 1 top left, 2 bottom right; window: -1 no limit
+    // causal: 0 none, 1 top left, 2 bottom right; window: -1 no limit
+    int causal, left, right;
     int block_q, block_k, sequences;
 };

@@ -1,33 +1,38 @@
-// Attention forward on the CUDA cores (no tensor cores): out = softmax(scores) V and lse, for every type and every option.
-// Products, sums and softmax are in float32 (float64 for float64 inputs).
+// Attention forward on the CUDA cores (no tensor cores): out = softmax(scores) V and lse, for every type and every
+// option. Products, sums and softmax are in float32 (float64 for float64 inputs).
 //
 // Steps
-//  1. A block owns BLOCK_M query rows of one head (of one packed sequence). It finds the tiles of BLOCK_N keys that causal mask,
-//     window and block mask leave; hidden tiles are never loaded.
-//  2. Q, K and V tiles lie row-major in shared memory, in the type of the sums; a row is padded by 16 bytes, so that eight rows are
-//     read without bank conflicts. float32 and float64 arrive by cp.async, 16-bit types are converted on the way.
-//  3. S = Q K^T: a thread holds ROWS x KEYS scores in registers, and reads VEC = 16 bytes along d of each of its rows and keys.
-//     V of this tile is loaded meanwhile.
-//  4. Scale, softcap, bias, masks; online softmax. The eight threads of a row share its maximum by shuffles; the sum is reduced at
-//     the end only. P goes to shared memory; a warp reads only the rows that it wrote.
-//  5. O += P V: a thread holds ROWS x COLS outputs in registers. A tile's products are added up first, in the registers of S: sums
-//     of n numbers pass through BLOCK_N + n / BLOCK_N additions, not n. K of the next tile is loaded meanwhile.
+//  1. A block owns BLOCK_M query rows of one head (of one packed sequence). It finds the tiles of BLOCK_N keys that
+//     causal mask, window and block mask leave; hidden tiles are never loaded.
+//  2. Q, K and V tiles lie row-major in shared memory, in the type of the sums; a row is padded by 16 bytes, so that
+//     eight rows are read without bank conflicts. float32 and float64 arrive by cp.async, 16-bit types are converted
+//     on the way.
+//  3. S = Q K^T: a thread holds ROWS x KEYS scores in registers, and reads VEC = 16 bytes along d of each of its rows
+//     and keys. V of this tile is loaded meanwhile.
+//  4. Scale, softcap, bias, masks; online softmax. The eight threads of a row share its maximum by shuffles; the sum
+//     is reduced at the end only. P goes to shared memory; a warp reads only the rows that it wrote.
+//  5. O += P V: a thread holds ROWS x COLS outputs in registers. A tile's products are added up first, in the
+//     registers of S: sums of n numbers pass through BLOCK_N + n / BLOCK_N additions, not n. K of the next tile is
+//     loaded meanwhile.
 //  6. Epilogue: sink, division by the sum, out and lse.
-//  7. Repair: with `redo` (a byte for each 64 rows of a head, set by another kernel) only marked tiles are computed, and unmarked.
+//  7. Repair: with `redo` (a byte for each 64 rows of a head, set by another kernel) only marked tiles are computed,
+//     and unmarked.
 //
-// A key that a row does not see gets the score -inf and the weight -0. If a tile with such keys holds a NaN or an infinity in V, the
-// weight -0 is skipped instead of multiplied (product_pv_seen). A seen score that is infinite makes its row NaN.
+// A key that a row does not see gets the score -inf and the weight -0. If a tile with such keys holds a NaN or an
+// infinity in V, the weight -0 is skipped instead of multiplied (product_pv_seen). A seen score that is infinite
+// makes its row NaN.
 //
-// Macros: T float16 | bfloat16 | float32 | float64; D_K, D_V: d_k, d_v padded to multiples of 16; ROWS (rows a thread), WARPS,
-// BLOCK_N (multiple of 32), MIN_BLOCKS (blocks a multiprocessor); features 0 | 1: BAND (causal or window), BITMASK, BLOCKS, PACKED,
-// SOFTCAP; BIAS: type of the bias, not defined without one. sink and lse are null or not at run time.
-// Launch: block 32 * WARPS, grid (row tiles * h * b), row tiles = ceil(n_q / BLOCK_M) (+ sequences if PACKED, an upper bound).
+// Macros: T float16 | bfloat16 | float32 | float64; D_K, D_V: d_k, d_v padded to multiples of 16; ROWS (rows a
+// thread), WARPS, BLOCK_N (multiple of 32), MIN_BLOCKS (blocks a multiprocessor); features 0 | 1: BAND (causal or
+// window), BITMASK, BLOCKS, PACKED, SOFTCAP; BIAS: type of the bias, not defined without one. sink and lse are null
+// or not at run time. Launch: block 32 * WARPS, grid (row tiles * h * b), row tiles = ceil(n_q / BLOCK_M) (+
+// sequences if PACKED, an upper bound).
 
 #include "params.cuh"
 #include "simt_tiles.cuh"
 
-// Scores are in units of log2 e, folded into the scale; with a bias (which may be as large as the type allows) and in float64
-// they are natural.
+// Scores are in units of log2 e, folded into the scale; with a bias (which may be as large as the type allows) and in
+// float64 they are natural.
 #ifdef BIAS
 constexpr bool BIASED = true;
 #else
@@ -35,11 +40,12 @@ constexpr bool BIASED = false;
 #endif
 constexpr bool NATURAL = BIASED || sizeof(Acc) == 8;
 constexpr double UNIT = NATURAL ? 1.0 : LOG2E;
-constexpr Acc TINY = (Acc)(1.0 / 65536), UNTINY = 65536;   // weights are at most TINY: sums of the largest values stay finite
+// weights are at most TINY: sums of the largest values stay finite
+constexpr Acc TINY = (Acc)(1.0 / 65536), UNTINY = 65536;
 DEVICE float exponential(float x) { return exp2_float(NATURAL ? x * (float)LOG2E : x); }
 DEVICE double exponential(double x) { return exp(x); }
 
-// ---- sizes ----------------------------------------------------------------------------------------------------------------
+// ---- sizes -------------------------------------------------------------------------------------------------------
 constexpr int BLOCK_M = 4 * ROWS * WARPS;               // a warp is 4 rows x 8 keys of threads
 constexpr int KEYS = BLOCK_N / 8;                       // keys a thread
 constexpr int COLS = D_V / 8;                           // columns of O a thread
@@ -47,12 +53,15 @@ constexpr int VEC_V = D_V % (8 * VEC) == 0 ? VEC : 2;   // columns of V read at 
 constexpr int STRIDE_QK = D_K + VEC;                    // an odd number of 16 bytes: rows fall on different banks
 constexpr int STRIDE_P = BLOCK_N + 8;                   // the 4 rows of a warp's store fall on different banks
 constexpr int BYTES_O = ROWS * COLS * sizeof(Acc);
-constexpr int PARTS = BYTES_O > 384 ? 4 : BYTES_O > 256 ? 2 : 1;   // P V takes O in so many parts of PART columns a thread, so
-constexpr int PART = (COLS / PARTS + VEC_V - 1) / VEC_V * VEC_V;   // that a tile's products fit in the registers beside O
+// P V takes O in so many parts of PART columns a thread, so
+constexpr int PARTS = BYTES_O > 384 ? 4 : BYTES_O > 256 ? 2 : 1;
+// that a tile's products fit in the registers beside O
+constexpr int PART = (COLS / PARTS + VEC_V - 1) / VEC_V * VEC_V;
 constexpr int STEPS_PV = PARTS == 1 ? 2 : 1;                       // unrolled steps of P V
 
-// ---- the two products -----------------------------------------------------------------------------------------------------
-// Both add to their first argument. q, k: this thread's first row in the tiles of Q and K; its rows are 4 apart, its keys 8.
+// ---- the two products
+// ----------------------------------------------------------------------------------------------------- Both add to
+// their first argument. q, k: this thread's first row in the tiles of Q and K; its rows are 4 apart, its keys 8.
 DEVICE void product_qk(Acc (&s)[ROWS][KEYS], const Acc* q, const Acc* k) {
 #pragma unroll 2
     for (int d = 0; d < D_K; d += VEC) {
@@ -65,8 +74,8 @@ DEVICE void product_qk(Acc (&s)[ROWS][KEYS], const Acc* q, const Acc* k) {
         }
     }
 }
-// p: this thread's first row of P; v: its first column of V. Its columns come in groups of VEC_V, 8 * VEC_V apart; `first` is the
-// first of this part.
+// p: this thread's first row of P; v: its first column of V. Its columns come in groups of VEC_V, 8 * VEC_V apart;
+// `first` is the first of this part.
 DEVICE void product_pv(Acc (&o)[ROWS][PART], const Acc* p, const Acc* v, int first) {
 #pragma unroll STEPS_PV
     for (int key = 0; key < BLOCK_N; key += VEC) {
@@ -88,8 +97,8 @@ DEVICE void product_pv_seen(Acc (&o)[ROWS][PART], const Acc* p, const Acc* v, in
         UNROLL for (int i = 0; i < ROWS; i++) {
             Acc weight = p[4 * i * STRIDE_P + key];
             if (is_unseen(weight)) continue;
-            UNROLL for (int c = 0; c < PART; c++)
-                if (first + c < COLS) o[i][c] = fma(weight, v[key * D_V + 8 * (first + c - c % VEC_V) + c % VEC_V], o[i][c]);
+            UNROLL for (int c = 0; c < PART; c++) if (first + c < COLS) o[i][c] =
+                fma(weight, v[key * D_V + 8 * (first + c - c % VEC_V) + c % VEC_V], o[i][c]);
         }
 }
 // Does the tile of V hold a NaN or an infinity? All threads get the answer.
@@ -103,9 +112,10 @@ DEVICE bool any_nonfinite(const Acc* v) {
     return __syncthreads_or(!(sum == 0));
 }
 
-DEVICE int clamp(int offset, int n) { return min(max(offset, 0), n); }   // wrong offsets of sequences stay inside the arrays
+// wrong offsets of sequences stay inside the arrays
+DEVICE int clamp(int offset, int n) { return min(max(offset, 0), n); }
 
-// ---- which keys a tile of rows sees -----------------------------------------------------------------------------------------
+// ---- which keys a tile of rows sees ------------------------------------------------------------------------------
 enum Tile { HIDDEN, PARTIAL, FULL };
 // Does the block mask show any, or all, of the rows and keys of a tile? The threads share the look-ups.
 DEVICE Tile blocks_of_tile(const Params& p, const unsigned char* blocks, int row, int rows, int key, int keys) {
@@ -127,7 +137,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
     Acc* tile_p = tile_v + BLOCK_N * D_V;
     const Acc INF = infinity((Acc)0);
 
-    // Which rows: the last rows come first, since they see the most keys under a causal mask. In 64 bits only where needed.
+    // Which rows: the last rows come first, since they see the most keys under a causal mask. In 64 bits only where
+    // needed.
     u32 row_tiles = (p.n_q + BLOCK_M - 1) / BLOCK_M + (PACKED ? p.sequences : 0);
     int row_tile = row_tiles - 1 - blockIdx.x % row_tiles;
     int head = blockIdx.x / row_tiles % p.h, batch = blockIdx.x / row_tiles / p.h, head_kv = head / (p.h / p.h_kv);
@@ -156,7 +167,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
     const T* q = (const T*)p.q + batch * p.q_b + head * p.q_h + (start_q + (long long)row0) * p.q_n;
     const T* k = (const T*)p.k + batch * p.k_b + head_kv * p.k_h + start_k * p.k_n;
     const T* v = (const T*)p.v + batch * p.v_b + head_kv * p.v_h + start_k * p.v_n;
-    bool aligned_k = is_aligned(p.k, p.d_k, p.k_b, p.k_h, p.k_n), aligned_v = is_aligned(p.v, p.d_v, p.v_b, p.v_h, p.v_n);
+    bool aligned_k = is_aligned(p.k, p.d_k, p.k_b, p.k_h, p.k_n),
+         aligned_v = is_aligned(p.v, p.d_v, p.v_b, p.v_h, p.v_n);
 #if BITMASK
     const u32* mask = p.mask + batch * p.mask_b + head * p.mask_h;
 #endif
@@ -168,7 +180,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
 #endif
     constexpr bool SELECTIVE = BAND || BITMASK || BLOCKS || BIASED;   // rows of one tile may see different keys
 
-    // Lanes: i and i ^ 1 read the same key, i and i ^ 2 the same row, so that a half warp's 16-byte reads take one pass.
+    // Lanes: i and i ^ 1 read the same key, i and i ^ 2 the same row, so that a half warp's 16-byte reads take one
+    // pass.
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int row_thread = warp * 4 * ROWS + (lane & 1) + (lane >> 4) * 2, key_thread = lane >> 1 & 7;
     const Acc* q_thread = tile_q + row_thread * STRIDE_QK;
@@ -178,7 +191,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
 
     // Which tiles of keys.
     int first_key = 0, end_key = n_k;
-    long long band_first = 0, band_last = 0;              // causal mask and window: row i sees keys i + band_first .. i + band_last
+    // causal mask and window: row i sees keys i + band_first .. i + band_last
+    long long band_first = 0, band_last = 0;
     if (BAND) {
         long long corner = p.causal == 1 ? 0 : (long long)n_k - n_q, far = 1LL << 40;
         band_first = corner - (p.left < 0 ? far : p.left);
@@ -223,21 +237,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
         int key0 = tile * BLOCK_N;
         const bool partial = BITMASK || BIASED || kind == PARTIAL;
         copy_wait<0>();
-        __syncthreads();                                  // K is there for all; all have done with V and P of the last tile
+        // K is there for all; all have done with V and P of the last tile
+        __syncthreads();
         load_tile<BLOCK_N, D_V, D_V>(tile_v, v + key0 * p.v_n, p.v_n, n_k - key0, p.d_v, aligned_v);
         copy_commit();
 
         Acc s[ROWS][KEYS] = {};
         product_qk(s, q_thread, k_thread);
         int first_row = row_thread;
-        asm volatile("" : "+r"(first_row));               // else ptxas keeps the addresses of all rows in registers all along
+        // else ptxas keeps the addresses of all rows in registers all along
+        asm volatile("" : "+r"(first_row));
         UNROLL for (int i = 0; i < ROWS; i++) {
             UNROLL for (int j = 0; j < KEYS; j++) {
                 s[i][j] = fma(s[i][j] * scale, (Acc)0, s[i][j] * scale);   // an infinite score makes the row NaN
                 if (SOFTCAP) s[i][j] = cap * tanh(s[i][j]);
             }
             if (!partial) continue;
-            int row = row0 + min(first_row + 4 * i, rows - 1), from = 0, to = n_k - 1 - key0;   // from, to: keys seen, less key0
+            // from, to: keys seen, less key0
+            int row = row0 + min(first_row + 4 * i, rows - 1), from = 0, to = n_k - 1 - key0;
             if (BAND) {
                 from = (int)min(max(row + band_first - key0, 0LL), (long long)BLOCK_N);
                 to = (int)min(max(row + band_last - key0, -1LL), (long long)to);

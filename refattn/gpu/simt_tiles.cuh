@@ -10,7 +10,7 @@ struct bfloat16 { unsigned short bits; };
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 
-// ---- types ----------------------------------------------------------------------------------------------------------------
+// ---- types -------------------------------------------------------------------------------------------------------
 template <typename X> struct Sum { typedef float type; };
 template <> struct Sum<double> { typedef double type; };
 typedef Sum<T>::type Acc;                               // the type of all sums
@@ -35,10 +35,12 @@ DEVICE float exp2_float(float x) { float y; asm("ex2.approx.f32 %0, %1;" : "=f"(
 [[maybe_unused]] constexpr int VEC = 16 / sizeof(Acc);                   // elements of a 16-byte read
 template <int N> struct alignas(N * sizeof(Acc)) Vector { Acc x[N]; };
 
-// ---- global to shared -----------------------------------------------------------------------------------------------------
+// ---- global to shared --------------------------------------------------------------------------------------------
 template <int BYTES> DEVICE void copy_async(void* shared, const void* global, bool valid) {   // zeros where not valid
     u32 address = (u32)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(global), "n"(BYTES), "r"(valid ? BYTES : 0) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(global), "n"(BYTES),
+                 "r"(valid ? BYTES : 0)
+                 : "memory");
 }
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }

@@ -1,6 +1,7 @@
 """The house rules, as tests."""
 
 import ast
+import fnmatch
 import importlib
 import pkgutil
 import re
@@ -236,6 +237,35 @@ TEXTS = [*TREE.glob("*.md"), *(TREE / "docs").rglob("*.md"), *ROOT.rglob("*.cu")
 def test_lines_of_text_are_short(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert [i for i, x in enumerate(lines, 1) if len(x) > 120 and not x.lstrip().startswith("|")] == []
+
+
+def where_tested():
+    """Return the table of tests/README.md: patterns of modules and the files that test them."""
+    lines = (TREE / "tests" / "README.md").read_text().splitlines()
+    rows = [[x.strip() for x in line.strip("|").split("|")] for line in lines if re.match(r"\| [\w*/]+\.py ", line)]
+    return [(pattern, [f.strip() for f in files.split(",")]) for pattern, files in rows]
+
+
+def untested(modules, table):
+    """Return the modules that neither have a test file of their name nor stand in the table."""
+    for path in modules:
+        name = path.relative_to(ROOT)
+        own = TREE / "tests" / name.parent / f"test_{name.name}"
+        if not own.is_file() and not any(fnmatch.fnmatchcase(name.as_posix(), pattern) for pattern, _ in table):
+            yield name.as_posix()
+
+
+def test_every_module_is_tested_somewhere():
+    table = where_tested()
+    assert len(table) > 30
+    assert list(untested([p for p in SOURCES if not p.name.startswith("__")], table)) == []
+    assert [f for _, files in table for f in files if not (TREE / "tests" / f).is_file()] == []
+    assert list(untested([ROOT / "exact" / "matrix.py"], [])) == ["exact/matrix.py"]  # the rule can fail
+
+
+def test_every_row_of_the_table_is_needed():
+    names = [p.relative_to(ROOT).as_posix() for p in SOURCES]
+    assert [pattern for pattern, _ in where_tested() if not fnmatch.filter(names, pattern)] == []
 
 
 def test_every_module_has_its_names():

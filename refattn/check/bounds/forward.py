@@ -129,7 +129,7 @@ class Head:
     @property
     def divides(self) -> bool:
         """Tell whether the weights' product with the values is divided, by a number for each row."""
-        return "product" not in self.out.node.marks
+        return "quotient" in self.out.node.marks
 
     @property
     def divided(self) -> Any:

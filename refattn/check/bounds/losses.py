@@ -241,7 +241,7 @@ class Lossy(Reflected):
             amplify = np.where(left > 0, 1 / left, np.inf)
             amplify = amplify if o.node.log is None else np.minimum(amplify, np.exp(np.minimum(o.node.log, 700.0)))
             if "product" in self.node.marks and {"sum", "positive"} <= o.node.marks:
-                found = self._with(o, y, (1 / b, -y / b), marks={"mean", *(o.node.marks & {"more"})})
+                found = self._with(o, y, (1 / b, -y / b), marks={"mean", "quotient", *(o.node.marks & {"more"})})
                 found.node.amplify = amplify
                 # a kernel may divide the weights first: then products underflow at the output's size
                 found.node.err = self.f.u * np.abs(y) + self.f.floor + self.node.under[0]
@@ -249,7 +249,7 @@ class Lossy(Reflected):
                 found.node.relative = self.node.relative + o.node.relative
                 return found
             by = np.minimum(amplify, 1e100) / b
-        return self._with(o, y, (by, -y * by))
+        return self._with(o, y, (by, -y * by), marks={"quotient"})
 
     def where(self, mask: Mask | None) -> Lossy:
         """Keep the elements where `mask` holds; the others become 0."""
