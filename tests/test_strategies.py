@@ -12,7 +12,8 @@ from refattn.check.kernels.tiled import tiled
 from refattn.check.runner import check_problem
 from refattn.dtypes import FORMATS
 from refattn.masks import visible
-from refattn.strategies import VALUES, arrays, gradients, layouts, problems
+from refattn.problem import MEANINGS
+from refattn.strategies import VALUES, _features, arrays, gradients, layouts, problems
 
 SEARCH = settings(max_examples=3000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 REACH = settings(SEARCH, phases=[Phase.generate])
@@ -80,9 +81,11 @@ def test_every_edge_is_reached(edge):
 
 @pytest.mark.parametrize("feature", sorted(FEATURES))
 def test_every_feature_is_reached_and_can_be_asked_for_alone(feature):
-    assert feature in reach(problems(), lambda p: feature in p.features()).features()
-    alone = problems(features={feature, "lengths_differ"}, families=["integers"])
-    assert smallest(alone, lambda p: feature in p.features()).features() <= {feature, "lengths_differ"}
+    variant = next(v for v in VARIANTS if feature in _features(VARIANTS[v]))
+    assert feature in reach(problems(variant), lambda p: feature in p.features()).features()
+    others = {"lengths_differ"} - VARIANTS[variant].never | VARIANTS[variant].always
+    alone = problems(variant, features={feature, *others}, families=["integers"])
+    assert smallest(alone, lambda p: feature in p.features()).features() <= {feature, *others}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -96,7 +99,9 @@ def test_every_option_of_an_operator_is_reached(variant):
 
 @given(st.data(), st.sampled_from(list(VARIANTS)), st.sampled_from(list(FORMATS)))
 def test_problems_are_valid_and_within_their_limits(data, variant, dtype):
-    asked = data.draw(st.sets(st.sampled_from(["lengths_differ", "grouped_heads", "window", "scale", "allowed"])))
+    v = VARIANTS[variant]
+    some = {"lengths_differ", "grouped_heads", "window", "scale", "allowed"} - v.never
+    asked = data.draw(st.sets(st.sampled_from(sorted(x for x in some if x not in MEANINGS or x in v.uses)))) | v.always
     p = data.draw(problems(variant, dtypes=[dtype], features=asked, max_rows=9, max_keys=70, max_dim=6))
     assert p.dtype == dtype
     assert p.variant == variant
@@ -104,7 +109,7 @@ def test_problems_are_valid_and_within_their_limits(data, variant, dtype):
     assert 1 <= p.n_q <= 9
     assert 1 <= p.n_k <= 70
     assert max(p.d_k, p.d_v) <= 6
-    VARIANTS[variant].settings(p)
+    v.settings(p)
 
 
 @given(st.data(), st.sampled_from(list(FORMATS)))

@@ -82,6 +82,10 @@ def _exact(problem: Problem, model: Model, dout: NDArray[Any] | None) -> Documen
         if name in near.values:
             kind = getattr(problem, source).dtype.name
             value, decided = near.enclosures[name].settle(FORMATS[kind])
+            if not decided.all():  # exact ties of the narrower type, which its own evaluation recognises
+                own = evaluate(problem, gradients=dout, rounding=kind)
+                rounded[name], undecided = own.values[name], undecided + own.undecided[name]
+                continue
             rounded[name], undecided = from_float64(value, kind), undecided + int((~decided).sum())
     if undecided:
         raise InvalidInput(f"{problem!r}: got {undecided} elements without a decided rounding, expected 0")

@@ -61,6 +61,14 @@ def _cancelling():
     return p.replace(query=q, key=k, value=np.abs(p.value))
 
 
+def _opposite():
+    """Two keys with equal scores and opposite values: what the exponentials are off by is all that out shows."""
+    p = _problem(60, 2)
+    value = p.value.copy()
+    value[:, :, 1] = -value[:, :, 0]
+    return p.replace(query=np.zeros_like(p.query), value=value)
+
+
 def _tied():
     p = _problem(5, 2, scale=1.0)
     q, k, value = np.zeros_like(p.query), np.zeros_like(p.key), p.value.copy()
@@ -92,6 +100,7 @@ PROBLEMS = {
     "tied": _tied,
     "capped": lambda: _problem(6, 9, softcap=1.5, sink=np.array([0.5, -1.0], np.float32)),
     "cancelling": _cancelling,
+    "opposite": _opposite,
     "poisoned": _poisoned,
     "grouped": lambda: _problem(30, 30, h=4, allowed=_without(30, 30, 3)),
     "sizes": _sizes,  # head 1, and the last column of head 0, hold numbers 4096 times smaller
@@ -202,9 +211,11 @@ def trial_the_bound_of_two_tied_keys_is_known(c):
 def trial_what_rounds_as_its_model_says_is_within_the_bound(c):
     """Every operation off by as much as the Model allows, one way or by turns: nothing passes its bound."""
     rng = np.random.default_rng(3)
-    for name in ("plain", "grouped", "one-key", "bfloat16", "capped", "cancelling"):
+    m = c.model
+    for name in ("plain", "grouped", "one-key", "bfloat16", "capped", "cancelling", "opposite"):
         p, a = problem(name), answer(problem(name))
-        for model in (c.model.flash(p.dtype), c.model.materialised(p.dtype), c.model.narrowed(p.dtype, "tf32", "")):
+        usual = m.flash(p.dtype), m.materialised(p.dtype), m.narrowed(p.dtype, "tf32", "")
+        for model in (*usual, m.materialised("bfloat16"), m.Model(tile=1, exp_ulps=20.0)):
             bound = c.bounds.bounds(a, model)
             for how in c.rounded.HOWS:
                 got = c.rounded.simulate(p, model, how, rng)

@@ -19,6 +19,8 @@ from refattn.exact.agree import under
 from refattn.golden.make import make, verify
 
 TEXT = """
+import numpy as np
+
 import refattn
 from refattn.variants.option import Option, above_zero
 
