@@ -69,6 +69,13 @@ def _opposite():
     return p.replace(query=np.zeros_like(p.query), value=value)
 
 
+def _exponentials():
+    """Exponentials of queries and keys in the tens: an error of 2**-11 of these is no small one of theirs."""
+    p = _problem(8, 8, variant="linear", options={"feature": "exp", "normalize": False})
+    q, k = (np.abs(x) * np.float32(12) + np.float32(8) for x in (p.query, p.key))
+    return p.replace(query=q, key=k, value=np.abs(p.value), scale=2.0**-60)
+
+
 def _tied():
     p = _problem(5, 2, scale=1.0)
     q, k, value = np.zeros_like(p.query), np.zeros_like(p.key), p.value.copy()
@@ -101,6 +108,7 @@ PROBLEMS = {
     "capped": lambda: _problem(6, 9, softcap=1.5, sink=np.array([0.5, -1.0], np.float32)),
     "cancelling": _cancelling,
     "opposite": _opposite,
+    "exponentials": _exponentials,
     "poisoned": _poisoned,
     "grouped": lambda: _problem(30, 30, h=4, allowed=_without(30, 30, 3)),
     "sizes": _sizes,  # head 1, and the last column of head 0, hold numbers 4096 times smaller
@@ -212,7 +220,7 @@ def trial_what_rounds_as_its_model_says_is_within_the_bound(c):
     """Every operation off by as much as the Model allows, one way or by turns: nothing passes its bound."""
     rng = np.random.default_rng(3)
     m = c.model
-    for name in ("plain", "grouped", "one-key", "bfloat16", "capped", "cancelling", "opposite"):
+    for name in ("plain", "grouped", "one-key", "bfloat16", "capped", "cancelling", "opposite", "exponentials"):
         p, a = problem(name), answer(problem(name))
         usual = m.flash(p.dtype), m.materialised(p.dtype), m.narrowed(p.dtype, "tf32", "")
         for model in (*usual, m.materialised("bfloat16"), m.Model(tile=1, exp_ulps=20.0)):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import refattn
+import refattn.check
 
 from . import battery
 
