@@ -24,17 +24,19 @@ from refattn.check.compare import compare
 from refattn.check.diagnose.explain import SIGNATURES
 from refattn.check.diagnose.rules import RULES
 from refattn.check.diagnose.shrink import shrink
-from refattn.check.inputs.families import QUICK, cases
+from refattn.check.inputs.families import cases
 from refattn.check.kernels.tiled import SPLIT, gradients, tiled
 from refattn.check.model import GRADIENTS, Model, flash
 from refattn.check.runner import failing
 from refattn.dtypes import FORMATS
-from refattn.problem import Problem
+from refattn.problem import VARIANT, Problem
+from refattn.variants import VARIANTS
 
 TYPES = ("float32", "bfloat16")
 RIGHT = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 RUNS = 200
 SMALL = 8
+QUICK = VARIANTS[VARIANT].quick
 
 
 def able(dtype: str) -> Capabilities:
