@@ -1,6 +1,7 @@
 """Claims of the papers on attention that this package builds on, as code that checks them, each with a control."""
 
 from . import (
+    bandits,
     bounded_entries,
     combiner,
     crate,
@@ -31,6 +32,7 @@ MODULES = (
     universal,
     virtual_node,
     decisions,
+    bandits,
     crate,
     systems,
     reach,
