@@ -167,12 +167,14 @@ def exponent(c: float) -> float:
 
 def _predicted(r: float, logs: float, relative: bool = True) -> int:
     """Return the degree whose next coefficient, by Debye's expansion of I_m to its second term, is exp(-R)/n."""
+
     def size(g: float) -> float:
         m = g + 1
         root = math.hypot(m, r)
         p = m / root
         second = math.log1p((3 * p - 5 * p**3) / (24 * m))
         return root - m * math.asinh(m / r) + math.log(2 / math.sqrt(2 * math.pi * root)) + second
+
     return math.ceil(_smallest(size, -logs - (r if relative else 0)))
 
 
@@ -228,8 +230,8 @@ CLAIMS = [
     ),
     Claim(
         "bounded-near-linear",
-        "Entries up to c·log n, d = log2 n, error 1/n: time n^(1 + e(c)), e(c) to 0 with c, and above 1 from about 0.03 on;"
-        " larger entries have no near-linear algorithm",
+        "Entries up to c·log n, d = log2 n, error 1/n: time n^(1 + e(c)), e(c) to 0 with c, and above 1 from"
+        " about 0.03 on; larger entries have no near-linear algorithm",
         SOURCE,
         near_linear,
         near_linear_absolute,

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import HypothesisViolated
 
-__all__ = ["SETH", "Claim", "Evidence", "Result", "needs", "run", "worst"]
+__all__ = ["SETH", "Claim", "Evidence", "Result", "needs", "run", "total", "worst"]
 
 SETH = (
     "the strong exponential time hypothesis (its refutation has been claimed in 2026-10; the proofs were not checked)"
@@ -136,6 +136,13 @@ def worst(pairs: Iterable[tuple[Any, Any]]) -> Any:
         ratio = ratio.upper() if hasattr(ratio, "upper") else ratio
         found = found if found > ratio else ratio
     return found
+
+
+def total(*counts: int) -> int:
+    """Return the sum of counts of what must not occur; none is negative."""
+    if min(counts) < 0:
+        raise ValueError(f"total: got {counts}")
+    return sum(counts)
 
 
 def needs(condition: bool, text: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .claim import Claim, Evidence, needs
-from .counting import Counted, counted, plain
+from .counting import Counted, counted
 from .fields import balls, disjoint, each, precise, rationals, zeros
 
 __all__ = ["CLAIMS", "factorised"]
@@ -19,8 +19,10 @@ Array = NDArray[Any]
 
 def _exp(x: Array) -> Array:
     """Return exponentials of balls, or of numbers that count."""
+
     def one(a: Any) -> Any:
         return Counted(a.value.exp(), a.tally) if isinstance(a, Counted) else a.exp()
+
     return each(one, x)
 
 
@@ -70,15 +72,14 @@ def _call(n: int = 12, d: int = 3) -> Array:
 
 def _compared(block: int, pool: Any, what: str) -> Evidence:
     q, k, v = _call()
+    found = factorised(q, k, v, block)
     p = _distribution(q, k, block, pool)
     size = max(abs(s).upper() for s in (np.maximum(abs(q).max(0), 0) @ abs(k).max(0),))
     # of at most n regions, weights from exp(-S) to exp(S), and so for the tokens of a block: p(r | i) and p(j | r)
     floor = (-4 * size).exp() / (len(q) * block)
     small = int((np.tril(each(lambda a: not a > floor, p)) != 0).sum())
     future = int((np.triu(each(lambda a: a != 0, p), 1) != 0).sum())
-    return Evidence(
-        disjoint(factorised(q, k, v, block), p @ v) + disjoint(p.sum(1), balls(zeros(len(q)) + 1)) + small + future, 0, what
-    )
+    return Evidence(disjoint(found, p @ v) + disjoint(p.sum(1), balls(zeros(len(q)) + 1)) + small + future, 0, what)
 
 
 @precise()

@@ -36,6 +36,9 @@ class Counted:
     def __sub__(self, other: Any) -> Counted:
         return self._noted("add", self.value - plain(other))
 
+    def __rsub__(self, other: Any) -> Counted:
+        return self._noted("add", plain(other) - self.value)
+
     def __mul__(self, other: Any) -> Counted:
         sign = self.sign or (isinstance(other, Counted) and other.sign)
         return self._noted("sign" if sign else "multiply", self.value * plain(other))

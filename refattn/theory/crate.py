@@ -151,7 +151,9 @@ def neumann(size: float = 1.0) -> Evidence:
     found = [_two_terms(c) for c in cases]
     needs(all(spectrum < 1 for spectrum, _ in found), "beta · lambda below 1: the series does not converge")
     away = [abs(found[i][1] - found[i][0] ** 2) for i in (0, 2)]  # of one value: the error is the bound
-    return Evidence(worst((e, s * s) for s, e in found) + sum(away), 1, "squared relative error of two terms, over the bound's")
+    return Evidence(
+        worst((e, s * s) for s, e in found) + sum(away), 1, "squared relative error of two terms, over the bound's"
+    )
 
 
 def neumann_large() -> Evidence:
@@ -209,7 +211,7 @@ def ista_long() -> Evidence:
 
 
 def _solution(weight_of_step: Any) -> int:
-    """Return how many elements of a solution of the lasso a step moves: z >= 0, Dᵀ(x - D z) <= lambda, = where z > 0."""
+    """Return how many elements of a solution a step moves: z >= 0, Dᵀ(x - D z) <= lambda, and = where z > 0."""
     d, norm = _dictionary()
     z, weight = np.array([Q(1), Q(0), Q(1, 3), Q(0)]), Q(1, 10)
     below = np.array([Q(0), Q(1, 7), Q(0), Q(1, 20)])  # how far Dᵀ(x - D z) is below lambda where z is 0

@@ -154,7 +154,7 @@ def _newton_schulz(a: Any, rounds: int) -> list[tuple[Any, Any]]:
 
 
 def _spectrum(high: int) -> list[Any]:
-    """Return matrices whose distance to I is below 1 where high is 1: one is a multiple of I, and attains the bounds."""
+    """Return matrices whose distance to I is below 1 where high is 1; a multiple of I attains the bounds."""
     return [
         flint.fmpq_mat(2, 2, [Q(high, 4), 0, 0, Q(high, 4)]),
         flint.fmpq_mat(2, 2, [high * Q(3, 4), Q(1, 8), Q(1, 8), high * Q(1, 2)]),
@@ -168,7 +168,9 @@ def root(high: int = 1) -> Evidence:
     needs(all(_inf(one - a) < 1 for a in given), "a distance to I below 1 after scaling")
     found = [_newton_schulz(a, 4) for a in given]
     back = [(bound, error) for error, bound in found[0]]
-    return Evidence(worst([*found[0], *found[1], *back]), 1, "residuals over their bounds, which a multiple of I attains")
+    return Evidence(
+        worst([*found[0], *found[1], *back]), 1, "residuals over their bounds, which a multiple of I attains"
+    )
 
 
 def root_unscaled() -> Evidence:
@@ -227,7 +229,8 @@ CLAIMS = [
     ),
     Claim(
         "decisions-root",
-        "Newton-Schulz iterations, products only, give the matrix root of Thompson sampling: residuals e to (3e² + e³)/4",
+        "Newton-Schulz iterations, products only, give the matrix root of Thompson sampling: residuals e go to"
+        " (3e² + e³)/4",
         SOURCE,
         root,
         root_unscaled,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import flint
@@ -9,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "BITS", "Q", "balls", "disjoint", "each", "exp", "orthogonal", "precise", "rational", "rationals", "solve",
-    "unequal", "zeros",
+    "BITS", "Dual", "Q", "balls", "disjoint", "each", "exp", "least_ratio", "orthogonal", "precise", "rational",
+    "rationals", "solve", "unequal", "zeros",
 ]  # fmt: skip
 
 Exact = NDArray[Any]
@@ -19,9 +21,11 @@ BITS = 256
 """Of a ball's middle: far below any error that a claim is about."""
 
 
-def precise(bits: int = BITS) -> Any:
-    """Return a context in which balls are computed with some bits; it is also a decorator."""
-    return flint.ctx.workprec(bits)
+@contextmanager
+def precise(bits: int = BITS) -> Iterator[None]:
+    """Compute balls with some bits, in a block or, as a decorator, in a function."""
+    with flint.ctx.workprec(bits):
+        yield
 
 
 def each(function: Any, *arrays: Any) -> Exact:
@@ -63,6 +67,31 @@ def balls(x: Any) -> Exact:
 def exp(x: Any) -> Exact:
     """Return exponentials of balls."""
     return each(lambda a: a.exp(), x)
+
+
+class Dual:
+    """A number and its derivative by one variable, both exact."""
+
+    def __init__(self, value: Any, slope: Any) -> None:
+        self.value, self.slope = value, slope
+
+    def __add__(self, other: Dual) -> Dual:
+        return Dual(self.value + other.value, self.slope + other.slope)
+
+    def __sub__(self, other: Dual) -> Dual:
+        return Dual(self.value - other.value, self.slope - other.slope)
+
+    def __mul__(self, other: Dual) -> Dual:
+        return Dual(self.value * other.value, self.value * other.slope + self.slope * other.value)
+
+    def __truediv__(self, other: Dual) -> Dual:
+        found = self.value / other.value
+        return Dual(found, (self.slope - found * other.slope) / other.value)
+
+
+def least_ratio(a: Any, b: Any) -> Any:
+    """Return the least that one ball over another can be: above 1 only where a surely exceeds b."""
+    return (flint.arb(a).lower() / flint.arb(b).upper()).lower()
 
 
 def unequal(a: Any, b: Any) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +14,15 @@ from ..check.model import flash as flash_model
 from ..problem import Problem
 from ..tensor import exact as exact_triple
 from .claim import Claim, Evidence, needs, worst
-from .io_loops import fits, flash, scores_in_slow_memory, tile_of, triple, triple_tile
+from .io_loops import fits, flash, scores_in_slow_memory, tile_of, triple
 
 __all__ = ["CLAIMS", "counted", "hbm_bytes", "standard"]
 
 Float = NDArray[np.float64]
 Blocks = NDArray[np.bool_]
-GRID = tuple((n, d, m) for n, d in ((64, 8), (48, 16), (50, 5)) for m in (6 * d + 8, d * d + 9 * d, 4 * d * d, 10 * d * d))
+GRID = tuple(
+    (n, d, m) for n, d in ((64, 8), (48, 16), (50, 5)) for m in (6 * d + 8, d * d + 9 * d, 4 * d * d, 10 * d * d)
+)
 """(N, d, M), with M below and above d²."""
 
 
@@ -59,7 +60,9 @@ def _inputs(n: int, d: int, count: int = 3) -> list[Float]:
 
 def _off(out: Float, q: Float, k: Float, v: Float, tile: int = 1, allowed: Blocks | None = None) -> float:
     """Return the largest error of a result over what a float64 kernel may lose, element by element."""
-    problem = Problem(*(x[None, None] for x in (q, k, v)), scale=1.0, allowed=None if allowed is None else allowed[None, None])
+    problem = Problem(
+        *(x[None, None] for x in (q, k, v)), scale=1.0, allowed=None if allowed is None else allowed[None, None]
+    )
     # one addition after another, as often rescaled as there are tiles
     model = replace(flash_model("float64"), tile=tile, chain=len(k))
     right = truth(problem, model)
@@ -68,7 +71,7 @@ def _off(out: Float, q: Float, k: Float, v: Float, tile: int = 1, allowed: Block
 
 
 def _words(n: int, d: int, columns: int) -> int:
-    """Return the words of FlashAttention's loop: k and v once, then q, out twice and two numbers twice, a row and tile."""
+    """Return the words of FlashAttention's loop: k and v once; for each tile of keys q, and out and two numbers twice."""
     return 2 * n * d + math.ceil(n / columns) * n * (3 * d + 4)
 
 
@@ -291,7 +294,8 @@ CLAIMS = [
     ),
     Claim(
         "triple-io",
-        "Triple-wise attention by tiles of b × b pairs (row, k1) moves O(N³ d / M) words for M > d², O(N³ d³ / M²) below",
+        "Triple-wise attention by tiles of b × b pairs (row, k1) moves O(N³ d / M) words for M > d²,"
+        " O(N³ d³ / M²) below",
         "derived here from the loop",
         triple_io,
         triple_small,

@@ -132,9 +132,7 @@ def _within(bound: Callable[[Array, Array, int], Any], what: str) -> Evidence:
 
 def by_alpha() -> Evidence:
     """The mean squared error over alpha |V|²/m: what the spread of the columns says before any sample is drawn."""
-    return _within(
-        lambda p, v, m: len(p) * (p * p).sum(0).max() * _norm(v) / m, "mean squared error over alpha·|V|²/m"
-    )
+    return _within(lambda p, v, m: len(p) * (p * p).sum(0).max() * _norm(v) / m, "mean squared error over alpha·|V|²/m")
 
 
 def by_mean() -> Evidence:

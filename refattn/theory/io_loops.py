@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .claim import needs
 from .counting import Memory, Slow
 
-__all__ = ["flash", "fits", "scores_in_slow_memory", "tile_of", "triple", "triple_tile"]
+__all__ = ["fits", "flash", "scores_in_slow_memory", "tile_of", "triple", "triple_tile"]
 
 Float = NDArray[np.float64]
 Blocks = NDArray[np.bool_]
@@ -77,7 +77,7 @@ def flash(
 
 
 def _products(fast: Memory, b: int, a: Any, c: Any, to: Slow, turn: bool) -> None:
-    """Multiply in square tiles of b: to = a @ c, or a @ cᵀ; an operand is a slow array, or a function that loads a tile."""
+    """Multiply in square tiles of b: to = a @ c, or a @ cᵀ; a is a slow array, or a function that loads a tile."""
     inner = a.data.shape[1] if isinstance(a, Slow) else len(c.data)
     for i, j in itertools.product(_spans(len(to.data), b), _spans(to.data.shape[1], b)):
         sums = fast.new(i.stop - i.start, j.stop - j.start)

@@ -64,7 +64,9 @@ def closed(grid: tuple[tuple[int, int, int], ...] = tuple(GRID)) -> Evidence:
 def released() -> Evidence:
     """The released formula, budget·T + ½·max(0, budget - context)², whose sign is that of the other branch."""
     away = [b * t + max(0, b - c) ** 2 // 2 - _read(b, c, t) for b, c, t in GRID[:2]]
-    return Evidence(max(map(abs, away)), 0, "keys from those that a loop reads, the released formula", {"too many": away})
+    return Evidence(
+        max(map(abs, away)), 0, "keys from those that a loop reads, the released formula", {"too many": away}
+    )
 
 
 # (P, layers, heads, heads of keys, d): Qwen3-0.6B and -8B, from their public configurations
@@ -87,7 +89,9 @@ def _crossing(memory: bool, intensities: tuple[Fraction, ...], what: str) -> Evi
             at = context_of_equal_cost(*shape, intensity=float(i))
             below, above = (_costs(math.floor(at) + more, shape, i, memory) / (2 * shape[0]) for more in (0, 1))
             found.append((max(below, 1 / above), shape[0], float(i), at))
-    return Evidence(max(f[0] for f in found), 1, what, {"intensity": [f[2] for f in found], "context": [f[3] for f in found]})
+    return Evidence(
+        max(f[0] for f in found), 1, what, {"intensity": [f[2] for f in found], "context": [f[3] for f in found]}
+    )
 
 
 RATIOS = tuple(map(Fraction, ("1", "141.5", "281.25", "562.5", "2000")))

@@ -97,8 +97,11 @@ def _pigeonhole(scores: Float, values: Float, universe: int) -> float:
 def collision(
     shapes: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (2, 1)), universe: int = 12, layers: int = 3
 ) -> Evidence:
-    """Two inputs of opposite labels with outputs within the pigeonhole bound, for layers drawn and for a spread-out one."""
-    needs(all(h * (m + 1) < universe for h, m in shapes), "a layer of H(m + 1) numbers, fewer than the universe's elements")
+    """Inputs of opposite labels with outputs within the pigeonhole bound, for layers drawn and for a spread-out one."""
+    needs(
+        all(h * (m + 1) < universe for h, m in shapes),
+        "a layer of H(m + 1) numbers, fewer than the universe's elements",
+    )
     given = [_random(*shape, universe, seed) for shape in shapes for seed in range(layers)]
     pairs = []
     for scores, values in [*given, _spread_out(universe)]:
@@ -122,7 +125,8 @@ SOURCE = "Sanford, Hsu and Telgarsky, arXiv 2306.02896 (its abstract was read); 
 CLAIMS = [
     Claim(
         "match3-one-layer",
-        "One triple-wise head with five features answers Match3 up to 1/11, which equal tokens that all but match attain",
+        "One triple-wise head with five features answers Match3 up to 1/11, which equal tokens that all but match"
+        " attain",
         SOURCE,
         solved,
         small_logits,

@@ -80,7 +80,11 @@ def _blocks(own: bool, what: str, sizes: tuple[int, ...] = (2, 3, 5)) -> Evidenc
         np.fill_diagonal(blocks, own)
         mask = np.kron(blocks, np.ones((size, size), bool))
         for layers in range(4):
-            among = np.kron(of_mask(blocks, layers), np.ones((size, size), bool)) if layers else np.eye(7 * size, dtype=bool)
+            among = (
+                np.kron(of_mask(blocks, layers), np.ones((size, size), bool))
+                if layers
+                else np.eye(7 * size, dtype=bool)
+            )
             wrong += int((among != of_mask(mask, layers)).sum() + (_paths(mask, layers) != of_mask(mask, layers)).sum())
     return Evidence(wrong, 0, what)
 

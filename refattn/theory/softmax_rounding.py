@@ -1,4 +1,4 @@
-"""Rounding in log-sum-exp and softmax: the largest errors in closed form, float32 runs, and what biased rounding does."""
+"""Rounding in log-sum-exp and softmax: largest errors in closed form, float32 runs, and what biased rounding does."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def _inputs(spread: float) -> list[Numbers]:
     for seed, n in enumerate((1, 2, 3, 7, 12)):
         rng = np.random.default_rng(seed)
         for x in (rng.standard_normal(n), np.linspace(0, 1, n), np.linspace(1, 0, n), rng.choice([0.0, 1.0], n)):
-            x = (x - x.min()) / max(float(np.ptp(x)), 2.0**-9) * spread * rng.uniform(0.1, 1) + rng.uniform(-spread, spread)
+            x = (x - x.min()) / max(float(np.ptp(x)), 2.0**-9) * spread * rng.uniform(0.1, 1) + rng.uniform(
+                -spread, spread
+            )
             found.append(x.astype(np.float32))
     # one large element, then some that are lost one by one; a maximum that grows while the first sum stays the most
     found.append(np.array([0, *[np.log(0.99 * 2.0**-24)] * 11], np.float32))
@@ -85,7 +87,7 @@ def _parts(x: Numbers) -> tuple[Any, Any, Any, Any]:
 
 
 def _lse_error(x: Numbers) -> Any:
-    """Return the largest first-order error of log-sum-exp over u: differences, exponentials, additions, log, addition."""
+    """Return the largest first-order error of log-sum-exp over u: differences, exponentials, additions, log, sum."""
     away, p, sums, total = _parts(x)
     y = rational(x.max())[()] + total.log()
     return (p * away).sum() + p[away != 0].sum() + sums[1:].sum() + abs(total.log()) + abs(y)
@@ -104,7 +106,7 @@ Program = Callable[[list[Any]], Any]
 
 
 def _held(program: Program, error: Form, most: Form, relative: bool, inputs: list[Numbers], what: str) -> Evidence:
-    """Compare a program's largest first-order error with a closed form and that with a short bound, and float32 runs."""
+    """Compare a program's largest first-order error with a closed form and a short bound, and float32 runs."""
     wrong, pairs = 0, []
     for x in inputs:
         traced, form = program([Traced(a) for a in rational(x)]), error(x)
@@ -112,7 +114,9 @@ def _held(program: Program, error: Form, most: Form, relative: bool, inputs: lis
         ran = flint.arb(float(program([Float32(a) for a in x]).value))
         wrong += int(not largest.overlaps(form)) + int(not traced.may.contains(ran))
         pairs.append((largest, most(x)))
-    return Evidence(worst(pairs) + 2 * wrong, 1, what, {"largest error over the short bound": [float(a / b) for a, b in pairs]})
+    return Evidence(
+        worst(pairs) + 2 * wrong, 1, what, {"largest error over the short bound": [float(a / b) for a, b in pairs]}
+    )
 
 
 def _largest(program: Program, most: Form, relative: bool, inputs: list[Numbers], what: str) -> Evidence:
@@ -145,8 +149,10 @@ def log_sum_exp(spread: float = 60.0) -> Evidence:
 @precise()
 def log_sum_exp_any_length() -> Evidence:
     """The wish that the error does not grow with n: false where one large element makes the sum lose the others."""
+
     def most(x: Numbers) -> Any:
         return _lse_most(x) - len(x) + 2
+
     return _largest(_lse, most, False, _inputs(60.0), "largest error over a bound without n")
 
 
@@ -172,11 +178,13 @@ def softmax_no_division() -> Evidence:
 
     def program(x: list[Any]) -> Any:
         return (x[0] - _lse(x)).exp()
+
     return _largest(program, _softmax_most, True, inputs, "largest error over the bound, exp(x - lse) near 5000")
 
 
 def _online(x: list[Any], block: int) -> Any:
-    top, total = None, None
+    top: Any = None
+    total: Any = None
     for i in range(0, len(x), block):
         if top is None:
             top, _, total = _shifted(x[i : i + block])
@@ -205,29 +213,33 @@ def _online_error(x: Numbers, block: int) -> Any:
     return found / whole + abs(whole.log()) + abs(y)
 
 
+def _online_held(size: int) -> Evidence:
+    needs(size >= 1, "blocks of at least one element")
+
+    def most(x: Numbers) -> Any:
+        return _lse_most(x) + _range(x) + 3 * -(-len(x) // size)
+
+    return _held(lambda x: _online(x, size), lambda x: _online_error(x, size), most, False, _inputs(60.0), HELD)
+
+
 @precise()
 def online(block: int | None = None) -> Evidence:
-    """Sums by blocks with a running maximum, blocks of one too: three more roundings a block, and the range once more."""
-    found = []
-    for size in (1, 2, 5) if block is None else (block,):
-        needs(size >= 1, "blocks of at least one element")
-        def most(x: Numbers, size: int = size) -> Any:
-            return _lse_most(x) + _range(x) + 3 * -(-len(x) // size)
-        found.append(
-            _held(lambda x: _online(x, size), lambda x: _online_error(x, size), most, False, _inputs(60.0), HELD)
-        )
-    return max(found, key=lambda e: e.measured)
+    """Sums by blocks with a running maximum, of one element too: three roundings a block more, the range once more."""
+    found = [_online_held(size) for size in ((1, 2, 5) if block is None else (block,))]
+    return max(found, key=lambda e: float(e.measured))
 
 
 @precise()
 def online_without_rescale() -> Evidence:
     """The running sum not multiplied with exp(old maximum - new maximum), held to the online form's errors."""
+
     def program(x: list[Any]) -> Any:
         top, total = x[0], (x[0] - x[0]).exp()
         for a in x[1:]:
             top = max(top, a, key=lambda b: b.value)
             total = total + (a - top).exp()
         return top + total.log()
+
     x = np.arange(8, dtype=np.float32)
     _, _, _, total = _parts(x)
     y = rational(x.max())[()] + total.log()
@@ -236,7 +248,7 @@ def online_without_rescale() -> Evidence:
 
 
 def _mean_error(rounded: Callable[[Numbers], Any], what: str) -> Evidence:
-    """Add up the errors of rounding all float32 numbers of two neighbouring bfloat16 cells, in units of float32's last."""
+    """Add up the errors of rounding all float32 numbers of two neighbouring bfloat16 cells, in float32's last places."""
     cells = 2**17
     worst_sum = 0
     for start in (0x3F80_0000, 0x3DAA_0000, 0x3F7E_0000):
@@ -247,7 +259,7 @@ def _mean_error(rounded: Callable[[Numbers], Any], what: str) -> Evidence:
 
 
 def unbiased() -> Evidence:
-    """Rounding to the nearest bfloat16, ties to even, over all float32 numbers of two cells: the errors cancel exactly."""
+    """Rounding to the nearest bfloat16, ties to even, of all float32 numbers of two cells: the errors cancel exactly."""
     return _mean_error(lambda x: x.astype(bfloat16), "sum of the errors of 2^17 numbers, in float32's last places")
 
 

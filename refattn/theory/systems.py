@@ -40,7 +40,9 @@ def _gated(q: Array, k: Array, v: Array, a: Array, b: Array) -> Array:
 def _mask(a: Array, first: int) -> Array:
     """Return L_ts, the product of a from s + first to t."""
     n = len(a)
-    return np.array([[math.prod(a[s + first : t + 1], start=Q(1)) if s <= t else Q(0) for s in range(n)] for t in range(n)])
+    return np.array(
+        [[math.prod(a[s + first : t + 1], start=Q(1)) if s <= t else Q(0) for s in range(n)] for t in range(n)]
+    )
 
 
 def _from_matrix(first: int, what: str) -> Evidence:
@@ -120,7 +122,7 @@ def power_sums(q: Array, k: Array, v: Array, degree: int, causal: bool) -> tuple
         Whether row t reads what came up to t, or all.
     """
     exponents, _, _ = monomials(q.shape[1], degree)
-    of_q, of_k = (np.array([[math.prod(row ** e, start=Q(1)) for e in exponents.tolist()] for row in x]) for x in (q, k))
+    of_q, of_k = (np.array([[math.prod(row**e, start=Q(1)) for e in exponents.tolist()] for row in x]) for x in (q, k))
     of_q = of_q * np.array([Q(1, math.prod(math.factorial(e) for e in es)) for es in exponents.tolist()])
     with_one = np.concatenate([v, np.full((len(v), 1), Q(1))], 1)
     state, most, rows = zeros(of_k.shape[1], with_one.shape[1]), 0, []
@@ -133,7 +135,7 @@ def power_sums(q: Array, k: Array, v: Array, degree: int, causal: bool) -> tuple
 
 
 def taylor_bound(q: Array, k: Array, v: Array, degree: int) -> Any:
-    """Return the error that Taylor's remainder leaves: with |s| up to R weights are off by e = R^(g+1)/(g+1)!·exp(2R)."""
+    """Return the error that Taylor's remainder leaves: with |s| <= R weights are off by e = R^(g+1)/(g+1)!·exp(2R)."""
     r = abs(q @ k.T).max()
     e = flint.arb(r ** (degree + 1) / math.factorial(degree + 1)) * flint.arb(2 * r).exp()
     # p' = p(1 + t) with |t| <= e: the mean moves by sum p|t| of what values are away from it, over 1 - e

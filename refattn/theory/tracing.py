@@ -14,7 +14,7 @@ import flint
 
 from .fields import Q
 
-__all__ = ["U", "Traced"]
+__all__ = ["Traced", "U"]
 
 U = Q(1, 2**24)
 """The unit roundoff of float32."""

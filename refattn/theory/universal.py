@@ -22,7 +22,7 @@ N = 3
 
 @dataclass(frozen=True)
 class Ridge:
-    """A continuous function of a·x: how far a line between knots `step` apart can be from it, and its steepest slope."""
+    """A continuous function of a·x, how far a chord between knots is from it at most, and its steepest slope."""
 
     g: Callable[[Any], Any]
     between: Callable[[float], float]
@@ -74,7 +74,7 @@ def _reach(a: tuple[float, ...]) -> float:
 
 
 def _built(knots: int, ridge: Ridge) -> Network:
-    """Return the network: units relu(a·x - t - R(1 - place_i)), off in all places but one, and a constant unit a term."""
+    """Return the network: units relu(a·x - t - R(1 - place_i)), off in all places but one, and a constant a term."""
     first, bias, second = [], [], []
     for place, terms in enumerate(TERMS):
         for c, a in terms:
@@ -95,7 +95,9 @@ def _bound(knots: int, beta: float, ridge: Ridge) -> float:
     """Return the sup error: of chords, and of tokens that are read with others' shares."""
     off = 2 * (N - 1) / (math.exp(beta) + N - 1)
     return max(
-        sum(abs(c) * (ridge.between(2 * _reach(a) / knots) + ridge.slope(_reach(a)) * _reach(a) * off) for c, a in terms)
+        sum(
+            abs(c) * (ridge.between(2 * _reach(a) / knots) + ridge.slope(_reach(a)) * _reach(a) * off) for c, a in terms
+        )
         for terms in TERMS
     )
 
@@ -112,7 +114,7 @@ def _error(knots: int, beta: float, ridge: Ridge, positions: bool) -> tuple[floa
 
 
 def universal(knots: tuple[int, ...] = (2, 4, 8, 16, 32, 64), beta: float = 30.0, positions: bool = True) -> Evidence:
-    """The sup error of a network of measured width against its bound, for three kinds of maps and sharp heads and not."""
+    """The sup error of a network of measured width against its bound, for three kinds of maps, sharp heads and not."""
     needs(positions, "positions are told: without them a layer commutes with permutations, and most maps do not")
     needs(beta > 0, "heads that prefer the token of their position")
     pairs, curves = [], {}

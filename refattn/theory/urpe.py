@@ -40,7 +40,8 @@ def _net(tokens: Array, gained: bool, layers: int) -> Array:
     x, (n, d) = balls(tokens), tokens.shape
     for i in range(layers):
         weights, bias, gain, w = (
-            balls(rationals(4 * i + j, *shape, over=16)) for j, shape in enumerate(((3, d, d), (2 * n - 1,), (2 * n - 1,), (d, d)))
+            balls(rationals(4 * i + j, *shape, over=16))
+            for j, shape in enumerate(((3, d, d), (2 * n - 1,), (2 * n - 1,), (d, d)))
         )
         attended = layer(x, weights, bias, gain if gained else None)
         x = x + attended + np.maximum(attended @ w, balls(zeros(n, d)))

@@ -57,16 +57,20 @@ def _linear(exact: Any, what: str) -> Evidence:
 
 def linear() -> Evidence:
     """Kernel attention: one sum and one broadcast, a state of m·(d + 1) numbers whatever n is."""
+
     def exact(found: Array, q: Array, k: Array, v: Array) -> int:
         a = _features(q) @ _features(k).T
         return unequal(found, (a @ v) / a.sum(1, keepdims=True))
+
     return _linear(exact, "elements that differ from kernel attention's, and numbers of state beyond m·(d + 1)")
 
 
 @precise()
 def linear_is_not_softmax() -> Evidence:
     """The same node as softmax attention: five features are not exp."""
-    return _linear(lambda found, q, k, v: disjoint(balls(found), softmax(q, k, v)), "elements that differ from softmax's")
+    return _linear(
+        lambda found, q, k, v: disjoint(balls(found), softmax(q, k, v)), "elements that differ from softmax's"
+    )
 
 
 def _exponents(d: int, degree: int) -> list[tuple[int, ...]]:
@@ -88,18 +92,14 @@ def _recovered(moments: dict[tuple[int, ...], Any], n: int, along: tuple[int, in
     coordinates solve the linear system of mixed moments.
     """
     a, b = along
-    sums = [
-        sum(math.comb(m, i) * a**i * b ** (m - i) * moments[i, m - i] for i in range(m + 1)) for m in range(n + 1)
-    ]
+    sums = [sum(math.comb(m, i) * a**i * b ** (m - i) * moments[i, m - i] for i in range(m + 1)) for m in range(n + 1)]
     e = [Q(1)]
     for m in range(1, n + 1):
         e.append(sum((-1) ** (i - 1) * e[m - i] * sums[i] for i in range(1, m + 1)) / m)
     polynomial = flint.fmpq_poly([(-1) ** (n - m) * e[n - m] for m in range(n + 1)])
     roots = [-f[0] / f[1] for f, times in polynomial.factor()[1] for _ in range(times) if f.degree() == 1]
     needs(len(set(roots)) == n, f"{n} nodes that a direction keeps apart, by rational moments; got {len(set(roots))}")
-    first = [
-        sum(math.comb(m, i) * a**i * b ** (m - i) * moments[i + 1, m - i] for i in range(m + 1)) for m in range(n)
-    ]
+    first = [sum(math.comb(m, i) * a**i * b ** (m - i) * moments[i + 1, m - i] for i in range(m + 1)) for m in range(n)]
     x = solve(np.array([[r**m for r in roots] for m in range(n)]), np.array(first))
     return np.stack([x, (np.array(roots) - a * x) / b], 1)
 
@@ -126,7 +126,9 @@ def narrow() -> Evidence:
     held_alike = _moments(sets[0], 2) == _moments(sets[1], 2)
     q = rational(np.array([[1, 0]]))
     return Evidence(
-        disjoint(*(softmax(q, x, x[:, :1]) for x in sets)) * held_alike, 0, "outputs that differ though moments up to n - 1 agree"
+        disjoint(*(softmax(q, x, x[:, :1]) for x in sets)) * held_alike,
+        0,
+        "outputs that differ though moments up to n - 1 agree",
     )
 
 
@@ -197,7 +199,9 @@ def deep(betas: tuple[int, ...] = BETAS, separated: bool = True) -> Evidence:
     pairs += _deep_pairs(opposite, _separation(opposite, opposite), (1, 2, 4))[0]
     detail = {"beta": list(betas), "error": [float(e) for e, _ in pairs[: len(betas)]]}
     detail["bound"] = [float(b) for _, b in pairs[: len(betas)]]
-    return Evidence(worst(pairs) + 2 * sum(extra), 1, "error over its bound, and numbers or rounds beyond n and 2d + 1", detail)
+    return Evidence(
+        worst(pairs) + 2 * sum(extra), 1, "error over its bound, and numbers or rounds beyond n and 2d + 1", detail
+    )
 
 
 @precise(1024)
