@@ -11,7 +11,7 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, worst
+from .claim import Claim, Evidence, needs, total, worst
 from .decisions import SOURCE, relu_step
 from .fields import Q, precise, rational, solve
 
@@ -103,12 +103,12 @@ def random_actions() -> Evidence:
 
 def _potential(actions: list[Any], what: str) -> Evidence:
     """Compare the sum of |a|² in the inverse's norm with 2·log det V, in rationals and balls."""
-    v, total = rational(np.eye(2)), Q(0)
+    v, uncertain = rational(np.eye(2)), Q(0)
     for a in actions:
-        total += a @ solve(v, a)
+        uncertain += a @ solve(v, a)
         v = v + np.multiply.outer(a, a)
     det = v[0, 0] * v[1, 1] - v[0, 1] * v[1, 0]
-    return Evidence(total / flint.arb(det).log(), 2, what)
+    return Evidence(uncertain, 2 * flint.arb(det).log(), what)
 
 
 def _unit(count: int) -> list[Any]:
@@ -168,7 +168,7 @@ def _compared(deep: bool, what: str, rounds: int = 30) -> Evidence:
 
     for seed in range(2):
         _play(policy, 3, rounds, seed)
-    return Evidence(sum(wrong), 0, what, {"round": list(range(1, rounds + 1)), "layers": depths[:rounds]})
+    return Evidence(total(*wrong), 0, what, {"round": list(range(1, rounds + 1)), "layers": depths[:rounds]})
 
 
 def agreement(rounds: int = 30) -> Evidence:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import HypothesisViolated
 
-__all__ = ["SETH", "Claim", "Evidence", "Result", "needs", "run", "total", "worst"]
+__all__ = ["SETH", "Claim", "Evidence", "Result", "needs", "run", "same", "total", "worst"]
 
 SETH = (
     "the strong exponential time hypothesis (its refutation has been claimed in 2026-10; the proofs were not checked)"
@@ -126,16 +126,21 @@ def run(claim: Claim, **options: Any) -> Result:
     )  # fmt: skip
 
 
-def worst(pairs: Iterable[tuple[Any, Any]]) -> Any:
-    """Return the largest of what was measured over its bound, at least 0."""
-    found: Any = 0
-    for measured, bound in pairs:
-        ratio = measured / bound
+def worst(found: Iterable[Any]) -> Any:
+    """Return the largest ratio, at least 0: of numbers, which are ratios, and of pairs of what was measured and its bound."""
+    most: Any = 0
+    for one in found:
+        ratio = one[0] / one[1] if isinstance(one, tuple) else one
         if math.isnan(float(ratio)):  # it is larger than nothing, and must not be lost
             return math.nan
         ratio = ratio.upper() if hasattr(ratio, "upper") else ratio
-        found = found if found > ratio else ratio
-    return found
+        most = most if most > ratio else ratio
+    return most
+
+
+def same(a: Any, b: Any) -> int:
+    """Return 0 where two numbers are equal, else 2: as a ratio it is then beyond every bound."""
+    return 0 if a == b else 2
 
 
 def total(*counts: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs
+from .claim import Claim, Evidence, needs, total
 from .counting import Counted, counted
 from .fields import balls, disjoint, each, precise, rationals, zeros
 
@@ -79,7 +79,8 @@ def _compared(block: int, pool: Any, what: str) -> Evidence:
     floor = (-4 * size).exp() / (len(q) * block)
     small = int((np.tril(each(lambda a: not a > floor, p)) != 0).sum())
     future = int((np.triu(each(lambda a: a != 0, p), 1) != 0).sum())
-    return Evidence(disjoint(found, p @ v) + disjoint(p.sum(1), balls(zeros(len(q)) + 1)) + small + future, 0, what)
+    sums = disjoint(p.sum(1), balls(zeros(len(q)) + 1))
+    return Evidence(total(disjoint(found, p @ v), sums, small, future), 0, what)
 
 
 @precise()

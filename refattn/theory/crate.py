@@ -9,7 +9,7 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, worst
+from .claim import Claim, Evidence, needs, same, worst
 from .fields import Q, balls, each, exp, orthogonal, precise, rational, rationals, solve, unequal, zeros
 
 __all__ = ["CLAIMS", "gradient", "heads", "ista_step"]
@@ -150,9 +150,9 @@ def neumann(size: float = 1.0) -> Evidence:
     cases = [by * np.array(c) for c in ([Q(1), Q(1), Q(1)], [Q(1), Q(1, 2), Q(1, 4)], [Q(0), Q(5, 4), Q(0)])]
     found = [_two_terms(c) for c in cases]
     needs(all(spectrum < 1 for spectrum, _ in found), "beta · lambda below 1: the series does not converge")
-    away = [abs(found[i][1] - found[i][0] ** 2) for i in (0, 2)]  # of one value: the error is the bound
+    attained = [same(found[i][1], found[i][0] ** 2) for i in (0, 2)]  # of one value: the error is the bound
     return Evidence(
-        worst((e, s * s) for s, e in found) + sum(away), 1, "squared relative error of two terms, over the bound's"
+        worst([*((e, s**2) for s, e in found), *attained]), 1, "squared relative error of two terms, over the bound's"
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
-from .claim import Claim, Evidence, needs
+from .claim import Claim, Evidence, needs, total
 from .counting import counted, plain
 from .fields import each, rational, rationals, unequal
 
@@ -65,7 +65,7 @@ def linear(size: int = 1) -> Evidence:
     needs(bool((abs(h) == 1).all() and (abs(g) == 1).all()), "codes of +1 and -1: else a weight may be below 1")
     small = int((h @ g.T + h.shape[1] + 1 < 1).sum())
     wrong = unequal(_linear(h, g, v, v.sum(0)), _dense(h, g, v))
-    return Evidence(wrong + small, 0, "elements that differ from the whole matrix's, and weights below 1")
+    return Evidence(total(wrong, small), 0, "elements that differ from the whole matrix's, and weights below 1")
 
 
 def released() -> Evidence:
@@ -88,10 +88,10 @@ def _counted(n: int, d: int, bits: int, hashing: bool = True) -> tuple[Fraction,
 
 
 def _against(hashing: bool, what: str) -> Evidence:
-    found = []
+    found: list[Any] = []
     for n, d, bits in ((5, 4, 3), (9, 3, 4), (6, 7, 2)):
         picojoules, wrong = _counted(n, d, bits, hashing)
-        found.append(abs(energy(n, d, bits) - picojoules) + wrong)
+        found += [abs(energy(n, d, bits) - picojoules), wrong]
     return Evidence(max(found), 0, what)
 
 

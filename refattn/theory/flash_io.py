@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ..check.bounds.truth import truth
 from ..check.model import flash as flash_model
 from ..problem import Problem
-from ..tensor import exact as exact_triple
-from .claim import Claim, Evidence, needs, worst
+from ..tensor import as_pairs
+from .claim import Claim, Evidence, needs, same, worst
 from .io_loops import fits, flash, scores_in_slow_memory, tile_of, triple
 
 __all__ = ["CLAIMS", "counted", "hbm_bytes", "standard"]
@@ -21,7 +21,7 @@ __all__ = ["CLAIMS", "counted", "hbm_bytes", "standard"]
 Float = NDArray[np.float64]
 Blocks = NDArray[np.bool_]
 GRID = tuple(
-    (n, d, m) for n, d in ((64, 8), (48, 16), (50, 5)) for m in (6 * d + 8, d * d + 9 * d, 4 * d * d, 10 * d * d)
+    (n, d, m) for n, d in ((30, 8), (36, 16), (25, 5)) for m in (6 * d + 8, d * d + 9 * d, 4 * d * d, 10 * d * d)
 )
 """(N, d, M), with M below and above d²."""
 
@@ -58,16 +58,27 @@ def _inputs(n: int, d: int, count: int = 3) -> list[Float]:
     return list(np.random.default_rng(n + d).standard_normal((count, n, d)) / d**0.25)
 
 
-def _off(out: Float, q: Float, k: Float, v: Float, tile: int = 1, allowed: Blocks | None = None) -> float:
+def _off(out: Float, problem: Problem, tile: int = 1) -> float:
     """Return the largest error of a result over what a float64 kernel may lose, element by element."""
-    problem = Problem(
-        *(x[None, None] for x in (q, k, v)), scale=1.0, allowed=None if allowed is None else allowed[None, None]
-    )
     # one addition after another, as often rescaled as there are tiles
-    model = replace(flash_model("float64"), tile=tile, chain=len(k))
+    model = replace(flash_model("float64"), tile=tile, chain=problem.n_k)
     right = truth(problem, model)
-    off, most = np.abs(out - right.answer.out[0, 0]), right.allowed["out"][0, 0]
-    return float((off[most > 0] / most[most > 0]).max(initial=0)) + 2 * float((off[most == 0] > 0).any())
+    return worst(zip(np.abs(out - right.answer.out[0, 0]).flat, (right.allowed["out"][0, 0] + TINY).flat, strict=True))
+
+
+TINY = 2.0**-1074
+"""The smallest float64 number: where nothing may be lost, it is too much."""
+
+
+def _problem(q: Float, k: Float, v: Float, allowed: Any = None) -> Problem:
+    return Problem(
+        q[None, None], k[None, None], v[None, None], 1.0, allowed=None if allowed is None else allowed[None, None]
+    )
+
+
+def _columns(d: int, m: int) -> int:
+    """Return the keys of the largest tile: c rows of it where c <= d, 4dc + c² + 4c words, else d, 3dc + 2d² + 4d."""
+    return (m - 2 * d * d - 4 * d) // (3 * d) if m >= d * (5 * d + 4) else math.isqrt((2 * d + 2) ** 2 + m) - 2 * d - 2
 
 
 def _words(n: int, d: int, columns: int) -> int:
@@ -76,20 +87,18 @@ def _words(n: int, d: int, columns: int) -> int:
 
 
 def check(grid: tuple[tuple[int, int, int], ...] = GRID) -> Evidence:
-    """Compare the count with the closed form, with 9·N²d²/M and with M/(5d + 4) keys a tile, and the output."""
-    pairs, constants = [], []
+    """Compare tile and count with their closed forms, exactly, and the output; the words go with N²d²/M."""
+    found: list[Any] = []
+    constants = []
     for n, d, m in grid:
         needs(5 * d + 4 <= m <= 5 * n * d, f"M from 5·d + 4 to 5·N·d, got M = {m}, N = {n}, d = {d}")
         q, k, v = _inputs(n, d)
         out, fast, (rows, columns) = flash(q, k, v, m)
-        wider = fits(min(columns + 1, d), columns + 1, d, m) or fast.peak > m or rows != min(columns, d)
-        least = 9 * n * n * d * d / m + 2 * n * d
-        most = _words(n, d, m // (5 * d + 4))
-        pairs += [(least, fast.words), (fast.words, most), (_off(out, q, k, v, columns), 1)]
-        pairs.append((abs(fast.words - _words(n, d, columns)) + wider + 2 * (fast.peak > m), 1 / 2))
+        found += [_off(out, _problem(q, k, v), columns), same(columns, _columns(d, m)), same(rows, min(columns, d))]
+        found += [same(fast.words, _words(n, d, columns)), fast.peak / m]
         constants.append(fast.words * m / (n * d) ** 2)
     detail = {"M over d²": [m / d / d for _, d, m in grid], "constant of N²d²/M": constants}
-    return Evidence(worst(pairs), 1, "words over their bounds, errors over theirs", detail)
+    return Evidence(worst(found), 1, "errors over their bounds, counts from their closed forms", detail)
 
 
 def loses() -> Evidence:
@@ -141,7 +150,7 @@ def _small(places: tuple[tuple[int, int, int], ...], what: str) -> Evidence:
         q, k, v = _inputs(n, d)
         out, fast = scores_in_slow_memory(q, k, v, m)
         pairs.append((fast.words, flash(q, k, v, m)[1].words))
-        error.append(_off(out, q, k, v))
+        error.append(_off(out, _problem(q, k, v)))
     return Evidence(max(worst(pairs), *error), 1, what, {"ratios": [a / b for a, b in pairs]})
 
 
@@ -166,8 +175,8 @@ def sparse(seed: int = 0, n: int = 60, d: int = 6, m: int = 160) -> Evidence:
         out, words, _ = counted(q, k, v, m, blocks)
         mask = np.kron(blocks, np.ones((rows, columns), bool)).astype(bool)
         read = 2 * d * columns * int(blocks.any(0).sum())
-        pairs.append((2 * abs(words - read - int(blocks.sum()) * rows * (3 * d + 4)), 1))
-        pairs.append((_off(out, q, k, v, columns, mask), 1))
+        pairs.append(same(words, read + int(blocks.sum()) * rows * (3 * d + 4)))
+        pairs.append(_off(out, _problem(q, k, v, mask), columns))
         densities.append(float(blocks.mean()))
     return Evidence(worst(pairs), 1, "words from the blocks', errors over their bounds", {"densities": densities})
 
@@ -193,25 +202,21 @@ TRIPLE = tuple((n, d, m) for n, d in ((14, 3), (10, 12)) for m in (8 * d + 5, 4 
 
 
 def triple_io(grid: tuple[tuple[int, int, int], ...] = TRIPLE) -> Evidence:
-    """Words of the loop against 2Nd(1 + N/b + (N/b)²), b the most that fits, between M/(7d) and sqrt(M) of size."""
-    pairs, ratios = [], []
+    """Words of the loop, 2Nd(1 + N/b + (N/b)²), and b, the root of b² + (6d + 4)b + 2d = M: exactly; the output."""
+    found: list[Any] = []
+    ratios = []
     for n, d, m in grid:
-        q, k1, k2, v1, v2 = _inputs(n, d, 5)
-        given = [x.astype(np.float32) for x in (q, k1, k2, v1, v2)]  # whose products are exact in float64
+        given = [x.astype(np.float32) for x in _inputs(n, d, 5)]  # whose products are exact in float64
         q, k1, k2, v1, v2 = (x.astype(np.float64) for x in given)
         out, fast, b = triple(q, (k1, k2), (v1, v2), m)
-        right = exact_triple(*(x[None, None] for x in given), scale=1.0, rounding="float64")
-        # a sum of n² terms, each of d products of three, an exponential and two products
-        size = float(np.abs(v1).max() * np.abs(v2).max())
-        logits = float((np.abs(q) @ (np.abs(k1).max(0) * np.abs(k2).max(0))).max())
-        lost = 2.0**-53 * (2 * n * n + 2 * (d + 2) * logits + 3 * n * n + 8) * 2 * size
-        pairs.append((float(np.abs(out - right.out[0, 0]).max()), lost))
-        pairs += [(2 * abs(fast.words - _triple_words(n, d, b)) + 2 * (fast.peak > m), 1)]
-        most = _triple_words(n, d, max(1, int(min(m / (7 * d + 5), (math.isqrt(49 * d * d + 4 * m) - 7 * d) / 2))))
-        pairs += [(fast.words, most), (2 * n**3 * d / min(m, (m / (6 * d)) ** 2), fast.words)]
+        # a product of three features is rounded twice: as if there were one more of them
+        wider = [np.pad(x, ((0, 0), (0, 1)))[None, None] for x in given[:3]]
+        pairs = as_pairs(*wider, *(x[None, None] for x in given[3:]), scale=1.0)
+        found += [_off(out, pairs), same(b, math.isqrt((3 * d + 2) ** 2 + m - 2 * d) - 3 * d - 2)]
+        found += [same(fast.words, _triple_words(n, d, b)), fast.peak / m]
         ratios.append(fast.words * m / (n**3 * d))
     detail = {"M over d²": [m / d / d for _, d, m in grid], "constant of N³d/M": ratios}
-    return Evidence(worst(pairs), 1, "words over their bounds, errors over theirs", detail)
+    return Evidence(worst(found), 1, "errors over their bounds, counts from their closed forms", detail)
 
 
 def triple_small() -> Evidence:
@@ -236,19 +241,21 @@ CACHE = 50 * 2**20
 """Bytes of an H100's second cache: as many written may still be in it, as many read may be read again after a miss."""
 
 
-def _bytes(scores: bool, what: str) -> Evidence:
-    away = [hbm_bytes(b, h, h, n, n, d) + 4 * b * h * n * n * scores - found for (b, h, n, d), found in MEASURED]
+def _bytes(predicted: Callable[[int, int, int, int], int], what: str) -> Evidence:
+    away = [predicted(*shape) - found for shape, found in MEASURED]
     return Evidence(max(map(abs, away)), CACHE, what, {"bytes": away})
 
 
 def hbm() -> Evidence:
     """Compare `hbm_bytes` with what was measured of this package's kernels: within what the cache may hold."""
-    return _bytes(False, "bytes from those measured, beside the cache's")
+    return _bytes(lambda b, h, n, d: hbm_bytes(b, h, h, n, n, d), "bytes from those measured, beside the cache's")
 
 
 def hbm_scores() -> Evidence:
     """The bytes of a kernel that writes its scores, beside the same measurements."""
-    return _bytes(True, "bytes from those measured, with the scores in slow memory")
+    return _bytes(
+        lambda b, h, n, d: hbm_bytes(b, h, h, n, n, d) + 4 * b * h * n * n, "bytes from those measured, scores written"
+    )
 
 
 SOURCE = "Dao et al., FlashAttention (arXiv 2205.14135; its abstract and code were read, the theorem is recalled)"
@@ -256,7 +263,7 @@ SAHA = "Saha and Ye, The I/O complexity of attention (arXiv 2402.07443; a summar
 CLAIMS = [
     Claim(
         "flash-io",
-        "FlashAttention moves Theta(N² d² / M) words, from 9·N²d²/M to those of tiles of M/(5d + 4) keys",
+        "FlashAttention moves Theta(N² d² / M) words: 2Nd + ceil(N/c)·N·(3d + 4), c the most keys whose tile fits in M",
         SOURCE,
         check,
         loses,

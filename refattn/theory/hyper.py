@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
-from .claim import Claim, Evidence, needs, worst
+from .claim import Claim, Evidence, needs, total, worst
 from .fields import Q, rationals, unequal
 
 __all__ = ["CLAIMS", "spread"]
@@ -71,7 +71,7 @@ def _bias(own: bool, what: str, m: int, block: int = 2) -> Evidence:
     variance = sum((x - mean) ** 2 * chance for x, chance in found)
     rest = a[:, block:]
     due = ((rest**2).sum(1) * rest.shape[1] - rest.sum(1) ** 2) / m
-    return Evidence(unequal(mean, a.sum(1)) + unequal(variance, due), 0, what)
+    return Evidence(total(unequal(mean, a.sum(1)), unequal(variance, due)), 0, what)
 
 
 def unbiased(m: int = 2) -> Evidence:

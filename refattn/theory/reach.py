@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
-from .claim import Claim, Evidence, needs
+from .claim import Claim, Evidence, needs, total
 
 __all__ = ["CLAIMS", "of_mask", "of_offsets"]
 
@@ -74,7 +74,7 @@ def _paths(mask: NDArray[np.bool_], layers: int) -> NDArray[np.bool_]:
 
 def _blocks(own: bool, what: str, sizes: tuple[int, ...] = (2, 3, 5)) -> Evidence:
     """Compare the reach of masks of whole blocks with the reach among blocks, and with paths."""
-    wrong = 0
+    wrong = []
     for seed, size in enumerate(sizes):
         blocks = np.tril(np.random.default_rng(seed).random((7, 7)) < 0.25, -1)
         np.fill_diagonal(blocks, own)
@@ -85,8 +85,9 @@ def _blocks(own: bool, what: str, sizes: tuple[int, ...] = (2, 3, 5)) -> Evidenc
                 if layers
                 else np.eye(7 * size, dtype=bool)
             )
-            wrong += int((among != of_mask(mask, layers)).sum() + (_paths(mask, layers) != of_mask(mask, layers)).sum())
-    return Evidence(wrong, 0, what)
+            heard = of_mask(mask, layers)
+            wrong += [int((among != heard).sum()), int((_paths(mask, layers) != heard).sum())]
+    return Evidence(total(*wrong), 0, what)
 
 
 def blocks(own: bool = True) -> Evidence:

@@ -11,7 +11,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, worst
+from .claim import Claim, Evidence, needs, same, worst
 from .fields import balls, precise, rational
 from .tracing import Traced, U
 
@@ -107,16 +107,15 @@ Program = Callable[[list[Any]], Any]
 
 def _held(program: Program, error: Form, most: Form, relative: bool, inputs: list[Numbers], what: str) -> Evidence:
     """Compare a program's largest first-order error with a closed form and a short bound, and float32 runs."""
-    wrong, pairs = 0, []
+    found: list[Any] = []
     for x in inputs:
         traced, form = program([Traced(a) for a in rational(x)]), error(x)
         largest = traced.error / abs(traced.value) if relative else traced.error
         ran = flint.arb(float(program([Float32(a) for a in x]).value))
-        wrong += int(not largest.overlaps(form)) + int(not traced.may.contains(ran))
-        pairs.append((largest, most(x)))
-    return Evidence(
-        worst(pairs) + 2 * wrong, 1, what, {"largest error over the short bound": [float(a / b) for a, b in pairs]}
-    )
+        found += [same(largest.overlaps(form), True), same(traced.may.contains(ran), True)]
+        found.append((largest, most(x)))
+    shares = [float(x[0] / x[1]) for x in found if isinstance(x, tuple)]
+    return Evidence(worst(found), 1, what, {"largest error over the short bound": shares})
 
 
 def _largest(program: Program, most: Form, relative: bool, inputs: list[Numbers], what: str) -> Evidence:

@@ -10,7 +10,7 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, worst
+from .claim import Claim, Evidence, needs, same, total, worst
 from .counting import held
 from .fields import Q, balls, disjoint, each, exp, precise, rational, rationals, solve, unequal
 from .systems import softmax
@@ -45,14 +45,14 @@ def _by_sums(q: Array, k: Array, v: Array) -> tuple[Array, int]:
 
 
 def _linear(exact: Any, what: str) -> Evidence:
-    wrong, states = 0, []
+    wrong, states = [], []
     for n in (4, 9, 20):
         q, k, v = rationals(n, 3, n, 3)
         found, state = _by_sums(q, k, v)
-        wrong += exact(found, q, k, v)
+        wrong.append(exact(found, q, k, v))
         states.append(state)
-    needed = 5 * (3 + 1)  # features times values and one
-    return Evidence(wrong + sum(abs(s - needed) for s in states), 0, what, {"state for n = 4, 9, 20": states})
+    wrong += [same(s, 5 * (3 + 1)) for s in states]  # features times values and one
+    return Evidence(total(*wrong), 0, what, {"state for n = 4, 9, 20": states})
 
 
 def linear() -> Evidence:
@@ -105,18 +105,18 @@ def _recovered(moments: dict[tuple[int, ...], Any], n: int, along: tuple[int, in
 
 
 @precise()
-def wide(sizes: tuple[int, ...] = (2, 3, 4, 6), same: bool = False) -> Evidence:
+def wide(sizes: tuple[int, ...] = (2, 3, 4, 6), alike: bool = False) -> Evidence:
     """The nodes' set recovered from C(n + d, d) sums, d = 2, and softmax attention of it: exact for every n."""
-    wrong, widths = 0, []
+    wrong, widths = [], []
     for n in sizes:
         x = rationals(n, n, 2, over=100, least=-100, most=100)
-        x = np.tile(x[:1], (n, 1)) if same else x
+        x = np.tile(x[:1], (n, 1)) if alike else x
         moments, width = _moments(x, n)
         read = _recovered(moments, n, (3, 7))
-        wrong += disjoint(softmax(x, read, read), softmax(x, x, x)) + abs(width - math.comb(n + 2, 2))
+        wrong += [disjoint(softmax(x, read, read), softmax(x, x, x)), same(width, math.comb(n + 2, 2))]
         widths.append(width)
     what = "elements that surely differ from softmax attention's, and numbers beyond C(n + d, d)"
-    return Evidence(wrong, 0, what, {"n": list(sizes), "width": widths})
+    return Evidence(total(*wrong), 0, what, {"n": list(sizes), "width": widths})
 
 
 @precise()
@@ -169,20 +169,20 @@ def _separation(x: Array, selectors: Array) -> Any:
     return min(scores[i, i] - scores[j, i] for i in range(len(x)) for j in range(len(x)) if i != j)
 
 
-def _deep_pairs(x: Array, delta: Any, betas: tuple[int, ...]) -> tuple[list[tuple[Any, Any]], list[int]]:
-    """Return errors of rows over their bounds, and the numbers that a node holds beyond 2d + 1 and rounds beyond n.
+def _deep_pairs(x: Array, delta: Any, betas: tuple[int, ...]) -> list[Any]:
+    """Return errors beside their bounds, and whether a node holds 2d + 1 numbers and there are n rounds, for each beta.
 
     A read is off by at most eps = (n - 1)·exp(-beta·delta) of the nodes' distances D; logits of unit nodes then by
     eta = eps·D, weights by tanh(2·eta/4) in total variation.
     """
-    exact, pairs, extra = softmax(x, x, x), [], []
+    exact, pairs = softmax(x, x, x), []
     far = max(_norm(balls(a - b)).upper() for a, b in itertools.combinations(x, 2))
     for beta in betas:
         found, state, rounds = _deep(x, x, beta)
         eta = (len(x) - 1) * (-beta * flint.arb(delta)).exp() * far
         pairs.append((max(e.upper() for e in _norm(found - exact)), eta + (eta / 2).tanh() * far))
-        extra += [abs(state - 2 * x.shape[1] - 1), abs(rounds - len(x))]
-    return pairs, extra
+        pairs += [same(state, 2 * x.shape[1] + 1), same(rounds, len(x))]
+    return pairs
 
 
 BETAS = (50, 100, 200, 400, 800)
@@ -194,20 +194,18 @@ def deep(betas: tuple[int, ...] = BETAS, separated: bool = True) -> Evidence:
     x = _nodes(separated)
     delta = _separation(x, x)
     needs(delta > 0, f"every node has a selector that scores it above all others, got a gap of {float(delta):.2g}")
-    pairs, extra = _deep_pairs(x, delta, betas)
+    found = _deep_pairs(x, delta, betas)
     opposite = rational(np.array([[1, 0], [-1, 0]]))  # where reads are off by nearly all that the bound allows
-    pairs += _deep_pairs(opposite, _separation(opposite, opposite), (1, 2, 4))[0]
-    detail = {"beta": list(betas), "error": [float(e) for e, _ in pairs[: len(betas)]]}
-    detail["bound"] = [float(b) for _, b in pairs[: len(betas)]]
-    return Evidence(
-        worst(pairs) + 2 * sum(extra), 1, "error over its bound, and numbers or rounds beyond n and 2d + 1", detail
-    )
+    near = _deep_pairs(opposite, _separation(opposite, opposite), (1, 2, 4))
+    detail = {"beta": list(betas), **{n: [float(p[i]) for p in found[::3]] for i, n in enumerate(("error", "bound"))}}
+    what = "error over its bound, and numbers or rounds other than 2d + 1 and n"
+    return Evidence(worst([*found, *near]), 1, what, detail)
 
 
 @precise(1024)
 def unselectable() -> Evidence:
     """A node at the mean of the others, which no selector scores above all: the errors do not fall with beta."""
-    pairs, _ = _deep_pairs(_nodes(False), _separation(_nodes(True), _nodes(True)), BETAS[-2:])
+    pairs = _deep_pairs(_nodes(False), _separation(_nodes(True), _nodes(True)), BETAS[-2:])
     return Evidence(worst(pairs), 1, "error over the bound of separable nodes, one node at the mean of the others")
 
 

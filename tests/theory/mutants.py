@@ -31,7 +31,8 @@ INSTRUMENTS = ("fields", "counting", "tracing", "io_loops")
 # functions that only make inputs, and calls whose arguments are seeds and sizes
 INPUTS = frozenset(tomllib.loads(Path(__file__).with_name("survivors.toml").read_text())["inputs"])
 DRAWN = frozenset({"rationals", "orthogonal", "default_rng", "standard_normal", "choice", "integers", "random", "uniform"})
-SHOWN = frozenset({"detail", "curves"})
+SHOWN = frozenset({"detail", "curves", "curve", "constants", "ratios", "shares", "densities", "last"})
+SIZES = frozenset({"n", "d", "m", "rounds", "layers", "size", "seed"})
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult}
 
 
@@ -111,13 +112,29 @@ class Sites(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-        if name in DRAWN:
+        owner = getattr(node.func, "value", None)
+        if name in DRAWN or (isinstance(owner, ast.Name) and owner.id in SHOWN):
             return
-        if name == "Evidence":
+        if name == "Evidence":  # that a bound given as a number is 0 or 1 is tested apart
             for argument in node.args[:2]:
-                self.visit(argument)
+                if not isinstance(argument, ast.Constant):
+                    self.visit(argument)
         elif name != "needs":
             self.generic_visit(node)
+
+    def visit_For(self, node: ast.For) -> None:
+        if not isinstance(node.iter, ast.Tuple):  # sizes
+            self.visit(node.iter)
+        for part in node.body:
+            self.visit(part)
+
+    def visit_comprehension(self, node: ast.comprehension) -> None:
+        for part in [*node.ifs, *([] if isinstance(node.iter, ast.Tuple) else [node.iter])]:
+            self.visit(part)
+
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg not in SIZES:
+            self.visit(node.value)
 
     def visit_Assign(self, node: ast.Assign) -> None:
         names = {n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)}

@@ -40,7 +40,7 @@ VIOLATED = {
     "rpe-constant": ({"same": False}, "all tokens are equal"),
     "single-layer-universal": ({"positions": False}, "positions are told"),
     "boltzmann-gap": ({"deltas": (1.0,)}, "values more than 2·log n"),
-    "virtual-node-wide": ({"same": True}, "nodes that a direction keeps apart"),
+    "virtual-node-wide": ({"alike": True}, "nodes that a direction keeps apart"),
     "virtual-node-deep": ({"separated": False}, "every node has a selector"),
     "decisions-layers": ({"counts": (0, 1)}, "at least one layer"),
     "decisions-accelerated": ({"kappas": (1.0,)}, "kappa > 1"),
