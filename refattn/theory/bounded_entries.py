@@ -84,6 +84,7 @@ def _levelled(g: int, bound: float) -> Any:
     return abs(difference) / sum(map(abs, weights))
 
 
+SHOWN = ((1.0, 1e-2), (1.0, 1e-8), (4.0, 1e-2), (4.0, 1e-8), (16.0, 1e-2), (16.0, 1e-8))
 PLACES = [(r, g) for r in (0.25, 1.0, 4.0, 16.0) for g in (2, 5, 9, 16)]
 
 
@@ -97,7 +98,7 @@ def degree(places: tuple[tuple[float, int], ...] = tuple(PLACES)) -> Evidence:
     small = [(r / (2 * (g + 2)), *three) for (r, g), three in zip(places, found, strict=True) if r < g]
     pairs += [(tail, level / (1 - ratio)) for ratio, _, level, tail in small]
     pairs += [(level * flint.arb.pi() / 4, need / (1 - ratio)) for ratio, need, level, _ in small]
-    steps = {f"R = {r}, error {e}": degrees(r, e) for r in (1.0, 4.0, 16.0) for e in (1e-2, 1e-8)}
+    steps = {f"R = {r}, error {e}": degrees(r, e) for r, e in SHOWN}
     return Evidence(worst(pairs), 1, "lower bound over the least error, and that over the upper bound", steps)
 
 

@@ -127,7 +127,7 @@ def run(claim: Claim, **options: Any) -> Result:
 
 
 def worst(found: Iterable[Any]) -> Any:
-    """Return the largest ratio, at least 0: of numbers, which are ratios, and of pairs of what was measured and its bound."""
+    """Return the largest ratio, at least 0: of ratios, and of pairs of what was measured and its bound."""
     most: Any = 0
     for one in found:
         ratio = one[0] / one[1] if isinstance(one, tuple) else one

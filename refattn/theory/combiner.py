@@ -56,14 +56,14 @@ def _distribution(q: Array, k: Array, block: int, pool: Any = max) -> Array:
     regions = [*([j] for j in range(n)), *(list(range(b, b + block)) for b in range(0, n, block))]
     pooled = [np.array([[pool(x[j, c] for j in region) for c in range(d)] for region in regions]) for x in (q, k)]
     for of_q, region in zip(pooled[0], regions, strict=True):
-        w = {j: (of_q @ k[j]).exp() for j in region} if len(region) > 1 else {region[0]: balls(1)[()]}
-        inside.append([w[j] / sum(w.values()) if j in w else balls(0)[()] for j in range(n)])
+        within = {j: (of_q @ k[j]).exp() for j in region} if len(region) > 1 else {region[0]: balls(1)[()]}
+        inside.append([within[j] / sum(within.values()) if j in within else balls(0)[()] for j in range(n)])
     for i in range(n):
         first = i // block * block
         seen = [first <= r[0] <= i if len(r) == 1 else r[-1] < first for r in regions]
         w = [(q[i] @ key).exp() if s else balls(0)[()] for key, s in zip(pooled[1], seen, strict=True)]
         outside.append([a / sum(w) for a in w])
-    return np.array(outside) @ np.array(inside)
+    return np.asarray(np.array(outside) @ np.array(inside))
 
 
 def _call(n: int = 12, d: int = 3) -> Array:
@@ -98,7 +98,8 @@ def smallest() -> Evidence:
 def _work(block: int, n: int, d: int) -> int:
     """Return the multiplications of factorised attention on numbers that count."""
     tally: Counter[str] = Counter()
-    factorised(*(counted(x, tally) for x in balls(rationals(1, 3, n, d))), block)
+    q, k, v = (counted(x, tally) for x in balls(rationals(1, 3, n, d)))
+    factorised(q, k, v, block)
     return tally["multiply"]
 
 

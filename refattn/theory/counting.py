@@ -44,7 +44,7 @@ class Counted:
         return self._noted("sign" if sign else "multiply", self.value * plain(other))
 
     def __rmul__(self, other: Any) -> Counted:
-        return self * other
+        return self.__mul__(other)
 
     def __truediv__(self, other: Any) -> Counted:
         return self._noted("divide", self.value / plain(other))

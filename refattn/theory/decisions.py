@@ -97,6 +97,10 @@ def long_step() -> Evidence:
     return Evidence(errors[0], size, "squared error after 10 layers of a long step, beside the start's")
 
 
+ERROR = 1e-6
+"""The relative error that layers are asked for."""
+
+
 def _depth(kappa: float, error: float, fast: bool) -> int:
     """Return how many ReLU layers a problem of condition kappa takes to a relative error."""
     rng = np.random.default_rng(3)
@@ -118,7 +122,7 @@ def _fast_bound(kappa: float, error: float) -> float:
     return 1 + math.log((kappa + 1) / error**2) / -math.log1p(-1 / math.sqrt(kappa))
 
 
-def accelerated(kappas: tuple[float, ...] = (10, 100, 1000), error: float = 1e-6) -> Evidence:
+def accelerated(kappas: tuple[float, ...] = (10, 100, 1000), error: float = ERROR) -> Evidence:
     """Layers of accelerated steps, counted, against 2·sqrt(kappa)·log(sqrt(kappa + 1)/error)."""
     needs(min(kappas) > 1, "kappa > 1")
     found = [_depth(k, error, fast=True) for k in kappas]
@@ -128,7 +132,7 @@ def accelerated(kappas: tuple[float, ...] = (10, 100, 1000), error: float = 1e-6
 
 def plain() -> Evidence:
     """Plain steps held to the same depth."""
-    return Evidence(_depth(1000, 1e-6, fast=False), _fast_bound(1000, 1e-6), "layers of plain steps beside the bound")
+    return Evidence(_depth(1000, ERROR, fast=False), _fast_bound(1000, ERROR), "layers of plain steps beside the bound")
 
 
 def _inf(a: Any) -> Any:

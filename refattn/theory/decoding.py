@@ -1,7 +1,8 @@
-"""Errors that add up in decoding: a state's by its decay, an evicted cache's, and Power-Softmax's distance to softmax."""
+"""Errors that add up in decoding: a state's by its decay, an evicted cache's; Power-Softmax's distance to softmax."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -39,7 +40,10 @@ def _recurrence(decay: Any, held_to: Any, what: str, steps: int = 30) -> Evidenc
     return Evidence(worst(pairs), 1, what, detail)
 
 
-def recurrence(decay: Any = Q(9, 10)) -> Evidence:
+DECAY = Q(9, 10)
+
+
+def recurrence(decay: Any = DECAY) -> Evidence:
     """A state with a decay below 1: errors stay below eps/(1 - decay), however long it runs."""
     needs(0 < decay < 1, f"a decay in (0, 1), got {decay}")
     return _recurrence(decay, decay, "error over eps·(1 - decay^t)/(1 - decay), and that over errors of one sign")
@@ -47,7 +51,7 @@ def recurrence(decay: Any = Q(9, 10)) -> Evidence:
 
 def no_decay() -> Evidence:
     """No decay, held to the bound of 9/10: errors add up without end."""
-    return _recurrence(Q(1), Q(9, 10), "error without decay over the bound of 9/10")
+    return _recurrence(Q(1), DECAY, "error without decay over the bound of 9/10")
 
 
 def _evicted(budget: int, evict: Any, alike: bool = True, n: int = 14) -> list[tuple[Any, Any, Any]]:
@@ -73,11 +77,13 @@ def eviction(budgets: tuple[int, ...] = (1, 3, 6)) -> Evidence:
     found = [_evicted(budget, min) for budget in budgets]
     exact = [off for budget, steps in zip(budgets, found, strict=True) for off, _, _ in steps[:budget]]
     pairs = [(off, by_weight) for steps in found for off, by_weight, _ in steps if by_weight]
-    return Evidence(worst([*pairs, *(same(off, 0) for off in exact)]), 1, "error over the dropped weight times the values' range")
+    return Evidence(
+        worst([*pairs, *(same(off, 0) for off in exact)]), 1, "error over the dropped weight times the values' range"
+    )
 
 
 def eviction_by_share() -> Evidence:
-    """The share of the keys that went in place of their weight: the weightiest goes, whose value is unlike the others'."""
+    """The share of the keys that went in place of their weight: the weightiest goes, with a value of its own."""
     pairs = [(off, by_share) for off, _, by_share in _evicted(13, max, alike=False) if by_share]
     return Evidence(worst(pairs), 1, "error over the share of dropped keys times the values' range")
 
@@ -95,7 +101,7 @@ def _power_bound(r: Any, p: int) -> Any:
 
 @precise()
 def power(powers: tuple[int, ...] = (8, 16, 32, 64), size: int = 4) -> Evidence:
-    """(1 + s/p)^p over its sum against softmax, in total variation, for |s| up to 4; half of the distance at twice p."""
+    """(1 + s/p)^p over its sum against softmax, in total variation, for |s| up to 4; nearer at twice the p."""
     needs(size < min(powers), f"scores below p: 1 + s/p stays positive, got {size} and {min(powers)}")
     r, pairs, curve = flint.arb(size), [], []
     for p in powers:
@@ -107,10 +113,12 @@ def power(powers: tuple[int, ...] = (8, 16, 32, 64), size: int = 4) -> Evidence:
         worst_case = np.array([flint.arb(0), *[-r] * count])
         curve.append(total_variation(_power(worst_case, p), exp(worst_case) / exp(worst_case).sum()))
         pairs.append(least_ratio(curve[-1], _power_bound(r, p)))
-    pairs += [(b, a) for a, b in zip(curve, curve[1:], strict=False)]
+    pairs += [(b, a) for a, b in itertools.pairwise(curve)]
     detail = {"p": list(powers), "distance": [float(c) for c in curve]}
     detail["bound"] = [float(_power_bound(r, p)) for p in powers]
-    return Evidence(worst(pairs), 1, "total variation to softmax over tanh(osc/4), and over that of half the power", detail)
+    return Evidence(
+        worst(pairs), 1, "total variation to softmax over tanh(osc/4), and over that of half the power", detail
+    )
 
 
 @precise()
@@ -140,7 +148,8 @@ CLAIMS = [
     ),
     Claim(
         "power-softmax",
-        "(1 + s/p)^p over its sum is within tanh(osc/4) of softmax, osc = |R + p·log(1 - R/p)| for |s| <= R: of order R²/8p",
+        "(1 + s/p)^p over its sum is within tanh(osc/4) of softmax, osc = |R + p·log(1 - R/p)| for |s| <= R:"
+        " of order R²/8p",
         "Power-Softmax (arXiv 2410.09457; summaries were read); the distance is derived here",
         power,
         power_low,

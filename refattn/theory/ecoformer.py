@@ -55,7 +55,7 @@ def _dense(h: Array, g: Array, v: Array) -> Array:
 
 def _linear(h: Array, g: Array, v: Array, of_bias: Array) -> Array:
     bias = h.shape[1] + 1
-    return (h @ (g.T @ v) + bias * of_bias) / (h @ g.sum(0) + bias * len(g))[:, None]
+    return np.asarray((h @ (g.T @ v) + bias * of_bias) / (h @ g.sum(0) + bias * len(g))[:, None])
 
 
 def linear(size: int = 1) -> Evidence:
@@ -83,7 +83,8 @@ def _counted(n: int, d: int, bits: int, hashing: bool = True) -> tuple[Fraction,
     if not hashing:
         tally.clear()
     out = _linear(h, g, v, v.sum(0))
-    exact = _dense(*(rational(each(plain, x).astype(int)) for x in (h, g)), each(plain, v))
+    codes, keys = (rational(each(plain, x).astype(int)) for x in (h, g))
+    exact = _dense(codes, keys, each(plain, v))
     return tally["multiply"] * MULTIPLY + tally["add"] * ADD, unequal(each(plain, out), exact)
 
 

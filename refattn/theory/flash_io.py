@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +64,8 @@ def _off(out: Float, problem: Problem, tile: int = 1) -> float:
     # one addition after another, as often rescaled as there are tiles
     model = replace(flash_model("float64"), tile=tile, chain=problem.n_k)
     right = truth(problem, model)
-    return worst(zip(np.abs(out - right.answer.out[0, 0]).flat, (right.allowed["out"][0, 0] + TINY).flat, strict=True))
+    pairs = zip(np.abs(out - right.answer.out[0, 0]).flat, (right.allowed["out"][0, 0] + TINY).flat, strict=True)
+    return float(worst(pairs))
 
 
 TINY = 2.0**-1074
@@ -82,7 +84,7 @@ def _columns(d: int, m: int) -> int:
 
 
 def _words(n: int, d: int, columns: int) -> int:
-    """Return the words of FlashAttention's loop: k and v once; for each tile of keys q, and out and two numbers twice."""
+    """Return the words of FlashAttention's loop: k and v once; a tile of keys, q once, out and two numbers twice."""
     return 2 * n * d + math.ceil(n / columns) * n * (3 * d + 4)
 
 
@@ -104,7 +106,8 @@ def check(grid: tuple[tuple[int, int, int], ...] = GRID) -> Evidence:
 def loses() -> Evidence:
     """The wish that tiles always move fewer words than attention with its scores in slow memory."""
     n, d = 64, 16
-    pairs = [(counted(*_inputs(n, d), m)[1], standard(n, d)) for m in (6 * d, d * d, 16 * d * d)]
+    q, k, v = _inputs(n, d)
+    pairs = [(counted(q, k, v, m)[1], standard(n, d)) for m in (6 * d, d * d, 16 * d * d)]
     return Evidence(worst(pairs), 1, "words over those of standard attention, M from 6d")
 
 
@@ -169,16 +172,17 @@ def sparse(seed: int = 0, n: int = 60, d: int = 6, m: int = 160) -> Evidence:
     q, k, v = _inputs(n, d)
     rows, columns = tile_of(d, m)
     needs(n % rows == 0 and n % columns == 0, f"tiles of {rows} and {columns} that divide n = {n}")
-    rng, pairs, densities = np.random.default_rng(seed), [], []
+    rng, densities = np.random.default_rng(seed), []
+    found: list[float] = []
     for density in (0.1, 0.25, 0.5, 1.0):
         blocks = rng.random((n // rows, n // columns)) < density
         out, words, _ = counted(q, k, v, m, blocks)
         mask = np.kron(blocks, np.ones((rows, columns), bool)).astype(bool)
         read = 2 * d * columns * int(blocks.any(0).sum())
-        pairs.append(same(words, read + int(blocks.sum()) * rows * (3 * d + 4)))
-        pairs.append(_off(out, _problem(q, k, v, mask), columns))
+        found.append(same(words, read + int(blocks.sum()) * rows * (3 * d + 4)))
+        found.append(_off(out, _problem(q, k, v, mask), columns))
         densities.append(float(blocks.mean()))
-    return Evidence(worst(pairs), 1, "words from the blocks', errors over their bounds", {"densities": densities})
+    return Evidence(worst(found), 1, "words from the blocks', errors over their bounds", {"densities": densities})
 
 
 def sparse_by_entries() -> Evidence:
@@ -188,7 +192,7 @@ def sparse_by_entries() -> Evidence:
     _, dense, (rows, columns) = counted(q, k, v, m)
     entries = np.zeros((n, n), bool)
     entries[::rows, ::columns] = True
-    blocks = entries.reshape(n // rows, rows, n // columns, columns).any((1, 3))
+    blocks = np.asarray(entries.reshape(n // rows, rows, n // columns, columns).any((1, 3)))
     words = counted(q, k, v, m, blocks)[1]
     return Evidence(words, dense * entries.mean(), "words at one entry a block, beside the entries' share")
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs
+from .claim import Claim, Evidence, needs, total
 from .fields import Q, rationals, unequal
 
 __all__ = ["CLAIMS", "chunked", "recurrent"]
@@ -65,7 +65,8 @@ def _call(n: int = 22, d: int = 3) -> Array:
 
 
 def _differ(form: Form, decay: Any, what: str) -> Evidence:
-    return Evidence(unequal(form(*_call(), decay), recurrent(*_call(), decay)), 0, what)
+    q, k, v = _call()
+    return Evidence(unequal(form(q, k, v, decay), recurrent(q, k, v, decay)), 0, what)
 
 
 def equal(decay: float = 0.5, chunk: int = 8) -> Evidence:
@@ -84,8 +85,9 @@ def late() -> Evidence:
 def _least(form: Form, what: str) -> Evidence:
     """Return how negative an exponent of the decay a form takes, once it is right."""
     decay = Decay(Q(1, 2))
-    wrong = unequal(form(*_call(), decay), recurrent(*_call(), Q(1, 2)))
-    return Evidence(-decay.least if not wrong else len(_call()[0]), 0, what)
+    q, k, v = _call()
+    wrong = unequal(form(q, k, v, decay), recurrent(q, k, v, Q(1, 2)))
+    return Evidence(total(-decay.least, wrong), 0, what)
 
 
 def powers() -> Evidence:

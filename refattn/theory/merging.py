@@ -1,4 +1,4 @@
-"""Answers of parts of the keys merged through lse: any order is the same, what rounding adds, and equal bits in a batch."""
+"""Answers of parts of the keys merged through lse: any order, what rounding adds, and equal bits in a batch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def _same(merge: Merge, what: str, sizes: tuple[int, ...] = (1, 2, 3, 7)) -> Evi
     w, v = rationals(0, 11, least=1), rationals(1, 11, 3)
     whole, wrong = (w @ v) / w.sum(), []
     for size, order in itertools.product(sizes, ORDERS.values()):
-        parts = [((w[i : i + size] @ v[i : i + size]) / w[i : i + size].sum(), w[i : i + size].sum()) for i in range(0, 11, size)]
+        parts = [
+            ((w[i : i + size] @ v[i : i + size]) / w[i : i + size].sum(), w[i : i + size].sum())
+            for i in range(0, 11, size)
+        ]
         out, weight = order(parts, merge)
         wrong += [unequal(out, whole), int(weight != w.sum())]
     return Evidence(total(*wrong), 0, what)
@@ -127,6 +130,7 @@ def rounding_of_bfloat16() -> Evidence:
     def merge(a: Part, b: Part) -> Part:
         out, lse = _float32(a, b)
         return out, (lse.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
     given = _inputs(3.0)
     q, k, v = given
     problem = Problem(*(x[None, None] for x in given), scale=1.0)  # type: ignore[misc]
@@ -141,8 +145,10 @@ def _bits(size_of: Callable[[int], int], what: str, batches: tuple[int, ...] = (
     q, k, v = _inputs(1.0)
     wrong = []
     for order, row in itertools.product(ORDERS.values(), (0, 7)):
+
         def run(rows: Array, order: Any = order) -> Any:
             return _merged(size_of(len(rows)), order, (rows, k, v))[0][0].view(np.uint32)
+
         alone = run(q[row : row + 1])
         wrong += [int((run(q[row : row + batch]) != alone).sum()) for batch in batches]
     return Evidence(total(*wrong), 0, what)
@@ -177,7 +183,7 @@ CLAIMS = [
     ),
     Claim(
         "batch-invariance",
-        "Bits do not depend on the batch where no order of a row's sums does; where keys are split by the batch they do",
+        "Bits do not depend on the batch where no order of a row's sums does; with keys split by the batch they do",
         "derived here",
         invariant,
         split_by_batch,

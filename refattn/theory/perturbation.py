@@ -60,7 +60,7 @@ def _moved(share: int, what: str) -> Evidence:
 
 
 def moved() -> Evidence:
-    """Total variation against tanh(osc/4), and outputs against that times the values' range; the last cases attain it."""
+    """Total variation against tanh(osc/4), outputs against that times the values' range; the last cases attain it."""
     return _moved(4, "total variation over tanh(osc/4), outputs over that times the values' range")
 
 
@@ -107,7 +107,7 @@ def _collapse(residual: bool, what: str, layers: int = 5) -> Evidence:
 
 
 def collapse(layers: int = 5) -> Evidence:
-    """Attention alone: after L layers tokens differ by at most the product of Dobrushin's coefficients; of two, by just it."""
+    """Attention alone: after L layers tokens differ by at most the product of the coefficients; two, by just it."""
     needs(layers >= 1, "at least one layer")
     return _collapse(False, "distance of tokens over the product of the coefficients", layers)
 
@@ -121,7 +121,10 @@ def residual() -> Evidence:
 def _by_scores(share: int, what: str) -> Evidence:
     """Compare Dobrushin's coefficient of a softmax with tanh of how unlike its rows of scores are."""
     pairs = []
-    for s in [*(balls(rationals(i, 4, 5)) * 2 for i in range(4)), np.array([[flint.arb(1), flint.arb(0)], [flint.arb(0), flint.arb(1)]])]:
+    for s in [
+        *(balls(rationals(i, 4, 5)) * 2 for i in range(4)),
+        np.array([[flint.arb(1), flint.arb(0)], [flint.arb(0), flint.arb(1)]]),
+    ]:
         p = np.array([_softmax(row) for row in s])
         bounds = [_bound(a - b, share) for a, b in itertools.combinations(s, 2)]
         pairs.append(least_ratio(dobrushin(p), max(bounds, key=float)))
@@ -142,7 +145,7 @@ DONG = "Dong, Cordonnier and Loukas, arXiv 2103.03404 (abstract read); the coeff
 CLAIMS = [
     Claim(
         "softmax-perturbation",
-        "Errors of scores that are osc apart move softmax by tanh(osc/4) in total variation at most, and some by as much",
+        "Errors of scores that are osc apart move softmax by tanh(osc/4) in total variation at most, some by as much",
         "derived here",
         moved,
         moved_half,

@@ -13,7 +13,7 @@ from ..dtypes import format_of
 from .claim import Claim, Evidence, needs, worst
 from .fields import Q, balls, each, exp, precise, rational, rationals
 
-__all__ = ["CLAIMS", "GRAINS", "FORMATS", "error_bound"]
+__all__ = ["CLAIMS", "FORMATS", "GRAINS", "error_bound"]
 
 Array = NDArray[Any]
 Float = NDArray[np.float64]
@@ -87,7 +87,7 @@ def _pairs(name: str, grain: str, held_to: str) -> list[tuple[Any, Any]]:
     given = _call()
     rounded = [_rounded(x, name, _scales(x, name, grain)) for x in given]
     steps = [_steps(x, name, _scales(x, name, held_to)) for x in given]
-    pairs = []
+    pairs: list[tuple[Any, Any]] = []
     for h in range(2):
         off = abs(_attended(*(x[h] for x in rounded)) - _attended(*(x[h] for x in given))).max(1)
         one = [x[h] for x in given]
@@ -116,8 +116,10 @@ def inputs(formats: tuple[str, ...] = FORMATS) -> Evidence:
 
 @precise()
 def outlier() -> Evidence:
-    """One scale for the tensor, held to what a scale for each token allows: a token of large values spoils the others."""
-    return Evidence(worst(_pairs("int8", "tensor", "token")), 1, "error with one scale over the bound of a scale a token")
+    """One scale for the tensor, held to what a scale a token allows: a token of large values spoils the others."""
+    return Evidence(
+        worst(_pairs("int8", "tensor", "token")), 1, "error with one scale over the bound of a scale a token"
+    )
 
 
 def _levels(p: Array, levels: int) -> Array:
@@ -156,7 +158,8 @@ def weights_coarse() -> Evidence:
 CLAIMS = [
     Claim(
         "quantised-inputs",
-        "Rounding q, k and v moves a row by at most tanh(half the scores' largest move)·range and the values' largest move",
+        "Rounding q, k and v moves a row by at most tanh(half the scores' largest move)·range and the values'"
+        " largest move",
         "derived here, for int8, float8_e4m3fn and float8_e5m2 with scales of a tensor, a head, a block or a token",
         inputs,
         outlier,
@@ -164,7 +167,8 @@ CLAIMS = [
     ),
     Claim(
         "quantised-weights",
-        "Rounding P over its largest to L levels moves a row by at most (n - 1)/(2L) of the values' range over the weights' sum",
+        "Rounding P over its largest to L levels moves a row by at most (n - 1)/(2L) of the values' range over the"
+        " weights' sum",
         "derived here",
         weights,
         weights_coarse,

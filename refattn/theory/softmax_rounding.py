@@ -247,7 +247,7 @@ def online_without_rescale() -> Evidence:
 
 
 def _mean_error(rounded: Callable[[Numbers], Any], what: str) -> Evidence:
-    """Add up the errors of rounding all float32 numbers of two neighbouring bfloat16 cells, in float32's last places."""
+    """Add up the errors of rounding all float32 numbers of two neighbouring bfloat16 cells, in last places."""
     cells = 2**17
     worst_sum = 0
     for start in (0x3F80_0000, 0x3DAA_0000, 0x3F7E_0000):
@@ -258,7 +258,7 @@ def _mean_error(rounded: Callable[[Numbers], Any], what: str) -> Evidence:
 
 
 def unbiased() -> Evidence:
-    """Rounding to the nearest bfloat16, ties to even, of all float32 numbers of two cells: the errors cancel exactly."""
+    """Rounding to the nearest bfloat16, ties to even, of all float32 numbers of two cells: the errors cancel."""
     return _mean_error(lambda x: x.astype(bfloat16), "sum of the errors of 2^17 numbers, in float32's last places")
 
 

@@ -1,9 +1,9 @@
-"""Sparse attention: what leaving keys out costs, for every selector, and where gradients still reach what was dropped."""
+"""Sparse attention: what leaving keys out costs, for every selector, and where gradients reach what was dropped."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ __all__ = ["CLAIMS", "SELECTORS"]
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
+Selector = Callable[[Array, int], Mask]
 
 
 def _top(x: Array, count: int) -> Mask:
@@ -37,7 +38,7 @@ def _until(x: Array, share: Any) -> Mask:
 
 
 # from the weights exp(s) of a row's keys and a budget: which keys are kept
-SELECTORS: dict[str, Callable[[Array, int], Mask]] = {
+SELECTORS: dict[str, Selector] = {
     "all": lambda w, k: np.ones(len(w), bool),
     "window": lambda w, k: np.arange(len(w)) >= len(w) - k,
     "sinks and window": lambda w, k: (np.arange(len(w)) < 1) | (np.arange(len(w)) >= len(w) - k + 1),
@@ -63,12 +64,12 @@ def _cases() -> list[tuple[Array, Array]]:
     return [*drawn, (np.array([Q(3), Q(2), Q(1), Q(1)]), np.array([[Q(1)], [Q(1)], [Q(-1)], [Q(-1)]]))]
 
 
-def _identity(share_of: Callable[[Array, Mask], Any], names: tuple[str, ...], what: str) -> Evidence:
+def _identity(share_of: Callable[[Array, Mask], Any], selectors: Mapping[str, Selector], what: str) -> Evidence:
     """Compare out - kept with share · (dropped mean - kept mean) and with bounds by the values, exactly."""
     found: list[Any] = []
     shares: dict[str, float] = {}
-    for (w, v), name, k in itertools.product(_cases(), names, (1, 2, 4)):
-        kept = SELECTORS[name](w, k)
+    for (w, v), name, k in itertools.product(_cases(), selectors, (1, 2, 4)):
+        kept = selectors[name](w, k)
         needs(bool(kept.any()), "a selector that keeps a key of every row")
         share = share_of(w, kept)
         away = _mean(w, v) - _mean(w[kept], v[kept])
@@ -84,19 +85,21 @@ def _dropped(w: Array, kept: Mask) -> Any:
     return w[~kept].sum() / w.sum()
 
 
-def dropping(names: tuple[str, ...] = tuple(SELECTORS)) -> Evidence:
+def dropping(selectors: Mapping[str, Selector] = SELECTORS) -> Evidence:
     """The identity for every selector, and 2·delta·max|v|, attained where kept and dropped values are opposite."""
     opposite = _cases()[-1]
     kept = np.arange(4) < 2
     attained = same(1 - _mean(*opposite)[0], 2 * _dropped(opposite[0], kept))
-    found = _identity(_dropped, names, "elements away from the identity, and errors over delta times the values' range")
+    found = _identity(
+        _dropped, selectors, "elements away from the identity, and errors over delta times the values' range"
+    )
     return Evidence(worst([found.measured, attained]), 1, found.what, found.detail)
 
 
 def dropping_by_count() -> Evidence:
     """The share of keys in place of the share of weight."""
     what = "elements away from the identity with the share of dropped keys"
-    return _identity(lambda w, kept: Q(int((~kept).sum()), len(kept)), tuple(SELECTORS), what)
+    return _identity(lambda w, kept: Q(int((~kept).sum()), len(kept)), SELECTORS, what)
 
 
 def _odds(w: Array, kept: Mask) -> Any:
@@ -165,7 +168,9 @@ def no_gradient() -> Evidence:
 
 def dense_gradient() -> Evidence:
     """Dense training: dropped keys are reached."""
-    return _gradients(True, False, "derivatives that differ from the closed form, or reach dropped keys, dense training")
+    return _gradients(
+        True, False, "derivatives that differ from the closed form, or reach dropped keys, dense training"
+    )
 
 
 def aligned() -> Evidence:
@@ -175,14 +180,16 @@ def aligned() -> Evidence:
 
 def unaligned() -> Evidence:
     """The same loss of sparse outputs alone."""
-    return _gradients(False, True, "derivatives that differ, and rows that reach no dropped key, without the dense output")
+    return _gradients(
+        False, True, "derivatives that differ, and rows that reach no dropped key, without the dense output"
+    )
 
 
 SSA = "Shen et al., SSA: sparse sparse attention (arXiv 2511.20102; a summary was read), derivatives are ours"
 CLAIMS = [
     Claim(
         "sparse-dropping",
-        "Leaving keys out moves a row's output by delta·(mean of the dropped - mean of the kept), at most 2·delta·max|v|",
+        "Leaving keys out moves a row by delta·(mean of the dropped - mean of the kept), at most 2·delta·max|v|",
         "derived here; delta is the weight of what a selector drops",
         dropping,
         dropping_by_count,
@@ -204,7 +211,7 @@ CLAIMS = [
     ),
     Claim(
         "sparse-alignment",
-        "Aligning dense with sparse outputs gives a dropped key's score the gradient p_j (v_j - dense)·(dense - sparse)",
+        "Aligning dense with sparse outputs gives a dropped score the gradient p_j (v_j - dense)·(dense - sparse)",
         SSA,
         aligned,
         unaligned,

@@ -18,6 +18,8 @@ __all__ = ["CLAIMS"]
 
 Float = NDArray[np.float64]
 N = 3
+BETA = 30.0
+"""How much heads prefer the token of their position."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _error(knots: int, beta: float, ridge: Ridge, positions: bool) -> tuple[floa
     return float(np.abs(found - target).max()), len(net.bias)
 
 
-def universal(knots: tuple[int, ...] = (2, 4, 8, 16, 32, 64), beta: float = 30.0, positions: bool = True) -> Evidence:
+def universal(knots: tuple[int, ...] = (2, 4, 8, 16, 32, 64), beta: float = BETA, positions: bool = True) -> Evidence:
     """The sup error of a network of measured width against its bound, for three kinds of maps, sharp heads and not."""
     needs(positions, "positions are told: without them a layer commutes with permutations, and most maps do not")
     needs(beta > 0, "heads that prefer the token of their position")
@@ -132,7 +134,7 @@ def universal(knots: tuple[int, ...] = (2, 4, 8, 16, 32, 64), beta: float = 30.0
 def equivariant() -> Evidence:
     """The same network where every place is told the same."""
     ridge = RIDGES["square"]
-    return Evidence(_error(64, 30.0, ridge, False)[0], _bound(64, 30.0, ridge), "sup error without positions")
+    return Evidence(_error(64, BETA, ridge, False)[0], _bound(64, BETA, ridge), "sup error without positions")
 
 
 def _averages(delta: float, n: int) -> tuple[Any, Any]:

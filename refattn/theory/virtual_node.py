@@ -175,7 +175,8 @@ def _deep_pairs(x: Array, delta: Any, betas: tuple[int, ...]) -> list[Any]:
     A read is off by at most eps = (n - 1)·exp(-beta·delta) of the nodes' distances D; logits of unit nodes then by
     eta = eps·D, weights by tanh(2·eta/4) in total variation.
     """
-    exact, pairs = softmax(x, x, x), []
+    exact = softmax(x, x, x)
+    pairs: list[Any] = []
     far = max(_norm(balls(a - b)).upper() for a, b in itertools.combinations(x, 2))
     for beta in betas:
         found, state, rounds = _deep(x, x, beta)

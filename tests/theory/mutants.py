@@ -1,14 +1,16 @@
 """Mutation tests of refattn/theory: every edit of an operator or a claim must make a claim fail.
 
-`python -m tests.theory.mutants` edits one place at a time: a sign, a factor, an exponent, an index, an axis or a constant in
-any function that a check runs. Inputs (seeds, sizes, drawn numbers), words and details for plots are left alone. Each edited module is run in a process
-of its own, with the claims of all modules that import it. An edit is found where one of them raises, does not hold, has
-a control that holds, or takes too long. Those that are not found are listed with the reasons in `survivors.toml`.
+`python -m tests.theory.mutants` edits one place at a time: a sign, a factor, an exponent, an index, an axis or a
+constant in any function that a check runs. Inputs (seeds, sizes, drawn numbers), words and details for plots are left
+alone. Each edited module is run in a process of its own, with the claims of all modules that import it. An edit is found
+where one of them raises, does not hold, has a control that holds, or takes too long. Those that are not found are listed
+with the reasons in `survivors.toml`.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import importlib
 import multiprocessing
@@ -26,14 +28,23 @@ import refattn.theory
 
 ROOM = Path(refattn.theory.__file__).parent
 PACKAGE = "refattn.theory"
-SECONDS, BYTES = 30, 6 << 30
+SECONDS, BYTES = 8, 6 << 30
 INSTRUMENTS = ("fields", "counting", "tracing", "io_loops")
 # functions that only make inputs, and calls whose arguments are seeds and sizes
 INPUTS = frozenset(tomllib.loads(Path(__file__).with_name("survivors.toml").read_text())["inputs"])
-DRAWN = frozenset({"rationals", "orthogonal", "default_rng", "standard_normal", "choice", "integers", "random", "uniform"})
+DRAWN = frozenset(
+    {"rationals", "orthogonal", "default_rng", "standard_normal", "choice", "integers", "random", "uniform"}
+)
 SHOWN = frozenset({"detail", "curves", "curve", "constants", "ratios", "shares", "densities", "last"})
 SIZES = frozenset({"n", "d", "m", "rounds", "layers", "size", "seed"})
-SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult}
+SWAPS = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+}
 
 
 @dataclass(frozen=True)
@@ -160,7 +171,8 @@ class Sites(ast.NodeVisitor):
         pass
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
-        if type(node.op) in SWAPS and not isinstance(node.left, (ast.JoinedStr, ast.List)):
+        nothing = isinstance(node.left, ast.Constant) and node.left.value == 0  # 0 * x, zeros of x's kind: as is 0 / x
+        if type(node.op) in SWAPS and not nothing and not isinstance(node.left, (ast.JoinedStr, ast.List)):
             self.found.append((node, "operator"))
         self.generic_visit(node)
 
@@ -242,8 +254,8 @@ def found_by(edit: Edit) -> str:
 
 def _work(edit: Edit, to: object) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    sys.stderr = open("/dev/null", "w")
-    to.send(found_by(edit))
+    with open("/dev/null", "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        to.send(found_by(edit))
 
 
 def verdict(edit: Edit) -> str:
