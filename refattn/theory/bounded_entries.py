@@ -98,6 +98,7 @@ def degree(places: tuple[tuple[float, int], ...] = tuple(PLACES)) -> Evidence:
     small = [(r / (2 * (g + 2)), *three) for (r, g), three in zip(places, found, strict=True) if r < g]
     pairs += [(tail, level / (1 - ratio)) for ratio, _, level, tail in small]
     pairs += [(level * flint.arb.pi() / 4, need / (1 - ratio)) for ratio, need, level, _ in small]
+    pairs += [(need, level * flint.arb.pi() / 4) for need, level, _ in found]
     steps = {f"R = {r}, error {e}": degrees(r, e) for r, e in SHOWN}
     return Evidence(worst(pairs), 1, "lower bound over the least error, and that over the upper bound", steps)
 
@@ -146,8 +147,7 @@ def _smallest(left: Callable[[float], float], most: float) -> float:
     low, high = 0.0, 1.0
     while left(high) > most:
         low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if left(middle) > most else (low, middle)
     return high
 
@@ -167,14 +167,12 @@ def exponent(c: float) -> float:
 
 
 def _predicted(r: float, logs: float, relative: bool = True) -> int:
-    """Return the degree whose next coefficient, by Debye's expansion of I_m to its second term, is exp(-R)/n."""
+    """Return the degree whose next coefficient, by Debye's expansion of I_m, is exp(-R)/n."""
 
     def size(g: float) -> float:
         m = g + 1
         root = math.hypot(m, r)
-        p = m / root
-        second = math.log1p((3 * p - 5 * p**3) / (24 * m))
-        return root - m * math.asinh(m / r) + math.log(2 / math.sqrt(2 * math.pi * root)) + second
+        return root - m * math.asinh(m / r) + math.log(2 / math.sqrt(2 * math.pi * root))
 
     return math.ceil(_smallest(size, -logs - (r if relative else 0)))
 

@@ -60,7 +60,7 @@ def _distribution(q: Array, k: Array, block: int, pool: Any = max) -> Array:
         inside.append([within[j] / sum(within.values()) if j in within else balls(0)[()] for j in range(n)])
     for i in range(n):
         first = i // block * block
-        seen = [first <= r[0] <= i if len(r) == 1 else r[-1] < first for r in regions]
+        seen = [first <= r[0] <= i if len(r) == 1 else max(r) < first for r in regions]
         w = [(q[i] @ key).exp() if s else balls(0)[()] for key, s in zip(pooled[1], seen, strict=True)]
         outside.append([a / sum(w) for a in w])
     return np.asarray(np.array(outside) @ np.array(inside))
@@ -74,19 +74,18 @@ def _compared(block: int, pool: Any, what: str) -> Evidence:
     q, k, v = _call()
     found = factorised(q, k, v, block)
     p = _distribution(q, k, block, pool)
-    size = max(abs(s).upper() for s in (np.maximum(abs(q).max(0), 0) @ abs(k).max(0),))
-    # of at most n regions, weights from exp(-S) to exp(S), and so for the tokens of a block: p(r | i) and p(j | r)
-    floor = (-4 * size).exp() / (len(q) * block)
-    small = int((np.tril(each(lambda a: not a > floor, p)) != 0).sum())
-    future = int((np.triu(each(lambda a: a != 0, p), 1) != 0).sum())
+    support = each(lambda a: a > 0, p).astype(bool)
+    other = int((support != np.tril(np.ones_like(support))).sum())
     sums = disjoint(p.sum(1), balls(zeros(len(q)) + 1))
-    return Evidence(total(disjoint(found, p @ v), sums, small, future), 0, what)
+    return Evidence(total(disjoint(found, p @ v), sums, other), 0, what)
 
 
 @precise()
 def distribution(block: int = 4) -> Evidence:
     """The factorised result against the explicit sum over regions: a distribution over all earlier tokens."""
-    return _compared(block, max, "elements that differ, rows not of sum 1, weights below their floor, future weights")
+    return _compared(
+        block, max, "elements that differ, rows not of sum 1, weights of the past not above 0 or of the future above it"
+    )
 
 
 @precise()
@@ -114,8 +113,10 @@ def work(d: int = 2) -> Evidence:
     sizes = [(2, 4), (3, 9), (4, 16), (2, 16), (8, 16), (5, 25)]
     found = [_work(b, n, d) for b, n in sizes]
     away = max(abs(f - _predicted(b, n, d)) for f, (b, n) in zip(found, sizes, strict=True))
-    square = [0, 1, 2, 5]
-    detail = {"n": [sizes[i][1] for i in square], "multiplications, blocks of sqrt(n)": [found[i] for i in square]}
+    detail = {
+        "n": [n for b, n in sizes if b * b == n],
+        "multiplications, blocks of sqrt(n)": [f for f, (b, n) in zip(found, sizes, strict=True) if b * b == n],
+    }
     return Evidence(away, 0, "multiplications from the formula", detail)
 
 

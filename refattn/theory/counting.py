@@ -30,14 +30,8 @@ class Counted:
     def __add__(self, other: Any) -> Counted:
         return self._noted("add", self.value + plain(other))
 
-    def __radd__(self, other: Any) -> Counted:
-        return self._noted("add", plain(other) + self.value)
-
     def __sub__(self, other: Any) -> Counted:
         return self._noted("add", self.value - plain(other))
-
-    def __rsub__(self, other: Any) -> Counted:
-        return self._noted("add", plain(other) - self.value)
 
     def __mul__(self, other: Any) -> Counted:
         sign = self.sign or (isinstance(other, Counted) and other.sign)

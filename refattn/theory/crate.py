@@ -61,9 +61,9 @@ def _slope(z: Array, bases: Array, beta: Any, along: Array) -> Any:
 def _against_slope(form: Callable[[Array, Array, Any], Array], what: str) -> Evidence:
     """Compare a gradient with slopes along the axes, exactly; two bases of two columns."""
     z, bases, beta = rationals(0, 4, 3), rationals(1, 2, 4, 2), Q(3, 5)
-    slopes = zeros(4, 3)
-    for at in np.ndindex(4, 3):
-        along = zeros(4, 3)
+    slopes = 0 * z
+    for at in np.ndindex(z.shape):
+        along = 0 * z
         along[at] = Q(1)
         slopes[at] = _slope(z, bases, beta, along)
     return Evidence(unequal(form(z, bases, beta), slopes), 0, what)
@@ -115,7 +115,7 @@ STEPS = (Q(1, 10), Q(1, 4), Q(1, 2))
 def shrinks(steps: tuple[Any, ...] = STEPS) -> Evidence:
     """The rate of (1 - s) Z, over that of (1 - s) Z + s · MSSA(Z): the attention term raises it."""
     needs(all(0 < s < 1 for s in steps), "steps s in (0, 1)")
-    before, alone = _after(Q(0), 0), [_after(s, 0) for s in steps]
+    before, alone = _rate(*_tokens()), [_after(s, 0) for s in steps]
     found = [_after(s, 1) for s in steps]
     detail = {
         "s": [float(s) for s in steps],

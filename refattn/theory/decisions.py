@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -60,7 +61,7 @@ def one_head() -> Evidence:
 
 def _ridge(along: tuple[int, ...]) -> tuple[Array, Array, Any, tuple[Any, Any], Array]:
     """Return actions, rewards, weight, the smallest and largest eigenvalue, and the solution: a sum of eigenvectors."""
-    u, values, weight = orthogonal(3, 3), np.array([Q(1, 2), Q(1), Q(3)]), Q(1)
+    u, values, weight = orthogonal(5, 3), np.array([Q(1, 2), Q(1), Q(3)]), Q(1)
     a = (u * values).T  # aᵀa has the eigenvectors u and the squares of values
     exact = np.asarray(sum(u[:, i] for i in along))
     r = solve(a.T, (a.T @ a + weight * rational(np.eye(3))) @ exact)
@@ -102,19 +103,23 @@ ERROR = 1e-6
 
 
 def _depth(kappa: float, error: float, fast: bool) -> int:
-    """Return how many ReLU layers a problem of condition kappa takes to a relative error."""
+    """Return how many ReLU layers a problem of condition kappa takes to an error, the solution being of norm 1."""
     rng = np.random.default_rng(3)
     u = np.linalg.qr(rng.standard_normal((6, 6)))[0]
-    a, exact, weight = (u * np.sqrt(np.geomspace(1 / kappa, 1, 6) - 1 / kappa / 2)).T, u.sum(1), 1 / kappa / 2
+    a, exact, weight = (
+        (u * np.sqrt(np.geomspace(1 / kappa, 1, 6) - 1 / kappa / 2)).T,
+        u.sum(1) / math.sqrt(6),
+        1 / kappa / 2,
+    )
     r = np.linalg.solve(a.T, (a.T @ a + weight * np.eye(6)) @ exact)
     momentum = (math.sqrt(kappa) - 1) / (math.sqrt(kappa) + 1) if fast else 0.0
     z = p = np.zeros(6)
-    for count in range(1, math.ceil(4 * kappa * math.log(1 / error))):
+    for count in itertools.count(1):
         after = relu_step(a, r, z, 1.0, weight)
         z, p = after + momentum * (after - p), after
-        if np.linalg.norm(p - exact) <= error * np.linalg.norm(exact):
-            return count
-    return math.ceil(4 * kappa * math.log(1 / error))
+        if np.linalg.norm(p - exact) <= error:
+            break
+    return count
 
 
 def _fast_bound(kappa: float, error: float) -> float:
@@ -186,8 +191,8 @@ def root_unscaled() -> Evidence:
 
 def _visits(threshold: int) -> int:
     rng = np.random.default_rng(5)
-    length, sizes = 60, (5, 4, 3)
-    seen = np.stack([rng.integers(m, size=length) for m in sizes], 1)
+    sizes = (5, 4, 3)
+    seen = np.stack([rng.integers(m, size=60) for m in sizes], 1)
     one = [np.eye(m, dtype=int)[seen[:, i]] for i, m in enumerate(sizes)]
     wrong = 0
     for query in np.ndindex(*sizes):

@@ -67,7 +67,7 @@ def _evicted(budget: int, evict: Any, alike: bool = True, n: int = 14) -> list[t
         kept, seen = np.array(cache), v[: t + 1]
         off = abs((w[kept] @ v[kept]) / w[kept].sum() - (w @ seen) / w.sum())
         apart = seen.max() - seen.min()
-        found.append((off, (1 - w[kept].sum() / w.sum()) * apart, Q(t + 1 - len(cache), t + 1) * apart))
+        found.append((off, (1 - w[kept].sum() / w.sum()) * apart, (1 - Q(len(cache), len(w))) * apart))
     return found
 
 
@@ -99,25 +99,29 @@ def _power_bound(r: Any, p: int) -> Any:
     return (abs(away) / 4).tanh()
 
 
+def _two_places(r: Any, p: int) -> Any:
+    """Return the total variation where keys at -r weigh, by their number, as much against one at 0 as moves the most."""
+    away, power = (-r).exp(), (1 - r / p) ** p
+    many = 1 / (away * power).sqrt()
+    return abs(many * away / (1 + many * away) - many * power / (1 + many * power))
+
+
 @precise()
 def power(powers: tuple[int, ...] = (8, 16, 32, 64), size: int = 4) -> Evidence:
     """(1 + s/p)^p over its sum against softmax, in total variation, for |s| up to 4; nearer at twice the p."""
     needs(size < min(powers), f"scores below p: 1 + s/p stays positive, got {size} and {min(powers)}")
-    r, pairs, curve = flint.arb(size), [], []
+    r = flint.arb(size)
+    found: list[Any] = []
+    curve = []
     for p in powers:
-        half = flint.arb(p) * (1 - r / p).log()  # the place at -r, weighed against one at 0 as the bound's worst
         cases = [balls(rationals(s, 9)) * size for s in range(4)]
-        far = [least_ratio(total_variation(_power(s, p), exp(s) / exp(s).sum()), _power_bound(r, p)) for s in cases]
-        pairs.append(max(far, key=float))
-        count = max(1, round(math.exp(-float(half + -r) / 2)))
-        worst_case = np.array([flint.arb(0), *[-r] * count])
-        curve.append(total_variation(_power(worst_case, p), exp(worst_case) / exp(worst_case).sum()))
-        pairs.append(least_ratio(curve[-1], _power_bound(r, p)))
-    pairs += [(b, a) for a, b in itertools.pairwise(curve)]
+        found += [least_ratio(total_variation(_power(s, p), exp(s) / exp(s).sum()), _power_bound(r, p)) for s in cases]
+        curve.append(_two_places(r, p))
+        found.append(same(curve[-1].overlaps(_power_bound(r, p)), True))
+    found += [(b, a) for a, b in itertools.pairwise(curve)]
     detail = {"p": list(powers), "distance": [float(c) for c in curve]}
-    detail["bound"] = [float(_power_bound(r, p)) for p in powers]
     return Evidence(
-        worst(pairs), 1, "total variation to softmax over tanh(osc/4), and over that of half the power", detail
+        worst(found), 1, "total variation over tanh(osc/4), attained, and over that of half the power", detail
     )
 
 

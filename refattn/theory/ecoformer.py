@@ -93,6 +93,7 @@ def _against(hashing: bool, what: str) -> Evidence:
     for n, d, bits in ((5, 4, 3), (9, 3, 4), (6, 7, 2)):
         picojoules, wrong = _counted(n, d, bits, hashing)
         found += [abs(energy(n, d, bits) - picojoules), wrong]
+    found += [abs(energy(n, d, None) - _softmax_counted(n, d)) for n, d in ((5, 4), (3, 7))]
     return Evidence(max(found), 0, what)
 
 

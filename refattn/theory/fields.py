@@ -79,7 +79,7 @@ class Dual:
         return Dual(self.value + other.value, self.slope + other.slope)
 
     def __sub__(self, other: Dual) -> Dual:
-        return Dual(self.value - other.value, self.slope - other.slope)
+        return self + Dual(-other.value, -other.slope)
 
     def __mul__(self, other: Dual) -> Dual:
         return Dual(self.value * other.value, self.value * other.slope + self.slope * other.value)

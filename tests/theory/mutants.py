@@ -1,7 +1,7 @@
 """Mutation tests of refattn/theory: every edit of an operator or a claim must make a claim fail.
 
 `python -m tests.theory.mutants` edits one place at a time: a sign, a factor, an exponent, an index, an axis or a
-constant in any function that a check runs. Inputs (seeds, sizes, drawn numbers), words and details for plots are left
+constant in any function that a check runs. Inputs (seeds, sizes, drawn numbers, given fractions), words and details for plots are left
 alone. Each edited module is run in a process of its own, with the claims of all modules that import it. An edit is found
 where one of them raises, does not hold, has a control that holds, or takes too long. Those that are not found are listed
 with the reasons in `survivors.toml`.
@@ -33,9 +33,20 @@ INSTRUMENTS = ("fields", "counting", "tracing", "io_loops")
 # functions that only make inputs, and calls whose arguments are seeds and sizes
 INPUTS = frozenset(tomllib.loads(Path(__file__).with_name("survivors.toml").read_text())["inputs"])
 DRAWN = frozenset(
-    {"rationals", "orthogonal", "default_rng", "standard_normal", "choice", "integers", "random", "uniform"}
+    {
+        "Q",
+        "zeros",
+        "rationals",
+        "orthogonal",
+        "default_rng",
+        "standard_normal",
+        "choice",
+        "integers",
+        "random",
+        "uniform",
+    }
 )
-SHOWN = frozenset({"detail", "curves", "curve", "constants", "ratios", "shares", "densities", "last"})
+SHOWN = frozenset({"detail", "curves", "curve", "constants", "ratios", "shares", "densities", "last", "at"})
 SIZES = frozenset({"n", "d", "m", "rounds", "layers", "size", "seed"})
 SWAPS = {
     ast.Add: ast.Sub,

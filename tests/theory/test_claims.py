@@ -149,7 +149,7 @@ def test_instruments():
     tally = Counter()
     a, s = counted_array([2.0, 3.0], tally), counted_array([1, -1], tally, sign=True)
     assert (plain(a @ s), plain(a[0] / a[1]), a[0] > a[1], a[0] >= 2) == (-1.0, 2 / 3, False, True)
-    assert plain(5 - 2 * (a[0] * a[1] - 1) + a[0]) == -3.0
+    assert plain((a[0] * a[1] - 1) * 2 + a[0] - 5) == 7.0
     assert tally == {"sign": 2, "add": 4, "divide": 1, "compare": 2, "multiply": 2}
 
 
