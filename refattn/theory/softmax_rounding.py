@@ -12,7 +12,7 @@ from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from .claim import Claim, Evidence, needs, same, worst
-from .fields import balls, precise, rational
+from .fields import balls, least_ratio, precise, rational
 from .tracing import Traced, U
 
 __all__ = ["CLAIMS"]
@@ -216,14 +216,14 @@ def _online_held(size: int) -> Evidence:
     needs(size >= 1, "blocks of at least one element")
 
     def most(x: Numbers) -> Any:
-        return _lse_most(x) + _range(x) + 3 * -(-len(x) // size)
+        return _lse_most(x) + 2 * (-(-len(x) // size) - 1)
 
     return _held(lambda x: _online(x, size), lambda x: _online_error(x, size), most, False, _inputs(60.0), HELD)
 
 
 @precise()
 def online(block: int | None = None) -> Evidence:
-    """Sums by blocks with a running maximum, of one element too: three roundings a block more, the range once more."""
+    """Sums by blocks with a running maximum, of one element too: two roundings more for each block but the first."""
     found = [_online_held(size) for size in ((1, 2, 5) if block is None else (block,))]
     return max(found, key=lambda e: float(e.measured))
 
@@ -244,6 +244,47 @@ def online_without_rescale() -> Evidence:
     y = rational(x.max())[()] + total.log()
     away = abs(flint.arb(float(program([Float32(a) for a in x]).value)) - y)
     return Evidence(away / U, _online_error(x, 1), "error over u beside the largest, nothing rescaled")
+
+
+def _moves(x: Numbers) -> Any:
+    """Return what one pass loses beyond two over u: two roundings of the old sum wherever the maximum moves.
+
+    Differences lose the same: to the maximum so far, and from there to the last one, is as far as at once. An element
+    that is the maximum when it comes is not rounded by its exponential, but was at its own.
+    """
+    e = np.array([a.exp() for a in balls(rational(x) - rational(x.max()))])
+    tops = np.maximum.accumulate(x)
+    found = flint.arb(0)
+    for t in range(1, len(x)):
+        if tops[t] != tops[t - 1]:
+            found += 2 * e[:t].sum()
+    return (found - e[(tops == x) & (x != x.max())].sum()) / e.sum()
+
+
+def _passes(more: Callable[[Numbers], Any], what: str) -> Evidence:
+    """Compare the largest errors of one pass and of two, and the difference with two roundings a move."""
+    found: list[Any] = []
+    for x in _inputs(60.0):
+        one, two = (f([Traced(a) for a in rational(x)]).error for f in (lambda y: _online(y, 1), _lse))
+        found.append(same((one - two).overlaps(_moves(x)), True))
+        found.append(least_ratio(one, two + more(x)))
+    return Evidence(worst(found), 1, what)
+
+
+def _new_maxima(x: Numbers) -> Any:
+    return 2 * int((np.diff(np.maximum.accumulate(x)) != 0).sum())
+
+
+@precise()
+def one_pass() -> Evidence:
+    """The largest errors of one pass over those of two and two roundings a new maximum; the difference in closed form."""
+    return _passes(_new_maxima, "error of one pass over that of two passes and two roundings a new maximum")
+
+
+@precise()
+def one_pass_free() -> Evidence:
+    """The wish that one pass loses no more than two."""
+    return _passes(lambda x: 0, "error of one pass over that of two passes")
 
 
 def _mean_error(rounded: Callable[[Numbers], Any], what: str) -> Evidence:
@@ -288,11 +329,18 @@ CLAIMS = [
     ),
     Claim(
         "online-rescale",
-        "The online sum with rescaling adds three roundings a block and the range once more",
+        "The online sum with rescaling adds two roundings a block after the first, and no more of the range",
         "derived here",
         online,
         online_without_rescale,
         ("blocks of at least one element",),
+    ),
+    Claim(
+        "one-pass-rounding",
+        "One pass with a running maximum loses two roundings for each new maximum more than two passes, and nothing else",
+        "derived here",
+        one_pass,
+        one_pass_free,
     ),
     Claim(
         "biased-rounding",
