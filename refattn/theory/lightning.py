@@ -21,16 +21,17 @@ class Decay:
     """A decay that notes the exponents of its powers."""
 
     def __init__(self, value: Any) -> None:
-        self.value, self.least = value, 0
+        self.value = value
+        self.exponents: list[int] = []
 
     def __pow__(self, exponent: int) -> Any:
-        self.least = min(self.least, exponent)
+        self.exponents.append(exponent)
         return self.value**exponent
 
 
 def recurrent(q: Array, k: Array, v: Array, decay: Any) -> Array:
     """Return o_t = q_t · S_t with S_t = decay · S_{t-1} + k_t v_tᵀ."""
-    state, out = 0 * np.multiply.outer(k[0], v[0]), np.empty_like(v)
+    state, out = np.zeros((k.shape[1], v.shape[1]), k.dtype), np.empty_like(v)
     for t in range(len(q)):
         state = decay**1 * state + np.multiply.outer(k[t], v[t])
         out[t] = q[t] @ state
@@ -43,11 +44,11 @@ def _powers(decay: Any, exponents: range) -> Array:
 
 def chunked(q: Array, k: Array, v: Array, decay: Any, chunk: int) -> Array:
     """Return the same by chunks: inside one by a masked product, before it by the state; no power above 1 occurs."""
-    state, out = 0 * np.multiply.outer(k[0], v[0]), np.empty_like(v)
+    state, out = np.zeros((k.shape[1], v.shape[1]), k.dtype), np.empty_like(v)
     for t in range(0, len(q), chunk):
         a, b, c = q[t : t + chunk], k[t : t + chunk], v[t : t + chunk]
         n = len(a)
-        mask = np.array([[decay ** (i - j) if i >= j else 0 * decay**0 for j in range(n)] for i in range(n)])
+        mask = np.array([[decay ** (i - j) if i >= j else 0 for j in range(n)] for i in range(n)])
         out[t : t + chunk] = ((a @ b.T) * mask) @ c + _powers(decay, range(1, n + 1))[:, None] * (a @ state)
         state = decay**n * state + (_powers(decay, range(n - 1, -1, -1))[:, None] * b).T @ c
     return out
@@ -87,12 +88,12 @@ def _least(form: Form, what: str) -> Evidence:
     decay = Decay(Q(1, 2))
     q, k, v = _call()
     wrong = unequal(form(q, k, v, decay), recurrent(q, k, v, Q(1, 2)))
-    return Evidence(total(-decay.least, wrong), 0, what)
+    return Evidence(total(-min(decay.exponents), wrong), 0, what)
 
 
-def powers() -> Evidence:
+def powers(chunk: int = 8) -> Evidence:
     """The exponents of the decay that chunks take, noted by the decay itself: none is negative."""
-    return _least(lambda q, k, v, a: chunked(q, k, v, a, 8), "the most negative exponent's size")
+    return _least(lambda q, k, v, a: chunked(q, k, v, a, chunk), "the most negative exponent's size")
 
 
 def split() -> Evidence:
