@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -114,11 +113,10 @@ def _depth(kappa: float, error: float, fast: bool) -> int:
     r = np.linalg.solve(a.T, (a.T @ a + weight * np.eye(6)) @ exact)
     momentum = (math.sqrt(kappa) - 1) / (math.sqrt(kappa) + 1) if fast else 0.0
     z = p = np.zeros(6)
-    for count in itertools.count(1):
+    count = 0
+    while np.linalg.norm(p - exact) > error:
         after = relu_step(a, r, z, 1.0, weight)
-        z, p = after + momentum * (after - p), after
-        if np.linalg.norm(p - exact) <= error:
-            break
+        z, p, count = after + momentum * (after - p), after, count + 1
     return count
 
 

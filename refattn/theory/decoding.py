@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import flint
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .claim import Claim, Evidence, needs, same, worst
-from .fields import Q, balls, exp, least_ratio, precise, rationals
+from .fields import Q, balls, exp, least_ratio, meet, precise, rationals
 from .perturbation import total_variation
 
 __all__ = ["CLAIMS"]
@@ -100,7 +99,7 @@ def _power_bound(r: Any, p: int) -> Any:
 
 
 def _two_places(r: Any, p: int) -> Any:
-    """Return the total variation where keys at -r weigh, by their number, as much against one at 0 as moves the most."""
+    """Return the total variation where keys at -r weigh, by their number, as much beside one at 0 as moves most."""
     away, power = (-r).exp(), (1 - r / p) ** p
     many = 1 / (away * power).sqrt()
     return abs(many * away / (1 + many * away) - many * power / (1 + many * power))
@@ -117,7 +116,7 @@ def power(powers: tuple[int, ...] = (8, 16, 32, 64), size: int = 4) -> Evidence:
         cases = [balls(rationals(s, 9)) * size for s in range(4)]
         found += [least_ratio(total_variation(_power(s, p), exp(s) / exp(s).sum()), _power_bound(r, p)) for s in cases]
         curve.append(_two_places(r, p))
-        found.append(same(curve[-1].overlaps(_power_bound(r, p)), True))
+        found.append(same(meet(curve[-1], _power_bound(r, p)), True))
     found += [(b, a) for a, b in itertools.pairwise(curve)]
     detail = {"p": list(powers), "distance": [float(c) for c in curve]}
     return Evidence(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "BITS", "Dual", "Q", "balls", "disjoint", "each", "exp", "least_ratio", "orthogonal", "precise", "rational",
+    "BITS", "Dual", "Q", "balls", "disjoint", "each", "exp", "least_ratio", "meet", "orthogonal", "precise", "rational",
     "rationals", "solve", "unequal", "zeros",
 ]  # fmt: skip
 
@@ -102,10 +102,16 @@ def unequal(a: Any, b: Any) -> int:
 
 
 def disjoint(a: Any, b: Any) -> int:
-    """Return how many elements of two arrays of one shape have balls without a common point: they surely differ."""
+    """Return how many elements of two arrays of one shape have balls that do not `meet`: they surely differ."""
     if np.shape(a) != np.shape(b):
         raise ValueError(f"disjoint: got shapes {np.shape(a)} and {np.shape(b)}")
-    return int(np.sum(each(lambda x, y: not flint.arb(x).overlaps(flint.arb(y)), a, b).astype(bool)))
+    return int(np.sum(each(lambda x, y: not meet(x, y), a, b).astype(bool)))
+
+
+def meet(a: Any, b: Any) -> bool:
+    """Return whether two balls are finite and have a common point; one that is not a number meets none."""
+    x, y = flint.arb(a), flint.arb(b)
+    return bool(x.is_finite() and y.is_finite() and x.overlaps(y))
 
 
 def solve(a: Exact, b: Exact) -> Exact:

@@ -177,7 +177,7 @@ def _recalled(lost: int, what: str) -> Evidence:
 
 
 def recalled() -> Evidence:
-    """The mean relative variance of the normaliser over all samples, against alpha/m of the entries that are sampled."""
+    """The normaliser's mean relative variance over all samples, against alpha/m of the entries that are sampled."""
     return _recalled(0, "mean relative variance over alpha/m")
 
 
@@ -213,7 +213,7 @@ CLAIMS = [
     ),
     Claim(
         "hyper-recall",
-        "The normaliser's mean relative variance is at most alpha/m, alpha of the entries that hashing left to sampling",
+        "The normaliser's mean relative variance is at most alpha/m, alpha of the entries that hashing has not found",
         SOURCE,
         recalled,
         recall_overstated,

@@ -61,12 +61,17 @@ def _random(heads: int, width: int, universe: int, seed: int) -> tuple[Float, Fl
     return np.einsum("hc,hmc->hm", e[1] @ q, e @ k) / 8, v
 
 
-def _spread_out(universe: int) -> tuple[Float, Float]:
-    """Return a layer that keeps all sets as far apart as it can: its sums are the binary numbers of the set."""
+def _spread_out(universe: int, width: int) -> tuple[Float, Float]:
+    """Return a layer that keeps all sets as far apart as it can: its sums are the binary numbers of the set.
+
+    With two values a token every other element counts for the second; tokens that no input has are far off.
+    """
     tokens = 8 * universe + 7
-    values = np.zeros((1, tokens, 1))
+    values = np.full((1, tokens, width), 99.0)
+    used = [1, *range(2, 2 + universe), 5 * universe + 1, 5 * universe + 3, *(tokens - 3 - np.arange(universe))]
+    values[0, used] = 0
     for t in range(universe):
-        values[0, tokens - 3 - t, 0] = 2.0 ** (t - universe)
+        values[0, tokens - 3 - t, t % width] = 2.0 ** (t // width - universe // width)
     return np.zeros((1, tokens)), values
 
 
@@ -74,7 +79,7 @@ def _pigeonhole(scores: Float, values: Float, universe: int) -> float:
     """Return a bound on the least difference of outputs of two sets, from how many sets there are.
 
     The sums of numerators N and denominators D of 2**universe sets lie in a box; with fewer cells than sets two are in
-    one cell. Sums that differ by r move a quotient N/D by at most r (1 + |N/D|)/D.
+    one cell. Sums that differ by r move a quotient N/D by at most r·sqrt(1 + (N/D)²)/D, by r/D where D is one number.
     """
     weights = np.exp(scores - scores.max(1, keepdims=True))
     sums = np.concatenate([weights[..., None], weights[..., None] * values], 2).transpose(1, 0, 2)
@@ -89,7 +94,8 @@ def _pigeonhole(scores: Float, values: Float, universe: int) -> float:
     fixed = sums[1] + (universe - 1) * sums[blanks[0]]
     least, most = fixed + of_a.min(0) + of_b[0].sum(0), fixed + of_a.max(0) + of_b[1].sum(0)
     largest = np.maximum(np.abs(least[:, 1:]), np.abs(most[:, 1:])) / least[:, :1]
-    return float((r * (1 + largest) / least[:, :1]).max())
+    turned = largest * (sides.reshape(len(change[0]) // sums.shape[2], -1)[:, :1] > 0)
+    return float((r * np.hypot(1, turned) / least[:, :1]).max())
 
 
 def collision(
@@ -100,14 +106,17 @@ def collision(
         all(h * (m + 1) < universe for h, m in shapes),
         "a layer of H(m + 1) numbers, fewer than the universe's elements",
     )
-    given = [_random(*shape, universe, seed) for shape in shapes for seed in range(layers)]
+    drawn = [_random(*shape, universe, seed) for shape in shapes for seed in range(layers)]
     pairs = []
-    for scores, values in [*given, _spread_out(universe)]:
+    for scores, values in [*drawn, _spread_out(universe, 2), _spread_out(universe, 1)]:
         found = collide(scores, values, universe=universe)
         needs(found.labels[0] != found.labels[1], "two sets of opposite labels")
         pairs.append((found.difference, _pigeonhole(scores, values, universe)))
+    rounding = 2 * 2.0**-53 * float(np.abs(found.outputs).max())  # of the last layer's outputs, which attain the bound
+    far, bound = pairs[-1]
     shares = [a / b for a, b in pairs]
-    return Evidence(worst(pairs), 1, "difference of the outputs over the pigeonhole bound", {"shares": shares})
+    found_ = [*pairs[:-1], (far, bound + rounding), (bound, far + rounding)]
+    return Evidence(worst(found_), 1, "difference of the outputs over the pigeonhole bound", {"shares": shares})
 
 
 def triple_is_apart() -> Evidence:

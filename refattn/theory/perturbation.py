@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, worst
-from .fields import Q, balls, exp, least_ratio, precise, rationals
+from .claim import Claim, Evidence, needs, same, worst
+from .fields import Q, balls, exp, least_ratio, meet, precise, rational, rationals
 
 __all__ = ["CLAIMS", "dobrushin", "total_variation"]
 
@@ -34,12 +33,14 @@ def _softmax(s: Array) -> Array:
 
 
 def _cases() -> list[tuple[Array, Array, Array]]:
-    """Return scores, their errors and values; in the last ones half the weight is moved by the whole error."""
-    found = [(balls(rationals(s, 7)) * 3, balls(rationals(s + 20, 7)), balls(rationals(s + 40, 7))) for s in range(5)]
-    for size in (Q(1, 10), Q(1), Q(5)):
-        half = balls([-size / 2, Q(0)])  # weights 1 : exp(size/2), moved to exp(size/2) : 1
-        found.append((half, balls([size, Q(0)]), balls([Q(1), Q(-1)])))
-    return found
+    """Return scores, their errors and values."""
+    return [(balls(rationals(s, 7)) * 3, balls(rationals(s + 20, 7)), balls(rationals(s + 40, 7))) for s in range(5)]
+
+
+def _worst_cases() -> list[tuple[Array, Array, Array]]:
+    """Return the same where half the weight is moved by the whole error: from 1 : exp(size/2) to exp(size/2) : 1."""
+    sizes = (Q(1, 10), Q(1), Q(5))
+    return [(balls([-s / 2, Q(0)]), balls([s, Q(0)]), balls([Q(1), Q(-1)])) for s in sizes]
 
 
 def _bound(d: Array, share: int) -> Any:
@@ -49,14 +50,16 @@ def _bound(d: Array, share: int) -> Any:
 
 @precise()
 def _moved(share: int, what: str) -> Evidence:
-    pairs, ratios = [], []
-    for s, d, v in _cases():
-        p, q = _softmax(s), _softmax(s + d)
+    found: list[Any] = []
+    ratios = []
+    for s, d, v in [*_cases(), *_worst_cases()]:
+        p, q, bound = _softmax(s), _softmax(s + d), _bound(d, share)
         apart = max(v, key=float) - min(v, key=float)
-        ratios.append(float(total_variation(p, q) / _bound(d, share)))
-        pairs.append(least_ratio(total_variation(p, q), _bound(d, share)))
-        pairs.append(least_ratio(abs((q - p) @ v), _bound(d, share) * apart))
-    return Evidence(max(pairs, key=float), 1, what, {"total variation over its bound": ratios})
+        found += [least_ratio(total_variation(p, q), bound), least_ratio(abs((q - p) @ v), bound * apart)]
+        ratios.append(float(total_variation(p, q) / bound))
+        if len(s) == 2:
+            found.append(same(meet(total_variation(p, q), bound), True))
+    return Evidence(worst(found), 1, what, {"total variation over its bound": ratios})
 
 
 def moved() -> Evidence:
@@ -117,18 +120,21 @@ def residual() -> Evidence:
     return _collapse(True, "distance of tokens over the product of the coefficients, with residuals")
 
 
+def _scores() -> list[Array]:
+    """Return scores, drawn ones and 1, 0 and 0, 1, whose rows are as unlike as their bound allows."""
+    return [*(balls(rationals(i, 4, 5)) * 2 for i in range(4)), balls(rational(np.eye(2)))]
+
+
 @precise()
 def _by_scores(share: int, what: str) -> Evidence:
     """Compare Dobrushin's coefficient of a softmax with tanh of how unlike its rows of scores are."""
-    pairs = []
-    for s in [
-        *(balls(rationals(i, 4, 5)) * 2 for i in range(4)),
-        np.array([[flint.arb(1), flint.arb(0)], [flint.arb(0), flint.arb(1)]]),
-    ]:
+    found: list[Any] = []
+    for s in _scores():
         p = np.array([_softmax(row) for row in s])
-        bounds = [_bound(a - b, share) for a, b in itertools.combinations(s, 2)]
-        pairs.append(least_ratio(dobrushin(p), max(bounds, key=float)))
-    return Evidence(max(pairs, key=float), 1, what)
+        bound = max((_bound(a - b, share) for a, b in itertools.combinations(s, 2)), key=float)
+        found.append(least_ratio(dobrushin(p), bound))
+    found.append(same(meet(dobrushin(p), bound), True))
+    return Evidence(worst(found), 1, what)
 
 
 def by_scores() -> Evidence:

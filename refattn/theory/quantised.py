@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import format_of
-from .claim import Claim, Evidence, needs, worst
-from .fields import Q, balls, each, exp, precise, rational, rationals
+from .claim import Claim, Evidence, needs, same, worst
+from .fields import Q, balls, each, exp, meet, precise, rational, rationals
 
 __all__ = ["CLAIMS", "FORMATS", "GRAINS", "error_bound"]
 
@@ -24,7 +24,7 @@ GRAINS = {"tensor": (2, 8), "head": (1, 8), "block": (1, 4), "token": (1, 1)}
 
 
 def _largest(name: str) -> float:
-    return 127.0 if name == "int8" else format_of(name).largest
+    return float(np.iinfo(np.int8).max) if name == "int8" else format_of(name).largest
 
 
 def _scales(x: Float, name: str, grain: str) -> Float:
@@ -38,7 +38,7 @@ def _scales(x: Float, name: str, grain: str) -> Float:
 
 def _rounded(x: Float, name: str, scales: Float) -> Float:
     y = x / scales
-    return np.asarray((np.rint(y) if name == "int8" else format_of(name).round_array(y)) * scales)
+    return np.asarray((np.rint(y).astype(np.int8) if name == "int8" else format_of(name).round_array(y)) * scales)
 
 
 def _steps(x: Float, name: str, scales: Float) -> Float:
@@ -51,7 +51,7 @@ def _steps(x: Float, name: str, scales: Float) -> Float:
 
 def _call(outlier: float = 16.0) -> tuple[Float, Float, Float]:
     """Return queries, keys and values of two heads; a token of the second head has much larger keys and values."""
-    q, k, v = np.rint(np.random.default_rng(0).standard_normal((3, 2, 8, 4)) * 2**10) / 2**10
+    q, k, v = np.rint(np.random.default_rng(0).standard_normal((3, 2, 8, 4)) * 2**20) / 2**20
     k[1, 5] *= outlier
     v[1, 5] *= outlier
     return q / 4, k, v
@@ -66,8 +66,8 @@ def _attended(q: Any, k: Any, v: Any) -> Array:
 def error_bound(q: Float, k: Float, v: Float, steps: tuple[Float, Float, Float]) -> Array:
     """Return a bound on the error of each row of softmax attention, scale 1, from how far q, k and v are moved.
 
-    Scores move by at most sum |q| dk + dq |k| + dq dk, weights by tanh of half of their largest in total variation, the
-    output by that times the values' range, and by the values' largest move.
+    Scores move by at most m = sum |q| dk + dq |k| + dq dk, weights by tanh(2m/4) in total variation, the output by that
+    times the values' range, and by the values' largest move.
 
     Parameters
     ----------
@@ -78,8 +78,34 @@ def error_bound(q: Float, k: Float, v: Float, steps: tuple[Float, Float, Float])
     """
     (q_, k_, v_), (dq, dk, dv) = ([rational(x) for x in group] for group in ((q, k, v), steps))
     moved = (abs(q_) @ dk.T + dq @ abs(k_).T + dq @ dk.T).max(1)
-    apart = (v_.max(0) - v_.min(0)).max() + 2 * dv.max()
-    return each(lambda m: (flint.arb(m) / 2).tanh() * apart + dv.max(), moved)
+    apart = (v_.max(0) - v_.min(0)).max()
+    return each(lambda m: (2 * flint.arb(m) / 4).tanh() * apart + dv.max(), moved)
+
+
+def _attained() -> list[int]:
+    """Return whether moves of keys, of queries, of both and of values attain the bound, as those do that lose the most.
+
+    The second coordinate sets scores -m/2 and m/2, or the moves lead there: weights are then exchanged.
+    """
+    o = 0.0
+    key = [[o, 1.0]], [[o, -0.25], [o, 0.25]], [[o, o]], [[o, 0.5], [o, 0.5]]
+    query = [[-0.25, o]], [[1.0, o], [-1.0, o]], [[0.5, o]], [[o, o], [o, o]]
+    both = [[o, 1.0]], [[o, -0.125], [o, 0.125]], [[0.5, o]], [[0.5, o], [0.5, o]]
+    moved = (
+        ([[o, 1.0]], [[o, 0.25], [o, -0.25]]),
+        ([[0.25, o]], query[1]),
+        ([[0.5, 1.0]], [[0.5, -0.125], [-0.5, 0.125]]),
+    )
+    v, still = np.array([[1.0], [-1.0]]), np.zeros((2, 1))
+    found = []
+    for given, after in zip((key, query, both), moved, strict=True):
+        (q, k, dq, dk), (q_after, k_after) = map(np.array, given), map(np.array, after)
+        off = abs(_attended(q_after, k_after, v) - _attended(q, k, v)).max()
+        found.append(same(meet(off, error_bound(q, k, v, (dq, dk, still))[0]), True))
+    one, two = np.array(both[0]), np.array(both[1])
+    off = (_attended(one, two, v + 0.5) - _attended(one, two, v)).max()
+    bound = error_bound(one, two, v, (0 * one, 0 * two, still + 0.5))[0]
+    return [*found, same(meet(off, bound), True)]
 
 
 def _pairs(name: str, grain: str, held_to: str) -> list[tuple[Any, Any]]:
@@ -108,10 +134,15 @@ def inputs(formats: tuple[str, ...] = FORMATS) -> Evidence:
             bounds[f"{name}, {grain}"] = float(max(b for _, b in found))
             steps = [_steps(x, name, _scales(x, name, grain)) for x in _call()]
             moved = [np.abs(_rounded(x, name, _scales(x, name, grain)) - x) for x in _call()]
-            # no element moves by more than its step, and some element by more than half of it
-            pairs += [(float((m / s).max()), 1.0) for m, s in zip(moved, steps, strict=True)]
-            pairs += [(0.5, float((m / s).max())) for m, s in zip(moved, steps, strict=True)]
-    return Evidence(worst(pairs), 1, "error over its bound, moves over steps, half of steps over moves", bounds)
+            # no element moves by more than its step
+            pairs += [
+                (float(m), float(s))
+                for ms in zip(moved, steps, strict=True)
+                for m, s in zip(*map(np.ravel, ms), strict=True)
+            ]
+    return Evidence(
+        worst([*pairs, *_attained()]), 1, "error over its bound, which some attain, and moves over steps", bounds
+    )
 
 
 @precise()

@@ -12,7 +12,7 @@ from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from .claim import Claim, Evidence, needs, same, worst
-from .fields import balls, least_ratio, precise, rational
+from .fields import balls, least_ratio, meet, precise, rational
 from .tracing import Traced, U
 
 __all__ = ["CLAIMS"]
@@ -112,7 +112,7 @@ def _held(program: Program, error: Form, most: Form, relative: bool, inputs: lis
         traced, form = program([Traced(a) for a in rational(x)]), error(x)
         largest = traced.error / abs(traced.value) if relative else traced.error
         ran = flint.arb(float(program([Float32(a) for a in x]).value))
-        found += [same(largest.overlaps(form), True), same(traced.may.contains(ran), True)]
+        found += [same(meet(largest, form), True), same(meet(traced.may, ran), True)]
         found.append((largest, most(x)))
     shares = [float(x[0] / x[1]) for x in found if isinstance(x, tuple)]
     return Evidence(worst(found), 1, what, {"largest error over the short bound": shares})
@@ -266,7 +266,7 @@ def _passes(more: Callable[[Numbers], Any], what: str) -> Evidence:
     found: list[Any] = []
     for x in _inputs(60.0):
         one, two = (f([Traced(a) for a in rational(x)]).error for f in (lambda y: _online(y, 1), _lse))
-        found.append(same((one - two).overlaps(_moves(x)), True))
+        found.append(same(meet(one - two, _moves(x)), True))
         found.append(least_ratio(one, two + more(x)))
     return Evidence(worst(found), 1, what)
 
@@ -277,7 +277,7 @@ def _new_maxima(x: Numbers) -> Any:
 
 @precise()
 def one_pass() -> Evidence:
-    """The largest errors of one pass over those of two and two roundings a new maximum; the difference in closed form."""
+    """Largest errors of one pass over those of two and two roundings a new maximum; the difference in closed form."""
     return _passes(_new_maxima, "error of one pass over that of two passes and two roundings a new maximum")
 
 
@@ -337,7 +337,7 @@ CLAIMS = [
     ),
     Claim(
         "one-pass-rounding",
-        "One pass with a running maximum loses two roundings for each new maximum more than two passes, and nothing else",
+        "One pass with a running maximum loses two roundings for each new maximum more than two passes, nothing else",
         "derived here",
         one_pass,
         one_pass_free,

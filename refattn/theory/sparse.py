@@ -54,6 +54,9 @@ SELECTORS: dict[str, Selector] = {
 """Selectors of keys, by name."""
 
 
+BUDGETS = (1, 2, 4)
+
+
 def _mean(w: Array, v: Array) -> Array:
     return np.asarray((w @ v) / w.sum()) if len(w) else 0 * v.sum(0)
 
@@ -61,14 +64,14 @@ def _mean(w: Array, v: Array) -> Array:
 def _cases() -> list[tuple[Array, Array]]:
     """Return rows of positive weights with their values; in the last the kept and the dropped values are opposite."""
     drawn = [(rationals(s, 9, least=1, most=99), rationals(s + 50, 9, 2)) for s in range(4)]
-    return [*drawn, (np.array([Q(3), Q(2), Q(1), Q(1)]), np.array([[Q(1)], [Q(1)], [Q(-1)], [Q(-1)]]))]
+    return [*drawn, (np.array([Q(3), Q(2), Q(1), Q(1)]), np.array([[Q(3)], [Q(3)], [Q(-3)], [Q(-3)]]))]
 
 
 def _identity(share_of: Callable[[Array, Mask], Any], selectors: Mapping[str, Selector], what: str) -> Evidence:
     """Compare out - kept with share · (dropped mean - kept mean) and with bounds by the values, exactly."""
     found: list[Any] = []
     shares: dict[str, float] = {}
-    for (w, v), name, k in itertools.product(_cases(), selectors, (1, 2, 4)):
+    for (w, v), name, k in itertools.product(_cases(), selectors, BUDGETS):
         kept = selectors[name](w, k)
         needs(bool(kept.any()), "a selector that keeps a key of every row")
         share = share_of(w, kept)
@@ -76,9 +79,13 @@ def _identity(share_of: Callable[[Array, Mask], Any], selectors: Mapping[str, Se
         found.append(2 * unequal(away, share * (_mean(w[~kept], v[~kept]) - _mean(w[kept], v[kept]))))
         if share:
             found.append((abs(away).max(), share * max(v.max(0) - v.min(0))))
-            found.append((abs(away).max(), 2 * share * abs(v).max()))
+            found.append((abs(away).max(), _at_most(share, v)))
         shares[name] = max(shares.get(name, 0.0), float(share))
     return Evidence(worst(found), 1, what, {"largest dropped share": shares})
+
+
+def _at_most(share: Any, v: Array) -> Any:
+    return 2 * share * abs(v).max()
 
 
 def _dropped(w: Array, kept: Mask) -> Any:
@@ -87,9 +94,10 @@ def _dropped(w: Array, kept: Mask) -> Any:
 
 def dropping(selectors: Mapping[str, Selector] = SELECTORS) -> Evidence:
     """The identity for every selector, and 2·delta·max|v|, attained where kept and dropped values are opposite."""
-    opposite = _cases()[-1]
-    kept = np.arange(4) < 2
-    attained = same(1 - _mean(*opposite)[0], 2 * _dropped(opposite[0], kept))
+    w, v = _cases()[-1]
+    kept = SELECTORS["top-k"](w, len(w) // 2)
+    away = abs(_mean(w, v) - _mean(w[kept], v[kept])).max()
+    attained = same(away, _at_most(_dropped(w, kept), v))
     found = _identity(
         _dropped, selectors, "elements away from the identity, and errors over delta times the values' range"
     )
@@ -109,13 +117,13 @@ def _odds(w: Array, kept: Mask) -> Any:
 def _misjudged(power: int, what: str) -> Evidence:
     """Compare the odds of what top-k by wrong weights drops with the least odds, times a power of exp(eps)."""
     eps, pairs = Q(3, 2), []  # exp of the scores' largest error
-    for (w, _), k in itertools.product(_cases(), (1, 2, 3)):
-        for signs in itertools.product((eps, 1 / eps), repeat=len(w)) if len(w) < 5 else ((eps, 1 / eps) * 5,):
+    for (w, _), k in itertools.product(_cases(), BUDGETS[:2]):
+        for signs in itertools.product((eps, 1 / eps), repeat=len(w)) if len(w) < 5 else ((eps, 1 / eps) * len(w),):
             chosen = _top(w * np.array(signs[: len(w)]), k)
             pairs.append((_odds(w, chosen), eps**power * _odds(w, _top(w, k))))
     near = np.array([Q(1), eps**2])  # as far apart as the errors can turn round
-    pairs.append((_odds(near, np.array([True, False])), eps**power * _odds(near, np.array([False, True]))))
-    return Evidence(worst(pairs), 1, what)
+    wrong, right = _odds(near, near < eps), _odds(near, near > eps)
+    return Evidence(worst([*pairs, same(wrong, eps**power * right)]), 1, what)
 
 
 def misjudged() -> Evidence:

@@ -1,10 +1,10 @@
 """Mutation tests of refattn/theory: every edit of an operator or a claim must make a claim fail.
 
-`python -m tests.theory.mutants` edits one place at a time: a sign, a factor, an exponent, an index, an axis or a
-constant in any function that a check runs. Inputs (seeds, sizes, drawn numbers, given fractions), words and details for plots are left
-alone. Each edited module is run in a process of its own, with the claims of all modules that import it. An edit is found
-where one of them raises, does not hold, has a control that holds, or takes too long. Those that are not found are listed
-with the reasons in `survivors.toml`.
+`python -m tests.theory.mutants` edits a sign, a factor, an exponent, an index, an axis or a constant, one at a
+time, in any function that a check runs. Inputs (seeds, sizes, given numbers), words and plots are left alone. Each
+edited module runs in a process of its own, with the claims of all modules that import it. An edit is found where one of
+them raises, does not hold, has a control that holds, or takes too long. Those that are not found are listed with the
+reasons in `survivors.toml`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from refattn.theory import CLAIMS, Claim, Evidence, run
 from refattn.theory.claim import worst
 from refattn.theory.counting import Memory, Slow, held, plain
 from refattn.theory.counting import counted as counted_array
-from refattn.theory.fields import precise
+from refattn.theory.fields import disjoint, meet, precise
 from refattn.theory.flash_io import counted, hbm_bytes, standard
 from refattn.theory.hyper import spread
 from refattn.theory.kinetics import context_of_equal_cost, keys_read
@@ -123,6 +123,14 @@ def test_balls_hold_only_where_all_of_them_do():
     assert Evidence(flint.arb(1), flint.arb(2), "").holds
     assert not Evidence(flint.arb(1, 0.5), flint.arb(1), "").holds
     assert not Evidence(flint.arb("nan"), flint.arb(1), "").holds
+
+
+def test_what_is_not_a_number_meets_nothing():
+    nan, one = flint.arb("nan"), flint.arb(1)
+    assert meet(flint.arb(1, 0.5), one)
+    assert not meet(nan, one)
+    assert not meet(flint.arb(0, math.inf), one)
+    assert disjoint(np.array([nan, one]), np.array([one, one])) == 1
 
 
 def test_words_are_counted_and_tiles_compute_attention():
