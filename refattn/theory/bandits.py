@@ -107,7 +107,7 @@ def _potential(actions: list[Any], what: str) -> Evidence:
     for a in actions:
         uncertain += a @ solve(v, a)
         v = v + np.multiply.outer(a, a)
-    det = v[0, 0] * v[1, 1] - v[0, 1] * v[1, 0]
+    det = flint.fmpq_mat(v.tolist()).det()
     return Evidence(uncertain, 2 * flint.arb(det).log(), what)
 
 

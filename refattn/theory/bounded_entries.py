@@ -181,6 +181,16 @@ POWERS = (20, 40, 80)
 ENTRIES = (0.01, 0.03, 0.2, 1.0)
 
 
+FAR = (10**3, 10**5, 10**7)
+
+
+def _far(c: float, power: int) -> float:
+    """Return log C(d+g, g)/log n at n = 2^power by Debye's degree."""
+    logs = power * math.log(2)
+    g = _predicted(c * logs, logs)
+    return (math.lgamma(power + g + 1) - math.lgamma(power + 1) - math.lgamma(g + 1)) / logs
+
+
 def _curve(entries: tuple[float, ...], relative: bool, what: str) -> Evidence:
     """Compare degrees up to n = 2^80 with Debye's, and log C(d+g, g)/log n with its limit."""
     wrong, last = [], []
@@ -194,6 +204,8 @@ def _curve(entries: tuple[float, ...], relative: bool, what: str) -> Evidence:
         first, latest = (abs(e - exponent(c)) for e in (found[0], found[-1]))
         wrong.append(latest >= first)
         last.append(found[-1])
+        away = [abs(_far(c, power) - exponent(c)) for power in FAR]  # of order log n's logarithm over log n
+        wrong += [2 * b > a for a, b in itertools.pairwise(away)]
     wrong += [b <= a for a, b in itertools.pairwise(map(exponent, entries))]
     detail = {"c": list(entries), "limit": [exponent(c) for c in entries], "n = 2^80": last}
     return Evidence(total(*wrong), 0, what, detail)

@@ -60,18 +60,23 @@ SWAPS = {
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit: of which module and function, what it was and what it became, and the edited module's tree."""
+    """One edit: of which module and function, what it was and became, and the node's number in the module's tree."""
 
     module: str
     function: str
     line: int
     was: str
     became: str
-    tree: ast.Module
+    node: int
 
     @property
     def name(self) -> str:
         return f"{self.module}.{self.function}: {self.was} -> {self.became}"
+
+    def tree(self) -> ast.Module:
+        made = source(self.module)
+        _turn(list(ast.walk(made))[self.node])
+        return made
 
 
 def source(module: str) -> ast.Module:
@@ -197,18 +202,14 @@ class Sites(ast.NodeVisitor):
             self.found.append((node, "constant"))
 
 
-def _edited(tree: ast.Module, at: int) -> tuple[ast.Module, str, str]:
-    """Return a copy of a tree with the node of a number in walking order edited, and its text before and after."""
-    made = copy.deepcopy(tree)
-    node = list(ast.walk(made))[at]
-    was = ast.unparse(node)
+def _turn(node: ast.AST) -> None:
+    """Edit a node in place."""
     if isinstance(node, ast.BinOp):
         node.op = SWAPS[type(node.op)]()
     elif isinstance(node, ast.UnaryOp):
         node.op = ast.UAdd()
-    else:
+    elif isinstance(node, ast.Constant):
         node.value = node.value + 1 if isinstance(node.value, int) else 2 * node.value + (node.value == 0)
-    return made, was, ast.unparse(node)
 
 
 def edits() -> list[Edit]:
@@ -224,8 +225,10 @@ def edits() -> list[Edit]:
             sites = Sites()
             sites.visit(part)
             for node, _ in sites.found:
-                made, was, became = _edited(tree, numbers[id(node)])
-                found.append(Edit(module, name, node.lineno, was, became, made))
+                after = copy.deepcopy(node)
+                _turn(after)
+                texts = ast.unparse(node), ast.unparse(after)
+                found.append(Edit(module, name, node.lineno, *texts, numbers[id(node)]))
     return found
 
 
@@ -237,7 +240,7 @@ def _claims_of(edit: Edit) -> list[refattn.theory.Claim]:
         made = types.ModuleType(name)
         made.__file__, made.__package__ = str(ROOM / f"{module}.py"), PACKAGE
         sys.modules[name] = made
-        tree = ast.fix_missing_locations(edit.tree) if module == edit.module else source(module)
+        tree = edit.tree() if module == edit.module else source(module)
         exec(compile(tree, made.__file__, "exec"), made.__dict__)
         claims += getattr(made, "CLAIMS", [])
     return claims
