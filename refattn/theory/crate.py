@@ -112,10 +112,11 @@ STEPS = (Q(1, 10), Q(1, 4), Q(1, 2))
 
 
 @precise()
-def shrinks(steps: tuple[Any, ...] = STEPS) -> Evidence:
+def shrinks(steps: tuple[Any, ...] = STEPS, size: int = 1) -> Evidence:
     """The rate of (1 - s) Z, over that of (1 - s) Z + s · MSSA(Z): the attention term raises it."""
     needs(all(0 < s < 1 for s in steps), "steps s in (0, 1)")
     z, bases, beta = _tokens()
+    z = size * z
     needs(disjoint((z * z).sum(0), 1 + balls(zeros(z.shape[1]))) == 0, "tokens of unit norm")
     before, alone = _rate(z, bases, beta), [_after(s, 0) for s in steps]
     found = [_after(s, 1) for s in steps]
