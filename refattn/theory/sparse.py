@@ -117,13 +117,14 @@ def _odds(w: Array, kept: Mask) -> Any:
 def _misjudged(power: int, what: str) -> Evidence:
     """Compare the odds of what top-k by wrong weights drops with the least odds, times a power of exp(eps)."""
     eps, pairs = Q(3, 2), []  # exp of the scores' largest error
+    limit = eps**power
     for (w, _), k in itertools.product(_cases(), BUDGETS[:2]):
         for signs in itertools.product((eps, 1 / eps), repeat=len(w)) if len(w) < 5 else ((eps, 1 / eps) * len(w),):
             chosen = _top(w * np.array(signs[: len(w)]), k)
-            pairs.append((_odds(w, chosen), eps**power * _odds(w, _top(w, k))))
+            pairs.append((_odds(w, chosen), limit * _odds(w, _top(w, k))))
     near = np.array([Q(1), eps**2])  # as far apart as the errors can turn round
     wrong, right = _odds(near, near < eps), _odds(near, near > eps)
-    return Evidence(worst([*pairs, same(wrong, eps**power * right)]), 1, what)
+    return Evidence(worst([*pairs, same(wrong, limit * right)]), 1, what)
 
 
 def misjudged() -> Evidence:
