@@ -280,7 +280,7 @@ def hbm_scores() -> Evidence:
 
 
 SOURCE = "Dao et al., FlashAttention (arXiv 2205.14135; its abstract and code were read, the theorem is recalled)"
-SAHA = "Saha and Ye, The I/O complexity of attention (arXiv 2402.07443; a summary was read, constants are derived here)"
+SAHA = "Saha and Ye, The I/O complexity of attention (arXiv 2402.07443, recalled; constants are derived here)"
 CLAIMS = [
     Claim(
         "flash-io",

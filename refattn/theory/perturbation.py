@@ -147,7 +147,7 @@ def by_scores_half() -> Evidence:
     return _by_scores(8, "Dobrushin's coefficient over tanh(osc/8)")
 
 
-DONG = "Dong, Cordonnier and Loukas, arXiv 2103.03404 (abstract read); the coefficient is Dobrushin's, derived here"
+DONG = "Dong, Cordonnier and Loukas, arXiv 2103.03404 (recalled); the coefficient is Dobrushin's, derived here"
 CLAIMS = [
     Claim(
         "softmax-perturbation",

@@ -194,7 +194,7 @@ def unaligned() -> Evidence:
     )
 
 
-SSA = "Shen et al., SSA: sparse sparse attention (arXiv 2511.20102; a summary was read), derivatives are ours"
+SSA = "Shen et al., SSA: sparse sparse attention (arXiv 2511.20102; its abstract was read, derivatives are ours)"
 CLAIMS = [
     Claim(
         "sparse-dropping",
