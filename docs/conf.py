@@ -5,7 +5,8 @@ from pathlib import Path
 
 import refattn
 from refattn.check import FAMILIES, LAWS
-from refattn.theory import CLAIMS
+from refattn.theory import CLAIMS, run
+from refattn.theory.plots import figure
 
 project = "refattn"
 copyright = "2026, the refattn authors"
@@ -61,15 +62,20 @@ def _page(v: refattn.Variant) -> str:
 def _claims() -> str:
     parts = ["# Claims that run", CLAIMS_INTRO]
     for claim in CLAIMS.values():
+        found = run(claim)
         lines = [
             f"## `{claim.name}`",
             f"{claim.statement}.",
             f"- checks: {claim.check.__doc__}",
             f"- control: {claim.control.__doc__}",
+            f"- found: {found.what}: {found.measured:.3g}, bound {found.bound:.3g}; {found.control}, as it must be",
         ]
         lines += [f"- needs: {text}" for text in claim.hypotheses]
         lines += [f"- conditional on {claim.conditional_on}"] if claim.conditional_on else []
         parts += ["\n\n".join(lines[:2]), "\n".join([*lines[2:], f"- source: {claim.source}"])]
+        if (drawn := figure(found)) is not None:
+            drawn.savefig(HERE / "theory" / f"{claim.name}.svg")
+            parts.append(f"![What `{claim.name}` found]({claim.name}.svg)")
     return "\n\n".join(parts) + "\n"
 
 

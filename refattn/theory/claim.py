@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import HypothesisViolated
 
-__all__ = ["SETH", "Claim", "Evidence", "Result", "needs", "run"]
+__all__ = ["SETH", "Claim", "Evidence", "Result", "needs", "run", "same", "total", "worst"]
 
 SETH = (
     "the strong exponential time hypothesis (its refutation has been claimed in 2026-10; the proofs were not checked)"
@@ -23,18 +23,23 @@ class Evidence:
 
     Attributes
     ----------
-    measured, bound : float
-        The claim holds where measured is at most the bound.
+    measured, bound : float, rational or ball
+        The claim holds where measured is at most the bound; a ball where all of it is.
     what : str
         What was measured, in words, with its unit.
     detail : mapping
         More numbers, or lists of them, for tables and plots.
     """
 
-    measured: float
-    bound: float
+    measured: Any
+    bound: Any
     what: str
     detail: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def finite(self) -> bool:
+        """Whether both are numbers: what overflowed is no evidence against a claim."""
+        return math.isfinite(float(self.measured)) and math.isfinite(float(self.bound))
 
     @property
     def holds(self) -> bool:
@@ -112,12 +117,37 @@ def run(claim: Claim, **options: Any) -> Result:
     except HypothesisViolated as e:
         return Result(claim.name, False, False, math.nan, math.nan, "", time.perf_counter() - start, violated=str(e))
     wrong = claim.control()
-    control = f"{wrong.what}: {wrong.measured:.3g}, bound {wrong.bound:.3g}"
+    control = f"{wrong.what}: {float(wrong.measured):.3g}, bound {float(wrong.bound):.3g}"
     seconds = time.perf_counter() - start
     return Result(
-        claim.name, found.holds, not wrong.holds, float(found.measured), float(found.bound), found.what, seconds,
+        claim.name, found.holds, wrong.finite and not wrong.holds, float(found.measured), float(found.bound),
+        found.what, seconds,
         control=control, detail=found.detail,
     )  # fmt: skip
+
+
+def worst(found: Iterable[Any]) -> Any:
+    """Return the largest ratio, at least 0: of ratios, and of pairs of what was measured and its bound."""
+    most: Any = 0
+    for one in found:
+        ratio = one[0] / one[1] if isinstance(one, tuple) else one
+        if math.isnan(float(ratio)):  # it is larger than nothing, and must not be lost
+            return math.nan
+        ratio = ratio.upper() if hasattr(ratio, "upper") else ratio
+        most = most if most > ratio else ratio
+    return most
+
+
+def same(a: Any, b: Any) -> int:
+    """Return 0 where two numbers are equal, else 2: as a ratio it is then beyond every bound."""
+    return 0 if a == b else 2
+
+
+def total(*counts: int) -> int:
+    """Return the sum of counts of what must not occur; none is negative."""
+    if min(counts) < 0:
+        raise ValueError(f"total: got {counts}")
+    return sum(counts)
 
 
 def needs(condition: bool, text: str) -> None:

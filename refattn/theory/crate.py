@@ -1,148 +1,242 @@
-"""CRATE: the coding rate and its gradient; when its attention step descends, and when that reading fails; ISTA."""
+"""CRATE: the coding rate and its gradient; what its attention step does to the rate, and what it does not; ISTA."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs
+from .claim import Claim, Evidence, needs, same, worst
+from .fields import Q, balls, disjoint, each, exp, orthogonal, precise, rational, rationals, solve, unequal, zeros
 
-__all__ = ["CLAIMS", "attention", "gradient", "rate"]
+__all__ = ["CLAIMS", "gradient", "heads", "ista_step"]
 
-Float = NDArray[np.float64]
+Array = NDArray[Any]
 
 
-def rate(z: Float, bases: Float, beta: float) -> float:
-    """Return R^c = sum over k of log det(I + beta (U_kᵀZ)ᵀ(U_kᵀZ)) / 2.
+def _eye(n: int) -> Array:
+    return rational(np.eye(n))
+
+
+def gradient(z: Array, bases: Array, beta: Any) -> Array:
+    """Return the gradient of R^c = sum over k of log det(I + beta W Wᵀ) / 2, W = U_kᵀ Z: beta · U (I + beta W Wᵀ)⁻¹ W.
 
     Parameters
     ----------
-    z : (d, n) array
+    z : (d, n) array of rationals
         Tokens as columns.
-    bases : (K, d, p) array
-        Orthonormal U_k.
-    beta : float
+    bases : (K, d, p) array of rationals
+        U_k.
+    beta : rational
         p / (n eps²).
     """
-    return sum(float(np.linalg.slogdet(np.eye(u.shape[1]) + beta * (w := u.T @ z) @ w.T)[1]) / 2 for u in bases)
+    parts = [(u, u.T @ z) for u in bases]
+    return np.asarray(sum(beta * u @ solve(_eye(len(w)) + beta * w @ w.T, w) for u, w in parts))
 
 
-def gradient(z: Float, bases: Float, beta: float) -> Float:
-    """Return the rate's gradient, beta · sum of U (I + beta W Wᵀ)⁻¹ W with W = UᵀZ."""
-    found = np.zeros_like(z)
+def heads(z: Array, bases: Array) -> Array:
+    """Return the sum of U W softmax(WᵀW), softmax over each column, of balls: multi-head subspace self-attention."""
+    found = 0 * z
     for u in bases:
         w = u.T @ z
-        found += beta * u @ np.linalg.solve(np.eye(len(w)) + beta * w @ w.T, w)
+        p = exp(w.T @ w)
+        found = found + u @ w @ (p / p.sum(0))
     return found
 
 
-def attention(z: Float, bases: Float) -> Float:
-    """Return the sum of U W softmax(WᵀW), softmax over each column: multi-head subspace self-attention."""
-    found = np.zeros_like(z)
+def _slope(z: Array, bases: Array, beta: Any, along: Array) -> Any:
+    """Return the rate's derivative along a direction, from the determinants as polynomials of the step."""
+    found = Q(0)
     for u in bases:
-        w = u.T @ z
-        s = w.T @ w
-        p = np.exp(s - s.max(0))
-        found += u @ w @ (p / p.sum(0))
+        w = u.T @ each(lambda a, b: flint.fmpq_poly([a, b]), z, along)
+        m = _eye(len(w)) + beta * w @ w.T
+        det = m[0, 0] * m[1, 1] - m[0, 1] * m[1, 0]
+        found += det[1] / det[0] / 2
     return found
 
 
-def _subspaces() -> tuple[Float, Float, float]:
-    """Return tokens on four subspaces with noise, the subspaces, and beta."""
-    rng = np.random.default_rng(0)
-    d, p, count, n = 24, 3, 4, 200
-    whole = np.linalg.qr(rng.standard_normal((d, d)))[0]
-    bases = np.stack([whole[:, k * p : (k + 1) * p] for k in range(count)])
-    of = rng.integers(count, size=n)
-    z = np.stack([bases[k] @ rng.standard_normal(p) for k in of], 1) + 0.05 * rng.standard_normal((d, n))
-    return z / np.linalg.norm(z, axis=0), bases, p / (n * 0.5**2)
+def _against_slope(form: Callable[[Array, Array, Any], Array], what: str) -> Evidence:
+    """Compare a gradient with slopes along the axes, exactly; two bases of two columns."""
+    z, bases, beta = rationals(0, 4, 3), rationals(1, 2, 4, 2), Q(3, 5)
+    slopes = 0 * z
+    for at in np.ndindex(z.shape):
+        along = 0 * z
+        along[at] = Q(1)
+        slopes[at] = _slope(z, bases, beta, along)
+    return Evidence(unequal(form(z, bases, beta), slopes), 0, what)
 
 
 def formula() -> Evidence:
-    """The gradient against central differences along random directions."""
-    z, bases, beta = _subspaces()
-    rng, worst, h = np.random.default_rng(1), 0.0, 1e-5
-    for _ in range(5):
-        e = rng.standard_normal(z.shape)
-        slope = (rate(z + h * e, bases, beta) - rate(z - h * e, bases, beta)) / (2 * h)
-        worst = max(worst, abs(slope - float((gradient(z, bases, beta) * e).sum())) / abs(slope))
-    # third derivatives times h², and rounding over h
-    return Evidence(worst, 1e-6, "relative distance from differences")
+    """The gradient against the derivative of the determinants along each axis, in rationals."""
+    return _against_slope(gradient, "elements that differ from the slopes of the determinants")
 
 
 def formula_without_inverse() -> Evidence:
-    """beta · U UᵀZ, the gradient where Z is small, held to the same."""
-    z, bases, beta = _subspaces()
-    first = beta * sum(u @ (u.T @ z) for u in bases)
-    exact = gradient(z, bases, beta)
+    """beta · U UᵀZ, the gradient where Z is small."""
+    what = "elements of the first term that differ from the slopes"
+    return _against_slope(lambda z, bases, beta: beta * sum(u @ (u.T @ z) for u in bases), what)
+
+
+def _rate(z: Array, bases: Array, beta: Any) -> Any:
+    """Return the rate of balls."""
+    found = flint.arb(0)
+    for u in bases:
+        w = u.T @ z
+        found += flint.arb_mat((balls(_eye(len(w))) + beta * (w @ w.T)).tolist()).det().log() / 2
+    return found
+
+
+def _unit(z: Array) -> Array:
+    return np.asarray(z / each(lambda a: a.sqrt(), (z * z).sum(0)))
+
+
+def _tokens(n: int = 24) -> tuple[Array, Array, Any]:
+    """Return unit tokens near three planes in 8 dimensions, the planes, and beta."""
+    whole, rng = orthogonal(0, 8), np.random.default_rng(0)
+    bases = np.stack([whole[:, 2 * k : 2 * k + 2] for k in range(3)])
+    near = np.stack([bases[k] @ x for k, x in zip(rng.integers(3, size=n), rationals(1, n, 2), strict=True)], 1)
+    return _unit(balls(near + rationals(2, 8, n, over=200))), balls(bases), flint.arb(2) / n * 4
+
+
+def _after(s: Any, sign: int, unit: bool = False) -> Any:
+    """Return the rate of (1 - s) Z + sign · s · MSSA(Z), tokens scaled back to unit norm or not."""
+    z, bases, beta = _tokens()
+    moved = (1 - flint.arb(s)) * z + sign * flint.arb(s) * heads(z, bases)
+    return _rate(_unit(moved) if unit else moved, bases, beta)
+
+
+STEPS = (Q(1, 10), Q(1, 4), Q(1, 2))
+
+
+@precise()
+def shrinks(steps: tuple[Any, ...] = STEPS, size: int = 1) -> Evidence:
+    """The rate of (1 - s) Z, over that of (1 - s) Z + s · MSSA(Z): the attention term raises it."""
+    needs(all(0 < s < 1 for s in steps), "steps s in (0, 1)")
+    z, bases, beta = _tokens()
+    z = size * z
+    needs(disjoint((z * z).sum(0), 1 + balls(zeros(z.shape[1]))) == 0, "tokens of unit norm")
+    before, alone = _rate(z, bases, beta), [_after(s, 0) for s in steps]
+    found = [_after(s, 1) for s in steps]
+    detail = {
+        "s": [float(s) for s in steps],
+        "rate over before": [float(a / before) for a in found],
+        "rate over before of (1 - s) Z": [float(a / before) for a in alone],
+        "rate over before, scaled back": [float(_after(s, 1, unit=True) / before) for s in steps],
+    }
+    pairs = [*zip(alone, found, strict=True), *((f, before) for f in found)]
+    return Evidence(worst(pairs), 1, "rate of (1 - s) Z over that with MSSA, and of that over the one before", detail)
+
+
+@precise()
+def turned() -> Evidence:
+    """(1 - s) Z - s · MSSA(Z): with its sign turned the attention term lowers the rate."""
+    return Evidence(_after(STEPS[0], 0), _after(STEPS[0], -1), "rate of (1 - s) Z, beside that with -MSSA")
+
+
+def _two_terms(sizes: Array) -> tuple[Any, Any]:
+    """Return the squares of beta · lambda and of the relative error of two terms, for tokens along axes of U."""
+    u, beta = orthogonal(1, 4)[:, :3], Q(1, 2)
+    w = np.array([[sizes[i] if i == j else Q(0) for j in range(3)] for i in range(3)])
+    z = u @ w
+    exact = gradient(z, u[None], beta)
+    found = beta * u @ (w - beta * w @ w.T @ w)
+    away = found - exact
+    return max(beta * s * s for s in sizes) ** 2, (away * away).sum() / (exact * exact).sum()
+
+
+def neumann(size: float = 1.0) -> Evidence:
+    """(I + beta W Wᵀ)⁻¹ as I - beta W Wᵀ: a relative error of (beta·lambda)², attained where W has one value."""
+    by = Q(*size.as_integer_ratio())
+    cases = [by * np.array(c) for c in ([Q(1), Q(1), Q(1)], [Q(1), Q(1, 2), Q(1, 4)], [Q(0), Q(5, 4), Q(0)])]
+    found = [_two_terms(c) for c in cases]
+    needs(all(spectrum < 1 for spectrum, _ in found), "beta · lambda below 1: the series does not converge")
+    attained = [same(found[i][1], found[i][0] ** 2) for i in (0, 2)]  # of one value: the error is the bound
     return Evidence(
-        float(np.linalg.norm(first - exact) / np.linalg.norm(exact)), 1e-6, "relative distance of the first term"
+        worst([*((e, s**2) for s, e in found), *attained]), 1, "squared relative error of two terms, over the bound's"
     )
-
-
-def descends(steps: tuple[float, ...] = (0.1, 0.5, 1.0)) -> Evidence:
-    """(1 - s) Z + s · MSSA(Z): each step from the same tokens lowers the rate."""
-    z, bases, beta = _subspaces()
-    needs(float(np.linalg.norm(z, axis=0).max()) <= 1 + 1e-12, "tokens of at most unit norm")
-    before = rate(z, bases, beta)
-    after = [rate((1 - s) * z + s * attention(z, bases), bases, beta) for s in steps]
-    return Evidence(max(after) / before, 1.0, "rate after over before", {"before": before, "after": after})
-
-
-def literal() -> Evidence:
-    """Z + MSSA(Z), as a residual block without the factor (1 - s) does: the rate rises."""
-    z, bases, beta = _subspaces()
-    return Evidence(
-        rate(z + attention(z, bases), bases, beta) / rate(z, bases, beta), 1.0, "rate after Z + MSSA(Z) over before"
-    )
-
-
-def _two_terms(size: float) -> tuple[float, float]:
-    """Return beta·lambda of tokens of some size, and the relative error of two terms of the series."""
-    z, bases, beta = _subspaces()
-    parts = [(u, u.T @ (size * z)) for u in bases]
-    spectrum = max(float(np.linalg.eigvalsh(beta * w @ w.T)[-1]) for _, w in parts)
-    exact = gradient(size * z, bases, beta)
-    found = sum(beta * u @ (w - beta * w @ w.T @ w) for u, w in parts)
-    return spectrum, float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
-
-
-def neumann(size: float = 0.05) -> Evidence:
-    """(I + beta W Wᵀ)⁻¹ as I - beta W Wᵀ: a relative error below (beta·lambda)², where that is below 1."""
-    spectrum, error = _two_terms(size)
-    needs(spectrum < 1, f"beta · lambda below 1, got {spectrum:.2g}: the series does not converge")
-    return Evidence(error, spectrum**2, "relative error of two terms", {"beta lambda": spectrum})
 
 
 def neumann_large() -> Evidence:
-    """The same two terms for tokens 20 times as large."""
-    return Evidence(_two_terms(20.0)[1], 1.0, "relative error of two terms, large tokens")
+    """The same two terms where beta·lambda is 2: a larger error than that of no term at all."""
+    return Evidence(_two_terms(np.array([Q(2), Q(1), Q(1)]))[1], 1, "squared relative error of two terms, large tokens")
 
 
-def _lasso(step: float) -> float:
-    rng = np.random.default_rng(2)
-    d = np.linalg.qr(rng.standard_normal((16, 16)))[0] @ np.diag(np.linspace(0.5, 2, 16))
-    x, z, weight, worst = rng.standard_normal((16, 8)), np.zeros((16, 8)), 0.1, -np.inf
-    by = step / np.linalg.norm(d, 2) ** 2
+def ista_step(x: Array, z: Array, d: Array, eta: Any, weight: Any) -> Array:
+    """Return relu(z + eta Dᵀ(x - D z) - eta · weight), the sparsifying step.
 
-    def loss(z: Float) -> float:
-        return float(((x - d @ z) ** 2).sum() / 2 + weight * z.sum())
+    Parameters
+    ----------
+    x, z : (m,), (n,) arrays
+        A token and its code.
+    d : (m, n) array
+        The dictionary D.
+    eta, weight : number
+        The step and lambda.
+    """
+    return np.asarray(np.maximum(z + eta * (d.T @ (x - d @ z)) - eta * weight, 0 * z))
 
-    for _ in range(30):
-        after = np.maximum(z + by * d.T @ (x - d @ z) - by * weight, 0)
-        worst, z = max(worst, loss(after) - loss(z)), after
-    return worst
+
+def _dictionary() -> tuple[Array, Any]:
+    """Return a dictionary with singular values from 1/2 to 2, and the square of its norm, all rational."""
+    values = np.array([Q(1, 2), Q(1), Q(3, 2), Q(2)])
+    return orthogonal(2, 4) * values @ orthogonal(3, 4), Q(4)
 
 
-def ista(step: float = 1.0) -> Evidence:
-    """relu(z + eta Dᵀ(x - D z) - eta lambda) never raises the non-negative lasso for eta up to 1/|D|²."""
+def _loss(x: Array, z: Array, d: Array, weight: Any) -> Any:
+    away = x - d @ z
+    return (away * away).sum() / 2 + weight * z.sum()
+
+
+def _descent(step: Any, rounds: int = 6) -> Any:
+    """Return the most that a step falls short of the descent that is due: |z' - z|²/(2 eta)."""
+    d, norm = _dictionary()
+    x, z, weight, eta, short = rationals(4, 4) * 4, zeros(4), Q(1, 10), step / norm, []
+    for _ in range(rounds):
+        after = ista_step(x, z, d, eta, weight)
+        due = ((after - z) * (after - z)).sum() / (2 * eta)
+        short.append(_loss(x, after, d, weight) - _loss(x, z, d, weight) + due)
+        z = after
+    return max(short)
+
+
+def ista(step: Any = 1) -> Evidence:
+    """Each step lowers the non-negative lasso by |z' - z|²/(2 eta) or more, for eta up to 1/|D|²."""
     needs(0 < step <= 1, f"eta up to 1/|D|², got {step}/|D|²")
-    return Evidence(_lasso(step), 1e-12, "largest rise of the loss in 30 steps")
+    # of equal singular values and without a threshold the descent is just what is due
+    d, norm, x = 2 * orthogonal(3, 4), Q(4), rationals(5, 4)
+    z = zeros(4)
+    after = z + (1 / norm) * (d.T @ (x - d @ z))
+    due = ((after - z) * (after - z)).sum() * norm / 2
+    attained = same(_loss(x, z, d, Q(0)) - _loss(x, after, d, Q(0)), due)
+    return Evidence(max(_descent(Q(step)), attained), 0, "most by which the loss falls short of its descent")
 
 
 def ista_long() -> Evidence:
     """eta = 3/|D|²."""
-    return Evidence(_lasso(3.0), 1e-12, "largest rise of the loss, eta = 3/|D|²")
+    return Evidence(_descent(Q(3)), 0, "most by which the loss falls short, eta = 3/|D|²")
+
+
+def _solution(weight_of_step: Any) -> int:
+    """Return how many elements of a solution a step moves: z >= 0, Dᵀ(x - D z) <= lambda, and = where z > 0."""
+    d, norm = _dictionary()
+    z, weight = np.array([Q(1), Q(0), Q(1, 3), Q(0)]), Q(1, 10)
+    below = np.array([Q(0), Q(1, 7), Q(0), Q(1, 20)])  # how far Dᵀ(x - D z) is below lambda where z is 0
+    x = d @ z + solve(d.T, weight - below)
+    moved = [ista_step(x, z, d, eta, weight_of_step) for eta in (1 / norm, 1 / (3 * norm))]
+    return sum(unequal(m, z) for m in moved)
+
+
+def fixed() -> Evidence:
+    """A code made to satisfy the conditions of Karush, Kuhn and Tucker: the step leaves it as it is."""
+    return Evidence(_solution(Q(1, 10)), 0, "elements of a solution that a step moves")
+
+
+def doubled_threshold() -> Evidence:
+    """The step with twice the threshold: it solves another lasso."""
+    return Evidence(_solution(Q(1, 5)), 0, "elements of a solution that a step of twice the threshold moves")
 
 
 SOURCE = "Yu et al., CRATE (arXiv 2306.01129; its abstract and code were read, the theorems are recalled)"
@@ -156,11 +250,12 @@ CLAIMS = [
     ),
     Claim(
         "crate-descent",
-        "(1 - s) Z + s · MSSA(Z) lowers the coding rate, for tokens of unit norm near their subspaces",
+        "A negative result: (1 - s) Z + s · MSSA(Z) lowers the coding rate of unit tokens only as (1 - s) Z does, by"
+        " shrinking them; the attention term itself raises it",
         SOURCE,
-        descends,
-        literal,
-        ("tokens of at most unit norm",),
+        shrinks,
+        turned,
+        ("steps s in (0, 1)", "tokens of unit norm"),
     ),
     Claim(
         "crate-neumann",
@@ -172,10 +267,17 @@ CLAIMS = [
     ),
     Claim(
         "crate-ista",
-        "The sparsifying step never raises the lasso for eta up to 1/|D|²",
+        "The sparsifying step lowers the lasso by |z' - z|²/(2 eta) or more for eta up to 1/|D|²",
         SOURCE,
         ista,
         ista_long,
         ("eta <= 1/|D|²",),
+    ),
+    Claim(
+        "crate-ista-solution",
+        "A solution of the non-negative lasso is a fixed point of the sparsifying step",
+        SOURCE,
+        fixed,
+        doubled_threshold,
     ),
 ]

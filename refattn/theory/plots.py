@@ -31,8 +31,9 @@ def figure(result: Result) -> Any:
     except ModuleNotFoundError as e:
         raise UnsupportedProblem("theory: plots need matplotlib; pip install 'refattn[report]'") from e
     axes = made.subplots()
+    order = sorted(range(len(at)), key=at.__getitem__)
     for label, values in others:
-        axes.plot(at, values, "o-", label=label)
+        axes.plot([at[i] for i in order], [values[i] for i in order], "o-", label=label)
     positive = all(v > 0 for _, values in others for v in values) and min(at) > 0
     axes.set(xlabel=name, title=result.name, **({"xscale": "log", "yscale": "log"} if positive else {}))
     axes.legend()

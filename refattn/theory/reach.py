@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
-from .claim import Claim, Evidence, needs
+from .claim import Claim, Evidence, needs, total
 
 __all__ = ["CLAIMS", "of_mask", "of_offsets"]
 
@@ -44,21 +44,64 @@ def _contiguous(offsets: list[int], layers: int, n: int) -> int:
     return n if heard.all() else int(np.argmin(heard))
 
 
-def power(layers: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7), n: int = 300) -> Evidence:
+def power(layers: tuple[int, ...] = (1, 2, 3, 4, 5, 6), n: int = 150) -> Evidence:
     """Offsets 0, 1, 2, 4, ...: after L layers the last 2**(L + 1) - 1 tokens are heard, and the next is not."""
     needs(2 ** (max(layers) + 1) <= n, f"at most log2(n) - 1 layers: the range of {max(layers)} is longer than n = {n}")
     offsets = [0, *(2**i for i in range(n.bit_length()))]
     found = [_contiguous(offsets, count, n) for count in layers]
     away = max(abs(f - (2 ** (count + 1) - 1)) for f, count in zip(found, layers, strict=True))
-    return Evidence(float(away), 0.0, "tokens from 2^(L+1) - 1", {"layers": list(layers), "heard": found})
+    return Evidence(away, 0, "tokens from 2^(L+1) - 1", {"layers": list(layers), "heard": found})
 
 
 def window() -> Evidence:
     """A window of as many tokens: its range is linear in the layers."""
-    n = 300
-    found = [_contiguous(list(range(10)), count, n) for count in (1, 4, 7)]
-    away = max(abs(f - (2 ** (c + 1) - 1)) for f, c in zip(found, (1, 4, 7), strict=True))
-    return Evidence(float(away), 0.0, "tokens from 2^(L+1) - 1, a window of 10", {"heard": found})
+    n, layers = 150, (1, 4, 6)
+    found = [_contiguous(list(range(10)), count, n) for count in layers]
+    away = max(abs(f - (2 ** (c + 1) - 1)) for f, c in zip(found, layers, strict=True))
+    return Evidence(away, 0, "tokens from 2^(L+1) - 1, a window of 10", {"heard": found})
+
+
+def _paths(mask: NDArray[np.bool_], layers: int) -> NDArray[np.bool_]:
+    """Return what each token hears by following its paths, token by token."""
+    found = np.zeros_like(mask)
+    for i in range(len(mask)):
+        heard = {i}
+        for _ in range(layers):
+            heard |= {int(j) for h in heard for j in np.flatnonzero(mask[h])}
+        found[i, list(heard)] = True
+    return found
+
+
+DENSITY = 0.25
+
+
+def _blocks(own: bool, what: str, sizes: tuple[int, ...] = (2, 3, 5)) -> Evidence:
+    """Compare the reach of masks of whole blocks with the reach among blocks, and with paths."""
+    wrong = []
+    for seed, size in enumerate(sizes):
+        blocks = np.tril(np.random.default_rng(seed).random((7, 7)) < DENSITY, -1)
+        np.fill_diagonal(blocks, own)
+        mask = np.kron(blocks, np.ones((size, size), bool))
+        for layers in range(4):
+            among = (
+                np.kron(of_mask(blocks, layers), np.ones((size, size), bool))
+                if layers
+                else np.eye(7 * size, dtype=bool)
+            )
+            heard = of_mask(mask, layers)
+            wrong += [int((among != heard).sum()), int((_paths(mask, layers) != heard).sum())]
+    return Evidence(total(*wrong), 0, what)
+
+
+def blocks(own: bool = True) -> Evidence:
+    """Block masks with whole blocks on the diagonal: the reach of tokens is the reach of their blocks."""
+    needs(own, "every block attends to itself")
+    return _blocks(True, "pairs of tokens whose reach differs from their blocks'")
+
+
+def blocks_alone() -> Evidence:
+    """Blocks that do not attend to themselves: a token then hears only itself of its block."""
+    return _blocks(False, "pairs of tokens whose reach differs, blocks that do not attend to themselves")
 
 
 CLAIMS = [
@@ -69,5 +112,13 @@ CLAIMS = [
         power,
         window,
         ("2^(L+1) <= n",),
+    ),
+    Claim(
+        "block-reach",
+        "What a token hears after L layers of a block mask is what its block hears in the graph of blocks",
+        "derived here",
+        blocks,
+        blocks_alone,
+        ("every block attends to itself",),
     ),
 ]

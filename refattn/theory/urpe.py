@@ -8,14 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .claim import Claim, Evidence, needs
+from .fields import balls, disjoint, exp, precise, rational, rationals, zeros
 
 __all__ = ["CLAIMS", "layer"]
 
-Float = NDArray[np.float64]
+Array = NDArray[Any]
 
 
-def layer(x: Float, weights: Any, bias: Float, gain: Float | None = None) -> Float:
-    """Return (softmax(QKᵀ + B) ∘ C) V; B and C are Toeplitz: a number for each of the 2n - 1 offsets.
+def layer(x: Array, weights: Any, bias: Array, gain: Array | None = None) -> Array:
+    """Return (softmax(QKᵀ + B) ∘ C) V of balls; B and C are Toeplitz: a number for each of the 2n - 1 offsets.
 
     Parameters
     ----------
@@ -29,51 +30,61 @@ def layer(x: Float, weights: Any, bias: Float, gain: Float | None = None) -> Flo
     n = len(x)
     at = np.arange(n)[:, None] - np.arange(n) + n - 1
     q, k, v = (x @ w for w in weights)
-    s = q @ k.T + bias[at]
-    p = np.exp(s - s.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
+    p = exp(q @ k.T + bias[at])
+    p = p / p.sum(1, keepdims=True)
     return np.asarray((p if gain is None else p * gain[at]) @ v)
 
 
-def _net(constant: bool, gained: bool = False, layers: int = 4) -> float:
-    """Return how far a net's outputs spread over places, over their size."""
-    rng = np.random.default_rng(0)
-    n, d = 12, 6
-    x = np.tile(rng.standard_normal(d), (n, 1)) if constant else rng.standard_normal((n, d))
-    for _ in range(layers):
-        gain = np.asarray(rng.standard_normal(2 * n - 1), np.float64) if gained else None
-        attended = layer(x, rng.standard_normal((3, d, d)) / d**0.5, rng.standard_normal(2 * n - 1), gain)
-        x = x + attended + np.maximum(attended @ rng.standard_normal((d, d)), 0)
-    return float(np.ptp(x, axis=0).max() / np.abs(x).max())
+def _net(tokens: Array, gained: bool, layers: int) -> Array:
+    """Return the outputs of a random net with biases, with gains or without, residuals and ReLU networks."""
+    x, (n, d) = balls(tokens), tokens.shape
+    for i in range(layers):
+        weights, bias, gain, w = (
+            balls(rationals(4 * i + j, *shape, over=16))
+            for j, shape in enumerate(((3, d, d), (2 * n - 1,), (2 * n - 1,), (d, d)))
+        )
+        attended = layer(x, weights, bias, gain if gained else None)
+        x = x + attended + np.maximum(attended @ w, balls(zeros(n, d)))
+    return x
 
 
+def _apart(gained: bool, layers: int, same: bool, what: str) -> Evidence:
+    one = rationals(99, 6, 3) if not same else np.tile(rationals(99, 3), (6, 1))
+    needs(bool((one == one[0]).all()), "all tokens are equal")
+    out = _net(one, gained, layers)
+    return Evidence(disjoint(out, np.tile(out[0], (6, 1))), 0, what)
+
+
+@precise()
 def constant(layers: int = 4, same: bool = True) -> Evidence:
-    """A random net with relative biases, on equal tokens: its outputs are equal, up to float64's rounding."""
-    needs(same, "all tokens are equal")
-    return Evidence(_net(constant=True, layers=layers), 1e-12 * layers, "spread over places")
+    """A random net with relative biases, on equal tokens: no output surely differs from the first place's."""
+    return _apart(False, layers, same, "elements that surely differ from the first place's")
 
 
+@precise()
 def with_gain() -> Evidence:
     """The same net with a gain after softmax."""
-    return Evidence(_net(constant=True, gained=True), 4e-12, "spread over places, with a gain")
+    return _apart(True, 4, True, "elements that surely differ, with a gain")
 
 
-def _index(gain: bool, n: int = 17) -> float:
-    weights = [np.zeros((1, 1)), np.zeros((1, 1)), np.ones((1, 1))]
-    offsets = np.arange(-(n - 1), n)
-    seen = np.asarray(offsets >= 0, np.float64)
-    found = layer(np.ones((n, 1)), weights, np.zeros(2 * n - 1), seen if gain else None)[:, 0]
-    return float(np.abs(found - (np.arange(n) + 1) / n).max())
+def _index(gain: bool, what: str, n: int = 17) -> Evidence:
+    weights = rational(np.array([0, 0, 1]))[:, None, None]
+    seen = rational(np.arange(-(n - 1), n) >= 0)
+    found = layer(balls(zeros(n, 1) + 1), balls(weights), balls(zeros(2 * n - 1)), balls(seen) if gain else None)
+    places = balls(rational(np.arange(1, n + 1))) / n
+    return Evidence(disjoint(found[:, 0], places), 0, what)
 
 
+@precise()
 def position() -> Evidence:
     """One layer with the gain 1[j <= i] on equal tokens outputs exactly i/n."""
-    return Evidence(_index(gain=True), 1e-14, "distance from i/n")
+    return _index(True, "places whose output surely differs from i/n")
 
 
+@precise()
 def position_without() -> Evidence:
-    """Without the gain the best constant is half the range away."""
-    return Evidence(_index(gain=False), 1e-14, "distance from i/n, no gain")
+    """Without the gain all places have one output."""
+    return _index(False, "places whose output surely differs from i/n, no gain")
 
 
 SOURCE = "Luo et al., URPE (arXiv 2205.13401; its abstract and code were read, the theorems are recalled)"

@@ -1,0 +1,209 @@
+"""Linear bandits by a stack of ReLU attention layers: LinUCB's actions, and its regret against the theorem."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flint
+import numpy as np
+from numpy.typing import NDArray
+
+from .claim import Claim, Evidence, needs, total, worst
+from .decisions import SOURCE, relu_step
+from .fields import Q, precise, rational, solve
+
+__all__ = ["CLAIMS"]
+
+Float = NDArray[np.float64]
+NOISE, DELTA, ARMS = 0.1, 0.01, 10
+"""The reward's noise is NOISE or -NOISE; bounds hold with probability 1 - DELTA."""
+
+
+@dataclass
+class History:
+    """What a policy has seen: V = I + sum of a aᵀ, its inverse and log det, and actions and rewards in order."""
+
+    arms: Float
+    inverse: Float
+    weighted: Float
+    log_det: float
+    actions: list[Float]
+    rewards: list[float]
+
+    @property
+    def beta(self) -> float:
+        """How far theta is from the ridge's solution in the norm of V, |theta| <= 1."""
+        return NOISE * math.sqrt(2 * math.log(1 / DELTA) + self.log_det) + 1
+
+    def scores(self) -> tuple[Float, Float]:
+        """Return means of the arms and bonuses, by an exact solve."""
+        return self.arms @ self.inverse @ self.weighted, np.sqrt(((self.arms @ self.inverse) * self.arms).sum(1))
+
+
+Policy = Callable[[History, np.random.Generator], int]
+
+
+def _play(policy: Policy, d: int, rounds: int, seed: int = 0) -> tuple[Float, History]:
+    """Return the regret up to each round, and what was seen; new arms of norm 1/2 to 1 every round."""
+    rng = np.random.default_rng(seed)
+    theta = np.ones(d) / math.sqrt(d)
+    h = History(np.empty(0), np.eye(d), np.zeros(d), 0.0, [], [])
+    lost = []
+    for _ in range(rounds):
+        arms = rng.standard_normal((ARMS, d))
+        h.arms = arms / np.linalg.norm(arms, axis=1, keepdims=True) * rng.uniform(0.5, 1, (ARMS, 1))
+        a = h.arms[policy(h, rng)]
+        lost.append(float((h.arms @ theta).max() - a @ theta))
+        reward = float(a @ theta + NOISE * rng.choice((-1, 1)))
+        turned = h.inverse @ a
+        h.log_det += math.log1p(a @ turned)
+        h.inverse = h.inverse - np.outer(turned, turned) / (1 + a @ turned)
+        h.weighted = h.weighted + a * reward
+        h.actions.append(a)
+        h.rewards.append(reward)
+    return np.cumsum(lost), h
+
+
+def _linucb(h: History, _: Any) -> int:
+    mean, bonus = h.scores()
+    return int(np.argmax(mean + h.beta * bonus))
+
+
+def _random(_: History, rng: np.random.Generator) -> int:
+    return int(rng.integers(ARMS))
+
+
+def _regret_bound(h: History, rounds: int) -> float:
+    """Return 2·beta·sqrt(2·T·log det V): regrets of 2·beta·|a| in the inverse's norm, and the elliptical potential."""
+    return 2 * h.beta * math.sqrt(2 * rounds * h.log_det)
+
+
+def regrets(dims: tuple[int, ...] = (2, 5), rounds: tuple[int, ...] = (50, 500, 2000)) -> Evidence:
+    """LinUCB's regret for some d and T against the bound of its own confidence sets; the potential of its actions."""
+    pairs, curves = [], {}
+    for d in dims:
+        for t in rounds:
+            regret, h = _play(_linucb, d, t)
+            pairs.append((regret[-1], _regret_bound(h, t)))
+            pairs.append((h.log_det, d * math.log1p(t / d)))  # the mean of the eigenvalues is 1 + T/d at most
+        curves[f"LinUCB, d = {d}"] = regret[9::10].tolist()
+    at = list(range(10, rounds[-1] + 1, 10))
+    curves["at random, d = 5"] = _play(_random, 5, rounds[-1])[0][9::10].tolist()
+    return Evidence(worst(pairs), 1, "regret over 2·beta·sqrt(2T·log det V)", {"rounds": at, **curves})
+
+
+def random_actions() -> Evidence:
+    """Actions at random, held to the same bound."""
+    regret, h = _play(_random, 5, 4000)
+    return Evidence(regret[-1], _regret_bound(h, 4000), "regret of random actions, beside their bound")
+
+
+def _potential(actions: list[Any], what: str) -> Evidence:
+    """Compare the sum of |a|² in the inverse's norm with 2·log det V, in rationals and balls."""
+    v, uncertain = rational(np.eye(2)), Q(0)
+    for a in actions:
+        uncertain += a @ solve(v, a)
+        v = v + np.multiply.outer(a, a)
+    det = flint.fmpq_mat(v.tolist()).det()
+    return Evidence(uncertain, 2 * flint.arb(det).log(), what)
+
+
+def _unit(count: int) -> list[Any]:
+    t = [Q(i, 7) for i in range(count)]
+    return [np.array([(1 - x * x) / (1 + x * x), 2 * x / (1 + x * x)]) for x in t]
+
+
+@precise()
+def potential(size: Any = 1) -> Evidence:
+    """The elliptical potential: actions of at most unit norm, the sum of their uncertainties below 2·log det V."""
+    actions = [size * a for a in _unit(12)]
+    needs(all((a * a).sum() <= 1 for a in actions), "actions of at most unit norm")
+    return _potential(actions, "sum of uncertainties over log det V")
+
+
+@precise()
+def potential_large() -> Evidence:
+    """Actions of norm 4: one alone has an uncertainty of 16."""
+    return _potential([4 * a for a in _unit(2)], "sum of uncertainties over log det V, actions of norm 4")
+
+
+def _layered(h: History, depth: int, eta: float) -> int:
+    """Return the arm that layers choose: depth ReLU steps for the mean, and as many for each arm's uncertainty."""
+    d = h.arms.shape[1]
+    seen, rewards = np.array(h.actions).reshape(-1, d), np.array(h.rewards)
+    w, x = np.zeros(d), np.zeros_like(h.arms)
+    for _ in range(depth):
+        w = relu_step(seen, rewards, w, eta, 1.0)
+        x = np.stack([relu_step(seen, 0 * rewards, one, eta, 1.0) + eta * a for one, a in zip(x, h.arms, strict=True)])
+    return int(np.argmax(h.arms @ w + h.beta * np.sqrt(np.maximum((h.arms * x).sum(1), 0))))
+
+
+def _needed(h: History) -> tuple[int, float]:
+    """Return the layers after which scores are off by less than half the best two's distance, and their step.
+
+    Layers leave a share rho of a solution: of the mean rho·|w|, of a squared bonus b² at most rho·|x|, hence of the
+    bonus rho·|x|/b.
+    """
+    values = 1 / np.linalg.eigvalsh(h.inverse)
+    low, high = values.min(), values.max()
+    mean, bonus = h.scores()
+    first, second = np.sort(mean + h.beta * bonus)[[-1, -2]]
+    off = np.linalg.norm(h.inverse @ h.weighted) + h.beta * (np.linalg.norm(h.arms @ h.inverse, axis=1) / bonus).max()
+    pace = math.log((high + low) / (high - low)) if high > low else math.inf
+    return max(1, math.ceil(math.log(2 * off / (first - second)) / pace)), float(2 / (low + high))
+
+
+def _compared(deep: bool, what: str, rounds: int = 30) -> Evidence:
+    wrong, depths = [], []
+
+    def policy(h: History, rng: np.random.Generator) -> int:
+        depth, eta = _needed(h)
+        depths.append(depth)
+        chosen = _layered(h, depth if deep else 1, eta)
+        wrong.append(chosen != _linucb(h, rng))
+        return chosen
+
+    for seed in range(2):
+        _play(policy, 3, rounds, seed)
+    return Evidence(total(*wrong), 0, what, {"round": list(range(1, rounds + 1)), "layers": depths[:rounds]})
+
+
+def agreement(rounds: int = 30) -> Evidence:
+    """A stack of ReLU layers that acts by itself: as many as the distance of the best two scores asks for."""
+    needs(rounds >= 1, "at least one round")
+    return _compared(True, "actions that are not LinUCB's", rounds)
+
+
+def one_layer() -> Evidence:
+    """One layer."""
+    return _compared(False, "actions that are not LinUCB's, one layer")
+
+
+CLAIMS = [
+    Claim(
+        "decisions-linucb",
+        "A policy of ReLU attention layers takes all of LinUCB's actions, with log(1/gap)·kappa layers a round",
+        SOURCE,
+        agreement,
+        one_layer,
+        ("at least one round",),
+    ),
+    Claim(
+        "decisions-potential",
+        "Uncertainties of actions of at most unit norm add up to 2·log det V at most",
+        "Abbasi-Yadkori, Pal and Szepesvari 2011 (recalled)",
+        potential,
+        potential_large,
+        ("actions of at most unit norm",),
+    ),
+    Claim(
+        "decisions-regret",
+        "LinUCB has a regret of at most 2·beta·sqrt(2T·log det V), log det V <= d·log(1 + T/d)",
+        "Abbasi-Yadkori, Pal and Szepesvari 2011 (recalled), for the policy of arXiv 2310.08566",
+        regrets,
+        random_actions,
+    ),
+]

@@ -1,0 +1,228 @@
+"""Sparse attention: what leaving keys out costs, for every selector, and where gradients reach what was dropped."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .claim import Claim, Evidence, needs, same, total, worst
+from .fields import Dual, Q, each, rationals, unequal
+
+__all__ = ["CLAIMS", "SELECTORS"]
+
+Array = NDArray[Any]
+Mask = NDArray[np.bool_]
+Selector = Callable[[Array, int], Mask]
+
+
+def _top(x: Array, count: int) -> Mask:
+    """Return the places of the largest numbers; of equal ones the first."""
+    mask = np.zeros(len(x), bool)
+    mask[sorted(range(len(x)), key=lambda j: -x[j])[:count]] = True
+    return mask
+
+
+def _blocks(x: Array, count: int, of: Callable[[Array], Any], size: int = 2) -> Mask:
+    """Return the blocks of keys with the largest summary."""
+    summary = np.array([of(x[b : b + size]) for b in range(0, len(x), size)])
+    return np.repeat(_top(summary, max(1, count // size)), size)[: len(x)]
+
+
+def _until(x: Array, share: Any) -> Mask:
+    """Return the largest weights until they are a share of all."""
+    return next(m for c in range(1, len(x) + 1) if x[m := _top(x, c)].sum() >= share * x.sum())
+
+
+# from the weights exp(s) of a row's keys and a budget: which keys are kept
+SELECTORS: dict[str, Selector] = {
+    "all": lambda w, k: np.ones(len(w), bool),
+    "window": lambda w, k: np.arange(len(w)) >= len(w) - k,
+    "sinks and window": lambda w, k: (np.arange(len(w)) < 1) | (np.arange(len(w)) >= len(w) - k + 1),
+    "strided": lambda w, k: np.arange(len(w))[::-1] % max(1, len(w) // k) == 0,
+    "powers of two": lambda w, k: np.isin(np.arange(len(w))[::-1], [0, *(2**i for i in range(k))]),
+    "top-k": _top,
+    "top-p": lambda w, k: _until(w, Q(k, len(w))),
+    "threshold": lambda w, k: w * k >= w.max(),
+    "blocks by mean": lambda w, k: _blocks(w, k, lambda b: b.sum()),
+    "blocks by largest": lambda w, k: _blocks(w, k, max),
+    "at random": lambda w, k: np.random.default_rng(k).permutation(len(w)) < k,
+}
+"""Selectors of keys, by name."""
+
+
+BUDGETS = (1, 2, 4)
+
+
+def _mean(w: Array, v: Array) -> Array:
+    return np.asarray((w @ v) / w.sum()) if len(w) else 0 * v.sum(0)
+
+
+def _cases() -> list[tuple[Array, Array]]:
+    """Return rows of positive weights with their values; in the last the kept and the dropped values are opposite."""
+    drawn = [(rationals(s, 9, least=1, most=99), rationals(s + 50, 9, 2)) for s in range(4)]
+    return [*drawn, (np.array([Q(3), Q(2), Q(1), Q(1)]), np.array([[Q(3)], [Q(3)], [Q(-3)], [Q(-3)]]))]
+
+
+def _identity(share_of: Callable[[Array, Mask], Any], selectors: Mapping[str, Selector], what: str) -> Evidence:
+    """Compare out - kept with share · (dropped mean - kept mean) and with bounds by the values, exactly."""
+    found: list[Any] = []
+    shares: dict[str, float] = {}
+    for (w, v), name, k in itertools.product(_cases(), selectors, BUDGETS):
+        kept = selectors[name](w, k)
+        needs(bool(kept.any()), "a selector that keeps a key of every row")
+        share = share_of(w, kept)
+        away = _mean(w, v) - _mean(w[kept], v[kept])
+        found.append(2 * unequal(away, share * (_mean(w[~kept], v[~kept]) - _mean(w[kept], v[kept]))))
+        if share:
+            found.append((abs(away).max(), share * max(v.max(0) - v.min(0))))
+            found.append((abs(away).max(), _at_most(share, v)))
+        shares[name] = max(shares.get(name, 0.0), float(share))
+    return Evidence(worst(found), 1, what, {"largest dropped share": shares})
+
+
+def _at_most(share: Any, v: Array) -> Any:
+    return 2 * share * abs(v).max()
+
+
+def _dropped(w: Array, kept: Mask) -> Any:
+    return w[~kept].sum() / w.sum()
+
+
+def dropping(selectors: Mapping[str, Selector] = SELECTORS) -> Evidence:
+    """The identity for every selector, and 2·delta·max|v|, attained where kept and dropped values are opposite."""
+    w, v = _cases()[-1]
+    kept = SELECTORS["top-k"](w, len(w) // 2)
+    away = abs(_mean(w, v) - _mean(w[kept], v[kept])).max()
+    attained = same(away, _at_most(_dropped(w, kept), v))
+    found = _identity(
+        _dropped, selectors, "elements away from the identity, and errors over delta times the values' range"
+    )
+    return Evidence(worst([found.measured, attained]), 1, found.what, found.detail)
+
+
+def dropping_by_count() -> Evidence:
+    """The share of keys in place of the share of weight."""
+    what = "elements away from the identity with the share of dropped keys"
+    return _identity(lambda w, kept: Q(int((~kept).sum()), len(kept)), SELECTORS, what)
+
+
+def _odds(w: Array, kept: Mask) -> Any:
+    return w[~kept].sum() / w[kept].sum()
+
+
+def _misjudged(power: int, what: str) -> Evidence:
+    """Compare the odds of what top-k by wrong weights drops with the least odds, times a power of exp(eps)."""
+    eps, pairs = Q(3, 2), []  # exp of the scores' largest error
+    limit = eps**power
+    for (w, _), k in itertools.product(_cases(), BUDGETS[:2]):
+        for signs in itertools.product((eps, 1 / eps), repeat=len(w)) if len(w) < 5 else ((eps, 1 / eps) * len(w),):
+            chosen = _top(w * np.array(signs[: len(w)]), k)
+            pairs.append((_odds(w, chosen), limit * _odds(w, _top(w, k))))
+    near = np.array([Q(1), eps**2])  # as far apart as the errors can turn round
+    wrong, right = _odds(near, near < eps), _odds(near, near > eps)
+    return Evidence(worst([*pairs, same(wrong, limit * right)]), 1, what)
+
+
+def misjudged() -> Evidence:
+    """Scores known up to eps: the odds of the dropped weight are at most exp(4·eps) times those of true top-k."""
+    return _misjudged(4, "odds of what is dropped over exp(4·eps) times the least")
+
+
+def misjudged_twice() -> Evidence:
+    """exp(2·eps), as if only what is dropped were misjudged, and not also what is kept."""
+    return _misjudged(2, "odds of what is dropped over exp(2·eps) times the least")
+
+
+def _slopes(w: Array, loss: Callable[[Array], Any]) -> Array:
+    """Return the derivatives of a loss by each score: those of weights w_j = exp(s_j) are w_j."""
+    found = []
+    for j in range(len(w)):
+        moved = np.array([Dual(a, a if i == j else Q(0)) for i, a in enumerate(w)])
+        found.append(loss(moved).slope)
+    return np.array(found)
+
+
+def _half_square(w: Array, v: Array, mask: Mask, target: Array) -> Any:
+    """Return |out - target|²/2 of dual weights, out being the mean over a mask."""
+    fixed = each(lambda a: Dual(a, Q(0)), v[mask])
+    away = (w[mask] @ fixed) / w[mask].sum() - each(lambda a: Dual(a, Q(0)), target)
+    return (away * away).sum() * Dual(Q(1, 2), Q(0))
+
+
+def _gradients(dense: bool, align: bool, what: str) -> Evidence:
+    """Compare derivatives by scores with p_j (v_j - out)·(out - target), and count what they reach.
+
+    Sparse training reads only kept keys. Aligning dense with sparse outputs, |dense - sparse|²/2 with the sparse one
+    held, reads all keys. Of dropped keys sparse training must reach none, and alignment some in every row.
+    """
+    wrong = []
+    for w, v in _cases():
+        kept = SELECTORS["top-k"](w, 3)
+        mask, target = kept | dense, _mean(w[kept], v[kept]) if align else 0 * v[0]
+        slopes = _slopes(w, lambda a, v=v, mask=mask, target=target: _half_square(a, v, mask, target))  # type: ignore[misc]
+        out, p = _mean(w[mask], v[mask]), np.where(mask, w, 0 * w) / w[mask].sum()
+        reached = int((slopes[~kept] != 0).sum())
+        wrong += [unequal(slopes, p * ((v - out) @ (out - target))), (reached == 0) if align else reached]
+    return Evidence(total(*wrong), 0, what)
+
+
+def no_gradient() -> Evidence:
+    """Sparse training: derivatives in closed form, 0 for every dropped key."""
+    return _gradients(False, False, "derivatives that differ from the closed form, or reach dropped keys")
+
+
+def dense_gradient() -> Evidence:
+    """Dense training: dropped keys are reached."""
+    return _gradients(
+        True, False, "derivatives that differ from the closed form, or reach dropped keys, dense training"
+    )
+
+
+def aligned() -> Evidence:
+    """Alignment: p_j (v_j - dense)·(dense - sparse), not 0 for all dropped keys."""
+    return _gradients(True, True, "derivatives that differ from the closed form, and rows that reach no dropped key")
+
+
+def unaligned() -> Evidence:
+    """The same loss of sparse outputs alone."""
+    return _gradients(
+        False, True, "derivatives that differ, and rows that reach no dropped key, without the dense output"
+    )
+
+
+SSA = "Shen et al., SSA: sparse sparse attention (arXiv 2511.20102; its abstract was read, derivatives are ours)"
+CLAIMS = [
+    Claim(
+        "sparse-dropping",
+        "Leaving keys out moves a row by delta·(mean of the dropped - mean of the kept), at most 2·delta·max|v|",
+        "derived here; delta is the weight of what a selector drops",
+        dropping,
+        dropping_by_count,
+        ("a selector that keeps a key of every row",),
+    ),
+    Claim(
+        "sparse-misjudged",
+        "Top-k by scores that are off by eps drops at most exp(4·eps) times the odds that true top-k drops",
+        "derived here",
+        misjudged,
+        misjudged_twice,
+    ),
+    Claim(
+        "sparse-no-gradient",
+        "Under sparse training no gradient reaches the score of a dropped key",
+        SSA,
+        no_gradient,
+        dense_gradient,
+    ),
+    Claim(
+        "sparse-alignment",
+        "Aligning dense with sparse outputs gives a dropped score the gradient p_j (v_j - dense)·(dense - sparse)",
+        SSA,
+        aligned,
+        unaligned,
+    ),
+]
