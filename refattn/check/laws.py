@@ -386,10 +386,5 @@ def law_problem(law: Law, dtype: str, variant: str) -> Problem:
     if v.takes(p):
         return p
     settings = {"b": p.batch, "h": p.heads, "h_kv": p.heads_kv} | dict(next(iter(v.cases.values())))
-    given = settings.get("options", {})  # one that is by head needs as many as there are here
-    own = {n: given.get(n, o.default) for n, o in v.options.items()}
-    for n, o in v.options.items():
-        if o.check(own[n], p.heads) is not None:
-            own[n] = o.draws(p.heads)[-1]
-    settings["options"] = own
+    settings["options"] = v.fitted(settings.get("options", {}), p.heads)
     return Draw(FORMATS[dtype], np.random.default_rng(1), variant).problem(**settings)

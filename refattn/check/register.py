@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..errors import InvalidInput, InvalidProblem, RefattnError
 from ..exact.agree import differing_form, under
 from ..exact.driver import evaluate
 from ..problem import MEANINGS, Problem
-from ..variants import VARIANTS, Variant
+from ..variants import VARIANTS, Lowered, Option, Rows, Selected, Steps, Variant
 from .bounds.forward import bounds
 from .bugs.planted import PLANTED
 from .inputs.draw import Draw
@@ -47,14 +48,20 @@ def register(variant: Variant) -> Variant:
         What is missing or wrong: a formula, an option that no case tries, an operation that an arithmetic does not
         have, forms that disagree, a name that is taken.
     """
+    _types(variant)
     _row(variant)
     with under(variant):
         _options(variant)
-        small = _small(variant)
-        _arithmetics(variant, small)
-        wrong = differing_form(small)
-        if wrong:
-            raise InvalidInput(f"{variant.name}: {wrong}; both must be the same operator")
+        calls = _calls(variant)
+        for call in calls:
+            _arithmetics(variant, call)
+            _rows_alone(variant, call)
+        for call in calls:
+            wrong = differing_form(call)
+            if wrong:
+                raise InvalidInput(f"{variant.name}: {wrong}; both must be the same operator")
+        if not cases(variant.name):
+            raise InvalidInput(f"{variant.name}: no input case fits it; add some to cases=")
     VARIANTS[variant.name] = variant
     return variant
 
@@ -83,7 +90,7 @@ def load(name: str) -> str:
         spec.loader.exec_module(module)
     except RefattnError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise InvalidInput(f"variant: {path} raised {type(e).__name__}: {e}") from e
     found = getattr(module, attribute, None)
     if not isinstance(found, Variant):
@@ -128,40 +135,94 @@ def _options(v: Variant) -> None:
             )
 
 
-def _small(v: Variant) -> Problem:
-    """Return a small call that the operator takes."""
+def _calls(v: Variant) -> list[Problem]:
+    """Return small calls that the operator takes: plain, its own cases, and each option of Problem that it has."""
     rng, form = np.random.default_rng(0), FORMATS["float32"]
-    tried = []
-    for settings in ({}, *v.cases.values()):
-        for causal in (None, "bottom_right"):
-            more: dict[str, Any] = SMALL | {k: x for k, x in settings.items() if k in ("options", "h", "h_kv")}
-            if causal and "causal" in v.uses:
-                more["causal"] = causal
-            p = Draw(form, rng, v.name).problem(**more)
-            try:
-                v.settings(p)
-            except RefattnError as e:
-                tried.append(str(e))
-                continue
-            return p
-    raise InvalidInput(f"{v.name}: none of its cases fits a call of 5 queries and keys: {tried[0]}")
+    d = Draw(form, rng, v.name)
+    given: dict[str, Any] = {
+        "causal": "bottom_right",
+        "window": (2, 1),
+        "softcap": 2.0,
+        "sink": d.normal(2),
+        "bias": d.normal(1, 2, 5, 5),
+        "allowed": d.mask(1, 1, 5, 5),
+        "weight": np.exp(d.normal(1, 1, 1, 5)),
+        "state": d.normal(1, 2, 4, 4),
+    }
+    uses = {n: given[n] for n in sorted(v.uses & set(given))}
+    own = [{k: x for k, x in c.items() if k == "options"} for c in v.cases.values()]
+    causal = [{"causal": "bottom_right"}] if "causal" in v.uses else []
+    one_each = [{n: x} for n, x in uses.items()] + [causal[0] | {n: x} for n, x in uses.items() if causal]
+    found, tried = [], []
+    for settings in ({}, *own, *one_each, *(o | c for o in own for c in causal), uses, *(o | uses for o in own)):
+        options = v.fitted(settings.get("options", {}), 2)
+        p = d.problem(**SMALL | {"b": 1, "h": 2, "h_kv": 1} | settings | {"options": options})
+        try:
+            v.settings(p)
+        except RefattnError as e:
+            tried.append(str(e))
+            continue
+        found.append(p)
+    if not found:
+        raise InvalidInput(f"{v.name}: none of its cases fits a call of 5 queries and keys: {tried[0]}")
+    return found
 
 
 def _arithmetics(v: Variant, p: Problem) -> None:
-    """Run the definition over every arithmetic, and name what one of them does not have."""
+    """Run the definition and its gradients over every arithmetic, and name what one of them does not have."""
     for what, run in (
         ("balls", lambda: evaluate(p)),
         ("certified floats", lambda: evaluate(p, rounding="float32")),
         ("losses", lambda: bounds(evaluate(p), flash("float32"))),
+        ("gradients", lambda: evaluate(p, gradients=np.ones(p.out_shape))),
     ):
         try:
             run()
         except (InvalidProblem, RefattnError) as e:
             raise InvalidInput(f"{v.name}: its definition over {what}: {e}") from e
-        except (AttributeError, TypeError, NotImplementedError, ValueError, NameError) as e:
+        except Exception as e:
             raise InvalidInput(
-                f"{v.name}: its definition uses what {what} do not have: {e}; definitions are written with "
-                "@ + - * /, .T, exp, log, tanh, sigmoid, relu, power, sum, where, shift and absmax"
+                f"{v.name}: its definition uses what {what} do not have: {type(e).__name__}: {e}; definitions are "
+                "written with @ + - * /, .T, exp, log, tanh, sigmoid, relu, power, sum, where, shift and absmax"
             ) from e
-    if not cases(v.name):
-        raise InvalidInput(f"{v.name}: no input case fits it; add some to cases=")
+
+
+def _rows_alone(v: Variant, p: Problem) -> None:
+    """Refuse a definition by rows whose last row is another one alone."""
+    if not isinstance(v.shape, Rows):
+        return
+    answer = evaluate(p)
+    last = {n: x[..., -1:, :] for n in ("query", "bias", "allowed") if (x := getattr(p, n)) is not None}
+    alone = p.replace(**last)
+    if not v.takes(alone) or p.window is not None:
+        return
+    one, all_ = evaluate(alone).enclosures["out"], answer.enclosures["out"]
+    apart = np.abs((one.mid - all_.mid[..., -1:, :]) + (one.tail - all_.tail[..., -1:, :]))
+    # float64's own rounding of that difference comes on top of both radii
+    room = one.radius + all_.radius[..., -1:, :] + 2.0**-50 * np.abs(one.mid)
+    if (apart > room).any():
+        raise InvalidInput(f"{v.name}: the last row alone gives something else; a definition by rows must not mix rows")
+
+
+def _types(v: Variant) -> None:
+    """Refuse what is not of its type."""
+    for what, given, kind, expected in (
+        ("name", v.name, str, "a text"),
+        ("formula", v.formula, str, "a text"),
+        ("unit", v.unit, str, "a text"),
+        ("source", v.source, str, "a text"),
+        ("uses", v.uses, frozenset | set, "a set of names"),
+        ("options", v.options, Mapping, "a dict of Option by name"),
+        ("cases", v.cases, Mapping, "a dict of settings by label"),
+        ("forms", v.forms, Mapping, "a dict of definitions by name"),
+    ):
+        if not isinstance(given, kind):
+            raise InvalidInput(f"variant: got {what} {given!r}, expected {expected}")
+    if not callable(v.define) and not isinstance(v.define, Rows | Lowered | Selected | Steps):
+        raise InvalidInput(f"variant: got define {v.define!r}, expected a function of q, k, v, o or a shape")
+    for n, x in v.options.items():
+        if not isinstance(x, Option):
+            raise InvalidInput(f"{v.name}: option {n!r} is {x!r}, expected an Option")
+    for n, s in v.cases.items():
+        if not isinstance(s, Mapping):
+            raise InvalidInput(f"{v.name}: case {n!r} is {s!r}, expected a dict")

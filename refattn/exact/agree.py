@@ -63,19 +63,25 @@ class under:
 def _compared(a: Problem, b: Problem) -> Iterator[tuple[str, NDArray[np.bool_]]]:
     """Yield by array where two calls agree."""
     works = [Work(lower(p).problem) for p in (a, b)]
-    try:
-        f = Field(a.d_k)
-        x, y = (w.run(f) for w in works)
+    f = Field(a.d_k)
+    x, y = (_over_field(w, f) for w in works)
+    if x is not None and y is not None:
         for n in sorted(set(x) & set(y) - {"lse"}):
             yield n, np.asarray(_images(x[n], f) == _images(y[n], f)).astype(bool)
-    except (UnsupportedProblem, ZeroDivisionError):
-        pass
     balls = Balls(BITS)
     with balls.working():
         x, y = (w.run(balls) for w in works)
         for n in sorted(set(x) & set(y)):
             pairs = zip(x[n].ravel(), y[n].ravel(), strict=True)
             yield n, np.array([_meet(p, q) for p, q in pairs], bool).reshape(x[n].shape)
+
+
+def _over_field(work: Work, f: Field) -> dict[str, NDArray[Any]] | None:
+    """Return images, or None where there are none: a maximum, or a division by 0, which balls decide."""
+    try:
+        return work.run(f)
+    except (UnsupportedProblem, ZeroDivisionError):
+        return None
 
 
 def _images(x: NDArray[Any], f: Field) -> NDArray[Any]:
@@ -85,4 +91,6 @@ def _images(x: NDArray[Any], f: Field) -> NDArray[Any]:
 def _meet(x: Any, y: Any) -> bool:
     if isinstance(x, float | int) or isinstance(y, float | int):
         return bool(x == y) or (x != x and y != y)
-    return bool(x.overlaps(y)) or not (x.is_finite() or y.is_finite())
+    if not x.is_finite() or not y.is_finite():  # no number meets none: a ball that is none overlaps every other
+        return bool(x.is_finite() == y.is_finite())
+    return bool(x.overlaps(y))

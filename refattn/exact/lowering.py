@@ -43,8 +43,14 @@ def lower(problem: Problem) -> Lowering:
     variant = variant_of(problem.variant)
     settings, shape = variant.settings(problem), variant.shape
     if isinstance(shape, Lowered):
-        core = shape.lower(problem.to("numpy"), SimpleNamespace(**settings))
-        return lower(core) if core.variant != problem.variant else Lowering(core)
+        p = problem.to("numpy")
+        core = shape.lower(p, SimpleNamespace(**settings))
+        kept = ("query", "key", "value")
+        if not isinstance(core, Problem) or any(getattr(core, n) is not getattr(p, n) for n in kept):
+            raise InvalidProblem("lower: must return a Problem with the call's own query, key and value")
+        if core.variant == problem.variant:
+            raise InvalidProblem(f"lower: must return another operator's call, got {core.variant} again")
+        return lower(core)
     return _selected(problem, shape) if isinstance(shape, Selected) else Lowering(problem)
 
 

@@ -146,6 +146,8 @@ class Matrix(Reflected):
 
     def power(self, p: int, where: Mask | None = None) -> Matrix:
         """x**p by squaring; 0 where `where` does not hold."""
+        if isinstance(p, bool) or not isinstance(p, int) or p < 0:
+            raise ValueError(f"power: got {p!r}, expected an integer of at least 0")
         base, result = self.where(where).a, self.number(1)
         while p:
             if p & 1:

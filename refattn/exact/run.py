@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UnsupportedProblem
+from ..errors import InvalidProblem, UnsupportedProblem
 from ..problem import Problem
 from ..variants import Rows as RowsShape
 from ..variants import Steps, variant_of
@@ -201,6 +201,9 @@ def _tile(
             _collect(slab, at, dict(zip(leaves, grads, strict=True)), raw, sums)
             out, lse = out.value, None if lse is None else lse.value
         raw["out"][at] = _scaled(numbers_of(out), unit)
+        if (lse is None) == ("lse" in raw):
+            given = "no lse" if lse is None else "an lse"
+            raise InvalidProblem(f"{slab.problem.variant}: has_lse is {'lse' in raw}, its definition returns {given}")
         if lse is not None:
             raw["lse"][at] = numbers_of(lse)[:, 0]
 

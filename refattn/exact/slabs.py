@@ -186,7 +186,7 @@ def slabs(problem: Problem) -> Iterator[Slab]:
                     bias = np.where(np.isfinite(bias), bias, 0.0)
                 if s is not None and not np.isfinite(s):
                     s = None
-                state = None if p.state is None else to_float64(p.state[b, h])
+                state = None if p.state is None else _state(to_float64(p.state[b, h]))
                 yield Slab(
                     p,
                     b,
@@ -206,6 +206,12 @@ def slabs(problem: Problem) -> Iterator[Slab]:
                     weight,
                     state,
                 )
+
+
+def _state(x: Float) -> Float:
+    if not np.isfinite(x).all():
+        raise InvalidProblem("state: has NaN or inf; a recurrence starts from numbers")
+    return x
 
 
 def _weights(x: Float) -> Float:

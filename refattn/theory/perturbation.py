@@ -17,7 +17,7 @@ Array = NDArray[Any]
 
 
 def total_variation(p: Array, q: Array) -> Any:
-    """Return half the sum of |p - q|: the most that the weight of any set of keys changes.
+    """Return half the sum of abs(p - q): the most that the weight of any set of keys changes.
 
     Parameters
     ----------

@@ -66,8 +66,8 @@ def _attended(q: Any, k: Any, v: Any) -> Array:
 def error_bound(q: Float, k: Float, v: Float, steps: tuple[Float, Float, Float]) -> Array:
     """Return a bound on the error of each row of softmax attention, scale 1, from how far q, k and v are moved.
 
-    Scores move by at most m = sum |q| dk + dq |k| + dq dk, weights by tanh(2m/4) in total variation, the output by that
-    times the values' range, and by the values' largest move.
+    Scores move by at most m = sum abs(q) dk + dq abs(k) + dq dk, weights by tanh(2m/4) in total variation, the output
+    by that times the values' range, and by the values' largest move.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """A rounding model as an arithmetic: every rounding's first-order effect, and an enclosure of what may come out.
 
-Each result is off by a factor 1 + delta of its own, |delta| <= u. A number carries its exact value, the derivatives by
-all deltas before it, and a ball that holds whatever roundings may make of it. The sum of the derivatives' sizes is the
-largest first-order error over u, attained where each delta has the sign of its derivative.
+Each result is off by a factor 1 + delta of its own, delta at most u in size. A number carries its exact value, the
+derivatives by all deltas before it, and a ball that holds whatever roundings may make of it. The sum of the
+derivatives' sizes is the largest first-order error over u, attained where each delta has the sign of its derivative.
 """
 
 from __future__ import annotations

@@ -25,13 +25,15 @@ def step(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
 
 def dense(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
     """Write the same with all tokens at once."""
-    w = (q @ k.T * o.scale) * (o.distance * -o.decay).exp()
-    out = w.where(o.allowed) @ v
+    w = (q @ k.T * o.scale) * (o.distance * -o.decay).exp(o.allowed)  # ahead of the row it would be beyond all numbers
+    out = w @ v
     return (out if o.state is None else out + (q * o.scale @ o.state) * (o.place * -o.decay).exp()), None
 
 
 def fits(p: Problem) -> str | None:
     """Refuse calls that are no sequence of tokens."""
+    if p.cu_seqlens_q is not None:
+        return "cu_seqlens_q: a recurrence over packed sequences is not defined; pass one sequence at a time"
     if p.causal is None:
         return "causal: a recurrence sees no later token; set causal='bottom_right'"
     if p.n_q != p.n_k:

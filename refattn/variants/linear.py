@@ -24,7 +24,7 @@ def attention(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
     phi = FEATURES[o.feature]
     w = phi(q) @ phi(k).T * o.scale
     if o.decay is not None:
-        w = w * (o.distance * -o.decay).exp()
+        w = w * (o.distance * -o.decay).exp(o.allowed)
     w = w.where(o.allowed)
     return (w @ v) / w.sum() if o.normalize else w @ v, None
 

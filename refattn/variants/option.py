@@ -22,6 +22,8 @@ __all__ = [
     "whole",
 ]
 
+MOST = 2**62
+"""Integers stay below: sums and quotients of them are still integers of 64 bits."""
 LARGEST = float(np.finfo(np.float64).max)
 
 
@@ -87,7 +89,7 @@ def whole(least: int) -> Callable[[Any, int], str | None]:
     """Check for an integer of at least `least`."""
 
     def check(value: Any, heads: int) -> str | None:
-        ok = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least
+        ok = isinstance(value, int | np.integer) and not isinstance(value, bool) and least <= value < MOST
         return None if ok else f"an integer of at least {least}"
 
     return check

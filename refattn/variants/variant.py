@@ -154,6 +154,14 @@ class Variant:
             raise InvalidProblem(unfit)
         return values
 
+    def fitted(self, options: Mapping[str, Any], heads: int) -> dict[str, Any]:
+        """Return options that fit a number of query heads: one that is by head is drawn anew where it does not."""
+        own = {n: options.get(n, o.default) for n, o in self.options.items()}
+        for n, o in self.options.items():
+            if o.check(own[n], heads) is not None or (isinstance(own[n], tuple) and len(own[n]) != heads):
+                own[n] = o.draws(heads)[-1]
+        return {n: x for n, x in own.items() if n in options or x != self.options[n].default}
+
     def takes(self, problem: Problem) -> bool:
         """Tell whether a call fits the operator."""
         try:

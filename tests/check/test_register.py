@@ -17,6 +17,7 @@ from refattn.check.bugs.planted import plain, planted
 from refattn.cli.main import main
 from refattn.exact.agree import under
 from refattn.golden.make import make, verify
+from refattn.variants import Lowered
 
 TEXT = """
 import numpy as np
@@ -152,7 +153,7 @@ def test_the_command_line_takes_it_from_a_file(tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert "cauchy attention" in shown.stdout
     assert "option width (default 1.0): of the bell" in shown.stdout
-    judged = ask("check", "mine.py:kernel", "--variant", "mine.py:CAUCHY", "--only", "gaussian/narrow*")
+    judged = ask("check", "mine.py:kernel", "--variant", "mine.py:CAUCHY", "--only", "gaussian/narrow[float32]")
     assert judged.returncode == 0, judged.stdout + judged.stderr
     missing = ask("show", "mine.py:NOBODY")
     assert missing.returncode == 2
@@ -178,6 +179,35 @@ def reads_what_is_not_there(q, k, v, o):
     return (q @ k.T * o.temperature).where(o.allowed) @ v, None
 
 
+def centred_on_all(q, k, v, o):
+    return ((q.T - q.T.sum() / 7.0).T @ k.T * o.scale).where(o.allowed) @ v, None
+
+
+def says_lse(q, k, v, o):
+    w = (q @ k.T * o.scale).exp(o.allowed)
+    return (w @ v) / w.sum(), w.sum().log()
+
+
+def same_but_for_width(q, k, v, o):
+    s = q @ k.T * o.scale
+    w = (1 / (1 + s * s)).where(o.allowed)
+    return (w @ v) / w.sum(), None
+
+
+def same_but_for_masks(q, k, v, o):
+    s = q @ k.T * o.scale / o.width
+    w = 1 / (1 + s * s)
+    return (w @ v) / w.sum(), None
+
+
+def negative_power(q, k, v, o):
+    return (q @ k.T * o.scale).power(-1).where(o.allowed) @ v, None
+
+
+def to_itself(problem, o):
+    return problem
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -193,6 +223,18 @@ def reads_what_is_not_there(q, k, v, o):
         ({"families": ("huge",)}, "other: families has 'huge'"),
         ({"define": no_such_operation}, "other: its definition uses what balls do not have: .*sin.*; definitions are"),
         ({"define": reads_what_is_not_there}, "definition: options have no 'temperature'; they have .*allowed"),
+        ({"formula": None}, "variant: got formula None, expected a text"),
+        ({"uses": ("causal",)}, r"variant: got uses \('causal',\), expected a set of names"),
+        ({"define": 3}, "variant: got define 3, expected a function of q, k, v, o or a shape"),
+        ({"options": {"width": 1.0}}, "other: option 'width' is 1.0, expected an Option"),
+        ({"cases": {"narrow": "0.5"}}, "other: case 'narrow' is '0.5', expected a dict"),
+        ({"define": centred_on_all}, "other: the last row alone gives something else; .* must not mix rows"),
+        ({"define": says_lse}, "other: has_lse is False, its definition returns an lse"),
+        ({"has_lse": True}, "other: has_lse is True, its definition returns no lse"),
+        ({"forms": {"flat": same_but_for_width}}, "other: form 'flat' differs in out"),
+        ({"forms": {"flat": same_but_for_masks}}, "other: form 'flat' differs in out"),
+        ({"define": negative_power}, "power: got -1, expected an integer of at least 0"),
+        ({"define": Lowered(to_itself)}, "lower: must return another operator's call, got other again"),
         ({"forms": {"flat": differs}}, r"other: form 'flat' differs in out at \(0, 0, 0, 0\) .*both must be the same"),
         (
             {"fits": lambda p: "nothing fits"},
@@ -211,6 +253,10 @@ def test_the_cli_says_what_a_file_lacks(tmp_path):
     done = CliRunner().invoke(main, ["show", f"{tmp_path / 'broken.py'}:X"])
     assert done.exit_code == 2
     assert "raised ModuleNotFoundError" in done.stderr
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")
+    done = CliRunner().invoke(main, ["show", f"{tmp_path / 'leaves.py'}:X"])
+    assert done.exit_code == 2
+    assert "raised SystemExit" in done.stderr
 
 
 def test_three_lines_are_enough():

@@ -58,9 +58,9 @@ class Either:
         """
         found = {n: Enclosure(*(x.copy() for x in (e.mid, e.tail, e.radius))) for n, e in answer.enclosures.items()}
         allowed, variance = ({n: x.copy() for n, x in y.items()} for y in (allowed, variance))
-        best = _distance(got["out"], answer, allowed)
+        best = _distance(got, answer, allowed)
         for i, (other, limit, spread) in enumerate(self.answers):
-            ratio = _distance(got["out"], other, limit)
+            ratio = _distance(got, other, limit)
             nearer = (self.rows > i) & (ratio < best)
             best = np.where(nearer, ratio, best)
             for n in set(found) & set(limit):
@@ -72,10 +72,16 @@ class Either:
         return replace(answer, enclosures=found), allowed, variance
 
 
-def _distance(got: Float, answer: Answer, limit: dict[str, Float]) -> Float:
-    with np.errstate(all="ignore"):
-        ratio = answer.enclosures["out"].error(got) / limit["out"]
-    return np.asarray(np.where(np.isnan(ratio), np.inf, ratio).max(-1, initial=0.0))
+def _distance(got: dict[str, Float], answer: Answer, limit: dict[str, Float]) -> Float:
+    """Return by row how far what was returned is from an answer, in units of what is allowed: out and lse together."""
+    worst = np.zeros(answer.call.out_shape[:3])
+    for name in set(got) & set(limit):
+        with np.errstate(all="ignore"):
+            error = answer.enclosures[name].error(got[name])
+            ratio = np.where(error == 0, 0.0, error / limit[name])
+        ratio = np.where(np.isnan(ratio), np.inf, ratio)
+        worst = np.maximum(worst, ratio.max(-1, initial=0.0) if ratio.ndim == 4 else ratio)
+    return worst
 
 
 def either(answer: Answer, model: Model) -> Either | None:

@@ -1,9 +1,9 @@
 r"""What a kernel's arithmetic must lose: an error bound for every element, from the definition and the rounding model.
 
 The definition runs over the arithmetic of losses (:mod:`refattn.check.bounds.losses`), which notes what each operation
-may lose in a kernel of the Model. The bound of an element of out is the sum over all nodes of |adjoint| times loss, the
-predicted variance that of adjoint squared times variance (:mod:`refattn.check.bounds.graph`). Three facts about
-attention sharpen it:
+may lose in a kernel of the Model. The bound of an element of out is the sum over all nodes of the adjoint's size times
+the loss, the predicted variance that of adjoint squared times variance (:mod:`refattn.check.bounds.graph`). Three facts
+about attention sharpen it:
 
 - an error in a weight that stands in numerator and denominator moves out by ``(v_jc - o_ic) / z``: the adjoint;
 - a mean with weights that cannot be negative stays in the hull of the values, whatever the weights' errors;
@@ -76,6 +76,9 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
             found = _rows(slab, rows, exact[at][rows], model)
             for n in names:
                 limit[n][at][rows], variance[n][at][rows] = found[n]
+        if slab.sink is not None and "lse" in names:  # rows that see the sink alone: it is taken to base 2 and back
+            alone, back = ~slab.allowed.any(1) & ~slab.spoilt, format_of(model.lse).unit_roundoff
+            limit["lse"][at][alone] = (4 * format_of(model.accumulator).unit_roundoff + back) * abs(slab.sink)
     if isinstance(variant.shape, Steps):
         _recurrence(answer, variant.shape, model, limit)
         return limit, {}  # errors of a state add up in an order that the model does not name

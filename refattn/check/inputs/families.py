@@ -125,7 +125,34 @@ def _cases(variant: str) -> list[Case]:
             if needs <= v.uses:
                 found.append(Case(family, label, variant, build, dtypes))
     found = [c for c in found if _fits(c)]
-    return found + [Case("gaussian", label, variant, _own(settings)) for label, settings in v.cases.items()]
+    own = [Case("gaussian", label, variant, _own(settings)) for label, settings in v.cases.items()]
+    # an option that is right alone may be wrong beside a mask, a sink, a scale, groups of heads
+    crossed = [Case("gaussian", f"{n}-and-all", variant, _crossed(variant, s)) for n, s in v.cases.items()]
+    return found + own + [c for c in crossed if _fits(c)]
+
+
+def _crossed(variant: str, settings: Mapping[str, Any]) -> Build:
+    """Return a case of an operator's own with all else that the operator has."""
+
+    def build(d: Draw) -> Problem:
+        v, n_q, n_k = variant_of(variant), settings.get("n_q", 37), settings.get("n_k", 67)
+        h, h_kv = settings.get("h", 4), settings.get("h_kv", 2)
+        given: dict[str, Any] = {
+            "causal": "bottom_right",
+            "window": (n_k // 2, 5),
+            "softcap": 5.0,
+            "sink": d.normal(h),
+            "bias": d.normal(1, h, n_q, n_k),
+            "allowed": d.mask(1, 1, n_q, n_k),
+            "weight": np.exp(d.normal(1, 1, 1, n_k)),
+            "state": d.normal(1, h, 32, 32),
+        }
+        more = {n: x for n, x in given.items() if n in v.uses} | dict(settings)
+        more |= {"h": h, "h_kv": h_kv, "b": 1, "scale": 0.3, "options": v.fitted(settings.get("options", {}), h)}
+        more["state"] = given["state"] if "state" in v.uses else None
+        return d.problem(**more)
+
+    return build
 
 
 @lru_cache(maxsize=4096)

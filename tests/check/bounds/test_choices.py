@@ -52,6 +52,42 @@ def test_a_choice_that_rounding_cannot_turn_is_judged_by_the_exact_one():
     assert not judged(p, chosen_otherwise(p)).passed
 
 
+def test_one_choice_in_out_and_the_other_in_lse_is_a_failure():
+    """Both blocks with equal values give the same out: their lse tells them apart."""
+    p = near_tie(2.0**-22)
+    p.value[:, :, 3:6] = p.value[:, :, 0:3]
+    known = truth(p, flash("float32"))
+    got = {n: np.array(getattr(evaluate(p, rounding="float32"), n)) for n in ("out", "lse")}
+    assert compare_lse(known, got)
+    got["lse"] += np.float32(0.5)
+    assert not compare_lse(known, got)
+
+
+def compare_lse(known, got):
+    found = known.for_result(got)
+    return compare("lse", got["lse"], found.answer, found.allowed["lse"], "float32").passed
+
+
+def test_a_row_that_sees_its_sink_alone_may_round_its_lse():
+    sink = np.array([0.7, -3.3])
+    rng = np.random.default_rng(0)
+    p = Problem(*(tensor(rng, (1, 2, 5, 4)) for _ in range(3)), allowed=np.zeros((1, 1, 5, 5), bool), sink=sink)
+    limit = bounds(evaluate(p), flash("float32"))["lse"]
+    rounded = (sink.astype("f4") * np.float32(np.log2(np.e))).astype("f4") * np.float32(np.log(2))
+    assert (np.abs(rounded - sink) <= limit[0, :, 0]).all()
+    assert (limit[0, :, 0] <= 2.0**-20 * np.abs(sink)).all()
+
+
+def test_long_strong_decay_keeps_numbers():
+    """e**(474 times 1.5), which the keys ahead of the first row would have, is beyond float64."""
+    rng = np.random.default_rng(0)
+    q, k, v = (tensor(rng, (1, 1, 474, 4)) for _ in range(3))
+    p = Problem(q, k, v, causal="bottom_right", variant="lightning", options={"decay": (1.5,)})
+    answer = evaluate(p)
+    assert np.isfinite(answer.out).all()
+    assert all(np.isfinite(x).all() for x in bounds(answer, flash("float32")).values())
+
+
 def test_neither_choice_is_a_failure():
     p = near_tie(0.0)
     both = (evaluate(p).out + chosen_otherwise(p).astype(np.float64)) / 2
