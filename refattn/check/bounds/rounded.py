@@ -138,7 +138,9 @@ class Rounded(Reflected):
             return self._score(self.a - _value(o))
         y = self.f.rounded(self.f.rounded(self.a) - o.a)
         wide = y.shape[1] > 1
-        return Rounded(self.f, self.f.stored(y, self.f.model.scores) if wide else y, self.kind, self.seen, wide)
+        # a softmax by itself reads stored scores and takes the maximum off in the accumulator; a Model allows storing
+        stored = self.f.stored(y, self.f.model.scores) if wide and self.f.how != "nearest" else y
+        return Rounded(self.f, stored, self.kind, self.seen, wide)
 
     def __neg__(self) -> Rounded:
         return Rounded(self.f, -self.a, self.kind, self.seen)
