@@ -42,13 +42,15 @@ def by_steps(slab: Slab, f: Any, shape: Steps, dout: NDArray[np.float64] | None)
             state, out = shape.step(state, q, k, v, o)
             outs.append(out)
         if not taped:
-            return {"out": _stacked(outs), "state": numbers_of(state)}
+            return {"out": _stacked(f, outs, slab.v.shape[1]), "state": numbers_of(state)}
         arriving = dout[slab.batch, slab.head, slab.rows]  # type: ignore[index]
         seeds = [matrix_of(f, arriving[t : t + 1]) for t in range(len(outs))]
         grads = gradients(outs, seeds, [x for token in tokens for x in token])
-    by = {n: _stacked(grads[i::3]) for i, n in enumerate(("dq", "dk", "dv"))}
-    return {"out": _stacked([x.value for x in outs]), "state": numbers_of(state.value), **by}
+    wide = (slab.q.shape[1], slab.k.shape[1], slab.v.shape[1])
+    by = {n: _stacked(f, grads[i::3], wide[i]) for i, n in enumerate(("dq", "dk", "dv"))}
+    return {"out": _stacked(f, [x.value for x in outs], wide[2]), "state": numbers_of(state.value), **by}
 
 
-def _stacked(rows: list[Any]) -> NDArray[Any]:
-    return np.concatenate([numbers_of(x) for x in rows])
+def _stacked(f: Any, rows: list[Any], width: int) -> NDArray[Any]:
+    none = matrix_of(f, np.zeros((0, width)))  # there may be no token
+    return np.concatenate([numbers_of(x) for x in [none, *rows]])

@@ -203,3 +203,14 @@ def test_weights_and_states_that_cannot_be_are_named(make):
         evaluate(p.replace(state=np.ones((1, 2, 8, 8), np.float32)))
     with pytest.raises(UnsupportedProblem, match="weight: sigmoid attention does not have it"):
         evaluate(p.replace(variant="sigmoid", weight=np.ones((1, 1, 1, 7), np.float32)))
+
+
+@pytest.mark.parametrize("rounding", [None, "float32"])
+def test_a_recurrence_over_no_tokens_keeps_its_state(rounding):
+    none = np.zeros((1, 1, 0, 4), np.float32)
+    state = np.arange(16.0).reshape(1, 1, 4, 4)
+    p = Problem(none, none, none, causal="bottom_right", variant="lightning", options={"decay": (0.1,)}, state=state)
+    answer = evaluate(p, rounding=rounding)
+    assert answer.out.shape == (1, 1, 0, 4)
+    assert (answer.state == state).all()
+    assert evaluate(p, gradients=none, rounding=rounding).values["dv"].shape == (1, 1, 0, 4)
