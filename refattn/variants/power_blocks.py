@@ -70,7 +70,7 @@ POWER_BLOCKS = Variant(
     uses=frozenset({"causal", "softcap", "sink", "bias", "allowed", "weight"}),
     options={
         "block_size": Option(256, "keys of a block; the last may be shorter", whole(1), (256, 8, 1)),
-        "window_blocks": Option(5, "how many nearest blocks a row sees, its own counted", whole(0), (5, 2, 0)),
+        "window_blocks": Option(5, "how many nearest blocks a row sees, its own counted", whole(0), (5, 7, 0)),
         "sink_blocks": Option(1, "how many first blocks every row sees", whole(0), (1, 0, 2)),
     },
     laws=tuple(n for n in COMMON_LAWS if n != "key_permutation"),
@@ -81,6 +81,9 @@ POWER_BLOCKS = Variant(
     cases={
         "blocks": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": SIZES},
         "blocks-of-one": {"n_q": 37, "n_k": 67, "options": {"block_size": 1, "window_blocks": 0, "sink_blocks": 0}},
+        # 6 behind is no power of two, and neither are 5 and 7: a window that is one block off shows
+        "near-blocks": {"n_q": 67, "n_k": 67, "options": {"block_size": 4, "window_blocks": 7, "sink_blocks": 0}},
+        "far-blocks": {"n_q": 5, "n_k": 515, "options": {"block_size": 1, "window_blocks": 0, "sink_blocks": 0}},
         "no-window": {"n_q": 131, "n_k": 131, "options": {**SIZES, "window_blocks": 0, "sink_blocks": 2}},
     },
     fits=fits,

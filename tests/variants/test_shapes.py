@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from refattn import InvalidProblem, Problem, UnsupportedProblem, evaluate
+from refattn import VARIANTS, InvalidProblem, Problem, UnsupportedProblem, check_kernel, evaluate
+from refattn.check.bugs.planted import plain
 from refattn.exact.arithmetics import Balls
 from refattn.exact.lowering import lower
 from refattn.variants.power_blocks import block_mask
@@ -214,3 +215,18 @@ def test_a_recurrence_over_no_tokens_keeps_its_state(rounding):
     assert answer.out.shape == (1, 1, 0, 4)
     assert (answer.state == state).all()
     assert evaluate(p, gradients=none, rounding=rounding).values["dv"].shape == (1, 1, 0, 4)
+
+
+@pytest.mark.parametrize("change", [{"window": 1}, {"window": -1}, {"most": 128}])
+def test_kernels_with_other_blocks_fail(change):
+    def kernel(p):
+        o = {n: p.options.get(n, x.default) for n, x in VARIANTS["power_blocks"].options.items()}
+        window = max(o["window_blocks"] + change.get("window", 0), 0)
+        mask = block_mask(p.n_q, p.n_k, o["block_size"], window, o["sink_blocks"])
+        behind = (np.arange(p.n_q) + p.n_k - p.n_q)[:, None] // o["block_size"] - np.arange(p.n_k) // o["block_size"]
+        mask = (mask & (behind < change.get("most", p.n_k)))[None, None]
+        allowed = mask if p.allowed is None else mask & p.allowed
+        return plain(p.replace(variant="softmax", options={}, allowed=allowed))
+
+    report = check_kernel(kernel, "power_blocks", only="gaussian/*-blocks?float32?")
+    assert [c.name for c in report.failures] == [f"gaussian/{'far' if 'most' in change else 'near'}-blocks[float32]"]
