@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -128,13 +129,28 @@ def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, d
     given = {n: np.array(x, copy=True) for n, x in problem.arrays().items()}
     try:
         result = call(problem.replace(**given))
-    except (UnsupportedProblem, KernelError):
+    except (UnsupportedProblem, KernelError) as e:
+        raise type(e)(_clean(str(e))) from e
+    except KeyboardInterrupt:
         raise
-    except Exception as e:
-        text = (str(e).strip().splitlines() or [""])[0]
-        raise KernelError(f"the kernel raised {type(e).__name__}: {text[:200]}") from e
+    except BaseException as e:  # SystemExit, too: a kernel does not end the run that judges it
+        raise KernelError(f"the kernel raised {type(e).__name__}: {_first_line(e)}") from e
     unchanged(given, problem.arrays())
     return result, given
+
+
+def _first_line(e: BaseException) -> str:
+    """Return the start of an error's text without control characters, which terminals and XML do not take."""
+    try:
+        lines = str(e).strip().splitlines()
+    except Exception as again:
+        return f"its text raised {type(again).__name__}"
+    return _clean((lines or [""])[0])[:200]
+
+
+def _clean(text: str) -> str:
+    """Return a text without colours and control characters."""
+    return "".join(c for c in re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", text) if c.isprintable())
 
 
 def unchanged(given: Mapping[str, NDArray[Any]], before: Mapping[str, Any]) -> None:

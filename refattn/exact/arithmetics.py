@@ -11,6 +11,8 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
+from .precision import precision
+
 __all__ = ["Balls", "Floats", "Intervals", "Multiprecision"]
 
 Array = NDArray[Any]
@@ -194,7 +196,7 @@ class Intervals(_Objects):
 class Balls(_Objects):
     """Arb balls (python-flint) at any precision: midpoint and proven radius for every number.
 
-    Use :meth:`working` around every computation: FLINT's precision belongs to the thread, not to the number.
+    Use :meth:`working` around every computation: FLINT's precision belongs to the process, not to the number.
     """
 
     def __init__(self, bits: int) -> None:
@@ -212,8 +214,7 @@ class Balls(_Objects):
 
     def working(self) -> AbstractContextManager[Any]:
         """Return a context in which FLINT works at this precision."""
-        context: AbstractContextManager[Any] = flint.ctx.workprec(self.bits)
-        return context
+        return precision(self.bits)
 
     def number(self, x: Any) -> Any:
         """Take in a number: ints and floats exactly, a fraction as the ball around it."""

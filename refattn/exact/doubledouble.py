@@ -12,6 +12,8 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
+from .precision import precision
+
 __all__ = ["EXP2_ERROR", "EXP2_FLOOR", "U", "constant", "exp2", "fast_two_sum", "two_prod", "two_sum"]
 
 Float = NDArray[np.float64]
@@ -61,7 +63,7 @@ def constant(x: Any) -> tuple[float, float]:
 @lru_cache(maxsize=1)
 def _table() -> tuple[Float, Float, tuple[float, float]]:
     """Return 2**(i / TABLE) as two arrays, and log(2) / TABLE."""
-    with flint.ctx.workprec(300):
+    with precision(300):
         pairs = [constant(flint.arb(2) ** (flint.arb(i) / TABLE)) for i in range(TABLE)]
         log2 = constant(flint.arb(2).log() / TABLE)
     high, low = np.array(pairs).T

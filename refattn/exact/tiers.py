@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from . import elementwise
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, constant, exp2, two_prod, two_sum
 from .matrix import Reflected
+from .precision import precision
 
 __all__ = ["ETA", "UP", "Bounded", "Tier"]
 
@@ -53,7 +54,7 @@ class Tier:
     def __init__(self, level: int) -> None:
         self.level = level
         self.name = f"float64 enclosures, L = {level}"
-        with flint.ctx.workprec(LOG2E_BITS):
+        with precision(LOG2E_BITS):
             high, low = constant(1 / flint.arb(2).log())
         self.log2e = Bounded(self, *(np.array([[x]]) for x in (high, low, 2.0**-104)))
 
@@ -65,18 +66,18 @@ class Tier:
     def number(self, x: Any) -> Bounded:
         """Take in an int, float or Fraction as a (1, 1) matrix."""
         if isinstance(x, Fraction):
-            with flint.ctx.workprec(LOG2E_BITS):
+            with precision(LOG2E_BITS):
                 return self._ball(flint.arb(flint.fmpq(x.numerator, x.denominator)))
         return self.array(np.array([[float(x)]]))
 
     def rsqrt(self, n: int) -> Bounded:
         """Return 1/sqrt(n)."""
-        with flint.ctx.workprec(LOG2E_BITS):
+        with precision(LOG2E_BITS):
             return self._ball(1 / flint.arb(n).sqrt())
 
     def log2(self) -> Bounded:
         """Return log(2)."""
-        with flint.ctx.workprec(LOG2E_BITS):
+        with precision(LOG2E_BITS):
             return self._ball(flint.arb(2).log())
 
     def _ball(self, x: Any) -> Bounded:
@@ -234,7 +235,7 @@ class Bounded(Reflected):
         """Natural logarithm, through Arb: meant for columns."""
         out = np.empty((3, *self.h.shape))
         low, r = (np.broadcast_to(x, self.h.shape) for x in (self.l, self.r))
-        with flint.ctx.workprec(160):
+        with precision(160):
             for index in np.ndindex(*self.h.shape):
                 x = flint.arb(self.h[index]) + flint.arb(low[index])
                 x = (x + flint.arb(0, float(r[index]))).log() if np.isfinite(r[index]) else flint.arb("nan")

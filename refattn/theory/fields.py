@@ -10,6 +10,8 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
+from ..exact.precision import precision
+
 __all__ = [
     "BITS", "Dual", "Q", "balls", "disjoint", "each", "exp", "least_ratio", "meet", "orthogonal", "precise", "rational",
     "rationals", "solve", "unequal", "zeros",
@@ -24,7 +26,7 @@ BITS = 256
 @contextmanager
 def precise(bits: int = BITS) -> Iterator[None]:
     """Compute balls with some bits, in a block or, as a decorator, in a function."""
-    with flint.ctx.workprec(bits):
+    with precision(bits):
         yield
 
 

@@ -83,3 +83,45 @@ def test_a_kernel_that_refuses_everything_has_not_passed():
     report = check_kernel(kernel, only="gaussian/*")
     assert not report.passed
     assert report.count("unsupported") == len(report.checks)
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (SystemExit(0), "the kernel raised SystemExit: 0"),
+        (GeneratorExit(), "the kernel raised GeneratorExit: "),
+        (RuntimeError("\x1b[31merror: ptxas\x1b[0m\x00\x07"), "the kernel raised RuntimeError: error: ptxas"),
+        (Unprintable(), "the kernel raised Unprintable: its text raised ValueError"),
+    ],
+)
+def test_whatever_a_kernel_raises_is_its_failure(make, error, text):
+    def kernel(p):
+        raise error
+
+    with pytest.raises(KernelError) as caught:
+        call_kernel(kernel, make())
+    assert str(caught.value) == text
+    report = check_kernel(kernel, only="gaussian/plain*")
+    assert report.failures
+    assert all(c.message == text for c in report.failures)
+
+
+def test_what_a_kernel_says_it_cannot_do_has_no_colours(make):
+    def kernel(p):
+        raise UnsupportedProblem("\x1b[1mnot\x1b[0m here")
+
+    with pytest.raises(UnsupportedProblem, match="^not here$"):
+        call_kernel(kernel, make())
+
+
+def test_an_interrupt_ends_the_run(make):
+    def kernel(p):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call_kernel(kernel, make())

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -194,7 +195,8 @@ def junit(reports: list[Report]) -> str:
             elif c.verdict == "unsupported":
                 ET.SubElement(case, "skipped", message=c.message)
     ET.indent(root)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+    text = re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", ET.tostring(root, encoding="unicode"))
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + text + "\n"
 
 
 def machine() -> dict[str, str]:

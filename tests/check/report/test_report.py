@@ -69,3 +69,13 @@ def test_a_report_of_passes():
     report = check_kernel(plain, only="gaussian/plain*")
     assert report.passed
     assert report.failures == []
+
+
+def test_junit_is_xml_whatever_a_name_holds():
+    def kernel(p):
+        raise RuntimeError("\x1b[31merror: ptxas\x1b[0m")
+
+    wrong = check_kernel(kernel, only="gaussian/plain[float32]", name="k\x00\x1b[1m")
+    root = ET.fromstring(junit([wrong]).split("\n", 1)[1])
+    assert root[0].get("name") == "k[1m (softmax)"
+    assert root[0][0][0].get("message") == "the kernel raised RuntimeError: error: ptxas"
