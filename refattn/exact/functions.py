@@ -6,6 +6,7 @@ from typing import Any
 
 from ..arrays import dtype_name, like
 from ..dtypes import FORMATS, format_of
+from ..errors import UnsupportedProblem
 from ..problem import Problem
 from .driver import evaluate
 
@@ -53,6 +54,8 @@ def softmax_attention(
     ------
     InvalidProblem
         Which argument is wrong, what was expected, what to change.
+    UnsupportedProblem
+        A result that 262144 bits do not tell from a midpoint of two numbers, beside a key at a bias of -2e5, say.
 
     Notes
     -----
@@ -202,5 +205,11 @@ def _call(problem: Problem, rounding: str | None, return_lse: bool) -> Any:
     form = format_of(rounding or dtype_name(problem.query))
     wide = form if form.precision >= 24 else FORMATS["float32"]
     answer = evaluate(problem, rounding=form.name, lse_rounding=wide.name)
+    for name in ("out", "lse")[: 1 + return_lse]:
+        if left := answer.undecided.get(name, 0):
+            raise UnsupportedProblem(
+                f"{name}: {left} of {answer.values[name].size} elements lie nearer to a midpoint of two {form.name} "
+                "numbers than the most bits tell; refattn.evaluate returns them with their enclosures"
+            )
     arrays = [like(x, problem.query) for x in (answer.out, answer.lse) if x is not None]
     return tuple(arrays) if return_lse else arrays[0]

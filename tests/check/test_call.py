@@ -115,7 +115,7 @@ def test_what_a_kernel_says_it_cannot_do_has_no_colours(make):
     def kernel(p):
         raise UnsupportedProblem("\x1b[1mnot\x1b[0m here")
 
-    with pytest.raises(UnsupportedProblem, match="^not here$"):
+    with pytest.raises(UnsupportedProblem, match=r"^not here$"):
         call_kernel(kernel, make())
 
 

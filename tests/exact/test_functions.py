@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import refattn
-from refattn import InvalidInput, InvalidProblem, Problem, evaluate
+from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, evaluate
 
 CALLS = ["softmax_attention", "linear_attention", "power_attention", "sigmoid_attention"]
 
@@ -68,3 +68,22 @@ def test_errors_pass_through():
         refattn.softmax_attention(x, x, x, rounding="float20")
     with pytest.raises(InvalidProblem, match="p: got 5"):
         refattn.power_attention(x, x, x, p=5)
+
+
+def test_what_no_enclosure_decides_is_raised():
+    """Out lies above a midpoint of two bfloat16 numbers by 2·exp(gap)."""
+    zero = np.zeros((1, 1, 1, 1), np.float32)
+    value = np.array([1 + 2**-8, 3], np.float32).reshape(1, 1, 2, 1)
+    key = np.zeros((1, 1, 2, 1), np.float32)
+
+    def call(gap, **more):
+        bias = np.array([0, gap], np.float32).reshape(1, 1, 1, 2)
+        return refattn.softmax_attention(zero, key, value, bias=bias, rounding="bfloat16", **more)
+
+    assert call(-1.5e5).astype(float).item() == 1.0078125
+    with pytest.raises(UnsupportedProblem, match="out: 1 of 1 elements lie nearer to a midpoint of two bfloat16 numb"):
+        call(-2e5)
+    apart = value.copy()
+    apart[0, 0, 0] = 1.25
+    value = apart
+    assert call(-2e5).astype(float).item() == 1.25
