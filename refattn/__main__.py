@@ -1,5 +1,5 @@
 """``python -m refattn``: the command line."""
 
-from .cli.main import main
+from .cli.guard import guarded
 
-main(prog_name="refattn")
+guarded()
