@@ -15,6 +15,7 @@ from ..dtypes import FORMATS
 from ..errors import InvalidProblem, KernelError, UnsupportedProblem
 from ..problem import Problem
 from ..variants import Steps, variant_of
+from .state import restored
 
 __all__ = ["SOURCES", "Function", "Result", "call_gradients", "call_kernel", "unchanged"]
 
@@ -128,7 +129,8 @@ def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, d
     """Return what a call gives on copies of the inputs, and the copies, which it must have left alone."""
     given = {n: np.array(x, copy=True) for n, x in problem.arrays().items()}
     try:
-        result = call(problem.replace(**given))
+        with restored():
+            result = call(problem.replace(**given))
     except (UnsupportedProblem, KernelError) as e:
         raise type(e)(_clean(str(e))) from e
     except KeyboardInterrupt:

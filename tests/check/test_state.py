@@ -1,0 +1,57 @@
+"""A kernel may not change the process for those that are judged after it."""
+
+import ctypes
+import os
+import platform
+
+import numpy as np
+import pytest
+import torch
+
+from refattn import check_kernel
+from refattn.check.bugs.planted import plain
+from refattn.check.state import restored
+
+UPWARD = {"x86_64": 0x800, "AMD64": 0x800, "aarch64": 0x400000, "arm64": 0x400000}[platform.machine()]
+"""C's FE_UPWARD."""
+
+
+def rounds_up():
+    ctypes.CDLL(None).fesetround(UPWARD)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: torch.set_flush_denormal(True),
+        rounds_up,
+        lambda: os.chdir("/"),
+        lambda: np.seterr(all="raise"),
+    ],
+    ids=["flush to zero", "rounding up", "working folder", "NumPy's errors"],
+)
+def test_what_a_kernel_changes_is_put_back(change, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def kernel(p):
+        out = plain(p)
+        change()
+        return out
+
+    before = np.geterr()
+    assert check_kernel(kernel, only="gaussian/c*[float32]").passed
+    assert os.getcwd() == str(tmp_path)
+    assert np.geterr() == before
+    assert np.float64(2.0**-1022) * 0.5 == 2.0**-1023
+    assert np.float64(1.0) + np.float64(2.0**-60) == 1.0
+
+
+def test_it_is_put_back_where_a_kernel_raises():
+    @restored()
+    def kernel():
+        np.seterr(over="raise")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        kernel()
+    assert np.geterr()["over"] != "raise"
