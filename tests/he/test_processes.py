@@ -22,7 +22,7 @@ from .make import planned, problem
 pytest.importorskip("tenseal")
 PROC = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
 SERVER = """
-import os, sys, tempfile
+import os, signal, sys, tempfile
 from multiprocessing import active_children
 from refattn import he
 from tests.he.make import planned, problem
@@ -31,6 +31,7 @@ def refused(*given, **more):
     raise AssertionError("a file with a name")
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
     x = problem(4, 4, 4, epsilon=1.0)
     plan = planned(x, normalize="client")
     client = he.Client(plan)
