@@ -139,16 +139,8 @@ def _calls(v: Variant) -> list[Problem]:
     """Return small calls that the operator takes: plain, its own cases, and each option of Problem that it has."""
     rng, form = np.random.default_rng(0), FORMATS["float32"]
     d = Draw(form, rng, v.name)
-    given: dict[str, Any] = {
-        "causal": "bottom_right",
-        "window": (2, 1),
-        "softcap": 2.0,
-        "sink": d.normal(2),
-        "bias": d.normal(1, 2, 5, 5),
-        "allowed": d.mask(1, 1, 5, 5),
-        "weight": np.exp(d.normal(1, 1, 1, 5)),
-        "state": d.normal(1, 2, 4, 4),
-    }
+    given = d.options(2, SMALL["n_q"], SMALL["n_k"], SMALL["d"])
+    given |= {"window": (2, 1), "softcap": 2.0}  # so small a call must feel them
     uses = {n: given[n] for n in sorted(v.uses & set(given))}
     own = [{k: x for k, x in c.items() if k == "options"} for c in v.cases.values()]
     causal = [{"causal": "bottom_right"}] if "causal" in v.uses else []
@@ -191,12 +183,11 @@ def _rows_alone(v: Variant, p: Problem) -> None:
     """Refuse a definition by rows whose last row is another one alone."""
     if not isinstance(v.shape, Rows):
         return
-    answer = evaluate(p)
     last = {n: x[..., -1:, :] for n in ("query", "bias", "allowed") if (x := getattr(p, n)) is not None}
     alone = p.replace(**last)
     if not v.takes(alone) or p.window is not None:
         return
-    one, all_ = evaluate(alone).enclosures["out"], answer.enclosures["out"]
+    one, all_ = (evaluate(x).enclosures["out"] for x in (alone, p))
     apart = np.abs((one.mid - all_.mid[..., -1:, :]) + (one.tail - all_.tail[..., -1:, :]))
     # float64's own rounding of that difference comes on top of both radii
     room = one.radius + all_.radius[..., -1:, :] + 2.0**-50 * np.abs(one.mid)

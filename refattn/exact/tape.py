@@ -7,12 +7,14 @@ balls in Arb, elements of a prime field in the exactness test.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import UnsupportedProblem
 from .matrix import Mask, Reflected
 
-__all__ = ["Tape", "gradients"]
+__all__ = ["Tape", "gradients", "parents_first"]
+
+Node = TypeVar("Node")
 
 
 class Tape(Reflected):
@@ -139,17 +141,7 @@ def gradients(outputs: list[Tape], seeds: list[Any], leaves: list[Tape]) -> list
     leaves : list of Tape
         Those to differentiate by; one that the output does not depend on gets zeros.
     """
-    order: list[Tape] = []
-    seen: set[int] = set()
-    stack: list[tuple[Tape, bool]] = [(x, False) for x in outputs]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif id(node) not in seen:
-            seen.add(id(node))
-            stack.append((node, True))
-            stack.extend((parent, False) for parent, _ in node.parents)
+    order = parents_first(outputs, lambda node: [parent for parent, _ in node.parents])
     for output, seed in zip(outputs, seeds, strict=True):
         output.grad = seed
     for node in reversed(order):
@@ -161,3 +153,19 @@ def gradients(outputs: list[Tape], seeds: list[Any], leaves: list[Tape]) -> list
         if node.parents:
             node.grad = None  # not needed again: keep memory at a few matrices
     return [leaf.value.zeros() if leaf.grad is None else leaf.grad for leaf in leaves]
+
+
+def parents_first(outputs: list[Node], parents_of: Callable[[Node], list[Node]]) -> list[Node]:
+    """Return all nodes that outputs are made of, each once and after its parents."""
+    order: list[Node] = []
+    seen: set[int] = set()
+    stack = [(x, False) for x in outputs]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            stack.extend((parent, False) for parent in parents_of(node))
+    return order

@@ -1,9 +1,6 @@
 """Gradients on a GPU against the exact ones: the judge, every option, layouts; without a GPU the kernels compile."""
 
 import math
-import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +15,7 @@ from refattn.gpu.backward_launch import PARAMS
 from refattn.gpu.plan import pick
 
 from ..conftest import tensor
+from .compiled import NVCC, check_compiles
 from .test_build import MOST, PLAIN
 
 gpu = pytest.mark.skipif(not ENTRIES["refattn-gpu"].here, reason="needs an NVIDIA GPU and CuPy")
@@ -47,19 +45,11 @@ PASSES = list(passes())
 PASSES += [(f"support {t}", support(t, t, t), 0) for t in ("float16", "bfloat16", "float32", "float64")]
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@NVCC
 @pytest.mark.parametrize(("name", "text", "shared"), PASSES, ids=[p[0] for p in PASSES])
 def test_every_pass_compiles_without_spills(tmp_path, name, text, shared):
     assert shared <= MOST
-    path = tmp_path / "kernel.cu"
-    path.write_text(text)
-    target = ("-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v")
-    command = ["nvcc", "-std=c++17", *target, "-o", f"{path}bin", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", done.stderr)
-    assert set(frames) == {("0", "0", "0")}, done.stderr
-    assert "warning" not in done.stderr, done.stderr
+    check_compiles(tmp_path / "kernel.cu", text)
 
 
 def test_arguments_lie_as_the_kernels_declare_them():

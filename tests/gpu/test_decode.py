@@ -1,10 +1,7 @@
 """Few queries over many keys: the parts of the keys, the kernel against exact answers on a GPU."""
 
 import math
-import re
-import shutil
 import struct
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +16,7 @@ from refattn.gpu.decode import KERNEL, SPLIT, Split, split_of
 from refattn.gpu.plan import choose
 
 from ..conftest import tensor
+from .compiled import NVCC, check_compiles
 from .test_build import MOST, PLAIN
 from .test_launch import arrays, driver  # noqa: F401
 
@@ -39,20 +37,12 @@ CALLS = [
 CALLS = [c for c in CALLS if not KERNEL.obstacle(c, (9, 0))]
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@NVCC
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_it_compiles_without_spills(tmp_path, call):
     macros = KERNEL.macros(call)
     assert KERNEL.shared_bytes(macros) <= MOST
-    path = tmp_path / "kernel.cu"
-    path.write_text(KERNEL.source(macros))
-    target = ("-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v")
-    command = ["nvcc", "-std=c++17", *target, "-o", f"{path}bin", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", done.stderr)
-    assert set(frames) == {("0", "0", "0")}, done.stderr
-    assert "warning" not in done.stderr, done.stderr
+    check_compiles(tmp_path / "kernel.cu", KERNEL.source(macros))
 
 
 def test_the_parts_of_the_keys():

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UnsupportedProblem
+from ...exact.tape import parents_first
 
 __all__ = ["Graph", "Left", "Link", "Node", "Right", "Scaled", "Summed", "Turned"]
 
@@ -287,18 +288,9 @@ class Graph:
 
 def _order(outputs: list[Node]) -> list[Node]:
     """Return all nodes, parents first, their uses counted."""
-    order: list[Node] = []
-    seen: set[int] = set()
-    stack: list[tuple[Node, bool]] = [(n, False) for n in outputs]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif id(node) not in seen:
-            seen.add(id(node))
-            node.uses, node.spread = 0, False
-            stack.append((node, True))
-            stack.extend((link.parent, False) for link in node.links)
+    order = parents_first(outputs, lambda node: [link.parent for link in node.links])
+    for node in order:
+        node.uses, node.spread = 0, False
     for node in order:
         for link in node.links:
             link.parent.uses += 1

@@ -37,6 +37,19 @@ class Draw:
         mask[..., :1] = True
         return mask
 
+    def options(self, h: int, n_q: int, n_k: int, d: int) -> dict[str, Any]:
+        """Draw every option of Problem that an operator may have."""
+        return {
+            "causal": "bottom_right",
+            "window": (n_k // 2, 5),
+            "softcap": 5.0,
+            "sink": self.normal(h),
+            "bias": self.normal(1, h, n_q, n_k),
+            "allowed": self.mask(1, 1, n_q, n_k),
+            "weight": np.exp(self.normal(1, 1, 1, n_k)),
+            "state": self.normal(1, h, d, d),
+        }
+
     def problem(
         self,
         n_q: int = 37,

@@ -137,16 +137,7 @@ def _crossed(variant: str, settings: Mapping[str, Any]) -> Build:
     def build(d: Draw) -> Problem:
         v, n_q, n_k = variant_of(variant), settings.get("n_q", 37), settings.get("n_k", 67)
         h, h_kv = settings.get("h", 4), settings.get("h_kv", 2)
-        given: dict[str, Any] = {
-            "causal": "bottom_right",
-            "window": (n_k // 2, 5),
-            "softcap": 5.0,
-            "sink": d.normal(h),
-            "bias": d.normal(1, h, n_q, n_k),
-            "allowed": d.mask(1, 1, n_q, n_k),
-            "weight": np.exp(d.normal(1, 1, 1, n_k)),
-            "state": d.normal(1, h, 32, 32),
-        }
+        given = d.options(h, n_q, n_k, 32)
         more = {n: x for n, x in given.items() if n in v.uses} | dict(settings)
         more |= {"h": h, "h_kv": h_kv, "b": 1, "scale": 0.3, "options": v.fitted(settings.get("options", {}), h)}
         more["state"] = given["state"] if "state" in v.uses else None
