@@ -17,7 +17,7 @@ import numpy as np
 
 from refattn.arrays import from_float64
 from refattn.bench import Row, gpu_medians, gpu_torch
-from refattn.check.bounds.truth import truth
+from refattn.check.bounds.expected import expected
 from refattn.check.call import call_kernel
 from refattn.check.compare import compare
 from refattn.check.kernels import KERNELS
@@ -130,7 +130,7 @@ def bounded() -> Iterator[Row]:
     p = Problem(q, k, v)
     for name in ("refattn-gpu-decode", "cuda-flash", "cuda-cudnn"):
         entry = KERNELS[name]
-        known = truth(p, entry.model("bfloat16"))
+        known = expected(p, entry.model("bfloat16"))
         out = call_kernel(entry.kernel(), p).out
         found = compare("out", out, known.answer, known.allowed["out"], "bfloat16", known.variance.get("out"))
         yield Row(f"bfloat16 4096 keys worst error/bound of {name}", found.ratio, "ratio", at_most=1.0)

@@ -26,8 +26,8 @@ from refattn.dtypes import FORMATS
 from refattn.exact import elementwise
 from refattn.exact.arithmetics import Balls, Multiprecision
 from refattn.exact.driver import START_BACK, evaluate
+from refattn.exact.levels import Level
 from refattn.exact.run import run
-from refattn.exact.tiers import Tier
 
 SIZES = (64, 256, 1024)
 DIMS = (64, 128)
@@ -111,8 +111,8 @@ def certified() -> Iterator[Row]:
         base = seconds(lambda p=p, dout=dout: plain_gradients(p, dout), 5)
         g = dout.astype(np.float64)
         level = START_BACK[FORMATS[form].precision]
-        run(p.replace(query=p.query[:, :, :256]), Tier(level), g[:, :, :256])
-        cost = seconds(lambda p=p, g=g, level=level: run(p, Tier(level), g, threads=os.cpu_count() or 1), 3)
+        run(p.replace(query=p.query[:, :, :256]), Level(level), g[:, :, :256])
+        cost = seconds(lambda p=p, g=g, level=level: run(p, Level(level), g, threads=os.cpu_count() or 1), 3)
         yield Row(f"n={n} d={d} gradients, enclosures at L = {level} / float64", cost / base, "ratio")
         cost = seconds(lambda p=p, dout=dout, form=form: evaluate(p, rounding=form, gradients=dout), 5)
         yield Row(f"n={n} d={d} {form} gradients, correctly rounded / float64", cost / base, "ratio", at_most=bound)

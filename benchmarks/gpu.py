@@ -18,7 +18,7 @@ import numpy as np
 
 from refattn.arrays import from_float64
 from refattn.bench import Row, gpu_medians, gpu_torch
-from refattn.check.bounds.truth import truth
+from refattn.check.bounds.expected import expected
 from refattn.check.call import call_kernel
 from refattn.check.compare import compare
 from refattn.check.kernels import KERNELS
@@ -152,7 +152,7 @@ def bounded(dtype: str, d: int) -> Iterator[Row]:
     model = KERNELS["refattn-gpu"].model(dtype)
     q, k, v = (from_float64(FORMATS[dtype].round_array(rng.standard_normal((1, 1, 512, d))), dtype) for _ in range(3))
     p = Problem(q, k, v)
-    known = truth(p, model)
+    known = expected(p, model)
     for name in JUDGED:
         entry = KERNELS[f"{'refattn' if name.startswith('gpu') else 'cuda'}-{name}"]
         out = call_kernel(entry.kernel().call, p).out

@@ -16,7 +16,7 @@ import numpy as np
 
 from refattn.arrays import from_float64
 from refattn.bench import Row, gpu_medians, gpu_torch
-from refattn.check.bounds.truth import truth
+from refattn.check.bounds.expected import expected
 from refattn.check.call import call_gradients
 from refattn.check.compare import compare
 from refattn.check.kernels import KERNELS
@@ -117,7 +117,7 @@ def bounded(dtype: str, d: int) -> Iterator[Row]:
     p = Problem(q, k, v)
     for name in JUDGED:
         entry = KERNELS[name]
-        known = truth(p, entry.model(dtype), dout)
+        known = expected(p, entry.model(dtype), dout)
         found = call_gradients(entry.kernel(), p, dout)
         worst = max(
             compare(n, x, known.answer, known.allowed[n], dtype, known.variance.get(n)).ratio for n, x in found.items()

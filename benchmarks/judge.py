@@ -17,7 +17,7 @@ import numpy as np
 from refattn.arrays import from_float64
 from refattn.bench import Row
 from refattn.check import Capabilities, check_kernel
-from refattn.check.bounds.truth import truth
+from refattn.check.bounds.expected import expected
 from refattn.check.bugs.edits import BUGS, broken
 from refattn.check.call import call_gradients, call_kernel
 from refattn.check.compare import compare
@@ -119,12 +119,12 @@ def right_runs() -> Iterator[Row]:
 def _judged(p: Problem, dout: Any, dtype: str, tile: int) -> list[Any]:
     model = Model(flash(dtype).accumulator, dtype, flash(dtype).accumulator, lse=flash(dtype).lse, split=64)
     kernel: Any = partial(tiled, keys=tile)
-    known = truth(p, model)
+    known = expected(p, model)
     out = call_kernel(kernel, p).out
     found = [compare("out", out, known.answer, known.allowed["out"], dtype, known.variance["out"])]
     if dout is not None:
         kernel.gradients = partial(gradients, keys=tile)
-        known = truth(p, model, dout)
+        known = expected(p, model, dout)
         for name, x in call_gradients(kernel, p, dout).items():
             of = known.variance.get(name)
             found.append(compare(name, x, known.answer, known.allowed[name], x.dtype.name, of))
@@ -147,7 +147,7 @@ def sharpness() -> Iterator[Row]:
 
 def times() -> Iterator[Row]:
     """Seconds of a whole check of one kernel in one format, exact answers included, once numba has compiled."""
-    from refattn.check.bounds.truth import _answer, of_case
+    from refattn.check.bounds.expected import _answer, of_case
 
     check_kernel(tiled, capabilities=able("float32"), dtypes=["float32"], budget="quick")
     for budget, bound in (("quick", 20.0), ("ci", 180.0)):

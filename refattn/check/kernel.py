@@ -7,7 +7,7 @@ from typing import Any
 
 from .call import Function
 from .model import Capabilities, Model, ModelFor, flash
-from .placed import placed
+from .native import native
 
 __all__ = ["Kernel", "name_of"]
 
@@ -63,7 +63,7 @@ class Kernel:
             return replace(kernel, capabilities=able, model=chosen, name=name or kernel.name)
         able = capabilities or getattr(kernel, "capabilities", None) or Capabilities()
         chosen = _by_format(model or getattr(kernel, "model", None) or flash)
-        return cls(placed(kernel, able), able, chosen, name or name_of(kernel), version)
+        return cls(native(kernel, able), able, chosen, name or name_of(kernel), version)
 
 
 def name_of(kernel: Any) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..dtypes import FORMATS
 from ..problem import VARIANT, Problem
 from ..variants import Selected, variant_of
-from .bounds.truth import truth
+from .bounds.expected import expected
 from .call import SOURCES, Function, Result, call_gradients, call_kernel
 from .compare import Worst
 from .inputs.draw import Draw
@@ -45,7 +45,7 @@ class Trial:
 
     def allowed(self, p: Problem, dout: NDArray[Any] | None = None) -> dict[str, Float]:
         """Return the bounds of out and lse, or with `dout` of the gradients."""
-        return truth(p, self.model, dout).allowed
+        return expected(p, self.model, dout).allowed
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class _Loss:
 
     @classmethod
     def of(cls, ask: Trial, p: Problem, dout: NDArray[Any]) -> _Loss:
-        wide, known = dout.astype(np.float64), truth(p, ask.model, dout)
+        wide, known = dout.astype(np.float64), expected(p, ask.model, dout)
         true = {n: x.mid for n, x in known.answer.enclosures.items()}
         value, exact_value = ((wide * x).sum((2, 3)) for x in (ask.out(p), true["out"]))
         lost = (np.abs(wide) * ask.allowed(p)["out"]).sum((2, 3))
@@ -246,7 +246,7 @@ def _row_sums(name: str, axis: int, text: str) -> Callable[[Trial, Problem], Wor
 
 def _full_budget_is_dense(ask: Trial, p: Problem) -> Worst:
     """Compare the operator with its whole budget to its core on every key."""
-    known = truth(p.replace(variant=VARIANT, options={}), ask.model)
+    known = expected(p.replace(variant=VARIANT, options={}), ask.model)
     text = "with every candidate chosen it is not what its core is"
     return _agree(ask.out(p), known.answer.enclosures["out"].mid, known.allowed["out"], text)
 
@@ -259,7 +259,7 @@ def _state_carried(ask: Trial, p: Problem) -> Worst:
     if first.state is None:
         return Worst("state", np.inf, (), np.nan, np.nan, 0.0, 1, 1, ("no state was returned",))
     rest = p.replace(**cut[1], state=first.state)
-    known, start = truth(rest, ask.model), truth(p.replace(**cut[0]), ask.model)
+    known, start = expected(rest, ask.model), expected(p.replace(**cut[0]), ask.model)
     text = "going on from a returned state is not right for that state"
     found = _agree(ask.out(rest), known.answer.enclosures["out"].mid, known.allowed["out"], text)
     said = "the returned state is not the state after the last token"

@@ -14,7 +14,7 @@ from ..dtypes import FORMATS
 from ..errors import InvalidInput, KernelError, UnsupportedProblem
 from ..problem import VARIANT, Problem
 from ..variants import variant_of
-from .bounds.truth import Truth, of_case, truth
+from .bounds.expected import Expected, expected, of_case
 from .call import Function, Result, call_gradients, call_kernel
 from .compare import Worst, compare
 from .diagnose.rules import verdicts
@@ -168,13 +168,13 @@ def check_problem(
     judged, plain = Kernel.of(kernel, model=model, name=name), problem.to("numpy")
     chosen, called = judged.model(problem.dtype), judged.call
     checks = [
-        _guard(f"{label}[{problem.dtype}]", lambda: _judge(called, plain, truth(plain, chosen), chosen, False, {})),
+        _guard(f"{label}[{problem.dtype}]", lambda: _judge(called, plain, expected(plain, chosen), chosen, False, {})),
     ]
     if gradients is not None:
         dout = to_numpy(gradients)
         name_of = f"{label}/gradients[{problem.dtype}]"
         checks.append(
-            _guard(name_of, lambda: _judge_gradients(called, plain, dout, truth(plain, chosen, dout), frozenset()))
+            _guard(name_of, lambda: _judge_gradients(called, plain, dout, expected(plain, chosen, dout), frozenset()))
         )
     models = {problem.dtype: asdict(chosen)}
     return Report(judged.name, problem.variant, tuple(checks), models=models)
@@ -185,7 +185,7 @@ def failing(kernel: Function, model: Model, able: frozenset[str]) -> Callable[[P
 
     def fails(problem: Problem, dout: Any) -> bool:
         def judge() -> Iterator[Worst]:
-            known = truth(problem, model, dout)
+            known = expected(problem, model, dout)
             if dout is None:
                 return _judge(kernel, problem, known, model, False, {})
             return _judge_gradients(kernel, problem, dout, known, able)
@@ -255,7 +255,7 @@ def _law_run(kernel: Kernel, law: Law, dtype: str, variant: str) -> Callable[[],
 
 
 def _judge(
-    kernel: Function, problem: Problem, known: Truth, model: Model, lse: bool, others: dict[str, bool | None]
+    kernel: Function, problem: Problem, known: Expected, model: Model, lse: bool, others: dict[str, bool | None]
 ) -> Iterator[Worst]:
     """Yield the worst element of each array; note what other rules say of out."""
     result: Result = call_kernel(kernel, problem)
@@ -275,7 +275,7 @@ def _judge(
 
 
 def _judge_gradients(
-    kernel: Function, problem: Problem, dout: Any, known: Truth, able: frozenset[str]
+    kernel: Function, problem: Problem, dout: Any, known: Expected, able: frozenset[str]
 ) -> Iterator[Worst]:
     """Yield the worst element of each gradient."""
     result = call_gradients(kernel, problem, dout)

@@ -64,9 +64,9 @@ def exact(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     save_arrays(answer.values, target, problem=repr(problem), rounding=rounding, undecided=answer.undecided)
-    table = Table("tier", "decided", "seconds", title=repr(problem))
-    for tier, s in answer.stats.items():
-        table.add_row(tier, f"{s['decided']:.0f}", f"{s['seconds']:.3f}")
+    table = Table("level", "decided", "seconds", title=repr(problem))
+    for level, s in answer.stats.items():
+        table.add_row(level, f"{s['decided']:.0f}", f"{s['seconds']:.3f}")
     Console(highlight=False).print(table)
     for name, count in answer.undecided.items():
         click.echo(f"{name}: {answer.values[name].size} elements, {count} undecided")

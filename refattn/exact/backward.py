@@ -1,4 +1,4 @@
-"""Gradients of softmax attention of one head by tiles, in enclosures: the tape over a tier, in O(n d) memory.
+"""Gradients of softmax attention of one head by tiles, in enclosures: the tape over a level, in O(n d) memory.
 
 With weights w_ij = 2**(t_ij - m_i), z_i their sum, X_ij = dout_i·v_j - dout_i·out_i, and
 G_ij = w_ij X_ij / e_i with e_i a power of two above |X_ij|:
@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from . import elementwise, stream
 from .doubledouble import EXP2_FLOOR, U, two_sum
+from .heads import Head
 from .keys import Rows, column
-from .slabs import Slab
+from .levels import ETA, UP, Bounded, Level, gamma, head_bits
 from .stream import SLACK, Forward, Right, each, each_tile, forward_pass, norms, product_sizes
-from .tiers import ETA, UP, Bounded, Tier, gamma, head_bits
 
 __all__ = ["backward"]
 
@@ -32,8 +32,8 @@ Float = NDArray[np.float64]
 
 
 def backward(
-    slab: Slab,
-    f: Tier,
+    one: Head,
+    f: Level,
     rows: NDArray[np.intp],
     dout: Float,
     threads: int,
@@ -44,9 +44,9 @@ def backward(
 
     Parameters
     ----------
-    slab : Slab
+    one : Head
         One head.
-    f : Tier
+    f : Level
         The level.
     rows : integer array
         The rows to count, each with at least one key.
@@ -59,7 +59,7 @@ def backward(
     forward : Forward, optional
         The forward pass of these rows, where it is there already.
     """
-    work = _Backward(forward or forward_pass(slab, f, rows, threads), dout, dbias, threads)
+    work = _Backward(forward or forward_pass(one, f, rows, threads), dout, dbias, threads)
     each_tile(len(rows), work.tile, threads)
     with np.errstate(all="ignore"):
         return work.finish(), Rows(rows, column(f, work.forward.lse), column(f, work.d))
@@ -84,8 +84,8 @@ class _Backward:
 
     def __init__(self, forward: Forward, dout: Float, dbias: Any, threads: int) -> None:
         self.forward, self.dout, self.dbias = forward, dout, dbias
-        self.slab, self.f, self.rows = slab, f, rows = forward.slab, forward.f, forward.rows
-        level, k, v = f.level, slab.k, slab.v
+        self.head, self.f, self.rows = one, f, rows = forward.head, forward.f, forward.rows
+        level, k, v = f.level, one.k, one.v
         self.tiles = self.forward.tiles
         self.width = head_bits(max(min(stream.tile_sizes()[1], len(k)), stream.tile_sizes()[0]), level)
         self.sigma = np.array([1.5 * 2.0 ** (52 - self.width - s * (self.width + 1)) for s in range(level)])
@@ -97,7 +97,7 @@ class _Backward:
         # bounds of a weight's heads and tail, and of a product's
         steps = (2.0 ** -(self.width + s * (self.width + 1) + 1) for s in range(level))
         self.steps = np.array([1.0, *steps]) * SLACK
-        self.scale = slab.options(f, slice(0, 1)).scale
+        self.scale = one.options(f, slice(0, 1)).scale
         self.dq, self.d = np.zeros((len(rows), k.shape[1], 3)), np.zeros((len(rows), 3))
         self.local = threading.local()
         self.all: list[_Sums] = []
@@ -105,7 +105,7 @@ class _Backward:
 
     def _sums(self) -> _Sums:
         if not hasattr(self.local, "sums"):
-            self.local.sums = _Sums(self.slab.k.shape[1], self.slab.v.shape[1], len(self.slab.k))
+            self.local.sums = _Sums(self.head.k.shape[1], self.head.v.shape[1], len(self.head.k))
             with self.lock:
                 self.all.append(self.local.sums)
         sums: _Sums = self.local.sums
@@ -118,16 +118,16 @@ class _Backward:
             self._tile(at, row, self._sums())
 
     def _tile(self, at: slice, row: _Row, sums: _Sums) -> None:
-        slab, fw, step, level = self.slab, self.forward, elementwise.steps(), self.f.level
+        one, fw, step, level = self.head, self.forward, elementwise.steps(), self.f.level
         rows = self.rows[at]
         r = len(rows)
-        dq, dq_low = np.zeros((r, slab.k.shape[1])), np.zeros((r, slab.k.shape[1]))
-        part = [np.empty((r, slab.k.shape[1])) for _ in range(level + 1)]
+        dq, dq_low = np.zeros((r, one.k.shape[1])), np.zeros((r, one.k.shape[1]))
+        part = [np.empty((r, one.k.shape[1])) for _ in range(level + 1)]
         left_over, left_over_low, row_sums = np.zeros(r), np.zeros(r), np.empty((r, level + 1))
-        by_z, g_size = np.zeros(len(slab.k)), np.zeros(r)
+        by_z, g_size = np.zeros(len(one.k)), np.zeros(r)
         done, wide = 0, 0
         for n, keys in enumerate(self.tiles):
-            seen = None if fw.whole else slab.allowed[rows, keys]
+            seen = None if fw.whole else one.allowed[rows, keys]
             if seen is not None and not seen.any():
                 continue
             w, done = keys.stop - keys.start, done + 1
@@ -191,7 +191,7 @@ class _Backward:
 
     def finish(self) -> dict[str, Any]:
         """Add up the threads' parts."""
-        f, fw, slab, step = self.f, self.forward, self.slab, elementwise.steps()
+        f, fw, one, step = self.f, self.forward, self.head, elementwise.steps()
         first, *others = self.all
         for x in others:
             for name in ("dk", "dv"):
@@ -202,7 +202,7 @@ class _Backward:
         y[:, 1] += np.sum([s.products for s in self.all], axis=0) * SLACK
         rounding = gamma(stream.tile_sizes()[0] + 2 * f.level + 6) + (0 if f.level else 2 * U)
         results: dict[str, Any] = {}
-        own = {"dk": np.abs(slab.q[self.rows]).max(0), "dv": np.abs(self.dout).max(0)}
+        own = {"dk": np.abs(one.q[self.rows]).max(0), "dv": np.abs(self.dout).max(0)}
         for name, at in (("dk", 1), ("dv", 0)):
             lost = np.sum([getattr(s, f"lost_{name[1]}") for s in self.all], 0)
             most, tail = np.max([getattr(s, f"most_{name[1]}") for s in self.all], 0)
@@ -212,8 +212,8 @@ class _Backward:
             results[name] = Bounded(f, getattr(first, name).T, getattr(first, f"{name}_low").T, r)
         results["dk"] = results["dk"] * self.scale
         results["dq"], results["out"], results["lse"] = self.dq, fw.out, fw.lse
-        if slab.sink is not None:
-            s = f.number(slab.sink) * f.log2e
+        if one.sink is not None:
+            s = f.number(one.sink) * f.log2e
             p = ((s - f.array(fw.shift[:, None])) * fw.ln2).exp() / column(f, fw.sums)
             results["dsink"] = -(p * column(f, self.d)).T.sum()
         return results
@@ -245,7 +245,7 @@ class _Row:
         per_z = np.abs(inverse.h[:, 0]) * UP
         self.omega = np.stack([relative * per_z, self.lost_x * per_z, np.ones(len(dout)), per_z], 1) * UP
         self.relative_g = relative * self.e * per_z * UP
-        self.q = self._turned(work.slab.q[work.rows[at]] * self.e[:, None])
+        self.q = self._turned(work.head.q[work.rows[at]] * self.e[:, None])
         self.dout = self._turned(dout)
 
     def _turned(self, x: Float) -> tuple[list[Float], list[Float]]:
@@ -260,7 +260,7 @@ class _Row:
 
     def _size(self, s: int) -> Float:
         """Return a bound of the sum over keys of a plane of the products, one a row."""
-        n_k, steps = len(self.work.slab.k), self.work.steps
+        n_k, steps = len(self.work.head.k), self.work.steps
         if s:
             return np.asarray(np.minimum(self.z * SLACK, n_k * steps[s]))
         return np.asarray(np.minimum(self.z * UP + (n_k * steps[1] if len(steps) > 1 else 0.0), n_k))
@@ -270,12 +270,12 @@ class _Row:
 
     def _off(self, g_size: Float) -> Float:
         """Return what the sums of w X are off by, for the d that is used, from the sums of |G|."""
-        sizes = np.minimum(g_size * SLACK + len(self.work.slab.k) * 2.0**-self.work.width, self.z * SLACK)
+        sizes = np.minimum(g_size * SLACK + len(self.work.head.k) * 2.0**-self.work.width, self.z * SLACK)
         return np.asarray(self.weight * self.e * sizes + self.lost_x * self.z)
 
     def dq(self, h: Float, low: Float, g_size: Float, off: Float, done: int) -> Float:
         """Return the rows' dq with its radius; d is off by `off`."""
-        work, f, level, n_k = self.work, self.work.f, self.work.f.level, len(self.work.slab.k)
+        work, f, level, n_k = self.work, self.work.f, self.work.f.level, len(self.work.head.k)
         weight = (self._off(g_size) + off * self.z) / self.e + 2 * self._adds(done) * self.z
         weight = weight + n_k * 2.0 ** (EXP2_FLOOR + 1)
 
@@ -294,8 +294,8 @@ class _Row:
         """Return dout·out from the rows' sums of G, which would be 0 for the true one, and how far off it was."""
         work, f, fw, level, d = self.work, self.work.f, self.work.forward, self.work.f.level, self.d
         off = _full(d)
-        if work.slab.sink is None:
-            r = self._off(g_size) / self.e + self._adds(done) * self.z + len(work.slab.k) * 2.0 ** (EXP2_FLOOR + 1)
+        if work.head.sink is None:
+            r = self._off(g_size) / self.e + self._adds(done) * self.z + len(work.head.k) * 2.0 ** (EXP2_FLOOR + 1)
             r = r + (elementwise.steps().row_sum_error(fw.wide) + 2 * U) * self._size(level)
             more = Bounded(f, h[:, None], low[:, None], r[:, None] * SLACK * UP + ETA) * self._scaled()
             d, off = Bounded(f, d.h, d.l, np.zeros((1, 1))) + more, (np.abs(more.h) + more.r) * SLACK

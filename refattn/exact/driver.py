@@ -20,16 +20,16 @@ from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..problem import Problem
 from .arithmetics import Balls, Floats
 from .enclosure import Enclosure
+from .levels import Level
 from .lowering import lower
 from .parts import Part, fingerprint, parts, whole, work_through
 from .run import Known, Raw, Work, run
 from .state import State
-from .tiers import Tier
 from .ties import decide_by_ends, exact_lse, exact_ties
 
 __all__ = ["Answer", "evaluate", "reference"]
 
-START = {53: 2, 24: 1, 11: 0, 8: 0, 4: 0, 3: 0}  # the first tier by the precision of the result
+START = {53: 2, 24: 1, 11: 0, 8: 0, 4: 0, 3: 0}  # the first level by the precision of the result
 START_BACK = START | {53: 3}  # what a level leaves open of dk and dv costs a forward pass of the next
 LADDER = tuple(128 * 2**i for i in range(12))  # 128 ... 262144 bits
 FEW_KEYS = 1 / 16  # of all: so many go on alone with what the rows know
@@ -57,7 +57,7 @@ class Answer:
     balls : dict
         The Arb balls themselves (object arrays), where `rounding` is None.
     stats : dict
-        By tier, how many elements it decided and the seconds it took.
+        By level, how many elements it decided and the seconds it took.
     decided : dict
         Which elements are decided, by array (empty where all parts are put together again).
     core : Problem or None
@@ -228,18 +228,18 @@ def _rounded(
     work = Work(problem, dout, threads)
     by_key, keys = work.by_keys, None
     first = (START if dout is None else START_BACK)[form.precision]
-    tiers: list[Tier | Balls] = [Tier(level) for level in range(first, 4)]
-    for f in tiers + [Balls(bits) for bits in LADDER]:
+    levels: list[Level | Balls] = [Level(level) for level in range(first, 4)]
+    for f in levels + [Balls(bits) for bits in LADDER]:
         start = time.perf_counter()
         with f.working() if isinstance(f, Balls) else nullcontext():
             known: Known = {}
             raw = work.run(f, need, keys, known)
             state.take(raw, need, keys, Enclosure.of if isinstance(f, Balls) else _enclosed)
             boundaries = decide_by_ends(raw, state) if isinstance(f, Balls) else {}
-            if by_key and keys is None and isinstance(f, Tier) and (few := _few_keys(state)) is not None:
+            if by_key and keys is None and isinstance(f, Level) and (few := _few_keys(state)) is not None:
                 # again, one level up, with what this level's rows know
                 none = np.zeros_like(need)
-                raw = work.run(Tier(min(f.level + 1, 3)), none, few, known)
+                raw = work.run(Level(min(f.level + 1, 3)), none, few, known)
                 state.take(raw, none, few, _enclosed)
         if isinstance(f, Balls) and f.bits == EXACT_FROM and not state.done:
             exact_lse(problem, state, boundaries)
@@ -307,7 +307,7 @@ def _shape(problem: Problem, name: str) -> tuple[int, ...]:
 
 
 def _enclosed(x: NDArray[np.float64]) -> Enclosure:
-    """Return a tier's numbers as enclosures; where anything is no number, nothing is proven."""
+    """Return a level's numbers as enclosures; where anything is no number, nothing is proven."""
     lost = ~np.isfinite(x).all(-1) & ~((x[..., 1] == 0) & (x[..., 2] == 0))
     mid, tail, radius = np.moveaxis(x, -1, 0)
     if not lost.any():

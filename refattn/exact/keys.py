@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 
 from ..variants import Rows as RowsShape
 from ..variants import variant_of
+from .heads import Head, matrix_of
+from .levels import Bounded, Level
 from .matrix import Matrix
-from .slabs import Slab, matrix_of
 from .stream import Forward, each
-from .tiers import Bounded, Tier
 
 __all__ = ["FEW", "Rows", "few_keys", "rows_by_definition", "rows_of"]
 
 Float = NDArray[np.float64]
 FEW = 64
-"""Keys that :func:`few_keys` takes at a time: so many columns of a tier keep a radius for each element."""
+"""Keys that :func:`few_keys` takes at a time: so many columns of a level keep a radius for each element."""
 ROWS = 2**9
 
 
@@ -47,7 +47,7 @@ class Rows:
 
 
 def rows_of(forward: Forward, dout: Float, threads: int) -> Rows:
-    """Return what rows know from a tier's forward pass."""
+    """Return what rows know from a level's forward pass."""
     f = forward.f
 
     def part(at: slice) -> Float:
@@ -59,29 +59,29 @@ def rows_of(forward: Forward, dout: Float, threads: int) -> Rows:
     return Rows(forward.rows, column(f, forward.lse), column(f, d))
 
 
-def rows_by_definition(slab: Slab, f: Any, rows: NDArray[np.intp], dout: Float, size: int) -> Rows:
+def rows_by_definition(one: Head, f: Any, rows: NDArray[np.intp], dout: Float, size: int) -> Rows:
     """Return what rows know in any arithmetic, from the definition, `size` rows at a time."""
-    shape = variant_of(slab.problem.variant).shape
+    shape = variant_of(one.problem.variant).shape
     assert isinstance(shape, RowsShape)
-    k, v = matrix_of(f, slab.k), matrix_of(f, slab.v)
+    k, v = matrix_of(f, one.k), matrix_of(f, one.v)
     parts = []
     for i in range(0, len(rows), size):
         at = rows[i : i + size]
-        out, lse = shape.define(matrix_of(f, slab.q[at]), k, v, slab.options(f, at))
+        out, lse = shape.define(matrix_of(f, one.q[at]), k, v, one.options(f, at))
         parts.append((lse.a, (matrix_of(f, dout[i : i + size]) * out).sum().a))
     lse, d = (Matrix(np.concatenate(x), f) for x in zip(*parts, strict=True))
     return Rows(rows, lse, d)
 
 
-def few_keys(slab: Slab, f: Any, dout: Float, keys: NDArray[np.intp], known: Rows, threads: int) -> tuple[Any, Any]:
+def few_keys(one: Head, f: Any, dout: Float, keys: NDArray[np.intp], known: Rows, threads: int) -> tuple[Any, Any]:
     """Return dk and dv of some keys, by the arithmetic's operators.
 
     Parameters
     ----------
-    slab : Slab
+    one : Head
         One head of softmax attention without softcap.
     f : arithmetic
-        What to count in; the rows' numbers may come from a lower tier.
+        What to count in; the rows' numbers may come from a lower level.
     dout : (len(known.index), d_v) float64
         The gradient arriving at the rows.
     keys : integer array
@@ -91,27 +91,27 @@ def few_keys(slab: Slab, f: Any, dout: Float, keys: NDArray[np.intp], known: Row
     threads : int
         Tiles of rows to work on at a time.
     """
-    k, v = matrix_of(f, slab.k[keys]), matrix_of(f, slab.v[keys])
+    k, v = matrix_of(f, one.k[keys]), matrix_of(f, one.v[keys])
 
     def part(at: slice) -> tuple[Any, Any]:
         rows = known.index[at]
-        o = slab.options(f, rows[:1])
-        q, g = matrix_of(f, slab.q[rows]), matrix_of(f, dout[at])
+        o = one.options(f, rows[:1])
+        q, g = matrix_of(f, one.q[rows]), matrix_of(f, dout[at])
         with np.errstate(all="ignore"):
             s = q @ k.T * o.scale
-            if slab.bias is not None:
-                s = s + matrix_of(f, slab.bias[np.ix_(rows, keys)])
-            p = (s - _part(known.lse, at)).exp(slab.allowed[np.ix_(rows, keys)])
+            if one.bias is not None:
+                s = s + matrix_of(f, one.bias[np.ix_(rows, keys)])
+            p = (s - _part(known.lse, at)).exp(one.allowed[np.ix_(rows, keys)])
             return (p * (g @ v.T - _part(known.d, at))).T @ q * o.scale, p.T @ g
 
-    (dk, dv), *others = each(part, _slices(len(known.index)), threads if isinstance(f, Tier) else 1)
+    (dk, dv), *others = each(part, _slices(len(known.index)), threads if isinstance(f, Level) else 1)
     for x, y in others:
         dk, dv = dk + x, dv + y
     return dk, dv
 
 
-def column(f: Tier, x: Float) -> Bounded:
-    """Take (n, 3) numbers of a tier as a column."""
+def column(f: Level, x: Float) -> Bounded:
+    """Take (n, 3) numbers of a level as a column."""
     return Bounded(f, *(part[:, None] for part in x.T))
 
 

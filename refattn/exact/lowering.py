@@ -14,8 +14,8 @@ from ..problem import VARIANT, Problem
 from ..variants import Choices, Lowered, Selected, variant_of
 from .arithmetics import Balls
 from .field import Field
-from .slabs import Slab, matrix_of, slabs
-from .tiers import Tier
+from .heads import Head, heads, matrix_of
+from .levels import Level
 
 __all__ = ["Lowering", "candidates", "lower", "scores_of"]
 
@@ -58,15 +58,15 @@ def _selected(problem: Problem, shape: Selected) -> Lowering:
     p = problem.to("numpy")
     full = (*p.out_shape[:3], p.n_k)
     seen, margins = np.zeros(full, bool), np.full(full[:3], np.inf)
-    for slab in slabs(p):
-        at = (slab.batch, slab.head, slab.rows)
-        c = candidates(slab, shape)
-        taken, margins[at] = _chosen(slab, shape, c)
+    for one in heads(p):
+        at = (one.batch, one.head, one.rows)
+        c = candidates(one, shape)
+        taken, margins[at] = _chosen(one, shape, c)
         seen[at] = taken @ c.members
     return Lowering(p.replace(variant=VARIANT, options={}, allowed=seen), margins)
 
 
-def candidates(slab: Slab, shape: Selected) -> Choices:
+def candidates(one: Head, shape: Selected) -> Choices:
     """Return what the rows of one head choose among, checked.
 
     Raises
@@ -74,8 +74,8 @@ def candidates(slab: Slab, shape: Selected) -> Choices:
     InvalidProblem
         The operator's choices do not fit the call.
     """
-    n_q, n_k = len(slab.q), len(slab.k)
-    own = variant_of(slab.problem.variant).settings(slab.problem)
+    n_q, n_k = len(one.q), len(one.k)
+    own = variant_of(one.problem.variant).settings(one.problem)
     c = shape.choices(n_q, n_k, SimpleNamespace(**own))
     m = len(c.members)
     if c.members.shape != (m, n_k) or c.may.shape != (n_q, m) or c.must.shape != (n_q, m):
@@ -88,19 +88,19 @@ def candidates(slab: Slab, shape: Selected) -> Choices:
     return c
 
 
-def scores_of(slab: Slab, shape: Selected, c: Choices, f: Any, q: Any = None, k: Any = None) -> Any:
+def scores_of(one: Head, shape: Selected, c: Choices, f: Any, q: Any = None, k: Any = None) -> Any:
     """Return the scores of all candidates over an arithmetic, (n_q, m)."""
-    o = slab.options(f)
+    o = one.options(f)
     o.members = matrix_of(f, c.members.astype(np.float64))
     o.sizes = matrix_of(f, c.members.sum(1, keepdims=True).astype(np.float64))
-    q, k = (matrix_of(f, x) if y is None else y for x, y in ((slab.q, q), (slab.k, k)))
+    q, k = (matrix_of(f, x) if y is None else y for x, y in ((one.q, q), (one.k, k)))
     with np.errstate(all="ignore"):
         return shape.scores(q, k, o)
 
 
-def _chosen(slab: Slab, shape: Selected, c: Choices) -> tuple[Mask, Float]:
+def _chosen(one: Head, shape: Selected, c: Choices) -> tuple[Mask, Float]:
     """Return what each row takes, (n_q, m), and its margin."""
-    s = scores_of(slab, shape, c, Tier(1))
+    s = scores_of(one, shape, c, Level(1))
     mid, radius = np.where(c.may, s.h, -np.inf), np.broadcast_to(np.abs(s.l) + s.r, s.h.shape)
     taken, margins = c.must.copy(), np.full(len(mid), np.inf)
     order = np.argsort(-mid, axis=1, kind="stable")
@@ -113,21 +113,21 @@ def _chosen(slab: Slab, shape: Selected, c: Choices) -> tuple[Mask, Float]:
         inside, outside = order[i, : c.count], order[i, c.count : c.may[i].sum()]
         low, high = (mid[i] - radius[i])[inside].min(), (mid[i] + radius[i])[outside].max()
         if not low > high:
-            inside, margins[i] = _decided(slab, shape, c, i)
+            inside, margins[i] = _decided(one, shape, c, i)
         else:
             margins[i] = mid[i, inside].min() - mid[i, outside].max()
         taken[i, inside] = True
     return taken, margins
 
 
-def _decided(slab: Slab, shape: Selected, c: Choices, row: int) -> tuple[NDArray[np.intp], float]:
+def _decided(one: Head, shape: Selected, c: Choices, row: int) -> tuple[NDArray[np.intp], float]:
     """Choose for one row whose scores lie close: by more bits, and by the prime field where they are equal."""
     at = np.nonzero(c.may[row])[0]
-    image = scores_of(slab, shape, c, Field(slab.q.shape[1])).image[row]
+    image = scores_of(one, shape, c, Field(one.q.shape[1])).image[row]
     for bits in LADDER:
         balls = Balls(bits)
         with balls.working():
-            s = scores_of(slab, shape, c, balls).a[row]
+            s = scores_of(one, shape, c, balls).a[row]
             order = sorted(at, key=lambda j: (-float(s[j].mid()), j))
             order = _sorted_exactly(order, s)
             last, first = order[c.count - 1], order[c.count]

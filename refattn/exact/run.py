@@ -16,23 +16,23 @@ from ..variants import Steps, variant_of
 from .arithmetics import Floats
 from .backward import backward
 from .doubledouble import U, two_sum
+from .heads import Head, heads, matrix_of, numbers_of
 from .keys import FEW, Rows, few_keys, rows_by_definition, rows_of
+from .levels import UP, Bounded, Level
 from .lowering import lower
-from .slabs import Slab, matrix_of, numbers_of, slabs
 from .steps import by_steps
 from .stream import Forward, forward_pass, stream, streams
 from .tape import Tape, gradients
-from .tiers import UP, Bounded, Tier
 from .trust import check_machine, check_thread
 
 __all__ = ["Known", "Raw", "Work", "run"]
 
 TILE = 2**18  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
-TILE_TIER = 2**17
+TILE_LEVEL = 2**17
 STREAM_FROM = 256  # keys: fewer are faster whole
 
 Raw = dict[str, NDArray[Any]]
-"""Arrays by name. Elements are an arithmetic's numbers; those of a tier stand along a last axis as h, l, r."""
+"""Arrays by name. Elements are an arithmetic's numbers; those of a level stand along a last axis as h, l, r."""
 Known = dict[tuple[int, int, int], Rows]
 """What the rows of a head know, by batch, head and first row."""
 
@@ -58,12 +58,12 @@ class Work:
     def __init__(self, problem: Problem, dout: NDArray[np.float64] | None = None, threads: int = 1) -> None:
         self.p, self.dout, self.threads = problem.to("numpy"), dout, threads
         self.variant = variant_of(problem.variant)
-        self.slabs = list(slabs(self.p))
-        if dout is not None and not all(_finite(s) for s in self.slabs):
+        self.heads = list(heads(self.p))
+        if dout is not None and not all(_finite(s) for s in self.heads):
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
-        self.streamed = [len(s.k) >= STREAM_FROM and streams(s) for s in self.slabs]
+        self.streamed = [len(s.k) >= STREAM_FROM and streams(s) for s in self.heads]
         self.backward = [
-            yes and dout is not None and _plain(s, dout) for yes, s in zip(self.streamed, self.slabs, strict=True)
+            yes and dout is not None and _plain(s, dout) for yes, s in zip(self.streamed, self.heads, strict=True)
         ]
 
     @property
@@ -95,7 +95,7 @@ class Work:
         Parameters
         ----------
         f : arithmetic
-            As in ``refattn.exact.arithmetics``, ``tiers`` or ``field``.
+            As in ``refattn.exact.arithmetics``, ``levels`` or ``field``.
         need : (b, h_q, n_q) bool, optional
             The rows to compute; others keep 0 (and gradients by key and value count only these rows).
         keys : (b, h_kv, n_k) bool, optional
@@ -108,38 +108,38 @@ class Work:
         dict
             Arrays of the arithmetic's numbers by name; numbers that the contract fixes are plain floats.
         """
-        if isinstance(f, Tier):
+        if isinstance(f, Level):
             check_machine()
             check_thread()
         raw, known, dout = self._empty(f), {} if known is None else known, self.dout
-        for i, slab in enumerate(self.slabs):
-            wanted = slab.live if need is None else slab.live & need[slab.batch, slab.head, slab.rows]
-            lines, tier = np.nonzero(wanted)[0], isinstance(f, Tier)
+        for i, one in enumerate(self.heads):
+            wanted = one.live if need is None else one.live & need[one.batch, one.head, one.rows]
+            lines, floating = np.nonzero(wanted)[0], isinstance(f, Level)
             if isinstance(self.variant.shape, Steps):
-                for name, x in by_steps(slab, f, self.variant.shape, dout).items():
-                    _put(slab, name, x, raw)
-            elif tier and dout is not None and self.backward[i]:
+                for name, x in by_steps(one, f, self.variant.shape, dout).items():
+                    _put(one, name, x, raw)
+            elif floating and dout is not None and self.backward[i]:
                 if lines.size or keys is not None:
-                    _backward(slab, f, lines, raw, dout, self.threads, keys, known)
-            elif tier and dout is None and self.streamed[i] and lines.size:
-                _streamed(slab, f, lines, raw, self.threads)
+                    _backward(one, f, lines, raw, dout, self.threads, keys, known)
+            elif floating and dout is None and self.streamed[i] and lines.size:
+                _streamed(one, f, lines, raw, self.threads)
             else:
                 if dout is not None and keys is not None:
-                    _keys(slab, f, raw, dout, self.threads, keys, known)
-                self._by_tiles(slab, f, lines, raw, sums=keys is None)
-            _specials(slab, raw, f, self.variant.positive)
+                    _keys(one, f, raw, dout, self.threads, keys, known)
+                self._by_tiles(one, f, lines, raw, sums=keys is None)
+            _specials(one, raw, f, self.variant.positive)
         return raw
 
-    def _by_tiles(self, slab: Slab, f: Any, lines: NDArray[np.intp], raw: Raw, sums: bool) -> None:
+    def _by_tiles(self, one: Head, f: Any, lines: NDArray[np.intp], raw: Raw, sums: bool) -> None:
         if not lines.size:
             return
-        shape, tier = self.variant.shape, isinstance(f, Tier)
+        shape, floating = self.variant.shape, isinstance(f, Level)
         assert isinstance(shape, RowsShape)
-        unit = _unit(slab.v) if tier and self.dout is None else 0
-        k, v = (matrix_of(f, x) for x in (slab.k, np.ldexp(slab.v, -unit)))
-        most = TILE_TIER if tier else TILE
-        for tile in [lines] if shape.together else _tiles(lines, slab.k.shape[0], most):
-            _tile(slab, f, shape, tile, k, v, unit, raw, self.dout, sums)
+        unit = _unit(one.v) if floating and self.dout is None else 0
+        k, v = (matrix_of(f, x) for x in (one.k, np.ldexp(one.v, -unit)))
+        most = TILE_LEVEL if floating else TILE
+        for tile in [lines] if shape.together else _tiles(lines, one.k.shape[0], most):
+            _tile(one, f, shape, tile, k, v, unit, raw, self.dout, sums)
 
 
 def run(problem: Problem, f: Any, dout: NDArray[np.float64] | None = None, threads: int = 1, **some: Any) -> Raw:
@@ -147,33 +147,33 @@ def run(problem: Problem, f: Any, dout: NDArray[np.float64] | None = None, threa
     return Work(lower(problem).problem, dout, threads).run(f, **some)
 
 
-def _streamed(slab: Slab, f: Tier, lines: NDArray[np.intp], raw: Raw, threads: int) -> None:
-    """Run softmax over a tier by tiles of keys, into the result itself where every row is wanted."""
-    unit = _unit(slab.v)
-    whole = unit == 0 and len(lines) == slab.rows.stop - slab.rows.start
-    at = (slab.batch, slab.head, slab.rows if whole else np.arange(slab.rows.start, slab.rows.stop)[lines])
+def _streamed(one: Head, f: Level, lines: NDArray[np.intp], raw: Raw, threads: int) -> None:
+    """Run softmax over a level by tiles of keys, into the result itself where every row is wanted."""
+    unit = _unit(one.v)
+    whole = unit == 0 and len(lines) == one.rows.stop - one.rows.start
+    at = (one.batch, one.head, one.rows if whole else np.arange(one.rows.start, one.rows.stop)[lines])
     into = (raw["out"][at], raw["lse"][at]) if whole else None  # views: nothing is copied
-    out, lse = stream(slab, f, lines, unit, threads, into)
+    out, lse = stream(one, f, lines, unit, threads, into)
     if not whole:
         raw["out"][at], raw["lse"][at] = _scaled(out, unit), lse
 
 
-def _put(slab: Slab, name: str, x: NDArray[Any], raw: Raw) -> None:
+def _put(one: Head, name: str, x: NDArray[Any], raw: Raw) -> None:
     """Write what a recurrence gives of one head."""
     if name in ("dk", "dv"):
-        _add(raw[name], (slab.batch, slab.head_kv, slab.keys), x)
+        _add(raw[name], (one.batch, one.head_kv, one.keys), x)
     else:
-        raw[name][(slab.batch, slab.head) if name == "state" else (slab.batch, slab.head, slab.rows)] = x
+        raw[name][(one.batch, one.head) if name == "state" else (one.batch, one.head, one.rows)] = x
 
 
 def _empty(f: Any, shape: tuple[int, ...]) -> NDArray[Any]:
-    if isinstance(f, Tier):
+    if isinstance(f, Level):
         return np.zeros((*shape, 3))
     return np.zeros(shape, f.dtype) if isinstance(f, Floats) else np.full(shape, 0, object)
 
 
 def _tile(
-    slab: Slab,
+    one: Head,
     f: Any,
     shape: RowsShape,
     tile: NDArray[np.intp],
@@ -185,9 +185,9 @@ def _tile(
     sums: bool,
 ) -> None:
     define = shape.define
-    o = slab.options(f, tile) if dout is None else slab.options(f, tile, Tape)
-    q = matrix_of(f, slab.q[tile])
-    at = _place(slab, tile)
+    o = one.options(f, tile) if dout is None else one.options(f, tile, Tape)
+    q = matrix_of(f, one.q[tile])
+    at = _place(one, tile)
     with np.errstate(all="ignore"):
         if dout is None:
             out, lse = define(q, k, v, o)
@@ -198,24 +198,24 @@ def _tile(
                     leaves["d" + name] = getattr(o, name)
             out, lse = define(leaves["dq"], leaves["dk"], leaves["dv"], o)
             grads = gradients([out], [matrix_of(f, dout[at])], list(leaves.values()))
-            _collect(slab, at, dict(zip(leaves, grads, strict=True)), raw, sums)
+            _collect(one, at, dict(zip(leaves, grads, strict=True)), raw, sums)
             out, lse = out.value, None if lse is None else lse.value
         raw["out"][at] = _scaled(numbers_of(out), unit)
         if (lse is None) == ("lse" in raw):
             given = "no lse" if lse is None else "an lse"
-            raise InvalidProblem(f"{slab.problem.variant}: has_lse is {'lse' in raw}, its definition returns {given}")
+            raise InvalidProblem(f"{one.problem.variant}: has_lse is {'lse' in raw}, its definition returns {given}")
         if lse is not None:
             raw["lse"][at] = numbers_of(lse)[:, 0]
 
 
-def _plain(slab: Slab, dout: NDArray[np.float64]) -> bool:
+def _plain(one: Head, dout: NDArray[np.float64]) -> bool:
     """Tell whether all of a head's numbers lie near enough to 1."""
-    return _unit(slab.v) == _unit(dout[slab.batch, slab.head]) == _unit(slab.q) == _unit(slab.k) == 0
+    return _unit(one.v) == _unit(dout[one.batch, one.head]) == _unit(one.q) == _unit(one.k) == 0
 
 
 def _backward(
-    slab: Slab,
-    f: Tier,
+    one: Head,
+    f: Level,
     lines: NDArray[np.intp],
     raw: Raw,
     dout: NDArray[np.float64],
@@ -223,35 +223,35 @@ def _backward(
     keys: NDArray[np.bool_] | None,
     known: Known,
 ) -> None:
-    forward = None if keys is None else _keys(slab, f, raw, dout, threads, keys, known)
+    forward = None if keys is None else _keys(one, f, raw, dout, threads, keys, known)
     if not lines.size:
         return
-    at = _place(slab, lines)
+    at = _place(one, lines)
     lock = threading.Lock()
 
     def dbias(rows: slice, columns: slice, g: Bounded) -> None:
         with lock:
-            _add_dbias(slab, (slab.batch, slab.head, at[2][rows]), columns, g, raw)
+            _add_dbias(one, (one.batch, one.head, at[2][rows]), columns, g, raw)
 
     result, rows = backward(
-        slab, f, lines, dout[at], threads, None if slab.bias is None else dbias, forward and forward.some(lines)
+        one, f, lines, dout[at], threads, None if one.bias is None else dbias, forward and forward.some(lines)
     )
     raw["out"][at], raw["lse"][at], raw["dq"][at] = result["out"], result["lse"], result["dq"]
-    if len(lines) == slab.live.sum():
-        known[slab.batch, slab.head, slab.rows.start] = rows
+    if len(lines) == one.live.sum():
+        known[one.batch, one.head, one.rows.start] = rows
     if keys is None:
         for x in ("dk", "dv"):
-            _add(raw[x], (slab.batch, slab.head_kv, slab.keys), numbers_of(result[x]))
+            _add(raw[x], (one.batch, one.head_kv, one.keys), numbers_of(result[x]))
     if "dsink" in result:
-        _add(raw["dsink"], (slab.head,), numbers_of(result["dsink"])[0, 0])
+        _add(raw["dsink"], (one.head,), numbers_of(result["dsink"])[0, 0])
 
 
-def _place(slab: Slab, rows: NDArray[np.intp]) -> tuple[Any, ...]:
-    return slab.batch, slab.head, slab.rows.start + rows
+def _place(one: Head, rows: NDArray[np.intp]) -> tuple[Any, ...]:
+    return one.batch, one.head, one.rows.start + rows
 
 
 def _keys(
-    slab: Slab,
+    one: Head,
     f: Any,
     raw: Raw,
     dout: NDArray[np.float64],
@@ -259,22 +259,22 @@ def _keys(
     keys: NDArray[np.bool_],
     known: Known,
 ) -> Forward | None:
-    """Add dk and dv of the keys that are wanted; return the forward pass if a tier had to make one."""
-    name, live, forward = (slab.batch, slab.head, slab.rows.start), np.nonzero(slab.live)[0], None
-    wanted = np.nonzero(keys[slab.batch, slab.head_kv, slab.keys])[0]
+    """Add dk and dv of the keys that are wanted; return the forward pass if a level had to make one."""
+    name, live, forward = (one.batch, one.head, one.rows.start), np.nonzero(one.live)[0], None
+    wanted = np.nonzero(keys[one.batch, one.head_kv, one.keys])[0]
     if not (wanted.size and live.size):
         return None  # nothing is wanted, or no row sees a key: dk and dv stay 0
-    arriving = dout[_place(slab, live)]
+    arriving = dout[_place(one, live)]
     if name not in known:
-        if isinstance(f, Tier):
-            forward = forward_pass(slab, f, live, threads)
+        if isinstance(f, Level):
+            forward = forward_pass(one, f, live, threads)
             known[name] = rows_of(forward, arriving, threads)
         else:
-            known[name] = rows_by_definition(slab, f, live, arriving, max(1, TILE // len(slab.k)))
+            known[name] = rows_by_definition(one, f, live, arriving, max(1, TILE // len(one.k)))
     for i in range(0, len(wanted), FEW):
         some = wanted[i : i + FEW]
-        for x, g in zip(("dk", "dv"), few_keys(slab, f, arriving, some, known[name], threads), strict=True):
-            _add(raw[x], (slab.batch, slab.head_kv, slab.keys.start + some), numbers_of(g))
+        for x, g in zip(("dk", "dv"), few_keys(one, f, arriving, some, known[name], threads), strict=True):
+            _add(raw[x], (one.batch, one.head_kv, one.keys.start + some), numbers_of(g))
     return forward
 
 
@@ -293,25 +293,25 @@ def _scaled(x: NDArray[Any], unit: int) -> NDArray[Any]:
     return np.asarray(out)
 
 
-def _collect(slab: Slab, at: Any, grads: dict[str, Any], raw: Raw, sums: bool) -> None:
+def _collect(one: Head, at: Any, grads: dict[str, Any], raw: Raw, sums: bool) -> None:
     b, h, _ = at
     raw["dq"][at] = numbers_of(grads["dq"])
     for name in ("dk", "dv") if sums else ():
-        _add(raw[name], (b, slab.head_kv, slab.keys), numbers_of(grads[name]))
+        _add(raw[name], (b, one.head_kv, one.keys), numbers_of(grads[name]))
     if "dsink" in grads:
         _add(raw["dsink"], (h,), numbers_of(grads["dsink"])[0, 0])
     if "dbias" in grads:
-        _add_dbias(slab, at, slice(0, slab.k.shape[0]), grads["dbias"], raw)
+        _add_dbias(one, at, slice(0, one.k.shape[0]), grads["dbias"], raw)
 
 
-def _add_dbias(slab: Slab, at: Any, columns: slice, g: Any, raw: Raw) -> None:
+def _add_dbias(one: Head, at: Any, columns: slice, g: Any, raw: Raw) -> None:
     """Add the gradient by the scores of some rows and keys where the bias has them, summed where it was spread."""
     b, h, lines = at
-    shape = slab.problem.bias.shape
+    shape = one.problem.bias.shape
     g = g if shape[2] > 1 else g.T.sum().T
     g = g if shape[3] > 1 else g.sum()
     rows = lines[:, None] if shape[2] > 1 else np.zeros((1, 1), int)
-    keys = np.arange(slab.keys.start, slab.keys.stop)[None, columns] if shape[3] > 1 else np.zeros((1, 1), int)
+    keys = np.arange(one.keys.start, one.keys.stop)[None, columns] if shape[3] > 1 else np.zeros((1, 1), int)
     _add(raw["dbias"], (b if shape[0] > 1 else 0, h if shape[1] > 1 else 0, rows, keys), numbers_of(g))
 
 
@@ -334,28 +334,28 @@ def _tiles(lines: NDArray[np.intp], n_k: int, most: int) -> Iterator[NDArray[np.
         yield lines[start : start + size]
 
 
-def _finite(slab: Slab) -> bool:
-    seen = slab.allowed.any(0)
-    return not slab.spoilt.any() and bool(np.isfinite(slab.values[seen]).all())
+def _finite(one: Head) -> bool:
+    seen = one.allowed.any(0)
+    return not one.spoilt.any() and bool(np.isfinite(one.values[seen]).all())
 
 
-def _specials(slab: Slab, raw: Raw, f: Any, positive: bool) -> None:
+def _specials(one: Head, raw: Raw, f: Any, positive: bool) -> None:
     """Write what the contract fixes: rows without keys, rows that see NaN or inf."""
-    at = (slab.batch, slab.head, slab.rows)
+    at = (one.batch, one.head, one.rows)
 
     def fixed(x: float) -> Any:
-        return np.array([x, 0.0, 0.0]) if isinstance(f, Tier) else x
+        return np.array([x, 0.0, 0.0]) if isinstance(f, Level) else x
 
     out = raw["out"][at]
     if "lse" in raw:
         lse = raw["lse"][at]
-        lse[~slab.allowed.any(1)] = fixed(-np.inf if slab.sink is None else slab.sink)
-        lse[slab.spoilt] = fixed(np.nan)
+        lse[~one.allowed.any(1)] = fixed(-np.inf if one.sink is None else one.sink)
+        lse[one.spoilt] = fixed(np.nan)
     known: dict[tuple[int, int], float] = {}
-    for j, c in zip(*np.nonzero(~np.isfinite(slab.values)), strict=True):
-        x = float(slab.values[j, c]) if positive else np.nan
-        for i in np.nonzero(slab.allowed[:, j])[0]:
+    for j, c in zip(*np.nonzero(~np.isfinite(one.values)), strict=True):
+        x = float(one.values[j, c]) if positive else np.nan
+        for i in np.nonzero(one.allowed[:, j])[0]:
             place = int(i), int(c)
             known[place] = x if known.get(place, x) == x else np.nan
             out[place] = fixed(known[place])
-    out[slab.spoilt] = fixed(np.nan)
+    out[one.spoilt] = fixed(np.nan)

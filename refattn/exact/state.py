@@ -95,8 +95,8 @@ class State:
             for index in zip(*np.nonzero(~d), strict=True)
         ]
 
-    def count(self, tier: str, seconds: float) -> None:
-        """Note what a tier decided."""
+    def count(self, level: str, seconds: float) -> None:
+        """Note what a level decided."""
         now = sum(int(d.sum()) for d in self.decided.values())
-        self.stats[tier] = {"decided": now - self._before, "seconds": seconds}
+        self.stats[level] = {"decided": now - self._before, "seconds": seconds}
         self._before = now

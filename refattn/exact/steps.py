@@ -8,18 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..variants import Steps
-from .slabs import Slab, matrix_of, numbers_of
+from .heads import Head, matrix_of, numbers_of
 from .tape import Tape, gradients
 
 __all__ = ["by_steps"]
 
 
-def by_steps(slab: Slab, f: Any, shape: Steps, dout: NDArray[np.float64] | None) -> dict[str, NDArray[Any]]:
+def by_steps(one: Head, f: Any, shape: Steps, dout: NDArray[np.float64] | None) -> dict[str, NDArray[Any]]:
     """Return the arithmetic's numbers of a head's out and last state, and with `dout` of dq, dk and dv.
 
     Parameters
     ----------
-    slab : Slab
+    one : Head
         The head.
     f : arithmetic
         What to count in.
@@ -29,12 +29,12 @@ def by_steps(slab: Slab, f: Any, shape: Steps, dout: NDArray[np.float64] | None)
         The gradient arriving at out.
     """
     taped = dout is not None
-    o = slab.options(f, wrap=Tape) if taped else slab.options(f)
+    o = one.options(f, wrap=Tape) if taped else one.options(f)
     with np.errstate(all="ignore"):
         shape.prepare(o)
-        start = matrix_of(f, np.zeros((slab.q.shape[1], slab.v.shape[1])))
+        start = matrix_of(f, np.zeros((one.q.shape[1], one.v.shape[1])))
         state: Any = o.state if o.state is not None else Tape(start) if taped else start
-        tokens = [[matrix_of(f, x[t : t + 1]) for x in (slab.q, slab.k, slab.v)] for t in range(len(slab.q))]
+        tokens = [[matrix_of(f, x[t : t + 1]) for x in (one.q, one.k, one.v)] for t in range(len(one.q))]
         if taped:
             tokens = [[Tape(x) for x in token] for token in tokens]
         outs = []
@@ -42,11 +42,11 @@ def by_steps(slab: Slab, f: Any, shape: Steps, dout: NDArray[np.float64] | None)
             state, out = shape.step(state, q, k, v, o)
             outs.append(out)
         if not taped:
-            return {"out": _stacked(f, outs, slab.v.shape[1]), "state": numbers_of(state)}
-        arriving = dout[slab.batch, slab.head, slab.rows]  # type: ignore[index]
+            return {"out": _stacked(f, outs, one.v.shape[1]), "state": numbers_of(state)}
+        arriving = dout[one.batch, one.head, one.rows]  # type: ignore[index]
         seeds = [matrix_of(f, arriving[t : t + 1]) for t in range(len(outs))]
         grads = gradients(outs, seeds, [x for token in tokens for x in token])
-    wide = (slab.q.shape[1], slab.k.shape[1], slab.v.shape[1])
+    wide = (one.q.shape[1], one.k.shape[1], one.v.shape[1])
     by = {n: _stacked(f, grads[i::3], wide[i]) for i, n in enumerate(("dq", "dk", "dv"))}
     return {"out": _stacked(f, [x.value for x in outs], wide[2]), "state": numbers_of(state.value), **by}
 

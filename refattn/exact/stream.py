@@ -1,8 +1,8 @@
-"""Softmax attention of one head by tiles of keys, in enclosures: the definition over a tier, in O(n d) memory.
+"""Softmax attention of one head by tiles of keys, in enclosures: the definition over a level, in O(n d) memory.
 
 The running maximum is an integer power of two, so rescaling is exact. The weights of a tile are cut into heads and tail
-as they are made; products are those of ``tiers.py``. The numerator's and the denominator's radii are bounded here
-(docs/proofs/streaming.md); division, logarithm and sink are operators of the tier.
+as they are made; products are those of ``levels.py``. The numerator's and the denominator's radii are bounded here
+(docs/proofs/streaming.md); division, logarithm and sink are operators of the level.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from threadpoolctl import threadpool_limits
 from ..variants import variant_of
 from . import elementwise
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U
-from .slabs import Slab
-from .tiers import ETA, UP, Bounded, Tier, gamma, head_bits
+from .heads import Head
+from .levels import ETA, UP, Bounded, Level, gamma, head_bits
 
 __all__ = [
     "Forward",
@@ -52,10 +52,10 @@ def tile_sizes() -> tuple[int, int]:
     return (min(ROWS, PLAIN_ROWS), min(KEYS, PLAIN_KEYS)) if elementwise.steps() is elementwise else (ROWS, KEYS)
 
 
-def streams(slab: Slab) -> bool:
+def streams(one: Head) -> bool:
     """Tell whether this path knows a call: softmax attention without a softcap and weights."""
-    fused = variant_of(slab.problem.variant).fused
-    return fused == STREAMED and slab.problem.softcap is None and slab.weight is None
+    fused = variant_of(one.problem.variant).fused
+    return fused == STREAMED and one.problem.softcap is None and one.weight is None
 
 
 def norms(x: Float) -> Float:
@@ -80,7 +80,7 @@ def product_sizes(left: list[Float], right: list[Right]) -> Float:
 class Right:
     """A right operand B (k, w), cut along its columns: what each level of a product needs."""
 
-    def __init__(self, turned: Any, f: Tier, b: int) -> None:
+    def __init__(self, turned: Any, f: Level, b: int) -> None:
         level = f.level
         turned = turned if isinstance(turned, Bounded) else f.array(turned)
         heads, tails = turned._cut(b, level)
@@ -104,39 +104,39 @@ class Right:
 
 
 def stream(
-    slab: Slab, f: Tier, rows: NDArray[np.intp], unit: int, threads: int, into: tuple[Float, Float] | None = None
+    one: Head, f: Level, rows: NDArray[np.intp], unit: int, threads: int, into: tuple[Float, Float] | None = None
 ) -> tuple[Float, Float]:
     """Return out (n, d_v, 3) and lse (n, 3) of some rows as h, l, r.
 
     Parameters
     ----------
-    slab : Slab
+    one : Head
         One head; its values are taken times 2**-unit.
-    f : Tier
+    f : Level
         The level.
     rows : integer array
         The rows to compute, each with at least one key.
     unit : int
-        See `slab`.
+        See `one`.
     threads : int
         Tiles of rows to work on at a time.
     into : two arrays, optional
         Where to write them.
     """
-    work = forward_pass(slab, f, rows, threads, unit, into)
+    work = forward_pass(one, f, rows, threads, unit, into)
     return work.out, work.lse
 
 
 def forward_pass(
-    slab: Slab,
-    f: Tier,
+    one: Head,
+    f: Level,
     rows: NDArray[np.intp],
     threads: int,
     unit: int = 0,
     into: tuple[Float, Float] | None = None,
 ) -> Forward:
     """Do what :func:`stream` does, and return all that a gradient needs of it."""
-    work = Forward(slab, f, rows, unit, into, threads)
+    work = Forward(one, f, rows, unit, into, threads)
     each_tile(len(rows), work.tile, threads)
     return work
 
@@ -159,23 +159,23 @@ class Forward:
     """One head's operands, prepared, and its results."""
 
     def __init__(
-        self, slab: Slab, f: Tier, rows: NDArray[np.intp], unit: int, into: tuple[Float, Float] | None, threads: int
+        self, one: Head, f: Level, rows: NDArray[np.intp], unit: int, into: tuple[Float, Float] | None, threads: int
     ) -> None:
-        self.slab, self.f, self.rows = slab, f, rows
-        level, (n_k, d) = f.level, slab.k.shape
-        v = np.ldexp(slab.v, -unit) if unit else slab.v
+        self.head, self.f, self.rows = one, f, rows
+        level, (n_k, d) = f.level, one.k.shape
+        v = np.ldexp(one.v, -unit) if unit else one.v
         self.out, self.lse = into or (np.zeros((len(rows), v.shape[1], 3)), np.zeros((len(rows), 3)))
-        scale = slab.options(f, slice(0, 1)).scale * f.log2e
+        scale = one.options(f, slice(0, 1)).scale * f.log2e
         self.c, self.c_low = float(scale.h[0, 0]), float(scale.l[0, 0])
         self.ln2 = f.log2()
-        self.whole = bool(slab.allowed.all())
+        self.whole = bool(one.allowed.all())
         self.wide = tile_sizes()[1]
         self.tiles = [slice(j, min(j + self.wide, n_k)) for j in range(0, n_k, self.wide)]
         self.shift, self.relative, self.sums = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros((len(rows), 3))
-        b, q = head_bits(d, level), f.array(slab.q if len(rows) == len(slab.q) else slab.q[rows])
+        b, q = head_bits(d, level), f.array(one.q if len(rows) == len(one.q) else one.q[rows])
         heads, tails = q._cut(b, level)
         self.left = np.concatenate([*heads, tails[level]], 1)
-        self.keys = each(lambda t: Right(slab.k[t], f, b), self.tiles, threads)
+        self.keys = each(lambda t: Right(one.k[t], f, b), self.tiles, threads)
         self.width = head_bits(min(self.wide, n_k), level)
         self.values = each(lambda t: Right(v[t].T, f, self.width), self.tiles, threads)
         self.sigma = np.array([1.5 * 2.0 ** (52 - self.width - s * (self.width + 1)) for s in range(level)])
@@ -183,13 +183,13 @@ class Forward:
         self.sums_v = np.sum([x.sums for x in self.values], 0) * UP
         # the radius of a score in base 2, one a row
         lost = gamma(d * (level + 1) + level + 4) * product_sizes([*heads, tails[level]], self.keys) * UP
-        size = norms(slab.q[rows]) * max(x.norm[0] for x in self.keys) * UP
+        size = norms(one.q[rows]) * max(x.norm[0] for x in self.keys) * UP
         c, rc = abs(self.c) * UP, float(np.ravel(scale.r)[0])
         r = lost + 2.0**-100 * size
         self.radius = (16 * U * U * size * c + (size + r) * rc + c * r) * UP + ETA
         self.size = size * c * UP
-        if slab.bias is not None:
-            self.size = self.size + 1.5 * np.abs(slab.bias[rows]).max(1)
+        if one.bias is not None:
+            self.size = self.size + 1.5 * np.abs(one.bias[rows]).max(1)
 
     def some(self, rows: NDArray[np.intp]) -> Forward:
         """Return what is known of some of the rows."""
@@ -204,7 +204,7 @@ class Forward:
             self._tile(at)
 
     def _tile(self, at: slice) -> None:
-        slab, f, step = self.slab, self.f, elementwise.steps()
+        one, f, step = self.head, self.f, elementwise.steps()
         level, rows = f.level, self.rows[at]
         r, d_v = len(rows), self.out.shape[1]
         m = np.full(r, LOWEST)
@@ -212,12 +212,12 @@ class Forward:
         den, den_low = np.zeros(r), np.zeros(r)
         part = np.empty((level + 1, r, d_v))
         sums = np.empty((r, level + 1))
-        wide = min(self.wide, slab.k.shape[0])
+        wide = min(self.wide, one.k.shape[0])
         room = [np.empty((r, wide)) for _ in range(level + 3)]
         weights = np.empty((r, level + 1, wide))
         done = 0
         for n, keys in enumerate(self.tiles):
-            seen = None if self.whole else slab.allowed[rows, keys]
+            seen = None if self.whole else one.allowed[rows, keys]
             if seen is not None and not seen.any():
                 continue
             w, done = keys.stop - keys.start, done + 1
@@ -246,8 +246,8 @@ class Forward:
         """Write the scores of one tile, in base 2, into h and low; c is room for their levels."""
         self.keys[n].levels(self.left[at], self.f.level, c)
         elementwise.steps().scores(c, self.c, self.c_low, h, low)
-        if self.slab.bias is not None:
-            self._add_bias(h, low, self.slab.bias[self.rows[at], self.tiles[n]])
+        if self.head.bias is not None:
+            self._add_bias(h, low, self.head.bias[self.rows[at], self.tiles[n]])
         if seen is not None and not seen.all():
             h[~seen] = -np.inf
 
@@ -257,8 +257,8 @@ class Forward:
         h[...], low[...] = t.h, t.l
 
     def _finish(self, at: slice, m: Float, num: Any, den: Any, done: int) -> None:
-        f, level, slab = self.f, self.f.level, self.slab
-        n_k = slab.k.shape[0]
+        f, level, one = self.f, self.f.level, self.head
+        n_k = one.k.shape[0]
         # exp2's argument: the score's radius, the bias's and the shift's rounding (sizes up to 2 size + 1)
         delta = self.radius[at] + 128 * U * U * (2 * self.size[at] + 2)
         relative = EXP2_ERROR + np.where(delta <= 2.0**-10, 0.694 * delta, np.where(delta <= 1, 1.05 * delta, np.inf))
@@ -281,8 +281,8 @@ class Forward:
         top = Bounded(f, num[0], num[1], np.where(self.most_v[0] == 0, 0.0, r_num * UP + ETA))
         bottom = Bounded(f, den[0][:, None], den[1][:, None], r_den[:, None] * UP + ETA)
         shift = f.array(m[:, None])
-        if slab.sink is not None:
-            s = f.number(slab.sink) * f.log2e
+        if one.sink is not None:
+            s = f.number(one.sink) * f.log2e
             up = np.maximum(m, np.ceil(s.h[0, 0]))[:, None]
             fade = np.exp2(np.maximum(m[:, None] - up, -1074.0))
             top, bottom = (

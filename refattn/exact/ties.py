@@ -13,8 +13,8 @@ from ..errors import UnsupportedProblem
 from ..problem import Problem
 from ..variants import variant_of
 from .field import Field
+from .heads import heads
 from .run import Work
-from .slabs import slabs
 from .state import State
 
 __all__ = ["decide_by_ends", "exact_lse", "exact_ties"]
@@ -33,23 +33,23 @@ def exact_lse(problem: Problem, state: State, boundaries: Boundaries) -> None:
     if "lse" not in state.decided or problem.softcap is not None:
         return
     scale = _rational_scale(problem)
-    for slab in slabs(problem):
-        at = (slab.batch, slab.head, slab.rows)
+    for one in heads(problem):
+        at = (one.batch, one.head, one.rows)
         for i in np.nonzero(~state.decided["lse"][at])[0]:
-            place = (slab.batch, slab.head, slab.rows.start + int(i))
-            seen = np.nonzero(slab.allowed[i])[0]
+            place = (one.batch, one.head, one.rows.start + int(i))
+            seen = np.nonzero(one.allowed[i])[0]
             with np.errstate(all="ignore"):
-                plain = slab.q[i] @ slab.k[seen].T * float(scale if scale is not None else problem.d_k**-0.5)
-            if slab.bias is not None:
-                plain = plain + slab.bias[i, seen]
+                plain = one.q[i] @ one.k[seen].T * float(scale if scale is not None else problem.d_k**-0.5)
+            if one.bias is not None:
+                plain = plain + one.bias[i, seen]
             j = int(seen[int(np.argmax(plain))])
-            pairs = zip(slab.q[i].tolist(), slab.k[j].tolist(), strict=True)
+            pairs = zip(one.q[i].tolist(), one.k[j].tolist(), strict=True)
             dot = sum((Fraction(a) * Fraction(b) for a, b in pairs), Fraction(0))
             if scale is None and dot != 0:
                 continue  # a surd is no boundary
-            s = dot * (scale or 0) + Fraction(0 if slab.bias is None else float(slab.bias[i, j]))
+            s = dot * (scale or 0) + Fraction(0 if one.bias is None else float(one.bias[i, j]))
             form = state.form("lse")
-            if len(seen) == 1 and slab.sink is None:
+            if len(seen) == 1 and one.sink is None:
                 state.settle("lse", place, form.round(s))
             elif boundaries.get(("lse", place)) == s:
                 state.settle("lse", place, form.round(s + Fraction(1, 2**FAR)))

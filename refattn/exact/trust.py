@@ -1,4 +1,4 @@
-"""What the tiers take for granted of this machine, checked at first use. A failed check raises."""
+"""What the levels take for granted of this machine, checked at first use. A failed check raises."""
 
 from __future__ import annotations
 

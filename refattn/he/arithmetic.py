@@ -27,7 +27,7 @@ import numpy as np
 
 from ..errors import UnsupportedProblem
 
-__all__ = ["Arithmetic", "Levels", "Numbers", "Token"]
+__all__ = ["Arithmetic", "Counted", "Levels", "Numbers"]
 
 
 class Arithmetic(ABC):
@@ -111,7 +111,7 @@ class Numbers(Arithmetic):
 
 
 @dataclass(frozen=True)
-class Token:
+class Counted:
     """A ciphertext that is none: the primes that are left of its modulus."""
 
     limbs: int
@@ -140,58 +140,58 @@ class Levels(Arithmetic):
         self._name = name
         self.levels.setdefault(name, 0)
 
-    def _did(self, what: str, *operands: Token) -> Token:
+    def _did(self, what: str, *operands: Counted) -> Counted:
         limbs = min(x.limbs for x in operands)
         self.counts["negate", limbs] += sum(x.limbs > limbs for x in operands)  # switching a modulus copies, too
         self.counts[what, limbs] += 1
-        return Token(limbs)
+        return Counted(limbs)
 
-    def mul(self, a: Token, b: Token) -> Token:
+    def mul(self, a: Counted, b: Counted) -> Counted:
         return self._did("multiply", a, b)
 
-    def square(self, a: Token) -> Token:
+    def square(self, a: Counted) -> Counted:
         return self._did("square", a)
 
-    def add(self, a: Token, b: Token) -> Token:
+    def add(self, a: Counted, b: Counted) -> Counted:
         return self._did("add", a, b)
 
-    def add_constant(self, a: Token, c: float) -> Token:
+    def add_constant(self, a: Counted, c: float) -> Counted:
         return self._did("add_plain", a)
 
-    def negate(self, a: Token) -> Token:
+    def negate(self, a: Counted) -> Counted:
         return self._did("negate", a)
 
-    def times_constant(self, a: Token, c: float) -> Token:
+    def times_constant(self, a: Counted, c: float) -> Counted:
         return self._did("multiply_plain", a)
 
-    def times(self, a: Token, plain: Any) -> Token:
+    def times(self, a: Counted, plain: Any) -> Counted:
         return self._did("multiply_plain", a)
 
-    def plus(self, a: Token, plain: Any) -> Token:
+    def plus(self, a: Counted, plain: Any) -> Counted:
         return self._did("add_plain", a)
 
-    def like(self, a: Token, b: Token) -> Token:
+    def like(self, a: Counted, b: Counted) -> Counted:
         if a.limbs <= b.limbs:
             raise UnsupportedProblem(f"he: no level is left to bring numbers to one scale at step {self._name!r}")
-        above = Token(b.limbs + 1)
+        above = Counted(b.limbs + 1)
         self._did("multiply_plain", above)
         return self.rescale(above)
 
-    def relinearize(self, a: Token) -> Token:
+    def relinearize(self, a: Counted) -> Counted:
         return self._did("switch_key", a)
 
-    def rescale(self, a: Token) -> Token:
+    def rescale(self, a: Counted) -> Counted:
         if a.limbs < 2:
             raise UnsupportedProblem(f"he: no level is left at step {self._name!r}")
         self._did("rescale", a)
         if a.limbs - 1 < self._lowest:
             self._lowest = a.limbs - 1
             self.levels[self._name] = self.levels.get(self._name, 0) + 1
-        return Token(a.limbs - 1)
+        return Counted(a.limbs - 1)
 
-    def rotate(self, a: Token, k: int) -> Token:
+    def rotate(self, a: Counted, k: int) -> Counted:
         self.rotations.add(k)
         return self._did("switch_key", a)
 
-    def conjugate(self, a: Token) -> Token:
+    def conjugate(self, a: Counted) -> Counted:
         return self._did("switch_key", a)

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from .arithmetic import Arithmetic, Levels, Numbers, Token
+from .arithmetic import Arithmetic, Counted, Levels, Numbers
 from .inverse import Inverse
 from .layout import BatchLayout, Layout
 
-__all__ = ["Arithmetic", "Levels", "Numbers", "Token", "attend"]  # those of arithmetic.py for who looks here
+__all__ = ["Arithmetic", "Counted", "Levels", "Numbers", "attend"]  # those of arithmetic.py for who looks here
 
 
 def attend(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem
-from .arithmetic import Levels, Token
+from .arithmetic import Counted, Levels
 from .circuit import attend
 from .inputs import simulated
 from .inverse import Inverse, choose, product
@@ -107,7 +107,7 @@ class Layer:
         self._compile(layout, spread, apart)
         copies = self._copies
         counting = Levels()
-        (out,) = self.compute(counting, (), [Token(99)] * (2 * copies + 1))
+        (out,) = self.compute(counting, (), [Counted(99)] * (2 * copies + 1))
         depth = 99 - out.limbs
         middle = min(MOST_MIDDLE, (MOST_BITS[degree] - MOST_FIRST - 10) // (depth + 1))
         if middle < LEAST_MIDDLE:
@@ -117,7 +117,7 @@ class Layer:
         before = sum(steps.get(s, 0) for s in ("projections", "products", "power", "values", "division", "output"))
         limbs = depth + 2 - before
         exact = Levels()
-        self.compute(exact, (), [Token(depth + 1)] * (2 * copies) + [Token(limbs)])
+        self.compute(exact, (), [Counted(depth + 1)] * (2 * copies) + [Counted(limbs)])
         kappa = _kappa(then.norm, d) if isinstance(then, Feedforward) else 1.0
         return [LayerPlan(
             n, d, w.query.shape[0], w.p, 0 if isinstance(then, Feedforward) else len(then), ring, layout, spread, apart,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..errors import UnsupportedProblem
 from ..problem import Problem
 from .arguments import check_arguments
-from .arithmetic import Levels, Numbers, Token
+from .arithmetic import Counted, Levels, Numbers
 from .call import Call
 from .circuit import attend
 from .costs import COSTS, Costs, predicted_ms
@@ -208,7 +208,7 @@ def _with_layout(
 ) -> Plan | None:
     """Return the plan with a layout, or None, with what was in the way."""
     queries, shared = layout.query_parts, layout.shared_parts
-    counting, top = Levels(), Token(99)
+    counting, top = Levels(), Counted(99)
     common = (layout, given["p"], inverse, given["epsilon"])
     outs = attend(counting, *common, [top] * queries, [top] * shared, [top] * shared)
     depth = 99 - min(x.limbs for x in outs)
@@ -229,8 +229,8 @@ def _with_layout(
         return None
     first = min(MOST_FIRST, middle + above)
     ring = Ring(degree, first, middle, MOST_FIRST, depth)
-    exact, top = Levels(), Token(depth + 1)
-    at_values = Token(depth + 1 - counting.levels["products"] - counting.levels["power"])
+    exact, top = Levels(), Counted(depth + 1)
+    at_values = Counted(depth + 1 - counting.levels["products"] - counting.levels["power"])
     attend(exact, *common, [top] * queries, [top] * shared, [at_values] * shared)
     approximation = 0.0 if inverse is None else inverse.relative_error * given["value_most"]
     made = Plan(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..check.bounds.truth import truth
+from ..check.bounds.expected import expected
 from ..check.model import flash as flash_model
 from ..problem import Problem
 from ..tensor import as_pairs
@@ -65,7 +65,7 @@ def _off(out: Float, problem: Problem, tile: int = 1) -> float:
     """Return the largest error of a result over what a float64 kernel may lose, element by element."""
     # one addition after another, as often rescaled as there are tiles
     model = replace(flash_model("float64"), tile=tile, chain=problem.n_k)
-    right = truth(problem, model)
+    right = expected(problem, model)
     pairs = zip(np.abs(out - right.answer.out[0, 0]).flat, (right.allowed["out"][0, 0] + TINY).flat, strict=True)
     return float(worst(pairs))
 

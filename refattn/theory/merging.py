@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..check.bounds.truth import truth
+from ..check.bounds.expected import expected
 from ..check.model import Model
 from ..problem import Problem
 from .claim import Claim, Evidence, needs, total, worst
@@ -112,7 +112,7 @@ def _rounding(split_of: Callable[[int], int], what: str) -> Evidence:
         given = _inputs(scale)
         problem = Problem(*(x[None, None] for x in given), scale=1.0)  # type: ignore[misc]
         model = replace(Model("float32", "float32", "float32"), split=split_of(size), chain=len(given[0]), tile=1)
-        right = truth(problem, model)
+        right = expected(problem, model)
         for name, order in ORDERS.items():
             out, lse = _merged(size, order, given)
             off, far = np.abs(out - right.answer.out[0, 0]), np.abs(lse - np.asarray(right.answer.lse)[0, 0])
@@ -137,7 +137,7 @@ def rounding_of_bfloat16() -> Evidence:
     given = _inputs(3.0)
     q, k, v = given
     problem = Problem(*(x[None, None] for x in given), scale=1.0)  # type: ignore[misc]
-    right = truth(problem, replace(Model(), split=4, chain=40, tile=1))
+    right = expected(problem, replace(Model(), split=4, chain=40, tile=1))
     parts = [_part(q, k[i : i + 4], v[i : i + 4]) for i in range(0, 40, 4)]
     off = np.abs(reduce(merge, parts)[0] - right.answer.out[0, 0]) / right.allowed["out"][0, 0]
     return Evidence(float(off.max()), 1, "error over the bound, lse cut to bfloat16")

@@ -30,7 +30,7 @@ MODULES = {
     "predict": "bounds.predict",
     "rounded": "bounds.rounded",
     "runner": "runner",
-    "truth": "bounds.truth",
+    "expected": "bounds.expected",
 }
 U = 2.0**-24  # float32's unit roundoff
 
@@ -431,7 +431,7 @@ def trial_a_backward_call_keeps_its_contract(c):
 def run(c, kernel, backward=None, name="plain", **able):
     """Run the checks of one problem; return the report, and of each check verdict and message."""
     case = c.families.Case("mine", name, "softmax", lambda draw: problem(name))
-    c.runner.cases, c.truth.evaluate = lambda variant, budget: [case], answer
+    c.runner.cases, c.expected.evaluate = lambda variant, budget: [case], answer
 
     def own(p):
         return kernel(p)

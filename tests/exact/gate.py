@@ -1,4 +1,4 @@
-"""The soundness gate: enclosures of every tier against Arb at 320 bits, over families that hide nothing.
+"""The soundness gate: enclosures of every level against Arb at 320 bits, over families that hide nothing.
 
 Run ``python tests/exact/gate.py 100000000`` for 10^8 comparisons; the tests run a part of it.
 """
@@ -13,7 +13,7 @@ from refattn import Problem
 from refattn.exact import run as runner
 from refattn.exact import stream
 from refattn.exact.arithmetics import Balls
-from refattn.exact.tiers import Tier
+from refattn.exact.levels import Level
 
 BITS = 320
 LOST = object()
@@ -58,22 +58,22 @@ def draw(rng, variant=None):
     return Problem(q, k, v, variant=variant, **more), dout if n * m < 2500 else None
 
 
-def compare(problem, dout, tiers=(0, 1, 2, 3)):
+def compare(problem, dout, levels=(0, 1, 2, 3)):
     """Yield (array, level, error / radius) for every element."""
     balls = Balls(BITS)
     with balls.working():
         exact = runner.run(problem, balls, dout)
-    for level in tiers:
+    for level in levels:
         yield from against(exact, runs(problem, dout, level), level)
 
 
 def runs(problem, dout, level):
-    """Yield what the tier gives: whole, then single keys with what rows know from it and from a forward pass."""
+    """Yield what the level gives: whole, then single keys with what rows know from it and from a forward pass."""
     known, work = {}, runner.Work(problem, dout)
-    yield work.run(Tier(level), known=known)
+    yield work.run(Level(level), known=known)
     if work.by_keys:
         none, keys = np.zeros(problem.out_shape[:3], bool), np.ones((1, problem.heads_kv, problem.n_k), bool)
-        for f, rows in ((Tier(min(level + 1, 3)), known), (Tier(level), {})):
+        for f, rows in ((Level(min(level + 1, 3)), known), (Level(level), {})):
             raw = work.run(f, none, keys=keys, known=rows)
             yield {name: raw[name] for name in ("dk", "dv")}
 
@@ -94,7 +94,7 @@ def against(exact, answers, level):
                         yield name, level, error / r if r else (0.0 if error == 0 else np.inf)
 
 
-def gate(elements, seed=0, tiers=(0, 1, 2, 3), variant=None, stop=None):
+def gate(elements, seed=0, levels=(0, 1, 2, 3), variant=None, stop=None):
     """Compare at least so many elements.
 
     Return their number, the violations, the worst ratio by array and level, and how many enclosures proved nothing.
@@ -105,7 +105,7 @@ def gate(elements, seed=0, tiers=(0, 1, 2, 3), variant=None, stop=None):
     while count < elements and (stop is None or violations < stop):
         problem, dout = draw(rng, variant)
         stream.ROWS, stream.KEYS = sizes if rng.random() < 0.5 else (16, 48)  # one tile, and several
-        for name, level, ratio in compare(problem, dout, tiers):
+        for name, level, ratio in compare(problem, dout, levels):
             if ratio is LOST:
                 lost += 1
                 continue
@@ -124,6 +124,6 @@ if __name__ == "__main__":
     print(
         f"{done} comparisons, {wrong} violations, {nothing} enclosures that prove nothing, {time.time() - start:.0f} s"
     )
-    for (array, tier), ratio in sorted(worst_of.items()):
-        print(f"{array:6s} L = {tier}: worst error / radius {ratio:.4f}")
+    for (array, level), ratio in sorted(worst_of.items()):
+        print(f"{array:6s} L = {level}: worst error / radius {ratio:.4f}")
     sys.exit(1 if wrong else 0)

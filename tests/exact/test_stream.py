@@ -1,4 +1,4 @@
-"""The streaming path is the definition over the same tier: enclosures overlap, roundings agree."""
+"""The streaming path is the definition over the same level: enclosures overlap, roundings agree."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ from refattn import Problem, evaluate
 from refattn.exact import elementwise, stream
 from refattn.exact import run as runner
 from refattn.exact.arithmetics import Balls
+from refattn.exact.levels import Level
 from refattn.exact.run import run
-from refattn.exact.tiers import Tier
 
 rng = np.random.default_rng(0)
 SHAPE = (1, 2, 70, 300)
@@ -37,9 +37,9 @@ def problem(dtype=np.float64, **more):
 
 def both(p, level, monkeypatch):
     monkeypatch.setattr(runner, "STREAM_FROM", 10**9)
-    whole = run(p, Tier(level), None)
+    whole = run(p, Level(level), None)
     monkeypatch.setattr(runner, "STREAM_FROM", 1)
-    return whole, run(p, Tier(level), None)
+    return whole, run(p, Level(level), None)
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "numpy"])
@@ -71,9 +71,9 @@ def test_gradients_overlap_with_the_tapes(name, level, compiled, monkeypatch):
     p = problem(**GRADIENTS[name])
     dout = rng.standard_normal(p.out_shape)
     monkeypatch.setattr(runner, "STREAM_FROM", 10**9)
-    whole = run(p, Tier(level), dout)
+    whole = run(p, Level(level), dout)
     monkeypatch.setattr(runner, "STREAM_FROM", 1)
-    streamed = run(p, Tier(level), dout, threads=2)
+    streamed = run(p, Level(level), dout, threads=2)
     assert set(whole) == set(streamed)
     for array in set(whole) - {"out", "lse"}:
         a, b = whole[array], streamed[array]
@@ -108,7 +108,7 @@ def test_streamed_gradients_round_alike(form, monkeypatch):
     ids=["plain", "causal", "window", "sink", "bias", "bias by key"],
 )
 def test_what_stays_open_goes_on_by_rows_and_keys(more, monkeypatch):
-    """From the first tier on, nearly nothing is decided in float64 at first: rows and keys go on alone."""
+    """From the first level on, nearly nothing is decided in float64 at first: rows and keys go on alone."""
     from refattn.exact import driver
 
     p = problem(np.float32)
@@ -153,7 +153,7 @@ def test_keys_that_no_row_sees_have_no_gradient(monkeypatch):
     monkeypatch.setattr(runner, "STREAM_FROM", 1)
     p = problem(allowed=np.zeros(SHAPE, bool))
     keys = np.ones((1, 2, 300), bool)
-    for f in (Tier(1), Balls(128)):
+    for f in (Level(1), Balls(128)):
         raw = run(p, f, np.ones(p.out_shape), need=np.zeros(p.out_shape[:3], bool), keys=keys)
         assert not raw["dk"].any()
         assert not raw["dv"].any()
@@ -170,7 +170,7 @@ def test_what_is_padded_with_zeros_is_decided_in_float64(name, monkeypatch):
         (dout if name == "arriving columns" else getattr(p, name))[..., -2:] = 0
     a = evaluate(p, rounding="float64", gradients=dout)
     assert not any(a.undecided.values())
-    assert all(tier.startswith("float64") for tier in a.stats)
+    assert all(level.startswith("float64") for level in a.stats)
     zero = {"query": ("dk",), "key": ("dq",), "value": ("out",), "arriving columns": ("dv",), "arriving rows": ()}
     for n in zero[name]:
         assert not a.values[n][..., -2:].any()
@@ -205,11 +205,11 @@ def test_blas_threads_do_not_change_the_answer(form):
 
 
 def test_softcap_is_not_streamed(make):
-    from refattn.exact.slabs import slabs
+    from refattn.exact.heads import heads
 
-    assert not stream.streams(next(slabs(make(softcap=1.0))))
-    assert not stream.streams(next(slabs(make(variant="power"))))
-    assert stream.streams(next(slabs(make())))
+    assert not stream.streams(next(heads(make(softcap=1.0))))
+    assert not stream.streams(next(heads(make(variant="power"))))
+    assert stream.streams(next(heads(make())))
 
 
 def test_stats_tell_what_each_tier_decided(make):

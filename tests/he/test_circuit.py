@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from refattn import InvalidProblem, UnsupportedProblem, he, power_attention
-from refattn.he.arithmetic import Levels, Numbers, Token
+from refattn.he.arithmetic import Counted, Levels, Numbers
 from refattn.he.circuit import attend
 from refattn.he.layout import Layout, layouts_for
 
@@ -109,7 +109,7 @@ def test_counts_follow_from_the_text():
     layout, spans = layouts_for(8192, 128, 128, 64, 64, 1)
     assert (layout.columns, layout.groups, layout.parts, len(layout.blocks())) == (64, 1, 32, 2)
     m = Levels()
-    tokens = [Token(9)] * 32
+    tokens = [Counted(9)] * 32
     outs = attend(m, layout, 4, None, 0.0, tokens, tokens, tokens)
     assert m.levels == {"products": 1, "power": 2, "values": 1, "denominator": 0, "division": 0}
     assert [x.limbs for x in outs] == [5, 6]
@@ -123,7 +123,7 @@ def test_counts_follow_from_the_text():
     assert m.counts["multiply", 9] == 64
     assert sum(c for (n, _), c in m.counts.items() if n == "switch_key") == 2 * (1 + 1 + 2 + 3) + 7 + 8 + 4 + 1
     with pytest.raises(UnsupportedProblem, match="he: no level is left at step 'power'"):
-        attend(Levels(), layout, 4, None, 0.0, [Token(2)] * 32, [Token(2)] * 32, tokens)
+        attend(Levels(), layout, 4, None, 0.0, [Counted(2)] * 32, [Counted(2)] * 32, tokens)
 
 
 def test_a_rotation_brings_later_slots():

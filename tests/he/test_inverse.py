@@ -4,7 +4,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from refattn import InvalidInput, UnsupportedProblem
-from refattn.he.arithmetic import Levels, Token
+from refattn.he.arithmetic import Counted, Levels
 from refattn.he.inverse import MOST_QUADRATICS, Inverse, choose
 
 INTERVALS = st.tuples(st.floats(1e-3, 1e3), st.floats(1.1, 300)).map(lambda x: (x[0], x[0] * x[1]))
@@ -27,7 +27,7 @@ def test_the_error_is_the_chebyshev_polynomials(interval, form):
 @given(FORMS)
 def test_levels_and_products_are_those_that_it_takes(form):
     f, counted = Inverse(1.0, 10.0, *form), Levels()
-    out = f.apply(counted, Token(49), Token(50), 0.1)  # the numerator comes a level later
+    out = f.apply(counted, Counted(49), Counted(50), 0.1)  # the numerator comes a level later
     assert 50 - out.limbs == f.levels
     assert sum(c for (name, _), c in counted.counts.items() if name == "switch_key") == f.products
 

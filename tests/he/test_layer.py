@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from refattn import InvalidInput, InvalidProblem, UnsupportedProblem, he, power_attention
-from refattn.he.arithmetic import Levels, Token
+from refattn.he.arithmetic import Counted, Levels
 from refattn.he.linear import Arrangement, compiled
 from refattn.he.polynomials import activation, inverse_sqrt
 from refattn.he.weights import Feedforward, Weights
@@ -110,7 +110,7 @@ def test_the_plan_holds_no_weights_and_counts_what_runs():
     a, b = he.Layer(weights, 1e-2), he.Layer(other, 1e-2)
     assert a.plan.digest == b.plan.digest
     levels = Levels()
-    parts = [Token(a.plan.ring.levels + 1)] * (2 * a.plan.copies) + [Token(a.plan.residual_limbs)]
+    parts = [Counted(a.plan.ring.levels + 1)] * (2 * a.plan.copies) + [Counted(a.plan.residual_limbs)]
     (out,) = a.compute(levels, (), parts)
     assert out.limbs == 1
     assert levels.counts == a.plan.counts

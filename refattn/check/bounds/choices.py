@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from ...exact.driver import Answer, evaluate
 from ...exact.enclosure import Enclosure
+from ...exact.heads import Head, heads
+from ...exact.levels import Level
 from ...exact.lowering import candidates, scores_of
-from ...exact.slabs import Slab, slabs
-from ...exact.tiers import Tier
 from ...variants import Choices, Selected, variant_of
 from ..model import Model
 from .forward import forward
@@ -99,10 +99,10 @@ def either(answer: Answer, model: Model) -> Either | None:
         return None
     rows = np.zeros(answer.problem.out_shape[:3], np.int64)
     others: list[Mask] = []
-    for slab in slabs(answer.problem):
-        c = candidates(slab, shape)
-        for i, choices in _unsure(slab, shape, c, model):
-            at = (slab.batch, slab.head, slab.rows.start + i)
+    for one in heads(answer.problem):
+        c = candidates(one, shape)
+        for i, choices in _unsure(one, shape, c, model):
+            at = (one.batch, one.head, one.rows.start + i)
             exact = core.allowed[at]
             masks = [((c.must[i] | taken) @ c.members) for taken in choices]
             masks = [m for m in masks if (m != exact).any()]
@@ -120,15 +120,15 @@ def either(answer: Answer, model: Model) -> Either | None:
     return Either(rows, tuple(found))
 
 
-def _unsure(slab: Slab, shape: Selected, c: Choices, model: Model) -> list[tuple[int, list[Mask]]]:
+def _unsure(one: Head, shape: Selected, c: Choices, model: Model) -> list[tuple[int, list[Mask]]]:
     """Return the rows in which errors can turn the choice, each with the choices that it may make."""
-    f, lost = Losses(model, len(slab.k)), Operands.of(slab, model)
-    q, k = f.leaf(slab.q, ("q", "d"), lost.q), f.leaf(slab.k, ("k", "d"), lost.k)
-    node: Any = scores_of(slab, shape, c, f, q, k).node
-    s = scores_of(slab, shape, c, Tier(1)).h
+    f, lost = Losses(model, len(one.k)), Operands.of(one, model)
+    q, k = f.leaf(one.q, ("q", "d"), lost.q), f.leaf(one.k, ("k", "d"), lost.k)
+    node: Any = scores_of(one, shape, c, f, q, k).node
+    s = scores_of(one, shape, c, Level(1)).h
     e = np.broadcast_to(node.span, s.shape)
     found = []
-    for i in np.nonzero(slab.live & (c.may.sum(1) > c.count))[0].tolist():
+    for i in np.nonzero(one.live & (c.may.sum(1) > c.count))[0].tolist():
         at = np.nonzero(c.may[i])[0]
         low, high = s[i, at] - e[i, at], s[i, at] + e[i, at]
         above = (high[None, :] >= low[:, None]).sum(1) - 1  # how many others may be ahead

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ...dtypes import FORMATS, format_of
 from ...exact.driver import Answer
-from ...exact.slabs import Slab, rows_of, slabs
+from ...exact.heads import Head, heads, rows_of
 from ...variants import Steps, variant_of
 from ..model import Model
 from .graph import Graph, Node
@@ -31,7 +31,7 @@ from .operands import Operands
 from .rules import floor
 from .stepped import stepped
 
-__all__ = ["Head", "bounds", "forward", "head_losses"]
+__all__ = ["HeadLosses", "bounds", "forward", "head_losses"]
 
 Float = NDArray[np.float64]
 CHUNK = 2**21  # elements of (rows, keys, d_v) alive at a time
@@ -67,18 +67,18 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
     names = list(shapes)
     limit, variance = ({n: np.zeros(shapes[n]) for n in names} for _ in range(2))
     exact = answer.enclosures["out"].mid
-    for slab in slabs(problem):
-        at = (slab.batch, slab.head, slab.rows)
-        live = np.nonzero(slab.live)[0]
-        size = max(1, CHUNK // max(1, slab.k.shape[0] * slab.v.shape[1]))
+    for one in heads(problem):
+        at = (one.batch, one.head, one.rows)
+        live = np.nonzero(one.live)[0]
+        size = max(1, CHUNK // max(1, one.k.shape[0] * one.v.shape[1]))
         for start in range(0, len(live), size):
             rows = live[start : start + size]
-            found = _rows(slab, rows, exact[at][rows], model)
+            found = _rows(one, rows, exact[at][rows], model)
             for n in names:
                 limit[n][at][rows], variance[n][at][rows] = found[n]
-        if slab.sink is not None and "lse" in names:  # rows that see the sink alone: it is taken to base 2 and back
-            alone, back = ~slab.allowed.any(1) & ~slab.spoilt, format_of(model.lse).unit_roundoff
-            limit["lse"][at][alone] = (4 * format_of(model.accumulator).unit_roundoff + back) * abs(slab.sink)
+        if one.sink is not None and "lse" in names:  # rows that see the sink alone: it is taken to base 2 and back
+            alone, back = ~one.allowed.any(1) & ~one.spoilt, format_of(model.lse).unit_roundoff
+            limit["lse"][at][alone] = (4 * format_of(model.accumulator).unit_roundoff + back) * abs(one.sink)
     if isinstance(variant.shape, Steps):
         _recurrence(answer, variant.shape, model, limit)
         return limit, {}  # errors of a state add up in an order that the model does not name
@@ -94,18 +94,18 @@ def _recurrence(answer: Answer, shape: Steps, model: Model, limit: dict[str, Flo
     """Widen out's bound to what a kernel loses that goes token by token, and add that of the last state."""
     final, inside = FORMATS[answer.call.dtype], format_of(model.accumulator)
     limit["state"] = np.zeros(answer.enclosures["state"].mid.shape)
-    for slab in slabs(answer.call):
-        at = (slab.batch, slab.head, slab.rows)
-        out, state = stepped(slab, shape, model)
+    for one in heads(answer.call):
+        at = (one.batch, one.head, one.rows)
+        out, state = stepped(one, shape, model)
         for found, n, where, form in ((out, "out", at, final), (state, "state", at[:2], inside)):
             exact = np.nan_to_num(np.abs(answer.enclosures[n].mid[where]), posinf=0.0)
             total = found * (1 + form.unit_roundoff) + form.unit_roundoff * exact + floor(form, model)
             limit[n][where] = np.maximum(limit[n][where], total)
-        limit["out"][at][~slab.live] = 0.0
+        limit["out"][at][~one.live] = 0.0
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadLosses:
     """What a definition gives for some rows of one head over the arithmetic of losses.
 
     Attributes
@@ -162,12 +162,12 @@ class Head:
             return np.where(n.a > 0, n.flow[1] / np.square(n.a), 0.0)
 
 
-def head_losses(slab: Slab, rows: Any, model: Model, unit: float = 1.0) -> Head:
+def head_losses(one: Head, rows: Any, model: Model, unit: float = 1.0) -> HeadLosses:
     """Run an operator's definition over the arithmetic of losses.
 
     Parameters
     ----------
-    slab : Slab
+    one : Head
         One head.
     rows : index
         Which of its rows.
@@ -176,21 +176,21 @@ def head_losses(slab: Slab, rows: Any, model: Model, unit: float = 1.0) -> Head:
     unit : float
         A power of two that the values are multiplied with.
     """
-    f, lost = Losses(model, slab.k.shape[0]), Operands.of(slab, model)
-    q = f.leaf(slab.q[rows], ("q", "d"), lost.q[rows], lost.var_q[rows])
-    k = f.leaf(slab.k, ("k", "d"), lost.k, lost.var_k)
-    v = f.leaf(slab.v * unit, ("k", "v"), lost.v * unit, lost.var_v * unit**2)
+    f, lost = Losses(model, one.k.shape[0]), Operands.of(one, model)
+    q = f.leaf(one.q[rows], ("q", "d"), lost.q[rows], lost.var_q[rows])
+    k = f.leaf(one.k, ("k", "d"), lost.k, lost.var_k)
+    v = f.leaf(one.v * unit, ("k", "v"), lost.v * unit, lost.var_v * unit**2)
     with np.errstate(all="ignore"):
-        out, lse = rows_of(slab).define(q, k, v, slab.options(f, rows))
-    head = Head(out, lse, f, lost.v * unit)
+        out, lse = rows_of(one).define(q, k, v, one.options(f, rows))
+    head = HeadLosses(out, lse, f, lost.v * unit)
     if lse is not None:
-        _merged(head, model, slab)
+        _merged(head, model, one)
     return head
 
 
-def _merged(head: Head, model: Model, slab: Slab) -> None:
+def _merged(head: HeadLosses, model: Model, one: Head) -> None:
     """Add what merging parts of the keys loses: a part weighs exp of its lse less the whole's, both rounded."""
-    parts = model.merges(slab.k.shape[0], slab.sink is not None)
+    parts = model.merges(one.k.shape[0], one.sink is not None)
     assert head.lse is not None
     f, n, lse = head.f, head.weights, np.abs(head.lse.a)
     if parts > 1:
@@ -203,15 +203,15 @@ def _merged(head: Head, model: Model, slab: Slab) -> None:
     head.lse.node.var = head.lse.node.var + f.cu * (2 * parts) * head.lse.a**2
 
 
-def _rows(slab: Slab, rows: NDArray[np.intp], o: Float, model: Model) -> dict[str, tuple[Float, Float]]:
-    final = FORMATS[slab.problem.dtype]
+def _rows(one: Head, rows: NDArray[np.intp], o: Float, model: Model) -> dict[str, tuple[Float, Float]]:
+    final = FORMATS[one.problem.dtype]
     # sums of the largest float64 numbers leave float64's range: work in smaller units there (a power of two)
-    unit = 2.0**-64 if np.abs(slab.v).max(initial=0.0) > 2.0**900 else 1.0
+    unit = 2.0**-64 if np.abs(one.v).max(initial=0.0) > 2.0**900 else 1.0
     o = np.where(np.isfinite(o), o * unit, 0.0)
     with np.errstate(all="ignore"):
-        head = head_losses(slab, rows, model, unit)
+        head = head_losses(one, rows, model, unit)
         graph = Graph([x.node for x in (head.out, head.lse) if x is not None])
-        total, variance = _of_out(slab, head, graph, o, rows, model, unit)
+        total, variance = _of_out(one, head, graph, o, rows, model, unit)
         total = total * (1 + final.unit_roundoff) + final.unit_roundoff * np.abs(o) + floor(final, model)
         if not model.subnormals:  # values that are subnormal were read as zero
             total = total + final.smallest_normal
@@ -228,7 +228,7 @@ def _rows(slab: Slab, rows: NDArray[np.intp], o: Float, model: Model) -> dict[st
 
 
 def _of_out(
-    slab: Slab, head: Head, graph: Graph, o: Float, rows: NDArray[np.intp], model: Model, unit: float
+    one: Head, head: HeadLosses, graph: Graph, o: Float, rows: NDArray[np.intp], model: Model, unit: float
 ) -> tuple[Float, Float]:
     """Return the bound and the variance of out, its own rounding apart."""
     node, weights, shape = head.out.node, head.weights, head.out.a.shape
@@ -247,12 +247,12 @@ def _of_out(
             assert product.cast is not None
             rest += _over_keys(np.maximum(np.abs(alone), np.abs(g)), product.cast[0], joint)
             variance += _over_keys(alone * alone, product.cast[1], joint)
-        variance += _by_parts(slab, head, g, model)
+        variance += _by_parts(one, head, g, model)
     if node.amplify is None:
         return moved + rest, variance
     # whatever the weights are, their mean lies among the values, and roundings are in proportion to the largest
-    seen, v = slab.allowed[rows], np.abs(slab.v * unit) + head.lost_values
-    hull = _largest(np.abs(slab.v[None] * unit - o[:, None]), seen)
+    seen, v = one.allowed[rows], np.abs(one.v * unit) + head.lost_values
+    hull = _largest(np.abs(one.v[None] * unit - o[:, None]), seen)
     hull = np.maximum(hull, np.abs(o)) if "more" in node.marks else hull
     most = (node.relative + 2 * head.f.u + head.f.u_weights) * _largest(np.broadcast_to(v, (len(rows), *v.shape)), seen)
     under = (head.f.floor_weights + head.f.floor) * (seen @ v) + head.f.floor * seen.sum(1, keepdims=True)
@@ -272,13 +272,13 @@ def _over_keys(g: Float, x: Any, joint: Node) -> Float:
     return np.asarray(np.einsum("cij,ij->ic", g, np.broadcast_to(x, joint.a.shape)))
 
 
-def _by_parts(slab: Slab, head: Head, g: Float, model: Model) -> Any:
+def _by_parts(one: Head, head: HeadLosses, g: Float, model: Model) -> Any:
     """Return the variance of out by the errors of the parts that are merged: each is common to all keys of its part."""
-    if head.lse is None or model.merges(slab.k.shape[0], slab.sink is not None) < 2:
+    if head.lse is None or model.merges(one.k.shape[0], one.sink is not None) < 2:
         return 0.0
-    starts = np.arange(0, slab.k.shape[0], model.split)
+    starts = np.arange(0, one.k.shape[0], model.split)
     by_part = np.add.reduceat(g * head.weights.a, starts, axis=2)
     moved = np.square(by_part).sum(2).T
-    if slab.sink is not None:  # the sink's part is what the keys' leave
+    if one.sink is not None:  # the sink's part is what the keys' leave
         moved = moved + np.square(by_part.sum(2)).T
     return head.f.cu * (2 * np.square(head.lse.a) + 2) * moved

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ...arrays import to_float64
 from ...dtypes import FORMATS, format_of
 from ...exact.driver import Answer
-from ...exact.slabs import Slab, slabs
+from ...exact.heads import Head, heads
 from ...exact.stream import STREAMED
 from ...variants import variant_of
 from ..call import SOURCES
@@ -65,15 +65,15 @@ def gradient_bounds(answer: Answer, model: Model, dout: Any, limit: dict[str, Fl
     arriving, own = to_float64(dout), variant_of(p.variant).fused == STREAMED
     total = {n: np.zeros(np.shape(getattr(p, SOURCES[n]))) for n in SOURCES if n in answer.values}
     sums = {n: np.zeros_like(total[n]) for n in ("dk", "dv")}
-    for slab in slabs(p):
-        at = (slab.batch, slab.head, slab.rows)
+    for one in heads(p):
+        at = (one.batch, one.head, one.rows)
         of_out = limit["out"][at]
         with np.errstate(all="ignore"):
             if own:
                 exact = answer.enclosures["out"].mid[at]
-                _head(slab, model, arriving, exact, of_out, limit["lse"][at], total, sums)
+                _head(one, model, arriving, exact, of_out, limit["lse"][at], total, sums)
             else:
-                _taped(slab, model, arriving, of_out, total, sums)
+                _taped(one, model, arriving, of_out, total, sums)
     group = p.heads // p.heads_kv
     for n, x in total.items():
         if n in sums and group > 1:  # each head's part rounded, then added
@@ -85,10 +85,10 @@ def gradient_bounds(answer: Answer, model: Model, dout: Any, limit: dict[str, Fl
     return total
 
 
-def _taped(slab: Slab, model: Model, arriving: Float, limit: Float, total: Any, sums: Any) -> None:
+def _taped(one: Head, model: Model, arriving: Float, limit: Float, total: Any, sums: Any) -> None:
     """Add what one head loses by the tape of its definition."""
-    at, keys = (slab.batch, slab.head, slab.rows), (slab.batch, slab.head_kv, slab.keys)
-    found = head_gradients(slab, model, arriving[at], arriving, limit)
+    at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
+    found = head_gradients(one, model, arriving[at], arriving, limit)
     total["dq"][at] = found["dq"][1]
     for n in sums:
         sums[n][keys] += found[n][0]
@@ -96,7 +96,7 @@ def _taped(slab: Slab, model: Model, arriving: Float, limit: Float, total: Any, 
     if "dbias" in total:
         size, lost_by = found["dbias"]
         u = format_of(model.accumulator).unit_roundoff
-        spread(slab, total["dbias"], lost_by + model.depth(spread_over(slab)) * u * size)
+        spread(one, total["dbias"], lost_by + model.depth(spread_over(one)) * u * size)
 
 
 def _dtype(x: Any) -> str:
@@ -104,26 +104,26 @@ def _dtype(x: Any) -> str:
 
 
 def _head(
-    slab: Slab, model: Model, arriving: Float, o: Float, lost_o: Float, lost_lse: Float, total: Any, sums: Any
+    one: Head, model: Model, arriving: Float, o: Float, lost_o: Float, lost_lse: Float, total: Any, sums: Any
 ) -> None:
     """Add what one head loses."""
-    p, inside = slab.problem, format_of(model.accumulator)
+    p, inside = one.problem, format_of(model.accumulator)
     u, u_p = inside.unit_roundoff, model.loss(model.weights)
-    dout, operands = arriving[slab.batch, slab.head, slab.rows], Operands.of(slab, model)
+    dout, operands = arriving[one.batch, one.head, one.rows], Operands.of(one, model)
     lost_dout = lost(dout, arriving, model)
     o, lost_o = np.nan_to_num(o, posinf=0, neginf=0), np.nan_to_num(lost_o, nan=np.inf)
-    plain, head = slab.plain(), head_losses(slab, slice(None), model)
+    plain, head = one.plain(), head_losses(one, slice(None), model)
     assert head.lse is not None
     weights, lse = head.shares, head.lse.a[:, 0]
     e = head.score_errors
-    tiles = np.ceil(slab.k.shape[0] / model.tile)
+    tiles = np.ceil(one.k.shape[0] / model.tile)
     passes = 1 + model.exp_ulps + tiles * (model.exp_ulps + 1) + 4
     lost_p = weights * (np.expm1(np.minimum(e + np.nan_to_num(lost_lse)[:, None], 700.0)) + passes * u)
     tiny = max(floor(inside_type(model.weights), model), floor(inside, model))
-    lost_p = (np.minimum(lost_p, 1.0) + tiny) * slab.allowed  # a right kernel's P stays in [0, 1], up to a rounding
-    size, values = np.abs(dout), np.abs(slab.v)
-    dp, dp_size = dout @ slab.v.T, size @ values.T
-    n, d_v = slab.allowed.sum(1, keepdims=True), dout.shape[1]
+    lost_p = (np.minimum(lost_p, 1.0) + tiny) * one.allowed  # a right kernel's P stays in [0, 1], up to a rounding
+    size, values = np.abs(dout), np.abs(one.v)
+    dp, dp_size = dout @ one.v.T, size @ values.T
+    n, d_v = one.allowed.sum(1, keepdims=True), dout.shape[1]
     lost_dp = (d_v + 1) * u * dp_size + model.loss(model.scores) * np.abs(dp)
     lost_dp = lost_dp + lost_dout @ values.T + (size + lost_dout) @ operands.v.T
     d = (dout * o).sum(1, keepdims=True)
@@ -133,25 +133,25 @@ def _head(
     lost_d = np.maximum(from_out, from_p)
     x = np.abs(dp - d)
     ds = weights * x
-    lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds + tiny) * slab.allowed
+    lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds + tiny) * one.allowed
     if "dbias" in total:
-        spread(slab, total["dbias"], lost_ds + model.depth(spread_over(slab)) * u * ds)
-    if "dsink" in total and slab.sink is not None:
-        _sink(slab, model, u, lse, d[:, 0], lost_lse, lost_d[:, 0], total["dsink"])
+        spread(one, total["dbias"], lost_ds + model.depth(spread_over(one)) * u * ds)
+    if "dsink" in total and one.sink is not None:
+        _sink(one, model, u, lse, d[:, 0], lost_lse, lost_d[:, 0], total["dsink"])
     if p.softcap is not None:
-        t = np.tanh(slab.q @ slab.k.T * plain.scale / p.softcap)
+        t = np.tanh(one.q @ one.k.T * plain.scale / p.softcap)
         slope = 1 - t * t
-        raw = (slab.q.shape[1] + 3) * u * (np.abs(slab.q) @ np.abs(slab.k).T * abs(plain.scale))
+        raw = (one.q.shape[1] + 3) * u * (np.abs(one.q) @ np.abs(one.k).T * abs(plain.scale))
         lost_slope = 2 * np.abs(t) * (raw / p.softcap * slope + 3 * u * np.abs(t)) + 3 * u
         lost_ds, ds = lost_ds * (slope + lost_slope) + ds * lost_slope, ds * slope
     lost_ds = lost_ds + u_p * ds
-    scale, q, k = abs(float(plain.scale)), np.abs(slab.q), np.abs(slab.k)
-    at, keys = (slab.batch, slab.head, slab.rows), (slab.batch, slab.head_kv, slab.keys)
-    seen = slab.allowed.astype(np.float64)
+    scale, q, k = abs(float(plain.scale)), np.abs(one.q), np.abs(one.k)
+    at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
+    seen = one.allowed.astype(np.float64)
     total["dq"][at] = scale * (lost_ds @ k + (model.depth(n) + tiles + 3) * u * (ds @ k) + tiny * (seen @ k)) + tiny * (
         seen @ k + n
     )
-    rows = model.depth(_rows_of(slab)) + np.ceil(dout.shape[0] / model.tile) + 3
+    rows = model.depth(_rows_of(one)) + np.ceil(dout.shape[0] / model.tile) + 3
     total["dk"][keys] += scale * (lost_ds.T @ q + rows * u * (ds.T @ q) + tiny * (seen.T @ q)) + tiny * (
         seen.T @ q + rows
     )
@@ -165,35 +165,35 @@ def _head(
         total["dv"][keys] += (weights + lost_p).T @ lost_dout
 
 
-def spread_over(slab: Slab) -> int:
+def spread_over(one: Head) -> int:
     """Return how many scores meet in one element of the bias's gradient, at most."""
-    p = slab.problem
+    p = one.problem
     full = (p.batch, p.heads, p.n_q, p.n_k)
     shape = full if p.bias is None else p.bias.shape
     return int(np.prod([n for n, m in zip(full, shape, strict=True) if m == 1]))
 
 
-def _rows_of(slab: Slab) -> int:
-    return int(slab.q.shape[0]) * (slab.problem.heads // slab.problem.heads_kv)
+def _rows_of(one: Head) -> int:
+    return int(one.q.shape[0]) * (one.problem.heads // one.problem.heads_kv)
 
 
-def spread(slab: Slab, total: Float, x: Float) -> None:
+def spread(one: Head, total: Float, x: Float) -> None:
     """Add what belongs to one head's scores where the bias has it."""
     shape = total.shape
     for axis, wide in ((0, shape[2]), (1, shape[3])):
         if wide == 1:
             x = x.sum(axis, keepdims=True)
-    at = (slab.batch if shape[0] > 1 else 0, slab.head if shape[1] > 1 else 0)
-    total[at][slab.rows if shape[2] > 1 else slice(None), slab.keys if shape[3] > 1 else slice(None)] += x
+    at = (one.batch if shape[0] > 1 else 0, one.head if shape[1] > 1 else 0)
+    total[at][one.rows if shape[2] > 1 else slice(None), one.keys if shape[3] > 1 else slice(None)] += x
 
 
-def _sink(slab: Slab, model: Model, u: float, lse: Any, d: Float, lost_lse: Float, lost_d: Float, lost: Float) -> None:
+def _sink(one: Head, model: Model, u: float, lse: Any, d: Float, lost_lse: Float, lost_d: Float, lost: Float) -> None:
     live = np.isfinite(lse)
-    p = np.exp(np.where(live, slab.sink - np.where(live, lse, 0.0), -np.inf))
+    p = np.exp(np.where(live, one.sink - np.where(live, lse, 0.0), -np.inf))
     lost_p = p * (
         np.nan_to_num(lost_lse)
-        + (2 * np.abs(np.where(live, lse, 0.0)) + abs(float(slab.sink or 0)) + model.exp_ulps + 3) * u
+        + (2 * np.abs(np.where(live, lse, 0.0)) + abs(float(one.sink or 0)) + model.exp_ulps + 3) * u
     )
     lost_p = lost_p + floor(format_of(model.accumulator), model)
-    n = model.depth(len(d) * slab.problem.batch) + 3
-    lost[slab.head] += (lost_p * np.abs(d) + p * lost_d + n * u * p * np.abs(d)).sum()
+    n = model.depth(len(d) * one.problem.batch) + 3
+    lost[one.head] += (lost_p * np.abs(d) + p * lost_d + n * u * p * np.abs(d)).sum()

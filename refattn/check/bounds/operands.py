@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays import to_float64
-from ...exact.slabs import Slab
+from ...exact.heads import Head
 from ..model import C, Model, inside_type
 
 __all__ = ["Operands", "lost", "variance"]
@@ -35,10 +35,10 @@ class Operands:
     var_v: Float
 
     @classmethod
-    def of(cls, slab: Slab, model: Model) -> Operands:
+    def of(cls, one: Head, model: Model) -> Operands:
         """Return what one head's operands lose."""
-        p = slab.problem
-        pairs = ((slab.q, p.query), (slab.k, p.key), (slab.v, p.value))
+        p = one.problem
+        pairs = ((one.q, p.query), (one.k, p.key), (one.v, p.value))
         return cls(*(of(x, t, model) for of in (lost, variance) for x, t in pairs))
 
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from ...arrays import to_float64
 from ...dtypes import FORMATS, format_of
 from ...exact.driver import Answer
-from ...exact.slabs import Slab, slabs
+from ...exact.heads import Head, heads
 from ..call import SOURCES
 from ..model import C, Model, inside_type
-from .forward import Head, head_losses
+from .forward import HeadLosses, head_losses
 from .gradients import spread, spread_over
 from .graph import Graph
 from .losses import Losses
@@ -50,11 +50,11 @@ def predict(answer: Answer, model: Model, dout: Any, variance: dict[str, Float])
     names = [n for n in answer.enclosures if n in SOURCES and not model.operands]
     total = {n: np.zeros(answer.enclosures[n].mid.shape) for n in names}
     arriving = to_float64(dout)
-    for slab in slabs(p) if names else ():
-        at = (slab.batch, slab.head, slab.rows)
+    for one in heads(p) if names else ():
+        at = (one.batch, one.head, one.rows)
         with np.errstate(all="ignore"):
             parts = _Parts.of(
-                slab, model, answer.enclosures["out"].mid[at], arriving[at], *(v[at] for v in variance.values())
+                one, model, answer.enclosures["out"].mid[at], arriving[at], *(v[at] for v in variance.values())
             )
             _inputs(parts, total)
             _masks(parts, total)
@@ -70,9 +70,9 @@ def predict(answer: Answer, model: Model, dout: Any, variance: dict[str, Float])
 class _Parts:
     """What the variances of one head's gradients are made of."""
 
-    slab: Slab
+    one: Head
     model: Model
-    head: Head
+    losses: HeadLosses
     cu: float
     tiny: float  # the square of what underflow of a sum costs, and of a weight
     tiny_w: float
@@ -89,26 +89,26 @@ class _Parts:
     var_lse: Float
 
     @classmethod
-    def of(cls, slab: Slab, model: Model, o: Float, dout: Float, var_out: Float, var_lse: Float) -> _Parts:
+    def of(cls, one: Head, model: Model, o: Float, dout: Float, var_out: Float, var_lse: Float) -> _Parts:
         inside = format_of(model.accumulator)
         cu = C * inside.unit_roundoff**2
-        head = head_losses(slab, slice(None), model)
-        assert head.lse is not None
-        Graph([head.out.node, head.lse.node])  # the flows
-        var_w, parts = head.score_variances, model.merges(slab.k.shape[0], slab.sink is not None)
+        losses = head_losses(one, slice(None), model)
+        assert losses.lse is not None
+        Graph([losses.out.node, losses.lse.node])  # the flows
+        var_w, parts = losses.score_variances, model.merges(one.k.shape[0], one.sink is not None)
         wild = np.isnan(var_w).any(1, keepdims=True)
         tiny_w, tiny = (floor(form, model) ** 2 / 3 for form in (inside_type(model.weights), inside))
-        o, v = np.nan_to_num(o, posinf=0, neginf=0), slab.v
-        lse = np.where(slab.allowed.any(1), np.nan_to_num(head.lse.a[:, 0], neginf=0.0), 0.0)[:, None]
-        plain = slab.plain()
-        t = 0.0 if plain.softcap is None else np.tanh(slab.q @ slab.k.T * plain.scale / plain.softcap)
+        o, v = np.nan_to_num(o, posinf=0, neginf=0), one.v
+        lse = np.where(one.allowed.any(1), np.nan_to_num(losses.lse.a[:, 0], neginf=0.0), 0.0)[:, None]
+        plain = one.plain()
+        t = 0.0 if plain.softcap is None else np.tanh(one.q @ one.k.T * plain.scale / plain.softcap)
         g2, dp = dout * dout, dout @ v.T
-        var_dp = cu * _dot(head.f, v.shape[1], dout, v.T) + C * model.loss(model.scores) ** 2 * dp * dp
+        var_dp = cu * _dot(losses.f, v.shape[1], dout, v.T) + C * model.loss(model.scores) ** 2 * dp * dp
         var_d = (g2 * var_out).sum(1, keepdims=True) + cu * (g2 * o * o).sum(1, keepdims=True)
         var_p = np.where(wild, 1.0, var_w) + cu * ((2 + 2 * parts) * (lse**2 + 2))
         x = dp - (dout * o).sum(1, keepdims=True)
         return cls(
-            slab, model, head, cu, tiny, tiny_w, dout, o, lse, head.shares, 1 - np.square(t), x, wild, var_p, var_dp,
+            one, model, losses, cu, tiny, tiny_w, dout, o, lse, losses.shares, 1 - np.square(t), x, wild, var_p, var_dp,
             var_d, var_lse,
         )  # fmt: skip
 
@@ -121,11 +121,11 @@ def _dot(f: Losses, n: Any, x: Float, y: Float) -> Float:
 
 def _inputs(s: _Parts, total: Any) -> None:
     """Add the variances of dq, dk and dv."""
-    slab, model, f, cu = s.slab, s.model, s.head.f, s.cu
-    p, q, k = slab.problem, slab.q, slab.k
-    at, keys = (slab.batch, slab.head, slab.rows), (slab.batch, slab.head_kv, slab.keys)
-    cu_p, tiles, seen = C * model.loss(model.weights) ** 2, np.ceil(k.shape[0] / model.tile), slab.allowed * 1.0
-    n, w2, slope, scale = slab.allowed.sum(1, keepdims=True), s.weights**2, s.slope, float(slab.plain().scale)
+    one, model, f, cu = s.one, s.model, s.losses.f, s.cu
+    p, q, k = one.problem, one.q, one.k
+    at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
+    cu_p, tiles, seen = C * model.loss(model.weights) ** 2, np.ceil(k.shape[0] / model.tile), one.allowed * 1.0
+    n, w2, slope, scale = one.allowed.sum(1, keepdims=True), s.weights**2, s.slope, float(one.plain().scale)
     ds = s.weights * s.x * slope
     own = slope**2 * w2 * (s.x * s.x * (s.var_p + 2 * cu) + s.var_dp) + cu_p * ds * ds
     if p.softcap is not None:  # 1 - t^2 near 0 keeps the errors of t, which is good to 2 ulps, and of its square
@@ -148,20 +148,20 @@ def _inputs(s: _Parts, total: Any) -> None:
 
 def _masks(s: _Parts, total: Any) -> None:
     """Add the variances of dbias and dsink, where there are any."""
-    slab, model, cu, x = s.slab, s.model, s.cu, s.x
+    one, model, cu, x = s.one, s.model, s.cu, s.x
     w2, tiny = s.weights**2, s.tiny
     if "dbias" in total:
         one_key = total["dbias"].shape[3] == 1  # then D's error is common to what is summed
         score = w2 * (x * x * (s.var_p + 2 * cu) + s.var_dp + s.var_d * (0 if one_key else 1))
         score = score + max(s.tiny_w, tiny) * x * x + tiny
-        score = score + cu * (model.depth(spread_over(slab)) / 6 + 1) * w2 * x * x
-        score = score + (s.weights.sum(1, keepdims=True) ** 2 * s.var_d / slab.k.shape[0] if one_key else 0.0)
-        spread(slab, total["dbias"], np.where(s.wild, np.nan, score if one_key else score * slab.allowed))
-    if "dsink" in total and slab.sink is not None:
+        score = score + cu * (model.depth(spread_over(one)) / 6 + 1) * w2 * x * x
+        score = score + (s.weights.sum(1, keepdims=True) ** 2 * s.var_d / one.k.shape[0] if one_key else 0.0)
+        spread(one, total["dbias"], np.where(s.wild, np.nan, score if one_key else score * one.allowed))
+    if "dsink" in total and one.sink is not None:
         lse = s.lse[:, 0]
-        p_sink, d = np.exp(slab.sink - lse), (s.dout * s.o).sum(1)
-        var_s = np.where(s.wild[:, 0], np.nan, s.var_lse) + cu * (lse**2 + slab.sink**2 + 1)
+        p_sink, d = np.exp(one.sink - lse), (s.dout * s.o).sum(1)
+        var_s = np.where(s.wild[:, 0], np.nan, s.var_lse) + cu * (lse**2 + one.sink**2 + 1)
         var_s = p_sink**2 * (d * d * (var_s + 2 * cu) + s.var_d[:, 0])
-        rows = slab.q.shape[0] * (slab.problem.heads // slab.problem.heads_kv)
+        rows = one.q.shape[0] * (one.problem.heads // one.problem.heads_kv)
         sums = cu * (model.depth(rows) + 1) * (p_sink * d) @ (p_sink * d)
-        total["dsink"][slab.head] += (var_s + tiny * d * d).sum() + sums
+        total["dsink"][one.head] += (var_s + tiny * d * d).sum() + sums

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import FORMATS, Format, format_of
+from ...exact.heads import heads, rows_of
 from ...exact.matrix import Reflected
-from ...exact.slabs import rows_of, slabs
 from ...problem import Problem
 from ...variants import variant_of
 from ..model import Model, inside_type
@@ -239,20 +239,20 @@ def simulate(
     found = {"out": np.zeros(p.out_shape)}
     if variant_of(p.variant).has_lse:
         found["lse"] = np.full(p.out_shape[:3], -np.inf)
-    for slab in slabs(p):
-        f, lost = Rounding(model, how, rng, slab.k.shape[0]), Operands.of(slab, model)
-        rows = np.nonzero(slab.live)[0]
+    for one in heads(p):
+        f, lost = Rounding(model, how, rng, one.k.shape[0]), Operands.of(one, model)
+        rows = np.nonzero(one.live)[0]
         if not len(rows):
             continue
         take = SimpleNamespace(
-            q=slab.q + f.spread(slab.q.shape) * lost.q,
-            k=slab.k + f.spread(slab.k.shape) * lost.k,
-            v=slab.v + f.spread(slab.v.shape) * lost.v,
+            q=one.q + f.spread(one.q.shape) * lost.q,
+            k=one.k + f.spread(one.k.shape) * lost.k,
+            v=one.v + f.spread(one.v.shape) * lost.v,
         )
         with np.errstate(all="ignore"):
             q, k, v = Rounded(f, take.q[rows], None), Rounded(f, take.k, None), Rounded(f, take.v, "value")
-            out, lse = rows_of(slab).define(q, k, v, slab.options(f, rows))
-        at = slab.batch, slab.head, slab.rows.start + rows
+            out, lse = rows_of(one).define(q, k, v, one.options(f, rows))
+        at = one.batch, one.head, one.rows.start + rows
         found["out"][at] = f.rounded(out.a, FORMATS[p.dtype])
         if lse is not None:
             found["lse"][at] = f.rounded(lse.a[:, 0], format_of(model.lse))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ...exact.slabs import Slab
+from ...exact.heads import Head
 from ...variants import Steps
 from ..model import Model
 from .losses import Losses
@@ -16,28 +16,28 @@ __all__ = ["stepped"]
 Float = NDArray[np.float64]
 
 
-def stepped(slab: Slab, shape: Steps, model: Model) -> tuple[Float, Float]:
+def stepped(one: Head, shape: Steps, model: Model) -> tuple[Float, Float]:
     """Return the largest errors of one head's out (n_q, d_v) and last state (d_k, d_v), their own roundings apart.
 
     Parameters
     ----------
-    slab : Slab
+    one : Head
         The head.
     shape : Steps
         The recurrence.
     model : Model
         The kernel's rounding model; its accumulator is the state's type.
     """
-    f, lost = Losses(model, 1), Operands.of(slab, model)
-    o = slab.options(f)
-    start = np.zeros((slab.q.shape[1], slab.v.shape[1])) if slab.state is None else slab.state
+    f, lost = Losses(model, 1), Operands.of(one, model)
+    o = one.options(f)
+    start = np.zeros((one.q.shape[1], one.v.shape[1])) if one.state is None else one.state
     state, spans = f.leaf(start, ("d", "v")), []
     with np.errstate(all="ignore"):
         shape.prepare(o)
-        for t in range(len(slab.q)):
+        for t in range(len(one.q)):
             at = slice(t, t + 1)
-            q = f.leaf(slab.q[at], ("q", "d"), lost.q[at])
-            k, v = f.leaf(slab.k[at], ("k", "d"), lost.k[at]), f.leaf(slab.v[at], ("k", "v"), lost.v[at])
+            q = f.leaf(one.q[at], ("q", "d"), lost.q[at])
+            k, v = f.leaf(one.k[at], ("k", "d"), lost.k[at]), f.leaf(one.v[at], ("k", "v"), lost.v[at])
             state, out = shape.step(state, q, k, v, o)
             spans.append(np.broadcast_to(out.node.span, out.shape))
             state = f.leaf(state.a, ("d", "v"), state.node.span)  # the graph behind it is not asked for

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...exact.slabs import Slab, rows_of
+from ...exact.heads import Head, rows_of
 from ...exact.tape import Tape, gradients
 from ..model import Model
 from .losses import Losses, Lossy
@@ -22,14 +22,12 @@ __all__ = ["head_gradients"]
 Float = NDArray[np.float64]
 
 
-def head_gradients(
-    slab: Slab, model: Model, dout: Float, arriving: Any, limit: Float
-) -> dict[str, tuple[Float, Float]]:
+def head_gradients(one: Head, model: Model, dout: Float, arriving: Any, limit: Float) -> dict[str, tuple[Float, Float]]:
     """Return the sizes and the largest errors of one head's gradients, in all but the results' own roundings.
 
     Parameters
     ----------
-    slab : Slab
+    one : Head
         The head.
     model : Model
         The kernel's rounding model.
@@ -45,15 +43,15 @@ def head_gradients(
     dict
         By gradient "dq", "dk", "dv", "dbias": size and largest error.
     """
-    f, off = Losses(model, slab.k.shape[0]), Operands.of(slab, model)
-    q = f.leaf(slab.q, ("q", "d"), off.q)
-    k, v = f.leaf(slab.k, ("k", "d"), off.k), f.leaf(slab.v, ("k", "v"), off.v)
+    f, off = Losses(model, one.k.shape[0]), Operands.of(one, model)
+    q = f.leaf(one.q, ("q", "d"), off.q)
+    k, v = f.leaf(one.k, ("k", "d"), off.k), f.leaf(one.v, ("k", "v"), off.v)
     leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
-    o = slab.options(f, wrap=Tape)
+    o = one.options(f, wrap=Tape)
     if o.bias is not None:
         leaves["dbias"] = o.bias
     with np.errstate(all="ignore"):
-        out, _ = rows_of(slab).define(leaves["dq"], leaves["dk"], leaves["dv"], o)
+        out, _ = rows_of(one).define(leaves["dq"], leaves["dk"], leaves["dv"], o)
         out.value.node.span = out.value.node.span + np.nan_to_num(limit, nan=np.inf)
         seed = f.leaf(dout, ("q", "v"), lost(dout, arriving, model))
         grads: list[Lossy] = gradients([out], [seed], list(leaves.values()))

@@ -12,8 +12,8 @@ from ... import masks
 from ...arrays import from_float64
 from ...dtypes import FORMATS
 from ...exact.driver import reference
+from ...exact.heads import heads
 from ...exact.lowering import lower
-from ...exact.slabs import slabs
 from ...exact.stream import STREAMED
 from ...problem import Problem
 from ...variants import variant_of
@@ -115,8 +115,8 @@ def _zeroed_head(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> Pai
 
 def _empty(p: Problem) -> NDArray[np.bool_]:
     mask = np.zeros(p.out_shape[:3], bool)
-    for slab in slabs(p):
-        mask[slab.batch, slab.head, slab.rows] = ~slab.allowed.any(1)
+    for one in heads(p):
+        mask[one.batch, one.head, one.rows] = ~one.allowed.any(1)
     return mask
 
 
@@ -166,18 +166,18 @@ def _masked_value_read(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) 
 def _cap_after_bias(p: Problem, out: NDArray[Any], lse: NDArray[Any] | None) -> Pair:
     if p.softcap is None or p.bias is None:
         return out, lse
-    for slab in slabs(p):
-        o = slab.plain()
-        s = np.tanh((slab.q @ slab.k.T * o.scale + slab.bias) / p.softcap) * p.softcap
-        w = np.where(slab.allowed, np.exp(s), 0)
-        z = w.sum(1, keepdims=True) + (0 if slab.sink is None else np.exp(slab.sink))
-        out[slab.batch, slab.head, slab.rows] = (w @ slab.v / np.where(z > 0, z, 1)).astype(out.dtype)
+    for one in heads(p):
+        o = one.plain()
+        s = np.tanh((one.q @ one.k.T * o.scale + one.bias) / p.softcap) * p.softcap
+        w = np.where(one.allowed, np.exp(s), 0)
+        z = w.sum(1, keepdims=True) + (0 if one.sink is None else np.exp(one.sink))
+        out[one.batch, one.head, one.rows] = (w @ one.v / np.where(z > 0, z, 1)).astype(out.dtype)
     return out, lse
 
 
 def _clamped(p: Problem) -> Problem:
     """Clamp scores at a sentinel of -1e4, as kernels do that mask with it: rows far below become uniform."""
-    top = max((float(np.abs(slab.q @ slab.k.T * slab.plain().scale).max(initial=0)) for slab in slabs(p)), default=0.0)
+    top = max((float(np.abs(one.q @ one.k.T * one.plain().scale).max(initial=0)) for one in heads(p)), default=0.0)
     return p.replace(scale=0.0) if top > 1e4 and variant_of(p.variant).has_lse else p
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...exact.driver import Answer
-from ...exact.slabs import slabs
+from ...exact.heads import heads
 from ..bounds.forward import head_losses
 from ..model import Model
 from .statistics import bands
@@ -42,12 +42,12 @@ def weights_off(answer: Answer, got: NDArray[np.generic]) -> tuple[str, ...]:
     x, shared = np.asarray(got).astype(np.float64), False
     with np.errstate(invalid="ignore"):  # inf where inf is right
         chosen = _largest(x - exact)
-    for slab in slabs(p):
-        at = (slab.batch, slab.head, slab.rows)
+    for one in heads(p):
+        at = (one.batch, one.head, one.rows)
         if not chosen[at].any():
             continue
         with np.errstate(all="ignore"):
-            head = head_losses(slab, slice(None), Model())
+            head = head_losses(one, slice(None), Model())
             shared, weights = head.divides, head.shares
             error = x[at] - exact[at]
         live = chosen[at]
@@ -57,9 +57,9 @@ def weights_off(answer: Answer, got: NDArray[np.generic]) -> tuple[str, ...]:
             continue
         moved = []
         for t in tiles:  # a sequence's keys are some of all
-            j = slice(max(t.start, slab.keys.start) - slab.keys.start, max(0, t.stop - slab.keys.start))
+            j = slice(max(t.start, one.keys.start) - one.keys.start, max(0, t.stop - one.keys.start))
             part = weights[:, j]
-            moved.append((part @ slab.v[j] - (out * part.sum(1)[:, None] if shared else 0)).ravel() / size)
+            moved.append((part @ one.v[j] - (out * part.sum(1)[:, None] if shared else 0)).ravel() / size)
         a = np.array(moved)
         gram, right, energy = gram + a @ a.T, right + a @ (error.ravel() / size), energy + (error**2).sum() / size**2
     if not energy or not np.isfinite(gram).all():

@@ -35,7 +35,7 @@ class Isolated:
         The name means no kernel, or several; a limit that is not above 0.
     """
 
-    placed = True  # the other process puts the arrays where the kernel wants them
+    native = True  # the other process puts the arrays where the kernel wants them
 
     def __init__(self, name: str, seconds: float = 60.0) -> None:
         if not seconds > 0:

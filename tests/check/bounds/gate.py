@@ -8,9 +8,9 @@ import sys
 import numpy as np
 
 from refattn import VARIANTS
+from refattn.check.bounds.expected import exact
 from refattn.check.bounds.forward import bounds
 from refattn.check.bounds.rounded import HOWS, simulate
-from refattn.check.bounds.truth import exact
 from refattn.check.inputs.draw import Draw
 from refattn.check.inputs.families import cases
 from refattn.check.inputs.values import numbers

@@ -5,8 +5,8 @@ import pytest
 
 from refattn import Capabilities, Problem, check_kernel, evaluate
 from refattn.check.bounds.choices import either
+from refattn.check.bounds.expected import expected
 from refattn.check.bounds.forward import bounds
-from refattn.check.bounds.truth import truth
 from refattn.check.compare import compare
 from refattn.check.model import flash
 
@@ -32,7 +32,7 @@ def chosen_otherwise(p):
 
 
 def judged(p, got):
-    known = truth(p, flash("float32")).for_result({"out": got})
+    known = expected(p, flash("float32")).for_result({"out": got})
     return compare("out", got, known.answer, known.allowed["out"], "float32", known.variance["out"])
 
 
@@ -56,7 +56,7 @@ def test_one_choice_in_out_and_the_other_in_lse_is_a_failure():
     """Both blocks with equal values give the same out: their lse tells them apart."""
     p = near_tie(2.0**-22)
     p.value[:, :, 3:6] = p.value[:, :, 0:3]
-    known = truth(p, flash("float32"))
+    known = expected(p, flash("float32"))
     got = {n: np.array(getattr(evaluate(p, rounding="float32"), n)) for n in ("out", "lse")}
     assert compare_lse(known, got)
     got["lse"] += np.float32(0.5)

@@ -11,7 +11,7 @@ from refattn.check.kernels.tiled import SPLIT as TILE
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import FEATURES
 from refattn.dtypes import FORMATS
-from refattn.exact.slabs import slabs
+from refattn.exact.heads import heads
 
 
 def given(**changes):
@@ -50,50 +50,50 @@ def by_hand(weigh, dtype=np.float32):
     def kernel(p):
         out = np.zeros(p.out_shape, dtype)
         with np.errstate(all="ignore"):
-            for slab in slabs(p):
+            for one in heads(p):
                 scale = 1 / np.sqrt(p.d_k)
-                s = np.where(slab.allowed, slab.q @ slab.k.T * scale, -np.inf).astype(dtype)
-                out[slab.batch, slab.head, slab.rows] = weigh(s, slab) @ slab.v.astype(dtype)
+                s = np.where(one.allowed, one.q @ one.k.T * scale, -np.inf).astype(dtype)
+                out[one.batch, one.head, one.rows] = weigh(s, one) @ one.v.astype(dtype)
         return out.astype(p.query.dtype)
 
     return kernel
 
 
-def normalised(s, slab):
+def normalised(s, one):
     w = np.exp(s - s.max(1, keepdims=True))
     return w / w.sum(1, keepdims=True)
 
 
-def filled(s, slab):
-    return normalised(np.where(slab.allowed, s, np.float32(-5e4)), slab)
+def filled(s, one):
+    return normalised(np.where(one.allowed, s, np.float32(-5e4)), one)
 
 
-def lowest_maximum(s, slab):
+def lowest_maximum(s, one):
     w = np.exp(s - np.maximum(s.max(1, keepdims=True), np.float32(-5e4)))
     return w / w.sum(1, keepdims=True)
 
 
-def keys_alone(s, slab):
+def keys_alone(s, one):
     m = s.max(1, keepdims=True)
-    return np.exp(s - m) / (np.exp(s - m).sum(1, keepdims=True) + np.exp(np.float32(slab.sink) - m))
+    return np.exp(s - m) / (np.exp(s - m).sum(1, keepdims=True) + np.exp(np.float32(one.sink) - m))
 
 
-def through_lse(s, slab):
+def through_lse(s, one):
     m = s.max(1, keepdims=True)
     return np.exp(s) * np.exp(-(m + np.log(np.exp(s - m).sum(1, keepdims=True))))
 
 
-def no_faint(s, slab):
-    w = normalised(s, slab)
+def no_faint(s, one):
+    w = normalised(s, one)
     return np.where(w < 2**-12 * w.max(1, keepdims=True), 0, w)
 
 
 def narrow_sum(p):
-    (slab,) = slabs(p)
-    w = normalised(slab.q @ slab.k.T / np.sqrt(p.d_k), slab)
+    (one,) = heads(p)
+    w = normalised(one.q @ one.k.T / np.sqrt(p.d_k), one)
     total = np.zeros((p.n_q, p.d_v), ml_dtypes.bfloat16)
     for j in range(p.n_k):
-        total = (total.astype(np.float32) + (w[:, j : j + 1] * slab.v[j])).astype(ml_dtypes.bfloat16)
+        total = (total.astype(np.float32) + (w[:, j : j + 1] * one.v[j])).astype(ml_dtypes.bfloat16)
     return total[None, None]
 
 

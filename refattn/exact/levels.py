@@ -24,7 +24,7 @@ from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, constant, exp2, two_prod, t
 from .matrix import Reflected
 from .precision import precision
 
-__all__ = ["ETA", "UP", "Bounded", "Tier"]
+__all__ = ["ETA", "UP", "Bounded", "Level"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -48,7 +48,7 @@ def head_bits(k: int, level: int) -> int:
     return int((52.99 - np.log2(max(k * max(level, 1), 1))) // 2)
 
 
-class Tier:
+class Level:
     """The arithmetic of one level L, 0 to 3."""
 
     def __init__(self, level: int) -> None:
@@ -94,7 +94,7 @@ class Bounded(Reflected):
 
     __slots__ = ("f", "h", "kept", "l", "relative", "rest")
 
-    def __init__(self, f: Tier, h: Float, low: Float, r: Float, relative: Float | None = None) -> None:
+    def __init__(self, f: Level, h: Float, low: Float, r: Float, relative: Float | None = None) -> None:
         self.f, self.h, self.l, self.rest, self.relative = f, h, low, r, relative
         self.kept: dict[Any, Any] = {}
 

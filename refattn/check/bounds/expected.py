@@ -20,14 +20,14 @@ from .forward import forward
 from .gradients import gradient_bounds
 from .predict import predict
 
-__all__ = ["Truth", "exact", "of_case", "truth"]
+__all__ = ["Expected", "exact", "expected", "of_case"]
 
 Float = NDArray[np.float64]
 LARGE = 2**14
 
 
 @dataclass(frozen=True)
-class Truth:
+class Expected:
     """The exact answer of a call, and by array the allowed errors and the predicted variances (where there are any)."""
 
     answer: Answer
@@ -35,12 +35,12 @@ class Truth:
     variance: dict[str, Float]
     either: Either | None = None
 
-    def for_result(self, got: dict[str, Any]) -> Truth:
+    def for_result(self, got: dict[str, Any]) -> Expected:
         """Return what to compare a kernel's result with: each row by the choice that it is nearest to."""
         if self.either is None:
             return self
         wide = {n: np.asarray(x).astype(np.float64) for n, x in got.items()}
-        return Truth(*self.either.nearest(wide, self.answer, self.allowed, self.variance), self.either)
+        return Expected(*self.either.nearest(wide, self.answer, self.allowed, self.variance), self.either)
 
 
 def exact(problem: Problem, dout: Any = None) -> Answer:
@@ -51,23 +51,23 @@ def exact(problem: Problem, dout: Any = None) -> Answer:
     return replace(evaluate(problem, gradients=dout, rounding=rounding), balls={})
 
 
-def truth(problem: Problem, model: Model, dout: Any = None) -> Truth:
+def expected(problem: Problem, model: Model, dout: Any = None) -> Expected:
     """Return what to compare a call with: out and lse, or with an arriving gradient its gradients."""
     return _with(exact(problem, dout), model, dout)
 
 
-def _with(answer: Answer, model: Model, dout: Any) -> Truth:
+def _with(answer: Answer, model: Model, dout: Any) -> Expected:
     allowed, variance = forward(answer, model)
     if dout is None:
-        return Truth(answer, allowed, variance, either(answer, model))
+        return Expected(answer, allowed, variance, either(answer, model))
     limit = gradient_bounds(answer, model, dout, allowed)
     known = variant_of(answer.call.variant).fused == STREAMED
-    return Truth(answer, limit, predict(answer, model, dout, variance) if known else {})
+    return Expected(answer, limit, predict(answer, model, dout, variance) if known else {})
 
 
 @lru_cache(maxsize=4096)
-def of_case(case: Case, dtype: str, model: Model, backward: bool) -> Truth:
-    """Return :func:`truth` of a case, made once."""
+def of_case(case: Case, dtype: str, model: Model, backward: bool) -> Expected:
+    """Return what is expected of a case, made once."""
     return _with(_answer(case, dtype, backward), model, case.arriving(dtype) if backward else None)
 
 

@@ -18,7 +18,7 @@ from ..variants import Rows, variant_of
 from ..variants.variant import shape_of
 from .matrix import Matrix
 
-__all__ = ["Given", "Slab", "matrix_of", "numbers_of", "rows_of", "slabs"]
+__all__ = ["Given", "Head", "heads", "matrix_of", "numbers_of", "rows_of"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -27,7 +27,7 @@ Mask = NDArray[np.bool_]
 def matrix_of(f: Any, x: Float) -> Any:
     """Take a float64 matrix into an arithmetic, exactly."""
     taken = f.array(x)
-    return Matrix(taken, f) if isinstance(taken, np.ndarray) else taken  # a field and a tier have their own
+    return Matrix(taken, f) if isinstance(taken, np.ndarray) else taken  # a field and a level have their own
 
 
 class Given:
@@ -51,9 +51,9 @@ class Given:
         return [n for n in (*vars(self), *self._make) if not n.startswith("_")]
 
 
-def rows_of(slab: Slab) -> Rows:
+def rows_of(one: Head) -> Rows:
     """Return the definition of a head's rows: the operator's own, or the form of a recurrence that has all tokens."""
-    variant = variant_of(slab.problem.variant)
+    variant = variant_of(one.problem.variant)
     for shape in (variant.shape, *(shape_of(x) for x in variant.forms.values())):
         if isinstance(shape, Rows):
             return shape
@@ -61,14 +61,14 @@ def rows_of(slab: Slab) -> Rows:
 
 
 def numbers_of(m: Any) -> NDArray[Any]:
-    """Return a matrix's numbers as an array; those of a tier stand along a last axis as h, l, r."""
+    """Return a matrix's numbers as an array; those of a level stand along a last axis as h, l, r."""
     if hasattr(m, "h"):
         return np.stack([m.h, *(np.broadcast_to(x, m.h.shape) for x in (m.l, m.r))], -1)
     return np.asarray(m.image if hasattr(m, "image") else m.a)
 
 
 @dataclass(frozen=True)
-class Slab:
+class Head:
     """One query head of one packed sequence, in float64 (exact), non-finite inputs set aside.
 
     Attributes
@@ -165,7 +165,7 @@ class Slab:
         return SimpleNamespace(**known | {"sink": self.sink})
 
 
-def slabs(problem: Problem) -> Iterator[Slab]:
+def heads(problem: Problem) -> Iterator[Head]:
     """Yield the heads of a call, batch by batch, query heads of one key head together."""
     p = problem.to("numpy")
     q, k, v = (to_float64(to_numpy(x)) for x in (p.query, p.key, p.value))
@@ -187,7 +187,7 @@ def slabs(problem: Problem) -> Iterator[Slab]:
                 if s is not None and not np.isfinite(s):
                     s = None
                 state = None if p.state is None else _state(to_float64(p.state[b, h]))
-                yield Slab(
+                yield Head(
                     p,
                     b,
                     h,

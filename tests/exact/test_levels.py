@@ -6,9 +6,9 @@ import flint
 import numpy as np
 import pytest
 
-from refattn.exact import backward, stream, tiers
+from refattn.exact import backward, levels, stream
 from refattn.exact import run as runner
-from refattn.exact.tiers import Bounded, Tier
+from refattn.exact.levels import Bounded, Level
 
 from .gate import FAMILIES, gate
 
@@ -30,7 +30,7 @@ def noisy(rng, shape, size=1.0, by_row=False):
     h = FAMILIES[list(FAMILIES)[rng.integers(len(FAMILIES))]](rng, shape) * size
     low = h * 2.0**-53 * (rng.random(shape) - 0.5)
     r = np.abs(h) * 2.0 ** -rng.integers(40, 110) * (rng.random(shape) < 0.7)
-    return Bounded(Tier(int(rng.integers(4))), h, low, r.max(1, keepdims=True) if by_row else r)
+    return Bounded(Level(int(rng.integers(4))), h, low, r.max(1, keepdims=True) if by_row else r)
 
 
 MASK = np.random.default_rng(0).random((5, 7)) < 0.6
@@ -93,7 +93,7 @@ def test_products_enclose(level, shape):
     with flint.ctx.workprec(900):
         for _ in range(8):
             a, b = noisy(rng, (n, k)), noisy(rng, (k, m))
-            a.f = b.f = Tier(level)
+            a.f = b.f = Level(level)
             x, y = points(rng, a), points(rng, b)
             covers(a @ b, x @ y)
             covers(a.sum(), x.sum(1, keepdims=True))
@@ -117,7 +117,7 @@ def test_where_absmax_and_shift(level):
 
 
 def test_a_number_that_is_a_float_is_exact_and_a_fraction_is_enclosed():
-    f = Tier(2)
+    f = Level(2)
     assert f.number(0.5).r == 0
     assert 0 < f.number(Fraction(1, 3)).r < 2.0**-103
     with flint.ctx.workprec(300):
@@ -127,7 +127,7 @@ def test_a_number_that_is_a_float_is_exact_and_a_fraction_is_enclosed():
 
 
 def test_overflow_and_lost_numbers_prove_nothing():
-    f = Tier(1)
+    f = Level(1)
     with np.errstate(all="ignore"):
         a = f.array(np.array([[1e300, 1.0]]))
         assert not np.isfinite((a * a).r[0, 0])
@@ -166,7 +166,7 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_error_in_a_bound_is_caught(name, monkeypatch):
     for attribute, wrong in PLANTED[name].items():
-        for module in (tiers, stream, backward):
+        for module in (levels, stream, backward):
             if hasattr(module, attribute):
                 monkeypatch.setattr(module, attribute, wrong)
     count, violations, *_ = gate(ELEMENTS, stop=1)
@@ -204,7 +204,7 @@ def test_a_tail_charged_at_the_wrong_slice_is_caught(monkeypatch):
         result = right(self, o)
         level = self.f.level
         if level:
-            result.rest = result.rest * 2.0 ** -tiers.head_bits(self.h.shape[1], level)
+            result.rest = result.rest * 2.0 ** -levels.head_bits(self.h.shape[1], level)
         return result
 
     monkeypatch.setattr(Bounded, "__matmul__", wrong)

@@ -14,10 +14,10 @@ from ..problem import Problem
 from .call import Function, unchanged
 from .model import Capabilities
 
-__all__ = ["placed"]
+__all__ = ["native"]
 
 
-def placed(kernel: Function, able: Capabilities) -> Function:
+def native(kernel: Function, able: Capabilities) -> Function:
     """Return a kernel as one that takes NumPy arrays.
 
     Parameters
@@ -27,13 +27,13 @@ def placed(kernel: Function, able: Capabilities) -> Function:
     able : Capabilities
         What it says it can do.
     """
-    if able.arrays == "numpy" or getattr(kernel, "placed", False):
+    if able.arrays == "numpy" or getattr(kernel, "native", False):
         return kernel
-    return _Placed(kernel, able)
+    return _Native(kernel, able)
 
 
-class _Placed:
-    placed = True
+class _Native:
+    native = True
 
     def __init__(self, kernel: Function, able: Capabilities) -> None:
         self.kernel, self.able = kernel, able
