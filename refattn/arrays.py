@@ -141,18 +141,21 @@ def to_kind(x: NDArray[Any], kind: str, device: Any = None) -> Any:
         return x
     if kind not in KINDS:
         raise InvalidInput(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
-    x = native(np.array(x, copy=True, order="C"))
+    x = native(x)
     if kind == "torch":
         import torch
 
+        _, block, start = laid_out(x)
         name = x.dtype.name
         if name in FORMATS and not isinstance(x.dtype.type(0), np.floating):
             bits = np.int16 if x.dtype.itemsize == 2 else np.uint8
-            tensor = torch.from_numpy(x.view(bits)).view(getattr(torch, name))
+            whole = torch.from_numpy(block.view(bits)).view(getattr(torch, name))
         else:
-            tensor = torch.from_numpy(x)
-        return tensor if device is None else tensor.to(device)
+            whole = torch.from_numpy(block)
+        steps = [s // x.dtype.itemsize for s in _strides(x)]
+        return (whole if device is None else whole.to(device)).as_strided(x.shape, steps, start)
     if kind == "jax":
+        x = np.array(x, copy=True, order="C")
         jax = importlib.import_module("jax")
         # a float64 array stays one only where 64-bit types are on; say so and do not narrow it in silence
         if x.dtype == np.float64 and not jax.config.jax_enable_x64:
@@ -160,7 +163,34 @@ def to_kind(x: NDArray[Any], kind: str, device: Any = None) -> Any:
         return jax.device_put(x, device)
     cupy = importlib.import_module("cupy")
     with cupy.cuda.Device(device):
-        return cupy.asarray(x)
+        _, block, start = laid_out(x)
+        whole = cupy.asarray(block)
+        return cupy.ndarray(x.shape, x.dtype, whole[start:].data, strides=_strides(x))
+
+
+def _strides(x: NDArray[Any]) -> tuple[int, ...]:
+    """Return an array's strides in bytes: its own, or of whole rows where those run backwards or it is empty."""
+    if x.size and all(s >= 0 and s % x.dtype.itemsize == 0 for s in x.strides):
+        return x.strides
+    return np.empty(x.shape, x.dtype).strides
+
+
+BORDER = 2**14
+"""Bytes of NaN before and after an array that is laid out."""
+
+
+def laid_out(x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], int]:
+    """Return a copy of an array that lies in memory as it does, the block that it lies in, and where in it it starts.
+
+    What is before, between and after its elements is NaN, so that a read there shows.
+    """
+    strides = _strides(x)
+    spread = tuple(slice(0, 1) if s == 0 else slice(None) for s in strides)  # each number once
+    size = x.dtype.itemsize + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) if x.size else 0
+    block = np.full(size + 2 * BORDER, 0xFF, np.uint8).view(x.dtype)
+    copy = np.ndarray(x.shape, x.dtype, block, BORDER, strides)
+    copy[spread] = x[spread]
+    return copy, block, BORDER // x.dtype.itemsize
 
 
 def like(x: NDArray[Any], model: Any) -> Any:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .arrays import from_float64, kind_of, like
 from .check.inputs.draw import Draw
 from .check.inputs.values import RARE, VALUES, numbers
-from .check.model import FEATURES
+from .check.model import FEATURES, FURTHER
 from .dtypes import FORMATS, Format, format_of, is_float
 from .errors import InvalidInput
 from .masks import visible
@@ -60,8 +60,8 @@ def problems(
     tile : int
         Lengths are drawn about its edges: tile and 2·tile, one less, one more.
     features : collection of str, optional
-        What a call may ask for, out of ``refattn.check.FEATURES``: a kernel's ``capabilities.features``, say. By
-        default all that the operator has.
+        What a call may ask for, out of ``refattn.check.FEATURES`` and ``FURTHER``: a kernel's
+        ``capabilities.features``, say. By default all that the operator has.
     families : sequence of str, optional
         Out of ``VALUES``, the simplest first. By default all, "shifted", "near_tie" and "extreme" only for operators
         whose checks have such problems.
@@ -82,7 +82,7 @@ def problems(
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise InvalidInput(f"{name}: got {limit!r}, expected an integer of at least 1")
     able = _features(v)
-    wanted = able if features is None else _some("features", features, sorted(FEATURES))
+    wanted = able if features is None else _some("features", features, sorted(FEATURES | FURTHER))
     for name in wanted:
         if name not in able:
             raise InvalidInput(f"features: got {name!r}, expected what {v.name} attention has: {', '.join(able)}")

@@ -4,13 +4,15 @@ from .call import call_kernel
 from .compare import Worst, compare
 from .inputs.families import FAMILIES, cases
 from .laws import LAWS, Law
-from .model import FEATURES, Capabilities, Model, flash, materialised
+from .model import EDGES, FEATURES, FURTHER, Capabilities, Model, flash, materialised
 from .report.report import Check, Report
 from .runner import check_kernel, check_problem
 
 __all__ = [
+    "EDGES",
     "FAMILIES",
     "FEATURES",
+    "FURTHER",
     "LAWS",
     "Capabilities",
     "Check",

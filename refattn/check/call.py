@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import dtype_name, kind_of, to_numpy
+from ..arrays import dtype_name, kind_of, laid_out, to_numpy
 from ..dtypes import FORMATS
 from ..errors import InvalidProblem, KernelError, UnsupportedProblem
 from ..problem import Problem
 from ..variants import Steps, variant_of
+from .reading import watched
 from .state import restored
 
-__all__ = ["SOURCES", "Function", "Result", "call_gradients", "call_kernel", "unchanged"]
+__all__ = ["SOURCES", "Function", "Result", "call_gradients", "call_kernel", "result_of", "unchanged"]
 
 Function = Callable[[Problem], Any]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a kernel returned, as NumPy arrays."""
+    """What a kernel returned, as NumPy arrays, and the options of the call that it read."""
 
     out: NDArray[Any]
     lse: NDArray[Any] | None = None
     state: NDArray[Any] | None = None
+    read: frozenset[str] = frozenset()
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return all that came, by name."""
+        return {"out": self.out} | self.more()
 
     def more(self) -> dict[str, NDArray[Any]]:
         """Return what came with out, by name."""
@@ -54,7 +60,14 @@ def call_kernel(kernel: Function, problem: Problem) -> Result:
     UnsupportedProblem
         The kernel raised it: the call is outside what it can do.
     """
-    result, given = _on_copies(kernel, problem)
+    result, given, read = _on_copies(kernel, problem)
+    found = replace(result_of(result, problem), read=read)
+    _own(given, out=found.out, **found.more())
+    return found
+
+
+def result_of(result: Any, problem: Problem) -> Result:
+    """Hold what a kernel returned to the contract; what is raised is as in :func:`call_kernel`."""
     parts = result if isinstance(result, tuple | list) else (result,)
     if len(parts) not in (1, 2) or any(kind_of(x) is None for x in parts if x is not None) or parts[0] is None:
         got = (
@@ -75,16 +88,17 @@ def call_kernel(kernel: Function, problem: Problem) -> Result:
         _expect(name, more, problem.out_shape[:3] if name == "lse" else state)
         if dtype_name(more) not in FORMATS:
             raise KernelError(f"{name}: got dtype {dtype_name(more)}, expected one of {', '.join(FORMATS)}")
-    found = Result(_numpy(out), **({} if more is None else {name: _numpy(more)}))
-    _own(given, out=found.out, **found.more())
-    return found
+    rest: dict[str, Any] = {} if more is None else {name: _numpy(more)}
+    return Result(_numpy(out), **rest)
 
 
 SOURCES = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}
 """The input that each gradient belongs to."""
 
 
-def call_gradients(kernel: Function, problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
+def call_gradients(
+    kernel: Function, problem: Problem, dout: NDArray[Any]
+) -> tuple[dict[str, NDArray[Any]], frozenset[str]]:
     """Call ``kernel.gradients(problem, dout)`` on fresh copies and hold the result to the contract.
 
     Parameters
@@ -97,6 +111,13 @@ def call_gradients(kernel: Function, problem: Problem, dout: NDArray[Any]) -> di
     dout : (b, h_q, n_q, d_v) NumPy array
         The gradient arriving at out, of query's type.
 
+    Returns
+    -------
+    gradients : dict
+        By name, as NumPy arrays.
+    read : frozenset of str
+        The options of the call that the kernel read.
+
     Raises
     ------
     KernelError, UnsupportedProblem
@@ -106,7 +127,7 @@ def call_gradients(kernel: Function, problem: Problem, dout: NDArray[Any]) -> di
     if backward is None:
         raise KernelError("the kernel has no attribute gradients, but its capabilities name some")
     arriving = np.array(dout, copy=True)
-    result, given = _on_copies(lambda p: backward(p, arriving), problem)
+    result, given, read = _on_copies(lambda p: backward(p, arriving), problem)
     unchanged({"dout": arriving}, {"dout": dout})
     if not isinstance(result, Mapping) or not result or set(result) - set(SOURCES):
         got = ", ".join(map(str, result)) if isinstance(result, Mapping) else type(result).__name__
@@ -122,15 +143,20 @@ def call_gradients(kernel: Function, problem: Problem, dout: NDArray[Any]) -> di
             raise KernelError(f"{name}: got dtype {dtype_name(x)}, expected {SOURCES[name]}'s {dtype_name(source)}")
     found = {name: _numpy(x) for name, x in result.items()}
     _own(given | {"dout": arriving}, **found)
-    return found
+    return found, read
 
 
-def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, dict[str, NDArray[Any]]]:
-    """Return what a call gives on copies of the inputs, and the copies, which it must have left alone."""
-    given = {n: np.array(x, copy=True) for n, x in problem.arrays().items()}
+def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, dict[str, NDArray[Any]], frozenset[str]]:
+    """Return what a call gives on copies of the inputs, those copies, which it must have left alone, and what it read.
+
+    A copy lies in memory as its original does: with the same strides, gaps and axes that are spread.
+    """
+    given = {n: laid_out(np.asarray(x))[0] for n, x in problem.arrays().items()}
+    asked, seen = watched(problem.replace(**given))
+    _scrub(problem)
     try:
         with restored():
-            result = call(problem.replace(**given))
+            result = call(asked)
     except (UnsupportedProblem, KernelError) as e:
         raise type(e)(_clean(str(e))) from e
     except KeyboardInterrupt:
@@ -138,7 +164,14 @@ def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, d
     except BaseException as e:  # SystemExit, too: a kernel does not end the run that judges it
         raise KernelError(f"the kernel raised {type(e).__name__}: {_first_line(e)}") from e
     unchanged(given, problem.arrays())
-    return result, given
+    return result, given, frozenset(seen)
+
+
+def _scrub(problem: Problem) -> None:
+    """Leave NaN in the memory that is free, where a kernel's own arrays are likely to be made next."""
+    for n in {problem.out_shape, problem.out_shape[:3]}:
+        for kind in (np.float32, np.dtype(FORMATS[problem.dtype].dtype)):
+            np.empty(n, kind).view(np.uint8).fill(0xFF)
 
 
 def _first_line(e: BaseException) -> str:

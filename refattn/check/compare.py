@@ -12,7 +12,7 @@ infinite               the same infinity, or NaN (a weight that underflowed met 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from ..exact.driver import Answer
 from ..masks import visible
 from .diagnose.keytiles import weights_off
 from .diagnose.statistics import Figures, figures, where
+from .edges import edges_of
 
 __all__ = ["Worst", "compare", "empty_rows"]
 
@@ -51,6 +52,8 @@ class Worst:
         What the failing elements have in common, in words.
     figures : Figures or None
         The errors as a whole.
+    edges : dict
+        By contract (``refattn.check.EDGES``), how many of the failing elements break it and nothing else.
     """
 
     array: str
@@ -63,6 +66,12 @@ class Worst:
     elements: int
     symptoms: tuple[str, ...] = ()
     figures: Figures | None = None
+    edges: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def wrong(self) -> bool:
+        """Tell whether an element fails that no contract at the edge speaks of, or the errors as a whole are large."""
+        return self.failures > sum(self.edges.values()) or (self.figures is not None and self.figures.excess)
 
     @property
     def passed(self) -> bool:
@@ -109,7 +118,7 @@ def compare(
     x, exact = np.asarray(got).astype(np.float64), enclosure.mid
     form = format_of(dtype)
     with np.errstate(all="ignore"):
-        error = enclosure.error(x)
+        error = enclosure.least_error(x)  # only what is proven counts against a kernel
         ratio = np.where(error == 0, 0.0, error / bound)
         same = (x == exact) | (np.isnan(x) & np.isnan(exact))
         overflows = np.isfinite(exact) & (np.abs(exact) + bound >= form.overflow)
@@ -122,14 +131,18 @@ def compare(
         ratio = np.where(np.isinf(exact) & np.isnan(x) & (name == "out"), 0.0, ratio)
         ratio = np.where(np.isnan(ratio), np.inf, ratio)  # a bound or a number that is none decides nothing: fail
     failing = ratio > 1
-    place = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape)) if ratio.size else ()
     if not ratio.size:
         return Worst(name, 0.0, (), 0.0, 0.0, 0.0, 0, 0)
+    empty = empty_rows(answer) if failing.any() else np.zeros(answer.call.out_shape[:3], bool)
+    whole_empty = np.broadcast_to(empty[..., None], x.shape) if name == "out" else empty
+    edges = edges_of(name, x, exact, failing, whole_empty, answer, dtype) if failing.any() else {}
+    plain = failing & ~np.logical_or.reduce([*edges.values()]) if edges else failing
+    shown = np.where(plain, ratio, -1.0) if plain.any() else ratio  # what is plainly wrong comes first
+    place = tuple(int(i) for i in np.unravel_index(int(np.argmax(shown)), ratio.shape))
     rows = int(np.prod(answer.call.out_shape[:3]))
     whole = figures(name, got, enclosure, ratio, variance, dtype, rows)
-    empty = empty_rows(answer) if name in ("out", "lse") else np.zeros(x.shape, bool)
     symptoms = _symptoms(
-        name, x, exact, failing, np.broadcast_to(empty[..., None], x.shape) if name == "out" else empty, answer
+        name, x, exact, failing, whole_empty if name in ("out", "lse") else np.zeros(x.shape, bool), answer
     )
     keys = weights_off(answer, x) if name == "out" and failing.any() and answer.call.n_k else ()
     return Worst(
@@ -143,6 +156,7 @@ def compare(
         int(ratio.size),
         (*symptoms, *where(name, failing), *keys, *(() if failing.any() else _excess(whole))),
         whole,
+        {n: int(m.sum()) for n, m in edges.items()},
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .call import Function
-from .model import Capabilities, Model, ModelFor, flash
+from .model import UNDECLARED, Capabilities, Model, ModelFor, flash
 from .native import native
 
 __all__ = ["Kernel", "name_of"]
@@ -33,6 +33,11 @@ class Kernel:
     model: ModelFor
     name: str
     version: str = ""
+
+    @property
+    def declared(self) -> bool:
+        """Tell whether somebody said what it can do."""
+        return self.capabilities is not UNDECLARED
 
     @classmethod
     def of(
@@ -61,7 +66,7 @@ class Kernel:
             chosen = kernel.model if model is None else _by_format(model)
             able = capabilities or kernel.capabilities
             return replace(kernel, capabilities=able, model=chosen, name=name or kernel.name)
-        able = capabilities or getattr(kernel, "capabilities", None) or Capabilities()
+        able = capabilities or getattr(kernel, "capabilities", None) or UNDECLARED
         chosen = _by_format(model or getattr(kernel, "model", None) or flash)
         return cls(native(kernel, able), able, chosen, name or name_of(kernel), version)
 

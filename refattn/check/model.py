@@ -15,10 +15,12 @@ from ..errors import InvalidInput, UnsupportedProblem
 from ..problem import Problem
 
 __all__ = [
+    "EDGES",
     "FEATURES",
+    "FURTHER",
     "GRADIENTS",
     "MODELS",
-    "USUAL",
+    "UNDECLARED",
     "C",
     "Capabilities",
     "Model",
@@ -49,8 +51,6 @@ FEATURES = frozenset(
         "sink",
         "bias",
         "allowed",
-        "weight",
-        "state",
         "variable_lengths",
         "grouped_heads",
         "d_v_differs",
@@ -59,9 +59,9 @@ FEATURES = frozenset(
         "no_rows_or_keys",
     }
 )
-"""What a call may ask of a kernel beyond plain attention."""
-USUAL = FEATURES - {"weight", "state"}
-"""What a kernel is taken to have that does not say what it has."""
+"""What a call may ask of a kernel beyond plain attention: what a kernel is taken to have that does not say."""
+FURTHER = frozenset({"weight", "state"})
+"""What a kernel has only where it says so."""
 
 
 GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink"})
@@ -196,6 +196,20 @@ def model_named(name: str) -> ModelFor:
     return MODELS[name]
 
 
+EDGES = {
+    "nan-behind-mask": "NaN or inf that no row may see changes nothing",
+    "nan-in-sight": "NaN or inf that a row sees shows in that row's results",
+    "empty-row": "a row without keys gives 0, and its gradients are 0",
+    "empty-lse": "the lse of a row without keys is -inf",
+    "overflow": "numbers next to the largest of their type do not turn into inf or NaN",
+    "subnormal": "results below the smallest normal number are not taken for zero",
+    "scale": "a scale of zero or below is taken as it is",
+    "outside": "an option outside the capabilities raises, or is right",
+}
+"""The contracts at the edge of what attention is for: by name, what is asked."""
+OTHERS = (("gradients", GRADIENTS), ("edges", frozenset(EDGES)))
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What a kernel says it can do; a case outside it is reported as unsupported and not run.
@@ -205,7 +219,7 @@ class Capabilities:
     dtypes : frozenset of str
         Names of formats.
     features : frozenset of str
-        Out of ``FEATURES``; by default all but "weight" and "state".
+        Out of ``FEATURES`` (the default) and ``FURTHER``.
     d_max : int
         The largest d_k and d_v.
     lse : bool
@@ -218,18 +232,30 @@ class Capabilities:
         The library of the arrays that it takes and returns: "numpy", "torch", "cupy" or "jax".
     device : str
         Where the library is to put them, e.g. "cuda"; "" is the library's default.
+    edges : frozenset of str
+        Out of ``EDGES``: contracts that the kernel is known to differ from. It is strict: one that it keeps is
+        reported, too.
+    refuses : bool
+        Whether it may raise UnsupportedProblem for calls that its features cover, because of sizes, say; otherwise
+        that is a failure.
+    deterministic : bool
+        Whether the same call gives the same bits. Where not, two runs must agree within their bounds.
     """
 
     dtypes: frozenset[str] = frozenset({"float32"})
-    features: frozenset[str] = field(default=USUAL)
+    features: frozenset[str] = field(default=FEATURES)
     d_max: int = 2**31
     lse: bool = False
     gradients: frozenset[str] = frozenset()
     batch_invariant: bool = False
     arrays: str = "numpy"
     device: str = ""
+    edges: frozenset[str] = frozenset()
+    refuses: bool = False
+    deterministic: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "edges", frozenset(self.edges))
         object.__setattr__(self, "dtypes", frozenset(self.dtypes))
         object.__setattr__(self, "features", frozenset(self.features))
         object.__setattr__(self, "gradients", frozenset(self.gradients))
@@ -238,7 +264,7 @@ class Capabilities:
                 f"capabilities: got arrays={self.arrays!r} and device={self.device!r}, expected one of "
                 f"{', '.join(KINDS)}, and no device for numpy"
             )
-        for name, known in (("dtypes", frozenset(FORMATS)), ("features", FEATURES), ("gradients", GRADIENTS)):
+        for name, known in (("dtypes", frozenset(FORMATS)), ("features", FEATURES | FURTHER), *OTHERS):
             unknown = sorted(getattr(self, name) - known)
             if unknown:
                 raise InvalidInput(
@@ -259,3 +285,7 @@ class Capabilities:
         lacks = self.missing(problem)
         if lacks:
             raise UnsupportedProblem(f"not in its capabilities: {', '.join(lacks)}")
+
+
+UNDECLARED = Capabilities()
+"""What is assumed of a kernel that declares nothing: an option that it does not read is no failure."""

@@ -13,6 +13,7 @@ from ..errors import KernelError
 from ..problem import Problem
 from .call import Function, unchanged
 from .model import Capabilities
+from .reading import plain
 
 __all__ = ["native"]
 
@@ -73,13 +74,13 @@ class _Native:
         got, expected = (str(api.device(a)) for a in (x, there.query))
         if got != expected:
             raise KernelError(f"{name}: is on device {got}, expected {expected} as the inputs are")
-        for source, a in there.arrays().items():
+        for source, a in plain(there).arrays().items():
             if math.prod(a.shape) and _memory(x) == _memory(a):
                 raise KernelError(f"{name}: shares memory with the input {source}; return an array of its own")
 
 
 def _unchanged(problem: Problem, there: Problem) -> None:
-    unchanged({n: to_numpy(x) for n, x in there.arrays().items()}, problem.arrays())
+    unchanged({n: to_numpy(x) for n, x in plain(there).arrays().items()}, plain(problem).arrays())
 
 
 def _memory(x: Any) -> Any:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from ..arrays import to_numpy
 from ..dtypes import FORMATS
@@ -18,11 +21,14 @@ from .bounds.expected import Expected, expected, of_case
 from .call import Function, Result, call_gradients, call_kernel
 from .compare import Worst, compare
 from .diagnose.rules import verdicts
-from .inputs.families import Case, cases
+from .inputs.families import Case, calls, cases
+from .inputs.sample import Sample
 from .kernel import Kernel
-from .laws import LAWS, Law, Trial, law_problem
+from .laws import LAWS, Law, law_problem
 from .model import Capabilities, Model, ModelFor
+from .reading import SOURCE, unread
 from .report.report import Check, Report
+from .trial import Trial
 
 RAISED = "the kernel raised"
 __all__ = ["Item", "check_kernel", "check_problem", "plan"]
@@ -46,6 +52,7 @@ def check_kernel(
     dtypes: Sequence[str] | None = None,
     only: str | None = None,
     budget: str = "ci",
+    seed: int | None = None,
     name: str | None = None,
     version: str = "",
     progress: Callable[[Item], None] | None = None,
@@ -69,6 +76,8 @@ def check_kernel(
         Run only the checks whose name is this, or matches it as a shell pattern.
     budget : str
         "quick" (seconds), "ci" (every case) or "nightly" (every case in several draws).
+    seed : int
+        What the family "calls" is drawn by; by default another in every run. The report has it.
     name, version : str
         What to call the kernel in the report.
     progress : callable
@@ -84,14 +93,16 @@ def check_kernel(
         An unknown variant, format or budget, or `only` matches nothing.
     """
     judged = Kernel.of(kernel, model=model, capabilities=capabilities, name=name, version=version)
-    items = plan(judged, variant, dtypes=dtypes, only=only, budget=budget)
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    items = plan(judged, variant, dtypes=dtypes, only=only, budget=budget, seed=seed)
     done = []
     for item in items:
         if progress is not None:
             progress(item)
         done.append(item.run())
     models = {d: asdict(judged.model(d)) for d in sorted({i.dtype for i in items})}
-    return Report(judged.name, variant, tuple(done), judged.version, models)
+    whole = only is None and budget != "quick"
+    return Report(judged.name, variant, tuple(done), judged.version, models, judged.capabilities.edges, whole, seed)
 
 
 def plan(
@@ -103,6 +114,7 @@ def plan(
     dtypes: Sequence[str] | None = None,
     only: str | None = None,
     budget: str = "ci",
+    seed: int = 0,
 ) -> list[Item]:
     """Return the checks of a kernel without running them; the arguments are those of :func:`check_kernel`."""
     v, judged = variant_of(variant), Kernel.of(kernel, model=model, capabilities=capabilities)
@@ -113,7 +125,7 @@ def plan(
     wanted = tuple(dtypes or [d for d in FORMATS if d in able.dtypes])
     items = []
     for dtype in wanted:
-        for case in cases(variant, budget):
+        for case in cases(variant, budget) + calls(variant, able, budget, seed):
             if not case.dtypes or dtype in case.dtypes:
                 items.append(Item(f"{case.name}[{dtype}]", dtype, _case_run(judged, case, dtype)))
                 if able.gradients and case.backward:
@@ -167,14 +179,20 @@ def check_problem(
         kernel = find(kernel)[0].kernel()
     judged, plain = Kernel.of(kernel, model=model, name=name), problem.to("numpy")
     chosen, called = judged.model(problem.dtype), judged.call
+    lse = judged.declared and judged.capabilities.lse
     checks = [
-        _guard(f"{label}[{problem.dtype}]", lambda: _judge(called, plain, expected(plain, chosen), chosen, False, {})),
+        _guard(
+            f"{label}[{problem.dtype}]", lambda: _judge(called, plain, expected(plain, chosen), chosen, lse, Notes())
+        ),
     ]
     if gradients is not None:
         dout = to_numpy(gradients)
+        wanted = judged.capabilities.gradients if judged.declared else frozenset()
         name_of = f"{label}/gradients[{problem.dtype}]"
         checks.append(
-            _guard(name_of, lambda: _judge_gradients(called, plain, dout, expected(plain, chosen, dout), frozenset()))
+            _guard(
+                name_of, lambda: _judge_gradients(called, plain, dout, expected(plain, chosen, dout), wanted, Notes())
+            )
         )
     models = {problem.dtype: asdict(chosen)}
     return Report(judged.name, problem.variant, tuple(checks), models=models)
@@ -187,57 +205,78 @@ def failing(kernel: Function, model: Model, able: frozenset[str]) -> Callable[[P
         def judge() -> Iterator[Worst]:
             known = expected(problem, model, dout)
             if dout is None:
-                return _judge(kernel, problem, known, model, False, {})
-            return _judge_gradients(kernel, problem, dout, known, able)
+                return _judge(kernel, problem, known, model, False, Notes())
+            return _judge_gradients(kernel, problem, dout, known, able, Notes())
 
         return _guard("", judge).verdict == "failed"
 
     return fails
 
 
+@dataclass
+class Notes:
+    """What a check notes beside its comparisons: what other rules say of out, and the options that were read."""
+
+    rules: dict[str, bool | None] = field(default_factory=dict)
+    read: frozenset[str] | None = None
+
+
 def _case_run(kernel: Kernel, case: Case, dtype: str) -> Callable[[], Check]:
     name, able, model = f"{case.name}[{dtype}]", kernel.capabilities, kernel.model(dtype)
 
     def run() -> Check:
-        problem = case.problem(dtype)
-        others: dict[str, bool | None] = {}
-        known = partial(of_case, case, dtype, model, backward=False)
+        problem, notes = case.problem(dtype), Notes()
         lacks = able.missing(problem)
-        if lacks:
-            return _outside(name, lacks, lambda: _judge(kernel.call, problem, known(), model, False, {}))
-        check = _guard(name, lambda: _judge(kernel.call, problem, known(), model, able.lse, others))
-        return replace(check, rules=others)
+        known = partial(of_case, case, dtype, model, backward=False)
+        lse, some = able.lse and not lacks, case.sample(problem)
+        check = _guard(name, lambda: _judge(kernel.call, problem, known(), model, lse, notes, some))
+        return replace(_settled(check, kernel, problem, lacks, notes), rules=notes.rules)
 
     return run
-
-
-def _outside(name: str, lacks: list[str], judge: Callable[[], Iterator[Worst]]) -> Check:
-    """Run a case outside the capabilities: the kernel may raise or be right, but it may not be wrong."""
-    check = _guard(name, judge)
-    text = f"not in its capabilities: {', '.join(lacks)}"
-    raised = check.worst is None and check.message.startswith(RAISED)
-    if check.verdict != "failed" or raised:
-        return Check(name, "unsupported", message=text, seconds=check.seconds)
-    return replace(check, message=f"{text}; it must raise there, and gave a wrong answer: {check.message}")
 
 
 def _gradients_run(kernel: Kernel, case: Case, dtype: str, name: str) -> Callable[[], Check]:
     able, model = kernel.capabilities, kernel.model(dtype)
 
     def run() -> Check:
-        problem, dout = case.problem(dtype), case.arriving(dtype)
+        problem, dout, notes = case.problem(dtype), case.arriving(dtype), Notes()
         lacks = able.missing(problem)
-        if lacks:
-            return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
+        wanted = frozenset() if lacks else able.gradients
 
         def judge() -> Iterator[Worst]:
-            return _judge_gradients(
-                kernel.call, problem, dout, of_case(case, dtype, model, backward=True), able.gradients
-            )
+            known = of_case(case, dtype, model, backward=True)
+            return _judge_gradients(kernel.call, problem, dout, known, wanted, notes, case.sample(problem))
 
-        return _guard(name, judge)
+        return _settled(_guard(name, judge), kernel, problem, lacks, notes)
 
     return run
+
+
+def _settled(check: Check, kernel: Kernel, problem: Problem, lacks: list[str], notes: Notes) -> Check:
+    """Return what a check says in the light of what the kernel declares, and of what it read.
+
+    Outside its capabilities a kernel may raise or be right. What an undeclared kernel raises where an option is asked
+    for, and what it gives where it does not read one, says that it has no such option.
+    """
+    missed = [] if notes.read is None else unread(problem, notes.read)
+    raised = check.worst is None and check.message.startswith(RAISED)
+    if lacks:
+        text = f"not in its capabilities: {', '.join(lacks)}"
+        if check.verdict in ("passed", "unsupported") or raised:
+            return Check(check.name, "unsupported", message=text, seconds=check.seconds)
+        if set(missed) & {SOURCE.get(n, n) for n in lacks}:
+            return replace(check, verdict="unread", message=f"{text}; it does not read {', '.join(missed)}", edges=())
+        text += f"; it must raise there, and gave a wrong answer: {check.message}"
+        return replace(check, verdict="edge", edges=("outside",), message=text)
+    if check.verdict == "unsupported" and kernel.declared and not kernel.capabilities.refuses:
+        text = f"it raised UnsupportedProblem inside its capabilities: {check.message}; declare what it does not take"
+        return replace(check, verdict="failed", message=text)
+    if check.verdict in ("failed", "edge") and not kernel.declared:
+        if missed:
+            return replace(check, verdict="unread", message=f"it does not read {', '.join(missed)}", edges=())
+        if raised and problem.features():
+            return replace(check, verdict="unsupported")
+    return check
 
 
 def _law_run(kernel: Kernel, law: Law, dtype: str, variant: str) -> Callable[[], Check]:
@@ -249,41 +288,72 @@ def _law_run(kernel: Kernel, law: Law, dtype: str, variant: str) -> Callable[[],
         if lacks:
             return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
 
-        return _guard(name, lambda: iter([law.test(Trial(kernel.call, kernel.model(dtype), able), problem)]))
+        ask = Trial(kernel.call, kernel.model(dtype), able)
+        check = _guard(name, lambda: iter([law.test(ask, problem)]))
+        return _settled(check, kernel, problem, [], Notes(read=frozenset(ask.seen) if ask.seen else None))
 
     return run
 
 
 def _judge(
-    kernel: Function, problem: Problem, known: Expected, model: Model, lse: bool, others: dict[str, bool | None]
+    kernel: Function,
+    problem: Problem,
+    known: Expected,
+    model: Model,
+    lse: bool,
+    notes: Notes,
+    some: Sample | None = None,
 ) -> Iterator[Worst]:
-    """Yield the worst element of each array; note what other rules say of out."""
-    result: Result = call_kernel(kernel, problem)
+    """Yield the worst element of each array; note what other rules say of out, and what was read."""
+    whole: Result = call_kernel(kernel, problem)
+    notes.read = whole.read
+    parts: dict[str, Any] = {} if some is None else {n: some.take(n, x) for n, x in whole.arrays().items()}
+    result = Result(**parts) if parts else whole
     known = known.for_result({"out": result.out, **result.more()})
     answer, allowed = known.answer, known.allowed
-    others.update(verdicts(answer.call, result.out, answer.enclosures["out"].mid))
-    yield compare("out", result.out, answer, allowed["out"], problem.dtype, known.variance.get("out"))
+    notes.rules.update(verdicts(answer.call, result.out, answer.enclosures["out"].mid))
+    yield _at(some, compare("out", result.out, answer, allowed["out"], problem.dtype, known.variance.get("out")))
     for name, x in result.more().items():
         if name not in allowed:
             continue
         got, wanted = x.dtype.name, model.lse if name == "lse" else model.accumulator
         if FORMATS[got].precision < FORMATS[wanted].precision:
             raise KernelError(f"{name}: got dtype {got}, expected {wanted} as its model says")
-        yield compare(name, x, answer, allowed[name], got, known.variance.get(name))
+        yield _at(some, compare(name, x, answer, allowed[name], got, known.variance.get(name)))
     if result.lse is None and lse and "lse" in allowed:
         raise KernelError("the kernel returned no lse, but its capabilities name it; return (out, lse)")
 
 
 def _judge_gradients(
-    kernel: Function, problem: Problem, dout: Any, known: Expected, able: frozenset[str]
+    kernel: Function,
+    problem: Problem,
+    dout: Any,
+    known: Expected,
+    able: frozenset[str],
+    notes: Notes,
+    some: Sample | None = None,
 ) -> Iterator[Worst]:
     """Yield the worst element of each gradient."""
-    result = call_gradients(kernel, problem, dout)
+    result, notes.read = call_gradients(kernel, problem, dout)
     missing = sorted((able & set(known.answer.values)) - set(result))
     if missing:
         raise KernelError(f"gradients: the kernel returned no {missing[0]}, but its capabilities name it")
     for name, got in result.items():
-        yield compare(name, got, known.answer, known.allowed[name], got.dtype.name, known.variance.get(name))
+        x = got if some is None else some.take(name, got)
+        yield _at(some, compare(name, x, known.answer, known.allowed[name], got.dtype.name, known.variance.get(name)))
+        if some is not None and (stray := some.rest(name, got)).any():
+            n = int(np.count_nonzero(stray))
+            text = f"{n} elements are not 0 that no row with a gradient reaches"
+            at = tuple(int(i) for i in np.argwhere(stray)[0])
+            yield Worst(name, np.inf, at, float(stray[at]), 0.0, 0.0, n, stray.size, (text,))
+
+
+def _at(some: Sample | None, w: Worst) -> Worst:
+    """Return a comparison of some rows with its place in the whole call; where failures lie is not known of rows."""
+    if some is None or not w.place:
+        return w
+    symptoms = tuple(x for x in w.symptoms if not x.startswith("only "))
+    return replace(w, place=some.place(w.array, w.place), symptoms=symptoms)
 
 
 def _guard(name: str, judge: Callable[[], Iterator[Worst]]) -> Check:
@@ -296,9 +366,15 @@ def _guard(name: str, judge: Callable[[], Iterator[Worst]]) -> Check:
         return Check(name, "unsupported", message=str(e), seconds=time.perf_counter() - start)
     except KernelError as e:
         worst_seen = max(found, key=lambda w: w.ratio, default=None)
-        said = [text for w in found if not w.passed for text in w.symptoms]
+        said = [_said(w) for w in found if not w.passed]
         return Check(name, "failed", worst_seen, "; ".join([str(e), *said]), time.perf_counter() - start, tuple(found))
-    top = max(found, key=lambda w: (not w.passed, w.ratio))
-    failed = [w for w in found if not w.passed]
-    message = "; ".join(text for w in failed for text in w.symptoms)
-    return Check(name, "failed" if failed else "passed", top, message, time.perf_counter() - start, tuple(found))
+    top = max(found, key=lambda w: (w.wrong, not w.passed, w.ratio))
+    message = "; ".join(_said(w) for w in found if not w.passed)
+    edges = tuple(dict.fromkeys(n for w in found for n in w.edges))
+    verdict = "failed" if any(w.wrong for w in found) else "edge" if edges else "passed"
+    edges = edges if verdict == "edge" else ()
+    return Check(name, verdict, top, message, time.perf_counter() - start, tuple(found), edges=edges)
+
+
+def _said(w: Worst) -> str:
+    return f"{w.array}: " + "; ".join(w.symptoms)

@@ -27,7 +27,7 @@ from .run import Known, Raw, Work, run
 from .state import State
 from .ties import decide_by_ends, exact_lse, exact_ties
 
-__all__ = ["Answer", "evaluate", "reference"]
+__all__ = ["Answer", "enclose", "evaluate", "reference"]
 
 START = {53: 2, 24: 1, 11: 0, 8: 0, 4: 0, 3: 0}  # the first level by the precision of the result
 START_BACK = START | {53: 3}  # what a level leaves open of dk and dv costs a forward pass of the next
@@ -202,6 +202,31 @@ def evaluate(
         return _rounded(problem, form, lse_form, dout, threads)
     pieces = pieces or [whole(problem, dout)]
     return _in_parts(problem, form, lse_form, dout, pieces, n_jobs or 1, threads, checkpoint, progress)
+
+
+def enclose(problem: Problem, level: int = 2, *, gradients: Any = None) -> Answer:
+    """Return values with a proven radius from one run in certified floating point: the fastest proven answer.
+
+    Parameters
+    ----------
+    problem : Problem
+        The call.
+    level : int
+        0 to 3: about 20, 40, 60 and 80 bits where nothing cancels. Where it proves nothing, a number is left to
+        :func:`evaluate`.
+    gradients : (b, h_q, n_q, d_v) array, optional
+        As in :func:`evaluate`, which says what is raised, too.
+    """
+    lowered = lower(problem)
+    if lowered.problem is not problem:
+        answer = enclose(lowered.problem, level, gradients=gradients)
+        return replace(answer, problem=problem, core=answer.core or lowered.problem, margins=lowered.margins)
+    dout = None if gradients is None else _arriving(problem, gradients)
+    raw = Work(problem, dout, os.cpu_count() or 1).run(Level(level), np.ones(problem.out_shape[:3], bool), None, {})
+    enclosures = {n: _enclosed(x) for n, x in raw.items()}
+    if any(np.isinf(e.radius).any() for e in enclosures.values()):
+        return evaluate(problem, rounding="float64", gradients=gradients)
+    return Answer(problem, {n: e.mid for n, e in enclosures.items()}, enclosures, None, {}, {})
 
 
 def reference(problem: Problem, dtype: Any = np.float64) -> dict[str, NDArray[Any]]:

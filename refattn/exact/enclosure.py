@@ -47,6 +47,11 @@ class Enclosure:
         with np.errstate(invalid="ignore", over="ignore"):
             return np.abs((x - self.mid) - self.tail) + self.radius
 
+    def least_error(self, x: Float) -> Float:
+        """Return a lower bound on ``|x - exact|``: what `x` is off by for certain."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.maximum(np.abs((x - self.mid) - self.tail) - self.radius, 0.0)
+
     def settle(self, form: Format) -> tuple[Float, Mask]:
         """Round every element to nearest, ties to even, where the enclosure decides it.
 

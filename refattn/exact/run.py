@@ -351,11 +351,12 @@ def _specials(one: Head, raw: Raw, f: Any, positive: bool) -> None:
         lse = raw["lse"][at]
         lse[~one.allowed.any(1)] = fixed(-np.inf if one.sink is None else one.sink)
         lse[one.spoilt] = fixed(np.nan)
-    known: dict[tuple[int, int], float] = {}
-    for j, c in zip(*np.nonzero(~np.isfinite(one.values)), strict=True):
-        x = float(one.values[j, c]) if positive else np.nan
-        for i in np.nonzero(one.allowed[:, j])[0]:
-            place = int(i), int(c)
-            known[place] = x if known.get(place, x) == x else np.nan
-            out[place] = fixed(known[place])
+    odd = np.nonzero(~np.isfinite(one.values).all(1))[0]
+    seen = one.allowed[:, odd].astype(np.float32)
+    if seen.any():
+        kinds = (np.isposinf, np.isneginf, np.isnan)
+        plus, minus, nan = (seen @ kind(one.values[odd]).astype(np.float32) > 0 for kind in kinds)
+        nan |= (plus & minus) | ((plus | minus) & (not positive))
+        for where, x in ((plus, np.inf), (minus, -np.inf), (nan, np.nan)):
+            out[where] = fixed(x)
     out[one.spoilt] = fixed(np.nan)

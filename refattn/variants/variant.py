@@ -11,10 +11,20 @@ from ..problem import MEANINGS, Problem
 from .option import Option
 from .shapes import Rows, Shape
 
-__all__ = ["COMMON_BUGS", "COMMON_FAMILIES", "COMMON_LAWS", "Variant"]
+__all__ = ["CALL_LAWS", "COMMON_BUGS", "COMMON_FAMILIES", "COMMON_LAWS", "Variant"]
 
-COMMON_LAWS = (
+CALL_LAWS = (
     "determinism",
+    "changed_in_place",
+    "results_kept",
+    "shapes_between",
+    "options_between",
+    "many_repeats",
+    "two_threads",
+)
+"""What holds between calls, whatever the operator."""
+COMMON_LAWS = (
+    *CALL_LAWS,
     "key_permutation",
     "masked_keys_unread",
     "grouped_heads",

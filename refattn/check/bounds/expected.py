@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...exact.driver import Answer, evaluate
+from ...exact.driver import Answer, enclose, evaluate
 from ...exact.stream import STREAMED
 from ...problem import Problem
 from ...variants import variant_of
@@ -65,12 +66,49 @@ def _with(answer: Answer, model: Model, dout: Any) -> Expected:
     return Expected(answer, limit, predict(answer, model, dout, variance) if known else {})
 
 
-@lru_cache(maxsize=4096)
+KEPT = 2**28
+"""Bytes of large calls' answers that are kept."""
+_KEPT: OrderedDict[Any, Expected] = OrderedDict()
+
+
 def of_case(case: Case, dtype: str, model: Model, backward: bool) -> Expected:
-    """Return what is expected of a case, made once."""
-    return _with(_answer(case, dtype, backward), model, case.arriving(dtype) if backward else None)
+    """Return what is expected of a case, of the rows that are compared, made once; of large calls the last few."""
+    if not case.sampled:
+        return _of_case(case, dtype, model, backward)
+    name = (case, dtype, model, backward)
+    if name not in _KEPT:
+        _KEPT[name] = _of_case.__wrapped__(case, dtype, model, backward)
+        while len(_KEPT) > 1 and sum(map(_bytes, _KEPT.values())) > KEPT:
+            _KEPT.popitem(last=False)
+    _KEPT.move_to_end(name)
+    return _KEPT[name]
 
 
 @lru_cache(maxsize=4096)
-def _answer(case: Case, dtype: str, backward: bool) -> Answer:
+def _of_case(case: Case, dtype: str, model: Model, backward: bool) -> Expected:
+    return _with(_answer(case, dtype, backward), model, _arriving(case, dtype) if backward else None)
+
+
+@lru_cache(maxsize=4096)
+def _answer_kept(case: Case, dtype: str, backward: bool) -> Answer:
     return exact(case.problem(dtype), case.arriving(dtype) if backward else None)
+
+
+def _answer(case: Case, dtype: str, backward: bool) -> Answer:
+    if not case.sampled:
+        return _answer_kept(case, dtype, backward)
+    problem = case.problem(dtype)
+    sample = case.sample(problem)
+    dout = _arriving(case, dtype) if backward else None
+    return enclose(problem if sample is None else sample.of(problem), gradients=dout)
+
+
+def _arriving(case: Case, dtype: str) -> Any:
+    sample, dout = case.sample(case.problem(dtype)), case.arriving(dtype)
+    return dout if sample is None else sample.take("dq", dout)
+
+
+def _bytes(x: Expected) -> int:
+    arrays = [*x.allowed.values(), *x.variance.values(), *x.answer.call.arrays().values()]
+    arrays += [a for e in x.answer.enclosures.values() for a in (e.mid, e.tail, e.radius)]
+    return sum(int(np.asarray(a).nbytes) for a in arrays)

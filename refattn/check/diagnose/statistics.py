@@ -102,7 +102,11 @@ def figures(
     use = fine & decided
     rounded = float((x[use] == value[use]).mean()) if use.any() else 1.0
     rms, excess, bias = np.nan, False, np.nan
-    if variance is not None and (counted := fine & (variance > 0)).any():
+    counted = np.zeros(x.shape, bool)
+    if variance is not None:  # where the exact value is known 32 times better than what is predicted
+        with np.errstate(all="ignore"):
+            counted = fine & (variance > 0) & (np.square(enclosure.radius) <= variance * 2.0**-10)
+    if variance is not None and counted.any():
         with np.errstate(all="ignore"):
             unit = np.where(counted, error / np.sqrt(variance), np.nan)
             lines = unit.reshape(-1, unit.shape[-1])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ...dtypes import FORMATS
 from ...problem import Problem
 from .draw import Draw
 
@@ -172,6 +173,14 @@ def _poison_key(d: Draw) -> Problem:
     return p.replace(key=k)
 
 
+def _spoilt(d: Draw, name: str, x: float, **more: Any) -> Problem:
+    """Put one number that is none into one row of queries, keys, a bias or a sink."""
+    p = d.problem(37, 67, **more)
+    array = getattr(p, name).copy()
+    array[(1,) if name == "sink" else (0, 1, 5, 3)] = x
+    return p.replace(**{name: array})
+
+
 def _many_keys(d: Draw) -> Problem:
     n = 33000
     return d.problem(2, n, h=1, d=4, causal="bottom_right", bias=d.normal(1, 1, 2, n))
@@ -185,6 +194,8 @@ def _packed(d: Draw, q: list[int], k: list[int], causal: str | None = "bottom_ri
 def _edge(n_q: int, n_k: int) -> Entry:
     return _entry(lambda d: d.problem(n_q, n_k, h=1, d=16))
 
+
+INFINITE = tuple(n for n, f in FORMATS.items() if f.infinities)
 
 BUILDERS: dict[str, dict[str, Entry]] = {
     "gaussian": {
@@ -234,6 +245,7 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         # offsets and positions past 2**15: indices in 16 bits, where kernels wrap at 2**31 and up
         "rows-past-16-bits": _entry(lambda d: d.problem(1100, 5)),
         "keys-past-16-bits": _entry(_many_keys, "causal", "bias"),
+        "no-batch": _entry(lambda d: d.problem(5, 7, b=0)),
         "no-keys": _entry(lambda d: d.problem(5, 0)),
         "no-queries": _entry(lambda d: d.problem(0, 5)),
         # a tile that is full, one short, one over; lengths that no tile divides
@@ -308,5 +320,12 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "value-seen-by-some": _entry(_poison_causal, "causal"),
         # NaN that must show: a maximum that skips it hides it
         "key-seen-by-some": _entry(_poison_key, "causal"),
+        "query-nan": _entry(lambda d: _spoilt(d, "query", np.nan)),
+        "query-inf": _entry(lambda d: _spoilt(d, "query", np.inf), dtypes=INFINITE),
+        "key-inf": _entry(lambda d: _spoilt(d, "key", np.inf), dtypes=INFINITE),
+        "bias-nan": _entry(lambda d: _spoilt(d, "bias", np.nan, bias=d.normal(1, 2, 37, 67)), "bias"),
+        "bias-inf": _entry(lambda d: _spoilt(d, "bias", np.inf, bias=d.normal(1, 2, 37, 67)), "bias", dtypes=INFINITE),
+        "sink-nan": _entry(lambda d: _spoilt(d, "sink", np.nan, sink=d.normal(2)), "sink"),
+        "sink-inf": _entry(lambda d: _spoilt(d, "sink", np.inf, sink=d.normal(2)), "sink"),
     },
 }

@@ -15,10 +15,13 @@ from ...dtypes import FORMATS
 from ...errors import InvalidInput
 from ...problem import Problem
 from ...variants import variant_of
+from ..model import Capabilities
 from .builders import BUILDERS, Build
+from .calls import drawn
 from .draw import Draw
+from .sample import Sample, sample_of
 
-__all__ = ["BUDGETS", "FAMILIES", "Case", "cases"]
+__all__ = ["BUDGETS", "FAMILIES", "Case", "calls", "cases"]
 
 FAMILIES = {
     "gaussian": "plain random data through every option: a flag ignored, a head or a broadcast axis mapped wrongly",
@@ -31,11 +34,19 @@ FAMILIES = {
     "empty": "rows without keys: NaN, garbage, the mean of all values, an lse that is not -inf",
     "extreme": "the largest and smallest values, in one key or all, products that leave float32's range",
     "poison": "NaN and inf behind the mask, and in sight of some rows only",
+    "calls": "calls as models make them, drawn by a seed: every two options meet; some rows are compared",
 }
 """Family names, and what they expose."""
 FORWARD_ONLY = (
     "poison/value-seen-by-some",
     "poison/key-seen-by-some",
+    "poison/query-nan",
+    "poison/query-inf",
+    "poison/key-inf",
+    "poison/bias-nan",
+    "poison/bias-inf",
+    "poison/sink-nan",
+    "poison/sink-inf",
     "extreme/huge-values",
     "extreme/one-huge-value",
 )
@@ -58,6 +69,10 @@ class Case:
         The formats that it makes sense in; empty means all.
     draw : int
         Which draw of the numbers.
+    sampled : bool
+        Whether some rows of a large call are compared, not all.
+    gradients : bool
+        Whether its gradients are checked, too.
     """
 
     family: str
@@ -66,16 +81,24 @@ class Case:
     build: Build
     dtypes: tuple[str, ...] = ()
     draw: int = 0
+    sampled: bool = False
+    gradients: bool = True
+
+    def sample(self, problem: Problem) -> Sample | None:
+        """Return the rows that are compared; None where all are."""
+        return sample_of(problem, np.random.default_rng(zlib.crc32(self.name.encode()))) if self.sampled else None
 
     @property
     def backward(self) -> bool:
         """Tell whether its gradient can be asked for: finite in sight of every query, and dout·v within the type."""
-        return f"{self.family}/{self.label}" not in FORWARD_ONLY
+        return self.gradients and f"{self.family}/{self.label}" not in FORWARD_ONLY
 
     def arriving(self, dtype: str) -> NDArray[Any]:
-        """Return a gradient arriving at out, (b, h_q, n_q, d_v); the same every time."""
+        """Return a gradient arriving at out, (b, h_q, n_q, d_v), 0 in rows that are not compared; always the same."""
         draw = Draw(FORMATS[dtype], np.random.default_rng(zlib.crc32(f"dout {self.name}".encode())), self.variant)
-        return draw.tensor(draw.normal(*self.problem(dtype).out_shape))
+        problem = self.problem(dtype)
+        dout, sample = draw.tensor(draw.normal(*problem.out_shape)), self.sample(problem)
+        return dout if sample is None else sample.only(dout)
 
     @property
     def name(self) -> str:
@@ -84,8 +107,13 @@ class Case:
 
     def problem(self, dtype: str) -> Problem:
         """Return the problem in a format; the same every time."""
-        seed = zlib.crc32(f"{self.variant} {self.name}".encode())
-        return self.build(Draw(FORMATS[dtype], np.random.default_rng(seed), self.variant))
+        return _built(self, dtype)
+
+
+@lru_cache(maxsize=4)  # a check asks for it a few times
+def _built(case: Case, dtype: str) -> Problem:
+    seed = zlib.crc32(f"{case.variant} {case.name}".encode())
+    return case.build(Draw(FORMATS[dtype], np.random.default_rng(seed), case.variant))
 
 
 BUDGETS = ("quick", "ci", "nightly")
@@ -115,6 +143,26 @@ def cases(variant: str, budget: str = "ci") -> list[Case]:
         quick = variant_of(variant).quick
         return [c for c in known if not quick or c.name in quick]
     return [replace(c, draw=i) for i in range(NIGHTLY_DRAWS) for c in known] if budget == "nightly" else known
+
+
+MOST_CALLS = {"quick": 24, "ci": 10**6, "nightly": 10**6}
+
+
+def calls(variant: str, able: Capabilities, budget: str = "ci", seed: int = 0) -> list[Case]:
+    """Return the drawn calls of an operator that a kernel says it can do.
+
+    Parameters
+    ----------
+    variant, budget : str
+        As in :func:`cases`.
+    able : Capabilities
+        What the kernel can do.
+    seed : int
+        What draws them.
+    """
+    found = drawn(variant, able, budget, seed)[: MOST_CALLS[budget]]
+    named = [(f"{i:03d}-{c.kind}", c, i % 3 == 0) for i, c in enumerate(found)]
+    return [Case("calls", label, variant, c, sampled=True, gradients=back) for label, c, back in named]
 
 
 def _cases(variant: str) -> list[Case]:

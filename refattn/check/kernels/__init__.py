@@ -18,7 +18,7 @@ from ...problem import Problem
 from ...version import VERSION
 from ..call import Function
 from ..kernel import Kernel
-from ..model import FEATURES, GRADIENTS, USUAL, Capabilities, Model, ModelFor, flash, materialised
+from ..model import FEATURES, FURTHER, GRADIENTS, Capabilities, Model, ModelFor, flash, materialised
 
 __all__ = ["KERNELS", "Entry", "find", "found"]
 
@@ -151,7 +151,7 @@ KERNELS: dict[str, Entry] = {
             _load("tiled", "tiled"),
             Capabilities(
                 frozenset({"float32", "float16", "bfloat16"}),
-                FEATURES,
+                FEATURES | FURTHER,
                 lse=True,
                 gradients=GRADIENTS,
                 batch_invariant=True,
@@ -205,7 +205,7 @@ KERNELS: dict[str, Entry] = {
                 _load("cuda", function),
                 Capabilities(
                     frozenset(dtypes.split()),
-                    USUAL - {"bias", "allowed", "variable_lengths"} if "decode" in function else USUAL,
+                    FEATURES - {"bias", "allowed", "variable_lengths"} if "decode" in function else FEATURES,
                     d_max=d_max,
                     lse=True,
                     # after "high", P and dS are rounded backward

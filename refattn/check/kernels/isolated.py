@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ...errors import InvalidInput, KernelError, UnsupportedProblem
 from ...problem import Problem
 from ..call import call_gradients, call_kernel
+from ..reading import note, plain
 from . import find
 
 __all__ = ["Isolated"]
@@ -72,7 +73,8 @@ class Isolated:
             self._start()
         assert self._pipe is not None
         try:
-            self._pipe.send((problem.arrays(), problem.settings() | {"variant": problem.variant}, dout))
+            bare = plain(problem)
+            self._pipe.send((bare.arrays(), bare.settings() | {"variant": bare.variant}, dout))
             if not self._pipe.poll(self.seconds):
                 self.close()
                 raise KernelError(f"the kernel gave no answer within {self.seconds:g} s; its process was ended")
@@ -83,7 +85,8 @@ class Isolated:
             raise UnsupportedProblem(answer)
         if kind == "error":
             raise KernelError(answer)
-        return answer
+        note(problem, answer[1])
+        return answer[0]
 
     def _start(self) -> None:
         # not fork: the libraries that kernels use do not survive it
@@ -114,9 +117,11 @@ def _serve(name: str, pipe: Connection) -> None:
             return
         try:
             problem = Problem(**arrays, **settings)
-            answer: Any = (
-                call_kernel(kernel.call, problem) if dout is None else call_gradients(kernel.call, problem, dout)
-            )
+            if dout is None:
+                result = call_kernel(kernel.call, problem)
+                answer: Any = result, result.read
+            else:
+                answer = call_gradients(kernel.call, problem, dout)
             pipe.send(("answer", answer))
         except UnsupportedProblem as e:
             pipe.send(("unsupported", str(e)))

@@ -94,6 +94,11 @@ def _forward(c: _Call, b: int, h: int, i: slice, seq: tuple[slice, slice]) -> tu
         x = c.values[b, c.head_kv(h), j]
         seen = c.seen(b, h, i, slice(j, j + 1), seq)[:, 0]
         out[np.ix_(seen, ~np.isfinite(x))] += x[~np.isfinite(x)]  # NaN and inf reach the rows that see them
+    for j in np.nonzero(~np.isfinite(c.k[b, c.head_kv(h), seq[1]]).all(1))[0] + seq[1].start:
+        seen = c.seen(b, h, i, slice(j, j + 1), seq)[:, 0]
+        out[seen], lse[seen] = np.nan, np.nan  # so do those of a key
+    if c.sink is not None and not c.sink[h] < np.inf:
+        out[:], lse[:] = np.nan, np.nan
     return out, lse
 
 
@@ -207,13 +212,14 @@ class _Call:
         """Return the scores of a tile, -inf where a key is not seen, and the softcap's slope."""
         s = (self.q[b, h, i] * self.scale) @ self.k[b, self.head_kv(h), j].T
         slope: Array | int = 1
+        seen = self.seen(b, h, i, j, seq)
         if self.problem.softcap is not None:
             cap = self.kind.type(self.problem.softcap)
             t = np.tanh(s / cap)
-            s, slope = t * cap, 1 - t * t
+            s, slope = t * cap, np.where(seen, 1 - t * t, 0)  # NaN behind the mask must not meet a dS of 0
         if self.bias is not None:
             s = s + self.block(self.bias, b, h, i, j)
-        return np.where(self.seen(b, h, i, j, seq), s, -np.inf).astype(self.kind), slope
+        return np.where(seen, s, -np.inf).astype(self.kind), slope
 
     def weighted(self, p: Array, b: int, h: int, i: slice, j: slice) -> Array:
         """Return a tile of exponentials times how often each key counts."""

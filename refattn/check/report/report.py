@@ -27,7 +27,7 @@ PLACES = {
     "dbias": ("batch", "head", "row", "key"),
     "dsink": ("head",),
 }
-VERDICTS = ("passed", "failed", "unsupported")
+VERDICTS = ("passed", "failed", "edge", "unread", "unsupported")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Check:
     name : str
         ``family/label[dtype]`` or ``law/name[dtype]``.
     verdict : str
-        "passed", "failed" or "unsupported".
+        "passed"; "failed", a wrong answer; "edge", where only contracts of ``refattn.check.EDGES`` are broken;
+        "unread", where it does not read an option that it never said it has; "unsupported", where it raised, or lacks
+        what the check needs.
     worst : Worst or None
         The element furthest from its exact value, where arrays were compared.
     message : str
@@ -50,6 +52,8 @@ class Check:
         Every array that was compared, with its figures.
     rules : dict
         What other projects' rules say of out (:mod:`refattn.check.diagnose.rules`).
+    edges : tuple of str
+        The contracts that it breaks.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Check:
     seconds: float = 0.0
     arrays: tuple[Worst, ...] = ()
     rules: dict[str, bool | None] = field(default_factory=dict)
+    edges: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> str:
@@ -83,6 +88,12 @@ class Report:
         Every check, those not run for lack of a capability included.
     models : dict
         The rounding model by format.
+    edges : frozenset of str
+        The contracts that the kernel declares to differ from.
+    whole : bool
+        Whether every check of the budget ran, so that a declared contract must be broken somewhere.
+    seed : int
+        What the calls were drawn by.
     """
 
     kernel: str
@@ -90,11 +101,43 @@ class Report:
     checks: tuple[Check, ...]
     version: str = ""
     models: dict[str, Any] = field(default_factory=dict)
+    edges: frozenset[str] = frozenset()
+    whole: bool = False
+    seed: int = 0
+
+    @property
+    def right(self) -> bool:
+        """Tell whether at least one check passed and none found a wrong answer."""
+        return self.count("failed") == 0 and self.count("passed") > 0
 
     @property
     def passed(self) -> bool:
-        """Tell whether at least one check ran and none failed."""
-        return self.count("failed") == 0 and self.count("passed") > 0
+        """Tell whether it is right and keeps every contract but those that it declares to differ from."""
+        return self.right and not self.failures and not self.kept
+
+    @property
+    def broken(self) -> dict[str, int]:
+        """By contract, how many checks found it broken and nothing else wrong."""
+        found: dict[str, int] = {}
+        for c in self.checks:
+            for name in c.edges if c.verdict == "edge" else ():
+                found[name] = found.get(name, 0) + 1
+        return dict(sorted(found.items()))
+
+    @property
+    def kept(self) -> list[str]:
+        """The contracts that the kernel declares to differ from, and keeps."""
+        return sorted(self.edges - set(self.broken)) if self.whole else []
+
+    @property
+    def verdict(self) -> str:
+        """The verdict in words: right, right with the edges that differ, WRONG, or nothing ran."""
+        if self.count("failed"):
+            return "WRONG"
+        if not self.count("passed"):
+            return "nothing ran"
+        n = len(self.broken)
+        return "right" + (f" · {n} edge{'s differ' if n > 1 else ' differs'}" if n else "")
 
     def count(self, verdict: str) -> int:
         """Return the number of checks with a verdict."""
@@ -102,8 +145,8 @@ class Report:
 
     @property
     def failures(self) -> list[Check]:
-        """The failed checks."""
-        return [c for c in self.checks if c.verdict == "failed"]
+        """The checks that found a wrong answer, or a contract broken that is not declared."""
+        return [c for c in self.checks if c.verdict == "failed" or set(c.edges) - self.edges]
 
     def worst(self, dtype: str | None = None) -> float:
         """Return the largest finite ratio (of one format)."""
@@ -143,7 +186,13 @@ class Report:
                 "kernel": self.kernel,
                 "variant": self.variant,
                 "version": self.version,
+                "verdict": self.verdict,
+                "right": self.right,
                 "passed": self.passed,
+                "edges": self.broken,
+                "edges_declared": sorted(self.edges),
+                "edges_kept": self.kept,
+                "seed": self.seed,
                 "counts": counts,
                 "models": self.models,
                 "correctly_rounded": self.correctly_rounded,
@@ -181,18 +230,18 @@ def junit(reports: list[Report]) -> str:
             "testsuite",
             name=f"{r.kernel} ({r.variant})",
             tests=str(len(r.checks)),
-            failures=str(r.count("failed")),
+            failures=str(len(r.failures)),
             errors="0",
-            skipped=str(r.count("unsupported")),
+            skipped=str(len(r.checks) - r.count("passed") - len(r.failures)),
             time=f"{sum(c.seconds for c in r.checks):.3f}",
         )
         for c in r.checks:
             case = ET.SubElement(
                 suite, "testcase", classname=f"refattn.{r.kernel}", name=c.name, time=f"{c.seconds:.3f}"
             )
-            if c.verdict == "failed":
+            if c in r.failures:
                 ET.SubElement(case, "failure", message=c.message).text = r.describe(c)
-            elif c.verdict == "unsupported":
+            elif c.verdict != "passed":
                 ET.SubElement(case, "skipped", message=c.message)
     ET.indent(root)
     text = re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", ET.tostring(root, encoding="unicode"))

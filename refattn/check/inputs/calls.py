@@ -1,0 +1,287 @@
+"""Calls as models make them: head widths, groups and lengths of real use, crossed with every option.
+
+Every two values of the axes meet in some call, and every three of the masks' (covering arrays); lengths lie at the
+edges of tiles. A seed draws the calls; the same seed draws the same.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from allpairspy import AllPairs
+from numpy.typing import NDArray
+
+from ...problem import Problem
+from ...variants import Rows, variant_of
+from ..model import Capabilities
+from .draw import Draw
+
+__all__ = ["Call", "drawn"]
+
+WIDTHS = (
+    (64, 64),  # GPT-2, Whisper, Llama 3.2 1B
+    (128, 128),  # Llama 3, Qwen, Mistral
+    (80, 80),  # Phi-2, ViT-H
+    (96, 96),  # Phi-3
+    (256, 256),  # Gemma
+    (40, 40),  # Stable Diffusion
+    (72, 72),  # SigLIP
+    (192, 128),  # DeepSeek-V3, prefill
+    (576, 512),  # DeepSeek-V3, decoding
+    (192, 192),
+    (160, 160),  # Stable Diffusion, the inner layers
+)
+"""(d_k, d_v) of models in use."""
+GROUPS = (1, 4, 8, 2, 7, 5, 16, 64)
+"""Query heads to a key head of models in use."""
+KINDS = ("prefill", "decode", "chunk", "few", "packed", "batches", "cross")
+TILES = (64, 128, 16, 32, 80, 96, 176, 192, 256)
+MOST = {"quick": 2**23, "ci": 2**25, "nightly": 2**28}
+"""Products of two numbers that the scores and the output of one call take, at most."""
+LONGEST = {"quick": 2**11, "ci": 2**12, "nightly": 2**15}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: what it takes to build it."""
+
+    kind: str
+    b: int
+    h: int
+    h_kv: int
+    lengths: tuple[tuple[int, int], ...]
+    d: int
+    d_v: int
+    numbers: str = "normal"
+    layout: str = "plain"
+    hidden: str = ""
+    causal: str | None = None
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    sink: bool = False
+    bias: str = ""
+    allowed: str = ""
+
+    def __call__(self, d: Draw) -> Problem:
+        """Build it."""
+        n_q, n_k = (sum(x) for x in zip(*self.lengths, strict=True))
+        q, k, v = _numbers(d, self, n_q, n_k)
+        more: dict[str, Any] = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
+        if len(self.lengths) > 1:
+            ends = np.cumsum([(0, 0), *self.lengths], axis=0).astype(np.int32)
+            more |= {"cu_seqlens_q": ends[:, 0].copy(), "cu_seqlens_k": ends[:, 1].copy()}
+        if self.sink:
+            more["sink"] = 2 * d.normal(self.h)
+        full = (self.b, self.h, n_q, n_k)
+        if self.bias:
+            more["bias"] = 2 * d.normal(*_spread(full, self.bias))
+        if self.allowed:
+            more["allowed"] = _mask(d, _spread(full, self.allowed), self.hidden)
+        options = variant_of(d.variant).fitted({}, self.h)
+        p = d.problem(n_q, n_k, q=q, k=k, v=v, scale=self.scale, options=options, **more)
+        return _laid(_poisoned(p, self.hidden), self.layout)
+
+
+def _spread(full: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    """Return the shape of a bias or a mask that is spread along some axes."""
+    b, h, n_q, n_k = full
+    return {
+        "full": full,
+        "heads": (b, 1, n_q, n_k),
+        "batches": (1, h, n_q, n_k),
+        "rows": (b, h, 1, n_k),
+        "padding": (b, 1, 1, n_k),
+        "keys": (1, h, n_q, 1),
+        "row": (b, 1, n_q, 1),
+    }[kind]
+
+
+def _mask(d: Draw, shape: tuple[int, ...], hidden: str) -> NDArray[np.bool_]:
+    """Return a mask; where numbers stand behind it, it also hides keys from every row."""
+    mask = d.rng.random(shape) < 0.8
+    if shape[3] > 1:
+        if shape[2] == 1:  # padding: a different length in each batch and head
+            lengths = d.rng.integers(shape[3] // 2, shape[3] + 1, (*shape[:3], 1))
+            mask = np.arange(shape[3]) < np.maximum(lengths, 1)
+        if hidden:
+            mask[..., shape[3] // 2 + 1 :: 3] = False
+        mask[..., :1] = True
+    return np.asarray(mask)
+
+
+def _numbers(d: Draw, c: Call, n_q: int, n_k: int) -> tuple[Any, Any, Any]:
+    """Return query, key and value: normal; with a few keys far apart that hold the weight; or with a late jump."""
+    q, k = d.normal(c.b, c.h, n_q, c.d), d.normal(c.b, c.h_kv, n_k, c.d)
+    v = d.normal(c.b, c.h_kv, n_k, c.d_v)
+    if c.numbers == "normal" or not n_k:
+        return q, k, v
+    by = 1.0 if c.scale is None else np.sqrt(c.d) * c.scale
+    q[..., 0], k[..., 0] = 4.0, 0.0
+    if c.numbers == "needles":  # wherever a key is lost, it is one of few that count
+        at = {0, n_k - 1, n_k // 2, *(t for t in TILES if t < n_k), *(t - 1 for t in TILES if t <= n_k)}
+        at |= set(d.rng.integers(n_k, size=4).tolist())
+        k[:, :, sorted(at), 0] = 3 * np.sqrt(c.d) / by
+    else:  # a later tile holds scores that are 100 larger: what was summed before counts no more
+        start = int(d.rng.integers(n_k)) // 16 * 16
+        k[:, :, start:, 0] = 25 * np.sqrt(c.d) / by
+    return q, k, v
+
+
+def _poisoned(p: Problem, hidden: str) -> Problem:
+    """Put numbers into keys that no row of a batch may see: NaN, or large ones."""
+    if not hidden:
+        return p
+    seen = np.zeros((p.batch, p.heads_kv, p.n_k), bool)
+    group = p.heads // p.heads_kv
+    from ...masks import visible
+
+    for b in range(p.batch):
+        for h in range(p.heads) if p.allowed is not None and p.allowed.shape[1] > 1 else (0,):
+            for rows, keys in p.segments():
+                here = visible(p.replace(bias=None), b, h, rows, keys).any(0)
+                at = slice(None) if p.allowed is None or p.allowed.shape[1] == 1 else h // group
+                seen[b, at, keys] |= here
+    k, v = p.key.copy(), p.value.copy()
+    k[~seen], v[~seen] = (np.nan, np.nan) if hidden == "nan" else (8, 128)
+    return p.replace(key=k, value=v)
+
+
+def _laid(p: Problem, layout: str) -> Problem:
+    """Return the same call with its tensors in memory as models hold them."""
+    if layout == "bshd":  # a projection's output
+        turned = {n: np.ascontiguousarray(getattr(p, n).swapaxes(1, 2)).swapaxes(1, 2) for n in NAMES}
+        return p.replace(**turned)
+    if layout == "fused":  # slices of one projection's output
+        parts = [getattr(p, n).swapaxes(1, 2).reshape(p.batch, -1, _width(p, n)) for n in NAMES]
+        names = list(NAMES) if p.n_q == p.n_k else list(NAMES[1:])
+        whole = np.concatenate(parts[-len(names) :], axis=2)
+        found, start = {}, 0
+        for n in names:
+            x, width = getattr(p, n), _width(p, n)
+            view = whole[:, :, start : start + width]
+            found[n] = view.reshape(p.batch, x.shape[2], x.shape[1], x.shape[3]).swapaxes(1, 2)
+            start += width
+        return p.replace(**found)
+    if layout == "spread":  # one key head, or the keys of one batch, for all
+        axis = 0 if p.batch > 1 else 1
+        one = (slice(0, 1),) if axis == 0 else (slice(None), slice(0, 1))
+        found = {n: np.broadcast_to(getattr(p, n)[one], getattr(p, n).shape) for n in NAMES[1:]}
+        return p.replace(**found)
+    return p
+
+
+NAMES = ("query", "key", "value")
+
+
+def _width(p: Problem, name: str) -> int:
+    x = getattr(p, name)
+    return int(x.shape[1] * x.shape[3])
+
+
+def drawn(variant: str, able: Capabilities, budget: str, seed: int) -> list[Call]:
+    """Return calls of an operator that a kernel says it can do, drawn by a seed.
+
+    Parameters
+    ----------
+    variant : str
+        The operator. Of operators whose rows are not defined one by one there are none.
+    able : Capabilities
+        What the kernel can do: axes have no other values.
+    budget : str
+        Out of ``refattn.check.inputs.families.BUDGETS``: how long calls may be.
+    seed : int
+        The same seed draws the same calls.
+    """
+    v = variant_of(variant)
+    if not isinstance(v.shape, Rows) or v.shape.together or v.places or any(o.places for o in v.options.values()):
+        return []
+    rng = random.Random(f"{seed} {variant}")
+    axes = _axes(v.uses, able)
+    names = list(axes)
+    rows = [dict(zip(names, x, strict=True)) for x in AllPairs([rng.sample(axes[n], len(axes[n])) for n in names])]
+    masks = [n for n in ("causal", "window", "allowed", "hidden", "kind") if len(axes[n]) > 1]
+    if len(masks) > 2:
+        for three in AllPairs([rng.sample(axes[n], len(axes[n])) for n in masks], n=3):
+            usual = {n: rng.choice(x[:2]) for n, x in axes.items()}
+            rows.append(usual | dict(zip(masks, three, strict=True)))
+    found = [_call(row, rng, able, budget) for row in rows]
+    return [c for c in dict.fromkeys(found) if c is not None]
+
+
+def _axes(uses: frozenset[str], able: Capabilities) -> dict[str, list[Any]]:
+    """Return the axes and their values, the usual ones first."""
+    has = able.features
+
+    def given(feature: str, *values: Any, option: str = "") -> list[Any]:
+        return list(values) if feature in has and (option or feature) in uses else []
+
+    widths = [w for w in WIDTHS if max(w) <= able.d_max and (w[0] == w[1] or "d_v_differs" in has)]
+    corners = [c for c in ("bottom_right", "top_left") if f"causal_{c}" in has and "causal" in uses]
+    kinds = [k for k in KINDS if k in ("prefill", "batches") or "lengths_differ" in has or k == "packed"]
+    return {
+        "kind": [k for k in kinds if k != "packed" or "variable_lengths" in has],
+        "width": widths or [(able.d_max, able.d_max)],
+        "group": [g for g in GROUPS if g == 1 or "grouped_heads" in has],
+        "causal": [*corners, None],
+        "tile": list(TILES),
+        "off": [0, 1, -1],
+        "window": [None, *given("window", "left", "right", "both", "self")],
+        "bias": ["", *given("bias", "full", "heads", "rows", "padding", "batches", "keys")],
+        "allowed": ["", *given("allowed", "padding", "full", "heads", "rows", "row")],
+        "hidden": ["", "nan", "large"] if has & {"window", "allowed"} or corners else [""],
+        "softcap": [None, *given("softcap", 50.0, 2.0)],
+        "sink": [False, *given("sink", True)],
+        "scale": [None, *([0.3] if "scale" in has else [])],
+        "numbers": ["normal", "needles", "jump"],
+        "layout": ["plain", "bshd", "fused", "spread"],
+    }
+
+
+def _call(row: dict[str, Any], rng: random.Random, able: Capabilities, budget: str) -> Call | None:
+    """Return a call with the values of a row, as large as the budget allows."""
+    (d, d_v), group, kind = row["width"], row["group"], row["kind"]
+    b = rng.choice((2, 3)) if kind == "batches" else 1
+    h_kv = 2 if group <= 8 else 1
+    most = MOST[budget] // (b * group * h_kv * (d + d_v))
+    pairs = _pairs(kind, row["tile"], row["off"], most, LONGEST[budget], rng)
+    if kind == "cross" and row["causal"] == "bottom_right":
+        pairs = [(k, q) for q, k in pairs]  # as chunks: rows without keys are a contract of their own
+    left = rng.choice((7, 40, 130))
+    sides = {"left": (left, None), "right": (None, rng.choice((0, 5))), "both": (left, 3), "self": (0, 0)}
+    window = sides.get(row["window"])
+    if window is not None and kind == "cross":
+        window = None
+    # keys that one batch or head hides another sees: numbers behind a mask are not shared
+    layout = "bshd" if row["layout"] == "spread" and row["hidden"] else row["layout"]
+    return Call(
+        kind, b, group * h_kv, h_kv, tuple(pairs), d, d_v, row["numbers"], layout, row["hidden"], row["causal"],
+        window, row["softcap"], row["scale"], row["sink"], row["bias"], row["allowed"],
+    )  # fmt: skip
+
+
+def _pairs(kind: str, tile: int, off: int, most: int, longest: int, rng: random.Random) -> list[tuple[int, int]]:
+    """Return the lengths of a call's sequences: at an edge of tiles, with at most so many scores."""
+
+    def edge(limit: float) -> int:
+        top = max(1, int(min(limit, longest)) // tile)
+        return max(1, tile * rng.choice((1, max(1, top // 3), top)) + off)
+
+    if kind in ("decode", "few"):
+        n_q = 1 if kind == "decode" else rng.choice((2, 3, 4, 7, 8, 15, 16, 17))
+        return [(n_q, edge(most / n_q))]
+    n = edge(most**0.5)
+    if kind in ("prefill", "batches"):
+        return [(n, n)]
+    if kind == "chunk":
+        n_q = max(1, n // 3)
+        return [(n_q, edge(most / n_q))]
+    if kind == "cross":
+        return [(n, max(1, n // 3 + 1))]
+    long = max(2, n // 2)
+    lengths = [0, 1, long, max(1, tile // 2 + off), max(1, n // 5)]
+    rng.shuffle(lengths)
+    return [(x, x) for x in lengths]

@@ -1,0 +1,140 @@
+"""Some rows of some heads of a large call, as a call of their own with the same exact answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...masks import visible
+from ...problem import Problem
+
+__all__ = ["Sample", "sample_of"]
+
+ROWS = 24
+WHOLE = 2**15
+"""Calls of fewer scores are compared as a whole."""
+EDGES = (0, 1, 15, 16, 31, 32, 63, 64, 127, 128, 255, 256)
+"""Rows at the edges of usual tiles."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of some query heads of one batch; of each group of query heads that is looked at, equally many.
+
+    Attributes
+    ----------
+    batch : int
+        Of the call.
+    groups : tuple of int
+        Key heads.
+    heads : tuple of int
+        Query heads, those of the first key head first.
+    rows : tuple of int
+        Query rows.
+    """
+
+    batch: int
+    groups: tuple[int, ...]
+    heads: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    def of(self, p: Problem) -> Problem:
+        """Return the rows as a call of their own: every mask in ``allowed``, the keys as they are."""
+        b, heads, groups, rows = self.batch, list(self.heads), list(self.groups), list(self.rows)
+        masked = any(x is not None for x in (p.causal, p.window, p.allowed, p.cu_seqlens_q))
+        bias = None if p.bias is None else self._of_scores(p.bias)
+        weight = None if p.weight is None else self._of_scores(p.weight)
+        return p.replace(
+            query=p.query[b, heads][None][:, :, rows],
+            key=p.key[b, groups][None],
+            value=p.value[b, groups][None],
+            sink=None if p.sink is None else p.sink[heads],
+            bias=bias,
+            weight=weight,
+            allowed=self._allowed(p) if masked else None,
+            causal=None,
+            window=None,
+            cu_seqlens_q=None,
+            cu_seqlens_k=None,
+        )
+
+    def take(self, name: str, x: NDArray[Any]) -> NDArray[Any]:
+        """Return what a result of the whole call ("out", "lse" or a gradient) has for these rows."""
+        if name in ("out", "lse", "dq"):
+            return x[self.batch, list(self.heads)][None][:, :, list(self.rows)]
+        if name in ("dk", "dv"):
+            return x[self.batch, list(self.groups)][None]
+        return x[list(self.heads)] if name == "dsink" else self._of_scores(x)
+
+    def rest(self, name: str, x: NDArray[Any]) -> NDArray[Any]:
+        """Return a gradient with what belongs to these rows set to 0: all of it must be 0."""
+        left = np.array(x, copy=True)
+        if name == "dq":
+            left[np.ix_([self.batch], list(self.heads), list(self.rows))] = 0
+        elif name in ("dk", "dv"):
+            left[self.batch, list(self.groups)] = 0
+        elif name == "dsink":
+            left[list(self.heads)] = 0
+        else:
+            left[:] = 0
+        return left
+
+    def only(self, dout: NDArray[Any]) -> NDArray[Any]:
+        """Return dout with all other rows set to 0."""
+        kept = np.zeros_like(dout)
+        at = np.ix_([self.batch], list(self.heads), list(self.rows))
+        kept[at] = dout[at]
+        return kept
+
+    def place(self, name: str, at: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the place in the whole call of a place among these rows."""
+        if name == "dsink":
+            return (self.heads[at[0]],)
+        if name == "dbias":
+            return at
+        if name in ("dk", "dv"):
+            return (self.batch, self.groups[at[1]], *at[2:])
+        return (self.batch, self.heads[at[1]], self.rows[at[2]], *at[3:])
+
+    def _of_scores(self, x: NDArray[Any]) -> NDArray[Any]:
+        """Return the part of an array that spreads to (b, h_q, n_q, n_k)."""
+        x = x[[self.batch if x.shape[0] > 1 else 0]]
+        x = x[:, list(self.heads)] if x.shape[1] > 1 else x
+        return x[:, :, list(self.rows)] if x.shape[2] > 1 else x
+
+    def _allowed(self, p: Problem) -> NDArray[np.bool_]:
+        mask = np.zeros((1, len(self.heads), len(self.rows), p.n_k), bool)
+        bare = p.replace(bias=None, weight=None)
+        rows = np.asarray(self.rows)
+        for i, h in enumerate(self.heads):
+            for queries, keys in p.segments():
+                at = np.nonzero((rows >= queries.start) & (rows < queries.stop))[0]
+                if len(at):
+                    seen = visible(bare, self.batch, h, queries, keys)
+                    mask[0, i, at, keys] = seen[rows[at] - queries.start]
+        return mask
+
+
+def sample_of(p: Problem, rng: np.random.Generator) -> Sample | None:
+    """Return rows of a call to compare: edges of tiles, first, last and random ones; None where all are few.
+
+    Parameters
+    ----------
+    p : Problem
+        The call.
+    rng : numpy.random.Generator
+        What draws the heads and the other rows.
+    """
+    if p.batch * p.heads * p.n_q * p.n_k <= WHOLE or 0 in (p.batch, p.n_q, p.n_k):
+        return None
+    group = p.heads // p.heads_kv
+    groups = sorted({int(rng.integers(p.heads_kv)), p.heads_kv - 1})
+    each = sorted({int(rng.integers(group)), group - 1})
+    edges = [r for e in EDGES for r in (e, p.n_q - 1 - e) if 0 <= r < p.n_q]
+    some = [*edges, *rng.integers(p.n_q, size=ROWS).tolist()]
+    rows = sorted(set(some[:4]) | set(rng.permutation(sorted(set(some)))[: ROWS - 4].tolist()))
+    heads = tuple(g * group + i for g in groups for i in each)
+    return Sample(int(rng.integers(p.batch)), tuple(groups), heads, tuple(int(r) for r in rows))

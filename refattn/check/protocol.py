@@ -1,0 +1,187 @@
+"""Relations between calls: what a kernel answers must not depend on what it was asked before, nor by whom."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import to_numpy
+from ..dtypes import FORMATS, Format
+from ..errors import KernelError, UnsupportedProblem
+from ..problem import Problem
+from ..variants import variant_of
+from .bounds.expected import expected
+from .call import result_of
+from .compare import Worst
+from .inputs.draw import Draw
+from .reading import plain, watched
+from .state import restored
+from .trial import Trial, agree
+
+__all__ = ["changed_in_place", "many_repeats", "options_between", "results_kept", "shapes_between", "two_threads"]
+
+REPEATS = 200
+
+
+def _raw(ask: Trial, p: Problem) -> Any:
+    """Call a kernel on the very arrays of a call, and note what it reads."""
+    seen_call, seen = watched(p)
+    try:
+        with restored():
+            result = ask.kernel(seen_call)
+    except (UnsupportedProblem, KernelError):
+        raise
+    except Exception as e:
+        raise KernelError(f"the kernel raised {type(e).__name__}: {e}") from e
+    finally:
+        ask.seen.update(seen, {"query"})
+    return result
+
+
+def _out(result: Any, p: Problem) -> NDArray[np.float64]:
+    return result_of(result, p).out.astype(np.float64)
+
+
+def _right(ask: Trial, result: Any, p: Problem, text: str) -> Worst:
+    """Compare out with the exact answer."""
+    known = expected(p, ask.model)
+    return agree(_out(result, p), known.answer.enclosures["out"].mid, known.allowed["out"], text)
+
+
+def _worst(found: Iterator[Worst] | list[Worst]) -> Worst:
+    return max(found, key=lambda w: (not w.passed, w.ratio))
+
+
+def _other(p: Problem) -> Problem:
+    """Return a call of the same shapes with other numbers."""
+    names = ("query", "key", "value")
+    return p.replace(**{n: np.ascontiguousarray(getattr(p, n)[:, :, ::-1]) for n in names})
+
+
+def changed_in_place(ask: Trial, p: Problem) -> Worst:
+    """Change keys and values where they lie and call again: the answer must be that of the new numbers."""
+    arrays = {n: np.array(x, copy=True) for n, x in p.arrays().items()}
+    mine = p.replace(**arrays)
+    _raw(ask, mine)
+    later = _other(p)
+    for name in ("query", "key", "value"):
+        arrays[name][...] = getattr(later, name)
+    return _right(ask, _raw(ask, mine), later, "numbers that were changed in place give the answer of those before")
+
+
+def results_kept(ask: Trial, p: Problem) -> Worst:
+    """Keep a result, call again, and look at it once more."""
+    first = _raw(ask, p)
+    before = [np.array(to_numpy(x), copy=True) for x in _parts(first)]
+    later = _other(p)
+    second = _raw(ask, later)
+    found = [
+        agree(
+            to_numpy(x).astype(np.float64),
+            y.astype(np.float64),
+            0.0,
+            "a result changed when the kernel was called again",
+        )
+        for x, y in zip(_parts(first), before, strict=True)
+    ]
+    return _worst([*found, _right(ask, second, later, "the second of two calls is wrong")])
+
+
+def _parts(result: Any) -> list[Any]:
+    return [x for x in (result if isinstance(result, tuple | list) else (result,)) if x is not None]
+
+
+def shapes_between(ask: Trial, p: Problem) -> Worst:
+    """Call with small, large and small shapes in turn, and with one head: each answer must be right."""
+    d = Draw(_form(p), np.random.default_rng(3), p.variant)
+    calls = [p, d.problem(67, 130, options=_fitted(p, 2)), p, d.problem(2, 2, h=1, options=_fitted(p, 1)), p]
+    fit = [x for x in calls if variant_of(p.variant).takes(x) and not ask.able.missing(x)]
+    return _worst([_right(ask, _raw(ask, x), x, "a call after one of another shape is wrong") for x in fit])
+
+
+def options_between(ask: Trial, p: Problem) -> Worst:
+    """Change one option between calls of the same shapes: each answer must be right."""
+    changes: list[dict[str, Any]] = [
+        {},
+        {"causal": "bottom_right"},
+        {"causal": "top_left"},
+        {"scale": 0.7},
+        {"scale": 0.1},
+        {"softcap": 1.5},
+        {"window": (4, 2)},
+        {"window": (9, None)},
+        {},
+    ]
+    found = []
+    for change in changes:
+        call = p.replace(**change)
+        if variant_of(p.variant).takes(call) and not ask.able.missing(call):
+            found.append(_right(ask, _raw(ask, call), call, "a call after one with another option is wrong"))
+    return _worst(found)
+
+
+def many_repeats(ask: Trial, p: Problem) -> Worst:
+    """Repeat a small call a thousand times, a longer one a few hundred, then change the scale: all must be right."""
+    d = Draw(_form(p), np.random.default_rng(4), p.variant)
+    long = d.problem(5, 300, h=1, d=16, options=_fitted(p, 1))
+    found = []
+    for call, times in ((p, 1000), (long, REPEATS)):
+        if not variant_of(p.variant).takes(call) or ask.able.missing(call):
+            continue
+        known = expected(call, ask.model)
+        exact, allowed = known.answer.enclosures["out"].mid, known.allowed["out"]
+        seen: set[bytes] = set()
+        for i in range(times):
+            out = result_of(_raw(ask, call) if i == 0 else ask.kernel(call), call).out
+            if (bits := out.tobytes()) not in seen:  # most are the first again
+                seen.add(bits)
+                text = f"call {i + 1} of {times} equal ones is wrong"
+                found.append(agree(out.astype(np.float64), exact, allowed, text))
+        other = call.replace(scale=0.3)
+        if not ask.able.missing(other):
+            found.append(_right(ask, _raw(ask, other), other, f"with another scale after {times} calls it is wrong"))
+    return _worst(found)
+
+
+def two_threads(ask: Trial, p: Problem) -> Worst:
+    """Call from two threads at once, straight from a pool: each answer must be right for its own call."""
+    calls = [plain(p), plain(_other(p))]
+    known = [expected(c, ask.model) for c in calls]
+    found = []
+    with _switching_often(), ThreadPoolExecutor(2) as pool:
+        futures = [(i % 2, pool.submit(ask.kernel, calls[i % 2])) for i in range(40)]
+        for i, future in futures:
+            try:
+                out = _out(future.result(), calls[i])
+            except (UnsupportedProblem, KernelError):
+                raise
+            except Exception as e:
+                raise KernelError(f"the kernel raised {type(e).__name__} in a thread: {e}") from e
+            exact, allowed = known[i].answer.enclosures["out"].mid, known[i].allowed["out"]
+            found.append(agree(out, exact, allowed, "a call from another thread, beside another call, is wrong"))
+    ask.seen.add("query")
+    return _worst(found)
+
+
+@contextmanager
+def _switching_often() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _form(p: Problem) -> Format:
+    return FORMATS[p.dtype]
+
+
+def _fitted(p: Problem, heads: int) -> dict[str, Any]:
+    return variant_of(p.variant).fitted(dict(p.options), heads)

@@ -1,0 +1,86 @@
+"""Which options of a call a kernel reads: one that it never reads it does not have."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from ..problem import Problem
+
+__all__ = ["FIELDS", "SOURCE", "note", "plain", "unread", "watched"]
+
+FIELDS = frozenset(f.name for f in fields(Problem)) - {"query", "key", "value", "variant"}
+"""The arguments of a call that are options."""
+SOURCE = {"causal_bottom_right": "causal", "causal_top_left": "causal", "variable_lengths": "cu_seqlens_q"}
+"""The argument that a feature stands for, where it has another name."""
+
+
+class _Watched(Problem):
+    """A call that notes which of its options are read; moving it to another library reads none."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in FIELDS and (seen := object.__getattribute__(self, "__dict__").get("_seen")) is not None:
+            seen.add(name)
+        return object.__getattribute__(self, name)
+
+    def to(self, kind: str, device: Any = None) -> Problem:
+        return _copied(plain(self).to(kind, device), self._seen)
+
+    def replace(self, **changes: Any) -> Problem:
+        return _copied(plain(self).replace(**changes), self._seen)
+
+    def features(self) -> frozenset[str]:
+        return plain(self).features()
+
+    def __reduce__(self) -> Any:
+        self._seen.update(FIELDS)  # what is done with a copy elsewhere is not seen
+        return _restored, (vars(plain(self)) | {"options": dict(plain(self).options)},)
+
+    def __repr__(self) -> str:
+        return repr(plain(self))
+
+
+def watched(problem: Problem) -> tuple[Problem, set[str]]:
+    """Return the same call, and the set of its options that have been read from it so far."""
+    seen: set[str] = set()
+    return _copied(problem, seen), seen
+
+
+def unread(problem: Problem, seen: set[str] | frozenset[str]) -> list[str]:
+    """Return the options that a call has and that were not read.
+
+    Parameters
+    ----------
+    problem : Problem
+        The call.
+    seen : set of str
+        From :func:`watched`.
+    """
+    asked = {SOURCE.get(name, name) for name in problem.features()} & FIELDS
+    if problem.options:
+        asked.add("options")
+    return sorted(asked - seen)
+
+
+def _copied(problem: Problem, seen: set[str]) -> Problem:
+    copy = object.__new__(_Watched)
+    vars(copy).update(vars(problem))
+    vars(copy)["_seen"] = seen
+    return copy
+
+
+def plain(problem: Problem) -> Problem:
+    """Return the same call without a watch on it."""
+    bare = object.__new__(Problem)
+    vars(bare).update({n: x for n, x in vars(problem).items() if n != "_seen"})
+    return bare
+
+
+def note(problem: Problem, seen: frozenset[str]) -> None:
+    """Say what another process, which a watched call was sent to, has read of it."""
+    if "_seen" in vars(problem):
+        vars(problem)["_seen"].update(seen)
+
+
+def _restored(values: dict[str, Any]) -> Problem:
+    return Problem(**values)
