@@ -207,7 +207,14 @@ EDGES = {
     "outside": "an option outside the capabilities raises, or is right",
 }
 """The contracts at the edge of what attention is for: by name, what is asked."""
-OTHERS = (("gradients", GRADIENTS), ("edges", frozenset(EDGES)))
+NAMES = (
+    ("dtypes", frozenset(FORMATS)),
+    ("features", FEATURES | FURTHER),
+    ("always", FEATURES),
+    ("gradients", GRADIENTS),
+    ("edges", frozenset(EDGES)),
+)
+"""What each set of names of ``Capabilities`` is out of."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +247,12 @@ class Capabilities:
         that is a failure.
     deterministic : bool
         Whether the same call gives the same bits. Where not, two runs must agree within their bounds.
+    head_dims : frozenset of int
+        The widths d_k and d_v that it takes; empty means all up to d_max.
+    seq_multiple : int
+        What n_q and n_k must be multiples of.
+    always : frozenset of str
+        Features that every call must have, e.g. {"causal_bottom_right"}.
     """
 
     dtypes: frozenset[str] = frozenset({"float32"})
@@ -253,8 +266,20 @@ class Capabilities:
     edges: frozenset[str] = frozenset()
     refuses: bool = False
     deterministic: bool = True
+    head_dims: frozenset[int] = frozenset()
+    seq_multiple: int = 1
+    always: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        for name in ("head_dims", "always"):
+            object.__setattr__(self, name, frozenset(getattr(self, name)))
+        if not (isinstance(self.seq_multiple, int) and self.seq_multiple >= 1) or any(
+            not isinstance(d, int) or d < 1 for d in self.head_dims
+        ):
+            raise InvalidInput(
+                f"capabilities: got seq_multiple={self.seq_multiple!r} and head_dims={set(self.head_dims)}, expected "
+                "integers of at least 1"
+            )
         object.__setattr__(self, "edges", frozenset(self.edges))
         object.__setattr__(self, "dtypes", frozenset(self.dtypes))
         object.__setattr__(self, "features", frozenset(self.features))
@@ -264,7 +289,7 @@ class Capabilities:
                 f"capabilities: got arrays={self.arrays!r} and device={self.device!r}, expected one of "
                 f"{', '.join(KINDS)}, and no device for numpy"
             )
-        for name, known in (("dtypes", frozenset(FORMATS)), ("features", FEATURES | FURTHER), *OTHERS):
+        for name, known in NAMES:
             unknown = sorted(getattr(self, name) - known)
             if unknown:
                 raise InvalidInput(
@@ -278,6 +303,11 @@ class Capabilities:
             lacks.append(dtype_name(problem.query))
         if max(problem.d_k, problem.d_v) > self.d_max:
             lacks.append(f"dim {max(problem.d_k, problem.d_v)}")
+        elif self.head_dims and not {problem.d_k, problem.d_v} <= self.head_dims:
+            lacks.append(f"dim {', '.join(str(d) for d in sorted({problem.d_k, problem.d_v} - self.head_dims))}")
+        if problem.n_q % self.seq_multiple or problem.n_k % self.seq_multiple:
+            lacks.append(f"lengths that are no multiples of {self.seq_multiple}")
+        lacks += [f"calls without {n}" for n in sorted(self.always - problem.features())]
         return lacks
 
     def require(self, problem: Problem) -> None:

@@ -20,7 +20,7 @@ from .bounds.expected import expected
 from .call import result_of
 from .compare import Worst
 from .inputs.draw import Draw
-from .reading import plain, watched
+from .reading import plain, unread, watched
 from .state import restored
 from .trial import Trial, agree
 
@@ -40,6 +40,7 @@ def _raw(ask: Trial, p: Problem) -> Any:
     except Exception as e:
         raise KernelError(f"the kernel raised {type(e).__name__}: {e}") from e
     finally:
+        ask.seen.clear()
         ask.seen.update(seen, {"query"})
     return result
 
@@ -49,7 +50,9 @@ def _out(result: Any, p: Problem) -> NDArray[np.float64]:
 
 
 def _right(ask: Trial, result: Any, p: Problem, text: str) -> Worst:
-    """Compare out with the exact answer."""
+    """Compare out with the exact answer; a call with an option that is not read says nothing."""
+    if unread(p, ask.seen):
+        return agree(np.zeros(1), np.zeros(1), 0.0, text)
     known = expected(p, ask.model)
     return agree(_out(result, p), known.answer.enclosures["out"].mid, known.allowed["out"], text)
 

@@ -26,6 +26,7 @@ from .inputs.sample import Sample
 from .kernel import Kernel
 from .laws import LAWS, Law, law_problem
 from .model import Capabilities, Model, ModelFor
+from .probe import probed
 from .reading import SOURCE, unread
 from .report.report import Check, Report
 from .trial import Trial
@@ -119,13 +120,14 @@ def plan(
     """Return the checks of a kernel without running them; the arguments are those of :func:`check_kernel`."""
     v, judged = variant_of(variant), Kernel.of(kernel, model=model, capabilities=capabilities)
     able = judged.capabilities
+    fitting = able if judged.declared or _no_calls(only) else probed(judged, variant)
     unknown = [d for d in dtypes or () if d not in FORMATS]
     if unknown:
         raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
     wanted = tuple(dtypes or [d for d in FORMATS if d in able.dtypes])
     items = []
     for dtype in wanted:
-        for case in cases(variant, budget) + calls(variant, able, budget, seed):
+        for case in cases(variant, budget) + calls(variant, fitting, budget, seed):
             if not case.dtypes or dtype in case.dtypes:
                 items.append(Item(f"{case.name}[{dtype}]", dtype, _case_run(judged, case, dtype)))
                 if able.gradients and case.backward:
@@ -144,9 +146,16 @@ def plan(
     return items
 
 
+def _no_calls(only: str | None) -> bool:
+    """Tell whether no drawn call is asked for, so that nothing must be known of a kernel to draw them."""
+    return only is not None and not fnmatch.fnmatchcase("calls/", only.split("/")[0] + "/")
+
+
 def matches(name: str, only: str | None) -> bool:
-    """Tell whether a check's name is `only`, or matches it as a shell pattern (brackets stand for themselves)."""
-    return only is None or name == only or fnmatch.fnmatchcase(name, only.replace("[", "[[]"))
+    """Tell whether a check's name is `only`, with its format or without, or matches it as a shell pattern."""
+    return (
+        only is None or only in (name, name.rpartition("[")[0]) or fnmatch.fnmatchcase(name, only.replace("[", "[[]"))
+    )
 
 
 def check_problem(
@@ -258,6 +267,7 @@ def _settled(check: Check, kernel: Kernel, problem: Problem, lacks: list[str], n
     Outside its capabilities a kernel may raise or be right. What an undeclared kernel raises where an option is asked
     for, and what it gives where it does not read one, says that it has no such option.
     """
+    check = replace(check, call="" if check.verdict == "passed" else repr(problem))
     missed = [] if notes.read is None else unread(problem, notes.read)
     raised = check.worst is None and check.message.startswith(RAISED)
     if lacks:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import secrets
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..check.laws import LAWS
 from ..check.model import MODELS, model_named
 from ..check.register import load
 from ..check.report.page import page
-from ..check.report.report import VERDICTS, Check, Report, junit, summary
+from ..check.report.report import Report, junit, summary
 from ..check.runner import Item, check_kernel, check_problem, plan
 from ..dtypes import FORMATS
 from ..errors import InvalidInput, InvalidProblem, ServiceError, UnsupportedProblem
@@ -31,10 +30,12 @@ from ..files import check_folders, load_problem, write_text
 from ..problem import VARIANT
 from ..variants import VARIANTS, variant_of
 from ..version import VERSION
+from .baseline import Baseline
 from .doctor import doctor
 from .exact import exact
 from .golden import golden
 from .he import he
+from .output import print_failures, print_outside, table_of
 from .theory import theory
 
 __all__ = ["main"]
@@ -82,6 +83,10 @@ def main() -> None:
 )
 @click.option("--model", help="Judge by a named rounding model: " + ", ".join(MODELS) + ". Default: the kernel's own.")
 @click.option("--time-limit", type=float, help="Run each kernel in a process of its own, so many seconds for a call.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Draw the family calls by this seed. Default: anew.")
+@click.option("--strict", is_flag=True, help="An edge that differs, or an option that is not read, is a failure, too.")
+@click.option("--baseline", "baseline_file", help="A TOML file of known failures: they do not count, new ones do.")
+@click.option("--update-baseline", is_flag=True, help="Write the failures of this run to the baseline.")
 @click.option("--problem", "problem_file", help="Check on one problem, from a file of refattn.save_problem.")
 @click.option("--explain/--no-explain", default=True, help="Shrink a failure, and say what it looks like (seconds).")
 @click.option("--json", "json_file", help="Also write the reports to this file as JSON.")
@@ -95,6 +100,10 @@ def check(
     budget: str,
     model: str | None,
     time_limit: float | None,
+    seed: int | None,
+    strict: bool,
+    baseline_file: str | None,
+    update_baseline: bool,
     problem_file: str | None,
     explain: bool,
     json_file: str | None,
@@ -104,11 +113,17 @@ def check(
     """Judge KERNELS (all that are found here, if none is named) against the exact answer.
 
     A kernel is a name from `refattn list --kernels`, package.module:function, or path/file.py:function.
-    Exit code: 0 all passed, 1 a check failed, 2 bad input or nothing ran.
+    Exit code: 0 all are right (with --strict: and keep every contract), 1 one is not, 2 bad input or nothing ran, 130
+    interrupted.
     """
     variant = load(variant)
     cases(variant, budget)
-    check_folders(json_file, junit_file, html_file)
+    if update_baseline and baseline_file is None:
+        raise InvalidInput("update-baseline: name the file with --baseline")
+    check_folders(json_file, junit_file, html_file, baseline_file if update_baseline else None)
+    baseline = None if baseline_file is None else Baseline(baseline_file, new=update_baseline)
+    if seed is None:
+        seed = baseline.seed if baseline is not None and baseline.seed is not None else secrets.randbelow(2**31)
     problem = None if problem_file is None else load_problem(problem_file)
     entries = [e for name in kernels for e in find(name)] if kernels else found()
     if variant != VARIANT and not kernels:
@@ -127,36 +142,63 @@ def check(
         entries = [replace(e, load=partial(Isolated, e.name, time_limit)) for e in entries]
     console = _console()
     reports: list[Report] = []
+    interrupted = False
     try:
         if problem is not None:
             reports = [check_problem(e.kernel(), problem, f"file/{Path(str(problem_file)).stem}") for e in entries]
         else:
-            _run(entries, variant, dtypes, only, budget, reports)
+            _run(entries, variant, dtypes, only, budget, seed, reports)
     except KeyboardInterrupt:
+        interrupted = True
         click.echo("interrupted: what follows covers the kernels that were done", err=True)
+    stale: list[str] = []
+    if baseline is not None and update_baseline:
+        baseline.write(reports)
+    elif baseline is not None:
+        pairs = [baseline.without_known(r) for r in reports]
+        reports, stale = [r for r, _ in pairs], [n for _, names in pairs for n in names]
     if json_file is not None:
         write_text(json_file, summary(reports))
     if junit_file is not None:
         write_text(junit_file, junit(reports))
     if html_file is not None:
         write_text(html_file, page(reports))
-    _failures(console, reports)
+    print_failures(console, reports)
     if explain and problem is None:
         _explain(console, entries, reports)
-    console.print(_table(reports))
-    _outside(console, reports, kernels)
-    if any(r.count("failed") for r in reports):
+    console.print(table_of(reports))
+    print_outside(console, reports, kernels)
+    for name in stale:
+        click.echo(f"error: {name} is in the baseline and passes; --update-baseline takes it out", err=True)
+    _exit(reports, strict, interrupted, bool(stale), update_baseline)
+
+
+def _exit(reports: list[Report], strict: bool, interrupted: bool, stale: bool, written: bool) -> None:
+    """End with the exit code that reports ask for."""
+    if interrupted:
+        sys.exit(130)
+    if stale or (not written and any(_bad(r, strict) for r in reports)):
         sys.exit(1)
     if not any(r.count("passed") for r in reports):
         click.echo("error: nothing ran: no check is within the kernel's capabilities", err=True)
         sys.exit(2)
 
 
+def _bad(r: Report, strict: bool) -> bool:
+    return r.count("failed") > 0 or bool(r.kept) or (strict and (bool(r.failures) or r.count("unread") > 0))
+
+
 def _run(
-    entries: list[Entry], variant: str, dtypes: tuple[str, ...], only: str | None, budget: str, reports: list[Report]
+    entries: list[Entry],
+    variant: str,
+    dtypes: tuple[str, ...],
+    only: str | None,
+    budget: str,
+    seed: int,
+    reports: list[Report],
 ) -> None:
     chosen = [(e, tuple(d for d in FORMATS if d in (dtypes or e.capabilities.dtypes))) for e in entries]
-    total = sum(len(plan(e.kernel(), variant, dtypes=d, only=only, budget=budget)) for e, d in chosen)
+    total = sum(len(plan(e.kernel(), variant, dtypes=d, only=only, budget=budget, seed=seed)) for e, d in chosen)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
         task = progress.add_task("checks", total=total)
@@ -165,85 +207,15 @@ def _run(
             def step(item: Item, name: str = entry.name) -> None:
                 progress.update(task, advance=1, description=f"{name} {item.name}")
 
-            reports.append(
-                check_kernel(entry.kernel(), variant, dtypes=wanted, only=only, budget=budget, progress=step)
-            )
-
-
-def _table(reports: Iterable[Report]) -> Table:
-    table = Table(
-        title="Attention kernels against the exact answer",
-        title_justify="left",
-        caption="error/bound: worst error in units of what the kernel's arithmetic must lose, of checks that passed",
-        caption_justify="left",
-    )
-    for name in ("kernel", "package", "format"):
-        table.add_column(name, overflow="fold")
-    for name in ("passed", "failed", "unsupported", "error/bound", "worst failure", "correctly rounded"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
-    for r in reports:
-        for dtype in dict.fromkeys(c.dtype for c in r.checks):
-            here = {v: [c for c in r.checks if c.dtype == dtype and c.verdict == v] for v in VERDICTS}
-            counts = [str(len(x)) for x in here.values()]
-            verdict = "[red]failed[/]" if here["failed"] else "[green]passed[/]" if here["passed"] else "nothing ran"
-            share = r.correctly_rounded.get(dtype)
-            rounded = "-" if share is None else f"{100 * share:.1f} %"
-            worst = [_largest(here[v]) for v in ("passed", "failed")]
-            table.add_row(r.kernel, r.version, dtype, *counts, *worst, rounded, verdict)
-    return table
-
-
-def _largest(checks: list[Check]) -> str:
-    ratios = [c.ratio for c in checks if c.worst is not None]
-    return f"{max(ratios):.2g}" if ratios else "-"
-
-
-def _failures(console: Console, reports: list[Report]) -> None:
-    """Print each failure once; formats that fail in the same way are named behind the first."""
-    for r in reports:
-        groups: dict[tuple[str, str], list[Check]] = {}
-        for c in r.failures:
-            plain = re.sub(r"\([^)]*\)|\d[\d.]*", "", c.message)
-            groups.setdefault((c.name.split("[")[0], plain), []).append(c)
-        for (_, _), group in groups.items():
-            console.print(r.describe(group[0]), markup=False, soft_wrap=True)
-            if len(group) > 1:
-                console.print(f"  the same in {', '.join(c.dtype for c in group[1:])}", markup=False, soft_wrap=True)
-        if groups:
-            console.print()
+            more: dict[str, Any] = {"only": only, "budget": budget, "seed": seed, "progress": step}
+            reports.append(check_kernel(entry.kernel(), variant, dtypes=wanted, **more))
 
 
 def _explain(console: Console, entries: list[Entry], reports: list[Report]) -> None:
     for entry, report in zip(entries, reports, strict=False):
-        if report.failures:
+        if report.count("failed"):
             text = explain_report(entry.kernel(), report, seconds=EXPLAIN)
             console.print(f"{report.kernel}: {text}\n", markup=False, soft_wrap=True)
-
-
-def _outside(console: Console, reports: list[Report], kernels: tuple[str, ...]) -> None:
-    """Say what did not run, and why."""
-    for r in reports:
-        lacks: dict[str, int] = {}
-        for c in r.checks:
-            if c.verdict == "unsupported":
-                lacks[c.message] = lacks.get(c.message, 0) + 1
-        if lacks:
-            text = "; ".join(f"{n} × {m}" for m, n in sorted(lacks.items(), key=lambda x: -x[1])[:4])
-            console.print(
-                f"{r.kernel}: {r.count('unsupported')} checks not run: {text}{' ...' if len(lacks) > 4 else ''}",
-                markup=False,
-                soft_wrap=True,
-            )
-    if not kernels:
-        missing = sorted({e.package for e in KERNELS.values() if not e.here and not e.gpu})
-        if missing:
-            console.print(
-                f"not here: {', '.join(missing)}; refattn doctor tells how to add them", markup=False, soft_wrap=True
-            )
-        for e in KERNELS.values():
-            if e.here and e.named_only:
-                console.print(f"{e.name}: runs only when named, {e.named_only}", markup=False, soft_wrap=True)
 
 
 @main.command(name="list")

@@ -12,14 +12,17 @@ from ..call import Function
 from ..inputs.families import cases
 from ..kernel import Kernel
 from ..model import Capabilities, Model, ModelFor
-from ..report.report import Report
-from ..runner import failing
+from ..report.report import Check, Report
+from ..runner import RAISED, failing
 from .shrink import program, shrink
 
 __all__ = ["alike", "explain", "pattern", "shared"]
 
 LEAST = 10
 """Checks that must have run before planted bugs can be told apart."""
+ALIKE = 0.6
+"""The least share of failed checks in common of a bug that is named."""
+NOT_RUN = ("unsupported", "unread")
 SMALL = 16
 """The largest axis of a call that is printed as a program."""
 SIGNATURES = Path(__file__).parents[1] / "bugs" / "signatures.json"
@@ -49,10 +52,10 @@ def explain(
     lines = []
     if common := shared(report):
         lines.append(f"every failed check is {', '.join(common)}")
-    if bugs := alike(report):
+    if bugs := [x for x in alike(report) if x[1] >= ALIKE]:
         lines.append("planted bugs that fail alike: " + ", ".join(f"{n} ({100 * s:.0f} %)" for n, s in bugs))
     judged = Kernel.of(kernel, model=model, capabilities=capabilities)
-    for check in report.failures:
+    for check in sorted(report.failures, key=lambda c: c.verdict != "failed"):
         plain, dtype = check.name.rsplit("[", 1)
         case = _cases(report.variant).get(plain.removesuffix("/gradients"))
         if case is None or check.worst is None:
@@ -102,7 +105,13 @@ def _cases(variant: str) -> dict[str, Any]:
 
 def pattern(report: Report, dtype: str) -> frozenset[str]:
     """Return the names of the failed checks of a format."""
-    return frozenset(c.name.rsplit("[", 1)[0] for c in report.failures if c.name.endswith(f"[{dtype}]"))
+    names = [c.name for c in report.failures if c.name.endswith(f"[{dtype}]") and not _varies(c)]
+    return frozenset(n.rsplit("[", 1)[0] for n in names)
+
+
+def _varies(check: Check) -> bool:
+    """Tell whether another run has other checks of this name, or it says nothing of what was computed."""
+    return check.name.startswith("calls/") or check.message.startswith(RAISED)
 
 
 def alike(report: Report, most: int = 3) -> tuple[tuple[str, float], ...]:
@@ -112,7 +121,7 @@ def alike(report: Report, most: int = 3) -> tuple[tuple[str, float], ...]:
     """
     table = _signatures()
     dtypes = sorted({c.name.rsplit("[", 1)[1].rstrip("]") for c in report.failures})
-    ran = {c.name.rsplit("[", 1)[0] for c in report.checks if c.verdict != "unsupported"}
+    ran = {c.name.rsplit("[", 1)[0] for c in report.checks if c.verdict not in NOT_RUN and not _varies(c)}
     seen = frozenset().union(*(pattern(report, d) for d in dtypes)) if dtypes else frozenset()
     scores = []
     if len(ran) < LEAST:

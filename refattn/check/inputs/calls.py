@@ -220,13 +220,15 @@ def _axes(uses: frozenset[str], able: Capabilities) -> dict[str, list[Any]]:
         return list(values) if feature in has and (option or feature) in uses else []
 
     widths = [w for w in WIDTHS if max(w) <= able.d_max and (w[0] == w[1] or "d_v_differs" in has)]
+    if able.head_dims:
+        widths = [w for w in widths if set(w) <= able.head_dims] or [(d, d) for d in sorted(able.head_dims)]
     corners = [c for c in ("bottom_right", "top_left") if f"causal_{c}" in has and "causal" in uses]
     kinds = [k for k in KINDS if k in ("prefill", "batches") or "lengths_differ" in has or k == "packed"]
     return {
         "kind": [k for k in kinds if k != "packed" or "variable_lengths" in has],
         "width": widths or [(able.d_max, able.d_max)],
         "group": [g for g in GROUPS if g == 1 or "grouped_heads" in has],
-        "causal": [*corners, None],
+        "causal": [*corners, None] if not able.always & {"causal_bottom_right", "causal_top_left"} else corners,
         "tile": list(TILES),
         "off": [0, 1, -1],
         "window": [None, *given("window", "left", "right", "both", "self")],
@@ -247,7 +249,9 @@ def _call(row: dict[str, Any], rng: random.Random, able: Capabilities, budget: s
     b = rng.choice((2, 3)) if kind == "batches" else 1
     h_kv = 2 if group <= 8 else 1
     most = MOST[budget] // (b * group * h_kv * (d + d_v))
+    step = able.seq_multiple
     pairs = _pairs(kind, row["tile"], row["off"], most, LONGEST[budget], rng)
+    pairs = [(-(-q // step) * step, -(-k // step) * step) for q, k in pairs]
     if kind == "cross" and row["causal"] == "bottom_right":
         pairs = [(k, q) for q, k in pairs]  # as chunks: rows without keys are a contract of their own
     left = rng.choice((7, 40, 130))

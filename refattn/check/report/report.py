@@ -9,7 +9,7 @@ import platform
 import re
 import shlex
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ PLACES = {
     "dbias": ("batch", "head", "row", "key"),
     "dsink": ("head",),
 }
-VERDICTS = ("passed", "failed", "edge", "unread", "unsupported")
+VERDICTS = ("passed", "failed", "edge", "known", "unread", "unsupported")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Check:
     verdict : str
         "passed"; "failed", a wrong answer; "edge", where only contracts of ``refattn.check.EDGES`` are broken;
         "unread", where it does not read an option that it never said it has; "unsupported", where it raised, or lacks
-        what the check needs.
+        what the check needs; "known", where a baseline has it.
     worst : Worst or None
         The element furthest from its exact value, where arrays were compared.
     message : str
@@ -54,6 +54,8 @@ class Check:
         What other projects' rules say of out (:mod:`refattn.check.diagnose.rules`).
     edges : tuple of str
         The contracts that it breaks.
+    call : str
+        The call, of a check that did not pass.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Check:
     arrays: tuple[Worst, ...] = ()
     rules: dict[str, bool | None] = field(default_factory=dict)
     edges: tuple[str, ...] = ()
+    call: str = ""
 
     @property
     def dtype(self) -> str:
@@ -137,7 +140,18 @@ class Report:
         if not self.count("passed"):
             return "nothing ran"
         n = len(self.broken)
-        return "right" + (f" · {n} edge{'s differ' if n > 1 else ' differs'}" if n else "")
+        edges = f" · {n} edge{'s differ' if n > 1 else ' differs'}" if n else ""
+        ran = len(self.checks) - self.count("unread") - self.count("unsupported")
+        return "right" + edges + ("" if self.fits else f", {ran} of {len(self.checks)} checks fit")
+
+    @property
+    def fits(self) -> bool:
+        """Tell whether at least half of the checks ran."""
+        return 2 * (self.count("unread") + self.count("unsupported")) <= len(self.checks)
+
+    def of_format(self, dtype: str) -> Report:
+        """Return the same report for one format."""
+        return replace(self, checks=tuple(c for c in self.checks if c.dtype == dtype))
 
     def count(self, verdict: str) -> int:
         """Return the number of checks with a verdict."""
@@ -166,7 +180,8 @@ class Report:
     def command(self, check: Check) -> str:
         """Return the command that repeats one check."""
         more = "" if self.variant == VARIANT else f" --variant {self.variant}"
-        return f"refattn check {shlex.quote(self.kernel)}{more} --only {shlex.quote(check.name)}"
+        seed = f" --seed {self.seed}" if check.name.startswith("calls/") else ""
+        return f"refattn check {shlex.quote(self.kernel)}{more} --only {shlex.quote(check.name)}{seed}"
 
     def describe(self, check: Check) -> str:
         """Return a failed check in words: what, where, got, exact, allowed, and how to repeat it."""
@@ -174,6 +189,8 @@ class Report:
         w = check.worst
         if w is not None and w.place:
             lines.append(f"  {element(w)}")
+        if check.call:
+            lines.append(f"  the call: {check.call}")
         lines.append(f"  repeat it: {self.command(check)}")
         return "\n".join(lines)
 

@@ -1,0 +1,68 @@
+"""Failures that are known: a file of their names, so that only new ones count. It is strict both ways."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+from ..check.report.report import Check, Report
+from ..errors import InvalidInput
+from ..files import write_text
+
+__all__ = ["Baseline"]
+
+
+class Baseline:
+    """The known failures of kernels: by kernel and check, what differs.
+
+    Parameters
+    ----------
+    path : str
+        A TOML file: ``seed``, and a table for each kernel from a check's name to what differs.
+    new : bool
+        Whether the file is to be written, and need not be there.
+    """
+
+    def __init__(self, path: str, new: bool) -> None:
+        self.path = path
+        self.known: dict[str, dict[str, str]] = {}
+        self.seed: int | None = None
+        if new and not Path(path).exists():
+            return
+        try:
+            found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as e:
+            raise InvalidInput(f"baseline: cannot read {path} ({e.strerror}); --update-baseline writes it") from e
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise InvalidInput(f"baseline: {path} is no TOML file: {e}") from e
+        seed = found.pop("seed", None)
+        if not isinstance(seed, int) or any(not isinstance(x, dict) for x in found.values()):
+            raise InvalidInput(f"baseline: {path} needs an integer seed and a table for each kernel")
+        self.seed, self.known = seed, found
+
+    def without_known(self, report: Report) -> tuple[Report, list[str]]:
+        """Return a report in which known failures count as known, and the names that are known and pass now."""
+        known = self.known.get(report.kernel, {})
+        failing = {c.name for c in report.failures}
+        ran = {c.name for c in report.checks}
+        stale = sorted(n for n in known if n in ran and n not in failing)
+
+        def settled(c: Check) -> Check:
+            if c.name not in known or c.name not in failing:
+                return c
+            return replace(c, verdict="known", message=f"known: {c.message}", edges=())
+
+        return replace(report, checks=tuple(map(settled, report.checks))), stale
+
+    def write(self, reports: list[Report]) -> None:
+        """Write the failures of reports as the known ones."""
+        lines = ["# Written by refattn check --update-baseline", f"seed = {reports[0].seed if reports else 0}"]
+        for r in reports:
+            lines += ["", f"[{json.dumps(r.kernel)}]"]
+            lines += [
+                f"{json.dumps(c.name)} = {json.dumps(', '.join(c.edges) or 'wrong', ensure_ascii=True)}"
+                for c in r.failures
+            ]
+        write_text(self.path, "\n".join(lines) + "\n")

@@ -1,0 +1,106 @@
+"""What `refattn check` prints: failures by cause, then one row for each kernel and format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..check.kernels import KERNELS
+from ..check.model import EDGES
+from ..check.report.report import Check, Report
+
+__all__ = ["print_failures", "print_outside", "table_of"]
+
+NAMES = 4
+"""Names of one cause that are printed."""
+
+
+def table_of(reports: Iterable[Report]) -> Table:
+    """Return the table of verdicts, within 80 columns for names of usual length."""
+    table = Table(
+        title="Attention kernels against the exact answer",
+        title_justify="left",
+        caption="error/allowed: largest error ÷ allowed error of the checks that passed; below 1 passes",
+        caption_justify="left",
+        padding=(0, 1),
+    )
+    for name in ("kernel", "format"):
+        table.add_column(name, overflow="fold")
+    for name in ("passed", "wrong", "edges", "not run", "error/allowed"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict", overflow="fold")
+    for r in reports:
+        for dtype in dict.fromkeys(c.dtype for c in r.checks):
+            here = r.of_format(dtype)
+            counts = [str(here.count(v)) for v in ("passed", "failed", "edge")]
+            not_run = str(here.count("unread") + here.count("unsupported"))
+            color = "red" if here.count("failed") else "green" if here.fits else "yellow"
+            table.add_row(Path(r.kernel).name, dtype, *counts, not_run, _largest(here), f"[{color}]{here.verdict}[/]")
+    return table
+
+
+def _largest(report: Report) -> str:
+    ratios = [c.ratio for c in report.checks if c.verdict == "passed" and c.worst is not None]
+    return f"{max(ratios):.2g}" if ratios else "-"
+
+
+def print_failures(console: Console, reports: list[Report]) -> None:
+    """Print each cause once: the check with the smallest call, and the names of the others; then the edges."""
+    for r in reports:
+        causes: dict[str, list[Check]] = {}
+        for c in r.checks:
+            if c.verdict == "failed":
+                causes.setdefault(_cause(c.message), []).append(c)
+        for group in sorted(causes.values(), key=lambda x: -len(x)):
+            group.sort(key=lambda c: c.worst.elements if c.worst is not None else 0)
+            if len(group) > 1:
+                _print(console, f"{len(group)} checks fail alike; the smallest:")
+            _print(console, r.describe(group[0]))
+            if len(group) > 1:
+                rest = [c.name for c in group[1:]]
+                more = f" and {len(rest) - NAMES} more" if len(rest) > NAMES else ""
+                _print(console, f"  the same in {', '.join(rest[:NAMES])}{more}")
+        for name, n in r.broken.items():
+            known = " (declared)" if name in r.edges else ""
+            _print(console, f"{r.kernel} differs at an edge{known}, {n} checks: {name}: asked is that {EDGES[name]}")
+            _print(console, f"  e.g. {next(c for c in r.checks if name in c.edges).name}; docs/edges.md says more")
+        for name in r.kept:
+            _print(console, f"{r.kernel} declares that it differs at {name}, and keeps it: take it out of edges=")
+        if causes or r.broken or r.kept:
+            console.print()
+
+
+def _cause(message: str) -> str:
+    """Return what a message says without numbers and places."""
+    plain = re.sub(r"\([^)]*\)|\d[\d.]*", "", message)
+    return "; ".join(dict.fromkeys(x.strip() for x in plain.split(";") if not x.strip().startswith("only ")))
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True, emoji=False)
+
+
+def print_outside(console: Console, reports: list[Report], kernels: tuple[str, ...]) -> None:
+    """Say what did not run, and why."""
+    for r in reports:
+        lacks: dict[str, int] = {}
+        for c in r.checks:
+            if c.verdict in ("unsupported", "unread"):
+                lacks[c.message] = lacks.get(c.message, 0) + 1
+        if lacks:
+            text = "; ".join(f"{n} × {m}" for m, n in sorted(lacks.items(), key=lambda x: -x[1])[:4])
+            more = " ..." if len(lacks) > 4 else ""
+            _print(console, f"{r.kernel}: {sum(lacks.values())} checks not run: {text}{more}")
+    if any(c.name.startswith("calls/") for r in reports for c in r.checks):
+        _print(console, f"calls drawn by seed {reports[0].seed}; --seed {reports[0].seed} draws them again")
+    if not kernels:
+        missing = sorted({e.package for e in KERNELS.values() if not e.here and not e.gpu})
+        if missing:
+            _print(console, f"not here: {', '.join(missing)}; refattn doctor tells how to add them")
+        for e in KERNELS.values():
+            if e.here and e.named_only:
+                _print(console, f"{e.name}: runs only when named, {e.named_only}")
