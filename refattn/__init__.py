@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         check_problem,
         compare,
     )
+    from .check.close import allowed_error, assert_close
     from .check.parametrize import parametrize_with_checks
     from .check.register import register
     from .errors import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "check": ("Capabilities", "Law", "Model", "Report", "check_kernel", "check_problem", "compare"),
+    "check.close": ("allowed_error", "assert_close"),
     "check.parametrize": ("parametrize_with_checks",),
     "check.register": ("register",),
     "errors": (
@@ -83,6 +85,8 @@ __all__ = [
     "UnsupportedProblem",
     "Variant",
     "__version__",
+    "allowed_error",
+    "assert_close",
     "check_kernel",
     "check_problem",
     "compare",

@@ -6,7 +6,7 @@ from hypothesis.errors import NoSuchExample
 
 from refattn import VARIANTS, InvalidInput, evaluate
 from refattn.arrays import from_float64
-from refattn.check import FEATURES
+from refattn.check import FEATURES, FURTHER
 from refattn.check.inputs.values import BUILDERS
 from refattn.check.kernels.tiled import tiled
 from refattn.check.runner import check_problem
@@ -79,7 +79,7 @@ def test_every_edge_is_reached(edge):
     reach(problems(max_dim=8), EDGES[edge])
 
 
-@pytest.mark.parametrize("feature", sorted(FEATURES))
+@pytest.mark.parametrize("feature", sorted(FEATURES | FURTHER))
 def test_every_feature_is_reached_and_can_be_asked_for_alone(feature):
     variant = next(v for v in VARIANTS if feature in _features(VARIANTS[v]))
     assert feature in reach(problems(variant), lambda p: feature in p.features()).features()

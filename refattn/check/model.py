@@ -132,6 +132,12 @@ class Model:
                 f"model: got exp_ulps={self.exp_ulps}, tile={self.tile}, chain={self.chain} and block={self.block}, "
                 "expected more than 0, at least 1, at least 1 and at least 1"
             )
+        coarsest = FORMATS["float8_e4m3fn"].unit_roundoff
+        if self.exp_ulps * format_of(self.accumulator).unit_roundoff > coarsest:
+            raise InvalidInput(
+                f"model: got exp_ulps={self.exp_ulps:g} of {self.accumulator}, a relative error above 2**-4, more than "
+                "rounding P to float8 loses; nothing would fail"
+            )
         if self.passes not in (1, 3) or self.scales not in ("", "tensor", "block"):
             raise InvalidInput(
                 f"model: got passes={self.passes} and scales={self.scales!r}, expected 1 or 3, and '', 'tensor' or "

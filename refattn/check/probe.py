@@ -86,8 +86,8 @@ def found(kernel: Kernel) -> tuple[Capabilities, dict[str, str]]:
     given = kernel.capabilities
     said: dict[str, str] = {}
 
-    def plain(d: Draw, **more: Any) -> Problem:
-        return d.problem(**{"n_q": 128, "n_k": 128, "d": 64} | more)
+    def plain(draw: Draw, **more: Any) -> Problem:
+        return draw.problem(**{"n_q": 128, "n_k": 128, "d": 64} | more)
 
     dtypes = []
     for dtype in FORMATS:
@@ -100,8 +100,8 @@ def found(kernel: Kernel) -> tuple[Capabilities, dict[str, str]]:
         said[name] = tried(kernel, _call(build, dtype, VARIANT))
         return said[name] in ("right", "wrong")
 
-    widths = [w for w in WIDTHS if ask(f"width {w}", lambda d, w=w: plain(d, d=w))]  # type: ignore[misc]
-    step = next((n for n in LENGTHS if ask(f"lengths {n}", lambda d, n=n: plain(d, n_q=3 * n, n_k=3 * n))), 1)  # type: ignore[misc]
+    widths = [w for w in WIDTHS if ask(f"width {w}", lambda draw, w=w: plain(draw, d=w))]  # type: ignore[misc]
+    step = next((n for n in LENGTHS if ask(f"lengths {n}", lambda draw, n=n: plain(draw, n_q=3 * n, n_k=3 * n))), 1)  # type: ignore[misc]
     features = frozenset(n for n, build in CALLS.items() if n in FEATURES | FURTHER and ask(n, build))
     call = _call(plain, dtype, VARIANT)
     lse = said[dtype] != "raises" and call_kernel(kernel.call, call).lse is not None

@@ -35,6 +35,7 @@ from .doctor import doctor
 from .exact import exact
 from .golden import golden
 from .he import he
+from .init import init
 from .output import print_failures, print_outside, table_of
 from .theory import theory
 
@@ -283,6 +284,7 @@ def show(variant: str) -> None:
 
 
 main.add_command(exact)
+main.add_command(init)
 main.add_command(golden)
 main.add_command(doctor)
 main.add_command(he)

@@ -21,7 +21,7 @@ from .forward import forward
 from .gradients import gradient_bounds
 from .predict import predict
 
-__all__ = ["Expected", "exact", "expected", "of_case"]
+__all__ = ["Expected", "exact", "expected", "of_answer", "of_case"]
 
 Float = NDArray[np.float64]
 LARGE = 2**14
@@ -54,10 +54,11 @@ def exact(problem: Problem, dout: Any = None) -> Answer:
 
 def expected(problem: Problem, model: Model, dout: Any = None) -> Expected:
     """Return what to compare a call with: out and lse, or with an arriving gradient its gradients."""
-    return _with(exact(problem, dout), model, dout)
+    return of_answer(exact(problem, dout), model, dout)
 
 
-def _with(answer: Answer, model: Model, dout: Any) -> Expected:
+def of_answer(answer: Answer, model: Model, dout: Any = None) -> Expected:
+    """Return what to compare a call with whose exact answer is there."""
     allowed, variance = forward(answer, model)
     if dout is None:
         return Expected(answer, allowed, variance, either(answer, model))
@@ -86,7 +87,7 @@ def of_case(case: Case, dtype: str, model: Model, backward: bool) -> Expected:
 
 @lru_cache(maxsize=4096)
 def _of_case(case: Case, dtype: str, model: Model, backward: bool) -> Expected:
-    return _with(_answer(case, dtype, backward), model, _arriving(case, dtype) if backward else None)
+    return of_answer(_answer(case, dtype, backward), model, _arriving(case, dtype) if backward else None)
 
 
 @lru_cache(maxsize=4096)

@@ -15,9 +15,10 @@ from allpairspy import AllPairs
 from numpy.typing import NDArray
 
 from ...problem import Problem
-from ...variants import Rows, variant_of
+from ...variants import variant_of
 from ..model import Capabilities
 from .draw import Draw
+from .sample import separate
 
 __all__ = ["Call", "drawn"]
 
@@ -120,6 +121,8 @@ def _numbers(d: Draw, c: Call, n_q: int, n_k: int) -> tuple[Any, Any, Any]:
     if c.numbers == "normal" or not n_k:
         return q, k, v
     by = 1.0 if c.scale is None else np.sqrt(c.d) * c.scale
+    if c.numbers == "sharp":  # each row looks at a few keys of its own: rows' errors are independent
+        return q * 3 / by, k, v
     q[..., 0], k[..., 0] = 4.0, 0.0
     if c.numbers == "needles":  # wherever a key is lost, it is one of few that count
         at = {0, n_k - 1, n_k // 2, *(t for t in TILES if t < n_k), *(t - 1 for t in TILES if t <= n_k)}
@@ -197,7 +200,7 @@ def drawn(variant: str, able: Capabilities, budget: str, seed: int) -> list[Call
         The same seed draws the same calls.
     """
     v = variant_of(variant)
-    if not isinstance(v.shape, Rows) or v.shape.together or v.places or any(o.places for o in v.options.values()):
+    if not separate(variant):
         return []
     rng = random.Random(f"{seed} {variant}")
     axes = _axes(v.uses, able)
@@ -238,7 +241,7 @@ def _axes(uses: frozenset[str], able: Capabilities) -> dict[str, list[Any]]:
         "softcap": [None, *given("softcap", 50.0, 2.0)],
         "sink": [False, *given("sink", True)],
         "scale": [None, *([0.3] if "scale" in has else [])],
-        "numbers": ["normal", "needles", "jump"],
+        "numbers": ["normal", "needles", "jump", "sharp"],
         "layout": ["plain", "bshd", "fused", "spread"],
     }
 

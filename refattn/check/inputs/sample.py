@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from ...masks import visible
 from ...problem import Problem
+from ...variants import Rows, variant_of
 
-__all__ = ["Sample", "sample_of"]
+__all__ = ["Sample", "sample_of", "separate"]
 
 ROWS = 24
 WHOLE = 2**15
@@ -118,6 +119,17 @@ class Sample:
         return mask
 
 
+def separate(variant: str) -> bool:
+    """Tell whether an operator's rows are defined one by one, wherever they stand."""
+    v = variant_of(variant)
+    return (
+        isinstance(v.shape, Rows)
+        and not v.shape.together
+        and not v.places
+        and not any(o.places for o in v.options.values())
+    )
+
+
 def sample_of(p: Problem, rng: np.random.Generator) -> Sample | None:
     """Return rows of a call to compare: edges of tiles, first, last and random ones; None where all are few.
 
@@ -128,7 +140,7 @@ def sample_of(p: Problem, rng: np.random.Generator) -> Sample | None:
     rng : numpy.random.Generator
         What draws the heads and the other rows.
     """
-    if p.batch * p.heads * p.n_q * p.n_k <= WHOLE or 0 in (p.batch, p.n_q, p.n_k):
+    if not separate(p.variant) or p.batch * p.heads * p.n_q * p.n_k <= WHOLE or 0 in (p.batch, p.n_q, p.n_k):
         return None
     group = p.heads // p.heads_kv
     groups = sorted({int(rng.integers(p.heads_kv)), p.heads_kv - 1})

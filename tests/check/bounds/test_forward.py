@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from refattn import InvalidInput, Problem, evaluate
 from refattn.arrays import from_float64, to_float64
-from refattn.check import FEATURES, Capabilities, Model, check_kernel, flash, materialised
+from refattn.check import FEATURES, FURTHER, Capabilities, Model, check_kernel, flash, materialised
 from refattn.check.bounds.forward import bounds
 from refattn.check.bugs.planted import plain
 from refattn.check.compare import compare
@@ -20,7 +20,7 @@ from refattn.dtypes import FORMATS
 @pytest.mark.parametrize("variant", ["softmax", "linear", "power", "sigmoid"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_a_right_kernel_is_within_its_bound_everywhere(variant, dtype):
-    able = Capabilities({dtype}, FEATURES, lse=variant == "softmax")
+    able = Capabilities({dtype}, FEATURES | FURTHER, lse=variant == "softmax")
     report = check_kernel(plain, variant, capabilities=able, dtypes=[dtype])
     assert report.passed, [report.describe(c) for c in report.failures]
     lacking = [c.message for c in report.checks if c.verdict == "unsupported"]

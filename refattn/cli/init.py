@@ -1,0 +1,54 @@
+"""`refattn init`: try what a kernel can do, and print it to be pasted."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+
+from ..check.kernels import find
+from ..check.model import FEATURES, Capabilities
+from ..check.probe import found
+
+__all__ = ["init", "pasted"]
+
+
+@click.command()
+@click.argument("kernel")
+def init(kernel: str) -> None:
+    """Try the options, widths, lengths and formats of KERNEL and print its Capabilities to paste.
+
+    KERNEL is package.module:function or path/file.py:function.
+    """
+    able, said = found(find(kernel)[0].kernel())
+    console = Console(highlight=False, soft_wrap=True)
+    for outcome in ("right", "wrong", "unread", "raises"):
+        names = [n for n, x in said.items() if x == outcome]
+        if names:
+            console.print(f"# {MEANINGS[outcome]}: {', '.join(names)}", markup=False)
+    console.print(pasted(able, kernel.rpartition(":")[2]), markup=False)
+
+
+MEANINGS = {
+    "right": "right",
+    "wrong": "WRONG (refattn check says where)",
+    "unread": "not read",
+    "raises": "raises",
+}
+
+
+def pasted(able: Capabilities, name: str) -> str:
+    """Return the Python text that gives a kernel its capabilities."""
+    lines = ["from refattn import Capabilities", "", f"{name}.capabilities = Capabilities("]
+    features = "FEATURES" if able.features == FEATURES else _set(able.features)
+    lines.append(f"    dtypes={_set(able.dtypes)},")
+    if features != "FEATURES":
+        lines.append(f"    features={features},")
+    for field in ("lse", "gradients", "head_dims", "seq_multiple", "arrays", "device"):
+        value, usual = getattr(able, field), getattr(Capabilities(), field)
+        if value != usual:
+            lines.append(f"    {field}={_set(value) if isinstance(value, frozenset) else repr(value)},")
+    return "\n".join([*lines, ")"])
+
+
+def _set(names: frozenset[str] | frozenset[int]) -> str:
+    return "{" + ", ".join(repr(n).replace("'", '"') for n in sorted(names)) + "}" if names else "set()"
