@@ -133,14 +133,16 @@ def compare(
     failing = ratio > 1
     if not ratio.size:
         return Worst(name, 0.0, (), 0.0, 0.0, 0.0, 0, 0)
+    rows = int(np.prod(answer.call.out_shape[:3]))
     empty = empty_rows(answer) if failing.any() else np.zeros(answer.call.out_shape[:3], bool)
     whole_empty = np.broadcast_to(empty[..., None], x.shape) if name == "out" else empty
     edges = edges_of(name, x, exact, failing, whole_empty, answer, dtype) if failing.any() else {}
     plain = failing & ~np.logical_or.reduce([*edges.values()]) if edges else failing
+    if edges and not plain.any():  # what breaks a contract says nothing of roundings
+        variance = None
+    whole = figures(name, got, enclosure, ratio, variance, dtype, rows)
     shown = np.where(plain, ratio, -1.0) if plain.any() else ratio  # what is plainly wrong comes first
     place = tuple(int(i) for i in np.unravel_index(int(np.argmax(shown)), ratio.shape))
-    rows = int(np.prod(answer.call.out_shape[:3]))
-    whole = figures(name, got, enclosure, ratio, variance, dtype, rows)
     symptoms = _symptoms(
         name, x, exact, failing, whole_empty if name in ("out", "lse") else np.zeros(x.shape, bool), answer
     )

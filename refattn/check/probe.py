@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,27 +25,31 @@ __all__ = ["WIDTHS", "found", "probed", "tried"]
 
 WIDTHS = (16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256, 512)
 LENGTHS = (1, 2, 8, 16, 32, 64, 128)
-CALLS: dict[str, Callable[[Draw], Problem]] = {
-    "causal_bottom_right": lambda d: d.problem(64, 64, causal="bottom_right"),
-    "causal_top_left": lambda d: d.problem(64, 64, causal="top_left"),
-    "window": lambda d: d.problem(64, 64, window=(9, 4)),
-    "softcap": lambda d: d.problem(64, 64, softcap=2.0),
-    "sink": lambda d: d.problem(64, 64, sink=d.normal(2)),
-    "bias": lambda d: d.problem(64, 64, bias=d.normal(1, 2, 64, 64)),
-    "allowed": lambda d: d.problem(64, 64, allowed=d.mask(1, 2, 64, 64)),
-    "weight": lambda d: d.problem(64, 64, weight=np.exp(d.normal(1, 2, 64, 64))),
-    "variable_lengths": lambda d: d.problem(64, 64, cu_seqlens_q=_ends(), cu_seqlens_k=_ends()),
-    "grouped_heads": lambda d: d.problem(64, 64, h=4, h_kv=2),
-    "d_v_differs": lambda d: d.problem(64, 64, d_v=64),
-    "lengths_differ": lambda d: d.problem(64, 128),
-    "scale": lambda d: d.problem(64, 64, scale=0.3),
-    "no_rows_or_keys": lambda d: d.problem(5, 0),
+Build = Callable[..., Problem]
+CALLS: dict[str, Build] = {
+    "causal_bottom_right": lambda draw, n=64, **w: draw.problem(n, n, causal="bottom_right", **w),
+    "causal_top_left": lambda draw, n=64, **w: draw.problem(n, n, causal="top_left", **w),
+    "window": lambda draw, n=64, **w: draw.problem(n, n, window=(9, 4), **w),
+    "softcap": lambda draw, n=64, **w: draw.problem(n, n, softcap=2.0, **w),
+    "sink": lambda draw, n=64, **w: draw.problem(n, n, sink=draw.normal(2), **w),
+    "bias": lambda draw, n=64, **w: draw.problem(n, n, bias=draw.normal(1, 2, n, n), **w),
+    "allowed": lambda draw, n=64, **w: draw.problem(n, n, allowed=draw.mask(1, 2, n, n), **w),
+    "weight": lambda draw, n=64, **w: draw.problem(n, n, weight=np.exp(draw.normal(1, 2, n, n)), **w),
+    "variable_lengths": lambda draw, n=64, **w: draw.problem(
+        3 * n, 3 * n, cu_seqlens_q=_ends(n), cu_seqlens_k=_ends(n), **w
+    ),
+    "grouped_heads": lambda draw, n=64, **w: draw.problem(n, n, h=4, h_kv=2, **w),
+    "d_v_differs": lambda draw, n=64, **w: draw.problem(n, n, **(w | {"d_v": 2 * w.get("d", 32)})),
+    "lengths_differ": lambda draw, n=64, **w: draw.problem(n, 2 * n, **w),
+    "scale": lambda draw, n=64, **w: draw.problem(n, n, scale=0.3, **w),
+    "no_rows_or_keys": lambda draw, n=64, **w: draw.problem(n, 0, **w),
 }
-"""A call for each feature that has it and nothing else."""
+"""A call for each feature that has it and nothing else: of a length and a width."""
 
 
-def _ends() -> Any:
-    return np.array([0, 16, 48, 64], np.int32)
+def _packed(n: int) -> dict[str, Any]:
+    ends = np.array([0, n, 3 * n], np.int32)
+    return {"cu_seqlens_q": ends, "cu_seqlens_k": ends.copy()}
 
 
 def tried(kernel: Kernel, problem: Problem) -> str:
@@ -102,7 +107,8 @@ def found(kernel: Kernel) -> tuple[Capabilities, dict[str, str]]:
 
     widths = [w for w in WIDTHS if ask(f"width {w}", lambda draw, w=w: plain(draw, d=w))]  # type: ignore[misc]
     step = next((n for n in LENGTHS if ask(f"lengths {n}", lambda draw, n=n: plain(draw, n_q=3 * n, n_k=3 * n))), 1)  # type: ignore[misc]
-    features = frozenset(n for n, build in CALLS.items() if n in FEATURES | FURTHER and ask(n, build))
+    size = {"n": max(64, step), "d": 64 if 64 in widths or not widths else widths[0]}
+    features = frozenset(n for n, build in CALLS.items() if n in FEATURES | FURTHER and ask(n, partial(build, **size)))
     call = _call(plain, dtype, VARIANT)
     lse = said[dtype] != "raises" and call_kernel(kernel.call, call).lse is not None
     able = Capabilities(

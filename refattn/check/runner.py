@@ -74,7 +74,8 @@ def check_kernel(
     dtypes : sequence of str
         Formats to check, by default all that the capabilities name.
     only : str
-        Run only the checks whose name is this, or matches it as a shell pattern.
+        Run only the checks whose name is this (with its format or without), or matches it as a shell pattern; with
+        "!" before it, all others.
     budget : str
         "quick" (seconds), "ci" (every case) or "nightly" (every case in several draws).
     seed : int
@@ -148,14 +149,22 @@ def plan(
 
 def _no_calls(only: str | None) -> bool:
     """Tell whether no drawn call is asked for, so that nothing must be known of a kernel to draw them."""
-    return only is not None and not fnmatch.fnmatchcase("calls/", only.split("/")[0] + "/")
+    if only is None:
+        return False
+    wanted = only.lstrip("!").split("/")[0]
+    return fnmatch.fnmatchcase("calls", wanted) == only.startswith("!")
 
 
 def matches(name: str, only: str | None) -> bool:
-    """Tell whether a check's name is `only`, with its format or without, or matches it as a shell pattern."""
-    return (
-        only is None or only in (name, name.rpartition("[")[0]) or fnmatch.fnmatchcase(name, only.replace("[", "[[]"))
-    )
+    """Tell whether a check's name is `only`, with its format or without, or matches it as a shell pattern.
+
+    Brackets stand for themselves; a pattern that starts with "!" takes all other names.
+    """
+    if only is None:
+        return True
+    if only.startswith("!"):
+        return not matches(name, only[1:])
+    return only in (name, name.rpartition("[")[0]) or fnmatch.fnmatchcase(name, only.replace("[", "[[]"))
 
 
 def check_problem(

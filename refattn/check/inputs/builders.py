@@ -175,7 +175,9 @@ def _poison_key(d: Draw) -> Problem:
 
 def _spoilt(d: Draw, name: str, x: float, **more: Any) -> Problem:
     """Put one number that is none into one row of queries, keys, a bias or a sink."""
-    p = d.problem(37, 67, **more)
+    q = d.normal(1, 2, 37, 32)
+    q[..., 3] = np.abs(q[..., 3]) + 1  # an infinite key scores +inf in every row: one that scores -inf weighs nothing
+    p = d.problem(37, 67, q=q, **more)
     array = getattr(p, name).copy()
     array[(1,) if name == "sink" else (0, 1, 5, 3)] = x
     return p.replace(**{name: array})

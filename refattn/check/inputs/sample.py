@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,15 +120,11 @@ class Sample:
         return mask
 
 
-def separate(variant: str) -> bool:
-    """Tell whether an operator's rows are defined one by one, wherever they stand."""
+def separate(variant: str, options: Collection[str] = ()) -> bool:
+    """Tell whether an operator's rows, with some of its options, are defined one by one, wherever they stand."""
     v = variant_of(variant)
-    return (
-        isinstance(v.shape, Rows)
-        and not v.shape.together
-        and not v.places
-        and not any(o.places for o in v.options.values())
-    )
+    places = v.places or any(v.options[n].places for n in options)
+    return isinstance(v.shape, Rows) and not v.shape.together and not places
 
 
 def sample_of(p: Problem, rng: np.random.Generator) -> Sample | None:
@@ -140,7 +137,7 @@ def sample_of(p: Problem, rng: np.random.Generator) -> Sample | None:
     rng : numpy.random.Generator
         What draws the heads and the other rows.
     """
-    if not separate(p.variant) or p.batch * p.heads * p.n_q * p.n_k <= WHOLE or 0 in (p.batch, p.n_q, p.n_k):
+    if not separate(p.variant, p.options) or p.batch * p.heads * p.n_q * p.n_k <= WHOLE or 0 in (p.batch, p.n_q, p.n_k):
         return None
     group = p.heads // p.heads_kv
     groups = sorted({int(rng.integers(p.heads_kv)), p.heads_kv - 1})

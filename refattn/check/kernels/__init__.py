@@ -86,7 +86,12 @@ def declared(kernel: Function, able: Capabilities) -> Function:
 
     call.__name__ = getattr(kernel, "__name__", "kernel")
     if hasattr(kernel, "gradients"):
-        call.gradients = kernel.gradients  # type: ignore[attr-defined]
+
+        def gradients(problem: Problem, dout: Any) -> Any:
+            able.require(problem)
+            return kernel.gradients(problem, dout)
+
+        call.gradients = gradients  # type: ignore[attr-defined]
     return call
 
 

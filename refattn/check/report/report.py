@@ -183,15 +183,15 @@ class Report:
         seed = f" --seed {self.seed}" if check.name.startswith("calls/") else ""
         return f"refattn check {shlex.quote(self.kernel)}{more} --only {shlex.quote(check.name)}{seed}"
 
-    def describe(self, check: Check) -> str:
-        """Return a failed check in words: what, where, got, exact, allowed, and how to repeat it."""
+    def describe(self, check: Check, command: str = "") -> str:
+        """Return a failed check in words: what, where, got, exact, allowed, and how to repeat it (by `command`)."""
         lines = [f"{self.kernel} fails {check.name}: {check.message}"]
         w = check.worst
         if w is not None and w.place:
             lines.append(f"  {element(w)}")
         if check.call:
             lines.append(f"  the call: {check.call}")
-        lines.append(f"  repeat it: {self.command(check)}")
+        lines.append(f"  repeat it: {command or self.command(check)}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

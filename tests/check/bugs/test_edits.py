@@ -42,7 +42,7 @@ def test_the_table_knows_every_bug():
 def test_a_bug_is_caught(name):
     at = TABLE["bugs"][name]
     if BUGS[name].kind == "K" or name == "scale_of_an_earlier_call":  # it shows in a run, not in a check alone
-        assert not check_kernel(broken(name), capabilities=ABLE, dtypes=["float32"]).passed
+        assert not check_kernel(broken(name), capabilities=ABLE, dtypes=["float32"], only="!calls/*").passed
         return
     # two of the checks that it fails: the first, and one from the middle
     names = dict.fromkeys(TABLE["checks"][i] for i in (at[0], at[len(at) // 2]))

@@ -1,0 +1,108 @@
+"""Calls drawn by a seed: every two options meet, sizes are real, and bugs that need them show."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from refattn import Capabilities, check_kernel
+from refattn.check.inputs.calls import drawn
+from refattn.check.inputs.families import calls
+from refattn.check.kernels.tiled import gradients, tiled
+from refattn.check.model import FEATURES, GRADIENTS
+
+ABLE = Capabilities(frozenset({"float32"}), FEATURES, lse=True, gradients=GRADIENTS)
+AXES = ("kind", "numbers", "causal", "softcap", "sink", "bias", "allowed")
+
+
+def test_the_same_seed_draws_the_same():
+    assert drawn("softmax", ABLE, "ci", 3) == drawn("softmax", ABLE, "ci", 3)
+    assert drawn("softmax", ABLE, "ci", 3) != drawn("softmax", ABLE, "ci", 4)
+
+
+def test_every_two_values_meet():
+    found = drawn("softmax", ABLE, "ci", 0)
+    for a, b in itertools.combinations(AXES, 2):
+        values = {n: {getattr(c, n) for c in found} for n in (a, b)}
+        met = {(getattr(c, a), getattr(c, b)) for c in found}
+        assert met == set(itertools.product(values[a], values[b])), (a, b)
+    widths, groups = {c.d for c in found}, {c.h // c.h_kv for c in found}
+    assert {64, 128, 256, 576} <= widths
+    assert {1, 4, 8, 64} <= groups
+    assert max(k for c in found for _, k in c.lengths) > 2000
+    assert any(c.d >= 128 and c.lengths[0][1] > 512 for c in found)
+
+
+def test_only_what_a_kernel_has_is_drawn():
+    able = Capabilities(features={"causal_top_left"}, head_dims={64, 128}, seq_multiple=64, always={"causal_top_left"})
+    found = calls("softmax", able, "quick", 0)
+    assert found
+    for case in found:
+        assert not able.missing(case.problem("float32")), case
+
+
+def test_operators_whose_rows_hang_together_have_none():
+    assert calls("moba", ABLE) == []
+    assert calls("lightning", ABLE) == []
+    assert calls("linear", replace(ABLE, lse=False))
+
+
+def test_the_tiled_kernel_is_right_in_all_of_quick():
+    kernel = check_kernel(tiled, capabilities=ABLE, budget="quick", only="calls/*", seed=5)
+    assert kernel.passed, [kernel.describe(c) for c in kernel.failures]
+    assert len(kernel.checks) > 24
+
+
+def zeros_past(limit):
+    def kernel(p):
+        out, lse = tiled(p)
+        return (out * 0 if limit(p) else out), lse
+
+    return kernel
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        lambda p: p.d_k >= 128 and p.n_k > 67,
+        lambda p: p.n_k > 512,
+        lambda p: p.n_q == 1 and p.n_k > 129,
+        lambda p: p.heads // p.heads_kv > 4,
+        lambda p: p.window is not None and p.window[1] is None,
+    ],
+    ids=["wide", "long", "decoding", "large groups", "one-sided windows"],
+)
+def test_a_kernel_that_is_wrong_where_it_is_used_is_caught(limit):
+    able = replace(ABLE, gradients=frozenset())
+    for seed in (0, 1, 2):
+        assert any(limit(c.problem("float32")) for c in calls("softmax", able, "ci", seed))
+    case = next(c for c in calls("softmax", able, "ci", 0) if limit(c.problem("float32")))
+    report = check_kernel(zeros_past(limit), capabilities=able, only=case.name, seed=0)
+    assert report.count("failed")
+    assert "the call: Problem(softmax float32" in report.describe(report.failures[0])
+    assert report.command(report.failures[0]).endswith("--seed 0")
+
+
+def test_numbers_lie_behind_masks_and_in_gaps():
+    found = {c.hidden: c for c in drawn("softmax", ABLE, "ci", 0) if c.allowed == "padding"}
+    assert set(found) == {"", "nan", "large"}
+    cases = [c for c in calls("softmax", ABLE) if c.build.layout == "fused"]
+    p = cases[0].problem("float32")
+    assert not p.key.flags.c_contiguous
+    hidden = next(c for c in calls("softmax", ABLE) if c.build.hidden == "nan" and c.build.allowed)
+    assert np.isnan(hidden.problem("float32").value).any()
+
+
+def test_gradients_of_rows_that_are_not_compared_must_be_zero():
+    def kernel(p):
+        return tiled(p)
+
+    def leaks(p, dout):
+        found = gradients(p, dout)
+        found["dq"][0, 0, p.n_q // 2] += 1e-6
+        return found
+
+    kernel.gradients = leaks
+    report = check_kernel(kernel, capabilities=ABLE, budget="quick", only="calls/*/gradients*", seed=0)
+    assert any("are not 0 that no row with a gradient reaches" in c.message for c in report.failures)

@@ -1,0 +1,76 @@
+"""What a kernel can do, found by trying."""
+
+import numpy as np
+import pytest
+
+from refattn import Capabilities
+from refattn.check.kernel import Kernel
+from refattn.check.kernels.tiled import tiled
+from refattn.check.model import FEATURES, FURTHER
+from refattn.check.probe import found, probed
+from refattn.cli.init import pasted
+
+
+def narrow(p):
+    """Causal attention of width 64 in multiples of 16."""
+    if p.d_k != 64 or p.n_q % 16 or p.n_k % 16 or p.query.dtype != np.float32:
+        raise ValueError("no")
+    s = p.query @ p.key.swapaxes(2, 3) / 8
+    if p.causal is not None:
+        s = np.where(np.tri(p.n_q, p.n_k, 0 if p.causal == "top_left" else p.n_k - p.n_q) > 0, s, -np.inf)
+    w = np.exp(s - s.max(-1, keepdims=True))
+    return w @ p.value / w.sum(-1, keepdims=True)
+
+
+def test_what_is_found():
+    able, said = found(Kernel.of(narrow))
+    assert able.dtypes == {"float32"}
+    assert able.head_dims == {64}
+    assert able.seq_multiple == 16
+    assert {"causal_bottom_right", "causal_top_left", "lengths_differ"} <= able.features
+    assert said["softcap"] == "raises"  # its call has width 32
+    text = pasted(able, "narrow")
+    assert "head_dims={64}," in text
+    assert "seq_multiple=16," in text
+    names = {"Capabilities": Capabilities, "narrow": type("f", (), {})}
+    exec(text.replace("from refattn import Capabilities", ""), names)
+    assert names["narrow"].capabilities == able
+
+
+def test_the_tiled_kernel_can_do_all():
+    able, _ = found(Kernel.of(tiled))
+    assert able.features == FEATURES | (FURTHER - {"state"})
+    assert able.lse
+    assert able.gradients == {"dq", "dk", "dv"}
+
+
+def test_what_is_not_read_is_not_drawn():
+    able = probed(Kernel.of(lambda p: tiled(p.replace(softcap=None, sink=None))[0]))
+    assert FEATURES - able.features == set()  # replace reads them all
+    blind = probed(Kernel.of(lambda p: tiled(type(p).__mro__[1](p.query, p.key, p.value))[0]))
+    assert not blind.features & {"softcap", "sink", "bias", "allowed", "causal_top_left", "scale"}
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"seq_multiple": 0}, "got seq_multiple=0"),
+        ({"head_dims": {0}}, "expected integers of at least 1"),
+        ({"edges": {"nothing"}}, "edges has 'nothing'"),
+        ({"always": {"nothing"}}, "always has 'nothing'"),
+    ],
+)
+def test_capabilities_are_checked(more, says):
+    from refattn import InvalidInput
+
+    with pytest.raises(InvalidInput, match=says):
+        Capabilities(**more)
+
+
+def test_what_is_missing_is_named(make):
+    able = Capabilities(head_dims={64}, seq_multiple=8, always={"causal_top_left"})
+    assert able.missing(make(5, 7, 8)) == [
+        "dim 8",
+        "lengths that are no multiples of 8",
+        "calls without causal_top_left",
+    ]

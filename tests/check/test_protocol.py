@@ -1,0 +1,131 @@
+"""Laws between calls: each is broken by a kernel that carries something from one call to the next."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from refattn import Capabilities, check_kernel
+from refattn.check.kernels.tiled import tiled
+
+ABLE = Capabilities(lse=True)
+
+
+def verdict(kernel, law):
+    (check,) = check_kernel(kernel, capabilities=ABLE, only=f"law/{law}[float32]").checks
+    return check
+
+
+def cached_keys():
+    kept = {}
+
+    def kernel(p):
+        array, key = kept.setdefault(id(p.key), (p.key, p.key.copy()))
+        return tiled(p.replace(key=key if array.shape == p.key.shape else p.key))
+
+    return kernel
+
+
+def one_buffer():
+    kept = {}
+
+    def kernel(p):
+        out, lse = tiled(p)
+        buffer = kept.setdefault(out.shape, np.empty_like(out))
+        buffer[...] = out
+        return buffer, lse
+
+    return kernel
+
+
+def first_shape():
+    shape = []
+
+    def kernel(p):
+        shape.append(p.n_k)
+        return tiled(p.replace(key=p.key[:, :, : shape[0]], value=p.value[:, :, : shape[0]]))
+
+    return kernel
+
+
+def first_options():
+    kept = {}
+
+    def kernel(p):
+        return tiled(p.replace(scale=kept.setdefault(p.out_shape, p.scale)))
+
+    return kernel
+
+
+def hundredth_call():
+    count = itertools.count(1)
+
+    def kernel(p):
+        return tiled(p if next(count) % 97 or p.n_k < 100 else p.replace(key=p.key * 0))
+
+    return kernel
+
+
+def thousandth_call():
+    count = itertools.count(1)
+
+    def kernel(p):
+        return tiled(p.replace(scale=None) if next(count) > 1000 else p)
+
+    return kernel
+
+
+def shared_workspace():
+    here = {}
+
+    def kernel(p):
+        here["call"] = p
+        out, lse = tiled(p)
+        if here["call"] is not p and here["call"].out_shape == p.out_shape:
+            return tiled(here["call"])
+        return out, lse
+
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("kernel", "law", "says"),
+    [
+        (cached_keys, "changed_in_place", "numbers that were changed in place give the answer of those before"),
+        (one_buffer, "results_kept", "a result changed when the kernel was called again"),
+        (first_shape, "shapes_between", "a call after one of another shape is wrong"),
+        (first_options, "options_between", "a call after one with another option is wrong"),
+        (hundredth_call, "many_repeats", "of 200 equal ones is wrong"),
+        (thousandth_call, "many_repeats", "with another scale after 1000 calls it is wrong"),
+        (shared_workspace, "two_threads", "a call from another thread, beside another call, is wrong"),
+    ],
+)
+def test_what_is_carried_over_shows(kernel, law, says):
+    found = verdict(kernel(), law)
+    assert found.verdict == "failed"
+    assert says in found.message
+    assert verdict(tiled, law).verdict == "passed"
+
+
+def test_determinism_looks_at_every_array():
+    count = itertools.count()
+
+    def kernel(p):
+        out, lse = tiled(p)
+        return out, lse + np.float32(2.0**-20) * (next(count) % 2)
+
+    found = verdict(kernel, "determinism")
+    assert "two runs on the same input differ in lse" in found.message
+    able = Capabilities(lse=True, deterministic=False)
+    (check,) = check_kernel(kernel, capabilities=able, only="law/determinism").checks
+    assert check.verdict == "passed"  # within twice its bound
+
+
+def test_an_undeclared_kernel_is_not_asked_for_what_it_does_not_read():
+    def plain(p):
+        s = p.query @ p.key.swapaxes(2, 3) / np.sqrt(p.query.shape[3])
+        w = np.exp(s - s.max(-1, keepdims=True))
+        return (w @ p.value / w.sum(-1, keepdims=True)).astype(p.query.dtype)
+
+    report = check_kernel(plain, only="law/*")
+    assert not report.count("failed"), [c.message for c in report.failures]

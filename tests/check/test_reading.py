@@ -1,0 +1,104 @@
+"""Which options a kernel reads, and what that makes of its answers."""
+
+import pickle
+import re
+
+import numpy as np
+import pytest
+
+from refattn import Capabilities, Problem, check_kernel
+from refattn.check.reading import note, plain, unread, watched
+
+
+def attention(p):
+    s = np.einsum("bhid,bhjd->bhij", p.query, p.key) / np.sqrt(p.query.shape[-1])
+    w = np.exp(s - s.max(-1, keepdims=True))
+    return (np.einsum("bhij,bhjd->bhid", w, p.value) / w.sum(-1, keepdims=True)).astype(p.query.dtype)
+
+
+def test_reads_are_noted(make):
+    p, seen = watched(make(causal="bottom_right", softcap=2.0, sink=np.zeros(2, np.float32)))
+    assert unread(p, seen) == ["causal", "sink", "softcap"]
+    assert p.softcap == 2.0
+    assert p.query.shape == (1, 2, 5, 8)
+    assert unread(p, seen) == ["causal", "sink"]
+    p.to("numpy").replace(scale=1.0).causal  # noqa: B018
+    assert unread(p, seen) == ["sink"]
+
+
+def test_moving_to_another_library_reads_nothing(make):
+    torch = pytest.importorskip("torch")
+    p, seen = watched(make(causal="bottom_right", scale=0.5))
+    there = p.to("torch")
+    assert isinstance(there.query, torch.Tensor)
+    assert p.features() >= {"causal_bottom_right", "scale"}
+    assert unread(p, seen) == ["causal", "scale"]
+    assert there.scale == 0.5
+    assert unread(p, seen) == ["causal"]
+
+
+def test_a_copy_elsewhere_counts_as_read(make):
+    p, seen = watched(make(causal="bottom_right"))
+    copy = pickle.loads(pickle.dumps(p))
+    assert type(copy) is Problem
+    assert copy.causal == "bottom_right"
+    assert not unread(p, seen)
+    q, seen = watched(make(causal="bottom_right"))
+    note(q, frozenset({"causal"}))
+    assert not unread(q, seen)
+    assert type(plain(q)) is Problem
+
+
+def test_an_undeclared_kernel_is_right_where_it_reads_all():
+    report = check_kernel(attention, only="!calls/*")
+    assert report.right
+    assert not report.count("failed")
+    unread_ones = [c for c in report.checks if c.verdict == "unread"]
+    assert "it does not read softcap" in {c.message for c in unread_ones}
+    assert report.passed
+    assert re.fullmatch(r"right, \d+ of \d+ checks fit", report.verdict)
+
+
+def test_an_option_that_is_read_and_wrong_is_wrong():
+    def kernel(p):
+        assert p.softcap is None or p.softcap > 0
+        return attention(p)
+
+    report = check_kernel(kernel, only="gaussian/softcap")
+    assert [c.verdict for c in report.checks] == ["failed"]
+    assert report.verdict == "WRONG"
+
+
+def test_a_declared_option_that_is_not_read_is_wrong():
+    report = check_kernel(attention, only="gaussian/softcap", capabilities=Capabilities())
+    assert [c.verdict for c in report.checks] == ["failed"]
+
+
+def test_outside_the_capabilities():
+    able = Capabilities(features={"lengths_differ"})
+    (silent,) = check_kernel(attention, only="gaussian/softcap", capabilities=able).checks
+    assert silent.verdict == "unread"
+    assert silent.message == "not in its capabilities: softcap; it does not read softcap"
+
+    def reads(p):
+        return attention(p) * (1 if p.softcap is None else 2)
+
+    report = check_kernel(reads, only="gaussian/softcap", capabilities=able)
+    assert [(c.verdict, c.edges) for c in report.checks] == [("edge", ("outside",))]
+    assert "it must raise there, and gave a wrong answer" in report.checks[0].message
+    assert report.failures == list(report.checks)
+
+
+def test_a_refusal_inside_the_capabilities_is_a_failure():
+    from refattn import UnsupportedProblem
+
+    def refuses(p):
+        raise UnsupportedProblem("only even lengths")
+
+    (check,) = check_kernel(refuses, only="gaussian/plain", capabilities=Capabilities()).checks
+    assert check.verdict == "failed"
+    assert check.message == (
+        "it raised UnsupportedProblem inside its capabilities: only even lengths; declare what it does not take"
+    )
+    (check,) = check_kernel(refuses, only="gaussian/plain", capabilities=Capabilities(refuses=True)).checks
+    assert check.verdict == "unsupported"

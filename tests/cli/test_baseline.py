@@ -1,0 +1,80 @@
+"""Known failures in a file: they do not count, new ones do, and those that pass must go."""
+
+import pytest
+from click.testing import CliRunner
+
+from refattn.cli.main import main
+
+KERNEL = """
+from refattn import Capabilities
+from refattn.check.kernels.tiled import tiled
+
+def attention(p):
+    out, lse = tiled(p)
+    return (out * 1.01 if p.causal else out), lse
+
+attention.capabilities = Capabilities(lse=True)
+
+def right(p):
+    return tiled(p)
+
+right.capabilities = attention.capabilities
+"""
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(KERNEL)
+
+    def run(*more, name="mine.py:attention"):
+        result = CliRunner().invoke(main, ["check", name, "--no-explain", "--only", "gaussian/*", *more])
+        return result.exit_code, result.output
+
+    return run
+
+
+def test_known_failures_do_not_count(check, tmp_path):
+    assert check()[0] == 1
+    code, _ = check("--baseline", "known.toml", "--update-baseline")
+    assert code == 0
+    text = (tmp_path / "known.toml").read_text()
+    assert '"gaussian/causal-square[float32]" = "wrong"' in text
+    assert text.splitlines()[1].startswith("seed = ")
+    assert check("--baseline", "known.toml")[0] == 0
+    lines = [x for x in text.splitlines() if "causal-square" not in x]
+    (tmp_path / "known.toml").write_text("\n".join(lines))
+    code, output = check("--baseline", "known.toml")
+    assert code == 1
+    assert "gaussian/causal-square[float32]" in output
+    assert "gaussian/causal-top-left[float32]" not in output
+
+
+def test_what_passes_must_leave_the_file(check, tmp_path):
+    (tmp_path / "known.toml").write_text('seed = 1\n["mine.py:right"]\n"gaussian/plain[float32]" = "wrong"\n')
+    code, output = check("--baseline", "known.toml", name="mine.py:right")
+    assert code == 1
+    assert "error: gaussian/plain[float32] is in the baseline and passes; --update-baseline takes it out" in output
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "cannot read known.toml (No such file or directory); --update-baseline writes it"),
+        ("seed = ", "is no TOML file"),
+        ("[a]\n", "needs an integer seed and a table for each kernel"),
+        ("seed = 1\na = 2\n", "needs an integer seed and a table for each kernel"),
+    ],
+)
+def test_bad_files_are_named(check, tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "known.toml").write_text(text)
+    code, output = check("--baseline", "known.toml")
+    assert code == 2
+    assert says in output
+
+
+def test_update_needs_a_file(check):
+    code, output = check("--update-baseline")
+    assert code == 2
+    assert "name the file with --baseline" in output
