@@ -35,9 +35,7 @@ CALLS: dict[str, Build] = {
     "bias": lambda draw, n=64, **w: draw.problem(n, n, bias=draw.normal(1, 2, n, n), **w),
     "allowed": lambda draw, n=64, **w: draw.problem(n, n, allowed=draw.mask(1, 2, n, n), **w),
     "weight": lambda draw, n=64, **w: draw.problem(n, n, weight=np.exp(draw.normal(1, 2, n, n)), **w),
-    "variable_lengths": lambda draw, n=64, **w: draw.problem(
-        3 * n, 3 * n, cu_seqlens_q=_ends(n), cu_seqlens_k=_ends(n), **w
-    ),
+    "variable_lengths": lambda draw, n=64, **w: draw.problem(3 * n, 3 * n, **_packed(n), **w),
     "grouped_heads": lambda draw, n=64, **w: draw.problem(n, n, h=4, h_kv=2, **w),
     "d_v_differs": lambda draw, n=64, **w: draw.problem(n, n, **(w | {"d_v": 2 * w.get("d", 32)})),
     "lengths_differ": lambda draw, n=64, **w: draw.problem(n, 2 * n, **w),

@@ -361,10 +361,18 @@ def _judge_gradients(
         x = got if some is None else some.take(name, got)
         yield _at(some, compare(name, x, known.answer, known.allowed[name], got.dtype.name, known.variance.get(name)))
         if some is not None and (stray := some.rest(name, got)).any():
-            n = int(np.count_nonzero(stray))
-            text = f"{n} elements are not 0 that no row with a gradient reaches"
-            at = tuple(int(i) for i in np.argwhere(stray)[0])
-            yield Worst(name, np.inf, at, float(stray[at]), 0.0, 0.0, n, stray.size, (text,))
+            yield _stray(name, stray, problem)
+
+
+def _stray(name: str, x: Any, problem: Problem) -> Worst:
+    """Return what is wrong with elements of a gradient that no row with a gradient reaches, and that are not 0."""
+    lost = ~np.isfinite(x.astype(np.float64))
+    hidden = not all(np.isfinite(np.asarray(a).astype(np.float64)).all() for a in (problem.key, problem.value))
+    n = int(np.count_nonzero(x))
+    text = f"{n} elements are not 0 that no row with a gradient reaches"
+    at = tuple(int(i) for i in np.argwhere(x)[0])
+    edges = {"nan-behind-mask": n} if hidden and int(lost.sum()) == n else {}
+    return Worst(name, np.inf, at, float(x[at]), 0.0, 0.0, n, x.size, (text,), None, edges)
 
 
 def _at(some: Sample | None, w: Worst) -> Worst:
