@@ -181,7 +181,7 @@ class Problem:
             found.add("lengths_differ")
         if self.scale is not None:
             found.add("scale")
-        if 0 in (self.n_q, self.n_k):
+        if 0 in (self.batch, self.n_q, self.n_k):
             found.add("no_rows_or_keys")
         return frozenset(found)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
+from ..arrays import kind_of
 from ..problem import Problem
 
 __all__ = ["FIELDS", "SOURCE", "note", "plain", "unread", "watched"]
@@ -18,10 +20,7 @@ SOURCE = {"causal_bottom_right": "causal", "causal_top_left": "causal", "variabl
 class _Watched(Problem):
     """A call that notes which of its options are read; moving it to another library reads none."""
 
-    def __getattribute__(self, name: str) -> Any:
-        if name in FIELDS and (seen := object.__getattribute__(self, "__dict__").get("_seen")) is not None:
-            seen.add(name)
-        return object.__getattribute__(self, name)
+    _seen: set[str]
 
     def to(self, kind: str, device: Any = None) -> Problem:
         return _copied(plain(self).to(kind, device), self._seen)
@@ -38,6 +37,38 @@ class _Watched(Problem):
 
     def __repr__(self) -> str:
         return repr(plain(self))
+
+
+def _option(name: str) -> property:
+    """Return a property that notes that an option is read."""
+
+    def read(self: Any) -> Any:
+        values = vars(self)
+        values["_seen"].add(name)
+        return values[name]
+
+    return property(read)
+
+
+for _name in FIELDS:
+    setattr(_Watched, _name, _option(_name))
+
+
+@lru_cache(maxsize=1)
+def _of_torch() -> type[Problem]:
+    """Return the class of a watched call of tensors: torch.compile can trace what reads it, and notes nothing."""
+    import torch
+
+    def option(name: str) -> property:
+        def read(self: Any) -> Any:
+            values = vars(self)
+            if not torch.compiler.is_compiling():
+                values["_seen"].add(name)
+            return values[name]
+
+        return property(read)
+
+    return type("_WatchedTensors", (_Watched,), {n: option(n) for n in FIELDS})
 
 
 def watched(problem: Problem) -> tuple[Problem, set[str]]:
@@ -63,7 +94,7 @@ def unread(problem: Problem, seen: set[str] | frozenset[str]) -> list[str]:
 
 
 def _copied(problem: Problem, seen: set[str]) -> Problem:
-    copy = object.__new__(_Watched)
+    copy = object.__new__(_of_torch() if kind_of(problem.query) == "torch" else _Watched)
     vars(copy).update(vars(problem))
     vars(copy)["_seen"] = seen
     return copy

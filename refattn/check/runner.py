@@ -6,7 +6,7 @@ import fnmatch
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,11 +27,10 @@ from .kernel import Kernel
 from .laws import LAWS, Law, law_problem
 from .model import Capabilities, Model, ModelFor
 from .probe import probed
-from .reading import SOURCE, unread
 from .report.report import Check, Report
+from .settle import Notes, settled
 from .trial import Trial
 
-RAISED = "the kernel raised"
 __all__ = ["Item", "check_kernel", "check_problem", "plan"]
 
 
@@ -226,17 +225,9 @@ def failing(kernel: Function, model: Model, able: frozenset[str]) -> Callable[[P
                 return _judge(kernel, problem, known, model, False, Notes())
             return _judge_gradients(kernel, problem, dout, known, able, Notes())
 
-        return _guard("", judge).verdict == "failed"
+        return _guard("", judge).verdict in ("failed", "edge")
 
     return fails
-
-
-@dataclass
-class Notes:
-    """What a check notes beside its comparisons: what other rules say of out, and the options that were read."""
-
-    rules: dict[str, bool | None] = field(default_factory=dict)
-    read: frozenset[str] | None = None
 
 
 def _case_run(kernel: Kernel, case: Case, dtype: str) -> Callable[[], Check]:
@@ -248,7 +239,7 @@ def _case_run(kernel: Kernel, case: Case, dtype: str) -> Callable[[], Check]:
         known = partial(of_case, case, dtype, model, backward=False)
         lse, some = able.lse and not lacks, case.sample(problem)
         check = _guard(name, lambda: _judge(kernel.call, problem, known(), model, lse, notes, some))
-        return replace(_settled(check, kernel, problem, lacks, notes), rules=notes.rules)
+        return replace(settled(check, kernel, problem, lacks, notes), rules=notes.rules)
 
     return run
 
@@ -265,37 +256,9 @@ def _gradients_run(kernel: Kernel, case: Case, dtype: str, name: str) -> Callabl
             known = of_case(case, dtype, model, backward=True)
             return _judge_gradients(kernel.call, problem, dout, known, wanted, notes, case.sample(problem))
 
-        return _settled(_guard(name, judge), kernel, problem, lacks, notes)
+        return settled(_guard(name, judge), kernel, problem, lacks, notes)
 
     return run
-
-
-def _settled(check: Check, kernel: Kernel, problem: Problem, lacks: list[str], notes: Notes) -> Check:
-    """Return what a check says in the light of what the kernel declares, and of what it read.
-
-    Outside its capabilities a kernel may raise or be right. What an undeclared kernel raises where an option is asked
-    for, and what it gives where it does not read one, says that it has no such option.
-    """
-    check = replace(check, call="" if check.verdict == "passed" else repr(problem))
-    missed = [] if notes.read is None else unread(problem, notes.read)
-    raised = check.worst is None and check.message.startswith(RAISED)
-    if lacks:
-        text = f"not in its capabilities: {', '.join(lacks)}"
-        if check.verdict in ("passed", "unsupported") or raised:
-            return Check(check.name, "unsupported", message=text, seconds=check.seconds)
-        if set(missed) & {SOURCE.get(n, n) for n in lacks}:
-            return replace(check, verdict="unread", message=f"{text}; it does not read {', '.join(missed)}", edges=())
-        text += f"; it must raise there, and gave a wrong answer: {check.message}"
-        return replace(check, verdict="edge", edges=("outside",), message=text)
-    if check.verdict == "unsupported" and kernel.declared and not kernel.capabilities.refuses:
-        text = f"it raised UnsupportedProblem inside its capabilities: {check.message}; declare what it does not take"
-        return replace(check, verdict="failed", message=text)
-    if check.verdict in ("failed", "edge") and not kernel.declared:
-        if missed:
-            return replace(check, verdict="unread", message=f"it does not read {', '.join(missed)}", edges=())
-        if raised and problem.features():
-            return replace(check, verdict="unsupported")
-    return check
 
 
 def _law_run(kernel: Kernel, law: Law, dtype: str, variant: str) -> Callable[[], Check]:
@@ -309,7 +272,7 @@ def _law_run(kernel: Kernel, law: Law, dtype: str, variant: str) -> Callable[[],
 
         ask = Trial(kernel.call, kernel.model(dtype), able)
         check = _guard(name, lambda: iter([law.test(ask, problem)]))
-        return _settled(check, kernel, problem, [], Notes(read=frozenset(ask.seen) if ask.seen else None))
+        return settled(check, kernel, problem, [], Notes(read=frozenset(ask.seen) if ask.seen else None))
 
     return run
 

@@ -119,28 +119,13 @@ def check(
     """
     variant = load(variant)
     cases(variant, budget)
-    if update_baseline and baseline_file is None:
-        raise InvalidInput("update-baseline: name the file with --baseline")
+    baseline, seed = _known(baseline_file, update_baseline, seed)
     check_folders(json_file, junit_file, html_file, baseline_file if update_baseline else None)
-    baseline = None if baseline_file is None else Baseline(baseline_file, new=update_baseline)
-    if seed is None:
-        seed = baseline.seed if baseline is not None and baseline.seed is not None else secrets.randbelow(2**31)
     problem = None if problem_file is None else load_problem(problem_file)
-    entries = [e for name in kernels for e in find(name)] if kernels else found()
-    if variant != VARIANT and not kernels:
-        raise InvalidInput(
-            f"kernel: no kernel here computes {variant}; name yours as package.module:function or path/file.py:function"
-        )
-    named = [e for e in entries if e.name in KERNELS]
-    if variant != VARIANT and named:
-        raise InvalidInput(f"kernel: {named[0].name} computes {VARIANT}, not {variant}")
+    entries = _entries(kernels, variant, model, time_limit)
     unknown = [d for d in dtypes if d not in FORMATS]
     if unknown:
         raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
-    if model is not None:
-        entries = [replace(e, model=model_named(model)) for e in entries]
-    if time_limit is not None:
-        entries = [replace(e, load=partial(Isolated, e.name, time_limit)) for e in entries]
     console = _console()
     reports: list[Report] = []
     interrupted = False
@@ -172,6 +157,32 @@ def check(
     for name in stale:
         click.echo(f"error: {name} is in the baseline and passes; --update-baseline takes it out", err=True)
     _exit(reports, strict, interrupted, bool(stale), update_baseline)
+
+
+def _known(file: str | None, new: bool, seed: int | None) -> tuple[Baseline | None, int]:
+    """Return the baseline, if there is one, and the seed: the one given, else the baseline's, else a new one."""
+    if new and file is None:
+        raise InvalidInput("update-baseline: name the file with --baseline")
+    baseline = None if file is None else Baseline(file, new=new)
+    known = None if baseline is None else baseline.seed
+    return baseline, next((s for s in (seed, known) if s is not None), secrets.randbelow(2**31))
+
+
+def _entries(kernels: tuple[str, ...], variant: str, model: str | None, time_limit: float | None) -> list[Entry]:
+    """Return the kernels that are named, or all that are here."""
+    entries = [e for name in kernels for e in find(name)] if kernels else found()
+    if variant != VARIANT and not kernels:
+        raise InvalidInput(
+            f"kernel: no kernel here computes {variant}; name yours as package.module:function or path/file.py:function"
+        )
+    named = [e for e in entries if e.name in KERNELS]
+    if variant != VARIANT and named:
+        raise InvalidInput(f"kernel: {named[0].name} computes {VARIANT}, not {variant}")
+    if model is not None:
+        entries = [replace(e, model=model_named(model)) for e in entries]
+    if time_limit is not None:
+        entries = [replace(e, load=partial(Isolated, e.name, time_limit)) for e in entries]
+    return entries
 
 
 def _exit(reports: list[Report], strict: bool, interrupted: bool, stale: bool, written: bool) -> None:

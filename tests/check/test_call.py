@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refattn import Capabilities, KernelError, UnsupportedProblem, check_kernel
-from refattn.check import FEATURES, call_kernel
+from refattn.check import FEATURES, FURTHER, call_kernel
 from refattn.check.kernels.tiled import tiled
 
 
@@ -47,7 +47,7 @@ def test_each_breach_is_named(make, name):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_the_run_goes_on(name):
-    report = check_kernel(BROKEN[name][0], only="gaussian/*", capabilities=Capabilities(features=FEATURES))
+    report = check_kernel(BROKEN[name][0], only="gaussian/*", capabilities=Capabilities(features=FEATURES | FURTHER))
     assert report.count("failed") == len(report.checks)
     assert all(c.message for c in report.checks)
 
@@ -71,7 +71,9 @@ def test_unsupported_is_no_failure(make):
 
     with pytest.raises(UnsupportedProblem):
         call_kernel(kernel, make(softcap=1.0))
-    report = check_kernel(kernel, only="gaussian/*", capabilities=Capabilities(features=FEATURES))
+    report = check_kernel(
+        kernel, only="gaussian/*", capabilities=Capabilities(features=FEATURES | FURTHER, refuses=True)
+    )
     assert report.passed
     assert {c.message for c in report.checks if c.verdict == "unsupported"} == {"softcap: not here"}
 

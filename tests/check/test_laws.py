@@ -96,7 +96,7 @@ def test_offsets_past_31_bits(past):
 
 
 def test_offsets_past_31_bits_are_tried_by_name_only():
-    assert not any("past_31_bits" in i.name for i in plan(tiled))
+    assert not any("past_31_bits" in i.name for i in plan(tiled, only="law/*"))
     assert len(plan(tiled, only="law/past_31_bits[float32]")) == 1
 
 

@@ -28,7 +28,7 @@ def test_what_is_found():
     assert able.head_dims == {64}
     assert able.seq_multiple == 16
     assert {"causal_bottom_right", "causal_top_left", "lengths_differ"} <= able.features
-    assert said["softcap"] == "raises"  # its call has width 32
+    assert said["softcap"] == "unread"
     text = pasted(able, "narrow")
     assert "head_dims={64}," in text
     assert "seq_multiple=16," in text

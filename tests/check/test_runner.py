@@ -70,8 +70,17 @@ def test_bad_arguments():
 def test_only_takes_a_name_or_a_pattern():
     names = [i.name for i in plan(tiled, only="gaussian/plain[float32]")]
     assert names == ["gaussian/plain[float32]"]
-    assert len(plan(tiled, only="law/*")) == 13
+    assert len(plan(tiled, only="law/*")) == 19
     assert {i.name.split("/")[0] for i in plan(tiled, only="e*")} == {"empty", "extreme"}
+    assert [i.name for i in plan(tiled, only="gaussian/plain")] == names
+    assert {i.name.split("/")[0] for i in plan(tiled, only="!*a*")} == {
+        "empty",
+        "poison",
+        "probe",
+        "drift",
+        "extreme",
+        "shifted",
+    } - {"x"}
 
 
 def test_progress_is_told():

@@ -24,7 +24,7 @@ OVERFLOWS = {"extreme/huge-products[bfloat16]", "extreme/huge-products[float32]"
 @pytest.mark.parametrize("name", OURS)
 def test_the_judge(name):
     e = KERNELS[name]
-    report = check_kernel(e.kernel(), capabilities=e.capabilities, model=e.model, name=name)
+    report = check_kernel(e.kernel(), capabilities=e.capabilities, model=e.model, name=name, only="!calls/*")
     known = {n for n in OVERFLOWS if n[n.index("[") + 1 : -1] in e.capabilities.dtypes}
     assert {c.name for c in report.failures} == known, [report.describe(c) for c in report.failures]
     assert report.count("passed") > 80
@@ -36,7 +36,13 @@ def test_any_call_is_within_its_bound(name, data):
     e = KERNELS[name]
     p = data.draw(
         strategies.problems(
-            dtypes=sorted(e.capabilities.dtypes), max_rows=300, max_keys=300, max_dim=40, tile=128, families=["normal"]
+            dtypes=sorted(e.capabilities.dtypes),
+            features=e.capabilities.features,
+            max_rows=300,
+            max_keys=300,
+            max_dim=40,
+            tile=128,
+            families=["normal"],
         )
     )
     report = check_problem(e.kernel(), p, "any", model=e.model, name=e.name)

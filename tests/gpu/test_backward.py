@@ -87,7 +87,13 @@ def test_any_call_is_within_its_bound(name, data):
     e = ENTRIES[name]
     p = data.draw(
         strategies.problems(
-            dtypes=sorted(e.capabilities.dtypes), max_rows=200, max_keys=200, max_dim=40, tile=64, families=["normal"]
+            dtypes=sorted(e.capabilities.dtypes),
+            features=e.capabilities.features,
+            max_rows=200,
+            max_keys=200,
+            max_dim=40,
+            tile=64,
+            families=["normal"],
         )
     )
     rng = np.random.default_rng(0)

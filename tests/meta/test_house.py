@@ -64,7 +64,8 @@ HEAVY = [
 SOURCES = sorted(ROOT.rglob("*.py"))
 PUBLIC = {
     "VARIANTS", "Answer", "Capabilities", "InvalidInput", "InvalidProblem", "KernelError", "Law", "MismatchError",
-    "Model", "Problem", "RefattnError", "Report", "UnsupportedProblem", "Variant", "__version__", "check_kernel",
+    "Model", "Problem", "RefattnError", "Report", "UnsupportedProblem", "Variant", "__version__",
+    "allowed_error", "assert_close", "check_kernel",
     "check_problem", "compare", "evaluate", "linear_attention", "load_problem", "masks", "parametrize_with_checks",
     "power_attention", "reference", "register", "save_problem", "sigmoid_attention", "softmax_attention",
 }  # fmt: skip

@@ -13,7 +13,8 @@ from ..inputs.families import cases
 from ..kernel import Kernel
 from ..model import Capabilities, Model, ModelFor
 from ..report.report import Check, Report
-from ..runner import RAISED, failing
+from ..runner import failing
+from ..settle import RAISED
 from .shrink import program, shrink
 
 __all__ = ["alike", "explain", "pattern", "shared"]
@@ -121,8 +122,9 @@ def alike(report: Report, most: int = 3) -> tuple[tuple[str, float], ...]:
     """
     table = _signatures()
     dtypes = sorted({c.name.rsplit("[", 1)[1].rstrip("]") for c in report.failures})
-    ran = {c.name.rsplit("[", 1)[0] for c in report.checks if c.verdict not in NOT_RUN and not _varies(c)}
-    seen = frozenset().union(*(pattern(report, d) for d in dtypes)) if dtypes else frozenset()
+    known = frozenset().union(*table.values())
+    ran = {c.name.rsplit("[", 1)[0] for c in report.checks if c.verdict not in NOT_RUN and not _varies(c)} & known
+    seen = (frozenset().union(*(pattern(report, d) for d in dtypes)) if dtypes else frozenset()) & known
     scores = []
     if len(ran) < LEAST:
         return ()

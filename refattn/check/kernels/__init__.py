@@ -100,7 +100,8 @@ def _able(dtypes: str, features: str, *, lse: bool = False, gradients: str = "")
     return Capabilities(frozenset(dtypes.split()), given, lse=lse, gradients=frozenset(gradients.split()))
 
 
-_SDPA = "causal_top_left bias allowed grouped_heads scale no_rows_or_keys"
+_PARTS = "causal_top_left bias allowed grouped_heads scale"
+_SDPA = f"{_PARTS} no_rows_or_keys"
 _FLEX = "d_v_differs causal_bottom_right window softcap variable_lengths"
 
 # PyTorch's vectorised fexp_u20 (ATen/cpu/vec/vec512/vec512_float.h) replaces 2**f by 1 + f - cubic(f), whose
@@ -181,14 +182,14 @@ KERNELS: dict[str, Entry] = {
             "torch-flex",
             "torch",
             _load("torch_sdpa", "flex"),
-            _able("float32 float16 bfloat16 float64", f"{_SDPA} {_FLEX}"),
+            _able("float32 float16 bfloat16 float64", f"{_PARTS} {_FLEX}"),
             _flushing("bfloat16"),
         ),
         Entry(
             "torch-flex-compiled",
             "torch",
             _load("torch_sdpa", "flex_compiled"),
-            _able("float32 bfloat16", f"{_SDPA} {_FLEX}"),
+            _able("float32 bfloat16", f"{_PARTS} {_FLEX}"),
             flash,
             "it compiles C++ for each shape, minutes in all",
         ),

@@ -23,7 +23,16 @@ LEVELS = (0.0, *(4.0**k for k in range(-3, 4)))
 SCALE = ("0", "to 1/64", "to 1/16", "to 1/4", "to 1", "to 4", "to 16", "to 64", "above 64", "infinite")
 BOUND = SCALE.index("to 1") + 1
 """The first level above the bound."""
-WORDS = {"passed": "✓ passed", "failed": "✗ failed", "unsupported": "– outside capabilities"}
+WORDS = {
+    "passed": "✓ passed",
+    "failed": "✗ failed",
+    "edge": "△ an edge differs",
+    "known": "– known",
+    "unread": "– not read",
+    "unsupported": "– outside capabilities",
+}
+SHOWN = ("passed", "failed", "edge", "not run")
+"""The columns of counts."""
 BINS = (*("0" if e == 0 else f"≤ {e:.7g}" for e in EDGES), "more")
 CELL, BAR, LINE = 12, 200, 16
 
@@ -46,8 +55,9 @@ def page(reports: Sequence[Report]) -> str:
 
 def _kernel(key: str, r: Report) -> dict[str, Any]:
     checks = [{"id": f"{key}c{i}", "check": c, "spread": _spread(c)} for i, c in enumerate(r.checks)]
-    failed = [x | _failure(r, c) for x, c in zip(checks, r.checks, strict=True) if c.verdict == "failed"]
-    verdict = "failed" if failed else "passed" if r.count("passed") else "nothing ran"
+    failed = [x | _failure(r, c) for x, c in zip(checks, r.checks, strict=True) if c.verdict in ("failed", "edge")]
+    some = "edge" if r.broken else "passed" if r.count("passed") else "nothing ran"
+    verdict = "failed" if r.count("failed") else some
     formats = [_format(r, d) for d in dict.fromkeys(c.dtype for c in r.checks)]
     return {"id": key, "report": r, "verdict": verdict, "formats": formats, "checks": checks, "failed": failed}
 
@@ -63,7 +73,7 @@ def _format(r: Report, dtype: str) -> dict[str, Any]:
     worst = {v: max((c.ratio for c in here if c.verdict == v and c.worst), default=None) for v in VERDICTS}
     return {
         "name": dtype,
-        "counts": {v: sum(c.verdict == v for c in here) for v in VERDICTS},
+        "counts": {v: count(here, v) for v in SHOWN},
         "total": len(here),
         "worst": worst,
         "rounded": r.correctly_rounded.get(dtype),
@@ -183,7 +193,15 @@ def order(x: float | None) -> str:
     return repr(float(abs(x))) if math.isfinite(x) else "Infinity"
 
 
+def count(checks: Sequence[Check], verdict: str) -> int:
+    """Return how many checks have a verdict of the table; "not run" is all that have none of the others."""
+    if verdict == "not run":
+        return sum(c.verdict not in SHOWN for c in checks)
+    return sum(c.verdict == verdict for c in checks)
+
+
 _ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 _ENVIRONMENT.filters |= {"number": number, "order": order}
 _ENVIRONMENT.globals |= {"WORDS": WORDS, "SCALE": SCALE, "BOUND": BOUND, "CELL": CELL, "BAR": BAR, "LINE": LINE}
+_ENVIRONMENT.globals |= {"SHOWN": SHOWN, "count": count}
 _TEMPLATE = _ENVIRONMENT.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))

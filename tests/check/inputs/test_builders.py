@@ -157,7 +157,7 @@ def test_a_case_catches_its_bug(case, dtype):
 
     able = Capabilities({dtype}, FEATURES)
     (check,) = check_kernel(wrong, only=f"{case}[{dtype}]", capabilities=able, dtypes=[dtype]).checks
-    assert check.verdict == "failed", check
+    assert check.verdict in ("failed", "edge"), check
     assert "error above the bound" in check.message or "NaN" in check.message or "inf" in check.message
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from refattn import Capabilities, check_kernel
 from refattn.check.bugs.planted import plain, planted
-from refattn.check.report.report import junit, summary
+from refattn.check.report.report import VERDICTS, junit, summary
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def report():
 
 
 def test_counts_add_up(report):
-    assert len(report.checks) == report.count("passed") + report.count("failed") + report.count("unsupported")
+    assert len(report.checks) == sum(report.count(v) for v in VERDICTS)
     assert report.count("unsupported") > 0
     assert not report.passed
     assert {c.name for c in report.failures} >= {"empty/rows-allowed[float32]", "empty/rows-causal[float32]"}
@@ -30,10 +30,11 @@ def test_a_failure_says_where_what_and_how_to_repeat_it(report):
     (check,) = [c for c in report.failures if c.name == "empty/rows-allowed[float32]"]
     text = report.describe(check)
     assert text.splitlines() == [
-        "bad kernel fails empty/rows-allowed[float32]: NaN in a row without keys, must be 0 (256 of 2368); "
+        "bad kernel fails empty/rows-allowed[float32]: out: NaN in a row without keys, must be 0 (256 of 2368); "
         "only in 4 of 37 rows: 3, 20, 21, 22",
         "  out at batch 0, head 0, row 3, column 0: got nan, exact 0, allowed error 0, infinitely many times that; "
         "256 of 2368 elements fail",
+        "  the call: Problem(softmax float32 numpy b=1 h_q=2 h_kv=2 n_q=37 n_k=67 d_k=32 d_v=32 allowed)",
         "  repeat it: refattn check 'bad kernel' --only 'empty/rows-allowed[float32]'",
     ]
 
@@ -48,7 +49,10 @@ def test_json_is_strict_and_whole(report):
     assert plain_json["counts"]["failed"] == report.count("failed")
     assert len(plain_json["checks"]) == len(report.checks)
     failed = next(c for c in plain_json["checks"] if c["name"] == "empty/rows-allowed[float32]")
-    assert failed["verdict"] == "failed"
+    assert failed["verdict"] == "edge"
+    assert failed["edges"] == ["empty-row"]
+    assert plain_json["edges"]["empty-row"] > 0
+    assert plain_json["verdict"].startswith("right · ")
     assert failed["worst"]["place"] == [0, 0, 3, 0]
     assert failed["worst"]["ratio"] == "inf"
     assert failed["reproduce"].startswith("refattn check")
@@ -62,8 +66,8 @@ def test_junit_counts(report):
     root = ET.fromstring(junit([report]).split("\n", 1)[1])
     suite = root.find("testsuite")
     assert int(suite.get("tests")) == len(suite.findall("testcase")) == len(report.checks)
-    assert int(suite.get("failures")) == len(suite.findall("testcase/failure")) == report.count("failed")
-    assert int(suite.get("skipped")) == len(suite.findall("testcase/skipped")) == report.count("unsupported")
+    assert int(suite.get("failures")) == len(suite.findall("testcase/failure")) == len(report.failures)
+    assert int(suite.get("skipped")) == len(suite.findall("testcase/skipped")) > 0
     assert "repeat it" in suite.find("testcase/failure").text
 
 

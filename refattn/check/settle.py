@@ -1,0 +1,54 @@
+"""What a comparison means in the light of what a kernel declares, and of what it read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from ..problem import Problem
+from .kernel import Kernel
+from .reading import SOURCE, unread
+from .report.report import Check
+
+__all__ = ["RAISED", "Notes", "settled"]
+
+RAISED = "the kernel raised"
+ENDS = (f"{RAISED} SystemExit", f"{RAISED} GeneratorExit")
+"""What says of no call that the kernel cannot do it."""
+
+
+@dataclass
+class Notes:
+    """What a check notes beside its comparisons: what other rules say of out, and the options that were read."""
+
+    rules: dict[str, bool | None] = field(default_factory=dict)
+    read: frozenset[str] | None = None
+
+
+def settled(check: Check, kernel: Kernel, problem: Problem, lacks: list[str], notes: Notes) -> Check:
+    """Return what a check says in the light of what the kernel declares, and of what it read.
+
+    Outside its capabilities a kernel may raise or be right. What an undeclared kernel raises where an option is asked
+    for, and what it gives where it does not read one, says that it has no such option.
+    """
+    check = replace(check, call="" if check.verdict == "passed" else repr(problem))
+    missed = [] if notes.read is None else unread(problem, notes.read)
+    raised = check.worst is None and check.message.startswith(RAISED)
+    if lacks:
+        text = f"not in its capabilities: {', '.join(lacks)}"
+        if check.verdict in ("passed", "unsupported") or raised:
+            return Check(check.name, "unsupported", message=text, seconds=check.seconds)
+        if set(missed) & {SOURCE.get(n, n) for n in lacks}:
+            return replace(check, verdict="unread", message=f"{text}; it does not read {', '.join(missed)}", edges=())
+        text += f"; it must raise there, and gave a wrong answer: {check.message}"
+        return replace(check, verdict="edge", edges=("outside",), message=text)
+    if check.verdict == "unsupported" and problem.scale is not None and problem.scale <= 0:
+        return replace(check, verdict="edge", edges=("scale",))
+    if check.verdict == "unsupported" and kernel.declared and not kernel.capabilities.refuses:
+        text = f"it raised UnsupportedProblem inside its capabilities: {check.message}; declare what it does not take"
+        return replace(check, verdict="failed", message=text)
+    if check.verdict in ("failed", "edge") and not kernel.declared:
+        if missed:
+            return replace(check, verdict="unread", message=f"it does not read {', '.join(missed)}", edges=())
+        if raised and not check.message.startswith(ENDS) and problem.features() - {"lengths_differ"}:
+            return replace(check, verdict="unsupported")
+    return check
