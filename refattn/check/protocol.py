@@ -125,7 +125,13 @@ def options_between(ask: Trial, p: Problem) -> Worst:
     for change in changes:
         call = p.replace(**change)
         if variant_of(p.variant).takes(call) and not ask.able.missing(call):
-            found.append(_right(ask, _raw(ask, call), call, "a call after one with another option is wrong"))
+            try:
+                result = _raw(ask, call)
+            except UnsupportedProblem:
+                if ask.able.refuses:
+                    continue
+                raise
+            found.append(_right(ask, result, call, "a call after one with another option is wrong"))
     return _worst(found)
 
 

@@ -41,7 +41,7 @@ def settled(check: Check, kernel: Kernel, problem: Problem, lacks: list[str], no
             return replace(check, verdict="unread", message=f"{text}; it does not read {', '.join(missed)}", edges=())
         text += f"; it must raise there, and gave a wrong answer: {check.message}"
         return replace(check, verdict="edge", edges=("outside",), message=text)
-    if check.verdict == "unsupported" and problem.scale is not None and problem.scale <= 0:
+    if check.verdict == "unsupported" and kernel.declared and problem.scale is not None and problem.scale <= 0:
         return replace(check, verdict="edge", edges=("scale",))
     if check.verdict == "unsupported" and kernel.declared and not kernel.capabilities.refuses:
         text = f"it raised UnsupportedProblem inside its capabilities: {check.message}; declare what it does not take"

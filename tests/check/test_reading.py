@@ -12,7 +12,8 @@ from refattn.check.reading import note, plain, unread, watched
 
 def attention(p):
     s = np.einsum("bhid,bhjd->bhij", p.query, p.key) / np.sqrt(p.query.shape[-1])
-    w = np.exp(s - s.max(-1, keepdims=True))
+    with np.errstate(all="ignore"):
+        w = np.exp(s - s.max(-1, keepdims=True))
     return (np.einsum("bhij,bhjd->bhid", w, p.value) / w.sum(-1, keepdims=True)).astype(p.query.dtype)
 
 

@@ -95,9 +95,10 @@ def declared(kernel: Function, able: Capabilities) -> Function:
     return call
 
 
-def _able(dtypes: str, features: str, *, lse: bool = False, gradients: str = "") -> Capabilities:
+def _able(dtypes: str, features: str, *, lse: bool = False, gradients: str = "", refuses: bool = False) -> Capabilities:
     given = frozenset(features.split()) | {"lengths_differ"}
-    return Capabilities(frozenset(dtypes.split()), given, lse=lse, gradients=frozenset(gradients.split()))
+    back = frozenset(gradients.split())
+    return Capabilities(frozenset(dtypes.split()), given, lse=lse, gradients=back, refuses=refuses)
 
 
 _PARTS = "causal_top_left bias allowed grouped_heads scale"
@@ -134,7 +135,8 @@ def _split(dtype: str) -> Model:
 
 
 def _gpu(name: str, package: str, dtypes: str, features: str, lse: bool = False, named_only: str = "") -> Entry:
-    able = _able(dtypes, features, lse=lse, gradients="" if name == "cuda-triton" else "dq dk dv")
+    # PyTorch and cuDNN say at a call what they have no kernel for
+    able = _able(dtypes, features, lse=lse, gradients="" if name == "cuda-triton" else "dq dk dv", refuses=True)
     load = _load("cuda", name.removeprefix("cuda-").replace("-", "_"))
     return Entry(name, package, load, able, _cuda, named_only, gpu=True)
 
@@ -201,6 +203,7 @@ KERNELS: dict[str, Entry] = {
                 "float32 float16 bfloat16",
                 "causal_top_left window bias allowed grouped_heads scale no_rows_or_keys",
                 gradients="dq dk dv dbias",
+                refuses=True,  # windows that it counts from the top left
             ),
             _flushing("float32", "bfloat16"),
         ),
