@@ -136,7 +136,7 @@ def compare(
     rows = int(np.prod(answer.call.out_shape[:3]))
     empty = empty_rows(answer) if failing.any() else np.zeros(answer.call.out_shape[:3], bool)
     whole_empty = np.broadcast_to(empty[..., None], x.shape) if name == "out" else empty
-    edges = edges_of(name, x, exact, failing, whole_empty, answer, dtype) if failing.any() else {}
+    edges = edges_of(name, x, exact, bound, failing, whole_empty, answer, dtype) if failing.any() else {}
     plain = failing & ~np.logical_or.reduce([*edges.values()]) if edges else failing
     if edges and not plain.any():  # what breaks a contract says nothing of roundings
         variance = None

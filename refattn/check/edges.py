@@ -16,7 +16,7 @@ Mask = NDArray[np.bool_]
 
 
 def edges_of(
-    name: str, x: Float, exact: Float, failing: Mask, empty: Mask, answer: Answer, dtype: str
+    name: str, x: Float, exact: Float, bound: Float, failing: Mask, empty: Mask, answer: Answer, dtype: str
 ) -> dict[str, Mask]:
     """Return by contract (``refattn.check.EDGES``) the failing elements that break it and nothing else.
 
@@ -26,10 +26,12 @@ def edges_of(
         "out", "lse" or a gradient's name.
     x, exact : float64 arrays
         What was got, and the exact values.
+    bound : float64 array
+        What is allowed.
     failing : bool array
         Of their shape: the elements that are wrong.
     empty : bool array
-        Of their shape: whether an element of out or lse is of a row without keys.
+        Whether a row has no keys: of the shape of out or lse, or (b, h_q, n_q) for a gradient.
     answer : Answer
         The exact answer.
     dtype : str
@@ -50,7 +52,7 @@ def edges_of(
     if name in ("out", "lse"):
         take("empty-lse" if name == "lse" else "empty-row", empty)
     elif empty.any():
-        take("empty-row", everywhere)
+        take("empty-row", _from_empty_rows(name, x, exact, empty, bound))
     take("nan-in-sight", ~np.isfinite(exact))
     if not all(_finite(a) for a in p.arrays().values()):
         take("nan-behind-mask", ~np.isfinite(x))
@@ -59,6 +61,22 @@ def edges_of(
     small = format_of(dtype).smallest_normal
     take("subnormal", (np.abs(exact) < small) & (np.abs(x) <= small))
     return found
+
+
+def _from_empty_rows(name: str, x: Float, exact: Float, empty: Mask, bound: Float) -> Mask:
+    """Return the elements of a gradient that rows without keys may have spoilt, and nothing else.
+
+    These are NaN, such a row's own dq, and a share of its dout that all values get alike.
+    """
+    spoilt: Mask = ~np.isfinite(x)
+    if name == "dq":
+        return np.asarray(spoilt | empty[..., None])
+    if name == "dv" and x.shape[2]:
+        with np.errstate(all="ignore"):
+            off = x - exact
+            alike = (np.abs(off - off.mean(2, keepdims=True)) <= bound).all(2, keepdims=True)
+        return np.asarray(spoilt | np.broadcast_to(alike, x.shape))
+    return spoilt
 
 
 def _finite(a: NDArray[np.generic]) -> bool:

@@ -163,7 +163,7 @@ def two_threads(ask: Trial, p: Problem) -> Worst:
     calls = [plain(p), plain(_other(p))]
     known = [expected(c, ask.model) for c in calls]
     found = []
-    with _switching_often(), ThreadPoolExecutor(2) as pool:
+    with restored(), _switching_often(), ThreadPoolExecutor(2) as pool:
         futures = [(i % 2, pool.submit(ask.kernel, calls[i % 2])) for i in range(40)]
         for i, future in futures:
             try:

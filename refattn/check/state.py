@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -19,7 +20,10 @@ ENVIRONMENT = 256
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Put back, at the end, the working folder, NumPy's error state, the rounding mode and flush-to-zero."""
+    """Put back, at the end, the working folder, NumPy's error state, the rounding mode, flush-to-zero and PyTorch's
+    choice of attention kernels, which is one for the process and no thread's own.
+    """
+    switches = _torch_switches()
     library, kept = _library(), ctypes.create_string_buffer(ENVIRONMENT)
     folder = None
     with suppress(FileNotFoundError):  # removed meanwhile: there is none to go back to
@@ -34,6 +38,15 @@ def restored() -> Iterator[None]:
             library.fesetenv(kept)
         if folder is not None:
             os.chdir(folder)
+        for name, on in switches.items():
+            getattr(sys.modules["torch"].backends.cuda, f"enable_{name}_sdp")(on)
+
+
+def _torch_switches() -> dict[str, bool]:
+    """Return which attention kernels PyTorch may choose, where it is loaded."""
+    cuda = getattr(getattr(sys.modules.get("torch"), "backends", None), "cuda", None)
+    names = ("flash", "mem_efficient", "math", "cudnn") if hasattr(cuda, "flash_sdp_enabled") else ()
+    return {n: bool(getattr(cuda, f"{n}_sdp_enabled")()) for n in names}
 
 
 @lru_cache(maxsize=1)

@@ -446,7 +446,8 @@ def trial_verdicts(c):
         (t, {"lse": True}, "passed", ""),
         (lambda p: t(p)[0], {}, "passed", ""),
         (raises, {}, "failed", "raised RuntimeError"),
-        (refuses, {}, "unsupported", "not here"),
+        (refuses, {"refuses": True}, "unsupported", "not here"),
+        (refuses, {}, "failed", "it raised UnsupportedProblem inside its capabilities: not here"),
         (lambda p: t(p)[0].astype(np.float64), {}, "failed", "out: got dtype float64"),
         (lambda p: t(p.replace(scale=1.0)), {}, "failed", "error above the bound"),
         (lambda p: t(p)[0], {"lse": True}, "failed", "returned no lse"),
@@ -480,7 +481,7 @@ def trial_outside_the_capabilities(c):
         (c.tiled, "unsupported"),
         (raises, "unsupported"),
         (refuses, "unsupported"),
-        (lambda p: c.tiled(p.replace(allowed=None)), "failed"),
+        (lambda p: c.tiled(p.replace(allowed=None)), "edge"),
     ):
         report = run(c, kernel, name="grouped", features={"grouped_heads"})
         assert [k.verdict for k in report.checks] == [verdict]

@@ -55,3 +55,10 @@ def test_it_is_put_back_where_a_kernel_raises():
     with pytest.raises(ValueError, match="no"):
         kernel()
     assert np.geterr()["over"] != "raise"
+
+
+def test_pytorchs_choice_of_kernels_is_put_back():
+    before = torch.backends.cuda.math_sdp_enabled()
+    with restored():
+        torch.backends.cuda.enable_math_sdp(not before)
+    assert torch.backends.cuda.math_sdp_enabled() is before

@@ -260,3 +260,25 @@ def test_exact_and_bad_files(tmp_path, make):
         assert result.exit_code == 2, result.output
         assert text in result.output
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_init_prints_what_a_kernel_can_do(kernels):
+    result = call("init", f"{kernels}:right")
+    assert result.exit_code == 0
+    assert "# right: float64, float32, float16, bfloat16" in result.output
+    assert "right.capabilities = Capabilities(" in result.output
+    assert '"softcap"' in result.output or "dtypes=" in result.output
+    assert call("init", "nothing.py:f").exit_code == 2
+
+
+def test_failures_of_one_cause_are_one_line(kernels):
+    output = call("check", f"{kernels}:wrong", "--only", "gaussian/*", "--no-explain").output
+    assert output.count("checks fail alike; the smallest:") == 1
+    assert " and " in next(x for x in output.splitlines() if x.startswith("  the same in "))
+    assert output.count("repeat it:") == 1
+
+
+def test_the_seed_is_printed_and_repeats(kernels):
+    first = call("check", f"{kernels}:right", "--only", "calls/000-*", "--seed", "7")
+    assert "calls drawn by seed 7; --seed 7 draws them again" in first.output
+    assert first.exit_code == 0

@@ -21,7 +21,7 @@ from .forward import forward
 from .gradients import gradient_bounds
 from .predict import predict
 
-__all__ = ["Expected", "exact", "expected", "of_answer", "of_case"]
+__all__ = ["Expected", "exact", "expected", "forget", "of_answer", "of_case"]
 
 Float = NDArray[np.float64]
 LARGE = 2**14
@@ -83,6 +83,13 @@ def of_case(case: Case, dtype: str, model: Model, backward: bool) -> Expected:
             _KEPT.popitem(last=False)
     _KEPT.move_to_end(name)
     return _KEPT[name]
+
+
+def forget() -> None:
+    """Drop what is kept, for those who measure."""
+    _KEPT.clear()
+    _of_case.cache_clear()
+    _answer_kept.cache_clear()
 
 
 @lru_cache(maxsize=4096)

@@ -37,6 +37,8 @@ FAMILIES = {
     "calls": "calls as models make them, drawn by a seed: every two options meet; some rows are compared",
 }
 """Family names, and what they expose."""
+INFINITE = ("poison/query-inf", "poison/key-inf", "poison/bias-inf", "poison/sink-inf")
+"""Cases for softmax: in other operators an infinite score may weigh nothing, or as much as another."""
 FORWARD_ONLY = (
     "poison/value-seen-by-some",
     "poison/key-seen-by-some",
@@ -170,7 +172,7 @@ def _cases(variant: str) -> list[Case]:
     found: list[Case] = []
     for family in v.families:
         for label, (build, needs, dtypes) in BUILDERS[family].items():
-            if needs <= v.uses:
+            if needs <= v.uses and (v.has_lse or f"{family}/{label}" not in INFINITE):
                 found.append(Case(family, label, variant, build, dtypes))
     found = [c for c in found if _fits(c)]
     own = [Case("gaussian", label, variant, _own(settings)) for label, settings in v.cases.items()]
