@@ -506,7 +506,9 @@ def trial_verdicts_of_gradients(c):
     ):
         report = run(c, c.tiled, gradients, "grouped", **able)
         assert [k.name for k in report.checks] == ["mine/grouped[float32]", "mine/grouped/gradients[float32]"]
-        assert [k.verdict for k in report.checks] == ["passed", "failed" if text else "passed"], text
+        # NaN in a gradient may come from the row without keys: a contract of its own
+        wrong = "edge" if text.startswith("NaN") else "failed"
+        assert [k.verdict for k in report.checks] == ["passed", wrong if text else "passed"], text
         assert text in report.checks[1].message
         assert report.passed == (not text)
     report = run(c, c.tiled, c.back, "grouped", **able | {"features": {"grouped_heads"}})
