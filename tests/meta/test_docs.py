@@ -51,7 +51,7 @@ def test_documentation_builds_without_warnings_and_notebooks_run(tmp_path):
 
 def test_the_readme_has_the_two_commands():
     blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    assert blocks[0].endswith("/refattn check\n")
+    assert blocks[0].endswith("/refattn check --budget quick --seed 3\n")
     assert "pip install -q -c constraints.txt '.[test]'" in blocks[-1]
     assert "pytest" in blocks[-1]
     script = (TREE / ".ci" / "run").read_text()
