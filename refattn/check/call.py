@@ -18,7 +18,7 @@ from ..variants import Steps, variant_of
 from .reading import watched
 from .state import restored
 
-__all__ = ["SOURCES", "Function", "Result", "call_gradients", "call_kernel", "result_of", "unchanged"]
+__all__ = ["SOURCES", "Function", "Result", "call_gradients", "call_kernel", "guarded", "result_of", "unchanged"]
 
 Function = Callable[[Problem], Any]
 
@@ -154,17 +154,22 @@ def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, d
     given = {n: laid_out(np.asarray(x))[0] for n, x in problem.arrays().items()}
     asked, seen = watched(problem.replace(**given))
     _scrub(problem)
+    result = guarded(lambda: call(asked))
+    unchanged(given, problem.arrays())
+    return result, given, frozenset(seen)
+
+
+def guarded(call: Callable[[], Any]) -> Any:
+    """Return what a kernel gives; whatever it raises is a KernelError with its name, or UnsupportedProblem."""
     try:
         with restored():
-            result = call(asked)
+            return call()
     except (UnsupportedProblem, KernelError) as e:
         raise type(e)(_clean(str(e))) from e
     except KeyboardInterrupt:
         raise
     except BaseException as e:  # SystemExit, too: a kernel does not end the run that judges it
         raise KernelError(f"the kernel raised {type(e).__name__}: {_first_line(e)}") from e
-    unchanged(given, problem.arrays())
-    return result, given, frozenset(seen)
 
 
 def _scrub(problem: Problem) -> None:

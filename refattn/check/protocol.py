@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from ..arrays import to_numpy
 from ..dtypes import FORMATS, Format
-from ..errors import KernelError, UnsupportedProblem
+from ..errors import UnsupportedProblem
 from ..problem import Problem
 from ..variants import variant_of
 from .bounds.expected import expected
-from .call import result_of
+from .call import guarded, result_of
 from .compare import Worst
 from .inputs.draw import Draw
 from .reading import plain, unread, watched
@@ -33,16 +33,10 @@ def _raw(ask: Trial, p: Problem) -> Any:
     """Call a kernel on the very arrays of a call, and note what it reads."""
     seen_call, seen = watched(p)
     try:
-        with restored():
-            result = ask.kernel(seen_call)
-    except (UnsupportedProblem, KernelError):
-        raise
-    except Exception as e:
-        raise KernelError(f"the kernel raised {type(e).__name__}: {e}") from e
+        return guarded(lambda: ask.kernel(seen_call))
     finally:
         ask.seen.clear()
         ask.seen.update(seen, {"query"})
-    return result
 
 
 def _out(result: Any, p: Problem) -> NDArray[np.float64]:
@@ -147,7 +141,8 @@ def many_repeats(ask: Trial, p: Problem) -> Worst:
         exact, allowed = known.answer.enclosures["out"].mid, known.allowed["out"]
         seen: set[bytes] = set()
         for i in range(times):
-            out = result_of(_raw(ask, call) if i == 0 else ask.kernel(call), call).out
+            result = _raw(ask, call) if i == 0 else guarded(lambda call=call: ask.kernel(call))  # type: ignore[misc]
+            out = result_of(result, call).out
             if (bits := out.tobytes()) not in seen:  # most are the first again
                 seen.add(bits)
                 text = f"call {i + 1} of {times} equal ones is wrong"
@@ -166,12 +161,7 @@ def two_threads(ask: Trial, p: Problem) -> Worst:
     with restored(), _switching_often(), ThreadPoolExecutor(2) as pool:
         futures = [(i % 2, pool.submit(ask.kernel, calls[i % 2])) for i in range(40)]
         for i, future in futures:
-            try:
-                out = _out(future.result(), calls[i])
-            except (UnsupportedProblem, KernelError):
-                raise
-            except Exception as e:
-                raise KernelError(f"the kernel raised {type(e).__name__} in a thread: {e}") from e
+            out = _out(guarded(future.result), calls[i])
             exact, allowed = known[i].answer.enclosures["out"].mid, known[i].allowed["out"]
             found.append(agree(out, exact, allowed, "a call from another thread, beside another call, is wrong"))
     ask.seen.add("query")

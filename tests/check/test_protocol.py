@@ -129,3 +129,18 @@ def test_an_undeclared_kernel_is_not_asked_for_what_it_does_not_read():
 
     report = check_kernel(plain, only="law/*")
     assert not report.count("failed"), [c.message for c in report.failures]
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), RuntimeError("boom")])
+@pytest.mark.parametrize("law", ["changed_in_place", "many_repeats", "two_threads"])
+def test_what_a_later_call_raises_is_its_failure(error, law):
+    count = itertools.count(1)
+
+    def kernel(p):
+        if next(count) > 1:
+            raise error
+        return tiled(p)
+
+    found = verdict(kernel, law)
+    assert found.verdict == "failed"
+    assert found.message.startswith(f"the kernel raised {type(error).__name__}: ")

@@ -14,6 +14,7 @@ import numpy as np
 from allpairspy import AllPairs
 from numpy.typing import NDArray
 
+from ...masks import visible
 from ...problem import Problem
 from ...variants import variant_of
 from ..model import Capabilities
@@ -140,8 +141,6 @@ def _poisoned(p: Problem, hidden: str) -> Problem:
         return p
     seen = np.zeros((p.batch, p.heads_kv, p.n_k), bool)
     group = p.heads // p.heads_kv
-    from ...masks import visible
-
     for b in range(p.batch):
         for h in range(p.heads) if p.allowed is not None and p.allowed.shape[1] > 1 else (0,):
             for rows, keys in p.segments():
@@ -211,16 +210,15 @@ def drawn(variant: str, able: Capabilities, budget: str, seed: int) -> list[Call
         for three in AllPairs([rng.sample(axes[n], len(axes[n])) for n in masks], n=3):
             usual = {n: rng.choice(x[:2]) for n, x in axes.items()}
             rows.append(usual | dict(zip(masks, three, strict=True)))
-    found = [_call(row, rng, able, budget) for row in rows]
-    return [c for c in dict.fromkeys(found) if c is not None]
+    return list(dict.fromkeys(_call(row, rng, able, budget) for row in rows))
 
 
 def _axes(uses: frozenset[str], able: Capabilities) -> dict[str, list[Any]]:
     """Return the axes and their values, the usual ones first."""
     has = able.features
 
-    def given(feature: str, *values: Any, option: str = "") -> list[Any]:
-        return list(values) if feature in has and (option or feature) in uses else []
+    def given(feature: str, *values: Any) -> list[Any]:
+        return list(values) if feature in has and feature in uses else []
 
     widths = [w for w in WIDTHS if max(w) <= able.d_max and (w[0] == w[1] or "d_v_differs" in has)]
     if able.head_dims:
@@ -246,7 +244,7 @@ def _axes(uses: frozenset[str], able: Capabilities) -> dict[str, list[Any]]:
     }
 
 
-def _call(row: dict[str, Any], rng: random.Random, able: Capabilities, budget: str) -> Call | None:
+def _call(row: dict[str, Any], rng: random.Random, able: Capabilities, budget: str) -> Call:
     """Return a call with the values of a row, as large as the budget allows."""
     (d, d_v), group, kind = row["width"], row["group"], row["kind"]
     b = rng.choice((2, 3)) if kind == "batches" else 1
