@@ -120,11 +120,11 @@ def support(dtype: str, bias: str | None, sink: str | None) -> str:
 
 
 MMA = Kernel(
-    "mma", "backward", _mma_obstacle, lambda c: f"{c.dtype} on tensor cores by mma.sync", _mma_macros,
-    partial(text_of, "mma_backward.cu"), _mma_rows, simt.threads, _mma_shared, simt.target,
+    "mma", "mma_backward.cu", "backward", _mma_obstacle, lambda c: f"{c.dtype} on tensor cores by mma.sync",
+    _mma_macros, partial(text_of, "mma_backward.cu"), _mma_rows, simt.threads, _mma_shared, simt.target,
 )  # fmt: skip
 SIMT = Kernel(
-    "simt", "backward", _simt_obstacle, simt.KERNEL.why, _simt_macros,
+    "simt", "simt_backward.cu", "backward", _simt_obstacle, simt.KERNEL.why, _simt_macros,
     partial(text_of, "simt_backward.cu"), _rows, simt.threads, _simt_shared, simt.target,
 )  # fmt: skip
 KERNELS = {k.name: k for k in (MMA, SIMT)}

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..arrays import kind_of
+from .arguments import arguments_of
 from .backward_kernels import SIMT, pass_of, support
 from .build import compiled
 from .kernel import Call, Kernel, Plan
 from .launch import CAUSAL, attribute, capability, kernel_of, pack, queue, zeros
 from .views import View, empty
 
-__all__ = ["PARAMS", "launch"]
+__all__ = ["launch"]
 
-TENSORS = ("query", "key", "value", "out", "dout", "dq", "dk", "dv")
-ARRAYS = (*TENSORS, "lse", "dlse", "delta", "bias", "dbias", "allowed", "blocks")
-PARAMS = struct.Struct("@" + "Q4q" * len(ARRAYS) + "9Q2d14i")  # backward.cuh
+SAME = ("out", "dout", "dq", "dk", "dv", "lse", "dlse", "delta", "bias", "dbias", "blocks")
+ARRAYS = {"q": "query", "k": "key", "v": "value", "mask": "allowed", **{n: n for n in SAME}}
+"""Arrays by what struct Params of backward.cuh calls them."""
 GRANULE = 16
 """Rows (or keys) that share an interval of keys (or rows) and a mark."""
 
@@ -38,25 +38,23 @@ class _Work:
     def device(self) -> int:
         return self.arrays["query"].device
 
-    def arguments(self, redo: int = 0, parts: int = 0, splits: int = 1) -> bytes:
+    def params(self, redo: int = 0, parts: int = 0, splits: int = 1) -> dict[str, Any]:
         """Return the kernels' struct Params."""
         a, o = self.arrays, self.options
         q, k = a["query"], a["key"]
-        packed: list[int] = []
-        for n in ARRAYS:
-            x = a.get(n)
-            strides = (0, 0, 0, 0) if x is None else (*x.spread(), 1)[:4]
-            packed += (0 if x is None else x.pointer, *strides)
         left, right = (-1 if w is None else min(w, 2**31 - 1) for w in o["window"] or (None, None))
         (b, h, n_q, d_k), (_, h_kv, n_k, _), d_v = q.shape, k.shape, a["value"].shape[3]
-        return PARAMS.pack(
-            *packed,
-            *(a[n].pointer if n in a else 0 for n in ("sink", "dsink", "cu_q", "cu_k")),
-            *(*self.ranges, redo, parts),
-            *(o["scale"], o["softcap"] or 0.0),
-            *(b, h, h_kv, n_q, n_k, d_k, d_v, CAUSAL[o["causal"]], left, right),
-            *(*(self.call.blocks or (1, 1)), a["cu_q"].shape[0] - 1 if "cu_q" in a else 0, splits),
-        )
+        row_keys, granule_keys, granule_rows = self.ranges
+        block_q, block_k = self.call.blocks or (1, 1)
+        return {
+            **{to: (a[n].pointer, *(*a[n].spread(), 1)[:4]) if n in a else (0,) * 5 for to, n in ARRAYS.items()},
+            **{n: a[n].pointer if n in a else 0 for n in ("sink", "dsink", "cu_q", "cu_k")},
+            **{"row_keys": row_keys, "granule_keys": granule_keys, "granule_rows": granule_rows},
+            **{"redo": redo, "parts": parts, "scale": o["scale"], "softcap": o["softcap"] or 0.0},
+            **{"b": b, "h": h, "h_kv": h_kv, "n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_v},
+            **{"causal": CAUSAL[o["causal"]], "left": left, "right": right, "block_q": block_q, "block_k": block_k},
+            **{"sequences": a["cu_q"].shape[0] - 1 if "cu_q" in a else 0, "splits": splits},
+        }
 
     def support(self, entry: str, grid: int, threads: int, **more: int) -> None:
         """Queue a kernel of backward.cu."""
@@ -64,14 +62,16 @@ class _Work:
         text = support(self.call.dtype, self.call.bias, sink)
         kernel = compiled(text, entry, 0, SIMT.target(capability(self.device)), self.device)
         if grid:
-            queue(kernel, grid, threads, 0, self.stream, self.arguments(**more))
+            takes = arguments_of("backward.cu", entry)
+            queue(kernel, grid, threads, 0, self.stream, takes, {"p": self.params(**more)})
 
     def run(self, plan: Plan, grid: int, **more: int) -> None:
         """Queue one pass."""
         if grid:
             threads = plan.kernel.threads(plan.macros)
             kernel = kernel_of(plan, self.device)
-            queue(kernel, grid, threads, plan.shared_bytes, self.stream, self.arguments(**more))
+            values = {"p": self.params(**more)}
+            queue(kernel, grid, threads, plan.shared_bytes, self.stream, plan.kernel.takes, values)
 
 
 def launch(

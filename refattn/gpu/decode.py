@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +12,12 @@ from .build import text_of
 from .kernel import Call, Kernel
 from .simt import target, threads
 
-__all__ = ["KERNEL", "MOST_QUERIES", "SPLIT", "Split", "split_of"]
+__all__ = ["KERNEL", "MOST_QUERIES", "Split", "split_of"]
 
 FILE = "decode.cu"
 MOST_QUERIES, WIDEST, WARPS = 16, 128, 8
 UNITS = ((65536, 2048), (16384, 1024), (4096, 512), (0, 256))
 """Keys of a part by the fewest keys: few long parts cost little traffic, many short ones fill the GPU."""
-SPLIT = struct.Struct("@2Q5i4x")
-"""struct Split of decode.cu."""
 SHARED = 210000
 """Bytes of shared memory that a block's rings may take: nearly all that there is beside the sums."""
 
@@ -120,6 +117,6 @@ def shared_bytes(m: Mapping[str, Any]) -> int:
 
 
 KERNEL = Kernel(
-    "decode", "decode", obstacle, why, macros, partial(text_of, FILE), block_rows, threads, shared_bytes, target,
-    least_keys=1024,
+    "decode", FILE, "decode", obstacle, why, macros, partial(text_of, FILE), block_rows, threads, shared_bytes,
+    target, least_keys=1024,
 )  # fmt: skip

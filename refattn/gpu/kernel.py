@@ -9,6 +9,7 @@ from typing import Any
 from ..arrays import dtype_name
 from ..errors import UnsupportedProblem
 from ..problem import Problem
+from .arguments import Arguments, arguments_of
 
 __all__ = ["ACCURACIES", "Call", "Kernel", "Plan"]
 
@@ -100,8 +101,8 @@ class Kernel:
     ----------
     name : str
         What ``impl=`` calls it.
-    entry : str
-        The function's name in its text.
+    file, entry : str
+        The CUDA file that defines it, and the function's name there.
     obstacle : callable
         Takes a call and a compute capability; returns why it cannot be computed, "" where it can.
     why : callable
@@ -119,6 +120,7 @@ class Kernel:
     """
 
     name: str
+    file: str
     entry: str
     obstacle: Callable[[Call, tuple[int, int]], str]
     why: Callable[[Call], str]
@@ -129,6 +131,11 @@ class Kernel:
     shared_bytes: Callable[[Mapping[str, Any]], int]
     target: Callable[[tuple[int, int]], str]
     least_keys: int = 0
+
+    @property
+    def takes(self) -> Arguments:
+        """The arguments, as its file declares them."""
+        return arguments_of(self.file, self.entry)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,18 +12,21 @@ from typing import Any
 import numpy as np
 
 from . import simt, sm90
+from .arguments import Arguments, arguments_of
 from .build import compiled, text_of
-from .decode import SPLIT, split_of
+from .decode import split_of
 from .kernel import Call, Plan
 from .plan import configured
 from .views import View, empty, library
 
 __all__ = ["attribute", "capability", "kernel_of", "launch", "pack", "queue", "zeros"]
 
-POINTERS = ("query", "key", "value", "out", "lse", "bias", "sink", "allowed", "blocks", "cu_q", "cu_k")
-PARAMS = struct.Struct("@12Q24q2d13i4x")  # params.cuh
+POINTERS = {
+    "q": "query", "k": "key", "v": "value", "out": "out", "lse": "lse", "bias": "bias", "sink": "sink",
+    "mask": "allowed", "blocks": "blocks", "cu_q": "cu_q", "cu_k": "cu_k",
+}  # fmt: skip
+"""Arrays by what struct Params of params.cuh calls them."""
 CAUSAL = {None: 0, "top_left": 1, "bottom_right": 2}
-PACK = struct.Struct("@2Q4q4i")
 
 
 def launch(call: Call, plan: Plan, like: Any, arrays: dict[str, View], options: Mapping[str, Any], stream: int) -> None:
@@ -39,7 +41,7 @@ def launch(call: Call, plan: Plan, like: Any, arrays: dict[str, View], options: 
     like : array
         What is allocated comes from its library.
     arrays : dict of str to View
-        Those of ``POINTERS`` that are there.
+        The values of ``POINTERS`` that are there.
     options : mapping
         scale (a number), causal, window, softcap.
     stream : int
@@ -61,9 +63,9 @@ def launch(call: Call, plan: Plan, like: Any, arrays: dict[str, View], options: 
     redo = zeros(device, stream, 1 << (b * h * -(-n_q // 64) - 1).bit_length(), "redo") if repair else 0
     counter = zeros(device, stream, 4, "counter")
     multiprocessors = attribute(device, "MultiProcessorCount")
-    grid, packed = sm90.arguments(plan.macros, arrays, options["scale"], call.blocks, counter, redo, multiprocessors)
+    grid, values = sm90.arguments(plan.macros, arrays, options["scale"], call.blocks, counter, redo, multiprocessors)
     threads = plan.kernel.threads(plan.macros)
-    queue(kernel_of(plan, device), grid, threads, plan.shared_bytes, stream, packed, sm90.OFFSETS)
+    queue(kernel_of(plan, device), grid, threads, plan.shared_bytes, stream, plan.kernel.takes, values)
     if repair:
         _launch_params(configured("simt", call), call, arrays, options, stream, redo=redo)
 
@@ -73,11 +75,11 @@ def _launch_params(
 ) -> None:
     """Queue simt.cu or mma.cu."""
     (b, h, n_q, _), device = arrays["query"].shape, arrays["query"].device
-    packed = _params(plan, call, arrays, options, redo)
+    values = {"p": _params(plan, call, arrays, options, redo)}
     sequences = arrays["cu_q"].shape[0] - 1 if "cu_q" in arrays else 0
     rows, threads = plan.kernel.block_rows(plan.macros), plan.kernel.threads(plan.macros)
     tiles = n_q // rows + sequences if plan.impl == "mma" and sequences else -(-n_q // rows) + sequences
-    queue(kernel_of(plan, device), tiles * h * b, threads, plan.shared_bytes, stream, packed)
+    queue(kernel_of(plan, device), tiles * h * b, threads, plan.shared_bytes, stream, plan.kernel.takes, values)
 
 
 def _launch_split(
@@ -91,39 +93,49 @@ def _launch_split(
     _, kept = empty(like, (parts * rows * (width + 2),), "float32")
     multiprocessors = attribute(device, "MultiProcessorCount")
     stats, grid = kept.pointer + 4 * parts * rows * width, min(parts, multiprocessors)
-    params = _params(plan, call, arrays, options, 0)
-    cut = (split.first_key, split.keys, split.unit, split.units, grid)
-    packed = params + SPLIT.pack(kept.pointer, stats, *cut)
-    offsets = (0, len(params))
+    takes = plan.kernel.takes
+    cut = {"first_key": split.first_key, "keys": split.keys, "unit": split.unit, "units": split.units, "workers": grid}
+    values = {
+        "p": _params(plan, call, arrays, options, 0),
+        "s": {"parts": kept.pointer, "stats": stats, **cut},
+    }
     if parts:
-        queue(kernel_of(plan, device), grid, plan.kernel.threads(m), plan.shared_bytes, stream, packed, offsets)
-    queue(kernel_of(plan, device, "merge", 0), b * h * n_q, 512, 0, stream, packed, offsets)
+        queue(kernel_of(plan, device), grid, plan.kernel.threads(m), plan.shared_bytes, stream, takes, values)
+    queue(kernel_of(plan, device, "merge", 0), b * h * n_q, 512, 0, stream, takes, values)
 
 
-def _params(plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[str, Any], redo: int) -> bytes:
+def _params(
+    plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[str, Any], redo: int
+) -> dict[str, Any]:
     """Return struct Params of params.cuh."""
-    q, k, v, out, lse = (arrays[n] for n in ("query", "key", "value", "out", "lse"))
-    (b, h, n_q, d_k), (_, h_kv, n_k, _), d_v = q.shape, k.shape, v.shape[3]
-    names = [*POINTERS]
+    (b, h, n_q, d_k), (_, h_kv, n_k, _), d_v = (*(arrays[n].shape for n in ("query", "key")), arrays["value"].shape[3])
+    arrays = dict(arrays)
     if plan.impl == "mma" and plan.macros["BLOCKS"] == 1:
-        names[names.index("blocks")] = "block_bits"
-    bias, allowed, table = (arrays[n].spread() if n in arrays else (0,) * 4 for n in (names[5], *names[7:9]))
-    sequences = arrays["cu_q"].shape[0] - 1 if "cu_q" in arrays else 0
+        arrays["blocks"] = arrays["block_bits"]
+    spread = {n: arrays[n].spread() if n in arrays else (0,) * 4 for n in ("bias", "allowed", "blocks")}
     left, right = (-1 if w is None else min(w, 2**31 - 1) for w in options["window"] or (None, None))
-    return PARAMS.pack(
-        *(arrays[n].pointer if n in arrays else 0 for n in names),
-        redo,
-        *(s for x in (q, k, v, out) for s in x.strides[:3]),
-        *lse.strides[:2],
-        *bias,
-        *allowed[:3],
-        *table[:3],
-        options["scale"],
-        options["softcap"] or 0.0,
-        *(b, h, h_kv, n_q, n_k, d_k, d_v, CAUSAL[options["causal"]], left, right),
-        *(call.blocks or (1, 1)),
-        sequences,
-    )
+    block_q, block_k = call.blocks or (1, 1)
+    return {
+        **{to: arrays[n].pointer if n in arrays else 0 for to, n in POINTERS.items()},
+        "redo": redo,
+        **_along("q", "bhn", arrays["query"].strides),
+        **_along("k", "bhn", arrays["key"].strides),
+        **_along("v", "bhn", arrays["value"].strides),
+        **_along("o", "bhn", arrays["out"].strides),
+        **_along("lse", "bh", arrays["lse"].strides),
+        **_along("bias", "bhqk", spread["bias"]),
+        **_along("mask", "bhq", spread["allowed"]),
+        **_along("blocks", "bhq", spread["blocks"]),
+        **{"scale": options["scale"], "softcap": options["softcap"] or 0.0},
+        **{"b": b, "h": h, "h_kv": h_kv, "n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_v},
+        **{"causal": CAUSAL[options["causal"]], "left": left, "right": right, "block_q": block_q, "block_k": block_k},
+        "sequences": arrays["cu_q"].shape[0] - 1 if "cu_q" in arrays else 0,
+    }
+
+
+def _along(name: str, axes: str, strides: Sequence[int]) -> dict[str, int]:
+    """Return strides by their members' names, e.g. q_b."""
+    return {f"{name}_{a}": s for a, s in zip(axes, strides, strict=False)}
 
 
 def pack(allowed: View, n_k: int, like: Any, stream: int) -> View:
@@ -132,10 +144,13 @@ def pack(allowed: View, n_k: int, like: Any, stream: int) -> View:
     _, found = empty(like, (b, h, n_q, -(-n_k // 32)), "int32")
     size = math.prod(found.shape)
     if size:
-        packed = PACK.pack(allowed.pointer, found.pointer, *allowed.spread(), b, h, n_q, n_k)
+        values = {
+            **{"mask": allowed.pointer, "out": found.pointer, "b": b, "h": h, "n_q": n_q, "n_k": n_k},
+            **_along("mask", "bhqk", allowed.spread()),
+        }
         kernel = compiled(text_of("pack.cu", {}), "pack", 0, simt.target(capability(allowed.device)), allowed.device)
         grid = min(-(-size // 8), 16 * attribute(allowed.device, "MultiProcessorCount"))
-        queue(kernel, grid, 256, 0, stream, packed)
+        queue(kernel, grid, 256, 0, stream, arguments_of("pack.cu", "pack"), {"p": values})
     return found
 
 
@@ -145,13 +160,14 @@ def queue(
     threads: int,
     shared: int,
     stream: int,
-    packed: bytes,
-    offsets: tuple[int, ...] = (0,),
+    takes: Arguments,
+    values: Mapping[str, Any],
 ) -> None:
-    """Launch a kernel whose arguments lie at some offsets of `packed`; the driver copies them."""
+    """Launch a kernel with its arguments by name; the driver copies them."""
+    packed = takes.pack(**values)
     buffer = ctypes.create_string_buffer(packed, len(packed))
     start = ctypes.addressof(buffer)
-    pointers = (ctypes.c_void_p * len(offsets))(*(start + o for o in offsets))
+    pointers = (ctypes.c_void_p * len(takes.offsets))(*(start + o for o in takes.offsets))
     library("cupy").cuda.driver.launchKernel(
         kernel[0], grid, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
     )

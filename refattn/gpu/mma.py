@@ -103,5 +103,5 @@ def shared_bytes(m: Mapping[str, Any]) -> int:
 
 
 KERNEL = Kernel(
-    "mma", "attention", obstacle, why, macros, partial(text_of, FILE), block_rows, threads, shared_bytes, target
+    "mma", FILE, "attention", obstacle, why, macros, partial(text_of, FILE), block_rows, threads, shared_bytes, target
 )

@@ -91,5 +91,5 @@ def target(capability: tuple[int, int]) -> str:
 
 
 KERNEL = Kernel(
-    "simt", "attention", obstacle, why, macros, partial(text_of, FILE), block_rows, threads, shared_bytes, target
+    "simt", FILE, "attention", obstacle, why, macros, partial(text_of, FILE), block_rows, threads, shared_bytes, target
 )

@@ -17,10 +17,6 @@ __all__ = ["KERNEL", "WIDTHS", "arguments", "key_map", "source", "tensor_map", "
 FILE = "sm90.cu"
 WIDTHS = (64, 128, 256)
 """Head dims that it is compiled for; smaller ones are filled up with zeros."""
-ARGUMENTS = struct.Struct("@128s128s128s4Q8i3q4q2if")
-"""Tensor maps, pointers, shape, strides, block mask and scale."""
-OFFSETS = (0, 128, 256, 384, 392, 400, 408, 416, 448, 472, 512)
-"""Where the kernel's arguments lie in them."""
 ROWS_BLOCK_MASK = 128
 """Query rows of a block where there is a block mask, whose blocks must be multiples of it."""
 
@@ -175,8 +171,8 @@ def arguments(
     counter: int,
     redo: int,
     multiprocessors: int,
-) -> tuple[int, bytes]:
-    """Return the grid and the kernel's arguments, at ``OFFSETS``.
+) -> tuple[int, dict[str, Any]]:
+    """Return the grid, and the kernel's arguments by name.
 
     Parameters
     ----------
@@ -202,15 +198,17 @@ def arguments(
     head_group = max(group, min(b * h, together)) if m["CAUSAL"] else 1
     mask = arrays.get("block_bits")
     table, spread = (0, (0, 0, 0)) if mask is None else (mask.pointer, mask.spread()[:3])
-    packed = ARGUMENTS.pack(
-        *maps,
-        *(out.pointer, arrays["lse"].pointer, counter, redo),
-        *(b, h, group, n_q, n_k, d, head_group, tiles),
-        *out.strides[:3],
-        *(table, *spread, *(blocks or (1, 1))),
-        scale,
-    )
-    return min(tiles, multiprocessors), packed
+    return min(tiles, multiprocessors), {
+        **{"map_q": maps[0], "map_k": maps[1], "map_v": maps[2]},
+        **{"out": out.pointer, "lse": arrays["lse"].pointer, "counter": counter, "redo": redo},
+        "shape": {
+            "batch": b, "heads": h, "group": group, "n_q": n_q, "n_k": n_k, "d": d, "head_group": head_group,
+            "tiles": tiles,
+        },
+        "stride": out.strides[:3],
+        "mask": (table, *spread, *(blocks or (1, 1))),
+        "scale": scale,
+    }  # fmt: skip
 
 
 def key_map(x: View, rows: int, name: str) -> bytes:
@@ -244,4 +242,6 @@ def tensor_map(x: View, axes: tuple[int, ...], box: tuple[int, ...], name: str) 
     return struct.pack("16Q", *(int(w) for w in found.opaque))
 
 
-KERNEL = Kernel("sm90", "attention_forward", obstacle, why, macros, source, block_rows, threads, shared_bytes, target)
+KERNEL = Kernel(
+    "sm90", FILE, "attention_forward", obstacle, why, macros, source, block_rows, threads, shared_bytes, target
+)

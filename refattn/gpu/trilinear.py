@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UnsupportedProblem
+from .arguments import arguments_of
 from .build import compiled, text_of
 from .launch import attribute, capability, queue
 from .sm90 import key_map, tensor_map, wgmma
@@ -17,13 +17,6 @@ __all__ = ["backward", "forward", "macros", "macros_backward", "shared_bytes", "
 
 FILE, BACKWARD = "trilinear.cu", "trilinear_backward.cu"
 WIDTHS = (64, 128)
-ARGUMENTS = struct.Struct("@128s128s128s4Q9q8i6if")
-OFFSETS = (0, 128, 256, *(384 + 8 * i for i in range(4)), 416, 440, 464, 488, 544)
-"""Where the kernel's arguments lie: maps, k1, v1, out, lse, three strides, shape, scale."""
-ARGUMENTS_BACKWARD = struct.Struct("@32q2Q8i6if")
-OFFSETS_BACKWARD = (*range(0, 256, 32), 256, 264, 272, 328)
-"""Those of the backward kernel: eight tensors, lse, delta, shape, scale."""
-ARGUMENTS_DELTA, OFFSETS_DELTA = struct.Struct("@8qQ2iqi"), (0, 32, 64, 72, 76, 80, 88)
 NAMES = ("query", "k1", "k2", "v1", "v2")
 
 
@@ -103,8 +96,9 @@ def forward(
         tiles = b * h // call.row_heads * -(-n_q // (64 // call.row_heads))
         grid = min(tiles, attribute(device, "MultiProcessorCount"))
         kernel = compiled(source(m), "trilinear_forward", shared_bytes(m), "sm_90a", device)
-        packed = _arguments(m, arrays, call, tiles)
-        queue(kernel, grid, 384, shared_bytes(m), stream_of(query, device), packed, OFFSETS)
+        takes = arguments_of(FILE, "trilinear_forward")
+        values = _arguments(m, arrays, call, tiles)
+        queue(kernel, grid, 384, shared_bytes(m), stream_of(query, device), takes, values)
         out, lse = finish(query, [out, lse], list(arrays.values()))
     return out, lse
 
@@ -126,39 +120,54 @@ def backward(
         arrays = {n: view(x, n) for n, x in zip((*NAMES, "out", "d_out"), given, strict=True)}
         _check(arrays, scale, device)
         sums = view(lse, "lse")
-        (b, h, n_q, d), stream = arrays["query"].shape, stream_of(query, device)
+        (b, h, n_q, _), stream = arrays["query"].shape, stream_of(query, device)
         if any(n > 1 and s != e for n, s, e in zip(sums.shape, sums.strides, (h * n_q, n_q, 1), strict=True)):
             raise UnsupportedProblem(f"lse: the trilinear kernel takes a contiguous one, got strides {sums.strides}")
-        call = _Call.of(arrays, scale, causal, window)
-        kept, delta = empty(query, (b, h, n_q), "float32")
+        kept, arrays["delta"] = empty(query, (b, h, n_q), "float32")
         found = []
         for name in NAMES:
             x, arrays["d_" + name] = empty(query, arrays[name].shape, "bfloat16")
             found.append(x)
-        pointers = (sums.pointer, delta.pointer)
-        packed = ARGUMENTS_DELTA.pack(
-            *_tensor(arrays["out"]), *_tensor(arrays["d_out"]), delta.pointer, h, n_q, b * h * n_q, d
-        )
-        text = source(macros_backward(d, query=True))
-        kernel = compiled(text, "trilinear_delta", 0, "sm_90a", device)
-        queue(kernel, -(-b * h * n_q // 8), 256, 0, stream, packed, OFFSETS_DELTA)
-        q, a, k, x, v = (("query", "d_out"), ("k1", "v1"), ("k2", "v2"), ("d_k1", "d_v1"), ("d_k2", "d_v2"))
-        wide = call.span(1) >= call.span(0)  # the rows of Y come in tiles: the more keys
-        launches = [
-            (True, (*q, *(k + a if wide else a + k), "d_query", "d_query"), call if wide else call.turned()),
-            (False, (*k, *q, *a, *v), call),
-            (False, (*a, *q, *k, *x), call.turned()),
-        ]
-        for of_query, names, c in launches:
-            m = macros_backward(d, of_query)
-            rows = h // call.row_heads * -(-n_q // (64 // call.row_heads)) if of_query else 0
-            tiles = b * (rows or arrays["k1"].shape[1] * -(-c.n[1] // 64))
-            tensors = (s for n in names for s in _tensor(arrays[n]))
-            packed = ARGUMENTS_BACKWARD.pack(*tensors, *pointers, *c.shape(tiles), scale)
-            kernel = compiled(source(m), "trilinear_backward", shared_bytes_backward(m), "sm_90a", device)
-            queue(kernel, tiles, 512, shared_bytes_backward(m), stream, packed, OFFSETS_BACKWARD)
-        *results, _ = finish(query, [*found, kept], [*arrays.values(), sums, delta])
+        arrays["lse"] = sums
+        _delta(arrays, stream)
+        _gradients(_Call.of(arrays, scale, causal, window), arrays, stream)
+        *results, _ = finish(query, [*found, kept], list(arrays.values()))
     return tuple(results)
+
+
+def _delta(arrays: Mapping[str, View], stream: int) -> None:
+    """Queue the sums of out times its gradient, of each row."""
+    (b, h, n_q, d), device = arrays["query"].shape, arrays["query"].device
+    tensors = {n: _tensor(arrays[n]) for n in ("out", "d_out")}
+    sizes = {"heads": h, "n_q": n_q, "rows": b * h * n_q, "d": d}
+    kernel = compiled(source(macros_backward(d, query=True)), "trilinear_delta", 0, "sm_90a", device)
+    takes = arguments_of(BACKWARD, "trilinear_delta")
+    queue(kernel, -(-b * h * n_q // 8), 256, 0, stream, takes, {**tensors, "delta": arrays["delta"].pointer, **sizes})
+
+
+def _gradients(call: _Call, arrays: Mapping[str, View], stream: int) -> None:
+    """Queue the gradient of the query, and those of k1 and v1, and of k2 and v2."""
+    (_, h, n_q, d), device = arrays["query"].shape, arrays["query"].device
+    takes = arguments_of(BACKWARD, "trilinear_backward")
+    tensors = ("x", "x2", "y", "y2", "single", "single2", "dx", "dx2")
+    q, a, k, x, v = (("query", "d_out"), ("k1", "v1"), ("k2", "v2"), ("d_k1", "d_v1"), ("d_k2", "d_v2"))
+    wide = call.span(1) >= call.span(0)  # the rows of Y come in tiles: the more keys
+    launches = [
+        (True, (*q, *(k + a if wide else a + k), "d_query", "d_query"), call if wide else call.turned()),
+        (False, (*k, *q, *a, *v), call),
+        (False, (*a, *q, *k, *x), call.turned()),
+    ]
+    for of_query, names, c in launches:
+        m = macros_backward(d, of_query)
+        rows = h // call.row_heads * -(-n_q // (64 // call.row_heads)) if of_query else 0
+        tiles = call.batch * (rows or call.heads_kv * -(-c.n[1] // 64))
+        values = {
+            **{to: _tensor(arrays[n]) for to, n in zip(tensors, names, strict=True)},
+            **{"lse": arrays["lse"].pointer, "delta": arrays["delta"].pointer},
+            **{"shape": c.shape(tiles), "scale": c.scale},
+        }
+        kernel = compiled(source(m), "trilinear_backward", shared_bytes_backward(m), "sm_90a", device)
+        queue(kernel, tiles, 512, shared_bytes_backward(m), stream, takes, values)
 
 
 @dataclass(frozen=True)
@@ -211,11 +220,14 @@ class _Call:
         """Return how many keys of a kind a tile of rows sees."""
         return min(self.n[kind], self.window[kind] + 64 // self.row_heads - 1) if self.causal else self.n[kind]
 
-    def shape(self, tiles: int) -> tuple[int, ...]:
+    def shape(self, tiles: int) -> dict[str, Any]:
         """Return the kernels' struct Shape: k1 are the keys that come one by one."""
-        rows = self.row_heads.bit_length() - 1
-        keys = (x for kind in zip(self.n, self.shift, self.window, strict=True) for x in kind)
-        return self.batch, self.heads_kv, self.group, self.n_q, self.d, int(self.causal), rows, tiles, *keys
+        single, tiled = zip(self.n, self.shift, self.window, strict=True)
+        return {
+            **{"batch": self.batch, "heads_kv": self.heads_kv, "group": self.group, "n_q": self.n_q, "d": self.d},
+            **{"causal": int(self.causal), "row_heads_log2": self.row_heads.bit_length() - 1, "tiles": tiles},
+            **{"single": single, "tiled": tiled},
+        }
 
 
 def _check(arrays: dict[str, View], scale: float, device: int) -> None:
@@ -250,20 +262,16 @@ def _tensor(x: View) -> tuple[int, ...]:
     return (x.pointer, *x.spread()[:3])
 
 
-def _arguments(m: Mapping[str, int], arrays: Mapping[str, View], call: _Call, tiles: int) -> bytes:
-    """Return the forward kernel's arguments, at ``OFFSETS``."""
-    q, k1, k2, v1, v2, out = (arrays[n] for n in ("query", "k1", "k2", "v1", "v2", "out"))
+def _arguments(m: Mapping[str, int], arrays: Mapping[str, View], call: _Call, tiles: int) -> dict[str, Any]:
+    """Return the forward kernel's arguments by name."""
+    q, k2, v2 = (arrays[n] for n in ("query", "k2", "v2"))
     rows, (s_b, s_h, s_n, _) = call.row_heads, q.strides
     shape = (call.batch, call.heads_kv, call.group, call.n_q, call.d)
     grouped = View(q.pointer, shape, (s_b, call.group * s_h, s_h, s_n, 1), q.dtype, q.device)
-    maps = (
-        tensor_map(grouped, (4, 2, 3, 1, 0), (64, rows, 64 // rows, 1, 1), "query"),
-        *(key_map(x, 64 * m["HALVES"], n) for x, n in ((k2, "k2"), (v2, "v2"))),
-    )
-    return ARGUMENTS.pack(
-        *maps,
-        *(x.pointer for x in (k1, v1, out, arrays["lse"])),
-        *(s for x in (k1, v1, out) for s in x.spread()[:3]),
-        *call.shape(tiles),
-        call.scale,
-    )
+    return {
+        "map_q": tensor_map(grouped, (4, 2, 3, 1, 0), (64, rows, 64 // rows, 1, 1), "query"),
+        **{f"map_{n}": key_map(x, 64 * m["HALVES"], n) for n, x in (("k2", k2), ("v2", v2))},
+        **{n: arrays[n].pointer for n in ("k1", "v1", "out", "lse")},
+        **{f"{n}_at": arrays[n].spread()[:3] for n in ("k1", "v1", "out")},
+        **{"shape": call.shape(tiles), "scale": call.scale},
+    }

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,40 +71,20 @@ class Layer:
         if not candidates:
             raise UnsupportedProblem(f"he: no polynomial is within {tolerance:.3g} of 1/D on {w.denominator}")
         self.inverse: Inverse = candidates[0]
-        then, (heads, d, _) = w.then, w.query.shape
-        n = w.query_bias.shape[1]
-        width = max(w.query.shape[2], w.value.shape[2], 1 if not isinstance(then, Feedforward) else -(-d // heads))
-        rows, columns = 1 << (n - 1).bit_length(), 1 << (heads - 1).bit_length()
-        groups = 1 << (-(-width // 2) - 1).bit_length()
-        hidden = then.up.shape[1] if isinstance(then, Feedforward) else 0
-        while (rows - 2) * groups * columns < hidden and 2 * groups * rows * columns * rows <= max(MOST_BITS) // 2:
-            groups *= 2
-        if hidden and (rows - 2) * groups * columns < hidden:
-            raise UnsupportedProblem(
-                f"he: {hidden} hidden features do not fit {n} tokens' slots, which hold "
-                f"{max(0, rows - 2) * groups * columns}"
-            )
-        period = groups * rows * columns * rows
-        found = []
-        for degree in MOST_BITS:
-            if degree // 2 < period:
-                continue
-            layout = Layout(degree // 2, rows, columns * rows, groups, 1, rows, columns)
-            for spread, apart in itertools.product(_powers(groups), _powers(degree // 2 // period)):
-                if spread * apart < 2 * d:
-                    found += self._planned(layout, spread, apart, n)
+        found = [plan for where in _layouts(w) for plan in self._planned(*where)]
         if not found:
             raise UnsupportedProblem(
-                f"he: no ring at 128 bits of security has {period} slots and the levels that the layer needs; "
+                f"he: no ring at 128 bits of security has {period_of(_least(w))} slots and the levels that the layer "
+                "needs; "
                 "narrower ranges, a larger tolerance or a smaller p would help"
             )
         self.plan = min(found, key=lambda x: x.predicted_ms() + LINE[upload] * x.upload_bytes)
         self._compile(self.plan.layout, self.plan.spread, self.plan.apart)
 
-    def _planned(self, layout: Layout, spread: int, apart: int, n: int) -> list[LayerPlan]:
+    def _planned(self, layout: Layout, spread: int, apart: int) -> list[LayerPlan]:
         """Return a plan, or none where the ring has too few levels."""
         w, then = self.weights, self.weights.then
-        degree, d = 2 * layout.slots, w.query.shape[1]
+        degree, d, n = 2 * layout.slots, w.query.shape[1], w.query_bias.shape[1]
         self._compile(layout, spread, apart)
         copies = self._copies
         counting = Levels()
@@ -205,32 +186,27 @@ class Layer:
             added = np.where(where, by[np.minimum(token, n - 1), pair], 0)
             self._plains[name] = Plain(added)
         if isinstance(then, Feedforward):
+            self._compile_output(then, layout, n, d)
             self._compile_feedforward(then, layout, n, d)
             return
         bias = np.pad(then, (0, 2 * layout.groups - len(then))) * n / self.inverse.output_factor
         added = np.where((j == 0) & (h == 0) & (i == 0), bias[2 * f] + 1j * bias[2 * f + 1], 0)
         self._plains["bias"] = Plain(added)
 
-    def _compile_feedforward(self, then: Feedforward, layout: Layout, n: int, d: int) -> None:
+    def _compile_output(self, then: Feedforward, layout: Layout, n: int, d: int) -> None:
+        """Make what leads from attention to the layer's first sum."""
         f, j, h, i = axes_of(layout)
         heads, d_v, _ = then.out.shape
-        hidden, width = then.up.shape[1], layout.groups * layout.heads
-        kappa, real = _kappa(then.norm, d), i < n
-        pair, next_f = f * layout.heads + h, (f + 1) % layout.groups
-        after = next_f * layout.heads + h
+        width, kappa, real = layout.groups * layout.heads, _kappa(then.norm, d), i < n
+        pair, after = f * layout.heads + h, (f + 1) % layout.groups * layout.heads + h
         steps = (layout.queries, layout.heads), (layout.keys * layout.columns, layout.groups)
-
-        def pairs(x: Float) -> Complex:
-            """Return features as pairs along the last axis."""
-            x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 2 * width - x.shape[-1])])
-            return np.asarray(x[..., 0::2] + 1j * x[..., 1::2])
 
         # of z, the pair (a, b) of head h: a·A + b·B = z·(A - iB)/2 + conj(z)·(A + iB)/2
         of = np.zeros((2 * width, width), np.complex128)
         out = np.pad(then.out, ((0, 0), (0, 2 * layout.groups - d_v), (0, 0))) * kappa * self.inverse.output_factor
         rows = np.arange(layout.groups)
         for head in range(heads):
-            a, b = pairs(out[head, 0::2]), pairs(out[head, 1::2])
+            a, b = _pairs(out[head, 0::2], width), _pairs(out[head, 1::2], width)
             of[rows * layout.heads + head] = (a - 1j * b) / 2
             of[width + rows * layout.heads + head] = (a + 1j * b) / 2
         # heads that are none are zero in z, too; all pairs are asked for, so that every product is there
@@ -243,9 +219,17 @@ class Layer:
             first, Arrangement(np.where(wanted, i, -1), np.where(wanted, target, -1)),
             own + target * layout.queries + i, of, steps,
         )  # fmt: skip
-        bias = pairs(then.out_bias * kappa)
+        bias = _pairs(then.out_bias * kappa, width)
         self._plains["out"] = Plain(np.where((j == 0) & real, bias[pair], 0))
 
+    def _compile_feedforward(self, then: Feedforward, layout: Layout, n: int, d: int) -> None:
+        """Make what leads from the first sum to the layer's result."""
+        f, j, h, i = axes_of(layout)
+        hidden, width = then.up.shape[1], layout.groups * layout.heads
+        kappa, real = _kappa(then.norm, d), i < n
+        pair, after = f * layout.heads + h, (f + 1) % layout.groups * layout.heads + h
+        steps = (layout.queries, layout.heads), (layout.keys * layout.columns, layout.groups)
+        own = np.arange(len(f)) // period_of(layout) * width * layout.queries  # repeats are results of their own
         held = Arrangement(np.where((j >= 1) & real, i, -1), after)
         unit = (j - 1) * width + pair
         wide = real & (j >= 1) & (j <= layout.keys - 2) & (unit < hidden)
@@ -257,15 +241,52 @@ class Layer:
         bias_up = np.where(wide, (then.up_bias / then.activation.most)[np.where(wide, unit, 0)], 0)
         self._plains["up"] = Plain(bias_up.astype(np.complex128))
 
-        down = pairs(then.down * kappa * then.activation.constant)
+        down = _pairs(then.down * kappa * then.activation.constant, width)
         target = np.where(j == 0, pair, after)
         rows_in = real & (j <= layout.keys - 2)
         self._maps["down"] = compiled(
             [hiddens], Arrangement(np.where(rows_in, i, -1), np.where(rows_in, target, -1)),
             own + target * layout.queries + i, down, steps,
         )  # fmt: skip
-        bias = pairs(then.down_bias * kappa)
+        bias = _pairs(then.down_bias * kappa, width)
         self._plains["down"] = Plain(np.where((j == 1) & real, bias[after], 0))
+
+
+def _least(w: Weights) -> Layout:
+    """Return the layout with as many slots as one query's share of a ciphertext needs.
+
+    Raises
+    ------
+    UnsupportedProblem
+        More hidden features than the tokens' slots hold.
+    """
+    then, (heads, d, _) = w.then, w.query.shape
+    n = w.query_bias.shape[1]
+    width = max(w.query.shape[2], w.value.shape[2], 1 if not isinstance(then, Feedforward) else -(-d // heads))
+    rows, columns = 1 << (n - 1).bit_length(), 1 << (heads - 1).bit_length()
+    groups = 1 << (-(-width // 2) - 1).bit_length()
+    hidden = then.up.shape[1] if isinstance(then, Feedforward) else 0
+    while (rows - 2) * groups * columns < hidden and 2 * groups * rows * columns * rows <= max(MOST_BITS) // 2:
+        groups *= 2
+    if hidden and (rows - 2) * groups * columns < hidden:
+        raise UnsupportedProblem(
+            f"he: {hidden} hidden features do not fit {n} tokens' slots, which hold "
+            f"{max(0, rows - 2) * groups * columns}"
+        )
+    return Layout(groups * rows * columns * rows, rows, columns * rows, groups, 1, rows, columns)
+
+
+def _layouts(w: Weights) -> Iterator[tuple[Layout, int, int]]:
+    """Yield the layouts that can be planned, with pairs of features that are spread, and that lie apart."""
+    least, d = _least(w), w.query.shape[1]
+    period = period_of(least)
+    for degree in MOST_BITS:
+        if degree // 2 < period:
+            continue
+        layout = replace(least, slots=degree // 2)
+        for spread, apart in itertools.product(_powers(least.groups), _powers(degree // 2 // period)):
+            if spread * apart < 2 * d:
+                yield layout, spread, apart
 
 
 def _tokens(feature: NDArray[np.int64], token: NDArray[np.int64], d: int, n: int) -> Arrangement:
@@ -277,6 +298,12 @@ def _paired(x: Float, groups: int, heads: int, unit: complex) -> Complex:
     x = np.pad(x, ((0, heads - x.shape[0]), (0, 0), (0, 2 * groups - x.shape[2])))
     z = x[..., 0::2] + unit * x[..., 1::2]
     return np.asarray(z.transpose(1, 2, 0).reshape(x.shape[1], -1))
+
+
+def _pairs(x: Float, width: int) -> Complex:
+    """Return features as `width` pairs along the last axis."""
+    x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 2 * width - x.shape[-1])])
+    return np.asarray(x[..., 0::2] + 1j * x[..., 1::2])
 
 
 def _kappa(norm: Polynomial, d: int) -> float:

@@ -1,7 +1,6 @@
 """Few queries over many keys: the parts of the keys, the kernel against exact answers on a GPU."""
 
 import math
-import struct
 from dataclasses import replace
 
 import numpy as np
@@ -12,13 +11,14 @@ from hypothesis import strategies as st
 from refattn import Problem, check_problem
 from refattn.check.kernels import KERNELS
 from refattn.gpu import launch as launches
-from refattn.gpu.decode import KERNEL, SPLIT, Split, split_of
+from refattn.gpu.arguments import arguments_of
+from refattn.gpu.decode import KERNEL, Split, split_of
 from refattn.gpu.plan import choose
 
 from ..conftest import tensor
 from .compiled import NVCC, check_compiles
 from .test_build import MOST, PLAIN
-from .test_launch import arrays, driver  # noqa: F401
+from .test_launch import arrays, driver, members  # noqa: F401
 
 gpu = pytest.mark.skipif(not KERNELS["refattn-gpu"].here, reason="needs an NVIDIA GPU and CuPy")
 FEW = replace(PLAIN, n_q=1, n_k=5000)
@@ -84,7 +84,7 @@ def test_two_launches(driver, monkeypatch):  # noqa: F811
     given = arrays() | {"query": replace(arrays()["query"], shape=(2, 4, 8, 64))}
     monkeypatch.setattr(launches, "empty", lambda like, shape, dtype: (None, replace(given["lse"], pointer=1 << 20)))
     monkeypatch.setattr(launches, "kernel_of", lambda plan, device, entry="", shared=None: (entry or "decode", None))
-    driver.sizes = [[launches.PARAMS.size, SPLIT.size]] * 2
+    driver.takes = [KERNEL.takes, arguments_of("decode.cu", "merge")]
     options = {"scale": 0.5, "causal": None, "window": None, "softcap": None}
     launches.launch(call, choose(call, "decode", (9, 0)), None, given, options, 7)
     (first, grid, threads, *_, a), (second, rows, _, shared, stream, b) = driver.launches
@@ -92,7 +92,8 @@ def test_two_launches(driver, monkeypatch):  # noqa: F811
     assert (second, rows, shared, stream) == ("merge", 2 * 4 * 8, 0, 7)
     assert a == b
     width = 64
-    assert struct.unpack("2Q5i", a[1][:36]) == (1 << 20, (1 << 20) + 4 * 4 * 32 * width, 0, 300, 256, 2, 4)
+    cut = {"first_key": 0, "keys": 300, "unit": 256, "units": 2, "workers": 4}
+    assert members(a, "s") == {"parts": 1 << 20, "stats": (1 << 20) + 4 * 4 * 32 * width, **cut}
 
 
 @gpu

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from refattn.gpu import launch as module
-from refattn.gpu import sm90, views
+from refattn.gpu import mma, simt, sm90, views
 from refattn.gpu.launch import launch
 from refattn.gpu.plan import choose
 from refattn.gpu.views import View
@@ -21,13 +21,15 @@ class Driver:
 
     def __init__(self):
         self.launches = []
-        self.sizes = []
+        self.takes = []
 
     def launchKernel(self, kernel, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
         assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0)
-        sizes = self.sizes.pop(0)
-        pointers = (ctypes.c_void_p * len(sizes)).from_address(parameters)
-        arguments = [ctypes.string_at(p, n) for p, n in zip(pointers, sizes, strict=True)]
+        takes = self.takes.pop(0)
+        offsets = takes.offsets
+        pointers = list((ctypes.c_void_p * len(offsets)).from_address(parameters))
+        assert [p - pointers[0] for p in pointers] == list(offsets)
+        arguments = takes.unpack(ctypes.string_at(pointers[0], len(takes)))
         self.launches.append((kernel, gx, bx, shared, stream, arguments))
 
 
@@ -40,6 +42,11 @@ def driver(monkeypatch):
     monkeypatch.setattr(module, "zeros", lambda device, stream, size, what: 7000 if what == "redo" else 8000)
     monkeypatch.setattr(sm90, "key_map", lambda x, rows, name: struct.pack("16Q", x.pointer, rows, *[0] * 14))
     return found
+
+
+def members(arguments, name):
+    """Return a struct's members."""
+    return {n.removeprefix(f"{name}."): x for n, x in arguments.items() if n.startswith(f"{name}.")}
 
 
 def arrays(dtype="bfloat16"):
@@ -60,43 +67,46 @@ def arrays(dtype="bfloat16"):
 
 def test_the_hopper_kernel_and_its_repair(driver):
     call = replace(PLAIN, n_q=128, n_k=300, causal="bottom_right")
-    driver.sizes = [[128] * 3 + [8] * 4 + [32, 24, 40, 4], [module.PARAMS.size]]
+    driver.takes = [sm90.KERNEL.takes, simt.KERNEL.takes]
     options = {"scale": 0.5, "causal": "bottom_right", "window": None, "softcap": None}
     launch(call, choose(call, None, (9, 0)), None, arrays(), options, 99)
     (kernel, grid, threads, shared, stream, a), (repair, *_, b) = driver.launches
     macros = choose(call, None, (9, 0)).macros
     assert (kernel, grid, threads, stream) == ("kernel sm90", 5, 512, 99)  # 8 tiles of 192 rows, 5 multiprocessors
     assert shared == sm90.shared_bytes(macros)
-    assert [struct.unpack_from("2Q", x) for x in a[:3]] == [(1, 192), (2, 128), (3, 128)]
-    assert [struct.unpack("Q", x)[0] for x in a[3:7]] == [4, 5, 8000, 7000]
+    assert [struct.unpack_from("2Q", a[f"map_{x}"]) for x in "qkv"] == [(1, 192), (2, 128), (3, 128)]
+    assert [a[n] for n in ("out", "lse", "counter", "redo", "scale")] == [4, 5, 8000, 7000, 0.5]
     together = (16 << 20) * 4 // (4 * 300 * 64)
-    assert struct.unpack("8i", a[7]) == (2, 4, 4, 128, 300, 64, min(8, together), 8)
-    assert struct.unpack("3q", a[8]) == (4 * 128 * 64, 128 * 64, 64)
-    assert struct.unpack("4q2i", a[9]) == (0, 0, 0, 0, 1, 1)
-    assert struct.unpack("f", a[10]) == (0.5,)
+    sizes = {"batch": 2, "heads": 4, "group": 4, "n_q": 128, "n_k": 300, "d": 64}
+    assert members(a, "shape") == {**sizes, "head_group": min(8, together), "tiles": 8}
+    assert members(a, "stride") == {"batch": 4 * 128 * 64, "head": 128 * 64, "row": 64}
+    assert members(a, "mask") == {"bits": 0, "batch": 0, "head": 0, "row": 0, "block_q": 1, "block_k": 1}
     assert repair == "kernel simt"
-    found = module.PARAMS.unpack(b[0])
-    assert found[:12] == (1, 2, 3, 4, 5, 0, 0, 0, 0, 0, 0, 7000)
-    assert found[12:15] == (4 * 128 * 64, 128 * 64, 64)
-    assert found[36:38] == (0.5, 0.0)
-    assert found[38:] == (2, 4, 1, 128, 300, 64, 64, 2, -1, -1, 1, 1, 0)
+    found = members(b, "p")
+    pointers = {"q": 1, "k": 2, "v": 3, "out": 4, "lse": 5, "redo": 7000}
+    absent = dict.fromkeys(("bias", "sink", "mask", "blocks", "cu_q", "cu_k"), 0)
+    assert {n: found[n] for n in pointers | absent} == pointers | absent
+    assert [found[n] for n in ("q_b", "q_h", "q_n")] == [4 * 128 * 64, 128 * 64, 64]
+    assert [found[n] for n in ("b", "h", "h_kv", "n_q", "n_k", "d_k", "d_v")] == [2, 4, 1, 128, 300, 64, 64]
+    assert [found[n] for n in ("scale", "softcap", "causal", "left", "right")] == [0.5, 0.0, 2, -1, -1]
+    assert [found[n] for n in ("block_q", "block_k", "sequences")] == [1, 1, 0]
 
 
 def test_options_reach_the_other_kernels(driver):
     call = replace(PLAIN, n_q=128, n_k=300, window=(3, None), softcap=True, sink=True, bias="float32")
-    driver.sizes = [[module.PARAMS.size]]
+    driver.takes = [mma.KERNEL.takes]
     given = arrays() | {
         "bias": View(6, (1, 4, 128, 300), (9, 38400, 300, 1), "float32", 0),
         "sink": View(7, (4,), (1,), "float32", 0),
     }
     options = {"scale": -0.5, "causal": None, "window": (3, None), "softcap": 20.0}
     launch(call, choose(call, None, (9, 0)), None, given, options, 0)
-    ((kernel, grid, threads, _, stream, (a,)),) = driver.launches
+    ((kernel, grid, threads, _, stream, a),) = driver.launches
     assert (kernel, grid, threads, stream) == ("kernel mma", 2 * 4 * 1, 128, 0)
-    found = module.PARAMS.unpack(a)
-    assert found[:12] == (1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0, 0)
-    assert found[26:30] == (0, 38400, 300, 1)
-    assert found[36:] == (-0.5, 20.0, 2, 4, 1, 128, 300, 64, 64, 0, 3, -1, 1, 1, 0)
+    found = members(a, "p")
+    assert [found[n] for n in ("q", "k", "v", "out", "lse", "bias", "sink", "mask", "redo")] == [*range(1, 8), 0, 0]
+    assert [found[n] for n in ("bias_b", "bias_h", "bias_q", "bias_k")] == [0, 38400, 300, 1]
+    assert [found[n] for n in ("scale", "softcap", "causal", "left", "right")] == [-0.5, 20.0, 0, 3, -1]
 
 
 def test_axes_of_one_element_are_spread():

@@ -222,6 +222,7 @@ KERNELS: dict[str, Entry] = {
                     batch_invariant=True,
                     arrays="torch",
                     device="cuda",
+                    edges=frozenset({"overflow"}),
                 ),
                 model,
                 gpu=True,
