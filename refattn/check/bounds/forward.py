@@ -80,27 +80,29 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
             alone, back = ~one.allowed.any(1) & ~one.spoilt, format_of(model.lse).unit_roundoff
             limit["lse"][at][alone] = (4 * format_of(model.accumulator).unit_roundoff + back) * abs(one.sink)
     if isinstance(variant.shape, Steps):
-        _recurrence(answer, variant.shape, model, limit)
-        return limit, {}  # errors of a state add up in an order that the model does not name
-    for n in names:
+        _recurrence(answer, variant.shape, model, limit, variance)
+    for n in limit:
         mid = answer.enclosures[n].mid
-        form = FORMATS[problem.dtype if n == "out" else model.lse]
+        form = format_of(problem.dtype if n == "out" else model.accumulator if n == "state" else model.lse)
         with np.errstate(over="ignore", invalid="ignore"):
             variance[n] += form.ulp_array(np.where(np.isfinite(mid), mid, 0.0)) ** 2 / 12
     return limit, variance
 
 
-def _recurrence(answer: Answer, shape: Steps, model: Model, limit: dict[str, Float]) -> None:
-    """Widen out's bound to what a kernel loses that goes token by token, and add that of the last state."""
+def _recurrence(
+    answer: Answer, shape: Steps, model: Model, limit: dict[str, Float], variance: dict[str, Float]
+) -> None:
+    """Widen what is allowed and predicted of out to a kernel that goes token by token, and add its last state."""
     final, inside = FORMATS[answer.call.dtype], format_of(model.accumulator)
-    limit["state"] = np.zeros(answer.enclosures["state"].mid.shape)
+    limit["state"], variance["state"] = (np.zeros(answer.enclosures["state"].mid.shape) for _ in range(2))
     for one in heads(answer.call):
         at = (one.batch, one.head, one.rows)
         out, state = stepped(one, shape, model)
-        for found, n, where, form in ((out, "out", at, final), (state, "state", at[:2], inside)):
+        for (found, spread), n, where, form in ((out, "out", at, final), (state, "state", at[:2], inside)):
             exact = np.nan_to_num(np.abs(answer.enclosures[n].mid[where]), posinf=0.0)
             total = found * (1 + form.unit_roundoff) + form.unit_roundoff * exact + floor(form, model)
             limit[n][where] = np.maximum(limit[n][where], total)
+            variance[n][where] = np.maximum(variance[n][where], spread)
         limit["out"][at][~one.live] = 0.0
 
 

@@ -32,7 +32,7 @@ from ..model import C, Model
 from .graph import Left, Node, Right, Scaled, Summed, Turned
 from .rules import Rules, in_logarithm, logistic, moves, slope_of_tanh, tanh
 
-__all__ = ["Losses", "Lossy"]
+__all__ = ["Losses", "Lossy", "variance_of"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -374,7 +374,7 @@ class Lossy(Reflected):
         n = self.node
         span = np.where(where, np.broadcast_to(n.span, n.a.shape), 0.0).max(1, initial=0.0, keepdims=True)
         y = np.where(where, np.abs(n.a), 0.0).max(1, initial=0.0, keepdims=True)
-        top = np.where(where & (np.abs(n.a) == y), np.broadcast_to(_variance(n), n.a.shape), 0.0)
+        top = np.where(where & (np.abs(n.a) == y), np.broadcast_to(variance_of(n), n.a.shape), 0.0)
         return Lossy(self.f, Node(y, (n.axes[0], "1"), span, top.max(1, initial=0.0, keepdims=True)))
 
 
@@ -389,6 +389,6 @@ def _both(x: Any, y: Any, left: tuple[int, ...], right: tuple[int, ...]) -> Any:
     return np.broadcast_to(x, left) @ np.broadcast_to(y, right)
 
 
-def _variance(n: Node) -> Any:
+def variance_of(n: Node) -> Any:
     """Return a node's variance, its parents' included."""
-    return n.var + sum(link.squares(_variance(link.parent)) for link in n.links)
+    return n.var + sum(link.squares(variance_of(link.parent)) for link in n.links)

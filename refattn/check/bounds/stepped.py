@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ...exact.heads import Head
 from ...variants import Steps
 from ..model import Model
-from .losses import Losses
+from .losses import Losses, variance_of
 from .operands import Operands
 
 __all__ = ["stepped"]
@@ -16,8 +16,10 @@ __all__ = ["stepped"]
 Float = NDArray[np.float64]
 
 
-def stepped(one: Head, shape: Steps, model: Model) -> tuple[Float, Float]:
-    """Return the largest errors of one head's out (n_q, d_v) and last state (d_k, d_v), their own roundings apart.
+def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float], tuple[Float, Float]]:
+    """Return the largest errors and the variances of one head's out and last state, their own roundings apart.
+
+    Out is (n_q, d_v), the state (d_k, d_v).
 
     Parameters
     ----------
@@ -31,14 +33,20 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[Float, Float]:
     f, lost = Losses(model, 1), Operands.of(one, model)
     o = one.options(f)
     start = np.zeros((one.q.shape[1], one.v.shape[1])) if one.state is None else one.state
-    state, spans = f.leaf(start, ("d", "v")), []
+    state, spans, variances = f.leaf(start, ("d", "v")), [], []
     with np.errstate(all="ignore"):
         shape.prepare(o)
         for t in range(len(one.q)):
             at = slice(t, t + 1)
-            q = f.leaf(one.q[at], ("q", "d"), lost.q[at])
-            k, v = f.leaf(one.k[at], ("k", "d"), lost.k[at]), f.leaf(one.v[at], ("k", "v"), lost.v[at])
+            q = f.leaf(one.q[at], ("q", "d"), lost.q[at], lost.var_q[at])
+            k = f.leaf(one.k[at], ("k", "d"), lost.k[at], lost.var_k[at])
+            v = f.leaf(one.v[at], ("k", "v"), lost.v[at], lost.var_v[at])
             state, out = shape.step(state, q, k, v, o)
             spans.append(np.broadcast_to(out.node.span, out.shape))
-            state = f.leaf(state.a, ("d", "v"), state.node.span)  # the graph behind it is not asked for
-    return np.concatenate(spans), np.broadcast_to(state.node.span, state.shape)
+            variances.append(np.broadcast_to(variance_of(out.node), out.shape))
+            state = f.leaf(state.a, ("d", "v"), state.node.span, variance_of(state.node))  # without the graph behind it
+    last = state.node
+    return (
+        (np.concatenate(spans), np.concatenate(variances)),
+        (np.broadcast_to(last.span, state.shape), np.broadcast_to(last.var, state.shape)),
+    )

@@ -136,6 +136,30 @@ def test_wrong_recurrences_fail():
     assert not check_kernel(wrong_state, "lightning", capabilities=ABLE, only="gaussian/decay*").passed
 
 
+def toward_zero(x):
+    """Return float64 numbers in float32, cut off."""
+    y = x.astype(np.float32)
+    return np.where(np.abs(y.astype(np.float64)) > np.abs(x), np.nextafter(y, np.float32(0)), y)
+
+
+def test_a_state_that_is_cut_off_at_every_step_is_within_its_bound_and_fails_by_its_rms():
+    def cut_off(p):
+        out, _ = lightning(p)
+        group, fade = p.heads // p.heads_kv, np.exp(-np.float64(p.options["decay"]))[None, :, None, None]
+        k, v = (np.repeat(x, group, 1).astype(np.float64) for x in (p.key, p.value))
+        state = np.zeros((p.batch, p.heads, p.d_k, p.d_v), np.float32)
+        for t in range(p.n_k):
+            faded = toward_zero(state * fade)
+            state = toward_zero(faded.astype(np.float64) + k[:, :, t, :, None] * v[:, :, t, None, :])
+        return out, state
+
+    report = check_kernel(cut_off, "lightning", capabilities=ABLE, only="gaussian/decay")
+    (failed,) = report.failures
+    assert failed.ratio < 1
+    assert "state: errors are" in failed.message
+    assert "times what the model's roundings give (rms)" in failed.message
+
+
 def test_the_bound_of_a_state_grows_with_the_tokens_it_keeps():
     rng = np.random.default_rng(0)
     q, k, v = (np.abs(tensor(rng, (1, 1, 64, 4))) for _ in range(3))
