@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from ..dtypes import FORMATS
 from ..problem import VARIANT, Problem
-from ..variants import Selected, variant_of
+from ..variants import Selected, Steps, variant_of
+from ..variants.shapes import Shape
 from .bounds.expected import expected
-from .call import SOURCES
 from .compare import Worst
+from .gradient_laws import gradient_steps, row_sums
 from .inputs.draw import Draw
 from .model import Capabilities
 from .protocol import changed_in_place, many_repeats, options_between, results_kept, shapes_between, two_threads
@@ -41,6 +42,10 @@ class Law:
         "", "lse", "state", or the gradient without which it cannot be tried.
     named_only : str
         Why it runs only where it is named, "" where it always runs.
+    uses : frozenset of str
+        The options of Problem that its call sets.
+    shape : type, optional
+        The shape of definition that it is about; every operator of that shape must keep it.
     """
 
     name: str
@@ -49,6 +54,8 @@ class Law:
     test: Callable[[Trial, Problem], Worst]
     needs: str = ""
     named_only: str = ""
+    uses: frozenset[str] = frozenset()
+    shape: type[Shape] | None = None
 
     def missing(self, able: Capabilities) -> list[str]:
         """Return what it needs and the kernel does not have."""
@@ -155,67 +162,6 @@ def _bias_shifted(ask: Trial, p: Problem) -> Worst:
     return agree(ask.out(moved), ask.out(p), limit, "a constant added to all scores changes the output")
 
 
-def _gradient_steps(ask: Trial, p: Problem) -> Worst:
-    """Move one input a step: dout·out changes by the step times the mean of the gradients at both ends.
-
-    That is the trapezoid rule; what it leaves out is known from the exact answer, and allowed. The step is twice the
-    cube root of a rounding, where roundings and what is left out meet.
-    """
-    d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
-    dout, size = d.tensor(d.normal(*p.out_shape)), 2 * d.form.unit_roundoff ** (1 / 3)
-    start, found = _Loss.of(ask, p, dout), []
-    for name in sorted(ask.able.gradients & {"dq", "dk", "dv"}):
-        x = getattr(p, SOURCES[name])
-        slope = start.by[name]  # the change is largest along it
-        uphill = size * np.sign(np.where(np.isfinite(slope) & (slope != 0), slope, d.normal(*x.shape)))
-        moved = d.tensor(x.astype(np.float64) + uphill)
-        step = moved.astype(np.float64) - x.astype(np.float64)
-        end = _Loss.of(ask, p.replace(**{SOURCES[name]: moved}), dout)
-        change, expected = end.value - start.value, ((start.by[name] + end.by[name]) / 2 * step).sum((2, 3))
-        rule = ((start.true[name] + end.true[name]) / 2 * step).sum((2, 3))
-        group = p.heads // p.heads_kv if name != "dq" else 1
-        change, lost, true = (
-            a.reshape(p.batch, -1, group).sum(2)
-            for a in (change, start.lost + end.lost, end.exact_value - start.exact_value)
-        )
-        allowed = ((start.allowed[name] + end.allowed[name]) / 2 * np.abs(step)).sum((2, 3))
-        text = f"{name} is not the derivative of out along a step"
-        found.append(agree(expected, change, lost + allowed + np.abs(true - rule), text, name))
-    return max(found, key=lambda w: w.ratio)
-
-
-@dataclass(frozen=True)
-class _Loss:
-    """dout·out by head, its gradients, what each may lose, and the exact ones."""
-
-    value: Float
-    exact_value: Float
-    lost: Float
-    by: dict[str, Float]
-    allowed: dict[str, Float]
-    true: dict[str, Float]
-
-    @classmethod
-    def of(cls, ask: Trial, p: Problem, dout: NDArray[Any]) -> _Loss:
-        wide, known = dout.astype(np.float64), expected(p, ask.model, dout)
-        true = {n: x.mid for n, x in known.answer.enclosures.items()}
-        value, exact_value = ((wide * x).sum((2, 3)) for x in (ask.out(p), true["out"]))
-        lost = (np.abs(wide) * ask.allowed(p)["out"]).sum((2, 3))
-        return cls(value, exact_value, lost, ask.gradients(p, dout), known.allowed, true)
-
-
-def _row_sums(name: str, axis: int, text: str) -> Callable[[Trial, Problem], Worst]:
-    """Return the law that a gradient sums to 0: a constant added to all scores of a row changes nothing."""
-
-    def test(ask: Trial, p: Problem) -> Worst:
-        d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
-        dout = d.tensor(d.normal(*p.out_shape))
-        total, limit = ask.gradients(p, dout)[name].sum(axis), ask.allowed(p, dout)[name].sum(axis)
-        return agree(total, np.zeros_like(total), limit, text, name)
-
-    return test
-
-
 def _full_budget_is_dense(ask: Trial, p: Problem) -> Worst:
     """Compare the operator with its whole budget to its core on every key."""
     known = expected(p.replace(variant=VARIANT, options={}), ask.model)
@@ -288,6 +234,7 @@ LAWS = {
             "with every candidate chosen the operator is its core",
             _first_case(),
             _full_budget_is_dense,
+            shape=Selected,
         ),
         Law(
             "state_carried",
@@ -295,6 +242,7 @@ LAWS = {
             _first_case(),
             _state_carried,
             "state",
+            shape=Steps,
         ),
         Law("determinism", "the same call twice gives the same bits", lambda d: d.problem(65, 130), _determinism),
         Law(
@@ -330,8 +278,20 @@ LAWS = {
         ),
         Law("values_doubled", "the output is linear in the values", lambda d: d.problem(), _values_doubled),
         Law("layout", "strides do not matter", lambda d: d.problem(b=2, h=3), _layout),
-        Law("bias_shifted", "a constant added to a row's scores does not matter", _whole_bias, _bias_shifted),
-        Law("masked_keys_unread", "what stands behind the mask does not matter", _hidden_keys, _masked_keys_unread),
+        Law(
+            "bias_shifted",
+            "a constant added to a row's scores does not matter",
+            _whole_bias,
+            _bias_shifted,
+            uses=frozenset({"bias"}),
+        ),
+        Law(
+            "masked_keys_unread",
+            "what stands behind the mask does not matter",
+            _hidden_keys,
+            _masked_keys_unread,
+            uses=frozenset({"allowed"}),
+        ),
         Law(
             "grouped_heads", "grouped heads equal repeated key heads", lambda d: d.problem(h=6, h_kv=2), _grouped_heads
         ),
@@ -341,27 +301,29 @@ LAWS = {
             _half_masked,
             _split_and_merge,
             "lse",
+            uses=frozenset({"allowed"}),
         ),
         Law(
             "gradient_steps",
             "dq, dk and dv are the derivatives of out: a step changes out by what they say",
             lambda d: d.problem(5, 19, h=2, d=8),
-            _gradient_steps,
+            gradient_steps,
             "dq",
         ),
         Law(
             "dk_sums",
             "the rows of dS sum to 0, so dk sums to 0 over the keys",
             lambda d: d.problem(),
-            _row_sums("dk", 2, "dk does not sum to 0 over the keys"),
+            row_sums("dk", 2, "dk does not sum to 0 over the keys"),
             "dk",
         ),
         Law(
             "dbias_sums",
             "the rows of dS sum to 0, so dbias sums to 0 over the keys",
             _whole_bias,
-            _row_sums("dbias", 3, "a row of dbias does not sum to 0"),
+            row_sums("dbias", 3, "a row of dbias does not sum to 0"),
             "dbias",
+            uses=frozenset({"bias"}),
         ),
         Law(
             "past_31_bits",
@@ -381,6 +343,6 @@ def law_problem(law: Law, dtype: str, variant: str) -> Problem:
     p = law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant))
     if v.takes(p):
         return p
-    settings = {"b": p.batch, "h": p.heads, "h_kv": p.heads_kv} | dict(next(iter(v.cases.values())))
+    settings = {"b": p.batch, "h": p.heads, "h_kv": p.heads_kv} | dict(next(iter(v.cases.values()), {}))
     settings["options"] = v.fitted(settings.get("options", {}), p.heads)
     return Draw(FORMATS[dtype], np.random.default_rng(1), variant).problem(**settings)

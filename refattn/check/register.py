@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..dtypes import FORMATS
-from ..errors import InvalidInput, InvalidProblem, RefattnError
-from ..exact.agree import differing_form, under
-from ..exact.driver import evaluate
-from ..problem import MEANINGS, Problem
-from ..variants import VARIANTS, Lowered, Option, Rows, Selected, Steps, Variant
-from .bounds.forward import bounds
+from ..errors import InvalidInput, RefattnError
+from ..exact.agree import under
+from ..problem import MEANINGS
+from ..variants import VARIANTS, Option, Steps, Variant
+from ..variants.own import BUILT_IN, FILES, from_file
+from ..variants.shapes import Shape
+from .bounds import expected
 from .bugs.planted import PLANTED
-from .inputs.draw import Draw
-from .inputs.families import FAMILIES, cases
+from .inputs import families
+from .inputs.builders import BUILDERS
+from .inputs.families import FAMILIES
 from .laws import LAWS
-from .model import flash
+from .model import FEATURES, FURTHER
+from .vetting import guarded, vet
 
 __all__ = ["load", "register"]
 
-SMALL = {"n_q": 5, "n_k": 5, "d": 4}
+SCALES = ("rsqrt", "one")
+LABEL = re.compile(r"[a-z0-9][a-z0-9_-]*")
+SETTINGS = frozenset({"n_q", "n_k", "b", "h", "h_kv", "d", "d_v", "scale", "options", *MEANINGS})
+"""What a case may set: lengths, the scale, options."""
 
 
-def register(variant: Variant) -> Variant:
+def register(variant: Variant | str) -> Variant:
     """Make an operator known to refattn: exact answers, gradients, bounds, laws, strategies, golden files, checks.
 
     Parameters
     ----------
-    variant : Variant
-        The operator. Three lines are enough: ``Variant("mine", define, formula=..., unit=..., source=...,
-        uses=frozenset({"causal"}))``.
+    variant : Variant or str
+        The operator, or where it is defined, as ``path/file.py:NAME``. Three lines are enough: ``Variant("mine",
+        define, formula=..., unit=..., source=..., uses=frozenset({"causal"}))``. One of your own that has the same name
+        is replaced.
 
     Returns
     -------
@@ -45,24 +47,23 @@ def register(variant: Variant) -> Variant:
     Raises
     ------
     InvalidInput
-        What is missing or wrong: a formula, an option that no case tries, an operation that an arithmetic does not
-        have, forms that disagree, a name that is taken.
+        What is missing or wrong: a formula, an option that no case tries or that the definition does not read, an
+        operation that an arithmetic does not have, forms that disagree, a name that is taken.
     """
+    if isinstance(variant, str):
+        return VARIANTS[load(variant)]
+    if not isinstance(variant, Variant):
+        raise InvalidInput(f"variant: got {type(variant).__name__}, expected a refattn.Variant or path/file.py:NAME")
     _types(variant)
     _row(variant)
+    guarded(variant, "options", _settings, variant)
+    families.forget()
     with under(variant):
-        _options(variant)
-        calls = _calls(variant)
-        for call in calls:
-            _arithmetics(variant, call)
-            _rows_alone(variant, call)
-        for call in calls:
-            wrong = differing_form(call)
-            if wrong:
-                raise InvalidInput(f"{variant.name}: {wrong}; both must be the same operator")
-        if not cases(variant.name):
-            raise InvalidInput(f"{variant.name}: no input case fits it; add some to cases=")
+        vet(variant)
     VARIANTS[variant.name] = variant
+    FILES.pop(variant.name, None)
+    families.forget()  # answers of one that it replaces
+    expected.forget()
     return variant
 
 
@@ -74,146 +75,124 @@ def load(name: str) -> str:
     InvalidInput
         No such file, no such name in it, or what :func:`register` refuses.
     """
-    path, colon, attribute = name.rpartition(":")
-    if not colon:
+    if ":" not in name:
         return name
-    file = Path(path)
-    if not file.is_file():
-        raise InvalidInput(f"variant: {path} is no file; name yours as path/file.py:NAME")
-    label = f"_refattn_variant_{file.stem}"
-    spec = importlib.util.spec_from_file_location(label, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[label] = module
-    try:
-        spec.loader.exec_module(module)
-    except RefattnError:
-        raise
-    except (Exception, SystemExit) as e:
-        raise InvalidInput(f"variant: {path} raised {type(e).__name__}: {e}") from e
-    found = getattr(module, attribute, None)
-    if not isinstance(found, Variant):
-        raise InvalidInput(f"variant: {path} has no Variant {attribute!r}")
+    found = from_file(name)
     if VARIANTS.get(found.name) is not found:
         register(found)
+    FILES[found.name] = name
     return found.name
 
 
+def _types(v: Variant) -> None:
+    """Refuse what is not of its type."""
+    for what, given, kind, wanted in (
+        ("name", v.name, str, "a text"),
+        ("formula", v.formula, str, "a text"),
+        ("unit", v.unit, str, "a text"),
+        ("source", v.source, str, "a text"),
+        ("default_scale", v.default_scale, str, "a text"),
+        ("fused", v.fused, str, "a text"),
+        ("has_lse", v.has_lse, bool, "True or False"),
+        ("positive", v.positive, bool, "True or False"),
+        ("places", v.places, bool, "True or False"),
+        ("options", v.options, Mapping, "a dict of Option by name"),
+        ("cases", v.cases, Mapping, "a dict of settings by label"),
+        ("forms", v.forms, Mapping, "a dict of definitions by name"),
+        *((n, getattr(v, n), frozenset | set, "a set of names") for n in ("uses", "quick", "always", "never")),
+        *((n, getattr(v, n), tuple, "a tuple of texts") for n in ("laws", "bugs", "families", "contract")),
+    ):
+        if not isinstance(given, kind):
+            raise InvalidInput(f"variant: got {what} {given!r}, expected {wanted}")
+    for what, define in (("define", v.define), *((f"form {n!r}", x) for n, x in v.forms.items())):
+        if not callable(define) and not isinstance(define, Shape):
+            raise InvalidInput(f"variant: got {what} {define!r}, expected a function of q, k, v, o or a shape")
+    if not callable(v.fits):
+        raise InvalidInput(f"variant: got fits {v.fits!r}, expected a function of a problem")
+    for n, s in v.cases.items():
+        if not isinstance(s, Mapping):
+            raise InvalidInput(f"{v.name}: case {n!r} is {s!r}, expected a dict")
+
+
 def _row(v: Variant) -> None:
-    """Refuse a row that is not complete."""
+    """Refuse a row that is not complete, or that names what there is not."""
     if not v.name.isidentifier():
         raise InvalidInput(f"variant: got name {v.name!r}, expected an identifier such as 'mine'")
-    if v.name in VARIANTS:
+    if v.name in BUILT_IN:
         raise InvalidInput(f"variant: {v.name!r} is known already; choose another name")
     for name in ("formula", "unit", "source"):
         if not getattr(v, name).strip():
             raise InvalidInput(f"{v.name}: has no {name}; say it in a line")
+    if v.has_lse and isinstance(v.shape, Steps):
+        raise InvalidInput(f"{v.name}: has_lse is True, and a recurrence has none: it returns its state")
+    if v.default_scale not in SCALES:
+        raise InvalidInput(f"{v.name}: default_scale is {v.default_scale!r}, expected one of {', '.join(SCALES)}")
+    if v.fused:
+        raise InvalidInput(f"{v.name}: fused is {v.fused!r}; only refattn's own operators have a fast implementation")
     for what, given, known in (
         ("uses", v.uses, set(MEANINGS)),
         ("laws", v.laws, set(LAWS)),
         ("bugs", v.bugs, set(PLANTED)),
         ("families", v.families, set(FAMILIES)),
+        ("always", v.always, set(FEATURES | FURTHER)),
+        ("never", v.never, set(FEATURES | FURTHER)),
     ):
-        unknown = sorted(set(given) - known)
+        unknown = sorted(set(given) - known, key=str)
         if unknown:
             raise InvalidInput(f"{v.name}: {what} has {unknown[0]!r}, expected some of {', '.join(sorted(known))}")
 
 
-def _options(v: Variant) -> None:
-    """Refuse an option that no case of the operator's own sets to something else than its default."""
+def _settings(v: Variant) -> None:
+    """Refuse options without values to try, and cases that set what there is not."""
     tried: dict[str, list[Any]] = {n: [] for n in v.options}
     for label, settings in v.cases.items():
-        for n, x in settings.get("options", {}).items():
+        if not isinstance(label, str) or not LABEL.fullmatch(label):
+            raise InvalidInput(f"{v.name}: got case {label!r}, expected a label of small letters, digits, - and _")
+        if label in BUILDERS["gaussian"]:
+            raise InvalidInput(f"{v.name}: case {label!r} has the name of a case of every operator; choose another")
+        unknown = sorted(set(settings) - SETTINGS, key=str)
+        if unknown:
+            raise InvalidInput(f"{v.name}: case {label!r} sets {unknown[0]!r}, expected some of {_listed(SETTINGS)}")
+        alien = sorted(set(settings) & set(MEANINGS) - v.uses)
+        if alien:
+            raise InvalidInput(f"{v.name}: case {label!r} sets {alien[0]!r}, which is not in uses")
+        options, heads = settings.get("options", {}), settings.get("h", 2)
+        if not isinstance(options, Mapping):
+            raise InvalidInput(f"{v.name}: case {label!r} has options {options!r}, expected a dict")
+        for n, x in options.items():
             if n not in tried:
                 raise InvalidInput(f"{v.name}: case {label!r} sets an option {n!r} that it does not have")
+            _value(v, n, x, heads, f"in case {label!r}")
             tried[n].append(x)
     for n, values in tried.items():
+        for x in v.options[n].draws(2):
+            if x is not v.options[n].default:  # one that is no value makes the option one that every call must set
+                _value(v, n, x, 2, "among its samples")
         if all(x == v.options[n].default for x in values):
             raise InvalidInput(
                 f"{v.name}: option {n!r} is {v.options[n].default!r} in every case; add one to cases= that sets it"
             )
 
 
-def _calls(v: Variant) -> list[Problem]:
-    """Return small calls that the operator takes: plain, its own cases, and each option of Problem that it has."""
-    rng, form = np.random.default_rng(0), FORMATS["float32"]
-    d = Draw(form, rng, v.name)
-    given = d.options(2, SMALL["n_q"], SMALL["n_k"], SMALL["d"])
-    given |= {"window": (2, 1), "softcap": 2.0}  # so small a call must feel them
-    uses = {n: given[n] for n in sorted(v.uses & set(given))}
-    own = [{k: x for k, x in c.items() if k == "options"} for c in v.cases.values()]
-    causal = [{"causal": "bottom_right"}] if "causal" in v.uses else []
-    one_each = [{n: x} for n, x in uses.items()] + [causal[0] | {n: x} for n, x in uses.items() if causal]
-    found, tried = [], []
-    for settings in ({}, *own, *one_each, *(o | c for o in own for c in causal), uses, *(o | uses for o in own)):
-        options = v.fitted(settings.get("options", {}), 2)
-        p = d.problem(**SMALL | {"b": 1, "h": 2, "h_kv": 1} | settings | {"options": options})
-        try:
-            v.settings(p)
-        except RefattnError as e:
-            tried.append(str(e))
-            continue
-        found.append(p)
-    if not found:
-        raise InvalidInput(f"{v.name}: none of its cases fits a call of 5 queries and keys: {tried[0]}")
-    return found
+def _value(v: Variant, name: str, value: Any, heads: int, where: str) -> None:
+    """Refuse a value that an option itself does not take."""
+    option = v.options[name]
+    if not isinstance(option, Option):
+        raise InvalidInput(f"{v.name}: option {name!r} is {option!r}, expected an Option")
+    if option.needs not in ("", *MEANINGS):
+        raise InvalidInput(f"{v.name}: option {name!r} needs {option.needs!r}, expected one of {_listed(MEANINGS)}")
+    if name in {"allowed", "bias", "count", "distance", "length", "one", "place", "scale", "sink", "softcap", "state",
+                "weight"}:  # fmt: skip
+        raise InvalidInput(f"{v.name}: option {name!r} has the name of something that every definition has")
+    try:
+        wrong = option.check(value, heads)
+    except (RefattnError, KeyboardInterrupt):
+        raise
+    except BaseException as e:
+        raise InvalidInput(f"{v.name}: the check of option {name!r} raised {type(e).__name__}: {e}") from e
+    if wrong:
+        raise InvalidInput(f"{v.name}: option {name!r} is {value!r} {where}, expected {wrong}")
 
 
-def _arithmetics(v: Variant, p: Problem) -> None:
-    """Run the definition and its gradients over every arithmetic, and name what one of them does not have."""
-    for what, run in (
-        ("balls", lambda: evaluate(p)),
-        ("certified floats", lambda: evaluate(p, rounding="float32")),
-        ("losses", lambda: bounds(evaluate(p), flash("float32"))),
-        ("gradients", lambda: evaluate(p, gradients=np.ones(p.out_shape))),
-    ):
-        try:
-            run()
-        except (InvalidProblem, RefattnError) as e:
-            raise InvalidInput(f"{v.name}: its definition over {what}: {e}") from e
-        except Exception as e:
-            raise InvalidInput(
-                f"{v.name}: its definition uses what {what} do not have: {type(e).__name__}: {e}; definitions are "
-                "written with @ + - * /, .T, exp, log, tanh, sigmoid, relu, power, sum, where, shift and absmax"
-            ) from e
-
-
-def _rows_alone(v: Variant, p: Problem) -> None:
-    """Refuse a definition by rows whose last row is another one alone."""
-    if not isinstance(v.shape, Rows):
-        return
-    last = {n: x[..., -1:, :] for n in ("query", "bias", "allowed") if (x := getattr(p, n)) is not None}
-    alone = p.replace(**last)
-    if not v.takes(alone) or p.window is not None:
-        return
-    one, all_ = (evaluate(x).enclosures["out"] for x in (alone, p))
-    apart = np.abs((one.mid - all_.mid[..., -1:, :]) + (one.tail - all_.tail[..., -1:, :]))
-    # float64's own rounding of that difference comes on top of both radii
-    room = one.radius + all_.radius[..., -1:, :] + 2.0**-50 * np.abs(one.mid)
-    if (apart > room).any():
-        raise InvalidInput(f"{v.name}: the last row alone gives something else; a definition by rows must not mix rows")
-
-
-def _types(v: Variant) -> None:
-    """Refuse what is not of its type."""
-    for what, given, kind, expected in (
-        ("name", v.name, str, "a text"),
-        ("formula", v.formula, str, "a text"),
-        ("unit", v.unit, str, "a text"),
-        ("source", v.source, str, "a text"),
-        ("uses", v.uses, frozenset | set, "a set of names"),
-        ("options", v.options, Mapping, "a dict of Option by name"),
-        ("cases", v.cases, Mapping, "a dict of settings by label"),
-        ("forms", v.forms, Mapping, "a dict of definitions by name"),
-    ):
-        if not isinstance(given, kind):
-            raise InvalidInput(f"variant: got {what} {given!r}, expected {expected}")
-    if not callable(v.define) and not isinstance(v.define, Rows | Lowered | Selected | Steps):
-        raise InvalidInput(f"variant: got define {v.define!r}, expected a function of q, k, v, o or a shape")
-    for n, x in v.options.items():
-        if not isinstance(x, Option):
-            raise InvalidInput(f"{v.name}: option {n!r} is {x!r}, expected an Option")
-    for n, s in v.cases.items():
-        if not isinstance(s, Mapping):
-            raise InvalidInput(f"{v.name}: case {n!r} is {s!r}, expected a dict")
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names))

@@ -16,7 +16,7 @@ from ..arrays import to_numpy
 from ..dtypes import FORMATS
 from ..errors import InvalidInput, KernelError, UnsupportedProblem
 from ..problem import VARIANT, Problem
-from ..variants import variant_of
+from ..variants import Steps, variant_of
 from .bounds.expected import Expected, expected, of_case
 from .call import Function, Result, call_gradients, call_kernel
 from .compare import Worst, compare
@@ -124,6 +124,11 @@ def plan(
     unknown = [d for d in dtypes or () if d not in FORMATS]
     if unknown:
         raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
+    if able.gradients and isinstance(v.shape, Steps) and v.rows is None:
+        raise InvalidInput(
+            f"gradients: {v.name} has no form with all tokens at once, from which their bounds follow; add one to "
+            "forms=, or leave gradients out of the capabilities"
+        )
     wanted = tuple(dtypes or [d for d in FORMATS if d in able.dtypes])
     items = []
     for dtype in wanted:
@@ -197,11 +202,10 @@ def check_problem(
     judged, plain = Kernel.of(kernel, model=model, name=name), problem.to("numpy")
     chosen, called = judged.model(problem.dtype), judged.call
     lse = judged.declared and judged.capabilities.lse
-    checks = [
-        _guard(
-            f"{label}[{problem.dtype}]", lambda: _judge(called, plain, expected(plain, chosen), chosen, lse, Notes())
-        ),
-    ]
+    notes = Notes()
+    name_of = f"{label}[{problem.dtype}]"
+    found = _guard(name_of, lambda: _judge(called, plain, expected(plain, chosen), chosen, lse, notes))
+    checks = [replace(found, either=notes.either)]
     if gradients is not None:
         dout = to_numpy(gradients)
         wanted = judged.capabilities.gradients if judged.declared else frozenset()
@@ -239,7 +243,7 @@ def _case_run(kernel: Kernel, case: Case, dtype: str) -> Callable[[], Check]:
         known = partial(of_case, case, dtype, model, backward=False)
         lse, some = able.lse and not lacks, case.sample(problem)
         check = _guard(name, lambda: _judge(kernel.call, problem, known(), model, lse, notes, some))
-        return replace(settled(check, kernel, problem, lacks, notes), rules=notes.rules)
+        return replace(settled(check, kernel, problem, lacks, notes), rules=notes.rules, either=notes.either)
 
     return run
 
@@ -292,6 +296,7 @@ def _judge(
     parts: dict[str, Any] = {} if some is None else {n: some.take(n, x) for n, x in whole.arrays().items()}
     result = Result(**parts) if parts else whole
     known = known.for_result({"out": result.out, **result.more()})
+    notes.either = 0 if known.either is None else int((known.either.rows > 0).sum())
     answer, allowed = known.answer, known.allowed
     notes.rules.update(verdicts(answer.call, result.out, answer.enclosures["out"].mid))
     yield _at(some, compare("out", result.out, answer, allowed["out"], problem.dtype, known.variance.get("out")))

@@ -18,10 +18,21 @@ ENDS = (f"{RAISED} SystemExit", f"{RAISED} GeneratorExit")
 
 @dataclass
 class Notes:
-    """What a check notes beside its comparisons: what other rules say of out, and the options that were read."""
+    """What a check notes beside its comparisons.
+
+    Attributes
+    ----------
+    rules : dict
+        What other projects' rules say of out.
+    read : frozenset of str, optional
+        The options that the kernel read.
+    either : int
+        Rows in which its rounding may choose other keys than the exact scores do.
+    """
 
     rules: dict[str, bool | None] = field(default_factory=dict)
     read: frozenset[str] | None = None
+    either: int = 0
 
 
 def settled(check: Check, kernel: Kernel, problem: Problem, lacks: list[str], notes: Notes) -> Check:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from ..check.register import load
 from ..dtypes import FORMATS
 from ..errors import InvalidInput
 from ..exact import evaluate
@@ -28,6 +29,7 @@ __all__ = ["exact"]
 @click.option("--causal", type=click.Choice(["bottom_right", "top_left"]), help="With a plain .npz: the causal corner.")
 @click.option("--scale", type=float, help="With a plain .npz: the scale; by default 1/sqrt(d_k).")
 @click.option("--softcap", type=float, help="With a plain .npz: the softcap.")
+@click.option("--variant", help="The operator: a name, or path/file.py:NAME; a file of save_problem names its own.")
 @click.option("--gradients", "dout_file", help="A .npy file with the gradient arriving at out: also write dq, dk, dv.")
 @click.option("--n-jobs", type=click.IntRange(1), help="Processes; by default one, with a thread for each core.")
 @click.option("--checkpoint", help="A folder for finished parts: the same command goes on from there.")
@@ -38,6 +40,7 @@ def exact(
     causal: str | None,
     scale: float | None,
     softcap: float | None,
+    variant: str | None,
     dout_file: str | None,
     n_jobs: int | None,
     checkpoint: str | None,
@@ -50,7 +53,8 @@ def exact(
     check_folders(target)
     if rounding not in FORMATS:
         raise InvalidInput(f"rounding: got {rounding!r}, expected one of {', '.join(FORMATS)}")
-    options = {"causal": causal, "scale": scale, "softcap": softcap}
+    own = None if variant is None else load(variant)
+    options = {"causal": causal, "scale": scale, "softcap": softcap, "variant": own}
     problem = _read(source, {n: x for n, x in options.items() if x is not None})
     dout = None if dout_file is None else _array(dout_file)
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -83,9 +87,13 @@ def _read(source: str, options: dict[str, Any]) -> Problem:
         raise InvalidInput(f"{source}: is no .npz file that can be read") from e
     if plain:
         return Problem(**arrays, **options)
+    variant = options.pop("variant", None)
     if options:
         raise InvalidInput(f"{source}: carries its own options; leave out --{next(iter(options))}")
-    return load_problem(source)
+    problem = load_problem(source)
+    if variant not in (None, problem.variant):
+        raise InvalidInput(f"{source}: is a call of {problem.variant}, and --variant says {variant}")
+    return problem
 
 
 def _array(path: str) -> Any:

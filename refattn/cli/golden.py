@@ -66,11 +66,14 @@ def make_(folder: str, variant: str, dtypes: str, only: str | None, form: str, g
 @golden.command(name="verify")
 @click.argument("folder", metavar="DIR")
 @click.option("--results", help="A folder with a kernel's results, in files of the same names: judge them.")
-def verify_(folder: str, results: str | None) -> None:
+@click.option("--variant", help="An operator of your own that DIR holds answers of, as path/file.py:NAME.")
+def verify_(folder: str, results: str | None, variant: str | None) -> None:
     """Check the digests in DIR and recompute every answer; with --results, judge a kernel's results instead.
 
     Exit code: 0 all passed, 1 one failed, 2 bad input or nothing ran.
     """
+    if variant is not None:
+        load(variant)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("files", total=None)
 

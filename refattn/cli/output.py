@@ -95,6 +95,10 @@ def print_outside(console: Console, reports: list[Report], kernels: tuple[str, .
             text = "; ".join(f"{n} × {m}" for m, n in sorted(lacks.items(), key=lambda x: -x[1])[:4])
             more = " ..." if len(lacks) > 4 else ""
             _print(console, f"{r.kernel}: {sum(lacks.values())} checks not run: {text}{more}")
+    for r in reports:
+        if r.either:
+            text = "rows whose scores its rounding may order otherwise; each was compared with the choice nearest to it"
+            _print(console, f"{r.kernel}: {r.either} {text}")
     if any(c.name.startswith("calls/") for r in reports for c in r.checks):
         _print(console, f"calls drawn by seed {reports[0].seed}; --seed {reports[0].seed} draws them again")
     if not kernels:

@@ -23,7 +23,7 @@ from .enclosure import Enclosure
 from .levels import Level
 from .lowering import lower
 from .parts import Part, fingerprint, parts, whole, work_through
-from .run import Known, Raw, Work, run
+from .run import Raw, RowsByHead, Work, run
 from .state import State
 from .ties import decide_by_ends, exact_lse, exact_ties
 
@@ -257,7 +257,7 @@ def _rounded(
     for f in levels + [Balls(bits) for bits in LADDER]:
         start = time.perf_counter()
         with f.working() if isinstance(f, Balls) else nullcontext():
-            known: Known = {}
+            known: RowsByHead = {}
             raw = work.run(f, need, keys, known)
             state.take(raw, need, keys, Enclosure.of if isinstance(f, Balls) else _enclosed)
             boundaries = decide_by_ends(raw, state) if isinstance(f, Balls) else {}
@@ -343,4 +343,4 @@ def _enclosed(x: NDArray[np.float64]) -> Enclosure:
 def _few_keys(state: State) -> NDArray[np.bool_] | None:
     """Return the keys with an open gradient, (b, h_kv, n_k), where these are few."""
     keys = state.open_keys()
-    return keys if 0 < keys.mean() < FEW_KEYS else None
+    return keys if 0 < keys.sum() < FEW_KEYS * keys.size else None

@@ -15,7 +15,6 @@ from ..errors import InvalidProblem, UnsupportedProblem
 from ..masks import block, distance, visible
 from ..problem import Problem
 from ..variants import Rows, variant_of
-from ..variants.variant import shape_of
 from .matrix import Matrix
 
 __all__ = ["Given", "Head", "heads", "matrix_of", "numbers_of", "rows_of"]
@@ -54,10 +53,9 @@ class Given:
 def rows_of(one: Head) -> Rows:
     """Return the definition of a head's rows: the operator's own, or the form of a recurrence that has all tokens."""
     variant = variant_of(one.problem.variant)
-    for shape in (variant.shape, *(shape_of(x) for x in variant.forms.values())):
-        if isinstance(shape, Rows):
-            return shape
-    raise UnsupportedProblem(f"variant: {variant.name} attention has no form that gives all rows at once")
+    if variant.rows is None:
+        raise UnsupportedProblem(f"variant: {variant.name} attention has no form that gives all rows at once")
+    return variant.rows
 
 
 def numbers_of(m: Any) -> NDArray[Any]:

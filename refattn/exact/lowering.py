@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,7 +62,7 @@ def _selected(problem: Problem, shape: Selected) -> Lowering:
         at = (one.batch, one.head, one.rows)
         c = candidates(one, shape)
         taken, margins[at] = _chosen(one, shape, c)
-        seen[at] = taken @ c.members
+        seen[one.batch, one.head, one.rows, one.keys] = (taken @ c.members) & one.allowed
     return Lowering(p.replace(variant=VARIANT, options={}, allowed=seen), margins)
 
 
@@ -85,7 +85,8 @@ def candidates(one: Head, shape: Selected) -> Choices:
         )
     if c.count < 0 or (c.may & c.must).any() or not c.members.any(1).all():
         raise InvalidProblem("choices: count is below 0, a candidate is both chosen from and taken, or one has no key")
-    return c
+    in_sight = one.allowed @ c.members.T  # a candidate all of whose keys are hidden is none
+    return replace(c, may=c.may & in_sight, must=c.must & in_sight)
 
 
 def scores_of(one: Head, shape: Selected, c: Choices, f: Any, q: Any = None, k: Any = None) -> Any:

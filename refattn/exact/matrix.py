@@ -44,6 +44,13 @@ class Reflected:
     """Operators with a plain number on the left, such as 1 / x, for matrices of any arithmetic."""
 
     __slots__ = ()
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> bool:
+        raise TypeError("definition: a matrix is neither true nor false; choose elements with where(mask)")
+
+    def __eq__(self, o: object) -> bool:
+        raise TypeError("definition: matrices cannot be compared; choose elements with where(mask) or positive()")
 
     def __radd__(self, o: Any) -> Any:
         return self + o

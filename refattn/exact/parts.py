@@ -19,7 +19,8 @@ from ..errors import InvalidInput, WorkerDied
 from ..files import load_arrays, plain, save_arrays
 from ..masks import visible
 from ..problem import Problem
-from ..variants import Rows, variant_of
+from ..variants import Rows, Variant, variant_of
+from ..variants.own import definition, know, portable
 from ..version import VERSION
 
 __all__ = ["Part", "fingerprint", "parts", "whole", "work_through"]
@@ -50,8 +51,8 @@ class Part:
         return (self.heads,) if name == "dsink" else (b, self.heads, self.rows)
 
 
-def parts(problem: Problem, dout: NDArray[np.float64] | None) -> list[Part]:
-    """Cut a call along batches, key heads and, where no gradient is asked for, blocks of rows.
+def parts(problem: Problem, dout: NDArray[np.float64] | None, rows: int = ROWS) -> list[Part]:
+    """Cut a call along batches, key heads and, where no gradient is asked for, blocks of so many rows.
 
     A gradient that is a sum over batches or heads (of a bias or a sink that they share) keeps the call whole, and so
     does an operator in which places count (distances, a recurrence) or heads have options of their own.
@@ -65,7 +66,7 @@ def parts(problem: Problem, dout: NDArray[np.float64] | None) -> list[Part]:
     apart = isinstance(v.shape, Rows) and not v.shape.together and not placed
     if p.cu_seqlens_q is not None or not apart or (dout is not None and shared):
         return []
-    return list(_parts(p, dout))
+    return list(_parts(p, dout, rows))
 
 
 def whole(problem: Problem, dout: NDArray[np.float64] | None) -> Part:
@@ -74,9 +75,11 @@ def whole(problem: Problem, dout: NDArray[np.float64] | None) -> Part:
     return Part(p, dout, -1, slice(0, p.heads), 0, slice(0, p.n_q))
 
 
-def _parts(p: Problem, dout: NDArray[np.float64] | None) -> Iterator[Part]:
+def _parts(p: Problem, dout: NDArray[np.float64] | None, size: int) -> Iterator[Part]:
     group = p.heads // p.heads_kv
-    step = ROWS if dout is None else max(p.n_q, 1)
+    # a block of rows needs its mask written out
+    masked = (p.causal or p.window) and "allowed" not in variant_of(p.variant).uses
+    step = size if dout is None and not masked else max(p.n_q, 1)
     for b in range(p.batch):
         for h in range(p.heads_kv):
             heads = slice(h * group, (h + 1) * group)
@@ -110,7 +113,7 @@ def _block(x: Any, b: int, heads: slice, rows: slice) -> Any:
 
 def fingerprint(problem: Problem, *more: Any, dout: NDArray[np.float64] | None = None) -> str:
     """Return a name for a call and how it is evaluated, by what version: those with the same one have one answer."""
-    about = [VERSION, problem.settings(), more]
+    about = [VERSION, problem.settings(), definition(problem.variant), more]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=plain).encode())
     arrays = problem.to("numpy").arrays() | ({} if dout is None else {"dout": dout})
     for name, x in sorted(arrays.items()):
@@ -168,7 +171,8 @@ def _run(
         return
     from joblib import Parallel, delayed
 
-    calls = (delayed(_numbered)(i, evaluate, todo[i]) for i in left)
+    own = portable(todo[0].problem.variant)
+    calls = (delayed(_numbered)(i, evaluate, todo[i], own) for i in left)
     try:
         yield from Parallel(n_jobs=n_jobs, return_as="generator_unordered")(calls)
     except BrokenExecutor as e:
@@ -178,5 +182,6 @@ def _run(
         ) from e
 
 
-def _numbered(i: int, evaluate: Callable[[Part], Arrays], part: Part) -> tuple[int, Arrays]:
+def _numbered(i: int, evaluate: Callable[[Part], Arrays], part: Part, own: Variant | str | None) -> tuple[int, Arrays]:
+    know(own)
     return i, evaluate(part)

@@ -25,7 +25,7 @@ from .stream import Forward, forward_pass, stream, streams
 from .tape import Tape, gradients
 from .trust import check_machine, check_thread
 
-__all__ = ["Known", "Raw", "Work", "run"]
+__all__ = ["Raw", "RowsByHead", "Work", "run"]
 
 TILE = 2**18  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
 TILE_LEVEL = 2**17
@@ -33,7 +33,7 @@ STREAM_FROM = 256  # keys: fewer are faster whole
 
 Raw = dict[str, NDArray[Any]]
 """Arrays by name. Elements are an arithmetic's numbers; those of a level stand along a last axis as h, l, r."""
-Known = dict[tuple[int, int, int], Rows]
+RowsByHead = dict[tuple[int, int, int], Rows]
 """What the rows of a head know, by batch, head and first row."""
 
 
@@ -88,7 +88,7 @@ class Work:
         f: Any,
         need: NDArray[np.bool_] | None = None,
         keys: NDArray[np.bool_] | None = None,
-        known: Known | None = None,
+        known: RowsByHead | None = None,
     ) -> Raw:
         """Run the definition over one arithmetic.
 
@@ -200,12 +200,22 @@ def _tile(
             grads = gradients([out], [matrix_of(f, dout[at])], list(leaves.values()))
             _collect(one, at, dict(zip(leaves, grads, strict=True)), raw, sums)
             out, lse = out.value, None if lse is None else lse.value
+        _shaped(one, "out", out, (len(tile), one.v.shape[1]))
         raw["out"][at] = _scaled(numbers_of(out), unit)
         if (lse is None) == ("lse" in raw):
             given = "no lse" if lse is None else "an lse"
             raise InvalidProblem(f"{one.problem.variant}: has_lse is {'lse' in raw}, its definition returns {given}")
         if lse is not None:
+            _shaped(one, "lse", lse, (len(tile), 1))
             raw["lse"][at] = numbers_of(lse)[:, 0]
+
+
+def _shaped(one: Head, name: str, x: Any, expected: tuple[int, int]) -> None:
+    if getattr(x, "shape", None) != expected:
+        got = getattr(x, "shape", type(x).__name__)
+        raise InvalidProblem(
+            f"{one.problem.variant}: its definition returns {name} of shape {got}, expected {expected}"
+        )
 
 
 def _plain(one: Head, dout: NDArray[np.float64]) -> bool:
@@ -221,7 +231,7 @@ def _backward(
     dout: NDArray[np.float64],
     threads: int,
     keys: NDArray[np.bool_] | None,
-    known: Known,
+    known: RowsByHead,
 ) -> None:
     forward = None if keys is None else _keys(one, f, raw, dout, threads, keys, known)
     if not lines.size:
@@ -257,7 +267,7 @@ def _keys(
     dout: NDArray[np.float64],
     threads: int,
     keys: NDArray[np.bool_],
-    known: Known,
+    known: RowsByHead,
 ) -> Forward | None:
     """Add dk and dv of the keys that are wanted; return the forward pass if a level had to make one."""
     name, live, forward = (one.batch, one.head, one.rows.start), np.nonzero(one.live)[0], None

@@ -95,6 +95,11 @@ class Tape(Reflected):
         y = self.value.tanh()
         return Tape(y, (self, lambda g: g - g * (y * y)))
 
+    def positive(self) -> Mask:
+        """Tell where an element is above 0."""
+        found: Mask = self.value.positive()
+        return found
+
     def relu(self) -> Tape:
         """max(x, 0); its slope at 0 is taken as 0."""
         y = self.value.relu()
@@ -118,7 +123,8 @@ class Tape(Reflected):
     def absmax(self, where: Mask) -> Any:
         """Refuse: where two elements tie, the largest has no gradient."""
         raise UnsupportedProblem(
-            "gradients: the stable form has none where the largest score is tied; use form='plain'"
+            "gradients: absmax has none where two elements share the largest size; write the definition without it "
+            "(of power attention: form='plain')"
         )
 
 

@@ -29,5 +29,8 @@ def variant_of(name: str) -> Variant:
         There is none.
     """
     if name not in VARIANTS:
-        raise InvalidInput(f"variant: got {name!r}, expected one of {', '.join(VARIANTS)}")
+        raise InvalidInput(
+            f"variant: got {name!r}, expected one of {', '.join(VARIANTS)}; register one of your own first, or name "
+            "it as --variant path/file.py:NAME"
+        )
     return VARIANTS[name]

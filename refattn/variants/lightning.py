@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..problem import Problem
 from .option import Option, rate_per_head
 from .shapes import Steps
 from .variant import COMMON_BUGS, Variant
@@ -28,17 +27,6 @@ def dense(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
     w = (q @ k.T * o.scale) * (o.distance * -o.decay).exp(o.allowed)  # ahead of the row it would be beyond all numbers
     out = w @ v
     return (out if o.state is None else out + (q * o.scale @ o.state) * (o.place * -o.decay).exp()), None
-
-
-def fits(p: Problem) -> str | None:
-    """Refuse calls that are no sequence of tokens."""
-    if p.cu_seqlens_q is not None:
-        return "cu_seqlens_q: a recurrence over packed sequences is not defined; pass one sequence at a time"
-    if p.causal is None:
-        return "causal: a recurrence sees no later token; set causal='bottom_right'"
-    if p.n_q != p.n_k:
-        return f"key: axis seq is {p.n_k}, expected query's {p.n_q}: each token brings a query, a key and a value"
-    return None
 
 
 def rates(heads: int) -> tuple[tuple[float, ...], ...]:
@@ -79,7 +67,6 @@ LIGHTNING = Variant(
         },
         "state": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "options": {"decay": (0.1, 0.2)}, "state": True},
     },
-    fits=fits,
     always=frozenset({"causal_bottom_right"}),
     never=frozenset({"lengths_differ", "no_rows_or_keys", "causal_top_left", "variable_lengths"}),
 )

@@ -99,10 +99,13 @@ class Steps:
         Over an arithmetic's matrices: state (d_k, d_v), q and k (1, d_k), v (1, d_v), out (1, d_v).
     prepare : callable
         ``prepare(o)`` sets on the options what does not change from token to token.
+
+    The state before the first token is the call's ``state``, or zeros. Bounds of gradients need a form of all tokens at
+    once among the operator's ``forms``.
     """
 
     step: Callable[..., Any]
-    prepare: Callable[[Any], None]
+    prepare: Callable[[Any], None] = lambda o: None
 
 
 Shape = Rows | Lowered | Selected | Steps

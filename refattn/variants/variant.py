@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..problem import MEANINGS, Problem
 from .option import Option
-from .shapes import Rows, Shape
+from .shapes import Rows, Shape, Steps
 
 __all__ = ["CALL_LAWS", "COMMON_BUGS", "COMMON_FAMILIES", "COMMON_LAWS", "Variant"]
 
@@ -132,6 +132,12 @@ class Variant:
         """The definition as one of the four shapes."""
         return shape_of(self.define)
 
+    @property
+    def rows(self) -> Rows | None:
+        """The definition, or the first form, that gives all rows of a head at once; None where there is none."""
+        shapes = (self.shape, *(shape_of(x) for x in self.forms.values()))
+        return next((x for x in shapes if isinstance(x, Rows)), None)
+
     def settings(self, problem: Problem) -> dict[str, Any]:
         """Return the operator's options for a call, defaults filled in, after checking that the call fits.
 
@@ -158,8 +164,10 @@ class Variant:
             if wrong:
                 raise InvalidProblem(f"{name}: got {value!r}, expected {wrong}")
             if option.needs and value != option.default and getattr(problem, option.needs) is None:
-                raise InvalidProblem(f"{name}: needs {option.needs}; set {option.needs}={NEEDED[option.needs]}")
-        unfit = self.fits(problem)
+                raise InvalidProblem(
+                    f"{name}: needs {option.needs}; set {option.needs}={NEEDED.get(option.needs, '...')}"
+                )
+        unfit = (self.fits(problem) or _no_sequence(problem)) if isinstance(self.shape, Steps) else self.fits(problem)
         if unfit:
             raise InvalidProblem(unfit)
         return values
@@ -182,6 +190,17 @@ class Variant:
 
 
 NEEDED = {"causal": "'bottom_right' or 'top_left'"}
+
+
+def _no_sequence(p: Problem) -> str | None:
+    """Return why a recurrence cannot take a call, or None."""
+    if p.cu_seqlens_q is not None:
+        return "cu_seqlens_q: a recurrence over packed sequences is not defined; pass one sequence at a time"
+    if p.causal is None:
+        return "causal: a recurrence sees no later token; set causal='bottom_right'"
+    if p.n_q != p.n_k:
+        return f"key: axis seq is {p.n_k}, expected query's {p.n_q}: each token brings a query, a key and a value"
+    return None
 
 
 def shape_of(define: Any) -> Shape:

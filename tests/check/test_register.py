@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import refattn
-from refattn import VARIANTS, Capabilities, InvalidInput, InvalidProblem, check_kernel, evaluate, strategies
+from refattn import VARIANTS, Capabilities, InvalidInput, InvalidProblem, Problem, check_kernel, evaluate, strategies
 from refattn.arrays import to_float64
 from refattn.check.bugs.planted import plain, planted
 from refattn.cli.main import main
 from refattn.exact.agree import under
 from refattn.golden.make import make, verify
-from refattn.variants import Lowered
+from refattn.variants import Lowered, Option
+from refattn.variants.option import above_zero, finite
 
 TEXT = """
 import numpy as np
@@ -159,7 +161,64 @@ def test_the_command_line_takes_it_from_a_file(tmp_path):
     assert missing.returncode == 2
     assert "variant: mine.py has no Variant 'NOBODY'" in missing.stderr
     absent = ask("show", "nobody.py:X")
-    assert "variant: nobody.py is no file; name yours as path/file.py:NAME" in absent.stderr
+    assert "variant: there is no Python file nobody.py; name yours as path/file.py:NAME" in absent.stderr
+
+
+def test_another_process_knows_it(tmp_path):
+    """Repeat lines, golden files, time limits and worker processes, each in a process that is told of its file."""
+    (tmp_path / "mine.py").write_text(TEXT + "\n\nCAUCHY = refattn.register(CAUCHY)\n")
+    (tmp_path / "wrong.py").write_text("from mine import kernel as right\n\n\ndef kernel(p):\n    return -right(p)\n")
+
+    def ask(*arguments):
+        run = [sys.executable, "-m", "refattn", *arguments]
+        return subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    own = ("--variant", "mine.py:CAUCHY")
+    judged = ask("check", "mine.py:kernel", *own, "--only", "gaussian/narrow[float32]", "--time-limit", "60")
+    assert judged.returncode == 0, judged.stdout + judged.stderr
+    wrong = ask("check", "wrong.py:kernel", *own, "--only", "gaussian/narrow[float32]")
+    assert wrong.returncode == 1, wrong.stderr
+    assert "repeat it: refattn check wrong.py:kernel --variant mine.py:CAUCHY --only" in wrong.stdout
+    assert "refattn.register('mine.py:CAUCHY')" in wrong.stdout
+    made = ask("golden", "make", "golden", *own, "--dtypes", "float32", "--only", "gaussian/narrow*")
+    assert made.returncode == 0, made.stderr
+    assert "Warning" not in made.stderr
+    verified = ask("golden", "verify", "golden", *own)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    unknown = ask("golden", "verify", "golden")
+    assert "got 'cauchy', expected one of softmax" in unknown.stdout + unknown.stderr
+    assert "name it as --variant path/file.py:NAME" in unknown.stdout + unknown.stderr
+
+
+def test_its_parts_may_run_in_other_processes(make):
+    p = make(5, 7, variant="cauchy", causal="bottom_right", options={"width": 0.25})
+    assert evaluate(p, rounding="float32", n_jobs=2).out.tobytes() == evaluate(p, rounding="float32").out.tobytes()
+
+
+def test_a_checkpoint_is_of_one_definition(make, tmp_path):
+    p = make(5, 7, variant="cauchy", options={"width": 0.25})
+    before = evaluate(p, rounding="float32", checkpoint=tmp_path).out
+    twice = replace(CAUCHY, define=lambda q, k, v, o: (cauchy(q, k, v, o)[0] * 2.0, None), forms={})
+    refattn.register(twice)
+    assert (evaluate(p, rounding="float32", checkpoint=tmp_path).out == 2 * before).all()
+    refattn.register(CAUCHY)
+    files = sorted(tmp_path.iterdir())
+    assert (evaluate(p, rounding="float32", checkpoint=tmp_path).out == before).all()
+    assert sorted(tmp_path.iterdir()) == files  # what was there answers
+
+
+def test_a_replaced_operator_is_judged_anew():
+    def half(p):
+        return plain(p) / np.float32(2)
+
+    able = Capabilities({"float32"}, features={"lengths_differ"})
+    assert check_kernel(plain, "cauchy", capabilities=able, only="gaussian/plain").passed
+    refattn.register(replace(CAUCHY, define=lambda q, k, v, o: (cauchy(q, k, v, o)[0] * 2.0, None), forms={}))
+    kept = evaluate(Problem(*(np.ones((1, 1, 2, 2), np.float32),) * 3, variant="cauchy")).out
+    assert (kept == 2).all()
+    assert not check_kernel(
+        lambda p: plain(p) / np.float32(2), "cauchy", capabilities=able, only="gaussian/plain"
+    ).passed
 
 
 def variant(**changes):
@@ -208,6 +267,45 @@ def to_itself(problem, o):
     return problem
 
 
+def without_scale(q, k, v, o):
+    w = (q @ k.T / o.width).power(2, where=o.allowed)
+    return (w @ v) / (w.sum() + 1.0), None
+
+
+def by_distance(q, k, v, o):
+    return ((q @ k.T * o.scale / o.width) * (o.distance * -0.1).exp(o.allowed)) @ v, None
+
+
+def scores_for_out(q, k, v, o):
+    return (q @ k.T * o.scale / o.width).where(o.allowed), None
+
+
+def not_a_number(q, k, v, o):
+    return (q @ k.T * o.scale / o.width).log().where(o.allowed) @ v, None
+
+
+def other_over_levels(q, k, v, o):
+    out, _ = cauchy(q, k, v, o)
+    return out * (2.0 if hasattr(q, "h") else 1.0), None
+
+
+def if_matrix(q, k, v, o):
+    return cauchy(q, k, v, o) if q @ k.T else (v, None)
+
+
+def ends(q, k, v, o):
+    raise SystemExit(0)
+
+
+def wrong_from_eight_keys(q, k, v, o):
+    out, _ = cauchy(q, k, v, o)
+    return out * (1.0 if k.shape[0] < 8 else 1.5), None
+
+
+cauchy = CAUCHY.define
+WIDTH = {"width": 0.5}
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -228,7 +326,10 @@ def to_itself(problem, o):
         ({"define": 3}, "variant: got define 3, expected a function of q, k, v, o or a shape"),
         ({"options": {"width": 1.0}}, "other: option 'width' is 1.0, expected an Option"),
         ({"cases": {"narrow": "0.5"}}, "other: case 'narrow' is '0.5', expected a dict"),
-        ({"define": centred_on_all}, "other: the last row alone gives something else; .* must not mix rows"),
+        (
+            {"define": centred_on_all},
+            "other: some rows or heads alone give something else; .*together=True in Rows where it mixes",
+        ),
         ({"define": says_lse}, "other: has_lse is False, its definition returns an lse"),
         ({"has_lse": True}, "other: has_lse is True, its definition returns no lse"),
         ({"forms": {"flat": same_but_for_width}}, "other: form 'flat' differs in out"),
@@ -237,8 +338,127 @@ def to_itself(problem, o):
         ({"define": Lowered(to_itself)}, "lower: must return another operator's call, got other again"),
         ({"forms": {"flat": differs}}, r"other: form 'flat' differs in out at \(0, 0, 0, 0\) .*both must be the same"),
         (
+            {"uses": frozenset({"causal", "allowed", "softcap"})},
+            "other: uses has 'softcap', and no call changes by it: the definition does not read it",
+        ),
+        (
+            {
+                "options": {**CAUCHY.options, "more": Option(0.0, "m", finite, (1.0,))},
+                "cases": {"x": {"options": {**WIDTH, "more": 1.0}}},
+            },
+            "other: option 'more' changes no call: the definition does not read it",
+        ),
+        (
+            {"options": {"width": Option(1.0, "of the bell", above_zero, (-1.0,))}},
+            "other: option 'width' is -1.0 among its samples, expected a finite number above 0",
+        ),
+        (
+            {"cases": {"x": {"options": {"width": -0.5}}}},
+            "other: option 'width' is -0.5 in case 'x', expected a finite number above 0",
+        ),
+        (
+            {"cases": {"plain": {"options": WIDTH}}},
+            "other: case 'plain' has the name of a case of every operator; choose another",
+        ),
+        (
+            {"cases": {"a/b": {"options": WIDTH}}},
+            "other: got case 'a/b', expected a label of small letters, digits, - and _",
+        ),
+        (
+            {"cases": {"x": {"options": WIDTH, "nq": 3}}},
+            "other: case 'x' sets 'nq', expected some of allowed, b, ",
+        ),
+        (
+            {"cases": {"x": {"options": WIDTH, "softcap": 3.0}}},
+            "other: case 'x' sets 'softcap', which is not in uses",
+        ),
+        (
+            {"cases": {"x": {"options": WIDTH, "n_q": -5}}},
+            "other: checking its .* raised ValueError: negative dimensions",
+        ),
+        (
+            {"define": without_scale},
+            "other: its definition does not read o.scale, which every call may set",
+        ),
+        (
+            {"define": by_distance},
+            "other: some rows or heads alone give something else; set places=True where",
+        ),
+        (
+            {"define": scores_for_out},
+            r"other: its definition returns out of shape \(5, 7\), expected \(5, 3\)",
+        ),
+        (
+            {"define": not_a_number},
+            "other: its definition gives nan in out at .* of a call of numbers",
+        ),
+        (
+            {"define": other_over_levels},
+            "other: its definition over certified floats gives something else than over balls",
+        ),
+        (
+            {"define": if_matrix},
+            "other: .*a matrix is neither true nor false; choose elements with where",
+        ),
+        (
+            {"define": ends},
+            "other: its definition over balls raised SystemExit: 0",
+        ),
+        (
+            {"forms": {"flat": wrong_from_eight_keys}},
+            "other: form 'flat' differs in out",
+        ),
+        (
+            {"forms": {"flat": 3}},
+            "variant: got form 'flat' 3, expected a function of q, k, v, o or a shape",
+        ),
+        (
+            {"positive": True, "define": lambda q, k, v, o: ((q @ k.T * o.scale / o.width).where(o.allowed) @ v, None)},
+            "other: positive is True, and a key in sight weighs 0 or less in a call",
+        ),
+        (
+            {"default_scale": "sqrt"},
+            "other: default_scale is 'sqrt', expected one of rsqrt, one",
+        ),
+        (
+            {"fused": "softmax"},
+            "other: fused is 'softmax'; only refattn's own operators have a fast implementation",
+        ),
+        (
+            {"quick": frozenset({"gaussian/nothing"})},
+            "other: quick has 'gaussian/nothing', which is none of its cases",
+        ),
+        (
+            {"always": frozenset({"casual"})},
+            "other: always has 'casual', expected some of allowed",
+        ),
+        (
+            {"contract": "a row"},
+            "variant: got contract 'a row', expected a tuple of texts",
+        ),
+        (
+            {"laws": ("bias_shifted",)},
+            "other: laws has 'bias_shifted', which is about an operator with bias",
+        ),
+        (
+            {"laws": ("full_budget_is_dense",)},
+            "other: laws has 'full_budget_is_dense', which is about one defined by Selected",
+        ),
+        (
+            {"laws": ("split_and_merge",)},
+            "other: laws has 'split_and_merge', which its exact answers break",
+        ),
+        (
+            {"fits": lambda: None},
+            "other: checking its options raised TypeError",
+        ),
+        (
+            {"options": {"width": Option(1.0, "of the bell", None)}},
+            "other: the check of option 'width' raised TypeError",
+        ),
+        (
             {"fits": lambda p: "nothing fits"},
-            "other: none of its cases fits a call of 5 queries and keys: nothing fits",
+            "other: takes no call of 5 queries and keys: nothing fits",
         ),
     ],
 )

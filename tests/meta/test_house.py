@@ -15,17 +15,18 @@ import refattn
 
 ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
-BASE = {"errors", "dtypes", "arrays", "problem", "masks", "files", "version"}
+BASE = {"errors", "dtypes", "arrays", "problem", "masks", "files", "modules", "version"}
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
 EDGES = {
     "errors": set(),
     "version": set(),
+    "modules": {"errors"},
     "dtypes": {"errors"},
     "arrays": {"errors", "dtypes"},
     "problem": {"errors", "dtypes", "arrays"},
     "masks": {"errors", "problem"},
-    "files": BASE - {"files", "version"},
+    "files": BASE - {"files", "modules", "version"},
     "variants": BASE,
     "exact": BASE | {"variants"},
     "check": CORE,

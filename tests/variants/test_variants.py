@@ -27,7 +27,7 @@ def test_a_row_is_complete(name):
     assert len(v.bugs) >= 4
     assert set(v.families) <= set(FAMILIES)
     assert v.quick <= {c.name for c in cases(name)}
-    register_module._options(v)  # every option is set in a case of its own
+    register_module._settings(v)  # every option is set in a case of its own
 
 
 SMALL = [

@@ -104,7 +104,7 @@ def either(answer: Answer, model: Model) -> Either | None:
         for i, choices in _unsure(one, shape, c, model):
             at = (one.batch, one.head, one.rows.start + i)
             exact = core.allowed[at]
-            masks = [((c.must[i] | taken) @ c.members) for taken in choices]
+            masks = [((c.must[i] | taken) @ c.members) & one.allowed[i] for taken in choices]
             masks = [m for m in masks if (m != exact).any()]
             rows[at] = len(masks)
             for k, mask in enumerate(masks):

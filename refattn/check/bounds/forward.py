@@ -67,7 +67,7 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
     names = list(shapes)
     limit, variance = ({n: np.zeros(shapes[n]) for n in names} for _ in range(2))
     exact = answer.enclosures["out"].mid
-    for one in heads(problem):
+    for one in heads(problem) if variant.rows is not None else ():
         at = (one.batch, one.head, one.rows)
         live = np.nonzero(one.live)[0]
         size = max(1, CHUNK // max(1, one.k.shape[0] * one.v.shape[1]))

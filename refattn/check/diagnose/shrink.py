@@ -10,6 +10,7 @@ import numpy as np
 
 from ...errors import InvalidProblem, UnsupportedProblem
 from ...problem import Problem
+from ...variants.own import named
 
 __all__ = ["program", "shrink"]
 
@@ -170,8 +171,10 @@ def program(kernel: str, problem: Problem, dout: Any = None) -> str:
     parts = [f"{n}={_literal(x)}" for n, x in problem.arrays().items()]
     parts += [f"{n}={v!r}" for n, v in problem.settings().items()]
     more = "" if dout is None else f", gradients={_literal(dout)}"
+    own = named(problem.variant)
     return (
         "import numpy as np, refattn\n"
+        f"{f'refattn.register({own!r}){chr(10)}' if own != problem.variant else ''}"
         f"p = refattn.Problem({', '.join(parts)})\n"
         f"print(refattn.check_problem({kernel!r}, p, 'found'{more}).failures)"
     )

@@ -37,7 +37,7 @@ class Draw:
         mask[..., :1] = True
         return mask
 
-    def options(self, h: int, n_q: int, n_k: int, d: int) -> dict[str, Any]:
+    def options(self, h: int, n_q: int, n_k: int, d: int, d_v: int | None = None) -> dict[str, Any]:
         """Draw every option of Problem that an operator may have."""
         return {
             "causal": "bottom_right",
@@ -47,7 +47,7 @@ class Draw:
             "bias": self.normal(1, h, n_q, n_k),
             "allowed": self.mask(1, 1, n_q, n_k),
             "weight": np.exp(self.normal(1, 1, 1, n_k)),
-            "state": self.normal(1, h, d, d),
+            "state": self.normal(1, h, d, d if d_v is None else d_v),
         }
 
     def problem(

@@ -21,7 +21,7 @@ from .calls import drawn
 from .draw import Draw
 from .sample import Sample, sample_of
 
-__all__ = ["BUDGETS", "FAMILIES", "Case", "calls", "cases"]
+__all__ = ["BUDGETS", "FAMILIES", "Case", "calls", "cases", "forget"]
 
 FAMILIES = {
     "gaussian": "plain random data through every option: a flag ignored, a head or a broadcast axis mapped wrongly",
@@ -167,6 +167,12 @@ def calls(variant: str, able: Capabilities, budget: str = "ci", seed: int = 0) -
     return [Case("calls", label, variant, c, sampled=True, gradients=back) for label, c, back in named]
 
 
+def forget() -> None:
+    """Drop what is kept of operators that were replaced."""
+    _built.cache_clear()
+    _fits.cache_clear()
+
+
 def _cases(variant: str) -> list[Case]:
     v = variant_of(variant)
     found: list[Case] = []
@@ -187,7 +193,8 @@ def _crossed(variant: str, settings: Mapping[str, Any]) -> Build:
     def build(d: Draw) -> Problem:
         v, n_q, n_k = variant_of(variant), settings.get("n_q", 37), settings.get("n_k", 67)
         h, h_kv = settings.get("h", 4), settings.get("h_kv", 2)
-        given = d.options(h, n_q, n_k, 32)
+        width = settings.get("d", 32)
+        given = d.options(h, n_q, n_k, width, settings.get("d_v", width))
         more = {n: x for n, x in given.items() if n in v.uses} | dict(settings)
         more |= {"h": h, "h_kv": h_kv, "b": 1, "scale": 0.3, "options": v.fitted(settings.get("options", {}), h)}
         more["state"] = given["state"] if "state" in v.uses else None

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...dtypes import FORMATS
-from ...errors import InvalidInput
+from ...errors import InvalidInput, RefattnError
+from ...modules import module_of
 from ...problem import Problem
 from ...version import VERSION
 from ..call import Function
@@ -320,23 +321,15 @@ def find(name: str) -> list[Entry]:
 def _custom(name: str) -> Entry:
     module_name, function = name.rsplit(":", 1)
     if module_name.endswith(".py"):
-        path = Path(module_name)
-        if not path.is_file():
-            raise InvalidInput(f"kernel: there is no file {module_name}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module: Any = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(path.stem, module)
-        load: Callable[[], Any] = lambda: spec.loader.exec_module(module)  # type: ignore[union-attr]  # noqa: E731
+        module: Any = module_of(module_name, "kernel")
     else:
         sys.path.insert(0, "")
-        module = None
-        load = lambda: importlib.import_module(module_name)  # noqa: E731
-    try:
-        module = load() or module
-    except Exception as e:
-        raise InvalidInput(f"kernel: importing {module_name} raised {type(e).__name__}: {e}") from e
+        try:
+            module = importlib.import_module(module_name)
+        except (RefattnError, KeyboardInterrupt):
+            raise
+        except BaseException as e:
+            raise InvalidInput(f"kernel: importing {module_name} raised {type(e).__name__}: {e}") from e
     kernel = getattr(module, function, None)
     if not callable(kernel):
         raise InvalidInput(f"kernel: {module_name} has no function {function!r}")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ...errors import InvalidInput, KernelError, UnsupportedProblem
 from ...problem import Problem
+from ...variants.own import know, named
 from ..call import call_gradients, call_kernel
 from ..reading import note, plain
 from . import find
@@ -70,7 +71,7 @@ class Isolated:
 
     def _ask(self, problem: Problem, dout: Any) -> Any:
         if self._process is None or not self._process.is_alive():
-            self._start()
+            self._start(problem.variant)
         assert self._pipe is not None
         try:
             bare = plain(problem)
@@ -88,11 +89,11 @@ class Isolated:
         note(problem, answer[1])
         return answer[0]
 
-    def _start(self) -> None:
+    def _start(self, variant: str) -> None:
         # not fork: the libraries that kernels use do not survive it
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(self.name, other), daemon=True)
+        self._process = context.Process(target=_serve, args=(self.name, named(variant), other), daemon=True)
         self._process.start()
         other.close()
         if not self._pipe.poll(START) or self._pipe.recv() != "ready":
@@ -106,9 +107,10 @@ class Isolated:
         return f"the kernel ended its process {how}"
 
 
-def _serve(name: str, pipe: Connection) -> None:
+def _serve(name: str, variant: str, pipe: Connection) -> None:
     """Answer calls until the other end closes."""
     kernel = find(name)[0].kernel()
+    know(variant if ":" in variant else None)
     pipe.send("ready")
     while True:
         try:

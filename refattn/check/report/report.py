@@ -16,6 +16,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 from ...problem import VARIANT
+from ...variants.own import named
 from ..compare import Worst
 
 __all__ = ["Check", "Report", "junit", "machine", "summary", "versions"]
@@ -56,6 +57,9 @@ class Check:
         The contracts that it breaks.
     call : str
         The call, of a check that did not pass.
+    either : int
+        Rows in which the kernel's rounding may choose other keys than the exact scores do: each was compared with the
+        choice that it is nearest to.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Check:
     rules: dict[str, bool | None] = field(default_factory=dict)
     edges: tuple[str, ...] = ()
     call: str = ""
+    either: int = 0
 
     @property
     def dtype(self) -> str:
@@ -153,6 +158,11 @@ class Report:
         """Tell whether at least half of the checks ran."""
         return 2 * self.ran >= len(self.checks)
 
+    @property
+    def either(self) -> int:
+        """Rows in which the kernel's rounding may choose other keys than the exact scores do, over all checks."""
+        return sum(c.either for c in self.checks)
+
     def of_format(self, dtype: str) -> Report:
         """Return the same report for one format."""
         return replace(self, checks=tuple(c for c in self.checks if c.dtype == dtype))
@@ -183,7 +193,7 @@ class Report:
 
     def command(self, check: Check) -> str:
         """Return the command that repeats one check."""
-        more = "" if self.variant == VARIANT else f" --variant {self.variant}"
+        more = "" if self.variant == VARIANT else f" --variant {shlex.quote(named(self.variant))}"
         seed = f" --seed {self.seed}" if check.name.startswith("calls/") else ""
         return f"refattn check {shlex.quote(self.kernel)}{more} --only {shlex.quote(check.name)}{seed}"
 
@@ -214,6 +224,7 @@ class Report:
                 "edges_declared": sorted(self.edges),
                 "edges_kept": self.kept,
                 "seed": self.seed,
+                "either": self.either,
                 "counts": counts,
                 "models": self.models,
                 "correctly_rounded": self.correctly_rounded,

@@ -1,0 +1,83 @@
+"""Relations of gradients: to the output along a step, and to themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import FORMATS
+from ..problem import Problem
+from .bounds.expected import expected
+from .call import SOURCES
+from .compare import Worst
+from .inputs.draw import Draw
+from .trial import Trial, agree
+
+__all__ = ["gradient_steps", "row_sums"]
+
+Float = NDArray[np.float64]
+
+
+def gradient_steps(ask: Trial, p: Problem) -> Worst:
+    """Move one input a step: dout·out changes by the step times the mean of the gradients at both ends.
+
+    That is the trapezoid rule; what it leaves out is known from the exact answer, and allowed. The step is twice the
+    cube root of a rounding, where roundings and what is left out meet.
+    """
+    d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
+    dout, size = d.tensor(d.normal(*p.out_shape)), 2 * d.form.unit_roundoff ** (1 / 3)
+    start, found = _Loss.of(ask, p, dout), []
+    for name in sorted(ask.able.gradients & {"dq", "dk", "dv"}):
+        x = getattr(p, SOURCES[name])
+        slope = start.by[name]  # the change is largest along it
+        uphill = size * np.sign(np.where(np.isfinite(slope) & (slope != 0), slope, d.normal(*x.shape)))
+        moved = d.tensor(x.astype(np.float64) + uphill)
+        step = moved.astype(np.float64) - x.astype(np.float64)
+        end = _Loss.of(ask, p.replace(**{SOURCES[name]: moved}), dout)
+        change, expected = end.value - start.value, ((start.by[name] + end.by[name]) / 2 * step).sum((2, 3))
+        rule = ((start.true[name] + end.true[name]) / 2 * step).sum((2, 3))
+        group = p.heads // p.heads_kv if name != "dq" else 1
+        change, lost, true = (
+            a.reshape(p.batch, -1, group).sum(2)
+            for a in (change, start.lost + end.lost, end.exact_value - start.exact_value)
+        )
+        allowed = ((start.allowed[name] + end.allowed[name]) / 2 * np.abs(step)).sum((2, 3))
+        text = f"{name} is not the derivative of out along a step"
+        found.append(agree(expected, change, lost + allowed + np.abs(true - rule), text, name))
+    return max(found, key=lambda w: w.ratio)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """dout·out by head, its gradients, what each may lose, and the exact ones."""
+
+    value: Float
+    exact_value: Float
+    lost: Float
+    by: dict[str, Float]
+    allowed: dict[str, Float]
+    true: dict[str, Float]
+
+    @classmethod
+    def of(cls, ask: Trial, p: Problem, dout: NDArray[Any]) -> _Loss:
+        wide, known = dout.astype(np.float64), expected(p, ask.model, dout)
+        true = {n: x.mid for n, x in known.answer.enclosures.items()}
+        value, exact_value = ((wide * x).sum((2, 3)) for x in (ask.out(p), true["out"]))
+        lost = (np.abs(wide) * ask.allowed(p)["out"]).sum((2, 3))
+        return cls(value, exact_value, lost, ask.gradients(p, dout), known.allowed, true)
+
+
+def row_sums(name: str, axis: int, text: str) -> Callable[[Trial, Problem], Worst]:
+    """Return the law that a gradient sums to 0: a constant added to all scores of a row changes nothing."""
+
+    def test(ask: Trial, p: Problem) -> Worst:
+        d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
+        dout = d.tensor(d.normal(*p.out_shape))
+        total, limit = ask.gradients(p, dout)[name].sum(axis), ask.allowed(p, dout)[name].sum(axis)
+        return agree(total, np.zeros_like(total), limit, text, name)
+
+    return test
