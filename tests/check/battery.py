@@ -21,6 +21,7 @@ from ..conftest import tensor
 MODULES = {
     "bounds": "bounds.forward",
     "call": "call",
+    "choices": "bounds.choices",
     "compare": "compare",
     "families": "inputs.families",
     "gradient_bounds": "bounds.gradients",

@@ -13,9 +13,10 @@ import pytest
 
 import refattn.check
 
-from . import battery
+from . import battery, battery_bounds
 
 ROOM = "refattn.check"
+TRIALS = (*battery.TRIALS, *battery_bounds.TRIALS)
 FOLDER = Path(refattn.__file__).parent / "check"
 MUTATIONS = tomllib.loads(Path(__file__).with_name("mutations.toml").read_text(encoding="utf-8"))
 
@@ -61,7 +62,7 @@ def checker(file=None, text=None):
 def failing(c):
     """Return the names of the trials that fail; a crash is none of theirs."""
     names = []
-    for trial in battery.TRIALS:
+    for trial in TRIALS:
         try:
             trial(c)
         except AssertionError:
@@ -71,7 +72,7 @@ def failing(c):
 
 def test_the_checker_passes_its_battery():
     with checker() as c:
-        for trial in battery.TRIALS:
+        for trial in TRIALS:
             trial(c)
 
 

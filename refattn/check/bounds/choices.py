@@ -21,7 +21,7 @@ from .forward import forward
 from .losses import Losses
 from .operands import Operands
 
-__all__ = ["Either", "either"]
+__all__ = ["Either", "either", "score_errors"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -120,13 +120,19 @@ def either(answer: Answer, model: Model) -> Either | None:
     return Either(rows, tuple(found))
 
 
-def _unsure(one: Head, shape: Selected, c: Choices, model: Model) -> list[tuple[int, list[Mask]]]:
-    """Return the rows in which errors can turn the choice, each with the choices that it may make."""
+def score_errors(one: Head, shape: Selected, c: Choices, model: Model) -> tuple[Float, Float]:
+    """Return the scores of one head's candidates, (n_q, m), and what a kernel's own may be off by."""
     f, lost = Losses(model, len(one.k)), Operands.of(one, model)
     q, k = f.leaf(one.q, ("q", "d"), lost.q), f.leaf(one.k, ("k", "d"), lost.k)
     node: Any = scores_of(one, shape, c, f, q, k).node
     s = scores_of(one, shape, c, Level(1)).h
     e = np.broadcast_to(node.span, s.shape)
+    return s, e + f.u_scores * (np.abs(s) + e)  # and they are stored
+
+
+def _unsure(one: Head, shape: Selected, c: Choices, model: Model) -> list[tuple[int, list[Mask]]]:
+    """Return the rows in which errors can turn the choice, each with the choices that it may make."""
+    s, e = score_errors(one, shape, c, model)
     found = []
     for i in np.nonzero(one.live & (c.may.sum(1) > c.count))[0].tolist():
         at = np.nonzero(c.may[i])[0]

@@ -7,21 +7,21 @@ whatever it makes of a definition lies within the bound.
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import FORMATS, Format, format_of
-from ...exact.heads import heads, rows_of
+from ...exact.heads import Head, heads, rows_of
+from ...exact.lowering import scores_of
 from ...exact.matrix import Reflected
 from ...problem import Problem
-from ...variants import variant_of
+from ...variants import Choices, Selected, Steps, variant_of
 from ..model import Model, inside_type
 from .operands import Operands
 
-__all__ = ["HOWS", "Rounded", "simulate"]
+__all__ = ["HOWS", "Rounded", "simulate", "simulate_scores", "simulate_steps"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -73,6 +73,16 @@ class Rounding:
         """Take in an option's matrix, exactly."""
         return Rounded(self, np.asarray(x, np.float64), None)
 
+    def state(self, x: Any) -> Rounded:
+        """Take in the state that a recurrence starts from: it stays in the accumulator's type."""
+        return Rounded(self, np.asarray(x, np.float64), "state")
+
+    def operands(self, one: Head, rows: Any = slice(None)) -> tuple[Rounded, Rounded, Rounded]:
+        """Return a head's queries, keys and values, each off by what it may lose before it is multiplied."""
+        lost = Operands.of(one, self.model)
+        q, k, v = (x + self.spread(x.shape) * off for x, off in ((one.q, lost.q), (one.k, lost.k), (one.v, lost.v)))
+        return Rounded(self, q[rows], None), Rounded(self, k, None), Rounded(self, v, "value")
+
     def number(self, x: Any) -> float:
         """Take in a number."""
         return float(x)
@@ -108,7 +118,7 @@ class Rounded(Reflected):
 
     def _score(self, y: Float, times: float = 1.0) -> Rounded:
         y = self.f.rounded(y, times=times)
-        wide = y.shape[1] > 1 and self.kind != "value"
+        wide = y.shape[1] > 1 and self.kind not in ("value", "state")
         return Rounded(self.f, self.f.stored(y, self.f.model.scores) if wide else y, self.kind, self.seen, self.shifted)
 
     def __matmul__(self, o: Rounded) -> Rounded:
@@ -117,7 +127,7 @@ class Rounded(Reflected):
             count = x.shape[1] if self.seen is None else self.seen.sum(1, keepdims=True)
             weights = f.stored(x, f.model.weights)
             return Rounded(f, f.added(weights, o.a, f.model.depth(count) + self._tiles()), "value")
-        return Rounded(f, f.added(x, o.a, x.shape[1]), None)
+        return Rounded(f, f.added(x, o.a, x.shape[1]), "value" if o.kind == "state" else None)
 
     def _tiles(self) -> int:
         return self.f.tiles if self.shifted else 0
@@ -146,7 +156,10 @@ class Rounded(Reflected):
         return Rounded(self.f, -self.a, self.kind, self.seen)
 
     def __mul__(self, o: Any) -> Rounded:
-        return self._score(self.a * _value(o))
+        found = self._score(self.a * _value(o))
+        if found.seen is None and isinstance(o, Rounded):  # adding up what is 0 on either side rounds nothing
+            found.seen = o.seen
+        return found
 
     def __truediv__(self, o: Any) -> Rounded:
         with np.errstate(all="ignore"):
@@ -227,7 +240,7 @@ def simulate(
     Parameters
     ----------
     problem : Problem
-        The call.
+        The call; an operator that is another's call is that one's (``Answer.call``).
     model : Model
         How the kernel rounds.
     how : str
@@ -240,20 +253,40 @@ def simulate(
     if variant_of(p.variant).has_lse:
         found["lse"] = np.full(p.out_shape[:3], -np.inf)
     for one in heads(p):
-        f, lost = Rounding(model, how, rng, one.k.shape[0]), Operands.of(one, model)
-        rows = np.nonzero(one.live)[0]
+        f, rows = Rounding(model, how, rng, one.k.shape[0]), np.nonzero(one.live)[0]
         if not len(rows):
             continue
-        take = SimpleNamespace(
-            q=one.q + f.spread(one.q.shape) * lost.q,
-            k=one.k + f.spread(one.k.shape) * lost.k,
-            v=one.v + f.spread(one.v.shape) * lost.v,
-        )
         with np.errstate(all="ignore"):
-            q, k, v = Rounded(f, take.q[rows], None), Rounded(f, take.k, None), Rounded(f, take.v, "value")
-            out, lse = rows_of(one).define(q, k, v, one.options(f, rows))
+            out, lse = rows_of(one).define(*f.operands(one, rows), one.options(f, rows))
         at = one.batch, one.head, one.rows.start + rows
         found["out"][at] = f.rounded(out.a, FORMATS[p.dtype])
         if lse is not None:
             found["lse"][at] = f.rounded(lse.a[:, 0], format_of(model.lse))
     return found
+
+
+def simulate_steps(
+    problem: Problem, shape: Steps, model: Model, how: str, rng: np.random.Generator
+) -> dict[str, Float]:
+    """Return what a kernel would give that takes a recurrence token by token: out and the last state."""
+    p = problem.to("numpy")
+    found = {"out": np.zeros(p.out_shape), "state": np.zeros((p.batch, p.heads, p.d_k, p.d_v))}
+    for one in heads(p):
+        f, at = Rounding(model, how, rng, 1), (one.batch, one.head)
+        o, operands = one.options(f), f.operands(one)
+        state = f.state(np.zeros((p.d_k, p.d_v))) if o.state is None else o.state
+        with np.errstate(all="ignore"):
+            shape.prepare(o)
+            for t in range(p.n_q):
+                q, k, v = (Rounded(f, x.a[t : t + 1], x.kind) for x in operands)
+                state, out = shape.step(state, q, k, v, o)
+                found["out"][at][t] = f.rounded(out.a, FORMATS[p.dtype])[0]
+        found["state"][at] = f.rounded(state.a)
+    return found
+
+
+def simulate_scores(one: Head, shape: Selected, c: Choices, model: Model, how: str, rng: np.random.Generator) -> Float:
+    """Return the scores by which a kernel of a model would choose, (n_q, m), in the type that it stores scores in."""
+    f = Rounding(model, how, rng, len(one.k))
+    q, k, _ = f.operands(one)
+    return f.stored(scores_of(one, shape, c, f, q, k).a, model.scores)

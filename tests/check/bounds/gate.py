@@ -1,22 +1,26 @@
 """The gate of the bounds: kernels that round as badly as their Model allows, or at random, stay within the bound.
 
-``python -m tests.check.bounds.gate COUNT`` compares about so many elements of each operator; CI runs a smaller count.
+``python -m tests.check.bounds.gate COUNT`` compares about so many elements of each definition; CI runs a smaller count.
 """
 
 import sys
+import time
 
 import numpy as np
 
 from refattn import VARIANTS
+from refattn.check.bounds.choices import score_errors
 from refattn.check.bounds.expected import exact
 from refattn.check.bounds.forward import bounds
-from refattn.check.bounds.rounded import HOWS, simulate
+from refattn.check.bounds.rounded import HOWS, simulate, simulate_scores, simulate_steps
 from refattn.check.inputs.draw import Draw
 from refattn.check.inputs.families import cases
 from refattn.check.inputs.values import numbers
 from refattn.check.model import MODELS, Model, materialised
 from refattn.dtypes import FORMATS
-from refattn.variants import Rows
+from refattn.exact.heads import heads
+from refattn.exact.lowering import candidates
+from refattn.variants import Selected, Steps
 
 TYPES = ("float32", "bfloat16", "float16")
 FAMILIES = ("normal", "integers", "peaked", "head_scales", "positive", "shifted", "near_tie", "similar_rows")
@@ -26,62 +30,88 @@ def models(dtype):
     """Return the models that a kernel of a type may have."""
     wide = {"flash": MODELS["flash"](dtype), "stored": materialised(dtype)}
     split = Model(weights=dtype, lse="float32", split=7, tile=3)
-    return [*wide.values(), split, MODELS["tf32" if dtype == "float32" else "float8"](dtype)]
+    narrow = MODELS["tf32" if dtype == "float32" else "float8"](dtype)
+    return [*wide.values(), split, narrow, Model(scores=dtype)]
 
 
-def operators():
-    """Return the operators whose rows run at once; recurrences and choices are tested beside their own forms."""
-    return [n for n, v in VARIANTS.items() if isinstance(v.shape, Rows)]
+def definitions():
+    """Return what is compared, (operator, part): its rows, and of a recurrence its steps, of a choice its scores."""
+    found = [(n, "rows") for n in VARIANTS]
+    found += [(n, "steps") for n, v in VARIANTS.items() if isinstance(v.shape, Steps)]
+    return found + [(n, "scores") for n, v in VARIANTS.items() if isinstance(v.shape, Selected)]
 
 
 def problem(variant, rng):
-    """Draw a call: a case of the operator with other numbers, or other sizes without options."""
-    form = FORMATS[str(rng.choice(TYPES))]
-    d = Draw(form, rng, variant)
+    """Draw a call: a case of the operator with other numbers, or other sizes without options but those it needs."""
+    v, d = VARIANTS[variant], Draw(FORMATS[str(rng.choice(TYPES))], rng, variant)
     usual = [c for c in cases(variant) if not c.dtypes and "past-16" not in c.name and c.family != "poison"]
     if rng.random() < 0.5:
         return usual[rng.integers(len(usual))].build(d)
-    b, h, n_q, n_k, width = (int(rng.integers(1, n)) for n in (2, 3, 12, 90, 40))
-    q, k, v = numbers(str(rng.choice(FAMILIES)), d, (b, h, n_q, width), (b, h, n_k, width), (b, h, n_k, width))
-    return d.problem(n_q, n_k, b=b, h=h, d=width, q=q, k=k, v=v)
+    while True:
+        b, h, n_q, n_k, width = (int(rng.integers(1, n)) for n in (2, 3, 12, 90, 40))
+        n_k = n_q if isinstance(v.shape, Steps) else n_k  # each token brings a query and a key
+        q, k, value = numbers(str(rng.choice(FAMILIES)), d, (b, h, n_q, width), (b, h, n_k, width), (b, h, n_k, width))
+        more = {"causal": "bottom_right"} if "causal_bottom_right" in v.always else {}
+        p = d.problem(n_q, n_k, b=b, h=h, d=width, q=q, k=k, v=value, options=v.fitted({}, h), **more)
+        if v.takes(p):
+            return p
 
 
-def compared(variant, rng):
+def judged(definition, p, answer, model, rng):
+    """Yield for each way of rounding and array: its name, errors, what is allowed, and which elements are compared."""
+    part, shape = definition[1], VARIANTS[definition[0]].shape
+    if part == "scores":
+        for one in heads(p):
+            c = candidates(one, shape)
+            s, limit = score_errors(one, shape, c, model)
+            for how in HOWS:
+                got = simulate_scores(one, shape, c, model, how, rng)
+                yield f"scores {how}", np.abs(got - s), limit, np.isfinite(limit) & np.isfinite(got)
+        return
+    limits, forms = bounds(answer, model), {"out": p.dtype, "lse": model.lse, "state": model.accumulator}
+    for how in HOWS:
+        steps = part == "steps"
+        found = simulate_steps(p, shape, model, how, rng) if steps else simulate(answer.call, model, how, rng)
+        for name, got in found.items():
+            e, form, limit = answer.enclosures[name], FORMATS[forms[name]], limits[name]
+            # past the type's range a right kernel gives inf, which the table of what passes allows
+            seen = np.isfinite(e.mid) & (np.abs(e.mid) + limit < form.largest) & np.isfinite(got)
+            yield f"{name} {how}", e.error(got), limit, seen
+
+
+def compared(definition, rng):
     """Compare one drawn call under every model and way of rounding; return how many elements, and those past."""
-    p = problem(variant, rng)
-    answer = exact(p)
+    p = problem(definition[0], rng)
+    answer = None if definition[1] == "scores" else exact(p)
     count, past = 0, []
     for model in models(p.dtype):
-        limit = bounds(answer, model)
-        for how in HOWS:
-            for name, got in simulate(p, model, how, rng).items():
-                e, form = answer.enclosures[name], FORMATS[p.dtype if name == "out" else model.lse]
-                with np.errstate(all="ignore"):
-                    # past the type's range a right kernel gives inf, which the table of what passes allows
-                    seen = np.isfinite(e.mid) & (np.abs(e.mid) + limit[name] < form.largest) & np.isfinite(got)
-                    wrong = seen & ~(e.error(got) <= limit[name])
+        with np.errstate(all="ignore"):
+            for what, error, limit, seen in judged(definition, p, answer, model, rng):
                 count += int(seen.sum())
-                past += [(variant, p, model, how, name, tuple(map(int, at))) for at in np.argwhere(wrong)[:1]]
+                wrong = np.argwhere(seen & ~(error <= limit))
+                past += [(definition, p, model, what, tuple(map(int, at))) for at in wrong[:1]]
     return count, past
 
 
 def run(count, seed=0, names=None):
-    """Compare until each operator has so many elements; return the counts by operator, and what is past its bound."""
+    """Compare until each definition has so many elements; return counts and seconds by it, and what is past."""
     rng, found, past = np.random.default_rng(seed), {}, []
-    for variant in names or operators():
-        found[variant] = 0
-        while found[variant] < count:
-            n, wrong = compared(variant, rng)
-            found[variant] += n
+    for definition in names or definitions():
+        start, n = time.perf_counter(), 0
+        while n < count:
+            more, wrong = compared(definition, rng)
+            n += more
             past += wrong
+        found[definition] = n, time.perf_counter() - start
     return found, past
 
 
 def main():
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10**6
     found, past = run(count)
-    for variant, n in found.items():
-        print(f"{variant}: {n} elements, {sum(x[0] == variant for x in past)} past their bound")
+    for definition, (n, seconds) in found.items():
+        wrong = sum(x[0] == definition for x in past)
+        print(f"{' '.join(definition)}: {n} elements, {wrong} past their bound, {seconds:.1f} s")
     for x in past[:5]:
         print(x)
     sys.exit(bool(past))
