@@ -1,5 +1,6 @@
 """Small trials of the bounds of recurrences, of choices, and of gradients by the tape: a part of ``battery.py``."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -54,6 +55,7 @@ PROBLEMS = {
     "recurrence": _recurrence,
     "ones": lambda: _ones(16, **_lightning((0.0,))),
     "fading": lambda: _problem(((1, 2, 64, 8),) * 3, **_lightning((0.1, 0.4))),
+    "slow": lambda: _problem(((1, 2, 256, 8),) * 3, **_lightning((0.01, 0.02))),
     "three-ways": _three_ways,
     "one-weight": lambda: _ones(1, variant="linear", options={"feature": "identity", "normalize": False}),
     "one-share": lambda: _ones(1, "bfloat16", variant="linear", options={"feature": "identity"}),
@@ -111,12 +113,14 @@ def _by_tokens(p):
 
 
 def trial_the_errors_of_a_recurrence_are_foreseen(c):
-    p, a, model = problem("fading"), answer(problem("fading")), c.model.flash("float32")
-    bound, variance = c.bounds.forward(a, model)
-    for array, x in _by_tokens(p).items():
-        w = c.compare.compare(array, x, a, bound[array], "float32", variance[array])
-        assert w.passed, array
-        assert 0.5 < w.figures.rms < 1.1, (array, w.figures.rms)
+    # np.exp is within half an ulp; of a slow decay one error is in every step, and adds up
+    for name, exp_ulps in (("fading", 0.5), ("slow", 2.0)):
+        p, a = problem(name), answer(problem(name))
+        bound, variance = c.bounds.forward(a, replace(c.model.flash("float32"), exp_ulps=exp_ulps))
+        for array, x in _by_tokens(p).items():
+            w = c.compare.compare(array, x, a, bound[array], "float32", variance[array])
+            assert w.passed, array
+            assert 0.5 < w.figures.rms < 1.1, (array, w.figures.rms)
 
 
 # choices ------------------------------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ...exact.heads import Head
+from ...exact.arithmetics import Floats
+from ...exact.heads import Head, matrix_of, numbers_of
 from ...variants import Steps
 from ..model import Model
-from .losses import Losses, variance_of
+from .losses import Losses, Lossy, variance_of
 from .operands import Operands
 
 __all__ = ["stepped"]
@@ -32,10 +35,10 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float],
     """
     f, lost = Losses(model, 1), Operands.of(one, model)
     o = one.options(f)
-    start = np.zeros((one.q.shape[1], one.v.shape[1])) if one.state is None else one.state
-    state, spans, variances = f.leaf(start, ("d", "v")), [], []
+    state, spans, variances = f.leaf(_start(one), ("d", "v")), [], []
     with np.errstate(all="ignore"):
         shape.prepare(o)
+        common = _taken_out(f, o)
         for t in range(len(one.q)):
             at = slice(t, t + 1)
             q = f.leaf(one.q[at], ("q", "d"), lost.q[at], lost.var_q[at])
@@ -46,7 +49,50 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float],
             variances.append(np.broadcast_to(variance_of(out.node), out.shape))
             state = f.leaf(state.a, ("d", "v"), state.node.span, variance_of(state.node))  # without the graph behind it
     last = state.node
+    moved = _moved(one, shape, common)
     return (
-        (np.concatenate(spans), np.concatenate(variances)),
-        (np.broadcast_to(last.span, state.shape), np.broadcast_to(last.var, state.shape)),
+        (np.concatenate(spans), np.concatenate(variances) + moved[0]),
+        (np.broadcast_to(last.span, state.shape), np.broadcast_to(last.var, state.shape) + moved[1]),
     )
+
+
+def _taken_out(f: Losses, o: Any) -> dict[str, Float]:
+    """Take the variances of what was prepared once for all tokens off the options, and return those numbers moved.
+
+    One error is then in every token's step: it adds up, where errors of their own would not.
+    """
+    found = {}
+    for n, x in list(vars(o).items()):
+        if isinstance(x, Lossy) and (var := np.broadcast_to(variance_of(x.node), x.shape)).any():
+            found[n] = x.a + np.sqrt(var)
+            setattr(o, n, f.leaf(x.a, x.node.axes, x.node.span))
+    return found
+
+
+def _moved(one: Head, shape: Steps, common: dict[str, Float]) -> tuple[Float, Float]:
+    """Return the squares of how far out and the last state go with each common number a standard deviation off."""
+    out, state = _plain(one, shape, {})
+    squares = np.zeros_like(out), np.zeros_like(state)
+    for n, x in common.items():
+        for to, a, b in zip(squares, _plain(one, shape, {n: x}), (out, state), strict=True):
+            to += np.square(a - b)
+    return squares
+
+
+def _plain(one: Head, shape: Steps, change: dict[str, Float]) -> tuple[Float, Float]:
+    """Return out and the last state in float64, with some of what is prepared replaced."""
+    f = Floats()
+    o, outs = one.options(f), []
+    state = matrix_of(f, _start(one))
+    with np.errstate(all="ignore"):
+        shape.prepare(o)
+        for n, x in change.items():
+            setattr(o, n, matrix_of(f, x))
+        for t in range(len(one.q)):
+            state, out = shape.step(state, *(matrix_of(f, x[t : t + 1]) for x in (one.q, one.k, one.v)), o)
+            outs.append(numbers_of(out))
+    return np.concatenate([np.zeros((0, one.v.shape[1])), *outs]), numbers_of(state)
+
+
+def _start(one: Head) -> Float:
+    return np.zeros((one.q.shape[1], one.v.shape[1])) if one.state is None else one.state

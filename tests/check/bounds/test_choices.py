@@ -1,5 +1,7 @@
 """Rows whose choice rounding can turn are judged by either; recurrences by what their state loses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -153,7 +155,8 @@ def test_a_state_that_is_cut_off_at_every_step_is_within_its_bound_and_fails_by_
             state = toward_zero(faded.astype(np.float64) + k[:, :, t, :, None] * v[:, :, t, None, :])
         return out, state
 
-    report = check_kernel(cut_off, "lightning", capabilities=ABLE, only="gaussian/decay")
+    model = replace(flash("float32"), exp_ulps=0.5)  # np.exp's: the decay's own error would hide it
+    report = check_kernel(cut_off, "lightning", capabilities=ABLE, model=model, only="gaussian/decay")
     (failed,) = report.failures
     assert failed.ratio < 1
     assert "state: errors are" in failed.message
