@@ -11,12 +11,11 @@ if TYPE_CHECKING:
         Model,
         Report,
         check_kernel,
-        check_problem,
         compare,
     )
     from .check.close import allowed_error, assert_close
+    from .check.kernels.problem import check_problem
     from .check.parametrize import parametrize_with_checks
-    from .check.register import register
     from .errors import (
         InvalidInput,
         InvalidProblem,
@@ -35,16 +34,17 @@ if TYPE_CHECKING:
         softmax_attention,
     )
     from .files import load_problem, save_problem
+    from .operators import register
     from .problem import Problem
     from .variants import VARIANTS, Variant
 
     __version__: str
 
 _WHERE = {
-    "check": ("Capabilities", "Law", "Model", "Report", "check_kernel", "check_problem", "compare"),
+    "check": ("Capabilities", "Law", "Model", "Report", "check_kernel", "compare"),
+    "check.kernels.problem": ("check_problem",),
     "check.close": ("allowed_error", "assert_close"),
     "check.parametrize": ("parametrize_with_checks",),
-    "check.register": ("register",),
     "errors": (
         "InvalidInput",
         "InvalidProblem",
@@ -63,11 +63,26 @@ _WHERE = {
         "softmax_attention",
     ),
     "files": ("load_problem", "save_problem"),
+    "operators": ("register",),
     "problem": ("Problem",),
     "variants": ("VARIANTS", "Variant"),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
-_ROOMS = ("bench", "check", "cli", "dtypes", "exact", "golden", "gpu", "he", "masks", "strategies", "tensor", "theory")
+_ROOMS = (
+    "bench",
+    "check",
+    "cli",
+    "dtypes",
+    "exact",
+    "golden",
+    "gpu",
+    "he",
+    "masks",
+    "operators",
+    "strategies",
+    "tensor",
+    "theory",
+)
 
 __all__ = [
     "VARIANTS",

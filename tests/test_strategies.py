@@ -4,12 +4,11 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 
-from refattn import VARIANTS, InvalidInput, evaluate
+from refattn import VARIANTS, InvalidInput, check_problem, evaluate
 from refattn.arrays import from_float64
 from refattn.check import FEATURES, FURTHER
 from refattn.check.inputs.values import BUILDERS
 from refattn.check.kernels.tiled import tiled
-from refattn.check.runner import check_problem
 from refattn.dtypes import FORMATS
 from refattn.masks import visible
 from refattn.problem import MEANINGS

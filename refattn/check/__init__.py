@@ -6,7 +6,7 @@ from .inputs.families import FAMILIES, cases
 from .laws import LAWS, Law
 from .model import EDGES, FEATURES, FURTHER, Capabilities, Model, flash, materialised
 from .report.report import Check, Report
-from .runner import check_kernel, check_problem
+from .runner import check_kernel
 
 __all__ = [
     "EDGES",
@@ -23,7 +23,6 @@ __all__ = [
     "call_kernel",
     "cases",
     "check_kernel",
-    "check_problem",
     "compare",
     "flash",
     "materialised",

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import to_numpy
 from ..dtypes import FORMATS
 from ..errors import InvalidInput, KernelError, UnsupportedProblem
 from ..problem import VARIANT, Problem
@@ -31,7 +30,7 @@ from .report.report import Check, Report
 from .settle import Notes, settled
 from .trial import Trial
 
-__all__ = ["Item", "check_kernel", "check_problem", "plan"]
+__all__ = ["Item", "check_kernel", "failing", "guarded", "judged", "judged_gradients", "plan"]
 
 
 @dataclass(frozen=True)
@@ -171,54 +170,6 @@ def matches(name: str, only: str | None) -> bool:
     return only in (name, name.rpartition("[")[0]) or fnmatch.fnmatchcase(name, only.replace("[", "[[]"))
 
 
-def check_problem(
-    kernel: Function | Kernel | str,
-    problem: Problem,
-    label: str,
-    *,
-    gradients: Any = None,
-    model: Model | ModelFor | None = None,
-    name: str | None = None,
-) -> Report:
-    """Check a kernel on one problem of the caller's own.
-
-    Parameters
-    ----------
-    kernel : callable or str
-        As in :func:`check_kernel`, or a name that ``refattn check`` takes.
-    problem : Problem
-        The call.
-    label : str
-        What to call the check.
-    gradients : (b, h_q, n_q, d_v) array, optional
-        The gradient arriving at out: checks the gradients, too.
-    model, name
-        As in :func:`check_kernel`.
-    """
-    if isinstance(kernel, str):
-        from .kernels import find
-
-        kernel = find(kernel)[0].kernel()
-    judged, plain = Kernel.of(kernel, model=model, name=name), problem.to("numpy")
-    chosen, called = judged.model(problem.dtype), judged.call
-    lse = judged.declared and judged.capabilities.lse
-    notes = Notes()
-    name_of = f"{label}[{problem.dtype}]"
-    found = _guard(name_of, lambda: _judge(called, plain, expected(plain, chosen), chosen, lse, notes))
-    checks = [replace(found, either=notes.either)]
-    if gradients is not None:
-        dout = to_numpy(gradients)
-        wanted = judged.capabilities.gradients if judged.declared else frozenset()
-        name_of = f"{label}/gradients[{problem.dtype}]"
-        checks.append(
-            _guard(
-                name_of, lambda: _judge_gradients(called, plain, dout, expected(plain, chosen, dout), wanted, Notes())
-            )
-        )
-    models = {problem.dtype: asdict(chosen)}
-    return Report(judged.name, problem.variant, tuple(checks), models=models)
-
-
 def failing(kernel: Function, model: Model, able: frozenset[str]) -> Callable[[Problem, Any], bool]:
     """Return a function that tells whether a kernel fails a call (with an arriving gradient: its gradients)."""
 
@@ -226,10 +177,10 @@ def failing(kernel: Function, model: Model, able: frozenset[str]) -> Callable[[P
         def judge() -> Iterator[Worst]:
             known = expected(problem, model, dout)
             if dout is None:
-                return _judge(kernel, problem, known, model, False, Notes())
-            return _judge_gradients(kernel, problem, dout, known, able, Notes())
+                return judged(kernel, problem, known, model, False, Notes())
+            return judged_gradients(kernel, problem, dout, known, able, Notes())
 
-        return _guard("", judge).verdict in ("failed", "edge")
+        return guarded("", judge).verdict in ("failed", "edge")
 
     return fails
 
@@ -242,7 +193,7 @@ def _case_run(kernel: Kernel, case: Case, dtype: str) -> Callable[[], Check]:
         lacks = able.missing(problem)
         known = partial(of_case, case, dtype, model, backward=False)
         lse, some = able.lse and not lacks, case.sample(problem)
-        check = _guard(name, lambda: _judge(kernel.call, problem, known(), model, lse, notes, some))
+        check = guarded(name, lambda: judged(kernel.call, problem, known(), model, lse, notes, some))
         return replace(settled(check, kernel, problem, lacks, notes), rules=notes.rules, either=notes.either)
 
     return run
@@ -258,9 +209,9 @@ def _gradients_run(kernel: Kernel, case: Case, dtype: str, name: str) -> Callabl
 
         def judge() -> Iterator[Worst]:
             known = of_case(case, dtype, model, backward=True)
-            return _judge_gradients(kernel.call, problem, dout, known, wanted, notes, case.sample(problem))
+            return judged_gradients(kernel.call, problem, dout, known, wanted, notes, case.sample(problem))
 
-        return settled(_guard(name, judge), kernel, problem, lacks, notes)
+        return settled(guarded(name, judge), kernel, problem, lacks, notes)
 
     return run
 
@@ -275,13 +226,13 @@ def _law_run(kernel: Kernel, law: Law, dtype: str, variant: str) -> Callable[[],
             return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
 
         ask = Trial(kernel.call, kernel.model(dtype), able)
-        check = _guard(name, lambda: iter([law.test(ask, problem)]))
+        check = guarded(name, lambda: iter([law.test(ask, problem)]))
         return settled(check, kernel, problem, [], Notes(read=frozenset(ask.seen) if ask.seen else None))
 
     return run
 
 
-def _judge(
+def judged(
     kernel: Function,
     problem: Problem,
     known: Expected,
@@ -311,7 +262,7 @@ def _judge(
         raise KernelError("the kernel returned no lse, but its capabilities name it; return (out, lse)")
 
 
-def _judge_gradients(
+def judged_gradients(
     kernel: Function,
     problem: Problem,
     dout: Any,
@@ -351,7 +302,8 @@ def _at(some: Sample | None, w: Worst) -> Worst:
     return replace(w, place=some.place(w.array, w.place), symptoms=symptoms)
 
 
-def _guard(name: str, judge: Callable[[], Iterator[Worst]]) -> Check:
+def guarded(name: str, judge: Callable[[], Iterator[Worst]]) -> Check:
+    """Return the check that comparisons make, or that something raised on the way to them makes."""
     start = time.perf_counter()
     found: list[Worst] = []
     try:

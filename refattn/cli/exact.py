@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..check.register import load
 from ..dtypes import FORMATS
 from ..errors import InvalidInput
 from ..exact import evaluate
 from ..files import BAD_FILE, check_folders, load_problem, save_arrays
+from ..operators import load
 from ..problem import OFFSETS, TENSORS, Problem
 
 __all__ = ["exact"]

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..check.register import load
 from ..check.report.report import Check, element
 from ..dtypes import FORMATS
 from ..golden.make import check_results, make, verify
+from ..operators import load
 from ..problem import VARIANT
 
 __all__ = ["golden"]

@@ -18,15 +18,16 @@ from ..check.diagnose.explain import explain as explain_report
 from ..check.inputs.families import FAMILIES, cases
 from ..check.kernels import KERNELS, Entry, find, found
 from ..check.kernels.isolated import Isolated
+from ..check.kernels.problem import check_problem
 from ..check.laws import LAWS
 from ..check.model import MODELS, model_named
-from ..check.register import load
 from ..check.report.page import page
 from ..check.report.report import Report, junit, summary
-from ..check.runner import Item, check_kernel, check_problem, plan
+from ..check.runner import Item, check_kernel, plan
 from ..dtypes import FORMATS
 from ..errors import InvalidInput, InvalidProblem, ServiceError, UnsupportedProblem
 from ..files import check_folders, load_problem, write_text
+from ..operators import load
 from ..problem import VARIANT
 from ..variants import VARIANTS, variant_of
 from ..version import VERSION

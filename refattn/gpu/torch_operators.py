@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ..errors import InvalidProblem
-from .attention import forward
 from .backward import SOURCES, attention_backward
+from .forward import forward
 
 __all__ = ["attention", "needed"]
 

@@ -2,11 +2,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from refattn import Capabilities, InvalidInput, Model, Problem, check_kernel
+from refattn import Capabilities, InvalidInput, Model, Problem, check_kernel, check_problem
 from refattn.check.bugs.planted import plain
 from refattn.check.kernels import declared
 from refattn.check.model import MODELS, flash, model_named, narrowed
-from refattn.check.runner import check_problem
 from refattn.cli.main import main
 
 from ..conftest import tensor

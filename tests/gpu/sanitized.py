@@ -61,7 +61,7 @@ def run(cupy, impl, dtype, shape, options):
     from refattn.masks import visible
     from refattn.problem import Problem
 
-    module = importlib.import_module("refattn.gpu.attention")
+    module = importlib.import_module("refattn.gpu.forward")
     b, h, h_kv, n_q, n_k, d_k, d_v = shape
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     rng = np.random.default_rng(0)
@@ -140,7 +140,7 @@ def run_backward(cupy, impl, dtype, shape, options):
     q, k, v, dout = (make(s) for s in ((b, h, n_q, d_k), (b, h_kv, n_k, d_k), (b, h_kv, n_k, d_v), (b, h, n_q, d_v)))
     if "bias" in given:
         given["bias"] = make(given["bias"])
-    forward = importlib.import_module("refattn.gpu.attention")
+    forward = importlib.import_module("refattn.gpu.forward")
     forward.empty = importlib.import_module("refattn.gpu.views").empty  # as it was before the calls above
     out, lse = forward.attention(q, k, v, return_lse=True, impl="simt", **given)
 

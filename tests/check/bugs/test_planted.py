@@ -88,9 +88,8 @@ def test_the_zeroed_head_is_caught_where_other_rules_pass_it():
 
 def test_the_dropped_own_key_is_caught_at_length_1024():
     """The last causal row drops its own key: Gaussian data hides it in bfloat16, probe values do not."""
-    from refattn import Problem
+    from refattn import Problem, check_problem
     from refattn.arrays import from_float64
-    from refattn.check import check_problem
     from refattn.dtypes import FORMATS
 
     rng = np.random.default_rng(0)

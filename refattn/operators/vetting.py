@@ -12,6 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..check.bounds.forward import bounds
+from ..check.inputs.draw import Draw
+from ..check.inputs.families import cases
+from ..check.laws import LAWS, law_problem
+from ..check.model import Capabilities, flash
+from ..check.trial import Trial
 from ..dtypes import FORMATS
 from ..errors import InvalidInput, InvalidProblem, RefattnError, UnsupportedProblem
 from ..exact.agree import differing_form
@@ -24,12 +30,6 @@ from ..exact.parts import parts
 from ..problem import VARIANT, Problem
 from ..variants import Lowered, Option, Rows, Selected, Steps, Variant
 from ..variants.variant import CALL_LAWS
-from .bounds.forward import bounds
-from .inputs.draw import Draw
-from .inputs.families import cases
-from .laws import LAWS, law_problem
-from .model import Capabilities, flash
-from .trial import Trial
 
 __all__ = ["calls_of", "guarded", "vet"]
 

@@ -7,8 +7,8 @@ import pytest
 
 import refattn
 from refattn import VARIANTS, Capabilities, InvalidInput, Problem, Variant, check_kernel, check_problem, evaluate
-from refattn.check.vetting import calls_of, vet
 from refattn.exact.agree import under
+from refattn.operators.vetting import calls_of, vet
 from refattn.variants import Choices, Option, Selected, Steps
 from refattn.variants.option import above_zero, whole
 

@@ -6,19 +6,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..check.bounds import expected
+from ..check.bugs.planted import PLANTED
+from ..check.inputs import families
+from ..check.inputs.builders import BUILDERS
+from ..check.inputs.families import FAMILIES
+from ..check.laws import LAWS
+from ..check.model import FEATURES, FURTHER
 from ..errors import InvalidInput, RefattnError
 from ..exact.agree import under
 from ..problem import MEANINGS
 from ..variants import VARIANTS, Option, Steps, Variant
 from ..variants.own import BUILT_IN, FILES, from_file
 from ..variants.shapes import Shape
-from .bounds import expected
-from .bugs.planted import PLANTED
-from .inputs import families
-from .inputs.builders import BUILDERS
-from .inputs.families import FAMILIES
-from .laws import LAWS
-from .model import FEATURES, FURTHER
 from .vetting import guarded, vet
 
 __all__ = ["load", "register"]

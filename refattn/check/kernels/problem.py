@@ -1,0 +1,65 @@
+"""A kernel on one call of the caller's own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from ...arrays import to_numpy
+from ...problem import Problem
+from ..bounds.expected import expected
+from ..call import Function
+from ..kernel import Kernel
+from ..model import Model, ModelFor
+from ..report.report import Report
+from ..runner import guarded, judged, judged_gradients
+from ..settle import Notes
+from . import find
+
+__all__ = ["check_problem"]
+
+
+def check_problem(
+    kernel: Function | Kernel | str,
+    problem: Problem,
+    label: str,
+    *,
+    gradients: Any = None,
+    model: Model | ModelFor | None = None,
+    name: str | None = None,
+) -> Report:
+    """Check a kernel on one problem of the caller's own.
+
+    Parameters
+    ----------
+    kernel : callable or str
+        As in :func:`check_kernel`, or a name that ``refattn check`` takes.
+    problem : Problem
+        The call.
+    label : str
+        What to call the check.
+    gradients : (b, h_q, n_q, d_v) array, optional
+        The gradient arriving at out: checks the gradients, too.
+    model, name
+        As in :func:`check_kernel`.
+    """
+    if isinstance(kernel, str):
+        kernel = find(kernel)[0].kernel()
+    asked, plain = Kernel.of(kernel, model=model, name=name), problem.to("numpy")
+    chosen, called = asked.model(problem.dtype), asked.call
+    lse = asked.declared and asked.capabilities.lse
+    notes = Notes()
+    name_of = f"{label}[{problem.dtype}]"
+    found = guarded(name_of, lambda: judged(called, plain, expected(plain, chosen), chosen, lse, notes))
+    checks = [replace(found, either=notes.either)]
+    if gradients is not None:
+        dout = to_numpy(gradients)
+        wanted = asked.capabilities.gradients if asked.declared else frozenset()
+        name_of = f"{label}/gradients[{problem.dtype}]"
+        checks.append(
+            guarded(
+                name_of, lambda: judged_gradients(called, plain, dout, expected(plain, chosen, dout), wanted, Notes())
+            )
+        )
+    models = {problem.dtype: asdict(chosen)}
+    return Report(asked.name, problem.variant, tuple(checks), models=models)

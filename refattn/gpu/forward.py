@@ -1,0 +1,52 @@
+"""A forward call on a GPU: read, planned once for its kind, launched."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .kernel import Call, Plan
+from .launch import capability, launch
+from .plan import choose
+from .request import read
+from .views import device_of, empty, finish, on, stream_of
+
+__all__ = ["forward"]
+
+
+def forward(
+    query: Any, key: Any, value: Any, *, scale: float | None, causal: str | None, window: Any, softcap: float | None,
+    sink: Any, bias: Any, allowed: Any, block_mask: Any, cu_seqlens: Any, accuracy: str, impl: str | None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return out and lse of :func:`refattn.gpu.attention`, without gradients."""
+    device = device_of(query, "query")
+    with on(device):
+        tensors = {"query": query, "key": key, "value": value, "bias": bias, "allowed": allowed}
+        options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        asked = read(tensors, sink, block_mask, cu_seqlens, options, accuracy, impl)
+        known = _known(asked.signature)
+        if known is None:
+            call = asked.call(accuracy)
+            known = _KNOWN[asked.signature] = (call, choose(call, impl, capability(device)))
+        arrays, wide = asked.arrays, "float64" if asked.arrays["query"].dtype == "float64" else "float32"
+        shape = (*arrays["query"].shape[:3], arrays["value"].shape[3])
+        out, arrays["out"] = empty(query, shape, arrays["query"].dtype)
+        lse, arrays["lse"] = empty(query, shape[:3], wide)
+        if min(shape):
+            by = 1 / math.sqrt(arrays["query"].shape[3]) if scale is None else float(scale)
+            launch(*known, query, arrays, asked.options | {"scale": by}, stream_of(query, device))
+        out, lse = finish(query, [out, lse], list(arrays.values()))
+    return out, lse
+
+
+_KNOWN: dict[Any, tuple[Call, Plan]] = {}
+"""Calls that were checked and planned, by all that the checks and the choice of a kernel depend on."""
+
+
+def _known(signature: Any) -> tuple[Call, Plan] | None:
+    if len(_KNOWN) > 4096:
+        _KNOWN.clear()
+    try:
+        return _KNOWN.get(signature)
+    except TypeError:  # an option that cannot be hashed: Problem says what is wrong with it
+        return None
