@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -150,9 +151,23 @@ def stream_of(like: Any, device: int) -> int:
     return int(library("cupy").cuda.get_current_stream(device).ptr)
 
 
+class _Thread(threading.local):
+    """What the runtime knows of a thread: the GPUs whose context it has made current there."""
+
+    def __init__(self) -> None:
+        self.ready: set[int] = set()
+
+
+_THREAD = _Thread()
+
+
 def on(device: int) -> AbstractContextManager[Any]:
     """Return a context in which a GPU is the current one."""
     cuda = library("cupy").cuda
+    if device not in _THREAD.ready:  # a thread that has not called the runtime yet, as autograd's, has no context
+        cuda.runtime.setDevice(device)
+        cuda.runtime.free(0)
+        _THREAD.ready.add(device)
     return nullcontext() if cuda.runtime.getDevice() == device else cuda.Device(device)
 
 

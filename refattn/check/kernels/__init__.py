@@ -224,6 +224,7 @@ KERNELS: dict[str, Entry] = {
                     arrays="torch",
                     device="cuda",
                     edges=frozenset({"overflow"}),
+                    refuses="decode" in function,  # more than 16 queries
                 ),
                 model,
                 gpu=True,
