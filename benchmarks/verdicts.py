@@ -20,19 +20,21 @@ from refattn.bench import Row
 from refattn.check.kernels import find, found
 
 
-def judged(name: str) -> dict[str, Any] | None:
-    """Return a kernel's report as JSON has it; None where its process ended without one."""
+def judged(name: str) -> dict[str, Any] | str:
+    """Return a kernel's report as JSON has it, or the last line that its process wrote where it ended without one."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.json"
         run = [sys.executable, "-m", "refattn", "check", name, "--only", "!calls/*", "--json", str(file)]
-        subprocess.run(run, capture_output=True, check=False)
-        return json.loads(file.read_text())["kernels"][0] if file.is_file() else None
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        if file.is_file():
+            return dict(json.loads(file.read_text())["kernels"][0])
+        return (done.stderr.strip().splitlines() or ["nothing was written"])[-1]
 
 
-def figures(name: str, report: dict[str, Any] | None) -> Iterator[Row]:
+def figures(name: str, report: dict[str, Any] | str) -> Iterator[Row]:
     """Yield by format how many checks passed, were wrong, differed at an edge by its name, and did not run."""
-    if report is None:
-        yield Row(f"{name}, ended without a report", 1, "runs", at_most=0)
+    if isinstance(report, str):
+        yield Row(f"{name}, ended without a report: {report}", 1, "runs", at_most=0)
         return
     checks = [c | {"dtype": c["name"].rpartition("[")[2][:-1]} for c in report["checks"]]
     for dtype in dict.fromkeys(c["dtype"] for c in checks):

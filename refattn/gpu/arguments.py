@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from operator import itemgetter
 from typing import Any
 
 from .build import text_of
@@ -49,20 +50,32 @@ class Record:
         end = -at % self.alignment
         return f"{found}{end}x", at + end
 
-    def flat(self, values: Mapping[str, Any] | Sequence[Any], into: list[Any]) -> None:
-        """Append the numbers of the members, given by name, or in their order for a struct inside another."""
-        if isinstance(values, Mapping):
-            if values.keys() != self.members.keys():
+    @cached_property
+    def _plan(self) -> tuple[Callable[[Mapping[str, Any]], Any], tuple[tuple[int, Record], ...], int]:
+        """How values by name are put in order, which of them are structs, and how many there are: made once."""
+        inner = tuple((i, x) for i, x in enumerate(self.members.values()) if isinstance(x, Record))
+        names = tuple(self.members)
+        return (itemgetter(*names) if len(names) > 1 else lambda v: (v[names[0]],)), inner, len(names)
+
+    def flat(self, values: Mapping[str, Any] | Sequence[Any]) -> Sequence[Any]:
+        """Return the numbers of the members, given by name, or in their order for a struct inside another."""
+        ordered, inner, count = self._plan
+        if isinstance(values, dict):
+            if len(values) != count or values.keys() != self.members.keys():
                 missing, extra = self.members.keys() - values.keys(), values.keys() - self.members.keys()
                 raise TypeError(f"struct {self.name}: missing {sorted(missing)}, unknown {sorted(extra)}")
-            values = [values[n] for n in self.members]
-        elif len(values) != len(self.members):
-            raise TypeError(f"struct {self.name}: got {len(values)} values, has {len(self.members)} members")
-        for x, value in zip(self.members.values(), values, strict=True):
-            if isinstance(x, Record):
-                x.flat(value, into)
-            else:
-                into.append(value)
+            values = ordered(values)
+        elif len(values) != count:
+            raise TypeError(f"struct {self.name}: got {len(values)} values, has {count} members")
+        if not inner:
+            return values  # type: ignore[return-value]
+        found: list[Any] = []
+        at = 0
+        for i, x in inner:
+            found += values[at:i]  # type: ignore[index]
+            found += x.flat(values[i])  # type: ignore[index]
+            at = i + 1
+        return found + list(values[at:])  # type: ignore[index]
 
 
 @dataclass(frozen=True)
@@ -102,9 +115,7 @@ class Arguments:
         TypeError
             A member without a value, or a value without a member.
         """
-        numbers: list[Any] = []
-        self.parameters.flat(values, numbers)
-        return self._packer.pack(*numbers)
+        return self._packer.pack(*self.parameters.flat(values))
 
     def unpack(self, packed: bytes) -> dict[str, Any]:
         """Return the parameters' numbers by name, members of a struct as ``parameter.member``."""
