@@ -23,7 +23,7 @@ from .reading import unread
 
 __all__ = ["WIDTHS", "found", "probed", "tried"]
 
-WIDTHS = (16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256, 512)
+WIDTHS = (16, 32, 33, 40, 64, 72, 80, 96, 128, 160, 192, 256, 512)
 LENGTHS = (1, 2, 8, 16, 32, 64, 128)
 Build = Callable[..., Problem]
 CALLS: dict[str, Build] = {

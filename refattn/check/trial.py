@@ -37,7 +37,7 @@ class Trial:
     def everything(self, p: Problem, dout: NDArray[Any]) -> dict[str, Float]:
         """Return out, lse or state, and the gradients where the kernel has some."""
         found = {n: x.astype(np.float64) for n, x in self.result(p).arrays().items()}
-        return found | (self.gradients(p, dout) if hasattr(self.kernel, "gradients") else {})
+        return found | (self.gradients(p, dout) if self.able.gradients else {})
 
     def out(self, p: Problem) -> Float:
         """Return out as float64."""

@@ -236,7 +236,7 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "dim-128": _entry(lambda d: d.problem(d=128)),
         # a width that is no multiple of 16: columns past the last whole vector
         "dim-40": _entry(lambda d: d.problem(d=40, d_v=20)),
-        "negative-scale": _entry(lambda d: d.problem(scale=-0.25)),
+        "negative-scale": _entry(lambda d: d.problem(q=6 * d.normal(1, 2, 37, 32), scale=-0.5)),  # scores far apart
         "everything": _entry(_everything, "causal", "softcap", "bias", "sink", "allowed"),
     },
     "ragged": {

@@ -35,10 +35,13 @@ WIDTHS = (
     (576, 512),  # DeepSeek-V3, decoding
     (192, 192),
     (160, 160),  # Stable Diffusion, the inner layers
+    (33, 33),  # what no vector of 2 or more divides
 )
 """(d_k, d_v) of models in use."""
-GROUPS = (1, 4, 8, 2, 7, 5, 16, 64)
+GROUPS = (1, 4, 8, 2, 6, 7, 3, 5, 16, 64)
 """Query heads to a key head of models in use."""
+NUMBERS = ("normal", "jump", "needles", "faint", "sharp")
+"""Normal; a late jump; few keys that hold the weight; many that hold little; rows that look at keys of their own."""
 KINDS = ("prefill", "decode", "chunk", "few", "packed", "batches", "cross")
 TILES = (64, 128, 16, 32, 80, 96, 176, 192, 256)
 MOST = {"quick": 2**23, "ci": 2**25, "nightly": 2**28}
@@ -95,6 +98,7 @@ def _spread(full: tuple[int, ...], kind: str) -> tuple[int, ...]:
         "full": full,
         "heads": (b, 1, n_q, n_k),
         "batches": (1, h, n_q, n_k),
+        "all": (1, 1, n_q, n_k),
         "rows": (b, h, 1, n_k),
         "padding": (b, 1, 1, n_k),
         "keys": (1, h, n_q, 1),
@@ -116,7 +120,7 @@ def _mask(d: Draw, shape: tuple[int, ...], hidden: str) -> NDArray[np.bool_]:
 
 
 def _numbers(d: Draw, c: Call, n_q: int, n_k: int) -> tuple[Any, Any, Any]:
-    """Return query, key and value: normal; with a few keys far apart that hold the weight; or with a late jump."""
+    """Return query, key and value, of one of ``NUMBERS``."""
     q, k = d.normal(c.b, c.h, n_q, c.d), d.normal(c.b, c.h_kv, n_k, c.d)
     v = d.normal(c.b, c.h_kv, n_k, c.d_v)
     if c.numbers == "normal" or not n_k:
@@ -129,8 +133,14 @@ def _numbers(d: Draw, c: Call, n_q: int, n_k: int) -> tuple[Any, Any, Any]:
         at = {0, n_k - 1, n_k // 2, *(t for t in TILES if t < n_k), *(t - 1 for t in TILES if t <= n_k)}
         at |= set(d.rng.integers(n_k, size=4).tolist())
         k[:, :, sorted(at), 0] = 3 * np.sqrt(c.d) / by
+    elif (
+        c.numbers == "faint"
+    ):  # one key holds the weight; the others hold little of it, and their values count for that
+        top, bits = int(d.rng.integers(n_k)), min(d.form.emax - 4, 24)
+        k[:, :, top, 0] = (bits + 2) * np.log(2) / 4 * np.sqrt(c.d) / by
+        v *= np.where(np.arange(n_k) == top, 1.0, 2.0**bits)[:, None]
     else:  # a later tile holds scores that are 100 larger: what was summed before counts no more
-        start = int(d.rng.integers(n_k)) // 16 * 16
+        start = int(d.rng.integers(n_k // 2, n_k)) // 16 * 16
         k[:, :, start:, 0] = 25 * np.sqrt(c.d) / by
     return q, k, v
 
@@ -205,10 +215,11 @@ def drawn(variant: str, able: Capabilities, budget: str, seed: int) -> list[Call
     axes = _axes(v.uses, able)
     names = list(axes)
     rows = [dict(zip(names, x, strict=True)) for x in AllPairs([rng.sample(axes[n], len(axes[n])) for n in names])]
+    often = {"numbers": axes["numbers"], "softcap": [*axes["softcap"][:2], None]}
     masks = [n for n in ("causal", "window", "allowed", "hidden", "kind") if len(axes[n]) > 1]
     if len(masks) > 2:
         for three in AllPairs([rng.sample(axes[n], len(axes[n])) for n in masks], n=3):
-            usual = {n: rng.choice(x[:2]) for n, x in axes.items()}
+            usual = {n: rng.choice(often.get(n, x[:2])) for n, x in axes.items()}
             rows.append(usual | dict(zip(masks, three, strict=True)))
     return list(dict.fromkeys(_call(row, rng, able, budget) for row in rows))
 
@@ -234,12 +245,12 @@ def _axes(uses: frozenset[str], able: Capabilities) -> dict[str, list[Any]]:
         "off": [0, 1, -1],
         "window": [None, *given("window", "left", "right", "both", "self")],
         "bias": ["", *given("bias", "full", "heads", "rows", "padding", "batches", "keys")],
-        "allowed": ["", *given("allowed", "padding", "full", "heads", "rows", "row")],
+        "allowed": ["", *given("allowed", "padding", "full", "heads", "all", "rows", "batches", "row")],
         "hidden": ["", "nan", "large"] if has & {"window", "allowed"} or corners else [""],
         "softcap": [None, *given("softcap", 50.0, 2.0)],
         "sink": [False, *given("sink", True)],
         "scale": [None, *([0.3] if "scale" in has else [])],
-        "numbers": ["normal", "needles", "jump", "sharp"],
+        "numbers": list(NUMBERS),
         "layout": ["plain", "bshd", "fused", "spread"],
     }
 
@@ -251,15 +262,17 @@ def _call(row: dict[str, Any], rng: random.Random, able: Capabilities, budget: s
     h_kv = 2 if group <= 8 else 1
     most = MOST[budget] // (b * group * h_kv * (d + d_v))
     step = able.seq_multiple
-    pairs = _pairs(kind, row["tile"], row["off"], most, LONGEST[budget], rng)
+    differ = "lengths_differ" in able.features
+    pairs = _pairs(kind, row["tile"], row["off"], most, LONGEST[budget], rng, differ)
     pairs = [(-(-q // step) * step, -(-k // step) * step) for q, k in pairs]
     if kind == "cross" and row["causal"] == "bottom_right":
         pairs = [(k, q) for q, k in pairs]  # as chunks: rows without keys are a contract of their own
     left = rng.choice((7, 40, 130))
     sides = {"left": (left, None), "right": (None, rng.choice((0, 5))), "both": (left, 3), "self": (0, 0)}
+    if kind == "cross":  # wider than the call, so that every row sees a key
+        n = max(pairs[0])
+        sides = {"left": (n, None), "right": (None, n), "both": (n + 3, n), "self": (n, n)}
     window = sides.get(row["window"])
-    if window is not None and kind == "cross":
-        window = None
     # keys that one batch or head hides another sees: numbers behind a mask are not shared
     layout = "bshd" if row["layout"] == "spread" and row["hidden"] else row["layout"]
     return Call(
@@ -268,7 +281,9 @@ def _call(row: dict[str, Any], rng: random.Random, able: Capabilities, budget: s
     )  # fmt: skip
 
 
-def _pairs(kind: str, tile: int, off: int, most: int, longest: int, rng: random.Random) -> list[tuple[int, int]]:
+def _pairs(
+    kind: str, tile: int, off: int, most: int, longest: int, rng: random.Random, differ: bool
+) -> list[tuple[int, int]]:
     """Return the lengths of a call's sequences: at an edge of tiles, with at most so many scores."""
 
     def edge(limit: float) -> int:
@@ -289,4 +304,5 @@ def _pairs(kind: str, tile: int, off: int, most: int, longest: int, rng: random.
     long = max(2, n // 2)
     lengths = [0, 1, long, max(1, tile // 2 + off), max(1, n // 5)]
     rng.shuffle(lengths)
-    return [(x, x) for x in lengths]
+    more = rng.choice((0, 0, 5, tile)) if differ else 0  # keys that were there before the queries
+    return [(x, x + more if x else 0) for x in lengths]
