@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidProblem
+from ..masks import block
 from ..problem import VARIANT, Problem
 from ..variants import Choices, Lowered, Selected, variant_of
 from .arithmetics import Balls
@@ -17,7 +18,7 @@ from .field import Field
 from .heads import Head, heads, matrix_of
 from .levels import Level
 
-__all__ = ["Lowering", "candidates", "lower", "scores_of"]
+__all__ = ["Lowering", "candidates", "keys_of", "lower", "scores_of"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -62,7 +63,7 @@ def _selected(problem: Problem, shape: Selected) -> Lowering:
         at = (one.batch, one.head, one.rows)
         c = candidates(one, shape)
         taken, margins[at] = _chosen(one, shape, c)
-        seen[one.batch, one.head, one.rows, one.keys] = (taken @ c.members) & one.allowed
+        seen[one.batch, one.head, one.rows, one.keys] = keys_of(one, c, taken)
     return Lowering(p.replace(variant=VARIANT, options={}, allowed=seen), margins)
 
 
@@ -87,6 +88,13 @@ def candidates(one: Head, shape: Selected) -> Choices:
         raise InvalidProblem("choices: count is below 0, a candidate is both chosen from and taken, or one has no key")
     in_sight = one.allowed @ c.members.T  # a candidate all of whose keys are hidden is none
     return replace(c, may=c.may & in_sight, must=c.must & in_sight)
+
+
+def keys_of(one: Head, c: Choices, taken: Mask, rows: Any = slice(None)) -> Mask:
+    """Return which keys rows see by what they take and the call's own ``allowed``, (n_q, n_k)."""
+    p = one.problem
+    own = True if p.allowed is None else block(p.allowed, one.batch, one.head, one.rows, one.keys)[rows]
+    return np.asarray((taken @ c.members) & own)
 
 
 def scores_of(one: Head, shape: Selected, c: Choices, f: Any, q: Any = None, k: Any = None) -> Any:

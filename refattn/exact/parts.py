@@ -51,7 +51,7 @@ class Part:
         return (self.heads,) if name == "dsink" else (b, self.heads, self.rows)
 
 
-def parts(problem: Problem, dout: NDArray[np.float64] | None, rows: int = ROWS) -> list[Part]:
+def parts(problem: Problem, dout: NDArray[np.float64] | None, rows: int | None = None) -> list[Part]:
     """Cut a call along batches, key heads and, where no gradient is asked for, blocks of so many rows.
 
     A gradient that is a sum over batches or heads (of a bias or a sink that they share) keeps the call whole, and so
@@ -66,7 +66,7 @@ def parts(problem: Problem, dout: NDArray[np.float64] | None, rows: int = ROWS) 
     apart = isinstance(v.shape, Rows) and not v.shape.together and not placed
     if p.cu_seqlens_q is not None or not apart or (dout is not None and shared):
         return []
-    return list(_parts(p, dout, rows))
+    return list(_parts(p, dout, rows or ROWS))
 
 
 def whole(problem: Problem, dout: NDArray[np.float64] | None) -> Part:

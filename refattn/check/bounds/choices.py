@@ -14,7 +14,7 @@ from ...exact.driver import Answer, evaluate
 from ...exact.enclosure import Enclosure
 from ...exact.heads import Head, heads
 from ...exact.levels import Level
-from ...exact.lowering import candidates, scores_of
+from ...exact.lowering import candidates, keys_of, scores_of
 from ...variants import Choices, Selected, variant_of
 from ..model import Model
 from .forward import forward
@@ -104,7 +104,7 @@ def either(answer: Answer, model: Model) -> Either | None:
         for i, choices in _unsure(one, shape, c, model):
             at = (one.batch, one.head, one.rows.start + i)
             exact = core.allowed[at]
-            masks = [((c.must[i] | taken) @ c.members) & one.allowed[i] for taken in choices]
+            masks = [keys_of(one, c, c.must[i] | taken, i) for taken in choices]
             masks = [m for m in masks if (m != exact).any()]
             rows[at] = len(masks)
             for k, mask in enumerate(masks):

@@ -258,7 +258,7 @@ def _axes(uses: frozenset[str], able: Capabilities) -> dict[str, list[Any]]:
 def _call(row: dict[str, Any], rng: random.Random, able: Capabilities, budget: str) -> Call:
     """Return a call with the values of a row, as large as the budget allows."""
     (d, d_v), group, kind = row["width"], row["group"], row["kind"]
-    b = rng.choice((2, 3)) if kind == "batches" else 1
+    b = rng.choice((2, 3)) if kind == "batches" else rng.choice((1, 2, 4)) if kind in ("decode", "few") else 1
     h_kv = 2 if group <= 8 else 1
     most = MOST[budget] // (b * group * h_kv * (d + d_v))
     step = able.seq_multiple
