@@ -1,9 +1,9 @@
 """Real bugs, planted in the tiled kernel as small edits of its text (bugs.toml); the checker must fail each of them.
 
 Classes: A alignment, B option ignored or composed wrongly, C rows without keys, D extreme scores, E tails, F poison
-through 0 · NaN, G index width, H heads and layout, I lse and merging, J scale and type, K races and stale memory,
-L backward only, M precision. An origin names the thread in which a project met the bug; the edit shows the same symptom
-in this kernel.
+through 0 · NaN, G index width, H heads and layout, I lse and merging, J scale and type, K races and stale memory, L
+backward only, M precision, N paths that a shape chooses, O two options that are right alone. An origin names the
+thread in which a project met the bug; the edit shows the same symptom in this kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..call import Function
 
 __all__ = ["BUGS", "Bug", "broken"]
 
-CLASSES = "ABCDEFGHIJKLM"
+CLASSES = "ABCDEFGHIJKLMNO"
 
 
 @dataclass(frozen=True)

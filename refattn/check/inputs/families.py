@@ -19,6 +19,7 @@ from ..model import Capabilities
 from .builders import BUILDERS, Build
 from .calls import drawn
 from .draw import Draw
+from .models import known
 from .sample import Sample, sample_of
 
 __all__ = ["BUDGETS", "FAMILIES", "Case", "calls", "cases", "forget"]
@@ -34,6 +35,7 @@ FAMILIES = {
     "empty": "rows without keys: NaN, garbage, the mean of all values, an lse that is not -inf",
     "extreme": "the largest and smallest values, in one key or all, products that leave float32's range",
     "poison": "NaN and inf behind the mask, and in sight of some rows only",
+    "models": "calls that models in use make, the same in every run; some rows are compared",
     "calls": "calls as models make them, drawn by a seed: every two options meet; some rows are compared",
 }
 """Family names, and what they expose."""
@@ -147,11 +149,11 @@ def cases(variant: str, budget: str = "ci") -> list[Case]:
     return [replace(c, draw=i) for i in range(NIGHTLY_DRAWS) for c in known] if budget == "nightly" else known
 
 
-MOST_CALLS = {"quick": 24, "ci": 10**6, "nightly": 10**6}
+MOST_CALLS = {"quick": 8, "ci": 10**6, "nightly": 10**6}
 
 
 def calls(variant: str, able: Capabilities, budget: str = "ci", seed: int = 0) -> list[Case]:
-    """Return the drawn calls of an operator that a kernel says it can do.
+    """Return the calls of models and the drawn ones of an operator that a kernel says it can do.
 
     Parameters
     ----------
@@ -160,11 +162,12 @@ def calls(variant: str, able: Capabilities, budget: str = "ci", seed: int = 0) -
     able : Capabilities
         What the kernel can do.
     seed : int
-        What draws them.
+        What draws those that are drawn.
     """
     found = drawn(variant, able, budget, seed)[: MOST_CALLS[budget]]
-    named = [(f"{i:03d}-{c.kind}", c, i % 3 == 0) for i, c in enumerate(found)]
-    return [Case("calls", label, variant, c, sampled=True, gradients=back) for label, c, back in named]
+    usual = [("models", *x) for x in known(able, variant_of(variant).uses)] if found else []
+    named = usual + [("calls", f"{i:03d}-{c.kind}", c, i % 3 == 0) for i, c in enumerate(found)]
+    return [Case(family, label, variant, c, sampled=True, gradients=back) for family, label, c, back in named]
 
 
 def forget() -> None:

@@ -1,0 +1,91 @@
+"""Calls that models in use make, the same in every run: what is drawn comes on top of them.
+
+Lengths are shorter than in use where nothing but time depends on them, and lie beside the edges of tiles.
+"""
+
+from __future__ import annotations
+
+from ..model import Capabilities
+from .calls import Call
+
+__all__ = ["MODELS", "known"]
+
+DOWN = "bottom_right"
+MODELS: dict[str, tuple[Call, bool]] = {
+    # Llama 3: groups of 4; cached keys in (batch, seq, head, dim); late keys that outweigh all before them
+    "llama-decode": (Call("decode", 3, 8, 2, ((1, 4097),), 128, 128, "needles", "bshd", causal=DOWN), False),
+    "llama-prefill": (Call("prefill", 2, 4, 1, ((257, 257),), 128, 128, "jump", "fused", causal=DOWN), True),
+    "llama-chunk": (Call("chunk", 1, 4, 1, ((65, 449),), 128, 128, "needles", causal=DOWN), False),
+    "llama-even": (Call("prefill", 1, 4, 1, ((128, 256),), 64, 64, "sharp", causal=DOWN), True),
+    "long-decode": (Call("decode", 2, 2, 1, ((1, 16385),), 64, 64, "needles", causal=DOWN), False),
+    "long-jump": (Call("few", 1, 2, 1, ((5, 2049),), 64, 64, "jump"), False),
+    # gpt-oss: a sink, a sliding window, groups of 8
+    "gpt-oss-chunk": (Call("chunk", 1, 8, 1, ((130, 390),), 64, 64, causal=DOWN, window=(127, None), sink=True), True),
+    "gpt-oss-decode": (
+        Call("decode", 2, 8, 1, ((1, 600),), 64, 64, "sharp", causal=DOWN, window=(127, None), sink=True),
+        False,
+    ),
+    # Gemma 2: wide heads, a cap of 50, a window in every second layer
+    "gemma-prefill": (
+        Call("prefill", 1, 2, 1, ((113, 113),), 256, 256, "sharp", causal=DOWN, softcap=50.0, window=(60, 0)),
+        True,
+    ),
+    "gemma-decode": (Call("decode", 2, 4, 2, ((1, 1025),), 256, 256, "faint", causal=DOWN, softcap=50.0), False),
+    # DeepSeek-V3: values narrower than keys; decoding on compressed keys with all heads in one group
+    "deepseek-chunk": (Call("chunk", 1, 2, 2, ((97, 300),), 192, 128, "needles", causal=DOWN, scale=0.13), True),
+    "deepseek-decode": (Call("decode", 1, 16, 1, ((1, 513),), 576, 512, causal=DOWN, scale=0.13), False),
+    # Stable Diffusion: 77 tokens of text; its window is never asked for, but a wide one must change nothing
+    "diffusion-text": (Call("cross", 2, 4, 4, ((300, 77),), 40, 40, layout="bshd"), True),
+    "diffusion-window": (Call("cross", 1, 2, 2, ((150, 77),), 160, 160, "sharp", window=(150, 150)), False),
+    "vision": (Call("batches", 2, 4, 4, ((257, 257),), 80, 80, layout="fused"), False),
+    "vision-causal": (Call("prefill", 1, 2, 2, ((129, 129),), 80, 80, "needles", causal=DOWN), True),
+    # BERT: padding of each batch; T5: a bias by head; ALiBi: a bias by key
+    "bert": (Call("batches", 3, 4, 4, ((100, 100),), 64, 64, hidden="nan", allowed="padding"), True),
+    "bert-bias": (Call("batches", 3, 2, 2, ((33, 70),), 64, 64, bias="padding"), True),
+    # Longformer: a window on both sides beside padding
+    "longformer": (Call("batches", 2, 2, 2, ((100, 100),), 64, 64, "sharp", window=(16, 16), allowed="padding"), True),
+    "t5": (Call("batches", 2, 4, 4, ((129, 129),), 64, 64, scale=1.0, bias="batches"), True),
+    "alibi-decode": (Call("decode", 3, 4, 4, ((1, 1025),), 128, 128, "sharp", causal=DOWN, bias="rows"), False),
+    # servers: packed sequences, keys that were there before, a tree of guesses
+    "packed": (
+        Call("packed", 1, 4, 2, ((0, 0), (1, 6), (65, 70), (130, 135), (3, 8)), 128, 128, "sharp", causal=DOWN),
+        True,
+    ),
+    "packed-window": (
+        Call("packed", 1, 2, 1, ((20, 25), (0, 0), (70, 75), (20, 35)), 64, 64, "sharp", window=(3, 3), sink=True),
+        False,
+    ),
+    "tree": (Call("few", 2, 4, 1, ((7, 1030),), 128, 128, "sharp", "bshd", causal=DOWN, allowed="heads"), False),
+    "mask-for-all": (Call("batches", 2, 2, 2, ((65, 129),), 64, 64, "sharp", allowed="all", hidden="large"), True),
+    "mask-of-rows": (Call("batches", 2, 2, 2, ((40, 129),), 64, 64, allowed="row"), False),
+    # groups of 6, 7 and 64, widths that no vector divides, more tiles than a GPU has multiprocessors
+    "groups-of-6": (Call("few", 1, 12, 2, ((17, 65),), 96, 96, causal=DOWN), True),
+    "groups-of-7": (Call("decode", 2, 14, 2, ((1, 257),), 128, 128, "sharp", causal=DOWN), False),
+    "groups-of-64": (Call("decode", 1, 64, 1, ((1, 700),), 128, 128, "sharp"), False),
+    "width-33": (Call("prefill", 1, 2, 2, ((67, 67),), 33, 33, "sharp", causal="top_left"), True),
+    "second-wave": (Call("batches", 4, 40, 40, ((17, 33),), 64, 64, "sharp"), False),
+    "faint": (Call("cross", 1, 2, 2, ((40, 600),), 64, 64, "faint"), False),
+}
+"""Calls by name, and whether their gradients are asked for."""
+
+
+def known(able: Capabilities, uses: frozenset[str]) -> list[tuple[str, Call, bool]]:
+    """Return those of ``MODELS`` that an operator has the options for, and a kernel can do."""
+    return [(n, c, back) for n, (c, back) in MODELS.items() if _fits(c, able, uses)]
+
+
+def _fits(c: Call, able: Capabilities, uses: frozenset[str]) -> bool:
+    options = {n for n in ("window", "softcap", "sink", "bias", "allowed") if getattr(c, n)}
+    if c.causal:
+        options.add("causal")
+    q, k = (sum(x) for x in zip(*c.lengths, strict=True))
+    needed = (options - {"causal"}) | ({f"causal_{c.causal}"} if c.causal else set())
+    needed |= {"variable_lengths"} if len(c.lengths) > 1 else set()
+    needed |= {"grouped_heads"} if c.h != c.h_kv else set()
+    needed |= {"d_v_differs"} if c.d != c.d_v else set()
+    needed |= {"lengths_differ"} if q != k else set()
+    needed |= {"scale"} if c.scale is not None else set()
+    wide = not able.head_dims or {c.d, c.d_v} <= able.head_dims
+    even = all(x % able.seq_multiple == 0 for pair in c.lengths for x in pair)
+    kept = not able.always & {"causal_bottom_right", "causal_top_left"} or f"causal_{c.causal}" in able.always
+    return options <= uses and needed <= able.features and max(c.d, c.d_v) <= able.d_max and wide and even and kept
