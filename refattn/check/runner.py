@@ -52,6 +52,7 @@ def check_kernel(
     only: str | None = None,
     budget: str = "ci",
     seed: int | None = None,
+    seconds: float | None = None,
     name: str | None = None,
     version: str = "",
     progress: Callable[[Item], None] | None = None,
@@ -78,6 +79,8 @@ def check_kernel(
         "quick" (seconds), "ci" (every case) or "nightly" (every case in several draws).
     seed : int
         What the family "calls" is drawn by; by default another in every run. The report has it.
+    seconds : float
+        Stop after the check in which so much time is over; those of the budget "quick" run first.
     name, version : str
         What to call the kernel in the report.
     progress : callable
@@ -95,14 +98,25 @@ def check_kernel(
     judged = Kernel.of(kernel, model=model, capabilities=capabilities, name=name, version=version)
     seed = secrets.randbelow(2**31) if seed is None else seed
     items = plan(judged, variant, dtypes=dtypes, only=only, budget=budget, seed=seed)
-    done = []
+    if seconds is not None:
+        if not seconds > 0:
+            raise InvalidInput(f"seconds: got {seconds!r}, expected more than 0")
+        first = {i.name for i in plan(judged, variant, dtypes=dtypes, budget="quick", seed=seed)}
+        items.sort(key=lambda i: i.name not in first)
+    done: list[Check] = []
+    start = time.perf_counter()
     for item in items:
+        if seconds is not None and time.perf_counter() - start > seconds:
+            break
         if progress is not None:
             progress(item)
         done.append(item.run())
     models = {d: asdict(judged.model(d)) for d in sorted({i.dtype for i in items})}
-    whole = only is None and budget != "quick"
-    return Report(judged.name, variant, tuple(done), judged.version, models, judged.capabilities.edges, whole, seed)
+    left = len(items) - len(done)
+    whole = only is None and budget != "quick" and not left
+    return Report(
+        judged.name, variant, tuple(done), judged.version, models, judged.capabilities.edges, whole, seed, left
+    )
 
 
 def plan(

@@ -83,6 +83,7 @@ def main() -> None:
 @click.option(
     "--budget", default="ci", show_default=True, help="quick (seconds), ci (every case) or nightly (each in 8 draws)."
 )
+@click.option("--seconds", type=float, help="Stop each kernel after so many seconds; the quick checks come first.")
 @click.option("--model", help="Judge by a named rounding model: " + ", ".join(MODELS) + ". Default: the kernel's own.")
 @click.option("--time-limit", type=float, help="Run each kernel in a process of its own, so many seconds for a call.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Draw the family calls by this seed. Default: anew.")
@@ -100,6 +101,7 @@ def check(
     dtypes: tuple[str, ...],
     only: str | None,
     budget: str,
+    seconds: float | None,
     model: str | None,
     time_limit: float | None,
     seed: int | None,
@@ -134,7 +136,7 @@ def check(
         if problem is not None:
             reports = [check_problem(e.kernel(), problem, f"file/{Path(str(problem_file)).stem}") for e in entries]
         else:
-            _run(entries, variant, dtypes, only, budget, seed, reports)
+            _run(entries, variant, dtypes, {"only": only, "budget": budget, "seed": seed}, seconds, reports)
     except KeyboardInterrupt:
         interrupted = True
         click.echo("interrupted: what follows covers the kernels that were done", err=True)
@@ -205,13 +207,12 @@ def _run(
     entries: list[Entry],
     variant: str,
     dtypes: tuple[str, ...],
-    only: str | None,
-    budget: str,
-    seed: int,
+    which: dict[str, Any],
+    seconds: float | None,
     reports: list[Report],
 ) -> None:
     chosen = [(e, tuple(d for d in FORMATS if d in (dtypes or e.capabilities.dtypes))) for e in entries]
-    total = sum(len(plan(e.kernel(), variant, dtypes=d, only=only, budget=budget, seed=seed)) for e, d in chosen)
+    total = sum(len(plan(e.kernel(), variant, dtypes=d, **which)) for e, d in chosen)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
         task = progress.add_task("checks", total=total)
@@ -220,7 +221,7 @@ def _run(
             def step(item: Item, name: str = entry.name) -> None:
                 progress.update(task, advance=1, description=f"{name} {item.name}")
 
-            more: dict[str, Any] = {"only": only, "budget": budget, "seed": seed, "progress": step}
+            more = which | {"seconds": seconds, "progress": step}
             reports.append(check_kernel(entry.kernel(), variant, dtypes=wanted, **more))
 
 

@@ -96,6 +96,8 @@ def print_outside(console: Console, reports: list[Report], kernels: tuple[str, .
             more = " ..." if len(lacks) > 4 else ""
             _print(console, f"{r.kernel}: {sum(lacks.values())} checks not run: {text}{more}")
     for r in reports:
+        if r.left:
+            _print(console, f"{r.kernel}: the time was over before {r.left} checks, which did not run")
         if r.either:
             text = "rows whose scores its rounding may order otherwise; each was compared with the choice nearest to it"
             _print(console, f"{r.kernel}: {r.either} {text}")

@@ -97,3 +97,19 @@ def test_correctly_rounded_share():
     report = check_kernel(tiled, only="gaussian/*", capabilities=Capabilities({"float32", "bfloat16"}))
     assert 0.1 < report.correctly_rounded["float32"] < 0.5
     assert 0.5 < report.correctly_rounded["bfloat16"] < 0.9
+
+
+def test_when_the_time_is_over_the_rest_is_left_and_said():
+    def kernel(p):
+        return tiled(p)
+
+    able = Capabilities({"float32"}, lse=True)
+    report = check_kernel(kernel, capabilities=able, seconds=1e-6, seed=0)
+    assert report.left > 100
+    quick = {i.name for i in plan(kernel, capabilities=able, budget="quick")}
+    assert {c.name for c in report.checks} < quick
+    assert report.to_dict()["left"] == report.left
+    assert not report.whole
+    for seconds in (0, -1.0):
+        with pytest.raises(InvalidInput, match=f"seconds: got {seconds}, expected more than 0"):
+            check_kernel(kernel, capabilities=able, seconds=seconds)

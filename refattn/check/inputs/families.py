@@ -149,7 +149,7 @@ def cases(variant: str, budget: str = "ci") -> list[Case]:
     return [replace(c, draw=i) for i in range(NIGHTLY_DRAWS) for c in known] if budget == "nightly" else known
 
 
-MOST_CALLS = {"quick": 8, "ci": 10**6, "nightly": 10**6}
+MOST_CALLS = {"quick": 4, "ci": 10**6, "nightly": 10**6}
 
 
 def calls(variant: str, able: Capabilities, budget: str = "ci", seed: int = 0) -> list[Case]:

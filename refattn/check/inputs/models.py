@@ -18,7 +18,7 @@ MODELS: dict[str, tuple[Call, bool]] = {
     "llama-chunk": (Call("chunk", 1, 4, 1, ((65, 449),), 128, 128, "needles", causal=DOWN), False),
     "llama-even": (Call("prefill", 1, 4, 1, ((128, 256),), 64, 64, "sharp", causal=DOWN), True),
     "long-decode": (Call("decode", 2, 2, 1, ((1, 16385),), 64, 64, "needles", causal=DOWN), False),
-    "long-jump": (Call("few", 1, 2, 1, ((5, 2049),), 64, 64, "jump"), False),
+    "long-jump": (Call("few", 1, 2, 1, ((3, 2049),), 64, 64, "jump"), False),
     # gpt-oss: a sink, a sliding window, groups of 8
     "gpt-oss-chunk": (Call("chunk", 1, 8, 1, ((130, 390),), 64, 64, causal=DOWN, window=(127, None), sink=True), True),
     "gpt-oss-decode": (
@@ -61,9 +61,9 @@ MODELS: dict[str, tuple[Call, bool]] = {
     # groups of 6, 7 and 64, widths that no vector divides, more tiles than a GPU has multiprocessors
     "groups-of-6": (Call("few", 1, 12, 2, ((17, 65),), 96, 96, causal=DOWN), True),
     "groups-of-7": (Call("decode", 2, 14, 2, ((1, 257),), 128, 128, "sharp", causal=DOWN), False),
-    "groups-of-64": (Call("decode", 1, 64, 1, ((1, 700),), 128, 128, "sharp"), False),
+    "groups-of-64": (Call("decode", 1, 64, 1, ((1, 400),), 128, 128, "sharp"), False),
     "width-33": (Call("prefill", 1, 2, 2, ((67, 67),), 33, 33, "sharp", causal="top_left"), True),
-    "second-wave": (Call("batches", 4, 40, 40, ((17, 33),), 64, 64, "sharp"), False),
+    "second-wave": (Call("few", 4, 40, 40, ((2, 100),), 64, 64, "sharp"), False),
     "faint": (Call("cross", 1, 2, 2, ((40, 600),), 64, 64, "faint"), False),
 }
 """Calls by name, and whether their gradients are asked for."""

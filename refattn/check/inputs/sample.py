@@ -16,6 +16,8 @@ from ...variants import Rows, variant_of
 __all__ = ["Sample", "sample_of", "separate"]
 
 ROWS = 24
+LINES = 64
+"""Rows of all heads together."""
 WHOLE = 2**15
 """Calls of fewer scores are compared as a whole."""
 EDGES = (0, 1, 15, 16, 31, 32, 63, 64, 127, 128, 255, 256)
@@ -139,12 +141,18 @@ def sample_of(p: Problem, rng: np.random.Generator) -> Sample | None:
     """
     if not separate(p.variant, p.options) or p.batch * p.heads * p.n_q * p.n_k <= WHOLE or 0 in (p.batch, p.n_q, p.n_k):
         return None
-    group = p.heads // p.heads_kv
-    groups = sorted({int(rng.integers(p.heads_kv)), p.heads_kv - 1})
-    each = sorted({int(rng.integers(group)), group - 1})
     edges = [r for e in EDGES for r in (e, p.n_q - 1 - e) if 0 <= r < p.n_q]
     some = [*edges, *rng.integers(p.n_q, size=ROWS).tolist()]
     rows = sorted(set(some[:4]) | set(rng.permutation(sorted(set(some)))[: ROWS - 4].tolist()))
+    # the fewer rows, the more heads, the last of each kind among them
+    group, wanted = p.heads // p.heads_kv, max(4, LINES // len(rows))
+    groups = _some(rng, p.heads_kv, max(2, wanted // group))
+    each = _some(rng, group, max(2, wanted // len(groups)))
     heads = tuple(g * group + i for g in groups for i in each)
     batch = max(int(rng.integers(p.batch)), int(rng.integers(p.batch)))  # later ones rather: the first hides mistakes
     return Sample(batch, tuple(groups), heads, tuple(int(r) for r in rows))
+
+
+def _some(rng: np.random.Generator, n: int, most: int) -> list[int]:
+    """Return some of n places, the last one among them."""
+    return sorted({n - 1, *rng.permutation(n - 1)[: most - 1].tolist()})

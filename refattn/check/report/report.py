@@ -102,6 +102,8 @@ class Report:
         Whether every check of the budget ran, so that a declared contract must be broken somewhere.
     seed : int
         What the calls were drawn by.
+    left : int
+        How many checks did not run because the time was over.
     """
 
     kernel: str
@@ -112,6 +114,7 @@ class Report:
     edges: frozenset[str] = frozenset()
     whole: bool = False
     seed: int = 0
+    left: int = 0
 
     @property
     def right(self) -> bool:
@@ -225,6 +228,7 @@ class Report:
                 "edges_kept": self.kept,
                 "seed": self.seed,
                 "either": self.either,
+                "left": self.left,
                 "counts": counts,
                 "models": self.models,
                 "correctly_rounded": self.correctly_rounded,

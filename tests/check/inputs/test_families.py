@@ -8,7 +8,7 @@ from refattn.dtypes import FORMATS
 
 
 def test_families_and_builders_are_the_same():
-    assert set(BUILDERS) | {"calls"} == set(FAMILIES)
+    assert set(BUILDERS) | {"models", "calls"} == set(FAMILIES)
     assert {f for v in VARIANTS.values() for f in v.families} == set(BUILDERS)
 
 
