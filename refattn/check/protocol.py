@@ -52,7 +52,10 @@ def _right(ask: Trial, result: Any, p: Problem, text: str) -> Worst:
 
 
 def _worst(found: Iterator[Worst] | list[Worst]) -> Worst:
-    return max(found, key=lambda w: (not w.passed, w.ratio))
+    all_of_them = list(found)
+    if not all_of_them:
+        raise UnsupportedProblem("the kernel refuses every call that this is tried on")
+    return max(all_of_them, key=lambda w: (not w.passed, w.ratio))
 
 
 def _other(p: Problem) -> Problem:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from refattn import Capabilities, check_kernel
+from refattn import Capabilities, UnsupportedProblem, check_kernel
 from refattn.check.kernels.tiled import tiled
 
 ABLE = Capabilities(lse=True)
@@ -144,3 +144,12 @@ def test_what_a_later_call_raises_is_its_failure(error, law):
     found = verdict(kernel, law)
     assert found.verdict == "failed"
     assert found.message.startswith(f"the kernel raised {type(error).__name__}: ")
+
+
+def test_a_kernel_that_refuses_every_call_of_a_law_did_not_run_it():
+    def kernel(p):
+        raise UnsupportedProblem("query: takes at most 16 rows")
+
+    report = check_kernel(kernel, capabilities=Capabilities({"float32"}, refuses=True), only="law/*")
+    assert {c.verdict for c in report.checks} == {"unsupported"}
+    assert "the kernel refuses every call that this is tried on" in {c.message for c in report.checks}
