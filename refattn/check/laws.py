@@ -70,7 +70,7 @@ def _determinism(ask: Trial, p: Problem) -> Worst:
     runs = [ask.everything(p, dout) for _ in range(2)]
     limits: dict[str, Any] = dict.fromkeys(runs[0], 0.0)
     if not ask.able.deterministic:
-        limits = {n: 2 * x for n, x in (ask.allowed(p) | (ask.allowed(p, dout) if ask.able.gradients else {})).items()}
+        limits = {n: 2 * x for n, x in (ask.allowed(p) | (ask.allowed(p, dout) if ask.has_gradients else {})).items()}
     text = "two runs on the same input differ"
     found = [agree(x, runs[1][n], limits[n], f"{text} in {n}", n) for n, x in runs[0].items() if n in limits]
     return max(found, key=lambda w: w.ratio)

@@ -28,6 +28,11 @@ class Trial:
     able: Capabilities
     seen: set[str] = field(default_factory=set)
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the kernel gives gradients, and says so."""
+        return bool(self.able.gradients) and hasattr(self.kernel, "gradients")
+
     def result(self, p: Problem) -> Result:
         """Return out and lse, and note what was read."""
         found = call_kernel(self.kernel, p)
@@ -37,7 +42,7 @@ class Trial:
     def everything(self, p: Problem, dout: NDArray[Any]) -> dict[str, Float]:
         """Return out, lse or state, and the gradients where the kernel has some."""
         found = {n: x.astype(np.float64) for n, x in self.result(p).arrays().items()}
-        return found | (self.gradients(p, dout) if self.able.gradients else {})
+        return found | (self.gradients(p, dout) if self.has_gradients else {})
 
     def out(self, p: Problem) -> Float:
         """Return out as float64."""

@@ -36,7 +36,7 @@ def test_a_right_kernel_passes_and_is_predicted(kernel, name, dtype):
     assert len(checks) > 25
     assert [(c.name, c.message) for c in checks if c.verdict == "failed"] == []
     rms = [c.arrays[0].figures.rms for c in checks if c.arrays and c.name.startswith("gaussian")]
-    assert 0.5 < np.median(rms) < 1.1
+    assert 0.5 < np.nanmedian(rms) < 1.1  # nothing is predicted where scores are far apart
 
 
 @pytest.mark.parametrize(

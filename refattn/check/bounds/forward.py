@@ -202,7 +202,8 @@ def _merged(head: HeadLosses, model: Model, one: Head) -> None:
         head.out.node.err = head.out.node.err + more
         head.out.node.var = head.out.node.var + f.cu * ((parts - 1) * lse**2 + 4 * parts) * head.out.a**2
     head.lse.node.err = head.lse.node.err + parts * f.u * (2 * lse + model.exp_ulps + 4)
-    head.lse.node.var = head.lse.node.var + f.cu * (2 * parts) * head.lse.a**2
+    # equal parts are merged with the same error again and again
+    head.lse.node.var = head.lse.node.var + f.cu * (parts + parts**2) * head.lse.a**2
 
 
 def _rows(one: Head, rows: NDArray[np.intp], o: Float, model: Model) -> dict[str, tuple[Float, Float]]:

@@ -9,13 +9,14 @@ from typing import Any
 
 from ...problem import Problem
 from ..call import Function
-from ..inputs.families import cases
+from ..inputs.families import Case, cases
+from ..inputs.models import MODELS
 from ..kernel import Kernel
 from ..model import Capabilities, Model, ModelFor
 from ..report.report import Check, Report
 from ..runner import failing
 from ..settle import RAISED
-from .shrink import program, shrink
+from .shrink import boundary, program, shrink
 
 __all__ = ["alike", "explain", "pattern", "shared"]
 
@@ -66,6 +67,8 @@ def explain(
         fails = failing(judged.call, judged.model(dtype), judged.capabilities.gradients)
         small, arriving = shrink(case.problem(dtype), dout, fails, seconds)
         lines.append(f"{check.name} still fails on {small!r}")
+        if at := boundary(small, arriving, fails):
+            lines.append(f"of that call: {at}")
         if max(small.n_q, small.n_k, small.d_k, small.d_v) <= SMALL:
             lines.append(program(report.kernel, small, arriving))
         break
@@ -101,7 +104,8 @@ def _traits(variant: str, name: str) -> frozenset[str]:
 
 @lru_cache(maxsize=8)
 def _cases(variant: str) -> dict[str, Any]:
-    return {c.name: c for c in cases(variant)}
+    real = [Case("models", n, variant, c, sampled=True, gradients=back) for n, (c, back) in MODELS.items()]
+    return {c.name: c for c in [*cases(variant), *real]}
 
 
 def pattern(report: Report, dtype: str) -> frozenset[str]:

@@ -12,7 +12,7 @@ from ...errors import InvalidProblem, UnsupportedProblem
 from ...problem import Problem
 from ...variants.own import named
 
-__all__ = ["program", "shrink"]
+__all__ = ["boundary", "program", "shrink"]
 
 Fails = Callable[[Problem, Any], bool]
 Call = tuple[Problem, Any]
@@ -48,6 +48,33 @@ def shrink(problem: Problem, dout: Any, fails: Fails, seconds: float = 10.0) -> 
                 best, again = smaller, True
                 break
     return best
+
+
+def boundary(problem: Problem, dout: Any, fails: Fails) -> str:
+    """Return at which lengths a call that fails begins to: "passes with n_k = 64, fails with 65", or "".
+
+    Parameters
+    ----------
+    problem, dout, fails
+        As in :func:`shrink`, whose result this is for.
+    """
+    p, found = problem, []
+    if p.cu_seqlens_q is not None:
+        return ""
+    cuts: list[tuple[str, int, Any]] = [
+        ("n_k", p.n_k, _cut(p, dout, keys=slice(p.n_k - 1))),
+        ("n_q", p.n_q, _cut(p, dout, rows=slice(p.n_q - 1))),
+        ("d_k", p.d_k, lambda: (p.replace(query=p.query[..., :-1], key=p.key[..., :-1]), dout)),
+    ]
+    for name, size, cut in cuts:
+        if size > 1 and any(not fails(*call) for call in _valid(cut)):
+            tile = max((t for t in TILES if (size - 1) % t == 0), default=0)
+            where = f", an edge of tiles of {tile}" if tile else ""
+            found.append(f"passes with {name} = {size - 1}, fails with {size}{where}")
+    return "; ".join(found)
+
+
+TILES = (8, 16, 32, 64, 128, 256)
 
 
 def _steps(p: Problem, dout: Any) -> Iterator[Call]:

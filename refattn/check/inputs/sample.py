@@ -139,6 +139,8 @@ def sample_of(p: Problem, rng: np.random.Generator) -> Sample | None:
     rng : numpy.random.Generator
         What draws the heads and the other rows.
     """
+    if p.cu_seqlens_q is not None and not variant_of(p.variant).has_lse:
+        return None  # such a definition may read how many keys its sequence has
     if not separate(p.variant, p.options) or p.batch * p.heads * p.n_q * p.n_k <= WHOLE or 0 in (p.batch, p.n_q, p.n_k):
         return None
     edges = [r for e in EDGES for r in (e, p.n_q - 1 - e) if 0 <= r < p.n_q]

@@ -1,5 +1,6 @@
 """The bound holds for right kernels and is not a thousand times too wide."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -21,7 +22,8 @@ from refattn.dtypes import FORMATS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_a_right_kernel_is_within_its_bound_everywhere(variant, dtype):
     able = Capabilities({dtype}, FEATURES | FURTHER, lse=variant == "softmax")
-    report = check_kernel(plain, variant, capabilities=able, dtypes=[dtype], only="!calls/*")
+    model = replace(flash(dtype), split=64 if variant == "softmax" else 0)  # the tiled kernel merges parts of 64 keys
+    report = check_kernel(plain, variant, model=model, capabilities=able, dtypes=[dtype], only="!calls/*")
     assert report.passed, [report.describe(c) for c in report.failures]
     lacking = [c.message for c in report.checks if c.verdict == "unsupported"]
     assert lacking == [f"not in its capabilities: {g}" for g in ("dq", "dk", "dbias") if variant == "softmax"]

@@ -8,7 +8,7 @@ import pytest
 
 from refattn import Capabilities, Problem
 from refattn.check.bugs.edits import broken
-from refattn.check.diagnose.shrink import program, shrink
+from refattn.check.diagnose.shrink import boundary, program, shrink
 from refattn.check.inputs.families import cases
 from refattn.check.model import GRADIENTS, flash
 from refattn.check.runner import failing
@@ -91,3 +91,12 @@ def test_the_program_holds_the_numbers_exactly():
 def test_capabilities_name_the_gradients():
     with pytest.raises(Exception, match="capabilities: gradients has 'dx'"):
         Capabilities(gradients={"dx"})
+
+
+def test_the_length_at_which_a_kernel_begins_to_fail_is_said():
+    fails, case = fails_of("keys_past_512"), np.random.default_rng(0)
+    q, k, v = (case.standard_normal((1, 1, n, 4)).astype(np.float32) for n in (1, 513, 513))
+    p = Problem(q, k, v)
+    assert fails(p, None)
+    assert "passes with n_k = 512, fails with 513, an edge of tiles of 256" in boundary(p, None, fails)
+    assert boundary(p.replace(key=k[:, :, :1], value=v[:, :, :1]), None, lambda p, dout: True) == ""
