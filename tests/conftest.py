@@ -18,6 +18,9 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("REFATTN_PROFILE", "refattn-quick"))
 
+SMALL = "!*ls/*"
+"""The checks on small problems: neither models nor calls."""
+
 
 def tensor(rng, shape, dtype="float32"):
     return from_float64(FORMATS[dtype].round_array(rng.standard_normal(shape)), dtype)

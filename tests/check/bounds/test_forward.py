@@ -17,13 +17,17 @@ from refattn.check.compare import compare
 from refattn.check.kernels.tiled import tiled
 from refattn.dtypes import FORMATS
 
+from ...conftest import SMALL
+
 
 @pytest.mark.parametrize("variant", ["softmax", "linear", "power", "sigmoid"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_a_right_kernel_is_within_its_bound_everywhere(variant, dtype):
     able = Capabilities({dtype}, FEATURES | FURTHER, lse=variant == "softmax")
     model = replace(flash(dtype), split=64 if variant == "softmax" else 0)  # the tiled kernel merges parts of 64 keys
-    report = check_kernel(plain, variant, model=model, capabilities=able, dtypes=[dtype], only="!calls/*")
+    report = check_kernel(
+        plain, variant, model=model, capabilities=able, dtypes=[dtype], only="!calls/*" if dtype == "float32" else SMALL
+    )
     assert report.passed, [report.describe(c) for c in report.failures]
     lacking = [c.message for c in report.checks if c.verdict == "unsupported"]
     assert lacking == [f"not in its capabilities: {g}" for g in ("dq", "dk", "dbias") if variant == "softmax"]
