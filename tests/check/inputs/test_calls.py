@@ -9,8 +9,10 @@ import pytest
 from refattn import Capabilities, check_kernel
 from refattn.check.inputs.calls import drawn
 from refattn.check.inputs.families import calls
+from refattn.check.inputs.models import MODELS, known
 from refattn.check.kernels.tiled import gradients, tiled
 from refattn.check.model import FEATURES, GRADIENTS
+from refattn.variants import variant_of
 
 ABLE = Capabilities(frozenset({"float32"}), FEATURES, lse=True, gradients=GRADIENTS)
 AXES = ("kind", "numbers", "causal", "softcap", "sink", "bias", "allowed")
@@ -108,3 +110,14 @@ def test_gradients_of_rows_that_are_not_compared_must_be_zero():
     kernel.gradients = leaks
     report = check_kernel(kernel, capabilities=ABLE, budget="quick", only="calls/*/gradients*", seed=0)
     assert any("are not 0 that no row with a gradient reaches" in c.message for c in report.failures)
+
+
+def test_calls_of_models_are_those_that_a_kernel_can_do():
+    uses = variant_of("softmax").uses
+    assert [n for n, _, _ in known(ABLE, uses)] == list(MODELS)
+    few = known(Capabilities(features={"lengths_differ", "causal_bottom_right"}, head_dims={64}), uses)
+    assert {n for n, _, _ in few} == {"faint", "second-wave"}
+    for n, (call, _) in MODELS.items():
+        problem = next(c for c in calls("softmax", ABLE, "quick") if c.label == n).problem("float32")
+        assert problem.d_k == call.d, n
+        assert ABLE.missing(problem) == [], n
