@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import itemgetter
@@ -40,15 +40,22 @@ class Record:
         """Bytes."""
         return max(_alignment(x) for x in self.members.values())
 
-    def format(self) -> tuple[str, int]:
-        """Return the members with explicit padding, for Python's struct module without its alignment; and the size."""
-        found, at = "", 0
+    def layout(self) -> Iterator[tuple[int, str, int]]:
+        """Yield where each member lies, its format, and its size in bytes."""
+        at = 0
         for x in self.members.values():
             text, size = x.format() if isinstance(x, Record) else (x, struct.calcsize("<" + x))
-            gap = -at % _alignment(x)
-            found, at = f"{found}{gap}x{text}", at + gap + size
-        end = -at % self.alignment
-        return f"{found}{end}x", at + end
+            at += -at % _alignment(x)
+            yield at, text, size
+            at += size
+
+    def format(self) -> tuple[str, int]:
+        """Return the members with explicit padding, for Python's struct module without its alignment; and the size."""
+        found, end = "", 0
+        for at, text, size in self.layout():
+            found, end = f"{found}{at - end}x{text}", at + size
+        gap = -end % self.alignment
+        return f"{found}{gap}x", end + gap
 
     @cached_property
     def _plan(self) -> tuple[Callable[[Mapping[str, Any]], Any], tuple[tuple[int, Record], ...], int]:
@@ -97,12 +104,8 @@ class Arguments:
     @classmethod
     def of(cls, parameters: Record) -> Arguments:
         """Return the arguments for a list of parameters."""
-        offsets, at = [], 0
-        for x in parameters.members.values():
-            at += -at % _alignment(x)
-            offsets.append(at)
-            at += x.format()[1] if isinstance(x, Record) else struct.calcsize("<" + x)
-        return cls(parameters, tuple(offsets), struct.Struct("<" + parameters.format()[0]))
+        offsets = tuple(at for at, _, _ in parameters.layout())
+        return cls(parameters, offsets, struct.Struct("<" + parameters.format()[0]))
 
     def __len__(self) -> int:
         return self._packer.size

@@ -12,7 +12,7 @@ from .arguments import arguments_of
 from .backward_kernels import SIMT, pass_of, support
 from .build import compiled
 from .kernel import Call, Kernel, Plan
-from .launch import CAUSAL, attribute, capability, kernel_of, pack, queue, zeros
+from .launch import attribute, capability, kernel_of, pack, queue, sizes_and_options, zeros
 from .views import View, empty
 
 __all__ = ["launch"]
@@ -40,20 +40,14 @@ class _Work:
 
     def params(self, redo: int = 0, parts: int = 0, splits: int = 1) -> dict[str, Any]:
         """Return the kernels' struct Params."""
-        a, o = self.arrays, self.options
-        q, k = a["query"], a["key"]
-        left, right = (-1 if w is None else min(w, 2**31 - 1) for w in o["window"] or (None, None))
-        (b, h, n_q, d_k), (_, h_kv, n_k, _), d_v = q.shape, k.shape, a["value"].shape[3]
+        a = self.arrays
         row_keys, granule_keys, granule_rows = self.ranges
-        block_q, block_k = self.call.blocks or (1, 1)
         return {
             **{to: (a[n].pointer, *(*a[n].spread(), 1)[:4]) if n in a else (0,) * 5 for to, n in ARRAYS.items()},
             **{n: a[n].pointer if n in a else 0 for n in ("sink", "dsink", "cu_q", "cu_k")},
             **{"row_keys": row_keys, "granule_keys": granule_keys, "granule_rows": granule_rows},
-            **{"redo": redo, "parts": parts, "scale": o["scale"], "softcap": o["softcap"] or 0.0},
-            **{"b": b, "h": h, "h_kv": h_kv, "n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_v},
-            **{"causal": CAUSAL[o["causal"]], "left": left, "right": right, "block_q": block_q, "block_k": block_k},
-            **{"sequences": a["cu_q"].shape[0] - 1 if "cu_q" in a else 0, "splits": splits},
+            **{"redo": redo, "parts": parts, "splits": splits},
+            **sizes_and_options(self.call, a, self.options),
         }
 
     def support(self, entry: str, grid: int, threads: int, **more: int) -> None:

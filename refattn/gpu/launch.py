@@ -19,7 +19,7 @@ from .kernel import Call, Plan
 from .plan import configured
 from .views import View, empty, library
 
-__all__ = ["attribute", "capability", "kernel_of", "launch", "pack", "queue", "zeros"]
+__all__ = ["attribute", "capability", "kernel_of", "launch", "pack", "queue", "sizes_and_options", "zeros"]
 
 POINTERS = {
     "q": "query", "k": "key", "v": "value", "out": "out", "lse": "lse", "bias": "bias", "sink": "sink",
@@ -108,13 +108,10 @@ def _params(
     plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[str, Any], redo: int
 ) -> dict[str, Any]:
     """Return struct Params of params.cuh."""
-    (b, h, n_q, d_k), (_, h_kv, n_k, _), d_v = (*(arrays[n].shape for n in ("query", "key")), arrays["value"].shape[3])
     arrays = dict(arrays)
     if plan.impl == "mma" and plan.macros["BLOCKS"] == 1:
         arrays["blocks"] = arrays["block_bits"]
     spread = {n: arrays[n].spread() if n in arrays else (0,) * 4 for n in ("bias", "allowed", "blocks")}
-    left, right = (-1 if w is None else min(w, 2**31 - 1) for w in options["window"] or (None, None))
-    block_q, block_k = call.blocks or (1, 1)
     return {
         **{to: arrays[n].pointer if n in arrays else 0 for to, n in POINTERS.items()},
         "redo": redo,
@@ -126,6 +123,16 @@ def _params(
         **_along("bias", "bhqk", spread["bias"]),
         **_along("mask", "bhq", spread["allowed"]),
         **_along("blocks", "bhq", spread["blocks"]),
+        **sizes_and_options(call, arrays, options),
+    }
+
+
+def sizes_and_options(call: Call, arrays: Mapping[str, View], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what struct Params has forward and backward: the scale and softcap, lengths, masks and blocks."""
+    (b, h, n_q, d_k), (_, h_kv, n_k, d_v) = arrays["query"].shape, arrays["value"].shape
+    left, right = (-1 if w is None else min(w, 2**31 - 1) for w in options["window"] or (None, None))
+    block_q, block_k = call.blocks or (1, 1)
+    return {
         **{"scale": options["scale"], "softcap": options["softcap"] or 0.0},
         **{"b": b, "h": h, "h_kv": h_kv, "n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_v},
         **{"causal": CAUSAL[options["causal"]], "left": left, "right": right, "block_q": block_q, "block_k": block_k},

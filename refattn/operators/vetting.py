@@ -35,7 +35,6 @@ __all__ = ["calls_of", "guarded", "vet"]
 
 SIZES: tuple[dict[str, int], ...] = ({"n_q": 5, "n_k": 7, "d": 4, "d_v": 3}, {"n_q": 5, "n_k": 5, "d": 4})
 """A call whose sizes differ, and one for operators that need as many keys as queries."""
-TENSORS = ("query", "key", "value")
 
 
 def vet(v: Variant) -> None:

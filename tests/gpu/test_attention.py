@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refattn import Problem, UnsupportedProblem, check_kernel, check_problem, strategies
+from refattn import Problem, UnsupportedProblem, check_kernel, check_problem
 from refattn.check.kernels import KERNELS
 
 from ..conftest import tensor
+from .calls import any_call
 
 pytestmark = pytest.mark.skipif(not KERNELS["refattn-gpu"].here, reason="needs an NVIDIA GPU and CuPy")
 OURS = [n for n in KERNELS if n.startswith("refattn-gpu") and n != "refattn-gpu-decode"]  # tests/gpu/test_decode.py
@@ -32,17 +33,7 @@ def test_the_judge(name):
 @given(data=st.data())
 def test_any_call_is_within_its_bound(name, data):
     e = KERNELS[name]
-    p = data.draw(
-        strategies.problems(
-            dtypes=sorted(e.capabilities.dtypes),
-            features=e.capabilities.features,
-            max_rows=300,
-            max_keys=300,
-            max_dim=40,
-            tile=128,
-            families=["normal"],
-        )
-    )
+    p = data.draw(any_call(e, 300, 128))
     report = check_problem(e.kernel(), p, "any", model=e.model, name=e.name)
     assert report.passed, [report.describe(c) for c in report.failures]
 

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, check_kernel, check_problem, strategies
+from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, check_kernel, check_problem
 from refattn.check.kernels import KERNELS as ENTRIES
 from refattn.gpu.backward_kernels import KERNELS, SIMT, pass_of, support
 from refattn.gpu.plan import pick
 
 from ..conftest import tensor
+from .calls import any_call
 from .compiled import NVCC, check_compiles
 from .test_build import MOST, PLAIN
 
@@ -80,17 +81,7 @@ def test_the_judge(name):
 @given(data=st.data())
 def test_any_call_is_within_its_bound(name, data):
     e = ENTRIES[name]
-    p = data.draw(
-        strategies.problems(
-            dtypes=sorted(e.capabilities.dtypes),
-            features=e.capabilities.features,
-            max_rows=200,
-            max_keys=200,
-            max_dim=40,
-            tile=64,
-            families=["normal"],
-        )
-    )
+    p = data.draw(any_call(e, 200, 64))
     rng = np.random.default_rng(0)
     dout = tensor(rng, p.out_shape, p.dtype)
     report = check_problem(e.kernel(), p, "any", model=e.model, name=e.name, gradients=dout)

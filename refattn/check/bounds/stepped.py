@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...exact.arithmetics import Floats
-from ...exact.heads import Head, matrix_of, numbers_of
+from ...exact.heads import Head, matrix_of
+from ...exact.steps import by_steps
 from ...variants import Steps
 from ..model import Model
 from .losses import Losses, Lossy, variance_of
@@ -35,7 +36,8 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float],
     """
     f, lost = Losses(model, 1), Operands.of(one, model)
     o = one.options(f)
-    state, spans, variances = f.leaf(_start(one), ("d", "v")), [], []
+    start = np.zeros((one.q.shape[1], one.v.shape[1])) if one.state is None else one.state
+    state, spans, variances = f.leaf(start, ("d", "v")), [], []
     with np.errstate(all="ignore"):
         shape.prepare(o)
         common = _taken_out(f, o)
@@ -82,17 +84,11 @@ def _moved(one: Head, shape: Steps, common: dict[str, Float]) -> tuple[Float, Fl
 def _plain(one: Head, shape: Steps, change: dict[str, Float]) -> tuple[Float, Float]:
     """Return out and the last state in float64, with some of what is prepared replaced."""
     f = Floats()
-    o, outs = one.options(f), []
-    state = matrix_of(f, _start(one))
-    with np.errstate(all="ignore"):
+
+    def prepare(o: Any) -> None:
         shape.prepare(o)
         for n, x in change.items():
             setattr(o, n, matrix_of(f, x))
-        for t in range(len(one.q)):
-            state, out = shape.step(state, *(matrix_of(f, x[t : t + 1]) for x in (one.q, one.k, one.v)), o)
-            outs.append(numbers_of(out))
-    return np.concatenate([np.zeros((0, one.v.shape[1])), *outs]), numbers_of(state)
 
-
-def _start(one: Head) -> Float:
-    return np.zeros((one.q.shape[1], one.v.shape[1])) if one.state is None else one.state
+    found = by_steps(one, f, Steps(shape.step, prepare), None)
+    return found["out"], found["state"]
