@@ -195,7 +195,9 @@ def _exit(reports: list[Report], strict: bool, interrupted: bool, stale: bool, w
     if stale or (not written and any(_bad(r, strict) for r in reports)):
         sys.exit(1)
     if not any(r.ran for r in reports):
-        click.echo("error: nothing ran: no check is within the kernel's capabilities", err=True)
+        left = any(r.left for r in reports)
+        why = "the time was over before the first check" if left else "no check is within the kernel's capabilities"
+        click.echo(f"error: nothing ran: {why}", err=True)
         sys.exit(2)
 
 

@@ -16,7 +16,7 @@ from ..check.model import FEATURES, FURTHER
 from ..errors import InvalidInput, RefattnError
 from ..exact.agree import under
 from ..problem import MEANINGS
-from ..variants import VARIANTS, Option, Steps, Variant
+from ..variants import VARIANTS, Option, Steps, Variant, variant_of
 from ..variants.own import BUILT_IN, FILES, from_file
 from ..variants.shapes import Shape
 from .vetting import guarded, vet
@@ -51,7 +51,7 @@ def register(variant: Variant | str) -> Variant:
         operation that an arithmetic does not have, forms that disagree, a name that is taken.
     """
     if isinstance(variant, str):
-        return VARIANTS[load(variant)]
+        return variant_of(load(variant))
     if not isinstance(variant, Variant):
         raise InvalidInput(f"variant: got {type(variant).__name__}, expected a refattn.Variant or path/file.py:NAME")
     _types(variant)

@@ -1,8 +1,12 @@
 """Known failures in a file: they do not count, new ones do, and those that pass must go."""
 
+import tomllib
+
 import pytest
 from click.testing import CliRunner
 
+from refattn.check.report.report import Check, Report
+from refattn.cli.baseline import Baseline
 from refattn.cli.main import main
 
 KERNEL = """
@@ -78,3 +82,21 @@ def test_update_needs_a_file(check):
     code, output = check("--update-baseline")
     assert code == 2
     assert "name the file with --baseline" in output
+
+
+def test_what_did_not_run_stays_in_the_baseline(tmp_path):
+    path = tmp_path / "known.toml"
+    path.write_text(
+        'seed = 1\n["k"]\n"a[float32]" = "wrong"\n"b[float32]" = "wrong"\n"calls/1[float32]" = "wrong"\n'
+        '["other"]\n"a[float32]" = "overflow"\n'
+    )
+    checks = (Check("a[float32]", "passed"), Check("c[float32]", "failed"))
+    Baseline(str(path), new=True).write([Report("k", "softmax", checks, seed=1)])
+    found = tomllib.loads(path.read_text())
+    assert found["k"] == {"b[float32]": "wrong", "calls/1[float32]": "wrong", "c[float32]": "wrong"}
+    assert found["other"] == {"a[float32]": "overflow"}
+    Baseline(str(path), new=True).write([])  # interrupted before the first kernel was done
+    assert tomllib.loads(path.read_text()) == found
+    twice = [Report("k", "softmax", checks, seed=2)] * 2  # another seed draws other calls
+    Baseline(str(path), new=True).write(twice)
+    assert tomllib.loads(path.read_text())["k"] == {"b[float32]": "wrong", "c[float32]": "wrong"}

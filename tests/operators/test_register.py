@@ -470,6 +470,11 @@ def test_what_is_missing_is_named(changes, text):
     assert "other" not in VARIANTS
 
 
+def test_a_file_without_a_name_is_no_operator():
+    with pytest.raises(InvalidInput, match=r"variant: got 'mine.py', expected one of .* --variant path/file.py:NAME"):
+        refattn.register("mine.py")
+
+
 def test_the_cli_says_what_a_file_lacks(tmp_path):
     (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
     done = CliRunner().invoke(main, ["show", f"{tmp_path / 'broken.py'}:X"])

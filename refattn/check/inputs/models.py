@@ -60,6 +60,7 @@ MODELS: dict[str, tuple[Call, bool]] = {
     "mask-of-rows": (Call("batches", 2, 2, 2, ((40, 129),), 64, 64, allowed="row"), False),
     # groups of 6, 7 and 64, widths that no vector divides, more tiles than a GPU has multiprocessors
     "groups-of-6": (Call("few", 1, 12, 2, ((17, 65),), 96, 96, causal=DOWN), True),
+    "groups-of-8": (Call("decode", 1, 32, 4, ((1, 300),), 64, 64, "sharp", causal=DOWN), False),
     "groups-of-7": (Call("decode", 2, 14, 2, ((1, 257),), 128, 128, "sharp", causal=DOWN), False),
     "groups-of-64": (Call("decode", 1, 64, 1, ((1, 400),), 128, 128, "sharp"), False),
     "width-33": (Call("prefill", 1, 2, 2, ((67, 67),), 33, 33, "sharp", causal="top_left"), True),
