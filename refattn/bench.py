@@ -6,9 +6,11 @@ import importlib.util
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +20,7 @@ from .check.report.report import machine, versions
 from .errors import InvalidInput, UnsupportedProblem
 from .files import write_text
 
-__all__ = ["Row", "benchmarks", "gpu_medians", "gpu_torch", "run"]
+__all__ = ["Row", "benchmarks", "gpu_medians", "gpu_torch", "load", "run"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,19 @@ def benchmarks() -> list[str]:
     return sorted(p.stem for p in _folder().glob("*.py") if not p.stem.startswith("_"))
 
 
+def load(name: str) -> ModuleType:
+    """Return a benchmark's module. Other processes cannot import it: what is sent to them carries its own text."""
+    spec = importlib.util.spec_from_file_location(f"refattn_benchmark_{name}", _folder() / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up there
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[spec.name]
+    return module
+
+
 def run(name: str, console: Console, json_file: str | None) -> list[Row]:
     """Run a benchmark: its module's ``rows()`` yields the figures.
 
@@ -63,11 +78,7 @@ def run(name: str, console: Console, json_file: str | None) -> list[Row]:
     json_file : str or None
         Where ``{"machine", "versions", "rows"}`` is written.
     """
-    spec = importlib.util.spec_from_file_location(f"refattn_benchmark_{name}", _folder() / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(name)
     rows: list[Row] = []
     about = {"machine": machine(), "versions": versions()}
     for row in _watched(module.rows(), console):

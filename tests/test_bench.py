@@ -21,6 +21,28 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, monkeypatch):
     assert (row["name"], row["value"], row["holds"]) == ("a", 2.0, False)
 
 
+@pytest.mark.parametrize("name", bench.benchmarks())
+def test_every_benchmark_loads(name):
+    pytest.importorskip("torch")
+    assert callable(bench.load(name).rows)
+
+
+def test_other_processes_can_run_what_a_benchmark_defines(tmp_path, monkeypatch):
+    (tmp_path / "many.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from joblib import Parallel, delayed\n"
+        "from refattn.bench import Row\n\n\n"
+        "@dataclass\nclass Twice:\n    of: float\n\n\n"
+        "def twice(x):\n    return Twice(2 * x)\n\n\n"
+        "def rows():\n"
+        "    for t in Parallel(n_jobs=2)(delayed(twice)(x) for x in (1.0, 2.0)):\n"
+        "        yield Row('twice', t.of, 'of it')\n"
+    )
+    monkeypatch.setattr(refattn.bench, "_folder", lambda: tmp_path)
+    assert [r.value for r in bench.run("many", Console(quiet=True), None)] == [2.0, 4.0]
+
+
 def test_the_plot_of_the_gpu_figures_shows_every_kernel(tmp_path):
     pytest.importorskip("matplotlib")
     root = Path(__file__).parents[1] / "benchmarks"
