@@ -187,7 +187,8 @@ def laid_out(x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], int]:
     strides = _strides(x)
     spread = tuple(slice(0, 1) if s == 0 else slice(None) for s in strides)  # each number once
     size = x.dtype.itemsize + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) if x.size else 0
-    block = np.full(size + 2 * BORDER, 0xFF, np.uint8).view(x.dtype)
+    block = np.empty((size + 2 * BORDER) // x.dtype.itemsize, x.dtype)
+    block.view(np.uint8).fill(0xFF)
     copy = np.ndarray(x.shape, x.dtype, block, BORDER, strides)
     copy[spread] = x[spread]
     return copy, block, BORDER // x.dtype.itemsize

@@ -107,6 +107,9 @@ class Problem:
         self._check_masks()
         self._check_lengths()
 
+    def __reduce__(self) -> Any:
+        return _made, (vars(self) | {"options": dict(self.options)},)
+
     # shapes, in the words of the docs -------------------------------------------------------------------------
 
     @property
@@ -384,3 +387,7 @@ def _expect_array(name: str, x: Any) -> None:
         raise InvalidProblem(f"{name}: got {type(x).__name__}, expected an array of {', '.join(KINDS)}")
     if (why := why_unusable(x)) is not None:
         raise InvalidProblem(f"{name}: {why}")
+
+
+def _made(values: dict[str, Any]) -> Problem:
+    return Problem(**values)

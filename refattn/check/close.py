@@ -13,9 +13,9 @@ from ..arrays import dtype_name, kind_of, to_numpy
 from ..errors import InvalidInput, MismatchError
 from ..exact.driver import enclose
 from ..problem import Problem
-from .bounds.expected import Expected, expected, of_answer
+from .bounds.expected import expected, of_answer
 from .call import SOURCES
-from .compare import Worst, compare
+from .compare import Worst, against
 from .inputs.sample import sample_of
 from .model import Model, flash
 from .report.report import element
@@ -71,7 +71,7 @@ def assert_close(
     for name, x in taken.items():
         if name not in known.allowed:
             raise InvalidInput(f"{name}: {plain.variant} attention has none")
-        worst = _compared(name, x, known)
+        worst = against(known, name, x, x.dtype.name)
         if not worst.passed:
             place = worst.place if some is None else some.place(name, worst.place)
             raise MismatchError(_text(worst, place, plain))
@@ -110,7 +110,7 @@ def _gradients(gradients: Mapping[str, Any], dout: Any, plain: Problem, model: M
     known = expected(plain, model, _array("dout", dout, plain.out_shape, plain.dtype))
     for name, x in gradients.items():
         source = getattr(plain, SOURCES[name])
-        worst = _compared(name, _array(name, x, source.shape, dtype_name(source)), known)
+        worst = against(known, name, _array(name, x, source.shape, dtype_name(source)), dtype_name(source))
         if not worst.passed:
             raise MismatchError(_text(worst, worst.place, plain))
 
@@ -123,10 +123,6 @@ def _array(name: str, x: Any, shape: tuple[int, ...], dtype: str | None) -> NDAr
     if dtype is not None and dtype_name(x) != dtype:
         raise InvalidInput(f"{name}: got dtype {dtype_name(x)}, expected {dtype}")
     return to_numpy(x, name)
-
-
-def _compared(name: str, x: NDArray[Any], known: Expected) -> Worst:
-    return compare(name, x, known.answer, known.allowed[name], x.dtype.name, known.variance.get(name))
 
 
 def _text(worst: Worst, place: tuple[int, ...], problem: Problem) -> str:

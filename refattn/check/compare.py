@@ -12,20 +12,22 @@ infinite               the same infinity, or NaN (a weight that underflowed met 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import format_of
+from ..dtypes import Format, format_of
 from ..exact.driver import Answer
 from ..masks import visible
+from .bounds.expected import Expected
 from .diagnose.keytiles import weights_off
 from .diagnose.statistics import Figures, figures, where
 from .edges import edges_of
 
-__all__ = ["Worst", "compare", "empty_rows"]
+__all__ = ["Worst", "against", "compare", "empty_rows"]
 
 Float = NDArray[np.float64]
 
@@ -71,12 +73,16 @@ class Worst:
     @property
     def wrong(self) -> bool:
         """Tell whether an element fails that no contract at the edge speaks of, or the errors as a whole are large."""
-        return self.failures > sum(self.edges.values()) or (self.figures is not None and self.figures.excess)
+        return self.failures > sum(self.edges.values()) or self._off
 
     @property
     def passed(self) -> bool:
         """Tell whether no element fails, and the errors as a whole are no larger than the model's roundings give."""
-        return self.failures == 0 and not (self.figures is not None and self.figures.excess)
+        return self.failures == 0 and not self._off
+
+    @property
+    def _off(self) -> bool:
+        return self.figures is not None and (self.figures.excess or self.figures.leans)
 
 
 def empty_rows(answer: Answer) -> NDArray[np.bool_]:
@@ -91,7 +97,13 @@ def empty_rows(answer: Answer) -> NDArray[np.bool_]:
 
 
 def compare(
-    name: str, got: NDArray[Any], answer: Answer, bound: Float, dtype: str, variance: Float | None = None
+    name: str,
+    got: NDArray[Any],
+    answer: Answer,
+    bound: Float,
+    dtype: str,
+    variance: Float | None = None,
+    inner: Callable[[], Float] | None = None,
 ) -> Worst:
     """Compare one array of a kernel with the exact answer.
 
@@ -109,6 +121,8 @@ def compare(
         The format that the kernel returned it in (its overflow is no error of the kernel).
     variance : float64 array, optional
         What is predicted, from :func:`refattn.check.bounds.predict.predict`.
+    inner : callable, optional
+        Returns what may go one way, from :meth:`refattn.check.bounds.expected.Expected.inner`.
 
     Returns
     -------
@@ -140,7 +154,8 @@ def compare(
     plain = failing & ~np.logical_or.reduce([*edges.values()]) if edges else failing
     if edges and not plain.any():  # what breaks a contract says nothing of roundings
         variance = None
-    whole = figures(name, got, enclosure, ratio, variance, dtype, rows)
+    apart = 0 if variance is None or inner is None else _apart(name, answer, form)
+    whole = figures(name, got, enclosure, ratio, variance, dtype, rows, apart, inner)
     shown = np.where(plain, ratio, -1.0) if plain.any() else ratio  # what is plainly wrong comes first
     place = tuple(int(i) for i in np.unravel_index(int(np.argmax(shown)), ratio.shape))
     symptoms = _symptoms(
@@ -162,7 +177,29 @@ def compare(
     )
 
 
+def against(known: Expected, name: str, got: NDArray[Any], dtype: str) -> Worst:
+    """Compare one array of a kernel, which it returned in a format, with what is expected of its call."""
+    inner = known.inner(name, dtype)
+    return compare(name, got, known.answer, known.allowed[name], dtype, known.variance.get(name), inner)
+
+
+def _apart(name: str, answer: Answer, form: Format) -> int:
+    """Return how many lines of an array differ in what is rounded.
+
+    Rows of one lse may have the same weights, and results that round to the same number may lie beside each other.
+    """
+    lines, out = answer.enclosures[name].mid, answer.enclosures["out"].mid  # gradients take the rounded out
+    counts = [len(np.unique(form.round_array(x))) for x in (lines, out)]
+    counts.append(len(np.unique(np.float32(lines.reshape(-1, lines.shape[-1])), axis=0)))
+    if "lse" in answer.enclosures:
+        counts.append(len(np.unique(np.float32(answer.enclosures["lse"].mid))))
+    return min(counts)
+
+
 def _excess(f: Figures) -> tuple[str, ...]:
+    if f.leans:
+        where = "larger" if f.bias > 0 else "smaller"
+        return (f"errors lean to {where} values: their mean is {f.bias:+.3g} of what roundings scatter",)
     if not f.excess:
         return ()
     return (f"errors are {f.rms:.3g} times what the model's roundings give (rms), mean {f.bias:+.3g} of it",)

@@ -105,6 +105,8 @@ class Model:
         head, is scaled so that its largest element becomes the type's largest number.
     block : int
         Rows to a block of ``scales``.
+    from_lse : bool
+        Whether the weights are exp(s - lse) of a stored lse and are not divided again, as in backward passes.
     """
 
     accumulator: str = "float32"
@@ -121,6 +123,7 @@ class Model:
     passes: int = 1
     scales: str = ""
     block: int = 128
+    from_lse: bool = False
 
     def __post_init__(self) -> None:
         for name in ("accumulator", "scores", "lse"):
@@ -210,6 +213,7 @@ EDGES = {
     "overflow": "numbers next to the largest of their type do not turn into inf or NaN",
     "subnormal": "results below the smallest normal number are not taken for zero",
     "scale": "a scale of zero or below is taken as it is",
+    "threads": "it may be called from two threads at once",
     "outside": "an option outside the capabilities raises, or is right",
 }
 """The contracts at the edge of what attention is for: by name, what is asked."""

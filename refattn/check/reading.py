@@ -33,7 +33,7 @@ class _Watched(Problem):
 
     def __reduce__(self) -> Any:
         self._seen.update(FIELDS)  # what is done with a copy elsewhere is not seen
-        return _restored, (vars(plain(self)) | {"options": dict(plain(self).options)},)
+        return plain(self).__reduce__()
 
     def __repr__(self) -> str:
         return repr(plain(self))
@@ -111,7 +111,3 @@ def note(problem: Problem, seen: frozenset[str]) -> None:
     """Say what another process, which a watched call was sent to, has read of it."""
     if "_seen" in vars(problem):
         vars(problem)["_seen"].update(seen)
-
-
-def _restored(values: dict[str, Any]) -> Problem:
-    return Problem(**values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from ..check.inputs.families import FAMILIES, cases
 from ..check.kernels import KERNELS, Entry, find, found
 from ..check.kernels.isolated import Isolated
 from ..check.kernels.problem import check_problem
+from ..check.kernels.untrusted import Untrusted
 from ..check.laws import LAWS
 from ..check.model import MODELS, model_named
 from ..check.report.page import page
@@ -43,6 +45,8 @@ from .theory import theory
 __all__ = ["main"]
 
 EXPLAIN = 5.0  # seconds for each kernel
+TIME_LIMIT = 60.0  # seconds for a call of an untrusted kernel
+MOST_JOBS = 8  # more would wait for the kernel
 
 
 def _console(stderr: bool = False) -> Console:
@@ -86,7 +90,12 @@ def main() -> None:
 @click.option("--seconds", type=float, help="Stop each kernel after so many seconds; the quick checks come first.")
 @click.option("--model", help="Judge by a named rounding model: " + ", ".join(MODELS) + ". Default: the kernel's own.")
 @click.option("--time-limit", type=float, help="Run each kernel in a process of its own, so many seconds for a call.")
+@click.option("--untrusted", is_flag=True, help="Run each kernel, a file's, where it cannot see what judges it.")
+@click.option(
+    "--memory-limit", type=float, default=16.0, show_default=True, help="GiB for an untrusted kernel; 0: none."
+)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Draw the family calls by this seed. Default: anew.")
+@click.option("--n-jobs", type=click.IntRange(1), help="Processes that make exact answers. Default: one for each core.")
 @click.option("--strict", is_flag=True, help="An edge that differs, or an option that is not read, is a failure, too.")
 @click.option("--baseline", "baseline_file", help="A TOML file of known failures: they do not count, new ones do.")
 @click.option("--update-baseline", is_flag=True, help="Write the failures of this run to the baseline.")
@@ -104,7 +113,10 @@ def check(
     seconds: float | None,
     model: str | None,
     time_limit: float | None,
+    untrusted: bool,
+    memory_limit: float,
     seed: int | None,
+    n_jobs: int | None,
     strict: bool,
     baseline_file: str | None,
     update_baseline: bool,
@@ -125,7 +137,10 @@ def check(
     baseline, seed = _known(baseline_file, update_baseline, seed)
     check_folders(json_file, junit_file, html_file, baseline_file if update_baseline else None)
     problem = None if problem_file is None else load_problem(problem_file)
-    entries = _entries(kernels, variant, model, time_limit)
+    if problem is not None and (only is not None or seconds is not None or budget != "ci"):
+        raise InvalidInput("problem: one call is checked; leave out --only, --seconds and --budget")
+    alone = (time_limit, memory_limit) if untrusted else None
+    entries = _untrusted(kernels, model, *alone) if alone else _entries(kernels, variant, model, time_limit)
     unknown = [d for d in dtypes if d not in FORMATS]
     if unknown:
         raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
@@ -136,30 +151,33 @@ def check(
         if problem is not None:
             reports = [check_problem(e.kernel(), problem, f"file/{Path(str(problem_file)).stem}") for e in entries]
         else:
-            _run(entries, variant, dtypes, {"only": only, "budget": budget, "seed": seed}, seconds, reports)
+            more = {"seconds": seconds, "n_jobs": n_jobs or min(os.cpu_count() or 1, MOST_JOBS)}
+            _run(entries, variant, dtypes, {"only": only, "budget": budget, "seed": seed}, more, reports)
     except KeyboardInterrupt:
         interrupted = True
         click.echo("interrupted: what follows covers the kernels that were done", err=True)
-    stale: list[str] = []
-    if baseline is not None and update_baseline:
-        baseline.write(reports)
-    elif baseline is not None:
-        pairs = [baseline.without_known(r) for r in reports]
-        reports, stale = [r for r, _ in pairs], [n for _, names in pairs for n in names]
-    if json_file is not None:
-        write_text(json_file, summary(reports))
-    if junit_file is not None:
-        write_text(junit_file, junit(reports))
-    if html_file is not None:
-        write_text(html_file, page(reports))
-    print_failures(console, reports)
+    reports, stale = _held(baseline, update_baseline, reports)
     if explain and problem is None:
-        _explain(console, entries, reports)
+        reports = [_explained(e, r) for e, r in zip(entries, reports, strict=False)]
+    for file, written in ((json_file, summary), (junit_file, junit), (html_file, page)):
+        if file is not None:
+            write_text(file, written(reports))
+    print_failures(console, reports)
     console.print(table_of(reports))
     print_outside(console, reports, kernels)
     for name in stale:
         click.echo(f"error: {name} is in the baseline and passes; --update-baseline takes it out", err=True)
     _exit(reports, strict, interrupted, bool(stale), update_baseline)
+
+
+def _held(baseline: Baseline | None, update: bool, reports: list[Report]) -> tuple[list[Report], list[str]]:
+    """Return the reports in the light of a baseline, and what is in it and passes; or write it."""
+    if baseline is None or update:
+        if baseline is not None:
+            baseline.write(reports)
+        return reports, []
+    pairs = [baseline.without_known(r) for r in reports]
+    return [r for r, _ in pairs], [n for _, names in pairs for n in names]
 
 
 def _known(file: str | None, new: bool, seed: int | None) -> tuple[Baseline | None, int]:
@@ -188,6 +206,18 @@ def _entries(kernels: tuple[str, ...], variant: str, model: str | None, time_lim
     return entries
 
 
+def _untrusted(kernels: tuple[str, ...], model: str | None, time_limit: float | None, memory: float) -> list[Entry]:
+    """Return kernels that are not imported here."""
+    if not kernels:
+        raise InvalidInput("untrusted: name the kernel, path/file.py:function")
+    found = [Untrusted(name, time_limit or TIME_LIMIT, memory) for name in kernels]
+    return [Entry(k.name, "", partial(_same, k), k.capabilities, model_named(model or "flash")) for k in found]
+
+
+def _same(kernel: Untrusted) -> Untrusted:
+    return kernel
+
+
 def _exit(reports: list[Report], strict: bool, interrupted: bool, stale: bool, written: bool) -> None:
     """End with the exit code that reports ask for."""
     if interrupted:
@@ -210,7 +240,7 @@ def _run(
     variant: str,
     dtypes: tuple[str, ...],
     which: dict[str, Any],
-    seconds: float | None,
+    more: dict[str, Any],
     reports: list[Report],
 ) -> None:
     chosen = [(e, tuple(d for d in FORMATS if d in (dtypes or e.capabilities.dtypes))) for e in entries]
@@ -223,15 +253,14 @@ def _run(
             def step(item: Item, name: str = entry.name) -> None:
                 progress.update(task, advance=1, description=f"{name} {item.name}")
 
-            more = which | {"seconds": seconds, "progress": step}
-            reports.append(check_kernel(entry.kernel(), variant, dtypes=wanted, **more))
+            found = check_kernel(entry.kernel(), variant, dtypes=wanted, progress=step, **which, **more)
+            reports.append(found)
 
 
-def _explain(console: Console, entries: list[Entry], reports: list[Report]) -> None:
-    for entry, report in zip(entries, reports, strict=False):
-        if report.count("failed"):
-            text = explain_report(entry.kernel(), report, seconds=EXPLAIN)
-            console.print(f"{report.kernel}: {text}\n", markup=False, soft_wrap=True)
+def _explained(entry: Entry, report: Report) -> Report:
+    if not report.count("failed"):
+        return report
+    return replace(report, diagnosis=explain_report(entry.kernel(), report, seconds=EXPLAIN))
 
 
 @main.command(name="list")

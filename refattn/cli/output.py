@@ -70,6 +70,9 @@ def print_failures(console: Console, reports: list[Report]) -> None:
             _print(console, f"  e.g. {next(c for c in r.checks if name in c.edges).name}; docs/edges.md says more")
         for name in r.kept:
             _print(console, f"{r.kernel} declares that it differs at {name}, and keeps it: take it out of edges=")
+        if r.diagnosis is not None:
+            for line in filter(None, [*r.diagnosis.lines, r.diagnosis.program]):
+                _print(console, f"{r.kernel}: {line}" if line != r.diagnosis.program else line)
         if causes or r.broken or r.kept:
             console.print()
 

@@ -57,6 +57,7 @@ SOFTMAX = Variant(
     quick=frozenset(
         {
             "empty/rows-allowed",
+            "empty/rows-with-everything",
             "gaussian/bias-for-all-rows",
             "gaussian/dim-40",
             "gaussian/everything",
@@ -67,11 +68,13 @@ SOFTMAX = Variant(
             "poison/key-seen-by-some",
             "poison/value-seen-by-some",
             "ragged/keys-past-16-bits",
+            "ragged/no-batch",
             "ragged/no-keys",
             "ragged/no-queries",
             "ragged/packed-ends",
             "ragged/rows-past-16-bits",
             "shifted/below-sentinels-causal",
+            "shifted/below-sentinels-window",
             "shifted/large-sink",
             "shifted/small",
             "sparse/scale-zero",

@@ -1,6 +1,7 @@
 """Laws between calls: each is broken by a kernel that carries something from one call to the next."""
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -105,6 +106,22 @@ def test_what_is_carried_over_shows(kernel, law, says):
     assert found.verdict == "failed"
     assert says in found.message
     assert verdict(tiled, law).verdict == "passed"
+
+
+def test_a_kernel_with_state_that_raises_in_two_threads_differs_at_an_edge():
+    busy = threading.Lock()
+
+    def kernel(p):
+        if not busy.acquire(blocking=False):
+            raise RuntimeError("busy")
+        try:
+            return tiled(p)
+        finally:
+            busy.release()
+
+    found = verdict(kernel, "two_threads")
+    assert (found.verdict, found.edges) == ("edge", ("threads",))
+    assert "the kernel raised RuntimeError: busy" in found.message
 
 
 def test_determinism_looks_at_every_array():

@@ -55,17 +55,14 @@ def bordered(cupy, shape, dtype, fill=None):
 
 
 def run(cupy, impl, dtype, shape, options):
-    """Call a kernel and compare it with float64; borders must stay NaN."""
-    import ml_dtypes
-
-    from refattn.masks import visible
+    """Call a kernel and hold it to the exact answer; borders must stay NaN."""
+    from refattn.check.bounds.expected import expected
+    from refattn.check.compare import against
+    from refattn.check.model import flash
+    from refattn.gpu.attention import attention
     from refattn.problem import Problem
 
-    module = importlib.import_module("refattn.gpu.forward")
-    b, h, h_kv, n_q, n_k, d_k, d_v = shape
-    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    rng = np.random.default_rng(0)
-    host = [rng.standard_normal(s).astype(kind) for s in ((b, h, n_q, d_k), (b, h_kv, n_k, d_k), (b, h_kv, n_k, d_v))]
+    kind, rng, host = numbers(dtype, shape)
     q, k, v = (bordered(cupy, x.shape, kind, x)[0] for x in host)
     wholes = []
 
@@ -74,52 +71,56 @@ def run(cupy, impl, dtype, shape, options):
         wholes.append((inner, whole))
         return inner, view(inner, "out")
 
+    given, meant = made(cupy, shape, kind, rng, options)
+    importlib.import_module("refattn.gpu.forward").empty = empty
+    out, lse = attention(q, k, v, return_lse=True, impl=impl, **given)
+    cupy.cuda.get_current_stream().synchronize()
+    assert wholes
+    known = expected(Problem(*host, **meant), flash(dtype))
+    for name, x in (("out", out.get()), ("lse", lse.get())):
+        found = against(known, name, x, x.dtype.name)
+        assert found.failures == 0, found
+    bordered_still(cupy, wholes)
+
+
+def numbers(dtype, shape):
+    """Return a NumPy type, what draws, and query, key and value."""
+    import ml_dtypes
+
+    b, h, h_kv, n_q, n_k, d_k, d_v = shape
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    rng = np.random.default_rng(0)
+    sizes = ((b, h, n_q, d_k), (b, h_kv, n_k, d_k), (b, h_kv, n_k, d_v))
+    return kind, rng, [rng.standard_normal(s).astype(kind) for s in sizes]
+
+
+def made(cupy, shape, kind, rng, options):
+    """Return the options as the kernel takes them, and as Problem does."""
+    h, n_q, n_k = shape[1], shape[3], shape[4]
     given, meant = dict(options), {n: x for n, x in options.items() if n in ("causal", "window", "softcap")}
-    allowed = np.ones((1, 1, n_q, n_k), bool)
     if given.pop("allowed", False):
-        allowed = rng.random((1, h, n_q, n_k)) < 0.7
-        given["allowed"] = bordered(cupy, allowed.shape, np.float32)[0] < 0  # of the same shape
-        given["allowed"][...] = cupy.asarray(allowed)
+        meant["allowed"] = rng.random((1, h, n_q, n_k)) < 0.7
+        given["allowed"] = bordered(cupy, (1, h, n_q, n_k), np.float32)[0] < 0  # of the same shape
+        given["allowed"][...] = cupy.asarray(meant["allowed"])
     if size := given.pop("blocks", 0):
         blocks = rng.random((1, h, -(-n_q // size), -(-n_k // size))) < 0.6
         given["block_mask"] = (cupy.asarray(blocks), size, size)
-        allowed = np.repeat(np.repeat(blocks, size, 2), size, 3)[:, :, :n_q, :n_k]
-    bias = rng.standard_normal((1, h, n_q, n_k)).astype(kind) if given.pop("bias", False) else None
-    sink = rng.standard_normal(h).astype(np.float32) if given.pop("sink", False) else None
-    if bias is not None:
-        given["bias"] = bordered(cupy, bias.shape, kind, bias)[0]
-    if sink is not None:
-        given["sink"] = cupy.asarray(sink)
-    cu = np.array([0, n_q // 3, n_q // 3, n_q], np.int32) if given.pop("packed", False) else None
-    if cu is not None:
-        given["cu_seqlens"] = (cupy.asarray(cu), cupy.asarray(cu))
-        meant |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
-    module.empty = empty
-    out, lse = module.attention(q, k, v, return_lse=True, impl=impl, **given)
-    cupy.cuda.get_current_stream().synchronize()
+        meant["allowed"] = np.repeat(np.repeat(blocks, size, 2), size, 3)[:, :, :n_q, :n_k]
+    if given.pop("bias", False):
+        meant["bias"] = rng.standard_normal((1, h, n_q, n_k)).astype(kind)
+        given["bias"] = bordered(cupy, meant["bias"].shape, kind, meant["bias"])[0]
+    if given.pop("sink", False):
+        meant["sink"] = rng.standard_normal(h).astype(np.float32)
+        given["sink"] = cupy.asarray(meant["sink"])
+    if given.pop("packed", False):
+        ends = np.array([0, n_q // 3, n_q // 3, n_q], np.int32)
+        given["cu_seqlens"] = (cupy.asarray(ends), cupy.asarray(ends))
+        meant |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+    return given, meant
 
-    p = Problem(*host, allowed=allowed, **meant)
-    x, y, z = (a.astype(np.float64) for a in host)
-    y, z = (np.repeat(a, h // h_kv, 1) for a in (y, z))
-    s = x @ y.swapaxes(2, 3) / math.sqrt(d_k)
-    if options.get("softcap"):
-        s = options["softcap"] * np.tanh(s / options["softcap"])
-    s = s + (0 if bias is None else bias.astype(np.float64))
-    for batch, head in np.ndindex(b, h):
-        for rows, keys in p.segments():
-            seen = np.zeros((n_q, n_k), bool)
-            seen[rows, keys] = visible(p, batch, head, rows, keys)
-            s[batch, head, rows] = np.where(seen[rows], s[batch, head, rows], -np.inf)
-    s = np.concatenate([s, np.broadcast_to(-np.inf if sink is None else sink[:, None, None], (b, h, n_q, 1))], 3)
-    top = np.maximum(s.max(3, keepdims=True), -1e30)
-    w = np.exp(s - top)
-    total = w.sum(3, keepdims=True)
-    expected = w[..., :-1] @ z / np.maximum(total, 1e-300)
-    tolerance = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
-    assert np.abs(out.get().astype(np.float64) - expected).max() < tolerance, "out"
-    with np.errstate(divide="ignore"):
-        right = np.where(total[..., 0] > 0, top[..., 0] + np.log(total[..., 0]), -np.inf)
-    np.testing.assert_allclose(lse.get(), right, atol=1e-4)
+
+def bordered_still(cupy, wholes):
+    """Refuse a number that was written past the end of an array."""
     for inner, whole in wholes:
         ends = cupy.concatenate([whole[:BORDER], whole[BORDER + inner.size :]]).astype(np.float32)
         assert bool(cupy.isnan(ends).all()), "written past the end"
@@ -128,6 +129,8 @@ def run(cupy, impl, dtype, shape, options):
 def run_backward(cupy, impl, dtype, shape, options):
     """Call a backward pass between borders of NaN: they stay, and no result is NaN."""
     import ml_dtypes
+
+    from refattn.gpu.attention import attention
 
     module = importlib.import_module("refattn.gpu.backward")
     b, h, h_kv, n_q, n_k, d_k, d_v = shape
@@ -142,7 +145,7 @@ def run_backward(cupy, impl, dtype, shape, options):
         given["bias"] = make(given["bias"])
     forward = importlib.import_module("refattn.gpu.forward")
     forward.empty = importlib.import_module("refattn.gpu.views").empty  # as it was before the calls above
-    out, lse = forward.attention(q, k, v, return_lse=True, impl="simt", **given)
+    out, lse = attention(q, k, v, return_lse=True, impl="simt", **given)
 
     def empty(like, size, name):
         inner, whole = bordered(cupy, size, kind)
@@ -153,10 +156,8 @@ def run_backward(cupy, impl, dtype, shape, options):
     found = module.attention_backward(q, k, v, out, lse, dout, impl=impl, **given)
     cupy.cuda.get_current_stream().synchronize()
     assert len(wholes) == len(found) == 3 + ("bias" in given)
-    for inner, whole in wholes:
-        assert not bool(cupy.isnan(inner.astype(np.float32)).any()), "not written"
-        ends = cupy.concatenate([whole[:BORDER], whole[BORDER + inner.size :]]).astype(np.float32)
-        assert bool(cupy.isnan(ends).all()), "written past the end"
+    assert not any(bool(cupy.isnan(inner.astype(np.float32)).any()) for inner, _ in wholes), "not written"
+    bordered_still(cupy, wholes)
 
 
 def run_trilinear(cupy, shape, options):
@@ -186,9 +187,7 @@ def run_trilinear(cupy, shape, options):
     for i, (x, (value, bound)) in enumerate(zip(found, [wanted_out, wanted_lse, *gradients], strict=True)):
         here = np.isfinite(value)  # lse of a row without keys is not
         assert (np.abs(x.get().astype(np.float64) - np.where(here, value, 0))[here] <= bound[here]).all(), f"result {i}"
-    for inner, whole in wholes:
-        ends = cupy.concatenate([whole[:BORDER], whole[BORDER + inner.size :]]).astype(np.float32)
-        assert bool(cupy.isnan(ends).all()), "written past the end"
+    bordered_still(cupy, wholes)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...dtypes import FORMATS
 from ...exact.driver import Answer, enclose, evaluate
 from ...exact.stream import STREAMED
 from ...problem import Problem
@@ -21,7 +23,7 @@ from .forward import forward
 from .gradients import gradient_bounds
 from .predict import predict
 
-__all__ = ["Expected", "exact", "expected", "forget", "of_answer", "of_case"]
+__all__ = ["Expected", "Key", "exact", "expected", "forget", "keep", "kept", "made", "of_answer", "of_case"]
 
 Float = NDArray[np.float64]
 LARGE = 2**14
@@ -35,13 +37,27 @@ class Expected:
     allowed: dict[str, Float]
     variance: dict[str, Float]
     either: Either | None = None
+    model: Model | None = None
+    dout: Any = None
 
     def for_result(self, got: dict[str, Any]) -> Expected:
         """Return what to compare a kernel's result with: each row by the choice that it is nearest to."""
         if self.either is None:
             return self
         wide = {n: np.asarray(x).astype(np.float64) for n, x in got.items()}
-        return Expected(*self.either.nearest(wide, self.answer, self.allowed, self.variance), self.either)
+        answer, allowed, variance = self.either.nearest(wide, self.answer, self.allowed, self.variance)
+        return replace(self, answer=answer, allowed=allowed, variance=variance)
+
+    def inner(self, name: str, dtype: str) -> Callable[[], Float] | None:
+        """Return what the accumulator's own roundings may add to an array, which may all go one way; None if unknown.
+
+        Roundings to a narrower type, of the weights and of the result, scatter: half go up. Where operands are
+        narrowed their errors are common to all rows, and where nothing is narrower than the accumulator all is inner.
+        """
+        model = self.model
+        if model is None or model.operands or self.either is not None or model.loss(dtype) == 0:
+            return None
+        return lambda: _inner(self, model)[name]
 
 
 def exact(problem: Problem, dout: Any = None) -> Answer:
@@ -61,40 +77,66 @@ def of_answer(answer: Answer, model: Model, dout: Any = None) -> Expected:
     """Return what to compare a call with whose exact answer is there."""
     allowed, variance = forward(answer, model)
     if dout is None:
-        return Expected(answer, allowed, variance, either(answer, model))
+        return Expected(answer, allowed, variance, either(answer, model), model)
     limit = gradient_bounds(answer, model, dout, allowed)
     known = variant_of(answer.call.variant).fused == STREAMED
-    return Expected(answer, limit, predict(answer, model, dout, variance) if known else {})
+    return Expected(answer, limit, predict(answer, model, dout, variance) if known else {}, None, model, dout)
 
 
+def _inner(known: Expected, model: Model) -> dict[str, Float]:
+    """Return the bounds of a kernel that rounds neither the weights nor its results to a narrower type."""
+    wide, final = replace(model, weights=model.accumulator), FORMATS[known.answer.call.dtype].unit_roundoff
+
+    def without(found: dict[str, Float]) -> dict[str, Float]:
+        mid = {n: np.nan_to_num(known.answer.enclosures[n].mid, posinf=0, neginf=0) for n in found}
+        return {n: x if n == "lse" else np.maximum(x - final * np.abs(mid[n]), 0.0) for n, x in found.items()}
+
+    limit = without(forward(known.answer, wide)[0])
+    return limit if known.dout is None else without(gradient_bounds(known.answer, wide, known.dout, limit))
+
+
+Key = tuple[Case, str, Model, bool]
+"""A case, a format, a kernel's model, and whether the gradients are asked for."""
 KEPT = 2**28
 """Bytes of large calls' answers that are kept."""
-_KEPT: OrderedDict[Any, Expected] = OrderedDict()
+MANY = 4096
+_LARGE: OrderedDict[Key, Expected] = OrderedDict()
+_SMALL: OrderedDict[Key, Expected] = OrderedDict()
 
 
 def of_case(case: Case, dtype: str, model: Model, backward: bool) -> Expected:
     """Return what is expected of a case, of the rows that are compared, made once; of large calls the last few."""
-    if not case.sampled:
-        return _of_case(case, dtype, model, backward)
-    name = (case, dtype, model, backward)
-    if name not in _KEPT:
-        _KEPT[name] = _of_case.__wrapped__(case, dtype, model, backward)
-        while len(_KEPT) > 1 and sum(map(_bytes, _KEPT.values())) > KEPT:
-            _KEPT.popitem(last=False)
-    _KEPT.move_to_end(name)
-    return _KEPT[name]
+    key = (case, dtype, model, backward)
+    there = _LARGE if case.sampled else _SMALL
+    if key not in there:
+        keep(key, made(*key))
+    there.move_to_end(key)
+    return there[key]
+
+
+def keep(key: Key, found: Expected) -> None:
+    """Have what is expected of a case at hand."""
+    there = _LARGE if key[0].sampled else _SMALL
+    there[key] = found
+    while len(there) > MANY or (there is _LARGE and len(there) > 1 and sum(map(_bytes, there.values())) > KEPT):
+        there.popitem(last=False)
+
+
+def kept(key: Key) -> bool:
+    """Tell whether it is at hand."""
+    return key in (_LARGE if key[0].sampled else _SMALL)
+
+
+def made(case: Case, dtype: str, model: Model, backward: bool) -> Expected:
+    """Return what is expected of a case."""
+    return of_answer(_answer(case, dtype, backward), model, _arriving(case, dtype) if backward else None)
 
 
 def forget() -> None:
     """Drop what is kept, for those who measure."""
-    _KEPT.clear()
-    _of_case.cache_clear()
+    _LARGE.clear()
+    _SMALL.clear()
     _answer_kept.cache_clear()
-
-
-@lru_cache(maxsize=4096)
-def _of_case(case: Case, dtype: str, model: Model, backward: bool) -> Expected:
-    return of_answer(_answer(case, dtype, backward), model, _arriving(case, dtype) if backward else None)
 
 
 @lru_cache(maxsize=4096)

@@ -186,11 +186,11 @@ def head_losses(one: Head, rows: Any, model: Model, unit: float = 1.0) -> HeadLo
         out, lse = rows_of(one).define(q, k, v, one.options(f, rows))
     head = HeadLosses(out, lse, f, lost.v * unit)
     if lse is not None:
-        _merged(head, model, one)
+        _merged(head, model, one, unit)
     return head
 
 
-def _merged(head: HeadLosses, model: Model, one: Head) -> None:
+def _merged(head: HeadLosses, model: Model, one: Head, unit: float) -> None:
     """Add what merging parts of the keys loses: a part weighs exp of its lse less the whole's, both rounded."""
     parts = model.merges(one.k.shape[0], one.sink is not None)
     assert head.lse is not None
@@ -201,6 +201,10 @@ def _merged(head: HeadLosses, model: Model, one: Head) -> None:
         more = (parts - 1) * f.u * (lse + 2) * np.abs(head.out.a)
         head.out.node.err = head.out.node.err + more
         head.out.node.var = head.out.node.var + f.cu * ((parts - 1) * lse**2 + 4 * parts) * head.out.a**2
+    if model.from_lse:  # a rounded lse leaves the sum of the weights beside 1
+        more = f.u * (2 * lse + model.exp_ulps + 4) * (np.abs(head.shares) @ np.abs(one.v * unit))
+        head.out.node.err = head.out.node.err + more
+        head.out.node.var = head.out.node.var + f.cu * (2 * lse**2 + 4) * head.out.a**2
     head.lse.node.err = head.lse.node.err + parts * f.u * (2 * lse + model.exp_ulps + 4)
     # equal parts are merged with the same error again and again
     head.lse.node.var = head.lse.node.var + f.cu * (parts + parts**2) * head.lse.a**2

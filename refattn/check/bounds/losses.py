@@ -118,7 +118,8 @@ class Lossy(Reflected):
             steps, tiles = self._steps()
             relative = f.times(steps + tiles + 3)
             err = relative * size + (steps + tiles + 3) * f.floor
-            var = f.cu * (steps * walk + squares + tiles * walk) + (steps + tiles) * f.floor**2 / 3
+            again = f.idle(a.a) if tiles else 0
+            var = f.cu * (steps * walk + squares + (tiles + again**2) * walk) + (steps + tiles) * f.floor**2 / 3
         meet = _both(a.span, b.span, a.a.shape, b.a.shape)
         axes = (a.axes[0], b.axes[1])
         marks = a.marks & b.marks & {"positive"} | ({"raw"} if over_features else set())

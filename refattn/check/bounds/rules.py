@@ -51,6 +51,18 @@ class Rules:
         squares = (x * x) @ (y * y)
         return np.maximum(walk, total * total / 3 + squares / 6), squares
 
+    def idle(self, weights: Float) -> Float:
+        """Return how many tiles add nothing to a row's sum, (n_q, 1).
+
+        A kernel that divides by the sum in each tile loses the same there every time.
+        """
+        if not weights.size:
+            return np.zeros((weights.shape[0], 1))
+        starts = np.arange(0, weights.shape[1], self.model.tile)
+        with np.errstate(all="ignore"):
+            share = np.maximum.reduceat(weights, starts, axis=1) / weights.sum(1, keepdims=True)
+        return np.asarray((share < self.u).sum(1, keepdims=True), np.float64)
+
 
 def in_logarithm(x: Any) -> Any:
     """Return how far a logarithm moves by a relative error of at most x."""

@@ -30,7 +30,8 @@ def main() -> None:
     checks = sorted({c for names in found.values() for c in names})
     index = {c: i for i, c in enumerate(checks)}
     bugs = {bug: [index[c] for c in names] for bug, names in found.items()}
-    table = {"checks": checks, "bfloat16": narrow, "bugs": bugs}
+    origins = {n: b.origin for n, b in BUGS.items() if b.origin}
+    table = {"checks": checks, "bfloat16": narrow, "bugs": bugs, "origins": origins}
     write_text(SIGNATURES, json.dumps(table, separators=(",", ":")) + "\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from ..inputs.families import Case, cases
 from ..inputs.models import MODELS
 from ..kernel import Kernel
 from ..model import Capabilities, Model, ModelFor
-from ..report.report import Check, Report
-from ..runner import failing
+from ..report.report import Check, Diagnosis, Report
+from ..runner import failing, plan
 from ..settle import RAISED
 from .shrink import boundary, program, shrink
 
@@ -37,7 +38,7 @@ def explain(
     model: Model | ModelFor | None = None,
     capabilities: Capabilities | None = None,
     seconds: float = 10.0,
-) -> str:
+) -> Diagnosis:
     """Return what can be said of a report's failures beyond each check's own message.
 
     Parameters
@@ -51,28 +52,37 @@ def explain(
     seconds : float
         For shrinking.
     """
-    lines = []
-    if common := shared(report):
-        lines.append(f"every failed check is {', '.join(common)}")
-    if bugs := [x for x in alike(report) if x[1] >= ALIKE]:
-        lines.append("planted bugs that fail alike: " + ", ".join(f"{n} ({100 * s:.0f} %)" for n, s in bugs))
     judged = Kernel.of(kernel, model=model, capabilities=capabilities)
-    for check in sorted(report.failures, key=lambda c: c.verdict != "failed"):
-        plain, dtype = check.name.rsplit("[", 1)
-        case = _cases(report.variant).get(plain.removesuffix("/gradients"))
-        if case is None or check.worst is None:
-            continue
-        dtype = dtype.rstrip("]")
-        dout = case.arriving(dtype) if plain.endswith("/gradients") else None
-        fails = failing(judged.call, judged.model(dtype), judged.capabilities.gradients)
-        small, arriving = shrink(case.problem(dtype), dout, fails, seconds)
-        lines.append(f"{check.name} still fails on {small!r}")
-        if at := boundary(small, arriving, fails):
-            lines.append(f"of that call: {at}")
-        if max(small.n_q, small.n_k, small.d_k, small.d_v) <= SMALL:
-            lines.append(program(report.kernel, small, arriving))
-        break
-    return "\n".join(lines)
+    bugs = tuple((n, _sentence(n), share) for n, share in alike(report) if share >= ALIKE)
+    found = Diagnosis(shared(report), bugs)
+    for check in sorted(report.failures, key=lambda c: (c.verdict != "failed", c.name.startswith("calls/"))):
+        if check.worst is not None and not check.name.startswith("law/"):
+            return _smallest(judged, report, check, found, seconds)
+    return found
+
+
+def _smallest(judged: Kernel, report: Report, check: Check, found: Diagnosis, seconds: float) -> Diagnosis:
+    """Add the smallest call that fails as a check does."""
+    how: dict[str, Any] = {"dtypes": [check.dtype], "budget": report.budget, "seed": report.seed}
+    key = next((i.key for i in plan(judged, report.variant, only=check.name, **how)), None)
+    if key is None:
+        return found
+    case, dtype, model, backward = key
+    fails = failing(judged.call, model, judged.capabilities.gradients)
+    small, arriving = shrink(case.problem(dtype), case.arriving(dtype) if backward else None, fails, seconds)
+    fits = max(small.n_q, small.n_k, small.d_k, small.d_v) <= SMALL
+    return replace(
+        found,
+        check=check.name,
+        smallest=repr(small),
+        boundary=boundary(small, arriving, fails),
+        program=program(report.kernel, small, arriving) if fits else "",
+    )
+
+
+def _sentence(bug: str) -> str:
+    origin = _stored()["origins"].get(bug, "")
+    return bug.replace("_", " ") + (f", as in {origin}" if origin else "")
 
 
 def shared(report: Report) -> tuple[str, ...]:
@@ -140,7 +150,11 @@ def alike(report: Report, most: int = 3) -> tuple[tuple[str, float], ...]:
 
 
 @lru_cache(maxsize=1)
+def _stored() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(SIGNATURES.read_text(encoding="utf-8"))
+    return found
+
+
 def _signatures() -> dict[str, frozenset[str]]:
-    stored = json.loads(SIGNATURES.read_text(encoding="utf-8"))
-    names = stored["checks"]
-    return {bug: frozenset(names[i] for i in at) for bug, at in stored["bugs"].items()}
+    names = _stored()["checks"]
+    return {bug: frozenset(names[i] for i in at) for bug, at in _stored()["bugs"].items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,8 @@ class Figures:
         model says); NaN where nothing was predicted.
     excess : bool
         Whether it is above what the model's roundings can give, by ``SIGMAS`` standard errors.
+    leans : bool
+        Whether the errors go one way, which roundings to nearest do not, by as many standard errors.
     bias : float
         Mean of the error toward larger absolute values, over the predicted error (0 if it rounds to nearest).
     correctly_rounded : float
@@ -60,6 +63,7 @@ class Figures:
     array: str
     rms: float
     excess: bool
+    leans: bool
     bias: float
     correctly_rounded: float
     ulps: tuple[float, float]
@@ -71,7 +75,15 @@ class Figures:
 
 
 def figures(
-    name: str, got: NDArray[Any], enclosure: Enclosure, ratio: Float, variance: Float | None, dtype: str, rows: int
+    name: str,
+    got: NDArray[Any],
+    enclosure: Enclosure,
+    ratio: Float,
+    variance: Float | None,
+    dtype: str,
+    rows: int,
+    apart: int = 0,
+    inner: Callable[[], Float] | None = None,
 ) -> Figures:
     """Describe the errors of one array.
 
@@ -91,6 +103,11 @@ def figures(
         The format of `got`.
     rows : int
         How many query rows there are: what a row's lse loses is common to all its keys.
+    apart : int
+        How many of the lines differ in what is rounded, so that their roundings are independent whatever the errors
+        look like; 0 where that is not known.
+    inner : callable
+        Returns what may go one way: the largest error, the roundings to narrower types apart.
     """
     x, form = np.asarray(got).astype(np.float64), format_of(dtype)
     exact = enclosure.mid
@@ -101,7 +118,7 @@ def figures(
         last = np.abs(error) / form.ulp_array(np.where(fine, exact, 1.0))
     use = fine & decided
     rounded = float((x[use] == value[use]).mean()) if use.any() else 1.0
-    rms, excess, bias = np.nan, False, np.nan
+    rms, excess, leans, bias = np.nan, False, False, np.nan
     counted = np.zeros(x.shape, bool)
     if variance is not None:  # where the exact value is known 32 times better than what is predicted
         with np.errstate(all="ignore"):
@@ -109,22 +126,16 @@ def figures(
     if variance is not None and counted.any():
         with np.errstate(all="ignore"):
             unit = np.where(counted, error / np.sqrt(variance), np.nan)
-            lines = unit.reshape(-1, unit.shape[-1])
-            lines = lines[np.isfinite(lines).any(1)]
-            square = np.nanmean(lines * lines, 1)
-            rms = float(np.sqrt(square.mean()))
-            bias = float(np.nanmean(unit * np.sign(exact)))
-        independent = min(rows, _independent(lines))
-        # however errors of a head depend on each other, all of them together are seldom so large
-        heads = unit.reshape(int(np.prod(unit.shape[:2])) if unit.ndim > 2 else 1, -1)
-        heads = heads[np.isfinite(heads).any(1)]
-        excess = bool((np.nanmean(heads * heads, 1) > SIGMAS**2 * WIDEST).any())
-        if independent >= FEWEST and not excess:
-            excess = bool(square.mean() - SIGMAS * square.std(ddof=1) / np.sqrt(independent) > WIDEST)
+        lines = _Lines.of(unit, exact)
+        rms, bias = float(np.sqrt(lines.square.mean())), float(lines.lean.mean())
+        excess = lines.large_in_a_head(unit) or lines.large(min(rows, _independent(lines.unit)))
+        if not excess and apart >= FEWEST and inner is not None:
+            excess, leans = lines.held(min(rows, apart), inner, counted, variance)
     return Figures(
         name,
         rms,
         excess,
+        leans,
         bias,
         rounded,
         (float(np.median(last[fine])), float(last[fine].max())) if fine.any() else (0.0, 0.0),
@@ -132,8 +143,57 @@ def figures(
         _worst(ratio, 2) if ratio.ndim > 2 else (),
         ratio.shape,
         _histogram(np.where(fine, last, np.where(ratio > 1, np.inf, 0.0))),
-        _map(ratio) if excess or (ratio > 1).any() else (),
+        _map(ratio) if excess or leans or (ratio > 1).any() else (),
     )
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Errors over predicted ones, line by line: of each line their mean square, and how far they lean outward."""
+
+    unit: Float
+    square: Float
+    lean: Float
+
+    @classmethod
+    def of(cls, unit: Float, exact: Float) -> _Lines:
+        lines = unit.reshape(-1, unit.shape[-1])
+        some = np.isfinite(lines).any(1)
+        signs = np.sign(exact).reshape(lines.shape)[some]
+        lines = lines[some]
+        return cls(lines, np.nanmean(lines * lines, 1), np.nanmean(lines * signs, 1))
+
+    def large(self, independent: float) -> bool:
+        """Tell whether the mean square is above the limit."""
+        return independent >= FEWEST and self._least(independent) > WIDEST
+
+    def _least(self, independent: float) -> float:
+        spread = self.square.std(ddof=1) if len(self.square) > 1 else 0.0
+        return float(self.square.mean() - SIGMAS * spread / np.sqrt(independent))
+
+    @staticmethod
+    def large_in_a_head(unit: Float) -> bool:
+        """Tell whether a head's errors are as large as those of one rounding seldom are, however they depend."""
+        heads = unit.reshape(int(np.prod(unit.shape[:2])) if unit.ndim > 2 else 1, -1)
+        heads = heads[np.isfinite(heads).any(1)]
+        with np.errstate(all="ignore"):
+            return bool((np.nanmean(heads * heads, 1) > SIGMAS**2 * WIDEST).any())
+
+    def held(
+        self, apart: int, inner: Callable[[], Float], counted: NDArray[np.bool_], variance: Float
+    ) -> tuple[bool, bool]:
+        """Tell whether errors are too large, and whether they lean, if so many lines are independent.
+
+        What the accumulator's roundings may add, all of them one way, is allowed on top.
+        """
+        mean, spread = abs(float(self.lean.mean())), float(np.sqrt(np.square(self.lean).mean() / apart))
+        least = self._least(apart)
+        if least <= WIDEST and mean <= SIGMAS * spread:
+            return False, False
+        with np.errstate(all="ignore"):
+            more = (np.broadcast_to(inner(), counted.shape) / np.sqrt(variance))[counted]
+        large = np.sqrt(max(least, 0.0)) > np.sqrt(WIDEST) + np.sqrt(np.square(more).mean())
+        return bool(large), bool(mean > SIGMAS * spread + more.mean())
 
 
 def bands(n: int, most: int = BANDS) -> list[range]:

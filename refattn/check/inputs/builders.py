@@ -43,6 +43,13 @@ def _empty_rows(d: Draw) -> Problem:
     return d.problem(allowed=allowed)
 
 
+def _empty_with_everything(d: Draw) -> Problem:
+    p = _everything(d)
+    allowed = np.broadcast_to(p.allowed, (2, 1, 37, 67)).copy()
+    allowed[..., [3, 20, 21], :] = False
+    return p.replace(allowed=allowed, sink=None)
+
+
 def _empty_rows_bias(d: Draw) -> Problem:
     bias = d.normal(1, 1, 37, 67)
     bias[..., 5, :] = -np.inf
@@ -282,6 +289,9 @@ BUILDERS: dict[str, dict[str, Entry]] = {
             lambda d: _offset(d, -420.0, allowed=np.eye(37, 67, 30, bool)[None, None]), "allowed"
         ),
         "below-sentinels-causal": _entry(lambda d: _offset(d, -420.0, 67, 67, causal="bottom_right"), "causal"),
+        "below-sentinels-window": _entry(
+            lambda d: _offset(d, -420.0, 67, 67, causal="bottom_right", window=(9, None)), "window"
+        ),
         # exp(-lse) overflows, and the masked tail of the last tile meets it: 0 · inf
         "below-minus-100-masked-tail": _entry(
             lambda d: _offset(d, -20.0, 37, 192, allowed=(np.arange(192) < 150)[None, None, None]), "allowed"
@@ -298,6 +308,8 @@ BUILDERS: dict[str, dict[str, Entry]] = {
     "empty": {
         "rows-allowed": _entry(_empty_rows, "allowed"),
         "rows-bias": _entry(_empty_rows_bias, "bias"),
+        # a row without keys is looked after for each option alone
+        "rows-with-everything": _entry(_empty_with_everything, "causal", "softcap", "bias", "sink", "allowed"),
         "rows-causal": _entry(lambda d: d.problem(67, 37, causal="bottom_right"), "causal"),
     },
     "drift": {

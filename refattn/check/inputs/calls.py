@@ -14,6 +14,7 @@ import numpy as np
 from allpairspy import AllPairs
 from numpy.typing import NDArray
 
+from ...dtypes import FORMATS
 from ...masks import visible
 from ...problem import Problem
 from ...variants import variant_of
@@ -40,11 +41,12 @@ WIDTHS = (
 """(d_k, d_v) of models in use."""
 GROUPS = (1, 4, 8, 2, 6, 7, 3, 5, 16, 64)
 """Query heads to a key head of models in use."""
-NUMBERS = ("normal", "jump", "needles", "faint", "sharp")
-"""Normal; a late jump; few keys that hold the weight; many that hold little; rows that look at keys of their own."""
+NUMBERS = ("normal", "jump", "needles", "faint", "sharp", "matched")
+"""Normal; a late jump; few keys that hold the weight; many that hold little; rows that look at keys of their own;
+values of the signs that rounding the scores to 16 bits would have."""
 KINDS = ("prefill", "decode", "chunk", "few", "packed", "batches", "cross")
 TILES = (64, 128, 16, 32, 80, 96, 176, 192, 256)
-MOST = {"quick": 2**23, "ci": 2**25, "nightly": 2**28}
+MOST = {"quick": 2**22, "ci": 2**25, "nightly": 2**28}
 """Products of two numbers that the scores and the output of one call take, at most."""
 LONGEST = {"quick": 2**11, "ci": 2**12, "nightly": 2**15}
 
@@ -70,6 +72,7 @@ class Call:
     sink: bool = False
     bias: str = ""
     allowed: str = ""
+    wide_bias: bool = False
 
     def __call__(self, d: Draw) -> Problem:
         """Build it."""
@@ -83,11 +86,13 @@ class Call:
             more["sink"] = 2 * d.normal(self.h)
         full = (self.b, self.h, n_q, n_k)
         if self.bias:
-            more["bias"] = 2 * d.normal(*_spread(full, self.bias))
+            more["bias"] = 2 * d.normal(*_spread(full, self.bias)) + (100 if self.wide_bias else 0)
         if self.allowed:
             more["allowed"] = _mask(d, _spread(full, self.allowed), self.hidden)
         options = variant_of(d.variant).fitted({}, self.h)
         p = d.problem(n_q, n_k, q=q, k=k, v=v, scale=self.scale, options=options, **more)
+        if self.wide_bias and d.form.precision < 24:  # in float32 beside 16-bit queries
+            p = p.replace(bias=more["bias"].astype(np.float32))
         return _laid(_poisoned(p, self.hidden), self.layout)
 
 
@@ -128,6 +133,8 @@ def _numbers(d: Draw, c: Call, n_q: int, n_k: int) -> tuple[Any, Any, Any]:
     by = 1.0 if c.scale is None else np.sqrt(c.d) * c.scale
     if c.numbers == "sharp":  # each row looks at a few keys of its own: rows' errors are independent
         return q * 3 / by, k, v
+    if c.numbers == "matched":
+        return _matched(d, q, k, v, by)
     q[..., 0], k[..., 0] = 4.0, 0.0
     if c.numbers == "needles":  # wherever a key is lost, it is one of few that count
         at = {0, n_k - 1, n_k // 2, *(t for t in TILES if t < n_k), *(t - 1 for t in TILES if t <= n_k)}
@@ -143,6 +150,19 @@ def _numbers(d: Draw, c: Call, n_q: int, n_k: int) -> tuple[Any, Any, Any]:
         start = int(d.rng.integers(n_k // 2, n_k)) // 16 * 16
         k[:, :, start:, 0] = 25 * np.sqrt(c.d) / by
     return q, k, v
+
+
+def _matched(d: Draw, q: Any, k: Any, v: Any, by: float) -> tuple[Any, Any, Any]:
+    """Return scores in [0.5, 1) of more bits than 16-bit types have, and values of the sign that rounding them has."""
+    narrow = d.form if d.form.precision <= 11 else FORMATS["bfloat16"]
+    score = d.rng.uniform(0.5, 0.99, k.shape[:3])
+    high = narrow.round_array(score)
+    q[:], k[:] = 0, 0
+    q[..., 0] = q[..., 1] = np.sqrt(q.shape[3]) / by
+    k[..., 0], k[..., 1] = high, score - high
+    sign, w = np.sign(high - score), np.exp(score)
+    mean = (w * sign).sum(2, keepdims=True) / w.sum(2, keepdims=True)
+    return q, k, (sign - mean)[..., None] * d.rng.uniform(0.5, 1, v.shape[3])
 
 
 def _poisoned(p: Problem, hidden: str) -> Problem:
@@ -183,7 +203,16 @@ def _laid(p: Problem, layout: str) -> Problem:
         one = (slice(0, 1),) if axis == 0 else (slice(None), slice(0, 1))
         found = {n: np.broadcast_to(getattr(p, n)[one], getattr(p, n).shape) for n in NAMES[1:]}
         return p.replace(**found)
+    if layout == "cache":  # the first rows of a cache that nothing was written to behind them
+        return p.replace(**{n: _cached(getattr(p, n)) for n in NAMES[1:]})
     return p
+
+
+def _cached(x: NDArray[Any]) -> NDArray[Any]:
+    n = x.shape[2]
+    room = np.full((*x.shape[:2], (n // 128 + 1) * 128, x.shape[3]), np.nan).astype(x.dtype)
+    room[:, :, :n] = x
+    return room[:, :, :n]
 
 
 NAMES = ("query", "key", "value")
@@ -251,14 +280,16 @@ def _axes(uses: frozenset[str], able: Capabilities) -> dict[str, list[Any]]:
         "sink": [False, *given("sink", True)],
         "scale": [None, *([0.3] if "scale" in has else [])],
         "numbers": list(NUMBERS),
-        "layout": ["plain", "bshd", "fused", "spread"],
+        "layout": ["plain", "bshd", "fused", "spread", "cache"],
+        "wide_bias": [False, *given("bias", True)],
     }
 
 
 def _call(row: dict[str, Any], rng: random.Random, able: Capabilities, budget: str) -> Call:
     """Return a call with the values of a row, as large as the budget allows."""
     (d, d_v), group, kind = row["width"], row["group"], row["kind"]
-    b = rng.choice((2, 3)) if kind == "batches" else rng.choice((1, 2, 4)) if kind in ("decode", "few") else 1
+    several = (2, 3) if kind == "batches" else (1, 2, 4) if kind in ("decode", "few") and group <= 8 else (1,)
+    b = rng.choice(several)
     h_kv = 2 if group <= 8 else 1
     most = MOST[budget] // (b * group * h_kv * (d + d_v))
     step = able.seq_multiple
@@ -278,6 +309,7 @@ def _call(row: dict[str, Any], rng: random.Random, able: Capabilities, budget: s
     return Call(
         kind, b, group * h_kv, h_kv, tuple(pairs), d, d_v, row["numbers"], layout, row["hidden"], row["causal"],
         window, row["softcap"], row["scale"], row["sink"], row["bias"], row["allowed"],
+        bool(row["bias"]) and row["wide_bias"],
     )  # fmt: skip
 
 

@@ -46,6 +46,8 @@ MODELS: dict[str, tuple[Call, bool]] = {
     "longformer": (Call("batches", 2, 2, 2, ((100, 100),), 64, 64, "sharp", window=(16, 16), allowed="padding"), True),
     "t5": (Call("batches", 2, 4, 4, ((129, 129),), 64, 64, scale=1.0, bias="batches"), True),
     "alibi-decode": (Call("decode", 3, 4, 4, ((1, 1025),), 128, 128, "sharp", causal=DOWN, bias="rows"), False),
+    # AlphaFold: a bias of pairs in float32 beside 16-bit queries
+    "pair-bias": (Call("batches", 2, 2, 2, ((67, 67),), 32, 32, bias="batches", wide_bias=True), True),
     # servers: packed sequences, keys that were there before, a tree of guesses
     "packed": (
         Call("packed", 1, 4, 2, ((0, 0), (1, 6), (65, 70), (130, 135), (3, 8)), 128, 128, "sharp", causal=DOWN),
@@ -55,16 +57,23 @@ MODELS: dict[str, tuple[Call, bool]] = {
         Call("packed", 1, 2, 1, ((20, 25), (0, 0), (70, 75), (20, 35)), 64, 64, "sharp", window=(3, 3), sink=True),
         False,
     ),
+    # sequences at different lengths, one token each
+    "packed-decode": (
+        Call("packed", 1, 4, 2, ((1, 20), (1, 131), (1, 1), (1, 64)), 64, 64, "sharp", causal=DOWN, softcap=30.0),
+        False,
+    ),
     "tree": (Call("few", 2, 4, 1, ((7, 1030),), 128, 128, "sharp", "bshd", causal=DOWN, allowed="heads"), False),
-    "mask-for-all": (Call("batches", 2, 2, 2, ((65, 129),), 64, 64, "sharp", allowed="all", hidden="large"), True),
-    "mask-of-rows": (Call("batches", 2, 2, 2, ((40, 129),), 64, 64, allowed="row"), False),
+    "mask-for-all": (Call("batches", 2, 2, 2, ((140, 257),), 64, 64, "sharp", allowed="all", hidden="large"), True),
+    "mask-of-rows": (Call("batches", 2, 2, 2, ((100, 100),), 64, 64, allowed="row"), False),
     # groups of 6, 7 and 64, widths that no vector divides, more tiles than a GPU has multiprocessors
     "groups-of-6": (Call("few", 1, 12, 2, ((17, 65),), 96, 96, causal=DOWN), True),
-    "groups-of-8": (Call("decode", 1, 32, 4, ((1, 300),), 64, 64, "sharp", causal=DOWN), False),
+    "groups-of-8": (Call("decode", 1, 32, 4, ((1, 300),), 64, 64, "sharp", "cache", causal=DOWN), False),
     "groups-of-7": (Call("decode", 2, 14, 2, ((1, 257),), 128, 128, "sharp", causal=DOWN), False),
     "groups-of-64": (Call("decode", 1, 64, 1, ((1, 400),), 128, 128, "sharp"), False),
     "width-33": (Call("prefill", 1, 2, 2, ((67, 67),), 33, 33, "sharp", causal="top_left"), True),
     "second-wave": (Call("few", 4, 40, 40, ((2, 100),), 64, 64, "sharp"), False),
+    # scores of more bits than 16-bit types have
+    "matched": (Call("cross", 1, 2, 2, ((8, 1024),), 64, 64, "matched"), False),
     "faint": (Call("cross", 1, 2, 2, ((40, 600),), 64, 64, "faint"), False),
 }
 """Calls by name, and whether their gradients are asked for."""

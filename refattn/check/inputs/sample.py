@@ -151,7 +151,7 @@ def sample_of(p: Problem, rng: np.random.Generator) -> Sample | None:
     groups = _some(rng, p.heads_kv, max(2, wanted // group))
     each = _some(rng, group, max(2, wanted // len(groups)))
     heads = tuple(g * group + i for g in groups for i in each)
-    batch = max(int(rng.integers(p.batch)), int(rng.integers(p.batch)))  # later ones rather: the first hides mistakes
+    batch = int(rng.integers(1, p.batch)) if p.batch > 1 else 0  # the first hides mistakes
     return Sample(batch, tuple(groups), heads, tuple(int(r) for r in rows))
 
 

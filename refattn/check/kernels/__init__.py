@@ -86,6 +86,7 @@ def declared(kernel: Function, able: Capabilities) -> Function:
         return kernel(problem)
 
     call.__name__ = getattr(kernel, "__name__", "kernel")
+    call.serial = getattr(kernel, "serial", False)  # type: ignore[attr-defined]
     if hasattr(kernel, "gradients"):
 
         def gradients(problem: Problem, dout: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -72,8 +73,9 @@ class _Torch:
 
     def __call__(self, problem: Problem) -> Any:
         p = problem.to("torch", "cuda")
-        out = self.out(p)
-        return out if self.lse is None or p.heads != p.heads_kv else (out, self.lse(p))
+        with _having(self.__name__):
+            out = self.out(p)
+            return out if self.lse is None or p.heads != p.heads_kv else (out, self.lse(p))
 
     def gradients(self, problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Return dq, dk and dv by autograd."""
@@ -81,24 +83,25 @@ class _Torch:
 
         p = problem.to("torch", "cuda")
         leaves = {n: getattr(p, n).detach().requires_grad_() for n in NAMES}
-        found = torch.autograd.grad(
-            self.out(p.replace(**leaves)), list(leaves.values()), to_kind(dout, "torch", "cuda")
-        )
+        with _having(self.__name__):
+            out = self.out(p.replace(**leaves))
+        found = torch.autograd.grad(out, list(leaves.values()), to_kind(dout, "torch", "cuda"))
         return by_name(problem, map(to_numpy, found))
 
 
+@contextmanager
+def _having(name: str) -> Iterator[None]:
+    """Say of what PyTorch has no kernel for that it is unsupported."""
+    try:
+        yield
+    except RuntimeError as e:
+        if any(x in str(e) for x in ("No available kernel", "No viable backend", "head_size must be a multiple")):
+            raise UnsupportedProblem(f"{name}: PyTorch has no kernel for this call") from e
+        raise
+
+
 def _backend(name: str) -> Callable[[Problem], Any]:
-    """Return a backend's call; what PyTorch has no kernel for is unsupported."""
-
-    def call(p: Problem) -> Any:
-        try:
-            return sdpa(p, name)
-        except RuntimeError as e:
-            if any(x in str(e) for x in ("No available kernel", "No viable backend", "head_size must be a multiple")):
-                raise UnsupportedProblem(f"{name}: PyTorch has no kernel for this call") from e
-            raise
-
-    return call
+    return lambda p: sdpa(p, name)
 
 
 def _flash_lse(p: Any) -> Any:

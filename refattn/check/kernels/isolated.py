@@ -38,6 +38,7 @@ class Isolated:
     """
 
     native = True  # the other process puts the arrays where the kernel wants them
+    serial = True
 
     def __init__(self, name: str, seconds: float = 60.0) -> None:
         if not seconds > 0:

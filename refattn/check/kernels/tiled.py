@@ -8,6 +8,7 @@ of the values.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ...arrays import from_float64, to_float64
 from ...dtypes import FORMATS
 from ...errors import UnsupportedProblem
 from ...problem import VARIANT, Problem
+from ..model import Model, flash
 
 __all__ = ["gradients", "tiled"]
 
@@ -246,4 +248,8 @@ class _Call:
         return FORMATS[self.problem.dtype].round_array(x.astype(np.float64)).astype(self.kind)
 
 
-tiled.gradients = gradients  # type: ignore[attr-defined]
+def _model(dtype: str) -> Model:
+    return replace(flash(dtype), split=SPLIT)
+
+
+tiled.gradients, tiled.model = gradients, _model  # type: ignore[attr-defined]

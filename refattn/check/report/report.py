@@ -19,7 +19,7 @@ from ...problem import VARIANT
 from ...variants.own import named
 from ..compare import Worst
 
-__all__ = ["Check", "Report", "junit", "machine", "summary", "versions"]
+__all__ = ["Check", "Diagnosis", "Report", "junit", "machine", "summary", "versions"]
 
 ROW = ("batch", "head", "row", "column")
 PLACES = {
@@ -85,6 +85,40 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Diagnosis:
+    """What can be said of a report's failures beyond each check's own message.
+
+    Attributes
+    ----------
+    shared : tuple of str
+        What all failed checks have and not all passed ones.
+    alike : tuple of (str, str, float)
+        Planted bugs whose failed checks are much the same: name, what is wrong in a sentence, share in common.
+    check, smallest : str
+        A failed check, and the smallest call found that still fails.
+    boundary : str
+        Where that call turns from passing to failing.
+    program : str
+        It as a program, where it is small.
+    """
+
+    shared: tuple[str, ...] = ()
+    alike: tuple[tuple[str, str, float], ...] = ()
+    check: str = ""
+    smallest: str = ""
+    boundary: str = ""
+    program: str = ""
+
+    @property
+    def lines(self) -> list[str]:
+        """What it says, a sentence a line, the program apart."""
+        found = [f"every failed check is {', '.join(self.shared)}"] if self.shared else []
+        found += [f"looks like: {text} ({100 * share:.0f} % alike)" for _, text, share in self.alike]
+        found += [f"{self.check} still fails on {self.smallest}"] if self.smallest else []
+        return found + ([f"of that call: {self.boundary}"] if self.boundary else [])
+
+
+@dataclass(frozen=True)
 class Report:
     """All checks of one kernel.
 
@@ -104,6 +138,10 @@ class Report:
         What the calls were drawn by.
     left : int
         How many checks did not run because the time was over.
+    budget : str
+        What was run; calls that are drawn depend on it.
+    diagnosis : Diagnosis, optional
+        What failures say, from :func:`refattn.check.diagnose.explain.explain`.
     """
 
     kernel: str
@@ -115,6 +153,8 @@ class Report:
     whole: bool = False
     seed: int = 0
     left: int = 0
+    budget: str = "ci"
+    diagnosis: Diagnosis | None = None
 
     @property
     def right(self) -> bool:
@@ -197,7 +237,8 @@ class Report:
     def command(self, check: Check) -> str:
         """Return the command that repeats one check."""
         more = "" if self.variant == VARIANT else f" --variant {shlex.quote(named(self.variant))}"
-        seed = f" --seed {self.seed}" if check.name.startswith("calls/") else ""
+        budget = "" if self.budget == "ci" else f" --budget {self.budget}"
+        seed = f"{budget} --seed {self.seed}" if check.name.startswith("calls/") else ""
         return f"refattn check {shlex.quote(self.kernel)}{more} --only {shlex.quote(check.name)}{seed}"
 
     def describe(self, check: Check, command: str = "") -> str:
@@ -227,6 +268,8 @@ class Report:
                 "edges_declared": sorted(self.edges),
                 "edges_kept": self.kept,
                 "seed": self.seed,
+                "budget": self.budget,
+                "diagnosis": None if self.diagnosis is None else asdict(self.diagnosis),
                 "either": self.either,
                 "left": self.left,
                 "counts": counts,
@@ -279,6 +322,8 @@ def junit(reports: list[Report]) -> str:
                 ET.SubElement(case, "failure", message=c.message).text = r.describe(c)
             elif c.verdict != "passed":
                 ET.SubElement(case, "skipped", message=c.message)
+        if r.diagnosis is not None:
+            ET.SubElement(suite, "system-out").text = "\n".join([*r.diagnosis.lines, r.diagnosis.program])
     ET.indent(root)
     text = re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", ET.tostring(root, encoding="unicode"))
     return '<?xml version="1.0" encoding="utf-8"?>\n' + text + "\n"

@@ -33,7 +33,7 @@ def test_every_planted_bug_belongs_to_an_operator():
         (
             "heads_tiled",
             {f"gaussian/grouped-heads{x}" for x in ("", "-6-on-3", "-8-on-2")}
-            | {"gaussian/everything", "law/grouped_heads"},
+            | {"gaussian/everything", "empty/rows-with-everything", "law/grouped_heads"},
         ),
         ("sequences_joined", {"ragged/packed", "ragged/packed-ends", "ragged/packed-no-keys"}),
         (
@@ -45,6 +45,7 @@ def test_every_planted_bug_belongs_to_an_operator():
                 "shifted/large-sink",
                 "poison/sink-nan",
                 "poison/sink-inf",
+                "law/options_between",
             },
         ),
         (
@@ -53,9 +54,9 @@ def test_every_planted_bug_belongs_to_an_operator():
                 f"gaussian/window{x}"
                 for x in ("", "-causal", "-lengths-differ", "-both-sides-causal", "-both-sides-top-left")
             }
-            | {"law/options_between"},
+            | {"law/options_between", "shifted/below-sentinels-window"},
         ),
-        ("softcap_after_bias", {"gaussian/softcap-bias", "gaussian/everything"}),
+        ("softcap_after_bias", {"gaussian/softcap-bias", "gaussian/everything", "empty/rows-with-everything"}),
         ("causal_corner_swapped", None),
     ],
 )

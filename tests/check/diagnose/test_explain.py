@@ -63,7 +63,17 @@ def test_a_bug_is_most_like_itself(name):
 def test_an_explanation_ends_in_a_program():
     kernel = broken("softcap_never_applied")
     report = report_of("softcap_never_applied", only="gaussian/*")
-    text = explain(kernel, report, capabilities=ABLE, seconds=5.0)
-    assert "planted bugs that fail alike: softcap_never_applied" in text
+    found = explain(kernel, report, capabilities=ABLE, seconds=5.0)
+    text = "\n".join(found.lines)
+    assert "looks like: softcap never applied, as in " in text
     assert "still fails on Problem(softmax float32 numpy b=1 h_q=1" in text
-    assert text.splitlines()[-1].startswith("print(refattn.check_problem('softcap_never_applied', p, 'found')")
+    assert found.program.splitlines()[-1].startswith("print(refattn.check_problem('softcap_never_applied', p, 'found')")
+
+
+def test_a_call_that_was_drawn_is_made_small_too():
+    kernel = broken("softcap_never_applied")
+    report = check_kernel(kernel, capabilities=ABLE, seed=0, budget="quick", only="calls/*")
+    found = explain(kernel, report, capabilities=ABLE, seconds=5.0)
+    assert found.check.startswith("calls/")
+    assert "softcap=" in found.smallest
+    assert "--budget quick --seed 0" in report.command(report.failures[0])

@@ -80,10 +80,10 @@ def test_a_kernel_that_is_wrong_where_it_is_used_is_caught(limit):
     able = replace(ABLE, gradients=frozenset())
     for seed in (0, 1, 2):
         assert any(limit(c.problem("float32")) for c in calls("softmax", able, "ci", seed) if c.family == "calls")
-    drawn_ones = [c for c in calls("softmax", able, "ci", 0) if c.family == "calls"]
-    case = next(c for c in drawn_ones if limit(c.problem("float32")))
-    report = check_kernel(zeros_past(limit), capabilities=able, only=case.name, seed=0)
-    assert report.count("failed")
+    asked = [c.name for c in calls("softmax", able, "ci", 0) if c.family == "calls" and limit(c.problem("float32"))]
+    kernel = zeros_past(limit)
+    reports = [check_kernel(kernel, capabilities=able, only=n, seed=0) for n in asked[:3]]
+    report = next(r for r in reports if r.count("failed"))
     assert "the call: Problem(softmax float32" in report.describe(report.failures[0])
     assert report.command(report.failures[0]).endswith("--seed 0")
 
@@ -116,7 +116,7 @@ def test_calls_of_models_are_those_that_a_kernel_can_do():
     uses = variant_of("softmax").uses
     assert [n for n, _, _ in known(ABLE, uses)] == list(MODELS)
     few = known(Capabilities(features={"lengths_differ", "causal_bottom_right"}, head_dims={64}), uses)
-    assert {n for n, _, _ in few} == {"faint", "second-wave"}
+    assert {n for n, _, _ in few} == {"faint", "matched", "second-wave"}
     for n, (call, _) in MODELS.items():
         problem = next(c for c in calls("softmax", ABLE, "quick") if c.label == n).problem("float32")
         assert problem.d_k == call.d, n

@@ -47,7 +47,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
-        if any(t == "th" and a.get("scope") == "row" for t, a in self.open):
+        said = any(a.get("class") == "said" for _, a in self.open)
+        if not said and any(t == "th" and a.get("scope") == "row" for t, a in self.open):
             kind, text = self.rows[-1]
             self.rows[-1] = (kind, text + data)
 

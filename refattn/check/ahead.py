@@ -1,0 +1,144 @@
+"""Exact answers made beside the kernel's own process, ahead of the checks that need them.
+
+The checks are cut into blocks. In each the workers go from the last check to the first and meet the run, which goes
+from the first and makes itself what is not there yet: nobody waits, and few answers are held.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, cast
+
+from ..variants.own import FILES, know, portable
+from .bounds.expected import Expected, Key, keep, kept, made
+from .inputs.calls import Call
+from .inputs.families import Case, cases
+
+__all__ = ["Ahead", "serve"]
+
+BLOCK = 12
+"""Answers to a block: the run's block and the next are held, each of at most some ten megabytes."""
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+CHILD = "from refattn.check.ahead import serve; serve()"
+
+
+class Ahead:
+    """Workers for the answers of a run.
+
+    Parameters
+    ----------
+    keys : list of Key
+        The answers that the run needs, in its order.
+    jobs : int
+        Processes, the run's own among them; with 1 there are no workers.
+    """
+
+    def __init__(self, keys: Iterable[Key], jobs: int) -> None:
+        wanted = [k for k in dict.fromkeys(keys) if _travels(k) and not kept(k)] if jobs > 1 else []
+        self._left = wanted if len(wanted) > BLOCK else []  # fewer take less time than a process to start
+        self._made: dict[Key, Future[Expected]] = {}
+        self._block: list[Key] = []
+        self._workers = _Workers()
+        self._pool = ThreadPoolExecutor(max(1, jobs - 1), initializer=self._workers.start) if self._left else None
+        self._next()
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for future in self._made.values():
+            future.cancel()
+        self._workers.stop()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def prepare(self, key: Key | None) -> None:
+        """Have an answer at hand if a worker has it or is at it; else the check makes it."""
+        if key is None or key not in self._made:
+            return
+        if key in self._block:  # the run has come to the block that was sent last: send another
+            self._next()
+        future = self._made.pop(key)
+        if not future.cancel():
+            try:
+                keep(key, future.result())
+            except (OSError, EOFError, pickle.PickleError) as e:
+                warnings.warn(f"a process for exact answers ended ({e}); the run makes its own", stacklevel=2)
+
+    def _next(self) -> None:
+        self._block, self._left = self._left[:BLOCK], self._left[BLOCK:]
+        for key in reversed(self._block):
+            assert self._pool is not None
+            self._made[key] = self._pool.submit(self._workers.ask, key)
+
+
+def _travels(key: Key) -> bool:
+    """Tell whether another process can find the operator: the package's own, or one of a file."""
+    return portable(key[0].variant) is None or key[0].variant in FILES
+
+
+class _Workers:
+    """One process for each thread of a pool."""
+
+    def __init__(self) -> None:
+        self._mine = threading.local()
+        self._all: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        path = os.pathsep.join(x or os.getcwd() for x in sys.path)
+        self._mine.process = subprocess.Popen(
+            [sys.executable, "-c", CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | dict.fromkeys(THREADS, "1") | {"PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for the run, which ends them
+        )
+        self._all.append(self._mine.process)
+
+    def ask(self, key: Key) -> Expected:
+        case, dtype, model, backward = key
+        drawn = case if isinstance(case.build, Call) else replace(case, build=_nothing)
+        process = self._mine.process
+        pickle.dump((portable(case.variant), drawn, dtype, model, backward), process.stdin)
+        process.stdin.flush()
+        return cast(Expected, pickle.load(process.stdout))
+
+    def stop(self) -> None:
+        for process in self._all:
+            process.kill()
+            process.communicate()
+
+
+def _nothing(*_: Any) -> Any:
+    """Stand for a function that does not travel: the other process finds the case by its name."""
+    raise NotImplementedError
+
+
+def serve() -> None:
+    """Answer on standard output, as long as there is standard input; what else is printed goes to standard error."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while True:
+        try:
+            own, case, dtype, model, backward = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        know(own)
+        pickle.dump(made(_found(case), dtype, model, backward), answers)
+        answers.flush()
+
+
+def _found(case: Case) -> Case:
+    if case.build is not _nothing:
+        return case
+    return next(
+        replace(c, draw=case.draw) for c in cases(case.variant) if (c.family, c.label) == (case.family, case.label)
+    )
