@@ -167,9 +167,11 @@ def load_weights(path: str | Path) -> Weights:
                 activation=Activation(act["name"], act["most"], _polynomial(act["even"])),
             )  # fmt: skip
         found = Weights(**arrays, **rest, then=then)
+        check(found)
+    except InvalidInput:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise InvalidInput(f"{path}: not a layer's weights: {type(e).__name__}: {e}") from e
-    check(found)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +87,11 @@ class Weights:
 
 def check(w: Weights) -> None:
     """Refuse weights whose shapes or ranges do not fit together."""
+    axes: dict[str, tuple[Any, int]] = {n: (getattr(w, n), 3) for n in ("query", "value", "query_bias")}
+    axes |= {"up": (w.then.up, 2)} if isinstance(w.then, Feedforward) else {"then": (w.then, 1)}
+    for name, (x, wanted) in axes.items():
+        if np.ndim(x) != wanted:
+            raise InvalidInput(f"{name}: got {np.ndim(x)} axes, expected {wanted}")
     heads, d, d_k = w.query.shape
     n, d_v = w.query_bias.shape[1], w.value.shape[2]
     shapes: dict[str, tuple[Float, tuple[int, ...]]] = {
