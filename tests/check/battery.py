@@ -100,9 +100,16 @@ def _offset():
     return p.replace(query=query, key=key)
 
 
+def _alike():
+    p = _problem(40, 9, 16, dtype="bfloat16")
+    return p.replace(query=np.broadcast_to(p.query[:, :, :1], p.query.shape).copy())
+
+
 PROBLEMS = {
     "plain": lambda: _problem(32, 32, 16),
     "bfloat16": lambda: _problem(32, 32, 16, dtype="bfloat16"),
+    "alike": lambda: _alike(),
+    "idle": lambda: _problem(40, 4096, allowed=np.broadcast_to(np.arange(4096) < 5, (1, 1, 40, 4096)).copy()),
     "one-key": lambda: _problem(5, 1),
     "one-key-bfloat16": lambda: _problem(5, 1, dtype="bfloat16"),
     "tied": _tied,
@@ -336,6 +343,40 @@ def trial_the_errors_as_a_whole(c):
     assert judge(c, "plain", once).passed  # one row of many, by chance
     assert abs(judge(c, "plain", a.out - size * np.sign(a.out)).figures.bias + 1) < 1e-3
     assert judge(c, "plain", rounded("plain")).figures.correctly_rounded == 1
+
+
+def trial_errors_that_lean(c):
+    """Errors of half the predicted size that all go outward, each within its bound: roundings to nearest do not."""
+    a, alike = answer(problem("bfloat16")), answer(problem("alike"))
+    sizes = [np.sqrt(c.bounds.forward(x, c.model.flash("bfloat16"))[1]["out"]) for x in (a, alike)]
+    sign = np.where(np.random.default_rng(2).random(sizes[0].shape) < 0.5, -1, 1)
+
+    def judged(x, got, inner):
+        bound, variance = c.bounds.forward(x, c.model.flash("bfloat16"))
+        return c.compare.compare("out", got, x, bound["out"], "bfloat16", variance["out"], lambda: inner)
+
+    outward = a.out + 0.5 * sizes[0] * np.sign(a.out)
+    wrong = judged(a, outward, 0.0 * sizes[0])
+    assert wrong.failures == 0
+    assert not wrong.passed
+    assert any("errors lean to larger values: their mean is +0.5 " in s for s in wrong.symptoms)
+    assert judged(a, a.out + 0.5 * sizes[0] * sign, 0.0 * sizes[0]).passed
+    assert judged(a, outward, 0.5 * sizes[0]).passed  # what the accumulator may add
+    assert judged(alike, alike.out + 0.5 * sizes[1] * np.sign(alike.out), 0.0 * sizes[1]).passed  # one row, again
+
+
+def trial_a_kernel_that_divides_in_every_tile(c):
+    """Tiles that add nothing multiply by z (1/z) again and again."""
+    p = problem("idle")
+    s = p.query.astype(np.float64) @ p.key.astype(np.float64).swapaxes(2, 3) / np.sqrt(p.d_k)
+    w = np.where(p.allowed, np.exp(s - np.where(p.allowed, s, -np.inf).max(3, keepdims=True)), 0)
+    z = w.sum(3, keepdims=True).astype(np.float32)
+    out = ((w @ p.value.astype(np.float64)) / z).astype(np.float32)
+    for _ in range(p.n_k // 16 - 1):
+        out = out * (z * (np.float32(1) / z))
+    seen = judge(c, "idle", out)
+    assert seen.passed
+    assert seen.figures.rms > 0.3
 
 
 def trial_products_whose_first_term_is_large(c):

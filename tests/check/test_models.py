@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -106,3 +108,22 @@ def test_the_command_line_names_a_model():
 def test_the_plain_kernel_is_within_every_wider_model():
     for name in ("flash", "math", "tf32", "tf32x3"):
         assert all(c.verdict == "passed" for c in judged(plain, name, "float32", ["gaussian/plain[float32]"]))
+
+
+def test_weights_that_come_from_a_stored_lse():
+    """Their sum is 1 but for lse's rounding, which counts where scores are far from 0."""
+    rng = np.random.default_rng(0)
+    q, k, v = (tensor(rng, (1, 2, 20, 8), "float32") for _ in range(3))
+    q, k = q * np.float32(0.01) + np.float32(100), k * np.float32(0.01) + np.float32(100)
+    problem = Problem(q, k, 1 + 0 * v, scale=1.0)  # a mean of ones
+
+    def kernel(p):
+        s = p.query.astype(np.float64) @ p.key.astype(np.float64).swapaxes(2, 3)
+        lse = np.log(np.exp(s - s.max(3, keepdims=True)).sum(3, keepdims=True)) + s.max(3, keepdims=True)
+        lse = lse.astype(np.float32)
+        out = np.exp(s.astype(np.float32) - lse) @ p.value
+        return out.astype(np.float32), lse[..., 0]
+
+    says = flash("float32")
+    assert check_problem(kernel, problem, "far", model=says).count("failed") == 1
+    assert check_problem(kernel, problem, "far", model=replace(says, from_lse=True)).right
