@@ -4,9 +4,11 @@ Numbers carry 2400 bits. A result below half of the smallest float64 rounds to 0
 middle between two numbers of a format is taken for the middle: then the even one is the answer.
 """
 
-from mpmath import mp, mpf
+from mpmath import MPContext
 
+mp = MPContext()  # of its own: the precision of everybody else's stays as it is
 mp.prec = 2400
+mpf = mp.mpf
 INF = mpf("inf")
 FORMATS = {
     # precision, least and largest exponent

@@ -3,9 +3,9 @@
 import ast
 from pathlib import Path
 
+import mpmath
 import numpy as np
 import pytest
-from mpmath import mpf
 
 from refattn.dtypes import FORMATS
 
@@ -34,6 +34,10 @@ def test_every_option_is_drawn():
     assert sum(dout is not None for _, dout in calls) > 20
 
 
+def test_it_leaves_everybody_elses_precision():
+    assert mpmath.mp.prec == 53
+
+
 def test_it_shares_no_code():
     tree = ast.parse(Path(attention.__file__).read_text())
     names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
@@ -47,7 +51,7 @@ def test_its_rounding(dtype):
     spread = rng.standard_normal(300) * 2.0 ** rng.integers(form.emin - form.precision - 2, form.emax + 2, 300)
     middles = form.round_array(spread) + form.ulp_array(spread) / 2
     for x in (*spread, *middles[np.isfinite(middles)], 0.0, form.largest):
-        assert attention.nearest(mpf(float(x)), dtype) == float(form.round_array(np.array(x)))
+        assert attention.nearest(attention.mpf(float(x)), dtype) == float(form.round_array(np.array(x)))
 
 
 @pytest.mark.parametrize("change", ["visible", "dot"])
@@ -55,7 +59,7 @@ def test_a_difference_shows(change, monkeypatch):
     right = getattr(attention, change)
     wrong = {
         "visible": lambda call, b, h, i, j: right(call, b, h, i, j) and not (i == j == 3),
-        "dot": lambda x, y: right(x, y) * (1 + mpf(2) ** -7),
+        "dot": lambda x, y: right(x, y) * (1 + attention.mpf(2) ** -7),
     }
     monkeypatch.setattr(attention, change, wrong[change])
     assert sum(len(differences(seed)[1]) for seed in range(20)) > 0
