@@ -35,7 +35,8 @@ def test_every_option_is_drawn():
 
 
 def test_it_leaves_everybody_elses_precision():
-    assert mpmath.mp.prec == 53
+    assert attention.mp is not mpmath.mp
+    assert mpmath.mp.prec < attention.mp.prec == 2400
 
 
 def test_it_shares_no_code():
