@@ -14,8 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 from ..variants.own import FILES, know, portable
 from .bounds.expected import Expected, Key, keep, kept, made
@@ -59,6 +58,7 @@ class Ahead:
         self._workers.stop()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+            self._workers.stop()  # one that was only starting
 
     def prepare(self, key: Key | None) -> None:
         """Have an answer at hand if a worker has it or is at it; else the check makes it."""
@@ -104,22 +104,19 @@ class _Workers:
         self._all.append(self._mine.process)
 
     def ask(self, key: Key) -> Expected:
-        case, dtype, model, backward = key
-        drawn = case if isinstance(case.build, Call) else replace(case, build=_nothing)
+        case, *rest = key
         process = self._mine.process
-        pickle.dump((portable(case.variant), drawn, dtype, model, backward), process.stdin)
+        # a case's function does not travel: the other process finds the case by its name
+        asked = case if isinstance(case.build, Call) else (case.variant, case.name)
+        pickle.dump((portable(case.variant), asked, rest), process.stdin)
         process.stdin.flush()
         return cast(Expected, pickle.load(process.stdout))
 
     def stop(self) -> None:
-        for process in self._all:
+        while self._all:
+            process = self._all.pop()
             process.kill()
             process.communicate()
-
-
-def _nothing(*_: Any) -> Any:
-    """Stand for a function that does not travel: the other process finds the case by its name."""
-    raise NotImplementedError
 
 
 def serve() -> None:
@@ -128,17 +125,13 @@ def serve() -> None:
     os.dup2(2, 1)
     while True:
         try:
-            own, case, dtype, model, backward = pickle.load(sys.stdin.buffer)
+            own, asked, rest = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         know(own)
-        pickle.dump(made(_found(case), dtype, model, backward), answers)
+        pickle.dump(made(asked if isinstance(asked, Case) else _named(*asked), *rest), answers)
         answers.flush()
 
 
-def _found(case: Case) -> Case:
-    if case.build is not _nothing:
-        return case
-    return next(
-        replace(c, draw=case.draw) for c in cases(case.variant) if (c.family, c.label) == (case.family, case.label)
-    )
+def _named(variant: str, name: str) -> Case:
+    return next(c for c in cases(variant, "nightly") if c.name == name)

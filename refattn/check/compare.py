@@ -24,7 +24,7 @@ from ..exact.driver import Answer
 from ..masks import visible
 from .bounds.expected import Expected
 from .diagnose.keytiles import weights_off
-from .diagnose.statistics import Figures, figures, where
+from .diagnose.statistics import Figures, Narrow, figures, where
 from .edges import edges_of
 
 __all__ = ["Worst", "against", "compare", "empty_rows"]
@@ -154,8 +154,8 @@ def compare(
     plain = failing & ~np.logical_or.reduce([*edges.values()]) if edges else failing
     if edges and not plain.any():  # what breaks a contract says nothing of roundings
         variance = None
-    apart = 0 if variance is None or inner is None else _apart(name, answer, form)
-    whole = figures(name, got, enclosure, ratio, variance, dtype, rows, apart, inner)
+    narrow = None if inner is None else Narrow(inner, lambda: _apart(name, answer, form))
+    whole = figures(name, got, enclosure, ratio, variance, dtype, rows, narrow)
     shown = np.where(plain, ratio, -1.0) if plain.any() else ratio  # what is plainly wrong comes first
     place = tuple(int(i) for i in np.unravel_index(int(np.argmax(shown)), ratio.shape))
     symptoms = _symptoms(

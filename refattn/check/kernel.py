@@ -39,6 +39,11 @@ class Kernel:
         """Tell whether somebody said what it can do."""
         return self.capabilities is not UNDECLARED
 
+    @property
+    def serial(self) -> bool:
+        """Tell whether it takes one call at a time, because it runs in a process of its own."""
+        return bool(getattr(self.call, "serial", False))
+
     @classmethod
     def of(
         cls,

@@ -39,7 +39,7 @@ class Law:
     test : callable
         ``test(asked, problem) -> Worst``.
     needs : str
-        "", "lse", "state", or the gradient without which it cannot be tried.
+        "", "lse", "state", "threads", or the gradient without which it cannot be tried.
     named_only : str
         Why it runs only where it is named, "" where it always runs.
     uses : frozenset of str
@@ -57,8 +57,10 @@ class Law:
     uses: frozenset[str] = frozenset()
     shape: type[Shape] | None = None
 
-    def missing(self, able: Capabilities) -> list[str]:
-        """Return what it needs and the kernel does not have."""
+    def missing(self, able: Capabilities, serial: bool = False) -> list[str]:
+        """Return what it needs and the kernel does not have, which may take one call at a time."""
+        if self.needs == "threads":
+            return ["two calls at a time in a process of its own"] if serial else []
         there = able.lse if self.needs == "lse" else not self.needs or self.needs in able.gradients | able.features
         return [] if there else [self.needs]
 
@@ -264,7 +266,13 @@ LAWS = {
         Law(
             "many_repeats", "a call is right however often it is repeated", lambda d: d.problem(3, 5, d=8), many_repeats
         ),
-        Law("two_threads", "a call from one of two threads is right", lambda d: d.problem(70, 200), two_threads),
+        Law(
+            "two_threads",
+            "a call from one of two threads is right",
+            lambda d: d.problem(70, 200),
+            two_threads,
+            "threads",
+        ),
         Law("key_permutation", "the order of the keys does not matter", lambda d: d.problem(), _key_permutation),
         Law("batch_independence", "a batch does not matter to another", lambda d: d.problem(b=3), _batch_independence),
         Law(

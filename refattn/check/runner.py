@@ -21,7 +21,6 @@ from .bounds.expected import Expected, Key, expected, of_case
 from .call import Function, Result, call_gradients, call_kernel
 from .compare import Worst, against
 from .diagnose.rules import verdicts
-from .inputs.calls import Call
 from .inputs.families import Case, calls, cases
 from .inputs.sample import Sample
 from .kernel import Kernel
@@ -154,7 +153,7 @@ def plan(
     items = []
     for dtype in wanted:
         for case in cases(variant, budget) + calls(variant, fitting, budget, seed):
-            if (not case.dtypes or dtype in case.dtypes) and _says(case, judged.model(dtype)):
+            if (not case.dtypes or dtype in case.dtypes) and case.says(judged.model(dtype)):
                 key = (case, dtype, judged.model(dtype), False)
                 items.append(Item(f"{case.name}[{dtype}]", dtype, _case_run(judged, case, dtype), key))
                 if able.gradients and case.backward:
@@ -191,12 +190,6 @@ def matches(name: str, only: str | None) -> bool:
     if only.startswith("!"):
         return not matches(name, only[1:])
     return only in (name, name.rpartition("[")[0]) or fnmatch.fnmatchcase(name, only.replace("[", "[[]"))
-
-
-def _says(case: Case, model: Model) -> bool:
-    """Tell whether a case says something: values that show scores of few bits, of a kernel that does not store such."""
-    matched = isinstance(case.build, Call) and case.build.numbers == "matched"
-    return not (matched and model.loss(model.scores))
 
 
 def failing(kernel: Function, model: Model, able: frozenset[str]) -> Callable[[Problem, Any], bool]:
@@ -250,9 +243,7 @@ def _law_run(kernel: Kernel, law: Law, dtype: str, variant: str) -> Callable[[],
 
     def run() -> Check:
         problem = law_problem(law, dtype, variant)
-        lacks = able.missing(problem) + law.missing(able)
-        if law.name == "two_threads" and getattr(kernel.call, "serial", False):
-            lacks.append("two calls at a time in a process of its own")
+        lacks = able.missing(problem) + law.missing(able, kernel.serial)
         if lacks:
             return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
 

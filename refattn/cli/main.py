@@ -45,7 +45,7 @@ from .theory import theory
 __all__ = ["main"]
 
 EXPLAIN = 5.0  # seconds for each kernel
-TIME_LIMIT = 60.0  # seconds for a call of an untrusted kernel
+TIME_LIMIT, MEMORY_LIMIT = 60.0, 16.0  # seconds for a call of an untrusted kernel, GiB
 MOST_JOBS = 8  # more would wait for the kernel
 
 
@@ -91,9 +91,7 @@ def main() -> None:
 @click.option("--model", help="Judge by a named rounding model: " + ", ".join(MODELS) + ". Default: the kernel's own.")
 @click.option("--time-limit", type=float, help="Run each kernel in a process of its own, so many seconds for a call.")
 @click.option("--untrusted", is_flag=True, help="Run each kernel, a file's, where it cannot see what judges it.")
-@click.option(
-    "--memory-limit", type=float, default=16.0, show_default=True, help="GiB for an untrusted kernel; 0: none."
-)
+@click.option("--memory-limit", type=float, help=f"GiB for an untrusted kernel, by default {MEMORY_LIMIT:g}; 0: none.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Draw the family calls by this seed. Default: anew.")
 @click.option("--n-jobs", type=click.IntRange(1), help="Processes that make exact answers. Default: one for each core.")
 @click.option("--strict", is_flag=True, help="An edge that differs, or an option that is not read, is a failure, too.")
@@ -114,7 +112,7 @@ def check(
     model: str | None,
     time_limit: float | None,
     untrusted: bool,
-    memory_limit: float,
+    memory_limit: float | None,
     seed: int | None,
     n_jobs: int | None,
     strict: bool,
@@ -139,8 +137,7 @@ def check(
     problem = None if problem_file is None else load_problem(problem_file)
     if problem is not None and (only is not None or seconds is not None or budget != "ci"):
         raise InvalidInput("problem: one call is checked; leave out --only, --seconds and --budget")
-    alone = (time_limit, memory_limit) if untrusted else None
-    entries = _untrusted(kernels, model, *alone) if alone else _entries(kernels, variant, model, time_limit)
+    entries = (_untrusted if untrusted else _entries)(kernels, variant, model, time_limit, memory_limit)
     unknown = [d for d in dtypes if d not in FORMATS]
     if unknown:
         raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
@@ -156,6 +153,7 @@ def check(
     except KeyboardInterrupt:
         interrupted = True
         click.echo("interrupted: what follows covers the kernels that were done", err=True)
+    reports = [replace(r, flags="--untrusted") for r in reports] if untrusted else reports
     reports, stale = _held(baseline, update_baseline, reports)
     if explain and problem is None:
         reports = [_explained(e, r) for e, r in zip(entries, reports, strict=False)]
@@ -189,8 +187,12 @@ def _known(file: str | None, new: bool, seed: int | None) -> tuple[Baseline | No
     return baseline, next((s for s in (seed, known) if s is not None), secrets.randbelow(2**31))
 
 
-def _entries(kernels: tuple[str, ...], variant: str, model: str | None, time_limit: float | None) -> list[Entry]:
+def _entries(
+    kernels: tuple[str, ...], variant: str, model: str | None, time_limit: float | None, memory: float | None
+) -> list[Entry]:
     """Return the kernels that are named, or all that are here."""
+    if memory is not None:
+        raise InvalidInput("memory-limit: only an --untrusted kernel has one")
     entries = [e for name in kernels for e in find(name)] if kernels else found()
     if variant != VARIANT and not kernels:
         raise InvalidInput(
@@ -206,16 +208,20 @@ def _entries(kernels: tuple[str, ...], variant: str, model: str | None, time_lim
     return entries
 
 
-def _untrusted(kernels: tuple[str, ...], model: str | None, time_limit: float | None, memory: float) -> list[Entry]:
+def _untrusted(
+    kernels: tuple[str, ...], variant: str, model: str | None, time_limit: float | None, memory: float | None
+) -> list[Entry]:
     """Return kernels that are not imported here."""
-    if not kernels:
-        raise InvalidInput("untrusted: name the kernel, path/file.py:function")
-    found = [Untrusted(name, time_limit or TIME_LIMIT, memory) for name in kernels]
-    return [Entry(k.name, "", partial(_same, k), k.capabilities, model_named(model or "flash")) for k in found]
+    if not kernels or variant != VARIANT:
+        raise InvalidInput(f"untrusted: name a kernel of {VARIANT} attention, path/file.py:function")
+    most = MEMORY_LIMIT if memory is None else memory
 
+    def entry(name: str) -> Entry:
+        kernel = Untrusted(name, TIME_LIMIT if time_limit is None else time_limit, most)
+        click.get_current_context().call_on_close(kernel.close)
+        return Entry(name, "", lambda: kernel, kernel.capabilities, model_named(model or "flash"))
 
-def _same(kernel: Untrusted) -> Untrusted:
-    return kernel
+    return [entry(name) for name in kernels]
 
 
 def _exit(reports: list[Report], strict: bool, interrupted: bool, stale: bool, written: bool) -> None:
@@ -253,8 +259,7 @@ def _run(
             def step(item: Item, name: str = entry.name) -> None:
                 progress.update(task, advance=1, description=f"{name} {item.name}")
 
-            found = check_kernel(entry.kernel(), variant, dtypes=wanted, progress=step, **which, **more)
-            reports.append(found)
+            reports.append(check_kernel(entry.kernel(), variant, dtypes=wanted, progress=step, **which, **more))
 
 
 def _explained(entry: Entry, report: Report) -> Report:

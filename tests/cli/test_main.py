@@ -282,3 +282,30 @@ def test_the_seed_is_printed_and_repeats(kernels):
     first = call("check", f"{kernels}:right", "--only", "calls/000-*", "--seed", "7")
     assert "calls drawn by seed 7; --seed 7 draws them again" in first.output
     assert first.exit_code == 0
+
+
+def test_an_untrusted_kernel_stays_one_in_its_repeat_line(tmp_path):
+    """A line that ran it where it sees its judge would undo what was asked for."""
+    path = tmp_path / "k.py"
+    path.write_text("def wrong(p):\n    return p.query * 0\n")
+    found = CliRunner().invoke(
+        main, ["check", f"{path}:wrong", "--untrusted", "--only", "gaussian/plain", "--no-explain"]
+    )
+    assert found.exit_code == 1
+    assert f"refattn check {path}:wrong --untrusted --only 'gaussian/plain[float32]'" in found.output
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--memory-limit", "4"], "memory-limit: only an --untrusted kernel has one"),
+        (["--untrusted", "--variant", "linear"], "untrusted: name a kernel of softmax attention"),
+        (["--untrusted", "--time-limit", "0"], "kernel: got limits of 0.0 s"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(tmp_path, more, says):
+    path = tmp_path / "k.py"
+    path.write_text("def wrong(p):\n    return p.query * 0\n")
+    found = CliRunner().invoke(main, ["check", f"{path}:wrong", *more])
+    assert found.exit_code == 2
+    assert says in found.output

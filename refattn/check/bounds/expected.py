@@ -36,9 +36,9 @@ class Expected:
     answer: Answer
     allowed: dict[str, Float]
     variance: dict[str, Float]
-    either: Either | None = None
-    model: Model | None = None
+    model: Model
     dout: Any = None
+    either: Either | None = None
 
     def for_result(self, got: dict[str, Any]) -> Expected:
         """Return what to compare a kernel's result with: each row by the choice that it is nearest to."""
@@ -54,10 +54,9 @@ class Expected:
         Roundings to a narrower type, of the weights and of the result, scatter: half go up. Where operands are
         narrowed their errors are common to all rows, and where nothing is narrower than the accumulator all is inner.
         """
-        model = self.model
-        if model is None or model.operands or self.either is not None or model.loss(dtype) == 0:
+        if self.model.operands or self.either is not None or self.model.loss(dtype) == 0:
             return None
-        return lambda: _inner(self, model)[name]
+        return lambda: _inner(self)[name]
 
 
 def exact(problem: Problem, dout: Any = None) -> Answer:
@@ -77,15 +76,16 @@ def of_answer(answer: Answer, model: Model, dout: Any = None) -> Expected:
     """Return what to compare a call with whose exact answer is there."""
     allowed, variance = forward(answer, model)
     if dout is None:
-        return Expected(answer, allowed, variance, either(answer, model), model)
+        return Expected(answer, allowed, variance, model, None, either(answer, model))
     limit = gradient_bounds(answer, model, dout, allowed)
     known = variant_of(answer.call.variant).fused == STREAMED
-    return Expected(answer, limit, predict(answer, model, dout, variance) if known else {}, None, model, dout)
+    return Expected(answer, limit, predict(answer, model, dout, variance) if known else {}, model, dout)
 
 
-def _inner(known: Expected, model: Model) -> dict[str, Float]:
+def _inner(known: Expected) -> dict[str, Float]:
     """Return the bounds of a kernel that rounds neither the weights nor its results to a narrower type."""
-    wide, final = replace(model, weights=model.accumulator), FORMATS[known.answer.call.dtype].unit_roundoff
+    wide = replace(known.model, weights=known.model.accumulator)
+    final = FORMATS[known.answer.call.dtype].unit_roundoff
 
     def without(found: dict[str, Float]) -> dict[str, Float]:
         mid = {n: np.nan_to_num(known.answer.enclosures[n].mid, posinf=0, neginf=0) for n in found}

@@ -29,6 +29,23 @@ TILES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
+class Narrow:
+    """What is known of an array that is rounded to a narrower type than the accumulator; found where it is asked for.
+
+    Attributes
+    ----------
+    inner : callable
+        Returns what may go one way: the largest error, the roundings to narrower types apart.
+    apart : callable
+        Returns how many of the lines differ in what is rounded, so that their roundings are independent whatever the
+        errors look like.
+    """
+
+    inner: Callable[[], Float]
+    apart: Callable[[], int]
+
+
+@dataclass(frozen=True)
 class Figures:
     """One array's errors.
 
@@ -82,8 +99,7 @@ def figures(
     variance: Float | None,
     dtype: str,
     rows: int,
-    apart: int = 0,
-    inner: Callable[[], Float] | None = None,
+    narrow: Narrow | None = None,
 ) -> Figures:
     """Describe the errors of one array.
 
@@ -103,11 +119,8 @@ def figures(
         The format of `got`.
     rows : int
         How many query rows there are: what a row's lse loses is common to all its keys.
-    apart : int
-        How many of the lines differ in what is rounded, so that their roundings are independent whatever the errors
-        look like; 0 where that is not known.
-    inner : callable
-        Returns what may go one way: the largest error, the roundings to narrower types apart.
+    narrow : Narrow, optional
+        What is known of an array that is rounded to a narrower type than the accumulator.
     """
     x, form = np.asarray(got).astype(np.float64), format_of(dtype)
     exact = enclosure.mid
@@ -129,8 +142,8 @@ def figures(
         lines = _Lines.of(unit, exact)
         rms, bias = float(np.sqrt(lines.square.mean())), float(lines.lean.mean())
         excess = lines.large_in_a_head(unit) or lines.large(min(rows, _independent(lines.unit)))
-        if not excess and apart >= FEWEST and inner is not None:
-            excess, leans = lines.held(min(rows, apart), inner, counted, variance)
+        if not excess and narrow is not None:
+            excess, leans = lines.held(rows, narrow, counted, variance)
     return Figures(
         name,
         rms,
@@ -179,21 +192,27 @@ class _Lines:
         with np.errstate(all="ignore"):
             return bool((np.nanmean(heads * heads, 1) > SIGMAS**2 * WIDEST).any())
 
-    def held(
-        self, apart: int, inner: Callable[[], Float], counted: NDArray[np.bool_], variance: Float
-    ) -> tuple[bool, bool]:
-        """Tell whether errors are too large, and whether they lean, if so many lines are independent.
+    def held(self, rows: int, narrow: Narrow, counted: NDArray[np.bool_], variance: Float) -> tuple[bool, bool]:
+        """Tell whether errors are too large, and whether they lean, of lines whose independence is known.
 
         What the accumulator's roundings may add, all of them one way, is allowed on top.
         """
-        mean, spread = abs(float(self.lean.mean())), float(np.sqrt(np.square(self.lean).mean() / apart))
-        least = self._least(apart)
-        if least <= WIDEST and mean <= SIGMAS * spread:
+        if not any(self._beyond(rows)):  # with fewer independent lines it is no more
+            return False, False
+        lines = narrow.apart()
+        apart = min(rows, lines)
+        if lines < FEWEST or not any(self._beyond(apart)):
             return False, False
         with np.errstate(all="ignore"):
-            more = (np.broadcast_to(inner(), counted.shape) / np.sqrt(variance))[counted]
-        large = np.sqrt(max(least, 0.0)) > np.sqrt(WIDEST) + np.sqrt(np.square(more).mean())
-        return bool(large), bool(mean > SIGMAS * spread + more.mean())
+            more = (np.broadcast_to(narrow.inner(), counted.shape) / np.sqrt(variance))[counted]
+        large, leans = self._beyond(apart, float(np.sqrt(np.square(more).mean())), float(more.mean()))
+        return large, leans
+
+    def _beyond(self, independent: int, size: float = 0.0, mean: float = 0.0) -> tuple[bool, bool]:
+        """Tell whether the rms, and the mean, are above what is allowed and what comes on top."""
+        large = np.sqrt(max(self._least(independent), 0.0)) > np.sqrt(WIDEST) + size
+        spread = np.sqrt(np.square(self.lean).mean() / independent)
+        return bool(large), bool(abs(self.lean.mean()) > SIGMAS * spread + mean)
 
 
 def bands(n: int, most: int = BANDS) -> list[range]:

@@ -15,9 +15,9 @@ from ...dtypes import FORMATS
 from ...errors import InvalidInput
 from ...problem import Problem
 from ...variants import variant_of
-from ..model import Capabilities
+from ..model import Capabilities, Model
 from .builders import BUILDERS, Build
-from .calls import drawn
+from .calls import Call, drawn
 from .draw import Draw
 from .models import known
 from .sample import Sample, sample_of
@@ -103,6 +103,11 @@ class Case:
         problem = self.problem(dtype)
         dout, sample = draw.tensor(draw.normal(*problem.out_shape)), self.sample(problem)
         return dout if sample is None else sample.only(dout)
+
+    def says(self, model: Model) -> bool:
+        """Tell whether it says something of a kernel: values that show narrow scores do not where it stores such."""
+        matched = isinstance(self.build, Call) and self.build.numbers == "matched"
+        return not (matched and model.loss(model.scores))
 
     @property
     def name(self) -> str:

@@ -20,6 +20,7 @@ from ...version import VERSION
 from ..call import Function
 from ..kernel import Kernel
 from ..model import FEATURES, FURTHER, GRADIENTS, Capabilities, Model, ModelFor, flash, materialised
+from . import tiled
 
 __all__ = ["KERNELS", "Entry", "find", "found"]
 
@@ -166,7 +167,7 @@ KERNELS: dict[str, Entry] = {
                 gradients=GRADIENTS,
                 batch_invariant=True,
             ),
-            lambda dtype: replace(flash(dtype), split=64),
+            tiled.model,
         ),
         Entry(
             "torch-sdpa-flash",

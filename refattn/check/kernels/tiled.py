@@ -20,7 +20,7 @@ from ...errors import UnsupportedProblem
 from ...problem import VARIANT, Problem
 from ..model import Model, flash
 
-__all__ = ["gradients", "tiled"]
+__all__ = ["gradients", "model", "tiled"]
 
 Array = NDArray[Any]
 ROWS, KEYS, SPLIT = 16, 32, 64
@@ -248,8 +248,9 @@ class _Call:
         return FORMATS[self.problem.dtype].round_array(x.astype(np.float64)).astype(self.kind)
 
 
-def _model(dtype: str) -> Model:
+def model(dtype: str) -> Model:
+    """Return how it rounds: parts of ``SPLIT`` keys are merged."""
     return replace(flash(dtype), split=SPLIT)
 
 
-tiled.gradients, tiled.model = gradients, _model  # type: ignore[attr-defined]
+tiled.gradients, tiled.model = gradients, model  # type: ignore[attr-defined]

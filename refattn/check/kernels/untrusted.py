@@ -97,8 +97,8 @@ class Untrusted:
 
     def _ask(self, problem: Problem, dout: Any) -> dict[str, Any]:
         bare = plain(problem)
-        if bare.variant != VARIANT and bare.options:
-            raise UnsupportedProblem("an untrusted kernel is asked for calls without options of an operator")
+        if bare.variant != VARIANT:
+            raise UnsupportedProblem(f"variant: an untrusted kernel computes {VARIANT} attention, not {bare.variant}")
         if self._process is None or self._process.poll() is not None:
             self._start()
         settings = bare.settings() | {"variant": bare.variant}

@@ -142,6 +142,8 @@ class Report:
         What was run; calls that are drawn depend on it.
     diagnosis : Diagnosis, optional
         What failures say, from :func:`refattn.check.diagnose.explain.explain`.
+    flags : str
+        What its repeat commands need besides: how the kernel was run.
     """
 
     kernel: str
@@ -155,6 +157,7 @@ class Report:
     left: int = 0
     budget: str = "ci"
     diagnosis: Diagnosis | None = None
+    flags: str = ""
 
     @property
     def right(self) -> bool:
@@ -239,6 +242,7 @@ class Report:
         more = "" if self.variant == VARIANT else f" --variant {shlex.quote(named(self.variant))}"
         budget = "" if self.budget == "ci" else f" --budget {self.budget}"
         seed = f"{budget} --seed {self.seed}" if check.name.startswith("calls/") else ""
+        more += f" {self.flags}" if self.flags else ""
         return f"refattn check {shlex.quote(self.kernel)}{more} --only {shlex.quote(check.name)}{seed}"
 
     def describe(self, check: Check, command: str = "") -> str:
