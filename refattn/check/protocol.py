@@ -135,7 +135,8 @@ def options_between(ask: Trial, p: Problem) -> Worst:
                 if ask.able.refuses:
                     continue
                 raise
-            found.append(_right(ask, result, call, "a call after one with another option is wrong"))
+            text = f"a call after one with another option is wrong (its own: {', '.join(change) or 'none'})"
+            found.append(_right(ask, result, call, text))
     return _worst(found)
 
 

@@ -197,7 +197,7 @@ class _Lines:
 
         What the accumulator's roundings may add, all of them one way, is allowed on top.
         """
-        if not any(self._beyond(rows)):  # with fewer independent lines it is no more
+        if not rows or not any(self._beyond(rows)):  # with fewer independent lines it is no more
             return False, False
         lines = narrow.apart()
         apart = min(rows, lines)

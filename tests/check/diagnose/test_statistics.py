@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from refattn import Capabilities, check_kernel
+from refattn import Capabilities, Problem, check_kernel, check_problem
 from refattn.arrays import from_float64, to_float64
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import GRADIENTS
@@ -76,3 +76,10 @@ def test_results_that_lie_beside_each_other_are_one_rounding():
     for name in ("drift/similar-rows", "drift/all-positive", "sparse/scale-zero"):
         kernel = rounded(lambda x, form: x)
         assert check_kernel(kernel, capabilities=able, dtypes=["bfloat16"], only=name).passed
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(("n_q", "n_k"), [(0, 1), (0, 40), (1, 0), (0, 0)])
+def test_arrays_without_rows_or_keys_have_nothing_that_leans(n_q, n_k, dtype):
+    q, k = (from_float64(np.ones((1, 1, n, 4)), dtype) for n in (n_q, n_k))
+    assert check_problem(tiled, Problem(q, k, k), "empty", gradients=q).passed
