@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import stat
 import struct
@@ -25,6 +26,11 @@ from .dtypes import FORMATS
 from .errors import InvalidInput
 from .problem import TENSORS, Problem
 
+try:  # Windows has no such locks: there a crash's temporary file stays
+    import fcntl
+except ImportError:  # pragma: no cover
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = [
     "check_folders",
     "load_arrays",
@@ -32,6 +38,7 @@ __all__ = [
     "plain",
     "save_arrays",
     "save_problem",
+    "sync",
     "write_text",
     "write_whole",
 ]
@@ -58,7 +65,8 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises
     ------
     InvalidInput
-        The folder does not exist or cannot be written, or the disk is full; a regular target is as it was.
+        The folder does not exist or cannot be written, or the disk is full; a regular target is as it was, unless
+        the text says that it is written and may not last.
     """
     target = Path(path)
     try:
@@ -77,29 +85,66 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def _replace(target: Path, real: Path, found: os.stat_result | None, write: Callable[[BinaryIO], Any]) -> None:
-    # a name of its own, not longer than the system allows; a private file's successor is private from its first byte
-    name = real.with_name(f".{real.name[:32]}.{secrets.token_hex(8)}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
-        # the system takes the umask away itself: asking for it would change it for every thread meanwhile
-        fd = os.open(name, flags, 0o666 if found is None else 0o600)
+        _sweep(real)
+        name, fd = _begun(real, 0o666 if found is None else 0o600)
     except OSError as e:
         raise InvalidInput(f"{target}: cannot write there ({e.strerror}); choose another folder") from e
     try:
-        with os.fdopen(fd, "wb") as f:
-            write(f)
-            f.flush()
-            if found is not None:
-                _alike(name, found)
-            os.fsync(f.fileno())
-        os.replace(name, real)
-        _sync(real.parent)
+        with contextlib.ExitStack() as held:
+            if fcntl is not None:
+                held.callback(os.close, os.dup(fd))  # the lock holds until the file has its name
+            with os.fdopen(fd, "wb") as f:
+                write(f)
+                f.flush()
+                if found is not None:
+                    _alike(name, found)
+                os.fsync(f.fileno())
+            os.replace(name, real)
     except OSError as e:
         name.unlink(missing_ok=True)
         raise InvalidInput(f"{target}: cannot write it ({e.strerror}); the file is as it was") from e
     except BaseException:
         name.unlink(missing_ok=True)
         raise
+    try:
+        sync(real.parent)
+    except OSError as e:
+        raise InvalidInput(f"{target}: written, but the disk may not keep it ({e.strerror}); look at the disk") from e
+
+
+def _begun(real: Path, mode: int) -> tuple[Path, int]:
+    """Open a new file beside a target, locked while its writer lives.
+
+    Its name is its own and not longer than the system allows; a private file's successor is private from its first
+    byte. The system takes the umask away itself: asking for it would change it for every thread meanwhile.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    while True:
+        name = real.with_name(f".{real.name[:32]}.{secrets.token_hex(8)}")
+        fd = os.open(name, flags, mode)
+        if fcntl is None:
+            return name, fd
+        with contextlib.suppress(OSError):  # some network's file systems have no locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return name, fd
+        os.close(fd)  # another writer swept it between its making and its lock
+
+
+def _sweep(real: Path) -> None:
+    """Remove what writers of a file that were killed have left beside it; what a live one writes is locked."""
+    stale = re.compile(re.escape(f".{real.name[:32]}.") + "[0-9a-f]{16}")
+    for name in os.listdir(real.parent) if fcntl is not None else ():
+        if stale.fullmatch(name) is None:
+            continue
+        with contextlib.suppress(OSError):  # locked, gone, or not ours
+            fd = os.open(real.with_name(name), os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(real.with_name(name))
+            finally:
+                os.close(fd)
 
 
 def _followed(target: Path) -> tuple[int | None, str]:
@@ -142,14 +187,19 @@ def _alike(name: Path, found: os.stat_result) -> None:
     os.chmod(name, stat.S_IMODE(found.st_mode))
 
 
-def _sync(folder: Path) -> None:
-    """Make a rename last; some systems have no way to ask for it."""
-    with contextlib.suppress(OSError):
+def sync(folder: Path) -> None:
+    """Make a folder's new names last. Where the system cannot be asked for it, nothing is done."""
+    try:
         fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -74,6 +74,32 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_what_a_dead_writer_left_is_swept_and_what_a_live_one_writes_is_not(tmp_path):
+    stale, other = tmp_path / f".a.txt.{16 * '0'}", tmp_path / f".b.txt.{16 * '0'}"
+    for path in (stale, other):
+        path.write_text("half")
+
+    def meanwhile(f):
+        f.write(b"first")
+        write_text(tmp_path / "a.txt", "second")
+        assert len(os.listdir(tmp_path)) == 3
+
+    write_whole(tmp_path / "a.txt", meanwhile)
+    assert (tmp_path / "a.txt").read_text() == "first"
+    assert sorted(os.listdir(tmp_path)) == [other.name, "a.txt"]
+
+
+def test_a_disk_that_may_not_keep_a_name_is_told(tmp_path, monkeypatch):
+    def failing(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(InvalidInput, match=r"written, but the disk may not keep it \(Input/output error\)"):
+        write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(InvalidInput, match="cannot write there"):
         write_text(tmp_path / "no" / "a.txt", "x")

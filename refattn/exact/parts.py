@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..arrays import native
 from ..errors import InvalidInput, WorkerDied
-from ..files import load_arrays, plain, save_arrays
+from ..files import load_arrays, plain, save_arrays, sync
 from ..masks import visible
 from ..problem import Problem
 from ..variants import Rows, Variant, variant_of
@@ -139,6 +139,7 @@ def work_through(
     if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            sync(folder.parent)
         except OSError as e:
             raise InvalidInput(f"checkpoint: {folder} cannot be made ({e.strerror}); choose another folder") from e
     done, files = 0, [None if folder is None else folder / f"{name}-{i}.npz" for i in range(len(todo))]

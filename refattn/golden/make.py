@@ -18,7 +18,7 @@ from ..check.report.report import Check
 from ..check.runner import matches
 from ..dtypes import FORMATS
 from ..errors import InvalidInput, RefattnError, UnsupportedProblem
-from ..files import write_text
+from ..files import sync, write_text
 from ..problem import VARIANT
 from ..variants import variant_of
 from ..version import VERSION as INSTALLED
@@ -84,6 +84,7 @@ def make(
         raise InvalidInput(f"only: got {only!r}, expected a name such as 'gaussian/plain[{dtypes[0]}]' or a pattern")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        sync(folder.parent)
         full = any(folder.iterdir())
     except OSError as e:
         raise InvalidInput(f"{folder}: got {e.strerror}, expected a folder that can be written") from e
