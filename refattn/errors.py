@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "BuildError",
     "HypothesisViolated",
@@ -14,6 +16,8 @@ __all__ = [
     "UnsupportedProblem",
     "UntrustedArithmetic",
     "WorkerDied",
+    "expect",
+    "printable",
 ]
 
 
@@ -59,3 +63,14 @@ class ServiceError(RefattnError):
 
 class WorkerDied(RefattnError):
     """A process that computed a part of an answer ended before it was done."""
+
+
+def printable(text: str) -> str:
+    """Return a text without colours and control characters, which terminals, XML and HTML do not take."""
+    return "".join(c for c in re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", text) if c.isprintable())
+
+
+def expect(good: bool, what: str, got: object, expected: str) -> None:
+    """Raise InvalidInput where an argument is not what was expected."""
+    if not good:
+        raise InvalidInput(f"{what}: got {repr(got)[:200]}, expected {expected}")

@@ -50,10 +50,19 @@ MARK_ARRAYS = "refattn arrays 1"
 
 
 def check_folders(*targets: str | None) -> None:
-    """Refuse files that could not be written later because their folder does not exist; None is no file."""
-    for target in targets:
-        if target is not None and not Path(target).resolve().parent.is_dir():
+    """Refuse files that could not be written later: folders, those without one, one named twice; None is no file."""
+    seen: set[str] = set()
+    for target in filter(None, targets):
+        path = os.path.realpath(target)
+        if path in seen and not stat.S_ISCHR(os.stat(path).st_mode if os.path.exists(path) else 0):
+            raise InvalidInput(f"{target}: is named twice, and would hold the last alone; name another file")
+        if os.path.islink(path):
+            raise InvalidInput(f"{target}: its links lead back to it; choose another file")
+        if os.path.isdir(path):
+            raise InvalidInput(f"{target}: is a folder; name a file")
+        if not os.path.isdir(os.path.dirname(path)):
             raise InvalidInput(f"{target}: its folder does not exist; make it first")
+        seen.add(path)
 
 
 def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..arrays import dtype_name, kind_of, laid_out, to_numpy
 from ..dtypes import FORMATS
-from ..errors import InvalidProblem, KernelError, UnsupportedProblem
+from ..errors import InvalidProblem, KernelError, UnsupportedProblem, printable
 from ..problem import Problem
 from ..variants import Steps, variant_of
 from .reading import watched
@@ -71,9 +70,9 @@ def result_of(result: Any, problem: Problem) -> Result:
     parts = result if isinstance(result, tuple | list) else (result,)
     if len(parts) not in (1, 2) or any(kind_of(x) is None for x in parts if x is not None) or parts[0] is None:
         got = (
-            f"{len(parts)} parts of " + ", ".join(type(x).__name__ for x in parts)
+            f"{len(parts)} parts of " + ", ".join(printable(type(x).__name__) for x in parts)
             if parts is result
-            else type(result).__name__
+            else printable(type(result).__name__)
         )
         raise KernelError(
             f"the kernel returned {got}; expected out or (out, lse), arrays of NumPy, PyTorch, CuPy or JAX"
@@ -126,18 +125,20 @@ def call_gradients(
     backward = getattr(kernel, "gradients", None)
     if backward is None:
         raise KernelError("the kernel has no attribute gradients, but its capabilities name some")
-    arriving = np.array(dout, copy=True)
+    arriving = laid_out(dout)[0]
     result, given, read = _on_copies(lambda p: backward(p, arriving), problem)
     unchanged({"dout": arriving}, {"dout": dout})
     if not isinstance(result, Mapping) or not result or set(result) - set(SOURCES):
-        got = ", ".join(map(str, result)) if isinstance(result, Mapping) else type(result).__name__
+        got = printable(", ".join(map(str, result)) if isinstance(result, Mapping) else type(result).__name__)
         raise KernelError(f"gradients: got {got}; expected a mapping from some of {', '.join(SOURCES)} to arrays")
     for name, x in result.items():
         source = getattr(problem, SOURCES[name])
         if source is None:
             raise KernelError(f"{name}: the call has no {SOURCES[name]}")
         if kind_of(x) is None:
-            raise KernelError(f"{name}: got {type(x).__name__}, expected an array of NumPy, PyTorch, CuPy or JAX")
+            raise KernelError(
+                f"{name}: got {printable(type(x).__name__)}, expected an array of NumPy, PyTorch, CuPy or JAX"
+            )
         _expect(name, x, tuple(source.shape))
         if dtype_name(x) != dtype_name(source):
             raise KernelError(f"{name}: got dtype {dtype_name(x)}, expected {SOURCES[name]}'s {dtype_name(source)}")
@@ -165,11 +166,12 @@ def guarded(call: Callable[[], Any]) -> Any:
         with restored():
             return call()
     except (UnsupportedProblem, KernelError) as e:
-        raise type(e)(_clean(str(e))) from e
+        raise (UnsupportedProblem if isinstance(e, UnsupportedProblem) else KernelError)(_text(e)) from e
     except KeyboardInterrupt:
         raise
     except BaseException as e:  # SystemExit, too: a kernel does not end the run that judges it
-        raise KernelError(f"the kernel raised {type(e).__name__}: {_first_line(e)}") from e
+        first = (_text(e, lines=True).splitlines() or [""])[0][:200]
+        raise KernelError(f"the kernel raised {printable(type(e).__name__)}: {first}") from e
 
 
 def _scrub(problem: Problem) -> None:
@@ -179,18 +181,15 @@ def _scrub(problem: Problem) -> None:
             np.empty(n, kind).view(np.uint8).fill(0xFF)
 
 
-def _first_line(e: BaseException) -> str:
-    """Return the start of an error's text without control characters, which terminals and XML do not take."""
+def _text(e: BaseException, lines: bool = False) -> str:
+    """Return an error's text without control characters; making it may raise anything."""
     try:
-        lines = str(e).strip().splitlines()
-    except Exception as again:
-        return f"its text raised {type(again).__name__}"
-    return _clean((lines or [""])[0])[:200]
-
-
-def _clean(text: str) -> str:
-    """Return a text without colours and control characters."""
-    return "".join(c for c in re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", text) if c.isprintable())
+        text = str(e).strip()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as again:
+        return f"its text raised {printable(type(again).__name__)}"
+    return "\n".join(map(printable, text.splitlines())) if lines else printable(text)
 
 
 def unchanged(given: Mapping[str, NDArray[Any]], before: Mapping[str, Any]) -> None:

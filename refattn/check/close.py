@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import dtype_name, kind_of, to_numpy
-from ..errors import InvalidInput, MismatchError
+from ..errors import InvalidInput, MismatchError, expect
 from ..exact.driver import enclose
 from ..problem import Problem
 from .bounds.expected import expected, of_answer
@@ -59,8 +60,10 @@ def assert_close(
     InvalidInput
         Arrays of other shapes, types or names than the call's; gradients without dout.
     """
-    plain = problem.to("numpy")
-    chosen = model or flash(plain.dtype)
+    plain, chosen = _call(problem, model)
+    expect(isinstance(seed, Integral) and seed >= 0, "seed", seed, "an integer of at least 0")
+    if gradients is None and dout is not None:
+        raise InvalidInput("dout: belongs to gradients; pass both")
     found = {"out": _array("out", out, plain.out_shape, plain.dtype)}
     if lse is not None:
         found["lse"] = _array("lse", lse, plain.out_shape[:3], None)
@@ -97,13 +100,21 @@ def allowed_error(problem: Problem, model: Model | None = None, *, dout: Any = N
         "out" (b, h_q, n_q, d_v), "lse" (b, h_q, n_q) where the operator has one; with `dout` the gradients instead, of
         their inputs' shapes. In the units of the results.
     """
-    plain = problem.to("numpy")
-    return expected(plain, model or flash(plain.dtype), None if dout is None else to_numpy(dout)).allowed
+    plain, chosen = _call(problem, model)
+    return expected(plain, chosen, None if dout is None else to_numpy(dout)).allowed
+
+
+def _call(problem: Any, model: Any) -> tuple[Problem, Model]:
+    """Return a call with NumPy's arrays, and the model that it is judged by."""
+    expect(isinstance(problem, Problem), "problem", problem, "a Problem")
+    expect(isinstance(model, Model | None), "model", model, "a Model, such as refattn.check.model.flash('bfloat16')")
+    return problem.to("numpy"), model or flash(problem.dtype)
 
 
 def _gradients(gradients: Mapping[str, Any], dout: Any, plain: Problem, model: Model) -> None:
     if dout is None:
         raise InvalidInput("gradients: need dout, the gradient that arrived at out")
+    expect(isinstance(gradients, Mapping) and len(gradients) > 0, "gradients", gradients, "arrays by name")
     unknown = [n for n in gradients if n not in SOURCES or getattr(plain, SOURCES[n]) is None]
     if unknown:
         raise InvalidInput(f"gradients: got {unknown[0]!r}, which the call does not have")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..errors import expect
 from .call import Function
 from .model import UNDECLARED, Capabilities, Model, ModelFor, flash
 from .native import native
@@ -67,11 +68,19 @@ class Kernel:
         name, version : str
             By default its ``__name__``.
         """
+        expect(
+            isinstance(model, Model | None) or callable(model), "model", model, "a Model, or a function that makes one"
+        )
+        expect(isinstance(capabilities, Capabilities | None), "capabilities", capabilities, "Capabilities")
         if isinstance(kernel, Kernel):
             chosen = kernel.model if model is None else _by_format(model)
             able = capabilities or kernel.capabilities
             return replace(kernel, capabilities=able, model=chosen, name=name or kernel.name)
+        expect(
+            callable(kernel), "kernel", kernel, "a function of a Problem; check_problem and the command line take names"
+        )
         able = capabilities or getattr(kernel, "capabilities", None) or UNDECLARED
+        expect(isinstance(able, Capabilities), "capabilities", able, "Capabilities")
         chosen = _by_format(model or getattr(kernel, "model", None) or flash)
         return cls(native(kernel, able), able, chosen, name or name_of(kernel), version)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,25 @@ GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink"})
 """The gradients of a call, each of its input's shape and type."""
 
 
+def _typed(what: str, record: Any) -> None:
+    """Refuse a field of another type than the class says; what is to be a set may be any collection."""
+    for f in fields(record):
+        kind, x = str(f.type), getattr(record, f.name)
+        if kind.startswith("frozenset"):
+            each = Integral if "int" in kind else str
+            good = isinstance(x, Collection) and not isinstance(x, str) and all(isinstance(i, each) for i in x)
+            if good:
+                object.__setattr__(record, f.name, frozenset(x))
+        else:
+            number = {"int": Integral, "float": Real}.get(kind)
+            good = type(x).__name__ == kind or (
+                number is not None and isinstance(x, number) and not isinstance(x, bool)
+            )
+        if not good:
+            kind = kind.replace("frozenset[", "a set of ").rstrip("]")
+            raise InvalidInput(f"{what}: got {f.name}={x!r}, expected {kind}")
+
+
 @dataclass(frozen=True)
 class Model:
     """A rounding model: the types that a kernel computes in. With a Problem it gives an error bound per element.
@@ -126,14 +146,15 @@ class Model:
     from_lse: bool = False
 
     def __post_init__(self) -> None:
+        _typed("model", self)
         for name in ("accumulator", "scores", "lse"):
             format_of(getattr(self, name))
         for name in (self.weights, self.group_sum or self.accumulator, self.operands or self.accumulator):
             inside_type(name)
-        if not (self.exp_ulps > 0 and self.tile >= 1 and self.chain >= 1 and self.block >= 1):
+        if not (self.exp_ulps > 0 and min(self.tile, self.chain, self.block) >= 1 and self.split >= 0):
             raise InvalidInput(
-                f"model: got exp_ulps={self.exp_ulps}, tile={self.tile}, chain={self.chain} and block={self.block}, "
-                "expected more than 0, at least 1, at least 1 and at least 1"
+                f"model: got exp_ulps={self.exp_ulps}, tile={self.tile}, chain={self.chain}, block={self.block} and "
+                f"split={self.split}, expected more than 0, three times at least 1, and at least 0"
             )
         coarsest = FORMATS["float8_e4m3fn"].unit_roundoff
         if self.exp_ulps * format_of(self.accumulator).unit_roundoff > coarsest:
@@ -281,19 +302,12 @@ class Capabilities:
     always: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        for name in ("head_dims", "always"):
-            object.__setattr__(self, name, frozenset(getattr(self, name)))
-        if not (isinstance(self.seq_multiple, int) and self.seq_multiple >= 1) or any(
-            not isinstance(d, int) or d < 1 for d in self.head_dims
-        ):
+        _typed("capabilities", self)
+        if min(self.seq_multiple, self.d_max, *self.head_dims) < 1:
             raise InvalidInput(
-                f"capabilities: got seq_multiple={self.seq_multiple!r} and head_dims={set(self.head_dims)}, expected "
-                "integers of at least 1"
+                f"capabilities: got seq_multiple={self.seq_multiple!r}, d_max={self.d_max} and "
+                f"head_dims={set(self.head_dims)}, expected integers of at least 1"
             )
-        object.__setattr__(self, "edges", frozenset(self.edges))
-        object.__setattr__(self, "dtypes", frozenset(self.dtypes))
-        object.__setattr__(self, "features", frozenset(self.features))
-        object.__setattr__(self, "gradients", frozenset(self.gradients))
         if self.arrays not in KINDS or (self.arrays == "numpy" and self.device):
             raise InvalidInput(
                 f"capabilities: got arrays={self.arrays!r} and device={self.device!r}, expected one of "

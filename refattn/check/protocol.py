@@ -118,6 +118,7 @@ def options_between(ask: Trial, p: Problem) -> Worst:
         {"scale": 0.1},
         {"softcap": 1.5},
         {"window": (4, 2)},
+        {"window": (9, 2)},
         {"window": (9, None)},
         {"allowed": d.mask(1, 1, p.n_q, p.n_k)},
         {"causal": "bottom_right"},

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
 from ..dtypes import FORMATS
-from ..errors import InvalidInput, KernelError, UnsupportedProblem
+from ..errors import InvalidInput, KernelError, UnsupportedProblem, expect
 from ..problem import VARIANT, Problem
 from ..variants import Steps, variant_of
 from .ahead import Ahead
@@ -102,10 +103,12 @@ def check_kernel(
     """
     judged = Kernel.of(kernel, model=model, capabilities=capabilities, name=name, version=version)
     seed = secrets.randbelow(2**31) if seed is None else seed
+    expect(isinstance(seed, Integral) and seed >= 0, "seed", seed, "an integer of at least 0")
+    expect(isinstance(n_jobs, Integral) and n_jobs >= 1, "n_jobs", n_jobs, "an integer of at least 1")
+    expect(isinstance(only, str | None), "only", only, "a name or a shell pattern")
+    expect(seconds is None or (isinstance(seconds, Real) and seconds > 0), "seconds", seconds, "a number above 0")
     items = plan(judged, variant, dtypes=dtypes, only=only, budget=budget, seed=seed)
     if seconds is not None:
-        if not seconds > 0:
-            raise InvalidInput(f"seconds: got {seconds!r}, expected more than 0")
         first = {i.name for i in plan(judged, variant, dtypes=dtypes, budget="quick", seed=seed)}
         items.sort(key=lambda i: i.name not in first)
     done: list[Check] = []

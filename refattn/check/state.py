@@ -12,17 +12,28 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import KernelError
+
 __all__ = ["restored"]
 
 ENVIRONMENT = 256
 """Bytes, at least those of C's fenv_t on every platform."""
+WATCHED = ("builtins", "math", "numpy", "numpy.linalg", "numpy.random")
+"""Modules beside refattn's own whose functions a kernel may not replace."""
 
 
 @contextmanager
 def restored() -> Iterator[None]:
     """Put back, at the end, the working folder, NumPy's error state, the rounding mode, flush-to-zero and PyTorch's
     choice of attention kernels, which is one for the process and no thread's own.
+
+    Raises
+    ------
+    KernelError
+        A function of refattn, NumPy or Python was replaced; it is put back. What is changed inside of objects is not
+        seen: a kernel that means to fool its judge belongs into a process without it (``--untrusted``).
     """
+    names = _names()
     switches = _torch_switches()
     library, kept = _library(), ctypes.create_string_buffer(ENVIRONMENT)
     folder = None
@@ -40,6 +51,26 @@ def restored() -> Iterator[None]:
             os.chdir(folder)
         for name, on in switches.items():
             getattr(sys.modules["torch"].backends.cuda, f"enable_{name}_sdp")(on)
+        replaced = _put_back(names)
+    if replaced:
+        raise KernelError(f"the kernel replaced {replaced[0]}; it must leave the process that judges it as it is")
+
+
+def _names() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the names of the modules that judge, and what each means now."""
+    spaces = [vars(m) for n, m in list(sys.modules.items()) if n in WATCHED or n.partition(".")[0] == "refattn"]
+    return [(space, dict(space)) for space in spaces]
+
+
+def _put_back(names: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+    """Give every name its meaning again; return those that had another, or none."""
+    found = []
+    for space, before in names:
+        for name, x in before.items():
+            if space.get(name, names) is not x:  # a list of ours stands for none
+                space[name] = x
+                found.append(f"{before.get('__name__')}.{name}")
+    return found
 
 
 def _torch_switches() -> dict[str, bool]:

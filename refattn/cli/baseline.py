@@ -38,8 +38,8 @@ class Baseline:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
             raise InvalidInput(f"baseline: {path} is no TOML file: {e}") from e
         seed = found.pop("seed", None)
-        if not isinstance(seed, int) or any(not isinstance(x, dict) for x in found.values()):
-            raise InvalidInput(f"baseline: {path} needs an integer seed and a table for each kernel")
+        if type(seed) is not int or seed < 0 or any(not isinstance(x, dict) for x in found.values()):
+            raise InvalidInput(f"baseline: {path} needs a seed, an integer of at least 0, and a table for each kernel")
         self.seed, self.known = seed, found
 
     def without_known(self, report: Report) -> tuple[Report, list[str]]:
@@ -50,7 +50,7 @@ class Baseline:
         stale = sorted(n for n in known if n in ran and n not in failing)
 
         def settled(c: Check) -> Check:
-            if c.name not in known or c.name not in failing:
+            if c.name not in known or c.name not in failing or known[c.name] != _how(c):
                 return c
             return replace(c, verdict="known", message=f"known: {c.message}", edges=())
 
@@ -65,8 +65,13 @@ class Baseline:
             mine = table.setdefault(r.kernel, {})
             for c in r.checks:
                 mine.pop(c.name, None)
-            mine |= {c.name: ", ".join(c.edges) or "wrong" for c in r.failures}
+            mine |= {c.name: _how(c) for c in r.failures}
         lines = ["# Written by refattn check --update-baseline", f"seed = {seed}"]
         for kernel, known in table.items():
             lines += ["", f"[{json.dumps(kernel)}]", *(f"{json.dumps(n)} = {json.dumps(x)}" for n, x in known.items())]
         write_text(self.path, "\n".join(lines) + "\n")
+
+
+def _how(c: Check) -> str:
+    """Return how a check failed: the edges at which it differs, or "wrong"."""
+    return ", ".join(c.edges) or "wrong"

@@ -26,7 +26,7 @@ EXTRAS = {
     "keras": ("keras",),
     "fast": ("numba",),
     "cuda12 or cuda13": ("cupy",),
-    "he": ("tenseal", "starlette", "uvicorn", "httpx"),
+    "he": ("tenseal", "starlette", "uvicorn", "httpx", "zstandard"),
     "report": ("matplotlib",),
     "distributed": ("joblib", "distributed"),
 }

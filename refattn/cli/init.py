@@ -8,6 +8,7 @@ from rich.console import Console
 from ..check.kernels import find
 from ..check.model import FEATURES, Capabilities
 from ..check.probe import found
+from .guard import reached
 
 __all__ = ["init", "pasted"]
 
@@ -26,6 +27,7 @@ def init(kernel: str) -> None:
         if names:
             console.print(f"# {MEANINGS[outcome]}: {', '.join(names)}", markup=False)
     console.print(pasted(able, kernel.rpartition(":")[2]), markup=False)
+    reached()
 
 
 MEANINGS = {

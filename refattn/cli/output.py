@@ -5,18 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..check.kernels import KERNELS
 from ..check.model import EDGES
 from ..check.report.report import Check, Report
 
-__all__ = ["print_failures", "print_outside", "table_of"]
+__all__ = ["console_of", "print_failures", "print_outside", "table_of"]
 
 NAMES = 4
 """Names of one cause that are printed."""
+
+
+def console_of(stream: TextIO) -> Console:
+    """Return what prints to a stream: a pipe or a log has no width of its own, let tables be as wide as they are."""
+    return Console(file=stream, width=None if stream.isatty() else 1000, highlight=False)
 
 
 def table_of(reports: Iterable[Report]) -> Table:
@@ -39,7 +46,8 @@ def table_of(reports: Iterable[Report]) -> Table:
             counts = [str(here.count(v)) for v in ("passed", "failed", "edge")]
             not_run = str(here.count("unread") + here.count("unsupported"))
             color = "red" if here.count("failed") else "green" if here.fits else "yellow"
-            table.add_row(Path(r.kernel).name, dtype, *counts, not_run, _largest(here), f"[{color}]{here.verdict}[/]")
+            name = escape(Path(r.kernel).name)
+            table.add_row(name, dtype, *counts, not_run, _largest(here), f"[{color}]{here.verdict}[/]")
     return table
 
 

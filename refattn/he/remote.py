@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
-from ..errors import InvalidInput, ServiceError, UnsupportedProblem
+from ..errors import InvalidInput, ServiceError, UnsupportedProblem, printable
 from .layer_plan import LayerPlan
 from .plan import Plan
 from .saved import MOST_TEXT, plan_from_json
@@ -17,6 +19,8 @@ __all__ = ["Remote"]
 
 MOST_REPLY = 2**28
 """Bytes of a reply where the plan is not known."""
+GRACE = 0.5
+"""Seconds in which the connection itself may say that the time is over, and what it waited for."""
 
 
 class Remote:
@@ -123,19 +127,45 @@ class Remote:
             self._http.close()
 
     def _call(self, method: str, path: str, body: bytes | None = None, *, most: int) -> bytes:
-        """Return an answer's body, of which no more is read than it may have."""
+        """Return an answer's body, of which no more is read than it may have, within the time.
+
+        It is read by another thread: heads that come byte by byte know no other end.
+        """
+        answer: Future[bytes] = Future()
+
+        def read() -> None:
+            try:
+                answer.set_result(self._read(method, path, body, most))
+            except BaseException as e:
+                answer.set_exception(e)
+
+        threading.Thread(target=read, daemon=True).start()
+        try:
+            return answer.result(self._seconds + GRACE)
+        except TimeoutError as e:
+            self._session = None
+            self._http.close()
+            raise self._late() from e
+
+    def _late(self) -> ServiceError:
+        return ServiceError(f"he: {self._http.base_url} took longer than {self._seconds:g} s to answer")
+
+    def _read(self, method: str, path: str, body: bytes | None, most: int) -> bytes:
+        if self._http.is_closed:
+            raise ServiceError(f"he: the connection to {self._http.base_url} is closed; make a new client")
         end = time.monotonic() + self._seconds
         parts, size = [], 0
         try:
             with self._http.stream(method, path, content=body) as answer:
                 for part in [answer.content] if answer.is_stream_consumed else answer.iter_raw():
                     size += len(part)
-                    if size > (most if answer.is_success else 2**16):
+                    limit = most if answer.is_success else 2**16
+                    if size > limit:
                         raise ServiceError(
-                            f"he: {self._http.base_url} sends more than the {most} bytes of such an answer"
+                            f"he: {self._http.base_url} sends more than the {limit} bytes of such an answer"
                         )
                     if time.monotonic() > end:
-                        raise ServiceError(f"he: {self._http.base_url} took longer than {self._seconds:g} s to answer")
+                        raise self._late()
                     parts.append(part)
         except self._errors as e:
             raise ServiceError(f"he: {self._http.base_url} does not answer: {type(e).__name__}: {e}") from e
@@ -143,8 +173,8 @@ class Remote:
         if answer.is_success:
             return found
         try:
-            text = str(json.loads(found)["error"])[:1000]
+            text = printable(str(json.loads(found)["error"])[:1000])
         except (ValueError, KeyError, TypeError, RecursionError):
-            text = answer.reason_phrase
+            text = printable(answer.reason_phrase)
         error = InvalidInput if answer.is_client_error else ServiceError
         raise error(f"he: the server refuses it ({answer.status_code}): {text}")

@@ -56,6 +56,10 @@ def test_bad_input(make):
         ({"out": [1]}, "out: got list, expected an array"),
         ({"out": out, "lse": lse[:, :1]}, "lse: got shape"),
         ({"out": out, "gradients": {"dq": out}}, "need dout"),
+        ({"out": out, "dout": out}, "dout: belongs to gradients; pass both"),
+        ({"out": out, "gradients": {}, "dout": out}, "gradients: got {}, expected arrays by name"),
+        ({"out": out, "seed": -1}, "seed: got -1, expected an integer of at least 0"),
+        ({"out": out, "model": "flash"}, "model: got 'flash', expected a Model"),
         ({"out": out, "gradients": {"dbias": out}, "dout": out}, "'dbias', which the call does not have"),
     ):
         with pytest.raises(InvalidInput, match=says):

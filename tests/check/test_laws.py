@@ -172,6 +172,25 @@ def test_an_lse_that_does_not_merge():
     assert "two halves merged through lse differ from the whole" in law(kernel, "split_and_merge").message
 
 
+def test_a_wrong_mask_is_no_matter_of_empty_rows():
+    """A kernel that takes a mask of other strides for none is wrong in rows that have keys, too."""
+
+    def kernel(p):
+        mask = p.allowed
+        if mask is not None and not mask.flags.c_contiguous:
+            mask = np.ones(mask.shape, bool)
+        return tiled(p.replace(allowed=mask))
+
+    assert law(kernel, "split_and_merge").verdict == "failed"
+
+    def empty(p):
+        out, lse = tiled(p)
+        return out, np.where(np.isneginf(lse), np.float32(-1e30), lse)
+
+    found = law(empty, "split_and_merge")
+    assert found.verdict in ("passed", "edge"), found.message
+
+
 def test_no_lse():
     check = law(lambda p: tiled(p)[0], "split_and_merge")
     assert check.verdict == "failed"

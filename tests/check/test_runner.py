@@ -113,5 +113,46 @@ def test_when_the_time_is_over_the_rest_is_left_and_said():
     assert report.to_dict()["left"] == report.left
     assert not report.whole
     for seconds in (0, -1.0):
-        with pytest.raises(InvalidInput, match=f"seconds: got {seconds}, expected more than 0"):
+        with pytest.raises(InvalidInput, match=f"seconds: got {seconds}, expected a number above 0"):
             check_kernel(kernel, capabilities=able, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"kernel": "refattn-tiled"}, "kernel: got 'refattn-tiled', expected a function of a Problem"),
+        ({"kernel": None}, "kernel: got None, expected a function"),
+        ({"model": "flash"}, "model: got 'flash', expected a Model"),
+        ({"capabilities": {"lse": True}}, "capabilities: got {'lse': True}, expected Capabilities"),
+        ({"seed": 1.5}, "seed: got 1.5, expected an integer"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"n_jobs": 0}, "n_jobs: got 0, expected an integer of at least 1"),
+        ({"n_jobs": None}, "n_jobs: got None"),
+        ({"seconds": "5"}, "seconds: got '5', expected a number above 0"),
+        ({"only": ["gaussian/*"]}, "only: got .*, expected a name or a shell pattern"),
+    ],
+)
+def test_arguments_that_are_none_are_named(given, says):
+    given = {"kernel": tiled} | given
+    with pytest.raises(InvalidInput, match=says):
+        check_kernel(given.pop("kernel"), **given)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Model(tile="a"), "model: got tile='a', expected int"),
+        (lambda: Model(tile=1.5), "model: got tile=1.5, expected int"),
+        (lambda: Model(accumulator=None), "model: got accumulator=None, expected str"),
+        (lambda: Model(split=-1), "split=-1, expected .* at least 0"),
+        (lambda: Capabilities(d_max="64"), "capabilities: got d_max='64', expected int"),
+        (lambda: Capabilities(d_max=0), "d_max=0"),
+        (lambda: Capabilities(features=None), "capabilities: got features=None, expected a set of str"),
+        (lambda: Capabilities(head_dims=64), "capabilities: got head_dims=64, expected a set of int"),
+        (lambda: Capabilities("float32"), "capabilities: got dtypes='float32', expected a set of str"),
+        (lambda: Capabilities(lse=1), "capabilities: got lse=1, expected bool"),
+    ],
+)
+def test_fields_of_another_type_are_named(make, says):
+    with pytest.raises(InvalidInput, match=says):
+        make()

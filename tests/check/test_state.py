@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from refattn import check_kernel
 from refattn.check.bugs.planted import plain
+from refattn.check.kernels.tiled import tiled
 from refattn.check.state import restored
 
 UPWARD = {"x86_64": 0x800, "AMD64": 0x800, "aarch64": 0x400000, "arm64": 0x400000}[platform.machine()]
@@ -55,6 +57,23 @@ def test_it_is_put_back_where_a_kernel_raises():
     with pytest.raises(ValueError, match="no"):
         kernel()
     assert np.geterr()["over"] != "raise"
+
+
+@pytest.mark.parametrize("name", ["refattn.check.runner.against", "numpy.exp", "builtins.sum", "math.exp"])
+def test_a_kernel_may_not_replace_what_judges_it(name):
+    module, _, attribute = name.rpartition(".")
+    space = vars(sys.modules[module])
+    before = space[attribute]
+
+    def kernel(p):
+        out = tiled(p)
+        space[attribute] = print
+        return out
+
+    check = check_kernel(kernel, only="gaussian/plain[float32]").checks[0]
+    assert check.message.startswith(f"the kernel replaced {name}; it must leave")
+    assert space[attribute] is before
+    assert check_kernel(tiled, only="gaussian/plain[float32]").passed
 
 
 def test_pytorchs_choice_of_kernels_is_put_back():

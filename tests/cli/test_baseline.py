@@ -54,6 +54,17 @@ def test_known_failures_do_not_count(check, tmp_path):
     assert "gaussian/causal-top-left[float32]" not in output
 
 
+def test_what_was_known_at_an_edge_does_not_hide_what_is_wrong(tmp_path):
+    path = tmp_path / "known.toml"
+    edge = Check("empty/rows-allowed[float32]", "edge", "lse", edges=("empty-lse",))
+    Baseline(str(path), new=True).write([Report("k", "softmax", (edge,))])
+    file = Baseline(str(path), new=False)
+    assert file.without_known(Report("k", "softmax", (edge,)))[0].checks[0].verdict == "known"
+    for verdict, edges in (("failed", ()), ("edge", ("empty-row",))):
+        other = Check(edge.name, verdict, "another", edges=edges)
+        assert file.without_known(Report("k", "softmax", (other,)))[0].checks[0].verdict == verdict
+
+
 def test_what_passes_must_leave_the_file(check, tmp_path):
     (tmp_path / "known.toml").write_text('seed = 1\n["mine.py:right"]\n"gaussian/plain[float32]" = "wrong"\n')
     code, output = check("--baseline", "known.toml", name="mine.py:right")
@@ -66,8 +77,10 @@ def test_what_passes_must_leave_the_file(check, tmp_path):
     [
         (None, "cannot read known.toml (No such file or directory); --update-baseline writes it"),
         ("seed = ", "is no TOML file"),
-        ("[a]\n", "needs an integer seed and a table for each kernel"),
-        ("seed = 1\na = 2\n", "needs an integer seed and a table for each kernel"),
+        ("[a]\n", "needs a seed, an integer of at least 0, and a table for each kernel"),
+        ("seed = true\n", "needs a seed, an integer of at least 0"),
+        ("seed = -1\n", "needs a seed, an integer of at least 0"),
+        ("seed = 1\na = 2\n", "needs a seed, an integer of at least 0, and a table for each kernel"),
     ],
 )
 def test_bad_files_are_named(check, tmp_path, text, says):

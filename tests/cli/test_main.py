@@ -91,6 +91,12 @@ def test_nothing_ran_is_2(kernels):
         (["check", "refattn-tiled", "--json", "/no/such/folder/x.json"], "its folder does not exist"),
         (["check", "refattn-tiled", "--html", "/no/such/folder/x.html"], "its folder does not exist"),
         (["check", "refattn-tiled", "--problem", "/no/such/file"], "there is no such file"),
+        (["check", "refattn-tiled", "--json", "/tmp"], "error: /tmp: is a folder; name a file"),
+        (["check", "refattn-tiled", "--json", "/tmp/x", "--junit", "/tmp/x"], "error: /tmp/x: is named twice"),
+        (["check", "refattn-tiled", "--only", "a", "--only", "b"], "error: only: got 2 patterns, expected one"),
+        (["check", "refattn-tiled", "--time-limit", "inf"], "time-limit: got inf seconds, expected more than 0 and"),
+        (["check", "kernel.py"], "the function's name is missing: kernel.py:NAME"),
+        (["check", ":attention"], "error: kernel: got no module before ':'"),
         (["check", "--tolerance", "1e-3"], "No such option"),
         (["show", "cosine"], "error: variant: got 'cosine'"),
         (["list", "--checks", "cosine"], "error: variant: got 'cosine'"),
@@ -284,6 +290,37 @@ def test_the_seed_is_printed_and_repeats(kernels):
     assert first.exit_code == 0
 
 
+def test_a_call_is_checked_as_what_it_is(kernels, tmp_path, make):
+    save_problem(make(), tmp_path / "p.npz")
+    for more, says in (
+        (["--dtype", "bfloat16"], "problem: one call is checked; leave out --only, --seconds, --budget and --dtype"),
+        (["--variant", "linear"], "is a call of softmax, not of linear"),
+    ):
+        result = call("check", f"{kernels}:attention", "--problem", str(tmp_path / "p.npz"), *more)
+        assert result.exit_code == 2
+        assert says in result.output
+
+
+def test_names_with_brackets_are_printed_as_they_are(kernels, tmp_path):
+    folder = tmp_path / "[" / "[red]"
+    folder.mkdir(parents=True)
+    path = folder / "k[bold].py"
+    path.write_text("def wrong(p):\n    return p.query * 0\n")
+    result = call("check", f"{path}:wrong", "--only", "gaussian/plain", "--no-explain")
+    assert result.exit_code == 1
+    assert "k[bold].py:wrong" in result.output
+
+
+def test_escape_codes_do_not_reach_the_terminal(tmp_path):
+    path = tmp_path / "k.py"
+    path.write_text("raise RuntimeError('\\x1b]0;title\\x07')\n")
+    for more in ([], ["--untrusted"]):
+        result = call("check", f"{path}:attention", *more)
+        assert result.exit_code == 2
+        assert "RuntimeError" in result.output
+        assert "\x1b" not in result.output
+
+
 def test_an_untrusted_kernel_stays_one_in_its_repeat_line(tmp_path):
     """A line that ran it where it sees its judge would undo what was asked for."""
     path = tmp_path / "k.py"
@@ -300,7 +337,9 @@ def test_an_untrusted_kernel_stays_one_in_its_repeat_line(tmp_path):
     [
         (["--memory-limit", "4"], "memory-limit: only an --untrusted kernel has one"),
         (["--untrusted", "--variant", "linear"], "untrusted: name a kernel of softmax attention"),
-        (["--untrusted", "--time-limit", "0"], "kernel: got limits of 0.0 s"),
+        (["--untrusted", "--time-limit", "0"], "time-limit: got 0.0 seconds"),
+        (["--untrusted", "--time-limit", "inf"], "time-limit: got inf seconds"),
+        (["--untrusted", "--memory-limit", "inf"], "memory-limit: got inf GiB"),
     ],
 )
 def test_what_would_be_ignored_is_refused(tmp_path, more, says):

@@ -1,6 +1,9 @@
 """What a client over HTTP reads of a server that lies, and what it shows to whom."""
 
+import contextlib
 import json
+import socket
+import threading
 import time
 
 import pytest
@@ -140,3 +143,31 @@ def test_a_token_is_not_sent_in_clear():
     for token in ("a\nb", "ä"):
         with pytest.raises(InvalidInput, match="token: has characters that a header cannot carry"):
             Remote("https://elsewhere", token=token)
+
+
+def test_heads_that_drip_are_given_up():
+    """What comes before an answer's body is bounded in time, too."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(2**16)
+                for _ in range(200):
+                    connection.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        client = Remote(f"http://127.0.0.1:{server.getsockname()[1]}", seconds=0.5)
+        began = time.monotonic()
+        with pytest.raises(ServiceError, match=r"took longer than 0\.5 s to answer"):
+            client.plan()
+        assert time.monotonic() - began < 5
+        with pytest.raises(ServiceError, match="is closed; make a new client"):
+            client.plan()
+
+
+def test_what_a_server_says_has_no_escape_codes():
+    with pytest.raises(InvalidInput) as refused:
+        remote(at("/plan", 400, text=json.dumps({"error": "\x1b]0;title\x07full"}))).plan()
+    assert str(refused.value).endswith("]0;titlefull")

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ...dtypes import FORMATS
-from ...errors import InvalidInput, RefattnError
+from ...errors import InvalidInput, KernelError, RefattnError
 from ...modules import module_of
 from ...problem import Problem
 from ...version import VERSION
 from ..call import Function
 from ..kernel import Kernel
 from ..model import FEATURES, FURTHER, GRADIENTS, Capabilities, Model, ModelFor, flash, materialised
+from ..state import restored
 from . import tiled
 
 __all__ = ["KERNELS", "Entry", "find", "found"]
@@ -306,9 +307,10 @@ def find(name: str) -> list[Entry]:
         else [e for e in KERNELS.values() if e.name.startswith(f"{name}-") and not e.named_only]
     )
     if not exact:
+        file = f"; the function's name is missing: {name}:NAME" if name.endswith(".py") else ""
         raise InvalidInput(
             f"kernel: got {name!r}, expected one of {', '.join(KERNELS)}, package.module:function or "
-            "path/file.py:function"
+            f"path/file.py:function{file}"
         )
     missing = [e for e in exact if not e.here]
     if missing:
@@ -321,18 +323,27 @@ def find(name: str) -> list[Entry]:
     return exact
 
 
+def _module(name: str) -> Any:
+    if name.endswith(".py"):
+        return module_of(name, "kernel")
+    if not name:
+        raise InvalidInput("kernel: got no module before ':'; name yours as path/file.py:function")
+    sys.path.insert(0, "")
+    try:
+        return importlib.import_module(name)
+    except (RefattnError, KeyboardInterrupt):
+        raise
+    except BaseException as e:
+        raise InvalidInput(f"kernel: importing {name} raised {type(e).__name__}: {e}") from e
+
+
 def _custom(name: str) -> Entry:
     module_name, function = name.rsplit(":", 1)
-    if module_name.endswith(".py"):
-        module: Any = module_of(module_name, "kernel")
-    else:
-        sys.path.insert(0, "")
-        try:
-            module = importlib.import_module(module_name)
-        except (RefattnError, KeyboardInterrupt):
-            raise
-        except BaseException as e:
-            raise InvalidInput(f"kernel: importing {module_name} raised {type(e).__name__}: {e}") from e
+    try:
+        with restored():
+            module = _module(module_name)
+    except KernelError as e:
+        raise InvalidInput(f"kernel: importing {module_name}: {e}") from e
     kernel = getattr(module, function, None)
     if not callable(kernel):
         raise InvalidInput(f"kernel: {module_name} has no function {function!r}")

@@ -15,10 +15,12 @@ from ..call import call_gradients, call_kernel
 from ..reading import note, plain
 from . import find
 
-__all__ = ["Isolated"]
+__all__ = ["LONGEST", "Isolated"]
 
 START = 120.0
 """Seconds for the process to start and import the kernel."""
+LONGEST = 1e6
+"""Seconds that a call may be given: what the system's clocks take everywhere."""
 
 
 class Isolated:
@@ -41,8 +43,8 @@ class Isolated:
     serial = True
 
     def __init__(self, name: str, seconds: float = 60.0) -> None:
-        if not seconds > 0:
-            raise InvalidInput(f"seconds: got {seconds}, expected more than 0")
+        if not 0 < seconds <= LONGEST:
+            raise InvalidInput(f"time-limit: got {seconds} seconds, expected more than 0 and at most {LONGEST:g}")
         entries = find(name)
         if len(entries) > 1:
             raise InvalidInput(

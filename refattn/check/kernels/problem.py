@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ...arrays import to_numpy
+from ...errors import expect
 from ...problem import Problem
 from ..bounds.expected import expected
 from ..call import Function
@@ -43,6 +44,7 @@ def check_problem(
     model, name
         As in :func:`check_kernel`.
     """
+    expect(isinstance(problem, Problem), "problem", problem, "a Problem")
     if isinstance(kernel, str):
         kernel = find(kernel)[0].kernel()
     asked, plain = Kernel.of(kernel, model=model, name=name), problem.to("numpy")

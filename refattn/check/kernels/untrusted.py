@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,11 +24,14 @@ from ...problem import VARIANT, Problem
 from ..model import UNDECLARED, Capabilities
 from ..reading import note, plain
 from .alone import receive, send
+from .isolated import LONGEST
 
 __all__ = ["Untrusted"]
 
 START = 120.0
 """Seconds for the process to start and import the kernel."""
+MOST = 2.0**33
+"""GiB, which no address space has."""
 PROGRAM = Path(__file__).with_name("alone.py")
 HIDDEN = ("REFATTN", "PYTEST", "PYTHONPATH")
 """How names of the environment begin that the kernel's process does not see."""
@@ -36,8 +40,9 @@ HIDDEN = ("REFATTN", "PYTEST", "PYTHONPATH")
 class Untrusted:
     """A function of a file, called where it sees its call and nothing of what judges it.
 
-    Its process imports nothing of refattn and cannot by ``import``; it knows no name of a check. It is a guard against
-    code that looks at its judge, and not a prison: what the file system holds, it can read.
+    Its process imports nothing of refattn, and a plain ``import refattn`` finds a module of a few names; no name of a
+    check is sent to it. It is a guard against code that looks for its judge, and not a prison: what the file system
+    and the processes of the same user hold, it can read.
 
     Parameters
     ----------
@@ -63,10 +68,10 @@ class Untrusted:
             raise InvalidInput(
                 f"kernel: got {name!r}; an untrusted kernel is a function of a file, path/file.py:function"
             )
-        if not (seconds > 0 and memory >= 0):
-            raise InvalidInput(
-                f"kernel: got limits of {seconds} s and {memory} GiB, expected more than 0 and at least 0"
-            )
+        if not 0 < seconds <= LONGEST:
+            raise InvalidInput(f"time-limit: got {seconds} seconds, expected more than 0 and at most {LONGEST:g}")
+        if not 0 <= memory < MOST:
+            raise InvalidInput(f"memory-limit: got {memory} GiB, expected at least 0 and less than {MOST:g}")
         self.name, self.seconds, self.memory = name, seconds, memory
         self.__name__ = function
         self._file = str(Path(path).resolve())
@@ -90,7 +95,7 @@ class Untrusted:
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
-            self._process.kill()
+            self._kill()
             self._process.wait()
             self._pipe.close()
         self._process = self._pipe = None
@@ -125,7 +130,7 @@ class Untrusted:
 
         def end() -> None:
             over.set()
-            process.kill()
+            self._kill()
 
         clock = threading.Timer(seconds, end)
         clock.start()
@@ -146,6 +151,11 @@ class Untrusted:
         finally:
             clock.cancel()
 
+    def _kill(self) -> None:
+        """End the process and all that it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def _start(self) -> dict[str, Any]:
         self._pipe, other = Pipe()
         seen = {n: x for n, x in os.environ.items() if not n.startswith(HIDDEN)}
@@ -154,12 +164,16 @@ class Untrusted:
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(PROGRAM), str(number), self._file, function, str(self.memory)],
             pass_fds=(number,),
+            start_new_session=True,  # what it starts ends with it
             stdin=subprocess.DEVNULL,
             cwd=tempfile.gettempdir(),
             env=seen,
         )
         other.close()
-        said, _ = self._exchange(None, {}, START)
+        try:
+            said, _ = self._exchange(None, {}, START)
+        except KernelError as e:
+            raise InvalidInput(f"kernel: importing {self.name}: {e}") from e
         if said.get("kind") != "ready":
             self.close()
             raise InvalidInput(f"kernel: {self.name} raised {said.get('text', 'no answer')}")
@@ -173,5 +187,5 @@ def _capabilities(said: Any) -> Capabilities:
     try:
         known: dict[str, Any] = {n: frozenset(x) if isinstance(x, list) else x for n, x in said.items()}
         return Capabilities(**known)
-    except (TypeError, AttributeError) as e:
+    except (TypeError, ValueError, AttributeError) as e:
         raise InvalidInput(f"kernel: capabilities {json.dumps(said)[:200]}: {e}") from e

@@ -370,6 +370,7 @@ PACKAGES = (
     "cupy-cuda12x",
     "cupy-cuda13x",
     "tenseal",
+    "zstandard",
 )
 
 
