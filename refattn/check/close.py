@@ -15,11 +15,12 @@ from ..errors import InvalidInput, MismatchError, expect
 from ..exact.driver import enclose
 from ..problem import Problem
 from .bounds.expected import expected, of_answer
-from .call import SOURCES
+from .call import SOURCES, Result
 from .compare import Worst, against
-from .inputs.sample import sample_of
+from .inputs.sample import Sample, sample_of
 from .model import Model, flash
 from .report.report import element
+from .suspects import suspects
 
 __all__ = ["allowed_error", "assert_close"]
 
@@ -39,7 +40,8 @@ def assert_close(
     Parameters
     ----------
     out : (b, h_q, n_q, d_v) array
-        Of query's type, of NumPy, PyTorch, CuPy or JAX. Of a large call a sample of rows is compared.
+        Of query's type, of NumPy, PyTorch, CuPy or JAX. Of a large call a sample of rows is compared, and the
+        rows that differ most from float64.
     problem : Problem
         The call.
     lse : (b, h_q, n_q) array, optional
@@ -68,16 +70,10 @@ def assert_close(
     if lse is not None:
         found["lse"] = _array("lse", lse, plain.out_shape[:3], None)
     some = sample_of(plain, np.random.default_rng(seed))
-    asked = plain if some is None else some.of(plain)
-    taken = {n: x if some is None else some.take(n, x) for n, x in found.items()}
-    known = of_answer(enclose(asked), chosen).for_result(taken)
-    for name, x in taken.items():
-        if name not in known.allowed:
-            raise InvalidInput(f"{name}: {plain.variant} attention has none")
-        worst = against(known, name, x, x.dtype.name)
-        if not worst.passed:
-            place = worst.place if some is None else some.place(name, worst.place)
-            raise MismatchError(_text(worst, place, plain))
+    _compare(found, plain, chosen, some)
+    other = None if some is None else suspects(plain, Result(found["out"], found.get("lse")))
+    if other is not None:
+        _compare(found, plain, chosen, other)
     if gradients is not None:
         _gradients(gradients, dout, plain, chosen)
 
@@ -109,6 +105,20 @@ def _call(problem: Any, model: Any) -> tuple[Problem, Model]:
     expect(isinstance(problem, Problem), "problem", problem, "a Problem")
     expect(isinstance(model, Model | None), "model", model, "a Model, such as refattn.check.model.flash('bfloat16')")
     return problem.to("numpy"), model or flash(problem.dtype)
+
+
+def _compare(found: dict[str, NDArray[Any]], plain: Problem, model: Model, some: Sample | None) -> None:
+    """Raise where results, or some rows of them, are too far from their exact values."""
+    asked = plain if some is None else some.of(plain)
+    taken = {n: x if some is None else some.take(n, x) for n, x in found.items()}
+    known = of_answer(enclose(asked), model).for_result(taken)
+    for name, x in taken.items():
+        if name not in known.allowed:
+            raise InvalidInput(f"{name}: {plain.variant} attention has none")
+        worst = against(known, name, x, x.dtype.name)
+        if not worst.passed:
+            place = worst.place if some is None else some.place(name, worst.place)
+            raise MismatchError(_text(worst, place, plain))
 
 
 def _gradients(gradients: Mapping[str, Any], dout: Any, plain: Problem, model: Model) -> None:

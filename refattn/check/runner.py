@@ -15,10 +15,11 @@ import numpy as np
 
 from ..dtypes import FORMATS
 from ..errors import InvalidInput, KernelError, UnsupportedProblem, expect
+from ..exact.driver import enclose
 from ..problem import VARIANT, Problem
 from ..variants import Steps, variant_of
 from .ahead import Ahead
-from .bounds.expected import Expected, Key, expected, of_case
+from .bounds.expected import Expected, Key, expected, of_answer, of_case
 from .call import Function, Result, call_gradients, call_kernel
 from .compare import Worst, against
 from .diagnose.rules import verdicts
@@ -30,6 +31,7 @@ from .model import Capabilities, Model, ModelFor
 from .probe import probed
 from .report.report import Check, Report
 from .settle import Notes, settled
+from .suspects import suspects
 from .trial import Trial
 
 __all__ = ["Item", "check_kernel", "failing", "guarded", "judged", "judged_gradients", "plan"]
@@ -285,6 +287,13 @@ def judged(
         yield _at(some, against(known, name, x, got))
     if result.lse is None and lse and "lse" in allowed:
         raise KernelError("the kernel returned no lse, but its capabilities name it; return (out, lse)")
+    other = None if some is None else suspects(problem, whole)
+    if other is not None:
+        rows = of_answer(enclose(other.of(problem)), model)
+        for name in [n for n in whole.arrays() if n in rows.allowed]:
+            x = other.take(name, whole.arrays()[name])
+            # chosen for their errors, they say nothing of errors in general
+            yield replace(_at(other, against(rows, name, x, x.dtype.name)), figures=None)
 
 
 def judged_gradients(

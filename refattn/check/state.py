@@ -66,6 +66,8 @@ def _put_back(names: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
     """Give every name its meaning again; return those that had another, or none."""
     found = []
     for space, before in names:
+        if _same(space, before):
+            continue
         for name, x in before.items():
             if space.get(name, names) is not x:  # a list of ours stands for none
                 space[name] = x
@@ -78,6 +80,14 @@ def _torch_switches() -> dict[str, bool]:
     cuda = getattr(getattr(sys.modules.get("torch"), "backends", None), "cuda", None)
     names = ("flash", "mem_efficient", "math", "cudnn") if hasattr(cuda, "flash_sdp_enabled") else ()
     return {n: bool(getattr(cuda, f"{n}_sdp_enabled")()) for n in names}
+
+
+def _same(space: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Tell fast whether nothing was touched, as after nearly every call."""
+    try:
+        return space == before
+    except Exception:  # an array beside another
+        return False
 
 
 @lru_cache(maxsize=1)

@@ -30,6 +30,20 @@ def test_a_wrong_row_of_a_large_call_is_found():
     assert "the call: Problem(softmax float32" in str(e.value)
 
 
+@pytest.mark.parametrize("place", [(0, 1, 77), (1, 3, 201), (1, 0, 130)])
+def test_one_row_that_is_wrong_is_found_wherever_it_lies(place):
+    p = large()
+    out, lse = tiled(p)
+    refattn.assert_close(out, p, lse=lse)
+    out[place] *= np.float32(1.0001)
+    with pytest.raises(MismatchError, match="out at batch {}, head {}, row {}, column".format(*place)):
+        refattn.assert_close(out, p, lse=lse)
+    out, lse = tiled(p)
+    lse[place] += np.float32(1e-4)
+    with pytest.raises(MismatchError, match="lse at batch {}, head {}, row {}:".format(*place)):
+        refattn.assert_close(out, p, lse=lse)
+
+
 def test_gradients_are_compared_whole(make):
     p = make(9, 11)
     dout = np.random.default_rng(1).standard_normal(p.out_shape).astype(np.float32)

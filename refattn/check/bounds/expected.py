@@ -102,6 +102,8 @@ KEPT = 2**28
 MANY = 4096
 _LARGE: OrderedDict[Key, Expected] = OrderedDict()
 _SMALL: OrderedDict[Key, Expected] = OrderedDict()
+_SIZES: dict[Key, int] = {}
+"""Bytes of what is kept of large calls."""
 
 
 def of_case(case: Case, dtype: str, model: Model, backward: bool) -> Expected:
@@ -118,8 +120,11 @@ def keep(key: Key, found: Expected) -> None:
     """Have what is expected of a case at hand."""
     there = _LARGE if key[0].sampled else _SMALL
     there[key] = found
-    while len(there) > MANY or (there is _LARGE and len(there) > 1 and sum(map(_bytes, there.values())) > KEPT):
-        there.popitem(last=False)
+    if there is _LARGE:
+        _SIZES[key] = _bytes(found)
+    while len(there) > MANY or (there is _LARGE and len(there) > 1 and sum(_SIZES.values()) > KEPT):
+        gone, _ = there.popitem(last=False)
+        _SIZES.pop(gone, None)
 
 
 def kept(key: Key) -> bool:
@@ -136,6 +141,7 @@ def forget() -> None:
     """Drop what is kept, for those who measure."""
     _LARGE.clear()
     _SMALL.clear()
+    _SIZES.clear()
     _answer_kept.cache_clear()
 
 

@@ -92,16 +92,23 @@ def _forward(c: _Call, b: int, h: int, i: slice, seq: tuple[slice, slice]) -> tu
     if c.sink is not None:
         whole = np.logaddexp(lse, c.sink[h])
         out, lse = out * np.exp(lse - np.where(np.isneginf(whole), 0, whole))[:, None], whole
-    for j in np.nonzero(~np.isfinite(c.values[b, c.head_kv(h), seq[1]]).all(1))[0] + seq[1].start:
+    for j, seen in _unusual(c.values, c, b, h, i, seq):
         x = c.values[b, c.head_kv(h), j]
-        seen = c.seen(b, h, i, slice(j, j + 1), seq)[:, 0]
         out[np.ix_(seen, ~np.isfinite(x))] += x[~np.isfinite(x)]  # NaN and inf reach the rows that see them
-    for j in np.nonzero(~np.isfinite(c.k[b, c.head_kv(h), seq[1]]).all(1))[0] + seq[1].start:
-        seen = c.seen(b, h, i, slice(j, j + 1), seq)[:, 0]
+    for _, seen in _unusual(c.k, c, b, h, i, seq):
         out[seen], lse[seen] = np.nan, np.nan  # so do those of a key
     if c.sink is not None and not c.sink[h] < np.inf:
         out[:], lse[:] = np.nan, np.nan
     return out, lse
+
+
+def _unusual(x: Array, c: _Call, b: int, h: int, i: slice, seq: tuple[slice, slice]) -> Iterator[tuple[int, Array]]:
+    """Yield each key with an element that is no number, and the rows of a tile that see it, if any do."""
+    at = np.nonzero(~np.isfinite(x[b, c.head_kv(h), seq[1]]).all(1))[0]
+    if at.size:
+        seen = c.seen(b, h, i, seq[1], seq)[:, at]
+        for n in np.nonzero(seen.any(0))[0]:
+            yield int(at[n]) + seq[1].start, seen[:, n]
 
 
 def _split(c: _Call, b: int, h: int, i: slice, split: slice, seq: tuple[slice, slice]) -> tuple[Array, Array]:
