@@ -17,7 +17,7 @@ from .compare import Worst
 from .inputs.draw import Draw
 from .trial import Trial, agree
 
-__all__ = ["gradient_steps", "row_sums"]
+__all__ = ["calls_between", "gradient_steps", "row_sums", "spread_gradient"]
 
 Float = NDArray[np.float64]
 
@@ -81,3 +81,26 @@ def row_sums(name: str, axis: int, text: str) -> Callable[[Trial, Problem], Wors
         return agree(total, np.zeros_like(total), limit, text, name)
 
     return test
+
+
+def spread_gradient(ask: Trial, p: Problem) -> Worst:
+    """Let one number arrive at every element, spread as ``out.sum().backward()`` does: a view without strides."""
+    d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
+    dout = np.broadcast_to(d.tensor(np.full((1, 1, 1, 1), 0.75)), p.out_shape)
+    spread, whole, limit = ask.gradients(p, dout), ask.gradients(p, dout.copy()), ask.allowed(p, dout)
+    text = "a gradient that is one number for all gives another than an array of it in"
+    found = [agree(spread[n], whole[n], 2 * limit[n], f"{text} {n}", n) for n in whole if n in limit]
+    return max(found, key=lambda w: w.ratio)
+
+
+def calls_between(ask: Trial, p: Problem) -> Worst:
+    """Call forward on one problem, forward on another, and backward on the first."""
+    d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
+    dout = d.tensor(d.normal(*p.out_shape))
+    ask.result(p)
+    ask.result(p.replace(**{n: np.ascontiguousarray(getattr(p, n)[:, :, ::-1]) for n in ("query", "key", "value")}))
+    known, found = expected(p, ask.model, dout), ask.gradients(p, dout)
+    text = "gradients of a call are wrong after the forward pass of another: "
+    exact = {n: x.mid for n, x in known.answer.enclosures.items()}
+    worst = [agree(x, exact[n], known.allowed[n], text + n, n) for n, x in found.items() if n in known.allowed]
+    return max(worst, key=lambda w: w.ratio)

@@ -15,7 +15,7 @@ from ..variants import Selected, Steps, variant_of
 from ..variants.shapes import Shape
 from .bounds.expected import expected
 from .compare import Worst
-from .gradient_laws import gradient_steps, row_sums
+from .gradient_laws import calls_between, gradient_steps, row_sums, spread_gradient
 from .inputs.draw import Draw
 from .model import Capabilities
 from .protocol import changed_in_place, many_repeats, options_between, results_kept, shapes_between, two_threads
@@ -318,6 +318,20 @@ LAWS = {
             "dq, dk and dv are the derivatives of out: a step changes out by what they say",
             lambda d: d.problem(5, 19, h=2, d=8),
             gradient_steps,
+            "dq",
+        ),
+        Law(
+            "spread_gradient",
+            "a gradient that is one number spread over out is the same as an array of it",
+            lambda d: d.problem(b=2),
+            spread_gradient,
+            "dq",
+        ),
+        Law(
+            "calls_between",
+            "gradients do not depend on the forward pass that was last",
+            lambda d: d.problem(9, 40),
+            calls_between,
             "dq",
         ),
         Law(

@@ -21,6 +21,7 @@ CALL_LAWS = (
     "options_between",
     "many_repeats",
     "two_threads",
+    "calls_between",
 )
 """What holds between calls, whatever the operator."""
 COMMON_LAWS = (
@@ -33,6 +34,7 @@ COMMON_LAWS = (
     "past_31_bits",
     "values_doubled",
     "layout",
+    "spread_gradient",
 )
 COMMON_BUGS = (
     "zeroed_head",

@@ -14,6 +14,7 @@ import numpy as np
 from allpairspy import AllPairs
 from numpy.typing import NDArray
 
+from ...arrays import from_float64
 from ...dtypes import FORMATS
 from ...masks import visible
 from ...problem import Problem
@@ -203,9 +204,30 @@ def _laid(p: Problem, layout: str) -> Problem:
         one = (slice(0, 1),) if axis == 0 else (slice(None), slice(0, 1))
         found = {n: np.broadcast_to(getattr(p, n)[one], getattr(p, n).shape) for n in NAMES[1:]}
         return p.replace(**found)
+    if layout == "columns":  # keys by column, as decoding kernels hold them, beside values by row
+        return p.replace(key=np.ascontiguousarray(p.key.swapaxes(2, 3)).swapaxes(2, 3))
+    if layout == "views":
+        return _views(p)
     if layout == "cache":  # the first rows of a cache that nothing was written to behind them
         return p.replace(**{n: _cached(getattr(p, n)) for n in NAMES[1:]})
     return p
+
+
+def _views(p: Problem) -> Problem:
+    """Return a call whose masks and biases are views with gaps, spread where they can be, and whose sink is narrow."""
+    found: dict[str, Any] = {}
+    for name in ("bias", "allowed"):
+        x = getattr(p, name)
+        if x is not None:
+            found[name] = np.stack([x, x], 4)[..., 0]
+            if x.shape[0] < p.batch:  # one for every batch
+                found[name] = np.broadcast_to(found[name], (p.batch, *x.shape[1:]))
+    if p.sink is not None and FORMATS[p.dtype].infinities:
+        found["sink"] = from_float64(FORMATS[p.dtype].round_array(p.sink.astype(np.float64)), p.dtype)
+    if p.cu_seqlens_q is not None:
+        found |= {n: getattr(p, n).astype(np.int64) for n in ("cu_seqlens_q", "cu_seqlens_k")}
+    value = np.concatenate([p.value, np.full_like(p.value, np.nan)], 3)[..., : p.d_v]
+    return p.replace(value=value, **found)
 
 
 def _cached(x: NDArray[Any]) -> NDArray[Any]:
@@ -280,7 +302,7 @@ def _axes(uses: frozenset[str], able: Capabilities) -> dict[str, list[Any]]:
         "sink": [False, *given("sink", True)],
         "scale": [None, *([0.3] if "scale" in has else [])],
         "numbers": list(NUMBERS),
-        "layout": ["plain", "bshd", "fused", "spread", "cache"],
+        "layout": ["plain", "bshd", "fused", "spread", "cache", "columns", "views"],
         "wide_bias": [False, *given("bias", True)],
     }
 

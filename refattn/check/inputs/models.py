@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..model import Capabilities
 from .calls import Call
 
-__all__ = ["MODELS", "known"]
+__all__ = ["LONGER", "MODELS", "known"]
 
 DOWN = "bottom_right"
 MODELS: dict[str, tuple[Call, bool]] = {
@@ -77,11 +77,35 @@ MODELS: dict[str, tuple[Call, bool]] = {
     "faint": (Call("cross", 1, 2, 2, ((40, 600),), 64, 64, "faint"), False),
 }
 """Calls by name, and whether their gradients are asked for."""
+LONGER: dict[str, tuple[Call, bool]] = {
+    # more rows and keys than one launch or one split takes; a context of 131,072 tokens and one to come
+    "long-prefill": (Call("prefill", 1, 1, 1, ((552, 552),), 64, 64, "needles", causal=DOWN), True),
+    "longest-decode": (Call("decode", 1, 2, 1, ((1, 131_073),), 64, 64, "needles", causal=DOWN), False),
+    "wide-decode": (Call("decode", 1, 1, 1, ((1, 9001),), 128, 128, "needles"), False),
+    # Mistral: a window shorter than the keys
+    "mistral": (Call("chunk", 1, 2, 1, ((136, 720),), 48, 48, "sharp", causal=DOWN, window=(256, None)), True),
+    # more batches, sequences, key heads and queries to a key head than fit a few bits
+    "nine-batches": (Call("decode", 9, 4, 2, ((1, 72),), 64, 64, "sharp", causal=DOWN), False),
+    "many-sequences": (
+        Call(
+            "packed", 1, 4, 2, tuple((n % 5 + 1, 7 * n + 3) for n in range(19)), 64, 64, "sharp", "views", causal=DOWN
+        ),
+        True,
+    ),
+    "key-heads-of-8": (Call("few", 1, 24, 8, ((5, 90),), 64, 64, "sharp", "columns"), True),
+    "groups-of-12": (Call("few", 1, 24, 2, ((3, 144),), 112, 112, "sharp", causal=DOWN), False),
+    # what lies in memory as no kernel's author has it: views with gaps, and one row for all
+    "views": (Call("batches", 2, 4, 2, ((40, 72),), 64, 64, "sharp", "views", sink=True, bias="full"), True),
+    "views-of-masks": (Call("batches", 2, 4, 4, ((72, 136),), 64, 64, "sharp", "views", allowed="full"), True),
+    "views-spread": (Call("batches", 2, 2, 2, ((40, 72),), 64, 64, "sharp", "views", bias="batches"), True),
+    "columns": (Call("batches", 2, 4, 2, ((40, 72),), 64, 64, "sharp", "columns"), True),
+}
+"""The same, of calls that take longer or are rarer: not in quick."""
 
 
-def known(able: Capabilities, uses: frozenset[str]) -> list[tuple[str, Call, bool]]:
-    """Return those of ``MODELS`` that an operator has the options for, and a kernel can do."""
-    return [(n, c, back) for n, (c, back) in MODELS.items() if _fits(c, able, uses)]
+def known(able: Capabilities, uses: frozenset[str], quick: bool = False) -> list[tuple[str, Call, bool]]:
+    """Return those calls that an operator has the options for, and a kernel can do."""
+    return [(n, c, back) for n, (c, back) in (MODELS if quick else MODELS | LONGER).items() if _fits(c, able, uses)]
 
 
 def _fits(c: Call, able: Capabilities, uses: frozenset[str]) -> bool:

@@ -1,0 +1,128 @@
+"""Calls that models make: each catches a kernel that is wrong for its kind alone."""
+
+import numpy as np
+import pytest
+
+from refattn import Capabilities, check_kernel
+from refattn.check.inputs.families import Case
+from refattn.check.inputs.models import LONGER, MODELS
+from refattn.check.kernels.tiled import gradients, tiled
+from refattn.check.model import FEATURES, GRADIENTS
+
+ABLE = Capabilities({"float32", "bfloat16"}, FEATURES, lse=True, gradients=GRADIENTS)
+
+
+def without_first_keys(p):
+    """Lose the first 64 keys in rows past 511."""
+    allowed = np.ones((1, 1, p.n_q, p.n_k), bool)
+    allowed[..., 512:, :64] = False
+    return p.replace(allowed=allowed if p.allowed is None else allowed & p.allowed)
+
+
+def without_last_key(p):
+    mask = np.arange(p.n_k)[None, None, None] < max(1, p.n_k - 1)
+    return p.replace(allowed=np.broadcast_to(mask, (1, 1, p.n_q, p.n_k)))
+
+
+def of_batch(p):
+    at = np.arange(p.batch) & 7
+    return p.replace(key=p.key[at], value=p.value[at])
+
+
+def of_group(bits):
+    return lambda p: p.replace(**{n: getattr(p, n)[:, np.arange(p.heads_kv) & bits] for n in ("key", "value")})
+
+
+def dense(name):
+    """Read an array as if it had no gaps and no strides of 0."""
+
+    def change(p):
+        x = getattr(p, name)
+        if x is None or x.flags.c_contiguous:
+            return p
+        whole = np.lib.stride_tricks.as_strided(x, (min(x.size, extent(x)),), (x.itemsize,))
+        return p.replace(**{name: np.resize(whole, x.shape)})
+
+    return change
+
+
+def extent(x):
+    return 1 + sum((n - 1) * abs(s) for n, s in zip(x.shape, x.strides, strict=True)) // x.itemsize
+
+
+def narrow_sink(p):
+    return p if p.sink is None or p.sink.dtype == np.float32 else p.replace(sink=p.sink * p.sink.dtype.type(0))
+
+
+def with_eight_sequences(p):
+    if p.cu_seqlens_k is None or len(p.cu_seqlens_k) < 10:
+        return p
+    k, v = p.key.copy(), p.value.copy()
+    for i in range(8, len(p.cu_seqlens_k) - 1):
+        (a, b), c = p.cu_seqlens_k[i : i + 2], p.cu_seqlens_k[7]
+        n = min(b - a, p.cu_seqlens_k[8] - c)
+        k[:, :, a : a + n], v[:, :, a : a + n] = k[:, :, c : c + n], v[:, :, c : c + n]
+    return p.replace(key=k, value=v)
+
+
+WRONG = {
+    "long-prefill": without_first_keys,
+    "longest-decode": lambda p: without_last_key(p) if p.n_k > 2**17 else p,
+    "wide-decode": lambda p: without_last_key(p) if p.n_k > 8192 and p.d_k == 128 else p,
+    "mistral": lambda p: p.replace(window=(p.window[0] + 1, None)) if p.window and p.window[0] >= 256 else p,
+    "nine-batches": of_batch,
+    "many-sequences": with_eight_sequences,
+    "key-heads-of-8": of_group(3),
+    "groups-of-12": lambda p: p.replace(scale=0.0) if p.heads // p.heads_kv == 12 else p,
+    "views": dense("bias"),
+    "views-spread": dense("bias"),
+    "views-of-masks": dense("allowed"),
+    "columns": dense("key"),
+}
+
+
+def test_every_one_is_tried():
+    assert set(WRONG) == set(LONGER)
+    assert not set(LONGER) & set(MODELS)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_kernel_that_is_wrong_there_alone_is_caught(name):
+    def kernel(p):
+        return tiled(WRONG[name](p))
+
+    report = check_kernel(kernel, capabilities=ABLE, dtypes=["float32"], only=f"models/{name}")
+    assert report.count("failed") == 1
+    assert check_kernel(tiled, capabilities=ABLE, dtypes=["float32"], only=f"models/{name}").passed
+
+
+def test_a_narrow_sink_and_wide_offsets_are_asked_for():
+    def kernel(p):
+        return tiled(narrow_sink(p))
+
+    assert check_kernel(kernel, capabilities=ABLE, dtypes=["bfloat16"], only="models/views").count("failed")
+    p = Case("models", "many-sequences", "softmax", LONGER["many-sequences"][0], sampled=True).problem("float32")
+    assert p.cu_seqlens_q.dtype == np.int64
+
+
+def backward(change):
+    def kernel(p):
+        kernel.value = p.value
+        return tiled(p)
+
+    kernel.gradients = lambda p, dout: change(kernel, p, dout)
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("law", "change"),
+    [
+        ("spread_gradient", lambda k, p, dout: gradients(p, dout if min(dout.strides) else dout * dout.dtype.type(0))),
+        ("calls_between", lambda k, p, dout: gradients(p.replace(value=k.value), dout)),
+    ],
+)
+def test_laws_of_gradients_between_calls(law, change):
+    report = check_kernel(backward(change), capabilities=ABLE, dtypes=["float32"], only=f"law/{law}")
+    assert report.count("failed") == 1
+    right = backward(lambda k, p, dout: gradients(p, dout))
+    assert check_kernel(right, capabilities=ABLE, dtypes=["float32"], only=f"law/{law}").passed
