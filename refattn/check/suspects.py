@@ -60,5 +60,6 @@ def _off(got: NDArray[np.generic], plain: NDArray[np.float64], size: NDArray[np.
         far = np.abs(x - plain) / np.maximum(size, np.finfo(np.float64).tiny)
     same = (x == plain) | (np.isnan(x) & np.isnan(plain))
     far = np.where(same, 0.0, np.where(np.isnan(far), np.inf, far))
-    usual = np.median(far[(far > 0) & (far < np.inf)]) if ((far > 0) & (far < np.inf)).any() else 1.0
-    return np.asarray(far / usual)
+    some = far[(far > 0) & (far < np.inf)]
+    with np.errstate(over="ignore"):
+        return np.asarray(far / np.median(some)) if some.size else far
