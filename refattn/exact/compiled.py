@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from .doubledouble import EXP2_FLOOR, TABLE_BITS, _table
 
-__all__ = ["accumulate", "cut", "gradient_weights", "row_sum_error", "row_sums", "scores", "weights"]
+__all__ = ["accumulate", "capped", "cut", "gradient_weights", "row_sum_error", "row_sums", "scores", "weights"]
 
 _HIGH, _LOW, (_C, _C_LOW) = _table()
 _BOTH = np.ascontiguousarray(np.concatenate([_HIGH, _LOW]))
@@ -237,6 +237,39 @@ def scores(levels, c, c_low, h, low):
     """Write c · (sum of the levels) as a double-double into h and low."""
     full = levels + [levels[0]] * (4 - len(levels))
     _SCORES[len(levels)](*full, c, c_low, h, low)
+
+
+@njit(**_OPTIONS)
+def _capped(h, low, k, k_low, c, c_low):
+    for i in range(h.shape[0]):
+        x_, y_ = h[i], low[i]
+        for j in range(h.shape[1]):
+            minus = x_[j] < 0
+            x = -x_[j] if minus else x_[j]
+            y = -y_[j] if minus else y_[j]
+            z = x * k
+            e = _fma(x, k, -z) + _fma(x, k_low, y * k)
+            far = not z < -EXP2_FLOOR  # 1 but for 2**-249
+            z = -EXP2_FLOOR if far else z
+            e = 0.0 if far else e
+            z, e = _two_sum(z, e)
+            w, e = _exp2(z, e)
+            w, w_low = _two_sum(w, 1.0)
+            w, w_low = _two_sum(w, w_low + e)
+            q = 2.0 / w
+            rest = (_fma(-q, w, 2.0) - q * w_low) / w
+            t, t_low = _two_sum(1.0, -q)
+            t, t_low = _two_sum(t, t_low - rest)
+            p = t * c
+            e = _fma(t, c, -p) + _fma(t, c_low, t_low * c)
+            p, e = _two_sum(p, e)
+            x_[j] = -p if minus else p
+            y_[j] = -e if minus else e
+
+
+def capped(h, low, k, c):
+    """Replace scores x = h + low in base 2 by c tanh(x ln 2 / cap), in place: c is the cap in base 2, k is 2 / cap."""
+    _capped(h, low, *k, *c)
 
 
 def weights(h, low, m, sigma, out):

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .doubledouble import U, exp2, two_prod, two_sum
+from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, exp2, two_prod, two_sum
 
-__all__ = ["accumulate", "cut", "gradient_weights", "row_sum_error", "row_sums", "scores", "steps", "weights"]
+__all__ = ["accumulate", "capped", "cut", "gradient_weights", "row_sum_error", "row_sums", "scores", "steps", "weights"]
 
 Float = NDArray[np.float64]
 
@@ -46,6 +46,29 @@ def scores(levels: list[Float], c: float, c_low: float, h: Float, low: Float) ->
         s_low = s_low + e
     p, e = two_prod(s, c)
     h[...], low[...] = two_sum(p, e + (s * c_low + s_low * c))
+
+
+CAPPED_ERROR = EXP2_ERROR + 64 * U * U
+"""The error of :func:`capped`, over the cap in base 2 (docs/proofs/streaming.md)."""
+
+
+def capped(h: Float, low: Float, k: tuple[float, float], c: tuple[float, float]) -> None:
+    """Replace scores x = h + low in base 2 by c tanh(x ln 2 / cap), in place: c is the cap in base 2, k is 2 / cap."""
+    minus = h < 0
+    x, x_low = np.where(minus, -h, h), np.where(minus, -low, low)
+    z, e = two_prod(x, k[0])
+    far = ~(z < -EXP2_FLOOR)  # 1 but for 2**-249
+    z, z_low = two_sum(np.where(far, -EXP2_FLOOR, z), np.where(far, 0.0, e + (x * k[1] + x_low * k[0])))
+    w, e = exp2(z, z_low)
+    w, w_low = two_sum(w, 1.0)
+    w, w_low = two_sum(w, w_low + e)
+    q = 2.0 / w
+    p, e = two_prod(q, w)
+    t, t_low = two_sum(1.0, -q)
+    t, t_low = two_sum(t, t_low - (((2.0 - p) - e) - q * w_low) / w)
+    p, e = two_prod(t, c[0])
+    p, e = two_sum(p, e + (t * c[1] + t_low * c[0]))
+    h[...], low[...] = np.where(minus, -p, p), np.where(minus, -e, e)
 
 
 def weights(h: Float, low: Float, m: Float, sigma: Float, out: Float) -> None:

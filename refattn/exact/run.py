@@ -63,7 +63,8 @@ class Work:
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
         self.streamed = [len(s.k) >= STREAM_FROM and streams(s) for s in self.heads]
         self.backward = [
-            yes and dout is not None and _plain(s, dout) for yes, s in zip(self.streamed, self.heads, strict=True)
+            yes and dout is not None and streams(s, backward=True) and _plain(s, dout)
+            for yes, s in zip(self.streamed, self.heads, strict=True)
         ]
 
     @property

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from ..variants import variant_of
 from . import elementwise
-from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U
+from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, two_prod
 from .heads import Head
 from .levels import ETA, UP, Bounded, Level, gamma, head_bits
 
@@ -45,6 +45,8 @@ PLAIN_ROWS, PLAIN_KEYS = 128, 256  # NumPy's steps make temporaries: keep them i
 SLACK = 1 + 2.0**-12
 """More than what a head's rounding adds to the bounds of heads and tails, whose width is at least 20 bits."""
 LOWEST = -(2.0**60)
+MOST_CAP = 2.0**10
+"""A softcap's error is in proportion to it: larger ones, and their inverses, are left to the operators."""
 
 
 def tile_sizes() -> tuple[int, int]:
@@ -52,10 +54,11 @@ def tile_sizes() -> tuple[int, int]:
     return (min(ROWS, PLAIN_ROWS), min(KEYS, PLAIN_KEYS)) if elementwise.steps() is elementwise else (ROWS, KEYS)
 
 
-def streams(one: Head) -> bool:
-    """Tell whether this path knows a call: softmax attention without a softcap and weights."""
-    fused = variant_of(one.problem.variant).fused
-    return fused == STREAMED and one.problem.softcap is None and one.weight is None
+def streams(one: Head, backward: bool = False) -> bool:
+    """Tell whether this path knows a call: softmax attention without weights; backward without a softcap, too."""
+    fused, cap = variant_of(one.problem.variant).fused, one.problem.softcap
+    known = cap is None or (not backward and 1 / MOST_CAP <= cap <= MOST_CAP)
+    return fused == STREAMED and known and one.weight is None
 
 
 def norms(x: Float) -> Float:
@@ -188,8 +191,20 @@ class Forward:
         r = lost + 2.0**-100 * size
         self.radius = (16 * U * U * size * c + (size + r) * rc + c * r) * UP + ETA
         self.size = size * c * UP
+        self.cap: tuple[tuple[float, float], tuple[float, float]] | None = None
+        if one.problem.softcap is not None:
+            self._capped(one.problem.softcap)
         if one.bias is not None:
             self.size = self.size + 1.5 * np.abs(one.bias[rows]).max(1)
+
+    def _capped(self, cap: float) -> None:
+        """Note what a softcap needs, and what it does to the scores' radius: its slope is at most 1."""
+        most, k = self.f.number(cap) * self.f.log2e, 2.0 / cap
+        p, e = two_prod(np.float64(k), np.float64(cap))
+        self.cap = (k, float(((2.0 - p) - e) / cap)), (float(most.h[0, 0]), float(most.l[0, 0]))
+        top = self.cap[1][0] * UP
+        self.radius = (self.radius + top * elementwise.CAPPED_ERROR + float(np.ravel(most.r)[0])) * UP
+        self.size = np.minimum(self.size, top)
 
     def some(self, rows: NDArray[np.intp]) -> Forward:
         """Return what is known of some of the rows."""
@@ -246,6 +261,8 @@ class Forward:
         """Write the scores of one tile, in base 2, into h and low; c is room for their levels."""
         self.keys[n].levels(self.left[at], self.f.level, c)
         elementwise.steps().scores(c, self.c, self.c_low, h, low)
+        if self.cap is not None:
+            elementwise.steps().capped(h, low, *self.cap)
         if self.head.bias is not None:
             self._add_bias(h, low, self.head.bias[self.rows[at], self.tiles[n]])
         if seen is not None and not seen.all():

@@ -1,5 +1,6 @@
 """The streaming path is the definition over the same level: enclosures overlap, roundings agree."""
 
+import mpmath
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
@@ -27,6 +28,15 @@ CALLS = {
     "negative scale": {"scale": -1.5},
     "zero scale": {"scale": 0.0},
     "huge scale": {"scale": 2.0**30},
+    "softcap": {"softcap": 2.0},
+    "small softcap": {"softcap": 2.0**-10},
+    "large softcap": {"softcap": 1024.0, "scale": 30.0},
+    "softcap and all": {
+        "softcap": 30.0,
+        "bias": rng.standard_normal(SHAPE) * 4,
+        "sink": np.array([1.0, 2.0]),
+        "causal": "bottom_right",
+    },
 }
 
 
@@ -59,7 +69,7 @@ def test_enclosures_overlap(name, level, compiled, monkeypatch):
         assert (np.isfinite(b).all(-1) >= finite).all()
 
 
-GRADIENTS = {n: c for n, c in CALLS.items() if n != "huge scale"}
+GRADIENTS = {n: c for n, c in CALLS.items() if n != "huge scale" and "softcap" not in c}
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "numpy"])
@@ -204,10 +214,32 @@ def test_blas_threads_do_not_change_the_answer(form):
     assert answers[0].lse.tobytes() == answers[1].lse.tobytes()
 
 
-def test_softcap_is_not_streamed(make):
+@pytest.mark.parametrize("steps", [elementwise, elementwise.steps()], ids=["numpy", "compiled"])
+@pytest.mark.parametrize("cap", [2.0**-10, 0.3, 50.0, 1024.0])
+def test_a_softcap_is_within_its_error(steps, cap):
+    """Scores from 0 and the smallest numbers to those far beyond the cap, both signs."""
+    with mpmath.workprec(300):
+        c = cap / mpmath.log(2)
+        parts = [(float(x), float(x - float(x))) for x in (2 / mpmath.mpf(cap), c)]
+        rng = np.random.default_rng(0)
+        h = np.concatenate([np.geomspace(1e-300, 1e300, 300), rng.uniform(0, 8 * cap, 700), [0.0, 5e-324]])
+        h = (np.concatenate([h, -h]))[None].copy()
+        low = h * rng.uniform(-(2.0**-54), 2.0**-54, h.shape)
+        want = [c * mpmath.tanh((mpmath.mpf(x) + mpmath.mpf(y)) / c) for x, y in zip(h[0], low[0], strict=True)]
+        steps.capped(h, low, *parts)
+        got = [mpmath.mpf(x) + mpmath.mpf(y) for x, y in zip(h[0], low[0], strict=True)]
+        worst = max(abs(a - b) for a, b in zip(got, want, strict=True)) / c
+    assert worst <= elementwise.CAPPED_ERROR
+    assert (np.abs(low) <= 2.0**-52 * np.abs(h)).all()
+
+
+def test_what_is_streamed(make):
     from refattn.exact.heads import heads
 
-    assert not stream.streams(next(heads(make(softcap=1.0))))
+    assert stream.streams(next(heads(make(softcap=1.0))))
+    assert not stream.streams(next(heads(make(softcap=1.0))), backward=True)
+    assert not stream.streams(next(heads(make(softcap=2.0**20))))
+    assert not stream.streams(next(heads(make(softcap=2.0**-20))))
     assert not stream.streams(next(heads(make(variant="power"))))
     assert stream.streams(next(heads(make())))
 

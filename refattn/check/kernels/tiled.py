@@ -102,15 +102,6 @@ def _forward(c: _Call, b: int, h: int, i: slice, seq: tuple[slice, slice]) -> tu
     return out, lse
 
 
-def _unusual(x: Array, c: _Call, b: int, h: int, i: slice, seq: tuple[slice, slice]) -> Iterator[tuple[int, Array]]:
-    """Yield each key with an element that is no number, and the rows of a tile that see it, if any do."""
-    at = np.nonzero(~np.isfinite(x[b, c.head_kv(h), seq[1]]).all(1))[0]
-    if at.size:
-        seen = c.seen(b, h, i, seq[1], seq)[:, at]
-        for n in np.nonzero(seen.any(0))[0]:
-            yield int(at[n]) + seq[1].start, seen[:, n]
-
-
 def _split(c: _Call, b: int, h: int, i: slice, split: slice, seq: tuple[slice, slice]) -> tuple[Array, Array]:
     """Return out and lse of one tile of rows over some of the keys, by online softmax."""
     r = i.stop - i.start
@@ -152,6 +143,15 @@ def _backward(
         total["dk"][b, hk, j] += ds.T @ q
     if c.sink is not None:
         total["dsink"][h] -= (np.exp(c.sink[h] - safe) * delta).sum()
+
+
+def _unusual(x: Array, c: _Call, b: int, h: int, i: slice, seq: tuple[slice, slice]) -> Iterator[tuple[int, Array]]:
+    """Yield each key with an element that is no number, and the rows of a tile that see it, if any do."""
+    at = np.nonzero(~np.isfinite(x[b, c.head_kv(h), seq[1]]).all(1))[0]
+    if at.size:
+        seen = c.seen(b, h, i, seq[1], seq)[:, at]
+        for n in np.nonzero(seen.any(0))[0]:
+            yield int(at[n]) + seq[1].start, seen[:, n]
 
 
 class _Call:
