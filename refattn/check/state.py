@@ -6,13 +6,14 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import lru_cache
+from io import TextIOBase
 from typing import Any
 
 import numpy as np
 
-from ..errors import KernelError
+from ..errors import KernelError, printable
 
 __all__ = ["restored"]
 
@@ -20,6 +21,8 @@ ENVIRONMENT = 256
 """Bytes, at least those of C's fenv_t on every platform."""
 WATCHED = ("builtins", "math", "numpy", "numpy.linalg", "numpy.random")
 """Modules beside refattn's own whose functions a kernel may not replace."""
+MOST = 2**20
+"""Characters that a call may print."""
 
 
 @contextmanager
@@ -31,9 +34,11 @@ def restored() -> Iterator[None]:
     ------
     KernelError
         A function of refattn, NumPy or Python was replaced; it is put back. What is changed inside of objects is not
-        seen: a kernel that means to fool its judge belongs into a process without it (``--untrusted``).
+        seen: a kernel that means to fool its judge belongs into a process without it (``--untrusted``). Or more was
+        printed from Python than ``MOST`` characters, of which the first went through, without escape codes.
     """
     names = _names()
+    said = [_Said(sys.stdout), _Said(sys.stderr)]
     switches = _torch_switches()
     library, kept = _library(), ctypes.create_string_buffer(ENVIRONMENT)
     folder = None
@@ -42,7 +47,7 @@ def restored() -> Iterator[None]:
     if library is not None:
         library.fegetenv(kept)
     try:
-        with np.errstate():
+        with np.errstate(), redirect_stdout(said[0]), redirect_stderr(said[1]):
             yield
     finally:
         if library is not None:
@@ -54,6 +59,32 @@ def restored() -> Iterator[None]:
         replaced = _put_back(names)
     if replaced:
         raise KernelError(f"the kernel replaced {replaced[0]}; it must leave the process that judges it as it is")
+    if (count := sum(x.count for x in said)) > MOST:
+        raise KernelError(f"the kernel printed {count} characters in one call, expected at most {MOST}")
+
+
+class _Said(TextIOBase):
+    """What a kernel prints: passed on up to a limit, without control characters."""
+
+    def __init__(self, to: Any) -> None:
+        self.to, self.count = to, 0
+
+    def write(self, text: str) -> int:
+        left = MOST - self.count
+        self.count += len(text)
+        if left > 0 and self.to is not None:
+            self.to.write("\n".join(map(printable, text[:left].split("\n"))))
+        return len(text)
+
+    def flush(self) -> None:
+        if self.to is not None:
+            self.to.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+    def fileno(self) -> int:
+        return int(self.to.fileno())
 
 
 def _names() -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -76,6 +76,24 @@ def test_a_kernel_may_not_replace_what_judges_it(name):
     assert check_kernel(tiled, only="gaussian/plain[float32]").passed
 
 
+def test_what_a_kernel_prints_has_a_limit(capsys):
+    def kernel(p):
+        print("\x1b[2Jsome", "words")
+        return tiled(p)
+
+    assert check_kernel(kernel, only="gaussian/plain[float32]").passed
+    assert capsys.readouterr().out == "some words\n"
+
+    def loud(p):
+        for _ in range(300):
+            print(10000 * "x", file=sys.stderr)
+        return tiled(p)
+
+    check = check_kernel(loud, only="gaussian/plain[float32]").checks[0]
+    assert check.message.startswith("the kernel printed 3000300 characters in one call, expected at most 1048576")
+    assert len(capsys.readouterr().err) == 2**20
+
+
 def test_pytorchs_choice_of_kernels_is_put_back():
     before = torch.backends.cuda.math_sdp_enabled()
     with restored():

@@ -166,6 +166,8 @@ class Untrusted:
             pass_fds=(number,),
             start_new_session=True,  # what it starts ends with it
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # what it prints could hold anything, and any amount of it
+            stderr=subprocess.DEVNULL,
             cwd=tempfile.gettempdir(),
             env=seen,
         )
