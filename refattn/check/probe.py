@@ -107,6 +107,7 @@ def found(kernel: Kernel) -> tuple[Capabilities, dict[str, str]]:
     step = next((n for n in LENGTHS if ask(f"lengths {n}", lambda draw, n=n: plain(draw, n_q=3 * n, n_k=3 * n))), 1)  # type: ignore[misc]
     size = {"n": max(64, step), "d": 64 if 64 in widths or not widths else widths[0]}
     features = frozenset(n for n, build in CALLS.items() if n in FEATURES | FURTHER and ask(n, partial(build, **size)))
+    features -= _other_corner(kernel, features, dtype, size, said)
     call = _call(plain, dtype, VARIANT)
     lse = said[dtype] != "raises" and call_kernel(kernel.call, call).lse is not None
     able = Capabilities(
@@ -120,6 +121,26 @@ def found(kernel: Kernel) -> tuple[Capabilities, dict[str, str]]:
         seq_multiple=step,
     )
     return able, said
+
+
+def _other_corner(
+    kernel: Kernel, features: frozenset[str], dtype: str, size: dict[str, int], said: dict[str, str]
+) -> set[str]:
+    """Return the causal corner that a kernel takes for the other: on square calls they are one."""
+    both = {f"causal_{corner}" for corner in ("bottom_right", "top_left")}
+    if not both | {"lengths_differ"} <= features:
+        return set()
+    n, d = size["n"], size["d"]
+    right = {
+        name
+        for name in both
+        if tried(kernel, _call(lambda draw, c=name[7:]: draw.problem(n, 2 * n, d=d, causal=c), dtype, VARIANT))  # type: ignore[misc]
+        == "right"
+    }
+    if len(right) != 1:
+        return set()
+    said.update(dict.fromkeys(both - right, "other"))
+    return both - right
 
 
 def _gradients(kernel: Kernel, call: Problem) -> frozenset[str]:

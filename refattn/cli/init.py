@@ -22,7 +22,7 @@ def init(kernel: str) -> None:
     """
     able, said = found(find(kernel)[0].kernel())
     console = Console(highlight=False, soft_wrap=True)
-    for outcome in ("right", "wrong", "unread", "raises"):
+    for outcome in MEANINGS:
         names = [n for n, x in said.items() if x == outcome]
         if names:
             console.print(f"# {MEANINGS[outcome]}: {', '.join(names)}", markup=False)
@@ -35,6 +35,7 @@ MEANINGS = {
     "wrong": "WRONG (refattn check says where)",
     "unread": "not read",
     "raises": "raises",
+    "other": "taken for the other corner where n_q and n_k differ",
 }
 
 

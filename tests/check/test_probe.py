@@ -37,6 +37,16 @@ def test_what_is_found():
     assert names["narrow"].capabilities == able
 
 
+def test_a_corner_that_is_taken_for_the_other_is_left_out():
+    def kernel(p):
+        return tiled(p.replace(causal=p.causal and "top_left"))[0]
+
+    able, said = found(Kernel.of(kernel))
+    assert "causal_top_left" in able.features
+    assert "causal_bottom_right" not in able.features
+    assert said["causal_bottom_right"] == "other"
+
+
 def test_the_tiled_kernel_can_do_all():
     able, _ = found(Kernel.of(tiled))
     assert able.features == FEATURES | (FURTHER - {"state"})

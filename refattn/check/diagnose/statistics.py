@@ -67,13 +67,13 @@ class Figures:
     ulps : tuple of two floats
         Median and largest error in units in the last place of the exact value.
     by_head, by_row : tuple of float
-        Worst error/bound by head, and by band of rows (of keys for dk and dv), at most ``BANDS`` of them.
+        Worst error ÷ allowed by head, and by band of rows (of keys for dk and dv), at most ``BANDS`` of them.
     shape : tuple of int
         Of the array.
     histogram : tuple of int
         How many elements have an error of 0, at most 0.5, 1, 2, 4, ... 2**20 ulps (``EDGES``), and more or none.
     map : tuple of tuples of tuples of float
-        Worst error/bound by band of heads (at most ``HEADS``), of rows and of columns (at most ``BANDS``); empty where
+        Worst error ÷ allowed by band of heads (at most ``HEADS``), of rows and of columns (at most ``BANDS``); empty where
         every element is right, which keeps reports of many checks small.
     """
 

@@ -19,7 +19,7 @@ from .report import PLACES, ROW, VERDICTS, Check, Report, machine, versions
 __all__ = ["page"]
 
 LEVELS = (0.0, *(4.0**k for k in range(-3, 4)))
-"""Upper ends of the colours' ranges of error/bound; two more colours show what is larger, and what is infinite."""
+"""Upper ends of the colours' ranges of error ÷ allowed; two more colours show what is larger, and what is infinite."""
 SCALE = ("0", "to 1/64", "to 1/16", "to 1/4", "to 1", "to 4", "to 16", "to 64", "above 64", "infinite")
 BOUND = SCALE.index("to 1") + 1
 """The first level above the bound."""
@@ -143,7 +143,7 @@ def _heat(values: Sequence[Sequence[float]], rows: list[str], name: str, columns
             run = list(group)
             place = ", ".join(filter(None, (row, _span(name, columns[x], columns[x + len(run) - 1]))))
             low, high = number(min(run)), number(max(run))
-            title = f"{place}: error/bound {low if low == high else f'{low} to {high}'}"
+            title = f"{place}: error ÷ allowed {low if low == high else f'{low} to {high}'}"
             cells.append({"x": x * CELL, "y": y * CELL, "width": len(run) * CELL, "level": level, "title": title})
             x += len(run)
     every = [v for line in values for v in line]
@@ -152,7 +152,7 @@ def _heat(values: Sequence[Sequence[float]], rows: list[str], name: str, columns
         "width": max(map(len, values)) * CELL,
         "height": len(values) * CELL,
         "cells": cells,
-        "label": f"largest error/bound {number(max(every))}, {over} of {len(every)} cells above 1",
+        "label": f"largest error ÷ allowed {number(max(every))}, {over} of {len(every)} cells above 1",
     }
 
 

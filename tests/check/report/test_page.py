@@ -115,7 +115,7 @@ def test_a_failure_is_whole(reports, text):
             assert r.command(c) in shown
     for part in ("What other projects' rules say of out", "by head", "by row", "elements by error in ulps", "head 1, "):
         assert part in shown
-    assert "row 3, columns 0 to 31: error/bound infinite" in shown
+    assert "row 3, columns 0 to 31: error ÷ allowed infinite" in shown
     assert all(name in shown for name in SCALE)
     assert "1 = the bound" in shown
 
@@ -180,7 +180,7 @@ def test_maps_of_every_shape(reports, shape):
     assert f"head {heads[-1].start}" in shown
     axes = {"dsink": "row 0 down, column 0 across", "lse": "rows 0 to 4 down, column 0 across"}
     assert axes.get(array, "keys 0 to 39 down, columns 0 to 2 across") in shown
-    assert ": error/bound 2" in shown
+    assert ": error ÷ allowed 2" in shown
 
 
 def test_histogram_and_map_count_every_element(reports):
