@@ -73,8 +73,8 @@ class Figures:
     histogram : tuple of int
         How many elements have an error of 0, at most 0.5, 1, 2, 4, ... 2**20 ulps (``EDGES``), and more or none.
     map : tuple of tuples of tuples of float
-        Worst error ÷ allowed by band of heads (at most ``HEADS``), of rows and of columns (at most ``BANDS``); empty where
-        every element is right, which keeps reports of many checks small.
+        Worst error ÷ allowed by band of heads (at most ``HEADS``), of rows and of columns (at most ``BANDS``); empty
+        where every element is right, which keeps reports of many checks small.
     """
 
     array: str
