@@ -29,5 +29,6 @@ if __name__ == "__main__":
                     wrong += 1
                     print(said, flush=True)
             seed += 1
+        readers.close()
     print(f"{sum(count.values())} inputs of {len(count)} readers, seeds {asked.seed} to {seed - 1}: {wrong} wrong")
     sys.exit(wrong > 0)

@@ -19,6 +19,7 @@ from ..he.make import planned
 from ..he.make import problem as small
 from ..he.test_layer import layer
 from .mutate import of_bytes, of_json, of_zip
+from .service import KEYS, QUERY, REQUESTS, Port, Sealed
 
 SECONDS = 10.0
 """The most that one input may take."""
@@ -45,6 +46,7 @@ class Readers:
         golden = self._golden()
         message = wire.pack(wire.Message(1, b"p" * 32, b"c" * 16, b"q" * 16, (b"abc", b"defg")))
         text = plan_to_json(made).encode()
+        self.sealed, self.port = Sealed(), Port(folder)
         baseline = b'seed = 3\n[kernel]\n"gaussian/plain[float32]" = "out"\n'
         self.all = {
             "problem": (self.file(load_problem, ".npz"), saved, (of_bytes, of_zip)),
@@ -53,8 +55,17 @@ class Readers:
             "plan": (plan_from_json, text, (of_bytes, of_json)),
             "golden": (self.read_golden, golden, (of_bytes, of_json)),
             "baseline": (self.file(lambda path: Baseline(str(path), new=False), ".toml"), baseline, (of_bytes,)),
+            "ciphertext": (self.sealed.ciphertext, self.sealed.parts[QUERY][0], (of_bytes,)),
+            "key": (self.sealed.key, self.sealed.parts[KEYS][0], (of_bytes,)),
+            "request": (self.port.request, REQUESTS[1], (of_bytes, self.of_request)),
             "message": (lambda data: wire.unpack(data, 1, b"p" * 32, 10**6), message, (of_bytes,)),
         }
+
+    def close(self):
+        self.port.close()
+
+    def of_request(self, rng, data):
+        return of_bytes(rng, rng.choice(REQUESTS))
 
     def file(self, read, ending):
         """A reader of bytes from a reader of files."""

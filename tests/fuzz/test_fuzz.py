@@ -18,12 +18,20 @@ CORPUS = [("weights", 529), ("weights", 616), ("weights", 1051), ("weights", 158
 
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory):
-    return Readers(tmp_path_factory.mktemp("fuzz"))
+    found = Readers(tmp_path_factory.mktemp("fuzz"))
+    yield found
+    found.close()
 
 
-@pytest.mark.parametrize("name", ["problem", "arrays", "weights", "plan", "golden", "baseline", "message"])
+SLOW = {"golden": 30, "ciphertext": 40, "key": 20}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["problem", "arrays", "weights", "plan", "golden", "baseline", "message", "ciphertext", "key", "request"],
+)
 def test_changed_input_is_read_or_refused(readers, name):
-    seeds = range(SEEDS if name != "golden" else 30)
+    seeds = range(SLOW.get(name, SEEDS))
     assert [said for seed in seeds if (said := attack(readers, name, seed))] == []
 
 
@@ -67,4 +75,5 @@ def test_changes_change(readers):
     for name, (_, valid, changes) in readers.all.items():
         for change in changes:
             assert any(change(rng, valid) != valid for _ in range(5)), (name, change)
-    assert {of_bytes, of_json, of_zip} == {c for _, _, changes in readers.all.values() for c in changes}
+    used = {c for _, _, changes in readers.all.values() for c in changes}
+    assert used == {of_bytes, of_json, of_zip, readers.of_request}
