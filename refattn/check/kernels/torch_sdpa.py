@@ -32,14 +32,20 @@ def _by_autograd(backend: str, *tensors: str) -> Gradients:
 
 
 def attention_mask(problem: Problem) -> Any:
-    """Return the attn_mask argument: the boolean mask, or the bias with -inf where the mask is False."""
+    """Return the attn_mask argument: the boolean mask, or the bias with -inf where the mask is False.
+
+    Beside one of the two it has the causal mask, too: scaled_dot_product_attention takes is_causal or attn_mask.
+    """
     import torch
 
     p = problem.to("torch")
+    if p.causal is not None and not (p.bias is None and p.allowed is None):
+        corner = torch.ones(p.n_q, p.n_k, dtype=torch.bool, device=p.query.device).tril()
+        p = p.replace(allowed=corner[None, None] if p.allowed is None else corner & p.allowed)
     if p.bias is None:
         return p.allowed
-    # the mask has the query's type, as scaled_dot_product_attention demands
-    bias = p.bias.to(p.query.dtype)
+    # scaled_dot_product_attention demands the query's type, or float32
+    bias = p.bias if p.bias.dtype == torch.float32 else p.bias.to(p.query.dtype)
     hidden = torch.tensor(-torch.inf, dtype=bias.dtype, device=bias.device)
     return bias if p.allowed is None else torch.where(p.allowed, bias, hidden)
 
@@ -59,15 +65,15 @@ def sdpa(problem: Problem, backend: str) -> Any:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     p, mask = problem.to("torch"), attention_mask(problem)
-    if mask is not None and p.causal is not None:
-        raise UnsupportedProblem("causal: scaled_dot_product_attention takes is_causal or attn_mask, not both")
     with sdpa_kernel(getattr(SDPBackend, backend)):
+        # all fused backends refuse a last axis with gaps
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (p.query, p.key, p.value))
         return F.scaled_dot_product_attention(
-            p.query,
-            p.key,
-            p.value,
+            q,
+            k,
+            v,
             mask,
-            is_causal=p.causal is not None,
+            is_causal=p.causal is not None and mask is None,
             scale=p.scale,
             enable_gqa=p.heads != p.heads_kv,
         )
@@ -87,7 +93,9 @@ def sdpa_flash(problem: Problem) -> Any:
     if 0 in (p.n_q, p.n_k):
         wide = torch.float64 if p.query.dtype == torch.float64 else torch.float32
         return out, torch.full(problem.out_shape[:3], -torch.inf, dtype=wide)
-    _, lse = flash(p.query, k, v, 0.0, p.causal is not None, attn_mask=additive(mask, p.query), scale=p.scale)
+    _, lse = flash(
+        p.query, k, v, 0.0, p.causal is not None and mask is None, attn_mask=additive(mask, p.query), scale=p.scale
+    )
     return out, lse
 
 
