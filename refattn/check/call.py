@@ -124,7 +124,7 @@ def call_gradients(
     """
     backward = getattr(kernel, "gradients", None)
     if backward is None:
-        raise KernelError("the kernel has no attribute gradients, but its capabilities name some")
+        raise KernelError("the kernel has no attribute gradients; gradients(problem, dout) returns them by name")
     arriving = laid_out(dout)[0]
     result, given, read = _on_copies(lambda p: backward(p, arriving), problem)
     unchanged({"dout": arriving}, {"dout": dout})

@@ -74,7 +74,7 @@ def print_failures(console: Console, reports: list[Report]) -> None:
                 _print(console, f"  the same in {', '.join(rest[:NAMES])}{more}")
         for name, n in r.broken.items():
             known = " (declared)" if name in r.edges else ""
-            _print(console, f"{r.kernel} differs at an edge{known}, {n} checks: {name}: asked is that {EDGES[name]}")
+            _print(console, f"{r.kernel} differs at an edge{known}, {_counted(n)}: {name}: asked is that {EDGES[name]}")
             _print(console, f"  e.g. {next(c for c in r.checks if name in c.edges).name}; docs/edges.md says more")
         for name in r.kept:
             _print(console, f"{r.kernel} declares that it differs at {name}, and keeps it: take it out of edges=")
@@ -83,6 +83,10 @@ def print_failures(console: Console, reports: list[Report]) -> None:
                 _print(console, f"{r.kernel}: {line}" if line != r.diagnosis.program else line)
         if causes or r.broken or r.kept:
             console.print()
+
+
+def _counted(n: int) -> str:
+    return f"{n} check" + "s" * (n != 1)
 
 
 def _cause(message: str) -> str:
@@ -105,7 +109,7 @@ def print_outside(console: Console, reports: list[Report], kernels: tuple[str, .
         if lacks:
             text = "; ".join(f"{n} × {m}" for m, n in sorted(lacks.items(), key=lambda x: -x[1])[:4])
             more = " ..." if len(lacks) > 4 else ""
-            _print(console, f"{r.kernel}: {sum(lacks.values())} checks not run: {text}{more}")
+            _print(console, f"{r.kernel}: {_counted(sum(lacks.values()))} not run: {text}{more}")
     for r in reports:
         if r.left:
             _print(console, f"{r.kernel}: the time was over before {r.left} checks, which did not run")
