@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from refattn import Capabilities, InvalidInput, Model, check_kernel, check_problem
+from refattn import VARIANTS, Capabilities, InvalidInput, Model, check_kernel, check_problem
 from refattn.check.kernels.tiled import tiled
 from refattn.check.runner import plan
 
@@ -72,7 +72,7 @@ def test_bad_arguments():
 def test_only_takes_a_name_or_a_pattern():
     names = [i.name for i in plan(tiled, only="gaussian/plain[float32]")]
     assert names == ["gaussian/plain[float32]"]
-    assert len(plan(tiled, only="law/*")) == 19
+    assert len(plan(tiled, only="law/*")) == len(VARIANTS["softmax"].laws) - 1  # one runs by its name alone
     assert {i.name.split("/")[0] for i in plan(tiled, only="e*")} == {"empty", "extreme"}
     assert [i.name for i in plan(tiled, only="gaussian/plain")] == names
     others = {i.name.split("/")[0] for i in plan(tiled, only="!g*")}

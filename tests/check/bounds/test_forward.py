@@ -109,7 +109,7 @@ def test_a_model_is_checked():
     with pytest.raises(InvalidInput, match="dtype: got 'int8'"):
         Model(weights="int8")
     with pytest.raises(
-        InvalidInput, match="model: got exp_ulps=0, tile=16, chain=512 and block=128, expected more than 0"
+        InvalidInput, match="model: got exp_ulps=0, tile=16, chain=512, block=128 and split=0, expected more than 0"
     ):
         Model(exp_ulps=0)
     with pytest.raises(InvalidInput, match="capabilities: features has 'rope'"):

@@ -9,7 +9,7 @@ import pytest
 from refattn import Capabilities, check_kernel
 from refattn.check.inputs.calls import drawn
 from refattn.check.inputs.families import calls
-from refattn.check.inputs.models import MODELS, known
+from refattn.check.inputs.models import LONGER, MODELS, known
 from refattn.check.kernels.tiled import gradients, tiled
 from refattn.check.model import FEATURES, GRADIENTS
 from refattn.variants import variant_of
@@ -114,8 +114,9 @@ def test_gradients_of_rows_that_are_not_compared_must_be_zero():
 
 def test_calls_of_models_are_those_that_a_kernel_can_do():
     uses = variant_of("softmax").uses
-    assert [n for n, _, _ in known(ABLE, uses)] == list(MODELS)
-    few = known(Capabilities(features={"lengths_differ", "causal_bottom_right"}, head_dims={64}), uses)
+    assert [n for n, _, _ in known(ABLE, uses, quick=True)] == list(MODELS)
+    assert [n for n, _, _ in known(ABLE, uses)] == [*MODELS, *LONGER]
+    few = known(Capabilities(features={"lengths_differ", "causal_bottom_right"}, head_dims={64}), uses, quick=True)
     assert {n for n, _, _ in few} == {"faint", "matched", "second-wave"}
     for n, (call, _) in MODELS.items():
         problem = next(c for c in calls("softmax", ABLE, "quick") if c.label == n).problem("float32")

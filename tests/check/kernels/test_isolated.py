@@ -87,7 +87,7 @@ def test_gradients_come_through(make):
 
 
 def test_bad_arguments():
-    with pytest.raises(InvalidInput, match="seconds: got 0, expected more than 0"):
+    with pytest.raises(InvalidInput, match="time-limit: got 0 seconds, expected more than 0 and at most 1e"):
         Isolated("refattn-tiled", 0)
     with pytest.raises(InvalidInput, match="kernel: torch-sdpa means 2 kernels; name one of torch-sdpa-flash"):
         Isolated("torch-sdpa")
