@@ -15,7 +15,7 @@ from .bounds.expected import expected
 from .call import SOURCES
 from .compare import Worst
 from .inputs.draw import Draw
-from .trial import Trial, agree
+from .trial import Trial, agree, other
 
 __all__ = ["calls_between", "gradient_steps", "row_sums", "spread_gradient"]
 
@@ -98,7 +98,7 @@ def calls_between(ask: Trial, p: Problem) -> Worst:
     d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
     dout = d.tensor(d.normal(*p.out_shape))
     ask.result(p)
-    ask.result(p.replace(**{n: np.ascontiguousarray(getattr(p, n)[:, :, ::-1]) for n in ("query", "key", "value")}))
+    ask.result(other(p))
     known, found = expected(p, ask.model, dout), ask.gradients(p, dout)
     text = "gradients of a call are wrong after the forward pass of another: "
     exact = {n: x.mid for n, x in known.answer.enclosures.items()}

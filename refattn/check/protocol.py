@@ -23,7 +23,7 @@ from .compare import Worst
 from .inputs.draw import Draw
 from .reading import plain, unread, watched
 from .state import restored
-from .trial import Trial, agree
+from .trial import Trial, agree, other
 
 __all__ = ["changed_in_place", "many_repeats", "options_between", "results_kept", "shapes_between", "two_threads"]
 
@@ -59,18 +59,12 @@ def _worst(found: Iterator[Worst] | list[Worst]) -> Worst:
     return max(all_of_them, key=lambda w: (not w.passed, w.ratio))
 
 
-def _other(p: Problem) -> Problem:
-    """Return a call of the same shapes with other numbers."""
-    names = ("query", "key", "value")
-    return p.replace(**{n: np.ascontiguousarray(getattr(p, n)[:, :, ::-1]) for n in names})
-
-
 def changed_in_place(ask: Trial, p: Problem) -> Worst:
     """Change keys and values where they lie and call again: the answer must be that of the new numbers."""
     arrays = {n: np.array(x, copy=True) for n, x in p.arrays().items()}
     mine = p.replace(**arrays)
     _raw(ask, mine)
-    later = _other(p)
+    later = other(p)
     for name in ("query", "key", "value"):
         arrays[name][...] = getattr(later, name)
     return _right(ask, _raw(ask, mine), later, "numbers that were changed in place give the answer of those before")
@@ -80,7 +74,7 @@ def results_kept(ask: Trial, p: Problem) -> Worst:
     """Keep a result, call again, and look at it once more."""
     first = _raw(ask, p)
     before = [np.array(to_numpy(x), copy=True) for x in _parts(first)]
-    later = _other(p)
+    later = other(p)
     second = _raw(ask, later)
     found = [
         agree(
@@ -167,7 +161,7 @@ def many_repeats(ask: Trial, p: Problem) -> Worst:
 
 def two_threads(ask: Trial, p: Problem) -> Worst:
     """Call from two threads at once, straight from a pool: each answer must be right for its own call."""
-    calls = [plain(p), plain(_other(p))]
+    calls = [plain(p), plain(other(p))]
     known = [expected(c, ask.model) for c in calls]
     found, raised = [], []
     with restored(), _switching_often(), ThreadPoolExecutor(2) as pool:

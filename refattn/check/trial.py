@@ -14,7 +14,7 @@ from .call import Function, Result, call_gradients, call_kernel
 from .compare import Worst
 from .model import Capabilities, Model
 
-__all__ = ["Trial", "agree"]
+__all__ = ["Trial", "agree", "other"]
 
 Float = NDArray[np.float64]
 
@@ -79,3 +79,9 @@ def agree(x: Float, y: Float, allowed: Float | float, text: str, array: str = "o
         int(ratio.size),
         (f"{text} ({failures} of {ratio.size})",) if failures else (),
     )
+
+
+def other(p: Problem) -> Problem:
+    """Return a call of the same shapes with other numbers."""
+    names = ("query", "key", "value")
+    return p.replace(**{n: np.ascontiguousarray(getattr(p, n)[:, :, ::-1]) for n in names})

@@ -55,8 +55,6 @@ class Bodies:
         Refused
             It has more, comes too slowly, or there is no room for it now; or its sender has left.
         """
-        from starlette.requests import ClientDisconnect
-
         said = request.headers.get("content-length", "0")
         if not (said.isascii() and said.isdecimal() and len(said) < 20) or int(said) > most:
             raise Refused(413, f"the body says it has {said[:20]} bytes, expected at most {most}")
@@ -71,13 +69,6 @@ class Bodies:
                     raise Refused(503, f"the server holds {self.most} bytes of others' messages and no more; try later")
                 self.held += len(part)
                 parts.append(part)
-        except ClientDisconnect as e:  # nobody reads this, and the log need not hold where it was noticed
-            self.held -= sum(map(len, parts))
-            raise Refused(400, f"the sender left after {size} bytes of the body") from e
-        except BaseException:
-            self.held -= sum(map(len, parts))
-            raise
-        try:
             yield b"".join(parts)
         finally:
             self.held -= sum(map(len, parts))
@@ -85,6 +76,8 @@ class Bodies:
 
 async def _in_time(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Yield a stream's parts while they keep to the least rate."""
+    from starlette.requests import ClientDisconnect
+
     now = asyncio.get_running_loop().time
     start, size = now(), 0
     while True:
@@ -94,6 +87,8 @@ async def _in_time(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
                 part = await anext(stream)
         except StopAsyncIteration:
             return
+        except ClientDisconnect as e:  # nobody reads this, and the log need not hold where it was noticed
+            raise Refused(400, f"the sender left after {size} bytes of the body") from e
         except TimeoutError as e:
             raise Refused(
                 408,

@@ -15,12 +15,18 @@ from ..call import call_gradients, call_kernel
 from ..reading import note, plain
 from . import find
 
-__all__ = ["LONGEST", "Isolated"]
+__all__ = ["Isolated", "check_limit"]
 
 START = 120.0
 """Seconds for the process to start and import the kernel."""
 LONGEST = 1e6
 """Seconds that a call may be given: what the system's clocks take everywhere."""
+
+
+def check_limit(seconds: float) -> None:
+    """Refuse a time limit for a call that clocks cannot hold."""
+    if not 0 < seconds <= LONGEST:
+        raise InvalidInput(f"time-limit: got {seconds} seconds, expected more than 0 and at most {LONGEST:g}")
 
 
 class Isolated:
@@ -43,8 +49,7 @@ class Isolated:
     serial = True
 
     def __init__(self, name: str, seconds: float = 60.0) -> None:
-        if not 0 < seconds <= LONGEST:
-            raise InvalidInput(f"time-limit: got {seconds} seconds, expected more than 0 and at most {LONGEST:g}")
+        check_limit(seconds)
         entries = find(name)
         if len(entries) > 1:
             raise InvalidInput(

@@ -24,7 +24,7 @@ from ...problem import VARIANT, Problem
 from ..model import UNDECLARED, Capabilities
 from ..reading import note, plain
 from .alone import receive, send
-from .isolated import LONGEST
+from .isolated import check_limit
 
 __all__ = ["Untrusted"]
 
@@ -68,8 +68,7 @@ class Untrusted:
             raise InvalidInput(
                 f"kernel: got {name!r}; an untrusted kernel is a function of a file, path/file.py:function"
             )
-        if not 0 < seconds <= LONGEST:
-            raise InvalidInput(f"time-limit: got {seconds} seconds, expected more than 0 and at most {LONGEST:g}")
+        check_limit(seconds)
         if not 0 <= memory < MOST:
             raise InvalidInput(f"memory-limit: got {memory} GiB, expected at least 0 and less than {MOST:g}")
         self.name, self.seconds, self.memory = name, seconds, memory
