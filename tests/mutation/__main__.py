@@ -4,7 +4,9 @@ It works on a copy of the tree. A mutant that lives is either listed in survivor
 notice it (it changes no behaviour), or printed here. mutmut is not among the test requirements: pip install mutmut.
 """
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,34 +45,44 @@ def change_of(diff):
     return "\n".join(f"{x[0]} {x[1:].strip()}" for x in lines)
 
 
-def mutmut(place, *arguments):
+def mutmut(place, *arguments, seconds=None):
     command = [sys.executable, "-m", "mutmut", *arguments]
-    return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    with subprocess.Popen(command, cwd=place, stdout=-1, stderr=-2, text=True, start_new_session=True) as process:
+        try:
+            return process.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return process.communicate()[0]
 
 
-def living(place, area, children):
-    """Run the mutants of an area in a copy of the tree; return their number, and what those change that live."""
+def living(place, area, children, seconds):
+    """Run the mutants of an area in a copy of the tree.
+
+    Returns how many were run, how many time was too short for, and what those change that live.
+    """
     text = (ROOT / "pyproject.toml").read_text() + CONFIG.format(**areas()[area])
     (place / "pyproject.toml").write_text(text)
     shutil.rmtree(place / "mutants", ignore_errors=True)
-    done = mutmut(place, "run", "--max-children", str(children))
-    listed = mutmut(place, "results", "--all", "true").stdout.split()
-    states = dict(zip([x.rstrip(":") for x in listed[::2]], listed[1::2], strict=False))
+    done = mutmut(place, "run", "--max-children", str(children), seconds=seconds)
+    listed = mutmut(place, "results", "--all", "true")
+    states = dict(x.strip().split(": ", 1) for x in listed.splitlines() if ": " in x)
     if not states:
-        raise click.ClickException(f"mutmut ran nothing:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise click.ClickException(f"mutmut ran nothing:\n{done[-4000:]}")
     found = []
     for name, state in states.items():
-        if state == "survived":
-            diff = mutmut(place, "show", name).stdout
+        if state in ("survived", "no tests"):
+            diff = mutmut(place, "show", name)
             file = next(x[4:] for x in diff.splitlines() if x.startswith("--- "))
             found.append((file, change_of(diff)))
-    return len(states), found
+    left = sum(x in ("not checked", "check was interrupted by user") for x in states.values())
+    return len(states) - left, left, found
 
 
 @click.command()
 @click.argument("names", nargs=-1)
 @click.option("--children", default=2, help="Processes.")
-def main(names, children):
+@click.option("--seconds", type=float, help="Most time of an area; what is left then is counted.")
+def main(names, children, seconds):
     """Mutate AREAS (all of areas.toml, if none is named)."""
     total, lives, excused, used = 0, 0, 0, set()
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +91,7 @@ def main(names, children):
             source = ROOT / name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, place / name)
         for area in names or areas():
-            count, found = living(place, area, children)
+            count, left, found = living(place, area, children, seconds)
             known = survivors()
             open_ = []
             for file, change in found:
@@ -92,8 +104,9 @@ def main(names, children):
             for file, change in open_:
                 click.echo(f"{file}\n{change}\n")
             killed = count - len(found)
-            click.echo(f"{area}: {killed} of {count - alike} killed, {alike} change nothing, {len(open_)} live")
-    share = 1 - lives / (total - excused)
+            text = f"{area}: {killed} of {count - alike} killed, {alike} change nothing, {len(open_)} live"
+            click.echo(f"{text}, {left} not run" if left else text)
+    share = 1 - lives / max(1, total - excused)
     click.echo(f"{total} mutants, {excused} change nothing, {share:.1%} of the others killed")
     sys.exit(share < LEAST)
 
