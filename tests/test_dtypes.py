@@ -1,21 +1,47 @@
+import importlib.util
+import sys
+from dataclasses import astuple
 from fractions import Fraction
+from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from refattn import dtypes
 from refattn.arrays import to_float64
 from refattn.dtypes import FORMATS, format_of, is_float
 from refattn.errors import InvalidInput
 
 NARROW = [f for f in FORMATS.values() if f.precision < 24]
+EVERY = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+TABLE = {
+    "float64": (np.float64, 53, -1022, 1023, sys.float_info.max, True),
+    "float32": (np.float32, 24, -126, 127, 2.0**128 - 2.0**104, True),
+    "float16": (np.float16, 11, -14, 15, 65504.0, True),
+    "bfloat16": (ml_dtypes.bfloat16, 8, -126, 127, 2.0**128 - 2.0**120, True),
+    "float8_e4m3fn": (ml_dtypes.float8_e4m3fn, 4, -6, 8, 448.0, False),
+    "float8_e5m2": (ml_dtypes.float8_e5m2, 3, -14, 15, 57344.0, True),
+}
+KNOWN = "float64, float32, float16, bfloat16, float8_e4m3fn, float8_e5m2"
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_the_table_of_formats():
+    spec = importlib.util.spec_from_file_location(dtypes.__name__, dtypes.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    for formats in (FORMATS, anew.FORMATS):
+        found = {key: astuple(f) for key, f in formats.items()}
+        assert found == {name: (name, np.dtype(kind), *rest) for name, (kind, *rest) in TABLE.items()}
+        assert [f.overflow for f in formats.values()] == [
+            float("inf"), 2.0**128 - 2.0**103, 65520.0, 2.0**128 - 2.0**119, 464.0, 61440.0
+        ]  # fmt: skip
+
+
+@EVERY
 def test_constants_are_those_of_the_dtype(form):
-    import ml_dtypes
-
     info = ml_dtypes.finfo(form.dtype)
     assert form.largest == float(info.max)
     assert form.smallest_normal == float(info.smallest_normal)
@@ -102,19 +128,72 @@ def test_ulp_is_the_spacing(x, name):
         assert 2.0**-(form.precision) <= form.ulp(x) / x <= 2.0 ** (1 - form.precision)
 
 
-def test_ulp_of_zero_and_beyond():
-    f = FORMATS["float16"]
-    assert f.ulp(0) == f.smallest_subnormal == 2.0**-24
-    assert f.ulp(1e9) == f.ulp(65504) == 32
-    assert np.isnan(f.ulp_array(np.array([np.nan]))[0])
+@EVERY
+def test_zeros_infinities_nan_and_the_ends_of_the_range(form):
+    inf, nan, most = float("inf"), float("nan"), sys.float_info.max
+    past = most if form.precision == 53 else inf if form.infinities else nan
+    over = inf if form.infinities else nan
+    low, top, one = form.smallest_subnormal, 2.0 ** (form.emax - form.precision + 1), 2.0 ** (1 - form.precision)
+    rows = [  # a number, what it rounds to, its ulp
+        (0.0, 0.0, low),
+        (1.0, 1.0, one),
+        (low, low, low),
+        (form.smallest_normal, form.smallest_normal, low),
+        (form.largest, form.largest, top),
+        (most, past, top),
+        (inf, over, top),
+        (nan, nan, nan),
+    ]
+    x, rounded, ulp = np.array(rows).T
+    for sign in (1, -1):
+        got = form.round_array(sign * x)
+        np.testing.assert_array_equal(got, sign * rounded, strict=True)
+        use = ~np.isnan(rounded)
+        assert (np.signbit(got) == np.signbit(sign * x))[use].all()
+        np.testing.assert_array_equal([form.round(sign * v) for v in x.tolist()], sign * rounded)
+        np.testing.assert_array_equal(form.ulp_array(sign * x), ulp, strict=True)
+        assert [form.ulp(sign * v) for v in x[:-2].tolist()] == ulp[:-2].tolist()
+
+
+@EVERY
+def test_arrays_of_other_kinds_of_numbers_are_taken_as_float64(form):
+    exact = [Fraction(3, 8), 2**70, -5, 1.0]
+    for found, want in (
+        (form.round_array(exact), [form.round(x) for x in exact]),
+        (form.ulp_array(exact), [form.ulp(x) for x in exact]),
+    ):
+        np.testing.assert_array_equal(found, want, strict=True)
+
+
+@EVERY
+@given(st.fractions(min_value=Fraction(1, 64), max_value=400))
+@example(Fraction(1, 3))
+@example(Fraction(2, 3))
+def test_a_fraction_goes_to_the_nearest_number(form, x):
+    low, high = form.neighbours(form.round(x))
+    assert low <= x <= high
+    assert -form.round(-x) == form.round(x)
+    assert form.ulp(x) * Fraction(2) ** (form.precision - 1) <= x < form.ulp(x) * Fraction(2) ** form.precision
+    assert FORMATS["float64"].round(x) == x.numerator / x.denominator
 
 
 def test_format_of_understands_names_and_dtypes():
     import torch
 
-    assert format_of(torch.bfloat16) is format_of("bfloat16") is format_of(FORMATS["bfloat16"].dtype)
-    assert format_of(np.float32) is FORMATS["float32"]
+    form = FORMATS["bfloat16"]
+    for x in (torch.bfloat16, "bfloat16", "jax.numpy.bfloat16", form.dtype, form.dtype.type, form):
+        assert format_of(x) is form
+    assert format_of(SimpleNamespace(name="a.library.bfloat16")) is form
+    assert format_of(np.float32) is format_of(np.dtype(">f4")) is FORMATS["float32"]
     assert is_float(torch.float8_e4m3fn)
     assert not is_float(np.int32)
-    with pytest.raises(InvalidInput, match="dtype: got 'int8', expected one of float64, float32"):
-        format_of("int8")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [("int8", "int8"), (np.int8, "int8"), ("quad", "quad"), ("some.quad", "quad")]
+)
+def test_what_is_no_format_is_refused(dtype, name):
+    assert not is_float(dtype)
+    with pytest.raises(InvalidInput) as caught:
+        format_of(dtype)
+    assert str(caught.value) == f"dtype: got {name!r}, expected one of {KNOWN}; cast the arrays first"
