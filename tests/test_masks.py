@@ -20,10 +20,23 @@ def test_window_counts_both_ends():
 def test_document_and_padding():
     assert masks.document([0, 0, 1], [0, 1]).astype(int).tolist() == [[1, 0], [1, 0], [0, 1]]
     assert masks.padding([0, 2], 3)[:, 0, 0].astype(int).tolist() == [[0, 0, 0], [1, 1, 0]]
-    with pytest.raises(InvalidInput, match=r"lengths: got \[4\], expected one axis of numbers from 0 to n_k=3"):
-        masks.padding([4], 3)
+    assert masks.padding([3, 3], 3).all()
     with pytest.raises(InvalidInput, match="alignment: got 'left', expected one of bottom_right, top_left"):
         masks.causal(2, 2, "left")
+
+
+@pytest.mark.parametrize("lengths", [[4], [-1], [0, 4], [[1]], 2])
+def test_lengths_that_are_no_numbers_of_keys(lengths):
+    with pytest.raises(InvalidInput) as e:
+        masks.padding(lengths, 3)
+    assert str(e.value) == f"lengths: got {lengths}, expected one axis of numbers from 0 to n_k=3"
+
+
+def test_packed_sequences_of_one_token_see_their_own_part_of_a_mask():
+    x, offsets = np.ones((1, 1, 2, 4), np.float32), np.array([0, 1, 2])
+    allowed = np.array([[[[True, False], [True, False]]]])
+    p = Problem(x, x, x, allowed=allowed, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+    assert [masks.visible(p, 0, 0, rows, keys).tolist() for rows, keys in p.segments()] == [[[True]], [[False]]]
 
 
 def test_visible_combines_everything():

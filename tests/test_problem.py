@@ -97,6 +97,10 @@ def test_shapes_and_words():
         "Problem(softmax float32 numpy b=1 h_q=8 h_kv=4 n_q=5 n_k=7 d_k=16 d_v=24 scale=0.5 causal='top_left' "
         "window=(3, None))"
     )
+    other = good(variant="linear", scale=2, bias=ones(1, 1, 1, 7), sink=ones(8))
+    assert repr(other) == (
+        "Problem(linear float32 numpy b=1 h_q=8 h_kv=4 n_q=5 n_k=7 d_k=16 d_v=24 scale=2.0 bias sink)"
+    )
 
 
 def test_empty_sequences_are_problems():
@@ -117,6 +121,9 @@ def test_to_another_kind_and_back():
     assert all(isinstance(x, torch.Tensor) for x in t.arrays().values())
     assert p.to("numpy") is p
     assert t.to("numpy").query.tobytes() == p.query.tobytes()
+    with pytest.raises(InvalidProblem) as e:
+        p.to("torch", "meta")
+    assert str(e.value) == "query: is a meta tensor, which has no numbers; make it on a device that keeps them"
 
 
 def test_features_are_those_that_capabilities_know():
