@@ -177,6 +177,12 @@ def test_what_is_wrong_in_lse(case, changes, symptoms):
     assert [s for s in w.symptoms if not s.startswith("only ")] == [f"{s} (1 of 10)" for s in symptoms]
 
 
+def test_the_first_of_several_rows_without_keys_is_told(make):
+    a = evaluate(make(allowed=without_row_1(), sink=np.array([0.5, 1.5], np.float32)))
+    w = judge((a, bounds(a, flash("float32"))), {(0, 0, 1): 7.0, (0, 1, 1): 8.0}, "lse")
+    assert w.symptoms == ("lse of a row without keys is 7, must be 0.5 (2 of 10)", "only in row 1 of 5")
+
+
 def test_rows_without_keys_are_those_of_their_batch_and_head(make):
     allowed = np.random.default_rng(0).random((2, 2, 5, 3)) < 0.3
     empty = empty_rows(evaluate(make(5, 3, b=2, allowed=allowed)))
