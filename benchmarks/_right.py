@@ -38,7 +38,7 @@ def _two_passes(s: Any, v: Any, sink: Any, rounded: Any, base: str = "e") -> tup
         e = np.exp(s - m[:, None])
     z = e.sum(1) if sink is None else e.sum(1) + np.exp(sink - m)
     out = rounded(e) @ v
-    return np.where(z[:, None] > 0, out / np.where(z > 0, z, 1)[:, None], 0), m + np.log(z)
+    return np.where(z[:, None] == 0, 0, out / np.where(z == 0, 1, z)[:, None]), m + np.log(z)
 
 
 def _normalised(s: Any, v: Any, sink: Any, rounded: Any) -> tuple[Any, Any]:
@@ -68,7 +68,7 @@ def _online(s: Any, v: Any, sink: Any, rounded: Any, tile: int, backward: bool =
         fade = np.exp(m - top)
         z, out, m = z * fade + np.exp(sink - top), out * fade[:, None], top
     safe = np.where(np.isneginf(m), 0, m).astype(s.dtype)
-    return np.where(z[:, None] > 0, out / np.where(z > 0, z, 1)[:, None], 0), safe + np.log(z)
+    return np.where(z[:, None] == 0, 0, out / np.where(z == 0, 1, z)[:, None]), safe + np.log(z)
 
 
 def _split(s: Any, v: Any, sink: Any, rounded: Any, keys: int) -> tuple[Any, Any]:

@@ -24,6 +24,7 @@ from ..exact.driver import Answer
 from ..masks import visible
 from .bounds.expected import Expected
 from .diagnose.keytiles import weights_off
+from .diagnose.repeats import independent_share
 from .diagnose.statistics import Figures, Narrow, figures, where
 from .edges import edges_of
 
@@ -186,14 +187,15 @@ def against(known: Expected, name: str, got: NDArray[Any], dtype: str) -> Worst:
 def _apart(name: str, answer: Answer, form: Format) -> int:
     """Return how many lines of an array differ in what is rounded.
 
-    Rows of one lse may have the same weights, and results that round to the same number may lie beside each other.
+    Rows of one lse may have the same weights, results that round to the same number may lie beside each other, and
+    weights that are alike are rounded alike.
     """
     lines, out = answer.enclosures[name].mid, answer.enclosures["out"].mid  # gradients take the rounded out
     counts = [len(np.unique(form.round_array(x))) for x in (lines, out)]
     counts.append(len(np.unique(np.float32(lines.reshape(-1, lines.shape[-1])), axis=0)))
     if "lse" in answer.enclosures:
         counts.append(len(np.unique(np.float32(answer.enclosures["lse"].mid))))
-    return min(counts)
+    return int(min(counts) * independent_share(answer.call.to("numpy"), form.precision))
 
 
 def _excess(f: Figures) -> tuple[str, ...]:

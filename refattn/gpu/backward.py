@@ -1,4 +1,4 @@
-"""Gradients of softmax attention on a GPU: P computed anew from lse, without atomics, the same bits each time."""
+"""Gradients of softmax attention on a GPU: P computed anew from lse; by default the same bits each time."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ def attention_backward(
     cu_seqlens: tuple[Any, Any] | None = None,
     dlse: Any = None,
     wanted: Iterable[str] | None = None,
+    deterministic: bool = True,
     impl: str | None = None,
 ) -> dict[str, Any]:
     """Return the gradients of :func:`refattn.gpu.attention`'s out, given what arrives at out.
 
-    Sums are in float32 (float64 for float64 inputs) and in an order that depends on shapes and GPU alone. Nothing is
-    waited for; the kernels are queued on the caller's current stream.
+    Sums are in float32 (float64 for float64 inputs), by default in an order that depends on shapes and GPU alone.
+    Nothing is waited for; the kernels are queued on the caller's current stream.
 
     Parameters
     ----------
@@ -64,9 +65,13 @@ def attention_backward(
         The gradient that arrives at lse, of its type.
     wanted : iterable of str, optional
         Out of "dq", "dk", "dv", "dbias" and "dsink"; by default the gradients of all that is there.
+    deterministic : bool
+        The same bits each time. Where False, "sm90" adds the parts of dq in the order in which they come, faster; the
+        other kernels have one order anyway.
     impl : str, optional
-        "mma" (float16 and bfloat16, head dims up to 128) or "simt"; by default the first that computes it. The gradient
-        of a bias that is spread along an axis always comes from "simt".
+        "sm90" (Hopper: float16 and bfloat16, head dims up to 128, causal order, windows, sinks), "mma" (float16 and
+        bfloat16, head dims up to 128) or "simt"; by default the first that computes it. The gradient of a bias that is
+        spread along an axis always comes from "simt".
 
     Returns
     -------
@@ -96,7 +101,8 @@ def attention_backward(
             source = tensors.get(SOURCES[n], sink)
             found[n], asked.arrays[n] = empty(query, tuple(source.shape), dtype_name(source))
         by = 1 / math.sqrt(asked.arrays["query"].shape[3]) if scale is None else float(scale)
-        used = launch(call, kernel, query, found, asked.arrays, asked.options | {"scale": by}, stream_of(query, device))
+        by_value, stream = asked.options | {"scale": by}, stream_of(query, device)
+        used = launch(call, kernel, query, found, asked.arrays, by_value, stream, bool(deterministic))
         results = finish(query, list(found.values()), [*asked.arrays.values(), *used])
     return {n: x for n, x in zip(found, results, strict=True) if n in names}
 

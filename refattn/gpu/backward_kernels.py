@@ -1,4 +1,4 @@
-"""The kernels of the backward pass: by mma.sync (mma_backward.cu), on the CUDA cores (simt_backward.cu)."""
+"""The kernels of the backward pass: Hopper's, by mma.sync (mma_backward.cu), on the CUDA cores (simt_backward.cu)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
-from . import simt
+from . import simt, sm90_backward
 from .build import text_of
 from .kernel import Call, Kernel, Plan
 from .mma import WIDTHS
 
-__all__ = ["KERNELS", "SIMT", "pass_of", "support"]
+__all__ = ["KERNELS", "SIMT", "hopper_plan", "pass_of", "support"]
 
 WIDEST = 128
 TILES = {(False, 0): (2, 48, 4), (False, 1): (2, 32, 4), (True, 0): (2, 32, 4), (True, 1): (1, 48, 4)}
@@ -92,7 +92,8 @@ def _simt_macros(call: Call) -> dict[str, Any]:
 
 
 def _simt_pass(m: Mapping[str, Any], which: int, dbias: bool) -> dict[str, Any]:
-    return {**m, "GRADIENT": which}
+    blocks = 1 if which == 1 and m["T"] in ("float16", "bfloat16") else m["MIN_BLOCKS"]  # registers
+    return {**m, "GRADIENT": which, "MIN_BLOCKS": blocks}
 
 
 def _simt_shared(m: Mapping[str, Any]) -> int:
@@ -113,6 +114,13 @@ def pass_of(kernel: Kernel, call: Call, which: int, dbias: bool = False) -> Plan
     return Plan(kernel, kernel.why(call), MappingProxyType(macros), kernel.shared_bytes(macros))
 
 
+@lru_cache(maxsize=4096)
+def hopper_plan(call: Call, deterministic: bool) -> Plan:
+    """Return the plan of Hopper's kernel, which gives dq, dk and dv together."""
+    kernel, macros = sm90_backward.KERNEL, sm90_backward.macros_of(call, deterministic)
+    return Plan(kernel, kernel.why(call), MappingProxyType(macros), kernel.shared_bytes(macros))
+
+
 @lru_cache(maxsize=256)
 def support(dtype: str, bias: str | None, sink: str | None) -> str:
     """Return the text of backward.cu for tensors, a bias and sinks of some types."""
@@ -127,5 +135,5 @@ SIMT = Kernel(
     "simt", "simt_backward.cu", "backward", _simt_obstacle, simt.KERNEL.why, _simt_macros,
     partial(text_of, "simt_backward.cu"), _rows, simt.threads, _simt_shared, simt.target,
 )  # fmt: skip
-KERNELS = {k.name: k for k in (MMA, SIMT)}
+KERNELS = {k.name: k for k in (sm90_backward.KERNEL, MMA, SIMT)}
 """The kernels, in the order in which they are tried."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arrays import kind_of
+from . import sm90_backward as hopper
 from .arguments import arguments_of
-from .backward_kernels import SIMT, pass_of, support
+from .backward_kernels import SIMT, hopper_plan, pass_of, support
 from .build import compiled
 from .kernel import Call, Kernel, Plan
 from .launch import attribute, capability, kernel_of, pack, queue, sizes_and_options, zeros
@@ -70,7 +71,7 @@ class _Work:
 
 def launch(
     call: Call, kernel: Kernel, like: Any, found: dict[str, Any], arrays: dict[str, View], options: Mapping[str, Any],
-    stream: int,
+    stream: int, deterministic: bool,
 ) -> list[View]:  # fmt: skip
     """Queue the kernels of a backward pass on a stream of the current device; nothing is waited for.
 
@@ -90,6 +91,8 @@ def launch(
         scale (a number), causal, window, softcap.
     stream : int
         The stream's handle.
+    deterministic : bool
+        Whether sums have one order.
 
     Returns
     -------
@@ -116,13 +119,15 @@ def launch(
     direct = "dbias" in arrays and kernel.name == "mma" and arrays["bias"].shape == (b, h, n_q, n_k)
     if direct:
         _clear(found["dbias"])
+    used = [arrays["delta"], ranges]
+    if kernel is hopper.KERNEL:
+        return used + _together(work, like, found, deterministic)
     if "dq" not in arrays and direct:
         found["dq"], arrays["dq"] = empty(like, q.shape, call.dtype)
     if "dq" in arrays:
         _owned(work, kernel, 0, n_q, h, direct)
     if "dk" in arrays:
         _owned(work, kernel, 1, n_k, h_kv, False)
-    used = [arrays["delta"], ranges]
     if "dbias" in arrays and not direct:
         used.append(_bias(work, like))
     return used
@@ -132,14 +137,54 @@ def _owned(work: _Work, kernel: Kernel, which: int, n: int, heads: int, dbias: b
     """Queue the pass of dq, or that of dk and dv, and the repair of what met a hidden NaN."""
     c, b = work.call, work.arrays["query"].shape[0]
     plan = pass_of(kernel, c, which, dbias)
-    size = b * heads * -(-n // GRANULE)
     partial = c.causal or c.window or c.allowed or c.bias or c.blocks or c.packed
-    repaired = kernel is not SIMT and partial and size
-    redo = zeros(work.device, work.stream, 1 << (size - 1).bit_length(), "redo") if repaired else 0
+    redo = _marks(work, b * heads, n, f"redo {which}") if kernel is not SIMT and partial else 0
     work.run(plan, -(-n // _rows(plan, which)) * heads * b, redo=redo)
-    if repaired:
-        again = pass_of(SIMT, c, which)
-        work.run(again, -(-n // _rows(again, which)) * heads * b, redo=redo)
+    if redo:
+        _repair(work, which, n, heads, redo)
+
+
+def _marks(work: _Work, heads: int, n: int, what: str) -> int:
+    """Return the address of a mark for each granule of rows or keys of each head."""
+    count = heads * -(-n // GRANULE)
+    return zeros(work.device, work.stream, max(16, 1 << (count - 1).bit_length()), what) if count else 0
+
+
+def _repair(work: _Work, which: int, n: int, heads: int, redo: int) -> None:
+    """Queue what computes marked tiles of a pass anew: few blocks, as most often nothing is marked."""
+    plan = pass_of(SIMT, work.call, which)
+    tiles = -(-n // _rows(plan, which)) * heads * work.arrays["query"].shape[0]
+    work.run(plan, min(tiles, attribute(work.device, "MultiProcessorCount")), redo=redo)
+
+
+def _together(work: _Work, like: Any, found: dict[str, Any], deterministic: bool) -> list[View]:
+    """Queue Hopper's kernel for dq, dk and dv, what goes before and after it, and the repairs."""
+    c, a = work.call, work.arrays
+    (b, h, n_q, _), (_, h_kv, n_k, _) = a["query"].shape, a["key"].shape
+    plan = hopper_plan(c, deterministic)
+    m, takes = plan.macros, plan.kernel.takes
+    rows, halves = hopper.padded_rows(m, n_q), hopper.half_tiles(m, b * h, n_q)
+    _, stats = empty(like, (2 * b * h * rows,), "float32")
+    _, sums = empty(like, (4096 * halves,), "float32")
+    turns = zeros(work.device, work.stream, 1 << (4 * halves - 1).bit_length(), "turns") if deterministic else 0
+    partial = c.causal or c.window or n_k % hopper.KEYS
+    passes = ((n_q, h), (n_k, h_kv))
+    marks = [_marks(work, b * heads, n, f"redo {i}") if partial else 0 for i, (n, heads) in enumerate(passes)]
+    if "dq" not in a:
+        found["dq"], a["dq"] = empty(like, a["query"].shape, c.dtype)
+    places = {"stats": stats.pointer, "sums": sums.pointer, "turns": turns, "rows": rows}
+    values = {"p": work.params(), "z": places | {"redo_rows": marks[0], "redo_keys": marks[1]}}
+    most = 8 * attribute(work.device, "MultiProcessorCount")
+    small = arguments_of(plan.kernel.file, "statistics")
+    queue(kernel_of(plan, work.device, "statistics", 0), min(most, 16 * halves), 256, 0, work.stream, small, values)
+    grid = -(-n_k // hopper.KEYS) * h_kv * b
+    everything = values | hopper.maps(m, a)
+    queue(kernel_of(plan, work.device), grid, 384, plan.shared_bytes, work.stream, takes, everything)
+    queue(kernel_of(plan, work.device, "convert", 0), halves, 128, 0, work.stream, small, values)
+    for which, (n, heads) in enumerate(passes):
+        if partial and (which == 0 or "dk" in a):
+            _repair(work, which, n, heads, marks[which])
+    return [stats, sums]
 
 
 def _rows(plan: Plan, which: int) -> int:

@@ -59,11 +59,13 @@ def launch(call: Call, plan: Plan, like: Any, arrays: dict[str, View], options: 
         _launch_params(plan, call, arrays, options, stream, redo=0)
         return
     b, h, n_q, _ = arrays["query"].shape
-    repair = call.causal is not None
-    redo = zeros(device, stream, 1 << (b * h * -(-n_q // 64) - 1).bit_length(), "redo") if repair else 0
+    # hidden keys are multiplied in, by 0
+    repair = any((call.causal, call.window, call.allowed, call.packed))
+    slots = -(-n_q // 64) + (arrays["cu_q"].shape[0] - 1 if call.packed else 0)
+    redo = zeros(device, stream, max(16, 1 << (b * h * slots - 1).bit_length()), "redo") if repair else 0
     counter = zeros(device, stream, 4, "counter")
     multiprocessors = attribute(device, "MultiProcessorCount")
-    grid, values = sm90.arguments(plan.macros, arrays, options["scale"], call.blocks, counter, redo, multiprocessors)
+    grid, values = sm90.arguments(plan.macros, arrays, options, call.blocks, counter, redo, multiprocessors)
     threads = plan.kernel.threads(plan.macros)
     queue(kernel_of(plan, device), grid, threads, plan.shared_bytes, stream, plan.kernel.takes, values)
     if repair:
@@ -79,7 +81,8 @@ def _launch_params(
     sequences = arrays["cu_q"].shape[0] - 1 if "cu_q" in arrays else 0
     rows, threads = plan.kernel.block_rows(plan.macros), plan.kernel.threads(plan.macros)
     tiles = n_q // rows + sequences if plan.impl == "mma" and sequences else -(-n_q // rows) + sequences
-    queue(kernel_of(plan, device), tiles * h * b, threads, plan.shared_bytes, stream, plan.kernel.takes, values)
+    grid = min(tiles * h * b, attribute(device, "MultiProcessorCount")) if redo else tiles * h * b
+    queue(kernel_of(plan, device), grid, threads, plan.shared_bytes, stream, plan.kernel.takes, values)
 
 
 def _launch_split(

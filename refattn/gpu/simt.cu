@@ -15,8 +15,8 @@
 //     registers of S: sums of n numbers pass through BLOCK_N + n / BLOCK_N additions, not n. K of the next tile is
 //     loaded meanwhile.
 //  6. Epilogue: sink, division by the sum, out and lse.
-//  7. Repair: with `redo` (a byte for each 64 rows of a head, set by another kernel) only marked tiles are computed,
-//     and unmarked.
+//  7. Repair: with `redo` (a byte for each 64 rows of a head's sequence, set by another kernel) only marked tiles are
+//     computed, and unmarked. Sequence t's bytes begin at cu_q[t] / 64 + t. Few blocks look at all tiles.
 //
 // A key that a row does not see gets the score -inf and the weight -0. If a tile with such keys holds a NaN or an
 // infinity in V, the weight -0 is skipped instead of multiplied (product_pv_seen). A seen score that is infinite
@@ -25,8 +25,8 @@
 // Macros: T float16 | bfloat16 | float32 | float64; D_K, D_V: d_k, d_v padded to multiples of 16; ROWS (rows a
 // thread), WARPS, BLOCK_N (multiple of 32), MIN_BLOCKS (blocks a multiprocessor); features 0 | 1: BAND (causal or
 // window), BITMASK, BLOCKS, PACKED, SOFTCAP; BIAS: type of the bias, not defined without one. sink and lse are null
-// or not at run time. Launch: block 32 * WARPS, grid (row tiles * h * b), row tiles = ceil(n_q / BLOCK_M) (+
-// sequences if PACKED, an upper bound).
+// or not at run time. Launch: block 32 * WARPS, grid (row tiles * h * b), or fewer for a repair; row
+// tiles = ceil(n_q / BLOCK_M) (+ sequences if PACKED, an upper bound).
 
 #include "params.cuh"
 #include "simt_tiles.cuh"
@@ -129,8 +129,7 @@ DEVICE Tile blocks_of_tile(const Params& p, const unsigned char* blocks, int row
     return !__syncthreads_or(any) ? HIDDEN : __syncthreads_and(all) ? FULL : PARTIAL;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(const __grid_constant__ Params p) {
-    extern __shared__ __align__(16) unsigned char shared[];
+DEVICE void attend(const Params& p, u32 block, unsigned char* shared) {
     Acc* tile_q = (Acc*)shared;
     Acc* tile_k = tile_q + BLOCK_M * STRIDE_QK;
     Acc* tile_v = tile_k + BLOCK_N * STRIDE_QK;
@@ -140,11 +139,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
     // Which rows: the last rows come first, since they see the most keys under a causal mask. In 64 bits only where
     // needed.
     u32 row_tiles = (p.n_q + BLOCK_M - 1) / BLOCK_M + (PACKED ? p.sequences : 0);
-    int row_tile = row_tiles - 1 - blockIdx.x % row_tiles;
-    int head = blockIdx.x / row_tiles % p.h, batch = blockIdx.x / row_tiles / p.h, head_kv = head / (p.h / p.h_kv);
-    int n_q = p.n_q, n_k = p.n_k, start_q = 0, start_k = 0;
+    int row_tile = row_tiles - 1 - block % row_tiles;
+    int head = block / row_tiles % p.h, batch = block / row_tiles / p.h, head_kv = head / (p.h / p.h_kv);
+    int n_q = p.n_q, n_k = p.n_k, start_q = 0, start_k = 0, sequence = 0;
 #if PACKED
-    int sequence = 0;
     for (; sequence < p.sequences; sequence++) {
         start_q = clamp(p.cu_q[sequence], p.n_q);
         n_q = clamp(p.cu_q[sequence + 1], p.n_q) - start_q;
@@ -158,7 +156,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
 #endif
     int row0 = row_tile * BLOCK_M, rows = min(BLOCK_M, n_q - row0);
     if (p.redo) {                                         // a repair (step 7)
-        unsigned char* redo = p.redo + (batch * p.h + head) * (long long)((n_q + 63) / 64) + row0 / 64;
+        const int slots = (p.n_q + 63) / 64 + p.sequences, slot = start_q / 64 + sequence;
+        unsigned char* redo = p.redo + (batch * p.h + head) * (long long)slots + slot + row0 / 64;
         int i = threadIdx.x, found = i < (rows + 63) / 64 && redo[i];
         if (!__syncthreads_or(found)) return;
         if (found) redo[i] = 0;
@@ -347,4 +346,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
             if (column < p.d_v) put(out + row * p.o_n + column, o[i][c] * factor);
         }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(const __grid_constant__ Params p) {
+    extern __shared__ __align__(16) unsigned char shared[];
+    if (p.redo && !any_marked(p.redo, ((p.n_q + 63) / 64 + p.sequences) * (long long)p.h * p.b)) return;
+    const u32 tiles = ((p.n_q + BLOCK_M - 1) / BLOCK_M + (PACKED ? p.sequences : 0)) * p.h * p.b;
+    for (u32 block = blockIdx.x; block < tiles; block += gridDim.x) attend(p, block, shared);
 }

@@ -15,7 +15,7 @@
 //  3. 0, 1: P and dS go to shared memory, and the second products add to registers, a tile's sum first: sums of n
 //     numbers pass through BLOCK + n / BLOCK additions, not n. 2: dS adds to registers.
 //  4. 2: the splits of a tile's work go to p.parts, which backward.cu adds up.
-//  5. Repair: with `redo`, set by another kernel, only marked tiles are computed, and unmarked.
+//  5. Repair: with `redo`, set by another kernel, only marked tiles are computed, and unmarked. Few blocks look at all.
 //
 // A key that a row does not see gets the weights -0. If a tile with such keys holds a NaN or an infinity, these are
 // skipped instead of multiplied.
@@ -182,8 +182,7 @@ DEVICE bool wanted(const Params& p, long long head, int first, int count, int n)
     return true;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const __grid_constant__ Params p) {
-    extern __shared__ __align__(16) unsigned char shared[];
+DEVICE void gradient(const Params& p, int block, unsigned char* shared) {
     Tiles t;
     t.q = (Acc*)shared, t.dout = t.q + BLOCK_M * STRIDE_K, t.k = t.dout + BLOCK_M * STRIDE_V,
         t.v = t.k + BLOCK_N * STRIDE_K;
@@ -193,8 +192,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const
     [[maybe_unused]] const int row_tiles = (p.n_q + BLOCK_M - 1) / BLOCK_M, key_tiles = (p.n_k + BLOCK_N - 1) / BLOCK_N;
     Scores x;
 #if GRADIENT == 0
-    const int m0 = (row_tiles - 1 - blockIdx.x % row_tiles) * BLOCK_M;   // under a causal mask the last rows see most
-    const int head = blockIdx.x / row_tiles % p.h, batch = blockIdx.x / row_tiles / p.h;
+    const int m0 = (row_tiles - 1 - block % row_tiles) * BLOCK_M;   // under a causal mask the last rows see most
+    const int head = block / row_tiles % p.h, batch = block / row_tiles / p.h;
     if (!wanted(p, batch * (long long)p.h + head, m0, BLOCK_M, p.n_q)) return;
     Acc dq[RI][CK] = {};
     const int4 keys = keys_of(p.granule_keys, m0, BLOCK_M, p.n_q);
@@ -213,8 +212,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const
     }
     store(p.dq, batch, head, m0, p.n_q, p.d_k, dq, (Acc)p.scale);
 #elif GRADIENT == 1
-    const int n0 = blockIdx.x % key_tiles * BLOCK_N, head_kv = blockIdx.x / key_tiles % p.h_kv;
-    const int batch = blockIdx.x / key_tiles / p.h_kv;
+    const int n0 = block % key_tiles * BLOCK_N, head_kv = block / key_tiles % p.h_kv;
+    const int batch = block / key_tiles / p.h_kv;
     if (!wanted(p, batch * (long long)p.h_kv + head_kv, n0, BLOCK_N, p.n_k)) return;
     Acc dk[KJ][CK] = {}, dv[KJ][CV] = {};
     const int2 rows = rows_of(p.granule_rows, n0, BLOCK_N, p.n_k);
@@ -244,8 +243,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const
 #else
     // the tile of dbias, and what it is summed over: all of an axis that the bias is spread along, else one
     const Array& to = p.dbias;
-    long long tile = blockIdx.x / p.splits;
-    const int split = blockIdx.x % p.splits;
+    long long tile = block / p.splits;
+    const int split = block % p.splits;
     auto take = [&](bool own, int n) { const int i = own ? (int)(tile % n) : 0; tile = own ? tile / n : tile; return i;
         };
     const int key0 = take(to.m, key_tiles), row0 = take(to.n, row_tiles), head0 = take(to.h, p.h), batch0 = take(to.b,
@@ -285,4 +284,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const
         ((Acc*)p.parts)[split * (n_batches * n_heads * n_rows * n_keys) + place] = total;
     }
 #endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(const __grid_constant__ Params p) {
+    extern __shared__ __align__(16) unsigned char shared[];
+    const int n = GRADIENT ? p.n_k : p.n_q, heads = GRADIENT ? p.h_kv : p.h;
+    if (p.redo && !any_marked(p.redo, (n + GRANULE - 1) / GRANULE * (long long)heads * p.b)) return;
+    for (int block = blockIdx.x;; block += gridDim.x) {
+        gradient(p, block, shared);
+        if (!p.redo) return;
+        const int size = GRADIENT ? BLOCK_N : BLOCK_M;    // few blocks look at all tiles of a repair
+        if (block + gridDim.x >= (n + size - 1) / size * heads * p.b) return;
+    }
 }

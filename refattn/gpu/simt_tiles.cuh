@@ -82,3 +82,13 @@ DEVICE bool is_aligned(const void* p, int width, long long a, long long b, long 
     constexpr int PER = 16 / sizeof(T);
     return ((unsigned long long)p & 15) == 0 && width % PER == 0 && a % PER == 0 && b % PER == 0 && c % PER == 0;
 }
+
+// A repair: is any of the marks set? Most often none is, which one look tells. Behind them are zeros, up to a power of 2.
+DEVICE bool any_marked(const unsigned char* redo, long long marks) {
+    unsigned any = 0;
+    for (long long i = 16ll * threadIdx.x; i < marks; i += 16ll * blockDim.x) {
+        const uint4 x = *(const uint4*)(redo + i);
+        any |= x.x | x.y | x.z | x.w;
+    }
+    return __syncthreads_or(any != 0);
+}

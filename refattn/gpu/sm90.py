@@ -15,41 +15,21 @@ from .views import View, library
 __all__ = ["KERNEL", "WIDTHS", "arguments", "key_map", "source", "tensor_map", "wgmma"]
 
 FILE = "sm90.cu"
-WIDTHS = (64, 128, 256)
+WIDTHS = (64, 96, 128, 192, 256)
 """Head dims that it is compiled for; smaller ones are filled up with zeros."""
 ROWS_BLOCK_MASK = 128
 """Query rows of a block where there is a block mask, whose blocks must be multiples of it."""
-
-
-def _tiles(consumers: int, keys: int, stages: int, query_stages: int, l2: int = 16) -> dict[str, int]:
-    return {
-        "CONSUMERS": consumers,
-        "BLOCK_N": keys,
-        "STAGES": stages,
-        "Q_STAGES": query_stages,
-        "L2_MIB": l2,
-        "CONSUMER_REGISTERS": 232 if consumers == 2 else 160,
-        "PRODUCER_REGISTERS": 40 if consumers == 2 else 32,
-    }
-
-
-CONFIGURATIONS: dict[tuple[int, bool, str], dict[str, int]] = {
-    (64, False, "fast"): _tiles(3, 128, 3, 2),
-    (64, True, "fast"): _tiles(3, 128, 3, 2),
-    (64, False, "high"): _tiles(3, 96, 3, 2),
-    (64, True, "high"): _tiles(2, 128, 3, 2),
-    (128, False, "fast"): _tiles(2, 128, 2, 2),
-    (128, True, "fast"): _tiles(2, 128, 2, 2),
-    (128, False, "high"): _tiles(2, 128, 2, 2),
-    (128, True, "high"): _tiles(2, 112, 2, 2),
-    (256, False, "fast"): _tiles(2, 80, 2, 1),
-    (256, True, "fast"): _tiles(2, 80, 2, 1, 32),
-    (256, False, "high"): _tiles(2, 64, 2, 1),
-    (256, True, "high"): _tiles(2, 64, 2, 1),
-}
-"""Tiles by (width, causal, accuracy): what was fastest of those that do not spill."""
 BLOCK_MASK_KEYS = {64: 128, 128: 128, 256: 64}
 """Keys of a tile by width where there is a block mask."""
+SHARED = 232448
+"""Bytes of shared memory that a block may have."""
+FASTEST = {(64, 0, 0): (3, 128, 3, 2), (64, 1, 0): (3, 128, 3, 2), (64, 0, 1): (3, 96, 3, 2)}
+FASTEST |= {(96, 0, 0): (3, 96, 2, 2), (96, 1, 0): (2, 176, 2, 1)}
+"""By width, RIGHT, HIGH: what was faster than the rule for other calls."""
+REGISTERS = 204
+"""What S, O, P and a tile's bias may take of the 232 registers of a thread of two consumer warpgroups."""
+NO_LIMIT = 2**30 - 1
+"""A window's side that limits nothing: sums with lengths stay below 2**31."""
 
 
 def obstacle(call: Call, capability: tuple[int, int]) -> str:
@@ -58,53 +38,116 @@ def obstacle(call: Call, capability: tuple[int, int]) -> str:
         return f"needs compute capability 9.0, got {capability[0]}.{capability[1]}"
     if call.dtype not in ("float16", "bfloat16"):
         return f"takes float16 and bfloat16, got {call.dtype}"
-    if call.d_k != call.d_v or call.d_k % 8 or not 0 < call.d_k <= WIDTHS[-1]:
-        return f"takes equal head dims, multiples of 8 up to {WIDTHS[-1]}, got {call.d_k} and {call.d_v}"
+    if call.d_k % 8 or call.d_v % 8 or not 0 < max(call.d_k, call.d_v) <= WIDTHS[-1]:
+        return f"takes head dims that are multiples of 8 up to {WIDTHS[-1]}, got {call.d_k} and {call.d_v}"
     if not call.mapped:
         return "takes rows that begin at multiples of 16 bytes, at strides above 0"
-    options = ("window", "softcap", "sink", "bias", "allowed", "packed")
-    given = [n.replace("packed", "cu_seqlens") for n in options if getattr(call, n)]
-    if given:
-        return f"does not take {', '.join(given)}"
-    if not call.positive_scale:
-        return "takes a scale above 0"
-    if call.causal == "top_left" and call.n_q != call.n_k:
-        return f"takes causal='top_left' only with n_q = n_k, got {call.n_q} and {call.n_k}"
+    if call.bias not in (None, call.dtype, "float32"):
+        return f"takes a bias of {call.dtype} or float32, got {call.bias}"
+    indexed = [n for n in ("bias", "allowed") if getattr(call, n)]
+    if call.packed and indexed:
+        return f"takes cu_seqlens without {' and '.join(indexed)}"
     if max(call.n_q, call.n_k) >= 2**30:
         return f"takes fewer than 2**30 rows and keys, got {call.n_q} and {call.n_k}"
     if not call.n_k:
         return "needs at least one key"
-    if call.blocks and (call.blocks[0] % ROWS_BLOCK_MASK or call.blocks[1] % BLOCK_MASK_KEYS[_width(call)]):
-        multiples = f"{ROWS_BLOCK_MASK} rows and {BLOCK_MASK_KEYS[_width(call)]} keys"
-        return f"takes block masks of multiples of {multiples}, got {call.blocks[0]} and {call.blocks[1]}"
+    if call.blocks:
+        return _obstacle_of_blocks(call)
+    if _tiles(*_widths(call), _options(call)) is None:
+        return f"has too few registers for so many options with head dims {call.d_k} and {call.d_v}"
     return ""
 
 
-def _width(call: Call) -> int:
-    return min(w for w in WIDTHS if w >= call.d_k)
+def _obstacle_of_blocks(call: Call) -> str:
+    options = ("window", "softcap", "sink", "bias", "allowed", "packed")
+    given = [n.replace("packed", "cu_seqlens") for n in options if getattr(call, n)]
+    if given or not call.positive_scale:
+        return f"takes block masks without {', '.join(given) or 'a scale up to 0'}"
+    width_k, width_v = _widths(call)
+    keys = BLOCK_MASK_KEYS.get(width_k) if width_k == width_v else None
+    if keys is None:
+        return f"takes block masks with equal head dims in tiles of 64, 128 or 256, got {call.d_k} and {call.d_v}"
+    block_q, block_k = call.blocks or (0, 0)
+    if block_q % ROWS_BLOCK_MASK or block_k % keys:
+        multiples = f"{ROWS_BLOCK_MASK} rows and {keys} keys"
+        return f"takes block masks of multiples of {multiples}, got {block_q} and {block_k}"
+    return ""
+
+
+def _widths(call: Call) -> tuple[int, int]:
+    width_k, width_v = (min(w for w in WIDTHS if w >= d) for d in (call.d_k, call.d_v))
+    return width_k, width_v
 
 
 def why(call: Call) -> str:
     """Return what the kernel is for."""
-    return f"{call.dtype} on Hopper's tensor cores, head dim {call.d_k} in tiles of {_width(call)}"
+    width_k, width_v = _widths(call)
+    widths = f"{width_k}" if width_k == width_v else f"{width_k} and {width_v}"
+    return f"{call.dtype} on Hopper's tensor cores, head dims {call.d_k} and {call.d_v} in tiles of {widths}"
 
 
 def macros(call: Call) -> dict[str, Any]:
     """Return what the kernel is compiled with."""
-    width, causal, high = _width(call), call.causal is not None, call.accuracy == "high"
-    tiles = CONFIGURATIONS[width, causal, call.accuracy]
-    if call.blocks:
-        keys = BLOCK_MASK_KEYS[width] if not (high and causal) else 64
-        tiles = _tiles(2, keys, 3 if width == 64 else 2, 1 if width == 256 else 2)
+    (width_k, width_v), options = _widths(call), _options(call)
     return {
-        "HEAD_DIM": width,
+        "WIDTH_K": width_k,
+        "WIDTH_V": width_v,
+        "STEPS_K": -(-call.d_k // 16),
         "BF16": int(call.dtype == "bfloat16"),
-        "CAUSAL": int(causal),
-        "HIGH": int(high),
-        "BLOCKS": int(call.blocks is not None),
         "PINGPONG": 1,
-        **tiles,
+        **options,
+        **(_tiles(width_k, width_v, options) or {}),
     }
+
+
+def _options(call: Call) -> dict[str, int]:
+    left, right = call.window or (None, None)
+    return {
+        "RIGHT": int(call.causal is not None or right is not None),
+        "LEFT": int(left is not None),
+        "SINK": int(call.sink),
+        "SOFTCAP": int(call.softcap),
+        "MASK": int(call.allowed),
+        "PACKED": int(call.packed),
+        "BIAS": 0 if call.bias is None else 2 if call.bias == "float32" else 1,
+        "PRESCALE": int(not call.positive_scale),
+        "HIGH": int(call.accuracy == "high"),
+        "BLOCKS": int(call.blocks is not None),
+    }
+
+
+def _tiles(width_k: int, width_v: int, options: Mapping[str, int]) -> dict[str, int] | None:
+    """Return the tiles: what was fastest of those that do not spill, or the largest that fit; None where none do."""
+    right, high = options["RIGHT"], options["HIGH"]
+    extra = {n for n, on in options.items() if on} - {"RIGHT", "HIGH", "SINK"}
+    if width_k == width_v and not extra and (width_k, right, high) in FASTEST:
+        return _tile(*FASTEST[width_k, right, high])
+    if options["BLOCKS"]:
+        keys = BLOCK_MASK_KEYS[width_k] if not (high and right) else 64
+        return _tile(2, keys, 3 if width_k == 64 else 2, 1 if width_k == 256 else 2)
+    step = 32 if options["MASK"] else 16
+    for keys in range(128, 0, -step):
+        for tile in (_tile(2, keys, *rings) for rings in ((3, 2), (2, 2), (2, 1))):
+            bytes_ = shared_bytes(tile | {"WIDTH_K": width_k, "WIDTH_V": width_v})
+            if _registers(width_v, options, keys) <= REGISTERS and bytes_ <= SHARED:
+                return tile
+    return None
+
+
+def _tile(consumers: int, keys: int, stages: int, query_stages: int) -> dict[str, int]:
+    return {
+        "CONSUMERS": consumers,
+        "BLOCK_N": keys,
+        "STAGES": stages,
+        "Q_STAGES": query_stages,
+        "CONSUMER_REGISTERS": 232 if consumers == 2 else 160,
+        "PRODUCER_REGISTERS": 40 if consumers == 2 else 32,
+    }
+
+
+def _registers(width_v: int, options: Mapping[str, int], keys: int) -> int:
+    """Return the registers of a thread that hold S, O, P and the bias of a tile."""
+    return keys // 2 + width_v // 2 + keys // 4 * (1 + options["HIGH"]) + (0, keys // 4, keys // 2)[options["BIAS"]]
 
 
 def block_rows(m: Mapping[str, Any]) -> int:
@@ -119,8 +162,9 @@ def threads(m: Mapping[str, Any]) -> int:
 
 def shared_bytes(m: Mapping[str, Any]) -> int:
     """Return the dynamic shared memory of a block, in bytes."""
-    rows = block_rows(m) * m["Q_STAGES"] + 2 * m["STAGES"] * m["BLOCK_N"]
-    return int(1024 + 2 * m["HEAD_DIM"] * rows + 32 * m["Q_STAGES"] + 36 * m["STAGES"])
+    boxes_k, boxes_v = (-(-m[n] // 64) for n in ("WIDTH_K", "WIDTH_V"))
+    keys = m["STAGES"] * m["BLOCK_N"] * (boxes_k + boxes_v)
+    return int(1024 + 128 * (block_rows(m) * m["Q_STAGES"] * boxes_k + keys) + 48 * m["Q_STAGES"] + 36 * m["STAGES"])
 
 
 def target(capability: tuple[int, int]) -> str:
@@ -134,15 +178,17 @@ def source(m: Mapping[str, Any]) -> str:
     wrappers = (
         wgmma("qk_first", m["BLOCK_N"], kind, first=True, from_registers=False),
         wgmma("qk_next", m["BLOCK_N"], kind, first=False, from_registers=False),
-        wgmma("pv", m["HEAD_DIM"], kind, first=False, from_registers=True, rows=True),
+        wgmma("pv", m["WIDTH_V"], kind, first=False, from_registers=True, rows=True),
     )
     return text_of(FILE, m).replace("// (wgmma wrappers)", "".join(wrappers))
 
 
-def wgmma(name: str, n: int, kind: str, *, first: bool, from_registers: bool, rows: bool = False) -> str:
+def wgmma(
+    name: str, n: int, kind: str, *, first: bool, from_registers: bool, rows: bool = False, rows_a: bool = False
+) -> str:
     """Return a wrapper of wgmma m64 n<n> k16: float32 accumulators (set, or added to), A from memory or registers.
 
-    rows: B has its 16 rows along the contraction (V), else its n rows are contracted with (K).
+    rows: B has its 16 rows along the contraction (V), else its n rows are contracted with (K). rows_a: so has A.
     """
     count = n // 2
     accumulators = ", ".join(f"%{i}" for i in range(count))
@@ -152,7 +198,7 @@ def wgmma(name: str, n: int, kind: str, *, first: bool, from_registers: bool, ro
         b, last = f"%{count + 4}", f"p, 1, 1, {int(rows)}"
         given, parameters = '"r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b)', "u32 a0, u32 a1, u32 a2, u32 a3, u64 b"
     else:
-        a, b, last = f"%{count}", f"%{count + 1}", f"p, 1, 1, 0, {int(rows)}"
+        a, b, last = f"%{count}", f"%{count + 1}", f"p, 1, 1, {int(rows_a)}, {int(rows)}"
         given, parameters = '"l"(a), "l"(b)', "u64 a, u64 b"
     return (
         f"DEVICE void {name}(float (&d)[{count}], {parameters}) {{\n"
@@ -166,7 +212,7 @@ def wgmma(name: str, n: int, kind: str, *, first: bool, from_registers: bool, ro
 def arguments(
     m: Mapping[str, Any],
     arrays: Mapping[str, View],
-    scale: float,
+    options: Mapping[str, Any],
     blocks: tuple[int, int] | None,
     counter: int,
     redo: int,
@@ -179,9 +225,9 @@ def arguments(
     m : mapping
         Macros.
     arrays : mapping of str to View
-        query, key, value, out, lse, and block_bits where there is a block mask.
-    scale : float
-        Multiplies the scores.
+        query, key, value, out, lse, and what there is of sink, bias, allowed (bits), cu_q, cu_k and block_bits.
+    options : mapping
+        scale (a number), causal, window, softcap.
     blocks : (block_q, block_k) or None
         Rows and keys of a block of the block mask.
     counter, redo : int
@@ -190,25 +236,47 @@ def arguments(
         Of the GPU.
     """
     q, k, v, out = (arrays[n] for n in ("query", "key", "value", "out"))
-    (b, h, n_q, d), n_k, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
+    (b, h, n_q, _), n_k, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
     maps = (key_map(q, block_rows(m), "query"), key_map(k, m["BLOCK_N"], "key"), key_map(v, m["BLOCK_N"], "value"))
-    tiles = -(-n_q // block_rows(m)) * b * h
-    # causal tiles are taken longest first within as many heads as have their keys and values in the L2 cache together
-    together = (m["L2_MIB"] << 20) * group // max(1, 4 * n_k * d)
-    head_group = max(group, min(b * h, together)) if m["CAUSAL"] else 1
+    sequences = arrays["cu_q"].shape[0] - 1 if "cu_q" in arrays else 0
+    rows = n_q // block_rows(m) + sequences if sequences else -(-n_q // block_rows(m))
+    tiles = rows * b * h
+    # tiles whose rows differ in length are taken longest first within as many heads as have their keys and values in
+    # the L2 cache together
+    together = ((32 if m["WIDTH_K"] == 256 else 16) << 20) * group // max(1, 2 * n_k * (k.shape[3] + v.shape[3]))
+    head_group = max(group, min(b * h, together)) if m["RIGHT"] else 1
     mask = arrays.get("block_bits")
     table, spread = (0, (0, 0, 0)) if mask is None else (mask.pointer, mask.spread()[:3])
     return min(tiles, multiprocessors), {
         **{"map_q": maps[0], "map_k": maps[1], "map_v": maps[2]},
         **{"out": out.pointer, "lse": arrays["lse"].pointer, "counter": counter, "redo": redo},
         "shape": {
-            "batch": b, "heads": h, "group": group, "n_q": n_q, "n_k": n_k, "d": d, "head_group": head_group,
+            "batch": b, "heads": h, "group": group, "n_q": n_q, "n_k": n_k, "d": v.shape[3], "head_group": head_group,
             "tiles": tiles,
         },
         "stride": out.strides[:3],
         "mask": (table, *spread, *(blocks or (1, 1))),
-        "scale": scale,
+        "options": _asked(arrays, options, sequences),
+        "scale": options["scale"],
     }  # fmt: skip
+
+
+def _asked(arrays: Mapping[str, View], options: Mapping[str, Any], sequences: int) -> dict[str, Any]:
+    """Return struct Options of sm90.cu."""
+    left, right = (NO_LIMIT if w is None else min(w, NO_LIMIT) for w in options["window"] or (None, None))
+    places = {n: arrays[n].pointer if n in arrays else 0 for n in ("sink", "bias", "cu_q", "cu_k")}
+    spread = {n: arrays[n].spread() if n in arrays else (0,) * 4 for n in ("bias", "allowed")}
+    return {
+        **places,
+        "mask": arrays["allowed"].pointer if "allowed" in arrays else 0,
+        **{f"bias_{a}": s for a, s in zip("bhqk", spread["bias"], strict=True)},
+        **{f"mask_{a}": s for a, s in zip("bhq", spread["allowed"], strict=False)},
+        "softcap": options["softcap"] or 0.0,
+        "top_left": int(options["causal"] == "top_left"),
+        "left": left,
+        "right": min(right, 0) if options["causal"] else right,
+        "sequences": sequences,
+    }
 
 
 def key_map(x: View, rows: int, name: str) -> bytes:

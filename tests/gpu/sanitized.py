@@ -14,6 +14,10 @@ CALLS = [
     ("sm90", "bfloat16", (1, 1, 1, 193, 129, 128, 128), {"accuracy": "high"}),
     ("sm90", "float16", (1, 2, 1, 65, 33, 200, 200), {"causal": "bottom_right"}),
     ("sm90", "bfloat16", (1, 2, 2, 300, 1300, 64, 64), {"blocks": 128}),
+    ("sm90", "float16", (2, 4, 2, 150, 300, 96, 96), {"window": (40, 3), "sink": True, "softcap": 5.0}),
+    ("sm90", "bfloat16", (1, 2, 1, 130, 270, 192, 128), {"bias": True, "causal": "top_left"}),
+    ("sm90", "float16", (1, 2, 2, 70, 150, 64, 64), {"allowed": True, "accuracy": "high"}),
+    ("sm90", "bfloat16", (1, 2, 2, 200, 200, 128, 128), {"packed": True, "causal": "bottom_right"}),
     ("decode", "bfloat16", (2, 4, 1, 3, 1100, 64, 64), {"causal": "bottom_right", "sink": True}),
     ("decode", "float16", (1, 2, 2, 5, 70, 20, 50), {"window": (40, 3), "softcap": 5.0}),
     ("mma", "bfloat16", (1, 2, 2, 129, 65, 64, 64), {"window": (40, 3)}),
@@ -29,6 +33,9 @@ CALLS = [
 ]
 BACKWARD = [
     # impl, dtype, (b, h, h_kv, n_q, n_k, d_k, d_v), options
+    ("sm90", "bfloat16", (1, 2, 1, 129, 270, 128, 128), {"causal": "bottom_right"}),
+    ("sm90", "float16", (2, 2, 2, 70, 150, 64, 64), {"window": (20, None)}),
+    ("sm90", "bfloat16", (1, 4, 2, 200, 300, 96, 72), {"deterministic": False}),
     ("mma", "bfloat16", (1, 2, 1, 129, 70, 128, 128), {"causal": "bottom_right"}),
     ("mma", "float16", (1, 2, 2, 33, 150, 20, 50), {"softcap": 5.0, "bias": (1, 2, 33, 150)}),
     ("simt", "bfloat16", (1, 2, 1, 70, 90, 64, 64), {"window": (20, None), "bias": (1, 1, 1, 90)}),
@@ -136,6 +143,7 @@ def run_backward(cupy, impl, dtype, shape, options):
     b, h, h_kv, n_q, n_k, d_k, d_v = shape
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     rng, wholes, given = np.random.default_rng(0), [], dict(options)
+    ordered = given.pop("deterministic", True)
 
     def make(size):
         return bordered(cupy, size, kind, rng.standard_normal(size).astype(kind))[0]
@@ -153,7 +161,7 @@ def run_backward(cupy, impl, dtype, shape, options):
         return inner, view(inner, "out")
 
     module.empty = empty
-    found = module.attention_backward(q, k, v, out, lse, dout, impl=impl, **given)
+    found = module.attention_backward(q, k, v, out, lse, dout, impl=impl, deterministic=ordered, **given)
     cupy.cuda.get_current_stream().synchronize()
     assert len(wholes) == len(found) == 3 + ("bias" in given)
     assert not any(bool(cupy.isnan(inner.astype(np.float32)).any()) for inner, _ in wholes), "not written"

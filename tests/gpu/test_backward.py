@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, check_kernel, check_problem
 from refattn.check.kernels import KERNELS as ENTRIES
-from refattn.gpu.backward_kernels import KERNELS, SIMT, pass_of, support
+from refattn.gpu.backward_kernels import KERNELS, SIMT, hopper_plan, pass_of, support
 from refattn.gpu.plan import pick
 
 from ..conftest import tensor
@@ -41,7 +41,15 @@ def passes():
                     yield f"{name} {dtype} {d} {which} {options}", KERNELS[name].source(plan.macros), plan.shared_bytes
 
 
-PASSES = list(passes())
+def hopper():
+    """Return (name, text, shared bytes) of Hopper's kernel: types, widths, orders of sums."""
+    for i, (d, causal, ordered) in enumerate((d, c, o) for d in (64, 128) for c in (None, "top_left") for o in (0, 1)):
+        call = replace(PLAIN, dtype=("float16", "bfloat16")[i % 2], d_k=d, d_v=d, causal=causal)
+        plan = hopper_plan(call, bool(ordered))
+        yield f"sm90 {d} {causal} {ordered}", plan.kernel.source(plan.macros), plan.shared_bytes
+
+
+PASSES = [*passes(), *hopper()]
 PASSES += [(f"support {t}", support(t, t, t), 0) for t in ("float16", "bfloat16", "float32", "float64")]
 
 
@@ -53,7 +61,18 @@ def test_every_pass_compiles_without_spills(tmp_path, name, text, shared):
 
 
 def test_which_kernel_runs():
-    assert pick(KERNELS, PLAIN, None, (9, 0))[0] == "mma"
+    assert pick(KERNELS, PLAIN, None, (9, 0))[0] == "sm90"
+    assert pick(KERNELS, replace(PLAIN, window=(3, None), sink=True, causal="top_left"), None, (9, 0))[0] == "sm90"
+    assert pick(KERNELS, PLAIN, None, (8, 0))[0] == "mma"
+    for changed, text in (
+        ({"softcap": True, "packed": True}, "does not take softcap, cu_seqlens backward"),
+        ({"d_k": 60}, "takes head dims that are multiples of 8 up to 128 backward, got 60 and 64"),
+        ({"mapped": False}, "takes rows that begin at multiples of 16 bytes, at strides above 0"),
+        ({"n_k": 0}, r"takes 1 to 2\*\*29 - 1 rows and keys backward, got 128 and 0"),
+        ({"dtype": "float32"}, "takes float16 and bfloat16, got float32"),
+    ):
+        with pytest.raises(UnsupportedProblem, match=f"gpu: the kernel sm90 {text}"):
+            pick(KERNELS, replace(PLAIN, **changed), "sm90", (9, 0))
     assert pick(KERNELS, replace(PLAIN, dtype="float32"), None, (9, 0))[0] == "simt"
     assert pick(KERNELS, replace(PLAIN, d_k=136), None, (9, 0))[0] == "simt"
     with pytest.raises(UnsupportedProblem, match="gpu: the kernel mma takes head dims up to 128 backward, got 136 and"):
@@ -62,8 +81,8 @@ def test_which_kernel_runs():
         UnsupportedProblem, match="gpu: the kernel mma takes a block mask or packed sequences, got both"
     ):
         pick(KERNELS, replace(PLAIN, blocks=(4, 4), packed=True), "mma", (9, 0))
-    with pytest.raises(InvalidInput, match="impl: got 'sm90', expected one of mma, simt"):
-        pick(KERNELS, PLAIN, "sm90", (9, 0))
+    with pytest.raises(InvalidInput, match="impl: got 'sm80', expected one of sm90, mma, simt"):
+        pick(KERNELS, PLAIN, "sm80", (9, 0))
     assert SIMT.obstacle(PLAIN, (9, 0)) == ""
 
 
@@ -184,6 +203,29 @@ def test_the_same_bits_each_time(torch, impl):
     only = attention_backward(q, k, v, out, lse, dout, **options, wanted=["dv"])
     assert list(only) == ["dv"]
     assert torch.equal(only["dv"], first["dv"])
+
+
+@gpu
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("options", [{}, {"causal": "bottom_right"}, {"causal": "top_left", "window": (200, None)}])
+def test_sums_in_one_order_and_in_any(torch, d, options):
+    from refattn.gpu import attention, attention_backward
+
+    torch.manual_seed(0)
+    q, dout = (torch.randn(2, 4, 1100, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(2, 2, 1500, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out, lse = attention(q, k, v, return_lse=True, **options)
+    first = attention_backward(q, k, v, out, lse, dout, impl="sm90", **options)
+    for _ in range(5):
+        again = attention_backward(q, k, v, out, lse, dout, impl="sm90", **options)
+        assert all(torch.equal(first[n], again[n]) for n in first)
+    for other in (
+        attention_backward(q, k, v, out, lse, dout, impl="sm90", deterministic=False, **options),
+        attention_backward(q, k, v, out, lse, dout, impl="mma", **options),
+    ):
+        assert all(float((first[n] - other[n]).norm() / other[n].norm()) < 2**-8 for n in first)
+    only = attention_backward(q, k, v, out, lse, dout, impl="sm90", wanted=["dq"], **options)
+    assert torch.equal(only["dq"], first["dq"])
 
 
 @gpu

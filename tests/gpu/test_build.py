@@ -44,6 +44,7 @@ OPTIONS = (
     {"blocks": (128, 128)},
     {"blocks": (40, 40), "allowed": True, "bias": "own", "softcap": True, "window": (3, 3), "sink": True},
 )
+MANY = {"bias": "bfloat16", "softcap": True, "window": (3, 3), "sink": True, "causal": None}
 MOST = 232448  # bytes of shared memory that a block of sm_90 may have
 
 
@@ -56,7 +57,8 @@ def calls():
             changed = replace(c, causal=causal, accuracy=ACCURACIES[i], blocks=(None, (128, 128))[j])
             yield "sm90", replace(changed, dtype=("float16", "bfloat16")[(i + j + (causal is None)) % 2])
         for i, options in enumerate(OPTIONS):
-            for kernel, dtypes in (("mma", ("float16", "bfloat16")), ("simt", ("float32", "float64", "bfloat16"))):
+            narrow = ("float16", "bfloat16")
+            for kernel, dtypes in (("sm90", narrow), ("mma", narrow), ("simt", ("float32", "float64", "bfloat16"))):
                 dtype, accuracy = dtypes[i % len(dtypes)], ACCURACIES[i % 2]
                 own = {"bias": dtype} if options.get("bias") == "own" else {}
                 own |= {"bias": "float64"} if dtype == "float64" and "bias" in options else {}
@@ -64,6 +66,9 @@ def calls():
                 if not KERNELS[kernel].obstacle(call, (9, 0)):
                     yield kernel, call
         yield from (("simt", replace(c, dtype=t)) for t in ("float32", "float64"))
+    for d_k, d_v in ((96, 96), (192, 192), (192, 128), (64, 256)):
+        c = replace(PLAIN, d_k=d_k, d_v=d_v, causal="bottom_right")
+        yield from (("sm90", x) for x in (c, replace(c, **MANY), replace(c, accuracy="high", allowed=True)))
 
 
 CALLS = list(calls())

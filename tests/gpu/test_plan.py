@@ -16,10 +16,14 @@ def problem(dtype="float16", d=64, d_v=None, n_q=100, n_k=300, **options):
 def test_what_runs_and_why():
     p = plan(problem("bfloat16", causal="bottom_right"), accuracy="high")
     few = "the kernel decode takes 1 to 16 queries, got 100"
-    assert (p.impl, p.why) == ("sm90", f"bfloat16 on Hopper's tensor cores, head dim 64 in tiles of 64; {few}")
-    assert (p.macros["BF16"], p.macros["CAUSAL"], p.macros["HIGH"]) == (1, 1, 1)
-    for d, width in ((8, 64), (72, 128), (128, 128), (192, 256)):
-        assert plan(problem(d=d)).macros["HEAD_DIM"] == width
+    assert (p.impl, p.why) == ("sm90", f"bfloat16 on Hopper's tensor cores, head dims 64 and 64 in tiles of 64; {few}")
+    assert (p.macros["BF16"], p.macros["RIGHT"], p.macros["LEFT"], p.macros["HIGH"]) == (1, 1, 0, 1)
+    for d, width in ((8, 64), (72, 96), (128, 128), (192, 192), (200, 256)):
+        m = plan(problem(d=d)).macros
+        assert (m["WIDTH_K"], m["WIDTH_V"], m["STEPS_K"]) == (width, width, -(-d // 16))
+    p = plan(problem(d=192, d_v=128, window=(10, 0), softcap=2.0))
+    assert p.why.startswith("float16 on Hopper's tensor cores, head dims 192 and 128 in tiles of 192 and 128; ")
+    assert [p.macros[n] for n in ("RIGHT", "LEFT", "SOFTCAP")] == [1, 1, 1]
     p = plan(problem("float32"))
     assert p.impl == "simt"
     assert p.why == (
@@ -27,10 +31,11 @@ def test_what_runs_and_why():
         "the kernel sm90 takes float16 and bfloat16, got float32; "
         "the kernel mma takes float16 and bfloat16, got float32"
     )
-    p = plan(problem(window=(10, 0)))
+    p = plan(problem(d=60))
     assert (p.impl, p.why) == (
         "mma",
-        f"float16 on tensor cores by mma.sync; {few}; the kernel sm90 does not take window",
+        f"float16 on tensor cores by mma.sync; {few}; "
+        "the kernel sm90 takes head dims that are multiples of 8 up to 256, got 60 and 60",
     )
     assert plan(problem(), capability=(8, 0)).impl == "mma"
     assert plan(problem(), capability=(7, 0)).impl == "simt"
@@ -41,13 +46,21 @@ def test_what_runs_and_why():
     ("given", "more", "text"),
     [
         ({"dtype": "float32"}, {}, "sm90 takes float16 and bfloat16, got float32"),
-        ({"d": 60}, {}, "sm90 takes equal head dims, multiples of 8 up to 256, got 60 and 60"),
-        ({"d_v": 128}, {}, "sm90 takes equal head dims, multiples of 8 up to 256, got 64 and 128"),
-        ({"scale": 0.0}, {}, "sm90 takes a scale above 0"),
-        ({"causal": "top_left"}, {}, "sm90 takes causal='top_left' only with n_q = n_k, got 100 and 300"),
+        ({"d": 60}, {}, "sm90 takes head dims that are multiples of 8 up to 256, got 60 and 60"),
+        ({"d_v": 260}, {}, "sm90 takes head dims that are multiples of 8 up to 256, got 64 and 260"),
+        ({"bias": np.zeros((1, 1, 1, 1))}, {}, "sm90 takes a bias of float16 or float32, got float64"),
         ({}, {"capability": (8, 0)}, "sm90 needs compute capability 9.0, got 8.0"),
         ({"n_k": 0}, {}, "sm90 needs at least one key"),
-        ({"softcap": 2.0, "window": (3, 3)}, {}, "sm90 does not take window, softcap"),
+        (
+            {"softcap": 2.0, "window": (3, 3)},
+            {"block_mask": (1, 3, 128, 128)},
+            "sm90 takes block masks without window, softcap",
+        ),
+        (
+            {"d": 96},
+            {"block_mask": (1, 3, 128, 128)},
+            "sm90 takes block masks with equal head dims in tiles of 64, 128 or 256, got 96 and 96",
+        ),
         (
             {},
             {"block_mask": (2, 5, 64, 64)},

@@ -1,0 +1,66 @@
+"""How far weights repeat: equal weights are rounded alike, so that errors of many rows add up like one."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...exact.arithmetics import Floats
+from ...exact.run import run
+from ...problem import Problem
+from ..inputs.sample import separate
+
+__all__ = ["independent_share"]
+
+KEYS = 1024
+"""Most keys that are all looked at; of more, `SOME` are."""
+SOME = 64
+FINER = 3
+"""Bits beyond the format's: weights that agree in them are rounded alike."""
+
+
+def independent_share(problem: Problem, precision: int) -> float:
+    """Return which share of a call's rows have roundings of weights that do not depend on each other's.
+
+    For each key, rows of one key head whose weights agree make the same error; weights that are exact make none. What
+    is returned is the variance of a sum of the errors, if all were independent, over that of the sum in which equal
+    ones are equal. Kernels round weights over the largest of a row, over their sum, or over that of them and the sink:
+    the least share counts.
+
+    Parameters
+    ----------
+    problem : Problem
+        A call with NumPy arrays.
+    precision : int
+        Of the format that weights are rounded to, in bits.
+
+    Returns
+    -------
+    float
+        Above 0, at most 1; 1 where the call has no weights that stand alone.
+    """
+    p = problem
+    if not separate(p.variant, p.options) or 0 in (p.batch, p.n_q, p.n_k):
+        return 1.0
+    keys = np.arange(p.n_k) if p.n_k <= KEYS else np.linspace(0, p.n_k - 1, SOME).astype(int)
+    value = np.zeros((p.batch, p.heads_kv, p.n_k, len(keys)), p.value.dtype)
+    value[:, :, keys, np.arange(len(keys))] = 1
+    with np.errstate(all="ignore"):
+        weights = np.nan_to_num(np.abs(run(p.replace(value=value), Floats(np.float64))["out"]), posinf=0.0)
+        units = (weights.max(3, keepdims=True), weights.sum(3, keepdims=True), np.ones(1))
+        return min(_share(weights, weights / np.where(unit > 0, unit, 1), p.heads_kv, precision) for unit in units)
+
+
+def _share(weights: NDArray[np.float64], rounded: NDArray[np.float64], heads_kv: int, precision: int) -> float:
+    """Return the share for weights that are rounded over some unit."""
+    b, h, _, n = weights.shape
+    part, power = np.frexp(rounded)
+    near = np.round(np.ldexp(part, precision + FINER)).astype(np.int64)
+    group = np.arange(b * heads_kv).reshape(b, heads_kv, 1, 1) * n + np.arange(n)
+    group = np.repeat(group, h // heads_kv, 1) + np.zeros(weights.shape, np.int64)
+    inexact = (weights > 0) & (np.ldexp(part, precision) % 1 != 0)
+    if not inexact.any():
+        return 1.0
+    _, place = np.unique([x[inexact] for x in (group, power.astype(np.int64), near)], axis=1, return_inverse=True)
+    some = weights[inexact]
+    return float(np.square(some).sum() / np.square(np.bincount(place.ravel(), some)).sum())

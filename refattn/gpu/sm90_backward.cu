@@ -1,0 +1,342 @@
+// Attention backward for NVIDIA Hopper (sm_90a): dq, dk and dv of 16-bit inputs, five products, float32 accumulation.
+//
+//   P = exp(S - lse), dP = dout V^T, dS = P (dP - delta), delta = dout . out - dlse (backward.cu)
+//   dv = P^T dout, dk = scale dS^T q, dq = scale dS k
+//
+// Steps
+//  1. `statistics`: lse (base 2) and delta of a row side by side, rows filled up to whole tiles; sums of dq set to 0.
+//  2. `backward`: a block owns BLOCK_N keys of a key head: two consumer warpgroups of 64 keys each. The producer (one
+//     thread) copies K and V once, then walks the tiles of BLOCK_M rows that see them, of all heads of the group: q,
+//     dout and statistics come into a ring of STAGES slots by the bulk tensor copy engine.
+//  3. A consumer computes S^T = K q^T and dP^T = V dout^T, whose accumulators are P^T and dS^T: the A operands of
+//     dv += P^T dout and dk += dS^T q, which stay in registers to the end.
+//  4. dS^T goes to shared memory, too (two buffers, one barrier a tile): dq = dS K needs the keys of both. Each consumer
+//     computes its half: of the columns where BLOCK_M is 64, of the rows where it is 128.
+//  5. That half (16 KiB of float32) goes to shared memory and from there to the sums of dq in device memory, by one bulk
+//     copy that adds. A warp of the producer's warpgroup does it. ORDERED: in the order of the blocks of keys, which a
+//     counter for each half tile keeps: the same bits each time. Causal blocks then come last first, as each row tile's
+//     last keys get there first.
+//  6. `convert`: dq from its sums, rounded once.
+//  7. Hidden keys: P and dS are 0 there; K and V behind the last key are. 0 * NaN is NaN: results that are not finite
+//     are marked in `redo`, by 16 rows or keys, and simt_backward.cu computes them anew.
+//
+// Macros: BF16 0 | 1; WIDTH 64 | 128 (d_k, d_v filled up; multiples of 8), BLOCK_M 128 | 64 (the first where WIDTH is
+// 64), STAGES, ORDERED 0 | 1, LAST_FIRST 0 | 1. BLOCK_N is 128. The wgmma wrappers scores_first, scores_next (A, B from
+// shared memory), add_rows (A from registers) and query_first, query_next (A and B with rows along the contraction) are
+// generated text (sm90_backward.py).
+//
+// Launch: statistics: grid any, block 256; backward: grid ceil(n_k / 128) * h_kv * b, block 384, shared memory
+// sm90_backward.shared_bytes; convert: grid b * h * row tiles * 2, block 128.
+
+#include "hopper.cuh"
+#include "backward.cuh"
+
+constexpr int BLOCK_N = 128, NS = BLOCK_M / 2, NO = WIDTH / 2, NQ = 32;
+constexpr u32 KV_BYTES = BLOCK_N * WIDTH * 2, Q_BYTES = BLOCK_M * WIDTH * 2, S_BYTES = BLOCK_N * BLOCK_M * 2,
+              HALF_BYTES = 16384, STATS_BYTES = BLOCK_M * 8, ARRIVALS = 8;
+constexpr u32 OFFSET_V = KV_BYTES, OFFSET_Q = 2 * KV_BYTES, OFFSET_DOUT = OFFSET_Q + STAGES * Q_BYTES,
+              OFFSET_DS = OFFSET_DOUT + STAGES * Q_BYTES, OFFSET_DQ = OFFSET_DS + 2 * S_BYTES,
+              OFFSET_STATS = OFFSET_DQ + 2 * HALF_BYTES, OFFSET_BARRIERS = OFFSET_STATS + STAGES * STATS_BYTES;
+constexpr u32 FULL_KV = 0, FULL_Q = 8, FULL_DOUT = FULL_Q + 8 * STAGES, EMPTY = FULL_DOUT + 8 * STAGES,
+              WORK = (EMPTY + 8 * STAGES + 15) / 16 * 16, PLACE = WORK + 16 * STAGES;
+enum Barrier { SHARED_DS = 1, FULL_DQ = 2, EMPTY_DQ = 4 };        // the last two: and one further for the second half
+constexpr float LOG2E = 1.4426950408889634f;
+
+// stats: (lse base 2, delta) by row, `rows` of a head; sums: of dq, in tiles of BLOCK_M rows, halves, and the order of
+// accumulators; turns: blocks of keys that were added to a half tile
+struct Sums { float2* stats; float* sums; unsigned* turns; unsigned char* redo_rows; unsigned char* redo_keys; int rows; };
+
+// (wgmma wrappers)
+
+template <int COLUMNS> DEVICE void copy_rows(u32 to, const TensorMap* map, u32 bar, int rows, int row, int head, int batch) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 64; i++)
+        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+                     "%4, %5, %6}], [%2];" ::"r"(to + i * rows * 128), "l"(map), "r"(bar), "r"(64 * i), "r"(row),
+                     "r"(head), "r"(batch) : "memory");
+}
+DEVICE void sync(int barrier, int count) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory"); }
+DEVICE void arrive(int barrier, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(count) : "memory"); }
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+extern "C" __global__ void statistics(const __grid_constant__ Params p, const __grid_constant__ Sums z) {
+    const long long lines = (long long)p.b * p.h * z.rows, step = (long long)gridDim.x * 256,
+                    words = lines * (WIDTH / 4);
+    const long long first = blockIdx.x * 256ll + threadIdx.x;
+    for (long long at = first; at < lines; at += step) {
+        const int i = at % z.rows, head = at / z.rows % p.h, batch = at / z.rows / p.h;
+        float2 x = make_float2(INFINITY_F, 0.f);                  // a row without keys, or none: P is 0
+        if (i < p.n_q) {
+            const float lse = ((const float*)p.lse.data)[batch * p.lse.b + head * p.lse.h + i * p.lse.n];
+            if (lse != -INFINITY_F) x.x = lse * LOG2E;
+            x.y = ((const float*)p.delta.data)[batch * p.delta.b + head * p.delta.h + i];
+        }
+        z.stats[at] = x;
+    }
+    for (long long at = first; at < words; at += step) ((float4*)z.sums)[at] = make_float4(0.f, 0.f, 0.f, 0.f);
+}
+
+DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k, const TensorMap* map_v, const TensorMap* map_dout,
+                    u32 shared, const Params& p, const Sums& z, int batch, int head_kv, int n)
+{
+    const u32 bars = shared + OFFSET_BARRIERS;
+    const int x0 = n * BLOCK_N, group = p.h / p.h_kv;
+    barrier_expect(bars + FULL_KV, 2 * KV_BYTES);
+    copy_rows<WIDTH>(shared, map_k, bars + FULL_KV, BLOCK_N, x0, head_kv, batch);
+    copy_rows<WIDTH>(shared + OFFSET_V, map_v, bars + FULL_KV, BLOCK_N, x0, head_kv, batch);
+    const int2 range = rows_of(p.granule_rows, x0, BLOCK_N, p.n_k);
+    Ring<STAGES> slot;
+    auto put_work = [&](int row, int head, int masked, int turn) {
+        barrier_wait(bars + EMPTY + 8 * slot.stage, slot.phase ^ 1);
+        store_four(bars + WORK + 16 * slot.stage, row, head, masked, turn);
+    };
+    if (range.y >= range.x)
+        for (int head = head_kv * group; head < (head_kv + 1) * group; head++)
+            for (int row = range.x / BLOCK_M * BLOCK_M; row <= range.y; row += BLOCK_M) {
+                const int4 keys = keys_of(p.granule_keys, row, BLOCK_M, p.n_q);
+                if (keys.x > x0 + BLOCK_N - 1 || keys.w < x0) continue;
+                const int turn = LAST_FIRST ? keys.w / BLOCK_N - n : n - keys.x / BLOCK_N;
+                put_work(row, head, !(keys.y <= x0 && keys.z >= x0 + BLOCK_N - 1), turn);
+                const u32 full = bars + FULL_Q + 8 * slot.stage, full_dout = bars + FULL_DOUT + 8 * slot.stage,
+                          stats = shared + OFFSET_STATS + slot.stage * STATS_BYTES;
+                barrier_expect(full, Q_BYTES + STATS_BYTES);
+                copy_rows<WIDTH>(shared + OFFSET_Q + slot.stage * Q_BYTES, map_q, full, BLOCK_M, row, head, batch);
+                const float2* from = z.stats + ((long long)batch * p.h + head) * z.rows + row;
+                asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                             ::"r"(stats), "l"(from), "r"(STATS_BYTES), "r"(full) : "memory");
+                barrier_expect(full_dout, Q_BYTES);
+                copy_rows<WIDTH>(shared + OFFSET_DOUT + slot.stage * Q_BYTES, map_dout, full_dout, BLOCK_M, row, head,
+                                 batch);
+                slot.advance();
+            }
+    put_work(-1, 0, 0, 0);
+    barrier_arrive(bars + FULL_Q + 8 * slot.stage);
+}
+
+// A warp adds one consumer's halves of dq to their sums.
+DEVICE void add_halves(u32 shared, const Params& p, const Sums& z, int batch, int half) {
+    const u32 bars = shared + OFFSET_BARRIERS, from = shared + OFFSET_DQ + half * HALF_BYTES;
+    for (;;) {
+        arrive(EMPTY_DQ + half, 160);
+        sync(FULL_DQ + half, 160);
+        const uint4 w = load_four(bars + PLACE + 16 * half);
+        if ((int)w.x < 0) return;
+        if (threadIdx.x % 32 == 0) {
+            const long long at = (((long long)batch * p.h + w.y) * (z.rows / BLOCK_M) + w.x / BLOCK_M) * 2 + half;
+#if ORDERED
+            unsigned turn;
+            do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(turn) : "l"(z.turns + at) : "memory");
+            while (turn != w.w);
+            asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+            asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
+                         ::"l"(z.sums + at * (HALF_BYTES / 4)), "r"(from), "r"(HALF_BYTES) : "memory");
+            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#if ORDERED
+            asm volatile("cp.async.bulk.wait_group 0;\nfence.proxy.async;" ::: "memory");
+            asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(z.turns + at) : "memory");
+#else
+            asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+        }
+        __syncwarp();
+    }
+}
+
+// 64 rows of S^T or dP^T: of a, by the columns of b
+DEVICE void product(float (&s)[NS], u64 a, u64 b) {
+#pragma unroll
+    for (int i = 0; i < WIDTH / 16; i++) {
+        const u64 da = a + (((i / 4) * BLOCK_N * 128 + (i % 4) * 32) >> 4),
+                  db = b + (((i / 4) * BLOCK_M * 128 + (i % 4) * 32) >> 4);
+        if (i == 0) scores_first(s, da, db);
+        else scores_next(s, da, db);
+    }
+    wgmma_commit();
+}
+// dv or dk += w b, b: BLOCK_M rows
+DEVICE void gather(float (&total)[NO], const u32 (&w)[NS / 2], u64 b) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_M / 16; i++)
+        add_rows(total, w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3], b + ((i * 2048) >> 4));
+    wgmma_commit();
+}
+
+DEVICE void consume(u32 shared, const Params& p, const Sums& z, int batch, int head_kv, int n) {
+    const u32 bars = shared + OFFSET_BARRIERS;
+    const int half = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, lane = threadIdx.x % 32, lane4 = lane % 4,
+              warp = threadIdx.x / 32 % 4, my_key = half * 64 + warp * 16 + lane / 4;           // and my_key + 8
+    const float scale2 = (float)p.scale * LOG2E;
+    const u64 desc_k = descriptor(shared + half * 8192, 16), desc_v = descriptor(shared + OFFSET_V + half * 8192, 16),
+              desc_columns = descriptor(shared + (BLOCK_M == 64 ? half * BLOCK_N * 128 : 0), 16);   // K for dq
+    float dk[NO], dv[NO];
+#pragma unroll
+    for (int i = 0; i < NO; i++) dk[i] = dv[i] = 0.f;
+    Ring<STAGES> slot;
+    // row i sees keys i + low .. i + high; no sum passes 2^31: lengths are below 2^29
+    const long long corner = p.causal == 1 ? 0 : p.n_k - p.n_q, far = 1 << 29;
+    const int key = n * BLOCK_N + my_key, low = (int)max(p.left < 0 ? -far : corner - p.left, -far),
+              high = (int)min(p.causal ? corner : p.right < 0 ? far : corner + p.right, far);
+    int buffer = 0;
+    barrier_wait(bars + FULL_KV, 0);
+    for (;;) {
+        barrier_wait(bars + FULL_Q + 8 * slot.stage, slot.phase);
+        const uint4 w = load_four(bars + WORK + 16 * slot.stage);
+        if ((int)w.x < 0) break;
+        float s[NS], g[NS];
+        u32 weights[NS / 2], slopes[NS / 2];
+        const u32 q = shared + OFFSET_Q + slot.stage * Q_BYTES, dout = shared + OFFSET_DOUT + slot.stage * Q_BYTES,
+                  stats = shared + OFFSET_STATS + slot.stage * STATS_BYTES + 16 * lane4;
+        wgmma_fence();
+        product(s, desc_k, descriptor(q, 16));
+        barrier_wait(bars + FULL_DOUT + 8 * slot.stage, slot.phase);
+        wgmma_fence();
+        product(g, desc_v, descriptor(dout, 16));
+        wgmma_wait<1>();
+        pin(s);
+#pragma unroll
+        for (int i = 0; i < NS; i += 4) {
+            const uint4 x = load_four(stats + 16 * i);
+            const float first = __uint_as_float(x.x), second = __uint_as_float(x.z);
+            s[i] = exp2_fast(fmaf(s[i], scale2, -first)), s[i + 1] = exp2_fast(fmaf(s[i + 1], scale2, -second));
+            s[i + 2] = exp2_fast(fmaf(s[i + 2], scale2, -first)), s[i + 3] = exp2_fast(fmaf(s[i + 3], scale2, -second));
+        }
+        if (w.z) {                                        // some key is hidden from some row
+            // a row that is c further than the thread's first column sees keys c + from .. c + to, from its first key
+            const int from = low + (int)w.x + 2 * lane4 - key, to = high + (int)w.x + 2 * lane4 - key;
+#pragma unroll
+            for (int i = 0; i < NS; i++) {
+                const int c = 8 * (i / 4) + i % 2, at = i / 2 % 2 * 8;
+                if (at < c + from || at > c + to) s[i] = 0.f;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < NS / 2; i++) weights[i] = pack(s[2 * i], s[2 * i + 1]);
+        wgmma_wait<0>();
+        pin(g);
+        wgmma_fence();
+        gather(dv, weights, descriptor(dout, BLOCK_M * 128));
+#pragma unroll
+        for (int i = 0; i < NS; i += 4) {
+            const uint4 x = load_four(stats + 16 * i);
+            const float first = __uint_as_float(x.y), second = __uint_as_float(x.w);
+            slopes[i / 2] = pack(s[i] * (g[i] - first), s[i + 1] * (g[i + 1] - second));
+            slopes[i / 2 + 1] = pack(s[i + 2] * (g[i + 2] - first), s[i + 3] * (g[i + 3] - second));
+        }
+        const u32 ds = shared + OFFSET_DS + buffer * S_BYTES;
+        buffer ^= 1;
+#pragma unroll
+        for (int i = 0; i < BLOCK_M / 16; i++) {
+            const int chunk = 2 * i + lane / 16;              // of the row whose address the lane gives
+            const u32 to = ds + chunk / 8 * (BLOCK_N * 128) + (my_key / 16 * 16 + lane % 16) * 128
+                + ((chunk % 8) ^ (lane % 8)) * 16;
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+                         "r"(slopes[4 * i]), "r"(slopes[4 * i + 1]), "r"(slopes[4 * i + 2]), "r"(slopes[4 * i + 3])
+                         : "memory");
+        }
+        fence_async();
+        sync(SHARED_DS, 256);
+        float dq[NQ];
+        const u64 a = descriptor(ds + (BLOCK_M == 128 ? half * BLOCK_N * 128 : 0), 16);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 16; i++) {
+            const u64 da = a + ((i * 2048) >> 4), db = desc_columns + ((i * 2048) >> 4);
+            if (i == 0) query_first(dq, da, db);
+            else query_next(dq, da, db);
+        }
+        wgmma_commit();
+        wgmma_fence();
+        gather(dk, slopes, descriptor(q, BLOCK_M * 128));
+        wgmma_wait<1>();
+        pin(dq);
+        pin(dv);
+        sync(EMPTY_DQ + half, 160);
+        const u32 to = shared + OFFSET_DQ + half * HALF_BYTES + 16 * (threadIdx.x % 128);
+#pragma unroll
+        for (int i = 0; i < NQ; i += 4)
+            store_four(to + 512 * i, __float_as_int(dq[i]), __float_as_int(dq[i + 1]), __float_as_int(dq[i + 2]),
+                       __float_as_int(dq[i + 3]));
+        if (threadIdx.x % 128 == 0) store_four(bars + PLACE + 16 * half, w.x, w.y, w.z, w.w);
+        fence_async();
+        arrive(FULL_DQ + half, 160);
+        wgmma_wait<0>();
+        pin(dk);
+        if (lane == 0) barrier_arrive(bars + EMPTY + 8 * slot.stage);
+        slot.advance();
+    }
+    sync(EMPTY_DQ + half, 160);
+    if (threadIdx.x % 128 == 0) store_four(bars + PLACE + 16 * half, -1, 0, 0, 0);
+    arrive(FULL_DQ + half, 160);
+
+    auto rows_in = [&](const Array& x, u16* (&to)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            to[r] = x.data && key + 8 * r < p.n_k
+                ? (u16*)x.data + batch * x.b + head_kv * x.h + (long long)(key + 8 * r) * x.n : nullptr;
+    };
+    u16* to[2];
+    const float by[2] = {(float)p.scale, (float)p.scale}, one[2] = {1.f, 1.f};
+    rows_in(p.dk, to);
+    store_rows(to, dk, by, p.d_k, lane4);
+    rows_in(p.dv, to);
+    store_rows(to, dv, one, p.d_v, lane4);
+    float zero = 0.f;                                     // 0 * x is 0, or NaN
+#pragma unroll
+    for (int i = 0; i < NO; i++) zero = fmaf(dk[i], 0.f, fmaf(dv[i], 0.f, zero));
+    if (z.redo_keys && zero != 0.f && key < p.n_k)        // key + 8 is of the same granule
+        z.redo_keys[((long long)batch * p.h_kv + head_kv) * ((p.n_k + GRANULE - 1) / GRANULE) + key / GRANULE] = 1;
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    backward(const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,
+             const __grid_constant__ TensorMap map_v, const __grid_constant__ TensorMap map_dout,
+             const __grid_constant__ Params p, const __grid_constant__ Sums z)
+{
+    extern __shared__ char memory[];
+    const u32 shared = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
+    const int blocks = (p.n_k + BLOCK_N - 1) / BLOCK_N, pair = blockIdx.x / blocks, batch = pair / p.h_kv,
+              head_kv = pair % p.h_kv, n = LAST_FIRST ? blocks - 1 - blockIdx.x % blocks : blockIdx.x % blocks;
+    if (threadIdx.x == 0) {
+        const u32 bars = shared + OFFSET_BARRIERS;
+        barrier_init(bars + FULL_KV, 1);
+        barriers_init(bars + FULL_Q, bars + EMPTY, STAGES, ARRIVALS);
+        for (int i = 0; i < STAGES; i++) barrier_init(bars + FULL_DOUT + 8 * i, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x == 0) produce(&map_q, &map_k, &map_v, &map_dout, shared, p, z, batch, head_kv, n);
+        else if (threadIdx.x >= 32 && threadIdx.x < 96) add_halves(shared, p, z, batch, threadIdx.x / 32 - 1);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        consume(shared, p, z, batch, head_kv, n);
+    }
+}
+
+extern "C" __global__ void convert(const __grid_constant__ Params p, const __grid_constant__ Sums z) {
+    const int half = blockIdx.x % 2, tiles = z.rows / BLOCK_M, tile = blockIdx.x / 2 % tiles,
+              head = blockIdx.x / 2 / tiles % p.h, batch = blockIdx.x / 2 / tiles / p.h, lane = threadIdx.x % 32,
+              lane4 = lane % 4;
+    const int row = tile * BLOCK_M + (BLOCK_M == 128 ? half * 64 : 0) + threadIdx.x / 32 * 16 + lane / 4,
+              column = BLOCK_M == 64 ? half * 64 : 0;
+    const float4* from = (const float4*)z.sums + blockIdx.x * (HALF_BYTES / 16ll) + threadIdx.x;
+    float dq[NQ], zero = 0.f;
+#pragma unroll
+    for (int i = 0; i < NQ; i += 4) {
+        const float4 x = from[32 * i];
+        dq[i] = x.x, dq[i + 1] = x.y, dq[i + 2] = x.z, dq[i + 3] = x.w;
+        zero = fmaf(x.x, 0.f, fmaf(x.y, 0.f, fmaf(x.z, 0.f, fmaf(x.w, 0.f, zero))));
+    }
+    u16* to[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+        to[r] = row + 8 * r < p.n_q ? (u16*)p.dq.data + batch * p.dq.b + head * p.dq.h + (row + 8ll * r) * p.dq.n + column
+                                    : nullptr;
+    const float by[2] = {(float)p.scale, (float)p.scale};
+    store_rows(to, dq, by, p.d_k - column, lane4);
+    if (z.redo_rows && zero != 0.f && row < p.n_q)
+        z.redo_rows[((long long)batch * p.h + head) * ((p.n_q + GRANULE - 1) / GRANULE) + row / GRANULE] = 1;
+    if (ORDERED && threadIdx.x == 0) z.turns[blockIdx.x] = 0;        // ready for the next call
+}

@@ -1,0 +1,100 @@
+"""The backward kernel for Hopper (sm90_backward.cu): wgmma, bulk tensor copies, dq by copies that add; its launches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from . import sm90
+from .build import text_of
+from .kernel import Call, Kernel
+from .views import View
+
+__all__ = ["KERNEL", "KEYS", "half_tiles", "macros_of", "maps", "padded_rows"]
+
+FILE = "sm90_backward.cu"
+WIDTHS = (64, 128)
+"""Head dims that it is compiled for; smaller ones are filled up with zeros."""
+KEYS = 128
+"""Keys that a block owns."""
+ROWS = {64: 128, 128: 64}
+"""Rows of a tile that passes by, by width."""
+
+
+def obstacle(call: Call, capability: tuple[int, int]) -> str:
+    """Return why the kernel cannot compute a call, "" where it can."""
+    if capability != (9, 0):
+        return f"needs compute capability 9.0, got {capability[0]}.{capability[1]}"
+    if call.dtype not in ("float16", "bfloat16"):
+        return f"takes float16 and bfloat16, got {call.dtype}"
+    if call.d_k % 8 or call.d_v % 8 or not 0 < max(call.d_k, call.d_v) <= WIDTHS[-1]:
+        return f"takes head dims that are multiples of 8 up to {WIDTHS[-1]} backward, got {call.d_k} and {call.d_v}"
+    if not call.mapped:
+        return "takes rows that begin at multiples of 16 bytes, at strides above 0"
+    names = {"packed": "cu_seqlens", "blocks": "block_mask"}
+    given = [names.get(n, n) for n in ("softcap", "bias", "allowed", "packed", "blocks") if getattr(call, n)]
+    if given:
+        return f"does not take {', '.join(given)} backward"
+    if not 0 < min(call.n_q, call.n_k) <= max(call.n_q, call.n_k) < 2**29:
+        return f"takes 1 to 2**29 - 1 rows and keys backward, got {call.n_q} and {call.n_k}"
+    return ""
+
+
+def why(call: Call) -> str:
+    """Return what the kernel is for."""
+    return f"{call.dtype} on Hopper's tensor cores"
+
+
+def macros(call: Call) -> dict[str, Any]:
+    """Return what the kernel is compiled with, but for the order of its sums."""
+    width = min(w for w in WIDTHS if w >= max(call.d_k, call.d_v))
+    return {"BF16": int(call.dtype == "bfloat16"), "WIDTH": width, "BLOCK_M": ROWS[width], "STAGES": 2}
+
+
+def macros_of(call: Call, deterministic: bool) -> dict[str, Any]:
+    """Return what the kernel is compiled with."""
+    last_first = deterministic and (call.causal is not None or (call.window or (None, None))[1] is not None)
+    return {**macros(call), "ORDERED": int(deterministic), "LAST_FIRST": int(last_first)}
+
+
+def shared_bytes(m: Mapping[str, Any]) -> int:
+    """Return the dynamic shared memory of a block, in bytes."""
+    keys, rows = 2 * KEYS * m["WIDTH"], 2 * m["BLOCK_M"] * m["WIDTH"]
+    slots = m["STAGES"] * (2 * rows + 8 * m["BLOCK_M"] + 40)
+    return int(1024 + 2 * keys + slots + 4 * KEYS * m["BLOCK_M"] + 2 * 16384 + 64)
+
+
+def source(m: Mapping[str, Any]) -> str:
+    """Return the kernel's text for some macros: its #defines, and the wgmma wrappers of its tiles."""
+    kind, memory = "bf16" if m["BF16"] else "f16", {"from_registers": False}
+    wrappers = (
+        sm90.wgmma("scores_first", m["BLOCK_M"], kind, first=True, **memory),
+        sm90.wgmma("scores_next", m["BLOCK_M"], kind, first=False, **memory),
+        sm90.wgmma("add_rows", m["WIDTH"], kind, first=False, from_registers=True, rows=True),
+        sm90.wgmma("query_first", 64, kind, first=True, rows=True, rows_a=True, **memory),
+        sm90.wgmma("query_next", 64, kind, first=False, rows=True, rows_a=True, **memory),
+    )
+    return text_of(FILE, m).replace("// (wgmma wrappers)", "".join(wrappers))
+
+
+def padded_rows(m: Mapping[str, Any], n_q: int) -> int:
+    """Return the rows of a head, filled up to whole tiles."""
+    return int(-(-n_q // m["BLOCK_M"]) * m["BLOCK_M"])
+
+
+def half_tiles(m: Mapping[str, Any], heads: int, n_q: int) -> int:
+    """Return how many halves of row tiles there are."""
+    return 2 * heads * padded_rows(m, n_q) // int(m["BLOCK_M"])
+
+
+def maps(m: Mapping[str, Any], arrays: Mapping[str, View]) -> dict[str, bytes]:
+    """Return the tensor maps of a call."""
+    rows = {"query": m["BLOCK_M"], "key": KEYS, "value": KEYS, "dout": m["BLOCK_M"]}
+    names = {"query": "map_q", "key": "map_k", "value": "map_v", "dout": "map_dout"}
+    return {to: sm90.key_map(arrays[n], rows[n], n) for n, to in names.items()}
+
+
+KERNEL = Kernel(
+    "sm90", FILE, "backward", obstacle, why, macros, source, lambda m: int(m["BLOCK_M"]), lambda m: 384, shared_bytes,
+    sm90.target,
+)  # fmt: skip
