@@ -126,7 +126,7 @@ def bounded(dtype: str, d: int) -> Iterator[Row]:
     for name in JUDGED:
         entry = KERNELS[name]
         known = expected(p, entry.model(dtype), dout)
-        found, _ = call_gradients(entry.kernel(), p, dout)
+        found, _ = call_gradients(entry.kernel().call, p, dout)
         worst = max(
             compare(n, x, known.answer, known.allowed[n], dtype, known.variance.get(n)).ratio for n, x in found.items()
         )

@@ -351,6 +351,9 @@ DEVICE void attend(const Params& p, u32 block, unsigned char* shared) {
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char shared[];
     if (p.redo && !any_marked(p.redo, ((p.n_q + 63) / 64 + p.sequences) * (long long)p.h * p.b)) return;
-    const u32 tiles = ((p.n_q + BLOCK_M - 1) / BLOCK_M + (PACKED ? p.sequences : 0)) * p.h * p.b;
-    for (u32 block = blockIdx.x; block < tiles; block += gridDim.x) attend(p, block, shared);
+    for (u32 block = blockIdx.x;; block += gridDim.x) {
+        attend(p, block, shared);
+        if (sizeof(Acc) == 8 || !p.redo) return;          // few blocks look at all tiles of a repair, of 16-bit types
+        if (block + gridDim.x >= ((p.n_q + BLOCK_M - 1) / BLOCK_M + (PACKED ? p.sequences : 0)) * p.h * p.b) return;
+    }
 }

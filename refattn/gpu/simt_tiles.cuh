@@ -83,7 +83,8 @@ DEVICE bool is_aligned(const void* p, int width, long long a, long long b, long 
     return ((unsigned long long)p & 15) == 0 && width % PER == 0 && a % PER == 0 && b % PER == 0 && c % PER == 0;
 }
 
-// A repair: is any of the marks set? Most often none is, which one look tells. Behind them are zeros, up to a power of 2.
+// A repair: is any of the marks set? Most often none is, which one look tells. Behind them are zeros, up to a power of
+// two.
 DEVICE bool any_marked(const unsigned char* redo, long long marks) {
     unsigned any = 0;
     for (long long i = 16ll * threadIdx.x; i < marks; i += 16ll * blockDim.x) {

@@ -10,12 +10,12 @@
 //     dout and statistics come into a ring of STAGES slots by the bulk tensor copy engine.
 //  3. A consumer computes S^T = K q^T and dP^T = V dout^T, whose accumulators are P^T and dS^T: the A operands of
 //     dv += P^T dout and dk += dS^T q, which stay in registers to the end.
-//  4. dS^T goes to shared memory, too (two buffers, one barrier a tile): dq = dS K needs the keys of both. Each consumer
-//     computes its half: of the columns where BLOCK_M is 64, of the rows where it is 128.
-//  5. That half (16 KiB of float32) goes to shared memory and from there to the sums of dq in device memory, by one bulk
-//     copy that adds. A warp of the producer's warpgroup does it. ORDERED: in the order of the blocks of keys, which a
-//     counter for each half tile keeps: the same bits each time. Causal blocks then come last first, as each row tile's
-//     last keys get there first.
+//  4. dS^T goes to shared memory, too (two buffers, one barrier a tile): dq = dS K needs the keys of both. Each
+//     consumer computes its half: of the columns where BLOCK_M is 64, of the rows where it is 128.
+//  5. That half (16 KiB of float32) goes to shared memory and from there to the sums of dq in device memory, by one
+//     bulk copy that adds. A warp of the producer's warpgroup does it. ORDERED: in the order of the blocks of keys,
+//     which a counter for each half tile keeps: the same bits each time. Causal blocks then come last first, as each
+//     row tile's last keys get there first.
 //  6. `convert`: dq from its sums, rounded once.
 //  7. Hidden keys: P and dS are 0 there; K and V behind the last key are. 0 * NaN is NaN: results that are not finite
 //     are marked in `redo`, by 16 rows or keys, and simt_backward.cu computes them anew.
@@ -44,11 +44,15 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 // stats: (lse base 2, delta) by row, `rows` of a head; sums: of dq, in tiles of BLOCK_M rows, halves, and the order of
 // accumulators; turns: blocks of keys that were added to a half tile
-struct Sums { float2* stats; float* sums; unsigned* turns; unsigned char* redo_rows; unsigned char* redo_keys; int rows; };
+struct Sums {
+    float2* stats; float* sums; unsigned* turns;
+    unsigned char* redo_rows; unsigned char* redo_keys; int rows;
+};
 
 // (wgmma wrappers)
 
-template <int COLUMNS> DEVICE void copy_rows(u32 to, const TensorMap* map, u32 bar, int rows, int row, int head, int batch) {
+template <int COLUMNS>
+DEVICE void copy_rows(u32 to, const TensorMap* map, u32 bar, int rows, int row, int head, int batch) {
 #pragma unroll
     for (int i = 0; i < COLUMNS / 64; i++)
         asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
@@ -332,8 +336,8 @@ extern "C" __global__ void convert(const __grid_constant__ Params p, const __gri
     u16* to[2];
 #pragma unroll
     for (int r = 0; r < 2; r++)
-        to[r] = row + 8 * r < p.n_q ? (u16*)p.dq.data + batch * p.dq.b + head * p.dq.h + (row + 8ll * r) * p.dq.n + column
-                                    : nullptr;
+        to[r] = row + 8 * r < p.n_q
+            ? (u16*)p.dq.data + batch * p.dq.b + head * p.dq.h + (row + 8ll * r) * p.dq.n + column : nullptr;
     const float by[2] = {(float)p.scale, (float)p.scale};
     store_rows(to, dq, by, p.d_k - column, lane4);
     if (z.redo_rows && zero != 0.f && row < p.n_q)

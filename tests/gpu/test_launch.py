@@ -92,15 +92,34 @@ def test_the_hopper_kernel_and_its_repair(driver):
     assert [found[n] for n in ("block_q", "block_k", "sequences")] == [1, 1, 0]
 
 
-def test_options_reach_the_other_kernels(driver):
-    call = replace(PLAIN, n_q=128, n_k=300, window=(3, None), softcap=True, sink=True, bias="float32")
-    driver.takes = [mma.KERNEL.takes]
-    given = arrays() | {
+@pytest.fixture
+def given():
+    return arrays() | {
         "bias": View(6, (1, 4, 128, 300), (9, 38400, 300, 1), "float32", 0),
         "sink": View(7, (4,), (1,), "float32", 0),
     }
-    options = {"scale": -0.5, "causal": None, "window": (3, None), "softcap": 20.0}
+
+
+def test_options_reach_the_hopper_kernel(driver, given):
+    call = replace(
+        PLAIN, n_q=128, n_k=300, causal="top_left", window=(3, None), softcap=True, sink=True, bias="float32"
+    )
+    driver.takes = [sm90.KERNEL.takes, simt.KERNEL.takes]
+    options = {"scale": -0.5, "causal": "top_left", "window": (3, None), "softcap": 20.0}
     launch(call, choose(call, None, (9, 0)), None, given, options, 0)
+    (kernel, *_, a), (repair, *_) = driver.launches
+    assert (kernel, repair, a["scale"], a["redo"]) == ("kernel sm90", "kernel simt", -0.5, 7000)
+    absent = dict.fromkeys(("mask", "cu_q", "cu_k", "mask_b", "mask_h", "mask_q", "sequences", "bias_b"), 0)
+    strides = {"bias_h": 38400, "bias_q": 300, "bias_k": 1}
+    asked = {"softcap": 20.0, "top_left": 1, "left": 3, "right": 0}
+    assert members(a, "options") == {"sink": 7, "bias": 6, **absent, **strides, **asked}
+
+
+def test_options_reach_the_other_kernels(driver, given):
+    call = replace(PLAIN, n_q=128, n_k=300, window=(3, None), softcap=True, sink=True, bias="float32")
+    driver.takes = [mma.KERNEL.takes]
+    options = {"scale": -0.5, "causal": None, "window": (3, None), "softcap": 20.0}
+    launch(call, choose(call, None, (8, 0)), None, given, options, 0)
     ((kernel, grid, threads, _, stream, a),) = driver.launches
     assert (kernel, grid, threads, stream) == ("kernel mma", 2 * 4 * 1, 128, 0)
     found = members(a, "p")
