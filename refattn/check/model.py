@@ -127,6 +127,9 @@ class Model:
         Rows to a block of ``scales``.
     from_lse : bool
         Whether the weights are exp(s - lse) of a stored lse and are not divided again, as in backward passes.
+    denominator : str
+        The type that the weights are rounded to before they are added up to a row's denominator; "" where they are not
+        rounded for it.
     """
 
     accumulator: str = "float32"
@@ -144,13 +147,14 @@ class Model:
     scales: str = ""
     block: int = 128
     from_lse: bool = False
+    denominator: str = ""
 
     def __post_init__(self) -> None:
         _typed("model", self)
         for name in ("accumulator", "scores", "lse"):
             format_of(getattr(self, name))
-        for name in (self.weights, self.group_sum or self.accumulator, self.operands or self.accumulator):
-            inside_type(name)
+        for name in (self.weights, self.group_sum, self.operands, self.denominator):
+            inside_type(name or self.accumulator)
         if not (self.exp_ulps > 0 and min(self.tile, self.chain, self.block) >= 1 and self.split >= 0):
             raise InvalidInput(
                 f"model: got exp_ulps={self.exp_ulps}, tile={self.tile}, chain={self.chain}, block={self.block} and "

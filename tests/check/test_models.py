@@ -127,3 +127,24 @@ def test_weights_that_come_from_a_stored_lse():
     says = flash("float32")
     assert check_problem(kernel, problem, "far", model=says).count("failed") == 1
     assert check_problem(kernel, problem, "far", model=replace(says, from_lse=True)).right
+
+
+def test_a_denominator_of_rounded_weights():
+    rng = np.random.default_rng(0)
+    problem = Problem(*(tensor(rng, (2, 4, 60, 32), "bfloat16") for _ in range(3)))
+    bfloat16 = problem.query.dtype
+
+    def kernel(p, more=0.0):
+        q, k, v = (x.astype(np.float32) for x in (p.query, p.key, p.value))
+        s = q @ k.swapaxes(2, 3) * np.float32(32**-0.5)
+        top = s.max(3, keepdims=True)
+        weights = np.exp(s - top).astype(bfloat16).astype(np.float32)
+        z = weights.sum(3, keepdims=True)
+        return (weights @ v / z).astype(bfloat16), (top + np.log(z))[..., 0] + np.float32(more)
+
+    says = flash("bfloat16")
+    narrow = replace(says, denominator="bfloat16")
+    failed = check_problem(kernel, problem, "narrow", model=says)
+    assert [w.array for c in failed.failures for w in c.arrays if not w.passed] == ["lse"]
+    assert check_problem(kernel, problem, "narrow", model=narrow).right
+    assert not check_problem(lambda p: kernel(p, 0.01), problem, "narrow", model=narrow).right

@@ -24,7 +24,7 @@ from ...dtypes import FORMATS, format_of
 from ...exact.driver import Answer
 from ...exact.heads import Head, heads, rows_of
 from ...variants import Steps, variant_of
-from ..model import Model
+from ..model import C, Model, inside_type
 from .graph import Graph, Node
 from .losses import Losses, Lossy
 from .operands import Operands
@@ -205,6 +205,11 @@ def _merged(head: HeadLosses, model: Model, one: Head, unit: float) -> None:
         more = f.u * (2 * lse + model.exp_ulps + 4) * (np.abs(head.shares) @ np.abs(one.v * unit))
         head.out.node.err = head.out.node.err + more
         head.out.node.var = head.out.node.var + f.cu * (2 * lse**2 + 4) * head.out.a**2
+    if model.denominator:  # equal weights are rounded alike
+        u = inside_type(model.denominator).unit_roundoff
+        head.out.node.err = head.out.node.err + u * (np.abs(head.shares) @ np.abs(one.v * unit))
+        head.out.node.var = head.out.node.var + C * u**2 * head.out.a**2
+        head.lse.node.err, head.lse.node.var = head.lse.node.err + u / (1 - u), head.lse.node.var + C * u**2
     head.lse.node.err = head.lse.node.err + parts * f.u * (2 * lse + model.exp_ulps + 4)
     # equal parts are merged with the same error again and again
     head.lse.node.var = head.lse.node.var + f.cu * (parts + parts**2) * head.lse.a**2
