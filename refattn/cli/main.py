@@ -107,6 +107,7 @@ def show(variant: str) -> None:
     line("\ninput families:")
     for name in v.families:
         line(f"  - {name}: {FAMILIES[name]}")
+    line("  - models: calls that models in use make\n  - calls: drawn anew in every run, by --seed")
     line(f"\nplanted bugs that its checks must catch: {', '.join(v.bugs)}\n\nsource: {v.source}")
 
 

@@ -105,10 +105,19 @@ def _alike():
     return p.replace(query=np.broadcast_to(p.query[:, :, :1], p.query.shape).copy())
 
 
+def _saturated():
+    """Scores far past their cap: the weights of a row are one number over their sum, and rows differ by their sinks."""
+    p = _problem(17, 17, 64, h=16, h_kv=2, dtype="bfloat16", softcap=2.0, causal="bottom_right")
+    key = np.abs(p.key.astype(np.float64)) * 64 + 64
+    sink = np.random.default_rng(1).standard_normal(16).astype(np.float32)
+    return p.replace(query=np.abs(p.query), key=from_float64(key, "bfloat16"), sink=sink)
+
+
 PROBLEMS = {
     "plain": lambda: _problem(32, 32, 16),
     "bfloat16": lambda: _problem(32, 32, 16, dtype="bfloat16"),
     "alike": lambda: _alike(),
+    "saturated": lambda: _saturated(),
     "idle": lambda: _problem(40, 4096, allowed=np.broadcast_to(np.arange(4096) < 5, (1, 1, 40, 4096)).copy()),
     "one-key": lambda: _problem(5, 1),
     "one-key-bfloat16": lambda: _problem(5, 1, dtype="bfloat16"),
@@ -363,6 +372,12 @@ def trial_errors_that_lean(c):
     assert judged(a, a.out + 0.5 * sizes[0] * sign, 0.0 * sizes[0]).passed
     assert judged(a, outward, 0.5 * sizes[0]).passed  # what the accumulator may add
     assert judged(alike, alike.out + 0.5 * sizes[1] * np.sign(alike.out), 0.0 * sizes[1]).passed  # one row, again
+
+
+def trial_weights_that_are_rounded_alike(c):
+    p = problem("saturated")
+    known = c.expected.of_answer(answer(p), c.model.flash("bfloat16"))
+    assert c.compare.against(known, "out", c.tiled(p)[0], "bfloat16").passed
 
 
 def trial_a_kernel_that_divides_in_every_tile(c):

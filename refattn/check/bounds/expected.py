@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -98,33 +97,49 @@ def _inner(known: Expected) -> dict[str, Float]:
 Key = tuple[Case, str, Model, bool]
 """A case, a format, a kernel's model, and whether the gradients are asked for."""
 KEPT = 2**28
-"""Bytes of large calls' answers that are kept."""
-MANY = 4096
-_LARGE: OrderedDict[Key, Expected] = OrderedDict()
-_SMALL: OrderedDict[Key, Expected] = OrderedDict()
-_SIZES: dict[Key, int] = {}
-"""Bytes of what is kept of large calls."""
+"""Bytes of what is kept of small calls, of their answers, and of large calls: of each the last so many."""
+
+
+class _Store(OrderedDict[Any, Any]):
+    """What was used last, as many bytes of it as `KEPT`, but one at least."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[Any, int] = {}
+
+    def get_or_make(self, key: Any, make: Callable[[], Any], size: Callable[[Any], int]) -> Any:
+        """Return what is kept under a key, else make it and keep it."""
+        if key not in self:
+            self.put(key, make(), size)
+        self.move_to_end(key)
+        return self[key]
+
+    def put(self, key: Any, found: Any, size: Callable[[Any], int]) -> None:
+        """Keep something, instead of what was not used for the longest time."""
+        self[key], self._sizes[key] = found, size(found)
+        while len(self) > 1 and sum(self._sizes.values()) > KEPT:
+            gone, _ = self.popitem(last=False)
+            del self._sizes[gone]
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        super().clear()
+        self._sizes.clear()
+
+
+_LARGE, _SMALL, _ANSWERS = _Store(), _Store(), _Store()
 
 
 def of_case(case: Case, dtype: str, model: Model, backward: bool) -> Expected:
-    """Return what is expected of a case, of the rows that are compared, made once; of large calls the last few."""
+    """Return what is expected of a case, of the rows that are compared, made once."""
     key = (case, dtype, model, backward)
-    there = _LARGE if case.sampled else _SMALL
-    if key not in there:
-        keep(key, made(*key))
-    there.move_to_end(key)
-    return there[key]
+    found: Expected = (_LARGE if case.sampled else _SMALL).get_or_make(key, lambda: made(*key), _bytes)
+    return found
 
 
 def keep(key: Key, found: Expected) -> None:
     """Have what is expected of a case at hand."""
-    there = _LARGE if key[0].sampled else _SMALL
-    there[key] = found
-    if there is _LARGE:
-        _SIZES[key] = _bytes(found)
-    while len(there) > MANY or (there is _LARGE and len(there) > 1 and sum(_SIZES.values()) > KEPT):
-        gone, _ = there.popitem(last=False)
-        _SIZES.pop(gone, None)
+    (_LARGE if key[0].sampled else _SMALL).put(key, found, _bytes)
 
 
 def kept(key: Key) -> bool:
@@ -139,20 +154,15 @@ def made(case: Case, dtype: str, model: Model, backward: bool) -> Expected:
 
 def forget() -> None:
     """Drop what is kept, for those who measure."""
-    _LARGE.clear()
-    _SMALL.clear()
-    _SIZES.clear()
-    _answer_kept.cache_clear()
-
-
-@lru_cache(maxsize=4096)
-def _answer_kept(case: Case, dtype: str, backward: bool) -> Answer:
-    return exact(case.problem(dtype), case.arriving(dtype) if backward else None)
+    for store in (_LARGE, _SMALL, _ANSWERS):
+        store.clear()
 
 
 def _answer(case: Case, dtype: str, backward: bool) -> Answer:
     if not case.sampled:
-        return _answer_kept(case, dtype, backward)
+        dout = case.arriving(dtype) if backward else None
+        found: Answer = _ANSWERS.get_or_make((case, dtype, backward), lambda: exact(case.problem(dtype), dout), _held)
+        return found
     problem = case.problem(dtype)
     sample = case.sample(problem)
     dout = _arriving(case, dtype) if backward else None
@@ -165,6 +175,9 @@ def _arriving(case: Case, dtype: str) -> Any:
 
 
 def _bytes(x: Expected) -> int:
-    arrays = [*x.allowed.values(), *x.variance.values(), *x.answer.call.arrays().values()]
-    arrays += [a for e in x.answer.enclosures.values() for a in (e.mid, e.tail, e.radius)]
+    return _held(x.answer) + sum(int(np.asarray(a).nbytes) for a in (*x.allowed.values(), *x.variance.values()))
+
+
+def _held(x: Answer) -> int:
+    arrays = [*x.call.arrays().values(), *(a for e in x.enclosures.values() for a in (e.mid, e.tail, e.radius))]
     return sum(int(np.asarray(a).nbytes) for a in arrays)

@@ -127,21 +127,17 @@ class Lossy(Reflected):
         found.relative = relative
         found.seen = a.seen if b.axes[1] == "k" else None
         if not over_features:  # weights and their gradients are rounded to their type before they are multiplied
-            lost = f.u_weights * (np.abs(a.a) + a.span)
-            lost = lost + (f.floor_weights if a.seen is None else f.floor_weights * a.seen)
-            lost = np.broadcast_to(lost, a.a.shape)
-            found.span = found.span + lost @ (np.abs(b.a) + b.span)
+            seen = np.ones(a.a.shape) if a.seen is None else a.seen
+            tiny, reached = f.floor_weights, seen @ (np.abs(b.a) + b.span)
+            found.span = found.span + (f.u_weights * size if f.u_weights else 0.0) + tiny * reached
         if b.axes == ("k", "v") and axes[0] == "q":
             f.weights = self
-            seen = np.ones(a.a.shape) if a.seen is None else a.seen
-            tiny, tiny_sum = f.floor_weights, (steps + tiles + 3) * f.floor
-            found.under = (
-                tiny * (seen @ (np.abs(b.a) + b.span)) + tiny_sum,
-                (tiny**2 * (seen @ (b.a * b.a)) + tiny_sum * f.floor) / 3,
-            )
-            var_cast = C * f.u_weights**2 * a.a**2 + f.floor_weights**2 / 3 * (1 if a.seen is None else a.seen)
-            found.cast = (lost, var_cast)
-            found.err = found.err + lost @ np.broadcast_to(b.span, b.a.shape)
+            tiny_sum = (steps + tiles + 3) * f.floor
+            found.under = (tiny * reached + tiny_sum, (tiny**2 * (seen @ (b.a * b.a)) + tiny_sum * f.floor) / 3)
+            lost = f.u_weights * (np.abs(a.a) + a.span) + tiny * seen
+            found.cast = (lost, C * f.u_weights**2 * a.a**2 + tiny**2 / 3 * seen)
+            if np.any(b.span):
+                found.err = found.err + lost @ np.broadcast_to(b.span, b.a.shape)
             found.marks |= {"product"}
         return Lossy(f, found)
 
