@@ -1,6 +1,7 @@
 """Shared makers of small problems, and Hypothesis profiles."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +21,12 @@ settings.load_profile(os.environ.get("REFATTN_PROFILE", "refattn-quick"))
 
 SMALL = "!*ls/*"
 """The checks on small problems: neither models nor calls."""
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Let JAX forget what it compiled for a file's tests: hundreds of programs of no use to the next."""
+    if "jax" in sys.modules and (nextitem is None or nextitem.path != item.path):
+        sys.modules["jax"].clear_caches()
 
 
 def tensor(rng, shape, dtype="float32"):

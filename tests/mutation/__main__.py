@@ -55,15 +55,15 @@ def mutmut(place, *arguments, seconds=None):
             return process.communicate()[0]
 
 
-def living(place, area, children, seconds):
-    """Run the mutants of an area in a copy of the tree.
+def living(place, area, children, seconds, only):
+    """Run the mutants of an area in a copy of the tree, or those whose names match one of some patterns.
 
     Returns how many were run, how many time was too short for, and what those change that live.
     """
     text = (ROOT / "pyproject.toml").read_text() + CONFIG.format(**areas()[area])
     (place / "pyproject.toml").write_text(text)
     shutil.rmtree(place / "mutants", ignore_errors=True)
-    done = mutmut(place, "run", "--max-children", str(children), seconds=seconds)
+    done = mutmut(place, "run", "--max-children", str(children), *only, seconds=seconds)
     listed = mutmut(place, "results", "--all", "true")
     states = dict(x.strip().split(": ", 1) for x in listed.splitlines() if ": " in x)
     if not states:
@@ -82,7 +82,8 @@ def living(place, area, children, seconds):
 @click.argument("names", nargs=-1)
 @click.option("--children", default=2, help="Processes.")
 @click.option("--seconds", type=float, help="Most time of an area; what is left then is counted.")
-def main(names, children, seconds):
+@click.option("--only", multiple=True, help="A pattern of mutants' names, e.g. '*7': each tenth of a function's.")
+def main(names, children, seconds, only):
     """Mutate AREAS (all of areas.toml, if none is named)."""
     total, lives, excused, used = 0, 0, 0, set()
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +92,7 @@ def main(names, children, seconds):
             source = ROOT / name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, place / name)
         for area in names or areas():
-            count, left, found = living(place, area, children, seconds)
+            count, left, found = living(place, area, children, seconds, only)
             known = survivors()
             open_ = []
             for file, change in found:

@@ -7,11 +7,12 @@ edges of tiles. A seed draws the calls; the same seed draws the same.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from allpairspy import AllPairs
+from allpairspy import AllPairs, pairs_storage
 from numpy.typing import NDArray
 
 from ...arrays import from_float64
@@ -265,14 +266,23 @@ def drawn(variant: str, able: Capabilities, budget: str, seed: int) -> list[Call
     rng = random.Random(f"{seed} {variant}")
     axes = _axes(v.uses, able)
     names = list(axes)
-    rows = [dict(zip(names, x, strict=True)) for x in AllPairs([rng.sample(axes[n], len(axes[n])) for n in names])]
+    rows = _covering(rng, axes, names, 2)
     often = {"numbers": axes["numbers"], "softcap": [*axes["softcap"][:2], None]}
     masks = [n for n in ("causal", "window", "allowed", "hidden", "kind") if len(axes[n]) > 1]
     if len(masks) > 2:
-        for three in AllPairs([rng.sample(axes[n], len(axes[n])) for n in masks], n=3):
+        for three in _covering(rng, axes, masks, 3):
             usual = {n: rng.choice(often.get(n, x[:2])) for n, x in axes.items()}
-            rows.append(usual | dict(zip(masks, three, strict=True)))
+            rows.append(usual | three)
     return list(dict.fromkeys(_call(row, rng, able, budget) for row in rows))
+
+
+def _covering(rng: random.Random, axes: Mapping[str, list[Any]], names: list[str], n: int) -> list[dict[str, Any]]:
+    """Return rows of values in which any n axes meet in every combination."""
+    found = [
+        dict(zip(names, x, strict=True)) for x in AllPairs([rng.sample(axes[a], len(axes[a])) for a in names], n=n)
+    ]
+    pairs_storage.key_cache.clear()  # it holds every combination of every array that was ever made
+    return found
 
 
 def _axes(uses: frozenset[str], able: Capabilities) -> dict[str, list[Any]]:

@@ -1,5 +1,6 @@
 """Calls drawn by a seed: every two options meet, sizes are real, and bugs that need them show."""
 
+import gc
 import itertools
 from dataclasses import replace
 
@@ -21,6 +22,12 @@ AXES = ("kind", "numbers", "causal", "softcap", "sink", "bias", "allowed")
 def test_the_same_seed_draws_the_same():
     assert drawn("softmax", ABLE, "ci", 3) == drawn("softmax", ABLE, "ci", 3)
     assert drawn("softmax", ABLE, "ci", 3) != drawn("softmax", ABLE, "ci", 4)
+
+
+def test_nothing_is_left_of_a_draw():
+    drawn("softmax", ABLE, "ci", 3)
+    gc.collect()
+    assert not any(type(x).__module__.startswith("allpairspy") for x in gc.get_objects())
 
 
 def test_every_two_values_meet():
