@@ -202,10 +202,10 @@ def format_of(dtype: Any) -> Format:
     InvalidInput
         The name is none of the table's.
     """
-    name = getattr(dtype, "name", None) or str(dtype)
-    name = name.rsplit(".", 1)[-1]
-    if name not in FORMATS:
-        with contextlib.suppress(TypeError):
+    name = getattr(dtype, "name", None)
+    name = (name if isinstance(name, str) and name else str(dtype)).rsplit(".")[-1]
+    if name not in FORMATS and dtype is not None:  # NumPy takes None for float64
+        with contextlib.suppress(TypeError, ValueError, SyntaxError):
             name = np.dtype(dtype).name
     if name not in FORMATS:
         raise InvalidInput(f"dtype: got {name!r}, expected one of {', '.join(FORMATS)}; cast the arrays first")

@@ -53,6 +53,7 @@ def check_folders(*targets: str | None) -> None:
     """Refuse files that could not be written later: folders, those without one, one named twice; None is no file."""
     seen: set[str] = set()
     for target in filter(None, targets):
+        _check_name(target)
         path = os.path.realpath(target)
         if path in seen and not stat.S_ISCHR(os.stat(path).st_mode if os.path.exists(path) else 0):
             raise InvalidInput(f"{target}: is named twice, and would hold the last alone; name another file")
@@ -78,6 +79,7 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
         the text says that it is written and may not last.
     """
     target = Path(path)
+    _check_name(target)
     try:
         own, real = _followed(target)
         found = None if own is not None else _status(real)
@@ -163,8 +165,11 @@ def _followed(target: Path) -> tuple[int | None, str]:
         # of the last name only: /proc/self/fd/1 and /dev/stdout are links, too, and lead on to what is open there
         path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
         folder, name = os.path.split(path)
-        if name.isdecimal() and folder in ("/dev/fd", f"/proc/{os.getpid()}/fd"):
-            os.fstat(int(name))  # is it open?
+        if name.isascii() and name.isdecimal() and folder in ("/dev/fd", f"/proc/{os.getpid()}/fd"):
+            try:
+                os.fstat(int(name))  # is it open?
+            except OverflowError as e:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from e
             return int(name), path
         if not os.path.islink(path):
             return None, path
@@ -211,9 +216,14 @@ def sync(folder: Path) -> None:
         os.close(fd)
 
 
+def _check_name(path: str | Path) -> None:
+    if "\0" in str(path):
+        raise InvalidInput(f"{str(path)!r}: holds a NUL, as no file's name does")
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole, in UTF-8."""
-    write_whole(path, lambda f: f.write(text.encode()))
+    """Write a text file whole, in UTF-8; what is no character (half of a surrogate pair) as "?"."""
+    write_whole(path, lambda f: f.write(text.encode(errors="replace")))
 
 
 def save_problem(problem: Problem, path: str | Path) -> None:
@@ -279,6 +289,7 @@ def load_arrays(path: str | Path) -> dict[str, NDArray[Any]]:
 
 
 def _load(path: str | Path, mark: str, kind: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    _check_name(path)
     try:
         opened = open(path, "rb")  # noqa: SIM115 (what is wrong with opening is told apart from what is in it)
     except FileNotFoundError as e:

@@ -197,3 +197,10 @@ def test_what_is_no_format_is_refused(dtype, name):
     with pytest.raises(InvalidInput) as caught:
         format_of(dtype)
     assert str(caught.value) == f"dtype: got {name!r}, expected one of {KNOWN}; cast the arrays first"
+
+
+@pytest.mark.parametrize("name", [None, "1_000", "f4,,", "(1,2", "", SimpleNamespace(name=5)])
+def test_what_names_no_format_is_refused(name):
+    assert not is_float(name)
+    with pytest.raises(InvalidInput, match=r"dtype: got .*, expected one of float64, float32, "):
+        format_of(name)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from refattn import InvalidInput, files
-from refattn.files import save_arrays, sync, write_text, write_whole
+from refattn.files import check_folders, load_arrays, save_arrays, sync, write_text, write_whole
 
 PROC = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
 
@@ -333,3 +333,20 @@ def test_what_fails_writes_nothing_into_a_pipe(tmp_path):
         write_whole(tmp_path / "pipe", broken)
     assert os.read(reader, 100) == b""
     os.close(reader)
+
+
+@pytest.mark.parametrize("use", [lambda p: write_text(p, "x"), load_arrays, check_folders])
+def test_a_name_with_a_nul_is_refused(use):
+    with pytest.raises(InvalidInput, match=r"'a\\x00b': holds a NUL, as no file's name does"):
+        use("a\0b")
+
+
+@pytest.mark.parametrize("name", ["99999999999999999999", "\u0661"])
+def test_no_descriptor_of_ours_has_such_a_number(name):
+    with pytest.raises(InvalidInput, match="cannot write"):
+        write_text(f"/dev/fd/{name}", "x")
+
+
+def test_half_of_a_pair_is_written_as_a_question_mark(tmp_path):
+    write_text(tmp_path / "a", "a\ud800b")
+    assert (tmp_path / "a").read_text() == "a?b"
