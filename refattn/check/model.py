@@ -153,8 +153,8 @@ class Model:
         _typed("model", self)
         for name in ("accumulator", "scores", "lse"):
             format_of(getattr(self, name))
-        for name in (self.weights, self.group_sum, self.operands, self.denominator):
-            inside_type(name or self.accumulator)
+        for name in (self.weights, *(x for x in (self.group_sum, self.operands, self.denominator) if x)):
+            inside_type(name)
         if not (self.exp_ulps > 0 and min(self.tile, self.chain, self.block) >= 1 and self.split >= 0):
             raise InvalidInput(
                 f"model: got exp_ulps={self.exp_ulps}, tile={self.tile}, chain={self.chain}, block={self.block} and "

@@ -168,8 +168,11 @@ def _together(work: _Work, like: Any, found: dict[str, Any], deterministic: bool
     _, sums = empty(like, (4096 * halves,), "float32")
     turns = zeros(work.device, work.stream, 1 << (4 * halves - 1).bit_length(), "turns") if deterministic else 0
     partial = c.causal or c.window or n_k % hopper.KEYS
-    passes = ((n_q, h), (n_k, h_kv))
-    marks = [_marks(work, b * heads, n, f"redo {i}") if partial else 0 for i, (n, heads) in enumerate(passes)]
+    passes = ((n_q, h, True), (n_k, h_kv, "dk" in a))
+    # a pass that is not wanted marks nothing: nobody would unmark it
+    marks = [
+        _marks(work, b * heads, n, f"redo {i}") if partial and on else 0 for i, (n, heads, on) in enumerate(passes)
+    ]
     if "dq" not in a:
         found["dq"], a["dq"] = empty(like, a["query"].shape, c.dtype)
     places = {"stats": stats.pointer, "sums": sums.pointer, "turns": turns, "rows": rows}
@@ -181,8 +184,8 @@ def _together(work: _Work, like: Any, found: dict[str, Any], deterministic: bool
     everything = values | hopper.maps(m, a)
     queue(kernel_of(plan, work.device), grid, 384, plan.shared_bytes, work.stream, takes, everything)
     queue(kernel_of(plan, work.device, "convert", 0), halves, 128, 0, work.stream, small, values)
-    for which, (n, heads) in enumerate(passes):
-        if partial and (which == 0 or "dk" in a):
+    for which, (n, heads, _) in enumerate(passes):
+        if marks[which]:
             _repair(work, which, n, heads, marks[which])
     return [stats, sums]
 

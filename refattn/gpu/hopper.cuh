@@ -127,7 +127,7 @@ template <int N> DEVICE void rescale(float (&o)[N], const float (&factor)[2]) {
     for (int i = 0; i < N; i++) o[i] *= factor[i / 2 % 2];
 }
 
-// ---- slots, stores -----------------------------------------------------------------------------------------------
+// ---- slots, copies, stores -----------------------------------------------------------------------------------------------
 template <int N> struct Ring {
     u32 stage = 0, phase = 0;
     DEVICE void advance() { if (++stage == N) { stage = 0; phase ^= 1; } }
@@ -135,6 +135,16 @@ template <int N> struct Ring {
 struct Yes { static constexpr bool value = true; };
 struct No { static constexpr bool value = false; };
 template <int N> struct Number { static constexpr int value = N; };
+// A tile is boxes of 64 columns, one after another in shared memory; columns past the tensor's arrive as zeros.
+template <int BOXES>
+DEVICE void copy_tile(u32 dst, const TensorMap* map, u32 bar, int rows, int row, int head, int batch) {
+#pragma unroll
+    for (int i = 0; i < BOXES; i++)
+        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+                     "%4, %5, %6}], [%2];" ::"r"(dst + i * rows * 128),
+                     "l"(map), "r"(bar), "r"(64 * i), "r"(row), "r"(head), "r"(batch)
+                     : "memory");
+}
 struct Strides { long long batch, head, row; };
 
 // The thread holds 2 columns of 8 in each group of 8 columns; the 4 lanes of a row exchange so that each holds 8

@@ -60,16 +60,6 @@ constexpr u32 FULL_Q = 0, EMPTY_Q = FULL_Q + 8 * Q_STAGES, FULL_K = EMPTY_Q + 8 
               EMPTY_K = FULL_K + 8 * STAGES, FULL_V = EMPTY_K + 8 * STAGES, EMPTY_V = FULL_V + 8 * STAGES,
               WORK = EMPTY_V + 8 * STAGES, NEXT = WORK + 32 * Q_STAGES;
 
-// A tile is boxes of 64 columns, one after another in shared memory; columns past the tensor's arrive as zeros.
-template <int BOXES>
-DEVICE void copy_tile(u32 dst, const TensorMap* map, u32 bar, int rows, int row, int head, int batch) {
-#pragma unroll
-    for (int i = 0; i < BOXES; i++)
-        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
-                     "%4, %5, %6}], [%2];" ::"r"(dst + i * rows * 128),
-                     "l"(map), "r"(bar), "r"(64 * i), "r"(row), "r"(head), "r"(batch)
-                     : "memory");
-}
 DEVICE void token_wait(int consumer) { asm volatile("bar.sync %0, 256;" ::"r"(consumer + 1) : "memory"); }
 DEVICE void token_pass(int consumer) {
     int next = consumer + 1 == CONSUMERS ? 0 : consumer + 1;

@@ -12,7 +12,7 @@ from .build import text_of
 from .kernel import Call, Kernel
 from .views import View, library
 
-__all__ = ["KERNEL", "WIDTHS", "arguments", "key_map", "source", "tensor_map", "wgmma"]
+__all__ = ["KERNEL", "WIDTHS", "arguments", "key_map", "source", "tensor_map", "unfit", "wgmma"]
 
 FILE = "sm90.cu"
 WIDTHS = (64, 96, 128, 192, 256)
@@ -32,16 +32,23 @@ NO_LIMIT = 2**30 - 1
 """A window's side that limits nothing: sums with lengths stay below 2**31."""
 
 
-def obstacle(call: Call, capability: tuple[int, int]) -> str:
-    """Return why the kernel cannot compute a call, "" where it can."""
+def unfit(call: Call, capability: tuple[int, int], widest: int, when: str = "") -> str:
+    """Return what no kernel of Hopper's takes: other GPUs, types, head dims or layouts; "" where there is nothing."""
     if capability != (9, 0):
         return f"needs compute capability 9.0, got {capability[0]}.{capability[1]}"
     if call.dtype not in ("float16", "bfloat16"):
         return f"takes float16 and bfloat16, got {call.dtype}"
-    if call.d_k % 8 or call.d_v % 8 or not 0 < max(call.d_k, call.d_v) <= WIDTHS[-1]:
-        return f"takes head dims that are multiples of 8 up to {WIDTHS[-1]}, got {call.d_k} and {call.d_v}"
+    if call.d_k % 8 or call.d_v % 8 or not 0 < max(call.d_k, call.d_v) <= widest:
+        return f"takes head dims that are multiples of 8 up to {widest}{when}, got {call.d_k} and {call.d_v}"
     if not call.mapped:
         return "takes rows that begin at multiples of 16 bytes, at strides above 0"
+    return ""
+
+
+def obstacle(call: Call, capability: tuple[int, int]) -> str:
+    """Return why the kernel cannot compute a call, "" where it can."""
+    if text := unfit(call, capability, WIDTHS[-1]):
+        return text
     if call.bias not in (None, call.dtype, "float32"):
         return f"takes a bias of {call.dtype} or float32, got {call.bias}"
     indexed = [n for n in ("bias", "allowed") if getattr(call, n)]

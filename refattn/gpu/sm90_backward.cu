@@ -51,14 +51,6 @@ struct Sums {
 
 // (wgmma wrappers)
 
-template <int COLUMNS>
-DEVICE void copy_rows(u32 to, const TensorMap* map, u32 bar, int rows, int row, int head, int batch) {
-#pragma unroll
-    for (int i = 0; i < COLUMNS / 64; i++)
-        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
-                     "%4, %5, %6}], [%2];" ::"r"(to + i * rows * 128), "l"(map), "r"(bar), "r"(64 * i), "r"(row),
-                     "r"(head), "r"(batch) : "memory");
-}
 DEVICE void sync(int barrier, int count) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory"); }
 DEVICE void arrive(int barrier, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(count) : "memory"); }
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -86,8 +78,8 @@ DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k, const Tensor
     const u32 bars = shared + OFFSET_BARRIERS;
     const int x0 = n * BLOCK_N, group = p.h / p.h_kv;
     barrier_expect(bars + FULL_KV, 2 * KV_BYTES);
-    copy_rows<WIDTH>(shared, map_k, bars + FULL_KV, BLOCK_N, x0, head_kv, batch);
-    copy_rows<WIDTH>(shared + OFFSET_V, map_v, bars + FULL_KV, BLOCK_N, x0, head_kv, batch);
+    copy_tile<WIDTH / 64>(shared, map_k, bars + FULL_KV, BLOCK_N, x0, head_kv, batch);
+    copy_tile<WIDTH / 64>(shared + OFFSET_V, map_v, bars + FULL_KV, BLOCK_N, x0, head_kv, batch);
     const int2 range = rows_of(p.granule_rows, x0, BLOCK_N, p.n_k);
     Ring<STAGES> slot;
     auto put_work = [&](int row, int head, int masked, int turn) {
@@ -104,12 +96,12 @@ DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k, const Tensor
                 const u32 full = bars + FULL_Q + 8 * slot.stage, full_dout = bars + FULL_DOUT + 8 * slot.stage,
                           stats = shared + OFFSET_STATS + slot.stage * STATS_BYTES;
                 barrier_expect(full, Q_BYTES + STATS_BYTES);
-                copy_rows<WIDTH>(shared + OFFSET_Q + slot.stage * Q_BYTES, map_q, full, BLOCK_M, row, head, batch);
+                copy_tile<WIDTH / 64>(shared + OFFSET_Q + slot.stage * Q_BYTES, map_q, full, BLOCK_M, row, head, batch);
                 const float2* from = z.stats + ((long long)batch * p.h + head) * z.rows + row;
                 asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                              ::"r"(stats), "l"(from), "r"(STATS_BYTES), "r"(full) : "memory");
                 barrier_expect(full_dout, Q_BYTES);
-                copy_rows<WIDTH>(shared + OFFSET_DOUT + slot.stage * Q_BYTES, map_dout, full_dout, BLOCK_M, row, head,
+                copy_tile<WIDTH / 64>(shared + OFFSET_DOUT + slot.stage * Q_BYTES, map_dout, full_dout, BLOCK_M, row, head,
                                  batch);
                 slot.advance();
             }

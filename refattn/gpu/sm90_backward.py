@@ -23,14 +23,8 @@ ROWS = {64: 128, 128: 64}
 
 def obstacle(call: Call, capability: tuple[int, int]) -> str:
     """Return why the kernel cannot compute a call, "" where it can."""
-    if capability != (9, 0):
-        return f"needs compute capability 9.0, got {capability[0]}.{capability[1]}"
-    if call.dtype not in ("float16", "bfloat16"):
-        return f"takes float16 and bfloat16, got {call.dtype}"
-    if call.d_k % 8 or call.d_v % 8 or not 0 < max(call.d_k, call.d_v) <= WIDTHS[-1]:
-        return f"takes head dims that are multiples of 8 up to {WIDTHS[-1]} backward, got {call.d_k} and {call.d_v}"
-    if not call.mapped:
-        return "takes rows that begin at multiples of 16 bytes, at strides above 0"
+    if text := sm90.unfit(call, capability, WIDTHS[-1], " backward"):
+        return text
     names = {"packed": "cu_seqlens", "blocks": "block_mask"}
     given = [names.get(n, n) for n in ("softcap", "bias", "allowed", "packed", "blocks") if getattr(call, n)]
     if given:

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from refattn.gpu import backward_launch, mma, simt, sm90, views
 from refattn.gpu import launch as module
-from refattn.gpu import mma, simt, sm90, views
+from refattn.gpu.arguments import arguments_of
 from refattn.gpu.launch import launch
 from refattn.gpu.plan import choose
 from refattn.gpu.views import View
@@ -126,6 +127,34 @@ def test_options_reach_the_other_kernels(driver, given):
     assert [found[n] for n in ("q", "k", "v", "out", "lse", "bias", "sink", "mask", "redo")] == [*range(1, 8), 0, 0]
     assert [found[n] for n in ("bias_b", "bias_h", "bias_q", "bias_k")] == [0, 38400, 300, 1]
     assert [found[n] for n in ("scale", "softcap", "causal", "left", "right")] == [-0.5, 20.0, 0, 3, -1]
+
+
+@pytest.mark.parametrize("wanted", [("dq",), ("dq", "dk", "dv")])
+def test_a_pass_that_is_not_wanted_marks_nothing(driver, monkeypatch, wanted):
+    for n in ("queue", "attribute"):
+        monkeypatch.setattr(backward_launch, n, getattr(module, n))
+    places = {"redo 0": 7000, "redo 1": 7500, "turns": 9}
+    stand_ins = {
+        "kernel_of": lambda plan, device, entry="", shared=0: (entry or plan.impl, None),
+        "zeros": lambda device, stream, size, what: places[what],
+        "empty": lambda like, shape, dtype: (None, View(80, shape, (1,), dtype, 0)),
+    }
+    for n, x in stand_ins.items():
+        monkeypatch.setattr(backward_launch, n, x)
+    given = arrays() | {"dout": arrays()["out"], "delta": View(81, (2, 4, 128), (512, 128, 1), "float32", 0)}
+    given |= {"dq": given["query"], "dk": given["key"], "dv": given["value"]}
+    given = {n: x for n, x in given.items() if n not in ("dq", "dk", "dv") or n in wanted}
+    call = replace(PLAIN, n_q=128, n_k=300, causal="bottom_right")
+    work = backward_launch._Work(
+        call, given, {"scale": 0.5, "causal": "bottom_right", "window": None, "softcap": None}, 0, (1, 2, 3)
+    )
+    small, simt_takes = arguments_of("sm90_backward.cu", "statistics"), arguments_of("simt_backward.cu", "backward")
+    driver.takes = [small, backward_launch.hopper.KERNEL.takes, small, *[simt_takes] * 2]
+    backward_launch._together(work, None, {}, True)
+    names, marks = [x[0] for x in driver.launches], driver.launches[1][-1]
+    both = "dk" in wanted
+    assert names == ["statistics", "sm90", "convert", *["simt"] * (1 + both)]
+    assert (marks["z.redo_rows"], marks["z.redo_keys"]) == (7000, 7500 * both)
 
 
 def test_axes_of_one_element_are_spread():
