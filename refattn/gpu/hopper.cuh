@@ -127,7 +127,7 @@ template <int N> DEVICE void rescale(float (&o)[N], const float (&factor)[2]) {
     for (int i = 0; i < N; i++) o[i] *= factor[i / 2 % 2];
 }
 
-// ---- slots, copies, stores -----------------------------------------------------------------------------------------------
+// ---- slots, copies, stores ----------------------------------------------------------------------------------------
 template <int N> struct Ring {
     u32 stage = 0, phase = 0;
     DEVICE void advance() { if (++stage == N) { stage = 0; phase ^= 1; } }

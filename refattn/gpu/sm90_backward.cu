@@ -101,8 +101,8 @@ DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k, const Tensor
                 asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                              ::"r"(stats), "l"(from), "r"(STATS_BYTES), "r"(full) : "memory");
                 barrier_expect(full_dout, Q_BYTES);
-                copy_tile<WIDTH / 64>(shared + OFFSET_DOUT + slot.stage * Q_BYTES, map_dout, full_dout, BLOCK_M, row, head,
-                                 batch);
+                copy_tile<WIDTH / 64>(shared + OFFSET_DOUT + slot.stage * Q_BYTES, map_dout, full_dout, BLOCK_M, row,
+                                      head, batch);
                 slot.advance();
             }
     put_work(-1, 0, 0, 0);
