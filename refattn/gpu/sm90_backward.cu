@@ -13,7 +13,7 @@
 //  4. dS^T goes to shared memory, too (two buffers, one barrier a tile): dq = dS K needs the keys of both. Each
 //     consumer computes its half: of the columns where BLOCK_M is 64, of the rows where it is 128.
 //  5. That half (16 KiB of float32) goes to shared memory and from there to the sums of dq in device memory, by one
-//     bulk copy that adds. A warp of the producer's warpgroup does it. ORDERED: in the order of the blocks of keys,
+//     bulk copy that adds. A thread of the producer's warpgroup does it. ORDERED: in the order of the blocks of keys,
 //     which a counter for each half tile keeps: the same bits each time. Causal blocks then come last first, as each
 //     row tile's last keys get there first.
 //  6. `convert`: dq from its sums, rounded once.
@@ -38,8 +38,9 @@ constexpr u32 OFFSET_V = KV_BYTES, OFFSET_Q = 2 * KV_BYTES, OFFSET_DOUT = OFFSET
               OFFSET_DS = OFFSET_DOUT + STAGES * Q_BYTES, OFFSET_DQ = OFFSET_DS + 2 * S_BYTES,
               OFFSET_STATS = OFFSET_DQ + 2 * HALF_BYTES, OFFSET_BARRIERS = OFFSET_STATS + STAGES * STATS_BYTES;
 constexpr u32 FULL_KV = 0, FULL_Q = 8, FULL_DOUT = FULL_Q + 8 * STAGES, EMPTY = FULL_DOUT + 8 * STAGES,
-              WORK = (EMPTY + 8 * STAGES + 15) / 16 * 16, PLACE = WORK + 16 * STAGES;
-enum Barrier { SHARED_DS = 1, FULL_DQ = 2, EMPTY_DQ = 4 };        // the last two: and one further for the second half
+              FULL_DQ = EMPTY + 8 * STAGES, EMPTY_DQ = FULL_DQ + 16, WORK = (EMPTY_DQ + 16 + 15) / 16 * 16,
+              PLACE = WORK + 16 * STAGES;
+constexpr int SHARED_DS = 1;                                      // a named barrier
 constexpr float LOG2E = 1.4426950408889634f;
 
 // stats: (lse base 2, delta) by row, `rows` of a head; sums: of dq, in tiles of BLOCK_M rows, halves, and the order of
@@ -52,7 +53,6 @@ struct Sums {
 // (wgmma wrappers)
 
 DEVICE void sync(int barrier, int count) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory"); }
-DEVICE void arrive(int barrier, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(count) : "memory"); }
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 extern "C" __global__ void statistics(const __grid_constant__ Params p, const __grid_constant__ Sums z) {
@@ -109,33 +109,30 @@ DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k, const Tensor
     barrier_arrive(bars + FULL_Q + 8 * slot.stage);
 }
 
-// A warp adds one consumer's halves of dq to their sums.
+// A thread adds one consumer's halves of dq to their sums.
 DEVICE void add_halves(u32 shared, const Params& p, const Sums& z, int batch, int half) {
     const u32 bars = shared + OFFSET_BARRIERS, from = shared + OFFSET_DQ + half * HALF_BYTES;
-    for (;;) {
-        arrive(EMPTY_DQ + half, 160);
-        sync(FULL_DQ + half, 160);
+    for (u32 phase = 0;; phase ^= 1) {
+        barrier_wait(bars + FULL_DQ + 8 * half, phase);
         const uint4 w = load_four(bars + PLACE + 16 * half);
         if ((int)w.x < 0) return;
-        if (threadIdx.x % 32 == 0) {
-            const long long at = (((long long)batch * p.h + w.y) * (z.rows / BLOCK_M) + w.x / BLOCK_M) * 2 + half;
+        const long long at = (((long long)batch * p.h + w.y) * (z.rows / BLOCK_M) + w.x / BLOCK_M) * 2 + half;
 #if ORDERED
-            unsigned turn;
-            do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(turn) : "l"(z.turns + at) : "memory");
-            while (turn != w.w);
-            asm volatile("fence.proxy.async;" ::: "memory");
+        unsigned turn;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(turn) : "l"(z.turns + at) : "memory");
+        while (turn != w.w);
+        asm volatile("fence.proxy.async;" ::: "memory");
 #endif
-            asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
-                         ::"l"(z.sums + at * (HALF_BYTES / 4)), "r"(from), "r"(HALF_BYTES) : "memory");
-            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
+                     ::"l"(z.sums + at * (HALF_BYTES / 4)), "r"(from), "r"(HALF_BYTES) : "memory");
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 #if ORDERED
-            asm volatile("cp.async.bulk.wait_group 0;\nfence.proxy.async;" ::: "memory");
-            asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(z.turns + at) : "memory");
+        asm volatile("cp.async.bulk.wait_group 0;\nfence.proxy.async;" ::: "memory");
+        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(z.turns + at) : "memory");
 #else
-            asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 #endif
-        }
-        __syncwarp();
+        barrier_arrive(bars + EMPTY_DQ + 8 * half);
     }
 }
 
@@ -247,7 +244,7 @@ DEVICE void consume(u32 shared, const Params& p, const Sums& z, int batch, int h
         wgmma_wait<1>();
         pin(dq);
         pin(dv);
-        sync(EMPTY_DQ + half, 160);
+        barrier_wait(bars + EMPTY_DQ + 8 * half, buffer);       // buffer: 1 for the first tile, then 0, 1, ...
         const u32 to = shared + OFFSET_DQ + half * HALF_BYTES + 16 * (threadIdx.x % 128);
 #pragma unroll
         for (int i = 0; i < NQ; i += 4)
@@ -255,15 +252,17 @@ DEVICE void consume(u32 shared, const Params& p, const Sums& z, int batch, int h
                        __float_as_int(dq[i + 3]));
         if (threadIdx.x % 128 == 0) store_four(bars + PLACE + 16 * half, w.x, w.y, w.z, w.w);
         fence_async();
-        arrive(FULL_DQ + half, 160);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(bars + FULL_DQ + 8 * half);
         wgmma_wait<0>();
         pin(dk);
+        __syncwarp();
         if (lane == 0) barrier_arrive(bars + EMPTY + 8 * slot.stage);
         slot.advance();
     }
-    sync(EMPTY_DQ + half, 160);
+    barrier_wait(bars + EMPTY_DQ + 8 * half, buffer ^ 1);
     if (threadIdx.x % 128 == 0) store_four(bars + PLACE + 16 * half, -1, 0, 0, 0);
-    arrive(FULL_DQ + half, 160);
+    if (lane == 0) barrier_arrive(bars + FULL_DQ + 8 * half);
 
     auto rows_in = [&](const Array& x, u16* (&to)[2]) {
 #pragma unroll
@@ -298,13 +297,14 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         barrier_init(bars + FULL_KV, 1);
         barriers_init(bars + FULL_Q, bars + EMPTY, STAGES, ARRIVALS);
         for (int i = 0; i < STAGES; i++) barrier_init(bars + FULL_DOUT + 8 * i, 1);
+        barriers_init(bars + EMPTY_DQ, bars + FULL_DQ, 2, 4);      // emptied by a thread, filled by four warps
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == 0) produce(&map_q, &map_k, &map_v, &map_dout, shared, p, z, batch, head_kv, n);
-        else if (threadIdx.x >= 32 && threadIdx.x < 96) add_halves(shared, p, z, batch, threadIdx.x / 32 - 1);
+        else if (threadIdx.x == 32 || threadIdx.x == 64) add_halves(shared, p, z, batch, threadIdx.x / 32 - 1);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         consume(shared, p, z, batch, head_kv, n);

@@ -55,7 +55,7 @@ def shared_bytes(m: Mapping[str, Any]) -> int:
     """Return the dynamic shared memory of a block, in bytes."""
     keys, rows = 2 * KEYS * m["WIDTH"], 2 * m["BLOCK_M"] * m["WIDTH"]
     slots = m["STAGES"] * (2 * rows + 8 * m["BLOCK_M"] + 40)
-    return int(1024 + 2 * keys + slots + 4 * KEYS * m["BLOCK_M"] + 2 * 16384 + 64)
+    return int(1024 + 2 * keys + slots + 4 * KEYS * m["BLOCK_M"] + 2 * 16384 + 96)
 
 
 def source(m: Mapping[str, Any]) -> str:
