@@ -252,6 +252,13 @@ NAMES = (
 """What each set of names of ``Capabilities`` is out of."""
 
 
+def _strided(x: Any) -> bool:
+    """Tell whether the elements of an array's last axis do not lie side by side; JAX's arrays have no strides."""
+    if x.shape[-1] < 2 or (not hasattr(x, "stride") and not hasattr(x, "strides")):
+        return False
+    return bool(x.stride(-1) != 1 if hasattr(x, "stride") else x.strides[-1] != x.dtype.itemsize)
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What a kernel says it can do; a case outside it is reported as unsupported and not run.
@@ -288,6 +295,8 @@ class Capabilities:
         What n_q and n_k must be multiples of.
     always : frozenset of str
         Features that every call must have, e.g. {"causal_bottom_right"}.
+    last_axis_contiguous : bool
+        Whether it demands that the elements of query, key and value lie side by side along the last axis.
     """
 
     dtypes: frozenset[str] = frozenset({"float32"})
@@ -304,6 +313,7 @@ class Capabilities:
     head_dims: frozenset[int] = frozenset()
     seq_multiple: int = 1
     always: frozenset[str] = frozenset()
+    last_axis_contiguous: bool = False
 
     def __post_init__(self) -> None:
         _typed("capabilities", self)
@@ -336,6 +346,8 @@ class Capabilities:
         if problem.n_q % self.seq_multiple or problem.n_k % self.seq_multiple:
             lacks.append(f"lengths that are no multiples of {self.seq_multiple}")
         lacks += [f"calls without {n}" for n in sorted(self.always - problem.features())]
+        if self.last_axis_contiguous and any(_strided(x) for x in (problem.query, problem.key, problem.value)):
+            lacks.append("a last axis whose elements do not lie side by side")
         return lacks
 
     def require(self, problem: Problem) -> None:

@@ -45,6 +45,11 @@ CALLS: dict[str, Build] = {
 """A call for each feature that has it and nothing else: of a length and a width."""
 
 
+def _columns(draw: Draw, **size: Any) -> Problem:
+    p = draw.problem(**{"n_q": 64, "n_k": 64} | size)
+    return p.replace(key=np.ascontiguousarray(p.key.swapaxes(2, 3)).swapaxes(2, 3))
+
+
 def _packed(n: int) -> dict[str, Any]:
     ends = np.array([0, n, 3 * n], np.int32)
     return {"cu_seqlens_q": ends, "cu_seqlens_k": ends.copy()}
@@ -71,7 +76,8 @@ def probed(kernel: Kernel, variant: str = VARIANT) -> Capabilities:
         problem = _call(CALLS[name], dtype, variant)
         if v.takes(problem) and tried(kernel, problem) in ("raises", "unread"):
             lacks.add(name)
-    return replace(able, features=able.features - lacks)
+    side_by_side = able.last_axis_contiguous or tried(kernel, _call(_columns, dtype, variant)) == "raises"
+    return replace(able, features=able.features - lacks, last_axis_contiguous=side_by_side)
 
 
 def _call(build: Callable[[Draw], Problem], dtype: str, variant: str) -> Problem:
@@ -107,6 +113,7 @@ def found(kernel: Kernel) -> tuple[Capabilities, dict[str, str]]:
     step = next((n for n in LENGTHS if ask(f"lengths {n}", lambda draw, n=n: plain(draw, n_q=3 * n, n_k=3 * n))), 1)  # type: ignore[misc]
     size = {"n": max(64, step), "d": 64 if 64 in widths or not widths else widths[0]}
     features = frozenset(n for n, build in CALLS.items() if n in FEATURES | FURTHER and ask(n, partial(build, **size)))
+    ask("keys by column", partial(_columns, n_q=size["n"], n_k=size["n"], d=size["d"]))
     features -= _other_corner(kernel, features, dtype, size, said)
     call = _call(plain, dtype, VARIANT)
     lse = said[dtype] != "raises" and call_kernel(kernel.call, call).lse is not None
@@ -119,6 +126,7 @@ def found(kernel: Kernel) -> tuple[Capabilities, dict[str, str]]:
         device=given.device,
         head_dims=frozenset() if widths == list(WIDTHS) else frozenset(widths),
         seq_multiple=step,
+        last_axis_contiguous=said["keys by column"] == "raises",
     )
     return able, said
 

@@ -14,7 +14,7 @@ from .kernel import Call, Kernel
 from .launch import capability
 from .plan import pick
 from .request import Request, read
-from .views import device_of, empty, finish, on, stream_of
+from .views import device_of, empty, finish, on, side_by_side, stream_of
 
 __all__ = ["attention_backward"]
 
@@ -58,7 +58,8 @@ def attention_backward(
     lse : (b, h_q, n_q) array
         Likewise; float32 (float64 for float64).
     dout : (b, h_q, n_q, d_v) array
-        The gradient that arrives at out, of query's type.
+        The gradient that arrives at out, of query's type. One whose last axis is not contiguous, as the single number
+        that ``out.sum().backward()`` spreads, is copied.
     scale, causal, window, softcap, sink, bias, allowed, block_mask, cu_seqlens
         As in :func:`refattn.gpu.attention`.
     dlse : (b, h_q, n_q) array, optional
@@ -91,7 +92,7 @@ def attention_backward(
     device = device_of(query, "query")
     with on(device):
         tensors = {"query": query, "key": key, "value": value, "bias": bias, "allowed": allowed}
-        tensors |= {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
+        tensors |= {"out": out, "lse": lse, "dout": dout if dout is None else side_by_side(dout), "dlse": dlse}
         options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         asked = read(tensors, sink, block_mask, cu_seqlens, options, "backward", impl)
         call, kernel = _checked(asked, impl, device)

@@ -33,7 +33,7 @@
 
 constexpr int BLOCK_N = 128, NS = BLOCK_M / 2, NO = WIDTH / 2, NQ = 32;
 constexpr u32 KV_BYTES = BLOCK_N * WIDTH * 2, Q_BYTES = BLOCK_M * WIDTH * 2, S_BYTES = BLOCK_N * BLOCK_M * 2,
-              HALF_BYTES = 16384, STATS_BYTES = BLOCK_M * 8, ARRIVALS = 8;
+              HALF_BYTES = 16384, STATS_BYTES = BLOCK_M * 8, ARRIVALS = 256;
 constexpr u32 OFFSET_V = KV_BYTES, OFFSET_Q = 2 * KV_BYTES, OFFSET_DOUT = OFFSET_Q + STAGES * Q_BYTES,
               OFFSET_DS = OFFSET_DOUT + STAGES * Q_BYTES, OFFSET_DQ = OFFSET_DS + 2 * S_BYTES,
               OFFSET_STATS = OFFSET_DQ + 2 * HALF_BYTES, OFFSET_BARRIERS = OFFSET_STATS + STAGES * STATS_BYTES;
@@ -256,8 +256,7 @@ DEVICE void consume(u32 shared, const Params& p, const Sums& z, int batch, int h
         if (lane == 0) barrier_arrive(bars + FULL_DQ + 8 * half);
         wgmma_wait<0>();
         pin(dk);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(bars + EMPTY + 8 * slot.stage);
+        barrier_arrive(bars + EMPTY + 8 * slot.stage);         // every thread: all have read the statistics
         slot.advance();
     }
     barrier_wait(bars + EMPTY_DQ + 8 * half, buffer ^ 1);

@@ -110,7 +110,7 @@ def _gradients(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
     wanted = [GRADIENTS[n] for n, need in zip(NAMES, ctx.needs_input_grad, strict=False) if need and n in GRADIENTS]
     if not wanted or (dout is None and dlse is None):
         return (None,) * (len(NAMES) + 1)
-    dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+    dout = torch.zeros_like(out) if dout is None else dout
     found = torch.ops.refattn.attention_backward(*tensors, *ctx.rest, out, lse, dout, dlse, " ".join(wanted))
     by_name = dict(zip(wanted, found, strict=True))
     return (*(by_name.get(GRADIENTS.get(n, "")) for n in NAMES), None)

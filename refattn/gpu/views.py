@@ -24,6 +24,7 @@ __all__ = [
     "layout",
     "library",
     "on",
+    "side_by_side",
     "stream_of",
     "view",
 ]
@@ -142,6 +143,15 @@ def cast(x: Any, dtype: str, name: str) -> Any:
     if dtype_name(x) == dtype:
         return x
     return x.to(getattr(library("torch"), dtype)) if kind_of(x) == "torch" else x.astype(dtype)
+
+
+def side_by_side(x: Any) -> Any:
+    """Return an array whose last axis is contiguous: itself where it has one, else a copy."""
+    if kind_of(x) == "torch":
+        return x if x.ndim == 0 or x.stride(-1) == 1 else x.contiguous()
+    if kind_of(x) == "cupy":
+        return x if x.ndim == 0 or x.strides[-1] == x.itemsize else library("cupy").ascontiguousarray(x)
+    return x
 
 
 def stream_of(like: Any, device: int) -> int:

@@ -47,6 +47,22 @@ def test_a_corner_that_is_taken_for_the_other_is_left_out():
     assert said["causal_bottom_right"] == "other"
 
 
+def by_row(p):
+    """Softmax attention that refuses keys by column, as FlashAttention does."""
+    if p.key.strides[-1] != p.key.dtype.itemsize:
+        raise ValueError("the last axis must be contiguous")
+    return tiled(p)
+
+
+def test_keys_by_column_are_not_drawn_for_a_kernel_that_refuses_them():
+    able, said = found(Kernel.of(by_row))
+    assert said["keys by column"] == "raises"
+    assert able.last_axis_contiguous
+    assert "last_axis_contiguous=True," in pasted(able, "by_row")
+    assert probed(Kernel.of(by_row)).last_axis_contiguous
+    assert not probed(Kernel.of(tiled)).last_axis_contiguous
+
+
 def test_the_tiled_kernel_can_do_all():
     able, _ = found(Kernel.of(tiled))
     assert able.features == FEATURES | (FURTHER - {"state"})
@@ -84,3 +100,13 @@ def test_what_is_missing_is_named(make):
         "lengths that are no multiples of 8",
         "calls without causal_top_left",
     ]
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_last_axis_with_gaps_is_named(make, kind):
+    p = make(8, 8, 8)
+    turned = p.replace(value=np.ascontiguousarray(p.value.swapaxes(2, 3)).swapaxes(2, 3))
+    able = Capabilities(last_axis_contiguous=True)
+    assert able.missing(p.to(kind)) == []
+    assert able.missing(turned.to(kind)) == ["a last axis whose elements do not lie side by side"]
+    assert Capabilities().missing(turned.to(kind)) == []

@@ -229,6 +229,17 @@ def test_sums_in_one_order_and_in_any(torch, d, options):
 
 
 @gpu
+def test_a_number_that_is_spread_is_taken_for_dout(torch):
+    from refattn.gpu import attention, attention_backward
+
+    q, k, v = (torch.randn(2, 3, 70, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    out, lse = attention(q, k, v, return_lse=True)
+    one = torch.ones((), device="cuda", dtype=torch.bfloat16)
+    spread, whole = (attention_backward(q, k, v, out, lse, x) for x in (one.expand(out.shape), torch.ones_like(out)))
+    assert all(torch.equal(spread[n], whole[n]) for n in whole)
+
+
+@gpu
 def test_what_does_not_fit(torch):
     from refattn.gpu import attention, attention_backward
 

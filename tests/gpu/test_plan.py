@@ -3,7 +3,7 @@ import pytest
 
 from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem
 from refattn.gpu import attention, plan
-from refattn.gpu.views import view
+from refattn.gpu.views import side_by_side, view
 
 
 def problem(dtype="float16", d=64, d_v=None, n_q=100, n_k=300, **options):
@@ -138,3 +138,13 @@ def test_arrays_that_are_not_on_a_gpu():
     jax = pytest.importorskip("jax")
     with pytest.raises(InvalidProblem, match=r"key: is on device .*, expected one GPU; move it with jax.device_put"):
         view(jax.device_put(jax.numpy.zeros(1), jax.devices("cpu")[0]), "key")
+
+
+def test_a_gradient_whose_last_axis_is_spread_is_copied():
+    torch = pytest.importorskip("torch")
+    whole, turned = torch.ones(2, 3, 4), torch.arange(24.0).reshape(2, 4, 3).transpose(1, 2)
+    assert side_by_side(whole) is whole
+    assert side_by_side(whole.transpose(0, 1)).data_ptr() == whole.data_ptr()
+    for x in (turned, torch.ones(()).expand(2, 3, 4)):
+        assert side_by_side(x).stride(-1) == 1
+        assert torch.equal(side_by_side(x), x)

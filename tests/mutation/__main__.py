@@ -65,7 +65,7 @@ def living(place, area, children, seconds, only):
     shutil.rmtree(place / "mutants", ignore_errors=True)
     done = mutmut(place, "run", "--max-children", str(children), *only, seconds=seconds)
     listed = mutmut(place, "results", "--all", "true")
-    states = dict(x.strip().split(": ", 1) for x in listed.splitlines() if ": " in x)
+    states = dict(x.strip().split(": ", 1) for x in listed.splitlines() if "__mutmut_" in x and ": " in x)
     if not states:
         raise click.ClickException(f"mutmut ran nothing:\n{done[-4000:]}")
     found = []

@@ -47,6 +47,7 @@ NUMBERS = ("normal", "jump", "needles", "faint", "sharp", "matched")
 """Normal; a late jump; few keys that hold the weight; many that hold little; rows that look at keys of their own;
 values of the signs that rounding the scores to 16 bits would have."""
 KINDS = ("prefill", "decode", "chunk", "few", "packed", "batches", "cross")
+LAYOUTS = ("plain", "bshd", "fused", "spread", "cache", "columns", "views")
 TILES = (64, 128, 16, 32, 80, 96, 176, 192, 256)
 MOST = {"quick": 2**22, "ci": 2**25, "nightly": 2**28}
 """Products of two numbers that the scores and the output of one call take, at most."""
@@ -312,7 +313,7 @@ def _axes(uses: frozenset[str], able: Capabilities) -> dict[str, list[Any]]:
         "sink": [False, *given("sink", True)],
         "scale": [None, *([0.3] if "scale" in has else [])],
         "numbers": list(NUMBERS),
-        "layout": ["plain", "bshd", "fused", "spread", "cache", "columns", "views"],
+        "layout": [x for x in LAYOUTS if x != "columns" or not able.last_axis_contiguous],
         "wide_bias": [False, *given("bias", True)],
     }
 

@@ -122,4 +122,6 @@ def _fits(c: Call, able: Capabilities, uses: frozenset[str]) -> bool:
     wide = not able.head_dims or {c.d, c.d_v} <= able.head_dims
     even = all(x % able.seq_multiple == 0 for pair in c.lengths for x in pair)
     kept = not able.always & {"causal_bottom_right", "causal_top_left"} or f"causal_{c.causal}" in able.always
-    return options <= uses and needed <= able.features and max(c.d, c.d_v) <= able.d_max and wide and even and kept
+    laid = not (able.last_axis_contiguous and c.layout == "columns")
+    here = options <= uses and needed <= able.features and max(c.d, c.d_v) <= able.d_max
+    return here and wide and even and kept and laid

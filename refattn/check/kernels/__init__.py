@@ -228,6 +228,7 @@ KERNELS: dict[str, Entry] = {
                     device="cuda",
                     edges=frozenset({"overflow"}),
                     refuses="decode" in function,  # more than 16 queries
+                    last_axis_contiguous=True,
                 ),
                 model,
                 gpu=True,
