@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import KernelError, printable
+from ..exact.blas import as_before
 
 __all__ = ["restored"]
 
@@ -47,7 +48,7 @@ def restored() -> Iterator[None]:
     if library is not None:
         library.fegetenv(kept)
     try:
-        with np.errstate(), redirect_stdout(said[0]), redirect_stderr(said[1]):
+        with as_before(), np.errstate(), redirect_stdout(said[0]), redirect_stderr(said[1]):
             yield
     finally:
         if library is not None:
@@ -89,8 +90,13 @@ class _Said(TextIOBase):
 
 def _names() -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Return the names of the modules that judge, and what each means now."""
-    spaces = [vars(m) for n, m in list(sys.modules.items()) if n in WATCHED or n.partition(".")[0] == "refattn"]
-    return [(space, dict(space)) for space in spaces]
+    return [(space, dict(space)) for space in _spaces(len(sys.modules))]
+
+
+@lru_cache(maxsize=1)
+def _spaces(count: int) -> list[dict[str, Any]]:
+    """Return the modules' names: looked up anew where there are other modules than before, by their count."""
+    return [vars(m) for n, m in list(sys.modules.items()) if n in WATCHED or n.partition(".")[0] == "refattn"]
 
 
 def _put_back(names: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:

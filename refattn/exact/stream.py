@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from ..variants import variant_of
 from . import elementwise
+from .blas import one_thread
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, two_prod
 from .heads import Head
 from .levels import ETA, UP, Bounded, Level, gamma, head_bits
@@ -154,7 +154,7 @@ def each(work: Callable[[T], R], items: list[T], threads: int) -> list[R]:
     """Call ``work`` on every item, by threads of which each has BLAS for itself."""
     if threads == 1 or len(items) == 1:
         return [work(x) for x in items]
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+    with one_thread(), ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, items))
 
 

@@ -66,7 +66,7 @@ def living(place, area, children, seconds, only):
     done = mutmut(place, "run", "--max-children", str(children), *only, seconds=seconds)
     listed = mutmut(place, "results", "--all", "true")
     states = dict(x.strip().split(": ", 1) for x in listed.splitlines() if "__mutmut_" in x and ": " in x)
-    if not states:
+    if not states or "Failed to run clean test" in done:
         raise click.ClickException(f"mutmut ran nothing:\n{done[-4000:]}")
     found = []
     for name, state in states.items():

@@ -185,8 +185,8 @@ def test_weights_survive_being_cut_into_parts(make, n_jobs, tmp_path):
     ],
 )
 def test_a_call_that_does_not_fit_is_named(make, variant, options, more, text):
-    n_q, n_k = more.pop("n_q", 7), more.pop("n_k", 7)
-    p = make(n_q, n_k, variant=variant, options=options, **({"causal": "bottom_right"} | more))
+    given = {"n_q": 7, "n_k": 7, "causal": "bottom_right"} | more
+    p = make(given.pop("n_q"), given.pop("n_k"), variant=variant, options=options, **given)
     with pytest.raises(InvalidProblem, match=text):
         evaluate(p)
 
