@@ -45,8 +45,7 @@ def test_a_kernel_has_the_threads_that_its_caller_has(two):
         seen.append(threads())
         return tiled(p)
 
-    before = threads()
     assert check_kernel(kernel, only="gaussian/plain[float32]", seed=0).right
     assert seen
     assert {n for x in seen for n in x} == {2}  # a library may have been loaded meanwhile
-    assert threads() == before
+    assert set(threads()) == {2}
