@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ def rows() -> Iterator[Row]:
     yield Row("copy on the device", copied, "TB/s")
     for sizes in (*AIMED, *OTHERS):
         yield from decoded(torch, sizes, copied)
+    yield from cached(torch)
     yield from bounded()
 
 
@@ -107,6 +109,37 @@ def decoded(torch: Any, sizes: tuple[int, ...], copied: float) -> Iterator[Row]:
     for name in speed:
         if name not in ("fast", "high"):
             yield Row(f"{at} fast over {name}", speed["fast"] / speed[name], "ratio")
+
+
+def cached(torch: Any) -> Iterator[Row]:
+    """The first shape from a cache: by lengths, in pages, in float8, over the time of whole arrays."""
+    from refattn.gpu import attention, attention_with_cache
+
+    b, n_k, d, h, h_kv, n_q = AIMED[0]
+    q = torch.randn(b, h, n_q, d, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(b, h_kv, n_k, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    narrow = [x.to(torch.float8_e4m3fn) for x in (k, v)]
+    lengths = torch.full((b,), n_k, device="cuda", dtype=torch.int32)
+    token = torch.ones(b, h_kv, n_k, device="cuda")
+    calls: dict[str, Call] = {
+        "whole": lambda: attention(q, k, v),
+        "lengths": lambda: attention_with_cache(q, k, v, lengths=lengths),
+        "float8": lambda: attention_with_cache(q, *narrow, lengths=lengths, key_scale=0.5, value_scale=0.5),
+        "float8, a scale by token": lambda: attention_with_cache(
+            q, *narrow, lengths=lengths, key_scale=token, value_scale=token
+        ),
+    }
+    for size in (16, 256):
+        table = torch.randperm(b * n_k // size, device="cuda", dtype=torch.int32).reshape(b, -1)
+        pages, few = ([x.reshape(-1, h_kv, size, d) for x in pair] for pair in ((k, v), narrow))
+        more = {"lengths": lengths, "page_table": table}
+        calls[f"pages of {size}"] = partial(attention_with_cache, q, *pages, **more)
+        calls[f"float8, pages of {size}"] = partial(attention_with_cache, q, *few, **more)
+    times = gpu_medians(torch, {name: replayed(torch, call) for name, call in calls.items()})
+    for name, ms in times.items():
+        if name != "whole":
+            most = 0.6 if name.startswith("float8") else None
+            yield Row(f"bfloat16 {b} x {n_k} keys, {name}: time over whole", ms / times["whole"], "ratio", at_most=most)
 
 
 def queued(torch: Any, calls: dict[str, Call]) -> Iterator[Row]:

@@ -1,13 +1,14 @@
-// Attention forward of few queries over many keys, 16-bit inputs, by mma.sync: every key is read once.
+// Attention forward of few queries over many keys, 16-bit queries, by mma.sync: every key is read once.
 //
 // Steps
 //  1. The rows of a tile are the queries of all heads of a key head's group. Keys come in parts of `unit`, a number
-//     that depends on n_k alone: the same bits for any batch, on any GPU. A block takes consecutive parts of
-//     consecutive key heads.
+//     that depends on a sequence's keys alone: the same bits for any batch, on any GPU. A block takes consecutive parts
+//     of consecutive key heads. CACHE: the keys of a sequence are lengths[batch], which `starts` turns into parts.
 //  2. Warp w takes tiles w, w + WARPS, ... of 16 keys of a part. They come by cp.async into the warp's own ring of
-//     STAGES, ahead also across parts and heads, so that loads never stop. Q is in registers.
+//     STAGES, ahead also across parts and heads, so that loads never stop. Q is in registers. CACHE 2: key j is row
+//     j % page of page table[batch][j / page]; a lane reads a page's number a tile ahead of the copies that need it.
 //  3. S = Q K^T, softcap, band, online softmax (base 2, see OFFSET in mma.cu), O += P V. ACCURACY_HIGH: P in two
-//     16-bit parts.
+//     16-bit parts. KV8: bytes become 16-bit numbers on their way to registers (decode_tiles.cuh).
 //  4. At a part's end the warps' O are added up, in order, four rows at a time through shared memory. O, maximum
 //     and sum of the part go to device memory.
 //  5. `merge` adds the parts of a row up: warp w takes parts w, w + 16, ... in order, then the warps' sums are
@@ -16,148 +17,168 @@
 // Hidden keys: as in mma.cu, step 6.
 //
 // Macros: BF16; WIDTH_K, WIDTH_V: 32, 64, 96 or 128; WARPS, M_TILES (of 16 rows), STAGES; BLOCK_N 16; ALIGNED;
-// ACCURACY_HIGH, SOFTCAP, BAND (causal or window) 0|1.
-// Launch: decode: grid s.workers, block 32 * WARPS, shared memory decode.shared_bytes; merge: grid b * h * n_q,
-// block 512.
+// ACCURACY_HIGH, SOFTCAP, BAND (causal or window) 0|1; CACHE: 0 all keys, 1 lengths, 2 lengths and pages; KV8: keys and
+// values in float8_e4m3fn; SCALES: 0 none, 1 a key head's, 2 a token's.
+// Launch: starts: grid 1, block 1024; decode: grid s.workers, block 32 * WARPS, shared memory decode.shared_bytes;
+// merge: grid b * h * n_q, block 512.
 
 #include "params.cuh"
 #include "mma_tiles.cuh"
 
 // units: parts of a key head's keys
 struct Split { float* parts; float2* stats; int first_key, keys, unit, units, workers; };
+// starts: the parts before those of a sequence, and of all; scales: of keys and values, by page or batch, head, row;
+// page: rows of one; most: the keys that a sequence has room for
+struct Cache {
+    const int *table, *lengths; int* starts; const float *k_scale, *v_scale;
+    long long table_b, ks_b, ks_h, ks_n, vs_b, vs_h, vs_n;
+    float k_by, v_by;                                     // scales of all keys and of all values
+    int page, pages, most;
+};
 constexpr int NO = WIDTH_V / 8, QK = WIDTH_K / 16, STEP = 16 * WARPS;
-constexpr u32 STAGE = K_BYTES + V_BYTES;
 constexpr int COPIES = ALIGNED ? 16 : 1;                  // of a lane at a time
 constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 32768.f;
 
-DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> DEVICE void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+#include "decode_tiles.cuh"
 
-// A warp copies 16 rows of `d` elements; rows from `rows` on, and columns from d on, become 0.
-template <int WIDTH> DEVICE void copy_rows(u32 to, const u16* from, long long stride, int rows, int d) {
-    typedef Tile<WIDTH> Of;
-#pragma unroll COPIES
-    for (int i = 0; i < 16 * Of::CHUNKS / 32; i++) {
-        const int at = i * 32 + (threadIdx.x & 31), row = at / Of::CHUNKS, c = at % Of::CHUNKS;
-        const int count = row < rows ? max(0, min(8, d - 8 * c)) : 0;
-        const u16* source = from + row * stride + 8 * c;
-#if ALIGNED
-        copy_async(to + Of::chunk(row, c), count ? source : from, 2 * count);
+constexpr u32 KEY_BYTES = 16 * sizeof(Item) * WIDTH_K, STAGE = KEY_BYTES + 16 * sizeof(Item) * WIDTH_V;
+
+
+// The keys of a sequence that some row sees, first .. last - 1, in parts.
+struct Sequence { int n_k, first, last, unit, units; };
+DEVICE Sequence sequence_of(const Params& p, const Split& s, const Cache& c, int batch) {
+#if CACHE
+    const int n = min(max(c.lengths[batch], 0), c.most), corner = p.causal == 1 ? 0 : n - p.n_q;
+    const long long left = p.left < 0 ? 0 : (long long)corner - p.left,
+                    right = p.causal ? (long long)corner + p.n_q
+                                     : p.right < 0 ? n : (long long)corner + p.n_q + p.right;
+    const int first = (int)clamp(left, 0, n), last = (int)clamp(right, first, n),
+              unit = n >= 65536 ? 2048 : n >= 16384 ? 1024 : n >= 4096 ? 512 : 256;
+    return {n, first, last, unit, (last - first + unit - 1) / unit};
 #else
-        u32 x[4];
-        UNROLL for (int e = 0; e < 4; e++) x[e] = (2 * e < count ? source[2 * e] : 0) | (2 * e + 1 < count
-            ? (u32)source[2 * e + 1] << 16 : 0);
-        store_shared(to + Of::chunk(row, c), make_uint4(x[0], x[1], x[2], x[3]));
+    return {p.n_k, s.first_key, s.first_key + s.keys, s.unit, s.units};
 #endif
+}
+// Where a part lies: its sequence, key head and number.
+struct Part { int batch, head, index; Sequence of; };
+DEVICE Part part_of(const Params& p, const Split& s, const Cache& c, long long part) {
+#if CACHE
+    int low = 0, high = p.b - 1;
+    while (low < high) {                                  // the last sequence that starts at it or before, with parts
+        const int middle = (low + high + 1) / 2;
+        if (c.starts[middle] <= part) low = middle;
+        else high = middle - 1;
     }
+    const Sequence of = sequence_of(p, s, c, low);
+    const int inside = (int)(part - c.starts[low]);
+    return {low, inside / of.units, inside % of.units, of};
+#else
+    const long long pair = part / s.units;
+    return {(int)(pair / p.h_kv), (int)(pair % p.h_kv), (int)(part % s.units), sequence_of(p, s, c, 0)};
+#endif
 }
 
-struct Place { long long part, end; int key, last; const u16 *k, *v; };   // what is loaded next: keys key .. last - 1
-DEVICE void find(Place& x, const Params& p, const Split& s) {   // the warp's first tile of a part; some parts have none
-    for (; x.part < x.end; x.part++) {
-        const int first = s.first_key + (int)(x.part % s.units) * s.unit;
-        x.key = first + threadIdx.x / 32 * 16, x.last = min(s.first_key + s.keys, first + s.unit);
+// What is loaded next: keys key .. last - 1; row: the page of the lane's row of that tile
+struct Place { long long part, end; int key, last, batch, row; const Item *k, *v; };
+DEVICE void look_up(Place& x, const Cache& c) {
+#if CACHE == 2
+    const int key = x.key + (threadIdx.x & 15);
+    x.row = key < x.last ? c.table[x.batch * c.table_b + key / c.page] : -1;
+#endif
+}
+DEVICE void find(Place& x, const Params& p, const Split& s, const Cache& c) {   // the warp's first tile of a part
+    Part at;
+    for (; x.part < x.end; x.part++) {                    // some parts have none
+        at = part_of(p, s, c, x.part);
+        const int first = at.of.first + at.index * at.of.unit;
+        x.key = first + threadIdx.x / 32 * 16, x.last = min(at.of.last, first + at.of.unit);
         if (x.key < x.last) break;
     }
     if (x.part >= x.end) return;
-    const long long pair = x.part / s.units;
-    const int batch = pair / p.h_kv, head = pair % p.h_kv;
-    x.k = (const u16*)p.k + batch * p.k_b + head * p.k_h, x.v = (const u16*)p.v + batch * p.v_b + head * p.v_h;
+    x.batch = at.batch;
+    const long long batch = CACHE == 2 ? 0 : at.batch;
+    x.k = (const Item*)p.k + batch * p.k_b + at.head * p.k_h, x.v = (const Item*)p.v + batch * p.v_b + at.head * p.v_h;
+    look_up(x, c);
 }
-DEVICE void load(Place& x, const Params& p, const Split& s, u32 to) {
+DEVICE void load(Place& x, const Params& p, const Split& s, const Cache& c, u32 to) {
     if (x.part < x.end) {
+#if CACHE == 2
+        // where the lane's row begins, or nowhere: a page that is none is not read
+        const int inside = (x.key + (threadIdx.x & 15)) % c.page;
+        const bool there = x.row >= 0 && x.row < c.pages;
+        copy_rows<WIDTH_K>(to, x.k, there ? x.row * p.k_b + inside * p.k_n : -1, 16, p.d_k);
+        copy_rows<WIDTH_V>(to + KEY_BYTES, x.v, there ? x.row * p.v_b + inside * p.v_n : -1, 16, p.d_v);
+#else
         copy_rows<WIDTH_K>(to, x.k + x.key * p.k_n, p.k_n, x.last - x.key, p.d_k);
-        copy_rows<WIDTH_V>(to + K_BYTES, x.v + x.key * p.v_n, p.v_n, x.last - x.key, p.d_v);
+        copy_rows<WIDTH_V>(to + KEY_BYTES, x.v + x.key * p.v_n, p.v_n, x.last - x.key, p.d_v);
+#endif
         x.key += STEP;
-        if (x.key >= x.last) x.part++, find(x, p, s);
+        if (x.key >= x.last) x.part++, find(x, p, s, c);
+        else look_up(x, c);
     }
     commit();
 }
-
-// Values that are not finite: added to the rows that see them, then zeroed (rare).
-DEVICE void odd_values(float (&o)[M_TILES][NO][4], const float (&s)[M_TILES][NS][4], u32 v) {
-    const int lane = threadIdx.x & 31, column = 2 * (lane & 3);
-    u32 seen[ROWS];
-    UNROLL for (int r = 0; r < ROWS; r++) {
-        seen[r] = 0;
-        UNROLL for (int n = 0; n < NS; n++)
-            UNROLL for (int e = 0; e < 2; e++) seen[r] |= (s[r / 2][n][r % 2 * 2 + e] != -INF ? 1u : 0u) << (8 * n + e);
-        seen[r] = quad_or(seen[r] << column);
-    }
-#pragma unroll 1
-    for (int j = 0; j < 16; j++)
-        UNROLL for (int n = 0; n < NO; n++) {
-            const u32 x = load_shared(v + TileV::chunk(j, n) + 2 * column), odd = not_finite(x);
-            if (odd) {
-                UNROLL for (int r = 0; r < ROWS; r++) {
-                    if (seen[r] >> j & 1 && odd & 0x8000u) o[r / 2][n][r % 2 * 2] += lower_half(x);
-                    if (seen[r] >> j & 1 && odd >> 31) o[r / 2][n][r % 2 * 2 + 1] += upper_half(x);
-                }
-            }
-        }
-    __syncwarp();
-#pragma unroll 1
-    for (int i = lane; i < 16 * TileV::CHUNKS; i += 32) {
-        const u32 at = v + TileV::chunk(i / TileV::CHUNKS, i % TileV::CHUNKS);
-        const uint4 x = load_shared4(at);
-        store_shared(at, make_uint4(zero_not_finite(x.x), zero_not_finite(x.y), zero_not_finite(x.z),
-            zero_not_finite(x.w)));
-    }
-    __syncwarp();
+// A token's scale: of page or batch, head and row, by strides.
+DEVICE float scale_of(const float* scales, const Cache& c, int batch, int key, long long along_b, long long along_n) {
+    if (CACHE != 2) return scales[batch * along_b + key * along_n];
+    const int page = c.table[batch * c.table_b + key / c.page];
+    return page >= 0 && page < c.pages ? scales[page * along_b + key % c.page * along_n] : 1.f;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Params p,
-    const __grid_constant__ Split s) {
+DEVICE void run(const Params& p, const Split& s, const Cache& c) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const int lane = threadIdx.x & 31, column = 2 * (lane & 3), warp = threadIdx.x / 32;
     const u32 ring = shared_address(shared) + warp * STAGES * STAGE;
     float* sums = (float*)(shared + WARPS * STAGES * STAGE);                  // of 4 rows of each warp
     float2* tops = (float2*)(sums + WARPS * 4 * WIDTH_V);                     // maximum and sum of each warp's rows
     const int group = p.h / p.h_kv, rows = group * p.n_q;
-    const long long total = (long long)p.b * p.h_kv * s.units;
+    const long long total = CACHE ? c.starts[p.b] : (long long)p.b * p.h_kv * s.units;
     Place next = {blockIdx.x * total / s.workers, (blockIdx.x + 1) * total / s.workers};
     const long long begin = next.part, end = next.end;
-    find(next, p, s);
-    UNROLL for (int i = 0; i < STAGES - 1; i++) load(next, p, s, ring + i * STAGE);
+    find(next, p, s, c);
+    UNROLL for (int i = 0; i < STAGES - 1; i++) load(next, p, s, c, ring + i * STAGE);
 
-    // row i of queries sees keys i + left .. i + right
-    const long long corner = p.causal == 1 ? 0 : (long long)p.n_k - p.n_q, far = 1LL << 30;
-    const int left = (int)max(corner - (p.left < 0 ? far : p.left), -far);
-    const int right = (int)min(corner + (p.causal ? 0 : p.right < 0 ? far : p.right), far);
     const float scale2 = (float)(p.scale * 1.4426950408889634);
-    const u32 k_start = TileK::chunk((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1),
-        v_start = K_BYTES + TileV::chunk(lane & 15, lane >> 4);
     u32 q[M_TILES][QK][4];
-    long long known = -1;                                 // the key head whose queries are in q
+    int known_batch = -1, known_head = -1;                // whose queries are in q
+    float k_by = CACHE ? c.k_by : 1.f, v_by = CACHE ? c.v_by : 1.f;          // SCALES 1: times the key head's
     int stage = 0;
     for (long long part = begin; part < end; part++) {
-        const long long pair = part / s.units;
-        if (pair != known) {
-            known = pair;
-            const u16* from = (const u16*)p.q + pair / p.h_kv * p.q_b + pair % p.h_kv * group * p.q_h;
+        const Part at = part_of(p, s, c, part);
+        const int n_k = at.of.n_k;
+        // row i of queries sees keys i + left .. i + right
+        const long long corner = p.causal == 1 ? 0 : (long long)n_k - p.n_q, far = 1LL << 30;
+        const int left = (int)max(corner - (p.left < 0 ? far : p.left), -far);
+        const int right = (int)min(corner + (p.causal ? 0 : p.right < 0 ? far : p.right), far);
+        if (at.batch != known_batch || at.head != known_head) {
+            known_batch = at.batch, known_head = at.head;
+            const u16* from = (const u16*)p.q + at.batch * p.q_b + at.head * group * p.q_h;
             UNROLL for (int m = 0; m < M_TILES; m++)
                 UNROLL for (int e = 0; e < 4; e++) {
                     const int row = 16 * m + lane / 4 + e % 2 * 8;
-                    const u16* at = from + row / p.n_q * p.q_h + row % p.n_q * p.q_n;
+                    const u16* first = from + row / p.n_q * p.q_h + row % p.n_q * p.q_n;
                     UNROLL for (int i = 0; i < QK; i++) {
-                        const int c = 16 * i + e / 2 * 8 + column;
-                        q[m][i][e] = (row < rows && c < p.d_k ? at[c] : 0) | (row < rows
-                            && c + 1 < p.d_k ? (u32)at[c + 1] << 16 : 0);
+                        const int d = query_column(i, e / 2);
+                        q[m][i][e] = (row < rows && d < p.d_k ? first[d] : 0) | (row < rows
+                            && d + 1 < p.d_k ? (u32)first[d + 1] << 16 : 0);
                     }
                 }
+#if SCALES == 1
+            k_by = c.k_by * (c.k_scale ? c.k_scale[at.batch * c.ks_b + at.head * c.ks_h] : 1.f);
+            v_by = c.v_by * (c.v_scale ? c.v_scale[at.batch * c.vs_b + at.head * c.vs_h] : 1.f);
+#endif
         }
         float o[M_TILES][NO][4], row_max[ROWS], row_sum[ROWS];
         UNROLL for (int r = 0; r < ROWS; r++) row_max[r] = -INF, row_sum[r] = 0;
         UNROLL for (int m = 0; m < M_TILES; m++)
             UNROLL for (int n = 0; n < NO; n++) o[m][n][0] = o[m][n][1] = o[m][n][2] = o[m][n][3] = 0;
-        const int first = s.first_key + (int)(part % s.units) * s.unit, last = min(s.first_key + s.keys,
-            first + s.unit);
+        const int first = at.of.first + at.index * at.of.unit, last = min(at.of.last, first + at.of.unit);
 #pragma unroll 1
         for (int key = first + 16 * warp; key < last; key += STEP) {
             wait<STAGES - 2>();
             // the tile is there for all lanes, and the last one is read by all
             __syncwarp();
-            load(next, p, s, ring + (stage ? stage - 1 : STAGES - 1) * STAGE);
+            load(next, p, s, c, ring + (stage ? stage - 1 : STAGES - 1) * STAGE);
             const u32 tile = ring + stage * STAGE;
             stage = stage == STAGES - 1 ? 0 : stage + 1;
 
@@ -166,32 +187,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
                 UNROLL for (int n = 0; n < NS; n++) x[m][n][0] = x[m][n][1] = x[m][n][2] = x[m][n][3] = 0;
             UNROLL for (int i = 0; i < QK; i++) {
                 u32 b[4];
-                load_matrix(b, TileK::step(tile + k_start, i));
+                key_fragment(b, tile, i);
                 UNROLL for (int m = 0; m < M_TILES; m++) mma(x[m][0], q[m][i], b[0], b[1]), mma(x[m][1], q[m][i], b[2],
                     b[3]);
             }
-            const float inner = SOFTCAP ? (float)(p.scale / p.softcap) : scale2,
+            const float inner = (SOFTCAP ? (float)(p.scale / p.softcap) : scale2) * k_by,
                 outer = (float)(p.softcap * 1.4426950408889634);
+            float by[NS][2];                              // SCALES 2: of the lane's keys, for values
+            UNROLL for (int n = 0; n < NS; n++)
+                UNROLL for (int e = 0; e < 2; e++) {
+                    by[n][e] = 1.f;
+#if SCALES == 2
+                    const int j = key + 8 * n + column + e;
+                    if (j >= last) continue;              // what no sequence owns is not read
+                    if (c.v_scale) by[n][e] = scale_of(c.v_scale + at.head * c.vs_h, c, at.batch, j, c.vs_b, c.vs_n);
+                    if (!c.k_scale) continue;
+                    const float y = scale_of(c.k_scale + at.head * c.ks_h, c, at.batch, j, c.ks_b, c.ks_n);
+                    UNROLL for (int r = 0; r < ROWS; r++) x[r / 2][n][r % 2 * 2 + e] *= y;
+#endif
+                }
             UNROLL for (int m = 0; m < M_TILES; m++)
                 UNROLL for (int n = 0; n < NS; n++)
                     UNROLL for (int e = 0; e < 4; e++) x[m][n][e] = SOFTCAP
                         ? outer * tanhf(x[m][n][e] * inner) : x[m][n][e] * inner;
-            if (key + 16 > p.n_k || (BAND && (p.n_q - 1 + left > key || right < key + 15))) {
+            if (key + 16 > n_k || (BAND && (p.n_q - 1 + left > key || right < key + 15))) {
                 UNROLL for (int r = 0; r < ROWS; r++) {
                     const int i = (16 * (r / 2) + r % 2 * 8 + lane / 4) % p.n_q;
                     UNROLL for (int n = 0; n < NS; n++)
                         UNROLL for (int e = 0; e < 2; e++) {
-                            const int at = key + 8 * n + column + e;
-                            const bool on = at < p.n_k && (!BAND || (at >= i + left && at <= i + right));
+                            const int j = key + 8 * n + column + e;
+                            const bool on = j < n_k && (!BAND || (j >= i + left && j <= i + right));
                             x[r / 2][n][r % 2 * 2 + e] = on ? x[r / 2][n][r % 2 * 2 + e] : -INF;
                         }
                 }
-                u32 bad = 0;
-                for (int i = lane; i < 16 * TileV::CHUNKS; i += 32) {
-                    const uint4 y = load_shared4(tile + K_BYTES + TileV::chunk(i / TileV::CHUNKS, i % TileV::CHUNKS));
-                    bad |= not_finite(y.x) | not_finite(y.y) | not_finite(y.z) | not_finite(y.w);
-                }
-                if (__any_sync(~0u, bad)) odd_values(o, x, tile + K_BYTES);
+                if (__any_sync(~0u, not_numbers(tile + KEY_BYTES))) odd_values(o, x, tile + KEY_BYTES);
             }
             // ---- online softmax ----
             float top[ROWS];
@@ -218,6 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
                         float& y = x[r / 2][n][r % 2 * 2 + e];
                         y = exp2_fast(y - shift);
                         row_sum[r] += y;
+                        if (SCALES == 2) y = y == 0 ? 0.f : y * by[n][e];   // of a hidden key nothing is taken
                     }
             }
             // ---- O += P V ----
@@ -235,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
                 }
             UNROLL for (int n = 0; n < NO; n += 2) {
                 u32 b[4];
-                load_matrix_transposed(b, TileV::step(tile + v_start, n / 2));
+                value_fragment(b, tile + KEY_BYTES, n / 2);
                 UNROLL for (int m = 0; m < M_TILES; m++) {
                     mma(o[m][n], a[m], b[0], b[1]), mma(o[m][n + 1], a[m], b[2], b[3]);
 #if ACCURACY_HIGH
@@ -253,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         UNROLL for (int r = 0; r < ROWS; r++) {
             float top = -INF;
             UNROLL for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w * WARP_M + 8 * r + lane / 4].x);
-            const float factor = row_max[r] == -INF ? 0.f : exp2_fast(row_max[r] - top) * UNSHIFT;
+            const float factor = row_max[r] == -INF ? 0.f : exp2_fast(row_max[r] - top) * (UNSHIFT * v_by);
             UNROLL for (int n = 0; n < NO; n++) o[r / 2][n][r % 2 * 2] *= factor, o[r / 2][n][r % 2 * 2 + 1] *= factor;
         }
         if (threadIdx.x < rows) {
@@ -268,9 +298,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         UNROLL for (int j = 0; j < WARP_M / 4; j++) {
             if (4 * j >= rows) break;
             if (lane / 16 == j % 2) {
-                float* to = sums + (warp * 4 + lane / 4 % 4) * WIDTH_V + column;
+                float* to = sums + (warp * 4 + lane / 4 % 4) * WIDTH_V;
                 UNROLL for (int n = 0; n < NO; n++)
-                    *(float2*)(to + 8 * n) = make_float2(o[j / 4][n][j / 2 % 2 * 2], o[j / 4][n][j / 2 % 2 * 2 + 1]);
+                    UNROLL for (int e = 0; e < 2; e++) to[value_column(n, e)] = o[j / 4][n][j / 2 % 2 * 2 + e];
             }
             __syncthreads();
             for (int i = threadIdx.x; i < 4 * WIDTH_V; i += THREADS) {
@@ -283,18 +313,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     }
 }
 
-constexpr int MERGING = 16;                               // warps
-extern "C" __global__ void __launch_bounds__(32 * MERGING) merge(const __grid_constant__ Params p,
-    const __grid_constant__ Split s) {
+#if !CACHE
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Params p,
+    const __grid_constant__ Split s) { run(p, s, {}); }
+#else
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_cache(const __grid_constant__ Params p,
+    const __grid_constant__ Split s, const __grid_constant__ Cache c) { run(p, s, c); }
+
+// The parts before those of each sequence, and of all: one block.
+extern "C" __global__ void __launch_bounds__(1024) starts(const __grid_constant__ Params p,
+    const __grid_constant__ Split s, const __grid_constant__ Cache c) {
+    __shared__ int ends[1024];
+    const int each = (p.b + 1023) / 1024, first = min((int)threadIdx.x * each, p.b), last = min(first + each, p.b);
+    int sum = 0;
+    for (int i = first; i < last; i++) sum += p.h_kv * sequence_of(p, s, c, i).units;
+    ends[threadIdx.x] = sum;
+    for (int hop = 1; hop < 1024; hop *= 2) {
+        __syncthreads();
+        const int x = threadIdx.x >= hop ? ends[threadIdx.x - hop] : 0;
+        __syncthreads();
+        ends[threadIdx.x] += x;
+    }
+    int at = ends[threadIdx.x] - sum;
+    for (int i = first; i < last; i++) {
+        c.starts[i] = at;
+        at += p.h_kv * sequence_of(p, s, c, i).units;
+    }
+    if (threadIdx.x == 1023) c.starts[p.b] = ends[1023];
+}
+#endif
+
+constexpr int MERGING = 16, TOGETHER = CACHE ? 4 : 8;     // warps, parts that are read at once: registers
+DEVICE void merge_parts(const Params& p, const Split& s, const Cache& c) {
     __shared__ float tops[MERGING], sums[MERGING], outs[MERGING][WIDTH_V];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, group = p.h / p.h_kv, rows = group * p.n_q;
     const long long pair = blockIdx.x / rows;
     const int row = blockIdx.x % rows, batch = pair / p.h_kv, head = pair % p.h_kv * group + row / p.n_q,
         query = row % p.n_q;
-    const float2* stats = s.stats + pair * s.units * rows + row;
-    const float* parts = s.parts + (pair * s.units * rows + row) * WIDTH_V + 4 * lane;
+    const int units = CACHE ? (c.starts[batch + 1] - c.starts[batch]) / p.h_kv : s.units;
+    const long long before = CACHE ? c.starts[batch] + (long long)(pair % p.h_kv) * units : pair * units;
+    const float2* stats = s.stats + before * rows + row;
+    const float* parts = s.parts + (before * rows + row) * WIDTH_V + 4 * lane;
     float top = -INF;
-    for (int i = threadIdx.x; i < s.units; i += 32 * MERGING) top = fmaxf(top, stats[(long long)i * rows].x);
+    for (int i = threadIdx.x; i < units; i += 32 * MERGING) top = fmaxf(top, stats[(long long)i * rows].x);
     UNROLL for (int hop = 16; hop; hop /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, hop));
     if (lane == 0) tops[warp] = top;
     __syncthreads();
@@ -303,8 +364,8 @@ extern "C" __global__ void __launch_bounds__(32 * MERGING) merge(const __grid_co
     top = fmaxf(top, sink2);
     const float base = top == -INF ? 0.f : top;
     float sum = 0.f, o[4] = {};
-#pragma unroll 8
-    for (int i = warp; i < s.units; i += MERGING) {
+#pragma unroll TOGETHER
+    for (int i = warp; i < units; i += MERGING) {
         const float2 x = stats[(long long)i * rows];
         const float weight = exp2_fast(x.x - base);
         sum = fmaf(weight, x.y, sum);
@@ -331,3 +392,11 @@ extern "C" __global__ void __launch_bounds__(32 * MERGING) merge(const __grid_co
         out[c] = (u16)pack(sum == 0 ? 0.f : x / sum, 0.f);
     }
 }
+
+#if !CACHE
+extern "C" __global__ void __launch_bounds__(32 * MERGING) merge(const __grid_constant__ Params p,
+    const __grid_constant__ Split s) { merge_parts(p, s, {}); }
+#else
+extern "C" __global__ void __launch_bounds__(32 * MERGING) merge_cache(const __grid_constant__ Params p,
+    const __grid_constant__ Split s, const __grid_constant__ Cache c) { merge_parts(p, s, c); }
+#endif

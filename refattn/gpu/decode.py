@@ -12,7 +12,7 @@ from .build import text_of
 from .kernel import Call, Kernel
 from .simt import target, threads
 
-__all__ = ["KERNEL", "MOST_QUERIES", "Split", "split_of"]
+__all__ = ["KERNEL", "MOST_QUERIES", "Split", "most_units", "split_of", "with_cache"]
 
 FILE = "decode.cu"
 MOST_QUERIES, WIDEST, WARPS = 16, 128, 8
@@ -51,6 +51,12 @@ def split_of(call: Call) -> Split:
     end = call.n_k if right is None else min(max(call.n_q + corner + right, first), call.n_k)
     unit = next(u for n, u in UNITS if call.n_k >= n)
     return Split(first, end - first, unit, -(-(end - first) // unit))
+
+
+def most_units(n_k: int) -> int:
+    """Return the most parts that a sequence of up to so many keys has."""
+    tops = [n_k, *(n - 1 for n, _ in UNITS if 0 < n <= n_k)]
+    return max(-(-n // next(u for least, u in UNITS if n >= least)) for n in tops)
 
 
 def obstacle(call: Call, capability: tuple[int, int]) -> str:
@@ -96,13 +102,26 @@ def macros(call: Call) -> dict[str, Any]:
         "WARPS": WARPS,
         "M_TILES": 1 if rows == 1 else 2 if rows == 2 else 4,
         "BLOCK_N": 16,
-        "STAGES": max(2, min(6, SHARED // (WARPS * 32 * (wide_k + wide_v)))),
+        "STAGES": _stages(wide_k + wide_v, 2),
         "ALIGNED": int(call.aligned),
         "ACCURACY_HIGH": int(call.accuracy == "high"),
         "SOFTCAP": int(call.softcap),
         "BAND": int(call.causal is not None or call.window is not None),
         "BIAS": 0,
+        "CACHE": 0,
+        "KV8": 0,
+        "SCALES": 0,
     }
+
+
+def _stages(widths: int, item_bytes: int) -> int:
+    return max(2, min(6, SHARED // (WARPS * 16 * item_bytes * widths)))
+
+
+def with_cache(m: Mapping[str, Any], pages: bool, narrow: bool, scales: int) -> dict[str, Any]:
+    """Return what the kernel is compiled with for keys in a cache: in pages, in float8, with scales (see decode.cu)."""
+    stages = _stages(m["WIDTH_K"] + m["WIDTH_V"], 1 if narrow else 2)
+    return {**m, "STAGES": stages, "CACHE": 2 if pages else 1, "KV8": int(narrow), "SCALES": scales}
 
 
 def block_rows(m: Mapping[str, Any]) -> int:
@@ -112,7 +131,7 @@ def block_rows(m: Mapping[str, Any]) -> int:
 
 def shared_bytes(m: Mapping[str, Any]) -> int:
     """Return the dynamic shared memory of a block, in bytes."""
-    rings = m["WARPS"] * m["STAGES"] * 32 * (m["WIDTH_K"] + m["WIDTH_V"])
+    rings = m["WARPS"] * m["STAGES"] * (16 if m["KV8"] else 32) * (m["WIDTH_K"] + m["WIDTH_V"])
     return int(rings + m["WARPS"] * (16 * m["WIDTH_V"] + 8 * block_rows(m)))
 
 

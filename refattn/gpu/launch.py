@@ -19,7 +19,7 @@ from .kernel import Call, Plan
 from .plan import configured
 from .views import View, empty, library
 
-__all__ = ["attribute", "capability", "kernel_of", "launch", "pack", "queue", "sizes_and_options", "zeros"]
+__all__ = ["attribute", "capability", "kernel_of", "launch", "pack", "params", "queue", "sizes_and_options", "zeros"]
 
 POINTERS = {
     "q": "query", "k": "key", "v": "value", "out": "out", "lse": "lse", "bias": "bias", "sink": "sink",
@@ -77,7 +77,7 @@ def _launch_params(
 ) -> None:
     """Queue simt.cu or mma.cu."""
     (b, h, n_q, _), device = arrays["query"].shape, arrays["query"].device
-    values = {"p": _params(plan, call, arrays, options, redo)}
+    values = {"p": params(plan, call, arrays, options, redo)}
     sequences = arrays["cu_q"].shape[0] - 1 if "cu_q" in arrays else 0
     rows, threads = plan.kernel.block_rows(plan.macros), plan.kernel.threads(plan.macros)
     tiles = n_q // rows + sequences if plan.impl == "mma" and sequences else -(-n_q // rows) + sequences
@@ -99,7 +99,7 @@ def _launch_split(
     takes = plan.kernel.takes
     cut = {"first_key": split.first_key, "keys": split.keys, "unit": split.unit, "units": split.units, "workers": grid}
     values = {
-        "p": _params(plan, call, arrays, options, 0),
+        "p": params(plan, call, arrays, options, 0),
         "s": {"parts": kept.pointer, "stats": stats, **cut},
     }
     if parts:
@@ -107,9 +107,7 @@ def _launch_split(
     queue(kernel_of(plan, device, "merge", 0), b * h * n_q, 512, 0, stream, takes, values)
 
 
-def _params(
-    plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[str, Any], redo: int
-) -> dict[str, Any]:
+def params(plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[str, Any], redo: int) -> dict[str, Any]:
     """Return struct Params of params.cuh."""
     arrays = dict(arrays)
     if plan.impl == "mma" and plan.macros["BLOCKS"] == 1:

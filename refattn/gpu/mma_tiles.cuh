@@ -12,7 +12,7 @@ typedef unsigned short u16;
                                ROWS = 2 * M_TILES;
 // 8-column tiles of S
 constexpr int NS = BLOCK_N / 8;
-constexpr u32 K_BYTES = BLOCK_N * 2 * WIDTH_K, V_BYTES = BLOCK_N * 2 * WIDTH_V;
+[[maybe_unused]] constexpr u32 K_BYTES = BLOCK_N * 2 * WIDTH_K, V_BYTES = BLOCK_N * 2 * WIDTH_V;
 [[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 // ---- primitives --------------------------------------------------------------------------------------------------

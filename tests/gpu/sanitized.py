@@ -42,6 +42,13 @@ BACKWARD = [
     ("simt", "float32", (2, 2, 1, 20, 33, 40, 40), {}),
     ("simt", "float64", (1, 1, 1, 20, 33, 7, 9), {"causal": "top_left"}),
 ]
+CACHE = [
+    # dtype, keys' dtype, (h, h_kv, n_q, d), lengths, rows of a page (0: no pages), by token, options
+    ("bfloat16", "bfloat16", (4, 1, 1, 64), (70, 0, 600), 16, False, {"causal": "bottom_right"}),
+    ("float16", "float16", (2, 2, 3, 40), (33, 300, 1), 0, False, {"window": (20, 3)}),
+    ("bfloat16", "float8_e4m3fn", (4, 2, 1, 128), (1, 257, 90), 7, True, {}),
+    ("float16", "float8_e4m3fn", (8, 1, 2, 96), (64, 5, 300), 32, False, {"softcap": 5.0}),
+]
 TRILINEAR = [
     # (b, h, h_kv, n_q, n1, n2, d), options
     ((1, 64, 1, 9, 9, 80, 128), {"causal": "bottom_right", "window": (4, 70)}),
@@ -168,6 +175,41 @@ def run_backward(cupy, impl, dtype, shape, options):
     bordered_still(cupy, wholes)
 
 
+def run_cache(cupy, dtype, narrow, shape, lengths, size, by_token, options):
+    """Call the kernel over a cache between borders of NaN; what belongs to no sequence is NaN."""
+    import torch
+
+    from refattn.gpu import attention_with_cache
+
+    torch.manual_seed(0)
+    h, h_kv, n_q, d = shape
+    b, rows = len(lengths), size or max(lengths)
+    each = -(-max(lengths) // rows)  # pages of a sequence; without a table, its own rows
+    pages = b * each + (1 if size else 0)
+
+    def bordered_in_torch(*sizes, dtype):
+        whole = torch.full((math.prod(sizes) + 2 * BORDER,), math.nan, device="cuda").to(getattr(torch, dtype))
+        return whole[BORDER:-BORDER].view(sizes)
+
+    query = bordered_in_torch(b, h, n_q, d, dtype=dtype)
+    query.copy_(torch.randn(query.shape))
+    caches = [bordered_in_torch(pages, h_kv, rows, d, dtype=narrow) for _ in range(2)]
+    scales = [bordered_in_torch(pages, h_kv, rows, dtype="float32") for _ in range(2)] if by_token else []
+    table = torch.arange(b * each, device="cuda").reshape(b, each)
+    for i, n in enumerate(lengths):
+        for j in range(0, n, rows):
+            page, count = int(table[i, j // rows]), min(rows, n - j)
+            for x in (*caches, *scales):
+                x[page, :, :count] = torch.randn(x[page, :, :count].shape, device="cuda").to(x.dtype)
+    more = dict(zip(("key_scale", "value_scale"), scales, strict=False)) | options
+    if size:
+        more["page_table"] = table
+    found = attention_with_cache(query, *caches, lengths=torch.tensor(lengths, device="cuda"), return_lse=True, **more)
+    torch.cuda.synchronize()
+    assert found[0].isfinite().all()
+    assert found[1].isfinite().all(2).all(1).tolist() == [n > 0 for n in lengths]
+
+
 def run_trilinear(cupy, shape, options):
     """Call the trilinear kernels, forward and backward, between borders of NaN; results are within their bounds."""
     import ml_dtypes
@@ -207,6 +249,9 @@ if __name__ == "__main__":
         print("ok", *call, flush=True)
     for call in BACKWARD:
         run_backward(cupy, *call)
+        print("ok", *call, flush=True)
+    for call in CACHE:
+        run_cache(cupy, *call)
         print("ok", *call, flush=True)
     for call in TRILINEAR:
         run_trilinear(cupy, *call)
