@@ -110,6 +110,11 @@ class Arguments:
     def __len__(self) -> int:
         return self._packer.size
 
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Where each number lies, in bytes, members of a struct as ``parameter.member``."""
+        return dict(_places(self.parameters, "", 0))
+
     def pack(self, **values: Any) -> bytes:
         """Return the parameters' bytes: a number, bytes, or for a struct a mapping by member or a sequence in order.
 
@@ -173,6 +178,14 @@ def _alignment(x: str | Record) -> int:
     if isinstance(x, Record):
         return x.alignment
     return TENSOR_MAP_ALIGNMENT if x == TENSOR_MAP else struct.calcsize("<" + x)
+
+
+def _places(record: Record, before: str, start: int) -> Iterator[tuple[str, int]]:
+    for (name, x), (at, _, _) in zip(record.members.items(), record.layout(), strict=True):
+        if isinstance(x, Record):
+            yield from _places(x, f"{before}{name}.", start + at)
+        else:
+            yield before + name, start + at
 
 
 def _names(record: Record) -> list[str]:

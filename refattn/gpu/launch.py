@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from .build import compiled, text_of
 from .decode import split_of
 from .kernel import Call, Plan
 from .plan import configured
+from .recorded import Launch, Maps, note
 from .views import View, empty, library
 
 __all__ = ["attribute", "capability", "kernel_of", "launch", "pack", "params", "queue", "sizes_and_options", "zeros"]
@@ -26,6 +27,7 @@ POINTERS = {
     "mask": "allowed", "blocks": "blocks", "cu_q": "cu_q", "cu_k": "cu_k",
 }  # fmt: skip
 """Arrays by what struct Params of params.cuh calls them."""
+PLACES = {f"p.{member}": array for member, array in POINTERS.items()}
 CAUSAL = {None: 0, "top_left": 1, "bottom_right": 2}
 
 
@@ -66,8 +68,9 @@ def launch(call: Call, plan: Plan, like: Any, arrays: dict[str, View], options: 
     counter = zeros(device, stream, 4, "counter")
     multiprocessors = attribute(device, "MultiProcessorCount")
     grid, values = sm90.arguments(plan.macros, arrays, options, call.blocks, counter, redo, multiprocessors)
-    threads = plan.kernel.threads(plan.macros)
-    queue(kernel_of(plan, device), grid, threads, plan.shared_bytes, stream, plan.kernel.takes, values)
+    threads, shared = plan.kernel.threads(plan.macros), plan.shared_bytes
+    places, maps = sm90.PLACES, sm90.maps(plan.macros)
+    queue(kernel_of(plan, device), grid, threads, shared, stream, plan.kernel.takes, values, places, maps)
     if repair:
         _launch_params(configured("simt", call), call, arrays, options, stream, redo=redo)
 
@@ -82,7 +85,7 @@ def _launch_params(
     rows, threads = plan.kernel.block_rows(plan.macros), plan.kernel.threads(plan.macros)
     tiles = n_q // rows + sequences if plan.impl == "mma" and sequences else -(-n_q // rows) + sequences
     grid = min(tiles * h * b, attribute(device, "MultiProcessorCount")) if redo else tiles * h * b
-    queue(kernel_of(plan, device), grid, threads, plan.shared_bytes, stream, plan.kernel.takes, values)
+    queue(kernel_of(plan, device), grid, threads, plan.shared_bytes, stream, plan.kernel.takes, values, PLACES)
 
 
 def _launch_split(
@@ -170,15 +173,13 @@ def queue(
     stream: int,
     takes: Arguments,
     values: Mapping[str, Any],
+    places: Mapping[str, str] = MappingProxyType({}),
+    maps: Maps = MappingProxyType({}),
 ) -> None:
-    """Launch a kernel with its arguments by name; the driver copies them."""
-    packed = takes.pack(**values)
-    buffer = ctypes.create_string_buffer(packed, len(packed))
-    start = ctypes.addressof(buffer)
-    pointers = (ctypes.c_void_p * len(takes.offsets))(*(start + o for o in takes.offsets))
-    library("cupy").cuda.driver.launchKernel(
-        kernel[0], grid, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointers), 0
-    )
+    """Launch a kernel with its arguments by name; the driver copies them. places, maps: see ``recorded.Launch``."""
+    made = Launch(kernel, grid, threads, shared, stream, takes, takes.pack(**values), places, maps)
+    made.queue({})
+    note(made)
 
 
 @lru_cache(maxsize=1024)

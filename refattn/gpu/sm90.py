@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 from ..errors import UnsupportedProblem
@@ -244,7 +244,6 @@ def arguments(
     """
     q, k, v, out = (arrays[n] for n in ("query", "key", "value", "out"))
     (b, h, n_q, _), n_k, group = q.shape, k.shape[2], q.shape[1] // k.shape[1]
-    maps = (key_map(q, block_rows(m), "query"), key_map(k, m["BLOCK_N"], "key"), key_map(v, m["BLOCK_N"], "value"))
     sequences = arrays["cu_q"].shape[0] - 1 if "cu_q" in arrays else 0
     rows = n_q // block_rows(m) + sequences if sequences else -(-n_q // block_rows(m))
     tiles = rows * b * h
@@ -255,7 +254,7 @@ def arguments(
     mask = arrays.get("block_bits")
     table, spread = (0, (0, 0, 0)) if mask is None else (mask.pointer, mask.spread()[:3])
     return min(tiles, multiprocessors), {
-        **{"map_q": maps[0], "map_k": maps[1], "map_v": maps[2]},
+        **{to: make(arrays[n]) for to, (n, make) in maps(m).items()},
         **{"out": out.pointer, "lse": arrays["lse"].pointer, "counter": counter, "redo": redo},
         "shape": {
             "batch": b, "heads": h, "group": group, "n_q": n_q, "n_k": n_k, "d": v.shape[3], "head_group": head_group,
@@ -284,6 +283,16 @@ def _asked(arrays: Mapping[str, View], options: Mapping[str, Any], sequences: in
         "right": min(right, 0) if options["causal"] else right,
         "sequences": sequences,
     }
+
+
+PLACES = {"out": "out", "lse": "lse"} | {f"options.{n}": n for n in ("sink", "bias", "cu_q", "cu_k")}
+"""By argument, the array whose address it is."""
+
+
+def maps(m: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[View], bytes]]]:
+    """Return by argument the array whose tensor map it is, and what makes one."""
+    rows = {"query": block_rows(m), "key": m["BLOCK_N"], "value": m["BLOCK_N"]}
+    return {f"map_{n[0]}": (n, partial(key_map, rows=size, name=n)) for n, size in rows.items()}
 
 
 def key_map(x: View, rows: int, name: str) -> bytes:

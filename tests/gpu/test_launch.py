@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from refattn.gpu import backward_launch, mma, simt, sm90, views
+from refattn.gpu import backward_launch, mma, recorded, simt, sm90, views
 from refattn.gpu import launch as module
 from refattn.gpu.arguments import arguments_of
 from refattn.gpu.launch import launch
@@ -37,7 +37,7 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch):
     found = Driver()
-    monkeypatch.setattr(module, "library", lambda _: SimpleNamespace(cuda=SimpleNamespace(driver=found)))
+    monkeypatch.setattr(recorded, "library", lambda _: SimpleNamespace(cuda=SimpleNamespace(driver=found)))
     monkeypatch.setattr(module, "kernel_of", lambda plan, device: (f"kernel {plan.impl}", None))
     monkeypatch.setattr(module, "attribute", lambda device, name: 5)
     monkeypatch.setattr(module, "zeros", lambda device, stream, size, what: 7000 if what == "redo" else 8000)
