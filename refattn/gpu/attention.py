@@ -26,6 +26,7 @@ def attention(
     return_lse: bool = False,
     accuracy: str = "fast",
     impl: str | None = None,
+    batch_invariant: bool = False,
 ) -> Any:
     """Return softmax attention, computed on the GPU that the arrays are on.
 
@@ -58,6 +59,9 @@ def attention(
         "fast" rounds P to the input's type; "high" keeps it in two parts, so that the error is the output's rounding.
     impl : str, optional
         A kernel out of ``refattn.gpu.IMPLS``; by default the one that :func:`refattn.gpu.plan` chooses.
+    batch_invariant : bool
+        Give each row the same bits whatever else is in the call: alone or among other rows, heads and batches, in a
+        prefill, in chunks of it, or as a single query, for the same options and layout. "decode" is not used then.
 
     Raises
     ------
@@ -72,7 +76,7 @@ def attention(
         from . import torch_operators
 
         if torch_operators.needed(query, key, value, sink, bias):
-            found = torch_operators.attention(query, key, value, options, accuracy, impl)
+            found = torch_operators.attention(query, key, value, options, accuracy, impl, batch_invariant)
             return found if return_lse else found[0]
-    out, lse = forward(query, key, value, accuracy=accuracy, impl=impl, **options)
+    out, lse = forward(query, key, value, accuracy=accuracy, impl=impl, batch_invariant=batch_invariant, **options)
     return (out, lse) if return_lse else out

@@ -61,6 +61,8 @@ def most_units(n_k: int) -> int:
 
 def obstacle(call: Call, capability: tuple[int, int]) -> str:
     """Return why the kernel cannot compute a call, "" where it can."""
+    if call.batch_invariant:
+        return "gives rows other bits than the kernels for many queries do"
     if capability[0] not in (9, 10):  # shared memory
         return f"needs compute capability 9 or 10, got {capability[0]}.{capability[1]}"
     if call.dtype not in ("float16", "bfloat16"):

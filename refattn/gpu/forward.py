@@ -19,16 +19,17 @@ __all__ = ["forward"]
 def forward(
     query: Any, key: Any, value: Any, *, scale: float | None, causal: str | None, window: Any, softcap: float | None,
     sink: Any, bias: Any, allowed: Any, block_mask: Any, cu_seqlens: Any, accuracy: str, impl: str | None,
+    batch_invariant: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Return out and lse of :func:`refattn.gpu.attention`, without gradients."""
     device = device_of(query, "query")
     with on(device):
         tensors = {"query": query, "key": key, "value": value, "bias": bias, "allowed": allowed}
         options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
-        asked = read(tensors, sink, block_mask, cu_seqlens, options, accuracy, impl)
+        asked = read(tensors, sink, block_mask, cu_seqlens, options, accuracy, impl, bool(batch_invariant))
         known = _known(asked.signature)
         if known is None:
-            call = asked.call(accuracy)
+            call = asked.call(accuracy, bool(batch_invariant))
             known = _KNOWN[asked.signature] = (call, choose(call, impl, capability(device)))
         arrays, wide = asked.arrays, "float64" if asked.arrays["query"].dtype == "float64" else "float32"
         shape = (*arrays["query"].shape[:3], arrays["value"].shape[3])

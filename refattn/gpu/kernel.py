@@ -36,6 +36,8 @@ class Call:
         the arrays (strides above 0, too).
     accuracy : str
         Out of ``ACCURACIES``.
+    batch_invariant : bool
+        Whether a row has the same bits whatever else is in the call.
     """
 
     dtype: str
@@ -56,6 +58,7 @@ class Call:
     aligned: bool
     mapped: bool
     accuracy: str
+    batch_invariant: bool = False
 
     @classmethod
     def of(

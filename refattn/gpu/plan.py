@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +27,7 @@ def plan(
     block_mask: Any = None,
     accuracy: str = "fast",
     impl: str | None = None,
+    batch_invariant: bool = False,
     capability: tuple[int, int] = (9, 0),
 ) -> Plan:
     """Return which kernel computes a call, and why.
@@ -34,7 +36,7 @@ def plan(
     ----------
     problem : Problem
         Of any library; only its shapes, types and options count, and it need not be on a GPU.
-    block_mask, accuracy, impl
+    block_mask, accuracy, impl, batch_invariant
         As in :func:`refattn.gpu.attention`.
     capability : tuple of two int
         The GPU's compute capability.
@@ -47,7 +49,8 @@ def plan(
         No kernel computes it; the text says what is in the way.
     """
     blocks = None if block_mask is None else check_block_mask(problem, block_mask)
-    return choose(Call.of(problem, accuracy, blocks), impl, capability)
+    call = replace(Call.of(problem, accuracy, blocks), batch_invariant=batch_invariant)
+    return choose(call, impl, capability)
 
 
 @lru_cache(maxsize=4096)

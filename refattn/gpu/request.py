@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..arrays import dtype_name, kind_of
@@ -54,7 +54,7 @@ class Request:
         check_devices(self.arrays)
         return problem
 
-    def call(self, accuracy: str = "fast") -> Call:
+    def call(self, accuracy: str = "fast", batch_invariant: bool = False) -> Call:
         """Return what the choice of a kernel depends on.
 
         Raises
@@ -67,7 +67,8 @@ class Request:
         aligned, mapped = layout([self.arrays[n] for n in TENSORS if n in self.arrays and n != "lse"])
         aligned = aligned and not (problem.d_k % 8 or problem.d_v % 8)  # so are rows of results, which are contiguous
         packed = self.offsets is not None
-        return Call.of(problem, accuracy, blocks, packed=packed, aligned=aligned, mapped=mapped)
+        found = Call.of(problem, accuracy, blocks, packed=packed, aligned=aligned, mapped=mapped)
+        return replace(found, batch_invariant=batch_invariant)
 
 
 def read(

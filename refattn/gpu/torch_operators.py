@@ -18,7 +18,7 @@ OPTIONS = (
     + ", float? scale, str? causal, int? left, int? right, float? softcap, int block_q, int block_k, str? impl"
 )
 NAMES = ("query", "key", "value", *TENSORS, "scale", "causal", "left", "right", "softcap", "block_q", "block_k", "impl")
-"""The operator's arguments, the last of which is accuracy."""
+"""The operator's arguments; accuracy and batch_invariant come after them."""
 GRADIENTS = {source: n for n, source in SOURCES.items()}
 
 
@@ -30,7 +30,7 @@ def needed(*tensors: Any) -> bool:
 
 
 def attention(
-    query: Any, key: Any, value: Any, options: dict[str, Any], accuracy: str, impl: str | None
+    query: Any, key: Any, value: Any, options: dict[str, Any], accuracy: str, impl: str | None, batch_invariant: bool
 ) -> tuple[Any, Any]:
     """Return out and lse by the operator; `options` are those of :func:`refattn.gpu.attention`.
 
@@ -46,7 +46,14 @@ def attention(
     found = torch.ops.refattn.attention(
         *(query, key, value, options["sink"], options["bias"], options["allowed"], blocks, cu_q, cu_k),
         *(scale if scale is None else float(scale), options["causal"], left, right),
-        *(softcap if softcap is None else float(softcap), block_q or 0, block_k or 0, impl, accuracy),
+        *(
+            softcap if softcap is None else float(softcap),
+            block_q or 0,
+            block_k or 0,
+            impl,
+            accuracy,
+            bool(batch_invariant),
+        ),
     )
     return found[0], found[1]
 
@@ -72,7 +79,8 @@ def _options(a: dict[str, Any]) -> dict[str, Any]:
 def _forward(*arguments: Any) -> tuple[Any, Any]:
     a = dict(zip(NAMES, arguments, strict=False))
     q, k, v = (a[n].detach() for n in ("query", "key", "value"))
-    return forward(q, k, v, **_options(a), accuracy=arguments[-1], impl=a["impl"])
+    accuracy, batch_invariant = arguments[len(NAMES) :]
+    return forward(q, k, v, **_options(a), accuracy=accuracy, impl=a["impl"], batch_invariant=batch_invariant)
 
 
 def _forward_shapes(*arguments: Any) -> tuple[Any, Any]:
@@ -109,16 +117,19 @@ def _gradients(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
     wanted = [GRADIENTS[n] for n, need in zip(NAMES, ctx.needs_input_grad, strict=False) if need and n in GRADIENTS]
     if not wanted or (dout is None and dlse is None):
-        return (None,) * (len(NAMES) + 1)
+        return (None,) * (len(NAMES) + 2)
     dout = torch.zeros_like(out) if dout is None else dout
     found = torch.ops.refattn.attention_backward(*tensors, *ctx.rest, out, lse, dout, dlse, " ".join(wanted))
     by_name = dict(zip(wanted, found, strict=True))
-    return (*(by_name.get(GRADIENTS.get(n, "")) for n in NAMES), None)
+    return (*(by_name.get(GRADIENTS.get(n, "")) for n in NAMES), None, None)
 
 
 _INPUTS = f"Tensor query, Tensor key, Tensor value, {OPTIONS}"
 _operator = torch.library.custom_op(
-    "refattn::attention", _forward, mutates_args=(), schema=f"({_INPUTS}, str accuracy) -> (Tensor, Tensor)"
+    "refattn::attention",
+    _forward,
+    mutates_args=(),
+    schema=f"({_INPUTS}, str accuracy, bool batch_invariant) -> (Tensor, Tensor)",
 )
 _operator.register_fake(_forward_shapes)
 _operator.register_autograd(_gradients, setup_context=_setup)

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -123,6 +124,24 @@ def test_strides_streams_and_empty_calls(torch):
     torch.testing.assert_close(shifted, aligned, atol=1e-2, rtol=1e-2)  # in tiles of other sizes
     with pytest.raises(UnsupportedProblem, match="takes a contiguous last axis, got strides"):
         attention(q[..., ::2], k[..., ::2], v[..., ::2])
+
+
+@pytest.mark.parametrize("impl", ["sm90", "mma", "simt"])
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("accuracy", ["fast", "high"])
+def test_a_row_has_the_same_bits_whatever_else_is_in_the_call(torch, impl, d, accuracy):
+    from refattn.gpu import attention
+
+    torch.manual_seed(0)
+    q = torch.randn(3, 8, 3000, d, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(3, 2, 3000, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    names = {"causal": "bottom_right", "batch_invariant": True, "accuracy": accuracy, "impl": impl}
+    whole = attention(q, k, v, **names)
+    ends = [0, 1, 64, 777, 1500, 2999, 3000]  # a prefill in chunks, its last token as in decoding
+    for i, j in pairwise(ends):
+        assert torch.equal(attention(q[:, :, i:j], k[:, :, :j], v[:, :, :j], **names), whole[:, :, i:j])
+    alone = attention(q[1:2, 4:8, 2500:2501], k[1:2, 1:, :2501], v[1:2, 1:, :2501], **names)
+    assert torch.equal(alone, whole[1:2, 4:8, 2500:2501])
 
 
 def test_a_nan_that_some_rows_see_reaches_only_them(torch):

@@ -77,6 +77,9 @@ def test_when_it_is_chosen():
     assert "the kernel decode is chosen from 1024 keys on, got 1000" in short.why
     assert choose(replace(FEW, n_k=10), "decode", (9, 0)).impl == "decode"
     assert choose(FEW, None, (8, 0)).impl == "mma"
+    invariant = choose(replace(FEW, batch_invariant=True), None, (9, 0))
+    assert invariant.impl == "sm90"
+    assert "the kernel decode gives rows other bits than the kernels for many queries do" in invariant.why
 
 
 def test_two_launches(driver, monkeypatch):  # noqa: F811

@@ -127,7 +127,7 @@ def test_the_operators_keep_their_contract_without_a_gpu(on_cpu):
     assert torch_operators.needed(torch.zeros(1, requires_grad=True))
     assert not torch_operators.needed(torch.zeros(1))
     q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (5, 7, 7))
-    rest = (None,) * 10 + (None, 0, 0, None, "fast")
+    rest = (None,) * 10 + (None, 0, 0, None, "fast", False)
     torch.library.opcheck(torch.ops.refattn.attention.default, (q, k, v, *rest))
 
 
@@ -180,6 +180,6 @@ def test_the_operators_keep_their_contract():
     from refattn.gpu import torch_operators
 
     q = torch.randn(1, 2, 20, 32, device="cuda", dtype=torch.float64, requires_grad=True)
-    rest = (None,) * 7 + ("bottom_right", None, None, None, 0, 0, None, "fast")
+    rest = (None,) * 7 + ("bottom_right", None, None, None, 0, 0, None, "fast", False)
     assert torch_operators.needed(q)
     torch.library.opcheck(torch.ops.refattn.attention.default, (q, q, q, *rest))
