@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..tensor import attention, collide, match3
-from .claim import Claim, Evidence, needs, worst
+from .claim import Claim, Evidence, needs, same, total, worst
+from .fields import Q, rationals
 
 __all__ = ["CLAIMS"]
 
@@ -27,12 +29,13 @@ LEAK = Fraction(1, 11)
 """How far an output can be from its label: n² pairs that miss by one, beside the dummy's exp(beta · gap/2) = 10 n²."""
 
 
-def _distance(x: Any, modulus: int, shrink: float = 1.0) -> float:
+def _distance(x: Any, modulus: int, shrink: float = 1.0) -> tuple[float, float]:
+    """Return the largest distance of an output to its label, and how much of it may be float64's."""
     q, *rest = match3.layer(x, modulus)
     found = attention(q / shrink, *rest, scale=1.0)[0, 0, :, 0]
-    # logits of size beta are off by d roundings, and weights by as much as logits
-    beta = float(np.abs(q).max()) / shrink
-    return float(np.abs(found - match3.labels(x, modulus)).max()) - 2 * beta * 5 * 2.0**-53
+    # a logit is off by a rounding of each feature's product, and weights by as much as logits
+    roundings = sum(float(np.spacing(np.abs(feature).max())) for feature in q.T)
+    return float(np.abs(found - match3.labels(x, modulus)).max()), roundings
 
 
 def solved(sizes: tuple[tuple[int, int], ...] = ((16, 128), (64, 1021), (128, 8191))) -> Evidence:
@@ -43,13 +46,17 @@ def solved(sizes: tuple[tuple[int, int], ...] = ((16, 128), (64, 1021), (128, 81
             n >= 3 and m >= 2 and m % 3 > 0, "at least three tokens and a modulus of at least 2 that 3 does not divide"
         )
         given = [np.random.default_rng(seed).integers(0, m, n) for seed in range(3)]
-        pairs += [(_distance(x, m), float(LEAK)) for x in (*given, _near_misses(n, m))]
-    return Evidence(worst(pairs), 1, "largest distance of an output to its label, over what leaks")
+        far = [_distance(x, m) for x in (*given, _near_misses(n, m))]
+        pairs += [(away - roundings, float(LEAK)) for away, roundings in far]
+        attained, roundings = far[-1]
+        pairs.append((float(LEAK), attained + roundings))
+    return Evidence(worst(pairs), 1, "largest distance of an output to its label, over what leaks, which is attained")
 
 
 def small_logits() -> Evidence:
     """The same layer with half its logits."""
-    return Evidence(_distance(_near_misses(64, 1021), 1021, 2.0), LEAK, "distance with half the logits")
+    away, roundings = _distance(_near_misses(64, 1021), 1021, 2.0)
+    return Evidence(away - roundings, LEAK, "distance with half the logits")
 
 
 def _random(heads: int, width: int, universe: int, seed: int) -> tuple[Float, Float]:
@@ -75,6 +82,41 @@ def _spread_out(universe: int, width: int) -> tuple[Float, Float]:
     return np.zeros((1, tokens)), values
 
 
+def _tokens(universe: int, modulus: int) -> tuple[list[int], int, list[int], int]:
+    """Return the tokens of A's elements, A's blank, the tokens of B's elements, and B's blank."""
+    of_a, of_b = [2 + t for t in range(universe)], [modulus - 3 - t for t in range(universe)]
+    return of_a, 5 * universe + 1, of_b, 5 * universe + 3
+
+
+def _strays(inputs: Any, universe: int, modulus: int) -> int:
+    """Return how many tokens of inputs are neither an element's nor a blank at its place."""
+    first, blank, second, other = _tokens(universe, modulus)
+    may = [(1,), *((x, blank) for x in first), *((x, other) for x in second)]
+    return sum(x not in pair for row in inputs for x, pair in zip(row, may, strict=True))
+
+
+def _box(sums: Any, universe: int) -> tuple[Any, Any, Any]:
+    """Return the least and the largest sums that an input has, and how far sets B alone move them."""
+    first, blank, second, other = _tokens(universe, len(sums))
+    sides = abs(sums[second] - sums[other]).sum(axis=0)
+    # token 1; of A one element and else blanks; of B elements or blanks
+    fixed, of_a = sums[1] + (universe - 1) * sums[blank], sums[[*first, blank]]
+    least = fixed + of_a.min(axis=0) + np.minimum(sums[second], sums[other]).sum(axis=0)
+    most = fixed + of_a.max(axis=0) + np.maximum(sums[second], sums[other]).sum(axis=0)
+    return least, most, sides
+
+
+def _squared(sums: Any, universe: int) -> Any:
+    """Return the square of `_pigeonhole` from what each token adds: (tokens, H, m + 1), denominators first."""
+    least, most, sides = _box(sums, universe)
+    moved = sides > 0
+    cells = math.ceil(2 ** (universe / int(moved.sum()))) - 1
+    r = ((sides / cells) ** 2).sum()
+    least_d = least[:, :1]
+    turned = np.maximum(abs(least), abs(most))[:, 1:] / least_d * moved[:, :1]
+    return (r * (1 + turned**2) / least_d**2).max()
+
+
 def _pigeonhole(scores: Float, values: Float, universe: int) -> float:
     """Return a bound on the least difference of outputs of two sets, from how many sets there are.
 
@@ -83,19 +125,38 @@ def _pigeonhole(scores: Float, values: Float, universe: int) -> float:
     """
     weights = np.exp(scores - scores.max(1, keepdims=True))
     sums = np.concatenate([weights[..., None], weights[..., None] * values], 2).transpose(1, 0, 2)
-    blanks, elements = (5 * universe + 1, 5 * universe + 3), len(sums) - 3 - np.arange(universe)
-    change = (sums[elements] - sums[blanks[1]]).reshape(universe, -1)
-    sides = np.abs(change).sum(0)
-    cells = math.ceil(2 ** (universe / int((sides > 0).sum()))) - 1
-    r = math.sqrt(((sides / cells) ** 2).sum())
-    # token 1; of A one element and else blanks; of B elements or blanks
-    of_a = np.concatenate([sums[2 : 2 + universe], sums[blanks[0]][None]])
-    of_b = np.minimum(sums[elements], sums[blanks[1]]), np.maximum(sums[elements], sums[blanks[1]])
-    fixed = sums[1] + (universe - 1) * sums[blanks[0]]
-    least, most = fixed + of_a.min(0) + of_b[0].sum(0), fixed + of_a.max(0) + of_b[1].sum(0)
-    largest = np.maximum(np.abs(least[:, 1:]), np.abs(most[:, 1:])) / least[:, :1]
-    turned = largest * (sides.reshape(len(change[0]) // sums.shape[2], -1)[:, :1] > 0)
-    return float((r * np.hypot(1, turned) / least[:, :1]).max())
+    return math.sqrt(_squared(sums, universe))
+
+
+def _enumerated(sums: Any, universe: int) -> Any:
+    """Return the square of `_pigeonhole` another way: from all inputs one by one, and cells that are counted."""
+    first, blank, second, other = _tokens(universe, len(sums))
+    sets = list(itertools.product(*((x, other) for x in second)))
+    lefts = [[x if t == i else blank for t, x in enumerate(first)] for i in range(universe + 1)]
+    found = np.array([[sums[[1, *left, *right]].sum(axis=0) for right in sets] for left in lefts])
+    sides = (found.max(axis=1) - found.min(axis=1)).max(axis=0)
+    moved = sum(side > 0 for side in sides.ravel())
+    cells = max(c for c in range(1, len(sets)) if c**moved < len(sets))  # pigeonholes, fewer than pigeons
+    r = sum(side**2 for side in sides.ravel()) / cells**2
+    most = 0
+    for head, side in enumerate(sides):
+        d = found[..., head, 0].min()
+        for n in abs(found[..., head, 1:]).max(axis=(0, 1)):
+            # the slopes of N/D by N and D are D/D² and -N/D²
+            most = max(most, r * (d**2 + n**2) / d**4 if side[0] else r / d**2)
+    return most
+
+
+def _exactly() -> int:
+    """Return in how many layers of rational sums the bound's square is not that of all inputs."""
+    universe, wrong = 5, 0
+    for heads, width in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        sums = rationals(width, 8 * universe + 7, heads, 1 + width)
+        sums[..., 0] = abs(sums[..., 0])
+        wrong += _squared(sums, universe) != _enumerated(sums, universe)
+        sums[..., 0] = Q(1)
+        wrong += _squared(sums, universe) != _enumerated(sums, universe)
+    return wrong
 
 
 def collision(
@@ -107,15 +168,16 @@ def collision(
         "a layer of H(m + 1) numbers, fewer than the universe's elements",
     )
     drawn = [_random(*shape, universe, seed) for shape in shapes for seed in range(layers)]
-    pairs = []
+    pairs, strays = [], 0
     for scores, values in [*drawn, _spread_out(universe, 2), _spread_out(universe, 1)]:
         found = collide(scores, values, universe=universe)
         needs(found.labels[0] != found.labels[1], "two sets of opposite labels")
+        strays += _strays(found.inputs, universe, found.modulus)
         pairs.append((found.difference, _pigeonhole(scores, values, universe)))
-    rounding = 2 * 2.0**-53 * float(np.abs(found.outputs).max())  # of the last layer's outputs, which attain the bound
-    far, bound = pairs[-1]
+    rounding = float(np.spacing(np.abs(found.outputs).max()))  # of the last layer's outputs, which attain the bound
     shares = [a / b for a, b in pairs]
-    found_ = [*pairs[:-1], (far, bound + rounding), (bound, far + rounding)]
+    far, bound = pairs.pop()
+    found_ = [*pairs, (far, bound + rounding), (bound, far + rounding), same(total(strays, _exactly()), 0)]
     return Evidence(worst(found_), 1, "difference of the outputs over the pigeonhole bound", {"shares": shares})
 
 

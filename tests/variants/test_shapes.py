@@ -5,6 +5,7 @@ import pytest
 
 from refattn import VARIANTS, InvalidProblem, Problem, UnsupportedProblem, check_kernel, evaluate
 from refattn.check.bugs.planted import plain
+from refattn.exact.agree import differing_form
 from refattn.exact.arithmetics import Balls
 from refattn.exact.lowering import lower
 from refattn.variants.power_blocks import block_mask
@@ -29,6 +30,8 @@ def test_a_lowered_call_is_the_call_with_its_mask(make):
     assert answer.core is not None
     assert answer.call is answer.core
     assert plain.core is None
+    allowed = np.arange(12) % 3 > 0
+    assert (lower(p.replace(allowed=allowed[None, None, None])).problem.allowed == (mask & allowed)).all()
 
 
 def chosen(p, n_blocks, size, topk):
@@ -77,6 +80,15 @@ def test_scores_that_differ_by_less_than_enclosures_tell_are_told_apart(make):
     assert 0 < seen.margins[0, 0, 2] < 2.0**-69
 
 
+def test_a_margin_is_the_difference_of_two_scores():
+    """A query of 1 scores the means of its blocks: 2 and 7."""
+    key = np.array([1.0, 3.0, 6.0, 8.0, 0.0, 0.0]).reshape(1, 1, 6, 1)
+    p = Problem(
+        np.ones_like(key), key, key, causal="bottom_right", variant="moba", options={"block_size": 2, "topk": 2}
+    )
+    assert lower(p).margins[0, 0].tolist() == [np.inf] * 4 + [5.0] * 2
+
+
 def test_the_whole_budget_is_dense(make):
     p = make(21, 21, causal="bottom_right", variant="moba", options={"block_size": 4, "topk": 6})
     dense = evaluate(p.replace(variant="softmax", options={}), rounding="float64")
@@ -120,6 +132,9 @@ def test_lightning_by_hand():
     assert abs(answer.state.item() - 6.5) < 2.0**-50
     started = evaluate(p.replace(state=np.full((1, 1, 1, 1), 4.0)))
     assert abs(started.out[0, 0, 1, 0] - 7.5) < 2.0**-50
+    scaled = p.replace(scale=0.5, state=np.full((1, 1, 1, 1), 4.0))
+    assert (evaluate(scaled).out == started.out / 2).all()
+    assert differing_form(scaled) == ""
 
 
 def test_gradients_through_time_are_those_of_the_dense_form(make):
@@ -168,26 +183,40 @@ def test_weights_survive_being_cut_into_parts(make, n_jobs, tmp_path):
     assert (whole.out == parts.out).all()
 
 
+NO_BLOCKS = "cu_seqlens_q: blocks of packed sequences are not defined; pass one sequence at a time"
+TOO_MANY = "query: axis seq is 9, expected at most key's 7: each query stands at a key"
+
+
 @pytest.mark.parametrize(
     ("variant", "options", "more", "text"),
     [
         ("moba", {"block_size": 0}, {}, "block_size: got 0, expected an integer of at least 1"),
         ("moba", {"topk": 0}, {}, "topk: got 0, expected an integer of at least 1"),
-        ("moba", {"topk": 2.0}, {}, "topk: got 2.0, expected an integer"),
+        ("moba", {"topk": 2.0}, {}, "topk: got 2.0, expected an integer of at least 1"),
         ("moba", {}, {"causal": None}, "causal: blocks are chosen among earlier ones; set causal='bottom_right'"),
+        ("moba", {}, {"n_q": 9}, TOO_MANY),
+        ("moba", {}, {"packed": True}, NO_BLOCKS),
         ("power_blocks", {"sink_blocks": -1}, {}, "sink_blocks: got -1, expected an integer of at least 0"),
-        ("power_blocks", {}, {"causal": "top_left", "n_k": 9}, "causal: blocks count from the bottom right"),
-        ("power_blocks", {}, {"n_q": 9}, "query: axis seq is 9, expected at most key's 7"),
-        ("lightning", {"decay": (0.1,)}, {}, "decay: got .* expected a tuple of 2 finite numbers of at least 0"),
-        ("lightning", {"decay": (0.1, -0.1)}, {}, "decay: got .* expected a tuple of 2 finite numbers of at least 0"),
-        ("lightning", {"decay": (0.1, 0.1)}, {"causal": None}, "causal: a recurrence sees no later token"),
-        ("lightning", {"decay": (0.1, 0.1)}, {"n_k": 8}, "key: axis seq is 8, expected query's 7"),
+        (
+            "power_blocks",
+            {},
+            {"causal": "top_left", "n_k": 9},
+            "causal: blocks count from the bottom right; set causal='bottom_right'",
+        ),
+        ("power_blocks", {}, {"n_q": 9}, TOO_MANY),
+        ("power_blocks", {}, {"packed": True}, NO_BLOCKS),
+        ("lightning", {"decay": (0.1,)}, {}, "decay: got .* expected a tuple of 2 finite numbers of at least 0.*"),
+        ("lightning", {"decay": (0.1, -0.1)}, {}, "decay: got .* expected a tuple of 2 finite numbers of at least 0.*"),
+        ("lightning", {"decay": (0.1, 0.1)}, {"causal": None}, "causal: a recurrence sees no later token.*"),
+        ("lightning", {"decay": (0.1, 0.1)}, {"n_k": 8}, "key: axis seq is 8, expected query's 7.*"),
     ],
 )
 def test_a_call_that_does_not_fit_is_named(make, variant, options, more, text):
     given = {"n_q": 7, "n_k": 7, "causal": "bottom_right"} | more
+    if given.pop("packed", False):
+        given |= {n: np.array([0, 3, 7], np.int32) for n in ("cu_seqlens_q", "cu_seqlens_k")}
     p = make(given.pop("n_q"), given.pop("n_k"), variant=variant, options=options, **given)
-    with pytest.raises(InvalidProblem, match=text):
+    with pytest.raises(InvalidProblem, match=f"^{text}$"):
         evaluate(p)
 
 

@@ -6,10 +6,12 @@ from importlib import import_module
 import numpy as np
 import pytest
 
-from refattn import VARIANTS, InvalidInput, InvalidProblem, UnsupportedProblem, evaluate, reference
+from refattn import VARIANTS, InvalidInput, InvalidProblem, Problem, UnsupportedProblem, evaluate, reference
 from refattn.check import FAMILIES, LAWS
+from refattn.check.bounds.forward import bounds
 from refattn.check.bugs.planted import PLANTED
 from refattn.check.inputs.families import cases
+from refattn.check.model import flash
 from refattn.exact.agree import differing_form, under
 
 
@@ -36,6 +38,12 @@ SMALL = [
     for c in cases(name)
     if c.family == "gaussian" and c.label in VARIANTS[name].cases and c.problem("float32").n_k <= 67
 ]
+
+
+@pytest.mark.parametrize("name", ["linear", "lightning"])
+def test_decays_to_try_have_heads_that_forget_nothing_and_heads_that_do(name):
+    for drawn in VARIANTS[name].options["decay"].draws(3):
+        assert not drawn or min(drawn) == 0.0 < max(drawn)
 
 
 @pytest.mark.parametrize(("name", "label"), [x for x in SMALL if VARIANTS[x[0]].forms])
@@ -101,8 +109,6 @@ def test_linear_scale_is_one_by_default_and_softmax_is_not(make):
 
 def test_known_values():
     """Two keys with scores 0 and log 3: weights 1/4 and 3/4, and what the others make of the same scores."""
-    from refattn import Problem
-
     q, k = np.ones((1, 1, 1, 1)), np.array([0.0, 3.0]).reshape(1, 1, 2, 1)
     v = np.array([1.0, 5.0]).reshape(1, 1, 2, 1)
     bias = np.log(np.array([1.0, 3.0])).reshape(1, 1, 1, 2)
@@ -112,6 +118,20 @@ def test_known_values():
     assert evaluate(linear).out.item() == 5.0
     sigmoid = evaluate(Problem(q, 0 * k, v, variant="sigmoid")).out.item()
     assert abs(sigmoid - 6 / 3) < 1e-15  # sigmoid(-log 2) = 1/3
+
+
+def test_a_sink_far_above_all_scores_is_the_largest_of_its_row(make):
+    """Less the largest score, its exponential would be beyond all numbers."""
+    p = make(sink=np.full(2, 1000.0))
+    assert all(np.isfinite(x).all() for x in bounds(evaluate(p), flash("float32")).values())
+
+
+def test_keys_ahead_of_a_row_are_not_decayed():
+    """e**(1.5 times 599), which the last key would have in the first row, is beyond float64."""
+    one = np.ones((1, 1, 600, 1), np.float32)
+    options = {"feature": "identity", "normalize": False, "decay": (1.5,)}
+    p = Problem(one, one, one, causal="bottom_right", variant="linear", options=options)
+    assert np.isfinite(bounds(evaluate(p), flash("float32"))["out"]).all()
 
 
 def test_the_mean_form_ignores_masked_padding(make):

@@ -1,18 +1,25 @@
 """Rows whose choice rounding can turn are judged by either; recurrences by what their state loses."""
 
+import importlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from refattn import Capabilities, Problem, check_kernel, evaluate
-from refattn.check.bounds.choices import either
+from refattn import VARIANTS, Capabilities, Problem, check_kernel, evaluate
+from refattn.check.bounds.choices import either, score_errors
 from refattn.check.bounds.expected import expected
-from refattn.check.bounds.forward import bounds
+from refattn.check.bounds.forward import bounds, forward
+from refattn.check.bounds.losses import Losses
+from refattn.check.bounds.operands import Operands
 from refattn.check.compare import compare
-from refattn.check.model import flash
+from refattn.check.model import Model, flash
+from refattn.exact.heads import heads
+from refattn.exact.lowering import candidates, scores_of
 
 from ...conftest import tensor
+
+module = importlib.import_module("refattn.check.bounds.choices")
 
 
 def near_tie(gap):
@@ -175,3 +182,119 @@ def test_the_bound_of_a_state_grows_with_the_tokens_it_keeps():
 
     assert limit(64, 0.0) > 4 * limit(4, 0.0)
     assert limit(64, 2.0) < 2 * limit(8, 2.0)  # what fades takes its errors along
+
+
+def several():
+    """Six blocks of one key: the last row takes the first, one of three that are tied, and its own."""
+    one = np.ones((1, 1, 6, 1), np.float32)
+    p = Problem(
+        one, one.copy(), one.copy(), causal="bottom_right", variant="moba", options={"block_size": 1, "topk": 3}
+    )
+    p.key[0, 0, :, 0], p.value[0, 0, :, 0] = (4, 1, 1, 1, -4, 1), (0, 0, 10, 12, 40, 0)
+    return p
+
+
+def taken(a):
+    return [np.nonzero(x)[0].tolist() for x in a.call.allowed[0, 0]]
+
+
+def test_every_choice_of_what_is_tied_is_an_answer():
+    p = several()
+    exact, found = evaluate(p), either(evaluate(p), flash("float32"))
+    assert found.rows.tolist() == [[[0, 0, 0, 1, 2, 2]]]
+    assert taken(exact) == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 4], [0, 1, 5]]
+    first, second = (taken(a) for a, _, _ in found.answers)
+    assert first == [*taken(exact)[:3], [0, 2, 3], [0, 2, 4], [0, 2, 5]]
+    assert second == [*taken(exact)[:4], [0, 3, 4], [0, 3, 5]]
+    for other, limit, variance in found.answers:
+        wanted = forward(other, flash("float32"))
+        assert all((x[n] == y[n]).all() for x, y in zip((limit, variance), wanted, strict=True) for n in ("out", "lse"))
+
+
+def test_only_so_many_choices_of_a_row_are_tried(monkeypatch):
+    monkeypatch.setattr(module, "MOST", 2)
+    assert either(evaluate(several()), flash("float32")).rows.tolist() == [[[0, 0, 0, 1, 1, 1]]]
+
+
+def test_no_other_shape_has_choices(make):
+    assert either(evaluate(make(variant="power_blocks", n_q=7)), flash("float32")) is None
+    assert either(evaluate(make()), flash("float32")) is None
+    lowered = evaluate(several())
+    assert either(replace(lowered, core=None), flash("float32")) is None
+
+
+def test_each_row_is_judged_by_the_answer_nearest_to_it():
+    p = several()
+    exact, model = evaluate(p), flash("float32")
+    limit, variance = forward(exact, model)
+    others = either(exact, model)
+    first, second = others.answers
+    for mixed in ((exact, first, second, exact), (first, second, exact, second)):
+        got = {n: np.array(getattr(exact, n)) for n in ("out", "lse")}
+        parts = {id(exact): (exact, limit, variance), id(first): first, id(second): second}
+        wanted = []
+        for i, x in enumerate((exact, exact, *mixed)):
+            part = parts[id(x)] if others.rows[0, 0, i] >= (2 if x is second else x is first) else parts[id(exact)]
+            wanted.append(part)
+            for n in got:
+                got[n][0, 0, i] = getattr(part[0], n)[0, 0, i]
+        answer, allowed, spread = others.nearest(got, exact, limit, variance)
+        for i, (a, most, var) in enumerate(wanted):
+            for n in got:
+                for part in ("mid", "tail", "radius"):
+                    e, w = (getattr(x.enclosures[n], part)[0, 0, i] for x in (answer, a))
+                    assert (e == w).all()
+                assert (allowed[n][0, 0, i] == most[n][0, 0, i]).all()
+                assert (spread[n][0, 0, i] == var[n][0, 0, i]).all()
+    assert (limit["out"] == forward(exact, model)[0]["out"]).all()  # what was given stays
+    assert answer.problem is exact.problem
+
+
+def test_what_is_no_number_is_nearest_to_the_exact_choice():
+    p = several()
+    exact, model = evaluate(p), flash("float32")
+    limit, variance = forward(exact, model)
+    answer, allowed, _ = either(exact, model).nearest({"out": np.full(p.out_shape, np.nan)}, exact, limit, variance)
+    assert (answer.enclosures["out"].mid == exact.enclosures["out"].mid).all()
+    assert (allowed["out"] == limit["out"]).all()
+
+
+def test_how_far_a_row_is_from_an_answer():
+    """In units of what is allowed, by its worst element of out or lse; 0 where nothing is wrong or allowed."""
+    p = several()
+    exact = evaluate(p)
+    ones = {"out": np.full(p.out_shape, 0.5), "lse": np.full(p.out_shape[:3], 0.25)}
+    got = {n: exact.enclosures[n].mid.copy() for n in ("out", "lse")}
+    got["out"][0, 0, 1] += 2.0
+    got["lse"][0, 0, 1:3] -= 3.0
+    got["lse"][0, 0, 3] = np.nan
+    ones["out"][0, 0, 4] = ones["lse"][0, 0, 4] = 0.0
+    got["out"][0, 0, 0] = exact.enclosures["out"].mid[0, 0, 0] = 1.0
+    found = module._distance(got, exact, ones)
+    # errors count the exact numbers' own radius, far below a 2**-40 of these
+    assert (np.abs(found[0, 0, 1:3] - 12) <= 12 * 2.0**-40).all()
+    assert found[0, 0, 3] == np.inf
+    assert (found[0, 0, [0, 5]] <= 2.0**-40).all()
+    assert (module._distance({"out": got["out"]}, exact, ones)[0, 0, 1] - 4) <= 4 * 2.0**-40
+
+
+def test_a_choosing_score_may_be_off_by_what_its_text_loses_and_storing():
+    p = near_tie(0.25)
+    (one,) = heads(p)
+    shape = VARIANTS["moba"].shape
+    c = candidates(one, shape)
+    plain = Model("float16", "float16", "float16")
+    s, e = score_errors(one, shape, c, plain)
+    means = one.k.reshape(3, 3, 8).mean(1)
+    assert (np.abs(s - one.q @ means.T) <= 2.0**-50 * (np.abs(one.q) @ np.abs(means).T)).all()
+    stored, more = score_errors(one, shape, c, replace(plain, scores="bfloat16"))
+    assert (stored == s).all()
+    f = Losses(replace(plain, scores="bfloat16"), 9)
+    span = scores_of(one, shape, c, f, f.leaf(one.q, ("q", "d")), f.leaf(one.k, ("k", "d"))).node.span
+    assert (span >= e).all()
+    assert (more == span + 2.0**-8 * (np.abs(s) + span)).all()
+    narrowed = replace(plain, operands="bfloat16")
+    off, f = Operands.of(one, narrowed), Losses(narrowed, 9)
+    span = scores_of(one, shape, c, f, f.leaf(one.q, ("q", "d"), off.q), f.leaf(one.k, ("k", "d"), off.k)).node.span
+    assert (score_errors(one, shape, c, narrowed)[1] == span).all()
+    assert (span > e).all()

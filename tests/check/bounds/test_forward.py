@@ -1,5 +1,6 @@
 """The bound holds for right kernels and is not a thousand times too wide."""
 
+import importlib
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,14 +12,20 @@ from hypothesis import strategies as st
 from refattn import VARIANTS, InvalidInput, Problem, evaluate
 from refattn.arrays import from_float64, to_float64
 from refattn.check import FEATURES, FURTHER, LAWS, Capabilities, Model, check_kernel, flash, materialised
-from refattn.check.bounds.forward import bounds
+from refattn.check.bounds.forward import bounds, forward, head_losses
+from refattn.check.bounds.graph import Graph
+from refattn.check.bounds.operands import Operands
 from refattn.check.bugs.planted import plain
 from refattn.check.compare import compare
 from refattn.check.kernels.tiled import tiled
-from refattn.check.model import GRADIENTS
+from refattn.check.model import GRADIENTS, C
 from refattn.dtypes import FORMATS
+from refattn.exact.heads import heads
+from refattn.exact.tape import parents_first
 
 from ...conftest import SMALL
+
+module = importlib.import_module("refattn.check.bounds.forward")
 
 
 @pytest.mark.parametrize("variant", ["softmax", "linear", "power", "sigmoid"])
@@ -125,3 +132,184 @@ def test_an_output_below_float64_may_be_zero(make):
     limit = bounds(answer, flash("float64"))["out"]
     assert (limit > 0).all()
     assert compare("out", np.zeros(p.out_shape), answer, limit, "float64").passed
+
+
+COARSE = Model("float16", "float8_e5m2", "bfloat16", lse="bfloat16", tile=2, chain=2)
+U, TINY, TINY_W, CU = 2.0**-11, 2.0**-25, 2.0**-17, C * 2.0**-22
+MODELS = {
+    "coarse": COARSE,
+    "split": replace(COARSE, split=3),
+    "flushed": replace(COARSE, subnormals=False),
+    "rounded": replace(COARSE, denominator="bfloat16", operands="bfloat16"),
+    "from lse": replace(COARSE, from_lse=True),
+}
+CALLS = {
+    "plain": ("softmax", {}),
+    "everything": ("softmax", {"softcap": 2.0, "causal": "bottom_right", "sink": np.array([0.5, -1.0])}),
+    "linear": ("linear", {"causal": "bottom_right"}),
+    "identity": ("linear", {"options": {"feature": "identity", "normalize": False}}),
+    "sigmoid": ("sigmoid", {}),
+    "power": ("power", {"options": {"epsilon": 1.0}}),
+}
+
+
+def close(got, wanted):
+    """Fewer than 2**10 operations on numbers that are not negative, each off by 2**-53; the hull's sides by more."""
+    return bool((np.abs(got - wanted) <= 2.0**-40 * np.abs(wanted)).all())
+
+
+def joints_of(head, node, columns):
+    """A row's and a column's sums over keys of what each joint loses, by whether the weights are made from it."""
+    graph, moved, rest, var = Graph([x.node for x in (head.out, head.lse) if x is not None]), 0.0, 0.0, 0.0
+    by = None
+    for joint, g, parts in graph.joints(node, columns):
+        err, spread = (np.broadcast_to(x, joint.a.shape) for x in joint.flow)
+        lost = (np.abs(g) * err).sum(2).T
+        var = var + (g**2 * spread).sum(2).T
+        if joint is head.weights or joint.above(head.weights):
+            moved = moved + lost
+        else:
+            rest = rest + lost
+        for product, alone in parts if joint is head.weights else ():
+            rest = rest + (np.maximum(np.abs(alone), np.abs(g)) * product.cast[0]).sum(2).T
+            var = var + (alone**2 * product.cast[1]).sum(2).T
+            size = head.f.model.split or g.shape[2]
+            by = np.array([(g * joint.a)[:, :, i : i + size].sum(2).T for i in range(0, g.shape[2], size)])
+    flow = node.flow
+    return moved, rest + flow[0], var + flow[1], by
+
+
+def written_out(one, o, model):
+    """The bound of out and its variance, their own ulps apart."""
+    head = head_losses(one, slice(None), model)
+    node, lost = head.out.node, head.lost_values
+    moved, rest, var, by = joints_of(head, node, o.shape[1])
+    parts = model.merges(one.k.shape[0], one.sink is not None) if head.lse is not None else 0
+    if parts > 1:
+        squares = (by**2).sum(0) + (by.sum(0) ** 2 if one.sink is not None else 0.0)
+        var = var + CU * (2 * head.lse.a**2 + 2) * squares
+    total = moved + rest
+    if node.amplify is not None:
+        floors = [TINY, TINY_W] if model.subnormals else [2.0**-14] * 2
+        seen, v, most, hull = one.allowed, np.abs(one.v) + lost, np.zeros_like(o), np.zeros_like(o)
+        for i, c in np.ndindex(*o.shape):
+            at = seen[i]
+            hull[i, c] = max(*np.abs(one.v[at, c] - o[i, c]), abs(o[i, c]) if "more" in node.marks else 0.0)
+            relative = np.broadcast_to(node.relative, (len(o), 1))[i, 0] + 2 * U + 2.0**-3
+            under = sum(floors) * v[at, c].sum() + floors[0] * at.sum()
+            under = under if "shifted" in head.weights.marks else under * (node.amplify / np.abs(head.divided))[i, 0]
+            most[i, c] = relative * v[at, c].max() + under + lost[at, c].max()
+        total = np.minimum(moved * node.amplify, hull) + np.minimum(rest * node.amplify, most + node.err)
+        total = total * (1 + U)
+    tiny, normal = (TINY, 0.0) if model.subnormals else (2.0**-14, 2.0**-14)
+    return total * (1 + U) + U * np.abs(o) + tiny + normal, var, head
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("asked", CALLS)
+def test_every_outputs_bound_is_the_proofs(make, asked, name):
+    variant, more = CALLS[asked]
+    p, model = make(5, 7, 4, d_v=3, dtype="float16", variant=variant, **more), MODELS[name]
+    answer = evaluate(p)
+    limit, variance = forward(answer, model)
+    for one in heads(p):
+        o = answer.enclosures["out"].mid[0, one.head]
+        total, var, head = written_out(one, o, model)
+        assert close(limit["out"][0, one.head], total)
+        assert close(
+            variance["out"][0, one.head], var + np.spacing(np.abs(o).astype(np.float16)).astype(float) ** 2 / 12
+        )
+        if head.lse is None:
+            continue
+        node, size = head.lse.node, np.abs(head.lse.a)
+        graph = list(Graph([head.out.node, node]).joints(node, 1))
+        lost, var = ((x + sum((np.abs(g[0]) ** n * j.flow[n - 1]).sum(1) for j, g, _ in graph)[:, None]) for n, x in (
+            (1, node.flow[0]), (2, node.flow[1])
+        ))  # fmt: skip
+        lost = lost + 2.0**-8 * size + (2.0**-134 if model.subnormals else 2.0**-126)
+        assert close(limit["lse"][0, one.head], lost[:, 0])
+        ulp = np.exp2(np.floor(np.log2(size)) - 7)
+        assert close(variance["lse"][0, one.head], (var + ulp**2 / 12)[:, 0])
+
+
+def test_what_merging_adds(make):
+    """Three parts of three keys at most and the sink's."""
+    sink = np.array([0.5, -1.0])
+    (one, _) = heads(make(5, 7, 4, dtype="float16", sink=sink))
+    without = head_losses(one, slice(None), COARSE)
+    w, o, lse, v = without.weights.a, np.abs(without.out.a), np.abs(without.lse.a), np.abs(one.v)
+    each, mean = U * (2 * lse + 3 + 4), without.shares @ v
+    for changed, parts, weights, out, var, of_lse, var_lse in (
+        ({"split": 3}, 4, 3 * each * w, 3 * U * (lse + 2) * o, CU * (3 * lse**2 + 16) * o**2, 0.0, 0.0),
+        ({"from_lse": True}, 0, 0.0, each * mean, CU * (2 * lse**2 + 4) * o**2, 0.0, 0.0),
+        ({"denominator": "bfloat16"}, 0, 0.0, mean / 256, C / 2**16 * o**2, 1 / 255, C / 2**16),
+    ):
+        found = head_losses(one, slice(None), replace(COARSE, **changed))
+        assert close(found.weights.err, without.weights.err + weights)
+        assert close(found.weights.span, without.weights.span + weights)
+        assert close(found.out.node.err, without.out.node.err + out)
+        assert close(found.out.node.var, without.out.node.var + var)
+        assert close(found.lse.node.err, without.lse.node.err + of_lse + parts * each)
+        assert close(found.lse.node.var, without.lse.node.var + var_lse + CU * (parts + parts**2) * lse**2)
+
+
+def test_what_a_definitions_losses_say_of_it(make):
+    p = make(5, 7, 4, dtype="float16", causal="bottom_right")
+    one, model = next(heads(p)), COARSE
+    head = head_losses(one, slice(None), model)
+    s = np.where(one.allowed, one.q @ one.k.T / 2, -np.inf)
+    assert head.divides
+    assert close(head.shares, np.exp(s) / np.exp(s).sum(1, keepdims=True))
+    assert (head.divided == head.weights.a.sum(1, keepdims=True)).all()
+    assert (head.score_errors == head.weights.links[0].parent.span).all()
+    Graph([head.out.node, head.lse.node])
+    seen = one.allowed
+    assert close(head.score_variances[seen], head.weights.flow[1][seen] / head.weights.a[seen] ** 2)
+    assert (head.score_variances[~seen] == 0).all()
+    rows = np.array([1, 3])
+    assert (head_losses(one, rows, model).out.a == head.out.a[rows]).all()
+    assert (head_losses(one, rows, model, 0.5).out.a == head.out.a[rows] / 2).all()
+    one = next(heads(p.replace(variant="linear", options={"normalize": False})))
+    head = head_losses(one, slice(None), model)
+    assert (head.divides, head.divided, head.lse) == (False, 1.0, None)
+    assert (head.shares == head.weights.a).all()
+
+
+def test_operands_go_in_with_what_they_lose(make):
+    model, unit = MODELS["rounded"], 0.5
+    (one, _) = heads(make(5, 7, 4, dtype="float16"))
+    head, lost, rows = head_losses(one, np.array([1, 3]), model, unit), Operands.of(one, model), [1, 3]
+    leaves = {n.axes: n for n in parents_first([head.out.node], lambda n: [x.parent for x in n.links]) if not n.links}
+    for axes, a, err, var in (
+        (("q", "d"), one.q[rows], lost.q[rows], lost.var_q[rows]),
+        (("k", "d"), one.k, lost.k, lost.var_k),
+        (("k", "v"), one.v * unit, lost.v * unit, lost.var_v * unit**2),
+    ):
+        n = leaves[axes]
+        assert (err > 0).any()
+        assert ((n.a == a) & (n.err == err) & (n.var == var)).all()
+    assert (head.lost_values == lost.v * unit).all()
+
+
+def test_the_largest_float64_values_are_bounded_in_smaller_units(make):
+    p = make(3, 5, 4, dtype="float64")
+    limit, moved = (bounds(evaluate(p.replace(value=p.value * 2.0**n)), flash("float64"))["out"] for n in (0, 1000))
+    assert (moved == limit * 2.0**1000).all()
+
+
+def test_rows_at_a_time_change_nothing(make, monkeypatch):
+    p = make(5, 7, 4, sink=np.array([0.5, -1.0]))
+    answer = evaluate(p)
+    whole = forward(answer, flash("float32"))
+    monkeypatch.setattr(module, "CHUNK", 7 * 4 * 2)
+    for x, y in zip(whole, forward(answer, flash("float32")), strict=True):
+        assert all(close(y[n], x[n]) for n in ("out", "lse"))
+
+
+def test_a_row_that_sees_its_sink_alone_loses_two_roundings_each_way(make):
+    p = make(sink=np.array([0.5, -3.0]), allowed=np.zeros((1, 1, 5, 7), bool))
+    p.query[0, 0, 2] = np.nan
+    limit = bounds(evaluate(p), Model(lse="float16"))
+    lost = (4 * 2.0**-24 + 2.0**-11) * np.array([0.5, 3.0])
+    assert (limit["lse"] == lost[:, None]).all()
+    assert (limit["out"] == 0).all()
