@@ -39,7 +39,7 @@ class Law:
     test : callable
         ``test(asked, problem) -> Worst``.
     needs : str
-        "", "lse", "state", "threads", or the gradient without which it cannot be tried.
+        "", "lse", "state", "threads", "row_invariant", or the gradient without which it cannot be tried.
     named_only : str
         Why it runs only where it is named, "" where it always runs.
     uses : frozenset of str
@@ -61,7 +61,8 @@ class Law:
         """Return what it needs and the kernel does not have, which may take one call at a time."""
         if self.needs == "threads":
             return ["two calls at a time in a process of its own"] if serial else []
-        there = able.lse if self.needs == "lse" else not self.needs or self.needs in able.gradients | able.features
+        said = {n for n in ("lse", "row_invariant") if getattr(able, n)}
+        there = not self.needs or self.needs in able.gradients | able.features | said
         return [] if there else [self.needs]
 
 
@@ -142,6 +143,18 @@ def _batch_invariance(ask: Trial, p: Problem) -> Worst:
     alone = [ask.out(p.replace(**{n: x[i : i + 1] for n, x in p.arrays().items()})) for i in range(p.batch)]
     limit: Any = 0.0 if ask.able.batch_invariant else 2 * ask.allowed(p)["out"]
     return agree(np.concatenate(alone), ask.out(p), limit, "a batch alone gives another output than among others")
+
+
+def _row_invariance(ask: Trial, p: Problem) -> Worst:
+    """Compute rows in chunks, each with the keys up to its last row, one of them a single row; the same bits."""
+    before, whole, n = p.n_k - p.n_q, ask.out(p), p.n_q
+    found = []
+    for i, j in ((0, n // 3), (n // 3, n - 1), (n - 1, n)):
+        keys = {name: getattr(p, name)[:, :, : before + j] for name in ("key", "value")}
+        out = ask.out(p.replace(query=p.query[:, :, i:j], **keys))
+        text = f"rows {i} to {j - 1} alone have other bits than among all {n}"
+        found.append(agree(out, whole[:, :, i:j], 0.0, text))
+    return max(found, key=lambda w: w.ratio)
 
 
 def _values_doubled(ask: Trial, p: Problem) -> Worst:
@@ -285,6 +298,14 @@ LAWS = {
             "a batch alone gives what it gives among others; the same bits where the capabilities say so",
             lambda d: d.problem(2, 259, b=3),
             _batch_invariance,
+        ),
+        Law(
+            "row_invariance",
+            "rows in chunks, and a row alone, have the bits that they have among all; where the capabilities say so",
+            lambda d: d.problem(2051, 2100, b=2, h=4, h_kv=2, d=64, causal="bottom_right"),
+            _row_invariance,
+            "row_invariant",
+            uses=frozenset({"causal"}),
         ),
         Law("values_doubled", "the output is linear in the values", lambda d: d.problem(), _values_doubled),
         Law("layout", "strides do not matter", lambda d: d.problem(b=2, h=3), _layout),

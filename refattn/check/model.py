@@ -281,6 +281,8 @@ class Capabilities:
         The library of the arrays that it takes and returns: "numpy", "torch", "cupy" or "jax".
     device : str
         Where the library is to put them, e.g. "cuda"; "" is the library's default.
+    row_invariant : bool
+        Whether a row gives the same bits whatever else is in the call: a prefill, chunks of it, or the row alone.
     edges : frozenset of str
         Out of ``EDGES``: contracts that the kernel is known to differ from. It is strict: one that it keeps is
         reported, too.
@@ -314,6 +316,7 @@ class Capabilities:
     seq_multiple: int = 1
     always: frozenset[str] = frozenset()
     last_axis_contiguous: bool = False
+    row_invariant: bool = False
 
     def __post_init__(self) -> None:
         _typed("capabilities", self)

@@ -31,6 +31,7 @@ COMMON_LAWS = (
     "grouped_heads",
     "batch_independence",
     "batch_invariance",
+    "row_invariance",
     "past_31_bits",
     "values_doubled",
     "layout",

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from refattn.check.model import GRADIENTS
 from refattn.check.runner import plan
 
 ABLE = Capabilities(lse=True, gradients=GRADIENTS, batch_invariant=True)
+BY_SAYING = {"row_invariance"}  # laws that a kernel is held to where it says that it keeps them
 
 
 def law(kernel, name, able=ABLE):
@@ -21,7 +23,30 @@ def law(kernel, name, able=ABLE):
 
 @pytest.mark.parametrize("name", [n for n in VARIANTS["softmax"].laws if not LAWS[n].named_only])
 def test_the_right_kernel_obeys(name):
-    assert law(tiled, name).verdict == "passed"
+    assert law(tiled, name).verdict == ("unsupported" if name in BY_SAYING else "passed")
+
+
+def in_order(parts):
+    """Return a kernel that adds keys up one by one, in as many parts as `parts` says of a call."""
+
+    def kernel(p):
+        s = np.einsum("bhqd,bhkd->bhqk", p.query, p.key.repeat(p.heads // p.heads_kv, 1), optimize=False) / 8
+        s = np.where(np.tri(p.n_q, p.n_k, p.n_k - p.n_q) > 0, s, -np.inf)
+        w = np.exp(s - s.max(-1, keepdims=True))
+        cuts = np.linspace(0, p.n_k, parts(p) + 1, dtype=int)
+        z = sum(w[..., i:j].cumsum(-1)[..., -1:] for i, j in pairwise(cuts) if i < j)
+        return (w[..., :8] / z) @ np.ones((8, p.d_v), np.float32)
+
+    return kernel
+
+
+def test_rows_that_depend_on_what_else_is_in_the_call():
+    able = replace(ABLE, row_invariant=True, lse=False, gradients=frozenset())
+    assert law(in_order(lambda p: 1), "row_invariance", able).verdict == "passed"
+    check = law(in_order(lambda p: 7 if p.n_q == 1 else 1), "row_invariance", able)
+    assert check.verdict == "failed"
+    assert "rows 2050 to 2050 alone have other bits than among all 2051" in check.message
+    assert law(in_order(lambda p: 1 if p.n_q > 2000 else 7), "row_invariance", able).verdict == "failed"
 
 
 def backward(name, value):

@@ -229,6 +229,7 @@ KERNELS: dict[str, Entry] = {
                     edges=frozenset({"overflow"}),
                     refuses="decode" in function,  # more than 16 queries
                     last_axis_contiguous=True,
+                    row_invariant="invariant" in function,
                 ),
                 model,
                 gpu=True,
@@ -237,6 +238,7 @@ KERNELS: dict[str, Entry] = {
                 ("refattn-gpu", "ours", f"float64 float32 {_HALF}", 256, _cuda),
                 ("refattn-gpu-decode", "ours_decode", _HALF, 128, _split),
                 ("refattn-gpu-high", "ours_high", _HALF, 256, _unrounded),
+                ("refattn-gpu-invariant", "ours_invariant", f"float32 {_HALF}", 256, _cuda),
                 ("refattn-gpu-mma", "ours_mma", _HALF, 256, _cuda),
                 ("refattn-gpu-mma-high", "ours_mma_high", _HALF, 128, _unrounded),
                 ("refattn-gpu-simt", "ours_simt", f"float64 float32 {_HALF}", 256, _unrounded),

@@ -25,6 +25,7 @@ __all__ = [
     "ours",
     "ours_decode",
     "ours_high",
+    "ours_invariant",
     "ours_mma",
     "ours_mma_high",
     "ours_simt",
@@ -37,14 +38,16 @@ NAMES = ("query", "key", "value")
 class _Ours:
     """A kernel of refattn.gpu: out and lse, and its gradients."""
 
-    def __init__(self, accuracy: str = "fast", impl: str | None = None) -> None:
+    def __init__(self, accuracy: str = "fast", impl: str | None = None, batch_invariant: bool = False) -> None:
         self.__name__, self.accuracy, self.impl = f"ours_{impl or accuracy}", accuracy, impl
+        self.batch_invariant = batch_invariant
 
     def __call__(self, p: Problem) -> Any:
         from ...gpu import attention
 
         options = self._options(p)
-        return attention(p.query, p.key, p.value, **options, return_lse=True, accuracy=self.accuracy, impl=self.impl)
+        options |= {"accuracy": self.accuracy, "impl": self.impl, "batch_invariant": self.batch_invariant}
+        return attention(p.query, p.key, p.value, **options, return_lse=True)
 
     def gradients(self, p: Problem, dout: Any) -> dict[str, Any]:
         """Return the gradients of all that is there, from out and lse computed before."""
@@ -62,6 +65,7 @@ class _Ours:
 
 ours, ours_high = _Ours(), _Ours("high")
 ours_decode = _Ours(impl="decode")
+ours_invariant = _Ours(batch_invariant=True)
 ours_mma, ours_mma_high, ours_simt = _Ours(impl="mma"), _Ours("high", "mma"), _Ours(impl="simt")
 
 
