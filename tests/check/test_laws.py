@@ -27,15 +27,15 @@ def test_the_right_kernel_obeys(name):
 
 
 def in_order(parts):
-    """Return a kernel that adds keys up one by one, in as many parts as `parts` says of a call."""
+    """Return a kernel that adds weights up one by one, in as many parts as `parts` says of a call; out is a weight."""
 
     def kernel(p):
-        s = np.einsum("bhqd,bhkd->bhqk", p.query, p.key.repeat(p.heads // p.heads_kv, 1), optimize=False) / 8
+        s = p.query[..., :1] * p.key.repeat(p.heads // p.heads_kv, 1)[:, :, None, :, 0]
         s = np.where(np.tri(p.n_q, p.n_k, p.n_k - p.n_q) > 0, s, -np.inf)
         w = np.exp(s - s.max(-1, keepdims=True))
         cuts = np.linspace(0, p.n_k, parts(p) + 1, dtype=int)
         z = sum(w[..., i:j].cumsum(-1)[..., -1:] for i, j in pairwise(cuts) if i < j)
-        return (w[..., :8] / z) @ np.ones((8, p.d_v), np.float32)
+        return w[..., :1] / z * np.ones(p.d_v, np.float32)
 
     return kernel
 
