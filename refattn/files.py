@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from .arrays import native, to_numpy
 from .dtypes import FORMATS
-from .errors import InvalidInput
+from .errors import InvalidInput, expect
 from .problem import TENSORS, Problem
 
 try:  # Windows has no such locks: there a crash's temporary file stays
@@ -228,6 +228,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 def save_problem(problem: Problem, path: str | Path) -> None:
     """Write a Problem to an .npz file; formats that NumPy lacks are kept as bits beside their names."""
+    expect(isinstance(problem, Problem), "problem", problem, "a Problem; save_problem(problem, path)")
+    expect(isinstance(path, str | Path), "path", path, "a path")
     _save(path, MARK, problem.arrays(), settings=problem.settings())
 
 

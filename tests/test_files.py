@@ -33,6 +33,14 @@ def test_torch_problem(tmp_path, make):
     assert load_problem(tmp_path / "p.npz").dtype == "bfloat16"
 
 
+def test_arguments_in_the_other_order_are_named(tmp_path, make):
+    with pytest.raises(InvalidInput, match=r"problem: got '.*', expected a Problem; save_problem\(problem, path\)"):
+        save_problem(str(tmp_path / "x.npz"), make())
+    for path in (None, 3):
+        with pytest.raises(InvalidInput, match=f"path: got {path}, expected a path"):
+            save_problem(make(), path)
+
+
 def test_foreign_files_are_refused(tmp_path):
     with pytest.raises(InvalidInput, match="there is no such file"):
         load_problem(tmp_path / "none.npz")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import to_numpy
 from ..dtypes import FORMATS
 from ..problem import Problem
 from .bounds.expected import expected
-from .call import SOURCES
+from .call import SOURCES, guarded
 from .compare import Worst
 from .inputs.draw import Draw
 from .trial import Trial, agree, other
 
-__all__ = ["calls_between", "gradient_steps", "row_sums", "spread_gradient"]
+__all__ = ["calls_between", "gradient_steps", "right_gradients", "row_sums", "spread_gradient"]
 
 Float = NDArray[np.float64]
 
@@ -84,23 +85,59 @@ def row_sums(name: str, axis: int, text: str) -> Callable[[Trial, Problem], Wors
 
 
 def spread_gradient(ask: Trial, p: Problem) -> Worst:
-    """Let one number arrive at every element, spread as ``out.sum().backward()`` does: a view without strides."""
+    """Let one number arrive at every element, spread as ``out.sum().backward()`` does, then a view in another order."""
     d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
-    dout = np.broadcast_to(d.tensor(np.full((1, 1, 1, 1), 0.75)), p.out_shape)
-    spread, whole, limit = ask.gradients(p, dout), ask.gradients(p, dout.copy()), ask.allowed(p, dout)
-    text = "a gradient that is one number for all gives another than an array of it in"
-    found = [agree(spread[n], whole[n], 2 * limit[n], f"{text} {n}", n) for n in whole if n in limit]
+    one = np.broadcast_to(d.tensor(np.full((1, 1, 1, 1), 0.75)), p.out_shape)
+    rows = np.ascontiguousarray(d.tensor(d.normal(*p.out_shape)).swapaxes(1, 2)).swapaxes(1, 2)
+    found = []
+    for dout, text in (
+        (one, "a gradient that is one number for all gives another than an array of it in"),
+        (rows, "a gradient that lies in memory by rows, then heads, gives another than one by heads in"),
+    ):
+        view, limit = ask.gradients(p, dout), ask.allowed(p, dout)
+        whole = ask.gradients(p, np.ascontiguousarray(dout))
+        found += [agree(view[n], whole[n], 2 * limit[n], f"{text} {n}", n) for n in whole if n in limit]
     return max(found, key=lambda w: w.ratio)
 
 
 def calls_between(ask: Trial, p: Problem) -> Worst:
-    """Call forward on one problem, forward on another, and backward on the first."""
+    """Call forward on one problem, forward on another, and backward on the first; then keep and change gradients."""
     d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
     dout = d.tensor(d.normal(*p.out_shape))
     ask.result(p)
     ask.result(other(p))
-    known, found = expected(p, ask.model, dout), ask.gradients(p, dout)
     text = "gradients of a call are wrong after the forward pass of another: "
+    found = right_gradients(ask, p, dout, ask.gradients(p, dout), text)
+    return max([*found, *_kept(ask, p, dout), *_changed(ask, p, dout)], key=lambda w: w.ratio)
+
+
+def right_gradients(ask: Trial, p: Problem, dout: Any, got: Mapping[str, Any], text: str) -> list[Worst]:
+    """Compare gradients with the exact ones."""
+    known = expected(p, ask.model, dout)
     exact = {n: x.mid for n, x in known.answer.enclosures.items()}
-    worst = [agree(x, exact[n], known.allowed[n], text + n, n) for n, x in found.items() if n in known.allowed]
-    return max(worst, key=lambda w: w.ratio)
+    wide = {n: to_numpy(x).astype(np.float64) for n, x in got.items()}
+    return [agree(x, exact[n], known.allowed[n], text + n, n) for n, x in wide.items() if n in known.allowed]
+
+
+def _kept(ask: Trial, p: Problem, dout: Any) -> list[Worst]:
+    """Keep gradients, ask for those of another call, and look at them once more."""
+    backward: Any = ask.kernel.gradients  # type: ignore[attr-defined]
+    first = guarded(lambda: backward(p, dout))
+    before = {n: np.array(to_numpy(x), copy=True) for n, x in first.items()}
+    second = guarded(lambda: backward(other(p), dout))
+    text = "gradients changed when those of another call were asked for: "
+    found = [agree(to_numpy(x).astype(float), before[n].astype(float), 0.0, text + n, n) for n, x in first.items()]
+    return found + right_gradients(ask, other(p), dout, second, "the gradients of the second of two calls are wrong: ")
+
+
+def _changed(ask: Trial, p: Problem, dout: Any) -> list[Worst]:
+    """Change numbers where they lie and ask again, forward and backward."""
+    backward: Any = ask.kernel.gradients  # type: ignore[attr-defined]
+    arrays, later = {n: np.array(x, copy=True) for n, x in p.arrays().items()}, other(p)
+    mine = p.replace(**arrays)
+    for _ in range(2):
+        guarded(lambda: ask.kernel(mine))
+        got = guarded(lambda: backward(mine, dout))
+        for n, x in later.arrays().items():
+            arrays[n][...] = x
+    return right_gradients(ask, later, dout, got, "numbers that were changed in place give gradients of those before: ")

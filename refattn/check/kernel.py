@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import expect
+from ..errors import InvalidInput, expect, printable
 from .call import Function
 from .model import UNDECLARED, Capabilities, Model, ModelFor, flash
 from .native import native
@@ -91,4 +91,15 @@ def name_of(kernel: Any) -> str:
 
 
 def _by_format(model: Model | ModelFor) -> ModelFor:
-    return (lambda dtype: model) if isinstance(model, Model) else model
+    if isinstance(model, Model):
+        return lambda dtype: model
+
+    def made(dtype: str) -> Model:
+        try:
+            found = model(dtype)
+        except Exception as e:
+            raise InvalidInput(f"model: of {dtype} it raised {type(e).__name__}: {printable(str(e))}") from e
+        expect(isinstance(found, Model), "model", found, f"a Model of {dtype}")
+        return found
+
+    return made

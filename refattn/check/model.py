@@ -38,6 +38,9 @@ TF32 = Format("tf32", np.dtype(np.float32), 11, -126, 127, float((2 - 2.0**-10) 
 """The matrix units' type for float32 operands: never an array's own."""
 
 
+INSIDE = (*FORMATS, "tf32")
+
+
 def inside_type(name: str) -> Format:
     """Return a type that a kernel computes in: a format, or tf32."""
     return TF32 if name == "tf32" else format_of(name)
@@ -69,13 +72,18 @@ GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink"})
 """The gradients of a call, each of its input's shape and type."""
 
 
+MOST = 2**31
+"""More keys than any call has."""
+
+
 def _typed(what: str, record: Any) -> None:
     """Refuse a field of another type than the class says; what is to be a set may be any collection."""
     for f in fields(record):
         kind, x = str(f.type), getattr(record, f.name)
         if kind.startswith("frozenset"):
             each = Integral if "int" in kind else str
-            good = isinstance(x, Collection) and not isinstance(x, str) and all(isinstance(i, each) for i in x)
+            good = isinstance(x, Collection) and not isinstance(x, str)
+            good = good and all(isinstance(i, each) and not isinstance(i, bool) for i in x)
             if good:
                 object.__setattr__(record, f.name, frozenset(x))
         else:
@@ -151,10 +159,18 @@ class Model:
 
     def __post_init__(self) -> None:
         _typed("model", self)
-        for name in ("accumulator", "scores", "lse"):
-            format_of(getattr(self, name))
-        for name in (self.weights, *(x for x in (self.group_sum, self.operands, self.denominator) if x)):
-            inside_type(name)
+        for part, known in (
+            *((n, FORMATS) for n in ("accumulator", "scores", "lse")),
+            *((n, INSIDE) for n in ("weights", "group_sum", "operands", "denominator")),
+        ):
+            name = getattr(self, part)
+            if name not in known and not (name == "" and part in ("group_sum", "operands", "denominator")):
+                raise InvalidInput(f"model: got {part}={name!r}, expected one of {', '.join(known)}")
+        if max(self.tile, self.chain, self.block, self.split) > MOST:
+            raise InvalidInput(
+                f"model: got tile={self.tile}, chain={self.chain}, block={self.block} and split={self.split}, expected "
+                f"at most {MOST}"
+            )
         if not (self.exp_ulps > 0 and min(self.tile, self.chain, self.block) >= 1 and self.split >= 0):
             raise InvalidInput(
                 f"model: got exp_ulps={self.exp_ulps}, tile={self.tile}, chain={self.chain}, block={self.block} and "
@@ -254,7 +270,7 @@ NAMES = (
 
 def _strided(x: Any) -> bool:
     """Tell whether the elements of an array's last axis do not lie side by side; JAX's arrays have no strides."""
-    if x.shape[-1] < 2 or (not hasattr(x, "stride") and not hasattr(x, "strides")):
+    if 0 in x.shape or x.shape[-1] == 1 or (not hasattr(x, "stride") and not hasattr(x, "strides")):
         return False
     return bool(x.stride(-1) != 1 if hasattr(x, "stride") else x.strides[-1] != x.dtype.itemsize)
 

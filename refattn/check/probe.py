@@ -126,7 +126,7 @@ def found(kernel: Kernel) -> tuple[Capabilities, dict[str, str]]:
         device=given.device,
         head_dims=frozenset() if widths == list(WIDTHS) else frozenset(widths),
         seq_multiple=step,
-        last_axis_contiguous=said["keys by column"] == "raises",
+        last_axis_contiguous=said["keys by column"] == "raises" and said[dtype] != "raises",
     )
     return able, said
 

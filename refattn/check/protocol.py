@@ -20,6 +20,7 @@ from ..variants import variant_of
 from .bounds.expected import expected
 from .call import guarded, result_of
 from .compare import Worst
+from .gradient_laws import right_gradients
 from .inputs.draw import Draw
 from .reading import plain, unread, watched
 from .state import restored
@@ -61,13 +62,27 @@ def _worst(found: Iterator[Worst] | list[Worst]) -> Worst:
 
 def changed_in_place(ask: Trial, p: Problem) -> Worst:
     """Change keys and values where they lie and call again: the answer must be that of the new numbers."""
-    arrays = {n: np.array(x, copy=True) for n, x in p.arrays().items()}
-    mine = p.replace(**arrays)
-    _raw(ask, mine)
-    later = other(p)
-    for name in ("query", "key", "value"):
-        arrays[name][...] = getattr(later, name)
-    return _right(ask, _raw(ask, mine), later, "numbers that were changed in place give the answer of those before")
+    d, wide = Draw(_form(p), np.random.default_rng(6), p.variant), np.float64 if p.dtype == "float64" else np.float32
+    bias, later, found = 3 * d.normal(1, p.heads, p.n_q, p.n_k), other(p), []
+    options: list[dict[str, Any]] = [
+        {},
+        {"bias": d.tensor(bias) if d.form.infinities else bias.astype(wide)},
+        {"allowed": d.mask(1, 1, p.n_q, p.n_k)},
+        {"sink": np.asarray(3 * d.normal(p.heads), wide)},
+    ]
+    for option in options:
+        call = p.replace(**option)
+        if not variant_of(p.variant).takes(call) or ask.able.missing(call):
+            continue
+        arrays = {n: np.array(x, copy=True) for n, x in call.arrays().items()}
+        mine = call.replace(**arrays)
+        _raw(ask, mine)
+        new = later.replace(**{n: np.ascontiguousarray(x[..., ::-1]) for n, x in option.items()})
+        for name, x in new.arrays().items():
+            arrays[name][...] = x
+        text = "numbers that were changed in place give the answer of those before"
+        found.append(_right(ask, _raw(ask, mine), new, text))
+    return _worst(found)
 
 
 def results_kept(ask: Trial, p: Problem) -> Worst:
@@ -114,6 +129,10 @@ def options_between(ask: Trial, p: Problem) -> Worst:
         {"window": (4, 2)},
         {"window": (9, 2)},
         {"window": (9, None)},
+        *(
+            {f"cu_seqlens_{x}": np.array([0, n // i, n], np.int32) for x, n in (("q", p.n_q), ("k", p.n_k))}
+            for i in (2, 4)
+        ),
         {"allowed": d.mask(1, 1, p.n_q, p.n_k)},
         {"causal": "bottom_right"},
         {"bias": d.tensor(bias) if d.form.infinities else bias.astype(wide)},
@@ -174,12 +193,29 @@ def two_threads(ask: Trial, p: Problem) -> Worst:
                 continue
             exact, allowed = known[i].answer.enclosures["out"].mid, known[i].allowed["out"]
             found.append(agree(out, exact, allowed, "a call from another thread, beside another call, is wrong"))
+        if ask.has_gradients:
+            found += _gradients_in_threads(ask, calls, pool, raised)
     if raised:
         for call in calls:  # what it raises from one thread, too, is no matter of threads
             guarded(lambda call=call: ask.kernel(call))  # type: ignore[misc]
         found.append(replace(agree(np.zeros(1), np.ones(1), 0.0, raised[0]), edges={"threads": 1}))
     ask.seen.add("query")
     return max(found, key=lambda w: (w.wrong, not w.passed, w.ratio))
+
+
+def _gradients_in_threads(ask: Trial, calls: list[Problem], pool: ThreadPoolExecutor, raised: list[str]) -> list[Worst]:
+    """Ask for gradients from two threads at once; what is raised is added to a list."""
+    backward: Any = ask.kernel.gradients  # type: ignore[attr-defined]
+    d = Draw(_form(calls[0]), np.random.default_rng(7), calls[0].variant)
+    dout = d.tensor(d.normal(*calls[0].out_shape))
+    found: list[Worst] = []
+    text = "gradients asked for from another thread, beside another call, are wrong: "
+    for i, future in [(i % 2, pool.submit(backward, calls[i % 2], dout)) for i in range(8)]:
+        try:
+            found += right_gradients(ask, calls[i], dout, guarded(future.result), text)
+        except KernelError as e:
+            raised.append(str(e))
+    return found
 
 
 @contextmanager

@@ -106,10 +106,11 @@ def check_kernel(
     """
     judged = Kernel.of(kernel, model=model, capabilities=capabilities, name=name, version=version)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    expect(isinstance(seed, Integral) and seed >= 0, "seed", seed, "an integer of at least 0")
-    expect(isinstance(n_jobs, Integral) and n_jobs >= 1, "n_jobs", n_jobs, "an integer of at least 1")
+    expect(_whole(seed) and seed >= 0, "seed", seed, "an integer of at least 0")
+    expect(_whole(n_jobs) and n_jobs >= 1, "n_jobs", n_jobs, "an integer of at least 1")
     expect(isinstance(only, str | None), "only", only, "a name or a shell pattern")
-    expect(seconds is None or (isinstance(seconds, Real) and seconds > 0), "seconds", seconds, "a number above 0")
+    number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+    expect(seconds is None or (number and seconds > 0), "seconds", seconds, "a number above 0")
     items = plan(judged, variant, dtypes=dtypes, only=only, budget=budget, seed=seed)
     if seconds is not None:
         first = {i.name for i in plan(judged, variant, dtypes=dtypes, budget="quick", seed=seed)}
@@ -132,6 +133,10 @@ def check_kernel(
     )
 
 
+def _whole(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
 def plan(
     kernel: Function | Kernel,
     variant: str = VARIANT,
@@ -147,6 +152,7 @@ def plan(
     v, judged = variant_of(variant), Kernel.of(kernel, model=model, capabilities=capabilities)
     able = judged.capabilities
     fitting = able if judged.declared or _no_calls(only) else probed(judged, variant)
+    expect(not isinstance(dtypes, str), "dtypes", dtypes, "a sequence of names")
     unknown = [d for d in dtypes or () if d not in FORMATS]
     if unknown:
         raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")

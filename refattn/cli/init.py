@@ -21,6 +21,8 @@ def init(kernel: str) -> None:
     KERNEL is package.module:function or path/file.py:function.
     """
     able, said = found(find(kernel)[0].kernel())
+    if not {"right", "wrong"} & set(said.values()):
+        raise click.ClickException(f"{kernel} answers none of the calls that were tried: nothing is known of it")
     console = Console(highlight=False, soft_wrap=True)
     for outcome in MEANINGS:
         names = [n for n, x in said.items() if x == outcome]

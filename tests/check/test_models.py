@@ -88,9 +88,9 @@ def test_names():
         ({"passes": 3}, "passes and scales are of operands; name their type, e.g. operands='tf32'"),
         ({"scales": "tensor"}, "passes and scales are of operands"),
         ({"operands": "tf32", "passes": 3, "scales": "tensor"}, "operands in three passes are not scaled"),
-        ({"operands": "tf33"}, "got 'tf33', expected one of float64"),
-        ({"denominator": "tf33"}, "got 'tf33', expected one of float64"),
-        ({"weights": ""}, "got '', expected one of float64"),
+        ({"operands": "tf33"}, "='tf33', expected one of float64"),
+        ({"denominator": "tf33"}, "='tf33', expected one of float64"),
+        ({"weights": ""}, "='', expected one of float64"),
         ({"block": 0}, "block=0 and split=0, expected more than 0, three times at least 1, and at least 0"),
     ],
 )

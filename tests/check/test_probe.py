@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from refattn import Capabilities
+from refattn import Capabilities, Problem
 from refattn.check.kernel import Kernel
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import FEATURES, FURTHER
@@ -82,6 +82,7 @@ def test_what_is_not_read_is_not_drawn():
     [
         ({"seq_multiple": 0}, "got seq_multiple=0"),
         ({"head_dims": {0}}, "expected integers of at least 1"),
+        ({"head_dims": [True]}, r"got head_dims=\[True\], expected a set of int"),
         ({"edges": {"nothing"}}, "edges has 'nothing'"),
         ({"always": {"nothing"}}, "always has 'nothing'"),
     ],
@@ -91,6 +92,24 @@ def test_capabilities_are_checked(more, says):
 
     with pytest.raises(InvalidInput, match=says):
         Capabilities(**more)
+
+
+def test_a_call_without_rows_has_no_gaps():
+    x = np.zeros((2, 2, 0, 8), np.float32)
+    q = np.zeros((2, 2, 3, 8), np.float32)
+    able = Capabilities(last_axis_contiguous=True)
+    for p in (Problem(q, x, x), Problem(x, x, x), Problem(q[:0], q[:0], q[:0])):
+        assert able.missing(p) == []
+        assert able.missing(p.to("torch")) == []
+
+
+def test_a_kernel_that_never_answers_shows_nothing():
+    def never(p):
+        raise ValueError("no")
+
+    able, said = found(Kernel.of(never))
+    assert set(said.values()) == {"raises"}
+    assert not able.last_axis_contiguous
 
 
 def test_what_is_missing_is_named(make):

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from refattn import Capabilities, UnsupportedProblem, check_kernel
-from refattn.check.kernels.tiled import tiled
+from refattn.check.kernels.tiled import gradients, tiled
+from refattn.check.model import GRADIENTS
 
 ABLE = Capabilities(lse=True)
+BOTH = Capabilities(lse=True, gradients=GRADIENTS)
 
 
 def verdict(kernel, law):
@@ -89,9 +91,99 @@ def shared_workspace():
     return kernel
 
 
+def cached_bias():
+    kept = {}
+
+    def kernel(p):
+        if p.bias is None:
+            return tiled(p)
+        array, bias = kept.setdefault(id(p.bias), (p.bias, p.bias.copy()))
+        return tiled(p.replace(bias=bias if array.shape == p.bias.shape else p.bias))
+
+    return kernel
+
+
+def plan_by_lengths():
+    kept = {}
+
+    def kernel(p):
+        if p.cu_seqlens_q is None:
+            return tiled(p)
+        ends = kept.setdefault((p.n_q, p.n_k, len(p.cu_seqlens_q)), (p.cu_seqlens_q.copy(), p.cu_seqlens_k.copy()))
+        return tiled(p.replace(cu_seqlens_q=ends[0], cu_seqlens_k=ends[1]))
+
+    return kernel
+
+
+def backward(gradients_of):
+    def kernel(p):
+        return tiled(p)
+
+    kernel.gradients = gradients_of
+    return kernel
+
+
+def dout_in_memory_order():
+    return backward(lambda p, dout: gradients(p, np.ravel(dout, "K").reshape(dout.shape)))
+
+
+def shared_gradients():
+    kept = {}
+
+    def of(p, dout):
+        for n, x in gradients(p, dout).items():
+            kept.setdefault((n, x.shape), np.empty_like(x))[...] = x
+        return {
+            n: kept[n, getattr(p, {"dq": "query", "dk": "key", "dv": "value"}[n]).shape] for n in ("dq", "dk", "dv")
+        }
+
+    return backward(of)
+
+
+def saved_by_pointer():
+    kept = {}
+
+    def of(p, dout):
+        _, query = kept.setdefault(id(p.query), (p.query, p.query.copy()))
+        return gradients(p.replace(query=query), dout)
+
+    return backward(of)
+
+
+def gradients_of_the_last_call():
+    here = {}
+
+    def of(p, dout):
+        here["call"] = p
+        found = gradients(p, dout)
+        return found if here["call"] is p else gradients(here["call"], dout)
+
+    return backward(of)
+
+
 @pytest.mark.parametrize(
     ("kernel", "law", "says"),
     [
+        (dout_in_memory_order, "spread_gradient", "a gradient that lies in memory by rows, then heads, gives another"),
+        (shared_gradients, "calls_between", "gradients changed when those of another call were asked for: d"),
+        (saved_by_pointer, "calls_between", "numbers that were changed in place give gradients of those before: d"),
+        (gradients_of_the_last_call, "two_threads", "gradients asked for from another thread, beside another call"),
+    ],
+)
+def test_what_is_carried_over_backward_shows(kernel, law, says):
+    def of(k):
+        (check,) = check_kernel(k, capabilities=BOTH, only=f"law/{law}[float32]").checks
+        return check
+
+    assert says in of(kernel()).message
+    assert of(backward(gradients)).verdict == "passed"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "law", "says"),
+    [
+        (cached_bias, "changed_in_place", "numbers that were changed in place give the answer of those before"),
+        (plan_by_lengths, "options_between", "a call after one with another option is wrong"),
         (cached_keys, "changed_in_place", "numbers that were changed in place give the answer of those before"),
         (one_buffer, "results_kept", "a result changed when the kernel was called again"),
         (first_shape, "shapes_between", "a call after one of another shape is wrong"),

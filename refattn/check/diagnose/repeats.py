@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,10 +24,11 @@ FINER = 3
 def independent_share(problem: Problem, precision: int) -> float:
     """Return which share of a call's rows have roundings of weights that do not depend on each other's.
 
-    For each key, rows of one key head whose weights agree make the same error; weights that are exact make none. What
-    is returned is the variance of a sum of the errors, if all were independent, over that of the sum in which equal
-    ones are equal. Kernels round weights over the largest of a row, over their sum, or over that of them and the sink:
-    the least share counts.
+    Weights that agree make the same relative error; weights that are exact make none. It reaches the output times the
+    value: of keys with the same values, in whatever batch or head, errors that are equal add up. What is returned is
+    the variance of a sum of the errors, if all were independent, over that of the sum in which equal ones are equal.
+    Kernels round weights over the largest of a row, over their sum, over that of them and the sink, or over the largest
+    or the sum of the keys that they have seen so far, from either end: the least share counts.
 
     Parameters
     ----------
@@ -47,17 +50,32 @@ def independent_share(problem: Problem, precision: int) -> float:
     value[:, :, keys, np.arange(len(keys))] = 1
     with np.errstate(all="ignore"):
         weights = np.nan_to_num(np.abs(run(p.replace(value=value), Floats(np.float64))["out"]), posinf=0.0)
-        units = (weights.max(3, keepdims=True), weights.sum(3, keepdims=True), np.ones(1))
-        return min(_share(weights, weights / np.where(unit > 0, unit, 1), p.heads_kv, precision) for unit in units)
+        alike = np.repeat(_alike(p.value[:, :, keys]), p.heads // p.heads_kv, 1)[:, :, None]
+        group = np.broadcast_to(alike, weights.shape)
+        return min(_share(weights, weights / np.where(x > 0, x, 1), group, precision) for x in _units(weights))
 
 
-def _share(weights: NDArray[np.float64], rounded: NDArray[np.float64], heads_kv: int, precision: int) -> float:
-    """Return the share for weights that are rounded over some unit."""
-    b, h, _, n = weights.shape
+def _units(weights: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+    """Yield what kernels divide weights by before they round them."""
+    yield from (weights.max(3, keepdims=True), weights.sum(3, keepdims=True), np.ones(1))
+    for so_far in (np.maximum.accumulate, np.add.accumulate):
+        yield so_far(weights, 3)
+        yield so_far(weights[..., ::-1], 3)[..., ::-1]
+
+
+def _alike(value: NDArray[np.generic]) -> NDArray[np.int64]:
+    """Return numbers (b, h_kv, n) that are the same where keys have the same values."""
+    rows = np.ascontiguousarray(value).view(np.uint8).reshape(-1, max(1, value.shape[3] * value.dtype.itemsize))
+    _, number = np.unique(rows, axis=0, return_inverse=True)
+    return np.asarray(number.reshape(value.shape[:3]), np.int64)
+
+
+def _share(
+    weights: NDArray[np.float64], rounded: NDArray[np.float64], group: NDArray[np.int64], precision: int
+) -> float:
+    """Return the share for weights that are rounded over some unit, of keys in groups of the same values."""
     part, power = np.frexp(rounded)
     near = np.round(np.ldexp(part, precision + FINER)).astype(np.int64)
-    group = np.arange(b * heads_kv).reshape(b, heads_kv, 1, 1) * n + np.arange(n)
-    group = np.repeat(group, h // heads_kv, 1) + np.zeros(weights.shape, np.int64)
     inexact = (weights > 0) & (np.ldexp(part, precision) % 1 != 0)
     if not inexact.any():
         return 1.0

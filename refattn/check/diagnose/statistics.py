@@ -141,7 +141,11 @@ def figures(
             unit = np.where(counted, error / np.sqrt(variance), np.nan)
         lines = _Lines.of(unit, exact)
         rms, bias = float(np.sqrt(lines.square.mean())), float(lines.lean.mean())
-        excess = lines.large_in_a_head(unit) or lines.large(min(rows, _independent(lines.unit)))
+        independent = min(rows, _independent(lines.unit))
+        excess = lines.large(independent)
+        if excess and narrow is not None:  # few columns do not show that lines have their roundings in common
+            excess = lines.large(min(independent, narrow.apart()))
+        excess = excess or lines.large_in_a_head(unit)
         if not excess and narrow is not None:
             excess, leans = lines.held(rows, narrow, counted, variance)
     return Figures(

@@ -76,6 +76,8 @@ class Call:
     bias: str = ""
     allowed: str = ""
     wide_bias: bool = False
+    weight: str = ""
+    faint_dout: bool = False
 
     def __call__(self, d: Draw) -> Problem:
         """Build it."""
@@ -92,6 +94,8 @@ class Call:
             more["bias"] = 2 * d.normal(*_spread(full, self.bias)) + (100 if self.wide_bias else 0)
         if self.allowed:
             more["allowed"] = _mask(d, _spread(full, self.allowed), self.hidden)
+        if self.weight:
+            more["weight"] = np.exp(d.normal(*_spread(full, self.weight)))
         options = variant_of(d.variant).fitted({}, self.h)
         p = d.problem(n_q, n_k, q=q, k=k, v=v, scale=self.scale, options=options, **more)
         if self.wide_bias and d.form.precision < 24:  # in float32 beside 16-bit queries
@@ -111,6 +115,8 @@ def _spread(full: tuple[int, ...], kind: str) -> tuple[int, ...]:
         "padding": (b, 1, 1, n_k),
         "keys": (1, h, n_q, 1),
         "row": (b, 1, n_q, 1),
+        "column": (1, 1, 1, n_k),
+        "heads-columns": (1, h, 1, n_k),
     }[kind]
 
 
@@ -208,6 +214,9 @@ def _laid(p: Problem, layout: str) -> Problem:
         return p.replace(**found)
     if layout == "columns":  # keys by column, as decoding kernels hold them, beside values by row
         return p.replace(key=np.ascontiguousarray(p.key.swapaxes(2, 3)).swapaxes(2, 3))
+    if layout == "turned":  # queries and values by column
+        turned = {n: np.ascontiguousarray(getattr(p, n).swapaxes(2, 3)).swapaxes(2, 3) for n in ("query", "value")}
+        return p.replace(**turned)
     if layout == "views":
         return _views(p)
     if layout == "cache":  # the first rows of a cache that nothing was written to behind them

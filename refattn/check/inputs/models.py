@@ -99,6 +99,47 @@ LONGER: dict[str, tuple[Call, bool]] = {
     "views-of-masks": (Call("batches", 2, 4, 4, ((72, 136),), 64, 64, "sharp", "views", allowed="full"), True),
     "views-spread": (Call("batches", 2, 2, 2, ((40, 72),), 64, 64, "sharp", "views", bias="batches"), True),
     "columns": (Call("batches", 2, 4, 2, ((40, 72),), 64, 64, "sharp", "columns"), True),
+    "turned": (Call("batches", 2, 4, 2, ((40, 72),), 64, 64, "sharp", "turned"), True),
+    # more batches, heads, sequences, rows and columns than fit a few bits
+    "batches-of-32": (Call("decode", 32, 4, 2, ((1, 40),), 64, 64, "sharp", causal=DOWN), False),
+    "heads-of-128": (Call("few", 1, 128, 1, ((2, 70),), 32, 32, "sharp", causal=DOWN), False),
+    "sequences-of-40": (
+        Call("packed", 1, 2, 1, tuple((n % 3 + 1, 3 * n + 5) for n in range(40)), 32, 32, "sharp", causal=DOWN),
+        False,
+    ),
+    "rows-past-2048": (Call("cross", 1, 1, 1, ((2100, 70),), 32, 32, "sharp"), True),
+    "wider-values": (Call("prefill", 1, 2, 2, ((67, 67),), 128, 256, "sharp", causal=DOWN), True),
+    "width-224": (Call("prefill", 1, 2, 1, ((65, 65),), 224, 224, "sharp"), True),
+    # one mask, or one bias, for every batch and row; a bias by key for each head, with its gradient
+    "mask-of-keys": (Call("batches", 3, 2, 2, ((40, 40),), 64, 64, allowed="column"), True),
+    "bias-for-all": (Call("batches", 3, 2, 2, ((40, 50),), 64, 64, bias="all"), True),
+    "alibi": (Call("batches", 3, 2, 2, ((40, 40),), 64, 64, bias="heads-columns"), True),
+    # more rows than keys under a window; a cap that 16-bit types round; gradients as of a mean over many
+    "window-of-more-rows": (Call("cross", 1, 2, 2, ((150, 77),), 64, 64, "sharp", window=(5, 80)), True),
+    "cap-of-14.3": (Call("batches", 2, 2, 2, ((70, 70),), 64, 64, "sharp", softcap=14.3), True),
+    "faint-gradient": (Call("batches", 2, 2, 2, ((70, 70),), 64, 64, faint_dout=True), True),
+    # keys that count several times, beside each other option
+    "weight-groups": (Call("few", 2, 8, 2, ((5, 300),), 64, 64, weight="heads"), True),
+    "weight-decode": (Call("decode", 2, 4, 2, ((1, 600),), 64, 64, causal=DOWN, weight="padding"), False),
+    "weight-options": (
+        Call(
+            "batches",
+            2,
+            2,
+            1,
+            ((70, 70),),
+            64,
+            64,
+            causal=DOWN,
+            window=(40, None),
+            softcap=5.0,
+            sink=True,
+            bias="batches",
+            weight="full",
+        ),
+        True,
+    ),
+    "weight-packed": (Call("packed", 1, 2, 1, ((20, 25), (40, 45)), 64, 64, causal=DOWN, weight="keys"), True),
 }
 """The same, of calls that take longer or are rarer: not in quick."""
 
@@ -109,7 +150,7 @@ def known(able: Capabilities, uses: frozenset[str], quick: bool = False) -> list
 
 
 def _fits(c: Call, able: Capabilities, uses: frozenset[str]) -> bool:
-    options = {n for n in ("window", "softcap", "sink", "bias", "allowed") if getattr(c, n)}
+    options = {n for n in ("window", "softcap", "sink", "bias", "allowed", "weight") if getattr(c, n)}
     if c.causal:
         options.add("causal")
     q, k = (sum(x) for x in zip(*c.lengths, strict=True))
@@ -122,6 +163,6 @@ def _fits(c: Call, able: Capabilities, uses: frozenset[str]) -> bool:
     wide = not able.head_dims or {c.d, c.d_v} <= able.head_dims
     even = all(x % able.seq_multiple == 0 for pair in c.lengths for x in pair)
     kept = not able.always & {"causal_bottom_right", "causal_top_left"} or f"causal_{c.causal}" in able.always
-    laid = not (able.last_axis_contiguous and c.layout == "columns")
+    laid = not (able.last_axis_contiguous and c.layout in ("columns", "turned"))
     here = options <= uses and needed <= able.features and max(c.d, c.d_v) <= able.d_max
     return here and wide and even and kept and laid

@@ -1,5 +1,6 @@
 """Calls that models make: each catches a kernel that is wrong for its kind alone."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from refattn.check.inputs.models import LONGER, MODELS
 from refattn.check.kernels.tiled import gradients, tiled
 from refattn.check.model import FEATURES, GRADIENTS
 
-ABLE = Capabilities({"float32", "bfloat16"}, FEATURES, lse=True, gradients=GRADIENTS)
+ABLE = Capabilities({"float32", "bfloat16"}, FEATURES | {"weight"}, lse=True, gradients=GRADIENTS)
 
 
 def without_first_keys(p):
@@ -24,9 +25,50 @@ def without_last_key(p):
     return p.replace(allowed=np.broadcast_to(mask, (1, 1, p.n_q, p.n_k)))
 
 
-def of_batch(p):
-    at = np.arange(p.batch) & 7
-    return p.replace(key=p.key[at], value=p.value[at])
+def of_batch(bits):
+    def change(p):
+        at = np.arange(p.batch) & bits
+        return p.replace(key=p.key[at], value=p.value[at])
+
+    return change
+
+
+def without_queries(first):
+    """Take the rows from one on for rows of zeros."""
+
+    def change(p):
+        q = p.query.copy()
+        q[:, :, first(p) :] = 0
+        return p.replace(query=q)
+
+    return change
+
+
+def without_columns(name, first, here):
+    def change(p):
+        x = getattr(p, name).copy()
+        x[..., first:] = 0
+        return p.replace(**{name: x}) if here(p) else p
+
+    return change
+
+
+def of_first_batch(name, rest):
+    """Use what stands for every batch in the first alone."""
+
+    def change(p):
+        x = getattr(p, name)
+        if x is None or x.shape[0] > 1 or p.batch == 1:
+            return p
+        x = np.repeat(x, p.batch, 0)
+        x[1:] = rest
+        return p.replace(**{name: x})
+
+    return change
+
+
+def without_weight(here):
+    return lambda p: p.replace(weight=None) if here(p) else p
 
 
 def of_group(bits):
@@ -70,7 +112,7 @@ WRONG = {
     "longest-decode": lambda p: without_last_key(p) if p.n_k > 2**17 else p,
     "wide-decode": lambda p: without_last_key(p) if p.n_k > 8192 and p.d_k == 128 else p,
     "mistral": lambda p: p.replace(window=(p.window[0] + 1, None)) if p.window and p.window[0] >= 256 else p,
-    "nine-batches": of_batch,
+    "nine-batches": of_batch(7),
     "many-sequences": with_eight_sequences,
     "key-heads-of-8": of_group(3),
     "groups-of-12": lambda p: p.replace(scale=0.0) if p.heads // p.heads_kv == 12 else p,
@@ -78,11 +120,31 @@ WRONG = {
     "views-spread": dense("bias"),
     "views-of-masks": dense("allowed"),
     "columns": dense("key"),
+    "turned": dense("value"),
+    "batches-of-32": of_batch(15),
+    "heads-of-128": lambda p: p.replace(query=p.query[:, np.arange(p.heads) & 63]),
+    "sequences-of-40": without_queries(
+        lambda p: p.cu_seqlens_q[32] if p.cu_seqlens_q is not None and len(p.cu_seqlens_q) > 32 else p.n_q
+    ),
+    "rows-past-2048": without_queries(lambda p: 2048),
+    "wider-values": without_columns("value", 128, lambda p: p.d_v > p.d_k),
+    "width-224": without_columns("query", 192, lambda p: 192 < p.d_k < 256),
+    "mask-of-keys": of_first_batch("allowed", rest=True),
+    "bias-for-all": of_first_batch("bias", rest=0),
+    "alibi": of_first_batch("bias", rest=0),
+    "window-of-more-rows": lambda p: p.replace(window=None) if p.n_q > p.n_k and p.causal is None else p,
+    "cap-of-14.3": lambda p: p.replace(softcap=p.softcap and float(ml_dtypes.bfloat16(p.softcap))),
+    "weight-groups": without_weight(lambda p: p.heads != p.heads_kv),
+    "weight-decode": without_weight(lambda p: p.n_q == 1),
+    "weight-options": without_weight(lambda p: p.softcap is not None),
+    "weight-packed": without_weight(lambda p: p.cu_seqlens_k is not None),
 }
+BACKWARD = {"faint-gradient"}
+"""Those whose forward pass is any other's."""
 
 
 def test_every_one_is_tried():
-    assert set(WRONG) == set(LONGER)
+    assert set(WRONG) | BACKWARD == set(LONGER)
     assert not set(LONGER) & set(MODELS)
 
 
@@ -103,6 +165,14 @@ def test_a_narrow_sink_and_wide_offsets_are_asked_for():
     assert check_kernel(kernel, capabilities=ABLE, dtypes=["bfloat16"], only="models/views").count("failed")
     p = Case("models", "many-sequences", "softmax", LONGER["many-sequences"][0], sampled=True).problem("float32")
     assert p.cu_seqlens_q.dtype == np.int64
+
+
+def test_small_gradients_are_asked_for():
+    kernel = backward(lambda k, p, dout: gradients(p, np.where(np.abs(dout) < 1e-6, 0, dout)))
+    (check,) = check_kernel(
+        kernel, capabilities=ABLE, dtypes=["float32"], only="models/faint-gradient/gradients"
+    ).checks
+    assert check.verdict == "failed"
 
 
 def backward(change):
