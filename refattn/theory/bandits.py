@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, total, worst
+from .claim import Claim, Evidence, needs, same, total, worst
 from .decisions import SOURCE, relu_step
 from .fields import Q, precise, rational, solve
 
@@ -81,14 +82,34 @@ def _regret_bound(h: History, rounds: int) -> float:
     return 2 * h.beta * math.sqrt(2 * rounds * h.log_det)
 
 
+def _most_log_det(d: int, rounds: int) -> float:
+    """Return what log det V is at most: the mean of the eigenvalues is at most 1 + T/d."""
+    return d * math.log1p(rounds / d)
+
+
+def _attained() -> list[int]:
+    """Return whether the bounds' parts are what they are where all of their steps are equalities."""
+    h = History(np.empty(0), np.eye(1), np.zeros(1), 4.0, [], [])
+    # 8 rounds of uncertainty 1 each, of which twice log det V is the sum, lose 2·beta at most each
+    found = [same(_regret_bound(h, 8), math.fsum(2 * h.beta for _ in range(8)))]
+    # three actions along each of two axes: V is 4 times the identity
+    det = (1 + 3) ** 2
+    found.append(same(round(math.exp(_most_log_det(2, 6))), det))
+    # exp(radius²/2) over sqrt(det V) has a mean of at most 1, hence is 1/DELTA with a probability of at most DELTA
+    h.log_det = math.log(det)
+    radius = (h.beta - 1) / NOISE
+    return [*found, same(round(math.exp(radius**2 / 2)), round(math.sqrt(det) / DELTA))]
+
+
 def regrets(dims: tuple[int, ...] = (2, 5), rounds: tuple[int, ...] = (50, 500, 2000)) -> Evidence:
     """LinUCB's regret for some d and T against the bound of its own confidence sets; the potential of its actions."""
-    pairs, curves = [], {}
+    curves = {}
+    pairs: list[Any] = [*_attained()]
     for d in dims:
         for t in rounds:
             regret, h = _play(_linucb, d, t)
-            pairs.append((regret[-1], _regret_bound(h, t)))
-            pairs.append((h.log_det, d * math.log1p(t / d)))  # the mean of the eigenvalues is 1 + T/d at most
+            pairs.append((regret.max(), _regret_bound(h, t)))
+            pairs.append((h.log_det, _most_log_det(d, t)))
         curves[f"LinUCB, d = {d}"] = regret[9::10].tolist()
     at = list(range(10, rounds[-1] + 1, 10))
     curves["at random, d = 5"] = _play(_random, 5, rounds[-1])[0][9::10].tolist()
@@ -126,8 +147,8 @@ def potential(size: Any = 1) -> Evidence:
 
 @precise()
 def potential_large() -> Evidence:
-    """Actions of norm 4: one alone has an uncertainty of 16."""
-    return _potential([4 * a for a in _unit(2)], "sum of uncertainties over log det V, actions of norm 4")
+    """One action of norm 2: its uncertainty is 4, and log det V is log 5."""
+    return _potential([2 * a for a in _unit(1)], "sum of uncertainties over log det V, an action of norm 2")
 
 
 def _layered(h: History, depth: int, eta: float) -> int:
@@ -156,6 +177,20 @@ def _needed(h: History) -> tuple[int, float]:
     return max(1, math.ceil(math.log(2 * off / (first - second)) / pace)), float(2 / (low + high))
 
 
+def _known() -> int:
+    """Return how often `_needed` is wrong for two arms 1 and s along the smallest eigenvalue, nothing being earned.
+
+    A score is then beta·|a|/sqrt(low). Layers leave a share rho of the best one, from which the other is 1 - s away.
+    """
+    wrong, low = 0, 4  # eigenvalues whose inverses are not rounded
+    for high, s in ((16, 0.8), (8, 0.25)):
+        h = History(np.array([[1.0, 0.0], [s, 0.0]]), np.diag([1 / low, 1 / high]), np.zeros(2), 0.0, [], [])
+        rho = (high - low) / (high + low)
+        layers = next(c for c in itertools.count(1) if 2 * rho**c <= 1 - s)
+        wrong += _needed(h) != (layers, 2 / (low + high))
+    return wrong
+
+
 def _compared(deep: bool, what: str, rounds: int = 30) -> Evidence:
     wrong, depths = [], []
 
@@ -168,7 +203,7 @@ def _compared(deep: bool, what: str, rounds: int = 30) -> Evidence:
 
     for seed in range(2):
         _play(policy, 3, rounds, seed)
-    return Evidence(total(*wrong), 0, what, {"round": list(range(1, rounds + 1)), "layers": depths[:rounds]})
+    return Evidence(total(*wrong, _known()), 0, what, {"round": list(range(1, rounds + 1)), "layers": depths[:rounds]})
 
 
 def agreement(rounds: int = 30) -> Evidence:

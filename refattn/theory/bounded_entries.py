@@ -11,8 +11,8 @@ import flint
 import numpy as np
 
 from ..tensor.polynomial import monomials
-from .claim import SETH, Claim, Evidence, needs, total, worst
-from .fields import Q, precise, rationals, unequal
+from .claim import SETH, Claim, Evidence, needs, same, total, worst
+from .fields import Q, meet, precise, rationals, unequal
 
 __all__ = ["CLAIMS", "degrees", "exponent"]
 
@@ -84,6 +84,37 @@ def _levelled(g: int, bound: float) -> Any:
     return abs(difference) / sum(map(abs, weights))
 
 
+def _tail_another_way(g: int, bound: float) -> Any:
+    """Return the error of the series of degree g at s = bound: exp(R) less the terms up to g, each T_m being 1."""
+    r = flint.arb(bound)
+    return r.exp() - r.bessel_i(flint.arb(0)) - sum(_coefficient(m, bound) for m in range(1, g + 1))
+
+
+def _ratio(g: int, r: float) -> Any:
+    """Return what I_{g+2}/I_{g+1} is below: its inverse is (2g + 4)/R and I_{g+3}/I_{g+2}."""
+    return flint.arb(r) / (2 * g + 4)
+
+
+def _debye(m: float, r: float) -> float:
+    """Return log 2·I_m(r) by Debye's expansion, its first term."""
+    root = math.hypot(m, r)
+    return root - m * math.asinh(m / r) + math.log(2 / math.sqrt(2 * math.pi * root))
+
+
+def _asides(places: tuple[tuple[float, int], ...]) -> list[Any]:
+    """Return ratios of what `degree` and `_curve` use to what is known otherwise."""
+    found: list[Any] = [same(meet(_tail(g, r), _tail_another_way(g, r)), True) for r, g in places]
+    for r, g in places:
+        first, second, third = (_coefficient(m, r) for m in range(g + 1, g + 4))
+        found.append(same(meet(first / second, 1 / _ratio(g, r) + third / second), True))
+    # Debye's next term is at most 1/(12 m) in size, which is Stirling's as r falls to 0
+    found += [(abs(_debye(g + 1, r) - _coefficient(g + 1, r).log()), Q(1, 12 * (g + 1))) for r, g in places]
+    asked = range(10)
+    found.append(same([_least(0, 0, lambda g, _, due=due: due - g) for due in asked], list(asked)))
+    found += [same(round(math.exp(_log_choose(d, g))), math.comb(d + g, g)) for d in asked for g in asked]
+    return found
+
+
 SHOWN = ((1.0, 1e-2), (1.0, 1e-8), (4.0, 1e-2), (4.0, 1e-8), (16.0, 1e-2), (16.0, 1e-8))
 PLACES = [(r, g) for r in (0.25, 1.0, 4.0, 16.0) for g in (2, 5, 9, 16)]
 
@@ -93,12 +124,12 @@ def degree(places: tuple[tuple[float, int], ...] = tuple(PLACES)) -> Evidence:
     """(pi/2)·I_{g+1}(R) at most the least error on the extrema of T_{g+1}, and that at most the series' error."""
     needs(all(r > 0 and g >= 0 for r, g in places), "R > 0 and a degree of at least 0")
     found = [(_need(g, r), _levelled(g, r), _tail(g, r)) for r, g in places]
-    pairs = [pair for need, level, tail in found for pair in ((need, level), (level, tail))]
-    # I_{m+1}/I_m is below R/(2m + 2): the tail is hardly more than its first term, which pi/4 of is needed
-    small = [(r / (2 * (g + 2)), *three) for (r, g), three in zip(places, found, strict=True) if r < g]
-    pairs += [(tail, level / (1 - ratio)) for ratio, _, level, tail in small]
-    pairs += [(level * flint.arb.pi() / 4, need / (1 - ratio)) for ratio, need, level, _ in small]
-    pairs += [(need, level * flint.arb.pi() / 4) for need, level, _ in found]
+    pairs = _asides(places)
+    for (r, g), (need, level, tail) in zip(places, found, strict=True):
+        ratio, quarter = _ratio(g, r), level * flint.arb.pi() / 4
+        pairs += [(need, level), (level, tail), (need, quarter)]
+        if r < g:  # the tail is hardly more than its first term, which pi/4 of is needed
+            pairs += [(tail, level / (1 - ratio)), (quarter, need / (1 - ratio))]
     steps = {f"R = {r}, error {e}": degrees(r, e) for r, e in SHOWN}
     return Evidence(worst(pairs), 1, "lower bound over the least error, and that over the upper bound", steps)
 
@@ -166,20 +197,27 @@ def exponent(c: float) -> float:
     return (d + g) * math.log(d + g) - d * math.log(d) - g * math.log(g)
 
 
+def _limit(t: float) -> tuple[float, float]:
+    """Return c and its exponent another way: by t with g = c·sinh t, so that c(cosh t - t·sinh t + 1) = -1."""
+    c = 1 / (t * math.sinh(t) - math.cosh(t) - 1)
+    d, g = 1 / math.log(2), c * math.sinh(t)
+    return c, d * math.log1p(g / d) + g * math.log1p(d / g)
+
+
+def _log_choose(d: int, g: int) -> float:
+    """Return log C(d + g, g)."""
+    return math.lgamma(d + g + 1) - math.lgamma(d + 1) - math.lgamma(g + 1)
+
+
 def _predicted(r: float, logs: float, relative: bool = True) -> int:
     """Return the degree whose next coefficient, by Debye's expansion of I_m, is exp(-R)/n."""
-
-    def size(g: float) -> float:
-        m = g + 1
-        root = math.hypot(m, r)
-        return root - m * math.asinh(m / r) + math.log(2 / math.sqrt(2 * math.pi * root))
-
-    return math.ceil(_smallest(size, -logs - (r if relative else 0)))
+    return math.ceil(_smallest(lambda g: _debye(g + 1, r), -logs - (r if relative else 0)))
 
 
 POWERS = (20, 40, 80)
 ENTRIES = (0.01, 0.03, 0.2, 1.0)
-
+LIMITS = [_limit(i / 64) for i in range(100, 300)]
+"""From c of 13 down to c of 0.006; both fall as t grows."""
 
 FAR = (10**3, 10**5, 10**7)
 
@@ -188,7 +226,7 @@ def _far(c: float, power: int) -> float:
     """Return log C(d+g, g)/log n at n = 2^power by Debye's degree."""
     logs = power * math.log(2)
     g = _predicted(c * logs, logs)
-    return (math.lgamma(power + g + 1) - math.lgamma(power + 1) - math.lgamma(g + 1)) / logs
+    return _log_choose(power, g) / logs
 
 
 def _curve(entries: tuple[float, ...], relative: bool, what: str) -> Evidence:
@@ -199,13 +237,19 @@ def _curve(entries: tuple[float, ...], relative: bool, what: str) -> Evidence:
         for power in POWERS:
             logs = power * math.log(2)
             needed, enough = degrees(c * logs, 2.0**-power)
-            wrong.append(not needed <= _predicted(c * logs, logs, relative) <= enough <= needed + 1)
+            wrong.append(not needed <= _predicted(c * logs, logs, relative) <= enough)
+            wrong.append(enough not in (needed, needed + 1))
             found.append(math.log(math.comb(power + enough, enough)) / logs)
-        first, latest = (abs(e - exponent(c)) for e in (found[0], found[-1]))
+        first, *_, latest = (abs(e - exponent(c)) for e in found)
         wrong.append(latest >= first)
         last.append(found[-1])
-        away = [abs(_far(c, power) - exponent(c)) for power in FAR]  # of order log n's logarithm over log n
-        wrong += [2 * b > a for a, b in itertools.pairwise(away)]
+        away = [abs(_far(c, power) - exponent(c)) * power for power in FAR]  # of order log log n
+        wrong += [b <= a for a, b in itertools.pairwise(away)]
+        shrunk = [a / math.sqrt(power) for a, power in zip(away, FAR, strict=True)]
+        wrong += [b >= a for a, b in itertools.pairwise(shrunk)]
+        limit = exponent(c)  # it rises with c
+        below = max((e for x, e in LIMITS if x <= c), default=limit)
+        wrong.append(not below <= limit <= min((e for x, e in LIMITS if x >= c), default=limit))
     wrong += [b <= a for a, b in itertools.pairwise(map(exponent, entries))]
     detail = {"c": list(entries), "limit": [exponent(c) for c in entries], "n = 2^80": last}
     return Evidence(total(*wrong), 0, what, detail)

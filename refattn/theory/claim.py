@@ -127,11 +127,15 @@ def run(claim: Claim, **options: Any) -> Result:
 
 
 def worst(found: Iterable[Any]) -> Any:
-    """Return the largest ratio, at least 0: of ratios, and of pairs of what was measured and its bound."""
+    """Return the largest ratio, at least 0: of ratios, and of pairs of what was measured and its bound.
+
+    It is NaN where a ratio is NaN or a bound is below 0.
+    """
     most: Any = 0
     for one in found:
         ratio = one[0] / one[1] if isinstance(one, tuple) else one
-        if math.isnan(float(ratio)):  # it is larger than nothing, and must not be lost
+        below = isinstance(one, tuple) and one[1] < 0  # the ratio would be small, and nothing is within the bound
+        if below or math.isnan(float(ratio)):  # it is larger than nothing, and must not be lost
             return math.nan
         ratio = ratio.upper() if hasattr(ratio, "upper") else ratio
         most = most if most > ratio else ratio

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .claim import Claim, Evidence, needs, same, worst
-from .fields import Q, balls, disjoint, each, exp, orthogonal, precise, rational, rationals, solve, unequal, zeros
+from .fields import Q, balls, disjoint, each, exp, meet, orthogonal, precise, rational, rationals, solve, unequal, zeros
 
 __all__ = ["CLAIMS", "gradient", "heads", "ista_step"]
 
@@ -89,6 +91,14 @@ def _rate(z: Array, bases: Array, beta: Any) -> Any:
     return found
 
 
+def _rated() -> int:
+    """Return 0 where exp of twice a rate is the product of det(I + beta WᵀW), an identity of Sylvester's, else 2."""
+    z, bases, beta = rationals(0, 4, 3), rationals(1, 2, 4, 2), Q(3, 5)
+    within = [_eye(z.shape[1]) + beta * (u.T @ z).T @ (u.T @ z) for u in bases]
+    rate = _rate(balls(z), balls(bases), flint.arb(beta))
+    return same(meet((2 * rate).exp(), math.prod(flint.fmpq_mat(m.tolist()).det() for m in within)), True)
+
+
 def _unit(z: Array) -> Array:
     return np.asarray(z / each(lambda a: a.sqrt(), (z * z).sum(0)))
 
@@ -101,10 +111,11 @@ def _tokens(n: int = 24) -> tuple[Array, Array, Any]:
     return _unit(balls(near + rationals(2, 8, n, over=200))), balls(bases), flint.arb(2) / n * 4
 
 
-def _after(s: Any, sign: int, unit: bool = False) -> Any:
-    """Return the rate of (1 - s) Z + sign · s · MSSA(Z), tokens scaled back to unit norm or not."""
+def _after(s: Any, by: Callable[[Any, Any], Any] | None, unit: bool = False) -> Any:
+    """Return the rate of (1 - s) Z plus or minus s · MSSA(Z), or alone, tokens scaled back to unit norm or not."""
     z, bases, beta = _tokens()
-    moved = (1 - flint.arb(s)) * z + sign * flint.arb(s) * heads(z, bases)
+    kept = (1 - flint.arb(s)) * z
+    moved = by(kept, flint.arb(s) * heads(z, bases)) if by else kept
     return _rate(_unit(moved) if unit else moved, bases, beta)
 
 
@@ -118,22 +129,22 @@ def shrinks(steps: tuple[Any, ...] = STEPS, size: int = 1) -> Evidence:
     z, bases, beta = _tokens()
     z = size * z
     needs(disjoint((z * z).sum(0), 1 + balls(zeros(z.shape[1]))) == 0, "tokens of unit norm")
-    before, alone = _rate(z, bases, beta), [_after(s, 0) for s in steps]
-    found = [_after(s, 1) for s in steps]
+    before, alone = _rate(z, bases, beta), [_after(s, None) for s in steps]
+    found = [_after(s, operator.add) for s in steps]
     detail = {
         "s": [float(s) for s in steps],
         "rate over before": [float(a / before) for a in found],
         "rate over before of (1 - s) Z": [float(a / before) for a in alone],
-        "rate over before, scaled back": [float(_after(s, 1, unit=True) / before) for s in steps],
+        "rate over before, scaled back": [float(_after(s, operator.add, unit=True) / before) for s in steps],
     }
-    pairs = [*zip(alone, found, strict=True), *((f, before) for f in found)]
+    pairs = [*zip(alone, found, strict=True), *((f, before) for f in found), _rated()]
     return Evidence(worst(pairs), 1, "rate of (1 - s) Z over that with MSSA, and of that over the one before", detail)
 
 
 @precise()
 def turned() -> Evidence:
     """(1 - s) Z - s · MSSA(Z): with its sign turned the attention term lowers the rate."""
-    return Evidence(_after(STEPS[0], 0), _after(STEPS[0], -1), "rate of (1 - s) Z, beside that with -MSSA")
+    return Evidence(_after(STEPS[0], None), _after(STEPS[0], operator.sub), "rate of (1 - s) Z, beside that with -MSSA")
 
 
 def _two_terms(sizes: Array) -> tuple[Any, Any]:
@@ -153,10 +164,9 @@ def neumann(size: float = 1.0) -> Evidence:
     cases = [by * np.array(c) for c in ([Q(1), Q(1), Q(1)], [Q(1), Q(1, 2), Q(1, 4)], [Q(0), Q(5, 4), Q(0)])]
     found = [_two_terms(c) for c in cases]
     needs(all(spectrum < 1 for spectrum, _ in found), "beta · lambda below 1: the series does not converge")
-    attained = [same(found[i][1], found[i][0] ** 2) for i in (0, 2)]  # of one value: the error is the bound
-    return Evidence(
-        worst([*((e, s**2) for s, e in found), *attained]), 1, "squared relative error of two terms, over the bound's"
-    )
+    pairs = [(error, spectrum**2) for spectrum, error in found]
+    attained = [same(*pairs[i]) for i in (0, 2)]  # of one value: the error is the bound
+    return Evidence(worst([*pairs, *attained]), 1, "squared relative error of two terms, over the bound's")
 
 
 def neumann_large() -> Evidence:
@@ -190,14 +200,18 @@ def _loss(x: Array, z: Array, d: Array, weight: Any) -> Any:
     return (away * away).sum() / 2 + weight * z.sum()
 
 
+def _due(after: Array, z: Array, eta: Any) -> Any:
+    """Return the descent that is due: |z' - z|²/(2 eta)."""
+    return ((after - z) ** 2).sum() / (2 * eta)
+
+
 def _descent(step: Any, rounds: int = 6) -> Any:
-    """Return the most that a step falls short of the descent that is due: |z' - z|²/(2 eta)."""
+    """Return the most that a step falls short of the descent that is due."""
     d, norm = _dictionary()
     x, z, weight, eta, short = rationals(4, 4) * 4, zeros(4), Q(1, 10), step / norm, []
     for _ in range(rounds):
         after = ista_step(x, z, d, eta, weight)
-        due = ((after - z) * (after - z)).sum() / (2 * eta)
-        short.append(_loss(x, after, d, weight) - _loss(x, z, d, weight) + due)
+        short.append(_loss(x, after, d, weight) - _loss(x, z, d, weight) + _due(after, z, eta))
         z = after
     return max(short)
 
@@ -205,12 +219,11 @@ def _descent(step: Any, rounds: int = 6) -> Any:
 def ista(step: Any = 1) -> Evidence:
     """Each step lowers the non-negative lasso by |z' - z|²/(2 eta) or more, for eta up to 1/|D|²."""
     needs(0 < step <= 1, f"eta up to 1/|D|², got {step}/|D|²")
-    # of equal singular values and without a threshold the descent is just what is due
-    d, norm, x = 2 * orthogonal(3, 4), Q(4), rationals(5, 4)
-    z = zeros(4)
-    after = z + (1 / norm) * (d.T @ (x - d @ z))
-    due = ((after - z) * (after - z)).sum() * norm / 2
-    attained = same(_loss(x, z, d, Q(0)) - _loss(x, after, d, Q(0)), due)
+    # of equal singular values and where no element becomes 0 the descent is just what is due
+    d, eta, weight = 2 * orthogonal(3, 4), Q(1, 4), Q(1, 10)
+    z, x = rationals(6, 4, least=1), d @ rationals(5, 4, least=1)
+    after = ista_step(x, z, d, eta, weight)
+    attained = same(_loss(x, z, d, weight) - _loss(x, after, d, weight), _due(after, z, eta))
     return Evidence(max(_descent(Q(step)), attained), 0, "most by which the loss falls short of its descent")
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, worst
+from .claim import Claim, Evidence, needs, same, worst
 from .fields import Q, orthogonal, rational, rationals, solve, unequal, zeros
 
 __all__ = ["CLAIMS", "relu_step"]
@@ -81,11 +83,11 @@ def layers(counts: tuple[int, ...] = (1, 2, 5, 10)) -> Evidence:
     """L layers of the step 2/(m + M): the error is ((kappa - 1)/(kappa + 1))^L along the extremes, less elsewhere."""
     needs(min(counts) >= 1, "at least one layer")
     pairs: list[Any] = []
-    for along in ((0, 2), (0, 1, 2)):
+    for along, extreme in (((0, 2), True), ((0, 1, 2), False)):
         found, kappa, size = _descent(lambda low, high: 2 / (low + high), counts, along)
         due = [((kappa - 1) / (kappa + 1)) ** (2 * c) * size for c in counts]
         pairs += zip(found, due, strict=True)
-        if along == (0, 2):
+        if extreme:
             pairs += zip(due, found, strict=True)
     detail = {"layers": list(counts), "errors": [math.sqrt(float(e)) for e in found]}
     return Evidence(worst(pairs), 1, "squared error over the bound, and the bound over that of extremes", detail)
@@ -101,23 +103,41 @@ ERROR = 1e-6
 """The relative error that layers are asked for."""
 
 
-def _depth(kappa: float, error: float, fast: bool) -> int:
-    """Return how many ReLU layers a problem of condition kappa takes to an error, the solution being of norm 1."""
+def _problem(kappa: float) -> tuple[Array, Array, float, Array]:
+    """Return actions, rewards, weight and solution: eigenvalues from 1/kappa to 1, and a solution of norm 1."""
     rng = np.random.default_rng(3)
     u = np.linalg.qr(rng.standard_normal((6, 6)))[0]
-    a, exact, weight = (
-        (u * np.sqrt(np.geomspace(1 / kappa, 1, 6) - 1 / kappa / 2)).T,
-        u.sum(1) / math.sqrt(6),
-        1 / kappa / 2,
-    )
-    r = np.linalg.solve(a.T, (a.T @ a + weight * np.eye(6)) @ exact)
-    momentum = (math.sqrt(kappa) - 1) / (math.sqrt(kappa) + 1) if fast else 0.0
+    weight = 1 / kappa / 2
+    a, exact = (u * np.sqrt(np.geomspace(1 / kappa, 1, 6) - weight)).T, u.sum(1) / math.sqrt(6)
+    return a, np.linalg.solve(a.T, (a.T @ a + weight * np.eye(6)) @ exact), weight, exact
+
+
+def _momentum(kappa: float) -> float:
+    """Return Nesterov's momentum: along the smallest eigenvalue both roots are then 1 - 1/sqrt(kappa)."""
+    return (math.sqrt(kappa) - 1) / (math.sqrt(kappa) + 1)
+
+
+def _left(kappa: float, momentum: float) -> Iterator[float]:
+    """Yield how far ReLU layers of a problem of condition kappa are from the solution, before and after each."""
+    a, r, weight, exact = _problem(kappa)
     z = p = np.zeros(6)
-    count = 0
-    while np.linalg.norm(p - exact) > error:
+    while True:
+        yield float(np.linalg.norm(p - exact))
         after = relu_step(a, r, z, 1.0, weight)
-        z, p, count = after + momentum * (after - p), after, count + 1
-    return count
+        z, p = after + momentum * (after - p), after
+
+
+def _depth(kappa: float, error: float, momentum: float) -> int:
+    """Return how many ReLU layers a problem of condition kappa takes to an error."""
+    return next(count for count, left in enumerate(_left(kappa, momentum)) if left <= error)
+
+
+def _conditioned(kappa: float) -> list[int]:
+    """Return whether a problem is of condition kappa, and whether a momentum makes two equal roots."""
+    a, _, weight, _ = _problem(kappa)
+    # roots of r² - (1 + momentum)(1 - 1/kappa) r + momentum (1 - 1/kappa), in numbers that are not rounded
+    equal = [((1 + _momentum(k)) ** 2 * (k - 1), 4 * _momentum(k) * k) for k in (9, 49)]
+    return [same(round(np.linalg.cond(a.T @ a + weight * np.eye(6)) / kappa), 1), *itertools.starmap(same, equal)]
 
 
 def _fast_bound(kappa: float, error: float) -> float:
@@ -125,17 +145,27 @@ def _fast_bound(kappa: float, error: float) -> float:
     return 1 + math.log((kappa + 1) / error**2) / -math.log1p(-1 / math.sqrt(kappa))
 
 
+def _steps(kappa: float, error: float) -> int:
+    """Return the steps of `_fast_bound` by taking them."""
+    left, count = float(kappa + 1), 0
+    while left > error**2:
+        left, count = left * (1 - 1 / math.sqrt(kappa)), count + 1
+    return count
+
+
 def accelerated(kappas: tuple[float, ...] = (10, 100, 1000), error: float = ERROR) -> Evidence:
     """Layers of accelerated steps, counted, against 2·sqrt(kappa)·log(sqrt(kappa + 1)/error)."""
     needs(min(kappas) > 1, "kappa > 1")
-    found = [_depth(k, error, fast=True) for k in kappas]
-    pairs = [(f, _fast_bound(k, error)) for f, k in zip(found, kappas, strict=True)]
+    found = [_depth(k, error, _momentum(k)) for k in kappas]
+    pairs: list[Any] = [(f, _fast_bound(k, error)) for f, k in zip(found, kappas, strict=True)]
+    pairs += [same(math.floor(_fast_bound(k, error)), _steps(k, error)) for k in (2, *kappas)]
+    pairs += [one for k in kappas for one in _conditioned(k)]
     return Evidence(worst(pairs), 1, "layers over the bound", {"kappa": list(kappas), "layers": found})
 
 
 def plain() -> Evidence:
     """Plain steps held to the same depth."""
-    return Evidence(_depth(1000, ERROR, fast=False), _fast_bound(1000, ERROR), "layers of plain steps beside the bound")
+    return Evidence(_depth(1000, ERROR, 0), _fast_bound(1000, ERROR), "layers of plain steps beside the bound")
 
 
 def _inf(a: Any) -> Any:
@@ -173,11 +203,9 @@ def root(high: int = 1) -> Evidence:
     given = _spectrum(high)
     one = flint.fmpq_mat(2, 2, [1, 0, 0, 1])
     needs(all(_inf(one - a) < 1 for a in given), "a distance to I below 1 after scaling")
-    found = [_newton_schulz(a, 4) for a in given]
-    back = [(bound, error) for error, bound in found[0]]
-    return Evidence(
-        worst([*found[0], *found[1], *back]), 1, "residuals over their bounds, which a multiple of I attains"
-    )
+    multiple, other = (_newton_schulz(a, 4) for a in given)
+    back = [(bound, error) for error, bound in multiple]
+    return Evidence(worst([*multiple, *other, *back]), 1, "residuals over their bounds, which a multiple of I attains")
 
 
 def root_unscaled() -> Evidence:

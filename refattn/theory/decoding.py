@@ -53,8 +53,11 @@ def no_decay() -> Evidence:
     return _recurrence(Q(1), DECAY, "error without decay over the bound of 9/10")
 
 
-def _evicted(budget: int, evict: Any, alike: bool = True, n: int = 14) -> list[tuple[Any, Any, Any]]:
-    """Return errors of a decoding loop that keeps some keys, beside its dropped weight and share, times the range."""
+def _evicted(budget: int, evict: Any, alike: bool = True, n: int = 14) -> list[tuple[Any, Any, Any, int]]:
+    """Return errors of a decoding loop that keeps some keys, beside its dropped weight and share, times the range.
+
+    And whether an error is the dropped weight times how far the mean of what is gone is from that of what is kept.
+    """
     k, found = rationals(3, n), []
     v = rationals(4, n) if alike else np.array([Q(int(a == k.max())) for a in k])
     cache: list[int] = []
@@ -64,9 +67,12 @@ def _evicted(budget: int, evict: Any, alike: bool = True, n: int = 14) -> list[t
         if len(cache) > budget:
             cache.remove(evict(cache, key=lambda j, w=w: w[j]))
         kept, seen = np.array(cache), v[: t + 1]
-        off = abs((w[kept] @ v[kept]) / w[kept].sum() - (w @ seen) / w.sum())
+        mean = (w[kept] @ v[kept]) / w[kept].sum()
+        off, share = abs(mean - (w @ seen) / w.sum()), 1 - w[kept].sum() / w.sum()
+        gone = np.delete(np.arange(len(w)), kept)
+        exact = share * abs((w[gone] @ v[gone]) / w[gone].sum() - mean) if len(gone) else share
         apart = seen.max() - seen.min()
-        found.append((off, (1 - w[kept].sum() / w.sum()) * apart, (1 - Q(len(cache), len(w))) * apart))
+        found.append((off, share * apart, (1 - Q(len(cache), len(w))) * apart, same(off, exact)))
     return found
 
 
@@ -74,16 +80,19 @@ def eviction(budgets: tuple[int, ...] = (1, 3, 6)) -> Evidence:
     """A cache that evicts its least weighty key for good: each step's error is that of its own dropped weight."""
     needs(min(budgets) >= 1, "a budget of at least one key")
     found = [_evicted(budget, min) for budget in budgets]
-    exact = [off for budget, steps in zip(budgets, found, strict=True) for off, _, _ in steps[:budget]]
-    pairs = [(off, by_weight) for steps in found for off, by_weight, _ in steps if by_weight]
+    exact = [off for budget, steps in zip(budgets, found, strict=True) for off, *_ in steps[:budget]]
+    pairs = [(off, by_weight) for steps in found for off, by_weight, *_ in steps if by_weight]
+    known = [one for steps in found for *_, one in steps]
     return Evidence(
-        worst([*pairs, *(same(off, 0) for off in exact)]), 1, "error over the dropped weight times the values' range"
+        worst([*pairs, *known, *(same(off, 0) for off in exact)]),
+        1,
+        "error over the dropped weight times the values' range",
     )
 
 
 def eviction_by_share() -> Evidence:
     """The share of the keys that went in place of their weight: the weightiest goes, with a value of its own."""
-    pairs = [(off, by_share) for off, _, by_share in _evicted(13, max, alike=False) if by_share]
+    pairs = [(off, by_share) for off, _, by_share, _ in _evicted(13, max, alike=False) if by_share]
     return Evidence(worst(pairs), 1, "error over the share of dropped keys times the values' range")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
-from .claim import Claim, Evidence, needs, total, worst
+from .claim import Claim, Evidence, needs, same, total, worst
 from .fields import Q, rationals, unequal
 
 __all__ = ["CLAIMS", "spread"]
@@ -119,18 +119,28 @@ def uniform() -> Evidence:
 
 
 def _within(bound: Callable[[Array, Array, int], Any], what: str) -> Evidence:
-    """Compare the mean squared error with a bound, for weights drawn and for uniform ones of values that cancel."""
-    cancel = np.full((4, 4), Q(1, 4)), np.array([[Q(1)], [Q(-1)], [Q(1)], [Q(-1)]])
-    pairs = []
-    for a, v in (_call(), cancel):
+    """Compare the mean squared error with a bound, for weights drawn, and both ways for uniform ones.
+
+    These have values that cancel.
+    """
+    cancel = np.full((4, 4), Q(1, 8)), np.array([[Q(1)], [Q(-1)], [Q(1)], [Q(-1)]])
+    pairs: list[Any] = []
+    for (a, v), attained in ((_call(), False), (cancel, True)):
         p = a / a.sum(1, keepdims=True)
-        pairs += [(_error(m, True, a, v)[0], bound(p, v, m)) for m in (1, 2)]
+        found = [(_error(m, True, a, v)[0], bound(p, v, m)) for m in (1, 2)]
+        pairs += [*found, *((most, error) for error, most in found if attained)]
+        pairs.append(same(_alpha(p, 1), len(p) * max(_norm(column) for column in p.T)))
     return Evidence(worst(pairs), 1, what)
+
+
+def _alpha(p: Array, m: int) -> Any:
+    """Return alpha/m of weights."""
+    return len(p) * (p * p).sum(0).max() / m
 
 
 def by_alpha() -> Evidence:
     """The mean squared error over alpha |V|²/m, which uniform weights of values that cancel attain."""
-    return _within(lambda p, v, m: len(p) * (p * p).sum(0).max() * _norm(v) / m, "mean squared error over alpha·|V|²/m")
+    return _within(lambda p, v, m: _alpha(p, m) * _norm(v), "mean squared error over alpha·|V|²/m")
 
 
 def by_mean() -> Evidence:
@@ -150,8 +160,10 @@ def _planted(found: int) -> tuple[Array, NDArray[np.bool_]]:
     return a, mask
 
 
-def _normaliser(m: int, found: int, judged: int) -> tuple[Any, Any]:
-    """Return the mean relative variance of row sums, found entries exact and the rest sampled, and alpha/m.
+def _normaliser(m: int, found: int, judged: int) -> tuple[Any, Any, int]:
+    """Return the mean relative variance of row sums, found entries exact and the rest sampled, alpha/m, and one more.
+
+    The last is 0 where the variance is that of a sum of m places: n times its squares less the square of its sum.
 
     Parameters
     ----------
@@ -166,24 +178,27 @@ def _normaliser(m: int, found: int, judged: int) -> tuple[Any, Any]:
             for drawn, chance in _samples(np.full(n, Q(1, n)), m)]  # fmt: skip
     variance = sum(((x / a.sum(1) - 1) ** 2 * chance for x, chance in sums), start=0 * a[0])
     left = np.where(_planted(judged)[1], Q(0), a) / a.sum(1, keepdims=True)
-    return variance.sum() / n, n * (left * left).sum(0).max() / m
+    sampled = rest / a.sum(1, keepdims=True)
+    due = (n * (sampled**2).sum(1) - sampled.sum(1) ** 2) / m
+    return variance.sum() / n, _alpha(left, m), total(unequal(variance, due))
 
 
-def _recalled(lost: int, what: str) -> Evidence:
-    pairs = [_normaliser(m, found, min(found + lost, 6)) for m in (1, 2) for found in (0, 3, 6)]
+def _recalled(what: str, lost: int = 0) -> Evidence:
+    found_ = [_normaliser(m, found, min(found + lost, 6)) for m in (1, 2) for found in (0, 3, 6)]
+    pairs = [(variance, most) for variance, most, _ in found_]
     detail = {"recall": [0.0, 0.5, 1.0], "mean relative variance, one sample": [float(v) for v, _ in pairs[:3]]}
     detail["alpha of what is sampled"] = [float(b) for _, b in pairs[:3]]
-    return Evidence(worst(pairs), 1, what, detail)
+    return Evidence(worst([*pairs, *(2 * wrong for *_, wrong in found_)]), 1, what, detail)
 
 
 def recalled() -> Evidence:
     """The normaliser's mean relative variance over all samples, against alpha/m of the entries that are sampled."""
-    return _recalled(0, "mean relative variance over alpha/m")
+    return _recalled("mean relative variance over alpha/m")
 
 
 def recall_overstated() -> Evidence:
     """Alpha of a hashing that finds more heavy entries than it does."""
-    return _recalled(6, "mean relative variance over alpha/m, alpha as if all heavy entries were found")
+    return _recalled("mean relative variance over alpha/m, alpha as if all heavy entries were found", lost=6)
 
 
 SOURCE = "Han et al., HyperAttention (arXiv 2310.05869; the opening was read, public code too)"

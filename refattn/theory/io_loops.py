@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,11 @@ def _spans(n: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
+def _most(fit: Callable[[int], bool]) -> int:
+    """Return the most rows up to which all fit."""
+    return len(list(itertools.takewhile(fit, itertools.count(1))))
+
+
 def fits(rows: int, columns: int, d: int, memory: int) -> bool:
     """Return whether a tile's q and out, k and v, scores and four numbers a row fit."""
     return 2 * rows * d + 2 * columns * d + rows * columns + 4 * rows <= memory
@@ -29,9 +34,7 @@ def fits(rows: int, columns: int, d: int, memory: int) -> bool:
 
 def tile_of(d: int, memory: int) -> tuple[int, int]:
     """Return FlashAttention's tile: the most keys that fit with as many rows, but no more than d of them."""
-    columns = 0
-    while fits(min(columns + 1, d), columns + 1, d, memory):
-        columns += 1
+    columns = _most(lambda c: fits(min(c, d), c, d, memory))
     needs(columns > 0, f"M of at least 5·d + 4 words, got M = {memory}, d = {d}")
     return min(columns, d), columns
 
@@ -100,9 +103,7 @@ def scores_in_slow_memory(q: Float, k: Float, v: Float, memory: int) -> tuple[Fl
     memory : int
         M, words of fast memory.
     """
-    b, n = 0, len(q)
-    while 3 * (b + 1) ** 2 + 2 * (b + 1) <= memory:
-        b += 1
+    b, n = _most(lambda b: 3 * b**2 + 2 * b <= memory), len(q)
     needs(b > 0, f"M of at least 5 words, got {memory}")
     fast, s, top, total, out = Memory(memory), *map(Slow, (np.zeros((n, n)), np.zeros(n), np.zeros(n), 0 * v))
     q_, k_, v_ = map(Slow, (q, k, v))
@@ -131,9 +132,7 @@ def scores_in_slow_memory(q: Float, k: Float, v: Float, memory: int) -> tuple[Fl
 
 def triple_tile(d: int, memory: int) -> int:
     """Return the b of the largest tile of b rows and b keys k1 that fits: q, out, k1, v1, k2, v2, scores and sums."""
-    b = 0
-    while 6 * (b + 1) * d + (b + 1) ** 2 + 2 * d + 4 * (b + 1) <= memory:
-        b += 1
+    b = _most(lambda b: 6 * b * d + b**2 + 2 * d + 4 * b <= memory)
     needs(b > 0, f"M of at least 8·d + 5 words, got M = {memory}, d = {d}")
     return b
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 from ..errors import InvalidInput
-from .claim import Claim, Evidence, needs
+from .claim import Claim, Evidence, needs, same, total
 
 __all__ = ["CLAIMS", "context_of_equal_cost", "keys_read"]
 
-GRID = [(64, 12, 256), (33, 16, 40), (48, 48, 10), (9, 30, 50), (100, 1, 99), (100, 1, 98), (7, 1, 3)]
+GRID = [(64, 12, 256), (33, 16, 40), (48, 48, 10), (9, 30, 50), (100, 1, 99), (100, 1, 98), (7, 1, 3), (1, 1, 1)]
+# the least sizes, and those just below them: whether they are refused
+LEAST = {(1, 0, 1): False, (0, 0, 1): True, (1, -1, 1): True, (1, 0, 0): True}
 
 
 def keys_read(budget: int, context: int, generated: int) -> int:
@@ -55,10 +58,20 @@ def _read(budget: int, context: int, generated: int) -> int:
     return read
 
 
+def _refused(budget: int, context: int, generated: int) -> bool:
+    try:
+        keys_read(budget, context, generated)
+    except InvalidInput:
+        return True
+    return False
+
+
 def closed(grid: tuple[tuple[int, int, int], ...] = tuple(GRID)) -> Evidence:
-    """The closed form against a loop that reads them."""
+    """The closed form against a loop that reads them; sizes that are no sizes are refused, no others."""
     needs(all(min(x) >= 1 for x in grid), "budget, context and generated tokens of at least 1")
-    return Evidence(max(abs(keys_read(*x) - _read(*x)) for x in grid), 0, "keys from those that a loop reads")
+    wrong = sum(_refused(*x) != refused for x, refused in LEAST.items())
+    away = max(abs(keys_read(*x) - _read(*x)) for x in grid)
+    return Evidence(total(away, wrong), 0, "keys from those that a loop reads, and sizes taken or refused wrongly")
 
 
 def released() -> Evidence:
@@ -73,7 +86,7 @@ def released() -> Evidence:
 SHAPES = ((752_000_000, 28, 16, 8, 128), (8_190_000_000, 36, 32, 8, 128))
 
 
-def _costs(context: int, shape: tuple[int, ...], intensity: Fraction, memory: bool) -> Fraction:
+def _costs(context: int | Fraction, shape: tuple[int, ...], intensity: Fraction, memory: bool) -> Any:
     """Return a token's cost in operations, added up head by head, at 2 bytes a number of the cache."""
     _, layers, heads, heads_kv, d = shape
     operations = sum(2 * 2 * context * d for _ in range(layers) for _ in range(heads))  # QKᵀ and PV
@@ -82,15 +95,17 @@ def _costs(context: int, shape: tuple[int, ...], intensity: Fraction, memory: bo
 
 
 def _crossing(memory: bool, intensities: tuple[Fraction, ...], what: str) -> Evidence:
-    """Compare the costs at the contexts just below and above the crossover with 2·P."""
+    """Compare the costs at the crossover, in fractions, and at the contexts just below and above it with 2·P."""
     found = []
+    exactly: Any = context_of_equal_cost
     for shape in SHAPES:
         for i in intensities:
             at = context_of_equal_cost(*shape, intensity=float(i))
             below, above = (_costs(math.floor(at) + more, shape, i, memory) / (2 * shape[0]) for more in (0, 1))
-            found.append((max(below, 1 / above), shape[0], float(i), at))
+            there = same(_costs(exactly(*shape, intensity=i), shape, i, memory), 2 * shape[0])
+            found.append((max(below, 1 / above, there), float(i), at))
     return Evidence(
-        max(f[0] for f in found), 1, what, {"intensity": [f[2] for f in found], "context": [f[3] for f in found]}
+        max(f[0] for f in found), 1, what, {"intensity": [f[1] for f in found], "context": [f[2] for f in found]}
     )
 
 

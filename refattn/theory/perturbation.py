@@ -52,12 +52,13 @@ def _bound(d: Array, share: int) -> Any:
 def _moved(share: int, what: str) -> Evidence:
     found: list[Any] = []
     ratios = []
-    for s, d, v in [*_cases(), *_worst_cases()]:
+    given = [*((case, False) for case in _cases()), *((case, True) for case in _worst_cases())]
+    for (s, d, v), attained in given:
         p, q, bound = _softmax(s), _softmax(s + d), _bound(d, share)
         apart = max(v, key=float) - min(v, key=float)
         found += [least_ratio(total_variation(p, q), bound), least_ratio(abs((q - p) @ v), bound * apart)]
         ratios.append(float(total_variation(p, q) / bound))
-        if len(s) == 2:
+        if attained:
             found.append(same(meet(total_variation(p, q), bound), True))
     return Evidence(worst(found), 1, what, {"total variation over its bound": ratios})
 
@@ -95,14 +96,15 @@ def _osc(x: Array) -> Any:
 def _collapse(residual: bool, what: str, layers: int = 5) -> Evidence:
     """Compare how far tokens are apart after layers X -> P X, or X + P X, with the product of the coefficients."""
     pairs, curve, due = [], [], []
-    for n in (2, 4):
+    for n, attained in ((2, True), (4, False)):
         x = rationals(7, n, 2)
         start, factor = _osc(x), Q(1)
         for i in range(layers):
             p = _matrix(i, n)
             x = x * residual + p @ x
             factor *= dobrushin(p)
-            pairs.append((_osc(x), factor * start))
+            far, most = _osc(x), factor * start
+            pairs += [(far, most), (most, far)] if attained else [(far, most)]
             curve.append(float(_osc(x) / start))
             due.append(float(factor))
     at = list(range(1, layers + 1))

@@ -17,6 +17,8 @@ __all__ = ["CLAIMS", "FORMATS", "GRAINS", "error_bound"]
 
 Array = NDArray[Any]
 Float = NDArray[np.float64]
+SOME = np.array([4.0, 0.25])
+"""Scales."""
 FORMATS = ("int8", "float8_e4m3fn", "float8_e5m2")
 # the rows that share a scale: of (heads, tokens), how many heads and tokens
 GRAINS = {"tensor": (2, 8), "head": (1, 8), "block": (1, 4), "token": (1, 1)}
@@ -108,6 +110,13 @@ def _attained() -> list[int]:
     return [*found, same(meet(off, bound), True)]
 
 
+def _halfway(name: str) -> list[int]:
+    """Return whether halves of the format's least number, which round to 0, move by just their steps."""
+    x = SOME * (1.0 if name == "int8" else format_of(name).smallest_subnormal) / 2
+    moved = np.abs(_rounded(x, name, SOME) - x)
+    return [same(m, s) for m, s in zip(moved, _steps(x, name, SOME), strict=True)]
+
+
 def _pairs(name: str, grain: str, held_to: str) -> list[tuple[Any, Any]]:
     """Return errors of rows with scales of one grain beside bounds from those of another."""
     given = _call()
@@ -116,8 +125,8 @@ def _pairs(name: str, grain: str, held_to: str) -> list[tuple[Any, Any]]:
     pairs: list[tuple[Any, Any]] = []
     for h in range(2):
         off = abs(_attended(*(x[h] for x in rounded)) - _attended(*(x[h] for x in given))).max(1)
-        one = [x[h] for x in given]
-        bound = error_bound(one[0], one[1], one[2], (steps[0][h], steps[1][h], steps[2][h]))
+        (q, k, v), (dq, dk, dv) = ([x[h] for x in group] for group in (given, steps))
+        bound = error_bound(q, k, v, (dq, dk, dv))
         pairs += zip(each(lambda a: a.upper(), off), bound, strict=True)
     return pairs
 
@@ -126,8 +135,10 @@ def _pairs(name: str, grain: str, held_to: str) -> list[tuple[Any, Any]]:
 def inputs(formats: tuple[str, ...] = FORMATS) -> Evidence:
     """Errors of every row for every format and grain against the bound, and steps that shrink with the grain."""
     needs(set(formats) <= set(FORMATS), f"formats out of {', '.join(FORMATS)}")
-    pairs, bounds = [], {}
+    bounds = {}
+    pairs: list[Any] = []
     for name in formats:
+        pairs += _halfway(name)
         for grain in GRAINS:
             found = _pairs(name, grain, grain)
             pairs += found
@@ -153,6 +164,10 @@ def outlier() -> Evidence:
     )
 
 
+LOST = (9, 6, Q(3), Q(8))
+"""Eight of nine weights move by a twelfth each, values are 3 apart, and weights of 8 are kept: a quarter."""
+
+
 def _levels(p: Array, levels: int) -> Array:
     """Return weights rounded to multiples of 1/levels, ties up."""
     return each(lambda a: Q(math.floor(a * levels + Q(1, 2)), levels), p)
@@ -165,14 +180,20 @@ def _rows(levels: int) -> list[tuple[Array, Array]]:
     return [(p / p.max(), rationals(s + 9, 9)) for s, p in enumerate(drawn)] + [(lost, 1 * (lost < 1) * Q(1))]
 
 
+def _lost(count: int, levels: int, apart: Any, kept: Any) -> Any:
+    """Return how far weights move a mean that move by half a level each, all but the largest of them."""
+    return Q(count - 1, 2 * levels) * apart / kept
+
+
 def _weighed(levels: int, held_to: int, what: str) -> Evidence:
     """Compare errors of outputs by rounded weights with (n - 1)/(2·levels) of the values' range over their sum."""
-    pairs = []
+    pairs: list[Any] = []
     for p, v in _rows(levels):
         rounded = _levels(p, levels)
         off = abs((p @ v) / p.sum() - (rounded @ v) / rounded.sum())
-        pairs.append((off, Q(len(p) - 1, 2 * held_to) * (v.max() - v.min()) / rounded.sum()))
-    return Evidence(worst(pairs), 1, what, {"errors over their bounds": [float(a / b) for a, b in pairs]})
+        pairs.append((off, _lost(len(p), held_to, v.max() - v.min(), rounded.sum())))
+    pairs.append(same(_lost(*LOST), Q(1, 4)))
+    return Evidence(worst(pairs), 1, what, {"errors over their bounds": [float(a / b) for a, b in pairs[:-1]]})
 
 
 def weights(levels: int = 255) -> Evidence:

@@ -97,7 +97,8 @@ def dropping(selectors: Mapping[str, Selector] = SELECTORS) -> Evidence:
     w, v = _cases()[-1]
     kept = SELECTORS["top-k"](w, len(w) // 2)
     away = abs(_mean(w, v) - _mean(w[kept], v[kept])).max()
-    attained = same(away, _at_most(_dropped(w, kept), v))
+    share = _dropped(w, kept)
+    attained = same((away, share > 0), (_at_most(share, v), True))
     found = _identity(
         _dropped, selectors, "elements away from the identity, and errors over delta times the values' range"
     )
@@ -117,14 +118,16 @@ def _odds(w: Array, kept: Mask) -> Any:
 def _misjudged(power: int, what: str) -> Evidence:
     """Compare the odds of what top-k by wrong weights drops with the least odds, times a power of exp(eps)."""
     eps, pairs = Q(3, 2), []  # exp of the scores' largest error
+    off = (eps, 1 / eps)
     limit = eps**power
     for (w, _), k in itertools.product(_cases(), BUDGETS[:2]):
-        for signs in itertools.product((eps, 1 / eps), repeat=len(w)) if len(w) < 5 else ((eps, 1 / eps) * len(w),):
+        for signs in itertools.product(off, repeat=len(w)) if len(w) < 5 else (off * len(w),):
             chosen = _top(w * np.array(signs[: len(w)]), k)
             pairs.append((_odds(w, chosen), limit * _odds(w, _top(w, k))))
     near = np.array([Q(1), eps**2])  # as far apart as the errors can turn round
+    turned = same(*(near * np.array(off)))
     wrong, right = _odds(near, near < eps), _odds(near, near > eps)
-    return Evidence(worst([*pairs, same(wrong, limit * right)]), 1, what)
+    return Evidence(worst([*pairs, turned, same(wrong, limit * right)]), 1, what)
 
 
 def misjudged() -> Evidence:
@@ -159,7 +162,8 @@ def _gradients(dense: bool, align: bool, what: str) -> Evidence:
     Sparse training reads only kept keys. Aligning dense with sparse outputs, |dense - sparse|²/2 with the sparse one
     held, reads all keys. Of dropped keys sparse training must reach none, and alignment some in every row.
     """
-    wrong = []
+    one, other = Dual(Q(1), Q(2)), Dual(Q(3), Q(5))
+    wrong = [int((one - other).slope != one.slope - other.slope)]
     for w, v in _cases():
         kept = SELECTORS["top-k"](w, 3)
         mask, target = kept | dense, _mean(w[kept], v[kept]) if align else 0 * v[0]

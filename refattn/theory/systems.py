@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..tensor.polynomial import monomials
-from .claim import Claim, Evidence, needs, worst
+from .claim import Claim, Evidence, needs, same, worst
 from .counting import held
 from .fields import Q, balls, disjoint, exp, precise, rationals, unequal, zeros
 
@@ -134,12 +134,31 @@ def power_sums(q: Array, k: Array, v: Array, degree: int, causal: bool) -> tuple
     return found[:, :-1] / found[:, -1:], most
 
 
+def _remainder(r: Any, degree: int) -> Any:
+    """Return what Taylor's polynomial is off on [-R, R] over the exponential: R^(g+1)/(g+1)!·exp(2R) at most."""
+    return flint.arb(r ** (degree + 1) / math.factorial(degree + 1)) * flint.arb(2 * r).exp()
+
+
+def _moved(e: Any, apart: Any) -> Any:
+    """Return how far a mean of values moves: p' = p(1 + t), |t| <= e, moves it by sum p|t| of the range over 1 - e."""
+    return e / (1 - e) * apart
+
+
+def _held(degrees: tuple[int, ...]) -> list[Any]:
+    """Return ratios that hold the parts of `taylor_bound` from both sides."""
+    found: list[Any] = [same(_moved(Q(1, 5), Q(2)), Q(1, 2))]
+    for r, g in itertools.product((Q(1, 8), Q(1, 2)), degrees):
+        grown = flint.arb(r).exp()
+        # the terms after g are at least the first of them, and at most exp(R) times that
+        rest = grown - sum(r**m / math.factorial(m) for m in range(g + 1))
+        least = rest * grown
+        found += [same(least > 0, True), (least, _remainder(r, g)), (_remainder(r, g), least * grown)]
+    return found
+
+
 def taylor_bound(q: Array, k: Array, v: Array, degree: int) -> Any:
-    """Return the error that Taylor's remainder leaves: with |s| <= R weights are off by e = R^(g+1)/(g+1)!·exp(2R)."""
-    r = abs(q @ k.T).max()
-    e = flint.arb(r ** (degree + 1) / math.factorial(degree + 1)) * flint.arb(2 * r).exp()
-    # p' = p(1 + t) with |t| <= e: the mean moves by sum p|t| of what values are away from it, over 1 - e
-    return e / (1 - e) * (v.max() - v.min())
+    """Return the error that Taylor's remainder leaves: with |s| <= R weights are off by a share of `_remainder`."""
+    return _moved(_remainder(abs(q @ k.T).max(), degree), v.max() - v.min())
 
 
 def _errors(degrees: tuple[int, ...], large: int = 1) -> tuple[list[Any], list[Any], list[int]]:
@@ -160,7 +179,7 @@ def growing(degrees: tuple[int, ...] = (4, 6, 8, 10), large: int = 1) -> Evidenc
     errors, bounds, states = _errors(degrees, large)
     needs(all(b > 0 for b in bounds), "logits small enough that the remainder is below 1")
     needed = [math.comb(3 + g, g) * 4 for g in degrees]
-    pairs = [*zip(errors, bounds, strict=True), *((b, a) for a, b in itertools.pairwise(errors))]
+    pairs = [*_held(degrees), *zip(errors, bounds, strict=True), *((b, a) for a, b in itertools.pairwise(errors))]
     pairs += [(max(a, b), min(a, b)) for a, b in zip(states, needed, strict=True)]
     detail = {"numbers held": states, "errors": [float(e) for e in errors], "bounds": [float(b) for b in bounds]}
     return Evidence(worst(pairs), 1, "error over its bound and over that of the smaller state", detail)

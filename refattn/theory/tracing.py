@@ -12,6 +12,7 @@ from typing import Any
 
 import flint
 
+from .claim import same
 from .fields import Q
 
 __all__ = ["Traced", "U"]
@@ -82,3 +83,15 @@ class Traced:
         """Return the logarithm; that of 1 is exact."""
         parts = ((self, 1 / self.value),)
         return self._rounded(self.value.log(), self.may.log(), parts, self.value == 1, DOUBLE)
+
+
+def modelled() -> list[int]:
+    """Return for some operations whether their errors and what they may hold are the model's, 0 where they are."""
+    product = Traced(3) * Traced(5)  # 15(1 + a)
+    difference = product - product * Traced(2)  # 15(1 + a) - 30(1 + a)(1 + b), times 1 + c
+    found = [same(difference.error.unique_fmpz(), 15 + 30 + 15)]
+    grown = Traced(1).exp()
+    for number, most in ((product, U), (grown, U + DOUBLE)):
+        ends = (number.value * (1 + sign * flint.arb(most)) for sign in (-1, 1))
+        found += [same(number.may.contains(end), True) for end in ends]
+    return found

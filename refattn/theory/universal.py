@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mpmath
+import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, worst
+from .claim import Claim, Evidence, needs, same, worst
+from .fields import meet, precise
 
 __all__ = ["CLAIMS"]
 
@@ -75,12 +76,17 @@ def _reach(a: tuple[float, ...]) -> float:
     return sum(map(abs, a))
 
 
+def _knots(a: tuple[float, ...], knots: int) -> Float:
+    """Return the ends of a term's chords."""
+    return np.linspace(-_reach(a), _reach(a), knots + 1)
+
+
 def _built(knots: int, ridge: Ridge) -> Network:
     """Return the network: units relu(a·x - t - R(1 - place_i)), off in all places but one, and a constant a term."""
     first, bias, second = [], [], []
     for place, terms in enumerate(TERMS):
         for c, a in terms:
-            at = np.linspace(-_reach(a), _reach(a), knots + 1)
+            at = _knots(a, knots)
             slopes = np.diff(ridge.g(at)) / np.diff(at)
             gate = 2 * _reach(a) * np.eye(N)[place]
             for knot, change in zip(at[:-1], np.diff(slopes, prepend=0), strict=True):
@@ -93,23 +99,43 @@ def _built(knots: int, ridge: Ridge) -> Network:
     return Network(np.array(first).T, np.array(bias), np.array(second))
 
 
+def _elsewhere(beta: float) -> float:
+    """Return how far a token in [-1, 1] is off that is read with others' shares."""
+    return 2 * (N - 1) / (math.exp(beta) + N - 1)
+
+
 def _bound(knots: int, beta: float, ridge: Ridge) -> float:
     """Return the sup error: of chords, and of tokens that are read with others' shares."""
-    off = 2 * (N - 1) / (math.exp(beta) + N - 1)
+    off = _elsewhere(beta)
     return max(
         sum(
-            abs(c) * (ridge.between(2 * _reach(a) / knots) + ridge.slope(_reach(a)) * _reach(a) * off) for c, a in terms
+            abs(c) * (ridge.between(np.diff(_knots(a, knots)).max()) + ridge.slope(_reach(a)) * _reach(a) * off)
+            for c, a in terms
         )
         for terms in TERMS
     )
 
 
+def _points(knots: int) -> Float:
+    """Return points of [-1, 1]^N: a grid, and for every term the way to where it is largest, with its chords' middles.
+
+    There, between the knots, a chord is furthest off.
+    """
+    grid = np.array(list(itertools.product(np.linspace(-1, 1, 9), repeat=N)))
+    ways = [np.linspace(-1, 1, 2 * knots + 1)[:, None] * np.sign(a) for terms in TERMS for _, a in terms]
+    return np.concatenate([grid, *ways])
+
+
+def _read_off() -> int:
+    """Return 0 where a token that all others are opposite to is read just `_elsewhere` off, else 2."""
+    beta, others = math.log(6), np.array([[1.0, *[-1.0] * (N - 1)]])  # shares of eighths
+    off = (others - _read(others, beta))[0, 0]
+    return same(*(round(24 * found) for found in (off, _elsewhere(beta))))
+
+
 def _error(knots: int, beta: float, ridge: Ridge, positions: bool) -> tuple[float, int]:
     """Return the sup error over points of [-1, 1]^N, and the network's width."""
-    grid = np.array(list(itertools.product(np.linspace(-1, 1, 9), repeat=N)))
-    # where a chord is furthest off: on the way to the corner where a·x is largest, between the knots
-    ways = [np.linspace(-1, 1, 2 * knots + 1)[:, None] * np.sign(a) for terms in TERMS for _, a in terms]
-    x = np.concatenate([grid, *ways])
+    x = _points(knots)
     net, target = _built(knots, ridge), _target(x, ridge)
     found = np.stack([net(_read(x, beta), place, positions) for place in range(N)], 1)
     return float(np.abs(found - target).max()), len(net.bias)
@@ -119,11 +145,12 @@ def universal(knots: tuple[int, ...] = (2, 4, 8, 16, 32, 64), beta: float = BETA
     """The sup error of a network of measured width against its bound, for three kinds of maps, sharp heads and not."""
     needs(positions, "positions are told: without them a layer commutes with permutations, and most maps do not")
     needs(beta > 0, "heads that prefer the token of their position")
-    pairs, curves = [], {}
+    curves = {}
+    pairs: list[Any] = [_read_off()]
     for name, ridge in RIDGES.items():
         found = [_error(m, beta, ridge, True) for m in knots]
         pairs += [(e, _bound(m, beta, ridge)) for (e, _), m in zip(found, knots, strict=True)]
-        pairs.append((_error(knots[-1], 5.0, ridge, True)[0], _bound(knots[-1], 5.0, ridge)))
+        pairs.append((_error(max(knots), 5.0, ridge, True)[0], _bound(max(knots), 5.0, ridge)))
         curves[name] = [e for e, _ in found]
         widths = [w for _, w in found]
     terms = sum(map(len, TERMS))
@@ -137,30 +164,49 @@ def equivariant() -> Evidence:
     return Evidence(_error(64, BETA, ridge, False)[0], _bound(64, BETA, ridge), "sup error without positions")
 
 
+def _average(chosen: Sequence[Any]) -> Any:
+    """Return the Boltzmann average of balls."""
+    return sum(t * t.exp() for t in chosen) / sum(t.exp() for t in chosen)
+
+
+def _claimed(n: int, r: Any) -> Any:
+    """Return the claimed gap of averages of n values up to r in size."""
+    return flint.arb(n).log() ** 2 * (-2 * flint.arb(r)).exp()
+
+
 def _averages(delta: float, n: int) -> tuple[Any, Any]:
     """Return the least gap of Boltzmann averages of n of 7 values that are delta apart, and the claimed one."""
-    with mpmath.workdps(60):
-        values = [mpmath.mpf(delta) * i for i in range(-3, 4)]
-        found = []
-        for chosen in itertools.combinations(values, n):
-            e = [mpmath.exp(t) for t in chosen]
-            found.append(sum(t * w for t, w in zip(chosen, e, strict=True)) / sum(e))
-        found.sort()
-        gap = min(b - a for a, b in itertools.pairwise(found))
-        return gap, mpmath.log(n) ** 2 * mpmath.exp(-2 * max(map(abs, values)))
+    values = [flint.arb(delta) * i for i in range(-3, 4)]
+    found = sorted(map(_average, itertools.combinations(values, n)))
+    return min(b - a for a, b in itertools.pairwise(found)), _claimed(n, max(map(abs, values)))
 
 
+def _otherwise() -> list[int]:
+    """Return whether an average of two and the claimed gap are what they are in another form, 0 where they are."""
+    a, b, r = flint.arb(-1), flint.arb(2), flint.arb(3)
+    half = (b - a) / 2
+    two = a + half + half * half.tanh()
+    return [
+        same(meet(_average([a, b]), two), True),
+        same(meet(_claimed(5, r), (flint.arb(5).log() / r.exp()) ** 2), True),
+    ]
+
+
+@precise()
 def contextual(deltas: tuple[float, ...] = (6.0, 8.0), sizes: tuple[int, ...] = (2, 3, 4)) -> Evidence:
-    """Softmax averages of different sets differ by more than (log n)² exp(-2r), at 60 digits."""
-    pairs = []
+    """Softmax averages of different sets differ by more than (log n)² exp(-2r), in balls."""
+    pairs: list[Any] = [*_otherwise()]
     for delta, n in itertools.product(deltas, sizes):
-        least = 2 * math.log(n) + 3
-        needs(delta > least, f"values more than 2·log n + 3 = {least:.3g} apart, got {delta}")
+        needs(
+            delta > 2 * math.log(n) + 3,
+            f"values more than 2·log n + 3 = {2 * math.log(n) + 3:.3g} apart, got {delta}",
+        )
         gap, claimed = _averages(delta, n)
         pairs.append((claimed, gap))
     return Evidence(worst(pairs), 1, "claimed gap over the least one found", {"gap": float(gap)})
 
 
+@precise()
 def crowded() -> Evidence:
     """Values far nearer than the threshold: the averages of different sets are nearer than claimed."""
     gap, claimed = _averages(0.05, 4)

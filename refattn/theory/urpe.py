@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs
-from .fields import balls, disjoint, exp, precise, rational, rationals, zeros
+from .claim import Claim, Evidence, needs, total
+from .fields import Q, balls, disjoint, each, exp, precise, rational, rationals, zeros
 
 __all__ = ["CLAIMS", "layer"]
 
@@ -48,11 +49,19 @@ def _net(tokens: Array, gained: bool, layers: int) -> Array:
     return x
 
 
+def _by_bias(n: int = 4) -> int:
+    """Return how many outputs surely differ from means by exp of biases, where queries and keys are 0."""
+    x, shares = rationals(5, n, 1), rationals(6, 2 * n - 1, least=1)
+    out = layer(balls(x), balls(np.array([[[Q(0)]], [[Q(0)]], [[Q(1)]]])), each(lambda b: flint.arb(b).log(), shares))
+    seen = [[shares[i - j + n - 1] for j in range(n)] for i in range(n)]
+    return disjoint(out[:, 0], [sum(s * x[:, 0]) / sum(s) for s in np.array(seen)])
+
+
 def _apart(gained: bool, layers: int, same: bool, what: str) -> Evidence:
     one = rationals(99, 6, 3) if not same else np.tile(rationals(99, 3), (6, 1))
     needs(bool((one == one[0]).all()), "all tokens are equal")
     out = _net(one, gained, layers)
-    return Evidence(disjoint(out, np.tile(out[0], (6, 1))), 0, what)
+    return Evidence(total(disjoint(out, np.tile(out[0], (6, 1))), _by_bias()), 0, what)
 
 
 @precise()

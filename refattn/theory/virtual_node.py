@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .claim import Claim, Evidence, needs, same, total, worst
 from .counting import held
-from .fields import Q, balls, disjoint, each, exp, precise, rational, rationals, solve, unequal
+from .fields import Q, balls, disjoint, each, exp, meet, precise, rational, rationals, solve, unequal
 from .systems import softmax
 
 __all__ = ["CLAIMS"]
@@ -169,6 +169,27 @@ def _separation(x: Array, selectors: Array) -> Any:
     return min(scores[i, i] - scores[j, i] for i in range(len(x)) for j in range(len(x)) if i != j)
 
 
+def _read_off(n: int, beta: int, delta: Any, far: Any) -> Any:
+    """Return how far a read is off at most: a share of (n - 1)·exp(-beta·delta) of the nodes' distances."""
+    return (n - 1) * (-beta * flint.arb(delta)).exp() * far
+
+
+def _node_off(eta: Any, far: Any) -> Any:
+    """Return how far a node is off at most that reads are eta off."""
+    return eta + (eta / 2).tanh() * far
+
+
+def _otherwise() -> list[int]:
+    """Return whether both bounds are what they are in another form: of two opposite nodes, and by exponentials."""
+    x = rational(np.array([[1, 0], [-1, 0]]))
+    beta, grown, far = 3, flint.arb(4), flint.arb(5)
+    share = (-beta * flint.arb(_separation(x, x))).exp()
+    off = _norm(_read(x, x[0], beta) - balls(x[0])) * (1 + share)  # the other's share is this over 1 + this
+    found = [same(meet(off, _read_off(len(x), beta, _separation(x, x), _norm(balls(x[0] - x[1])))), True)]
+    node = grown.log() + far * (grown - 1) / (grown + 1)
+    return [*found, same(meet(_node_off(grown.log(), far), node), True)]
+
+
 def _deep_pairs(x: Array, delta: Any, betas: tuple[int, ...]) -> list[Any]:
     """Return errors beside their bounds, and whether a node holds 2d + 1 numbers and there are n rounds, for each beta.
 
@@ -180,8 +201,8 @@ def _deep_pairs(x: Array, delta: Any, betas: tuple[int, ...]) -> list[Any]:
     far = max(_norm(balls(a - b)).upper() for a, b in itertools.combinations(x, 2))
     for beta in betas:
         found, state, rounds = _deep(x, x, beta)
-        eta = (len(x) - 1) * (-beta * flint.arb(delta)).exp() * far
-        pairs.append((max(e.upper() for e in _norm(found - exact)), eta + (eta / 2).tanh() * far))
+        bound = _node_off(_read_off(len(x), beta, delta, far), far)
+        pairs.append((max(e.upper() for e in _norm(found - exact)), bound))
         pairs += [same(state, 2 * x.shape[1] + 1), same(rounds, len(x))]
     return pairs
 
@@ -200,7 +221,7 @@ def deep(betas: tuple[int, ...] = BETAS, separated: bool = True) -> Evidence:
     near = _deep_pairs(opposite, _separation(opposite, opposite), (1, 2, 4))
     detail = {"beta": list(betas), **{n: [float(p[i]) for p in found[::3]] for i, n in enumerate(("error", "bound"))}}
     what = "error over its bound, and numbers or rounds other than 2d + 1 and n"
-    return Evidence(worst([*found, *near]), 1, what, detail)
+    return Evidence(worst([*found, *near, *_otherwise()]), 1, what, detail)
 
 
 @precise(1024)

@@ -126,6 +126,7 @@ def test_a_false_claim_and_a_control_that_holds_are_seen():
         assert not claim((0, 1), (nothing, 1)).control_failed
     assert math.isnan(worst([(1, 2), (math.nan, 1), (3, 4)]))
     assert worst([(1, 2), (3, 4), (1, 4)]) == 3 / 4
+    assert math.isnan(worst([(1, 2), (1, -4)]))  # nothing is within a bound below 0
 
 
 def test_balls_hold_only_where_all_of_them_do():

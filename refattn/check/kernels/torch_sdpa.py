@@ -59,6 +59,11 @@ def additive(mask: Any, like: Any) -> Any:
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, -torch.inf)
 
 
+def side_by_side(*tensors: Any) -> tuple[Any, ...]:
+    """Return tensors whose last axes have no gaps, which all fused backends refuse."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
 def sdpa(problem: Problem, backend: str) -> Any:
     """Return what a backend gives, on the device of the problem's tensors."""
     import torch.nn.functional as F
@@ -66,12 +71,8 @@ def sdpa(problem: Problem, backend: str) -> Any:
 
     p, mask = problem.to("torch"), attention_mask(problem)
     with sdpa_kernel(getattr(SDPBackend, backend)):
-        # all fused backends refuse a last axis with gaps
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (p.query, p.key, p.value))
         return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
+            *side_by_side(p.query, p.key, p.value),
             mask,
             is_causal=p.causal is not None and mask is None,
             scale=p.scale,
@@ -93,9 +94,8 @@ def sdpa_flash(problem: Problem) -> Any:
     if 0 in (p.n_q, p.n_k):
         wide = torch.float64 if p.query.dtype == torch.float64 else torch.float32
         return out, torch.full(problem.out_shape[:3], -torch.inf, dtype=wide)
-    _, lse = flash(
-        p.query, k, v, 0.0, p.causal is not None and mask is None, attn_mask=additive(mask, p.query), scale=p.scale
-    )
+    whole, extra = side_by_side(p.query, k, v), additive(mask, p.query)
+    _, lse = flash(*whole, 0.0, p.causal is not None and mask is None, attn_mask=extra, scale=p.scale)
     return out, lse
 
 
