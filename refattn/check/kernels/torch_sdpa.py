@@ -71,8 +71,11 @@ def sdpa(problem: Problem, backend: str) -> Any:
 
     p, mask = problem.to("torch"), attention_mask(problem)
     with sdpa_kernel(getattr(SDPBackend, backend)):
+        q, k, v = side_by_side(p.query, p.key, p.value)
         return F.scaled_dot_product_attention(
-            *side_by_side(p.query, p.key, p.value),
+            q,
+            k,
+            v,
             mask,
             is_causal=p.causal is not None and mask is None,
             scale=p.scale,
