@@ -113,7 +113,7 @@ def test_flushed_subnormals_are_allowed_only_where_declared(make):
 
 
 def test_a_model_is_checked():
-    with pytest.raises(InvalidInput, match="dtype: got 'int8'"):
+    with pytest.raises(InvalidInput, match="model: got weights='int8'"):
         Model(weights="int8")
     with pytest.raises(
         InvalidInput, match="model: got exp_ulps=0, tile=16, chain=512, block=128 and split=0, expected more than 0"

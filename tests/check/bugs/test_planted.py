@@ -35,7 +35,7 @@ def test_every_planted_bug_belongs_to_an_operator():
             {f"gaussian/grouped-heads{x}" for x in ("", "-6-on-3", "-8-on-2")}
             | {"gaussian/everything", "empty/rows-with-everything", "law/grouped_heads"},
         ),
-        ("sequences_joined", {"ragged/packed", "ragged/packed-ends", "ragged/packed-no-keys"}),
+        ("sequences_joined", {"ragged/packed", "ragged/packed-ends", "ragged/packed-no-keys", "law/options_between"}),
         (
             "sink_ignored",
             {
@@ -46,6 +46,7 @@ def test_every_planted_bug_belongs_to_an_operator():
                 "poison/sink-nan",
                 "poison/sink-inf",
                 "law/options_between",
+                "law/changed_in_place",
             },
         ),
         (
