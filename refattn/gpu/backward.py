@@ -13,7 +13,7 @@ from .backward_launch import launch
 from .kernel import Call, Kernel
 from .launch import capability
 from .plan import pick
-from .request import Request, read
+from .request import Kept, Request, read
 from .views import device_of, empty, finish, on, side_by_side, stream_of
 
 __all__ = ["attention_backward"]
@@ -108,17 +108,12 @@ def attention_backward(
     return {n: x for n, x in zip(found, results, strict=True) if n in names}
 
 
-_KNOWN: dict[Any, tuple[Call, Kernel]] = {}
+_KNOWN: Kept[tuple[Call, Kernel]] = Kept()
 
 
 def _checked(asked: Request, impl: str | None, device: int) -> tuple[Call, Kernel]:
     """Return the call and its kernel; calls that were checked are kept."""
-    if len(_KNOWN) > 4096:
-        _KNOWN.clear()
-    try:
-        known = _KNOWN.get(asked.signature)
-    except TypeError:  # an option that cannot be hashed: Problem says what is wrong with it
-        known = None
+    known = _KNOWN.find(asked.signature)
     if known is None:
         call = asked.call()
         _check_results(asked)

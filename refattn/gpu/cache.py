@@ -13,7 +13,8 @@ from . import decode
 from .arguments import arguments_of
 from .kernel import ACCURACIES, Call, Plan
 from .launch import attribute, capability, kernel_of, params, queue
-from .views import View, cast, check_devices, device_of, empty, finish, on, stream_of, view
+from .request import Kept
+from .views import View, cast, check_devices, device_of, empty, finish, layout, on, stream_of, view
 
 __all__ = ["attention_with_cache"]
 
@@ -126,12 +127,7 @@ def _planned(
     """Return the call and its plan; calls that were checked are kept."""
     places = tuple((n, x.shape, x.strides, x.dtype, x.device, x.pointer % 16 == 0) for n, x in arrays.items())
     asked = (places, *options.items(), *map(type, options.values()), *numbers.items(), accuracy)
-    if len(_KNOWN) > 4096:
-        _KNOWN.clear()
-    try:
-        known = _KNOWN.get(asked)
-    except TypeError:  # an option that cannot be hashed: Problem says what is wrong with it
-        known = None
+    known = _KNOWN.find(asked)
     if known is None:
         check_devices(arrays)
         _check_shapes(arrays)
@@ -144,7 +140,7 @@ def _planned(
     return known
 
 
-_KNOWN: dict[Any, tuple[Call, Plan]] = {}
+_KNOWN: Kept[tuple[Call, Plan]] = Kept()
 
 
 def _spread(x: Any, batch: int) -> Any:
@@ -157,8 +153,7 @@ def _check_shapes(arrays: dict[str, View]) -> None:
     for name, x in (("query", q), ("key", k), ("value", v)):
         if len(x.shape) != 4:
             raise InvalidProblem(f"{name}: got shape {x.shape}, expected four axes")
-        if x.strides[3] != 1 and x.shape[3] > 1:
-            raise UnsupportedProblem(f"gpu: takes a contiguous last axis, got strides {x.strides}; copy the array")
+    layout([q, k, v])  # it refuses a last axis with gaps
     table = arrays.get("page_table")
     if table is not None and (len(table.shape) != 2 or table.shape[0] != q.shape[0]):
         raise InvalidProblem(f"page_table: got shape {table.shape}, expected ({q.shape[0]}, pages)")
@@ -203,9 +198,7 @@ def _plan(problem: Problem, arrays: dict[str, View], accuracy: str, able: tuple[
     if room >= 2**30:
         raise UnsupportedProblem(f"attention_with_cache: takes sequences of less than 2**30 keys, got room for {room}")
     step = 16 if k.dtype == NARROW else 8
-    aligned = all(
-        x.pointer % 16 == 0 and x.shape[3] % step == 0 and all(s % step == 0 for s in x.strides[:3]) for x in (k, v)
-    )
+    aligned = layout([k, v])[0] and not (k.shape[3] % step or v.shape[3] % step)
     call = replace(Call.of(problem, accuracy, None, aligned=aligned), n_k=room)
     if text := decode.obstacle(call, able):
         raise UnsupportedProblem(f"attention_with_cache: {text}")

@@ -10,7 +10,7 @@ from .kernel import Call, Plan
 from .launch import capability, launch
 from .plan import choose
 from .recorded import recording, replay
-from .request import read
+from .request import Kept, read
 from .views import device_of, empty, finish, on, stream_of
 
 __all__ = ["forward"]
@@ -27,7 +27,7 @@ def forward(
         tensors = {"query": query, "key": key, "value": value, "bias": bias, "allowed": allowed}
         options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         asked = read(tensors, sink, block_mask, cu_seqlens, options, accuracy, impl, bool(batch_invariant))
-        known = _known(asked.signature)
+        known = _KNOWN.find(asked.signature)
         if known is None:
             call = asked.call(accuracy, bool(batch_invariant))
             known = _KNOWN[asked.signature] = (call, choose(call, impl, capability(device)))
@@ -48,14 +48,5 @@ def forward(
     return out, lse
 
 
-_KNOWN: dict[Any, tuple[Call, Plan]] = {}
+_KNOWN: Kept[tuple[Call, Plan]] = Kept()
 """Calls that were checked and planned, by all that the checks and the choice of a kernel depend on."""
-
-
-def _known(signature: Any) -> tuple[Call, Plan] | None:
-    if len(_KNOWN) > 4096:
-        _KNOWN.clear()
-    try:
-        return _KNOWN.get(signature)
-    except TypeError:  # an option that cannot be hashed: Problem says what is wrong with it
-        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ..arrays import dtype_name, kind_of
 from ..errors import InvalidProblem
@@ -13,9 +13,25 @@ from .kernel import Call
 from .plan import check_block_mask
 from .views import View, cast, check_devices, layout, view
 
-__all__ = ["Request", "read"]
+__all__ = ["Kept", "Request", "read"]
 
 TENSORS = ("query", "key", "value", "out", "lse", "dout")
+
+
+T = TypeVar("T")
+
+
+class Kept(dict[Any, T]):
+    """What was found for calls that were checked before, by all that the checks and the choice depend on."""
+
+    def find(self, kind: Any) -> T | None:
+        """Return what is kept for a kind of call; None where nothing is."""
+        if len(self) > 4096:
+            self.clear()
+        try:
+            return self.get(kind)
+        except TypeError:  # an option that cannot be hashed: Problem says what is wrong with it
+            return None
 
 
 @dataclass(frozen=True)

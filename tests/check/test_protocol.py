@@ -19,14 +19,21 @@ def verdict(kernel, law):
     return check
 
 
-def cached_keys():
+def cached(name):
     kept = {}
 
     def kernel(p):
-        array, key = kept.setdefault(id(p.key), (p.key, p.key.copy()))
-        return tiled(p.replace(key=key if array.shape == p.key.shape else p.key))
+        x = getattr(p, name)
+        if x is None:
+            return tiled(p)
+        array, copy = kept.setdefault(id(x), (x, x.copy()))
+        return tiled(p.replace(**{name: copy if array.shape == x.shape else x}))
 
     return kernel
+
+
+def cached_keys():
+    return cached("key")
 
 
 def one_buffer():
@@ -92,15 +99,7 @@ def shared_workspace():
 
 
 def cached_bias():
-    kept = {}
-
-    def kernel(p):
-        if p.bias is None:
-            return tiled(p)
-        array, bias = kept.setdefault(id(p.bias), (p.bias, p.bias.copy()))
-        return tiled(p.replace(bias=bias if array.shape == p.bias.shape else p.bias))
-
-    return kernel
+    return cached("bias")
 
 
 def plan_by_lengths():
