@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -300,9 +301,13 @@ def key_map(x: View, rows: int, name: str) -> bytes:
     return tensor_map(x, (3, 2, 1, 0), (64, rows, 1, 1), name)
 
 
-@lru_cache(maxsize=4096)
 def tensor_map(x: View, axes: tuple[int, ...], box: tuple[int, ...], name: str) -> bytes:
     """Return the tensor map of a 16-bit tensor, 128-byte swizzle; axes and box from the contiguous axis on."""
+    return _encoded(replace(x, owner=None), axes, box, name)
+
+
+@lru_cache(maxsize=4096)  # of places alone: what is kept here must not keep a tensor's memory
+def _encoded(x: View, axes: tuple[int, ...], box: tuple[int, ...], name: str) -> bytes:
     cu = library("cuda.bindings.driver")
     # a stride along an axis of one element is never used, but must be a legal one
     strides = [2 * x.strides[a] if x.shape[a] > 1 else 16 for a in axes[1:]]

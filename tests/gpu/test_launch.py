@@ -157,6 +157,13 @@ def test_a_pass_that_is_not_wanted_marks_nothing(driver, monkeypatch, wanted):
     assert (marks["z.redo_rows"], marks["z.redo_keys"]) == (7000, 7500 * both)
 
 
+def test_a_tensor_map_keeps_no_tensor(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sm90, "_encoded", lambda x, *rest: seen.append(x) or b"")
+    sm90.tensor_map(replace(arrays()["query"], owner="a tensor"), (3, 2, 1, 0), (64, 64, 1, 1), "query")
+    assert [x.owner for x in seen] == [None]
+
+
 def test_axes_of_one_element_are_spread():
     assert View(0, (1, 4, 1, 300), (9, 5, 7, 1), "bool", 0).spread() == (0, 5, 0, 1)
     assert views.LIBRARIES == ("cupy", "torch", "jax")
