@@ -125,36 +125,36 @@ def launch(
     if "dq" not in arrays and direct:
         found["dq"], arrays["dq"] = empty(like, q.shape, call.dtype)
     if "dq" in arrays:
-        _owned(work, kernel, 0, n_q, h, direct)
+        _owned(work, like, kernel, 0, n_q, h, direct)
     if "dk" in arrays:
-        _owned(work, kernel, 1, n_k, h_kv, False)
+        _owned(work, like, kernel, 1, n_k, h_kv, False)
     if "dbias" in arrays and not direct:
         used.append(_bias(work, like))
     return used
 
 
-def _owned(work: _Work, kernel: Kernel, which: int, n: int, heads: int, dbias: bool) -> None:
+def _owned(work: _Work, like: Any, kernel: Kernel, which: int, n: int, heads: int, dbias: bool) -> None:
     """Queue the pass of dq, or that of dk and dv, and the repair of what met a hidden NaN."""
     c, b = work.call, work.arrays["query"].shape[0]
     plan = pass_of(kernel, c, which, dbias)
     partial = c.causal or c.window or c.allowed or c.bias or c.blocks or c.packed
-    redo = _marks(work, b * heads, n, f"redo {which}") if kernel is not SIMT and partial else 0
-    work.run(plan, -(-n // _rows(plan, which)) * heads * b, redo=redo)
+    redo = _marks(work, like, b * heads, n, f"redo {which}") if kernel is not SIMT and partial else None
+    work.run(plan, -(-n // _rows(plan, which)) * heads * b, redo=redo.pointer if redo else 0)
     if redo:
         _repair(work, which, n, heads, redo)
 
 
-def _marks(work: _Work, heads: int, n: int, what: str) -> int:
-    """Return the address of a mark for each granule of rows or keys of each head."""
+def _marks(work: _Work, like: Any, heads: int, n: int, what: str) -> View | None:
+    """Return a mark for each granule of rows or keys of each head."""
     count = heads * -(-n // GRANULE)
-    return zeros(work.device, work.stream, max(16, 1 << (count - 1).bit_length()), what) if count else 0
+    return zeros(like, work.device, work.stream, max(16, 1 << (count - 1).bit_length()), what) if count else None
 
 
-def _repair(work: _Work, which: int, n: int, heads: int, redo: int) -> None:
+def _repair(work: _Work, which: int, n: int, heads: int, redo: View) -> None:
     """Queue what computes marked tiles of a pass anew: few blocks, as most often nothing is marked."""
     plan = pass_of(SIMT, work.call, which)
     tiles = -(-n // _rows(plan, which)) * heads * work.arrays["query"].shape[0]
-    work.run(plan, min(tiles, attribute(work.device, "MultiProcessorCount")), redo=redo)
+    work.run(plan, min(tiles, attribute(work.device, "MultiProcessorCount")), redo=redo.pointer)
 
 
 def _together(work: _Work, like: Any, found: dict[str, Any], deterministic: bool) -> list[View]:
@@ -166,17 +166,20 @@ def _together(work: _Work, like: Any, found: dict[str, Any], deterministic: bool
     rows, halves = hopper.padded_rows(m, n_q), hopper.half_tiles(m, b * h, n_q)
     _, stats = empty(like, (2 * b * h * rows,), "float32")
     _, sums = empty(like, (4096 * halves,), "float32")
-    turns = zeros(work.device, work.stream, 1 << (4 * halves - 1).bit_length(), "turns") if deterministic else 0
+    size = 1 << (4 * halves - 1).bit_length()
+    turns = zeros(like, work.device, work.stream, size, "turns") if deterministic else None
     partial = c.causal or c.window or n_k % hopper.KEYS
     passes = ((n_q, h, True), (n_k, h_kv, "dk" in a))
     # a pass that is not wanted marks nothing: nobody would unmark it
     marks = [
-        _marks(work, b * heads, n, f"redo {i}") if partial and on else 0 for i, (n, heads, on) in enumerate(passes)
+        _marks(work, like, b * heads, n, f"redo {i}") if partial and on else None
+        for i, (n, heads, on) in enumerate(passes)
     ]
     if "dq" not in a:
         found["dq"], a["dq"] = empty(like, a["query"].shape, c.dtype)
-    places = {"stats": stats.pointer, "sums": sums.pointer, "turns": turns, "rows": rows}
-    values = {"p": work.params(), "z": places | {"redo_rows": marks[0], "redo_keys": marks[1]}}
+    places = {"stats": stats.pointer, "sums": sums.pointer, "turns": turns.pointer if turns else 0, "rows": rows}
+    redo = {n: x.pointer if x else 0 for n, x in zip(("redo_rows", "redo_keys"), marks, strict=True)}
+    values = {"p": work.params(), "z": places | redo}
     most = 8 * attribute(work.device, "MultiProcessorCount")
     small = arguments_of(plan.kernel.file, "statistics")
     queue(kernel_of(plan, work.device, "statistics", 0), min(most, 16 * halves), 256, 0, work.stream, small, values)
@@ -184,9 +187,9 @@ def _together(work: _Work, like: Any, found: dict[str, Any], deterministic: bool
     everything = values | hopper.maps(m, a)
     queue(kernel_of(plan, work.device), grid, 384, plan.shared_bytes, work.stream, takes, everything)
     queue(kernel_of(plan, work.device, "convert", 0), halves, 128, 0, work.stream, small, values)
-    for which, (n, heads, _) in enumerate(passes):
-        if marks[which]:
-            _repair(work, which, n, heads, marks[which])
+    for which, ((n, heads, _), marked) in enumerate(zip(passes, marks, strict=True)):
+        if marked:
+            _repair(work, which, n, heads, marked)
     return [stats, sums]
 
 

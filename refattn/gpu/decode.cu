@@ -208,8 +208,9 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c) {
                 }
             UNROLL for (int m = 0; m < M_TILES; m++)
                 UNROLL for (int n = 0; n < NS; n++)
+                    // rounded here, in every variant of the kernel: joined with the subtraction below, bits would differ
                     UNROLL for (int e = 0; e < 4; e++) x[m][n][e] = SOFTCAP
-                        ? outer * tanhf(x[m][n][e] * inner) : x[m][n][e] * inner;
+                        ? __fmul_rn(outer, tanhf(x[m][n][e] * inner)) : __fmul_rn(x[m][n][e], inner);
             if (key + 16 > n_k || (BAND && (p.n_q - 1 + left > key || right < key + 15))) {
                 UNROLL for (int r = 0; r < ROWS; r++) {
                     const int i = (16 * (r / 2) + r % 2 * 8 + lane / 4) % p.n_q;
@@ -235,7 +236,7 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c) {
                     const float old = row_max[r];
                     row_max[r] = fmaxf(old, top[r]);
                     const float factor = row_max[r] == old || old == -INF ? 1.f : exp2_fast(old - row_max[r]);
-                    row_sum[r] *= factor;
+                    row_sum[r] = __fmul_rn(row_sum[r], factor);
                     UNROLL for (int n = 0; n < NO; n++) o[r / 2][n][r % 2 * 2] *= factor,
                         o[r / 2][n][r % 2 * 2 + 1] *= factor;
                 }
@@ -360,7 +361,7 @@ DEVICE void merge_parts(const Params& p, const Split& s, const Cache& c) {
     if (lane == 0) tops[warp] = top;
     __syncthreads();
     UNROLL for (int i = 0; i < MERGING; i++) top = fmaxf(top, tops[i]);
-    const float sink = p.sink ? ((const float*)p.sink)[head] : -INF, sink2 = sink * LOG2E;
+    const float sink = p.sink ? ((const float*)p.sink)[head] : -INF, sink2 = __fmul_rn(sink, LOG2E);
     top = fmaxf(top, sink2);
     const float base = top == -INF ? 0.f : top;
     float sum = 0.f, o[4] = {};

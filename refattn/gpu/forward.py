@@ -11,7 +11,7 @@ from .launch import capability, launch
 from .plan import choose
 from .recorded import recording, replay
 from .request import Kept, read
-from .views import device_of, empty, finish, on, stream_of
+from .views import capturing, device_of, empty, finish, on, stream_of
 
 __all__ = ["forward"]
 
@@ -37,11 +37,12 @@ def forward(
         lse, arrays["lse"] = empty(query, shape[:3], wide)
         if min(shape):
             stream = stream_of(query, device)
-            if not replay((asked.signature, stream), arrays):
+            graph = capturing(stream)
+            if graph or not replay((asked.signature, stream), arrays):
                 by = 1 / math.sqrt(arrays["query"].shape[3]) if scale is None else float(scale)
                 call, plan = known
                 # what is made in between, packed masks and parts of keys, has other addresses each time
-                again = not (call.allowed or call.blocks or plan.impl == "decode")
+                again = not (graph or call.allowed or call.blocks or plan.impl == "decode")
                 with recording((asked.signature, stream)) if again else nullcontext():
                     launch(call, plan, query, arrays, asked.options | {"scale": by}, stream)
         out, lse = finish(query, [out, lse], list(arrays.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import kind_of
 from . import simt, sm90
 from .arguments import Arguments, arguments_of
 from .build import compiled, text_of
@@ -18,7 +20,7 @@ from .decode import split_of
 from .kernel import Call, Plan
 from .plan import configured
 from .recorded import Launch, Maps, note
-from .views import View, empty, library
+from .views import View, capturing, empty, library, view
 
 __all__ = ["attribute", "capability", "kernel_of", "launch", "pack", "params", "queue", "sizes_and_options", "zeros"]
 
@@ -64,15 +66,15 @@ def launch(call: Call, plan: Plan, like: Any, arrays: dict[str, View], options: 
     # hidden keys are multiplied in, by 0
     repair = any((call.causal, call.window, call.allowed, call.packed))
     slots = -(-n_q // 64) + (arrays["cu_q"].shape[0] - 1 if call.packed else 0)
-    redo = zeros(device, stream, max(16, 1 << (b * h * slots - 1).bit_length()), "redo") if repair else 0
-    counter = zeros(device, stream, 4, "counter")
-    multiprocessors = attribute(device, "MultiProcessorCount")
-    grid, values = sm90.arguments(plan.macros, arrays, options, call.blocks, counter, redo, multiprocessors)
+    redo = zeros(like, device, stream, max(16, 1 << (b * h * slots - 1).bit_length()), "redo") if repair else None
+    counter = zeros(like, device, stream, 4, "counter")
+    multiprocessors, at = attribute(device, "MultiProcessorCount"), redo.pointer if redo else 0
+    grid, values = sm90.arguments(plan.macros, arrays, options, call.blocks, counter.pointer, at, multiprocessors)
     threads, shared = plan.kernel.threads(plan.macros), plan.shared_bytes
     places, maps = sm90.PLACES, sm90.maps(plan.macros)
     queue(kernel_of(plan, device), grid, threads, shared, stream, plan.kernel.takes, values, places, maps)
     if repair:
-        _launch_params(configured("simt", call), call, arrays, options, stream, redo=redo)
+        _launch_params(configured("simt", call), call, arrays, options, stream, redo=at)
 
 
 def _launch_params(
@@ -214,15 +216,29 @@ class _Handle:
         return 0, self.handle
 
 
-_ZEROS: dict[tuple[int, int, int, str], Any] = {}
+class _Thread(threading.local):
+    """A thread's own zeros: another one may queue kernels between those of a call, on the same stream."""
+
+    def __init__(self) -> None:
+        self.zeros: dict[tuple[int, int, int, str], View] = {}
 
 
-def zeros(device: int, stream: int, size: int, what: str) -> int:
-    """Return the address of zeros that every launch leaves zeros; a stream has its own, kept for CUDA graphs."""
+_THREAD = _Thread()
+_CAPTURED: list[View] = []
+"""Zeros of CUDA graphs in CuPy's memory, which keeps none for a graph."""
+
+
+def zeros(like: Any, device: int, stream: int, size: int, what: str) -> View:
+    """Return zeros that every call leaves zeros: a thread's own for a stream; a CUDA graph's own, as two may run."""
+    if capturing(stream):
+        _, found = empty(like, (size // 4,), "int32")
+        library("cupy").cuda.runtime.memsetAsync(found.pointer, 0, size, stream)
+        if kind_of(like) != "torch":
+            _CAPTURED.append(found)
+        return found
     key = (device, stream, size, what)
-    found = _ZEROS.get(key)
-    if found is None:
+    if key not in _THREAD.zeros:
         cuda = library("cupy").cuda
         with cuda.Stream.from_external(_Handle(stream)) if stream else cuda.Stream.null:
-            found = _ZEROS[key] = library("cupy").zeros(size, np.uint8)
-    return int(found.data.ptr)
+            _THREAD.zeros[key] = view(library("cupy").zeros(size // 4, np.int32), what)
+    return _THREAD.zeros[key]

@@ -16,6 +16,7 @@ from ..errors import InvalidProblem, UnsupportedProblem
 
 __all__ = [
     "View",
+    "capturing",
     "cast",
     "check_devices",
     "device_of",
@@ -159,6 +160,11 @@ def stream_of(like: Any, device: int) -> int:
     if kind_of(like) == "torch":
         return int(library("torch")._C._cuda_getCurrentRawStream(device))
     return int(library("cupy").cuda.get_current_stream(device).ptr)
+
+
+def capturing(stream: int) -> bool:
+    """Return whether a CUDA graph is recorded on a stream; the default ones (0 to 2) record none."""
+    return stream > 2 and bool(library("cupy").cuda.runtime.streamIsCapturing(stream))
 
 
 class _Thread(threading.local):

@@ -1,6 +1,8 @@
 """Gradients on a GPU against the exact ones: the judge, every option, layouts; without a GPU the kernels compile."""
 
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -226,6 +228,48 @@ def test_sums_in_one_order_and_in_any(torch, d, options):
         assert all(float((first[n] - other[n]).norm() / other[n].norm()) < 2**-8 for n in first)
     only = attention_backward(q, k, v, out, lse, dout, impl="sm90", wanted=["dq"], **options)
     assert torch.equal(only["dq"], first["dq"])
+
+
+def step(q):
+    """Return the results of a forward and a backward call: of Hopper's kernels, their repairs and ordered sums."""
+    from refattn.gpu import attention, attention_backward
+
+    out, lse = attention(q, q, q, return_lse=True, causal="top_left", impl="sm90")
+    return [out, lse, *attention_backward(q, q, q, out, lse, out, impl="sm90", causal="top_left").values()]
+
+
+@gpu
+def test_two_threads_on_one_stream(torch):
+    inputs = [torch.randn(1, 4, n, 64, device="cuda", dtype=torch.bfloat16) for n in (1000, 1020)]
+    inputs[0][:, :, 900:] = math.nan  # rows before them are repaired
+    bits = [[x.view(torch.uint8) for x in step(q)] for q in inputs]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = [[x.view(torch.uint8) for x in y] for y in pool.map(step, inputs * 200)]
+    finally:
+        sys.setswitchinterval(before)
+    for i, y in enumerate(found):
+        assert all(map(torch.equal, y, bits[i % 2]))
+
+
+@gpu
+def test_two_cuda_graphs_at_once(torch):
+    inputs = [torch.randn(1, 4, n, 64, device="cuda", dtype=torch.bfloat16) for n in (1000, 1020)]
+    expected = [step(q) for q in inputs]
+    graphs = []
+    for q in inputs:
+        graphs.append((torch.cuda.CUDAGraph(), torch.cuda.Stream()))
+        with torch.cuda.graph(graphs[-1][0]):
+            graphs[-1] += (step(q),)
+    for _ in range(50):
+        for graph, stream, _ in graphs:
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for (_, _, found), y in zip(graphs, expected, strict=True):
+        assert all(map(torch.equal, found, y))
 
 
 @gpu

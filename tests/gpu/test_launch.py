@@ -2,7 +2,10 @@
 
 import ctypes
 import struct
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -40,7 +43,9 @@ def driver(monkeypatch):
     monkeypatch.setattr(recorded, "library", lambda _: SimpleNamespace(cuda=SimpleNamespace(driver=found)))
     monkeypatch.setattr(module, "kernel_of", lambda plan, device: (f"kernel {plan.impl}", None))
     monkeypatch.setattr(module, "attribute", lambda device, name: 5)
-    monkeypatch.setattr(module, "zeros", lambda device, stream, size, what: 7000 if what == "redo" else 8000)
+    monkeypatch.setattr(
+        module, "zeros", lambda *call: View(7000 if call[-1] == "redo" else 8000, (1,), (1,), "int32", 0)
+    )
     monkeypatch.setattr(sm90, "key_map", lambda x, rows, name: struct.pack("16Q", x.pointer, rows, *[0] * 14))
     return found
 
@@ -136,7 +141,7 @@ def test_a_pass_that_is_not_wanted_marks_nothing(driver, monkeypatch, wanted):
     places = {"redo 0": 7000, "redo 1": 7500, "turns": 9}
     stand_ins = {
         "kernel_of": lambda plan, device, entry="", shared=0: (entry or plan.impl, None),
-        "zeros": lambda device, stream, size, what: places[what],
+        "zeros": lambda *call: View(places[call[-1]], (1,), (1,), "int32", 0),
         "empty": lambda like, shape, dtype: (None, View(80, shape, (1,), dtype, 0)),
     }
     for n, x in stand_ins.items():
@@ -155,6 +160,33 @@ def test_a_pass_that_is_not_wanted_marks_nothing(driver, monkeypatch, wanted):
     both = "dk" in wanted
     assert names == ["statistics", "sm90", "convert", *["simt"] * (1 + both)]
     assert (marks["z.redo_rows"], marks["z.redo_keys"]) == (7000, 7500 * both)
+
+
+def test_threads_and_graphs_have_their_own_zeros(monkeypatch):
+    made, cleared = [], []
+
+    def place(*_):
+        made.append(View(64 * len(made), (4,), (1,), "int32", 0))
+        return made[-1]
+
+    runtime = SimpleNamespace(streamIsCapturing=lambda s: s == 9, memsetAsync=lambda *a: cleared.append(a))
+    stream = SimpleNamespace(null=nullcontext(), from_external=lambda _: nullcontext())
+    cupy = SimpleNamespace(zeros=place, cuda=SimpleNamespace(runtime=runtime, Stream=stream))
+    for where in (module, views):
+        monkeypatch.setattr(where, "library", lambda _: cupy)
+    monkeypatch.setattr(module, "view", lambda x, _: x)
+    monkeypatch.setattr(module, "empty", lambda *_: (None, place()))
+    monkeypatch.setattr(module, "_THREAD", module._Thread())
+    monkeypatch.setattr(module, "_CAPTURED", [])
+    ask = partial(module.zeros, None, 0)
+    first, again = ask(7, 16, "redo"), ask(7, 16, "redo")
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(ask, 7, 16, "redo").result()
+    assert first is again is not other
+    graphs = [ask(9, 16, "redo") for _ in range(2)]
+    assert graphs == made[2:] == module._CAPTURED
+    assert cleared == [(x.pointer, 0, 16, 9) for x in graphs]
+    assert {ask(0, 4, "counter").pointer, ask(7, 4, "counter").pointer, ask(7, 16, "turns").pointer} == {256, 320, 384}
 
 
 def test_a_tensor_map_keeps_no_tensor(monkeypatch):
