@@ -208,7 +208,7 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c) {
                 }
             UNROLL for (int m = 0; m < M_TILES; m++)
                 UNROLL for (int n = 0; n < NS; n++)
-                    // rounded here, in every variant of the kernel: joined with the subtraction below, bits would differ
+                    // rounded here in every variant: joined with the subtraction below, bits would differ
                     UNROLL for (int e = 0; e < 4; e++) x[m][n][e] = SOFTCAP
                         ? __fmul_rn(outer, tanhf(x[m][n][e] * inner)) : __fmul_rn(x[m][n][e], inner);
             if (key + 16 > n_k || (BAND && (p.n_q - 1 + left > key || right < key + 15))) {

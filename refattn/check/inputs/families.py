@@ -173,7 +173,7 @@ def calls(variant: str, able: Capabilities, budget: str = "ci", seed: int = 0) -
         What draws those that are drawn.
     """
     found = drawn(variant, able, budget, seed)[: MOST_CALLS[budget]]
-    usual = [("models", *x) for x in known(able, variant_of(variant).uses, budget == "quick")] if found else []
+    usual = [("models", *x) for x in known(able, variant_of(variant).uses, budget)] if found else []
     named = usual + [("calls", f"{i:03d}-{c.kind}", c, i % 3 == 0) for i, c in enumerate(found)]
     return [Case(family, label, variant, c, sampled=True, gradients=back) for family, label, c, back in named]
 

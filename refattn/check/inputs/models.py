@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..model import Capabilities
 from .calls import Call
 
-__all__ = ["LONGER", "MODELS", "known"]
+__all__ = ["LONGER", "LONGEST", "MODELS", "known"]
 
 DOWN = "bottom_right"
 MODELS: dict[str, tuple[Call, bool]] = {
@@ -142,11 +142,17 @@ LONGER: dict[str, tuple[Call, bool]] = {
     "weight-packed": (Call("packed", 1, 2, 1, ((20, 25), (40, 45)), 64, 64, causal=DOWN, weight="keys"), True),
 }
 """The same, of calls that take longer or are rarer: not in quick."""
+LONGEST: dict[str, tuple[Call, bool]] = {
+    # more heads than 16 bits count, as the second and third axis of a grid
+    "heads-past-16-bits": (Call("batches", 4100, 16, 16, ((1, 5),), 16, 16, "sharp"), False),
+}
+"""Those of nightly alone: a kernel that goes from head to head takes seconds."""
 
 
-def known(able: Capabilities, uses: frozenset[str], quick: bool = False) -> list[tuple[str, Call, bool]]:
+def known(able: Capabilities, uses: frozenset[str], budget: str = "ci") -> list[tuple[str, Call, bool]]:
     """Return those calls that an operator has the options for, and a kernel can do."""
-    return [(n, c, back) for n, (c, back) in (MODELS if quick else MODELS | LONGER).items() if _fits(c, able, uses)]
+    calls = MODELS | (LONGER if budget != "quick" else {}) | (LONGEST if budget == "nightly" else {})
+    return [(n, c, back) for n, (c, back) in calls.items() if _fits(c, able, uses)]
 
 
 def _fits(c: Call, able: Capabilities, uses: frozenset[str]) -> bool:

@@ -241,9 +241,9 @@ class Report:
         """Return the command that repeats one check."""
         more = "" if self.variant == VARIANT else f" --variant {shlex.quote(named(self.variant))}"
         budget = "" if self.budget == "ci" else f" --budget {self.budget}"
-        seed = f"{budget} --seed {self.seed}" if check.name.startswith("calls/") else ""
+        seed = f" --seed {self.seed}" if check.name.startswith("calls/") else ""
         more += f" {self.flags}" if self.flags else ""
-        return f"refattn check {shlex.quote(self.kernel)}{more} --only {shlex.quote(check.name)}{seed}"
+        return f"refattn check {shlex.quote(self.kernel)}{more} --only {shlex.quote(check.name)}{budget}{seed}"
 
     def describe(self, check: Check, command: str = "") -> str:
         """Return a failed check in words: what, where, got, exact, allowed, and how to repeat it (by `command`)."""

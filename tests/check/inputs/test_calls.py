@@ -121,11 +121,11 @@ def test_gradients_of_rows_that_are_not_compared_must_be_zero():
 
 def test_calls_of_models_are_those_that_a_kernel_can_do():
     uses = variant_of("softmax").uses
-    assert [n for n, _, _ in known(ABLE, uses, quick=True)] == list(MODELS)
+    assert [n for n, _, _ in known(ABLE, uses, "quick")] == list(MODELS)
     weighted = replace(ABLE, features=ABLE.features | {"weight"})
     assert [n for n, _, _ in known(weighted, uses)] == [*MODELS, *LONGER]
     assert [n for n, _, _ in known(ABLE, uses)] == [n for n in (*MODELS, *LONGER) if not n.startswith("weight-")]
-    few = known(Capabilities(features={"lengths_differ", "causal_bottom_right"}, head_dims={64}), uses, quick=True)
+    few = known(Capabilities(features={"lengths_differ", "causal_bottom_right"}, head_dims={64}), uses, "quick")
     assert {n for n, _, _ in few} == {"faint", "matched", "second-wave"}
     for n, (call, _) in MODELS.items():
         problem = next(c for c in calls("softmax", ABLE, "quick") if c.label == n).problem("float32")

@@ -4,9 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refattn import Capabilities, check_kernel
+from refattn import Capabilities, InvalidInput, check_kernel
 from refattn.check.inputs.families import Case
-from refattn.check.inputs.models import LONGER, MODELS
+from refattn.check.inputs.models import LONGER, LONGEST, MODELS
 from refattn.check.kernels.tiled import gradients, tiled
 from refattn.check.model import FEATURES, GRADIENTS
 
@@ -145,7 +145,8 @@ BACKWARD = {"faint-gradient"}
 
 def test_every_one_is_tried():
     assert set(WRONG) | BACKWARD == set(LONGER)
-    assert not set(LONGER) & set(MODELS)
+    assert not (set(LONGER) | set(LONGEST)) & set(MODELS)
+    assert not set(LONGER) & set(LONGEST)
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -156,6 +157,20 @@ def test_a_kernel_that_is_wrong_there_alone_is_caught(name):
     report = check_kernel(kernel, capabilities=ABLE, dtypes=["float32"], only=f"models/{name}")
     assert report.count("failed") == 1
     assert check_kernel(tiled, capabilities=ABLE, dtypes=["float32"], only=f"models/{name}").passed
+
+
+def test_heads_past_16_bits_are_asked_for_in_nightly():
+    def kernel(p):
+        out, lse = tiled(p)
+        out.reshape(-1, *out.shape[2:])[2**16 :] = 0
+        return out, lse
+
+    asked = {"capabilities": ABLE, "dtypes": ["float32"], "only": f"models/{next(iter(LONGEST))}"}
+    (check,) = check_kernel(kernel, **asked, budget="nightly").checks
+    assert check.verdict == "failed"
+    assert check.name == "models/heads-past-16-bits[float32]"
+    with pytest.raises(InvalidInput, match="no check of softmax is named"):
+        check_kernel(kernel, **asked)
 
 
 def test_a_narrow_sink_and_wide_offsets_are_asked_for():

@@ -39,6 +39,11 @@ def test_a_failure_says_where_what_and_how_to_repeat_it(report):
     ]
 
 
+def test_a_budget_is_named_in_the_command():
+    report = check_kernel(planted("zeroed_head"), dtypes=["float32"], budget="nightly", only="gaussian/plain")
+    assert report.command(report.checks[0]).endswith("--only 'gaussian/plain[float32]' --budget nightly")
+
+
 def test_other_operators_are_named_in_the_command():
     report = check_kernel(planted("zeroed_head"), "power", only="gaussian/plain*")
     assert report.command(report.checks[0]).startswith("refattn check planted_zeroed_head --variant power --only ")
