@@ -50,8 +50,8 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float],
             spans.append(np.broadcast_to(out.node.span, out.shape))
             variances.append(np.broadcast_to(variance_of(out.node), out.shape))
             state = f.leaf(state.a, ("d", "v"), state.node.span, variance_of(state.node))  # without the graph behind it
+        moved = _moved(one, shape, common)
     last = state.node
-    moved = _moved(one, shape, common)
     return (
         (np.concatenate(spans), np.concatenate(variances) + moved[0]),
         (np.broadcast_to(last.span, state.shape), np.broadcast_to(last.var, state.shape) + moved[1]),

@@ -131,6 +131,10 @@ def test_a_variance_beyond_float64_is_no_number():
     (out, var_out), (state, var) = stepped(one, VARIANTS["lightning"].shape, flash("float64"))
     assert np.isfinite([out, state]).all()
     assert not np.isfinite([var_out, var]).any()
+    x = np.full((1, 1, 2, 1), 2.0**1000)  # out and the state themselves, too
+    (one,) = heads(Problem(x, x, x, causal="bottom_right", variant="lightning", options={"decay": (DECAY,)}))
+    (_, var_out), (_, var) = stepped(one, VARIANTS["lightning"].shape, flash("float64"))
+    assert not np.isfinite([*var_out.flat, *var.flat]).any()
 
 
 def test_a_recurrence_without_another_form_is_bounded_by_its_steps():
