@@ -8,7 +8,6 @@ of the worst element over the bound of the check.
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from refattn.arrays import from_float64
-from refattn.bench import Row, gpu_medians, gpu_torch
+from refattn.bench import Row, gpu_medians, gpu_torch, load
 from refattn.check.bounds.expected import expected
 from refattn.check.call import call_kernel
 from refattn.check.compare import compare
@@ -25,6 +24,7 @@ from refattn.check.kernels import KERNELS
 from refattn.dtypes import FORMATS
 from refattn.problem import Problem
 
+flash3 = load("_flash3").flash3
 PEERS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION"}
 AIMED = ((8, 65536, 128, 32, 8, 1), (1, 131072, 128, 32, 8, 1), (64, 8192, 128, 32, 8, 1))
 OTHERS = ((8, 4096, 128, 32, 8, 1), (1, 8192, 128, 32, 8, 1), (8, 65536, 64, 32, 8, 1), (8, 32768, 128, 32, 8, 4))
@@ -67,12 +67,7 @@ def contestants(torch: Any, q: Any, k: Any, v: Any) -> dict[str, Call]:
     calls: dict[str, Call] = {"fast": lambda: attention(q, k, v)}
     calls["high"] = lambda: attention(q, k, v, accuracy="high")
     calls |= {n: peer(b) for n, b in PEERS.items()}
-    try:
-        three = importlib.import_module("fa3_fwd_interface")
-    except ImportError:
-        return calls
-    turned = [x.transpose(1, 2) for x in (q, k, v)]
-    return calls | {"FlashAttention-3": lambda: three.flash_attn_func(*turned, num_splits=0)}
+    return calls | flash3(q, k, v, num_splits=0)
 
 
 def replayed(torch: Any, call: Call) -> Call:

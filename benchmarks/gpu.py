@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from refattn.arrays import from_float64
-from refattn.bench import Row, gpu_medians, gpu_torch
+from refattn.bench import Row, gpu_medians, gpu_torch, load
 from refattn.check.bounds.expected import expected
 from refattn.check.call import call_kernel
 from refattn.check.compare import compare
@@ -25,6 +25,8 @@ from refattn.check.kernels import KERNELS
 from refattn.dtypes import FORMATS
 from refattn.problem import Problem
 
+_FLASH3 = load("_flash3")
+FA3, flash3 = _FLASH3.FA3, _FLASH3.flash3
 TOKENS, WIDTH = 16384, 2048
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 PEERS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
@@ -53,6 +55,8 @@ def contestants(torch: Any, q: Any, k: Any, v: Any, causal: bool, with_flex: boo
 
     calls = {"fast": ours("fast"), "high": ours("high"), "mma": ours("fast", "mma")}
     calls |= {n: peer(b) for n, b in PEERS.items()}
+    if q.dtype == torch.bfloat16:
+        calls |= flash3(q, k, v, causal=causal)
     calls["triton"] = lambda: triton(q, k, v, 1 / math.sqrt(q.shape[3]), corner, 1)[0]
     if with_flex:
         calls["flex"] = flex(torch, q, k, v, (lambda b, h, i, j: i >= j) if causal else None)
@@ -133,8 +137,10 @@ def dense(torch: Any, dtype: str, d: int, n: int, top: float) -> Iterator[Row]:
             yield Row(f"{at} {name}", x, "TFLOP/s")
         least = (1.5 if d == 128 and n >= 4096 else 1.0) if n >= 1024 else None
         yield Row(f"{at} fast over flash", speed["fast"] / speed["flash"], "ratio", at_least=least)
-        least = 0.8 if d == 128 and n >= 4096 else None
+        least = 1.0 if n >= 2048 else 0.95
         yield Row(f"{at} fast over cuDNN", speed["fast"] / speed["cuDNN"], "ratio", at_least=least)
+        if FA3 in speed:
+            yield Row(f"{at} fast over {FA3}", speed["fast"] / speed[FA3], "ratio", at_least=least)
         yield Row(f"{at} fast over the matrix product", speed["fast"] / top, "ratio")
         yield Row(f"{at} time of high over fast", speed["fast"] / speed["high"], "ratio", at_most=2.0)
         if n == 4096:

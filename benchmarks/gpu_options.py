@@ -7,14 +7,13 @@ same sequences as a batch. FlashAttention-3 is the package fa3-fwd, left out whe
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from refattn.bench import Row, gpu_medians, gpu_torch
+from refattn.bench import Row, gpu_medians, gpu_torch, load
 
+flash3 = load("_flash3").flash3
 TOKENS, WIDTH, LENGTH, SEQUENCE = 16384, 2048, 8192, 1024
 WINDOWS = (1024, 128)
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256))
@@ -31,14 +30,6 @@ def rows() -> Iterator[Row]:
     for d_k, d_v in HEAD_DIMS:
         for causal in (False, True):
             yield from head_dims(torch, d_k, d_v, causal)
-
-
-def flash3(q: Any, k: Any, v: Any, **more: Any) -> dict[str, Call]:
-    """Return a call of FlashAttention-3, where it is installed."""
-    if importlib.util.find_spec("fa3_fwd_interface") is None:
-        return {}
-    flash = importlib.import_module("fa3_fwd_interface").flash_attn_func
-    return {"FA3": partial(flash, *(x.transpose(1, 2).contiguous() for x in (q, k, v)), **more)}
 
 
 def options(torch: Any, d: int) -> Iterator[Row]:
@@ -60,8 +51,7 @@ def options(torch: Any, d: int) -> Iterator[Row]:
         **{f"window {w}": partial(causal, window=(w - 1, 0)) for w in WINDOWS},
         **packed(torch, d),
     }
-    more = {"FA3": flash3(q, k, v, causal=True), "FA3, softcap 30": flash3(q, k, v, causal=True, softcap=30.0)}
-    calls |= {name: call["FA3"] for name, call in more.items() if call}
+    calls |= flash3(q, k, v, "FA3", causal=True) | flash3(q, k, v, "FA3, softcap 30", causal=True, softcap=30.0)
     ms = gpu_medians(torch, calls)
     scores = n * (n + 1) / 2
     same = dict.fromkeys(calls, ms["plain"]) | {"packed": ms["batch"]}
@@ -96,7 +86,7 @@ def head_dims(torch: Any, d_k: int, d_v: int, causal: bool) -> Iterator[Row]:
     b = TOKENS // n
     q, k, v = (torch.randn(b, h, n, d, device="cuda", dtype=torch.bfloat16) for d in (d_k, d_k, d_v))
     ours = partial(attention, q, k, v, causal="bottom_right" if causal else None)
-    calls: dict[str, Call] = {"ours": ours, "mma": partial(ours, impl="mma"), **flash3(q, k, v, causal=causal)}
+    calls: dict[str, Call] = {"ours": ours, "mma": partial(ours, impl="mma"), **flash3(q, k, v, "FA3", causal=causal)}
     operations = 2 * b * h * n * n * (d_k + d_v) / (2 if causal else 1)
     speed = {name: operations / ms / 1e9 for name, ms in gpu_medians(torch, calls).items()}
     at = f"d_k={d_k} d_v={d_v} n={n}{' causal' if causal else ''}"
