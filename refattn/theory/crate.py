@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, same, worst
+from .claim import Claim, Evidence, needs, same, total, worst
 from .fields import Q, balls, disjoint, each, exp, meet, orthogonal, precise, rational, rationals, solve, unequal, zeros
 
 __all__ = ["CLAIMS", "gradient", "heads", "ista_step"]
@@ -103,20 +104,25 @@ def _unit(z: Array) -> Array:
     return np.asarray(z / each(lambda a: a.sqrt(), (z * z).sum(0)))
 
 
-def _tokens(n: int = 24) -> tuple[Array, Array, Any]:
-    """Return unit tokens near three planes in 8 dimensions, the planes, and beta."""
-    whole, rng = orthogonal(0, 8), np.random.default_rng(0)
+def _tokens(n: int = 24, over: int = 200, pairs: bool = False, seed: int = 0) -> tuple[Array, Array, Any]:
+    """Return unit tokens near three planes in 8 dimensions, the planes, and beta.
+
+    Up to 8/`over` is added outside the planes, nothing where it is 0; with pairs, -z is a token where z is.
+    """
+    whole, rng = orthogonal(seed, 8), np.random.default_rng(seed)
     bases = np.stack([whole[:, 2 * k : 2 * k + 2] for k in range(3)])
-    near = np.stack([bases[k] @ x for k, x in zip(rng.integers(3, size=n), rationals(1, n, 2), strict=True)], 1)
-    return _unit(balls(near + rationals(2, 8, n, over=200))), balls(bases), flint.arb(2) / n * 4
+    m = n // 2 if pairs else n
+    near = np.stack([bases[k] @ x for k, x in zip(rng.integers(3, size=m), rationals(seed + 1, m, 2), strict=True)], 1)
+    z = near + rationals(seed + 2, 8, m, over=over) if over else near
+    z = np.concatenate([z, -z], 1) if pairs else z
+    return _unit(balls(z)), balls(bases), flint.arb(2) / n * 4
 
 
-def _after(s: Any, by: Callable[[Any, Any], Any] | None, unit: bool = False) -> Any:
-    """Return the rate of (1 - s) Z plus or minus s · MSSA(Z), or alone, tokens scaled back to unit norm or not."""
+def _after(s: Any, by: Callable[[Any, Any], Any] | None) -> Any:
+    """Return the rate of (1 - s) Z plus or minus s · MSSA(Z), or alone."""
     z, bases, beta = _tokens()
     kept = (1 - flint.arb(s)) * z
-    moved = by(kept, flint.arb(s) * heads(z, bases)) if by else kept
-    return _rate(_unit(moved) if unit else moved, bases, beta)
+    return _rate(by(kept, flint.arb(s) * heads(z, bases)) if by else kept, bases, beta)
 
 
 STEPS = (Q(1, 10), Q(1, 4), Q(1, 2))
@@ -135,7 +141,6 @@ def shrinks(steps: tuple[Any, ...] = STEPS, size: int = 1) -> Evidence:
         "s": [float(s) for s in steps],
         "rate over before": [float(a / before) for a in found],
         "rate over before of (1 - s) Z": [float(a / before) for a in alone],
-        "rate over before, scaled back": [float(_after(s, operator.add, unit=True) / before) for s in steps],
     }
     pairs = [*zip(alone, found, strict=True), *((f, before) for f in found), _rated()]
     return Evidence(worst(pairs), 1, "rate of (1 - s) Z over that with MSSA, and of that over the one before", detail)
@@ -145,6 +150,47 @@ def shrinks(steps: tuple[Any, ...] = STEPS, size: int = 1) -> Evidence:
 def turned() -> Evidence:
     """(1 - s) Z - s · MSSA(Z): with its sign turned the attention term lowers the rate."""
     return Evidence(_after(STEPS[0], None), _after(STEPS[0], operator.sub), "rate of (1 - s) Z, beside that with -MSSA")
+
+
+def _uniform(z: Array, bases: Array) -> Array:
+    """Return the sum of U W with each column replaced by the columns' mean: attention of equal weights."""
+    return np.asarray(sum(u @ (u.T @ z).mean(1, keepdims=True) for u in bases) + 0 * z)
+
+
+TURNS = tuple(sign * s / (1 - s) for sign in (1, -1) for s in STEPS)
+"""t of Z + t · MSSA(Z): scaled back to unit norm it is (1 - s) Z + s · MSSA(Z) for t = s/(1 - s)."""
+Term = Callable[[Array, Array], Array]
+KINDS = ((0, False), (10, True))
+"""What is outside the planes, as `over` of `_tokens`, and whether + MSSA then raises the rate."""
+
+
+@precise()
+def _scaled(term: Term, seeds: tuple[int, ...], pairs: bool, what: str) -> Evidence:
+    """Count the steps, scaled back to unit norm, whose rate is not surely on the side of the one before that is said.
+
+    With its sign turned the term must do the opposite.
+    """
+    wrong, curves = [], {}
+    for (over, raised), seed in itertools.product(KINDS, seeds):
+        z, bases, beta = _tokens(over=over, pairs=pairs, seed=seed)
+        before, moved, ratios = _rate(z, bases, beta), term(z, bases), []
+        for t in TURNS:
+            after = _rate(_unit(z + flint.arb(t) * moved), bases, beta)
+            wrong.append(not (after > before if raised == (t > 0) else after < before))
+            ratios.append(float(after / before))
+        curves[f"rate over before, {'far from' if raised else 'in'} the planes"] = ratios
+    return Evidence(total(*wrong), 0, what, {"t": [float(t) for t in TURNS], **curves})
+
+
+def scaled(seeds: tuple[int, ...] = (0, 1, 2), pairs: bool = True) -> Evidence:
+    """Tokens in the planes, whose rate + MSSA lowers and - MSSA raises, and tokens far from them: the opposite."""
+    needs(pairs, "tokens in pairs of z and -z: the mean of others moves a rate, too")
+    return _scaled(heads, seeds, pairs, "steps whose rate at unit norm is not on its side")
+
+
+def scaled_uniform() -> Evidence:
+    """Equal weights in the place of softmax: of pairs z and -z they are 0, and move no rate."""
+    return _scaled(_uniform, (0,), True, "steps whose rate at unit norm is not on its side, equal weights")
 
 
 def _two_terms(sizes: Array) -> tuple[Any, Any]:
@@ -263,12 +309,21 @@ CLAIMS = [
     ),
     Claim(
         "crate-descent",
-        "A negative result: (1 - s) Z + s · MSSA(Z) lowers the coding rate of unit tokens only as (1 - s) Z does, by"
-        " shrinking them; the attention term itself raises it",
+        "(1 - s) Z + s · MSSA(Z) lowers the coding rate of unit tokens near the subspaces, but less than (1 - s) Z"
+        " does, which only shrinks them",
         SOURCE,
         shrinks,
         turned,
         ("steps s in (0, 1)", "tokens of unit norm"),
+    ),
+    Claim(
+        "crate-descent-unit",
+        "A negative result: of tokens scaled back to unit norm + MSSA lowers the coding rate where they are in the"
+        " subspaces, and raises it where they are far from them; - MSSA does the opposite",
+        SOURCE,
+        scaled,
+        scaled_uniform,
+        ("tokens in pairs of z and -z",),
     ),
     Claim(
         "crate-neumann",

@@ -57,6 +57,7 @@ VIOLATED = {
     "decisions-linucb": ({"rounds": 0}, "at least one round"),
     "decisions-potential": ({"size": 2}, "at most unit norm"),
     "crate-descent": ({"steps": (Fraction(3, 2),)}, "steps s in (0, 1)"),
+    "crate-descent-unit": ({"pairs": False}, "pairs of z and -z"),
     "crate-neumann": ({"size": 2.0}, "the series does not converge"),
     "crate-ista": ({"step": 2}, "eta up to"),
     "systems-selective": ({"a": -1.0}, "a > 0"),
