@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import flint
+
 from ..errors import HypothesisViolated
 
 __all__ = ["SETH", "Claim", "Evidence", "Result", "needs", "run", "same", "total", "worst"]
@@ -24,7 +26,7 @@ class Evidence:
     Attributes
     ----------
     measured, bound : float, rational or ball
-        The claim holds where measured is at most the bound; a ball where all of it is.
+        The claim holds where measured is at most the bound, and fails where it is above; a ball where all of it is.
     what : str
         What was measured, in words, with its unit.
     detail : mapping
@@ -39,12 +41,21 @@ class Evidence:
     @property
     def finite(self) -> bool:
         """Whether both are numbers: what overflowed is no evidence against a claim."""
-        return math.isfinite(float(self.measured)) and math.isfinite(float(self.bound))
+        return _finite(self.measured) and _finite(self.bound)
 
     @property
     def holds(self) -> bool:
-        """Whether measured is at most the bound; NaN is not."""
-        return bool(self.measured <= self.bound)
+        """Whether measured is surely at most the bound; NaN is not."""
+        return self.finite and bool(self.measured <= self.bound)
+
+    @property
+    def fails(self) -> bool:
+        """Whether measured is surely above the bound; a ball with points on both sides neither holds nor fails."""
+        return self.finite and bool(self.measured > self.bound)
+
+
+def _finite(x: Any) -> bool:
+    return bool(x.is_finite()) if hasattr(x, "is_finite") else math.isfinite(float(x))
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def run(claim: Claim, **options: Any) -> Result:
     control = f"{wrong.what}: {float(wrong.measured):.3g}, bound {float(wrong.bound):.3g}"
     seconds = time.perf_counter() - start
     return Result(
-        claim.name, found.holds, wrong.finite and not wrong.holds, float(found.measured), float(found.bound),
+        claim.name, found.holds, wrong.fails, float(found.measured), float(found.bound),
         found.what, seconds,
         control=control, detail=found.detail,
     )  # fmt: skip
@@ -129,17 +140,19 @@ def run(claim: Claim, **options: Any) -> Result:
 def worst(found: Iterable[Any]) -> Any:
     """Return the largest ratio, at least 0: of ratios, and of pairs of what was measured and its bound.
 
-    It is NaN where a ratio is NaN or a bound is below 0.
+    Of balls it is one from the largest lower to the largest upper end. It is NaN where a ratio is not finite or a bound
+    is below 0.
     """
+    least: Any = 0
     most: Any = 0
     for one in found:
         ratio = one[0] / one[1] if isinstance(one, tuple) else one
         below = isinstance(one, tuple) and one[1] < 0  # the ratio would be small, and nothing is within the bound
-        if below or math.isnan(float(ratio)):  # it is larger than nothing, and must not be lost
+        if below or not _finite(ratio):  # it is larger than nothing, and must not be lost
             return math.nan
-        ratio = ratio.upper() if hasattr(ratio, "upper") else ratio
-        most = most if most > ratio else ratio
-    return most
+        low, high = (ratio.lower(), ratio.upper()) if hasattr(ratio, "upper") else (ratio, ratio)
+        least, most = low if low > least else least, high if high > most else most
+    return most if least == most else flint.arb(least).union(flint.arb(most))
 
 
 def same(a: Any, b: Any) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .claim import Claim, Evidence, needs, same, worst
-from .fields import Q, balls, exp, least_ratio, meet, precise, rationals
+from .fields import Q, balls, exp, meet, precise, rationals
 from .perturbation import total_variation
 
 __all__ = ["CLAIMS"]
@@ -123,7 +123,7 @@ def power(powers: tuple[int, ...] = (8, 16, 32, 64), size: int = 4) -> Evidence:
     curve = []
     for p in powers:
         cases = [balls(rationals(s, 9)) * size for s in range(4)]
-        found += [least_ratio(total_variation(_power(s, p), exp(s) / exp(s).sum()), _power_bound(r, p)) for s in cases]
+        found += [(total_variation(_power(s, p), exp(s) / exp(s).sum()), _power_bound(r, p)) for s in cases]
         curve.append(_two_places(r, p))
         found.append(same(meet(curve[-1], _power_bound(r, p)), True))
     found += [(b, a) for a, b in itertools.pairwise(curve)]

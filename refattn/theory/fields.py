@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..exact.precision import precision
 
 __all__ = [
-    "BITS", "Dual", "Q", "balls", "disjoint", "each", "exp", "least_ratio", "meet", "orthogonal", "precise", "rational",
+    "BITS", "Dual", "Q", "balls", "disjoint", "each", "exp", "meet", "orthogonal", "precise", "rational",
     "rationals", "solve", "unequal", "zeros",
 ]  # fmt: skip
 
@@ -89,11 +89,6 @@ class Dual:
     def __truediv__(self, other: Dual) -> Dual:
         found = self.value / other.value
         return Dual(found, (self.slope - found * other.slope) / other.value)
-
-
-def least_ratio(a: Any, b: Any) -> Any:
-    """Return the least that one ball over another can be: above 1 only where a surely exceeds b."""
-    return (flint.arb(a).lower() / flint.arb(b).upper()).lower()
 
 
 def unequal(a: Any, b: Any) -> int:

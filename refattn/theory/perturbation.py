@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .claim import Claim, Evidence, needs, same, worst
-from .fields import Q, balls, exp, least_ratio, meet, precise, rational, rationals
+from .fields import Q, balls, exp, meet, precise, rational, rationals
 
 __all__ = ["CLAIMS", "dobrushin", "total_variation"]
 
@@ -56,10 +56,9 @@ def _moved(share: int, what: str) -> Evidence:
     for (s, d, v), attained in given:
         p, q, bound = _softmax(s), _softmax(s + d), _bound(d, share)
         apart = max(v, key=float) - min(v, key=float)
-        found += [least_ratio(total_variation(p, q), bound), least_ratio(abs((q - p) @ v), bound * apart)]
+        pairs = [(total_variation(p, q), bound), (abs((q - p) @ v), bound * apart)]
+        found += [same(meet(*pair), True) for pair in pairs] if attained else pairs
         ratios.append(float(total_variation(p, q) / bound))
-        if attained:
-            found.append(same(meet(total_variation(p, q), bound), True))
     return Evidence(worst(found), 1, what, {"total variation over its bound": ratios})
 
 
@@ -134,8 +133,8 @@ def _by_scores(share: int, what: str) -> Evidence:
     for s in _scores():
         p = np.array([_softmax(row) for row in s])
         bound = max((_bound(a - b, share) for a, b in itertools.combinations(s, 2)), key=float)
-        found.append(least_ratio(dobrushin(p), bound))
-    found.append(same(meet(dobrushin(p), bound), True))
+        found.append((dobrushin(p), bound))
+    found[-1] = same(meet(*found[-1]), True)  # attained
     return Evidence(worst(found), 1, what)
 
 

@@ -124,10 +124,10 @@ def _pairs(name: str, grain: str, held_to: str) -> list[tuple[Any, Any]]:
     steps = [_steps(x, name, _scales(x, name, held_to)) for x in given]
     pairs: list[tuple[Any, Any]] = []
     for h in range(2):
-        off = abs(_attended(*(x[h] for x in rounded)) - _attended(*(x[h] for x in given))).max(1)
+        off = abs(_attended(*(x[h] for x in rounded)) - _attended(*(x[h] for x in given)))
         (q, k, v), (dq, dk, dv) = ([x[h] for x in group] for group in (given, steps))
         bound = error_bound(q, k, v, (dq, dk, dv))
-        pairs += zip(each(lambda a: a.upper(), off), bound, strict=True)
+        pairs += [(one, most) for row, most in zip(off, bound, strict=True) for one in row]
     return pairs
 
 

@@ -167,7 +167,7 @@ def _errors(degrees: tuple[int, ...], large: int = 1) -> tuple[list[Any], list[A
     exact, errors, bounds, states = softmax(q, k, v, causal=True), [], [], []
     for g in degrees:
         found, state = power_sums(q, k, v, g, causal=True)
-        errors.append(max(x.abs_upper() for x in (balls(found) - exact).ravel()))
+        errors.append(worst(abs(balls(found) - exact).ravel()))
         bounds.append(taylor_bound(q, k, v, g))
         states.append(state)
     return errors, bounds, states

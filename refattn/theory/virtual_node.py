@@ -202,7 +202,7 @@ def _deep_pairs(x: Array, delta: Any, betas: tuple[int, ...]) -> list[Any]:
     for beta in betas:
         found, state, rounds = _deep(x, x, beta)
         bound = _node_off(_read_off(len(x), beta, delta, far), far)
-        pairs.append((max(e.upper() for e in _norm(found - exact)), bound))
+        pairs.append((worst(_norm(found - exact)), bound))
         pairs += [same(state, 2 * x.shape[1] + 1), same(rounds, len(x))]
     return pairs
 

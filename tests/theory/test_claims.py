@@ -130,6 +130,18 @@ def test_a_false_claim_and_a_control_that_holds_are_seen():
     assert math.isnan(worst([(1, 2), (1, -4)]))  # nothing is within a bound below 0
 
 
+def test_a_control_fails_only_where_all_of_it_does():
+    unsure, vast = flint.arb(0.5, 10), flint.arb(0, math.inf)
+    for measured in (unsure, vast, worst([(unsure, 1)]), worst([(vast, 1)]), worst([flint.arb(1, 0.5)])):
+        evidence = Evidence(measured, flint.arb(1), "")
+        assert not evidence.holds
+        assert not evidence.fails
+        assert not run(Claim("x", "", "", lambda: Evidence(0, 1, ""), lambda e=evidence: e)).control_failed
+    assert Evidence(flint.arb(2, 0.5), 1, "").fails
+    assert Evidence(worst([flint.arb(2, 0.5), flint.arb(1.75, 0.5)]), 1, "").fails
+    assert not Evidence(1, math.inf, "").holds
+
+
 def test_balls_hold_only_where_all_of_them_do():
     assert Evidence(flint.arb(1), flint.arb(2), "").holds
     assert not Evidence(flint.arb(1, 0.5), flint.arb(1), "").holds
