@@ -12,15 +12,20 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, same, total, worst
+from .claim import Claim, Evidence, judged, needs, same, total
 from .decisions import SOURCE, relu_step
-from .fields import Q, precise, rational, solve
+from .fields import Q, meet, precise, rational, solve
 
 __all__ = ["CLAIMS"]
 
 Float = NDArray[np.float64]
 NOISE, DELTA, ARMS = 0.1, 0.01, 10
 """The reward's noise is NOISE or -NOISE; bounds hold with probability 1 - DELTA."""
+
+
+def _beta(log_det: Any) -> Any:
+    """Return how far theta is from the ridge's solution in the norm of V, |theta| <= 1, as a ball."""
+    return NOISE * ((1 / flint.arb(DELTA)).log() * 2 + log_det).sqrt() + 1
 
 
 @dataclass
@@ -37,7 +42,7 @@ class History:
     @property
     def beta(self) -> float:
         """How far theta is from the ridge's solution in the norm of V, |theta| <= 1."""
-        return NOISE * math.sqrt(2 * math.log(1 / DELTA) + self.log_det) + 1
+        return float(_beta(self.log_det))
 
     def scores(self) -> tuple[Float, Float]:
         """Return means of the arms and bonuses, by an exact solve."""
@@ -82,9 +87,9 @@ def _regret_bound(h: History, rounds: int) -> float:
     return 2 * h.beta * math.sqrt(2 * rounds * h.log_det)
 
 
-def _most_log_det(d: int, rounds: int) -> float:
-    """Return what log det V is at most: the mean of the eigenvalues is at most 1 + T/d."""
-    return d * math.log1p(rounds / d)
+def _most_log_det(d: int, rounds: int) -> Any:
+    """Return what log det V is at most, a ball: the mean of the eigenvalues is at most 1 + T/d."""
+    return d * (1 + flint.arb(rounds) / d).log()
 
 
 def _attained() -> list[int]:
@@ -93,12 +98,11 @@ def _attained() -> list[int]:
     # 8 rounds of uncertainty 1 each, of which twice log det V is the sum, lose 2·beta at most each
     found = [same(_regret_bound(h, 8), math.fsum(2 * h.beta for _ in range(8)))]
     # three actions along each of two axes: V is 4 times the identity
-    det = (1 + 3) ** 2
-    found.append(same(round(math.exp(_most_log_det(2, 6))), det))
+    det = flint.arb((1 + 3) ** 2)
+    found.append(same(meet(_most_log_det(2, 6).exp(), det), True))
     # exp(radius²/2) over sqrt(det V) has a mean of at most 1, hence is 1/DELTA with a probability of at most DELTA
-    h.log_det = math.log(det)
-    radius = (h.beta - 1) / NOISE
-    return [*found, same(round(math.exp(radius**2 / 2)), round(math.sqrt(det) / DELTA))]
+    radius = (_beta(det.log()) - 1) / NOISE
+    return [*found, same(meet((radius**2 / 2).exp(), det.sqrt() / DELTA), True)]
 
 
 def regrets(dims: tuple[int, ...] = (2, 5), rounds: tuple[int, ...] = (50, 500, 2000)) -> Evidence:
@@ -109,17 +113,22 @@ def regrets(dims: tuple[int, ...] = (2, 5), rounds: tuple[int, ...] = (50, 500, 
         for t in rounds:
             regret, h = _play(_linucb, d, t)
             pairs.append((regret.max(), _regret_bound(h, t)))
-            pairs.append((h.log_det, _most_log_det(d, t)))
+            pairs.append(same(h.log_det <= _most_log_det(d, t), True))
         curves[f"LinUCB, d = {d}"] = regret[9::10].tolist()
     at = list(range(10, rounds[-1] + 1, 10))
     curves["at random, d = 5"] = _play(_random, 5, rounds[-1])[0][9::10].tolist()
-    return Evidence(worst(pairs), 1, "regret over 2·beta·sqrt(2T·log det V)", {"rounds": at, **curves})
+    return judged(pairs, "regret over 2·beta·sqrt(2T·log det V)", {"rounds": at, **curves})
 
 
 def random_actions() -> Evidence:
     """Actions at random, held to the same bound."""
     regret, h = _play(_random, 5, 4000)
     return Evidence(regret[-1], _regret_bound(h, 4000), "regret of random actions, beside their bound")
+
+
+def _doubled(det: Any) -> Any:
+    """Return 2·log det V: x <= 2·log(1 + x) for x up to 1, and det V grows by 1 + x with an uncertainty x."""
+    return 2 * flint.arb(det).log()
 
 
 def _potential(actions: list[Any], what: str) -> Evidence:
@@ -129,7 +138,7 @@ def _potential(actions: list[Any], what: str) -> Evidence:
         uncertain += a @ solve(v, a)
         v = v + np.multiply.outer(a, a)
     det = flint.fmpq_mat(v.tolist()).det()
-    return Evidence(uncertain, 2 * flint.arb(det).log(), what)
+    return Evidence(uncertain, _doubled(det), what)
 
 
 def _unit(count: int) -> list[Any]:

@@ -11,7 +11,7 @@ import flint
 import numpy as np
 
 from ..tensor.polynomial import monomials
-from .claim import SETH, Claim, Evidence, needs, same, total, worst
+from .claim import SETH, Claim, Evidence, judged, needs, same, total
 from .fields import Q, meet, precise, rationals, unequal
 
 __all__ = ["CLAIMS", "degrees", "exponent"]
@@ -111,7 +111,7 @@ def _asides(places: tuple[tuple[float, int], ...]) -> list[Any]:
     found += [(abs(_debye(g + 1, r) - _coefficient(g + 1, r).log()), Q(1, 12 * (g + 1))) for r, g in places]
     asked = range(10)
     found.append(same([_least(0, 0, lambda g, _, due=due: due - g) for due in asked], list(asked)))
-    found += [same(round(math.exp(_log_choose(d, g))), math.comb(d + g, g)) for d in asked for g in asked]
+    found += [same(meet(_log_choose(d, g).exp(), math.comb(d + g, g)), True) for d in asked for g in asked]
     return found
 
 
@@ -131,13 +131,13 @@ def degree(places: tuple[tuple[float, int], ...] = tuple(PLACES)) -> Evidence:
         if r < g:  # the tail is hardly more than its first term, which pi/4 of is needed
             pairs += [(tail, level / (1 - ratio)), (quarter, need / (1 - ratio))]
     steps = {f"R = {r}, error {e}": degrees(r, e) for r, e in SHOWN}
-    return Evidence(worst(pairs), 1, "lower bound over the least error, and that over the upper bound", steps)
+    return judged(pairs, "lower bound over the least error, and that over the upper bound", steps)
 
 
 @precise(BITS)
 def degree_of_series() -> Evidence:
     """The error of the series taken for what is needed."""
-    return Evidence(worst((_tail(g, r), _levelled(g, r)) for r, g in PLACES), 1, "error of the series over the least")
+    return judged(((_tail(g, r), _levelled(g, r)) for r, g in PLACES), "error of the series over the least")
 
 
 def _powers(x: Any, exponents: Any) -> Any:
@@ -204,9 +204,9 @@ def _limit(t: float) -> tuple[float, float]:
     return c, d * math.log1p(g / d) + g * math.log1p(d / g)
 
 
-def _log_choose(d: int, g: int) -> float:
-    """Return log C(d + g, g)."""
-    return math.lgamma(d + g + 1) - math.lgamma(d + 1) - math.lgamma(g + 1)
+def _log_choose(d: int, g: int) -> Any:
+    """Return log C(d + g, g) as a ball."""
+    return flint.arb(d + g + 1).lgamma() - flint.arb(d + 1).lgamma() - flint.arb(g + 1).lgamma()
 
 
 def _predicted(r: float, logs: float, relative: bool = True) -> int:
@@ -226,7 +226,7 @@ def _far(c: float, power: int) -> float:
     """Return log C(d+g, g)/log n at n = 2^power by Debye's degree."""
     logs = power * math.log(2)
     g = _predicted(c * logs, logs)
-    return _log_choose(power, g) / logs
+    return float(_log_choose(power, g)) / logs
 
 
 def _curve(entries: tuple[float, ...], relative: bool, what: str) -> Evidence:

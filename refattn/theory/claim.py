@@ -12,7 +12,7 @@ import flint
 
 from ..errors import HypothesisViolated
 
-__all__ = ["SETH", "Claim", "Evidence", "Result", "needs", "run", "same", "total", "worst"]
+__all__ = ["SETH", "Claim", "Evidence", "Result", "judged", "needs", "run", "same", "total", "worst"]
 
 SETH = (
     "the strong exponential time hypothesis (its refutation has been claimed in 2026-10; the proofs were not checked)"
@@ -31,12 +31,15 @@ class Evidence:
         What was measured, in words, with its unit.
     detail : mapping
         More numbers, or lists of them, for tables and plots.
+    unequal : int
+        How many exact equalities do not hold of those that the check has looked at besides: a claim needs all.
     """
 
     measured: Any
     bound: Any
     what: str
     detail: Mapping[str, Any] = field(default_factory=dict)
+    unequal: int = 0
 
     @property
     def finite(self) -> bool:
@@ -45,12 +48,12 @@ class Evidence:
 
     @property
     def holds(self) -> bool:
-        """Whether measured is surely at most the bound; NaN is not."""
-        return self.finite and bool(self.measured <= self.bound)
+        """Whether measured is surely at most the bound, which NaN is not, and all equalities hold."""
+        return self.finite and bool(self.measured <= self.bound) and self.unequal == 0
 
     @property
     def fails(self) -> bool:
-        """Whether measured is surely above the bound; a ball with points on both sides neither holds nor fails."""
+        """Whether measured is surely above the bound: not a ball with points on both sides, whatever is unequal."""
         return self.finite and bool(self.measured > self.bound)
 
 
@@ -146,6 +149,8 @@ def worst(found: Iterable[Any]) -> Any:
     least: Any = 0
     most: Any = 0
     for one in found:
+        if isinstance(one, Differs):
+            raise TypeError("worst: an equality is no ratio")
         ratio = one[0] / one[1] if isinstance(one, tuple) else one
         below = isinstance(one, tuple) and one[1] < 0  # the ratio would be small, and nothing is within the bound
         if below or not _finite(ratio):  # it is larger than nothing, and must not be lost
@@ -155,9 +160,32 @@ def worst(found: Iterable[Any]) -> Any:
     return most if least == most else flint.arb(least).union(flint.arb(most))
 
 
-def same(a: Any, b: Any) -> int:
-    """Return 0 where two numbers are equal, else 2: as a ratio it is then beyond every bound."""
-    return 0 if a == b else 2
+class Differs(int):
+    """0 where two things are equal, 1 where they are not: a count, and no ratio."""
+
+
+def same(a: Any, b: Any) -> Differs:
+    """Return whether two things differ."""
+    return Differs(a != b)
+
+
+def judged(found: Iterable[Any], what: str, detail: Mapping[str, Any] | None = None) -> Evidence:
+    """Return evidence that the `worst` of ratios and pairs is at most 1, and that all equalities by `same` hold.
+
+    Parameters
+    ----------
+    found : iterable
+        Ratios, pairs of what was measured and its bound, and equalities, in any order.
+    what, detail
+        Of the evidence; only ratios are measured.
+    """
+    ratios, unequal = [], 0
+    for one in found:
+        if isinstance(one, Differs):
+            unequal += one
+        else:
+            ratios.append(one)
+    return Evidence(worst(ratios), 1, what, detail or {}, unequal)
 
 
 def total(*counts: int) -> int:

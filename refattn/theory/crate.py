@@ -12,7 +12,7 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, same, total, worst
+from .claim import Claim, Evidence, judged, needs, same, total
 from .fields import Q, balls, disjoint, each, exp, meet, orthogonal, precise, rational, rationals, solve, unequal, zeros
 
 __all__ = ["CLAIMS", "gradient", "heads", "ista_step"]
@@ -143,7 +143,7 @@ def shrinks(steps: tuple[Any, ...] = STEPS, size: int = 1) -> Evidence:
         "rate over before of (1 - s) Z": [float(a / before) for a in alone],
     }
     pairs = [*zip(alone, found, strict=True), *((f, before) for f in found), _rated()]
-    return Evidence(worst(pairs), 1, "rate of (1 - s) Z over that with MSSA, and of that over the one before", detail)
+    return judged(pairs, "rate of (1 - s) Z over that with MSSA, and of that over the one before", detail)
 
 
 @precise()
@@ -211,8 +211,8 @@ def neumann(size: float = 1.0) -> Evidence:
     found = [_two_terms(c) for c in cases]
     needs(all(spectrum < 1 for spectrum, _ in found), "beta · lambda below 1: the series does not converge")
     pairs = [(error, spectrum**2) for spectrum, error in found]
-    attained = [same(*pairs[i]) for i in (0, 2)]  # of one value: the error is the bound
-    return Evidence(worst([*pairs, *attained]), 1, "squared relative error of two terms, over the bound's")
+    first, _, last = (same(*pair) for pair in pairs)  # of one value: the error is the bound
+    return judged([*pairs, first, last], "squared relative error of two terms, over the bound's")
 
 
 def neumann_large() -> Evidence:
@@ -270,7 +270,8 @@ def ista(step: Any = 1) -> Evidence:
     z, x = rationals(6, 4, least=1), d @ rationals(5, 4, least=1)
     after = ista_step(x, z, d, eta, weight)
     attained = same(_loss(x, z, d, weight) - _loss(x, after, d, weight), _due(after, z, eta))
-    return Evidence(max(_descent(Q(step)), attained), 0, "most by which the loss falls short of its descent")
+    what = "most by which the loss falls short of its descent"
+    return Evidence(_descent(Q(step)), 0, what, unequal=attained)
 
 
 def ista_long() -> Evidence:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,8 +10,8 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, same, worst
-from .fields import Q, orthogonal, rational, rationals, solve, unequal, zeros
+from .claim import Claim, Evidence, judged, needs, same
+from .fields import Q, orthogonal, precise, rational, rationals, solve, unequal, zeros
 
 __all__ = ["CLAIMS", "relu_step"]
 
@@ -90,7 +89,7 @@ def layers(counts: tuple[int, ...] = (1, 2, 5, 10)) -> Evidence:
         if extreme:
             pairs += zip(due, found, strict=True)
     detail = {"layers": list(counts), "errors": [math.sqrt(float(e)) for e in found]}
-    return Evidence(worst(pairs), 1, "squared error over the bound, and the bound over that of extremes", detail)
+    return judged(pairs, "squared error over the bound, and the bound over that of extremes", detail)
 
 
 def long_step() -> Evidence:
@@ -132,12 +131,20 @@ def _depth(kappa: float, error: float, momentum: float) -> int:
     return next(count for count, left in enumerate(_left(kappa, momentum)) if left <= error)
 
 
-def _conditioned(kappa: float) -> list[int]:
-    """Return whether a problem is of condition kappa, and whether a momentum makes two equal roots."""
+@precise()
+def _condition(kappa: float) -> float:
+    """Return the condition of the problem that is made for kappa, from balls around its eigenvalues."""
     a, _, weight, _ = _problem(kappa)
+    m = flint.arb_mat(a.tolist())
+    found = m.transpose() * m + flint.arb_mat((weight * np.eye(6)).tolist())
+    values = sorted((x.real for x in flint.acb_mat(found).eig()), key=float)
+    return float((values[-1] / values[0]).upper())
+
+
+def _equal_roots() -> list[int]:
+    """Return whether a momentum makes two equal roots."""
     # roots of r² - (1 + momentum)(1 - 1/kappa) r + momentum (1 - 1/kappa), in numbers that are not rounded
-    equal = [((1 + _momentum(k)) ** 2 * (k - 1), 4 * _momentum(k) * k) for k in (9, 49)]
-    return [same(round(np.linalg.cond(a.T @ a + weight * np.eye(6)) / kappa), 1), *itertools.starmap(same, equal)]
+    return [same((1 + _momentum(k)) ** 2 * (k - 1), 4 * _momentum(k) * k) for k in (9, 49)]
 
 
 def _fast_bound(kappa: float, error: float) -> float:
@@ -156,16 +163,17 @@ def _steps(kappa: float, error: float) -> int:
 def accelerated(kappas: tuple[float, ...] = (10, 100, 1000), error: float = ERROR) -> Evidence:
     """Layers of accelerated steps, counted, against 2·sqrt(kappa)·log(sqrt(kappa + 1)/error)."""
     needs(min(kappas) > 1, "kappa > 1")
-    found = [_depth(k, error, _momentum(k)) for k in kappas]
-    pairs: list[Any] = [(f, _fast_bound(k, error)) for f, k in zip(found, kappas, strict=True)]
+    conditions = [_condition(k) for k in kappas]  # kappa up to the roundings of the problem's numbers
+    found = [_depth(k, error, _momentum(c)) for k, c in zip(kappas, conditions, strict=True)]
+    pairs: list[Any] = [(f, _fast_bound(c, error)) for f, c in zip(found, conditions, strict=True)]
     pairs += [same(math.floor(_fast_bound(k, error)), _steps(k, error)) for k in (2, *kappas)]
-    pairs += [one for k in kappas for one in _conditioned(k)]
-    return Evidence(worst(pairs), 1, "layers over the bound", {"kappa": list(kappas), "layers": found})
+    return judged([*pairs, *_equal_roots()], "layers over the bound", {"kappa": conditions, "layers": found})
 
 
 def plain() -> Evidence:
     """Plain steps held to the same depth."""
-    return Evidence(_depth(1000, ERROR, 0), _fast_bound(1000, ERROR), "layers of plain steps beside the bound")
+    bound = _fast_bound(_condition(1000), ERROR)
+    return Evidence(_depth(1000, ERROR, 0), bound, "layers of plain steps beside the bound")
 
 
 def _inf(a: Any) -> Any:
@@ -205,7 +213,7 @@ def root(high: int = 1) -> Evidence:
     needs(all(_inf(one - a) < 1 for a in given), "a distance to I below 1 after scaling")
     multiple, other = (_newton_schulz(a, 4) for a in given)
     back = [(bound, error) for error, bound in multiple]
-    return Evidence(worst([*multiple, *other, *back]), 1, "residuals over their bounds, which a multiple of I attains")
+    return judged([*multiple, *other, *back], "residuals over their bounds, which a multiple of I attains")
 
 
 def root_unscaled() -> Evidence:

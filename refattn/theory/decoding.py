@@ -9,8 +9,8 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, same, worst
-from .fields import Q, balls, exp, meet, precise, rationals
+from .claim import Claim, Evidence, judged, needs, same
+from .fields import Q, balls, exp, meet, over, precise, rationals
 from .perturbation import total_variation
 
 __all__ = ["CLAIMS"]
@@ -36,7 +36,7 @@ def _recurrence(decay: Any, held_to: Any, what: str, steps: int = 30) -> Evidenc
     drawn = _errors(decay, steps, rng.choice([-1, 1], steps))
     pairs = [*zip(all_up, due, strict=True), *zip(due, all_up, strict=True), *zip(drawn, due, strict=True)]
     detail = {"step": list(range(1, steps + 1)), "error": [float(e) for e in all_up], "bound": [float(d) for d in due]}
-    return Evidence(worst(pairs), 1, what, detail)
+    return judged(pairs, what, detail)
 
 
 DECAY = Q(9, 10)
@@ -53,7 +53,7 @@ def no_decay() -> Evidence:
     return _recurrence(Q(1), DECAY, "error without decay over the bound of 9/10")
 
 
-def _evicted(budget: int, evict: Any, alike: bool = True, n: int = 14) -> list[tuple[Any, Any, Any, int]]:
+def _evicted(budget: int, evict: Any, alike: bool = True, n: int = 14) -> list[tuple[Any, Any, Any, Any]]:
     """Return errors of a decoding loop that keeps some keys, beside its dropped weight and share, times the range.
 
     And whether an error is the dropped weight times how far the mean of what is gone is from that of what is kept.
@@ -83,17 +83,14 @@ def eviction(budgets: tuple[int, ...] = (1, 3, 6)) -> Evidence:
     exact = [off for budget, steps in zip(budgets, found, strict=True) for off, *_ in steps[:budget]]
     pairs = [(off, by_weight) for steps in found for off, by_weight, *_ in steps if by_weight]
     known = [one for steps in found for *_, one in steps]
-    return Evidence(
-        worst([*pairs, *known, *(same(off, 0) for off in exact)]),
-        1,
-        "error over the dropped weight times the values' range",
-    )
+    what = "error over the dropped weight times the values' range"
+    return judged([*pairs, *known, *(same(off, 0) for off in exact)], what)
 
 
 def eviction_by_share() -> Evidence:
     """The share of the keys that went in place of their weight: the weightiest goes, with a value of its own."""
     pairs = [(off, by_share) for off, _, by_share, _ in _evicted(13, max, alike=False) if by_share]
-    return Evidence(worst(pairs), 1, "error over the share of dropped keys times the values' range")
+    return judged(pairs, "error over the share of dropped keys times the values' range")
 
 
 def _power(s: Array, p: int) -> Array:
@@ -125,12 +122,10 @@ def power(powers: tuple[int, ...] = (8, 16, 32, 64), size: int = 4) -> Evidence:
         cases = [balls(rationals(s, 9)) * size for s in range(4)]
         found += [(total_variation(_power(s, p), exp(s) / exp(s).sum()), _power_bound(r, p)) for s in cases]
         curve.append(_two_places(r, p))
-        found.append(same(meet(curve[-1], _power_bound(r, p)), True))
-    found += [(b, a) for a, b in itertools.pairwise(curve)]
+        found += [over(curve[-1], _power_bound(r, p)), same(meet(curve[-1], _power_bound(r, p)), True)]
+    found += [same(b < a, True) for a, b in itertools.pairwise(curve)]
     detail = {"p": list(powers), "distance": [float(c) for c in curve]}
-    return Evidence(
-        worst(found), 1, "total variation over tanh(osc/4), attained, and over that of half the power", detail
-    )
+    return judged(found, "total variation over tanh(osc/4)", detail)
 
 
 @precise()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..exact.precision import precision
 
 __all__ = [
-    "BITS", "Dual", "Q", "balls", "disjoint", "each", "exp", "meet", "orthogonal", "precise", "rational",
+    "BITS", "Dual", "Q", "balls", "disjoint", "each", "exp", "meet", "orthogonal", "over", "precise", "rational",
     "rationals", "solve", "unequal", "zeros",
 ]  # fmt: skip
 
@@ -103,6 +103,12 @@ def disjoint(a: Any, b: Any) -> int:
     if np.shape(a) != np.shape(b):
         raise ValueError(f"disjoint: got shapes {np.shape(a)} and {np.shape(b)}")
     return int(np.sum(each(lambda x, y: not meet(x, y), a, b).astype(bool)))
+
+
+def over(a: Any, b: Any) -> Any:
+    """Return the ratio of two balls, 1 where they meet and half of their bits are known: a bound that is attained."""
+    known = min(flint.arb(a).rel_accuracy_bits(), flint.arb(b).rel_accuracy_bits()) > BITS // 2
+    return Q(1) if meet(a, b) and known else flint.arb(a) / flint.arb(b)
 
 
 def meet(a: Any, b: Any) -> bool:

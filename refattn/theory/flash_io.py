@@ -14,7 +14,7 @@ from ..check.bounds.expected import expected
 from ..check.model import flash as flash_model
 from ..problem import Problem
 from ..tensor import as_pairs
-from .claim import Claim, Evidence, needs, same, worst
+from .claim import Claim, Differs, Evidence, judged, needs, same, worst
 from .io_loops import fits, flash, scores_in_slow_memory, tile_of, triple
 
 __all__ = ["CLAIMS", "counted", "hbm_bytes", "standard"]
@@ -70,6 +70,16 @@ def _off(out: Float, problem: Problem, tile: int = 1) -> float:
     return float(worst(pairs))
 
 
+def _right(out: Float, problem: Problem, tile: int = 1) -> Differs:
+    """Return whether a result is wrong: an element is off by more than `expected` allows."""
+    return same(_off(out, problem, tile) <= 1, True)
+
+
+def _both(words: int, form: int) -> list[tuple[int, int]]:
+    """Return the ratio of words to their closed form, and the other way round."""
+    return [(words, form), (form, words)]
+
+
 TINY = 2.0**-1074
 """The smallest float64 number: where nothing may be lost, it is too much."""
 
@@ -98,11 +108,11 @@ def check(grid: tuple[tuple[int, int, int], ...] = GRID) -> Evidence:
         needs(5 * d + 4 <= m <= 5 * n * d, f"M from 5·d + 4 to 5·N·d, got M = {m}, N = {n}, d = {d}")
         q, k, v = _inputs(n, d)
         out, fast, (rows, columns) = flash(q, k, v, m)
-        found += [_off(out, _problem(q, k, v), columns), same(columns, _columns(d, m)), same(rows, min(columns, d))]
-        found += [same(fast.words, _words(n, d, columns)), fast.peak / m]
+        found += [_right(out, _problem(q, k, v), columns), same(columns, _columns(d, m)), same(rows, min(columns, d))]
+        found += [*_both(fast.words, _words(n, d, columns)), same(fast.peak <= m, True)]
         constants.append(fast.words * m / (n * d) ** 2)
     detail = {"M over d²": [m / d / d for _, d, m in grid], "constant of N²d²/M": constants}
-    return Evidence(worst(found), 1, "errors over their bounds, counts from their closed forms", detail)
+    return judged(found, "words over 2Nd + ceil(N/c)·N·(3d + 4), and that over the words", detail)
 
 
 def loses() -> Evidence:
@@ -110,7 +120,7 @@ def loses() -> Evidence:
     n, d = 64, 16
     q, k, v = _inputs(n, d)
     pairs = [(counted(q, k, v, m)[1], standard(n, d)) for m in (6 * d, d * d, 16 * d * d)]
-    return Evidence(worst(pairs), 1, "words over those of standard attention, M from 6d")
+    return judged(pairs, "words over those of standard attention, M from 6d")
 
 
 def _lower(n: int, d: int, m: int) -> float:
@@ -135,7 +145,7 @@ def _loops(n: int, d: int, m: int) -> Iterator[int]:
 
 def _optimal(sizes: tuple[tuple[int, int, int], ...], what: str) -> Evidence:
     found = [(_lower(n, d, m), min(_loops(n, d, m))) for n, d, m in sizes]
-    return Evidence(worst(found), 1, what, {"words over the lower bound": [w / max(b, 1) for b, w in found]})
+    return judged(found, what, {"words over the lower bound": [w / max(b, 1) for b, w in found]})
 
 
 def lower(sizes: tuple[tuple[int, int, int], ...] = ((96, 8, 64), (96, 8, 128), (80, 6, 40))) -> Evidence:
@@ -163,9 +173,9 @@ def _small(places: tuple[tuple[int, int, int], ...], what: str) -> Evidence:
     for n, d, m in places:
         q, k, v = _inputs(n, d)
         out, fast = scores_in_slow_memory(q, k, v, m)
-        found += [(fast.words, flash(q, k, v, m)[1].words), _off(out, _problem(q, k, v))]
-        found += [same(fast.words, _square_words(n, d, m)), fast.peak / m]
-    return Evidence(worst(found), 1, what)
+        found += [(fast.words, flash(q, k, v, m)[1].words), _right(out, _problem(q, k, v))]
+        found += [same(fast.words, _square_words(n, d, m)), same(fast.peak <= m, True)]
+    return judged(found, what)
 
 
 SMALL = ((40, 32, 161), (50, 27, 160))
@@ -188,16 +198,16 @@ def sparse(seed: int = 0, n: int = 60, d: int = 6, m: int = 160) -> Evidence:
     rows, columns = tile_of(d, m)
     needs(n % rows == 0 and n % columns == 0, f"tiles of {rows} and {columns} that divide n = {n}")
     rng, densities = np.random.default_rng(seed), []
-    found: list[float] = []
+    found: list[Any] = []
     for density in (0.1, 0.25, 0.5, 1.0):
         blocks = rng.random((n // rows, n // columns)) < density
         out, words, _ = counted(q, k, v, m, blocks)
         mask = np.kron(blocks, np.ones((rows, columns), bool)).astype(bool)
         read = 2 * d * columns * int(blocks.any(0).sum())
-        found.append(same(words, read + int(blocks.sum()) * rows * (3 * d + 4)))
-        found.append(_off(out, _problem(q, k, v, mask), columns))
+        found += _both(words, read + int(blocks.sum()) * rows * (3 * d + 4))
+        found.append(_right(out, _problem(q, k, v, mask), columns))
         densities.append(float(blocks.mean()))
-    return Evidence(worst(found), 1, "words from the blocks', errors over their bounds", {"densities": densities})
+    return judged(found, "words over those of the blocks, and the other way round", {"densities": densities})
 
 
 def sparse_by_entries() -> Evidence:
@@ -233,11 +243,11 @@ def triple_io(grid: tuple[tuple[int, int, int], ...] = TRIPLE) -> Evidence:
         # a product of three features is rounded twice: as if there were one more of them
         wider = [np.pad(x, ((0, 0), (0, 1)))[None, None] for x in given[:3]]
         pairs = as_pairs(*wider, *(x[None, None] for x in given[3:]), scale=1.0)
-        found += [_off(out, pairs), same(b, math.isqrt((3 * d + 2) ** 2 + m - 2 * d) - 3 * d - 2)]
-        found += [same(fast.words, _triple_words(n, d, b)), fast.peak / m]
+        found += [_right(out, pairs), same(b, math.isqrt((3 * d + 2) ** 2 + m - 2 * d) - 3 * d - 2)]
+        found += [*_both(fast.words, _triple_words(n, d, b)), same(fast.peak <= m, True)]
         ratios.append(fast.words * m / (n**3 * d))
     detail = {"M over d²": [m / d / d for _, d, m in grid], "constant of N³d/M": ratios}
-    return Evidence(worst(found), 1, "errors over their bounds, counts from their closed forms", detail)
+    return judged(found, "words over 2Nd(1 + N/b + (N/b)²), and that over the words", detail)
 
 
 def triple_small() -> Evidence:
@@ -269,7 +279,7 @@ def _bytes(predicted: Callable[[int, int, int, int], int], what: str) -> Evidenc
     arrays = 2 * query.nbytes + 2 * key.nbytes + query[..., 0].astype(np.float32).nbytes
     (b, h, n, d), (_, h_kv, n_k, _) = query.shape, key.shape
     held = same(hbm_bytes(b, h, h_kv, n, n_k, d), arrays)
-    return Evidence(worst([*((abs(a), CACHE) for a in away), held]), 1, what, {"bytes": away})
+    return judged([*((abs(a), CACHE) for a in away), held], what, {"bytes": away})
 
 
 def hbm() -> Evidence:

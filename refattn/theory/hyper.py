@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
-from .claim import Claim, Evidence, needs, same, total, worst
+from .claim import Claim, Evidence, judged, needs, same, total
 from .fields import Q, rationals, unequal
 
 __all__ = ["CLAIMS", "spread"]
@@ -130,7 +130,7 @@ def _within(bound: Callable[[Array, Array, int], Any], what: str) -> Evidence:
         found = [(_error(m, True, a, v)[0], bound(p, v, m)) for m in (1, 2)]
         pairs += [*found, *((most, error) for error, most in found if attained)]
         pairs.append(same(_alpha(p, 1), len(p) * max(_norm(column) for column in p.T)))
-    return Evidence(worst(pairs), 1, what)
+    return judged(pairs, what)
 
 
 def _alpha(p: Array, m: int) -> Any:
@@ -188,7 +188,7 @@ def _recalled(what: str, lost: int = 0) -> Evidence:
     pairs = [(variance, most) for variance, most, _ in found_]
     detail = {"recall": [0.0, 0.5, 1.0], "mean relative variance, one sample": [float(v) for v, _ in pairs[:3]]}
     detail["alpha of what is sampled"] = [float(b) for _, b in pairs[:3]]
-    return Evidence(worst([*pairs, *(2 * wrong for *_, wrong in found_)]), 1, what, detail)
+    return judged([*pairs, *(same(wrong, 0) for *_, wrong in found_)], what, detail)
 
 
 def recalled() -> Evidence:

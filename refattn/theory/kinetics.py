@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from ..errors import InvalidInput
-from .claim import Claim, Evidence, needs, same, total
+from .claim import Claim, Evidence, judged, needs, same, total
 
 __all__ = ["CLAIMS", "context_of_equal_cost", "keys_read"]
 
@@ -96,17 +96,17 @@ def _costs(context: int | Fraction, shape: tuple[int, ...], intensity: Fraction,
 
 def _crossing(memory: bool, intensities: tuple[Fraction, ...], what: str) -> Evidence:
     """Compare the costs at the crossover, in fractions, and at the contexts just below and above it with 2·P."""
-    found = []
+    found: list[Any] = []
+    places = []
     exactly: Any = context_of_equal_cost
     for shape in SHAPES:
         for i in intensities:
             at = context_of_equal_cost(*shape, intensity=float(i))
             below, above = (_costs(math.floor(at) + more, shape, i, memory) / (2 * shape[0]) for more in (0, 1))
             there = same(_costs(exactly(*shape, intensity=i), shape, i, memory), 2 * shape[0])
-            found.append((max(below, 1 / above, there), float(i), at))
-    return Evidence(
-        max(f[0] for f in found), 1, what, {"intensity": [f[1] for f in found], "context": [f[2] for f in found]}
-    )
+            found += [below, 1 / above, there]
+            places.append((float(i), at))
+    return judged(found, what, {"intensity": [i for i, _ in places], "context": [at for _, at in places]})
 
 
 RATIOS = tuple(map(Fraction, ("1", "141.5", "281.25", "562.5", "2000")))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..tensor import attention, collide, match3
-from .claim import Claim, Evidence, needs, same, total, worst
+from .claim import Claim, Evidence, judged, needs, same, total
 from .fields import Q, rationals
 
 __all__ = ["CLAIMS"]
@@ -50,7 +50,7 @@ def solved(sizes: tuple[tuple[int, int], ...] = ((16, 128), (64, 1021), (128, 81
         pairs += [(away - roundings, float(LEAK)) for away, roundings in far]
         attained, roundings = far[-1]
         pairs.append((float(LEAK), attained + roundings))
-    return Evidence(worst(pairs), 1, "largest distance of an output to its label, over what leaks, which is attained")
+    return judged(pairs, "largest distance of an output to its label, over what leaks, which is attained")
 
 
 def small_logits() -> Evidence:
@@ -178,7 +178,7 @@ def collision(
     shares = [a / b for a, b in pairs]
     far, bound = pairs.pop()
     found_ = [*pairs, (far, bound + rounding), (bound, far + rounding), same(total(strays, _exactly()), 0)]
-    return Evidence(worst(found_), 1, "difference of the outputs over the pigeonhole bound", {"shares": shares})
+    return judged(found_, "difference of the outputs over the pigeonhole bound", {"shares": shares})
 
 
 def triple_is_apart() -> Evidence:

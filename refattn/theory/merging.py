@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..check.bounds.expected import expected
 from ..check.model import Model
 from ..problem import Problem
-from .claim import Claim, Evidence, needs, total, worst
+from .claim import Claim, Evidence, judged, needs, total, worst
 from .fields import rationals, unequal
 
 __all__ = ["CLAIMS", "ORDERS"]
@@ -119,7 +119,7 @@ def _rounding(split_of: Callable[[int], int], what: str) -> Evidence:
             by_order = [*zip(off.flat, right.allowed["out"].flat, strict=True)]
             pairs += [*by_order, *zip(far.flat, right.allowed["lse"].flat, strict=True)]
             curve[name] = max(curve.get(name, 0.0), float(worst(by_order)))
-    return Evidence(worst(pairs), 1, what, {"largest error over its bound": curve})
+    return judged(pairs, what, {"largest error over its bound": curve})
 
 
 def rounding() -> Evidence:

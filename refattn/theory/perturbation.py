@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, same, worst
-from .fields import Q, balls, exp, meet, precise, rational, rationals
+from .claim import Claim, Evidence, judged, needs, same
+from .fields import Q, balls, exp, meet, over, precise, rational, rationals
 
 __all__ = ["CLAIMS", "dobrushin", "total_variation"]
 
@@ -57,9 +57,10 @@ def _moved(share: int, what: str) -> Evidence:
         p, q, bound = _softmax(s), _softmax(s + d), _bound(d, share)
         apart = max(v, key=float) - min(v, key=float)
         pairs = [(total_variation(p, q), bound), (abs((q - p) @ v), bound * apart)]
-        found += [same(meet(*pair), True) for pair in pairs] if attained else pairs
+        found += [over(*pair) for pair in pairs]
+        found += [same(meet(*pair), True) for pair in pairs if attained]
         ratios.append(float(total_variation(p, q) / bound))
-    return Evidence(worst(found), 1, what, {"total variation over its bound": ratios})
+    return judged(found, what, {"total variation over its bound": ratios})
 
 
 def moved() -> Evidence:
@@ -107,7 +108,7 @@ def _collapse(residual: bool, what: str, layers: int = 5) -> Evidence:
             curve.append(float(_osc(x) / start))
             due.append(float(factor))
     at = list(range(1, layers + 1))
-    return Evidence(worst(pairs), 1, what, {"layer": at, "apart": curve[layers:], "bound": due[layers:]})
+    return judged(pairs, what, {"layer": at, "apart": curve[layers:], "bound": due[layers:]})
 
 
 def collapse(layers: int = 5) -> Evidence:
@@ -133,9 +134,9 @@ def _by_scores(share: int, what: str) -> Evidence:
     for s in _scores():
         p = np.array([_softmax(row) for row in s])
         bound = max((_bound(a - b, share) for a, b in itertools.combinations(s, 2)), key=float)
-        found.append((dobrushin(p), bound))
-    found[-1] = same(meet(*found[-1]), True)  # attained
-    return Evidence(worst(found), 1, what)
+        found.append(over(dobrushin(p), bound))
+    found.append(same(meet(dobrushin(p), bound), True))
+    return judged(found, what)
 
 
 def by_scores() -> Evidence:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import format_of
-from .claim import Claim, Evidence, needs, same, worst
+from .claim import Claim, Evidence, judged, needs, same
 from .fields import Q, balls, each, exp, meet, precise, rational, rationals
 
 __all__ = ["CLAIMS", "FORMATS", "GRAINS", "error_bound"]
@@ -151,17 +151,13 @@ def inputs(formats: tuple[str, ...] = FORMATS) -> Evidence:
                 for ms in zip(moved, steps, strict=True)
                 for m, s in zip(*map(np.ravel, ms), strict=True)
             ]
-    return Evidence(
-        worst([*pairs, *_attained()]), 1, "error over its bound, which some attain, and moves over steps", bounds
-    )
+    return judged([*pairs, *_attained()], "error over its bound, which some attain, and moves over steps", bounds)
 
 
 @precise()
 def outlier() -> Evidence:
     """One scale for the tensor, held to what a scale a token allows: a token of large values spoils the others."""
-    return Evidence(
-        worst(_pairs("int8", "tensor", "token")), 1, "error with one scale over the bound of a scale a token"
-    )
+    return judged(_pairs("int8", "tensor", "token"), "error with one scale over the bound of a scale a token")
 
 
 LOST = (9, 6, Q(3), Q(8))
@@ -193,7 +189,7 @@ def _weighed(levels: int, held_to: int, what: str) -> Evidence:
         off = abs((p @ v) / p.sum() - (rounded @ v) / rounded.sum())
         pairs.append((off, _lost(len(p), held_to, v.max() - v.min(), rounded.sum())))
     pairs.append(same(_lost(*LOST), Q(1, 4)))
-    return Evidence(worst(pairs), 1, what, {"errors over their bounds": [float(a / b) for a, b in pairs[:-1]]})
+    return judged(pairs, what, {"errors over their bounds": [float(a / b) for a, b in pairs[:-1]]})
 
 
 def weights(levels: int = 255) -> Evidence:

@@ -72,9 +72,6 @@ def _paths(mask: NDArray[np.bool_], layers: int) -> NDArray[np.bool_]:
     return found
 
 
-DENSITY = 0.25
-
-
 def _refused(mask: NDArray[np.bool_]) -> bool:
     try:
         of_mask(mask, 1)
@@ -87,7 +84,7 @@ def _blocks(own: bool, what: str, sizes: tuple[int, ...] = (2, 3, 5)) -> Evidenc
     """Compare the reach of masks of whole blocks with the reach among blocks, and with paths."""
     wrong = [int(not _refused(np.ones((2, 3), bool)))]
     for seed, size in enumerate(sizes):
-        blocks = np.tril(np.random.default_rng(seed).random((7, 7)) < DENSITY, -1)
+        blocks = np.tril(np.random.default_rng(seed).integers(4, size=(7, 7)) == 0, -1)
         np.fill_diagonal(blocks, own)
         mask = np.kron(blocks, np.ones((size, size), bool))
         for layers in range(4):

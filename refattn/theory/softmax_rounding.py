@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, same, worst
-from .fields import balls, meet, precise, rational
+from .claim import Claim, Evidence, judged, needs, same
+from .fields import balls, meet, over, precise, rational
 from .tracing import Traced, U, modelled
 
 __all__ = ["CLAIMS"]
@@ -115,17 +116,17 @@ def _held(program: Program, error: Form, most: Form, relative: bool, inputs: lis
         found += [same(meet(largest, form), True), same(meet(traced.may, ran), True)]
         found.append((largest, most(x)))
     shares = [float(x[0] / x[1]) for x in found if isinstance(x, tuple)]
-    return Evidence(worst(found), 1, what, {"largest error over the short bound": shares})
+    return judged(found, what, {"largest error over the short bound": shares})
 
 
 def _largest(program: Program, most: Form, relative: bool, inputs: list[Numbers], what: str) -> Evidence:
     """Compare a program's largest first-order error with a short bound."""
     traced = [program([Traced(a) for a in rational(x)]) for x in inputs]
     errors = [t.error / abs(t.value) if relative else t.error for t in traced]
-    return Evidence(worst((e, most(x)) for e, x in zip(errors, inputs, strict=True)), 1, what)
+    return judged(((e, most(x)) for e, x in zip(errors, inputs, strict=True)), what)
 
 
-HELD = "largest error over the bound, and errors away from the closed form or runs outside"
+HELD = "largest error over the bound"
 
 
 def _range(x: Numbers) -> Any:
@@ -267,9 +268,8 @@ def _passes(more: Callable[[Numbers], Any], what: str) -> Evidence:
     for x in _inputs(60.0):
         one, two = (f([Traced(a) for a in rational(x)]).error for f in (lambda y: _online(y, 1), _lse))
         found.append(same(meet(one - two, _moves(x)), True))
-        most = two + more(x)
-        found += [] if meet(one, most) else [(one, most)]  # they are equal where no maximum is new
-    return Evidence(worst(found), 1, what)
+        found.append(over(one, two + more(x)))
+    return judged(found, what)
 
 
 def _new_maxima(x: Numbers) -> Any:
@@ -282,7 +282,7 @@ def one_pass() -> Evidence:
     found = _passes(_new_maxima, "error of one pass over that of two passes and two roundings a new maximum")
     grown = [[2 for t, a in enumerate(x) if t and a > x[:t].max()] for x in _inputs(60.0)]
     counts = [same(_new_maxima(x), sum(twos)) for x, twos in zip(_inputs(60.0), grown, strict=True)]
-    return Evidence(worst([found.measured, *counts]), 1, found.what)
+    return replace(found, unequal=found.unequal + sum(counts))
 
 
 @precise()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, same, total, worst
+from .claim import Claim, Evidence, judged, needs, same, total
 from .fields import Dual, Q, each, rationals, unequal
 
 __all__ = ["CLAIMS", "SELECTORS"]
@@ -76,12 +77,12 @@ def _identity(share_of: Callable[[Array, Mask], Any], selectors: Mapping[str, Se
         needs(bool(kept.any()), "a selector that keeps a key of every row")
         share = share_of(w, kept)
         away = _mean(w, v) - _mean(w[kept], v[kept])
-        found.append(2 * unequal(away, share * (_mean(w[~kept], v[~kept]) - _mean(w[kept], v[kept]))))
+        found.append(same(unequal(away, share * (_mean(w[~kept], v[~kept]) - _mean(w[kept], v[kept]))), 0))
         if share:
             found.append((abs(away).max(), share * max(v.max(0) - v.min(0))))
             found.append((abs(away).max(), _at_most(share, v)))
         shares[name] = max(shares.get(name, 0.0), float(share))
-    return Evidence(worst(found), 1, what, {"largest dropped share": shares})
+    return judged(found, what, {"largest dropped share": shares})
 
 
 def _at_most(share: Any, v: Array) -> Any:
@@ -99,15 +100,13 @@ def dropping(selectors: Mapping[str, Selector] = SELECTORS) -> Evidence:
     away = abs(_mean(w, v) - _mean(w[kept], v[kept])).max()
     share = _dropped(w, kept)
     attained = same((away, share > 0), (_at_most(share, v), True))
-    found = _identity(
-        _dropped, selectors, "elements away from the identity, and errors over delta times the values' range"
-    )
-    return Evidence(worst([found.measured, attained]), 1, found.what, found.detail)
+    found = _identity(_dropped, selectors, "error over delta times the values' range, and over 2·delta·max|v|")
+    return replace(found, unequal=found.unequal + attained)
 
 
 def dropping_by_count() -> Evidence:
     """The share of keys in place of the share of weight."""
-    what = "elements away from the identity with the share of dropped keys"
+    what = "error over the share of dropped keys times the values' range"
     return _identity(lambda w, kept: Q(int((~kept).sum()), len(kept)), SELECTORS, what)
 
 
@@ -127,7 +126,7 @@ def _misjudged(power: int, what: str) -> Evidence:
     near = np.array([Q(1), eps**2])  # as far apart as the errors can turn round
     turned = same(*(near * np.array(off)))
     wrong, right = _odds(near, near < eps), _odds(near, near > eps)
-    return Evidence(worst([*pairs, turned, same(wrong, limit * right)]), 1, what)
+    return judged([*pairs, (wrong, limit * right), turned, same(wrong, limit * right)], what)
 
 
 def misjudged() -> Evidence:

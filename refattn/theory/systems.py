@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..tensor.polynomial import monomials
-from .claim import Claim, Evidence, needs, same, worst
+from .claim import Claim, Evidence, judged, needs, same, worst
 from .counting import held
 from .fields import Q, balls, disjoint, exp, precise, rationals, unequal, zeros
 
@@ -145,14 +145,14 @@ def _moved(e: Any, apart: Any) -> Any:
 
 
 def _held(degrees: tuple[int, ...]) -> list[Any]:
-    """Return ratios that hold the parts of `taylor_bound` from both sides."""
+    """Return whether the parts of `taylor_bound` are held from both sides."""
     found: list[Any] = [same(_moved(Q(1, 5), Q(2)), Q(1, 2))]
     for r, g in itertools.product((Q(1, 8), Q(1, 2)), degrees):
         grown = flint.arb(r).exp()
         # the terms after g are at least the first of them, and at most exp(R) times that
         rest = grown - sum(r**m / math.factorial(m) for m in range(g + 1))
         least = rest * grown
-        found += [same(least > 0, True), (least, _remainder(r, g)), (_remainder(r, g), least * grown)]
+        found.append(same(0 < least <= _remainder(r, g) <= least * grown, True))
     return found
 
 
@@ -180,9 +180,9 @@ def growing(degrees: tuple[int, ...] = (4, 6, 8, 10), large: int = 1) -> Evidenc
     needs(all(b > 0 for b in bounds), "logits small enough that the remainder is below 1")
     needed = [math.comb(3 + g, g) * 4 for g in degrees]
     pairs = [*_held(degrees), *zip(errors, bounds, strict=True), *((b, a) for a, b in itertools.pairwise(errors))]
-    pairs += [(max(a, b), min(a, b)) for a, b in zip(states, needed, strict=True)]
+    pairs += [same(a, b) for a, b in zip(states, needed, strict=True)]
     detail = {"numbers held": states, "errors": [float(e) for e in errors], "bounds": [float(b) for b in bounds]}
-    return Evidence(worst(pairs), 1, "error over its bound and over that of the smaller state", detail)
+    return judged(pairs, "error over its bound and over that of the smaller state", detail)
 
 
 @precise()

@@ -89,7 +89,7 @@ def modelled() -> list[int]:
     """Return for some operations whether their errors and what they may hold are the model's, 0 where they are."""
     product = Traced(3) * Traced(5)  # 15(1 + a)
     difference = product - product * Traced(2)  # 15(1 + a) - 30(1 + a)(1 + b), times 1 + c
-    found = [same(difference.error.unique_fmpz(), 15 + 30 + 15)]
+    found: list[int] = [same(difference.error.unique_fmpz(), 15 + 30 + 15)]
     grown = Traced(1).exp()
     for number, most in ((product, U), (grown, U + DOUBLE)):
         ends = (number.value * (1 + sign * flint.arb(most)) for sign in (-1, 1))

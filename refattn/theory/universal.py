@@ -12,11 +12,12 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, same, worst
-from .fields import meet, precise
+from .claim import Claim, Evidence, judged, needs, same
+from .fields import Q, meet, precise
 
 __all__ = ["CLAIMS"]
 
+Array = NDArray[Any]
 Float = NDArray[np.float64]
 N = 3
 BETA = 30.0
@@ -50,11 +51,11 @@ def _target(x: Float, ridge: Ridge) -> Float:
     return np.stack([sum(c * ridge.g(x @ np.array(a)) for c, a in terms) for terms in TERMS], 1)
 
 
-def _read(x: Float, beta: float) -> Float:
+def _read(x: Float, beta: Any) -> Array:
     """Return what N heads read in every place, keys being one-hot positions: all tokens; (batch, token)."""
-    p = np.exp(beta * np.eye(N))
+    p = np.exp(np.eye(N) * beta)
     p /= p.sum(1, keepdims=True)
-    return x @ p.T
+    return np.asarray(x @ p.T)
 
 
 @dataclass(frozen=True)
@@ -99,20 +100,22 @@ def _built(knots: int, ridge: Ridge) -> Network:
     return Network(np.array(first).T, np.array(bias), np.array(second))
 
 
-def _elsewhere(beta: float) -> float:
+def _elsewhere(beta: Any) -> Any:
     """Return how far a token in [-1, 1] is off that is read with others' shares."""
-    return 2 * (N - 1) / (math.exp(beta) + N - 1)
+    return 2 * (N - 1) / (np.exp(beta) + N - 1)
 
 
 def _bound(knots: int, beta: float, ridge: Ridge) -> float:
     """Return the sup error: of chords, and of tokens that are read with others' shares."""
     off = _elsewhere(beta)
-    return max(
-        sum(
-            abs(c) * (ridge.between(np.diff(_knots(a, knots)).max()) + ridge.slope(_reach(a)) * _reach(a) * off)
-            for c, a in terms
+    return float(
+        max(
+            sum(
+                abs(c) * (ridge.between(np.diff(_knots(a, knots)).max()) + ridge.slope(_reach(a)) * _reach(a) * off)
+                for c, a in terms
+            )
+            for terms in TERMS
         )
-        for terms in TERMS
     )
 
 
@@ -128,9 +131,9 @@ def _points(knots: int) -> Float:
 
 def _read_off() -> int:
     """Return 0 where a token that all others are opposite to is read just `_elsewhere` off, else 2."""
-    beta, others = math.log(6), np.array([[1.0, *[-1.0] * (N - 1)]])  # shares of eighths
+    beta, others = flint.arb(6).log(), np.array([[1.0, *[-1.0] * (N - 1)]])  # shares of eighths
     off = (others - _read(others, beta))[0, 0]
-    return same(*(round(24 * found) for found in (off, _elsewhere(beta))))
+    return same(meet(off, Q(1, 2)) and meet(_elsewhere(beta), Q(1, 2)), True)
 
 
 def _error(knots: int, beta: float, ridge: Ridge, positions: bool) -> tuple[float, int]:
@@ -154,8 +157,8 @@ def universal(knots: tuple[int, ...] = (2, 4, 8, 16, 32, 64), beta: float = BETA
         curves[name] = [e for e, _ in found]
         widths = [w for _, w in found]
     terms = sum(map(len, TERMS))
-    pairs += [(w, (m + 1) * terms) for w, m in zip(widths, knots, strict=True)]
-    return Evidence(worst(pairs), 1, "sup error over its bound, width over M + 1 a term", {"width": widths, **curves})
+    pairs += [same(w, (m + 1) * terms) for w, m in zip(widths, knots, strict=True)]
+    return judged(pairs, "sup error over its bound", {"width": widths, **curves})
 
 
 def equivariant() -> Evidence:
@@ -203,7 +206,7 @@ def contextual(deltas: tuple[float, ...] = (6.0, 8.0), sizes: tuple[int, ...] = 
         )
         gap, claimed = _averages(delta, n)
         pairs.append((claimed, gap))
-    return Evidence(worst(pairs), 1, "claimed gap over the least one found", {"gap": float(gap)})
+    return judged(pairs, "claimed gap over the least one found", {"gap": float(gap)})
 
 
 @precise()

@@ -10,7 +10,7 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, needs, same, total, worst
+from .claim import Claim, Evidence, judged, needs, same, total, worst
 from .counting import held
 from .fields import Q, balls, disjoint, each, exp, meet, precise, rational, rationals, solve, unequal
 from .systems import softmax
@@ -220,15 +220,14 @@ def deep(betas: tuple[int, ...] = BETAS, separated: bool = True) -> Evidence:
     opposite = rational(np.array([[1, 0], [-1, 0]]))  # where reads are off by nearly all that the bound allows
     near = _deep_pairs(opposite, _separation(opposite, opposite), (1, 2, 4))
     detail = {"beta": list(betas), **{n: [float(p[i]) for p in found[::3]] for i, n in enumerate(("error", "bound"))}}
-    what = "error over its bound, and numbers or rounds other than 2d + 1 and n"
-    return Evidence(worst([*found, *near, *_otherwise()]), 1, what, detail)
+    return judged([*found, *near, *_otherwise()], "error over its bound", detail)
 
 
 @precise(1024)
 def unselectable() -> Evidence:
     """A node at the mean of the others, which no selector scores above all: the errors do not fall with beta."""
     pairs = _deep_pairs(_nodes(False), _separation(_nodes(True), _nodes(True)), BETAS[-2:])
-    return Evidence(worst(pairs), 1, "error over the bound of separable nodes, one node at the mean of the others")
+    return judged(pairs, "error over the bound of separable nodes, one node at the mean of the others")
 
 
 SOURCE = "Cai et al., MPNN and Graph Transformer (arXiv 2301.11956; a summary was read, constructions are ours)"

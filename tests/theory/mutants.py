@@ -131,6 +131,10 @@ def checked() -> dict[str, set[str]]:
     return {m: {name for of_module, name in seen if of_module == m} for m in of}
 
 
+def judged_too(node: ast.Call) -> list[ast.keyword]:
+    return [k for k in node.keywords if k.arg == "unequal"]
+
+
 class Sites(ast.NodeVisitor):
     """Collects the places of a function that may be edited, as paths of fields from the module's tree."""
 
@@ -142,8 +146,8 @@ class Sites(ast.NodeVisitor):
         owner = getattr(node.func, "value", None)
         if name in DRAWN or (isinstance(owner, ast.Name) and owner.id in SHOWN):
             return
-        if name == "Evidence":  # that a bound given as a number is 0 or 1 is tested apart
-            for argument in node.args[:2]:
+        if name in ("Evidence", "judged"):  # that a bound given as a number is 0 or 1 is tested apart
+            for argument in [*node.args[: 2 if name == "Evidence" else 1], *(k.value for k in judged_too(node))]:
                 if not isinstance(argument, ast.Constant):
                     self.visit(argument)
         elif name != "needs":

@@ -13,10 +13,11 @@ from click.testing import CliRunner
 from refattn.cli.main import main
 from refattn.errors import HypothesisViolated, InvalidInput
 from refattn.theory import CLAIMS, Claim, Evidence, run
-from refattn.theory.claim import worst
+from refattn.theory.claim import judged, same, worst
 from refattn.theory.counting import Memory, Slow, held, plain
 from refattn.theory.counting import counted as counted_array
-from refattn.theory.fields import disjoint, meet, precise
+from refattn.theory.decisions import _condition, _problem
+from refattn.theory.fields import disjoint, meet, over, precise
 from refattn.theory.flash_io import counted, hbm_bytes, standard
 from refattn.theory.hyper import spread
 from refattn.theory.kinetics import context_of_equal_cost, keys_read
@@ -140,6 +141,29 @@ def test_a_control_fails_only_where_all_of_it_does():
     assert Evidence(flint.arb(2, 0.5), 1, "").fails
     assert Evidence(worst([flint.arb(2, 0.5), flint.arb(1.75, 0.5)]), 1, "").fails
     assert not Evidence(1, math.inf, "").holds
+
+
+def test_equalities_are_counted_apart_from_what_is_measured():
+    found = judged([(1, 2), same(1, 2), 3 / 4, same(1, 1)], "")
+    assert (found.measured, found.unequal, found.holds, found.fails) == (3 / 4, 1, False, False)
+    assert judged([(1, 2), same(1, 1)], "").holds
+    assert judged([(3, 2), same(1, 2)], "").fails
+    with pytest.raises(TypeError, match="an equality is no ratio"):
+        worst([(1, 2), same(1, 2)])
+
+
+def test_a_condition_is_that_of_the_matrix():
+    for kappa in (10, 1000):
+        a, _, weight, _ = _problem(kappa)
+        assert _condition(kappa) == pytest.approx(np.linalg.cond(a.T @ a + weight * np.eye(6)), rel=1e-9)
+
+
+def test_balls_that_meet_are_of_ratio_one_only_where_they_are_known():
+    with precise():
+        third = flint.arb(1) / 3
+        assert over(third, 1 / flint.arb(3)) == 1
+        assert over(third, flint.arb(1)) < 1
+        assert not over(flint.arb(1, 0.5), flint.arb(1)) <= 1
 
 
 def test_balls_hold_only_where_all_of_them_do():
