@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import flint
@@ -30,7 +30,7 @@ def _beta(log_det: Any) -> Any:
 
 @dataclass
 class History:
-    """What a policy has seen: V = I + sum of a aᵀ, its inverse and log det, and actions and rewards in order."""
+    """What a policy has seen: V = I + sum of a aᵀ, its inverse and log det, and all of each round in order."""
 
     arms: Float
     inverse: Float
@@ -38,6 +38,7 @@ class History:
     log_det: float
     actions: list[Float]
     rewards: list[float]
+    log_dets: list[float] = field(default_factory=list)
 
     @property
     def beta(self) -> float:
@@ -70,6 +71,7 @@ def _play(policy: Policy, d: int, rounds: int, seed: int = 0) -> tuple[Float, Hi
         h.weighted = h.weighted + a * reward
         h.actions.append(a)
         h.rewards.append(reward)
+        h.log_dets.append(h.log_det)
     return np.cumsum(lost), h
 
 
@@ -82,9 +84,15 @@ def _random(_: History, rng: np.random.Generator) -> int:
     return int(rng.integers(ARMS))
 
 
-def _regret_bound(h: History, rounds: int) -> float:
+def _regret_bound(log_det: float, rounds: int) -> float:
     """Return 2·beta·sqrt(2·T·log det V): regrets of 2·beta·|a| in the inverse's norm, and the elliptical potential."""
-    return 2 * h.beta * math.sqrt(2 * rounds * h.log_det)
+    return 2 * float(_beta(log_det)) * math.sqrt(2 * rounds * log_det)
+
+
+def _beside(policy: Policy, d: int, rounds: int) -> tuple[Float, Float, History]:
+    """Return the regret up to each round, its bound there, and what was seen."""
+    regret, h = _play(policy, d, rounds)
+    return regret, np.array([_regret_bound(x, t) for t, x in enumerate(h.log_dets, 1)]), h
 
 
 def _most_log_det(d: int, rounds: int) -> Any:
@@ -96,7 +104,7 @@ def _attained() -> list[int]:
     """Return whether the bounds' parts are what they are where all of their steps are equalities."""
     h = History(np.empty(0), np.eye(1), np.zeros(1), 4.0, [], [])
     # 8 rounds of uncertainty 1 each, of which twice log det V is the sum, lose 2·beta at most each
-    found = [same(_regret_bound(h, 8), math.fsum(2 * h.beta for _ in range(8)))]
+    found = [same(_regret_bound(h.log_det, 8), math.fsum(2 * h.beta for _ in range(8)))]
     # three actions along each of two axes: V is 4 times the identity
     det = flint.arb((1 + 3) ** 2)
     found.append(same(meet(_most_log_det(2, 6).exp(), det), True))
@@ -105,25 +113,59 @@ def _attained() -> list[int]:
     return [*found, same(meet((radius**2 / 2).exp(), det.sqrt() / DELTA), True)]
 
 
-def regrets(dims: tuple[int, ...] = (2, 5), rounds: tuple[int, ...] = (50, 500, 2000)) -> Evidence:
-    """LinUCB's regret for some d and T against the bound of its own confidence sets; the potential of its actions."""
-    curves = {}
+DIMS, ROUNDS = (2, 5), 2000
+
+
+def _by_layers(h: History, _: Any) -> int:
+    return _layered(h, *_needed(h))
+
+
+def regrets(dims: tuple[int, ...] = DIMS, rounds: int = ROUNDS) -> Evidence:
+    """LinUCB's regret after every round against the bound of its own confidence sets, and 30 rounds by layers."""
+    curves: dict[str, Any] = {"rounds": list(range(10, rounds + 1, 10))}
     pairs: list[Any] = [*_attained()]
-    for d in dims:
-        for t in rounds:
-            regret, h = _play(_linucb, d, t)
-            pairs.append((regret.max(), _regret_bound(h, t)))
-            pairs.append(same(h.log_det <= _most_log_det(d, t), True))
-        curves[f"LinUCB, d = {d}"] = regret[9::10].tolist()
-    at = list(range(10, rounds[-1] + 1, 10))
-    curves["at random, d = 5"] = _play(_random, 5, rounds[-1])[0][9::10].tolist()
-    return judged(pairs, "regret over 2·beta·sqrt(2T·log det V)", {"rounds": at, **curves})
+    for d, policy, most in (*((d, _linucb, rounds) for d in dims), (3, _by_layers, 30)):
+        regret, bounds, h = _beside(policy, d, most)
+        pairs += zip(regret, bounds, strict=True)
+        pairs += [same(x <= _most_log_det(d, t), True) for t, x in enumerate(h.log_dets, 1)]
+        curves[f"{'layers' if policy is _by_layers else 'LinUCB'}, d = {d}"] = regret[9::10].tolist()
+        curves[f"share of the bound, d = {d}"] = (regret / bounds)[9::10].tolist()
+    curves["at random, d = 5"] = _play(_random, 5, rounds)[0][9::10].tolist()
+    return judged(pairs, "regret over 2·beta·sqrt(2T·log det V), after any round", curves)
 
 
 def random_actions() -> Evidence:
-    """Actions at random, held to the same bound."""
-    regret, h = _play(_random, 5, 4000)
-    return Evidence(regret[-1], _regret_bound(h, 4000), "regret of random actions, beside their bound")
+    """Actions at random, in the same games: after the last round their regret is beyond the bound for d = 2."""
+    regret, bounds, _ = _beside(_random, min(DIMS), ROUNDS)
+    return Evidence(regret[-1] / bounds[-1], 1, "regret of random actions over their bound")
+
+
+WIDE, STARTS = (2, 4, 8, 16), (62, 250, 1000)
+
+
+def _shares(policy: Policy, d: int, starts: tuple[int, ...]) -> tuple[list[float], float]:
+    """Return by how much more the regret grows than its bound, from T rounds to 4·T, and its share of it at last."""
+    regret, bounds, _ = _beside(policy, d, 4 * max(starts))
+    shares = regret / bounds
+    return [float(shares[4 * t - 1] / shares[t - 1]) for t in starts], float(shares[-1])
+
+
+def growth(dims: tuple[int, ...] = WIDE, starts: tuple[int, ...] = STARTS) -> Evidence:
+    """LinUCB's regret from T to 4·T rounds, over the growth of its bound; its share of the bound rises with d."""
+    needs(min(starts) >= 1, "at least one round")
+    found = [_shares(_linucb, d, starts) for d in dims]
+    shares = [share for _, share in found]
+    rising = [same(a < b, True) for a, b in itertools.pairwise(shares)]
+    detail: dict[str, Any] = {"T": list(starts), **{f"d = {d}": x for d, (x, _) in zip(dims, found, strict=True)}}
+    detail |= {"d": list(dims), "share of the bound after the last round": shares}
+    what = "growth of the regret from T to 4T rounds, over that of its bound"
+    return judged([*(x for ratios, _ in found for x in ratios), *rising], what, detail)
+
+
+def random_growth() -> Evidence:
+    """Actions at random: in each of the same games their regret grows by more, as it is linear in T."""
+    found = min(x for d in WIDE for x in _shares(_random, d, STARTS)[0])
+    return Evidence(found, 1, "least growth of the regret of random actions, over that of its bound")
 
 
 def _doubled(det: Any) -> Any:
@@ -249,5 +291,14 @@ CLAIMS = [
         "Abbasi-Yadkori, Pal and Szepesvari 2011 (recalled), for the policy of arXiv 2310.08566",
         regrets,
         random_actions,
+    ),
+    Claim(
+        "decisions-regret-growth",
+        "From T to 4T rounds LinUCB's regret grows by less than its bound, that of random actions by more; with d it"
+        " grows by more than the bound",
+        "measured here, at arms drawn anew each round",
+        growth,
+        random_growth,
+        ("at least one round",),
     ),
 ]
