@@ -3,10 +3,17 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
+from matplotlib import pyplot as plt
+
 import refattn
+from refattn import masks
 from refattn.check import FAMILIES, LAWS
+from refattn.check.inputs.families import cases
+from refattn.exact.lowering import lower
 from refattn.theory import CLAIMS, run
 from refattn.theory.plots import figure
+from refattn.variants import Lowered, Selected
 
 project = "refattn"
 copyright = "2026, the refattn authors"
@@ -33,6 +40,8 @@ intersphinx_mapping = {}
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 HERE = Path(__file__).parent
+MOST_KEYS = 140
+"""Of a case that is drawn."""
 
 
 def _page(v: refattn.Variant) -> str:
@@ -41,6 +50,7 @@ def _page(v: refattn.Variant) -> str:
     parts = [
         f"# {v.name.capitalize()} attention",
         f"```text\n{v.formula}\n```",
+        *_picture(v),
         f"Error unit: `{v.unit}`. `scale=None` is {scale}.",
         f"Options of `Problem` that it has: {', '.join(f'`{u}`' for u in sorted(v.uses))}.",
         "## Its own options",
@@ -53,10 +63,59 @@ def _page(v: refattn.Variant) -> str:
         "\n".join(f"- `{n}`: {FAMILIES[n]}" for n in v.families),
         "## Planted bugs that its checks catch",
         ", ".join(f"`{b}`" for b in v.bugs) + ".",
+        *_mistakes(v),
         "## Source",
         v.source,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _mistakes(v: refattn.Variant) -> list[str]:
+    if not v.wrong:
+        return []
+    lines = [f"- `{n}`: {text}" for n, (text, _) in v.wrong.items()]
+    return ["## What implementers get wrong, each caught by its own cases", "\n".join(lines)]
+
+
+def _picture(v: refattn.Variant) -> list[str]:
+    """Draw which keys the rows of its own cases see, where it is another operator's call over some keys."""
+    if not isinstance(v.shape, Lowered | Selected):
+        return []
+    shown = {c.label: c.problem("float32") for c in cases(v.name) if c.label in v.cases}
+    shown = {n: p for n, p in shown.items() if p.n_k <= MOST_KEYS}
+    rows = -(-len(shown) // 5)
+    fig, axes = plt.subplots(rows, 5, figsize=(10, 2.3 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    for axis, (label, p) in zip(axes.flat, shown.items(), strict=False):
+        q = lower(p).problem
+        seen = np.broadcast_to(q.allowed, (*p.out_shape[:3], p.n_k))[0, 0]
+        seen = seen & (True if p.causal is None else masks.causal(p.n_q, p.n_k, p.causal))
+        axis.imshow(seen, cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest", aspect="auto")
+        axis.set_title(label, fontsize=8)
+        axis.tick_params(labelsize=6)
+    fig.supxlabel("key", fontsize=8)
+    fig.supylabel("query", fontsize=8)
+    fig.savefig(HERE / "variants" / f"{v.name}.svg")
+    plt.close(fig)
+    options = "; ".join(f"`{n}`: {p.options}" for n, p in shown.items())
+    return [
+        f"![Which keys the rows of {v.name} attention see]({v.name}.svg)",
+        f"Which keys a query sees, for {options}.",
+    ]
+
+
+GALLERY = """\
+# Gallery of masks
+
+Which keys a query sees under each operator that is softmax attention over some of the keys; for those that choose by
+scores, on random data. The pictures are drawn from the definitions.
+"""
+
+
+def _gallery() -> str:
+    drawn = [v for v in refattn.VARIANTS.values() if isinstance(v.shape, Lowered | Selected)]
+    return GALLERY + "".join(f"\n## {{doc}}`{v.name}`\n\n![{v.name}]({v.name}.svg)\n" for v in drawn)
 
 
 def _claims() -> str:
@@ -95,7 +154,8 @@ def _write_pages() -> None:
     for v in refattn.VARIANTS.values():
         (pages / f"{v.name}.md").write_text(_page(v))
     names = "\n".join(refattn.VARIANTS)
-    (pages / "index.md").write_text(f"# Operators\n\n```{{toctree}}\n{names}\n```\n")
+    (pages / "gallery.md").write_text(_gallery())
+    (pages / "index.md").write_text(f"# Operators\n\n```{{toctree}}\n{names}\ngallery\n```\n")
     notebooks = HERE / "notebooks"
     shutil.rmtree(notebooks, ignore_errors=True)
     shutil.copytree(HERE.parent / "notebooks", notebooks, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))

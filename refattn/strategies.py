@@ -173,7 +173,7 @@ def _problems(
     if "allowed" in on or (family == "poison" and "allowed" in able):
         removed = draw(st.sampled_from(("keys", "nothing", "rows")))
         more["allowed"] = _mask(d, _broadcastable(draw, full), removed)
-    more["options"] = _own(draw, v, h, more)
+    more["options"] = _own(draw, v, h, more) if v.tries is None else dict(draw(st.sampled_from(v.tries(n_q, n_k))))
     q, k, x = numbers(family, d, (b, h, n_q, d_k), (b, h_kv, n_k, d_k), (b, h_kv, n_k, d_v))
     problem = d.problem(n_q, n_k, b=b, h=h, h_kv=h_kv, d=d_k, d_v=d_v, q=q, k=k, v=x, **more)
     assume(v.takes(problem))

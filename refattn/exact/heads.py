@@ -123,8 +123,9 @@ class Head:
             scale = f.rsqrt(p.d_k) if variant.default_scale == "rsqrt" else f.number(1)
         own = {}
         for name, value in variant.settings(p).items():
-            x = value[self.head] if isinstance(value, tuple) and value else value
-            real = isinstance(variant.options[name].default, float) or isinstance(x, float)
+            option = variant.options[name]
+            x = value[self.head] if option.by_head and isinstance(value, tuple) and value else value
+            real = isinstance(option.default, float) or isinstance(x, float)
             own[name] = f.number(x) if real else x
 
         def column(x: Any) -> Any:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..errors import InvalidProblem
 from ..masks import block
 from ..problem import VARIANT, Problem
-from ..variants import Choices, Lowered, Selected, variant_of
+from ..variants import Choices, Lowered, Selected, Shape, variant_of
 from .arithmetics import Balls
 from .field import Field
 from .heads import Head, heads, matrix_of
@@ -33,8 +33,15 @@ class Lowering:
     margins: Float | None = None
 
 
-def lower(problem: Problem) -> Lowering:
+def lower(problem: Problem, shape: Shape | None = None) -> Lowering:
     """Return the call that an operator is another way of writing: itself for a definition of rows or steps.
+
+    Parameters
+    ----------
+    problem : Problem
+        The call.
+    shape : Shape, optional
+        Another definition than the operator's own.
 
     Raises
     ------
@@ -42,7 +49,7 @@ def lower(problem: Problem) -> Lowering:
         The call does not fit its operator.
     """
     variant = variant_of(problem.variant)
-    settings, shape = variant.settings(problem), variant.shape
+    settings, shape = variant.settings(problem), shape or variant.shape
     if isinstance(shape, Lowered):
         p = problem.to("numpy")
         core = shape.lower(p, SimpleNamespace(**settings))

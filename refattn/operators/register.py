@@ -16,7 +16,7 @@ from ..check.model import FEATURES, FURTHER
 from ..errors import InvalidInput, RefattnError
 from ..exact.agree import under
 from ..problem import MEANINGS
-from ..variants import VARIANTS, Option, Steps, Variant, variant_of
+from ..variants import VARIANTS, Lowered, Option, Selected, Steps, Variant, variant_of
 from ..variants.own import BUILT_IN, FILES, from_file
 from ..variants.shapes import Shape
 from .vetting import guarded, vet
@@ -99,6 +99,7 @@ def _types(v: Variant) -> None:
         ("options", v.options, Mapping, "a dict of Option by name"),
         ("cases", v.cases, Mapping, "a dict of settings by label"),
         ("forms", v.forms, Mapping, "a dict of definitions by name"),
+        ("wrong", v.wrong, Mapping, "a dict of pairs (text, Lowered or Selected) by name"),
         *((n, getattr(v, n), frozenset | set, "a set of names") for n in ("uses", "quick", "always", "never")),
         *((n, getattr(v, n), tuple, "a tuple of texts") for n in ("laws", "bugs", "families", "contract")),
     ):
@@ -107,8 +108,13 @@ def _types(v: Variant) -> None:
     for what, define in (("define", v.define), *((f"form {n!r}", x) for n, x in v.forms.items())):
         if not callable(define) and not isinstance(define, Shape):
             raise InvalidInput(f"variant: got {what} {define!r}, expected a function of q, k, v, o or a shape")
+    for n, pair in v.wrong.items():
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Lowered | Selected)):
+            raise InvalidInput(f"variant: got {pair!r} as wrong {n!r}, expected a pair (text, Lowered or Selected)")
     if not callable(v.fits):
         raise InvalidInput(f"variant: got fits {v.fits!r}, expected a function of a problem")
+    if v.tries is not None and not callable(v.tries):
+        raise InvalidInput(f"variant: got tries {v.tries!r}, expected a function of n_q and n_k, or None")
     for n, s in v.cases.items():
         if not isinstance(s, Mapping):
             raise InvalidInput(f"{v.name}: case {n!r} is {s!r}, expected a dict")

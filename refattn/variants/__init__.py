@@ -6,17 +6,22 @@ from ..errors import InvalidInput
 from .lightning import LIGHTNING
 from .linear import LINEAR
 from .moba import MOBA
+from .neighborhood import NEIGHBORHOOD
 from .option import Option
 from .power import POWER
 from .power_blocks import POWER_BLOCKS
-from .shapes import Choices, Lowered, Rows, Selected, Steps
+from .shapes import Choices, Lowered, Rows, Selected, Shape, Steps
 from .sigmoid import SIGMOID
 from .softmax import SOFTMAX
+from .titans_mac import TITANS_MAC
+from .topk import TOPK
 from .variant import Variant
 
-__all__ = ["VARIANTS", "Choices", "Lowered", "Option", "Rows", "Selected", "Steps", "Variant", "variant_of"]
+__all__ = ["VARIANTS", "Choices", "Lowered", "Option", "Rows", "Selected", "Shape", "Steps", "Variant", "variant_of"]
 
-VARIANTS: dict[str, Variant] = {v.name: v for v in (SOFTMAX, LINEAR, POWER, SIGMOID, LIGHTNING, POWER_BLOCKS, MOBA)}
+VARIANTS: dict[str, Variant] = {
+    v.name: v for v in (SOFTMAX, LINEAR, POWER, SIGMOID, LIGHTNING, POWER_BLOCKS, NEIGHBORHOOD, TITANS_MAC, MOBA, TOPK)
+}
 """The operators that refattn knows, by name; ``refattn.register`` adds one of your own."""
 
 

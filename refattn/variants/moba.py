@@ -19,12 +19,22 @@ def scores(q: Any, k: Any, o: Any) -> Any:
     return q @ ((o.members @ k) / o.sizes).T
 
 
-def choices(n_q: int, n_k: int, o: Any) -> Choices:
-    """Return which keys a block holds, and which blocks a row may and must take."""
+def choices(n_q: int, n_k: int, o: Any, count: int = 0, own_block: bool = True) -> Choices:
+    """Return which keys a block holds, and which blocks a row may and must take.
+
+    The rest is for mistakes: so many blocks more, and whether a row's own block is taken whatever its score.
+    """
     block = np.arange(n_k) // o.block_size
     own = (np.arange(n_q) + n_k - n_q)[:, None] // o.block_size
     blocks = np.arange(-(-n_k // o.block_size))
-    return Choices(blocks[:, None] == block, blocks < own, blocks == own, o.topk - 1)
+    if not own_block:
+        return Choices(blocks[:, None] == block, blocks <= own, np.zeros((n_q, len(blocks)), bool), o.topk)
+    return Choices(blocks[:, None] == block, blocks < own, blocks == own, max(o.topk - 1 + count, 0))
+
+
+def wrong(by: Any = scores, **change: Any) -> Selected:
+    """Return the definition with a mistake."""
+    return Selected(by, lambda n_q, n_k, o: choices(n_q, n_k, o, **change), full={"topk": 2**31})
 
 
 def fits(p: Problem) -> str | None:
@@ -79,6 +89,15 @@ MOBA = Variant(
                                 "options": {"block_size": 16, "topk": 9}},
         "ragged": {"n_q": 37, "n_k": 61, "h": 4, "h_kv": 2, "causal": "bottom_right",
                    "options": {"block_size": 7, "topk": 2}},
+    },
+    wrong={
+        "own_block_counted_apart": ("topk earlier blocks are chosen beside the own one", wrong(count=1)),
+        "own_block_competes": ("the own block must be chosen like others", wrong(own_block=False)),
+        "blocks_by_size": ("blocks are chosen by the size of their score", wrong(lambda *x: scores(*x) * scores(*x))),
+        "lowest_scores": ("the blocks of the lowest scores are chosen", wrong(lambda *x: scores(*x) * -1)),
+        "means_of_squares": (
+            "the mean of squares stands for the mean", wrong(lambda q, k, o: q @ ((o.members @ (k * k)) / o.sizes).T)
+        ),
     },
     fits=fits,
     always=frozenset({"causal_bottom_right"}),

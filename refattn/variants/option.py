@@ -16,10 +16,12 @@ __all__ = [
     "boolean",
     "even",
     "finite",
+    "flags",
     "one_of",
     "per_head",
     "rate_per_head",
     "whole",
+    "wholes",
 ]
 
 MOST = 2**62
@@ -43,6 +45,8 @@ class Option:
         Values that tests draw, the simplest first.
     places : bool
         Whether, where it is set, it counts where rows and keys stand, or which head it is: the call is not cut then.
+    by_head : bool
+        Whether a tuple has a number for each query head; else it is one value for all.
     needs : str
         An option of Problem without which this one means nothing; "" where there is none.
     """
@@ -53,6 +57,7 @@ class Option:
     samples: Any = ()
     needs: str = ""
     places: bool = False
+    by_head: bool = True
 
     def draws(self, heads: int) -> tuple[Any, ...]:
         """Return values to try, the default among them."""
@@ -93,6 +98,24 @@ def whole(least: int) -> Callable[[Any, int], str | None]:
         return None if ok else f"an integer of at least {least}"
 
     return check
+
+
+def wholes(least: int) -> Callable[[Any, int], str | None]:
+    """Check for None or a tuple of integers of at least `least`, by axis."""
+
+    def check(value: Any, heads: int) -> str | None:
+        ok = value is None or (
+            isinstance(value, tuple) and value and all(whole(least)(x, heads) is None for x in value)
+        )
+        return None if ok else f"None or a tuple of integers of at least {least}, one for each axis"
+
+    return check
+
+
+def flags(value: Any, heads: int) -> str | None:
+    """Check for None or a tuple of True and False, by axis."""
+    ok = value is None or (isinstance(value, tuple) and value and all(isinstance(x, bool) for x in value))
+    return None if ok else "None or a tuple of True and False, one for each axis"
 
 
 def even(value: Any, heads: int) -> str | None:

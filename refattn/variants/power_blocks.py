@@ -27,9 +27,9 @@ def block_mask(n_q: int, n_k: int, block: int, window: int, sink: int) -> NDArra
     return keep & (behind >= 0)
 
 
-def lower(p: Problem, o: Any) -> Problem:
+def lower(p: Problem, o: Any, blocks: Any = block_mask) -> Problem:
     """Write the blocks out as a mask."""
-    mask = block_mask(p.n_q, p.n_k, o.block_size, o.window_blocks, o.sink_blocks)[None, None]
+    mask = blocks(p.n_q, p.n_k, o.block_size, o.window_blocks, o.sink_blocks)[None, None]
     return p.replace(variant="softmax", options={}, allowed=mask if p.allowed is None else mask & p.allowed)
 
 
@@ -56,6 +56,18 @@ def fits(p: Problem) -> str | None:
     if p.causal == "top_left" and p.n_q != p.n_k:
         return "causal: blocks count from the bottom right; set causal='bottom_right'"
     return None
+
+
+def wrong(blocks: Any) -> Lowered:
+    """Return the definition with a mistake."""
+    return Lowered(lambda p, o: lower(p, o, blocks))
+
+
+def without_one(n_q: int, n_k: int, block: int, window: int, sink: int) -> NDArray[np.bool_]:
+    """Leave out the block before, unless the window has it: 1 is a power of two."""
+    own, of_key = (np.arange(n_q) + n_k - n_q)[:, None] // block, np.arange(n_k)[None, :] // block
+    found = block_mask(n_q, n_k, block, window, sink)
+    return np.asarray(found & ((own - of_key != 1) | (window > 1) | (of_key < sink)))
 
 
 SIZES = {"block_size": 8, "window_blocks": 2, "sink_blocks": 1}
@@ -85,6 +97,15 @@ POWER_BLOCKS = Variant(
         "near-blocks": {"n_q": 67, "n_k": 67, "options": {"block_size": 4, "window_blocks": 7, "sink_blocks": 0}},
         "far-blocks": {"n_q": 5, "n_k": 515, "options": {"block_size": 1, "window_blocks": 0, "sink_blocks": 0}},
         "no-window": {"n_q": 131, "n_k": 131, "options": {**SIZES, "window_blocks": 0, "sink_blocks": 2}},
+    },
+    wrong={
+        "one_behind_left_out": ("the block before is left out: 1 is a power of two", wrong(without_one)),
+        "window_one_more": ("one near block more is seen", wrong(lambda a, b, c, w, s: block_mask(a, b, c, w + 1, s))),
+        "first_blocks_hidden": ("no first block is kept", wrong(lambda a, b, c, w, s: block_mask(a, b, c, w, 0))),
+        "powers_of_tokens": (
+            "powers of two count tokens, not blocks",
+            wrong(lambda a, b, c, w, s: block_mask(a, b, 1, w * c, s * c)),
+        ),
     },
     fits=fits,
     never=frozenset({"variable_lengths", "causal_top_left", "window"}),

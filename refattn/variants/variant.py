@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..problem import MEANINGS, Problem
 from .option import Option
-from .shapes import Rows, Shape, Steps
+from .shapes import Lowered, Rows, Selected, Shape, Steps
 
 __all__ = ["CALL_LAWS", "COMMON_BUGS", "COMMON_FAMILIES", "COMMON_LAWS", "Variant"]
 
@@ -99,8 +99,14 @@ class Variant:
         The cases of the quick budget; empty means all.
     forms : mapping
         The same operator written another way, by name: each a definition or shape. All must agree exactly.
+    wrong : mapping
+        What implementers get wrong, by name: a sentence, and the definition with that mistake (a Lowered or Selected).
+        The checks of the operator's cases must fail each of them.
     fits : callable
         ``fits(problem)`` returns what a call must change to fit the operator, or None.
+    tries : callable, optional
+        ``tries(n_q, n_k)`` returns options to try in a call of that size, the simplest first, where options depend on
+        each other or on sizes; else each is drawn by itself.
     places : bool
         Whether the definition always reads where rows and keys stand (``o.distance``, ``o.place``).
     always, never : frozenset of str
@@ -125,7 +131,9 @@ class Variant:
     cases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quick: frozenset[str] = frozenset()
     forms: Mapping[str, Any] = field(default_factory=dict)
+    wrong: Mapping[str, tuple[str, Lowered | Selected]] = field(default_factory=dict)
     fits: Callable[[Problem], str | None] = lambda problem: None
+    tries: Callable[[int, int], Sequence[Mapping[str, Any]]] | None = None
     places: bool = False
     always: frozenset[str] = frozenset()
     never: frozenset[str] = frozenset()
@@ -179,7 +187,8 @@ class Variant:
         """Return options that fit a number of query heads: one that is by head is drawn anew where it does not."""
         own = {n: options.get(n, o.default) for n, o in self.options.items()}
         for n, o in self.options.items():
-            if o.check(own[n], heads) is not None or (isinstance(own[n], tuple) and len(own[n]) != heads):
+            by_head = o.by_head and isinstance(own[n], tuple)
+            if o.check(own[n], heads) is not None or (by_head and len(own[n]) != heads):
                 own[n] = o.draws(heads)[-1]
         return {n: x for n, x in own.items() if n in options or x != self.options[n].default}
 

@@ -411,6 +411,14 @@ WIDTH = {"width": 0.5}
             "other: form 'flat' differs in out",
         ),
         (
+            {"wrong": {"late": "a text"}},
+            "variant: got 'a text' as wrong 'late', expected a pair",
+        ),
+        (
+            {"tries": 3},
+            "variant: got tries 3, expected a function of n_q and n_k, or None",
+        ),
+        (
             {"forms": {"flat": 3}},
             "variant: got form 'flat' 3, expected a function of q, k, v, o or a shape",
         ),

@@ -1,5 +1,7 @@
 """The four shapes of definition: lowered, selected and stepped operators against what they are made of."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,9 @@ from refattn.check.bugs.planted import plain
 from refattn.exact.agree import differing_form
 from refattn.exact.arithmetics import Balls
 from refattn.exact.lowering import lower
+from refattn.variants.neighborhood import grid_mask
 from refattn.variants.power_blocks import block_mask
+from refattn.variants.titans_mac import segment_mask
 
 
 def test_blocks_lie_a_power_of_two_behind():
@@ -32,6 +36,47 @@ def test_a_lowered_call_is_the_call_with_its_mask(make):
     assert plain.core is None
     allowed = np.arange(12) % 3 > 0
     assert (lower(p.replace(allowed=allowed[None, None, None])).problem.allowed == (mask & allowed)).all()
+
+
+def test_a_neighborhood_by_hand():
+    grid = neighborhood_mask(window=(3,), shape=(6,))
+    assert [np.nonzero(r)[0].tolist() for r in grid] == [[0, 1, 2]] * 2 + [[1, 2, 3], [2, 3, 4]] + [[3, 4, 5]] * 2
+    even = neighborhood_mask(window=(4,), shape=(6,))
+    assert np.nonzero(even[3])[0].tolist() == [1, 2, 3, 4]  # two before it, itself, one after it
+    apart = neighborhood_mask(window=(2,), dilation=(3,), shape=(7,))
+    assert np.nonzero(apart[4])[0].tolist() == [1, 4]
+    assert np.nonzero(apart[6])[0].tolist() == [3, 6]
+    led = neighborhood_mask(window=(3,), stride=(3,), shape=(9,))
+    assert [np.nonzero(r)[0].tolist() for r in led[3:6]] == [[3, 4, 5]] * 3
+    late = neighborhood_mask(window=(3,), is_causal=(True,), shape=(5,))
+    assert [np.nonzero(r)[0].tolist() for r in late] == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]
+    image = neighborhood_mask(window=(1, 2), shape=(2, 3))
+    assert np.nonzero(image[4])[0].tolist() == [3, 4]
+
+
+def neighborhood_mask(shape, window, stride=None, dilation=None, is_causal=None):
+    return grid_mask(shape, SimpleNamespace(window=window, stride=stride, dilation=dilation, is_causal=is_causal))
+
+
+def test_segments_by_hand():
+    seen = segment_mask(5, 7, 2, 2, False)
+    assert [np.nonzero(r)[0].tolist() for r in seen] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [0, 1, 6]]
+    slides = segment_mask(2, 7, 2, 2, True)
+    assert [np.nonzero(r)[0].tolist() for r in slides] == [[0, 1, 3, 4, 5], [0, 1, 4, 5, 6]]
+
+
+@pytest.mark.parametrize(("topk", "sink", "local"), [(2, 1, 2), (0, 0, 1), (30, 4, 8)])
+def test_topk_chooses_what_a_loop_chooses(make, topk, sink, local):
+    options = {"topk": topk, "sink_keys": sink, "local": local}
+    p = make(9, 13, h=4, h_kv=2, causal="bottom_right", variant="topk", options=options)
+    seen = np.zeros((1, 4, 9, 13), bool)
+    for _, h, i in np.ndindex(1, 4, 9):
+        at = i + 4
+        kept = {j for j in range(at + 1) if j < sink or at - j < local}
+        scores = p.query[0, h, i].astype(float) @ p.key[0, h // 2].astype(float).T
+        rest = sorted((j for j in range(at + 1) if j not in kept), key=lambda j: (-scores[j], j))
+        seen[0, h, i, [*kept, *rest[:topk]]] = True
+    assert (lower(p).problem.allowed == seen).all()
 
 
 def chosen(p, n_blocks, size, topk):
@@ -183,6 +228,7 @@ def test_weights_survive_being_cut_into_parts(make, n_jobs, tmp_path):
     assert (whole.out == parts.out).all()
 
 
+NEAR = {"causal": None}
 NO_BLOCKS = "cu_seqlens_q: blocks of packed sequences are not defined; pass one sequence at a time"
 TOO_MANY = "query: axis seq is 9, expected at most key's 7: each query stands at a key"
 
@@ -196,6 +242,45 @@ TOO_MANY = "query: axis seq is 9, expected at most key's 7: each query stands at
         ("moba", {}, {"causal": None}, "causal: blocks are chosen among earlier ones; set causal='bottom_right'"),
         ("moba", {}, {"n_q": 9}, TOO_MANY),
         ("moba", {}, {"packed": True}, NO_BLOCKS),
+        ("neighborhood", {"window": 3}, NEAR, r"window: got 3, expected None or a tuple of integers of at least 1, .*"),
+        ("neighborhood", {"window": (0,)}, NEAR, r"window: got \(0,\), expected None or a tuple of integers .*"),
+        (
+            "neighborhood",
+            {"window": (8,)},
+            NEAR,
+            "window: got 8 with dilation 1 along axis 0 of 7 .*, expected at most 7",
+        ),
+        (
+            "neighborhood",
+            {"window": (3,), "dilation": (3,)},
+            NEAR,
+            "window: got 3 with dilation 3 along axis 0 of 7 tokens, expected at most 2",
+        ),
+        ("neighborhood", {"window": (3,), "dilation": (8,)}, NEAR, ".* with dilation 8 along axis 0 of 7 tokens, .* 0"),
+        (
+            "neighborhood",
+            {"window": (3,), "stride": (4,)},
+            NEAR,
+            "stride: got 4 along axis 0, expected at most window's 3",
+        ),
+        ("neighborhood", {"stride": (2,)}, NEAR, "stride: needs window; without one a query sees all"),
+        ("neighborhood", {"window": (3, 3)}, NEAR, r"window: got \(3, 3\), expected one for each of 1 axes"),
+        ("neighborhood", {"shape": (2, 3)}, NEAR, r"shape: got \(2, 3\) of 6 tokens, expected as many as queries, 7"),
+        ("neighborhood", {"is_causal": (1,)}, NEAR, r"is_causal: got \(1,\), expected None or a tuple of True and .*"),
+        ("neighborhood", {}, NEAR | {"n_q": 9}, TOO_MANY),
+        ("neighborhood", {}, NEAR | {"packed": True}, "cu_seqlens_q: grids of packed sequences are not defined; .*"),
+        ("titans_mac", {"segment": 0}, NEAR, "segment: got 0, expected an integer of at least 1"),
+        (
+            "titans_mac",
+            {"persistent": 3},
+            NEAR,
+            "key: axis seq is 7, expected at least 10: 3 persistent keys, and one for each of 7 queries",
+        ),
+        ("titans_mac", {}, NEAR | {"packed": True}, "cu_seqlens_q: segments of packed sequences are not defined; .*"),
+        ("topk", {"topk": -1}, {}, "topk: got -1, expected an integer of at least 0"),
+        ("topk", {"local": 0}, {}, "local: got 0, expected an integer of at least 1"),
+        ("topk", {}, {"causal": None}, "causal: keys are chosen among earlier ones; set causal='bottom_right'"),
+        ("topk", {}, {"n_q": 9}, TOO_MANY),
         ("power_blocks", {"sink_blocks": -1}, {}, "sink_blocks: got -1, expected an integer of at least 0"),
         (
             "power_blocks",

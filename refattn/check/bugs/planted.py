@@ -20,7 +20,7 @@ from ...variants import variant_of
 from ..call import Function
 from ..kernels.tiled import tiled
 
-__all__ = ["PLANTED", "plain", "planted"]
+__all__ = ["PLANTED", "mistaken", "plain", "planted"]
 
 Pair = tuple[NDArray[Any], NDArray[Any] | None]
 
@@ -46,6 +46,17 @@ def planted(name: str) -> Function:
         return out if lse is None else (out, lse)
 
     kernel.__name__ = f"planted_{name}"
+    return kernel
+
+
+def mistaken(variant: str, name: str) -> Function:
+    """Return a kernel of an operator with one of the mistakes that its row in the table names."""
+    shape = variant_of(variant).wrong[name][1]
+
+    def kernel(problem: Problem) -> Any:
+        return plain(lower(problem, shape).problem)
+
+    kernel.__name__ = f"mistaken_{name}"
     return kernel
 
 

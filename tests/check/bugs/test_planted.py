@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from refattn import VARIANTS, Capabilities, check_kernel
-from refattn.check.bugs.planted import PLANTED, plain, planted
+from refattn.check.bugs.planted import PLANTED, mistaken, plain, planted
 from refattn.check.runner import plan
 
 from ...conftest import SMALL
@@ -21,6 +21,23 @@ def test_a_planted_bug_is_caught(variant, bug, dtype):
     found = next((c for c in checks if c.verdict in ("failed", "edge")), None)
     assert found is not None, f"no check of {variant} fails"
     assert found.message
+
+
+MISTAKES = [(v, n, d) for v in VARIANTS for n in VARIANTS[v].wrong for d in ("float32", "bfloat16")]
+
+
+@pytest.mark.parametrize(("variant", "name", "dtype"), MISTAKES)
+def test_what_implementers_get_wrong_is_caught(variant, name, dtype):
+    """By the operator's own cases, in quick."""
+    checks = plan(
+        mistaken(variant, name),
+        variant,
+        capabilities=Capabilities({dtype}),
+        dtypes=[dtype],
+        budget="quick",
+        only="gaussian/*",
+    )
+    assert any(i.run().verdict == "failed" for i in checks), VARIANTS[variant].wrong[name][0]
 
 
 def test_every_planted_bug_belongs_to_an_operator():
