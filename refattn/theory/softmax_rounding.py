@@ -12,7 +12,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, judged, needs, same
+from .claim import Claim, Evidence, judged, needs, same, total
 from .fields import balls, meet, over, precise, rational
 from .tracing import Traced, U, modelled
 
@@ -282,7 +282,7 @@ def one_pass() -> Evidence:
     found = _passes(_new_maxima, "error of one pass over that of two passes and two roundings a new maximum")
     grown = [[2 for t, a in enumerate(x) if t and a > x[:t].max()] for x in _inputs(60.0)]
     counts = [same(_new_maxima(x), sum(twos)) for x, twos in zip(_inputs(60.0), grown, strict=True)]
-    return replace(found, unequal=found.unequal + sum(counts))
+    return replace(found, unequal=total(found.unequal, *counts))
 
 
 @precise()

@@ -101,7 +101,7 @@ def dropping(selectors: Mapping[str, Selector] = SELECTORS) -> Evidence:
     share = _dropped(w, kept)
     attained = same((away, share > 0), (_at_most(share, v), True))
     found = _identity(_dropped, selectors, "error over delta times the values' range, and over 2·delta·max|v|")
-    return replace(found, unequal=found.unequal + attained)
+    return replace(found, unequal=total(found.unequal, attained))
 
 
 def dropping_by_count() -> Evidence:

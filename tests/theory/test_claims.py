@@ -49,7 +49,7 @@ VIOLATED = {
     "hyper-rate": ({"sizes": (0, 1)}, "at least one sample"),
     "rpe-constant": ({"same": False}, "all tokens are equal"),
     "single-layer-universal": ({"positions": False}, "positions are told"),
-    "boltzmann-gap": ({"deltas": (1.0,)}, "values more than 2·log n"),
+    "boltzmann-gap": ({"beyond": (-1.0,)}, "values more than 2·log n"),
     "virtual-node-wide": ({"alike": True}, "nodes that a direction keeps apart"),
     "virtual-node-deep": ({"separated": False}, "every node has a selector"),
     "decisions-layers": ({"counts": (0, 1)}, "at least one layer"),
