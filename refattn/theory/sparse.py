@@ -7,11 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import flint
 import numpy as np
 from numpy.typing import NDArray
 
+from ..exact import evaluate
+from ..exact.lowering import lower
+from ..problem import VARIANT, Problem
 from .claim import Claim, Evidence, judged, needs, same, total
-from .fields import Dual, Q, each, rationals, unequal
+from .fields import Dual, Q, balls, disjoint, each, exp, precise, rational, rationals, unequal, zeros
 
 __all__ = ["CLAIMS", "SELECTORS"]
 
@@ -110,6 +114,71 @@ def dropping_by_count() -> Evidence:
     return _identity(lambda w, kept: Q(int((~kept).sum()), len(kept)), SELECTORS, what)
 
 
+# operators of the catalogue that leave keys out, with options, and with others that keep more keys
+OPERATORS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "moba": ({"block_size": 2, "topk": 2}, {"block_size": 2, "topk": 4}),
+    "power_blocks": (
+        {"block_size": 1, "window_blocks": 0, "sink_blocks": 0},
+        {"block_size": 1, "window_blocks": 4, "sink_blocks": 1},
+    ),
+}
+
+
+def _call(seed: int, variant: str, options: Mapping[str, int]) -> Problem:
+    q, k, v = np.random.default_rng(seed).standard_normal((3, 1, 1, 12, 2))
+    return Problem(2 * q, k, v, scale=1.0, causal="bottom_right", variant=variant, options=dict(options))
+
+
+def _near(x: Array) -> Array:
+    """Return balls around numbers that are rounded correctly."""
+    return each(lambda a: flint.arb(float(a), float(np.spacing(abs(a)))), x)
+
+
+def _operator(name: str, seed: int, masked_by: Mapping[str, int]) -> tuple[list[Any], Any]:
+    """Return for each row that loses a key how far the operator is from all keys, beside its bound; and the last share.
+
+    Whether that is delta·(mean of the dropped - mean of the kept), too, is said by equalities.
+    """
+    sparse = _call(seed, name, OPERATORS[name][0])
+    mask = lower(_call(seed, name, masked_by)).problem.allowed[0, 0]
+    dense = sparse.replace(variant=VARIANT, options={})
+    q, k, v = (balls(rational(x[0, 0])) for x in (sparse.query, sparse.key, sparse.value))
+    found: list[Any] = []
+    share: Any = Q(0)
+    away = _near(evaluate(dense).out[0, 0]) - _near(evaluate(sparse).out[0, 0])
+    for t, off in enumerate(away):
+        w, seen, kept = exp(k[: t + 1] @ q[t]), v[: t + 1], mask[t, : t + 1]
+        if kept.all():
+            found.append(same(disjoint(off, zeros(len(off))), 0))
+            continue
+        share = _dropped(w, kept)
+        found.append(same(disjoint(off, share * (_mean(w[~kept], seen[~kept]) - _mean(w[kept], seen[kept]))), 0))
+        ranges = [max(x, key=float) - min(x, key=float) for x in seen.T]
+        found += [(abs(one), share * apart) for one, apart in zip(off, ranges, strict=True)]
+    return found, share
+
+
+@precise()
+def _operators(more: int, what: str) -> Evidence:
+    """Judge operators by the mask of their own options, or of those that keep more keys."""
+    found: list[Any] = []
+    shares = {}
+    for (name, options), seed in itertools.product(OPERATORS.items(), range(3)):
+        rows, shares[f"{name}, call {seed}"] = _operator(name, seed, options[more])
+        found += rows
+    return judged(found, what, {"dropped share of the last row": {name: float(x) for name, x in shares.items()}})
+
+
+def operators() -> Evidence:
+    """Answers of operators against those of all keys, delta by the mask that their lowering gives."""
+    return _operators(0, "error over delta times the values' range")
+
+
+def operators_of_more() -> Evidence:
+    """Delta of a mask that keeps more keys than the operator reads."""
+    return _operators(1, "error over delta times the values' range, delta of a mask of more keys")
+
+
 def _odds(w: Array, kept: Mask) -> Any:
     return w[~kept].sum() / w[kept].sum()
 
@@ -206,6 +275,14 @@ CLAIMS = [
         dropping,
         dropping_by_count,
         ("a selector that keeps a key of every row",),
+    ),
+    Claim(
+        "sparse-operators",
+        "MoBA and PowerAttention, as the catalogue has them, are off from all keys by delta·(mean of the dropped - mean"
+        " of the kept), at most delta times the values' range, delta by the mask of their lowering",
+        "derived here; the operators are refattn.variants'",
+        operators,
+        operators_of_more,
     ),
     Claim(
         "sparse-misjudged",
