@@ -57,6 +57,10 @@ def hbm_bytes(batch: int, heads: int, heads_kv: int, n_q: int, n_k: int, d: int,
     return batch * (item * d * (2 * heads * n_q + 2 * heads_kv * n_k) + 4 * heads * n_q)
 
 
+def _names(grid: tuple[tuple[int, int, int], ...]) -> list[str]:
+    return [f"N = {n}, d = {d}" for n, d, _ in grid]
+
+
 def _inputs(n: int, d: int, count: int = 3) -> list[Float]:
     return list(np.random.default_rng(n + d).standard_normal((count, n, d)) / d**0.25)
 
@@ -111,7 +115,7 @@ def check(grid: tuple[tuple[int, int, int], ...] = GRID) -> Evidence:
         found += [_right(out, _problem(q, k, v), columns), same(columns, _columns(d, m)), same(rows, min(columns, d))]
         found += [*_both(fast.words, _words(n, d, columns)), same(fast.peak <= m, True)]
         constants.append(fast.words * m / (n * d) ** 2)
-    detail = {"M over d²": [m / d / d for _, d, m in grid], "constant of N²d²/M": constants}
+    detail = {"M over d²": [m / d / d for _, d, m in grid], "constant of N²d²/M": constants, "series": _names(grid)}
     return judged(found, "words over 2Nd + ceil(N/c)·N·(3d + 4), and that over the words", detail)
 
 
@@ -246,7 +250,7 @@ def triple_io(grid: tuple[tuple[int, int, int], ...] = TRIPLE) -> Evidence:
         found += [_right(out, pairs), same(b, math.isqrt((3 * d + 2) ** 2 + m - 2 * d) - 3 * d - 2)]
         found += [*_both(fast.words, _triple_words(n, d, b)), same(fast.peak <= m, True)]
         ratios.append(fast.words * m / (n**3 * d))
-    detail = {"M over d²": [m / d / d for _, d, m in grid], "constant of N³d/M": ratios}
+    detail = {"M over d²": [m / d / d for _, d, m in grid], "constant of N³d/M": ratios, "series": _names(grid)}
     return judged(found, "words over 2Nd(1 + N/b + (N/b)²), and that over the words", detail)
 
 

@@ -283,10 +283,10 @@ def _hashed(mask_of: Callable[[Array, Array, Array], NDArray[np.bool_]], what: s
     even, cancel = np.full((4, 4), 1 / 4), np.array([[2.0], [-2.0], [2.0], [-2.0]])
     found += [same(_spectral(even, cancel, m), _left(even, cancel, m)) for m in SAMPLED]  # attained
     detail = {
-        "recall": [float(mask[np.arange(64), p.argmax(1)].mean()) for mask, p, *_ in shown],
-        "alpha": [float(_alpha(p, 1)) for _, p, *_ in shown],
-        "alpha of what is left": [float(_alpha(rest, 1)) for _, _, rest, _ in shown],
-        "kappa": [float(sums.max() / sums.min()) for *_, sums in shown],
+        "recall": tuple(float(mask[np.arange(64), p.argmax(1)].mean()) for mask, p, *_ in shown),
+        "alpha": tuple(float(_alpha(p, 1)) for _, p, *_ in shown),
+        "alpha of what is left": tuple(float(_alpha(rest, 1)) for _, _, rest, _ in shown),
+        "kappa": tuple(float(sums.max() / sums.min()) for *_, sums in shown),
     }
     return judged(found, what, detail)
 

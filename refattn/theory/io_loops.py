@@ -44,6 +44,8 @@ def flash(
 ) -> tuple[Float, Memory, tuple[int, int]]:
     """Return attention by FlashAttention's first loop (keys outside), the memory that counted, and its tile.
 
+    What is written to out is normalised every time, so that nothing is computed but in fast memory.
+
     Parameters
     ----------
     q, k, v : (N, d) arrays
@@ -69,14 +71,15 @@ def flash(
             s, most, shrink = fast.new(len(qi), len(kj)), fast.new(len(qi)), fast.new(len(qi))
             s[:] = qi @ kj.T
             most[:] = np.maximum(m, s.max(1))
-            shrink[:] = np.exp(m - most)
             s[:] = np.exp(s - most[:, None])
-            fast.store(total, at, z * shrink + s.sum(1))
-            fast.store(out, at, o * shrink[:, None] + s @ vj)
-            fast.store(top, at, most)
+            shrink[:] = z * np.exp(m - most)  # what is left of the sum so far
+            z[:] = shrink + s.sum(1)
+            o[:] = (o * shrink[:, None] + s @ vj) / z[:, None]
+            for x, part in ((total, z), (out, o), (top, most)):
+                fast.store(x, at, part)
             fast.free(qi, o, z, m, s, most, shrink)
         fast.free(kj, vj)
-    return out.data / np.where(total.data > 0, total.data, 1)[:, None], fast, (rows, columns)
+    return out.data, fast, (rows, columns)
 
 
 def _products(fast: Memory, b: int, a: Any, c: Any, to: Slow, turn: bool) -> None:

@@ -105,8 +105,9 @@ def _crossing(memory: bool, intensities: tuple[Fraction, ...], what: str) -> Evi
             below, above = (_costs(math.floor(at) + more, shape, i, memory) / (2 * shape[0]) for more in (0, 1))
             there = same(_costs(exactly(*shape, intensity=i), shape, i, memory), 2 * shape[0])
             found += [below, 1 / above, there]
-            places.append((float(i), at))
-    return judged(found, what, {"intensity": [i for i, _ in places], "context": [at for _, at in places]})
+            places.append((float(i), at, f"{shape[0] / 10**9:.3g}e9 parameters"))
+    detail = {n: list(x) for n, x in zip(("intensity", "context", "series"), zip(*places, strict=True), strict=True)}
+    return judged(found, what, detail)
 
 
 RATIOS = tuple(map(Fraction, ("1", "141.5", "281.25", "562.5", "2000")))

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from refattn.cli.main import main
 from refattn.errors import HypothesisViolated, InvalidInput
-from refattn.theory import CLAIMS, Claim, Evidence, run
+from refattn.theory import CLAIMS, Claim, Evidence, io_loops, run
 from refattn.theory.claim import judged, same, worst
 from refattn.theory.counting import Memory, Slow, held, plain
 from refattn.theory.counting import counted as counted_array
@@ -21,6 +21,7 @@ from refattn.theory.fields import disjoint, meet, over, precise
 from refattn.theory.flash_io import counted, hbm_bytes, standard
 from refattn.theory.hyper import spread
 from refattn.theory.kinetics import context_of_equal_cost, keys_read
+from refattn.theory.plots import figure
 from refattn.theory.reach import of_mask, of_offsets
 from refattn.theory.tracing import Traced
 
@@ -240,6 +241,33 @@ def test_calculators_of_the_users_own_numbers():
     )
     with pytest.raises(InvalidInput, match="reach: got float64"):
         of_mask(np.zeros((2, 2)), 1)
+
+
+def test_what_flash_computes_after_its_loads_is_stored():
+    q, k, v = np.random.default_rng(1).standard_normal((3, 12, 2))
+    stored = []
+
+    class Watched(Memory):
+        def store(self, x, at, part):
+            super().store(x, at, part)
+            stored.append(x)
+
+    real, io_loops.Memory = io_loops.Memory, Watched
+    try:
+        out, _, _ = io_loops.flash(q, k, v, 60)
+    finally:
+        io_loops.Memory = real
+    assert any(x.data is out for x in stored)  # not a quotient of what was stored
+
+
+def test_a_plot_has_a_line_for_each_model():
+    found = run(CLAIMS["kinetics-crossover"])
+    lines = figure(found).axes[0].lines
+    assert [line.get_label() for line in lines] == [f"context, {x}e9 parameters" for x in ("0.752", "8.19")]
+    assert all((np.diff(line.get_xdata()) > 0).all() for line in lines)
+    for name in ("flash-io", "triple-io"):
+        lines = figure(run(CLAIMS[name])).axes[0].lines
+        assert len(lines) == len(set(run(CLAIMS[name]).detail["series"]))
 
 
 def test_the_command_line(tmp_path):
