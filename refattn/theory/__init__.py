@@ -3,6 +3,7 @@
 from . import (
     bandits,
     bounded_entries,
+    caches,
     combiner,
     crate,
     decisions,
@@ -35,6 +36,7 @@ MODULES = (
     merging,
     perturbation,
     decoding,
+    caches,
     bounded_entries,
     softmax_rounding,
     hyper,

@@ -93,6 +93,27 @@ def eviction_by_share() -> Evidence:
     return judged(pairs, "error over the share of dropped keys times the values' range")
 
 
+BUDGETS = (1, 3, 6, 13)
+
+
+def _by_share(evict: Any, budgets: tuple[int, ...], what: str) -> Evidence:
+    """Compare errors with the share of the keys that went, for values drawn, and where the weightiest has its own."""
+    found = [one for budget in budgets for alike in (True, False) for one in _evicted(budget, evict, alike)]
+    return judged([(off, by_share) for off, _, by_share, _ in found if by_share], what)
+
+
+def lightest(budgets: tuple[int, ...] = BUDGETS) -> Evidence:
+    """The least weighty key goes each time: what is gone weighs no more than its share of the keys."""
+    needs(min(budgets) >= 1, "a budget of at least one key")
+    return _by_share(min, budgets, "error over the share of dropped keys times the values' range")
+
+
+def weightiest() -> Evidence:
+    """The weightiest key goes each time."""
+    what = "error over the share of dropped keys times the values' range, the weightiest key gone"
+    return _by_share(max, BUDGETS, what)
+
+
 def _power(s: Array, p: int) -> Array:
     w = (1 + s / p) ** p
     return np.asarray(w / w.sum())
@@ -151,6 +172,15 @@ CLAIMS = [
         "derived here",
         eviction,
         eviction_by_share,
+        ("a budget of at least one key",),
+    ),
+    Claim(
+        "decoding-eviction-lightest",
+        "Where weights do not change and the least weighty key is evicted, the error is at most the share of the keys"
+        " that went times the values' range",
+        "derived here",
+        lightest,
+        weightiest,
         ("a budget of at least one key",),
     ),
     Claim(

@@ -13,7 +13,7 @@ from ..dtypes import format_of
 from .claim import Claim, Evidence, judged, needs, same
 from .fields import Q, balls, each, exp, meet, precise, rational, rationals
 
-__all__ = ["CLAIMS", "FORMATS", "GRAINS", "error_bound"]
+__all__ = ["CLAIMS", "FORMATS", "GRAINS", "attended", "error_bound", "largest", "rounded_to"]
 
 Array = NDArray[Any]
 Float = NDArray[np.float64]
@@ -25,7 +25,8 @@ GRAINS = {"tensor": (2, 8), "head": (1, 8), "block": (1, 4), "token": (1, 1)}
 """Grains of scales, from the coarsest to the finest: heads and tokens that share one."""
 
 
-def _largest(name: str) -> float:
+def largest(name: str) -> float:
+    """Return the largest number of a format."""
     return float(np.iinfo(np.int8).max) if name == "int8" else format_of(name).largest
 
 
@@ -34,11 +35,12 @@ def _scales(x: Float, name: str, grain: str) -> Float:
     heads, tokens = GRAINS[grain]
     h, n, d = x.shape
     groups = np.abs(x).reshape(h // heads, heads, n // tokens, tokens, d).max((1, 3, 4), keepdims=True)
-    scales = 2.0 ** np.ceil(np.log2(groups / _largest(name)))
+    scales = 2.0 ** np.ceil(np.log2(groups / largest(name)))
     return np.asarray(np.broadcast_to(scales, (h // heads, heads, n // tokens, tokens, d)).reshape(x.shape))
 
 
-def _rounded(x: Float, name: str, scales: Float) -> Float:
+def rounded_to(x: Float, name: str, scales: Float) -> Float:
+    """Return numbers rounded to a format at some scales."""
     y = x / scales
     return np.asarray((np.rint(y).astype(np.int8) if name == "int8" else format_of(name).round_array(y)) * scales)
 
@@ -59,7 +61,7 @@ def _call(outlier: float = 16.0) -> tuple[Float, Float, Float]:
     return q / 4, k, v
 
 
-def _attended(q: Any, k: Any, v: Any) -> Array:
+def attended(q: Any, k: Any, v: Any) -> Array:
     """Return softmax attention of one head in balls."""
     p = exp(balls(rational(q) @ rational(k).T))
     return np.asarray((p @ balls(rational(v))) / p.sum(1, keepdims=True))
@@ -102,10 +104,10 @@ def _attained() -> list[int]:
     found = []
     for given, after in zip((key, query, both), moved, strict=True):
         (q, k, dq, dk), (q_after, k_after) = map(np.array, given), map(np.array, after)
-        off = abs(_attended(q_after, k_after, v) - _attended(q, k, v)).max()
+        off = abs(attended(q_after, k_after, v) - attended(q, k, v)).max()
         found.append(same(meet(off, error_bound(q, k, v, (dq, dk, still))[0]), True))
     one, two = np.array(both[0]), np.array(both[1])
-    off = (_attended(one, two, v + 0.5) - _attended(one, two, v)).max()
+    off = (attended(one, two, v + 0.5) - attended(one, two, v)).max()
     bound = error_bound(one, two, v, (0 * one, 0 * two, still + 0.5))[0]
     return [*found, same(meet(off, bound), True)]
 
@@ -113,18 +115,18 @@ def _attained() -> list[int]:
 def _halfway(name: str) -> list[int]:
     """Return whether halves of the format's least number, which round to 0, move by just their steps."""
     x = SOME * (1.0 if name == "int8" else format_of(name).smallest_subnormal) / 2
-    moved = np.abs(_rounded(x, name, SOME) - x)
+    moved = np.abs(rounded_to(x, name, SOME) - x)
     return [same(m, s) for m, s in zip(moved, _steps(x, name, SOME), strict=True)]
 
 
 def _pairs(name: str, grain: str, held_to: str) -> list[tuple[Any, Any]]:
     """Return errors of rows with scales of one grain beside bounds from those of another."""
     given = _call()
-    rounded = [_rounded(x, name, _scales(x, name, grain)) for x in given]
+    rounded = [rounded_to(x, name, _scales(x, name, grain)) for x in given]
     steps = [_steps(x, name, _scales(x, name, held_to)) for x in given]
     pairs: list[tuple[Any, Any]] = []
     for h in range(2):
-        off = abs(_attended(*(x[h] for x in rounded)) - _attended(*(x[h] for x in given)))
+        off = abs(attended(*(x[h] for x in rounded)) - attended(*(x[h] for x in given)))
         (q, k, v), (dq, dk, dv) = ([x[h] for x in group] for group in (given, steps))
         bound = error_bound(q, k, v, (dq, dk, dv))
         pairs += [(one, most) for row, most in zip(off, bound, strict=True) for one in row]
@@ -144,7 +146,7 @@ def inputs(formats: tuple[str, ...] = FORMATS) -> Evidence:
             pairs += found
             bounds[f"{name}, {grain}"] = float(max(b for _, b in found))
             steps = [_steps(x, name, _scales(x, name, grain)) for x in _call()]
-            moved = [np.abs(_rounded(x, name, _scales(x, name, grain)) - x) for x in _call()]
+            moved = [np.abs(rounded_to(x, name, _scales(x, name, grain)) - x) for x in _call()]
             # no element moves by more than its step
             pairs += [
                 (float(m), float(s))

@@ -39,6 +39,8 @@ VIOLATED = {
     "rank-collapse": ({"layers": 0}, "at least one layer"),
     "decoding-recurrence": ({"decay": 1}, "a decay in (0, 1)"),
     "decoding-eviction": ({"budgets": (0,)}, "a budget of at least one key"),
+    "decoding-eviction-lightest": ({"budgets": (0,)}, "a budget of at least one key"),
+    "decoding-quantised-cache": ({"formats": ("int4",)}, "formats out of int8"),
     "power-softmax": ({"size": 8}, "scores below p"),
     "bounded-degree": ({"places": ((0.0, 2),)}, "R > 0"),
     "bounded-rank": ({"n": 10}, "n > C(d+g, g)"),
