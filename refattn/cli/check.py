@@ -180,14 +180,14 @@ def _entries(
     """Return the kernels that are named, or all that are here."""
     if memory is not None:
         raise InvalidInput("memory-limit: only an --untrusted kernel has one")
-    entries = [e for name in kernels for e in find(name)] if kernels else found()
-    if variant != VARIANT and not kernels:
+    entries = [e for name in kernels for e in find(name)] if kernels else found(variant)
+    if not entries:
         raise InvalidInput(
             f"kernel: no kernel here computes {variant}; name yours as package.module:function or path/file.py:function"
         )
-    named = [e for e in entries if e.name in KERNELS]
-    if variant != VARIANT and named:
-        raise InvalidInput(f"kernel: {named[0].name} computes {VARIANT}, not {variant}")
+    for e in entries:
+        if e.name in KERNELS and variant not in e.variants:
+            raise InvalidInput(f"kernel: {e.name} computes {', '.join(sorted(e.variants))}, not {variant}")
     if model is not None:
         entries = [replace(e, model=model_named(model)) for e in entries]
     if time_limit is not None:

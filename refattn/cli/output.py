@@ -123,5 +123,5 @@ def print_outside(console: Console, reports: list[Report], kernels: tuple[str, .
         if missing:
             _print(console, f"not here: {', '.join(missing)}; refattn doctor tells how to add them")
         for e in KERNELS.values():
-            if e.here and e.named_only:
+            if e.here and e.named_only and reports[0].variant in e.variants:
                 _print(console, f"{e.name}: runs only when named, {e.named_only}")

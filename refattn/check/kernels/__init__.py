@@ -15,7 +15,7 @@ from typing import Any
 from ...dtypes import FORMATS
 from ...errors import InvalidInput, KernelError, RefattnError
 from ...modules import module_of
-from ...problem import Problem
+from ...problem import VARIANT, Problem
 from ...version import VERSION
 from ..call import Function
 from ..kernel import Kernel
@@ -46,6 +46,8 @@ class Entry:
         Why it runs only when it is named, "" where it always runs.
     gpu : bool
         Whether it needs an NVIDIA GPU.
+    variants : frozenset of str
+        The operators that it computes.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Entry:
     model: ModelFor
     named_only: str = ""
     gpu: bool = False
+    variants: frozenset[str] = frozenset({VARIANT})
 
     def kernel(self) -> Kernel:
         """Return the kernel; one that we call by an adapter of ours raises outside its capabilities."""
@@ -171,6 +174,18 @@ KERNELS: dict[str, Entry] = {
             tiled.model,
         ),
         Entry(
+            "refattn-sparse",
+            "",
+            _load("sparse", "sparse"),
+            Capabilities(
+                frozenset({"float32", "float16", "bfloat16"}),
+                (FEATURES - {"window", "variable_lengths"}) | {"weight"},
+                lse=True,
+            ),
+            flash,
+            variants=frozenset({"power_blocks", "neighborhood", "titans_mac", "moba", "topk"}),
+        ),
+        Entry(
             "torch-sdpa-flash",
             "torch",
             _load("torch_sdpa", "sdpa_flash"),
@@ -283,9 +298,9 @@ KERNELS: dict[str, Entry] = {
 """The kernels by name."""
 
 
-def found() -> list[Entry]:
-    """Return the kernels of the packages that are here, those that must be named left out."""
-    return [e for e in KERNELS.values() if e.here and not e.named_only]
+def found(variant: str = VARIANT) -> list[Entry]:
+    """Return the kernels of an operator whose packages are here, those that must be named left out."""
+    return [e for e in KERNELS.values() if e.here and not e.named_only and variant in e.variants]
 
 
 def find(name: str) -> list[Entry]:

@@ -1,0 +1,154 @@
+"""Our kernel for softmax attention over some keys, in NumPy: it picks the keys of a row, gathers them, and attends.
+
+Keys are picked by rules and float32 scores written here, not by the operators' definitions. Float32 inside, P rounded
+to the input's type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays import from_float64, to_float64
+from ...dtypes import FORMATS
+from ...errors import UnsupportedProblem
+from ...problem import Problem
+
+__all__ = ["sparse"]
+
+Array = NDArray[Any]
+Pick = Callable[[Array, Array, dict[str, Any]], Iterator[list[int]]]
+
+
+def sparse(problem: Problem) -> tuple[Array, Array]:
+    """Return out (b, h_q, n_q, d_v) and lse (b, h_q, n_q) of an operator that attends to some keys.
+
+    Raises
+    ------
+    UnsupportedProblem
+        Another operator.
+    """
+    if problem.variant not in PICKS:
+        raise UnsupportedProblem(f"refattn-sparse: takes {', '.join(PICKS)}, got {problem.variant}")
+    p, form = problem.to("numpy"), FORMATS[problem.dtype]
+    q, k, v = (to_float64(x).astype(np.float32) for x in (p.query, p.key, p.value))
+    out, lse = np.zeros(p.out_shape, np.float32), np.full(p.out_shape[:3], -np.inf, np.float32)
+    options = DEFAULTS[p.variant] | dict(p.options)
+    with np.errstate(all="ignore"):
+        for b, h in product(range(p.batch), range(p.heads)):
+            g = h * p.heads_kv // p.heads
+            for i, keys in enumerate(PICKS[p.variant](q[b, h], k[b, g], options)):
+                seen = _seen(p, b, h, i, np.array(keys, np.intp))
+                out[b, h, i], lse[b, h, i] = _row(p, (b, h, i), q[b, h, i], k[b, g, seen], v[b, g, seen], seen)
+    return from_float64(form.round_array(out.astype(np.float64)), p.dtype), lse
+
+
+def _seen(p: Problem, b: int, h: int, i: int, keys: Array) -> Array:
+    """Return those of a row's keys that the call shows it."""
+    if p.causal is not None:
+        keys = keys[keys <= i + (p.n_k - p.n_q if p.causal == "bottom_right" else 0)]
+    return keys if p.allowed is None else keys[_of_row(p.allowed, b, h, i, p.n_k)[keys]]
+
+
+def _of_row(x: Array, b: int, h: int, i: int, n_k: int) -> Array:
+    """Return a row of a mask, bias or weight whose axes of one element stand for all."""
+    at = tuple(j if n > 1 else 0 for j, n in zip((b, h, i), x.shape, strict=False))
+    return np.broadcast_to(x[at], n_k)
+
+
+def _row(p: Problem, at: tuple[int, int, int], q: Array, k: Array, v: Array, keys: Array) -> tuple[Array, Any]:
+    """Return one row's out and lse over the keys it sees."""
+    s = (k @ q) * np.float32(1 / np.sqrt(p.d_k) if p.scale is None else p.scale)
+    if p.softcap is not None:
+        s = np.tanh(s / np.float32(p.softcap)) * np.float32(p.softcap)
+    if p.bias is not None:
+        s = s + to_float64(_of_row(p.bias, *at, p.n_k)[keys]).astype(np.float32)
+    sink = -np.inf if p.sink is None else np.float32(to_float64(p.sink)[at[1]])
+    top = np.maximum(s.max(initial=-np.inf), np.float32(sink))
+    base = np.float32(0) if top == -np.inf else top
+    w = np.exp(s - base)
+    if p.weight is not None:
+        w = w * to_float64(_of_row(p.weight, *at, p.n_k)[keys]).astype(np.float32)
+    total = w.sum(dtype=np.float32) + (np.exp(sink - base) if p.sink is not None else np.float32(0))
+    if total == 0:
+        return np.zeros(v.shape[1], np.float32), np.float32(-np.inf)
+    w = FORMATS[p.dtype].round_array(w.astype(np.float64)).astype(np.float32)
+    live = w != 0
+    return (w[live] @ v[live]) / total, base + np.log(total)
+
+
+def _power_blocks(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
+    size = o["block_size"]
+    for i in range(len(q)):
+        own = (i + len(k) - len(q)) // size
+        back = {own - d for d in (0, *(2**e for e in range(own.bit_length() + 1)), *range(o["window_blocks"]))}
+        blocks = {b for b in back | set(range(min(o["sink_blocks"], own + 1))) if 0 <= b <= own}
+        yield [j for b in sorted(blocks) for j in range(b * size, min(b * size + size, len(k)))]
+
+
+def _neighborhood(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
+    shape = o["shape"] or (len(q),)
+    ones = (1,) * len(shape)
+    extra = list(range(len(q), len(k)))
+    given = (o["window"] or shape, o["stride"] or ones, o["dilation"] or ones, o["is_causal"] or (False,) * len(shape))
+    sides = [[_near(x, *axis) for x in range(axis[0])] for axis in zip(shape, *given, strict=True)]
+    for at in product(*map(range, shape)):
+        near = product(*(side[x] for x, side in zip(at, sides, strict=True)))
+        yield [int(np.ravel_multi_index(place, shape)) for place in near] + extra
+
+
+def _near(x: int, n: int, window: int, stride: int, dilation: int, causal: bool) -> list[int]:
+    """Return the tokens of an axis that one sees: of its dilation's group, a window that stays inside."""
+    mates, own = list(range(x % dilation, n, dilation)), x // dilation
+    leader = min(own - own % stride + (stride - 1 if causal else stride // 2), len(mates) - 1)
+    if causal:
+        return mates[max(leader - window + 1, 0) : own + 1]
+    first = min(max(leader - window // 2, 0), len(mates) - window)
+    return mates[first : first + window]
+
+
+def _titans_mac(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
+    kept, size = o["persistent"], o["segment"]
+    for i in range(len(q)):
+        t = i + len(k) - len(q) - kept
+        first = max(t - size, 0) if o["sliding"] else t - t % size
+        yield [*range(kept), *range(kept + first, kept + t + 1)]
+
+
+def _moba(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
+    size = o["block_size"]
+    means = np.stack([k[a : a + size].mean(0, dtype=np.float32) for a in range(0, len(k), size)])
+    for i in range(len(q)):
+        own = (i + len(k) - len(q)) // size
+        best = np.argsort(-(means[:own] @ q[i]), kind="stable")[: o["topk"] - 1]
+        yield [j for b in sorted([*best.tolist(), own]) for j in range(b * size, min(b * size + size, len(k)))]
+
+
+def _topk(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
+    for i in range(len(q)):
+        at = i + len(k) - len(q)
+        near = max(at - o["local"] + 1, 0)
+        first = min(o["sink_keys"], near)
+        best = np.argsort(-(k[first:near] @ q[i]), kind="stable")[: o["topk"]] + first
+        yield sorted([*range(first), *best.tolist(), *range(near, at + 1)])
+
+
+PICKS: dict[str, Pick] = {
+    "power_blocks": _power_blocks,
+    "neighborhood": _neighborhood,
+    "titans_mac": _titans_mac,
+    "moba": _moba,
+    "topk": _topk,
+}
+"""By operator, the keys of each row of a head."""
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "power_blocks": {"block_size": 256, "window_blocks": 5, "sink_blocks": 1},
+    "neighborhood": dict.fromkeys(("shape", "window", "stride", "dilation", "is_causal")),
+    "titans_mac": {"persistent": 0, "segment": 512, "sliding": False},
+    "moba": {"block_size": 64, "topk": 3},
+    "topk": {"topk": 32, "sink_keys": 4, "local": 8},
+}
