@@ -66,6 +66,7 @@ def _page(v: refattn.Variant) -> str:
         *_mistakes(v),
         "## Source",
         v.source,
+        f"Compared with: {v.compared}.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -155,7 +156,9 @@ def _write_pages() -> None:
         (pages / f"{v.name}.md").write_text(_page(v))
     names = "\n".join(refattn.VARIANTS)
     (pages / "gallery.md").write_text(_gallery())
-    (pages / "index.md").write_text(f"# Operators\n\n```{{toctree}}\n{names}\ngallery\n```\n")
+    rows = "".join(f"| {{doc}}`{v.name}` | {v.source} | {v.compared} |\n" for v in refattn.VARIANTS.values())
+    table = f"| operator | source | compared with |\n|---|---|---|\n{rows}"
+    (pages / "index.md").write_text(f"# Operators\n\n{table}\n```{{toctree}}\n:hidden:\n\n{names}\ngallery\n```\n")
     notebooks = HERE / "notebooks"
     shutil.rmtree(notebooks, ignore_errors=True)
     shutil.copytree(HERE.parent / "notebooks", notebooks, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))

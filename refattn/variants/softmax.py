@@ -37,6 +37,7 @@ SOFTMAX = Variant(
     source="Vaswani et al., arXiv 1706.03762, eq. 1; softcap as in Gemma 2 (arXiv 2408.00118, section 2); "
     "the sink logit as in StreamingLLM's softmax1 (arXiv 2309.17453, eq. 2), learnable in gpt-oss. "
     "Recalled, not read again.",
+    compared="PyTorch, JAX, ONNX Runtime, OpenVINO and Keras: {doc}`../kernels`",
     uses=frozenset({"causal", "window", "softcap", "sink", "bias", "allowed", "weight"}),
     has_lse=True,
     positive=True,

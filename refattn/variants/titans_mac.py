@@ -80,6 +80,7 @@ TITANS_MAC = Variant(
     unit="u · sum_j p_ij |v_jc|",
     source="Behrouz et al., Titans, arXiv 2501.00663, section 4.1; create_mac_block_mask of titans-pytorch 0.5.5 was "
     "read. Memory tokens are keys like others: put them where the call has them.",
+    compared="titans-pytorch 0.5.5: the same keys, in segments and sliding (tests/peers/test_titans.py)",
     uses=frozenset({"softcap", "sink", "bias", "allowed", "weight"}),
     options={
         "persistent": Option(0, "first keys, which every token sees", whole(0), (0, 3)),

@@ -76,6 +76,8 @@ class Variant:
         The error unit: what one rounding costs an output element.
     source : str
         Paper and equation, and what of it was read.
+    compared : str
+        With which implementation that nobody here wrote it was compared, and what came of it.
     uses : frozenset of str
         The options of Problem that mean something here; another one raises UnsupportedProblem.
     options : mapping
@@ -132,6 +134,7 @@ class Variant:
     quick: frozenset[str] = frozenset()
     forms: Mapping[str, Any] = field(default_factory=dict)
     wrong: Mapping[str, tuple[str, Lowered | Selected]] = field(default_factory=dict)
+    compared: str = "none yet"
     fits: Callable[[Problem], str | None] = lambda problem: None
     tries: Callable[[int, int], Sequence[Mapping[str, Any]]] | None = None
     places: bool = False
