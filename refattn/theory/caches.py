@@ -64,7 +64,7 @@ class Cache:
 def _grown(n: int = 10, d: int = 3) -> tuple[Float, Float, Float]:
     """Return queries, keys and values of few bits, whose differences are exact; later ones are larger: scales grow."""
     q, k, v = np.rint(np.random.default_rng(2).standard_normal((3, n, d)) * 2**12) / 2**12
-    sizes = 2.0 ** np.linspace(-3, 1, n).round()[:, None]
+    sizes = 2.0 ** np.rint(np.linspace(-3, 1, n))[:, None]
     return q / 4, k * sizes, v * sizes
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .fields import each
 
-__all__ = ["Counted", "Memory", "Slow", "counted", "held", "plain", "working"]
+__all__ = ["Counted", "Memory", "Ranged", "Slow", "counted", "held", "plain", "working"]
 
 
 class Counted:
@@ -50,6 +50,34 @@ class Counted:
     def __ge__(self, other: Any) -> bool:
         self.tally["compare"] += 1
         return bool(self.value >= plain(other))
+
+
+class Ranged:
+    """A positive number that notes what is computed from it, and a quotient what it was divided by.
+
+    Parameters
+    ----------
+    value : number
+        Noted, too.
+    noted : list
+        Of all values.
+    by : number, optional
+        What it was divided by.
+    """
+
+    def __init__(self, value: Any, noted: list[Any], by: Any = None) -> None:
+        self.value, self.noted, self.by = value, noted, by
+        noted.append(value)
+
+    def __add__(self, other: Ranged) -> Ranged:
+        return Ranged(self.value + other.value, self.noted)
+
+    def __mul__(self, other: Ranged) -> Ranged:
+        return Ranged(self.value * other.value, self.noted)
+
+    def __truediv__(self, other: Ranged) -> Ranged:
+        inverse = Ranged(1 / other.value, self.noted)  # there is no division under encryption
+        return Ranged(self.value * inverse.value, self.noted, other.value)
 
 
 def working() -> int:

@@ -41,6 +41,8 @@ VIOLATED = {
     "decoding-eviction": ({"budgets": (0,)}, "a budget of at least one key"),
     "decoding-eviction-lightest": ({"budgets": (0,)}, "a budget of at least one key"),
     "decoding-quantised-cache": ({"formats": ("int4",)}, "formats out of int8"),
+    "power-softmax-lipschitz": ({"size": 8}, "scores below p"),
+    "power-softmax-range": ({"size": 8}, "scores below p"),
     "power-softmax": ({"size": 8}, "scores below p"),
     "bounded-degree": ({"places": ((0.0, 2),)}, "R > 0"),
     "bounded-rank": ({"n": 10}, "n > C(d+g, g)"),
