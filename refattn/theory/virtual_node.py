@@ -10,7 +10,7 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from .claim import Claim, Evidence, judged, needs, same, total, worst
+from .claim import Claim, Evidence, judged, needs, same, total
 from .counting import held
 from .fields import Q, balls, disjoint, each, exp, meet, precise, rational, rationals, solve, unequal
 from .systems import softmax
@@ -169,42 +169,55 @@ def _separation(x: Array, selectors: Array) -> Any:
     return min(scores[i, i] - scores[j, i] for i in range(len(x)) for j in range(len(x)) if i != j)
 
 
-def _read_off(n: int, beta: int, delta: Any, far: Any) -> Any:
-    """Return how far a read is off at most: a share of (n - 1)·exp(-beta·delta) of the nodes' distances."""
-    return (n - 1) * (-beta * flint.arb(delta)).exp() * far
+def _reads_off(x: Array, beta: int) -> Array:
+    """Return how far each node's read is off at most: others have shares of exp(-beta·gap) at most, at their distance.
+
+    The gap is how much higher the node's selector, itself, scores it than the other.
+    """
+    scores = x @ x.T
+    gaps = np.diag(scores)[:, None] - scores
+    return np.asarray((exp(-beta * balls(gaps)) * _norm(balls(x[:, None] - x))).sum(1))
 
 
-def _node_off(eta: Any, far: Any) -> Any:
-    """Return how far a node is off at most that reads are eta off."""
-    return eta + (eta / 2).tanh() * far
+def _rows_off(x: Array, off: Array) -> Array:
+    """Return how far each row of attention among unit nodes is off at most that reads them as far off.
+
+    A logit is off by as much as its node, so that a weight p becomes one between p·exp(-off) and p·exp(off) over the
+    sums of all such. The row is off by these weights' mean of `off`, and by how much they move times how far the nodes
+    are from the row.
+    """
+    p = exp(balls(x @ x.T))
+    p = p / p.sum(1, keepdims=True)
+    more, less = p * exp(off), p * exp(-off)
+    low, high = less.sum(1, keepdims=True), more.sum(1, keepdims=True)
+    moved = each(max, more / low - p, p - less / high)
+    return np.asarray((more / low * off).sum(1) + (moved * _norm((p @ balls(x))[:, None] - balls(x))).sum(1))
 
 
 def _otherwise() -> list[int]:
-    """Return whether both bounds are what they are in another form: of two opposite nodes, and by exponentials."""
+    """Return whether both bounds are what they are in another form, of two opposite nodes."""
     x = rational(np.array([[1, 0], [-1, 0]]))
-    beta, grown, far = 3, flint.arb(4), flint.arb(5)
+    beta, grown = 3, flint.arb(4)
     share = (-beta * flint.arb(_separation(x, x))).exp()
     off = _norm(_read(x, x[0], beta) - balls(x[0])) * (1 + share)  # the other's share is this over 1 + this
-    found = [same(meet(off, _read_off(len(x), beta, _separation(x, x), _norm(balls(x[0] - x[1])))), True)]
-    node = grown.log() + far * (grown - 1) / (grown + 1)
-    return [*found, same(meet(_node_off(grown.log(), far), node), True)]
+    found = [same(meet(off, _reads_off(x, beta)[0]), True)]
+    # both are read as far off: weights grow up to the square of exp(off) of what they are, and the mean is tanh(1)
+    row = grown**2 * grown.log() + (grown**2 - 1) * (1 - flint.arb(1).tanh() ** 2)
+    return [*found, same(meet(_rows_off(x, balls(np.ones(2)) * grown.log())[0], row), True)]
 
 
-def _deep_pairs(x: Array, delta: Any, betas: tuple[int, ...]) -> list[Any]:
-    """Return errors beside their bounds, and whether a node holds 2d + 1 numbers and there are n rounds, for each beta.
+def _deep_pairs(x: Array, judged_by: Array, betas: tuple[int, ...]) -> list[list[Any]]:
+    """Return for each beta errors of rows beside their bounds, and whether a node holds 2d + 1 numbers in n rounds.
 
-    A read is off by at most eps = (n - 1)·exp(-beta·delta) of the nodes' distances D; logits of unit nodes then by
-    eta = eps·D, weights by tanh(2·eta/4) in total variation.
+    Reads are off by what the gaps of `judged_by` allow, the nodes themselves or others.
     """
-    exact = softmax(x, x, x)
-    pairs: list[Any] = []
-    far = max(_norm(balls(a - b)).upper() for a, b in itertools.combinations(x, 2))
+    exact, found = softmax(x, x, x), []
     for beta in betas:
-        found, state, rounds = _deep(x, x, beta)
-        bound = _node_off(_read_off(len(x), beta, delta, far), far)
-        pairs.append((worst(_norm(found - exact)), bound))
-        pairs += [same(state, 2 * x.shape[1] + 1), same(rounds, len(x))]
-    return pairs
+        out, state, rounds = _deep(x, x, beta)
+        bounds = _rows_off(x, _reads_off(judged_by, beta))
+        pairs: list[Any] = list(zip(_norm(out - exact), bounds, strict=True))
+        found.append([*pairs, same(state, 2 * x.shape[1] + 1), same(rounds, len(x))])
+    return found
 
 
 BETAS = (50, 100, 200, 400, 800)
@@ -216,18 +229,21 @@ def deep(betas: tuple[int, ...] = BETAS, separated: bool = True) -> Evidence:
     x = _nodes(separated)
     delta = _separation(x, x)
     needs(delta > 0, f"every node has a selector that scores it above all others, got a gap of {float(delta):.2g}")
-    found = _deep_pairs(x, delta, betas)
+    found = _deep_pairs(x, x, betas)
     opposite = rational(np.array([[1, 0], [-1, 0]]))  # where reads are off by nearly all that the bound allows
-    near = _deep_pairs(opposite, _separation(opposite, opposite), (1, 2, 4))
-    detail = {"beta": list(betas), **{n: [float(p[i]) for p in found[::3]] for i, n in enumerate(("error", "bound"))}}
-    return judged([*found, *near, *_otherwise()], "error over its bound", detail)
+    near = _deep_pairs(opposite, opposite, (1, 2, 4))
+    curves = [[max(float(pair[i]) for pair in one[:-2]) for one in found] for i in range(2)]
+    detail = {"beta": list(betas), "error": curves[0], "bound": curves[1]}
+    every = [one for ones in (*found, *near) for one in ones]
+    return judged([*every, *_otherwise()], "error of a row over its bound", detail)
 
 
 @precise(1024)
 def unselectable() -> Evidence:
     """A node at the mean of the others, which no selector scores above all: the errors do not fall with beta."""
-    pairs = _deep_pairs(_nodes(False), _separation(_nodes(True), _nodes(True)), BETAS[-2:])
-    return judged(pairs, "error over the bound of separable nodes, one node at the mean of the others")
+    found = _deep_pairs(_nodes(False), _nodes(True), BETAS[:2])
+    what = "error of a row over the bound of separable nodes, one node at the mean of the others"
+    return judged([one for ones in found for one in ones], what)
 
 
 SOURCE = "Cai et al., MPNN and Graph Transformer (arXiv 2301.11956; a summary was read, constructions are ours)"
