@@ -128,6 +128,7 @@ def regrets(dims: tuple[int, ...] = DIMS, rounds: int = ROUNDS) -> Evidence:
         regret, bounds, h = _beside(policy, d, most)
         pairs += zip(regret, bounds, strict=True)
         pairs += [same(x <= _most_log_det(d, t), True) for t, x in enumerate(h.log_dets, 1)]
+        pairs.append(same(bounds[-1], _regret_bound(h.log_det, most)))
         curves[f"{'layers' if policy is _by_layers else 'LinUCB'}, d = {d}"] = regret[9::10].tolist()
         curves[f"share of the bound, d = {d}"] = (regret / bounds)[9::10].tolist()
     curves["at random, d = 5"] = _play(_random, 5, rounds)[0][9::10].tolist()

@@ -203,7 +203,13 @@ def _otherwise() -> list[int]:
     found = [same(meet(off, _reads_off(x, beta)[0]), True)]
     # both are read as far off: weights grow up to the square of exp(off) of what they are, and the mean is tanh(1)
     row = grown**2 * grown.log() + (grown**2 - 1) * (1 - flint.arb(1).tanh() ** 2)
-    return [*found, same(meet(_rows_off(x, balls(np.ones(2)) * grown.log())[0], row), True)]
+    found.append(same(meet(_rows_off(x, balls(np.ones(2)) * grown.log())[0], row), True))
+    # only the other is: its weight grows by grown over the least sum, the node's own shrinks by the largest
+    t = flint.arb(1).tanh()
+    own, other = (1 + t) / 2, (1 - t) / 2
+    more, less = grown * other / (own + other / grown), own / (own + grown * other)
+    row = more * grown.log() + (own - less) * (1 - t) + (more - other) * (1 + t)
+    return [*found, same(meet(_rows_off(x, balls(np.array([0, 1])) * grown.log())[0], row), True)]
 
 
 def _deep_pairs(x: Array, judged_by: Array, betas: tuple[int, ...]) -> list[list[Any]]:

@@ -49,6 +49,8 @@ def constants(tree):
 def given(node, names):
     """Yield the numbers that a bound or what is measured is given: bare, as a factor or a summand, or by a name."""
     if isinstance(node, ast.Call):
+        if isinstance(node.func, ast.Attribute):  # what a method is asked of
+            yield from given(node.func.value, names)
         if called(node, *THROUGH):
             for part in node.args:
                 yield from given(part, names)
@@ -132,6 +134,7 @@ def test_no_tolerance_is_picked(path):
         ("Evidence(error / 0.25, 1, what)", [1]),
         ("Evidence(x, 7 * y, what)", [1]),
         ("Evidence(abs(x) / 2, 1, what)", [1]),
+        ("Evidence((x / 2).max(), 1, what)", [1]),
         ("Evidence(worst([(x, 2 * y)]), 1, what)", [1]),
         ("judged([(x, 2 * y)], what)", [1]),
         ("worst((x, 2 * y) for x in z)", [1]),
