@@ -77,6 +77,12 @@ def gathered(part):
     return GATHERED | {n.id for call in asked for x in call.args for n in ast.walk(x) if isinstance(n, ast.Name)}
 
 
+def pairs_in(value):
+    """Yield the pairs of a list, but not those that it is made over."""
+    looped = {id(n) for c in ast.walk(value) if isinstance(c, ast.comprehension) for n in ast.walk(c)}
+    yield from (x for x in ast.walk(value) if isinstance(x, ast.Tuple) and len(x.elts) == 2 and id(x) not in looped)
+
+
 def compared(part):
     """Yield what a function holds a claim to: arguments of Evidence, worst and judged, and pairs that are gathered."""
     into = gathered(part)
@@ -90,9 +96,9 @@ def compared(part):
         elif isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)) and node.value is not None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if any(getattr(n, "id", None) in into for n in targets):
-                looped = {id(n) for c in ast.walk(node.value) if isinstance(c, ast.comprehension) for n in ast.walk(c)}
-                tuples = (x for x in ast.walk(node.value) if isinstance(x, ast.Tuple) and id(x) not in looped)
-                yield from (x for x in tuples if len(x.elts) == 2)
+                yield from pairs_in(node.value)
+        elif isinstance(node, ast.Return) and isinstance(node.value, (ast.List, ast.ListComp)):
+            yield from pairs_in(node.value)
 
 
 def picked(tree):
@@ -141,6 +147,7 @@ def test_no_tolerance_is_picked(path):
         ("pairs.append((error, 0.5))", [1]),
         ("pairs += [(error, 2 * bound) for error in errors]", [1]),
         ("def f():\n    all = [(x, 3 + y)]\n    return worst([*all, z])", [2]),
+        ("def f():\n    return [(error, 3 * bound) for error in errors]", [2]),
         ("ok = error < 0.25", [1]),
         ("TOL = 0.25\nok = x < TOL", [1]),
         ("TOL = 1 / 4\nEvidence(x, TOL, what)", [1]),
