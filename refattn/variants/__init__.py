@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import InvalidInput
+from .block_sparse import BLOCK_SPARSE
 from .lightning import LIGHTNING
 from .linear import LINEAR
 from .moba import MOBA
@@ -20,7 +21,20 @@ from .variant import Variant
 __all__ = ["VARIANTS", "Choices", "Lowered", "Option", "Rows", "Selected", "Shape", "Steps", "Variant", "variant_of"]
 
 VARIANTS: dict[str, Variant] = {
-    v.name: v for v in (SOFTMAX, LINEAR, POWER, SIGMOID, LIGHTNING, POWER_BLOCKS, NEIGHBORHOOD, TITANS_MAC, MOBA, TOPK)
+    v.name: v
+    for v in (
+        SOFTMAX,
+        LINEAR,
+        POWER,
+        SIGMOID,
+        LIGHTNING,
+        BLOCK_SPARSE,
+        POWER_BLOCKS,
+        NEIGHBORHOOD,
+        TITANS_MAC,
+        MOBA,
+        TOPK,
+    )
 }
 """The operators that refattn knows, by name; ``refattn.register`` adds one of your own."""
 

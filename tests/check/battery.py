@@ -105,6 +105,12 @@ def _alike():
     return p.replace(query=np.broadcast_to(p.query[:, :, :1], p.query.shape).copy())
 
 
+def _nearly_whole():
+    """Own keys hold nearly all of the weight: results lie just inside the values, and are rounded outward to them."""
+    p = _problem(128, 128, 16, h=4, dtype="bfloat16", causal="bottom_right")
+    return p.replace(query=from_float64(np.float64(4 * np.sign(to_float64(p.key))), "bfloat16"), key=np.sign(p.key))
+
+
 def _saturated():
     """Scores far past their cap: the weights of a row are one number over their sum, and rows differ by their sinks."""
     p = _problem(17, 17, 64, h=16, h_kv=2, dtype="bfloat16", softcap=2.0, causal="bottom_right")
@@ -117,6 +123,7 @@ PROBLEMS = {
     "plain": lambda: _problem(32, 32, 16),
     "bfloat16": lambda: _problem(32, 32, 16, dtype="bfloat16"),
     "alike": lambda: _alike(),
+    "nearly-whole": lambda: _nearly_whole(),
     "saturated": lambda: _saturated(),
     "idle": lambda: _problem(40, 4096, allowed=np.broadcast_to(np.arange(4096) < 5, (1, 1, 40, 4096)).copy()),
     "one-key": lambda: _problem(5, 1),
@@ -371,6 +378,9 @@ def trial_errors_that_lean(c):
     assert any("errors lean to larger values: their mean is +0.5 " in s for s in wrong.symptoms)
     assert judged(a, a.out + 0.5 * sizes[0] * sign, 0.0 * sizes[0]).passed
     assert judged(a, outward, 0.5 * sizes[0]).passed  # what the accumulator may add
+    whole = judged(answer(problem("nearly-whole")), rounded("nearly-whole"), 0.0)
+    assert whole.figures.bias > 0.09  # the exact answer's own rounding leans
+    assert whole.passed
     assert judged(alike, alike.out + 0.5 * sizes[1] * np.sign(alike.out), 0.0 * sizes[1]).passed  # one row, again
 
 

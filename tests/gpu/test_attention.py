@@ -30,6 +30,16 @@ def test_the_judge(name):
     assert report.count("passed") > 80
 
 
+@pytest.mark.parametrize("name", ["refattn-gpu", "refattn-gpu-mma", "refattn-gpu-simt"])
+def test_the_judge_of_block_masks(name):
+    e = KERNELS[name]
+    report = check_kernel(
+        e.kernel(), "block_sparse", capabilities=e.capabilities, dtypes=["bfloat16"], only="gaussian/*"
+    )
+    assert not report.failures, [report.describe(c) for c in report.failures]
+    assert report.count("passed") > 40
+
+
 @pytest.mark.parametrize("name", OURS)
 @given(data=st.data())
 def test_any_call_is_within_its_bound(name, data):

@@ -58,6 +58,19 @@ def neighborhood_mask(shape, window, stride=None, dilation=None, is_causal=None)
     return grid_mask(shape, SimpleNamespace(window=window, stride=stride, dilation=dilation, is_causal=is_causal))
 
 
+def test_blocks_by_hand(make):
+    blocks = ((True, False), (False, False), (True, True))
+    p = make(5, 7, variant="block_sparse", options={"blocks": blocks, "block_q": 2, "block_k": 4})
+    seen = lower(p).problem.allowed[0, 0]
+    assert [np.nonzero(r)[0].tolist() for r in seen] == [[0, 1, 2, 3]] * 2 + [[]] * 2 + [[*range(7)]]
+    answer = evaluate(p, rounding="float32")
+    assert (answer.out[:, :, 2:4] == 0).all()
+    assert np.isneginf(answer.lse[:, :, 2:4]).all()
+    other = (blocks, ((False, True), (True, False), (True, False)))
+    seen = lower(p.replace(options=dict(p.options) | {"blocks": other})).problem.allowed[0, 1]
+    assert [np.nonzero(r)[0].tolist() for r in seen] == [[4, 5, 6]] * 2 + [[0, 1, 2, 3]] * 3
+
+
 def test_segments_by_hand():
     seen = segment_mask(5, 7, 2, 2, False)
     assert [np.nonzero(r)[0].tolist() for r in seen] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [0, 1, 6]]
@@ -242,6 +255,27 @@ TOO_MANY = "query: axis seq is 9, expected at most key's 7: each query stands at
         ("moba", {}, {"causal": None}, "causal: blocks are chosen among earlier ones; set causal='bottom_right'"),
         ("moba", {}, {"n_q": 9}, TOO_MANY),
         ("moba", {}, {"packed": True}, NO_BLOCKS),
+        (
+            "block_sparse",
+            {"blocks": ((1, 0),)},
+            NEAR,
+            "blocks: got .*, expected None, a tuple of rows of True and False, .*",
+        ),
+        (
+            "block_sparse",
+            {"blocks": ((True,), (True, False))},
+            NEAR,
+            "blocks: got .*, expected None, a tuple of rows .*",
+        ),
+        ("block_sparse", {"blocks": (((True,),),) * 3}, NEAR, "blocks: got .*, expected None, a tuple of rows of .*"),
+        (
+            "block_sparse",
+            {"blocks": ((True, False),), "block_q": 4},
+            NEAR,
+            r"blocks: got 1 by 2 blocks of 4 queries and 128 keys, expected \(2, 1\)",
+        ),
+        ("block_sparse", {"block_k": 0}, NEAR, "block_k: got 0, expected an integer of at least 1"),
+        ("block_sparse", {}, NEAR | {"packed": True}, NO_BLOCKS),
         ("neighborhood", {"window": 3}, NEAR, r"window: got 3, expected None or a tuple of integers of at least 1, .*"),
         ("neighborhood", {"window": (0,)}, NEAR, r"window: got \(0,\), expected None or a tuple of integers .*"),
         (

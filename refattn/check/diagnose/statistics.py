@@ -139,7 +139,8 @@ def figures(
     if variance is not None and counted.any():
         with np.errstate(all="ignore"):
             unit = np.where(counted, error / np.sqrt(variance), np.nan)
-        lines = _Lines.of(unit, exact)
+            own = np.where(counted, ((value - exact) - enclosure.tail) / np.sqrt(variance), np.nan)
+        lines = _Lines.of(unit, exact, own)
         rms, bias = float(np.sqrt(lines.square.mean())), float(lines.lean.mean())
         independent = min(rows, _independent(lines.unit))
         excess = lines.large(independent)
@@ -166,19 +167,25 @@ def figures(
 
 @dataclass(frozen=True)
 class _Lines:
-    """Errors over predicted ones, line by line: of each line their mean square, and how far they lean outward."""
+    """Errors over predicted ones, line by line: of each line their mean square, and how far they lean outward.
+
+    `right` is how far the correctly rounded answer leans: where results lie just inside numbers of the format, as when
+    one key has nearly all the weight, they are all rounded outward.
+    """
 
     unit: Float
     square: Float
     lean: Float
+    right: float
 
     @classmethod
-    def of(cls, unit: Float, exact: Float) -> _Lines:
+    def of(cls, unit: Float, exact: Float, own: Float) -> _Lines:
         lines = unit.reshape(-1, unit.shape[-1])
         some = np.isfinite(lines).any(1)
         signs = np.sign(exact).reshape(lines.shape)[some]
+        right = float(np.nanmean(own.reshape(lines.shape)[some] * signs))
         lines = lines[some]
-        return cls(lines, np.nanmean(lines * lines, 1), np.nanmean(lines * signs, 1))
+        return cls(lines, np.nanmean(lines * lines, 1), np.nanmean(lines * signs, 1), right)
 
     def large(self, independent: float) -> bool:
         """Tell whether the mean square is above the limit."""
@@ -215,8 +222,10 @@ class _Lines:
     def _beyond(self, independent: int, size: float = 0.0, mean: float = 0.0) -> tuple[bool, bool]:
         """Tell whether the rms, and the mean, are above what is allowed and what comes on top."""
         large = np.sqrt(max(self._least(independent), 0.0)) > np.sqrt(WIDEST) + size
-        spread = np.sqrt(np.square(self.lean).mean() / independent)
-        return bool(large), bool(abs(self.lean.mean()) > SIGMAS * spread + mean)
+        spread, lean = np.sqrt(np.square(self.lean).mean() / independent), float(self.lean.mean())
+        # other errors before the last rounding take its lean away, so that a right kernel's lies between 0 and that
+        away = max(lean - max(self.right, 0.0), min(self.right, 0.0) - lean)
+        return bool(large), bool(away > SIGMAS * spread + mean)
 
 
 def bands(n: int, most: int = BANDS) -> list[range]:

@@ -179,11 +179,11 @@ KERNELS: dict[str, Entry] = {
             _load("sparse", "sparse"),
             Capabilities(
                 frozenset({"float32", "float16", "bfloat16"}),
-                (FEATURES - {"window", "variable_lengths"}) | {"weight"},
+                (FEATURES - {"variable_lengths"}) | {"weight"},
                 lse=True,
             ),
             flash,
-            variants=frozenset({"power_blocks", "neighborhood", "titans_mac", "moba", "topk"}),
+            variants=frozenset({"block_sparse", "power_blocks", "neighborhood", "titans_mac", "moba", "topk"}),
         ),
         Entry(
             "torch-sdpa-flash",
@@ -248,6 +248,7 @@ KERNELS: dict[str, Entry] = {
                 ),
                 model,
                 gpu=True,
+                variants=frozenset({VARIANT} if "decode" in function else {VARIANT, "block_sparse"}),
             )
             for name, function, dtypes, d_max, model in (
                 ("refattn-gpu", "ours", f"float64 float32 {_HALF}", 256, _cuda),

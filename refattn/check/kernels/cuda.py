@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ...arrays import to_kind, to_numpy
 from ...errors import UnsupportedProblem
-from ...problem import Problem
+from ...problem import VARIANT, Problem
 from .gradients import by_name
 from .torch_sdpa import additive, attention_mask, sdpa
 
@@ -60,7 +60,19 @@ class _Ours:
     def _options(p: Problem) -> dict[str, Any]:
         names = ("scale", "causal", "window", "softcap", "sink", "bias", "allowed")
         packed = None if p.cu_seqlens_q is None else (p.cu_seqlens_q, p.cu_seqlens_k)
-        return {n: getattr(p, n) for n in names} | {"cu_seqlens": packed}
+        return {n: getattr(p, n) for n in names} | {"cu_seqlens": packed, "block_mask": _block_mask(p)}
+
+
+def _block_mask(p: Problem) -> Any:
+    """Return an operator's blocks as refattn.gpu takes them."""
+    if p.variant not in (VARIANT, "block_sparse"):
+        raise UnsupportedProblem(f"takes {VARIANT} and block_sparse, got {p.variant}")
+    blocks = p.options.get("blocks")
+    if blocks is None:
+        return None
+    mask = np.array(blocks, bool)
+    sizes = [p.options.get(n, 128) for n in ("block_q", "block_k")]
+    return (to_kind(mask.reshape(1, -1, *mask.shape[-2:]), p.kind, "cuda"), *sizes)
 
 
 ours, ours_high = _Ours(), _Ours("high")

@@ -40,8 +40,10 @@ def sparse(problem: Problem) -> tuple[Array, Array]:
     options = DEFAULTS[p.variant] | dict(p.options)
     with np.errstate(all="ignore"):
         for b, h in product(range(p.batch), range(p.heads)):
-            g = h * p.heads_kv // p.heads
-            for i, keys in enumerate(PICKS[p.variant](q[b, h], k[b, g], options)):
+            g, own = h * p.heads_kv // p.heads, dict(options)
+            if (blocks := own.get("blocks")) and isinstance(blocks[0][0], tuple):  # a mask for each head
+                own["blocks"] = blocks[h if len(blocks) > 1 else 0]
+            for i, keys in enumerate(PICKS[p.variant](q[b, h], k[b, g], own)):
                 seen = _seen(p, b, h, i, np.array(keys, np.intp))
                 out[b, h, i], lse[b, h, i] = _row(p, (b, h, i), q[b, h, i], k[b, g, seen], v[b, g, seen], seen)
     return from_float64(form.round_array(out.astype(np.float64)), p.dtype), lse
@@ -49,8 +51,11 @@ def sparse(problem: Problem) -> tuple[Array, Array]:
 
 def _seen(p: Problem, b: int, h: int, i: int, keys: Array) -> Array:
     """Return those of a row's keys that the call shows it."""
-    if p.causal is not None:
-        keys = keys[keys <= i + (p.n_k - p.n_q if p.causal == "bottom_right" else 0)]
+    at = i + (0 if p.causal == "top_left" else p.n_k - p.n_q)
+    left, right = p.window or (None, None)
+    right = 0 if p.causal else right
+    keys = keys if left is None else keys[keys >= at - left]
+    keys = keys if right is None else keys[keys <= at + right]
     return keys if p.allowed is None else keys[_of_row(p.allowed, b, h, i, p.n_k)[keys]]
 
 
@@ -137,7 +142,15 @@ def _topk(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
         yield sorted([*range(first), *best.tolist(), *range(near, at + 1)])
 
 
+def _block_sparse(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
+    blocks, size = o["blocks"], o["block_k"]
+    for i in range(len(q)):
+        row = None if blocks is None else blocks[i // o["block_q"]]
+        yield [j for j in range(len(k)) if row is None or row[j // size]]
+
+
 PICKS: dict[str, Pick] = {
+    "block_sparse": _block_sparse,
     "power_blocks": _power_blocks,
     "neighborhood": _neighborhood,
     "titans_mac": _titans_mac,
@@ -146,6 +159,7 @@ PICKS: dict[str, Pick] = {
 }
 """By operator, the keys of each row of a head."""
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "block_sparse": {"blocks": None, "block_q": 128, "block_k": 128},
     "power_blocks": {"block_size": 256, "window_blocks": 5, "sink_blocks": 1},
     "neighborhood": dict.fromkeys(("shape", "window", "stride", "dilation", "is_causal")),
     "titans_mac": {"persistent": 0, "segment": 512, "sliding": False},

@@ -28,5 +28,7 @@ def test_it_is_right(variant, dtype):
 
 def test_another_operator_is_refused():
     q = np.ones((1, 1, 2, 2), np.float32)
-    with pytest.raises(UnsupportedProblem, match=r"refattn-sparse: takes power_blocks, neighborhood, .*, got softmax"):
+    with pytest.raises(
+        UnsupportedProblem, match=r"refattn-sparse: takes block_sparse, power_blocks, neighborhood, .*, got softmax"
+    ):
         sparse(Problem(q, q, q))
