@@ -93,6 +93,13 @@ def _ranges(squarings: int, n: int, r: Any) -> tuple[Any, Any]:
     return n * (1 - r / p) ** p, n * (1 + r / p) ** p
 
 
+def _plain(squarings: int) -> Any:
+    """Return the largest number on the way of |s|^p itself, two scores being R."""
+    noted: list[Any] = []
+    by_squarings([Ranged(R, noted), Ranged(R, noted)], squarings)
+    return max(noted)
+
+
 def _sums(squarings: int) -> list[tuple[int, Any, Any, Any]]:
     """Return for each row how many scores, their powers' sum, and the least and the largest number that occurs."""
     found = []
@@ -113,6 +120,7 @@ def ranges(size: Any = R) -> Evidence:
     """Denominators and all numbers on the way, noted by the numbers themselves, against their closed forms."""
     needs(0 <= size < 2 ** min(POWERS), "scores below p")
     found: list[Any] = []
+    curves = []
     for squarings in POWERS:
         rows = _sums(squarings)
         for n, denominator, least, most in rows:
@@ -122,8 +130,11 @@ def ranges(size: Any = R) -> Evidence:
             found += [same(most <= _largest(low, high), True), same(low / (n * high) <= least, True)]
         (n, highest, _, most), (_, lowest, _, more) = rows[-2:]
         found.append(same((lowest, highest), _ranges(squarings, n, size)))  # attained, as the largest number is
-        found.append(same(max(most, more), _largest(lowest, highest)))
-    return judged(found, "denominators over n(1 + R/p)^p, and n(1 - R/p)^p over denominators")
+        found += [same(max(most, more), _largest(lowest, highest)), same(_plain(squarings), n * size**2**squarings)]
+        curves.append((2**squarings, float(max(most, more)), float(_plain(squarings))))
+    names = ("p", "largest number, 1 + s/p", "largest number, s")
+    detail = {name: list(x) for name, x in zip(names, zip(*curves, strict=True), strict=True)}
+    return judged(found, "denominators over n(1 + R/p)^p, and n(1 - R/p)^p over denominators", detail)
 
 
 @precise()
@@ -147,7 +158,7 @@ CLAIMS = [
     Claim(
         "power-softmax-range",
         "By squarings, for |s| <= R, denominators lie between n(1 - R/p)^p and n(1 + R/p)^p, which are attained; no"
-        " number on the way is larger than the latter or the former's inverse",
+        " number on the way is larger than the latter or the former's inverse; without 1 + they go up to n·R^p",
         SOURCE,
         ranges,
         ranges_of_softmax,

@@ -126,6 +126,7 @@ NAMED = {
     "exact/functions.py": "the public functions, one an operator",
     "exact/arithmetics.py": "the sigmoid, a function of numbers",
     "exact/matrix.py": "the sigmoid, a function of numbers",
+    "check/kernels/": "adapters that say which operators a kernel computes",
     "he/": "an implementation of one operator",
     "gpu/": "an implementation of one operator",
     "theory/": "claims about operators, under the names of their papers",
