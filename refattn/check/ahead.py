@@ -23,8 +23,10 @@ from .inputs.families import Case, cases
 
 __all__ = ["Ahead", "serve"]
 
-BLOCK = 12
-"""Answers to a block: the run's block and the next are held, each of at most some ten megabytes."""
+BLOCK = 24
+"""Answers to a block, more than workers: the run's block and the next are held, each of at most some ten megabytes."""
+FEWEST = 12
+"""Fewer answers take less time than a process to start."""
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 CHILD = "from refattn.check.ahead import serve; serve()"
 
@@ -42,7 +44,7 @@ class Ahead:
 
     def __init__(self, keys: Iterable[Key], jobs: int) -> None:
         wanted = [k for k in dict.fromkeys(keys) if _travels(k) and not kept(k)] if jobs > 1 else []
-        self._left = wanted if len(wanted) > BLOCK else []  # fewer take less time than a process to start
+        self._left = wanted if len(wanted) > FEWEST else []
         self._made: dict[Key, Future[Expected]] = {}
         self._block: list[Key] = []
         self._workers = _Workers()
