@@ -152,7 +152,9 @@ def test_the_table():
 def test_names():
     assert [e.name for e in find("torch-sdpa")] == ["torch-sdpa-flash", "torch-sdpa-math"]
     assert [e.name for e in find("torch-flex-compiled")] == ["torch-flex-compiled"]
-    with pytest.raises(InvalidInput, match="kernel: got 'flashy', expected one of refattn-tiled, refattn-sparse, torch-sdpa"):
+    with pytest.raises(
+        InvalidInput, match="kernel: got 'flashy', expected one of refattn-tiled, refattn-sparse, torch"
+    ):
         find("flashy")
 
 
