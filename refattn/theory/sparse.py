@@ -115,16 +115,21 @@ def dropping_by_count() -> Evidence:
 
 
 # operators of the catalogue that leave keys out, with options, and with others that keep more keys
-OPERATORS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+OPERATORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "moba": ({"block_size": 2, "topk": 2}, {"block_size": 2, "topk": 4}),
     "power_blocks": (
         {"block_size": 1, "window_blocks": 0, "sink_blocks": 0},
         {"block_size": 1, "window_blocks": 4, "sink_blocks": 1},
     ),
+    "block_sparse": (
+        {"block_q": 4, "block_k": 4, "blocks": ((True, False, False), (True, True, False), (False, True, True))},
+        {"block_q": 4, "block_k": 4, "blocks": ((True, False, False), (True, True, False), (True, True, True))},
+    ),
+    "topk": ({"topk": 1, "sink_keys": 1, "local": 2}, {"topk": 4, "sink_keys": 1, "local": 2}),
 }
 
 
-def _call(seed: int, variant: str, options: Mapping[str, int]) -> Problem:
+def _call(seed: int, variant: str, options: Mapping[str, Any]) -> Problem:
     q, k, v = np.random.default_rng(seed).standard_normal((3, 1, 1, 12, 2))
     return Problem(2 * q, k, v, scale=1.0, causal="bottom_right", variant=variant, options=dict(options))
 
@@ -134,7 +139,7 @@ def _near(x: Array) -> Array:
     return each(lambda a: flint.arb(float(a), float(np.spacing(abs(a)))), x)
 
 
-def _operator(name: str, seed: int, masked_by: Mapping[str, int]) -> tuple[list[Any], Any]:
+def _operator(name: str, seed: int, masked_by: Mapping[str, Any]) -> tuple[list[Any], Any]:
     """Return for each row that loses a key how far the operator is from all keys, beside its bound; and the last share.
 
     Whether that is delta·(mean of the dropped - mean of the kept), too, is said by equalities.
@@ -278,8 +283,8 @@ CLAIMS = [
     ),
     Claim(
         "sparse-operators",
-        "MoBA and PowerAttention, as the catalogue has them, are off from all keys by delta·(mean of the dropped - mean"
-        " of the kept), at most delta times the values' range, delta by the mask of their lowering",
+        "MoBA, PowerAttention, block masks and top-k, as the catalogue has them, are off from all keys by delta·(mean of"
+        " the dropped - mean of the kept), at most delta times the values' range, delta by the mask of their lowering",
         "derived here; the operators are refattn.variants'",
         operators,
         operators_of_more,
