@@ -284,7 +284,7 @@ CLAIMS = [
     Claim(
         "sparse-operators",
         "MoBA, PowerAttention, block masks and top-k, as the catalogue has them, are off from all keys by delta·(mean"
-        " of the dropped - mean of the kept), at most delta times the values' range, delta by the mask of their lowering",
+        " of the dropped - mean of the kept), at most delta times the values' range, delta by their lowering's mask",
         "derived here; the operators are refattn.variants'",
         operators,
         operators_of_more,
