@@ -1,4 +1,4 @@
-"""Top-k attention: softmax attention to the first keys, the nearest keys, and those that the query scores highest."""
+"""Top-k attention: softmax attention to the first keys, the nearest, and those, or blocks of them, scored highest."""
 
 from __future__ import annotations
 
@@ -15,15 +15,31 @@ __all__ = ["TOPK"]
 
 
 def scores(q: Any, k: Any, o: Any) -> Any:
-    """Return a query's product with each key."""
-    return q @ k.T
+    """Return the mean of a query's products with a candidate's keys."""
+    return q @ ((o.members @ k) / o.sizes).T
 
 
-def choices(n_q: int, n_k: int, o: Any, sink: int = 0, local: int = 0, count: int = 0) -> Choices:
-    """Return which keys a row may and must take; what follows the options is for mistakes: so many more."""
-    behind = (np.arange(n_q) + n_k - n_q)[:, None] - np.arange(n_k)
-    must = (behind >= 0) & ((np.arange(n_k) < o.sink_keys + sink) | (behind < o.local + local))
-    return Choices(np.eye(n_k, dtype=bool), (behind >= 0) & ~must, must, max(o.topk + count, 0))
+def choices(n_q: int, n_k: int, o: Any, sink: int = 0, local: int = 0, count: int = 0, whole: bool = True) -> Choices:
+    """Return blocks, from which a row chooses, and single keys, which it takes besides.
+
+    The rest is for mistakes: so many more first, near and chosen ones, and whether a block must lie whole in between.
+    """
+    first, size = min(o.sink_keys + sink, n_k), o.block_size
+    starts = np.arange(first, n_k, size)
+    key, at = np.arange(n_k), (np.arange(n_q) + n_k - n_q)[:, None]
+    near = at - (o.local + local) + 1  # the first of the nearest keys
+    may = starts + (size if whole else 1) <= near
+    rest = np.maximum(first + np.maximum(near - first, 0) // size * size, first)  # after the last whole block
+    must = (key <= at) & ((key < first) | (key >= np.minimum(near, rest if whole else near)))
+    blocks = (key >= starts[:, None]) & (key < starts[:, None] + size)
+    none = np.zeros((n_q, len(starts)), bool)
+    members = np.concatenate([blocks, np.eye(n_k, dtype=bool)])
+    return Choices(
+        members,
+        np.concatenate([may, np.zeros((n_q, n_k), bool)], 1),
+        np.concatenate([none, must], 1),
+        max(o.topk + count, 0),
+    )
 
 
 def fits(p: Problem) -> str | None:
@@ -37,7 +53,7 @@ def fits(p: Problem) -> str | None:
     return None
 
 
-def wrong(by: Any = scores, **more: int) -> Selected:
+def wrong(by: Any = scores, **more: Any) -> Selected:
     """Return the definition with a mistake."""
     return Selected(by, lambda n_q, n_k, o: choices(n_q, n_k, o, **more), full={"topk": 2**31})
 
@@ -45,14 +61,15 @@ def wrong(by: Any = scores, **more: int) -> Selected:
 TOPK = Variant(
     name="topk",
     define=Selected(scores, choices, full={"topk": 2**31}),
-    formula="softmax attention to the first sink_keys keys, the nearest `local` keys, and of those between the topk "
-    "with the largest q_i·k_j",
+    formula="softmax attention to the first sink_keys keys, the nearest `local` keys, and of the blocks of block_size "
+    "keys between the topk with the largest mean q_i·k_j",
     unit="u · sum_j p_ij |v_jc|",
     source="Sadhukhan et al., Kinetics, arXiv 2506.05333, and sparsity_utils.py of its release, which averages scores "
     "over a group of heads: here each query head chooses for itself.",
     uses=frozenset({"causal", "sink", "weight"}),
     options={
-        "topk": Option(32, "keys that a row chooses", whole(0), (32, 5, 1)),
+        "topk": Option(32, "blocks that a row chooses", whole(0), (32, 5, 1)),
+        "block_size": Option(1, "keys of a block", whole(1), (1, 4, 7)),
         "sink_keys": Option(4, "first keys, which a row always takes", whole(0), (4, 0, 2)),
         "local": Option(8, "nearest keys, which a row always takes, its own counted", whole(1), (8, 3, 1)),
     },
@@ -67,9 +84,10 @@ TOPK = Variant(
         "output_too_narrow",
     ),
     contract=(
-        "A tie goes to the lower key.",
-        "A row with no more keys between than topk takes them all.",
-        "Where a kernel's own scores cannot tell two keys apart, it may take either: the row is judged by both.",
+        "Blocks count from the first key after the sink_keys; keys between the last whole block and the nearest are "
+        "taken with these.",
+        "A tie goes to the lower block; a row with no more blocks between than topk takes them all.",
+        "Where a kernel's own scores cannot tell two blocks apart, it may take either: the row is judged by both.",
     ),
     has_lse=True,
     positive=True,
@@ -78,15 +96,17 @@ TOPK = Variant(
         "one": {"n_q": 37, "n_k": 67, "causal": "bottom_right", "options": {"topk": 1, "sink_keys": 0, "local": 1}},
         "chunk": {"n_q": 9, "n_k": 67, "h": 4, "h_kv": 2, "causal": "bottom_right",
                   "options": {"topk": 7, "sink_keys": 2, "local": 5}},
+        "blocks": {"n_q": 67, "n_k": 67, "causal": "bottom_right",
+                   "options": {"topk": 3, "block_size": 7, "sink_keys": 3, "local": 5}},
         "none-chosen": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "options": {"topk": 0, "local": 5}},
     },
     wrong={
-        "largest_by_size": ("keys are chosen by the size of their score", wrong(lambda q, k, o: (q @ k.T) * (q @ k.T))),
+        "largest_by_size": ("keys are chosen by the size of their score", wrong(lambda *x: scores(*x) * scores(*x))),
         "first_keys_not_kept": ("one of the first keys must be chosen like others", wrong(sink=-1)),
-        "nearest_one_short": ("the query's own key is not counted, and one near key is left to the choice",
-                              wrong(local=1)),
+        "own_key_not_counted": ("the query's own key is not counted among the nearest", wrong(local=1)),
+        "blocks_cut_by_the_nearest": ("a block that the nearest keys cut is chosen from, too", wrong(whole=False)),
         "one_less_chosen": ("one key less is chosen", wrong(count=-1)),
-        "ranked_without_the_query": ("all queries choose the same keys", wrong(lambda q, k, o: (q * 0 + 1) @ k.T)),
+        "ranked_without_the_query": ("all queries choose alike", wrong(lambda q, k, o: scores(q * 0 + 1, k, o))),
     },
     fits=fits,
     always=frozenset({"causal_bottom_right"}),

@@ -78,17 +78,26 @@ def test_segments_by_hand():
     assert [np.nonzero(r)[0].tolist() for r in slides] == [[0, 1, 3, 4, 5], [0, 1, 4, 5, 6]]
 
 
-@pytest.mark.parametrize(("topk", "sink", "local"), [(2, 1, 2), (0, 0, 1), (30, 4, 8)])
-def test_topk_chooses_what_a_loop_chooses(make, topk, sink, local):
-    options = {"topk": topk, "sink_keys": sink, "local": local}
+@pytest.mark.parametrize(
+    ("topk", "sink", "local", "size"),
+    [(2, 1, 2, 1), (0, 0, 1, 1), (30, 4, 8, 1), (2, 1, 2, 3), (1, 0, 1, 2), (3, 5, 9, 2)],
+)
+def test_topk_chooses_what_a_loop_chooses(make, topk, sink, local, size):
+    options = {"topk": topk, "sink_keys": sink, "local": local, "block_size": size}
     p = make(9, 13, h=4, h_kv=2, causal="bottom_right", variant="topk", options=options)
     seen = np.zeros((1, 4, 9, 13), bool)
     for _, h, i in np.ndindex(1, 4, 9):
         at = i + 4
-        kept = {j for j in range(at + 1) if j < sink or at - j < local}
         scores = p.query[0, h, i].astype(float) @ p.key[0, h // 2].astype(float).T
-        rest = sorted((j for j in range(at + 1) if j not in kept), key=lambda j: (-scores[j], j))
-        seen[0, h, i, [*kept, *rest[:topk]]] = True
+        kept, blocks = set(range(min(sink, at + 1))), []
+        for first in range(sink, at + 1, size):
+            block = [j for j in range(first, first + size) if j <= at]
+            if block[-1] <= at - local and len(block) == size:
+                blocks.append(block)
+            else:
+                kept |= set(block)
+        best = sorted(blocks, key=lambda b: (-round(sum(scores[j] for j in b) / size, 10), b))[:topk]
+        seen[0, h, i, [*kept, *(j for b in best for j in b)]] = True
     assert (lower(p).problem.allowed == seen).all()
 
 

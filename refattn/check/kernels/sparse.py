@@ -134,12 +134,15 @@ def _moba(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
 
 
 def _topk(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
+    size, first = o["block_size"], o["sink_keys"]
     for i in range(len(q)):
         at = i + len(k) - len(q)
         near = max(at - o["local"] + 1, 0)
-        first = min(o["sink_keys"], near)
-        best = np.argsort(-(k[first:near] @ q[i]), kind="stable")[: o["topk"]] + first
-        yield sorted([*range(first), *best.tolist(), *range(near, at + 1)])
+        count = max(near - first, 0) // size
+        means = k[first : first + count * size].reshape(count, size, k.shape[1]).mean(1, dtype=np.float32)
+        best = np.argsort(-(means @ q[i]), kind="stable")[: o["topk"]]
+        chosen = [first + int(b) * size + j for b in sorted(best) for j in range(size)]
+        yield [*range(min(first, at + 1)), *chosen, *range(max(first + count * size, min(first, near)), at + 1)]
 
 
 def _block_sparse(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
@@ -164,5 +167,5 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "neighborhood": dict.fromkeys(("shape", "window", "stride", "dilation", "is_causal")),
     "titans_mac": {"persistent": 0, "segment": 512, "sliding": False},
     "moba": {"block_size": 64, "topk": 3},
-    "topk": {"topk": 32, "sink_keys": 4, "local": 8},
+    "topk": {"topk": 32, "block_size": 1, "sink_keys": 4, "local": 8},
 }
