@@ -98,7 +98,7 @@ class Problem:
             raise InvalidProblem(f"options: got {shown(self.options)}, expected a mapping of names to values")
         if not isinstance(self.variant, str):
             raise InvalidProblem(f"variant: got {shown(self.variant)}, expected the name of an operator")
-        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        object.__setattr__(self, "options", MappingProxyType({n: _python(x) for n, x in self.options.items()}))
         for name, x in self._arrays():  # numbers are what they are, in whatever order their bytes come
             if kind_of(x) == "numpy" and not x.dtype.isnative:
                 object.__setattr__(self, name, native(x))
@@ -376,6 +376,13 @@ def _is_finite(x: Any) -> bool:
         return math.isfinite(x)
     except OverflowError:  # an integer beyond float64
         return False
+
+
+def _python(x: Any) -> Any:
+    """Return an option's NumPy numbers as Python's: narrow ones would overflow in sums of them."""
+    if isinstance(x, np.generic):
+        return x.item()
+    return tuple(map(_python, x)) if type(x) is tuple else x
 
 
 def _is_int(x: Any) -> bool:

@@ -164,3 +164,11 @@ def test_numbers_do_not_depend_on_the_order_of_their_bytes():
         assert x.dtype.isnative
         np.testing.assert_array_equal(x, given[name])
     assert p.to("torch").query[0, 0, 0, 0] == given["query"][0, 0, 0, 0]
+
+
+def test_numbers_of_numpy_in_options_are_pythons(make):
+    given = {"a": np.int8(3), "b": (np.uint8(2), (np.bool_(True), None)), "c": np.float32(0.5), "d": [np.int8(1)]}
+    options = make(variant="moba", options=given).options
+    assert options == {"a": 3, "b": (2, (True, None)), "c": 0.5, "d": [1]}
+    assert [type(options[n]) for n in "ac"] == [int, float]
+    assert [type(x) for x in (options["b"][0], options["b"][1][0], options["d"][0])] == [int, bool, np.int8]

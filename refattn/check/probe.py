@@ -76,7 +76,8 @@ def probed(kernel: Kernel, variant: str = VARIANT) -> Capabilities:
         problem = _call(CALLS[name], dtype, variant)
         if v.takes(problem) and tried(kernel, problem) in ("raises", "unread"):
             lacks.add(name)
-    side_by_side = able.last_axis_contiguous or tried(kernel, _call(_columns, dtype, variant)) == "raises"
+    columns = _call(_columns, dtype, variant)
+    side_by_side = able.last_axis_contiguous or (v.takes(columns) and tried(kernel, columns) == "raises")
     return replace(able, features=able.features - lacks, last_axis_contiguous=side_by_side)
 
 

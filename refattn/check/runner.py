@@ -208,6 +208,9 @@ def failing(kernel: Function, model: Model, able: frozenset[str]) -> Callable[[P
     """Return a function that tells whether a kernel fails a call (with an arriving gradient: its gradients)."""
 
     def fails(problem: Problem, dout: Any) -> bool:
+        if not variant_of(problem.variant).takes(problem):
+            return False
+
         def judge() -> Iterator[Worst]:
             known = expected(problem, model, dout)
             if dout is None:

@@ -58,10 +58,10 @@ def by_loops(p: Problem, o: Any) -> Problem:
 
 def mask_of_blocks(value: Any, heads: int) -> str | None:
     """Check for a block mask, or one for each query head."""
-    rows = [value] if isinstance(value, tuple) and value and _is_mask(value) else value
     if value is None:
         return None
-    ok = isinstance(rows, tuple | list) and len(rows) in (1, heads) and all(_is_mask(x) for x in rows)
+    rows = (value,) if _is_mask(value) else value
+    ok = isinstance(rows, tuple) and len(rows) in (1, heads) and all(_is_mask(x) for x in rows)
     return None if ok and len({(len(x), len(x[0])) for x in rows}) == 1 else EXPECTED
 
 
@@ -143,6 +143,8 @@ BLOCK_SPARSE = Variant(
         "wide-blocks": {"n_q": 67, "n_k": 61, "options": scattered(67, 61, 8, 24, 1)},
         "by-head": {"n_q": 37, "n_k": 67, "h": 4, "h_kv": 2, "options": scattered(37, 67, 8, 16, 2, heads=4)},
         "causal-blocks": {"n_q": 37, "n_k": 67, "causal": "bottom_right", "options": scattered(37, 67, 16, 16, 3)},
+        "many-blocks": {"n_q": 9, "n_k": 141, "options": scattered(9, 141, 3, 2, 5)},
+        "large-blocks": {"n_q": 37, "n_k": 259, "options": scattered(37, 259, 8, 80, 6)},
         "blocks-of-one": {"n_q": 21, "n_k": 37, "options": scattered(21, 37, 1, 1, 4)},
     },
     wrong={

@@ -204,6 +204,28 @@ NEIGHBORHOOD = Variant(
                         "options": {"shape": (10, 6), "window": (4, 3), "is_causal": (True, False)}},
         "causal-stride": {"n_q": 40, "n_k": 40,
                           "options": {"window": (6,), "stride": (3,), "dilation": (2,), "is_causal": (True,)}},
+        "causal-dilation": {
+            "n_q": 24,
+            "n_k": 27,
+            "options": {"window": (4,), "dilation": (2,), "is_causal": (True,)},
+        },
+        "causal-columns": {
+            "n_q": 24,
+            "n_k": 24,
+            "options": {"shape": (4, 6), "window": (3, 3), "is_causal": (False, True)},
+        },
+        "all-earlier": {"n_q": 24, "n_k": 24, "options": {"is_causal": (True,)}},
+        "volume-in-all": {
+            "n_q": 96,
+            "n_k": 96,
+            "options": {
+                "shape": (4, 4, 6),
+                "window": (2, 2, 3),
+                "dilation": (2, 1, 2),
+                "stride": (1, 2, 3),
+                "is_causal": (True, False, True),
+            },
+        },
         "volume": {"n_q": 60, "n_k": 60, "options": {"shape": (3, 4, 5), "window": (2, 3, 3)}},
     },
     wrong={

@@ -103,6 +103,8 @@ TITANS_MAC = Variant(
         "persistent": {"n_q": 61, "n_k": 67, "h": 4, "h_kv": 2, "options": {"segment": 16, "persistent": 5}},
         "chunk": {"n_q": 21, "n_k": 67, "options": {"segment": 16, "persistent": 5}},
         "sliding": {"n_q": 61, "n_k": 67, "options": {"segment": 9, "persistent": 3, "sliding": True}},
+        "odd-segments": {"n_q": 61, "n_k": 81, "options": {"segment": 12, "persistent": 20}},
+        "far-sliding": {"n_q": 5, "n_k": 803, "options": {"segment": 700, "sliding": True}},
         "alone": {"n_q": 33, "n_k": 37, "options": {"segment": 1, "persistent": 2}},
     },
     wrong={

@@ -98,6 +98,8 @@ TOPK = Variant(
                   "options": {"topk": 7, "sink_keys": 2, "local": 5}},
         "blocks": {"n_q": 67, "n_k": 67, "causal": "bottom_right",
                    "options": {"topk": 3, "block_size": 7, "sink_keys": 3, "local": 5}},
+        "many": {"n_q": 9, "n_k": 259, "causal": "bottom_right", "options": {"topk": 90}},
+        "below-zero": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "scale": -0.3, "options": {"topk": 3}},
         "none-chosen": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "options": {"topk": 0, "local": 5}},
     },
     wrong={

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from refattn import Capabilities, Problem
+from refattn import Capabilities, Problem, check_kernel
 from refattn.check.kernel import Kernel
+from refattn.check.kernels.sparse import sparse
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import FEATURES, FURTHER
 from refattn.check.probe import found, probed
@@ -110,6 +111,11 @@ def test_a_kernel_that_never_answers_shows_nothing():
     able, said = found(Kernel.of(never))
     assert set(said.values()) == {"raises"}
     assert not able.last_axis_contiguous
+
+
+@pytest.mark.parametrize("variant", ["moba", "topk", "neighborhood"])
+def test_a_kernel_that_declares_nothing_is_judged_on_any_operator(variant):
+    assert check_kernel(lambda p: sparse(p), variant, dtypes=["float32"], only="gaussian/*").right
 
 
 def test_what_is_missing_is_named(make):

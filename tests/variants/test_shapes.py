@@ -283,6 +283,12 @@ TOO_MANY = "query: axis seq is 9, expected at most key's 7: each query stands at
             NEAR,
             r"blocks: got 1 by 2 blocks of 4 queries and 128 keys, expected \(2, 1\)",
         ),
+        (
+            "block_sparse",
+            {"blocks": [((True,),)]},
+            NEAR,
+            "blocks: got .*, expected None, a tuple of rows of True and .*",
+        ),
         ("block_sparse", {"block_k": 0}, NEAR, "block_k: got 0, expected an integer of at least 1"),
         ("block_sparse", {}, NEAR | {"packed": True}, NO_BLOCKS),
         ("neighborhood", {"window": 3}, NEAR, r"window: got 3, expected None or a tuple of integers of at least 1, .*"),

@@ -127,7 +127,8 @@ def score_errors(one: Head, shape: Selected, c: Choices, model: Model) -> tuple[
     node: Any = scores_of(one, shape, c, f, q, k).node
     s = scores_of(one, shape, c, Level(1)).h
     e = np.broadcast_to(node.span, s.shape)
-    return s, e + f.u_scores * (np.abs(s) + e)  # and they are stored
+    # and they are stored; products over features may leave the range below, which no softmax would notice
+    return s, e + f.u_scores * (np.abs(s) + e) + (2 * one.q.shape[1] + 2) * f.floor
 
 
 def _unsure(one: Head, shape: Selected, c: Choices, model: Model) -> list[tuple[int, list[Mask]]]:

@@ -68,6 +68,8 @@ def _of_row(x: Array, b: int, h: int, i: int, n_k: int) -> Array:
 def _row(p: Problem, at: tuple[int, int, int], q: Array, k: Array, v: Array, keys: Array) -> tuple[Array, Any]:
     """Return one row's out and lse over the keys it sees."""
     s = (k @ q) * np.float32(1 / np.sqrt(p.d_k) if p.scale is None else p.scale)
+    if not (np.isfinite(q).all() and np.isfinite(k).all()) and len(keys):  # it shows in all of the row
+        return np.full(v.shape[1], np.nan, np.float32), np.float32(np.nan)
     if p.softcap is not None:
         s = np.tanh(s / np.float32(p.softcap)) * np.float32(p.softcap)
     if p.bias is not None:
@@ -82,8 +84,7 @@ def _row(p: Problem, at: tuple[int, int, int], q: Array, k: Array, v: Array, key
     if total == 0:
         return np.zeros(v.shape[1], np.float32), np.float32(-np.inf)
     w = FORMATS[p.dtype].round_array(w.astype(np.float64)).astype(np.float32)
-    live = w != 0
-    return (w[live] @ v[live]) / total, base + np.log(total)
+    return (w @ v) / total, base + np.log(total)
 
 
 def _power_blocks(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
@@ -126,7 +127,8 @@ def _titans_mac(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
 
 def _moba(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
     size = o["block_size"]
-    means = np.stack([k[a : a + size].mean(0, dtype=np.float32) for a in range(0, len(k), size)])
+    blocks = range(0, len(k), size)
+    means = np.array([k[a : a + size].mean(0, dtype=np.float32) for a in blocks]).reshape(len(blocks), k.shape[1])
     for i in range(len(q)):
         own = (i + len(k) - len(q)) // size
         best = np.argsort(-(means[:own] @ q[i]), kind="stable")[: o["topk"] - 1]

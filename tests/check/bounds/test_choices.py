@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from refattn import VARIANTS, Capabilities, Problem, check_kernel, evaluate
+from refattn import VARIANTS, Capabilities, Problem, assert_close, check_kernel, evaluate
 from refattn.check.bounds.choices import either, score_errors
 from refattn.check.bounds.expected import expected
 from refattn.check.bounds.forward import bounds, forward
 from refattn.check.bounds.losses import Losses
 from refattn.check.bounds.operands import Operands
 from refattn.check.compare import compare
+from refattn.check.kernels.sparse import sparse
 from refattn.check.model import Model, flash
 from refattn.exact.heads import heads
 from refattn.exact.lowering import candidates, scores_of
@@ -298,3 +299,13 @@ def test_a_choosing_score_may_be_off_by_what_its_text_loses_and_storing():
     span = scores_of(one, shape, c, f, f.leaf(one.q, ("q", "d"), off.q), f.leaf(one.k, ("k", "d"), off.k)).node.span
     assert (score_errors(one, shape, c, narrowed)[1] == span).all()
     assert (span > e).all()
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"), [("topk", {"topk": 3, "sink_keys": 0, "local": 1}), ("moba", {"block_size": 4, "topk": 3})]
+)
+def test_scores_below_the_range_choose_either(make, variant, options):
+    """In float32 all products of such numbers are 0, and a kernel cannot tell keys apart."""
+    p = make(12, 12, causal="bottom_right", variant=variant, options=options)
+    p = p.replace(query=p.query * np.float32(1e-30), key=p.key * np.float32(1e-30))
+    assert_close(sparse(p)[0], p)

@@ -67,6 +67,21 @@ def test_nothing_is_lost_when_time_is_up():
     assert shrink(p, None, lambda p, dout: True, 0.0) == (p, None)
 
 
+def test_a_call_that_the_operator_refuses_fails_nothing(make):
+    """What is tried on the way to a small call may be none: without a causal mask, more queries than keys."""
+
+    def wrong(p):
+        return np.zeros(p.out_shape, np.float32)
+
+    fails = failing(wrong, flash("float32"), frozenset())
+    p = make(9, 9, causal="bottom_right", variant="moba", options={"block_size": 2, "topk": 2})
+    assert fails(p, None)
+    assert not fails(p.replace(causal=None), None)
+    small, _ = shrink(p, None, fails, 5.0)
+    assert small.causal == "bottom_right"
+    assert small.n_q * small.n_k < 81
+
+
 def test_the_program_runs_and_fails(tmp_path):
     name = "window_left_exclusive"
     p, _ = shrink(CASES["gaussian/window"].problem("float32"), None, fails_of(name), 20.0)
