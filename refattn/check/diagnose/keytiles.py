@@ -18,6 +18,10 @@ EXPLAINED = 0.9
 """The share of the errors' squares that the tiles must explain to be named."""
 LEAST = 0.25
 MOST = 64
+TIMES = 2
+"""Elements to each unknown, at least: as many unknowns as elements explain anything."""
+NAMED = 3
+"""Runs of tiles that are named at most: more are no explanation."""
 ELEMENTS = 1 << 14
 """About how many elements the errors are explained of: the rows with the largest; the unknowns are 64."""
 
@@ -38,7 +42,7 @@ def weights_off(answer: Answer, got: NDArray[np.generic]) -> tuple[str, ...]:
     """
     p, exact = answer.call.to("numpy"), answer.enclosures["out"].mid
     tiles = bands(p.n_k, MOST)
-    gram, right, energy = np.zeros((len(tiles), len(tiles))), np.zeros(len(tiles)), 0.0
+    gram, right, energy, equations = np.zeros((len(tiles), len(tiles))), np.zeros(len(tiles)), 0.0, 0
     x, shared = np.asarray(got).astype(np.float64), False
     with np.errstate(invalid="ignore"):  # inf where inf is right
         chosen = _largest(x - exact)
@@ -55,23 +59,26 @@ def weights_off(answer: Answer, got: NDArray[np.generic]) -> tuple[str, ...]:
         size = np.abs(error).max(initial=0.0)
         if not size:
             continue
-        moved = []
+        moved, equations = [], equations + error.size
         for t in tiles:  # a sequence's keys are some of all
             j = slice(max(t.start, one.keys.start) - one.keys.start, max(0, t.stop - one.keys.start))
             part = weights[:, j]
             moved.append((part @ one.v[j] - (out * part.sum(1)[:, None] if shared else 0)).ravel() / size)
         a = np.array(moved)
         gram, right, energy = gram + a @ a.T, right + a @ (error.ravel() / size), energy + (error**2).sum() / size**2
-    if not energy or not np.isfinite(gram).all():
+    if not energy or not np.isfinite(gram).all() or equations < TIMES * len(tiles):
         return ()
     eps = np.asarray(np.linalg.lstsq(gram, right, rcond=1e-9)[0], np.float64)
     if 2 * right @ eps - eps @ gram @ eps < EXPLAINED * energy:
         return ()
     if shared and np.median(1 + eps) > 0:  # by the denominator, all weights may be larger alike
         eps = np.asarray((1 + eps) / np.median(1 + eps) - 1)
+    runs = _runs(tiles, eps)
+    if len(runs) > NAMED or any(by < -1 - LEAST for _, _, by in runs):  # no weights are below 0
+        return ()
     return tuple(
         f"as if the weights of keys {a} to {b} were {abs(by):.0%} too {'large' if by > 0 else 'small'}"
-        for a, b, by in _runs(tiles, eps)
+        for a, b, by in runs
     )
 
 

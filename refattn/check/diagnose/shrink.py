@@ -203,7 +203,7 @@ def program(kernel: str, problem: Problem, dout: Any = None) -> str:
         "import numpy as np, refattn\n"
         f"{f'refattn.register({own!r}){chr(10)}' if own != problem.variant else ''}"
         f"p = refattn.Problem({', '.join(parts)})\n"
-        f"print(refattn.check_problem({kernel!r}, p, 'found'{more}).failures)"
+        f"print(*(c.message for c in refattn.check_problem({kernel!r}, p, 'found'{more}).failures))"
     )
 
 

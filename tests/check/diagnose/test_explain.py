@@ -67,7 +67,9 @@ def test_an_explanation_ends_in_a_program():
     text = "\n".join(found.lines)
     assert "looks like: softcap never applied, as in " in text
     assert "still fails on Problem(softmax float32 numpy b=1 h_q=1" in text
-    assert found.program.splitlines()[-1].startswith("print(refattn.check_problem('softcap_never_applied', p, 'found')")
+    assert found.program.splitlines()[-1].endswith(
+        "in refattn.check_problem('softcap_never_applied', p, 'found').failures))"
+    )
 
 
 def test_a_call_that_was_drawn_is_made_small_too():

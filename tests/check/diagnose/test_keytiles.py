@@ -57,3 +57,12 @@ def test_other_errors_name_no_keys():
     assert weights_off(a, a.out) == ()
     noise = np.random.default_rng(1).standard_normal(out.shape)
     assert weights_off(a, out + noise) == ()
+
+
+def test_few_elements_and_weights_below_zero_explain_nothing(make):
+    """As many unknowns as elements explain anything; and the right answer turned around would need such weights."""
+    few = make(1, 64, 8, dtype="float32")
+    assert weights_off(evaluate(few), np.zeros(few.out_shape, np.float32)) == ()
+    many = make(64, 64, 8, dtype="float32")
+    random = np.random.default_rng(0).standard_normal(many.out_shape).astype(np.float32)
+    assert weights_off(evaluate(many), random) == ()
