@@ -204,6 +204,9 @@ def matches(name: str, only: str | None) -> bool:
     return only in (name, name.rpartition("[")[0]) or fnmatch.fnmatchcase(name, only.replace("[", "[[]"))
 
 
+ALONE = "its call is wrong by itself, too: what the law says may not be the cause"
+
+
 def failing(kernel: Function, model: Model, able: frozenset[str]) -> Callable[[Problem, Any], bool]:
     """Return a function that tells whether a kernel fails a call (with an arriving gradient: its gradients)."""
 
@@ -264,6 +267,12 @@ def _law_run(kernel: Kernel, law: Law, dtype: str, variant: str) -> Callable[[],
 
         ask = Trial(kernel.call, kernel.model(dtype), able)
         check = guarded(name, lambda: iter([law.test(ask, problem)]))
+        if (
+            check.verdict == "failed"
+            and not law.named_only
+            and failing(ask.kernel, ask.model, able.gradients)(problem, None)
+        ):
+            check = replace(check, message=f"{check.message}; {ALONE}")
         return settled(check, kernel, problem, [], Notes(read=frozenset(ask.seen) if ask.seen else None))
 
     return run

@@ -221,3 +221,14 @@ def test_no_lse():
     assert check.verdict == "failed"
     assert "no lse was returned" in check.message
     assert law(plain, "split_and_merge", Capabilities()).message == "not in its capabilities: lse"
+
+
+def test_a_law_says_where_its_call_is_wrong_by_itself():
+    """A kernel that is plainly wrong breaks many laws, of which none is the cause."""
+    alone = "its call is wrong by itself, too"
+    wrong = check_kernel(planted("zeroed_head"), dtypes=["float32"], only="law/*s_between*").failures
+    assert wrong
+    assert all(alone in c.message for c in wrong)
+    late = check_kernel(broken("scale_of_an_earlier_call"), dtypes=["float32"], only="law/options_between*").failures
+    assert late
+    assert not any(alone in c.message for c in late)
