@@ -7,7 +7,7 @@ import pytest
 from refattn import VARIANTS, Capabilities, check_kernel
 from refattn.check import LAWS, laws
 from refattn.check.bugs.edits import broken
-from refattn.check.bugs.planted import plain
+from refattn.check.bugs.planted import plain, planted
 from refattn.check.kernels.tiled import gradients, tiled
 from refattn.check.model import GRADIENTS
 from refattn.check.runner import plan
