@@ -37,7 +37,7 @@ __all__ = ["check"]
 
 EXPLAIN = 5.0  # seconds for each kernel
 TIME_LIMIT, MEMORY_LIMIT = 60.0, 16.0  # seconds for a call of an untrusted kernel, GiB
-MOST_JOBS = 16  # a kernel on a GPU waits for as many; each takes 0.4 GB
+MOST_JOBS = 16
 
 
 @click.command()
