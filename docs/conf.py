@@ -99,11 +99,9 @@ def _picture(v: refattn.Variant) -> list[str]:
     fig.supylabel("query", fontsize=8)
     fig.savefig(HERE / "variants" / f"{v.name}.svg")
     plt.close(fig)
-    options = "; ".join(f"`{n}`: {p.options}" for n, p in shown.items())
-    return [
-        f"![Which keys the rows of {v.name} attention see]({v.name}.svg)",
-        f"Which keys a query sees, for {options}.",
-    ]
+    lines = [f"- {n}: `{', '.join(f'{o}={str(x)[:60]}' for o, x in p.options.items())}`" for n, p in shown.items()]
+    picture = f"![Which keys the rows of {v.name} attention see]({v.name}.svg)"
+    return [picture, "Which keys a query sees under these options:", "\n".join(lines)]
 
 
 GALLERY = """\

@@ -10,9 +10,14 @@ from numpy.typing import NDArray
 from .errors import InvalidInput
 from .problem import ALIGNMENTS, Problem
 
-__all__ = ["causal", "document", "padding", "sliding_window", "visible"]
+__all__ = ["both", "causal", "document", "padding", "sliding_window", "visible"]
 
 Mask = NDArray[np.bool_]
+
+
+def both(allowed: Mask | None, mask: Mask) -> Mask:
+    """Return what a call's ``allowed``, if it has one, and another mask let through."""
+    return mask if allowed is None else mask & allowed
 
 
 def causal(n_q: int, n_k: int, alignment: str = "bottom_right") -> Mask:

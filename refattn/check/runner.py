@@ -25,7 +25,7 @@ from .call import Function, Result, call_gradients, call_kernel
 from .compare import Worst, against
 from .diagnose.rules import verdicts
 from .inputs.families import Case, calls, cases
-from .inputs.sample import Sample
+from .inputs.sample import WHOLE, Sample
 from .kernel import Kernel
 from .laws import LAWS, Law, law_problem
 from .model import Capabilities, Model, ModelFor
@@ -204,8 +204,6 @@ def matches(name: str, only: str | None) -> bool:
     return only in (name, name.rpartition("[")[0]) or fnmatch.fnmatchcase(name, only.replace("[", "[[]"))
 
 
-SMALL = 2**17
-"""Scores of a law's call whose exact answer is made anew to say more of a failure."""
 ALONE = "its call is wrong by itself, too: what the law says may not be the cause"
 
 
@@ -269,7 +267,7 @@ def _law_run(kernel: Kernel, law: Law, dtype: str, variant: str) -> Callable[[],
 
         ask = Trial(kernel.call, kernel.model(dtype), able)
         check = guarded(name, lambda: iter([law.test(ask, problem)]))
-        small = problem.batch * problem.heads * problem.n_q * problem.n_k <= SMALL
+        small = problem.batch * problem.heads * problem.n_q * problem.n_k <= WHOLE
         if check.verdict == "failed" and small and failing(ask.kernel, ask.model, able.gradients)(problem, None):
             check = replace(check, message=f"{check.message}; {ALONE}")
         return settled(check, kernel, problem, [], Notes(read=frozenset(ask.seen) if ask.seen else None))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..arrays import native
 from ..errors import InvalidInput, WorkerDied
 from ..files import load_arrays, plain, save_arrays, sync
-from ..masks import visible
+from ..masks import both, visible
 from ..problem import Problem
 from ..variants import Rows, Variant, variant_of
 from ..variants.own import definition, know, portable
@@ -98,7 +98,7 @@ def _parts(p: Problem, dout: NDArray[np.float64] | None, size: int) -> Iterator[
                     # a block of rows is not aligned as the whole is: write its mask out
                     rule = p.replace(bias=None, allowed=None)
                     mask = visible(rule, b, h * group, slice(0, p.n_q), slice(0, p.n_k))[rows][None, None]
-                    cut["allowed"] = mask if cut["allowed"] is None else mask & cut["allowed"]
+                    cut["allowed"] = both(cut["allowed"], mask)
                     cut |= {"causal": None, "window": None}
                 yield Part(p.replace(**cut), None if dout is None else dout[b : b + 1, heads], b, heads, h, rows)
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..masks import both
 from ..problem import Problem
 from .option import Option, whole
 from .shapes import Lowered
-from .variant import COMMON_BUGS, COMMON_LAWS, Variant
+from .variant import COMMON_BUGS, COMMON_LAWS, Variant, packed
 
 __all__ = ["BLOCK_SPARSE"]
 
@@ -38,10 +39,7 @@ def by_heads(blocks: Any) -> NDArray[np.bool_]:
 
 def lower(p: Problem, o: Any, **change: bool) -> Problem:
     """Write the blocks out as a mask."""
-    allowed = p.allowed
-    if o.blocks is not None:
-        mask = written_out(p, o, **change)
-        allowed = mask if allowed is None else mask & allowed
+    allowed = p.allowed if o.blocks is None else both(p.allowed, written_out(p, o, **change))
     return p.replace(variant="softmax", options={}, allowed=allowed)
 
 
@@ -53,7 +51,7 @@ def by_loops(p: Problem, o: Any) -> Problem:
         for a, row in enumerate(blocks):
             for b, on in enumerate(row):
                 seen[0, h, a * o.block_q : (a + 1) * o.block_q, b * o.block_k : (b + 1) * o.block_k] = on
-    return p.replace(variant="softmax", options={}, allowed=seen if p.allowed is None else seen & p.allowed)
+    return p.replace(variant="softmax", options={}, allowed=both(p.allowed, seen))
 
 
 def mask_of_blocks(value: Any, heads: int) -> str | None:
@@ -72,11 +70,9 @@ def _is_mask(x: Any) -> bool:
 
 def fits(p: Problem) -> str | None:
     """Refuse block masks of another size than the call's."""
-    if p.cu_seqlens_q is not None:
-        return "cu_seqlens_q: blocks of packed sequences are not defined; pass one sequence at a time"
     blocks = p.options.get("blocks")
-    if blocks is None:
-        return None
+    if blocks is None or p.cu_seqlens_q is not None:
+        return packed(p, "blocks")
     sizes = [p.options.get(n, OPTIONS[n].default) for n in ("block_q", "block_k")]
     expected = tuple(-(-n // size) for n, size in zip((p.n_q, p.n_k), sizes, strict=True))
     got = by_heads(blocks).shape[1:]
@@ -106,11 +102,6 @@ def scattered(n_q: int, n_k: int, block_q: int, block_k: int, seed: int, heads: 
     return {"blocks": blocks if heads else blocks[0], "block_q": block_q, "block_k": block_k}
 
 
-def wrong(**change: bool) -> Lowered:
-    """Return the definition with a mistake."""
-    return Lowered(lambda p, o: lower(p, o, **change))
-
-
 OPTIONS = {
     "blocks": Option(
         None, "which blocks of keys each block of queries sees; None is all", mask_of_blocks,
@@ -119,9 +110,10 @@ OPTIONS = {
     "block_q": Option(128, "queries of a block; the last may be shorter", whole(1), (128, 15)),
     "block_k": Option(128, "keys of a block; the last may be shorter", whole(1), (128, 25)),
 }  # fmt: skip
+DEFINE = Lowered(lower)
 BLOCK_SPARSE = Variant(
     name="block_sparse",
-    define=Lowered(lower),
+    define=DEFINE,
     forms={"by_loops": Lowered(by_loops)},
     formula="softmax attention of row i to the keys j with blocks[i // block_q][j // block_k]",
     unit="u · sum_j p_ij |v_jc|",
@@ -148,9 +140,9 @@ BLOCK_SPARSE = Variant(
         "blocks-of-one": {"n_q": 21, "n_k": 37, "options": scattered(21, 37, 1, 1, 4)},
     },
     wrong={
-        "blocks_from_the_last_query": ("blocks of queries count from the last one", wrong(late=True)),
-        "block_sizes_swapped": ("block_q and block_k are swapped", wrong(turned=True)),
-        "mask_of_the_first_head": ("all heads take the blocks of the first", wrong(one=True)),
+        "blocks_from_the_last_query": ("blocks of queries count from the last one", DEFINE.changed(late=True)),
+        "block_sizes_swapped": ("block_q and block_k are swapped", DEFINE.changed(turned=True)),
+        "mask_of_the_first_head": ("all heads take the blocks of the first", DEFINE.changed(one=True)),
         "blocks_ignored": (
             "the mask of blocks is not read",
             Lowered(lambda p, o: p.replace(variant="softmax", options={})),

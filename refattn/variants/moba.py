@@ -9,7 +9,7 @@ import numpy as np
 from ..problem import Problem
 from .option import Option, whole
 from .shapes import Choices, Selected
-from .variant import Variant
+from .variant import Variant, packed, unplaced
 
 __all__ = ["MOBA"]
 
@@ -32,25 +32,17 @@ def choices(n_q: int, n_k: int, o: Any, count: int = 0, own_block: bool = True) 
     return Choices(blocks[:, None] == block, blocks < own, blocks == own, max(o.topk - 1 + count, 0))
 
 
-def wrong(by: Any = scores, **change: Any) -> Selected:
-    """Return the definition with a mistake."""
-    return Selected(by, lambda n_q, n_k, o: choices(n_q, n_k, o, **change), full={"topk": 2**31})
-
-
 def fits(p: Problem) -> str | None:
     """Refuse calls in which a query has no block of its own."""
-    if p.cu_seqlens_q is not None:
-        return "cu_seqlens_q: blocks of packed sequences are not defined; pass one sequence at a time"
     if p.causal != "bottom_right":
-        return "causal: blocks are chosen among earlier ones; set causal='bottom_right'"
-    if p.n_q > p.n_k:
-        return f"query: axis seq is {p.n_q}, expected at most key's {p.n_k}: each query stands at a key"
-    return None
+        return packed(p, "blocks") or "causal: blocks are chosen among earlier ones; set causal='bottom_right'"
+    return unplaced(p, "blocks")
 
 
+DEFINE = Selected(scores, choices, full={"topk": 2**31})
 MOBA = Variant(
     name="moba",
-    define=Selected(scores, choices, full={"topk": 2**31}),
+    define=DEFINE,
     formula="softmax attention to the keys of block(i) and of the topk - 1 earlier blocks b with the largest "
     "q_i·mean(K_b)",
     unit="u · sum_j p_ij |v_jc|",
@@ -85,24 +77,43 @@ MOBA = Variant(
     cases={
         "blocks": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"block_size": 8, "topk": 3}},
         "own-block-only": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"block_size": 16, "topk": 1}},
-        "more-than-there-are": {"n_q": 37, "n_k": 67, "causal": "bottom_right",
-                                "options": {"block_size": 16, "topk": 9}},
+        "more-than-there-are": {
+            "n_q": 37,
+            "n_k": 67,
+            "causal": "bottom_right",
+            "options": {"block_size": 16, "topk": 9},
+        },
         "many-blocks": {"n_q": 67, "n_k": 1003, "causal": "bottom_right", "options": {"block_size": 16, "topk": 3}},
-        "below-zero": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "scale": -0.3,
-                       "options": {"block_size": 4, "topk": 3}},
-        "ragged": {"n_q": 37, "n_k": 61, "h": 4, "h_kv": 2, "causal": "bottom_right",
-                   "options": {"block_size": 7, "topk": 2}},
+        "below-zero": {
+            "n_q": 37,
+            "n_k": 37,
+            "causal": "bottom_right",
+            "scale": -0.3,
+            "options": {"block_size": 4, "topk": 3},
+        },
+        "ragged": {
+            "n_q": 37,
+            "n_k": 61,
+            "h": 4,
+            "h_kv": 2,
+            "causal": "bottom_right",
+            "options": {"block_size": 7, "topk": 2},
+        },
     },
     wrong={
-        "own_block_counted_apart": ("topk earlier blocks are chosen beside the own one", wrong(count=1)),
-        "own_block_competes": ("the own block must be chosen like others", wrong(own_block=False)),
-        "blocks_by_size": ("blocks are chosen by the size of their score", wrong(lambda *x: scores(*x) * scores(*x))),
-        "lowest_scores": ("the blocks of the lowest scores are chosen", wrong(lambda *x: scores(*x) * -1)),
+        "own_block_counted_apart": ("topk earlier blocks are chosen beside the own one", DEFINE.changed(count=1)),
+        "own_block_competes": ("the own block must be chosen like others", DEFINE.changed(own_block=False)),
+        "blocks_by_size": (
+            "blocks are chosen by the size of their score",
+            DEFINE.changed(lambda *x: scores(*x) * scores(*x)),
+        ),
+        "lowest_scores": ("the blocks of the lowest scores are chosen", DEFINE.changed(lambda *x: scores(*x) * -1)),
         "means_of_squares": (
-            "the mean of squares stands for the mean", wrong(lambda q, k, o: q @ ((o.members @ (k * k)) / o.sizes).T)
+            "the mean of squares stands for the mean",
+            DEFINE.changed(lambda q, k, o: q @ ((o.members @ (k * k)) / o.sizes).T),
         ),
     },
     fits=fits,
     always=frozenset({"causal_bottom_right"}),
     never=frozenset({"variable_lengths", "causal_top_left", "no_rows_or_keys"}),
-)  # fmt: skip
+)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..masks import both
 from ..problem import Problem
 from .option import Option, flags, wholes
 from .shapes import Lowered
 from .softmax import attention
-from .variant import COMMON_BUGS, COMMON_LAWS, Variant
+from .variant import COMMON_BUGS, COMMON_LAWS, Variant, unplaced
 
 __all__ = ["NEIGHBORHOOD", "axis_mask", "grid_mask"]
 
@@ -63,7 +65,7 @@ def lower(p: Problem, o: Any, ends: Any = ends, extra: bool = True, turned: bool
     shape = o.shape or (p.n_q,)
     grid = grid_mask(shape[::-1] if turned else shape, o, ends)
     mask = np.concatenate([grid, np.full((p.n_q, p.n_k - p.n_q), extra)], 1)[None, None]
-    return p.replace(variant="softmax", options={}, allowed=mask if p.allowed is None else mask & p.allowed)
+    return p.replace(variant="softmax", options={}, allowed=both(p.allowed, mask))
 
 
 def by_loops(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
@@ -87,24 +89,19 @@ def by_loops(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
 
 def fits(p: Problem) -> str | None:
     """Refuse grids that are not the queries', and windows that do not fit an axis."""
-    if p.cu_seqlens_q is not None:
-        return "cu_seqlens_q: grids of packed sequences are not defined; pass one at a time"
     o = {n: p.options.get(n, x.default) for n, x in OPTIONS.items()}
     shape = o["shape"] or (p.n_q,)
+    if text := unplaced(p, "grids"):
+        return text
     if math.prod(shape) != p.n_q:
         return f"shape: got {shape} of {math.prod(shape)} tokens, expected as many as queries, {p.n_q}"
-    if p.n_k < p.n_q:
-        return f"query: axis seq is {p.n_q}, expected at most key's {p.n_k}: each query stands at a key"
     for name in ("window", "stride", "dilation", "is_causal"):
         if o[name] is not None and len(o[name]) != len(shape):
             return f"{name}: got {o[name]}, expected one for each of {len(shape)} axes"
-    ones = (1,) * len(shape)
     if o["window"] is None:
         named = next((n for n in ("stride", "dilation") if o[n] is not None), None)
         return f"{named}: needs window; without one a query sees all" if named else None
-    for axis, (n, w, s, d) in enumerate(
-        zip(shape, o["window"], o["stride"] or ones, o["dilation"] or ones, strict=True)
-    ):
+    for axis, (n, w, s, d, _) in enumerate(zip(shape, *along(shape, SimpleNamespace(**o)), strict=True)):
         if w * d > n:
             return f"window: got {w} with dilation {d} along axis {axis} of {n} tokens, expected at most {n // d}"
         if s > w:
@@ -153,7 +150,7 @@ def leans(i: Any, n: Any, window: int, stride: int, causal: bool) -> tuple[Any, 
 
 def leads_first(i: Any, n: Any, window: int, stride: int, causal: bool) -> tuple[Any, Any]:
     """Take the first query of a stride for its leader."""
-    return ends(i, n, window, 1, False) if stride == 1 else ends(i // stride * stride, n, window, 1, causal)
+    return ends(i // stride * stride, n, window, 1, causal)
 
 
 def centred(i: Any, n: Any, window: int, stride: int, causal: bool) -> tuple[Any, Any]:
@@ -162,15 +159,11 @@ def centred(i: Any, n: Any, window: int, stride: int, causal: bool) -> tuple[Any
     return first, np.minimum(last, i + 1) if causal else last
 
 
-def wrong(**change: Any) -> Lowered:
-    """Return the definition with a mistake."""
-    return Lowered(lambda p, o: lower(p, o, **change))
-
-
 IMAGE = {"shape": (6, 8), "window": (3, 4)}
+DEFINE = Lowered(lower)
 NEIGHBORHOOD = Variant(
     name="neighborhood",
-    define=Lowered(lower),
+    define=DEFINE,
     forms={"by_loops": by_loops},
     formula="softmax attention of a token to the tokens that lie, along every axis of the grid, in its window; and to "
     "the keys after the grid's",
@@ -181,9 +174,7 @@ NEIGHBORHOOD = Variant(
     uses=frozenset({"softcap", "sink", "bias", "allowed", "weight"}),
     options=OPTIONS,
     laws=tuple(n for n in COMMON_LAWS if n not in ("key_permutation", "past_31_bits", "row_invariance")),
-    bugs=tuple(
-        n for n in COMMON_BUGS if not {"causal", "window", "own", "sequences"} & set(n.split("_"))
-    ),
+    bugs=tuple(n for n in COMMON_BUGS if not {"causal", "window", "own", "sequences"} & set(n.split("_"))),
     contract=(
         "A window of w keys has w // 2 before the query and the rest from it on; at a border it moves inwards.",
         "Along a causal axis it ends with the query, and is shorter at the first border.",
@@ -200,10 +191,16 @@ NEIGHBORHOOD = Variant(
         "extra-keys": {"n_q": 48, "n_k": 51, "h": 4, "h_kv": 2, "options": IMAGE},
         "dilation": {"n_q": 63, "n_k": 63, "options": {"shape": (9, 7), "window": (3, 2), "dilation": (2, 3)}},
         "stride": {"n_q": 60, "n_k": 60, "options": {"shape": (10, 6), "window": (5, 4), "stride": (4, 3)}},
-        "causal-axis": {"n_q": 60, "n_k": 60,
-                        "options": {"shape": (10, 6), "window": (4, 3), "is_causal": (True, False)}},
-        "causal-stride": {"n_q": 40, "n_k": 40,
-                          "options": {"window": (6,), "stride": (3,), "dilation": (2,), "is_causal": (True,)}},
+        "causal-axis": {
+            "n_q": 60,
+            "n_k": 60,
+            "options": {"shape": (10, 6), "window": (4, 3), "is_causal": (True, False)},
+        },
+        "causal-stride": {
+            "n_q": 40,
+            "n_k": 40,
+            "options": {"window": (6,), "stride": (3,), "dilation": (2,), "is_causal": (True,)},
+        },
         "causal-dilation": {
             "n_q": 24,
             "n_k": 27,
@@ -229,14 +226,23 @@ NEIGHBORHOOD = Variant(
         "volume": {"n_q": 60, "n_k": 60, "options": {"shape": (3, 4, 5), "window": (2, 3, 3)}},
     },
     wrong={
-        "window_cut_at_borders": ("a window is cut at a border, where it must move inwards", wrong(ends=shrinks)),
-        "even_window_leans_on": ("of an even window the longer half lies after the query", wrong(ends=leans)),
-        "first_leads_a_stride": ("the first query of a stride leads, not its middle one", wrong(ends=leads_first)),
-        "causal_window_centred": ("a causal axis cuts the window that is centred on the query", wrong(ends=centred)),
-        "grid_turned": ("the axes of the grid are swapped", wrong(turned=True)),
-        "extra_keys_hidden": ("the keys after the grid's are seen by no query", wrong(extra=False)),
+        "window_cut_at_borders": (
+            "a window is cut at a border, where it must move inwards",
+            DEFINE.changed(ends=shrinks),
+        ),
+        "even_window_leans_on": ("of an even window the longer half lies after the query", DEFINE.changed(ends=leans)),
+        "first_leads_a_stride": (
+            "the first query of a stride leads, not its middle one",
+            DEFINE.changed(ends=leads_first),
+        ),
+        "causal_window_centred": (
+            "a causal axis cuts the window that is centred on the query",
+            DEFINE.changed(ends=centred),
+        ),
+        "grid_turned": ("the axes of the grid are swapped", DEFINE.changed(turned=True)),
+        "extra_keys_hidden": ("the keys after the grid's are seen by no query", DEFINE.changed(extra=False)),
     },
     fits=fits,
     tries=tries,
     never=frozenset({"variable_lengths", "lengths_differ"}),
-)  # fmt: skip
+)

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..masks import both
 from ..problem import Problem
 from .option import Option, whole
 from .shapes import Lowered
 from .softmax import attention
-from .variant import COMMON_BUGS, COMMON_LAWS, Variant
+from .variant import COMMON_BUGS, COMMON_LAWS, Variant, unplaced
 
 __all__ = ["POWER_BLOCKS", "block_mask"]
 
@@ -30,7 +31,7 @@ def block_mask(n_q: int, n_k: int, block: int, window: int, sink: int) -> NDArra
 def lower(p: Problem, o: Any, blocks: Any = block_mask) -> Problem:
     """Write the blocks out as a mask."""
     mask = blocks(p.n_q, p.n_k, o.block_size, o.window_blocks, o.sink_blocks)[None, None]
-    return p.replace(variant="softmax", options={}, allowed=mask if p.allowed is None else mask & p.allowed)
+    return p.replace(variant="softmax", options={}, allowed=both(p.allowed, mask))
 
 
 def by_blocks(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
@@ -49,18 +50,9 @@ def by_blocks(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
 
 def fits(p: Problem) -> str | None:
     """Refuse calls without a place for every query."""
-    if p.cu_seqlens_q is not None:
-        return "cu_seqlens_q: blocks of packed sequences are not defined; pass one sequence at a time"
-    if p.n_q > p.n_k:
-        return f"query: axis seq is {p.n_q}, expected at most key's {p.n_k}: each query stands at a key"
     if p.causal == "top_left" and p.n_q != p.n_k:
-        return "causal: blocks count from the bottom right; set causal='bottom_right'"
-    return None
-
-
-def wrong(blocks: Any) -> Lowered:
-    """Return the definition with a mistake."""
-    return Lowered(lambda p, o: lower(p, o, blocks))
+        return unplaced(p, "blocks") or "causal: blocks count from the bottom right; set causal='bottom_right'"
+    return unplaced(p, "blocks")
 
 
 def without_one(n_q: int, n_k: int, block: int, window: int, sink: int) -> NDArray[np.bool_]:
@@ -71,9 +63,10 @@ def without_one(n_q: int, n_k: int, block: int, window: int, sink: int) -> NDArr
 
 
 SIZES = {"block_size": 8, "window_blocks": 2, "sink_blocks": 1}
+DEFINE = Lowered(lower)
 POWER_BLOCKS = Variant(
     name="power_blocks",
-    define=Lowered(lower),
+    define=DEFINE,
     forms={"by_blocks": by_blocks},
     formula="softmax attention of row i in block a to the keys of blocks b with a - b = 0, 1, 2, 4, 8, ...,  "
     "a - b < window_blocks,  or b < sink_blocks",
@@ -99,12 +92,21 @@ POWER_BLOCKS = Variant(
         "no-window": {"n_q": 131, "n_k": 131, "options": {**SIZES, "window_blocks": 0, "sink_blocks": 2}},
     },
     wrong={
-        "one_behind_left_out": ("the block before is left out: 1 is a power of two", wrong(without_one)),
-        "window_one_more": ("one near block more is seen", wrong(lambda a, b, c, w, s: block_mask(a, b, c, w + 1, s))),
-        "first_blocks_hidden": ("no first block is kept", wrong(lambda a, b, c, w, s: block_mask(a, b, c, w, 0))),
+        "one_behind_left_out": (
+            "the block before is left out: 1 is a power of two",
+            DEFINE.changed(blocks=without_one),
+        ),
+        "window_one_more": (
+            "one near block more is seen",
+            DEFINE.changed(blocks=lambda a, b, c, w, s: block_mask(a, b, c, w + 1, s)),
+        ),
+        "first_blocks_hidden": (
+            "no first block is kept",
+            DEFINE.changed(blocks=lambda a, b, c, w, s: block_mask(a, b, c, w, 0)),
+        ),
         "powers_of_tokens": (
             "powers of two count tokens, not blocks",
-            wrong(lambda a, b, c, w, s: block_mask(a, b, 1, w * c, s * c)),
+            DEFINE.changed(blocks=lambda a, b, c, w, s: block_mask(a, b, 1, w * c, s * c)),
         ),
     },
     fits=fits,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,10 @@ class Lowered:
     """
 
     lower: Callable[..., Problem]
+
+    def changed(self, **change: Any) -> Lowered:
+        """Return it with other arguments after the options: a mistake, say."""
+        return replace(self, lower=partial(self.lower, **change))
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,10 @@ class Selected:
     scores: Callable[..., Any]
     choices: Callable[..., Choices]
     full: Any
+
+    def changed(self, scores: Callable[..., Any] | None = None, **change: Any) -> Selected:
+        """Return it with other scores, and other arguments of choices after the options: a mistake, say."""
+        return replace(self, scores=scores or self.scores, choices=partial(self.choices, **change))
 
 
 @dataclass(frozen=True)

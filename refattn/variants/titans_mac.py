@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..masks import both
 from ..problem import Problem
 from .option import Option, boolean, whole
 from .shapes import Lowered
 from .softmax import attention
-from .variant import COMMON_BUGS, COMMON_LAWS, Variant
+from .variant import COMMON_BUGS, COMMON_LAWS, Variant, packed
 
 __all__ = ["TITANS_MAC", "segment_mask"]
 
@@ -30,11 +31,12 @@ def segment_mask(
     return np.asarray((kept & (always | near)) | (~kept & (key <= token) & near))
 
 
-def lower(p: Problem, o: Any, **change: Any) -> Problem:
-    """Write the segments out as a mask."""
-    change = {n: x(o) if callable(x) else x for n, x in change.items()}
+def lower(p: Problem, o: Any, from_first: bool = False, **change: Any) -> Problem:
+    """Write the segments out as a mask; a mistake is that they count from the first key."""
+    if from_first:
+        change["start"] = o.persistent
     mask = segment_mask(p.n_q, p.n_k, o.persistent, o.segment, o.sliding, **change)[None, None]
-    return p.replace(variant="softmax", options={}, allowed=mask if p.allowed is None else mask & p.allowed)
+    return p.replace(variant="softmax", options={}, allowed=both(p.allowed, mask))
 
 
 def by_segments(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
@@ -55,25 +57,19 @@ def by_segments(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
 
 def fits(p: Problem) -> str | None:
     """Refuse calls in which a query has no key of its own."""
-    if p.cu_seqlens_q is not None:
-        return "cu_seqlens_q: segments of packed sequences are not defined; pass one sequence at a time"
     persistent = p.options.get("persistent", 0)
     if p.n_q + persistent > p.n_k:
-        return (
+        return packed(p, "segments") or (
             f"key: axis seq is {p.n_k}, expected at least {p.n_q + persistent}: {persistent} persistent keys, and one "
             f"for each of {p.n_q} queries"
         )
-    return None
+    return packed(p, "segments")
 
 
-def wrong(**change: Any) -> Lowered:
-    """Return the definition with a mistake."""
-    return Lowered(lambda p, o: lower(p, o, **change))
-
-
+DEFINE = Lowered(lower)
 TITANS_MAC = Variant(
     name="titans_mac",
-    define=Lowered(lower),
+    define=DEFINE,
     forms={"by_segments": by_segments},
     formula="softmax attention of token t to the first `persistent` keys, and to the tokens s <= t of its segment "
     "(s // segment = t // segment), or with t - s <= segment where it slides",
@@ -88,9 +84,7 @@ TITANS_MAC = Variant(
         "sliding": Option(False, "whether a window slides in place of segments", boolean, (False, True)),
     },
     laws=tuple(n for n in COMMON_LAWS if n not in ("key_permutation", "past_31_bits", "row_invariance")),
-    bugs=tuple(
-        n for n in COMMON_BUGS if not {"causal", "window", "own", "sequences", "empty"} & set(n.split("_"))
-    ),
+    bugs=tuple(n for n in COMMON_BUGS if not {"causal", "window", "own", "sequences", "empty"} & set(n.split("_"))),
     contract=(
         "Segments count from the first key that is not persistent.",
         "A sliding window holds segment + 1 tokens, the token's own among them.",
@@ -109,12 +103,16 @@ TITANS_MAC = Variant(
     },
     wrong={
         "segments_from_the_first_key": (
-            "segments count from the first key, the persistent ones among them", wrong(start=lambda o: o.persistent)
+            "segments count from the first key, the persistent ones among them",
+            DEFINE.changed(from_first=True),
         ),
-        "sliding_one_short": ("a sliding window holds `segment` tokens, one less", wrong(far=-1)),
-        "sliding_one_more": ("a sliding window reaches one token further back", wrong(far=1)),
-        "persistent_keys_in_a_window": ("persistent keys are seen only where the window reaches", wrong(always=False)),
+        "sliding_one_short": ("a sliding window holds `segment` tokens, one less", DEFINE.changed(far=-1)),
+        "sliding_one_more": ("a sliding window reaches one token further back", DEFINE.changed(far=1)),
+        "persistent_keys_in_a_window": (
+            "persistent keys are seen only where the window reaches",
+            DEFINE.changed(always=False),
+        ),
     },
     fits=fits,
     never=frozenset({"variable_lengths", "causal_bottom_right", "causal_top_left", "window"}),
-)  # fmt: skip
+)

@@ -9,7 +9,7 @@ import numpy as np
 from ..problem import Problem
 from .option import Option, whole
 from .shapes import Choices, Selected
-from .variant import Variant
+from .variant import Variant, packed, unplaced
 
 __all__ = ["TOPK"]
 
@@ -44,23 +44,15 @@ def choices(n_q: int, n_k: int, o: Any, sink: int = 0, local: int = 0, count: in
 
 def fits(p: Problem) -> str | None:
     """Refuse calls without a place for every query."""
-    if p.cu_seqlens_q is not None:
-        return "cu_seqlens_q: choices in packed sequences are not defined; pass one sequence at a time"
     if p.causal != "bottom_right":
-        return "causal: keys are chosen among earlier ones; set causal='bottom_right'"
-    if p.n_q > p.n_k:
-        return f"query: axis seq is {p.n_q}, expected at most key's {p.n_k}: each query stands at a key"
-    return None
+        return packed(p, "choices") or "causal: keys are chosen among earlier ones; set causal='bottom_right'"
+    return unplaced(p, "choices")
 
 
-def wrong(by: Any = scores, **more: Any) -> Selected:
-    """Return the definition with a mistake."""
-    return Selected(by, lambda n_q, n_k, o: choices(n_q, n_k, o, **more), full={"topk": 2**31})
-
-
+DEFINE = Selected(scores, choices, full={"topk": 2**31})
 TOPK = Variant(
     name="topk",
-    define=Selected(scores, choices, full={"topk": 2**31}),
+    define=DEFINE,
     formula="softmax attention to the first sink_keys keys, the nearest `local` keys, and of the blocks of block_size "
     "keys between the topk with the largest mean q_i·k_j",
     unit="u · sum_j p_ij |v_jc|",
@@ -94,23 +86,42 @@ TOPK = Variant(
     cases={
         "few": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"topk": 5, "local": 3}},
         "one": {"n_q": 37, "n_k": 67, "causal": "bottom_right", "options": {"topk": 1, "sink_keys": 0, "local": 1}},
-        "chunk": {"n_q": 9, "n_k": 67, "h": 4, "h_kv": 2, "causal": "bottom_right",
-                  "options": {"topk": 7, "sink_keys": 2, "local": 5}},
-        "blocks": {"n_q": 67, "n_k": 67, "causal": "bottom_right",
-                   "options": {"topk": 3, "block_size": 7, "sink_keys": 3, "local": 5}},
+        "chunk": {
+            "n_q": 9,
+            "n_k": 67,
+            "h": 4,
+            "h_kv": 2,
+            "causal": "bottom_right",
+            "options": {"topk": 7, "sink_keys": 2, "local": 5},
+        },
+        "blocks": {
+            "n_q": 67,
+            "n_k": 67,
+            "causal": "bottom_right",
+            "options": {"topk": 3, "block_size": 7, "sink_keys": 3, "local": 5},
+        },
         "many": {"n_q": 9, "n_k": 259, "causal": "bottom_right", "options": {"topk": 90}},
         "below-zero": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "scale": -0.3, "options": {"topk": 3}},
         "none-chosen": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "options": {"topk": 0, "local": 5}},
     },
     wrong={
-        "largest_by_size": ("keys are chosen by the size of their score", wrong(lambda *x: scores(*x) * scores(*x))),
-        "first_keys_not_kept": ("one of the first keys must be chosen like others", wrong(sink=-1)),
-        "own_key_not_counted": ("the query's own key is not counted among the nearest", wrong(local=1)),
-        "blocks_cut_by_the_nearest": ("a block that the nearest keys cut is chosen from, too", wrong(whole=False)),
-        "one_less_chosen": ("one key less is chosen", wrong(count=-1)),
-        "ranked_without_the_query": ("all queries choose alike", wrong(lambda q, k, o: scores(q * 0 + 1, k, o))),
+        "largest_by_size": (
+            "keys are chosen by the size of their score",
+            DEFINE.changed(lambda *x: scores(*x) * scores(*x)),
+        ),
+        "first_keys_not_kept": ("one of the first keys must be chosen like others", DEFINE.changed(sink=-1)),
+        "own_key_not_counted": ("the query's own key is not counted among the nearest", DEFINE.changed(local=1)),
+        "blocks_cut_by_the_nearest": (
+            "a block that the nearest keys cut is chosen from, too",
+            DEFINE.changed(whole=False),
+        ),
+        "one_less_chosen": ("one key less is chosen", DEFINE.changed(count=-1)),
+        "ranked_without_the_query": (
+            "all queries choose alike",
+            DEFINE.changed(lambda q, k, o: scores(q * 0 + 1, k, o)),
+        ),
     },
     fits=fits,
     always=frozenset({"causal_bottom_right"}),
     never=frozenset({"variable_lengths", "causal_top_left", "no_rows_or_keys"}),
-)  # fmt: skip
+)

@@ -204,6 +204,21 @@ class Variant:
         return True
 
 
+def packed(p: Problem, what: str) -> str | None:
+    """Return why an operator whose blocks or the like (`what`) belong to one sequence takes no packed call, or None."""
+    if p.cu_seqlens_q is None:
+        return None
+    return f"cu_seqlens_q: {what} of packed sequences are not defined; pass one sequence at a time"
+
+
+def unplaced(p: Problem, what: str) -> str | None:
+    """Return why a call has no key at which each query stands, or is packed, or None."""
+    if p.n_q > p.n_k:
+        more = f"query: axis seq is {p.n_q}, expected at most key's {p.n_k}: each query stands at a key"
+        return packed(p, what) or more
+    return packed(p, what)
+
+
 NEEDED = {"causal": "'bottom_right' or 'top_left'"}
 
 

@@ -62,8 +62,7 @@ def mistaken(variant: str, name: str) -> Function:
 
 def _only(problem: Problem, mask: NDArray[np.bool_]) -> Problem:
     """Allow only the keys of an (n_q, n_k) mask, on top of what is allowed."""
-    mask = mask[None, None]
-    return problem.replace(allowed=mask if problem.allowed is None else mask & problem.allowed)
+    return problem.replace(allowed=masks.both(problem.allowed, mask[None, None]))
 
 
 def _own_key_dropped(p: Problem) -> Problem:

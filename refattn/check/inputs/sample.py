@@ -13,7 +13,7 @@ from ...masks import visible
 from ...problem import Problem
 from ...variants import Rows, variant_of
 
-__all__ = ["Sample", "sample_of", "separate"]
+__all__ = ["WHOLE", "Sample", "sample_of", "separate"]
 
 ROWS = 24
 LINES = 64

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ...arrays import to_kind, to_numpy
 from ...errors import UnsupportedProblem
 from ...problem import VARIANT, Problem
+from ...variants import variant_of
 from .gradients import by_name
 from .torch_sdpa import additive, attention_mask, sdpa
 
@@ -67,12 +68,11 @@ def _block_mask(p: Problem) -> Any:
     """Return an operator's blocks as refattn.gpu takes them."""
     if p.variant not in (VARIANT, "block_sparse"):
         raise UnsupportedProblem(f"takes {VARIANT} and block_sparse, got {p.variant}")
-    blocks = p.options.get("blocks")
-    if blocks is None:
+    o = variant_of(p.variant).settings(p)
+    if o.get("blocks") is None:
         return None
-    mask = np.array(blocks, bool)
-    sizes = [p.options.get(n, 128) for n in ("block_q", "block_k")]
-    return (to_kind(mask.reshape(1, -1, *mask.shape[-2:]), p.kind, "cuda"), *sizes)
+    mask = np.array(o["blocks"], bool)
+    return to_kind(mask.reshape(1, -1, *mask.shape[-2:]), p.kind, "cuda"), o["block_q"], o["block_k"]
 
 
 ours, ours_high = _Ours(), _Ours("high")

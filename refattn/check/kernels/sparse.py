@@ -17,6 +17,7 @@ from ...arrays import from_float64, to_float64
 from ...dtypes import FORMATS
 from ...errors import UnsupportedProblem
 from ...problem import Problem
+from ...variants import variant_of
 
 __all__ = ["sparse"]
 
@@ -37,7 +38,7 @@ def sparse(problem: Problem) -> tuple[Array, Array]:
     p, form = problem.to("numpy"), FORMATS[problem.dtype]
     q, k, v = (to_float64(x).astype(np.float32) for x in (p.query, p.key, p.value))
     out, lse = np.zeros(p.out_shape, np.float32), np.full(p.out_shape[:3], -np.inf, np.float32)
-    options = DEFAULTS[p.variant] | dict(p.options)
+    options = variant_of(p.variant).settings(p)
     with np.errstate(all="ignore"):
         for b, h in product(range(p.batch), range(p.heads)):
             g, own = h * p.heads_kv // p.heads, dict(options)
@@ -163,11 +164,3 @@ PICKS: dict[str, Pick] = {
     "topk": _topk,
 }
 """By operator, the keys of each row of a head."""
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "block_sparse": {"blocks": None, "block_q": 128, "block_k": 128},
-    "power_blocks": {"block_size": 256, "window_blocks": 5, "sink_blocks": 1},
-    "neighborhood": dict.fromkeys(("shape", "window", "stride", "dilation", "is_causal")),
-    "titans_mac": {"persistent": 0, "segment": 512, "sliding": False},
-    "moba": {"block_size": 64, "topk": 3},
-    "topk": {"topk": 32, "block_size": 1, "sink_keys": 4, "local": 8},
-}
