@@ -74,6 +74,7 @@ _ROOMS = (
     "cli",
     "dtypes",
     "exact",
+    "functions",
     "golden",
     "gpu",
     "he",

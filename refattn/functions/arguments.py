@@ -1,0 +1,75 @@
+"""What the functions ask of their arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat as api
+import numpy as np
+
+from ..arrays import kind_of
+from ..errors import InvalidInput
+
+__all__ = ["axes", "namespace", "whole", "within"]
+
+
+def namespace(**arrays: Any) -> Any:
+    """Return the library of arrays, by the array API standard, after checking that all are of one.
+
+    Raises
+    ------
+    InvalidInput
+        An argument is no array, or of another library than the first.
+    """
+    kinds = {name: kind_of(x) for name, x in arrays.items()}
+    first, kind = next(iter(kinds.items()))
+    for name, other in kinds.items():
+        if other is None:
+            raise InvalidInput(f"{name}: got {type(arrays[name]).__name__}, expected an array; use numpy.asarray(x)")
+        if other != kind:
+            raise InvalidInput(f"{name}: is an array of {other}, expected {kind}'s, as {first} is")
+    return api.array_namespace(arrays[first])
+
+
+def axes(name: str, x: Any, *wanted: str | int) -> None:
+    """Check an array's shape: a number for an axis of that length, a name for one of any length above 0.
+
+    Raises
+    ------
+    InvalidInput
+        The array has other axes.
+    """
+    said = ", ".join(map(str, wanted))
+    if x.ndim != len(wanted) or any(
+        n != w if isinstance(w, int) else n < 1 for n, w in zip(x.shape, wanted, strict=True)
+    ):
+        raise InvalidInput(f"{name}: shape is {tuple(x.shape)}, expected ({said}), each at least 1")
+
+
+def whole(name: str, x: Any, least: int, most: int | None = None) -> int:
+    """Return a whole number in a range.
+
+    Raises
+    ------
+    InvalidInput
+        It is none, or outside.
+    """
+    fits = isinstance(x, int | np.integer) and not isinstance(x, bool)
+    if not fits or x < least or (most is not None and x > most):
+        up = "" if most is None else f" to {most}"
+        raise InvalidInput(f"{name}: got {x!r}, expected a whole number from {least}{up or ' on'}")
+    return int(x)
+
+
+def within(name: str, x: Any, low: float, high: float, *, open_low: bool = False) -> float:
+    """Return a number in [low, high], or (low, high] with `open_low`.
+
+    Raises
+    ------
+    InvalidInput
+        It is none (NaN is not, either), or outside.
+    """
+    fits = isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
+    if not fits or not (low < x if open_low else low <= x) or not x <= high:
+        raise InvalidInput(f"{name}: got {x!r}, expected a number in {'(' if open_low else '['}{low}, {high}]")
+    return float(x)

@@ -1,0 +1,37 @@
+"""Errors of arguments name what was given, what is expected, and what to change."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from refattn import InvalidInput
+from refattn.functions.arguments import axes, namespace, whole, within
+
+
+def test_one_library_for_all():
+    x = np.zeros(3)
+    assert namespace(x=x).__name__.endswith("numpy")
+    with pytest.raises(InvalidInput, match=re.escape("y: is an array of torch, expected numpy's, as x is")):
+        namespace(x=x, y=torch.zeros(3))
+    with pytest.raises(InvalidInput, match=re.escape("x: got list, expected an array; use numpy.asarray(x)")):
+        namespace(x=[1, 2])
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 0), (2, 4), (3, 4, 1)])
+def test_axes(shape):
+    axes("x", np.zeros((3, 4)), 3, "keys")
+    with pytest.raises(InvalidInput, match=re.escape(f"x: shape is {shape}, expected (3, keys), each at least 1")):
+        axes("x", np.zeros(shape), 3, "keys")
+
+
+def test_numbers():
+    assert whole("n", np.int64(3), 1) == 3
+    assert within("p", 1, 0, 1) == 1.0
+    for wrong in (0, 1.5, True, "2"):
+        with pytest.raises(InvalidInput, match=re.escape(f"n: got {wrong!r}, expected a whole number from 1 to 2")):
+            whole("n", wrong, 1, 2)
+    for wrong in (0, 1.5, float("nan"), None):
+        with pytest.raises(InvalidInput, match=re.escape(f"p: got {wrong!r}, expected a number in (0, 1]")):
+            within("p", wrong, 0, 1, open_low=True)
