@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .forward import forward
+from .views import traced
 
 __all__ = ["attention"]
 
@@ -30,8 +31,9 @@ def attention(
 ) -> Any:
     """Return softmax attention, computed on the GPU that the arrays are on.
 
-    Gradients flow through PyTorch's graph, by :func:`refattn.gpu.attention_backward`, also under ``torch.compile``. Of
-    CuPy and JAX arrays that function gives them; what JAX traces (``jit``, ``grad``) is refused.
+    Gradients flow through PyTorch's graph, also under ``torch.compile``, and through ``jax.grad``, also under
+    ``jax.jit``; of CuPy's arrays :func:`refattn.gpu.attention_backward` gives them. ``jax.vmap`` is an error of JAX's:
+    put its axis into the batch.
 
     Nothing is waited for: the kernels are queued on the caller's current stream (CuPy's for JAX arrays). Inputs are not
     copied, but for a boolean mask, which is packed to bits, and for sinks and offsets of another type.
@@ -78,5 +80,10 @@ def attention(
         if torch_operators.needed(query, key, value, sink, bias):
             found = torch_operators.attention(query, key, value, options, accuracy, impl, batch_invariant)
             return found if return_lse else found[0]
+    elif traced(query, key, value, sink, bias, allowed, block_mask, cu_seqlens):
+        from . import jax_operators
+
+        found = jax_operators.attention(query, key, value, options, accuracy, impl, batch_invariant)
+        return found if return_lse else found[0]
     out, lse = forward(query, key, value, accuracy=accuracy, impl=impl, batch_invariant=batch_invariant, **options)
     return (out, lse) if return_lse else out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..arrays import dtype_name
@@ -14,9 +14,9 @@ from .kernel import Call, Kernel
 from .launch import capability
 from .plan import pick
 from .request import Kept, Request, read
-from .views import device_of, empty, finish, on, side_by_side, stream_of
+from .views import device_of, finish, on, placed, side_by_side, stream_of
 
-__all__ = ["attention_backward"]
+__all__ = ["attention_backward", "gradients"]
 
 SOURCES = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}
 SINKS = ("float16", "bfloat16", "float32", "float64")
@@ -89,6 +89,19 @@ def attention_backward(
     UnsupportedProblem
         No kernel computes it; raised before any launch.
     """
+    given = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "sink": sink, "bias": bias}
+    given |= {"allowed": allowed, "block_mask": block_mask, "cu_seqlens": cu_seqlens}
+    return gradients(
+        query, key, value, out, lse, dout, **given, dlse=dlse, wanted=wanted, deterministic=deterministic, impl=impl
+    )
+
+
+def gradients(
+    query: Any, key: Any, value: Any, out: Any, lse: Any, dout: Any, *, scale: float | None, causal: str | None,
+    window: Any, softcap: float | None, sink: Any, bias: Any, allowed: Any, block_mask: Any, cu_seqlens: Any, dlse: Any,
+    wanted: Iterable[str] | None, deterministic: bool, impl: str | None, into: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what :func:`attention_backward` does; `into` are arrays to be filled, by the gradients' names."""
     device = device_of(query, "query")
     with on(device):
         tensors = {"query": query, "key": key, "value": value, "bias": bias, "allowed": allowed}
@@ -100,7 +113,8 @@ def attention_backward(
         found: dict[str, Any] = {}
         for n in names:
             source = tensors.get(SOURCES[n], sink)
-            found[n], asked.arrays[n] = empty(query, tuple(source.shape), dtype_name(source))
+            place = into and into[n]
+            found[n], asked.arrays[n] = placed(place, query, tuple(source.shape), dtype_name(source))
         by = 1 / math.sqrt(asked.arrays["query"].shape[3]) if scale is None else float(scale)
         by_value, stream = asked.options | {"scale": by}, stream_of(query, device)
         used = launch(call, kernel, query, found, asked.arrays, by_value, stream, bool(deterministic))

@@ -11,7 +11,7 @@ from .launch import capability, launch
 from .plan import choose
 from .recorded import recording, replay
 from .request import Kept, read
-from .views import capturing, device_of, empty, finish, on, stream_of
+from .views import capturing, device_of, finish, on, placed, stream_of
 
 __all__ = ["forward"]
 
@@ -19,9 +19,9 @@ __all__ = ["forward"]
 def forward(
     query: Any, key: Any, value: Any, *, scale: float | None, causal: str | None, window: Any, softcap: float | None,
     sink: Any, bias: Any, allowed: Any, block_mask: Any, cu_seqlens: Any, accuracy: str, impl: str | None,
-    batch_invariant: bool,
+    batch_invariant: bool, into: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """Return out and lse of :func:`refattn.gpu.attention`, without gradients."""
+    """Return out and lse of :func:`refattn.gpu.attention`, without gradients; `into` are arrays to be filled."""
     device = device_of(query, "query")
     with on(device):
         tensors = {"query": query, "key": key, "value": value, "bias": bias, "allowed": allowed}
@@ -33,8 +33,8 @@ def forward(
             known = _KNOWN[asked.signature] = (call, choose(call, impl, capability(device)))
         arrays, wide = asked.arrays, "float64" if asked.arrays["query"].dtype == "float64" else "float32"
         shape = (*arrays["query"].shape[:3], arrays["value"].shape[3])
-        out, arrays["out"] = empty(query, shape, arrays["query"].dtype)
-        lse, arrays["lse"] = empty(query, shape[:3], wide)
+        out, arrays["out"] = placed(into and into[0], query, shape, arrays["query"].dtype)
+        lse, arrays["lse"] = placed(into and into[1], query, shape[:3], wide)
         if min(shape):
             stream = stream_of(query, device)
             graph = capturing(stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
@@ -25,8 +26,10 @@ __all__ = [
     "layout",
     "library",
     "on",
+    "placed",
     "side_by_side",
     "stream_of",
+    "traced",
     "view",
 ]
 
@@ -85,6 +88,14 @@ def view(x: Any, name: str) -> View:
     return View(x.data.ptr, tuple(x.shape), strides, dtype, number, owner=x)
 
 
+def traced(*arrays: Any) -> bool:
+    """Tell whether JAX traces an array, or one of a tuple (jit, grad, vmap): it has a shape, but no numbers yet."""
+    if "jax" not in sys.modules:
+        return False
+    tracer = library("jax").core.Tracer
+    return any(isinstance(x, tracer) for a in arrays for x in (a if isinstance(a, tuple | list) else (a,)))
+
+
 def device_of(x: Any, name: str) -> int:
     """Return the number of the GPU that an array is on; refuse others, as `view` does."""
     kind = kind_of(x)
@@ -95,10 +106,10 @@ def device_of(x: Any, name: str) -> int:
     if kind == "cupy":
         return int(x.device.id)
     if kind == "jax":
-        if isinstance(x, library("jax").core.Tracer):
+        if traced(x):
             raise UnsupportedProblem(
-                f"{name}: is traced by JAX (jit, grad or vmap), expected an array; call it outside, and "
-                "refattn.gpu.attention_backward for gradients"
+                f"{name}: is traced by JAX (jit, grad or vmap), expected an array; of refattn.gpu only attention is "
+                "traced, and its gradients through jax.grad"
             )
         (device, *more) = x.devices()
         if device.platform != "gpu" or more:
@@ -119,6 +130,11 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, View]:
     else:
         out = library("cupy").empty(shape, library("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
     return out, view(out, "out")
+
+
+def placed(given: Any, like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, View]:
+    """Return an array to be filled and its place: the one that is given, or a new one."""
+    return empty(like, shape, dtype) if given is None else (given, view(given, "out"))
 
 
 def finish(like: Any, found: list[Any], given: list[View]) -> list[Any]:
