@@ -295,8 +295,18 @@ def test_what_does_not_fit(torch):
         attention_backward(q, q, q, out, lse, out[:, :, :3])
     with pytest.raises(InvalidInput, match="wanted: got 'dbias', expected gradients out of dq, dk, dv"):
         attention_backward(q, q, q, out, lse, out, wanted=["dbias"])
-    with pytest.raises(UnsupportedProblem, match="takes a contiguous last axis, got strides"):
-        attention_backward(q, q, q, out, lse, out.sum().expand(out.shape))
+
+
+@gpu
+def test_a_gradient_that_is_spread_is_copied(torch):
+    from refattn.gpu import attention, attention_backward
+
+    q, k, v = (torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+    out, lse = attention(q, k, v, return_lse=True)
+    spread = torch.ones((), device="cuda", dtype=torch.float16).expand(out.shape)
+    found = attention_backward(q, k, v, out, lse, spread)
+    expected = attention_backward(q, k, v, out, lse, spread.contiguous())
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
 
 
 @gpu
