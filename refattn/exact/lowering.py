@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +22,7 @@ from .field import Field
 from .heads import Head, heads, matrix_of
 from .levels import Level
 
-__all__ = ["Lowering", "candidates", "keys_of", "lower", "scores_of"]
+__all__ = ["Lowering", "candidates", "choosers", "keys_of", "lower", "scores_of"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -66,12 +70,27 @@ def _selected(problem: Problem, shape: Selected) -> Lowering:
     p = problem.to("numpy")
     full = (*p.out_shape[:3], p.n_k)
     seen, margins = np.zeros(full, bool), np.full(full[:3], np.inf)
-    for one in heads(p):
-        at = (one.batch, one.head, one.rows)
-        c = candidates(one, shape)
-        taken, margins[at] = _chosen(one, shape, c)
-        seen[one.batch, one.head, one.rows, one.keys] = keys_of(one, c, taken)
+    for ones in choosers(p, shape):
+        c = candidates(ones[0], shape)
+        taken, margin = _chosen(ones, shape, c)
+        for one in ones:
+            margins[one.batch, one.head, one.rows] = margin
+            seen[one.batch, one.head, one.rows, one.keys] = keys_of(one, c, taken)
     return Lowering(p.replace(variant=VARIANT, options={}, allowed=seen), margins)
+
+
+def choosers(problem: Problem, shape: Selected) -> Iterator[tuple[Head, ...]]:
+    """Yield the heads of a call, those together that add up their scores."""
+    together = shape.together(SimpleNamespace(**variant_of(problem.variant).settings(problem)))
+    if not together:
+        yield from ((one,) for one in heads(problem))
+        return
+
+    def by_key_head(x: Head) -> tuple[int, int, int]:
+        return x.batch, x.head_kv, x.rows.start
+
+    for _, ones in groupby(sorted(heads(problem), key=by_key_head), by_key_head):
+        yield tuple(ones)
 
 
 def candidates(one: Head, shape: Selected) -> Choices:
@@ -86,7 +105,7 @@ def candidates(one: Head, shape: Selected) -> Choices:
     own = variant_of(one.problem.variant).settings(one.problem)
     c = shape.choices(n_q, n_k, SimpleNamespace(**own))
     m = len(c.members)
-    if c.members.shape != (m, n_k) or c.may.shape != (n_q, m) or c.must.shape != (n_q, m):
+    if c.members.shape != (m, n_k) or any(x is not None and x.shape != (n_q, m) for x in (c.may, c.must, c.seen)):
         raise InvalidProblem(
             f"choices: got members {c.members.shape}, may {c.may.shape} and must {c.must.shape}, expected "
             f"({m}, {n_k}), ({n_q}, {m}) twice"
@@ -94,7 +113,8 @@ def candidates(one: Head, shape: Selected) -> Choices:
     if c.count < 0 or (c.may & c.must).any() or not c.members.any(1).all():
         raise InvalidProblem("choices: count is below 0, a candidate is both chosen from and taken, or one has no key")
     in_sight = one.allowed @ c.members.T  # a candidate all of whose keys are hidden is none
-    return replace(c, may=c.may & in_sight, must=c.must & in_sight)
+    seen = (c.may | c.must) if c.seen is None else c.seen
+    return replace(c, may=c.may & in_sight, must=c.must & in_sight, seen=seen & in_sight)
 
 
 def keys_of(one: Head, c: Choices, taken: Mask, rows: Any = slice(None)) -> Mask:
@@ -104,19 +124,36 @@ def keys_of(one: Head, c: Choices, taken: Mask, rows: Any = slice(None)) -> Mask
     return np.asarray((taken @ c.members) & own)
 
 
-def scores_of(one: Head, shape: Selected, c: Choices, f: Any, q: Any = None, k: Any = None) -> Any:
-    """Return the scores of all candidates over an arithmetic, (n_q, m)."""
+def scores_of(ones: tuple[Head, ...], shape: Selected, c: Choices, f: Any, given: Any = None) -> Any:
+    """Return the scores of all candidates over an arithmetic, (n_q, m): the sum of those of heads that choose together.
+
+    Parameters
+    ----------
+    ones : tuple of Head
+        Out of :func:`choosers`.
+    shape, c
+        The operator's shape, and what there is to choose from.
+    f : arithmetic
+        What to count in.
+    given : list of (q, k), optional
+        The heads' operands in that arithmetic, where they are more than numbers.
+    """
+    given = given or [(matrix_of(f, x.q), matrix_of(f, x.k)) for x in ones]
+    with np.errstate(all="ignore"):
+        return reduce(operator.add, (_scores(x, shape, c, f, *qk) for x, qk in zip(ones, given, strict=True)))
+
+
+def _scores(one: Head, shape: Selected, c: Choices, f: Any, q: Any, k: Any) -> Any:
     o = one.options(f)
     o.members = matrix_of(f, c.members.astype(np.float64))
     o.sizes = matrix_of(f, c.members.sum(1, keepdims=True).astype(np.float64))
-    q, k = (matrix_of(f, x) if y is None else y for x, y in ((one.q, q), (one.k, k)))
-    with np.errstate(all="ignore"):
-        return shape.scores(q, k, o)
+    o.seen = c.seen
+    return shape.scores(q, k, o)
 
 
-def _chosen(one: Head, shape: Selected, c: Choices) -> tuple[Mask, Float]:
+def _chosen(ones: tuple[Head, ...], shape: Selected, c: Choices) -> tuple[Mask, Float]:
     """Return what each row takes, (n_q, m), and its margin."""
-    s = scores_of(one, shape, c, Level(1))
+    s = scores_of(ones, shape, c, Level(1))
     mid, radius = np.where(c.may, s.h, -np.inf), np.broadcast_to(np.abs(s.l) + s.r, s.h.shape)
     taken, margins = c.must.copy(), np.full(len(mid), np.inf)
     order = np.argsort(-mid, axis=1, kind="stable")
@@ -129,21 +166,21 @@ def _chosen(one: Head, shape: Selected, c: Choices) -> tuple[Mask, Float]:
         inside, outside = order[i, : c.count], order[i, c.count : c.may[i].sum()]
         low, high = (mid[i] - radius[i])[inside].min(), (mid[i] + radius[i])[outside].max()
         if not low > high:
-            inside, margins[i] = _decided(one, shape, c, i)
+            inside, margins[i] = _decided(ones, shape, c, i)
         else:
             margins[i] = mid[i, inside].min() - mid[i, outside].max()
         taken[i, inside] = True
     return taken, margins
 
 
-def _decided(one: Head, shape: Selected, c: Choices, row: int) -> tuple[NDArray[np.intp], float]:
+def _decided(ones: tuple[Head, ...], shape: Selected, c: Choices, row: int) -> tuple[NDArray[np.intp], float]:
     """Choose for one row whose scores lie close: by more bits, and by the prime field where they are equal."""
     at = np.nonzero(c.may[row])[0]
-    image = scores_of(one, shape, c, Field(one.q.shape[1])).image[row]
+    image = scores_of(ones, shape, c, Field(ones[0].q.shape[1])).image[row]
     for bits in LADDER:
         balls = Balls(bits)
         with balls.working():
-            s = scores_of(one, shape, c, balls).a[row]
+            s = scores_of(ones, shape, c, balls).a[row]
             order = sorted(at, key=lambda j: (-float(s[j].mid()), j))
             order = _sorted_exactly(order, s)
             last, first = order[c.count - 1], order[c.count]

@@ -64,12 +64,15 @@ class Choices:
         Which it takes besides, whatever their scores.
     count : int
         How many it chooses; all of `may` where there are no more.
+    seen : (n_q, m) bool array, optional
+        Which candidates a row's scores look at, where they are a softmax over them; by default `may` and `must`.
     """
 
     members: Mask
     may: Mask
     must: Mask
     count: int
+    seen: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,20 @@ class Selected:
     Attributes
     ----------
     scores : callable
-        ``scores(q, k, o) -> (n_q, m)`` over an arithmetic's matrices; `o` has ``members`` (m, n_k) of 0 and 1 and
-        ``sizes`` (m, 1), the number of keys of each candidate.
+        ``scores(q, k, o) -> (n_q, m)`` over an arithmetic's matrices; `o` has ``members`` (m, n_k) of 0 and 1,
+        ``sizes`` (m, 1), the number of keys of each candidate, and ``seen`` (n_q, m) of the choices.
     choices : callable
         ``choices(n_q, n_k, o) -> Choices``.
     full : mapping
         Options under which everything is chosen, so that the operator is its core.
+    together : callable
+        ``together(o)`` tells whether the query heads of a key head add up their scores and choose the same.
     """
 
     scores: Callable[..., Any]
     choices: Callable[..., Choices]
     full: Any
+    together: Callable[[Any], bool] = lambda o: False
 
     def changed(self, scores: Callable[..., Any] | None = None, **change: Any) -> Selected:
         """Return it with other scores, and other arguments of choices after the options: a mistake, say."""

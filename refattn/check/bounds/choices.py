@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from ...exact.driver import Answer, evaluate
 from ...exact.enclosure import Enclosure
-from ...exact.heads import Head, heads
+from ...exact.heads import Head
 from ...exact.levels import Level
-from ...exact.lowering import candidates, keys_of, scores_of
+from ...exact.lowering import candidates, choosers, keys_of, scores_of
 from ...variants import Choices, Selected, variant_of
 from ..model import Model
 from .forward import forward
@@ -99,18 +99,19 @@ def either(answer: Answer, model: Model) -> Either | None:
         return None
     rows = np.zeros(answer.problem.out_shape[:3], np.int64)
     others: list[Mask] = []
-    for one in heads(answer.problem):
-        c = candidates(one, shape)
-        for i, choices in _unsure(one, shape, c, model):
-            at = (one.batch, one.head, one.rows.start + i)
-            exact = core.allowed[at]
-            masks = [keys_of(one, c, c.must[i] | taken, i) for taken in choices]
-            masks = [m for m in masks if (m != exact).any()]
-            rows[at] = len(masks)
-            for k, mask in enumerate(masks):
-                if k == len(others):
-                    others.append(np.array(core.allowed, copy=True))
-                others[k][at] = mask
+    for ones in choosers(answer.problem, shape):
+        c = candidates(ones[0], shape)
+        for i, choices in _unsure(ones, shape, c, model):
+            for one in ones:
+                at = (one.batch, one.head, one.rows.start + i)
+                exact = core.allowed[at]
+                masks = [keys_of(one, c, c.must[i] | taken, i) for taken in choices]
+                masks = [m for m in masks if (m != exact).any()]
+                rows[at] = len(masks)
+                for k, mask in enumerate(masks):
+                    if k == len(others):
+                        others.append(np.array(core.allowed, copy=True))
+                    others[k][at] = mask
     if not others:
         return None
     found = []
@@ -120,22 +121,25 @@ def either(answer: Answer, model: Model) -> Either | None:
     return Either(rows, tuple(found))
 
 
-def score_errors(one: Head, shape: Selected, c: Choices, model: Model) -> tuple[Float, Float]:
-    """Return the scores of one head's candidates, (n_q, m), and what a kernel's own may be off by."""
-    f, lost = Losses(model, len(one.k)), Operands.of(one, model)
-    q, k = f.leaf(one.q, ("q", "d"), lost.q), f.leaf(one.k, ("k", "d"), lost.k)
-    node: Any = scores_of(one, shape, c, f, q, k).node
-    s = scores_of(one, shape, c, Level(1)).h
+def score_errors(ones: tuple[Head, ...], shape: Selected, c: Choices, model: Model) -> tuple[Float, Float]:
+    """Return the scores by which heads choose, (n_q, m), and what a kernel's own may be off by."""
+    f = Losses(model, len(ones[0].k))
+    given = []
+    for one in ones:
+        lost = Operands.of(one, model)
+        given.append((f.leaf(one.q, ("q", "d"), lost.q), f.leaf(one.k, ("k", "d"), lost.k)))
+    node: Any = scores_of(ones, shape, c, f, given).node
+    s = scores_of(ones, shape, c, Level(1)).h
     e = np.broadcast_to(node.span, s.shape)
     # and they are stored; products over features may leave the range below, which no softmax would notice
-    return s, e + f.u_scores * (np.abs(s) + e) + (2 * one.q.shape[1] + 2) * f.floor
+    return s, e + f.u_scores * (np.abs(s) + e) + len(ones) * (2 * ones[0].q.shape[1] + 2) * f.floor
 
 
-def _unsure(one: Head, shape: Selected, c: Choices, model: Model) -> list[tuple[int, list[Mask]]]:
+def _unsure(ones: tuple[Head, ...], shape: Selected, c: Choices, model: Model) -> list[tuple[int, list[Mask]]]:
     """Return the rows in which errors can turn the choice, each with the choices that it may make."""
-    s, e = score_errors(one, shape, c, model)
+    s, e = score_errors(ones, shape, c, model)
     found = []
-    for i in np.nonzero(one.live & (c.may.sum(1) > c.count))[0].tolist():
+    for i in np.nonzero(np.any([x.live for x in ones], 0) & (c.may.sum(1) > c.count))[0].tolist():
         at = np.nonzero(c.may[i])[0]
         low, high = s[i, at] - e[i, at], s[i, at] + e[i, at]
         above = (high[None, :] >= low[:, None]).sum(1) - 1  # how many others may be ahead

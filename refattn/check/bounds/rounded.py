@@ -285,8 +285,10 @@ def simulate_steps(
     return found
 
 
-def simulate_scores(one: Head, shape: Selected, c: Choices, model: Model, how: str, rng: np.random.Generator) -> Float:
+def simulate_scores(
+    ones: tuple[Head, ...], shape: Selected, c: Choices, model: Model, how: str, rng: np.random.Generator
+) -> Float:
     """Return the scores by which a kernel of a model would choose, (n_q, m), in the type that it stores scores in."""
-    f = Rounding(model, how, rng, len(one.k))
-    q, k, _ = f.operands(one)
-    return f.stored(scores_of(one, shape, c, f, q, k).a, model.scores)
+    f = Rounding(model, how, rng, len(ones[0].k))
+    given = [f.operands(one)[:2] for one in ones]
+    return f.stored(scores_of(ones, shape, c, f, given).a, model.scores)

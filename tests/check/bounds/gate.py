@@ -18,8 +18,7 @@ from refattn.check.inputs.families import cases
 from refattn.check.inputs.values import numbers
 from refattn.check.model import MODELS, Model, materialised
 from refattn.dtypes import FORMATS
-from refattn.exact.heads import heads
-from refattn.exact.lowering import candidates
+from refattn.exact.lowering import candidates, choosers
 from refattn.variants import Selected, Steps
 
 TYPES = ("float32", "bfloat16", "float16")
@@ -61,11 +60,11 @@ def judged(definition, p, answer, model, rng):
     """Yield for each way of rounding and array: its name, errors, what is allowed, and which elements are compared."""
     part, shape = definition[1], VARIANTS[definition[0]].shape
     if part == "scores":
-        for one in heads(p):
-            c = candidates(one, shape)
-            s, limit = score_errors(one, shape, c, model)
+        for ones in choosers(p, shape):
+            c = candidates(ones[0], shape)
+            s, limit = score_errors(ones, shape, c, model)
             for how in HOWS:
-                got = simulate_scores(one, shape, c, model, how, rng)
+                got = simulate_scores(ones, shape, c, model, how, rng)
                 yield f"scores {how}", np.abs(got - s), limit, np.isfinite(limit) & np.isfinite(got)
         return
     limits, forms = bounds(answer, model), {"out": p.dtype, "lse": model.lse, "state": model.accumulator}

@@ -285,20 +285,22 @@ def test_a_choosing_score_may_be_off_by_what_its_text_loses_and_storing():
     shape = VARIANTS["moba"].shape
     c = candidates(one, shape)
     plain = Model("float16", "float16", "float16")
-    s, e = score_errors(one, shape, c, plain)
+    s, e = score_errors((one,), shape, c, plain)
     means = one.k.reshape(3, 3, 8).mean(1)
     assert (np.abs(s - one.q @ means.T) <= 2.0**-50 * (np.abs(one.q) @ np.abs(means).T)).all()
-    stored, more = score_errors(one, shape, c, replace(plain, scores="bfloat16"))
+    stored, more = score_errors((one,), shape, c, replace(plain, scores="bfloat16"))
     assert (stored == s).all()
     f = Losses(replace(plain, scores="bfloat16"), 9)
-    span = scores_of(one, shape, c, f, f.leaf(one.q, ("q", "d")), f.leaf(one.k, ("k", "d"))).node.span
+    span = scores_of((one,), shape, c, f, [(f.leaf(one.q, ("q", "d")), f.leaf(one.k, ("k", "d")))]).node.span
     assert (span + (2 * 8 + 2) * f.floor >= e).all()
     below = (2 * 8 + 2) * f.floor  # eight products and their sum
     assert (more == span + 2.0**-8 * (np.abs(s) + span) + below).all()
     narrowed = replace(plain, operands="bfloat16")
     off, f = Operands.of(one, narrowed), Losses(narrowed, 9)
-    span = scores_of(one, shape, c, f, f.leaf(one.q, ("q", "d"), off.q), f.leaf(one.k, ("k", "d"), off.k)).node.span
-    assert (score_errors(one, shape, c, narrowed)[1] == span + below).all()
+    span = scores_of(
+        (one,), shape, c, f, [(f.leaf(one.q, ("q", "d"), off.q), f.leaf(one.k, ("k", "d"), off.k))]
+    ).node.span
+    assert (score_errors((one,), shape, c, narrowed)[1] == span + below).all()
     assert (span + below > e).all()
 
 

@@ -225,9 +225,9 @@ def test_scores_to_nearest_are_stored():
     shape, rng = VARIANTS["moba"].shape, np.random.default_rng(0)
     c, f = candidates(one, shape), FORMATS["bfloat16"]
     exact = np.broadcast_to(key.astype(float).reshape(3, 2).mean(1), (6, 3))
-    found = simulate_scores(one, shape, c, Model("float16", "float16", "bfloat16"), "nearest", rng)
+    found = simulate_scores((one,), shape, c, Model("float16", "float16", "bfloat16"), "nearest", rng)
     assert (found == f.round_array(f.round_array(exact.astype(np.float16).astype(float)))).all()
-    assert (simulate_scores(one, shape, c, Model(), "nearest", rng) == exact).all()
+    assert (simulate_scores((one,), shape, c, Model(), "nearest", rng) == exact).all()
 
 
 def test_what_leaves_the_numbers_says_nothing():
