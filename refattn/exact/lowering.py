@@ -113,8 +113,8 @@ def candidates(one: Head, shape: Selected) -> Choices:
     if c.count < 0 or (c.may & c.must).any() or not c.members.any(1).all():
         raise InvalidProblem("choices: count is below 0, a candidate is both chosen from and taken, or one has no key")
     in_sight = one.allowed @ c.members.T  # a candidate all of whose keys are hidden is none
-    seen = (c.may | c.must) if c.seen is None else c.seen
-    return replace(c, may=c.may & in_sight, must=c.must & in_sight, seen=seen & in_sight)
+    seen = c.seen if c.seen is None else c.seen & in_sight
+    return replace(c, may=c.may & in_sight, must=c.must & in_sight, seen=seen)
 
 
 def keys_of(one: Head, c: Choices, taken: Mask, rows: Any = slice(None)) -> Mask:
@@ -147,7 +147,8 @@ def _scores(one: Head, shape: Selected, c: Choices, f: Any, q: Any, k: Any) -> A
     o = one.options(f)
     o.members = matrix_of(f, c.members.astype(np.float64))
     o.sizes = matrix_of(f, c.members.sum(1, keepdims=True).astype(np.float64))
-    o.seen = c.seen
+    o.seen = c.may | c.must if c.seen is None else c.seen
+    o.unseen = matrix_of(f, np.where(o.seen.any(1, keepdims=True), 0.0, 1.0))
     return shape.scores(q, k, o)
 
 

@@ -8,6 +8,7 @@ from .lightning import LIGHTNING
 from .linear import LINEAR
 from .moba import MOBA
 from .neighborhood import NEIGHBORHOOD
+from .nsa_selected import NSA_SELECTED
 from .option import Option
 from .power import POWER
 from .power_blocks import POWER_BLOCKS
@@ -34,6 +35,7 @@ VARIANTS: dict[str, Variant] = {
         TITANS_MAC,
         MOBA,
         TOPK,
+        NSA_SELECTED,
     )
 }
 """The operators that refattn knows, by name; ``refattn.register`` adds one of your own."""

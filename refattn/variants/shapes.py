@@ -85,7 +85,8 @@ class Selected:
     ----------
     scores : callable
         ``scores(q, k, o) -> (n_q, m)`` over an arithmetic's matrices; `o` has ``members`` (m, n_k) of 0 and 1,
-        ``sizes`` (m, 1), the number of keys of each candidate, and ``seen`` (n_q, m) of the choices.
+        ``sizes`` (m, 1), the number of keys of each candidate, ``seen`` (n_q, m) of the choices, and ``unseen``
+        (n_q, 1), 1 for a row that looks at none.
     choices : callable
         ``choices(n_q, n_k, o) -> Choices``.
     full : mapping

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..problem import Problem
-from .option import Option, whole
+from .option import Option, boolean, whole
 from .shapes import Choices, Selected
 from .variant import Variant, packed, unplaced
 
@@ -49,7 +50,7 @@ def fits(p: Problem) -> str | None:
     return unplaced(p, "choices")
 
 
-DEFINE = Selected(scores, choices, full={"topk": 2**31})
+DEFINE = Selected(scores, choices, full={"topk": 2**31}, together=lambda o: o.by_group)
 TOPK = Variant(
     name="topk",
     define=DEFINE,
@@ -57,13 +58,14 @@ TOPK = Variant(
     "keys between the topk with the largest mean q_i·k_j",
     unit="u · sum_j p_ij |v_jc|",
     source="Sadhukhan et al., Kinetics, arXiv 2506.05333, and sparsity_utils.py of its release, which averages scores "
-    "over a group of heads: here each query head chooses for itself.",
+    "over a group of heads: by_group=True, as a sum has the same order.",
     uses=frozenset({"causal", "sink", "weight"}),
     options={
         "topk": Option(32, "blocks that a row chooses", whole(0), (32, 5, 1)),
         "block_size": Option(1, "keys of a block", whole(1), (1, 4, 7)),
         "sink_keys": Option(4, "first keys, which a row always takes", whole(0), (4, 0, 2)),
         "local": Option(8, "nearest keys, which a row always takes, its own counted", whole(1), (8, 3, 1)),
+        "by_group": Option(False, "whether the query heads of a key head add up their scores", boolean, (False, True)),
     },
     laws=("determinism", "grouped_heads", "batch_independence", "values_doubled", "full_budget_is_dense"),
     bugs=(
@@ -102,6 +104,14 @@ TOPK = Variant(
         },
         "many": {"n_q": 9, "n_k": 259, "causal": "bottom_right", "options": {"topk": 90}},
         "below-zero": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "scale": -0.3, "options": {"topk": 3}},
+        "by-group": {
+            "n_q": 37,
+            "n_k": 67,
+            "h": 4,
+            "h_kv": 2,
+            "causal": "bottom_right",
+            "options": {"topk": 5, "by_group": True},
+        },
         "none-chosen": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "options": {"topk": 0, "local": 5}},
     },
     wrong={
@@ -115,6 +125,7 @@ TOPK = Variant(
             "a block that the nearest keys cut is chosen from, too",
             DEFINE.changed(whole=False),
         ),
+        "group_ignored": ("each query head chooses for itself", replace(DEFINE, together=lambda o: False)),
         "one_less_chosen": ("one key less is chosen", DEFINE.changed(count=-1)),
         "ranked_without_the_query": (
             "all queries choose alike",

@@ -183,7 +183,9 @@ KERNELS: dict[str, Entry] = {
                 lse=True,
             ),
             flash,
-            variants=frozenset({"block_sparse", "power_blocks", "neighborhood", "titans_mac", "moba", "topk"}),
+            variants=frozenset(
+                {"block_sparse", "power_blocks", "neighborhood", "titans_mac", "moba", "topk", "nsa_selected"}
+            ),
         ),
         Entry(
             "torch-sdpa-flash",

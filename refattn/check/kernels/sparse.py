@@ -41,9 +41,10 @@ def sparse(problem: Problem) -> tuple[Array, Array]:
     options = variant_of(p.variant).settings(p)
     with np.errstate(all="ignore"):
         for b, h in product(range(p.batch), range(p.heads)):
-            g, own = h * p.heads_kv // p.heads, dict(options)
+            g, own, group = h * p.heads_kv // p.heads, dict(options), p.heads // p.heads_kv
             if (blocks := own.get("blocks")) and isinstance(blocks[0][0], tuple):  # a mask for each head
                 own["blocks"] = blocks[h if len(blocks) > 1 else 0]
+            own |= {"group": q[b, g * group : (g + 1) * group], "scale": _scale(p)}
             for i, keys in enumerate(PICKS[p.variant](q[b, h], k[b, g], own)):
                 seen = _seen(p, b, h, i, np.array(keys, np.intp))
                 out[b, h, i], lse[b, h, i] = _row(p, (b, h, i), q[b, h, i], k[b, g, seen], v[b, g, seen], seen)
@@ -66,9 +67,13 @@ def _of_row(x: Array, b: int, h: int, i: int, n_k: int) -> Array:
     return np.broadcast_to(x[at], n_k)
 
 
+def _scale(p: Problem) -> Any:
+    return np.float32(1 / np.sqrt(p.d_k) if p.scale is None else p.scale)
+
+
 def _row(p: Problem, at: tuple[int, int, int], q: Array, k: Array, v: Array, keys: Array) -> tuple[Array, Any]:
     """Return one row's out and lse over the keys it sees."""
-    s = (k @ q) * np.float32(1 / np.sqrt(p.d_k) if p.scale is None else p.scale)
+    s = (k @ q) * _scale(p)
     if not (np.isfinite(q).all() and np.isfinite(k).all()) and len(keys):  # it shows in all of the row
         return np.full(v.shape[1], np.nan, np.float32), np.float32(np.nan)
     if p.softcap is not None:
@@ -136,6 +141,23 @@ def _moba(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
         yield [j for b in sorted([*best.tolist(), own]) for j in range(b * size, min(b * size + size, len(k)))]
 
 
+def _nsa_selected(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
+    size = o["block_size"]
+    means = np.array([k[a : a + size].mean(0, dtype=np.float32) for a in range(0, len(k), size)])
+    for i in range(len(q)):
+        at = i + len(k) - len(q)
+        own, whole = at // size, (at + 1) // size
+        weigh = np.zeros(whole, np.float32)
+        for asking in o["group"][:, i]:
+            s = (means[:whole] @ asking) * o["scale"]
+            w = np.exp(s - s.max(initial=-np.inf)) if whole else s
+            weigh += w / w.sum(dtype=np.float32)
+        taken = {own} if o["forced"] == "own" else {own, max(own - 1, 0), 0}
+        left = [b for b in np.argsort(-weigh[:own], kind="stable").tolist() if b not in taken]
+        taken |= set(left[: o["topk"] - (1 if o["forced"] == "own" else 3)])
+        yield [j for b in sorted(taken) for j in range(b * size, min(b * size + size, len(k)))]
+
+
 def _topk(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
     size, first = o["block_size"], o["sink_keys"]
     for i in range(len(q)):
@@ -143,7 +165,8 @@ def _topk(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
         near = max(at - o["local"] + 1, 0)
         count = max(near - first, 0) // size
         means = k[first : first + count * size].reshape(count, size, k.shape[1]).mean(1, dtype=np.float32)
-        best = np.argsort(-(means @ q[i]), kind="stable")[: o["topk"]]
+        asking = o["group"][:, i].sum(0, dtype=np.float32) if o["by_group"] else q[i]
+        best = np.argsort(-(means @ asking), kind="stable")[: o["topk"]]
         chosen = [first + int(b) * size + j for b in sorted(best) for j in range(size)]
         yield [*range(min(first, at + 1)), *chosen, *range(max(first + count * size, min(first, near)), at + 1)]
 
@@ -162,5 +185,6 @@ PICKS: dict[str, Pick] = {
     "titans_mac": _titans_mac,
     "moba": _moba,
     "topk": _topk,
+    "nsa_selected": _nsa_selected,
 }
 """By operator, the keys of each row of a head."""

@@ -1,0 +1,150 @@
+"""The selection branch of native sparse attention: the blocks of keys that a group's heads weigh highest, together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..problem import Problem
+from .moba import MOBA
+from .moba import fits as moba_fits
+from .option import Option, one_of, whole
+from .shapes import Choices, Selected
+from .variant import Variant
+
+__all__ = ["NSA_SELECTED"]
+
+
+def scores(q: Any, k: Any, o: Any) -> Any:
+    """Return the softmax weights of each block's mean key, among the blocks that end at or before a query."""
+    return weights(q @ ((o.members @ k) / o.sizes).T * o.scale, o)
+
+
+def weights(s: Any, o: Any) -> Any:
+    """Return a softmax over the blocks that a row looks at; zeros where it looks at none."""
+    p = (s - s.shift(o.seen)).exp(where=o.seen)
+    return p / (p.sum() + o.unseen)
+
+
+def choices(n_q: int, n_k: int, o: Any, count: int = 0, whole: bool = True) -> Choices:
+    """Return blocks of keys: a row takes the forced ones, and chooses among the others before its own.
+
+    The rest is for mistakes: so many more, and whether only blocks that end at or before a query are weighed.
+    """
+    starts = np.arange(0, n_k, o.block_size)
+    at = (np.arange(n_q) + n_k - n_q)[:, None]
+    mine, blocks = at // o.block_size, np.arange(len(starts))
+    must = blocks == mine
+    if o.forced == "first_previous_own":
+        must = must | (blocks == mine - 1) | (blocks == 0)
+    seen = (starts + o.block_size - 1 <= at) if whole else (blocks <= mine)
+    members = np.arange(n_k) // o.block_size == blocks[:, None]
+    return Choices(members, (blocks < mine) & ~must, must, max(o.topk - FORCED[o.forced] + count, 0), seen)
+
+
+FORCED = {"own": 1, "first_previous_own": 3}
+
+
+def fits(p: Problem) -> str | None:
+    """Refuse calls in which a query has no block of its own, and budgets below what is forced."""
+    topk, forced = p.options.get("topk", 16), p.options.get("forced", "own")
+    if topk < FORCED[forced]:
+        return f"topk: got {topk}, expected at least {FORCED[forced]}, the blocks that forced={forced!r} takes"
+    return moba_fits(p)
+
+
+DEFINE = Selected(scores, choices, full={"topk": 2**31}, together=lambda o: True)
+NSA_SELECTED = Variant(
+    name="nsa_selected",
+    define=DEFINE,
+    formula="softmax attention to the keys of block(i) and of the topk - 1 earlier blocks b with the largest "
+    "sum_h softmax_b(scale·q_ih·mean(K_b)), summed over the query heads h of a key head",
+    unit="u · sum_j p_ij |v_jc|",
+    source="Yuan et al., Native Sparse Attention, arXiv 2502.11089, section 3.3, recalled; the selection of SSA's "
+    "release (modeling_llama_nsa.py, parallel.py) was read, and that of fla-core 0.6.0 (forced). NSA adds to it "
+    "attention to the blocks' means and a window, each times a gate.",
+    uses=frozenset({"causal", "sink", "weight"}),
+    options={
+        "block_size": Option(16, "keys of a block; the last may be shorter", whole(1), (16, 4, 7)),
+        "topk": Option(16, "blocks of a row, the forced ones counted", whole(1), (16, 3, 4)),
+        "forced": Option(
+            "own",
+            "blocks that a row always takes: its own, or the first and the one before its own, too (fla-core)",
+            one_of(*FORCED),
+            ("own", "first_previous_own"),
+        ),
+    },
+    laws=("determinism", "batch_independence", "values_doubled", "full_budget_is_dense"),
+    bugs=MOBA.bugs,
+    contract=(
+        "A tie goes to the lower block.",
+        "A block is weighed against those that end at or before the query; its own may be among these.",
+        "All query heads of a key head choose the same blocks.",
+        "Where a kernel's own weights cannot tell two blocks apart, it may take either: the row is judged by both.",
+    ),
+    has_lse=True,
+    positive=True,
+    cases={
+        "group": {
+            "n_q": 67,
+            "n_k": 67,
+            "h": 4,
+            "h_kv": 2,
+            "causal": "bottom_right",
+            "options": {"block_size": 8, "topk": 3},
+        },
+        "own-block-only": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"block_size": 16, "topk": 1}},
+        "more-than-there-are": {"n_q": 37, "n_k": 67, "causal": "bottom_right"},
+        "forced": {
+            "n_q": 67,
+            "n_k": 103,
+            "h": 4,
+            "h_kv": 1,
+            "causal": "bottom_right",
+            "options": {"block_size": 8, "topk": 4, "forced": "first_previous_own"},
+        },
+        "below-zero": {
+            "n_q": 37,
+            "n_k": 37,
+            "h": 4,
+            "h_kv": 2,
+            "causal": "bottom_right",
+            "scale": -0.3,
+            "options": {"block_size": 4, "topk": 3},
+        },
+        "ragged": {
+            "n_q": 37,
+            "n_k": 61,
+            "h": 4,
+            "h_kv": 2,
+            "causal": "bottom_right",
+            "options": {"block_size": 7, "topk": 2},
+        },
+    },
+    wrong={
+        "each_head_chooses": ("each query head chooses for itself", replace(DEFINE, together=lambda o: False)),
+        "products_summed": (
+            "heads add up their products, not their weights",
+            DEFINE.changed(lambda q, k, o: q @ ((o.members @ k) / o.sizes).T * o.scale),
+        ),
+        "own_block_counted_apart": ("topk blocks are chosen beside the forced ones", DEFINE.changed(count=1)),
+        "unscaled": (
+            "weights are softmaxes of products without a scale",
+            DEFINE.changed(lambda q, k, o: weights(q @ ((o.members @ k) / o.sizes).T, o)),
+        ),
+        "unfinished_block_weighed": (
+            "the block that a query stands in is weighed with the whole ones, later keys and all",
+            DEFINE.changed(whole=False),
+        ),
+    },
+    fits=fits,
+    tries=lambda n_q, n_k: (
+        {"block_size": 16, "topk": 16},
+        {"block_size": 4, "topk": 3},
+        {"block_size": 7, "topk": 4, "forced": "first_previous_own"},
+    ),
+    always=frozenset({"causal_bottom_right"}),
+    never=frozenset({"variable_lengths", "causal_top_left", "no_rows_or_keys"}),
+)
