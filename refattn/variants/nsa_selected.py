@@ -105,6 +105,16 @@ NSA_SELECTED = Variant(
             "causal": "bottom_right",
             "options": {"block_size": 8, "topk": 4, "forced": "first_previous_own"},
         },
+        "peaked": {
+            "n_q": 131,
+            "n_k": 131,
+            "h": 4,
+            "h_kv": 1,
+            "d": 4,
+            "causal": "bottom_right",
+            "scale": 2.0,
+            "options": {"block_size": 8, "topk": 2},
+        },
         "below-zero": {
             "n_q": 37,
             "n_k": 37,

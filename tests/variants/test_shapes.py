@@ -393,3 +393,34 @@ def test_kernels_with_other_blocks_fail(change):
 
     report = check_kernel(kernel, "power_blocks", only="gaussian/*-blocks?float32?")
     assert [c.name for c in report.failures] == [f"gaussian/{'far' if 'most' in change else 'near'}-blocks[float32]"]
+
+
+def test_a_group_chooses_by_the_sum_of_its_heads_weights():
+    """Two heads of opposite taste: the first weighs block 0 at nearly 1, the second prefers block 1 less strongly."""
+    k = np.zeros((1, 1, 8, 2), np.float32)
+    k[0, 0, 0:2, 0], k[0, 0, 2:4, 1] = 1, 1
+    q = np.zeros((1, 2, 8, 2), np.float32)
+    q[0, 0, :, 0], q[0, 1, :, 1] = 9, 2
+    options = {"block_size": 2, "topk": 2}
+    p = Problem(q, k, k, causal="bottom_right", variant="nsa_selected", scale=1.0, options=options)
+    seen = lower(p).problem.allowed[0]
+    assert (seen[0] == seen[1]).all()
+    # e^9 / (e^9 + 2) + 1 / (e^2 + 2) against e^2 / (e^2 + 2) + 1 / (e^9 + 2)
+    assert np.nonzero(seen[0, 7])[0].tolist() == [0, 1, 6, 7]
+    alone = lower(p.replace(query=q[:, 1:])).problem.allowed[0, 0]
+    assert np.nonzero(alone[7])[0].tolist() == [2, 3, 6, 7]
+    three = p.replace(options=options | {"forced": "first_previous_own", "topk": 3})
+    assert np.nonzero(lower(three).problem.allowed[0, 0, 7])[0].tolist() == [0, 1, 4, 5, 6, 7]
+    with pytest.raises(InvalidProblem, match="topk: got 2, expected at least 3, the blocks that forced"):
+        evaluate(p.replace(options=options | {"forced": "first_previous_own"}))
+
+
+def test_a_group_may_choose_top_keys_together():
+    k = np.array([[1, 0], [0, 1], [0.9, 0.9], [0, 0]], np.float32).reshape(1, 1, 4, 2)
+    q = np.zeros((1, 2, 4, 2), np.float32)
+    q[0, 0, :, 0], q[0, 1, :, 1] = 1, 1
+    options = {"topk": 1, "sink_keys": 0, "local": 1}
+    p = Problem(q, k, k, causal="bottom_right", variant="topk", options=options)
+    assert [np.nonzero(r)[0].tolist() for r in lower(p).problem.allowed[0, :, 3]] == [[0, 3], [1, 3]]
+    p = p.replace(options=options | {"by_group": True})
+    assert [np.nonzero(r)[0].tolist() for r in lower(p).problem.allowed[0, :, 3]] == [[2, 3], [2, 3]]

@@ -73,6 +73,10 @@ class Losses(Rules):
         return 1 / math.sqrt(n)
 
 
+SCORES = (("q", "k"), ("q", "q"))
+"""Axes of scores of keys, and of candidates, whose axis has the label of rows that are made from keys."""
+
+
 class Lossy(Reflected):
     """A matrix of the arithmetic of losses, with the operators of :class:`refattn.exact.matrix.Matrix`."""
 
@@ -175,7 +179,7 @@ class Lossy(Reflected):
 
     def _stored(self, axes: tuple[str, str]) -> float:
         """Return what storing a result on the way to a score loses: scores themselves, and features."""
-        return self.f.u_scores if axes[1] == "d" or axes == ("q", "k") else 0.0
+        return self.f.u_scores if axes[1] == "d" or axes in SCORES else 0.0
 
     def _with(self, o: Any, y: Float, slopes: tuple[Any, Any], more: Any = 0.0, marks: Any = ()) -> Lossy:
         n = self.node
@@ -281,7 +285,7 @@ class Lossy(Reflected):
         n, f = self.node, self.f
         keep = 1.0 if where is None else np.broadcast_to(where, n.a.shape)
         err, var = own
-        if "raw" in n.marks and n.axes == ("q", "k"):  # scores that nothing else rounds are stored all the same
+        if "raw" in n.marks and n.axes in SCORES:  # scores that nothing else rounds are stored all the same
             err, var = err + f.u_scores * np.abs(slope * n.a), var + C * (f.u_scores * slope * n.a) ** 2
         stored = self._stored(n.axes) if n.axes[1] == "d" and np.any(err) else 0.0
         err, var = err + stored * np.abs(y), var + C * (stored * y) ** 2
