@@ -82,16 +82,24 @@ def probed(kernel: Kernel, variant: str = VARIANT) -> Capabilities:
 
 
 def _call(build: Callable[[Draw], Problem], dtype: str, variant: str) -> Problem:
-    return build(Draw(FORMATS[dtype], np.random.default_rng(5), variant))
+    problem = build(Draw(FORMATS[dtype], np.random.default_rng(5), variant))
+    always = "causal_bottom_right" in variant_of(variant).always and problem.causal is None
+    return problem.replace(causal="bottom_right") if always else problem
 
 
-def found(kernel: Kernel) -> tuple[Capabilities, dict[str, str]]:
-    """Return the capabilities that trying shows, and what became of each feature, width and length.
+FIRST = ("float32", "float16", "bfloat16")
+"""Formats in which options are tried, the first that is right: float64 is often computed in float32."""
+
+
+def found(kernel: Kernel, variant: str = VARIANT) -> tuple[Capabilities, dict[str, str], str]:
+    """Return the capabilities that trying shows, what became of each feature, width and length, and in which format.
 
     Parameters
     ----------
     kernel : Kernel
         Whatever it declares is not looked at, but for the library of its arrays.
+    variant : str
+        The operator that it computes.
     """
     given = kernel.capabilities
     said: dict[str, str] = {}
@@ -101,13 +109,17 @@ def found(kernel: Kernel) -> tuple[Capabilities, dict[str, str]]:
 
     dtypes = []
     for dtype in FORMATS:
-        said[dtype] = tried(kernel, _call(plain, dtype, VARIANT))
+        said[dtype] = tried(kernel, _call(plain, dtype, variant))
         if said[dtype] in ("right", "wrong"):
             dtypes.append(dtype)
-    dtype = dtypes[0] if dtypes else "float32"
+    rank = [n for n in (*FIRST, *FORMATS) if n in dtypes]
+    dtype = next((n for n in rank if said[n] == "right"), rank[0] if rank else "float32")
 
     def ask(name: str, build: Callable[[Draw], Problem]) -> bool:
-        said[name] = tried(kernel, _call(build, dtype, VARIANT))
+        call = _call(build, dtype, variant)
+        if not variant_of(variant).takes(call):
+            return False
+        said[name] = tried(kernel, call)
         return said[name] in ("right", "wrong")
 
     widths = [w for w in WIDTHS if ask(f"width {w}", lambda draw, w=w: plain(draw, d=w))]  # type: ignore[misc]
@@ -115,8 +127,8 @@ def found(kernel: Kernel) -> tuple[Capabilities, dict[str, str]]:
     size = {"n": max(64, step), "d": 64 if 64 in widths or not widths else widths[0]}
     features = frozenset(n for n, build in CALLS.items() if n in FEATURES | FURTHER and ask(n, partial(build, **size)))
     ask("keys by column", partial(_columns, n_q=size["n"], n_k=size["n"], d=size["d"]))
-    features -= _other_corner(kernel, features, dtype, size, said)
-    call = _call(plain, dtype, VARIANT)
+    features -= _other_corner(kernel, features, dtype, size, said, variant)
+    call = _call(plain, dtype, variant)
     lse = said[dtype] != "raises" and call_kernel(kernel.call, call).lse is not None
     able = Capabilities(
         frozenset(dtypes) or frozenset({"float32"}),
@@ -127,13 +139,13 @@ def found(kernel: Kernel) -> tuple[Capabilities, dict[str, str]]:
         device=given.device,
         head_dims=frozenset() if widths == list(WIDTHS) else frozenset(widths),
         seq_multiple=step,
-        last_axis_contiguous=said["keys by column"] == "raises" and said[dtype] != "raises",
+        last_axis_contiguous=said.get("keys by column") == "raises" and said[dtype] != "raises",
     )
-    return able, said
+    return able, said, dtype
 
 
 def _other_corner(
-    kernel: Kernel, features: frozenset[str], dtype: str, size: dict[str, int], said: dict[str, str]
+    kernel: Kernel, features: frozenset[str], dtype: str, size: dict[str, int], said: dict[str, str], variant: str
 ) -> set[str]:
     """Return the causal corner that a kernel takes for the other: on square calls they are one."""
     both = {f"causal_{corner}" for corner in ("bottom_right", "top_left")}
@@ -143,7 +155,7 @@ def _other_corner(
     right = {
         name
         for name in both
-        if tried(kernel, _call(lambda draw, c=name[7:]: draw.problem(n, 2 * n, d=d, causal=c), dtype, VARIANT))  # type: ignore[misc]
+        if tried(kernel, _call(lambda draw, c=name[7:]: draw.problem(n, 2 * n, d=d, causal=c), dtype, variant))  # type: ignore[misc]
         == "right"
     }
     if len(right) != 1:

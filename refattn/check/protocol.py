@@ -139,7 +139,8 @@ def options_between(ask: Trial, p: Problem) -> Worst:
         {"sink": np.asarray(3 * d.normal(p.heads), wide)},
         {},
     ]
-    found = []
+    found: list[Worst] = []
+    before = "nothing"
     for change in changes:
         call = p.replace(**change)
         if variant_of(p.variant).takes(call) and not ask.able.missing(call):
@@ -149,8 +150,9 @@ def options_between(ask: Trial, p: Problem) -> Worst:
                 if ask.able.refuses:
                     continue
                 raise
-            text = f"a call after one with another option is wrong (its own: {', '.join(change) or 'none'})"
-            found.append(_right(ask, result, call, text))
+            now = ", ".join(n if isinstance(x, np.ndarray) else f"{n}={x!r}" for n, x in change.items()) or "no option"
+            found.append(_right(ask, result, call, f"a call with {now} is wrong, made after one with {before}"))
+            before = now
     return _worst(found)
 
 

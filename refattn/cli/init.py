@@ -8,6 +8,8 @@ from rich.console import Console
 from ..check.kernels import find
 from ..check.model import FEATURES, Capabilities
 from ..check.probe import found
+from ..operators import load
+from ..problem import VARIANT
 from .guard import reached
 
 __all__ = ["init", "pasted"]
@@ -15,15 +17,17 @@ __all__ = ["init", "pasted"]
 
 @click.command()
 @click.argument("kernel")
-def init(kernel: str) -> None:
+@click.option("--variant", default=VARIANT, show_default=True, help="The operator that KERNEL computes.")
+def init(kernel: str, variant: str) -> None:
     """Try the options, widths, lengths and formats of KERNEL and print its Capabilities to paste.
 
     KERNEL is package.module:function or path/file.py:function.
     """
-    able, said = found(find(kernel)[0].kernel())
+    able, said, dtype = found(find(kernel)[0].kernel(), load(variant))
     if not {"right", "wrong"} & set(said.values()):
         raise click.ClickException(f"{kernel} answers none of the calls that were tried: nothing is known of it")
     console = Console(highlight=False, soft_wrap=True)
+    console.print(f"# options, widths and lengths were tried in {dtype}", markup=False)
     for outcome in MEANINGS:
         names = [n for n, x in said.items() if x == outcome]
         if names:

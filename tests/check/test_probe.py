@@ -24,7 +24,7 @@ def narrow(p):
 
 
 def test_what_is_found():
-    able, said = found(Kernel.of(narrow))
+    able, said, _ = found(Kernel.of(narrow))
     assert able.dtypes == {"float32"}
     assert able.head_dims == {64}
     assert able.seq_multiple == 16
@@ -42,7 +42,7 @@ def test_a_corner_that_is_taken_for_the_other_is_left_out():
     def kernel(p):
         return tiled(p.replace(causal=p.causal and "top_left"))[0]
 
-    able, said = found(Kernel.of(kernel))
+    able, said, _ = found(Kernel.of(kernel))
     assert "causal_top_left" in able.features
     assert "causal_bottom_right" not in able.features
     assert said["causal_bottom_right"] == "other"
@@ -56,7 +56,7 @@ def by_row(p):
 
 
 def test_keys_by_column_are_not_drawn_for_a_kernel_that_refuses_them():
-    able, said = found(Kernel.of(by_row))
+    able, said, _ = found(Kernel.of(by_row))
     assert said["keys by column"] == "raises"
     assert able.last_axis_contiguous
     assert "last_axis_contiguous=True," in pasted(able, "by_row")
@@ -65,7 +65,7 @@ def test_keys_by_column_are_not_drawn_for_a_kernel_that_refuses_them():
 
 
 def test_the_tiled_kernel_can_do_all():
-    able, _ = found(Kernel.of(tiled))
+    able, _, _ = found(Kernel.of(tiled))
     assert able.features == FEATURES | (FURTHER - {"state"})
     assert able.lse
     assert able.gradients == {"dq", "dk", "dv"}
@@ -108,7 +108,7 @@ def test_a_kernel_that_never_answers_shows_nothing():
     def never(p):
         raise ValueError("no")
 
-    able, said = found(Kernel.of(never))
+    able, said, _ = found(Kernel.of(never))
     assert set(said.values()) == {"raises"}
     assert not able.last_axis_contiguous
 
@@ -135,3 +135,21 @@ def test_a_last_axis_with_gaps_is_named(make, kind):
     assert able.missing(p.to(kind)) == []
     assert able.missing(turned.to(kind)) == ["a last axis whose elements do not lie side by side"]
     assert Capabilities().missing(turned.to(kind)) == []
+
+
+def test_options_are_tried_in_a_format_that_is_right():
+    """A kernel that computes float64 in float32 is wrong there, which says nothing of its options."""
+
+    def narrow(problem):
+        found = tiled(problem.replace(**{n: getattr(problem, n).astype(np.float32) for n in ("query", "key", "value")}))
+        return found[0].astype(problem.query.dtype)
+
+    _, said, dtype = found(Kernel.of(narrow))
+    assert (dtype, said["float64"], said["float32"], said["width 64"]) == ("float32", "wrong", "right", "right")
+
+
+def test_an_operator_of_ones_own_is_probed():
+    _, said, _ = found(Kernel.of(sparse), "moba")
+    assert said["causal_bottom_right"] == said["grouped_heads"] == said["lengths_differ"] == "right"
+    assert "causal_top_left" not in said  # it has none
+    assert found(Kernel.of(sparse), "softmax")[1]["width 64"] == "raises"
