@@ -157,6 +157,7 @@ def test_keys_read_in_three_ways():
     assert without == 3_931_854
     assert keys_read(b, c, t) == sum(min(b, c + i + 1) for i in range(t)) == without + 724
     one = Decoder(1, 1, 1, 1, 1)
+    assert (keys_read(1, 0, 1), keys_read(9, 0, 2)) == (1, 3)  # the least sizes; a budget that is never reached
     paper, released = (topk_decoding(one, c, t, b, mode=m).memory for m in ("paper", "released"))
     assert Fraction(paper, 4) == 3_932_216 == without + Fraction(724, 2)
     assert Fraction(released, 4) == 4_456_392
@@ -278,6 +279,8 @@ def test_pass_at_k_is_the_share_of_draws(n):
         (lambda: context_of_equal_cost(*SMALL, intensity=-1), "intensity: got -1, expected"),
         (lambda: context_of_equal_cost(1, 1, 1, 2, 1), "heads_kv: got 2, which must divide heads, 1"),
         (lambda: keys_read(0, 0, 1), "keys_read: got budget 0, context 0, generated 1; expected at least 1, 0 and 1"),
+        (lambda: keys_read(1, -1, 1), "keys_read: got budget 1, context -1, generated 1; expected at least"),
+        (lambda: keys_read(1, 0, 0), "keys_read: got budget 1, context 0, generated 0; expected at least"),
         (lambda: crossover(abs, abs, 0), "most: got 0, expected"),
         (lambda: pass_at_k(0, 0, 1), "samples: got 0, expected"),
         (lambda: pass_at_k(3, 4, 1), "correct: got 4, expected a whole number from 0 to 3"),
