@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import array_api_compat as api
@@ -10,7 +12,7 @@ import numpy as np
 from ..arrays import kind_of
 from ..errors import InvalidInput
 
-__all__ = ["axes", "namespace", "whole", "within"]
+__all__ = ["axes", "namespace", "real", "whole", "within"]
 
 
 def namespace(**arrays: Any) -> Any:
@@ -59,6 +61,21 @@ def whole(name: str, x: Any, least: int, most: int | None = None) -> int:
         up = "" if most is None else f" to {most}"
         raise InvalidInput(f"{name}: got {x!r}, expected a whole number from {least}{up or ' on'}")
     return int(x)
+
+
+def real(name: str, x: Any, least: float, most: float = math.inf) -> Any:
+    """Return a finite number in [least, most] as it is: a fraction stays exact.
+
+    Raises
+    ------
+    InvalidInput
+        It is none, not finite, or outside.
+    """
+    fits = isinstance(x, Real) and not isinstance(x, bool)
+    if not fits or not least <= x <= most or math.isinf(x):
+        up = "on" if math.isinf(most) else f"to {most}"
+        raise InvalidInput(f"{name}: got {x!r}, expected a finite number from {least} {up}")
+    return x
 
 
 def within(name: str, x: Any, low: float, high: float, *, open_low: bool = False) -> float:

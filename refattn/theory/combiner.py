@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..functions.costs import combiner_fixed
 from .claim import Claim, Evidence, needs, total
 from .counting import Counted, counted
 from .fields import balls, disjoint, each, precise, rationals, zeros
@@ -102,17 +103,12 @@ def _work(block: int, n: int, d: int) -> int:
     return tally["multiply"]
 
 
-def _predicted(block: int, n: int, d: int) -> int:
-    """Return 2d a weight: of block + 1 over 2 own tokens and (n/block - 1)/2 blocks on average, and of summaries."""
-    return d * (n * (block + 1 + n // block - 1) + 2 * (n - block))
-
-
 @precise()
 def work(d: int = 2) -> Evidence:
     """Multiplications counted, against d·(n(b + n/b) + 2(n - b)): order n^1.5 for blocks of sqrt(n)."""
     sizes = [(2, 4), (3, 9), (4, 16), (2, 16), (8, 16), (5, 25)]
     found = [_work(b, n, d) for b, n in sizes]
-    away = max(abs(f - _predicted(b, n, d)) for f, (b, n) in zip(found, sizes, strict=True))
+    away = max(abs(f - combiner_fixed(n, d, b).multiplies) for f, (b, n) in zip(found, sizes, strict=True))
     detail = {
         "n": [n for b, n in sizes if b * b == n],
         "multiplications, blocks of sqrt(n)": [f for f, (b, n) in zip(found, sizes, strict=True) if b * b == n],
@@ -123,7 +119,9 @@ def work(d: int = 2) -> Evidence:
 @precise()
 def work_of_one_block() -> Evidence:
     """One block of all tokens: plain causal attention, of order n², held to the work of blocks of sqrt(n)."""
-    return Evidence(_work(16, 16, 2), _predicted(4, 16, 2), "multiplications of one block of 16, beside blocks of 4")
+    return Evidence(
+        _work(16, 16, 2), combiner_fixed(16, 2, 4).multiplies, "multiplications of one block of 16, beside blocks of 4"
+    )
 
 
 SOURCE = "Ren et al., Combiner (arXiv 2107.05768; recalled)"

@@ -9,38 +9,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidInput
+from ..functions.costs import ADD, MULTIPLY, ecoformer_operations, softmax_operations
 from .claim import Claim, Evidence, needs, total
 from .counting import counted, plain, working
 from .fields import each, rational, rationals, unequal
 
-__all__ = ["CLAIMS", "energy"]
+__all__ = ["CLAIMS"]
 
 Array = NDArray[Any]
-MULTIPLY, ADD = Fraction(37, 10), Fraction(9, 10)
-"""Picojoules of a float32 operation at 45 nm, as the paper quotes it (recalled)."""
 
 
-def energy(n: int, d: int, bits: int | None) -> Fraction:
-    """Return the picojoules of a head's attention: softmax's products, or the linear form with codes of some bits.
+def _by_codes(n: int, d: int, bits: int) -> Fraction:
+    """Return the picojoules of attention by codes whose bits are signs of products with d weights, of q and of k."""
+    found: Fraction = ecoformer_operations(n, d, bits, anchors=None, shared=False).energy()
+    return found
 
-    Parameters
-    ----------
-    n, d : int
-        Tokens and features.
-    bits : int, optional
-        Of a code, each the sign of a product with d weights; with codes ±1 products of codes and values are
-        additions. None: QKᵀ and PV as they are. Exponentials and divisions are left out of both.
-    """
-    if min(n, d, bits or 1) < 1:
-        raise InvalidInput(f"energy: got n {n}, d {d}, bits {bits}")
-    if bits is None:
-        return 2 * n * n * d * MULTIPLY + (n * n * (d - 1) + n * (n - 1) * d) * ADD
-    hashing = 2 * n * bits * (d * MULTIPLY + (d - 1) * ADD)
-    # sums over tokens of code × value, value and code; then each row's code times them, and the bias
-    sums = (n - 1) * (bits * d + d + bits)
-    rows = n * (bits * d + bits)
-    return hashing + (sums + rows) * ADD + d * MULTIPLY
+
+def _by_softmax(n: int, d: int) -> Fraction:
+    found: Fraction = softmax_operations(n, d).energy()
+    return found
 
 
 def _codes(n: int = 20, bits: int = 6, d: int = 3) -> tuple[Array, Array, Array]:
@@ -97,8 +84,8 @@ def _against(hashing: bool, what: str) -> Evidence:
     found: list[Any] = []
     for n, d, bits in ((5, 4, 3), (9, 3, 4), (6, 7, 2)):
         picojoules, wrong = _counted(n, d, bits, hashing)
-        found += [abs(energy(n, d, bits) - picojoules), wrong]
-    found += [abs(energy(n, d, None) - _softmax_counted(n, d)) for n, d in ((5, 4), (3, 7))]
+        found += [abs(_by_codes(n, d, bits) - picojoules), wrong]
+    found += [abs(_by_softmax(n, d) - _softmax_counted(n, d)) for n, d in ((5, 4), (3, 7))]
     return Evidence(max(*found, working()), 0, what)
 
 
@@ -123,14 +110,14 @@ def _softmax_counted(n: int, d: int) -> Fraction:
 def crossover() -> Evidence:
     """The length from which codes save energy, by the formulas, and on counting numbers just there and before."""
     d, bits = 4, 2
-    n = next(n for n in range(1, 1000) if energy(n, d, bits) < energy(n, d, None))
+    n = next(n for n in range(1, 1000) if _by_codes(n, d, bits) < _by_softmax(n, d))
     at, before = (_counted(m, d, bits)[0] - _softmax_counted(m, d) for m in (n, n - 1))
     return Evidence(max(at, -before), 0, "picojoules lost at the crossover or won before it", {"crossover": n})
 
 
 def always() -> Evidence:
     """The wish that codes always save energy: at one token they do not."""
-    return Evidence(energy(1, 4, 2), energy(1, 4, None), "picojoules at one token, beside softmax's")
+    return Evidence(_by_codes(1, 4, 2), _by_softmax(1, 4), "picojoules at one token, beside softmax's")
 
 
 SOURCE = "Liu et al., EcoFormer (arXiv 2209.09004; public code was read, energies are recalled)"

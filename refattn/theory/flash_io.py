@@ -12,12 +12,22 @@ from numpy.typing import NDArray
 
 from ..check.bounds.expected import expected
 from ..check.model import flash as flash_model
+from ..functions.costs import (
+    block_sparse_io,
+    flash_io,
+    flash_tile,
+    hbm_bytes,
+    square_tiles_io,
+    standard_io,
+    triple_io,
+    triple_tile,
+)
 from ..problem import Problem
 from ..tensor import as_pairs
 from .claim import Claim, Differs, Evidence, judged, needs, same, worst
 from .io_loops import fits, flash, scores_in_slow_memory, tile_of, triple
 
-__all__ = ["CLAIMS", "counted", "hbm_bytes", "standard"]
+__all__ = ["CLAIMS", "counted"]
 
 Float = NDArray[np.float64]
 Blocks = NDArray[np.bool_]
@@ -45,16 +55,6 @@ def counted(
     """
     out, fast, tile = flash(q, k, v, memory, blocks)
     return out, fast.words, tile
-
-
-def standard(n: int, d: int) -> int:
-    """Return the words that attention with all scores in slow memory moves at least: S and P written and read."""
-    return 4 * n * d + 4 * n * n
-
-
-def hbm_bytes(batch: int, heads: int, heads_kv: int, n_q: int, n_k: int, d: int, item: int = 2) -> int:
-    """Return the bytes that an attention kernel moves which reads its inputs once: q, k, v, out and float32 lse."""
-    return batch * (item * d * (2 * heads * n_q + 2 * heads_kv * n_k) + 4 * heads * n_q)
 
 
 def _names(grid: tuple[tuple[int, int, int], ...]) -> list[str]:
@@ -94,16 +94,6 @@ def _problem(q: Float, k: Float, v: Float, allowed: Any = None) -> Problem:
     )
 
 
-def _columns(d: int, m: int) -> int:
-    """Return the keys of the largest tile: c rows of it where c <= d, 4dc + c² + 4c words, else d, 3dc + 2d² + 4d."""
-    return (m - 2 * d * d - 4 * d) // (3 * d) if m >= d * (5 * d + 4) else math.isqrt((2 * d + 2) ** 2 + m) - 2 * d - 2
-
-
-def _words(n: int, d: int, columns: int) -> int:
-    """Return the words of FlashAttention's loop: k and v once; a tile of keys, q once, out and two numbers twice."""
-    return 2 * n * d + math.ceil(n / columns) * n * (3 * d + 4)
-
-
 def check(grid: tuple[tuple[int, int, int], ...] = GRID) -> Evidence:
     """Compare tile and count with their closed forms, exactly, and the output; the words go with N²d²/M."""
     found: list[Any] = []
@@ -112,8 +102,8 @@ def check(grid: tuple[tuple[int, int, int], ...] = GRID) -> Evidence:
         needs(5 * d + 4 <= m <= 5 * n * d, f"M from 5·d + 4 to 5·N·d, got M = {m}, N = {n}, d = {d}")
         q, k, v = _inputs(n, d)
         out, fast, (rows, columns) = flash(q, k, v, m)
-        found += [_right(out, _problem(q, k, v), columns), same(columns, _columns(d, m)), same(rows, min(columns, d))]
-        found += [*_both(fast.words, _words(n, d, columns)), same(fast.peak <= m, True)]
+        found += [_right(out, _problem(q, k, v), columns), same((rows, columns), flash_tile(d, m, rule="fits"))]
+        found += [*_both(fast.words, flash_io(n, d, m, rule="fits").forward), same(fast.peak <= m, True)]
         constants.append(fast.words * m / (n * d) ** 2)
     detail = {"M over d²": [m / d / d for _, d, m in grid], "constant of N²d²/M": constants, "series": _names(grid)}
     return judged(found, "words over 2Nd + ceil(N/c)·N·(3d + 4), and that over the words", detail)
@@ -123,7 +113,7 @@ def loses() -> Evidence:
     """The wish that tiles always move fewer words than attention with its scores in slow memory."""
     n, d = 64, 16
     q, k, v = _inputs(n, d)
-    pairs = [(counted(q, k, v, m)[1], standard(n, d)) for m in (6 * d, d * d, 16 * d * d)]
+    pairs = [(counted(q, k, v, m)[1], standard_io(n, d).forward) for m in (6 * d, d * d, 16 * d * d)]
     return judged(pairs, "words over those of standard attention, M from 6d")
 
 
@@ -163,22 +153,13 @@ def below() -> Evidence:
     return _optimal(((16, 256, 18),), "lower bound over the fewest words, M far below d²")
 
 
-def _square_words(n: int, d: int, m: int) -> int:
-    """Return the words of products by square tiles of b, 3b² + 2b <= M: both operands of QKᵀ, S, its rows' sums, PV."""
-    b = (math.isqrt(1 + 3 * m) - 1) // 3
-    tiles, across = math.ceil(n / b), math.ceil(d / b)
-    scores = 2 * n * d * tiles + n * n
-    sums = n * n + 2 * n
-    return scores + sums + n * n * across + 2 * n * across * tiles + n * d * tiles + n * d
-
-
 def _small(places: tuple[tuple[int, int, int], ...], what: str) -> Evidence:
     found: list[Any] = []
     for n, d, m in places:
         q, k, v = _inputs(n, d)
         out, fast = scores_in_slow_memory(q, k, v, m)
         found += [(fast.words, flash(q, k, v, m)[1].words), _right(out, _problem(q, k, v))]
-        found += [same(fast.words, _square_words(n, d, m)), same(fast.peak <= m, True)]
+        found += [same(fast.words, square_tiles_io(n, d, m)), same(fast.peak <= m, True)]
     return judged(found, what)
 
 
@@ -207,8 +188,7 @@ def sparse(seed: int = 0, n: int = 60, d: int = 6, m: int = 160) -> Evidence:
         blocks = rng.random((n // rows, n // columns)) < density
         out, words, _ = counted(q, k, v, m, blocks)
         mask = np.kron(blocks, np.ones((rows, columns), bool)).astype(bool)
-        read = 2 * d * columns * int(blocks.any(0).sum())
-        found += _both(words, read + int(blocks.sum()) * rows * (3 * d + 4))
+        found += _both(words, block_sparse_io(blocks, n, d, (rows, columns)).forward)
         found.append(_right(out, _problem(q, k, v, mask), columns))
         densities.append(float(blocks.mean()))
     return judged(found, "words over those of the blocks, and the other way round", {"densities": densities})
@@ -226,17 +206,12 @@ def sparse_by_entries() -> Evidence:
     return Evidence(words, dense * entries.mean(), "words at one entry a block, beside the entries' share")
 
 
-def _triple_words(n: int, d: int, b: int) -> int:
-    tiles = math.ceil(n / b)
-    return 2 * n * d + tiles * 2 * n * d + tiles**2 * 2 * n * d
-
-
 TRIPLE = tuple(
     (n, d, m) for n, d in ((14, 3), (10, 12)) for m in (8 * d + 5, 14 * d + 11, 4 * d * d + 20, 16 * d * d, 30 * d * d)
 )
 
 
-def triple_io(grid: tuple[tuple[int, int, int], ...] = TRIPLE) -> Evidence:
+def tripled(grid: tuple[tuple[int, int, int], ...] = TRIPLE) -> Evidence:
     """Words of the loop, 2Nd(1 + N/b + (N/b)²), and b, the root of b² + (6d + 4)b + 2d = M: exactly; the output."""
     found: list[Any] = []
     ratios = []
@@ -247,8 +222,8 @@ def triple_io(grid: tuple[tuple[int, int, int], ...] = TRIPLE) -> Evidence:
         # a product of three features is rounded twice: as if there were one more of them
         wider = [np.pad(x, ((0, 0), (0, 1)))[None, None] for x in given[:3]]
         pairs = as_pairs(*wider, *(x[None, None] for x in given[3:]), scale=1.0)
-        found += [_right(out, pairs), same(b, math.isqrt((3 * d + 2) ** 2 + m - 2 * d) - 3 * d - 2)]
-        found += [*_both(fast.words, _triple_words(n, d, b)), same(fast.peak <= m, True)]
+        found += [_right(out, pairs), same(b, triple_tile(d, m))]
+        found += [*_both(fast.words, triple_io(n, d, m)), same(fast.peak <= m, True)]
         ratios.append(fast.words * m / (n**3 * d))
     detail = {"M over d²": [m / d / d for _, d, m in grid], "constant of N³d/M": ratios, "series": _names(grid)}
     return judged(found, "words over 2Nd(1 + N/b + (N/b)²), and that over the words", detail)
@@ -345,7 +320,7 @@ CLAIMS = [
         "Triple-wise attention by tiles of b × b pairs (row, k1) moves O(N³ d / M) words for M > d²,"
         " O(N³ d³ / M²) below",
         "derived here from the loop",
-        triple_io,
+        tripled,
         triple_small,
         ("M of at least 8·d + 5",),
     ),

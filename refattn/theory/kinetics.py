@@ -7,46 +7,14 @@ from fractions import Fraction
 from typing import Any
 
 from ..errors import InvalidInput
+from ..functions.costs import context_of_equal_cost, keys_read
 from .claim import Claim, Evidence, judged, needs, same, total
 
-__all__ = ["CLAIMS", "context_of_equal_cost", "keys_read"]
+__all__ = ["CLAIMS"]
 
 GRID = [(64, 12, 256), (33, 16, 40), (48, 48, 10), (9, 30, 50), (100, 1, 99), (100, 1, 98), (7, 1, 3), (1, 1, 1)]
 # the least sizes, and those just below them: whether they are refused
 LEAST = {(1, 0, 1): False, (0, 0, 1): True, (1, -1, 1): True, (1, 0, 0): True}
-
-
-def keys_read(budget: int, context: int, generated: int) -> int:
-    """Return the sum over generated tokens of min(budget, context + t), for t from 1.
-
-    Parameters
-    ----------
-    budget : int
-        The most keys that a token reads.
-    context, generated : int
-        Tokens of the prompt, and after it.
-    """
-    if min(budget, context + 1, generated) < 1:
-        raise InvalidInput(f"keys_read: got budget {budget}, context {context}, generated {generated}")
-    short = min(max(0, budget - context), generated)  # tokens with fewer keys than the budget
-    return budget * generated - (budget - context) * short + short * (short + 1) // 2
-
-
-def context_of_equal_cost(
-    parameters: float, layers: int, heads: int, heads_kv: int, d: int, intensity: float = 562.5
-) -> float:
-    """Return the context at which a token's attention costs as much as its 2·P operations.
-
-    Parameters
-    ----------
-    parameters : float
-        P of the model.
-    layers, heads, heads_kv, d : int
-        Its shape.
-    intensity : float
-        Operations that a byte read is worth: 562.5 is 4.5 PFLOP/s over 8 TB/s.
-    """
-    return 2 * parameters / (4 * heads * d * layers + 4 * intensity * heads_kv * d * layers)
 
 
 def _read(budget: int, context: int, generated: int) -> int:

@@ -1,13 +1,15 @@
 """Errors of arguments name what was given, what is expected, and what to change."""
 
+import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
 from refattn import InvalidInput
-from refattn.functions.arguments import axes, namespace, whole, within
+from refattn.functions.arguments import axes, namespace, real, whole, within
 
 
 def test_one_library_for_all():
@@ -35,3 +37,16 @@ def test_numbers():
     for wrong in (0, 1.5, float("nan"), None):
         with pytest.raises(InvalidInput, match=re.escape(f"p: got {wrong!r}, expected a number in (0, 1]")):
             within("p", wrong, 0, 1, open_low=True)
+
+
+def test_real_numbers_stay_as_they_are():
+    assert real("x", 3, 1) == 3
+    assert type(real("x", 2**60 + 1, 1)) is int
+    assert real("x", Fraction(1, 3), 0, 1) == Fraction(1, 3)
+    for wrong in (-1, 2, float("nan"), True, "1", None, 1j):
+        text = f"x: got {wrong!r}, expected a finite number from 0 to 1"
+        with pytest.raises(InvalidInput, match=re.escape(text)):
+            real("x", wrong, 0, 1)
+    for wrong in (0, math.inf):
+        with pytest.raises(InvalidInput, match=re.escape(f"x: got {wrong!r}, expected a finite number from 1 on")):
+            real("x", wrong, 1)

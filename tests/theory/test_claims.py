@@ -12,15 +12,15 @@ from click.testing import CliRunner
 
 from refattn.cli.main import main
 from refattn.errors import HypothesisViolated, InvalidInput
+from refattn.functions.costs import context_of_equal_cost, hbm_bytes, keys_read, standard_io
 from refattn.theory import CLAIMS, Claim, Evidence, io_loops, run
 from refattn.theory.claim import judged, same, worst
 from refattn.theory.counting import Memory, Slow, held, plain
 from refattn.theory.counting import counted as counted_array
 from refattn.theory.decisions import _condition, _problem
 from refattn.theory.fields import disjoint, meet, over, precise
-from refattn.theory.flash_io import counted, hbm_bytes, standard
+from refattn.theory.flash_io import counted
 from refattn.theory.hyper import spread
-from refattn.theory.kinetics import context_of_equal_cost, keys_read
 from refattn.theory.plots import figure
 from refattn.theory.reach import of_mask, of_offsets
 from refattn.theory.tracing import Traced
@@ -194,7 +194,7 @@ def test_words_are_counted_and_tiles_compute_attention():
     np.testing.assert_allclose(out, p @ v / p.sum(1, keepdims=True), atol=1e-13)
     assert (rows, columns) == (4, 4)
     assert words == 2 * 4 * 37 + 10 * 37 * (3 * 4 + 4)
-    assert standard(37, 4) == 4 * 37 * 4 + 4 * 37 * 37
+    assert standard_io(37, 4).forward == 4 * 37 * 4 + 4 * 37 * 37
     assert hbm_bytes(1, 2, 1, 3, 5, 4) == 2 * 4 * (2 * 2 * 3 + 2 * 5) + 4 * 2 * 3
 
 

@@ -4,7 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from refattn.theory.flash_io import MEASURED, hbm_bytes
+from refattn.functions.costs import hbm_bytes
+from refattn.theory.flash_io import MEASURED
 
 PROFILE = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-profile-h100.json"
 
