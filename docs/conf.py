@@ -1,5 +1,6 @@
 """Sphinx configuration; the pages of the operators are written from the table."""
 
+import pkgutil
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import refattn
+import refattn.functions
 from refattn import masks
 from refattn.check import FAMILIES, LAWS
 from refattn.check.inputs.families import cases
@@ -117,6 +119,14 @@ def _gallery() -> str:
     return GALLERY + "".join(f"\n## {{doc}}`{v.name}`\n\n![{v.name}]({v.name}.svg)\n" for v in drawn)
 
 
+def _functions() -> str:
+    """Return the reference of refattn.functions, a section a module."""
+    found = pkgutil.walk_packages(refattn.functions.__path__, "refattn.functions.")
+    names = [m.name for m in found if not m.ispkg and m.name != "refattn.functions.arguments"]
+    parts = (f"## {n[18:]}\n\n```{{eval-rst}}\n.. automodule:: {n}\n   :members:\n```\n" for n in sorted(names))
+    return "# Reference\n\n" + "\n".join(parts)
+
+
 def _claims() -> str:
     parts = ["# Claims that run", CLAIMS_INTRO]
     for claim in CLAIMS.values():
@@ -148,6 +158,7 @@ the hypothesis. Nothing here is a proof: a check can only fail to find a counter
 def _write_pages() -> None:
     (HERE / "theory").mkdir(exist_ok=True)
     (HERE / "theory" / "index.md").write_text(_claims())
+    (HERE / "functions" / "reference.md").write_text(_functions())
     pages = HERE / "variants"
     pages.mkdir(exist_ok=True)
     for v in refattn.VARIANTS.values():
