@@ -117,6 +117,13 @@ def test_wilson_holds_the_proportions_whose_score_is_within_z():
                 assert (low <= p <= high) == ((k - n * p) ** 2 <= square * n * p * (1 - p))
 
 
+def test_wilson_ends_at_0_and_1():
+    """Rounding would miss them for many n."""
+    for n in range(1, 200):
+        assert wilson_interval(0, n)[0] == 0
+        assert wilson_interval(n, n)[1] == 1
+
+
 @pytest.mark.parametrize(("k", "n"), [(0, 5), (1, 10_000), (3, 7), (5, 5), (5727, 10_000)])
 def test_wilson_is_scipys(k, n):
     """Both subtract a root from the middle, p + z**2/2n, with 8 roundings of each at most."""

@@ -228,6 +228,30 @@ def test_samples_have_the_probabilities_of_the_paths():
     assert len(exact) == 3 + 9 + 27
 
 
+class Recorder(np.random.Generator):
+    """A generator that keeps the probabilities that it is asked to draw by."""
+
+    def choice(self, n, p):
+        self.asked = [*getattr(self, "asked", []), p]
+        return super().choice(n, p=p)
+
+
+def test_each_draw_is_by_the_softmax_of_what_its_step_allows():
+    lengths = set()
+    for seed in range(20):
+        rng = Recorder(np.random.PCG64(seed))
+        path = decode_scanpath(table_of, steps=6, rng=rng).objects
+        lengths.add(len(rng.asked))
+        for step, p in enumerate(rng.asked):
+            allowed = 3 if step == 0 else 4
+            weights = [math.exp(x) for x in table_of(path[:step])[:allowed]]
+            want = np.array(weights) / math.fsum(weights)
+            # a logit less the largest one is below 8, and so is a logarithm: arguments within 16 u each, 10 others
+            assert (abs(p[:allowed] - want) <= 60 * U * want).all()
+            assert (p[allowed:] == 0).all()
+    assert len(lengths) > 2
+
+
 def test_greedy_takes_the_largest_allowed():
     for bias in range(40):
         path, ended = [], False
