@@ -58,6 +58,7 @@ HEAVY = [
     "keras",
     "numba",
     "matplotlib",
+    "scipy",
 ]
 SOURCES = sorted(ROOT.rglob("*.py"))
 PUBLIC = {
