@@ -318,7 +318,7 @@ def gmm_kl(p: tuple[Any, Any, Any], q: tuple[Any, Any, Any]) -> Any:
 
 def _places(xp: Any, x: Any, at: list[int]) -> Any:
     """Return some places of the last axis."""
-    return xp.take(x, xp.asarray(at, dtype=xp.int64, device=api.device(x)), axis=-1)
+    return xp.take(x, xp.asarray(at, device=api.device(x)), axis=-1)
 
 
 def _below(d: int) -> list[tuple[int, int]]:
