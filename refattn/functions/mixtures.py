@@ -138,7 +138,7 @@ def gmm_posterior(weights: Any, means: Any, covariances: Any, z: Any, H: Any, R:
 
     Notes
     -----
-    Another order of the components gives the same numbers in that order, to the last bit in NumPy.
+    Another order of the components gives the same numbers in that order, to the last bit.
     Source: the linear Gaussian update, the reference for Distribution Transformers (the released code and a summary
     of the paper were read). Its weights are softmax attention: :func:`posterior_as_attention`.
     """
