@@ -12,8 +12,9 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
+from ..functions.in_context import arm_scores
 from .claim import Claim, Evidence, judged, needs, same, total
-from .decisions import SOURCE, relu_step
+from .decisions import SOURCE
 from .fields import Q, meet, precise, rational, solve
 
 __all__ = ["CLAIMS"]
@@ -207,11 +208,8 @@ def _layered(h: History, depth: int, eta: float) -> int:
     """Return the arm that layers choose: depth ReLU steps for the mean, and as many for each arm's uncertainty."""
     d = h.arms.shape[1]
     seen, rewards = np.array(h.actions).reshape(-1, d), np.array(h.rewards)
-    w, x = np.zeros(d), np.zeros_like(h.arms)
-    for _ in range(depth):
-        w = relu_step(seen, rewards, w, eta, 1.0)
-        x = np.stack([relu_step(seen, 0 * rewards, one, eta, 1.0) + eta * a for one, a in zip(x, h.arms, strict=True)])
-    return int(np.argmax(h.arms @ w + h.beta * np.sqrt(np.maximum((h.arms * x).sum(1), 0))))
+    mean, bonus = arm_scores(seen, rewards, h.arms, depth=depth, step=eta)
+    return int(np.argmax(mean + h.beta * bonus))
 
 
 def _needed(h: History) -> tuple[int, float]:

@@ -10,6 +10,7 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
+from ..functions.in_context import ridge_layer, ridge_tokens
 from .claim import Claim, Evidence, judged, needs, same
 from .fields import Q, orthogonal, precise, rational, rationals, solve, unequal, zeros
 
@@ -19,7 +20,7 @@ Array = NDArray[Any]
 
 
 def relu_step(a: Array, r: Array, w: Array, eta: Any, weight: Any) -> Array:
-    """Return w after a step of ridge regression: heads of relu(t) - relu(-t) = t, and -eta·weight·w by the network.
+    """Return w after a step of ridge regression, by a layer of ReLU attention at the last action's token.
 
     Parameters
     ----------
@@ -32,9 +33,9 @@ def relu_step(a: Array, r: Array, w: Array, eta: Any, weight: Any) -> Array:
     eta, weight : number
         The step, and what the ridge weighs.
     """
-    t = a @ w - r
-    heads = np.maximum(t, 0 * t)[:, None] * a - np.maximum(-t, 0 * t)[:, None] * a
-    return np.asarray(w - eta * heads.sum(0) - eta * weight * w)
+    tokens = ridge_tokens(a, r, a[:0])
+    tokens[-1, : len(w)] = w
+    return np.asarray(ridge_layer(tokens, step=eta, weight=weight)(tokens)[-1, : len(w)])
 
 
 def _one_head(a: Array, r: Array, w: Array, eta: Any, weight: Any) -> Array:
@@ -120,9 +121,12 @@ def _left(kappa: float, momentum: float) -> Iterator[float]:
     """Yield how far ReLU layers of a problem of condition kappa are from the solution, before and after each."""
     a, r, weight, exact = _problem(kappa)
     z = p = np.zeros(6)
+    tokens = ridge_tokens(a, r, a[:0])
+    layer = ridge_layer(tokens, step=1.0, weight=weight)
     while True:
         yield float(np.linalg.norm(p - exact))
-        after = relu_step(a, r, z, 1.0, weight)
+        tokens[-1, :6] = z
+        after = layer(tokens)[-1, :6]
         z, p = after + momentum * (after - p), after
 
 
