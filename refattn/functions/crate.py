@@ -228,6 +228,7 @@ def crate_block(
     -----
     Source: as `coding_rate`; the place of beta in the step is recalled.
     """
+    check_floats(z=z, bases=bases, dictionary=dictionary)
     _, d = _tokens(z)
     axes("dictionary", dictionary, d, d)
     if mode == "released":
@@ -239,7 +240,6 @@ def crate_block(
     else:
         if eps is None:
             raise InvalidInput("eps: got None, expected a number above 0 for mode 'paper'")
-        check_floats(z=z, bases=bases)
         kappa = _above("kappa", kappa)
         y = (1 - kappa * _beta(z, bases, eps)) * z + kappa * mssa(z, bases, eps)
     return ista_step(y, y, dictionary, eta, weight)

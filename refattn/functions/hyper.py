@@ -118,7 +118,7 @@ def hyper_attention(
     code's.
     """
     xp = check_call(query, key, value)
-    _check(query, key, planes, block_size, min_length, causal, mode)
+    _check(query, key, planes, draw, block_size, min_length, causal, mode)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
     def exact(q: Any, k: Any, v: Any, allowed: Any = None) -> tuple[Any, Any]:
@@ -177,7 +177,7 @@ def hyper_weight(
     Source: as `hyper_attention`.
     """
     xp = check_call(query, key, key)
-    _check(query, key, planes, block_size, min_length, causal, mode)
+    _check(query, key, planes, draw, block_size, min_length, causal, mode)
 
     def ones(q: Any, k: Any) -> Any:
         return xp.zeros_like(q @ xp.matrix_transpose(k)) + 1
@@ -188,9 +188,9 @@ def hyper_weight(
             return ones(q, k)
         rank_q, rank_k = (xp.argsort(order, axis=-1) for order in _orders(xp, q, k, planes, mode))
         count = -(-n_k // block_size)
-        own = (rank_q * count // n_q)[..., :, None] == (rank_k * count // n_k)[..., None, :]
         if count == 1:
             return ones(q, k)
+        own = (rank_q * count // n_q)[..., :, None] == (rank_k * count // n_k)[..., None, :]
         drawn = _drawn(draw, n_k, k)
         each = xp.astype(rank_k[..., :, None] == drawn[..., None, :], q.dtype)
         often = xp.sum(each, axis=-1)[..., None, :] * (n_k / drawn.shape[-1])
@@ -225,8 +225,14 @@ def _half(n: int) -> int:
     return (n + 1) // 2
 
 
-def _check(q: Any, k: Any, planes: Any, block_size: int, min_length: int, causal: str | None, mode: str) -> None:
+def _check(
+    q: Any, k: Any, planes: Any, draw: Draw, block_size: int, min_length: int, causal: str | None, mode: str
+) -> None:
     check_floats(query=q, planes=planes)
+    if not callable(draw):
+        raise InvalidInput(
+            f"draw: got {type(draw).__name__}, expected a function; for given places use lambda n: places"
+        )
     whole("block_size", block_size, 1)
     whole("min_length", min_length, 1)
     _known(mode)

@@ -107,16 +107,37 @@ def test_estimate_is_softmax_with_its_weights(n_q, n_k, block, causal, kind):
         assert (weight.diagonal(axis1=-2, axis2=-1) == 1).all()
 
 
-@pytest.mark.parametrize("options", [{"block_size": 20}, {"block_size": 2, "min_length": 18}])
+@pytest.mark.parametrize("options", [{"block_size": 20, "min_length": 1}, {"block_size": 2, "min_length": 18}])
 @pytest.mark.parametrize("causal", [None, "bottom_right"])
 def test_one_block_or_a_short_call_is_exact(options, causal):
     q, k, v, planes = call(4, 17, 17)
-    never = None  # nothing is drawn
+
+    def never(n):
+        raise AssertionError("nothing is drawn")
+
     out, lse = hyper_attention(q, k, v, planes, never, causal=causal, **({"min_length": 3} | options))
     exact = refattn.evaluate(refattn.Problem(q, k, v, causal=causal), rounding="float64")
     bound, bound_lse = softmax_error(q, k, v, 0.5, unit("float64"))
     assert abs(out - exact.out).max() <= bound
     assert abs(lse - exact.lse).max() <= bound_lse
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_halves_recurse_the_longer_one_first(weights):
+    """13 = 7 + 6, 7 = 4 + 3, 6 = 3 + 3: what is below the diagonals has 4, 3 and 7 keys, in the order of calls."""
+    q, k, v, planes = call(4, 13, 13)
+    asked = []
+
+    def draw(n):
+        asked.append(n)
+        return np.zeros(1, int)
+
+    options = {"block_size": 2, "min_length": 3, "causal": "top_left"}
+    if weights:
+        hyper_weight(q, k, planes, draw, **options)
+    else:
+        hyper_attention(q, k, v, planes, draw, **options)
+    assert asked == [4, 3, 7]
 
 
 def all_draws(n, m):
@@ -198,6 +219,7 @@ def test_gradient_passes():
     ("change", "text"),
     [
         ({"planes": np.zeros((3, 5))}, "planes: shape is (3, 5), expected (4, bits), 1 to 31 bits"),
+        ({"draw": np.array([1, 2])}, "draw: got ndarray, expected a function; for given places use lambda"),
         ({"planes": np.zeros((4, 32))}, "planes: shape is (4, 32), expected (4, bits), 1 to 31 bits"),
         ({"block_size": 0}, "block_size: got 0, expected a whole number from 1 on"),
         ({"min_length": 1.5}, "min_length: got 1.5, expected a whole number from 1 on"),

@@ -256,6 +256,10 @@ X = np.ones((4, 3))
         (lambda: selective_recurrence(X, X, X, X), "rate: shape is (4, 3), expected (3 or 1, 3 or 1)"),
         (lambda: gated_recurrence(X, X, X, power=X), "power: shape is (4, 3), expected (3,), forget's features"),
         (lambda: Recurrence(X, X, X), "decay: shape is (4, 3), expected (..., n, states, features)"),
+        (
+            lambda: Recurrence(X[:3, :, None], X[..., None], X[..., None]),
+            "decay: shape is (3, 3, 1), expected (..., n,",
+        ),
         (lambda: run_recurrence(linear_recurrence(X, X), X[:3]), "value: shape is (3, 3), expected (..., 4, features)"),
         (lambda: taylor_features(X, -1), "degree: got -1, expected a whole number from 0 on"),
         (lambda: linear_recurrence(X, torch.ones(4, 3)), "key: is an array of torch, expected numpy's, as query is"),
