@@ -44,7 +44,8 @@ def angular_hash(x: Any, planes: Any, *, mode: str = "paper") -> Any:
 
     Notes
     -----
-    Source: Han et al., HyperAttention (arXiv 2310.05869; the opening was read, public code too).
+    Source: Han et al., HyperAttention (arXiv 2310.05869; the opening was read, public code too; that neighbouring
+    buckets are to be neighbours in space is recalled).
     """
     xp = namespace(x=x, planes=planes)
     _known(mode)
