@@ -12,10 +12,11 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
+from ..functions.crate import ista_step
 from .claim import Claim, Evidence, judged, needs, same, total
 from .fields import Q, balls, disjoint, each, exp, meet, orthogonal, precise, rational, rationals, solve, unequal, zeros
 
-__all__ = ["CLAIMS", "gradient", "heads", "ista_step"]
+__all__ = ["CLAIMS", "gradient", "heads"]
 
 Array = NDArray[Any]
 
@@ -218,21 +219,6 @@ def neumann(size: float = 1.0) -> Evidence:
 def neumann_large() -> Evidence:
     """The same two terms where beta·lambda is 2: a larger error than that of no term at all."""
     return Evidence(_two_terms(np.array([Q(2), Q(1), Q(1)]))[1], 1, "squared relative error of two terms, large tokens")
-
-
-def ista_step(x: Array, z: Array, d: Array, eta: Any, weight: Any) -> Array:
-    """Return relu(z + eta Dᵀ(x - D z) - eta · weight), the sparsifying step.
-
-    Parameters
-    ----------
-    x, z : (m,), (n,) arrays
-        A token and its code.
-    d : (m, n) array
-        The dictionary D.
-    eta, weight : number
-        The step and lambda.
-    """
-    return np.asarray(np.maximum(z + eta * (d.T @ (x - d @ z)) - eta * weight, 0 * z))
 
 
 def _dictionary() -> tuple[Array, Any]:

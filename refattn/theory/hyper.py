@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
+from ..functions.hyper import angular_hash
 from .claim import Claim, Evidence, judged, needs, same, total
 from .fields import Q, rationals, unequal
 
-__all__ = ["CLAIMS", "gray_places", "sort_lsh", "spread"]
+__all__ = ["CLAIMS", "sort_lsh", "spread"]
 
 Array = NDArray[Any]
 
@@ -201,22 +202,6 @@ def recall_overstated() -> Evidence:
     return _recalled("mean relative variance over alpha/m, alpha as if all heavy entries were found", lost=6)
 
 
-def gray_places(x: Array, planes: Array) -> NDArray[np.int64]:
-    """Return where the signs of x on some sides of planes stand in Gray's order, in which neighbours differ by one.
-
-    Parameters
-    ----------
-    x : (n, d) array
-        Queries or keys.
-    planes : (d, bits) array
-        Normals of the planes, at most 32.
-    """
-    places = (x @ planes > 0) @ (1 << np.arange(planes.shape[1]))
-    for shift in (16, 8, 4, 2, 1):
-        places = places ^ (places >> shift)
-    return np.asarray(places)
-
-
 def sort_lsh(q: Array, k: Array, planes: Array, size: int) -> NDArray[np.bool_]:
     """Return which entries sortLSH computes: queries and keys sorted by hash, blocks of some size along the diagonal.
 
@@ -229,7 +214,7 @@ def sort_lsh(q: Array, k: Array, planes: Array, size: int) -> NDArray[np.bool_]:
     size : int
         Of a block; it divides n.
     """
-    by_query, by_key = (np.argsort(gray_places(x, planes), kind="stable") for x in (q, k))
+    by_query, by_key = (np.argsort(angular_hash(x, planes), kind="stable") for x in (q, k))
     blocks = np.kron(np.eye(len(q) // size, dtype=bool), np.ones((size, size), bool))
     mask = np.zeros_like(blocks)
     mask[by_query[:, None], by_key] = blocks

@@ -10,6 +10,7 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
+from ..functions.systems import Recurrence, run_recurrence
 from ..tensor.polynomial import monomials
 from .claim import Claim, Evidence, judged, needs, same, worst
 from .counting import held
@@ -30,11 +31,8 @@ def _gates(n: int = 14) -> Array:
 
 def _gated(q: Array, k: Array, v: Array, a: Array, b: Array) -> Array:
     """Return h_t = a_t h_{t-1} + b_t k_t v_tᵀ, o_t = q_t h_t."""
-    state, out = zeros(q.shape[1], v.shape[1]), np.empty_like(v)
-    for t in range(len(q)):
-        state = a[t] * state + b[t] * np.multiply.outer(k[t], v[t])
-        out[t] = q[t] @ state
-    return out
+    system = Recurrence(a[:, None, None], (b[:, None] * k)[..., None], q[..., None])
+    return np.asarray(run_recurrence(system, v)[0])
 
 
 def _mask(a: Array, first: int) -> Array:

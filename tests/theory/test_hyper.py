@@ -1,14 +1,6 @@
 """sortLSH as it runs: Gray's order, blocks, and how many heavy entries it finds."""
 
-import numpy as np
-
-from refattn.theory.hyper import BLOCK, _head, gray_places, hashed, hashed_apart, sort_lsh
-
-
-def test_neighbours_of_grays_order_differ_by_one_side():
-    signs = np.array([[1 if code >> bit & 1 else -1 for bit in range(4)] for code in range(16)])
-    in_order = signs[np.argsort(gray_places(signs, np.eye(4)))]
-    assert ((in_order[1:] != in_order[:-1]).sum(1) == 1).all()
+from refattn.theory.hyper import BLOCK, _head, hashed, hashed_apart, sort_lsh
 
 
 def test_blocks_are_of_sorted_queries_and_keys():
