@@ -7,6 +7,7 @@ from statistics import NormalDist
 from typing import Any
 
 import array_api_compat as api
+import numpy as np
 
 from ..errors import InvalidInput
 from .arguments import axes, namespace, whole, within
@@ -58,7 +59,7 @@ def statistical_topk(x: Any, k: int, *, ddof: int = 1, mode: str = "soft", smoot
     within("smooth", smooth, 0, math.inf)
     if mode not in ("soft", "mask"):
         raise InvalidInput(f"mode: got {mode!r}, expected 'soft' or 'mask'")
-    above = x - _threshold(xp, x, x == x, [n], k, ddof)
+    above = x - _threshold(xp, x, xp.ones_like(x, dtype=xp.bool), np.asarray([n]), k, ddof)
     if mode == "mask":
         return _passed(xp, x, above)
     over = xp.where(above > 0, above, 0.0)
@@ -200,25 +201,24 @@ def spark_attention(
         raise InvalidInput(f"causal: got {causal!r}, expected 'bottom_right' or None")
     seen = causal_mask(xp, n_q, n_k, query)
     seen = seen if causal else xp.ones_like(seen)
-    counts = [i + n_k - n_q + 1 if causal else n_k for i in range(n_q)]
+    counts = np.asarray([[i + n_k - n_q + 1 if causal else n_k] for i in range(n_q)])
     s1 = scored(xp, query[..., :r], key[..., :r], scale)
-    s2 = scored(xp, query[..., r:], key[..., r:], scale)
+    s2 = xp.where(seen, scored(xp, query[..., r:], key[..., r:], scale), 0.0)
     above = xp.where(seen, s1, 0.0) - _threshold(xp, s1, seen, counts, k, ddof)
     passed = _passed(xp, xp.where(seen, s1, -math.inf), xp.where(seen, above, -math.inf))
-    weights = normalised(xp, s1, passed) * xp.where(seen, xp.logaddexp(s2, xp.zeros_like(s2)), 0.0)
+    weights = normalised(xp, s1, passed) * xp.logaddexp(s2, xp.zeros_like(s2))
     return xp.reshape(xp.matmul(weights, value[:, :, None]), (b, heads, n_q, value.shape[3]))
 
 
-def _threshold(xp: Any, x: Any, seen: Any, counts: list[int], k: int, ddof: int) -> Any:
-    """Return each row's threshold, (..., 1), -inf for a row of no more than k; `counts` are a row's numbers seen."""
+def _threshold(xp: Any, x: Any, seen: Any, counts: Any, k: int, ddof: int) -> Any:
+    """Return each row's threshold, (..., 1), -inf for a row of no more than k; `counts` says how many a row sees."""
     place = {"dtype": x.dtype, "device": api.device(x)}
-    z = [-math.inf if n <= k else NormalDist().inv_cdf(1 - k / n) for n in counts]
-    n = xp.asarray(counts, **place)[:, None]
+    z = [-math.inf if c <= k else NormalDist().inv_cdf(1 - k / c) for c in counts.ravel().tolist()]
+    n, times = (xp.asarray(np.reshape(y, counts.shape).tolist(), **place) for y in (counts, z))
     x = xp.where(seen, x, 0.0)
     mean = xp.sum(x, axis=-1, keepdims=True) / n
     off = xp.where(seen, x - mean, 0.0)
     std = xp.sqrt(xp.sum(off * off, axis=-1, keepdims=True) / xp.where(n > ddof, n - ddof, 1.0))
-    times = xp.asarray(z, **place)[:, None]
     return xp.where(times == -math.inf, -math.inf, mean + std * xp.where(times == -math.inf, 0.0, times))
 
 
