@@ -244,8 +244,8 @@ def specpc_select(
     if n <= capacity:
         return places
     order = rank(xp, _pooled(xp, scores, (pool - 1) // 2, pool // 2, pooling))
-    order = xp.where(order < capacity, order, n)
-    # a token is first listed by the best one near it; a clamped neighbour repeats one that is nearer
+    # A token is first listed by the best one near it; a clamped neighbour repeats one that is nearer. Tokens beyond the
+    # best `capacity` are listed behind these, and cut off.
     after, before = neighbors // 2, (neighbors - 1) // 2
     steps = [near.index(after - i) for i in range(neighbors)]
     listed = _windows(xp, order, after, before, n) * neighbors + xp.asarray(steps, device=api.device(scores))

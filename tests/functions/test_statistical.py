@@ -6,6 +6,7 @@ import statistics
 from fractions import Fraction
 from statistics import NormalDist
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -125,6 +126,23 @@ def test_counts_of_normal_numbers(n, k):
     assert abs(got.mean() - k) < 5 * s / math.sqrt(2000) + 1
     assert abs(got.std() - s) < 5 * s / math.sqrt(4000) + s / 10
     assert np.abs(got - k).max() <= count_error(n, k, failure=1e-6)
+
+
+@pytest.mark.parametrize(("n", "k", "ddof"), [(1024, 82, 1), (1024, 512, 0), (100, 90, 1), (10, 3, 0)])
+def test_the_bound_at_its_corners(n, k, ddof):
+    """The worst of the four corners of the mean's and the deviation's ranges, in 40 digits."""
+    failure = 1e-3
+    with mpmath.workdps(40):
+        t, m = mpmath.log(6 / mpmath.mpf(failure)), n - 1
+        z = mpmath.sqrt(2) * mpmath.erfinv(1 - 2 * mpmath.mpf(k) / n)
+        worst = mpmath.mpf(0)
+        for mean in (-1, 1):
+            for chi in (m + 2 * mpmath.sqrt(m * t) + 2 * t, max(m - 2 * mpmath.sqrt(m * t), 0)):
+                theta = mean * mpmath.sqrt(2 * t / n) + z * mpmath.sqrt(chi / (n - ddof))
+                worst = max(worst, abs(1 - mpmath.ncdf(theta) - mpmath.mpf(k) / n))
+        want = n * (worst + mpmath.sqrt(t / (2 * n)))
+        # some 40 roundings of numbers below 4
+        assert abs(count_error(n, k, failure=failure, ddof=ddof) - want) <= 160 * 2.0**-52 * n
 
 
 def test_the_bound_shrinks_as_said():
