@@ -13,6 +13,7 @@ from refattn import masks
 from refattn.check import FAMILIES, LAWS
 from refattn.check.inputs.families import cases
 from refattn.exact.lowering import lower
+from refattn.papers import PAPERS
 from refattn.theory import CLAIMS, run
 from refattn.theory.plots import figure
 from refattn.variants import Lowered, Selected
@@ -127,6 +128,17 @@ def _functions() -> str:
     return "# Reference\n\n" + "\n".join(parts)
 
 
+def _papers() -> str:
+    """Return the table of the papers that the package builds on."""
+    rows = [
+        f"| {p.title} | {p.source} | {', '.join(f'`{x}`' for x in p.here)} | {', '.join(f'`{x}`' for x in p.checks)} "
+        f"| {p.peer or '-'} | {p.not_here} |"
+        for p in PAPERS
+    ]
+    head = "| paper | source | here | tests | compared with | not here |\n|---|---|---|---|---|---|\n"
+    return f"# Papers\n\nThe papers that refattn builds on (`refattn.papers`).\n\n{head}" + "\n".join(rows) + "\n"
+
+
 def _claims() -> str:
     parts = ["# Claims that run", CLAIMS_INTRO]
     for claim in CLAIMS.values():
@@ -159,6 +171,7 @@ def _write_pages() -> None:
     (HERE / "theory").mkdir(exist_ok=True)
     (HERE / "theory" / "index.md").write_text(_claims())
     (HERE / "functions" / "reference.md").write_text(_functions())
+    (HERE / "functions" / "papers.md").write_text(_papers())
     pages = HERE / "variants"
     pages.mkdir(exist_ok=True)
     for v in refattn.VARIANTS.values():

@@ -21,6 +21,7 @@ CORE = BASE | {"variants", "exact"}
 EDGES = {
     "errors": set(),
     "version": set(),
+    "papers": set(),
     "modules": {"errors"},
     "dtypes": {"errors"},
     "arrays": {"errors", "dtypes"},
@@ -133,6 +134,7 @@ NAMED = {
     "gpu/": "an implementation of one operator",
     "theory/": "claims about operators, under the names of their papers",
     "tensor/": "names of triple-wise forms and of fits",
+    "papers.py": "what is here of each paper",
 }
 
 

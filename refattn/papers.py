@@ -1,0 +1,296 @@
+"""The papers that this package builds on: what is here of each, what checks it, and what is left out on purpose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PAPERS", "Paper"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One paper.
+
+    Attributes
+    ----------
+    title : str
+        Its name, as short as it is known by.
+    source : str
+        Where it is: arXiv, or the repository whose code was read.
+    here : tuple of str
+        What this package has of it: ``operator NAME``, ``claim NAME``, or a module or name below ``refattn``.
+    checks : tuple of str
+        The test files below ``tests/`` that hold it, besides those that run over all operators and all claims.
+    peer : str
+        Which implementation of others it was compared with, "" for none that could be had.
+    not_here : str
+        What is left out, and why.
+    """
+
+    title: str
+    source: str
+    here: tuple[str, ...]
+    checks: tuple[str, ...]
+    peer: str
+    not_here: str
+
+
+TRAINING = "its training and accuracies, which need its data and models"
+PAPERS = (
+    Paper(
+        "FlashAttention",
+        "arXiv 2205.14135",
+        ("operator block_sparse", "functions.costs.flash_io", "claim flash-io", "claim flash-io-lower", "gpu"),
+        ("functions/costs/test_words.py", "theory/test_flash_io.py", "gpu/test_attention.py"),
+        "PyTorch, FlashAttention-3, cuDNN",
+        "dropout; the theorem of its lower bound is a claim with constants of ours",
+    ),
+    Paper(
+        "HyperAttention",
+        "arXiv 2310.05869",
+        ("functions.hyper", "claim hyper-unbiased", "claim hyper-spectral"),
+        ("functions/test_hyper.py", "theory/test_hyper.py"),
+        "its release, run beside it once",
+        "the zero padding of its release; " + TRAINING,
+    ),
+    Paper(
+        "SSA, with NSA and MoBA",
+        "arXiv 2511.20102, 2502.11089, 2502.13189",
+        ("operator nsa_selected", "operator moba", "functions.alignment", "claim sparse-alignment"),
+        ("variants/test_shapes.py", "functions/test_alignment.py"),
+        "",
+        "NSA's learned compression and gates, whose sum with the window is linear; " + TRAINING,
+    ),
+    Paper(
+        "EcoFormer",
+        "arXiv 2209.09004",
+        ("functions.hashing", "functions.costs.ecoformer_operations", "claim ecoformer-energy"),
+        ("functions/test_hashing.py", "functions/costs/test_operations.py"),
+        "its released formula, by mode",
+        TRAINING,
+    ),
+    Paper(
+        "SeerAttention",
+        "github microsoft/SeerAttention",
+        ("functions.gates",),
+        ("functions/test_gates.py",),
+        "",
+        "its kernels; batches of variable lengths; " + TRAINING,
+    ),
+    Paper(
+        "SpecKV and SpecPC",
+        "github furiosa-ai/draft-based-approx-llm",
+        ("functions.eviction",),
+        ("functions/test_eviction.py",),
+        "",
+        "the vertical-slash prefill; drafts, which are language models",
+    ),
+    Paper(
+        "Combiner",
+        "arXiv 2107.05768",
+        ("functions.combiner", "functions.costs.combiner_fixed", "claim combiner-support"),
+        ("functions/test_combiner.py", "functions/costs/test_operations.py"),
+        "",
+        "the row-major axial form, whose layer has learned weights",
+    ),
+    Paper(
+        "ProxyAttn",
+        "no code was seen",
+        ("functions.budgets",),
+        ("functions/test_budgets.py",),
+        "",
+        "its sizes, which were not published in what was read",
+    ),
+    Paper(
+        "Spark Transformer",
+        "arXiv 2506.06644",
+        ("functions.statistical",),
+        ("functions/test_statistical.py",),
+        "",
+        TRAINING,
+    ),
+    Paper(
+        "RetrievalAttention and RetroInfer",
+        "arXiv 2409.10516, 2505.02922",
+        ("functions.retrieval", "functions.indexes"),
+        ("functions/test_retrieval.py", "functions/test_indexes.py"),
+        "faiss",
+        "indexes of millions of keys, and a cache that moves between devices",
+    ),
+    Paper(
+        "PowerAttention",
+        "arXiv 2503.03588",
+        ("operator power_blocks", "claim power-attention-reach", "claim block-reach"),
+        ("variants/test_shapes.py",),
+        "",
+        "layers that alternate with full ones are the model's to choose; " + TRAINING,
+    ),
+    Paper(
+        "Kinetics",
+        "arXiv 2506.05333",
+        ("operator topk", "functions.costs.topk_decoding", "claim kinetics-crossover", "claim kinetics-keys"),
+        ("variants/test_shapes.py", "functions/costs/test_decoding.py"),
+        "its released cost model, by mode",
+        "random keys with weights n/m, whose release counts repeats wrongly; accuracies",
+    ),
+    Paper(
+        "Routing Transformer",
+        "arXiv 2003.05997",
+        ("functions.clusters", "functions.costs.routing_operations"),
+        ("functions/test_clusters.py", "peers/test_routing.py"),
+        "routing_transformer 1.6.1",
+        TRAINING,
+    ),
+    Paper(
+        "Lightning Attention and TransNormer",
+        "arXiv 2401.04658",
+        ("operator lightning", "claim lightning-chunks", "claim lightning-powers"),
+        ("variants/test_shapes.py",),
+        "",
+        "the block around it (norm and gate), which is a layer",
+    ),
+    Paper(
+        "Neighborhood attention",
+        "arXiv 2204.07143, 2209.15001, 2504.16922",
+        ("operator neighborhood",),
+        ("variants/test_shapes.py", "peers/test_natten.py"),
+        "natten 0.21.7",
+        TRAINING,
+    ),
+    Paper(
+        "Titans",
+        "arXiv 2501.00663",
+        ("operator titans_mac",),
+        ("variants/test_shapes.py", "peers/test_titans.py"),
+        "titans-pytorch 0.5.5",
+        "the memory that learns while it reads is not built yet",
+    ),
+    Paper(
+        "LargeGT",
+        "arXiv 2312.11109",
+        ("functions.codebook", "functions.neighbours"),
+        ("functions/test_codebook.py", "functions/test_neighbours.py"),
+        "",
+        TRAINING,
+    ),
+    Paper(
+        "MPNN and graph transformers",
+        "arXiv 2301.11956",
+        ("functions.virtual_node", "claim virtual-node-linear", "claim virtual-node-wide", "claim virtual-node-deep"),
+        ("functions/test_virtual_node.py",),
+        "",
+        "benchmarks on molecules",
+    ),
+    Paper(
+        "Distribution Transformers",
+        "github GWhittle110/distribution-transformers",
+        ("functions.mixtures", "functions.mixture_model"),
+        ("functions/test_mixtures.py", "functions/test_mixture_model.py"),
+        "",
+        "priors that are no Gaussian mixtures; sensor fusion on its data",
+    ),
+    Paper(
+        "LAS-Diffusion",
+        "github Zhengxinyang/LAS-Diffusion",
+        ("operator view_local",),
+        ("variants/test_view_local.py",),
+        "",
+        "the diffusion model",
+    ),
+    Paper(
+        "UQAC",
+        "github Yinghao-Li/UQAC",
+        ("functions.chain",),
+        ("functions/test_chain.py",),
+        "its release, run beside it once",
+        "the filter by hidden states; calibration of language models",
+    ),
+    Paper(
+        "Transformers as Decision Makers",
+        "arXiv 2310.08566",
+        ("functions.in_context", "functions.in_context_planning", "claim decisions-linucb", "claim decisions-regret"),
+        ("functions/test_in_context.py", "functions/test_in_context_planning.py", "theory/test_bandits.py"),
+        "",
+        "pretraining and its generalisation",
+    ),
+    Paper(
+        "StreetMath",
+        "github ctseng777/StreetMath",
+        ("functions.diagnostics",),
+        ("functions/test_diagnostics.py",),
+        "its release, run beside it once",
+        "language models; these are diagnostics, not attention",
+    ),
+    Paper(
+        "CRATE",
+        "arXiv 2306.01129",
+        ("functions.crate", "claim crate-gradient", "claim crate-ista"),
+        ("functions/test_crate.py", "theory/test_crate.py"),
+        "its release, run beside it once",
+        TRAINING,
+    ),
+    Paper(
+        "Universal approximation by a single layer",
+        "arXiv 2507.10581",
+        ("claim single-layer-universal", "claim boltzmann-gap"),
+        ("theory/test_claims.py",),
+        "",
+        "the paper's own construction: its abstract was read, the construction is ours",
+    ),
+    Paper(
+        "OAT",
+        "github HKUST-NISL/oat_eccv24",
+        ("functions.scanpath",),
+        ("functions/test_scanpath.py",),
+        "",
+        "the networks and the metrics of gaze",
+    ),
+    Paper(
+        "Efficient Probing",
+        "github billpsomas/efficient-probing",
+        ("functions.probing",),
+        ("functions/test_probing.py",),
+        "its release and SimPool's, run beside it once",
+        TRAINING,
+    ),
+    Paper(
+        "URPE",
+        "arXiv 2205.13401",
+        ("operator urpe", "claim rpe-constant", "claim urpe-position"),
+        ("variants/test_urpe.py",),
+        "",
+        "buckets of distances; " + TRAINING,
+    ),
+    Paper(
+        "CARVE",
+        "github YuyaoGe/CARVE",
+        ("functions.maps",),
+        ("functions/test_maps.py",),
+        "",
+        "the vision-language models; cropping and asking again",
+    ),
+    Paper(
+        "Attention, state spaces and recurrences as dynamical systems",
+        "arXiv 2405.15731",
+        ("functions.systems", "claim systems-recurrence", "claim systems-selective"),
+        ("functions/test_systems.py",),
+        "",
+        "MQAR's training",
+    ),
+    Paper(
+        "Tensor attention",
+        "arXiv 2310.04064",
+        ("tensor", "claim match3-pairwise", "claim bounded-near-linear", "claim bounded-folds"),
+        ("tensor/test_tensor.py", "tensor/test_match3.py"),
+        "",
+        "higher orders than triples in the exact form",
+    ),
+    Paper(
+        "Power-Softmax",
+        "arXiv 2410.09457",
+        ("operator power", "he", "claim power-softmax", "claim power-softmax-range"),
+        ("he/test_circuit.py", "he/test_plan.py"),
+        "TenSEAL's CKKS vectors",
+        "bootstrapping; the paper's models",
+    ),
+)
