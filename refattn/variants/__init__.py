@@ -17,6 +17,7 @@ from .softmax import SOFTMAX
 from .titans_mac import TITANS_MAC
 from .topk import TOPK
 from .variant import Variant
+from .view_local import VIEW_LOCAL
 
 __all__ = ["VARIANTS", "Choices", "Lowered", "Option", "Rows", "Selected", "Shape", "Steps", "Variant", "variant_of"]
 
@@ -34,6 +35,7 @@ VARIANTS: dict[str, Variant] = {
         TITANS_MAC,
         MOBA,
         TOPK,
+        VIEW_LOCAL,
     )
 }
 """The operators that refattn knows, by name; ``refattn.register`` adds one of your own."""

@@ -183,7 +183,9 @@ KERNELS: dict[str, Entry] = {
                 lse=True,
             ),
             flash,
-            variants=frozenset({"block_sparse", "power_blocks", "neighborhood", "titans_mac", "moba", "topk"}),
+            variants=frozenset(
+                {"block_sparse", "power_blocks", "neighborhood", "titans_mac", "moba", "topk", "view_local"}
+            ),
         ),
         Entry(
             "torch-sdpa-flash",
