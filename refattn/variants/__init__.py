@@ -16,6 +16,7 @@ from .sigmoid import SIGMOID
 from .softmax import SOFTMAX
 from .titans_mac import TITANS_MAC
 from .topk import TOPK
+from .urpe import URPE
 from .variant import Variant
 from .view_local import VIEW_LOCAL
 
@@ -36,6 +37,7 @@ VARIANTS: dict[str, Variant] = {
         MOBA,
         TOPK,
         VIEW_LOCAL,
+        URPE,
     )
 }
 """The operators that refattn knows, by name; ``refattn.register`` adds one of your own."""
