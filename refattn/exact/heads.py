@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -124,7 +124,7 @@ class Head:
         own = {}
         for name, value in variant.settings(p).items():
             option = variant.options[name]
-            x = value[self.head] if option.by_head and isinstance(value, tuple) and value else value
+            x = value[self.head % len(value)] if option.by_head and isinstance(value, tuple) and value else value
             real = isinstance(option.default, float) or isinstance(x, float)
             own[name] = f.number(x) if real else x
 
@@ -133,6 +133,10 @@ class Head:
 
         def steps() -> Any:
             return distance(self.q.shape[0], self.k.shape[0], p.causal or "bottom_right")[rows]
+
+        def toeplitz(values: Sequence[float]) -> Any:
+            reach = len(values) // 2
+            return column(np.asarray(values, np.float64)[np.clip(reach - steps(), 0, 2 * reach)])
 
         def state() -> Any:
             return wrap(f.state(self.state)) if hasattr(f, "state") else column(self.state)
@@ -143,6 +147,7 @@ class Head:
                 "count": lambda: column(allowed.sum(1, keepdims=True)),
                 "length": lambda: column([[self.k.shape[0]]]),
                 "distance": lambda: column(steps()),
+                "toeplitz": lambda: toeplitz,
                 "place": lambda: column(np.arange(1, self.q.shape[0] + 1)[rows][:, None]),
             },
             scale=scale,

@@ -17,7 +17,9 @@ from .sigmoid import SIGMOID
 from .softmax import SOFTMAX
 from .titans_mac import TITANS_MAC
 from .topk import TOPK
+from .urpe import URPE
 from .variant import Variant
+from .view_local import VIEW_LOCAL
 
 __all__ = ["VARIANTS", "Choices", "Lowered", "Option", "Rows", "Selected", "Shape", "Steps", "Variant", "variant_of"]
 
@@ -36,6 +38,8 @@ VARIANTS: dict[str, Variant] = {
         MOBA,
         TOPK,
         NSA_SELECTED,
+        VIEW_LOCAL,
+        URPE,
     )
 }
 """The operators that refattn knows, by name; ``refattn.register`` adds one of your own."""

@@ -102,7 +102,8 @@ class Variant:
     forms : mapping
         The same operator written another way, by name: each a definition or shape. All must agree exactly.
     wrong : mapping
-        What implementers get wrong, by name: a sentence, and the definition with that mistake (a Lowered or Selected).
+        What implementers get wrong, by name: a sentence, and the definition with that mistake (a Lowered, Rows or
+        Selected).
         The checks of the operator's cases must fail each of them.
     fits : callable
         ``fits(problem)`` returns what a call must change to fit the operator, or None.
@@ -133,7 +134,7 @@ class Variant:
     cases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quick: frozenset[str] = frozenset()
     forms: Mapping[str, Any] = field(default_factory=dict)
-    wrong: Mapping[str, tuple[str, Lowered | Selected]] = field(default_factory=dict)
+    wrong: Mapping[str, tuple[str, Lowered | Rows | Selected]] = field(default_factory=dict)
     compared: str = "none yet"
     fits: Callable[[Problem], str | None] = lambda problem: None
     tries: Callable[[int, int], Sequence[Mapping[str, Any]]] | None = None
@@ -191,7 +192,7 @@ class Variant:
         own = {n: options.get(n, o.default) for n, o in self.options.items()}
         for n, o in self.options.items():
             by_head = o.by_head and isinstance(own[n], tuple)
-            if o.check(own[n], heads) is not None or (by_head and len(own[n]) != heads):
+            if o.check(own[n], heads) is not None or (by_head and len(own[n]) not in (1, heads)):
                 own[n] = o.draws(heads)[-1]
         return {n: x for n, x in own.items() if n in options or x != self.options[n].default}
 

@@ -241,7 +241,7 @@ class Lossy(Reflected):
             left = 1 - np.broadcast_to(o.node.span, b.shape) / np.abs(b)
             amplify = np.where(left > 0, 1 / left, np.inf)
             amplify = amplify if o.node.log is None else np.minimum(amplify, np.exp(np.minimum(o.node.log, 700.0)))
-            if "product" in self.node.marks and {"sum", "positive"} <= o.node.marks:
+            if "product" in self.node.marks and {"sum", "positive"} <= o.node.marks and self._mean(o.node):
                 found = self._with(o, y, (1 / b, -y / b), marks={"mean", "quotient", *(o.node.marks & {"more"})})
                 found.node.amplify = amplify
                 # a kernel may divide the weights first: then products underflow at the output's size
@@ -250,7 +250,16 @@ class Lossy(Reflected):
                 found.node.relative = self.node.relative + o.node.relative
                 return found
             by = np.minimum(amplify, 1e100) / b
-        return self._with(o, y, (by, -y * by), marks={"quotient"})
+        found = self._with(o, y, (by, -y * by), marks={"quotient"})
+        if "product" in self.node.marks:  # as above
+            found.node.err, found.node.var = found.node.err + self.node.under[0], found.node.var + self.node.under[1]
+        return found
+
+    def _mean(self, sum_of: Node) -> bool:
+        """Tell whether a product's weights are those that a sum, or a sum and something more, adds up."""
+        while "more" in sum_of.marks:
+            sum_of = sum_of.links[0].parent
+        return self.f.weights is not None and sum_of.links[0].parent is self.f.weights.node
 
     def where(self, mask: Mask | None) -> Lossy:
         """Keep the elements where `mask` holds; the others become 0."""

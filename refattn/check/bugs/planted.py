@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ from numpy.typing import NDArray
 from ... import masks
 from ...arrays import from_float64
 from ...dtypes import FORMATS
+from ...exact.agree import under
 from ...exact.driver import reference
 from ...exact.heads import heads
 from ...exact.lowering import lower
 from ...exact.stream import STREAMED
 from ...problem import Problem
-from ...variants import variant_of
+from ...variants import Rows, variant_of
 from ..call import Function
 from ..kernels.tiled import tiled
 
@@ -51,10 +53,14 @@ def planted(name: str) -> Function:
 
 def mistaken(variant: str, name: str) -> Function:
     """Return a kernel of an operator with one of the mistakes that its row in the table names."""
-    shape = variant_of(variant).wrong[name][1]
+    v = variant_of(variant)
+    shape = v.wrong[name][1]
 
     def kernel(problem: Problem) -> Any:
-        return plain(lower(problem, shape).problem)
+        if not isinstance(shape, Rows):
+            return plain(lower(problem, shape).problem)
+        with under(replace(v, name=f"{variant}/{name}", define=shape, fused="")) as other:
+            return plain(problem.replace(variant=other.name))
 
     kernel.__name__ = f"mistaken_{name}"
     return kernel

@@ -184,7 +184,16 @@ KERNELS: dict[str, Entry] = {
             ),
             flash,
             variants=frozenset(
-                {"block_sparse", "power_blocks", "neighborhood", "titans_mac", "moba", "topk", "nsa_selected"}
+                {
+                    "block_sparse",
+                    "power_blocks",
+                    "neighborhood",
+                    "titans_mac",
+                    "moba",
+                    "topk",
+                    "nsa_selected",
+                    "view_local",
+                }
             ),
         ),
         Entry(

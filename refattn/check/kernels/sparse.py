@@ -7,6 +7,7 @@ to the input's type.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from itertools import product
 from typing import Any
 
@@ -178,6 +179,26 @@ def _block_sparse(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
         yield [j for j in range(len(k)) if row is None or row[j // size]]
 
 
+def _view_local(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
+    side, size, r = o["image"], o["patches"], round(len(q) ** (1 / 3))
+    released, others = o["mode"] == "released", len(k) - size**2
+    reach = Fraction(o["radius"]) - (Fraction(1, 10**6) if released else 0)
+    middles = [Fraction(side * (2 * i + 1), 2 * size) for i in range(size)]  # of patches, in pixels
+    if o["projection"] is None:
+        yield from [list(range(len(k)))] * len(q)
+        return
+    for at in product(range(r), repeat=3):
+        x: list[Any] = [*(Fraction(2 * i + 1 - r, r) for i in at), 1]
+        u, v, d = (sum(Fraction(a) * b for a, b in zip(row, x, strict=True)) for row in o["projection"])
+        column, row = u / d, v / d
+        if released:
+            column, row = (max(0, min(round(i), side - 1)) + Fraction(1, 2) for i in (column, row))
+            column = side - column
+        across, down = ([((i - m) * size / side) ** 2 for m in middles] for i in (column, row))
+        near = [i * size + j for i, j in product(range(size), repeat=2) if down[i] + across[j] <= reach**2]
+        yield [*range(others), *(others + j for j in near if reach >= 0)]
+
+
 PICKS: dict[str, Pick] = {
     "block_sparse": _block_sparse,
     "power_blocks": _power_blocks,
@@ -186,5 +207,6 @@ PICKS: dict[str, Pick] = {
     "moba": _moba,
     "topk": _topk,
     "nsa_selected": _nsa_selected,
+    "view_local": _view_local,
 }
 """By operator, the keys of each row of a head."""
