@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import dtype_name, from_float64, like, to_float64, to_numpy
-from ..dtypes import format_of
+from ..dtypes import FORMATS, format_of
 from ..errors import InvalidInput, UnsupportedProblem
 from ..exact.driver import evaluate
 from ..problem import Problem
@@ -35,9 +35,13 @@ def numbers(name: str, x: Any) -> Array:
     return found
 
 
-def rounded(x: Array, model: Any) -> Any:
-    """Return float64 numbers rounded to the type of `model`, as an array of its kind, on its device."""
+def rounded(x: Array, model: Any, *, wide: bool = False) -> Any:
+    """Return float64 numbers rounded to the type of `model`, as an array of its kind, on its device.
+
+    With `wide` to float32 where that is wider, as lse is.
+    """
     form = format_of(dtype_name(model))
+    form = FORMATS["float32"] if wide and form.precision < 24 else form
     return like(from_float64(form.round_array(x), form.name), model)
 
 

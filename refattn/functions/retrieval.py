@@ -41,9 +41,7 @@ def build_indexes(
     """
     keys = numbers("key", key)
     axes("key", keys, "batch", "heads", "keys", "features")
-    first, last = _between(keys.shape[2], sinks, local)
-    if first == last:
-        raise InvalidInput(f"sinks, local: {sinks} and {local} leave none of {keys.shape[2]} keys to index")
+    first, last = _some_between(keys.shape[2], sinks, local)
     return [[build(head[first:last]) for head in batch] for batch in keys]
 
 
@@ -51,6 +49,14 @@ def _between(n: int, sinks: int, local: int) -> tuple[int, int]:
     """Return where the keys between begin and end."""
     first = min(whole("sinks", sinks, 0), n)
     return first, max(n - whole("local", local, 0), first)
+
+
+def _some_between(n: int, sinks: int, local: int) -> tuple[int, int]:
+    """Return where the keys between begin and end, and refuse that there are none."""
+    first, last = _between(n, sinks, local)
+    if first == last:
+        raise InvalidInput(f"sinks, local: {sinks} and {local} leave none of {n} keys between")
+    return first, last
 
 
 def _call(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:
@@ -98,7 +104,7 @@ def retrieval_attention(
     -------
     out : (b, h_q, n_q, d_v) array
     lse : (b, h_q, n_q) array
-        Natural log.
+        Natural log; float32 where query's type is narrower.
     seen : (b, h_q, n_q, n) boolean array
         The keys that each row attended to.
 
@@ -138,7 +144,7 @@ def retrieval_attention(
         attend(q, k, v, scale=scale, allowed=found),
     ]
     out, lse = merge(parts)
-    return rounded(out, query), rounded(lse, query), like(found | (steady & may)[:, None, None], query)
+    return rounded(out, query), rounded(lse, query, wide=True), like(found | (steady & may)[:, None, None], query)
 
 
 def _marked(hits: Array, shape: tuple[int, int], may: Array, name: str) -> Array:
@@ -278,7 +284,7 @@ def clustered_attention(
     """
     q, k, v = _call(query, key, value)
     (b, h), (h_kv, n) = q.shape[:2], k.shape[1:3]
-    first, last = _between(n, sinks, local)
+    first, last = _some_between(n, sinks, local)
     namespace(key=key, labels=labels)
     axes("labels", labels, b, h_kv, last - first)
     own = to_numpy(labels, "labels")
@@ -296,4 +302,4 @@ def clustered_attention(
     weight = np.repeat(sizes, group, 1)[:, :, None] * ((rank >= retrieved) & (rank < retrieved + estimated))
     read = attend(q, k, v, scale=scale, allowed=exact)
     out, lse = merge([read, attend(q, centroids, means, scale=scale, weight=weight)])
-    return rounded(out, query), rounded(lse, query)
+    return rounded(out, query), rounded(lse, query, wide=True)

@@ -89,6 +89,17 @@ def test_every_library_gives_the_same(kind):
     assert all((np.asarray(a) == b).all() for a, b in zip(zones, want, strict=True))
 
 
+def test_a_narrow_type_has_a_wider_lse():
+    q, k, v = (torch.tensor(x).bfloat16() for x in draw(2, b=1))
+    indexes = build_indexes(k, FlatIndex, sinks=2, local=3)
+    out, lse, _ = retrieval_attention(q, k, v, indexes, sinks=2, local=3, retrieved=5)
+    labels = torch.zeros(1, 2, 35, dtype=torch.int64)
+    _, other = clustered_attention(q, k, v, labels, retrieved=1, estimated=0, sinks=2, local=3)
+    assert (out.dtype, lse.dtype, other.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    want = attend(*(x.double().numpy() for x in (q, k, v)))[1]
+    assert np.abs(other.numpy() - want).max() <= 2.0**-24 * np.abs(want).max() * 1.01
+
+
 class Says:
     """An index with a given answer."""
 
@@ -191,18 +202,20 @@ def test_the_estimate_is_exact_for_equal_keys_and_below_else():
 def test_segments_are_clustered_apart():
     rng = np.random.default_rng(0)
     centres = 5 * rng.standard_normal((4, 3))
-    k = (centres[np.arange(24) % 4] + 0.01 * rng.standard_normal((2, 1, 24, 3))).astype(np.float32)
+    group = np.stack([np.arange(24) % 4, np.arange(24) // 3 % 4])  # another order in each batch
+    k = (centres[group][:, None] + 0.01 * rng.standard_normal((2, 1, 24, 3))).astype(np.float32)
     labels = segment_labels(k, np.random.default_rng(1), segment=12, size=3)
     assert labels.shape == (2, 1, 24)
     assert set(labels[..., :12].ravel()) <= set(range(4))
     assert set(labels[..., 12:].ravel()) <= set(range(4, 8))
     same = labels[..., None] == labels[..., None, :]
-    one = np.arange(24) % 4 == (np.arange(24) % 4)[:, None]
-    assert (same <= ((np.arange(24) < 12) == (np.arange(24) < 12)[:, None])).all()
-    for b in range(2):  # four clear groups, whatever offset all keys have
-        moved = segment_labels(k + np.float32(64), np.random.default_rng(1), segment=12, size=3)
-        assert (moved[b] == labels[b]).all()
-    assert same[0, 0][one & (np.arange(24) < 12) & (np.arange(24) < 12)[:, None]].all()
+    half = np.arange(24) < 12
+    assert (same <= (half == half[:, None])).all()
+    moved = segment_labels(k + np.float32(64), np.random.default_rng(1), segment=12, size=3)
+    assert (moved == labels).all()  # whatever offset all keys have
+    for b in range(2):  # four clear groups of three keys
+        one = (group[b] == group[b][:, None]) & half & half[:, None]
+        assert same[b, 0][one].all()
 
 
 def test_errors():
@@ -219,9 +232,11 @@ def test_errors():
         given = {"query": q, "key": k, "value": v, "indexes": indexes, "sinks": 4, "local": 6, "retrieved": 3} | change
         with pytest.raises(InvalidInput, match=re.escape(text)):
             retrieval_attention(**given)
-    with pytest.raises(InvalidInput, match="sinks, local: 20 and 20 leave none of 40 keys to index"):
+    labels, text = np.zeros((2, 2, 30), int), "sinks, local: 20 and 20 leave none of 40 keys between"
+    with pytest.raises(InvalidInput, match=text):
         build_indexes(k, FlatIndex, sinks=20, local=20)
-    labels = np.zeros((2, 2, 30), int)
+    with pytest.raises(InvalidInput, match=text):
+        clustered_attention(q, k, v, labels, retrieved=1, estimated=0, sinks=20, local=20)
     with pytest.raises(InvalidInput, match="estimated: got 1, expected a whole number from 0 to 0"):
         clustered_attention(q, k, v, labels, retrieved=1, estimated=1, sinks=4, local=6)
     with pytest.raises(InvalidInput, match="labels: expected clusters from 0 to 0"):
