@@ -65,6 +65,25 @@ def test_a_beam_scans_less_and_finds_most(graph):
     assert (roar.search(queries, 10) == roar.scan(queries, 10, beam=10)[0]).all()
 
 
+def by_sorting(roar, query, beam):
+    """The beam, sorted anew after every step: expand its nearest key that is not expanded, until there is none."""
+    pool, done, seen = [roar.entry], set(), {roar.entry}
+    while left := [x for x in pool if x not in done]:
+        done.add(left[0])
+        seen |= set(roar.edges[left[0]])
+        pool = sorted({*pool, *roar.edges[left[0]]}, key=lambda x: -float(roar.keys[x] @ query))[:beam]
+    return pool, len(seen)
+
+
+@pytest.mark.parametrize("beam", [10, 25])
+def test_the_beam_by_sorting(graph, beam):
+    _, _, queries, roar = graph
+    found, scanned = roar.scan(queries, 10, beam=beam)
+    pools = [by_sorting(roar, q, beam) for q in queries]
+    assert found.tolist() == [pool[:10] for pool, _ in pools]
+    assert scanned == sum(n for _, n in pools) / len(queries)
+
+
 def test_edges_by_the_rule(graph):
     keys, _, _, roar = graph
     d = -(keys @ keys.T)
