@@ -1,8 +1,7 @@
-"""Softmax over part of the scores, parts put together again, layer norm, and what is asked of queries and keys."""
+"""Softmax over part of the scores, layer norm, and what is asked of queries and keys."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat as api
@@ -13,7 +12,7 @@ from ..dtypes import is_float
 from ..errors import InvalidInput
 from .arguments import namespace
 
-__all__ = ["as_index", "check_call", "check_floats", "layer_norm", "masked_softmax", "merge_parts"]
+__all__ = ["as_index", "check_call", "check_floats", "layer_norm", "masked_softmax"]
 
 
 def check_floats(**arrays: Any) -> Any:
@@ -83,24 +82,6 @@ def masked_softmax(scores: Any, allowed: Any = None) -> tuple[Any, Any]:
     total = xp.where(some, total, xp.ones_like(total))
     lse = xp.where(some, top + xp.log(total), -xp.inf)
     return weights / total, lse[..., 0]
-
-
-def merge_parts(parts: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Return (out, lse) over all keys from those over disjoint parts of them: ``out = sum exp(lse_r - lse) out_r``.
-
-    Parameters
-    ----------
-    parts : sequence of ((..., n_q, d_v), (..., n_q)) pairs
-        The weighted mean of values and the log-sum-exp (natural log) of each; -inf where a row sees nothing of it.
-
-    Returns
-    -------
-    out : (..., n_q, d_v)
-    lse : (..., n_q)
-    """
-    xp = api.array_namespace(parts[0][0])
-    shares, lse = masked_softmax(xp.stack([lse for _, lse in parts], axis=-1))
-    return xp.sum(xp.stack([out for out, _ in parts], axis=-1) * shares[..., None, :], axis=-1), lse
 
 
 def layer_norm(x: Any, epsilon: float) -> Any:

@@ -10,7 +10,8 @@ import numpy as np
 
 from ..errors import InvalidInput
 from .arguments import namespace, whole
-from .dense import as_index, check_call, check_floats, masked_softmax, merge_parts
+from .dense import as_index, check_call, check_floats, masked_softmax
+from .parts import merge
 
 __all__ = ["angular_hash", "hyper_attention", "hyper_weight"]
 
@@ -137,7 +138,7 @@ def hyper_attention(
             return exact(q, k, v, as_index(np.tri(n, dtype=bool), k))
         a, b = ([x[..., part, :] for x in (q, k, v)] for part in (slice(_half(n)), slice(_half(n), n)))
         first, second = halved(*a), halved(*b)
-        below = merge_parts([second, estimated(b[0], a[1], a[2])])
+        below = merge([second, estimated(b[0], a[1], a[2])])
         return xp.concat([first[0], below[0]], axis=-2), xp.concat([first[1], below[1]], axis=-1)
 
     return (halved if causal else estimated)(query, key, value)
@@ -321,6 +322,6 @@ def _estimated(
         s = q @ xp.matrix_transpose(_at(xp, k, drawn)) * scale
         p, lse = masked_softmax(s, other if mode == "paper" else None)
         parts.append((p @ _at(xp, v, drawn), lse + math.log(n_k / drawn.shape[-1])))
-    out, lse = merge_parts(parts)
+    out, lse = merge(parts)
     order = xp.argsort(by_query, axis=-1)
     return _at(xp, out, order), xp.take_along_axis(lse, order, axis=-1)

@@ -11,8 +11,9 @@ from ..arrays import dtype_name
 from ..dtypes import is_float
 from ..errors import InvalidInput
 from .arguments import axes, namespace
+from .dense import masked_softmax
 
-__all__ = ["attended", "causal_mask", "normalised", "probabilities", "rank", "scored"]
+__all__ = ["attended", "causal_mask", "probabilities", "rank", "scored"]
 
 
 def attended(query: Any, key: Any, value: Any = None) -> Any:
@@ -72,7 +73,7 @@ def probabilities(xp: Any, query: Any, key: Any, scale: float | None, seen: Any)
         In query's type: give float32 or wider.
     """
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
-    return normalised(xp, scored(xp, query, key, scale), seen)
+    return masked_softmax(scored(xp, query, key, scale), seen)[0]
 
 
 def scored(xp: Any, query: Any, key: Any, scale: float) -> Any:
@@ -80,15 +81,6 @@ def scored(xp: Any, query: Any, key: Any, scale: float) -> Any:
     b, heads, n_q, d = query.shape
     grouped = xp.reshape(query * scale, (b, key.shape[1], heads // key.shape[1], n_q, d))
     return xp.matmul(grouped, xp.matrix_transpose(key)[:, :, None])
-
-
-def normalised(xp: Any, scores: Any, seen: Any) -> Any:
-    """Return the softmax of the last axis over what is seen, 0 elsewhere."""
-    scores = xp.where(seen, scores, -math.inf)
-    top = xp.max(scores, axis=-1, keepdims=True)
-    p = xp.exp(scores - xp.where(top == -math.inf, 0.0, top))
-    total = xp.sum(p, axis=-1, keepdims=True)
-    return p / xp.where(total == 0, 1.0, total)
 
 
 def rank(xp: Any, scores: Any) -> Any:

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..errors import InvalidInput
 from .arguments import axes, namespace, whole, within
-from .probabilities import attended, causal_mask, normalised, scored
+from .dense import masked_softmax
+from .probabilities import attended, causal_mask, scored
 
 __all__ = ["count_error", "spark_attention", "spark_ffn", "statistical_topk"]
 
@@ -206,7 +207,7 @@ def spark_attention(
     s2 = xp.where(seen, scored(xp, query[..., r:], key[..., r:], scale), 0.0)
     above = xp.where(seen, s1, 0.0) - _threshold(xp, s1, seen, counts, k, ddof)
     passed = _passed(xp, xp.where(seen, s1, -math.inf), xp.where(seen, above, -math.inf))
-    weights = normalised(xp, s1, passed) * xp.logaddexp(s2, xp.zeros_like(s2))
+    weights = masked_softmax(s1, passed)[0] * xp.logaddexp(s2, xp.zeros_like(s2))
     return xp.reshape(xp.matmul(weights, value[:, :, None]), (b, heads, n_q, value.shape[3]))
 
 

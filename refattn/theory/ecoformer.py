@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..functions.costs import ADD, MULTIPLY, ecoformer_operations, softmax_operations
+from ..functions.hashing import code_weights, linear_sums
 from .claim import Claim, Evidence, needs, total
 from .counting import counted, plain, working
 from .fields import each, rational, rationals, unequal
@@ -35,18 +36,9 @@ def _codes(n: int = 20, bits: int = 6, d: int = 3) -> tuple[Array, Array, Array]
     return rational(h), rational(g), rationals(1, n, d)
 
 
-def _weights(h: Array, g: Array) -> Array:
-    return np.asarray(h @ g.T + h.shape[1] + 1)
-
-
 def _dense(h: Array, g: Array, v: Array) -> Array:
-    w = _weights(h, g)
+    w = code_weights(h, g)
     return np.asarray(w @ v / w.sum(1, keepdims=True))
-
-
-def _linear(h: Array, g: Array, v: Array, of_bias: Array) -> Array:
-    bias = h.shape[1] + 1
-    return np.asarray((h @ (g.T @ v) + bias * of_bias) / (h @ g.sum(0) + bias * len(g))[:, None])
 
 
 def linear(size: int = 1) -> Evidence:
@@ -54,8 +46,8 @@ def linear(size: int = 1) -> Evidence:
     h, g, v = _codes()
     h = h * size
     needs(bool((abs(h) == 1).all() and (abs(g) == 1).all()), "codes of +1 and -1: else a weight may be below 1")
-    small, other = int((_weights(h, g) < 1).sum()), int((np.diag(_weights(h, -h)) != 1).sum())
-    wrong = unequal(_linear(h, g, v, v.sum(0)), _dense(h, g, v))
+    small, other = int((code_weights(h, g) < 1).sum()), int((np.diag(code_weights(h, -h)) != 1).sum())
+    wrong = unequal(linear_sums(h, g, v, v.sum(0)), _dense(h, g, v))
     # opposite codes weigh just 1
     return Evidence(total(wrong, small, other), 0, "elements that differ from the whole matrix's, and weights below 1")
 
@@ -63,7 +55,7 @@ def linear(size: int = 1) -> Evidence:
 def released() -> Evidence:
     """The released code's bias: v_i times bits + 1 instead of the sum of all v_j."""
     h, g, v = _codes()
-    return Evidence(unequal(_linear(h, g, v, v), _dense(h, g, v)), 0, "elements that differ with the released bias")
+    return Evidence(unequal(linear_sums(h, g, v, v), _dense(h, g, v)), 0, "elements that differ with the released bias")
 
 
 def _counted(n: int, d: int, bits: int, hashing: bool = True) -> tuple[Fraction, int]:
@@ -74,7 +66,7 @@ def _counted(n: int, d: int, bits: int, hashing: bool = True) -> tuple[Fraction,
     h, g = (counted(each(lambda a: 1 if a > 0 else -1, x @ weights), tally, sign=True) for x in (q, k))
     if not hashing:
         tally.clear()
-    out = _linear(h, g, v, v.sum(0))
+    out = linear_sums(h, g, v, v.sum(0))
     codes, keys = (rational(each(plain, x).astype(int)) for x in (h, g))
     exact = _dense(codes, keys, each(plain, v))
     return tally["multiply"] * MULTIPLY + tally["add"] * ADD, unequal(each(plain, out), exact)

@@ -1,4 +1,4 @@
-"""Softmax over part of the scores, merged parts, and what the arguments of a call must be."""
+"""Softmax over part of the scores, and what the arguments of a call must be."""
 
 import re
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from refattn import InvalidInput
-from refattn.functions.dense import as_index, check_call, check_floats, layer_norm, masked_softmax, merge_parts
+from refattn.functions.dense import as_index, check_call, check_floats, layer_norm, masked_softmax
 from tests.functions.rounding import unit
 
 
@@ -53,22 +53,11 @@ def test_rows_beyond_the_range_of_exp_are_right():
     assert (np.abs(lse - np.array([1000, -1000]) - np.log(2)) <= 1024 * unit("float64")).all()
 
 
-def test_parts_merge_to_the_whole():
-    rng = np.random.default_rng(1)
-    s, v = rng.standard_normal((4, 9)), rng.standard_normal((9, 3))
-    p, lse = masked_softmax(s)
-    parts = []
-    for keys in (slice(0, 2), slice(2, 8), slice(8, 9)):
-        a, b = masked_softmax(s[:, keys])
-        parts.append((a @ v[keys], b))
-    nothing = np.full(4, -np.inf)
-    found, found_lse = merge_parts([*parts, (np.zeros((4, 3)), nothing)])
-    bound = 8 * (2 * abs(s).max() + 16) * unit("float64")  # as above, for both ways and one more softmax
-    assert abs(found - p @ v).max() <= bound * abs(v).max()
-    assert abs(found_lse - lse).max() <= bound
-    out, lse = merge_parts([(np.zeros((4, 3)), nothing)] * 2)
-    assert (out == 0).all()
-    assert (lse == -np.inf).all()
+def test_a_row_that_sees_none_is_zero_and_unseen_numbers_are_not_read():
+    x = np.array([[1.0, np.nan], [np.inf, np.nan]])
+    p, lse = masked_softmax(x, np.array([[True, False], [False, False]]))
+    assert p.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    assert lse.tolist() == [1.0, -np.inf]
 
 
 def test_layer_norm_is_torchs_and_its_formula():

@@ -9,7 +9,7 @@ import torch
 from refattn import InvalidInput
 from refattn.arrays import to_numpy
 from refattn.functions.arguments import namespace
-from refattn.functions.probabilities import attended, causal_mask, normalised, probabilities, rank
+from refattn.functions.probabilities import attended, causal_mask, probabilities, rank
 
 from .selector_calls import KINDS, call, exact_probabilities, relative_error
 
@@ -24,12 +24,6 @@ def test_probabilities(kind, h, h_kv, n_q, scale):
     assert got.dtype == KINDS[kind](q).dtype
     want = exact_probabilities(q, k, scale).reshape(got.shape)
     assert (np.abs(to_numpy(got) - want) <= relative_error(q, k, scale) * want).all()
-
-
-def test_a_row_that_sees_none_is_zero_and_unseen_numbers_are_not_read():
-    x = np.array([[1.0, np.nan], [np.inf, np.nan]])
-    seen = np.array([[True, False], [False, False]])
-    assert normalised(namespace(x=x), x, seen).tolist() == [[1.0, 0.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("kind", KINDS)

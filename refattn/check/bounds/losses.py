@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from ...exact.matrix import Reflected
 from ..model import C, Model
 from .graph import Left, Node, Right, Scaled, Summed, Turned
-from .rules import Rules, in_logarithm, logistic, moves, slope_of_tanh, tanh
+from .rules import SCORES, Rules, in_logarithm, logistic, moves, slope_of_tanh, tanh
 
 __all__ = ["Losses", "Lossy", "variance_of"]
 
@@ -71,10 +71,6 @@ class Losses(Rules):
     def rsqrt(self, n: int) -> float:
         """Return 1/sqrt(n)."""
         return 1 / math.sqrt(n)
-
-
-SCORES = (("q", "k"), ("q", "q"))
-"""Axes of scores of keys, and of candidates, whose axis has the label of rows that are made from keys."""
 
 
 class Lossy(Reflected):

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from ...dtypes import Format, format_of
 from ..model import C, Model, inside_type
 
-__all__ = ["Rules", "floor", "in_logarithm", "logistic", "moves", "slope_of_tanh", "tanh"]
+__all__ = ["SCORES", "Rules", "floor", "in_logarithm", "logistic", "moves", "slope_of_tanh", "tanh"]
 
 Float = NDArray[np.float64]
 PLACES = 8
 """Where partial sums are looked at."""
+SCORES = (("q", "k"), ("q", "q"))
+"""Axes of scores of keys, and of candidates, whose axis has the label of rows that are made from keys."""
 
 
 def floor(form: Format, model: Model) -> float:
