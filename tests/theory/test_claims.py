@@ -52,6 +52,7 @@ VIOLATED = {
     "online-rescale": ({"block": 0}, "blocks of at least one element"),
     "hyper-unbiased": ({"m": 0}, "at least one sample"),
     "hyper-rate": ({"sizes": (0, 1)}, "at least one sample"),
+    "hyper-spectral": ({"size": 64}, "every row has an entry that is sampled"),
     "rpe-constant": ({"same": False}, "all tokens are equal"),
     "single-layer-universal": ({"positions": False}, "positions are told"),
     "boltzmann-gap": ({"beyond": (-1.0,)}, "values more than 2·log n"),
