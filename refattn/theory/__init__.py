@@ -10,6 +10,7 @@ from . import (
     decoding,
     ecoformer,
     flash_io,
+    flash_lower,
     hyper,
     hyper_spectral,
     kinetics,
@@ -33,6 +34,7 @@ __all__ = ["CLAIMS", "Claim", "Evidence", "Result", "run"]
 
 MODULES = (
     flash_io,
+    flash_lower,
     sparse,
     quantised,
     merging,
