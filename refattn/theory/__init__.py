@@ -3,6 +3,7 @@
 from . import (
     bandits,
     bounded_entries,
+    bounded_folds,
     caches,
     combiner,
     crate,
@@ -43,6 +44,7 @@ MODULES = (
     caches,
     power_softmax,
     bounded_entries,
+    bounded_folds,
     softmax_rounding,
     hyper,
     hyper_spectral,
