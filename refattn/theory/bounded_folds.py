@@ -88,12 +88,12 @@ def threshold(below: float = BELOW) -> Evidence:
     """
     needs(below < 1, "entries that grow more slowly than (log n)^(1/k)")
     found: list[Any] = []
-    curves = {}
+    curves: dict[str, list[Any]] = {"log2 n": [*POWERS, *FAR]}
     for k in FOLDS:
         (falls, wrong), (rises, wrong_too) = exponents(k, below), exponents(k, ABOVE)
         found += [(b, a) for a, b in itertools.pairwise(falls)] + [(a, b) for a, b in itertools.pairwise(rises)]
         found += [same(wrong, 0), same(wrong_too, 0), _scores(k, 3, Q(3, 2)), *_ranks(k, 2, 2, 8), *_ranks(k, 1, 4, 8)]
-        curves[f"k = {k}"] = {"below": falls, "above": rises}
+        curves |= {f"e below, k = {k}": falls, f"e above, k = {k}": rises}
     return judged(
         found, "exponent at a larger n over that before, below the threshold, and the other way above", curves
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from refattn import VARIANTS
 from refattn.cli.main import main
 from refattn.errors import HypothesisViolated, InvalidInput
 from refattn.theory import CLAIMS, Claim, Evidence, io_loops, run
@@ -297,6 +298,14 @@ def test_the_command_line(tmp_path):
         failed = runner.invoke(main, ["theory", "run", *given])
         assert failed.exit_code != 0
         assert text in failed.output + str(failed.exception)
+
+
+def test_every_operator_over_a_mask_is_held_and_leaves_keys_out():
+    shares = CLAIMS["sparse-operators"].check().detail["largest dropped share"]
+    assert set(shares) >= {"block_sparse", "power_blocks", "neighborhood", "titans_mac", "moba", "topk"}
+    assert min(shares.values()) > 0
+    shapes = {name: type(v.shape).__name__ for name, v in VARIANTS.items()}
+    assert set(shares) == {name for name, shape in shapes.items() if shape in ("Lowered", "Selected")}
 
 
 def test_needs_raises():
