@@ -70,7 +70,7 @@ LOWER = ((96, 8, 64), (96, 8, 128), (1020, 16, 4096), (40, 60, 96), (32, 128, 60
 def _sums() -> list[Any]:
     """Return whether loops of rows' sums compute them, move the words of a closed form, and hold no more than M."""
     found: list[Any] = []
-    for n, d, m in ((37, 5, 40), (30, 12, 59)):
+    for n, d, m in ((37, 5, 45), (30, 6, 59)):
         q, k, _ = _inputs(n, d)
         rows, b = (m - d) // (d + 4), math.isqrt(4 + m) - 2
         across = math.ceil(n / b)
