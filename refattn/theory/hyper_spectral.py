@@ -78,10 +78,10 @@ def _by_variances(a: Array, mask: Mask, v: Array, samples: tuple[int, int]) -> A
     variance = (len(a) * shares**2 @ v[:, 0] ** 2 - (shares @ v[:, 0]) ** 2) / samples[0]
     draws, least = _drawn(len(a), samples[1]).tolist(), rest.sum(1).min()
     found = 0 * out[0]
-    for row, total, spread, mean in zip(rest, sums, variance, out, strict=True):
+    for row, total, varies, mean in zip(rest, sums, variance, out, strict=True):
         for at in draws:
             rho = total / (total - row.sum() + max(sum(row[j] for j in at) * len(row) / len(at), least))
-            found += (rho**2 * spread + (rho - 1) ** 2 * mean**2) / len(draws)
+            found += (rho**2 * varies + (rho - 1) ** 2 * mean**2) / len(draws)
     return found
 
 
