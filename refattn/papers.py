@@ -137,7 +137,7 @@ PAPERS = (
         "Routing Transformer",
         "arXiv 2003.05997",
         ("functions.clusters", "functions.costs.routing_operations"),
-        ("functions/test_clusters.py", "peers/test_routing.py"),
+        ("functions/test_clusters.py", "functions/costs/test_operations.py", "peers/test_routing.py"),
         "routing_transformer 1.6.1",
         TRAINING,
     ),

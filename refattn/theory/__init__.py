@@ -3,6 +3,7 @@
 from . import (
     bandits,
     bounded_entries,
+    bounded_folds,
     caches,
     combiner,
     crate,
@@ -10,7 +11,9 @@ from . import (
     decoding,
     ecoformer,
     flash_io,
+    flash_lower,
     hyper,
+    hyper_spectral,
     kinetics,
     lightning,
     match3_layers,
@@ -32,6 +35,7 @@ __all__ = ["CLAIMS", "Claim", "Evidence", "Result", "run"]
 
 MODULES = (
     flash_io,
+    flash_lower,
     sparse,
     quantised,
     merging,
@@ -40,8 +44,10 @@ MODULES = (
     caches,
     power_softmax,
     bounded_entries,
+    bounded_folds,
     softmax_rounding,
     hyper,
+    hyper_spectral,
     urpe,
     universal,
     virtual_node,

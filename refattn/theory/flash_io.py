@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from ..functions.costs import (
 from ..problem import Problem
 from ..tensor import as_pairs
 from .claim import Claim, Differs, Evidence, judged, needs, same, worst
-from .io_loops import fits, flash, scores_in_slow_memory, tile_of, triple
+from .io_loops import flash, scores_in_slow_memory, tile_of, triple
 
 __all__ = ["CLAIMS", "counted"]
 
@@ -65,18 +64,19 @@ def _inputs(n: int, d: int, count: int = 3) -> list[Float]:
     return list(np.random.default_rng(n + d).standard_normal((count, n, d)) / d**0.25)
 
 
-def _off(out: Float, problem: Problem, tile: int = 1) -> float:
+def _off(found: Float, problem: Problem, tile: int = 1, name: str = "out") -> float:
     """Return the largest error of a result over what a float64 kernel may lose, element by element."""
     # one addition after another, as often rescaled as there are tiles
     model = replace(flash_model("float64"), tile=tile, chain=problem.n_k)
     right = expected(problem, model)
-    pairs = zip(np.abs(out - right.answer.out[0, 0]).flat, (right.allowed["out"][0, 0] + TINY).flat, strict=True)
+    error = np.abs(found - getattr(right.answer, name)[0, 0])
+    pairs = zip(error.flat, (right.allowed[name][0, 0] + TINY).flat, strict=True)
     return float(worst(pairs))
 
 
-def _right(out: Float, problem: Problem, tile: int = 1) -> Differs:
+def _right(found: Float, problem: Problem, tile: int = 1, name: str = "out") -> Differs:
     """Return whether a result is wrong: an element is off by more than `expected` allows."""
-    return same(_off(out, problem, tile) <= 1, True)
+    return same(_off(found, problem, tile, name) <= 1, True)
 
 
 def _both(words: int, form: int) -> list[tuple[int, int]]:
@@ -115,42 +115,6 @@ def loses() -> Evidence:
     q, k, v = _inputs(n, d)
     pairs = [(counted(q, k, v, m)[1], standard_io(n, d).forward) for m in (6 * d, d * d, 16 * d * d)]
     return judged(pairs, "words over those of standard attention, M from 6d")
-
-
-def _lower(n: int, d: int, m: int) -> float:
-    """Return the words that any order of products moves which computes each score as a sum of d products, M >= d².
-
-    In M accesses at most 2M words are at hand. Scores begun and finished meanwhile need whole rows: at most M/d of
-    q and of k, so (M/d)²·d products. The sums of others pass the beginning or the end: 3M of them at most, and by
-    Loomis and Whitney sqrt(M·M·3M) <= 2·M²/d products, as sqrt(M) >= d. So N²d products take that many times M words.
-    """
-    return m * math.floor(n * n * d / (3 * m * m / d))
-
-
-def _loops(n: int, d: int, m: int) -> Iterator[int]:
-    """Yield the words of loops that fit: FlashAttention's with any tile, and scores in slow memory by square tiles."""
-    q, k, v = _inputs(n, d)
-    for rows in (1, 2, 3, d // 2, d, 2 * d, n):
-        columns = max((c for c in range(1, n + 1) if fits(rows, c, d, m)), default=0)
-        if columns:
-            yield flash(q, k, v, m, tile=(rows, columns))[1].words
-    yield scores_in_slow_memory(q, k, v, m)[1].words
-
-
-def _optimal(sizes: tuple[tuple[int, int, int], ...], what: str) -> Evidence:
-    found = [(_lower(n, d, m), min(_loops(n, d, m))) for n, d, m in sizes]
-    return judged(found, what, {"words over the lower bound": [w / max(b, 1) for b, w in found]})
-
-
-def lower(sizes: tuple[tuple[int, int, int], ...] = ((96, 8, 64), (96, 8, 128), (80, 6, 40))) -> Evidence:
-    """N²d²/(3M) words, less at most M, against the fewest of many loops, for M from d² on."""
-    needs(all(m >= d * d for _, d, m in sizes), "M >= d²: below it other loops move fewer words")
-    return _optimal(sizes, "lower bound over the fewest words")
-
-
-def below() -> Evidence:
-    """The same bound for M far below d²: products by square tiles pass it."""
-    return _optimal(((16, 256, 18),), "lower bound over the fewest words, M far below d²")
 
 
 def _small(places: tuple[tuple[int, int, int], ...], what: str) -> Evidence:
@@ -284,14 +248,6 @@ CLAIMS = [
         check,
         loses,
         ("5·d + 4 <= M <= 5·N·d",),
-    ),
-    Claim(
-        "flash-io-lower",
-        "No order of products that sums each score moves fewer than N²d²/(3M) - M words, for M >= d²",
-        SAHA,
-        lower,
-        below,
-        ("M >= d²",),
     ),
     Claim(
         "flash-io-small",

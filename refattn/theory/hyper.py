@@ -321,7 +321,7 @@ CLAIMS = [
         recall_overstated,
     ),
     Claim(
-        "hyper-spectral",
+        "hyper-product",
         "With sortLSH's blocks exact and m of the n keys sampled for all other entries R of D⁻¹A, |D⁻¹(A - A')V|² in"
         " operator norm is in the mean at most n·|R|²·max|v|²/m, for values of one length at most alpha(R)·|V|²/m",
         "Han et al., HyperAttention (arXiv 2310.05869; the opening was read); the bound is derived here",

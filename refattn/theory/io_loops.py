@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 from .claim import needs
 from .counting import Memory, Slow
 
-__all__ = ["fits", "flash", "scores_in_slow_memory", "tile_of", "triple", "triple_tile"]
+__all__ = [
+    "fits",
+    "flash",
+    "scores_in_slow_memory",
+    "sums_by_rows",
+    "sums_by_squares",
+    "tile_of",
+    "triple",
+    "triple_tile",
+]
 
 Float = NDArray[np.float64]
 Blocks = NDArray[np.bool_]
@@ -130,6 +139,70 @@ def scores_in_slow_memory(q: Float, k: Float, v: Float, memory: int) -> tuple[Fl
         return part
 
     _products(fast, b, weights, v_, out, turn=False)
+    return out.data, fast
+
+
+def _summed(top: Float, total: Float, s: Float, after: Float) -> None:
+    """Take scores into maxima and sums of exponentials of rows, in the places that are held."""
+    after[:] = np.maximum(top, s.max(1))
+    total[:] = total * np.exp(top - after) + np.exp(s - after[:, None]).sum(1)
+    top[:] = after
+
+
+def sums_by_rows(q: Float, k: Float, memory: int) -> tuple[Float, Memory]:
+    """Return the logs of rows' sums of exponentials, and the memory that counted: rows in fast memory, keys one by one.
+
+    Parameters
+    ----------
+    q, k : (N, d) arrays
+        One head; scale 1.
+    memory : int
+        M, words of fast memory; what fits is the number of rows.
+    """
+    (n, d), fast = q.shape, Memory(memory)
+    rows = (memory - d) // (d + 4)
+    needs(rows > 0, f"M of at least 2·d + 4 words, got M = {memory}, d = {d}")
+    q_, k_, out = Slow(q), Slow(k), Slow(np.zeros(n))
+    for at in _spans(n, rows):
+        x = fast.load(q_, at)
+        s, after, total = fast.new(len(x), 1), fast.new(len(x)), fast.new(len(x))
+        top = fast.new(len(x), fill=-np.inf)
+        for j in _spans(n, 1):
+            y = fast.load(k_, j)
+            s[:] = x @ y.T
+            _summed(top, total, s, after)
+            fast.free(y)
+        fast.store(out, at, top + np.log(total))
+        fast.free(x, s, after, total, top)
+    return out.data, fast
+
+
+def sums_by_squares(q: Float, k: Float, memory: int) -> tuple[Float, Memory]:
+    """Return the same with squares of scores in fast memory, to which the features of rows and keys come one by one.
+
+    Parameters
+    ----------
+    q, k : (N, d) arrays
+        One head; scale 1.
+    memory : int
+        M, words of fast memory.
+    """
+    n, fast, b = len(q), Memory(memory), _most(lambda b: b * b + 4 * b <= memory)
+    needs(b > 0, f"M of at least 5 words, got {memory}")
+    q_, k_, out = Slow(q), Slow(k), Slow(np.zeros(n))
+    for i in _spans(n, b):
+        top, total = fast.new(i.stop - i.start, fill=-np.inf), fast.new(i.stop - i.start)
+        for j in _spans(n, b):
+            s = fast.new(len(top), j.stop - j.start)
+            for at in range(q.shape[1]):
+                x, y = fast.load(q_, (i, at)), fast.load(k_, (j, at))
+                s += np.multiply.outer(x, y)
+                fast.free(x, y)
+            after = fast.new(len(top))
+            _summed(top, total, s, after)
+            fast.free(s, after)
+        fast.store(out, i, top + np.log(total))
+        fast.free(top, total)
     return out.data, fast
 
 

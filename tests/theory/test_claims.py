@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from refattn import VARIANTS
 from refattn.cli.main import main
 from refattn.errors import HypothesisViolated, InvalidInput
 from refattn.functions.costs import context_of_equal_cost, hbm_bytes, keys_read, standard_io
@@ -28,7 +29,7 @@ from refattn.theory.tracing import Traced
 # claims that speak of some things only, and what they do not speak of
 VIOLATED = {
     "flash-io": ({"grid": ((64, 8, 43),)}, "M from 5·d + 4 to 5·N·d, got M = 43"),
-    "flash-io-lower": ({"sizes": ((16, 8, 63),)}, "M >= d²"),
+    "flash-io-lower": ({"sizes": ((16, 8, 4),)}, "M of at least 5 words"),
     "flash-io-block-sparse": ({"n": 61}, "that divide n = 61"),
     "triple-io": ({"grid": ((8, 3, 28),)}, "M of at least 8·d + 5 words, got M = 28"),
     "sparse-dropping": ({"selectors": {"none": lambda w, k: w < 0}}, "keeps a key of every row"),
@@ -47,11 +48,13 @@ VIOLATED = {
     "bounded-degree": ({"places": ((0.0, 2),)}, "R > 0"),
     "bounded-rank": ({"n": 10}, "n > C(d+g, g)"),
     "bounded-near-linear": ({"entries": (0.0, 1.0)}, "c > 0"),
+    "bounded-folds": ({"below": 1.25}, "more slowly than (log n)^(1/k)"),
     "log-sum-exp-rounding": ({"spread": 200.0}, "at which no exponential underflows"),
     "softmax-rounding": ({"spread": 200.0}, "at which no exponential underflows"),
     "online-rescale": ({"block": 0}, "blocks of at least one element"),
     "hyper-unbiased": ({"m": 0}, "at least one sample"),
     "hyper-rate": ({"sizes": (0, 1)}, "at least one sample"),
+    "hyper-spectral": ({"size": 64}, "every row has an entry that is sampled"),
     "rpe-constant": ({"same": False}, "all tokens are equal"),
     "single-layer-universal": ({"positions": False}, "positions are told"),
     "boltzmann-gap": ({"beyond": (-1.0,)}, "values more than 2·log n"),
@@ -117,7 +120,7 @@ def test_every_claim_says_whose_it_is_and_the_conditional_one_of_what():
     for claim in CLAIMS.values():
         assert claim.statement
         assert claim.source
-    assert [c.name for c in CLAIMS.values() if c.conditional_on] == ["bounded-near-linear"]
+    assert [c.name for c in CLAIMS.values() if c.conditional_on] == ["bounded-near-linear", "bounded-folds"]
     assert "refutation has been claimed" in CLAIMS["bounded-near-linear"].conditional_on
 
 
@@ -295,6 +298,14 @@ def test_the_command_line(tmp_path):
         failed = runner.invoke(main, ["theory", "run", *given])
         assert failed.exit_code != 0
         assert text in failed.output + str(failed.exception)
+
+
+def test_every_operator_over_a_mask_is_held_and_leaves_keys_out():
+    shares = CLAIMS["sparse-operators"].check().detail["largest dropped share"]
+    assert set(shares) >= {"block_sparse", "power_blocks", "neighborhood", "titans_mac", "moba", "topk"}
+    assert min(shares.values()) > 0
+    shapes = {name: type(v.shape).__name__ for name, v in VARIANTS.items()}
+    assert set(shares) == {name for name, shape in shapes.items() if shape in ("Lowered", "Selected")}
 
 
 def test_needs_raises():

@@ -25,7 +25,7 @@ def test_every_module_with_claims_is_edited_and_inputs_are_not():
 def test_an_edit_of_an_operator_and_of_what_it_imports_are_found():
     own = next(e for e in edits() if (e.module, e.function, e.was) == ("lightning", "chunked", "n - 1"))
     assert verdict(own).startswith("lightning-chunks: ")
-    assert dependents("io_loops") == ["io_loops", "flash_io"]
+    assert dependents("io_loops") == ["io_loops", "flash_io", "flash_lower"]
     used = next(e for e in edits() if (e.module, e.function, e.was) == ("systems", "power_sums", "-1"))
     assert verdict(used)
 
