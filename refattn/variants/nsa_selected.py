@@ -151,9 +151,10 @@ NSA_SELECTED = Variant(
     },
     fits=fits,
     tries=lambda n_q, n_k: (
-        {"block_size": 16, "topk": 16},
         {"block_size": 4, "topk": 3},
+        {"block_size": 2, "topk": 2},
         {"block_size": 7, "topk": 4, "forced": "first_previous_own"},
+        {"block_size": 2, "topk": 3, "forced": "first_previous_own"},
     ),
     always=frozenset({"causal_bottom_right"}),
     never=frozenset({"variable_lengths", "causal_top_left", "no_rows_or_keys"}),
