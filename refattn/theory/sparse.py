@@ -116,7 +116,7 @@ def dropping_by_count() -> Evidence:
     return _identity(lambda w, kept: Q(int((~kept).sum()), len(kept)), SELECTORS, what)
 
 
-ROWS, KEYS = 9, 12
+ROWS, KEYS = 8, 12
 
 
 def _tried(variant: Variant) -> list[Mapping[str, Any]]:
