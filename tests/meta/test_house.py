@@ -60,6 +60,9 @@ HEAVY = [
     "numba",
     "matplotlib",
     "scipy",
+    "sklearn",
+    "networkx",
+    "faiss",
 ]
 SOURCES = sorted(ROOT.rglob("*.py"))
 PUBLIC = {
