@@ -71,8 +71,8 @@ def parse_answer(text: str, *, mode: str = "exact") -> Fraction | None:
 def grade_approximation(answer: Any, exact: Any, *, mode: str = "exact") -> str:
     """Return how good an approximate answer is: "exact", "good", "mildly off", "way off", or "uncategorized".
 
-    With e the exact value and g the answer: exact where |g - e| <= 1e-6; good where |g - e| <= |e|/5; mildly off where
-    it is at most 3|e|/5; way off otherwise. No answer (None) is uncategorized.
+    With e the exact value and g the answer: exact where ``|g - e| <= 1e-6``; good where ``|g - e| <= |e|/5``;
+    mildly off where it is at most ``3|e|/5``; way off otherwise. No answer (None) is uncategorized.
 
     Parameters
     ----------
@@ -80,8 +80,8 @@ def grade_approximation(answer: Any, exact: Any, *, mode: str = "exact") -> str:
         A float is read as the decimal number that it prints as.
     exact : int, float, Decimal or Fraction
     mode : {"exact", "released"}
-        "exact" compares rational numbers; "released" computes |g - e|/|e| in float64, so that an answer on a boundary
-        may fall to either side: 3.6 for 3 is off by more than a fifth then.
+        "exact" compares rational numbers; "released" computes ``|g - e|/|e|`` in float64, so that an answer on a
+        boundary may fall to either side: 3.6 for 3 is off by more than a fifth then.
 
     Returns
     -------
@@ -142,7 +142,7 @@ def wilson_interval(successes: int, trials: int, *, z: float = 1.96) -> tuple[fl
 def two_proportion_z(successes_1: int, trials_1: int, successes_2: int, trials_2: int) -> tuple[float, float]:
     """Return z of the difference of two proportions with pooled variance, and the two-sided p-value.
 
-    z = (p1 - p2) / sqrt(p(1 - p)(1/n1 + 1/n2)), p = (k1 + k2)/(n1 + n2); the p-value is erfc(|z|/sqrt(2)).
+    ``z = (p1 - p2) / sqrt(p(1 - p)(1/n1 + 1/n2))``, ``p = (k1 + k2)/(n1 + n2)``; the p-value is ``erfc(|z|/sqrt(2))``.
 
     Parameters
     ----------

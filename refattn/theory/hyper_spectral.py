@@ -52,7 +52,7 @@ def _largest(x: Array) -> Array:
 
 
 def mean_square(a: Array, mask: Mask, v: Array, samples: tuple[int, int]) -> Any:
-    """Return the mean square of |Õ - D⁻¹A V| in operator norm over all draws, those for product and row sums apart.
+    """Return the mean square of ``|Õ - D⁻¹A V|`` in operator norm over all draws, those for product and row sums apart.
 
     Parameters
     ----------

@@ -59,6 +59,7 @@ SOFTMAX = Variant(
         {
             "empty/rows-allowed",
             "empty/rows-with-everything",
+            "gaussian/allowed-whole",
             "gaussian/bias-for-all-rows",
             "gaussian/dim-40",
             "gaussian/everything",

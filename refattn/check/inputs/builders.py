@@ -221,6 +221,8 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         # the window does not follow the corner that causal names
         "window-both-sides-top-left": _entry(lambda d: d.problem(causal="top_left", window=(9, 4)), "window"),
         "allowed": _entry(lambda d: d.problem(b=2, allowed=d.mask(2, 1, 37, 67)), "allowed"),
+        # a mask that hides nothing is taken for none, and its call for another
+        "allowed-whole": _entry(lambda d: d.problem(allowed=np.ones((1, 1, 37, 67), bool)), "allowed"),
         "bias": _entry(lambda d: d.problem(bias=d.normal(1, 2, 37, 67)), "bias"),
         # a stride of 0 that is not kept: rows, heads, batches or keys past the first read other memory
         "bias-for-all-rows": _entry(lambda d: d.problem(bias=d.normal(1, 2, 1, 67)), "bias"),
