@@ -142,7 +142,8 @@ def mssa(z: Any, bases: Any, eps: float) -> Any:
 def ista_step(x: Any, z: Any, dictionary: Any, eta: Any, weight: Any) -> Any:
     """Return a step of ISTA for the non-negative lasso: ``relu(z + eta (x - z Dᵀ) D - eta weight)``.
 
-    The loss is ``|x - z Dᵀ|²/2 + weight sum z``; the step lowers it for eta up to ``1/|D|²`` (the largest singular value).
+    The loss is ``|x - z Dᵀ|²/2 + weight sum z``; the step lowers it for eta up to ``1/|D|²``, of the largest singular
+    value.
 
     Parameters
     ----------
