@@ -28,7 +28,7 @@ def test_one_item_for_each_check(pytester):
         "@parametrize_with_checks(tiled, only='gaussian/*', capabilities=Capabilities(lse=True))\n"
         "def test_kernel(check):\n    check()\n",
     )
-    result.assert_outcomes(passed=26, skipped=2)  # it does not say that it knows weights
+    result.assert_outcomes(passed=27, skipped=2)  # it does not say that it knows weights
 
 
 def test_failures_say_everything_and_unsupported_is_skipped(pytester):

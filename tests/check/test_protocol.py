@@ -182,11 +182,11 @@ def test_what_is_carried_over_backward_shows(kernel, law, says):
     ("kernel", "law", "says"),
     [
         (cached_bias, "changed_in_place", "numbers that were changed in place give the answer of those before"),
-        (plan_by_lengths, "options_between", "a call after one with another option is wrong"),
+        (plan_by_lengths, "options_between", "is wrong, made after one with"),
         (cached_keys, "changed_in_place", "numbers that were changed in place give the answer of those before"),
         (one_buffer, "results_kept", "a result changed when the kernel was called again"),
         (first_shape, "shapes_between", "a call after one of another shape is wrong"),
-        (first_options, "options_between", "a call after one with another option is wrong"),
+        (first_options, "options_between", "is wrong, made after one with"),
         (hundredth_call, "many_repeats", "of 200 equal ones is wrong"),
         (thousandth_call, "many_repeats", "with another scale after 1000 calls it is wrong"),
         (shared_workspace, "two_threads", "a call from another thread, beside another call, is wrong"),
