@@ -75,7 +75,7 @@ def real(name: str, x: Any, least: float, most: float = math.inf) -> Any:
     if not fits or not least <= x <= most or math.isinf(x):
         up = "on" if math.isinf(most) else f"to {most}"
         raise InvalidInput(f"{name}: got {x!r}, expected a finite number from {least} {up}")
-    return x
+    return int(x) if isinstance(x, np.integer) else x  # NumPy's would wrap in what is made of it
 
 
 def within(name: str, x: Any, low: float, high: float, *, open_low: bool = False) -> float:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..arrays import like
 from ..errors import InvalidInput
 from .arguments import axes, namespace, whole, within
+from .dense import check_floats
 from .parts import attend, numbers, rounded
 
 __all__ = [
@@ -152,7 +153,7 @@ def members_of(scores: Any, window: int) -> Any:
     InvalidInput
         A window that is no whole number from 1 to n.
     """
-    xp = namespace(scores=scores)
+    xp = check_floats(scores=scores)
     if scores.ndim < 2:
         raise InvalidInput(f"scores: shape is {tuple(scores.shape)}, expected (..., tokens, clusters)")
     window = whole("window", window, 1, scores.shape[-2])

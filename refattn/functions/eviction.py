@@ -9,6 +9,7 @@ import array_api_compat as api
 
 from ..errors import InvalidInput
 from .arguments import axes, namespace, whole
+from .dense import check_floats
 from .probabilities import attended, causal_mask, probabilities, rank
 
 __all__ = ["evict", "speckv", "speckv_scores", "specpc_scores", "specpc_select"]
@@ -93,6 +94,7 @@ def evict(key: Any, value: Any, scores: Any, *, capacity: int) -> tuple[Any, Any
     axes("key", key, "batch", "heads", "keys", "dim")
     axes("value", value, *key.shape[:3], "dim")
     axes("scores", scores, *key.shape[:2], "keys")
+    check_floats(scores=scores)
     n, window = key.shape[2], key.shape[2] - scores.shape[2]
     if window < 0:
         raise InvalidInput(f"scores: has {scores.shape[2]} keys, expected at most key's {n}")
@@ -235,6 +237,7 @@ def specpc_select(
     xp = namespace(scores=scores)
     axes("scores", scores, "batch", "tokens")
     _one_of("pooling", pooling, "max", "average")
+    check_floats(scores=scores)
     n = scores.shape[1]
     whole("window", window, 0, n)
     whole("capacity", capacity, max(window, 1))

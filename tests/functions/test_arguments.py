@@ -50,3 +50,7 @@ def test_real_numbers_stay_as_they_are():
     for wrong in (0, math.inf):
         with pytest.raises(InvalidInput, match=re.escape(f"x: got {wrong!r}, expected a finite number from 1 on")):
             real("x", wrong, 1)
+
+
+def test_numpys_whole_numbers_do_not_wrap():
+    assert type(real("n", np.int8(100), 0)) is int

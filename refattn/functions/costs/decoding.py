@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from ...errors import InvalidInput
 from ..arguments import real, whole
 
@@ -71,8 +73,8 @@ class Decoding:
 def _shape(model: Decoder, context: int, generated: int, samples: int) -> tuple[Any, int, int, int, int, int]:
     """Return parameters, queries' and keys' features of all layers, and the sizes, after checking them."""
     parameters, layers, heads, heads_kv, d = model
-    for name, x in (("layers", layers), ("heads", heads), ("heads_kv", heads_kv), ("d", d)):
-        whole(name, x, 1)
+    sides = {"layers": layers, "heads": heads, "heads_kv": heads_kv, "d": d}
+    layers, heads, heads_kv, d = (whole(name, x, 1) for name, x in sides.items())
     if heads % heads_kv:
         raise InvalidInput(f"heads_kv: got {heads_kv}, which must divide heads, {heads}; give the model's own")
     sizes = whole("context", context, 0), whole("generated", generated, 1), whole("samples", samples, 1)
@@ -203,6 +205,7 @@ def keys_read(budget: int, context: int, generated: int) -> int:
     InvalidInput
         A budget or generated tokens below 1, a prompt below 0.
     """
+    budget, context, generated = (int(x) if isinstance(x, np.integer) else x for x in (budget, context, generated))
     if min(budget, context + 1, generated) < 1:
         raise InvalidInput(
             f"keys_read: got budget {budget}, context {context}, generated {generated}; expected at least 1, 0 and 1"

@@ -291,3 +291,10 @@ def test_pass_at_k_is_the_share_of_draws(n):
 def test_bad_input_is_refused(wrong, text):
     with pytest.raises(InvalidInput, match=re.escape(text)):
         wrong()
+
+
+def test_numpys_whole_numbers_do_not_wrap():
+    million = np.int32(10**6)
+    assert keys_read(million, million, million) == 10**12
+    small = Decoder(*(np.int8(x) for x in (100, 4, 32, 8, 64)))
+    assert dense_decoding(small, np.int8(100), np.int8(100)) == dense_decoding(Decoder(100, 4, 32, 8, 64), 100, 100)
