@@ -9,13 +9,14 @@ from typing import Any
 import jax
 from jax.experimental.buffer_callback import buffer_callback
 
-from ..errors import InvalidProblem, UnsupportedProblem
+from ..errors import UnsupportedProblem
 from ..problem import Problem, check_offsets
 from .backward import SOURCES, gradients
 from .forward import forward
 from .kernel import Call
 from .launch import capability
 from .plan import check_block_mask, choose
+from .request import CU_SEQLENS, parts_of
 from .views import library, on
 
 __all__ = ["attention"]
@@ -71,7 +72,7 @@ def attention(
     if blocks:
         tensors["blocks"] = options["block_mask"][0]
     if options["cu_seqlens"] is not None:
-        tensors["cu_q"], tensors["cu_k"] = _pair(options["cu_seqlens"])
+        tensors["cu_q"], tensors["cu_k"] = parts_of(options["cu_seqlens"], "cu_seqlens", CU_SEQLENS)
         check_offsets(problem, tensors["cu_q"], tensors["cu_k"])
     aligned = not (problem.d_k % 8 or problem.d_v % 8)
     call = Call.of(problem, accuracy, blocks, packed="cu_q" in tensors, aligned=aligned, mapped=aligned)
@@ -80,12 +81,6 @@ def attention(
     asked = _Asked(tuple(given), tuple(by_value.items()), blocks, accuracy, impl, bool(batch_invariant))
     found: tuple[Any, Any] = _attention(asked, *given.values())
     return found
-
-
-def _pair(given: Any) -> tuple[Any, Any]:
-    if not isinstance(given, tuple | list) or len(given) != 2:
-        raise InvalidProblem(f"cu_seqlens: got {type(given).__name__}, expected a tuple (cu_seqlens_q, cu_seqlens_k)")
-    return given[0], given[1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

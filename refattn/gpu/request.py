@@ -13,8 +13,9 @@ from .kernel import Call
 from .plan import check_block_mask
 from .views import View, cast, check_devices, layout, view
 
-__all__ = ["Kept", "Request", "read"]
+__all__ = ["CU_SEQLENS", "Kept", "Request", "parts_of", "read"]
 
+CU_SEQLENS = ("cu_seqlens_q", "cu_seqlens_k")
 TENSORS = ("query", "key", "value", "out", "lse", "dout")
 
 
@@ -105,9 +106,9 @@ def read(
     if sink is not None:
         given["sink"] = cast(sink, "float64" if dtype_name(given["query"]) == "float64" else "float32", "sink")
     if block_mask is not None:
-        given["blocks"], *sizes = _parts(block_mask, "block_mask", ("blocks", "block_q", "block_k"))
+        given["blocks"], *sizes = parts_of(block_mask, "block_mask", ("blocks", "block_q", "block_k"))
     if cu_seqlens is not None:
-        offsets = _parts(cu_seqlens, "cu_seqlens", ("cu_seqlens_q", "cu_seqlens_k"))
+        offsets = parts_of(cu_seqlens, "cu_seqlens", CU_SEQLENS)
         for n, x in zip(("cu_q", "cu_k"), offsets, strict=True):
             given[n] = cast(x, "int32", f"{n[:2]}_seqlens{n[2:]}")
     arrays = {n: view(x, n) for n, x in given.items()}
@@ -122,7 +123,8 @@ def read(
     return Request(given, arrays, options, sink, offsets, block_mask, (asked, places))
 
 
-def _parts(given: Any, name: str, parts: tuple[str, ...]) -> tuple[Any, ...]:
+def parts_of(given: Any, name: str, parts: tuple[str, ...]) -> tuple[Any, ...]:
+    """Return an option of several parts as a tuple, after checking that it has as many."""
     if not isinstance(given, tuple | list) or len(given) != len(parts):
         raise InvalidProblem(f"{name}: got {type(given).__name__}, expected a tuple ({', '.join(parts)})")
     return tuple(given)
