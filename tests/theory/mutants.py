@@ -15,6 +15,7 @@ import copy
 import importlib
 import multiprocessing
 import resource
+import signal
 import sys
 import time
 import tomllib
@@ -29,6 +30,7 @@ import refattn.theory
 ROOM = Path(refattn.theory.__file__).parent
 PACKAGE = "refattn.theory"
 SECONDS, BYTES = 8, 6 << 30
+SLOW = "takes too long"
 INSTRUMENTS = ("fields", "counting", "tracing", "io_loops")
 # functions that only make inputs, and calls whose arguments are seeds and sizes
 INPUTS = frozenset(tomllib.loads(Path(__file__).with_name("survivors.toml").read_text())["inputs"])
@@ -272,6 +274,8 @@ def found_by(edit: Edit) -> str:
 
 def _work(edit: Edit, to: object) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    # of its own time, so that a busy machine finds no more than an idle one
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     with open("/dev/null", "w") as nowhere, contextlib.redirect_stderr(nowhere):
         to.send(found_by(edit))
 
@@ -284,9 +288,10 @@ def verdict(edit: Edit) -> str:
     worker.start()
     there.close()
     try:
-        return here.recv() if here.poll(SECONDS) else "takes too long"
+        return here.recv()
     except EOFError:
-        return "dies"
+        worker.join()
+        return SLOW if worker.exitcode in (-signal.SIGXCPU, -signal.SIGKILL) else "dies"
     finally:
         worker.kill()
         worker.join()
@@ -303,9 +308,10 @@ def reasons() -> dict[str, str]:
 def main(module: str | None, every: int) -> None:
     """Print the edits that no claim finds, and the score."""
     chosen = [e for e in edits() if module in (None, e.module)][::every]
-    start, known, missed, equivalent = time.perf_counter(), reasons(), 0, 0
+    start, known, missed, equivalent, slow = time.perf_counter(), reasons(), 0, 0, 0
     for edit in chosen:
-        if verdict(edit):
+        if by := verdict(edit):
+            slow += by == SLOW
             continue
         reason = known.get(edit.name, "NOT FOUND")
         equivalent += reason.startswith("equivalent")
@@ -314,7 +320,8 @@ def main(module: str | None, every: int) -> None:
     counted = len(chosen) - equivalent
     print(
         f"{len(chosen)} edits, {equivalent} of them equivalent; of the other {counted} {counted - missed} make a claim"
-        f" fail ({(counted - missed) / max(counted, 1):.1%}), in {time.perf_counter() - start:.0f} s"
+        f" fail ({(counted - missed) / max(counted, 1):.1%}), {slow} of these by taking more than {SECONDS} s,"
+        f" in {time.perf_counter() - start:.0f} s"
     )
 
 

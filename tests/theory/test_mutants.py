@@ -1,7 +1,9 @@
 """The mutation tests themselves: they edit what checks run, find edits, leave inputs alone, have no stale reasons."""
 
 import ast
+import time
 
+from . import mutants
 from .mutants import INPUTS, checked, dependents, edits, imports, reasons, source, verdict
 
 
@@ -34,3 +36,11 @@ def test_what_changes_nothing_is_not_found():
     same = next(e for e in edits() if e.module == "lightning")
     object.__setattr__(same, "tree", lambda: source("lightning"))
     assert verdict(same) == ""
+
+
+def test_an_edit_is_given_so_much_time_of_its_own(monkeypatch):
+    monkeypatch.setattr(mutants, "SECONDS", 1)
+    monkeypatch.setattr(mutants, "found_by", lambda edit: time.sleep(1.5) or "waits for others")
+    assert verdict(edits()[0]) == "waits for others"
+    monkeypatch.setattr(mutants, "found_by", lambda edit: any(iter(int, 1)))
+    assert verdict(edits()[0]) == mutants.SLOW
