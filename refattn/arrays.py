@@ -14,7 +14,7 @@ import array_api_compat as api
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import FORMATS, format_of, is_float
+from .dtypes import FORMATS, format_of, is_float, no_format
 from .errors import InvalidInput, InvalidProblem
 
 __all__ = ["KINDS", "dtype_name", "kind_of", "like", "native", "to_kind", "to_numpy", "why_unusable"]
@@ -205,7 +205,7 @@ def like(x: NDArray[Any], model: Any) -> Any:
 def to_float64(x: NDArray[Any]) -> NDArray[np.float64]:
     """Return a float array of the table as float64, exactly (every format's numbers are float64 numbers)."""
     if not is_float(x.dtype):
-        raise InvalidInput(f"dtype: got {x.dtype.name!r}, expected one of {', '.join(FORMATS)}")
+        raise no_format("dtype", x.dtype.name)
     with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
         return np.asarray(x).astype(np.float64, copy=False)
 

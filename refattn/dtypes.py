@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .errors import InvalidInput
 
-__all__ = ["FORMATS", "Format", "format_of", "is_float"]
+__all__ = ["FORMATS", "Format", "format_of", "is_float", "no_format"]
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,14 @@ FORMATS: dict[str, Format] = {
     )
 }
 """The formats that refattn knows, by name."""
+SHORT = {
+    "half": "float16", "single": "float32", "double": "float64", "float": "float32",
+    "fp16": "float16", "fp32": "float32", "fp64": "float64", "f16": "float16", "f32": "float32", "f64": "float64",
+    "bf16": "bfloat16", "brain": "bfloat16",
+    "e4m3": "float8_e4m3fn", "e4m3fn": "float8_e4m3fn", "float8_e4m3": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn",
+    "e5m2": "float8_e5m2", "fp8_e5m2": "float8_e5m2",
+}  # fmt: skip
+"""What people write for a format's name."""
 
 
 def format_of(dtype: Any) -> Format:
@@ -208,8 +216,16 @@ def format_of(dtype: Any) -> Format:
         with contextlib.suppress(TypeError, ValueError, SyntaxError):
             name = np.dtype(dtype).name
     if name not in FORMATS:
-        raise InvalidInput(f"dtype: got {name!r}, expected one of {', '.join(FORMATS)}; cast the arrays first")
+        raise no_format("dtype", name, "cast the arrays first")
     return FORMATS[name]
+
+
+def no_format(argument: str, got: Any, change: str = "") -> InvalidInput:
+    """Return the error for an argument that names no format; a usual short name is answered with the whole one."""
+    if (meant := SHORT.get(str(got).rsplit(".")[-1].lower())) is not None:
+        return InvalidInput(f"{argument}: got {got!r}; write {meant!r}")
+    more = f"; {change}" if change else ""
+    return InvalidInput(f"{argument}: got {got!r}, expected one of {', '.join(FORMATS)}{more}")
 
 
 def is_float(dtype: Any) -> bool:

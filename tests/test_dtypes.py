@@ -199,6 +199,16 @@ def test_what_is_no_format_is_refused(dtype, name):
     assert str(caught.value) == f"dtype: got {name!r}, expected one of {KNOWN}; cast the arrays first"
 
 
+@pytest.mark.parametrize(
+    ("short", "whole"), [("bf16", "bfloat16"), ("torch.bf16", "bfloat16"), ("E4M3", "float8_e4m3fn")]
+)
+def test_a_short_name_is_answered_with_the_whole_one(short, whole):
+    with pytest.raises(InvalidInput) as caught:
+        format_of(short)
+    assert str(caught.value) == f"dtype: got {short.rpartition('.')[2]!r}; write {whole!r}"
+    assert set(dtypes.SHORT.values()) <= set(FORMATS)
+
+
 @pytest.mark.parametrize("name", [None, "1_000", "f4,,", "(1,2", "", SimpleNamespace(name=5)])
 def test_what_names_no_format_is_refused(name):
     assert not is_float(name)

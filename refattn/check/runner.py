@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import FORMATS
+from ..dtypes import FORMATS, no_format
 from ..errors import InvalidInput, KernelError, UnsupportedProblem, expect
 from ..exact.blas import one_thread
 from ..exact.driver import enclose
@@ -155,7 +155,7 @@ def plan(
     expect(not isinstance(dtypes, str), "dtypes", dtypes, "a sequence of names")
     unknown = [d for d in dtypes or () if d not in FORMATS]
     if unknown:
-        raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
+        raise no_format("dtype", unknown[0])
     if able.gradients and isinstance(v.shape, Steps) and v.rows is None:
         raise InvalidInput(
             f"gradients: {v.name} has no form with all tokens at once, from which their bounds follow; add one to "

@@ -24,14 +24,14 @@ from ..check.model import MODELS, model_named
 from ..check.report.page import page
 from ..check.report.report import Report, junit, summary
 from ..check.runner import Item, check_kernel, plan
-from ..dtypes import FORMATS
+from ..dtypes import FORMATS, no_format
 from ..errors import InvalidInput
 from ..files import check_folders, load_problem, write_text
 from ..operators import load
 from ..problem import VARIANT, Problem
 from .baseline import Baseline
 from .guard import at, reached
-from .output import console_of, print_failures, print_outside, table_of
+from .output import OPERATORS, console_of, print_failures, print_outside, table_of
 
 __all__ = ["check"]
 
@@ -46,10 +46,13 @@ MOST_JOBS = 16
     "--variant",
     default=VARIANT,
     show_default=True,
-    help="The operator that the kernel computes: a name, or path/file.py:NAME for one of your own.",
+    help="The operator that the kernel computes, or path/file.py:NAME for one of your own: " + OPERATORS,
 )
 @click.option(
-    "--dtype", "dtypes", multiple=True, help="A format to check; may be repeated. Default: all that the kernel has."
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    help=f"A format to check; may be repeated. Default: all that the kernel has. One of {', '.join(FORMATS)}.",
 )
 @click.option(
     "--only", multiple=True, help="Run only the checks of this name (a shell pattern); refattn list --checks softmax."
@@ -114,7 +117,7 @@ def check(
     entries = (_untrusted if untrusted else _entries)(kernels, variant, model, time_limit, memory_limit)
     unknown = [d for d in dtypes if d not in FORMATS]
     if unknown:
-        raise InvalidInput(f"dtype: got {unknown[0]!r}, expected one of {', '.join(FORMATS)}")
+        raise no_format("dtype", unknown[0])
     which = {"only": only[0] if only else None, "budget": budget, "seed": seed}
     more = {"seconds": seconds, "n_jobs": n_jobs or min(os.cpu_count() or 1, MOST_JOBS)}
     reports: list[Report] = []

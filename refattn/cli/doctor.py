@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -33,16 +34,24 @@ EXTRAS = {
 
 
 @click.command()
-def doctor() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+def doctor(as_json: bool) -> None:
     """Show versions, devices, and the extras that are missing with the command that adds them."""
-    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
-    table = Table("what", "found")
-    for name, text in {**machine(), **versions(), "cores": str(os.cpu_count()), **gpus()}.items():
-        table.add_row(name, text)
-    console.print(table)
+    found = {**machine(), **versions(), "cores": str(os.cpu_count()), **gpus()}
     missing = {
         e: m for e, modules in EXTRAS.items() if (m := [x for x in modules if importlib.util.find_spec(x) is None])
     }
+    clash = sorted(
+        d.metadata["Name"] for d in metadata.distributions() if (d.metadata["Name"] or "").startswith("cupy-cuda")
+    )
+    if as_json:
+        click.echo(json.dumps({"found": found, "missing": missing, "cupy": clash}, indent=1))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
+    table = Table("what", "found")
+    for name, text in found.items():
+        table.add_row(name, text)
+    console.print(table)
     for extra, modules in missing.items():
         console.print(
             f"missing {', '.join(modules)}: pip install 'refattn[{extra.split()[0]}]'"
@@ -52,9 +61,6 @@ def doctor() -> None:
         )
     if not missing:
         console.print("every extra is here")
-    clash = sorted(
-        d.metadata["Name"] for d in metadata.distributions() if (d.metadata["Name"] or "").startswith("cupy-cuda")
-    )
     if len(clash) > 1:
         console.print(
             f"two CuPy wheels clash: {', '.join(clash)}; uninstall all but the one for your CUDA", markup=False

@@ -10,14 +10,19 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..dtypes import FORMATS
+from ..dtypes import FORMATS, no_format
 from ..errors import InvalidInput
 from ..exact import evaluate
 from ..files import BAD_FILE, check_folders, load_problem, save_arrays
 from ..operators import load
 from ..problem import OFFSETS, TENSORS, Problem
+from .output import OPERATORS
 
 __all__ = ["exact"]
+
+MASK = "a boolean mask is called allowed, numbers to add are called bias"
+HINTS = {n: f"give it as --{n}" for n in ("causal", "scale", "softcap")} | {"mask": MASK, "attn_mask": MASK}
+"""What to do about arrays that a plain file should not have."""
 
 
 @click.command()
@@ -29,7 +34,9 @@ __all__ = ["exact"]
 @click.option("--causal", type=click.Choice(["bottom_right", "top_left"]), help="With a plain .npz: the causal corner.")
 @click.option("--scale", type=float, help="With a plain .npz: the scale; by default 1/sqrt(d_k).")
 @click.option("--softcap", type=float, help="With a plain .npz: the softcap.")
-@click.option("--variant", help="The operator: a name, or path/file.py:NAME; a file of save_problem names its own.")
+@click.option(
+    "--variant", help="The operator, or path/file.py:NAME; a file of save_problem names its own. " + OPERATORS
+)
 @click.option("--gradients", "dout_file", help="A .npy file with the gradient arriving at out: also write dq, dk, dv.")
 @click.option("--n-jobs", type=click.IntRange(1), help="Processes; by default one, with a thread for each core.")
 @click.option("--checkpoint", help="A folder for finished parts: the same command goes on from there.")
@@ -48,11 +55,12 @@ def exact(
     """Write the correctly rounded answer of the call in INPUT.npz.
 
     INPUT.npz is a file of refattn.save_problem, or a plain .npz with the arrays query, key, value and, where wanted,
-    bias, allowed, sink, cu_seqlens_q, cu_seqlens_k. refattn.files.load_arrays reads what is written.
+    bias, allowed, sink, weight, state, cu_seqlens_q, cu_seqlens_k; others are refused. refattn.files.load_arrays
+    reads what is written.
     """
     check_folders(target)
     if rounding not in FORMATS:
-        raise InvalidInput(f"rounding: got {rounding!r}, expected one of {', '.join(FORMATS)}")
+        raise no_format("rounding", rounding)
     own = None if variant is None else load(variant)
     options = {"causal": causal, "scale": scale, "softcap": softcap, "variant": own}
     problem = _read(source, {n: x for n, x in options.items() if x is not None})
@@ -79,13 +87,14 @@ def exact(
 def _read(source: str, options: dict[str, Any]) -> Problem:
     try:
         with open(source, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            plain = "refattn" not in file and {"query", "key", "value"} <= set(file)
-            arrays = {n: file[n] for n in (*TENSORS, *OFFSETS) if n in file} if plain else {}
+            plain = "refattn" not in file
+            arrays = {n: file[n] for n in file} if plain else {}
     except FileNotFoundError as e:
         raise InvalidInput(f"{source}: there is no such file") from e
     except BAD_FILE as e:
         raise InvalidInput(f"{source}: is no .npz file that can be read") from e
     if plain:
+        _check_names(source, set(arrays))
         return Problem(**arrays, **options)
     variant = options.pop("variant", None)
     if options:
@@ -94,6 +103,17 @@ def _read(source: str, options: dict[str, Any]) -> Problem:
     if variant not in (None, problem.variant):
         raise InvalidInput(f"{source}: is a call of {problem.variant}, and --variant says {variant}")
     return problem
+
+
+def _check_names(source: str, names: set[str]) -> None:
+    """Refuse a plain .npz file with other arrays than a call has: none is dropped in silence."""
+    known = f"query, key, value and, where wanted, {', '.join((*TENSORS[3:], *OFFSETS))}"
+    if missing := [n for n in TENSORS[:3] if n not in names]:
+        found = ", ".join(sorted(names)) or "nothing"
+        raise InvalidInput(f"{source}: has no {missing[0]} but {found}; expected {known}")
+    if unknown := sorted(names - {*TENSORS, *OFFSETS}):
+        hint = f"; {HINTS[unknown[0]]}" if unknown[0] in HINTS else ""
+        raise InvalidInput(f"{source}: has {', '.join(unknown)}, which no array of a call is{hint}; expected {known}")
 
 
 def _array(path: str) -> Any:

@@ -11,13 +11,14 @@ from ..check.probe import found
 from ..operators import load
 from ..problem import VARIANT
 from .guard import reached
+from .output import OPERATORS
 
 __all__ = ["init", "pasted"]
 
 
 @click.command()
 @click.argument("kernel")
-@click.option("--variant", default=VARIANT, show_default=True, help="The operator that KERNEL computes.")
+@click.option("--variant", default=VARIANT, show_default=True, help="The operator that KERNEL computes: " + OPERATORS)
 def init(kernel: str, variant: str) -> None:
     """Try the options, widths, lengths and formats of KERNEL and print its Capabilities to paste.
 

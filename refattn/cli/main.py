@@ -86,7 +86,10 @@ def list_(kernels: bool, checks: str | None) -> None:
 @main.command()
 @click.argument("variant")
 def show(variant: str) -> None:
-    """Show an operator's formula, contract and source."""
+    """Show an operator's formula, contract and source.
+
+    VARIANT is one that `refattn list` prints, or path/file.py:NAME.
+    """
     v = variant_of(load(variant))
     console = console_of(sys.stdout)
 
@@ -124,7 +127,11 @@ main.add_command(theory)
 @click.argument("name")
 @click.option("--json", "json_file", help="Also write the figures to this file as JSON.")
 def bench(name: str, json_file: str | None) -> None:
-    """Run a benchmark and print a row for each figure."""
+    """Run a benchmark and print a row for each figure. Exit code: 1 where one is not held.
+
+    NAME is accuracy, decode, exact, gpu, gpu_backward, gpu_options, gpu_training, he, he_peers, imports, judge,
+    tensor, tensor_gpu or verdicts.
+    """
     from ..bench import benchmarks, run
 
     if name not in benchmarks():

@@ -14,9 +14,12 @@ from rich.table import Table
 from ..check.kernels import KERNELS
 from ..check.model import EDGES
 from ..check.report.report import Check, Report
+from ..variants import VARIANTS
 
-__all__ = ["console_of", "print_failures", "print_outside", "table_of"]
+__all__ = ["OPERATORS", "console_of", "print_failures", "print_outside", "table_of"]
 
+OPERATORS = ", ".join(VARIANTS) + "."
+"""The operators' names, for the help of commands."""
 NAMES = 4
 """Names of one cause that are printed."""
 

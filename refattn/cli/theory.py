@@ -43,7 +43,10 @@ def list_() -> None:
 @click.option("--json", "json_file", help="Also write the evidence to this file as JSON.")
 @click.option("--plots", help="Also draw what changes with a size, into this folder.")
 def run_(names: tuple[str, ...], every: bool, json_file: str | None, plots: str | None) -> None:
-    """Run claims: what was measured beside its bound, and whether the control failed as it must."""
+    """Run claims: what was measured beside its bound, and whether the control failed as it must.
+
+    NAMES are those that `refattn theory list` prints. Exit code: 1 where a claim does not hold or a control does.
+    """
     from ..theory import CLAIMS, run
     from ..theory.plots import figure
 

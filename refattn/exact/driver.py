@@ -78,6 +78,14 @@ class Answer:
     core: Problem | None = None
     margins: NDArray[np.float64] | None = None
 
+    def __repr__(self) -> str:
+        to = "" if self.rounding is None else f", correctly rounded to {self.rounding}"
+        parts = [f"{n} {tuple(x.shape)}" for n, x in self.values.items()]
+        left = sum(self.undecided.values())
+        known = f", {left} undecided" if left else ""
+        widest = max((float(e.radius.max(initial=0.0)) for e in self.enclosures.values()), default=0.0)
+        return f"Answer({', '.join(parts)}{to}, radius at most {widest:.1g}{known})"
+
     @property
     def call(self) -> Problem:
         """The call that was evaluated: `core` where there is one, else `problem`."""

@@ -16,7 +16,7 @@ from ..check.compare import compare
 from ..check.inputs.families import cases
 from ..check.report.report import Check
 from ..check.runner import matches
-from ..dtypes import FORMATS
+from ..dtypes import FORMATS, no_format
 from ..errors import InvalidInput, RefattnError, UnsupportedProblem
 from ..files import sync, write_text
 from ..problem import VARIANT
@@ -73,7 +73,7 @@ def make(
     variant_of(variant)
     unknown = [d for d in dtypes if d not in FORMATS]
     if unknown or not dtypes:
-        raise InvalidInput(f"dtypes: got {unknown[0] if unknown else ''!r}, expected some of {', '.join(FORMATS)}")
+        raise no_format("dtypes", unknown[0] if unknown else "")
     chosen = [
         (c, d)
         for d in dict.fromkeys(dtypes)

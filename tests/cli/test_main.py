@@ -171,6 +171,29 @@ def test_list_show_and_doctor():
     assert "pip install 'refattn[" in told.output or "every extra is here" in told.output
 
 
+def test_doctor_prints_json():
+    told = json.loads(call("doctor", "--json").output)
+    assert told["found"]["refattn"] == __version__
+    assert set(told) == {"found", "missing", "cupy"}
+
+
+def test_help_lists_what_there_is_to_choose():
+    """Of every option and argument that takes one of a list of names."""
+    from refattn.bench import benchmarks
+    from refattn.check.model import MODELS
+    from refattn.dtypes import FORMATS
+    from refattn.variants import VARIANTS
+
+    def words(*arguments):
+        text = call(*arguments, "--help").output
+        return set(text.replace(",", " ").replace(".", " ").split())
+
+    assert words("check") >= {*VARIANTS, *MODELS, *FORMATS, "quick", "ci", "nightly"}
+    assert words("exact") >= {*VARIANTS, *FORMATS}
+    assert words("init") >= set(VARIANTS)
+    assert words("bench") >= set(benchmarks())
+
+
 def test_doctor_shows_the_driver_and_compute_capability(tmp_path, monkeypatch):
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 580.159.04, 9.0'\n")
@@ -241,6 +264,10 @@ def test_exact_from_plain_arrays(tmp_path, make):
 def test_exact_and_bad_files(tmp_path, make):
     (tmp_path / "text.npz").write_text("hello")
     np.savez(tmp_path / "half.npz", query=np.ones(3))
+    np.savez(tmp_path / "short.npz", q=np.ones(3), k=np.ones(3), v=np.ones(3))
+    three = {n: np.ones(3) for n in ("query", "key", "value")}
+    np.savez(tmp_path / "mask.npz", **three, mask=np.ones(3))
+    np.savez(tmp_path / "causal.npz", **three, causal=True)
     np.savez(tmp_path / "flat.npz", query=np.ones(3), key=np.ones(3), value=np.ones(3))
     save_problem(make(), tmp_path / "good.npz")
     (tmp_path / "bad.npy").write_text("hello")
@@ -248,9 +275,19 @@ def test_exact_and_bad_files(tmp_path, make):
     for arguments, text in (
         (("none.npz", "--rounding", "float32", *out), "there is no such file"),
         ((tmp_path / "text.npz", "--rounding", "float32", *out), "is no .npz file that can be read"),
-        ((tmp_path / "half.npz", "--rounding", "float32", *out), "is not a problem file of refattn"),
+        (
+            (tmp_path / "half.npz", "--rounding", "float32", *out),
+            "has no key but query; expected query, key, value and, ",
+        ),
+        ((tmp_path / "short.npz", "--rounding", "float32", *out), "has no query but k, q, v; expected query, key, "),
+        (
+            (tmp_path / "mask.npz", "--rounding", "float32", *out),
+            "no array of a call is; a boolean mask is called allo",
+        ),
+        ((tmp_path / "causal.npz", "--rounding", "float32", *out), "has causal, which no array of a call is; give it "),
         ((tmp_path / "flat.npz", "--rounding", "float32", *out), "query: got 1 axes"),
         ((tmp_path / "good.npz", "--rounding", "float20", *out), "rounding: got 'float20'"),
+        ((tmp_path / "good.npz", "--rounding", "fp16", *out), "rounding: got 'fp16'; write 'float16'"),
         (
             (tmp_path / "good.npz", "--rounding", "float32", "--scale", "2", *out),
             "carries its own options; leave out --scale",

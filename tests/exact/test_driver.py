@@ -375,6 +375,16 @@ def test_identical_values_have_zero_gradients(make):
 # bad calls -----------------------------------------------------------------------------------------------------------
 
 
+def test_an_answer_prints_itself_in_one_line(make):
+    p = make(d_v=4)
+    a = evaluate(p)
+    widest = max(e.radius.max() for e in a.enclosures.values())
+    assert repr(a) == f"Answer(out (1, 2, 5, 4), lse (1, 2, 5), radius at most {widest:.1g})"
+    assert repr(evaluate(p, rounding="float16")).startswith(
+        "Answer(out (1, 2, 5, 4), lse (1, 2, 5), correctly rounded to float16, radius at most "
+    )
+
+
 def test_bad_calls_are_named(make):
     p = make()
     with pytest.raises(InvalidInput, match="bits: got 8, expected an integer from 32"):
