@@ -14,6 +14,7 @@ from rich.table import Table
 from ..check.kernels import KERNELS
 from ..check.model import EDGES
 from ..check.report.report import Check, Report
+from ..check.runner import ALONE
 from ..variants import VARIANTS
 
 __all__ = ["OPERATORS", "console_of", "print_failures", "print_outside", "table_of"]
@@ -63,8 +64,11 @@ def print_failures(console: Console, reports: list[Report]) -> None:
     """Print each cause once: the check with the smallest call, and the names of the others; then the edges."""
     for r in reports:
         causes: dict[str, list[Check]] = {}
-        for c in r.checks:
-            if c.verdict == "failed":
+        failed = [c for c in r.checks if c.verdict == "failed"]
+        follow = [c for c in failed if ALONE in c.message]
+        follow = follow if len(follow) < len(failed) else []
+        for c in failed:
+            if c not in follow:
                 causes.setdefault(_cause(c.message), []).append(c)
         for group in sorted(causes.values(), key=lambda x: -len(x)):
             group.sort(key=lambda c: c.worst.elements if c.worst is not None else 0)
@@ -75,6 +79,10 @@ def print_failures(console: Console, reports: list[Report]) -> None:
                 rest = [c.name for c in group[1:]]
                 more = f" and {len(rest) - NAMES} more" if len(rest) > NAMES else ""
                 _print(console, f"  the same in {', '.join(rest[:NAMES])}{more}")
+        if follow:
+            names = ", ".join(c.name for c in follow[:NAMES]) + (" ..." if len(follow) > NAMES else "")
+            text = "of a law may fail for the same reason, its call being wrong"
+            _print(console, f"{_counted(len(follow))} {text}: {names}")
         for name, n in r.broken.items():
             known = " (declared)" if name in r.edges else ""
             _print(console, f"{r.kernel} differs at an edge{known}, {_counted(n)}: {name}: asked is that {EDGES[name]}")
@@ -126,5 +134,6 @@ def print_outside(console: Console, reports: list[Report], kernels: tuple[str, .
         if missing:
             _print(console, f"not here: {', '.join(missing)}; refattn doctor tells how to add them")
         for e in KERNELS.values():
-            if e.here and e.named_only and reports[0].variant in e.variants:
+            named = {r.kernel for r in reports}
+            if e.here and e.named_only and e.name not in named and reports[0].variant in e.variants:
                 _print(console, f"{e.name}: runs only when named, {e.named_only}")

@@ -1,15 +1,19 @@
 """The command line, as a person calls it."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
-from refattn import __version__, save_problem
+from refattn import __version__, check_kernel, save_problem
+from refattn.check.kernels import KERNELS
 from refattn.cli.main import main
 
 WRONG = """
@@ -152,6 +156,39 @@ def test_formats_that_fail_alike_are_told_once():
     assert "torch-sdpa-math differs at an edge, 8 checks: nan-behind-mask: asked is that NaN or inf" in result.output
     assert "right · 1 edge differs" in result.output
     assert call("check", "torch-sdpa-math", "--only", "poison/value-behind*", "--strict").exit_code == 1
+
+
+def test_without_other_kernels_a_wrong_one_is_shown(monkeypatch):
+    """It does not count: what it gets wrong is said, and the exit code is that of our kernel."""
+    from refattn.check import kernels
+
+    ours = [kernels.KERNELS["refattn-tiled"]]
+    monkeypatch.setattr("refattn.cli.check.found", lambda variant: ours)
+    monkeypatch.setattr("refattn.cli.check.EVERY", -1.0)
+    result = call("check", "--dtype", "float32", "--only", "gaussian/dim-4*", "--seed", "3")
+    assert result.exit_code == 0
+    for text in (
+        "example-no-rescale fails gaussian/dim-40[float32]: out: error above the bound",
+        "an edge of tiles of 32",
+        "WRONG",
+        "refattn-tiled: 1 of 3 checks, ",
+    ):
+        assert text in result.output
+    assert call("check", "example-no-rescale", "--only", "gaussian/dim-40*", "--no-explain").exit_code == 1
+    assert "runs only when named, it is wrong on purpose" not in result.output
+
+
+def test_laws_whose_calls_are_wrong_are_one_line():
+    from refattn.cli.output import print_failures
+
+    kernel = KERNELS["example-no-rescale"].kernel()
+    call_, law = (check_kernel(kernel, only=n).checks for n in ("gaussian/dim-40*", "law/key_permutation*"))
+    for checks, alone in (((*call_, *law), False), (law, True)):
+        console = Console(file=io.StringIO(), width=200)
+        print_failures(console, [replace(check_kernel(kernel, only="law/key_permutation*"), checks=checks)])
+        text = console.file.getvalue()
+        assert ("fails law/key_permutation" in text) == alone
+        assert ("1 check of a law may fail for the same reason, its call being wrong: law/key_perm" in text) != alone
 
 
 def test_list_show_and_doctor():

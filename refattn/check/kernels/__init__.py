@@ -23,7 +23,10 @@ from ..model import FEATURES, FURTHER, GRADIENTS, Capabilities, Model, ModelFor,
 from ..state import restored
 from . import tiled
 
-__all__ = ["KERNELS", "Entry", "find", "found"]
+__all__ = ["EXAMPLE", "KERNELS", "Entry", "find", "found"]
+
+EXAMPLE = "example-no-rescale"
+"""A wrong kernel's name."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,14 @@ KERNELS: dict[str, Entry] = {
                 batch_invariant=True,
             ),
             tiled.model,
+        ),
+        Entry(
+            EXAMPLE,
+            "",
+            _load("example", "no_rescale"),
+            _able("float32", "d_v_differs scale"),
+            flash,
+            named_only="it is wrong on purpose, to show what is said of such a kernel",
         ),
         Entry(
             "refattn-sparse",
