@@ -17,6 +17,7 @@ __all__ = [
     "UntrustedArithmetic",
     "WorkerDied",
     "expect",
+    "install",
     "printable",
 ]
 
@@ -68,6 +69,11 @@ class WorkerDied(RefattnError):
 def printable(text: str) -> str:
     """Return a text without colours and control characters, which terminals, XML and HTML do not take."""
     return "".join(c for c in re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", text) if c.isprintable())
+
+
+def install(extra: str) -> str:
+    """Return the command that adds an extra of ours. We are not on PyPI: it is run in a clone."""
+    return f"in a clone of refattn: pip install '.[{extra}]'"
 
 
 def expect(good: bool, what: str, got: object, expected: str) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..check.report.report import machine, versions
+from ..errors import install
 
 __all__ = ["doctor"]
 
@@ -54,7 +55,7 @@ def doctor(as_json: bool) -> None:
     console.print(table)
     for extra, modules in missing.items():
         console.print(
-            f"missing {', '.join(modules)}: pip install 'refattn[{extra.split()[0]}]'"
+            f"missing {', '.join(modules)}; {install(extra.split()[0])}"
             + (" (or cuda13, for CUDA 13)" if "cuda" in extra else ""),
             markup=False,
             soft_wrap=True,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UnsupportedProblem
+from ..errors import UnsupportedProblem, install
 from ..problem import Problem
 from .arithmetic import Numbers
 from .inverse import Inverse
@@ -33,7 +33,7 @@ def _context(levels: int, rotations: bool, threads: int) -> Any:
     try:
         ts = importlib.import_module("tenseal")
     except ModuleNotFoundError as e:
-        raise UnsupportedProblem("he: needs the package tenseal; pip install 'refattn[he]'") from e
+        raise UnsupportedProblem(f"he: needs the package tenseal; {install('he')}") from e
     bits = [54, *[40] * levels, 54]
     made = ts.context(ts.SCHEME_TYPE.CKKS, 16384, coeff_mod_bit_sizes=bits, n_threads=threads)
     made.global_scale = 2.0**40

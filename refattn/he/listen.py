@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import UnsupportedProblem
+from ..errors import UnsupportedProblem, install
 
 __all__ = ["listen"]
 
@@ -46,7 +46,7 @@ def listen(
     try:
         import uvicorn
     except ModuleNotFoundError as e:
-        raise UnsupportedProblem("he: serving needs the package uvicorn; pip install 'refattn[he]'") from e
+        raise UnsupportedProblem(f"he: serving needs the package uvicorn; {install('he')}") from e
     config = uvicorn.Config(
         app, host, port, log_level="warning", ssl_certfile=certificate, ssl_keyfile=key, access_log=False,
         server_header=False, timeout_graceful_shutdown=max(1, round(grace)), limit_concurrency=CONNECTIONS,

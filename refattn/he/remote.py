@@ -9,7 +9,7 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
-from ..errors import InvalidInput, ServiceError, UnsupportedProblem, printable
+from ..errors import InvalidInput, ServiceError, UnsupportedProblem, install, printable
 from .layer_plan import LayerPlan
 from .plan import Plan
 from .saved import MOST_TEXT, plan_from_json
@@ -58,7 +58,7 @@ class Remote:
         try:
             import httpx
         except ModuleNotFoundError as e:
-            raise UnsupportedProblem("he: asking a server needs the package httpx; pip install 'refattn[he]'") from e
+            raise UnsupportedProblem(f"he: asking a server needs the package httpx; {install('he')}") from e
         headers = {"accept-encoding": "identity"}  # a few bytes that unpack to very many are not asked for
         if token is not None:
             where = httpx.URL(url)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidInput, UnsupportedProblem
+from ..errors import InvalidInput, UnsupportedProblem, install
 from .arithmetic import Arithmetic
 from .noise import Ring
 from .shared import Slice, copied
@@ -47,7 +47,7 @@ def api() -> Any:
     try:
         return importlib.import_module("tenseal.sealapi")
     except ModuleNotFoundError as e:
-        raise UnsupportedProblem("he: needs the package tenseal; pip install 'refattn[he]'") from e
+        raise UnsupportedProblem(f"he: needs the package tenseal; {install('he')}") from e
 
 
 @cache
@@ -165,7 +165,7 @@ def zstandard() -> Any:
     try:
         return importlib.import_module("zstandard")
     except ModuleNotFoundError as e:
-        raise UnsupportedProblem("he: upload='whole' needs the package zstandard; pip install 'refattn[he]'") from e
+        raise UnsupportedProblem(f"he: upload='whole' needs the package zstandard; {install('he')}") from e
 
 
 def from_bytes(kind: str, ring: Ring, data: bytes | memoryview) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from ..errors import InvalidInput, UnsupportedProblem
+from ..errors import InvalidInput, UnsupportedProblem, install
 from .bodies import Bodies, Refused
 from .hosted import MOST_ASKED, Ended, Hosted, seconds_of
 from .layer import Layer
@@ -59,7 +59,7 @@ def service(
         from starlette.responses import JSONResponse
         from starlette.routing import Route
     except ModuleNotFoundError as e:
-        raise UnsupportedProblem("he: serving needs the package starlette; pip install 'refattn[he]'") from e
+        raise UnsupportedProblem(f"he: serving needs the package starlette; {install('he')}") from e
     if sessions < 1 or not seconds > 0:
         raise InvalidInput(f"he: got {sessions} sessions and {seconds} seconds, expected at least 1 and above 0")
     desk = _Desk(program, sessions, seconds, Tokens(tokens))

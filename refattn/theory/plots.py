@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..errors import UnsupportedProblem
+from ..errors import UnsupportedProblem, install
 from .claim import Result
 
 __all__ = ["figure"]
@@ -36,7 +36,7 @@ def figure(result: Result) -> Any:
     try:
         made = importlib.import_module("matplotlib.figure").Figure(figsize=(6, 4))
     except ModuleNotFoundError as e:
-        raise UnsupportedProblem("theory: plots need matplotlib; pip install 'refattn[report]'") from e
+        raise UnsupportedProblem(f"theory: plots need matplotlib; {install('report')}") from e
     axes = made.subplots()
     order = sorted(range(len(at)), key=at.__getitem__)
     for label, values in others:

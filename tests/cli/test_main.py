@@ -205,7 +205,7 @@ def test_list_show_and_doctor():
     assert told.exit_code == 0
     assert __version__ in told.output
     assert "GPU" in told.output
-    assert "pip install 'refattn[" in told.output or "every extra is here" in told.output
+    assert "; in a clone of refattn: pip install '.[" in told.output or "every extra is here" in told.output
 
 
 def test_doctor_prints_json():

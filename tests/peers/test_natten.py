@@ -9,7 +9,7 @@ from refattn.variants.neighborhood import OPTIONS, grid_mask
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch warns of flex_attention without a compiler
-natten = pytest.importorskip("natten", reason="natten is not installed: pip install refattn[peers]")
+natten = pytest.importorskip("natten", reason="natten is not installed: in a clone: pip install '.[peers]'")
 
 
 def seen_by_natten(shape, window, stride, dilation, is_causal):

@@ -6,7 +6,7 @@ import pytest
 from refattn.variants.titans_mac import segment_mask
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("titans_pytorch", reason="titans-pytorch is not installed: pip install refattn[peers]")
+pytest.importorskip("titans_pytorch", reason="titans-pytorch is not installed: in a clone: pip install '.[peers]'")
 
 
 @pytest.mark.parametrize("sliding", [False, True])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...dtypes import FORMATS
-from ...errors import InvalidInput, KernelError, RefattnError
+from ...errors import InvalidInput, KernelError, RefattnError, install
 from ...modules import module_of
 from ...problem import VARIANT, Problem
 from ...version import VERSION
@@ -358,8 +358,7 @@ def find(name: str) -> list[Entry]:
         raise InvalidInput(
             f"kernel: {name} needs an NVIDIA GPU and the package {missing[0].package}"
             if missing[0].gpu
-            else f"kernel: {name} needs the package {missing[0].package}; install it with "
-            f"pip install 'refattn[{missing[0].package}]'"
+            else f"kernel: {name} needs the package {missing[0].package}; {install(missing[0].package)}"
         )
     return exact
 

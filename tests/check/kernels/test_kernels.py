@@ -161,7 +161,7 @@ def test_names():
 def test_a_kernel_whose_package_is_not_here(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        InvalidInput, match=r"kernel: jax needs the package jax; install it with pip install 'refattn\[jax\]'"
+        InvalidInput, match=r"kernel: jax needs the package jax; in a clone of refattn: pip install '\.\[jax\]'"
     ):
         find("jax")
     assert [e.name for e in found()] == ["refattn-tiled"]
