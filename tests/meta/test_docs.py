@@ -51,12 +51,20 @@ def test_documentation_builds_without_warnings_and_notebooks_run(tmp_path):
 
 def test_the_readme_has_the_two_commands():
     blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    assert blocks[0].endswith("/refattn check --budget quick --seed 3\n")
+    assert blocks[0].endswith("/refattn check --dtype float32 --only 'gaussian/*'\n")
     assert "pip install -q -c constraints.txt '.[test]'" in blocks[-1]
     assert "pytest" in blocks[-1]
     script = (TREE / ".ci" / "run").read_text()
     assert "## Test it" in script
     assert os.access(TREE / ".ci" / "run", os.X_OK)
+
+
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 90
+    assert max(map(len, lines)) <= 120
+    for name in re.findall(r"\]\((docs/[^)#]*)\)", README):
+        assert (TREE / name).is_file(), name
 
 
 def test_the_readme_is_whole():

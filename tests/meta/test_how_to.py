@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from refattn import Capabilities
+from refattn.check.kernels.tiled import tiled
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -57,10 +61,34 @@ def test_an_operator_of_ones_own_works_as_the_page_says(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readmes_operator_can_be_registered(tmp_path):
-    text = (DOCS.parent / "README.md").read_text()
-    code = re.search(r"```python\n(def attention\(q, k, v, o\):.*?)```", text, re.DOTALL)[1]
-    check = "import refattn\nfrom refattn.check.bugs.planted import plain\n" + code
-    check += "assert refattn.check_kernel(plain, 'cauchy', only='gaussian/plain[float32]').passed\n"
-    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+README = (DOCS.parent / "README.md").read_text()
+KERNEL, USE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_readmes_kernel_is_told_what_it_says(tmp_path):
+    """The command is the one that stands there, and so are the lines that it prints."""
+    (tmp_path / "kernel.py").write_text(KERNEL)
+    command = shlex.split(re.search(r"`refattn (check kernel.py:attention .*?)` says", README)[1])
+    run = subprocess.run(
+        [sys.executable, "-m", "refattn", *command], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 1
+    told = re.search(r"```text\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    assert len(told) == 3
+    for line in told:
+        assert line in run.stdout
+
+
+def test_the_readmes_lines_of_python_run():
+    rng = np.random.default_rng(0)
+    query, key, value, dout = (rng.standard_normal((1, 2, 8, 16)).astype(np.float32) for _ in range(4))
+
+    def kernel(problem):
+        return tiled(problem)[0]
+
+    kernel.capabilities = Capabilities({"bfloat16"})
+    names = {"query": query, "key": key, "value": value, "dout": dout, "kernel": kernel}
+    code = USE.replace('dtypes=["bfloat16"]', 'dtypes=["bfloat16"], only="gaussian/dim-4*"')
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["report"].right
+    assert {"out", "lse", "dq", "dk", "dv"} <= set(names["answer"].values)
