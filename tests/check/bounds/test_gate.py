@@ -7,6 +7,7 @@ from refattn import VARIANTS, Problem, evaluate
 from refattn.check.bounds.forward import bounds
 from refattn.check.bounds.rounded import simulate
 from refattn.check.model import Model, flash
+from refattn.variants import Rows, Steps
 
 from ...conftest import tensor
 from . import gate
@@ -14,9 +15,11 @@ from . import gate
 
 @pytest.mark.parametrize("definition", gate.definitions(), ids=" ".join)
 def test_no_element_is_past_its_bound(definition):
-    found, past = gate.run(200_000, seed=1, names=[definition])
+    """Rows of another operator's call are bounded as that operator's: fewer of them are looked at."""
+    count = 200_000 if isinstance(VARIANTS[definition[0]].shape, Rows | Steps) else 50_000
+    found, past = gate.run(count, seed=1, names=[definition])
     assert past == []
-    assert found[definition][0] >= 200_000
+    assert found[definition][0] >= count
 
 
 @pytest.mark.parametrize("definition", gate.definitions(), ids=" ".join)
