@@ -10,6 +10,7 @@ from refattn.check.bugs.edits import BUGS, CLASSES, broken
 from refattn.check.diagnose.explain import SIGNATURES
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import GRADIENTS
+from refattn.check.runner import plan
 
 from ...conftest import SMALL
 
@@ -44,11 +45,12 @@ def test_the_table_knows_every_bug():
 def test_a_bug_is_caught(name):
     at = TABLE["bugs"][name]
     if BUGS[name].kind == "K" or name == "scale_of_an_earlier_call":  # it shows in a run, not in a check alone
-        assert not check_kernel(broken(name), capabilities=ABLE, dtypes=["float32"], only=SMALL).passed
+        checks = plan(broken(name), capabilities=ABLE, dtypes=["float32"], only=SMALL)
+        assert any(i.run().verdict in ("failed", "edge") for i in checks)
         return
     # one of the checks that it fails: from the middle of the small ones, where there are some
     all_of_them = [TABLE["checks"][i] for i in at]
-    some = [c for c in all_of_them if not c.startswith("models/")] or all_of_them
+    some = [c for c in all_of_them if not c.startswith(("models/", "law/"))] or all_of_them
     names = {some[len(some) // 2]}
     dtype = "bfloat16" if name in TABLE["bfloat16"] else "float32"
     assert failed(broken(name), dtype, names) == names
