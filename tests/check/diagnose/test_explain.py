@@ -53,7 +53,7 @@ def test_what_failed_checks_share():
     assert shared(report_of("heads_tiled", only="gaussian/grouped-heads[float32]")) == ()
 
 
-@pytest.mark.parametrize("name", ["heads_tiled", "window_left_exclusive", "no_slope_of_the_cap", "sink_left_out"])
+@pytest.mark.parametrize("name", ["window_left_exclusive", "no_slope_of_the_cap"])
 def test_a_bug_is_most_like_itself(name):
     first, share = alike(report_of(name))[0]
     assert first == name
