@@ -15,7 +15,7 @@ import refattn
 
 ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
-BASE = {"errors", "dtypes", "arrays", "problem", "masks", "files", "modules", "version"}
+BASE = {"errors", "dtypes", "arrays", "validation", "problem", "masks", "files", "modules", "version"}
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
 EDGES = {
@@ -25,8 +25,9 @@ EDGES = {
     "modules": {"errors"},
     "dtypes": {"errors"},
     "arrays": {"errors", "dtypes"},
-    "problem": {"errors", "dtypes", "arrays"},
-    "masks": {"errors", "problem"},
+    "validation": {"errors", "dtypes", "arrays"},
+    "problem": {"errors", "arrays", "validation"},
+    "masks": {"errors", "problem", "validation"},
     "files": BASE - {"files", "modules", "version"},
     "variants": BASE,
     "exact": BASE | {"variants"},
