@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -11,12 +12,34 @@ import numpy as np
 
 from .arrays import dtype_name, kind_of, native, to_kind, to_numpy
 from .errors import InvalidProblem
-from .validation import OFFSETS, check_masks, check_options, check_packing, check_tensors, shown
+from .validation import (
+    LENGTHS,
+    OFFSETS,
+    check_lengths,
+    check_masks,
+    check_options,
+    check_packing,
+    check_tensors,
+    shown,
+)
 
 __all__ = ["MEANINGS", "VARIANT", "Problem"]
 
 TENSORS = ("query", "key", "value", "bias", "allowed", "sink", "weight", "state")
-MEANINGS = ("causal", "window", "softcap", "sink", "bias", "allowed", "weight", "state")
+MEANINGS = (
+    "causal",
+    "window",
+    "softcap",
+    "sink",
+    "bias",
+    "allowed",
+    "weight",
+    "state",
+    "lengths_q",
+    "lengths_k",
+    "offset",
+    "alignment",
+)
 """The options that mean something for some operators only."""
 VARIANT = "softmax"
 """The operator of a call that names none."""
@@ -29,7 +52,8 @@ class Problem:
     Parameters
     ----------
     query : (b, h_q, n_q, d_k) float array
-        Of NumPy, PyTorch, CuPy or JAX, in one of the formats of ``refattn.dtypes.FORMATS``.
+        Of NumPy, PyTorch, CuPy or JAX, in one of the formats of ``refattn.dtypes.FORMATS``. Where d_k is 0 every
+        product is an empty sum, 0, whatever the scale.
     key : (b, h_kv, n_k, d_k) array
         Of query's kind and type; h_kv divides h_q, and query head h uses key head h // (h_q / h_kv).
     value : (b, h_kv, n_k, d_v) array
@@ -40,7 +64,8 @@ class Problem:
         Which corner the diagonal of the causal mask meets: "bottom_right" lets the last query see every key.
     window : (left, right), optional
         Query i sees keys from i' - left to i' + right, both included, where i' is the query's place on the diagonal
-        (aligned as `causal` says, bottom right where it is None); None on a side means no limit there.
+        (aligned as `causal` or `alignment` says, bottom right where both are None); None on a side means no limit
+        there. A side may be below 0: (None, -1) lets each query see what lies before its own place.
     softcap : float > 0, optional
         Scores become softcap · tanh(score / softcap), before bias and mask.
     sink : (h_q,) float array, optional
@@ -60,6 +85,15 @@ class Problem:
         Of at least 0: how often each key counts. Its logarithm is added to the scores, exactly; 0 removes a key.
     state : (b, h_q, d_k, d_v) float array, optional
         The state that a recurrence starts from; None is 0.
+    lengths_q, lengths_k : (b,) integer arrays, optional
+        How many rows, and how many keys, of each batch item are used: the first ones. What lies behind them is never
+        read, and what a kernel leaves in unused rows of its results is not looked at. With cu_seqlens they are (m,),
+        one for each packed sequence, whose offsets say where it starts: gaps lie between.
+    offset : int, or (b,) integer array, optional
+        Keys by which the diagonal lies further right than in its corner: query i stands at key i + offset ("top_left"),
+        or at i + offset + n_k - n_q ("bottom_right", n_k and n_q the used ones). With cu_seqlens an array is (m,).
+    alignment : {None, "bottom_right", "top_left"}
+        Which corner the diagonal of a window meets where `causal` is None.
 
     Raises
     ------
@@ -87,6 +121,10 @@ class Problem:
     options: Mapping[str, Any] = field(default_factory=dict)
     weight: Any = None
     state: Any = None
+    lengths_q: Any = None
+    lengths_k: Any = None
+    offset: Any = None
+    alignment: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, Mapping) or any(not isinstance(n, str) for n in self.options):
@@ -97,7 +135,7 @@ class Problem:
         for name, x in self._arrays():  # numbers are what they are, in whatever order their bytes come
             if kind_of(x) == "numpy" and not x.dtype.isnative:
                 object.__setattr__(self, name, native(x))
-        for check in (check_tensors, check_options, check_masks, check_packing):
+        for check in (check_tensors, check_options, check_masks, check_packing, check_lengths):
             check(self)
 
     def __reduce__(self) -> Any:
@@ -155,22 +193,31 @@ class Problem:
         """The shape of the output: (b, h_q, n_q, d_v)."""
         return (self.batch, self.heads, self.n_q, self.d_v)
 
-    def segments(self) -> list[tuple[slice, slice]]:
-        """Return the query rows and key rows of each packed sequence (one of all rows where nothing is packed)."""
-        if self.cu_seqlens_q is None:
-            return [(slice(0, self.n_q), slice(0, self.n_k))]
-        q, k = (to_numpy(getattr(self, n)).tolist() for n in OFFSETS)
-        return [(slice(a, b), slice(c, d)) for a, b, c, d in zip(q, q[1:], k, k[1:], strict=False)]
+    @property
+    def corner(self) -> str:
+        """The corner that the diagonal meets, one of ``ALIGNMENTS``."""
+        return self.causal or self.alignment or "bottom_right"
+
+    def segments(self, batch: int = 0) -> list[tuple[slice, slice]]:
+        """Return the used query rows and key rows of each packed sequence of a batch item (one, if none is packed)."""
+        q = _spans(self.cu_seqlens_q, self.n_q, self.lengths_q, batch)
+        return list(zip(q, _spans(self.cu_seqlens_k, self.n_k, self.lengths_k, batch), strict=True))
 
     def features(self) -> frozenset[str]:
         """Return what a kernel must be able to do for this call, as names of ``Capabilities``."""
-        found = {name for name in MEANINGS[1:] if getattr(self, name) is not None}
+        found = {name for name in MEANINGS[1:-1] if getattr(self, name) is not None}
+        if self.causal is None and self.corner == "top_left":
+            found.add("alignment")
+        if self.window is not None and any(side is not None and side < 0 for side in self.window):
+            found.add("negative_window")
         if self.causal is not None:
             found.add(f"causal_{self.causal}")
         if self.cu_seqlens_q is not None:
             found.add("variable_lengths")
         if self.heads != self.heads_kv:
             found.add("grouped_heads")
+        if self.d_k == 0:
+            found.add("d_k_zero")
         if self.d_k != self.d_v:
             found.add("d_v_differs")
         if self.n_q != self.n_k:
@@ -198,7 +245,8 @@ class Problem:
 
     def settings(self) -> dict[str, Any]:
         """Return every argument that is no array and differs from its default, by name."""
-        names = [f.name for f in fields(self) if f.name not in TENSORS + OFFSETS + ("options",)]
+        arrays = self.arrays()
+        names = [f.name for f in fields(self) if f.name not in (*arrays, "options")]
         plain = {n: getattr(self, n) for n in names if getattr(self, n) not in (None, VARIANT)}
         return plain | ({"options": dict(self.options)} if self.options else {})
 
@@ -213,8 +261,10 @@ class Problem:
         printer.text(repr(self))
 
     def _arrays(self) -> Iterator[tuple[str, Any]]:
-        for name in TENSORS + OFFSETS:
-            yield name, getattr(self, name)
+        for name in TENSORS + OFFSETS + LENGTHS:
+            x = getattr(self, name)
+            if name != "offset" or kind_of(x) is not None:
+                yield name, x
 
 
 def _python(x: Any) -> Any:
@@ -222,6 +272,14 @@ def _python(x: Any) -> Any:
     if isinstance(x, np.generic):
         return x.item()
     return tuple(map(_python, x)) if type(x) is tuple else x
+
+
+def _spans(starts: Any, n: int, lengths: Any, batch: int) -> list[slice]:
+    ends = [0, n] if starts is None else to_numpy(starts).tolist()
+    if lengths is None:
+        return [slice(a, b) for a, b in pairwise(ends)]
+    used = to_numpy(lengths).tolist()
+    return [slice(a, a + m) for a, m in zip(ends, used if starts is not None else [used[batch]], strict=False)]
 
 
 def _made(values: dict[str, Any]) -> Problem:

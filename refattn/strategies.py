@@ -30,6 +30,9 @@ __all__ = ["VALUES", "arrays", "gradients", "layouts", "problems"]
 
 Shape = tuple[int, ...]
 
+FURTHER_ON = ("lengths_k", "lengths_q", "offset", "alignment", "negative_window", "d_k_zero")
+NEEDS = {"negative_window": "window", "d_k_zero": "lengths_k"}
+"""What an operator has that takes a feature without an option of its own."""
 PRIMES = (13, 37, 61, 131)
 KINDS = ("integers", "normal", "positive", "one", "wide", "largest")
 
@@ -100,7 +103,8 @@ def _features(v: Variant) -> list[str]:
     """Return the features that an operator has, the simplest first."""
     always = ["lengths_differ", "d_v_differs", "grouped_heads", "scale", "variable_lengths", "no_rows_or_keys"]
     causal = [f"causal_{a}" for a in reversed(ALIGNMENTS)] if "causal" in v.uses else []  # a later flag is kept
-    found = causal + always + [n for n in MEANINGS[::-1] if n in v.uses and n != "causal"]
+    found = causal + always + [n for n in MEANINGS[::-1] if n in v.uses and n not in ("causal", *FURTHER_ON)]
+    found += [n for n in FURTHER_ON if NEEDS.get(n, n) in v.uses]
     return [n for n in found if n not in v.never]
 
 
@@ -147,9 +151,12 @@ def _problems(
     note(f"numbers: family {family!r}, seed {seed}")
     d = Draw(draw(st.sampled_from(formats)), _generator(seed, family), v.name)
     more: dict[str, Any] = {"causal": next((a for a in ALIGNMENTS if f"causal_{a}" in on), None)}
-    if "window" in on:
+    if on & {"window", "negative_window"}:
         side = st.none() | st.integers(0, max(n_q, n_k))
         more["window"] = draw(st.tuples(side, side))
+        if "negative_window" in on:
+            sides = ((None, -1), (None, -3), *(((-2, None),) if more["causal"] is None else ()))
+            more["window"] = draw(st.sampled_from(sides))
     if "scale" in on:
         more["scale"] = draw(st.sampled_from((1.0, 0.0, -0.25, 0.3)))
     if "softcap" in on:
@@ -158,6 +165,7 @@ def _problems(
         cuts = draw(st.lists(st.tuples(st.integers(0, n_q), st.integers(0, n_k)), max_size=3))
         for name, end, at in (("cu_seqlens_q", n_q, 0), ("cu_seqlens_k", n_k, 1)):
             more[name] = np.array([0, *sorted(c[at] for c in cuts), end], np.int32)
+    more |= _lengths(draw, on, more, (b, n_q, n_k))
     if "weight" in on:
         more["weight"] = np.exp(d.normal(*_broadcastable(draw, (b, h, n_q, n_k))))
     if "state" in on:
@@ -176,9 +184,28 @@ def _problems(
         more["allowed"] = _mask(d, _broadcastable(draw, full), removed)
     more["options"] = _own(draw, v, h, more) if v.tries is None else dict(draw(st.sampled_from(v.tries(n_q, n_k))))
     q, k, x = numbers(family, d, (b, h, n_q, d_k), (b, h_kv, n_k, d_k), (b, h_kv, n_k, d_v))
+    if "d_k_zero" in on:
+        q, k, d_k = q[..., :0], k[..., :0], 0
     problem = d.problem(n_q, n_k, b=b, h=h, h_kv=h_kv, d=d_k, d_v=d_v, q=q, k=k, v=x, **more)
     assume(v.takes(problem))
     return _poison(problem, d) if family == "poison" else problem
+
+
+def _lengths(draw: st.DrawFn, on: set[str], more: dict[str, Any], sizes: tuple[int, int, int]) -> dict[str, Any]:
+    """Draw how much of each batch item or sequence is used, and where the diagonal lies."""
+    found: dict[str, Any] = {}
+    for axis, n in zip("qk", sizes[1:], strict=True):
+        if f"lengths_{axis}" in on:
+            ends = more.get(f"cu_seqlens_{axis}")
+            room = [n] * sizes[0] if ends is None else np.diff(ends).tolist()
+            found[f"lengths_{axis}"] = np.array([draw(st.integers(0, m)) for m in room], np.int32)
+    if "offset" in on:
+        many, one = sizes[0], st.integers(-max(sizes), max(sizes))
+        many = len(more["cu_seqlens_q"]) - 1 if "cu_seqlens_q" in more else many
+        found["offset"] = draw(one | st.lists(one, min_size=many, max_size=many).map(np.array))
+    if "alignment" in on and more["causal"] is None:
+        found["alignment"] = draw(st.sampled_from(ALIGNMENTS))
+    return found
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
@@ -213,7 +240,7 @@ def _poison(p: Problem, d: Draw) -> Problem:
     seen = np.zeros((p.batch, p.heads_kv, p.n_k), bool)
     for b in range(p.batch):
         for h in range(p.heads):
-            for rows, keys in p.segments():
+            for rows, keys in p.segments(b):
                 seen[b, h // (p.heads // p.heads_kv), keys] |= visible(p, b, h, rows, keys).any(0)
     key, value = p.key.copy(), p.value.copy()
     key[~seen] = np.nan

@@ -13,7 +13,9 @@ from .errors import InvalidProblem
 
 __all__ = [
     "ALIGNMENTS",
+    "LENGTHS",
     "OFFSETS",
+    "check_lengths",
     "check_masks",
     "check_offsets",
     "check_options",
@@ -24,6 +26,8 @@ __all__ = [
 
 ALIGNMENTS = ("bottom_right", "top_left")
 OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
+LENGTHS = ("lengths_q", "lengths_k", "offset")
+"""Numbers for each batch item, or each packed sequence."""
 WIDEST = 2**62
 """The widest side of a window: sums with it are still integers of 64 bits."""
 
@@ -62,7 +66,6 @@ def check_tensors(p: Any) -> None:
     for name, x, i, axis in (
         ("query", q, 1, "heads"),
         ("key", k, 1, "heads"),
-        ("query", q, 3, "dim"),
         ("value", v, 3, "dim"),
     ):
         if x.shape[i] < 1:
@@ -76,19 +79,29 @@ def check_tensors(p: Any) -> None:
 
 def check_options(p: Any) -> None:
     """Refuse options that are no such numbers or names; keep them as Python's."""
-    if p.causal is not None and not (isinstance(p.causal, str) and p.causal in ALIGNMENTS):
-        raise InvalidProblem(
-            f"causal: got {shown(p.causal)}, expected None, 'bottom_right' or 'top_left'; "
-            "name the corner that the diagonal meets"
-        )
+    for name in ("causal", "alignment"):
+        x = getattr(p, name)
+        if x is not None and not (isinstance(x, str) and x in ALIGNMENTS):
+            raise InvalidProblem(
+                f"{name}: got {shown(x)}, expected None, 'bottom_right' or 'top_left'; "
+                "name the corner that the diagonal meets"
+            )
+    if p.alignment is not None and p.causal not in (None, p.alignment):
+        raise InvalidProblem(f"alignment: got {p.alignment!r} beside causal={p.causal!r}, which names the corner")
     if p.window is not None:
         ok = isinstance(p.window, tuple | list) and len(p.window) == 2
         if not ok or any(not _is_int(w) and w is not None for w in p.window):
             raise InvalidProblem(f"window: got {shown(p.window)}, expected (left, right) of integers or None")
-        if any(w is not None and not 0 <= w <= WIDEST for w in p.window):
+        left, right = p.window
+        if any(w is not None and not -WIDEST <= w <= WIDEST for w in p.window):
             raise InvalidProblem(
-                f"window: got {shown(tuple(p.window))}, expected sides of at least 0 and at most 2**62; "
-                "None lifts a limit"
+                f"window: got {shown(tuple(p.window))}, expected sides from -2**62 to 2**62; None lifts a limit"
+            )
+        if p.causal is not None:
+            right = min(0, 0 if right is None else right)
+        if left is not None and right is not None and left + right < 0:
+            raise InvalidProblem(
+                f"window: got {shown(tuple(p.window))}, which lets no query see a key; None (not -1) lifts a limit"
             )
         object.__setattr__(p, "window", tuple(None if w is None else int(w) for w in p.window))
     for name, positive in (("scale", False), ("softcap", True)):
@@ -146,6 +159,41 @@ def check_packing(p: Any) -> None:
         if x[0] != 0 or x[-1] != end or (np.diff(x.astype(np.int64)) < 0).any():
             raise InvalidProblem(
                 f"{name}: got {x.tolist()}, expected offsets that start at 0, never fall and end at {end}"
+            )
+
+
+def check_lengths(p: Any) -> None:
+    """Refuse lengths past their axis or sequence, and offsets that are no integers."""
+    many = p.batch if p.cu_seqlens_q is None else p.cu_seqlens_q.shape[0] - 1
+    for name in LENGTHS:
+        x = getattr(p, name)
+        if x is None:
+            continue
+        if name == "offset" and (kind_of(x) is None or _is_int(x)):
+            if not _is_int(x) or not -WIDEST <= x <= WIDEST:
+                raise InvalidProblem(
+                    f"offset: got {shown(x)}, expected an integer from -2**62 to 2**62, or an array of {many}"
+                )
+            object.__setattr__(p, name, int(x))
+            continue
+        _expect_array(name, x)
+        if tuple(x.shape) != (many,) or not dtype_name(x).lstrip("u").startswith("int"):
+            what = "batch item" if p.cu_seqlens_q is None else "packed sequence"
+            raise InvalidProblem(
+                f"{name}: got {dtype_name(x)} of shape {tuple(x.shape)}, expected ({many},) integers, one for a {what}"
+            )
+        values = to_numpy(x, name).tolist()
+        if name == "offset":
+            if any(not -WIDEST <= n <= WIDEST for n in values):
+                raise InvalidProblem(f"offset: got {shown(values)}, expected integers from -2**62 to 2**62")
+            continue
+        room = [getattr(p, "n" + name[-2:])] * many
+        starts = getattr(p, f"cu_seqlens{name[-2:]}")
+        if starts is not None:
+            room = np.diff(to_numpy(starts).astype(np.int64)).tolist()
+        if any(not 0 <= n <= most for n, most in zip(values, room, strict=True)):
+            raise InvalidProblem(
+                f"{name}: got {shown(values)}, expected numbers from 0 to {shown(room)}, the rows that there are"
             )
 
 

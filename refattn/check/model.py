@@ -64,7 +64,7 @@ FEATURES = frozenset(
     }
 )
 """What a call may ask of a kernel beyond plain attention: what a kernel is taken to have that does not say."""
-FURTHER = frozenset({"weight", "state"})
+FURTHER = frozenset({"weight", "state", "lengths_q", "lengths_k", "offset", "alignment", "negative_window", "d_k_zero"})
 """What a kernel has only where it says so."""
 
 
@@ -315,6 +315,8 @@ class Capabilities:
         Features that every call must have, e.g. {"causal_bottom_right"}.
     last_axis_contiguous : bool
         Whether it demands that the elements of query, key and value lie side by side along the last axis.
+    dlse : bool
+        Whether its attribute ``gradients`` takes the gradient arriving at lse as a third argument.
     """
 
     dtypes: frozenset[str] = frozenset({"float32"})
@@ -333,6 +335,7 @@ class Capabilities:
     always: frozenset[str] = frozenset()
     last_axis_contiguous: bool = False
     row_invariant: bool = False
+    dlse: bool = False
 
     def __post_init__(self) -> None:
         _typed("capabilities", self)

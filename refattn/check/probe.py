@@ -35,10 +35,16 @@ CALLS: dict[str, Build] = {
     "bias": lambda draw, n=64, **w: draw.problem(n, n, bias=draw.normal(1, 2, n, n), **w),
     "allowed": lambda draw, n=64, **w: draw.problem(n, n, allowed=draw.mask(1, 2, n, n), **w),
     "weight": lambda draw, n=64, **w: draw.problem(n, n, weight=np.exp(draw.normal(1, 2, n, n)), **w),
+    "lengths_q": lambda draw, n=64, **w: draw.problem(n, n, b=2, lengths_q=_used(n), **w),
+    "lengths_k": lambda draw, n=64, **w: draw.problem(n, n, b=2, lengths_k=_used(n), **w),
+    "offset": lambda draw, n=64, **w: draw.problem(n, n, causal="top_left", offset=n // 2, **w),
+    "alignment": lambda draw, n=64, **w: draw.problem(n, 2 * n, window=(9, 4), alignment="top_left", **w),
+    "negative_window": lambda draw, n=64, **w: draw.problem(n, n, window=(n, -1), **w),
     "variable_lengths": lambda draw, n=64, **w: draw.problem(3 * n, 3 * n, **_packed(n), **w),
     "grouped_heads": lambda draw, n=64, **w: draw.problem(n, n, h=4, h_kv=2, **w),
     "d_v_differs": lambda draw, n=64, **w: draw.problem(n, n, **(w | {"d_v": 2 * w.get("d", 32)})),
     "lengths_differ": lambda draw, n=64, **w: draw.problem(n, 2 * n, **w),
+    "d_k_zero": lambda draw, n=64, **w: draw.problem(n, n, **(w | {"d": 0, "d_v": w.get("d", 32)})),
     "scale": lambda draw, n=64, **w: draw.problem(n, n, scale=0.3, **w),
     "no_rows_or_keys": lambda draw, n=64, **w: draw.problem(n, 0, **w),
 }
@@ -48,6 +54,10 @@ CALLS: dict[str, Build] = {
 def _columns(draw: Draw, **size: Any) -> Problem:
     p = draw.problem(**{"n_q": 64, "n_k": 64} | size)
     return p.replace(key=np.ascontiguousarray(p.key.swapaxes(2, 3)).swapaxes(2, 3))
+
+
+def _used(n: int) -> Any:
+    return np.array([n // 2, n], np.int32)
 
 
 def _packed(n: int) -> dict[str, Any]:
@@ -139,6 +149,7 @@ def found(kernel: Kernel, variant: str = VARIANT) -> tuple[Capabilities, dict[st
         device=given.device,
         head_dims=frozenset() if widths == list(WIDTHS) else frozenset(widths),
         seq_multiple=step,
+        dlse=lse and _takes_dlse(kernel, call),
         last_axis_contiguous=said.get("keys by column") == "raises" and said[dtype] != "raises",
     )
     return able, said, dtype
@@ -162,6 +173,18 @@ def _other_corner(
         return set()
     said.update(dict.fromkeys(both - right, "other"))
     return both - right
+
+
+def _takes_dlse(kernel: Kernel, call: Problem) -> bool:
+    """Tell whether a gradient arriving at lse, and it alone, changes what comes back."""
+    if not hasattr(kernel.call, "gradients"):
+        return False
+    dout, dlse = np.zeros(call.out_shape, call.query.dtype), np.ones(call.out_shape[:3], np.float32)
+    try:
+        found, _ = call_gradients(kernel.call, call, dout, dlse)
+    except (KernelError, UnsupportedProblem):
+        return False
+    return bool(np.asarray(found.get("dq", 0)).any())
 
 
 def _gradients(kernel: Kernel, call: Problem) -> frozenset[str]:

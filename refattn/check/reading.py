@@ -13,7 +13,12 @@ __all__ = ["FIELDS", "SOURCE", "note", "plain", "unread", "watched"]
 
 FIELDS = frozenset(f.name for f in fields(Problem)) - {"query", "key", "value", "variant"}
 """The arguments of a call that are options."""
-SOURCE = {"causal_bottom_right": "causal", "causal_top_left": "causal", "variable_lengths": "cu_seqlens_q"}
+SOURCE = {
+    "causal_bottom_right": "causal",
+    "causal_top_left": "causal",
+    "variable_lengths": "cu_seqlens_q",
+    "negative_window": "window",
+}
 """The argument that a feature stands for, where it has another name."""
 
 

@@ -197,6 +197,23 @@ def _clamped(p: Problem) -> Problem:
     return p.replace(scale=0.0) if top > 1e4 and variant_of(p.variant).has_lse else p
 
 
+def _lengths_one_more(p: Problem) -> Problem:
+    room = np.full(p.batch, p.n_k) if p.cu_seqlens_k is None else np.diff(p.cu_seqlens_k)
+    return p if p.lengths_k is None else p.replace(lengths_k=np.minimum(p.lengths_k + 1, room))
+
+
+def _corner_of_all(p: Problem) -> Problem:
+    """Align the diagonal with the whole axes, not with what is used of them."""
+    if p.corner == "top_left" or p.lengths_k is None or p.cu_seqlens_k is not None:
+        return p
+    rows = np.full(p.batch, p.n_q) if p.lengths_q is None else p.lengths_q
+    return p.replace(offset=(p.n_k - p.n_q) - (p.lengths_k - rows) + (0 if p.offset is None else p.offset))
+
+
+def _first_offset(p: Problem) -> Problem:
+    return p if p.offset is None or isinstance(p.offset, int) else p.replace(offset=int(p.offset[0]))
+
+
 TILE = 64
 PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "zeroed_head": (_same, _zeroed_head),
@@ -216,6 +233,12 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "sink_ignored": (_ignored("sink"), _keep),
     "heads_tiled": (_heads_tiled, _keep),
     "sequences_joined": (_ignored("cu_seqlens_q", "cu_seqlens_k"), _keep),
+    "lengths_ignored": (_ignored("lengths_q", "lengths_k"), _keep),
+    "lengths_one_more": (_lengths_one_more, _keep),
+    "corner_of_unused": (_corner_of_all, _keep),
+    "offset_ignored": (_ignored("offset"), _keep),
+    "offset_of_first_batch": (_first_offset, _keep),
+    "alignment_ignored": (_ignored("alignment"), _keep),
     "value_of_next_key": (lambda p: p.replace(value=np.roll(p.value, 1, axis=2)), _keep),
     "lse_base_two": (_same, _base_two),
     "lse_of_empty_row_zero": (_same, _empty_lse_zero),

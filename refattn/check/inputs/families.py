@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ...dtypes import FORMATS
 from ...errors import InvalidInput
+from ...masks import unused
 from ...problem import Problem
 from ...variants import variant_of
 from ..model import Capabilities, Model
@@ -98,14 +99,18 @@ class Case:
         return self.gradients and f"{self.family}/{self.label}" not in FORWARD_ONLY
 
     def arriving(self, dtype: str) -> NDArray[Any]:
-        """Return a gradient arriving at out, (b, h_q, n_q, d_v), 0 in rows that are not compared; always the same."""
+        """Return a gradient arriving at out, (b, h_q, n_q, d_v), 0 in rows not compared, NaN in unused ones."""
         draw = Draw(FORMATS[dtype], np.random.default_rng(zlib.crc32(f"dout {self.name}".encode())), self.variant)
         problem = self.problem(dtype)
         size = 1.0
         if isinstance(self.build, Call) and self.build.faint_dout:  # as of a mean over many, but of normal numbers
             size = max(1e-7, 2.0**12 * FORMATS[dtype].smallest_normal)
         dout, sample = draw.tensor(size * draw.normal(*problem.out_shape)), self.sample(problem)
-        return dout if sample is None else sample.only(dout)
+        if sample is not None:
+            return sample.only(dout)
+        if (gone := unused(problem)) is not None:  # what arrives there may be anything
+            dout = np.where(gone[0][:, None, :, None], dout.dtype.type(np.nan), dout)
+        return dout
 
     def says(self, model: Model) -> bool:
         """Tell whether it says something of a kernel: values that show narrow scores do not where it stores such."""

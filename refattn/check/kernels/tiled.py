@@ -49,7 +49,7 @@ def tiled(problem: Problem, keys: int = KEYS) -> tuple[Array, Array]:
     return from_float64(FORMATS[problem.dtype].round_array(out.astype(np.float64)), problem.dtype), lse
 
 
-def gradients(problem: Problem, dout: Array, keys: int = KEYS) -> dict[str, Array]:
+def gradients(problem: Problem, dout: Array, dlse: Array | None = None, keys: int = KEYS) -> dict[str, Array]:
     """Return dq, dk, dv, and dbias and dsink where the call has them, of their inputs' shapes and types.
 
     Parameters
@@ -58,6 +58,8 @@ def gradients(problem: Problem, dout: Array, keys: int = KEYS) -> dict[str, Arra
         Any softmax call.
     dout : (b, h_q, n_q, d_v) array
         The gradient arriving at out.
+    dlse : (b, h_q, n_q) array, optional
+        The gradient arriving at lse.
     keys : int
         Keys to a tile.
     """
@@ -71,6 +73,8 @@ def gradients(problem: Problem, dout: Array, keys: int = KEYS) -> dict[str, Arra
         total["dsink"] = np.zeros_like(c.sink)
     with np.errstate(all="ignore"):
         delta = (arriving * to_float64(out).astype(c.kind)).sum(-1)
+        if dlse is not None:
+            delta = delta - to_float64(dlse).astype(c.kind)
         for b, h, i, seq in c.row_tiles():
             _backward(c, b, h, i, seq, arriving[b, h, i], lse[b, h, i], delta[b, h, i], total)
     names = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}
@@ -163,7 +167,7 @@ class _Call:
         self.problem = p = problem.to("numpy")
         self.kind = np.dtype(np.float64 if p.dtype == "float64" else np.float32)
         self.keys = keys
-        self.scale = self.kind.type(p.scale if p.scale is not None else 1 / np.sqrt(p.d_k))
+        self.scale = self.kind.type(p.scale if p.scale is not None else 1 / np.sqrt(max(p.d_k, 1)))
         self.q, self.k, self.values = (to_float64(x).astype(self.kind) for x in (p.query, p.key, p.value))
         # what no row sees may be anything: it must not meet a weight of 0
         self.v, self.finite_k = (np.where(np.isfinite(x), x, 0) for x in (self.values, self.k))
@@ -180,7 +184,7 @@ class _Call:
         p = self.problem
         for b in range(p.batch):
             for h in range(p.heads):
-                for seq in p.segments():
+                for seq in p.segments(b):
                     for start in range(seq[0].start, seq[0].stop, ROWS):
                         yield b, h, slice(start, min(start + ROWS, seq[0].stop)), seq
 
@@ -197,10 +201,8 @@ class _Call:
     def seen(self, b: int, h: int, i: slice, j: slice, seq: tuple[slice, slice]) -> Array:
         """Return which keys of a tile each row may see."""
         p = self.problem
-        n_q, n_k = (s.stop - s.start for s in seq)
         row, col = np.arange(i.start, i.stop) - seq[0].start, np.arange(j.start, j.stop) - seq[1].start
-        corner = 0 if p.causal == "top_left" else n_k - n_q
-        ahead = col[None, :] - row[:, None] - corner
+        ahead = col[None, :] - row[:, None] - self.first(b, seq)
         seen = np.ones(ahead.shape, bool)
         if p.causal is not None:
             seen &= ahead <= 0
@@ -216,6 +218,15 @@ class _Call:
         if self.weight is not None:
             seen &= self.block(self.weight, b, h, i, j) != 0
         return seen
+
+    def first(self, b: int, seq: tuple[slice, slice]) -> int:
+        """Return the key of a sequence at which its first query stands."""
+        p = self.problem
+        n_q, n_k = (s.stop - s.start for s in seq)
+        corner = 0 if (p.causal or p.alignment) == "top_left" else n_k - n_q
+        if p.offset is None or isinstance(p.offset, int):
+            return corner + (p.offset or 0)
+        return corner + int(p.offset[b if p.cu_seqlens_q is None else p.segments(b).index(seq)])
 
     def scores(self, b: int, h: int, i: slice, j: slice, seq: tuple[slice, slice]) -> tuple[Array, Array | int]:
         """Return the scores of a tile, -inf where a key is not seen, and the softcap's slope."""
