@@ -15,10 +15,12 @@ from .errors import InvalidProblem
 from .validation import (
     LENGTHS,
     OFFSETS,
+    SCALES,
     check_lengths,
     check_masks,
     check_options,
     check_packing,
+    check_scales,
     check_tensors,
     shown,
 )
@@ -51,13 +53,15 @@ class Problem:
 
     Parameters
     ----------
-    query : (b, h_q, n_q, d_k) float array
-        Of NumPy, PyTorch, CuPy or JAX, in one of the formats of ``refattn.dtypes.FORMATS``. Where d_k is 0 every
+    query : (b, h_q, n_q, d_k) array
+        Of NumPy, PyTorch, CuPy or JAX, in one of the formats of ``refattn.dtypes.FORMATS``; with `out_dtype` also int8
+        or float4_e2m1fn. Where d_k is 0 every
         product is an empty sum, 0, whatever the scale.
     key : (b, h_kv, n_k, d_k) array
-        Of query's kind and type; h_kv divides h_q, and query head h uses key head h // (h_q / h_kv).
+        Of query's kind, and type unless `out_dtype` is given; h_kv divides h_q, and query head h uses key head
+        h // (h_q / h_kv).
     value : (b, h_kv, n_k, d_v) array
-        Of query's kind and type.
+        As key.
     scale : float, optional
         Multiplies the products query·key; None is the exact real number 1/sqrt(d_k) (1 for linear attention).
     causal : {None, "bottom_right", "top_left"}
@@ -94,6 +98,14 @@ class Problem:
         or at i + offset + n_k - n_q ("bottom_right", n_k and n_q the used ones). With cu_seqlens an array is (m,).
     alignment : {None, "bottom_right", "top_left"}
         Which corner the diagonal of a window meets where `causal` is None.
+    query_scale, key_scale, value_scale : float, or array of 4 axes, optional
+        What the elements are multiplied with: each axis has one number, or as many as divide the tensor's axis, for
+        equal blocks. One for all, (1, h, 1, 1) by head, (b, h, n, 1) by token, (1, h, 1, d) by channel, (b, h, n, d /
+        32) by block; above 0, in any format or float8_e8m0fnu.
+    out_scale : float, or (b or 1, h_q or 1, 1, 1) array, optional
+        What out's elements are to be multiplied with: out holds the output divided by it.
+    out_dtype : str, optional
+        The format of out; None is query's.
 
     Raises
     ------
@@ -125,6 +137,11 @@ class Problem:
     lengths_k: Any = None
     offset: Any = None
     alignment: str | None = None
+    query_scale: Any = None
+    key_scale: Any = None
+    value_scale: Any = None
+    out_scale: Any = None
+    out_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, Mapping) or any(not isinstance(n, str) for n in self.options):
@@ -135,7 +152,7 @@ class Problem:
         for name, x in self._arrays():  # numbers are what they are, in whatever order their bytes come
             if kind_of(x) == "numpy" and not x.dtype.isnative:
                 object.__setattr__(self, name, native(x))
-        for check in (check_tensors, check_options, check_masks, check_packing, check_lengths):
+        for check in (check_tensors, check_options, check_masks, check_packing, check_lengths, check_scales):
             check(self)
 
     def __reduce__(self) -> Any:
@@ -184,6 +201,16 @@ class Problem:
         return dtype_name(self.query)
 
     @property
+    def out_type(self) -> str:
+        """The name of out's format."""
+        return self.out_dtype or self.dtype
+
+    @property
+    def typed(self) -> bool:
+        """Whether the call says more of its types than that all are query's."""
+        return self.out_dtype is not None or any(getattr(self, n) is not None for n in SCALES)
+
+    @property
     def kind(self) -> str:
         """The library of the arrays: one of ``KINDS``."""
         return str(kind_of(self.query))
@@ -218,6 +245,8 @@ class Problem:
             found.add("grouped_heads")
         if self.d_k == 0:
             found.add("d_k_zero")
+        if self.typed:
+            found |= set(self._types())
         if self.d_k != self.d_v:
             found.add("d_v_differs")
         if self.n_q != self.n_k:
@@ -227,6 +256,24 @@ class Problem:
         if 0 in (self.batch, self.n_q, self.n_k):
             found.add("no_rows_or_keys")
         return frozenset(found)
+
+    def _types(self) -> Iterator[str]:
+        if any(dtype_name(x) != self.dtype for x in (self.key, self.value)):
+            yield "types_differ"
+        if self.out_type != self.dtype:
+            yield "out_dtype"
+        if self.out_scale is not None:
+            yield "out_scale"
+        for name in SCALES[:3]:
+            scale, x = getattr(self, name), getattr(self, name.removesuffix("_scale"))
+            if scale is None:
+                continue
+            yield "scales"
+            one, many = (tuple(getattr(a, "shape", (1, 1, 1, 1))) for a in (scale, x))
+            yield from ("scales_by_head",) if max(one[:2]) > 1 else ()
+            for axis, kind in ((2, "scales_by_token"), (3, "scales_by_channel")):
+                if one[axis] > 1:
+                    yield kind if one[axis] == many[axis] else "scales_by_block"
 
     def to(self, kind: str, device: Any = None) -> Problem:
         """Return the same call with every array of another kind (``"numpy"``, ``"torch"``, ``"jax"``, ``"cupy"``)."""
@@ -261,9 +308,9 @@ class Problem:
         printer.text(repr(self))
 
     def _arrays(self) -> Iterator[tuple[str, Any]]:
-        for name in TENSORS + OFFSETS + LENGTHS:
+        for name in TENSORS + OFFSETS + LENGTHS + SCALES:
             x = getattr(self, name)
-            if name != "offset" or kind_of(x) is not None:
+            if name not in ("offset", *SCALES) or kind_of(x) is not None:
                 yield name, x
 
 

@@ -19,6 +19,7 @@ from .arrays import from_float64, kind_of, like
 from .check.inputs.draw import Draw
 from .check.inputs.values import RARE, VALUES, numbers
 from .check.model import FEATURES, FURTHER
+from .drawn_options import FURTHER_ON, NEEDS, TYPES, lengths, typed
 from .dtypes import FORMATS, Format, format_of, is_float
 from .errors import InvalidInput
 from .masks import visible
@@ -30,9 +31,6 @@ __all__ = ["VALUES", "arrays", "gradients", "layouts", "problems"]
 
 Shape = tuple[int, ...]
 
-FURTHER_ON = ("lengths_k", "lengths_q", "offset", "alignment", "negative_window", "d_k_zero")
-NEEDS = {"negative_window": "window", "d_k_zero": "lengths_k"}
-"""What an operator has that takes a feature without an option of its own."""
 PRIMES = (13, 37, 61, 131)
 KINDS = ("integers", "normal", "positive", "one", "wide", "largest")
 
@@ -105,6 +103,7 @@ def _features(v: Variant) -> list[str]:
     causal = [f"causal_{a}" for a in reversed(ALIGNMENTS)] if "causal" in v.uses else []  # a later flag is kept
     found = causal + always + [n for n in MEANINGS[::-1] if n in v.uses and n not in ("causal", *FURTHER_ON)]
     found += [n for n in FURTHER_ON if NEEDS.get(n, n) in v.uses]
+    found += TYPES if "types" in v.families else ()
     return [n for n in found if n not in v.never]
 
 
@@ -165,7 +164,7 @@ def _problems(
         cuts = draw(st.lists(st.tuples(st.integers(0, n_q), st.integers(0, n_k)), max_size=3))
         for name, end, at in (("cu_seqlens_q", n_q, 0), ("cu_seqlens_k", n_k, 1)):
             more[name] = np.array([0, *sorted(c[at] for c in cuts), end], np.int32)
-    more |= _lengths(draw, on, more, (b, n_q, n_k))
+    more |= lengths(draw, on, more, (b, n_q, n_k))
     if "weight" in on:
         more["weight"] = np.exp(d.normal(*_broadcastable(draw, (b, h, n_q, n_k))))
     if "state" in on:
@@ -188,24 +187,7 @@ def _problems(
         q, k, d_k = q[..., :0], k[..., :0], 0
     problem = d.problem(n_q, n_k, b=b, h=h, h_kv=h_kv, d=d_k, d_v=d_v, q=q, k=k, v=x, **more)
     assume(v.takes(problem))
-    return _poison(problem, d) if family == "poison" else problem
-
-
-def _lengths(draw: st.DrawFn, on: set[str], more: dict[str, Any], sizes: tuple[int, int, int]) -> dict[str, Any]:
-    """Draw how much of each batch item or sequence is used, and where the diagonal lies."""
-    found: dict[str, Any] = {}
-    for axis, n in zip("qk", sizes[1:], strict=True):
-        if f"lengths_{axis}" in on:
-            ends = more.get(f"cu_seqlens_{axis}")
-            room = [n] * sizes[0] if ends is None else np.diff(ends).tolist()
-            found[f"lengths_{axis}"] = np.array([draw(st.integers(0, m)) for m in room], np.int32)
-    if "offset" in on:
-        many, one = sizes[0], st.integers(-max(sizes), max(sizes))
-        many = len(more["cu_seqlens_q"]) - 1 if "cu_seqlens_q" in more else many
-        found["offset"] = draw(one | st.lists(one, min_size=many, max_size=many).map(np.array))
-    if "alignment" in on and more["causal"] is None:
-        found["alignment"] = draw(st.sampled_from(ALIGNMENTS))
-    return found
+    return typed(draw, _poison(problem, d) if family == "poison" else problem, on)
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:

@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 
 from .arrays import KINDS, dtype_name, kind_of, to_numpy, why_unusable
-from .dtypes import FORMATS
+from .dtypes import ELEMENTS, FORMATS, HELD
 from .errors import InvalidProblem
 
 __all__ = [
     "ALIGNMENTS",
     "LENGTHS",
     "OFFSETS",
+    "SCALES",
     "check_lengths",
     "check_masks",
     "check_offsets",
     "check_options",
     "check_packing",
+    "check_scales",
     "check_tensors",
     "shown",
 ]
@@ -28,6 +30,7 @@ ALIGNMENTS = ("bottom_right", "top_left")
 OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
 LENGTHS = ("lengths_q", "lengths_k", "offset")
 """Numbers for each batch item, or each packed sequence."""
+SCALES = ("query_scale", "key_scale", "value_scale", "out_scale")
 WIDEST = 2**62
 """The widest side of a window: sums with it are still integers of 64 bits."""
 
@@ -42,15 +45,18 @@ def check_tensors(p: Any) -> None:
                 f"{name}: got {len(x.shape)} axes {tuple(x.shape)}, expected 4 (batch, heads, seq, dim); "
                 "add or split axes"
             )
-        if dtype_name(x) not in FORMATS:
-            raise InvalidProblem(f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; cast it")
+        known = FORMATS if p.out_dtype is None else ELEMENTS
+        if dtype_name(x) not in known:
+            more = "; cast it" if dtype_name(x) not in ELEMENTS else "; cast it, or name out's type in out_dtype"
+            raise InvalidProblem(f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(known)}{more}")
     q, k, v = p.query, p.key, p.value
     for name, x in (("key", k), ("value", v)):
         if kind_of(x) != kind_of(q):
             raise InvalidProblem(f"{name}: is of {kind_of(x)} and query of {kind_of(q)}; pass arrays of one library")
-        if dtype_name(x) != dtype_name(q):
+        if dtype_name(x) != dtype_name(q) and p.out_dtype is None:
             raise InvalidProblem(
-                f"{name}: got dtype {dtype_name(x)}, expected query's {dtype_name(q)}; cast one of them"
+                f"{name}: got dtype {dtype_name(x)}, expected query's {dtype_name(q)}; cast one of them, "
+                "or name out's type in out_dtype"
             )
         if x.shape[0] != q.shape[0]:
             raise InvalidProblem(
@@ -195,6 +201,44 @@ def check_lengths(p: Any) -> None:
             raise InvalidProblem(
                 f"{name}: got {shown(values)}, expected numbers from 0 to {shown(room)}, the rows that there are"
             )
+
+
+def check_scales(p: Any) -> None:
+    """Refuse scales that are no numbers above 0, blocks that do not divide their tensor, and a strange out_dtype."""
+    if p.out_dtype is not None and (not isinstance(p.out_dtype, str) or p.out_dtype not in FORMATS):
+        raise InvalidProblem(f"out_dtype: got {shown(p.out_dtype)}, expected one of {', '.join(FORMATS)}, or None")
+    for name in SCALES:
+        x = getattr(p, name)
+        if x is None:
+            continue
+        if isinstance(x, bool) or not isinstance(x, int | float | np.integer | np.floating):
+            _check_scale(p, name, x)
+            values = to_numpy(x, name).astype(np.float64)
+        else:
+            values = np.array(float(x) if _is_finite(x) else np.nan)
+            object.__setattr__(p, name, float(values))
+        if not (np.isfinite(values) & (values > 0)).all():
+            wrong = values[~(np.isfinite(values) & (values > 0))].flat[0]
+            raise InvalidProblem(f"{name}: has {wrong:g}, expected finite numbers above 0; a block of zeros can have 1")
+
+
+def _check_scale(p: Any, name: str, x: Any) -> None:
+    _expect_array(name, x)
+    if kind_of(x) != kind_of(p.query):
+        raise InvalidProblem(f"{name}: is of {kind_of(x)} and query of {kind_of(p.query)}; pass arrays of one library")
+    if dtype_name(x) not in HELD:
+        raise InvalidProblem(f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(HELD)}; cast it")
+    if name == "out_scale":
+        whole = (p.query.shape[0], p.query.shape[1], 1, 1)
+        if len(x.shape) != 4 or any(m not in (1, n) for m, n in zip(x.shape, whole, strict=True)):
+            raise InvalidProblem(f"{name}: got shape {tuple(x.shape)}, expected {whole} or 1 in place of an axis")
+        return
+    whole = tuple(getattr(p, name.removesuffix("_scale")).shape)
+    if len(x.shape) != 4 or any(m < 1 or n % m for m, n in zip(x.shape, whole, strict=True)):
+        raise InvalidProblem(
+            f"{name}: got shape {tuple(x.shape)}, expected 4 axes, each a divisor of the tensor's {whole}; "
+            "pad the last block, or add axes of length 1"
+        )
 
 
 def check_offsets(p: Any, q: Any, k: Any) -> None:

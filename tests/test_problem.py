@@ -52,6 +52,26 @@ BAD = [
     ({"lengths_q": np.array([-1])}, r"lengths_q: got \[-1\], expected numbers from 0 to \[5\]"),
     ({"lengths_q": np.array([1.0])}, r"lengths_q: got float64 of shape \(1,\), expected \(1,\) integers"),
     ({"lengths_q": 3}, "lengths_q: got int, expected an array"),
+    (
+        {"query": ones(1, 8, 5, 16, dtype=np.int8)},
+        "query: got dtype int8, .*; cast it, or name out's type in out_dtype",
+    ),
+    ({"out_dtype": "int8"}, "out_dtype: got 'int8', expected one of float64"),
+    ({"key_scale": 0.0}, "key_scale: has 0, expected finite numbers above 0; a block of zeros can have 1"),
+    ({"key_scale": float("nan")}, "key_scale: has nan, expected finite numbers above 0"),
+    ({"query_scale": -1}, "query_scale: has -1, expected finite numbers above 0"),
+    ({"out_scale": 10**400}, "out_scale: has nan, expected finite numbers above 0"),
+    ({"value_scale": np.array([[[[1.0, np.nan]]]])}, "value_scale: has nan, expected finite numbers above 0"),
+    (
+        {"key_scale": ones(1, 4, 3, 1)},
+        r"key_scale: got shape \(1, 4, 3, 1\), expected 4 axes, each a divisor of",
+    ),
+    ({"key_scale": ones(4)}, r"key_scale: got shape \(4,\), expected 4 axes"),
+    ({"key_scale": ones(1, 8, 1, 1)}, r"key_scale: got shape \(1, 8, 1, 1\), expected .*\(1, 4, 7, 16\)"),
+    ({"out_scale": ones(1, 8, 5, 1)}, r"out_scale: got shape \(1, 8, 5, 1\), expected \(1, 8, 1, 1\) or 1"),
+    ({"key_scale": torch.ones(1, 1, 1, 1)}, "key_scale: is of torch and query of numpy"),
+    ({"key_scale": "1"}, "key_scale: got str, expected an array"),
+    ({"key_scale": ones(1, 1, 1, 1, dtype=np.int32)}, "key_scale: got dtype int32, expected one of float64"),
     ({"softcap": 0}, "softcap: got 0, expected a finite number above 0"),
     ({"softcap": -2.0}, "softcap: got -2.0, expected a finite number above 0"),
     ({"scale": float("nan")}, "scale: got nan, expected a finite number"),
@@ -179,7 +199,14 @@ def test_features_are_those_that_capabilities_know():
     narrow = good(query=ones(1, 8, 5, 0), key=ones(1, 4, 7, 0))
     assert narrow.features() == good().features() | {"d_k_zero"}
     ragged = good(window=(None, -1), alignment="top_left", offset=3, lengths_q=one, lengths_k=one)
-    assert everything.features() | rest.features() | ragged.features() | narrow.features() == FEATURES | FURTHER
+    scaled = good(
+        key=ones(1, 4, 7, 16, dtype=np.int8), value=ones(1, 4, 8, 24)[:, :, :7], out_dtype="bfloat16", out_scale=2,
+        key_scale=ones(1, 4, 7, 1), query_scale=ones(1, 1, 1, 16), value_scale=ones(1, 1, 1, 12),
+    )  # fmt: skip
+    assert (
+        everything.features() | scaled.features() | rest.features() | ragged.features() | narrow.features()
+        == FEATURES | FURTHER
+    )
     assert Problem(*(ones(1, 1, 2, 4) for _ in range(3))).features() == frozenset()
 
 

@@ -81,8 +81,9 @@ def result_of(result: Any, problem: Problem) -> Result:
     out, more = parts[0], parts[1] if len(parts) == 2 else None
     name = "state" if isinstance(variant_of(problem.variant).shape, Steps) else "lse"
     _expect("out", out, problem.out_shape)
-    if dtype_name(out) != problem.dtype:
-        raise KernelError(f"out: got dtype {dtype_name(out)}, expected query's {problem.dtype}")
+    if dtype_name(out) != problem.out_type:
+        whose = "query's" if problem.out_dtype is None else "out_dtype"
+        raise KernelError(f"out: got dtype {dtype_name(out)}, expected {whose} {problem.out_type}")
     if more is not None:
         state = (*problem.out_shape[:2], problem.d_k, problem.d_v)
         _expect(name, more, problem.out_shape[:3] if name == "lse" else state)
@@ -201,7 +202,7 @@ def guarded(call: Callable[[], Any]) -> Any:
 def _scrub(problem: Problem) -> None:
     """Leave NaN in the memory that is free, where a kernel's own arrays are likely to be made next."""
     for n in {problem.out_shape, problem.out_shape[:3]}:
-        for kind in (np.float32, np.dtype(FORMATS[problem.dtype].dtype)):
+        for kind in (np.float32, np.dtype(FORMATS[problem.out_type].dtype)):
             np.empty(n, kind).view(np.uint8).fill(0xFF)
 
 

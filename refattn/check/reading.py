@@ -8,6 +8,7 @@ from typing import Any
 
 from ..arrays import kind_of
 from ..problem import Problem
+from ..validation import SCALES
 
 __all__ = ["FIELDS", "SOURCE", "note", "plain", "unread", "watched"]
 
@@ -93,6 +94,8 @@ def unread(problem: Problem, seen: set[str] | frozenset[str]) -> list[str]:
         From :func:`watched`.
     """
     asked = {SOURCE.get(name, name) for name in problem.features()} & FIELDS
+    if problem.typed:
+        asked |= {n for n in SCALES if getattr(problem, n) is not None} | {"out_dtype"}
     if problem.options:
         asked.add("options")
     return sorted(asked - seen)

@@ -14,6 +14,7 @@ from ..exact.arithmetics import Floats
 from ..exact.run import run
 from ..masks import unused
 from ..problem import Problem
+from ..scales import dequantised
 from .call import Result
 from .inputs.sample import Sample
 
@@ -38,6 +39,7 @@ def suspects(problem: Problem, result: Result) -> Sample | None:
     Sample or None
         None where every element is what float64 gives.
     """
+    problem = dequantised(problem)
     both = np.concatenate([problem.value, np.abs(problem.value)], 3)  # the second half says what was added up
     plain = run(problem.replace(value=both), Floats(np.float64))
     out, size = np.split(plain["out"], 2, 3)

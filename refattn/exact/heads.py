@@ -113,6 +113,15 @@ class Head:
     weight: Float | None = None
     state: Float | None = None
 
+    @property
+    def out_scale(self) -> float | None:
+        """What the output is divided by; None where nothing is."""
+        x = self.problem.out_scale
+        if x is None or isinstance(x, float):
+            return x
+        b, h = (i if n > 1 else 0 for i, n in zip((self.batch, self.head), x.shape[:2], strict=True))
+        return float(to_float64(x)[b, h, 0, 0])
+
     def options(self, f: Any, rows: Any = slice(None), wrap: Callable[[Any], Any] = lambda x: x) -> Given:
         """Return what a definition calls ``o``: the options in the arithmetic, for some rows; matrices wrapped."""
         p, variant = self.problem, variant_of(self.problem.variant)

@@ -72,8 +72,9 @@ class Work:
         if dout is not None and not all(_finite(s) for s in self.heads):
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
         self.streamed = [len(s.k) >= STREAM_FROM and streams(s) for s in self.heads]
+        plain = dlse is None and self.p.out_scale is None
         self.backward = [
-            yes and dout is not None and dlse is None and streams(s, backward=True) and _plain(s, dout)
+            yes and plain and dout is not None and streams(s, backward=True) and _plain(s, dout)
             for yes, s in zip(self.streamed, self.heads, strict=True)
         ]
 
@@ -170,6 +171,8 @@ def _streamed(one: Head, f: Level, lines: NDArray[np.intp], raw: Raw, threads: i
     at = (one.batch, one.head, one.rows if whole else np.arange(one.rows.start, one.rows.stop)[lines])
     into = (raw["out"][at], raw["lse"][at]) if whole else None  # views: nothing is copied
     out, lse = stream(one, f, lines, unit, threads, into)
+    if one.out_scale is not None:
+        out[...] = numbers_of(Bounded(f, *np.moveaxis(out, -1, 0)) / f.number(one.out_scale))
     if not whole:
         raw["out"][at], raw["lse"][at] = _scaled(out, unit), lse
 
@@ -208,12 +211,14 @@ def _tile(
     with np.errstate(all="ignore"):
         if dout is None:
             out, lse = define(q, k, v, o)
+            out = out if one.out_scale is None else out / f.number(one.out_scale)
         else:
             leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
             for name in ("bias", "sink"):
                 if getattr(o, name) is not None:
                     leaves["d" + name] = getattr(o, name)
             out, lse = define(leaves["dq"], leaves["dk"], leaves["dv"], o)
+            out = out if one.out_scale is None else out / f.number(one.out_scale)
             ends, arriving = [out], [matrix_of(f, dout[at])]
             if dlse is not None:
                 ends, arriving = [out, lse], [*arriving, matrix_of(f, dlse[at][:, None])]

@@ -76,7 +76,7 @@ class Call:
         """Return what a problem asks for; `packed` where its cu_seqlens are kept apart."""
         if p.variant != "softmax":
             raise UnsupportedProblem(f"gpu: computes variant 'softmax', got {p.variant!r}")
-        if further := sorted(p.features() & FURTHER):
+        if further := sorted(p.features() & FURTHER) + ["types or scales"] * p.typed:
             raise UnsupportedProblem(f"gpu: has no {', '.join(further)}; refattn.evaluate computes them")
         return cls(
             dtype=p.dtype,

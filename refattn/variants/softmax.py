@@ -70,8 +70,14 @@ SOFTMAX = Variant(
         "offset_ignored",
         "offset_of_first_batch",
         "alignment_ignored",
+        "key_scale_ignored",
+        "value_scale_ignored",
+        "out_scale_ignored",
+        "scale_of_next_head",
+        "scale_of_next_token",
+        "scale_of_next_channel",
     ),
-    families=(*COMMON_FAMILIES, "shifted", "extreme"),
+    families=(*COMMON_FAMILIES, "shifted", "extreme", "types"),
     quick=frozenset(
         {
             "empty/rows-allowed",
@@ -103,6 +109,10 @@ SOFTMAX = Variant(
             "shifted/large-sink",
             "shifted/small",
             "sparse/scale-zero",
+            "types/float8-by-head",
+            "types/int8-by-token-and-channel",
+            "types/nvfp4",
+            "types/out-float8",
         }
     ),
     contract=(

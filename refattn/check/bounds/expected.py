@@ -84,7 +84,7 @@ def of_answer(answer: Answer, model: Model, dout: Any = None, dlse: Any = None) 
 def _inner(known: Expected) -> dict[str, Float]:
     """Return the bounds of a kernel that rounds neither the weights nor its results to a narrower type."""
     wide = replace(known.model, weights=known.model.accumulator)
-    final = FORMATS[known.answer.call.dtype].unit_roundoff
+    final = FORMATS[known.answer.call.out_type].unit_roundoff
 
     def without(found: dict[str, Float]) -> dict[str, Float]:
         mid = {n: np.nan_to_num(known.answer.enclosures[n].mid, posinf=0, neginf=0) for n in found}

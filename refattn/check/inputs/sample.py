@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ...masks import unused, visible
 from ...problem import Problem
+from ...scales import dequantised
 from ...variants import Rows, variant_of
 
 __all__ = ["WHOLE", "Sample", "sample_of", "separate"]
@@ -47,6 +48,7 @@ class Sample:
 
     def of(self, p: Problem) -> Problem:
         """Return the rows as a call of their own: every mask in ``allowed``, the keys as they are."""
+        p = dequantised(p)
         b, heads, groups, rows = self.batch, list(self.heads), list(self.groups), list(self.rows)
         rules = (p.causal, p.window, p.allowed, p.cu_seqlens_q, p.lengths_q, p.lengths_k)
         masked = any(x is not None for x in rules)
@@ -68,6 +70,7 @@ class Sample:
             lengths_k=None,
             offset=None,
             alignment=None,
+            out_scale=self._of_scores(p.out_scale) if hasattr(p.out_scale, "shape") else p.out_scale,
         )
 
     def take(self, name: str, x: NDArray[Any]) -> NDArray[Any]:

@@ -21,7 +21,9 @@ import numpy as np
 
 __all__ = ["receive", "send"]
 
-NARROW = {n: getattr(ml_dtypes, n) for n in ("bfloat16", "float8_e4m3fn", "float8_e5m2")}
+NARROW = {
+    n: getattr(ml_dtypes, n) for n in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "float8_e8m0fnu")
+}
 BORDER = 2**14
 
 
@@ -61,8 +63,8 @@ class Unsupported(Exception):
 
 
 ARRAYS = ["query", "key", "value", "sink", "bias", "allowed", "cu_seqlens_q", "cu_seqlens_k", "weight", "state"]
-ARRAYS += ["lengths_q", "lengths_k", "offset"]
-SETTINGS = ["scale", "causal", "window", "softcap", "alignment", "variant", "options"]
+ARRAYS += ["lengths_q", "lengths_k", "offset", "query_scale", "key_scale", "value_scale", "out_scale"]
+SETTINGS = ["scale", "causal", "window", "softcap", "alignment", "out_dtype", "variant", "options"]
 
 
 class Problem:
@@ -86,6 +88,7 @@ class Problem:
     n_k = property(lambda self: int(self._values["key"].shape[2]))
     d_v = property(lambda self: int(self._values["value"].shape[3]))
     out_shape = property(lambda self: (self.batch, self.heads, self.n_q, self.d_v))
+    out_type = property(lambda self: self.out_dtype or self.dtype)
     dtype = property(lambda self: str(self._values["query"].dtype).removeprefix("torch."))
 
     def arrays(self) -> dict[str, Any]:
