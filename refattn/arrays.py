@@ -14,7 +14,7 @@ import array_api_compat as api
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import FORMATS, format_of, is_float, no_format
+from .dtypes import HELD, format_of, no_format
 from .errors import InvalidInput, InvalidProblem
 
 __all__ = ["KINDS", "dtype_name", "kind_of", "like", "native", "to_kind", "to_numpy", "why_unusable"]
@@ -83,9 +83,9 @@ def to_numpy(x: Any, name: str = "array") -> NDArray[Any]:
 
         x = x.detach().cpu().resolve_conj().resolve_neg().contiguous()
         dtype = dtype_name(x)
-        if dtype in FORMATS and not isinstance(FORMATS[dtype].dtype.type(0), np.floating):
-            bits = torch.int16 if FORMATS[dtype].dtype.itemsize == 2 else torch.uint8
-            return np.asarray(x.view(bits).numpy()).view(FORMATS[dtype].dtype)
+        if dtype in HELD and not isinstance(HELD[dtype].type(0), np.floating):
+            bits = torch.int16 if HELD[dtype].itemsize == 2 else torch.uint8
+            return np.asarray(x.view(bits).numpy()).view(HELD[dtype])
         return np.asarray(x.numpy())
     if kind == "cupy":
         return np.asarray(x.get())
@@ -147,7 +147,9 @@ def to_kind(x: NDArray[Any], kind: str, device: Any = None) -> Any:
 
         _, block, start = laid_out(x)
         name = x.dtype.name
-        if name in FORMATS and not isinstance(x.dtype.type(0), np.floating):
+        if name in HELD and not isinstance(x.dtype.type(0), np.floating):
+            if not hasattr(torch, name):
+                raise InvalidInput(f"torch: has no {name} of one element a byte; keep such arrays in numpy or jax")
             bits = np.int16 if x.dtype.itemsize == 2 else np.uint8
             whole = torch.from_numpy(block.view(bits)).view(getattr(torch, name))
         else:
@@ -203,8 +205,8 @@ def like(x: NDArray[Any], model: Any) -> Any:
 
 
 def to_float64(x: NDArray[Any]) -> NDArray[np.float64]:
-    """Return a float array of the table as float64, exactly (every format's numbers are float64 numbers)."""
-    if not is_float(x.dtype):
+    """Return an array of floats or int8 as float64, exactly (every format's numbers are float64 numbers)."""
+    if x.dtype.name not in HELD and x.dtype != np.int8:
         raise no_format("dtype", x.dtype.name)
     with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
         return np.asarray(x).astype(np.float64, copy=False)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .errors import InvalidInput
 
-__all__ = ["FORMATS", "Format", "format_of", "is_float", "no_format"]
+__all__ = ["ELEMENTS", "FLOAT4", "FORMATS", "HELD", "Format", "format_of", "is_float", "no_format"]
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,15 @@ SHORT = {
     "e5m2": "float8_e5m2", "fp8_e5m2": "float8_e5m2",
 }  # fmt: skip
 """What people write for a format's name."""
+FLOAT4 = _format("float4_e2m1fn", ml_dtypes.float4_e2m1fn, 2, 0, 2, largest=6.0, infinities=False)
+"""Elements of MXFP4 and NVFP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives."""
+ELEMENTS: dict[str, int] = {f.name: f.precision for f in FORMATS.values()} | {FLOAT4.name: 2, "int8": 7}
+"""What query, key and value may be stored as: names, and significant bits."""
+HELD: dict[str, np.dtype[Any]] = {f.name: f.dtype for f in FORMATS.values()} | {
+    FLOAT4.name: FLOAT4.dtype,
+    "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+"""How NumPy holds floats by name, those of elements and scales among them."""
 
 
 def format_of(dtype: Any) -> Format:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import native, to_numpy
-from .dtypes import FORMATS
+from .dtypes import HELD
 from .errors import InvalidInput, expect
 from .problem import TENSORS, Problem
 
@@ -310,7 +310,7 @@ def _load(path: str | Path, mark: str, kind: str) -> tuple[dict[str, Any], dict[
 
 def _typed(x: NDArray[Any], name: str) -> NDArray[Any]:
     x = native(x)
-    x = x.view(FORMATS[name].dtype) if name in FORMATS and x.dtype.kind == "u" else x
+    x = x.view(HELD[name]) if name in HELD and x.dtype.kind == "u" else x
     if x.dtype.name != name:
         raise ValueError("another type than the head says")
     return x

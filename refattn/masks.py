@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import to_numpy
 from .errors import InvalidInput
-from .problem import ALIGNMENTS, Problem
+from .problem import Problem
+from .validation import ALIGNMENTS
 
-__all__ = ["both", "causal", "document", "padding", "sliding_window", "visible"]
+__all__ = ["both", "causal", "document", "padding", "sliding_window", "unused", "visible"]
 
 Mask = NDArray[np.bool_]
 
@@ -34,7 +36,7 @@ def causal(n_q: int, n_k: int, alignment: str = "bottom_right") -> Mask:
     -------
     (n_q, n_k) bool array
     """
-    return _band(n_q, n_k, None, 0, alignment).copy()
+    return _band(n_q, n_k, None, 0, _corner(n_q, n_k, alignment)).copy()
 
 
 def sliding_window(n_q: int, n_k: int, left: int | None, right: int | None, alignment: str = "bottom_right") -> Mask:
@@ -53,7 +55,7 @@ def sliding_window(n_q: int, n_k: int, left: int | None, right: int | None, alig
     -------
     (n_q, n_k) bool array
     """
-    return _band(n_q, n_k, left, right, alignment).copy()
+    return _band(n_q, n_k, left, right, _corner(n_q, n_k, alignment)).copy()
 
 
 def document(ids_q: Sequence[int] | NDArray[np.integer], ids_k: Sequence[int] | NDArray[np.integer]) -> Mask:
@@ -80,7 +82,7 @@ def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -
     batch, head : int
         Indices of the batch and the query head.
     rows, keys : slice
-        The sequence, as ``problem.segments()`` gives it.
+        The sequence, as ``problem.segments(batch)`` gives it.
 
     Returns
     -------
@@ -91,7 +93,7 @@ def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -
     left, right = problem.window or (None, None)
     if problem.causal is not None:
         right = 0 if right is None else min(right, 0)
-    mask = _band(n_q, n_k, left, right, problem.causal or "bottom_right")
+    mask = _band(n_q, n_k, left, right, diagonal(problem, batch, rows, keys))
     if problem.allowed is not None:
         mask = np.logical_and(mask, block(problem.allowed, batch, head, rows, keys))
     if problem.bias is not None:
@@ -108,9 +110,29 @@ def block(x: NDArray[np.generic], batch: int, head: int, rows: slice, keys: slic
     return np.broadcast_to(plane, (rows.stop - rows.start, keys.stop - keys.start))
 
 
-def distance(n_q: int, n_k: int, alignment: str) -> NDArray[np.int64]:
-    """Return how far key j lies behind query i on the aligned diagonal, (n_q, n_k) integers (negative: ahead)."""
-    return np.arange(n_q)[:, None] - np.arange(n_k)[None, :] + _corner(n_q, n_k, alignment)
+def diagonal(problem: Problem, batch: int, rows: slice, keys: slice) -> int:
+    """Return the key, counted from its sequence's first, at which the first query of a sequence stands."""
+    first = _corner(rows.stop - rows.start, keys.stop - keys.start, problem.corner)
+    if problem.offset is None or isinstance(problem.offset, int):
+        return first + (problem.offset or 0)
+    at = batch if problem.cu_seqlens_q is None else problem.segments().index((rows, keys))
+    return first + int(to_numpy(problem.offset)[at])
+
+
+def unused(problem: Problem) -> tuple[Mask, Mask] | None:
+    """Return the rows (b, n_q) and the keys (b, n_k) that lengths leave unused; None where all are used."""
+    if problem.lengths_q is None and problem.lengths_k is None:
+        return None
+    q, k = (np.ones((problem.batch, n), bool) for n in (problem.n_q, problem.n_k))
+    for b in range(problem.batch):
+        for rows, keys in problem.segments(b):
+            q[b, rows], k[b, keys] = False, False
+    return q, k
+
+
+def distance(n_q: int, n_k: int, first: int) -> NDArray[np.int64]:
+    """Return how far key j lies behind query i, of which the first stands at a key, (n_q, n_k) (negative: ahead)."""
+    return np.arange(n_q)[:, None] - np.arange(n_k)[None, :] + first
 
 
 def _corner(n_q: int, n_k: int, alignment: str) -> int:
@@ -119,12 +141,11 @@ def _corner(n_q: int, n_k: int, alignment: str) -> int:
     return n_k - n_q if alignment == "bottom_right" else 0
 
 
-def _band(n_q: int, n_k: int, left: int | None, right: int | None, alignment: str) -> Mask:
+def _band(n_q: int, n_k: int, left: int | None, right: int | None, first: int) -> Mask:
     """Return a window mask as a view of one diagonal's length: it depends on j - i alone."""
-    corner = _corner(n_q, n_k, alignment)
     if 0 in (n_q, n_k) or (left is None and right is None):
         return np.broadcast_to(np.True_, (n_q, n_k))
-    offset = np.arange(1 - n_q, n_k) - corner
+    offset = np.arange(1 - n_q, n_k) - first
     seen = np.ones(len(offset), bool)
     if left is not None:
         seen &= offset >= -left

@@ -1,30 +1,50 @@
-"""One attention call: tensors and options, frozen. This is the only place that validates them."""
+"""One attention call: tensors and options, frozen, and validated when it is made."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from .arrays import KINDS, dtype_name, kind_of, native, to_kind, to_numpy, why_unusable
-from .dtypes import FORMATS
+from .arrays import dtype_name, kind_of, native, to_kind, to_numpy
 from .errors import InvalidProblem
+from .validation import (
+    LENGTHS,
+    OFFSETS,
+    SCALES,
+    check_lengths,
+    check_masks,
+    check_options,
+    check_packing,
+    check_scales,
+    check_tensors,
+    shown,
+)
 
-__all__ = ["ALIGNMENTS", "MEANINGS", "VARIANT", "Problem", "check_offsets", "shown"]
+__all__ = ["MEANINGS", "VARIANT", "Problem"]
 
-ALIGNMENTS = ("bottom_right", "top_left")
 TENSORS = ("query", "key", "value", "bias", "allowed", "sink", "weight", "state")
-OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
-MEANINGS = ("causal", "window", "softcap", "sink", "bias", "allowed", "weight", "state")
+MEANINGS = (
+    "causal",
+    "window",
+    "softcap",
+    "sink",
+    "bias",
+    "allowed",
+    "weight",
+    "state",
+    "lengths_q",
+    "lengths_k",
+    "offset",
+    "alignment",
+)
 """The options that mean something for some operators only."""
 VARIANT = "softmax"
 """The operator of a call that names none."""
-WIDEST = 2**62
-"""The widest side of a window: sums with it are still integers of 64 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,19 +53,23 @@ class Problem:
 
     Parameters
     ----------
-    query : (b, h_q, n_q, d_k) float array
-        Of NumPy, PyTorch, CuPy or JAX, in one of the formats of ``refattn.dtypes.FORMATS``.
+    query : (b, h_q, n_q, d_k) array
+        Of NumPy, PyTorch, CuPy or JAX, in one of the formats of ``refattn.dtypes.FORMATS``; with `out_dtype` also int8
+        or float4_e2m1fn. Where d_k is 0 every
+        product is an empty sum, 0, whatever the scale.
     key : (b, h_kv, n_k, d_k) array
-        Of query's kind and type; h_kv divides h_q, and query head h uses key head h // (h_q / h_kv).
+        Of query's kind, and type unless `out_dtype` is given; h_kv divides h_q, and query head h uses key head
+        h // (h_q / h_kv).
     value : (b, h_kv, n_k, d_v) array
-        Of query's kind and type.
+        As key.
     scale : float, optional
         Multiplies the products query·key; None is the exact real number 1/sqrt(d_k) (1 for linear attention).
     causal : {None, "bottom_right", "top_left"}
         Which corner the diagonal of the causal mask meets: "bottom_right" lets the last query see every key.
     window : (left, right), optional
         Query i sees keys from i' - left to i' + right, both included, where i' is the query's place on the diagonal
-        (aligned as `causal` says, bottom right where it is None); None on a side means no limit there.
+        (aligned as `causal` or `alignment` says, bottom right where both are None); None on a side means no limit
+        there. A side may be below 0: (None, -1) lets each query see what lies before its own place.
     softcap : float > 0, optional
         Scores become softcap · tanh(score / softcap), before bias and mask.
     sink : (h_q,) float array, optional
@@ -65,6 +89,23 @@ class Problem:
         Of at least 0: how often each key counts. Its logarithm is added to the scores, exactly; 0 removes a key.
     state : (b, h_q, d_k, d_v) float array, optional
         The state that a recurrence starts from; None is 0.
+    lengths_q, lengths_k : (b,) integer arrays, optional
+        How many rows, and how many keys, of each batch item are used: the first ones. What lies behind them is never
+        read, and what a kernel leaves in unused rows of its results is not looked at. With cu_seqlens they are (m,),
+        one for each packed sequence, whose offsets say where it starts: gaps lie between.
+    offset : int, or (b,) integer array, optional
+        Keys by which the diagonal lies further right than in its corner: query i stands at key i + offset ("top_left"),
+        or at i + offset + n_k - n_q ("bottom_right", n_k and n_q the used ones). With cu_seqlens an array is (m,).
+    alignment : {None, "bottom_right", "top_left"}
+        Which corner the diagonal of a window meets where `causal` is None.
+    query_scale, key_scale, value_scale : float, or array of 4 axes, optional
+        What the elements are multiplied with: each axis has one number, or as many as divide the tensor's axis, for
+        equal blocks. One for all, (1, h, 1, 1) by head, (b, h, n, 1) by token, (1, h, 1, d) by channel, (b, h, n, d /
+        32) by block; above 0, in any format or float8_e8m0fnu.
+    out_scale : float, or (b or 1, h_q or 1, 1, 1) array, optional
+        What out's elements are to be multiplied with: out holds the output divided by it.
+    out_dtype : str, optional
+        The format of out; None is query's.
 
     Raises
     ------
@@ -92,6 +133,15 @@ class Problem:
     options: Mapping[str, Any] = field(default_factory=dict)
     weight: Any = None
     state: Any = None
+    lengths_q: Any = None
+    lengths_k: Any = None
+    offset: Any = None
+    alignment: str | None = None
+    query_scale: Any = None
+    key_scale: Any = None
+    value_scale: Any = None
+    out_scale: Any = None
+    out_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, Mapping) or any(not isinstance(n, str) for n in self.options):
@@ -102,10 +152,8 @@ class Problem:
         for name, x in self._arrays():  # numbers are what they are, in whatever order their bytes come
             if kind_of(x) == "numpy" and not x.dtype.isnative:
                 object.__setattr__(self, name, native(x))
-        self._check_tensors()
-        self._check_options()
-        self._check_masks()
-        self._check_lengths()
+        for check in (check_tensors, check_options, check_masks, check_packing, check_lengths, check_scales):
+            check(self)
 
     def __reduce__(self) -> Any:
         return _made, (vars(self) | {"options": dict(self.options)},)
@@ -153,6 +201,16 @@ class Problem:
         return dtype_name(self.query)
 
     @property
+    def out_type(self) -> str:
+        """The name of out's format."""
+        return self.out_dtype or self.dtype
+
+    @property
+    def typed(self) -> bool:
+        """Whether the call says more of its types than that all are query's."""
+        return self.out_dtype is not None or any(getattr(self, n) is not None for n in SCALES)
+
+    @property
     def kind(self) -> str:
         """The library of the arrays: one of ``KINDS``."""
         return str(kind_of(self.query))
@@ -162,22 +220,33 @@ class Problem:
         """The shape of the output: (b, h_q, n_q, d_v)."""
         return (self.batch, self.heads, self.n_q, self.d_v)
 
-    def segments(self) -> list[tuple[slice, slice]]:
-        """Return the query rows and key rows of each packed sequence (one of all rows where nothing is packed)."""
-        if self.cu_seqlens_q is None:
-            return [(slice(0, self.n_q), slice(0, self.n_k))]
-        q, k = (to_numpy(getattr(self, n)).tolist() for n in OFFSETS)
-        return [(slice(a, b), slice(c, d)) for a, b, c, d in zip(q, q[1:], k, k[1:], strict=False)]
+    @property
+    def corner(self) -> str:
+        """The corner that the diagonal meets, one of ``ALIGNMENTS``."""
+        return self.causal or self.alignment or "bottom_right"
+
+    def segments(self, batch: int = 0) -> list[tuple[slice, slice]]:
+        """Return the used query rows and key rows of each packed sequence of a batch item (one, if none is packed)."""
+        q = _spans(self.cu_seqlens_q, self.n_q, self.lengths_q, batch)
+        return list(zip(q, _spans(self.cu_seqlens_k, self.n_k, self.lengths_k, batch), strict=True))
 
     def features(self) -> frozenset[str]:
         """Return what a kernel must be able to do for this call, as names of ``Capabilities``."""
-        found = {name for name in MEANINGS[1:] if getattr(self, name) is not None}
+        found = {name for name in MEANINGS[1:-1] if getattr(self, name) is not None}
+        if self.causal is None and self.corner == "top_left":
+            found.add("alignment")
+        if self.window is not None and any(side is not None and side < 0 for side in self.window):
+            found.add("negative_window")
         if self.causal is not None:
             found.add(f"causal_{self.causal}")
         if self.cu_seqlens_q is not None:
             found.add("variable_lengths")
         if self.heads != self.heads_kv:
             found.add("grouped_heads")
+        if self.d_k == 0:
+            found.add("d_k_zero")
+        if self.typed:
+            found |= set(self._types())
         if self.d_k != self.d_v:
             found.add("d_v_differs")
         if self.n_q != self.n_k:
@@ -187,6 +256,24 @@ class Problem:
         if 0 in (self.batch, self.n_q, self.n_k):
             found.add("no_rows_or_keys")
         return frozenset(found)
+
+    def _types(self) -> Iterator[str]:
+        if any(dtype_name(x) != self.dtype for x in (self.key, self.value)):
+            yield "types_differ"
+        if self.out_type != self.dtype:
+            yield "out_dtype"
+        if self.out_scale is not None:
+            yield "out_scale"
+        for name in SCALES[:3]:
+            scale, x = getattr(self, name), getattr(self, name.removesuffix("_scale"))
+            if scale is None:
+                continue
+            yield "scales"
+            one, many = (tuple(getattr(a, "shape", (1, 1, 1, 1))) for a in (scale, x))
+            yield from ("scales_by_head",) if max(one[:2]) > 1 else ()
+            for axis, kind in ((2, "scales_by_token"), (3, "scales_by_channel")):
+                if one[axis] > 1:
+                    yield kind if one[axis] == many[axis] else "scales_by_block"
 
     def to(self, kind: str, device: Any = None) -> Problem:
         """Return the same call with every array of another kind (``"numpy"``, ``"torch"``, ``"jax"``, ``"cupy"``)."""
@@ -205,7 +292,8 @@ class Problem:
 
     def settings(self) -> dict[str, Any]:
         """Return every argument that is no array and differs from its default, by name."""
-        names = [f.name for f in fields(self) if f.name not in TENSORS + OFFSETS + ("options",)]
+        arrays = self.arrays()
+        names = [f.name for f in fields(self) if f.name not in (*arrays, "options")]
         plain = {n: getattr(self, n) for n in names if getattr(self, n) not in (None, VARIANT)}
         return plain | ({"options": dict(self.options)} if self.options else {})
 
@@ -219,163 +307,11 @@ class Problem:
         # IPython and Hypothesis would print every array of a dataclass in full
         printer.text(repr(self))
 
-    # validation -----------------------------------------------------------------------------------------------
-
     def _arrays(self) -> Iterator[tuple[str, Any]]:
-        for name in TENSORS + OFFSETS:
-            yield name, getattr(self, name)
-
-    def _check_tensors(self) -> None:
-        for name in ("query", "key", "value"):
+        for name in TENSORS + OFFSETS + LENGTHS + SCALES:
             x = getattr(self, name)
-            _expect_array(name, x)
-            if len(x.shape) != 4:
-                raise InvalidProblem(
-                    f"{name}: got {len(x.shape)} axes {tuple(x.shape)}, expected 4 (batch, heads, seq, dim); "
-                    "add or split axes"
-                )
-            if dtype_name(x) not in FORMATS:
-                raise InvalidProblem(
-                    f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; cast it"
-                )
-        q, k, v = self.query, self.key, self.value
-        for name, x in (("key", k), ("value", v)):
-            if kind_of(x) != kind_of(q):
-                raise InvalidProblem(
-                    f"{name}: is of {kind_of(x)} and query of {kind_of(q)}; pass arrays of one library"
-                )
-            if dtype_name(x) != dtype_name(q):
-                raise InvalidProblem(
-                    f"{name}: got dtype {dtype_name(x)}, expected query's {dtype_name(q)}; cast one of them"
-                )
-            if x.shape[0] != q.shape[0]:
-                raise InvalidProblem(
-                    f"{name}: axis batch is {x.shape[0]}, expected query's {q.shape[0]}; repeat or slice it"
-                )
-        for axis, i in (("heads", 1), ("seq", 2)):
-            if v.shape[i] != k.shape[i]:
-                raise InvalidProblem(
-                    f"value: axis {axis} is {v.shape[i]}, expected key's {k.shape[i]}; every key needs its value"
-                )
-        if k.shape[3] != q.shape[3]:
-            raise InvalidProblem(f"key: axis dim is {k.shape[3]}, expected query's {q.shape[3]}; project one of them")
-        for name, x, i, axis in (
-            ("query", q, 1, "heads"),
-            ("key", k, 1, "heads"),
-            ("query", q, 3, "dim"),
-            ("value", v, 3, "dim"),
-        ):
-            if x.shape[i] < 1:
-                raise InvalidProblem(f"{name}: axis {axis} is 0 and must be at least 1")
-        if q.shape[1] % k.shape[1]:
-            raise InvalidProblem(
-                f"key: axis heads is {k.shape[1]} and must divide query's {q.shape[1]} "
-                "(grouped-query attention); repeat or slice the key heads"
-            )
-
-    def _check_options(self) -> None:
-        if self.causal is not None and not (isinstance(self.causal, str) and self.causal in ALIGNMENTS):
-            raise InvalidProblem(
-                f"causal: got {shown(self.causal)}, expected None, 'bottom_right' or 'top_left'; "
-                "name the corner that the diagonal meets"
-            )
-        if self.window is not None:
-            ok = isinstance(self.window, tuple | list) and len(self.window) == 2
-            if not ok or any(not _is_int(w) and w is not None for w in self.window):
-                raise InvalidProblem(f"window: got {shown(self.window)}, expected (left, right) of integers or None")
-            if any(w is not None and not 0 <= w <= WIDEST for w in self.window):
-                raise InvalidProblem(
-                    f"window: got {shown(tuple(self.window))}, expected sides of at least 0 and at most 2**62; "
-                    "None lifts a limit"
-                )
-            object.__setattr__(self, "window", tuple(None if w is None else int(w) for w in self.window))
-        for name, positive in (("scale", False), ("softcap", True)):
-            x = getattr(self, name)
-            if x is None:
-                continue
-            if isinstance(x, bool) or not isinstance(x, int | float | np.integer | np.floating):
-                raise InvalidProblem(f"{name}: got {shown(x)}, expected a real number or None")
-            if not _is_finite(x) or (positive and x <= 0):
-                want = "a finite number above 0" if positive else "a finite number"
-                raise InvalidProblem(f"{name}: got {shown(x)}, expected {want}; None turns it off")
-            object.__setattr__(self, name, float(x))
-
-    def _check_masks(self) -> None:
-        full = (self.batch, self.heads, self.n_q, self.n_k)
-        for name in ("bias", "allowed", "sink", "weight", "state"):
-            x = getattr(self, name)
-            if x is None:
-                continue
-            _expect_array(name, x)
-            if kind_of(x) != self.kind:
-                raise InvalidProblem(f"{name}: is of {kind_of(x)} and query of {self.kind}; pass arrays of one library")
-            if name == "allowed" and dtype_name(x) != "bool":
-                raise InvalidProblem(f"allowed: got dtype {dtype_name(x)}, expected bool; numbers to add go into bias")
-            if name != "allowed" and dtype_name(x) not in FORMATS:
-                raise InvalidProblem(
-                    f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; "
-                    "a boolean mask goes into allowed"
-                )
-            if name == "sink":
-                if tuple(x.shape) != (self.heads,):
-                    raise InvalidProblem(
-                        f"sink: got shape {tuple(x.shape)}, expected ({self.heads},), a logit for each head"
-                    )
-            elif name == "state":
-                want = (self.batch, self.heads, self.d_k, self.d_v)
-                if tuple(x.shape) != want:
-                    raise InvalidProblem(
-                        f"state: got shape {tuple(x.shape)}, expected (b, h_q, d_k, d_v) = {want}, a matrix for each "
-                        "query head"
-                    )
-            elif len(x.shape) != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True)):
-                raise InvalidProblem(
-                    f"{name}: got shape {tuple(x.shape)}, expected {full} or 1 in place of an axis; "
-                    "add axes of length 1"
-                )
-
-    def _check_lengths(self) -> None:
-        if self.cu_seqlens_q is None and self.cu_seqlens_k is None:
-            return
-        check_offsets(self, self.cu_seqlens_q, self.cu_seqlens_k)
-        for name, end in zip(OFFSETS, (self.n_q, self.n_k), strict=True):
-            x = to_numpy(getattr(self, name), name)
-            if x[0] != 0 or x[-1] != end or (np.diff(x.astype(np.int64)) < 0).any():
-                raise InvalidProblem(
-                    f"{name}: got {x.tolist()}, expected offsets that start at 0, never fall and end at {end}"
-                )
-
-
-def check_offsets(p: Problem, q: Any, k: Any) -> None:
-    """Refuse offsets of packed sequences that do not fit a call; their values are not looked at."""
-    if q is None or k is None:
-        raise InvalidProblem("cu_seqlens_q and cu_seqlens_k: got only one, expected both or none")
-    if p.batch != 1:
-        raise InvalidProblem(f"query: axis batch is {p.batch}, expected 1 with cu_seqlens; pack along the seq axis")
-    for name, x in zip(OFFSETS, (q, k), strict=True):
-        _expect_array(name, x)
-        if len(x.shape) != 1 or x.shape[0] < 2 or not dtype_name(x).lstrip("u").startswith("int"):
-            raise InvalidProblem(
-                f"{name}: got {dtype_name(x)} of shape {tuple(x.shape)}, expected at least 2 integers on one axis"
-            )
-    if q.shape[0] != k.shape[0]:
-        raise InvalidProblem(f"cu_seqlens_k: has {k.shape[0]} offsets, expected cu_seqlens_q's {q.shape[0]}")
-
-
-def shown(x: Any) -> str:
-    """Return a value as an error shows it: short, whatever it is; a huge integer or an odd object is named only."""
-    try:
-        text = str(x) if isinstance(x, np.generic) else repr(x)
-    except Exception:  # of an integer of thousands of digits, and of whatever a foreign class does
-        return f"a value of {type(x).__name__} that cannot be shown"
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _is_finite(x: Any) -> bool:
-    try:
-        return math.isfinite(x)
-    except OverflowError:  # an integer beyond float64
-        return False
+            if name not in ("offset", *SCALES) or kind_of(x) is not None:
+                yield name, x
 
 
 def _python(x: Any) -> Any:
@@ -385,15 +321,12 @@ def _python(x: Any) -> Any:
     return tuple(map(_python, x)) if type(x) is tuple else x
 
 
-def _is_int(x: Any) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool)
-
-
-def _expect_array(name: str, x: Any) -> None:
-    if kind_of(x) is None:
-        raise InvalidProblem(f"{name}: got {type(x).__name__}, expected an array of {', '.join(KINDS)}")
-    if (why := why_unusable(x)) is not None:
-        raise InvalidProblem(f"{name}: {why}")
+def _spans(starts: Any, n: int, lengths: Any, batch: int) -> list[slice]:
+    ends = [0, n] if starts is None else to_numpy(starts).tolist()
+    if lengths is None:
+        return [slice(a, b) for a, b in pairwise(ends)]
+    used = to_numpy(lengths).tolist()
+    return [slice(a, a + m) for a, m in zip(ends, used if starts is not None else [used[batch]], strict=False)]
 
 
 def _made(values: dict[str, Any]) -> Problem:

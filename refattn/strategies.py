@@ -19,10 +19,12 @@ from .arrays import from_float64, kind_of, like
 from .check.inputs.draw import Draw
 from .check.inputs.values import RARE, VALUES, numbers
 from .check.model import FEATURES, FURTHER
+from .drawn_options import FURTHER_ON, NEEDS, TYPES, lengths, typed
 from .dtypes import FORMATS, Format, format_of, is_float
 from .errors import InvalidInput
 from .masks import visible
-from .problem import ALIGNMENTS, MEANINGS, VARIANT, Problem
+from .problem import MEANINGS, VARIANT, Problem
+from .validation import ALIGNMENTS
 from .variants import Variant, variant_of
 
 __all__ = ["VALUES", "arrays", "gradients", "layouts", "problems"]
@@ -99,7 +101,9 @@ def _features(v: Variant) -> list[str]:
     """Return the features that an operator has, the simplest first."""
     always = ["lengths_differ", "d_v_differs", "grouped_heads", "scale", "variable_lengths", "no_rows_or_keys"]
     causal = [f"causal_{a}" for a in reversed(ALIGNMENTS)] if "causal" in v.uses else []  # a later flag is kept
-    found = causal + always + [n for n in MEANINGS[::-1] if n in v.uses and n != "causal"]
+    found = causal + always + [n for n in MEANINGS[::-1] if n in v.uses and n not in ("causal", *FURTHER_ON)]
+    found += [n for n in FURTHER_ON if NEEDS.get(n, n) in v.uses]
+    found += TYPES if "types" in v.families else ()
     return [n for n in found if n not in v.never]
 
 
@@ -146,9 +150,12 @@ def _problems(
     note(f"numbers: family {family!r}, seed {seed}")
     d = Draw(draw(st.sampled_from(formats)), _generator(seed, family), v.name)
     more: dict[str, Any] = {"causal": next((a for a in ALIGNMENTS if f"causal_{a}" in on), None)}
-    if "window" in on:
+    if on & {"window", "negative_window"}:
         side = st.none() | st.integers(0, max(n_q, n_k))
         more["window"] = draw(st.tuples(side, side))
+        if "negative_window" in on:
+            sides = ((None, -1), (None, -3), *(((-2, None),) if more["causal"] is None else ()))
+            more["window"] = draw(st.sampled_from(sides))
     if "scale" in on:
         more["scale"] = draw(st.sampled_from((1.0, 0.0, -0.25, 0.3)))
     if "softcap" in on:
@@ -157,6 +164,7 @@ def _problems(
         cuts = draw(st.lists(st.tuples(st.integers(0, n_q), st.integers(0, n_k)), max_size=3))
         for name, end, at in (("cu_seqlens_q", n_q, 0), ("cu_seqlens_k", n_k, 1)):
             more[name] = np.array([0, *sorted(c[at] for c in cuts), end], np.int32)
+    more |= lengths(draw, on, more, (b, n_q, n_k))
     if "weight" in on:
         more["weight"] = np.exp(d.normal(*_broadcastable(draw, (b, h, n_q, n_k))))
     if "state" in on:
@@ -175,9 +183,11 @@ def _problems(
         more["allowed"] = _mask(d, _broadcastable(draw, full), removed)
     more["options"] = _own(draw, v, h, more) if v.tries is None else dict(draw(st.sampled_from(v.tries(n_q, n_k))))
     q, k, x = numbers(family, d, (b, h, n_q, d_k), (b, h_kv, n_k, d_k), (b, h_kv, n_k, d_v))
+    if "d_k_zero" in on:
+        q, k, d_k = q[..., :0], k[..., :0], 0
     problem = d.problem(n_q, n_k, b=b, h=h, h_kv=h_kv, d=d_k, d_v=d_v, q=q, k=k, v=x, **more)
     assume(v.takes(problem))
-    return _poison(problem, d) if family == "poison" else problem
+    return typed(draw, _poison(problem, d) if family == "poison" else problem, on)
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
@@ -212,7 +222,7 @@ def _poison(p: Problem, d: Draw) -> Problem:
     seen = np.zeros((p.batch, p.heads_kv, p.n_k), bool)
     for b in range(p.batch):
         for h in range(p.heads):
-            for rows, keys in p.segments():
+            for rows, keys in p.segments(b):
                 seen[b, h // (p.heads // p.heads_kv), keys] |= visible(p, b, h, rows, keys).any(0)
     key, value = p.key.copy(), p.value.copy()
     key[~seen] = np.nan

@@ -38,7 +38,40 @@ BAD = [
     ({"causal": "upper"}, "causal: got 'upper'"),
     ({"window": 3}, r"window: got 3, expected \(left, right\)"),
     ({"window": (1.5, 0)}, "window: got"),
-    ({"window": (-1, 0)}, r"window: got \(-1, 0\), expected sides of at least 0"),
+    ({"window": (-1, 0)}, r"window: got \(-1, 0\), which lets no query see a key; None \(not -1\) lifts a limit"),
+    ({"window": (-1, -1)}, "window: got .* no query see a key"),
+    ({"window": (-1, None), "causal": "top_left"}, "window: got .* no query see a key"),
+    ({"alignment": "bottom"}, "alignment: got 'bottom', expected None, 'bottom_right' or 'top_left'"),
+    ({"alignment": "top_left", "causal": "bottom_right"}, "alignment: got 'top_left' beside causal='bottom_right'"),
+    ({"offset": 1.5}, r"offset: got 1.5, expected an integer from -2\*\*62 to 2\*\*62, or an array of 1"),
+    ({"offset": True}, "offset: got True, expected an integer"),
+    ({"offset": 2**63}, "offset: got 9223372036854775808, expected an integer"),
+    ({"offset": np.array([1, 2, 3])}, r"offset: got int64 of shape \(3,\), expected \(1,\) integers, one for a batch"),
+    ({"offset": np.array([2**62 + 1])}, "offset: got .*, expected integers from"),
+    ({"lengths_k": np.array([8])}, r"lengths_k: got \[8\], expected numbers from 0 to \[7\], the rows that there are"),
+    ({"lengths_q": np.array([-1])}, r"lengths_q: got \[-1\], expected numbers from 0 to \[5\]"),
+    ({"lengths_q": np.array([1.0])}, r"lengths_q: got float64 of shape \(1,\), expected \(1,\) integers"),
+    ({"lengths_q": 3}, "lengths_q: got int, expected an array"),
+    (
+        {"query": ones(1, 8, 5, 16, dtype=np.int8)},
+        "query: got dtype int8, .*; cast it, or name out's type in out_dtype",
+    ),
+    ({"out_dtype": "int8"}, "out_dtype: got 'int8', expected one of float64"),
+    ({"key_scale": 0.0}, "key_scale: has 0, expected finite numbers above 0; a block of zeros can have 1"),
+    ({"key_scale": float("nan")}, "key_scale: has nan, expected finite numbers above 0"),
+    ({"query_scale": -1}, "query_scale: has -1, expected finite numbers above 0"),
+    ({"out_scale": 10**400}, "out_scale: has nan, expected finite numbers above 0"),
+    ({"value_scale": np.array([[[[1.0, np.nan]]]])}, "value_scale: has nan, expected finite numbers above 0"),
+    (
+        {"key_scale": ones(1, 4, 3, 1)},
+        r"key_scale: got shape \(1, 4, 3, 1\), expected 4 axes, each a divisor of",
+    ),
+    ({"key_scale": ones(4)}, r"key_scale: got shape \(4,\), expected 4 axes"),
+    ({"key_scale": ones(1, 8, 1, 1)}, r"key_scale: got shape \(1, 8, 1, 1\), expected .*\(1, 4, 7, 16\)"),
+    ({"out_scale": ones(1, 8, 5, 1)}, r"out_scale: got shape \(1, 8, 5, 1\), expected \(1, 8, 1, 1\) or 1"),
+    ({"key_scale": torch.ones(1, 1, 1, 1)}, "key_scale: is of torch and query of numpy"),
+    ({"key_scale": "1"}, "key_scale: got str, expected an array"),
+    ({"key_scale": ones(1, 1, 1, 1, dtype=np.int32)}, "key_scale: got dtype int32, expected one of float64"),
     ({"softcap": 0}, "softcap: got 0, expected a finite number above 0"),
     ({"softcap": -2.0}, "softcap: got -2.0, expected a finite number above 0"),
     ({"scale": float("nan")}, "scale: got nan, expected a finite number"),
@@ -62,7 +95,7 @@ BAD = [
     ({"causal": Unspeakable()}, "causal: got a value of Unspeakable that cannot be shown"),
     ({"causal": np.ones(2)}, r"causal: got array\(\[1., 1.\]\), expected None"),
     ({"window": Unspeakable()}, "window: got a value of Unspeakable that cannot be shown"),
-    ({"window": (10**30, 0)}, r"window: got \(10+, 0\), expected sides of at least 0 and at most 2\*\*62"),
+    ({"window": (10**30, 0)}, r"window: got \(10+, 0\), expected sides from -2\*\*62 to 2\*\*62"),
     ({"options": None}, "options: got None, expected a mapping of names to values"),
     ({"options": {1: 2}}, "options: got {1: 2}, expected a mapping"),
     ({"variant": None}, "variant: got None, expected the name of an operator"),
@@ -107,6 +140,24 @@ def test_empty_sequences_are_problems():
     assert Problem(ones(1, 1, 0, 4), ones(1, 1, 0, 4), ones(1, 1, 0, 4)).n_k == 0
 
 
+def test_lengths_of_packed_sequences_leave_gaps():
+    ends = {"cu_seqlens_q": np.array([0, 2, 5]), "cu_seqlens_k": np.array([0, 3, 7])}
+    p = good(**ends, lengths_k=np.array([3, 1]))
+    assert p.segments() == [(slice(0, 2), slice(0, 3)), (slice(2, 5), slice(3, 4))]
+    with pytest.raises(InvalidProblem, match=r"lengths_k: got \[1, 5\], expected numbers from 0 to \[3, 4\]"):
+        p.replace(lengths_k=np.array([1, 5]))
+    with pytest.raises(InvalidProblem, match=r"lengths_k: got .* expected \(2,\) integers, one for a packed sequence"):
+        p.replace(lengths_k=np.array([1]))
+
+
+def test_offsets_are_settings_or_arrays():
+    assert good(offset=np.int32(-3)).settings() == {"offset": -3}
+    assert type(good(offset=np.int8(3)).offset) is int
+    many = good(offset=np.array([4], np.int32))
+    assert many.settings() == {}
+    assert many.to("torch").offset.tolist() == [4]
+
+
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         good().scale = 2.0
@@ -144,7 +195,18 @@ def test_features_are_those_that_capabilities_know():
         state=ones(1, 2, 4, 6),
     )
     rest = Problem(*(ones(1, 1, 0, 4) for _ in range(3)), causal="top_left")
-    assert everything.features() | rest.features() == FEATURES | FURTHER
+    one = np.array([2])
+    narrow = good(query=ones(1, 8, 5, 0), key=ones(1, 4, 7, 0))
+    assert narrow.features() == good().features() | {"d_k_zero"}
+    ragged = good(window=(None, -1), alignment="top_left", offset=3, lengths_q=one, lengths_k=one)
+    scaled = good(
+        key=ones(1, 4, 7, 16, dtype=np.int8), value=ones(1, 4, 8, 24)[:, :, :7], out_dtype="bfloat16", out_scale=2,
+        key_scale=ones(1, 4, 7, 1), query_scale=ones(1, 1, 1, 16), value_scale=ones(1, 1, 1, 12),
+    )  # fmt: skip
+    assert (
+        everything.features() | scaled.features() | rest.features() | ragged.features() | narrow.features()
+        == FEATURES | FURTHER
+    )
     assert Problem(*(ones(1, 1, 2, 4) for _ in range(3))).features() == frozenset()
 
 

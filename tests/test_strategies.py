@@ -62,6 +62,10 @@ EDGES = {
     "sink of -inf": lambda p: neg_inf(p.sink),
     "empty rows by allowed": lambda p: p.allowed is not None and p.causal is None and p.window is None and empty(p),
     "empty rows by causal": lambda p: p.causal is not None and p.allowed is None and p.bias is None and empty(p),
+    "an item without keys": lambda p: p.lengths_k is not None and p.cu_seqlens_k is None and 0 in p.lengths_k,
+    "gaps between sequences": lambda p: p.lengths_k is not None and p.cu_seqlens_k is not None and p.n_k > 5,
+    "an offset for each item": lambda p: p.offset is not None and not isinstance(p.offset, int),
+    "an offset below 0": lambda p: isinstance(p.offset, int) and p.offset < 0,
     "three sequences": lambda p: len(p.segments()) > 2,
     "sequence of no rows": lambda p: p.cu_seqlens_q is not None and any(q == 0 < k for q, k in sequences(p)),
     "sequence of no keys": lambda p: p.cu_seqlens_q is not None and any(k == 0 < q for q, k in sequences(p)),
@@ -83,6 +87,8 @@ def test_every_feature_is_reached_and_can_be_asked_for_alone(feature):
     variant = next(v for v in VARIANTS if feature in _features(VARIANTS[v]))
     assert feature in reach(problems(variant), lambda p: feature in p.features()).features()
     others = {"lengths_differ"} - VARIANTS[variant].never | VARIANTS[variant].always
+    others |= {"negative_window": {"window"}, "d_k_zero": {"d_v_differs"}}.get(feature, set())
+    others |= {"scales"} if feature.startswith("scales_by") else set()
     alone = problems(variant, features={feature, *others}, families=["integers"])
     assert smallest(alone, lambda p: feature in p.features()).features() <= {feature, *others}
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..arrays import dtype_name, kind_of, laid_out, to_numpy
 from ..dtypes import FORMATS
 from ..errors import InvalidProblem, KernelError, UnsupportedProblem, printable
+from ..masks import unused
 from ..problem import Problem
 from ..variants import Steps, variant_of
 from .reading import watched
@@ -80,15 +81,36 @@ def result_of(result: Any, problem: Problem) -> Result:
     out, more = parts[0], parts[1] if len(parts) == 2 else None
     name = "state" if isinstance(variant_of(problem.variant).shape, Steps) else "lse"
     _expect("out", out, problem.out_shape)
-    if dtype_name(out) != problem.dtype:
-        raise KernelError(f"out: got dtype {dtype_name(out)}, expected query's {problem.dtype}")
+    if dtype_name(out) != problem.out_type:
+        whose = "query's" if problem.out_dtype is None else "out_dtype"
+        raise KernelError(f"out: got dtype {dtype_name(out)}, expected {whose} {problem.out_type}")
     if more is not None:
         state = (*problem.out_shape[:2], problem.d_k, problem.d_v)
         _expect(name, more, problem.out_shape[:3] if name == "lse" else state)
         if dtype_name(more) not in FORMATS:
             raise KernelError(f"{name}: got dtype {dtype_name(more)}, expected one of {', '.join(FORMATS)}")
     rest: dict[str, Any] = {} if more is None else {name: _numpy(more)}
-    return Result(_numpy(out), **rest)
+    found: dict[str, Any] = _used(problem, {"out": _numpy(out), **rest})
+    return Result(**found)
+
+
+def _used(problem: Problem, found: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return results with 0, and -inf as lse, in rows and keys that lengths leave unused: nobody looks at those."""
+    gone = unused(problem)
+    if gone is None:
+        return found
+    rows, keys = gone
+    of = {"out": rows, "lse": rows, "dq": rows, "dk": keys, "dv": keys}
+    kept = {n: x.copy() if n in of or n == "dbias" else x for n, x in found.items()}
+    for n in of.keys() & kept.keys():
+        kept[n].swapaxes(1, 2)[of[n]] = -np.inf if n == "lse" else 0
+    if "dbias" in kept:
+        x = kept["dbias"]
+        pair: Any = rows[:, None, :, None] | keys[:, None, None, :]
+        for axis in (0, 2, 3):
+            pair = pair.all(axis, keepdims=True) if x.shape[axis] == 1 else pair
+        kept["dbias"] = np.where(pair, x.dtype.type(0), x)
+    return kept
 
 
 SOURCES = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}
@@ -96,7 +118,7 @@ SOURCES = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": 
 
 
 def call_gradients(
-    kernel: Function, problem: Problem, dout: NDArray[Any]
+    kernel: Function, problem: Problem, dout: NDArray[Any], dlse: NDArray[Any] | None = None
 ) -> tuple[dict[str, NDArray[Any]], frozenset[str]]:
     """Call ``kernel.gradients(problem, dout)`` on fresh copies and hold the result to the contract.
 
@@ -109,6 +131,8 @@ def call_gradients(
         With NumPy arrays.
     dout : (b, h_q, n_q, d_v) NumPy array
         The gradient arriving at out, of query's type.
+    dlse : (b, h_q, n_q) NumPy array, optional
+        The gradient arriving at lse, of its type: the kernel gets it as a third argument.
 
     Returns
     -------
@@ -125,9 +149,10 @@ def call_gradients(
     backward = getattr(kernel, "gradients", None)
     if backward is None:
         raise KernelError("the kernel has no attribute gradients; gradients(problem, dout) returns them by name")
-    arriving = laid_out(dout)[0]
-    result, given, read = _on_copies(lambda p: backward(p, arriving), problem)
-    unchanged({"dout": arriving}, {"dout": dout})
+    before = {"dout": dout} if dlse is None else {"dout": dout, "dlse": dlse}
+    arriving = {n: laid_out(x)[0] for n, x in before.items()}
+    result, given, read = _on_copies(lambda p: backward(p, *arriving.values()), problem)
+    unchanged(arriving, before)
     if not isinstance(result, Mapping) or not result or set(result) - set(SOURCES):
         got = printable(", ".join(map(str, result)) if isinstance(result, Mapping) else type(result).__name__)
         raise KernelError(f"gradients: got {got}; expected a mapping from some of {', '.join(SOURCES)} to arrays")
@@ -143,8 +168,8 @@ def call_gradients(
         if dtype_name(x) != dtype_name(source):
             raise KernelError(f"{name}: got dtype {dtype_name(x)}, expected {SOURCES[name]}'s {dtype_name(source)}")
     found = {name: _numpy(x) for name, x in result.items()}
-    _own(given | {"dout": arriving}, **found)
-    return found, read
+    _own(given | arriving, **found)
+    return _used(problem, found), read
 
 
 def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, dict[str, NDArray[Any]], frozenset[str]]:
@@ -177,7 +202,7 @@ def guarded(call: Callable[[], Any]) -> Any:
 def _scrub(problem: Problem) -> None:
     """Leave NaN in the memory that is free, where a kernel's own arrays are likely to be made next."""
     for n in {problem.out_shape, problem.out_shape[:3]}:
-        for kind in (np.float32, np.dtype(FORMATS[problem.dtype].dtype)):
+        for kind in (np.float32, np.dtype(FORMATS[problem.out_type].dtype)):
             np.empty(n, kind).view(np.uint8).fill(0xFF)
 
 

@@ -92,7 +92,7 @@ def empty_rows(answer: Answer) -> NDArray[np.bool_]:
     empty = np.ones(p.out_shape[:3], bool)
     for b in range(p.batch):
         for h in range(p.heads):
-            for rows, keys in p.segments():
+            for rows, keys in p.segments(b):
                 empty[b, h, rows] = ~visible(p, b, h, rows, keys).any(1)
     return empty
 

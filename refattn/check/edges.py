@@ -87,9 +87,9 @@ def _finite(a: NDArray[np.generic]) -> bool:
 
 def _next_to_the_largest(p: Problem) -> bool:
     """Tell whether a value is within a factor of 2 of the type's largest, or a score leaves float32 unscaled."""
-    form = format_of(p.dtype)
+    form = format_of(p.out_type)
     wide = form if form.precision > 24 else format_of("float32")
-    if not p.n_k or not p.n_q:
+    if 0 in (p.batch, p.n_k, p.n_q, p.d_k):
         return False
     q, k, v = (np.abs(a.astype(np.float64)) for a in (p.query, p.key, p.value))
     score = float(q.max()) * float(k.max()) * p.d_k

@@ -18,7 +18,7 @@ from .compare import Worst
 from .inputs.draw import Draw
 from .trial import Trial, agree, other
 
-__all__ = ["calls_between", "gradient_steps", "right_gradients", "row_sums", "spread_gradient"]
+__all__ = ["calls_between", "gradient_steps", "lse_gradient", "right_gradients", "row_sums", "spread_gradient"]
 
 Float = NDArray[np.float64]
 
@@ -97,6 +97,20 @@ def spread_gradient(ask: Trial, p: Problem) -> Worst:
         view, limit = ask.gradients(p, dout), ask.allowed(p, dout)
         whole = ask.gradients(p, np.ascontiguousarray(dout))
         found += [agree(view[n], whole[n], 2 * limit[n], f"{text} {n}", n) for n in whole if n in limit]
+    return max(found, key=lambda w: w.ratio)
+
+
+def lse_gradient(ask: Trial, p: Problem) -> Worst:
+    """Let a gradient arrive at lse alone, then one at out beside it."""
+    d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
+    dout = d.tensor(d.normal(*p.out_shape))
+    dlse = d.normal(*p.out_shape[:3]).astype(np.float64 if ask.model.lse == "float64" else np.float32)
+    found = []
+    for at_out, text in ((np.zeros_like(dout), "of lse alone"), (dout, "of out and lse")):
+        known = expected(p, ask.model, at_out, dlse)
+        for n, x in ask.gradients(p, at_out, dlse).items():
+            exact, limit = known.answer.enclosures[n].mid, known.allowed[n]
+            found.append(agree(x, exact, limit, f"the gradient {text} is wrong in {n}", n))
     return max(found, key=lambda w: w.ratio)
 
 

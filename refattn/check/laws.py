@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import FORMATS
-from ..problem import VARIANT, Problem
+from ..problem import Problem
 from ..variants import Selected, Steps, variant_of
 from ..variants.shapes import Shape
-from .bounds.expected import expected
 from .compare import Worst
-from .gradient_laws import calls_between, gradient_steps, row_sums, spread_gradient
+from .gradient_laws import calls_between, gradient_steps, lse_gradient, row_sums, spread_gradient
 from .inputs.draw import Draw
 from .model import Capabilities
 from .protocol import changed_in_place, many_repeats, options_between, results_kept, shapes_between, two_threads
+from .shape_laws import first_case, full_budget_is_dense, lengths_cut, offset_of_corner, state_carried
 from .trial import Trial, agree
 
 __all__ = ["LAWS", "Law", "law_problem"]
@@ -39,7 +39,7 @@ class Law:
     test : callable
         ``test(asked, problem) -> Worst``.
     needs : str
-        "", "lse", "state", "threads", "row_invariant", or the gradient without which it cannot be tried.
+        "", "lse", "dlse", "state", "threads", "row_invariant", or the gradient without which it cannot be tried.
     named_only : str
         Why it runs only where it is named, "" where it always runs.
     uses : frozenset of str
@@ -61,7 +61,7 @@ class Law:
         """Return what it needs and the kernel does not have, which may take one call at a time."""
         if self.needs == "threads":
             return ["two calls at a time in a process of its own"] if serial else []
-        said = {n for n in ("lse", "row_invariant") if getattr(able, n)}
+        said = {n for n in ("lse", "row_invariant", "dlse") if getattr(able, n)}
         there = not self.needs or self.needs in able.gradients | able.features | said
         return [] if there else [self.needs]
 
@@ -178,30 +178,6 @@ def _bias_shifted(ask: Trial, p: Problem) -> Worst:
     return agree(ask.out(moved), ask.out(p), limit, "a constant added to all scores changes the output")
 
 
-def _full_budget_is_dense(ask: Trial, p: Problem) -> Worst:
-    """Compare the operator with its whole budget to its core on every key."""
-    known = expected(p.replace(variant=VARIANT, options={}), ask.model)
-    text = "with every candidate chosen it is not what its core is"
-    return agree(ask.out(p), known.answer.enclosures["out"].mid, known.allowed["out"], text)
-
-
-def _state_carried(ask: Trial, p: Problem) -> Worst:
-    """Stop half way and go on from the state that the kernel returned: the rest must be right for that state."""
-    half = p.n_q // 2
-    cut = [{n: x[:, :, s] for n, x in p.arrays().items() if n != "state"} for s in (slice(half), slice(half, None))]
-    first = ask.result(p.replace(**cut[0]))
-    if first.state is None:
-        return Worst("state", np.inf, (), np.nan, np.nan, 0.0, 1, 1, ("no state was returned",))
-    rest = p.replace(**cut[1], state=first.state)
-    known, start = expected(rest, ask.model), expected(p.replace(**cut[0]), ask.model)
-    text = "going on from a returned state is not right for that state"
-    found = agree(ask.out(rest), known.answer.enclosures["out"].mid, known.allowed["out"], text)
-    said = "the returned state is not the state after the last token"
-    state = first.state.astype(np.float64)
-    whole = agree(state, start.answer.enclosures["state"].mid, start.allowed["state"], said, "state")
-    return max(found, whole, key=lambda w: w.ratio)
-
-
 def _past_31_bits(ask: Trial, p: Problem) -> Worst:
     """Repeat a few heads until their elements pass 2**31: the last ones must equal the first."""
     many = -(-(LARGE + 1) // (p.n_k * p.d_k * p.heads)) + 1
@@ -230,34 +206,21 @@ def _hidden_keys(d: Draw) -> Problem:
     return d.problem(allowed=np.broadcast_to(np.arange(67) % 5 != 3, (1, 1, 37, 67)).copy())
 
 
-def _first_case() -> Callable[[Draw], Problem]:
-    """Return a maker of the first call that an operator names for itself, with its whole budget where it chooses."""
-
-    def build(d: Draw) -> Problem:
-        v = variant_of(d.variant)
-        settings: dict[str, Any] = dict(next(iter(v.cases.values()), {}))
-        if isinstance(v.shape, Selected):
-            settings["options"] = {**settings.get("options", {}), **v.shape.full}
-        return d.problem(**settings)
-
-    return build
-
-
 LAWS = {
     law.name: law
     for law in (
         Law(
             "full_budget_is_dense",
             "with every candidate chosen the operator is its core",
-            _first_case(),
-            _full_budget_is_dense,
+            first_case(),
+            full_budget_is_dense,
             shape=Selected,
         ),
         Law(
             "state_carried",
             "a call that goes on from a returned state is right for that state",
-            _first_case(),
-            _state_carried,
+            first_case(),
+            state_carried,
             "state",
             shape=Steps,
         ),
@@ -307,6 +270,22 @@ LAWS = {
             "row_invariant",
             uses=frozenset({"causal"}),
         ),
+        Law(
+            "lengths_cut",
+            "a batch item of which a part is used gives what that part alone gives",
+            lambda d: d.problem(
+                b=3, causal="bottom_right", lengths_q=np.array([20, 37, 1]), lengths_k=np.array([67, 40, 33])
+            ),
+            lengths_cut,
+            uses=frozenset({"causal", "lengths_q", "lengths_k"}),
+        ),
+        Law(
+            "offset_of_corner",
+            "the top left corner moved to the other is the bottom right one",
+            lambda d: d.problem(causal="top_left", offset=30),
+            offset_of_corner,
+            uses=frozenset({"causal", "offset"}),
+        ),
         Law("values_doubled", "the output is linear in the values", lambda d: d.problem(), _values_doubled),
         Law("layout", "strides do not matter", lambda d: d.problem(b=2, h=3), _layout),
         Law(
@@ -354,6 +333,14 @@ LAWS = {
             lambda d: d.problem(9, 40),
             calls_between,
             "dq",
+        ),
+        Law(
+            "lse_gradient",
+            "a gradient that arrives at lse, too, is right",
+            lambda d: d.problem(9, 40, h=4, h_kv=2, causal="bottom_right", sink=d.normal(4)),
+            lse_gradient,
+            "dlse",
+            uses=frozenset({"causal", "sink"}),
         ),
         Law(
             "dk_sums",

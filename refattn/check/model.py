@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import KINDS, dtype_name
-from ..dtypes import FORMATS, Format, format_of
+from ..dtypes import ELEMENTS, FORMATS, Format, format_of
 from ..errors import InvalidInput, UnsupportedProblem
 from ..problem import Problem
 
@@ -64,7 +64,11 @@ FEATURES = frozenset(
     }
 )
 """What a call may ask of a kernel beyond plain attention: what a kernel is taken to have that does not say."""
-FURTHER = frozenset({"weight", "state"})
+FURTHER = frozenset(
+    {"weight", "state", "lengths_q", "lengths_k", "offset", "alignment", "negative_window", "d_k_zero"}
+    | {"types_differ", "out_dtype", "out_scale"}
+    | {"scales", "scales_by_head", "scales_by_token", "scales_by_channel", "scales_by_block"}
+)
 """What a kernel has only where it says so."""
 
 
@@ -264,6 +268,7 @@ NAMES = (
     ("always", FEATURES),
     ("gradients", GRADIENTS),
     ("edges", frozenset(EDGES)),
+    ("elements", frozenset(ELEMENTS)),
 )
 """What each set of names of ``Capabilities`` is out of."""
 
@@ -315,6 +320,10 @@ class Capabilities:
         Features that every call must have, e.g. {"causal_bottom_right"}.
     last_axis_contiguous : bool
         Whether it demands that the elements of query, key and value lie side by side along the last axis.
+    dlse : bool
+        Whether its attribute ``gradients`` takes the gradient arriving at lse as a third argument.
+    elements : frozenset of str
+        Further types of query, key, value and out, beside one of `dtypes`: out of ``refattn.dtypes.ELEMENTS``.
     """
 
     dtypes: frozenset[str] = frozenset({"float32"})
@@ -333,6 +342,8 @@ class Capabilities:
     always: frozenset[str] = frozenset()
     last_axis_contiguous: bool = False
     row_invariant: bool = False
+    dlse: bool = False
+    elements: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         _typed("capabilities", self)
@@ -356,8 +367,8 @@ class Capabilities:
     def missing(self, problem: Problem) -> list[str]:
         """Return what a call needs and the kernel does not have."""
         lacks = sorted(problem.features() - self.features)
-        if dtype_name(problem.query) not in self.dtypes:
-            lacks.append(dtype_name(problem.query))
+        types = dict.fromkeys((*map(dtype_name, (problem.query, problem.key, problem.value)), problem.out_type))
+        lacks += [n for n in types if n not in self.dtypes | self.elements]
         if max(problem.d_k, problem.d_v) > self.d_max:
             lacks.append(f"dim {max(problem.d_k, problem.d_v)}")
         elif self.head_dims and not {problem.d_k, problem.d_v} <= self.head_dims:

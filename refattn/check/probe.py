@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import FORMATS
+from ..dtypes import ELEMENTS, FORMATS
 from ..errors import KernelError, UnsupportedProblem
 from ..problem import VARIANT, Problem
 from ..variants import variant_of
@@ -17,6 +17,7 @@ from .bounds.expected import expected
 from .call import call_gradients, call_kernel
 from .compare import compare
 from .inputs.draw import Draw
+from .inputs.typed import ONE, typed
 from .kernel import Kernel
 from .model import FEATURES, FURTHER, GRADIENTS, Capabilities
 from .reading import unread
@@ -35,10 +36,24 @@ CALLS: dict[str, Build] = {
     "bias": lambda draw, n=64, **w: draw.problem(n, n, bias=draw.normal(1, 2, n, n), **w),
     "allowed": lambda draw, n=64, **w: draw.problem(n, n, allowed=draw.mask(1, 2, n, n), **w),
     "weight": lambda draw, n=64, **w: draw.problem(n, n, weight=np.exp(draw.normal(1, 2, n, n)), **w),
+    "lengths_q": lambda draw, n=64, **w: draw.problem(n, n, b=2, lengths_q=_used(n), **w),
+    "lengths_k": lambda draw, n=64, **w: draw.problem(n, n, b=2, lengths_k=_used(n), **w),
+    "offset": lambda draw, n=64, **w: draw.problem(n, n, causal="top_left", offset=n // 2, **w),
+    "alignment": lambda draw, n=64, **w: draw.problem(n, 2 * n, window=(9, 4), alignment="top_left", **w),
+    "negative_window": lambda draw, n=64, **w: draw.problem(n, n, window=(n, -1), **w),
     "variable_lengths": lambda draw, n=64, **w: draw.problem(3 * n, 3 * n, **_packed(n), **w),
     "grouped_heads": lambda draw, n=64, **w: draw.problem(n, n, h=4, h_kv=2, **w),
     "d_v_differs": lambda draw, n=64, **w: draw.problem(n, n, **(w | {"d_v": 2 * w.get("d", 32)})),
     "lengths_differ": lambda draw, n=64, **w: draw.problem(n, 2 * n, **w),
+    "scales": lambda draw, **w: _typed(draw, ONE, **w),
+    "scales_by_head": lambda draw, **w: _typed(draw, (1, 2, 1, 1), **w),
+    "scales_by_token": lambda draw, n=64, **w: _typed(draw, (1, 1, n, 1), n, **w),
+    "scales_by_channel": lambda draw, n=64, **w: _typed(draw, (1, 1, 1, w.get("d", 32)), n, **w),
+    "scales_by_block": lambda draw, n=64, **w: _typed(draw, (1, 1, n // 2, 1), n, **w),
+    "out_scale": lambda draw, n=64, **w: draw.problem(n, n, out_scale=0.25, **w),
+    "out_dtype": lambda draw, n=64, **w: draw.problem(n, n, out_dtype=_other(draw), **w),
+    "types_differ": lambda draw, **w: _typed(draw, None, **w),
+    "d_k_zero": lambda draw, n=64, **w: draw.problem(n, n, **(w | {"d": 0, "d_v": w.get("d", 32)})),
     "scale": lambda draw, n=64, **w: draw.problem(n, n, scale=0.3, **w),
     "no_rows_or_keys": lambda draw, n=64, **w: draw.problem(n, 0, **w),
 }
@@ -48,6 +63,19 @@ CALLS: dict[str, Build] = {
 def _columns(draw: Draw, **size: Any) -> Problem:
     p = draw.problem(**{"n_q": 64, "n_k": 64} | size)
     return p.replace(key=np.ascontiguousarray(p.key.swapaxes(2, 3)).swapaxes(2, 3))
+
+
+def _other(draw: Draw) -> str:
+    return "bfloat16" if draw.form.name == "float32" else "float32"
+
+
+def _typed(draw: Draw, blocks: Any, n: int = 64, elements: str = "float8_e4m3fn", **size: Any) -> Problem:
+    """Return a call of float8 keys and values, and queries where `blocks` says how they are scaled, too."""
+    return typed(draw, elements, blocks, blocks or ONE, blocks or ONE, **{"n_q": n, "n_k": n, "b": 1, "h": 2} | size)
+
+
+def _used(n: int) -> Any:
+    return np.array([n // 2, n], np.int32)
 
 
 def _packed(n: int) -> dict[str, Any]:
@@ -63,8 +91,9 @@ def tried(kernel: Kernel, problem: Problem) -> str:
         return "raises"
     if unread(problem, result.read):
         return "unread"
-    known = expected(problem, kernel.model(problem.dtype))
-    return "wrong" if compare("out", result.out, known.answer, known.allowed["out"], problem.dtype).wrong else "right"
+    known = expected(problem, kernel.model(problem.out_type))
+    found = compare("out", result.out, known.answer, known.allowed["out"], problem.out_type)
+    return "wrong" if found.wrong else "right"
 
 
 def probed(kernel: Kernel, variant: str = VARIANT) -> Capabilities:
@@ -126,6 +155,11 @@ def found(kernel: Kernel, variant: str = VARIANT) -> tuple[Capabilities, dict[st
     step = next((n for n in LENGTHS if ask(f"lengths {n}", lambda draw, n=n: plain(draw, n_q=3 * n, n_k=3 * n))), 1)  # type: ignore[misc]
     size = {"n": max(64, step), "d": 64 if 64 in widths or not widths else widths[0]}
     features = frozenset(n for n, build in CALLS.items() if n in FEATURES | FURTHER and ask(n, partial(build, **size)))
+    elements = frozenset(
+        t
+        for t in ELEMENTS
+        if t not in dtypes and ask(f"elements {t}", lambda draw, t=t: _typed(draw, ONE, elements=t, **size))  # type: ignore[misc]
+    )
     ask("keys by column", partial(_columns, n_q=size["n"], n_k=size["n"], d=size["d"]))
     features -= _other_corner(kernel, features, dtype, size, said, variant)
     call = _call(plain, dtype, variant)
@@ -139,6 +173,8 @@ def found(kernel: Kernel, variant: str = VARIANT) -> tuple[Capabilities, dict[st
         device=given.device,
         head_dims=frozenset() if widths == list(WIDTHS) else frozenset(widths),
         seq_multiple=step,
+        elements=elements,
+        dlse=lse and _takes_dlse(kernel, call),
         last_axis_contiguous=said.get("keys by column") == "raises" and said[dtype] != "raises",
     )
     return able, said, dtype
@@ -162,6 +198,18 @@ def _other_corner(
         return set()
     said.update(dict.fromkeys(both - right, "other"))
     return both - right
+
+
+def _takes_dlse(kernel: Kernel, call: Problem) -> bool:
+    """Tell whether a gradient arriving at lse, and it alone, changes what comes back."""
+    if not hasattr(kernel.call, "gradients"):
+        return False
+    dout, dlse = np.zeros(call.out_shape, call.query.dtype), np.ones(call.out_shape[:3], np.float32)
+    try:
+        found, _ = call_gradients(kernel.call, call, dout, dlse)
+    except (KernelError, UnsupportedProblem):
+        return False
+    return bool(np.asarray(found.get("dq", 0)).any())
 
 
 def _gradients(kernel: Kernel, call: Problem) -> frozenset[str]:

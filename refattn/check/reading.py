@@ -8,12 +8,18 @@ from typing import Any
 
 from ..arrays import kind_of
 from ..problem import Problem
+from ..validation import SCALES
 
 __all__ = ["FIELDS", "SOURCE", "note", "plain", "unread", "watched"]
 
 FIELDS = frozenset(f.name for f in fields(Problem)) - {"query", "key", "value", "variant"}
 """The arguments of a call that are options."""
-SOURCE = {"causal_bottom_right": "causal", "causal_top_left": "causal", "variable_lengths": "cu_seqlens_q"}
+SOURCE = {
+    "causal_bottom_right": "causal",
+    "causal_top_left": "causal",
+    "variable_lengths": "cu_seqlens_q",
+    "negative_window": "window",
+}
 """The argument that a feature stands for, where it has another name."""
 
 
@@ -88,6 +94,8 @@ def unread(problem: Problem, seen: set[str] | frozenset[str]) -> list[str]:
         From :func:`watched`.
     """
     asked = {SOURCE.get(name, name) for name in problem.features()} & FIELDS
+    if problem.typed:
+        asked |= {n for n in SCALES if getattr(problem, n) is not None} | {"out_dtype"}
     if problem.options:
         asked.add("options")
     return sorted(asked - seen)

@@ -293,7 +293,7 @@ def judged(
     notes.either = 0 if known.either is None else int((known.either.rows > 0).sum())
     answer, allowed = known.answer, known.allowed
     notes.rules.update(verdicts(answer.call, result.out, answer.enclosures["out"].mid))
-    yield _at(some, against(known, "out", result.out, problem.dtype))
+    yield _at(some, against(known, "out", result.out, problem.out_type))
     for name, x in result.more().items():
         if name not in allowed:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from ..problem import Problem
+from ..validation import SCALES
 from .kernel import Kernel
 from .reading import SOURCE, unread
 from .report.report import Check
@@ -46,9 +47,11 @@ def settled(check: Check, kernel: Kernel, problem: Problem, lacks: list[str], no
     raised = check.worst is None and check.message.startswith(RAISED)
     if lacks:
         text = f"not in its capabilities: {', '.join(lacks)}"
-        if check.verdict in ("passed", "unsupported") or raised:
+        narrow = problem.typed and check.message.startswith("out: got dtype")
+        if check.verdict in ("passed", "unsupported") or raised or narrow:
             return Check(check.name, "unsupported", message=text, seconds=check.seconds)
-        if set(missed) & {SOURCE.get(n, n) for n in lacks}:
+        types = {*SCALES, "out_dtype"} if problem.typed else set()
+        if set(missed) & ({SOURCE.get(n, n) for n in lacks} | types):
             return replace(check, verdict="unread", message=f"{text}; it does not read {', '.join(missed)}", edges=())
         text += f"; it must raise there, and gave a wrong answer: {check.message}"
         return replace(check, verdict="edge", edges=("outside",), message=text)

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from ..exact.arithmetics import Floats
 from ..exact.run import run
+from ..masks import unused
 from ..problem import Problem
+from ..scales import dequantised
 from .call import Result
 from .inputs.sample import Sample
 
@@ -37,12 +39,15 @@ def suspects(problem: Problem, result: Result) -> Sample | None:
     Sample or None
         None where every element is what float64 gives.
     """
+    problem = dequantised(problem)
     both = np.concatenate([problem.value, np.abs(problem.value)], 3)  # the second half says what was added up
     plain = run(problem.replace(value=both), Floats(np.float64))
     out, size = np.split(plain["out"], 2, 3)
     off = _off(result.out, out, np.abs(size)).max(3, initial=0.0)
     if result.lse is not None and "lse" in plain:
         off = np.maximum(off, _off(result.lse, plain["lse"], np.ones(())))
+    if (gone := unused(problem)) is not None:
+        off = np.where(gone[0][:, None], 0.0, off)
     if not off.size or not off.max() > 0:
         return None
     batch, head, _ = (int(i) for i in np.unravel_index(int(off.argmax()), off.shape))

@@ -48,9 +48,9 @@ class Trial:
         """Return out as float64."""
         return self.result(p).out.astype(np.float64)
 
-    def gradients(self, p: Problem, dout: NDArray[Any]) -> dict[str, Float]:
+    def gradients(self, p: Problem, dout: NDArray[Any], dlse: NDArray[Any] | None = None) -> dict[str, Float]:
         """Return the gradients as float64."""
-        found, read = call_gradients(self.kernel, p, dout)
+        found, read = call_gradients(self.kernel, p, dout, dlse)
         self.seen.update(read, {"query"})
         return {n: x.astype(np.float64) for n, x in found.items()}
 

@@ -53,7 +53,17 @@ def pasted(able: Capabilities, name: str) -> str:
     lines.append(f"    dtypes={_set(able.dtypes)},")
     if features != "FEATURES":
         lines.append(f"    features={features},")
-    for field in ("lse", "gradients", "head_dims", "seq_multiple", "last_axis_contiguous", "arrays", "device"):
+    for field in (
+        "elements",
+        "lse",
+        "gradients",
+        "dlse",
+        "head_dims",
+        "seq_multiple",
+        "last_axis_contiguous",
+        "arrays",
+        "device",
+    ):
         value, usual = getattr(able, field), getattr(Capabilities(), field)
         if value != usual:
             lines.append(f"    {field}={_set(value) if isinstance(value, frozenset) else repr(value)},")

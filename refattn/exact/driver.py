@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from ..arrays import from_float64, kind_of, to_float64, to_numpy
 from ..dtypes import Format, format_of
 from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
+from ..masks import unused
 from ..problem import Problem
+from ..variants import variant_of
 from .arithmetics import Balls, Floats
 from .enclosure import Enclosure
 from .levels import Level
@@ -144,6 +146,7 @@ def evaluate(
     rounding: str | None = None,
     lse_rounding: str | None = None,
     gradients: Any = None,
+    dlse: Any = None,
     n_jobs: int | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -165,6 +168,9 @@ def evaluate(
         Another format for lse, which is often kept wider than out.
     gradients : (b, h_q, n_q, d_v) array, optional
         The gradient arriving at out: asks for dq, dk, dv, dbias, dsink.
+    dlse : (b, h_q, n_q) array, optional
+        The gradient arriving at lse, beside the one at out (or alone): the score of key j gets p_ij dlse_i more. A row
+        without keys passes nothing on, but to its sink.
     n_jobs : int, optional
         With `rounding`: processes for batches, heads and blocks of rows (by joblib, where it is installed), or threads
         where there is one part; None is this process, a thread for each core. The answer does not depend on it.
@@ -191,9 +197,9 @@ def evaluate(
     if n_jobs is not None and (isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1):
         raise InvalidInput(f"n_jobs: got {n_jobs!r}, expected an integer of at least 1 or None")
     threads = n_jobs or os.cpu_count() or 1
-    dout = None if gradients is None else _arriving(problem, gradients)
+    dout, at_lse = _both(problem, gradients, dlse)
     if lowered.problem is not problem:
-        more: Any = {"n_jobs": n_jobs, "checkpoint": checkpoint, "progress": progress}
+        more: Any = {"dlse": dlse, "n_jobs": n_jobs, "checkpoint": checkpoint, "progress": progress}
         answer = evaluate(
             lowered.problem, bits, rounding=rounding, lse_rounding=lse_rounding, gradients=gradients, **more
         )
@@ -201,14 +207,15 @@ def evaluate(
     if rounding is None:
         balls = Balls(bits)
         with balls.working():
-            raw = run(problem, balls, dout)
+            raw = run(problem, balls, dout, dlse=at_lse)
             enclosures = {n: Enclosure.of(x) for n, x in raw.items()}
         return Answer(problem, {n: e.mid for n, e in enclosures.items()}, enclosures, None, {}, raw)
     form, lse_form = format_of(rounding), format_of(lse_rounding or rounding)
-    pieces = parts(problem, dout) if checkpoint is not None or progress is not None or (n_jobs or 1) > 1 else []
+    cut = at_lse is None and (checkpoint is not None or progress is not None or (n_jobs or 1) > 1)
+    pieces = parts(problem, dout) if cut else []
     if len(pieces) < 2 and checkpoint is None:
-        return _rounded(problem, form, lse_form, dout, threads)
-    pieces = pieces or [whole(problem, dout)]
+        return _rounded(problem, form, lse_form, dout, threads, at_lse)
+    pieces = pieces or [whole(problem, dout, at_lse)]
     return _in_parts(problem, form, lse_form, dout, pieces, n_jobs or 1, threads, checkpoint, progress)
 
 
@@ -242,23 +249,43 @@ def reference(problem: Problem, dtype: Any = np.float64) -> dict[str, NDArray[An
     return run(problem, Floats(dtype))
 
 
-def _arriving(problem: Problem, dout: Any) -> NDArray[np.float64]:
-    if kind_of(dout) is None or tuple(dout.shape) != problem.out_shape:
-        got = tuple(getattr(dout, "shape", ())) or type(dout).__name__
-        raise InvalidProblem(f"gradients: got {got}, expected an array of out's shape {problem.out_shape}")
-    x = to_float64(to_numpy(dout))
-    if not np.isfinite(x).all():
-        raise UnsupportedProblem("gradients: NaN or inf in the arriving gradient; remove it")
-    return x
+def _both(problem: Problem, gradients: Any, dlse: Any) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Return the gradients that arrive at out and at lse; the one at out is 0 where only the other is there."""
+    if dlse is None:
+        return None if gradients is None else _arriving(problem, gradients), None
+    if not variant_of(problem.variant).has_lse:
+        raise UnsupportedProblem(f"dlse: {problem.variant} attention has no lse; leave it out")
+    at_lse = _arriving(problem, dlse, "dlse")
+    return np.zeros(problem.out_shape) if gradients is None else _arriving(problem, gradients), at_lse
+
+
+def _arriving(problem: Problem, x: Any, name: str = "gradients") -> NDArray[np.float64]:
+    shape = problem.out_shape if name == "gradients" else problem.out_shape[:3]
+    if kind_of(x) is None or tuple(x.shape) != shape:
+        got = tuple(getattr(x, "shape", ())) or type(x).__name__
+        of = "out" if name == "gradients" else "lse"
+        raise InvalidProblem(f"{name}: got {got}, expected an array of {of}'s shape {shape}")
+    wide = to_float64(to_numpy(x))
+    if (gone := unused(problem)) is not None:
+        rows = gone[0][:, None, :]
+        wide = np.where(rows if wide.ndim == 3 else rows[..., None], 0.0, wide)
+    if not np.isfinite(wide).all():
+        raise UnsupportedProblem(f"{name}: NaN or inf in the arriving gradient; remove it")
+    return wide
 
 
 def _rounded(
-    problem: Problem, form: Format, lse_form: Format, dout: NDArray[np.float64] | None, threads: int
+    problem: Problem,
+    form: Format,
+    lse_form: Format,
+    dout: NDArray[np.float64] | None,
+    threads: int,
+    dlse: NDArray[np.float64] | None = None,
 ) -> Answer:
     need = np.ones(problem.out_shape[:3], bool)
     own_bias = problem.bias is not None and problem.bias.shape == (*problem.out_shape[:3], problem.n_k)
     state = State(form, lse_form, ("out", "lse", "dq", "dbias") if own_bias else ("out", "lse", "dq"))
-    work = Work(problem, dout, threads)
+    work = Work(problem, dout, threads, dlse)
     by_key, keys = work.by_keys, None
     first = (START if dout is None else START_BACK)[form.precision]
     levels: list[Level | Balls] = [Level(level) for level in range(first, 4)]
@@ -298,7 +325,7 @@ def _in_parts(
     checkpoint: str | Path | None,
     progress: Callable[[int, int], None] | None,
 ) -> Answer:
-    name = fingerprint(problem, form.name, lse_form.name, len(pieces), dout=dout)
+    name = fingerprint(problem, form.name, lse_form.name, len(pieces), dout=dout, dlse=pieces[0].dlse)
     each = partial(_part, form=form, lse_form=lse_form, threads=threads if n_jobs == 1 else 1)
     folder = None if checkpoint is None else Path(checkpoint)
     found: dict[str, NDArray[Any]] = {}
@@ -321,7 +348,7 @@ def _in_parts(
 
 
 def _part(part: Part, form: Format, lse_form: Format, threads: int) -> dict[str, NDArray[Any]]:
-    a = _rounded(part.problem, form, lse_form, part.dout, threads)
+    a = _rounded(part.problem, form, lse_form, part.dout, threads, part.dlse)
     out: dict[str, NDArray[Any]] = {}
     for n, x in a.values.items():
         e = a.enclosures[n]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..arrays import to_float64, to_numpy
 from ..errors import InvalidProblem, UnsupportedProblem
-from ..masks import block, distance, visible
+from ..masks import block, diagonal, distance, visible
 from ..problem import Problem
 from ..variants import Rows, variant_of
 from .matrix import Matrix
@@ -113,6 +113,15 @@ class Head:
     weight: Float | None = None
     state: Float | None = None
 
+    @property
+    def out_scale(self) -> float | None:
+        """What the output is divided by; None where nothing is."""
+        x = self.problem.out_scale
+        if x is None or isinstance(x, float):
+            return x
+        b, h = (i if n > 1 else 0 for i, n in zip((self.batch, self.head), x.shape[:2], strict=True))
+        return float(to_float64(x)[b, h, 0, 0])
+
     def options(self, f: Any, rows: Any = slice(None), wrap: Callable[[Any], Any] = lambda x: x) -> Given:
         """Return what a definition calls ``o``: the options in the arithmetic, for some rows; matrices wrapped."""
         p, variant = self.problem, variant_of(self.problem.variant)
@@ -120,7 +129,7 @@ class Head:
         if p.scale is not None:
             scale = f.number(p.scale)
         else:
-            scale = f.rsqrt(p.d_k) if variant.default_scale == "rsqrt" else f.number(1)
+            scale = f.rsqrt(p.d_k) if variant.default_scale == "rsqrt" and p.d_k else f.number(1)
         own = {}
         for name, value in variant.settings(p).items():
             option = variant.options[name]
@@ -132,7 +141,8 @@ class Head:
             return wrap(matrix_of(f, np.asarray(x, np.float64)))
 
         def steps() -> Any:
-            return distance(self.q.shape[0], self.k.shape[0], p.causal or "bottom_right")[rows]
+            first = diagonal(p, self.batch, self.rows, self.keys)
+            return distance(self.q.shape[0], self.k.shape[0], first)[rows]
 
         def toeplitz(values: Sequence[float]) -> Any:
             reach = len(values) // 2
@@ -174,10 +184,12 @@ def heads(problem: Problem) -> Iterator[Head]:
     p = problem.to("numpy")
     q, k, v = (to_float64(to_numpy(x)) for x in (p.query, p.key, p.value))
     sink = None if p.sink is None else to_float64(p.sink)
+    if p.d_k == 0:  # one column of zeros gives the same products
+        q, k = (np.zeros((*x.shape[:3], 1)) for x in (q, k))
     group = p.heads // p.heads_kv
     for b in range(p.batch):
         for h in range(p.heads):
-            for rows, keys in p.segments():
+            for rows, keys in p.segments(b):
                 allowed = visible(p, b, h, rows, keys)
                 bias = None if p.bias is None else to_float64(block(p.bias, b, h, rows, keys))
                 weight = None if p.weight is None else _weights(to_float64(block(p.weight, b, h, rows, keys)))

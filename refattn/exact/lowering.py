@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..errors import InvalidProblem
 from ..masks import block
 from ..problem import VARIANT, Problem
+from ..scales import dequantised
 from ..variants import Choices, Lowered, Selected, Shape, variant_of
 from .arithmetics import Balls
 from .field import Field
@@ -52,6 +53,8 @@ def lower(problem: Problem, shape: Shape | None = None) -> Lowering:
     InvalidProblem, UnsupportedProblem
         The call does not fit its operator.
     """
+    if problem.typed and (plain := dequantised(problem)) is not problem:
+        return lower(plain, shape)
     variant = variant_of(problem.variant)
     settings, shape = variant.settings(problem), shape or variant.shape
     if isinstance(shape, Lowered):

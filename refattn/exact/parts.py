@@ -40,6 +40,7 @@ class Part:
     heads: slice
     head_kv: int
     rows: slice
+    dlse: NDArray[np.float64] | None = None
 
     def place(self, name: str) -> tuple[Any, ...]:
         """Return the index of one of its arrays in the whole."""
@@ -55,7 +56,7 @@ def parts(problem: Problem, dout: NDArray[np.float64] | None, rows: int | None =
     """Cut a call along batches, key heads and, where no gradient is asked for, blocks of so many rows.
 
     A gradient that is a sum over batches or heads (of a bias or a sink that they share) keeps the call whole, and so
-    does an operator in which places count (distances, a recurrence) or heads have options of their own.
+    does an operator in which places count (distances, a recurrence) or heads have options of their own, and lengths.
     """
     p = problem.to("numpy")
     shared = (p.bias is not None and (p.bias.shape[0] < p.batch or p.bias.shape[1] < p.heads)) or (
@@ -64,15 +65,16 @@ def parts(problem: Problem, dout: NDArray[np.float64] | None, rows: int | None =
     v = variant_of(p.variant)
     placed = v.places or any(o.places and n in p.options for n, o in v.options.items())
     apart = isinstance(v.shape, Rows) and not v.shape.together and not placed
-    if p.cu_seqlens_q is not None or not apart or (dout is not None and shared):
+    ragged = any(x is not None and not isinstance(x, int) for x in (p.lengths_q, p.lengths_k, p.offset))
+    if p.cu_seqlens_q is not None or ragged or not apart or (dout is not None and shared):
         return []
     return list(_parts(p, dout, rows or ROWS))
 
 
-def whole(problem: Problem, dout: NDArray[np.float64] | None) -> Part:
+def whole(problem: Problem, dout: NDArray[np.float64] | None, dlse: NDArray[np.float64] | None = None) -> Part:
     """Return a call that cannot be cut as its only part."""
     p = problem.to("numpy")
-    return Part(p, dout, -1, slice(0, p.heads), 0, slice(0, p.n_q))
+    return Part(p, dout, -1, slice(0, p.heads), 0, slice(0, p.n_q), dlse)
 
 
 def _parts(p: Problem, dout: NDArray[np.float64] | None, size: int) -> Iterator[Part]:
@@ -111,11 +113,11 @@ def _block(x: Any, b: int, heads: slice, rows: slice) -> Any:
     return x[:, :, rows] if x.shape[2] > 1 else x
 
 
-def fingerprint(problem: Problem, *more: Any, dout: NDArray[np.float64] | None = None) -> str:
+def fingerprint(problem: Problem, *more: Any, **arriving: NDArray[np.float64] | None) -> str:
     """Return a name for a call and how it is evaluated, by what version: those with the same one have one answer."""
     about = [VERSION, problem.settings(), definition(problem.variant), more]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=plain).encode())
-    arrays = problem.to("numpy").arrays() | ({} if dout is None else {"dout": dout})
+    arrays = problem.to("numpy").arrays() | {n: x for n, x in arriving.items() if x is not None}
     for name, x in sorted(arrays.items()):
         x = native(x)  # else other numbers in the other byte order have these bytes
         digest.update(f"{name} {x.dtype.name} {x.dtype.str} {x.shape}".encode())

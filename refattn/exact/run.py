@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidProblem, UnsupportedProblem
+from ..masks import unused
 from ..problem import Problem
 from ..variants import Rows as RowsShape
 from ..variants import Steps, variant_of
@@ -48,6 +49,8 @@ class Work:
         The gradient arriving at out.
     threads : int
         Threads for the streaming path.
+    dlse : (b, h_q, n_q) float64, optional
+        The gradient arriving at lse: it goes by the tape.
 
     Raises
     ------
@@ -55,15 +58,23 @@ class Work:
         Gradients where NaN or inf is in sight of a query.
     """
 
-    def __init__(self, problem: Problem, dout: NDArray[np.float64] | None = None, threads: int = 1) -> None:
-        self.p, self.dout, self.threads = problem.to("numpy"), dout, threads
+    def __init__(
+        self,
+        problem: Problem,
+        dout: NDArray[np.float64] | None = None,
+        threads: int = 1,
+        dlse: NDArray[np.float64] | None = None,
+    ) -> None:
+        self.p, self.dout, self.threads, self.dlse = problem.to("numpy"), dout, threads, dlse
         self.variant = variant_of(problem.variant)
         self.heads = list(heads(self.p))
+        self.unused = unused(self.p)
         if dout is not None and not all(_finite(s) for s in self.heads):
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
         self.streamed = [len(s.k) >= STREAM_FROM and streams(s) for s in self.heads]
+        plain = dlse is None and self.p.out_scale is None
         self.backward = [
-            yes and dout is not None and streams(s, backward=True) and _plain(s, dout)
+            yes and plain and dout is not None and streams(s, backward=True) and _plain(s, dout)
             for yes, s in zip(self.streamed, self.heads, strict=True)
         ]
 
@@ -113,6 +124,8 @@ class Work:
             check_machine()
             check_thread()
         raw, known, dout = self._empty(f), {} if known is None else known, self.dout
+        if self.unused is not None and "lse" in raw:
+            raw["lse"][np.broadcast_to(self.unused[0][:, None], self.p.out_shape[:3])] = _fixed(-np.inf, f)
         for i, one in enumerate(self.heads):
             wanted = one.live if need is None else one.live & need[one.batch, one.head, one.rows]
             lines, floating = np.nonzero(wanted)[0], isinstance(f, Level)
@@ -129,6 +142,9 @@ class Work:
                     _keys(one, f, raw, dout, self.threads, keys, known)
                 self._by_tiles(one, f, lines, raw, sums=keys is None)
             _specials(one, raw, f, self.variant.positive)
+            if self.dlse is not None and one.sink is not None and "dsink" in raw:
+                alone = self.dlse[one.batch, one.head, one.rows][~one.allowed.any(1) & ~one.spoilt]
+                _add(raw["dsink"], (one.head,), numbers_of(matrix_of(f, alone[None]).sum())[0, 0])
         return raw
 
     def _by_tiles(self, one: Head, f: Any, lines: NDArray[np.intp], raw: Raw, sums: bool) -> None:
@@ -140,12 +156,12 @@ class Work:
         k, v = (matrix_of(f, x) for x in (one.k, np.ldexp(one.v, -unit)))
         most = TILE_LEVEL if floating else TILE
         for tile in [lines] if shape.together else _tiles(lines, one.k.shape[0], most):
-            _tile(one, f, shape, tile, k, v, unit, raw, self.dout, sums)
+            _tile(one, f, shape, tile, k, v, unit, raw, self.dout, sums, self.dlse)
 
 
-def run(problem: Problem, f: Any, dout: NDArray[np.float64] | None = None, threads: int = 1, **some: Any) -> Raw:
+def run(problem: Problem, f: Any, dout: Any = None, threads: int = 1, dlse: Any = None, **some: Any) -> Raw:
     """Run a call of any shape over one arithmetic, once; the arguments are those of :class:`Work` and its ``run``."""
-    return Work(lower(problem).problem, dout, threads).run(f, **some)
+    return Work(lower(problem).problem, dout, threads, dlse).run(f, **some)
 
 
 def _streamed(one: Head, f: Level, lines: NDArray[np.intp], raw: Raw, threads: int) -> None:
@@ -155,6 +171,8 @@ def _streamed(one: Head, f: Level, lines: NDArray[np.intp], raw: Raw, threads: i
     at = (one.batch, one.head, one.rows if whole else np.arange(one.rows.start, one.rows.stop)[lines])
     into = (raw["out"][at], raw["lse"][at]) if whole else None  # views: nothing is copied
     out, lse = stream(one, f, lines, unit, threads, into)
+    if one.out_scale is not None:
+        out[...] = numbers_of(Bounded(f, *np.moveaxis(out, -1, 0)) / f.number(one.out_scale))
     if not whole:
         raw["out"][at], raw["lse"][at] = _scaled(out, unit), lse
 
@@ -184,6 +202,7 @@ def _tile(
     raw: Raw,
     dout: NDArray[np.float64] | None,
     sums: bool,
+    dlse: NDArray[np.float64] | None,
 ) -> None:
     define = shape.define
     o = one.options(f, tile) if dout is None else one.options(f, tile, Tape)
@@ -192,13 +211,18 @@ def _tile(
     with np.errstate(all="ignore"):
         if dout is None:
             out, lse = define(q, k, v, o)
+            out = out if one.out_scale is None else out / f.number(one.out_scale)
         else:
             leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
             for name in ("bias", "sink"):
                 if getattr(o, name) is not None:
                     leaves["d" + name] = getattr(o, name)
             out, lse = define(leaves["dq"], leaves["dk"], leaves["dv"], o)
-            grads = gradients([out], [matrix_of(f, dout[at])], list(leaves.values()))
+            out = out if one.out_scale is None else out / f.number(one.out_scale)
+            ends, arriving = [out], [matrix_of(f, dout[at])]
+            if dlse is not None:
+                ends, arriving = [out, lse], [*arriving, matrix_of(f, dlse[at][:, None])]
+            grads = gradients(ends, arriving, list(leaves.values()))
             _collect(one, at, dict(zip(leaves, grads, strict=True)), raw, sums)
             out, lse = out.value, None if lse is None else lse.value
         _shaped(one, "out", out, (len(tile), one.v.shape[1]))
@@ -350,18 +374,20 @@ def _finite(one: Head) -> bool:
     return not one.spoilt.any() and bool(np.isfinite(one.values[seen]).all())
 
 
+def _fixed(x: float, f: Any) -> Any:
+    """Return a number that the contract fixes as one of an arithmetic."""
+    return np.array([x, 0.0, 0.0]) if isinstance(f, Level) else x
+
+
 def _specials(one: Head, raw: Raw, f: Any, positive: bool) -> None:
     """Write what the contract fixes: rows without keys, rows that see NaN or inf."""
     at = (one.batch, one.head, one.rows)
 
-    def fixed(x: float) -> Any:
-        return np.array([x, 0.0, 0.0]) if isinstance(f, Level) else x
-
     out = raw["out"][at]
     if "lse" in raw:
         lse = raw["lse"][at]
-        lse[~one.allowed.any(1)] = fixed(-np.inf if one.sink is None else one.sink)
-        lse[one.spoilt] = fixed(np.nan)
+        lse[~one.allowed.any(1)] = _fixed(-np.inf if one.sink is None else one.sink, f)
+        lse[one.spoilt] = _fixed(np.nan, f)
     odd = np.nonzero(~np.isfinite(one.values).all(1))[0]
     seen = one.allowed[:, odd].astype(np.float32)
     if seen.any():
@@ -369,5 +395,5 @@ def _specials(one: Head, raw: Raw, f: Any, positive: bool) -> None:
         plus, minus, nan = (seen @ kind(one.values[odd]).astype(np.float32) > 0 for kind in kinds)
         nan |= (plus & minus) | ((plus | minus) & (not positive))
         for where, x in ((plus, np.inf), (minus, -np.inf), (nan, np.nan)):
-            out[where] = fixed(x)
-    out[one.spoilt] = fixed(np.nan)
+            out[where] = _fixed(x, f)
+    out[one.spoilt] = _fixed(np.nan, f)

@@ -58,7 +58,7 @@ def exact_lse(problem: Problem, state: State, boundaries: Boundaries) -> None:
 def _rational_scale(problem: Problem) -> Fraction | None:
     if problem.scale is not None:
         return Fraction(problem.scale)
-    if variant_of(problem.variant).default_scale == "one":
+    if variant_of(problem.variant).default_scale == "one" or problem.d_k == 0:
         return Fraction(1)
     root = int(np.sqrt(problem.d_k) + 0.5)
     return Fraction(1, root) if root * root == problem.d_k else None
@@ -123,7 +123,7 @@ def exact_ties(
     if not places:
         return
     try:
-        f = Field(work.p.d_k)
+        f = Field(max(work.p.d_k, 1))
         images = work.run(f, need)
     except UnsupportedProblem:
         return

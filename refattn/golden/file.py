@@ -58,7 +58,7 @@ def parse(x: Any, name: str = "number") -> float:
 def document_of(case: str, problem: Problem, dout: NDArray[Any] | None = None) -> Document:
     """Return a call, evaluated, as JSON values, with `dout` its gradients, too; docs/golden.md says what is what."""
     variant, model = variant_of(problem.variant), flash(problem.dtype)
-    near = 1 / math.sqrt(problem.d_k) if variant.default_scale == "rsqrt" else 1.0
+    near = 1 / math.sqrt(problem.d_k) if variant.default_scale == "rsqrt" and problem.d_k else 1.0
     head = {"golden": VERSION, "case": case, "variant": problem.variant, "dtype": problem.dtype}
     return head | {
         "sizes": {n: getattr(problem, attribute) for n, attribute in SIZES.items()},

@@ -15,6 +15,8 @@ __all__ = ["ACCURACIES", "Call", "Kernel", "Plan"]
 
 ACCURACIES = ("fast", "high")
 """P rounded to the input's type, or kept in two parts of it: then the error is the output's own rounding."""
+FURTHER = frozenset({"d_k_zero", "negative_window", "lengths_q", "lengths_k", "offset", "alignment"})
+"""What a Problem can ask for and no kernel here takes."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Call:
         """Return what a problem asks for; `packed` where its cu_seqlens are kept apart."""
         if p.variant != "softmax":
             raise UnsupportedProblem(f"gpu: computes variant 'softmax', got {p.variant!r}")
+        if further := sorted(p.features() & FURTHER) + ["types or scales"] * p.typed:
+            raise UnsupportedProblem(f"gpu: has no {', '.join(further)}; refattn.evaluate computes them")
         return cls(
             dtype=p.dtype,
             n_q=p.n_q,

@@ -168,6 +168,8 @@ class Variant:
                 raise UnsupportedProblem(
                     f"{name}: {self.name} attention does not have it; it has {', '.join(sorted(self.uses))}"
                 )
+        if problem.d_k == 0 and not self.fused:
+            raise UnsupportedProblem(f"query: axis dim is 0, which {self.name} attention has no meaning for; give it 1")
         unknown = sorted(set(problem.options) - set(self.options))
         if unknown:
             known = ", ".join(self.options) or "none"

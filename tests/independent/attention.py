@@ -54,11 +54,15 @@ def softmax(call):
         for i_h in range(h):
             q, k, v = call["query"][i_b][i_h], call["key"][i_b][i_h // group], call["value"][i_b][i_h // group]
             for i in range(n_q):
-                row(call, found, (i_b, i_h, i_h // group, i), scale, q[i], k, v, dout and dout[i_b][i_h][i])
+                if unused(call, i_b, i):
+                    found["lse"][i_b][i_h][i] = -INF
+                    continue
+                arriving = dout and (dout[i_b][i_h][i], call["dlse"][i_b][i_h][i] if call["dlse"] else 0)
+                row(call, found, (i_b, i_h, i_h // group, i), scale, q[i], k, v, arriving)
     return found
 
 
-def row(call, found, place, scale, q, k, v, dout):
+def row(call, found, place, scale, q, k, v, arriving):
     """Add what one row gives."""
     i_b, i_h, i_kv, i = place
     seen = [j for j in range(call["n_k"]) if visible(call, i_b, i_h, i, j)]
@@ -86,9 +90,10 @@ def row(call, found, place, scale, q, k, v, dout):
     p = {j: w / total for j, w in weight.items()}
     out = [mp.fsum(p[j] * v[j][c] for j in seen) for c in range(call["d_v"])]
     found["out"][i_b][i_h][i], found["lse"][i_b][i_h][i] = out, top + mp.log(total)
-    if dout is None:
+    if arriving is None:
         return
-    delta = dot(dout, out)
+    dout, dlse = arriving
+    delta = dot(dout, out) - mpf(dlse)
     for j in seen:
         ds = p[j] * (dot(dout, v[j]) - delta)
         for c in range(call["d_v"]):
@@ -156,13 +161,29 @@ def sigmoid(call, place, seen, scale, q, k):
 WEIGHTS = {"linear": linear, "power": power, "sigmoid": sigmoid}
 
 
+def unused(call, i_b, i):
+    """Whether a row lies behind those that are used."""
+    if call["lengths_q"] is None:
+        return False
+    many = len(call["sequences"])
+    ends = [(s[0], s[0] + call["lengths_q"][at if many > 1 else i_b]) for at, s in enumerate(call["sequences"])]
+    return not any(first <= i < end for first, end in ends)
+
+
 def visible(call, i_b, i_h, i, j):
     """Whether a row may see a key."""
-    for first_q, end_q, first_k, end_k in call["sequences"]:
+    for number, (first_q, end_q, first_k, end_k) in enumerate(call["sequences"]):
+        at = number if len(call["sequences"]) > 1 else i_b
+        if call["lengths_q"] is not None:
+            end_q = first_q + call["lengths_q"][at]
+        if call["lengths_k"] is not None:
+            end_k = first_k + call["lengths_k"][at]
         if first_q <= i < end_q:
             if not first_k <= j < end_k:
                 return False
-            corner = 0 if call["causal"] == "top_left" else (end_k - first_k) - (end_q - first_q)
+            corner = 0 if "top_left" in (call["causal"], call["alignment"]) else (end_k - first_k) - (end_q - first_q)
+            if call["offset"] is not None:
+                corner += call["offset"] if isinstance(call["offset"], int) else call["offset"][at]
             ahead = (j - first_k) - (i - first_q) - corner
             break
     else:

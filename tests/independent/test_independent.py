@@ -27,7 +27,8 @@ def test_every_bit_agrees(batch):
 
 def test_every_option_is_drawn():
     calls = [draw(seed) for seed in range(10 * BATCHES)]
-    for name in ("scale", "causal", "window", "softcap", "sink", "allowed", "bias", "weight", "cu_seqlens_q"):
+    names = ("scale", "causal", "window", "softcap", "sink", "allowed", "bias", "weight", "cu_seqlens_q")
+    for name in (*names, "lengths_q", "lengths_k", "offset", "alignment"):
         assert sum(getattr(p, name) is not None for p, _ in calls) >= 5, name
     assert {p.variant for p, _ in calls} == {"softmax", *attention.WEIGHTS}
     assert {p.dtype for p, _ in calls} == set(attention.FORMATS)

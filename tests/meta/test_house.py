@@ -15,7 +15,7 @@ import refattn
 
 ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
-BASE = {"errors", "dtypes", "arrays", "problem", "masks", "files", "modules", "version"}
+BASE = {"errors", "dtypes", "arrays", "validation", "problem", "scales", "masks", "files", "modules", "version"}
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
 EDGES = {
@@ -25,9 +25,10 @@ EDGES = {
     "modules": {"errors"},
     "dtypes": {"errors"},
     "arrays": {"errors", "dtypes"},
-    "problem": {"errors", "dtypes", "arrays"},
-    "masks": {"errors", "problem"},
-    "files": BASE - {"files", "modules", "version"},
+    "validation": {"errors", "dtypes", "arrays"},
+    "problem": {"errors", "arrays", "validation"},
+    "masks": {"errors", "problem", "validation"},
+    "files": BASE - {"files", "modules", "version", "scales"},
     "variants": BASE,
     "exact": BASE | {"variants"},
     "check": CORE,
@@ -38,7 +39,9 @@ EDGES = {
     "tensor": CORE | {"gpu"},
     "functions": CORE,
     "theory": CORE | {"check", "functions", "gpu", "he", "tensor"},
-    "strategies": CORE | {"check"},
+    "scales": {"errors", "dtypes", "arrays", "problem"},
+    "drawn_options": BASE,
+    "strategies": CORE | {"check", "drawn_options"},
     "operators": CORE | {"check", "check.bugs"},
     "golden": CORE | {"check"},
     "bench": CORE | {"check"},

@@ -58,33 +58,33 @@ class Expected:
         return lambda: _inner(self)[name]
 
 
-def exact(problem: Problem, dout: Any = None) -> Answer:
+def exact(problem: Problem, dout: Any = None, dlse: Any = None) -> Answer:
     """Return the exact answer, its enclosures far narrower than any bound."""
     large = problem.n_q * problem.n_k > LARGE
     # faster than balls where no gradient needs an exact decision, or where there are many scores
     rounding = "float64" if dout is None or large else None
-    return replace(evaluate(problem, gradients=dout, rounding=rounding), balls={})
+    return replace(evaluate(problem, gradients=dout, dlse=dlse, rounding=rounding), balls={})
 
 
-def expected(problem: Problem, model: Model, dout: Any = None) -> Expected:
+def expected(problem: Problem, model: Model, dout: Any = None, dlse: Any = None) -> Expected:
     """Return what to compare a call with: out and lse, or with an arriving gradient its gradients."""
-    return of_answer(exact(problem, dout), model, dout)
+    return of_answer(exact(problem, dout, dlse), model, dout, dlse)
 
 
-def of_answer(answer: Answer, model: Model, dout: Any = None) -> Expected:
+def of_answer(answer: Answer, model: Model, dout: Any = None, dlse: Any = None) -> Expected:
     """Return what to compare a call with whose exact answer is there."""
     allowed, variance = forward(answer, model)
     if dout is None:
         return Expected(answer, allowed, variance, model, None, either(answer, model))
-    limit = gradient_bounds(answer, model, dout, allowed)
+    limit = gradient_bounds(answer, model, dout, allowed, dlse)
     known = variant_of(answer.call.variant).fused == STREAMED
-    return Expected(answer, limit, predict(answer, model, dout, variance) if known else {}, model, dout)
+    return Expected(answer, limit, predict(answer, model, dout, variance, dlse) if known else {}, model, dout)
 
 
 def _inner(known: Expected) -> dict[str, Float]:
     """Return the bounds of a kernel that rounds neither the weights nor its results to a narrower type."""
     wide = replace(known.model, weights=known.model.accumulator)
-    final = FORMATS[known.answer.call.dtype].unit_roundoff
+    final = FORMATS[known.answer.call.out_type].unit_roundoff
 
     def without(found: dict[str, Float]) -> dict[str, Float]:
         mid = {n: np.nan_to_num(known.answer.enclosures[n].mid, posinf=0, neginf=0) for n in found}

@@ -83,7 +83,7 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
         _recurrence(answer, variant.shape, model, limit, variance)
     for n in limit:
         mid = answer.enclosures[n].mid
-        form = format_of(problem.dtype if n == "out" else model.accumulator if n == "state" else model.lse)
+        form = format_of(problem.out_type if n == "out" else model.accumulator if n == "state" else model.lse)
         with np.errstate(over="ignore", invalid="ignore"):
             variance[n] += form.ulp_array(np.where(np.isfinite(mid), mid, 0.0)) ** 2 / 12
     return limit, variance
@@ -93,7 +93,7 @@ def _recurrence(
     answer: Answer, shape: Steps, model: Model, limit: dict[str, Float], variance: dict[str, Float]
 ) -> None:
     """Widen what is allowed and predicted of out to a kernel that goes token by token, and add its last state."""
-    final, inside = FORMATS[answer.call.dtype], format_of(model.accumulator)
+    final, inside = FORMATS[answer.call.out_type], format_of(model.accumulator)
     limit["state"], variance["state"] = (np.zeros(answer.enclosures["state"].mid.shape) for _ in range(2))
     for one in heads(answer.call):
         at = (one.batch, one.head, one.rows)
@@ -216,14 +216,17 @@ def _merged(head: HeadLosses, model: Model, one: Head, unit: float) -> None:
 
 
 def _rows(one: Head, rows: NDArray[np.intp], o: Float, model: Model) -> dict[str, tuple[Float, Float]]:
-    final = FORMATS[one.problem.dtype]
+    final, by = FORMATS[one.problem.out_type], one.out_scale or 1.0
     # sums of the largest float64 numbers leave float64's range: work in smaller units there (a power of two)
     unit = 2.0**-64 if np.abs(one.v).max(initial=0.0) > 2.0**900 else 1.0
-    o = np.where(np.isfinite(o), o * unit, 0.0)
+    o = np.where(np.isfinite(o), o * by * unit, 0.0)
     with np.errstate(all="ignore"):
         head = head_losses(one, rows, model, unit)
         graph = Graph([x.node for x in (head.out, head.lse) if x is not None])
         total, variance = _of_out(one, head, graph, o, rows, model, unit)
+        if one.out_scale is not None:  # one division, or a product with a rounded inverse
+            u = format_of(model.accumulator).unit_roundoff
+            total, variance, o = (total + 2 * u * np.abs(o)) / by, variance / by**2, o / by
         total = total * (1 + final.unit_roundoff) + final.unit_roundoff * np.abs(o) + floor(final, model)
         if not model.subnormals:  # values that are subnormal were read as zero
             total = total + final.smallest_normal

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ...arrays import to_float64
 from ...dtypes import FORMATS, format_of
+from ...errors import UnsupportedProblem
 from ...exact.driver import Answer
 from ...exact.heads import Head, heads
 from ...exact.stream import STREAMED
@@ -39,7 +40,9 @@ __all__ = ["gradient_bounds"]
 Float = NDArray[np.float64]
 
 
-def gradient_bounds(answer: Answer, model: Model, dout: Any, limit: dict[str, Float]) -> dict[str, Float]:
+def gradient_bounds(
+    answer: Answer, model: Model, dout: Any, limit: dict[str, Float], dlse: Any = None
+) -> dict[str, Float]:
     """Return the largest error that a right backward pass of this model can make, for every element.
 
     Softmax has bounds of its own, which know how its kernels compute P again; every other operator's are those of the
@@ -55,6 +58,8 @@ def gradient_bounds(answer: Answer, model: Model, dout: Any, limit: dict[str, Fl
         The gradient arriving at out.
     limit : dict
         What :func:`refattn.check.bounds.forward.bounds` allows out and lse.
+    dlse : (b, h_q, n_q) array, optional
+        The gradient arriving at lse: D_i is dout_i·out_i - dlse_i.
 
     Returns
     -------
@@ -62,16 +67,23 @@ def gradient_bounds(answer: Answer, model: Model, dout: Any, limit: dict[str, Fl
         By gradient, of its input's shape: absolute errors, float64.
     """
     p = answer.call.to("numpy")
+    if p.typed:
+        raise UnsupportedProblem("gradients: have no bounds where types or scales are given; evaluate has their values")
     arriving, own = to_float64(dout), variant_of(p.variant).fused == STREAMED
     total = {n: np.zeros(np.shape(getattr(p, SOURCES[n]))) for n in SOURCES if n in answer.values}
     sums = {n: np.zeros_like(total[n]) for n in ("dk", "dv")}
+    at_lse = np.zeros(p.out_shape[:3]) if dlse is None else to_float64(dlse)
+    if dlse is not None and not own:
+        raise UnsupportedProblem(
+            f"dlse: has no bounds for {p.variant} attention, only for what softmax kernels compute"
+        )
     for one in heads(p):
         at = (one.batch, one.head, one.rows)
         of_out = limit["out"][at]
         with np.errstate(all="ignore"):
             if own:
                 exact = answer.enclosures["out"].mid[at]
-                _head(one, model, arriving, exact, of_out, limit["lse"][at], total, sums)
+                _head(one, model, arriving, exact, of_out, limit["lse"][at], total, sums, at_lse[at])
             else:
                 _taped(one, model, arriving, of_out, total, sums)
     group = p.heads // p.heads_kv
@@ -104,7 +116,15 @@ def _dtype(x: Any) -> str:
 
 
 def _head(
-    one: Head, model: Model, arriving: Float, o: Float, lost_o: Float, lost_lse: Float, total: Any, sums: Any
+    one: Head,
+    model: Model,
+    arriving: Float,
+    o: Float,
+    lost_o: Float,
+    lost_lse: Float,
+    total: Any,
+    sums: Any,
+    dlse: Float,
 ) -> None:
     """Add what one head loses."""
     p, inside = one.problem, format_of(model.accumulator)
@@ -130,7 +150,8 @@ def _head(
     from_out = (size * lost_o).sum(1, keepdims=True) + (d_v + 1) * u * (size * np.abs(o)).sum(1, keepdims=True)
     from_p = (lost_p * np.abs(dp) + weights * lost_dp).sum(1, keepdims=True)
     from_p = from_p + (model.depth(n) + 1) * u * (weights * dp_size).sum(1, keepdims=True)
-    lost_d = np.maximum(from_out, from_p)
+    lost_d = np.maximum(from_out, from_p) + 2 * u * np.abs(dlse)[:, None]
+    d = d - dlse[:, None]
     x = np.abs(dp - d)
     ds = weights * x
     lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds + tiny) * one.allowed

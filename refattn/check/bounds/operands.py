@@ -39,7 +39,13 @@ class Operands:
         """Return what one head's operands lose."""
         p = one.problem
         pairs = ((one.q, p.query), (one.k, p.key), (one.v, p.value))
-        return cls(*(of(x, t, model) for of in (lost, variance) for x, t in pairs))
+        found = [of(x, t, model) for of in (lost, variance) for x, t in pairs]
+        u = inside_type(model.accumulator).unit_roundoff
+        for i, name in enumerate(("query_scale", "key_scale", "value_scale")):
+            if getattr(p, name) is not None:  # the element times its scale, or their product times it, is rounded
+                size = np.abs(pairs[i][0])
+                found[i], found[i + 3] = found[i] + u * size, found[i + 3] + C * (u * size) ** 2
+        return cls(*found)
 
 
 def lost(x: Float, tensor: Any, model: Model) -> Float:

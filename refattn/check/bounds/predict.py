@@ -29,7 +29,7 @@ __all__ = ["predict"]
 Float = NDArray[np.float64]
 
 
-def predict(answer: Answer, model: Model, dout: Any, variance: dict[str, Float]) -> dict[str, Float]:
+def predict(answer: Answer, model: Model, dout: Any, variance: dict[str, Float], dlse: Any = None) -> dict[str, Float]:
     """Return the predicted variance of the error of every element of the gradients.
 
     NaN where the scores' errors are too large to foresee what they do. Nothing is predicted where operands are
@@ -45,16 +45,25 @@ def predict(answer: Answer, model: Model, dout: Any, variance: dict[str, Float])
         The gradient arriving at out.
     variance : dict
         What is predicted of out and lse.
+    dlse : (b, h_q, n_q) array, optional
+        The gradient arriving at lse.
     """
     p = answer.call.to("numpy")
     names = [n for n in answer.enclosures if n in SOURCES and not model.operands]
     total = {n: np.zeros(answer.enclosures[n].mid.shape) for n in names}
     arriving = to_float64(dout)
+    at_lse = np.zeros(p.out_shape[:3]) if dlse is None else to_float64(dlse)
     for one in heads(p) if names else ():
         at = (one.batch, one.head, one.rows)
         with np.errstate(all="ignore"):
             parts = _Parts.of(
-                one, model, answer.enclosures["out"].mid[at], arriving[at], *(v[at] for v in variance.values())
+                one,
+                model,
+                answer.enclosures["out"].mid[at],
+                arriving[at],
+                variance["out"][at],
+                variance["lse"][at],
+                at_lse[at],
             )
             _inputs(parts, total)
             _masks(parts, total)
@@ -87,9 +96,10 @@ class _Parts:
     var_dp: Float
     var_d: Float
     var_lse: Float
+    d: Float  # dout·out - dlse, a column
 
     @classmethod
-    def of(cls, one: Head, model: Model, o: Float, dout: Float, var_out: Float, var_lse: Float) -> _Parts:
+    def of(cls, one: Head, model: Model, o: Float, dout: Float, var_out: Float, var_lse: Float, dlse: Float) -> _Parts:
         inside = format_of(model.accumulator)
         cu = C * inside.unit_roundoff**2
         losses = head_losses(one, slice(None), model)
@@ -106,10 +116,12 @@ class _Parts:
         var_dp = cu * _dot(losses.f, v.shape[1], dout, v.T) + C * model.loss(model.scores) ** 2 * dp * dp
         var_d = (g2 * var_out).sum(1, keepdims=True) + cu * (g2 * o * o).sum(1, keepdims=True)
         var_p = np.where(wild, 1.0, var_w) + cu * ((2 + 2 * parts) * (lse**2 + 2))
-        x = dp - (dout * o).sum(1, keepdims=True)
+        d = (dout * o).sum(1, keepdims=True) - dlse[:, None]
+        var_d = var_d + cu * dlse[:, None] ** 2
+        x = dp - d
         return cls(
             one, model, losses, cu, tiny, tiny_w, dout, o, lse, losses.shares, 1 - np.square(t), x, wild, var_p, var_dp,
-            var_d, var_lse,
+            var_d, var_lse, d,
         )  # fmt: skip
 
 
@@ -159,7 +171,7 @@ def _masks(s: _Parts, total: Any) -> None:
         spread(one, total["dbias"], np.where(s.wild, np.nan, score if one_key else score * one.allowed))
     if "dsink" in total and one.sink is not None:
         lse = s.lse[:, 0]
-        p_sink, d = np.exp(one.sink - lse), (s.dout * s.o).sum(1)
+        p_sink, d = np.exp(one.sink - lse), s.d[:, 0]
         var_s = np.where(s.wild[:, 0], np.nan, s.var_lse) + cu * (lse**2 + one.sink**2 + 1)
         var_s = p_sink**2 * (d * d * (var_s + 2 * cu) + s.var_d[:, 0])
         rows = one.q.shape[0] * (one.problem.heads // one.problem.heads_kv)

@@ -259,7 +259,7 @@ def simulate(
         with np.errstate(all="ignore"):
             out, lse = rows_of(one).define(*f.operands(one, rows), one.options(f, rows))
         at = one.batch, one.head, one.rows.start + rows
-        found["out"][at] = f.rounded(out.a, FORMATS[p.dtype])
+        found["out"][at] = f.rounded(out.a, FORMATS[p.out_type])
         if lse is not None:
             found["lse"][at] = f.rounded(lse.a[:, 0], format_of(model.lse))
     return found

@@ -18,6 +18,7 @@ from ...exact.heads import heads
 from ...exact.lowering import lower
 from ...exact.stream import STREAMED
 from ...problem import Problem
+from ...validation import SCALES
 from ...variants import Rows, variant_of
 from ..call import Function
 from ..kernels.tiled import tiled
@@ -42,7 +43,8 @@ def planted(name: str) -> Function:
     before, after = PLANTED[name]
 
     def kernel(problem: Problem) -> Any:
-        result = plain(before(lower(problem).problem))  # an operator that is lowered goes wrong after it
+        call = problem if problem.typed else lower(problem).problem  # an operator that is lowered goes wrong after it
+        result = plain(before(call))
         out, lse = result if isinstance(result, tuple) else (result, None)
         out, lse = after(problem, out.copy(), None if lse is None else lse.copy())
         return out if lse is None else (out, lse)
@@ -197,6 +199,34 @@ def _clamped(p: Problem) -> Problem:
     return p.replace(scale=0.0) if top > 1e4 and variant_of(p.variant).has_lse else p
 
 
+def _lengths_one_more(p: Problem) -> Problem:
+    room = np.full(p.batch, p.n_k) if p.cu_seqlens_k is None else np.diff(p.cu_seqlens_k)
+    return p if p.lengths_k is None else p.replace(lengths_k=np.minimum(p.lengths_k + 1, room))
+
+
+def _corner_of_all(p: Problem) -> Problem:
+    """Align the diagonal with the whole axes, not with what is used of them."""
+    if p.corner == "top_left" or p.lengths_k is None or p.cu_seqlens_k is not None:
+        return p
+    rows = np.full(p.batch, p.n_q) if p.lengths_q is None else p.lengths_q
+    return p.replace(offset=(p.n_k - p.n_q) - (p.lengths_k - rows) + (0 if p.offset is None else p.offset))
+
+
+def _first_offset(p: Problem) -> Problem:
+    return p if p.offset is None or isinstance(p.offset, int) else p.replace(offset=int(p.offset[0]))
+
+
+def _scale_of_next(axis: int) -> Callable[[Problem], Problem]:
+    """Take the scale of the next head, or of the next token or block."""
+
+    def before(p: Problem) -> Problem:
+        scales = {n: getattr(p, n) for n in SCALES[:3]}
+        arrays = {n: x for n, x in scales.items() if x is not None and not isinstance(x, float)}
+        return p.replace(**{n: np.roll(x, 1, axis) for n, x in arrays.items()})
+
+    return before
+
+
 TILE = 64
 PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "zeroed_head": (_same, _zeroed_head),
@@ -216,6 +246,18 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "sink_ignored": (_ignored("sink"), _keep),
     "heads_tiled": (_heads_tiled, _keep),
     "sequences_joined": (_ignored("cu_seqlens_q", "cu_seqlens_k"), _keep),
+    "lengths_ignored": (_ignored("lengths_q", "lengths_k"), _keep),
+    "lengths_one_more": (_lengths_one_more, _keep),
+    "corner_of_unused": (_corner_of_all, _keep),
+    "offset_ignored": (_ignored("offset"), _keep),
+    "offset_of_first_batch": (_first_offset, _keep),
+    "alignment_ignored": (_ignored("alignment"), _keep),
+    "key_scale_ignored": (_ignored("key_scale"), _keep),
+    "value_scale_ignored": (_ignored("value_scale"), _keep),
+    "out_scale_ignored": (_ignored("out_scale"), _keep),
+    "scale_of_next_head": (_scale_of_next(1), _keep),
+    "scale_of_next_token": (_scale_of_next(2), _keep),
+    "scale_of_next_channel": (_scale_of_next(3), _keep),
     "value_of_next_key": (lambda p: p.replace(value=np.roll(p.value, 1, axis=2)), _keep),
     "lse_base_two": (_same, _base_two),
     "lse_of_empty_row_zero": (_same, _empty_lse_zero),

@@ -43,7 +43,7 @@ def verdicts(problem: Problem, got: NDArray[Any], exact: Float) -> dict[str, boo
     exact : float64 array
         The exact output.
     """
-    dtype, known = problem.dtype, variant_of(problem.variant).rows is not None
+    dtype, known = problem.out_type, variant_of(problem.variant).rows is not None and problem.out_scale is None
     x, want = np.asarray(got).astype(np.float64), FORMATS[dtype].round_array(exact)
     with np.errstate(all="ignore"):
         gap = np.abs(x - want)
@@ -66,5 +66,5 @@ def verdicts(problem: Problem, got: NDArray[Any], exact: Float) -> dict[str, boo
 
 def _eager(problem: Problem) -> Float:
     """Return attention as eager mode computes it: scores and weights stored in the input's type, sums in float32."""
-    form = FORMATS[problem.dtype]
-    return form.round_array(simulate(problem, materialised(problem.dtype))["out"])
+    form = FORMATS[problem.out_type]
+    return form.round_array(simulate(problem, materialised(problem.out_type))["out"])

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from ...dtypes import FORMATS
+from ...masks import unused
 from ...problem import Problem
 from .draw import Draw
+from .typed import TYPED
 
 __all__ = ["BUILDERS", "Build", "Entry"]
 
@@ -200,6 +202,28 @@ def _packed(d: Draw, q: list[int], k: list[int], causal: str | None = "bottom_ri
     return d.problem(q[-1], k[-1], causal=causal, **offsets)
 
 
+def _lengths(d: Draw, q: list[int] | None, k: list[int], behind: float = 8.0, **more: Any) -> Problem:
+    """Return a call of whose rows and keys so many are used; numbers that must not matter lie behind them."""
+    lengths: dict[str, Any] = {"lengths_k": np.array(k, np.int32)} | (
+        {} if q is None else {"lengths_q": np.array(q, np.int32)}
+    )
+    p = d.problem(**{"b": len(k)} | more, **lengths)
+    gone = unused(p)
+    assert gone is not None
+    found = {}
+    for name, rows in (("query", gone[0]), ("key", gone[1]), ("value", gone[1])):
+        found[name] = getattr(p, name).copy()
+        found[name].swapaxes(1, 2)[rows] = behind
+    return p.replace(**found)
+
+
+def _gaps(d: Draw) -> Problem:
+    ends: dict[str, Any] = {
+        f"cu_seqlens_{x}": np.array(e, np.int32) for x, e in (("q", [0, 20, 40, 60]), ("k", [0, 25, 50, 75]))
+    }
+    return _lengths(d, [17, 20, 3], [25, 21, 9], b=1, n_q=60, n_k=75, causal="bottom_right", **ends)
+
+
 def _edge(n_q: int, n_k: int) -> Entry:
     return _entry(lambda d: d.problem(n_q, n_k, h=1, d=16))
 
@@ -220,6 +244,16 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "window-both-sides-causal": _entry(lambda d: d.problem(causal="bottom_right", window=(9, 4)), "window"),
         # the window does not follow the corner that causal names
         "window-both-sides-top-left": _entry(lambda d: d.problem(causal="top_left", window=(9, 4)), "window"),
+        # the corner named without causal, and sides that leave the diagonal out
+        "window-top-left": _entry(lambda d: d.problem(window=(9, 4), alignment="top_left"), "window", "alignment"),
+        "window-before": _entry(lambda d: d.problem(window=(None, -1)), "window"),
+        "window-after": _entry(lambda d: d.problem(window=(-3, 20)), "window"),
+        # the diagonal of a chunk that starts at a key, of each batch item its own
+        "offset": _entry(lambda d: d.problem(causal="top_left", offset=11), "causal", "offset"),
+        "offset-by-batch": _entry(
+            lambda d: d.problem(b=3, causal="top_left", offset=np.array([30, 7, 0])), "causal", "offset"
+        ),
+        "offset-window": _entry(lambda d: d.problem(b=2, window=(9, 4), offset=np.array([-20, 5])), "window", "offset"),
         "allowed": _entry(lambda d: d.problem(b=2, allowed=d.mask(2, 1, 37, 67)), "allowed"),
         # a mask that hides nothing is taken for none, and its call for another
         "allowed-whole": _entry(lambda d: d.problem(allowed=np.ones((1, 1, 37, 67), bool)), "allowed"),
@@ -256,6 +290,8 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         # offsets and positions past 2**15: indices in 16 bits, where kernels wrap at 2**31 and up
         "rows-past-16-bits": _entry(lambda d: d.problem(1100, 5)),
         "keys-past-16-bits": _entry(_many_keys, "causal", "bias"),
+        # queries and keys without a column: every key weighs the same, and 1 / sqrt(0) must not be read
+        "no-width": _entry(lambda d: d.problem(d=0, d_v=16, causal="bottom_right"), "causal", "lengths_k"),
         "no-batch": _entry(lambda d: d.problem(5, 7, b=0)),
         "no-keys": _entry(lambda d: d.problem(5, 0)),
         "no-queries": _entry(lambda d: d.problem(0, 5)),
@@ -265,6 +301,14 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "packed": _entry(lambda d: _packed(d, [0, 17, 17, 40, 60], [0, 17, 20, 50, 70]), "causal"),
         # sequences of no rows first, of neither last, more rows than keys between: offsets that stand still, the corner
         "packed-ends": _entry(lambda d: _packed(d, [0, 0, 25, 60, 60], [0, 3, 20, 70, 70]), "causal"),
+        # a cache longer than what is in it; the corner of what is used, not of what there is room for
+        "lengths-of-keys": _entry(
+            lambda d: _lengths(d, None, [67, 33, 5], n_q=4, causal="bottom_right"), "causal", "lengths_k"
+        ),
+        "lengths": _entry(
+            lambda d: _lengths(d, [37, 1, 20], [67, 33, 31], causal="bottom_right"), "causal", "lengths_q", "lengths_k"
+        ),
+        "lengths-packed": _entry(_gaps, "causal", "lengths_q", "lengths_k"),
         # rows whose sequence has no keys, first and last: they read the neighbour's
         "packed-no-keys": _entry(lambda d: _packed(d, [0, 5, 40, 48], [0, 0, 60, 60], None)),
     },
@@ -312,6 +356,7 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "rows-bias": _entry(_empty_rows_bias, "bias"),
         # a row without keys is looked after for each option alone
         "rows-with-everything": _entry(_empty_with_everything, "causal", "softcap", "bias", "sink", "allowed"),
+        "lengths-of-none": _entry(lambda d: _lengths(d, [37, 20], [0, 67]), "lengths_q", "lengths_k"),
         "rows-causal": _entry(lambda d: d.problem(67, 37, causal="bottom_right"), "causal"),
     },
     "drift": {
@@ -329,10 +374,17 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "one-huge-value": _entry(_one_huge_value, "causal"),
         "huge-products": _entry(_huge_products, dtypes=("float32", "bfloat16", "float64")),
     },
+    "types": {label: _entry(build, dtypes=dtypes) for label, (build, dtypes) in TYPED.items()},
     "poison": {
         "key-behind-mask": _entry(lambda d: _poison(d, "key"), "allowed"),
         "value-behind-mask": _entry(lambda d: _poison(d, "value"), "allowed"),
         "inf-behind-mask": _entry(lambda d: _poison(d, "inf"), "allowed"),
+        "behind-lengths": _entry(
+            lambda d: _lengths(d, [37, 1, 20], [67, 33, 31], np.nan, causal="top_left"),
+            "causal",
+            "lengths_q",
+            "lengths_k",
+        ),
         "value-seen-by-some": _entry(_poison_causal, "causal"),
         # NaN that must show: a maximum that skips it hides it
         "key-seen-by-some": _entry(_poison_key, "causal"),

@@ -15,13 +15,13 @@ import numpy as np
 from allpairspy import AllPairs, pairs_storage
 from numpy.typing import NDArray
 
-from ...arrays import from_float64
 from ...dtypes import FORMATS
 from ...masks import visible
 from ...problem import Problem
 from ...variants import variant_of
 from ..model import Capabilities
 from .draw import Draw
+from .layouts import LAYOUTS, laid
 from .sample import separate
 
 __all__ = ["Call", "drawn"]
@@ -47,7 +47,6 @@ NUMBERS = ("normal", "jump", "needles", "faint", "sharp", "matched")
 """Normal; a late jump; few keys that hold the weight; many that hold little; rows that look at keys of their own;
 values of the signs that rounding the scores to 16 bits would have."""
 KINDS = ("prefill", "decode", "chunk", "few", "packed", "batches", "cross")
-LAYOUTS = ("plain", "bshd", "fused", "spread", "cache", "columns", "views")
 TILES = (64, 128, 16, 32, 80, 96, 176, 192, 256)
 MOST = {"quick": 2**22, "ci": 2**25, "nightly": 2**28}
 """Products of two numbers that the scores and the output of one call take, at most."""
@@ -78,6 +77,9 @@ class Call:
     wide_bias: bool = False
     weight: str = ""
     faint_dout: bool = False
+    used: str = ""
+    offset: int | None = None
+    alignment: str | None = None
 
     def __call__(self, d: Draw) -> Problem:
         """Build it."""
@@ -96,11 +98,14 @@ class Call:
             more["allowed"] = _mask(d, _spread(full, self.allowed), self.hidden)
         if self.weight:
             more["weight"] = np.exp(d.normal(*_spread(full, self.weight)))
+        if self.used:
+            more |= _used(d, self)
+        more |= {n: getattr(self, n) for n in ("offset", "alignment") if getattr(self, n) is not None}
         options = variant_of(d.variant).fitted({}, self.h)
         p = d.problem(n_q, n_k, q=q, k=k, v=v, scale=self.scale, options=options, **more)
         if self.wide_bias and d.form.precision < 24:  # in float32 beside 16-bit queries
             p = p.replace(bias=more["bias"].astype(np.float32))
-        return _laid(_poisoned(p, self.hidden), self.layout)
+        return laid(_poisoned(p, self.hidden), self.layout)
 
 
 def _spread(full: tuple[int, ...], kind: str) -> tuple[int, ...]:
@@ -118,6 +123,15 @@ def _spread(full: tuple[int, ...], kind: str) -> tuple[int, ...]:
         "column": (1, 1, 1, n_k),
         "heads-columns": (1, h, 1, n_k),
     }[kind]
+
+
+def _used(d: Draw, c: Call) -> dict[str, Any]:
+    """Return how much of each batch item or sequence is used: of its keys, or as much less of its rows, too."""
+    lengths = np.array(c.lengths if len(c.lengths) > 1 else c.lengths * c.b, np.int32)
+    most = np.min(lengths, 1) if c.used == "both" else lengths[:, 1] - lengths[:, 0]
+    less = d.rng.integers(0, np.maximum(most, 0) + 1)[:, None]
+    left = (lengths - less).astype(np.int32)
+    return ({"lengths_q": left[:, 0].copy()} if c.used == "both" else {}) | {"lengths_k": left[:, 1].copy()}
 
 
 def _mask(d: Draw, shape: tuple[int, ...], hidden: str) -> NDArray[np.bool_]:
@@ -182,78 +196,13 @@ def _poisoned(p: Problem, hidden: str) -> Problem:
     group = p.heads // p.heads_kv
     for b in range(p.batch):
         for h in range(p.heads) if p.allowed is not None and p.allowed.shape[1] > 1 else (0,):
-            for rows, keys in p.segments():
+            for rows, keys in p.segments(b):
                 here = visible(p.replace(bias=None), b, h, rows, keys).any(0)
                 at = slice(None) if p.allowed is None or p.allowed.shape[1] == 1 else h // group
                 seen[b, at, keys] |= here
     k, v = p.key.copy(), p.value.copy()
     k[~seen], v[~seen] = (np.nan, np.nan) if hidden == "nan" else (8, 128)
     return p.replace(key=k, value=v)
-
-
-def _laid(p: Problem, layout: str) -> Problem:
-    """Return the same call with its tensors in memory as models hold them."""
-    if layout == "bshd":  # a projection's output
-        turned = {n: np.ascontiguousarray(getattr(p, n).swapaxes(1, 2)).swapaxes(1, 2) for n in NAMES}
-        return p.replace(**turned)
-    if layout == "fused":  # slices of one projection's output
-        parts = [getattr(p, n).swapaxes(1, 2).reshape(p.batch, -1, _width(p, n)) for n in NAMES]
-        names = list(NAMES) if p.n_q == p.n_k else list(NAMES[1:])
-        whole = np.concatenate(parts[-len(names) :], axis=2)
-        found, start = {}, 0
-        for n in names:
-            x, width = getattr(p, n), _width(p, n)
-            view = whole[:, :, start : start + width]
-            found[n] = view.reshape(p.batch, x.shape[2], x.shape[1], x.shape[3]).swapaxes(1, 2)
-            start += width
-        return p.replace(**found)
-    if layout == "spread":  # one key head, or the keys of one batch, for all
-        axis = 0 if p.batch > 1 else 1
-        one = (slice(0, 1),) if axis == 0 else (slice(None), slice(0, 1))
-        found = {n: np.broadcast_to(getattr(p, n)[one], getattr(p, n).shape) for n in NAMES[1:]}
-        return p.replace(**found)
-    if layout == "columns":  # keys by column, as decoding kernels hold them, beside values by row
-        return p.replace(key=np.ascontiguousarray(p.key.swapaxes(2, 3)).swapaxes(2, 3))
-    if layout == "turned":  # queries and values by column
-        turned = {n: np.ascontiguousarray(getattr(p, n).swapaxes(2, 3)).swapaxes(2, 3) for n in ("query", "value")}
-        return p.replace(**turned)
-    if layout == "views":
-        return _views(p)
-    if layout == "cache":  # the first rows of a cache that nothing was written to behind them
-        return p.replace(**{n: _cached(getattr(p, n)) for n in NAMES[1:]})
-    return p
-
-
-def _views(p: Problem) -> Problem:
-    """Return a call whose masks and biases are views with gaps, spread where they can be, and whose sink is narrow."""
-    found: dict[str, Any] = {}
-    for name in ("bias", "allowed"):
-        x = getattr(p, name)
-        if x is not None:
-            found[name] = np.stack([x, x], 4)[..., 0]
-            if x.shape[0] < p.batch:  # one for every batch
-                found[name] = np.broadcast_to(found[name], (p.batch, *x.shape[1:]))
-    if p.sink is not None and FORMATS[p.dtype].infinities:
-        found["sink"] = from_float64(FORMATS[p.dtype].round_array(p.sink.astype(np.float64)), p.dtype)
-    if p.cu_seqlens_q is not None:
-        found |= {n: getattr(p, n).astype(np.int64) for n in ("cu_seqlens_q", "cu_seqlens_k")}
-    value = np.concatenate([p.value, np.full_like(p.value, np.nan)], 3)[..., : p.d_v]
-    return p.replace(value=value, **found)
-
-
-def _cached(x: NDArray[Any]) -> NDArray[Any]:
-    n = x.shape[2]
-    room = np.full((*x.shape[:2], (n // 128 + 1) * 128, x.shape[3]), np.nan).astype(x.dtype)
-    room[:, :, :n] = x
-    return room[:, :, :n]
-
-
-NAMES = ("query", "key", "value")
-
-
-def _width(p: Problem, name: str) -> int:
-    x = getattr(p, name)
-    return int(x.shape[1] * x.shape[3])
 
 
 def drawn(variant: str, able: Capabilities, budget: str, seed: int) -> list[Call]:
@@ -324,7 +273,15 @@ def _axes(uses: frozenset[str], able: Capabilities) -> dict[str, list[Any]]:
         "numbers": list(NUMBERS),
         "layout": [x for x in LAYOUTS if x != "columns" or not able.last_axis_contiguous],
         "wide_bias": [False, *given("bias", True)],
+        **_further(uses, has),
     }
+
+
+def _further(uses: frozenset[str], has: frozenset[str]) -> dict[str, list[Any]]:
+    """Return the axes that only kernels have that name their features, so that others' calls stay as they are."""
+    used = [x for x, names in (("k", {"lengths_k"}), ("both", {"lengths_q", "lengths_k"})) if names <= has & uses]
+    found = {"used": ["", *used]} if used else {}
+    return found | ({"offset": [None, 3]} if "offset" in has & uses else {})
 
 
 def _call(row: dict[str, Any], rng: random.Random, able: Capabilities, budget: str) -> Call:
@@ -352,6 +309,7 @@ def _call(row: dict[str, Any], rng: random.Random, able: Capabilities, budget: s
         kind, b, group * h_kv, h_kv, tuple(pairs), d, d_v, row["numbers"], layout, row["hidden"], row["causal"],
         window, row["softcap"], row["scale"], row["sink"], row["bias"], row["allowed"],
         bool(row["bias"]) and row["wide_bias"],
+        used=row.get("used", "") if kind != "cross" else "", offset=row.get("offset"),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ...dtypes import FORMATS
 from ...errors import InvalidInput
+from ...masks import unused
 from ...problem import Problem
 from ...variants import variant_of
 from ..model import Capabilities, Model
@@ -35,6 +36,7 @@ FAMILIES = {
     "empty": "rows without keys: NaN, garbage, the mean of all values, an lse that is not -inf",
     "extreme": "the largest and smallest values, in one key or all, products that leave float32's range",
     "poison": "NaN and inf behind the mask, and in sight of some rows only",
+    "types": "types of their own and scales: a descale lost, another head's or block's, a narrow out",
     "models": "calls that models in use make, the same in every run; some rows are compared",
     "calls": "calls as models make them, drawn by a seed: every two options meet; some rows are compared",
 }
@@ -95,17 +97,21 @@ class Case:
     @property
     def backward(self) -> bool:
         """Tell whether its gradient can be asked for: finite in sight of every query, and dout·v within the type."""
-        return self.gradients and f"{self.family}/{self.label}" not in FORWARD_ONLY
+        return self.gradients and self.family != "types" and f"{self.family}/{self.label}" not in FORWARD_ONLY
 
     def arriving(self, dtype: str) -> NDArray[Any]:
-        """Return a gradient arriving at out, (b, h_q, n_q, d_v), 0 in rows that are not compared; always the same."""
+        """Return a gradient arriving at out, (b, h_q, n_q, d_v), 0 in rows not compared, NaN in unused ones."""
         draw = Draw(FORMATS[dtype], np.random.default_rng(zlib.crc32(f"dout {self.name}".encode())), self.variant)
         problem = self.problem(dtype)
         size = 1.0
         if isinstance(self.build, Call) and self.build.faint_dout:  # as of a mean over many, but of normal numbers
             size = max(1e-7, 2.0**12 * FORMATS[dtype].smallest_normal)
         dout, sample = draw.tensor(size * draw.normal(*problem.out_shape)), self.sample(problem)
-        return dout if sample is None else sample.only(dout)
+        if sample is not None:
+            return sample.only(dout)
+        if (gone := unused(problem)) is not None:  # what arrives there may be anything
+            dout = np.where(gone[0][:, None, :, None], dout.dtype.type(np.nan), dout)
+        return dout
 
     def says(self, model: Model) -> bool:
         """Tell whether it says something of a kernel: values that show narrow scores do not where it stores such."""

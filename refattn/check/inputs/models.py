@@ -72,6 +72,17 @@ MODELS: dict[str, tuple[Call, bool]] = {
     "groups-of-64": (Call("decode", 1, 64, 1, ((1, 400),), 128, 128, "sharp"), False),
     "width-33": (Call("prefill", 1, 2, 2, ((67, 67),), 33, 33, "sharp", causal="top_left"), True),
     "second-wave": (Call("few", 4, 40, 40, ((2, 100),), 64, 64, "sharp"), False),
+    # servers: a cache longer than what is in it, rows and keys behind each item's, chunks that say where they start
+    "cache-decode": (
+        Call("decode", 4, 8, 2, ((1, 300),), 128, 128, "sharp", hidden="nan", causal=DOWN, used="k"),
+        False,
+    ),
+    "cache-ragged": (Call("batches", 3, 4, 2, ((70, 90),), 64, 64, hidden="nan", causal=DOWN, used="both"), True),
+    "packed-gaps": (
+        Call("packed", 1, 4, 2, ((20, 25), (1, 70), (65, 70)), 64, 64, "sharp", causal=DOWN, used="both"),
+        True,
+    ),
+    "chunk-at-offset": (Call("chunk", 2, 2, 1, ((65, 193),), 64, 64, "sharp", causal="top_left", offset=64), True),
     # scores of more bits than 16-bit types have
     "matched": (Call("cross", 1, 2, 2, ((8, 1024),), 64, 64, "matched"), False),
     "faint": (Call("cross", 1, 2, 2, ((40, 600),), 64, 64, "faint"), False),
@@ -166,6 +177,10 @@ def _fits(c: Call, able: Capabilities, uses: frozenset[str]) -> bool:
     needed |= {"d_v_differs"} if c.d != c.d_v else set()
     needed |= {"lengths_differ"} if q != k else set()
     needed |= {"scale"} if c.scale is not None else set()
+    used = {"k": {"lengths_k"}, "both": {"lengths_q", "lengths_k"}}.get(c.used, set())
+    used |= {n for n in ("offset", "alignment") if getattr(c, n) is not None}
+    needed |= used
+    options |= used
     wide = not able.head_dims or {c.d, c.d_v} <= able.head_dims
     even = all(x % able.seq_multiple == 0 for pair in c.lengths for x in pair)
     kept = not able.always & {"causal_bottom_right", "causal_top_left"} or f"causal_{c.causal}" in able.always

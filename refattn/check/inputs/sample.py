@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...masks import visible
+from ...masks import unused, visible
 from ...problem import Problem
+from ...scales import dequantised
 from ...variants import Rows, variant_of
 
 __all__ = ["WHOLE", "Sample", "sample_of", "separate"]
@@ -47,8 +48,10 @@ class Sample:
 
     def of(self, p: Problem) -> Problem:
         """Return the rows as a call of their own: every mask in ``allowed``, the keys as they are."""
+        p = dequantised(p)
         b, heads, groups, rows = self.batch, list(self.heads), list(self.groups), list(self.rows)
-        masked = any(x is not None for x in (p.causal, p.window, p.allowed, p.cu_seqlens_q))
+        rules = (p.causal, p.window, p.allowed, p.cu_seqlens_q, p.lengths_q, p.lengths_k)
+        masked = any(x is not None for x in rules)
         bias = None if p.bias is None else self._of_scores(p.bias)
         weight = None if p.weight is None else self._of_scores(p.weight)
         return p.replace(
@@ -63,6 +66,11 @@ class Sample:
             window=None,
             cu_seqlens_q=None,
             cu_seqlens_k=None,
+            lengths_q=None,
+            lengths_k=None,
+            offset=None,
+            alignment=None,
+            out_scale=self._of_scores(p.out_scale) if hasattr(p.out_scale, "shape") else p.out_scale,
         )
 
     def take(self, name: str, x: NDArray[Any]) -> NDArray[Any]:
@@ -114,7 +122,7 @@ class Sample:
         bare = p.replace(bias=None, weight=None)
         rows = np.asarray(self.rows)
         for i, h in enumerate(self.heads):
-            for queries, keys in p.segments():
+            for queries, keys in p.segments(self.batch):
                 at = np.nonzero((rows >= queries.start) & (rows < queries.stop))[0]
                 if len(at):
                     seen = visible(bare, self.batch, h, queries, keys)
@@ -152,7 +160,9 @@ def sample_of(p: Problem, rng: np.random.Generator) -> Sample | None:
     each = _some(rng, group, max(2, wanted // len(groups)))
     heads = tuple(g * group + i for g in groups for i in each)
     batch = int(rng.integers(1, p.batch)) if p.batch > 1 else 0  # the first hides mistakes
-    return Sample(batch, tuple(groups), heads, tuple(int(r) for r in rows))
+    gone = unused(p)
+    used = [int(r) for r in rows if gone is None or not gone[0][batch, r]]
+    return Sample(batch, tuple(groups), heads, tuple(used)) if used else None
 
 
 def _some(rng: np.random.Generator, n: int, most: int) -> list[int]:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 import types
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ import numpy as np
 
 __all__ = ["receive", "send"]
 
-NARROW = {n: getattr(ml_dtypes, n) for n in ("bfloat16", "float8_e4m3fn", "float8_e5m2")}
+NARROW = {
+    n: getattr(ml_dtypes, n) for n in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "float8_e8m0fnu")
+}
 BORDER = 2**14
 
 
@@ -60,7 +63,8 @@ class Unsupported(Exception):
 
 
 ARRAYS = ["query", "key", "value", "sink", "bias", "allowed", "cu_seqlens_q", "cu_seqlens_k", "weight", "state"]
-SETTINGS = ["scale", "causal", "window", "softcap", "variant", "options"]
+ARRAYS += ["lengths_q", "lengths_k", "offset", "query_scale", "key_scale", "value_scale", "out_scale"]
+SETTINGS = ["scale", "causal", "window", "softcap", "alignment", "out_dtype", "variant", "options"]
 
 
 class Problem:
@@ -84,24 +88,34 @@ class Problem:
     n_k = property(lambda self: int(self._values["key"].shape[2]))
     d_v = property(lambda self: int(self._values["value"].shape[3]))
     out_shape = property(lambda self: (self.batch, self.heads, self.n_q, self.d_v))
+    out_type = property(lambda self: self.out_dtype or self.dtype)
     dtype = property(lambda self: str(self._values["query"].dtype).removeprefix("torch."))
 
     def arrays(self) -> dict[str, Any]:
         """Return the arrays that are there, by name."""
         self._seen.update(ARRAYS)
-        return {n: self._values[n] for n in ARRAYS if self._values.get(n) is not None}
+        return {n: self._values[n] for n in ARRAYS if hasattr(self._values.get(n), "shape")}
 
-    def segments(self) -> list[tuple[slice, slice]]:
-        """Return the query rows and key rows of each packed sequence."""
-        self._seen.update({"cu_seqlens_q", "cu_seqlens_k"})
-        if self._values.get("cu_seqlens_q") is None:
-            return [(slice(0, self.n_q), slice(0, self.n_k))]
-        q, k = (list(map(int, self._values[n])) for n in ("cu_seqlens_q", "cu_seqlens_k"))
-        return [(slice(a, b), slice(c, d)) for a, b, c, d in zip(q, q[1:], k, k[1:], strict=False)]
+    corner = property(lambda self: self.causal or self.alignment or "bottom_right")
+
+    def segments(self, batch: int = 0) -> list[tuple[slice, slice]]:
+        """Return the used query rows and key rows of each packed sequence of a batch item."""
+        self._seen.update({"cu_seqlens_q", "cu_seqlens_k", "lengths_q", "lengths_k"})
+        return list(zip(self._spans("q", self.n_q, batch), self._spans("k", self.n_k, batch), strict=True))
+
+    def _spans(self, axis: str, n: int, batch: int) -> list[slice]:
+        starts, lengths = (self._values.get(f"{x}_{axis}") for x in ("cu_seqlens", "lengths"))
+        ends = [0, n] if starts is None else list(map(int, starts))
+        if lengths is None:
+            return [slice(a, b) for a, b in pairwise(ends)]
+        used = list(map(int, lengths)) if starts is not None else [int(lengths[batch])]
+        return [slice(a, a + m) for a, m in zip(ends, used, strict=False)]
 
     def to(self, kind: str, device: Any = None) -> Problem:
         """Return the same call with arrays of another library."""
-        values = {n: _to(x, kind, device) if n in ARRAYS and x is not None else x for n, x in self._values.items()}
+        values = {
+            n: _to(x, kind, device) if n in ARRAYS and hasattr(x, "shape") else x for n, x in self._values.items()
+        }
         return Problem(values, self._seen, kind)
 
 

@@ -48,20 +48,20 @@ def check_problem(
     if isinstance(kernel, str):
         kernel = find(kernel)[0].kernel()
     asked, plain = Kernel.of(kernel, model=model, name=name), problem.to("numpy")
-    chosen, called = asked.model(problem.dtype), asked.call
+    chosen, called = asked.model(problem.out_type), asked.call
     lse = asked.declared and asked.capabilities.lse
     notes = Notes()
-    name_of = f"{label}[{problem.dtype}]"
+    name_of = f"{label}[{problem.out_type}]"
     found = guarded(name_of, lambda: judged(called, plain, expected(plain, chosen), chosen, lse, notes))
     checks = [replace(found, either=notes.either)]
     if gradients is not None:
         dout = to_numpy(gradients)
         wanted = asked.capabilities.gradients if asked.declared else frozenset()
-        name_of = f"{label}/gradients[{problem.dtype}]"
+        name_of = f"{label}/gradients[{problem.out_type}]"
         checks.append(
             guarded(
                 name_of, lambda: judged_gradients(called, plain, dout, expected(plain, chosen, dout), wanted, Notes())
             )
         )
-    models = {problem.dtype: asdict(chosen)}
+    models = {problem.out_type: asdict(chosen)}
     return Report(asked.name, problem.variant, tuple(checks), models=models)

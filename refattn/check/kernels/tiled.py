@@ -18,6 +18,7 @@ from ...arrays import from_float64, to_float64
 from ...dtypes import FORMATS
 from ...errors import UnsupportedProblem
 from ...problem import VARIANT, Problem
+from ...scales import spread
 from ..model import Model, flash
 
 __all__ = ["gradients", "model", "tiled"]
@@ -46,10 +47,12 @@ def tiled(problem: Problem, keys: int = KEYS) -> tuple[Array, Array]:
     with np.errstate(all="ignore"):
         for b, h, i, seq in c.row_tiles():
             out[b, h, i], lse[b, h, i] = _forward(c, b, h, i, seq)
-    return from_float64(FORMATS[problem.dtype].round_array(out.astype(np.float64)), problem.dtype), lse
+    if c.out_scale is not None:
+        out = out / c.out_scale
+    return from_float64(FORMATS[problem.out_type].round_array(out.astype(np.float64)), problem.out_type), lse
 
 
-def gradients(problem: Problem, dout: Array, keys: int = KEYS) -> dict[str, Array]:
+def gradients(problem: Problem, dout: Array, dlse: Array | None = None, keys: int = KEYS) -> dict[str, Array]:
     """Return dq, dk, dv, and dbias and dsink where the call has them, of their inputs' shapes and types.
 
     Parameters
@@ -58,6 +61,8 @@ def gradients(problem: Problem, dout: Array, keys: int = KEYS) -> dict[str, Arra
         Any softmax call.
     dout : (b, h_q, n_q, d_v) array
         The gradient arriving at out.
+    dlse : (b, h_q, n_q) array, optional
+        The gradient arriving at lse.
     keys : int
         Keys to a tile.
     """
@@ -71,6 +76,8 @@ def gradients(problem: Problem, dout: Array, keys: int = KEYS) -> dict[str, Arra
         total["dsink"] = np.zeros_like(c.sink)
     with np.errstate(all="ignore"):
         delta = (arriving * to_float64(out).astype(c.kind)).sum(-1)
+        if dlse is not None:
+            delta = delta - to_float64(dlse).astype(c.kind)
         for b, h, i, seq in c.row_tiles():
             _backward(c, b, h, i, seq, arriving[b, h, i], lse[b, h, i], delta[b, h, i], total)
     names = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}
@@ -163,12 +170,29 @@ class _Call:
         self.problem = p = problem.to("numpy")
         self.kind = np.dtype(np.float64 if p.dtype == "float64" else np.float32)
         self.keys = keys
-        self.scale = self.kind.type(p.scale if p.scale is not None else 1 / np.sqrt(p.d_k))
+        with np.errstate(divide="ignore"):  # of no columns, where it does not matter
+            self.scale = self.kind.type(p.scale if p.scale is not None else 1 / np.sqrt(p.d_k))
         self.q, self.k, self.values = (to_float64(x).astype(self.kind) for x in (p.query, p.key, p.value))
+        self.out_scale: Array | None = None
+        if p.typed:
+            self.take_scales()
         # what no row sees may be anything: it must not meet a weight of 0
         self.v, self.finite_k = (np.where(np.isfinite(x), x, 0) for x in (self.values, self.k))
         extra = (None if x is None else to_float64(x).astype(self.kind) for x in (p.sink, p.bias, p.weight))
         self.sink, self.bias, self.weight = extra
+
+    def number(self, x: Any) -> Array:
+        """Return a scale in the type that is computed in."""
+        return np.asarray(x if isinstance(x, float) else to_float64(x)).astype(self.kind)
+
+    def take_scales(self) -> None:
+        """Multiply elements with their scales, and note that of out."""
+        p = self.problem
+        for name, scale in (("q", p.query_scale), ("k", p.key_scale), ("values", p.value_scale)):
+            if scale is not None:
+                x = getattr(self, name)
+                setattr(self, name, x * spread(self.number(scale), x.shape))
+        self.out_scale = None if p.out_scale is None else self.number(p.out_scale)
 
     def head_kv(self, h: int) -> int:
         """Return the key head of a query head."""
@@ -180,7 +204,7 @@ class _Call:
         p = self.problem
         for b in range(p.batch):
             for h in range(p.heads):
-                for seq in p.segments():
+                for seq in p.segments(b):
                     for start in range(seq[0].start, seq[0].stop, ROWS):
                         yield b, h, slice(start, min(start + ROWS, seq[0].stop)), seq
 
@@ -200,6 +224,8 @@ class _Call:
         n_q, n_k = (s.stop - s.start for s in seq)
         row, col = np.arange(i.start, i.stop) - seq[0].start, np.arange(j.start, j.stop) - seq[1].start
         corner = 0 if p.causal == "top_left" else n_k - n_q
+        if p.offset is not None or p.alignment is not None:
+            corner = self.moved(corner, b, seq)
         ahead = col[None, :] - row[:, None] - corner
         seen = np.ones(ahead.shape, bool)
         if p.causal is not None:
@@ -216,6 +242,14 @@ class _Call:
         if self.weight is not None:
             seen &= self.block(self.weight, b, h, i, j) != 0
         return seen
+
+    def moved(self, corner: int, b: int, seq: tuple[slice, slice]) -> int:
+        """Return the key of a sequence at which its first query stands, where more than `causal` says so."""
+        p = self.problem
+        corner = 0 if p.causal is None and p.alignment == "top_left" else corner
+        if p.offset is None or isinstance(p.offset, int):
+            return corner + (p.offset or 0)
+        return corner + int(p.offset[b if p.cu_seqlens_q is None else p.segments(b).index(seq)])
 
     def scores(self, b: int, h: int, i: slice, j: slice, seq: tuple[slice, slice]) -> tuple[Array, Array | int]:
         """Return the scores of a tile, -inf where a key is not seen, and the softcap's slope."""
@@ -250,9 +284,10 @@ class _Call:
 
     def rounded(self, x: Array) -> Array:
         """Round P or dS to the input's type."""
-        if self.kind == np.float64 or self.problem.dtype == "float32":
+        p = self.problem
+        if self.kind == np.float64 or p.out_type == "float32" or (p.typed and FORMATS[p.out_type].precision < 8):
             return x
-        return FORMATS[self.problem.dtype].round_array(x.astype(np.float64)).astype(self.kind)
+        return FORMATS[p.out_type].round_array(x.astype(np.float64)).astype(self.kind)
 
 
 def model(dtype: str) -> Model:

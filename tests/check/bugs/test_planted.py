@@ -5,6 +5,7 @@ import pytest
 
 from refattn import VARIANTS, Capabilities, check_kernel
 from refattn.check.bugs.planted import PLANTED, mistaken, plain, planted
+from refattn.check.model import FEATURES, FURTHER
 from refattn.check.runner import plan
 
 from ...conftest import SMALL
@@ -16,7 +17,7 @@ WRONG += [("softmax", b, "bfloat16") for b in VARIANTS["softmax"].bugs]
 
 @pytest.mark.parametrize(("variant", "bug", "dtype"), WRONG)
 def test_a_planted_bug_is_caught(variant, bug, dtype):
-    able = Capabilities({dtype}, lse=variant == "softmax")
+    able = Capabilities({dtype}, FEATURES | FURTHER, lse=variant == "softmax")
     checks = (i.run() for i in plan(planted(bug), variant, capabilities=able, dtypes=[dtype], only=SMALL))
     found = next((c for c in checks if c.verdict in ("failed", "edge")), None)
     assert found is not None, f"no check of {variant} fails"

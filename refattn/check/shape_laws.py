@@ -1,0 +1,74 @@
+"""Relations of calls that are parts of others: of lengths and corners, and of operators of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..problem import VARIANT, Problem
+from ..variants import Selected, variant_of
+from .bounds.expected import expected
+from .compare import Worst
+from .inputs.draw import Draw
+from .trial import Trial, agree
+
+__all__ = ["first_case", "full_budget_is_dense", "lengths_cut", "offset_of_corner", "state_carried"]
+
+
+def lengths_cut(ask: Trial, p: Problem) -> Worst:
+    """Cut each batch item to what is used of it."""
+    whole, limit, found = ask.out(p), ask.allowed(p)["out"], []
+    for b in range(p.batch):
+        ((rows, keys),) = p.segments(b)
+        item = slice(b, b + 1)
+        parts = {"query": p.query[item, :, rows], "key": p.key[item, :, keys], "value": p.value[item, :, keys]}
+        alone = ask.out(p.replace(**parts, lengths_q=None, lengths_k=None))
+        text = f"the used part of batch item {b} alone gives another output"
+        found.append(agree(alone, whole[item, :, rows], 2 * limit[item, :, rows], text))
+    return max(found, key=lambda w: w.ratio)
+
+
+def offset_of_corner(ask: Trial, p: Problem) -> Worst:
+    """Name the corner that an offset moves the diagonal to."""
+    limit = 2 * ask.allowed(p)["out"]
+    text = "top_left with an offset to the other corner is not bottom_right"
+    return agree(ask.out(p), ask.out(p.replace(causal="bottom_right", offset=None)), limit, text)
+
+
+def full_budget_is_dense(ask: Trial, p: Problem) -> Worst:
+    """Compare the operator with its whole budget to its core on every key."""
+    known = expected(p.replace(variant=VARIANT, options={}), ask.model)
+    text = "with every candidate chosen it is not what its core is"
+    return agree(ask.out(p), known.answer.enclosures["out"].mid, known.allowed["out"], text)
+
+
+def state_carried(ask: Trial, p: Problem) -> Worst:
+    """Stop half way and go on from the state that the kernel returned: the rest must be right for that state."""
+    half = p.n_q // 2
+    cut = [{n: x[:, :, s] for n, x in p.arrays().items() if n != "state"} for s in (slice(half), slice(half, None))]
+    first = ask.result(p.replace(**cut[0]))
+    if first.state is None:
+        return Worst("state", np.inf, (), np.nan, np.nan, 0.0, 1, 1, ("no state was returned",))
+    rest = p.replace(**cut[1], state=first.state)
+    known, start = expected(rest, ask.model), expected(p.replace(**cut[0]), ask.model)
+    text = "going on from a returned state is not right for that state"
+    found = agree(ask.out(rest), known.answer.enclosures["out"].mid, known.allowed["out"], text)
+    said = "the returned state is not the state after the last token"
+    state = first.state.astype(np.float64)
+    whole = agree(state, start.answer.enclosures["state"].mid, start.allowed["state"], said, "state")
+    return max(found, whole, key=lambda w: w.ratio)
+
+
+def first_case() -> Callable[[Draw], Problem]:
+    """Return a maker of the first call that an operator names for itself, with its whole budget where it chooses."""
+
+    def build(d: Draw) -> Problem:
+        v = variant_of(d.variant)
+        settings: dict[str, Any] = dict(next(iter(v.cases.values()), {}))
+        if isinstance(v.shape, Selected):
+            settings["options"] = {**settings.get("options", {}), **v.shape.full}
+        return d.problem(**settings)
+
+    return build

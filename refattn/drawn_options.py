@@ -1,0 +1,63 @@
+"""Options that Hypothesis draws for calls, beside those of ``strategies.py``: lengths, offsets, scales and types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from .arrays import from_float64
+from .dtypes import FORMATS
+from .problem import Problem
+from .validation import ALIGNMENTS
+
+__all__ = ["FURTHER_ON", "NEEDS", "TYPES", "lengths", "typed"]
+
+FURTHER_ON = ("lengths_k", "lengths_q", "offset", "alignment", "negative_window", "d_k_zero")
+TYPES = (
+    "scales", "scales_by_head", "scales_by_token", "scales_by_channel", "scales_by_block",
+    "out_scale", "out_dtype", "types_differ",
+)  # fmt: skip
+NEEDS = {"negative_window": "window", "d_k_zero": "lengths_k"}
+"""What an operator has that takes a feature without an option of its own."""
+
+
+def lengths(draw: st.DrawFn, on: set[str], more: dict[str, Any], sizes: tuple[int, int, int]) -> dict[str, Any]:
+    """Draw how much of each batch item or sequence is used, and where the diagonal lies."""
+    found: dict[str, Any] = {}
+    for axis, n in zip("qk", sizes[1:], strict=True):
+        if f"lengths_{axis}" in on:
+            ends = more.get(f"cu_seqlens_{axis}")
+            room = [n] * sizes[0] if ends is None else np.diff(ends).tolist()
+            found[f"lengths_{axis}"] = np.array([draw(st.integers(0, m)) for m in room], np.int32)
+    if "offset" in on:
+        many, one = sizes[0], st.integers(-max(sizes), max(sizes))
+        many = len(more["cu_seqlens_q"]) - 1 if "cu_seqlens_q" in more else many
+        found["offset"] = draw(one | st.lists(one, min_size=many, max_size=many).map(np.array))
+    if "alignment" in on and more["causal"] is None:
+        found["alignment"] = draw(st.sampled_from(ALIGNMENTS))
+    return found
+
+
+def typed(draw: st.DrawFn, p: Problem, on: set[str]) -> Problem:
+    """Give a call scales that are powers of two, and types of its own."""
+    found: dict[str, Any] = {}
+    rng = np.random.default_rng(draw(st.integers(0, 255)) if on & {*TYPES} else 0)
+    if any(n.startswith("scales") for n in on):
+        for name in draw(st.sampled_from((("key",), ("value",), ("query", "key", "value")))):
+            b, h, n, d = getattr(p, name).shape
+            axes = [b, h] if "scales_by_head" in on else [1, 1]
+            for size, whole in ((n, "scales_by_token"), (d, "scales_by_channel")):
+                part = next((m for m in range(2, size) if size % m == 0), 1) if "scales_by_block" in on else 1
+                axes.append(max(size, 1) if whole in on else part)
+            found[f"{name}_scale"] = np.exp2(rng.integers(-2, 3, axes)).astype(np.float32)
+    if "out_scale" in on:
+        found["out_scale"] = draw(st.sampled_from((1.0, 0.25, float(np.float32(0.3)))))
+    if "out_dtype" in on:
+        found["out_dtype"] = draw(st.sampled_from([n for n in ("float32", "bfloat16", "float64") if n != p.dtype]))
+    if "types_differ" in on:
+        form = FORMATS["float16" if p.dtype != "float16" else "bfloat16"]
+        found["key"] = from_float64(form.round_array(p.key.astype(np.float64)), form.name)
+        found.setdefault("out_dtype", p.dtype)
+    return p.replace(**found) if found else p
