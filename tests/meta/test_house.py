@@ -15,7 +15,7 @@ import refattn
 
 ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
-BASE = {"errors", "dtypes", "arrays", "problem", "masks", "files", "modules", "version"}
+BASE = {"errors", "dtypes", "arrays", "rules", "problem", "masks", "files", "modules", "version"}
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
 EDGES = {
@@ -25,8 +25,9 @@ EDGES = {
     "modules": {"errors"},
     "dtypes": {"errors"},
     "arrays": {"errors", "dtypes"},
-    "problem": {"errors", "dtypes", "arrays"},
-    "masks": {"errors", "problem"},
+    "rules": {"errors"},
+    "problem": {"errors", "dtypes", "arrays", "rules"},
+    "masks": {"errors", "problem", "rules"},
     "files": BASE - {"files", "modules", "version"},
     "variants": BASE,
     "exact": BASE | {"variants"},
@@ -70,7 +71,7 @@ PUBLIC = {
     "Model", "Problem", "RefattnError", "Report", "UnsupportedProblem", "Variant", "__version__",
     "allowed_error", "assert_close", "check_kernel",
     "check_problem", "compare", "evaluate", "linear_attention", "load_problem", "masks", "parametrize_with_checks",
-    "power_attention", "reference", "register", "save_problem", "sigmoid_attention", "softmax_attention",
+    "power_attention", "reference", "register", "rules", "save_problem", "sigmoid_attention", "softmax_attention",
 }  # fmt: skip
 
 
