@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InvalidInput
-from .problem import ALIGNMENTS, Problem
+from .problem import Problem
+from .validation import ALIGNMENTS
 
 __all__ = ["both", "causal", "document", "padding", "sliding_window", "visible"]
 

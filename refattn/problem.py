@@ -1,8 +1,7 @@
-"""One attention call: tensors and options, frozen. This is the only place that validates them."""
+"""One attention call: tensors and options, frozen, and validated when it is made."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -10,21 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import KINDS, dtype_name, kind_of, native, to_kind, to_numpy, why_unusable
-from .dtypes import FORMATS
+from .arrays import dtype_name, kind_of, native, to_kind, to_numpy
 from .errors import InvalidProblem
+from .validation import OFFSETS, check_masks, check_options, check_packing, check_tensors, shown
 
-__all__ = ["ALIGNMENTS", "MEANINGS", "VARIANT", "Problem", "check_offsets", "shown"]
+__all__ = ["MEANINGS", "VARIANT", "Problem"]
 
-ALIGNMENTS = ("bottom_right", "top_left")
 TENSORS = ("query", "key", "value", "bias", "allowed", "sink", "weight", "state")
-OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
 MEANINGS = ("causal", "window", "softcap", "sink", "bias", "allowed", "weight", "state")
 """The options that mean something for some operators only."""
 VARIANT = "softmax"
 """The operator of a call that names none."""
-WIDEST = 2**62
-"""The widest side of a window: sums with it are still integers of 64 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +97,8 @@ class Problem:
         for name, x in self._arrays():  # numbers are what they are, in whatever order their bytes come
             if kind_of(x) == "numpy" and not x.dtype.isnative:
                 object.__setattr__(self, name, native(x))
-        self._check_tensors()
-        self._check_options()
-        self._check_masks()
-        self._check_lengths()
+        for check in (check_tensors, check_options, check_masks, check_packing):
+            check(self)
 
     def __reduce__(self) -> Any:
         return _made, (vars(self) | {"options": dict(self.options)},)
@@ -219,163 +212,9 @@ class Problem:
         # IPython and Hypothesis would print every array of a dataclass in full
         printer.text(repr(self))
 
-    # validation -----------------------------------------------------------------------------------------------
-
     def _arrays(self) -> Iterator[tuple[str, Any]]:
         for name in TENSORS + OFFSETS:
             yield name, getattr(self, name)
-
-    def _check_tensors(self) -> None:
-        for name in ("query", "key", "value"):
-            x = getattr(self, name)
-            _expect_array(name, x)
-            if len(x.shape) != 4:
-                raise InvalidProblem(
-                    f"{name}: got {len(x.shape)} axes {tuple(x.shape)}, expected 4 (batch, heads, seq, dim); "
-                    "add or split axes"
-                )
-            if dtype_name(x) not in FORMATS:
-                raise InvalidProblem(
-                    f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; cast it"
-                )
-        q, k, v = self.query, self.key, self.value
-        for name, x in (("key", k), ("value", v)):
-            if kind_of(x) != kind_of(q):
-                raise InvalidProblem(
-                    f"{name}: is of {kind_of(x)} and query of {kind_of(q)}; pass arrays of one library"
-                )
-            if dtype_name(x) != dtype_name(q):
-                raise InvalidProblem(
-                    f"{name}: got dtype {dtype_name(x)}, expected query's {dtype_name(q)}; cast one of them"
-                )
-            if x.shape[0] != q.shape[0]:
-                raise InvalidProblem(
-                    f"{name}: axis batch is {x.shape[0]}, expected query's {q.shape[0]}; repeat or slice it"
-                )
-        for axis, i in (("heads", 1), ("seq", 2)):
-            if v.shape[i] != k.shape[i]:
-                raise InvalidProblem(
-                    f"value: axis {axis} is {v.shape[i]}, expected key's {k.shape[i]}; every key needs its value"
-                )
-        if k.shape[3] != q.shape[3]:
-            raise InvalidProblem(f"key: axis dim is {k.shape[3]}, expected query's {q.shape[3]}; project one of them")
-        for name, x, i, axis in (
-            ("query", q, 1, "heads"),
-            ("key", k, 1, "heads"),
-            ("query", q, 3, "dim"),
-            ("value", v, 3, "dim"),
-        ):
-            if x.shape[i] < 1:
-                raise InvalidProblem(f"{name}: axis {axis} is 0 and must be at least 1")
-        if q.shape[1] % k.shape[1]:
-            raise InvalidProblem(
-                f"key: axis heads is {k.shape[1]} and must divide query's {q.shape[1]} "
-                "(grouped-query attention); repeat or slice the key heads"
-            )
-
-    def _check_options(self) -> None:
-        if self.causal is not None and not (isinstance(self.causal, str) and self.causal in ALIGNMENTS):
-            raise InvalidProblem(
-                f"causal: got {shown(self.causal)}, expected None, 'bottom_right' or 'top_left'; "
-                "name the corner that the diagonal meets"
-            )
-        if self.window is not None:
-            ok = isinstance(self.window, tuple | list) and len(self.window) == 2
-            if not ok or any(not _is_int(w) and w is not None for w in self.window):
-                raise InvalidProblem(f"window: got {shown(self.window)}, expected (left, right) of integers or None")
-            if any(w is not None and not 0 <= w <= WIDEST for w in self.window):
-                raise InvalidProblem(
-                    f"window: got {shown(tuple(self.window))}, expected sides of at least 0 and at most 2**62; "
-                    "None lifts a limit"
-                )
-            object.__setattr__(self, "window", tuple(None if w is None else int(w) for w in self.window))
-        for name, positive in (("scale", False), ("softcap", True)):
-            x = getattr(self, name)
-            if x is None:
-                continue
-            if isinstance(x, bool) or not isinstance(x, int | float | np.integer | np.floating):
-                raise InvalidProblem(f"{name}: got {shown(x)}, expected a real number or None")
-            if not _is_finite(x) or (positive and x <= 0):
-                want = "a finite number above 0" if positive else "a finite number"
-                raise InvalidProblem(f"{name}: got {shown(x)}, expected {want}; None turns it off")
-            object.__setattr__(self, name, float(x))
-
-    def _check_masks(self) -> None:
-        full = (self.batch, self.heads, self.n_q, self.n_k)
-        for name in ("bias", "allowed", "sink", "weight", "state"):
-            x = getattr(self, name)
-            if x is None:
-                continue
-            _expect_array(name, x)
-            if kind_of(x) != self.kind:
-                raise InvalidProblem(f"{name}: is of {kind_of(x)} and query of {self.kind}; pass arrays of one library")
-            if name == "allowed" and dtype_name(x) != "bool":
-                raise InvalidProblem(f"allowed: got dtype {dtype_name(x)}, expected bool; numbers to add go into bias")
-            if name != "allowed" and dtype_name(x) not in FORMATS:
-                raise InvalidProblem(
-                    f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; "
-                    "a boolean mask goes into allowed"
-                )
-            if name == "sink":
-                if tuple(x.shape) != (self.heads,):
-                    raise InvalidProblem(
-                        f"sink: got shape {tuple(x.shape)}, expected ({self.heads},), a logit for each head"
-                    )
-            elif name == "state":
-                want = (self.batch, self.heads, self.d_k, self.d_v)
-                if tuple(x.shape) != want:
-                    raise InvalidProblem(
-                        f"state: got shape {tuple(x.shape)}, expected (b, h_q, d_k, d_v) = {want}, a matrix for each "
-                        "query head"
-                    )
-            elif len(x.shape) != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True)):
-                raise InvalidProblem(
-                    f"{name}: got shape {tuple(x.shape)}, expected {full} or 1 in place of an axis; "
-                    "add axes of length 1"
-                )
-
-    def _check_lengths(self) -> None:
-        if self.cu_seqlens_q is None and self.cu_seqlens_k is None:
-            return
-        check_offsets(self, self.cu_seqlens_q, self.cu_seqlens_k)
-        for name, end in zip(OFFSETS, (self.n_q, self.n_k), strict=True):
-            x = to_numpy(getattr(self, name), name)
-            if x[0] != 0 or x[-1] != end or (np.diff(x.astype(np.int64)) < 0).any():
-                raise InvalidProblem(
-                    f"{name}: got {x.tolist()}, expected offsets that start at 0, never fall and end at {end}"
-                )
-
-
-def check_offsets(p: Problem, q: Any, k: Any) -> None:
-    """Refuse offsets of packed sequences that do not fit a call; their values are not looked at."""
-    if q is None or k is None:
-        raise InvalidProblem("cu_seqlens_q and cu_seqlens_k: got only one, expected both or none")
-    if p.batch != 1:
-        raise InvalidProblem(f"query: axis batch is {p.batch}, expected 1 with cu_seqlens; pack along the seq axis")
-    for name, x in zip(OFFSETS, (q, k), strict=True):
-        _expect_array(name, x)
-        if len(x.shape) != 1 or x.shape[0] < 2 or not dtype_name(x).lstrip("u").startswith("int"):
-            raise InvalidProblem(
-                f"{name}: got {dtype_name(x)} of shape {tuple(x.shape)}, expected at least 2 integers on one axis"
-            )
-    if q.shape[0] != k.shape[0]:
-        raise InvalidProblem(f"cu_seqlens_k: has {k.shape[0]} offsets, expected cu_seqlens_q's {q.shape[0]}")
-
-
-def shown(x: Any) -> str:
-    """Return a value as an error shows it: short, whatever it is; a huge integer or an odd object is named only."""
-    try:
-        text = str(x) if isinstance(x, np.generic) else repr(x)
-    except Exception:  # of an integer of thousands of digits, and of whatever a foreign class does
-        return f"a value of {type(x).__name__} that cannot be shown"
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _is_finite(x: Any) -> bool:
-    try:
-        return math.isfinite(x)
-    except OverflowError:  # an integer beyond float64
-        return False
 
 
 def _python(x: Any) -> Any:
@@ -383,17 +222,6 @@ def _python(x: Any) -> Any:
     if isinstance(x, np.generic):
         return x.item()
     return tuple(map(_python, x)) if type(x) is tuple else x
-
-
-def _is_int(x: Any) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool)
-
-
-def _expect_array(name: str, x: Any) -> None:
-    if kind_of(x) is None:
-        raise InvalidProblem(f"{name}: got {type(x).__name__}, expected an array of {', '.join(KINDS)}")
-    if (why := why_unusable(x)) is not None:
-        raise InvalidProblem(f"{name}: {why}")
 
 
 def _made(values: dict[str, Any]) -> Problem:

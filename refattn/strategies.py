@@ -22,7 +22,8 @@ from .check.model import FEATURES, FURTHER
 from .dtypes import FORMATS, Format, format_of, is_float
 from .errors import InvalidInput
 from .masks import visible
-from .problem import ALIGNMENTS, MEANINGS, VARIANT, Problem
+from .problem import MEANINGS, VARIANT, Problem
+from .validation import ALIGNMENTS
 from .variants import Variant, variant_of
 
 __all__ = ["VALUES", "arrays", "gradients", "layouts", "problems"]

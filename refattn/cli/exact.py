@@ -15,7 +15,8 @@ from ..errors import InvalidInput
 from ..exact import evaluate
 from ..files import BAD_FILE, check_folders, load_problem, save_arrays
 from ..operators import load
-from ..problem import OFFSETS, TENSORS, Problem
+from ..problem import TENSORS, Problem
+from ..validation import OFFSETS
 
 __all__ = ["exact"]
 

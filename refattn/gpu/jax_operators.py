@@ -10,7 +10,8 @@ import jax
 from jax.experimental.buffer_callback import buffer_callback
 
 from ..errors import UnsupportedProblem
-from ..problem import Problem, check_offsets
+from ..problem import Problem
+from ..validation import check_offsets
 from .backward import SOURCES, gradients
 from .forward import forward
 from .kernel import Call

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from ..arrays import dtype_name, kind_of
 from ..errors import InvalidProblem
-from ..problem import Problem, check_offsets
+from ..problem import Problem
+from ..validation import check_offsets
 from .kernel import Call
 from .plan import check_block_mask
 from .views import View, cast, check_devices, layout, view

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidInput, UnsupportedProblem
-from ..problem import shown
+from ..validation import shown
 
 __all__ = ["POWERS", "UPLOADS", "check_arguments", "is_count", "is_number"]
 

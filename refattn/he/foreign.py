@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from ..errors import InvalidInput
-from ..problem import shown
+from ..validation import shown
 from .arguments import POWERS, is_count, is_number
 from .costs import COSTS
 from .layer_plan import LayerPlan, period_of

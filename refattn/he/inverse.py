@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
-from ..problem import shown
+from ..validation import shown
 from .arguments import is_count
 from .arithmetic import Numbers
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import InvalidInput, RefattnError
 from ..files import load_arrays, save_arrays
-from ..problem import shown
+from ..validation import shown
 from .arguments import is_number
 from .foreign import layer_plan_of
 from .inverse import Inverse

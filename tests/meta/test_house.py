@@ -15,7 +15,7 @@ import refattn
 
 ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
-BASE = {"errors", "dtypes", "arrays", "rules", "problem", "masks", "files", "modules", "version"}
+BASE = {"errors", "dtypes", "arrays", "rules", "validation", "problem", "masks", "files", "modules", "version"}
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
 EDGES = {
@@ -26,8 +26,9 @@ EDGES = {
     "dtypes": {"errors"},
     "arrays": {"errors", "dtypes"},
     "rules": {"errors"},
-    "problem": {"errors", "dtypes", "arrays", "rules"},
-    "masks": {"errors", "problem", "rules"},
+    "validation": {"errors", "dtypes", "arrays", "rules"},
+    "problem": {"errors", "arrays", "rules", "validation"},
+    "masks": {"errors", "problem", "rules", "validation"},
     "files": BASE - {"files", "modules", "version"},
     "variants": BASE,
     "exact": BASE | {"variants"},

@@ -1,0 +1,192 @@
+"""What a call must be: the checks of a Problem's arguments, each error with what to change."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .arrays import KINDS, dtype_name, kind_of, to_numpy, why_unusable
+from .dtypes import FORMATS
+from .errors import InvalidProblem
+
+__all__ = [
+    "ALIGNMENTS",
+    "OFFSETS",
+    "check_masks",
+    "check_offsets",
+    "check_options",
+    "check_packing",
+    "check_tensors",
+    "shown",
+]
+
+ALIGNMENTS = ("bottom_right", "top_left")
+OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
+WIDEST = 2**62
+"""The widest side of a window: sums with it are still integers of 64 bits."""
+
+
+def check_tensors(p: Any) -> None:
+    """Refuse query, key and value that do not fit together."""
+    for name in ("query", "key", "value"):
+        x = getattr(p, name)
+        _expect_array(name, x)
+        if len(x.shape) != 4:
+            raise InvalidProblem(
+                f"{name}: got {len(x.shape)} axes {tuple(x.shape)}, expected 4 (batch, heads, seq, dim); "
+                "add or split axes"
+            )
+        if dtype_name(x) not in FORMATS:
+            raise InvalidProblem(f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; cast it")
+    q, k, v = p.query, p.key, p.value
+    for name, x in (("key", k), ("value", v)):
+        if kind_of(x) != kind_of(q):
+            raise InvalidProblem(f"{name}: is of {kind_of(x)} and query of {kind_of(q)}; pass arrays of one library")
+        if dtype_name(x) != dtype_name(q):
+            raise InvalidProblem(
+                f"{name}: got dtype {dtype_name(x)}, expected query's {dtype_name(q)}; cast one of them"
+            )
+        if x.shape[0] != q.shape[0]:
+            raise InvalidProblem(
+                f"{name}: axis batch is {x.shape[0]}, expected query's {q.shape[0]}; repeat or slice it"
+            )
+    for axis, i in (("heads", 1), ("seq", 2)):
+        if v.shape[i] != k.shape[i]:
+            raise InvalidProblem(
+                f"value: axis {axis} is {v.shape[i]}, expected key's {k.shape[i]}; every key needs its value"
+            )
+    if k.shape[3] != q.shape[3]:
+        raise InvalidProblem(f"key: axis dim is {k.shape[3]}, expected query's {q.shape[3]}; project one of them")
+    for name, x, i, axis in (
+        ("query", q, 1, "heads"),
+        ("key", k, 1, "heads"),
+        ("query", q, 3, "dim"),
+        ("value", v, 3, "dim"),
+    ):
+        if x.shape[i] < 1:
+            raise InvalidProblem(f"{name}: axis {axis} is 0 and must be at least 1")
+    if q.shape[1] % k.shape[1]:
+        raise InvalidProblem(
+            f"key: axis heads is {k.shape[1]} and must divide query's {q.shape[1]} "
+            "(grouped-query attention); repeat or slice the key heads"
+        )
+
+
+def check_options(p: Any) -> None:
+    """Refuse options that are no such numbers or names; keep them as Python's."""
+    if p.causal is not None and not (isinstance(p.causal, str) and p.causal in ALIGNMENTS):
+        raise InvalidProblem(
+            f"causal: got {shown(p.causal)}, expected None, 'bottom_right' or 'top_left'; "
+            "name the corner that the diagonal meets"
+        )
+    if p.window is not None:
+        ok = isinstance(p.window, tuple | list) and len(p.window) == 2
+        if not ok or any(not _is_int(w) and w is not None for w in p.window):
+            raise InvalidProblem(f"window: got {shown(p.window)}, expected (left, right) of integers or None")
+        if any(w is not None and not 0 <= w <= WIDEST for w in p.window):
+            raise InvalidProblem(
+                f"window: got {shown(tuple(p.window))}, expected sides of at least 0 and at most 2**62; "
+                "None lifts a limit"
+            )
+        object.__setattr__(p, "window", tuple(None if w is None else int(w) for w in p.window))
+    for name, positive in (("scale", False), ("softcap", True)):
+        x = getattr(p, name)
+        if x is None:
+            continue
+        if isinstance(x, bool) or not isinstance(x, int | float | np.integer | np.floating):
+            raise InvalidProblem(f"{name}: got {shown(x)}, expected a real number or None")
+        if not _is_finite(x) or (positive and x <= 0):
+            want = "a finite number above 0" if positive else "a finite number"
+            raise InvalidProblem(f"{name}: got {shown(x)}, expected {want}; None turns it off")
+        object.__setattr__(p, name, float(x))
+
+
+def check_masks(p: Any) -> None:
+    """Refuse masks and other arrays that do not fit the tensors."""
+    full = (p.batch, p.heads, p.n_q, p.n_k)
+    for name in ("bias", "allowed", "sink", "weight", "state"):
+        x = getattr(p, name)
+        if x is None:
+            continue
+        _expect_array(name, x)
+        if kind_of(x) != p.kind:
+            raise InvalidProblem(f"{name}: is of {kind_of(x)} and query of {p.kind}; pass arrays of one library")
+        if name == "allowed" and dtype_name(x) != "bool":
+            raise InvalidProblem(f"allowed: got dtype {dtype_name(x)}, expected bool; numbers to add go into bias")
+        if name != "allowed" and dtype_name(x) not in FORMATS:
+            raise InvalidProblem(
+                f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; "
+                "a boolean mask goes into allowed"
+            )
+        if name == "sink":
+            if tuple(x.shape) != (p.heads,):
+                raise InvalidProblem(f"sink: got shape {tuple(x.shape)}, expected ({p.heads},), a logit for each head")
+        elif name == "state":
+            want = (p.batch, p.heads, p.d_k, p.d_v)
+            if tuple(x.shape) != want:
+                raise InvalidProblem(
+                    f"state: got shape {tuple(x.shape)}, expected (b, h_q, d_k, d_v) = {want}, a matrix for each "
+                    "query head"
+                )
+        elif len(x.shape) != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True)):
+            raise InvalidProblem(
+                f"{name}: got shape {tuple(x.shape)}, expected {full} or 1 in place of an axis; add axes of length 1"
+            )
+
+
+def check_packing(p: Any) -> None:
+    """Refuse packed sequences that do not fill the axes."""
+    if p.cu_seqlens_q is None and p.cu_seqlens_k is None:
+        return
+    check_offsets(p, p.cu_seqlens_q, p.cu_seqlens_k)
+    for name, end in zip(OFFSETS, (p.n_q, p.n_k), strict=True):
+        x = to_numpy(getattr(p, name), name)
+        if x[0] != 0 or x[-1] != end or (np.diff(x.astype(np.int64)) < 0).any():
+            raise InvalidProblem(
+                f"{name}: got {x.tolist()}, expected offsets that start at 0, never fall and end at {end}"
+            )
+
+
+def check_offsets(p: Any, q: Any, k: Any) -> None:
+    """Refuse offsets of packed sequences that do not fit a call; their values are not looked at."""
+    if q is None or k is None:
+        raise InvalidProblem("cu_seqlens_q and cu_seqlens_k: got only one, expected both or none")
+    if p.batch != 1:
+        raise InvalidProblem(f"query: axis batch is {p.batch}, expected 1 with cu_seqlens; pack along the seq axis")
+    for name, x in zip(OFFSETS, (q, k), strict=True):
+        _expect_array(name, x)
+        if len(x.shape) != 1 or x.shape[0] < 2 or not dtype_name(x).lstrip("u").startswith("int"):
+            raise InvalidProblem(
+                f"{name}: got {dtype_name(x)} of shape {tuple(x.shape)}, expected at least 2 integers on one axis"
+            )
+    if q.shape[0] != k.shape[0]:
+        raise InvalidProblem(f"cu_seqlens_k: has {k.shape[0]} offsets, expected cu_seqlens_q's {q.shape[0]}")
+
+
+def shown(x: Any) -> str:
+    """Return a value as an error shows it: short, whatever it is; a huge integer or an odd object is named only."""
+    try:
+        text = str(x) if isinstance(x, np.generic) else repr(x)
+    except Exception:  # of an integer of thousands of digits, and of whatever a foreign class does
+        return f"a value of {type(x).__name__} that cannot be shown"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_finite(x: Any) -> bool:
+    try:
+        return math.isfinite(x)
+    except OverflowError:  # an integer beyond float64
+        return False
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def _expect_array(name: str, x: Any) -> None:
+    if kind_of(x) is None:
+        raise InvalidProblem(f"{name}: got {type(x).__name__}, expected an array of {', '.join(KINDS)}")
+    if (why := why_unusable(x)) is not None:
+        raise InvalidProblem(f"{name}: {why}")
