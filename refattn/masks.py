@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InvalidInput
 from .problem import Problem
+from .rules import Rule, View, atoms
 from .validation import ALIGNMENTS
 
-__all__ = ["both", "causal", "document", "padding", "sliding_window", "visible"]
+__all__ = ["WRITTEN", "both", "causal", "document", "padding", "sliding_window", "visible"]
 
 Mask = NDArray[np.bool_]
+WRITTEN = 2**22
+"""Pairs of a query and a key up to which a rule's mask of one head is written out: arrays are faster there."""
 
 
-def both(allowed: Mask | None, mask: Mask) -> Mask:
-    """Return what a call's ``allowed``, if it has one, and another mask let through."""
-    return mask if allowed is None else mask & allowed
+def both(allowed: Any, mask: Any) -> Any:
+    """Return what a call's ``allowed``, if it has one, and another mask let through: a rule if one of them is."""
+    if allowed is None:
+        return mask
+    if isinstance(allowed, Rule) or isinstance(mask, Rule):
+        a, b = (x if isinstance(x, Rule) else atoms.array(x) for x in (mask, allowed))
+        return a & b
+    return mask & allowed
 
 
 def causal(n_q: int, n_k: int, alignment: str = "bottom_right") -> Mask:
@@ -87,7 +96,11 @@ def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -
     -------
     (rows, keys) bool array
         False also where bias is -inf or a weight is 0: such a key is absent. A view in O(n) memory without masks.
+        Where `allowed` is a rule, of more pairs than `WRITTEN` a :class:`refattn.rules.View`, which is indexed alike.
     """
+    if isinstance(problem.allowed, Rule):
+        view = _by_rules(problem, batch, head, rows, keys)
+        return np.asarray(view) if np.prod(view.shape) <= WRITTEN else cast(Mask, view)
     n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
     left, right = problem.window or (None, None)
     if problem.causal is not None:
@@ -100,6 +113,22 @@ def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -
     if problem.weight is not None:
         mask = mask & (block(problem.weight, batch, head, rows, keys).astype(np.float64) != 0)
     return mask
+
+
+def _by_rules(p: Problem, batch: int, head: int, rows: slice, keys: slice) -> View:
+    """Return the same by rules: the diagonal's count in the sequence, others in the call."""
+    shape, corner = (rows.stop - rows.start, keys.stop - keys.start), p.causal or "bottom_right"
+    inside = [atoms.causal(corner)] if p.causal is not None else []
+    inside += [atoms.window(*p.window, corner)] if p.window is not None else []
+    others = [p.allowed]
+    if p.bias is not None:
+        others.append(atoms.array(~np.isneginf(p.bias.astype(np.float64))))
+    if p.weight is not None:
+        others.append(atoms.array(p.weight.astype(np.float64) != 0))
+    whole = (batch, head, p.n_q, p.n_k)
+    return View(
+        [(r, rows.start, keys.start, whole) for r in others] + [(r, 0, 0, (0, 0, *shape)) for r in inside], shape
+    )
 
 
 def block(x: NDArray[np.generic], batch: int, head: int, rows: slice, keys: slice) -> NDArray[np.generic]:

@@ -80,7 +80,7 @@ class Head:
     bias : (n_q, n_k) or None
         With 0 in place of -inf, NaN and inf.
     allowed : (n_q, n_k) bool
-        Every mask combined.
+        Every mask combined; where a rule stands for many pairs, a :class:`refattn.rules.View`.
     sink : float or None
         None also where it is -inf.
     weight : (n_q, n_k) or None
@@ -230,7 +230,7 @@ def _spoilt(q: Float, k: Float, bias: Float | None, sink: float | None, allowed:
     bad: Mask = np.asarray(allowed[:, lost].any(1))
     bad |= ~np.isfinite(q).all(1) & allowed.any(1)
     if bias is not None:
-        bad |= (allowed & ~np.isfinite(bias)).any(1)
+        bad |= (np.asarray(allowed) & ~np.isfinite(bias)).any(1)
     if sink is not None and not np.isfinite(sink):
         bad[...] = True
     return bad

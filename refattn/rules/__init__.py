@@ -2,8 +2,9 @@
 
 from .atoms import array, behind, blocks, causal, chunk, dilated, document, prefix, sinks, tree, window
 from .flex import block_mask, mask_mod, mask_mod_text
-from .rule import Rule, View
+from .rule import Rule
 from .spans import EMPTY, FULL, PARTIAL
+from .view import View
 
 __all__ = [
     "EMPTY",

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
-from .rule import Atom, Rule
+from .rule import Atom, Rule, remade
 
 __all__ = [
     "array",
@@ -32,6 +32,7 @@ SHOWN = 8
 """Numbers of a table that are printed; of a longer one its shape is."""
 
 
+@remade
 def causal(corner: str = "bottom_right") -> Rule:
     """Return the causal rule: key j <= i', the query's place on the diagonal.
 
@@ -43,6 +44,7 @@ def causal(corner: str = "bottom_right") -> Rule:
     return Atom(_named("causal", corner=_corner(corner)), lambda x: x.k <= x.behind(corner))
 
 
+@remade
 def window(left: int | None, right: int | None, corner: str = "bottom_right") -> Rule:
     """Return the window rule: i' - left <= j <= i' + right.
 
@@ -64,6 +66,7 @@ def window(left: int | None, right: int | None, corner: str = "bottom_right") ->
     return Atom(_named("window", a, b, corner=_corner(corner)), formula)
 
 
+@remade
 def prefix(lengths: int | Sequence[int] | NDArray[np.integer]) -> Rule:
     """Return the rule of the first keys: j < length, one length for all batches or one for each."""
     many = np.ndim(lengths) > 0
@@ -77,12 +80,14 @@ def prefix(lengths: int | Sequence[int] | NDArray[np.integer]) -> Rule:
     return Atom(text, lambda x: x.k < x.look("lengths", table, x.b), misfit, batches=len(table))
 
 
+@remade
 def sinks(count: int) -> Rule:
     """Return the rule of keys that are always kept: the first `count`, or all where there are fewer."""
     count = _whole("count", count, 0)
     return Atom(f"sinks({count})", lambda x: x.k < count)
 
 
+@remade
 def document(ids_q: Any, ids_k: Any = None) -> Rule:
     """Return the document rule: query and key carry the same number.
 
@@ -111,18 +116,21 @@ def document(ids_q: Any, ids_k: Any = None) -> Rule:
     )
 
 
+@remade
 def chunk(size: int, corner: str = "bottom_right") -> Rule:
     """Return the rule of chunks: query and key lie in the same chunk of `size` keys, i' // size = j // size."""
     size = _whole("size", size, 1)
     return Atom(_named("chunk", size, corner=_corner(corner)), lambda x: x.behind(corner) // size == x.k // size)
 
 
+@remade
 def dilated(step: int, corner: str = "bottom_right") -> Rule:
     """Return the dilated rule: key and query are a multiple of `step` apart, (i' - j) % step = 0."""
     step = _whole("step", step, 1)
     return Atom(_named("dilated", step, corner=_corner(corner)), lambda x: (x.behind(corner) - x.k) % step == 0)
 
 
+@remade
 def behind(distances: Any, size: int = 1, corner: str = "bottom_right") -> Rule:
     """Return the rule of distances: i' // size - j // size is one of them.
 
@@ -146,6 +154,7 @@ def behind(distances: Any, size: int = 1, corner: str = "bottom_right") -> Rule:
     return Atom(_named("behind", _shown(which), size, corner=_corner(corner)), formula)
 
 
+@remade
 def tree(parents: Any) -> Rule:
     """Return the tree rule: a query that is a node sees the keys of the nodes on its way to the root, its own counted.
 
@@ -180,6 +189,7 @@ def tree(parents: Any) -> Rule:
     return Atom(text, formula, misfit, batches=len(table))
 
 
+@remade
 def blocks(mask: Any, block_q: int = 128, block_k: int = 128) -> Rule:
     """Return the rule of blocks: mask[i // block_q, j // block_k].
 
@@ -203,33 +213,44 @@ def blocks(mask: Any, block_q: int = 128, block_k: int = 128) -> Rule:
         text,
         lambda x: x.look("mask", seen, x.b, x.h, x.q // size_q, x.k // size_k),
         misfit,
-        *seen.shape[:2],
+        seen.shape[0],
+        seen.shape[1],
+        lambda n_k: np.arange(0, n_k, size_k),
     )
 
 
-def labelled(mask: Any, of_q: NDArray[np.integer], of_k: NDArray[np.integer]) -> Rule:
-    """Return the rule of blocks of any places: mask[..., of_q[i], of_k[j]], (b or 1, h or 1, blocks, blocks)."""
+@remade
+def labelled(mask: Any, of_q: NDArray[np.integer] | None, of_k: NDArray[np.integer]) -> Rule:
+    """Return the rule of blocks of any places: mask[..., of_q[i], of_k[j]], of the query itself where that is None.
+
+    Parameters
+    ----------
+    mask : (b or 1, h or 1, blocks of queries, blocks of keys) bool array
+        Or without its first axes.
+    of_q, of_k : (n_q,) and (n_k,) integer arrays
+        In which block a query or a key is.
+    """
     seen = _bools("mask", mask)
+    of_k = np.asarray(of_k, np.int64)
     text = f"labelled({_shape(mask)})"
 
     def misfit(n_q: int, n_k: int) -> str | None:
-        got = (len(of_q), len(of_k))
-        return (
-            f"{text} is of {got[0]} queries and {got[1]} keys, and the call has {n_q} and {n_k}"
-            if got
-            != (
-                n_q,
-                n_k,
-            )
-            else None
-        )
+        got = (seen.shape[2] if of_q is None else len(of_q), len(of_k))
+        if got == (n_q, n_k):
+            return None
+        return f"{text} is of {got[0]} queries and {got[1]} keys, and the call has {n_q} and {n_k}"
 
     def formula(x: Any) -> Any:
-        return x.look("mask", seen, x.b, x.h, x.table("of_q", of_q, (x.q,)), x.table("of_k", of_k, (x.k,)))
+        q = x.q if of_q is None else x.table("of_q", of_q, (x.q,))
+        return x.look("mask", seen, x.b, x.h, q, x.table("of_k", of_k, (x.k,)))
 
-    return Atom(text, formula, misfit, *seen.shape[:2])
+    def cuts(n_k: int) -> NDArray[np.int64]:
+        return np.append(0, np.nonzero(np.diff(of_k))[0] + 1)
+
+    return Atom(text, formula, misfit, seen.shape[0], seen.shape[1], cuts)
 
 
+@remade
 def array(mask: Any) -> Rule:
     """Return the rule that a boolean array writes out: (n_q, n_k), (h, n_q, n_k) or (b, h, n_q, n_k), 1 for all."""
     seen = _bools("mask", mask)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,12 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidInput
 from .places import Places
-from .spans import EMPTY, FULL, PARTIAL, UNSURE, Spans, Truth
+from .view import View, edges
 
-__all__ = ["Atom", "Rule", "View", "edges"]
+__all__ = ["Atom", "Rule", "remade"]
 
 Mask = NDArray[np.bool_]
 Codes = NDArray[np.int8]
-CHUNK = 2**20
-"""Truth values of a rule that are made at a time."""
 BINDS = {"|": 0, "&": 1, "~": 2, "": 3}
 
 
@@ -46,6 +45,10 @@ class Rule:
     def misfit(self, n_q: int, n_k: int) -> str | None:
         """Return what a call of that many queries and keys lacks, or None."""
         raise NotImplementedError
+
+    def cuts(self, n_k: int) -> NDArray[np.int64] | None:
+        """Return where its blocks of keys begin, if it has any: tiles that end there are whole ones more often."""
+        return None
 
     def __and__(self, o: Rule) -> Rule:
         return _Both("&", self, o) if isinstance(o, Rule) else NotImplemented
@@ -160,7 +163,12 @@ class Atom(Rule):
         ``misfit(n_q, n_k)`` returns what a call lacks, or None.
     batches, heads : int
         As of a :class:`Rule`.
+    cuts : callable, optional
+        ``cuts(n_k)`` returns where its blocks of keys begin.
     """
+
+    made: Any = None
+    """The function that makes it, and its arguments: another process makes it again."""
 
     def __init__(
         self,
@@ -169,8 +177,13 @@ class Atom(Rule):
         misfit: Callable[[int, int], str | None] = lambda n_q, n_k: None,
         batches: int = 1,
         heads: int = 1,
+        cuts: Callable[[int], NDArray[np.int64]] | None = None,
     ) -> None:
         self._text, self._formula, self._misfit, self.batches, self.heads = text, formula, misfit, batches, heads
+        self._cuts = cuts
+
+    def __reduce__(self) -> Any:
+        return super().__reduce__() if self.made is None else self.made
 
     def at(self, x: Places) -> Any:
         """Return the formula's truth at places."""
@@ -183,6 +196,10 @@ class Atom(Rule):
     def misfit(self, n_q: int, n_k: int) -> str | None:
         """Return what a call lacks, or None."""
         return self._misfit(n_q, n_k)
+
+    def cuts(self, n_k: int) -> NDArray[np.int64] | None:
+        """Return where its blocks of keys begin, if it has any."""
+        return None if self._cuts is None else self._cuts(n_k)
 
 
 class _Both(Rule):
@@ -209,6 +226,11 @@ class _Both(Rule):
         """Return what a call lacks for one of them."""
         return self.parts[0].misfit(n_q, n_k) or self.parts[1].misfit(n_q, n_k)
 
+    def cuts(self, n_k: int) -> NDArray[np.int64] | None:
+        """Return where the blocks of keys of one of them begin."""
+        found = self.parts[0].cuts(n_k)
+        return self.parts[1].cuts(n_k) if found is None else found
+
 
 class _Not(Rule):
     def __init__(self, of: Rule) -> None:
@@ -227,113 +249,24 @@ class _Not(Rule):
         """Return what a call lacks."""
         return self.of.misfit(n_q, n_k)
 
-
-class View:
-    """The mask of one head of one sequence by rules, (n_q, n_k): indexed as an array is, made where it is indexed.
-
-    Parameters
-    ----------
-    parts : list of (rule, first row, first key, call)
-        What must hold together: a rule, where the sequence begins in its call, and that call's batch, head, n_q, n_k.
-    shape : (int, int)
-        Queries and keys of the sequence.
-    """
-
-    dtype = np.dtype(bool)
-    ndim = 2
-
-    def __init__(self, parts: list[tuple[Rule, int, int, tuple[int, int, int, int]]], shape: tuple[int, int]) -> None:
-        self.parts, self.shape = parts, shape
-
-    @classmethod
-    def of(cls, rule: Rule, n_q: int, n_k: int, batch: int = 0, head: int = 0) -> View:
-        """Return the mask of one head of a call."""
-        return cls([(rule, 0, 0, (batch, head, n_q, n_k))], (n_q, n_k))
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: Any) -> Any:
-        rows, keys = index if isinstance(index, tuple) else (index, slice(None))
-        places = [_places(i, n) for i, n in zip((rows, keys), self.shape, strict=True)]
-        found = np.ones(tuple(map(len, places)), bool)
-        for rule, row, key, (batch, head, n_q, n_k) in self.parts:
-            found &= rule.block(places[0] + row, places[1] + key, n_q, n_k, batch, head)
-        return found[tuple(0 if isinstance(i, int | np.integer) else slice(None) for i in (rows, keys))]
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> NDArray[Any]:
-        found = np.empty(self.shape, bool)
-        for rows in self.chunks():
-            found[rows] = self[rows]
-        return found if dtype is None else found.astype(dtype)
-
-    def chunks(self) -> Iterator[slice]:
-        """Yield rows, few enough to hold what they see."""
-        step = max(1, CHUNK // max(self.shape[1], 1))
-        for i in range(0, self.shape[0], step):
-            yield slice(i, min(i + step, self.shape[0]))
-
-    def states(self, rows: NDArray[np.int64], keys: NDArray[np.int64], settle: bool = True) -> Codes:
-        """Tell what tiles with such edges are: EMPTY, PARTIAL, FULL; UNSURE too where nothing is to be settled."""
-        whole = Truth(np.full((len(rows) - 1, len(keys) - 1), FULL, np.int8))
-        if not whole.codes.size:
-            return whole.codes
-        for rule, row, key, (batch, head, n_q, n_k) in self.parts:
-            whole = whole & rule.at(Spans(rows + row, keys + key, batch, head, n_q, n_k))
-        for i in np.nonzero((whole.codes == UNSURE).any(1))[0].tolist() if settle else ():
-            for j in np.nonzero(whole.codes[i] == UNSURE)[0].tolist():
-                seen = self[rows[i] : rows[i + 1], keys[j] : keys[j + 1]]
-                whole.codes[i, j] = FULL if seen.all() else PARTIAL if seen.any() else EMPTY
-        return whole.codes
-
-    def touches(self, keys: NDArray[np.int64]) -> Mask:
-        """Tell whether a row sees a key between two edges, (n_q, edges - 1)."""
-        found = np.zeros((self.shape[0], len(keys) - 1), bool)
-        for part in self.groups(len(keys)):
-            codes = self.states(np.arange(part.start, part.stop + 1), keys, settle=False)
-            found[part] = (codes == FULL) | (codes == PARTIAL)
-            for j in np.nonzero((codes == UNSURE).any(0))[0].tolist():
-                some = part.start + np.nonzero(codes[:, j] == UNSURE)[0]
-                found[some, j] = self[some, keys[j] : keys[j + 1]].any(1)
-        return found
-
-    def groups(self, columns: int) -> Iterator[slice]:
-        """Yield rows, few enough to hold so many numbers of each."""
-        step = max(1, CHUNK // columns)
-        for i in range(0, self.shape[0], step):
-            yield slice(i, min(i + step, self.shape[0]))
-
-    def any(self, axis: int | None = None) -> Any:
-        """Tell whether a key is seen: at all, by column (0) or by row (1)."""
-        if axis == 1:
-            return self.touches(edges(self.shape[1], 512)).any(1)
-        if axis is None:
-            return bool(self.any(1).any())
-        found = np.zeros(self.shape[1], bool)
-        for rows in self.chunks():
-            found |= self[rows].any(0)
-        return found
-
-    def all(self) -> bool:
-        """Tell whether every key is seen by every query."""
-        return bool((self.states(edges(self.shape[0], 512), edges(self.shape[1], 512), settle=False) == FULL).all())
-
-    def sum(self, axis: int = 1, keepdims: bool = False) -> NDArray[np.int64]:
-        """Return how many keys each row sees (axis 1), or by how many rows each key is seen (0)."""
-        parts = [self[rows].sum(axis) for rows in self.chunks()]
-        empty = np.zeros(self.shape[1 - axis], np.int64)
-        found = np.asarray(np.concatenate([empty[:0], *parts]) if axis == 1 else sum(parts, empty))
-        return found[:, None] if keepdims and axis == 1 else found[None] if keepdims else found
+    def cuts(self, n_k: int) -> NDArray[np.int64] | None:
+        """Return where its blocks of keys begin."""
+        return self.of.cuts(n_k)
 
 
-def edges(n: int, size: int) -> NDArray[np.int64]:
-    """Return where tiles of a size begin, and where the last ends."""
-    return np.append(np.arange(0, n, size), n) if n else np.zeros(1, np.int64)
+def remade(make: Callable[..., Rule]) -> Callable[..., Rule]:
+    """Have rules of a function know how they were made."""
+
+    @wraps(make)
+    def made(*args: Any, **named: Any) -> Rule:
+        rule = make(*args, **named)
+        rule.made = (_made, (make.__name__, args, named))  # type: ignore[attr-defined]
+        return rule
+
+    return made
 
 
-def _places(index: Any, n: int) -> NDArray[np.int64]:
-    if isinstance(index, slice):
-        return np.arange(n)[index]
-    found = np.asarray(index)
-    found = np.nonzero(found)[0] if found.dtype == bool else found
-    return np.where(found < 0, found + n, found).ravel().astype(np.int64)
+def _made(name: str, args: Any, named: Any) -> Rule:
+    from . import atoms
+
+    return getattr(atoms, name)(*args, **named)  # type: ignore[no-any-return]

@@ -103,10 +103,11 @@ def _taken(x: Any) -> Span:
 
 
 class Spans(Places):
-    """The places of tiles whose edges are given: rows a down, keys b across."""
+    """The places of tiles: rows and keys are the least and the largest of each."""
 
-    def __init__(self, rows: Whole, keys: Whole, *call: int) -> None:
-        super().__init__(Span(rows[:-1, None], rows[1:, None] - 1), Span(keys[None, :-1], keys[None, 1:] - 1), *call)
+    def __init__(self, rows: tuple[Whole, Whole], keys: tuple[Whole, Whole], *call: int) -> None:
+        a, b = (Span(x[:, None], y[:, None]) for x, y in (rows, keys))
+        super().__init__(a, Span(b.lo.T, b.hi.T), *call)
 
     def clip(self, x: Any, least: int, most: int) -> Any:
         """Hold integers to a range."""

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from refattn import InvalidInput, rules
-from refattn.rules.rule import View, edges
 from refattn.rules.spans import UNSURE
+from refattn.rules.view import View, edges
 
 from .drawn import atoms, by_loops, drawn
 
