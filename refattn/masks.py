@@ -80,7 +80,7 @@ def padding(lengths: Sequence[int] | NDArray[np.integer], n_k: int) -> Mask:
     return (np.arange(n_k)[None, :] < counts[:, None])[:, None, None, :]
 
 
-def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -> Mask:
+def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice, by_rules: bool = False) -> Mask:
     """Return which keys each query of one packed sequence may attend to, every option of the problem counted.
 
     Parameters
@@ -91,6 +91,8 @@ def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -
         Indices of the batch and the query head.
     rows, keys : slice
         The sequence, as ``problem.segments()`` gives it.
+    by_rules : bool
+        Whether a long mask is a view also where `allowed` is no rule.
 
     Returns
     -------
@@ -98,10 +100,10 @@ def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -
         False also where bias is -inf or a weight is 0: such a key is absent. A view in O(n) memory without masks.
         Where `allowed` is a rule, of more pairs than `WRITTEN` a :class:`refattn.rules.View`, which is indexed alike.
     """
-    if isinstance(problem.allowed, Rule):
-        view = _by_rules(problem, batch, head, rows, keys)
-        return np.asarray(view) if np.prod(view.shape) <= WRITTEN else cast(Mask, view)
     n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
+    if isinstance(problem.allowed, Rule) or (by_rules and n_q * n_k > WRITTEN):
+        view = _by_rules(problem, batch, head, rows, keys)
+        return np.asarray(view) if n_q * n_k <= WRITTEN else cast(Mask, view)
     left, right = problem.window or (None, None)
     if problem.causal is not None:
         right = 0 if right is None else min(right, 0)
@@ -120,7 +122,7 @@ def _by_rules(p: Problem, batch: int, head: int, rows: slice, keys: slice) -> Vi
     shape, corner = (rows.stop - rows.start, keys.stop - keys.start), p.causal or "bottom_right"
     inside = [atoms.causal(corner)] if p.causal is not None else []
     inside += [atoms.window(*p.window, corner)] if p.window is not None else []
-    others = [p.allowed]
+    others = [p.allowed] if isinstance(p.allowed, Rule) else [] if p.allowed is None else [atoms.array(p.allowed)]
     if p.bias is not None:
         others.append(atoms.array(~np.isneginf(p.bias.astype(np.float64))))
     if p.weight is not None:

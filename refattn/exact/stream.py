@@ -23,7 +23,7 @@ from .blas import one_thread
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, two_prod
 from .heads import Head
 from .levels import ETA, UP, Bounded, Level, gamma, head_bits
-from .tiles import ROWS, Room, Sums, edges_of, groups, pieces, tiles_of
+from .tiles import ROWS, Room, Sums, groups, pieces, tiles_of
 
 __all__ = [
     "Forward",
@@ -178,7 +178,7 @@ class Forward:
         self.ln2 = f.log2()
         self.whole = bool(one.allowed.all())
         self.wide = tile_sizes()[1]
-        self.tiles = tiles_of(one.allowed, n_k, self.wide)
+        self.tiles, self.kinds = tiles_of(one.allowed, rows, n_k, self.wide)
         self.shift, self.relative, self.sums = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros((len(rows), 3))
         b, q = head_bits(d, level), f.array(one.q if len(rows) == len(one.q) else one.q[rows])
         heads, tails = q._cut(b, level)
@@ -237,7 +237,7 @@ class Forward:
         view, rows = self.head.allowed, self.rows[at]
         assert isinstance(view, View)
         sums, room = Sums.of(len(rows), self.out.shape[1]), Room(self.f.level, self.out.shape[1])
-        kinds = view.by_row(rows, edges_of(self.tiles))
+        kinds = self.kinds[at]
         with np.errstate(all="ignore"):
             for n, keys in enumerate(self.tiles):
                 for lines in pieces(np.nonzero(kinds[:, n] == FULL)[0]):

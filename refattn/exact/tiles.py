@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..rules import EMPTY, FULL, View
+from ..rules.spans import UNSURE
 
-__all__ = ["ROWS", "Room", "Sums", "edges_of", "groups", "pieces", "seen", "tiles_of"]
+__all__ = ["ROWS", "Room", "Sums", "groups", "pieces", "seen", "tiles_of"]
 
 Float = NDArray[np.float64]
 ROWS = 256
@@ -66,18 +67,24 @@ class Room:
         return [x[:r] for x in self._scores]
 
 
-def tiles_of(allowed: Any, n_k: int, wide: int) -> list[slice]:
-    """Return tiles of keys: as wide as may be, or where a rule has blocks, of whole blocks or equal parts of one."""
-    cuts = allowed.cuts() if isinstance(allowed, View) else None
-    if cuts is None or not n_k:
-        return [slice(j, min(j + wide, n_k)) for j in range(0, n_k, wide)]
-    ends, start = [], 0
-    for end in [*cuts[1:].tolist(), n_k]:
+def tiles_of(allowed: Any, rows: NDArray[np.intp], n_k: int, wide: int) -> tuple[list[slice], Any]:
+    """Return tiles of keys, and of a rule what they are to each row, (rows, tiles).
+
+    They are as wide as may be, or where a rule has blocks, of whole blocks or equal parts of one; those that no row
+    sees are left out.
+    """
+    if not isinstance(allowed, View):
+        return [slice(j, min(j + wide, n_k)) for j in range(0, n_k, wide)], None
+    cuts, ends, start = allowed.cuts(), [], 0
+    for end in [*range(wide, n_k, wide), n_k] if cuts is None else [*cuts[1:].tolist(), n_k]:
         if end - start >= NARROW or end == n_k:
             many = -(-(end - start) // wide)
             ends += [start + (end - start) * i // many for i in range(1, many + 1)]
             start = end
-    return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+    kinds = allowed.by_row(rows, np.array([0, *ends]))
+    used = (kinds != EMPTY).any(0)
+    tiles = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+    return [t for t, yes in zip(tiles, used.tolist(), strict=True) if yes], kinds[:, used]
 
 
 def groups(rows: int) -> list[slice]:
@@ -93,16 +100,12 @@ def pieces(lines: NDArray[np.intp]) -> list[NDArray[np.intp]]:
 
 def seen(allowed: Any, rows: NDArray[np.intp], tiles: list[slice], whole: bool) -> Iterator[Any]:
     """Yield which keys of each tile some rows see, (rows, keys) bool or None for all."""
-    kinds = allowed.around(rows, edges_of(tiles)) if isinstance(allowed, View) and not whole else None
-    for n, keys in enumerate(tiles):
-        if whole or (kinds is not None and kinds[n] == FULL):
+    known = isinstance(allowed, View) and not whole
+    for keys in tiles:
+        kind = allowed.around(rows, np.array([keys.start, keys.stop])) if known else UNSURE
+        if whole or kind == FULL:
             yield None
-        elif kinds is not None and kinds[n] == EMPTY:
+        elif kind == EMPTY:
             yield np.zeros((1, 1), bool)
         else:
             yield allowed[rows, keys]
-
-
-def edges_of(tiles: list[slice]) -> NDArray[np.int64]:
-    """Return where tiles begin, and where the last ends."""
-    return np.array([0, *(t.stop for t in tiles)])

@@ -147,13 +147,16 @@ def _plane(x: NDArray[np.bool_], a: Span, b: Span) -> Truth:
     if (a.lo == a.hi).all() and (b.lo == b.hi).all():
         seen = x[a.lo, b.lo]
         return Truth.of(seen, ~seen)
-    (r, s), (c, d) = ((int(i.lo.min()), int(i.hi.max()) + 1) for i in (a, b))
-    x = x[r:s, c:d]
     if x.size > LARGEST:
         return Truth(np.full(np.broadcast_shapes(a.lo.shape, b.lo.shape), UNSURE, np.int8))
-    total = np.zeros((x.shape[0] + 1, x.shape[1] + 1), np.int32)
-    np.cumsum(np.cumsum(x, 0, dtype=np.int32), 1, out=total[1:, 1:])
-    (i, j), (k, m) = ((y.lo - first, y.hi + 1 - first) for y, first in ((a, r), (b, c)))
-    count = total[j, m] - total[i, m] - total[j, k] + total[i, k]
-    area = (j - i) * (m - k)
-    return Truth.of(count == area, count == 0, a.solid & b.solid)
+    count = _sums(_sums(x, a, 0), b, 1)
+    return Truth.of(count == (a.hi - a.lo + 1) * (b.hi - b.lo + 1), count == 0, a.solid & b.solid)
+
+
+def _sums(x: NDArray[Any], at: Span, axis: int) -> NDArray[np.int64]:
+    """Return sums over ranges of places along an axis."""
+    cut = np.stack([np.ravel(at.lo), np.ravel(at.hi) + 1], 1).ravel()
+    last = np.zeros_like(x.take([0], axis))  # an end may be one after the last place
+    return np.add.reduceat(np.concatenate([x, last], axis), cut, axis, dtype=np.int64)[
+        tuple(slice(None, None, 2 if i == axis else 1) for i in range(2))
+    ]

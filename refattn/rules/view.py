@@ -82,9 +82,9 @@ class View:
         """Tell of each of some rows what the keys between edges are to it; UNSURE where ranges do not say."""
         return self._codes((rows, rows), keys)
 
-    def around(self, rows: NDArray[np.int64], keys: NDArray[np.int64]) -> Codes:
-        """Tell the same of all rows from the first to the last of some, (edges - 1,)."""
-        return np.asarray(self._codes((rows[:1], rows[-1:]), keys)[0])
+    def around(self, rows: NDArray[np.int64], keys: NDArray[np.int64]) -> int:
+        """Tell what the keys between two edges are to all rows from the first to the last of some."""
+        return int(self._codes((rows[:1], rows[-1:]), keys)[0, 0])
 
     def _codes(self, rows: tuple[NDArray[np.int64], NDArray[np.int64]], keys: NDArray[np.int64]) -> Codes:
         whole = Truth(np.full((len(rows[0]), len(keys) - 1), FULL, np.int8))
@@ -109,26 +109,44 @@ class View:
         for i in range(len(rows) - 1):
             found[rows[i] : rows[i + 1]] = coarse[i] == FULL
         open_ = (coarse == PARTIAL) | (coarse == UNSURE)
-        for i in np.nonzero(open_.any(1))[0].tolist():
+        for i, j in zip(*np.nonzero(open_), strict=True):
             part = np.arange(rows[i], rows[i + 1])
-            codes = self.by_row(part, keys)
-            found[part] |= (codes == FULL) | (codes == PARTIAL)
-            for j in np.nonzero((codes == UNSURE).any(0))[0].tolist():
-                some = part[codes[:, j] == UNSURE]
-                found[some, j] = self[some, keys[j] : keys[j + 1]].any(1)
+            found[part, j] = self._some(part, keys[j : j + 2])
         return found
 
     def any(self, axis: int | None = None) -> Any:
         """Tell whether a key is seen: at all, by column (0) or by row (1)."""
         if axis == 1:
             if self._seeing is None:
-                self._seeing = np.asarray(self.touches(edges(self.shape[1], COARSE)).any(1))
+                self._seeing = self._rows_with_a_key()
             return self._seeing.copy()
         if axis is None:
             return bool(self.any(1).any())
         found = np.zeros(self.shape[1], bool)
         for rows in self.chunks():
             found |= self[rows].any(0)
+        return found
+
+    def _rows_with_a_key(self) -> Mask:
+        rows, keys = edges(self.shape[0], COARSE), edges(self.shape[1], COARSE)
+        found, coarse = np.zeros(self.shape[0], bool), self.states(rows, keys, settle=False)
+        for i in range(len(rows) - 1):
+            left = np.arange(rows[i], rows[i + 1])
+            # full ones first, then from the last: there a causal row has its own key
+            for j in sorted(np.nonzero(coarse[i] != EMPTY)[0].tolist(), key=lambda j: (coarse[i, j] != FULL, -j)):
+                seen = self._some(left, keys[j : j + 2]) if coarse[i, j] != FULL else np.ones(len(left), bool)
+                found[left[seen]], left = True, left[~seen]
+                if not left.size:
+                    break
+        return found
+
+    def _some(self, rows: NDArray[np.int64], keys: NDArray[np.int64]) -> Mask:
+        """Tell whether some rows see a key between two edges."""
+        codes = self.by_row(rows, keys)[:, 0]
+        found: Mask = (codes == FULL) | (codes == PARTIAL)
+        open_ = np.nonzero(codes == UNSURE)[0]
+        if open_.size:
+            found[open_] = self[rows[open_], keys[0] : keys[1]].any(1)
         return found
 
     def all(self) -> bool:
