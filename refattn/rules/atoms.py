@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ __all__ = [
     "behind",
     "blocks",
     "causal",
+    "changed",
     "chunk",
     "dilated",
     "document",
@@ -248,6 +249,32 @@ def labelled(mask: Any, of_q: NDArray[np.integer] | None, of_k: NDArray[np.integ
         return np.append(0, np.nonzero(np.diff(of_k))[0] + 1)
 
     return Atom(text, formula, misfit, seen.shape[0], seen.shape[1], cuts)
+
+
+@remade
+def changed(rule: Rule, shape: tuple[int, int, int], rows: Mapping[tuple[int, int, int], NDArray[np.bool_]]) -> Rule:
+    """Return a rule with other masks for some rows of a call.
+
+    Parameters
+    ----------
+    rule : Rule
+        What holds for the others.
+    shape : (b, h, n_q)
+        Of the call.
+    rows : mapping
+        From batch, head and row to a mask, (n_k,) bool; at least one.
+    """
+    index, masks = np.full(shape, -1), np.stack([*rows.values()])
+    for i, at in enumerate(rows):
+        index[at] = i
+
+    def formula(x: Any) -> Any:
+        i = x.look("index", index, x.b, x.h, x.q)
+        seen = x.look("masks", masks, x.clip(i, 0, len(masks) - 1), x.k)
+        return ((i >= 0) & seen) | ((i < 0) & rule.at(x))
+
+    text = f"changed({rule!r}, <{len(masks)} rows>)"
+    return Atom(text, formula, rule.misfit, shape[0], shape[1], rule.cuts)
 
 
 @remade

@@ -177,7 +177,7 @@ class Atom(Rule):
         misfit: Callable[[int, int], str | None] = lambda n_q, n_k: None,
         batches: int = 1,
         heads: int = 1,
-        cuts: Callable[[int], NDArray[np.int64]] | None = None,
+        cuts: Callable[[int], NDArray[np.int64] | None] | None = None,
     ) -> None:
         self._text, self._formula, self._misfit, self.batches, self.heads = text, formula, misfit, batches, heads
         self._cuts = cuts
