@@ -267,7 +267,7 @@ class _Runs:
 
     def __init__(self, f: Level, ends: list[tuple[int, int]]) -> None:
         self._f, self._ends = f, ends
-        self._kept: tuple[Any, Any] = None, None
+        self._kept: dict[int, tuple[Any, Any]] = {}  # by operand, which it keeps alive
 
     @classmethod
     def of(cls, f: Level, members: Mask) -> _Runs | None:
@@ -280,14 +280,14 @@ class _Runs:
         )
 
     def __matmul__(self, k: Bounded) -> Any:
-        if self._kept[0] is not k:
+        if id(k) not in self._kept:
             low, r = (np.broadcast_to(x, k.h.shape) for x in (k.l, k.r))
             rows = []
             for a, b in self._ends:
                 x = self._f.array(np.ones((1, b - a))) @ Bounded(self._f, k.h[a:b], low[a:b], r[a:b])
                 rows.append([np.broadcast_to(y, x.h.shape) for y in (x.h, x.l, x.r)])
-            self._kept = k, Bounded(self._f, *map(np.concatenate, zip(*rows, strict=True)))
-        return self._kept[1]
+            self._kept[id(k)] = k, Bounded(self._f, *map(np.concatenate, zip(*rows, strict=True)))
+        return self._kept[id(k)][1]
 
 
 def _decided(
