@@ -48,7 +48,7 @@ def tiles() -> Iterator[Row]:
         "causal, documents": rules.causal() & rules.document(ids),
         "causal, window 4096, 4 sinks": rules.causal() & (rules.window(4096, 0) | rules.sinks(4)),
         "dilated by 7, 512 keys": rules.dilated(7) & rules.window(7 * 511, 0),
-        "a tree": rules.tree((np.arange(TOKENS) - 1) // 2),
+        "causal, a tree of 512 drafts": rules.causal() & rules.tree((np.arange(512) - 1) // 2),
     }
     for name, rule in known.items():
         at = f"n={TOKENS} tiles of {name}"

@@ -1,4 +1,6 @@
+import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +99,15 @@ def test_what_is_written_is_the_rule_again(seed):
         if "<" not in repr(rule):
             again = eval(repr(rule), vars(rules))
             np.testing.assert_array_equal(again.dense(6, 6), rule.dense(6, 6))
+
+
+def test_the_page_runs(capsys):
+    page, names = (Path(__file__).parents[2] / "docs" / "rules.md").read_text(), {}
+    for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(text, names)
+    assert "causal() & (window(3, 0) | sinks(1))\n#" in capsys.readouterr().out
+    made = {str(rule).split("(")[0] for rule, _ in atoms(np.random.default_rng(0), 3, 3)}
+    assert made == set(re.findall(r"^\| `(\w+)\(", page, re.MULTILINE))
 
 
 def test_pictures():
