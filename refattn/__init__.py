@@ -4,7 +4,7 @@ from importlib import import_module as _import
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import masks
+    from . import masks, rules
     from .check import (
         Capabilities,
         Law,
@@ -80,6 +80,7 @@ _ROOMS = (
     "he",
     "masks",
     "operators",
+    "rules",
     "strategies",
     "tensor",
     "theory",
@@ -114,6 +115,7 @@ __all__ = [
     "power_attention",
     "reference",
     "register",
+    "rules",
     "save_problem",
     "sigmoid_attention",
     "softmax_attention",

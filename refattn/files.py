@@ -230,6 +230,7 @@ def save_problem(problem: Problem, path: str | Path) -> None:
     """Write a Problem to an .npz file; formats that NumPy lacks are kept as bits beside their names."""
     expect(isinstance(problem, Problem), "problem", problem, "a Problem; save_problem(problem, path)")
     expect(isinstance(path, str | Path), "path", path, "a path")
+    problem = problem.written_out()
     _save(path, MARK, problem.arrays(), settings=problem.settings())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,16 +11,24 @@ from numpy.typing import NDArray
 from .arrays import to_numpy
 from .errors import InvalidInput
 from .problem import Problem
+from .rules import Rule, View, atoms
 from .validation import ALIGNMENTS
 
-__all__ = ["both", "causal", "document", "padding", "sliding_window", "unused", "visible"]
+__all__ = ["WRITTEN", "both", "causal", "document", "padding", "sliding_window", "unused", "visible"]
 
 Mask = NDArray[np.bool_]
+WRITTEN = 2**22
+"""Pairs of a query and a key up to which a rule's mask of one head is written out: arrays are faster there."""
 
 
-def both(allowed: Mask | None, mask: Mask) -> Mask:
-    """Return what a call's ``allowed``, if it has one, and another mask let through."""
-    return mask if allowed is None else mask & allowed
+def both(allowed: Any, mask: Any) -> Any:
+    """Return what a call's ``allowed``, if it has one, and another mask let through: a rule if one of them is."""
+    if allowed is None:
+        return mask
+    if isinstance(allowed, Rule) or isinstance(mask, Rule):
+        a, b = (x if isinstance(x, Rule) else atoms.array(x) for x in (mask, allowed))
+        return a & b
+    return mask & allowed
 
 
 def causal(n_q: int, n_k: int, alignment: str = "bottom_right") -> Mask:
@@ -72,7 +81,7 @@ def padding(lengths: Sequence[int] | NDArray[np.integer], n_k: int) -> Mask:
     return (np.arange(n_k)[None, :] < counts[:, None])[:, None, None, :]
 
 
-def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -> Mask:
+def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice, by_rules: bool = False) -> Mask:
     """Return which keys each query of one packed sequence may attend to, every option of the problem counted.
 
     Parameters
@@ -83,17 +92,20 @@ def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -
         Indices of the batch and the query head.
     rows, keys : slice
         The sequence, as ``problem.segments(batch)`` gives it.
+    by_rules : bool
+        Whether a long mask is a view also where `allowed` is no rule.
 
     Returns
     -------
     (rows, keys) bool array
         False also where bias is -inf or a weight is 0: such a key is absent. A view in O(n) memory without masks.
+        Where `allowed` is a rule, of more pairs than `WRITTEN` a :class:`refattn.rules.View`, which is indexed alike.
     """
     n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
-    left, right = problem.window or (None, None)
-    if problem.causal is not None:
-        right = 0 if right is None else min(right, 0)
-    mask = _band(n_q, n_k, left, right, diagonal(problem, batch, rows, keys))
+    if isinstance(problem.allowed, Rule) or (by_rules and n_q * n_k > WRITTEN):
+        view = _by_rules(problem, batch, head, rows, keys)
+        return np.asarray(view) if n_q * n_k <= WRITTEN else cast(Mask, view)
+    mask = _band(n_q, n_k, *_sides(problem), diagonal(problem, batch, rows, keys))
     if problem.allowed is not None:
         mask = np.logical_and(mask, block(problem.allowed, batch, head, rows, keys))
     if problem.bias is not None:
@@ -101,6 +113,27 @@ def visible(problem: Problem, batch: int, head: int, rows: slice, keys: slice) -
     if problem.weight is not None:
         mask = mask & (block(problem.weight, batch, head, rows, keys).astype(np.float64) != 0)
     return mask
+
+
+def _by_rules(p: Problem, batch: int, head: int, rows: slice, keys: slice) -> View:
+    """Return the same by rules: the diagonal's count in the sequence, others in the call."""
+    shape, sides = (rows.stop - rows.start, keys.stop - keys.start), _sides(p)
+    inside = [] if sides == (None, None) else [atoms.band(diagonal(p, batch, rows, keys), *sides)]
+    others = [p.allowed] if isinstance(p.allowed, Rule) else [] if p.allowed is None else [atoms.array(p.allowed)]
+    if p.bias is not None:
+        others.append(atoms.array(~np.isneginf(p.bias.astype(np.float64))))
+    if p.weight is not None:
+        others.append(atoms.array(p.weight.astype(np.float64) != 0))
+    whole = (batch, head, p.n_q, p.n_k)
+    return View(
+        [(r, rows.start, keys.start, whole) for r in others] + [(r, 0, 0, (0, 0, *shape)) for r in inside], shape
+    )
+
+
+def _sides(p: Problem) -> tuple[int | None, int | None]:
+    """Return how far a query sees to either side of its place."""
+    left, right = p.window or (None, None)
+    return left, right if p.causal is None else min(0, 0 if right is None else right)
 
 
 def block(x: NDArray[np.generic], batch: int, head: int, rows: slice, keys: slice) -> NDArray[np.generic]:

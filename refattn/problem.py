@@ -12,6 +12,7 @@ import numpy as np
 
 from .arrays import dtype_name, kind_of, native, to_kind, to_numpy
 from .errors import InvalidProblem
+from .rules import Rule
 from .validation import (
     LENGTHS,
     OFFSETS,
@@ -76,8 +77,9 @@ class Problem:
         One more logit for each head, with no value.
     bias : (b or 1, h_q or 1, n_q or 1, n_k or 1) float array, optional
         Added to the scores; -inf removes a key.
-    allowed : boolean array of a shape as bias, optional
-        True where the query may attend to the key.
+    allowed : boolean array of a shape as bias, or a rule of ``refattn.rules``, optional
+        True where the query may attend to the key. A rule counts queries and keys from the first of the call, also
+        where sequences are packed, and has its own diagonal.
     cu_seqlens_q, cu_seqlens_k : (m + 1,) integer arrays, optional
         Offsets of m sequences packed along the sequence axes (batch must be 1): sequence t holds queries
         cu_seqlens_q[t] to cu_seqlens_q[t+1] - 1 and sees only its own keys; causal and window hold in each.
@@ -295,7 +297,16 @@ class Problem:
         arrays = self.arrays()
         names = [f.name for f in fields(self) if f.name not in (*arrays, "options")]
         plain = {n: getattr(self, n) for n in names if getattr(self, n) not in (None, VARIANT)}
+        plain |= {"allowed": self.allowed} if isinstance(self.allowed, Rule) else {}
         return plain | ({"options": dict(self.options)} if self.options else {})
+
+    def written_out(self) -> Problem:
+        """Return the same call with an array for `allowed` where that is a rule: what a kernel gets."""
+        if not isinstance(self.allowed, Rule):
+            return self
+        mask = self.allowed.written(self.batch, self.heads, self.n_q, self.n_k)
+        like = getattr(self.query, "device", None) if self.kind == "torch" else None
+        return replace(self, allowed=to_kind(mask, self.kind, like))
 
     def __repr__(self) -> str:
         shape = f"b={self.batch} h_q={self.heads} h_kv={self.heads_kv} n_q={self.n_q} n_k={self.n_k} d_k={self.d_k}"
@@ -310,7 +321,7 @@ class Problem:
     def _arrays(self) -> Iterator[tuple[str, Any]]:
         for name in TENSORS + OFFSETS + LENGTHS + SCALES:
             x = getattr(self, name)
-            if name not in ("offset", *SCALES) or kind_of(x) is not None:
+            if not isinstance(x, Rule) and (name not in ("offset", *SCALES) or kind_of(x) is not None):
                 yield name, x
 
 

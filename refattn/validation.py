@@ -9,7 +9,8 @@ import numpy as np
 
 from .arrays import KINDS, dtype_name, kind_of, to_numpy, why_unusable
 from .dtypes import ELEMENTS, FORMATS, HELD
-from .errors import InvalidProblem
+from .errors import InvalidInput, InvalidProblem
+from .rules import Rule
 
 __all__ = [
     "ALIGNMENTS",
@@ -129,6 +130,9 @@ def check_masks(p: Any) -> None:
         x = getattr(p, name)
         if x is None:
             continue
+        if name == "allowed" and isinstance(x, Rule):
+            _check_rule(x, full)
+            continue
         _expect_array(name, x)
         if kind_of(x) != p.kind:
             raise InvalidProblem(f"{name}: is of {kind_of(x)} and query of {p.kind}; pass arrays of one library")
@@ -153,6 +157,13 @@ def check_masks(p: Any) -> None:
             raise InvalidProblem(
                 f"{name}: got shape {tuple(x.shape)}, expected {full} or 1 in place of an axis; add axes of length 1"
             )
+
+
+def _check_rule(rule: Rule, call: tuple[int, int, int, int]) -> None:
+    try:
+        rule.check(*call)
+    except InvalidInput as e:
+        raise InvalidProblem(f"allowed: {e}") from e
 
 
 def check_packing(p: Any) -> None:

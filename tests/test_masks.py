@@ -77,3 +77,26 @@ def test_a_band_takes_no_memory(more):
     while base.base is not None:
         base = base.base
     assert base.nbytes < 200
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_long_mask_is_a_view_with_the_same_keys(seed, monkeypatch):
+    """With diagonals in either corner, moved, windows of sides below 0, lengths and packed sequences."""
+    rng = np.random.default_rng(seed)
+    n_q, n_k = (int(n) for n in rng.integers(6, 12, 2))
+    call = {"causal": [None, "top_left", "bottom_right"][seed % 3]}
+    call["window"] = [None, (3, None), (5, -1), (None, 2), (-1, 4)][seed % 5 if call["causal"] is None else seed % 3]
+    packed, many = seed % 2 == 0, [1, 3][seed % 2]
+    if packed:
+        call |= {"cu_seqlens_q": np.array([0, 2, 2, n_q]), "cu_seqlens_k": np.array([0, 3, 5, n_k])}
+        call |= {"lengths_k": np.array([1, 2, n_k - 6])} if seed % 4 else {}
+    else:
+        call |= {"lengths_q": rng.integers(0, n_q, many), "lengths_k": rng.integers(0, n_k, many)}
+    call["offset"] = [None, 2, rng.integers(-4, 4, 3)][seed % 7 % 3]
+    call["alignment"] = "top_left" if call["causal"] is None and seed % 4 == 1 else None
+    call["allowed"] = rng.random((many, 1, n_q, n_k)) < 0.7
+    p = Problem(*(np.ones((many, 1, n, 2)) for n in (n_q, n_k, n_k)), **call)
+    whole = [(b, s, masks.visible(p, b, 0, *s)) for b in range(many) for s in p.segments(b)]
+    monkeypatch.setattr(masks, "WRITTEN", 0)
+    for b, s, want in whole:
+        assert np.array_equal(np.asarray(masks.visible(p, b, 0, *s, by_rules=True)), want)

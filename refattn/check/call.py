@@ -175,8 +175,10 @@ def call_gradients(
 def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, dict[str, NDArray[Any]], frozenset[str]]:
     """Return what a call gives on copies of the inputs, those copies, which it must have left alone, and what it read.
 
-    A copy lies in memory as its original does: with the same strides, gaps and axes that are spread.
+    A copy lies in memory as its original does: with the same strides, gaps and axes that are spread. A rule comes as
+    the array that it stands for.
     """
+    problem = problem.written_out()
     given = {n: laid_out(np.asarray(x))[0] for n, x in problem.arrays().items()}
     asked, seen = watched(problem.replace(**given))
     _scrub(problem)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import elementwise, stream
+from . import elementwise, stream, tiles
 from .doubledouble import EXP2_FLOOR, U, two_sum
 from .heads import Head
 from .keys import Rows, column
@@ -125,9 +125,8 @@ class _Backward:
         part = [np.empty((r, one.k.shape[1])) for _ in range(level + 1)]
         left_over, left_over_low, row_sums = np.zeros(r), np.zeros(r), np.empty((r, level + 1))
         by_z, g_size = np.zeros(len(one.k)), np.zeros(r)
-        done, wide = 0, 0
-        for n, keys in enumerate(self.tiles):
-            seen = None if fw.whole else one.allowed[rows, keys]
+        done, wide, known = 0, 0, tiles.seen(one.allowed, rows, self.tiles, fw.whole)
+        for n, (keys, seen) in enumerate(zip(self.tiles, known, strict=True)):
             if seen is not None and not seen.any():
                 continue
             w, done = keys.stop - keys.start, done + 1

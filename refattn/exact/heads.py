@@ -80,7 +80,7 @@ class Head:
     bias : (n_q, n_k) or None
         With 0 in place of -inf, NaN and inf.
     allowed : (n_q, n_k) bool
-        Every mask combined.
+        Every mask combined; where a rule stands for many pairs, a :class:`refattn.rules.View`.
     sink : float or None
         None also where it is -inf.
     weight : (n_q, n_k) or None
@@ -125,7 +125,6 @@ class Head:
     def options(self, f: Any, rows: Any = slice(None), wrap: Callable[[Any], Any] = lambda x: x) -> Given:
         """Return what a definition calls ``o``: the options in the arithmetic, for some rows; matrices wrapped."""
         p, variant = self.problem, variant_of(self.problem.variant)
-        allowed = self.allowed[rows]
         if p.scale is not None:
             scale = f.number(p.scale)
         else:
@@ -151,10 +150,11 @@ class Head:
         def state() -> Any:
             return wrap(f.state(self.state)) if hasattr(f, "state") else column(self.state)
 
-        return Given(
+        made = Given(
             {
+                "allowed": lambda: self.allowed[rows],
                 "one": lambda: column([[1.0]]),
-                "count": lambda: column(allowed.sum(1, keepdims=True)),
+                "count": lambda: column(made.allowed.sum(1, keepdims=True)),
                 "length": lambda: column([[self.k.shape[0]]]),
                 "distance": lambda: column(steps()),
                 "toeplitz": lambda: toeplitz,
@@ -166,9 +166,9 @@ class Head:
             sink=None if self.sink is None else column([[self.sink]]),
             weight=None if self.weight is None else column(self.weight[rows]),
             state=None if self.state is None else state(),
-            allowed=allowed,
             **own,
         )
+        return made
 
     def plain(self, rows: Any = slice(None)) -> SimpleNamespace:
         """Return the options as float64 NumPy arrays and numbers."""
@@ -179,8 +179,16 @@ class Head:
         return SimpleNamespace(**known | {"sink": self.sink})
 
 
-def heads(problem: Problem) -> Iterator[Head]:
-    """Yield the heads of a call, batch by batch, query heads of one key head together."""
+def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
+    """Yield the heads of a call, batch by batch, query heads of one key head together.
+
+    Parameters
+    ----------
+    problem : Problem
+        The call.
+    by_rules : bool
+        Whether long masks are views, whatever the call has.
+    """
     p = problem.to("numpy")
     q, k, v = (to_float64(to_numpy(x)) for x in (p.query, p.key, p.value))
     sink = None if p.sink is None else to_float64(p.sink)
@@ -190,7 +198,7 @@ def heads(problem: Problem) -> Iterator[Head]:
     for b in range(p.batch):
         for h in range(p.heads):
             for rows, keys in p.segments(b):
-                allowed = visible(p, b, h, rows, keys)
+                allowed = visible(p, b, h, rows, keys, by_rules)
                 bias = None if p.bias is None else to_float64(block(p.bias, b, h, rows, keys))
                 weight = None if p.weight is None else _weights(to_float64(block(p.weight, b, h, rows, keys)))
                 s = None if sink is None or np.isneginf(sink[h]) else float(sink[h])
@@ -242,7 +250,7 @@ def _spoilt(q: Float, k: Float, bias: Float | None, sink: float | None, allowed:
     bad: Mask = np.asarray(allowed[:, lost].any(1))
     bad |= ~np.isfinite(q).all(1) & allowed.any(1)
     if bias is not None:
-        bad |= (allowed & ~np.isfinite(bias)).any(1)
+        bad |= (np.asarray(allowed) & ~np.isfinite(bias)).any(1)
     if sink is not None and not np.isfinite(sink):
         bad[...] = True
     return bad

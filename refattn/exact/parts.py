@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ..errors import InvalidInput, WorkerDied
 from ..files import load_arrays, plain, save_arrays, sync
 from ..masks import both, visible
 from ..problem import Problem
+from ..rules import Rule, View
 from ..variants import Rows, Variant, variant_of
 from ..variants.own import definition, know, portable
 from ..version import VERSION
@@ -93,7 +95,7 @@ def _parts(p: Problem, dout: NDArray[np.float64] | None, size: int) -> Iterator[
                     "value": p.value[b : b + 1, h : h + 1],
                     "sink": None if p.sink is None else p.sink[heads],
                     "bias": _block(p.bias, b, heads, rows),
-                    "allowed": _block(p.allowed, b, heads, rows),
+                    "allowed": _allowed(p, b, heads, rows),
                     "weight": _block(p.weight, b, heads, rows),
                 }
                 if rows != slice(0, p.n_q) and (p.causal or p.window):
@@ -103,6 +105,17 @@ def _parts(p: Problem, dout: NDArray[np.float64] | None, size: int) -> Iterator[
                     cut["allowed"] = both(cut["allowed"], mask)
                     cut |= {"causal": None, "window": None}
                 yield Part(p.replace(**cut), None if dout is None else dout[b : b + 1, heads], b, heads, h, rows)
+
+
+def _allowed(p: Problem, b: int, heads: slice, rows: slice) -> Any:
+    """Return a part's own mask: a rule's is written out, unless it is of all rows and the same for all batches."""
+    rule = p.allowed
+    if not isinstance(rule, Rule):
+        return _block(rule, b, heads, rows)
+    if rows == slice(0, p.n_q) and (rule.batches, rule.heads) == (1, 1):
+        return rule
+    each = range(heads.start, heads.stop if rule.heads > 1 else heads.start + 1)
+    return np.stack([View.of(rule, p.n_q, p.n_k, b if rule.batches > 1 else 0, h)[rows] for h in each])[None]
 
 
 def _block(x: Any, b: int, heads: slice, rows: slice) -> Any:
@@ -115,13 +128,15 @@ def _block(x: Any, b: int, heads: slice, rows: slice) -> Any:
 
 def fingerprint(problem: Problem, *more: Any, **arriving: NDArray[np.float64] | None) -> str:
     """Return a name for a call and how it is evaluated, by what version: those with the same one have one answer."""
-    about = [VERSION, problem.settings(), definition(problem.variant), more]
+    about = [VERSION, problem.settings() | {"allowed": None}, definition(problem.variant), more]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=plain).encode())
     arrays = problem.to("numpy").arrays() | {n: x for n, x in arriving.items() if x is not None}
     for name, x in sorted(arrays.items()):
         x = native(x)  # else other numbers in the other byte order have these bytes
         digest.update(f"{name} {x.dtype.name} {x.dtype.str} {x.shape}".encode())
         digest.update(np.ascontiguousarray(x).tobytes())
+    if isinstance(problem.allowed, Rule):
+        digest.update(pickle.dumps(problem.allowed))
     return digest.hexdigest()[:24]
 
 

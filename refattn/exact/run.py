@@ -370,8 +370,8 @@ def _tiles(lines: NDArray[np.intp], n_k: int, most: int) -> Iterator[NDArray[np.
 
 
 def _finite(one: Head) -> bool:
-    seen = one.allowed.any(0)
-    return not one.spoilt.any() and bool(np.isfinite(one.values[seen]).all())
+    odd = np.nonzero(~np.isfinite(one.values).all(1))[0]
+    return not one.spoilt.any() and not (odd.size and one.allowed[:, odd].any())
 
 
 def _fixed(x: float, f: Any) -> Any:

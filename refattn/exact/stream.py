@@ -15,12 +15,15 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rules import FULL, PARTIAL, View
+from ..rules.spans import UNSURE
 from ..variants import variant_of
 from . import elementwise
 from .blas import one_thread
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, two_prod
 from .heads import Head
 from .levels import ETA, UP, Bounded, Level, gamma, head_bits
+from .tiles import ROWS, Room, Sums, groups, pieces, tiles_of
 
 __all__ = [
     "Forward",
@@ -40,11 +43,10 @@ STREAMED = "softmax"
 """The definition that this file is a fast implementation of (``Variant.fused``)."""
 T = TypeVar("T")
 R = TypeVar("R")
-ROWS, KEYS = 256, 512  # what suits the compiled steps
+KEYS = 512  # what suits the compiled steps, with ROWS
 PLAIN_ROWS, PLAIN_KEYS = 128, 256  # NumPy's steps make temporaries: keep them in cache
 SLACK = 1 + 2.0**-12
 """More than what a head's rounding adds to the bounds of heads and tails, whose width is at least 20 bits."""
-LOWEST = -(2.0**60)
 MOST_CAP = 2.0**10
 """A softcap's error is in proportion to it: larger ones, and their inverses, are left to the operators."""
 
@@ -140,7 +142,10 @@ def forward_pass(
 ) -> Forward:
     """Do what :func:`stream` does, and return all that a gradient needs of it."""
     work = Forward(one, f, rows, unit, into, threads)
-    each_tile(len(rows), work.tile, threads)
+    if isinstance(one.allowed, View):
+        each(work.gathered, groups(len(rows)), threads)
+    else:
+        each_tile(len(rows), work.tile, threads)
     return work
 
 
@@ -173,7 +178,7 @@ class Forward:
         self.ln2 = f.log2()
         self.whole = bool(one.allowed.all())
         self.wide = tile_sizes()[1]
-        self.tiles = [slice(j, min(j + self.wide, n_k)) for j in range(0, n_k, self.wide)]
+        self.tiles, self.kinds = tiles_of(one.allowed, rows, n_k, self.wide)
         self.shift, self.relative, self.sums = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros((len(rows), 3))
         b, q = head_bits(d, level), f.array(one.q if len(rows) == len(one.q) else one.q[rows])
         heads, tails = q._cut(b, level)
@@ -219,45 +224,61 @@ class Forward:
             self._tile(at)
 
     def _tile(self, at: slice) -> None:
-        one, f, step = self.head, self.f, elementwise.steps()
-        level, rows = f.level, self.rows[at]
-        r, d_v = len(rows), self.out.shape[1]
-        m = np.full(r, LOWEST)
-        num, num_low = np.zeros((r, d_v)), np.zeros((r, d_v))
-        den, den_low = np.zeros(r), np.zeros(r)
-        part = np.empty((level + 1, r, d_v))
-        sums = np.empty((r, level + 1))
-        wide = min(self.wide, one.k.shape[0])
-        room = [np.empty((r, wide)) for _ in range(level + 3)]
-        weights = np.empty((r, level + 1, wide))
-        done = 0
+        one, rows = self.head, self.rows[at]
+        sums, room = Sums.of(len(rows), self.out.shape[1]), Room(self.f.level, self.out.shape[1])
         for n, keys in enumerate(self.tiles):
             seen = None if self.whole else one.allowed[rows, keys]
-            if seen is not None and not seen.any():
-                continue
-            w, done = keys.stop - keys.start, done + 1
-            if w != wide:
-                wide, room = w, [np.empty((r, w)) for _ in range(level + 3)]
-                weights = np.empty((r, level + 1, w))
-            *c, h, low = room
-            self.scores(n, at, seen, c, h, low)
-            top = np.maximum(m, np.ceil(h.max(1)))
-            fade = np.exp2(np.maximum(m - top, -1074.0))
-            if (fade != 1).any():
-                for x in (num, num_low):
-                    x *= fade[:, None]
-                den, den_low = den * fade, den_low * fade
-            m = top
-            step.weights(h, low, m, self.sigma, weights)
-            step.row_sums(weights, sums)
-            for s in range(level + 1):
-                elementwise.accumulate(den, den_low, sums[:, s])
-            self.values[n].levels(weights.reshape(r, -1), level, list(part))
-            for x in part:
-                step.accumulate(num, num_low, x)
-        self._finish(at, m, (num, num_low), (den, den_low), done)
+            if seen is None or seen.any():
+                self._add(n, at, seen, sums, room)
+        self._finish(at, sums)
 
-    def scores(self, n: int, at: slice, seen: Any, c: list[Float], h: Float, low: Float) -> None:
+    def gathered(self, at: slice) -> None:
+        """Compute rows by what a rule says: of each tile of keys, the rows that see some of it, gathered."""
+        view, rows = self.head.allowed, self.rows[at]
+        assert isinstance(view, View)
+        sums, room = Sums.of(len(rows), self.out.shape[1]), Room(self.f.level, self.out.shape[1])
+        kinds = self.kinds[at]
+        with np.errstate(all="ignore"):
+            for n, keys in enumerate(self.tiles):
+                for lines in pieces(np.nonzero(kinds[:, n] == FULL)[0]):
+                    self._gather(n, at, lines, None, sums, room)
+                for lines in pieces(np.nonzero((kinds[:, n] == PARTIAL) | (kinds[:, n] == UNSURE))[0]):
+                    seen = view[rows[lines], keys]
+                    some = seen.any(1)
+                    self._gather(n, at, lines[some], seen[some], sums, room)
+            for i in range(0, len(rows), ROWS):
+                here = slice(i, min(i + ROWS, len(rows)))
+                self._finish(slice(at.start + here.start, at.start + here.stop), sums.some(here))
+
+    def _gather(self, n: int, at: slice, lines: NDArray[np.intp], seen: Any, sums: Sums, room: Room) -> None:
+        if lines.size:
+            part = sums.some(lines)
+            self._add(n, at.start + lines, seen, part, room)
+            sums.put(lines, part)
+
+    def _add(self, n: int, at: Any, seen: Any, sums: Sums, room: Room) -> None:
+        """Add a tile of keys to the sums of some rows."""
+        level, step, keys = self.f.level, elementwise.steps(), self.tiles[n]
+        r = len(sums.m)
+        *c, h, low = room.scores(r, keys.stop - keys.start)
+        self.scores(n, at, seen, c, h, low)
+        top = np.maximum(sums.m, np.ceil(h.max(1)))
+        fade = np.exp2(np.maximum(sums.m - top, -1074.0))
+        if (fade != 1).any():
+            for x in (sums.num, sums.num_low):
+                x *= fade[:, None]
+            sums.den, sums.den_low = sums.den * fade, sums.den_low * fade
+        sums.m, sums.done = top, sums.done + 1
+        weights, by_row, part = room.weights[:r], room.sums[:r], [x[:r] for x in room.part]
+        step.weights(h, low, sums.m, self.sigma, weights)
+        step.row_sums(weights, by_row)
+        for s in range(level + 1):
+            elementwise.accumulate(sums.den, sums.den_low, by_row[:, s])
+        self.values[n].levels(weights.reshape(r, -1), level, part)
+        for x in part:
+            step.accumulate(sums.num, sums.num_low, x)
+
+    def scores(self, n: int, at: Any, seen: Any, c: list[Float], h: Float, low: Float) -> None:
         """Write the scores of one tile, in base 2, into h and low; c is room for their levels."""
         self.keys[n].levels(self.left[at], self.f.level, c)
         elementwise.steps().scores(c, self.c, self.c_low, h, low)
@@ -273,9 +294,9 @@ class Forward:
         t = Bounded(self.f, h, low, np.zeros((1, 1))) + self.f.array(bias) * self.f.log2e
         h[...], low[...] = t.h, t.l
 
-    def _finish(self, at: slice, m: Float, num: Any, den: Any, done: int) -> None:
+    def _finish(self, at: slice, sums: Sums) -> None:
         f, level, one = self.f, self.f.level, self.head
-        n_k = one.k.shape[0]
+        n_k, m, num, den, done = one.k.shape[0], sums.m, (sums.num, sums.num_low), (sums.den, sums.den_low), sums.done
         # exp2's argument: the score's radius, the bias's and the shift's rounding (sizes up to 2 size + 1)
         delta = self.radius[at] + 128 * U * U * (2 * self.size[at] + 2)
         relative = EXP2_ERROR + np.where(delta <= 2.0**-10, 0.694 * delta, np.where(delta <= 1, 1.05 * delta, np.inf))

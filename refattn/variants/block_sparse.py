@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from ..masks import both
 from ..problem import Problem
+from ..rules import Rule
+from ..rules.atoms import labelled
 from .option import Option, whole
 from .shapes import Lowered
 from .variant import COMMON_BUGS, COMMON_LAWS, Variant, packed
@@ -18,8 +20,8 @@ __all__ = ["BLOCK_SPARSE"]
 EXPECTED = "None, a tuple of rows of True and False, or a tuple of such tuples, one for each query head"
 
 
-def written_out(p: Problem, o: Any, late: bool = False, turned: bool = False, one: bool = False) -> NDArray[np.bool_]:
-    """Return which keys a row sees, (1, 1 or h_q, n_q, n_k); what follows the options is for mistakes."""
+def rule_of(p: Problem, o: Any, late: bool = False, turned: bool = False, one: bool = False) -> Rule:
+    """Return which keys a row sees, for all heads or for each; what follows the options is for mistakes."""
     blocks = by_heads(o.blocks)
     if one:
         blocks = np.broadcast_to(blocks[:1], blocks.shape)
@@ -28,7 +30,7 @@ def written_out(p: Problem, o: Any, late: bool = False, turned: bool = False, on
     if late:
         row = row + -p.n_q % size_q
     at = np.minimum(row // size_q, blocks.shape[1] - 1), np.minimum(key // size_k, blocks.shape[2] - 1)
-    return blocks[:, at[0][:, None], at[1]][None]
+    return labelled(blocks, *at)
 
 
 def by_heads(blocks: Any) -> NDArray[np.bool_]:
@@ -38,8 +40,8 @@ def by_heads(blocks: Any) -> NDArray[np.bool_]:
 
 
 def lower(p: Problem, o: Any, **change: bool) -> Problem:
-    """Write the blocks out as a mask."""
-    allowed = p.allowed if o.blocks is None else both(p.allowed, written_out(p, o, **change))
+    """Write the blocks as a mask."""
+    allowed = p.allowed if o.blocks is None else both(p.allowed, rule_of(p, o, **change))
     return p.replace(variant="softmax", options={}, allowed=allowed)
 
 

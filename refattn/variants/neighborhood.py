@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from itertools import product
+from operator import and_
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +14,14 @@ from numpy.typing import NDArray
 
 from ..masks import both
 from ..problem import Problem
+from ..rules import Rule
+from ..rules.rule import Atom
 from .option import Option, flags, wholes
 from .shapes import Lowered
 from .softmax import attention
 from .variant import COMMON_BUGS, COMMON_LAWS, Variant, unplaced
 
-__all__ = ["NEIGHBORHOOD", "axis_mask", "grid_mask"]
+__all__ = ["NEIGHBORHOOD", "grid_mask"]
 
 Mask = NDArray[np.bool_]
 
@@ -36,20 +40,30 @@ def ends(i: NDArray[np.int64], n: Any, window: int, stride: int, causal: bool) -
     return first, first + window
 
 
-def axis_mask(n: int, window: int, stride: int, dilation: int, causal: bool, ends: Any = ends) -> Mask:
-    """Return which keys of an axis a query sees, (n, n): of the tokens a multiple of `dilation` away, a window."""
-    i, j = np.arange(n)[:, None], np.arange(n)[None, :]
-    group = i % dilation
-    first, last = ends(i // dilation, -(-(n - group) // dilation), window, stride, causal)
-    return np.asarray((j % dilation == group) & (j // dilation >= first) & (j // dilation < last))
+def grid_rule(shape: tuple[int, ...], o: Any, ends: Any = ends, extra: bool = True) -> Rule:
+    """Return which tokens of a grid a query sees, rows before columns; of the keys after the grid's all, or none."""
+    tokens, axes = math.prod(shape), []
+    for axis, (n, w, s, d, causal) in enumerate(zip(shape, *along(shape, o), strict=True)):
+        group = np.arange(n) % d
+        first, last = ends(np.arange(n) // d, -(-(n - group) // d), w, s, causal)
+        axes.append((axis, n, d, group, *(np.broadcast_to(x, n) for x in (first, last))))
+
+    def formula(x: Any) -> Any:
+        seen = x.k >= tokens if extra else x.k < 0
+        return seen | ((x.k < tokens) & reduce(and_, (near(x, *axis) for axis in axes)))
+
+    def near(x: Any, axis: int, n: int, d: int, group: Any, first: Any, last: Any) -> Any:
+        step = math.prod(shape[axis + 1 :])
+        q, k = (i // step % n if axis else x.clip(i // step, 0, n - 1) for i in (x.q, x.k))
+        inside = (k // d >= x.look("first", first, q)) & (k // d < x.look("last", last, q))
+        return inside & (k % d == x.look("group", group, q)) if d > 1 else inside
+
+    return Atom(f"grid({shape})", formula)
 
 
-def grid_mask(shape: tuple[int, ...], o: Any, ends: Any = ends) -> Mask:
-    """Return which tokens of a grid a query sees, (tokens, tokens), rows before columns."""
-    found = np.ones((1, 1), bool)
-    for n, w, s, d, causal in zip(shape, *along(shape, o), strict=True):
-        found = np.kron(found, axis_mask(n, w, s, d, causal, ends)).astype(bool)
-    return found
+def grid_mask(shape: tuple[int, ...], o: Any) -> Mask:
+    """Return which tokens of a grid a query sees, (tokens, tokens)."""
+    return grid_rule(shape, o).dense(math.prod(shape), math.prod(shape))
 
 
 def along(shape: tuple[int, ...], o: Any) -> tuple[tuple[Any, ...], ...]:
@@ -61,11 +75,10 @@ def along(shape: tuple[int, ...], o: Any) -> tuple[tuple[Any, ...], ...]:
 
 
 def lower(p: Problem, o: Any, ends: Any = ends, extra: bool = True, turned: bool = False) -> Problem:
-    """Write the windows out as a mask; the keys after those of the grid are seen by all."""
+    """Write the windows as a mask; the keys after those of the grid are seen by all."""
     shape = o.shape or (p.n_q,)
-    grid = grid_mask(shape[::-1] if turned else shape, o, ends)
-    mask = np.concatenate([grid, np.full((p.n_q, p.n_k - p.n_q), extra)], 1)[None, None]
-    return p.replace(variant="softmax", options={}, allowed=both(p.allowed, mask))
+    rule = grid_rule(shape[::-1] if turned else shape, o, ends, extra)
+    return p.replace(variant="softmax", options={}, allowed=both(p.allowed, rule))
 
 
 def by_loops(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:

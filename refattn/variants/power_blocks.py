@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ..masks import both
 from ..problem import Problem
+from ..rules import Rule, behind, sinks
 from .option import Option, whole
 from .shapes import Lowered
 from .softmax import attention
@@ -17,21 +18,26 @@ from .variant import COMMON_BUGS, COMMON_LAWS, Variant, unplaced
 __all__ = ["POWER_BLOCKS", "block_mask"]
 
 
-def block_mask(n_q: int, n_k: int, block: int, window: int, sink: int) -> NDArray[np.bool_]:
-    """Return which keys a row's blocks hold, (n_q, n_k): 0 or a power of two of blocks behind, near ones, first ones.
+def block_rule(n_q: int, n_k: int, block: int, window: int, sink: int) -> Rule:
+    """Return which keys a row's blocks hold: 0 or a power of two of blocks behind, near ones, first ones.
 
     Rows are aligned to the bottom right: the last query stands at the last key.
     """
-    own, of_key = (np.arange(n_q) + n_k - n_q)[:, None] // block, np.arange(n_k)[None, :] // block
-    behind = own - of_key
-    keep: NDArray[np.bool_] = (behind & (behind - 1) == 0) | (behind < window) | (of_key < sink)
-    return keep & (behind >= 0)
+    most = -(-n_k // block)
+    near = {0, *(2**e for e in range(most.bit_length())), *range(min(window, most))}
+    kept = sinks(min(sink, most) * block) & behind(range(most + 1), block)
+    return behind(sorted(near), block) | kept
 
 
-def lower(p: Problem, o: Any, blocks: Any = block_mask) -> Problem:
-    """Write the blocks out as a mask."""
-    mask = blocks(p.n_q, p.n_k, o.block_size, o.window_blocks, o.sink_blocks)[None, None]
-    return p.replace(variant="softmax", options={}, allowed=both(p.allowed, mask))
+def block_mask(n_q: int, n_k: int, block: int, window: int, sink: int) -> NDArray[np.bool_]:
+    """Return it as an array, (n_q, n_k)."""
+    return block_rule(n_q, n_k, block, window, sink).dense(n_q, n_k)
+
+
+def lower(p: Problem, o: Any, blocks: Any = block_rule) -> Problem:
+    """Write the blocks as a mask."""
+    rule = blocks(p.n_q, p.n_k, o.block_size, o.window_blocks, o.sink_blocks)
+    return p.replace(variant="softmax", options={}, allowed=both(p.allowed, rule))
 
 
 def by_blocks(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
@@ -55,11 +61,10 @@ def fits(p: Problem) -> str | None:
     return unplaced(p, "blocks")
 
 
-def without_one(n_q: int, n_k: int, block: int, window: int, sink: int) -> NDArray[np.bool_]:
+def without_one(n_q: int, n_k: int, block: int, window: int, sink: int) -> Rule:
     """Leave out the block before, unless the window has it: 1 is a power of two."""
-    own, of_key = (np.arange(n_q) + n_k - n_q)[:, None] // block, np.arange(n_k)[None, :] // block
-    found = block_mask(n_q, n_k, block, window, sink)
-    return np.asarray(found & ((own - of_key != 1) | (window > 1) | (of_key < sink)))
+    found = block_rule(n_q, n_k, block, window, sink)
+    return found if window > 1 else found & (~behind([1], block) | sinks(sink * block))
 
 
 SIZES = {"block_size": 8, "window_blocks": 2, "sink_blocks": 1}
@@ -98,15 +103,15 @@ POWER_BLOCKS = Variant(
         ),
         "window_one_more": (
             "one near block more is seen",
-            DEFINE.changed(blocks=lambda a, b, c, w, s: block_mask(a, b, c, w + 1, s)),
+            DEFINE.changed(blocks=lambda a, b, c, w, s: block_rule(a, b, c, w + 1, s)),
         ),
         "first_blocks_hidden": (
             "no first block is kept",
-            DEFINE.changed(blocks=lambda a, b, c, w, s: block_mask(a, b, c, w, 0)),
+            DEFINE.changed(blocks=lambda a, b, c, w, s: block_rule(a, b, c, w, 0)),
         ),
         "powers_of_tokens": (
             "powers of two count tokens, not blocks",
-            DEFINE.changed(blocks=lambda a, b, c, w, s: block_mask(a, b, 1, w * c, s * c)),
+            DEFINE.changed(blocks=lambda a, b, c, w, s: block_rule(a, b, 1, w * c, s * c)),
         ),
     },
     fits=fits,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import Problem
+from ..rules import Rule
 
 __all__ = ["Choices", "Lowered", "Rows", "Selected", "Shape", "Steps"]
 
@@ -66,6 +67,8 @@ class Choices:
         How many it chooses; all of `may` where there are no more.
     seen : (n_q, m) bool array, optional
         Which candidates a row's scores look at, where they are a softmax over them; by default `may` and `must`.
+    besides : Rule, optional
+        Which keys a row sees besides, whatever it takes.
     """
 
     members: Mask
@@ -73,6 +76,7 @@ class Choices:
     must: Mask
     count: int
     seen: Mask | None = None
+    besides: Rule | None = None
 
 
 @dataclass(frozen=True)

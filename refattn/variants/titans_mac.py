@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from ..masks import both
 from ..problem import Problem
+from ..rules import Rule
+from ..rules.rule import Atom
 from .option import Option, boolean, whole
 from .shapes import Lowered
 from .softmax import attention
@@ -17,26 +19,35 @@ from .variant import COMMON_BUGS, COMMON_LAWS, Variant, packed
 __all__ = ["TITANS_MAC", "segment_mask"]
 
 
-def segment_mask(
-    n_q: int, n_k: int, persistent: int, segment: int, sliding: bool, start: int = 0, far: int = 0, always: bool = True
-) -> NDArray[np.bool_]:
-    """Return which keys a token sees, (n_q, n_k): the first ones always, of the others those of its segment up to it.
+def segment_rule(
+    persistent: int, segment: int, sliding: bool, start: int = 0, far: int = 0, always: bool = True
+) -> Rule:
+    """Return which keys a token sees: the first ones always, of the others those of its segment up to it.
 
     The last query stands at the last key. The rest is for mistakes: `start` moves segments, `far` makes a sliding
     window longer, `always` is whether tokens of all segments see the persistent keys.
     """
-    token, key = (np.arange(n_q) + n_k - n_q - persistent)[:, None], np.arange(n_k)[None, :] - persistent
-    near = token - key <= segment + far if sliding else (token + start) // segment == (key + start) // segment
-    kept = key < 0
-    return np.asarray((kept & (always | near)) | (~kept & (key <= token) & near))
+
+    def formula(x: Any) -> Any:
+        token, key = x.behind("bottom_right") - persistent, x.k - persistent
+        near = token - key <= segment + far if sliding else (token + start) // segment == (key + start) // segment
+        kept = key < 0
+        return (kept if always else kept & near) | (~kept & (key <= token) & near)
+
+    return Atom(f"segments({persistent}, {segment}, {sliding})", formula)
+
+
+def segment_mask(n_q: int, n_k: int, persistent: int, segment: int, sliding: bool) -> NDArray[np.bool_]:
+    """Return it as an array, (n_q, n_k)."""
+    return segment_rule(persistent, segment, sliding).dense(n_q, n_k)
 
 
 def lower(p: Problem, o: Any, from_first: bool = False, **change: Any) -> Problem:
-    """Write the segments out as a mask; a mistake is that they count from the first key."""
+    """Write the segments as a mask; a mistake is that they count from the first key."""
     if from_first:
         change["start"] = o.persistent
-    mask = segment_mask(p.n_q, p.n_k, o.persistent, o.segment, o.sliding, **change)[None, None]
-    return p.replace(variant="softmax", options={}, allowed=both(p.allowed, mask))
+    rule = segment_rule(o.persistent, o.segment, o.sliding, **change)
+    return p.replace(variant="softmax", options={}, allowed=both(p.allowed, rule))
 
 
 def by_segments(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:

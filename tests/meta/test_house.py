@@ -15,7 +15,9 @@ import refattn
 
 ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
-BASE = {"errors", "dtypes", "arrays", "validation", "problem", "scales", "masks", "files", "modules", "version"}
+BASE = {
+    "errors", "dtypes", "arrays", "rules", "validation", "problem", "scales", "masks", "files", "modules", "version",
+}  # fmt: skip
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
 EDGES = {
@@ -25,9 +27,10 @@ EDGES = {
     "modules": {"errors"},
     "dtypes": {"errors"},
     "arrays": {"errors", "dtypes"},
-    "validation": {"errors", "dtypes", "arrays"},
-    "problem": {"errors", "arrays", "validation"},
-    "masks": {"errors", "problem", "validation"},
+    "rules": {"errors"},
+    "validation": {"errors", "dtypes", "arrays", "rules"},
+    "problem": {"errors", "arrays", "rules", "validation"},
+    "masks": {"errors", "problem", "rules", "validation"},
     "files": BASE - {"files", "modules", "version", "scales"},
     "variants": BASE,
     "exact": BASE | {"variants"},
@@ -73,7 +76,7 @@ PUBLIC = {
     "Model", "Problem", "RefattnError", "Report", "UnsupportedProblem", "Variant", "__version__",
     "allowed_error", "assert_close", "check_kernel",
     "check_problem", "compare", "evaluate", "linear_attention", "load_problem", "masks", "parametrize_with_checks",
-    "power_attention", "reference", "register", "save_problem", "sigmoid_attention", "softmax_attention",
+    "power_attention", "reference", "register", "rules", "save_problem", "sigmoid_attention", "softmax_attention",
 }  # fmt: skip
 
 

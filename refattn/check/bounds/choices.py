@@ -15,6 +15,9 @@ from ...exact.enclosure import Enclosure
 from ...exact.heads import Head
 from ...exact.levels import Level
 from ...exact.lowering import candidates, choosers, keys_of, scores_of
+from ...problem import Problem
+from ...rules import Rule, View
+from ...rules.atoms import changed
 from ...variants import Choices, Selected, variant_of
 from ..model import Model
 from .forward import forward
@@ -98,27 +101,44 @@ def either(answer: Answer, model: Model) -> Either | None:
     if not isinstance(shape, Selected) or core is None:
         return None
     rows = np.zeros(answer.problem.out_shape[:3], np.int64)
-    others: list[Mask] = []
+    others: list[dict[tuple[int, int, int], Mask]] = []
     for ones in choosers(answer.problem, shape):
         c = candidates(ones[0], shape)
         for i, choices in _unsure(ones, shape, c, model):
             for one in ones:
                 at = (one.batch, one.head, one.rows.start + i)
-                exact = core.allowed[at]
+                exact = _row(core, at)
                 masks = [keys_of(one, c, c.must[i] | taken, i) for taken in choices]
                 masks = [m for m in masks if (m != exact).any()]
                 rows[at] = len(masks)
                 for k, mask in enumerate(masks):
                     if k == len(others):
-                        others.append(np.array(core.allowed, copy=True))
+                        others.append({})
                     others[k][at] = mask
     if not others:
         return None
     found = []
-    for allowed in others:
-        other = evaluate(core.replace(allowed=allowed), rounding="float64")
+    for rest in others:
+        other = evaluate(core.replace(allowed=_changed(core, rest)), rounding="float64")
         found.append((other, *forward(other, model)))
     return Either(rows, tuple(found))
+
+
+def _row(core: Problem, at: tuple[int, int, int]) -> Mask:
+    """Return which keys a row of a call may see by its ``allowed``."""
+    if isinstance(core.allowed, Rule):
+        return np.asarray(View.of(core.allowed, core.n_q, core.n_k, *at[:2])[at[2]])
+    return np.asarray(core.allowed[at])
+
+
+def _changed(core: Problem, rows: dict[tuple[int, int, int], Mask]) -> Any:
+    """Return ``allowed`` with other masks for some rows."""
+    if isinstance(core.allowed, Rule):
+        return changed(core.allowed, core.out_shape[:3], rows)
+    found = np.array(core.allowed, copy=True)
+    for at, mask in rows.items():
+        found[at] = mask
+    return found
 
 
 def score_errors(ones: tuple[Head, ...], shape: Selected, c: Choices, model: Model) -> tuple[Float, Float]:

@@ -140,10 +140,11 @@ def _head(
     passes = 1 + model.exp_ulps + tiles * (model.exp_ulps + 1) + 4
     lost_p = weights * (np.expm1(np.minimum(e + np.nan_to_num(lost_lse)[:, None], 700.0)) + passes * u)
     tiny = max(floor(inside_type(model.weights), model), floor(inside, model))
-    lost_p = (np.minimum(lost_p, 1.0) + tiny) * one.allowed  # a right kernel's P stays in [0, 1], up to a rounding
+    allowed = np.asarray(one.allowed)
+    lost_p = (np.minimum(lost_p, 1.0) + tiny) * allowed  # a right kernel's P stays in [0, 1], up to a rounding
     size, values = np.abs(dout), np.abs(one.v)
     dp, dp_size = dout @ one.v.T, size @ values.T
-    n, d_v = one.allowed.sum(1, keepdims=True), dout.shape[1]
+    n, d_v = allowed.sum(1, keepdims=True), dout.shape[1]
     lost_dp = (d_v + 1) * u * dp_size + model.loss(model.scores) * np.abs(dp)
     lost_dp = lost_dp + lost_dout @ values.T + (size + lost_dout) @ operands.v.T
     d = (dout * o).sum(1, keepdims=True)
@@ -154,7 +155,7 @@ def _head(
     d = d - dlse[:, None]
     x = np.abs(dp - d)
     ds = weights * x
-    lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds + tiny) * one.allowed
+    lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds + tiny) * allowed
     if "dbias" in total:
         spread(one, total["dbias"], lost_ds + model.depth(spread_over(one)) * u * ds)
     if "dsink" in total and one.sink is not None:
@@ -168,7 +169,7 @@ def _head(
     lost_ds = lost_ds + u_p * ds
     scale, q, k = abs(float(plain.scale)), np.abs(one.q), np.abs(one.k)
     at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
-    seen = one.allowed.astype(np.float64)
+    seen = np.asarray(one.allowed).astype(np.float64)
     total["dq"][at] = scale * (lost_ds @ k + (model.depth(n) + tiles + 3) * u * (ds @ k) + tiny * (seen @ k)) + tiny * (
         seen @ k + n
     )

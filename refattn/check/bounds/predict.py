@@ -136,7 +136,8 @@ def _inputs(s: _Parts, total: Any) -> None:
     one, model, f, cu = s.one, s.model, s.losses.f, s.cu
     p, q, k = one.problem, one.q, one.k
     at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
-    cu_p, tiles, seen = C * model.loss(model.weights) ** 2, np.ceil(k.shape[0] / model.tile), one.allowed * 1.0
+    cu_p, tiles = C * model.loss(model.weights) ** 2, np.ceil(k.shape[0] / model.tile)
+    seen = np.asarray(one.allowed) * 1.0
     n, w2, slope, scale = one.allowed.sum(1, keepdims=True), s.weights**2, s.slope, float(one.plain().scale)
     ds = s.weights * s.x * slope
     own = slope**2 * w2 * (s.x * s.x * (s.var_p + 2 * cu) + s.var_dp) + cu_p * ds * ds
@@ -168,7 +169,7 @@ def _masks(s: _Parts, total: Any) -> None:
         score = score + max(s.tiny_w, tiny) * x * x + tiny
         score = score + cu * (model.depth(spread_over(one)) / 6 + 1) * w2 * x * x
         score = score + (s.weights.sum(1, keepdims=True) ** 2 * s.var_d / one.k.shape[0] if one_key else 0.0)
-        spread(one, total["dbias"], np.where(s.wild, np.nan, score if one_key else score * one.allowed))
+        spread(one, total["dbias"], np.where(s.wild, np.nan, score if one_key else score * np.asarray(one.allowed)))
     if "dsink" in total and one.sink is not None:
         lse = s.lse[:, 0]
         p_sink, d = np.exp(one.sink - lse), s.d[:, 0]

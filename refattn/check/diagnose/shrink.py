@@ -195,6 +195,7 @@ def program(kernel: str, problem: Problem, dout: Any = None) -> str:
     dout : array, optional
         The gradient arriving at out.
     """
+    problem = problem.written_out()
     parts = [f"{n}={_literal(x)}" for n, x in problem.arrays().items()]
     parts += [f"{n}={v!r}" for n, v in problem.settings().items()]
     more = "" if dout is None else f", gradients={_literal(dout)}"

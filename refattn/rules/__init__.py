@@ -1,0 +1,29 @@
+"""Masks as rules: exact integers that combine by & | ~ and are written out, block by block, only where asked for."""
+
+from .atoms import array, behind, blocks, causal, chunk, dilated, document, prefix, sinks, tree, window
+from .flex import block_mask, mask_mod, mask_mod_text
+from .rule import Rule
+from .spans import EMPTY, FULL, PARTIAL
+from .view import View
+
+__all__ = [
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "Rule",
+    "View",
+    "array",
+    "behind",
+    "block_mask",
+    "blocks",
+    "causal",
+    "chunk",
+    "dilated",
+    "document",
+    "mask_mod",
+    "mask_mod_text",
+    "prefix",
+    "sinks",
+    "tree",
+    "window",
+]

@@ -1,0 +1,169 @@
+"""Rules for FlexAttention: ``mask_mod`` as a function and as text, and its block masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .places import Places
+from .rule import Rule
+from .spans import FULL, PARTIAL
+
+__all__ = ["block_mask", "mask_mod", "mask_mod_text"]
+
+
+class _Tensors(Places):
+    """Places as tensors, tables on a device."""
+
+    def __init__(self, held: dict[int, Any], device: Any, *where: Any) -> None:
+        super().__init__(*where)
+        self._held, self._device = held, device
+
+    def table(self, name: str, x: NDArray[Any], at: tuple[Any, ...]) -> Any:
+        if id(x) not in self._held:
+            import torch
+
+            self._held[id(x)] = torch.as_tensor(np.ascontiguousarray(x), device=self._device)
+        return self._held[id(x)][at]
+
+    def clip(self, x: Any, least: int, most: int) -> Any:
+        return x.clamp(least, most)
+
+
+class _Text(Places):
+    """Places as names: every operation writes itself down."""
+
+    def __init__(self, n_q: int, n_k: int) -> None:
+        super().__init__(_Word("q_idx"), _Word("kv_idx"), _Word("b"), _Word("h"), n_q, n_k)
+        self.tables: dict[str, NDArray[Any]] = {}
+
+    def table(self, name: str, x: NDArray[Any], at: tuple[Any, ...]) -> Any:
+        known = next((n for n, y in self.tables.items() if y is x), None)
+        known = known or (name if name not in self.tables else f"{name}_{len(self.tables)}")
+        self.tables[known] = x
+        return _Word(f"{known}[{', '.join(_inside(i) for i in at)}]")
+
+    def clip(self, x: Any, least: int, most: int) -> Any:
+        return _Word(f"{x.text}.clamp({least}, {most})")
+
+
+class _Word:
+    """Text of an expression; one of two sides has brackets around it."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __invert__(self) -> _Word:
+        return _Word(f"(~{self.text})")
+
+
+def _inside(x: Any) -> str:
+    text = x.text if isinstance(x, _Word) else str(x)
+    return text[1:-1] if text.startswith("(") and text.endswith(")") and _closes(text) else text
+
+
+def _closes(text: str) -> bool:
+    """Tell whether a text's first bracket closes with its last."""
+    depth = 0
+    for c in text[:-1]:
+        depth += (c == "(") - (c == ")")
+        if depth == 0:
+            return False
+    return True
+
+
+def _operator(sign: str) -> Callable[[_Word, Any], _Word]:
+    def written(a: _Word, b: Any) -> _Word:
+        return _Word(f"({a.text} {sign} {b.text if isinstance(b, _Word) else b})")
+
+    return written
+
+
+for _name, _sign in {
+    "add": "+", "sub": "-", "floordiv": "//", "mod": "%", "le": "<=", "lt": "<", "ge": ">=", "gt": ">", "eq": "==",
+    "and": "&", "or": "|",
+}.items():  # fmt: skip
+    setattr(_Word, f"__{_name}__", _operator(_sign))
+
+
+def mask_mod(rule: Rule, n_q: int, n_k: int, device: Any = "cpu") -> Callable[[Any, Any, Any, Any], Any]:
+    """Return a rule as FlexAttention's ``mask_mod(b, h, q_idx, kv_idx)``, its tables as tensors of a device.
+
+    Raises
+    ------
+    InvalidInput
+        The rule does not fit so many queries and keys.
+    """
+    rule.check(rule.batches, rule.heads, n_q, n_k)
+    held: dict[int, Any] = {}
+    import torch
+
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    rule.at(_Tensors(held, device, zero, zero, zero, zero, n_q, n_k))  # tables are there before anything is traced
+
+    def rule_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return rule.at(_Tensors(held, device, q_idx, kv_idx, b, h, n_q, n_k))
+
+    return rule_mod
+
+
+def mask_mod_text(rule: Rule, n_q: int, n_k: int) -> tuple[str, dict[str, NDArray[Any]]]:
+    """Return the text of a rule's ``mask_mod``, and the tables that it names, which are to be tensors where it stands.
+
+    Raises
+    ------
+    InvalidInput
+        The rule does not fit so many queries and keys.
+    """
+    rule.check(rule.batches, rule.heads, n_q, n_k)
+    places = _Text(n_q, n_k)
+    return f"def mask_mod(b, h, q_idx, kv_idx):\n    return {_inside(rule.at(places))}\n", places.tables
+
+
+def block_mask(rule: Rule, n_q: int, n_k: int, block: int = 128, device: Any = "cpu") -> Any:
+    """Return a rule as FlexAttention's BlockMask, from its tiles: no pair of a full or an empty one is looked at.
+
+    Parameters
+    ----------
+    rule : Rule
+        Of one batch and head, or of as many as it is made for.
+    n_q, n_k : int
+        How many queries and keys the call has.
+    block : int
+        Queries and keys of a block.
+    device : str or torch.device
+        Where it lies.
+
+    Raises
+    ------
+    InvalidInput
+        The rule does not fit so many queries and keys.
+    """
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask
+
+    tiles = np.array(
+        [[rule.tiles(n_q, n_k, block, block, b, h) for h in range(rule.heads)] for b in range(rule.batches)]
+    )
+
+    # a block that reaches over an end is never full to FlexAttention
+    for last in (tiles[..., -1:, :] if n_q % block else tiles[:0], tiles[..., -1:] if n_k % block else tiles[:0]):
+        last[last == FULL] = PARTIAL
+
+    def listed(kind: int) -> tuple[Any, Any]:
+        here = tiles == kind
+        first = np.argsort(~here, axis=-1, kind="stable")
+        return tuple(torch.as_tensor(x.astype(np.int32), device=device) for x in (here.sum(-1), first))
+
+    return BlockMask.from_kv_blocks(
+        *listed(PARTIAL),
+        *listed(FULL),
+        BLOCK_SIZE=block,
+        mask_mod=mask_mod(rule, n_q, n_k, device),
+        seq_lengths=(n_q, n_k),
+    )
