@@ -13,13 +13,14 @@ import numpy as np
 from .arrays import KINDS, dtype_name, kind_of, native, to_kind, to_numpy, why_unusable
 from .dtypes import FORMATS
 from .errors import InvalidProblem
+from .gates import RECURRENT, check_shape
 
 __all__ = ["ALIGNMENTS", "MEANINGS", "VARIANT", "Problem", "check_offsets", "shown"]
 
 ALIGNMENTS = ("bottom_right", "top_left")
-TENSORS = ("query", "key", "value", "bias", "allowed", "sink", "weight", "state")
+TENSORS = ("query", "key", "value", "bias", "allowed", "sink", "weight", *RECURRENT)
 OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
-MEANINGS = ("causal", "window", "softcap", "sink", "bias", "allowed", "weight", "state")
+MEANINGS = ("causal", "window", "softcap", "sink", "bias", "allowed", "weight", *RECURRENT)
 """The options that mean something for some operators only."""
 VARIANT = "softmax"
 """The operator of a call that names none."""
@@ -65,6 +66,8 @@ class Problem:
         Of at least 0: how often each key counts. Its logarithm is added to the scores, exactly; 0 removes a key.
     state : (b, h_q, d_k, d_v) float array, optional
         The state that a recurrence starts from; None is 0.
+    alpha, beta : (b, h_q, n_k, 1 or d_k) and (b, h_q, n_k, 1) float arrays, optional
+        A recurrence's gates: what a token keeps of the state, 0 to 1 (None is 1), and how far it moves it, 0 to 2.
 
     Raises
     ------
@@ -92,6 +95,8 @@ class Problem:
     options: Mapping[str, Any] = field(default_factory=dict)
     weight: Any = None
     state: Any = None
+    alpha: Any = None
+    beta: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, Mapping) or any(not isinstance(n, str) for n in self.options):
@@ -302,7 +307,7 @@ class Problem:
 
     def _check_masks(self) -> None:
         full = (self.batch, self.heads, self.n_q, self.n_k)
-        for name in ("bias", "allowed", "sink", "weight", "state"):
+        for name in ("bias", "allowed", "sink", "weight", *RECURRENT):
             x = getattr(self, name)
             if x is None:
                 continue
@@ -321,13 +326,8 @@ class Problem:
                     raise InvalidProblem(
                         f"sink: got shape {tuple(x.shape)}, expected ({self.heads},), a logit for each head"
                     )
-            elif name == "state":
-                want = (self.batch, self.heads, self.d_k, self.d_v)
-                if tuple(x.shape) != want:
-                    raise InvalidProblem(
-                        f"state: got shape {tuple(x.shape)}, expected (b, h_q, d_k, d_v) = {want}, a matrix for each "
-                        "query head"
-                    )
+            elif name in RECURRENT:
+                check_shape(self, name, tuple(x.shape))
             elif len(x.shape) != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True)):
                 raise InvalidProblem(
                     f"{name}: got shape {tuple(x.shape)}, expected {full} or 1 in place of an axis; "

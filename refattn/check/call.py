@@ -91,7 +91,7 @@ def result_of(result: Any, problem: Problem) -> Result:
     return Result(_numpy(out), **rest)
 
 
-SOURCES = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}
+SOURCES = {"dq": "query", "dk": "key", "dv": "value"} | {f"d{n}": n for n in ("bias", "sink", "alpha", "beta")}
 """The input that each gradient belongs to."""
 
 

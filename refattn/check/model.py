@@ -64,11 +64,11 @@ FEATURES = frozenset(
     }
 )
 """What a call may ask of a kernel beyond plain attention: what a kernel is taken to have that does not say."""
-FURTHER = frozenset({"weight", "state"})
+FURTHER = frozenset({"weight", "state", "alpha", "beta"})
 """What a kernel has only where it says so."""
 
 
-GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink"})
+GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink", "dalpha", "dbeta"})
 """The gradients of a call, each of its input's shape and type."""
 
 

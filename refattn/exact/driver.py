@@ -46,7 +46,8 @@ class Answer:
         The call.
     values : dict
         Arrays by name: ``out`` (b, h_q, n_q, d_v), ``lse`` (b, h_q, n_q) where the operator has one; with gradients
-        ``dq``, ``dk``, ``dv`` and, where present, ``dbias`` and ``dsink``, of their inputs' shapes.
+        ``dq``, ``dk``, ``dv`` and, where present, ``dbias``, ``dsink``, ``dalpha`` and ``dbeta``, of their inputs'
+        shapes.
         Float64 nearest to the enclosure's middle, or correctly rounded numbers in the asked format.
     enclosures : dict
         An :class:`Enclosure` for each, with a proven radius for every element.
@@ -123,6 +124,16 @@ class Answer:
         """The gradient by sink."""
         return self.values.get("dsink")
 
+    @property
+    def dalpha(self) -> NDArray[Any] | None:
+        """The gradient by alpha, where the operator is a recurrence with that gate."""
+        return self.values.get("dalpha")
+
+    @property
+    def dbeta(self) -> NDArray[Any] | None:
+        """The gradient by beta."""
+        return self.values.get("dbeta")
+
     def radius(self, name: str = "out") -> NDArray[np.float64]:
         """Return the proven bound on ``|value - exact|`` for every element of an array."""
         e = self.enclosures[name]
@@ -156,7 +167,7 @@ def evaluate(
     lse_rounding : str, optional
         Another format for lse, which is often kept wider than out.
     gradients : (b, h_q, n_q, d_v) array, optional
-        The gradient arriving at out: asks for dq, dk, dv, dbias, dsink.
+        The gradient arriving at out: asks for dq, dk, dv, dbias, dsink, dalpha, dbeta.
     n_jobs : int, optional
         With `rounding`: processes for batches, heads and blocks of rows (by joblib, where it is installed), or threads
         where there is one part; None is this process, a thread for each core. The answer does not depend on it.
@@ -327,7 +338,7 @@ def _shape(problem: Problem, name: str) -> tuple[int, ...]:
         return (problem.batch, problem.heads, problem.d_k, problem.d_v)
     if name in ("out", "lse"):
         return problem.out_shape if name == "out" else problem.out_shape[:3]
-    source = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}[name]
+    source = {"dq": "query", "dk": "key", "dv": "value"}.get(name, name[1:])
     return tuple(getattr(problem, source).shape)
 
 

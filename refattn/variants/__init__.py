@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import InvalidInput
 from .block_sparse import BLOCK_SPARSE
+from .gated_delta import GATED_DELTA
 from .lightning import LIGHTNING
 from .linear import LINEAR
 from .moba import MOBA
@@ -31,6 +32,7 @@ VARIANTS: dict[str, Variant] = {
         POWER,
         SIGMOID,
         LIGHTNING,
+        GATED_DELTA,
         BLOCK_SPARSE,
         POWER_BLOCKS,
         NEIGHBORHOOD,

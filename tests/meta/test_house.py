@@ -15,7 +15,7 @@ import refattn
 
 ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
-BASE = {"errors", "dtypes", "arrays", "problem", "masks", "files", "modules", "version"}
+BASE = {"errors", "dtypes", "arrays", "gates", "problem", "masks", "files", "modules", "version"}
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
 EDGES = {
@@ -25,7 +25,8 @@ EDGES = {
     "modules": {"errors"},
     "dtypes": {"errors"},
     "arrays": {"errors", "dtypes"},
-    "problem": {"errors", "dtypes", "arrays"},
+    "gates": {"errors"},
+    "problem": {"errors", "dtypes", "arrays", "gates"},
     "masks": {"errors", "problem"},
     "files": BASE - {"files", "modules", "version"},
     "variants": BASE,

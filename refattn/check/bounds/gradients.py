@@ -89,7 +89,8 @@ def _taped(one: Head, model: Model, arriving: Float, limit: Float, total: Any, s
     """Add what one head loses by the tape of its definition."""
     at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
     found = head_gradients(one, model, arriving[at], arriving, limit)
-    total["dq"][at] = found["dq"][1]
+    for n in {"dq", "dalpha", "dbeta"} & set(total):
+        total[n][at] = found[n][1]
     for n in sums:
         sums[n][keys] += found[n][0]
         total[n][keys] += found[n][1]

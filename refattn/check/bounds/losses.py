@@ -21,7 +21,6 @@ The variances are those of independent roundings (docs/proofs/bounds.md).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -64,13 +63,10 @@ class Losses(Rules):
         """Take in the state that a recurrence starts from."""
         return self.leaf(np.asarray(x, np.float64), ("d", "v"))
 
-    def number(self, x: Any) -> float:
-        """Take in a number."""
-        return float(x)
-
-    def rsqrt(self, n: int) -> float:
-        """Return 1/sqrt(n)."""
-        return 1 / math.sqrt(n)
+    def gate(self, x: Any) -> Lossy:
+        """Take in a recurrence's gate: rows are keys."""
+        a = np.asarray(x, np.float64)
+        return self.leaf(a, ("1" if a.shape[0] == 1 else "k", "1" if a.shape[1] == 1 else "d"))
 
 
 class Lossy(Reflected):

@@ -39,6 +39,14 @@ class Rules:
         self.tiles = math.ceil(n_k / model.tile)
         self.floor, self.floor_weights = floor(inside, model), floor(inside_type(model.weights), model)
 
+    def number(self, x: Any) -> float:
+        """Take in a number."""
+        return float(x)
+
+    def rsqrt(self, n: int) -> float:
+        """Return 1/sqrt(n)."""
+        return 1 / math.sqrt(n)
+
     def times(self, n: Any) -> Any:
         """Return the largest relative error of n roundings one after another."""
         return np.expm1(np.asarray(n) * math.log1p(self.u))

@@ -60,6 +60,7 @@ class Unsupported(Exception):
 
 
 ARRAYS = ["query", "key", "value", "sink", "bias", "allowed", "cu_seqlens_q", "cu_seqlens_k", "weight", "state"]
+ARRAYS += ["alpha", "beta"]
 SETTINGS = ["scale", "causal", "window", "softcap", "variant", "options"]
 
 
