@@ -208,7 +208,13 @@ PAPERS = (
     Paper(
         "Transformers as Decision Makers",
         "arXiv 2310.08566",
-        ("functions.in_context", "functions.in_context_planning", "claim decisions-linucb", "claim decisions-regret"),
+        (
+            "operator relu",
+            "functions.in_context",
+            "functions.in_context_planning",
+            "claim decisions-linucb",
+            "claim decisions-regret",
+        ),
         ("functions/test_in_context.py", "functions/test_in_context_planning.py", "theory/test_bandits.py"),
         "",
         "pretraining and its generalisation",

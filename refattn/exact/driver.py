@@ -20,8 +20,10 @@ from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..problem import Problem
 from .arithmetics import Balls, Floats
 from .enclosure import Enclosure
+from .field import Field
 from .levels import Level
 from .lowering import lower
+from .matrix import UnsureSign
 from .parts import Part, fingerprint, parts, whole, work_through
 from .run import Raw, RowsByHead, Work, run
 from .state import State
@@ -204,7 +206,7 @@ def evaluate(
     if rounding is None:
         balls = Balls(bits)
         with balls.working():
-            raw = run(problem, balls, dout)
+            raw = _over_balls(Work(problem, dout), balls)
             enclosures = {n: Enclosure.of(x) for n, x in raw.items()}
         return Answer(problem, {n: e.mid for n, e in enclosures.items()}, enclosures, None, {}, raw)
     form, lse_form = format_of(rounding), format_of(lse_rounding or rounding)
@@ -233,7 +235,10 @@ def enclose(problem: Problem, level: int = 2, *, gradients: Any = None) -> Answe
         answer = enclose(lowered.problem, level, gradients=gradients)
         return replace(answer, problem=problem, core=answer.core or lowered.problem, margins=lowered.margins)
     dout = None if gradients is None else _arriving(problem, gradients)
-    raw = Work(problem, dout, os.cpu_count() or 1).run(Level(level), np.ones(problem.out_shape[:3], bool), None, {})
+    try:
+        raw = Work(problem, dout, os.cpu_count() or 1).run(Level(level), np.ones(problem.out_shape[:3], bool), None, {})
+    except UnsureSign:
+        return evaluate(problem, rounding="float64", gradients=gradients)
     enclosures = {n: _enclosed(x) for n, x in raw.items()}
     if any(np.isinf(e.radius).any() for e in enclosures.values()):
         return evaluate(problem, rounding="float64", gradients=gradients)
@@ -264,12 +269,19 @@ def _rounded(
     work = Work(problem, dout, threads)
     by_key, keys = work.by_keys, None
     first = (START if dout is None else START_BACK)[form.precision]
-    levels: list[Level | Balls] = [Level(level) for level in range(first, 4)]
-    for f in levels + [Balls(bits) for bits in LADDER]:
+    levels: list[Level | Balls] = [*(Level(level) for level in range(first, 4)), *(Balls(bits) for bits in LADDER)]
+    for f in levels:
         start = time.perf_counter()
         with f.working() if isinstance(f, Balls) else nullcontext():
             known: RowsByHead = {}
-            raw = work.run(f, need, keys, known)
+            try:
+                raw = (
+                    _over_balls(work, f, need, keys, known) if isinstance(f, Balls) else work.run(f, need, keys, known)
+                )
+            except UnsureSign:
+                if f is levels[-1]:
+                    raise
+                continue
             state.take(raw, need, keys, Enclosure.of if isinstance(f, Balls) else _enclosed)
             boundaries = decide_by_ends(raw, state) if isinstance(f, Balls) else {}
             if by_key and keys is None and isinstance(f, Level) and (few := _few_keys(state)) is not None:
@@ -288,6 +300,20 @@ def _rounded(
     typed = {n: from_float64(v, state.form(n).name) for n, v in state.values.items()}
     open_ = {n: int((~d).sum()) for n, d in state.decided.items()}
     return Answer(problem, typed, state.enclosures, form.name, open_, {}, state.stats, state.decided)
+
+
+def _over_balls(work: Work, f: Balls, *some: Any) -> Raw:
+    """Run a call over balls; signs of a gradient's relus that these leave open are looked up in a prime field."""
+    raw = work.run(f, *some)
+    if not f.doubts:
+        return raw
+    field, again = Field(work.p.d_k), Balls(f.bits)
+    try:
+        work.run(field, *some[:2])
+    except (UnsupportedProblem, ZeroDivisionError):
+        return raw
+    again.signs = field.signs
+    return work.run(again, *some[:2])
 
 
 def _in_parts(

@@ -13,6 +13,7 @@ from .nsa_selected import NSA_SELECTED
 from .option import Option
 from .power import POWER
 from .power_blocks import POWER_BLOCKS
+from .relu import RELU
 from .shapes import Choices, Lowered, Rows, Selected, Shape, Steps
 from .sigmoid import SIGMOID
 from .softmax import SOFTMAX
@@ -31,6 +32,7 @@ VARIANTS: dict[str, Variant] = {
         LINEAR,
         POWER,
         SIGMOID,
+        RELU,
         LIGHTNING,
         GATED_DELTA,
         BLOCK_SPARSE,

@@ -276,7 +276,8 @@ class Lossy(Reflected):
     def positive(self) -> Mask:
         """Tell where an element is above 0; what is kept there may be wrong where its error reaches 0."""
         above = np.asarray(self.a > 0)
-        self.f.unsure = above, np.broadcast_to(self.node.span, self.shape) >= np.abs(self.a)
+        span = np.broadcast_to(self.node.span, self.shape)
+        self.f.unsure = above, (span >= np.abs(self.a)) & (span > 0)
         return above
 
     def _function(

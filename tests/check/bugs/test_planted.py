@@ -5,6 +5,7 @@ import pytest
 
 from refattn import VARIANTS, Capabilities, check_kernel
 from refattn.check.bugs.planted import PLANTED, mistaken, plain, planted
+from refattn.check.model import FEATURES, FURTHER
 from refattn.check.runner import plan
 
 from ...conftest import SMALL
@@ -14,9 +15,14 @@ WRONG = [(v, b, "float32") for v in VARIANTS for b in VARIANTS[v].bugs]
 WRONG += [("softmax", b, "bfloat16") for b in VARIANTS["softmax"].bugs]
 
 
+def has(variant):
+    """Return what a kernel can do that leaves nothing of an operator out."""
+    return FEATURES | (FURTHER & VARIANTS[variant].uses)
+
+
 @pytest.mark.parametrize(("variant", "bug", "dtype"), WRONG)
 def test_a_planted_bug_is_caught(variant, bug, dtype):
-    able = Capabilities({dtype}, lse=variant == "softmax")
+    able = Capabilities({dtype}, features=has(variant), lse=variant == "softmax")
     checks = (i.run() for i in plan(planted(bug), variant, capabilities=able, dtypes=[dtype], only=SMALL))
     found = next((c for c in checks if c.verdict in ("failed", "edge")), None)
     assert found is not None, f"no check of {variant} fails"
@@ -32,7 +38,7 @@ def test_what_implementers_get_wrong_is_caught(variant, name, dtype):
     checks = plan(
         mistaken(variant, name),
         variant,
-        capabilities=Capabilities({dtype}),
+        capabilities=Capabilities({dtype}, features=has(variant)),
         dtypes=[dtype],
         budget="quick",
         only="gaussian/*",
