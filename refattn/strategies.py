@@ -21,6 +21,7 @@ from .check.inputs.values import RARE, VALUES, numbers
 from .check.model import FEATURES, FURTHER
 from .dtypes import FORMATS, Format, format_of, is_float
 from .errors import InvalidInput
+from .gates import RECURRENT
 from .masks import visible
 from .problem import ALIGNMENTS, MEANINGS, VARIANT, Problem
 from .variants import Variant, variant_of
@@ -159,8 +160,9 @@ def _problems(
             more[name] = np.array([0, *sorted(c[at] for c in cuts), end], np.int32)
     if "weight" in on:
         more["weight"] = np.exp(d.normal(*_broadcastable(draw, (b, h, n_q, n_k))))
-    if "state" in on:
-        more["state"] = d.normal(b, h, d_k, d_v)
+    if on & set(RECURRENT):
+        given = d.recurrent(b, h, n_k, d_k, d_v, channels="alpha" in on and draw(st.booleans()))
+        more |= {n: x for n, x in given.items() if n in on}
     if "sink" in on:
         size = draw(st.sampled_from((1.0, 100.0, -np.inf)))
         more["sink"] = size * (d.normal(h) if np.isfinite(size) else np.ones(h))

@@ -106,6 +106,22 @@ def test_a_zero_that_no_precision_shows_is_found_in_the_field(d):
             assert back[1] != 0
 
 
+def test_a_sign_that_nothing_decides_leaves_a_gradient_between_both():
+    """tanh has no image: whether q·k/6 - 1 is above 0 stays open, and its key's gradient may be all or nothing."""
+
+    def bent(q, k, v, o):
+        return (q @ k.T * o.scale + o.bias).tanh().relu().where(o.allowed) @ v, None
+
+    with under(replace(BIASED, name="bent", define=bent)):
+        q, v = np.ones((1, 1, 1, 36), np.float32), np.full((1, 1, 1, 1), 4, np.float32)
+        k = (np.arange(36) < 6).astype(np.float32).reshape(1, 1, 1, 36)
+        p = Problem(q, k, v, variant="bent", bias=np.array(-1, np.float32).reshape(1, 1, 1, 1))
+        e = evaluate(p, gradients=np.ones((1, 1, 1, 1), np.float32)).enclosures["dbias"]
+        # tanh's slope at 0 is 1: all is 4
+        assert e.mid.item() - e.radius.item() <= 0
+        assert e.mid.item() + e.radius.item() >= 4
+
+
 def test_signs_in_the_field_are_those_of_surds():
     f = Field(6)
     a, b = (np.array(x, float) for x in ([[1, -1, 1, 0, 2, -2]], [[-2, 3, -3, 0, -5, 5]]))

@@ -120,12 +120,15 @@ class Lossy(Reflected):
         axes = (a.axes[0], b.axes[1])
         marks = a.marks & b.marks & {"positive"} | ({"raw"} if over_features else set())
         found = Node(y, axes, err + meet, var, Left(a, b.a), Right(b, a.a), marks=marks)
-        found.relative = relative
-        found.seen = a.seen if b.axes[1] == "k" else None
+        found.relative, found.seen = relative, a.seen if b.axes[1] == "k" else None
         if not over_features:  # weights and their gradients are rounded to their type before they are multiplied
             seen = np.ones(a.a.shape) if a.seen is None else a.seen
             tiny, reached = f.floor_weights, seen @ (np.abs(b.a) + b.span)
-            found.span = found.span + (f.u_weights * size if f.u_weights else 0.0) + tiny * reached
+            rounded = (f.u_weights * size if f.u_weights else 0.0) + tiny * reached
+            found.span = found.span + rounded
+            if axes[0] != "q":  # nothing takes it on later, as what `cast` says is
+                found.err = found.err + rounded
+                found.var = found.var + C * f.u_weights**2 * squares + tiny**2 / 3 * (seen @ (b.a * b.a))
         if b.axes == ("k", "v") and axes[0] == "q":
             f.weights = self
             tiny_sum = (steps + tiles + 3) * f.floor

@@ -17,8 +17,8 @@ __all__ = ["SCORES", "Rules", "floor", "in_logarithm", "logistic", "moves", "slo
 Float = NDArray[np.float64]
 PLACES = 8
 """Where partial sums are looked at."""
-SCORES = (("q", "k"), ("q", "q"))
-"""Axes of scores of keys, and of candidates, whose axis has the label of rows that are made from keys."""
+SCORES = (("q", "k"), ("q", "q"), ("k", "k"))
+"""Axes of scores of keys, of candidates, whose axis has the label of rows that are made from keys, and between keys."""
 
 
 def floor(form: Format, model: Model) -> float:
