@@ -160,10 +160,10 @@ PAPERS = (
     Paper(
         "Titans",
         "arXiv 2501.00663",
-        ("operator titans_mac",),
-        ("variants/test_shapes.py", "peers/test_titans.py"),
-        "titans-pytorch 0.5.5",
-        "the memory that learns while it reads is not built yet",
+        ("operator titans_mac", "functions.memory"),
+        ("variants/test_shapes.py", "peers/test_titans.py", "functions/test_memory.py"),
+        "titans-pytorch 0.5.5, its mask",
+        "the norms and the residual inside its release's memory; " + TRAINING,
     ),
     Paper(
         "LargeGT",
@@ -208,7 +208,13 @@ PAPERS = (
     Paper(
         "Transformers as Decision Makers",
         "arXiv 2310.08566",
-        ("functions.in_context", "functions.in_context_planning", "claim decisions-linucb", "claim decisions-regret"),
+        (
+            "operator relu",
+            "functions.in_context",
+            "functions.in_context_planning",
+            "claim decisions-linucb",
+            "claim decisions-regret",
+        ),
         ("functions/test_in_context.py", "functions/test_in_context_planning.py", "theory/test_bandits.py"),
         "",
         "pretraining and its generalisation",

@@ -12,6 +12,7 @@ import numpy as np
 
 from .arrays import dtype_name, kind_of, native, to_kind, to_numpy
 from .errors import InvalidProblem
+from .gates import RECURRENT
 from .rules import Rule
 from .validation import (
     LENGTHS,
@@ -28,7 +29,7 @@ from .validation import (
 
 __all__ = ["MEANINGS", "VARIANT", "Problem"]
 
-TENSORS = ("query", "key", "value", "bias", "allowed", "sink", "weight", "state")
+TENSORS = ("query", "key", "value", "bias", "allowed", "sink", "weight", *RECURRENT)
 MEANINGS = (
     "causal",
     "window",
@@ -37,7 +38,7 @@ MEANINGS = (
     "bias",
     "allowed",
     "weight",
-    "state",
+    *RECURRENT,
     "lengths_q",
     "lengths_k",
     "offset",
@@ -108,6 +109,8 @@ class Problem:
         What out's elements are to be multiplied with: out holds the output divided by it.
     out_dtype : str, optional
         The format of out; None is query's.
+    alpha, beta : (b, h_q, n_k, 1 or d_k) and (b, h_q, n_k, 1) float arrays, optional
+        A recurrence's gates: what a token keeps of the state, 0 to 1 (None is 1), and how far it moves it, 0 to 2.
 
     Raises
     ------
@@ -144,6 +147,8 @@ class Problem:
     value_scale: Any = None
     out_scale: Any = None
     out_dtype: str | None = None
+    alpha: Any = None
+    beta: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, Mapping) or any(not isinstance(n, str) for n in self.options):

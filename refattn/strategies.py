@@ -22,6 +22,7 @@ from .check.model import FEATURES, FURTHER
 from .drawn_options import FURTHER_ON, NEEDS, TYPES, lengths, typed
 from .dtypes import FORMATS, Format, format_of, is_float
 from .errors import InvalidInput
+from .gates import RECURRENT
 from .masks import visible
 from .problem import MEANINGS, VARIANT, Problem
 from .validation import ALIGNMENTS
@@ -167,8 +168,9 @@ def _problems(
     more |= lengths(draw, on, more, (b, n_q, n_k))
     if "weight" in on:
         more["weight"] = np.exp(d.normal(*_broadcastable(draw, (b, h, n_q, n_k))))
-    if "state" in on:
-        more["state"] = d.normal(b, h, d_k, d_v)
+    if on & set(RECURRENT):
+        given = d.recurrent(b, h, n_k, d_k, d_v, channels="alpha" in on and draw(st.booleans()))
+        more |= {n: x for n, x in given.items() if n in on}
     if "sink" in on:
         size = draw(st.sampled_from((1.0, 100.0, -np.inf)))
         more["sink"] = size * (d.normal(h) if np.isfinite(size) else np.ones(h))

@@ -10,6 +10,7 @@ import numpy as np
 from .arrays import KINDS, dtype_name, kind_of, to_numpy, why_unusable
 from .dtypes import ELEMENTS, FORMATS, HELD
 from .errors import InvalidInput, InvalidProblem
+from .gates import RECURRENT, check_shape
 from .rules import Rule
 
 __all__ = [
@@ -126,7 +127,7 @@ def check_options(p: Any) -> None:
 def check_masks(p: Any) -> None:
     """Refuse masks and other arrays that do not fit the tensors."""
     full = (p.batch, p.heads, p.n_q, p.n_k)
-    for name in ("bias", "allowed", "sink", "weight", "state"):
+    for name in ("bias", "allowed", "sink", "weight", *RECURRENT):
         x = getattr(p, name)
         if x is None:
             continue
@@ -146,13 +147,8 @@ def check_masks(p: Any) -> None:
         if name == "sink":
             if tuple(x.shape) != (p.heads,):
                 raise InvalidProblem(f"sink: got shape {tuple(x.shape)}, expected ({p.heads},), a logit for each head")
-        elif name == "state":
-            want = (p.batch, p.heads, p.d_k, p.d_v)
-            if tuple(x.shape) != want:
-                raise InvalidProblem(
-                    f"state: got shape {tuple(x.shape)}, expected (b, h_q, d_k, d_v) = {want}, a matrix for each "
-                    "query head"
-                )
+        elif name in RECURRENT:
+            check_shape(p, name, tuple(x.shape))
         elif len(x.shape) != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True)):
             raise InvalidProblem(
                 f"{name}: got shape {tuple(x.shape)}, expected {full} or 1 in place of an axis; add axes of length 1"

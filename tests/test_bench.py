@@ -52,3 +52,33 @@ def test_the_plot_of_the_gpu_figures_shows_every_kernel(tmp_path):
     text = target.read_text()
     for label in ("refattn, fast", "cuDNN", "PyTorch flash", "Triton", "d = 256, causal", "NVIDIA H100"):
         assert label in text
+
+
+def test_a_states_drift_is_held_to_its_bound():
+    """300 tokens: within the bound, and a state that forgets a token is not; the float64 one is in its enclosure."""
+    m = bench.load("recurrence")
+    for rule in m.RULES:
+        found = m.drift(rule, (0.1, 0.0), 300)
+        for kind in m.TYPES:
+            assert (found.error[kind] > 0).all()
+            assert (found.error[kind] <= found.bound[kind]).all()
+        k, v, beta = (x[-1].astype(float) for x in m.tokens(300))
+        moved = m.stepped(rule, found.state, 1.0, k, v, beta, float) - found.state
+        off = abs(moved).max((1, 2)) / abs(found.state).max((1, 2)) / 2.0**-24
+        assert (off > found.bound["float32"]).all()
+    linear = m.drift("linear", (0.1,), 300, ("float32",))
+    mid, radius = m.enclosed(0.1, 300)
+    # 300 steps round a decay, a product and a sum each, of numbers no larger than the sum of all sizes
+    k, v, _ = m.tokens(300)
+    assert (abs(linear.state[0] - mid) <= radius + 900 * 2.0**-53 * (abs(k).T.astype(float) @ abs(v))).all()
+
+
+def test_the_plot_of_a_states_drift_shows_every_type(tmp_path):
+    pytest.importorskip("matplotlib")
+    root = Path(__file__).parents[1] / "benchmarks"
+    target = tmp_path / "drift.svg"
+    source = root / "results" / "recurrence-cpu.json"
+    subprocess.run([sys.executable, root / "_plot_recurrence.py", source, target], check=True)
+    text = target.read_text()
+    for label in ("float32", "bfloat16", "float16", "the delta rule with gates", "0.0001"):
+        assert label in text

@@ -193,6 +193,8 @@ def test_features_are_those_that_capabilities_know():
         np.array([0, 5]),
         weight=ones(1, 1, 1, 5),
         state=ones(1, 2, 4, 6),
+        alpha=ones(1, 2, 5, 4),
+        beta=ones(1, 2, 5, 1),
     )
     rest = Problem(*(ones(1, 1, 0, 4) for _ in range(3)), causal="top_left")
     one = np.array([2])

@@ -113,7 +113,7 @@ def _used(problem: Problem, found: dict[str, NDArray[Any]]) -> dict[str, NDArray
     return kept
 
 
-SOURCES = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}
+SOURCES = {"dq": "query", "dk": "key", "dv": "value"} | {f"d{n}": n for n in ("bias", "sink", "alpha", "beta")}
 """The input that each gradient belongs to."""
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import Format, format_of
-from ..exact.driver import Answer
+from ..exact.answer import Answer
 from ..masks import visible
 from .bounds.expected import Expected
 from .diagnose.keytiles import weights_off

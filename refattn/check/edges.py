@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import format_of
-from ..exact.driver import Answer
+from ..exact.answer import Answer
 from ..problem import Problem
 
 __all__ = ["edges_of"]

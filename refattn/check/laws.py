@@ -133,7 +133,7 @@ def _split_and_merge(ask: Trial, p: Problem) -> Worst:
 
 
 def _batch_independence(ask: Trial, p: Problem) -> Worst:
-    other = p.replace(**{n: np.concatenate([x[:1], x[1:][::-1] * x.dtype.type(2)]) for n, x in p.arrays().items()})
+    other = p.replace(**{n: np.concatenate([x[:1], x[1:][::-1] * x.dtype.type(0.5)]) for n, x in p.arrays().items()})
     # one scale for a whole tensor is made from every batch
     limit = (ask.allowed(p)["out"] + ask.allowed(other)["out"])[:1] if ask.model.scales == "tensor" else 0.0
     return agree(ask.out(p)[:1], ask.out(other)[:1], limit, "what another batch holds changes the output")

@@ -65,14 +65,14 @@ FEATURES = frozenset(
 )
 """What a call may ask of a kernel beyond plain attention: what a kernel is taken to have that does not say."""
 FURTHER = frozenset(
-    {"weight", "state", "lengths_q", "lengths_k", "offset", "alignment", "negative_window", "d_k_zero"}
+    {"weight", "state", "alpha", "beta", "lengths_q", "lengths_k", "offset", "alignment", "negative_window", "d_k_zero"}
     | {"types_differ", "out_dtype", "out_scale"}
     | {"scales", "scales_by_head", "scales_by_token", "scales_by_channel", "scales_by_block"}
 )
 """What a kernel has only where it says so."""
 
 
-GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink"})
+GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink", "dalpha", "dbeta"})
 """The gradients of a call, each of its input's shape and type."""
 
 

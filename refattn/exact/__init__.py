@@ -1,6 +1,7 @@
 """How a definition is evaluated with proof: arithmetics, rounding, gradients."""
 
-from .driver import Answer, evaluate, reference
+from .answer import Answer
+from .driver import evaluate, reference
 from .enclosure import Enclosure
 from .functions import linear_attention, power_attention, sigmoid_attention, softmax_attention
 

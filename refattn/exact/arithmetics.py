@@ -201,6 +201,8 @@ class Balls(_Objects):
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
+        self.signs: list[Mask] = []  # what a prime field says of signs, in the order in which they are asked for
+        self.doubts = False  # whether one was not certain, so that a gradient is wider than its precision makes it
         self.name = f"Arb at {bits} bits"
         arb = flint.arb
         self.functions = {
@@ -242,6 +244,10 @@ class Balls(_Objects):
     def larger(self, x: Any, y: Any) -> Any:
         """Return a ball around the maximum."""
         return x.max(y)
+
+    def between(self, x: Any) -> Any:
+        """Return a ball around all numbers between 0 and x."""
+        return x * flint.arb(0.5, 0.5)
 
 
 def _tanh(x: Any) -> Any:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,123 +20,25 @@ from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..masks import unused
 from ..problem import Problem
 from ..variants import variant_of
+from .answer import Answer
 from .arithmetics import Balls, Floats
 from .enclosure import Enclosure
+from .field import Field
 from .levels import Level
 from .lowering import lower
+from .matrix import UnsureSign
 from .parts import Part, fingerprint, parts, whole, work_through
 from .run import Raw, RowsByHead, Work, run
 from .state import State
 from .ties import decide_by_ends, exact_lse, exact_ties
 
-__all__ = ["Answer", "enclose", "evaluate", "reference"]
+__all__ = ["enclose", "evaluate", "reference"]
 
 START = {53: 2, 24: 1, 11: 0, 8: 0, 4: 0, 3: 0}  # the first level by the precision of the result
 START_BACK = START | {53: 3}  # what a level leaves open of dk and dv costs a forward pass of the next
 LADDER = tuple(128 * 2**i for i in range(12))  # 128 ... 262144 bits
 FEW_KEYS = 1 / 16  # of all: so many go on alone with what the rows know
 EXACT_FROM = 256  # what these bits leave open is tested for being exact
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a definition gives.
-
-    Attributes
-    ----------
-    problem : Problem
-        The call.
-    values : dict
-        Arrays by name: ``out`` (b, h_q, n_q, d_v), ``lse`` (b, h_q, n_q) where the operator has one; with gradients
-        ``dq``, ``dk``, ``dv`` and, where present, ``dbias`` and ``dsink``, of their inputs' shapes.
-        Float64 nearest to the enclosure's middle, or correctly rounded numbers in the asked format.
-    enclosures : dict
-        An :class:`Enclosure` for each, with a proven radius for every element.
-    rounding : str or None
-        The format that the values are correctly rounded to.
-    undecided : dict
-        How many elements of each could not be decided; their enclosure still holds.
-    balls : dict
-        The Arb balls themselves (object arrays), where `rounding` is None.
-    stats : dict
-        By level, how many elements it decided and the seconds it took.
-    decided : dict
-        Which elements are decided, by array (empty where all parts are put together again).
-    core : Problem or None
-        The call that the operator is another way of writing: masks and weights written out, choices made.
-    margins : (b, h_q, n_q) array or None
-        Where keys are chosen by scores: how far the last chosen score lies above the first that was not; 0 for a tie,
-        inf where there was nothing to choose.
-    """
-
-    problem: Problem
-    values: dict[str, NDArray[Any]]
-    enclosures: dict[str, Enclosure]
-    rounding: str | None
-    undecided: dict[str, int]
-    balls: Raw
-    stats: dict[str, dict[str, float]] = field(default_factory=dict)
-    decided: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
-    core: Problem | None = None
-    margins: NDArray[np.float64] | None = None
-
-    def __repr__(self) -> str:
-        to = "" if self.rounding is None else f", correctly rounded to {self.rounding}"
-        parts = [f"{n} {tuple(x.shape)}" for n, x in self.values.items()]
-        left = sum(self.undecided.values())
-        known = f", {left} undecided" if left else ""
-        widest = max((float(e.radius.max(initial=0.0)) for e in self.enclosures.values()), default=0.0)
-        return f"Answer({', '.join(parts)}{to}, radius at most {widest:.1g}{known})"
-
-    @property
-    def call(self) -> Problem:
-        """The call that was evaluated: `core` where there is one, else `problem`."""
-        return self.core or self.problem
-
-    @property
-    def state(self) -> NDArray[Any] | None:
-        """The state after the last token, (b, h_q, d_k, d_v), where the operator is a recurrence."""
-        return self.values.get("state")
-
-    @property
-    def out(self) -> NDArray[Any]:
-        """The output, (b, h_q, n_q, d_v)."""
-        return self.values["out"]
-
-    @property
-    def lse(self) -> NDArray[Any] | None:
-        """The log-sum-exp, (b, h_q, n_q), natural log; None where the operator has none."""
-        return self.values.get("lse")
-
-    @property
-    def dq(self) -> NDArray[Any] | None:
-        """The gradient by query."""
-        return self.values.get("dq")
-
-    @property
-    def dk(self) -> NDArray[Any] | None:
-        """The gradient by key, summed over the query heads of a group."""
-        return self.values.get("dk")
-
-    @property
-    def dv(self) -> NDArray[Any] | None:
-        """The gradient by value, summed over the query heads of a group."""
-        return self.values.get("dv")
-
-    @property
-    def dbias(self) -> NDArray[Any] | None:
-        """The gradient by bias, summed over the axes along which bias was spread."""
-        return self.values.get("dbias")
-
-    @property
-    def dsink(self) -> NDArray[Any] | None:
-        """The gradient by sink."""
-        return self.values.get("dsink")
-
-    def radius(self, name: str = "out") -> NDArray[np.float64]:
-        """Return the proven bound on ``|value - exact|`` for every element of an array."""
-        e = self.enclosures[name]
-        return e.error(to_float64(self.values[name]))
 
 
 def evaluate(
@@ -167,7 +69,7 @@ def evaluate(
     lse_rounding : str, optional
         Another format for lse, which is often kept wider than out.
     gradients : (b, h_q, n_q, d_v) array, optional
-        The gradient arriving at out: asks for dq, dk, dv, dbias, dsink.
+        The gradient arriving at out: asks for dq, dk, dv, dbias, dsink, dalpha, dbeta.
     dlse : (b, h_q, n_q) array, optional
         The gradient arriving at lse, beside the one at out (or alone): the score of key j gets p_ij dlse_i more. A row
         without keys passes nothing on, but to its sink.
@@ -207,7 +109,7 @@ def evaluate(
     if rounding is None:
         balls = Balls(bits)
         with balls.working():
-            raw = run(problem, balls, dout, dlse=at_lse)
+            raw = _over_balls(Work(problem, dout, dlse=at_lse), balls)
             enclosures = {n: Enclosure.of(x) for n, x in raw.items()}
         return Answer(problem, {n: e.mid for n, e in enclosures.items()}, enclosures, None, {}, raw)
     form, lse_form = format_of(rounding), format_of(lse_rounding or rounding)
@@ -237,7 +139,10 @@ def enclose(problem: Problem, level: int = 2, *, gradients: Any = None) -> Answe
         answer = enclose(lowered.problem, level, gradients=gradients)
         return replace(answer, problem=problem, core=answer.core or lowered.problem, margins=lowered.margins)
     dout = None if gradients is None else _arriving(problem, gradients)
-    raw = Work(problem, dout, os.cpu_count() or 1).run(Level(level), np.ones(problem.out_shape[:3], bool), None, {})
+    try:
+        raw = Work(problem, dout, os.cpu_count() or 1).run(Level(level), np.ones(problem.out_shape[:3], bool), None, {})
+    except UnsureSign:
+        return evaluate(problem, rounding="float64", gradients=gradients)
     enclosures = {n: _enclosed(x) for n, x in raw.items()}
     if any(np.isinf(e.radius).any() for e in enclosures.values()):
         return evaluate(problem, rounding="float64", gradients=gradients)
@@ -288,12 +193,19 @@ def _rounded(
     work = Work(problem, dout, threads, dlse)
     by_key, keys = work.by_keys, None
     first = (START if dout is None else START_BACK)[form.precision]
-    levels: list[Level | Balls] = [Level(level) for level in range(first, 4)]
-    for f in levels + [Balls(bits) for bits in LADDER]:
+    levels: list[Level | Balls] = [*(Level(level) for level in range(first, 4)), *(Balls(bits) for bits in LADDER)]
+    for f in levels:
         start = time.perf_counter()
         with f.working() if isinstance(f, Balls) else nullcontext():
             known: RowsByHead = {}
-            raw = work.run(f, need, keys, known)
+            try:
+                raw = (
+                    _over_balls(work, f, need, keys, known) if isinstance(f, Balls) else work.run(f, need, keys, known)
+                )
+            except UnsureSign:
+                if f is levels[-1]:
+                    raise
+                continue
             state.take(raw, need, keys, Enclosure.of if isinstance(f, Balls) else _enclosed)
             boundaries = decide_by_ends(raw, state) if isinstance(f, Balls) else {}
             if by_key and keys is None and isinstance(f, Level) and (few := _few_keys(state)) is not None:
@@ -312,6 +224,20 @@ def _rounded(
     typed = {n: from_float64(v, state.form(n).name) for n, v in state.values.items()}
     open_ = {n: int((~d).sum()) for n, d in state.decided.items()}
     return Answer(problem, typed, state.enclosures, form.name, open_, {}, state.stats, state.decided)
+
+
+def _over_balls(work: Work, f: Balls, *some: Any) -> Raw:
+    """Run a call over balls; signs of a gradient's relus that these leave open are looked up in a prime field."""
+    raw = work.run(f, *some)
+    if not f.doubts:
+        return raw
+    field, again = Field(work.p.d_k), Balls(f.bits)
+    try:
+        work.run(field, *some[:2])
+    except (UnsupportedProblem, ZeroDivisionError):
+        return raw
+    again.signs = field.signs
+    return work.run(again, *some[:2])
 
 
 def _in_parts(
@@ -362,7 +288,7 @@ def _shape(problem: Problem, name: str) -> tuple[int, ...]:
         return (problem.batch, problem.heads, problem.d_k, problem.d_v)
     if name in ("out", "lse"):
         return problem.out_shape if name == "out" else problem.out_shape[:3]
-    source = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}[name]
+    source = {"dq": "query", "dk": "key", "dv": "value"}.get(name, name[1:])
     return tuple(getattr(problem, source).shape)
 
 

@@ -63,6 +63,7 @@ class Field:
             )
         self.root = pow(self.d, (self.p + 1) // 4, self.p)
         self.x, self.y = self._random("x"), self._random("y")
+        self.signs: list[Mask] = []  # what relus were told, in order
 
     def _random(self, label: str) -> int:
         digest = b"".join(hashlib.sha512(f"{label} {i}".encode()).digest() for i in range(2))
@@ -184,10 +185,16 @@ class FieldMatrix(Reflected):
         return self.f.number(x)
 
     def positive(self) -> Mask:
-        """Tell where an element is above 0; it must be rational."""
-        if self.exact is None or self.exact[0].any():
+        """Tell where an element is above 0; it must be in Q(√D)."""
+        if self.exact is None:
             raise UnsupportedProblem("exactness: the sign of this number is not known in the field")
-        return np.asarray(self.exact[1] > 0).astype(bool)
+        pairs = zip(self.exact[0].ravel(), self.exact[1].ravel(), strict=True)
+        return np.array([_positive(a, b, self.f.d) for a, b in pairs], bool).reshape(self.shape)
+
+    def gated(self, g: FieldMatrix) -> FieldMatrix:
+        """Return `g` where this is above 0, and 0 elsewhere; the field notes which."""
+        self.f.signs.append(self.positive())
+        return g.where(self.f.signs[-1])
 
     def exp(self, where: Mask | None = None) -> FieldMatrix:
         """Exponential: x^A · y^B, or the stand-in of a transcendental argument."""
@@ -244,6 +251,14 @@ class FieldMatrix(Reflected):
     def is_zero(self) -> Mask:
         """Tell where the image is zero."""
         return np.asarray(self.image == 0).astype(bool)
+
+
+def _positive(a: Any, b: Any, d: int) -> bool:
+    """Tell whether a·√d + b is above 0, by squares."""
+    if a == 0 or b == 0 or (a > 0) == (b > 0):
+        return bool(a + b > 0)
+    larger = a if a * a * d > b * b else b  # never equal: d is no square, or 1 and then a is 0
+    return bool(larger > 0)
 
 
 def _divide(x: Surd, y: Surd, d: int) -> Surd:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from ..arrays import to_float64, to_numpy
 from ..errors import InvalidProblem, UnsupportedProblem
+from ..gates import GATES, finite_state, gate
 from ..masks import block, diagonal, distance, visible
 from ..problem import Problem
 from ..variants import Rows, variant_of
 from .matrix import Matrix
 
-__all__ = ["Given", "Head", "heads", "matrix_of", "numbers_of", "rows_of"]
+__all__ = ["Given", "Head", "gate_of", "heads", "matrix_of", "numbers_of", "rows_of"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -58,6 +59,11 @@ def rows_of(one: Head) -> Rows:
     return variant.rows
 
 
+def gate_of(f: Any, x: Float) -> Any:
+    """Take a gate into an arithmetic: some arithmetics tell its rows, which are tokens, from rows of queries."""
+    return f.gate(x) if hasattr(f, "gate") else matrix_of(f, x)
+
+
 def numbers_of(m: Any) -> NDArray[Any]:
     """Return a matrix's numbers as an array; those of a level stand along a last axis as h, l, r."""
     if hasattr(m, "h"):
@@ -87,6 +93,8 @@ class Head:
         How often each key counts.
     state : (d_k, d_v) or None
         What a recurrence starts from.
+    gates : dict
+        Its gates by name, (n_k, 1 or d_k) each, those that the call has.
     live : (n_q,) bool
         Rows that the definition must be asked for: they see a key and nothing non-finite decides them.
     spoilt : (n_q,) bool
@@ -112,6 +120,7 @@ class Head:
     values: Float
     weight: Float | None = None
     state: Float | None = None
+    gates: dict[str, Float] = field(default_factory=dict)
 
     @property
     def out_scale(self) -> float | None:
@@ -150,6 +159,7 @@ class Head:
         def state() -> Any:
             return wrap(f.state(self.state)) if hasattr(f, "state") else column(self.state)
 
+        gates = {n: wrap(gate_of(f, self.gates[n])) if n in self.gates else None for n in GATES}
         made = Given(
             {
                 "allowed": lambda: self.allowed[rows],
@@ -166,9 +176,20 @@ class Head:
             sink=None if self.sink is None else column([[self.sink]]),
             weight=None if self.weight is None else column(self.weight[rows]),
             state=None if self.state is None else state(),
-            **own,
+            **(gates | own),
         )
         return made
+
+    def tokens(self, f: Any) -> list[tuple[list[Any], dict[str, Any]]]:
+        """Return by token its query, key and value in an arithmetic, (1, d) each, and the gates that it has."""
+        cuts = [slice(t, t + 1) for t in range(len(self.q))]
+        return [
+            (
+                [matrix_of(f, x[at]) for x in (self.q, self.k, self.v)],
+                {n: gate_of(f, x[at]) for n, x in self.gates.items()},
+            )
+            for at in cuts
+        ]
 
     def plain(self, rows: Any = slice(None)) -> SimpleNamespace:
         """Return the options as float64 NumPy arrays and numbers."""
@@ -194,6 +215,7 @@ def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
     sink = None if p.sink is None else to_float64(p.sink)
     if p.d_k == 0:  # one column of zeros gives the same products
         q, k = (np.zeros((*x.shape[:3], 1)) for x in (q, k))
+    gates = {n: gate(n, to_float64(x)) for n in GATES if (x := getattr(p, n)) is not None}
     group = p.heads // p.heads_kv
     for b in range(p.batch):
         for h in range(p.heads):
@@ -210,7 +232,7 @@ def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
                     bias = np.where(np.isfinite(bias), bias, 0.0)
                 if s is not None and not np.isfinite(s):
                     s = None
-                state = None if p.state is None else _state(to_float64(p.state[b, h]))
+                state = None if p.state is None else finite_state(to_float64(p.state[b, h]))
                 yield Head(
                     p,
                     b,
@@ -229,13 +251,8 @@ def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
                     parts[2],
                     weight,
                     state,
+                    {n: x[b, h, keys] for n, x in gates.items()},
                 )
-
-
-def _state(x: Float) -> Float:
-    if not np.isfinite(x).all():
-        raise InvalidProblem("state: has NaN or inf; a recurrence starts from numbers")
-    return x
 
 
 def _weights(x: Float) -> Float:

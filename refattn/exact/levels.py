@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from . import elementwise
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, constant, exp2, two_prod, two_sum
-from .matrix import Reflected
+from .matrix import Reflected, UnsureSign
 from .precision import precision
 
 __all__ = ["ETA", "UP", "Bounded", "Level"]
@@ -136,8 +136,18 @@ class Bounded(Reflected):
     def positive(self) -> Mask:
         """Tell where an element is above 0; its sign must be certain."""
         if not ((np.abs(self.h) > np.abs(self.l) + self.r) | (self.r == 0)).all():
-            raise ArithmeticError("the sign of an enclosure is not certain")
+            raise UnsureSign(f"definition: the sign of a number is not certain in {self.f.name}")
         return self.h > 0
+
+    def gated(self, g: Bounded) -> Bounded:
+        """Return `g` where this is above 0 and 0 elsewhere; between the two where the sign is not certain."""
+        far = np.abs(self.h) > np.abs(self.l) + self.r
+        exact = (self.h == 0) & (self.l == 0) & (self.r == 0)
+        h, low, r = (np.broadcast_to(x, far.shape) for x in (g.h, g.l, g.r))
+        keep = np.where(far, self.h > 0, np.where(exact, 0.0, 0.5))
+        # halving is exact but for underflow
+        wide = np.where(far | exact, 0.0, 0.5 * (np.abs(h) + np.abs(low)) * UP + ETA)
+        return Bounded(self.f, h * keep, low * keep, np.where(keep == 0, 0.0, r) + wide)
 
     # sums and products of elements -------------------------------------------------------------------------------
 

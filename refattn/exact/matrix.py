@@ -7,10 +7,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Arithmetic", "Matrix", "Reflected"]
+from ..errors import UnsupportedProblem
+
+__all__ = ["Arithmetic", "Matrix", "Reflected", "UnsureSign"]
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
+
+
+class UnsureSign(UnsupportedProblem, ArithmeticError):
+    """A definition asks for a sign that numbers of this precision do not have; more bits may have it."""
 
 
 class Arithmetic(Protocol):
@@ -63,6 +69,10 @@ class Reflected:
 
     def __rtruediv__(self, o: Any) -> Any:
         return (self.zeros() + o) / self  # type: ignore[attr-defined]
+
+    def gated(self, g: Any) -> Any:
+        """Return `g` where this is above 0, and 0 elsewhere: what relu takes back."""
+        return g.where(self.positive())  # type: ignore[attr-defined]
 
 
 class Matrix(Reflected):
@@ -120,8 +130,33 @@ class Matrix(Reflected):
         return self.where(np.zeros(self.a.shape, bool))
 
     def positive(self) -> Mask:
-        """Tell where an element is certainly above 0."""
-        return np.asarray(self.a > 0).astype(bool)
+        """Tell where an element is above 0; its sign must be certain."""
+        above, unsure = self._above()
+        if unsure.any():
+            raise UnsureSign(f"definition: the sign of {int(unsure.sum())} numbers is not certain in {self.f.name}")
+        return above
+
+    def gated(self, g: Matrix) -> Matrix:
+        """Return `g` where this is above 0 and 0 elsewhere; between the two where the sign is not certain."""
+        above, unsure = self._above()
+        f: Any = self.f
+        known = f.signs.pop(0) if getattr(f, "signs", None) else None
+        if not unsure.any():
+            return g.where(above)
+        if known is not None:
+            return g.where(above | (unsure & known))
+        f.doubts = True
+        found = g.where(above)
+        for i, j in zip(*np.nonzero(unsure), strict=True):
+            found.a[i, j] = f.between(np.broadcast_to(g.a, self.a.shape)[i, j])
+        return found
+
+    def _above(self) -> tuple[Mask, Mask]:
+        """Return where an element is certainly above 0, and where that is not known."""
+        above = np.asarray(self.a > 0).astype(bool)
+        if not hasattr(self.f, "between"):
+            return above, np.zeros_like(above)
+        return above, ~above & ~np.asarray(self.a <= 0).astype(bool)
 
     def _apply(self, function: str, where: Mask | None = None) -> Matrix:
         if where is None or self.a.dtype != object:

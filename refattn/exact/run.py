@@ -30,6 +30,7 @@ __all__ = ["Raw", "RowsByHead", "Work", "run"]
 
 TILE = 2**18  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
 TILE_LEVEL = 2**17
+FURTHER = ("dbias", "dsink", "dalpha", "dbeta")  # gradients of what a call may have
 STREAM_FROM = 256  # keys: fewer are faster whole
 
 Raw = dict[str, NDArray[Any]]
@@ -92,7 +93,7 @@ class Work:
             shapes["state"] = (p.batch, p.heads, p.d_k, p.d_v)
         if self.dout is not None:
             shapes |= {"dq": p.query.shape, "dk": p.key.shape, "dv": p.value.shape}
-            shapes |= {n: getattr(p, n[1:]).shape for n in ("dbias", "dsink") if getattr(p, n[1:]) is not None}
+            shapes |= {n: getattr(p, n[1:]).shape for n in FURTHER if getattr(p, n[1:]) is not None}
         return {n: _empty(f, s) for n, s in shapes.items()}
 
     def run(

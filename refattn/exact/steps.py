@@ -15,7 +15,7 @@ __all__ = ["by_steps"]
 
 
 def by_steps(one: Head, f: Any, shape: Steps, dout: NDArray[np.float64] | None) -> dict[str, NDArray[Any]]:
-    """Return the arithmetic's numbers of a head's out and last state, and with `dout` of dq, dk and dv.
+    """Return the arithmetic's numbers of a head's out and last state, and with `dout` of dq, dk, dv and its gates'.
 
     Parameters
     ----------
@@ -34,21 +34,24 @@ def by_steps(one: Head, f: Any, shape: Steps, dout: NDArray[np.float64] | None) 
         shape.prepare(o)
         start = matrix_of(f, np.zeros((one.q.shape[1], one.v.shape[1])))
         state: Any = o.state if o.state is not None else Tape(start) if taped else start
-        tokens = [[matrix_of(f, x[t : t + 1]) for x in (one.q, one.k, one.v)] for t in range(len(one.q))]
+        tokens = one.tokens(f)
         if taped:
-            tokens = [[Tape(x) for x in token] for token in tokens]
+            tokens = [([Tape(x) for x in x3], {n: Tape(g) for n, g in gates.items()}) for x3, gates in tokens]
         outs = []
-        for q, k, v in tokens:
+        for (q, k, v), gates in tokens:
+            vars(o).update(gates)
             state, out = shape.step(state, q, k, v, o)
             outs.append(out)
         if not taped:
             return {"out": _stacked(f, outs, one.v.shape[1]), "state": numbers_of(state)}
         arriving = dout[one.batch, one.head, one.rows]  # type: ignore[index]
         seeds = [matrix_of(f, arriving[t : t + 1]) for t in range(len(outs))]
-        grads = gradients(outs, seeds, [x for token in tokens for x in token])
-    wide = (one.q.shape[1], one.k.shape[1], one.v.shape[1])
-    by = {n: _stacked(f, grads[i::3], wide[i]) for i, n in enumerate(("dq", "dk", "dv"))}
-    return {"out": _stacked(f, [x.value for x in outs], wide[2]), "state": numbers_of(state.value), **by}
+        leaves = [[*x3, *gates.values()] for x3, gates in tokens]
+        grads = gradients(outs, seeds, [x for token in leaves for x in token])
+    wide = {"dq": one.q, "dk": one.k, "dv": one.v} | {f"d{n}": x for n, x in one.gates.items()}
+    by = {n: _stacked(f, grads[i :: len(wide)], x.shape[1]) for i, (n, x) in enumerate(wide.items())}
+    out = _stacked(f, [x.value for x in outs], one.v.shape[1])
+    return {"out": out, "state": numbers_of(state.value), **by}
 
 
 def _stacked(f: Any, rows: list[Any], width: int) -> NDArray[Any]:

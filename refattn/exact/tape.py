@@ -101,9 +101,9 @@ class Tape(Reflected):
         return found
 
     def relu(self) -> Tape:
-        """max(x, 0); its slope at 0 is taken as 0."""
-        y = self.value.relu()
-        return Tape(y, (self, lambda g: g.where(y.positive())))
+        """max(x, 0); its slope at 0 is 0."""
+        x = self.value
+        return Tape(x.relu(), (self, x.gated))
 
     def power(self, p: int, where: Mask | None = None) -> Tape:
         """x**p for p >= 2."""

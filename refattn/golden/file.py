@@ -16,7 +16,8 @@ from ..check.call import SOURCES
 from ..check.model import Model, flash
 from ..dtypes import FORMATS
 from ..errors import InvalidInput
-from ..exact.driver import Answer, evaluate
+from ..exact.answer import Answer
+from ..exact.driver import evaluate
 from ..exact.enclosure import Enclosure
 from ..problem import Problem
 from ..variants import variant_of

@@ -15,8 +15,9 @@ from ..check.laws import LAWS
 from ..check.model import FEATURES, FURTHER
 from ..errors import InvalidInput, RefattnError
 from ..exact.agree import under
+from ..gates import GATES
 from ..problem import MEANINGS
-from ..variants import VARIANTS, Lowered, Option, Rows, Selected, Steps, Variant, variant_of
+from ..variants import VARIANTS, Option, Steps, Variant, variant_of
 from ..variants.own import BUILT_IN, FILES, from_file
 from ..variants.shapes import Shape
 from .vetting import guarded, vet
@@ -27,6 +28,11 @@ SCALES = ("rsqrt", "one")
 LABEL = re.compile(r"[a-z0-9][a-z0-9_-]*")
 SETTINGS = frozenset({"n_q", "n_k", "b", "h", "h_kv", "d", "d_v", "scale", "options", *MEANINGS})
 """What a case may set: lengths, the scale, options."""
+TAKEN = frozenset(
+    {"allowed", "bias", "count", "distance", "length", "one", "place", "scale", "sink", "softcap", "state", "toeplitz",
+     "weight"}
+)  # fmt: skip
+"""What every definition has; gates have their names where they are used."""
 
 
 def register(variant: Variant | str) -> Variant:
@@ -99,7 +105,7 @@ def _types(v: Variant) -> None:
         ("options", v.options, Mapping, "a dict of Option by name"),
         ("cases", v.cases, Mapping, "a dict of settings by label"),
         ("forms", v.forms, Mapping, "a dict of definitions by name"),
-        ("wrong", v.wrong, Mapping, "a dict of pairs (text, Lowered, Rows or Selected) by name"),
+        ("wrong", v.wrong, Mapping, "a dict of pairs (text, shape) by name"),
         *((n, getattr(v, n), frozenset | set, "a set of names") for n in ("uses", "quick", "always", "never")),
         *((n, getattr(v, n), tuple, "a tuple of texts") for n in ("laws", "bugs", "families", "contract")),
     ):
@@ -109,10 +115,8 @@ def _types(v: Variant) -> None:
         if not callable(define) and not isinstance(define, Shape):
             raise InvalidInput(f"variant: got {what} {define!r}, expected a function of q, k, v, o or a shape")
     for n, pair in v.wrong.items():
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Lowered | Rows | Selected)):
-            raise InvalidInput(
-                f"variant: got {pair!r} as wrong {n!r}, expected a pair (text, Lowered, Rows or Selected)"
-            )
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Shape)):
+            raise InvalidInput(f"variant: got {pair!r} as wrong {n!r}, expected a pair (text, shape)")
     if not callable(v.fits):
         raise InvalidInput(f"variant: got fits {v.fits!r}, expected a function of a problem")
     if v.tries is not None and not callable(v.tries):
@@ -189,8 +193,7 @@ def _value(v: Variant, name: str, value: Any, heads: int, where: str) -> None:
         raise InvalidInput(f"{v.name}: option {name!r} is {option!r}, expected an Option")
     if option.needs not in ("", *MEANINGS):
         raise InvalidInput(f"{v.name}: option {name!r} needs {option.needs!r}, expected one of {_listed(MEANINGS)}")
-    if name in {"allowed", "bias", "count", "distance", "length", "one", "place", "scale", "sink", "softcap", "state",
-                "toeplitz", "weight"}:  # fmt: skip
+    if name in v.uses & set(GATES) or name in TAKEN:
         raise InvalidInput(f"{v.name}: option {name!r} has the name of something that every definition has")
     try:
         wrong = option.check(value, heads)

@@ -21,12 +21,15 @@ from ..check.trial import Trial
 from ..dtypes import FORMATS
 from ..errors import InvalidInput, InvalidProblem, RefattnError, UnsupportedProblem
 from ..exact.agree import differing_form
+from ..exact.answer import Answer
 from ..exact.arithmetics import Floats
-from ..exact.driver import Answer, enclose, evaluate
+from ..exact.driver import enclose, evaluate
 from ..exact.enclosure import Enclosure
+from ..exact.field import Field
 from ..exact.heads import Given, heads, matrix_of, rows_of
 from ..exact.lowering import lower
 from ..exact.parts import parts
+from ..gates import RECURRENT
 from ..problem import VARIANT, Problem
 from ..variants import Lowered, Option, Rows, Selected, Steps, Variant
 from ..variants.variant import CALL_LAWS
@@ -55,6 +58,7 @@ def vet(v: Variant) -> None:
         ("forms", _forms),
         ("positive", _positive),
         ("full", _full),
+        ("steps", _linear),
         ("laws", _laws),
         ("cases", _cases),
     ):
@@ -103,7 +107,10 @@ def _settings(v: Variant, size: dict[str, int]) -> Iterator[dict[str, Any]]:
     given |= {"window": (2, 1), "softcap": 0.5}  # so small a call must feel them
     uses = {n: given[n] for n in sorted(v.uses & set(given))}
     causal = [{"causal": "bottom_right"}] if "causal" in v.uses else []
-    own = [{"options": v.fitted(c.get("options", {}), 2)} for c in v.cases.values()]
+    own = [
+        {"options": v.fitted(c.get("options", {}), 2), **{n: c[n] for n in RECURRENT if n in c}}
+        for c in v.cases.values()
+    ]
     own += [{"options": {n: x}} for n, o in v.options.items() for x in o.draws(2)]
     yield from ({}, *own, *({n: x} for n, x in uses.items()), *(c | {n: x} for c in causal for n, x in uses.items()))
     yield from (o | c for o in own for c in causal)
@@ -258,7 +265,8 @@ def _reads_scale(v: Variant, p: Problem) -> bool:
     with np.errstate(all="ignore"):
         if isinstance(v.shape, Steps):
             v.shape.prepare(o)
-            q, k, value = (matrix_of(f, x[:1]) for x in (one.q, one.k, one.v))
+            (q, k, value), gates = one.tokens(f)[0]
+            vars(o).update(gates)
             v.shape.step(matrix_of(f, np.zeros((one.q.shape[1], one.v.shape[1]))), q, k, value, o)
         else:
             rows_of(one).define(*(matrix_of(f, x) for x in (one.q, one.k, one.v)), o)
@@ -308,6 +316,27 @@ def _full(v: Variant, found: list[Problem]) -> None:
             raise InvalidInput(
                 f"{v.name}: full={dict(v.shape.full)} does not choose everything: it differs from its core"
             )
+
+
+def _linear(v: Variant, found: list[Problem]) -> None:
+    """Refuse linear=True where a step is no matrix times the state and something that does not depend on it."""
+    if not isinstance(v.shape, Steps) or not v.shape.linear:
+        return
+    f = Field(found[0].d_k)
+    for one in (one for p in found for one in heads(p)):
+        o, d = one.options(f), one.q.shape[1]
+        v.shape.prepare(o)
+        (q, k, value), gates = one.tokens(f)[0]
+        vars(o).update(gates)
+        state = f.array(np.arange(1.0, d * value.shape[1] + 1).reshape(d, -1))
+
+        def step(state: Any, value: Any, q: Any = q, k: Any = k, o: Any = o) -> Any:
+            return v.shape.step(state, q, k, value, o)  # type: ignore[union-attr]
+
+        moves = step(f.array(np.eye(d)), f.array(np.zeros((1, d))))
+        for whole, alone, move in zip(step(state, value), step(state.zeros(), value), moves, strict=True):
+            if not (whole - alone - move @ state).is_zero().all():
+                raise InvalidInput(f"{v.name}: linear is True, and a step is not linear in the state")
 
 
 def _laws(v: Variant, found: list[Problem]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import InvalidInput
 from .block_sparse import BLOCK_SPARSE
+from .gated_delta import GATED_DELTA
 from .lightning import LIGHTNING
 from .linear import LINEAR
 from .moba import MOBA
@@ -12,6 +13,7 @@ from .nsa_selected import NSA_SELECTED
 from .option import Option
 from .power import POWER
 from .power_blocks import POWER_BLOCKS
+from .relu import RELU
 from .shapes import Choices, Lowered, Rows, Selected, Shape, Steps
 from .sigmoid import SIGMOID
 from .softmax import SOFTMAX
@@ -30,7 +32,9 @@ VARIANTS: dict[str, Variant] = {
         LINEAR,
         POWER,
         SIGMOID,
+        RELU,
         LIGHTNING,
+        GATED_DELTA,
         BLOCK_SPARSE,
         POWER_BLOCKS,
         NEIGHBORHOOD,

@@ -113,12 +113,17 @@ class Selected:
 class Steps:
     """A recurrence with an explicit state: ``step(state, q, k, v, o) -> (state, out)``, one token after another.
 
+    The call's gates are read as ``o.alpha`` (1, 1 or d_k) and ``o.beta`` (1, 1) of the token, None where it has none.
+
     Attributes
     ----------
     step : callable
         Over an arithmetic's matrices: state (d_k, d_v), q and k (1, d_k), v (1, d_v), out (1, d_v).
     prepare : callable
         ``prepare(o)`` sets on the options what does not change from token to token.
+    linear : bool
+        Whether a step is a matrix (d_k, d_k) times the state and something that does not depend on it: then bounds
+        follow a token's losses through later steps with their signs, where errors of a delta rule die out.
 
     The state before the first token is the call's ``state``, or zeros. Bounds of gradients need a form of all tokens at
     once among the operator's ``forms``.
@@ -126,6 +131,7 @@ class Steps:
 
     step: Callable[..., Any]
     prepare: Callable[[Any], None] = lambda o: None
+    linear: bool = False
 
 
 Shape = Rows | Lowered | Selected | Steps

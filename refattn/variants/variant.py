@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..problem import MEANINGS, Problem
 from .option import Option
-from .shapes import Lowered, Rows, Selected, Shape, Steps
+from .shapes import Rows, Shape, Steps
 
 __all__ = ["CALL_LAWS", "COMMON_BUGS", "COMMON_FAMILIES", "COMMON_LAWS", "Variant"]
 
@@ -102,8 +102,8 @@ class Variant:
     forms : mapping
         The same operator written another way, by name: each a definition or shape. All must agree exactly.
     wrong : mapping
-        What implementers get wrong, by name: a sentence, and the definition with that mistake (a Lowered, Rows or
-        Selected).
+        What implementers get wrong, by name: a sentence, and the definition with that mistake (a Lowered, Rows,
+        Selected or Steps).
         The checks of the operator's cases must fail each of them.
     fits : callable
         ``fits(problem)`` returns what a call must change to fit the operator, or None.
@@ -134,7 +134,7 @@ class Variant:
     cases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quick: frozenset[str] = frozenset()
     forms: Mapping[str, Any] = field(default_factory=dict)
-    wrong: Mapping[str, tuple[str, Lowered | Rows | Selected]] = field(default_factory=dict)
+    wrong: Mapping[str, tuple[str, Shape]] = field(default_factory=dict)
     compared: str = "none yet"
     fits: Callable[[Problem], str | None] = lambda problem: None
     tries: Callable[[int, int], Sequence[Mapping[str, Any]]] | None = None

@@ -16,7 +16,8 @@ import refattn
 ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
 BASE = {
-    "errors", "dtypes", "arrays", "rules", "validation", "problem", "scales", "masks", "files", "modules", "version",
+    "errors", "dtypes", "arrays", "gates", "rules", "validation", "problem", "scales", "masks", "files", "modules",
+    "version",
 }  # fmt: skip
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
@@ -28,8 +29,9 @@ EDGES = {
     "dtypes": {"errors"},
     "arrays": {"errors", "dtypes"},
     "rules": {"errors"},
-    "validation": {"errors", "dtypes", "arrays", "rules"},
-    "problem": {"errors", "arrays", "rules", "validation"},
+    "gates": {"errors"},
+    "validation": {"errors", "dtypes", "arrays", "gates", "rules"},
+    "problem": {"errors", "arrays", "gates", "rules", "validation"},
     "masks": {"errors", "problem", "rules", "validation"},
     "files": BASE - {"files", "modules", "version", "scales"},
     "variants": BASE,
@@ -310,7 +312,7 @@ def test_no_tolerance_is_picked_by_hand():
 def test_no_reference_says_again_what_attention_is():
     """Only variants/ defines; the tiled kernel and the planted ones are under test themselves."""
     softmaxes = {p.relative_to(ROOT).as_posix() for p in SOURCES if re.search(r"def .*attention\(q[,:]", p.read_text())}
-    assert softmaxes == {f"variants/{v}.py" for v in ("softmax", "linear", "power", "sigmoid", "urpe")}
+    assert softmaxes == {f"variants/{v}.py" for v in ("softmax", "linear", "power", "sigmoid", "relu", "urpe")}
 
 
 @pytest.mark.parametrize(

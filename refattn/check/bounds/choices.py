@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...exact.driver import Answer, evaluate
+from ...exact.answer import Answer
+from ...exact.driver import evaluate
 from ...exact.enclosure import Enclosure
 from ...exact.heads import Head
 from ...exact.levels import Level

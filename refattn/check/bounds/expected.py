@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import FORMATS
-from ...exact.driver import Answer, enclose, evaluate
+from ...exact.answer import Answer
+from ...exact.driver import enclose, evaluate
 from ...exact.stream import STREAMED
 from ...problem import Problem
 from ...variants import variant_of

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import FORMATS, format_of
-from ...exact.driver import Answer
+from ...exact.answer import Answer
 from ...exact.heads import Head, heads, rows_of
 from ...variants import Steps, variant_of
 from ..model import C, Model, inside_type

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ...arrays import to_float64
 from ...dtypes import FORMATS, format_of
 from ...errors import UnsupportedProblem
-from ...exact.driver import Answer
+from ...exact.answer import Answer
 from ...exact.heads import Head, heads
 from ...exact.stream import STREAMED
 from ...variants import variant_of
@@ -101,7 +101,8 @@ def _taped(one: Head, model: Model, arriving: Float, limit: Float, total: Any, s
     """Add what one head loses by the tape of its definition."""
     at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
     found = head_gradients(one, model, arriving[at], arriving, limit)
-    total["dq"][at] = found["dq"][1]
+    for n in {"dq", "dalpha", "dbeta"} & set(total):
+        total[n][at] = found[n][1]
     for n in sums:
         sums[n][keys] += found[n][0]
         total[n][keys] += found[n][1]

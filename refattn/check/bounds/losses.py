@@ -21,7 +21,6 @@ The variances are those of independent roundings (docs/proofs/bounds.md).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -64,13 +63,10 @@ class Losses(Rules):
         """Take in the state that a recurrence starts from."""
         return self.leaf(np.asarray(x, np.float64), ("d", "v"))
 
-    def number(self, x: Any) -> float:
-        """Take in a number."""
-        return float(x)
-
-    def rsqrt(self, n: int) -> float:
-        """Return 1/sqrt(n)."""
-        return 1 / math.sqrt(n)
+    def gate(self, x: Any) -> Lossy:
+        """Take in a recurrence's gate: rows are keys."""
+        a = np.asarray(x, np.float64)
+        return self.leaf(a, ("1" if a.shape[0] == 1 else "k", "1" if a.shape[1] == 1 else "d"))
 
 
 class Lossy(Reflected):
@@ -124,12 +120,15 @@ class Lossy(Reflected):
         axes = (a.axes[0], b.axes[1])
         marks = a.marks & b.marks & {"positive"} | ({"raw"} if over_features else set())
         found = Node(y, axes, err + meet, var, Left(a, b.a), Right(b, a.a), marks=marks)
-        found.relative = relative
-        found.seen = a.seen if b.axes[1] == "k" else None
+        found.relative, found.seen = relative, a.seen if b.axes[1] == "k" else None
         if not over_features:  # weights and their gradients are rounded to their type before they are multiplied
             seen = np.ones(a.a.shape) if a.seen is None else a.seen
             tiny, reached = f.floor_weights, seen @ (np.abs(b.a) + b.span)
-            found.span = found.span + (f.u_weights * size if f.u_weights else 0.0) + tiny * reached
+            rounded = (f.u_weights * size if f.u_weights else 0.0) + tiny * reached
+            found.span = found.span + rounded
+            if axes[0] != "q":  # nothing takes it on later, as what `cast` says is
+                found.err = found.err + rounded
+                found.var = found.var + C * f.u_weights**2 * squares + tiny**2 / 3 * (seen @ (b.a * b.a))
         if b.axes == ("k", "v") and axes[0] == "q":
             f.weights = self
             tiny_sum = (steps + tiles + 3) * f.floor
@@ -280,7 +279,8 @@ class Lossy(Reflected):
     def positive(self) -> Mask:
         """Tell where an element is above 0; what is kept there may be wrong where its error reaches 0."""
         above = np.asarray(self.a > 0)
-        self.f.unsure = above, np.broadcast_to(self.node.span, self.shape) >= np.abs(self.a)
+        span = np.broadcast_to(self.node.span, self.shape)
+        self.f.unsure = above, (span >= np.abs(self.a)) & (span > 0)
         return above
 
     def _function(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...arrays import to_float64
 from ...dtypes import FORMATS, format_of
-from ...exact.driver import Answer
+from ...exact.answer import Answer
 from ...exact.heads import Head, heads
 from ..call import SOURCES
 from ..model import C, Model, inside_type

@@ -279,6 +279,7 @@ def simulate_steps(
             shape.prepare(o)
             for t in range(p.n_q):
                 q, k, v = (Rounded(f, x.a[t : t + 1], x.kind) for x in operands)
+                vars(o).update({n: f.array(x[t : t + 1]) for n, x in one.gates.items()})
                 state, out = shape.step(state, q, k, v, o)
                 found["out"][at][t] = f.rounded(out.a, FORMATS[p.dtype])[0]
         found["state"][at] = f.rounded(state.a)

@@ -17,8 +17,8 @@ __all__ = ["SCORES", "Rules", "floor", "in_logarithm", "logistic", "moves", "slo
 Float = NDArray[np.float64]
 PLACES = 8
 """Where partial sums are looked at."""
-SCORES = (("q", "k"), ("q", "q"))
-"""Axes of scores of keys, and of candidates, whose axis has the label of rows that are made from keys."""
+SCORES = (("q", "k"), ("q", "q"), ("k", "k"))
+"""Axes of scores of keys, of candidates, whose axis has the label of rows that are made from keys, and between keys."""
 
 
 def floor(form: Format, model: Model) -> float:
@@ -38,6 +38,14 @@ class Rules:
         self.cu, self.exp = C * self.u**2, model.exp_ulps
         self.tiles = math.ceil(n_k / model.tile)
         self.floor, self.floor_weights = floor(inside, model), floor(inside_type(model.weights), model)
+
+    def number(self, x: Any) -> float:
+        """Take in a number."""
+        return float(x)
+
+    def rsqrt(self, n: int) -> float:
+        """Return 1/sqrt(n)."""
+        return 1 / math.sqrt(n)
 
     def times(self, n: Any) -> Any:
         """Return the largest relative error of n roundings one after another."""

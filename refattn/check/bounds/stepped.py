@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...exact.arithmetics import Floats
-from ...exact.heads import Head, matrix_of
+from ...exact.heads import Head, gate_of, matrix_of
 from ...exact.steps import by_steps
 from ...variants import Steps
 from ..model import Model
+from .graph import Node
 from .losses import Losses, Lossy, variance_of
 from .operands import Operands
 
@@ -38,6 +39,7 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float],
     o = one.options(f)
     start = np.zeros((one.q.shape[1], one.v.shape[1])) if one.state is None else one.state
     state, spans, variances = f.leaf(start, ("d", "v")), [], []
+    signed = _Signed(one, shape) if shape.linear else None
     with np.errstate(all="ignore"):
         shape.prepare(o)
         common = _taken_out(f, o)
@@ -46,16 +48,63 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float],
             q = f.leaf(one.q[at], ("q", "d"), lost.q[at], lost.var_q[at])
             k = f.leaf(one.k[at], ("k", "d"), lost.k[at], lost.var_k[at])
             v = f.leaf(one.v[at], ("k", "v"), lost.v[at], lost.var_v[at])
+            vars(o).update({n: gate_of(f, x[at]) for n, x in one.gates.items()})
+            before = state.node
             state, out = shape.step(state, q, k, v, o)
-            spans.append(np.broadcast_to(out.node.span, out.shape))
-            variances.append(np.broadcast_to(variance_of(out.node), out.shape))
-            state = f.leaf(state.a, ("d", "v"), state.node.span, variance_of(state.node))  # without the graph behind it
+            found = [(x.node.span, variance_of(x.node)) for x in (out, state)]
+            if signed is not None:
+                found = signed.step(t, before, (out.node, state.node))
+            (span, variance), (lost_state, var_state) = found
+            spans.append(np.broadcast_to(span, out.shape))
+            variances.append(np.broadcast_to(variance, out.shape))
+            state = f.leaf(state.a, ("d", "v"), lost_state, var_state)  # without the graph behind it
         moved = _moved(one, shape, common)
     last = state.node
     return (
         (np.concatenate(spans), np.concatenate(variances) + moved[0]),
         (np.broadcast_to(last.span, state.shape), np.broadcast_to(last.var, state.shape) + moved[1]),
     )
+
+
+class _Signed:
+    """What each token's own losses have become by later steps, followed with their signs.
+
+    A step of a linear recurrence takes a state's error E to M E, a number (d_k, d_k) times it, and to c E in out. The
+    error after token t is the sum over tokens s of M_t .. M_(s+1) times the loss of s, at most the sum of the sizes.
+    """
+
+    def __init__(self, one: Head, shape: Steps) -> None:
+        self.one, self.shape, self.f = one, shape, Floats()
+        self.o, d = one.options(self.f), one.q.shape[1]
+        shape.prepare(self.o)
+        self.unit, self.zero = matrix_of(self.f, np.eye(d)), matrix_of(self.f, np.zeros((1, d)))
+        self.moves, self.own, self.var = (np.zeros((0, d, n)) for n in (d, one.v.shape[1], one.v.shape[1]))
+
+    def step(self, t: int, before: Node, made: tuple[Node, Node]) -> list[tuple[Float, Float]]:
+        """Return the largest errors and variances of a token's out and of the state after it, that before included."""
+        at, f = slice(t, t + 1), self.f
+        vars(self.o).update({n: matrix_of(f, x[at]) for n, x in self.one.gates.items()})
+        q, k = (matrix_of(f, x[at]) for x in (self.one.q, self.one.k))
+        move, reads = (x.a for x in self.shape.step(self.unit, q, k, self.zero, self.o))
+        found = []
+        for node, by in zip(made, (reads, move), strict=True):
+            moved = by @ self.moves
+            through, through_var = _through(node, before)
+            own = np.broadcast_to(node.span - through + 2.0**-50 * node.span, node.a.shape)
+            var = np.broadcast_to(variance_of(node) - through_var, node.a.shape)
+            total = own + (np.abs(moved) @ self.own).sum(0), var + (np.square(moved) @ self.var).sum(0)
+            found.append(total)
+        self.moves = np.concatenate([moved, np.eye(len(move))[None]])
+        self.own, self.var = (np.concatenate([x, y[None]]) for x, y in ((self.own, own), (self.var, var)))
+        return found
+
+
+def _through(node: Node, source: Node) -> tuple[Any, Any]:
+    """Return what of a node's largest error and variance is that of another node, taken on by the links."""
+    if node is source:
+        return node.span, variance_of(node)
+    parts = [(x, _through(x.parent, source)) for x in node.links]
+    return sum(x.forward(a) for x, (a, _) in parts), sum(x.squares(b) for x, (_, b) in parts)
 
 
 def _taken_out(f: Losses, o: Any) -> dict[str, Float]:

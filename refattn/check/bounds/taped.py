@@ -41,15 +41,14 @@ def head_gradients(one: Head, model: Model, dout: Float, arriving: Any, limit: F
     Returns
     -------
     dict
-        By gradient "dq", "dk", "dv", "dbias": size and largest error.
+        By gradient "dq", "dk", "dv", "dbias", "dalpha", "dbeta": size and largest error.
     """
     f, off = Losses(model, one.k.shape[0]), Operands.of(one, model)
     q = f.leaf(one.q, ("q", "d"), off.q)
     k, v = f.leaf(one.k, ("k", "d"), off.k), f.leaf(one.v, ("k", "v"), off.v)
     leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
     o = one.options(f, wrap=Tape)
-    if o.bias is not None:
-        leaves["dbias"] = o.bias
+    leaves |= {f"d{n}": x for n in ("bias", "alpha", "beta") if (x := getattr(o, n)) is not None}
     with np.errstate(all="ignore"):
         out, _ = rows_of(one).define(leaves["dq"], leaves["dk"], leaves["dv"], o)
         out.value.node.span = out.value.node.span + np.nan_to_num(limit, nan=np.inf)

@@ -19,7 +19,7 @@ from ...exact.lowering import lower
 from ...exact.stream import STREAMED
 from ...problem import Problem
 from ...validation import SCALES
-from ...variants import Rows, variant_of
+from ...variants import Rows, Steps, variant_of
 from ..call import Function
 from ..kernels.tiled import tiled
 
@@ -59,7 +59,7 @@ def mistaken(variant: str, name: str) -> Function:
     shape = v.wrong[name][1]
 
     def kernel(problem: Problem) -> Any:
-        if not isinstance(shape, Rows):
+        if not isinstance(shape, Rows | Steps):
             return plain(lower(problem, shape).problem)
         with under(replace(v, name=f"{variant}/{name}", define=shape, fused="")) as other:
             return plain(problem.replace(variant=other.name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ...exact.driver import Answer
+from ...exact.answer import Answer
 from ...exact.heads import heads
 from ..bounds.forward import head_losses
 from ..model import Model

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ...arrays import from_float64
 from ...dtypes import Format
+from ...gates import RECURRENT
 from ...problem import Problem
 
 __all__ = ["Draw", "Float"]
@@ -47,7 +48,20 @@ class Draw:
             "bias": self.normal(1, h, n_q, n_k),
             "allowed": self.mask(1, 1, n_q, n_k),
             "weight": np.exp(self.normal(1, 1, 1, n_k)),
-            "state": self.normal(1, h, d, d if d_v is None else d_v),
+            **self.recurrent(1, h, n_k, d, d if d_v is None else d_v),
+        }
+
+    def recurrent(self, b: int, h: int, n: int, d: int, d_v: int, channels: bool = False) -> dict[str, Float]:
+        """Draw a state and gates; beta is so small that keys of normal numbers, of length sqrt(d), make nothing grow.
+
+        With `channels` alpha is drawn for each channel.
+        """
+        gates = np.random.default_rng((b, h, n, d))  # another, so that other operators' numbers stay what they are
+        fade = gates.random((b, h, n, d if channels else 1))
+        return {
+            "state": self.normal(b, h, d, d_v),
+            "alpha": 1 - fade**3 / 2,
+            "beta": gates.random((b, h, n, 1)) / d,
         }
 
     def problem(
@@ -65,13 +79,19 @@ class Draw:
         v: Float | None = None,
         **more: Any,
     ) -> Problem:
-        """Build a problem of normal tensors, or of those given."""
-        h_kv = h if h_kv is None else h_kv
+        """Build a problem of normal tensors, or of those given.
+
+        A state or a gate that is True is drawn, and an alpha of "channels".
+        """
+        h_kv, d_v = h if h_kv is None else h_kv, d if d_v is None else d_v
+        if asked := [n for n in RECURRENT if isinstance(more.get(n), bool | str)]:
+            found = self.recurrent(b, h, n_k, d, d_v, more.get("alpha") == "channels")
+            more |= {n: found[n] if more[n] else None for n in asked}
         q = self.normal(b, h, n_q, d) if q is None else q
         k = self.normal(b, h_kv, n_k, d) if k is None else k
-        v = self.normal(b, h_kv, n_k, d if d_v is None else d_v) if v is None else v
+        v = self.normal(b, h_kv, n_k, d_v) if v is None else v
         wide = np.float64 if self.form.precision == 53 else np.float32
-        for name in ("bias", "sink", "weight", "state"):
+        for name in ("bias", "sink", "weight", *RECURRENT):
             if more.get(name) is not None:
                 more[name] = np.asarray(more[name], wide)
         if more.get("weight") is not None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ...dtypes import FORMATS
 from ...errors import InvalidInput
+from ...gates import RECURRENT
 from ...masks import unused
 from ...problem import Problem
 from ...variants import variant_of
@@ -214,7 +215,7 @@ def _crossed(variant: str, settings: Mapping[str, Any]) -> Build:
         given = d.options(h, n_q, n_k, width, settings.get("d_v", width))
         more = {n: x for n, x in given.items() if n in v.uses} | dict(settings)
         more |= {"h": h, "h_kv": h_kv, "b": 1, "scale": 0.3, "options": v.fitted(settings.get("options", {}), h)}
-        more["state"] = given["state"] if "state" in v.uses else None
+        more |= {n: given[n] for n in RECURRENT if n in v.uses and settings.get(n) != "channels"}
         return d.problem(**more)
 
     return build
@@ -227,11 +228,4 @@ def _fits(case: Case) -> bool:
 
 
 def _own(settings: Mapping[str, Any]) -> Build:
-    def build(d: Draw) -> Problem:
-        more = dict(settings)
-        if more.pop("state", False):
-            h, width = more.get("h", 2), more.get("d", 32)
-            more["state"] = d.normal(more.get("b", 1), h, width, more.get("d_v", width))
-        return d.problem(**more)
-
-    return build
+    return lambda d: d.problem(**settings)

@@ -208,6 +208,18 @@ KERNELS: dict[str, Entry] = {
             ),
         ),
         Entry(
+            "refattn-chunked",
+            "torch",
+            _load("chunked", "chunked"),
+            Capabilities(
+                frozenset({"float32", "float16", "bfloat16"}),
+                frozenset({"causal_bottom_right", "grouped_heads", "d_v_differs", "scale", "state", "alpha", "beta"}),
+                gradients=frozenset({"dq", "dk", "dv", "dalpha", "dbeta"}),
+            ),
+            flash,
+            variants=frozenset({"gated_delta"}),
+        ),
+        Entry(
             "torch-sdpa-flash",
             "torch",
             _load("torch_sdpa", "sdpa_flash"),

@@ -63,7 +63,7 @@ class Unsupported(Exception):
 
 
 ARRAYS = ["query", "key", "value", "sink", "bias", "allowed", "cu_seqlens_q", "cu_seqlens_k", "weight", "state"]
-ARRAYS += ["lengths_q", "lengths_k", "offset", "query_scale", "key_scale", "value_scale", "out_scale"]
+ARRAYS += ["alpha", "beta", "lengths_q", "lengths_k", "offset", "query_scale", "key_scale", "value_scale", "out_scale"]
 SETTINGS = ["scale", "causal", "window", "softcap", "alignment", "out_dtype", "variant", "options"]
 
 

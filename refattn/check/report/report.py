@@ -23,10 +23,10 @@ __all__ = ["Check", "Diagnosis", "Report", "junit", "machine", "summary", "versi
 
 ROW = ("batch", "head", "row", "column")
 PLACES = {
-    "dk": ("batch", "head", "key", "column"),
-    "dv": ("batch", "head", "key", "column"),
+    **dict.fromkeys(("dk", "dv"), ("batch", "head", "key", "column")),
     "dbias": ("batch", "head", "row", "key"),
     "dsink": ("head",),
+    **dict.fromkeys(("dalpha", "dbeta"), ("batch", "head", "token", "channel")),
 }
 VERDICTS = ("passed", "failed", "edge", "known", "unread", "unsupported")
 

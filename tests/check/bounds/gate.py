@@ -19,6 +19,7 @@ from refattn.check.inputs.values import numbers
 from refattn.check.model import MODELS, Model, materialised
 from refattn.dtypes import FORMATS
 from refattn.exact.lowering import candidates, choosers
+from refattn.gates import RECURRENT
 from refattn.variants import Selected, Steps
 
 TYPES = ("float32", "bfloat16", "float16")
@@ -50,7 +51,8 @@ def problem(variant, rng):
         b, h, n_q, n_k, width = (int(rng.integers(1, n)) for n in (2, 3, 12, 90, 40))
         n_k = n_q if isinstance(v.shape, Steps) else n_k  # each token brings a query and a key
         q, k, value = numbers(str(rng.choice(FAMILIES)), d, (b, h, n_q, width), (b, h, n_k, width), (b, h, n_k, width))
-        more = {"causal": "bottom_right"} if "causal_bottom_right" in v.always else {}
+        more: dict = {"causal": "bottom_right"} if "causal_bottom_right" in v.always else {}
+        more |= {n: True for n in RECURRENT if n in v.always or (n in v.uses and rng.random() < 0.5)}
         p = d.problem(n_q, n_k, b=b, h=h, d=width, q=q, k=k, v=value, options=v.fitted({}, h), **more)
         if v.takes(p):
             return p

@@ -17,6 +17,7 @@ from . import gate
 def test_no_element_is_past_its_bound(definition):
     """Rows of another operator's call are bounded as that operator's: fewer of them are looked at."""
     count = 200_000 if isinstance(VARIANTS[definition[0]].shape, Rows | Steps) else 50_000
+    count = 10_000 if definition[0] == "gated_delta" else count  # its decays by channel take their time
     found, past = gate.run(count, seed=1, names=[definition])
     assert past == []
     assert found[definition][0] >= count
@@ -33,6 +34,7 @@ def test_the_worst_rounding_comes_near_the_bound(definition):
     weights = definition == ("nsa_selected", "scores")
     n, options = (6, {"block_size": 1, "topk": 2}) if weights else (1, {})
     q, key, value = (tensor(rng, (1, 1, n, 8)) for n in (6, n, n))
+    more |= {"beta": np.ones((1, 1, n, 1), np.float32)} if "beta" in v.always else {}
     p = Problem(q, key, np.abs(value), variant=v.name, options=v.fitted(options, 1), **more)
     p = p if v.takes(p) else p.replace(query=q[:, :, :1])  # some have no more queries than keys
     answer, worst = evaluate(p), {}

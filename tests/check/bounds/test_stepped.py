@@ -55,7 +55,7 @@ def written_out(start, lost):
         size, new = (abs(k) + e_k) * (abs(v) + e_v), k * v
         brought = times(4) * size + 4 * TINY + e_k * e_v + e_k * abs(v) + abs(k) * e_v
         brought += W * size + TINY_W * (abs(v) + e_v)  # both stand for weights' product: k is rounded to their type
-        var += 2 * CU * new**2 + TINY**2 / 3 + v**2 * var_k + k**2 * var_v
+        var += 2 * CU * new**2 + TINY**2 / 3 + v**2 * var_k + k**2 * var_v + C * W**2 * new**2 + TINY_W**2 / 3 * v**2
         state = faded + new
         e, var = times(1) * (abs(state) + e + brought) + TINY + e + brought, CU * state**2 + var
         scaled, moved = q * SCALE, e_q * abs(SCALE)

@@ -5,6 +5,7 @@ from refattn import VARIANTS
 from refattn.check import FAMILIES, FEATURES, FURTHER, cases
 from refattn.check.inputs.builders import BUILDERS
 from refattn.dtypes import FORMATS
+from refattn.gates import RECURRENT
 
 
 def test_families_and_builders_are_the_same():
@@ -34,7 +35,7 @@ def test_every_case_builds_in_every_format(dtype):
 
 def test_softmax_cases_ask_for_every_feature():
     asked = frozenset().union(*(c.problem("float32").features() for c in cases("softmax")))
-    assert asked == FEATURES | FURTHER - {"state"}  # that is a recurrence's
+    assert asked == FEATURES | FURTHER - set(RECURRENT)  # that is a recurrence's
 
 
 def by_name(name, dtype="float32"):

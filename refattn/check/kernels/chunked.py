@@ -1,0 +1,97 @@
+"""Our kernel for the gated delta rule, in PyTorch: chunks of 8 tokens, whose changes of the state are solved for.
+
+Written from the recurrence, not from the operator's forms: the decays between two tokens of a chunk are running
+products, and a triangular system is solved where the form multiplies by an inverse. Float32 inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays import from_float64, to_float64
+from ...dtypes import FORMATS
+from ...errors import UnsupportedProblem
+from ...problem import Problem
+from .gradients import with_gradients
+
+__all__ = ["chunked"]
+
+CHUNK = 8
+TAKES = ("gated_delta",)
+NAMES = ("query", "key", "value", "alpha", "beta")
+
+
+def _tensors(problem: Problem) -> dict[str, Any]:
+    """Return a call's arrays in float32, alpha of 1 where there is none."""
+    import torch
+
+    if problem.variant not in TAKES:
+        raise UnsupportedProblem(f"refattn-chunked: takes {', '.join(TAKES)}, got {problem.variant}")
+    found = {n: torch.from_numpy(to_float64(x)).float() for n, x in problem.to("numpy").arrays().items()}
+    return {"alpha": torch.ones_like(found["beta"])} | found
+
+
+def _run(problem: Problem, x: dict[str, Any]) -> tuple[Any, Any]:
+    """Return out and the last state."""
+    import torch
+
+    group = problem.heads // problem.heads_kv
+    q = x["query"] * (1.0 if problem.scale is None else problem.scale)
+    k, v = (x[n].repeat_interleave(group, 1) for n in ("key", "value"))
+    state = x.get("state", torch.zeros(*problem.out_shape[:2], problem.d_k, problem.d_v))
+    out = [torch.zeros(*problem.out_shape[:2], 0, problem.d_v)]
+    for i in range(0, problem.n_q, CHUNK):
+        q_c, k_c, v_c, alpha, beta = (y[:, :, i : i + CHUNK] for y in (q, k, v, x["alpha"], x["beta"]))
+        fade, start = _decays(alpha)
+        a = torch.einsum("bhic,bhijc,bhjc->bhij", k_c, fade.expand(*fade.shape[:-1], k.shape[-1]), k_c)
+        a = torch.eye(a.shape[-1]) + beta * a.tril(-1)
+        change = torch.linalg.solve_triangular(a, beta * (v_c - (k_c * start) @ state), upper=False)
+        reads = torch.einsum("bhic,bhijc,bhjc->bhij", q_c, fade.expand(*fade.shape[:-1], k.shape[-1]), k_c)
+        out.append((q_c * start) @ state + reads @ change)
+        state = state * start[:, :, -1:].mT + (k_c * fade[:, :, -1]).mT @ change
+    return torch.cat(out, 2), state
+
+
+def _decays(alpha: Any) -> tuple[Any, Any]:
+    """Return the products of alpha from after token j up to token i, (b, h, i, j, c), and from the start up to i."""
+    import torch
+
+    rows: list[Any] = []
+    start: list[Any] = []
+    for i in range(alpha.shape[2]):
+        here = alpha[:, :, i : i + 1]
+        before = [rows[-1][:, :, :i] * here] if i else []
+        ahead = torch.zeros_like(alpha[:, :, i + 1 :])
+        rows.append(torch.cat([*before, torch.ones_like(here), ahead], 2))
+        start.append(start[-1] * here if i else here)
+    return torch.stack(rows, 2), torch.cat(start, 2)
+
+
+def _gradients(problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    import torch
+
+    p, x = problem.to("numpy"), _tensors(problem)
+    leaves = {n: x[n].requires_grad_() for n in NAMES if getattr(p, n) is not None}
+    back = torch.autograd.grad(_run(p, x)[0], list(leaves.values()), torch.from_numpy(to_float64(dout)).float())
+    short = {"query": "q", "key": "k", "value": "v"}
+    return {f"d{short.get(n, n)}": _typed(g, getattr(p, n).dtype.name) for n, g in zip(leaves, back, strict=True)}
+
+
+@with_gradients(_gradients)
+def chunked(problem: Problem) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return out (b, h_q, n_q, d_v) and the state after the last token (b, h_q, d_k, d_v).
+
+    Raises
+    ------
+    UnsupportedProblem
+        Another operator.
+    """
+    out, state = _run(problem, _tensors(problem))
+    return _typed(out, problem.dtype), np.asarray(state.numpy())
+
+
+def _typed(x: Any, dtype: str) -> NDArray[Any]:
+    return from_float64(FORMATS[dtype].round_array(x.double().numpy()), dtype)

@@ -1,0 +1,47 @@
+"""What a recurrence takes beside query, key and value, checked: the state that it starts from, and its gates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InvalidProblem
+
+__all__ = ["GATES", "RECURRENT", "check_shape", "finite_state", "gate"]
+
+GATES = {"alpha": 1, "beta": 2}
+"""The gates and the most that each may be; the least is 0. Up to 2 a step along a key of length 1 does not grow."""
+RECURRENT = ("state", *GATES)
+
+
+def check_shape(p: Any, name: str, shape: tuple[int, ...]) -> None:
+    """Refuse a state or a gate of another shape than a call's tensors ask for."""
+    of_token = (p.batch, p.heads, p.n_k)
+    if name == "state":
+        good, text = [(p.batch, p.heads, p.d_k, p.d_v)], "(b, h_q, d_k, d_v) = {}, a matrix for each query head"
+    elif name == "alpha":
+        good = [(*of_token, 1), (*of_token, p.d_k)]
+        text = "(b, h_q, n_k, 1) = {}, or d_k numbers for each token and query head in place of 1"
+    else:
+        good, text = [(*of_token, 1)], "(b, h_q, n_k, 1) = {}, a number for each token and query head"
+    if shape not in good:
+        raise InvalidProblem(f"{name}: got shape {shape}, expected {text.format(good[0])}")
+
+
+def finite_state(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return a state, refusing NaN and inf in it."""
+    if not np.isfinite(x).all():
+        raise InvalidProblem("state: has NaN or inf; a recurrence starts from numbers")
+    return x
+
+
+def gate(name: str, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return a gate's numbers, refusing those outside its range, NaN among them."""
+    out = ~((x >= 0) & (x <= GATES[name]))
+    if out.any():
+        at = tuple(int(i) for i in np.argwhere(out)[0])
+        why = "a decay above 1 makes the state grow; pass exp of its logarithm" if name == "alpha" else "clamp it"
+        raise InvalidProblem(f"{name}: got {x[at]} at {at}, expected numbers from 0 to {GATES[name]}; {why}")
+    return x

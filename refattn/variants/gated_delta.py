@@ -1,0 +1,183 @@
+"""The gated delta rule: a state that fades, and that each token moves from what it says of its key to the value."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..problem import Problem
+from .shapes import Rows, Steps
+from .variant import COMMON_BUGS, Variant
+
+__all__ = ["GATED_DELTA"]
+
+CHUNK = 8
+
+
+def step(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    """Take in one token: the state fades, then what it says of the key moves towards the value."""
+    state = _faded(state, o)
+    state = state + k.T @ ((v - k @ state) * o.beta)
+    return state, q * o.scale @ state
+
+
+def _faded(state: Any, o: Any) -> Any:
+    return state if o.alpha is None else state * o.alpha.T
+
+
+def chunked(q: Any, k: Any, v: Any, o: Any, solved: bool = True) -> tuple[Any, None]:
+    """Write the same by chunks of 8 tokens, whose changes U of the state are solved for together (the WY form).
+
+    With L_ts the product of alpha after token s up to t, and L_t that from the chunk's start up to t, in a chunk
+
+        A_ts = beta_t k_t (L_ts k_s)^T below the diagonal,  U = (I + A)^-1 beta (V - (K L) S),
+        out = (Q L) S + (scores within) U,  S' = L_end S + (K L_(end, .))^T U,  S the state before it.
+    """
+    n, t = k.shape[0], np.arange(k.shape[0])
+    at = t if q.shape[0] == n else o.allowed.sum(1) - 1  # where the rows stand
+    below, reads, start, end = _products(q, k, o, t, at)
+    within = t[:, None] // CHUNK == t // CHUNK
+    a = (below * o.beta).where(within & (t[:, None] > t))
+    solve = _geometric(-a) if solved else -a + _unit(a)
+    state, changes, before = o.state, None, None
+    for i in range(0, n, CHUNK):
+        here, last = (t // CHUNK == i // CHUNK)[:, None], (t == min(i + CHUNK, n) - 1)[:, None]
+        told = v if state is None else v - (k * start) @ state
+        change = (solve @ (told * o.beta).where(here)).where(here)
+        changes = _sum(changes, change)
+        if state is not None:
+            before = _sum(before, ((q * _at(start, q, k, at)) @ state).where((at // CHUNK == i // CHUNK)[:, None]))
+            state = state * start.where(last).T.sum()
+        state = _sum(state, (k * end).where(here).T @ change)
+    seen = (at[:, None] // CHUNK == t // CHUNK) & (t <= at[:, None])
+    return _sum(before, reads.where(seen) @ changes) * o.scale, None
+
+
+def _products(q: Any, k: Any, o: Any, t: Any, at: Any) -> tuple[Any, Any, Any, Any]:
+    """Return K K^T and Q K^T with the decays between, and by token those since its chunk's start and to its end."""
+    n, found = len(t), (None, None, None, None)
+    alpha = o.beta.zeros() + 1.0 if o.alpha is None else o.alpha
+    begins, ends = (t % CHUNK == 0)[:, None], ((t % CHUNK == CHUNK - 1) | (t == n - 1))[:, None]
+    behind = (t[:, None] == t + 1) & ~begins  # from a token to the next of its chunk
+    for c in range(alpha.shape[1]):
+        own = np.arange(k.shape[1])[None] == c if alpha.shape[1] > 1 else None  # each channel has its decays, or all
+        decay = alpha if own is None else alpha.where(own).sum()
+        fade = _geometric((decay + (k @ k.T).zeros()).where(behind))
+        one = (k.zeros() + 1.0).where(own)
+        channel = (
+            (k.where(own) @ k.T) * fade,
+            (q.where(own) @ k.T) * _at(fade, q, k, at),
+            one * (fade @ decay.where(begins)),
+            one * (fade.T @ (decay.zeros() + 1.0).where(ends)),
+        )
+        found = tuple(map(_sum, found, channel))
+    return found
+
+
+def _at(x: Any, q: Any, k: Any, at: Any) -> Any:
+    """Return the rows of a matrix by token at which queries stand."""
+    if q.shape[0] == x.shape[0]:
+        return x
+    return ((q @ k.T).zeros() + 1.0).where(np.arange(x.shape[0]) == at[:, None]) @ x
+
+
+def _sum(x: Any, y: Any) -> Any:
+    return y if x is None else x + y
+
+
+def _unit(a: Any) -> Any:
+    return (a.zeros() + 1.0).where(np.eye(a.shape[0], dtype=bool))
+
+
+def _geometric(a: Any) -> Any:
+    """Return I + a + a^2 + ... of a matrix with numbers below its diagonal alone, and within chunks, by doubling."""
+    total, size = a + _unit(a), 2
+    while size < min(CHUNK, a.shape[0]):
+        a = a @ a
+        total, size = total + total @ a, 2 * size
+    return total
+
+
+def fits(p: Problem) -> str | None:
+    """Return why a call has no meaning."""
+    return "beta: got None, expected how far each token moves the state, (b, h_q, n_k, 1)" if p.beta is None else None
+
+
+def _wrong(text: str, take: Any) -> tuple[str, Steps]:
+    return text, Steps(take)
+
+
+def _old_error(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    state = _faded(state, o) + k.T @ ((v - k @ state) * o.beta)
+    return state, q * o.scale @ state
+
+
+def _faded_after(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    state = _faded(state + k.T @ ((v - k @ state) * o.beta), o)
+    return state, q * o.scale @ state
+
+
+def _whole_error(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    state = _faded(state, o)
+    state = state + k.T @ (v * o.beta - k @ state)
+    return state, q * o.scale @ state
+
+
+def _early_read(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    return step(state, q, k, v, o)[0], q * o.scale @ _faded(state, o)
+
+
+def _no_delta(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    state = _faded(state, o) + k.T @ (v * o.beta)
+    return state, q * o.scale @ state
+
+
+GATED_DELTA = Variant(
+    name="gated_delta",
+    define=Steps(step, linear=True),
+    forms={"chunked": Rows(chunked, together=True)},
+    formula="S' = alpha_t S_(t-1),  S_t = S' + beta_t k_t^T (v_t - k_t S'),  out_t = scale·q_t S_t;  S_0 = state, or 0",
+    unit="u · the sizes that meet in S_t",
+    source="Yang et al., Gated Delta Networks, arXiv 2412.06464, recalled: one alpha for each head. Kimi Linear, arXiv "
+    "2510.26692, recalled: an alpha for each channel of the keys; the reference in fla/ops/kda/naive.py was read.",
+    uses=frozenset({"causal", "state", "alpha", "beta"}),
+    laws=("determinism", "batch_independence", "batch_invariance", "values_doubled", "grouped_heads", "state_carried"),
+    bugs=tuple(n for n in COMMON_BUGS if n in ("zeroed_head", "wrong_scale", "heads_tiled", "value_of_next_key")),
+    families=("gaussian",),
+    contract=(
+        "scale None is 1: the paper has none; fla's functions take 1/sqrt(d_k).",
+        "alpha is the decay itself, not its logarithm; beta the step, not its logit. Without alpha nothing fades.",
+        "Keys are taken as they are: the papers' have length 1, which the caller sees to.",
+        "The state is float32 or wider in a kernel of the flash models: what it loses is counted at every step.",
+    ),
+    default_scale="one",
+    cases={
+        label: {"n_q": n, "n_k": n, "d": 8, "causal": "bottom_right", "beta": True, **more}
+        for label, n, more in (
+            ("gated", 13, {"alpha": True}),
+            ("delta", 11, {"d_v": 5}),
+            ("channels", 10, {"alpha": "channels"}),
+            ("one-token", 1, {"alpha": True, "state": True}),
+            ("chunk-end", CHUNK, {"alpha": True}),
+            ("grouped", 9, {"alpha": True, "h": 4, "h_kv": 2}),
+            ("state", 12, {"alpha": "channels", "state": True}),
+        )
+    },
+    quick=frozenset({"gaussian/delta", "gaussian/chunk-end", "gaussian/state", "gaussian/gated-and-all"}),
+    wrong={
+        "error_of_the_old_state": _wrong("the error is that of the state before it fades", _old_error),
+        "fades_after_the_token": _wrong("the state fades after the token has moved it", _faded_after),
+        "beta_on_the_value_alone": _wrong("beta multiplies the value alone, not what the state says", _whole_error),
+        "read_before_the_token": _wrong("a query reads the state that its own token has not moved", _early_read),
+        "no_delta": _wrong("the value is added, whatever the state says of the key", _no_delta),
+        "inverse_to_first_order": (
+            "in a chunk a change counts for later tokens, but not what it does to their changes",
+            Rows(partial(chunked, solved=False), together=True),
+        ),
+    },
+    fits=fits,
+    always=frozenset({"causal_bottom_right", "beta"}),
+    never=frozenset({"lengths_differ", "no_rows_or_keys", "causal_top_left", "variable_lengths"}),
+)

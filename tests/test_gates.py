@@ -1,0 +1,71 @@
+"""A recurrence's state and gates: what is refused, and how they travel."""
+
+import numpy as np
+import pytest
+
+from refattn import InvalidProblem, Problem, UnsupportedProblem, evaluate, load_problem, save_problem
+from refattn.gates import GATES, gate
+
+
+def call(**changes):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.integers(-2, 3, (1, h, 3, 2)).astype(np.float32) for h in (2, 1, 1))
+    alpha, beta = (np.full((1, 2, 3, 1), x, np.float32) for x in (0.5, 1.0))
+    given = {"query": q, "key": k, "value": v, "alpha": alpha, "beta": beta, "causal": "bottom_right"} | changes
+    return Problem(**given, variant="gated_delta")
+
+
+def ones(*shape):
+    return np.ones(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"alpha": ones(1, 2, 3)},
+            r"alpha: got shape \(1, 2, 3\), expected \(b, h_q, n_k, 1\) = \(1, 2, 3, 1\), or d_k",
+        ),
+        ({"alpha": ones(1, 2, 3, 3)}, "alpha: got shape .* expected .* or d_k numbers for each token"),
+        ({"alpha": ones(1, 1, 3, 1)}, r"alpha: got shape \(1, 1, 3, 1\)"),
+        ({"beta": ones(1, 2, 3, 2)}, r"beta: got shape .* expected \(b, h_q, n_k, 1\) = \(1, 2, 3, 1\), a number for"),
+        ({"beta": ones(1, 2, 4, 1)}, "beta: got shape"),
+        ({"beta": np.ones((1, 2, 3, 1), int)}, "beta: got dtype int64, expected one of"),
+        ({"state": ones(1, 2, 2, 3)}, r"state: got shape .* expected \(b, h_q, d_k, d_v\) = \(1, 2, 2, 2\), a matrix"),
+        ({"beta": None}, "beta: got None, expected how far each token moves the state"),
+        ({"causal": None}, "causal: a recurrence sees no later token"),
+        ({"alpha": 1.5 * ones(1, 2, 3, 1)}, "alpha: got 1.5 at .* from 0 to 1; a decay above 1 makes the state grow"),
+        ({"alpha": -ones(1, 2, 3, 2)}, r"alpha: got -1.0 at \(0, 0, 0, 0\), expected numbers from 0 to 1"),
+        ({"beta": 2.5 * ones(1, 2, 3, 1)}, "beta: got 2.5 at .* from 0 to 2; clamp it"),
+        ({"beta": np.nan * ones(1, 2, 3, 1)}, "beta: got nan at"),
+        ({"state": np.nan * ones(1, 2, 2, 2)}, "state: has NaN or inf; a recurrence starts from numbers"),
+    ],
+)
+def test_what_is_no_gate_is_named(changes, text):
+    for run in (evaluate, lambda p: evaluate(p, rounding="float32")):
+        with pytest.raises(InvalidProblem, match=text):
+            run(call(**changes))
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_other_operators_have_no_gates(name):
+    p = call().replace(variant="softmax", alpha=None, beta=None)
+    with pytest.raises(UnsupportedProblem, match=f"{name}: softmax attention does not have it"):
+        evaluate(p.replace(**{name: getattr(call(), name)}))
+
+
+def test_both_ends_of_a_gate_are_its_own():
+    for name, most in GATES.items():
+        assert gate(name, np.array([0.0, most])).tolist() == [0.0, most]
+        with pytest.raises(InvalidProblem):
+            gate(name, np.nextafter([most], np.inf))
+
+
+def test_gates_travel_with_a_call(tmp_path):
+    p = call()
+    assert {"alpha", "beta"} <= p.features()
+    assert {"alpha", "beta"} <= set(p.arrays())
+    assert (p.to("torch").to("numpy").beta == p.beta).all()
+    save_problem(p, tmp_path / "p.npz")
+    again = load_problem(tmp_path / "p.npz")
+    assert (evaluate(again).out == evaluate(p).out).all()
