@@ -76,7 +76,7 @@ def serve(
 
     Beyond this machine (--host) a token is demanded of every request.
     """
-    from ..he import Layer, Plan
+    from ..he import Encoder, EncoderWeights, Layer, Plan
     from ..he.listen import listen
     from ..he.saved import load_weights, plan_from_json
     from ..he.service import service
@@ -91,11 +91,13 @@ def serve(
             raise InvalidInput(f"serve: --{name}: there is no file {file}")
     what: Any
     if program.endswith(".npz"):
-        what = Layer(load_weights(program), given["tolerance"], given["upload"] or "full")
+        weights = load_weights(program)
+        made = (given["tolerance"], given["upload"] or "full")
+        what = Encoder(weights, *made) if isinstance(weights, EncoderWeights) else Layer(weights, *made)
     else:
         what = plan_from_json(Path(program).read_bytes())
         if not isinstance(what, Plan):
-            raise InvalidInput(f"serve: {program} is the plan of a layer; serve the layer's weights")
+            raise InvalidInput(f"serve: {program} is the plan of a layer or an encoder; serve the layer's weights")
         if given["upload"]:
             raise InvalidInput(f"serve: --upload is for a layer's weights; {program} is a plan, which has its own")
     app = service(what, given["sessions"], given["expire"], tokens=tokens)
@@ -136,6 +138,6 @@ def query(url: str, source: str, output: str, expected: str | None, token_file: 
         plan.encoded(x)  # a wrong input is refused before keys are made
         client = Client(plan)
         server.open(client.evaluation_keys())
-        out = client.decrypt(server.attend(client.encrypt(x)))
+        out = client.ask(x, server.attend)
     write_whole(output, lambda f: np.save(f, out))
     click.echo(f"{output}: {' x '.join(map(str, out.shape))}")

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from ..errors import InvalidInput, ServiceError, UnsupportedProblem, printable
+from .encoder_plan import EncoderPlan
 from .layer_plan import LayerPlan
 from .plan import Plan
 from .saved import MOST_TEXT, plan_from_json
@@ -78,7 +79,7 @@ class Remote:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def plan(self) -> Plan | LayerPlan:
+    def plan(self) -> Plan | LayerPlan | EncoderPlan:
         """Return the server's plan, checked to be within 128 bits of security and within this client's limits."""
         made = plan_from_json(self._call("GET", "/plan", most=MOST_TEXT), self._most)
         self._reply_most = made.reply_most
@@ -104,7 +105,7 @@ class Remote:
         self._session = name
 
     def attend(self, query: bytes) -> bytes:
-        """Return the reply to a query.
+        """Return the reply to a query; of an encoder the masked result of its next block, until the last.
 
         Raises
         ------

@@ -10,7 +10,7 @@ from refattn.he.polynomials import activation, inverse_sqrt
 from refattn.he.weights import EncoderWeights, Feedforward, Weights
 
 
-def encoder(n=4, d=8, heads=1, hidden=8, blocks=2, classes=3, p=2, seed=0, tolerance=5e-2, x=None):
+def encoder(n=4, d=8, heads=1, hidden=8, blocks=2, classes=3, p=2, seed=0, tolerance=5e-2):
     """Return an encoder's weights, tokens, and what the formulas give with the stand-ins."""
     rng = np.random.default_rng(seed)
 
@@ -21,7 +21,7 @@ def encoder(n=4, d=8, heads=1, hidden=8, blocks=2, classes=3, p=2, seed=0, toler
     made, y, d_k = [], x, d // heads
     for k in range(blocks):
         square = (y**2).mean(1, keepdims=True) + 1e-5
-        first = inverse_sqrt(0.8 * square.min(), 1.2 * square.max(), 5e-2)
+        first = inverse_sqrt(0.8 * square.min(), 1.2 * square.max(), tolerance)
         z = y * (first(square) if k else 1 / np.sqrt(square))
         maps = [normal(heads, d, d_k, size=1 / math.sqrt(d)) for _ in range(3)]
         biases = [normal(heads, n, d_k, size=0.3) for _ in range(3)]
@@ -31,10 +31,10 @@ def encoder(n=4, d=8, heads=1, hidden=8, blocks=2, classes=3, p=2, seed=0, toler
         out, out_bias = normal(heads, d_k, d, size=1 / math.sqrt(d)), normal(d, size=0.1)
         y = y + np.einsum("hic,hcd->id", a, out) + out_bias
         square = (y**2).mean(1, keepdims=True) + 1e-5
-        norm = inverse_sqrt(0.8 * square.min(), 1.2 * square.max(), 5e-2)
+        norm = inverse_sqrt(0.8 * square.min(), 1.2 * square.max(), tolerance)
         up, up_bias = normal(d, hidden, size=1 / math.sqrt(d)), normal(hidden, size=0.1)
         u = (y * norm(square)) @ up + up_bias
-        act = activation("gelu", 1.2 * np.abs(u).max(), 5e-2)
+        act = activation("gelu", 1.2 * np.abs(u).max(), tolerance)
         down, down_bias = normal(hidden, d, size=0.5 / math.sqrt(hidden)), normal(d, size=0.1)
         then = Feedforward(out, out_bias, norm, 1e-5, up, up_bias, act, down, down_bias)
         y = y + act(u) @ down + down_bias
@@ -70,8 +70,8 @@ def test_the_simulation_is_the_formulas(name):
 def session():
     """Return a small encoder's program, its client, keys, server and tokens."""
     pytest.importorskip("tenseal")
-    weights, x, _ = encoder()
-    made = he.Encoder(weights, 5e-2)
+    weights, x, _ = encoder(n=3, d=4, hidden=4, tolerance=0.3)  # few levels: this is about ciphertexts
+    made = he.Encoder(weights, 0.3)
     client = he.Client(made.plan)
     keys = client.evaluation_keys()
     return made, client, keys, he.Server(made, keys), x
