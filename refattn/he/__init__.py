@@ -6,10 +6,11 @@ from .inputs import reference, simulate
 from .layer import Layer
 from .layer_plan import LayerPlan
 from .plan import Plan, plan
+from .ranges import ranges
 from .sessions import Client, Server, Sharing
 from .weights import EncoderWeights, Feedforward, Weights
 
 __all__ = [
     "Client", "Encoder", "EncoderPlan", "EncoderWeights", "Feedforward", "Layer", "LayerPlan", "Plan", "Server",
-    "Sharing", "Weights", "plan", "reference", "simulate",
+    "Sharing", "Weights", "plan", "ranges", "reference", "simulate",
 ]  # fmt: skip
