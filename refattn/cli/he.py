@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from rich.console import Console
 
 from ..errors import InvalidInput
 from ..files import load_problem, write_text, write_whole
@@ -23,31 +21,68 @@ def he() -> None:
 
 
 @he.command(name="plan")
-@click.argument("sizes", metavar="N_Q N_K D_K D_V HEADS", nargs=5, type=int)
-@click.option("--p", default=2, show_default=True, help="The even power: 2, 4, 6 or 8.")
-@click.option("--denominator", type=(float, float), required=True, help="The range of the denominators.")
-@click.option("--epsilon", default=0.0, show_default=True, help="Added to the denominators.")
-@click.option("--norms", type=(float, float), required=True, help="The largest norms of a query and of a key row.")
-@click.option("--value-most", type=float, required=True, help="The largest size of an element of value.")
+@click.argument("sizes", metavar="[N_Q N_K D_K D_V HEADS]", nargs=-1, type=int)
+@click.option("--from", "data", type=click.Path(exists=True, dir_okay=False), help="Measure sizes and ranges on this.")
+@click.option("--margin", type=float, help="With --from: the room that ranges get.  [default: 0.2]")
+@click.option("--p", type=int, help="The even power: 2, 4, 6 or 8.  [default: 2]")
+@click.option("--denominator", type=(float, float), help="The range of the denominators.")
+@click.option("--epsilon", type=float, help="Added to the denominators.  [default: 0]")
+@click.option("--norms", type=(float, float), help="The largest norms of a query and of a key row.")
+@click.option("--value-most", type=float, help="The largest size of an element of value.")
 @click.option("--tolerance", default=1e-2, show_default=True, help="The largest error of an element of out.")
 @click.option("--normalize", type=click.Choice(["server", "client"]), default="server", show_default=True)
 @click.option("--mode", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True)
 @click.option("--upload", type=click.Choice(["full", "compact", "whole"]), default="full", show_default=True)
 @click.option("-o", "--output", help="Write the plan to this file, for `serve` and for clients.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def plan_(sizes: tuple[int, ...], output: str | None, as_json: bool, **given: Any) -> None:
-    """Plan an encrypted call: ring, levels, keys, time, bytes and error, before any key exists."""
+@click.option("--raw", is_flag=True, help="Print all numbers as a table.")
+def plan_(
+    sizes: tuple[int, ...], data: str | None, margin: float | None, output: str | None, as_json: bool, raw: bool,
+    **given: Any,
+) -> None:  # fmt: skip
+    """Plan an encrypted call: ring, levels, keys, time, bytes and error, before any key exists.
+
+    Sizes and ranges are told, or measured on a problem's .npz file (--from); what is told counts before what is
+    measured.
+    """
     from ..he import plan
     from ..he.saved import plan_to_json
 
+    given = {n: x for n, x in given.items() if x is not None}
+    if data is not None:
+        found, measured = _measured(data, 0.2 if margin is None else margin, given)
+        if sizes and sizes != found:
+            raise InvalidInput(f"plan: {data} has sizes {found}, the command says {sizes}; leave them out")
+        sizes, given = found, measured | given
+    elif margin is not None:
+        raise InvalidInput("plan: --margin goes with --from")
+    missing = [n for n in ("denominator", "norms", "value_most") if n not in given]
+    if missing or len(sizes) != 5:
+        wanted = ["N_Q N_K D_K D_V HEADS"] * (len(sizes) != 5) + [f"--{n.replace('_', '-')}" for n in missing]
+        raise InvalidInput(f"plan: say {', '.join(wanted)}, or --from a problem's file to measure it")
     n_q, n_k, d_k, d_v, heads = sizes
-    made = plan(n_q, n_k, d_k, d_v, heads, given.pop("p"), **given)
+    made = plan(n_q, n_k, d_k, d_v, heads, given.pop("p", 2), **given)
     if output:
         write_text(output, plan_to_json(made))
     if as_json:
         click.echo(json.dumps(made.report(), indent=1))
+    elif raw:
+        click.echo(made.table())
     else:
-        Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(made.table())
+        click.echo(made.words())
+    for text in made.warnings():
+        click.echo(f"warning: {text}", err=True)
+
+
+def _measured(data: str, margin: float, given: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Return the sizes and ranges of a problem's file; of another operator's with p and epsilon as they are given."""
+    from ..he import ranges
+
+    x = load_problem(data)
+    if x.variant != "power":
+        options = {"p": given.get("p", 2), "epsilon": given.get("epsilon", 0.0)}
+        x = x.replace(variant="power", options=options)
+    return (x.n_q, x.n_k, x.d_k, x.d_v, x.batch * x.heads), ranges(x, margin=margin)
 
 
 @he.command()
