@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,23 @@ def serve(
     listen(app, host, port, **where, announce=lambda url: click.echo(f"listening at {url}"))  # type: ignore[arg-type]
 
 
+class _Steps:
+    """Tells on stderr how long each step of a query took; an upload ends a step of its own."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def sent(self, part: int, whole: int) -> None:
+        """Tell when all bytes of a message are sent."""
+        if part == whole:
+            self.done(f"upload {whole / 1e6:.1f} MB")
+
+    def done(self, what: str) -> None:
+        now = time.monotonic()
+        click.echo(f"{what:24} {now - self._since:6.2f} s", err=True)
+        self._since = now
+
+
 @he.command()
 @click.argument("url")
 @click.argument("source", metavar="INPUT", type=click.Path(exists=True, dir_okay=False))
@@ -156,6 +174,7 @@ def query(url: str, source: str, output: str, expected: str | None, token_file: 
     from ..he.remote import Remote
     from ..he.saved import plan_from_json
     from ..he.tokens import read_tokens
+    from ..he.wire import MASKED, kind_of
 
     token = None if token_file is None else read_tokens(token_file)[0]
     x: Any
@@ -166,13 +185,28 @@ def query(url: str, source: str, output: str, expected: str | None, token_file: 
             x = np.load(source, allow_pickle=False)
         except (OSError, ValueError) as e:
             raise InvalidInput(f"{source}: not a .npy file: {e}") from e
-    with Remote(url, token=token) as server:
+    steps = _Steps()
+    with Remote(url, token=token, sent=steps.sent) as server:
         plan = server.plan()
         if expected is not None and plan_from_json(Path(expected).read_bytes()).digest != plan.digest:
             raise InvalidInput(f"{url} has another plan than {expected}")
         plan.encoded(x)  # a wrong input is refused before keys are made
+        click.echo(plan.words(), err=True)
         client = Client(plan)
-        server.open(client.evaluation_keys())
-        out = client.ask(x, server.attend)
+        keys = client.evaluation_keys()
+        steps.done("keys")
+        server.open(keys)
+        steps.done("server reads keys")
+        answer = client.encrypt(x)
+        steps.done("encrypt")
+        answer = server.attend(answer)
+        steps.done("compute")
+        while kind_of(answer) == MASKED:
+            fresh = client.refresh(answer)
+            steps.done("refresh")
+            answer = server.attend(fresh)
+            steps.done("compute")
+        out = client.decrypt(answer)
+        steps.done("decrypt")
     write_whole(output, lambda f: np.save(f, out))
     click.echo(f"{output}: {' x '.join(map(str, out.shape))}")
