@@ -47,11 +47,12 @@ def plan_(
     measured.
     """
     from ..he import plan
+    from ..he.ranges import ranges_of_file
     from ..he.saved import plan_to_json
 
     given = {n: x for n, x in given.items() if x is not None}
     if data is not None:
-        found, measured = _measured(data, 0.2 if margin is None else margin, given)
+        found, measured = ranges_of_file(data, 0.2 if margin is None else margin, given)
         if sizes and sizes != found:
             raise InvalidInput(f"plan: {data} has sizes {found}, the command says {sizes}; leave them out")
         sizes, given = found, measured | given
@@ -73,17 +74,6 @@ def plan_(
         click.echo(made.words())
     for text in made.warnings():
         click.echo(f"warning: {text}", err=True)
-
-
-def _measured(data: str, margin: float, given: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """Return the sizes and ranges of a problem's file; of another operator's with p and epsilon as they are given."""
-    from ..he import ranges
-
-    x = load_problem(data)
-    if x.variant != "power":
-        options = {"p": given.get("p", 2), "epsilon": given.get("epsilon", 0.0)}
-        x = x.replace(variant="power", options=options)
-    return (x.n_q, x.n_k, x.d_k, x.d_v, x.batch * x.heads), ranges(x, margin=margin)
 
 
 @he.command()

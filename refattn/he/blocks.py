@@ -133,6 +133,10 @@ def weights_of(module: Block | Classifier | Encoder, n: int | None = None) -> An
         head = module.head
         scores = (None, None) if head is None else (_array(head.weight).T, _array(head.bias))
         return EncoderWeights(tuple(weights_of(block, n) for block in module.blocks), *scores)
+    return _layer_of(module, n)
+
+
+def _layer_of(module: Block | Classifier, n: int | None) -> Weights:
     attention = getattr(module, "attention", None)
     if not isinstance(module, Block | Classifier) or not isinstance(attention, PowerSoftmaxAttention):
         raise UnsupportedProblem(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..arrays import to_float64
 from ..errors import InvalidInput, InvalidProblem
+from ..files import load_problem
 from ..masks import visible
 from ..problem import Problem
 from .arguments import is_number
 from .inputs import checked
 
-__all__ = ["ranges"]
+__all__ = ["ranges", "ranges_of_file"]
 
 
 def ranges(x: Any, k: Any = None, v: Any = None, *, margin: float = 0.2, **options: Any) -> dict[str, Any]:
@@ -60,6 +62,24 @@ def ranges(x: Any, k: Any = None, v: Any = None, *, margin: float = 0.2, **optio
         raise InvalidInput("k, v: got queries without keys or values, expected all three, or a Problem")
     settings = {"p": 2, "epsilon": 0.0} | of
     return _of_call(Problem(*arrays, **options, variant="power", options=settings), margin)  # type: ignore[misc,arg-type]
+
+
+def ranges_of_file(path: str | Path, margin: float, given: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Return the sizes (n_q, n_k, d_k, d_v, heads of all batches) and ranges of a problem's file.
+
+    Parameters
+    ----------
+    path : str or Path
+        What ``refattn.save_problem`` wrote, or an .npz file of query, key and value.
+    margin : float
+        As :func:`ranges` takes it.
+    given : dict
+        p and epsilon, where the problem is of another operator.
+    """
+    x = load_problem(path)
+    if x.variant != "power":
+        x = x.replace(variant="power", options={"p": given.get("p", 2), "epsilon": given.get("epsilon", 0.0)})
+    return (x.n_q, x.n_k, x.d_k, x.d_v, x.batch * x.heads), ranges(x, margin=margin)
 
 
 def _of_call(x: Problem, margin: float) -> dict[str, Any]:
