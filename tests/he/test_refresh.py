@@ -378,3 +378,53 @@ def test_a_result_that_is_too_large_for_a_refresh_is_named(session):
     with pytest.raises(InvalidInput, match=r"block 0 has a result of root mean square .*, above the 11.\d+ that"):
         program.simulate(X * 100)
     assert round(program.plan.refresh_most, 9) == round(2.0 ** (52 - 40 - 6.5 - 2), 9)
+
+
+def test_the_mask_is_what_was_drawn(session, monkeypatch):
+    """And nothing less: what is left without it is the result, which is small."""
+    from refattn.he import integers
+
+    program, client, server = session
+    masks = []
+
+    def drawn(moduli, degree):
+        masks.append(integers.drawn(moduli, degree))
+        return masks[-1]
+
+    monkeypatch.setattr(refresh, "drawn", drawn)
+    masked = wire.unpack(server.attend(client.encrypt(X)), wire.MASKED, program.plan.digest, MOST)
+    moduli = primes(RING)[:2]
+    assert len(masks) == 2
+    for part, mask in zip(masked.parts[1:], masks, strict=True):
+        words = words_of(RING, client._opened(from_bytes("Ciphertext", RING, part)))
+        less = integers.add(words, np.array(moduli, np.uint64)[:, None] - mask, moduli)
+        left, _ = composed(transformed(RING, less, False), moduli)
+        # slots of at most 8 times 2**40; what was drawn is of 92 bits
+        assert 2.0**30 < np.abs(left).max() < 2.0**43
+        assert np.abs(composed(transformed(RING, mask, False), moduli)[0]).max() > 2.0**90
+
+
+def test_places_of_a_refresh():
+    """By loops: tokens along queries and along keys, the residual and the sums of squares with their factors."""
+    plan = Relay().plan
+    rng = np.random.default_rng(2)
+    x, s = rng.standard_normal((3, 5)), rng.standard_normal(3)
+    parts = [(z[0] + z[1], limbs) for z, limbs in plan.placed(1, (x, 0 * x), (s, 0 * s))]
+    assert [limbs for _, limbs in parts] == plan.part_limbs(1)
+    *along, residual, along_i, along_j = (z for z, _ in parts)
+    of = plan.layout
+    assert len(along) == 2 * plan.copies == 4
+    for slot in range(of.slots):
+        rest, i = divmod(slot, of.queries)
+        rest, h = divmod(rest, of.heads)
+        rest, j = divmod(rest, of.keys)
+        repeat, f = divmod(rest, of.groups)
+        for copy in range(plan.copies):
+            feature = (copy * plan.apart + repeat % plan.apart) * plan.spread + f % plan.spread
+            for z, t in ((along[copy], i), (along[plan.copies + copy], j)):
+                assert z[slot] == (x[t, feature] if t < 3 and feature < 5 else 0)
+        pair = 2 * (f * of.heads + h)
+        two = [x[i, c] if i < 3 and c < 5 and j == 0 else 0 for c in (pair, pair + 1)]
+        assert abs(residual[slot] - 0.3 * (two[0] + 1j * two[1])) < 2.0**-50
+        assert abs(along_i[slot] - (0.25 * s[i] if i < 3 else 0)) < 2.0**-50
+        assert abs(along_j[slot] - (0.25 * s[j] if j < 3 else 0)) < 2.0**-50
