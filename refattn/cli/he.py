@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from rich.console import Console
 
 from ..errors import InvalidInput
 from ..files import load_problem, write_text, write_whole
@@ -23,31 +22,58 @@ def he() -> None:
 
 
 @he.command(name="plan")
-@click.argument("sizes", metavar="N_Q N_K D_K D_V HEADS", nargs=5, type=int)
-@click.option("--p", default=2, show_default=True, help="The even power: 2, 4, 6 or 8.")
-@click.option("--denominator", type=(float, float), required=True, help="The range of the denominators.")
-@click.option("--epsilon", default=0.0, show_default=True, help="Added to the denominators.")
-@click.option("--norms", type=(float, float), required=True, help="The largest norms of a query and of a key row.")
-@click.option("--value-most", type=float, required=True, help="The largest size of an element of value.")
+@click.argument("sizes", metavar="[N_Q N_K D_K D_V HEADS]", nargs=-1, type=int)
+@click.option("--from", "data", type=click.Path(exists=True, dir_okay=False), help="Measure sizes and ranges on this.")
+@click.option("--margin", type=float, help="With --from: the room that ranges get.  [default: 0.2]")
+@click.option("--p", type=int, help="The even power: 2, 4, 6 or 8.  [default: 2]")
+@click.option("--denominator", type=(float, float), help="The range of the denominators.")
+@click.option("--epsilon", type=float, help="Added to the denominators.  [default: 0]")
+@click.option("--norms", type=(float, float), help="The largest norms of a query and of a key row.")
+@click.option("--value-most", type=float, help="The largest size of an element of value.")
 @click.option("--tolerance", default=1e-2, show_default=True, help="The largest error of an element of out.")
 @click.option("--normalize", type=click.Choice(["server", "client"]), default="server", show_default=True)
 @click.option("--mode", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True)
 @click.option("--upload", type=click.Choice(["full", "compact", "whole"]), default="full", show_default=True)
 @click.option("-o", "--output", help="Write the plan to this file, for `serve` and for clients.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def plan_(sizes: tuple[int, ...], output: str | None, as_json: bool, **given: Any) -> None:
-    """Plan an encrypted call: ring, levels, keys, time, bytes and error, before any key exists."""
+@click.option("--raw", is_flag=True, help="Print all numbers as a table.")
+def plan_(
+    sizes: tuple[int, ...], data: str | None, margin: float | None, output: str | None, as_json: bool, raw: bool,
+    **given: Any,
+) -> None:  # fmt: skip
+    """Plan an encrypted call: ring, levels, keys, time, bytes and error, before any key exists.
+
+    Sizes and ranges are told, or measured on a problem's .npz file (--from); what is told counts before what is
+    measured.
+    """
     from ..he import plan
+    from ..he.ranges import ranges_of_file
     from ..he.saved import plan_to_json
 
+    given = {n: x for n, x in given.items() if x is not None}
+    if data is not None:
+        found, measured = ranges_of_file(data, 0.2 if margin is None else margin, given)
+        if sizes and sizes != found:
+            raise InvalidInput(f"plan: {data} has sizes {found}, the command says {sizes}; leave them out")
+        sizes, given = found, measured | given
+    elif margin is not None:
+        raise InvalidInput("plan: --margin goes with --from")
+    missing = [n for n in ("denominator", "norms", "value_most") if n not in given]
+    if missing or len(sizes) != 5:
+        wanted = ["N_Q N_K D_K D_V HEADS"] * (len(sizes) != 5) + [f"--{n.replace('_', '-')}" for n in missing]
+        raise InvalidInput(f"plan: say {', '.join(wanted)}, or --from a problem's file to measure it")
     n_q, n_k, d_k, d_v, heads = sizes
-    made = plan(n_q, n_k, d_k, d_v, heads, given.pop("p"), **given)
+    made = plan(n_q, n_k, d_k, d_v, heads, given.pop("p", 2), **given)
     if output:
         write_text(output, plan_to_json(made))
     if as_json:
         click.echo(json.dumps(made.report(), indent=1))
+    elif raw:
+        click.echo(made.table())
     else:
-        Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(made.table())
+        click.echo(made.words())
+    for text in made.warnings():
+        click.echo(f"warning: {text}", err=True)
 
 
 @he.command()
@@ -76,7 +102,7 @@ def serve(
 
     Beyond this machine (--host) a token is demanded of every request.
     """
-    from ..he import Layer, Plan
+    from ..he import Encoder, EncoderWeights, Layer, Plan
     from ..he.listen import listen
     from ..he.saved import load_weights, plan_from_json
     from ..he.service import service
@@ -91,16 +117,35 @@ def serve(
             raise InvalidInput(f"serve: --{name}: there is no file {file}")
     what: Any
     if program.endswith(".npz"):
-        what = Layer(load_weights(program), given["tolerance"], given["upload"] or "full")
+        weights = load_weights(program)
+        made = (given["tolerance"], given["upload"] or "full")
+        what = Encoder(weights, *made) if isinstance(weights, EncoderWeights) else Layer(weights, *made)
     else:
         what = plan_from_json(Path(program).read_bytes())
         if not isinstance(what, Plan):
-            raise InvalidInput(f"serve: {program} is the plan of a layer; serve the layer's weights")
+            raise InvalidInput(f"serve: {program} is the plan of a layer or an encoder; serve the layer's weights")
         if given["upload"]:
             raise InvalidInput(f"serve: --upload is for a layer's weights; {program} is a plan, which has its own")
     app = service(what, given["sessions"], given["expire"], tokens=tokens)
     where = {"certificate": certificate, "key": key}
     listen(app, host, port, **where, announce=lambda url: click.echo(f"listening at {url}"))  # type: ignore[arg-type]
+
+
+class _Steps:
+    """Tells on stderr how long each step of a query took; an upload ends a step of its own."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def sent(self, part: int, whole: int) -> None:
+        """Tell when all bytes of a message are sent."""
+        if part == whole:
+            self.done(f"upload {whole / 1e6:.1f} MB")
+
+    def done(self, what: str) -> None:
+        now = time.monotonic()
+        click.echo(f"{what:24} {now - self._since:6.2f} s", err=True)
+        self._since = now
 
 
 @he.command()
@@ -119,6 +164,7 @@ def query(url: str, source: str, output: str, expected: str | None, token_file: 
     from ..he.remote import Remote
     from ..he.saved import plan_from_json
     from ..he.tokens import read_tokens
+    from ..he.wire import MASKED, kind_of
 
     token = None if token_file is None else read_tokens(token_file)[0]
     x: Any
@@ -129,13 +175,28 @@ def query(url: str, source: str, output: str, expected: str | None, token_file: 
             x = np.load(source, allow_pickle=False)
         except (OSError, ValueError) as e:
             raise InvalidInput(f"{source}: not a .npy file: {e}") from e
-    with Remote(url, token=token) as server:
+    steps = _Steps()
+    with Remote(url, token=token, sent=steps.sent) as server:
         plan = server.plan()
         if expected is not None and plan_from_json(Path(expected).read_bytes()).digest != plan.digest:
             raise InvalidInput(f"{url} has another plan than {expected}")
         plan.encoded(x)  # a wrong input is refused before keys are made
+        click.echo(plan.words(), err=True)
         client = Client(plan)
-        server.open(client.evaluation_keys())
-        out = client.decrypt(server.attend(client.encrypt(x)))
+        keys = client.evaluation_keys()
+        steps.done("keys")
+        server.open(keys)
+        steps.done("server reads keys")
+        answer = client.encrypt(x)
+        steps.done("encrypt")
+        answer = server.attend(answer)
+        steps.done("compute")
+        while kind_of(answer) == MASKED:
+            fresh = client.refresh(answer)
+            steps.done("refresh")
+            answer = server.attend(fresh)
+            steps.done("compute")
+        out = client.decrypt(answer)
+        steps.done("decrypt")
     write_whole(output, lambda f: np.save(f, out))
     click.echo(f"{output}: {' x '.join(map(str, out.shape))}")

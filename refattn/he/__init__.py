@@ -1,13 +1,16 @@
 """Power-softmax attention on ciphertexts (CKKS, by TenSEAL's binding of SEAL): plan, simulate, client, server."""
 
+from .encoder import Encoder
+from .encoder_plan import EncoderPlan
 from .inputs import reference, simulate
 from .layer import Layer
 from .layer_plan import LayerPlan
 from .plan import Plan, plan
+from .ranges import ranges
 from .sessions import Client, Server, Sharing
-from .weights import Feedforward, Weights
+from .weights import EncoderWeights, Feedforward, Weights
 
 __all__ = [
-    "Client", "Feedforward", "Layer", "LayerPlan", "Plan", "Server", "Sharing", "Weights", "plan", "reference",
-    "simulate",
+    "Client", "Encoder", "EncoderPlan", "EncoderWeights", "Feedforward", "Layer", "LayerPlan", "Plan", "Server",
+    "Sharing", "Weights", "plan", "ranges", "reference", "simulate",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A layer's plan that came from elsewhere: the client computes with nothing in it that is not checked here."""
+"""A layer's or an encoder's plan that came from elsewhere: nothing in it is used that is not checked here."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from typing import Any
 
 from ..errors import InvalidInput
 from ..validation import shown
-from .arguments import POWERS, is_count, is_number
+from .arguments import LEAST, MOST, POWERS, is_count, is_number
 from .costs import COSTS
+from .encoder_plan import EncoderPlan
+from .integers import MOST_FIRST
 from .layer_plan import LayerPlan, period_of
 from .layout import Layout
 from .noise import Ring
 from .plan import MOST_BITS
 
-__all__ = ["layer_plan_of"]
+__all__ = ["encoder_plan_of", "layer_plan_of"]
 
 MOST_LEVELS, MOST_PRIME = 64, 60
 MOST_ITEMS = 2**12
 """Rotations, and kinds of operations."""
+MOST_BLOCKS = 2**8
 
 
 def layer_plan_of(what: dict[str, Any]) -> LayerPlan:
@@ -30,6 +33,41 @@ def layer_plan_of(what: dict[str, Any]) -> LayerPlan:
     InvalidInput
         A part of it is not what a layer's plan has, or its ring is not within 128 bits of security.
     """
+    made = LayerPlan(**what | _common(what))
+    _check(made)
+    return made
+
+
+def encoder_plan_of(what: dict[str, Any]) -> EncoderPlan:
+    """Return the plan of what JSON held of an encoder's.
+
+    Raises
+    ------
+    InvalidInput
+        A part of it is not what an encoder's plan has, or its ring is not within 128 bits of security.
+    """
+    limbs, factors = what["limbs"], what["factors"]
+    good = isinstance(limbs, list) and 1 <= len(limbs) <= MOST_BLOCKS and isinstance(factors, list)
+    good = good and len(factors) == len(limbs)
+    if not good or not all(isinstance(x, list) for x in (*limbs, *factors)):
+        raise InvalidInput(f"he: the plan's limbs and factors are no lists of as many blocks, at most {MOST_BLOCKS}")
+    rows = {"limbs": tuple(map(tuple, limbs)), "factors": tuple(map(tuple, factors))}
+    made = EncoderPlan(**what | _common(what) | rows)
+    most = made.ring.levels + 1
+    for k, row in enumerate(made.limbs):
+        good = len(row) == 3 and all(is_count(x, 0 if i == 2 and not k else 1, most) for i, x in enumerate(row))
+        _expect("limbs", row, good, f"three integers from 1 to {most}; the plan's sizes do not fit its slots")
+    for pair in made.factors:
+        good = len(pair) == 2 and all(is_number(x) and LEAST <= math.fabs(x) <= MOST for x in pair)
+        _expect("factors", pair, good, "two finite numbers other than 0")
+    _check_sizes(made)
+    _expect("ring.first", made.ring.first, made.ring.first <= MOST_FIRST, f"at most {MOST_FIRST} for an encoder")
+    _check_factor(made, "out_factor")
+    return made
+
+
+def _common(what: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts of a plan that are not numbers: ring, layout, rotations, counts."""
     ring = _ring(dict(what["ring"]))
     layout = _layout(dict(what["layout"]), ring)
     rotations, counts = what["rotations"], what["counts"]
@@ -48,9 +86,7 @@ def layer_plan_of(what: dict[str, Any]) -> LayerPlan:
     levels = what["levels"]
     if not isinstance(levels, dict) or not all(is_count(x, 0, MOST_LEVELS) for x in levels.values()):
         raise InvalidInput(f"he: the plan's levels are {shown(levels)}, expected numbers of levels by step")
-    made = LayerPlan(**what | {"ring": ring, "layout": layout, "rotations": tuple(rotations), "counts": found})
-    _check(made)
-    return made
+    return {"ring": ring, "layout": layout, "rotations": tuple(rotations), "counts": found}
 
 
 def _expect(what: str, got: Any, good: bool, expected: str) -> None:
@@ -83,27 +119,35 @@ def _layout(what: dict[str, Any], ring: Ring) -> Layout:
 
 
 def _check(made: LayerPlan) -> None:
+    _check_sizes(made)
+    n, least, most = made.residual_limbs, 0 if made.classes else 1, made.ring.levels + 1
+    good = is_count(n, least, most)
+    _expect("residual_limbs", n, good, f"an integer from {least} to {most}; the plan's sizes do not fit its slots")
+    _expect("p", made.p, isinstance(made.p, int) and made.p in POWERS, f"one of {', '.join(map(str, POWERS))}")
+    for name in ("residual_factor", "out_factor"):
+        _check_factor(made, name)
+
+
+def _check_sizes(made: LayerPlan | EncoderPlan) -> None:
     layout = made.layout
+    alone = made.classes and isinstance(made, LayerPlan)  # without a residual
     most = {
         "n": (made.n, 1, layout.queries),
-        "d": (made.d, 1, layout.slots if made.classes else 2 * layout.groups * layout.heads),
+        "d": (made.d, 1, layout.slots if alone else 2 * layout.groups * layout.heads),
         "heads": (made.heads, 1, layout.heads),
         "classes": (made.classes, 0, 2 * layout.groups),
         "spread": (made.spread, 1, layout.groups),
         "apart": (made.apart, 1, layout.slots // period_of(layout)),
-        "p": (made.p, min(POWERS), max(POWERS)),
-        "residual_limbs": (made.residual_limbs, 0 if made.classes else 1, made.ring.levels + 1),
     }
     for name, (n, least, largest) in most.items():
         good = is_count(n, least, largest)
         _expect(name, n, good, f"an integer from {least} to {largest}; the plan's sizes do not fit its slots")
-    _expect("p", made.p, made.p in POWERS, f"one of {', '.join(map(str, POWERS))}")
     _expect("upload", made.upload, made.upload in ("full", "whole"), "'full' or 'whole'")
     epsilon = made.first_epsilon
-    _expect(
-        "first_epsilon", epsilon, epsilon is None or (is_number(epsilon) and epsilon >= 0), "a number of at least 0"
-    )
-    for name in ("residual_factor", "out_factor"):
-        x = getattr(made, name)
-        good = is_number(x) and 1e-100 <= math.fabs(x) <= 1e100
-        _expect(name, x, good, "a finite number other than 0")
+    good = epsilon is None or (is_number(epsilon) and epsilon >= 0)
+    _expect("first_epsilon", epsilon, good, "a number of at least 0")
+
+
+def _check_factor(made: Any, name: str) -> None:
+    x = getattr(made, name)
+    _expect(name, x, is_number(x) and LEAST <= math.fabs(x) <= MOST, "a finite number other than 0")

@@ -30,7 +30,7 @@ from .plan import MOST_BITS, MOST_FIRST, MOST_MIDDLE
 from .polynomials import Polynomial
 from .weights import Feedforward, Weights, check
 
-__all__ = ["Layer"]
+__all__ = ["LEAST_MIDDLE", "LINE", "Layer", "kappa_of", "layouts_of", "pairs_of", "sums"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -62,16 +62,12 @@ class Layer:
     """
 
     def __init__(self, weights: Weights, tolerance: float = 1e-2, upload: str = "full") -> None:
-        self.weights = w = weights
-        check(w)
         if upload not in LINE:
             raise InvalidInput(f"upload: got {upload!r}, expected one of {', '.join(LINE)} for a layer")
         self._upload = upload
-        candidates = choose(*w.denominator, tolerance)
-        if not candidates:
-            raise UnsupportedProblem(f"he: no polynomial is within {tolerance:.3g} of 1/D on {w.denominator}")
-        self.inverse: Inverse = candidates[0]
-        found = [plan for where in _layouts(w) for plan in self._planned(*where)]
+        self._begin(weights, tolerance)
+        w = weights
+        found = [plan for where in layouts_of(w) for plan in self._planned(*where)]
         if not found:
             raise UnsupportedProblem(
                 f"he: no ring at 128 bits of security has {period_of(_least(w))} slots and the levels that the layer "
@@ -80,6 +76,15 @@ class Layer:
             )
         self.plan = min(found, key=lambda x: x.predicted_ms() + LINE[upload] * x.upload_bytes)
         self._compile(self.plan.layout, self.plan.spread, self.plan.apart)
+
+    def _begin(self, weights: Weights, tolerance: float) -> None:
+        """Check the weights and choose the polynomial for 1/D."""
+        check(weights)
+        self.weights = weights
+        candidates = choose(*weights.denominator, tolerance)
+        if not candidates:
+            raise UnsupportedProblem(f"he: no polynomial is within {tolerance:.3g} of 1/D on {weights.denominator}")
+        self.inverse: Inverse = candidates[0]
 
     def _planned(self, layout: Layout, spread: int, apart: int) -> list[LayerPlan]:
         """Return a plan, or none where the ring has too few levels."""
@@ -99,7 +104,7 @@ class Layer:
         limbs = depth + 2 - before
         exact = Levels()
         self.compute(exact, (), [Counted(depth + 1)] * (2 * copies) + [Counted(limbs)])
-        kappa = _kappa(then.norm, d) if isinstance(then, Feedforward) else 1.0
+        kappa = kappa_of(then.norm, d) if isinstance(then, Feedforward) else 1.0
         return [LayerPlan(
             n, d, w.query.shape[0], w.p, 0 if isinstance(then, Feedforward) else len(then), ring, layout, spread, apart,
             0 if not isinstance(then, Feedforward) else limbs, w.first_epsilon, kappa,
@@ -119,30 +124,33 @@ class Layer:
         """Return the result by an arithmetic; parts are a query's ciphertexts."""
         w, then, half = self.weights, self.weights.then, self._copies
         m.step("projections")
-        along_i, along_j = parts[:half], parts[half : 2 * half]
-        period = period_of(self._layout)
-        q, k, v = (
-            m.plus(_sums(m, self._maps[name].apply(m, x), period, self._apart), self._plains[name])
-            for name, x in (("query", along_i), ("key", along_j), ("value", along_j))
-        )
+        q, k, v = self._projected(m, parts[:half], parts[half : 2 * half], parts[2 * half + 1 :])
         (z,) = attend(m, self._layout, w.p, self.inverse, w.epsilon, [q], [k], [v])
         if not isinstance(then, Feedforward):
             m.step("mean")
-            z = _sums(m, z, 1, self._layout.columns)
+            z = sums(m, z, 1, self._layout.columns)
             return [m.plus(z, self._plains["bias"])]
         return [self._feedforward(m, then, z, parts[2 * half])]
+
+    def _projected(self, m: Any, along_i: Sequence[Any], along_j: Sequence[Any], rest: Sequence[Any]) -> list[Any]:
+        """Return queries, keys and values; a layer has no other parts."""
+        period = period_of(self._layout)
+        return [
+            m.plus(sums(m, self._maps[name].apply(m, x), period, self._apart), self._plains[name])
+            for name, x in (("query", along_i), ("key", along_j), ("value", along_j))
+        ]
 
     def _feedforward(self, m: Any, then: Feedforward, z: Any, residual: Any) -> Any:
         layout = self._layout
         m.step("output")
         y = m.plus(self._maps["out"].apply(m, [z, m.conjugate(z)]), self._plains["out"])
         y = m.add(y, m.like(residual, y))
-        y = _sums(m, y, layout.columns, layout.keys)
+        y = sums(m, y, layout.columns, layout.keys)
         m.step("normalisation")
         s = m.rescale(m.relinearize(m.mul(y, m.conjugate(y))))
         for step in layout.group_steps():
             s = m.add(s, m.rotate(s, step))
-        s = _sums(m, s, layout.queries, layout.heads)
+        s = sums(m, s, layout.queries, layout.heads)
         norm = then.norm
         s = m.add_constant(s, (2 * then.norm_epsilon - norm.low - norm.high) / (norm.high - norm.low))
         t = self._maps["up"].apply(m, [y])
@@ -150,7 +158,7 @@ class Layer:
         m.step("activation")
         g = then.activation.apply(m, m.plus(u, self._plains["up"]))
         m.step("feed-forward")
-        o = _sums(m, self._maps["down"].apply(m, [g]), layout.columns, layout.keys)
+        o = sums(m, self._maps["down"].apply(m, [g]), layout.columns, layout.keys)
         o = m.plus(o, self._plains["down"])
         return m.add(o, m.like(y, o))
 
@@ -197,7 +205,7 @@ class Layer:
         """Make what leads from attention to the layer's first sum."""
         f, j, h, i = axes_of(layout)
         heads, d_v, _ = then.out.shape
-        width, kappa, real = layout.groups * layout.heads, _kappa(then.norm, d), i < n
+        width, kappa, real = layout.groups * layout.heads, kappa_of(then.norm, d), i < n
         pair, after = f * layout.heads + h, (f + 1) % layout.groups * layout.heads + h
         steps = (layout.queries, layout.heads), (layout.keys * layout.columns, layout.groups)
 
@@ -206,7 +214,7 @@ class Layer:
         out = np.pad(then.out, ((0, 0), (0, 2 * layout.groups - d_v), (0, 0))) * kappa * self.inverse.output_factor
         rows = np.arange(layout.groups)
         for head in range(heads):
-            a, b = _pairs(out[head, 0::2], width), _pairs(out[head, 1::2], width)
+            a, b = pairs_of(out[head, 0::2], width), pairs_of(out[head, 1::2], width)
             of[rows * layout.heads + head] = (a - 1j * b) / 2
             of[width + rows * layout.heads + head] = (a + 1j * b) / 2
         # heads that are none are zero in z, too; all pairs are asked for, so that every product is there
@@ -219,14 +227,14 @@ class Layer:
             first, Arrangement(np.where(wanted, i, -1), np.where(wanted, target, -1)),
             own + target * layout.queries + i, of, steps,
         )  # fmt: skip
-        bias = _pairs(then.out_bias * kappa, width)
+        bias = pairs_of(then.out_bias * kappa, width)
         self._plains["out"] = Plain(np.where((j == 0) & real, bias[pair], 0))
 
     def _compile_feedforward(self, then: Feedforward, layout: Layout, n: int, d: int) -> None:
         """Make what leads from the first sum to the layer's result."""
         f, j, h, i = axes_of(layout)
         hidden, width = then.up.shape[1], layout.groups * layout.heads
-        kappa, real = _kappa(then.norm, d), i < n
+        kappa, real = kappa_of(then.norm, d), i < n
         pair, after = f * layout.heads + h, (f + 1) % layout.groups * layout.heads + h
         steps = (layout.queries, layout.heads), (layout.keys * layout.columns, layout.groups)
         own = np.arange(len(f)) // period_of(layout) * width * layout.queries  # repeats are results of their own
@@ -241,14 +249,14 @@ class Layer:
         bias_up = np.where(wide, (then.up_bias / then.activation.most)[np.where(wide, unit, 0)], 0)
         self._plains["up"] = Plain(bias_up.astype(np.complex128))
 
-        down = _pairs(then.down * kappa * then.activation.constant, width)
+        down = pairs_of(then.down * kappa * then.activation.constant, width)
         target = np.where(j == 0, pair, after)
         rows_in = real & (j <= layout.keys - 2)
         self._maps["down"] = compiled(
             [hiddens], Arrangement(np.where(rows_in, i, -1), np.where(rows_in, target, -1)),
             own + target * layout.queries + i, down, steps,
         )  # fmt: skip
-        bias = _pairs(then.down_bias * kappa, width)
+        bias = pairs_of(then.down_bias * kappa, width)
         self._plains["down"] = Plain(np.where((j == 1) & real, bias[after], 0))
 
 
@@ -276,7 +284,7 @@ def _least(w: Weights) -> Layout:
     return Layout(groups * rows * columns * rows, rows, columns * rows, groups, 1, rows, columns)
 
 
-def _layouts(w: Weights) -> Iterator[tuple[Layout, int, int]]:
+def layouts_of(w: Weights) -> Iterator[tuple[Layout, int, int]]:
     """Yield the layouts that can be planned, with pairs of features that are spread, and that lie apart."""
     least, d = _least(w), w.query.shape[1]
     period = period_of(least)
@@ -300,18 +308,18 @@ def _paired(x: Float, groups: int, heads: int, unit: complex) -> Complex:
     return np.asarray(z.transpose(1, 2, 0).reshape(x.shape[1], -1))
 
 
-def _pairs(x: Float, width: int) -> Complex:
+def pairs_of(x: Float, width: int) -> Complex:
     """Return features as `width` pairs along the last axis."""
     x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 2 * width - x.shape[-1])])
     return np.asarray(x[..., 0::2] + 1j * x[..., 1::2])
 
 
-def _kappa(norm: Polynomial, d: int) -> float:
+def kappa_of(norm: Polynomial, d: int) -> float:
     """Return what makes the sum of squares the variable that the normalisation's polynomial is in, but for a shift."""
     return math.sqrt(2 / (d * (norm.high - norm.low)))
 
 
-def _sums(m: Any, x: Any, unit: int, count: int) -> Any:
+def sums(m: Any, x: Any, unit: int, count: int) -> Any:
     """Return sums over `count` neighbours, a power of 2, that are `unit` slots apart."""
     step = unit
     while step < unit * count:

@@ -19,7 +19,7 @@ from .layout import Layout
 from .noise import Ring
 from .planned import Planned
 
-__all__ = ["LayerPlan", "axes_of", "feature_of", "period_of"]
+__all__ = ["LayerPlan", "along", "axes_of", "feature_of", "gathered", "paired", "period_of"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -143,30 +143,44 @@ class LayerPlan(Planned):
         if not np.isfinite(x).all():
             raise InvalidProblem("x: has numbers that are not finite")
         y = x if self.first_epsilon is None else x / np.sqrt((x**2).mean(1, keepdims=True) + self.first_epsilon)
-        f, j, h, i = axes_of(self.layout)
-        features = [feature_of(self.layout, self.spread, self.apart, c) for c in range(self.copies)]
-        rows = (0, self.layout.queries - self.n)
-        y = np.pad(y, (rows, (0, 1 + max(int(c.max()) for c in features))))
         top = self.ring.levels + 1
-        found = [(y[t, c], top) for t in (i, j) for c in features]
+        found: list[tuple[Any, int]] = [(slots, top) for slots in along(self, y)]
         if not self.classes:
-            pair = 2 * (f * self.layout.heads + h)
-            padded = np.pad(x, (rows, (0, 2 * self.layout.pairs * self.layout.heads)))
-            residual = np.where(j == 0, padded[i, pair] + 1j * padded[i, pair + 1], 0)
-            found.append((residual * self.residual_factor, self.residual_limbs))
+            found.append((paired(self.layout, x) * self.residual_factor, self.residual_limbs))
         slots = [(s.astype(np.complex128), limbs) for s, limbs in found]
         return (self.classes,) if self.classes else (self.n, self.d), slots
 
     def decoded(self, slots: Sequence[Complex], shape: tuple[int, ...]) -> Float:
         """Return the result from the slots of a reply."""
+        if not self.classes:
+            return gathered(self.layout, slots[0] * self.out_factor)[: self.n, : self.d]
         f, j, h, i = (x[: period_of(self.layout)] for x in axes_of(self.layout))
-        whole = slots[0][: len(f)] * self.out_factor
-        if self.classes:
-            pairs = whole[(j == 0) & (h == 0) & (i == 0)]
-            return np.stack([pairs.real, pairs.imag], 1).ravel()[: self.classes]
-        rows = whole[j == 1].reshape(self.layout.groups, self.layout.heads, -1)
-        pairs = np.roll(rows, 1, 0).reshape(-1, self.layout.queries)  # row 1 of f holds f + 1
-        return np.stack([pairs.real, pairs.imag], 1).reshape(-1, self.layout.queries).T[: self.n, : self.d]
+        pairs = (slots[0][: len(f)] * self.out_factor)[(j == 0) & (h == 0) & (i == 0)]
+        return np.stack([pairs.real, pairs.imag], 1).ravel()[: self.classes]
+
+
+def along(plan: Any, x: Float) -> list[Float]:
+    """Return the slots of an input's tokens, (n, d): those of queries, then those of keys."""
+    _, j, _, i = axes_of(plan.layout)
+    features = [feature_of(plan.layout, plan.spread, plan.apart, c) for c in range(plan.copies)]
+    x = np.pad(x, ((0, plan.layout.queries - plan.n), (0, 1 + max(int(c.max()) for c in features))))
+    return [x[t, c] for t in (i, j) for c in features]
+
+
+def paired(layout: Layout, x: Float) -> Complex:
+    """Return the slots of (n, d) tokens where a layer's residual lies: pairs of features, in row j = 0."""
+    f, j, h, i = axes_of(layout)
+    pair = 2 * (f * layout.heads + h)
+    x = np.pad(x, ((0, layout.queries - len(x)), (0, 2 * layout.pairs * layout.heads)))
+    return np.where(j == 0, x[i, pair] + 1j * x[i, pair + 1], 0)
+
+
+def gathered(layout: Layout, slots: Complex) -> Float:
+    """Return a layer's result, filled up, from its slots: it lies in row j = 1, where that of f holds f + 1."""
+    _, j, _, _ = (x[: period_of(layout)] for x in axes_of(layout))
+    rows = slots[: len(j)][j == 1].reshape(layout.groups, layout.heads, -1)
+    pairs = np.roll(rows, 1, 0).reshape(-1, layout.queries)
+    return np.stack([pairs.real, pairs.imag], 1).reshape(-1, layout.queries).T
 
 
 def axes_of(layout: Layout) -> tuple[NDArray[np.int64], ...]:

@@ -7,11 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from rich.console import Console
 from rich.table import Table
 
 from .noise import Ring
 
 __all__ = ["Planned", "Program"]
+
+MOST_SECONDS, MOST_BYTES = 30.0, 10**9
+"""Above these a plan warns."""
 
 
 class Planned(ABC):
@@ -63,13 +67,44 @@ class Planned(ABC):
         digits = self.ring.levels + 1
         return (len(self.rotations) + 2) * digits * self.ring.degree * sum(self.ring.bits) // 7
 
+    def words(self) -> str:
+        """Return what the plan says in a sentence: time, bytes, security, error."""
+        found = self.report()
+        text = f"{found['predicted_ms'] / 1e3:.2g} s on one core, {_bytes(self.upload_bytes)} up"
+        if found.get("rounds", 1) > 1:
+            text += f" in {found['rounds']} rounds"
+        text += f", {_bytes(self.key_bytes)} of keys once, 128-bit security"
+        if "error_noise" in found:
+            noise = found["error_noise"]
+            text += f", error at most {noise + found['error_approximation']:.2g}, of which noise {noise:.1g}"
+        return text
+
+    def warnings(self) -> list[str]:
+        """Return what a user may not want: a long time, or many bytes."""
+        seconds = self.report()["predicted_ms"] / 1e3
+        found = [f"the server will take about {seconds:.0f} s a query"] if seconds > MOST_SECONDS else []
+        for what, n in (("a query sends", self.upload_bytes), ("the evaluation keys have", self.key_bytes)):
+            if n > MOST_BYTES:
+                found.append(f"{what} {_bytes(n)}")
+        return found
+
     def table(self) -> Table:
-        """Return the report as a table for the terminal."""
-        table = Table("what", "planned")
+        """Return the report as a table: it shows in a notebook and in a terminal, and ``print`` writes its text."""
+        table = _Printed("what", "planned")
         for name, value in self.report().items():
             if name != "operations_of_a_block":
                 table.add_row(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
         return table
+
+
+class _Printed(Table):
+    """A table whose text is itself."""
+
+    def __str__(self) -> str:
+        console = Console(width=120, highlight=False, force_terminal=False)
+        with console.capture() as found:
+            console.print(self)
+        return found.get()
 
 
 class Program(Protocol):
@@ -84,3 +119,10 @@ class Program(Protocol):
 
     def compute(self, m: Any, shared: Sequence[Any], queries: Sequence[Any]) -> list[Any]:
         """Return a block's result by an arithmetic."""
+
+
+def _bytes(n: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n} bytes"

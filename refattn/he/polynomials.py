@@ -98,9 +98,9 @@ def _fit(f: Float, w: Float, weight: Float, degree: int) -> Float:
 
 def _certified(
     f: Callable[[Float], Float], low: float, high: float, degree: int, slope: float,
-    weight: Callable[[Float], Float] = np.ones_like, weight_slope: float = 0.0,
+    weight: Callable[[Float], Float] = np.ones_like, weight_slope: float = 0.0, tolerance: float = math.inf,
 ) -> Polynomial:  # fmt: skip
-    """Return a polynomial of a degree with its error.
+    """Return a polynomial of a degree with its error; where some points show one above the tolerance, with that.
 
     ``slope`` and ``weight_slope`` bound the derivatives of f and of the weight, both in x.
     """
@@ -108,6 +108,9 @@ def _certified(
     x = low + (w + 1) * (high - low) / 2
     coefficients = tuple(float(c) for c in _fit(f(x), w, weight(x), degree))
     made = Polynomial(low, high, coefficients, math.inf)
+    seen = float((np.abs(f(x) - made(x)) * weight(x)).max())
+    if seen > tolerance:
+        return Polynomial(low, high, coefficients, seen)
     x = np.linspace(low, high, POINTS)
     difference = np.abs(f(x) - made(x))
     # Markov: |T_k'| <= k**2
@@ -143,7 +146,8 @@ def inverse_sqrt(low: float, high: float, tolerance: float, most: int = 14) -> P
         raise InvalidInput(f"inverse_sqrt: got the interval ({low}, {high}), expected 0 < low < high")
     _check_tolerance(tolerance)
     for degree in range(2, most + 1, 2):
-        made = _certified(lambda x: 1 / np.sqrt(x), low, high, degree, low**-1.5 / 2, np.sqrt, 1 / (2 * math.sqrt(low)))
+        slopes = low**-1.5 / 2, np.sqrt, 1 / (2 * math.sqrt(low))
+        made = _certified(lambda x: 1 / np.sqrt(x), low, high, degree, *slopes, tolerance)
         if made.error <= tolerance:
             return made
     raise UnsupportedProblem(
@@ -187,6 +191,10 @@ class Activation:
 
     def apply(self, m: Any, u: Any) -> Any:
         """Return f(most·u) / constant by an arithmetic, of a ciphertext of u in [-1, 1]."""
+        if self.even.degree == 1:  # a square and a product at one scale: no level between
+            square = m.relinearize(m.square(u))
+            both = m.add(m.add(square, square), m.times_constant(u, self.most / 2 / self.constant))
+            return m.add_constant(m.rescale(both), self.even.factors()[1][0][0] - 1.0)
         t = m.rescale(m.relinearize(m.square(u)))
         even = product(m, self.even.apply(m, m.add_constant(m.add(t, t), -1.0)))
         half = m.rescale(m.times_constant(u, self.most / 2 / self.constant))
@@ -236,7 +244,7 @@ def activation(name: str, most: float, tolerance: float) -> Activation:
         return np.asarray(f(u) - u / 2)
 
     for degree in DEGREES:
-        made = Activation(name, most, _certified(even, 0.0, 1.0, degree, second * most**2 / 2))
+        made = Activation(name, most, _certified(even, 0.0, 1.0, degree, second * most**2 / 2, tolerance=tolerance))
         if made.error <= tolerance:
             return made
     raise UnsupportedProblem(

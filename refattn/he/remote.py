@@ -6,10 +6,12 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
 from ..errors import InvalidInput, ServiceError, UnsupportedProblem, install, printable
+from .encoder_plan import EncoderPlan
 from .layer_plan import LayerPlan
 from .plan import Plan
 from .saved import MOST_TEXT, plan_from_json
@@ -19,6 +21,8 @@ __all__ = ["Remote"]
 
 MOST_REPLY = 2**28
 """Bytes of a reply where the plan is not known."""
+PIECE = 2**20
+"""Bytes of a message that are sent at once where somebody is told."""
 GRACE = 0.5
 """Seconds in which the connection itself may say that the time is over, and what it waited for."""
 
@@ -38,6 +42,8 @@ class Remote:
         What the server demands to know who asks. It is sent over TLS, or within this machine, only.
     most_bytes : int
         The most bytes of keys, or of a query, that a server's plan may ask for.
+    sent : callable, optional
+        Called with the bytes of a message that are sent, and all of them, after each piece.
 
     Raises
     ------
@@ -54,6 +60,7 @@ class Remote:
         transport: Any = None,
         token: str | None = None,
         most_bytes: int = 2**32,
+        sent: Callable[[int, int], Any] | None = None,
     ) -> None:
         try:
             import httpx
@@ -70,6 +77,7 @@ class Remote:
         self._http = httpx.Client(base_url=url, timeout=seconds, transport=transport, headers=headers)
         self._errors, self._seconds, self._most = (httpx.HTTPError, httpx.InvalidURL), seconds, most_bytes
         self._session: str | None = None
+        self._sent = sent
         self._reply_most = MOST_REPLY
 
     def __enter__(self) -> Remote:
@@ -78,7 +86,7 @@ class Remote:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def plan(self) -> Plan | LayerPlan:
+    def plan(self) -> Plan | LayerPlan | EncoderPlan:
         """Return the server's plan, checked to be within 128 bits of security and within this client's limits."""
         made = plan_from_json(self._call("GET", "/plan", most=MOST_TEXT), self._most)
         self._reply_most = made.reply_most
@@ -104,7 +112,7 @@ class Remote:
         self._session = name
 
     def attend(self, query: bytes) -> bytes:
-        """Return the reply to a query.
+        """Return the reply to a query; of an encoder the masked result of its next block, until the last.
 
         Raises
         ------
@@ -147,6 +155,19 @@ class Remote:
             self._http.close()
             raise self._late() from e
 
+    def _content(self, body: bytes | None) -> dict[str, Any]:
+        """Return a message as httpx takes it: in pieces where somebody wants to know how many are sent."""
+        sent = self._sent
+        if sent is None or body is None:
+            return {"content": body}
+
+        def pieces() -> Iterator[bytes]:
+            for i in range(0, len(body), PIECE):
+                yield body[i : i + PIECE]
+                sent(min(i + PIECE, len(body)), len(body))
+
+        return {"content": pieces(), "headers": {"content-length": str(len(body))}}
+
     def _late(self) -> ServiceError:
         return ServiceError(f"he: {self._http.base_url} took longer than {self._seconds:g} s to answer")
 
@@ -156,7 +177,7 @@ class Remote:
         end = time.monotonic() + self._seconds
         parts, size = [], 0
         try:
-            with self._http.stream(method, path, content=body) as answer:
+            with self._http.stream(method, path, **self._content(body)) as answer:
                 for part in [answer.content] if answer.is_stream_consumed else answer.iter_raw():
                     size += len(part)
                     limit = most if answer.is_success else 2**16

@@ -13,12 +13,13 @@ from ..errors import InvalidInput, RefattnError
 from ..files import load_arrays, save_arrays
 from ..validation import shown
 from .arguments import is_number
-from .foreign import layer_plan_of
+from .encoder_plan import EncoderPlan
+from .foreign import encoder_plan_of, layer_plan_of
 from .inverse import Inverse
 from .layer_plan import LayerPlan
 from .plan import Plan, plan
 from .polynomials import Activation, Polynomial
-from .weights import Feedforward, Weights, check
+from .weights import EncoderWeights, Feedforward, Weights, check, check_encoder
 
 __all__ = ["load_weights", "plan_from_json", "plan_to_json", "save_weights"]
 
@@ -40,7 +41,7 @@ RANGES = (
 )
 
 
-def plan_to_json(made: Plan | LayerPlan) -> str:
+def plan_to_json(made: Plan | LayerPlan | EncoderPlan) -> str:
     """Return a plan as JSON, for a client elsewhere. No weight is in it."""
     if isinstance(made, Plan):
         what: dict[str, Any] = {n: getattr(made, n) for n in (*ARGUMENTS, *RANGES)}
@@ -50,13 +51,13 @@ def plan_to_json(made: Plan | LayerPlan) -> str:
         what = {f.name: getattr(made, f.name) for f in fields(made)}
         what |= {"ring": asdict(made.ring), "layout": asdict(made.layout)}
         what["counts"] = [[name, limbs, count] for (name, limbs), count in sorted(made.counts.items())]
-    kind = "attention" if isinstance(made, Plan) else "layer"
+    kind = {Plan: "attention", LayerPlan: "layer", EncoderPlan: "encoder"}[type(made)]
     return json.dumps(
         {"refattn": f"he {kind} plan", "version": PLAN_VERSION, "digest": made.digest.hex(), "plan": what}
     )
 
 
-def plan_from_json(text: str | bytes, most_bytes: int = 2**40) -> Plan | LayerPlan:
+def plan_from_json(text: str | bytes, most_bytes: int = 2**40) -> Plan | LayerPlan | EncoderPlan:
     """Return the plan of some JSON.
 
     Parameters
@@ -81,11 +82,13 @@ def plan_from_json(text: str | bytes, most_bytes: int = 2**40) -> Plan | LayerPl
         if version != PLAN_VERSION:
             raise InvalidInput(f"he: got a plan of version {shown(version)}, expected {PLAN_VERSION}")
         if kind == "he attention plan":
-            made: Plan | LayerPlan = _attention(dict(what))
+            made: Plan | LayerPlan | EncoderPlan = _attention(dict(what))
         elif kind == "he layer plan":
             made = layer_plan_of(dict(what))
+        elif kind == "he encoder plan":
+            made = encoder_plan_of(dict(what))
         else:
-            raise InvalidInput(f"he: got {shown(kind)}, expected a plan of attention or of a layer")
+            raise InvalidInput(f"he: got {shown(kind)}, expected a plan of attention, of a layer or of an encoder")
     except RefattnError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
@@ -118,21 +121,38 @@ def _float(x: Any) -> float:
     return float(x)
 
 
-def save_weights(weights: Weights, path: str | Path) -> None:
-    """Write a layer's weights to an .npz file, whole.
+def save_weights(weights: Weights | EncoderWeights, path: str | Path) -> None:
+    """Write a layer's or an encoder's weights to an .npz file, whole.
 
     Parameters
     ----------
-    weights : Weights
-        The layer's.
+    weights : Weights or EncoderWeights
+        What is written.
     path : str or Path
         The target.
     """
+    if isinstance(weights, Weights):
+        arrays, rest = _parts(weights)
+        text: dict[str, Any] = {"version": VERSION, **rest}
+    else:
+        arrays, text = {}, {"version": VERSION, "blocks": []}
+        for k, block in enumerate(weights.blocks):
+            more, rest = _parts(block)
+            arrays |= {f"{k}_{n}": x for n, x in more.items()}
+            text["blocks"].append(rest)
+        if weights.head is not None:
+            arrays |= {"head": weights.head, "head_bias": weights.head_bias}
+    save_arrays(arrays | {"settings": np.frombuffer(json.dumps(text).encode(), np.uint8)}, path)
+
+
+def _parts(weights: Weights) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a layer's arrays, and what JSON holds of the rest."""
     arrays: dict[str, Any] = {f.name: getattr(weights, f.name) for f in fields(weights)}
-    then = arrays.pop("then")
-    rest: dict[str, Any] = {
-        n: arrays.pop(n) for n in ("p", "epsilon", "scale", "denominator", "causal", "first_epsilon")
-    }
+    then, first = arrays.pop("then"), arrays.pop("first")
+    names = ("p", "epsilon", "scale", "denominator", "causal", "first_epsilon")
+    rest: dict[str, Any] = {n: arrays.pop(n) for n in names}
+    if first is not None:
+        rest["first"] = asdict(first)
     if isinstance(then, Feedforward):
         parts = {f.name: getattr(then, f.name) for f in fields(then)}
         norm, act = parts.pop("norm"), parts.pop("activation")
@@ -140,11 +160,10 @@ def save_weights(weights: Weights, path: str | Path) -> None:
         arrays |= {f"then_{n}": x for n, x in parts.items()}
     else:
         arrays["then"] = then
-    text = np.frombuffer(json.dumps({"version": VERSION, **rest}).encode(), np.uint8)
-    save_arrays(arrays | {"settings": text}, path)
+    return arrays, rest
 
 
-def load_weights(path: str | Path) -> Weights:
+def load_weights(path: str | Path) -> Weights | EncoderWeights:
     """Read weights that :func:`save_weights` wrote.
 
     Raises
@@ -157,22 +176,37 @@ def load_weights(path: str | Path) -> Weights:
         rest = json.loads(arrays.pop("settings").tobytes())
         if rest.pop("version") != VERSION:
             raise InvalidInput(f"{path}: weights of another version")
-        rest["denominator"] = tuple(rest["denominator"])
-        then: Any = arrays.pop("then", None)
-        if then is None:
-            act = rest.pop("activation")
-            parts = {n.removeprefix("then_"): arrays.pop(n) for n in list(arrays) if n.startswith("then_")}
-            then = Feedforward(
-                **parts, norm=_polynomial(rest.pop("norm")), norm_epsilon=rest.pop("norm_epsilon"),
-                activation=Activation(act["name"], act["most"], _polynomial(act["even"])),
-            )  # fmt: skip
-        found = Weights(**arrays, **rest, then=then)
-        check(found)
+        if "blocks" not in rest:
+            found = _weights(arrays, rest)
+            check(found)
+            return found
+        head = {n: arrays.pop(n) for n in ("head", "head_bias") if n in arrays}
+        blocks = []
+        for k, block in enumerate(rest["blocks"]):
+            mine = {n.removeprefix(f"{k}_"): arrays.pop(n) for n in list(arrays) if n.startswith(f"{k}_")}
+            blocks.append(_weights(mine, block))
+        whole = EncoderWeights(tuple(blocks), **head)
+        check_encoder(whole)
     except InvalidInput:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise InvalidInput(f"{path}: not a layer's weights: {type(e).__name__}: {e}") from e
-    return found
+    return whole
+
+
+def _weights(arrays: dict[str, Any], rest: dict[str, Any]) -> Weights:
+    rest["denominator"] = tuple(rest["denominator"])
+    if "first" in rest:
+        rest["first"] = _polynomial(rest["first"])
+    then: Any = arrays.pop("then", None)
+    if then is None:
+        act = rest.pop("activation")
+        parts = {n.removeprefix("then_"): arrays.pop(n) for n in list(arrays) if n.startswith("then_")}
+        then = Feedforward(
+            **parts, norm=_polynomial(rest.pop("norm")), norm_epsilon=rest.pop("norm_epsilon"),
+            activation=Activation(act["name"], act["most"], _polynomial(act["even"])),
+        )  # fmt: skip
+    return Weights(**arrays, **rest, then=then)
 
 
 def _polynomial(what: dict[str, Any]) -> Polynomial:

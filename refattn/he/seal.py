@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from io import FileIO
+from io import BytesIO, FileIO
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,9 @@ __all__ = [
     "from_bytes",
     "from_slice",
     "galois_elements",
+    "level",
     "primes",
+    "saved_body",
     "to_bytes",
     "whole_bytes",
 ]
@@ -81,12 +83,12 @@ def galois_elements(ring: Ring, rotations: Iterable[int]) -> list[int]:
 def encode(encoder: Any, x: NDArray[np.complex128], ring: Ring, limbs: int) -> Any:
     """Return slots as a plaintext with some primes left."""
     plain = api().Plaintext()
-    encoder.encode(x.tolist(), _level(ring, limbs), 2.0**ring.middle, plain)
+    encoder.encode(x.tolist(), level(ring, limbs), 2.0**ring.middle, plain)
     return plain
 
 
 @cache
-def _level(ring: Ring, limbs: int) -> Any:
+def level(ring: Ring, limbs: int) -> Any:
     """Return SEAL's name of the level with some primes left."""
     data = context(ring).first_context_data()
     while data.chain_index() + 1 > limbs:
@@ -156,8 +158,31 @@ def whole_bytes(encryptor: Any, plain: Any) -> bytes:
     magic, size, major, minor, compression, reserved, _ = HEADER.unpack_from(saved)
     if compression == NONE:
         return saved
-    body: bytes = zstandard().ZstdDecompressor().decompressobj().decompress(saved[size:])
+    body = saved_body(saved)
     return HEADER.pack(magic, size, major, minor, NONE, reserved, size + len(body)) + body
+
+
+def saved_body(saved: bytes, most: int | None = None) -> bytes:
+    """Return what SEAL saved, not compressed, without its header; no more than `most` bytes and one.
+
+    Raises
+    ------
+    InvalidInput
+        The bytes are none that SEAL saved, or compressed in another way than zstandard's.
+    """
+    if len(saved) < HEADER.size:
+        raise InvalidInput(f"he: got {len(saved)} bytes, fewer than SEAL's header has")
+    compression, body = HEADER.unpack_from(saved)[4], saved[HEADER.size :]
+    if compression == NONE:
+        return body if most is None else body[: most + 1]
+    package = zstandard()
+    try:
+        if compression != ZSTD:
+            raise InvalidInput(f"he: got bytes of SEAL's compression {compression}, expected {ZSTD} or {NONE}")
+        with package.ZstdDecompressor().stream_reader(BytesIO(body)) as reader:
+            return bytes(reader.read(-1 if most is None else most + 1))
+    except package.ZstdError as e:
+        raise InvalidInput(f"he: got bytes that zstandard does not know: {e}") from e
 
 
 def zstandard() -> Any:
@@ -165,7 +190,7 @@ def zstandard() -> Any:
     try:
         return importlib.import_module("zstandard")
     except ModuleNotFoundError as e:
-        raise UnsupportedProblem(f"he: upload='whole' needs the package zstandard; {install('he')}") from e
+        raise UnsupportedProblem(f"he: upload='whole' and encoders need the package zstandard; {install('he')}") from e
 
 
 def from_bytes(kind: str, ring: Ring, data: bytes | memoryview) -> Any:
@@ -285,7 +310,7 @@ class Sealed(Arithmetic):
         if a.coeff_modulus_size() < limbs:
             raise UnsupportedProblem("he: no level is left to bring numbers to one scale")
         if a.coeff_modulus_size() > limbs:
-            a = self._new(self.evaluator.mod_switch_to, a, _level(self.ring, limbs))
+            a = self._new(self.evaluator.mod_switch_to, a, level(self.ring, limbs))
         one = self.api.Plaintext()
         prime = float(primes(self.ring)[limbs - 1])
         self.encoder.encode(1.0, a.parms_id(), b.scale * prime / a.scale, one)

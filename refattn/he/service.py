@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import InvalidInput, UnsupportedProblem, install
 from .bodies import Bodies, Refused
+from .encoder import Encoder
 from .hosted import MOST_ASKED, Ended, Hosted, seconds_of
 from .layer import Layer
 from .plan import Plan
@@ -31,13 +32,13 @@ WAITING = 4
 
 
 def service(
-    program: Plan | Layer, sessions: int = 8, seconds: float = 3600.0, tokens: Iterable[str] | None = None
+    program: Plan | Layer | Encoder, sessions: int = 8, seconds: float = 3600.0, tokens: Iterable[str] | None = None
 ) -> Any:
     """Return a Starlette application that serves a plan or a layer.
 
     Parameters
     ----------
-    program : Plan or Layer
+    program : Plan, Layer or Encoder
         What is computed.
     sessions : int
         The most sessions at once. Each has a process of its own, and its keys in memory.
@@ -88,7 +89,7 @@ class _Unknown(Refused):
 class _Desk:
     """The sessions of a service, and what is done for each kind of request."""
 
-    def __init__(self, program: Plan | Layer, sessions: int, seconds: float, tokens: Tokens) -> None:
+    def __init__(self, program: Plan | Layer | Encoder, sessions: int, seconds: float, tokens: Tokens) -> None:
         self.program, self.plan = program, program.plan
         self.sessions, self.seconds, self.tokens = sessions, seconds, tokens
         self.text = plan_to_json(self.plan)

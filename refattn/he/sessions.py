@@ -5,23 +5,26 @@ from __future__ import annotations
 import itertools
 import math
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem, WorkerDied
+from .encoder import Encoder
+from .encoder_plan import EncoderPlan
 from .layer import Layer
 from .layer_plan import LayerPlan
 from .plan import Plan
 from .plausible import check_out, check_reply
 from .processes import pool_of, stop
+from .refresh import Masks, check_masked, refreshed, zero_of
 from .seal import api, context, decode, encode, from_bytes, galois_elements, to_bytes, whole_bytes
-from .shared import held
-from .wire import KEYS, QUERY, REPLY, Message, pack, unpack
+from .shared import Slice, held
+from .wire import FRESH, KEYS, MASKED, QUERY, REPLY, Message, kind_of, pack, query_of, unpack
 from .worker import Sent, Worker, begin, block
 
 __all__ = ["Client", "Server", "Sharing"]
@@ -64,11 +67,11 @@ class Client:
 
     Parameters
     ----------
-    plan : Plan or LayerPlan
+    plan : Plan, LayerPlan or EncoderPlan
         What the server will compute.
     """
 
-    def __init__(self, plan: Plan | LayerPlan) -> None:
+    def __init__(self, plan: Plan | LayerPlan | EncoderPlan) -> None:
         self.plan = plan
         s, made = api(), context(plan.ring)
         self._generator = s.KeyGenerator(made)
@@ -80,6 +83,7 @@ class Client:
         self._encoder = s.CKKSEncoder(made)
         self._name = secrets.token_bytes(16)
         self._asked: dict[bytes, tuple[int, ...]] = {}  # shapes of the replies that are waited for
+        self._stage: dict[bytes, int] = {}  # of an encoder's queries, the block that works on them
 
     def __repr__(self) -> str:
         return f"Client(degree {self.plan.ring.degree}, {len(self._asked)} queries without a reply)"
@@ -91,7 +95,9 @@ class Client:
         """Return what a server needs: keys for relinearisation, the plan's rotations and the conjugation."""
         relin = self._generator.create_relin_keys()
         galois = self._generator.create_galois_keys(galois_elements(self.plan.ring, self.plan.rotations))
-        parts = (to_bytes(relin), to_bytes(galois))
+        parts: tuple[bytes, ...] = (to_bytes(relin), to_bytes(galois))
+        if isinstance(self.plan, EncoderPlan):
+            parts += (zero_of(self._encryptor, self.plan),)
         return pack(Message(KEYS, self.plan.digest, self._name, bytes(16), parts))
 
     def encrypt(self, x: Any) -> bytes:
@@ -112,8 +118,49 @@ class Client:
         shape, slots = self.plan.encoded(x)
         parts = tuple(self._encrypted(s, limbs) for s, limbs in slots)
         name = secrets.token_bytes(16)
-        self._asked[name] = shape
+        self._asked[name], self._stage[name] = shape, 0
         return pack(Message(QUERY, self.plan.digest, self._name, name, parts))
+
+    def ask(self, x: Any, attend: Callable[[bytes], bytes], share: Sharing | None = None) -> Float:
+        """Return the result of a call: encrypt it, have it computed, answer masked results, decrypt.
+
+        Parameters
+        ----------
+        x : Problem or (n, d) array
+            As :meth:`encrypt` takes it.
+        attend : callable
+            What brings a message to the server and its answer back, e.g. ``server.attend``.
+        share : Sharing, optional
+            As :meth:`decrypt` takes it.
+        """
+        answer = attend(self.encrypt(x))
+        while kind_of(answer) == MASKED:
+            answer = attend(self.refresh(answer))
+        return self.decrypt(answer, share)
+
+    def refresh(self, masked: bytes) -> bytes:
+        """Return the answer to a block's masked result: its numbers, which are random here, encrypted anew.
+
+        Raises
+        ------
+        InvalidInput
+            It is no masked result of a query of this client that waits for one, or of another structure.
+        """
+        plan = self.plan
+        if not isinstance(plan, EncoderPlan):
+            raise InvalidInput("he: got a masked result, which this plan has none of; it is of an encoder's plan")
+        m = unpack(masked, MASKED, plan.digest, plan.reply_most, parts=3)
+        stage = self._stage.get(m.query, 0) + 1
+        if m.client != self._name or m.query not in self._asked or stage >= plan.rounds:
+            raise InvalidInput("he: got a masked result of another client or of no query that waits for one")
+        name = bytes(m.parts[0])
+        if len(name) != 16:
+            raise InvalidInput(f"he: got a masked result with a name of {len(name)} bytes, expected 16")
+        found = [from_bytes("Ciphertext", plan.ring, x) for x in m.parts[1:]]
+        scales = check_masked(plan, found)
+        plains = refreshed(plan, stage, [self._opened(x) for x in found], scales)
+        self._stage[m.query] = stage
+        return pack(Message(FRESH, plan.digest, self._name, name, tuple(self._sent(x) for x in plains)))
 
     def decrypt(self, reply: bytes, share: Sharing | None = None) -> Float:
         """Return the result, e.g. out (b, h, n_q, d_v), of a reply to a query of this client.
@@ -142,12 +189,16 @@ class Client:
         m = unpack(reply, REPLY, plan.digest, plan.reply_most, parts=plan.outs)
         if m.client != self._name or m.query not in self._asked:
             raise InvalidInput("he: got a reply to another client or to no query that waits for one")
+        if isinstance(plan, EncoderPlan) and self._stage[m.query] != plan.rounds - 1:
+            raise InvalidInput(
+                f"he: got a reply after {self._stage[m.query]} of {plan.rounds - 1} masked results; it is not believed"
+            )
         found = [from_bytes("Ciphertext", plan.ring, x) for x in m.parts]
         check_reply(plan, found)
         with np.errstate(all="ignore"):  # what is not finite is told below
             out = plan.decoded([self._decrypted(x) for x in found], self._asked[m.query])
         check_out(plan, out)
-        del self._asked[m.query]
+        del self._asked[m.query], self._stage[m.query]
         if share is None or not isinstance(plan, Plan):
             return out
         draw = secrets.SystemRandom().gauss
@@ -155,15 +206,20 @@ class Client:
         return np.asarray(out + np.array([draw(0.0, deviation) for _ in range(out.size)]).reshape(out.shape))
 
     def _encrypted(self, slots: Any, limbs: int) -> bytes:
-        plain = encode(self._encoder, slots, self.plan.ring, limbs)
+        return self._sent(encode(self._encoder, slots, self.plan.ring, limbs))
+
+    def _sent(self, plain: Any) -> bytes:
         if self.plan.upload == "whole":
             return whole_bytes(self._encryptor, plain)
         return to_bytes(self._encryptor.encrypt_symmetric(plain))
 
-    def _decrypted(self, ciphertext: Any) -> Any:
+    def _opened(self, ciphertext: Any) -> Any:
         plain = api().Plaintext()
         self._decryptor.decrypt(ciphertext, plain)
-        return decode(self._encoder, plain)
+        return plain
+
+    def _decrypted(self, ciphertext: Any) -> Any:
+        return decode(self._encoder, self._opened(ciphertext))
 
 
 class Server:
@@ -171,8 +227,8 @@ class Server:
 
     Parameters
     ----------
-    program : Plan or Layer
-        The client's plan; or the layer whose plan it is.
+    program : Plan, Layer or Encoder
+        The client's plan; or the layer or encoder whose plan it is.
     keys : bytes
         What ``Client.evaluation_keys`` returned.
     workers : int
@@ -180,21 +236,23 @@ class Server:
         holds Python's lock, so threads gain nothing).
     """
 
-    def __init__(self, program: Plan | Layer, keys: bytes, workers: int = 1) -> None:
+    def __init__(self, program: Plan | Layer | Encoder, keys: bytes, workers: int = 1) -> None:
         if workers < 1:
             raise InvalidInput(f"workers: got {workers}, expected at least 1")
         self.program, plan = program, program.plan
         self.plan = plan
-        m = unpack(keys, KEYS, plan.digest, SLACK * (plan.key_bytes + 2**20), parts=2)
+        masks = isinstance(plan, EncoderPlan)
+        m = unpack(keys, KEYS, plan.digest, SLACK * (plan.key_bytes + 2**20), parts=3 if masks else 2)
         self._client = m.client
-        self._worker = Worker(program, m.parts)  # also the check of the keys
+        self._worker = Worker(program, m.parts[:2])  # also the check of the keys
+        self._masks = Masks(plan, m.parts[2]) if isinstance(plan, EncoderPlan) else None
         self._workers = workers
         self._queries = itertools.count()
         self._pool: ProcessPoolExecutor | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._each: Callable[..., Iterable[Any]] = map  # what needs no lock: digests and files
         if workers > 1:
-            self._pool = pool_of(workers, begin, program, tuple(bytes(x) for x in m.parts))
+            self._pool = pool_of(workers, begin, program, tuple(bytes(x) for x in m.parts[:2]))
             self._threads = ThreadPoolExecutor(workers)
             self._each = self._threads.map
 
@@ -212,37 +270,48 @@ class Server:
             self._threads.shutdown()
 
     def attend(self, query: bytes) -> bytes:
-        """Return the reply to a query.
+        """Return the reply to a query; of an encoder the masked result of its next block, until the last.
 
         Raises
         ------
         InvalidInput
-            It is no query of this plan and this client, or was changed on its way.
+            It is no query of this plan and this client, or was changed on its way; or an answer to no masked result
+            that waits for one.
         """
-        plan = self.plan
-        most = SLACK * (plan.upload_bytes + 2**20)
-        limbs = plan.part_limbs()
-        m = unpack(query, QUERY, plan.digest, most, self._each, parts=len(limbs))
+        plan, masks = self.plan, self._masks
+        most, kind, stage = SLACK * (plan.upload_bytes + 2**20), QUERY, 0
+        if masks is not None and kind_of(query) == FRESH:
+            kind, stage = FRESH, masks.stage_of(query_of(query))
+        limbs = masks.plan.part_limbs(stage) if masks is not None else plan.part_limbs()
+        m = unpack(query, kind, plan.digest, most, self._each, parts=len(limbs))
         if m.client != self._client:
             raise InvalidInput("he: got a query of another client than the one whose keys are here")
+        name, mask = m.query, [b""] * len(limbs)
+        if masks is not None and kind == FRESH:
+            name, mask = masks.taken(m.query)
         try:
-            found = self._computed(m.parts, limbs)
+            found = self._computed(list(map(Sent, m.parts, limbs, mask)), stage)
         finally:
             self._worker.forget()
-        return pack(Message(REPLY, plan.digest, self._client, m.query, tuple(x for outs in found for x in outs)))
+        outs = tuple(x for block in found for x in block)
+        if masks is not None and stage < masks.plan.rounds - 1:
+            parts = masks.masked(name, stage + 1, outs)
+            return pack(Message(MASKED, plan.digest, self._client, name, parts))
+        return pack(Message(REPLY, plan.digest, self._client, name, outs))
 
-    def _computed(self, parts: Sequence[bytes | memoryview], limbs: Sequence[int]) -> list[list[bytes]]:
+    def _computed(self, parts: list[Sent], stage: int) -> list[list[bytes]]:
         """Return the results of the blocks; workers read the ciphertexts from a file that is gone with the reply."""
         if self._pool is None:
-            return [self._worker.block(*task) for task in self.program.tasks(list(map(Sent, parts, limbs)))]
-        with held(parts, self._each) as slices:
-            tasks = self.program.tasks(list(map(Sent, slices, limbs)))
+            return [self._worker.block(*task, stage=stage) for task in self.program.tasks(parts)]
+        with held([x.data for x in parts if not isinstance(x.data, Slice)], self._each) as slices:
+            tasks = self.program.tasks([replace(x, data=s) for x, s in zip(parts, slices, strict=True)])
             groups = len({tuple(shared[:1]) for shared, _ in tasks})
             # blocks that share ciphertexts go to one worker, which loads them once, where that leaves none idle
             together = len(tasks) // groups if groups % self._workers == 0 else 1
             query = itertools.repeat(next(self._queries))
             try:
-                return list(self._pool.map(block, query, *zip(*tasks, strict=True), chunksize=together))
+                stages = itertools.repeat(stage)
+                return list(self._pool.map(block, query, stages, *zip(*tasks, strict=True), chunksize=together))
             except BrokenExecutor as e:
                 raise WorkerDied(
                     "workers: a process ended before it was done, perhaps for want of memory; make another Server, "

@@ -12,7 +12,7 @@ from ..errors import InvalidInput
 from .arguments import POWERS
 from .polynomials import Activation, Polynomial
 
-__all__ = ["Feedforward", "Weights", "check"]
+__all__ = ["EncoderWeights", "Feedforward", "Weights", "check", "check_encoder"]
 
 Float = NDArray[np.float64]
 
@@ -67,7 +67,9 @@ class Weights:
     then : Feedforward or (d_v,) array
         The feed-forward part; or what is added to the mean over tokens of the sum over heads: the classes' scores.
     first_epsilon : float, optional
-        The client divides each token by the root of its mean square and this, before the projections.
+        Each token is divided by the root of its mean square and this, before the projections: by the client, exactly.
+    first : Polynomial, optional
+        Near 1/sqrt(x) of the mean square, first_epsilon added: the server divides, in an encoder's later blocks.
     """
 
     query: Float
@@ -83,6 +85,50 @@ class Weights:
     causal: bool
     then: Feedforward | Float
     first_epsilon: float | None = None
+    first: Polynomial | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderWeights:
+    """Blocks one after another, and perhaps a linear map of the mean over tokens.
+
+    Attributes
+    ----------
+    blocks : tuple of Weights
+        Each with a feed-forward part, of the same n, d and heads. The client normalises the first one's input, if it
+        has a ``first_epsilon``; the others have polynomials (``first``) for it.
+    head, head_bias : (d, classes) and (classes,) arrays, optional
+        The scores; without them the result is (n, d).
+    """
+
+    blocks: tuple[Weights, ...]
+    head: Float | None = None
+    head_bias: Float | None = None
+
+
+def check_encoder(w: EncoderWeights) -> None:
+    """Refuse blocks that do not fit together."""
+    if not w.blocks:
+        raise InvalidInput("blocks: got none, expected at least one")
+    sizes = [x.query.shape + x.value.shape[2:] + x.query_bias.shape[1:2] for x in w.blocks]
+    for i, block in enumerate(w.blocks):
+        check(block)
+        if not isinstance(block.then, Feedforward):
+            raise InvalidInput(f"blocks: number {i} has no feed-forward part")
+        if sizes[i] != sizes[0]:
+            raise InvalidInput(f"blocks: number {i} has sizes {sizes[i]}, the first {sizes[0]}; they must be alike")
+        if i and (block.first is None or block.first_epsilon is None):
+            raise InvalidInput(f"blocks: number {i} has no polynomial for its first normalisation (first)")
+    if w.blocks[0].first is not None:
+        raise InvalidInput("blocks: the first one's input is the client's, who normalises exactly; got a polynomial")
+    d = sizes[0][1]
+    if (w.head is None) != (w.head_bias is None):
+        raise InvalidInput("head: got one of head and head_bias, expected both or neither")
+    if w.head is not None and w.head_bias is not None:
+        if w.head.ndim != 2 or w.head.shape[0] != d:
+            raise InvalidInput(f"head: got shape {w.head.shape}, expected ({d}, classes)")
+        if w.head_bias.shape != w.head.shape[1:]:
+            raise InvalidInput(f"head_bias: got shape {w.head_bias.shape}, expected {w.head.shape[1:]}")
 
 
 def check(w: Weights) -> None:

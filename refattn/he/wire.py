@@ -10,11 +10,17 @@ from itertools import accumulate, pairwise
 
 from ..errors import InvalidInput
 
-__all__ = ["KEYS", "QUERY", "REPLY", "Message", "pack", "query_of", "unpack"]
+__all__ = ["FRESH", "KEYS", "MASKED", "QUERY", "REPLY", "Message", "kind_of", "pack", "query_of", "unpack"]
 
 MAGIC, VERSION = b"refattn-he", 2
-KEYS, QUERY, REPLY = 1, 2, 3
-NAMES = {KEYS: "evaluation keys", QUERY: "a query", REPLY: "a reply"}
+KEYS, QUERY, REPLY, MASKED, FRESH = 1, 2, 3, 4, 5
+NAMES = {
+    KEYS: "evaluation keys",
+    QUERY: "a query",
+    REPLY: "a reply",
+    MASKED: "a masked result",
+    FRESH: "a refreshed result",
+}
 HEAD = struct.Struct("<10sBB32s16s16sI")
 DIGEST = 32
 MOST_PARTS = 2**16
@@ -27,9 +33,9 @@ class Message:
     Attributes
     ----------
     kind : int
-        KEYS, QUERY or REPLY.
+        KEYS, QUERY, REPLY, MASKED (of a block that is not the last) or FRESH (the client's answer to it).
     plan, client, query : bytes
-        Digest of the plan, and random names of the client and of its query.
+        Digest of the plan, and random names of the client and of its query; of FRESH the name of the masked result.
     parts : tuple of bytes or memoryview
         What SEAL saved.
     """
@@ -113,6 +119,11 @@ def unpack(
     if _digest(data[:at], found_parts, each) != data[end:]:
         raise InvalidInput(f"{changed}its digest does not fit")
     return Message(kind, of_plan, client, query, found_parts)
+
+
+def kind_of(data: bytes) -> int:
+    """Return what a message says it is, without a look at anything else in it; 0 where it is none."""
+    return int(HEAD.unpack_from(data)[2]) if len(data) >= HEAD.size and data.startswith(MAGIC) else 0
 
 
 def query_of(data: bytes) -> bytes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InvalidInput
+from .encoder import Encoder
 from .planned import Program
 from .seal import Sealed, from_bytes, from_slice, to_bytes
 from .shared import Slice
@@ -17,10 +18,11 @@ __all__ = ["Sent", "Worker", "begin", "block"]
 
 @dataclass(frozen=True)
 class Sent:
-    """A ciphertext of a query: its bytes or where they are, and the primes that it must have left."""
+    """A ciphertext of a query: its bytes or where they are, the primes that it must have left, what is subtracted."""
 
     data: bytes | memoryview | Slice
     limbs: int
+    mask: bytes = b""
 
 
 class Worker:
@@ -28,7 +30,7 @@ class Worker:
 
     Parameters
     ----------
-    program : Plan or Layer
+    program : Plan, Layer or Encoder
         What is computed.
     parts : two of bytes
         Relinearisation keys and rotation keys.
@@ -48,14 +50,15 @@ class Worker:
         self._shared: tuple[Sequence[Sent], list[Any]] = ((), [])
         self._query = -1
 
-    def block(self, shared: Sequence[Sent], queries: Sequence[Sent], query: int = 0) -> list[bytes]:
-        """Return the ciphertexts of a block's result, of ciphertexts of the query of a number."""
+    def block(self, shared: Sequence[Sent], queries: Sequence[Sent], query: int = 0, stage: int = 0) -> list[bytes]:
+        """Return the ciphertexts of a block's result, of ciphertexts of the query of a number; or of a later stage."""
         # the files of another query may have the same names
         if query != self._query or not _same(self._shared[0], shared):
             self._shared, self._query = (shared, self.loaded(shared)), query
         own = self.loaded(queries)
+        compute = self.program.stages[stage].compute if isinstance(self.program, Encoder) else self.program.compute
         try:
-            return [to_bytes(x) for x in self.program.compute(self._arithmetic, self._shared[1], own)]
+            return [to_bytes(x) for x in compute(self._arithmetic, self._shared[1], own)]
         except (RuntimeError, ValueError) as e:  # SEAL's: honest ciphertexts do not come so far
             raise InvalidInput(f"he: the query cannot be computed: {e}; encrypt the input anew") from e
 
@@ -70,6 +73,9 @@ class Worker:
             data, kind = x.data, "Ciphertext"
             made = from_slice(kind, self.ring, data) if isinstance(data, Slice) else from_bytes(kind, self.ring, data)
             check_ciphertext("a ciphertext of the query", made, self.ring, x.limbs, 2.0**self.ring.middle)
+            if x.mask:
+                plain = from_bytes("Plaintext", self.ring, x.mask)
+                self._arithmetic.evaluator.sub_plain_inplace(made, plain)
             found.append(made)
         return found
 
@@ -88,6 +94,6 @@ def begin(program: Program, parts: tuple[bytes, ...]) -> None:
     _HERE["worker"] = Worker(program, parts)
 
 
-def block(query: int, shared: Sequence[Sent], queries: Sequence[Sent]) -> list[bytes]:
+def block(query: int, stage: int, shared: Sequence[Sent], queries: Sequence[Sent]) -> list[bytes]:
     """Return what this process's worker computes."""
-    return _HERE["worker"].block(shared, queries, query)
+    return _HERE["worker"].block(shared, queries, query, stage)

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -112,3 +113,62 @@ def test_inputs_at_the_ends_of_the_ranges_come_near_the_bounds(size, p):
     error, noise = (max(float(np.abs(y - z).max()) for y in drawn) for z in (exact, plain))
     assert error <= plan.error <= 5 * error
     assert noise <= plan.noise <= 200 * noise  # a product's parts add up as if they were independent
+
+
+def test_a_plan_says_in_words_what_it_costs():
+    x = problem(5, 7, 6, epsilon=0.5)
+    p = planned(x)
+    assert re.fullmatch(
+        r"0\.\d+ s on one core, [\d.]+ [kM]B up, [\d.]+ MB of keys once, 128-bit security, error at most 0\.0\d+, of "
+        r"which noise \de-\d+",
+        p.words(),
+    )
+    assert p.warnings() == []
+    assert "key switches" in str(p.table())
+    assert max(map(len, str(p.table()).splitlines())) <= 120
+
+
+def test_a_plan_warns_of_a_long_time_and_of_many_bytes():
+    large = he.plan(128, 128, 64, 64, 64, p=2, denominator=(2.0, 60.0), epsilon=1.5, norms=(9.0, 9.0), value_most=4.0)
+    assert large.predicted_ms() > 30e3
+    time, upload = large.warnings()
+    assert re.fullmatch(r"the server will take about \d+ s a query", time)
+    assert re.fullmatch(r"a query sends [\d.]+ GB", upload)
+
+
+def test_the_command_measures_a_file(tmp_path):
+    from click.testing import CliRunner
+
+    from refattn.cli.main import main
+    from refattn.files import save_problem
+    from refattn.he.saved import plan_from_json
+
+    x = problem(5, 7, 6, 4, heads=2, epsilon=0.5)
+    save_problem(x, tmp_path / "x.npz")
+
+    def run(*arguments):
+        done = CliRunner().invoke(main, ["he", "plan", *map(str, arguments)])
+        return done.exit_code, done.output
+
+    at = tmp_path / "plan.json"
+    code, text = run("--from", tmp_path / "x.npz", "--margin", 0.1, "-o", at)
+    assert (code, "128-bit security, error at most" in text) == (0, True), text
+    made = plan_from_json(at.read_bytes())
+    assert (made.n_q, made.n_k, made.d_k, made.d_v, made.heads) == (5, 7, 6, 4, 2)
+    assert made.denominator == he.ranges(x, margin=0.1)["denominator"]
+    code, text = run("--from", tmp_path / "x.npz", "--value-most", 50, "--tolerance", 1, "-o", at, "--raw")
+    assert (code, "key switches" in text) == (0, True), text
+    assert plan_from_json(at.read_bytes()).value_most == 50
+    soft = problem(5, 7, 6, 4, heads=2).replace(variant="softmax", options={})
+    save_problem(soft, tmp_path / "soft.npz")
+    assert run("--from", tmp_path / "soft.npz", "--p", 4, "--epsilon", 2, "-o", at)[0] == 0
+    assert (plan_from_json(at.read_bytes()).p, plan_from_json(at.read_bytes()).epsilon) == (4, 2.0)
+    for arguments, wanted in (
+        ((5, 7, 6, 4, 3, "--from", tmp_path / "x.npz"), "has sizes (5, 7, 6, 4, 2), the command says (5, 7, 6, 4, 3)"),
+        ((5, 7, 6, 4, 2), "say --denominator, --norms, --value-most, or --from a problem's file"),
+        ((5, 7), "say N_Q N_K D_K D_V HEADS, --denominator"),
+        ((5, 7, 6, 4, 2, "--margin", 0.1), "--margin goes with --from"),
+        (("--from", tmp_path / "x.npz", "--margin", 2), "margin: got 2.0, expected from 0 to below 1"),
+    ):
+        code, text = run(*arguments)
+        assert (code, wanted in " ".join(text.split())) == (2, True), text

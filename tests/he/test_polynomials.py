@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refattn import InvalidInput, UnsupportedProblem
-from refattn.he.arithmetic import Numbers
+from refattn.he.arithmetic import Counted, Levels, Numbers
 from refattn.he.inverse import product
 from refattn.he.polynomials import ACTIVATIONS, activation, inverse_sqrt
 
@@ -53,3 +53,13 @@ def test_an_inverse_root_is_within_its_error(low, ratio, tolerance):
 def test_what_cannot_be_had_is_named(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_an_activation_of_degree_two_takes_one_level():
+    made = activation("gelu", 0.5, 1e-2)
+    assert made.even.degree == 1
+    u = np.linspace(-1, 1, 101)
+    found = made.apply(Numbers(), u) * made.constant
+    # a few roundings of numbers of at most 1
+    assert np.abs(found - made(made.most * u)).max() < 32 * 2.0**-52
+    assert made.apply(Levels(), Counted(5)).limbs == 4

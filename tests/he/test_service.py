@@ -215,7 +215,10 @@ def test_the_commands_plan_serve_and_query(tmp_path, served):
     url = served(tmp_path / "plan.json")
     command = ["he", "query", url, str(tmp_path / "in.npz"), "-o", str(tmp_path / "out.npy")]
     done = run(main, [*command, "--plan", str(tmp_path / "plan.json")])
-    assert (done.exit_code, done.output) == (0, f"{tmp_path / 'out.npy'}: 1 x 1 x 4 x 4\n")
+    assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'out.npy'}: 1 x 1 x 4 x 4\n")
+    steps = [line[:24].split()[0] for line in done.stderr.splitlines()[1:]]
+    assert steps == ["keys", "upload", "server", "encrypt", "upload", "compute", "decrypt"]
+    assert "128-bit security" in done.stderr.splitlines()[0]
     assert np.abs(np.load(tmp_path / "out.npy") - he.reference(CALL)).max() <= PLAN.error
     (tmp_path / "other.json").write_text(plan_to_json(planned(CALL)))
     done = run(main, [*command, "--plan", str(tmp_path / "other.json")])

@@ -45,6 +45,7 @@ def test_documentation_builds_without_warnings_and_notebooks_run(tmp_path):
         "notebooks/05_triple_wise",
         "notebooks/06_theory",
         "notebooks/07_operators",
+        "notebooks/08_encrypted_model",
         "theory/index",
     ):
         assert (tmp_path / "html" / f"{page}.html").is_file(), page

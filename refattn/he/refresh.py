@@ -1,0 +1,136 @@
+"""The masked refresh: a server's result gets new primes from a client that cannot read it.
+
+The server adds a polynomial r that is uniform modulo Q, the product of the primes that are left. What the client
+decrypts is m + e + r modulo Q: uniform, whatever the result m and its noise e are. It finds its slots, places them
+where the next block wants them, and encrypts; the server does the same with r, and subtracts. All of it is linear and
+exact but for what double-double numbers lose and one rounding each (EncoderPlan.refresh_error); m + e and r wrap round
+Q with a chance that the plan bounds. The ciphertext's second polynomial is hidden, too (integers.flooded).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import InvalidInput
+from .embedding import Pair, coefficients, scaled, slots
+from .encoder_plan import REFRESHED, EncoderPlan
+from .integers import composed, drawn, flooded, plaintext, seeded, transformed, words_of
+from .seal import api, context, from_bytes, level, primes, to_bytes
+from .structure import check_ciphertext
+
+__all__ = ["Masks", "check_masked", "refreshed", "zero_of"]
+
+WAITING = 4
+"""Masked results of a client that wait for its answer: an older one is forgotten."""
+
+
+def _slots(plan: EncoderPlan, words: Any, scale: float) -> Pair:
+    """Return the slots of a polynomial, by its words ready for products."""
+    ring = plan.ring
+    p = composed(transformed(ring, words, False), primes(ring)[:REFRESHED])
+    return scaled(slots(p), 1 / scale)
+
+
+def _plaintexts(plan: EncoderPlan, stage: int, tokens: Pair, squares: Pair) -> list[bytes]:
+    """Return what SEAL saves of the plaintexts of a later message."""
+    scale = 2.0**plan.ring.middle
+    return [
+        plaintext(plan.ring, coefficients((z[0] * scale, z[1] * scale)), limbs, scale)
+        for z, limbs in plan.placed(stage, tokens, squares)
+    ]
+
+
+def refreshed(plan: EncoderPlan, stage: int, plains: Sequence[Any], scales: Sequence[float]) -> list[Any]:
+    """Return the plaintexts that a client encrypts, from what it decrypted of a masked result.
+
+    Nothing here looks at the numbers: whatever they are, they are encoded, and nobody learns more than that.
+    """
+    found = [_slots(plan, words_of(plan.ring, x), s) for x, s in zip(plains, scales, strict=True)]
+    return [from_bytes("Plaintext", plan.ring, x) for x in _plaintexts(plan, stage, *plan.taken(found))]
+
+
+class Masks:
+    """A server's side: the masks that are waited for, each used once.
+
+    Parameters
+    ----------
+    plan : EncoderPlan
+        What is computed.
+    zero : bytes
+        The client's encryption of zero, from a seed.
+
+    Raises
+    ------
+    InvalidInput
+        It is none, or not from a seed.
+    """
+
+    def __init__(self, plan: EncoderPlan, zero: bytes | memoryview) -> None:
+        self.plan, self._zero = plan, seeded(plan.ring, zero, REFRESHED)
+        self._waiting: OrderedDict[bytes, tuple[bytes, int, Pair, Pair]] = OrderedDict()
+
+    def masked(self, query: bytes, stage: int, outs: Sequence[bytes]) -> tuple[bytes, ...]:
+        """Return the parts of a message with a block's masked result: its name, and ciphertexts.
+
+        Parameters
+        ----------
+        query : bytes
+            Whose result it is.
+        stage : int
+            The next block.
+        outs : sequence of bytes
+            The ciphertexts of the result.
+        """
+        ring = self.plan.ring
+        moduli, evaluator = primes(ring)[:REFRESHED], api().Evaluator(context(ring))
+        parts, found = [], []
+        for data in outs:
+            x = from_bytes("Ciphertext", ring, data)
+            if x.coeff_modulus_size() > REFRESHED:
+                evaluator.mod_switch_to_inplace(x, level(ring, REFRESHED))
+            mask = drawn(moduli, ring.degree)
+            parts.append(to_bytes(flooded(ring, x, self._zero, mask)))
+            found.append(_slots(self.plan, mask, x.scale))
+        name = secrets.token_bytes(16)
+        self._waiting[name] = (query, stage, *self.plan.taken(found))
+        while len(self._waiting) > WAITING:
+            self._waiting.popitem(last=False)
+        return (name, *parts)
+
+    def stage_of(self, name: bytes) -> int:
+        """Return the block that an answer is for.
+
+        Raises
+        ------
+        InvalidInput
+            No such result waits: it was answered, or forgotten for newer ones, or is of another client.
+        """
+        if name not in self._waiting:
+            raise InvalidInput("he: got an answer to no masked result that waits for one; encrypt the input anew")
+        return self._waiting[name][1]
+
+    def taken(self, name: bytes) -> tuple[bytes, list[bytes]]:
+        """Return the query of a masked result, and what is to be subtracted from the answer; once."""
+        query, stage, tokens, squares = self._waiting.pop(name)
+        return query, _plaintexts(self.plan, stage, tokens, squares)
+
+
+def check_masked(plan: EncoderPlan, found: Sequence[Any]) -> list[float]:
+    """Return the scales of a masked result's ciphertexts, whose structure must be the plan's.
+
+    Raises
+    ------
+    InvalidInput
+        One is of another structure or level, or of a scale not within a factor of 2 of the ring's.
+    """
+    for x in found:
+        check_ciphertext("a ciphertext of the masked result", x, plan.ring, REFRESHED, None)
+    return [float(x.scale) for x in found]
+
+
+def zero_of(encryptor: Any, plan: EncoderPlan) -> bytes:
+    """Return an encryption of zero from a seed, for the server's masks."""
+    return to_bytes(encryptor.encrypt_zero_symmetric(level(plan.ring, REFRESHED)))

@@ -1,0 +1,172 @@
+"""Several blocks: the simulation against the formulas, and ciphertexts with refreshes against the simulation."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, he, power_attention
+from refattn.he.polynomials import activation, inverse_sqrt
+from refattn.he.saved import load_weights, save_weights
+from refattn.he.weights import EncoderWeights, Feedforward, Weights
+
+from .relay import plan
+
+
+def encoder(n=4, d=8, heads=1, hidden=8, blocks=2, classes=3, p=2, seed=0, tolerance=5e-2):
+    """Return an encoder's weights, tokens, and what the formulas give with the stand-ins."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, size=1.0):
+        return rng.standard_normal(shape) * size
+
+    x = normal(n, d)
+    made, y, d_k = [], x, d // heads
+    for k in range(blocks):
+        square = (y**2).mean(1, keepdims=True) + 1e-5
+        first = inverse_sqrt(0.8 * square.min(), 1.2 * square.max(), tolerance)
+        z = y * (first(square) if k else 1 / np.sqrt(square))
+        maps = [normal(heads, d, d_k, size=1 / math.sqrt(d)) for _ in range(3)]
+        biases = [normal(heads, n, d_k, size=0.3) for _ in range(3)]
+        q, key, v = ((np.einsum("nd,hdc->hnc", z, w) + b)[None] for w, b in zip(maps, biases, strict=True))
+        a = power_attention(q, key, v, p=p, epsilon=2.0)[0]
+        sums = ((q[0] @ key[0].swapaxes(1, 2) / math.sqrt(d_k)) ** p).sum(2) + 2.0
+        out, out_bias = normal(heads, d_k, d, size=1 / math.sqrt(d)), normal(d, size=0.1)
+        y = y + np.einsum("hic,hcd->id", a, out) + out_bias
+        square = (y**2).mean(1, keepdims=True) + 1e-5
+        norm = inverse_sqrt(0.8 * square.min(), 1.2 * square.max(), tolerance)
+        up, up_bias = normal(d, hidden, size=1 / math.sqrt(d)), normal(hidden, size=0.1)
+        u = (y * norm(square)) @ up + up_bias
+        act = activation("gelu", 1.2 * np.abs(u).max(), tolerance)
+        down, down_bias = normal(hidden, d, size=0.5 / math.sqrt(hidden)), normal(d, size=0.1)
+        then = Feedforward(out, out_bias, norm, 1e-5, up, up_bias, act, down, down_bias)
+        y = y + act(u) @ down + down_bias
+        ranges = (max(2.0, 0.95 * sums.min()), 1.05 * sums.max())
+        made.append(
+            Weights(*maps, *biases, p, 2.0, 1 / math.sqrt(d_k), ranges, False, then, 1e-5, first if k else None)
+        )
+    if not classes:
+        return EncoderWeights(tuple(made)), x, y
+    head, bias = normal(d, classes), normal(classes)
+    return EncoderWeights(tuple(made), head, bias), x, y.mean(0) @ head + bias
+
+
+SIZES = {
+    "two blocks and scores": {},
+    "three blocks, tokens": {"blocks": 3, "classes": 0},
+    "one block, as many scores as fit": {"d": 10, "blocks": 1, "classes": 16, "hidden": 16},
+    "sizes that fill nothing": {"n": 5, "d": 6, "heads": 3, "hidden": 7, "classes": 2},
+    "p = 4": {"p": 4, "hidden": 4},
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_simulation_is_the_formulas(name):
+    weights, x, expected = encoder(**SIZES[name])
+    made = he.Encoder(weights, 1e-5 if SIZES[name].get("p") != 4 else 1e-3)
+    # the polynomials for 1/D are all that differs: their relative errors pass on to all that follows
+    slack = 300 * max(b.inverse.relative_error for b in made.stages) * np.abs(expected).max()
+    assert np.abs(made.simulate(x) - expected).max() <= slack
+
+
+@pytest.fixture(scope="module")
+def session():
+    """Return a small encoder's program, its client, keys, server and tokens."""
+    pytest.importorskip("tenseal")
+    weights, x, _ = encoder(n=3, d=4, hidden=4, tolerance=0.3)  # few levels: this is about ciphertexts
+    made = he.Encoder(weights, 0.3)
+    client = he.Client(made.plan)
+    keys = client.evaluation_keys()
+    return made, client, keys, he.Server(made, keys), x
+
+
+def test_encrypted_blocks_are_the_simulation(session):
+    made, client, _, server, x = session
+    out = client.ask(x, server.attend)
+    expected = made.simulate(x)
+    # noise: as drawn, but for what one draw may be off by
+    drawn = np.abs(made.simulate(x, seed=0) - expected).max()
+    assert np.abs(out - expected).max() <= 20 * drawn + 300 * made.plan.refresh_error
+    assert np.abs(out - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_weights_of_encoders_survive_a_file(tmp_path):
+    for classes in (0, 3):
+        weights, _, _ = encoder(n=3, d=4, hidden=4, tolerance=0.3, classes=classes)
+        save_weights(weights, tmp_path / "w.npz")
+        again = load_weights(tmp_path / "w.npz")
+        assert (again.head is None) == (not classes)
+        for a, b in zip(weights.blocks, again.blocks, strict=True):
+            np.testing.assert_array_equal(a.query, b.query)
+            np.testing.assert_array_equal(a.then.down_bias, b.then.down_bias)
+            assert (a.first, a.denominator, a.then.norm, a.then.activation, a.first_epsilon) == (
+                b.first, b.denominator, b.then.norm, b.then.activation, b.first_epsilon,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda w: replace(w, blocks=()), InvalidInput, "blocks: got none, expected at least one"),
+        (lambda w: replace(w, blocks=w.blocks[::-1]), InvalidInput, "number 1 has no polynomial for its first normali"),
+        (lambda w: replace(w, blocks=(w.blocks[1],)), InvalidInput, "the first one's input is the client's"),
+        (lambda w: replace(w, head_bias=None), InvalidInput, "head: got one of head and head_bias"),
+        (lambda w: replace(w, head=w.head[:3]), InvalidInput, r"head: got shape \(3, 3\), expected \(4, classes\)"),
+        (
+            lambda w: replace(w, head_bias=w.head_bias[:2]),
+            InvalidInput,
+            r"head_bias: got shape \(2,\), expected \(3,\)",
+        ),
+        (
+            lambda w: replace(w, head=np.ones((4, 99)), head_bias=np.ones(99)),
+            UnsupportedProblem,
+            "got 99 classes, at most 4 fit the tokens' slots",
+        ),
+        (
+            lambda w: replace(w, blocks=(w.blocks[0], replace(w.blocks[1], then=np.ones(4)))),
+            InvalidInput,
+            "blocks: number 1 has no feed-forward part",
+        ),
+        (
+            lambda w: replace(w, blocks=(encoder(d=8, hidden=4, tolerance=0.3)[0].blocks[0], w.blocks[1])),
+            InvalidInput,
+            "blocks: number 1 has sizes .* they must be alike",
+        ),
+        (
+            lambda w: replace(w, blocks=tuple(replace(b, denominator=(2.0, 1e9)) for b in w.blocks)),
+            UnsupportedProblem,
+            "no ring at 128 bits of security has .* the levels that a block needs",
+        ),
+    ],
+)
+def test_blocks_that_do_not_fit_together_are_refused(change, error, text):
+    weights, _, _ = encoder(n=3, d=4, hidden=4, tolerance=0.3)
+    with pytest.raises(error, match=text):
+        he.Encoder(change(weights), 1e-2)
+
+
+def test_tokens_that_do_not_fit_are_refused():
+    client_side = plan()
+    for x, text in (
+        (np.zeros((3, 4)), r"x: got shape \(3, 4\), expected \(3, 5\)"),
+        (np.full((3, 5), np.nan), "x: has numbers that are not finite"),
+        (Problem(*[np.ones((1, 1, 2, 2))] * 3), r"x: got a Problem, expected an array of shape \(3, 5\)"),
+    ):
+        with pytest.raises(InvalidProblem, match=text):
+            client_side.encoded(x)
+    with pytest.raises(InvalidInput, match="upload: got 'compact', expected one of full, whole for an encoder"):
+        he.Encoder(encoder()[0], 1e-2, "compact")
+
+
+def test_an_encoders_plan_says_what_a_refresh_promises(session):
+    made, *_ = session
+    plan = made.plan
+    report = plan.report()
+    assert report["rounds"] == 2
+    assert sum(plan.ring.bits) <= 881
+    assert plan.refresh_most > 5
+    assert plan.refresh_error < 1e-7
+    assert "in 2 rounds" in plan.words()
+    assert plan.part_limbs(1)[0] == plan.limbs[1][0]
+    assert plan.loads().total() == len(plan.part_limbs(0)) + len(plan.part_limbs(1))
