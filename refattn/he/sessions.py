@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem, WorkerDied
+from .device.card import Card
+from .device.session import Session
 from .layer import Layer
 from .layer_plan import LayerPlan
 from .plan import Plan
@@ -27,6 +30,8 @@ from .worker import Sent, Worker, begin, block
 __all__ = ["Client", "Server", "Sharing"]
 
 Float = NDArray[np.float64]
+MOST_THREADS = 16
+"""Threads that check a query's ciphertexts for a GPU."""
 SLACK = 2
 """How many times the planned bytes a message may have."""
 
@@ -177,22 +182,35 @@ class Server:
         What ``Client.evaluation_keys`` returned.
     workers : int
         Processes that share a query's blocks; they stay up until ``close``. 1 computes in this process (the binding
-        holds Python's lock, so threads gain nothing).
+        holds Python's lock, so threads gain nothing). A GPU needs one.
+    device : {"cpu", "cuda"}
+        Where it is computed. On a GPU, the current one of CuPy, keys stay in its memory until ``close``, which writes
+        zeros over them; the replies are the same words.
     """
 
-    def __init__(self, program: Plan | Layer, keys: bytes, workers: int = 1) -> None:
+    def __init__(self, program: Plan | Layer, keys: bytes, workers: int = 1, device: str = "cpu") -> None:
         if workers < 1:
             raise InvalidInput(f"workers: got {workers}, expected at least 1")
+        if device not in ("cpu", "cuda"):
+            raise InvalidInput(f"device: got {device!r}, expected 'cpu' or 'cuda'")
+        if device == "cuda" and workers > 1:
+            raise InvalidInput(f"workers: got {workers}, expected 1 for device='cuda', which has no processes to share")
         self.program, plan = program, program.plan
         self.plan = plan
         m = unpack(keys, KEYS, plan.digest, SLACK * (plan.key_bytes + 2**20), parts=2)
         self._client = m.client
-        self._worker = Worker(program, m.parts)  # also the check of the keys
         self._workers = workers
         self._queries = itertools.count()
         self._pool: ProcessPoolExecutor | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._each: Callable[..., Iterable[Any]] = map  # what needs no lock: digests and files
+        self._worker: Worker | Session
+        if device == "cuda":
+            self._threads = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+            self._each = self._threads.map
+            self._worker = Session(program, m.parts, Card(plan.ring.degree), self._each)
+            return
+        self._worker = Worker(program, m.parts)  # also the check of the keys
         if workers > 1:
             self._pool = pool_of(workers, begin, program, tuple(bytes(x) for x in m.parts))
             self._threads = ThreadPoolExecutor(workers)
@@ -205,7 +223,9 @@ class Server:
         self.close()
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers, and write zeros over what a GPU holds."""
+        if isinstance(self._worker, Session):
+            self._worker.close()
         if self._pool is not None:
             stop(self._pool)
         if self._threads is not None:
@@ -225,16 +245,19 @@ class Server:
         m = unpack(query, QUERY, plan.digest, most, self._each, parts=len(limbs))
         if m.client != self._client:
             raise InvalidInput("he: got a query of another client than the one whose keys are here")
+        if isinstance(self._worker, Session):
+            found = [self._worker.attend(m.parts)]
+            return pack(Message(REPLY, plan.digest, self._client, m.query, tuple(found[0])))
         try:
-            found = self._computed(m.parts, limbs)
+            found = self._computed(self._worker, m.parts, limbs)
         finally:
             self._worker.forget()
         return pack(Message(REPLY, plan.digest, self._client, m.query, tuple(x for outs in found for x in outs)))
 
-    def _computed(self, parts: Sequence[bytes | memoryview], limbs: Sequence[int]) -> list[list[bytes]]:
+    def _computed(self, worker: Worker, parts: Sequence[bytes | memoryview], limbs: Sequence[int]) -> list[list[bytes]]:
         """Return the results of the blocks; workers read the ciphertexts from a file that is gone with the reply."""
         if self._pool is None:
-            return [self._worker.block(*task) for task in self.program.tasks(list(map(Sent, parts, limbs)))]
+            return [worker.block(*task) for task in self.program.tasks(list(map(Sent, parts, limbs)))]
         with held(parts, self._each) as slices:
             tasks = self.program.tasks(list(map(Sent, slices, limbs)))
             groups = len({tuple(shared[:1]) for shared, _ in tasks})
