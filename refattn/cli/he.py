@@ -80,7 +80,7 @@ def serve(
     Beyond this machine (--host) a token is demanded of every request.
     """
     from ..he import Layer, Plan
-    from ..he.device.card import Card
+    from ..he.device.card import cupy_with_gpu
     from ..he.listen import listen
     from ..he.saved import load_weights, plan_from_json
     from ..he.service import service
@@ -103,7 +103,7 @@ def serve(
         if given["upload"]:
             raise InvalidInput(f"serve: --upload is for a layer's weights; {program} is a plan, which has its own")
     if given["device"] == "cuda":
-        Card(what.plan.ring.degree)  # refused now where there is none, not with the first client
+        cupy_with_gpu()  # refused now where there is none, not with the first client
     app = service(what, given["sessions"], given["expire"], tokens=tokens, device=given["device"])
     where = {"certificate": certificate, "key": key}
     listen(app, host, port, **where, announce=lambda url: click.echo(f"listening at {url}"))  # type: ignore[arg-type]

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from ...errors import BuildError, UnsupportedProblem
 from .build import KERNELS, geometry, text_of
 
-__all__ = ["Card"]
+__all__ = ["Card", "cupy_with_gpu"]
 
 TO_DEVICE, TO_HOST = 1, 2
 """CUDA's numbers of directions."""
 
 
-def _cupy() -> Any:
+def cupy_with_gpu() -> Any:
     """Return CuPy.
 
     Raises
@@ -51,7 +51,7 @@ def _kernels(degree: int, device: int) -> dict[str, Any]:
     BuildError
         With the compiler's message.
     """
-    module = _cupy().RawModule(code=text_of(degree.bit_length() - 1), options=("-std=c++17",), backend="nvrtc")
+    module = cupy_with_gpu().RawModule(code=text_of(degree.bit_length() - 1), options=("-std=c++17",), backend="nvrtc")
     found = {}
     for name in KERNELS:
         try:
@@ -79,7 +79,7 @@ class Card:
     """
 
     def __init__(self, degree: int) -> None:
-        self._cuda = _cupy().cuda
+        self._cuda = cupy_with_gpu().cuda
         self._kernels = _kernels(degree, self._cuda.Device().id)
         self._stream = self._cuda.Stream(non_blocking=True)
         self._given: list[tuple[Any, int]] = []
@@ -141,7 +141,7 @@ class Card:
 
     def free(self) -> int:
         """Return how many bytes can be had: of the GPU, and of what CuPy keeps for itself."""
-        return int(self._cuda.runtime.memGetInfo()[0]) + int(_cupy().get_default_memory_pool().free_bytes())
+        return int(self._cuda.runtime.memGetInfo()[0]) + int(cupy_with_gpu().get_default_memory_pool().free_bytes())
 
     def end(self) -> None:
         """Write zeros over all memory that was given out, and give it back to the driver."""
@@ -151,4 +151,4 @@ class Card:
         self._graphs.clear()
         self._given.clear()
         self._pinned.clear()
-        _cupy().get_default_memory_pool().free_all_blocks()
+        cupy_with_gpu().get_default_memory_pool().free_all_blocks()

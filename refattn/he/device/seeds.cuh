@@ -51,11 +51,13 @@ DEVICE void root_of(u64 (&h)[8], const u64* seed, u64 counter) {
     for (int i = 0; i < 8; i++) h[i] = start[i], m[i] = seed[i];
     h[0] ^= 0x01014040ull;  // depth, fan-out, bytes of the key and the digest
     h[1] ^= 4096ull << 32;  // bytes in all
-    compress(h, m, 128, false);
+#pragma unroll 1
+    for (int last = 0; last < 2; last++) {  // the key, then the counter
+        compress(h, m, 128 + 8 * last, last);
 #pragma unroll
-    for (int i = 0; i < 8; i++) m[i] = 0;
-    m[0] = counter;
-    compress(h, m, 136, true);
+        for (int i = 0; i < 8; i++) m[i] = 0;
+        m[0] = counter;
+    }
 }
 // The i-th 8 words of a block.
 DEVICE void leaf_of(u64 (&h)[8], const u64* root, u64 i) {

@@ -11,7 +11,7 @@ import pytest
 
 from refattn.he.device.build import text_of
 
-GCC = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+GXX = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 GUARD = 0xA5
 
 
@@ -31,12 +31,14 @@ class Emulated:
 
     def __init__(self, degree, folder, order=0, most=2**40):
         self.library, self.order, self.most = library(degree.bit_length() - 1, folder), order, most
-        self.given, self.launches, self.ended = [], [], False
+        self.given, self.ends, self.host, self.launches, self.ended = [], [], [], [], False
 
     def empty(self, size):
         self.given.append(np.full(size + 512, GUARD, np.uint8))
-        start = -self.given[-1].ctypes.data % 256
-        return self.given[-1].ctypes.data + 256 * (start == 0) + start
+        address = self.given[-1].ctypes.data
+        start = 256 - address % 256
+        self.ends.append((self.given[-1], start, size))
+        return address + start
 
     def put(self, address, host):
         host = np.ascontiguousarray(host)
@@ -45,9 +47,13 @@ class Emulated:
     def get(self, address, size):
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).copy()
 
+    def ends_are_whole(self):
+        """Tell whether nobody wrote beside what was given out."""
+        return all((x[a:b] == GUARD).all() for x, start, size in self.ends for a, b in ((0, start), (start + size, None)))
+
     def pinned(self, size):
-        self.given.append(np.zeros(size, np.uint8))
-        return self.given[-1]
+        self.host.append(np.zeros(size, np.uint8))
+        return self.host[-1]
 
     def mark(self):
         return None
