@@ -22,7 +22,8 @@ class Drawn:
         elements = galois_elements(plan.ring, plan.rotations)
         primes = len(self.chain.primes)
         self.key_words = {
-            e: np.stack([self._words(f"{seed}/key{e}/{j}", primes)[0] for j in range(primes - 1)]) for e in (0, *elements)
+            e: np.stack([self._words(f"{seed}/key{e}/{j}", primes)[0] for j in range(primes - 1)])
+            for e in (0, *elements)
         }
         self.keys = (self._keys([0]), self._keys(elements))
         self.draw(seed)
@@ -62,4 +63,3 @@ class Drawn:
             digits = self.key_words[at[index]] if index in at else ()
             parts += [struct.pack("<Q", len(digits)), *(self._bytes(x, 1.0) for x in digits)]
         return _object(self.chain.name(primes), struct.pack("<Q", count), *parts)
-

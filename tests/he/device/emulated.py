@@ -49,7 +49,9 @@ class Emulated:
 
     def ends_are_whole(self):
         """Tell whether nobody wrote beside what was given out."""
-        return all((x[a:b] == GUARD).all() for x, start, size in self.ends for a, b in ((0, start), (start + size, None)))
+        return all(
+            (x[a:b] == GUARD).all() for x, start, size in self.ends for a, b in ((0, start), (start + size, None))
+        )
 
     def pinned(self, size):
         self.host.append(np.zeros(size, np.uint8))

@@ -56,9 +56,7 @@ class Exchange:
 
     def replied_words(self, outs, parts=None):
         parts = self.parts(self.reply, wire.REPLY) if parts is None else parts
-        return [
-            read_ciphertext(x, self.chain, o.limbs, o.scale, False).words for x, o in zip(parts, outs, strict=True)
-        ]
+        return [read_ciphertext(x, self.chain, o.limbs, o.scale, False).words for x, o in zip(parts, outs, strict=True)]
 
 
 @cache

@@ -8,13 +8,11 @@ import pytest
 from refattn import UnsupportedProblem, he
 from refattn.he import wire
 from refattn.he.device.card import Card, cupy_with_gpu
-from refattn.he.device.chain import chain_of
-from refattn.he.device.executor import execute
 from refattn.he.device.schedule import schedule_of
-from refattn.he.device.session import Session
 
-from .drawn import Drawn
+from .every import RINGS, Every
 from .exchange import PLANS, exchange
+from .gate import same
 
 
 def missing():
@@ -43,25 +41,10 @@ def test_replies_are_seals(name):
 
 @GPU
 @pytest.mark.parametrize("upload", ["full", "whole"])
-@pytest.mark.parametrize("degree", [8192, 16384, 32768])
-def test_words_are_numpys(degree, upload):
-    """Without SEAL: keys and ciphertexts are drawn, and the reference is the executor."""
-    plan = he.plan(
-        4, 4, 4, p=2, denominator=(1.0, 4.0) if degree < 32768 else (0.4, 40.0), epsilon=0.3, norms=(2.0, 2.0),
-        value_most=1.0, tolerance=1e-1 if degree < 32768 else 1e-4, upload=upload,
-        normalize="client" if degree == 8192 else "server",
-    )  # fmt: skip
-    given = Drawn(plan, 0)
-    card = Card(plan.ring.degree)
-    session = Session(plan, given.keys, card)
-    schedule = session.schedule
-    for seed in (0, 1):
-        given.draw(seed)
-        found = given.words(session.attend(given.parts), schedule.outs)
-        expected = execute(schedule, given.key_words, given.part_words)
-        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert chain_of(plan.ring) is schedule.chain
-    session.close()
+@pytest.mark.parametrize("degree", RINGS)
+def test_every_operation_is_the_executors(degree, upload):
+    """Without SEAL: keys and ciphertexts are drawn."""
+    assert same(Every(RINGS[degree], upload), Card(degree))
 
 
 @GPU

@@ -49,7 +49,12 @@ def test_tables():
     for k, q in enumerate(chain.primes):
         root = int(chain.roots[k, chain.degree // 2, 0])
         assert pow(root, chain.degree, q) == q - 1
-        for at, power in ((0, 0), (1, chain.degree // 2), (3, 3 * chain.degree // 4), (chain.degree - 1, chain.degree - 1)):
+        for at, power in (
+            (0, 0),
+            (1, chain.degree // 2),
+            (3, 3 * chain.degree // 4),
+            (chain.degree - 1, chain.degree - 1),
+        ):
             for table, x in ((chain.roots, root), (chain.inverse_roots, pow(root, -1, q))):
                 w = pow(x, power, q)
                 assert tuple(map(int, table[k, at])) == (w, (w << 64) // q)

@@ -5,12 +5,14 @@ import pytest
 
 from refattn import UnsupportedProblem, he
 from refattn.he.device.chain import chain_of
+from refattn.he.device.encode import encoded
 from refattn.he.device.executor import execute
 from refattn.he.device.schedule import MOST_SCRATCH, schedule_of, scratch_limbs
 from refattn.he.device.trace import Trace, trace_of
 
 from ..make import planned, problem
-from .exchange import PLANS, SMALL, exchange
+from .every import RINGS, Every
+from .exchange import PLANS, SMALL, Setup, exchange
 
 pytest.importorskip("tenseal")
 
@@ -24,6 +26,18 @@ def test_words_are_seals(name):
     assert len(found) == e.plan.outs
     for ours, theirs in zip(found, e.replied_words(schedule.outs), strict=True):
         assert np.array_equal(ours, theirs)
+
+
+def test_every_operation_is_seals():
+    """With plaintexts and levels that differ, as layers have them."""
+    program = Every(RINGS[8192])
+    s = Setup(program.ring, program.rotations)
+    parts = [s.encrypted(i, limbs) for i, limbs in enumerate(program.part_limbs())]
+    schedule = schedule_of(program)
+    found = execute(schedule, s.keys, [s.words(x) for x in parts], lambda x: encoded(x, program.ring))
+    for ours, theirs, node in zip(found, program.compute(s.seal, (), parts), schedule.outs, strict=True):
+        assert np.array_equal(ours, s.words(theirs))
+        assert node.scale == theirs.scale
 
 
 def large(heads=12, **more):
@@ -52,9 +66,7 @@ def test_nothing_lies_where_something_else_lives(plan):
             assert (owner[start : start + count] != -2).all()
             owner[start : start + count] = -2
         for op in step.operations:  # a step's results are written while its operands are read
-            assert not set(range(*limbs(op.out).indices(len(owner)))) & {
-                x for s, c in scratch for x in range(s, s + c)
-            }
+            assert not set(range(*limbs(op.out).indices(len(owner)))) & {x for s, c in scratch for x in range(s, s + c)}
             owner[limbs(op.out)] = op.out.number
         for op in step.operations:
             for x in op.operands:

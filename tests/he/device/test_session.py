@@ -9,9 +9,10 @@ from refattn.he.device import card
 from refattn.he.device.session import ROOM, Session, bytes_of
 
 from .. import forge
-from ..test_layer import layer
 from .emulated import GUARD, GXX, Emulated
-from .exchange import PLANS, Exchange, exchange
+from .every import RINGS, Every
+from .exchange import PLANS, exchange
+from .gate import same
 
 pytest.importorskip("tenseal")
 pytestmark = GXX
@@ -33,6 +34,12 @@ def check(e, session):
         e.replied_words(session.schedule.outs, found), e.replied_words(session.schedule.outs), strict=True
     ):
         assert np.array_equal(ours, theirs)
+
+
+def test_every_operation_is_the_executors(folder):
+    device = Emulated(8192, folder)
+    assert same(Every(RINGS[8192], "whole"), device)
+    assert device.ends_are_whole()
 
 
 @pytest.mark.parametrize(("name", "order"), [(n, i % 2) for i, n in enumerate(PLANS)])
