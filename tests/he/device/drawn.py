@@ -7,7 +7,7 @@ import numpy as np
 
 from refattn.he.device.chain import chain_of
 from refattn.he.device.format import _object, ciphertext_bytes, read_ciphertext, whole
-from refattn.he.device.seeds import SEED, expanded
+from refattn.he.device.seeds import expanded
 from refattn.he.seal import galois_elements
 
 __all__ = ["Drawn"]
@@ -43,9 +43,12 @@ class Drawn:
 
     def _words(self, name, limbs):
         seed = hashlib.sha512(name.encode()).digest()
-        assert len(seed) == SEED
-        first = expanded(hashlib.sha512(seed).digest(), self.chain, limbs)
-        return np.stack([first, expanded(seed, self.chain, limbs)]), seed
+        rng = np.random.default_rng(list(seed))
+        size = (2, self.chain.degree)
+        words = np.stack([rng.integers(0, q, size, dtype=np.uint64) for q in self.chain.primes[:limbs]], 1)
+        if self.seeded and "key" not in name:
+            words[1] = expanded(seed, self.chain, limbs)
+        return words, seed
 
     def _bytes(self, words, scale, seed=b""):
         saved = ciphertext_bytes(words[:1] if seed else words, self.chain, scale)

@@ -1,4 +1,4 @@
-"""The long comparisons: python -m tests.he.device.gate [compile] [emulate] [grid] [gpu]; without a word the first three.
+"""The long comparisons: python -m tests.he.device.gate [compile] [emulate] [grid] [gpu]; by default the first three.
 
 compile: the kernels for every degree, by nvcc, without spills. emulate: every operation at every degree, the kernels
 run by g++ against the executor. grid: whole plans, the executor against SEAL. gpu: the same and larger ones, on a GPU

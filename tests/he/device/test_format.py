@@ -172,7 +172,7 @@ def test_a_transparent_ciphertext_is_refused(saved):
 
 
 def test_what_seal_refuses_is_refused(saved):
-    """Random bytes of what is said about the words are changed: SEAL may take some that are refused here, not others."""
+    """Bytes of what is said about the words are changed: SEAL may take some that are refused here, not others."""
     rng, taken = np.random.default_rng(0), 0
     places = [*range(WORDS), *range(len(body(saved[True])) - 81, len(body(saved[True])) - 64)]
     for _ in range(150):

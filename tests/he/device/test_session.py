@@ -152,5 +152,5 @@ def test_devices_that_are_not_there_are_named(monkeypatch):
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(card.importlib, "import_module", missing)
-    with pytest.raises(UnsupportedProblem, match="device='cuda' needs the package cupy .*; pip install"):
+    with pytest.raises(UnsupportedProblem, match=r"device='cuda' needs the package cupy .*; pip install"):
         he.Server(e.program, e.keys, device="cuda")
