@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 
 from refattn import UnsupportedProblem, he
+from refattn.errors import BuildError
 from refattn.he import wire
+from refattn.he.device import card
 from refattn.he.device.card import Card, cupy_with_gpu
 from refattn.he.device.schedule import schedule_of
 
+from .cupys_part import cupys_part
+from .emulated import GXX
 from .every import RINGS, Every
 from .exchange import PLANS, exchange
 from .gate import same
@@ -59,6 +63,54 @@ def test_memory_is_written_over():
     seen = np.empty(4096, np.uint8)
     cupy.cuda.runtime.memcpy(seen.ctypes.data, memory.ptr, 4096, 2)
     assert not seen.any()
+
+
+@pytest.fixture
+def cupy(monkeypatch, tmp_path_factory):
+    made = cupys_part(tmp_path_factory.mktemp("cupy"))
+    real = card.importlib.import_module
+    monkeypatch.setattr(card.importlib, "import_module", lambda name: made if name == "cupy" else real(name))
+    card._kernels.cache_clear()
+    yield made
+    card._kernels.cache_clear()
+
+
+@GXX
+def test_what_cupy_is_asked_for(cupy):
+    pytest.importorskip("tenseal")
+    e = exchange("the server divides")
+    outs = schedule_of(e.program).outs
+    with he.Server(e.program, e.keys, device="cuda") as server:
+        for _ in range(2):
+            found = e.parts(server.attend(e.query), wire.REPLY)
+            for a, b in zip(e.replied_words(outs, found), e.replied_words(outs), strict=True):
+                assert np.array_equal(a, b)
+        assert cupy.seen.graphs == 2 + 1 + len(schedule_of(e.program).elements)  # two phases, and a key each
+    assert cupy.seen.pool == 1
+    assert not any(x.held.any() for x in cupy.seen.given)
+
+
+def test_what_a_gpu_lacks_is_told(cupy, monkeypatch):
+    made = Card(8192)
+    with pytest.raises(UnsupportedProblem, match=r"the GPU's memory is full .*; end another session first"):
+        made.empty(2**35)
+    assert made.free() == 2**34
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 0)
+    with pytest.raises(UnsupportedProblem, match="device='cuda' finds no GPU; use device='cpu'"):
+        Card(8192)
+
+    def fails():
+        raise cupy.cuda.runtime.CUDARuntimeError("no driver")
+
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", fails)
+    with pytest.raises(UnsupportedProblem, match=r"finds no GPU \(no driver\); use device='cpu'"):
+        Card(8192)
+
+
+def test_a_compiler_that_fails_is_told(cupy, monkeypatch):
+    monkeypatch.setattr(cupy.RawModule, "get_function", lambda self, name: 1 / 0)
+    with pytest.raises(BuildError, match="compiling inverse_rows for degree 8192 failed with ZeroDivisionError"):
+        Card(8192)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
