@@ -102,27 +102,17 @@ def _body(what: str, data: Data, sizes: Iterable[int]) -> _Reader:
     reader.expect("its size", size + HEADER.size, len(reader.data))
     reader.expect("its compression", compression, NONE, ZSTD)
     if compression == ZSTD:
-        reader = _Reader(what, memoryview(_decompressed(reader, max(sizes))))
+        reader = _Reader(what, memoryview(_decompressed(reader, sizes)))
     reader.expect("its body's size", len(reader.data) - reader.at, *sizes)
     return reader
 
 
-def _decompressed(reader: _Reader, most: int) -> bytes:
-    """Return what one frame of zstd holds that fills the rest; not more than a byte above the most expected."""
+def _decompressed(reader: _Reader, sizes: Iterable[int]) -> bytes:
+    """Return what one frame of zstd holds that fills the rest and says that it holds one of some sizes."""
     package, rest = zstandard(), reader.take(len(reader.data) - HEADER.size)
-    frame = _Reader(reader.what, rest)
     try:
-        frame.take(package.frame_header_size(rest))
-        last = False
-        while not last:
-            head = int.from_bytes(frame.take(3), "little")
-            last, repeated = bool(head & 1), head >> 1 & 3 == 1
-            frame.take(1 if repeated else head >> 3)
-        if package.get_frame_parameters(rest).has_checksum:
-            frame.take(4)
-        frame.end()
-        with package.ZstdDecompressor(max_window_size=2**27).stream_reader(rest) as stream:
-            return bytes(stream.read(most + 1))
+        reader.expect("its body's size", package.frame_content_size(rest), *sizes)
+        return bytes(package.ZstdDecompressor().decompress(rest, allow_extra_data=False))
     except package.ZstdError as e:
         raise reader.refuse(f"what is compressed is damaged: {e}") from e
 

@@ -17,7 +17,8 @@ struct Drop {  // by (dropped, kept)
 enum { ROUND = 1, INVERSE = 2 };
 
 // The inverse's pass over rows: dst = src, permuted if there is perm; below 2q. grid (N / 1024, items)
-KERNEL(Rows::THREADS) inverse_rows(const Item* items, const Prime* primes, const ulonglong2* __restrict__ inverse_roots) {
+KERNEL(Rows::THREADS) inverse_rows(
+    const Item* items, const Prime* primes, const ulonglong2* __restrict__ inverse_roots) {
     SHARED(s);
     const Item& it = items[blockIdx.y];
     const int thread = threadIdx.x, start = blockIdx.x * Rows::WORDS;
@@ -35,8 +36,8 @@ KERNEL(Rows::THREADS) inverse_rows(const Item* items, const Prime* primes, const
     for (int e = 0; e < 8; e++) dst[place_first<Rows>(thread, e)] = v[e];
 }
 
-// The inverse's pass over columns, modulo prime `from`; then for k = first, ..., first + count - 1 the forward pass over
-// columns modulo prime k, or the last one where k is `limbs`: into dst + k·key words. Nothing for prime `from` itself.
+// The inverse's pass over columns, modulo prime `from`; then for k = first, ..., first + count - 1 the forward pass
+// over columns modulo prime k, or the last one where k is `limbs`: into dst + k·key words. Nothing for prime `from`.
 // ROUND: half of the prime is added before, and taken away after. grid (2**S2 / 16, items)
 extern "C" __global__ void __launch_bounds__(Columns::THREADS, 1024 / Columns::THREADS) spread(
     const Item* items, const Prime* primes, const ulonglong2* __restrict__ roots,
@@ -77,8 +78,8 @@ extern "C" __global__ void __launch_bounds__(Columns::THREADS, 1024 / Columns::T
     }
 }
 
-// The forward pass over rows of `count` digits, src, modulo one prime, times the key's digits, summed in 128 bits: dst and
-// add, the sums for the key's two polynomials. Digit `from` is not at src: it is x, permuted if there is perm.
+// The forward pass over rows of `count` digits, src, modulo one prime, times the key's digits, summed in 128 bits: dst
+// and add, the sums for the key's two polynomials. Digit `from` is not at src: it is x, permuted if there is perm.
 // key: this prime's limb of the first digit's first polynomial. INVERSE: followed by the inverse's pass over rows.
 // grid (N / 1024, items)
 extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
@@ -194,7 +195,9 @@ KERNEL(256) each(const Item* items, const Prime* primes) {
     ulonglong2 a = two(it.src, TWO), b = it.x ? two(it.x, TWO) : a;
     switch (it.flags) {
         case NEGATE: a.x = a.x ? q - a.x : 0, a.y = a.y ? q - a.y : 0; break;
-        case TIMES: a.x = below(scaled(a.x, it.key, it.add, q), q), a.y = below(scaled(a.y, it.key, it.add, q), q); break;
+        case TIMES:
+            a.x = below(scaled(a.x, it.key, it.add, q), q), a.y = below(scaled(a.y, it.key, it.add, q), q);
+            break;
         case PLUS: a.x = below(a.x + it.key, q), a.y = below(a.y + it.key, q); break;
         case TIMES_PLAIN:
             a.x = reduced_wide(__umul64hi(a.x, b.x), a.x * b.x, p);
@@ -233,8 +236,10 @@ KERNEL(256) dot(const Item* items, const Prime* primes) {
         add_product(upper[2][0], lower[2][0], a1.x, b1.x), add_product(upper[2][1], lower[2][1], a1.y, b1.y);
     }
 #pragma unroll
-    for (int c = 0; c < 3; c++)
-        put(it.dst, TWO + c * it.key, reduced_wide(upper[c][0], lower[c][0], p), reduced_wide(upper[c][1], lower[c][1], p));
+    for (int c = 0; c < 3; c++) {
+        u64 a = reduced_wide(upper[c][0], lower[c][0], p), b = reduced_wide(upper[c][1], lower[c][1], p);
+        put(it.dst, TWO + c * it.key, a, b);
+    }
 }
 
 #include "seeds.cuh"

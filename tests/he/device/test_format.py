@@ -122,7 +122,7 @@ OTHER = {
     "cut short": (lambda x: x[:-1], "its size"),
     "longer": (lambda x: x + b"0", "its size"),
     "another compression": (put(5, "<B", 1), "its compression: got 1, expected 0 or 2"),
-    "compressed that is not": (put(5, "<B", 2), "what is compressed is damaged|bytes are expected where"),
+    "compressed that is not": (put(5, "<B", 2), "what is compressed is damaged|its body's size"),
     "another generator": (lambda x: saved_as(x, put(len(body(x)) - 65, "<B", 2)(body(x))), "its generator: got 2"),
     "no generator": (lambda x: saved_as(x, put(len(body(x)) - 65, "<B", 0)(body(x))), "its generator: got 0"),
     "more inside": (lambda x: saved_as(x, body(x) + bytes(8)), "its body's size"),
@@ -138,14 +138,17 @@ def test_other_bytes_are_refused(saved, name):
         read(change(source), not name.startswith("compressed"))
 
 
-def test_a_frame_that_grows_is_given_up(saved):
-    package = seal.zstandard()
-    head = seal.HEADER.unpack_from(saved[True])
+def test_a_frame_that_holds_something_else_is_given_up(saved):
+    package, inside = seal.zstandard(), body(saved[True])
+    head, frame = seal.HEADER.unpack_from(saved[True]), package.compress(inside)
+    untold = package.ZstdCompressor(write_content_size=False).compress(inside)
     for data, text in (
-        (package.compress(bytes(10**8)), "its body's size"),
-        (package.compress(body(saved[True])) + b"1", "1 bytes are left over"),
-        (package.compress(body(saved[True])) * 2, "bytes are left over"),
-        (package.compress(body(saved[True]))[:-9], "bytes are expected where"),
+        (package.compress(bytes(10**8)), "its body's size: got 100000000"),
+        (untold, "its body's size: got -1"),
+        (frame[:5], "what is compressed is damaged|its body's size: got -1"),
+        (frame + b"1", "what is compressed is damaged"),
+        (frame * 2, "what is compressed is damaged"),
+        (frame[:-9], "what is compressed is damaged"),
     ):
         made = seal.HEADER.pack(*head[:-1], seal.HEADER.size + len(data)) + data
         with pytest.raises(InvalidInput, match=text):

@@ -5,14 +5,19 @@ import pytest
 
 from refattn import InvalidInput, UnsupportedProblem, he
 from refattn.he import sessions, wire
-from refattn.he.device import card
+from refattn.he.device import card, launches
+from refattn.he.device.chain import Chain
+from refattn.he.device.launches import seed_launches, seed_room
+from refattn.he.device.seeds import expanded
 from refattn.he.device.session import ROOM, Session, bytes_of
+from refattn.he.device.tables import Tables
 
 from .. import forge
 from .emulated import GUARD, GXX, Emulated
 from .every import RINGS, Every
 from .exchange import PLANS, exchange
 from .gate import same
+from .test_seeds import rejecting
 
 pytest.importorskip("tenseal")
 pytestmark = GXX
@@ -54,6 +59,19 @@ def test_words_are_seals(name, order, folder):
     session.close()
     assert not any(x.any() for x in device.given)
     assert device.ended
+
+
+def test_words_of_a_seed_that_are_left_out(folder, monkeypatch):
+    monkeypatch.setattr(launches, "MOST_REJECTED", 2**14)
+    chain, device, seed = Chain(8192, rejecting()[:2]), Emulated(8192, folder, order=1), bytes(range(100, 164))
+    tables = Tables(device, chain)
+    at, room = tables.stored(np.frombuffer(seed, np.uint8)), device.empty(8 * seed_room(2, 8192))
+    to = device.empty(16 * 8192)
+    tables.recorded(seed_launches(8192, [(at, to, 2)], room))()
+    assert np.array_equal(device.get(to, 16 * 8192).view(np.uint64).reshape(2, 8192), expanded(seed, chain, 2))
+    left_out = device.get(room + 2 * 8192 * 8 // 64, 8).view(np.uint64)[0]
+    assert 1000 < left_out < 2**14
+    assert device.ends_are_whole()
 
 
 def test_a_query_of_several_batches(folder, monkeypatch):
