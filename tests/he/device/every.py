@@ -9,7 +9,7 @@ from refattn.he.noise import Ring
 
 __all__ = ["RINGS", "Every"]
 
-RINGS = {8192: Ring(8192, 43, 30, 60, 3), 16384: Ring(16384, 53, 48, 60, 4), 32768: Ring(32768, 53, 45, 60, 3)}
+RINGS = {8192: Ring(8192, 43, 30, 60, 2), 16384: Ring(16384, 53, 48, 60, 4), 32768: Ring(32768, 53, 45, 60, 3)}
 
 
 @dataclass(frozen=True, eq=False)
