@@ -21,6 +21,8 @@ __all__ = ["Schedule", "Step", "schedule_of", "scratch_limbs"]
 
 MOST_SCRATCH = 2**25
 """Words that a step may need beside its operands and results: 256 MiB; a larger batch is cut."""
+MOST_LOADED = 2**26
+"""Words of the query's ciphertexts that are taken in for a step: 512 MiB; they are gone before the next are."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def schedule_of(program: Program) -> Schedule:
     """Return the schedule of a plan or a layer."""
     trace, outs = trace_of(program)
     operations = _joined(_summed(trace.operations, outs), outs)
-    grouped = _steps(trace.inputs, operations, outs)
+    grouped = _steps(trace.inputs, operations, trace.chain.degree)
     steps, places, words = _placed(trace.chain.degree, trace.inputs, grouped, outs)
     return Schedule(trace.chain, trace.inputs, outs, steps, places, words)
 
@@ -150,32 +152,41 @@ def _joined(operations: Sequence[Operation], outs: Sequence[Node]) -> list[Opera
     return [op for op in every if op.out.number not in inner]
 
 
-def _steps(inputs: Sequence[Node], operations: Sequence[Operation], outs: Sequence[Node]) -> list[Step]:
-    """Return the steps, their scratch not yet placed."""
+def _steps(inputs: Sequence[Node], operations: Sequence[Operation], degree: int) -> list[Step]:
+    """Return the steps, their scratch not yet placed; a ciphertext of the query is loaded before its first use."""
     depth = {x.number: 0 for x in inputs}
-    groups: dict[tuple[int, int, str, int], list[Operation]] = defaultdict(list)
-    first_use: dict[int, int] = {}
+    groups: dict[tuple[int, str, int], list[Operation]] = defaultdict(list)
     for op in operations:
         at = depth[op.out.number] = 1 + max(depth[x.number] for x in op.operands)
-        groups[at, 0, op.name, op.out.limbs].append(op)
-        for x in op.operands:
-            first_use[x.number] = min(first_use.get(x.number, at), at)
-    loads: dict[tuple[int, int, str, int], list[int]] = defaultdict(list)
-    for i, x in enumerate(inputs):
-        loads[first_use.get(x.number, 1) - 1, 1, "load", 0].append(i)
+        groups[at, op.name, op.out.limbs].append(op)
+    waiting = {x.number: i for i, x in enumerate(inputs)}
     steps = []
-    for key in sorted({*groups, *loads}):
-        if key in loads:
-            steps.append(Step("load", loaded=tuple(loads[key])))
-        else:
-            steps += _cut(key[2], groups[key])
+    for key in sorted(groups):
+        for batch in _cut(groups[key], waiting, degree):
+            used = dict.fromkeys(x.number for op in batch for x in op.operands if x.number in waiting)
+            if used:
+                steps.append(Step("load", loaded=tuple(waiting.pop(n) for n in used)))
+            steps.append(Step(key[1], tuple(batch)))
+    if waiting:
+        steps.append(Step("load", loaded=tuple(waiting.values())))  # they are checked, though nobody uses them
     return steps
 
 
-def _cut(name: str, operations: Sequence[Operation]) -> list[Step]:
-    """Return a batch as one step, or several where it needs too much scratch."""
-    each = max(1, MOST_SCRATCH // max(1, scratch_limbs(operations[0]) * 2**14))
-    return [Step(name, tuple(operations[i : i + each])) for i in range(0, len(operations), each)]
+def _cut(operations: Sequence[Operation], waiting: Iterable[int], degree: int) -> list[list[Operation]]:
+    """Return a batch as one, or as several where it needs too much scratch, or too much is loaded for it."""
+    most = max(1, MOST_SCRATCH // max(1, scratch_limbs(operations[0]) * degree))
+    found: list[list[Operation]] = [[]]
+    rest, words = set(waiting), 0
+    for op in operations:
+        fresh = {x for x in op.operands if x.number in rest}
+        more = sum(x.size * x.limbs * degree for x in fresh)
+        if found[-1] and (len(found[-1]) == most or words + more > MOST_LOADED):
+            found.append([])
+            words = 0
+        found[-1].append(op)
+        words += more
+        rest -= {x.number for x in fresh}
+    return found
 
 
 def scratch_limbs(op: Operation) -> int:

@@ -1,10 +1,11 @@
-"""The long comparisons: python -m tests.he.device.gate [compile] [emulate] [grid] [gpu]; by default the first three.
+"""The long comparisons: python -m tests.he.device.gate [STAGE ...] [CALLS]; by default the first three stages.
 
 compile: the kernels for every degree, by nvcc, without spills. emulate: every operation at every degree, the kernels
 run by g++ against the executor. grid: whole plans, the executor against SEAL. gpu: the same and larger ones, on a GPU
 against SEAL where TenSEAL is installed, and against the executor.
 """
 
+import importlib.util
 import itertools
 import sys
 import tempfile
@@ -24,9 +25,12 @@ from refattn.he.device.schedule import schedule_of
 from refattn.he.device.session import Session
 
 from ...gpu.compiled import check_compiles
+from ..make import planned, problem
+from ..test_layer import layer
 from .drawn import Drawn
 from .emulated import Emulated
 from .every import RINGS, Every
+from .exchange import Exchange
 
 GRID = [(4, 4), (16, 32), (32, 64)]
 MODES = [{}, {"upload": "whole"}, {"upload": "compact"}, {"normalize": "client"}]
@@ -58,53 +62,59 @@ def emulate():
         yield f"every operation, degree {degree}, {upload}, emulated", good
 
 
-def problems(count):
-    """Yield calls and plans: the grid's sizes, powers and modes."""
+def calls(count):
+    """Yield names, calls and programs: layers, a masked call, then the grid's sizes, heads, powers and modes."""
+    for classes in (0, 3):
+        weights, x, _ = layer(classes=classes)
+        for upload in ("full", "whole"):
+            yield f"a layer with {classes} classes, {upload}", x, he.Layer(weights, upload=upload)
+    for causal in ("top_left", "bottom_right"):
+        x = problem(8, 16, 8, heads=2, epsilon=1.0, causal=causal)
+        yield f"causal, {causal}", x, planned(x)
     every = itertools.cycle(itertools.product(GRID, (1, 2), (2, 4), MODES))
     for seed, ((n, d), heads, p, more) in zip(range(count), every, strict=False):
         x, given = random_call(n, d, heads, p, seed)
-        yield (
-            f"{heads} x {n} x {d}, p = {p}, {more}, seed {seed}",
-            x,
-            he.plan(n, n, d, heads=heads, p=p, **given, **more),
-        )
+        plan = he.plan(n, n, d, heads=heads, p=p, **given, **more)
+        yield f"{heads} x {n} x {d}, p = {p}, {more}, seed {seed}", x, plan
 
 
-def grid(count=24, device="cpu"):
-    from .exchange import Exchange
-
-    for name, x, plan in problems(count):
-        e = Exchange(plan, x)
-        outs = schedule_of(plan).outs
+def grid(count, device="cpu"):
+    """Yield whether SEAL's words come out: of the executor, or of a device."""
+    for name, x, program in calls(count):
+        e = Exchange(program, x)
+        schedule = schedule_of(program)
         if device == "cpu":
             keys, parts = e.given_words()
-            found = execute(schedule_of(plan), keys, parts)
+            found = execute(schedule, keys, parts, lambda a, ring=e.plan.ring: encoded(a, ring))
         else:
-            with he.Server(plan, e.keys, device=device) as server:
-                found = e.replied_words(outs, e.parts(server.attend(e.query), wire.REPLY))
-        yield name, all(np.array_equal(a, b) for a, b in zip(found, e.replied_words(outs), strict=True))
+            with he.Server(program, e.keys, device=device) as server:
+                found = e.replied_words(schedule.outs, e.parts(server.attend(e.query), wire.REPLY))
+        theirs = e.replied_words(schedule.outs)
+        yield name, all(np.array_equal(a, b) for a, b in zip(found, theirs, strict=True))
 
 
-def gpu():
+def gpu(count):
+    """Yield whether a GPU gives the executor's words, and SEAL's where TenSEAL is installed."""
     for (degree, ring), upload, seed in itertools.product(RINGS.items(), ("full", "whole"), range(3)):
         yield f"every operation, degree {degree}, {upload}, seed {seed}", same(Every(ring, upload), Card(degree), seed)
-    try:
-        import tenseal
-    except ModuleNotFoundError:
-        print("no TenSEAL: plans are compared with the executor only")
-        for name, _, plan in problems(24):
-            yield name, same(plan, Card(plan.ring.degree))
-    else:
-        assert tenseal
-        yield from grid(200, "cuda")
+    if importlib.util.find_spec("tenseal"):
+        yield from grid(count, "cuda")
+        return
+    print("no TenSEAL: programs are compared with the executor only")
+    for name, _, program in calls(count):
+        yield name, same(program, Card(program.plan.ring.degree))
 
 
 def main(words):
-    stages = {"compile": compile_all, "emulate": emulate, "grid": grid, "gpu": gpu}
+    """Run stages, and say how many comparisons failed; a number is how many random calls there are."""
+    stages = {
+        "compile": lambda _: compile_all(), "emulate": lambda _: emulate(), "grid": grid, "gpu": gpu
+    }  # fmt: skip
+    counts = [int(w) for w in words if w.isdigit()]
     failed = 0
-    for word in words or ["compile", "emulate", "grid"]:
+    for word in [w for w in words if w in stages] or ["compile", "emulate", "grid"]:
         start = time.perf_counter()
-        for name, good in stages[word]():
+        for name, good in stages[word](*counts or [24]):
             failed += not good
             print(f"{'same' if good else 'DIFFERENT'}: {name} [{time.perf_counter() - start:.0f} s]", flush=True)
     print(f"{failed} failed")

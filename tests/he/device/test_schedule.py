@@ -81,8 +81,9 @@ def test_twelve_heads_take_less_memory_than_their_ciphertexts():
     schedule = schedule_of(large())
     n = schedule.chain.degree
     given = sum(x.size * x.limbs * n for x in schedule.inputs)
-    assert 8 * schedule.words < 2 * 10**9 < 8 * given
-    assert len(schedule.phases) == 2
+    assert 8 * schedule.words < 10**9 < 2 * 10**9 < 8 * given
+    assert len(schedule.phases) == 6
+    assert len(schedule_of(large(1)).phases) == 2
     # every operand lives at the end of the step that it is read in, so this much is needed whatever lies where
     needed = max(
         sum({x.number: x.size * x.limbs * n for op in s.operations for x in (*op.operands, op.out)}.values())
@@ -94,7 +95,7 @@ def test_twelve_heads_take_less_memory_than_their_ciphertexts():
 def test_all_blocks_are_done_together():
     one, twelve = schedule_of(large(1)), schedule_of(large())
     assert max(len(s.operations) for s in twelve.steps) >= 12
-    assert len(twelve.steps) <= 1.2 * len(one.steps)
+    assert len(twelve.steps) <= len(one.steps) + 12  # what is taken in by parts
     for schedule in (one, twelve):
         done = {x.number for x in schedule.inputs}
         for step in schedule.steps:
