@@ -15,8 +15,8 @@ struct Prime {
     u64 most;  // a random word from here on is left out
 };
 
-// x, of which the compiler does not know that it was there before: what follows from it is computed again in each turn of
-// a loop, where keeping it would take registers.
+// x, of which the compiler does not know that it was there before: what follows from it is computed again in each turn
+// of a loop, where keeping it would take registers.
 DEVICE int again(int x) {
 #ifdef __CUDA_ARCH__
     asm volatile("" : "+r"(x));

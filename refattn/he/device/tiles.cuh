@@ -1,8 +1,8 @@
 // Number-theoretic transforms of N points in two passes over tiles: S1 stages on columns, S2 on rows of 2**S2 points.
 //
-// A tile has 2**LOG words, IN of whose lowest bits only name columns side by side. A thread has 8 of its words, and does
-// its stages in three rounds of 3, up to 3, and 1 or 2 stages; between rounds words change hands in shared memory. A
-// round that does bits [LO, LO + K) has 2**K words of a butterfly in one thread.
+// A tile has 2**LOG words; the IN lowest bits of a word's number only tell columns side by side. A thread has 8 of its
+// words, and does its stages in three rounds of 3, up to 3, and 1 or 2; between rounds words change hands in shared
+// memory. A round that does bits [LO, LO + K) has 2**K words of a butterfly in one thread.
 
 constexpr int S1 = (LOG_DEGREE + 1) / 2, S2 = LOG_DEGREE - S1;
 

@@ -42,10 +42,12 @@ class Every:
         a, b, c = parts
         product = m.dot([a, b], [c, c])  # of two levels
         square = m.rescale(m.relinearize(m.square(c)))
-        turned = m.add(m.rotate(product, 1), m.rotate(product, 3))
+        once = m.rotate(product, 1)
+        turned = m.add(once, m.rotate(product, 3))
+        both = m.add(product, once)  # of which one is used elsewhere, too
         total = m.add(m.add(turned, m.conjugate(square)), product)
         three = m.rescale(m.mul(a, m.add(a, c)))
         scaled = m.rescale(m.times_constant(m.add_constant(m.negate(c), 0.37), -0.2))
         plain = m.plus(m.rescale(m.times(a, self.plain)), self.plain)
         last = m.like(c, product)  # of product's scale, a level below
-        return [m.relinearize(m.add(three, three)), total, scaled, plain, m.add(last, m.conjugate(last))]
+        return [m.relinearize(m.add(three, three)), total, both, scaled, plain, m.add(last, m.conjugate(last))]
