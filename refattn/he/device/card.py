@@ -83,7 +83,7 @@ class Card:
         self._kernels = _kernels(degree, self._cuda.Device().id)
         self._stream = self._cuda.Stream(non_blocking=True)
         self._given: list[tuple[Any, int]] = []
-        self._pinned: list[Any] = []
+        self._pinned: list[NDArray[np.uint8]] = []
         self._graphs: list[Any] = []
 
     def empty(self, size: int) -> int:
@@ -114,8 +114,8 @@ class Card:
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
         """Return host memory that the device reads by itself."""
-        self._pinned.append(self._cuda.alloc_pinned_memory(size))
-        return np.frombuffer(self._pinned[-1], np.uint8, size)
+        self._pinned.append(np.frombuffer(self._cuda.alloc_pinned_memory(size), np.uint8, size))
+        return self._pinned[-1]
 
     def mark(self) -> Any:
         """Return where the queue is now."""
@@ -148,6 +148,8 @@ class Card:
         for memory, size in self._given:
             self._cuda.runtime.memsetAsync(memory.ptr, 0, size, self._stream.ptr)
         self._stream.synchronize()
+        for host in self._pinned:
+            host[:] = 0
         self._graphs.clear()
         self._given.clear()
         self._pinned.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -78,10 +79,11 @@ class Session:
                 f"he: a session of this plan takes {needed / 1e9:.2f} GB of the GPU's memory, of which "
                 f"{device.free() / 1e9:.2f} are free; end another session first"
             )
+        self._end = weakref.finalize(self, device.end)  # also where nobody closes it, or Python ends
         try:
             self._begin(keys)
         except BaseException:
-            device.end()
+            self._end()
             raise
 
     def _read_keys(self, parts: Sequence[Data], elements: Sequence[int]) -> dict[int, list[Received]]:
@@ -137,8 +139,10 @@ class Session:
         Raises
         ------
         InvalidInput
-            A ciphertext of the query is none of the plan's, or the reply would be no secret.
+            A ciphertext of the query is none of the plan's, or the reply would be no secret; or the session is closed.
         """
+        if not self._end.alive:
+            raise InvalidInput("he: the session on the GPU is closed; make another Server")
         for steps, run in self._phases:
             self._load([i for step in steps for i in step.loaded], parts)
             run()
@@ -177,5 +181,4 @@ class Session:
 
     def close(self) -> None:
         """Write zeros over the session's memory on the device and in what it reads, and give it back."""
-        self._slots[:], self._seeds[:] = 0, 0
-        self.device.end()
+        self._end()

@@ -83,6 +83,6 @@ class Emulated:
 
     def end(self):
         self.whole = self.ends_are_whole()
-        for x in self.given:
+        for x in (*self.given, *self.host):
             x[:] = 0
         self.ended = True

@@ -1,5 +1,7 @@
 """Sessions on a device that is emulated: words are SEAL's, bad input is refused before a kernel, nothing is left."""
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -57,8 +59,11 @@ def test_words_are_seals(name, order, folder):
     if order == 0:
         check(e, session)  # nothing of the query before is in the way
     session.close()
-    assert not any(x.any() for x in device.given)
+    assert not any(x.any() for x in (*device.given, *device.host))
     assert device.ended
+    with pytest.raises(InvalidInput, match="the session on the GPU is closed; make another Server"):
+        session.attend(e.parts(e.query, wire.QUERY))
+    session.close()
 
 
 def test_words_of_a_seed_that_are_left_out(folder, monkeypatch):
@@ -135,6 +140,14 @@ def test_keys_are_looked_at_first(folder):
     with pytest.raises(InvalidInput, match="no RelinKeys of this plan"):
         Session(e.program, (galois, relin), device)
     assert not device.given
+
+
+def test_a_session_that_nobody_closes_leaves_nothing(folder):
+    device, session = begun(exchange("a slot is an input"), folder)
+    assert any(x.any() for x in device.given)
+    del session
+    gc.collect()
+    assert device.ended
 
 
 def test_what_fails_at_the_start_leaves_nothing(folder, monkeypatch):
