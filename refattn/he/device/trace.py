@@ -100,8 +100,16 @@ class Trace(Arithmetic):
         return self.mul(a, a)
 
     def dot(self, a: Sequence[Node], b: Sequence[Node]) -> Node:
-        limbs = min(x.limbs for x in (*a, *b))
-        return self.rescale(self.relinearize(self._did("dot", 3, limbs, a[0].scale * b[0].scale, (*a, *b))))
+        return self.rescale(self.relinearize(self.products(a, b)))
+
+    def products(self, a: Sequence[Node], b: Sequence[Node]) -> Node:
+        """Return the sum of products: by parts, where it could pass 128 bits before it is reduced."""
+        limbs, most = min(x.limbs for x in (*a, *b)), 2**127 // max(self.chain.primes) ** 2
+        parts = [
+            self._did("dot", 3, limbs, a[0].scale * b[0].scale, (*a[i : i + most], *b[i : i + most]))
+            for i in range(0, len(a), most)
+        ]
+        return parts[0] if len(parts) == 1 else self._did("sum", 3, limbs, parts[0].scale, parts)
 
     def add(self, a: Node, b: Node) -> Node:
         if abs(a.scale - b.scale) >= 2**-52 * max(a.scale, b.scale, 1.0):  # SEAL refuses it, too

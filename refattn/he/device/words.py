@@ -15,9 +15,6 @@ from .modular import Words, below, high, reduced, reduced_wide, scaled
 
 __all__ = ["Evaluator"]
 
-MOST_TERMS = 127
-"""Products of words below 2**60 whose doubled sum is below 2**128."""
-
 
 class Evaluator:
     """The operations in a ring.
@@ -91,7 +88,10 @@ class Evaluator:
         return found
 
     def dot(self, a: Sequence[Words], b: Sequence[Words]) -> Words:
-        """Return the sum of products of ciphertexts, three polynomials: summed in 128 bits, and reduced once."""
+        """Return the sum of products of ciphertexts, three polynomials: summed in 128 bits, and reduced once.
+
+        The sum of twice as many products of words must be below 2**128 (`Trace.products` sees to it).
+        """
         upper, lower = np.zeros((2, 3, *a[0].shape[1:]), np.uint64)
         for x, y in zip(a, b, strict=True):
             for c, i, j in ((0, 0, 0), (1, 0, 1), (1, 1, 0), (2, 1, 1)):

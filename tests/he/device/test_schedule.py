@@ -1,5 +1,7 @@
 """Schedules: what is done in which order and where, and that words come out as SEAL's, on NumPy."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from refattn.he.device.encode import encoded
 from refattn.he.device.executor import execute
 from refattn.he.device.schedule import MOST_SCRATCH, schedule_of, scratch_limbs
 from refattn.he.device.trace import Trace, trace_of
+from refattn.he.noise import Ring
 
 from ..make import planned, problem
 from .every import RINGS, Every
@@ -112,6 +115,34 @@ def test_a_trace_has_the_operations_of_the_plan():
     assert names.count("galois") + names.count("relinearize") == counts["switch_key"] * len(plan.layout.blocks())
     assert names.count("rescale") == counts["rescale"]
     assert [x.limbs for x in outs] == [plan.ring.levels + 1 - sum(plan.levels.values())] * plan.outs
+
+
+@dataclass(frozen=True)
+class Squares(Every):
+    """The sum of a ciphertext's products with itself."""
+
+    count: int = 300
+
+    def part_limbs(self):
+        return [2]
+
+    def compute(self, m, shared, parts):
+        return [m.products(parts * self.count, parts * self.count)]
+
+
+def test_long_sums_of_products_do_not_pass_128_bits():
+    program = Squares(Ring(8192, 60, 30, 60, 1), rotations=())
+    schedule = schedule_of(program)
+    q = schedule.chain.q[:2, None]
+    largest = np.broadcast_to(q - np.uint64(1), (2, 2, 8192))  # -1 at every point
+    (found,) = execute(schedule, {}, [largest])
+    assert [len(np.unique(x)) for x in found.reshape(6, -1)] == [1] * 6
+    assert found[:, :, 0].tolist() == [[n % int(p) for p in q[:, 0]] for n in (300, 600, 300)]
+    assert sorted(len(op.operands) // 2 for s in schedule.steps for op in s.operations if op.name == "dot") == [
+        44,
+        128,
+        128,
+    ]
 
 
 def test_constants_are_rounded_as_seal_does():
