@@ -1,6 +1,7 @@
 """The part of CuPy that refattn.he.device.card uses, over the emulator: what it is called with is checked, and runs."""
 
 import ctypes
+from functools import cached_property
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,22 +57,26 @@ def cupys_part(folder, free=2**34):
             pass
 
     class Kernel:
-        def __init__(self, device, name):
-            self.device, self.name, self.max_dynamic_shared_size_bytes = device, name, 49152
+        def __init__(self, module, name):
+            self.module, self.name, self.max_dynamic_shared_size_bytes = module, name, 49152
 
         def __call__(self, grid, block, given, *, shared_mem):
             assert shared_mem <= self.max_dynamic_shared_size_bytes
             assert all(type(x) in (np.uint64, np.int32) for x in given)
             assert all(type(x) is int for x in (*grid, *block))
-            seen.recording.append(lambda: self.device._launch(self.name, grid, block[0], shared_mem, given))
+            seen.recording.append(lambda: self.module.device._launch(self.name, grid, block[0], shared_mem, given))
 
     class RawModule:
         def __init__(self, code, options, backend):
             assert (options, backend) == (("-std=c++17",), "nvrtc")
-            self.device = Emulated(1 << int(code.split()[2]), folder)
+            self.degree = 1 << int(code.split()[2])
+
+        @cached_property
+        def device(self):
+            return Emulated(self.degree, folder)
 
         def get_function(self, name):
-            return Kernel(self.device, name)
+            return Kernel(self, name)
 
     def alloc(size):
         if size > free:

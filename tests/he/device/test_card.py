@@ -9,6 +9,7 @@ from refattn import UnsupportedProblem, he
 from refattn.errors import BuildError
 from refattn.he import wire
 from refattn.he.device import card
+from refattn.he.device.build import KERNELS, geometry
 from refattn.he.device.card import Card, cupy_with_gpu
 from refattn.he.device.schedule import schedule_of
 
@@ -66,8 +67,8 @@ def test_memory_is_written_over():
 
 
 @pytest.fixture
-def cupy(monkeypatch, tmp_path_factory):
-    made = cupys_part(tmp_path_factory.mktemp("cupy"))
+def cupy(monkeypatch, folder):
+    made = cupys_part(folder)
     real = card.importlib.import_module
     monkeypatch.setattr(card.importlib, "import_module", lambda name: made if name == "cupy" else real(name))
     card._kernels.cache_clear()
@@ -105,6 +106,14 @@ def test_what_a_gpu_lacks_is_told(cupy, monkeypatch):
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", fails)
     with pytest.raises(UnsupportedProblem, match=r"finds no GPU \(no driver\); use device='cpu'"):
         Card(8192)
+
+
+def test_kernels_may_use_the_shared_memory_that_they_need(cupy):
+    kernels = card._kernels(32768, 0)
+    assert {n: k.max_dynamic_shared_size_bytes for n, k in kernels.items()} == {
+        n: geometry(n, 32768)[2] for n in KERNELS
+    }
+    assert geometry("spread", 32768)[2] > 48 * 1024  # what a kernel may use unasked
 
 
 def test_a_compiler_that_fails_is_told(cupy, monkeypatch):

@@ -25,11 +25,6 @@ pytest.importorskip("tenseal")
 pytestmark = GXX
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("emulated")
-
-
 def begun(e, folder, **more):
     device = Emulated(e.plan.ring.degree, folder, **more)
     return device, Session(e.program, e.parts(e.keys, wire.KEYS), device)
