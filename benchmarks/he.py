@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -151,8 +152,8 @@ def digits() -> Iterator[Row]:
     yield Row("digits, predicted over measured time", ratio, "ratio")
 
 
-def block() -> Iterator[Row]:
-    """A whole block, 16 tokens, d = 64, 4 heads, 256 hidden features, random weights as PyTorch begins with."""
+def a_block() -> tuple[Any, np.ndarray, np.ndarray]:
+    """Return a block (16 tokens, d = 64, 4 heads, 256 hidden features, weights as PyTorch begins), tokens, result."""
     import torch
 
     from refattn.he import torch as nets
@@ -173,12 +174,20 @@ def block() -> Iterator[Row]:
     module = made(
         (1.0, 1.2 * seen[0][1]), seen[1][0] / 1.2, seen[1][1] * 1.2, 1.2 * max(abs(seen[2][0]), abs(seen[2][1]))
     )
+    return module, x[0].numpy(), exact
+
+
+def block() -> Iterator[Row]:
+    """A whole block, with random weights."""
+    from refattn.he import torch as nets
+
+    module, x, exact = a_block()
     for upload in ("full", "whole"):
         layer = he.Layer(nets.weights_of(module, 16), tolerance=1e-2, upload=upload)
         plan = layer.plan
         client = he.Client(plan)
         server = he.Server(layer, client.evaluation_keys())
-        query = client.encrypt(x[0].numpy())
+        query = client.encrypt(x)
         seconds, ratio = compared(plan, 1, partial(server.attend, query))
         out = client.decrypt(server.attend(query))
         at = f"block 16 x 64, degree {plan.ring.degree}, {plan.ring.levels} levels"
@@ -188,4 +197,4 @@ def block() -> Iterator[Row]:
         yield Row(f"block, {upload}, predicted over measured time", ratio, "ratio")
         error = float(np.abs(out - exact).max())
         yield Row(f"block, {upload}, error against the exact functions", error, "absolute")
-        yield Row(f"block, {upload}, noise", float(np.abs(out - layer.simulate(x[0].numpy())).max()), "absolute")
+        yield Row(f"block, {upload}, noise", float(np.abs(out - layer.simulate(x)).max()), "absolute")

@@ -82,6 +82,9 @@ def plan_(
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one; it is printed.")
 @click.option("--sessions", default=8, show_default=True, help="The most sessions at once: a process and keys each.")
 @click.option("--expire", default=3600.0, show_default=True, help="Seconds without a query after which one ends.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
+)
 @click.option("--tolerance", default=1e-2, show_default=True, help="Of a layer's polynomial for 1/D, relative.")
 @click.option("--upload", type=click.Choice(["full", "whole"]), help="Of a layer; a plan has its own.  [default: full]")
 @click.option("--certificate", help="A file with a TLS certificate.")
@@ -103,6 +106,7 @@ def serve(
     Beyond this machine (--host) a token is demanded of every request.
     """
     from ..he import Encoder, EncoderWeights, Layer, Plan
+    from ..he.device.card import cupy_with_gpu
     from ..he.listen import listen
     from ..he.saved import load_weights, plan_from_json
     from ..he.service import service
@@ -126,7 +130,9 @@ def serve(
             raise InvalidInput(f"serve: {program} is the plan of a layer or an encoder; serve the layer's weights")
         if given["upload"]:
             raise InvalidInput(f"serve: --upload is for a layer's weights; {program} is a plan, which has its own")
-    app = service(what, given["sessions"], given["expire"], tokens=tokens)
+    if given["device"] == "cuda":
+        cupy_with_gpu()  # refused now where there is none, not with the first client
+    app = service(what, given["sessions"], given["expire"], tokens=tokens, device=given["device"])
     where = {"certificate": certificate, "key": key}
     listen(app, host, port, **where, announce=lambda url: click.echo(f"listening at {url}"))  # type: ignore[arg-type]
 

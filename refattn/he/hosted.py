@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +21,8 @@ __all__ = ["Hosted", "memory_of", "seconds_of"]
 
 MOST_ASKED = 2**16
 """Queries of a session: their names are kept, so that none is computed twice."""
+CLOSE_SECONDS = 5.0
+"""The longest that a process with a GPU may take to write over its memory there."""
 BEGIN_SECONDS = 300.0
 """The longest that a process may take to start and to read keys."""
 
@@ -49,6 +54,8 @@ class Hosted:
         When it was used last.
     seconds : float
         How long a query may be computed.
+    device : str
+        Where. What CUDA maps of memory is far more than it uses: there is no limit on a process that has a GPU.
     asked : set of bytes
         Names of its queries.
     running : int
@@ -59,20 +66,25 @@ class Hosted:
     owner: bytes
     used: float
     seconds: float
+    device: str = "cpu"
     asked: set[bytes] = field(default_factory=set)
     running: int = 0
 
     def __post_init__(self) -> None:
-        self._pool = pool_of(1, limit_memory, memory_of(self.program.plan))
+        limit = () if self.device == "cuda" else (limit_memory, memory_of(self.program.plan))
+        self._pool = pool_of(1, *limit)
         self._turn = asyncio.Lock()
 
     def close(self) -> None:
-        """End the process; what it computes is of nobody any more."""
-        stop(self._pool)
+        """End the process; what it computes is of nobody any more. A GPU's memory is written over before."""
+        if self.device == "cuda":
+            threading.Thread(target=_end, args=(self._pool,)).start()
+        else:
+            stop(self._pool)
 
     async def begin(self, keys: bytes) -> None:
         """Give the process a client's keys; they are looked at there."""
-        await self._call(BEGIN_SECONDS, _begin, self.program, keys)
+        await self._call(BEGIN_SECONDS, _begin, self.program, keys, self.device)
 
     async def attend(self, query: bytes) -> bytes:
         """Return the reply to a query, one at a time; the query is looked at in the process."""
@@ -114,8 +126,20 @@ _HERE: dict[str, Server] = {}
 """The server of a session's process."""
 
 
-def _begin(program: Any, keys: bytes) -> None:
-    _HERE["server"] = Server(program, keys)
+def _begin(program: Any, keys: bytes, device: str) -> None:
+    _HERE["server"] = Server(program, keys, device=device)
+
+
+def _close() -> None:
+    if "server" in _HERE:
+        _HERE.pop("server").close()
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """End a pool whose process has a GPU: it is given some seconds to write over what is there."""
+    with suppress(Exception):  # it has ended, or does not answer
+        pool.submit(_close).result(CLOSE_SECONDS)
+    stop(pool)
 
 
 def _attend(query: bytes) -> bytes:

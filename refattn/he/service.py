@@ -32,7 +32,11 @@ WAITING = 4
 
 
 def service(
-    program: Plan | Layer | Encoder, sessions: int = 8, seconds: float = 3600.0, tokens: Iterable[str] | None = None
+    program: Plan | Layer | Encoder,
+    sessions: int = 8,
+    seconds: float = 3600.0,
+    tokens: Iterable[str] | None = None,
+    device: str = "cpu",
 ) -> Any:
     """Return a Starlette application that serves a plan or a layer.
 
@@ -47,6 +51,8 @@ def service(
     tokens : iterable of str, optional
         One of them is demanded with every request, as ``Authorization: Bearer TOKEN``, and a session answers the one
         that opened it. None: requests from this machine need none, and others are refused.
+    device : {"cpu", "cuda"}
+        Where queries are computed. A session that the GPU has no memory for is refused.
 
     Raises
     ------
@@ -63,7 +69,7 @@ def service(
         raise UnsupportedProblem(f"he: serving needs the package starlette; {install('he')}") from e
     if sessions < 1 or not seconds > 0:
         raise InvalidInput(f"he: got {sessions} sessions and {seconds} seconds, expected at least 1 and above 0")
-    desk = _Desk(program, sessions, seconds, Tokens(tokens))
+    desk = _Desk(program, sessions, seconds, Tokens(tokens), device)
 
     async def refused(request: Any, error: Any) -> Any:
         return JSONResponse({"error": str(error)}, getattr(error, "status", 400), getattr(error, "headers", None))
@@ -89,7 +95,10 @@ class _Unknown(Refused):
 class _Desk:
     """The sessions of a service, and what is done for each kind of request."""
 
-    def __init__(self, program: Plan | Layer | Encoder, sessions: int, seconds: float, tokens: Tokens) -> None:
+    def __init__(
+        self, program: Plan | Layer | Encoder, sessions: int, seconds: float, tokens: Tokens, device: str
+    ) -> None:
+        self.device = device
         self.program, self.plan = program, program.plan
         self.sessions, self.seconds, self.tokens = sessions, seconds, tokens
         self.text = plan_to_json(self.plan)
@@ -113,7 +122,7 @@ class _Desk:
         async with self.bodies.read(request, self.most_keys) as keys:
             self._free()
             name = secrets.token_hex(32)
-            session = self.open[name] = Hosted(self.program, owner, _now(), seconds_of(self.plan))
+            session = self.open[name] = Hosted(self.program, owner, _now(), seconds_of(self.plan), self.device)
             session.running += 1  # does not expire while it begins
             try:
                 await session.begin(keys)

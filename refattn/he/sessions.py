@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import secrets
 from collections.abc import Callable, Iterable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem, WorkerDied
+from .device.card import Card
+from .device.session import Session
 from .encoder import Encoder
 from .encoder_plan import EncoderPlan
 from .layer import Layer
@@ -30,6 +33,8 @@ from .worker import Sent, Worker, begin, block
 __all__ = ["Client", "Server", "Sharing"]
 
 Float = NDArray[np.float64]
+MOST_THREADS = 16
+"""Threads that check a query's ciphertexts for a GPU."""
 SLACK = 2
 """How many times the planned bytes a message may have."""
 
@@ -233,24 +238,40 @@ class Server:
         What ``Client.evaluation_keys`` returned.
     workers : int
         Processes that share a query's blocks; they stay up until ``close``. 1 computes in this process (the binding
-        holds Python's lock, so threads gain nothing).
+        holds Python's lock, so threads gain nothing). A GPU needs one.
+    device : {"cpu", "cuda"}
+        Where it is computed. On a GPU, the current one of CuPy, keys stay in its memory until ``close``, which writes
+        zeros over them; the replies are the same words.
     """
 
-    def __init__(self, program: Plan | Layer | Encoder, keys: bytes, workers: int = 1) -> None:
+    def __init__(self, program: Plan | Layer | Encoder, keys: bytes, workers: int = 1, device: str = "cpu") -> None:
         if workers < 1:
             raise InvalidInput(f"workers: got {workers}, expected at least 1")
+        if device not in ("cpu", "cuda"):
+            raise InvalidInput(f"device: got {device!r}, expected 'cpu' or 'cuda'")
+        if device == "cuda" and workers > 1:
+            raise InvalidInput(f"workers: got {workers}, expected 1 for device='cuda', which has no processes to share")
+        if device == "cuda" and isinstance(program, Encoder):
+            raise UnsupportedProblem("device: an encoder is computed on the CPU; leave device out")
         self.program, plan = program, program.plan
         self.plan = plan
         masks = isinstance(plan, EncoderPlan)
         m = unpack(keys, KEYS, plan.digest, SLACK * (plan.key_bytes + 2**20), parts=3 if masks else 2)
         self._client = m.client
-        self._worker = Worker(program, m.parts[:2])  # also the check of the keys
-        self._masks = Masks(plan, m.parts[2]) if isinstance(plan, EncoderPlan) else None
         self._workers = workers
         self._queries = itertools.count()
         self._pool: ProcessPoolExecutor | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._each: Callable[..., Iterable[Any]] = map  # what needs no lock: digests and files
+        self._masks: Masks | None = None
+        self._worker: Worker | Session
+        if device == "cuda":
+            self._threads = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+            self._each = self._threads.map
+            self._worker = Session(program, m.parts, Card(plan.ring.degree), self._each)
+            return
+        self._worker = Worker(program, m.parts[:2])  # also the check of the keys
+        self._masks = Masks(plan, m.parts[2]) if isinstance(plan, EncoderPlan) else None
         if workers > 1:
             self._pool = pool_of(workers, begin, program, tuple(bytes(x) for x in m.parts[:2]))
             self._threads = ThreadPoolExecutor(workers)
@@ -263,7 +284,9 @@ class Server:
         self.close()
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers, and write zeros over what a GPU holds."""
+        if isinstance(self._worker, Session):
+            self._worker.close()
         if self._pool is not None:
             stop(self._pool)
         if self._threads is not None:
@@ -286,11 +309,13 @@ class Server:
         m = unpack(query, kind, plan.digest, most, self._each, parts=len(limbs))
         if m.client != self._client:
             raise InvalidInput("he: got a query of another client than the one whose keys are here")
+        if isinstance(self._worker, Session):
+            return pack(Message(REPLY, plan.digest, self._client, m.query, tuple(self._worker.attend(m.parts))))
         name, mask = m.query, [b""] * len(limbs)
         if masks is not None and kind == FRESH:
             name, mask = masks.taken(m.query)
         try:
-            found = self._computed(list(map(Sent, m.parts, limbs, mask)), stage)
+            found = self._computed(self._worker, list(map(Sent, m.parts, limbs, mask)), stage)
         finally:
             self._worker.forget()
         outs = tuple(x for block in found for x in block)
@@ -299,10 +324,10 @@ class Server:
             return pack(Message(MASKED, plan.digest, self._client, name, parts))
         return pack(Message(REPLY, plan.digest, self._client, name, outs))
 
-    def _computed(self, parts: list[Sent], stage: int) -> list[list[bytes]]:
+    def _computed(self, worker: Worker, parts: list[Sent], stage: int) -> list[list[bytes]]:
         """Return the results of the blocks; workers read the ciphertexts from a file that is gone with the reply."""
         if self._pool is None:
-            return [self._worker.block(*task, stage=stage) for task in self.program.tasks(parts)]
+            return [worker.block(*task, stage=stage) for task in self.program.tasks(parts)]
         with held([x.data for x in parts if not isinstance(x.data, Slice)], self._each) as slices:
             tasks = self.program.tasks([replace(x, data=s) for x, s in zip(parts, slices, strict=True)])
             groups = len({tuple(shared[:1]) for shared, _ in tasks})

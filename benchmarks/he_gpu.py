@@ -1,0 +1,205 @@
+"""Encrypted attention on a GPU beside the CPU: words, times, memory. Normal inputs, 128-bit security, TenSEAL's client.
+
+"computing" is the recorded program alone, data in place, the mean of runs in a row for at least 0.2 s; of a seeded
+query it expands the seeds, too. "bytes to bytes"
+is the server's time from the query's bytes in memory to the reply's, a median of 10. Words are compared with those of
+the CPU's server, which is SEAL. The CPU's server has two processes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from refattn import he
+from refattn.bench import Row, load
+from refattn.errors import UnsupportedProblem
+from refattn.he.baselines import random_call
+from refattn.he.device.card import cupy_with_gpu
+from refattn.he.device.chain import chain_of
+from refattn.he.device.format import read_ciphertext
+from refattn.he.device.launches import launches_of
+from refattn.he.device.schedule import schedule_of
+from refattn.he.device.session import Session, bytes_of
+from refattn.he.seal import api
+from refattn.he.wire import QUERY, REPLY, unpack
+
+RUNS = 10
+# heads, n, d, p; the most milliseconds of computing, and from bytes to bytes of a seeded query
+SIZES: tuple[tuple[int, int, int, int, float | None, float | None], ...] = (
+    (1, 16, 32, 2, None, None),
+    (1, 128, 64, 2, 1.4, 40.0),
+    (1, 128, 64, 4, None, None),
+    (12, 128, 64, 2, 5.2, 250.0),
+)
+
+
+def rows() -> Iterator[Row]:
+    """Yield the figures.
+
+    Raises
+    ------
+    UnsupportedProblem
+        There is no GPU, CuPy or TenSEAL.
+    """
+    cupy_with_gpu()
+    api()
+    yield from same_words()
+    for size in SIZES:
+        for upload in ("full", "whole"):
+            yield from attention(*size, upload)
+    yield from throughput()
+    yield from block()
+
+
+def session_of(server: he.Server) -> Session:
+    """Return what a server has on the GPU."""
+    assert isinstance(server._worker, Session)
+    return server._worker
+
+
+def computing_ms(session: Session, run: Callable[[], None]) -> float:
+    """Return the mean milliseconds of what queues work."""
+    device = session.device
+    count, took = 1, 0.0
+    while took < 0.2:
+        device.wait(device.mark())
+        start = time.perf_counter()
+        for _ in range(count):
+            run()
+        device.wait(device.mark())
+        took = time.perf_counter() - start
+        count, per = 2 * count, took / count
+    return per * 1e3
+
+
+def seconds(call: Callable[[], Any], runs: int = RUNS) -> float:
+    """Return the median seconds of a call, after one to warm up."""
+    call()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def words(message: bytes, plan: he.Plan) -> list[bytes]:
+    """Return a reply's words."""
+    parts = unpack(message, REPLY, plan.digest, plan.reply_most).parts
+    chain, outs = chain_of(plan.ring), schedule_of(plan).outs
+    found = (read_ciphertext(x, chain, o.limbs, o.scale, False) for x, o in zip(parts, outs, strict=True))
+    return [x.words.tobytes() for x in found]
+
+
+def same_words() -> Iterator[Row]:
+    """Yield the share of replies of small calls that are SEAL's in all words; the gate of the tests has the rest."""
+    same = total = 0
+    for seed in range(12):
+        n, d, p = ((4, 4, 2), (16, 32, 2), (16, 16, 4))[seed % 3]
+        x, given = random_call(n, d, 1, p, seed)
+        plan = he.plan(n, n, d, p=p, **given, upload=("full", "whole", "compact")[seed // 4])
+        client = he.Client(plan)
+        keys, query = client.evaluation_keys(), client.encrypt(x)
+        with he.Server(plan, keys) as cpu, he.Server(plan, keys, device="cuda") as gpu:
+            same += words(cpu.attend(query), plan) == words(gpu.attend(query), plan)
+        total += 1
+    yield Row("replies that are SEAL's in all words, of 12", same / total, "share", at_least=1.0)
+
+
+def attention(
+    heads: int, n: int, d: int, p: int, most: float | None, most_bytes: float | None, upload: str
+) -> Iterator[Row]:
+    """Yield a plan's figures."""
+    x, given = random_call(n, d, heads, p)
+    plan = he.plan(n, n, d, heads=heads, p=p, **given, upload=upload)
+    client = he.Client(plan)
+    keys, query = client.evaluation_keys(), client.encrypt(x)
+    at = f"{heads} x {n} x {d}, p = {p}, {upload}"
+    start = time.perf_counter()
+    with he.Server(plan, keys, device="cuda") as gpu:
+        yield Row(f"{at}, session begun in", time.perf_counter() - start, "s")
+        session = session_of(gpu)
+        reply = gpu.attend(query)
+        ms = computing_ms(session, session.compute)
+        yield Row(f"{at}, computing", ms, "ms", at_most=most if upload == "whole" else None)
+        took = seconds(lambda: gpu.attend(query))
+        yield Row(f"{at}, bytes to bytes", 1e3 * took, "ms", at_most=most_bytes if upload == "full" else None)
+        yield Row(f"{at}, memory of the session", bytes_of(session.schedule) / 1e9, "GB", at_most=2.0)
+        yield Row(f"{at}, of it ciphertexts at their peak", 8 * session.schedule.words / 1e9, "GB")
+        yield Row(f"{at}, query", len(query) / 1e6, "MB")
+        parts = unpack(query, QUERY, plan.digest, 2**40, gpu._each).parts
+        yield Row(f"{at}, digests", 1e3 * seconds(lambda: unpack(query, QUERY, plan.digest, 2**40, gpu._each)), "ms")
+        yield Row(f"{at}, checked, uploaded, computed", 1e3 * seconds(lambda: session.attend(parts)), "ms")
+        if upload == "full":
+            yield from kernels(at, session)
+    if upload == "whole":
+        return
+    with he.Server(plan, keys, 2) as cpu:
+        theirs = cpu.attend(query)
+        cpu_took = seconds(lambda: cpu.attend(query), 3)
+    yield Row(f"{at}, reply is SEAL's in all words", float(words(theirs, plan) == words(reply, plan)), "", at_least=1.0)
+    yield Row(f"{at}, CPU's server, two cores", cpu_took, "s")
+    least = 25.0 if heads == 12 else None
+    yield Row(f"{at}, times the CPU's server", cpu_took / took, "ratio", at_least=least)
+
+
+def kernels(at: str, session: Session) -> Iterator[Row]:
+    """Yield each kernel's launches, items and time: what a prediction would be fitted to."""
+    launches, lists = launches_of(session.schedule, session.schedule.steps, session._at)
+    counts = Counter(x.kernel for x in launches)
+    for kernel, count in sorted(counts.items()):
+        of = [x for x in launches if x.kernel == kernel]
+        run = session._tables.recorded(of, lists)
+        items = sum(len(x.items) for x in of)
+        yield Row(f"{at}, {count} launches of {kernel}, {items} items", computing_ms(session, run), "ms")
+
+
+def throughput(inputs: int = 8192) -> Iterator[Row]:
+    """Yield the time of an input where a slot is an input: 16 x 32."""
+    x, given = random_call(16, 32, inputs, 2)
+    plan = he.plan(16, 16, 32, heads=inputs, p=2, **given, mode="throughput")
+    client = he.Client(plan)
+    keys, query = client.evaluation_keys(), client.encrypt(x)
+    at = f"{plan.ring.degree // 2} slots, {inputs} inputs of 16 x 32"
+    with he.Server(plan, keys, device="cuda") as gpu:
+        took = seconds(lambda: gpu.attend(query), 3)
+        reply = gpu.attend(query)
+        yield Row(f"{at}, memory of the session", bytes_of(session_of(gpu).schedule) / 1e9, "GB")
+    with he.Server(plan, keys, 2) as cpu:
+        start = time.perf_counter()
+        theirs = cpu.attend(query)
+        cpu_took = time.perf_counter() - start
+    yield Row(
+        f"{at}, replies are SEAL's in all words", float(words(theirs, plan) == words(reply, plan)), "", at_least=1
+    )
+    yield Row(f"{at}, an input on the GPU", 1e3 * took / inputs, "ms")
+    yield Row(f"{at}, an input on two cores", 1e3 * cpu_took / inputs, "ms")
+    yield Row(f"{at}, times the CPU's", cpu_took / took, "ratio", at_least=50.0)
+
+
+def block() -> Iterator[Row]:
+    """Yield the figures of a whole block, 16 tokens, d = 64, 4 heads, 256 hidden features: that of the benchmark he."""
+    try:
+        from refattn.he.torch import weights_of
+    except ModuleNotFoundError as e:
+        raise UnsupportedProblem("bench: the block needs PyTorch") from e
+    module, tokens, _ = load("he").a_block()
+    layer = he.Layer(weights_of(module, 16), tolerance=1e-2)
+    client = he.Client(layer.plan)
+    keys, query = client.evaluation_keys(), client.encrypt(tokens)
+    start = time.perf_counter()
+    with he.Server(layer, keys, device="cuda") as gpu:
+        yield Row("block 16 x 64, session begun in", time.perf_counter() - start, "s")
+        session = session_of(gpu)
+        out = client.decrypt(gpu.attend(query))
+        yield Row("block 16 x 64, computing", computing_ms(session, session.compute), "ms")
+        yield Row("block 16 x 64, bytes to bytes", 1e3 * seconds(lambda: gpu.attend(query)), "ms", at_most=100.0)
+        yield Row("block 16 x 64, memory of the session", bytes_of(session.schedule) / 1e9, "GB")
+    off = float(np.abs(out - layer.simulate(tokens)).max())
+    yield Row("block 16 x 64, noise", off, "absolute")

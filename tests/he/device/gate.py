@@ -1,0 +1,125 @@
+"""The long comparisons: python -m tests.he.device.gate [STAGE ...] [CALLS]; by default the first three stages.
+
+compile: the kernels for every degree, by nvcc, without spills. emulate: every operation at every degree, the kernels
+run by g++ against the executor. grid: whole plans, the executor against SEAL. gpu: the same and larger ones, on a GPU
+against SEAL where TenSEAL is installed, and against the executor.
+"""
+
+import importlib.util
+import itertools
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from refattn import he
+from refattn.he import wire
+from refattn.he.baselines import random_call
+from refattn.he.device.build import text_of
+from refattn.he.device.card import Card
+from refattn.he.device.encode import encoded
+from refattn.he.device.executor import execute
+from refattn.he.device.schedule import schedule_of
+from refattn.he.device.session import Session
+
+from ...gpu.compiled import check_compiles
+from ..make import planned, problem
+from ..test_layer import layer
+from .drawn import Drawn
+from .emulated import Emulated
+from .every import RINGS, Every
+from .exchange import Exchange
+
+GRID = [(4, 4), (16, 32), (32, 64)]
+MODES = [{}, {"upload": "whole"}, {"upload": "compact"}, {"normalize": "client"}]
+
+
+def same(program, device, seed=0):
+    """Tell whether a device gives the executor's words, of drawn keys and queries."""
+    given = Drawn(program.plan, seed)
+    session = Session(program, given.keys, device)
+    schedule = session.schedule
+    found = given.words(session.attend(given.parts), schedule.outs)
+    session.close()
+    expected = execute(schedule, given.key_words, given.part_words, lambda x: encoded(x, program.plan.ring))
+    return all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def compile_all():
+    for log in (13, 14, 15):
+        with tempfile.TemporaryDirectory() as folder:
+            check_compiles(Path(folder) / "kernels.cu", text_of(log), log)
+        yield f"degree {2**log} compiles without spills", True
+
+
+def emulate():
+    for (degree, ring), upload in itertools.product(RINGS.items(), ("full", "whole")):
+        with tempfile.TemporaryDirectory() as folder:
+            device = Emulated(degree, Path(folder), order=upload == "full")
+            good = same(Every(ring, upload), device)
+        yield f"every operation, degree {degree}, {upload}, emulated", good
+
+
+def calls(count):
+    """Yield names, calls and programs: layers, a masked call, then the grid's sizes, heads, powers and modes."""
+    for classes in (0, 3):
+        weights, x, _ = layer(classes=classes)
+        for upload in ("full", "whole"):
+            yield f"a layer with {classes} classes, {upload}", x, he.Layer(weights, upload=upload)
+    for causal in ("top_left", "bottom_right"):
+        x = problem(8, 16, 8, heads=2, epsilon=1.0, causal=causal)
+        yield f"causal, {causal}", x, planned(x)
+    every = itertools.cycle(itertools.product(GRID, (1, 2), (2, 4), MODES))
+    for seed, ((n, d), heads, p, more) in zip(range(count), every, strict=False):
+        x, given = random_call(n, d, heads, p, seed)
+        plan = he.plan(n, n, d, heads=heads, p=p, **given, **more)
+        yield f"{heads} x {n} x {d}, p = {p}, {more}, seed {seed}", x, plan
+
+
+def grid(count, device="cpu"):
+    """Yield whether SEAL's words come out: of the executor, or of a device."""
+    for name, x, program in calls(count):
+        e = Exchange(program, x)
+        schedule = schedule_of(program)
+        if device == "cpu":
+            keys, parts = e.given_words()
+            found = execute(schedule, keys, parts, lambda a, ring=e.plan.ring: encoded(a, ring))
+        else:
+            with he.Server(program, e.keys, device=device) as server:
+                found = e.replied_words(schedule.outs, e.parts(server.attend(e.query), wire.REPLY))
+        theirs = e.replied_words(schedule.outs)
+        yield name, all(np.array_equal(a, b) for a, b in zip(found, theirs, strict=True))
+
+
+def gpu(count):
+    """Yield whether a GPU gives the executor's words, and SEAL's where TenSEAL is installed."""
+    for (degree, ring), upload, seed in itertools.product(RINGS.items(), ("full", "whole"), range(3)):
+        yield f"every operation, degree {degree}, {upload}, seed {seed}", same(Every(ring, upload), Card(degree), seed)
+    if importlib.util.find_spec("tenseal"):
+        yield from grid(count, "cuda")
+        return
+    print("no TenSEAL: programs are compared with the executor only")
+    for name, _, program in calls(count):
+        yield name, same(program, Card(program.plan.ring.degree))
+
+
+def main(words):
+    """Run stages, and say how many comparisons failed; a number is how many random calls there are."""
+    stages = {
+        "compile": lambda _: compile_all(), "emulate": lambda _: emulate(), "grid": grid, "gpu": gpu
+    }  # fmt: skip
+    counts = [int(w) for w in words if w.isdigit()]
+    failed = 0
+    for word in [w for w in words if w in stages] or ["compile", "emulate", "grid"]:
+        start = time.perf_counter()
+        for name, good in stages[word](*counts or [24]):
+            failed += not good
+            print(f"{'same' if good else 'DIFFERENT'}: {name} [{time.perf_counter() - start:.0f} s]", flush=True)
+    print(f"{failed} failed")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(sys.argv[1:])))
