@@ -66,7 +66,8 @@ Rows are queries, columns are keys. All pictures are drawn from the definitions,
 
 ## Operators
 
-What each key's value counts for in each row (blue counts, red counts against), in a small case of the operator's own.
+What each key's value counts for, over the largest in its row: blue counts, red counts against. Each picture is of a
+small case of the operator's own.
 
 {operators}
 

@@ -108,12 +108,12 @@ def of_masks():
 
 
 def of_weights(v):
-    """Draw the weights that an operator gives to keys, of its own first small case."""
+    """Draw the weights that an operator gives to keys in a small case of its own, over the largest of each row."""
     p = min(small(v.name).values(), key=lambda p: abs(p.n_k - 32))
     found = weights(p)
-    most = np.nanmax(np.abs(found))
+    found = found / np.maximum(np.abs(found).max(1, keepdims=True), np.finfo(np.float32).tiny)
     fig, axis = plt.subplots(figsize=(2, 2), layout="constrained")
-    show(axis, found, "RdBu", -most, most)
+    show(axis, found, "RdBu", -1, 1)
     keep(fig, f"variants/weights-{v.name}.svg")
 
 
@@ -122,11 +122,11 @@ def landing():
     rng = np.random.default_rng(3)
     p = refattn.Problem(*rng.standard_normal((3, 1, 1, 256, 64)).astype(np.float32))
     exact, allowed = refattn.evaluate(p, bits=64).out, refattn.allowed_error(p)["out"]
-    fig, axis = plt.subplots(figsize=(8, 2.6), layout="constrained")
+    fig, axis = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
     for label, out, mark in (("does not rescale", no_rescale(p), "C3."), ("ours", tiled(p)[0], "C0.")):
         ratio = np.abs(out.astype(np.float64) - exact) / allowed
         axis.semilogy(ratio.max(3)[0, 0], mark, label=label)
     axis.axhline(1, color="C7", linewidth=1, label="allowed")
     axis.set(xlabel="row", ylabel="error / allowed")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     keep(fig, "landing.svg")

@@ -46,7 +46,7 @@ def main(names):
             notebook = execute(path)
             if found := complaints(notebook):
                 raise SystemExit(f"{path.stem}: {found[0]}")
-            path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            nbformat.write(notebook, path)
             print(path.stem, flush=True)
 
 
