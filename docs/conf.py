@@ -24,6 +24,7 @@ html_static_path = ["_static"]
 html_css_files = ["refattn.css"]
 exclude_patterns = ["_build"]
 autodoc_typehints = "none"  # docstrings say shapes, where annotations can only say Any
+toc_object_entries = False  # every page would carry every name: a fifth of the build
 nb_execution_mode = "off" if os.environ.get("REFATTN_DOCS_NOTEBOOKS") == "0" else "force"
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
