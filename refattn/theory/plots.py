@@ -45,5 +45,6 @@ def figure(result: Result) -> Any:
             axes.plot([at[i] for i in part], [values[i] for i in part], "o-", label=name)
     positive = all(v > 0 for _, values in others for v in values) and min(at) > 0
     axes.set(xlabel=along, title=result.name, **({"xscale": "log", "yscale": "log"} if positive else {}))
+    axes.tick_params(which="minor", labelsize=6)  # labels within a decade overlap otherwise
     axes.legend()
     return made

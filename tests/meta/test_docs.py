@@ -1,54 +1,128 @@
-"""The documentation builds without warnings, notebooks executed; the README's commands are those that CI runs."""
+"""The documentation builds without warnings, no link is dead, notebooks run; the README has the commands of CI."""
 
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
 
 import refattn
 
+from .notebooks import NOTEBOOKS, complaints, execute, unshown
+
 TREE = Path(__file__).parents[2]
 README = (TREE / "README.md").read_text()
+SNIPPETS = sorted((TREE / "docs" / "reference").glob("*.md"))
 
 
-def test_documentation_builds_without_warnings_and_notebooks_run(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-W",
-        "--keep-going",
-        "-q",
-        "-b",
-        "html",
-        "-d",
-        tmp_path / "trees",
-        "docs",
-    ]
-    environment = os.environ | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+def build(folder):
+    """Build with notebooks as they are kept: that they run is tested one by one."""
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", folder / "trees", "docs"]
+    environment = os.environ | {"REFATTN_DOCS_NOTEBOOKS": "0"}
     done = subprocess.run(
-        [*map(str, command), str(tmp_path / "html")],
+        [*map(str, command), str(folder / "html")],
         cwd=TREE, capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
+    return folder / "html"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_runs_without_warnings(path, monkeypatch):
+    monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    assert complaints(execute(path)) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_kept_with_its_outputs(path):
+    notebook = nbformat.read(path, 4)
+    assert unshown(notebook) is None, f"run python -m tests.meta.notebooks {path.stem}"
+    assert complaints(notebook) == []
+
+
+def test_the_tests_of_notebooks_can_fail(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import warnings\nwarnings.warn('hot')")])
+    path = tmp_path / "x.ipynb"
+    nbformat.write(notebook, path)
+    assert unshown(notebook) == "not executed from the first cell to the last"
+    done = execute(path)
+    assert "hot" in complaints(done)[0]
+    assert unshown(done) is None
+    done.cells[0].source += "  # other"
+    assert unshown(done) == "cells changed after it was executed"
+
+
+class Page(HTMLParser):
+    """The places that a page has, and those that it leads to."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links = set(), []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.ids |= {found[n] for n in ("id", "name") if found.get(n)}
+        self.links += [found[n] for n in ("href", "src") if found.get(n)]
+
+
+def dead(folder):
+    """Return (page, link) for each link within a folder of pages whose file or anchor is not there."""
+    pages = {p: Page(p) for p in folder.rglob("*.html")}
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            anchor = unquote(parts.fragment)
+            missing = anchor and target in pages and anchor not in pages[target].ids
+            if not target.is_file() or missing:
+                yield path.relative_to(folder).as_posix(), link
+
+
+def untyped(folder):
+    """Return the pages whose signatures have Any, all that annotations can say of arrays; docstrings say shapes."""
+    pages = [*(folder / "reference").glob("*.html"), *(folder / "functions" / "reference").glob("*.html")]
+    assert len(pages) > len(SNIPPETS)
+    return [p.name for p in pages if re.search(r'class="pre">Any<', p.read_text(encoding="utf-8"))]
+
+
+def test_documentation_builds_without_warnings_and_links_lead_somewhere(tmp_path):
+    """One test: with two, two processes would build."""
+    built = build(tmp_path)
     for page in (
         "index",
         "contract",
         "api",
-        *(f"variants/{v}" for v in refattn.VARIANTS),
-        "notebooks/01_check_a_kernel",
-        "notebooks/02_encrypted_attention",
-        "notebooks/03_encrypted_digits",
-        "notebooks/04_encrypted_diagnosis",
-        "notebooks/05_triple_wise",
-        "notebooks/06_theory",
-        "notebooks/07_operators",
-        "notebooks/08_encrypted_model",
+        *(f"variants/{v}" for v in (*refattn.VARIANTS, "gallery")),
+        *(f"notebooks/{p.stem}" for p in NOTEBOOKS),
+        *(f"reference/{p.stem}" for p in SNIPPETS),
         "theory/index",
     ):
-        assert (tmp_path / "html" / f"{page}.html").is_file(), page
+        assert (built / f"{page}.html").is_file(), page
+    assert sorted(set(dead(built))) == []
+    assert untyped(built) == []
+
+
+def test_a_dead_link_is_found(tmp_path):
+    (tmp_path / "a.html").write_text('<p id="x"><a href="#x"></a><a href="b.html#y"></a><a href="https://c.d/e"></a>')
+    (tmp_path / "b.html").write_text('<a href="a.html#x"></a><a href="c.html"></a><img src="d.svg">')
+    assert set(dead(tmp_path)) == {("a.html", "b.html#y"), ("b.html", "c.html"), ("b.html", "d.svg")}
+
+
+@pytest.mark.parametrize("page", SNIPPETS, ids=lambda p: p.stem)
+def test_examples_of_the_reference_run(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(code, page.name, "exec"), space)
 
 
 def test_the_readme_has_the_two_commands():
@@ -78,7 +152,7 @@ def test_the_readme_is_whole():
 
 def test_names_in_the_documentation_exist():
     """Every refattn.name in README and docs is public, or a module."""
-    text = README + "".join(p.read_text() for p in (TREE / "docs").glob("*.md"))
+    text = README + "".join(p.read_text() for p in [*(TREE / "docs").glob("*.md"), *SNIPPETS])
     names = set(re.findall(r"\brefattn\.([a-zA-Z_]+)\b", text))
     assert names
     assert not {n for n in names if not hasattr(refattn, n) and importlib.util.find_spec(f"refattn.{n}") is None}
