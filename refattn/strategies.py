@@ -168,9 +168,7 @@ def _problems(
     more |= lengths(draw, on, more, (b, n_q, n_k))
     if "weight" in on:
         more["weight"] = np.exp(d.normal(*_broadcastable(draw, (b, h, n_q, n_k))))
-    if on & set(RECURRENT):
-        given = d.recurrent(b, h, n_k, d_k, d_v, channels="alpha" in on and draw(st.booleans()))
-        more |= {n: x for n, x in given.items() if n in on}
+    more |= _recurrent(draw, d, on, (b, h, n_k, d_k, d_v))
     if "sink" in on:
         size = draw(st.sampled_from((1.0, 100.0, -np.inf)))
         more["sink"] = size * (d.normal(h) if np.isfinite(size) else np.ones(h))
@@ -190,6 +188,14 @@ def _problems(
     problem = d.problem(n_q, n_k, b=b, h=h, h_kv=h_kv, d=d_k, d_v=d_v, q=q, k=k, v=x, **more)
     assume(v.takes(problem))
     return typed(draw, _poison(problem, d) if family == "poison" else problem, on)
+
+
+def _recurrent(draw: st.DrawFn, d: Draw, on: set[str], size: tuple[int, int, int, int, int]) -> dict[str, Any]:
+    """Draw a recurrence's state and gates, those that are asked for."""
+    if not on & set(RECURRENT):
+        return {}
+    given = d.recurrent(*size, channels="alpha" in on and draw(st.booleans()))
+    return {n: x for n, x in given.items() if n in on}
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
