@@ -61,8 +61,9 @@ def test_lost_numbers_and_packed_sequences(views):
     key, value, bias = (np.array(x) for x in (p.key, p.value, p.bias))
     key[..., 20, 0], value[..., 250, 1], bias[..., 3], bias[..., 200] = np.nan, np.inf, -np.inf, np.nan
     lost = p.replace(key=key, value=value, bias=bias)
-    packed = call(330, 330, causal="bottom_right", allowed=rules.dilated(2), cu_seqlens_q=np.array([0, 30, 330]),
-                  cu_seqlens_k=np.array([0, 30, 330]))  # fmt: skip
+    offsets = np.array([0, 30, 330])
+    rule = rules.chunk(70) | rules.dilated(9)
+    packed = call(330, 330, causal="bottom_right", allowed=rule, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
     weighed = p.replace(weight=np.float32(np.arange(300) % 3)[None, None, None], bias=None)
     for x in (lost, packed, weighed):
         got, want = (evaluate(y, rounding="float32") for y in (x, x.written_out()))
