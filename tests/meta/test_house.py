@@ -27,7 +27,7 @@ EDGES = {
     "arrays": {"errors", "dtypes"},
     "validation": {"errors", "dtypes", "arrays"},
     "problem": {"errors", "arrays", "validation"},
-    "masks": {"errors", "problem", "validation"},
+    "masks": {"errors", "arrays", "problem", "validation"},
     "files": BASE - {"files", "modules", "version", "scales"},
     "variants": BASE,
     "exact": BASE | {"variants"},
