@@ -21,6 +21,8 @@ from .problem import Problem
 __all__ = ["dequantised", "quantised", "spread", "values"]
 
 Float = NDArray[np.float64]
+NARROW = 4
+"""Bits of the types that are scaled to their largest number; wider ones are scaled to 1."""
 PAIRS = (("query", "query_scale"), ("key", "key_scale"), ("value", "value_scale"))
 
 
@@ -113,7 +115,7 @@ def quantised(
     parts = x.reshape(b, x.shape[0] // b, h, x.shape[1] // h, n, x.shape[2] // n, d, x.shape[3] // d)
     top = np.abs(parts).max((1, 3, 5, 7))
     form = FLOAT4 if elements == FLOAT4.name else FORMATS.get(elements)
-    most = 127.0 if form is None else form.largest
+    most = 127.0 if form is None else form.largest if form.precision <= NARROW else 1.0
     with np.errstate(divide="ignore"):
         by = np.where(top > 0, top / most, 1.0)
         exponent = np.floor(np.log2(np.where(top > 0, top, 1.0))) - np.floor(np.log2(most))
@@ -126,4 +128,5 @@ def quantised(
     q = x / spread(scale.astype(np.float64), x.shape)
     if form is None:
         return np.clip(np.rint(q), -127, 127).astype(np.int8), scale
-    return form.round_array(np.clip(q, -most, most)).astype(np.float32).astype(form.dtype), scale
+    held = form.round_array(np.clip(q, -most, most))
+    return held.astype(np.float32).astype(form.dtype) if form is FLOAT4 else from_float64(held, form.name), scale

@@ -151,16 +151,7 @@ def _problems(
     note(f"numbers: family {family!r}, seed {seed}")
     d = Draw(draw(st.sampled_from(formats)), _generator(seed, family), v.name)
     more: dict[str, Any] = {"causal": next((a for a in ALIGNMENTS if f"causal_{a}" in on), None)}
-    if on & {"window", "negative_window"}:
-        side = st.none() | st.integers(0, max(n_q, n_k))
-        more["window"] = draw(st.tuples(side, side))
-        if "negative_window" in on:
-            sides = ((None, -1), (None, -3), *(((-2, None),) if more["causal"] is None else ()))
-            more["window"] = draw(st.sampled_from(sides))
-    if "scale" in on:
-        more["scale"] = draw(st.sampled_from((1.0, 0.0, -0.25, 0.3)))
-    if "softcap" in on:
-        more["softcap"] = draw(st.sampled_from((1.0, 5.0, 30.0)))
+    more |= _numbers(draw, on, more["causal"], max(n_q, n_k))
     if "variable_lengths" in on:
         cuts = draw(st.lists(st.tuples(st.integers(0, n_q), st.integers(0, n_k)), max_size=3))
         for name, end, at in (("cu_seqlens_q", n_q, 0), ("cu_seqlens_k", n_k, 1)):
@@ -196,6 +187,22 @@ def _recurrent(draw: st.DrawFn, d: Draw, on: set[str], size: tuple[int, int, int
         return {}
     given = d.recurrent(*size, channels="alpha" in on and draw(st.booleans()))
     return {n: x for n, x in given.items() if n in on}
+
+
+def _numbers(draw: st.DrawFn, on: set[str], causal: str | None, longest: int) -> dict[str, Any]:
+    """Draw the window, the scale and the softcap."""
+    found: dict[str, Any] = {}
+    if on & {"window", "negative_window"}:
+        side = st.none() | st.integers(0, longest)
+        found["window"] = draw(st.tuples(side, side))
+        if "negative_window" in on:
+            sides = ((None, -1), (None, -3), *(((-2, None),) if causal is None else ()))
+            found["window"] = draw(st.sampled_from(sides))
+    if "scale" in on:
+        found["scale"] = draw(st.sampled_from((1.0, 0.0, -0.25, 0.3)))
+    if "softcap" in on:
+        found["softcap"] = draw(st.sampled_from((1.0, 5.0, 30.0)))
+    return found
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:

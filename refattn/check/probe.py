@@ -17,7 +17,7 @@ from .bounds.expected import expected
 from .call import call_gradients, call_kernel
 from .compare import compare
 from .inputs.draw import Draw
-from .inputs.typed import ONE, typed
+from .inputs.typed import ONE, WIDE, typed
 from .kernel import Kernel
 from .model import FEATURES, FURTHER, GRADIENTS, Capabilities
 from .reading import unread
@@ -153,13 +153,10 @@ def found(kernel: Kernel, variant: str = VARIANT) -> tuple[Capabilities, dict[st
 
     widths = [w for w in WIDTHS if ask(f"width {w}", lambda draw, w=w: plain(draw, d=w))]  # type: ignore[misc]
     step = next((n for n in LENGTHS if ask(f"lengths {n}", lambda draw, n=n: plain(draw, n_q=3 * n, n_k=3 * n))), 1)  # type: ignore[misc]
-    size = {"n": max(64, step), "d": 64 if 64 in widths or not widths else widths[0]}
+    size: dict[str, Any] = {"n": max(64, step), "d": 64 if 64 in widths or not widths else widths[0]}
     features = frozenset(n for n, build in CALLS.items() if n in FEATURES | FURTHER and ask(n, partial(build, **size)))
-    elements = frozenset(
-        t
-        for t in ELEMENTS
-        if t not in dtypes and ask(f"elements {t}", lambda draw, t=t: _typed(draw, ONE, elements=t, **size))  # type: ignore[misc]
-    )
+    stored = [t for t in ELEMENTS if t not in (*dtypes, *WIDE, "float64")]
+    elements = frozenset(t for t in stored if ask(f"elements {t}", partial(_typed, blocks=ONE, elements=t, **size)))
     ask("keys by column", partial(_columns, n_q=size["n"], n_k=size["n"], d=size["d"]))
     features -= _other_corner(kernel, features, dtype, size, said, variant)
     call = _call(plain, dtype, variant)

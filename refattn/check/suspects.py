@@ -51,7 +51,8 @@ def suspects(problem: Problem, result: Result) -> Sample | None:
     if not off.size or not off.max() > 0:
         return None
     batch, head, _ = (int(i) for i in np.unravel_index(int(off.argmax()), off.shape))
-    rows = np.argsort(-off[batch, head], kind="stable")[:MOST]
+    rows = np.argsort(-off[batch, head], kind="stable")
+    rows = (rows if gone is None else rows[~gone[0][batch, rows]])[:MOST]
     return Sample(batch, (head * problem.heads_kv // problem.heads,), (head,), tuple(sorted(int(r) for r in rows)))
 
 

@@ -7,12 +7,14 @@ import pytest
 
 from refattn import Capabilities, UnsupportedProblem, check_kernel, evaluate
 from refattn.check.bugs.planted import planted
+from refattn.check.call import result_of
 from refattn.check.inputs.families import Case
 from refattn.check.inputs.models import MODELS
 from refattn.check.kernel import Kernel
 from refattn.check.kernels.tiled import gradients, tiled
 from refattn.check.model import FEATURES, FURTHER, GRADIENTS
 from refattn.check.probe import _takes_dlse
+from refattn.check.suspects import suspects
 from refattn.masks import unused
 
 ABLE = Capabilities({"float32"}, FEATURES | FURTHER, lse=True, gradients=GRADIENTS)
@@ -132,3 +134,10 @@ def test_parts_of_a_call_with_lengths_are_the_whole(make):
     p = make(5, 7, b=2, lengths_k=np.array([3, 7]), offset=np.array([1, -1]), causal="bottom_right")
     alone, many = (evaluate(p, rounding="float32", n_jobs=n).out for n in (1, 2))
     assert alone.tobytes() == many.tobytes()
+
+
+def test_rows_that_look_worst_are_used_ones(make):
+    p = make(40, 50, b=1, sink=np.ones(2, np.float32), lengths_q=np.array([2]))
+    out, lse = tiled(p)
+    found = suspects(p, result_of((out * np.float32(1.5), lse), p))
+    assert set(found.rows) <= {0, 1}

@@ -32,7 +32,7 @@ EDGES = {
     "gates": {"errors"},
     "validation": {"errors", "dtypes", "arrays", "gates", "rules"},
     "problem": {"errors", "arrays", "gates", "rules", "validation"},
-    "masks": {"errors", "problem", "rules", "validation"},
+    "masks": {"errors", "arrays", "problem", "rules", "validation"},
     "files": BASE - {"files", "modules", "version", "scales"},
     "variants": BASE,
     "exact": BASE | {"variants"},

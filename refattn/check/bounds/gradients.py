@@ -117,16 +117,9 @@ def _dtype(x: Any) -> str:
 
 
 def _head(
-    one: Head,
-    model: Model,
-    arriving: Float,
-    o: Float,
-    lost_o: Float,
-    lost_lse: Float,
-    total: Any,
-    sums: Any,
+    one: Head, model: Model, arriving: Float, o: Float, lost_o: Float, lost_lse: Float, total: Any, sums: Any,
     dlse: Float,
-) -> None:
+) -> None:  # fmt: skip
     """Add what one head loses."""
     p, inside = one.problem, format_of(model.accumulator)
     u, u_p = inside.unit_roundoff, model.loss(model.weights)

@@ -11,7 +11,7 @@ from ...problem import Problem
 from ...scales import quantised
 from .draw import Draw
 
-__all__ = ["ONE", "TYPED", "typed"]
+__all__ = ["ONE", "TYPED", "WIDE", "typed"]
 
 Blocks = tuple[int, int, int, int]
 ONE = (1, 1, 1, 1)
