@@ -128,8 +128,7 @@ def _head(
     o, lost_o = np.nan_to_num(o, posinf=0, neginf=0), np.nan_to_num(lost_o, nan=np.inf)
     plain, head = one.plain(), head_losses(one, slice(None), model)
     assert head.lse is not None
-    weights, lse = head.shares, head.lse.a[:, 0]
-    e = head.score_errors
+    weights, lse, e = head.shares, head.lse.a[:, 0], head.score_errors
     tiles = np.ceil(one.k.shape[0] / model.tile)
     passes = 1 + model.exp_ulps + tiles * (model.exp_ulps + 1) + 4
     lost_p = weights * (np.expm1(np.minimum(e + np.nan_to_num(lost_lse)[:, None], 700.0)) + passes * u)

@@ -195,7 +195,7 @@ KERNELS: dict[str, Entry] = {
             ),
             flash,
             variants=frozenset(
-                {
+                [
                     "block_sparse",
                     "power_blocks",
                     "neighborhood",
@@ -204,7 +204,7 @@ KERNELS: dict[str, Entry] = {
                     "topk",
                     "nsa_selected",
                     "view_local",
-                }
+                ]
             ),
         ),
         Entry(
