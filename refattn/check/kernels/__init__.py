@@ -25,6 +25,7 @@ from . import tiled
 
 __all__ = ["EXAMPLE", "KERNELS", "Entry", "find", "found"]
 
+SPARSE = ("block_sparse", "power_blocks", "neighborhood", "titans_mac", "moba", "topk", "nsa_selected", "view_local")
 EXAMPLE = "example-no-rescale"
 """A wrong kernel's name."""
 
@@ -194,18 +195,7 @@ KERNELS: dict[str, Entry] = {
                 lse=True,
             ),
             flash,
-            variants=frozenset(
-                [
-                    "block_sparse",
-                    "power_blocks",
-                    "neighborhood",
-                    "titans_mac",
-                    "moba",
-                    "topk",
-                    "nsa_selected",
-                    "view_local",
-                ]
-            ),
+            variants=frozenset(SPARSE),
         ),
         Entry(
             "refattn-chunked",
