@@ -15,4 +15,4 @@ def _installed() -> str:
 
 
 VERSION = _installed()
-"""Such as "0.1.0"."""
+"""Such as "0.2.0"."""

@@ -16,7 +16,7 @@ from ..exact import evaluate
 from ..files import BAD_FILE, check_folders, load_problem, save_arrays
 from ..operators import load
 from ..problem import TENSORS, Problem
-from ..validation import OFFSETS
+from ..validation import LENGTHS, OFFSETS, SCALES
 from .output import OPERATORS
 
 __all__ = ["exact"]
@@ -56,7 +56,7 @@ def exact(
     """Write the correctly rounded answer of the call in INPUT.npz.
 
     INPUT.npz is a file of refattn.save_problem, or a plain .npz with the arrays query, key, value and, where wanted,
-    bias, allowed, sink, weight, state, cu_seqlens_q, cu_seqlens_k; others are refused. refattn.files.load_arrays
+    others of a Problem's (bias, allowed, sink, cu_seqlens_q, ...); what is none is refused. refattn.files.load_arrays
     reads what is written.
     """
     check_folders(target)
@@ -108,11 +108,12 @@ def _read(source: str, options: dict[str, Any]) -> Problem:
 
 def _check_names(source: str, names: set[str]) -> None:
     """Refuse a plain .npz file with other arrays than a call has: none is dropped in silence."""
-    known = f"query, key, value and, where wanted, {', '.join((*TENSORS[3:], *OFFSETS))}"
+    more = (*TENSORS[3:], *OFFSETS, *LENGTHS, *SCALES)
+    known = f"query, key, value and, where wanted, {', '.join(more)}"
     if missing := [n for n in TENSORS[:3] if n not in names]:
         found = ", ".join(sorted(names)) or "nothing"
         raise InvalidInput(f"{source}: has no {missing[0]} but {found}; expected {known}")
-    if unknown := sorted(names - {*TENSORS, *OFFSETS}):
+    if unknown := sorted(names - {*TENSORS[:3], *more}):
         hint = f"; {HINTS[unknown[0]]}" if unknown[0] in HINTS else ""
         raise InvalidInput(f"{source}: has {', '.join(unknown)}, which no array of a call is{hint}; expected {known}")
 
