@@ -56,6 +56,11 @@ def call_of(make):
             n_q = n_k
         if "causal_bottom_right" in v.always:
             more.setdefault("causal", "bottom_right")
+        if "beta" in v.always:
+            b, h = more.get("b", 1), more.get("h", 2)
+            more.setdefault(
+                "beta", tensor(np.random.default_rng(1), (b, h, n_k, 1), more.get("dtype", "float32")) ** 2 / d
+            )
         own = {n: o.draws(2)[1] for n, o in v.options.items() if o.check(o.default, 2) is not None}
         return make(n_q, n_k, d, variant=variant, **({"options": own} if own else {}) | more)
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from refattn import Capabilities, check_kernel
-from refattn.check import EDGES, FEATURES
+from refattn.check import EDGES, FEATURES, FURTHER
 from refattn.check.kernels.tiled import tiled
+from refattn.dtypes import ELEMENTS
 
 from ..conftest import SMALL
 
-ABLE = Capabilities(frozenset({"float32"}), FEATURES, lse=True)
+ABLE = Capabilities(frozenset({"float32"}), FEATURES | FURTHER, lse=True, elements=ELEMENTS)
 
 
 def changed(change):
@@ -74,7 +75,7 @@ def test_a_kernel_that_differs_at_one_edge_is_right(change, edge):
     assert report.right
     assert not report.passed
     assert report.verdict == "right · 1 edge differs"
-    declared = Capabilities(frozenset({"float32"}), FEATURES, lse=True, edges={edge})
+    declared = Capabilities(frozenset({"float32"}), FEATURES | FURTHER, lse=True, elements=ELEMENTS, edges={edge})
     assert check_kernel(changed(change), capabilities=declared, only=SMALL).passed
 
 

@@ -9,7 +9,7 @@ from refattn.check import LAWS, laws
 from refattn.check.bugs.edits import broken
 from refattn.check.bugs.planted import plain, planted
 from refattn.check.kernels.tiled import gradients, tiled
-from refattn.check.model import GRADIENTS
+from refattn.check.model import FEATURES, FURTHER, GRADIENTS
 from refattn.check.runner import plan
 
 ABLE = Capabilities(lse=True, gradients=GRADIENTS, batch_invariant=True)
@@ -23,7 +23,8 @@ def law(kernel, name, able=ABLE):
 
 @pytest.mark.parametrize("name", [n for n in VARIANTS["softmax"].laws if not LAWS[n].named_only])
 def test_the_right_kernel_obeys(name):
-    assert law(tiled, name).verdict == ("unsupported" if name in BY_SAYING else "passed")
+    able = replace(ABLE, features=FEATURES | FURTHER, dlse=True)
+    assert law(tiled, name, able).verdict == ("unsupported" if name in BY_SAYING else "passed")
 
 
 def in_order(parts):

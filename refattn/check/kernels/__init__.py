@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ...dtypes import FORMATS
+from ...dtypes import ELEMENTS, FORMATS
 from ...errors import InvalidInput, KernelError, RefattnError, install
 from ...modules import module_of
 from ...problem import VARIANT, Problem
@@ -98,9 +98,9 @@ def declared(kernel: Function, able: Capabilities) -> Function:
     call.serial = getattr(kernel, "serial", False)  # type: ignore[attr-defined]
     if hasattr(kernel, "gradients"):
 
-        def gradients(problem: Problem, dout: Any) -> Any:
+        def gradients(problem: Problem, *arriving: Any) -> Any:
             able.require(problem)
-            return kernel.gradients(problem, dout)
+            return kernel.gradients(problem, *arriving)
 
         call.gradients = gradients  # type: ignore[attr-defined]
     return call
@@ -174,6 +174,8 @@ KERNELS: dict[str, Entry] = {
                 lse=True,
                 gradients=GRADIENTS,
                 batch_invariant=True,
+                elements=frozenset(ELEMENTS),
+                dlse=True,
             ),
             tiled.model,
         ),

@@ -19,7 +19,7 @@ from refattn.check.bugs.planted import plain
 from refattn.check.compare import compare
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import GRADIENTS, C
-from refattn.dtypes import FORMATS
+from refattn.dtypes import ELEMENTS, FORMATS
 from refattn.exact.heads import heads
 from refattn.exact.tape import parents_first
 
@@ -34,13 +34,15 @@ module = importlib.import_module("refattn.check.bounds.forward")
     + [(v, d) for v in ("linear", "power", "sigmoid") for d in ("float32", "bfloat16")],
 )
 def test_a_right_kernel_is_within_its_bound_everywhere(variant, dtype):
-    able = Capabilities({dtype}, FEATURES | FURTHER, lse=variant == "softmax")
+    able = Capabilities({dtype}, FEATURES | FURTHER, lse=variant == "softmax", elements=ELEMENTS)
     model = replace(flash(dtype), split=64 if variant == "softmax" else 0)  # the tiled kernel merges parts of 64 keys
     # longer calls: tests/check/kernels/test_kernels.py
     report = check_kernel(plain, variant, model=model, capabilities=able, dtypes=[dtype], only=SMALL)
     assert report.passed, [report.describe(c) for c in report.failures]
     lacking = [c.message.rpartition(" ")[2] for c in report.checks if c.verdict == "unsupported"]
-    assert lacking == [LAWS[n].needs for n in VARIANTS[variant].laws if LAWS[n].needs in {*GRADIENTS, "row_invariant"}]
+    assert lacking == [
+        LAWS[n].needs for n in VARIANTS[variant].laws if LAWS[n].needs in {*GRADIENTS, "dlse", "row_invariant"}
+    ]
     assert report.worst(dtype) > 0.05  # the bound is not idle
 
 

@@ -12,7 +12,7 @@ from refattn.check.inputs.calls import drawn
 from refattn.check.inputs.families import calls
 from refattn.check.inputs.models import LONGER, MODELS, known
 from refattn.check.kernels.tiled import gradients, tiled
-from refattn.check.model import FEATURES, GRADIENTS
+from refattn.check.model import FEATURES, FURTHER, GRADIENTS
 from refattn.variants import variant_of
 
 ABLE = Capabilities(frozenset({"float32"}), FEATURES, lse=True, gradients=GRADIENTS)
@@ -121,13 +121,14 @@ def test_gradients_of_rows_that_are_not_compared_must_be_zero():
 
 def test_calls_of_models_are_those_that_a_kernel_can_do():
     uses = variant_of("softmax").uses
-    assert [n for n, _, _ in known(ABLE, uses, "quick")] == list(MODELS)
-    weighted = replace(ABLE, features=ABLE.features | {"weight"})
-    assert [n for n, _, _ in known(weighted, uses)] == [*MODELS, *LONGER]
-    assert [n for n, _, _ in known(ABLE, uses)] == [n for n in (*MODELS, *LONGER) if not n.startswith("weight-")]
+    whole = replace(ABLE, features=FEATURES | FURTHER)
+    assert [n for n, _, _ in known(whole, uses, "quick")] == list(MODELS)
+    assert [n for n, _, _ in known(whole, uses)] == [*MODELS, *LONGER]
+    unweighted = replace(whole, features=whole.features - {"weight"})
+    assert [n for n, _, _ in known(unweighted, uses)] == [n for n in (*MODELS, *LONGER) if not n.startswith("weight-")]
     few = known(Capabilities(features={"lengths_differ", "causal_bottom_right"}, head_dims={64}), uses, "quick")
     assert {n for n, _, _ in few} == {"faint", "matched", "second-wave"}
     for n, (call, _) in MODELS.items():
-        problem = next(c for c in calls("softmax", ABLE, "quick") if c.label == n).problem("float32")
+        problem = next(c for c in calls("softmax", whole, "quick") if c.label == n).problem("float32")
         assert problem.d_k == call.d, n
-        assert ABLE.missing(problem) == [], n
+        assert whole.missing(problem) == [], n
