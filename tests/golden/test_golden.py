@@ -209,8 +209,8 @@ def test_bad_input_is_2_and_one_line(folder, tmp_path):
     empty.mkdir()
     (tmp_path / "file").touch()
     for arguments, text in (
-        (("make", new, "--dtypes", "float32,int8"), "dtypes: got 'int8', expected some of float64"),
-        (("make", new, "--dtypes", ","), "dtypes: got '', expected some of float64"),
+        (("make", new, "--dtypes", "float32,int8"), "dtypes: got 'int8', expected one of float64"),
+        (("make", new, "--dtypes", ","), "dtypes: got '', expected one of float64"),
         (("make", new, "--variant", "cosine"), "variant: got 'cosine'"),
         (("make", new, "--only", "none"), "only: got 'none', expected a name such as"),
         (("make", folder), "got a folder with files in it, expected a new or empty one"),
