@@ -38,6 +38,11 @@ def cut(p):
             found[mask] = x[:1, :, rows:][..., -6:] if x.shape[2] > 1 else x[:1, ..., -6:]
     if p.state is not None:
         found["state"] = p.state[:1, ..., :5]
+    found |= {n: x[:1, :, -6:] for n in ("alpha", "beta") if (x := getattr(p, n)) is not None}
+    found |= {n: x[:1] for n in ("lengths_q", "lengths_k", "offset") if np.ndim(x := getattr(p, n)) > 0}
+    for name, most in (("lengths_q", -rows), ("lengths_k", 6)):
+        if name in found:
+            found[name] = np.minimum(found[name], most)
     return p.replace(**found)
 
 
