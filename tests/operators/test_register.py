@@ -317,7 +317,10 @@ WIDTH = {"width": 0.5}
         ({"name": "two words"}, "variant: got name 'two words', expected an identifier"),
         ({"cases": {}}, "other: option 'width' is 1.0 in every case; add one to cases= that sets it"),
         ({"cases": {"x": {"options": {"hight": 2.0}}}}, "other: case 'x' sets an option 'hight' that it does not have"),
-        ({"uses": frozenset({"masks"})}, "other: uses has 'masks', expected some of allowed, bias"),
+        (
+            {"uses": frozenset({"masks"})},
+            "other: uses has 'masks', expected some of alignment, allowed, alpha, beta, bias",
+        ),
         ({"laws": ("associativity",)}, "other: laws has 'associativity', expected some of"),
         ({"bugs": ("a_typo",)}, "other: bugs has 'a_typo'"),
         ({"families": ("huge",)}, "other: families has 'huge'"),
