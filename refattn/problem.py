@@ -311,7 +311,7 @@ class Problem:
             return self
         mask = self.allowed.written(self.batch, self.heads, self.n_q, self.n_k)
         like = getattr(self.query, "device", None) if self.kind == "torch" else None
-        return replace(self, allowed=to_kind(mask, self.kind, like))
+        return self.replace(allowed=to_kind(mask, self.kind, like))
 
     def __repr__(self) -> str:
         shape = f"b={self.batch} h_q={self.heads} h_kv={self.heads_kv} n_q={self.n_q} n_k={self.n_k} d_k={self.d_k}"

@@ -371,7 +371,7 @@ WIDTH = {"width": 0.5}
         ),
         (
             {"cases": {"x": {"options": WIDTH, "nq": 3}}},
-            "other: case 'x' sets 'nq', expected some of allowed, b, ",
+            "other: case 'x' sets 'nq', expected some of alignment, allowed, alpha, b, ",
         ),
         (
             {"cases": {"x": {"options": WIDTH, "softcap": 3.0}}},
@@ -443,7 +443,7 @@ WIDTH = {"width": 0.5}
         ),
         (
             {"always": frozenset({"casual"})},
-            "other: always has 'casual', expected some of allowed",
+            "other: always has 'casual', expected some of alignment, allowed, alpha, beta, bias",
         ),
         (
             {"contract": "a row"},
