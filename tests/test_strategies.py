@@ -335,7 +335,7 @@ def test_layouts_go_into_a_problem(make):
         (lambda: problems(dtypes=[]), "dtypes: got none, expected at least one name"),
         (lambda: problems(families=[]), "families: got none, expected at least one name"),
         (lambda: problems(families=["odd"]), "families: got 'odd', expected some of integers, normal"),
-        (lambda: problems(features={"rope"}), "features: got 'rope', expected some of allowed, bias"),
+        (lambda: problems(features={"rope"}), "features: got 'rope', expected some of alignment, allowed, alpha"),
         (
             lambda: problems("linear", features={"sink"}),
             "features: got 'sink', expected what linear attention has: caus",

@@ -29,7 +29,7 @@ SIGMOID = Variant(
     uses=frozenset({"causal", "window", "bias", "allowed"}),
     options={"offset": Option(None, "added to every score; None is -log(n_k)", finite, (None, 0.0, -1.5))},
     positive=True,
-    cases={"offset": {"options": {"offset": -1.5}}},
+    cases={"offset-of-scores": {"options": {"offset": -1.5}}},
     bugs=(*COMMON_BUGS, "bias_ignored"),
     contract=(
         "A row without any key gives out 0.",

@@ -91,7 +91,7 @@ def test_spelling():
     + [("softmax", f"ragged/no-{x}", "float32") for x in ("keys", "queries")]
     + [("softmax", f"gaussian/{x}", "bfloat16") for x in ("everything", "window-causal")]
     + [("softmax", "empty/rows-bias", "float32"), ("power", "gaussian/form-mean", "float32")]
-    + [("linear", "gaussian/decay", "bfloat16"), ("sigmoid", "gaussian/offset", "float32")],
+    + [("linear", "gaussian/decay", "bfloat16"), ("sigmoid", "gaussian/offset-of-scores", "float32")],
 )
 def test_calls_and_answers_survive_exactly(variant, name, dtype):
     p = next(c for c in cases(variant) if c.name == name).problem(dtype)

@@ -168,7 +168,7 @@ class _Call:
         if problem.variant != VARIANT:
             raise UnsupportedProblem(f"variant: the tiled kernel computes {VARIANT}, not {problem.variant}")
         self.problem = p = problem.to("numpy")
-        self.kind = np.dtype(np.float64 if p.dtype == "float64" else np.float32)
+        self.kind = np.dtype(np.float64 if "float64" in (p.dtype, p.out_type) else np.float32)
         self.keys = keys
         with np.errstate(divide="ignore"):  # of no columns, where it does not matter
             self.scale = self.kind.type(p.scale if p.scale is not None else 1 / np.sqrt(p.d_k))
