@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,14 @@ settings.load_profile(os.environ.get("REFATTN_PROFILE", "refattn-quick"))
 
 SMALL = "!*ls/*"
 """The checks on small problems: neither models nor calls."""
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what `slow.txt` lists."""
+    slow = set(Path(__file__).with_name("slow.txt").read_text().splitlines())
+    for item in items:
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker("slow")
 
 
 def pytest_runtest_teardown(item, nextitem):

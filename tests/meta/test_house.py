@@ -276,6 +276,12 @@ def untested(modules, table):
             yield name.as_posix()
 
 
+def test_slow_tests_are_there():
+    for name in (TREE / "tests" / "slow.txt").read_text().splitlines()[1:]:
+        file, _, function = name.partition("::")
+        assert f"def {function}(" in (TREE / file).read_text(), name
+
+
 def test_every_module_is_tested_somewhere():
     table = where_tested()
     assert len(table) > 30
