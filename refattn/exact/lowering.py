@@ -101,8 +101,7 @@ def _rule(p: Problem, found: list[tuple[Head, Choices, Mask]], labels: NDArray[n
     taken = np.zeros((*p.out_shape[:3], len(c.members) + 1), bool)  # the last is of keys that no candidate has
     for one, _, mine in found:
         taken[one.batch, one.head, :, :-1] = mine
-    rule = labelled(taken, None, labels)
-    return rule if c.besides is None else rule | c.besides
+    return labelled(taken, None, labels)
 
 
 def labels_of(members: Mask) -> NDArray[np.int64] | None:
@@ -167,12 +166,10 @@ def _in_sight(allowed: Any, members: Mask) -> Mask:
 def keys_of(one: Head, c: Choices, taken: Mask, rows: Any = slice(None)) -> Mask:
     """Return which keys rows see by what they take and the call's own ``allowed``, (n_q, n_k)."""
     p = one.problem
-    places = np.arange(len(one.q))[rows], np.arange(len(one.k))
     seen = taken @ c.members
-    if c.besides is not None:
-        seen = seen | c.besides.block(np.atleast_1d(places[0]), places[1], len(one.q), len(one.k)).reshape(seen.shape)
     if isinstance(p.allowed, Rule):
-        return np.asarray(seen & View.of(p.allowed, p.n_q, p.n_k, one.batch, one.head)[one.rows.start + places[0]])
+        places = one.rows.start + np.arange(len(one.q))[rows]
+        return np.asarray(seen & View.of(p.allowed, p.n_q, p.n_k, one.batch, one.head)[places])
     own = True if p.allowed is None else block(p.allowed, one.batch, one.head, one.rows, one.keys)[rows]
     return np.asarray(seen & own)
 

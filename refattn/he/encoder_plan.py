@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidProblem
-from ..problem import Problem
 from .costs import COSTS, Costs, predicted_ms
 from .embedding import Pair, error, scaled, spread
-from .layer_plan import along, axes_of, gathered, paired, period_of
+from .layer_plan import along, axes_of, gathered, paired, period_of, tokens_of
 from .layout import Layout
 from .noise import Ring
 from .planned import Planned
@@ -173,14 +171,7 @@ class EncoderPlan(Planned):
         InvalidProblem
             Another shape, or numbers that are not finite.
         """
-        if isinstance(x, Problem):
-            raise InvalidProblem(f"x: got a Problem, expected an array of shape {(self.n, self.d)}")
-        x = np.asarray(x, np.float64)
-        if x.shape != (self.n, self.d):
-            raise InvalidProblem(f"x: got shape {x.shape}, expected {(self.n, self.d)}")
-        if not np.isfinite(x).all():
-            raise InvalidProblem("x: has numbers that are not finite")
-        y = x if self.first_epsilon is None else x / np.sqrt((x**2).mean(1, keepdims=True) + self.first_epsilon)
+        x, y = tokens_of(self, x)
         slots = [*along(self, y), paired(self.layout, x) * self.factors[0][0]]
         shape = (self.classes,) if self.classes else (self.n, self.d)
         return shape, list(zip([np.asarray(s, np.complex128) for s in slots], self.part_limbs(), strict=True))

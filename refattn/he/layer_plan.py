@@ -135,14 +135,7 @@ class LayerPlan(Planned):
         InvalidProblem
             Another shape, or numbers that are not finite.
         """
-        if isinstance(x, Problem):
-            raise InvalidProblem(f"x: got a Problem, expected an array of shape {(self.n, self.d)}")
-        x = np.asarray(x, np.float64)
-        if x.shape != (self.n, self.d):
-            raise InvalidProblem(f"x: got shape {x.shape}, expected {(self.n, self.d)}")
-        if not np.isfinite(x).all():
-            raise InvalidProblem("x: has numbers that are not finite")
-        y = x if self.first_epsilon is None else x / np.sqrt((x**2).mean(1, keepdims=True) + self.first_epsilon)
+        x, y = tokens_of(self, x)
         top = self.ring.levels + 1
         found: list[tuple[Any, int]] = [(slots, top) for slots in along(self, y)]
         if not self.classes:
@@ -157,6 +150,18 @@ class LayerPlan(Planned):
         f, j, h, i = (x[: period_of(self.layout)] for x in axes_of(self.layout))
         pairs = (slots[0][: len(f)] * self.out_factor)[(j == 0) & (h == 0) & (i == 0)]
         return np.stack([pairs.real, pairs.imag], 1).ravel()[: self.classes]
+
+
+def tokens_of(plan: Any, x: Any) -> tuple[Float, Float]:
+    """Return a client's tokens, checked, and what the first norm makes of them, (n, d) each."""
+    if isinstance(x, Problem):
+        raise InvalidProblem(f"x: got a Problem, expected an array of shape {(plan.n, plan.d)}")
+    x = np.asarray(x, np.float64)
+    if x.shape != (plan.n, plan.d):
+        raise InvalidProblem(f"x: got shape {x.shape}, expected {(plan.n, plan.d)}")
+    if not np.isfinite(x).all():
+        raise InvalidProblem("x: has numbers that are not finite")
+    return x, x if plan.first_epsilon is None else x / np.sqrt((x**2).mean(1, keepdims=True) + plan.first_epsilon)
 
 
 def along(plan: Any, x: Float) -> list[Float]:

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import Problem
-from ..rules import Rule
 
 __all__ = ["Choices", "Lowered", "Rows", "Selected", "Shape", "Steps"]
 
@@ -67,8 +66,6 @@ class Choices:
         How many it chooses; all of `may` where there are no more.
     seen : (n_q, m) bool array, optional
         Which candidates a row's scores look at, where they are a softmax over them; by default `may` and `must`.
-    besides : Rule, optional
-        Which keys a row sees besides, whatever it takes.
     """
 
     members: Mask
@@ -76,7 +73,6 @@ class Choices:
     must: Mask
     count: int
     seen: Mask | None = None
-    besides: Rule | None = None
 
 
 @dataclass(frozen=True)

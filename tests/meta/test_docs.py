@@ -14,11 +14,14 @@ import pytest
 
 import refattn
 
+from ..snippets import run
 from .notebooks import NOTEBOOKS, complaints, execute, unshown
 
 TREE = Path(__file__).parents[2]
 README = (TREE / "README.md").read_text()
 SNIPPETS = sorted((TREE / "docs" / "reference").glob("*.md"))
+MORE = [TREE / "docs" / f"{name}.md" for name in ("contract", "recurrences")]
+"""Other pages whose examples stand on their own."""
 
 
 def build(folder):
@@ -117,12 +120,10 @@ def test_a_dead_link_is_found(tmp_path):
     assert set(dead(tmp_path)) == {("a.html", "b.html#y"), ("b.html", "c.html"), ("b.html", "d.svg")}
 
 
-@pytest.mark.parametrize("page", SNIPPETS, ids=lambda p: p.stem)
-def test_examples_of_the_reference_run(page, monkeypatch, tmp_path):
+@pytest.mark.parametrize("page", [*SNIPPETS, *MORE], ids=lambda p: p.stem)
+def test_examples_run(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    space = {}
-    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(code, page.name, "exec"), space)
+    run(page)
 
 
 def test_the_readme_has_the_two_commands():

@@ -9,6 +9,7 @@ from refattn import InvalidInput, rules
 from refattn.rules.spans import UNSURE
 from refattn.rules.view import View, edges
 
+from ..snippets import run
 from .drawn import atoms, by_loops, drawn
 
 SIZES = [(1, 1), (7, 7), (5, 12), (12, 5), (1, 9), (9, 1)]
@@ -102,12 +103,11 @@ def test_what_is_written_is_the_rule_again(seed):
 
 
 def test_the_page_runs(capsys):
-    page, names = (Path(__file__).parents[2] / "docs" / "rules.md").read_text(), {}
-    for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(text, names)
+    page = Path(__file__).parents[2] / "docs" / "rules.md"
+    run(page)
     assert "causal() & (window(3, 0) | sinks(1))\n#" in capsys.readouterr().out
     made = {str(rule).split("(")[0] for rule, _ in atoms(np.random.default_rng(0), 3, 3)}
-    assert made == set(re.findall(r"^\| `(\w+)\(", page, re.MULTILINE))
+    assert made == set(re.findall(r"^\| `(\w+)\(", page.read_text(), re.MULTILINE))
 
 
 def test_pictures():
