@@ -51,7 +51,10 @@ def typed(draw: st.DrawFn, p: Problem, on: set[str]) -> Problem:
             for size, whole in ((n, "scales_by_token"), (d, "scales_by_channel")):
                 part = next((m for m in range(2, size) if size % m == 0), 1) if "scales_by_block" in on else 1
                 axes.append(max(size, 1) if whole in on else part)
-            found[f"{name}_scale"] = np.exp2(rng.integers(-2, 3, axes)).astype(np.float32)
+            # a value and its scale stay within the format: a kernel may multiply them first
+            largest = np.abs(getattr(p, name).astype(np.float64)).max(initial=0, where=np.isfinite(getattr(p, name)))
+            powers = rng.integers(-2, 3 if largest < 2.0 ** (FORMATS[p.dtype].emax - 1) else 1, axes)
+            found[f"{name}_scale"] = np.exp2(powers).astype(np.float32)
     if "out_scale" in on:
         found["out_scale"] = draw(st.sampled_from((1.0, 0.25, float(np.float32(0.3)))))
     if "out_dtype" in on:

@@ -185,8 +185,11 @@ def test_a_wrong_kernel_shrinks_to_a_small_call():
         return not check_problem(lambda _: tiled(q), p, "corner").passed
 
     p = smallest(problems(max_rows=8, max_keys=8, max_dim=4), wrong)
-    # the corners differ where lengths do: those of the call, or those of a packed sequence
-    assert p.features() - {"lengths_differ", "variable_lengths"} == {"causal_bottom_right"}
+    # The corners differ where lengths do: the call's, a packed sequence's, or a batch's own. Which of them is found
+    # first depends on the modules that are loaded: Hypothesis draws from the constants in their source.
+    ways = {"lengths_differ", "variable_lengths", "lengths_q", "lengths_k"}
+    assert p.features() - ways == {"causal_bottom_right"}
+    assert len(p.features() & ways) == 1
     assert max(axes(p)) <= 3
 
 

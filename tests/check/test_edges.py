@@ -50,7 +50,8 @@ def flushed(p, out, lse):
 
 def overflows(p, out, lse):
     finite = np.abs(p.value[np.isfinite(p.value)])
-    return out * np.float32(np.inf if finite.max(initial=0) > 1e38 else 1), lse
+    # in the output's own type: the edge is the overflow, not a type that changes
+    return out * out.dtype.type(np.inf if finite.max(initial=0) > 1e38 else 1), lse
 
 
 def scale_dropped(p, out, lse):
