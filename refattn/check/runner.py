@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -151,7 +152,8 @@ def plan(
     """Return the checks of a kernel without running them; the arguments are those of :func:`check_kernel`."""
     v, judged = variant_of(variant), Kernel.of(kernel, model=model, capabilities=capabilities)
     able = judged.capabilities
-    fitting = able if judged.declared or _no_calls(only) else probed(judged, variant)
+    fitting = able if judged.declared or not asked(only, "calls") else probed(judged, variant)
+    drawn = calls(variant, fitting, budget, seed) if asked(only, "calls") or asked(only, "models") else []
     expect(not isinstance(dtypes, str), "dtypes", dtypes, "a sequence of names")
     unknown = [d for d in dtypes or () if d not in FORMATS]
     if unknown:
@@ -164,7 +166,7 @@ def plan(
     wanted = tuple(dtypes or [d for d in FORMATS if d in able.dtypes])
     items = []
     for dtype in wanted:
-        for case in cases(variant, budget) + calls(variant, fitting, budget, seed):
+        for case in cases(variant, budget) + drawn:
             if (not case.dtypes or dtype in case.dtypes) and case.says(judged.model(dtype)):
                 key = (case, dtype, judged.model(dtype), False)
                 items.append(Item(f"{case.name}[{dtype}]", dtype, _case_run(judged, case, dtype), key))
@@ -184,12 +186,15 @@ def plan(
     return items
 
 
-def _no_calls(only: str | None) -> bool:
-    """Tell whether no drawn call is asked for, so that nothing must be known of a kernel to draw them."""
+def asked(only: str | None, family: str) -> bool:
+    """Tell whether some check of a family may be among those asked for: drawing calls for none takes half a second."""
     if only is None:
-        return False
-    wanted = only.lstrip("!").split("/")[0]
-    return fnmatch.fnmatchcase("calls", wanted) == only.startswith("!")
+        return True
+    if only.startswith("!"):
+        head, _, rest = only[1:].partition("/")
+        return not (rest == "*" and fnmatch.fnmatchcase(family, head))
+    literal = re.split(r"[*?]", only)[0]
+    return f"{family}/".startswith(literal) or literal.startswith(f"{family}/")
 
 
 def matches(name: str, only: str | None) -> bool:

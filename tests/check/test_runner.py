@@ -3,7 +3,7 @@ import pytest
 
 from refattn import VARIANTS, Capabilities, InvalidInput, Model, check_kernel, check_problem
 from refattn.check.kernels.tiled import tiled
-from refattn.check.runner import plan
+from refattn.check.runner import asked, matches, plan
 
 from ..conftest import SMALL
 
@@ -164,3 +164,18 @@ def test_arguments_that_are_none_are_named(given, says):
 def test_fields_of_another_type_are_named(make, says):
     with pytest.raises(InvalidInput, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    ("only", "calls"),
+    [
+        (None, True), ("calls/*", True), ("*", True), ("c*", True), ("calls/000-decode", True), ("*decode*", True),
+        ("!calls/000*", True), ("!gaussian/*", True), ("!calls", True), ("cal?s/*", True),
+        ("gaussian/*", False), ("models/*", False), ("law/*", False), ("gaussian/plain[float32]", False),
+        ("!*ls/*", False), ("!calls/*", False), ("!*/*", False),
+    ],
+)  # fmt: skip
+def test_calls_are_drawn_only_where_one_may_be_asked_for(only, calls):
+    assert asked(only, "calls") == calls
+    names = [f"calls/{i:03d}-{kind}[float32]" for i in range(3) for kind in ("decode", "prefill")]
+    assert calls or not any(matches(n, only) for n in names)
