@@ -79,9 +79,11 @@ def check_tensors(p: Any) -> None:
         if x.shape[i] < 1:
             raise InvalidProblem(f"{name}: axis {axis} is 0 and must be at least 1")
     if q.shape[1] % k.shape[1]:
+        turned = k.shape[2] and q.shape[2] % k.shape[2] == 0 and q.shape[2] < q.shape[1]
         raise InvalidProblem(
             f"key: axis heads is {k.shape[1]} and must divide query's {q.shape[1]} "
             "(grouped-query attention); repeat or slice the key heads"
+            + ("; arrays are (b, h, s, d): is your layout (b, s, h, d)? then swap axes 1 and 2" if turned else "")
         )
 
 
@@ -120,7 +122,8 @@ def check_options(p: Any) -> None:
             raise InvalidProblem(f"{name}: got {shown(x)}, expected a real number or None")
         if not _is_finite(x) or (positive and x <= 0):
             want = "a finite number above 0" if positive else "a finite number"
-            raise InvalidProblem(f"{name}: got {shown(x)}, expected {want}; None turns it off")
+            none = "is 1/sqrt(d_k)" if name == "scale" else "turns it off"
+            raise InvalidProblem(f"{name}: got {shown(x)}, expected {want}; None {none}")
         object.__setattr__(p, name, float(x))
 
 

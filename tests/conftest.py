@@ -24,6 +24,12 @@ SMALL = "!*ls/*"
 """The checks on small problems: neither models nor calls."""
 
 
+def pytest_configure():
+    """Give every process that this one starts one thread of BLAS: another would spin on the next one's core."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+
 def pytest_collection_modifyitems(items):
     """Mark what `slow.txt` lists."""
     slow = set(Path(__file__).with_name("slow.txt").read_text().splitlines())

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..dtypes import ELEMENTS, FORMATS
 from ..errors import KernelError, UnsupportedProblem
+from ..exact.blas import one_thread
 from ..problem import VARIANT, Problem
 from ..variants import variant_of
 from .bounds.expected import expected
@@ -83,6 +84,7 @@ def _packed(n: int) -> dict[str, Any]:
     return {"cu_seqlens_q": ends, "cu_seqlens_k": ends.copy()}
 
 
+@one_thread()
 def tried(kernel: Kernel, problem: Problem) -> str:
     """Return what a kernel does with a call: it is "right" or "wrong", leaves an option "unread", or "raises"."""
     try:

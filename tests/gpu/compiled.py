@@ -1,14 +1,18 @@
 """Compiling a kernel for Hopper GPUs, and what its assembler must say of it."""
 
+import os
 import re
 import shutil
 import subprocess
 
 import pytest
 
-__all__ = ["NVCC", "check_compiles"]
+__all__ = ["EVERY", "NVCC", "check_compiles"]
 
 NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+EVERY = os.environ.get("REFATTN_PROFILE") == "refattn-nightly"
+"""Whether every combination is compiled, or every other one, in which each value of each axis is."""
+
 COMMAND = ("nvcc", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v", "-o")
 
 
