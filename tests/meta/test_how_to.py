@@ -61,6 +61,22 @@ def test_an_operator_of_ones_own_works_as_the_page_says(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_first_kernel_is_judged_as_the_page_says(tmp_path):
+    """The commands of start.md, the second in a tenth of its time."""
+    (tmp_path / "my_kernel.py").write_text(blocks("start.md", "python")[1])
+    init, check = (x[2:] for x in blocks("start.md", "console")[1].splitlines())
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(init)], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Capabilities(" in done.stdout
+    command = [sys.executable, "-m", *shlex.split(check), "--budget", "quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "right" in done.stdout
+    assert "WRONG" not in done.stdout
+
+
 README = (DOCS.parent / "README.md").read_text()
 KERNEL, USE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
