@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..errors import InvalidInput, UnsupportedProblem
+from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..validation import shown
 
-__all__ = ["POWERS", "UPLOADS", "check_arguments", "is_count", "is_number"]
+__all__ = ["MOST_SIZE", "MOST_WORKERS", "POWERS", "UPLOADS", "check_arguments", "is_count", "is_number", "numbers_of"]
 
 POWERS = (2, 4, 6, 8)
 UPLOADS = ("full", "compact", "whole")
@@ -34,6 +35,16 @@ def is_number(x: Any) -> bool:
 def is_count(x: Any, least: int, most: int) -> bool:
     """Tell whether something is an integer from `least` to `most`."""
     return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
+
+
+def numbers_of(name: str, x: Any) -> NDArray[np.float64]:
+    """Return an array of real numbers in float64."""
+    try:
+        if not np.iscomplexobj(x):
+            return np.asarray(x, np.float64)
+    except (TypeError, ValueError, RuntimeError):  # PyTorch's for a tensor with a gradient
+        pass
+    raise InvalidProblem(f"{name}: got {type(x).__name__}, expected an array of real numbers, as x.detach().numpy() is")
 
 
 def check_arguments(

@@ -11,10 +11,24 @@ import torch
 from torch import nn
 
 from ..errors import InvalidInput, UnsupportedProblem
+from ..validation import shown
+from .arguments import MOST_SIZE, is_count
 from .modules import PolynomialActivation, PolynomialRMSNorm, PowerSoftmaxAttention
 from .weights import EncoderWeights, Feedforward, Weights
 
 __all__ = ["Block", "Classifier", "Encoder", "weights_of"]
+
+
+def _alone(module: nn.Module, masks: Any, more: Any) -> None:
+    """Refuse what a layer that was converted may be called with, beside tokens."""
+    given = ["a mask" for x in masks if x is not None] + [
+        n for n, x in more.items() if x is not None and x is not False
+    ]
+    if given:
+        raise UnsupportedProblem(
+            f"he: a converted {type(module).__name__} takes tokens alone, got {given[0]}; convert(..., causal=True) "
+            "hides later tokens"
+        )
 
 
 class Block(nn.Module):  # type: ignore[misc]
@@ -47,8 +61,9 @@ class Block(nn.Module):  # type: ignore[misc]
         self.first_gain = nn.Parameter(torch.ones(d))
         self.up, self.down = nn.Linear(d, hidden), nn.Linear(hidden, d)
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: Any, *masks: Any, **more: Any) -> Any:
         """Return (batch, n, d) of (batch, n, d)."""
+        _alone(self, masks, more)
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
         if self.first is None:
@@ -78,10 +93,13 @@ class Encoder(nn.Module):  # type: ignore[misc]
                     f"blocks: number {k} has {'no' if k else 'a'} first normalisation; the client computes that of the "
                     "first block, the server those of the others (first=)"
                 )
+        if head is not None and not isinstance(head, nn.Linear):
+            raise InvalidInput(f"head: got {type(head).__name__}, expected nn.Linear or None")
         self.blocks, self.head = nn.ModuleList(blocks), head
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: Any, *masks: Any, **more: Any) -> Any:
         """Return (batch, classes), or (batch, n, d) without a head, of (batch, n, d)."""
+        _alone(self, masks, more)
         for block in self.blocks:
             x = block(x)
         return x if self.head is None else self.head(x.mean(1))
@@ -131,7 +149,7 @@ def weights_of(module: Block | Classifier | Encoder, n: int | None = None) -> An
     """
     if isinstance(module, Encoder):
         head = module.head
-        scores = (None, None) if head is None else (_array(head.weight).T, _array(head.bias))
+        scores = (None, None) if head is None else (_array(head.weight).T, _bias(head))
         return EncoderWeights(tuple(weights_of(block, n) for block in module.blocks), *scores)
     return _layer_of(module, n)
 
@@ -143,6 +161,11 @@ def _layer_of(module: Block | Classifier, n: int | None) -> Weights:
             f"he: got {type(module).__name__} with {type(attention).__name__}, expected Block or Classifier with "
             "PowerSoftmaxAttention"
         )
+    if attention.share != 1:
+        raise InvalidInput(
+            f"module: its attention is softmax still, by a share of {1 - attention.share:.3g}; end with "
+            "he.torch.anneal(model, 1.0) and train on"
+        )
     heads, (d, _) = attention.heads, attention.query.weight.shape
     if isinstance(module, Classifier):
         into, added = _array(module.embed.weight).T, _array(module.embed.bias) + _array(module.positions)
@@ -150,6 +173,8 @@ def _layer_of(module: Block | Classifier, n: int | None) -> Weights:
     else:
         if n is None:
             raise InvalidInput("n: a Block's tokens must be told")
+        if not is_count(n, 1, MOST_SIZE):
+            raise InvalidInput(f"n: got {shown(n)}, expected a number of tokens from 1 to {MOST_SIZE}")
         gain, added = _array(module.first_gain), np.zeros((n, d))
         if module.first is not None:
             gain = gain * _array(module.first.gain)
@@ -165,7 +190,7 @@ def _layer_of(module: Block | Classifier, n: int | None) -> Weights:
     if isinstance(module, Classifier):
         head = _array(module.head.weight).T
         maps[2], biases[2] = maps[2] @ (out @ head), biases[2] @ (out @ head)
-        then = out_bias @ head + _array(module.head.bias)
+        then = out_bias @ head + _bias(module.head)
     else:
         if module.norm.centred or (module.first is not None and module.first.centred):
             raise UnsupportedProblem("he: a Block takes PolynomialRMSNorm, got PolynomialLayerNorm")
@@ -193,12 +218,17 @@ def _layer_of(module: Block | Classifier, n: int | None) -> Weights:
         then,
         first,
         stand_in,
+        isinstance(module, Block) and module.first is None and module.centred,
     )
 
 
 def _up_bias(module: Block) -> Any:
     bias = _array(module.up.bias)
     return bias if module.norm.bias is None else bias + _array(module.up.weight) @ _array(module.norm.bias)
+
+
+def _bias(linear: Any) -> Any:
+    return np.zeros(linear.out_features) if linear.bias is None else _array(linear.bias)
 
 
 def _array(x: Any) -> Any:

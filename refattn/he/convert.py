@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import InvalidInput
+from ..validation import shown
+from .arguments import POWERS, is_count, is_number
 from .blocks import Block, Encoder
 from .modules import (
     PolynomialActivation,
@@ -31,7 +33,8 @@ RECIPE = """\
 2. Add 1 to 30 times he.torch.range_penalty(model) to the loss: it keeps what the polynomials see in range.
 3. he.ranges(model, data) with training data takes the polynomials for the ranges that are seen, with room.
 4. Train a few more epochs with he.torch.polynomial(model): what is trained is then what is computed on ciphertexts.
-5. he.torch.weights_of(model, n) and he.Encoder(...) plan the encrypted model."""
+5. he.torch.weights_of(model, n) and he.Encoder(...), for one block he.Layer(...), plan the encrypted model."""
+NOTHING = "nothing was found to change: what a forward calls as a function (torch.nn.functional) is not seen"
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Converted:
         return isinstance(self.model, Block | Encoder)
 
     def __str__(self) -> str:
-        lines = [f"{name or 'the model'}: {what}" for name, what in self.changed.items()]
+        lines = [f"{name or 'the model'}: {what}" for name, what in self.changed.items()] or [NOTHING]
         lines += [f"left: {name or 'the model'}: {why}" for name, why in self.left.items()]
         return "\n".join([*lines, "", self.recipe])
 
@@ -86,6 +89,8 @@ class _Choice:
     epsilon: float
     tolerance: float
     causal: bool
+    done: dict[int, tuple[nn.Module, nn.Module]] = field(default_factory=dict)
+    """What stands for a part that is met again, which so stays one part; by identity."""
 
 
 def convert(
@@ -98,7 +103,8 @@ def convert(
     and ``nn.TransformerEncoder`` with ``norm_first=True``, layers like those of Hugging Face's ViT and an
     ``nn.Sequential`` of them, with GELU or SiLU.
     Layer normalisation becomes root-mean-square normalisation there: the mean over features is taken out of all that is
-    written to the residual instead, which gives the same numbers after every normalisation. Converted by parts, to be
+    written to the residual instead, which gives the same numbers after every normalisation. The result lacks its mean,
+    too: what follows, a linear head for one, is trained on as well. Converted by parts, to be
     trained in the clear: ``nn.MultiheadAttention``, attention as in Hugging Face's BERT, ``nn.GELU``, ``nn.SiLU``,
     ``nn.LayerNorm`` and ``nn.RMSNorm`` wherever they are.
 
@@ -120,10 +126,19 @@ def convert(
     Raises
     ------
     InvalidInput
-        It is no module.
+        It is no module, or a number is out of its range.
     """
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    if not is_count(p, 2, max(POWERS)) or p not in POWERS:
+        raise InvalidInput(f"p: got {shown(p)}, expected one of {', '.join(map(str, POWERS))}")
+    for name, x in (("epsilon", epsilon), ("tolerance", tolerance)):
+        if not is_number(x) or x <= 0:
+            raise InvalidInput(f"{name}: got {shown(x)}, expected a number above 0")
+    if not is_number(margin) or not 0 <= margin < 1:
+        raise InvalidInput(f"margin: got {shown(margin)}, expected from 0 to below 1")
+    if not isinstance(causal, bool):
+        raise InvalidInput(f"causal: got {shown(causal)}, expected True or False")
     found = Converted(nn.Module())
     made = _walked(copy.deepcopy(model), "", _Choice(p, float(epsilon), tolerance, causal), found)
     done = Converted(made, found.changed, found.left)
@@ -134,28 +149,51 @@ def convert(
     return done
 
 
-def _walked(module: nn.Module, name: str, of: _Choice, found: Converted) -> nn.Module:
+def _walked(module: nn.Module, name: str, of: _Choice, found: Converted, whole: bool = True) -> nn.Module:
     """Return what a module becomes, and note it."""
-    made = _whole(module, name, of, found) or _part(module, name, of, found)
+    if id(module) not in of.done:
+        of.done[id(module)] = module, _made(module, name, of, found, whole)
+    return of.done[id(module)][1]
+
+
+def _made(module: nn.Module, name: str, of: _Choice, found: Converted, whole: bool) -> nn.Module:
+    made = (_whole(module, name, of, found) if whole else None) or _part(module, name, of, found)
     if made is not None:
         found.changed[name] = f"{type(module).__name__} is {type(made).__name__} now"
         if isinstance(made, Block | Encoder) and next(x for x in made.modules() if isinstance(x, Block)).centred:
-            found.changed[name] += ", of tokens without their mean over features: the client takes it out"
+            found.changed[name] += ", of tokens without their mean over features: it takes that out, and returns none"
         return made
     if isinstance(module, nn.TransformerEncoderLayer) and module.activation in (functional.gelu, functional.silu):
         module.activation = PolynomialActivation(module.activation.__name__)
         found.changed[f"{name}.activation".strip(".")] = "a function is PolynomialActivation now"
-    for child, part in list(module.named_children()):
-        module.add_module(child, _walked(part, f"{name}.{child}" if name else child, of, found))
+    whole = whole and not isinstance(module, nn.TransformerEncoder)  # which looks into its layers
+    for child, part in list(module._modules.items()):
+        if part is not None:
+            module.add_module(child, _walked(part, f"{name}.{child}".strip("."), of, found, whole))
     return module
+
+
+PARTS = (nn.GELU, nn.SiLU, nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention)
+TANH = "GELU by tanh: its polynomial is near the exact one, which differs by up to 5e-4"
+OWN = "has a forward or hooks of its own, which nobody can read here"
+
+
+def _own(module: nn.Module, *kinds: type) -> bool:
+    """Tell whether a module of some kind does other things than its kind."""
+    theirs = [k.forward for k in kinds if isinstance(module, k)]
+    changed = bool(theirs) and type(module).forward not in theirs
+    return changed or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _part(module: nn.Module, name: str, of: _Choice, found: Converted) -> nn.Module | None:
     """Return what stands for one part, or None for one that has no such."""
     kind = type(module).__name__
+    if isinstance(module, PARTS) and _own(module, *PARTS):
+        found.left[name] = OWN
+        return None
     if isinstance(module, nn.GELU | nn.SiLU) or kind in ("GELUActivation", "SiLUActivation"):
         if getattr(module, "approximate", "none") != "none":
-            found.left[name] = "GELU by tanh: its polynomial is near the exact one, which differs by up to 5e-4"
+            found.left[name] = TANH
         return PolynomialActivation(kind.lower().removesuffix("activation"))
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         if len(module.normalized_shape) != 1:
@@ -223,7 +261,9 @@ class _Layer:
     up: Any
     down: Any
     activation: str
-    norm_first: bool
+    tanh: bool
+    norm_first: bool = True
+    why: str | None = None
 
 
 def _read(module: nn.Module) -> _Layer | None:
@@ -236,7 +276,12 @@ def _read(module: nn.Module) -> _Layer | None:
         function = module.activation
         name = getattr(function, "__name__", type(function).__name__).lower()
         norms = module.norm1, module.norm2
-        return _Layer(parts, inner.num_heads, norms, module.linear1, module.linear2, name, module.norm_first)
+        tanh = getattr(function, "approximate", "none") != "none"
+        why = OWN if _own(module, nn.TransformerEncoderLayer) else None
+        if not inner.batch_first:
+            why = "takes tokens as (n, batch, d): expected batch_first=True"
+        up, down = module.linear1, module.linear2
+        return _Layer(parts, inner.num_heads, norms, up, down, name, tanh, module.norm_first, why)
     try:
         inner, outer = module.attention.attention, module.attention.output.dense
         linears = inner.query, inner.key, inner.value, outer
@@ -245,13 +290,16 @@ def _read(module: nn.Module) -> _Layer | None:
         parts = [(x.weight, x.bias) for x in linears]
         norms = module.layernorm_before, module.layernorm_after
         up, down = module.intermediate.dense, module.output.dense
-        return _Layer(parts, inner.num_attention_heads, norms, up, down, name, True)
+        tanh = getattr(function, "approximate", "none") != "none"
+        return _Layer(parts, inner.num_attention_heads, norms, up, down, name, tanh, why=OWN if _own(module) else None)
     except AttributeError:
         return None
 
 
 def _obstacle(layer: _Layer) -> str | None:
     """Return why a layer cannot become a block."""
+    if layer.why is not None:
+        return layer.why
     if not layer.norm_first:
         return "normalises after the residual (norm_first=False): trained in the clear by parts, not on ciphertexts"
     if layer.activation not in ("gelu", "silu"):
@@ -260,23 +308,31 @@ def _obstacle(layer: _Layer) -> str | None:
         return "another normalisation than LayerNorm or RMSNorm"
     if isinstance(layer.norms[0], nn.LayerNorm) != isinstance(layer.norms[1], nn.LayerNorm):
         return "one normalisation takes the mean away and the other does not"
+    if layer.norms[0].eps != layer.norms[1].eps:
+        return f"its normalisations have eps {layer.norms[0].eps} and {layer.norms[1].eps}: a block has one"
     return None
 
 
 def _whole(module: nn.Module, name: str, of: _Choice, found: Converted) -> nn.Module | None:
     """Return the block or encoder that a module becomes; None, noting why, for one that becomes neither."""
     several = isinstance(module, nn.TransformerEncoder | nn.Sequential)
+    if several and _own(module, nn.TransformerEncoder, nn.Sequential):
+        return None
     named = _layers(module) if several else {"": module}
     read = {f"{name}.{k}".strip("."): _read(x) for k, x in named.items()}
     layers = [x for x in read.values() if x is not None]
     if not layers or len(layers) < len(read):
         return None
     whys = {k: why for k, x in read.items() if x is not None and (why := _obstacle(x))}
+    for at, k in enumerate(read):
+        if list(named.values())[at] in list(named.values())[:at]:
+            whys[k] = "the same layer again: two blocks have weights of their own"
+    if len({isinstance(x.norms[0], nn.LayerNorm) for x in layers}) > 1:
+        whys[name] = "some layers take the mean away and others do not"
     if getattr(module, "norm", None) is not None and isinstance(module, nn.TransformerEncoder):
         whys[f"{name}.norm".strip(".")] = "a normalisation after the last layer is not computed on ciphertexts"
+    found.left.update(whys or {k: TANH for k, x in read.items() if x is not None and x.tanh})
     if whys:
-        if not several or not any(k in whys for k in read):  # its layers say so themselves
-            found.left.update(whys)
         return None
     blocks = [_block(x, k > 0, of) for k, x in enumerate(layers)]
     return Encoder(blocks) if several else blocks[0]
@@ -285,8 +341,8 @@ def _whole(module: nn.Module, name: str, of: _Choice, found: Converted) -> nn.Mo
 def _layers(module: Any) -> dict[str, nn.Module]:
     """Return the layers of PyTorch's encoder, or of a sequence, by name."""
     if isinstance(module, nn.TransformerEncoder):
-        return {f"layers.{k}": x for k, x in module.layers.named_children()}
-    return dict(module.named_children())
+        return {f"layers.{k}": x for k, x in module.layers._modules.items()}
+    return dict(module._modules.items())
 
 
 def _block(layer: _Layer, later: bool, of: _Choice) -> Block:

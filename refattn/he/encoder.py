@@ -19,7 +19,7 @@ from ..errors import InvalidInput, UnsupportedProblem
 from .arithmetic import Counted, Levels, Numbers
 from .encoder_plan import REFRESHED, EncoderPlan
 from .inverse import product
-from .layer import LEAST_MIDDLE, LINE, Layer, kappa_of, layouts_of, sums
+from .layer import LEAST_MIDDLE, LINE, Layer, kappa_of, layouts_of, least_of, sums
 from .layer_plan import axes_of, period_of
 from .layout import Layout
 from .linear import Arrangement, Plain, compiled
@@ -152,6 +152,10 @@ class Encoder:
     def __init__(self, weights: EncoderWeights, tolerance: float = 1e-2, upload: str = "full") -> None:
         if upload not in LINE:
             raise InvalidInput(f"upload: got {upload!r}, expected one of {', '.join(LINE)} for an encoder")
+        if not isinstance(weights, EncoderWeights):
+            raise InvalidInput(
+                f"weights: got {type(weights).__name__}, expected EncoderWeights; he.Layer takes one block"
+            )
         check_encoder(weights)
         self.weights, self._upload = weights, upload
         d, last = weights.blocks[0].query.shape[1], len(weights.blocks) - 1
@@ -168,8 +172,7 @@ class Encoder:
 
     @staticmethod
     def _width(weights: EncoderWeights) -> int:
-        layout, _, _ = next(layouts_of(_largest(weights)))
-        return 2 * layout.groups
+        return 2 * least_of(_largest(weights)).groups
 
     def simulate(self, x: Any, seed: int | None = None) -> Float:
         """Return what the encrypted encoder computes, on float64 numbers without keys; with noise drawn by a seed.
@@ -225,9 +228,14 @@ class Encoder:
             made = self._with(self.stages, layout, spread, apart)
             if made is not None:
                 return made
+        slots = period_of(least_of(_largest(self.weights)))
+        most = max(MOST_BITS) // 2
         raise UnsupportedProblem(
-            f"he: no ring at 128 bits of security has {period_of(next(layouts_of(_largest(self.weights)))[0])} slots "
-            "and the levels that a block needs; narrower ranges, a larger tolerance or a smaller p would help"
+            f"he: a block needs {slots} slots, and no ring at 128 bits of security has more than {most}: take fewer "
+            "tokens or features"
+            if slots > most
+            else f"he: no ring at 128 bits of security has {slots} slots and the levels that a block needs; narrower "
+            "ranges, a larger tolerance or a smaller p would help"
         )
 
     def _with(self, blocks: Sequence[_Block], layout: Layout, spread: int, apart: int) -> EncoderPlan | None:
@@ -261,7 +269,7 @@ class Encoder:
         return EncoderPlan(
             n, d, heads, 0 if w.head is None else w.head.shape[1], ring, layout, spread, apart, tuple(limbs),
             self._factors(d), first.first_epsilon, 1.0 if w.head is not None else 1 / self._scales[-1], dict(levels),
-            exact.counts, tuple(sorted({r % ring.slots for r in exact.rotations})), self._upload,
+            exact.counts, tuple(sorted({r % ring.slots for r in exact.rotations})), self._upload, first.centred,
         )  # fmt: skip
 
     def _factors(self, d: int) -> tuple[tuple[float, float], ...]:

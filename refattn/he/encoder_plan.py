@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import InvalidProblem
 from .costs import COSTS, Costs, predicted_ms
 from .embedding import Pair, error, scaled, spread
 from .layer_plan import along, axes_of, gathered, paired, period_of, tokens_of
@@ -57,6 +58,8 @@ class EncoderPlan(Planned):
         Those that keys are made for.
     upload : str
         "full" or "whole", as in :func:`refattn.he.plan`.
+    centred : bool
+        Whether the client first takes each token's mean over features from it.
     """
 
     n: int
@@ -75,6 +78,7 @@ class EncoderPlan(Planned):
     counts: Counter[tuple[str, int]] = field(repr=False)
     rotations: tuple[int, ...]
     upload: str = "full"
+    centred: bool = False
 
     @property
     def rounds(self) -> int:
@@ -135,7 +139,7 @@ class EncoderPlan(Planned):
     def digest(self) -> bytes:
         """What messages name the plan by."""
         names = ("n", "d", "heads", "classes", "spread", "apart", "limbs", "factors", "first_epsilon", "out_factor")
-        text = {n: getattr(self, n) for n in (*names, "upload")}
+        text = {n: getattr(self, n) for n in (*names, "upload", "centred")}
         text |= {"ring": asdict(self.ring), "layout": asdict(self.layout), "rotations": self.rotations}
         return hashlib.sha256(json.dumps({"encoder": text}, sort_keys=True).encode()).digest()
 
@@ -169,10 +173,16 @@ class EncoderPlan(Planned):
         Raises
         ------
         InvalidProblem
-            Another shape, or numbers that are not finite.
+            Another shape, numbers that are not finite, or tokens so large that no refresh is right.
         """
         x, y = tokens_of(self, x)
         slots = [*along(self, y), paired(self.layout, x) * self.factors[0][0]]
+        size = float(np.sqrt((np.abs(slots[-1]) ** 2).mean()))
+        if size > self.refresh_most:
+            raise InvalidProblem(
+                f"x: its tokens have a root mean square of {size:.3g} in their slots, above the "
+                f"{self.refresh_most:.3g} that a refresh is right for; scale them as in training"
+            )
         shape = (self.classes,) if self.classes else (self.n, self.d)
         return shape, list(zip([np.asarray(s, np.complex128) for s in slots], self.part_limbs(), strict=True))
 

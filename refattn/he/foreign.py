@@ -143,6 +143,7 @@ def _check_sizes(made: LayerPlan | EncoderPlan) -> None:
         good = is_count(n, least, largest)
         _expect(name, n, good, f"an integer from {least} to {largest}; the plan's sizes do not fit its slots")
     _expect("upload", made.upload, made.upload in ("full", "whole"), "'full' or 'whole'")
+    _expect("centred", made.centred, isinstance(made.centred, bool), "true or false")
     epsilon = made.first_epsilon
     good = epsilon is None or (is_number(epsilon) and epsilon >= 0)
     _expect("first_epsilon", epsilon, good, "a number of at least 0")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidInput
 from ..validation import shown
-from .arguments import is_count
+from .arguments import is_count, is_number
 from .arithmetic import Numbers
 
 __all__ = ["Inverse", "choose", "product"]
@@ -195,8 +195,8 @@ def choose(low: float, high: float, relative_error: float) -> list[Inverse]:
     InvalidInput
         The interval is empty, or the error is not above 0.
     """
-    if not relative_error > 0:
-        raise InvalidInput(f"tolerance: got {relative_error}, expected a number above 0")
+    if not is_number(relative_error) or not relative_error > 0:
+        raise InvalidInput(f"tolerance: got {shown(relative_error)}, expected a number above 0")
     order = math.acosh(1 / min(relative_error, 1.0)) / Inverse(low, high).reach
     found = set()
     for doublings in range(min(math.ceil(math.log2(max(order, 1.0))) + 2, MOST_DOUBLINGS + 1)):

@@ -30,7 +30,7 @@ from .plan import MOST_BITS, MOST_FIRST, MOST_MIDDLE
 from .polynomials import Polynomial
 from .weights import Feedforward, Weights, check
 
-__all__ = ["LEAST_MIDDLE", "LINE", "Layer", "kappa_of", "layouts_of", "pairs_of", "sums"]
+__all__ = ["LEAST_MIDDLE", "LINE", "Layer", "kappa_of", "layouts_of", "least_of", "pairs_of", "sums"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -64,14 +64,21 @@ class Layer:
     def __init__(self, weights: Weights, tolerance: float = 1e-2, upload: str = "full") -> None:
         if upload not in LINE:
             raise InvalidInput(f"upload: got {upload!r}, expected one of {', '.join(LINE)} for a layer")
+        if not isinstance(weights, Weights):
+            raise InvalidInput(
+                f"weights: got {type(weights).__name__}, expected Weights; he.Encoder takes several blocks"
+            )
         self._upload = upload
         self._begin(weights, tolerance)
         w = weights
         found = [plan for where in layouts_of(w) for plan in self._planned(*where)]
         if not found:
+            slots, most = period_of(least_of(w)), max(MOST_BITS) // 2
             raise UnsupportedProblem(
-                f"he: no ring at 128 bits of security has {period_of(_least(w))} slots and the levels that the layer "
-                "needs; "
+                f"he: the layer needs {slots} slots, and no ring at 128 bits of security has more than {most}: take "
+                "fewer tokens or features"
+                if slots > most
+                else f"he: no ring at 128 bits of security has {slots} slots and the levels that the layer needs; "
                 "narrower ranges, a larger tolerance or a smaller p would help"
             )
         self.plan = min(found, key=lambda x: x.predicted_ms() + LINE[upload] * x.upload_bytes)
@@ -109,7 +116,7 @@ class Layer:
             n, d, w.query.shape[0], w.p, 0 if isinstance(then, Feedforward) else len(then), ring, layout, spread, apart,
             0 if not isinstance(then, Feedforward) else limbs, w.first_epsilon, kappa,
             1 / kappa if isinstance(then, Feedforward) else self.inverse.output_factor / n,
-            steps, exact.counts, tuple(sorted({r % ring.slots for r in exact.rotations})), self._upload,
+            steps, exact.counts, tuple(sorted({r % ring.slots for r in exact.rotations})), self._upload, w.centred,
         )]  # fmt: skip
 
     def simulate(self, x: Any, seed: int | None = None) -> Float:
@@ -260,7 +267,7 @@ class Layer:
         self._plains["down"] = Plain(np.where((j == 1) & real, bias[after], 0))
 
 
-def _least(w: Weights) -> Layout:
+def least_of(w: Weights) -> Layout:
     """Return the layout with as many slots as one query's share of a ciphertext needs.
 
     Raises
@@ -286,7 +293,7 @@ def _least(w: Weights) -> Layout:
 
 def layouts_of(w: Weights) -> Iterator[tuple[Layout, int, int]]:
     """Yield the layouts that can be planned, with pairs of features that are spread, and that lie apart."""
-    least, d = _least(w), w.query.shape[1]
+    least, d = least_of(w), w.query.shape[1]
     period = period_of(least)
     for degree in MOST_BITS:
         if degree // 2 < period:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidProblem
 from ..problem import Problem
+from .arguments import numbers_of
 from .costs import COSTS, Costs, predicted_ms
 from .layout import Layout
 from .noise import Ring
@@ -54,6 +55,8 @@ class LayerPlan(Planned):
         Those that keys are made for.
     upload : str
         "full" or "whole", as in :func:`refattn.he.plan`.
+    centred : bool
+        Whether the client first takes each token's mean over features from it.
     """
 
     n: int
@@ -73,6 +76,7 @@ class LayerPlan(Planned):
     counts: Counter[tuple[str, int]] = field(repr=False)
     rotations: tuple[int, ...]
     upload: str = "full"
+    centred: bool = False
 
     @property
     def outs(self) -> int:
@@ -104,7 +108,19 @@ class LayerPlan(Planned):
         """What messages name the plan by."""
         text = {
             n: getattr(self, n)
-            for n in ("n", "d", "heads", "p", "classes", "spread", "apart", "residual_limbs", "first_epsilon", "upload")
+            for n in (
+                "n",
+                "d",
+                "heads",
+                "p",
+                "classes",
+                "spread",
+                "apart",
+                "residual_limbs",
+                "first_epsilon",
+                "upload",
+                "centred",
+            )
         }
         text |= {"ring": asdict(self.ring), "factors": (self.residual_factor, self.out_factor)}
         return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).digest()
@@ -156,11 +172,12 @@ def tokens_of(plan: Any, x: Any) -> tuple[Float, Float]:
     """Return a client's tokens, checked, and what the first norm makes of them, (n, d) each."""
     if isinstance(x, Problem):
         raise InvalidProblem(f"x: got a Problem, expected an array of shape {(plan.n, plan.d)}")
-    x = np.asarray(x, np.float64)
+    x = numbers_of("x", x)
     if x.shape != (plan.n, plan.d):
         raise InvalidProblem(f"x: got shape {x.shape}, expected {(plan.n, plan.d)}")
     if not np.isfinite(x).all():
         raise InvalidProblem("x: has numbers that are not finite")
+    x = x - x.mean(1, keepdims=True) if plan.centred else x
     return x, x if plan.first_epsilon is None else x / np.sqrt((x**2).mean(1, keepdims=True) + plan.first_epsilon)
 
 

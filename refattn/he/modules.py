@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import InvalidInput, UnsupportedProblem
+from ..validation import shown
+from .arguments import is_number
 from .arithmetic import Numbers
 from .inverse import choose
 from .polynomials import Polynomial, activation, inverse_sqrt
@@ -74,8 +76,10 @@ def measured(module: nn.Module, data: Any, margin: float = 0.2) -> dict[str, tup
     UnsupportedProblem
         A range that no polynomial holds within the part's tolerance; the text names the part.
     """
-    if not 0 <= margin < 1:
-        raise InvalidInput(f"margin: got {margin}, expected from 0 to below 1")
+    if not is_number(margin) or not 0 <= margin < 1:
+        raise InvalidInput(f"margin: got {shown(margin)}, expected from 0 to below 1")
+    if torch.is_tensor(data) and not bool(torch.isfinite(data).all()):
+        raise InvalidInput("data: has numbers that are not finite")
     parts = {name: part for name, part in module.named_modules() if isinstance(part, _Ranged)}
     were = {name: part.polynomial for name, part in parts.items()}
     polynomial(module, False)
@@ -92,8 +96,8 @@ def measured(module: nn.Module, data: Any, margin: float = 0.2) -> dict[str, tup
             found[name] = part.fit(*(x + way * margin * abs(x) for x, way in zip(part.seen, (-1, 1), strict=True)))
         except UnsupportedProblem as e:
             raise UnsupportedProblem(
-                f"{name}: {e}; it sees {part.seen[0]:.3g} to {part.seen[1]:.3g}: train with range_penalty, or allow it "
-                "a larger tolerance"
+                f"{name}: {e}; it sees {part.seen[0]:.3g} to {part.seen[1]:.3g}: train with range_penalty, or give "
+                "that part a larger .tolerance and call he.ranges again"
             ) from e
     return found
 

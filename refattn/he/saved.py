@@ -149,7 +149,7 @@ def _parts(weights: Weights) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a layer's arrays, and what JSON holds of the rest."""
     arrays: dict[str, Any] = {f.name: getattr(weights, f.name) for f in fields(weights)}
     then, first = arrays.pop("then"), arrays.pop("first")
-    names = ("p", "epsilon", "scale", "denominator", "causal", "first_epsilon")
+    names = ("p", "epsilon", "scale", "denominator", "causal", "first_epsilon", "centred")
     rest: dict[str, Any] = {n: arrays.pop(n) for n in names}
     if first is not None:
         rest["first"] = asdict(first)

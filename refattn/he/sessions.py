@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem, WorkerDied
+from ..validation import shown
+from .arguments import MOST_WORKERS, is_count
 from .device.card import Card
 from .device.session import Session
 from .encoder import Encoder
@@ -55,8 +57,10 @@ class Sharing:
     results: int = 1
 
     def __post_init__(self) -> None:
-        if self.bits < 1 or self.results < 1:
-            raise InvalidInput(f"he: got {self.bits} bits and {self.results} results, expected at least 1")
+        if not is_count(self.bits, 1, 1000) or not is_count(self.results, 1, 2**60):
+            raise InvalidInput(
+                f"he: got {shown(self.bits)} bits and {shown(self.results)} results, expected integers of at least 1"
+            )
 
     def deviation(self, noise: float) -> float:
         """Return the standard deviation to add where the encryption's noise is at most so large.
@@ -77,6 +81,8 @@ class Client:
     """
 
     def __init__(self, plan: Plan | LayerPlan | EncoderPlan) -> None:
+        if not isinstance(plan, Plan | LayerPlan | EncoderPlan):
+            raise InvalidInput(f"plan: got {type(plan).__name__}, expected a plan: he.plan(...), or a program's .plan")
         self.plan = plan
         s, made = api(), context(plan.ring)
         self._generator = s.KeyGenerator(made)
@@ -186,6 +192,8 @@ class Client:
         UnsupportedProblem
             A result to be shared of a plan without a bound on its noise.
         """
+        if share is not None and not isinstance(share, Sharing):
+            raise InvalidInput(f"share: got {shown(share)}, expected he.Sharing(bits, results) or None")
         if share is not None and not isinstance(self.plan, Plan):
             raise UnsupportedProblem(
                 "he: the plan of a layer has no bound on its noise, so nothing says how much drowns it"
@@ -245,8 +253,12 @@ class Server:
     """
 
     def __init__(self, program: Plan | Layer | Encoder, keys: bytes, workers: int = 1, device: str = "cpu") -> None:
-        if workers < 1:
-            raise InvalidInput(f"workers: got {workers}, expected at least 1")
+        if not isinstance(program, Plan | Layer | Encoder):
+            raise InvalidInput(f"program: got {type(program).__name__}, expected a plan, a he.Layer or a he.Encoder")
+        if not isinstance(keys, bytes | bytearray | memoryview):
+            raise InvalidInput(f"keys: got {type(keys).__name__}, expected the bytes of client.evaluation_keys()")
+        if not is_count(workers, 1, MOST_WORKERS):
+            raise InvalidInput(f"workers: got {shown(workers)}, expected an integer from 1 to {MOST_WORKERS}")
         if device not in ("cpu", "cuda"):
             raise InvalidInput(f"device: got {device!r}, expected 'cpu' or 'cuda'")
         if device == "cuda" and workers > 1:

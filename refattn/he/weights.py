@@ -70,6 +70,8 @@ class Weights:
         Each token is divided by the root of its mean square and this, before the projections: by the client, exactly.
     first : Polynomial, optional
         Near 1/sqrt(x) of the mean square, first_epsilon added: the server divides, in an encoder's later blocks.
+    centred : bool
+        Whether the client first takes each token's mean over features from it.
     """
 
     query: Float
@@ -86,6 +88,7 @@ class Weights:
     then: Feedforward | Float
     first_epsilon: float | None = None
     first: Polynomial | None = None
+    centred: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +132,8 @@ def check_encoder(w: EncoderWeights) -> None:
             raise InvalidInput(f"head: got shape {w.head.shape}, expected ({d}, classes)")
         if w.head_bias.shape != w.head.shape[1:]:
             raise InvalidInput(f"head_bias: got shape {w.head_bias.shape}, expected {w.head.shape[1:]}")
+        if not np.isfinite(w.head).all() or not np.isfinite(w.head_bias).all():
+            raise InvalidInput("head: has numbers that are not finite; training left them there")
 
 
 def check(w: Weights) -> None:
@@ -141,7 +146,7 @@ def check(w: Weights) -> None:
     heads, d, d_k = w.query.shape
     n, d_v = w.query_bias.shape[1], w.value.shape[2]
     shapes: dict[str, tuple[Float, tuple[int, ...]]] = {
-        "key": (w.key, (heads, d, d_k)), "value": (w.value, (heads, d, d_v)),
+        "query": (w.query, (heads, d, d_k)), "key": (w.key, (heads, d, d_k)), "value": (w.value, (heads, d, d_v)),
         "query_bias": (w.query_bias, (heads, n, d_k)), "key_bias": (w.key_bias, (heads, n, d_k)),
         "value_bias": (w.value_bias, (heads, n, d_v)),
     }  # fmt: skip
@@ -156,6 +161,8 @@ def check(w: Weights) -> None:
     for name, (x, shape) in shapes.items():
         if x.shape != shape:
             raise InvalidInput(f"{name}: got shape {x.shape}, expected {shape}")
+        if not np.isfinite(x).all():
+            raise InvalidInput(f"{name}: has numbers that are not finite; training left them there")
     if w.p not in POWERS:
         raise InvalidInput(f"p: got {w.p!r}, expected one of {', '.join(map(str, POWERS))}")
     if not 0 <= w.epsilon <= w.denominator[0]:

@@ -69,7 +69,7 @@ def test_layers_that_normalise_first_become_blocks_of_the_same_numbers(layers, a
 
 def test_a_converted_encoder_is_computed_on_ciphertexts():
     done = nets.convert(stock(2), tolerance=1e-3)
-    x = tokens()
+    x = tokens(centred=False)  # the client takes the mean over features out, as the model does
     ranges = he.ranges(done.model, x, margin=0.1)
     assert set(ranges) == {f"blocks.{k}.{n}" for k in (0, 1) for n in ("attention", "norm", "activation")} | {
         "blocks.1.first"
@@ -77,12 +77,30 @@ def test_a_converted_encoder_is_computed_on_ciphertexts():
     weights = nets.weights_of(done.model, 5)
     assert len(weights.blocks) == 2
     made = he.Encoder(weights, 1e-3)
+    assert made.plan.centred
     with torch.no_grad():
         exact = done.model(x)
         stand_in = nets.polynomial(done.model)(x)
     for a, b in zip(x.numpy(), stand_in.numpy(), strict=True):
         assert np.abs(made.simulate(a) - b).max() <= 1e5 * EPS * np.abs(b).max()
     assert 0 < float((stand_in - exact).abs().max()) < 0.2 * float(exact.abs().max())
+    with pytest.raises(
+        InvalidProblem, match=r"x: its tokens have a root mean square of .* that a refresh is right for"
+    ):
+        made.plan.encoded(1e6 * x[0].numpy())
+    with pytest.raises(InvalidProblem, match="x: got Tensor, expected an array of real numbers"):
+        made.plan.encoded(x[0].requires_grad_())
+    with pytest.raises(InvalidProblem, match="x: got ndarray, expected an array of real numbers"):
+        made.plan.encoded(1j * x[0].detach().numpy())
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_what_no_ring_has_slots_for_is_said(layers):
+    weights = nets.weights_of(nets.convert(stock(layers, 64)).model, 128)
+    with pytest.raises(
+        UnsupportedProblem, match="slots, and no ring at 128 bits of security has more than 16384: take"
+    ):
+        (he.Layer if layers is None else he.Encoder)(weights)
 
 
 def test_layers_that_normalise_last_are_converted_by_parts():
@@ -106,6 +124,104 @@ def test_layers_that_normalise_last_are_converted_by_parts():
         assert near(found, expected)
 
 
+def hooked(module):
+    module.register_forward_hook(lambda module, args, out: 3 * out)
+    return module
+
+
+def with_eps(layer):
+    layer.norm2.eps = 1e-3
+    return layer
+
+
+def with_rms(layer):
+    layer.norm1, layer.norm2 = (drawn(nn.RMSNorm(16, eps=1e-5)) for _ in range(2))
+    return layer
+
+
+class Twice(nn.TransformerEncoderLayer):
+    def forward(self, *args, **more):
+        return 2 * super().forward(*args, **more)
+
+
+@pytest.mark.parametrize("change", ["norm", "hook", "again"])
+def test_pytorchs_encoder_runs_where_its_layers_cannot_become_blocks(change):
+    model = stock(2, norm=drawn(nn.LayerNorm(16)) if change == "norm" else None)
+    if change == "hook":
+        hooked(model.layers[1])
+    if change == "again":
+        model.layers[1] = model.layers[0]
+    done = nets.convert(model)
+    assert type(done.model) is nn.TransformerEncoder
+    assert done.left
+    x = tokens(centred=False)
+    with torch.no_grad():
+        assert near(soft(done.model)(x), model(x))
+
+
+def test_what_is_met_again_stays_one():
+    part = nn.GELU()
+    made = nets.convert(nn.Sequential(part, nn.Linear(2, 2), part)).model
+    assert made[0] is made[2]
+
+
+def test_a_converted_model_refuses_masks():
+    x = tokens()
+    for layers, name in ((2, "Encoder"), (None, "Block")):
+        made = nets.convert(stock(layers)).model
+        made(x, None, is_causal=False)
+        with pytest.raises(
+            UnsupportedProblem, match=f"a converted {name} takes tokens alone, got src_key_padding_mask"
+        ):
+            made(x, src_key_padding_mask=torch.zeros(3, 5, dtype=torch.bool))
+        with pytest.raises(UnsupportedProblem, match="got a mask"):
+            made(x, torch.zeros(5, 5))
+
+
+def test_what_has_nothing_to_change_says_so():
+    assert str(nets.convert(nn.Linear(2, 2))).startswith("nothing was found to change: what a forward calls")
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"p": 3}, "p: got 3, expected one of 2, 4, 6, 8"),
+        ({"p": True}, "p: got True, expected one of"),
+        ({"epsilon": 0}, "epsilon: got 0, expected a number above 0"),
+        ({"tolerance": float("nan")}, "tolerance: got nan, expected a number above 0"),
+        ({"margin": "a"}, "margin: got 'a', expected from 0 to below 1"),
+        ({"causal": 1}, "causal: got 1, expected True or False"),
+        ({"data": torch.full((1, 5, 16), torch.nan, dtype=torch.float64)}, "data: has numbers that are not finite"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(given, text):
+    with pytest.raises(InvalidInput, match=text):
+        nets.convert(stock(), **given)
+
+
+def test_weights_that_mean_nothing_are_refused():
+    block = nets.convert(stock()).model
+    for n in (0, -1, 2.5, "4", True, 10**9):
+        with pytest.raises(InvalidInput, match=r"n: got .*, expected a number of tokens from 1 to 16384"):
+            nets.weights_of(block, n)
+    nets.anneal(block, 0.75)
+    with pytest.raises(InvalidInput, match=r"its attention is softmax still, by a share of 0\.25"):
+        nets.weights_of(block, 4)
+    nets.anneal(block, 1.0)
+    with pytest.raises(InvalidInput, match=r"weights: got Weights, expected EncoderWeights; he\.Layer takes one block"):
+        he.Encoder(nets.weights_of(block, 4))
+    with pytest.raises(InvalidInput, match=r"weights: got EncoderWeights, expected Weights; he\.Encoder takes several"):
+        he.Layer(nets.weights_of(nets.convert(stock(1)).model, 4))
+    with pytest.raises(InvalidInput, match=r"head: got Sequential, expected nn\.Linear or None"):
+        nets.Encoder([block], nn.Sequential())
+    head = nets.Encoder([block], nn.Linear(16, 3, bias=False).double())
+    assert nets.weights_of(head, 4).head_bias.tolist() == [0, 0, 0]
+    with torch.no_grad():
+        block.up.weight[0, 0] = torch.nan
+    with pytest.raises(InvalidInput, match="up: has numbers that are not finite; training left them there"):
+        he.Layer(nets.weights_of(block, 4))
+
+
 def test_what_cannot_be_converted_is_said():
     for model, name, text in (
         (stock(2, activation="relu"), "layers.1", "activation relu: expected GELU or SiLU"),
@@ -115,7 +231,16 @@ def test_what_cannot_be_converted_is_said():
         (nn.Sequential(nn.LayerNorm((2, 3))), "0", "normalises 2 axes"),
         (nn.Sequential(nn.MultiheadAttention(4, 2, kdim=3)), "0", "keys of another size"),
         (nn.Sequential(nn.GELU("tanh")), "0", "GELU by tanh"),
+        (stock(activation=nn.GELU("tanh")), "", "GELU by tanh"),
+        (drawn(nn.TransformerEncoderLayer(16, 2, 24, activation="gelu", norm_first=True)), "", "batch_first=True"),
+        (with_eps(stock()), "", "have eps 1e-05 and 0.001: a block has one"),
+        (hooked(stock()), "", "has a forward or hooks of its own"),
+        (Twice(16, 2, 24, 0.0, "gelu", norm_first=True, batch_first=True), "", "has a forward or hooks of its own"),
+        (nn.Sequential(hooked(nn.LayerNorm(4))), "0", "has a forward or hooks of its own"),
+        (nn.Sequential(*[stock()] * 2), "1", "the same layer again: two blocks have weights of their own"),
+        (nn.Sequential(stock(), with_rms(stock())), "the whole", "some layers take the mean away and others do not"),
     ):
+        name = "" if name == "the whole" else name
         done = nets.convert(model)
         assert text in done.left[name], done.left
         assert f"left: {name or 'the model'}: " in str(done)
@@ -292,9 +417,11 @@ def test_ranges_of_parts_are_what_they_see():
             he.ranges(model, x, margin=margin)
     with pytest.raises(InvalidInput, match="k: got no data"):
         he.ranges(model)
-    with pytest.raises(InvalidInput, match="data: 0 sees numbers that are not finite"):
+    with pytest.raises(InvalidInput, match="data: has numbers that are not finite"):
         he.ranges(model, x * float("inf"))
-    with pytest.raises(UnsupportedProblem, match=r"0: activation: gelu .*; it sees -3e\+06 to 2e\+06: train with"):
+    with pytest.raises(
+        UnsupportedProblem, match=r"0: activation: gelu .*; it sees -3e\+06 to 2e\+06: train with range_penalty, or"
+    ):
         he.ranges(model, x * 1e6)
 
 

@@ -123,7 +123,7 @@ def test_workers_give_the_same(session):
         for y in (x, other):
             out = client.decrypt(server.attend(client.encrypt(y)))
             assert np.abs(out - exact(y)).max() <= plan.error
-    with pytest.raises(InvalidInput, match="workers: got 0, expected at least 1"):
+    with pytest.raises(InvalidInput, match="workers: got 0, expected an integer from 1 to 1024"):
         he.Server(plan, b"", workers=0)
 
 
@@ -254,7 +254,7 @@ def test_a_result_to_be_shared_is_drowned(narrow):
         errors.append(client.decrypt(server.attend(client.encrypt(x)), share) - he.reference(x))
     # 160 numbers: five standard errors
     assert np.std(errors) == pytest.approx(deviation, rel=5 / np.sqrt(2 * 160))
-    with pytest.raises(InvalidInput, match="got 0 bits and 1 results, expected at least 1"):
+    with pytest.raises(InvalidInput, match="got 0 bits and 1 results, expected integers of at least 1"):
         he.Sharing(bits=0)
 
 
@@ -281,3 +281,19 @@ def test_compact_queries_need_less_and_refuse_what_they_cannot_carry():
         planned(problem(2, 3, 4), upload="compact", mode="throughput")
     with pytest.raises(InvalidInput, match="upload: got 'small', expected one of full, compact, whole"):
         planned(problem(2, 3, 4), upload="small")
+
+
+def test_what_is_no_plan_or_no_keys_is_refused():
+    with pytest.raises(InvalidInput, match="plan: got NoneType, expected a plan"):
+        he.Client(None)
+    with pytest.raises(InvalidInput, match=r"program: got str, expected a plan, a he\.Layer or a he\.Encoder"):
+        he.Server("plan.json", b"")
+    made = he.plan(2, 2, 2, denominator=(1.0, 2.0), epsilon=1.0, norms=(1.0, 1.0), value_most=1.0)
+    with pytest.raises(InvalidInput, match=r"keys: got NoneType, expected the bytes of client\.evaluation_keys\(\)"):
+        he.Server(made, None)
+    with pytest.raises(InvalidInput, match="workers: got '2', expected an integer from 1 to 1024"):
+        he.Server(made, b"", workers="2")
+    with pytest.raises(InvalidInput, match="got 'a' bits and 1 results, expected integers"):
+        he.Sharing(bits="a")
+    with pytest.raises(InvalidInput, match=r"share: got 3, expected he\.Sharing\(bits, results\) or None"):
+        he.Client(made).decrypt(b"", share=3)
