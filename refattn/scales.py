@@ -59,6 +59,11 @@ def values(problem: Problem, name: str) -> Float:
         With arrays of any library.
     name : {"query", "key", "value"}
         Which.
+
+    Raises
+    ------
+    InvalidProblem
+        An element times its scale is no float64 number.
     """
     x, scale = to_float64(to_numpy(getattr(problem, name))), getattr(problem, f"{name}_scale")
     if scale is None:
@@ -70,7 +75,17 @@ def values(problem: Problem, name: str) -> Float:
             f"{name}_scale: has {bits} bits, {name}'s elements {own}, and float64 holds no product of these; "
             "round the scale, e.g. float(numpy.float32(scale))"
         )
-    return np.asarray(x * spread(by, x.shape))
+    of = spread(by, x.shape)
+    with np.errstate(all="ignore"):
+        product = np.asarray(x * of)
+        lost = np.isfinite(x) & (product / of != x)  # an exact product gives its factor back
+    if lost.any():
+        at = tuple(int(i) for i in np.argwhere(lost)[0])
+        raise InvalidProblem(
+            f"{name}_scale: {name} at {at} is {x[at]:.3g}, and times its scale {np.broadcast_to(of, x.shape)[at]:.3g} "
+            "it leaves float64's range; scale both by a power of two"
+        )
+    return product
 
 
 def spread(scale: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -96,6 +96,15 @@ def test_scales_that_float64_holds_no_product_of(make):
     assert evaluate(p.replace(key_scale=2.0**-30)).out.shape == p.out_shape
 
 
+@pytest.mark.parametrize(("number", "scale"), [(1e300, 2.0**900), (1e-300, 2.0**-900), (3e-308, 0.25)])
+def test_products_that_leave_float64_are_refused(number, scale):
+    q = np.ones((1, 1, 1, 1))
+    p = Problem(q, q, q * number, value_scale=scale, out_scale=scale)
+    with pytest.raises(InvalidProblem, match=r"value_scale: value at \(0, 0, 0, 0\) is .* it leaves float64's range"):
+        evaluate(p, rounding="float64")
+    assert evaluate(p.replace(value_scale=1.0, out_scale=1.0), rounding="float64").out == number
+
+
 @pytest.mark.parametrize("x", ["torch", "jax"])
 def test_other_libraries(x, make):
     if x == "jax":

@@ -18,7 +18,17 @@ from ..variants import Steps, variant_of
 from .reading import watched
 from .state import restored
 
-__all__ = ["SOURCES", "Function", "Result", "call_gradients", "call_kernel", "guarded", "result_of", "unchanged"]
+__all__ = [
+    "SOURCES",
+    "Function",
+    "Result",
+    "call_gradients",
+    "call_kernel",
+    "guarded",
+    "result_of",
+    "unchanged",
+    "used",
+]
 
 Function = Callable[[Problem], Any]
 
@@ -90,11 +100,11 @@ def result_of(result: Any, problem: Problem) -> Result:
         if dtype_name(more) not in FORMATS:
             raise KernelError(f"{name}: got dtype {dtype_name(more)}, expected one of {', '.join(FORMATS)}")
     rest: dict[str, Any] = {} if more is None else {name: _numpy(more)}
-    found: dict[str, Any] = _used(problem, {"out": _numpy(out), **rest})
+    found: dict[str, Any] = used(problem, {"out": _numpy(out), **rest})
     return Result(**found)
 
 
-def _used(problem: Problem, found: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def used(problem: Problem, found: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Return results with 0, and -inf as lse, in rows and keys that lengths leave unused: nobody looks at those."""
     gone = unused(problem)
     if gone is None:
@@ -169,7 +179,7 @@ def call_gradients(
             raise KernelError(f"{name}: got dtype {dtype_name(x)}, expected {SOURCES[name]}'s {dtype_name(source)}")
     found = {name: _numpy(x) for name, x in result.items()}
     _own(given | arriving, **found)
-    return _used(problem, found), read
+    return used(problem, found), read
 
 
 def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, dict[str, NDArray[Any]], frozenset[str]]:

@@ -15,7 +15,7 @@ from ..errors import InvalidInput, MismatchError, expect
 from ..exact.driver import enclose
 from ..problem import Problem
 from .bounds.expected import expected, of_answer
-from .call import SOURCES, Result
+from .call import SOURCES, Result, used
 from .compare import Worst, against
 from .inputs.sample import Sample, sample_of
 from .model import Model, flash
@@ -40,8 +40,8 @@ def assert_close(
     Parameters
     ----------
     out : (b, h_q, n_q, d_v) array
-        Of query's type, of NumPy, PyTorch, CuPy or JAX. Of a large call a sample of rows is compared, and the
-        rows that differ most from float64.
+        Of query's type, or of ``out_dtype``; of NumPy, PyTorch, CuPy or JAX. Of a large call a sample of rows is
+        compared, and the rows that differ most from float64.
     problem : Problem
         The call.
     lse : (b, h_q, n_q) array, optional
@@ -66,9 +66,10 @@ def assert_close(
     expect(isinstance(seed, Integral) and seed >= 0, "seed", seed, "an integer of at least 0")
     if gradients is None and dout is not None:
         raise InvalidInput("dout: belongs to gradients; pass both")
-    found = {"out": _array("out", out, plain.out_shape, plain.dtype)}
+    found = {"out": _array("out", out, plain.out_shape, plain.out_type)}
     if lse is not None:
         found["lse"] = _array("lse", lse, plain.out_shape[:3], None)
+    found = used(plain, found)
     some = sample_of(plain, np.random.default_rng(seed))
     _compare(found, plain, chosen, some)
     other = None if some is None else suspects(plain, Result(found["out"], found.get("lse")))
@@ -128,10 +129,11 @@ def _gradients(gradients: Mapping[str, Any], dout: Any, plain: Problem, model: M
     unknown = [n for n in gradients if n not in SOURCES or getattr(plain, SOURCES[n]) is None]
     if unknown:
         raise InvalidInput(f"gradients: got {unknown[0]!r}, which the call does not have")
-    known = expected(plain, model, _array("dout", dout, plain.out_shape, plain.dtype))
-    for name, x in gradients.items():
-        source = getattr(plain, SOURCES[name])
-        worst = against(known, name, _array(name, x, source.shape, dtype_name(source)), dtype_name(source))
+    known = expected(plain, model, _array("dout", dout, plain.out_shape, plain.out_type))
+    of = {n: getattr(plain, SOURCES[n]) for n in gradients}
+    found = {n: _array(n, x, of[n].shape, dtype_name(of[n])) for n, x in gradients.items()}
+    for name, x in used(plain, found).items():
+        worst = against(known, name, x, dtype_name(of[name]))
         if not worst.passed:
             raise MismatchError(_text(worst, worst.place, plain))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -134,7 +135,8 @@ def check(
             _run(entries, variant, dtypes, which, more, reports)
 
     broken = _ended(judge)
-    reports = [replace(r, flags="--untrusted") for r in reports] if untrusted else reports
+    flags = ([f"--problem {shlex.quote(problem_file)}"] if problem_file else []) + ["--untrusted"] * untrusted
+    reports = [replace(r, flags=" ".join(flags)) for r in reports]
     reports, stale = _held(baseline, update_baseline, reports)
     if explain and problem is None and not broken:
         broken = _ended(partial(_explain, entries, reports))
@@ -142,6 +144,9 @@ def check(
     print_failures(console, reports)
     console.print(table_of(reports))
     print_outside(console, reports, kernels)
+    for r in reports:
+        if n := r.count("known"):
+            click.echo(f"{r.kernel}: {n} {'failure' if n == 1 else 'failures'} of {baseline_file} not counted")
     for file, written in ((json_file, summary), (junit_file, junit), (html_file, page)):
         if file is not None:
             write_text(file, written(reports))

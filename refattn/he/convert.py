@@ -178,7 +178,7 @@ TANH = "GELU by tanh: its polynomial is near the exact one, which differs by up 
 OWN = "has a forward or hooks of its own, which nobody can read here"
 
 
-def _own(module: nn.Module, *kinds: type) -> bool:
+def _own(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Tell whether a module of some kind does other things than its kind."""
     theirs = [k.forward for k in kinds if isinstance(module, k)]
     changed = bool(theirs) and type(module).forward not in theirs

@@ -163,9 +163,11 @@ GATED_DELTA = Variant(
             ("chunk-end", CHUNK, {"alpha": True}),
             ("grouped", 9, {"alpha": True, "h": 4, "h_kv": 2}),
             ("state", 12, {"alpha": "channels", "state": True}),
+            ("long", 67, {"alpha": "strong", "d": 16, "d_v": 24, "b": 2}),
+            ("wide", 9, {"alpha": "channels", "d": 72}),
         )
     },
-    quick=frozenset({"gaussian/delta", "gaussian/chunk-end", "gaussian/state", "gaussian/gated-and-all"}),
+    quick=frozenset({f"gaussian/{n}" for n in ("delta", "chunk-end", "state", "gated-and-all", "long")}),
     wrong={
         "error_of_the_old_state": _wrong("the error is that of the state before it fades", _old_error),
         "fades_after_the_token": _wrong("the state fades after the token has moved it", _faded_after),

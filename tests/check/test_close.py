@@ -30,6 +30,26 @@ def test_a_wrong_row_of_a_large_call_is_found():
     assert "the call: Problem(softmax float32" in str(e.value)
 
 
+def test_nobody_looks_behind_lengths(make):
+    p = make(5, 7, b=2, lengths_q=np.array([2, 5]), lengths_k=np.array([7, 3]))
+    out, lse = tiled(p)
+    dout = np.ones(p.out_shape, np.float32)
+    found = gradients(p, dout)
+    out[0, :, 2:], lse[0, :, 2:], found["dk"][1, :, 3:] = 7, 7, np.nan
+    refattn.assert_close(out, p, lse=lse, gradients=found, dout=dout)
+    out[0, :, 1] = 7
+    with pytest.raises(MismatchError, match=r"out at batch 0, head \d, row 1"):
+        refattn.assert_close(out, p)
+
+
+def test_the_result_has_the_type_that_the_call_asks_for(make):
+    p = make(5, 7, out_dtype="bfloat16")
+    out = tiled(p)[0]
+    refattn.assert_close(out, p)
+    with pytest.raises(InvalidInput, match="out: got dtype float32, expected bfloat16"):
+        refattn.assert_close(out.astype(np.float32), p)
+
+
 @pytest.mark.parametrize("place", [(0, 1, 77), (1, 3, 201), (1, 0, 130)])
 def test_one_row_that_is_wrong_is_found_wherever_it_lies(place):
     p = large()

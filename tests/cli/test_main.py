@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -144,6 +145,7 @@ def test_a_problem_of_ones_own(kernels, tmp_path, make):
     result = call("check", f"{kernels}:wrong", "--problem", tmp_path / "mine.npz")
     assert result.exit_code == 1
     assert "fails file/mine[float32]" in result.output
+    assert re.search(r"repeat it: refattn check \S+:wrong --problem \S+mine.npz$", result.output, re.MULTILINE)
     (tmp_path / "other.npz").write_text("hello")
     result = call("check", f"{kernels}:right", "--problem", tmp_path / "other.npz")
     assert result.exit_code == 2

@@ -51,16 +51,18 @@ class Draw:
             **self.recurrent(1, h, n_k, d, d if d_v is None else d_v),
         }
 
-    def recurrent(self, b: int, h: int, n: int, d: int, d_v: int, channels: bool = False) -> dict[str, Float]:
+    def recurrent(
+        self, b: int, h: int, n: int, d: int, d_v: int, channels: bool = False, strong: bool = False
+    ) -> dict[str, Float]:
         """Draw a state and gates; beta is so small that keys of normal numbers, of length sqrt(d), make nothing grow.
 
-        With `channels` alpha is drawn for each channel.
+        With `channels` alpha is drawn for each channel; if `strong`, some tokens forget nearly all.
         """
         gates = np.random.default_rng((b, h, n, d))  # another, so that other operators' numbers stay what they are
         fade = gates.random((b, h, n, d if channels else 1))
         return {
             "state": self.normal(b, h, d, d_v),
-            "alpha": 1 - fade**3 / 2,
+            "alpha": np.where(fade < 1 / 8, fade * 2.0**-16, 1 - fade**3 / 2) if strong else 1 - fade**3 / 2,
             "beta": gates.random((b, h, n, 1)) / d,
         }
 
@@ -85,7 +87,8 @@ class Draw:
         """
         h_kv, d_v = h if h_kv is None else h_kv, d if d_v is None else d_v
         if asked := [n for n in RECURRENT if isinstance(more.get(n), bool | str)]:
-            found = self.recurrent(b, h, n_k, d, d_v, more.get("alpha") == "channels")
+            kind = more.get("alpha")
+            found = self.recurrent(b, h, n_k, d, d_v, kind == "channels", kind == "strong")
             more |= {n: found[n] if more[n] else None for n in asked}
         q = self.normal(b, h, n_q, d) if q is None else q
         k = self.normal(b, h_kv, n_k, d) if k is None else k

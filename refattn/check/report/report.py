@@ -243,7 +243,8 @@ class Report:
         budget = "" if self.budget == "ci" else f" --budget {self.budget}"
         seed = f" --seed {self.seed}" if check.name.startswith("calls/") else ""
         more += f" {self.flags}" if self.flags else ""
-        return f"refattn check {shlex.quote(self.kernel)}{more} --only {shlex.quote(check.name)}{budget}{seed}"
+        more += "" if self.flags.startswith("--problem") else f" --only {shlex.quote(check.name)}{budget}{seed}"
+        return f"refattn check {shlex.quote(self.kernel)}{more}"
 
     def describe(self, check: Check, command: str = "") -> str:
         """Return a failed check in words: what, where, got, exact, allowed, and how to repeat it (by `command`)."""
