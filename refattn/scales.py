@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .arrays import dtype_name, from_float64, to_float64, to_numpy
 from .dtypes import ELEMENTS, FLOAT4, FORMATS, HELD
-from .errors import InvalidInput, InvalidProblem
+from .errors import InvalidInput, InvalidProblem, expect
 from .problem import Problem
 
 __all__ = ["dequantised", "quantised", "spread", "values"]
@@ -126,6 +126,10 @@ def quantised(
     """
     if len(blocks) != 4 or any(m < 1 or n % m for n, m in zip(x.shape, blocks, strict=True)):
         raise InvalidInput(f"blocks: got {blocks}, expected four integers that divide the axes of {x.shape}")
+    expect(elements in ELEMENTS, "elements", elements, "one of " + ", ".join(ELEMENTS))
+    expect(scales in FORMATS or scales in HELD, "scales", scales, "one of " + ", ".join([*FORMATS, *HELD]))
+    if not np.isfinite(x).all():
+        raise InvalidInput("x: has numbers that are not finite, and no scale holds them")
     b, h, n, d = blocks
     parts = x.reshape(b, x.shape[0] // b, h, x.shape[1] // h, n, x.shape[2] // n, d, x.shape[3] // d)
     top = np.abs(parts).max((1, 3, 5, 7))

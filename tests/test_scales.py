@@ -96,6 +96,19 @@ def test_scales_that_float64_holds_no_product_of(make):
     assert evaluate(p.replace(key_scale=2.0**-30)).out.shape == p.out_shape
 
 
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ((np.ones((1, 1, 1, 1)), "float3", (1, 1, 1, 1)), "elements: got 'float3', expected one of"),
+        ((np.ones((1, 1, 1, 1)), "int8", (1, 1, 1, 1), "float3"), "scales: got 'float3', expected one of"),
+        ((np.full((1, 1, 1, 1), np.nan), "int8", (1, 1, 1, 1)), "x: has numbers that are not finite"),
+    ],
+)
+def test_what_cannot_be_quantised_is_said(given, text):
+    with pytest.raises(InvalidInput, match=text):
+        quantised(*given)
+
+
 @pytest.mark.parametrize(("number", "scale"), [(1e300, 2.0**900), (1e-300, 2.0**-900), (3e-308, 0.25)])
 def test_products_that_leave_float64_are_refused(number, scale):
     q = np.ones((1, 1, 1, 1))

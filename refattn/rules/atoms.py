@@ -137,6 +137,10 @@ def dilated(step: int, corner: str = "bottom_right") -> Rule:
     return Atom(_named("dilated", step, corner=_corner(corner)), lambda x: (x.behind(corner) - x.k) % step == 0)
 
 
+FARTHEST = 2**26
+"""The largest distance: a table has a byte for each."""
+
+
 @remade
 def behind(distances: Any, size: int = 1, corner: str = "bottom_right") -> Rule:
     """Return the rule of distances: i' // size - j // size is one of them.
@@ -151,6 +155,8 @@ def behind(distances: Any, size: int = 1, corner: str = "bottom_right") -> Rule:
         As in :func:`causal`.
     """
     which, size = np.unique(_integers("distances", distances, 1, 0)), _whole("size", size, 1)
+    if which[-1] > FARTHEST:
+        raise InvalidInput(f"distances: got {which[-1]}, expected at most {FARTHEST}")
     held = np.zeros(int(which[-1]) + 3, bool)
     held[which + 1] = True  # an end on each side that is none of them
 
@@ -339,7 +345,10 @@ def _whole(name: str, x: Any, least: int) -> int:
 
 def _integers(name: str, x: Any, axes: int, least: int | None = None) -> NDArray[np.int64]:
     """Return a table of integers; with 2 axes the first is of batches, and may be left out."""
-    found = np.asarray(x)
+    try:
+        found = np.asarray(x)
+    except ValueError as e:  # rows of different lengths
+        raise InvalidInput(f"{name}: got {repr(x)[:200]}, expected integers, as many in each row") from e
     if found.ndim == 1 and axes == 2:
         found = found[None]
     if found.ndim != axes or not found.size or found.dtype.kind not in "iu":

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import expect
 from .places import Places
 from .rule import Rule
 from .spans import FULL, PARTIAL
@@ -99,6 +100,7 @@ def mask_mod(rule: Rule, n_q: int, n_k: int, device: Any = "cpu") -> Callable[[A
     InvalidInput
         The rule does not fit so many queries and keys.
     """
+    expect(isinstance(rule, Rule), "rule", rule, "a rule, such as refattn.rules.causal()")
     rule.check(rule.batches, rule.heads, n_q, n_k)
     held: dict[int, Any] = {}
     import torch

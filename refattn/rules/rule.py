@@ -73,6 +73,9 @@ class Rule:
         InvalidInput
             It names other batches, heads or numbers of queries and keys than the call has.
         """
+        for name, n in (("n_q", n_q), ("n_k", n_k)):
+            if n < 0:
+                raise InvalidInput(f"{name}: got {n}, expected at least 0")
         for name, mine, there in (("batches", self.batches, batch), ("query heads", self.heads, heads)):
             if mine not in (1, there):
                 raise InvalidInput(f"rule: {self!r} is made for {mine} {name}, and the call has {there}")

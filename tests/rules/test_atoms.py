@@ -15,6 +15,13 @@ from refattn import InvalidInput, rules
         (lambda: rules.dilated(2**63), f"step: got {2**63}, expected a whole number from 1 to 2**62"),
         (lambda: rules.prefix([2, -1]), "lengths: got -1, expected numbers of at least 0"),
         (lambda: rules.prefix(1.0), "lengths: got float64 of shape (1,), expected integers, at least one"),
+        (
+            lambda: rules.document([[0, 1], [2]]),
+            "ids_q: got [[0, 1], [2]], expected integers, as many in each row",
+        ),
+        (lambda: rules.behind([2**61]), "distances: got 2305843009213693952, expected at most 67108864"),
+        (lambda: rules.causal().dense(-1, 4), "n_q: got -1, expected at least 0"),
+        (lambda: rules.mask_mod("x", 4, 4), "rule: got 'x', expected a rule, such as refattn.rules.causal()"),
         (lambda: rules.document([]), "ids_q: got float64 of shape (0,), expected integers, at least one"),
         (lambda: rules.document([[1], [2]], [[1]] * 3), "ids_k: got 3 batches, expected ids_q's 2, or one for all"),
         (lambda: rules.behind([0, -1]), "distances: got -1, expected numbers of at least 0"),

@@ -247,11 +247,11 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         # the corner named without causal, and sides that leave the diagonal out
         "window-top-left": _entry(lambda d: d.problem(window=(9, 4), alignment="top_left"), "window", "alignment"),
         "window-before": _entry(lambda d: d.problem(window=(None, -1)), "window"),
-        "window-after": _entry(lambda d: d.problem(window=(-3, 20)), "window"),
+        "window-after": _entry(lambda d: d.problem(window=(-1, 20)), "window"),
         # the diagonal of a chunk that starts at a key, of each batch item its own
         "offset": _entry(lambda d: d.problem(causal="top_left", offset=11), "causal", "offset"),
         "offset-by-batch": _entry(
-            lambda d: d.problem(b=3, causal="top_left", offset=np.array([30, 7, 0])), "causal", "offset"
+            lambda d: d.problem(b=3, causal="top_left", offset=np.array([30, -7, 0])), "causal", "offset"
         ),
         "offset-window": _entry(lambda d: d.problem(b=2, window=(9, 4), offset=np.array([-20, 5])), "window", "offset"),
         "allowed": _entry(lambda d: d.problem(b=2, allowed=d.mask(2, 1, 37, 67)), "allowed"),
