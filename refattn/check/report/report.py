@@ -115,7 +115,7 @@ class Diagnosis:
         found = [f"every failed check is {', '.join(self.shared)}"] if self.shared else []
         found += [f"looks like: {text} ({100 * share:.0f} % alike)" for _, text, share in self.alike]
         found += [f"{self.check} still fails on {self.smallest}"] if self.smallest else []
-        return found + ([f"of that call: {self.boundary}"] if self.boundary else [])
+        return found + ([f"the smallest failing call {self.boundary}"] if self.boundary else [])
 
 
 @dataclass(frozen=True)
