@@ -85,7 +85,8 @@ def print_failures(console: Console, reports: list[Report]) -> None:
             _print(console, f"{_counted(len(follow))} {text}: {names}")
         for name, n in r.broken.items():
             known = " (declared)" if name in r.edges else ""
-            _print(console, f"{r.kernel} differs at an edge{known}, {_counted(n)}: {name}, the contract that {EDGES[name]}")
+            what = f"{name}, the contract that {EDGES[name]}"
+            _print(console, f"{r.kernel} differs at an edge{known}, {_counted(n)}: {what}")
             _print(console, f"  e.g. {next(c for c in r.checks if name in c.edges).name}; docs/edges.md says more")
         for name in r.kept:
             _print(console, f"{r.kernel} declares that it differs at {name}, and keeps it: take it out of edges=")
