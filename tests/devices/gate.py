@@ -6,7 +6,6 @@ that waits for nobody, inside a collective, must be ended. Prints a row for each
 
 import sys
 import time
-from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +16,8 @@ from refattn.devices.ranks import Ranks, function_of
 
 from . import rings
 
+KNOWN = {"tests.peers.torch_ring:ring": {"out"}, "tests.peers.torch_ring:ring_by_all_to_all": {"out"}}
+"""What PyTorch's merge is known to lose, on some calls (docs/devices.md)."""
 RIGHT = ("refattn.devices.ring:ring", "tests.peers.torch_ring:ring", "tests.peers.torch_ring:ring_by_all_to_all")
 
 
@@ -54,13 +55,14 @@ def main(sizes):
                 sent = function_of(name)[1]
                 for layout in LAYOUTS:
                     worst, ran = {}, 0
-                    for _, p in calls(size):
+                    for label, p in calls(size):
                         for c in judged_ranks(ranks, sent, p, layout, _merging(p, size, layout)):
                             ran += c.verdict != "unsupported"
                             for w in c.arrays:
-                                worst[w.array] = max(worst.get(w.array, 0.0), w.ratio)
-                    said = ", ".join(f"{n} {x:.3g}" for n, x in worst.items()) or "refused"
-                    row(max(worst.values(), default=0) <= 1, size, name, layout, f"{ran} checks, error/bound:", said)
+                                worst[w.array] = max(worst.get(w.array, (0.0, "")), (w.ratio, label))
+                    said = ", ".join(f"{n} {x:.3g} ({label})" for n, (x, label) in worst.items()) or "refused"
+                    past = {n for n, (x, _) in worst.items() if x > 1}
+                    row(past <= KNOWN.get(name, set()), size, name, layout, f"{ran} checks, error/bound:", said)
             for name in rings.EDITS:
                 sent = function_of(f"tests.devices.rings:{name}")[1]
                 for layout in LAYOUTS:
@@ -71,7 +73,7 @@ def main(sizes):
         start = time.monotonic()
         try:
             with Ranks(size, seconds=20) as ranks:
-                p = replace(_cases(None, size, "contiguous", 0)["gaussian"])
+                p = _cases(None, size, "contiguous", 0)["gaussian"]
                 judged_ranks(ranks, function_of(waits_for_nobody)[1], p, "contiguous", _merging(p, size, "contiguous"))
             row(False, size, "a hang was not told")
         except KernelError as e:

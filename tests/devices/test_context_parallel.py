@@ -17,6 +17,7 @@ from refattn.devices import check_context_parallel
 from refattn.devices.context_parallel import _merging, judged_ranks
 from refattn.devices.ranks import Ranks, function_of
 
+from ..snippets import run
 from . import rings
 
 pytest.importorskip("torch.distributed")
@@ -76,6 +77,12 @@ def test_rings_of_two_ranks(make):
         assert time.monotonic() - start < 50  # not by the time limit, which is 60
         assert ranks._processes == []
     assert multiprocessing.active_children() == []
+
+
+def test_the_page_runs():
+    """Two ranks on the calls that are drawn, and the parts by hand."""
+    with np.errstate(all="ignore"):
+        run(Path(__file__).parents[2] / "docs" / "devices.md")
 
 
 def running(pid):
