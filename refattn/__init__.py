@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .check.close import allowed_error, assert_close
     from .check.kernels.problem import check_problem
     from .check.parametrize import parametrize_with_checks
-    from .devices import check_context_parallel
+    from .devices.context_parallel import check_context_parallel
     from .errors import (
         InvalidInput,
         InvalidProblem,
@@ -46,7 +46,7 @@ _WHERE = {
     "check.kernels.problem": ("check_problem",),
     "check.close": ("allowed_error", "assert_close"),
     "check.parametrize": ("parametrize_with_checks",),
-    "devices": ("check_context_parallel",),
+    "devices.context_parallel": ("check_context_parallel",),
     "errors": (
         "InvalidInput",
         "InvalidProblem",

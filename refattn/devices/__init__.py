@@ -1,17 +1,5 @@
-"""Attention whose queries and keys are spread over several devices: shards, their merge, and a check of real runs."""
+"""Attention whose queries and keys are spread over several devices.
 
-from .context_parallel import check_context_parallel
-from .ranks import Shard
-from .shards import LAYOUTS, ORDERS, arriving, exact_shards, merged, parts_of, places
-
-__all__ = [
-    "LAYOUTS",
-    "ORDERS",
-    "Shard",
-    "arriving",
-    "check_context_parallel",
-    "exact_shards",
-    "merged",
-    "parts_of",
-    "places",
-]
+`shards` cuts a call and merges parts, `context_parallel` checks real runs on the processes of `ranks`, `ring` is a
+right implementation. Nothing is imported here: a rank needs little of it.
+"""

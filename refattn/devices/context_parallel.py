@@ -55,7 +55,7 @@ def check_context_parallel(
     world_size : int
         Ranks, 1 to 64.
     layout : {"contiguous", "zigzag", "striped"}
-        Which rows and keys each rank has, as ``refattn.devices.LAYOUTS`` says.
+        Which rows and keys each rank has, as ``refattn.devices.shards.LAYOUTS`` says.
     problem : Problem, optional
         A call of query, key, value and numbers: no mask or bias as an array. By default two causal calls with grouped
         heads are drawn, in float32, the second with keys that grow along the sequence, so that parts weigh unequally.

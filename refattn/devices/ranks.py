@@ -16,7 +16,6 @@ from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
 from ..arrays import kind_of, to_kind, to_numpy
-from ..check.kernels import find
 from ..errors import InvalidInput, KernelError, UnsupportedProblem, expect, printable
 from ..functions.arguments import whole, within
 
@@ -40,7 +39,7 @@ class Shard:
     rank, world_size : int
         Which rank this is, of how many; they are those of torch.distributed's default group, too.
     layout : str
-        One of ``refattn.devices.LAYOUTS``.
+        One of ``refattn.devices.shards.LAYOUTS``.
     query, key, value : (b, h, n / world_size, d) tensors
         Its rows and its keys.
     dout : (b, h_q, n_q / world_size, d_v) tensor
@@ -236,11 +235,11 @@ def _serve(rank: int, world_size: int, backend: str, store: str, seconds: float,
 
 
 def _with_parent() -> None:
-    """End this process when the one that started it has ended, however that came."""
+    """End this process, and what it started, when the one that started it has ended, however that came."""
     parent = parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)
 
 
 def _told(what: str, call: Callable[[], Any]) -> Any:
@@ -256,7 +255,11 @@ def _told(what: str, call: Callable[[], Any]) -> Any:
 
 def _loaded(function: bytes) -> Any:
     found = _told("could not be imported:", lambda: pickle.loads(function))
-    return find(found)[0].load() if isinstance(found, str) else found
+    if not isinstance(found, str):
+        return found
+    from ..check.kernels import find  # it imports much, which a rank does not need else
+
+    return find(found)[0].load()
 
 
 def _join(rank: int, world_size: int, backend: str, store: str, seconds: float) -> None:

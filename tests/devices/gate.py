@@ -10,9 +10,9 @@ import time
 import numpy as np
 
 from refattn import KernelError, Problem
-from refattn.devices import LAYOUTS
 from refattn.devices.context_parallel import _cases, _merging, judged_ranks
 from refattn.devices.ranks import Ranks, function_of
+from refattn.devices.shards import LAYOUTS
 
 from . import rings
 

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,9 +15,9 @@ import numpy as np
 import pytest
 
 from refattn import InvalidInput, KernelError, Problem
-from refattn.devices import check_context_parallel
-from refattn.devices.context_parallel import _merging, judged_ranks
-from refattn.devices.ranks import Ranks, function_of
+from refattn.devices import context_parallel
+from refattn.devices.context_parallel import _merging, check_context_parallel, judged_ranks
+from refattn.devices.ranks import Ranks, _loaded, function_of
 
 from ..snippets import run
 from . import rings
@@ -48,41 +50,75 @@ def small(make):
     return make(16, 16, 4, h=4, h_kv=2, causal="bottom_right")
 
 
+real = Ranks.run
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Two ranks for all tests: that a rank imports PyTorch takes seconds."""
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(autouse=True)
+def once(monkeypatch):
+    """Exact answers are made once for each call of a test."""
+    made, real = {}, context_parallel.expected
+
+    def kept(problem, model, dout=None):
+        key = id(problem), dout is None
+        made.setdefault(key, (problem, real(problem, model, dout)))
+        return made[key][1]
+
+    monkeypatch.setattr(context_parallel, "expected", kept)
+
+
 def judge(ranks, name, problem, layout="zigzag"):
     return judged_ranks(ranks, function_of(name)[1], problem, layout, _merging(problem, ranks.world_size, layout))
 
 
-def test_rings_of_two_ranks(make):
-    """One group for all, because a rank's import of PyTorch takes seconds."""
+def test_rings_of_two_ranks(make, pool):
+    p, models = small(make), []
+    for layout in ("zigzag", "striped", "contiguous"):
+        checks = judge(pool, "refattn.devices.ring:ring", p, layout)
+        assert [c.name for c in checks] == ["call/rank-0[float32]", "call/rank-1[float32]"]
+        assert [c.verdict for c in checks] == ["passed"] * 2
+        assert [w.array for w in checks[0].arrays] == ["out", "lse", "dq", "dk", "dv"]
+        models.append(_merging(p, 2, layout).split)
+    assert models == [4, 8, 8]
+    wide = make(8, 16, 4, h=2, causal="bottom_right")  # other places of rows than of keys
+    assert [c.verdict for c in judge(pool, "refattn.devices.ring:ring", wide)] == ["passed"] * 2
+    for name in rings.EDITS:
+        checks = judge(pool, f"tests.devices.rings:{name}", p)
+        wrong = {w.array for c in checks for w in c.arrays if not w.passed}
+        assert wrong == BROKEN.get(name, {"out", "lse", "dq", "dk", "dv"}), name
+        assert all(f"{n} at batch 0" in "".join(c.message for c in checks) for n in wrong)
+    assert len(judge(pool, rings.out_alone, p)[0].arrays) == 1
+
+
+def test_results_that_break_the_contract_are_told(make, pool):
     p = small(make)
-    with Ranks(2) as ranks:
-        for layout in ("zigzag", "striped", "contiguous"):
-            checks = judge(ranks, "refattn.devices.ring:ring", p, layout)
-            assert [c.name for c in checks] == ["call/rank-0[float32]", "call/rank-1[float32]"]
-            assert [c.verdict for c in checks] == ["passed"] * 2
-            assert [w.array for w in checks[0].arrays] == ["out", "lse", "dq", "dk", "dv"]
-        for name in rings.EDITS:
-            checks = judge(ranks, f"tests.devices.rings:{name}", p)
-            wrong = {w.array for c in checks for w in c.arrays if not w.passed}
-            assert wrong == BROKEN.get(name, {"out", "lse", "dq", "dk", "dv"}), name
-            assert all(f"{n} at batch 0" in "".join(c.message for c in checks) for n in wrong)
-        assert len(judge(ranks, rings.out_alone, p)[0].arrays) == 1
-        for name, text in CONTRACT.items():
-            with pytest.raises(KernelError, match=f"^{re.escape(text)}$"):
-                judge(ranks, getattr(rings, name), p)
-        assert len(ranks._processes) == 2  # all of this was one group
-        start = time.monotonic()
-        with pytest.raises(KernelError, match=r"^rank 1: its process ended by signal 9; all processes were ended$"):
-            judge(ranks, rings.dies, p)  # while its neighbour waits for it
-        assert time.monotonic() - start < 50  # not by the time limit, which is 60
-        assert ranks._processes == []
-    assert multiprocessing.active_children() == []
+    for name, text in CONTRACT.items():
+        with pytest.raises(KernelError, match=f"^{re.escape(text)}$"):
+            judge(pool, getattr(rings, name), p)
+    assert len(pool._processes) == 2  # the ranks go on
 
 
-def test_the_page_runs():
-    """Two ranks on the calls that are drawn, and the parts by hand."""
+def test_the_page_runs(pool, monkeypatch):
+    """By the ranks that are there."""
+    monkeypatch.setattr(Ranks, "run", lambda self, *given: real(pool, *given))
     with np.errstate(all="ignore"):
         run(Path(__file__).parents[2] / "docs" / "devices.md")
+
+
+def test_a_rank_that_dies_is_named_and_nothing_is_left(make, pool):
+    """While its neighbour waits for it."""
+    start = time.monotonic()
+    with pytest.raises(KernelError, match=r"^rank 1: its process ended by signal 9; all processes were ended$"):
+        judge(pool, rings.dies, small(make))
+    assert time.monotonic() - start < 50  # not by the time limit, which is 60
+    assert pool._processes == []
+    assert multiprocessing.active_children() == []
 
 
 def running(pid):
@@ -128,18 +164,39 @@ def test_ctrl_c_ends_all(make, note):
         check_context_parallel(rings.Sleeper(), world_size=1, problem=small(make))
 
 
+def test_ranks_end_with_who_started_them(tmp_path, note):
+    """However that came: here by a signal that nobody can catch."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from refattn import check_context_parallel\nfrom tests.devices.rings import Sleeper\n"
+        "if __name__ == '__main__':\n    check_context_parallel(Sleeper(), world_size=1)\n"
+    )
+    root = Path(__file__).parents[2]
+    started = subprocess.Popen([sys.executable, str(script)], cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    try:
+        end = time.monotonic() + 60
+        while not (note.exists() and note.read_text().endswith("\n")) and time.monotonic() < end:
+            time.sleep(0.05)
+    finally:
+        started.kill()
+        started.wait()
+
+
 def test_what_cannot_be_run_is_told(make):
     p = small(make)
     with pytest.raises(KernelError, match=r"^rank 0: its process ended with exit code 7; all processes were ended$"):
         check_context_parallel(rings.Quitter(), world_size=1, problem=p)
-    text = "rank 0: the function could not be imported: ValueError: invalid literal for int() with base 10"
-    with pytest.raises(KernelError, match=f"^{re.escape(text)}"):
-        check_context_parallel(rings.Raiser(), world_size=1, problem=p)
     report = check_context_parallel(rings.Refuser(), world_size=1, problem=p)
     assert [(c.verdict, c.message) for c in report.checks] == [("unsupported", "rank 0: window: not here")]
     assert report.verdict == "nothing ran"
-    with pytest.raises(KernelError, match=r"^rank 0: kernel: there is no Python file gone\.py; name yours as"):
-        check_context_parallel("gone.py:ring", world_size=1, problem=p)
+
+
+def test_what_cannot_be_imported_is_told():
+    text = "the function could not be imported: ValueError: invalid literal for int() with base 10: 'no"
+    with pytest.raises(KernelError, match=f"^{re.escape(text)}"):
+        _loaded(function_of(rings.Raiser())[1])
+    with pytest.raises(InvalidInput, match=r"^kernel: there is no Python file gone\.py; name yours as"):
+        _loaded(function_of("gone.py:ring")[1])
 
 
 def test_bad_input(make):

@@ -10,7 +10,7 @@ import torch
 
 from refattn import InvalidInput, Problem, UnsupportedProblem, allowed_error, evaluate
 from refattn.check.model import flash
-from refattn.devices import LAYOUTS, ORDERS, arriving, exact_shards, merged, parts_of, places
+from refattn.devices.shards import LAYOUTS, ORDERS, arriving, exact_shards, merged, parts_of, places
 
 KINDS = {"numpy": np.asarray, "torch": torch.tensor, "jax": jnp.asarray}
 
@@ -46,7 +46,7 @@ def test_the_layout_of_pytorch():
 
 def call(make, **more):
     """A call in float64: parts of it are exact calls, too."""
-    return make(12, 12, 4, b=2, h=4, h_kv=2, dtype="float64", seed=1, **more)
+    return make(12, 12, 4, b=2, h=2, h_kv=1, dtype="float64", seed=1, **more)
 
 
 def bound(p, size, **more):
@@ -57,7 +57,7 @@ def bound(p, size, **more):
     return allowed_error(p, replace(flash("float64"), split=p.n_k // (2 * size), tile=1), **more)
 
 
-SINK, BIAS = np.linspace(-1.0, 1.0, 4), np.random.default_rng(3).standard_normal((1, 4, 12, 12))
+SINK, BIAS = np.linspace(-1.0, 1.0, 2), np.random.default_rng(3).standard_normal((1, 2, 12, 12))
 CALLS = {
     "plain": {},
     "causal, window": {"causal": "bottom_right", "window": (5, None)},
@@ -69,6 +69,16 @@ CALLS = {
     },
     "lengths": {"lengths_k": np.array([5, 12]), "lengths_q": np.array([12, 7]), "causal": "bottom_right"},
 }
+
+
+def test_keys_have_places_of_their_own(make):
+    p = make(6, 12, 4, h=2, dtype="float64")
+    dout = np.ones(p.out_shape)
+    found = evaluate(p, rounding="float64", gradients=dout).values
+    for r, shard in enumerate(exact_shards(p, 3, "striped", dout=dout)):
+        assert {n: x.shape[2] for n, x in shard.items()} == {"out": 2, "lse": 2, "dq": 2, "dk": 4, "dv": 4}
+        assert all((x == np.asarray(found[n])[:, :, r::3]).all() for n, x in shard.items())
+    assert [x.key[0, 0, 0, 0] for x in parts_of(p, 3)[0]] == [p.key[0, 0, i, 0] for i in (0, 4, 8)]
 
 
 def part_answers(p, size, layout):

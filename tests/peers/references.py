@@ -27,12 +27,17 @@ class Call:
     lse: Any = None
     probabilities: Any = None
 
-    def item(self, i):
-        """Return one batch item of the call."""
-        p, at = self.problem, slice(i, i + 1)
-        cut = {n: x[at] for n, x in p.arrays().items() if len(x) == p.batch}
-        rest = {n: None if getattr(self, n) is None else getattr(self, n)[at] for n in ("out", "lse", "probabilities")}
-        return replace(self, problem=p.replace(**cut), **rest)
+    def part(self, i):
+        """Return one batch item, and the last key head with its query heads."""
+        p, at, group = self.problem, slice(i, i + 1), self.problem.heads // self.problem.heads_kv
+
+        def cut(x, heads=p.heads, many=group):
+            x = x[at] if len(x) == p.batch else x
+            return x[:, -many:] if x.ndim > 2 and x.shape[1] == heads else x
+
+        arrays = {n: cut(x, p.heads_kv, 1) if n in ("key", "value") else cut(x) for n, x in p.arrays().items()}
+        rest = {n: None if getattr(self, n) is None else cut(getattr(self, n)) for n in ("out", "lse", "probabilities")}
+        return replace(self, problem=p.replace(**arrays), **rest)
 
     def judge(self):
         """Raise MismatchError where a result is further from the exact one than its arithmetic must lose."""
