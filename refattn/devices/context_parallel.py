@@ -192,8 +192,7 @@ def _compared(given: Mapping[str, Any], rows: Places, keys: Places, known: Mappi
         of = known[name]
         filled = of.answer.enclosures[name].mid.copy()
         filled[:, :, rows if name in OF_ROWS else keys] = x.astype(np.float64)
-        worst = compare(name, filled, of.answer, of.allowed[name], x.dtype.name)
-        yield replace(worst, elements=x.size)
+        yield compare(name, filled, of.answer, of.allowed[name], x.dtype.name)
 
 
 def _check(name: str, found: list[Worst], seconds: float) -> Check:

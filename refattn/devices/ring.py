@@ -33,13 +33,15 @@ def ring(shard: Shard) -> dict[str, Any]:
     Raises
     ------
     UnsupportedProblem
-        Another option.
+        Another option, or another type.
     """
     import torch
 
     for name in shard.options:
         if name not in TAKEN:
             raise UnsupportedProblem(f"{name}: the ring takes {', '.join(TAKEN)}")
+    if shard.query.dtype not in (torch.float32, torch.float64):
+        raise UnsupportedProblem(f"query: the ring takes float32 and float64, got {shard.query.dtype}")
     q, dout, rows = shard.query, shard.dout, shard.rows
     out, lse = torch.zeros_like(dout), torch.full(q.shape[:3], -torch.inf, dtype=q.dtype)
     k, v, at = shard.key, shard.value, shard.keys

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refattn import InvalidInput, KernelError, Problem
+from refattn import InvalidInput, KernelError, Problem, UnsupportedProblem, assert_close
 from refattn.devices import context_parallel
 from refattn.devices.context_parallel import _merging, check_context_parallel, judged_ranks
-from refattn.devices.ranks import Ranks, _loaded, function_of
+from refattn.devices.ranks import Ranks, _loaded, _shard, function_of
 
 from ..snippets import run
 from . import rings
@@ -231,6 +231,41 @@ def test_bad_input(make):
             check_context_parallel(function)
     with pytest.raises(InvalidInput, match=r"^function: cannot be sent to other processes .*; define it at the top"):
         check_context_parallel(lambda shard: {})
+
+
+def test_ranks_are_ended_where_all_went_well():
+    with Ranks(1) as ranks:
+        ranks._start()
+        (one,), folder = ranks._processes, Path(ranks._folder.name)
+        assert one.is_alive()
+        assert folder.is_dir()
+    assert not one.is_alive()
+    assert not folder.exists()
+
+
+def shard(make, dtype="float32", **more):
+    """The one rank's shard of a call, without a process."""
+    p = make(4, 4, 4, h=2, dtype=dtype, **more)
+    (fields,) = context_parallel._fields(p, p.query, "contiguous", *([np.arange(4)],) * 2)
+    return _shard(fields)
+
+
+def test_the_ring_refuses_what_it_does_not_take(make):
+    for more, text in (
+        ({"window": (1, 1)}, "window: the ring takes causal, scale, offset"),
+        ({"dtype": "bfloat16"}, "query: the ring takes float32 and float64, got torch.bfloat16"),
+    ):
+        with pytest.raises(UnsupportedProblem, match=f"^{re.escape(text)}$"):
+            rings.right.ring(shard(make, **more))
+
+
+def test_the_ring_of_one_rank(make):
+    """Alone it is the whole call: an offset, and another corner, too."""
+    for more in ({}, {"causal": "top_left", "offset": 1, "scale": 0.3}, {"causal": "bottom_right", "offset": -2}):
+        p = make(4, 4, 4, h=2, **more)
+        found = {n: x.numpy() for n, x in rings.right.ring(shard(make, **more)).items()}
+        gradients = {n: found[n] for n in ("dq", "dk", "dv")}
+        assert_close(found["out"], p, lse=found["lse"], gradients=gradients, dout=p.query)
 
 
 def test_the_report_is_plain(make):
