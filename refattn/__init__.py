@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .check.close import allowed_error, assert_close
     from .check.kernels.problem import check_problem
     from .check.parametrize import parametrize_with_checks
+    from .devices.context_parallel import check_context_parallel
     from .errors import (
         InvalidInput,
         InvalidProblem,
@@ -45,6 +46,7 @@ _WHERE = {
     "check.kernels.problem": ("check_problem",),
     "check.close": ("allowed_error", "assert_close"),
     "check.parametrize": ("parametrize_with_checks",),
+    "devices.context_parallel": ("check_context_parallel",),
     "errors": (
         "InvalidInput",
         "InvalidProblem",
@@ -72,6 +74,7 @@ _ROOMS = (
     "bench",
     "check",
     "cli",
+    "devices",
     "dtypes",
     "exact",
     "functions",
@@ -104,6 +107,7 @@ __all__ = [
     "__version__",
     "allowed_error",
     "assert_close",
+    "check_context_parallel",
     "check_kernel",
     "check_problem",
     "compare",

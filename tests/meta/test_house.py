@@ -46,6 +46,7 @@ EDGES = {
     "theory": CORE | {"check", "functions", "gpu", "he", "tensor"},
     "scales": {"errors", "dtypes", "arrays", "problem"},
     "drawn_options": BASE,
+    "devices": CORE | {"check", "check.kernels", "functions"},
     "strategies": CORE | {"check", "drawn_options"},
     "operators": CORE | {"check", "check.bugs"},
     "golden": CORE | {"check"},
@@ -76,7 +77,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 PUBLIC = {
     "VARIANTS", "Answer", "Capabilities", "InvalidInput", "InvalidProblem", "KernelError", "Law", "MismatchError",
     "Model", "Problem", "RefattnError", "Report", "UnsupportedProblem", "Variant", "__version__",
-    "allowed_error", "assert_close", "check_kernel",
+    "allowed_error", "assert_close", "check_context_parallel", "check_kernel",
     "check_problem", "compare", "evaluate", "linear_attention", "load_problem", "masks", "parametrize_with_checks",
     "power_attention", "reference", "register", "rules", "save_problem", "sigmoid_attention", "softmax_attention",
 }  # fmt: skip

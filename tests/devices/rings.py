@@ -1,0 +1,135 @@
+"""The ring of refattn.devices with one thing wrong each, and functions that break the contract: ranks import them."""
+
+import inspect
+import os
+import re
+import signal
+import sys
+import time
+import types
+
+from refattn import UnsupportedProblem
+from refattn.devices import ring as right
+
+SOURCE = inspect.getsource(right)
+EDITS = {
+    "lse_in_base_2": ("torch.logaddexp(lse, part)", "torch.logaddexp2(lse, part)"),
+    "lse_returned_in_base_2": ('"lse": lse,', '"lse": lse / 0.6931471805599453,'),
+    "chunks_the_other_way_round": ("shard.dout, shard.rows", "shard.dout, shard.rows.roll(len(shard.rows) // 2)"),
+    "mask_of_the_own_chunk": ("k, v, at = _passed_on(shard, k, v, at)", "k, v = _passed_on(shard, k, v)"),
+    "no_mask": ("causal is None", "True"),
+    "mask_off_by_one": ("at > rows[:, None] + first", "at >= rows[:, None] + first"),
+    "dk_of_the_neighbour": ("k, v, at, dk, dv = _passed_on(shard, k, v, at, dk, dv)",
+        "dv = _passed_on(shard, dv)[0]; k, v, at, dk = _passed_on(shard, k, v, at, dk) if _ + 1 < shard.world_size "
+        "else (k, v, at, dk)"),
+    "a_step_skipped": ("range(shard.world_size)", "range(shard.world_size - 1)"),
+    "not_rescaled": ("kept * out + new", "out + new"),
+    "merged_by_halves": ("kept * out + new *", "(out if lse.isinf().all() else out / 2) + 0.5 *"),
+    "delta_of_a_part": ("delta = (dout * out).sum(3, keepdim=True)", "delta = 0.5 * (dout * out).sum(3, keepdim=True)"),
+    "lse_of_a_part": ("- lse[..., None]", "- part[..., None]"),
+    "dq_of_the_last_step": ("dq = dq + ds", "dq = ds"),
+    "dv_not_summed_over_ranks": ("dv = dv + _summed", "dv = _summed"),
+    "heads_in_another_order": ("x.repeat_interleave(shard.query.shape[1] // x.shape[1], 1)",
+        "x.repeat(1, shard.query.shape[1] // x.shape[1], 1, 1)"),
+}  # fmt: skip
+"""What is replaced, and by what, where it stands first."""
+
+
+def planted(name):
+    """Return the ring with an edit."""
+    old, new = EDITS[name]
+    assert old in SOURCE, name
+    module = types.ModuleType(f"{right.__name__}_{name}")
+    module.__package__ = right.__package__
+    code = re.sub(r"from __future__.*\n", "", SOURCE.replace(old, new, 1))
+    exec(compile(code, f"{name}.py", "exec", dont_inherit=True), module.__dict__)
+    return module.ring
+
+
+for _name in EDITS:
+    globals()[_name] = planted(_name)
+
+
+def out_alone(shard):
+    return {"out": right.ring(shard)["out"]}
+
+
+def nothing(shard):
+    return {}
+
+
+def unknown_name(shard):
+    return {"out": shard.query, "dbias": shard.query}
+
+
+def transposed(shard):
+    return {"out": right.ring(shard)["out"].mT.contiguous()}
+
+
+def wider(shard):
+    return {"out": right.ring(shard)["out"].double()}
+
+
+def lse_on_one_rank(shard):
+    found = right.ring(shard)
+    return found if shard.rank else {"out": found["out"]}
+
+
+def dies(shard):
+    if shard.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return right.ring(shard)
+
+
+class Sleeper:
+    """Hangs where it is imported, before a rank has imported PyTorch; what it starts hangs, too."""
+
+    def __reduce__(self):
+        return hang, (os.environ.get("REFATTN_TEST_NOTE", ""),)
+
+    def __call__(self, shard):
+        raise AssertionError
+
+
+def hang(note):
+    import subprocess
+
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    if note:
+        with open(note, "a") as f:
+            f.write(f"{os.getpid()} {child.pid}\n")
+    time.sleep(600)
+
+
+class Quitter:
+    """Ends its process where it is imported."""
+
+    def __reduce__(self):
+        return os._exit, (7,)
+
+    def __call__(self, shard):
+        raise AssertionError
+
+
+class Raiser:
+    """Names nothing that another process finds."""
+
+    def __reduce__(self):
+        return int, ("no\x1b[31m number\nat all",)
+
+    def __call__(self, shard):
+        raise AssertionError
+
+
+class Refuser:
+    """Refuses where it is imported."""
+
+    def __reduce__(self):
+        return refuse, ()
+
+    def __call__(self, shard):
+        raise AssertionError
+
+
+def refuse():
+    raise UnsupportedProblem("window: not here")
