@@ -1,10 +1,10 @@
 """Keys and values in pages of a cache: where each key lies, the same call without pages, and new keys written.
 
-A cache is (pages, page_size, h_kv, d), layout "NHD", or (pages, h_kv, page_size, d), layout "HND": both are
-flashinfer's words; vLLM's and FlashAttention's caches are NHD. Row b of the block table names item b's pages: key j lies
+A cache is (pages, page_size, h_kv, d), layout "NHD", or (pages, h_kv, page_size, d), layout "HND": both words are
+flashinfer's, and vLLM's and FlashAttention's caches are NHD. Row b of the block table names item b's pages: key j lies
 in page block_table[b, j // page_size], at place j % page_size. New keys are the last of an item's `lengths_k` keys, and
-go to slot page · page_size + place, as vLLM's slot_mapping counts. Read of it: flashinfer's documentation of
-append_paged_kv_cache, and kernels that write by a slot_mapping.
+go to slot page · page_size + place, as vLLM's slot_mapping counts. Read: flashinfer's documentation of
+append_paged_kv_cache, and kernels that write by a slot_mapping; FlashAttention's layout is recalled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ from .arrays import dtype_name, kind_of, to_numpy
 from .dtypes import FORMATS
 from .errors import InvalidInput, InvalidProblem
 
-__all__ = ["AXES", "PAGES", "append", "appended", "check_layout", "check_pages", "check_read", "gathered", "in_pages", "slots"]
+__all__ = [
+    "AXES",
+    "PAGES",
+    "append",
+    "appended",
+    "check_layout",
+    "check_pages",
+    "check_read",
+    "gathered",
+    "in_pages",
+    "slots",
+]
 
 PAGES = ("block_table", "new_key", "new_value")
 AXES = {
@@ -82,13 +93,15 @@ def _check_new(p: Any, readers: Counter[int]) -> None:
             got = "nothing" if x is None else kind_of(x) or type(x).__name__
             raise InvalidProblem(f"{name}: got {got}, expected an array of {p.kind}; new keys come with new values")
         if dtype_name(x) != dtype_name(cache):
-            raise InvalidProblem(f"{name}: got dtype {dtype_name(x)}, expected the cache's {dtype_name(cache)}; cast it")
+            raise InvalidProblem(
+                f"{name}: got dtype {dtype_name(x)}, expected the cache's {dtype_name(cache)}; cast it"
+            )
         n_new = p.n_q if p.cu_seqlens_q is not None else x.shape[2] if n_new is None and len(x.shape) == 4 else n_new
         if tuple(x.shape) != (p.batch, p.heads_kv, n_new, cache.shape[3]):
             want = f"({p.batch}, {p.heads_kv}, {'new rows' if n_new is None else n_new}, {cache.shape[3]})"
             raise InvalidProblem(f"{name}: got shape {tuple(x.shape)}, expected {want}")
         steps = cache.stride() if kind_of(cache) == "torch" else getattr(cache, "strides", ())
-        if any(s == 0 and n > 1 for s, n in zip(steps, cache.shape, strict=False)):
+        if 0 not in cache.shape and any(s == 0 and n > 1 for s, n in zip(steps, cache.shape, strict=False)):
             raise InvalidProblem(f"{name}: is written into a cache whose elements share memory; pass a copy of it")
     if p.cu_seqlens_q is not None and p.lengths_q is not None:
         raise InvalidProblem("new_key: packed sequences with lengths_q have no new keys; leave gaps out of the packing")
@@ -99,7 +112,10 @@ def _check_new(p: Any, readers: Counter[int]) -> None:
     writers: dict[int, int] = {}
     for b, page in zip(np.repeat(np.arange(len(counts)), counts).tolist(), _places(p)[0].ravel().tolist(), strict=True):
         if writers.setdefault(page, b) != b:
-            raise InvalidProblem(f"block_table: page {page} is written for items {writers[page]} and {b}; copy it first")
+            raise InvalidProblem(
+                f"block_table: page {page} is written for items {writers[page]} and {b}; copy it first"
+            )
+    for page, b in writers.items():
         if readers[page] > 1:
             raise InvalidProblem(
                 f"block_table: page {page} is written for item {b} and listed {readers[page]} times; a page that is "
@@ -217,7 +233,14 @@ def _scales(p: Any, x: NDArray[Any]) -> NDArray[Any]:
 
 
 def in_pages(
-    problem: Any, page_size: int, layout: str, rng: np.random.Generator, *, spare: int = 2, new: int = 0
+    problem: Any,
+    page_size: int,
+    layout: str,
+    rng: np.random.Generator,
+    *,
+    spare: int = 2,
+    new: int = 0,
+    fill: float = np.nan,
 ) -> Any:
     """Return the same call with its keys and values in pages, which lie anywhere in a cache.
 
@@ -232,9 +255,11 @@ def in_pages(
     rng : numpy.random.Generator
         What draws the places of the pages.
     spare : int
-        Pages that nobody owns. They, and what lies behind `lengths_k`, are NaN; the table names no pages there.
+        Pages that nobody owns. One of them stands in the table behind `lengths_k`.
     new : int
         How many of each item's keys are new: the call writes them.
+    fill : float
+        What stands in pages that nobody owns, behind `lengths_k`, and where new keys go.
     """
     p = problem
     if layout not in ("NHD", "HND"):
@@ -249,13 +274,13 @@ def in_pages(
     columns = p.n_k // page_size
     owned = np.arange(columns) < -(-used // page_size)[:, None]
     places = rng.permutation(int(owned.sum()) + spare)
-    table = np.full((p.batch, columns), -1, np.int32)
+    table = np.full((p.batch, columns), places[0] if spare else 0, np.int32)
     table[owned] = places[spare:]
     changed: dict[str, Any] = {}
     keep = np.arange(p.n_k) < (used - new)[:, None]
     for name in ("key", "value"):
         x = getattr(p, name).swapaxes(1, 2)
-        nothing = np.nan if x.dtype.name in FORMATS else 1
+        nothing = fill if np.isfinite(fill) or x.dtype.name in FORMATS else 1
         rows = np.where(keep[..., None, None], x, np.array(nothing).astype(x.dtype))
         cache = np.full((len(places), page_size, *x.shape[2:]), nothing, x.dtype)
         cache[table[owned]] = rows.reshape(p.batch, columns, page_size, *x.shape[2:])[owned]

@@ -170,7 +170,9 @@ def _check_rule(rule: Rule, call: tuple[int, int, int, int]) -> None:
 def check_packing(p: Any) -> None:
     """Refuse packed sequences that do not fill the axes."""
     if p.block_table is not None and p.cu_seqlens_k is not None:
-        raise InvalidProblem("cu_seqlens_k: got offsets beside block_table, whose rows say where keys are; leave it out")
+        raise InvalidProblem(
+            "cu_seqlens_k: got offsets beside block_table, whose rows say where keys are; leave it out"
+        )
     if p.cu_seqlens_q is None and p.cu_seqlens_k is None:
         return
     paged = p.block_table is not None

@@ -177,11 +177,15 @@ class _Call:
         self.keys = keys
         with np.errstate(divide="ignore"):  # of no columns, where it does not matter
             self.scale = self.kind.type(p.scale if p.scale is not None else 1 / np.sqrt(p.d_k))
+        self.q: Array
+        self.k: Any
+        self.values: Any
         self.q, self.k, self.values = (to_float64(x).astype(self.kind) for x in (p.query, p.key, p.value))
         self.out_scale: Array | None = None
         if p.typed:
             self.take_scales()
         # what no row sees may be anything: it must not meet a weight of 0
+        self.v: Any
         self.v, self.finite_k = (np.where(np.isfinite(x), x, 0) for x in (self.values, self.k))
         if p.block_table is not None:
             self.k, self.values, self.v = (_Pages(x, p) for x in (self.k, self.values, self.v))
