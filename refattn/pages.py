@@ -137,7 +137,8 @@ def _used(p: Any) -> Integers:
 def _counts(p: Any) -> Integers:
     """Return how many keys are new in each row of the table."""
     if p.cu_seqlens_q is not None:
-        return np.diff(to_numpy(p.cu_seqlens_q).astype(np.int64))
+        ends = to_numpy(p.cu_seqlens_q).astype(np.int64)
+        return ends[1:] - ends[:-1]
     return np.full(p.batch, p.new_key.shape[2])
 
 

@@ -1,7 +1,6 @@
 """Keys and values in pages: the answer is that of the keys that the table names, and new keys go where it says."""
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,13 +21,16 @@ from refattn.check.bugs.paged import PAGED_BUGS
 from refattn.check.bugs.planted import planted
 from refattn.check.diagnose.shrink import program, shrink
 from refattn.check.inputs.draw import Draw
+from refattn.check.inputs.families import cases
 from refattn.check.inputs.paged import PAGED, paged
 from refattn.check.kernel import Kernel
 from refattn.check.kernels.tiled import gradients, tiled
 from refattn.check.kernels.untrusted import Untrusted
+from refattn.check.laws import LAWS, law_problem
 from refattn.check.model import FEATURES, FURTHER, flash
 from refattn.check.probe import CALLS, tried
-from refattn.check.runner import failing, plan
+from refattn.check.runner import failing
+from refattn.check.trial import Trial
 from refattn.dtypes import ELEMENTS, FORMATS
 from refattn.pages import append, appended, gathered, in_pages, slots
 from refattn.scales import quantised
@@ -188,9 +190,8 @@ def test_what_in_pages_refuses(make):
 @pytest.mark.parametrize("bug", PAGED_BUGS)
 def test_a_bug_is_caught_in_quick(bug):
     for dtype in ("float32", "bfloat16"):
-        able = replace(ABLE, dtypes=frozenset({dtype}))
-        checks = plan(planted(bug), capabilities=able, budget="quick", only="pages/*")
-        assert any(i.run().verdict == "failed" for i in checks), dtype
+        calls = (c.problem(dtype) for c in cases("softmax", "quick") if c.family == "pages")
+        assert any(check_problem(planted(bug), p, "quick").count("failed") for p in calls), dtype
 
 
 @pytest.mark.parametrize(
@@ -198,8 +199,9 @@ def test_a_bug_is_caught_in_quick(bug):
     [("pages_moved", "table_ignored"), ("unowned_unread", "page_tail_read"), ("unowned_unread", "table_off_by_one")],
 )
 def test_a_law_fails(law, bug):
-    assert check_kernel(tiled, capabilities=ABLE, only=f"law/{law}").passed
-    assert check_kernel(planted(bug), capabilities=ABLE, only=f"law/{law}").count("failed")
+    p = law_problem(LAWS[law], "float32", "softmax")
+    found = [LAWS[law].test(Trial(k, flash("float32"), ABLE), p) for k in (tiled, planted(bug))]
+    assert [w.failures > 0 for w in found] == [False, True]
 
 
 def test_no_false_alarm_in_a_hundred_runs(make):
