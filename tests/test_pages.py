@@ -194,6 +194,14 @@ def test_a_bug_is_caught_in_quick(bug):
         assert any(check_problem(planted(bug), p, "quick").count("failed") for p in calls), dtype
 
 
+def test_nan_that_nobody_owns_is_told_from_wrong_numbers():
+    (check,) = check_problem(planted("page_tail_read"), drawn("unowned-nan"), "nan").checks
+    assert (check.verdict, check.edges) == ("edge", ("nan-behind-mask",))
+    assert "NaN or inf that no item owns leaks: NaN where the exact value is finite" in check.message
+    (check,) = check_problem(planted("page_tail_read"), drawn("shared"), "numbers").checks
+    assert check.verdict == "failed"
+
+
 @pytest.mark.parametrize(
     ("law", "bug"),
     [("pages_moved", "table_ignored"), ("unowned_unread", "page_tail_read"), ("unowned_unread", "table_off_by_one")],
