@@ -1,4 +1,4 @@
-"""Options that Hypothesis draws for calls, beside those of ``strategies.py``: lengths, offsets, scales and types."""
+"""Options that Hypothesis draws for calls, beside those of ``strategies.py``: lengths, offsets, types and pages."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from hypothesis import strategies as st
 
 from .arrays import from_float64
 from .dtypes import FORMATS
+from .pages import in_pages
 from .problem import Problem
 from .validation import ALIGNMENTS
 
-__all__ = ["FURTHER_ON", "NEEDS", "TYPES", "lengths", "typed"]
+__all__ = ["FURTHER_ON", "NEEDS", "PAGED", "TYPES", "lengths", "paged", "typed"]
 
 FURTHER_ON = ("lengths_k", "lengths_q", "offset", "alignment", "negative_window", "d_k_zero")
 TYPES = (
     "scales", "scales_by_head", "scales_by_token", "scales_by_channel", "scales_by_block",
     "out_scale", "out_dtype", "types_differ",
 )  # fmt: skip
+PAGED = ("paged_nhd", "paged_hnd", "appending")
 NEEDS = {"negative_window": "window", "d_k_zero": "lengths_k"}
 """What an operator has that takes a feature without an option of its own."""
 
@@ -64,3 +66,18 @@ def typed(draw: st.DrawFn, p: Problem, on: set[str]) -> Problem:
         found["key"] = from_float64(form.round_array(p.key.astype(np.float64)), form.name)
         found.setdefault("out_dtype", p.dtype)
     return p.replace(**found) if found else p
+
+
+def paged(draw: st.DrawFn, p: Problem, on: set[str], fill: float) -> Problem:
+    """Put a call's keys into pages, of a size that divides them; what nobody owns is filled."""
+    layouts = [n.removeprefix("paged_").upper() for n in PAGED[:2] if n in on]
+    by_token = any(max(getattr(s, "shape", (1, 1, 1))[0::2][:2]) > 1 for s in (p.key_scale, p.value_scale))
+    if not layouts or by_token or p.cu_seqlens_q is not None:
+        return p
+    size = draw(st.sampled_from([m for m in range(1, p.n_k + 1) if p.n_k % m == 0] or [1]))
+    most = min((p.n_k,) * p.batch if p.lengths_k is None else p.lengths_k.tolist(), default=0)
+    new = draw(st.integers(0, most)) if "appending" in on else 0
+    rng = np.random.default_rng(draw(st.integers(0, 255)))
+    more: dict[str, Any] = {"spare": draw(st.integers(1, 3)), "new": new, "fill": fill}
+    found: Problem = in_pages(p, size, draw(st.sampled_from(layouts)), rng, **more)
+    return found

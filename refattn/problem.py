@@ -13,6 +13,7 @@ import numpy as np
 from .arrays import dtype_name, kind_of, native, to_kind, to_numpy
 from .errors import InvalidProblem
 from .gates import RECURRENT
+from .pages import AXES, PAGES, check_layout, check_pages, check_read
 from .rules import Rule
 from .validation import (
     LENGTHS,
@@ -109,6 +110,15 @@ class Problem:
         What out's elements are to be multiplied with: out holds the output divided by it.
     out_dtype : str, optional
         The format of out; None is query's.
+    block_table : (b, pages of an item) integer array, optional
+        Key j of item b lies in page block_table[b, j // page_size], at j % page_size; key and value are then caches in
+        `page_layout`. Items may share pages. What nobody reads may hold anything: other pages, keys behind
+        `lengths_k`, entries of the table there. With `cu_seqlens_q`, and no `cu_seqlens_k`, it is (m, pages).
+    page_layout : {None, "NHD", "HND"}
+        "NHD" is a cache (pages, page_size, h_kv, d), "HND" one (pages, h_kv, page_size, d).
+    new_key, new_value : (b, h_kv, new keys, d_k) and (b, h_kv, new keys, d_v) arrays, optional
+        What the call writes into the caches, in place, before it attends: the last of each item's `lengths_k` keys,
+        which count them. With `cu_seqlens_q` they are as many as queries.
     alpha, beta : (b, h_q, n_k, 1 or d_k) and (b, h_q, n_k, 1) float arrays, optional
         A recurrence's gates: what a token keeps of the state, 0 to 1 (None is 1), and how far it moves it, 0 to 2.
 
@@ -147,6 +157,10 @@ class Problem:
     value_scale: Any = None
     out_scale: Any = None
     out_dtype: str | None = None
+    block_table: Any = None
+    page_layout: str | None = None
+    new_key: Any = None
+    new_value: Any = None
     alpha: Any = None
     beta: Any = None
 
@@ -159,8 +173,11 @@ class Problem:
         for name, x in self._arrays():  # numbers are what they are, in whatever order their bytes come
             if kind_of(x) == "numpy" and not x.dtype.isnative:
                 object.__setattr__(self, name, native(x))
-        for check in (check_tensors, check_options, check_masks, check_packing, check_lengths, check_scales):
+        check_layout(self)
+        for check in (check_tensors, check_options, check_pages, check_masks, check_packing, check_lengths):
             check(self)
+        check_scales(self)
+        check_read(self)
 
     def __reduce__(self) -> Any:
         return _made, (vars(self) | {"options": dict(self.options)},)
@@ -180,7 +197,17 @@ class Problem:
     @property
     def heads_kv(self) -> int:
         """h_kv, the number of key and value heads."""
-        return int(self.key.shape[1])
+        return int(self.key.shape[AXES[self.page_layout].index("heads")])
+
+    @property
+    def page_size(self) -> int:
+        """The number of keys of a page; 0 where keys are in none."""
+        return 0 if self.block_table is None else int(self.key.shape[AXES[self.page_layout].index("page")])
+
+    @property
+    def room(self) -> int:
+        """The number of keys that an item's pages have room for."""
+        return int(self.key.shape[2]) if self.block_table is None else int(self.block_table.shape[1]) * self.page_size
 
     @property
     def n_q(self) -> int:
@@ -189,8 +216,9 @@ class Problem:
 
     @property
     def n_k(self) -> int:
-        """The number of keys."""
-        return int(self.key.shape[2])
+        """The number of keys; in pages, those that there is room for."""
+        many = 1 if self.block_table is None or self.cu_seqlens_q is None else int(self.block_table.shape[0])
+        return many * self.room
 
     @property
     def d_k(self) -> int:
@@ -234,8 +262,10 @@ class Problem:
 
     def segments(self, batch: int = 0) -> list[tuple[slice, slice]]:
         """Return the used query rows and key rows of each packed sequence of a batch item (one, if none is packed)."""
-        q = _spans(self.cu_seqlens_q, self.n_q, self.lengths_q, batch)
-        return list(zip(q, _spans(self.cu_seqlens_k, self.n_k, self.lengths_k, batch), strict=True))
+        q, starts = _spans(self.cu_seqlens_q, self.n_q, self.lengths_q, batch), self.cu_seqlens_k
+        if self.block_table is not None and self.cu_seqlens_q is not None:
+            starts = np.arange(self.block_table.shape[0] + 1) * self.room
+        return list(zip(q, _spans(starts, self.n_k, self.lengths_k, batch), strict=True))
 
     def features(self) -> frozenset[str]:
         """Return what a kernel must be able to do for this call, as names of ``Capabilities``."""
@@ -254,6 +284,8 @@ class Problem:
             found.add("d_k_zero")
         if self.typed:
             found |= set(self._types())
+        if self.page_layout is not None:
+            found |= {f"paged_{self.page_layout.lower()}"} | ({"appending"} if self.new_key is not None else set())
         if self.d_k != self.d_v:
             found.add("d_v_differs")
         if self.n_q != self.n_k:
@@ -315,6 +347,7 @@ class Problem:
 
     def __repr__(self) -> str:
         shape = f"b={self.batch} h_q={self.heads} h_kv={self.heads_kv} n_q={self.n_q} n_k={self.n_k} d_k={self.d_k}"
+        shape += f" pages={self.key.shape[0]}x{self.page_size}" if self.block_table is not None else ""
         more = "".join(f" {n}={v!r}" for n, v in self.settings().items() if n != "variant")
         given = "".join(f" {n}" for n in self.arrays() if n not in ("query", "key", "value"))
         return f"Problem({self.variant} {self.dtype} {self.kind} {shape} d_v={self.d_v}{more}{given})"
@@ -324,7 +357,7 @@ class Problem:
         printer.text(repr(self))
 
     def _arrays(self) -> Iterator[tuple[str, Any]]:
-        for name in TENSORS + OFFSETS + LENGTHS + SCALES:
+        for name in TENSORS + OFFSETS + LENGTHS + SCALES + PAGES:
             x = getattr(self, name)
             if not isinstance(x, Rule) and (name not in ("offset", *SCALES) or kind_of(x) is not None):
                 yield name, x

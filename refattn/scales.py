@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from .arrays import dtype_name, from_float64, to_float64, to_numpy
 from .dtypes import ELEMENTS, FLOAT4, FORMATS, HELD
 from .errors import InvalidInput, InvalidProblem, expect
+from .pages import gathered
 from .problem import Problem
 
 __all__ = ["dequantised", "quantised", "spread", "values"]
@@ -29,13 +30,14 @@ PAIRS = (("query", "query_scale"), ("key", "key_scale"), ("value", "value_scale"
 def dequantised(problem: Problem) -> Problem:
     """Return the same call with the values that its bytes mean, in float64, exactly; itself where that is so already.
 
-    A scale that was there is 1 then.
+    A scale that was there is 1 then, and keys in pages are side by side.
 
     Raises
     ------
     InvalidProblem
         An element times its scale is no float64 number.
     """
+    problem = gathered(problem)
     if not problem.typed or _done(problem):
         return problem
     p = problem.to("numpy")

@@ -11,6 +11,7 @@ from .arrays import KINDS, dtype_name, kind_of, to_numpy, why_unusable
 from .dtypes import ELEMENTS, FORMATS, HELD
 from .errors import InvalidInput, InvalidProblem
 from .gates import RECURRENT, check_shape
+from .pages import AXES
 from .rules import Rule
 
 __all__ = [
@@ -39,12 +40,14 @@ WIDEST = 2**62
 
 def check_tensors(p: Any) -> None:
     """Refuse query, key and value that do not fit together."""
+    names = AXES[p.page_layout]
     for name in ("query", "key", "value"):
         x = getattr(p, name)
         _expect_array(name, x)
         if len(x.shape) != 4:
             raise InvalidProblem(
-                f"{name}: got {len(x.shape)} axes {tuple(x.shape)}, expected 4 (batch, heads, seq, dim); "
+                f"{name}: got {len(x.shape)} axes {tuple(x.shape)}, expected 4 "
+                f"({', '.join(AXES[None] if name == 'query' else names)}); "
                 "add or split axes"
             )
         known = FORMATS if p.out_dtype is None else ELEMENTS
@@ -60,28 +63,31 @@ def check_tensors(p: Any) -> None:
                 f"{name}: got dtype {dtype_name(x)}, expected query's {dtype_name(q)}; cast one of them, "
                 "or name out's type in out_dtype"
             )
-        if x.shape[0] != q.shape[0]:
+        if p.block_table is None and x.shape[0] != q.shape[0]:
             raise InvalidProblem(
                 f"{name}: axis batch is {x.shape[0]}, expected query's {q.shape[0]}; repeat or slice it"
             )
-    for axis, i in (("heads", 1), ("seq", 2)):
+    heads = names.index("heads")
+    for i in (heads, 3 - heads, 0):
         if v.shape[i] != k.shape[i]:
             raise InvalidProblem(
-                f"value: axis {axis} is {v.shape[i]}, expected key's {k.shape[i]}; every key needs its value"
+                f"value: axis {names[i]} is {v.shape[i]}, expected key's {k.shape[i]}; every key needs its value"
             )
     if k.shape[3] != q.shape[3]:
         raise InvalidProblem(f"key: axis dim is {k.shape[3]}, expected query's {q.shape[3]}; project one of them")
     for name, x, i, axis in (
         ("query", q, 1, "heads"),
-        ("key", k, 1, "heads"),
+        ("key", k, heads, "heads"),
         ("value", v, 3, "dim"),
+        *([("key", k, 3 - heads, "page")] if p.block_table is not None else []),
     ):
         if x.shape[i] < 1:
             raise InvalidProblem(f"{name}: axis {axis} is 0 and must be at least 1")
-    if q.shape[1] % k.shape[1]:
-        turned = k.shape[2] and q.shape[2] % k.shape[2] == 0 and q.shape[2] < q.shape[1]
+    if q.shape[1] % k.shape[heads]:
+        seq = k.shape[2] if p.block_table is None else 0
+        turned = seq and q.shape[2] % seq == 0 and q.shape[2] < q.shape[1]
         raise InvalidProblem(
-            f"key: axis heads is {k.shape[1]} and must divide query's {q.shape[1]} "
+            f"key: axis heads is {k.shape[heads]} and must divide query's {q.shape[1]} "
             "(grouped-query attention); repeat or slice the key heads"
             + ("; arrays are (b, h, s, d): is your layout (b, s, h, d)? then swap axes 1 and 2" if turned else "")
         )
@@ -167,10 +173,15 @@ def _check_rule(rule: Rule, call: tuple[int, int, int, int]) -> None:
 
 def check_packing(p: Any) -> None:
     """Refuse packed sequences that do not fill the axes."""
+    if p.block_table is not None and p.cu_seqlens_k is not None:
+        raise InvalidProblem(
+            "cu_seqlens_k: got offsets beside block_table, whose rows say where keys are; leave it out"
+        )
     if p.cu_seqlens_q is None and p.cu_seqlens_k is None:
         return
-    check_offsets(p, p.cu_seqlens_q, p.cu_seqlens_k)
-    for name, end in zip(OFFSETS, (p.n_q, p.n_k), strict=True):
+    paged = p.block_table is not None
+    check_offsets(p, p.cu_seqlens_q, p.cu_seqlens_q if paged else p.cu_seqlens_k)
+    for name, end in (("cu_seqlens_q", p.n_q), *(() if paged else (("cu_seqlens_k", p.n_k),))):
         x = to_numpy(getattr(p, name), name)
         if x[0] != 0 or x[-1] != end or (np.diff(x.astype(np.int64)) < 0).any():
             raise InvalidProblem(
@@ -203,7 +214,7 @@ def check_lengths(p: Any) -> None:
             if any(not -WIDEST <= n <= WIDEST for n in values):
                 raise InvalidProblem(f"offset: got {shown(values)}, expected integers from -2**62 to 2**62")
             continue
-        room = [getattr(p, "n" + name[-2:])] * many
+        room = [p.room if name == "lengths_k" else p.n_q] * many
         starts = getattr(p, f"cu_seqlens{name[-2:]}")
         if starts is not None:
             room = np.diff(to_numpy(starts).astype(np.int64)).tolist()

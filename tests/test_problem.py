@@ -17,6 +17,14 @@ def good(**more):
     return Problem(**parts)
 
 
+def paged(**more):
+    """A call of two pages of 4 keys, of which 5 are used."""
+    parts = {"query": ones(1, 8, 5, 16), "key": ones(3, 4, 4, 16), "value": ones(3, 4, 4, 24)}
+    return Problem(
+        **parts | {"block_table": np.array([[2, 0]]), "page_layout": "NHD", "lengths_k": np.array([5])} | more
+    )
+
+
 class Unspeakable:
     def __repr__(self):
         raise RuntimeError
@@ -121,6 +129,71 @@ def test_bad_input_names_the_argument(changes, text):
         good(**changes)
 
 
+TABLE = np.array([[2, 0]])
+NEW = {"new_key": ones(1, 4, 1, 16), "new_value": ones(1, 4, 1, 24)}
+TWO = {"query": ones(2, 8, 5, 16), "lengths_k": np.array([5, 3]), "block_table": np.array([[2, 0], [1, 0]])}
+BOTH = {"new_key": ones(2, 4, 1, 16), "new_value": ones(2, 4, 1, 24)}
+ENDS = {"query": ones(1, 8, 5, 16), "cu_seqlens_q": np.array([0, 5])}
+BAD_PAGES = [
+    ({"block_table": None}, "page_layout: means nothing without block_table"),
+    ({"page_layout": None}, "page_layout: got None, expected 'NHD' for caches .* or 'HND' for"),
+    ({"page_layout": "NDH"}, "page_layout: got 'NDH', expected 'NHD'"),
+    (
+        {"block_table": TABLE * 1.0},
+        r"block_table: got float64 of shape \(1, 2\), expected \(1, pages\) integers, a row",
+    ),
+    ({"block_table": TABLE[0]}, r"block_table: got int64 of shape \(2,\), expected \(1, pages\) integers"),
+    ({"block_table": [[2, 0]]}, r"block_table: got list, expected \(1, pages\) integers, a row for each batch item"),
+    ({"block_table": np.array([[2, 0], [0, 1]])}, r"block_table: got .* \(2, 2\), expected \(1, pages\) integers"),
+    ({"block_table": np.array([[2, 3]])}, r"block_table: item 0 reads page 3 \(entry 1\), expected 0 to 2, the pages"),
+    ({"block_table": np.array([[-1, 0]])}, r"block_table: item 0 reads page -1 \(entry 0\)"),
+    ({"lengths_k": np.array([9])}, r"lengths_k: got \[9\], expected numbers from 0 to \[8\]"),
+    ({"lengths_k": np.array([5, 5])}, r"lengths_k: got int64 of shape \(2,\), expected \(1,\) integers"),
+    ({"key": ones(3, 0, 4, 16), "value": ones(3, 0, 4, 24)}, "key: axis page is 0 and must be at least 1"),
+    ({"key": ones(12, 4, 16)}, r"key: got 3 axes .*, expected 4 \(pages, page, heads, dim\)"),
+    ({"value": ones(2, 4, 4, 24)}, "value: axis pages is 2, expected key's 3"),
+    ({"value": ones(3, 2, 4, 24)}, "value: axis page is 2, expected key's 4"),
+    ({"value": ones(3, 4, 2, 24)}, "value: axis heads is 2, expected key's 4"),
+    ({"key": ones(3, 4, 3, 16), "value": ones(3, 4, 3, 24)}, "key: axis heads is 3 and must divide query's 8"),
+    ({**ENDS, "cu_seqlens_k": np.array([0, 8])}, "cu_seqlens_k: got offsets beside block_table"),
+    ({"cu_seqlens_q": np.array([0, 2, 5])}, r"block_table: got .*, expected \(2, pages\) .* for each packed sequence"),
+    ({"new_key": ones(1, 4, 1, 16)}, "new_value: got nothing, expected an array of numpy; new keys come with new"),
+    ({**NEW, "new_key": torch.ones(1, 4, 1, 16)}, "new_key: got torch, expected an array of numpy"),
+    (
+        {**NEW, "new_key": ones(1, 4, 1, 16, dtype=np.float64)},
+        "new_key: got dtype float64, expected the cache's float32",
+    ),
+    ({**NEW, "new_key": ones(1, 4, 16)}, r"new_key: got shape \(1, 4, 16\), expected \(1, 4, new rows, 16\)"),
+    ({**NEW, "new_value": ones(1, 4, 2, 24)}, r"new_value: got shape \(1, 4, 2, 24\), expected \(1, 4, 1, 24\)"),
+    ({**NEW, "cu_seqlens_q": np.array([0, 5])}, r"new_key: got shape .*, expected \(1, 4, 5, 16\)"),
+    ({**NEW, "lengths_k": np.array([0])}, "new_key: has 1 rows for item 0, whose lengths_k is 0; it counts new keys"),
+    ({**NEW, "key": np.broadcast_to(ones(1, 1, 4, 16), (3, 4, 4, 16))}, "new_key: is written into a cache whose"),
+    (
+        {**TWO, **BOTH, "block_table": np.array([[2, 0], [0, 1]])},
+        "block_table: page 0 is written for items 0 and 1; copy",
+    ),
+    (
+        {**TWO, **BOTH, "block_table": np.array([[2, 0], [2, 1]])},
+        "block_table: page 2 is written for item 1 and listed 2",
+    ),
+    ({**NEW, "block_table": np.array([[2, 2]])}, "block_table: page 2 is written for item 0 and listed 2 times"),
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), BAD_PAGES, ids=[t[:40] for _, t in BAD_PAGES])
+def test_bad_pages_name_the_argument(changes, text):
+    with pytest.raises(InvalidProblem, match=text):
+        paged(**changes)
+
+
+def test_good_pages():
+    assert paged(block_table=np.array([[2, 99]]), lengths_k=np.array([4])).n_k == 8  # entries behind are not read
+    assert paged(**TWO, **BOTH).features() >= {"appending", "paged_nhd"}
+    assert paged(**TWO).replace(block_table=np.array([[2, 0], [2, 0]])).heads_kv == 4
+    with pytest.raises(InvalidProblem, match="new_key: means nothing without block_table"):
+        good(**NEW)
+
+
 def test_packed_needs_one_batch():
     with pytest.raises(InvalidProblem, match="query: axis batch is 2, expected 1 with cu_seqlens"):
         Problem(*(ones(2, 1, 5, 4) for _ in range(3)), cu_seqlens_q=np.array([0, 5]), cu_seqlens_k=np.array([0, 5]))
@@ -210,10 +283,10 @@ def test_features_are_those_that_capabilities_know():
         key=ones(1, 4, 7, 16, dtype=np.int8), value=ones(1, 4, 8, 24)[:, :, :7], out_dtype="bfloat16", out_scale=2,
         key_scale=ones(1, 4, 7, 1), query_scale=ones(1, 1, 1, 16), value_scale=ones(1, 1, 1, 12),
     )  # fmt: skip
-    assert (
-        everything.features() | scaled.features() | rest.features() | ragged.features() | narrow.features()
-        == FEATURES | FURTHER
-    )
+    new = {"new_key": ones(1, 4, 1, 16), "new_value": ones(1, 4, 1, 24)}
+    pages = [good(block_table=np.array([[0]]), page_layout="HND"), paged(**new)]
+    calls = (everything, scaled, rest, ragged, narrow, *pages)
+    assert frozenset().union(*(p.features() for p in calls)) == FEATURES | FURTHER
     assert Problem(*(ones(1, 1, 2, 4) for _ in range(3))).features() == frozenset()
 
 

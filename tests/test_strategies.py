@@ -89,6 +89,7 @@ def test_every_feature_is_reached_and_can_be_asked_for_alone(feature):
     others = {"lengths_differ"} - VARIANTS[variant].never | VARIANTS[variant].always
     others |= {"negative_window": {"window"}, "d_k_zero": {"d_v_differs"}}.get(feature, set())
     others |= {"scales"} if feature.startswith("scales_by") else set()
+    others |= {"paged_nhd"} if feature == "appending" else set()
     alone = problems(variant, features={feature, *others}, families=["integers"])
     assert smallest(alone, lambda p: feature in p.features()).features() <= {feature, *others}
 

@@ -13,6 +13,7 @@ from ..arrays import dtype_name, kind_of, laid_out, to_numpy
 from ..dtypes import FORMATS
 from ..errors import InvalidProblem, KernelError, UnsupportedProblem, printable
 from ..masks import unused
+from ..pages import AXES, appended, slots
 from ..problem import Problem
 from ..variants import Steps, variant_of
 from .reading import watched
@@ -193,7 +194,11 @@ def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, d
     asked, seen = watched(problem.replace(**given))
     _scrub(problem)
     result = guarded(lambda: call(asked))
-    unchanged(given, problem.arrays())
+    before = problem.arrays()
+    if problem.new_key is not None:
+        _written(given, problem)
+        before = {n: x for n, x in before.items() if n not in ("key", "value")}
+    unchanged(given, before)
     return result, given, frozenset(seen)
 
 
@@ -234,6 +239,22 @@ def unchanged(given: Mapping[str, NDArray[Any]], before: Mapping[str, Any]) -> N
     for name, x in before.items():
         if given[name].tobytes() != np.asarray(x).tobytes():
             raise KernelError(f"the kernel changed its input {name}; it must leave its inputs as they are")
+
+
+def _written(given: Mapping[str, NDArray[Any]], problem: Problem) -> None:
+    """Refuse a kernel that leaves a cache without the new keys, or changes something else in it."""
+    new = set(slots(problem).ravel().tolist())
+    axis = AXES[problem.page_layout].index("page")
+    for name, wanted in appended(problem).items():
+        got, must = (np.ascontiguousarray(np.moveaxis(x, axis, 1)) for x in (given[name], wanted))
+        off = (got.view(np.uint8) != must.view(np.uint8)).any((2, 3)) if got.size else np.zeros(0, bool)
+        if off.any():
+            page, place = (int(i) for i in np.argwhere(off)[0])
+            what = "is not the new row" if page * problem.page_size + place in new else "is not as it was"
+            raise KernelError(
+                f"{name}: the cache is wrong in {int(off.sum())} places after the call; page {page}, place {place} "
+                f"{what}"
+            )
 
 
 def _own(given: dict[str, NDArray[Any]], **results: Any) -> None:

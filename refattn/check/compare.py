@@ -231,9 +231,10 @@ def _symptoms(
         if filled.any():
             note(filled, f"{_filling(x, filled, answer)} in a row without keys, must be 0")
         note(empty & np.isinf(x), "inf in a row without keys, must be 0")
-    problem = answer.call.to("numpy")
+    problem = answer.problem.to("numpy")
     clean = all(bool(np.isfinite(a.astype(np.float64)).all()) for a in (problem.query, problem.key, problem.value))
-    cause = "overflow on finite data" if clean else "NaN or inf behind the mask leaks"
+    where = "behind the mask" if problem.block_table is None else "that no item owns"
+    cause = "overflow on finite data" if clean else f"NaN or inf {where} leaks"
     note(~empty & finite & np.isinf(x), f"{cause}: inf where the exact value is finite")
     note(~empty & finite & np.isnan(x), f"{cause}: NaN where the exact value is finite")
     note(~empty & ~finite & np.isfinite(x), "a finite number where NaN or inf must show")

@@ -54,7 +54,7 @@ def edges_of(
     elif empty.any():
         take("empty-row", _from_empty_rows(name, x, exact, empty, bound))
     take("nan-in-sight", ~np.isfinite(exact))
-    if not all(_finite(a) for a in p.arrays().values()):
+    if not all(_finite(a) for a in answer.problem.to("numpy").arrays().values()):
         take("nan-behind-mask", ~np.isfinite(x))
     elif _next_to_the_largest(p):
         take("overflow", ~np.isfinite(x))

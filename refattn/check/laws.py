@@ -17,6 +17,7 @@ from .compare import Worst
 from .gradient_laws import calls_between, gradient_steps, lse_gradient, row_sums, spread_gradient
 from .inputs.draw import Draw
 from .model import Capabilities
+from .page_laws import pages_case, pages_moved, unowned_unread
 from .protocol import changed_in_place, many_repeats, options_between, results_kept, shapes_between, two_threads
 from .shape_laws import first_case, full_budget_is_dense, lengths_cut, offset_of_corner, state_carried
 from .trial import Trial, agree
@@ -285,6 +286,20 @@ LAWS = {
             lambda d: d.problem(causal="top_left", offset=30),
             offset_of_corner,
             uses=frozenset({"causal", "offset"}),
+        ),
+        Law(
+            "pages_moved",
+            "where the pages of a cache lie does not matter",
+            pages_case,
+            pages_moved,
+            uses=frozenset({"causal", "lengths_k"}),
+        ),
+        Law(
+            "unowned_unread",
+            "what nobody owns in a cache does not matter",
+            pages_case,
+            unowned_unread,
+            uses=frozenset({"causal", "lengths_k"}),
         ),
         Law("values_doubled", "the output is linear in the values", lambda d: d.problem(), _values_doubled),
         Law("layout", "strides do not matter", lambda d: d.problem(b=2, h=3), _layout),

@@ -18,6 +18,7 @@ from .bounds.expected import expected
 from .call import call_gradients, call_kernel
 from .compare import compare
 from .inputs.draw import Draw
+from .inputs.paged import paged
 from .inputs.typed import ONE, WIDE, typed
 from .kernel import Kernel
 from .model import FEATURES, FURTHER, GRADIENTS, Capabilities
@@ -28,6 +29,7 @@ __all__ = ["WIDTHS", "found", "probed", "tried"]
 WIDTHS = (16, 32, 33, 40, 64, 72, 80, 96, 128, 160, 192, 256, 512)
 LENGTHS = (1, 2, 8, 16, 32, 64, 128)
 Build = Callable[..., Problem]
+PLAIN: dict[str, Any] = {"h": 2, "h_kv": 2}
 CALLS: dict[str, Build] = {
     "causal_bottom_right": lambda draw, n=64, **w: draw.problem(n, n, causal="bottom_right", **w),
     "causal_top_left": lambda draw, n=64, **w: draw.problem(n, n, causal="top_left", **w),
@@ -54,6 +56,9 @@ CALLS: dict[str, Build] = {
     "out_scale": lambda draw, n=64, **w: draw.problem(n, n, out_scale=0.25, **w),
     "out_dtype": lambda draw, n=64, **w: draw.problem(n, n, out_dtype=_other(draw), **w),
     "types_differ": lambda draw, **w: _typed(draw, None, **w),
+    "paged_nhd": lambda draw, n=64, **w: paged(draw, 16, "NHD", (n, n - 7), n_q=n, n_k=n, **PLAIN | w),
+    "paged_hnd": lambda draw, n=64, **w: paged(draw, 16, "HND", (n, n - 7), n_q=n, n_k=n, **PLAIN | w),
+    "appending": lambda draw, n=64, **w: paged(draw, 16, "NHD", (n, n - 7), new=3, n_q=n, n_k=n, **PLAIN | w),
     "d_k_zero": lambda draw, n=64, **w: draw.problem(n, n, **(w | {"d": 0, "d_v": w.get("d", 32)})),
     "scale": lambda draw, n=64, **w: draw.problem(n, n, scale=0.3, **w),
     "no_rows_or_keys": lambda draw, n=64, **w: draw.problem(n, 0, **w),

@@ -19,6 +19,9 @@ SOURCE = {
     "causal_top_left": "causal",
     "variable_lengths": "cu_seqlens_q",
     "negative_window": "window",
+    "paged_nhd": "block_table",
+    "paged_hnd": "block_table",
+    "appending": "new_key",
 }
 """The argument that a feature stands for, where it has another name."""
 

@@ -48,7 +48,9 @@ def settled(check: Check, kernel: Kernel, problem: Problem, lacks: list[str], no
     if lacks:
         text = f"not in its capabilities: {', '.join(lacks)}"
         narrow = problem.typed and check.message.startswith("out: got dtype")
-        if check.verdict in ("passed", "unsupported") or raised or narrow:
+        # who takes pages for a batch, and knows of none, gives arrays of other shapes
+        strange = problem.block_table is not None and check.worst is None
+        if check.verdict in ("passed", "unsupported") or raised or narrow or strange:
             return Check(check.name, "unsupported", message=text, seconds=check.seconds)
         types = {*SCALES, "out_dtype"} if problem.typed else set()
         if set(missed) & ({SOURCE.get(n, n) for n in lacks} | types):

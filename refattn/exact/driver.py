@@ -166,6 +166,8 @@ def _both(problem: Problem, gradients: Any, dlse: Any) -> tuple[NDArray[np.float
 
 def _arriving(problem: Problem, x: Any, name: str = "gradients") -> NDArray[np.float64]:
     shape = problem.out_shape if name == "gradients" else problem.out_shape[:3]
+    if problem.block_table is not None:
+        raise UnsupportedProblem(f"{name}: keys in pages have none; ask for those of refattn.pages.gathered(problem)")
     if kind_of(x) is None or tuple(x.shape) != shape:
         got = tuple(getattr(x, "shape", ())) or type(x).__name__
         of = "out" if name == "gradients" else "lse"

@@ -57,7 +57,7 @@ def lower(problem: Problem, shape: Shape | None = None) -> Lowering:
     InvalidProblem, UnsupportedProblem
         The call does not fit its operator.
     """
-    if problem.typed and (plain := dequantised(problem)) is not problem:
+    if (plain := dequantised(problem)) is not problem:
         return lower(plain, shape)
     variant = variant_of(problem.variant)
     settings, shape = variant.settings(problem), shape or variant.shape

@@ -16,8 +16,8 @@ import refattn
 ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
 BASE = {
-    "errors", "dtypes", "arrays", "gates", "rules", "validation", "problem", "scales", "masks", "files", "modules",
-    "version",
+    "errors", "dtypes", "arrays", "gates", "rules", "pages", "validation", "problem", "scales", "masks", "files",
+    "modules", "version",
 }  # fmt: skip
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
@@ -30,8 +30,9 @@ EDGES = {
     "arrays": {"errors", "dtypes"},
     "rules": {"errors"},
     "gates": {"errors"},
-    "validation": {"errors", "dtypes", "arrays", "gates", "rules"},
-    "problem": {"errors", "arrays", "gates", "rules", "validation"},
+    "pages": {"errors", "dtypes", "arrays"},
+    "validation": {"errors", "dtypes", "arrays", "gates", "rules", "pages"},
+    "problem": {"errors", "arrays", "gates", "rules", "pages", "validation"},
     "masks": {"errors", "arrays", "problem", "rules", "validation"},
     "files": BASE - {"files", "modules", "version", "scales"},
     "variants": BASE,
@@ -44,7 +45,7 @@ EDGES = {
     "tensor": CORE | {"gpu"},
     "functions": CORE,
     "theory": CORE | {"check", "functions", "gpu", "he", "tensor"},
-    "scales": {"errors", "dtypes", "arrays", "problem"},
+    "scales": {"errors", "dtypes", "arrays", "pages", "problem"},
     "drawn_options": BASE,
     "devices": CORE | {"check", "check.kernels", "functions"},
     "strategies": CORE | {"check", "drawn_options"},

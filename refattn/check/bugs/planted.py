@@ -22,6 +22,7 @@ from ...validation import SCALES
 from ...variants import Rows, Steps, variant_of
 from ..call import Function
 from ..kernels.tiled import tiled
+from .paged import PAGED_BUGS
 
 __all__ = ["PLANTED", "mistaken", "plain", "planted"]
 
@@ -43,7 +44,8 @@ def planted(name: str) -> Function:
     before, after = PLANTED[name]
 
     def kernel(problem: Problem) -> Any:
-        call = problem if problem.typed else lower(problem).problem  # an operator that is lowered goes wrong after it
+        # an operator that is lowered goes wrong after it
+        call = problem if problem.typed or problem.block_table is not None else lower(problem).problem
         result = plain(before(call))
         out, lse = result if isinstance(result, tuple) else (result, None)
         out, lse = after(problem, out.copy(), None if lse is None else lse.copy())
@@ -267,5 +269,6 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "output_too_narrow": (_same, _too_narrow),
     "masked_value_read": (_same, _masked_value_read),
     "scores_clamped": (_clamped, _keep),
+    **{name: (before, _keep) for name, before in PAGED_BUGS.items()},
 }
 """Planted bugs by name: an edit of the problem that the kernel is given, and one of what it returns."""

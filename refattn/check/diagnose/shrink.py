@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InvalidProblem, UnsupportedProblem
+from ...pages import appended, gathered
 from ...problem import Problem
 from ...variants.own import named
 
@@ -59,7 +60,7 @@ def boundary(problem: Problem, dout: Any, fails: Fails) -> str:
         As in :func:`shrink`, whose result this is for.
     """
     p, found = problem, []
-    if p.cu_seqlens_q is not None:
+    if p.cu_seqlens_q is not None or p.block_table is not None:
         return ""
     cuts: list[tuple[str, int, Any]] = [
         ("n_k", p.n_k, _cut(p, dout, keys=slice(p.n_k - 1))),
@@ -74,11 +75,30 @@ def boundary(problem: Problem, dout: Any, fails: Fails) -> str:
     return "; ".join(found)
 
 
+def _of_pages(p: Problem) -> Iterator[Call]:
+    """Yield the call without pages, without new keys, of one item alone, or narrower."""
+    yield from _valid((gathered(p), None))
+    if p.new_key is not None:
+        yield from _valid((p.replace(**appended(p), new_key=None, new_value=None), None))
+    if p.cu_seqlens_q is None:
+        for b in range(p.batch if p.batch > 1 else 0):
+            names = ("query", "block_table", "new_key", "new_value", "lengths_q", "lengths_k")
+            item = {n: getattr(p, n)[b : b + 1] for n in names if getattr(p, n) is not None}
+            yield from _valid((p.replace(**item), None))
+    for width, tensors in ((p.d_v, ["value", "new_value"]), (p.d_k, ["query", "key", "new_key"])):
+        for part in _halves(width):
+            given = {n: getattr(p, n)[..., part] for n in tensors if getattr(p, n) is not None}
+            yield from _valid((p.replace(**given), None))
+
+
 TILES = (8, 16, 32, 64, 128, 256)
 
 
 def _steps(p: Problem, dout: Any) -> Iterator[Call]:
     """Yield smaller calls, those that take most away first."""
+    if p.block_table is not None:
+        yield from _of_pages(p)
+        return
     if p.cu_seqlens_q is not None:
         yield from _shorter(p, dout)
     for name in ("bias", "allowed", "sink", "softcap", "window", "causal", "scale"):

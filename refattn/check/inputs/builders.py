@@ -11,12 +11,12 @@ from ...dtypes import FORMATS
 from ...masks import unused
 from ...problem import Problem
 from .draw import Draw
+from .paged import PAGED
 from .typed import TYPED
 
 __all__ = ["BUILDERS", "Build", "Entry"]
 
 Build = Callable[[Draw], Problem]
-
 Entry = tuple[Build, frozenset[str], tuple[str, ...]]
 
 
@@ -375,6 +375,7 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "huge-products": _entry(_huge_products, dtypes=("float32", "bfloat16", "float64")),
     },
     "types": {label: _entry(build, dtypes=dtypes) for label, (build, dtypes) in TYPED.items()},
+    "pages": {label: _entry(build, "lengths_k", dtypes=dtypes) for label, (build, dtypes) in PAGED.items()},
     "poison": {
         "key-behind-mask": _entry(lambda d: _poison(d, "key"), "allowed"),
         "value-behind-mask": _entry(lambda d: _poison(d, "value"), "allowed"),

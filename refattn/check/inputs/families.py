@@ -38,6 +38,7 @@ FAMILIES = {
     "extreme": "the largest and smallest values, in one key or all, products that leave float32's range",
     "poison": "NaN and inf behind the mask, and in sight of some rows only",
     "types": "types of their own and scales: a descale lost, another head's or block's, a narrow out",
+    "pages": "keys in pages of a cache, NaN where nobody owns them; new keys written: tables, strides, tails, slots",
     "models": "calls that models in use make, the same in every run; some rows are compared",
     "calls": "calls as models make them, drawn by a seed: every two options meet; some rows are compared",
 }
@@ -98,7 +99,11 @@ class Case:
     @property
     def backward(self) -> bool:
         """Tell whether its gradient can be asked for: finite in sight of every query, and dout·v within the type."""
-        return self.gradients and self.family != "types" and f"{self.family}/{self.label}" not in FORWARD_ONLY
+        return (
+            self.gradients
+            and self.family not in ("types", "pages")
+            and f"{self.family}/{self.label}" not in FORWARD_ONLY
+        )
 
     def arriving(self, dtype: str) -> NDArray[Any]:
         """Return a gradient arriving at out, (b, h_q, n_q, d_v), 0 in rows not compared, NaN in unused ones."""

@@ -64,7 +64,8 @@ class Unsupported(Exception):
 
 ARRAYS = ["query", "key", "value", "sink", "bias", "allowed", "cu_seqlens_q", "cu_seqlens_k", "weight", "state"]
 ARRAYS += ["alpha", "beta", "lengths_q", "lengths_k", "offset", "query_scale", "key_scale", "value_scale", "out_scale"]
-SETTINGS = ["scale", "causal", "window", "softcap", "alignment", "out_dtype", "variant", "options"]
+ARRAYS += ["block_table", "new_key", "new_value"]
+SETTINGS = ["scale", "causal", "window", "softcap", "alignment", "out_dtype", "page_layout", "variant", "options"]
 
 
 class Problem:
@@ -84,8 +85,13 @@ class Problem:
     heads = property(lambda self: int(self._values["query"].shape[1]))
     n_q = property(lambda self: int(self._values["query"].shape[2]))
     d_k = property(lambda self: int(self._values["query"].shape[3]))
-    heads_kv = property(lambda self: int(self._values["key"].shape[1]))
-    n_k = property(lambda self: int(self._values["key"].shape[2]))
+    heads_kv = property(lambda self: int(self._values["key"].shape[1 + self._by_slot]))
+    _by_slot = property(lambda self: self._values.get("page_layout") == "NHD")
+    _paged = property(lambda self: self._values.get("block_table") is not None)
+    _rows = property(lambda self: len(self._values["block_table"]) if self._paged and self._packed else 1)
+    _packed = property(lambda self: self._values.get("cu_seqlens_q") is not None)
+    page_size = property(lambda self: int(self._values["key"].shape[2 - self._by_slot]) if self._paged else 0)
+    n_k = property(lambda self: self._rows * self.room)
     d_v = property(lambda self: int(self._values["value"].shape[3]))
     out_shape = property(lambda self: (self.batch, self.heads, self.n_q, self.d_v))
     out_type = property(lambda self: self.out_dtype or self.dtype)
@@ -98,6 +104,11 @@ class Problem:
 
     corner = property(lambda self: self.causal or self.alignment or "bottom_right")
 
+    @property
+    def room(self) -> int:
+        """The number of keys that an item's pages have room for."""
+        return int(self._values["block_table"].shape[1]) * self.page_size if self._paged else int(self.key.shape[2])
+
     def segments(self, batch: int = 0) -> list[tuple[slice, slice]]:
         """Return the used query rows and key rows of each packed sequence of a batch item."""
         self._seen.update({"cu_seqlens_q", "cu_seqlens_k", "lengths_q", "lengths_k"})
@@ -105,6 +116,8 @@ class Problem:
 
     def _spans(self, axis: str, n: int, batch: int) -> list[slice]:
         starts, lengths = (self._values.get(f"{x}_{axis}") for x in ("cu_seqlens", "lengths"))
+        if axis == "k" and self._paged and self._packed:
+            starts = [i * self.room for i in range(self._rows + 1)]
         ends = [0, n] if starts is None else list(map(int, starts))
         if lengths is None:
             return [slice(a, b) for a, b in pairwise(ends)]
@@ -195,10 +208,13 @@ def _answer(
         parts = parts if isinstance(parts, tuple | list) else (parts,)
         names = ("out", "lse")[: len(parts)]
         found = {n: x for n, x in zip(names, parts, strict=True) if x is not None}
+        if "new_key" in arrays:
+            found |= {"cache_key": asked.key, "cache_value": asked.value}
     else:
         found = dict(kernel.gradients(asked, _to(dout, kind, device)))
     found = {str(n): _numpy(x) for n, x in found.items()}
-    changed = [n for n, x in arrays.items() if x.tobytes() != before[n]]
+    caches = ("key", "value") if "new_key" in arrays else ()
+    changed = [n for n, x in arrays.items() if n not in caches and x.tobytes() != before[n]]
     return {"kind": "answer", "read": sorted(seen), "changed": changed}, found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ...errors import InvalidInput, KernelError, UnsupportedProblem
+from ...pages import append
 from ...problem import Problem
 from ...variants.own import know, named
 from ..call import call_gradients, call_kernel
@@ -64,6 +65,8 @@ class Isolated:
     def __call__(self, problem: Problem) -> Any:
         """Return out and lse, or out alone."""
         result = self._ask(problem, None)
+        if problem.new_key is not None:
+            append(problem)  # the other process has looked at what was written there
         return result.out if result.lse is None else (result.out, result.lse)
 
     def gradients(self, problem: Problem, dout: NDArray[Any]) -> Any:

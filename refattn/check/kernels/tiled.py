@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ...arrays import from_float64, to_float64
 from ...dtypes import FORMATS
 from ...errors import UnsupportedProblem
+from ...pages import append
 from ...problem import VARIANT, Problem
 from ...scales import spread
 from ..model import Model, flash
@@ -42,6 +43,8 @@ def tiled(problem: Problem, keys: int = KEYS) -> tuple[Array, Array]:
     out : (b, h_q, n_q, d_v), of the problem's type
     lse : (b, h_q, n_q) float32 (float64 for float64)
     """
+    if problem.new_key is not None:
+        append(problem)
     c = _Call(problem, keys)
     out, lse = np.zeros(problem.out_shape, c.kind), np.full(problem.out_shape[:3], -np.inf, c.kind)
     with np.errstate(all="ignore"):
@@ -66,6 +69,8 @@ def gradients(problem: Problem, dout: Array, dlse: Array | None = None, keys: in
     keys : int
         Keys to a tile.
     """
+    if problem.block_table is not None:
+        raise UnsupportedProblem("block_table: the tiled kernel has no gradients of keys in pages")
     c = _Call(problem, keys)
     out, lse = tiled(problem, keys)
     arriving = to_float64(dout).astype(c.kind)
@@ -172,12 +177,18 @@ class _Call:
         self.keys = keys
         with np.errstate(divide="ignore"):  # of no columns, where it does not matter
             self.scale = self.kind.type(p.scale if p.scale is not None else 1 / np.sqrt(p.d_k))
+        self.q: Array
+        self.k: Any
+        self.values: Any
         self.q, self.k, self.values = (to_float64(x).astype(self.kind) for x in (p.query, p.key, p.value))
         self.out_scale: Array | None = None
         if p.typed:
             self.take_scales()
         # what no row sees may be anything: it must not meet a weight of 0
+        self.v: Any
         self.v, self.finite_k = (np.where(np.isfinite(x), x, 0) for x in (self.values, self.k))
+        if p.block_table is not None:
+            self.k, self.values, self.v = (_Pages(x, p) for x in (self.k, self.values, self.v))
         extra = (None if x is None else to_float64(x).astype(self.kind) for x in (p.sink, p.bias, p.weight))
         self.sink, self.bias, self.weight = extra
 
@@ -288,6 +299,21 @@ class _Call:
         if self.kind == np.float64 or p.out_type == "float32" or (p.typed and FORMATS[p.out_type].precision < 8):
             return x
         return FORMATS[p.out_type].round_array(x.astype(np.float64)).astype(self.kind)
+
+
+class _Pages:
+    """A cache that is read as keys (b, h, n, d) are: by batch item, head and keys."""
+
+    def __init__(self, x: Array, p: Problem) -> None:
+        self.pages = x if p.page_layout == "NHD" else x.swapaxes(1, 2)
+        self.table, self.size, self.room, self.shape = p.block_table, p.page_size, p.room, x.shape
+
+    def __getitem__(self, at: tuple[int, int, Any]) -> Array:
+        b, h, j = at
+        keys = np.arange(j.start, j.stop) if isinstance(j, slice) else np.asarray(j)
+        row, key = (b + keys // self.room, keys % self.room) if self.room else (keys, keys)  # packed: an item each
+        found: Array = self.pages[self.table[row, key // self.size], key % self.size, h]
+        return found
 
 
 def model(dtype: str) -> Model:

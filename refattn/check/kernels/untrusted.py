@@ -84,6 +84,11 @@ class Untrusted:
     def __call__(self, problem: Problem) -> Any:
         """Return out and lse, or out alone."""
         found = self._ask(problem, None)
+        for name in ("key", "value") if problem.new_key is not None else ():
+            cache, x = getattr(problem, name), found.pop(f"cache_{name}", None)
+            if x is None or x.shape != cache.shape or x.dtype != cache.dtype:
+                raise KernelError(f"the kernel's process sent no {name}")
+            cache[...] = x
         if "out" not in found:
             raise KernelError("the kernel returned no array; expected out or (out, lse)")
         return (found["out"], found["lse"]) if "lse" in found else found["out"]
@@ -116,7 +121,7 @@ class Untrusted:
             raise KernelError(
                 f"the kernel changed its input {header['changed'][0]}; it must leave its inputs as they are"
             )
-        unknown = [n for n, x in arrays.items() if x.dtype.name not in FORMATS]
+        unknown = [n for n, x in arrays.items() if x.dtype.name not in FORMATS and not n.startswith("cache_")]
         if unknown:
             raise KernelError(f"{unknown[0]}: got dtype {arrays[unknown[0]].dtype.name}, expected a float of the table")
         note(problem, frozenset(map(str, header["read"])))

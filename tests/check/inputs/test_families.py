@@ -28,7 +28,7 @@ def test_every_case_builds_in_every_format(dtype):
         if not c.dtypes or dtype in c.dtypes:
             p = c.problem(dtype)
             assert dtype == p.out_type or c.label == "out-float8"
-            if c.family != "poison":
+            if c.family != "poison" and c.label != "unowned-nan":
                 for x in (p.query, p.key, p.value):
                     assert np.isfinite(x.astype(np.float64)).all(), c.name
 
