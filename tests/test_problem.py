@@ -205,8 +205,12 @@ def test_features_are_those_that_capabilities_know():
         key=ones(1, 4, 7, 16, dtype=np.int8), value=ones(1, 4, 8, 24)[:, :, :7], out_dtype="bfloat16", out_scale=2,
         key_scale=ones(1, 4, 7, 1), query_scale=ones(1, 1, 1, 16), value_scale=ones(1, 1, 1, 12),
     )  # fmt: skip
+    table = {"rotary_cos": ones(9, 7), "rotary_sin": ones(9, 7)}
+    turned = [good(rotary=style, **table, positions_q=np.arange(5)) for style in ("half", "interleaved")]
+    assert turned[0].features() ^ turned[1].features() == {"rotary_half", "rotary_interleaved"}
+    placed = turned[0].features() | turned[1].features() | good(alibi_slopes=ones(8)).features()
     assert (
-        everything.features() | scaled.features() | rest.features() | ragged.features() | narrow.features()
+        placed | everything.features() | scaled.features() | rest.features() | ragged.features() | narrow.features()
         == FEATURES | FURTHER
     )
     assert Problem(*(ones(1, 1, 2, 4) for _ in range(3))).features() == frozenset()

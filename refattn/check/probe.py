@@ -17,6 +17,7 @@ from .bounds.expected import expected
 from .call import call_gradients, call_kernel
 from .compare import compare
 from .inputs.draw import Draw
+from .inputs.positioned import rotary, slopes
 from .inputs.typed import ONE, WIDE, typed
 from .kernel import Kernel
 from .model import FEATURES, FURTHER, GRADIENTS, Capabilities
@@ -53,6 +54,11 @@ CALLS: dict[str, Build] = {
     "out_scale": lambda draw, n=64, **w: draw.problem(n, n, out_scale=0.25, **w),
     "out_dtype": lambda draw, n=64, **w: draw.problem(n, n, out_dtype=_other(draw), **w),
     "types_differ": lambda draw, **w: _typed(draw, None, **w),
+    "rotary_half": lambda draw, n=64, **w: draw.problem(n, n, **_rotary(draw, "half", n, **w), **w),
+    "rotary_interleaved": lambda draw, n=64, **w: draw.problem(n, n, **_rotary(draw, "interleaved", n, **w), **w),
+    "rotary_partial": lambda draw, n=64, **w: draw.problem(n, n, **_rotary(draw, "half", n, 4, **w), **w),
+    "positions": lambda draw, n=64, **w: draw.problem(n, n, **_rotary(draw, "half", n, **w), **_places(n), **w),
+    "alibi_slopes": lambda draw, n=64, **w: draw.problem(n, n, alibi_slopes=slopes(draw, 2), **w),
     "d_k_zero": lambda draw, n=64, **w: draw.problem(n, n, **(w | {"d": 0, "d_v": w.get("d", 32)})),
     "scale": lambda draw, n=64, **w: draw.problem(n, n, scale=0.3, **w),
     "no_rows_or_keys": lambda draw, n=64, **w: draw.problem(n, 0, **w),
@@ -72,6 +78,14 @@ def _other(draw: Draw) -> str:
 def _typed(draw: Draw, blocks: Any, n: int = 64, elements: str = "float8_e4m3fn", **size: Any) -> Problem:
     """Return a call of float8 keys and values, and queries where `blocks` says how they are scaled, too."""
     return typed(draw, elements, blocks, blocks or ONE, blocks or ONE, **{"n_q": n, "n_k": n, "b": 1, "h": 2} | size)
+
+
+def _rotary(draw: Draw, style: str, n: int, part: int = 2, **size: Any) -> dict[str, Any]:
+    return rotary(draw, style, size.get("d", 32) // part, n + 9)
+
+
+def _places(n: int) -> dict[str, Any]:
+    return {"positions_q": np.arange(n) + 7, "positions_k": np.arange(n)[::-1].copy()}
 
 
 def _used(n: int) -> Any:

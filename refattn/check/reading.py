@@ -19,6 +19,10 @@ SOURCE = {
     "causal_top_left": "causal",
     "variable_lengths": "cu_seqlens_q",
     "negative_window": "window",
+    "rotary_half": "rotary",
+    "rotary_interleaved": "rotary",
+    "rotary_partial": "rotary_cos",
+    "positions": "positions_q",
 }
 """The argument that a feature stands for, where it has another name."""
 

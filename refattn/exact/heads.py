@@ -14,11 +14,12 @@ from ..arrays import to_float64, to_numpy
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..gates import GATES, finite_state, gate
 from ..masks import block, diagonal, distance, visible
+from ..positions import partners, places, slope_of, tables
 from ..problem import Problem
 from ..variants import Rows, variant_of
 from .matrix import Matrix
 
-__all__ = ["Given", "Head", "gate_of", "heads", "matrix_of", "numbers_of", "rows_of"]
+__all__ = ["Given", "Head", "gate_of", "heads", "matrix_of", "numbers_of", "plain_scores", "rows_of"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -159,6 +160,15 @@ class Head:
         def state() -> Any:
             return wrap(f.state(self.state)) if hasattr(f, "state") else column(self.state)
 
+        def table(which: int, of: int, at: Any = slice(None)) -> Any:
+            where = places(p, self.batch, self.rows, self.keys)[which][at]
+            return wrap(gate_of(f, tables(p, where)[of]))
+
+        def apart() -> Any:
+            where, at = places(p, self.batch, self.rows, self.keys)
+            return column(np.abs(where[rows][:, None] - at))
+
+        partner = None if p.rotary is None else partners(p)
         gates = {n: wrap(gate_of(f, self.gates[n])) if n in self.gates else None for n in GATES}
         made = Given(
             {
@@ -169,7 +179,15 @@ class Head:
                 "distance": lambda: column(steps()),
                 "toeplitz": lambda: toeplitz,
                 "place": lambda: column(np.arange(1, self.q.shape[0] + 1)[rows][:, None]),
+                "cos_q": lambda: table(0, 0, rows),
+                "sin_q": lambda: table(0, 1, rows),
+                "cos_k": lambda: table(1, 0),
+                "sin_k": lambda: table(1, 1),
+                "moved": lambda: partner != np.arange(p.d_k),
+                "apart": apart,
             },
+            partner=partner,
+            slope=None if p.alibi_slopes is None else f.number(slope_of(p, self.batch, self.head)),
             scale=scale,
             softcap=None if p.softcap is None else f.number(p.softcap),
             bias=None if self.bias is None else column(self.bias[rows]),
@@ -253,6 +271,18 @@ def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
                     state,
                     {n: x[b, h, keys] for n, x in gates.items()},
                 )
+
+
+def plain_scores(one: Head, row: int) -> Float:
+    """Return the scores of one row in float64, (n_k,), without its softcap and masks."""
+    from ..variants.softmax import scores
+    from .arithmetics import Floats
+
+    f, at = Floats(), slice(row, row + 1)
+    o = one.options(f, at)
+    o.softcap = None
+    with np.errstate(all="ignore"):
+        return np.asarray(scores(matrix_of(f, one.q[at]), matrix_of(f, one.k), o).a[0])
 
 
 def _weights(x: Float) -> Float:

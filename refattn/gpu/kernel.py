@@ -15,7 +15,9 @@ __all__ = ["ACCURACIES", "Call", "Kernel", "Plan"]
 
 ACCURACIES = ("fast", "high")
 """P rounded to the input's type, or kept in two parts of it: then the error is the output's own rounding."""
-FURTHER = frozenset({"d_k_zero", "negative_window", "lengths_q", "lengths_k", "offset", "alignment"})
+FURTHER = frozenset({"d_k_zero", "negative_window", "lengths_q", "lengths_k", "offset", "alignment"}) | {
+    "rotary_half", "rotary_interleaved", "alibi_slopes"
+}  # fmt: skip
 """What a Problem can ask for and no kernel here takes."""
 
 

@@ -6,14 +6,23 @@ from typing import Any
 
 from .variant import COMMON_BUGS, COMMON_FAMILIES, COMMON_LAWS, Variant
 
-__all__ = ["SOFTMAX", "scores"]
+__all__ = ["SOFTMAX", "scores", "turned"]
+
+
+def turned(x: Any, cos: Any, sin: Any, o: Any) -> Any:
+    """Return queries or keys turned by their positions: x cos + partner sin, the sine's sign that of its column."""
+    return (x * cos + x.columns(o.partner) * sin).written(o.moved)
 
 
 def scores(q: Any, k: Any, o: Any) -> Any:
-    """Return the scores: products, scale, softcap, bias, in this order."""
+    """Return the scores: rotary positions, products, scale, softcap, ALiBi, bias, in this order."""
+    if o.partner is not None:
+        q, k = turned(q, o.cos_q, o.sin_q, o), turned(k, o.cos_k, o.sin_k, o)
     s = q @ k.T * o.scale
     if o.softcap is not None:
         s = (s / o.softcap).tanh() * o.softcap
+    if o.slope is not None:
+        s = s - o.apart * o.slope
     return s if o.bias is None else s + o.bias
 
 
@@ -32,14 +41,15 @@ SOFTMAX = Variant(
     name="softmax",
     define=attention,
     formula="out_i = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + exp(sink)),  "
-    "s_ij = softcap·tanh(scale·q_i·k_j / softcap) + bias_ij + log weight_ij;  lse_i = log(sum_j exp(s_ij) + exp(sink))",
+    "s_ij = softcap·tanh(scale·q_i·k_j / softcap) - slope·|place_i - place_j| + bias_ij + log weight_ij, "
+    "q and k turned by rotary positions;  lse_i = log(sum_j exp(s_ij) + exp(sink))",
     unit="u · sum_j p_ij |v_jc|",
     source="Vaswani et al., arXiv 1706.03762, eq. 1; softcap as in Gemma 2 (arXiv 2408.00118, section 2); "
     "the sink logit as in StreamingLLM's softmax1 (arXiv 2309.17453, eq. 2), learnable in gpt-oss. "
     "Recalled, not read again.",
     compared="PyTorch, JAX, ONNX Runtime, OpenVINO and Keras: {doc}`../kernels`",
     uses=frozenset({"causal", "window", "softcap", "sink", "bias", "allowed", "weight"})
-    | {"lengths_q", "lengths_k", "offset", "alignment"},
+    | {"lengths_q", "lengths_k", "offset", "alignment", "rotary", "alibi_slopes"},
     has_lse=True,
     positive=True,
     fused="softmax",
@@ -76,8 +86,17 @@ SOFTMAX = Variant(
         "scale_of_next_head",
         "scale_of_next_token",
         "scale_of_next_channel",
+        "rotary_ignored",
+        "rotary_pairs_swapped",
+        "rotary_other_way",
+        "rotary_rest_dropped",
+        "rotary_before_scale",
+        "query_at_next_position",
+        "positions_ignored",
+        "alibi_ignored",
+        "alibi_of_next_head",
     ),
-    families=(*COMMON_FAMILIES, "shifted", "extreme", "types"),
+    families=(*COMMON_FAMILIES, "shifted", "extreme", "types", "positions"),
     quick=frozenset(
         {
             "empty/rows-allowed",
@@ -113,6 +132,10 @@ SOFTMAX = Variant(
             "types/int8-by-token-and-channel",
             "types/nvfp4",
             "types/out-float8",
+            "types/rotary-by-channel",
+            "positions/rotary-half",
+            "positions/rotary-given",
+            "positions/alibi-by-batch",
         }
     ),
     contract=(

@@ -16,8 +16,8 @@ import refattn
 ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
 BASE = {
-    "errors", "dtypes", "arrays", "gates", "rules", "validation", "problem", "scales", "masks", "files", "modules",
-    "version",
+    "errors", "dtypes", "arrays", "gates", "rules", "validation", "positions", "problem", "scales", "masks", "files",
+    "modules", "version",
 }  # fmt: skip
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
@@ -31,8 +31,9 @@ EDGES = {
     "rules": {"errors"},
     "gates": {"errors"},
     "validation": {"errors", "dtypes", "arrays", "gates", "rules"},
-    "problem": {"errors", "arrays", "gates", "rules", "validation"},
-    "masks": {"errors", "arrays", "problem", "rules", "validation"},
+    "positions": {"errors", "dtypes", "arrays", "validation"},
+    "problem": {"errors", "arrays", "gates", "positions", "rules", "validation"},
+    "masks": {"errors", "positions", "problem", "rules", "validation"},
     "files": BASE - {"files", "modules", "version", "scales"},
     "variants": BASE,
     "exact": BASE | {"variants"},

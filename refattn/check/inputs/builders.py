@@ -11,12 +11,12 @@ from ...dtypes import FORMATS
 from ...masks import unused
 from ...problem import Problem
 from .draw import Draw
+from .positioned import POSITIONED
 from .typed import TYPED
 
 __all__ = ["BUILDERS", "Build", "Entry"]
 
 Build = Callable[[Draw], Problem]
-
 Entry = tuple[Build, frozenset[str], tuple[str, ...]]
 
 
@@ -374,6 +374,7 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "one-huge-value": _entry(_one_huge_value, "causal"),
         "huge-products": _entry(_huge_products, dtypes=("float32", "bfloat16", "float64")),
     },
+    "positions": {label: _entry(build, *needs) for label, (build, needs) in POSITIONED.items()},
     "types": {label: _entry(build, dtypes=dtypes) for label, (build, dtypes) in TYPED.items()},
     "poison": {
         "key-behind-mask": _entry(lambda d: _poison(d, "key"), "allowed"),
