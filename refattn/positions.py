@@ -32,6 +32,7 @@ __all__ = [
     "places",
     "slope_of",
     "tables",
+    "turned",
 ]
 
 Float = NDArray[np.float64]
@@ -94,6 +95,11 @@ def tables(problem: Any, where: Places) -> tuple[Float, Float]:
     by_cos[:, first] = by_cos[:, second] = cos
     by_sin[:, first], by_sin[:, second] = -sin, sin
     return by_cos, by_sin
+
+
+def turned(x: Any, cos: Any, sin: Any, o: Any) -> Any:
+    """Return queries or keys turned by their positions, in any arithmetic; `o` is a definition's options."""
+    return (x * cos + x.columns(o.partner) * sin).written(o.moved)
 
 
 def slope_of(problem: Any, batch: int, head: int) -> float:

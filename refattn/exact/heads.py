@@ -14,7 +14,7 @@ from ..arrays import to_float64, to_numpy
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..gates import GATES, finite_state, gate
 from ..masks import block, diagonal, distance, visible
-from ..positions import partners, places, slope_of, tables
+from ..positions import partners, places, slope_of, tables, turned
 from ..problem import Problem
 from ..variants import Rows, variant_of
 from .matrix import Matrix
@@ -274,15 +274,17 @@ def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
 
 
 def plain_scores(one: Head, row: int) -> Float:
-    """Return the scores of one row in float64, (n_k,), without its softcap and masks."""
-    from ..variants.softmax import scores
+    """Return the scores of one row in float64, (n_k,), without a softcap and masks."""
     from .arithmetics import Floats
 
     f, at = Floats(), slice(row, row + 1)
-    o = one.options(f, at)
-    o.softcap = None
+    o, q, k = one.options(f, at), matrix_of(f, one.q[at]), matrix_of(f, one.k)
     with np.errstate(all="ignore"):
-        return np.asarray(scores(matrix_of(f, one.q[at]), matrix_of(f, one.k), o).a[0])
+        if o.partner is not None:
+            q, k = turned(q, o.cos_q, o.sin_q, o), turned(k, o.cos_k, o.sin_k, o)
+        s = q @ k.T * o.scale
+        s = s if o.slope is None else s - o.apart * o.slope
+        return np.asarray((s if o.bias is None else s + o.bias).a[0])
 
 
 def _weights(x: Float) -> Float:

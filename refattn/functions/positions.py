@@ -24,7 +24,7 @@ __all__ = ["alibi_slopes", "rotary_tables", "t5_bias", "t5_buckets"]
 
 BITS = 320
 """Working precision: angles of positions below 2**63, and 200 bits of their cosines."""
-SCALINGS = {
+SCALINGS: dict[str, dict[str, float | None]] = {
     "default": {},
     "linear": {"factor": None},
     "ntk": {"factor": None},

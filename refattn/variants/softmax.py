@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..positions import turned
 from .variant import COMMON_BUGS, COMMON_FAMILIES, COMMON_LAWS, Variant
 
-__all__ = ["SOFTMAX", "scores", "turned"]
-
-
-def turned(x: Any, cos: Any, sin: Any, o: Any) -> Any:
-    """Return queries or keys turned by their positions: x cos + partner sin, the sine's sign that of its column."""
-    return (x * cos + x.columns(o.partner) * sin).written(o.moved)
+__all__ = ["SOFTMAX", "scores"]
 
 
 def scores(q: Any, k: Any, o: Any) -> Any:

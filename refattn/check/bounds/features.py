@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from ...dtypes import format_of
 from ...exact.heads import Head
 from ...exact.matrix import Reflected
-from ...positions import partners, places, tables
-from ...variants.softmax import turned
+from ...positions import partners, places, tables, turned
 from ..model import C, Model, inside_type
 from .graph import Link, Node, Scaled
 from .operands import Operands

@@ -51,7 +51,7 @@ def _packed(d: Draw) -> Problem:
 
 
 def _alibi(d: Draw) -> Problem:
-    more = {"softcap": 5.0, "bias": d.normal(1, 1, 1, 40)}
+    more: dict[str, Any] = {"softcap": 5.0, "bias": d.normal(1, 1, 1, 40)}
     return d.problem(20, 40, b=2, h=4, h_kv=2, alibi_slopes=slopes(d, 2, 4), **more)
 
 

@@ -82,8 +82,8 @@ def gradients(problem: Problem, dout: Array, dlse: Array | None = None, keys: in
         for b, h, i, seq in c.row_tiles():
             _backward(c, b, h, i, seq, arriving[b, h, i], lse[b, h, i], delta[b, h, i], total)
     if c.problem.rotary is not None:
-        for i, name in enumerate(("dq", "dk")):
-            total[name] = c.turned(c.rounded(total[name]), i, -1)
+        for which, name in enumerate(("dq", "dk")):
+            total[name] = c.turned(c.rounded(total[name]), which, -1)
     names = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}
     given = {n: getattr(problem.to("numpy"), names[n]) for n in total}
     form = {n: "float64" if x.dtype == np.float64 else x.dtype.name for n, x in given.items()}
