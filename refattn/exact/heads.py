@@ -160,15 +160,6 @@ class Head:
         def state() -> Any:
             return wrap(f.state(self.state)) if hasattr(f, "state") else column(self.state)
 
-        def table(which: int, of: int, at: Any = slice(None)) -> Any:
-            where = places(p, self.batch, self.rows, self.keys)[which][at]
-            return wrap(gate_of(f, tables(p, where)[of]))
-
-        def apart() -> Any:
-            where, at = places(p, self.batch, self.rows, self.keys)
-            return column(np.abs(where[rows][:, None] - at))
-
-        partner = None if p.rotary is None else partners(p)
         gates = {n: wrap(gate_of(f, self.gates[n])) if n in self.gates else None for n in GATES}
         made = Given(
             {
@@ -179,14 +170,9 @@ class Head:
                 "distance": lambda: column(steps()),
                 "toeplitz": lambda: toeplitz,
                 "place": lambda: column(np.arange(1, self.q.shape[0] + 1)[rows][:, None]),
-                "cos_q": lambda: table(0, 0, rows),
-                "sin_q": lambda: table(0, 1, rows),
-                "cos_k": lambda: table(1, 0),
-                "sin_k": lambda: table(1, 1),
-                "moved": lambda: partner != np.arange(p.d_k),
-                "apart": apart,
+                **self._positioned(f, rows, wrap),
             },
-            partner=partner,
+            partner=None if p.rotary is None else partners(p),
             slope=None if p.alibi_slopes is None else f.number(slope_of(p, self.batch, self.head)),
             scale=scale,
             softcap=None if p.softcap is None else f.number(p.softcap),
@@ -197,6 +183,27 @@ class Head:
             **(gates | own),
         )
         return made
+
+    def _positioned(self, f: Any, rows: Any, wrap: Callable[[Any], Any]) -> dict[str, Callable[[], Any]]:
+        """Return what a definition reads of positions: tables by query and key, which columns turn, distances."""
+        p = self.problem
+
+        def table(which: int, of: int, at: Any = slice(None)) -> Any:
+            where = places(p, self.batch, self.rows, self.keys)[which][at]
+            return wrap(gate_of(f, tables(p, where)[of]))
+
+        def apart() -> Any:
+            where, at = places(p, self.batch, self.rows, self.keys)
+            return wrap(matrix_of(f, np.abs(where[rows][:, None] - at).astype(np.float64)))
+
+        return {
+            "cos_q": lambda: table(0, 0, rows),
+            "sin_q": lambda: table(0, 1, rows),
+            "cos_k": lambda: table(1, 0),
+            "sin_k": lambda: table(1, 1),
+            "moved": lambda: partners(p) != np.arange(p.d_k),
+            "apart": apart,
+        }
 
     def tokens(self, f: Any) -> list[tuple[list[Any], dict[str, Any]]]:
         """Return by token its query, key and value in an arithmetic, (1, d) each, and the gates that it has."""

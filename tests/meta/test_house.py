@@ -147,6 +147,7 @@ NAMED = {
     "theory/": "claims about operators, under the names of their papers",
     "tensor/": "names of triple-wise forms and of fits",
     "papers.py": "what is here of each paper",
+    "functions/positions.py": "linear scaling of rotary positions, which is also an operator's name",
     "functions/native.py": "an argument topk, which is also an operator's name",
 }
 

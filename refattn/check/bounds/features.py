@@ -101,6 +101,13 @@ class Rotated:
         """Tell whether anything is lost before queries and keys are multiplied."""
         return bool(self.model.operands) or self.one.problem.rotary is not None
 
+    @property
+    def products_lost(self) -> Any:
+        """What turning costs the products of queries and keys, (n_q, n_k)."""
+        if self.one.problem.rotary is None:
+            return 0.0
+        return self.lost_q @ (np.abs(self.k) + self.lost_k).T + np.abs(self.q) @ self.lost_k.T
+
     def back(self, which: int, error: Float, size: Float) -> Float:
         """Return the errors of a gradient by queries (0) or keys (1), from those of the gradient by the turned ones.
 

@@ -160,9 +160,7 @@ def _head(
         t = np.tanh(turned.q @ turned.k.T * plain.scale / p.softcap)
         slope = 1 - t * t
         raw = (one.q.shape[1] + 3) * u * (np.abs(turned.q) @ np.abs(turned.k).T * abs(plain.scale))
-        if p.rotary is not None:
-            more = turned.lost_q @ (np.abs(turned.k) + turned.lost_k).T + np.abs(turned.q) @ turned.lost_k.T
-            raw = raw + abs(plain.scale) * more
+        raw = raw + abs(plain.scale) * turned.products_lost
         lost_slope = 2 * np.abs(t) * (raw / p.softcap * slope + 3 * u * np.abs(t)) + 3 * u
         lost_ds, ds = lost_ds * (slope + lost_slope) + ds * lost_slope, ds * slope
     lost_ds = lost_ds + u_p * ds
