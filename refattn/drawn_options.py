@@ -9,19 +9,25 @@ from hypothesis import strategies as st
 
 from .arrays import from_float64
 from .dtypes import FORMATS
+from .errors import InvalidProblem
 from .pages import in_pages
+from .positions import POSITIONS, STYLES
 from .problem import Problem
 from .validation import ALIGNMENTS
 
-__all__ = ["FURTHER_ON", "NEEDS", "PAGED", "TYPES", "lengths", "paged", "typed"]
+__all__ = ["FURTHER_ON", "NEEDS", "PAGED", "TYPES", "lengths", "paged", "positioned", "typed"]
 
-FURTHER_ON = ("lengths_k", "lengths_q", "offset", "alignment", "negative_window", "d_k_zero")
+FURTHER_ON = (
+    "lengths_k", "lengths_q", "offset", "alignment", "negative_window", "d_k_zero",
+    "rotary_half", "rotary_interleaved", "rotary_partial", "alibi_slopes", "positions",
+)  # fmt: skip
 TYPES = (
     "scales", "scales_by_head", "scales_by_token", "scales_by_channel", "scales_by_block",
     "out_scale", "out_dtype", "types_differ",
 )  # fmt: skip
 PAGED = ("paged_nhd", "paged_hnd", "appending")
-NEEDS = {"negative_window": "window", "d_k_zero": "lengths_k"}
+NEEDS = {"negative_window": "window", "d_k_zero": "lengths_k", "positions": "alibi_slopes"}
+NEEDS |= dict.fromkeys(("rotary_half", "rotary_interleaved", "rotary_partial"), "rotary")
 """What an operator has that takes a feature without an option of its own."""
 
 
@@ -40,6 +46,36 @@ def lengths(draw: st.DrawFn, on: set[str], more: dict[str, Any], sizes: tuple[in
     if "alignment" in on and more["causal"] is None:
         found["alignment"] = draw(st.sampled_from(ALIGNMENTS))
     return found
+
+
+def positioned(draw: st.DrawFn, p: Problem, on: set[str]) -> Problem:
+    """Give a call rotary positions, ALiBi slopes and positions of its own."""
+    styles = [s for s in STYLES if f"rotary_{s}" in on]
+    partial = "rotary_partial" in on
+    pairs = (p.d_k - partial) // 2
+    turned = styles and pairs > 0 and (partial or p.d_k == 2 * pairs)
+    if not turned and "alibi_slopes" not in on:
+        return p
+    found: dict[str, Any] = {}
+    rng = np.random.default_rng(draw(st.integers(0, 255)))
+    wide, longest = np.float64 if p.dtype == "float64" else np.float32, max(p.n_q, p.n_k, 1)
+    if "alibi_slopes" in on:
+        found["alibi_slopes"] = rng.random(draw(st.sampled_from(((p.heads,), (p.batch, p.heads))))).astype(wide)
+    if turned:
+        angle = rng.uniform(-4, 4, (longest, pairs))
+        found |= {
+            "rotary": styles[0],
+            "rotary_cos": np.cos(angle).astype(wide),
+            "rotary_sin": np.sin(angle).astype(wide),
+        }
+    if "positions" in on:
+        for name, n in zip(POSITIONS, (p.n_q, p.n_k), strict=True):
+            shape = draw(st.sampled_from(((n,), (p.batch, n))))
+            found[name] = rng.integers(0, longest, shape).astype(np.int32)
+    try:
+        return p.replace(**found)
+    except InvalidProblem:  # the diagonal leads out of the table
+        return p
 
 
 def typed(draw: st.DrawFn, p: Problem, on: set[str]) -> Problem:

@@ -8,13 +8,13 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import to_numpy
 from .errors import InvalidInput
+from .positions import diagonal
 from .problem import Problem
 from .rules import Rule, View, atoms
 from .validation import ALIGNMENTS
 
-__all__ = ["WRITTEN", "both", "causal", "document", "padding", "sliding_window", "unused", "visible"]
+__all__ = ["WRITTEN", "both", "causal", "diagonal", "document", "padding", "sliding_window", "unused", "visible"]
 
 Mask = NDArray[np.bool_]
 WRITTEN = 2**22
@@ -141,15 +141,6 @@ def block(x: NDArray[np.generic], batch: int, head: int, rows: slice, keys: slic
     plane = x[batch if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0]
     plane = plane[rows if plane.shape[0] > 1 else slice(None), keys if plane.shape[1] > 1 else slice(None)]
     return np.broadcast_to(plane, (rows.stop - rows.start, keys.stop - keys.start))
-
-
-def diagonal(problem: Problem, batch: int, rows: slice, keys: slice) -> int:
-    """Return the key, counted from its sequence's first, at which the first query of a sequence stands."""
-    first = _corner(rows.stop - rows.start, keys.stop - keys.start, problem.corner)
-    if problem.offset is None or isinstance(problem.offset, int):
-        return first + (problem.offset or 0)
-    at = batch if problem.cu_seqlens_q is None else problem.segments().index((rows, keys))
-    return first + int(to_numpy(problem.offset)[at])
 
 
 def unused(problem: Problem) -> tuple[Mask, Mask] | None:

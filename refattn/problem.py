@@ -14,6 +14,7 @@ from .arrays import dtype_name, kind_of, native, to_kind, to_numpy
 from .errors import InvalidProblem
 from .gates import RECURRENT
 from .pages import AXES, PAGES, check_layout, check_pages, check_read
+from .positions import PLACED, check_positions
 from .rules import Rule
 from .validation import (
     LENGTHS,
@@ -43,6 +44,8 @@ MEANINGS = (
     "lengths_q",
     "lengths_k",
     "offset",
+    "rotary",
+    "alibi_slopes",
     "alignment",
 )
 """The options that mean something for some operators only."""
@@ -119,6 +122,15 @@ class Problem:
     new_key, new_value : (b, h_kv, new keys, d_k) and (b, h_kv, new keys, d_v) arrays, optional
         What the call writes into the caches, in place, before it attends: the last of each item's `lengths_k` keys,
         which count them. With `cu_seqlens_q` they are as many as queries.
+    rotary : {None, "half", "interleaved"}
+        Rotary positions: which columns of queries and keys are turned together, c and c + r, or 2c and 2c + 1; those
+        past 2r are not turned.
+    rotary_cos, rotary_sin : (m, r) float arrays, optional
+        The cosine and sine of each pair's angle at positions 0 to m - 1; ``refattn.functions.positions`` makes some.
+    alibi_slopes : (h_q,) or (b, h_q) float array, optional
+        slope · |position of query - position of key| is taken off a score, after softcap.
+    positions_q, positions_k : (n,) or (b, n) integer arrays, optional
+        Where queries and keys stand. None: key j of a sequence is at j, and a query at its key on the diagonal.
     alpha, beta : (b, h_q, n_k, 1 or d_k) and (b, h_q, n_k, 1) float arrays, optional
         A recurrence's gates: what a token keeps of the state, 0 to 1 (None is 1), and how far it moves it, 0 to 2.
 
@@ -163,6 +175,12 @@ class Problem:
     new_value: Any = None
     alpha: Any = None
     beta: Any = None
+    rotary: str | None = None
+    rotary_cos: Any = None
+    rotary_sin: Any = None
+    alibi_slopes: Any = None
+    positions_q: Any = None
+    positions_k: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, Mapping) or any(not isinstance(n, str) for n in self.options):
@@ -176,8 +194,8 @@ class Problem:
         check_layout(self)
         for check in (check_tensors, check_options, check_pages, check_masks, check_packing, check_lengths):
             check(self)
-        check_scales(self)
-        check_read(self)
+        for check in (check_scales, check_read, check_positions):
+            check(self)
 
     def __reduce__(self) -> Any:
         return _made, (vars(self) | {"options": dict(self.options)},)
@@ -269,7 +287,7 @@ class Problem:
 
     def features(self) -> frozenset[str]:
         """Return what a kernel must be able to do for this call, as names of ``Capabilities``."""
-        found = {name for name in MEANINGS[1:-1] if getattr(self, name) is not None}
+        found = {name for name in MEANINGS[1:-1] if name != "rotary" and getattr(self, name) is not None}
         if self.causal is None and self.corner == "top_left":
             found.add("alignment")
         if self.window is not None and any(side is not None and side < 0 for side in self.window):
@@ -282,6 +300,12 @@ class Problem:
             found.add("grouped_heads")
         if self.d_k == 0:
             found.add("d_k_zero")
+        if self.rotary is not None:
+            found.add(f"rotary_{self.rotary}")
+            if 2 * self.rotary_cos.shape[1] < self.d_k:
+                found.add("rotary_partial")
+        if self.positions_q is not None or self.positions_k is not None:
+            found.add("positions")
         if self.typed:
             found |= set(self._types())
         if self.page_layout is not None:
@@ -357,7 +381,7 @@ class Problem:
         printer.text(repr(self))
 
     def _arrays(self) -> Iterator[tuple[str, Any]]:
-        for name in TENSORS + OFFSETS + LENGTHS + SCALES + PAGES:
+        for name in TENSORS + OFFSETS + LENGTHS + SCALES + PAGES + PLACED:
             x = getattr(self, name)
             if not isinstance(x, Rule) and (name not in ("offset", *SCALES) or kind_of(x) is not None):
                 yield name, x

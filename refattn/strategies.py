@@ -19,7 +19,7 @@ from .arrays import from_float64, kind_of, like
 from .check.inputs.draw import Draw
 from .check.inputs.values import RARE, VALUES, numbers
 from .check.model import FEATURES, FURTHER
-from .drawn_options import FURTHER_ON, NEEDS, PAGED, TYPES, lengths, paged, typed
+from .drawn_options import FURTHER_ON, NEEDS, PAGED, TYPES, lengths, paged, positioned, typed
 from .dtypes import FORMATS, Format, format_of, is_float
 from .errors import InvalidInput
 from .gates import RECURRENT
@@ -102,7 +102,7 @@ def _features(v: Variant) -> list[str]:
     """Return the features that an operator has, the simplest first."""
     always = ["lengths_differ", "d_v_differs", "grouped_heads", "scale", "variable_lengths", "no_rows_or_keys"]
     causal = [f"causal_{a}" for a in reversed(ALIGNMENTS)] if "causal" in v.uses else []  # a later flag is kept
-    found = causal + always + [n for n in MEANINGS[::-1] if n in v.uses and n not in ("causal", *FURTHER_ON)]
+    found = causal + always + [n for n in MEANINGS[::-1] if n in v.uses and n not in ("causal", "rotary", *FURTHER_ON)]
     found += [n for n in FURTHER_ON if NEEDS.get(n, n) in v.uses]
     found += (TYPES if "types" in v.families else ()) + (PAGED if "pages" in v.families else ())
     return [n for n in found if n not in v.never]
@@ -178,6 +178,7 @@ def _problems(
         q, k, d_k = q[..., :0], k[..., :0], 0
     problem = d.problem(n_q, n_k, b=b, h=h, h_kv=h_kv, d=d_k, d_v=d_v, q=q, k=k, v=x, **more)
     assume(v.takes(problem))
+    problem = positioned(draw, problem, on)
     found = typed(draw, _poison(problem, d) if family == "poison" else problem, on)
     return paged(draw, found, on, np.nan if family == "poison" else 1.0)
 

@@ -26,6 +26,7 @@ __all__ = [
     "check_packing",
     "check_scales",
     "check_tensors",
+    "expect_array",
     "shown",
 ]
 
@@ -43,7 +44,7 @@ def check_tensors(p: Any) -> None:
     names = AXES[p.page_layout]
     for name in ("query", "key", "value"):
         x = getattr(p, name)
-        _expect_array(name, x)
+        expect_array(name, x)
         if len(x.shape) != 4:
             raise InvalidProblem(
                 f"{name}: got {len(x.shape)} axes {tuple(x.shape)}, expected 4 "
@@ -143,7 +144,7 @@ def check_masks(p: Any) -> None:
         if name == "allowed" and isinstance(x, Rule):
             _check_rule(x, full)
             continue
-        _expect_array(name, x)
+        expect_array(name, x)
         if kind_of(x) != p.kind:
             raise InvalidProblem(f"{name}: is of {kind_of(x)} and query of {p.kind}; pass arrays of one library")
         if name == "allowed" and dtype_name(x) != "bool":
@@ -203,7 +204,7 @@ def check_lengths(p: Any) -> None:
                 )
             object.__setattr__(p, name, int(x))
             continue
-        _expect_array(name, x)
+        expect_array(name, x)
         if tuple(x.shape) != (many,) or not dtype_name(x).lstrip("u").startswith("int"):
             what = "batch item" if p.cu_seqlens_q is None else "packed sequence"
             raise InvalidProblem(
@@ -244,7 +245,7 @@ def check_scales(p: Any) -> None:
 
 
 def _check_scale(p: Any, name: str, x: Any) -> None:
-    _expect_array(name, x)
+    expect_array(name, x)
     if kind_of(x) != kind_of(p.query):
         raise InvalidProblem(f"{name}: is of {kind_of(x)} and query of {kind_of(p.query)}; pass arrays of one library")
     if dtype_name(x) not in HELD:
@@ -269,7 +270,7 @@ def check_offsets(p: Any, q: Any, k: Any) -> None:
     if p.batch != 1:
         raise InvalidProblem(f"query: axis batch is {p.batch}, expected 1 with cu_seqlens; pack along the seq axis")
     for name, x in zip(OFFSETS, (q, k), strict=True):
-        _expect_array(name, x)
+        expect_array(name, x)
         if len(x.shape) != 1 or x.shape[0] < 2 or not dtype_name(x).lstrip("u").startswith("int"):
             raise InvalidProblem(
                 f"{name}: got {dtype_name(x)} of shape {tuple(x.shape)}, expected at least 2 integers on one axis"
@@ -298,7 +299,8 @@ def _is_int(x: Any) -> bool:
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
-def _expect_array(name: str, x: Any) -> None:
+def expect_array(name: str, x: Any) -> None:
+    """Refuse what is no array that can be read."""
     if kind_of(x) is None:
         raise InvalidProblem(f"{name}: got {type(x).__name__}, expected an array of {', '.join(KINDS)}")
     if (why := why_unusable(x)) is not None:

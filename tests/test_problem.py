@@ -285,7 +285,10 @@ def test_features_are_those_that_capabilities_know():
     )  # fmt: skip
     new = {"new_key": ones(1, 4, 1, 16), "new_value": ones(1, 4, 1, 24)}
     pages = [good(block_table=np.array([[0]]), page_layout="HND"), paged(**new)]
-    calls = (everything, scaled, rest, ragged, narrow, *pages)
+    table = {"rotary_cos": ones(9, 7), "rotary_sin": ones(9, 7)}
+    turned = [good(rotary=style, **table, positions_q=np.arange(5)) for style in ("half", "interleaved")]
+    assert turned[0].features() ^ turned[1].features() == {"rotary_half", "rotary_interleaved"}
+    calls = (everything, scaled, rest, ragged, narrow, *pages, *turned, good(alibi_slopes=ones(8)))
     assert frozenset().union(*(p.features() for p in calls)) == FEATURES | FURTHER
     assert Problem(*(ones(1, 1, 2, 4) for _ in range(3))).features() == frozenset()
 

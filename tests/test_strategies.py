@@ -88,6 +88,7 @@ def test_every_feature_is_reached_and_can_be_asked_for_alone(feature):
     assert feature in reach(problems(variant), lambda p: feature in p.features()).features()
     others = {"lengths_differ"} - VARIANTS[variant].never | VARIANTS[variant].always
     others |= {"negative_window": {"window"}, "d_k_zero": {"d_v_differs"}}.get(feature, set())
+    others |= {"positions": {"alibi_slopes"}, "rotary_partial": {"rotary_half"}}.get(feature, set())
     others |= {"scales"} if feature.startswith("scales_by") else set()
     others |= {"paged_nhd"} if feature == "appending" else set()
     alone = problems(variant, features={feature, *others}, families=["integers"])
@@ -339,7 +340,7 @@ def test_layouts_go_into_a_problem(make):
         (lambda: problems(dtypes=[]), "dtypes: got none, expected at least one name"),
         (lambda: problems(families=[]), "families: got none, expected at least one name"),
         (lambda: problems(families=["odd"]), "families: got 'odd', expected some of integers, normal"),
-        (lambda: problems(features={"rope"}), "features: got 'rope', expected some of alignment, allowed, alpha"),
+        (lambda: problems(features={"rope"}), "features: got 'rope', expected some of alibi_slopes, alignment, allo"),
         (
             lambda: problems("linear", features={"sink"}),
             "features: got 'sink', expected what linear attention has: caus",

@@ -68,6 +68,7 @@ FURTHER = frozenset(
     {"weight", "state", "alpha", "beta", "lengths_q", "lengths_k", "offset", "alignment", "negative_window", "d_k_zero"}
     | {"types_differ", "out_dtype", "out_scale", "paged_nhd", "paged_hnd", "appending"}
     | {"scales", "scales_by_head", "scales_by_token", "scales_by_channel", "scales_by_block"}
+    | {"rotary_half", "rotary_interleaved", "rotary_partial", "alibi_slopes", "positions"}
 )
 """What a kernel has only where it says so."""
 
@@ -142,6 +143,8 @@ class Model:
     denominator : str
         The type that the weights are rounded to before they are added up to a row's denominator; "" where they are not
         rounded for it.
+    rotated : str
+        The type that queries and keys are written in once they are turned by rotary positions; "" is the accumulator's.
     """
 
     accumulator: str = "float32"
@@ -160,15 +163,16 @@ class Model:
     block: int = 128
     from_lse: bool = False
     denominator: str = ""
+    rotated: str = ""
 
     def __post_init__(self) -> None:
         _typed("model", self)
         for part, known in (
             *((n, FORMATS) for n in ("accumulator", "scores", "lse")),
-            *((n, INSIDE) for n in ("weights", "group_sum", "operands", "denominator")),
+            *((n, INSIDE) for n in ("weights", "group_sum", "operands", "denominator", "rotated")),
         ):
             name = getattr(self, part)
-            if name not in known and not (name == "" and part in ("group_sum", "operands", "denominator")):
+            if name not in known and not (name == "" and part in ("group_sum", "operands", "denominator", "rotated")):
                 raise InvalidInput(f"model: got {part}={name!r}, expected one of {', '.join(known)}")
         if max(self.tile, self.chain, self.block, self.split) > MOST:
             raise InvalidInput(
@@ -198,7 +202,7 @@ class Model:
 
     def loss(self, name: str) -> float:
         """Return what a value loses by passing through a type: 0 where that is as wide as the accumulator."""
-        form = inside_type(name)
+        form = inside_type(name or self.accumulator)
         if self.passes == 3 and name == self.operands:
             return 1.5 * form.unit_roundoff**2
         return form.unit_roundoff if form.precision < inside_type(self.accumulator).precision else 0.0
@@ -215,19 +219,19 @@ class Model:
 def flash(dtype: str) -> Model:
     """Return the model of a flash kernel: float32 inside (float64 for float64), P rounded to the input's type."""
     inside = dtype if FORMATS[dtype].precision >= 24 else "float32"
-    return Model(inside, dtype, inside, lse=inside)
+    return Model(inside, dtype, inside, lse=inside, rotated=dtype)
 
 
 def materialised(dtype: str) -> Model:
     """Return the model of a kernel that stores S and P in the input's type and sums in float32."""
     inside = dtype if FORMATS[dtype].precision >= 24 else "float32"
-    return Model(inside, dtype, dtype, lse=inside)
+    return Model(inside, dtype, dtype, lse=inside, rotated=dtype)
 
 
 def narrowed(dtype: str, operands: str = "float8_e4m3fn", scales: str = "tensor", passes: int = 1) -> Model:
     """Return the model of a flash kernel that multiplies in a narrower type: query, key, value and P rounded to it."""
     inside = dtype if FORMATS[dtype].precision >= 24 else "float32"
-    return Model(inside, operands, inside, lse=inside, operands=operands, scales=scales, passes=passes)
+    return Model(inside, operands, inside, lse=inside, operands=operands, scales=scales, passes=passes, rotated=dtype)
 
 
 ModelFor = Callable[[str], Model]

@@ -19,6 +19,7 @@ from .call import call_gradients, call_kernel
 from .compare import compare
 from .inputs.draw import Draw
 from .inputs.paged import paged
+from .inputs.positioned import rotary, slopes
 from .inputs.typed import ONE, WIDE, typed
 from .kernel import Kernel
 from .model import FEATURES, FURTHER, GRADIENTS, Capabilities
@@ -59,6 +60,11 @@ CALLS: dict[str, Build] = {
     "paged_nhd": lambda draw, n=64, **w: paged(draw, 16, "NHD", (n, n - 7), n_q=n, n_k=n, **PLAIN | w),
     "paged_hnd": lambda draw, n=64, **w: paged(draw, 16, "HND", (n, n - 7), n_q=n, n_k=n, **PLAIN | w),
     "appending": lambda draw, n=64, **w: paged(draw, 16, "NHD", (n, n - 7), new=3, n_q=n, n_k=n, **PLAIN | w),
+    "rotary_half": lambda draw, n=64, **w: draw.problem(n, n, **_rotary(draw, "half", n, **w), **w),
+    "rotary_interleaved": lambda draw, n=64, **w: draw.problem(n, n, **_rotary(draw, "interleaved", n, **w), **w),
+    "rotary_partial": lambda draw, n=64, **w: draw.problem(n, n, **_rotary(draw, "half", n, 4, **w), **w),
+    "positions": lambda draw, n=64, **w: draw.problem(n, n, **_rotary(draw, "half", n, **w), **_places(n), **w),
+    "alibi_slopes": lambda draw, n=64, **w: draw.problem(n, n, alibi_slopes=slopes(draw, 2), **w),
     "d_k_zero": lambda draw, n=64, **w: draw.problem(n, n, **(w | {"d": 0, "d_v": w.get("d", 32)})),
     "scale": lambda draw, n=64, **w: draw.problem(n, n, scale=0.3, **w),
     "no_rows_or_keys": lambda draw, n=64, **w: draw.problem(n, 0, **w),
@@ -78,6 +84,14 @@ def _other(draw: Draw) -> str:
 def _typed(draw: Draw, blocks: Any, n: int = 64, elements: str = "float8_e4m3fn", **size: Any) -> Problem:
     """Return a call of float8 keys and values, and queries where `blocks` says how they are scaled, too."""
     return typed(draw, elements, blocks, blocks or ONE, blocks or ONE, **{"n_q": n, "n_k": n, "b": 1, "h": 2} | size)
+
+
+def _rotary(draw: Draw, style: str, n: int, part: int = 2, **size: Any) -> dict[str, Any]:
+    return rotary(draw, style, size.get("d", 32) // part, n + 9)
+
+
+def _places(n: int) -> dict[str, Any]:
+    return {"positions_q": np.arange(n) + 7, "positions_k": np.arange(n)[::-1].copy()}
 
 
 def _used(n: int) -> Any:

@@ -22,6 +22,10 @@ SOURCE = {
     "paged_nhd": "block_table",
     "paged_hnd": "block_table",
     "appending": "new_key",
+    "rotary_half": "rotary",
+    "rotary_interleaved": "rotary",
+    "rotary_partial": "rotary_cos",
+    "positions": "positions_q",
 }
 """The argument that a feature stands for, where it has another name."""
 

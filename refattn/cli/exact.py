@@ -15,6 +15,7 @@ from ..errors import InvalidInput
 from ..exact import evaluate
 from ..files import BAD_FILE, check_folders, load_problem, save_arrays
 from ..operators import load
+from ..positions import PLACED
 from ..problem import TENSORS, Problem
 from ..validation import LENGTHS, OFFSETS, SCALES
 from .output import OPERATORS
@@ -108,7 +109,7 @@ def _read(source: str, options: dict[str, Any]) -> Problem:
 
 def _check_names(source: str, names: set[str]) -> None:
     """Refuse a plain .npz file with other arrays than a call has: none is dropped in silence."""
-    more = (*TENSORS[3:], *OFFSETS, *LENGTHS, *SCALES)
+    more = (*TENSORS[3:], *OFFSETS, *LENGTHS, *SCALES, *PLACED)
     known = f"query, key, value and, where wanted, {', '.join(more)}"
     if missing := [n for n in TENSORS[:3] if n not in names]:
         found = ", ".join(sorted(names)) or "nothing"

@@ -124,6 +124,10 @@ class FieldMatrix(Reflected):
         """The transpose."""
         return FieldMatrix(self.f, self.image.T, self.exact and (self.exact[0].T, self.exact[1].T))
 
+    def columns(self, at: Array) -> FieldMatrix:
+        """Return the columns of those numbers."""
+        return FieldMatrix(self.f, self.image[:, at], self.exact and (self.exact[0][:, at], self.exact[1][:, at]))
+
     def _combine(self, o: FieldMatrix, image: Array, exact: Any) -> FieldMatrix:
         both = self.exact is not None and o.exact is not None
         return FieldMatrix(self.f, image % self.f.p, exact(*(self.exact or ()), *(o.exact or ())) if both else None)

@@ -14,11 +14,12 @@ from ..arrays import to_float64, to_numpy
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..gates import GATES, finite_state, gate
 from ..masks import block, diagonal, distance, visible
+from ..positions import partners, places, slope_of, tables, turned
 from ..problem import Problem
 from ..variants import Rows, variant_of
 from .matrix import Matrix
 
-__all__ = ["Given", "Head", "gate_of", "heads", "matrix_of", "numbers_of", "rows_of"]
+__all__ = ["Given", "Head", "gate_of", "heads", "matrix_of", "numbers_of", "plain_scores", "rows_of"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -169,7 +170,10 @@ class Head:
                 "distance": lambda: column(steps()),
                 "toeplitz": lambda: toeplitz,
                 "place": lambda: column(np.arange(1, self.q.shape[0] + 1)[rows][:, None]),
+                **self._positioned(f, rows, wrap),
             },
+            partner=None if p.rotary is None else partners(p),
+            slope=None if p.alibi_slopes is None else f.number(slope_of(p, self.batch, self.head)),
             scale=scale,
             softcap=None if p.softcap is None else f.number(p.softcap),
             bias=None if self.bias is None else column(self.bias[rows]),
@@ -179,6 +183,27 @@ class Head:
             **(gates | own),
         )
         return made
+
+    def _positioned(self, f: Any, rows: Any, wrap: Callable[[Any], Any]) -> dict[str, Callable[[], Any]]:
+        """Return what a definition reads of positions: tables by query and key, which columns turn, distances."""
+        p = self.problem
+
+        def table(which: int, of: int, at: Any = slice(None)) -> Any:
+            where = places(p, self.batch, self.rows, self.keys)[which][at]
+            return wrap(gate_of(f, tables(p, where)[of]))
+
+        def apart() -> Any:
+            where, at = places(p, self.batch, self.rows, self.keys)
+            return wrap(matrix_of(f, np.abs(where[rows][:, None] - at).astype(np.float64)))
+
+        return {
+            "cos_q": lambda: table(0, 0, rows),
+            "sin_q": lambda: table(0, 1, rows),
+            "cos_k": lambda: table(1, 0),
+            "sin_k": lambda: table(1, 1),
+            "moved": lambda: partners(p) != np.arange(p.d_k),
+            "apart": apart,
+        }
 
     def tokens(self, f: Any) -> list[tuple[list[Any], dict[str, Any]]]:
         """Return by token its query, key and value in an arithmetic, (1, d) each, and the gates that it has."""
@@ -253,6 +278,20 @@ def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
                     state,
                     {n: x[b, h, keys] for n, x in gates.items()},
                 )
+
+
+def plain_scores(one: Head, row: int) -> Float:
+    """Return the scores of one row in float64, (n_k,), without a softcap and masks."""
+    from .arithmetics import Floats
+
+    f, at = Floats(), slice(row, row + 1)
+    o, q, k = one.options(f, at), matrix_of(f, one.q[at]), matrix_of(f, one.k)
+    with np.errstate(all="ignore"):
+        if o.partner is not None:
+            q, k = turned(q, o.cos_q, o.sin_q, o), turned(k, o.cos_k, o.sin_k, o)
+        s = q @ k.T * o.scale
+        s = s if o.slope is None else s - o.apart * o.slope
+        return np.asarray((s if o.bias is None else s + o.bias).a[0])
 
 
 def _weights(x: Float) -> Float:

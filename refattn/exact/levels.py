@@ -122,6 +122,11 @@ class Bounded(Reflected):
         turned: Bounded = self.kept["T"]
         return turned
 
+    def columns(self, at: NDArray[np.intp]) -> Bounded:
+        """Return the columns of those numbers."""
+        low, r = (x[:, at] if x.shape[1] > 1 else x for x in (self.l, self.r))
+        return Bounded(self.f, self.h[:, at], low, r)
+
     def number(self, x: Any) -> Bounded:
         """Take in a number."""
         return self.f.number(x)

@@ -47,7 +47,7 @@ class Arithmetic(Protocol):
 
 
 class Reflected:
-    """Operators with a plain number on the left, such as 1 / x, for matrices of any arithmetic."""
+    """Operators with a plain number on the left, such as 1 / x, for matrices of any arithmetic, and what most share."""
 
     __slots__ = ()
     __hash__ = object.__hash__
@@ -74,6 +74,10 @@ class Reflected:
         """Return `g` where this is above 0, and 0 elsewhere: what relu takes back."""
         return g.where(self.positive())  # type: ignore[attr-defined]
 
+    def written(self, moved: Mask) -> Any:
+        """Return what a kernel may round to its inputs' type, the columns that moved: here it is as it was."""
+        return self
+
 
 class Matrix(Reflected):
     """An (n, m) matrix over one arithmetic; (n, 1) columns and plain numbers spread over it as in NumPy."""
@@ -98,6 +102,10 @@ class Matrix(Reflected):
     def T(self) -> Matrix:
         """The transpose."""
         return self._with(self.a.T)
+
+    def columns(self, at: Array) -> Matrix:
+        """Return the columns of those numbers."""
+        return self._with(self.a[:, at])
 
     def __matmul__(self, o: Matrix) -> Matrix:
         return self._with(self.f.matmul(self.a, o.a))

@@ -19,6 +19,7 @@ from ..arrays import native
 from ..errors import InvalidInput, WorkerDied
 from ..files import load_arrays, plain, save_arrays, sync
 from ..masks import both, visible
+from ..positions import part_of
 from ..problem import Problem
 from ..rules import Rule, View
 from ..variants import Rows, Variant, variant_of
@@ -104,6 +105,7 @@ def _parts(p: Problem, dout: NDArray[np.float64] | None, size: int) -> Iterator[
                     mask = visible(rule, b, h * group, slice(0, p.n_q), slice(0, p.n_k))[rows][None, None]
                     cut["allowed"] = both(cut["allowed"], mask)
                     cut |= {"causal": None, "window": None}
+                cut |= part_of(p, b, heads, rows)
                 yield Part(p.replace(**cut), None if dout is None else dout[b : b + 1, heads], b, heads, h, rows)
 
 

@@ -57,10 +57,11 @@ def tile_sizes() -> tuple[int, int]:
 
 
 def streams(one: Head, backward: bool = False) -> bool:
-    """Tell whether this path knows a call: softmax attention without weights; backward without a softcap, too."""
-    fused, cap = variant_of(one.problem.variant).fused, one.problem.softcap
+    """Tell whether this path knows a call: softmax without weights and positions; backward without a softcap, too."""
+    p = one.problem
+    fused, cap = variant_of(p.variant).fused, p.softcap
     known = cap is None or (not backward and 1 / MOST_CAP <= cap <= MOST_CAP)
-    return fused == STREAMED and known and one.weight is None
+    return fused == STREAMED and known and one.weight is None and p.rotary is None and p.alibi_slopes is None
 
 
 def norms(x: Float) -> Float:

@@ -35,6 +35,15 @@ class Tape(Reflected):
         """The transpose."""
         return Tape(self.value.T, (self, lambda g: g.T))
 
+    def columns(self, at: Any) -> Tape:
+        """Return the columns of those numbers, each once."""
+        back = at.argsort()
+        return Tape(self.value.columns(at), (self, lambda g: g.columns(back)))
+
+    def written(self, moved: Mask) -> Tape:
+        """Return what a kernel may round to its inputs' type."""
+        return Tape(self.value.written(moved), (self, lambda g: g))
+
     def __matmul__(self, o: Tape) -> Tape:
         a, b = self.value, o.value
         return Tape(a @ b, (self, lambda g: g @ b.T), (o, lambda g: a.T @ g))

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from ..dtypes import Format
 from ..errors import UnsupportedProblem
+from ..positions import partners, places, slope_of, tables
 from ..problem import Problem
 from ..variants import variant_of
 from .field import Field
-from .heads import heads
+from .heads import Head, heads, plain_scores
 from .run import Work
 from .state import State
 
@@ -38,21 +39,35 @@ def exact_lse(problem: Problem, state: State, boundaries: Boundaries) -> None:
         for i in np.nonzero(~state.decided["lse"][at])[0]:
             place = (one.batch, one.head, one.rows.start + int(i))
             seen = np.nonzero(one.allowed[i])[0]
-            with np.errstate(all="ignore"):
-                plain = one.q[i] @ one.k[seen].T * float(scale if scale is not None else problem.d_k**-0.5)
-            if one.bias is not None:
-                plain = plain + one.bias[i, seen]
-            j = int(seen[int(np.argmax(plain))])
-            pairs = zip(one.q[i].tolist(), one.k[j].tolist(), strict=True)
-            dot = sum((Fraction(a) * Fraction(b) for a, b in pairs), Fraction(0))
+            j = int(seen[int(np.argmax(plain_scores(one, int(i))[seen]))])
+            dot, added = _score(one, int(i), j)
             if scale is None and dot != 0:
                 continue  # a surd is no boundary
-            s = dot * (scale or 0) + Fraction(0 if one.bias is None else float(one.bias[i, j]))
+            s = dot * (scale or 0) + added
             form = state.form("lse")
             if len(seen) == 1 and one.sink is None:
                 state.settle("lse", place, form.round(s))
             elif boundaries.get(("lse", place)) == s:
                 state.settle("lse", place, form.round(s + Fraction(1, 2**FAR)))
+
+
+def _score(one: Head, i: int, j: int) -> tuple[Fraction, Fraction]:
+    """Return the exact product of a query and a key, turned by their positions, and what is added to the score."""
+    p = one.problem
+    q, k = ([Fraction(x) for x in row.tolist()] for row in (one.q[i], one.k[j]))
+    at = places(p, one.batch, one.rows, one.keys) if p.rotary or p.alibi_slopes is not None else None
+    if p.rotary is not None and at is not None:
+        partner = partners(p).tolist()
+        q, k = (_turned(x, partner, *tables(p, w[n : n + 1])) for x, w, n in ((q, at[0], i), (k, at[1], j)))
+    added = Fraction(0 if one.bias is None else float(one.bias[i, j]))
+    if p.alibi_slopes is not None and at is not None:
+        added -= Fraction(slope_of(p, one.batch, one.head)) * abs(int(at[0][i]) - int(at[1][j]))
+    return sum((a * b for a, b in zip(q, k, strict=True)), Fraction(0)), added
+
+
+def _turned(x: list[Fraction], partner: list[int], cos: NDArray[Any], sin: NDArray[Any]) -> list[Fraction]:
+    rows = zip(x, cos[0].tolist(), partner, sin[0].tolist(), strict=True)
+    return [a * Fraction(c) + x[other] * Fraction(s) for a, c, other, s in rows]
 
 
 def _rational_scale(problem: Problem) -> Fraction | None:

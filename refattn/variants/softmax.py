@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..positions import turned
 from .variant import COMMON_BUGS, COMMON_FAMILIES, COMMON_LAWS, Variant
 
 __all__ = ["SOFTMAX", "scores"]
 
 
 def scores(q: Any, k: Any, o: Any) -> Any:
-    """Return the scores: products, scale, softcap, bias, in this order."""
+    """Return the scores: rotary positions, products, scale, softcap, ALiBi, bias, in this order."""
+    if o.partner is not None:
+        q, k = turned(q, o.cos_q, o.sin_q, o), turned(k, o.cos_k, o.sin_k, o)
     s = q @ k.T * o.scale
     if o.softcap is not None:
         s = (s / o.softcap).tanh() * o.softcap
+    if o.slope is not None:
+        s = s - o.apart * o.slope
     return s if o.bias is None else s + o.bias
 
 
@@ -32,14 +37,15 @@ SOFTMAX = Variant(
     name="softmax",
     define=attention,
     formula="out_i = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + exp(sink)),  "
-    "s_ij = softcap·tanh(scale·q_i·k_j / softcap) + bias_ij + log weight_ij;  lse_i = log(sum_j exp(s_ij) + exp(sink))",
+    "s_ij = softcap·tanh(scale·q_i·k_j / softcap) - slope·|place_i - place_j| + bias_ij + log weight_ij, "
+    "q and k turned by rotary positions;  lse_i = log(sum_j exp(s_ij) + exp(sink))",
     unit="u · sum_j p_ij |v_jc|",
     source="Vaswani et al., arXiv 1706.03762, eq. 1; softcap as in Gemma 2 (arXiv 2408.00118, section 2); "
     "the sink logit as in StreamingLLM's softmax1 (arXiv 2309.17453, eq. 2), learnable in gpt-oss. "
     "Recalled, not read again.",
     compared="PyTorch, JAX, ONNX Runtime, OpenVINO and Keras: {doc}`../kernels`",
     uses=frozenset({"causal", "window", "softcap", "sink", "bias", "allowed", "weight"})
-    | {"lengths_q", "lengths_k", "offset", "alignment"},
+    | {"lengths_q", "lengths_k", "offset", "alignment", "rotary", "alibi_slopes"},
     has_lse=True,
     positive=True,
     fused="softmax",
@@ -87,8 +93,17 @@ SOFTMAX = Variant(
         "appended_unseen",
         "appended_not_kept",
         "appended_over_tail",
+        "rotary_ignored",
+        "rotary_pairs_swapped",
+        "rotary_other_way",
+        "rotary_rest_dropped",
+        "rotary_before_scale",
+        "query_at_next_position",
+        "positions_ignored",
+        "alibi_ignored",
+        "alibi_of_next_head",
     ),
-    families=(*COMMON_FAMILIES, "shifted", "extreme", "types", "pages"),
+    families=(*COMMON_FAMILIES, "shifted", "extreme", "types", "pages", "positions"),
     quick=frozenset(
         {
             "empty/rows-allowed",
@@ -129,6 +144,10 @@ SOFTMAX = Variant(
             "types/int8-by-token-and-channel",
             "types/nvfp4",
             "types/out-float8",
+            "types/rotary-by-channel",
+            "positions/rotary-half",
+            "positions/rotary-given",
+            "positions/alibi-by-batch",
         }
     ),
     contract=(

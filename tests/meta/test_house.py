@@ -16,8 +16,8 @@ import refattn
 ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
 BASE = {
-    "errors", "dtypes", "arrays", "gates", "rules", "pages", "validation", "problem", "scales", "masks", "files",
-    "modules", "version",
+    "errors", "dtypes", "arrays", "gates", "rules", "pages", "validation", "positions", "problem", "scales", "masks",
+    "files", "modules", "version",
 }  # fmt: skip
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
@@ -32,8 +32,9 @@ EDGES = {
     "gates": {"errors"},
     "pages": {"errors", "dtypes", "arrays"},
     "validation": {"errors", "dtypes", "arrays", "gates", "rules", "pages"},
-    "problem": {"errors", "arrays", "gates", "rules", "pages", "validation"},
-    "masks": {"errors", "arrays", "problem", "rules", "validation"},
+    "positions": {"errors", "dtypes", "arrays", "validation"},
+    "problem": {"errors", "arrays", "gates", "pages", "positions", "rules", "validation"},
+    "masks": {"errors", "positions", "problem", "rules", "validation"},
     "files": BASE - {"files", "modules", "version", "scales"},
     "variants": BASE,
     "exact": BASE | {"variants"},
@@ -148,6 +149,7 @@ NAMED = {
     "theory/": "claims about operators, under the names of their papers",
     "tensor/": "names of triple-wise forms and of fits",
     "papers.py": "what is here of each paper",
+    "functions/positions.py": "linear scaling of rotary positions, which is also an operator's name",
     "functions/native.py": "an argument topk, which is also an operator's name",
 }
 

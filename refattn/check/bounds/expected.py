@@ -52,9 +52,11 @@ class Expected:
         """Return what the accumulator's own roundings may add to an array, which may all go one way; None if unknown.
 
         Roundings to a narrower type, of the weights and of the result, scatter: half go up. Where operands are
-        narrowed their errors are common to all rows, and where nothing is narrower than the accumulator all is inner.
+        narrowed, or written after they were turned, their errors are common to all rows, and where nothing is narrower
+        than the accumulator all is inner.
         """
-        if self.model.operands or self.either is not None or self.model.loss(dtype) == 0:
+        narrow = self.model.operands or (self.answer.call.rotary is not None and self.model.loss(self.model.rotated))
+        if narrow or self.either is not None or self.model.loss(dtype) == 0:
             return None
         return lambda: _inner(self)[name]
 
@@ -78,7 +80,7 @@ def of_answer(answer: Answer, model: Model, dout: Any = None, dlse: Any = None) 
     if dout is None:
         return Expected(answer, allowed, variance, model, None, either(answer, model))
     limit = gradient_bounds(answer, model, dout, allowed, dlse)
-    known = variant_of(answer.call.variant).fused == STREAMED
+    known = variant_of(answer.call.variant).fused == STREAMED and answer.call.rotary is None
     return Expected(answer, limit, predict(answer, model, dout, variance, dlse) if known else {}, model, dout)
 
 

@@ -30,7 +30,9 @@ from ...exact.stream import STREAMED
 from ...variants import variant_of
 from ..call import SOURCES
 from ..model import Model, inside_type
+from .features import Rotated
 from .forward import head_losses
+from .losses import Losses
 from .operands import Operands, lost
 from .rules import floor
 from .taped import head_gradients
@@ -124,6 +126,7 @@ def _head(
     p, inside = one.problem, format_of(model.accumulator)
     u, u_p = inside.unit_roundoff, model.loss(model.weights)
     dout, operands = arriving[one.batch, one.head, one.rows], Operands.of(one, model)
+    turned = Rotated.of(one, model, operands, Losses(model, one.k.shape[0]))
     lost_dout = lost(dout, arriving, model)
     o, lost_o = np.nan_to_num(o, posinf=0, neginf=0), np.nan_to_num(lost_o, nan=np.inf)
     plain, head = one.plain(), head_losses(one, slice(None), model)
@@ -154,30 +157,29 @@ def _head(
     if "dsink" in total and one.sink is not None:
         _sink(one, model, u, lse, d[:, 0], lost_lse, lost_d[:, 0], total["dsink"])
     if p.softcap is not None:
-        t = np.tanh(one.q @ one.k.T * plain.scale / p.softcap)
+        t = np.tanh(turned.q @ turned.k.T * plain.scale / p.softcap)
         slope = 1 - t * t
-        raw = (one.q.shape[1] + 3) * u * (np.abs(one.q) @ np.abs(one.k).T * abs(plain.scale))
+        raw = (one.q.shape[1] + 3) * u * (np.abs(turned.q) @ np.abs(turned.k).T * abs(plain.scale))
+        raw = raw + abs(plain.scale) * turned.products_lost
         lost_slope = 2 * np.abs(t) * (raw / p.softcap * slope + 3 * u * np.abs(t)) + 3 * u
         lost_ds, ds = lost_ds * (slope + lost_slope) + ds * lost_slope, ds * slope
     lost_ds = lost_ds + u_p * ds
-    scale, q, k = abs(float(plain.scale)), np.abs(one.q), np.abs(one.k)
+    scale, q, k = abs(float(plain.scale)), np.abs(turned.q), np.abs(turned.k)
     at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
     seen = np.asarray(one.allowed).astype(np.float64)
-    total["dq"][at] = scale * (lost_ds @ k + (model.depth(n) + tiles + 3) * u * (ds @ k) + tiny * (seen @ k)) + tiny * (
-        seen @ k + n
-    )
+    dq = scale * (lost_ds @ k + (model.depth(n) + tiles + 3) * u * (ds @ k) + tiny * (seen @ k)) + tiny * (seen @ k + n)
     rows = model.depth(_rows_of(one)) + np.ceil(dout.shape[0] / model.tile) + 3
-    total["dk"][keys] += scale * (lost_ds.T @ q + rows * u * (ds.T @ q) + tiny * (seen.T @ q)) + tiny * (
-        seen.T @ q + rows
-    )
-    sums["dk"][keys] += scale * (ds.T @ q)
+    dk = scale * (lost_ds.T @ q + rows * u * (ds.T @ q) + tiny * (seen.T @ q)) + tiny * (seen.T @ q + rows)
+    sums["dk"][keys] += turned.back(1, scale * (ds.T @ q), np.zeros_like(dk))
     lost_p = lost_p + u_p * weights
     total["dv"][keys] += lost_p.T @ size + rows * u * (weights.T @ size) + tiny * (seen.T @ size + rows)
     sums["dv"][keys] += weights.T @ size
-    if model.operands:
-        total["dq"][at] += scale * ((ds + lost_ds) @ operands.k)
-        total["dk"][keys] += scale * ((ds + lost_ds).T @ operands.q)
+    if turned.lossy:
+        dq = dq + scale * ((ds + lost_ds) @ turned.lost_k)
+        dk = dk + scale * ((ds + lost_ds).T @ turned.lost_q)
         total["dv"][keys] += (weights + lost_p).T @ lost_dout
+    total["dq"][at] = turned.back(0, dq, scale * (ds @ k))
+    total["dk"][keys] += turned.back(1, dk, scale * (ds.T @ q))
 
 
 def spread_over(one: Head) -> int:

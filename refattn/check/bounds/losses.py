@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...exact.matrix import Reflected
 from ..model import C, Model
+from .features import Features
 from .graph import Left, Node, Right, Scaled, Summed, Turned
 from .rules import SCORES, Rules, in_logarithm, logistic, moves, slope_of_tanh, tanh
 
@@ -69,7 +69,7 @@ class Losses(Rules):
         return self.leaf(a, ("1" if a.shape[0] == 1 else "k", "1" if a.shape[1] == 1 else "d"))
 
 
-class Lossy(Reflected):
+class Lossy(Features):
     """A matrix of the arithmetic of losses, with the operators of :class:`refattn.exact.matrix.Matrix`."""
 
     __slots__ = ("f", "node")

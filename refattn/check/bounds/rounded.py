@@ -121,6 +121,14 @@ class Rounded(Reflected):
         wide = y.shape[1] > 1 and self.kind not in ("value", "state")
         return Rounded(self.f, self.f.stored(y, self.f.model.scores) if wide else y, self.kind, self.seen, self.shifted)
 
+    def columns(self, at: Any) -> Rounded:
+        """Return the columns of those numbers."""
+        return Rounded(self.f, self.a[:, at], self.kind)
+
+    def written(self, moved: Mask) -> Rounded:
+        """Return it rounded to the type that turned queries and keys are written in, where columns were turned."""
+        return Rounded(self.f, np.where(moved, self.f.stored(self.a, self.f.model.rotated), self.a), self.kind)
+
     def __matmul__(self, o: Rounded) -> Rounded:
         f, x = self.f, self.a
         if o.kind == "value":

@@ -17,7 +17,9 @@ from ...exact.driver import reference
 from ...exact.heads import heads
 from ...exact.lowering import lower
 from ...exact.stream import STREAMED
+from ...positions import POSITIONS, ROTARY, partners, places, tables
 from ...problem import Problem
+from ...scales import spread, values
 from ...validation import SCALES
 from ...variants import Rows, Steps, variant_of
 from ..call import Function
@@ -229,7 +231,62 @@ def _scale_of_next(axis: int) -> Callable[[Problem], Problem]:
     return before
 
 
+def _pairs_swapped(p: Problem) -> Problem:
+    swap = {"half": "interleaved", "interleaved": "half", None: None}
+    return p.replace(rotary=swap[p.rotary])
+
+
+def _other_way(p: Problem) -> Problem:
+    """Turn queries and keys by their angles the other way round."""
+    return p if p.rotary is None else p.replace(rotary_sin=-p.rotary_sin)
+
+
+def _rest_dropped(p: Problem) -> Problem:
+    """Take no product of the columns that are not turned."""
+    if p.rotary is None:
+        return p
+    query = p.query.copy()
+    query[..., 2 * p.rotary_cos.shape[1] :] = 0
+    return p.replace(query=query)
+
+
+def _before_scale(p: Problem) -> Problem:
+    """Turn keys before they meet their scale."""
+    if p.rotary is None or p.key_scale is None:
+        return p
+    key = _turned(p, p.key.astype(np.float64), 1) * spread(np.asarray(p.key_scale, np.float64), p.key.shape)
+    query = _turned(p, values(p, "query"), 0)
+    found = (from_float64(FORMATS[p.dtype].round_array(x), p.dtype) for x in (query, key))
+    none = dict.fromkeys(("key_scale", "query_scale", *ROTATED))
+    return p.replace(**dict(zip(("query", "key"), found, strict=True)), **none)
+
+
+def _turned(p: Problem, x: NDArray[np.float64], which: int) -> NDArray[np.float64]:
+    found = x.copy()
+    for b in range(p.batch):
+        for seq in p.segments(b):
+            part, (cos, sin) = x[b, :, seq[which]], tables(p, places(p, b, *seq)[which])
+            found[b, :, seq[which]] = part * cos + part[..., partners(p)] * sin
+    return found
+
+
+def _next_slope(p: Problem) -> Problem:
+    return p if p.alibi_slopes is None else p.replace(alibi_slopes=np.roll(p.alibi_slopes, 1, -1))
+
+
+def _next_position(p: Problem) -> Problem:
+    """Turn each query as the one behind it."""
+    if p.rotary is None or not p.n_q:
+        return p
+    whole = np.zeros((p.batch, p.n_q), np.int64)
+    for b in range(p.batch):
+        for rows, keys in p.segments(b):
+            whole[b, rows] = places(p, b, rows, keys)[0]
+    return p.replace(positions_q=np.minimum(whole + 1, p.rotary_cos.shape[0] - 1))
+
+
 TILE = 64
+ROTATED = ("rotary", *ROTARY)
 PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "zeroed_head": (_same, _zeroed_head),
     "own_key_dropped": (_own_key_dropped, _keep),
@@ -260,6 +317,15 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "scale_of_next_head": (_scale_of_next(1), _keep),
     "scale_of_next_token": (_scale_of_next(2), _keep),
     "scale_of_next_channel": (_scale_of_next(3), _keep),
+    "rotary_ignored": (_ignored(*ROTATED, *POSITIONS), _keep),
+    "rotary_pairs_swapped": (_pairs_swapped, _keep),
+    "rotary_other_way": (_other_way, _keep),
+    "rotary_rest_dropped": (_rest_dropped, _keep),
+    "rotary_before_scale": (_before_scale, _keep),
+    "query_at_next_position": (_next_position, _keep),
+    "positions_ignored": (_ignored(*POSITIONS), _keep),
+    "alibi_ignored": (_ignored("alibi_slopes"), _keep),
+    "alibi_of_next_head": (_next_slope, _keep),
     "value_of_next_key": (lambda p: p.replace(value=np.roll(p.value, 1, axis=2)), _keep),
     "lse_base_two": (_same, _base_two),
     "lse_of_empty_row_zero": (_same, _empty_lse_zero),

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...errors import InvalidProblem, UnsupportedProblem
 from ...pages import appended, gathered
+from ...positions import POSITIONS, ROTARY
 from ...problem import Problem
 from ...variants.own import named
 
@@ -101,6 +102,10 @@ def _steps(p: Problem, dout: Any) -> Iterator[Call]:
         return
     if p.cu_seqlens_q is not None:
         yield from _shorter(p, dout)
+    turned = ("rotary", *ROTARY)
+    for names in ((*turned, "alibi_slopes", *POSITIONS), turned, ("alibi_slopes",), POSITIONS):
+        if any(getattr(p, n) is not None for n in names):
+            yield from _valid(lambda names=names: (p.replace(**dict.fromkeys(names)), dout))
     for name in ("bias", "allowed", "sink", "softcap", "window", "causal", "scale"):
         if getattr(p, name) is not None and not (name == "causal" and p.window is not None):
             yield from _valid((p.replace(**{name: None}), dout))
@@ -187,6 +192,11 @@ def _cut(p: Problem, dout: Any, offsets: Any = None, **parts: Any) -> Any:
                 changed[name] = x
         if p.sink is not None:
             changed["sink"] = p.sink[h]
+        if (slopes := p.alibi_slopes) is not None:
+            changed["alibi_slopes"] = slopes[h] if slopes.ndim == 1 else slopes[b][:, h]
+        for name, at in zip(POSITIONS, (i, j), strict=True):
+            if (x := getattr(p, name)) is not None:
+                changed[name] = x[at] if x.ndim == 1 else x[b][:, at]
         changed = {n: np.ascontiguousarray(x) for n, x in changed.items()}
         if offsets is not None:
             changed |= {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1]}

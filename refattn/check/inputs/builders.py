@@ -12,6 +12,7 @@ from ...masks import unused
 from ...problem import Problem
 from .draw import Draw
 from .paged import PAGED
+from .positioned import POSITIONED
 from .typed import TYPED
 
 __all__ = ["BUILDERS", "Build", "Entry"]
@@ -374,6 +375,7 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "one-huge-value": _entry(_one_huge_value, "causal"),
         "huge-products": _entry(_huge_products, dtypes=("float32", "bfloat16", "float64")),
     },
+    "positions": {label: _entry(build, *needs) for label, (build, needs) in POSITIONED.items()},
     "types": {label: _entry(build, dtypes=dtypes) for label, (build, dtypes) in TYPED.items()},
     "pages": {label: _entry(build, "lengths_k", dtypes=dtypes) for label, (build, dtypes) in PAGED.items()},
     "poison": {

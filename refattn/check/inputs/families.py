@@ -37,6 +37,7 @@ FAMILIES = {
     "empty": "rows without keys: NaN, garbage, the mean of all values, an lse that is not -inf",
     "extreme": "the largest and smallest values, in one key or all, products that leave float32's range",
     "poison": "NaN and inf behind the mask, and in sight of some rows only",
+    "positions": "rotary positions, ALiBi slopes: pairs, signs and places mistaken, a slope of the next head",
     "types": "types of their own and scales: a descale lost, another head's or block's, a narrow out",
     "pages": "keys in pages of a cache, NaN where nobody owns them; new keys written: tables, strides, tails, slots",
     "models": "calls that models in use make, the same in every run; some rows are compared",

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...masks import unused, visible
+from ...positions import part_of
 from ...problem import Problem
 from ...scales import dequantised
 from ...variants import Rows, variant_of
@@ -71,6 +72,7 @@ class Sample:
             offset=None,
             alignment=None,
             out_scale=self._of_scores(p.out_scale) if hasattr(p.out_scale, "shape") else p.out_scale,
+            **part_of(p, b, heads, rows),
         )
 
     def take(self, name: str, x: NDArray[Any]) -> NDArray[Any]:

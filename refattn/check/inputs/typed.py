@@ -10,6 +10,7 @@ import numpy as np
 from ...problem import Problem
 from ...scales import quantised
 from .draw import Draw
+from .positioned import rotary
 
 __all__ = ["ONE", "TYPED", "WIDE", "typed"]
 
@@ -67,6 +68,12 @@ def _mixed(d: Draw) -> Problem:
     return p.replace(key=key, value=p.value.astype(np.float32), out_dtype=p.dtype)
 
 
+def _rotary(d: Draw) -> Problem:
+    """Return a call whose keys are scaled by channel: turned before they are scaled they are other keys."""
+    p = typed(d, "int8", None, (1, 2, 1, 32), None, b=1, h=2, h_kv=2)
+    return p.replace(**rotary(d, "half", 16))
+
+
 def _entry(build: Callable[[Draw], Problem], dtypes: tuple[str, ...] = WIDE) -> tuple[Any, tuple[str, ...]]:
     return build, dtypes
 
@@ -88,5 +95,6 @@ TYPED: dict[str, tuple[Callable[[Draw], Problem], tuple[str, ...]]] = {
     "nvfp4": _entry(_nvfp4),
     "out-float8": _entry(_out_float8, ("float32",)),
     "types-differ": _entry(_mixed),
+    "rotary-by-channel": _entry(_rotary),
 }
 """Calls by label, and the formats of out that they are made in."""

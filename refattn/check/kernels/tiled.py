@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ...arrays import from_float64, to_float64
 from ...dtypes import FORMATS
 from ...errors import UnsupportedProblem
+from ...masks import unused
 from ...pages import append
 from ...problem import VARIANT, Problem
 from ...scales import spread
@@ -85,6 +86,9 @@ def gradients(problem: Problem, dout: Array, dlse: Array | None = None, keys: in
             delta = delta - to_float64(dlse).astype(c.kind)
         for b, h, i, seq in c.row_tiles():
             _backward(c, b, h, i, seq, arriving[b, h, i], lse[b, h, i], delta[b, h, i], total)
+    if c.problem.rotary is not None:
+        for which, name in enumerate(("dq", "dk")):
+            total[name] = c.turned(c.rounded(total[name]), which, -1)
     names = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}
     given = {n: getattr(problem.to("numpy"), names[n]) for n in total}
     form = {n: "float64" if x.dtype == np.float64 else x.dtype.name for n, x in given.items()}
@@ -184,6 +188,9 @@ class _Call:
         self.out_scale: Array | None = None
         if p.typed:
             self.take_scales()
+        self.slopes: Array | None = None
+        if p.rotary is not None or p.alibi_slopes is not None:
+            self.take_positions()
         # what no row sees may be anything: it must not meet a weight of 0
         self.v: Any
         self.v, self.finite_k = (np.where(np.isfinite(x), x, 0) for x in (self.values, self.k))
@@ -204,6 +211,42 @@ class _Call:
                 x = getattr(self, name)
                 setattr(self, name, x * spread(self.number(scale), x.shape))
         self.out_scale = None if p.out_scale is None else self.number(p.out_scale)
+
+    def take_positions(self) -> None:
+        """Note where queries and keys stand, and the heads' slopes; turn queries and keys."""
+        p = self.problem
+        self.at = [np.zeros((p.batch, n), np.int64) for n in (p.n_q, p.n_k)]
+        for b in range(p.batch):
+            for rows, keys in p.segments(b):
+                n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
+                corner = self.moved(0 if p.causal == "top_left" else n_k - n_q, b, (rows, keys))
+                self.at[0][b, rows] = np.arange(n_q) + corner
+                self.at[1][b, keys] = np.arange(n_k)
+        for i, given in enumerate((p.positions_q, p.positions_k)):
+            if given is not None:
+                self.at[i] = np.broadcast_to(given, self.at[i].shape)
+        if p.alibi_slopes is not None:
+            self.slopes = np.broadcast_to(to_float64(p.alibi_slopes).astype(self.kind), (p.batch, p.heads))
+        if p.rotary is not None:
+            self.q, self.k = (self.rounded(self.turned(x, i)) for i, x in enumerate((self.q, self.k)))
+
+    def turned(self, x: Array, which: int, way: int = 1) -> Array:
+        """Return queries (0) or keys (1) turned by their positions; gradients go the other way, -1."""
+        p, at = self.problem, self.at[which]
+        gone = unused(p)
+        if gone is not None:  # their positions may be anything
+            at = np.where(gone[which], 0, at)
+        cos, sin = (to_float64(t).astype(self.kind)[at][:, None] for t in (p.rotary_cos, p.rotary_sin))
+        pairs = cos.shape[-1]
+        half = p.rotary == "half"
+        first, second = (
+            (np.arange(pairs), np.arange(pairs, 2 * pairs))
+            if half
+            else (2 * np.arange(pairs), 2 * np.arange(pairs) + 1)
+        )
+        a, b, found = x[..., first], x[..., second], x.copy()
+        found[..., first], found[..., second] = a * cos - way * b * sin, b * cos + way * a * sin
+        return found
 
     def head_kv(self, h: int) -> int:
         """Return the key head of a query head."""
@@ -271,6 +314,8 @@ class _Call:
             cap = self.kind.type(self.problem.softcap)
             t = np.tanh(s / cap)
             s, slope = t * cap, np.where(seen, 1 - t * t, 0)  # NaN behind the mask must not meet a dS of 0
+        if self.slopes is not None:
+            s = s - self.slopes[b, h] * np.abs(self.at[0][b, i][:, None] - self.at[1][b, j]).astype(self.kind)
         if self.bias is not None:
             s = s + self.block(self.bias, b, h, i, j)
         return np.where(seen, s, -np.inf).astype(self.kind), slope

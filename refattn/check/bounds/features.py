@@ -1,0 +1,132 @@
+r"""Columns of queries and keys in the arithmetic of losses: taken in another order, and written out.
+
+A kernel turns queries and keys by their positions in its accumulator, and may write them in its inputs' type before it
+multiplies them (``Model.rotated``): one more rounding of each column that is turned, ``u_r`` of its size. A gradient by
+what was multiplied may be rounded to that type, too, before it is turned back: :class:`Rotated` has both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...dtypes import format_of
+from ...exact.heads import Head
+from ...exact.matrix import Reflected
+from ...positions import partners, places, tables, turned
+from ..model import C, Model, inside_type
+from .graph import Link, Node, Scaled
+from .operands import Operands
+from .rules import floor
+
+__all__ = ["Features", "Picked", "Rotated"]
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Picked(Link):
+    """Columns in another order, each once."""
+
+    at: NDArray[np.intp]
+
+    def forward(self, x: Any) -> Any:
+        """Take largest errors on."""
+        return np.broadcast_to(x, self.parent.a.shape)[:, self.at]
+
+    squares = forward
+
+    def pull(self, child: Node, g: Float) -> Float:
+        """Take the adjoint back."""
+        return np.asarray(g[..., np.argsort(self.at)])
+
+
+class Features(Reflected):
+    """What a matrix of losses does with its columns."""
+
+    __slots__ = ()
+
+    def columns(self, at: NDArray[np.intp]) -> Any:
+        """Return the columns of those numbers: nothing is lost."""
+        s: Any = self
+        return type(s)(s.f, Node(s.node.a[:, at], s.node.axes, 0.0, 0.0, Picked(s.node, at)))
+
+    def written(self, moved: NDArray[np.bool_]) -> Any:
+        """Return it rounded to the type that turned queries and keys are written in, where columns were turned."""
+        s: Any = self
+        n, u = s.node, s.f.model.loss(s.f.model.rotated)
+        if not u:
+            return s
+        tiny = floor(inside_type(s.f.model.rotated), s.f.model)
+        err = np.where(moved, u * (np.abs(n.a) + n.span) + tiny, 0.0)
+        var = np.where(moved, C * u * u * n.a * n.a + tiny**2 / 3, 0.0)
+        return type(s)(s.f, Node(n.a, n.axes, err, var, Scaled(n, 1.0, n.a.shape)))
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """One head's queries and keys as they are multiplied, what they have lost till then, and the way back.
+
+    Attributes
+    ----------
+    q, k : (n, d_k) arrays
+        Turned by their positions where the call has these.
+    lost_q, lost_k : (n, d_k) arrays
+        Their largest errors.
+    """
+
+    one: Head
+    model: Model
+    q: Float
+    k: Float
+    lost_q: Float
+    lost_k: Float
+
+    @classmethod
+    def of(cls, one: Head, model: Model, lost: Operands, f: Any) -> Rotated:
+        """Return them over an arithmetic of losses."""
+        if one.problem.rotary is None:
+            return cls(one, model, one.q, one.k, lost.q, lost.k)
+        o = one.options(f)
+        q, k = f.leaf(one.q, ("q", "d"), lost.q), f.leaf(one.k, ("k", "d"), lost.k)
+        q, k = turned(q, o.cos_q, o.sin_q, o), turned(k, o.cos_k, o.sin_k, o)
+        spans = (np.broadcast_to(x.node.span, x.a.shape) for x in (q, k))
+        return cls(one, model, q.a, k.a, *spans)
+
+    @property
+    def lossy(self) -> bool:
+        """Tell whether anything is lost before queries and keys are multiplied."""
+        return bool(self.model.operands) or self.one.problem.rotary is not None
+
+    @property
+    def products_lost(self) -> Any:
+        """What turning costs the products of queries and keys, (n_q, n_k)."""
+        if self.one.problem.rotary is None:
+            return 0.0
+        return self.lost_q @ (np.abs(self.k) + self.lost_k).T + np.abs(self.q) @ self.lost_k.T
+
+    def back(self, which: int, error: Float, size: Float) -> Float:
+        """Return the errors of a gradient by queries (0) or keys (1), from those of the gradient by the turned ones.
+
+        Parameters
+        ----------
+        which : {0, 1}
+            Queries or keys.
+        error, size : (n, d_k) arrays
+            The largest error and a bound of the size of the gradient by what was multiplied.
+        """
+        p = self.one.problem
+        if p.rotary is None:
+            return error
+        u, inside = format_of(self.model.accumulator).unit_roundoff, format_of(self.model.accumulator)
+        error = error + self.model.loss(self.model.rotated) * (size + error) + floor(inside, self.model)
+        cos, sin = (np.abs(x) for x in tables(p, places(p, self.one.batch, self.one.rows, self.one.keys)[which]))
+        at = partners(p)
+
+        def turn(x: Float) -> Float:
+            return np.asarray(x * cos + (x * sin)[:, at])
+
+        return turn(error) + 3 * u * turn(size + error) + 3 * floor(inside, self.model)

@@ -1,0 +1,71 @@
+"""Calls in which positions count: rotary positions, ALiBi slopes, and positions that are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ...problem import Problem
+from .draw import Draw
+
+__all__ = ["POSITIONED", "rotary", "slopes"]
+
+
+def rotary(d: Draw, style: str, pairs: int, longest: int = 80, base: float = 10000.0) -> dict[str, Any]:
+    """Return arguments of rotary positions: cosines and sines in float32 (float64 for float64), as kernels get them."""
+    angle = np.arange(longest)[:, None] * base ** (-np.arange(pairs) / pairs)
+    wide = np.float64 if d.form.precision == 53 else np.float32
+    return {"rotary": style, "rotary_cos": np.cos(angle).astype(wide), "rotary_sin": np.sin(angle).astype(wide)}
+
+
+def slopes(d: Draw, *shape: int) -> Any:
+    """Return ALiBi slopes that differ from head to head."""
+    wide = np.float64 if d.form.precision == 53 else np.float32
+    n = int(np.prod(shape))
+    return (2.0 ** -np.linspace(1, 6, n)).reshape(shape).astype(wide)
+
+
+def _given(d: Draw) -> Problem:
+    """Return a call whose queries and keys stand anywhere, each batch item's elsewhere; some columns are not turned."""
+    p = d.problem(20, 40, b=2, **rotary(d, "interleaved", 12, 200))
+    at = {f"positions_{x}": d.rng.integers(0, 200, (2, n), dtype=np.int32) for x, n in (("q", 20), ("k", 40))}
+    return p.replace(**at)
+
+
+def _decoded(d: Draw) -> Problem:
+    """Return four tokens for each of three caches of their own lengths, the rows behind them full of other numbers."""
+    p = d.problem(
+        4, 67, b=3, h=1, causal="bottom_right", lengths_k=np.array([67, 33, 5], np.int32), **rotary(d, "half", 16)
+    )
+    key, value = p.key.copy(), p.value.copy()
+    for b, n in enumerate((67, 33, 5)):
+        key[b, :, n:], value[b, :, n:] = 8, 8
+    return p.replace(key=key, value=value)
+
+
+def _packed(d: Draw) -> Problem:
+    ends: dict[str, Any] = {f"cu_seqlens_{x}": np.array([0, 17, 17, 40], np.int32) for x in "qk"}
+    return d.problem(40, 40, causal="bottom_right", **ends, **rotary(d, "half", 16), alibi_slopes=slopes(d, 2))
+
+
+def _alibi(d: Draw) -> Problem:
+    more: dict[str, Any] = {"softcap": 5.0, "bias": d.normal(1, 1, 1, 40)}
+    return d.problem(20, 40, b=2, h=4, h_kv=2, alibi_slopes=slopes(d, 2, 4), **more)
+
+
+Entry = tuple[Callable[[Draw], Problem], tuple[str, ...]]
+POSITIONED: dict[str, Entry] = {
+    # half for interleaved, a position too far, angles the other way round
+    "rotary-half": (
+        lambda d: d.problem(20, 40, h=4, h_kv=2, causal="bottom_right", **rotary(d, "half", 16)),
+        ("rotary", "causal"),
+    ),
+    "rotary-given": (_given, ("rotary",)),
+    "rotary-decoding": (_decoded, ("rotary", "causal", "lengths_k")),
+    "rotary-packed": (_packed, ("rotary", "alibi_slopes", "causal")),
+    # before and behind the query, after softcap, a slope of the neighbour's head or batch
+    "alibi-by-batch": (_alibi, ("alibi_slopes", "softcap", "bias")),
+}
+"""Calls by label, and the options that an operator must have for them."""

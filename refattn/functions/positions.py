@@ -1,0 +1,271 @@
+"""What calls with positions are given: tables of rotary positions, ALiBi's slopes, T5's buckets.
+
+Recalled, not read again: RoPE (Su et al., arXiv 2104.09864, eq. 34), ALiBi (Press et al., arXiv 2108.12409), T5 (Raffel
+et al., arXiv 1910.10683), YaRN (Peng et al., arXiv 2309.00071), Llama 3's scaling and Qwen2-VL's sections as in the
+configurations of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flint
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import from_float64
+from ..dtypes import format_of
+from ..errors import InvalidInput
+from ..exact.precision import precision
+from .arguments import real, whole
+
+__all__ = ["alibi_slopes", "rotary_tables", "t5_bias", "t5_buckets"]
+
+BITS = 320
+"""Working precision: angles of positions below 2**63, and 200 bits of their cosines."""
+SCALINGS: dict[str, dict[str, float | None]] = {
+    "default": {},
+    "linear": {"factor": None},
+    "ntk": {"factor": None},
+    "yarn": {"factor": None, "original_max_position_embeddings": None, "beta_fast": 32.0, "beta_slow": 1.0},
+    "llama3": {
+        "factor": None, "original_max_position_embeddings": None, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    },
+}  # fmt: skip
+"""What each scaling is told, and its default; None must be given."""
+
+
+def rotary_tables(
+    positions: Any,
+    dim: int,
+    *,
+    base: float = 10000.0,
+    scaling: Mapping[str, Any] | None = None,
+    sections: Sequence[int] | None = None,
+    dtype: str = "float32",
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    r"""Return cosines and sines of rotary positions, each correctly rounded: cos(p base^(-2i/dim)) for pair i.
+
+    Kernels are often given tables that were made in float32, whose angles are off by up to p 2**-24: to judge such a
+    kernel pass what it gets. These tables are for judging the tables.
+
+    Parameters
+    ----------
+    positions : int, (n,) or (axes, n) integer array
+        How many positions from 0 on, or which; with `sections` one row an axis (time, height, width).
+    dim : int
+        Columns that are turned, even: twice the pairs.
+    base : float
+        Above 1.
+    scaling : mapping, optional
+        As in a model's configuration: ``rope_type`` is "linear" (positions over ``factor``), "ntk" (base times
+        factor^(dim / (dim - 2))), "yarn" or "llama3"; the others are that scaling's numbers. YaRN's tables are
+        multiplied by 0.1 log(factor) + 1.
+    sections : sequence of int, optional
+        How many pairs follow each axis of `positions`, the first pairs the first axis; they add up to dim / 2.
+    dtype : str
+        A format of ``refattn.dtypes.FORMATS``.
+
+    Returns
+    -------
+    cos, sin : (n, dim / 2) NumPy arrays
+        Row r belongs to ``positions[r]``: give a call ``positions_q`` and ``positions_k`` that are rows.
+
+    Raises
+    ------
+    InvalidInput
+        An odd dim, an unknown scaling or one without its numbers, positions that are no integers, sections that do
+        not add up.
+    """
+    if whole("dim", dim, 2) % 2:
+        raise InvalidInput(f"dim: got {dim}, expected an even number; columns turn in pairs")
+    if real("base", base, 1) == 1:
+        raise InvalidInput("base: got 1, expected a number above 1")
+    where = _positions(positions, sections)
+    axis = _axes(sections, dim // 2, len(where))
+    form = format_of(dtype)
+    found = np.empty((2, where.shape[1], dim // 2))
+    with precision(BITS):
+        angles, by = _frequencies(dim, base, scaling or {})
+        for i, turn in enumerate(angles):
+            for row, p in enumerate(where[axis[i]].tolist()):
+                sin, cos = (turn * p).sin_cos()
+                found[:, row, i] = _nearest(cos * by, form.precision), _nearest(sin * by, form.precision)
+    cos, sin = (from_float64(form.round_array(x), form.name) for x in found)
+    return cos, sin
+
+
+def _positions(positions: Any, sections: Sequence[int] | None) -> NDArray[np.int64]:
+    if isinstance(positions, int | np.integer) and not isinstance(positions, bool):
+        positions = np.arange(whole("positions", positions, 1))
+    x = np.asarray(positions)
+    if x.dtype.kind not in "iu" or x.ndim != (1 if sections is None else 2):
+        want = "integers on one axis" if sections is None else "integers, a row for each axis, with sections"
+        raise InvalidInput(f"positions: got {x.dtype} of shape {x.shape}, expected {want}")
+    return np.atleast_2d(x.astype(np.int64))
+
+
+def _axes(sections: Sequence[int] | None, pairs: int, axes: int) -> list[int]:
+    if sections is None:
+        return [0] * pairs
+    counts = [whole("sections", n, 0) for n in sections]
+    if len(counts) != axes or sum(counts) != pairs:
+        raise InvalidInput(
+            f"sections: got {tuple(counts)}, expected {axes} numbers, one for each axis of positions, that add up to "
+            f"{pairs}, half of dim"
+        )
+    return [a for a, n in enumerate(counts) for _ in range(n)]
+
+
+def _nearest(x: Any, bits: int) -> float:
+    """Return a ball's number for rounding to so many bits: in float64, rounded to odd where fewer are wanted."""
+    h = float(x.mid())
+    rest = float((x - flint.arb(h)).mid())
+    if bits < 53 and rest and not int(np.frexp(h)[0] * 2.0**53) & 1:
+        return float(np.nextafter(h, np.inf if rest > 0 else -np.inf))
+    return h
+
+
+def _frequencies(dim: int, base: float, scaling: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """Return each pair's angle by position, and what the tables are multiplied with."""
+    kind, given = str(scaling.get("rope_type", "default")), {n: x for n, x in scaling.items() if n != "rope_type"}
+    if kind not in SCALINGS:
+        raise InvalidInput(f"scaling: got rope_type {kind!r}, expected one of {', '.join(SCALINGS)}")
+    known = SCALINGS[kind]
+    if unknown := sorted(set(given) - set(known)):
+        raise InvalidInput(f"scaling: {kind} has no {unknown[0]!r}; it has {', '.join(known) or 'no numbers'}")
+    if missing := [n for n, x in known.items() if x is None and n not in given]:
+        raise InvalidInput(f"scaling: {kind} needs {missing[0]!r}")
+    n = {name: flint.arb(float(real(f"scaling[{name!r}]", x, 1e-6))) for name, x in {**known, **given}.items()}
+    root, one = flint.arb(float(base)), flint.arb(1)
+    if kind == "ntk":
+        if dim == 2:
+            raise InvalidInput("scaling: ntk has no meaning for dim 2")
+        root = root * n["factor"] ** (flint.arb(dim) / (dim - 2))
+    plain = [root ** (flint.arb(-2 * i) / dim) for i in range(dim // 2)]
+    if kind == "linear":
+        return [f / n["factor"] for f in plain], one
+    if kind == "yarn":
+        return _yarn(plain, dim, root, n)
+    return ([_llama3(f, n) for f in plain] if kind == "llama3" else plain), one
+
+
+def _yarn(plain: list[Any], dim: int, root: Any, n: dict[str, Any]) -> tuple[list[Any], Any]:
+    """Return high frequencies as they are, low ones over the factor, those between by a ramp over the pairs."""
+    one = flint.arb(1)
+
+    def pair(turns: Any) -> float:
+        return float((dim * (n["original_max_position_embeddings"] / (turns * 2 * flint.arb.pi())).log()
+                      / (2 * root.log())).mid())  # fmt: skip
+
+    low, high = max(int(np.floor(pair(n["beta_fast"]))), 0), min(int(np.ceil(pair(n["beta_slow"]))), dim - 1)
+    width = flint.arb(high - low) if high != low else one / 1000
+    ramps = [max(flint.arb(0), min(one, flint.arb(i - low) / width)) for i in range(len(plain))]
+    by = n["factor"].log() / 10 + 1 if n["factor"] > 1 else one
+    return [f / n["factor"] * r + f * (one - r) for f, r in zip(plain, ramps, strict=True)], by
+
+
+def _llama3(f: Any, n: dict[str, Any]) -> Any:
+    """Return a high frequency as it is, a low one over the factor, and between the two a mean."""
+    turns = n["original_max_position_embeddings"] * f / (2 * flint.arb.pi())  # in the original length
+    if turns < n["low_freq_factor"]:
+        return f / n["factor"]
+    if turns > n["high_freq_factor"]:
+        return f
+    smooth = (turns - n["low_freq_factor"]) / (n["high_freq_factor"] - n["low_freq_factor"])
+    return (1 - smooth) * f / n["factor"] + smooth * f
+
+
+def alibi_slopes(heads: int) -> NDArray[np.float64]:
+    """Return ALiBi's slopes: 2^(-8 i / h) for i = 1 .. h; between powers of two every other one of the next is added.
+
+    Parameters
+    ----------
+    heads : int
+        Query heads h.
+
+    Returns
+    -------
+    (h,) float64 array
+        For ``Problem(alibi_slopes=...)``; cast it to what the kernel gets.
+    """
+    n = whole("heads", heads, 1)
+    power = 1 << (n.bit_length() - 1)
+
+    def of(m: int) -> list[float]:
+        return [2.0 ** (-8 * i / m) for i in range(1, m + 1)]
+
+    return np.array(of(power) + of(2 * power)[::2][: n - power])
+
+
+def t5_buckets(
+    relative: Any, *, bidirectional: bool = True, buckets: int = 32, max_distance: int = 128
+) -> NDArray[np.int64]:
+    """Return T5's bucket of each distance, key position less query position, decided in integers.
+
+    Near distances have a bucket each, those up to `max_distance` share the rest by their logarithm. Code that takes
+    float32 logarithms may differ by one where a distance lies on an edge.
+
+    Parameters
+    ----------
+    relative : integer array
+        Key position - query position.
+    bidirectional : bool
+        Whether keys behind and before a query have buckets of their own; else all before it are at distance 0.
+    buckets, max_distance : int
+        The table's length, and the distance from which on all share the last bucket.
+
+    Raises
+    ------
+    InvalidInput
+        `relative` has no integers; numbers too small to have a bucket by logarithm.
+    """
+    x = np.asarray(relative)
+    if x.dtype.kind not in "iu":
+        raise InvalidInput(f"relative: got {x.dtype}, expected integers")
+    x = x.astype(np.int64)
+    half = whole("buckets", buckets, 4 if bidirectional else 2) // (2 if bidirectional else 1)
+    near = half // 2
+    whole("max_distance", max_distance, near + 1)
+    first = np.where(x > 0, half, 0) if bidirectional else np.zeros_like(x)
+    far = np.abs(x) if bidirectional else np.maximum(-x, 0)
+    steps = half - near
+    # distance n has bucket near + k where (n / near)^steps >= (max_distance / near)^k
+    edges = [
+        next(n for n in range(near, max_distance + 1) if n**steps * near**k >= max_distance**k * near**steps)
+        for k in range(1, steps)
+    ]
+    later = near + np.searchsorted(np.array(edges, np.int64), far, side="right")
+    return np.asarray(first + np.where(far < near, far, np.minimum(later, half - 1)))
+
+
+def t5_bias(
+    table: NDArray[Any], n_q: int, n_k: int, *, offset: int = 0, bidirectional: bool = True, max_distance: int = 128
+) -> NDArray[Any]:
+    """Return T5's bias of a call: the table's number for the bucket of key j - query (i + offset) and the head.
+
+    Parameters
+    ----------
+    table : (buckets, h) NumPy array
+        What the model learned.
+    n_q, n_k : int
+        Queries and keys.
+    offset : int
+        The position of the first query.
+    bidirectional, max_distance
+        As in :func:`t5_buckets`.
+
+    Returns
+    -------
+    (1, h, n_q, n_k) array
+        For ``Problem(bias=...)``.
+    """
+    x = np.asarray(table)
+    if x.ndim != 2:
+        raise InvalidInput(f"table: got shape {x.shape}, expected (buckets, heads)")
+    rows, keys = np.arange(whole("n_q", n_q, 0)), np.arange(whole("n_k", n_k, 0))
+    at = t5_buckets(
+        keys[None, :] - (rows + offset)[:, None], bidirectional=bidirectional, buckets=len(x), max_distance=max_distance
+    )
+    return np.ascontiguousarray(np.moveaxis(x[at], 2, 0)[None])
