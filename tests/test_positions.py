@@ -174,18 +174,19 @@ def test_parts_and_other_libraries_agree(tmp_path):
 
 
 def test_an_lse_that_is_a_score_is_known():
-    """One key: lse is the score, a number between two of float32."""
-    x = np.ones((1, 1, 1, 2), np.float32)
-    cos, sin = np.array([[1.0], [2.0]], np.float32), np.array([[0.0], [1 + 2.0**-23]], np.float32)
-    at = {"positions_q": np.array([0]), "positions_k": np.array([1])}
-    p = Problem(x, x, x, scale=0.5, rotary="half", rotary_cos=cos, rotary_sin=sin, **at)
-    a, b = Fraction(2), Fraction(float(sin[1, 0]))
-    p = p.replace(alibi_slopes=np.array([2.0**-25], np.float32))
-    exact = (a - b + a + b) / 2 - Fraction(1, 2**25)
+    """It lies in the middle of two float32 numbers, and a key of the weight exp(-10**6) puts lse above it."""
+    x, two = np.array([[[[1.0, 0.5]]]], np.float32), np.array([[[[0.5, 1.0]] * 2]], np.float32)
+    cos, sin = np.array([[1.0], [1.0]], np.float32), np.array([[0.0], [-2.0]], np.float32)
+    at = {"positions_q": np.array([0]), "positions_k": np.array([1, 0])}
+    slopes, bias = np.array([0.5 - 2.0**-23], np.float32), np.array([[[[0, -1e6]]]], np.float32)
+    more = {"rotary": "half", "rotary_cos": cos, "rotary_sin": sin, "alibi_slopes": slopes, "bias": bias}
+    p = Problem(x, two, two, scale=1.0, **more, **at)
+    one, half = Fraction(1), Fraction(1, 2)
+    score = one * (half + one * 2) + half * (one - half * 2) - Fraction(float(slopes[0]))
+    assert score == 2 + Fraction(1, 2**23)
     answer = evaluate(p, rounding="float32")
-    assert exact == 2 - Fraction(1, 2**25)
     assert answer.undecided == {"out": 0, "lse": 0}
-    assert answer.lse[0, 0, 0] == np.float32(2)  # a quarter of a last place below it
+    assert answer.lse[0, 0, 0] == np.float32(2 + 2.0**-22)
 
 
 @pytest.mark.parametrize("label", [c.name for c in cases("softmax") if c.family == "positions"])
