@@ -33,21 +33,9 @@ __all__ = ["MEANINGS", "VARIANT", "Problem"]
 
 TENSORS = ("query", "key", "value", "bias", "allowed", "sink", "weight", *RECURRENT)
 MEANINGS = (
-    "causal",
-    "window",
-    "softcap",
-    "sink",
-    "bias",
-    "allowed",
-    "weight",
-    *RECURRENT,
-    "lengths_q",
-    "lengths_k",
-    "offset",
-    "rotary",
-    "alibi_slopes",
-    "alignment",
-)
+    "causal", "window", "softcap", "sink", "bias", "allowed", "weight", *RECURRENT, "lengths_q", "lengths_k", "offset",
+    "rotary", "alibi_slopes", "alignment",
+)  # fmt: skip
 """The options that mean something for some operators only."""
 VARIANT = "softmax"
 """The operator of a call that names none."""

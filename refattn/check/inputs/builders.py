@@ -27,16 +27,9 @@ def _entry(build: Build, *needs: str, dtypes: tuple[str, ...] = ()) -> Entry:
 
 def _everything(d: Draw) -> Problem:
     return d.problem(
-        b=2,
-        h=6,
-        h_kv=2,
-        d_v=24,
-        causal="bottom_right",
-        softcap=5.0,
-        bias=d.normal(1, 6, 37, 67),
-        sink=d.normal(6),
+        b=2, h=6, h_kv=2, d_v=24, causal="bottom_right", softcap=5.0, bias=d.normal(1, 6, 37, 67), sink=d.normal(6),
         allowed=d.mask(2, 1, 1, 67),
-    )
+    )  # fmt: skip
 
 
 def _empty_rows(d: Draw) -> Problem:
