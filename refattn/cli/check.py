@@ -135,8 +135,7 @@ def check(
             _run(entries, variant, dtypes, which, more, reports)
 
     broken = _ended(judge)
-    flags = ([f"--problem {shlex.quote(problem_file)}"] if problem_file else []) + ["--untrusted"] * untrusted
-    reports = [replace(r, flags=" ".join(flags)) for r in reports]
+    reports = [replace(r, flags=_flags(problem_file, untrusted)) for r in reports]
     reports, stale = _held(baseline, update_baseline, reports)
     if explain and problem is None and not broken:
         broken = _ended(partial(_explain, entries, reports))
@@ -144,9 +143,7 @@ def check(
     print_failures(console, reports)
     console.print(table_of(reports))
     print_outside(console, reports, kernels)
-    for r in reports:
-        if n := r.count("known"):
-            click.echo(f"{r.kernel}: {n} {'failure' if n == 1 else 'failures'} of {baseline_file} not counted")
+    _say_known(reports, baseline_file)
     for file, written in ((json_file, summary), (junit_file, junit), (html_file, page)):
         if file is not None:
             write_text(file, written(reports))
@@ -154,6 +151,18 @@ def check(
         click.echo(f"error: {name} is in the baseline and passes; --update-baseline takes it out", err=True)
     counted = [r for r in reports if kernels or r.kernel != EXAMPLE]
     _exit(counted, strict, broken, bool(stale), update_baseline)
+
+
+def _flags(problem_file: str | None, untrusted: bool) -> str:
+    """Return what a command that repeats a check needs, beside its name."""
+    flags = [f"--problem {shlex.quote(problem_file)}"] if problem_file else []
+    return " ".join(flags + ["--untrusted"] * untrusted)
+
+
+def _say_known(reports: list[Report], file: str | None) -> None:
+    for r in reports:
+        if n := r.count("known"):
+            click.echo(f"{r.kernel}: {n} {'failure' if n == 1 else 'failures'} of {file} not counted")
 
 
 def _problem(file: str | None, variant: str, more: bool) -> Problem | None:

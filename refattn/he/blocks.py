@@ -161,19 +161,13 @@ def _layer_of(module: Block | Classifier, n: int | None) -> Weights:
             f"he: got {type(module).__name__} with {type(attention).__name__}, expected Block or Classifier with "
             "PowerSoftmaxAttention"
         )
-    if attention.share != 1:
-        raise InvalidInput(
-            f"module: its attention is softmax still, by a share of {1 - attention.share:.3g}; end with "
-            "he.torch.anneal(model, 1.0) and train on"
-        )
+    _annealed(attention)
     heads, (d, _) = attention.heads, attention.query.weight.shape
     if isinstance(module, Classifier):
         into, added = _array(module.embed.weight).T, _array(module.embed.bias) + _array(module.positions)
         n = len(added)
     else:
-        if n is None:
-            raise InvalidInput("n: a Block's tokens must be told")
-        if not is_count(n, 1, MOST_SIZE):
+        if n is None or not is_count(n, 1, MOST_SIZE):
             raise InvalidInput(f"n: got {shown(n)}, expected a number of tokens from 1 to {MOST_SIZE}")
         gain, added = _array(module.first_gain), np.zeros((n, d))
         if module.first is not None:
@@ -220,6 +214,14 @@ def _layer_of(module: Block | Classifier, n: int | None) -> Weights:
         stand_in,
         isinstance(module, Block) and module.first is None and module.centred,
     )
+
+
+def _annealed(attention: PowerSoftmaxAttention) -> None:
+    if attention.share != 1:
+        raise InvalidInput(
+            f"module: its attention is softmax still, by a share of {1 - attention.share:.3g}; end with "
+            "he.torch.anneal(model, 1.0) and train on"
+        )
 
 
 def _up_bias(module: Block) -> Any:

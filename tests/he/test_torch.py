@@ -120,7 +120,7 @@ def test_a_classifier_becomes_a_layer():
     [
         (lambda: attention(16, 3), InvalidInput, "heads: got 3, expected a divisor of d = 16"),
         (lambda: attention(epsilon=2.0), InvalidInput, "epsilon: got 2.0, expected above 0 and at most 1.0"),
-        (lambda: nets.weights_of(block()), InvalidInput, "n: a Block's tokens must be told"),
+        (lambda: nets.weights_of(block()), InvalidInput, "n: got None, expected a number of tokens from 1 to"),
         (lambda: nets.weights_of(torch.nn.Linear(1, 1)), UnsupportedProblem, "got Linear with NoneType"),
         (
             lambda: nets.weights_of(nets.Classifier(4, 2, 2, torch.nn.Identity(), 4)),
