@@ -160,9 +160,13 @@ def test_ctrl_c_ends_all(make, note):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=press, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        check_context_parallel(rings.Sleeper(), world_size=1, problem=small(make))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process of pytest-xdist ignores it
+    try:
+        threading.Thread(target=press, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            check_context_parallel(rings.Sleeper(), world_size=1, problem=small(make))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ranks_end_with_who_started_them(tmp_path, note):
