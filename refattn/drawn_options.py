@@ -89,9 +89,12 @@ def typed(draw: st.DrawFn, p: Problem, on: set[str]) -> Problem:
             for size, whole in ((n, "scales_by_token"), (d, "scales_by_channel")):
                 part = next((m for m in range(2, size) if size % m == 0), 1) if "scales_by_block" in on else 1
                 axes.append(max(size, 1) if whole in on else part)
-            # a value and its scale stay within the format: a kernel may multiply them first
-            largest = np.abs(getattr(p, name).astype(np.float64)).max(initial=0, where=np.isfinite(getattr(p, name)))
-            powers = rng.integers(-2, 3 if largest < 2.0 ** (FORMATS[p.dtype].emax - 1) else 1, axes)
+            # a value and its scale stay within the format's normal numbers: a kernel may multiply them first
+            form, sizes = FORMATS[p.dtype], np.abs(getattr(p, name).astype(np.float64))
+            sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+            least = 0 if sizes.min(initial=1.0) < 2.0 ** (form.emin + 2) else -2
+            most = 0 if sizes.max(initial=1.0) >= 2.0 ** (form.emax - 1) else 2
+            powers = rng.integers(least, most + 1, axes)
             found[f"{name}_scale"] = np.exp2(powers).astype(np.float32)
     if "out_scale" in on:
         found["out_scale"] = draw(st.sampled_from((1.0, 0.25, float(np.float32(0.3)))))

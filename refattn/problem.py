@@ -116,7 +116,7 @@ class Problem:
     rotary_cos, rotary_sin : (m, r) float arrays, optional
         The cosine and sine of each pair's angle at positions 0 to m - 1; ``refattn.functions.positions`` makes some.
     alibi_slopes : (h_q,) or (b, h_q) float array, optional
-        slope · |position of query - position of key| is taken off a score, after softcap.
+        The slope times the distance of query and key in positions is taken off a score, after softcap.
     positions_q, positions_k : (n,) or (b, n) integer arrays, optional
         Where queries and keys stand. None: key j of a sequence is at j, and a query at its key on the diagonal.
     alpha, beta : (b, h_q, n_k, 1 or d_k) and (b, h_q, n_k, 1) float arrays, optional

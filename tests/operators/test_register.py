@@ -319,7 +319,7 @@ WIDTH = {"width": 0.5}
         ({"cases": {"x": {"options": {"hight": 2.0}}}}, "other: case 'x' sets an option 'hight' that it does not have"),
         (
             {"uses": frozenset({"masks"})},
-            "other: uses has 'masks', expected some of alignment, allowed, alpha, beta, bias",
+            "other: uses has 'masks', expected some of alibi_slopes, alignment, allowed, alpha, beta",
         ),
         ({"laws": ("associativity",)}, "other: laws has 'associativity', expected some of"),
         ({"bugs": ("a_typo",)}, "other: bugs has 'a_typo'"),
@@ -371,7 +371,7 @@ WIDTH = {"width": 0.5}
         ),
         (
             {"cases": {"x": {"options": WIDTH, "nq": 3}}},
-            "other: case 'x' sets 'nq', expected some of alignment, allowed, alpha, b, ",
+            "other: case 'x' sets 'nq', expected some of alibi_slopes, alignment, allowed, alpha, b, ",
         ),
         (
             {"cases": {"x": {"options": WIDTH, "softcap": 3.0}}},
@@ -443,7 +443,7 @@ WIDTH = {"width": 0.5}
         ),
         (
             {"always": frozenset({"casual"})},
-            "other: always has 'casual', expected some of alignment, allowed, alpha, beta, bias",
+            "other: always has 'casual', expected some of alibi_slopes, alignment, allowed, alpha, appending",
         ),
         (
             {"contract": "a row"},

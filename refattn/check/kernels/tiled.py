@@ -18,7 +18,7 @@ from ...arrays import from_float64, to_float64
 from ...dtypes import FORMATS
 from ...errors import UnsupportedProblem
 from ...masks import unused
-from ...pages import append
+from ...pages import append, gathered
 from ...problem import VARIANT, Problem
 from ...scales import spread
 from ..model import Model, flash
@@ -46,6 +46,8 @@ def tiled(problem: Problem, keys: int = KEYS) -> tuple[Array, Array]:
     """
     if problem.new_key is not None:
         append(problem)
+    if problem.rotary is not None:
+        problem = gathered(problem)  # keys are turned by where they stand, which a page does not know
     c = _Call(problem, keys)
     out, lse = np.zeros(problem.out_shape, c.kind), np.full(problem.out_shape[:3], -np.inf, c.kind)
     with np.errstate(all="ignore"):
