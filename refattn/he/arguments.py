@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..validation import shown
 
-__all__ = ["MOST_SIZE", "MOST_WORKERS", "POWERS", "UPLOADS", "check_arguments", "is_count", "is_number", "numbers_of"]
+__all__ = [
+    "MOST_SIZE", "MOST_WORKERS", "POWERS", "UPLOADS", "check_arguments", "check_margin", "check_power", "is_count",
+    "is_number", "numbers_of",
+]  # fmt: skip
 
 POWERS = (2, 4, 6, 8)
 UPLOADS = ("full", "compact", "whole")
@@ -35,6 +38,18 @@ def is_number(x: Any) -> bool:
 def is_count(x: Any, least: int, most: int) -> bool:
     """Tell whether something is an integer from `least` to `most`."""
     return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
+
+
+def check_power(p: Any) -> None:
+    """Refuse what is no even power that is computed here."""
+    if not is_count(p, 2, max(POWERS)) or p not in POWERS:
+        raise InvalidInput(f"p: got {shown(p)}, expected one of {', '.join(map(str, POWERS))}")
+
+
+def check_margin(margin: Any) -> None:
+    """Refuse what is no share of a range's ends."""
+    if not is_number(margin) or not 0 <= margin < 1:
+        raise InvalidInput(f"margin: got {shown(margin)}, expected from 0 to below 1")
 
 
 def numbers_of(name: str, x: Any) -> NDArray[np.float64]:
@@ -64,8 +79,7 @@ def check_arguments(
             between = "one of " + ", ".join([*most, last]) if name == "upload" else f"{most[0]} or {last}"
             raise InvalidInput(f"{name}: got {shown(value)}, expected {between}")
     _check_sizes({"n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_v, "heads": heads}, workers, mode)
-    if not is_count(p, 2, 8) or p not in POWERS:
-        raise InvalidInput(f"p: got {shown(p)}, expected one of {', '.join(map(str, POWERS))}")
+    check_power(p)
     _check_ranges(denominator, epsilon, norms, value_most, tolerance, scale)
     if inverse is not None and (inverse.low, inverse.high) != tuple(map(float, denominator)):
         raise InvalidInput(

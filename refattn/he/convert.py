@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ..errors import InvalidInput
 from ..validation import shown
-from .arguments import POWERS, is_count, is_number
+from .arguments import check_margin, check_power, is_number
 from .blocks import Block, Encoder
 from .modules import (
     PolynomialActivation,
@@ -130,13 +130,11 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    if not is_count(p, 2, max(POWERS)) or p not in POWERS:
-        raise InvalidInput(f"p: got {shown(p)}, expected one of {', '.join(map(str, POWERS))}")
+    check_power(p)
     for name, x in (("epsilon", epsilon), ("tolerance", tolerance)):
         if not is_number(x) or x <= 0:
             raise InvalidInput(f"{name}: got {shown(x)}, expected a number above 0")
-    if not is_number(margin) or not 0 <= margin < 1:
-        raise InvalidInput(f"margin: got {shown(margin)}, expected from 0 to below 1")
+    check_margin(margin)
     if not isinstance(causal, bool):
         raise InvalidInput(f"causal: got {shown(causal)}, expected True or False")
     found = Converted(nn.Module())
@@ -178,6 +176,10 @@ TANH = "GELU by tanh: its polynomial is near the exact one, which differs by up 
 OWN = "has a forward or hooks of its own, which nobody can read here"
 
 
+def _by_tanh(function: Any) -> bool:
+    return getattr(function, "approximate", "none") != "none"
+
+
 def _own(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Tell whether a module of some kind does other things than its kind."""
     theirs = [k.forward for k in kinds if isinstance(module, k)]
@@ -192,7 +194,7 @@ def _part(module: nn.Module, name: str, of: _Choice, found: Converted) -> nn.Mod
         found.left[name] = OWN
         return None
     if isinstance(module, nn.GELU | nn.SiLU) or kind in ("GELUActivation", "SiLUActivation"):
-        if getattr(module, "approximate", "none") != "none":
+        if _by_tanh(module):
             found.left[name] = TANH
         return PolynomialActivation(kind.lower().removesuffix("activation"))
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
@@ -276,12 +278,11 @@ def _read(module: nn.Module) -> _Layer | None:
         function = module.activation
         name = getattr(function, "__name__", type(function).__name__).lower()
         norms = module.norm1, module.norm2
-        tanh = getattr(function, "approximate", "none") != "none"
         why = OWN if _own(module, nn.TransformerEncoderLayer) else None
         if not inner.batch_first:
             why = "takes tokens as (n, batch, d): expected batch_first=True"
         up, down = module.linear1, module.linear2
-        return _Layer(parts, inner.num_heads, norms, up, down, name, tanh, module.norm_first, why)
+        return _Layer(parts, inner.num_heads, norms, up, down, name, _by_tanh(function), module.norm_first, why)
     try:
         inner, outer = module.attention.attention, module.attention.output.dense
         linears = inner.query, inner.key, inner.value, outer
@@ -290,8 +291,8 @@ def _read(module: nn.Module) -> _Layer | None:
         parts = [(x.weight, x.bias) for x in linears]
         norms = module.layernorm_before, module.layernorm_after
         up, down = module.intermediate.dense, module.output.dense
-        tanh = getattr(function, "approximate", "none") != "none"
-        return _Layer(parts, inner.num_attention_heads, norms, up, down, name, tanh, why=OWN if _own(module) else None)
+        why = OWN if _own(module) else None
+        return _Layer(parts, inner.num_attention_heads, norms, up, down, name, _by_tanh(function), why=why)
     except AttributeError:
         return None
 

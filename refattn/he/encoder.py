@@ -19,7 +19,7 @@ from ..errors import InvalidInput, UnsupportedProblem
 from .arithmetic import Counted, Levels, Numbers
 from .encoder_plan import REFRESHED, EncoderPlan
 from .inverse import product
-from .layer import LEAST_MIDDLE, LINE, Layer, kappa_of, layouts_of, least_of, sums
+from .layer import LEAST_MIDDLE, LINE, Layer, kappa_of, layouts_of, least_of, no_ring, sums
 from .layer_plan import axes_of, period_of
 from .layout import Layout
 from .linear import Arrangement, Plain, compiled
@@ -228,15 +228,7 @@ class Encoder:
             made = self._with(self.stages, layout, spread, apart)
             if made is not None:
                 return made
-        slots = period_of(least_of(_largest(self.weights)))
-        most = max(MOST_BITS) // 2
-        raise UnsupportedProblem(
-            f"he: a block needs {slots} slots, and no ring at 128 bits of security has more than {most}: take fewer "
-            "tokens or features"
-            if slots > most
-            else f"he: no ring at 128 bits of security has {slots} slots and the levels that a block needs; narrower "
-            "ranges, a larger tolerance or a smaller p would help"
-        )
+        raise no_ring("a block", _largest(self.weights))
 
     def _with(self, blocks: Sequence[_Block], layout: Layout, spread: int, apart: int) -> EncoderPlan | None:
         """Return the plan of blocks that are compiled for a layout, or none where the ring has too few levels."""

@@ -30,7 +30,7 @@ from .plan import MOST_BITS, MOST_FIRST, MOST_MIDDLE
 from .polynomials import Polynomial
 from .weights import Feedforward, Weights, check
 
-__all__ = ["LEAST_MIDDLE", "LINE", "Layer", "kappa_of", "layouts_of", "least_of", "pairs_of", "sums"]
+__all__ = ["LEAST_MIDDLE", "LINE", "Layer", "kappa_of", "layouts_of", "least_of", "no_ring", "pairs_of", "sums"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -73,14 +73,7 @@ class Layer:
         w = weights
         found = [plan for where in layouts_of(w) for plan in self._planned(*where)]
         if not found:
-            slots, most = period_of(least_of(w)), max(MOST_BITS) // 2
-            raise UnsupportedProblem(
-                f"he: the layer needs {slots} slots, and no ring at 128 bits of security has more than {most}: take "
-                "fewer tokens or features"
-                if slots > most
-                else f"he: no ring at 128 bits of security has {slots} slots and the levels that the layer needs; "
-                "narrower ranges, a larger tolerance or a smaller p would help"
-            )
+            raise no_ring("the layer", w)
         self.plan = min(found, key=lambda x: x.predicted_ms() + LINE[upload] * x.upload_bytes)
         self._compile(self.plan.layout, self.plan.spread, self.plan.apart)
 
@@ -289,6 +282,18 @@ def least_of(w: Weights) -> Layout:
             f"{max(0, rows - 2) * groups * columns}"
         )
     return Layout(groups * rows * columns * rows, rows, columns * rows, groups, 1, rows, columns)
+
+
+def no_ring(what: str, w: Weights) -> UnsupportedProblem:
+    """Return the error that says what no ring has for some weights: slots, or levels."""
+    slots, most = period_of(least_of(w)), max(MOST_BITS) // 2
+    return UnsupportedProblem(
+        f"he: {what} needs {slots} slots, and no ring at 128 bits of security has more than {most}: take fewer tokens "
+        "or features"
+        if slots > most
+        else f"he: no ring at 128 bits of security has {slots} slots and the levels that {what} needs; narrower "
+        "ranges, a larger tolerance or a smaller p would help"
+    )
 
 
 def layouts_of(w: Weights) -> Iterator[tuple[Layout, int, int]]:

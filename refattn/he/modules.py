@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import InvalidInput, UnsupportedProblem
-from ..validation import shown
-from .arguments import is_number
+from .arguments import check_margin
 from .arithmetic import Numbers
 from .inverse import choose
 from .polynomials import Polynomial, activation, inverse_sqrt
@@ -76,8 +75,7 @@ def measured(module: nn.Module, data: Any, margin: float = 0.2) -> dict[str, tup
     UnsupportedProblem
         A range that no polynomial holds within the part's tolerance; the text names the part.
     """
-    if not is_number(margin) or not 0 <= margin < 1:
-        raise InvalidInput(f"margin: got {shown(margin)}, expected from 0 to below 1")
+    check_margin(margin)
     if torch.is_tensor(data) and not bool(torch.isfinite(data).all()):
         raise InvalidInput("data: has numbers that are not finite")
     parts = {name: part for name, part in module.named_modules() if isinstance(part, _Ranged)}
