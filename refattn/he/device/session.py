@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from ...errors import InvalidInput, UnsupportedProblem
 from ..planned import Program
 from ..seal import galois_elements
 from .encode import encoded
-from .format import Data, Received, ciphertext_bytes, read_ciphertext, read_keys
+from .format import Data, Received, ciphertext_bytes, polynomial_bytes, read_ciphertexts, read_keys
 from .launches import Addresses, launches_of, seed_launches, seed_room
 from .schedule import Schedule, Step, schedule_of
 from .seeds import SEED
@@ -22,8 +24,10 @@ from .trace import Plain
 
 __all__ = ["Session", "bytes_of"]
 
-BATCH = 32
-"""Ciphertexts that are checked and copied to memory that the device reads while it reads the batch before."""
+BATCH, BATCHES = 64, 3
+"""Ciphertexts that are checked together, and such batches on their way: two are checked while the device reads one."""
+CHUNK = 8
+"""Ciphertexts of a batch that a thread takes at a time."""
 ROOM = 2**28
 """Bytes left free beside a session: for the driver and for what is recorded."""
 Each = Callable[..., Iterable[Any]]
@@ -95,8 +99,8 @@ class Session:
         device, chain = self.device, self.chain
         self._tables = tables = Tables(device, chain)
         size = max(x.limbs for x in self.schedule.inputs) * 8 * chain.degree * (1 if self._seeded else 2)
-        self._slots = device.pinned(2 * BATCH * size).reshape(2 * BATCH, size)
-        self._marks: list[Any] = [None, None]
+        self._slots = device.pinned(BATCHES * BATCH * size).reshape(BATCHES, BATCH, size)
+        self._marks: list[Any] = [None] * BATCHES
         limbs, degree = len(chain.primes), chain.degree
         most = max(sum(seed_room(self._limbs[i], degree) for i in s.loaded) for s in self.schedule.steps)
         self._room = device.empty(8 * max(most, (limbs - 1) * seed_room(limbs, degree)))
@@ -158,26 +162,55 @@ class Session:
         return found.view(np.uint64).reshape(shape)
 
     def _load(self, wanted: Sequence[int], parts: Sequence[Data]) -> None:
-        """Check some ciphertexts of a query, and queue their way to the device, a batch while the next is checked."""
-        for number, start in enumerate(range(0, len(wanted), BATCH)):
-            batch, half = wanted[start : start + BATCH], number % 2
-            if self._marks[half] is not None:
-                self.device.wait(self._marks[half])  # the device has read what was here
-            slots = self._slots[half * BATCH : half * BATCH + len(batch)]
-            sizes = list(self.each(self._filled, batch, slots, [parts[i] for i in batch]))
-            for i, slot, size in zip(batch, slots, sizes, strict=True):
-                self.device.put(self._memory + 8 * self.schedule.place(self.schedule.inputs[i]), slot[:size])
-            self._marks[half] = self.device.mark()
+        """Check some ciphertexts of a query, and queue their way to the device, a batch while the next are checked."""
+        waiting: deque[tuple[int, Sequence[int], Iterable[InvalidInput | None]]] = deque()
+        try:
+            for number, start in enumerate(range(0, len(wanted), BATCH)):
+                if len(waiting) == BATCHES - 1:
+                    self._send(*waiting.popleft())
+                batch, place = wanted[start : start + BATCH], number % BATCHES
+                if self._marks[place] is not None:
+                    self.device.wait(self._marks[place])  # the device has read what was here
+                chunks = list(self._chunks(batch))
+                slots = [self._slots[place, at : at + len(x)] for at, x in chunks]
+                given = [[parts[i] for i in x] for _, x in chunks]
+                waiting.append((place, batch, self.each(self._filled, [x for _, x in chunks], slots, given)))
+            while waiting:
+                self._send(*waiting.popleft())
+        finally:
+            for *_, done in waiting:
+                list(done)  # after an error: no thread may write into a slot later
         if self._seeded:
             self.device.put(self._at_seeds, self._seeds)
 
-    def _filled(self, i: int, slot: NDArray[np.uint8], data: Data) -> int:
-        """Put a ciphertext's polynomials, checked, into a slot, and return their size."""
-        found = read_ciphertext(data, self.chain, self._limbs[i], self._scale, self._seeded)
-        slot[: found.words.nbytes] = found.words.reshape(-1).view(np.uint8)
+    def _chunks(self, batch: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
+        """Yield what a thread takes at a time, all of one level, and where it begins in its batch."""
+        at = 0
+        for _, alike in groupby(batch, lambda i: self._limbs[i]):
+            rest = list(alike)
+            yield from ((at + i, rest[i : i + CHUNK]) for i in range(0, len(rest), CHUNK))
+            at += len(rest)
+
+    def _send(self, place: int, batch: Sequence[int], done: Iterable[InvalidInput | None]) -> None:
+        """Queue a batch's way to the device, when its threads have ended."""
+        refused = [x for x in done if x is not None]
+        if refused:
+            raise refused[0]
+        for i, slot in zip(batch, self._slots[place], strict=False):
+            size = polynomial_bytes(self.chain, self._limbs[i], self._seeded)
+            self.device.put(self._memory + 8 * self.schedule.place(self.schedule.inputs[i]), slot[:size])
+        self._marks[place] = self.device.mark()
+
+    def _filled(self, chunk: Sequence[int], slots: NDArray[np.uint8], given: Sequence[Data]) -> InvalidInput | None:
+        """Put some ciphertexts' polynomials, checked, into slots; return what is wrong with them."""
+        try:
+            limbs = self._limbs[chunk[0]]
+            seeds = read_ciphertexts(given, self.chain, limbs, self._scale, self._seeded, slots)
+        except InvalidInput as e:
+            return e
         if self._seeded:
-            self._seeds[i] = np.frombuffer(found.seed, np.uint8)
-        return found.words.nbytes
+            self._seeds[chunk] = np.frombuffer(b"".join(seeds), np.uint8).reshape(len(chunk), SEED)
+        return None
 
     def close(self) -> None:
         """Write zeros over the session's memory on the device and in what it reads, and give it back."""
