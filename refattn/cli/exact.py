@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from typing import Any
 
 import click
@@ -11,8 +13,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..dtypes import FORMATS, no_format
-from ..errors import InvalidInput
-from ..exact import evaluate
+from ..errors import InvalidInput, UnsupportedProblem
+from ..exact import evaluate, query_rows
 from ..files import BAD_FILE, check_folders, load_problem, save_arrays
 from ..operators import load
 from ..positions import PLACED
@@ -23,6 +25,10 @@ from .output import OPERATORS
 __all__ = ["exact"]
 
 MASK = "a boolean mask is called allowed, numbers to add are called bias"
+OF_ROWS = ("out", "lse", "dq")
+"""What a row has for itself; other gradients are sums over all rows."""
+LARGE, PROBED, PATIENCE = 2**26, 64, 20.0
+"""Scores from which gradients may take long; the rows that are timed; the seconds from which that is said."""
 HINTS = {n: f"give it as --{n}" for n in ("causal", "scale", "softcap")} | {"mask": MASK, "attn_mask": MASK}
 """What to do about arrays that a plain file should not have."""
 
@@ -40,6 +46,7 @@ HINTS = {n: f"give it as --{n}" for n in ("causal", "scale", "softcap")} | {"mas
     "--variant", help="The operator, or path/file.py:NAME; a file of save_problem names its own. " + OPERATORS
 )
 @click.option("--gradients", "dout_file", help="A .npy file with the gradient arriving at out: also write dq, dk, dv.")
+@click.option("--rows", "rows", help="START:STOP: only these query rows; with --gradients out, lse and dq of them.")
 @click.option("--n-jobs", type=click.IntRange(1), help="Processes; by default one, with a thread for each core.")
 @click.option("--checkpoint", help="A folder for finished parts: the same command goes on from there.")
 def exact(
@@ -51,6 +58,7 @@ def exact(
     softcap: float | None,
     variant: str | None,
     dout_file: str | None,
+    rows: str | None,
     n_jobs: int | None,
     checkpoint: str | None,
 ) -> None:
@@ -67,6 +75,11 @@ def exact(
     options = {"causal": causal, "scale": scale, "softcap": softcap, "variant": own}
     problem = _read(source, {n: x for n, x in options.items() if x is not None})
     dout = None if dout_file is None else _array(dout_file)
+    if rows is not None:
+        start, stop = _ends(rows)
+        problem, dout = query_rows(problem, start, stop), _part(problem, dout, start, stop)
+    elif dout is not None:
+        _warn(problem, dout, rounding)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("parts", total=None)
         answer = evaluate(
@@ -77,13 +90,52 @@ def exact(
             checkpoint=checkpoint,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    save_arrays(answer.values, target, problem=repr(problem), rounding=rounding, undecided=answer.undecided)
+    values = {n: x for n, x in answer.values.items() if rows is None or n in OF_ROWS}
+    undecided = {n: x for n, x in answer.undecided.items() if n in values}
+    save_arrays(values, target, problem=repr(problem), rounding=rounding, undecided=undecided)
     table = Table("level", "decided", "seconds", title=repr(problem))
     for level, s in answer.stats.items():
         table.add_row(level, f"{s['decided']:.0f}", f"{s['seconds']:.3f}")
     Console(highlight=False).print(table)
-    for name, count in answer.undecided.items():
-        click.echo(f"{name}: {answer.values[name].size} elements, {count} undecided")
+    for name, count in undecided.items():
+        click.echo(f"{name}: {values[name].size} elements, {count} undecided")
+
+
+def _ends(rows: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+):(\d+)", rows)
+    if found is None:
+        raise InvalidInput(f"rows: got {rows!r}, expected START:STOP, such as 0:1024")
+    return int(found[1]), int(found[2])
+
+
+def _part(problem: Problem, dout: Any, start: int, stop: int) -> Any:
+    """Return the gradient that arrives at some rows, of one for the whole call."""
+    if dout is not None and tuple(dout.shape) != tuple(problem.out_shape):
+        raise InvalidInput(f"gradients: got shape {tuple(dout.shape)}, expected {tuple(problem.out_shape)}, out's")
+    return None if dout is None else dout[:, :, start:stop]
+
+
+def _warn(problem: Problem, dout: Any, rounding: str) -> None:
+    """Say how long gradients of a large call take here, by some of its rows, and what takes less."""
+    rows = problem.batch * problem.heads * problem.n_q
+    if rows * problem.n_k < LARGE or tuple(dout.shape) != tuple(problem.out_shape):
+        return
+    try:
+        took = min(_seconds(problem, dout, rounding, n) * problem.n_q / n for n in (1, PROBED))  # the first compiles
+    except UnsupportedProblem:
+        return
+    if took > PATIENCE:
+        click.echo(
+            f"gradients of {rows} rows on {problem.n_k} keys take about {took:.0f} s here; --rows 0:{PROBED} gives "
+            f"out, lse and dq of some of them in {took * PROBED / problem.n_q:.1f} s",
+            err=True,
+        )
+
+
+def _seconds(problem: Problem, dout: Any, rounding: str, rows: int) -> float:
+    start = time.perf_counter()
+    evaluate(query_rows(problem, 0, rows), rounding=rounding, gradients=dout[:, :, :rows])
+    return time.perf_counter() - start
 
 
 def _read(source: str, options: dict[str, Any]) -> Problem:

@@ -26,7 +26,7 @@ from ..variants import Rows, Variant, variant_of
 from ..variants.own import definition, know, portable
 from ..version import VERSION
 
-__all__ = ["Part", "fingerprint", "parts", "whole", "work_through"]
+__all__ = ["Part", "by_rows", "fingerprint", "parts", "whole", "work_through"]
 
 ROWS = 2048  # query rows to a part
 
@@ -65,13 +65,17 @@ def parts(problem: Problem, dout: NDArray[np.float64] | None, rows: int | None =
     shared = (p.bias is not None and (p.bias.shape[0] < p.batch or p.bias.shape[1] < p.heads)) or (
         p.sink is not None and p.batch > 1
     )
-    v = variant_of(p.variant)
-    placed = v.places or any(o.places and n in p.options for n, o in v.options.items())
-    apart = isinstance(v.shape, Rows) and not v.shape.together and not placed
     ragged = any(x is not None and not isinstance(x, int) for x in (p.lengths_q, p.lengths_k, p.offset))
-    if p.cu_seqlens_q is not None or ragged or not apart or (dout is not None and shared):
+    if p.cu_seqlens_q is not None or ragged or not by_rows(p) or (dout is not None and shared):
         return []
     return list(_parts(p, dout, rows or ROWS))
+
+
+def by_rows(problem: Problem) -> bool:
+    """Tell whether a row of a call's operator stands alone: it is no recurrence, and places count in no option."""
+    v = variant_of(problem.variant)
+    placed = v.places or any(o.places and n in problem.options for n, o in v.options.items())
+    return isinstance(v.shape, Rows) and not v.shape.together and not placed
 
 
 def whole(problem: Problem, dout: NDArray[np.float64] | None, dlse: NDArray[np.float64] | None = None) -> Part:

@@ -1,5 +1,6 @@
 """The command line, as a person calls it."""
 
+import importlib
 import io
 import json
 import os
@@ -298,6 +299,47 @@ def test_exact_from_plain_arrays(tmp_path, make):
                   "--scale", "0.5", "--causal", "top_left", "--softcap", "3", "--n-jobs", "2")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert (load_arrays(tmp_path / "out.npz")["out"] == evaluate(p, rounding="float64").out).all()
+
+
+def test_exact_rows(tmp_path, make):
+    from refattn import evaluate
+    from refattn.files import load_arrays
+
+    p = make(9, 9, causal="bottom_right")
+    save_problem(p, tmp_path / "in.npz")
+    dout = np.ones(p.out_shape, np.float32)
+    np.save(tmp_path / "dout.npy", dout)
+    arguments = ("exact", tmp_path / "in.npz", "--rounding", "float32", "--out", tmp_path / "out.npz")
+    result = call(*arguments, "--gradients", tmp_path / "dout.npy", "--rows", "2:5")
+    assert result.exit_code == 0, result.output
+    assert "dk" not in result.output
+    want, got = evaluate(p, rounding="float32", gradients=dout).values, load_arrays(tmp_path / "out.npz")
+    assert sorted(got) == ["dq", "lse", "out"]
+    assert all((x == want[n][:, :, 2:5]).all() for n, x in got.items())
+    np.save(tmp_path / "dout.npy", dout[:, :, :4])
+    for rows, text in (
+        ("2-5", "rows: got '2-5', expected START:STOP, such as 0:1024"),
+        ("5:10", "rows: got 5:10, expected 0 <= start < stop <= 9, the queries of the call"),
+        ("2:5", "gradients: got shape (1, 2, 4, 8), expected (1, 2, 9, 8), out's"),
+    ):
+        result = call(*arguments, "--gradients", tmp_path / "dout.npy", "--rows", rows)
+        assert (result.exit_code, text in result.output) == (2, True), result.output
+
+
+def test_exact_says_that_gradients_take_long(tmp_path, make, monkeypatch):
+    module = importlib.import_module("refattn.cli.exact")
+    monkeypatch.setattr(module, "LARGE", 81)
+    monkeypatch.setattr(module, "PROBED", 3)
+    p = make(9, 9)
+    save_problem(p, tmp_path / "in.npz")
+    np.save(tmp_path / "dout.npy", np.ones(p.out_shape, np.float32))
+    for seconds, told in ((20.0, True), (1.0, False)):
+        monkeypatch.setattr(module, "_seconds", lambda problem, dout, rounding, rows, took=seconds: took)
+        result = call("exact", tmp_path / "in.npz", "--rounding", "float32", "--out", tmp_path / "out.npz",
+                      "--gradients", tmp_path / "dout.npy")  # fmt: skip
+        assert result.exit_code == 0, result.output
+        text = "gradients of 18 rows on 9 keys take about 60 s here; --rows 0:3 gives out, lse and dq of some"
+        assert (text in result.output) == told
 
 
 def test_exact_and_bad_files(tmp_path, make):
