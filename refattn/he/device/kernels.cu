@@ -228,6 +228,7 @@ KERNEL(256) dot(const Item* items, const Prime* primes) {
     const Prime& p = primes[it.prime];
     const u64* list = words(it.x);
     u64 upper[3][2] = {}, lower[3][2] = {};
+#pragma unroll 2
     for (u32 r = 0; r < it.count; r++, list += 4) {
         const ulonglong2 a0 = two(list[0], TWO), a1 = two(list[1], TWO), b0 = two(list[2], TWO), b1 = two(list[3], TWO);
         add_product(upper[0][0], lower[0][0], a0.x, b0.x), add_product(upper[0][1], lower[0][1], a0.y, b0.y);
