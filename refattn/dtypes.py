@@ -139,6 +139,9 @@ class Format:
         x = np.asarray(x, np.float64)
         if self.precision == 53:
             return x.copy()
+        if self.name in ("float32", "float16"):  # NumPy's own conversions round to nearest even, once
+            with np.errstate(all="ignore"):
+                return x.astype(self.name).astype(np.float64)
         with np.errstate(all="ignore"):
             exponent = np.frexp(np.where(np.isfinite(x), x, 0.0))[1] - 1
             spacing = np.ldexp(1.0, np.maximum(exponent, self.emin) - self.precision + 1)

@@ -7,11 +7,12 @@ import subprocess
 
 import pytest
 
-__all__ = ["EVERY", "NVCC", "check_compiles"]
+__all__ = ["NVCC", "check_compiles", "core"]
 
 NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-EVERY = os.environ.get("REFATTN_PROFILE") == "refattn-nightly"
-"""Whether every combination is compiled, or every other one, in which each value of each axis is."""
+APART = ("WIDTH", "WIDTH_K", "WIDTH_V", "D_K", "D_V", "HEAD_DIM", "GRADIENT", "QUERY")
+"""Macros that say which pass a text is and how many columns a thread holds: what registers go by, so each is
+compiled with all others' values."""
 
 COMMAND = ("nvcc", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v", "-o")
 
@@ -25,3 +26,27 @@ def check_compiles(path, text, name=""):
     assert set(frames) == {("0", "0", "0")}, (name, done.stderr)
     # products that wait for each other, or a register budget that is not respected
     assert not re.search(r"C75\d\d|warning", done.stderr), (name, done.stderr)
+
+
+def core(texts):
+    """Return of {name: text} what to compile: each file's each macro's value at each width and pass; nightly all.
+
+    What has most of those that are missing is taken next, so many options come together.
+    """
+    if os.environ.get("REFATTN_PROFILE") == "refattn-nightly":
+        return texts
+    missing = {name: _values(text) for name, text in texts.items()}
+    chosen = {}
+    while any(missing.values()):
+        name = max(missing, key=lambda n: len(missing[n]))
+        chosen[name], found = texts[name], missing[name]
+        missing = {n: values - found for n, values in missing.items()}
+    return chosen
+
+
+def _values(text):
+    """Return (the file, what stands apart, a macro and its value) for each macro that comes before a file's title."""
+    defines, _, rest = text.partition("//")
+    macros = dict(line.split(maxsplit=2)[1:] for line in defines.splitlines())
+    apart = tuple(macros.get(name) for name in APART)
+    return {(rest.partition("\n")[0], apart, *m) for m in (macros or {"": ""}).items()}
