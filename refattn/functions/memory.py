@@ -83,7 +83,16 @@ def read_memory(weights: Sequence[Any], query: Any) -> Any:
 
 
 def memory_loss(weights: Sequence[Any], key: Any, value: Any) -> Any:
-    """Return ``|M(k) - v|²`` of each token, (n,): the sum over features (titans-pytorch takes the mean)."""
+    """Return ``|M(k) - v|²`` of each token, (n,): the sum over features (titans-pytorch takes the mean).
+
+    Raises
+    ------
+    InvalidInput
+        Shapes that do not fit together.
+    """
+    _check(weights)
+    axes("key", key, "n", weights[0].shape[0])
+    axes("value", value, key.shape[0], weights[-1].shape[1])
     off = read_memory(weights, key) - value
     return (off * off).sum(-1)
 
@@ -159,6 +168,10 @@ def neural_memory(
     released GELU, norms and residual inside the memory are not here: pass keys and values as your block makes them.
     """
     namespace(query=query, key=key, value=value, theta=theta, eta=eta, alpha=alpha, memory=memory.weights[0])
+    _check(memory.weights)
+    if (speeds := [m.shape for m in memory.momentum]) != [w.shape for w in memory.weights]:
+        shapes = ", ".join(str(tuple(w.shape)) for w in memory.weights)
+        raise InvalidInput(f"memory: its momentum is {', '.join(map(str, map(tuple, speeds)))}, expected {shapes}")
     axes("key", key, "n", memory.weights[0].shape[0])
     axes("query", query, *key.shape)
     axes("value", value, key.shape[0], memory.weights[-1].shape[1])
@@ -167,16 +180,16 @@ def neural_memory(
     chunk = whole("chunk", chunk, 1)
     if grad_at not in ("current", "initial"):
         raise InvalidInput(f"grad_at: got {grad_at!r}, expected 'current' or 'initial'")
-    weights, speeds, out = list(memory.weights), list(memory.momentum), []
+    weights, moving, out = list(memory.weights), list(memory.momentum), []
     for start in range(0, key.shape[0], chunk):
         here = slice(start, min(start + chunk, key.shape[0]))
         slopes = memory_gradient(memory.weights if grad_at == "initial" else weights, key[here], value[here])
         for i, t in enumerate(range(here.start, here.stop)):
-            speeds = [eta[t] * s - theta[t] * g[i] for s, g in zip(speeds, slopes, strict=True)]
-            weights = [(1 - alpha[t]) * w + s for w, s in zip(weights, speeds, strict=True)]
+            moving = [eta[t] * s - theta[t] * g[i] for s, g in zip(moving, slopes, strict=True)]
+            weights = [(1 - alpha[t]) * w + s for w, s in zip(weights, moving, strict=True)]
             out.append(_forward(weights, query[t : t + 1])[1][-1])
     xp = api.array_namespace(key)
-    return xp.concat(out, axis=0), Memory(tuple(weights), tuple(speeds))
+    return xp.concat(out, axis=0), Memory(tuple(weights), tuple(moving))
 
 
 def _product(x: Any, m: Any) -> Any:

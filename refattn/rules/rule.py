@@ -93,8 +93,16 @@ class Rule:
             How many queries and keys the call has.
         batch, head : int
             Whose.
+
+        Raises
+        ------
+        InvalidInput
+            A place is outside the call.
         """
         q, k = (np.asarray(x, np.int64) for x in (rows, keys))
+        for name, at, n in (("rows", q, n_q), ("keys", k, n_k)):
+            if at.size and not 0 <= at.min() <= at.max() < n:
+                raise InvalidInput(f"{name}: got places from {at.min()} to {at.max()}, expected 0 to {n - 1}")
         seen = self.at(Places(q[:, None], k[None, :], batch, head, n_q, n_k))
         return np.asarray(np.broadcast_to(seen, (len(q), len(k))), bool)
 

@@ -232,7 +232,11 @@ def test_memories_that_do_not_fit_are_named():
         start_memory(np.ones((2, 3)), np.ones((2, 2)))
     with pytest.raises(InvalidInput, match=r"query: shape is \(1, 3\), expected \(n, 2\)"):
         read_memory((np.eye(2),), np.ones((1, 3)))
+    with pytest.raises(InvalidInput, match=r"value: shape is \(1, 2\), expected \(3, 2\)"):
+        memory_loss((np.eye(2),), np.ones((3, 2)), np.ones((1, 2)))
     x, g = np.ones((3, 2)), dict.fromkeys(("theta", "eta", "alpha"), np.ones(3))
+    with pytest.raises(InvalidInput, match=r"memory: its momentum is \(1, 2\), expected \(2, 2\)"):
+        neural_memory(x, x, x, Memory((np.eye(2),), (np.ones((1, 2)),)), **g)
     with pytest.raises(InvalidInput, match=r"persistent: shape is \(0, 3\), expected \(p, 2\)"):
         memory_as_gate(x, start_memory(np.eye(2)), np.ones((0, 3)), window=1, **g)
     with pytest.raises(InvalidInput, match="memory: goes from 2 to 3 features, expected x's 2 on both sides"):

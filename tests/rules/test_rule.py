@@ -148,6 +148,14 @@ def said(make):
     return str(e.value)
 
 
+def test_places_outside_a_call():
+    assert rules.causal().block([0, 3], [4], 4, 5).shape == (2, 1)
+    for rows, keys, text in (([0, 4], [0], "rows: got places from 0 to 4, expected 0 to 3"),
+                             ([0], [-1], "keys: got places from -1 to -1, expected 0 to 4")):  # fmt: skip
+        with pytest.raises(InvalidInput, match=text):
+            rules.causal().block(rows, keys, 4, 5)
+
+
 def test_calls_that_a_rule_does_not_fit():
     eye = np.eye(2, dtype=bool)
     assert said(lambda: rules.document([0, 1]).dense(3, 2)) == (
