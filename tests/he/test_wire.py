@@ -78,9 +78,9 @@ def test_a_message_does_not_change(m):
 def test_what_looks_at_parts_is_what_was_given(m):
     seen = []
 
-    def each(function, parts):
-        seen.extend(parts)
-        return map(function, parts)
+    def each(function, some):
+        seen.extend(x for parts in some for x in parts)
+        return map(function, some)
 
     data = wire.pack(m)
     assert wire.unpack(data, m.kind, m.plan, len(data), each) == m

@@ -9,11 +9,13 @@ the words. Where the second polynomial is a seed, half of the words are there, a
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...errors import InvalidInput
 from ..seal import HEADER, NONE, ZSTD, zstandard
@@ -21,11 +23,21 @@ from .chain import Chain
 from .modular import Words
 from .seeds import SEED, expanded
 
-__all__ = ["Received", "ciphertext_bytes", "read_ciphertext", "read_keys", "whole"]
+__all__ = [
+    "Received",
+    "ciphertext_bytes",
+    "polynomial_bytes",
+    "read_ciphertext",
+    "read_ciphertexts",
+    "read_keys",
+    "whole",
+]
 
 MAGIC, VERSION = 0xA15E, (4, 3)
 LEAST_VERSION = (4, 0)
 FIELDS = struct.Struct("<32sBQQQdQ")
+FRONT = FIELDS.size + HEADER.size + 8
+"""Bytes of a ciphertext's body before its words."""
 BLAKE2XB = 1
 """SEAL's number of the generator that expands seeds."""
 Data = bytes | memoryview
@@ -118,30 +130,55 @@ def _decompressed(reader: _Reader, sizes: Iterable[int]) -> bytes:
 
 
 def read_ciphertext(data: Data, chain: Chain, limbs: int, scale: float, seeded: bool) -> Received:
-    """Return a ciphertext of a query.
+    """Return a ciphertext: :func:`read_ciphertexts` of one."""
+    room = np.empty((1, polynomial_bytes(chain, limbs, seeded)), np.uint8)
+    (seed,) = read_ciphertexts([data], chain, limbs, scale, seeded, room)
+    return Received(room.view("<u8").reshape(-1, limbs, chain.degree), seed)
+
+
+def polynomial_bytes(chain: Chain, limbs: int, seeded: bool) -> int:
+    """Return the bytes of what is there of a ciphertext's two polynomials."""
+    return (8 if seeded else 16) * limbs * chain.degree
+
+
+def read_ciphertexts(
+    given: Sequence[Data], chain: Chain, limbs: int, scale: float, seeded: bool, into: NDArray[np.uint8]
+) -> list[bytes]:
+    """Write the polynomials of a query's ciphertexts, checked, and return the seeds of the second ones.
 
     Parameters
     ----------
-    data : bytes
+    given : sequence of bytes
         What came.
     chain : Chain
         The ring's.
     limbs, scale : int, float
-        The primes that it must have left, and its scale.
+        The primes that each must have left, and its scale.
     seeded : bool
-        Whether its second polynomial must be a seed, or must be there.
+        Whether each second polynomial must be a seed, or must be there.
+    into : (ciphertexts, bytes) uint8 array
+        Where polynomials are written, a row for each. What is there after an error is of no ciphertext.
 
     Raises
     ------
     InvalidInput
-        The bytes are something else, or a word is not below its prime, or the second polynomial is zero.
+        Some bytes are something else, or a word is not below its prime, or a second polynomial is zero.
     """
-    reader = _body("Ciphertext", data, [_size(chain, limbs, seeded)])
-    found = _read_words(reader, chain, limbs, scale, seeded)
-    reader.end()
-    if not seeded and not found.words[1].any():
+    size, seeds = polynomial_bytes(chain, limbs, seeded), []
+    for data, row in zip(given, into, strict=True):
+        reader = _body("Ciphertext", data, [_size(chain, limbs, seeded)])
+        found, seed = _parts(reader, chain, limbs, scale, seeded)
+        reader.end()
+        row[:size] = np.frombuffer(found, np.uint8)
+        seeds.append(seed)
+    # all at once: a thread that waits for Python's lock before each check waits for longer than the check takes
+    words = into[:, :size].view("<u8").reshape(len(into), -1, limbs, chain.degree)
+    most = words.max(axis=3)
+    if (most >= chain.q[:limbs]).any():
+        raise reader.refuse("a word is not below its prime")
+    if not seeded and not most[:, 1].any(axis=1).all():
         raise reader.refuse("its second polynomial is zero: nothing in it is encrypted")
-    return found
+    return seeds
 
 
 def read_keys(what: str, data: Data, chain: Chain, indices: Iterable[int]) -> dict[int, list[Received]]:
@@ -178,7 +215,7 @@ def read_keys(what: str, data: Data, chain: Chain, indices: Iterable[int]) -> di
             found[index] = []
             for _ in range(primes - 1):
                 reader.inner(_size(chain, primes, seeded))
-                found[index].append(_read_words(reader, chain, primes, 1.0, seeded))
+                found[index].append(_digit(reader, chain, seeded))
     reader.end()
     return found
 
@@ -189,12 +226,25 @@ FIELDS_OF_KEYS = 32 + 8
 
 def _size(chain: Chain, limbs: int, seeded: bool) -> int:
     """Return the size of a ciphertext's body."""
-    half = 8 * limbs * chain.degree
-    return FIELDS.size + HEADER.size + 8 + half + (HEADER.size + 1 + SEED if seeded else half)
+    seed = HEADER.size + 1 + SEED if seeded else 0
+    return FRONT + polynomial_bytes(chain, limbs, seeded) + seed
 
 
-def _read_words(reader: _Reader, chain: Chain, limbs: int, scale: float, seeded: bool) -> Received:
-    """Return a ciphertext's polynomials; all that is said about them is checked."""
+def _parts(reader: _Reader, chain: Chain, limbs: int, scale: float, seeded: bool) -> tuple[memoryview, bytes]:
+    """Return a ciphertext's words, not looked at, and its seed; all else that is said about them is checked."""
+    _check_front(reader.what, bytes(reader.take(FRONT)), chain, limbs, scale, seeded)
+    words = reader.take(polynomial_bytes(chain, limbs, seeded))
+    if not seeded:
+        return words, b""
+    reader.inner(1 + SEED)
+    reader.expect("its generator", reader.take(1)[0], BLAKE2XB)
+    return words, bytes(reader.take(SEED))
+
+
+@lru_cache(maxsize=64)  # of one level they are the same bytes
+def _check_front(what: str, front: bytes, chain: Chain, limbs: int, scale: float, seeded: bool) -> None:
+    """Check what is said about a ciphertext's words before they come."""
+    reader = _Reader(what, memoryview(front))
     name, transformed, size, degree, primes, found_scale, factor = reader.fields(FIELDS)
     reader.expect("form for products", transformed, 1)
     reader.expect("polynomials", size, 2)
@@ -203,17 +253,19 @@ def _read_words(reader: _Reader, chain: Chain, limbs: int, scale: float, seeded:
     reader.expect("its level", name == chain.name(limbs), True)
     reader.expect("scale", found_scale, scale)  # NaN, too
     reader.expect("its factor", factor, 1)
-    count = (1 if seeded else 2) * limbs * chain.degree
-    reader.inner(8 + 8 * count)
-    reader.expect("its words", reader.number(), count)
-    words = np.frombuffer(reader.take(8 * count), "<u8").reshape(-1, limbs, chain.degree)
-    if (words.max(axis=2) >= chain.q[:limbs]).any():
+    size = polynomial_bytes(chain, limbs, seeded)
+    reader.inner(8 + size)
+    reader.expect("its words", reader.number(), size // 8)
+
+
+def _digit(reader: _Reader, chain: Chain, seeded: bool) -> Received:
+    """Return a digit of a key, at the level of all primes."""
+    limbs = len(chain.primes)
+    found, seed = _parts(reader, chain, limbs, 1.0, seeded)
+    words = np.frombuffer(found, "<u8").reshape(-1, limbs, chain.degree)
+    if (words.max(axis=2) >= chain.q).any():
         raise reader.refuse("a word is not below its prime")
-    if not seeded:
-        return Received(words)
-    reader.inner(1 + SEED)
-    reader.expect("its generator", reader.take(1)[0], BLAKE2XB)
-    return Received(words, bytes(reader.take(SEED)))
+    return Received(words, seed)
 
 
 def whole(x: Received, chain: Chain) -> Words:
