@@ -2,7 +2,6 @@
 
 import os
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +10,6 @@ from refattn import InvalidInput, he
 from refattn.he import refresh, sessions, wire
 from refattn.he.device import masks
 from refattn.he.device.chain import chain_of
-from refattn.he.device.encode import encoded
-from refattn.he.device.executor import execute
-from refattn.he.device.format import read_ciphertext, whole
 from refattn.he.device.session import ROOM, bytes_of
 from refattn.he.device.words import Evaluator
 from refattn.he.embedding import scaled
@@ -24,7 +20,7 @@ from .. import forge
 from ..relay import RING, Relay
 from ..test_refresh import ANSWERS, MOST, X, masked_words
 from .emulated import GXX, Emulated
-from .exchange import Exchange
+from .gate import same
 from .rounds import renamed, same_rounds
 
 pytest.importorskip("tenseal")
@@ -43,12 +39,6 @@ def devices(folder):
         yield made
 
 
-def whole_relay(rounds):
-    program = Relay(rounds)
-    program.plan = replace(program.plan, upload="whole")
-    return program
-
-
 @pytest.fixture(scope="module")
 def session(devices):
     program = Relay()
@@ -65,7 +55,7 @@ def asked(session):
     return masked, client.refresh(masked)
 
 
-@pytest.mark.parametrize("program", [Relay(3), whole_relay(2)], ids=["three", "whole"])
+@pytest.mark.parametrize("program", [Relay(3), Relay(2, "whole")], ids=["three", "whole"])
 def test_messages_are_seals(devices, program):
     found, out = same_rounds(program, X)
     assert found == [True] * program.plan.rounds
@@ -104,36 +94,11 @@ def test_blocks_share_keys_and_memory(devices, session):
     assert max(each) <= both < sum(each)
 
 
-def test_a_later_block_is_the_executors(session):
-    program, _, _, server = session
-    masked, answer = asked(session)
-    plan, chain = program.plan, chain_of(RING)
-    taken = server._masks._waiting[bytes(wire.unpack(masked, wire.MASKED, plan.digest, MOST).parts[0])][2]
-    parts = wire.unpack(answer, wire.FRESH, plan.digest, MOST).parts
-    (ours,) = server._worker.attend(parts, 1, taken)
-    words = [
-        whole(read_ciphertext(x, chain, n, 2.0**RING.middle, True), chain)
-        for x, n in zip(parts, plan.part_limbs(1), strict=True)
-    ]
-    e = Exchange.__new__(Exchange)
-    e.plan, e.keys, e.query = plan, session[2], session[1].encrypt(X)
-    schedule = server._worker.schedules[1]
-    (expected,) = execute(schedule, key_words(e), [*words, *taken], lambda x: encoded(x, RING))
-    node = schedule.outs[0]
-    assert np.array_equal(read_ciphertext(ours, chain, node.limbs, node.scale, False).words, expected)
-
-
-def key_words(e):
-    from refattn.he.device.format import read_keys
-    from refattn.he.seal import galois_elements
-
-    relin, galois, _ = e.parts(e.keys, wire.KEYS)
-    found = {0: read_keys("RelinKeys", relin, e.chain, [0])[0]}
-    elements = galois_elements(RING, e.plan.rotations)
-    found |= {
-        2 * i + 1: x for i, x in read_keys("GaloisKeys", galois, e.chain, [(g - 1) // 2 for g in elements]).items()
-    }
-    return {g: np.stack([whole(d, e.chain) for d in x]) for g, x in found.items()}
+def test_later_blocks_are_the_executors(folder):
+    """Masks of 112 bits and both signs, ciphertexts and keys that are drawn."""
+    device = Emulated(8192, folder, order=1)
+    assert same(Relay(), device)
+    assert device.whole
 
 
 def test_whole_numbers_are_their_residues():
