@@ -47,17 +47,16 @@ def geometry(kernel: str, degree: int, limbs: int = 1) -> tuple[int, int, int]:
     log = degree.bit_length() - 1
     columns = 1 << ((log + 1) // 2 + 4)  # words of a tile of columns
     rows = 1024
-    padded = 9  # bytes for a word: every eighth has another after it
     return {
-        "inverse_rows": (degree // rows, rows // 8, padded * rows),
-        "spread": (degree // columns, columns // 8, (padded + 8) * columns),
-        "times_key": (degree // rows, rows // 8, 2 * padded * rows),
-        "drop": (degree // rows, rows // 8, padded * rows),
+        "inverse_rows": (degree // rows, rows // 8, 8 * rows),
+        "spread": (degree // columns, columns // 8, 16 * columns),
+        "times_key": (degree // rows, rows // 8, 2 * 8 * rows),
+        "drop": (degree // rows, rows // 8, 8 * rows),
         "each": (degree // 512, 256, 0),
         "sum": (degree // 512, 256, 0),
         "dot": (degree // 512, 256, 0),
-        "residues": (degree // columns, columns // 8, padded * columns),
-        "subtract": (degree // rows, rows // 8, padded * rows),
+        "residues": (degree // columns, columns // 8, 8 * columns),
+        "subtract": (degree // rows, rows // 8, 8 * rows),
         "seed_roots": (-(-limbs * degree // 512 // 64), 64, 0),
         "seed_words": (limbs * degree // 8 // 128, 128, 0),
         "seed_again": (1, 1, 0),

@@ -27,13 +27,13 @@ KERNEL(Rows::THREADS) inverse_rows(
     u64 v[8];
 #pragma unroll
     for (int e = 0; e < 8; e++) {
-        int i = start + place_last<Rows>(thread, e);
+        int i = start + Last<Rows>::place(thread, e);
         v[e] = src[perm ? perm[i] : i];
     }
     inverse_tile<Rows>(v, s, inverse_roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, primes[it.prime].q);
     u64* dst = words(it.dst) + start;
 #pragma unroll
-    for (int e = 0; e < 8; e++) dst[place_first<Rows>(thread, e)] = v[e];
+    for (int e = 0; e < 8; e++) dst[First<Rows>::place(thread, e)] = v[e];
 }
 
 // The inverse's pass over columns, modulo prime `from`; then for k = first, ..., first + count - 1 the forward pass
@@ -47,10 +47,10 @@ extern "C" __global__ void __launch_bounds__(Columns::THREADS, 1024 / Columns::T
     const int thread = threadIdx.x, tile = blockIdx.x;
     const Prime& from = primes[it.from];
     const u64* src = words(it.src);
-    u64* x = s + Columns::WORDS / 8 * 9 + thread;  // what each thread keeps: registers are short
+    u64* x = s + Columns::WORDS + thread;  // what each thread keeps: registers are short
     u64 v[8];
 #pragma unroll
-    for (int e = 0; e < 8; e++) v[e] = src[in_columns(place_last<Columns>(thread, e), tile)];
+    for (int e = 0; e < 8; e++) v[e] = src[in_columns(Last<Columns>::place(thread, e), tile)];
     inverse_tile<Columns>(v, s, inverse_roots + (size_t)it.from * N, 1, thread, from.q);
     const u64 half = it.flags & ROUND ? from.q >> 1 : 0;
 #pragma unroll
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(Columns::THREADS, 1024 / Columns::T
         forward_tile<Columns>(v, s, roots + (size_t)prime * N, 1, thread, p.q);
         u64* dst = words(it.dst) + k * it.key;
 #pragma unroll
-        for (int e = 0; e < 8; e++) dst[in_columns(place_last<Columns>(thread, e), tile)] = v[e];
+        for (int e = 0; e < 8; e++) dst[in_columns(Last<Columns>::place(thread, e), tile)] = v[e];
     }
 }
 
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
     const Prime& p = primes[items[blockIdx.y].prime];
     const u32 polynomial = count * N;
     u64 upper0[8] = {}, lower0[8] = {}, upper1[8] = {}, lower1[8] = {};
-    constexpr int ROOM = Rows::WORDS / 8 * 9;
+    constexpr int ROOM = Rows::WORDS;
     int turn = 0;  // two rooms in turns: who writes to one has seen all read from it
 #pragma unroll 1
     for (u32 j = 0; j < items[blockIdx.y].count; j++) {
@@ -103,19 +103,19 @@ extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
             const u32* perm = (const u32*)it.perm;
 #pragma unroll
             for (int e = 0; e < 8; e++) {
-                int i = start + place_last<Rows>(thread, e);
+                int i = start + Last<Rows>::place(thread, e);
                 v[e] = x[perm ? perm[i] : i];
             }
         } else {
             const u64* src = words(it.src) + (size_t)j * N + start;
 #pragma unroll
-            for (int e = 0; e < 8; e++) v[e] = src[place_first<Rows>(thread, e)];
+            for (int e = 0; e < 8; e++) v[e] = src[First<Rows>::place(thread, e)];
             forward_tile<Rows>(v, s + turn * ROOM, roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, p.q);
             turn ^= 1;
         }
 #pragma unroll
         for (int e = 0; e < 8; e++) {
-            int i = place_last<Rows>(thread, e);
+            int i = Last<Rows>::place(thread, e);
             add_product(upper0[e], lower0[e], v[e], key[i]);
             add_product(upper1[e], lower1[e], v[e], key[i + polynomial]);
         }
@@ -136,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
     u64 *a = words(it.dst) + start, *b = words(it.add) + start;
 #pragma unroll
     for (int e = 0; e < 8; e++) {
-        int i = inverse ? place_first<Rows>(thread, e) : place_last<Rows>(thread, e);
+        int i = inverse ? First<Rows>::place(thread, e) : Last<Rows>::place(thread, e);
         a[i] = lower0[e];
         b[i] = lower1[e];
     }
@@ -158,11 +158,11 @@ KERNEL(Rows::THREADS) drop(
     const u32* perm = (const u32*)it.perm;
     u64 v[8];
 #pragma unroll
-    for (int e = 0; e < 8; e++) v[e] = src[place_first<Rows>(thread, e)];
+    for (int e = 0; e < 8; e++) v[e] = src[First<Rows>::place(thread, e)];
     forward_tile<Rows>(v, s, roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, q);
 #pragma unroll
     for (int e = 0; e < 8; e++) {
-        int i = place_last<Rows>(thread, e), whole = start + i;
+        int i = Last<Rows>::place(thread, e), whole = start + i;
         v[e] = below(scaled(x[i] + ((q << 2) - v[e]), d.inverse, d.inverse_shifted, q), q);
         if (add) v[e] = below(v[e] + add[perm ? perm[whole] : whole], q);
         if (plus) v[e] = below(v[e] + plus[whole], q);
@@ -174,7 +174,7 @@ KERNEL(Rows::THREADS) drop(
     }
 #pragma unroll
     for (int e = 0; e < 8; e++)
-        dst[it.flags & INVERSE ? place_first<Rows>(thread, e) : place_last<Rows>(thread, e)] = v[e];
+        dst[it.flags & INVERSE ? First<Rows>::place(thread, e) : Last<Rows>::place(thread, e)] = v[e];
 }
 
 // Whole numbers modulo a prime, and the forward pass over columns. src: the lower words of their sizes; N words on, the
@@ -188,14 +188,14 @@ KERNEL(Columns::THREADS) residues(const Item* items, const Prime* primes, const 
     u64 v[8];
 #pragma unroll
     for (int e = 0; e < 8; e++) {
-        int i = in_columns(place_first<Columns>(thread, e), tile);
+        int i = in_columns(First<Columns>::place(thread, e), tile);
         u64 upper = src[i + N], r = reduced_wide(upper & ~(1ull << 63), src[i], p);
         v[e] = upper >> 63 && r ? p.q - r : r;
     }
     forward_tile<Columns>(v, s, roots + (size_t)it.prime * N, 1, thread, p.q);
     u64* dst = words(it.dst);
 #pragma unroll
-    for (int e = 0; e < 8; e++) dst[in_columns(place_last<Columns>(thread, e), tile)] = v[e];
+    for (int e = 0; e < 8; e++) dst[in_columns(Last<Columns>::place(thread, e), tile)] = v[e];
 }
 
 // The forward pass over rows of src: dst = x less that, or that where there is no x. grid (N / 1024, items)
@@ -207,12 +207,12 @@ KERNEL(Rows::THREADS) subtract(const Item* items, const Prime* primes, const ulo
     const u64 *src = words(it.src) + start, *x = words(it.x) + start;
     u64 v[8];
 #pragma unroll
-    for (int e = 0; e < 8; e++) v[e] = src[place_first<Rows>(thread, e)];
+    for (int e = 0; e < 8; e++) v[e] = src[First<Rows>::place(thread, e)];
     forward_tile<Rows>(v, s, roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, q);
     u64* dst = words(it.dst) + start;
 #pragma unroll
     for (int e = 0; e < 8; e++) {
-        int i = place_last<Rows>(thread, e);
+        int i = Last<Rows>::place(thread, e);
         u64 y = below(below(v[e], q << 1), q);
         dst[i] = it.x ? below(x[i] + (q - y), q) : y;
     }
@@ -269,6 +269,7 @@ KERNEL(256) dot(const Item* items, const Prime* primes) {
     const Prime& p = primes[it.prime];
     const u64* list = words(it.x);
     u64 upper[3][2] = {}, lower[3][2] = {};
+#pragma unroll 2
     for (u32 r = 0; r < it.count; r++, list += 4) {
         const ulonglong2 a0 = two(list[0], TWO), a1 = two(list[1], TWO), b0 = two(list[2], TWO), b1 = two(list[3], TWO);
         add_product(upper[0][0], lower[0][0], a0.x, b0.x), add_product(upper[0][1], lower[0][1], a0.y, b0.y);

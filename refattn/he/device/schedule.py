@@ -19,8 +19,8 @@ from .trace import Node, Operation, trace_of
 
 __all__ = ["Schedule", "Step", "schedule_of", "scratch_limbs"]
 
-MOST_SCRATCH = 2**25
-"""Words that a step may need beside its operands and results: 256 MiB; a larger batch is cut."""
+MOST_SCRATCH = 2**26
+"""Words that a step may need beside its operands and results: 512 MiB; a larger batch is cut."""
 MOST_LOADED = 2**26
 """Words of the query's ciphertexts that are taken in for a step: 512 MiB; they are gone before the next are."""
 

@@ -14,31 +14,43 @@ struct Tile {
 using Columns = Tile<S1, 4, S1 + 4>;  // 16 columns of 2**S1 points
 using Rows = Tile<S2, 0, 10>;  // rows of contiguous points
 
-// Where in the shared array a word lies: no two threads of a half warp in one bank.
-DEVICE int padded(int x) { return x + (x >> 3); }
-
-// Where in its tile a thread's word is: the k-th of the g-th butterfly.
+// The number of a thread's butterfly, or of a later one of it, with K bits let in at those of a round. Numbers of
+// different bits add up, so a place is what the thread gives and a constant, which costs nothing.
 template <class T, int LO, int K>
-DEVICE int place(int thread, int g, int k) {
+DEVICE constexpr int apart(int number) {
     constexpr int b = T::IN + LO;
-    int rest = thread + g * T::THREADS;
-    return (rest >> b) << (b + K) | k << b | (rest & ((1 << b) - 1));
+    return (number >> b) << (b + K) | (number & ((1 << b) - 1));
 }
 
-// The number of the first stage's root for a butterfly; base: that of the tile's first row.
+// Where in its tile the k-th word of the g-th butterfly is, but for apart(thread).
 template <class T, int LO, int K>
-DEVICE u32 first_root(int thread, int g, u32 base) {
-    int x = place<T, LO, K>(thread, g, 0);
-    u32 point = (x >> T::IN) & ((1 << T::S) - 1), row = x >> (T::S + T::IN);
-    return ((base + row) << (T::S - LO - K)) + (point >> (LO + K));
+DEVICE constexpr int further(int g, int k) {
+    return apart<T, LO, K>(g * T::THREADS) + (k << (T::IN + LO));
+}
+
+// Where in the shared array a word of rows lies: at no time two threads of a half warp in one bank. A half warp's words
+// of columns are side by side.
+DEVICE constexpr int bank(int x) { return x ^ (x >> 4 & 7) << 1 ^ (x >> 4 & 1); }
+
+template <class T, int LO, int K>
+DEVICE int shared_place(int thread, int further) {
+    const int x = apart<T, LO, K>(thread);
+    return T::IN ? x + further : bank(x) ^ bank(further);
+}
+
+// The number of the first stage's root for a word of a tile, but for its first row's; that of a sum is the sum.
+template <class T, int LO, int K>
+DEVICE constexpr int root_of(int x) {
+    return (x >> (T::S + T::IN) << (T::S - LO - K)) + ((x >> T::IN & ((1 << T::S) - 1)) >> (LO + K));
 }
 
 // One stage of K, then the rest (by recursion, so that every index is known when this is compiled).
-template <int K, int STAGE, int FIRST>
-DEVICE void forward_stages(u64 (&v)[8], const ulonglong2* roots, u32 root, u64 q) {
+template <int K, int STAGE, int FIRST, int ROOT>
+DEVICE void forward_stages(u64 (&v)[8], const ulonglong2* roots, int root, u64 q) {
+    const ulonglong2* own = roots + (root << STAGE);
 #pragma unroll
     for (int a = 0; a < 1 << STAGE; a++) {
-        const ulonglong2 w = roots[(root << STAGE) + a];
+        const ulonglong2 w = own[(ROOT << STAGE) + a];
 #pragma unroll
         for (int b = 0; b < 1 << (K - 1 - STAGE); b++) {
             const int i = FIRST + (a << (K - STAGE)) + b, j = i + (1 << (K - 1 - STAGE));
@@ -47,13 +59,14 @@ DEVICE void forward_stages(u64 (&v)[8], const ulonglong2* roots, u32 root, u64 q
             v[j] = x + ((q << 1) - y);
         }
     }
-    if constexpr (STAGE + 1 < K) forward_stages<K, STAGE + 1, FIRST>(v, roots, root, q);
+    if constexpr (STAGE + 1 < K) forward_stages<K, STAGE + 1, FIRST, ROOT>(v, roots, root, q);
 }
-template <int K, int STAGE, int FIRST>
-DEVICE void inverse_stages(u64 (&v)[8], const ulonglong2* roots, u32 root, u64 q) {
+template <int K, int STAGE, int FIRST, int ROOT>
+DEVICE void inverse_stages(u64 (&v)[8], const ulonglong2* roots, int root, u64 q) {
+    const ulonglong2* own = roots + (root << STAGE);
 #pragma unroll
     for (int a = 0; a < 1 << STAGE; a++) {
-        const ulonglong2 w = roots[(root << STAGE) + a];
+        const ulonglong2 w = own[(ROOT << STAGE) + a];
 #pragma unroll
         for (int b = 0; b < 1 << (K - 1 - STAGE); b++) {
             const int i = FIRST + (a << (K - STAGE)) + b, j = i + (1 << (K - 1 - STAGE));
@@ -62,68 +75,72 @@ DEVICE void inverse_stages(u64 (&v)[8], const ulonglong2* roots, u32 root, u64 q
             v[j] = scaled(x + ((q << 1) - y), w.x, w.y, q);
         }
     }
-    if constexpr (STAGE > 0) inverse_stages<K, STAGE - 1, FIRST>(v, roots, root, q);
+    if constexpr (STAGE > 0) inverse_stages<K, STAGE - 1, FIRST, ROOT>(v, roots, root, q);
 }
 
+// A round's stages; root: that of the tile's first row.
 template <class T, int LO, int K, int G = 0>
-DEVICE void forward_round(u64 (&v)[8], const ulonglong2* roots, u32 base, int thread, u64 q) {
-    forward_stages<K, 0, (G << K)>(v, roots, first_root<T, LO, K>(thread, G, base), q);
-    if constexpr (G + 1 < 8 >> K) forward_round<T, LO, K, G + 1>(v, roots, base, thread, q);
+DEVICE void forward_round(u64 (&v)[8], const ulonglong2* roots, int root, int thread, u64 q) {
+    constexpr int more = root_of<T, LO, K>(further<T, LO, K>(G, 0));
+    const int own = (root << (T::S - LO - K)) + root_of<T, LO, K>(apart<T, LO, K>(thread));
+    forward_stages<K, 0, (G << K), more>(v, roots, own, q);
+    if constexpr (G + 1 < 8 >> K) forward_round<T, LO, K, G + 1>(v, roots, root, thread, q);
 }
 template <class T, int LO, int K, int G = 0>
-DEVICE void inverse_round(u64 (&v)[8], const ulonglong2* roots, u32 base, int thread, u64 q) {
-    inverse_stages<K, K - 1, (G << K)>(v, roots, first_root<T, LO, K>(thread, G, base), q);
-    if constexpr (G + 1 < 8 >> K) inverse_round<T, LO, K, G + 1>(v, roots, base, thread, q);
+DEVICE void inverse_round(u64 (&v)[8], const ulonglong2* roots, int root, int thread, u64 q) {
+    constexpr int more = root_of<T, LO, K>(further<T, LO, K>(G, 0));
+    const int own = (root << (T::S - LO - K)) + root_of<T, LO, K>(apart<T, LO, K>(thread));
+    inverse_stages<K, K - 1, (G << K), more>(v, roots, own, q);
+    if constexpr (G + 1 < 8 >> K) inverse_round<T, LO, K, G + 1>(v, roots, root, thread, q);
 }
 
-// A thread's word e is the (e mod 2**K)-th of its (e / 2**K)-th butterfly: of the first round, and of the last.
-template <class T>
-DEVICE int place_first(int thread, int e) { return place<T, T::S - T::K1, T::K1>(thread, e >> T::K1, e & 7); }
-template <class T>
-DEVICE int place_last(int thread, int e) {
-    return place<T, 0, T::K3>(thread, e >> T::K3, e & ((1 << T::K3) - 1));
-}
-template <class T>
-DEVICE int place_middle(int thread, int e) {
-    return place<T, T::K3, T::K2>(thread, e >> T::K2, e & ((1 << T::K2) - 1));
-}
+// A round: its lowest bit and its bits. A thread's word e is the (e mod 2**K)-th of its (e / 2**K)-th butterfly.
+template <class T, int LO, int K>
+struct Round {
+    DEVICE constexpr int more(int e) { return further<T, LO, K>(e >> K, e & ((1 << K) - 1)); }
+    DEVICE int place(int thread, int e) { return apart<T, LO, K>(thread) + more(e); }
+    DEVICE int shared(int thread, int e) { return shared_place<T, LO, K>(thread, more(e)); }
+};
+template <class T> using First = Round<T, T::S - T::K1, T::K1>;
+template <class T> using Middle = Round<T, T::K3, T::K2>;
+template <class T> using Last = Round<T, 0, T::K3>;
 
 // The forward transform of a tile: v in the order of the first round, then in that of the last; below 4q both times.
 template <class T>
-DEVICE void forward_tile(u64 (&v)[8], u64* s, const ulonglong2* roots, u32 base, int thread, u64 q) {
+DEVICE void forward_tile(u64 (&v)[8], u64* s, const ulonglong2* roots, int base, int thread, u64 q) {
     forward_round<T, T::S - T::K1, T::K1>(v, roots, base, thread, q);
 #pragma unroll
-    for (int e = 0; e < 8; e++) s[padded(place_first<T>(thread, e))] = v[e];
+    for (int e = 0; e < 8; e++) s[First<T>::shared(thread, e)] = v[e];
     __syncthreads();
 #pragma unroll
-    for (int e = 0; e < 8; e++) v[e] = s[padded(place_middle<T>(thread, e))];
+    for (int e = 0; e < 8; e++) v[e] = s[Middle<T>::shared(thread, e)];
     forward_round<T, T::K3, T::K2>(v, roots, base, thread, q);
 #pragma unroll
-    for (int e = 0; e < 8; e++) s[padded(place_middle<T>(thread, e))] = v[e];
+    for (int e = 0; e < 8; e++) s[Middle<T>::shared(thread, e)] = v[e];
     __syncthreads();
 #pragma unroll
-    for (int e = 0; e < 8; e++) v[e] = s[padded(place_last<T>(thread, e))];
+    for (int e = 0; e < 8; e++) v[e] = s[Last<T>::shared(thread, e)];
     forward_round<T, 0, T::K3>(v, roots, base, thread, q);
 }
 
 // Its inverse but for a factor of 2**-S, the orders the other way round; below 2q both times.
 template <class T>
-DEVICE void inverse_tile(u64 (&v)[8], u64* s, const ulonglong2* roots, u32 base, int thread, u64 q) {
+DEVICE void inverse_tile(u64 (&v)[8], u64* s, const ulonglong2* roots, int base, int thread, u64 q) {
     inverse_round<T, 0, T::K3>(v, roots, base, thread, q);
 #pragma unroll
-    for (int e = 0; e < 8; e++) s[padded(place_last<T>(thread, e))] = v[e];
+    for (int e = 0; e < 8; e++) s[Last<T>::shared(thread, e)] = v[e];
     __syncthreads();
 #pragma unroll
-    for (int e = 0; e < 8; e++) v[e] = s[padded(place_middle<T>(thread, e))];
+    for (int e = 0; e < 8; e++) v[e] = s[Middle<T>::shared(thread, e)];
     inverse_round<T, T::K3, T::K2>(v, roots, base, thread, q);
 #pragma unroll
-    for (int e = 0; e < 8; e++) s[padded(place_middle<T>(thread, e))] = v[e];
+    for (int e = 0; e < 8; e++) s[Middle<T>::shared(thread, e)] = v[e];
     __syncthreads();
 #pragma unroll
-    for (int e = 0; e < 8; e++) v[e] = s[padded(place_first<T>(thread, e))];
+    for (int e = 0; e < 8; e++) v[e] = s[First<T>::shared(thread, e)];
     inverse_round<T, T::S - T::K1, T::K1>(v, roots, base, thread, q);
 }
 
 // Where a tile's word is in its limb, and the root of its first row.
 DEVICE int in_columns(int x, int tile) { return (x >> 4) << S2 | tile << 4 | (x & 15); }
-DEVICE u32 base_of(int tile) { return (1u << S1) + (tile << (Rows::LOG - S2)); }
+DEVICE int base_of(int tile) { return (1 << S1) + (tile << (Rows::LOG - S2)); }
