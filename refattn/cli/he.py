@@ -123,7 +123,10 @@ def serve(
     if program.endswith(".npz"):
         weights = load_weights(program)
         made = (given["tolerance"], given["upload"] or "full")
-        what = Encoder(weights, *made) if isinstance(weights, EncoderWeights) else Layer(weights, *made)
+        if isinstance(weights, EncoderWeights):
+            what = Encoder(weights, *made, device=given["device"])
+        else:
+            what = Layer(weights, *made)
     else:
         what = plan_from_json(Path(program).read_bytes())
         if not isinstance(what, Plan):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem, WorkerDied
 from ..validation import shown
-from .arguments import MOST_WORKERS, is_count
+from .arguments import MOST_WORKERS, check_device, is_count
 from .device.card import Card
 from .device.masks import Masks as DeviceMasks
 from .device.masks import zero_of as zero_words
@@ -261,8 +261,7 @@ class Server:
             raise InvalidInput(f"keys: got {type(keys).__name__}, expected the bytes of client.evaluation_keys()")
         if not is_count(workers, 1, MOST_WORKERS):
             raise InvalidInput(f"workers: got {shown(workers)}, expected an integer from 1 to {MOST_WORKERS}")
-        if device not in ("cpu", "cuda"):
-            raise InvalidInput(f"device: got {device!r}, expected 'cpu' or 'cuda'")
+        check_device(device)
         if device == "cuda" and workers > 1:
             raise InvalidInput(f"workers: got {workers}, expected 1 for device='cuda', which has no processes to share")
         self.program, plan = program, program.plan
