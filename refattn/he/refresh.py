@@ -84,9 +84,17 @@ class Waiting:
         InvalidInput
             No such result waits: it was answered, or forgotten for newer ones, or is of another client.
         """
-        if name not in self._waiting:
+        return self._known(self._waiting.get(name))[1]
+
+    def _once(self, name: bytes) -> tuple[bytes, int, Any]:
+        """Return whose result an answer is for, its block and what was kept; errors as of `stage_of`."""
+        return self._known(self._waiting.pop(name, None))
+
+    @staticmethod
+    def _known(found: tuple[bytes, int, Any] | None) -> tuple[bytes, int, Any]:
+        if found is None:
             raise InvalidInput("he: got an answer to no masked result that waits for one; encrypt the input anew")
-        return self._waiting[name][1]
+        return found
 
 
 class Masks(Waiting):
@@ -135,7 +143,7 @@ class Masks(Waiting):
 
     def taken(self, name: bytes) -> tuple[bytes, list[Any]]:
         """Return the query of a masked result, and what is to be subtracted from the answer; once."""
-        query, stage, (tokens, squares) = self._waiting.pop(name)
+        query, stage, (tokens, squares) = self._once(name)
         return query, _plaintexts(self.plan, stage, tokens, squares)
 
 

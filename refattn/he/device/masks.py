@@ -88,7 +88,7 @@ class Masks(Waiting):
 
     def taken(self, name: bytes) -> tuple[bytes, list[Any]]:
         """Return the query of a masked result, and what is to be subtracted from the answer; once."""
-        query, _, mask = self._waiting.pop(name)
+        query, _, mask = self._once(name)
         return query, mask
 
     def _forgotten(self, mask: Any) -> None:
