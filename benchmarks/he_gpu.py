@@ -9,8 +9,14 @@ the CPU's server, which is SEAL. The CPU's server has two processes.
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +31,10 @@ from refattn.he.device.format import read_ciphertext
 from refattn.he.device.launches import launches_of
 from refattn.he.device.schedule import schedule_of
 from refattn.he.device.session import Session, bytes_of
+from refattn.he.saved import save_weights
 from refattn.he.seal import api
-from refattn.he.wire import QUERY, REPLY, unpack
+from refattn.he.service import Remote
+from refattn.he.wire import MASKED, QUERY, REPLY, kind_of, unpack
 
 RUNS = 10
 # heads, n, d, p; the most milliseconds of computing, and from bytes to bytes of a seeded query
@@ -54,6 +62,7 @@ def rows() -> Iterator[Row]:
             yield from attention(*size, upload)
     yield from throughput()
     yield from block()
+    yield from encoder()
 
 
 def session_of(server: he.Server) -> Session:
@@ -129,8 +138,8 @@ def attention(
         yield Row(f"{at}, computing", ms, "ms", at_most=most if upload == "whole" else None)
         took = seconds(lambda: gpu.attend(query))
         yield Row(f"{at}, bytes to bytes", 1e3 * took, "ms", at_most=most_bytes if upload == "full" else None)
-        yield Row(f"{at}, memory of the session", bytes_of(session.schedule) / 1e9, "GB", at_most=2.0)
-        yield Row(f"{at}, of it ciphertexts at their peak", 8 * session.schedule.words / 1e9, "GB")
+        yield Row(f"{at}, memory of the session", bytes_of(*session.schedules) / 1e9, "GB", at_most=2.0)
+        yield Row(f"{at}, of it ciphertexts at their peak", 8 * session.schedules[0].words / 1e9, "GB")
         yield Row(f"{at}, query", len(query) / 1e6, "MB")
         parts = unpack(query, QUERY, plan.digest, 2**40, gpu._each).parts
         yield Row(f"{at}, digests", 1e3 * seconds(lambda: unpack(query, QUERY, plan.digest, 2**40, gpu._each)), "ms")
@@ -153,7 +162,7 @@ def kernels(at: str, session: Session) -> Iterator[Row]:
 
     The three that expand seeds are timed together, since each reads what the one before left for the same seeds.
     """
-    launches, lists = launches_of(session.schedule, session.schedule.steps, session._at)
+    launches, lists = launches_of(session.schedules[0], session.schedules[0].steps, session._at)
     groups: dict[str, list[Any]] = {}
     for launch in launches:
         groups.setdefault("seeds" if launch.kernel.startswith("seed_") else launch.kernel, []).append(launch)
@@ -173,7 +182,7 @@ def throughput(inputs: int = 8192) -> Iterator[Row]:
     with he.Server(plan, keys, device="cuda") as gpu:
         took = seconds(lambda: gpu.attend(query), 3)
         reply = gpu.attend(query)
-        yield Row(f"{at}, memory of the session", bytes_of(session_of(gpu).schedule) / 1e9, "GB")
+        yield Row(f"{at}, memory of the session", bytes_of(*session_of(gpu).schedules) / 1e9, "GB")
     with he.Server(plan, keys, 2) as cpu:
         start = time.perf_counter()
         theirs = cpu.attend(query)
@@ -203,6 +212,94 @@ def block() -> Iterator[Row]:
         out = client.decrypt(gpu.attend(query))
         yield Row("block 16 x 64, computing", computing_ms(session, session.compute), "ms")
         yield Row("block 16 x 64, bytes to bytes", 1e3 * seconds(lambda: gpu.attend(query)), "ms", at_most=100.0)
-        yield Row("block 16 x 64, memory of the session", bytes_of(session.schedule) / 1e9, "GB")
+        yield Row("block 16 x 64, memory of the session", bytes_of(*session.schedules) / 1e9, "GB")
     off = float(np.abs(out - layer.simulate(tokens)).max())
     yield Row("block 16 x 64, noise", off, "absolute")
+
+
+def an_encoder(blocks: int = 2) -> tuple[Any, np.ndarray]:
+    """Return an encoder (16 tokens, d = 64, 4 heads, 256 hidden features, 10 classes, as PyTorch begins), and tokens.
+
+    The polynomials are for what 64 inputs show, with room.
+    """
+    import torch
+
+    from refattn.he import torch as nets
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 16, 64, dtype=torch.float64)
+
+    def made(k: int) -> nets.Block:
+        attention = nets.PowerSoftmaxAttention(64, 4, p=2, epsilon=1.0, denominator=(1.0, 1e3), tolerance=1e-2)
+        norm, first = (nets.PolynomialRMSNorm(64, 0.1, 2.0, 1e-2) for _ in range(2))
+        return nets.Block(attention, norm, 256, nets.PolynomialActivation("gelu", 4.0, 1e-2), first if k else None)
+
+    module = nets.Encoder([made(k) for k in range(blocks)], torch.nn.Linear(64, 10)).double()
+    he.ranges(module, x)
+    return nets.weights_of(module, 16), x[0].numpy()
+
+
+@contextmanager
+def served(weights: Any, device: str) -> Iterator[str]:
+    """Give the URL of `refattn he serve` in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.npz"
+        save_weights(weights, path)
+        command = [sys.executable, "-m", "refattn", "he", "serve", str(path), "--port", "0", "--device", device]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None
+                yield process.stdout.readline().split()[-1]
+            finally:
+                process.terminate()
+
+
+def conversation(client: he.Client, server: he.Server, tokens: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """Return a client's seconds, a server's, and the result, of an input."""
+    start = time.perf_counter()
+    message, of_server = client.encrypt(tokens), 0.0
+    while True:
+        begin = time.perf_counter()
+        answer = server.attend(message)
+        of_server += time.perf_counter() - begin
+        if kind_of(answer) != MASKED:
+            break
+        message = client.refresh(answer)
+    out = client.decrypt(answer)
+    return time.perf_counter() - start - of_server, of_server, out
+
+
+def encoder() -> Iterator[Row]:
+    """Yield the figures of two blocks: an input's way over loopback, and what client and server have of it."""
+    try:
+        weights, tokens = an_encoder()
+    except ModuleNotFoundError as e:
+        raise UnsupportedProblem("bench: the encoder needs PyTorch") from e
+    at = "two-layer encoder, 16 tokens, d = 64, masked refresh"
+    start = time.perf_counter()
+    program = he.Encoder(weights, tolerance=1e-2, device="cuda")
+    yield Row(f"{at}, planned in", time.perf_counter() - start, "s")
+    client = he.Client(program.plan)
+    keys = client.evaluation_keys()
+    yield Row(f"{at}, ciphertexts up", program.plan.loads().total(), "")
+    yield Row(f"{at}, up", program.plan.upload_bytes / 1e6, "MB")
+    yield Row(f"{at}, keys", len(keys) / 1e6, "MB")
+    start = time.perf_counter()
+    with he.Server(program, keys, device="cuda") as gpu:
+        yield Row(f"{at}, session begun in", time.perf_counter() - start, "s")
+        session = session_of(gpu)
+        yield Row(f"{at}, memory of the session", bytes_of(*session.schedules) / 1e9, "GB")
+        conversation(client, gpu, tokens)
+        times = [conversation(client, gpu, tokens) for _ in range(3)]
+        yield Row(f"{at}, computing", computing_ms(session, session.compute), "ms")
+    yield Row(f"{at}, client", statistics.median(x for x, _, _ in times), "s")
+    yield Row(f"{at}, server on the GPU", statistics.median(x for _, x, _ in times), "s")
+    expected = program.simulate(tokens)
+    off = max(float(np.abs(out - expected).max()) for _, _, out in times)
+    yield Row(f"{at}, noise", off, "absolute", at_most=1e-4)
+    for device, name, runs in (("cuda", "GPU", 3), ("cpu", "CPU", 1)):
+        with served(weights, device) as url, Remote(url) as remote:
+            client = he.Client(remote.plan())
+            remote.open(client.evaluation_keys())
+            took = seconds(partial(client.ask, tokens, remote.attend), runs)
+        yield Row(f"{at} over loopback, per input, {name}", took, "s", at_most=0.5 if device == "cuda" else None)

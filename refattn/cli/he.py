@@ -119,19 +119,22 @@ def serve(
     for name, file in (("certificate", certificate), ("key", key)):
         if file is not None and not Path(file).is_file():
             raise InvalidInput(f"serve: --{name}: there is no file {file}")
+    if given["device"] == "cuda":
+        cupy_with_gpu()  # refused now where there is none, not with the first client
     what: Any
     if program.endswith(".npz"):
         weights = load_weights(program)
         made = (given["tolerance"], given["upload"] or "full")
-        what = Encoder(weights, *made) if isinstance(weights, EncoderWeights) else Layer(weights, *made)
+        if isinstance(weights, EncoderWeights):
+            what = Encoder(weights, *made, device=given["device"])
+        else:
+            what = Layer(weights, *made)
     else:
         what = plan_from_json(Path(program).read_bytes())
         if not isinstance(what, Plan):
             raise InvalidInput(f"serve: {program} is the plan of a layer or an encoder; serve the layer's weights")
         if given["upload"]:
             raise InvalidInput(f"serve: --upload is for a layer's weights; {program} is a plan, which has its own")
-    if given["device"] == "cuda":
-        cupy_with_gpu()  # refused now where there is none, not with the first client
     app = service(what, given["sessions"], given["expire"], tokens=tokens, device=given["device"])
     where = {"certificate": certificate, "key": key}
     listen(app, host, port, **where, announce=lambda url: click.echo(f"listening at {url}"))  # type: ignore[arg-type]

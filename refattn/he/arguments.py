@@ -40,6 +40,12 @@ def is_count(x: Any, least: int, most: int) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
 
 
+def check_device(device: Any) -> None:
+    """Refuse a name of no device."""
+    if device not in ("cpu", "cuda"):
+        raise InvalidInput(f"device: got {shown(device)}, expected 'cpu' or 'cuda'")
+
+
 def check_power(p: Any) -> None:
     """Refuse what is no even power that is computed here."""
     if not is_count(p, 2, max(POWERS)) or p not in POWERS:

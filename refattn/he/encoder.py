@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem
+from .arguments import check_device
 from .arithmetic import Counted, Levels, Numbers
 from .encoder_plan import REFRESHED, EncoderPlan
 from .inverse import product
@@ -34,7 +35,7 @@ Float = NDArray[np.float64]
 FIRST, MOST_MIDDLE = 52, 44
 """Bits of the last prime, which float64 holds, and the most of the others, so that results are below it."""
 LATENCY = 100.0
-"""Milliseconds that client and server take to place and encode a ciphertext of a refresh."""
+"""Milliseconds that client and server take to place, encode and encrypt a ciphertext of a refresh."""
 
 
 class _Block(Layer):
@@ -140,6 +141,9 @@ class Encoder:
         The largest relative error of the polynomials for 1/D.
     upload : {"full", "whole"}
         As in :class:`refattn.he.Layer`.
+    device : {"cpu", "cuda"}
+        Where it will be computed; any plan is computed on both. On a GPU that takes milliseconds, so the plan is the
+        one with the fewest bytes and ciphertexts, each of which the client places, encodes and encrypts.
 
     Raises
     ------
@@ -149,7 +153,10 @@ class Encoder:
         No ring at 128 bits of security has the slots and levels.
     """
 
-    def __init__(self, weights: EncoderWeights, tolerance: float = 1e-2, upload: str = "full") -> None:
+    def __init__(
+        self, weights: EncoderWeights, tolerance: float = 1e-2, upload: str = "full", device: str = "cpu"
+    ) -> None:
+        check_device(device)
         if upload not in LINE:
             raise InvalidInput(f"upload: got {upload!r}, expected one of {', '.join(LINE)} for an encoder")
         if not isinstance(weights, EncoderWeights):
@@ -168,7 +175,7 @@ class Encoder:
             _Block(w, tolerance, scales[k], head if k == last else None, k == last)
             for k, w in enumerate(weights.blocks)
         )
-        self.plan = self._planned(tolerance)
+        self.plan = self._planned(device)
 
     @staticmethod
     def _width(weights: EncoderWeights) -> int:
@@ -211,7 +218,7 @@ class Encoder:
         """Return the first block's result; that of the others is ``stages[k].compute``."""
         return self.stages[0].compute(m, shared, parts)
 
-    def _planned(self, tolerance: float) -> EncoderPlan:
+    def _planned(self, device: str) -> EncoderPlan:
         """Return the plan: the places that suit one block best, of those with which all have levels enough."""
         typical = self.stages[min(1, len(self.stages) - 1)]
         line, found = LINE[self._upload], []  # type: ignore[var-annotated]
@@ -219,8 +226,8 @@ class Encoder:
             typical._compile(layout, spread, apart)
             made = self._with([typical] * len(self.stages), layout, spread, apart)
             if made is not None:
-                parts = sum(len(made.part_limbs(s)) for s in range(1, made.rounds))
-                cost = made.predicted_ms() + line * made.upload_bytes + LATENCY * parts
+                parts = sum(len(made.part_limbs(s)) for s in range(device == "cpu", made.rounds))
+                cost = (made.predicted_ms() if device == "cpu" else 0.0) + line * made.upload_bytes + LATENCY * parts
                 found.append((cost, len(found), layout, spread, apart))
         for _, _, layout, spread, apart in sorted(found, key=lambda x: x[:2]):
             for block in self.stages:

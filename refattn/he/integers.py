@@ -21,7 +21,10 @@ from .noise import Ring
 from .seal import HEADER, NONE, api, context, from_bytes, level, primes, saved_body, to_bytes
 from .structure import check_ciphertext
 
-__all__ = ["add", "composed", "drawn", "flooded", "plaintext", "residues", "seeded", "small", "transformed", "words_of"]
+__all__ = [
+    "add", "composed", "drawn", "flooded", "plaintext", "residues", "seeded", "small", "transformed", "wide",
+    "words_of",
+]  # fmt: skip
 
 Words = NDArray[np.uint64]
 """(primes, N): a polynomial modulo each prime that is left."""
@@ -102,11 +105,32 @@ def _plain(ring: Ring, words: Words, scale: float) -> bytes:
 def residues(p: Pair, moduli: list[int]) -> Words:
     """Return whole numbers modulo some primes below 2**60."""
     high, low = p
-    top = np.floor(high * 2.0**-60)
+    top = np.trunc(high * 2.0**-60)  # of the same sign: what is left is exact
     rest = (high - top * 2.0**60).astype(np.int64)
     top, low = top.astype(np.int64), low.astype(np.int64)
     found = [(_product(top, pow(2, 60, q), q) + rest % q + low % q) % q for q in moduli]
     return np.array(found).astype(np.uint64)
+
+
+def wide(p: Pair) -> Words:
+    """Return whole numbers as words, (2, N): the lower 64 bits of their size, the upper ones with the sign on top.
+
+    Parameters
+    ----------
+    p : pair of (N,) float arrays
+        As :func:`plaintext` takes it.
+    """
+    high, low = p
+    top = np.trunc(high * 2.0**-60)  # of the same sign: what is left is exact
+    rest = (high - top * 2.0**60).astype(np.int64) + low.astype(np.int64)
+    top = top.astype(np.int64)
+    lower = top.astype(np.uint64) << np.uint64(60)
+    total = lower + rest.astype(np.uint64)
+    upper = (top >> 4) + (rest >> 63) + (total < lower)
+    negative = upper < 0
+    upper = np.where(negative, ~upper + (total == 0), upper).astype(np.uint64)
+    signs = negative.astype(np.uint64) << np.uint64(63)
+    return np.stack([np.where(negative, np.uint64(0) - total, total), upper | signs])
 
 
 def _product(a: Any, b: int, q: int) -> Any:
@@ -154,15 +178,15 @@ def _uniform(q: int, count: int) -> Words:
     return found[:count]
 
 
-def small(ring: Ring, limbs: int, ternary: bool) -> Words:
+def small(moduli: list[int], degree: int, ternary: bool) -> Words:
     """Return a small polynomial as words: of -1, 0 and 1, or of differences of two sums of 21 bits (SEAL's errors)."""
     if ternary:
-        p = _uniform(3, ring.degree).astype(np.int64) - 1
+        p = _uniform(3, degree).astype(np.int64) - 1
     else:
-        bits = np.frombuffer(secrets.token_bytes(8 * ring.degree), np.uint8).reshape(2, ring.degree, 4)
+        bits = np.frombuffer(secrets.token_bytes(8 * degree), np.uint8).reshape(2, degree, 4)
         counts = np.unpackbits(bits, axis=2)[..., :21].sum(2, dtype=np.int64)
         p = counts[0] - counts[1]
-    return np.array([p % q for q in primes(ring)[:limbs]]).astype(np.uint64)
+    return np.array([p % q for q in moduli]).astype(np.uint64)
 
 
 def add(a: Words, b: Words, moduli: list[int]) -> Words:
@@ -189,7 +213,7 @@ def flooded(ring: Ring, x: Any, zero: Any, mask: Words) -> Any:
     limbs = x.coeff_modulus_size()
     moduli = primes(ring)[:limbs]
     evaluator = api().Evaluator(context(ring))
-    u, e = (transformed(ring, small(ring, limbs, t), True) for t in (True, False))
+    u, e = (transformed(ring, small(moduli, ring.degree, t), True) for t in (True, False))
     plain = from_bytes("Plaintext", ring, _plain(ring, u, 1.0))
     made = api().Ciphertext()
     evaluator.multiply_plain(zero, plain, made)

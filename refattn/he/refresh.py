@@ -21,7 +21,7 @@ from .integers import composed, drawn, flooded, plaintext, seeded, transformed, 
 from .seal import api, context, from_bytes, level, primes, to_bytes
 from .structure import check_ciphertext
 
-__all__ = ["Masks", "check_masked", "refreshed", "zero_of"]
+__all__ = ["Masks", "Waiting", "check_masked", "refreshed", "zero_of"]
 
 WAITING = 4
 """Masked results of a client that wait for its answer: an older one is forgotten."""
@@ -52,7 +52,52 @@ def refreshed(plan: EncoderPlan, stage: int, plains: Sequence[Any], scales: Sequ
     return [from_bytes("Plaintext", plan.ring, x) for x in _plaintexts(plan, stage, *plan.taken(found))]
 
 
-class Masks:
+class Waiting:
+    """Masked results that wait for a client's answers, each by a random name, and used once.
+
+    Parameters
+    ----------
+    plan : EncoderPlan
+        What is computed.
+    """
+
+    def __init__(self, plan: EncoderPlan) -> None:
+        self.plan = plan
+        self._waiting: OrderedDict[bytes, tuple[bytes, int, Any]] = OrderedDict()
+
+    def _kept(self, query: bytes, stage: int, mask: Any) -> bytes:
+        """Keep what a mask is for the answer, whose block is `stage`, and return the result's name."""
+        name = secrets.token_bytes(16)
+        self._waiting[name] = (query, stage, mask)
+        while len(self._waiting) > WAITING:
+            self._forgotten(self._waiting.popitem(last=False)[1][2])
+        return name
+
+    def _forgotten(self, mask: Any) -> None:
+        """Do with a mask what is to be done where no answer came."""
+
+    def stage_of(self, name: bytes) -> int:
+        """Return the block that an answer is for.
+
+        Raises
+        ------
+        InvalidInput
+            No such result waits: it was answered, or forgotten for newer ones, or is of another client.
+        """
+        return self._known(self._waiting.get(name))[1]
+
+    def _once(self, name: bytes) -> tuple[bytes, int, Any]:
+        """Return whose result an answer is for, its block and what was kept; errors as of `stage_of`."""
+        return self._known(self._waiting.pop(name, None))
+
+    @staticmethod
+    def _known(found: tuple[bytes, int, Any] | None) -> tuple[bytes, int, Any]:
+        if found is None:
+            raise InvalidInput("he: got an answer to no masked result that waits for one; encrypt the input anew")
+        return found
+
+
+class Masks(Waiting):
     """A server's side: the masks that are waited for, each used once.
 
     Parameters
@@ -69,8 +114,8 @@ class Masks:
     """
 
     def __init__(self, plan: EncoderPlan, zero: bytes | memoryview) -> None:
-        self.plan, self._zero = plan, seeded(plan.ring, zero, REFRESHED)
-        self._waiting: OrderedDict[bytes, tuple[bytes, int, Pair, Pair]] = OrderedDict()
+        super().__init__(plan)
+        self._zero = seeded(plan.ring, zero, REFRESHED)
 
     def masked(self, query: bytes, stage: int, outs: Sequence[bytes]) -> tuple[bytes, ...]:
         """Return the parts of a message with a block's masked result: its name, and ciphertexts.
@@ -94,27 +139,11 @@ class Masks:
             mask = drawn(moduli, ring.degree)
             parts.append(to_bytes(flooded(ring, x, self._zero, mask)))
             found.append(_slots(self.plan, mask, x.scale))
-        name = secrets.token_bytes(16)
-        self._waiting[name] = (query, stage, *self.plan.taken(found))
-        while len(self._waiting) > WAITING:
-            self._waiting.popitem(last=False)
-        return (name, *parts)
+        return (self._kept(query, stage, self.plan.taken(found)), *parts)
 
-    def stage_of(self, name: bytes) -> int:
-        """Return the block that an answer is for.
-
-        Raises
-        ------
-        InvalidInput
-            No such result waits: it was answered, or forgotten for newer ones, or is of another client.
-        """
-        if name not in self._waiting:
-            raise InvalidInput("he: got an answer to no masked result that waits for one; encrypt the input anew")
-        return self._waiting[name][1]
-
-    def taken(self, name: bytes) -> tuple[bytes, list[bytes]]:
+    def taken(self, name: bytes) -> tuple[bytes, list[Any]]:
         """Return the query of a masked result, and what is to be subtracted from the answer; once."""
-        query, stage, tokens, squares = self._waiting.pop(name)
+        query, stage, (tokens, squares) = self._once(name)
         return query, _plaintexts(self.plan, stage, tokens, squares)
 
 

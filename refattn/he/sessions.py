@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem, WorkerDied
 from ..validation import shown
-from .arguments import MOST_WORKERS, is_count
+from .arguments import MOST_WORKERS, check_device, is_count
 from .device.card import Card
+from .device.masks import Masks as DeviceMasks
+from .device.masks import zero_of as zero_words
 from .device.session import Session
 from .encoder import Encoder
 from .encoder_plan import EncoderPlan
@@ -259,12 +261,9 @@ class Server:
             raise InvalidInput(f"keys: got {type(keys).__name__}, expected the bytes of client.evaluation_keys()")
         if not is_count(workers, 1, MOST_WORKERS):
             raise InvalidInput(f"workers: got {shown(workers)}, expected an integer from 1 to {MOST_WORKERS}")
-        if device not in ("cpu", "cuda"):
-            raise InvalidInput(f"device: got {device!r}, expected 'cpu' or 'cuda'")
+        check_device(device)
         if device == "cuda" and workers > 1:
             raise InvalidInput(f"workers: got {workers}, expected 1 for device='cuda', which has no processes to share")
-        if device == "cuda" and isinstance(program, Encoder):
-            raise UnsupportedProblem("device: an encoder is computed on the CPU; leave device out")
         self.program, plan = program, program.plan
         self.plan = plan
         masks = isinstance(plan, EncoderPlan)
@@ -275,12 +274,15 @@ class Server:
         self._pool: ProcessPoolExecutor | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._each: Callable[..., Iterable[Any]] = map  # what needs no lock: digests and files
-        self._masks: Masks | None = None
+        self._masks: Masks | DeviceMasks | None = None
         self._worker: Worker | Session
         if device == "cuda":
             self._threads = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
             self._each = self._threads.map
-            self._worker = Session(program, m.parts, Card(plan.ring.degree), self._each)
+            zero = zero_words(m.parts[2], plan) if isinstance(plan, EncoderPlan) else None  # refused before all else
+            self._worker = session = Session(program, m.parts[:2], Card(plan.ring.degree), self._each)
+            if isinstance(plan, EncoderPlan) and zero is not None:
+                self._masks = DeviceMasks(plan, zero, session.schedules)
             return
         self._worker = Worker(program, m.parts[:2])  # also the check of the keys
         self._masks = Masks(plan, m.parts[2]) if isinstance(plan, EncoderPlan) else None
@@ -297,6 +299,8 @@ class Server:
 
     def close(self) -> None:
         """Stop the workers, and write zeros over what a GPU holds."""
+        if isinstance(self._masks, DeviceMasks):
+            self._masks.close()
         if isinstance(self._worker, Session):
             self._worker.close()
         if self._pool is not None:
@@ -314,6 +318,8 @@ class Server:
             that waits for one.
         """
         plan, masks = self.plan, self._masks
+        if isinstance(self._worker, Session):
+            self._worker.check_open()
         most, kind, stage = SLACK * (plan.upload_bytes + 2**20), QUERY, 0
         if masks is not None and kind_of(query) == FRESH:
             kind, stage = FRESH, masks.stage_of(query_of(query))
@@ -321,20 +327,27 @@ class Server:
         m = unpack(query, kind, plan.digest, most, self._each, parts=len(limbs))
         if m.client != self._client:
             raise InvalidInput("he: got a query of another client than the one whose keys are here")
-        if isinstance(self._worker, Session):
-            return pack(Message(REPLY, plan.digest, self._client, m.query, tuple(self._worker.attend(m.parts))))
-        name, mask = m.query, [b""] * len(limbs)
+        name, mask = m.query, []  # type: bytes, list[Any]
         if masks is not None and kind == FRESH:
             name, mask = masks.taken(m.query)
-        try:
-            found = self._computed(self._worker, list(map(Sent, m.parts, limbs, mask)), stage)
-        finally:
-            self._worker.forget()
-        outs = tuple(x for block in found for x in block)
+        if isinstance(self._worker, Session):
+            try:
+                outs = tuple(self._worker.attend(m.parts, stage, mask))
+            finally:
+                for x in mask:
+                    x[:] = 0
+        else:
+            outs = self._on_cpu(self._worker, list(map(Sent, m.parts, limbs, mask or [b""] * len(limbs))), stage)
         if masks is not None and stage < masks.plan.rounds - 1:
             parts = masks.masked(name, stage + 1, outs)
             return pack(Message(MASKED, plan.digest, self._client, name, parts))
         return pack(Message(REPLY, plan.digest, self._client, name, outs))
+
+    def _on_cpu(self, worker: Worker, parts: list[Sent], stage: int) -> tuple[bytes, ...]:
+        try:
+            return tuple(x for block in self._computed(worker, parts, stage) for x in block)
+        finally:
+            worker.forget()
 
     def _computed(self, worker: Worker, parts: list[Sent], stage: int) -> list[list[bytes]]:
         """Return the results of the blocks; workers read the ciphertexts from a file that is gone with the reply."""

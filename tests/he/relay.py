@@ -16,10 +16,10 @@ FACTORS = ((1.0, 1.0), (0.3, 0.25), (-0.7, 0.125))
 
 def plan(rounds=2, **more):
     layout = Layout(4096, 4, 8, 2, 1, 4, 2)
-    given = {"out_factor": 1.0, "levels": {}, "counts": Counter(), "rotations": (1,)} | more
+    given = {"out_factor": 1.0, "levels": {}, "counts": Counter(), "rotations": (1,), "upload": "full"} | more
     return EncoderPlan(
         3, 5, 2, 0, RING, layout, 2, 2, LIMBS[:rounds], FACTORS[:rounds], 1e-3, given["out_factor"], given["levels"],
-        given["counts"], given["rotations"],
+        given["counts"], given["rotations"], given["upload"],
     )  # fmt: skip
 
 
@@ -42,6 +42,6 @@ class Block:
 class Relay(Encoder):
     """Blocks that are none."""
 
-    def __init__(self, rounds: int = 2) -> None:
-        self.plan = plan(rounds)
+    def __init__(self, rounds: int = 2, upload: str = "full") -> None:
+        self.plan = plan(rounds, upload=upload)
         self.stages = tuple(Block(k == rounds - 1) for k in range(rounds))  # type: ignore[assignment]

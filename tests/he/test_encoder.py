@@ -159,6 +159,17 @@ def test_tokens_that_do_not_fit_are_refused():
         he.Encoder(encoder()[0], 1e-2, "compact")
 
 
+def test_a_plan_for_a_gpu_has_fewer_ciphertexts():
+    weights, _, _ = encoder(d=16, tolerance=0.3)
+    plans = {device: he.Encoder(weights, 0.3, device=device).plan for device in ("cpu", "cuda")}
+    most, least = (plans[device].loads().total() for device in ("cpu", "cuda"))
+    assert least < most
+    assert plans["cuda"].upload_bytes < plans["cpu"].upload_bytes
+    assert plans["cuda"].predicted_ms() > plans["cpu"].predicted_ms()  # on a core
+    with pytest.raises(InvalidInput, match="device: got 'tpu', expected 'cpu' or 'cuda'"):
+        he.Encoder(weights, 0.3, device="tpu")
+
+
 def test_an_encoders_plan_says_what_a_refresh_promises(session):
     made, *_ = session
     plan = made.plan

@@ -200,7 +200,7 @@ def test_a_query_of_another_structure_is_refused(exchange, name):
 def test_parts_are_counted_before_they_are_hashed(exchange, monkeypatch):
     _, _, server, query, _ = exchange
     many = forge.repacked(query, wire.QUERY, PLAN, [b""] * 10**5)
-    monkeypatch.setattr(wire, "_sha256", lambda data: pytest.fail("a part was looked at"))
+    monkeypatch.setattr(wire, "_digests", lambda data: pytest.fail("a part was looked at"))
     with pytest.raises(
         InvalidInput, match=re.escape(f"of 100000 parts, expected {len(PLAN.part_limbs())} by the plan")
     ):

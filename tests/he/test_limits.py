@@ -82,7 +82,7 @@ def test_the_servers_own_process_looks_at_no_part(monkeypatch):
         keys, query = client.evaluation_keys(), client.encrypt(CALL)
         many = forge.repacked(query, wire.QUERY, PLAN, [b""] * 10**5, bytes(16))
         monkeypatch.setattr(sessions, "unpack", lambda *given, **more: pytest.fail("it blocks all other clients"))
-        monkeypatch.setattr(wire, "_sha256", lambda data: pytest.fail("it blocks all other clients"))
+        monkeypatch.setattr(wire, "_digests", lambda data: pytest.fail("it blocks all other clients"))
         async with running() as http:
             answer = await http.post("/sessions", content=keys)
             at = f"/sessions/{answer.json()['session']}"

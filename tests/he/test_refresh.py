@@ -200,7 +200,7 @@ def test_parts_of_an_answer_are_counted_before_they_are_hashed(session, monkeypa
     program, client, server = session
     answer = client.refresh(server.attend(client.encrypt(X)))
     bad = forge.repacked(answer, wire.FRESH, program.plan, [b""] * 10**5)
-    monkeypatch.setattr(wire, "_sha256", lambda data: pytest.fail("a part was looked at"))
+    monkeypatch.setattr(wire, "_digests", lambda data: pytest.fail("a part was looked at"))
     with pytest.raises(InvalidInput, match=re.escape("of 100000 parts, expected")):
         server.attend(bad)
 

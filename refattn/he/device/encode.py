@@ -15,7 +15,7 @@ from .modular import Words
 from .trace import Plain
 from .words import Evaluator
 
-__all__ = ["encoded"]
+__all__ = ["encoded", "whole_numbers"]
 
 Float = NDArray[np.float64]
 
@@ -66,7 +66,12 @@ def _coefficients(slots: NDArray[np.complex128], degree: int, factor: float) -> 
 
 
 def encoded(plain: Plain, ring: Ring) -> Words:
-    """Return the words of numbers in slots, (primes, N).
+    """Return the words of numbers in slots, (primes, N); errors as of `whole_numbers`."""
+    return Evaluator(chain_of(ring)).transformed(whole_numbers(plain, ring), plain.limbs)
+
+
+def whole_numbers(plain: Plain, ring: Ring) -> Words:
+    """Return the coefficients of numbers in slots, (2, N), as `refattn.he.integers.wide` has whole numbers.
 
     Raises
     ------
@@ -79,6 +84,8 @@ def encoded(plain: Plain, ring: Ring) -> Words:
     whole += np.abs(found) - whole >= 0.5  # halves away from zero
     if math.ceil(math.log2(max(whole.max(), 1.0))) + 1 >= math.prod(chain.primes[: plain.limbs]).bit_length():
         raise UnsupportedProblem(f"he: numbers of a scale of {plain.scale:.6g} do not fit {plain.limbs} primes")
-    exact = [int(x) for x in np.copysign(whole, found)]
-    words = np.array([[x % q for x in exact] for q in chain.primes[: plain.limbs]], np.uint64)
-    return Evaluator(chain).forward(words, range(plain.limbs))
+    upper = np.floor(whole * 2.0**-64)
+    if upper.max() >= 2.0**63:
+        raise UnsupportedProblem(f"he: numbers of a scale of {plain.scale:.6g} do not fit 127 bits")
+    sign = (found < 0).astype(np.uint64) << np.uint64(63)
+    return np.stack([(whole - upper * 2.0**64).astype(np.uint64), upper.astype(np.uint64) | sign])

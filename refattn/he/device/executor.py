@@ -33,7 +33,7 @@ def execute(
     keys : mapping
         By Galois element its key, (digits, 2, primes, N); that for relinearisation at 0.
     parts : sequence of (2, primes, N) arrays
-        The ciphertexts of the query.
+        The ciphertexts of the query; after them masks, (2, N), where there are any.
     encoded : callable, optional
         Takes a `Plain`, returns its words, (primes, N).
     """
@@ -64,6 +64,8 @@ def _poison(memory: Words, schedule: Schedule, step: Step) -> None:
 def _result(
     evaluator: Evaluator, op: Operation, xs: list[Words], keys: Mapping[int, Words], encoded: Any
 ) -> Words:  # fmt: skip
+    if op.name == "unmask":
+        return evaluator.unmask(xs[0], xs[1][0])
     limbs = op.out.limbs + (op.name in ("rescale", "shrink"))
     xs = [x[:, :limbs] for x in xs]
     if op.name == "dot":

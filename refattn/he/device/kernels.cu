@@ -177,6 +177,47 @@ KERNEL(Rows::THREADS) drop(
         dst[it.flags & INVERSE ? First<Rows>::place(thread, e) : Last<Rows>::place(thread, e)] = v[e];
 }
 
+// Whole numbers modulo a prime, and the forward pass over columns. src: the lower words of their sizes; N words on, the
+// upper ones, with signs on top. grid (2**S2 / 16, items)
+KERNEL(Columns::THREADS) residues(const Item* items, const Prime* primes, const ulonglong2* __restrict__ roots) {
+    SHARED(s);
+    const Item& it = items[blockIdx.y];
+    const int thread = threadIdx.x, tile = blockIdx.x;
+    const Prime& p = primes[it.prime];
+    const u64* src = words(it.src);
+    u64 v[8];
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        int i = in_columns(First<Columns>::place(thread, e), tile);
+        u64 upper = src[i + N], r = reduced_wide(upper & ~(1ull << 63), src[i], p);
+        v[e] = upper >> 63 && r ? p.q - r : r;
+    }
+    forward_tile<Columns>(v, s, roots + (size_t)it.prime * N, 1, thread, p.q);
+    u64* dst = words(it.dst);
+#pragma unroll
+    for (int e = 0; e < 8; e++) dst[in_columns(Last<Columns>::place(thread, e), tile)] = v[e];
+}
+
+// The forward pass over rows of src: dst = x less that, or that where there is no x. grid (N / 1024, items)
+KERNEL(Rows::THREADS) subtract(const Item* items, const Prime* primes, const ulonglong2* __restrict__ roots) {
+    SHARED(s);
+    const Item& it = items[blockIdx.y];
+    const int thread = threadIdx.x, start = blockIdx.x * Rows::WORDS;
+    const u64 q = primes[it.prime].q;
+    const u64 *src = words(it.src) + start, *x = words(it.x) + start;
+    u64 v[8];
+#pragma unroll
+    for (int e = 0; e < 8; e++) v[e] = src[First<Rows>::place(thread, e)];
+    forward_tile<Rows>(v, s, roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, q);
+    u64* dst = words(it.dst) + start;
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        int i = Last<Rows>::place(thread, e);
+        u64 y = below(below(v[e], q << 1), q);
+        dst[i] = it.x ? below(x[i] + (q - y), q) : y;
+    }
+}
+
 // ---- word by word: grid (N / 512, items), 256 threads with two words each ----
 #define TWO ((blockIdx.x * 256 + threadIdx.x) * 2)
 DEVICE ulonglong2 two(u64 address, size_t i) { return *(const ulonglong2*)(words(address) + i); }

@@ -13,7 +13,7 @@ from .build import ITEM, geometry
 from .schedule import Schedule, Step
 from .trace import Node, Operation, Plain
 
-__all__ = ["MOST_REJECTED", "Addresses", "Launch", "launches_of", "seed_launches", "seed_room"]
+__all__ = ["MOST_REJECTED", "Addresses", "Launch", "launches_of", "plain_launches", "seed_launches", "seed_room"]
 
 ROUND, INVERSE = 1, 2
 NEGATE, TIMES, PLUS, TIMES_PLAIN, PLUS_PLAIN, COPY = range(6)
@@ -72,6 +72,17 @@ def seed_launches(degree: int, jobs: Sequence[tuple[int, int, int]], room: int) 
     return [x for limbs, items in by_limbs.items() for kernel in kernels for x in _launches(kernel, items, limbs)]
 
 
+def plain_launches(degree: int, jobs: Sequence[tuple[int, int, int, int]]) -> list[Launch]:
+    """Return what transforms whole numbers: jobs of (their address, room's, the result's, primes)."""
+    first, last = [], []
+    for src, room, dst, limbs in jobs:
+        for k in range(limbs):
+            at = 8 * degree * k
+            first.append({"src": src, "dst": room + at, "prime": k})
+            last.append({"src": room + at, "dst": dst + at, "prime": k})
+    return [*_launches("residues", first), *_launches("subtract", last)]
+
+
 def _launches(kernel: str, items: Sequence[Mapping[str, int]], limbs: int = 1) -> list[Launch]:
     rows = np.zeros(len(items), ITEM)
     for name in ITEM.names or ():
@@ -92,7 +103,8 @@ def launches_of(schedule: Schedule, steps: Sequence[Step], at: Addresses) -> tup
         elif step.name in ("relinearize", "galois", "shrink"):
             made.switch(step)
         else:
-            getattr(made, {"rescale": "rescale", "sum": "sum", "dot": "dot"}.get(step.name, "each"))(step)
+            known = ("rescale", "sum", "dot", "unmask")
+            getattr(made, step.name if step.name in known else "each")(step)
     return made.found, np.array(made.lists, np.uint64)
 
 
@@ -132,8 +144,8 @@ class _Maker:
     def load(self, loaded: Sequence[int]) -> None:
         """Expand the seeds of what was loaded."""
         if self.at.seeds:
-            inputs = self.schedule.inputs
-            jobs = [(self.at.seeds + 64 * i, self._place(inputs[i], 1), inputs[i].limbs) for i in loaded]
+            found = [(i, self.schedule.inputs[i]) for i in loaded]
+            jobs = [(self.at.seeds + 64 * i, self._place(x, 1), x.limbs) for i, x in found if x.size == 2]
             self.found += seed_launches(self.chain.degree, jobs, self.at.seed_room)
 
     def each(self, step: Step) -> None:
@@ -183,6 +195,20 @@ class _Maker:
                 for a, b in zip(op.operands[:half], op.operands[half:], strict=True):
                     self.lists += [self._place(x, c, k) for x in (a, b) for c in (0, 1)]
         self._add("dot", items)
+
+    def unmask(self, step: Step) -> None:
+        """Subtract masks from ciphertexts' first polynomials."""
+        first, last, copies = [], [], []
+        for op, scratch in zip(step.operations, step.scratch, strict=True):
+            a, mask = op.operands
+            for k in range(op.out.limbs):
+                room = self.at.memory + 8 * scratch + k * self.limb
+                first.append({"src": self._place(mask), "dst": room, "prime": k})
+                last.append({"src": room, "x": self._place(a, 0, k), "dst": self._place(op.out, 0, k), "prime": k})
+                copies.append({"src": self._place(a, 1, k), "dst": self._place(op.out, 1, k), "flags": COPY})
+        self._add("residues", first)
+        self._add("subtract", last)
+        self._add("each", copies)
 
     def rescale(self, step: Step) -> None:
         """Divide by the last prime."""

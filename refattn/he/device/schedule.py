@@ -56,7 +56,7 @@ class Schedule:
     chain : Chain
         The ring's.
     inputs, outs : sequence of Node
-        The ciphertexts of the query, and of the reply.
+        The ciphertexts of the query, and masks after them; the ciphertexts of the reply.
     steps : sequence of Step
         In their order.
     places : dict of int to int
@@ -92,9 +92,9 @@ class Schedule:
         return found
 
 
-def schedule_of(program: Program) -> Schedule:
-    """Return the schedule of a plan or a layer."""
-    trace, outs = trace_of(program)
+def schedule_of(program: Program, stage: int = 0) -> Schedule:
+    """Return the schedule of a plan, of a layer, or of a block of an encoder."""
+    trace, outs = trace_of(program, stage)
     operations = _joined(_summed(trace.operations, outs), outs)
     grouped = _steps(trace.inputs, operations, trace.chain.degree)
     steps, places, words = _placed(trace.chain.degree, trace.inputs, grouped, outs)
@@ -193,6 +193,8 @@ def scratch_limbs(op: Operation) -> int:
     """Return the limbs that an operation needs for itself."""
     if op.name == "rescale":
         return op.out.size * (op.out.limbs + 1)
+    if op.name == "unmask":
+        return op.out.limbs
     if op.name not in ("relinearize", "galois", "shrink"):
         return 0
     limbs = op.operands[0].limbs

@@ -1,10 +1,13 @@
-"""A client's session on a device: its keys there, a query's program recorded, and queries checked and computed."""
+"""A client's session on a device: its keys there, programs recorded, and queries checked and computed."""
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -12,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import InvalidInput, UnsupportedProblem
+from ..encoder import Encoder
 from ..planned import Program
 from ..seal import galois_elements
-from .encode import encoded
+from .encode import whole_numbers
 from .format import Data, Received, ciphertext_bytes, polynomial_bytes, read_ciphertexts, read_keys
-from .launches import Addresses, launches_of, seed_launches, seed_room
+from .launches import Addresses, launches_of, plain_launches, seed_launches, seed_room
+from .modular import Words
 from .schedule import Schedule, Step, schedule_of
 from .seeds import SEED
 from .tables import Device, Tables
@@ -33,19 +38,40 @@ ROOM = 2**28
 Each = Callable[..., Iterable[Any]]
 
 
-def bytes_of(schedule: Schedule) -> int:
-    """Return the device memory of a session: ciphertexts, keys, permutations, plaintexts and tables."""
-    degree, primes = schedule.chain.degree, len(schedule.chain.primes)
+def bytes_of(*schedules: Schedule) -> int:
+    """Return the device memory of a session: keys, permutations, plaintexts, tables and one block's ciphertexts."""
+    chain = schedules[0].chain
+    degree, primes = chain.degree, len(chain.primes)
     key = 16 * (primes - 1) * primes * degree
-    plains = sum(8 * x.limbs * degree for x in _plains(schedule))
-    elements = len(schedule.elements)
-    return 8 * schedule.words + (elements + 1) * key + 4 * degree * elements + plains + Tables.bytes_of(schedule.chain)
+    plains = sum(8 * x.limbs * degree for x in _plains(schedules))
+    elements = len(_elements(schedules))
+    return 8 * _words(schedules) + (elements + 1) * key + 4 * degree * elements + plains + Tables.bytes_of(chain)
 
 
-def _plains(schedule: Schedule) -> list[Plain]:
+def _words(schedules: Sequence[Schedule]) -> int:
+    """Return the words for ciphertexts: the blocks of an encoder have them in turns; a plaintext fits, too."""
+    chain = schedules[0].chain
+    return max((2 + len(chain.primes)) * chain.degree, *(x.words for x in schedules))
+
+
+def _elements(schedules: Sequence[Schedule]) -> list[int]:
+    """Return the Galois elements that keys are needed for."""
+    return sorted({e for x in schedules for e in x.elements})
+
+
+def _plains(schedules: Sequence[Schedule]) -> list[Plain]:
     """Return what is to be encoded, each once."""
-    found = (op.what for step in schedule.steps for op in step.operations if isinstance(op.what, Plain))
-    return list(dict.fromkeys(found))
+    steps = (step for x in schedules for step in x.steps)
+    return list(dict.fromkeys(op.what for step in steps for op in step.operations if isinstance(op.what, Plain)))
+
+
+@dataclass
+class _Stage:
+    """A message's program: what is done, the primes of its ciphertexts, 0 of a mask; steps with what queues them."""
+
+    schedule: Schedule
+    limbs: list[int]
+    phases: list[tuple[list[Step], Callable[[], None]]] = field(default_factory=list)
 
 
 class Session:
@@ -53,7 +79,7 @@ class Session:
 
     Parameters
     ----------
-    program : Plan or Layer
+    program : Plan, Layer or Encoder
         What is computed.
     parts : two of bytes
         Relinearisation keys and rotation keys.
@@ -73,11 +99,13 @@ class Session:
     def __init__(self, program: Program, parts: Sequence[Data], device: Device, each: Each = map) -> None:
         self.program, self.device, self.each = program, device, each
         plan = program.plan
-        self.schedule = schedule = schedule_of(program)
-        self.chain, self._limbs = schedule.chain, plan.part_limbs()
+        rounds = plan.rounds if isinstance(program, Encoder) else 1
+        self.schedules = [schedule_of(program, k) for k in range(rounds)]
+        self._stages = [_Stage(s, [x.limbs if x.size == 2 else 0 for x in s.inputs]) for s in self.schedules]
+        self.chain, self._lock = self.schedules[0].chain, threading.Lock()
         self._scale, self._seeded = 2.0**plan.ring.middle, plan.upload != "whole"
         keys = self._read_keys(parts, galois_elements(plan.ring, plan.rotations))  # before any memory is asked for
-        needed = bytes_of(schedule) + ROOM
+        needed = bytes_of(*self.schedules) + ROOM
         if needed > device.free():
             raise UnsupportedProblem(
                 f"he: a session of this plan takes {needed / 1e9:.2f} GB of the GPU's memory, of which "
@@ -98,26 +126,45 @@ class Session:
     def _begin(self, keys: dict[int, list[Received]]) -> None:
         device, chain = self.device, self.chain
         self._tables = tables = Tables(device, chain)
-        size = max(x.limbs for x in self.schedule.inputs) * 8 * chain.degree * (1 if self._seeded else 2)
-        self._slots = device.pinned(BATCHES * BATCH * size).reshape(BATCHES, BATCH, size)
+        inputs = [x for s in self.schedules for x in s.inputs]
+        size = max(x.limbs * (1 if self._seeded else x.size) for x in inputs) * 8 * chain.degree
+        loaded = max(len(step.loaded) for s in self.schedules for step in s.steps)
+        places = (min(BATCHES, -(-loaded // BATCH)), min(BATCH, loaded))
+        self._slots = device.pinned(places[0] * places[1] * size).reshape(*places, size)
         self._marks: list[Any] = [None] * BATCHES
         limbs, degree = len(chain.primes), chain.degree
-        most = max(sum(seed_room(self._limbs[i], degree) for i in s.loaded) for s in self.schedule.steps)
+        loads = [[x.inputs[i].limbs for i in step.loaded] for x in self.schedules for step in x.steps]
+        most = max(sum(seed_room(n, degree) for n in load) for load in loads)
         self._room = device.empty(8 * max(most, (limbs - 1) * seed_room(limbs, degree)))
-        used = {0, *self.schedule.elements}
-        at_keys = {e: self._put_key(x) for e, x in keys.items() if e in used}
-        self._memory = device.empty(8 * self.schedule.words)
-        self._seeds = np.zeros((len(self._limbs), SEED), np.uint8)
+        elements = _elements(self.schedules)
+        at_keys = {e: self._put_key(x) for e, x in keys.items() if e in (0, *elements)}
+        self._memory = device.empty(8 * _words(self.schedules))
+        self._seeds = np.zeros((max(len(x.limbs) for x in self._stages), SEED), np.uint8)
         self._at_seeds = device.empty(self._seeds.nbytes) if self._seeded else 0
         self._at = Addresses(
-            self._memory, at_keys, {e: tables.stored(chain.permutation(e)) for e in self.schedule.elements},
-            {x: tables.stored(encoded(x, self.program.plan.ring)) for x in _plains(self.schedule)}, self._at_seeds,
-            self._room,
+            self._memory, at_keys, {e: tables.stored(chain.permutation(e)) for e in elements},
+            self._encoded(_plains(self.schedules)), self._at_seeds, self._room,
         )  # fmt: skip
-        self._phases = [(steps, self._recorded(steps)) for steps in self.schedule.phases]
+        for stage in self._stages:
+            for steps in stage.schedule.phases:
+                run = tables.recorded(*launches_of(stage.schedule, steps, self._at))
+                stage.phases.append((steps, run))
 
-    def _recorded(self, steps: Sequence[Step]) -> Callable[[], None]:
-        return self._tables.recorded(*launches_of(self.schedule, steps, self._at))
+    def _encoded(self, plains: Sequence[Plain]) -> dict[Plain, int]:
+        """Return where plaintexts' words are; the memory for ciphertexts has their numbers before they are changed."""
+        ring, degree = self.program.plan.ring, self.chain.degree
+        found = {x: self.device.empty(8 * x.limbs * degree) for x in plains}
+        each = (2 + len(self.chain.primes)) * degree
+        count = _words(self.schedules) // each
+        for start in range(0, len(plains), count):
+            some, jobs = plains[start : start + count], []
+            numbers = self.each(partial(whole_numbers, ring=ring), some)
+            for at, (x, of) in enumerate(zip(some, numbers, strict=True)):
+                src = self._memory + 8 * at * each
+                self.device.put(src, of)
+                jobs.append((src, src + 16 * degree, found[x], x.limbs))
+            self._tables.recorded(plain_launches(degree, jobs))()
+        return found
 
     def _put_key(self, digits: Sequence[Received]) -> int:
         """Return where a key is, (digits, 2, primes, N); its seeds are expanded there."""
@@ -132,79 +179,101 @@ class Session:
         self._tables.recorded(seed_launches(self.chain.degree, jobs, self._room))()
         return start
 
+    def check_open(self) -> None:
+        """Refuse a session that is closed.
+
+        Raises
+        ------
+        InvalidInput
+            It is.
+        """
+        if not self._end.alive:
+            raise InvalidInput("he: the session on the GPU is closed; make another Server")
+
     def compute(self) -> None:
         """Queue the program on what is in place, without loading: to be timed."""
-        for _, run in self._phases:
-            run()
+        for stage in self._stages:
+            for _, run in stage.phases:
+                run()
 
-    def attend(self, parts: Sequence[Data]) -> list[bytes]:
-        """Return the ciphertexts of a reply.
+    def attend(self, parts: Sequence[Data], stage: int = 0, masks: Sequence[Words] = ()) -> list[bytes]:
+        """Return the ciphertexts of a reply, or of a block's result, which nobody but the server may see.
+
+        Parameters
+        ----------
+        parts : sequence of bytes
+            The ciphertexts of a query, or of an answer to a masked result.
+        stage : int
+            The block.
+        masks : sequence of (2, N) arrays
+            What is to be subtracted from an answer (`refattn.he.integers.wide`).
 
         Raises
         ------
         InvalidInput
             A ciphertext of the query is none of the plan's, or the reply would be no secret; or the session is closed.
         """
-        if not self._end.alive:
-            raise InvalidInput("he: the session on the GPU is closed; make another Server")
-        for steps, run in self._phases:
-            self._load([i for step in steps for i in step.loaded], parts)
-            run()
-        replies = [self._reply(x) for x in self.schedule.outs]
+        of = self._stages[stage]
+        with self._lock:  # one query at a time has the memory
+            self.check_open()
+            for steps, run in of.phases:
+                self._load(of, [i for step in steps for i in step.loaded], [*parts, *masks])
+                run()
+            replies = [self._reply(of, x) for x in of.schedule.outs]
         for words in replies:
             if not words[1].any():
                 raise InvalidInput("he: the query cannot be computed: a result's second polynomial is zero")
-        return [ciphertext_bytes(w, self.chain, x.scale) for w, x in zip(replies, self.schedule.outs, strict=True)]
+        return [ciphertext_bytes(w, self.chain, x.scale) for w, x in zip(replies, of.schedule.outs, strict=True)]
 
-    def _reply(self, node: Any) -> NDArray[np.uint64]:
+    def _reply(self, of: _Stage, node: Any) -> Words:
         shape = (node.size, node.limbs, self.chain.degree)
-        found = self.device.get(self._memory + 8 * self.schedule.place(node), 8 * int(np.prod(shape)))
+        found = self.device.get(self._memory + 8 * of.schedule.place(node), 8 * int(np.prod(shape)))
         return found.view(np.uint64).reshape(shape)
 
-    def _load(self, wanted: Sequence[int], parts: Sequence[Data]) -> None:
+    def _load(self, of: _Stage, wanted: Sequence[int], parts: Sequence[Any]) -> None:
         """Check some ciphertexts of a query, and queue their way to the device, a batch while the next are checked."""
         waiting: deque[tuple[int, Sequence[int], Iterable[InvalidInput | None]]] = deque()
         try:
             for number, start in enumerate(range(0, len(wanted), BATCH)):
                 if len(waiting) == BATCHES - 1:
-                    self._send(*waiting.popleft())
+                    self._send(of, *waiting.popleft())
                 batch, place = wanted[start : start + BATCH], number % BATCHES
                 if self._marks[place] is not None:
                     self.device.wait(self._marks[place])  # the device has read what was here
-                chunks = list(self._chunks(batch))
+                chunks = list(_chunks(of, batch))
                 slots = [self._slots[place, at : at + len(x)] for at, x in chunks]
                 given = [[parts[i] for i in x] for _, x in chunks]
-                waiting.append((place, batch, self.each(self._filled, [x for _, x in chunks], slots, given)))
+                waiting.append(
+                    (place, batch, self.each(partial(self._filled, of), [x for _, x in chunks], slots, given))
+                )
             while waiting:
-                self._send(*waiting.popleft())
+                self._send(of, *waiting.popleft())
         finally:
             for *_, done in waiting:
                 list(done)  # after an error: no thread may write into a slot later
         if self._seeded:
             self.device.put(self._at_seeds, self._seeds)
 
-    def _chunks(self, batch: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
-        """Yield what a thread takes at a time, all of one level, and where it begins in its batch."""
-        at = 0
-        for _, alike in groupby(batch, lambda i: self._limbs[i]):
-            rest = list(alike)
-            yield from ((at + i, rest[i : i + CHUNK]) for i in range(0, len(rest), CHUNK))
-            at += len(rest)
-
-    def _send(self, place: int, batch: Sequence[int], done: Iterable[InvalidInput | None]) -> None:
+    def _send(self, of: _Stage, place: int, batch: Sequence[int], done: Iterable[InvalidInput | None]) -> None:
         """Queue a batch's way to the device, when its threads have ended."""
         refused = [x for x in done if x is not None]
         if refused:
             raise refused[0]
         for i, slot in zip(batch, self._slots[place], strict=False):
-            size = polynomial_bytes(self.chain, self._limbs[i], self._seeded)
-            self.device.put(self._memory + 8 * self.schedule.place(self.schedule.inputs[i]), slot[:size])
+            size = polynomial_bytes(self.chain, of.limbs[i], self._seeded) or 16 * self.chain.degree
+            self.device.put(self._memory + 8 * of.schedule.place(of.schedule.inputs[i]), slot[:size])
         self._marks[place] = self.device.mark()
 
-    def _filled(self, chunk: Sequence[int], slots: NDArray[np.uint8], given: Sequence[Data]) -> InvalidInput | None:
-        """Put some ciphertexts' polynomials, checked, into slots; return what is wrong with them."""
+    def _filled(
+        self, of: _Stage, chunk: Sequence[int], slots: NDArray[np.uint8], given: Sequence[Any]
+    ) -> InvalidInput | None:
+        """Put some ciphertexts' polynomials, checked, or masks into slots; return what is wrong with them."""
+        limbs = of.limbs[chunk[0]]
+        if not limbs:
+            for slot, x in zip(slots, given, strict=True):
+                slot[: x.nbytes] = x.reshape(-1).view(np.uint8)
+            return None
         try:
-            limbs = self._limbs[chunk[0]]
             seeds = read_ciphertexts(given, self.chain, limbs, self._scale, self._seeded, slots)
         except InvalidInput as e:
             return e
@@ -214,4 +283,14 @@ class Session:
 
     def close(self) -> None:
         """Write zeros over the session's memory on the device and in what it reads, and give it back."""
-        self._end()
+        with self._lock:
+            self._end()
+
+
+def _chunks(of: _Stage, batch: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
+    """Yield what a thread takes at a time, all of one level, and where it begins in its batch."""
+    at = 0
+    for _, alike in groupby(batch, lambda i: of.limbs[i]):
+        rest = list(alike)
+        yield from ((at + i, rest[i : i + CHUNK]) for i in range(0, len(rest), CHUNK))
+        at += len(rest)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...errors import UnsupportedProblem
 from ..arithmetic import Arithmetic
+from ..encoder import Encoder
 from ..planned import Program
 from .chain import Chain, chain_of
 
@@ -47,7 +48,7 @@ class Operation:
     ----------
     name : str
         "dot" (of the first half of the operands with the second), "sum", "plus", "times", "negate", "relinearize",
-        "rescale" or "galois".
+        "rescale", "galois" or "unmask".
     out : Node
         The result.
     operands : tuple of Node
@@ -81,6 +82,11 @@ class Trace(Arithmetic):
         """Return a ciphertext that comes with the query."""
         self.inputs.append(self._node(2, limbs, scale))
         return self.inputs[-1]
+
+    def unmask(self, a: Node) -> Node:
+        """Return a ciphertext less a mask that comes with the query, too: two words for each coefficient."""
+        self.inputs.append(self._node(1, 2, a.scale))
+        return self._did("unmask", 2, a.limbs, a.scale, (a, self.inputs[-1]))
 
     def _node(self, size: int, limbs: int, scale: float) -> Node:
         self._count += 1
@@ -160,10 +166,16 @@ class Trace(Arithmetic):
         return self._did("galois", 2, a.limbs, a.scale, (a,), 2 * self.chain.degree - 1)
 
 
-def trace_of(program: Program) -> tuple[Trace, list[Node]]:
-    """Return a whole query's program, and the ciphertexts of the reply in their order."""
+def trace_of(program: Program, stage: int = 0) -> tuple[Trace, list[Node]]:
+    """Return a whole query's program, or a later block's of an encoder, and the ciphertexts of the result in order.
+
+    A later block's ciphertexts come masked, and the masks after them.
+    """
     plan = program.plan
-    trace = Trace(chain_of(plan.ring))
-    parts = [trace.input(limbs, 2.0**plan.ring.middle) for limbs in plan.part_limbs()]
-    outs = [x for shared, own in program.tasks(parts) for x in program.compute(trace, shared, own)]
-    return trace, outs
+    trace, several = Trace(chain_of(plan.ring)), isinstance(program, Encoder)
+    limbs = plan.part_limbs(stage) if several else plan.part_limbs()
+    parts = [trace.input(n, 2.0**plan.ring.middle) for n in limbs]
+    if stage:
+        parts = [trace.unmask(x) for x in parts]
+    compute = program.stages[stage].compute if isinstance(program, Encoder) else program.compute
+    return trace, [x for shared, own in program.tasks(parts) for x in compute(trace, shared, own)]

@@ -87,6 +87,18 @@ class Evaluator:
         found[0] = below(a[0] + plain, self._q(a))
         return found
 
+    def transformed(self, whole: Words, limbs: int) -> Words:
+        """Return whole numbers, (2, N) as `refattn.he.integers.wide` has them, modulo primes and transformed."""
+        sign, ratio = whole[1] >> np.uint64(63), self.chain.ratio[:, :limbs, None]
+        upper, q = whole[1] & np.uint64(2**63 - 1), self.chain.q[:limbs, None]
+        found = reduced_wide(upper[None], whole[:1], q, (ratio[0], ratio[1]))
+        return self.forward(np.where((sign == 1) & (found != 0), q - found, found), range(limbs))
+
+    def unmask(self, a: Words, whole: Words) -> Words:
+        """Return a ciphertext with whole numbers subtracted from its first polynomial."""
+        mask = self.transformed(whole, a.shape[1])
+        return np.stack([below(a[0] + (self._q(a) - mask), self._q(a)), a[1]])
+
     def dot(self, a: Sequence[Words], b: Sequence[Words]) -> Words:
         """Return the sum of products of ciphertexts, three polynomials: summed in 128 bits, and reduced once.
 

@@ -28,9 +28,16 @@ class Drawn:
         self.keys = (self._keys([0]), self._keys(elements))
         self.draw(seed)
 
-    def draw(self, seed):
-        """Draw another query."""
-        found = [self._words(f"{seed}/part{i}", limbs) for i, limbs in enumerate(self.plan.part_limbs())]
+    def draw(self, seed, stage=0):
+        """Draw another query; of a later block of an encoder an answer, and `masks`."""
+        limbs, n = self.plan.part_limbs(*[stage] if stage else []), self.chain.degree
+        rng = np.random.default_rng([seed, stage])
+        upper = rng.integers(0, 2**48, (len(limbs), n), dtype=np.uint64) | rng.integers(
+            0, 2, (len(limbs), n), dtype=np.uint64
+        ) << np.uint64(63)
+        lower = rng.integers(0, 2**64, (len(limbs), n), dtype=np.uint64)
+        self.masks = list(np.stack([lower, upper], 1)) if stage else []
+        found = [self._words(f"{seed}/{stage}/part{i}", limbs) for i, limbs in enumerate(limbs)]
         self.part_words = [words for words, _ in found]
         self.parts = [self._bytes(words, self.scale, name if self.seeded else b"") for words, name in found]
 

@@ -1,8 +1,8 @@
 """The long comparisons: python -m tests.he.device.gate [STAGE ...] [CALLS]; by default the first three stages.
 
 compile: the kernels for every degree, by nvcc, without spills. emulate: every operation at every degree, the kernels
-run by g++ against the executor. grid: whole plans, the executor against SEAL. gpu: the same and larger ones, on a GPU
-against SEAL where TenSEAL is installed, and against the executor.
+run by g++ against the executor. grid: whole plans, the executor against SEAL. gpu: the same and larger ones, and
+encoders with their masks, on a GPU against SEAL where TenSEAL is installed, and against the executor.
 """
 
 import importlib.util
@@ -26,11 +26,14 @@ from refattn.he.device.session import Session
 
 from ...gpu.compiled import check_compiles
 from ..make import planned, problem
+from ..relay import Relay
+from ..test_encoder import encoder
 from ..test_layer import layer
 from .drawn import Drawn
 from .emulated import Emulated
 from .every import RINGS, Every
 from .exchange import Exchange
+from .rounds import same_rounds
 
 GRID = [(4, 4), (16, 32), (32, 64)]
 MODES = [{}, {"upload": "whole"}, {"upload": "compact"}, {"normalize": "client"}]
@@ -39,12 +42,15 @@ MODES = [{}, {"upload": "whole"}, {"upload": "compact"}, {"normalize": "client"}
 def same(program, device, seed=0):
     """Tell whether a device gives the executor's words, of drawn keys and queries."""
     given = Drawn(program.plan, seed)
-    session = Session(program, given.keys, device)
-    schedule = session.schedule
-    found = given.words(session.attend(given.parts), schedule.outs)
+    session, good = Session(program, given.keys, device), True
+    for stage, schedule in enumerate(session.schedules):
+        given.draw(seed, stage)
+        found = given.words(session.attend(given.parts, stage, given.masks), schedule.outs)
+        parts = [*given.part_words, *given.masks]
+        expected = execute(schedule, given.key_words, parts, lambda x: encoded(x, program.plan.ring))
+        good = good and all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
     session.close()
-    expected = execute(schedule, given.key_words, given.part_words, lambda x: encoded(x, program.plan.ring))
-    return all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    return good
 
 
 def compile_all():
@@ -93,15 +99,35 @@ def grid(count, device="cpu"):
         yield name, all(np.array_equal(a, b) for a, b in zip(found, theirs, strict=True))
 
 
+def encoders():
+    """Yield names, tokens and programs of several blocks: those that compute next to nothing, and small real ones."""
+    x = np.random.default_rng(0).standard_normal((3, 5)) / 4
+    for rounds, upload in itertools.product((2, 3), ("full", "whole")):
+        yield f"{rounds} blocks of next to nothing, {upload}", x, Relay(rounds, upload)
+    for blocks, upload in ((2, "full"), (2, "whole"), (4, "full")):
+        weights, x, _ = encoder(n=3, d=4, hidden=4, blocks=blocks, tolerance=0.3)
+        yield f"{blocks} blocks, {upload}", x, he.Encoder(weights, 0.3, upload)
+
+
+def masked():
+    """Yield whether a GPU's messages are SEAL's, with the same masks, and the result is the simulation's."""
+    for name, x, program in encoders():
+        found, out = same_rounds(program, x)
+        expected = program.simulate(x)
+        near = np.abs(out - expected).max() <= 1e-4 * np.abs(expected).max()  # noise and refreshes are near 1e-7
+        yield f"encoder, {name}", all(found) and bool(near)
+
+
 def gpu(count):
     """Yield whether a GPU gives the executor's words, and SEAL's where TenSEAL is installed."""
     for (degree, ring), upload, seed in itertools.product(RINGS.items(), ("full", "whole"), range(3)):
         yield f"every operation, degree {degree}, {upload}, seed {seed}", same(Every(ring, upload), Card(degree), seed)
     if importlib.util.find_spec("tenseal"):
         yield from grid(count, "cuda")
+        yield from masked()
         return
     print("no TenSEAL: programs are compared with the executor only")
-    for name, _, program in calls(count):
+    for name, _, program in itertools.chain(calls(count), encoders()):
         yield name, same(program, Card(program.plan.ring.degree))
 
 

@@ -13,11 +13,13 @@ from refattn.he.device.build import KERNELS, geometry
 from refattn.he.device.card import Card, cupy_with_gpu
 from refattn.he.device.schedule import schedule_of
 
+from ..relay import Relay
 from .cupys_part import cupys_part
 from .emulated import GXX
 from .every import RINGS, Every
 from .exchange import PLANS, exchange
 from .gate import same
+from .rounds import same_rounds
 
 
 def missing():
@@ -88,6 +90,16 @@ def test_what_cupy_is_asked_for(cupy):
                 assert np.array_equal(a, b)
         assert cupy.seen.graphs == 2 + 1 + len(schedule_of(e.program).elements)  # two phases, and a key each
     assert cupy.seen.pool == 1
+    assert not any(x.held.any() for x in cupy.seen.given)
+
+
+@GXX
+def test_an_encoders_messages(cupy):
+    pytest.importorskip("tenseal")
+    x = np.random.default_rng(0).standard_normal((3, 5)) / 4
+    assert same_rounds(Relay(), x)[0] == [True, True]
+    # both blocks' phases, and the one key that is used
+    assert cupy.seen.graphs == sum(len(schedule_of(Relay(), k).phases) for k in range(2)) + 1
     assert not any(x.held.any() for x in cupy.seen.given)
 
 

@@ -33,7 +33,7 @@ def begun(e, folder, **more):
 def check(e, session):
     found = session.attend(e.parts(e.query, wire.QUERY))
     for ours, theirs in zip(
-        e.replied_words(session.schedule.outs, found), e.replied_words(session.schedule.outs), strict=True
+        e.replied_words(session.schedules[0].outs, found), e.replied_words(session.schedules[0].outs), strict=True
     ):
         assert np.array_equal(ours, theirs)
 
@@ -49,7 +49,7 @@ def test_words_are_seals(name, order, folder):
     e = exchange(name)
     device, session = begun(e, folder, order=order)
     check(e, session)
-    assert sum(x.nbytes - 512 for x in device.given) <= bytes_of(session.schedule) + ROOM
+    assert sum(x.nbytes - 512 for x in device.given) <= bytes_of(*session.schedules) + ROOM
     assert device.ends_are_whole()
     if order == 0:
         check(e, session)  # nothing of the query before is in the way

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
+from refattn import UnsupportedProblem
 from refattn.he.device.chain import Chain, chain_of
 from refattn.he.device.words import Evaluator
 from refattn.he.linear import Plain as Slots
 
+from .every import RINGS
 from .exchange import SMALL, setup
 
 pytest.importorskip("tenseal")
@@ -81,3 +83,24 @@ def test_plaintexts_are_encoded_as_seal_does():
     b = s.seal.times(a, slots)  # a scale of 60 bits
     words = encoded(Plain(slots, 3, b.scale), SMALL)
     assert np.array_equal(evaluator.plus(s.words(b), words), s.words(s.seal.plus(b, slots)))
+
+
+def test_whole_numbers_have_both_words_and_a_sign():
+    """By Python's integers, of coefficients of 64 bits and more; past 127 they are refused."""
+    from refattn.he.device.encode import _coefficients, whole_numbers
+    from refattn.he.device.trace import Plain
+
+    ring = RINGS[32768]
+    slots = np.zeros(ring.slots, complex)
+    slots[:9] = np.arange(1, 10) - 3j
+    for scale in (2.0**30, 2.0**90, 2.0**120):
+        lower, upper = whole_numbers(Plain(Slots(slots), 4, scale), ring)
+        both = zip(lower, upper, strict=True)
+        found = [(-1 if int(u) >> 63 else 1) * (int(u) % 2**63 << 64 | int(v)) for v, u in both]
+        exact = _coefficients(slots, ring.degree, scale / ring.degree)
+        assert found == [round(abs(x)) * (-1 if x < 0 else 1) for x in map(float, exact)]
+        assert min(found) < 0 < max(found)
+    with pytest.raises(UnsupportedProblem, match=r"numbers of a scale of 1.3938e\+42 do not fit 127 bits"):
+        whole_numbers(Plain(Slots(slots), 4, 2.0**140), ring)
+    with pytest.raises(UnsupportedProblem, match=r"numbers of a scale of 1.32923e\+36 do not fit 2 primes"):
+        whole_numbers(Plain(Slots(slots), 2, 2.0**120), ring)
