@@ -43,6 +43,7 @@ POISON = {"poison/key-behind-mask", "poison/value-behind-mask", "poison/inf-behi
 def test_our_own_kernel_passes_in_every_format():
     report = run("refattn-tiled")
     assert report.passed
+    assert report.verdict == "right"
     # its gradients in the other formats: tests/check/test_right_calls.py
     assert run("refattn-tiled", dtypes=("bfloat16",), gradients=NIGHTLY).passed
     assert run("refattn-tiled", "gaussian/*", dtypes=("float16",), gradients=NIGHTLY).passed
