@@ -1,5 +1,6 @@
 """Shared makers of small problems, and Hypothesis profiles."""
 
+import compileall
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+import refattn
 from refattn import VARIANTS, Problem
 from refattn.arrays import from_float64
 from refattn.dtypes import FORMATS
@@ -18,16 +20,33 @@ settings.register_profile("refattn-quick", max_examples=30, deadline=None, deran
 settings.register_profile(
     "refattn-nightly", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.load_profile(os.environ.get("REFATTN_PROFILE", "refattn-quick"))
+PROFILE = os.environ.get("REFATTN_PROFILE", "refattn-quick")
+settings.load_profile(PROFILE)
+
+NIGHTLY = PROFILE == "refattn-nightly"
+"""Whether tests take all that there is, where a systematic part shows the same faults."""
 
 SMALL = "!*ls/*"
 """The checks on small problems: neither models nor calls."""
 
 
-def pytest_configure():
-    """Give every process that this one starts one thread of BLAS: another would spin on the next one's core."""
+def pytest_configure(config):
+    """Give every process that this one starts one thread of BLAS, another would spin on the next one's core, and
+    compiled modules, where Python is told to keep none."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+    if sys.dont_write_bytecode and not hasattr(config, "workerinput"):
+        compileall.compile_dir(Path(refattn.__file__).parent, quiet=2)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each worker tests that stand together: they need the same exact answers, and the same programs of JAX."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items):

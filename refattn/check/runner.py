@@ -220,7 +220,7 @@ def failing(kernel: Function, model: Model, able: frozenset[str]) -> Callable[[P
             return False
 
         def judge() -> Iterator[Worst]:
-            known = expected(problem, model, dout)
+            known = partial(expected, problem, model, dout)
             if dout is None:
                 return judged(kernel, problem, known, model, False, Notes())
             return judged_gradients(kernel, problem, dout, known, able, Notes())
@@ -238,7 +238,7 @@ def _case_run(kernel: Kernel, case: Case, dtype: str) -> Callable[[], Check]:
         lacks = able.missing(problem)
         known = partial(of_case, case, dtype, model, backward=False)
         lse, some = able.lse and not lacks, case.sample(problem)
-        check = guarded(name, lambda: judged(kernel.call, problem, known(), model, lse, notes, some))
+        check = guarded(name, lambda: judged(kernel.call, problem, known, model, lse, notes, some))
         return replace(settled(check, kernel, problem, lacks, notes), rules=notes.rules, either=notes.either)
 
     return run
@@ -253,7 +253,7 @@ def _gradients_run(kernel: Kernel, case: Case, dtype: str, name: str) -> Callabl
         wanted = frozenset() if lacks else able.gradients
 
         def judge() -> Iterator[Worst]:
-            known = of_case(case, dtype, model, backward=True)
+            known = partial(of_case, case, dtype, model, backward=True)
             return judged_gradients(kernel.call, problem, dout, known, wanted, notes, case.sample(problem))
 
         return settled(guarded(name, judge), kernel, problem, lacks, notes)
@@ -283,18 +283,21 @@ def _law_run(kernel: Kernel, law: Law, dtype: str, variant: str) -> Callable[[],
 def judged(
     kernel: Function,
     problem: Problem,
-    known: Expected,
+    making: Callable[[], Expected],
     model: Model,
     lse: bool,
     notes: Notes,
     some: Sample | None = None,
 ) -> Iterator[Worst]:
-    """Yield the worst element of each array; note what other rules say of out, and what was read."""
+    """Yield the worst element of each array; note what other rules say of out, and what was read.
+
+    `making` gives what to compare with, once the kernel has answered: of a call that it refuses nobody needs it.
+    """
     whole: Result = call_kernel(kernel, problem)
     notes.read = whole.read
     parts: dict[str, Any] = {} if some is None else {n: some.take(n, x) for n, x in whole.arrays().items()}
     result = Result(**parts) if parts else whole
-    known = known.for_result({"out": result.out, **result.more()})
+    known = making().for_result({"out": result.out, **result.more()})
     notes.either = 0 if known.either is None else int((known.either.rows > 0).sum())
     answer, allowed = known.answer, known.allowed
     notes.rules.update(verdicts(answer.call, result.out, answer.enclosures["out"].mid))
@@ -321,13 +324,14 @@ def judged_gradients(
     kernel: Function,
     problem: Problem,
     dout: Any,
-    known: Expected,
+    making: Callable[[], Expected],
     able: frozenset[str],
     notes: Notes,
     some: Sample | None = None,
 ) -> Iterator[Worst]:
     """Yield the worst element of each gradient."""
     result, notes.read = call_gradients(kernel, problem, dout)
+    known = making()
     missing = sorted((able & set(known.answer.values)) - set(result))
     if missing:
         raise KernelError(f"gradients: the kernel returned no {missing[0]}, but its capabilities name it")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from refattn import VARIANTS, Capabilities, InvalidInput, Model, check_kernel, check_problem
+from refattn import VARIANTS, Capabilities, InvalidInput, Model, UnsupportedProblem, check_kernel, check_problem
 from refattn.check.kernels.tiled import tiled
 from refattn.check.runner import asked, matches, plan
 
@@ -179,3 +179,18 @@ def test_calls_are_drawn_only_where_one_may_be_asked_for(only, calls):
     assert asked(only, "calls") == calls
     names = [f"calls/{i:03d}-{kind}[float32]" for i in range(3) for kind in ("decode", "prefill")]
     assert calls or not any(matches(n, only) for n in names)
+
+
+def test_nothing_is_computed_for_a_call_that_is_refused(monkeypatch):
+    def kernel(problem):
+        raise UnsupportedProblem("no such call")
+
+    def exact(*given, **more):
+        raise AssertionError("asked for")
+
+    kernel.gradients = lambda problem, dout: kernel(problem)
+    monkeypatch.setattr("refattn.check.runner.of_case", exact)
+    able = Capabilities({"float32"}, features=set(), gradients={"dq"})
+    report = check_kernel(kernel, capabilities=able, only="gaussian/causal-square*")
+    assert {c.verdict for c in report.checks} == {"unsupported"}
+    assert len(report.checks) == 2

@@ -1,11 +1,12 @@
 """Compiling a kernel for Hopper GPUs, and what its assembler must say of it."""
 
-import os
 import re
 import shutil
 import subprocess
 
 import pytest
+
+from ..conftest import NIGHTLY
 
 __all__ = ["NVCC", "check_compiles", "core"]
 
@@ -33,7 +34,7 @@ def core(texts):
 
     What has most of those that are missing is taken next, so many options come together.
     """
-    if os.environ.get("REFATTN_PROFILE") == "refattn-nightly":
+    if NIGHTLY:
         return texts
     missing = {name: _values(text) for name, text in texts.items()}
     chosen = {}

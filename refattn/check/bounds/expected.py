@@ -27,6 +27,7 @@ __all__ = ["Expected", "Key", "exact", "expected", "forget", "keep", "kept", "ma
 
 Float = NDArray[np.float64]
 LARGE = 2**14
+MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def expected(problem: Problem, model: Model, dout: Any = None, dlse: Any = None)
     def make() -> Expected:
         return of_answer(exact(problem, dout, dlse), model, dout, dlse)
 
-    if problem.n_q * problem.n_k > LARGE:
+    if sum(np.asarray(x).nbytes for x in problem.arrays().values()) > MEBIBYTE:  # it is written out in its key
         return make()
     try:
         definition = variant_of(problem.variant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from ...arrays import to_numpy
@@ -52,16 +53,13 @@ def check_problem(
     lse = asked.declared and asked.capabilities.lse
     notes = Notes()
     name_of = f"{label}[{problem.out_type}]"
-    found = guarded(name_of, lambda: judged(called, plain, expected(plain, chosen), chosen, lse, notes))
+    found = guarded(name_of, lambda: judged(called, plain, partial(expected, plain, chosen), chosen, lse, notes))
     checks = [replace(found, either=notes.either)]
     if gradients is not None:
         dout = to_numpy(gradients)
         wanted = asked.capabilities.gradients if asked.declared else frozenset()
         name_of = f"{label}/gradients[{problem.out_type}]"
-        checks.append(
-            guarded(
-                name_of, lambda: judged_gradients(called, plain, dout, expected(plain, chosen, dout), wanted, Notes())
-            )
-        )
+        exact = partial(expected, plain, chosen, dout)
+        checks.append(guarded(name_of, lambda: judged_gradients(called, plain, dout, exact, wanted, Notes())))
     models = {problem.out_type: asdict(chosen)}
     return Report(asked.name, problem.variant, tuple(checks), models=models)

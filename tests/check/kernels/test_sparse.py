@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 
 from refattn import Problem, UnsupportedProblem, check_kernel
+from refattn.check.inputs.families import cases
 from refattn.check.kernels import KERNELS, found
 from refattn.check.kernels.sparse import sparse
 from refattn.variants import VARIANTS, Lowered, Selected
+
+from ...conftest import NIGHTLY
 
 ENTRY = KERNELS["refattn-sparse"]
 
@@ -17,6 +20,14 @@ def test_it_computes_every_operator_that_attends_to_some_keys():
     assert ENTRY not in found()
 
 
+def asked(variant, dtype):
+    """Return which checks: in bfloat16 nightly all data, else one call. It has no more of its own than two roundings,
+    of weights and of out; rows are picked and weighed in float32 in both."""
+    if dtype == "float32":
+        return "!ragged/*"
+    return "gaussian/*" if NIGHTLY else cases(variant)[0].name
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("variant", sorted(ENTRY.variants))
 def test_it_is_right(variant, dtype):
@@ -25,7 +36,7 @@ def test_it_is_right(variant, dtype):
         variant,
         capabilities=ENTRY.capabilities,
         dtypes=[dtype],
-        only="!ragged/*" if dtype == "float32" else "gaussian/*",
+        only=asked(variant, dtype),
     )
     assert report.passed, report.describe(report.failures[0])
 
