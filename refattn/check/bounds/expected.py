@@ -55,7 +55,8 @@ class Expected:
         narrowed, or written after they were turned, their errors are common to all rows, and where nothing is narrower
         than the accumulator all is inner.
         """
-        narrow = self.model.operands or (self.answer.call.rotary is not None and self.model.loss(self.model.rotated))
+        turned = self.answer.call.rotary is not None and self.model.loss(self.model.rotated)
+        narrow = self.model.operands or self.model.forward_only or turned
         if narrow or self.either is not None or self.model.loss(dtype) == 0:
             return None
         return lambda: _inner(self)[name]
