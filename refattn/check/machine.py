@@ -91,14 +91,18 @@ class Machine(Rounding):
             q, k = q.in_full(), k.in_full()
         return q, k, v
 
-    def product(self, x: Float, y: Float, kind: str) -> Float:
-        """Return x @ y, in three passes where the model has these; a kind of sum is rounded once, of integers."""
+    def plain(self) -> Machine:
+        """Return how it adds what no matrix unit adds."""
+        return Machine(_plain(self.model), self.rng, 1)
+
+    def product(self, x: Float, y: Float, whole: bool = False) -> Float:
+        """Return x @ y, in three passes where the model has these; sums of whole numbers are rounded once."""
         total = np.zeros((x.shape[0], y.shape[1]))
         for a, b in self.passes(x, y):
             part = np.zeros_like(total)
             for start in range(0, x.shape[1], self.adder.part):
                 at = slice(start, min(start + self.adder.part, x.shape[1]))
-                more = self.adder.run(np.zeros_like(total), a[:, at], b[at], kind == "whole")
+                more = self.adder.run(np.zeros_like(total), a[:, at], b[at], whole)
                 part = more if start == 0 else self.rounded(part + more)
             total = part if not total.any() else self.rounded(total + part)
         return total
@@ -190,7 +194,7 @@ class Machined(Rounded):
     def __matmul__(self, o: Any) -> Machined:
         f, y = self.f, o.a
         if o.kind != "value":
-            whole = "whole" if f.model.operands in INTEGERS and self.kind is None and o.kind is None else ""
+            whole = f.model.operands in INTEGERS and self.kind is None and o.kind is None
             total = f.product(self.a, y, whole)
             if np.ndim(self.unit) or np.ndim(o.unit) or self.unit * o.unit != 1:
                 total = f.rounded(total * f.rounded(np.asarray(self.unit * o.unit, np.float64)))
@@ -198,7 +202,7 @@ class Machined(Rounded):
         if not self.tiles and f.model.weights_scale and self.a.size:
             raise UnsupportedProblem("model: weights_scale is of weights that are at most 1, below a row's maximum")
         if not self.tiles:
-            return Machined(f, self._scaled(f.product(f.stored(self.a, f.model.weights), y, ""), o.unit), "value")
+            return Machined(f, self._scaled(f.product(f.stored(self.a, f.model.weights), y), o.unit), "value")
         return Machined(f, self._scaled(self._over_tiles(y, True), o.unit), "value")
 
     def _scaled(self, total: Float, unit: Any) -> Float:
@@ -208,8 +212,7 @@ class Machined(Rounded):
         """Sum of each row."""
         ones = np.ones((self.a.shape[1], 1))
         if not self.tiles:
-            f = Machine(_plain(self.f.model), self.f.rng, 1)
-            return Machined(self.f, f.product(self.a, ones, ""), "column")
+            return Machined(self.f, self.f.plain().product(self.a, ones), "column")
         return Machined(self.f, self._over_tiles(ones, False), "column")
 
     def _over_tiles(self, y: Float, values: bool) -> Float:

@@ -105,6 +105,6 @@ def _rows(one: Head, rows: NDArray[np.intp], model: Model, rng: np.random.Genera
 
 
 def _put_back(f: Machine, lse: Any, one: Head, rows: Any) -> Any:
-    """Return lse with the mean of the keys put back."""
-    q, mean = Machined(f, one.q[rows], None), Machined(f, f.rounded(mean_of(one)), "mean")
-    return lse + (q @ mean.T) * float(one.plain(rows).scale)
+    """Return lse with the mean of the keys put back, which no matrix unit of a narrow type multiplies."""
+    mean = f.plain().product(one.q[rows], f.rounded(mean_of(one)).T)
+    return lse + Machined(f, f.rounded(mean * float(one.plain(rows).scale)), "column")

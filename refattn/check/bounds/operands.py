@@ -58,8 +58,9 @@ def of_values(model: Model) -> Model:
     if not model.values:
         return model
     if model.values == "input":
-        return replace(model, operands="", scales="", passes=1)
-    return replace(model, operands=model.values, scales=model.scales if model.values in SCALED else "")
+        return replace(model, operands="", scales="", passes=1, values="", smoothed=False)
+    scales = model.scales if model.values in SCALED else ""
+    return replace(model, operands=model.values, scales=scales, passes=1, values="", smoothed=False)
 
 
 def lost(x: Float, tensor: Any, model: Model) -> Float:

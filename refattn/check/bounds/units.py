@@ -11,8 +11,9 @@ lose at most
 Where the sum goes over to one in the accumulator's type after N products, n and s are those of N: the parts' sizes add
 up to S.
 
-What is expected: a term that is no multiple of q loses anything from 0 to q toward zero, so its error has a mean of
-(q - t)/2, t the term's own last place, and a variance of (q^2 - t^2)/12; one below q is lost whole. Means add up.
+What is expected: a term that is a multiple of t < q loses 0, t, 2t, ... or q - t toward zero, so its error has a mean
+of (q - t)/2 and a variance of (q^2 - t^2)/12; where it is known to be an odd multiple, q/2 and (q^2 - 4 t^2)/12. One
+below q is lost whole. Means add up.
 
 Source: Xie et al., arXiv 2511.10909, "T-FDPA", as its authors' program has it (microsoft/MMA-Sim, commit 0cb78465:
 ``arithmetic/fdpa.py``, ``nv_ptx/sim.py``): F is 23 on Volta, 24 on Turing, Ampere and Ada, 25 on Hopper and Blackwell,
@@ -109,29 +110,31 @@ class Unit:
         n, shape = x.shape[1], (x.shape[0], y.shape[1])
         mean, var, total = (np.zeros(shape) for _ in range(3))
         ex, ey, last_x, last_y = exponents(x), exponents(y), last_places(x, bits[0]), last_places(y, bits[1])
-        last = np.zeros(shape)  # of the running sum
+        odd_x, odd_y = (z == last_places(a, 53) for z, a in ((last_x, x), (last_y, y)))
+        last = np.full(shape, np.inf)  # the finest place that anything in the running sum has
         for start in range(0, n, self.fused):
             if self.promoted and start % self.promoted == 0:
-                total = np.zeros(shape)
+                total, last = np.zeros(shape), np.full(shape, np.inf)
             at = slice(start, start + self.fused)
             t = x[:, at, None] * y[None, at]
             e, ec = ex[:, at, None] + ey[None, at], exponents(total)
             top = np.maximum(e.max(1), ec).astype(np.float64)
             q = np.where(top > -(2**19), np.exp2(np.maximum(top - self.bits, -1000.0)), 0.0)
-            lost = _lost(t, np.exp2(last_x[:, at, None] + last_y[None, at]), q[:, None])
+            places = np.where(t == 0, np.inf, np.exp2(last_x[:, at, None] + last_y[None, at]))
+            lost = _lost(t, places, q[:, None], odd_x[:, at, None] & odd_y[None, at])
             mean, var = mean + lost[0].sum(1), var + lost[1].sum(1)
             lost = _lost(total, last, q)
             mean, var, total = mean + lost[0], var + lost[1], total + t.sum(1)
-            last = np.exp2(np.maximum(exponents(total) - self.kept + 1, -1000).astype(np.float64))
-            coarse = np.maximum(last, q)
-            mean = mean - np.sign(total) * (coarse - q) / 2
-            var = var + (coarse**2 - q**2) / 12
-            last = coarse
+            fine = np.maximum(np.minimum(last, places.min(1)), q)
+            last = np.maximum(fine, np.exp2(np.maximum(exponents(total) - self.kept + 1, -1000).astype(np.float64)))
+            kept, fine = (np.where(np.isfinite(last), z, 0.0) for z in (last, fine))
+            mean, var = mean - np.sign(total) * (kept - fine) / 2, var + (kept**2 - fine**2) / 12
         return np.asarray(mean * mean + var)
 
 
-def _lost(t: Float, last: Float, q: Float) -> tuple[Float, Float]:
+def _lost(t: Float, last: Float, q: Float, odd: Any = False) -> tuple[Float, Float]:
     """Return the mean and the variance of what terms lose that are cut off to multiples of q."""
-    whole, some = np.abs(t) < q, last < q
-    mean = np.where(whole, t, np.where(some, np.sign(t) * (q - last) / 2, 0.0))
-    return -mean, np.where(~whole & some & (t != 0), (q * q - last * last) / 12, 0.0)
+    whole, rest = np.abs(t) < q, np.minimum(last, q)
+    mean = np.where(whole, t, np.where(odd & (rest < q), np.sign(t) * q, np.sign(t) * (q - rest)) / 2)
+    part = np.where(odd, np.minimum(2 * rest, q), rest)
+    return -mean, np.where(whole, 0.0, (q * q - part * part) / 12)
