@@ -202,7 +202,7 @@ class Machined(Rounded):
         if not self.tiles and f.model.weights_scale and self.a.size:
             raise UnsupportedProblem("model: weights_scale is of weights that are at most 1, below a row's maximum")
         if not self.tiles:
-            return Machined(f, self._scaled(f.product(f.stored(self.a, f.model.weights), y), o.unit), "value")
+            return Machined(f, self._scaled(f.product(self._stored(self.a, True)[0], y), o.unit), "value")
         return Machined(f, self._scaled(self._over_tiles(y, True), o.unit), "value")
 
     def _scaled(self, total: Float, unit: Any) -> Float:

@@ -101,9 +101,7 @@ def main():
         worst, medians, elements, refused, seconds = run([name], count, seed)[name]
         wrong |= worst > 1
         spread = ", ".join(f"{n} {x:.2f}" for n, x in medians.items())
-        print(
-            f"{name}: {elements} elements, at most {worst:.2f} of the bound, rms over predicted {spread}, {seconds:.0f} s"
-        )
+        print(f"{name}: {elements} elements, at most {worst:.2f} of the bound, rms {spread}, {seconds:.0f} s")
         for text, n in refused.items():
             print(f"    {n} refused: {text}")
     sys.exit(wrong)
