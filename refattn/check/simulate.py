@@ -53,8 +53,8 @@ def simulate(problem: Problem, model: Model, seed: int = 0) -> Any:
     Raises
     ------
     UnsupportedProblem
-        A recurrence; a model with ``split``, ``from_lse`` or an accumulator that its parts do not go with; keys that
-        cannot be smoothed.
+        A recurrence; a model with ``split`` or ``from_lse``; a scaled P where weights may be above 1; keys that cannot
+        be smoothed.
     """
     expect(isinstance(problem, Problem), "problem", type(problem).__name__, "a Problem")
     expect(isinstance(model, Model), "model", type(model).__name__, "a Model, e.g. refattn.Model()")

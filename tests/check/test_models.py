@@ -17,6 +17,7 @@ from refattn import (
 from refattn.check.bounds.gradients import gradient_bounds
 from refattn.check.bugs.planted import plain
 from refattn.check.kernels import declared
+from refattn.check.kernels.tiled import gradients, tiled
 from refattn.check.model import MODELS, flash, inside_type, model_named, narrowed
 from refattn.cli.main import main
 
@@ -198,3 +199,24 @@ def test_a_denominator_of_rounded_weights():
     assert [w.array for c in failed.failures for w in c.arrays if not w.passed] == ["lse"]
     assert check_problem(kernel, problem, "narrow", model=narrow).right
     assert not check_problem(lambda p: kernel(p, 0.01), problem, "narrow", model=narrow).right
+
+
+def test_what_a_model_does_not_say_is_not_run():
+    """Neither gradients nor what smoothed keys do not go with count against a kernel."""
+    kernel = declared(plain, Capabilities({"float32"}, features={"softcap", "scale"}, lse=True))
+    for only in ("gaussian/softcap", "law/*"):
+        found = check_kernel(kernel, model=MODELS["sage"], only=f"{only}*", dtypes=["float32"]).checks
+        assert {c.verdict for c in found} <= {"unsupported", "passed"}
+    assert any(
+        "smoothed keys do not go with softcap" in c.message
+        for c in check_kernel(kernel, model=MODELS["sage"], only="gaussian/softcap*", dtypes=["float32"]).checks
+    )
+
+    def kernel(p):
+        return tiled(p)
+
+    kernel.gradients = gradients
+    able = Capabilities({"float32"}, gradients={"dq", "dk", "dv"}, lse=True)
+    report = check_kernel(kernel, model=MODELS["hopper"], capabilities=able, only="gaussian/plain*")
+    assert "gaussian/plain[float32]" in [c.name for c in report.checks]
+    assert not any("gradients" in c.name for c in report.checks)

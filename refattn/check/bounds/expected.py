@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import FORMATS
+from ...errors import UnsupportedProblem
 from ...exact.answer import Answer
 from ...exact.driver import enclose, evaluate
 from ...exact.stream import STREAMED
@@ -23,7 +24,19 @@ from .forward import forward
 from .gradients import gradient_bounds
 from .predict import predict
 
-__all__ = ["Expected", "Key", "exact", "expected", "forget", "keep", "kept", "made", "of_answer", "of_case"]
+__all__ = [
+    "Expected",
+    "Key",
+    "exact",
+    "expected",
+    "forget",
+    "keep",
+    "kept",
+    "made",
+    "of_answer",
+    "of_case",
+    "unbounded",
+]
 
 Float = NDArray[np.float64]
 LARGE = 2**14
@@ -96,6 +109,16 @@ def _inner(known: Expected) -> dict[str, Float]:
 
     limit = without(forward(known.answer, wide)[0])
     return limit if known.dout is None else without(gradient_bounds(known.answer, wide, known.dout, limit))
+
+
+def unbounded(problem: Problem, model: Model) -> str:
+    """Return why a model says nothing of a call; "" where it has bounds."""
+    try:
+        if model.smoothed or model.weights_scale:
+            forward(exact(problem), model)
+    except UnsupportedProblem as e:
+        return str(e)
+    return ""
 
 
 Key = tuple[Case, str, Model, bool]
