@@ -74,6 +74,12 @@ def test_a_kernel_passes_its_own_model_and_fails_the_next_finer(name):
     assert wrong.count("failed") == 1
 
 
+def test_sums_of_two_levels_are_promoted():
+    """On the call that tells one level from two."""
+    _, model, problem = PAIRS["one level, two"]
+    assert check_problem(lambda p: simulate(p, model), problem, "promoted", model=model).passed
+
+
 def test_a_finer_kernel_passes_a_coarser_model():
     """A unit of 25 bits is as good as float32, whatever the first rounds."""
     for own, judge in (("hopper", "flash"), ("tf32x3", "tf32"), ("flash", "math")):
