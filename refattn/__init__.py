@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .check.close import allowed_error, assert_close
     from .check.kernels.problem import check_problem
     from .check.parametrize import parametrize_with_checks
+    from .check.simulate import simulate
     from .devices.context_parallel import check_context_parallel
     from .errors import (
         InvalidInput,
@@ -47,6 +48,7 @@ _WHERE = {
     "check.kernels.problem": ("check_problem",),
     "check.close": ("allowed_error", "assert_close"),
     "check.parametrize": ("parametrize_with_checks",),
+    "check.simulate": ("simulate",),
     "devices.context_parallel": ("check_context_parallel",),
     "errors": (
         "InvalidInput",
@@ -125,6 +127,7 @@ __all__ = [
     "rules",
     "save_problem",
     "sigmoid_attention",
+    "simulate",
     "softmax_attention",
 ]
 

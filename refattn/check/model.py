@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from ..arrays import KINDS, dtype_name
-from ..dtypes import ELEMENTS, FORMATS, Format, format_of
+from ..dtypes import ELEMENTS, FORMATS
 from ..errors import InvalidInput, UnsupportedProblem
 from ..problem import Problem
+from .rounding import INTEGERS, SCALED, TF32, C, Model, inside_type, relative, typed
 
 __all__ = [
     "EDGES",
     "FEATURES",
     "FURTHER",
     "GRADIENTS",
+    "INTEGERS",
     "MODELS",
+    "SCALED",
+    "TF32",
     "UNDECLARED",
     "C",
     "Capabilities",
@@ -30,21 +30,8 @@ __all__ = [
     "materialised",
     "model_named",
     "narrowed",
+    "relative",
 ]
-
-C = 3 / (8 * math.log(2)) / 3
-"""The variance of a rounding to nearest over u^2 of the number's square, mantissas spread as they are."""
-TF32 = Format("tf32", np.dtype(np.float32), 11, -126, 127, float((2 - 2.0**-10) * 2.0**127))
-"""The matrix units' type for float32 operands: never an array's own."""
-
-
-INSIDE = (*FORMATS, "tf32")
-
-
-def inside_type(name: str) -> Format:
-    """Return a type that a kernel computes in: a format, or tf32."""
-    return TF32 if name == "tf32" else format_of(name)
-
 
 FEATURES = frozenset(
     {
@@ -77,145 +64,6 @@ GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink", "dalpha", "dbeta"})
 """The gradients of a call, each of its input's shape and type."""
 
 
-MOST = 2**31
-"""More keys than any call has."""
-
-
-def _typed(what: str, record: Any) -> None:
-    """Refuse a field of another type than the class says; what is to be a set may be any collection."""
-    for f in fields(record):
-        kind, x = str(f.type), getattr(record, f.name)
-        if kind.startswith("frozenset"):
-            each = Integral if "int" in kind else str
-            good = isinstance(x, Collection) and not isinstance(x, str)
-            good = good and all(isinstance(i, each) and not isinstance(i, bool) for i in x)
-            if good:
-                object.__setattr__(record, f.name, frozenset(x))
-        else:
-            number = {"int": Integral, "float": Real}.get(kind)
-            good = type(x).__name__ == kind or (
-                number is not None and isinstance(x, number) and not isinstance(x, bool)
-            )
-        if not good:
-            kind = kind.replace("frozenset[", "a set of ").rstrip("]")
-            raise InvalidInput(f"{what}: got {f.name}={x!r}, expected {kind}")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A rounding model: the types that a kernel computes in. With a Problem it gives an error bound per element.
-
-    Attributes
-    ----------
-    accumulator : str
-        The type of products, sums, exponentials and running values.
-    weights : str
-        The type that the weights P are rounded to before they meet the values.
-    scores : str
-        The type that the scores S are stored in.
-    exp_ulps : float
-        The largest relative error of the exponential, in unit roundoffs of the accumulator.
-    tile : int
-        The fewest keys between two rescales of the running sums.
-    lse : str
-        The type that lse is returned in.
-    subnormals : bool
-        False where the kernel's machine takes subnormal numbers for zero.
-    chain : int
-        The most products that are added one after another before they join a running sum: a sum of n numbers then
-        passes through chain + n / chain additions, not n.
-    split : int
-        The fewest keys to a part whose answer is merged with the others' through lse; 0 where there is one part.
-    group_sum : str
-        The type in which dk and dv of the query heads of a group are added; "" is the accumulator.
-    operands : str
-        The type that query, key and value (and dout) are rounded to before they are multiplied: a format or "tf32";
-        "" where they go in as they are.
-    passes : int
-        1, or 3 where an operand is the sum of two numbers of that type, and all products but the smallest are added.
-    scales : str
-        "" where operands are cast as they are, "tensor" or "block" where each tensor, or each block of rows of a
-        head, is scaled so that its largest element becomes the type's largest number.
-    block : int
-        Rows to a block of ``scales``.
-    from_lse : bool
-        Whether the weights are exp(s - lse) of a stored lse and are not divided again, as in backward passes.
-    denominator : str
-        The type that the weights are rounded to before they are added up to a row's denominator; "" where they are not
-        rounded for it.
-    rotated : str
-        The type that queries and keys are written in once they are turned by rotary positions; "" is the accumulator's.
-    """
-
-    accumulator: str = "float32"
-    weights: str = "float32"
-    scores: str = "float32"
-    exp_ulps: float = 3.0
-    tile: int = 16
-    lse: str = "float32"
-    subnormals: bool = True
-    chain: int = 512
-    split: int = 0
-    group_sum: str = ""
-    operands: str = ""
-    passes: int = 1
-    scales: str = ""
-    block: int = 128
-    from_lse: bool = False
-    denominator: str = ""
-    rotated: str = ""
-
-    def __post_init__(self) -> None:
-        _typed("model", self)
-        for part, known in (
-            *((n, FORMATS) for n in ("accumulator", "scores", "lse")),
-            *((n, INSIDE) for n in ("weights", "group_sum", "operands", "denominator", "rotated")),
-        ):
-            name = getattr(self, part)
-            if name not in known and not (name == "" and part in ("group_sum", "operands", "denominator", "rotated")):
-                raise InvalidInput(f"model: got {part}={name!r}, expected one of {', '.join(known)}")
-        if max(self.tile, self.chain, self.block, self.split) > MOST:
-            raise InvalidInput(
-                f"model: got tile={self.tile}, chain={self.chain}, block={self.block} and split={self.split}, expected "
-                f"at most {MOST}"
-            )
-        if not (self.exp_ulps > 0 and min(self.tile, self.chain, self.block) >= 1 and self.split >= 0):
-            raise InvalidInput(
-                f"model: got exp_ulps={self.exp_ulps}, tile={self.tile}, chain={self.chain}, block={self.block} and "
-                f"split={self.split}, expected more than 0, three times at least 1, and at least 0"
-            )
-        coarsest = FORMATS["float8_e4m3fn"].unit_roundoff
-        if self.exp_ulps * format_of(self.accumulator).unit_roundoff > coarsest:
-            raise InvalidInput(
-                f"model: got exp_ulps={self.exp_ulps:g} of {self.accumulator}, a relative error above 2**-4, more than "
-                "rounding P to float8 loses; nothing would fail"
-            )
-        if self.passes not in (1, 3) or self.scales not in ("", "tensor", "block"):
-            raise InvalidInput(
-                f"model: got passes={self.passes} and scales={self.scales!r}, expected 1 or 3, and '', 'tensor' or "
-                "'block'"
-            )
-        if (self.passes == 3 or self.scales) and not self.operands:
-            raise InvalidInput("model: passes and scales are of operands; name their type, e.g. operands='tf32'")
-        if self.passes == 3 and self.scales:
-            raise InvalidInput("model: operands in three passes are not scaled")
-
-    def loss(self, name: str) -> float:
-        """Return what a value loses by passing through a type: 0 where that is as wide as the accumulator."""
-        form = inside_type(name or self.accumulator)
-        if self.passes == 3 and name == self.operands:
-            return 1.5 * form.unit_roundoff**2
-        return form.unit_roundoff if form.precision < inside_type(self.accumulator).precision else 0.0
-
-    def merges(self, n: int, sink: bool) -> int:
-        """Return how many parts n keys, and a sink as one more, are merged from."""
-        return -(-n // self.split) + sink if self.split else 0
-
-    def depth(self, n: Any) -> Any:
-        """Return how many additions a number passes through in a sum of n (a number or an array)."""
-        return np.minimum(n, self.chain + np.ceil(n / self.chain))
-
-
 def flash(dtype: str) -> Model:
     """Return the model of a flash kernel: float32 inside (float64 for float64), P rounded to the input's type."""
     inside = dtype if FORMATS[dtype].precision >= 24 else "float32"
@@ -234,6 +82,32 @@ def narrowed(dtype: str, operands: str = "float8_e4m3fn", scales: str = "tensor"
     return Model(inside, operands, inside, lse=inside, operands=operands, scales=scales, passes=passes, rotated=dtype)
 
 
+def matrix_unit(dtype: str, bits: int, fused: int) -> Model:
+    """Return the model of a flash kernel on a matrix unit that aligns its products and cuts off what is below."""
+    if dtype == "float64":
+        return flash(dtype)  # these multiply and add one after another
+    plain = flash(dtype) if dtype != "float32" else narrowed(dtype, "tf32", "")
+    return replace(plain, aligned_bits=bits, fused=fused // 2 if dtype == "float32" else fused)
+
+
+def hopper_float8(dtype: str, promoted: int = 0) -> Model:
+    """Return the model of a float8 kernel on Hopper: 13 bits below the largest of 32 products are kept."""
+    wide = narrowed(dtype)
+    if wide.accumulator != "float32":
+        return wide
+    return replace(wide, weights_scale="static", aligned_bits=13, fused=32, promoted=promoted, tile=64)
+
+
+def sage(dtype: str, weights: str = "float16", values: str = "float16", **more: Any) -> Model:
+    """Return the model of a kernel that smooths keys and multiplies queries and keys as int8, by blocks of rows."""
+    plain = flash(dtype)
+    if plain.accumulator != "float32":
+        more = {n: x for n, x in more.items() if n not in ("aligned_bits", "promoted")}
+    return replace(
+        plain, weights=weights, values=values, operands="int8", scales="block", smoothed=True, rotated=dtype, **more
+    )
+
+
 ModelFor = Callable[[str], Model]
 
 MODELS: dict[str, ModelFor] = {
@@ -243,6 +117,16 @@ MODELS: dict[str, ModelFor] = {
     "tf32x3": lambda dtype: narrowed(dtype, "tf32", "", 3),
     "float8": narrowed,
     "float8-block": lambda dtype: narrowed(dtype, scales="block"),
+    "volta": lambda dtype: matrix_unit(dtype, 23, 4),
+    "ampere": lambda dtype: matrix_unit(dtype, 24, 8),
+    "hopper": lambda dtype: matrix_unit(dtype, 25, 16),
+    "hopper-float8": hopper_float8,
+    "hopper-float8-promoted": lambda dtype: hopper_float8(dtype, 128),
+    "sage": sage,
+    "sage-int8": lambda dtype: sage(dtype, "int8", "int8", weights_scale="static"),
+    "sage2": lambda dtype: sage(
+        dtype, "float8_e4m3fn", "float8_e4m3fn", weights_scale="static", aligned_bits=13, fused=32, promoted=64, tile=64
+    ),
 }
 """The named models: by name, from a format to its model. "flash" and "math" of float64 compute in float64."""
 
@@ -350,7 +234,7 @@ class Capabilities:
     elements: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        _typed("capabilities", self)
+        typed("capabilities", self)
         if min(self.seq_multiple, self.d_max, *self.head_dims) < 1:
             raise InvalidInput(
                 f"capabilities: got seq_multiple={self.seq_multiple!r}, d_max={self.d_max} and "

@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..exact.driver import enclose
 from ..problem import VARIANT, Problem
 from ..variants import Steps, variant_of
 from .ahead import Ahead
-from .bounds.expected import Expected, Key, expected, of_answer, of_case
+from .bounds.expected import Expected, Key, expected, of_answer, of_case, unbounded
 from .call import Function, Result, call_gradients, call_kernel
 from .compare import Worst, against
 from .diagnose.rules import verdicts
@@ -170,7 +169,7 @@ def plan(
             if (not case.dtypes or dtype in case.dtypes) and case.says(judged.model(dtype)):
                 key = (case, dtype, judged.model(dtype), False)
                 items.append(Item(f"{case.name}[{dtype}]", dtype, _case_run(judged, case, dtype), key))
-                if able.gradients and case.backward:
+                if able.gradients and case.backward and not judged.model(dtype).forward_only:
                     name = f"{case.name}/gradients[{dtype}]"
                     items.append(Item(name, dtype, _gradients_run(judged, case, dtype, name), (*key[:3], True)))
         for law in (LAWS[n] for n in v.laws):
@@ -236,7 +235,11 @@ def _case_run(kernel: Kernel, case: Case, dtype: str) -> Callable[[], Check]:
     def run() -> Check:
         problem, notes = case.problem(dtype), Notes()
         lacks = able.missing(problem)
-        known = partial(of_case, case, dtype, model, backward=False)
+        try:
+            with one_thread():
+                known = of_case(case, dtype, model, backward=False)
+        except UnsupportedProblem as e:  # the model's, and no word of the kernel's
+            return Check(name, "unsupported", message=str(e))
         lse, some = able.lse and not lacks, case.sample(problem)
         check = guarded(name, lambda: judged(kernel.call, problem, known, model, lse, notes, some))
         return replace(settled(check, kernel, problem, lacks, notes), rules=notes.rules, either=notes.either)
@@ -269,6 +272,8 @@ def _law_run(kernel: Kernel, law: Law, dtype: str, variant: str) -> Callable[[],
         lacks = able.missing(problem) + law.missing(able, kernel.serial)
         if lacks:
             return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
+        if why := unbounded(problem, kernel.model(dtype)):
+            return Check(name, "unsupported", message=why)
 
         ask = Trial(kernel.call, kernel.model(dtype), able)
         check = guarded(name, lambda: iter([law.test(ask, problem)]))

@@ -26,7 +26,7 @@ from .stream import Forward, forward_pass, stream, streams
 from .tape import Tape, gradients
 from .trust import check_machine, check_thread
 
-__all__ = ["Raw", "RowsByHead", "Work", "run"]
+__all__ = ["Raw", "RowsByHead", "Work", "run", "specials"]
 
 TILE = 2**18  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
 TILE_LEVEL = 2**17
@@ -142,7 +142,7 @@ class Work:
                 if dout is not None and keys is not None:
                     _keys(one, f, raw, dout, self.threads, keys, known)
                 self._by_tiles(one, f, lines, raw, sums=keys is None)
-            _specials(one, raw, f, self.variant.positive)
+            specials(one, raw, f, self.variant.positive)
             if self.dlse is not None and one.sink is not None and "dsink" in raw:
                 alone = self.dlse[one.batch, one.head, one.rows][~one.allowed.any(1) & ~one.spoilt]
                 _add(raw["dsink"], (one.head,), numbers_of(matrix_of(f, alone[None]).sum())[0, 0])
@@ -380,7 +380,7 @@ def _fixed(x: float, f: Any) -> Any:
     return np.array([x, 0.0, 0.0]) if isinstance(f, Level) else x
 
 
-def _specials(one: Head, raw: Raw, f: Any, positive: bool) -> None:
+def specials(one: Head, raw: Raw, f: Any, positive: bool) -> None:
     """Write what the contract fixes: rows without keys, rows that see NaN or inf."""
     at = (one.batch, one.head, one.rows)
 

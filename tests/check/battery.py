@@ -32,6 +32,9 @@ MODULES = {
     "rounded": "bounds.rounded",
     "runner": "runner",
     "expected": "bounds.expected",
+    "units": "bounds.units",
+    "stores": "bounds.stores",
+    "sums": "sums",
 }
 U = 2.0**-24  # float32's unit roundoff
 

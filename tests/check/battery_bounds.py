@@ -214,4 +214,25 @@ def trial_the_bound_of_a_gradient_by_the_tape_is_known(c):
         assert abs(bound[array].item() / size - 1) < 0.01, (name, model)
 
 
+def trial_what_a_matrix_unit_cuts_off(c):
+    """100 terms of 1 and of 2**-14 by turns, in steps of 32, in parts of 64."""
+    model = c.model.Model(aligned_bits=13, fused=32, promoted=64)
+    unit, round_ = c.units.Unit.of(model), FORMATS["float32"].round_array
+    assert unit.cut(100, 100) == (64 + 2 + 2) * 2.0**-13
+    x = np.where(np.arange(100) % 2, 2.0**-14, 1.0)[None]
+    lost = x[:, :64] @ np.ones((64, 1)) - c.sums.Adder(model, round_).run(np.zeros((1, 1)), x[:, :64], np.ones((64, 1)))
+    assert lost.item() == 32 * 2.0**-14
+    squares = unit.squares(x, np.ones((100, 1)), (4, 4)).item()
+    assert (50 * 2.0**-14) ** 2 <= squares < (100 * 2.0**-14) ** 2
+
+
+def trial_weights_under_a_scale(c):
+    """Half a step of int8 is 1/254; a weight below it is lost, others scatter over a step."""
+    stored = c.stores.Stored.of(c.model.Model(weights="int8", weights_scale="static"), 0.5)
+    assert stored.floor == 0.5 / 127
+    variance, mean = stored.expected(np.array([[1.0, 0.5, 0.001]]), np.ones((1, 3)))
+    assert mean.tolist() == [[0, 0, -0.001]]
+    assert (np.abs(variance[0] * 12 * 127**2 - [1, 1, 0]) < 2.0**-20).all()  # the scale's own roundings are 2**-24
+
+
 TRIALS = tuple(f for n, f in tuple(globals().items()) if n.startswith("trial_"))

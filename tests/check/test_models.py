@@ -4,10 +4,21 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from refattn import Capabilities, InvalidInput, Model, Problem, check_kernel, check_problem
+from refattn import (
+    Capabilities,
+    InvalidInput,
+    Model,
+    Problem,
+    UnsupportedProblem,
+    check_kernel,
+    check_problem,
+    evaluate,
+)
+from refattn.check.bounds.gradients import gradient_bounds
 from refattn.check.bugs.planted import plain
 from refattn.check.kernels import declared
-from refattn.check.model import MODELS, flash, model_named, narrowed
+from refattn.check.kernels.tiled import gradients, tiled
+from refattn.check.model import MODELS, flash, inside_type, model_named, narrowed
 from refattn.cli.main import main
 
 from ..conftest import tensor
@@ -91,12 +102,50 @@ def test_names():
         ({"operands": "tf33"}, "='tf33', expected one of float64"),
         ({"denominator": "tf33"}, "='tf33', expected one of float64"),
         ({"weights": ""}, "='', expected one of float64"),
+        ({"weights": "int8"}, "P in int8 is 0 or 1 without a scale"),
+        ({"weights_scale": "head"}, "got weights_scale='head', expected '', 'static', 'row' or 'block'"),
+        ({"weights": "bfloat16", "weights_scale": "row"}, "weights='bfloat16' is not scaled; float8_e4m3fn"),
+        ({"operands": "int8"}, "operands that are integers need scales='tensor' or 'block'"),
+        ({"values": "float16"}, "values and smoothed are of operands"),
+        ({"smoothed": True, "operands": "int8", "scales": "tensor"}, "smoothed keys are scaled by blocks of rows"),
+        ({"stochastic": True, "operands": "tf32", "passes": 3}, "operands in three passes are rounded to nearest"),
+        ({"aligned_bits": 3}, "got aligned_bits=3 and fused=16, expected 0, or 8 to 30, and 1 to 1024"),
+        ({"promoted": 128}, "got promoted=128, expected 0, or with aligned_bits a multiple of 16"),
+        ({"promoted": 100, "aligned_bits": 13}, "got promoted=100, expected 0"),
+        ({"aligned_bits": 13, "accumulator": "float16"}, "such units hold their sums in float32"),
         ({"block": 0}, "block=0 and split=0, expected more than 0, three times at least 1, and at least 0"),
     ],
 )
 def test_a_model_that_cannot_be(fields, text):
     with pytest.raises(InvalidInput, match=text.replace("(", r"\(")):
         Model(**fields)
+
+
+def test_the_narrow_models():
+    named = {n: MODELS[n]("bfloat16") for n in MODELS}
+    assert [named[n].aligned_bits for n in ("volta", "ampere", "hopper", "hopper-float8", "sage2")] == [
+        23,
+        24,
+        25,
+        13,
+        13,
+    ]
+    assert (named["hopper-float8"].promoted, named["hopper-float8-promoted"].promoted) == (0, 128)
+    assert (MODELS["hopper"]("float32").operands, MODELS["hopper"]("float32").fused) == ("tf32", 8)
+    assert all(MODELS[n]("float64").aligned_bits == 0 for n in MODELS)
+    assert named["flash"].forward_only == ()
+    assert named["sage2"].forward_only == ("values", "weights_scale", "smoothed", "aligned_bits", "operands")
+    chance = replace(named["flash"], stochastic=True)
+    assert (chance.loss("bfloat16"), chance.scatter("bfloat16")) == (2.0**-7, 2 * named["flash"].scatter("bfloat16"))
+    assert (named["sage"].loss("int8"), inside_type("int8").round_array(np.array([1.5, -126.6]))[1]) == (0.0, -127)
+
+
+def test_gradients_have_no_bounds_in_these_models():
+    rng = np.random.default_rng(0)
+    problem = Problem(*(tensor(rng, (1, 1, 3, 4), "bfloat16") for _ in range(3)))
+    answer = evaluate(problem, gradients=problem.value)
+    with pytest.raises(UnsupportedProblem, match="gradients: have no bounds for a model with aligned_bits"):
+        gradient_bounds(answer, MODELS["hopper"]("bfloat16"), problem.value, {})
 
 
 def test_the_command_line_names_a_model():
@@ -150,3 +199,24 @@ def test_a_denominator_of_rounded_weights():
     assert [w.array for c in failed.failures for w in c.arrays if not w.passed] == ["lse"]
     assert check_problem(kernel, problem, "narrow", model=narrow).right
     assert not check_problem(lambda p: kernel(p, 0.01), problem, "narrow", model=narrow).right
+
+
+def test_what_a_model_does_not_say_is_not_run():
+    """Neither gradients nor what smoothed keys do not go with count against a kernel."""
+    kernel = declared(plain, Capabilities({"float32"}, features={"softcap", "scale"}, lse=True))
+    for only in ("gaussian/softcap", "law/*"):
+        found = check_kernel(kernel, model=MODELS["sage"], only=f"{only}*", dtypes=["float32"]).checks
+        assert {c.verdict for c in found} <= {"unsupported", "passed"}
+    assert any(
+        "smoothed keys do not go with softcap" in c.message
+        for c in check_kernel(kernel, model=MODELS["sage"], only="gaussian/softcap*", dtypes=["float32"]).checks
+    )
+
+    def kernel(p):
+        return tiled(p)
+
+    kernel.gradients = gradients
+    able = Capabilities({"float32"}, gradients={"dq", "dk", "dv"}, lse=True)
+    report = check_kernel(kernel, model=MODELS["hopper"], capabilities=able, only="gaussian/plain*")
+    assert "gaussian/plain[float32]" in [c.name for c in report.checks]
+    assert not any("gradients" in c.name for c in report.checks)

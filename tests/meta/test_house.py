@@ -81,7 +81,7 @@ PUBLIC = {
     "Model", "Problem", "RefattnError", "Report", "UnsupportedProblem", "Variant", "__version__",
     "allowed_error", "assert_close", "check_context_parallel", "check_kernel",
     "check_problem", "compare", "evaluate", "linear_attention", "load_problem", "masks", "parametrize_with_checks",
-    "power_attention", "query_rows", "reference", "register", "rules", "save_problem", "sigmoid_attention",
+    "power_attention", "query_rows", "reference", "register", "rules", "save_problem", "sigmoid_attention", "simulate",
     "softmax_attention",
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import FORMATS
+from ...errors import UnsupportedProblem
 from ...exact.answer import Answer
 from ...exact.driver import enclose, evaluate
 from ...exact.stream import STREAMED
@@ -23,7 +24,19 @@ from .forward import forward
 from .gradients import gradient_bounds
 from .predict import predict
 
-__all__ = ["Expected", "Key", "exact", "expected", "forget", "keep", "kept", "made", "of_answer", "of_case"]
+__all__ = [
+    "Expected",
+    "Key",
+    "exact",
+    "expected",
+    "forget",
+    "keep",
+    "kept",
+    "made",
+    "of_answer",
+    "of_case",
+    "unbounded",
+]
 
 Float = NDArray[np.float64]
 LARGE = 2**14
@@ -56,7 +69,8 @@ class Expected:
         narrowed, or written after they were turned, their errors are common to all rows, and where nothing is narrower
         than the accumulator all is inner.
         """
-        narrow = self.model.operands or (self.answer.call.rotary is not None and self.model.loss(self.model.rotated))
+        turned = self.answer.call.rotary is not None and self.model.loss(self.model.rotated)
+        narrow = self.model.operands or self.model.forward_only or turned
         if narrow or self.either is not None or self.model.loss(dtype) == 0:
             return None
         return lambda: _inner(self)[name]
@@ -119,6 +133,16 @@ def _inner(known: Expected) -> dict[str, Float]:
 
     limit = without(forward(known.answer, wide)[0])
     return limit if known.dout is None else without(gradient_bounds(known.answer, wide, known.dout, limit))
+
+
+def unbounded(problem: Problem, model: Model) -> str:
+    """Return why a model says nothing of a call; "" where it has bounds."""
+    try:
+        if model.smoothed or model.weights_scale:
+            forward(exact(problem), model)
+    except UnsupportedProblem as e:
+        return str(e)
+    return ""
 
 
 Key = tuple[Case, str, Model, bool]

@@ -17,7 +17,7 @@ from ...dtypes import format_of
 from ...exact.heads import Head
 from ...exact.matrix import Reflected
 from ...positions import partners, places, tables, turned
-from ..model import C, Model, inside_type
+from ..model import Model, inside_type
 from .graph import Link, Node, Scaled
 from .operands import Operands
 from .rules import floor
@@ -60,9 +60,9 @@ class Features(Reflected):
         n, u = s.node, s.f.model.loss(s.f.model.rotated)
         if not u:
             return s
-        tiny = floor(inside_type(s.f.model.rotated), s.f.model)
+        tiny = floor(inside_type(s.f.model.rotated), s.f.model) * s.f.model.times
         err = np.where(moved, u * (np.abs(n.a) + n.span) + tiny, 0.0)
-        var = np.where(moved, C * u * u * n.a * n.a + tiny**2 / 3, 0.0)
+        var = np.where(moved, s.f.model.scatter(s.f.model.rotated) * n.a * n.a + tiny**2 / 3, 0.0)
         return type(s)(s.f, Node(n.a, n.axes, err, var, Scaled(n, 1.0, n.a.shape)))
 
 

@@ -28,7 +28,8 @@ from ..model import C, Model, inside_type
 from .graph import Graph, Node
 from .losses import Losses, Lossy
 from .operands import Operands
-from .rules import floor
+from .rules import by_chance, floor
+from .smoothed import put_back, smoothed
 from .stepped import stepped
 
 __all__ = ["HeadLosses", "bounds", "forward", "head_losses"]
@@ -85,7 +86,8 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
         mid = answer.enclosures[n].mid
         form = format_of(problem.out_type if n == "out" else model.accumulator if n == "state" else model.lse)
         with np.errstate(over="ignore", invalid="ignore"):
-            variance[n] += form.ulp_array(np.where(np.isfinite(mid), mid, 0.0)) ** 2 / 12
+            last = form.ulp_array(np.where(np.isfinite(mid), mid, 0.0))
+            variance[n] += by_chance(form, model) * last**2 / 12
     return limit, variance
 
 
@@ -100,7 +102,8 @@ def _recurrence(
         out, state = stepped(one, shape, model)
         for (found, spread), n, where, form in ((out, "out", at, final), (state, "state", at[:2], inside)):
             exact = np.nan_to_num(np.abs(answer.enclosures[n].mid[where]), posinf=0.0)
-            total = found * (1 + form.unit_roundoff) + form.unit_roundoff * exact + floor(form, model)
+            u, tiny = (by_chance(form, model) * x for x in (form.unit_roundoff, floor(form, model)))
+            total = found * (1 + u) + u * exact + tiny
             limit[n][where] = np.maximum(limit[n][where], total)
             variance[n][where] = np.maximum(variance[n][where], spread)
         limit["out"][at][~one.live] = 0.0
@@ -178,6 +181,7 @@ def head_losses(one: Head, rows: Any, model: Model, unit: float = 1.0) -> HeadLo
     unit : float
         A power of two that the values are multiplied with.
     """
+    one = smoothed(one) if model.smoothed else one
     f, lost = Losses(model, one.k.shape[0]), Operands.of(one, model)
     q = f.leaf(one.q[rows], ("q", "d"), lost.q[rows], lost.var_q[rows])
     k = f.leaf(one.k, ("k", "d"), lost.k, lost.var_k)
@@ -206,7 +210,7 @@ def _merged(head: HeadLosses, model: Model, one: Head, unit: float) -> None:
         head.out.node.err = head.out.node.err + more
         head.out.node.var = head.out.node.var + f.cu * (2 * lse**2 + 4) * head.out.a**2
     if model.denominator:  # equal weights are rounded alike
-        u = inside_type(model.denominator).unit_roundoff
+        u = inside_type(model.denominator).unit_roundoff * model.times
         head.out.node.err = head.out.node.err + u * (np.abs(head.shares) @ np.abs(one.v * unit))
         head.out.node.var = head.out.node.var + C * u**2 * head.out.a**2
         head.lse.node.err, head.lse.node.var = head.lse.node.err + u / (1 - u), head.lse.node.var + C * u**2
@@ -227,7 +231,8 @@ def _rows(one: Head, rows: NDArray[np.intp], o: Float, model: Model) -> dict[str
         if one.out_scale is not None:  # one division, or a product with a rounded inverse
             u = format_of(model.accumulator).unit_roundoff
             total, variance, o = (total + 2 * u * np.abs(o)) / by, variance / by**2, o / by
-        total = total * (1 + final.unit_roundoff) + final.unit_roundoff * np.abs(o) + floor(final, model)
+        last, tiny = (by_chance(final, model) * x for x in (final.unit_roundoff, floor(final, model)))
+        total = total * (1 + last) + last * np.abs(o) + tiny
         if not model.subnormals:  # values that are subnormal were read as zero
             total = total + final.smallest_normal
         found = {"out": (total / unit, variance / unit**2)}
@@ -236,9 +241,12 @@ def _rows(one: Head, rows: NDArray[np.intp], o: Float, model: Model) -> dict[str
             for joint, g, _ in graph.joints(head.lse.node, 1):
                 lse = lse + (np.abs(g[0]) * joint.flow[0]).sum(1, keepdims=True)
                 spread = spread + (np.square(g[0]) * joint.flow[1]).sum(1, keepdims=True)
-            back = format_of(model.lse)
-            lse = np.where(np.isfinite(head.lse.a), lse + back.unit_roundoff * np.abs(head.lse.a), np.inf)
-            found["lse"] = ((lse + floor(back, model))[:, 0], np.broadcast_to(spread, lse.shape)[:, 0])
+            back, value = format_of(model.lse), head.lse.a
+            if model.smoothed:
+                value, lse, spread = put_back(one, rows, head.f, value, lse, spread)
+            last, tiny = (by_chance(back, model) * x for x in (back.unit_roundoff, floor(back, model)))
+            lse = np.where(np.isfinite(value), lse + last * np.abs(value), np.inf)
+            found["lse"] = ((lse + tiny)[:, 0], np.broadcast_to(spread, lse.shape)[:, 0])
     return found
 
 
@@ -261,7 +269,9 @@ def _of_out(
         for product, alone in parts:
             assert product.cast is not None
             rest += _over_keys(np.maximum(np.abs(alone), np.abs(g)), product.cast[0], joint)
-            variance += _over_keys(alone * alone, product.cast[1], joint)
+            variance += (
+                _over_keys(alone * alone, product.cast[1], joint) + _over_keys(alone, product.cast[2], joint) ** 2
+            )
         variance += _by_parts(one, head, g, model)
     if node.amplify is None:
         return moved + rest, variance

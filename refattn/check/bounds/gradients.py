@@ -71,6 +71,8 @@ def gradient_bounds(
     p = answer.call.to("numpy")
     if p.typed:
         raise UnsupportedProblem("gradients: have no bounds where types or scales are given; evaluate has their values")
+    if model.forward_only:
+        raise UnsupportedProblem(f"gradients: have no bounds for a model with {', '.join(model.forward_only)}")
     arriving, own = to_float64(dout), variant_of(p.variant).fused == STREAMED
     total = {n: np.zeros(np.shape(getattr(p, SOURCES[n]))) for n in SOURCES if n in answer.values}
     sums = {n: np.zeros_like(total[n]) for n in ("dk", "dv")}

@@ -48,8 +48,8 @@ class Node:
         Its parents.
     curve : tuple of two arrays, optional
         Of a function: how far its value moves at most, by all of its argument's error; and how far from its tangent.
-    cast : tuple of two arrays, optional
-        Of a product with values: what rounding the weights to their own type loses at most, and its variance.
+    cast : tuple of three arrays, optional
+        Of a product with values: what rounding the weights to their own type loses at most, its variance, its mean.
     amplify : (n, 1) array, optional
         Of a mean: its denominator over the least that the denominator can be.
     log : array, optional
@@ -79,7 +79,7 @@ class Node:
         self.err, self.var, self.curve = err, var, curve
         self.seen: Any = next((x.parent.seen for x in links if x.parent.seen is not None), None)
         self.span: Any = err + (sum(x.forward(x.parent.span) for x in links) if curve is None else curve[0])
-        self.cast: tuple[Any, Any] | None = None
+        self.cast: tuple[Any, Any, Any] | None = None
         self.amplify: Any = None
         self.log: Any = None
         self.relative: Any = 0.0
@@ -325,6 +325,7 @@ def _flow(node: Node, joints: set[int]) -> tuple[Any, Any]:
             err = err + link.forward(flow[0])
         if node.cast is not None and isinstance(link, Left):  # weights used once: their rounding is one more
             err, var = err + node.cast[0] @ np.abs(link.b), var + node.cast[1] @ (link.b * link.b)
+            var = var + (node.cast[2] @ link.b) ** 2
     return err, var
 
 

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..model import C, Model
-from .features import Features
-from .graph import Left, Node, Right, Scaled, Summed, Turned
+from ..model import Model
+from .graph import Node, Scaled, Turned
+from .products import Products
 from .rules import SCORES, Rules, in_logarithm, logistic, moves, slope_of_tanh, tanh
 
 __all__ = ["Losses", "Lossy", "variance_of"]
@@ -69,7 +69,7 @@ class Losses(Rules):
         return self.leaf(a, ("1" if a.shape[0] == 1 else "k", "1" if a.shape[1] == 1 else "d"))
 
 
-class Lossy(Features):
+class Lossy(Products):
     """A matrix of the arithmetic of losses, with the operators of :class:`refattn.exact.matrix.Matrix`."""
 
     __slots__ = ("f", "node")
@@ -99,82 +99,21 @@ class Lossy(Features):
         """Take a number into the arithmetic."""
         return float(x)
 
-    # products and sums ---------------------------------------------------------------------------------------
-
-    def __matmul__(self, o: Lossy) -> Lossy:
-        f, a, b = self.f, self.node, o.node
-        y, size = a.a @ b.a, (np.abs(a.a) + a.span) @ (np.abs(b.a) + b.span)  # it rounds what it is given
-        walk, squares = f.walk(a.a, b.a)
-        over_features = a.axes[1] not in ("q", "k")
-        n = a.a.shape[1]
-        if over_features:
-            relative = f.times(n + 2)
-            err, var = relative * size, f.cu * (f.model.depth(n) * walk + squares)
-        else:
-            steps, tiles = self._steps()
-            relative = f.times(steps + tiles + 3)
-            err = relative * size + (steps + tiles + 3) * f.floor
-            again = f.idle(a.a) if tiles else 0
-            var = f.cu * (steps * walk + squares + (tiles + again**2) * walk) + (steps + tiles) * f.floor**2 / 3
-        meet = _both(a.span, b.span, a.a.shape, b.a.shape)
-        axes = (a.axes[0], b.axes[1])
-        marks = a.marks & b.marks & {"positive"} | ({"raw"} if over_features else set())
-        found = Node(y, axes, err + meet, var, Left(a, b.a), Right(b, a.a), marks=marks)
-        found.relative, found.seen = relative, a.seen if b.axes[1] == "k" else None
-        if not over_features:  # weights and their gradients are rounded to their type before they are multiplied
-            seen = np.ones(a.a.shape) if a.seen is None else a.seen
-            tiny, reached = f.floor_weights, seen @ (np.abs(b.a) + b.span)
-            rounded = (f.u_weights * size if f.u_weights else 0.0) + tiny * reached
-            found.span = found.span + rounded
-            if axes[0] != "q":  # nothing takes it on later, as what `cast` says is
-                found.err = found.err + rounded
-                found.var = found.var + C * f.u_weights**2 * squares + tiny**2 / 3 * (seen @ (b.a * b.a))
-        if b.axes == ("k", "v") and axes[0] == "q":
-            f.weights = self
-            tiny_sum = (steps + tiles + 3) * f.floor
-            found.under = (tiny * reached + tiny_sum, (tiny**2 * (seen @ (b.a * b.a)) + tiny_sum * f.floor) / 3)
-            lost = f.u_weights * (np.abs(a.a) + a.span) + tiny * seen
-            found.cast = (lost, C * f.u_weights**2 * a.a**2 + tiny**2 / 3 * seen)
-            if np.any(b.span):
-                found.err = found.err + lost @ np.broadcast_to(b.span, b.a.shape)
-            found.marks |= {"product"}
-        return Lossy(f, found)
-
-    def _steps(self) -> tuple[Any, int]:
-        """Return how many additions a term of a row's sum passes through, and how many rescales."""
-        n = self.node
-        count = n.a.shape[1] if n.seen is None else n.seen.sum(1, keepdims=True)
-        return self.f.model.depth(count), self.f.tiles if "shifted" in n.marks else 0
-
-    def sum(self) -> Lossy:
-        """Sum of each row, (n, 1)."""
-        f, n = self.f, self.node
-        steps, tiles = self._steps()
-        ones = np.ones((n.a.shape[1], 1))
-        walk, squares = f.walk(n.a, ones)
-        size = (np.abs(n.a) + n.span).sum(1, keepdims=True)
-        err = f.times(steps + tiles + 3) * size + (steps + tiles + 3) * f.floor
-        var = f.cu * (steps * walk + squares + tiles * walk)
-        y = n.a.sum(1, keepdims=True)
-        found = Node(y, (n.axes[0], "1"), err, var, Summed(n), marks=n.marks & {"positive", "shifted"} | {"sum"})
-        found.relative = f.times(steps + tiles + 3)
-        if n.log is not None:  # a sum moves by no larger a factor than its terms
-            with np.errstate(all="ignore"):
-                low = found.relative + (steps + tiles + 3) * f.floor / y
-            found.log = np.max(n.log, axis=1, initial=0.0, keepdims=True) + in_logarithm(low)
-        return Lossy(f, found)
-
     # elementwise ---------------------------------------------------------------------------------------------
 
     def _rounded(self, y: Float, axes: tuple[str, str], size: Float, times: float = 1.0) -> tuple[Any, Any]:
         """Return what one rounding of a result loses, which is at most of that size; scores may be stored narrower."""
         f, stored = self.f, self._stored(axes)
         relative = f.times(times) + stored * (1 + f.times(times))
-        return relative * size + f.floor, (times * f.cu + C * stored**2) * y * y
+        return relative * size + f.floor, (times * f.cu + self._scatter(axes)) * y * y
 
     def _stored(self, axes: tuple[str, str]) -> float:
         """Return what storing a result on the way to a score loses: scores themselves, and features."""
         return self.f.u_scores if axes[1] == "d" or axes in SCORES else 0.0
+
+    def _scatter(self, axes: tuple[str, str]) -> float:
+        """Return the variance of that, over the square."""
+        return self.f.var_scores if self._stored(axes) else 0.0
 
     def _with(self, o: Any, y: Float, slopes: tuple[Any, Any], more: Any = 0.0, marks: Any = ()) -> Lossy:
         n = self.node
@@ -209,7 +148,7 @@ class Lossy(Features):
         f, size = self.f, 2 * np.abs(y) + np.abs(self.a) + 3 * self.node.span
         axes = ("q", self.node.axes[1])
         stored = self._stored(axes)
-        err, var = (f.u + stored * (1 + f.u)) * size + f.floor, (f.cu + C * stored**2) * size**2
+        err, var = (f.u + stored * (1 + f.u)) * size + f.floor, (f.cu + self._scatter(axes)) * size**2
         return Lossy(f, Node(y, axes, err, var, Scaled(self.node, 1.0, y.shape), marks={"shifted"}))
 
     def __neg__(self) -> Lossy:
@@ -291,9 +230,9 @@ class Lossy(Features):
         keep = 1.0 if where is None else np.broadcast_to(where, n.a.shape)
         err, var = own
         if "raw" in n.marks and n.axes in SCORES:  # scores that nothing else rounds are stored all the same
-            err, var = err + f.u_scores * np.abs(slope * n.a), var + C * (f.u_scores * slope * n.a) ** 2
+            err, var = err + f.u_scores * np.abs(slope * n.a), var + f.var_scores * (slope * n.a) ** 2
         stored = self._stored(n.axes) if n.axes[1] == "d" and np.any(err) else 0.0
-        err, var = err + stored * np.abs(y), var + C * (stored * y) ** 2
+        err, var = err + stored * np.abs(y), var + (f.var_scores if stored else 0.0) * y * y
         with np.errstate(all="ignore"):
             y, slope, whole, rest, err, var = (np.where(keep, x, 0.0) for x in (y, slope, *curve, err, var))
         found = Node(y, n.axes, err, var, Scaled(n, slope, y.shape), marks=marks, curve=(whole, rest))
@@ -386,13 +325,6 @@ class Lossy(Features):
 
 def _value(o: Any) -> Any:
     return o.a if isinstance(o, Lossy) else o
-
-
-def _both(x: Any, y: Any, left: tuple[int, ...], right: tuple[int, ...]) -> Any:
-    """Return the product of both operands' errors."""
-    if not np.any(x) or not np.any(y):
-        return 0.0
-    return np.broadcast_to(x, left) @ np.broadcast_to(y, right)
 
 
 def variance_of(n: Node) -> Any:

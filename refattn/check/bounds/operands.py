@@ -8,7 +8,7 @@ rest; the products of both rests are left out: ``3 u_o^2 |x y|`` a product, half
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from ...arrays import to_float64
 from ...exact.heads import Head
-from ..model import C, Model, inside_type
+from ..model import SCALED, C, Model, inside_type, relative
+from .smoothed import mean_size
 
-__all__ = ["Operands", "lost", "variance"]
+__all__ = ["Operands", "lost", "of_values", "scale_of", "variance"]
 
 Float = NDArray[np.float64]
 
@@ -39,13 +40,27 @@ class Operands:
         """Return what one head's operands lose."""
         p = one.problem
         pairs = ((one.q, p.query), (one.k, p.key), (one.v, p.value))
-        found = [of(x, t, model) for of in (lost, variance) for x, t in pairs]
+        models = (model, model, of_values(model))
+        found = [of(x, t, m) for of in (lost, variance) for (x, t), m in zip(pairs, models, strict=True)]
+        if model.smoothed:  # the mean is rounded, and what is left of a key
+            more = inside_type(model.accumulator).unit_roundoff * (np.abs(one.k) + 2 * mean_size(one))
+            found[1], found[4] = found[1] + more, found[4] + C * more**2
         u = inside_type(model.accumulator).unit_roundoff
         for i, name in enumerate(("query_scale", "key_scale", "value_scale")):
             if getattr(p, name) is not None:  # the element times its scale, or their product times it, is rounded
                 size = np.abs(pairs[i][0])
                 found[i], found[i + 3] = found[i] + u * size, found[i + 3] + C * (u * size) ** 2
         return cls(*found)
+
+
+def of_values(model: Model) -> Model:
+    """Return a model whose operands' type is that of its values."""
+    if not model.values:
+        return model
+    if model.values == "input":
+        return replace(model, operands="", scales="", passes=1, values="", smoothed=False)
+    scales = model.scales if model.values in SCALED else ""
+    return replace(model, operands=model.values, scales=scales, passes=1, values="", smoothed=False)
 
 
 def lost(x: Float, tensor: Any, model: Model) -> Float:
@@ -66,9 +81,9 @@ def lost(x: Float, tensor: Any, model: Model) -> Float:
     form, inside = inside_type(model.operands), inside_type(model.accumulator)
     if model.passes == 3:
         return np.asarray(1.5 * form.unit_roundoff**2 * size + 0.5 * form.smallest_subnormal)
-    s = _scale(size, tensor, model)
-    known = (form.unit_roundoff + (2 * inside.unit_roundoff if model.scales else 0.0)) * size
-    known = known + 0.5 * form.smallest_subnormal * s
+    s = scale_of(size, tensor, model)
+    known = (model.times * relative(form) + (2 * inside.unit_roundoff if model.scales else 0.0)) * size
+    known = known + 0.5 * model.times * form.smallest_subnormal * s
     return np.where(size > form.largest * s * (1 + inside.unit_roundoff), np.inf, known)
 
 
@@ -79,11 +94,11 @@ def variance(x: Float, tensor: Any, model: Model) -> Float:
     form = inside_type(model.operands)
     if model.passes == 3:  # the rests' product, and their roundings
         return np.asarray(C * (1 + C / 2) * form.unit_roundoff**4 * x * x + form.smallest_subnormal**2 / 12)
-    s = np.maximum(_scale(np.abs(x), tensor, model), np.finfo(np.float64).tiny)
-    return np.asarray((form.ulp_array(x / s) * s) ** 2 / 12)
+    s = np.maximum(scale_of(np.abs(x), tensor, model), np.finfo(np.float64).tiny)
+    return np.asarray(model.times * (form.ulp_array(x / s) * s) ** 2 / 12)
 
 
-def _scale(size: Float, tensor: Any, model: Model) -> Any:
+def scale_of(size: Float, tensor: Any, model: Model) -> Any:
     """Return what stands for 1 in an operand: a number, or one for each row."""
     largest = inside_type(model.operands).largest
     if not model.scales:

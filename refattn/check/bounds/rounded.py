@@ -110,7 +110,7 @@ class Rounded(Reflected):
     @property
     def T(self) -> Rounded:
         """The transpose."""
-        return Rounded(self.f, self.a.T, self.kind)
+        return type(self)(self.f, self.a.T, self.kind)
 
     def number(self, x: Any) -> float:
         """Take in a number."""
@@ -119,23 +119,25 @@ class Rounded(Reflected):
     def _score(self, y: Float, times: float = 1.0) -> Rounded:
         y = self.f.rounded(y, times=times)
         wide = y.shape[1] > 1 and self.kind not in ("value", "state")
-        return Rounded(self.f, self.f.stored(y, self.f.model.scores) if wide else y, self.kind, self.seen, self.shifted)
+        return type(self)(
+            self.f, self.f.stored(y, self.f.model.scores) if wide else y, self.kind, self.seen, self.shifted
+        )
 
     def columns(self, at: Any) -> Rounded:
         """Return the columns of those numbers."""
-        return Rounded(self.f, self.a[:, at], self.kind)
+        return type(self)(self.f, self.a[:, at], self.kind)
 
     def written(self, moved: Mask) -> Rounded:
         """Return it rounded to the type that turned queries and keys are written in, where columns were turned."""
-        return Rounded(self.f, np.where(moved, self.f.stored(self.a, self.f.model.rotated), self.a), self.kind)
+        return type(self)(self.f, np.where(moved, self.f.stored(self.a, self.f.model.rotated), self.a), self.kind)
 
     def __matmul__(self, o: Rounded) -> Rounded:
         f, x = self.f, self.a
         if o.kind == "value":
             count = x.shape[1] if self.seen is None else self.seen.sum(1, keepdims=True)
             weights = f.stored(x, f.model.weights)
-            return Rounded(f, f.added(weights, o.a, f.model.depth(count) + self._tiles()), "value")
-        return Rounded(f, f.added(x, o.a, x.shape[1]), "value" if o.kind == "state" else None)
+            return type(self)(f, f.added(weights, o.a, f.model.depth(count) + self._tiles()), "value")
+        return type(self)(f, f.added(x, o.a, x.shape[1]), "value" if o.kind == "state" else None)
 
     def _tiles(self) -> int:
         return self.f.tiles if self.shifted else 0
@@ -144,7 +146,7 @@ class Rounded(Reflected):
         """Sum of each row."""
         count = self.a.shape[1] if self.seen is None else self.seen.sum(1, keepdims=True)
         ones = np.ones((self.a.shape[1], 1))
-        return Rounded(self.f, self.f.added(self.a, ones, self.f.model.depth(count) + self._tiles()), "column")
+        return type(self)(self.f, self.f.added(self.a, ones, self.f.model.depth(count) + self._tiles()), "column")
 
     def __add__(self, o: Any) -> Rounded:
         found = self._score(self.a + _value(o))
@@ -158,10 +160,10 @@ class Rounded(Reflected):
         wide = y.shape[1] > 1
         # a softmax by itself reads stored scores and takes the maximum off in the accumulator; a Model allows storing
         stored = self.f.stored(y, self.f.model.scores) if wide and self.f.how != "nearest" else y
-        return Rounded(self.f, stored, self.kind, self.seen, wide)
+        return type(self)(self.f, stored, self.kind, self.seen, wide)
 
     def __neg__(self) -> Rounded:
-        return Rounded(self.f, -self.a, self.kind, self.seen)
+        return type(self)(self.f, -self.a, self.kind, self.seen)
 
     def __mul__(self, o: Any) -> Rounded:
         found = self._score(self.a * _value(o))
@@ -178,11 +180,11 @@ class Rounded(Reflected):
         if mask is None:
             return self
         keep = np.broadcast_to(mask, self.a.shape)
-        return Rounded(self.f, np.where(keep, self.a, 0.0), self.kind, keep, self.shifted)
+        return type(self)(self.f, np.where(keep, self.a, 0.0), self.kind, keep, self.shifted)
 
     def zeros(self) -> Rounded:
         """Return zeros of the same shape."""
-        return Rounded(self.f, np.zeros(self.shape), self.kind, self.seen)
+        return type(self)(self.f, np.zeros(self.shape), self.kind, self.seen)
 
     def positive(self) -> Mask:
         """Tell where an element is above 0."""
@@ -192,7 +194,7 @@ class Rounded(Reflected):
         f = self.f
         if f.how != "nearest":
             y = y * (1 + f.spread(y.shape) * ulps * f.inside.unit_roundoff)
-        found = Rounded(f, f.rounded(y), self.kind, self.seen, self.shifted)
+        found = type(self)(f, f.rounded(y), self.kind, self.seen, self.shifted)
         return found if where is None else found.where(where)
 
     def exp(self, where: Mask | None = None) -> Rounded:
@@ -219,7 +221,7 @@ class Rounded(Reflected):
 
     def relu(self) -> Rounded:
         """max(x, 0)."""
-        return Rounded(self.f, np.maximum(self.a, 0.0), self.kind, self.seen)
+        return type(self)(self.f, np.maximum(self.a, 0.0), self.kind, self.seen)
 
     def power(self, p: int, where: Mask | None = None) -> Rounded:
         """x**p."""
@@ -228,12 +230,12 @@ class Rounded(Reflected):
     def shift(self, where: Mask, also: Rounded | None = None) -> Rounded:
         """Return each row's largest element."""
         top = np.where(where, self.a, -np.inf).max(1, initial=-np.inf if also is None else also.a.item(), keepdims=True)
-        return Rounded(self.f, np.where(np.isneginf(top), 0.0, top), "shift")
+        return type(self)(self.f, np.where(np.isneginf(top), 0.0, top), "shift")
 
     def absmax(self, where: Mask) -> Rounded:
         """Return each row's largest absolute value."""
         top = np.where(where, np.abs(self.a), 0.0).max(1, initial=0.0, keepdims=True)
-        return Rounded(self.f, top, "column")
+        return type(self)(self.f, top, "column")
 
 
 def _value(o: Any) -> Any:

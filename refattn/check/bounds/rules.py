@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import Format, format_of
-from ..model import C, Model, inside_type
+from ..model import INTEGERS, C, Model, inside_type
+from .stores import Stored
+from .units import Unit
 
-__all__ = ["SCORES", "Rules", "floor", "in_logarithm", "logistic", "moves", "slope_of_tanh", "tanh"]
+__all__ = ["SCORES", "Rules", "by_chance", "floor", "in_logarithm", "logistic", "moves", "slope_of_tanh", "tanh"]
 
 Float = NDArray[np.float64]
 PLACES = 8
@@ -28,16 +30,32 @@ def floor(form: Format, model: Model) -> float:
     return 0.5 * form.smallest_subnormal or form.smallest_subnormal  # half of float64's would be 0
 
 
+def by_chance(form: Format, model: Model) -> int:
+    """Return how many times as far a rounding to a type goes, and scatters, as one to nearest."""
+    return model.times if form.precision < inside_type(model.accumulator).precision else 1
+
+
+def precision(model: Model, name: str) -> int:
+    """Return how many bits a factor of a product has at most."""
+    inside = inside_type(model.accumulator).precision
+    return min(inside_type(name).precision, inside) if name not in ("", "input") else inside
+
+
 class Rules:
     """The numbers of one Model for calls of some number of keys."""
 
     def __init__(self, model: Model, n_k: int) -> None:
         inside = format_of(model.accumulator)
         self.model, self.u = model, inside.unit_roundoff
-        self.u_scores, self.u_weights = model.loss(model.scores), model.loss(model.weights)
+        self.u_scores, self.var_scores = model.loss(model.scores), model.scatter(model.scores)
         self.cu, self.exp = C * self.u**2, model.exp_ulps
         self.tiles = math.ceil(n_k / model.tile)
-        self.floor, self.floor_weights = floor(inside, model), floor(inside_type(model.weights), model)
+        self.floor, self.unit = floor(inside, model), Unit.of(model)
+        self.stored = Stored.of(model, floor(inside_type(model.weights), model))
+        self.whole = model.operands in INTEGERS  # sums of integers are exact
+        self.bits, self.bits_values = (precision(model, n) for n in (model.operands, model.values or model.operands))
+        self.bits_weights = precision(model, model.weights)
+        self.u_weights, self.floor_weights = self.stored.relative, self.stored.floor
 
     def number(self, x: Any) -> float:
         """Take in a number."""

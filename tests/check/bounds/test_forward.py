@@ -117,7 +117,7 @@ def test_flushed_subnormals_are_allowed_only_where_declared(make):
 
 
 def test_a_model_is_checked():
-    with pytest.raises(InvalidInput, match="model: got weights='int8'"):
+    with pytest.raises(InvalidInput, match="model: P in int8 is 0 or 1 without a scale; give"):
         Model(weights="int8")
     with pytest.raises(
         InvalidInput, match="model: got exp_ulps=0, tile=16, chain=512, block=128 and split=0, expected more than 0"
@@ -177,7 +177,7 @@ def joints_of(head, node, columns):
             rest = rest + lost
         for product, alone in parts if joint is head.weights else ():
             rest = rest + (np.maximum(np.abs(alone), np.abs(g)) * product.cast[0]).sum(2).T
-            var = var + (alone**2 * product.cast[1]).sum(2).T
+            var = var + (alone**2 * product.cast[1]).sum(2).T + (alone * product.cast[2]).sum(2).T ** 2
             size = head.f.model.split or g.shape[2]
             by = np.array([(g * joint.a)[:, :, i : i + size].sum(2).T for i in range(0, g.shape[2], size)])
     flow = node.flow

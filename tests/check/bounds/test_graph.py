@@ -107,7 +107,7 @@ def mean(marks=("exp",), argument=0.0):
     w = node([[1, 3]], ("q", "k"), np.array([[0.5, 0.25]]), np.array([[1, 2]]), Scaled(s, 1.0, (1, 2)), marks=marks)
     v = node([[2, 6], [10, -2]], ("k", "v"), 0.125)
     top = node([[32, 0]], ("q", "v"), 0.0, 0.0, Left(w, v.a), Right(v, w.a))
-    top.cast = np.array([[0.5, 1.5]]), np.array([[0.25, 0.5]])
+    top.cast = np.array([[0.5, 1.5]]), np.array([[0.25, 0.5]]), np.array([[0.0, 0.0]])
     z = node([[4]], ("q", "1"), 0.0, 0.0, Summed(w))
     y = node([[8, 0]], ("q", "v"), 0.0, 0.0, Scaled(top, 0.25, (1, 2)), Scaled(z, -np.array([[2.0, 0.0]]), (1, 2)))
     return s, w, top, z, y
