@@ -136,12 +136,12 @@ class Format:
 
     def round_array(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Round every element of a float64 array as :meth:`round` does, once (no double rounding)."""
-        x = np.asarray(x, np.float64)
+        x = np.multiply(x, 1.0, dtype=np.float64)  # a new array, of NumPy or of CuPy
         if self.precision == 53:
-            return x.copy()
+            return x
         with np.errstate(all="ignore"):
             exponent = np.frexp(np.where(np.isfinite(x), x, 0.0))[1] - 1
-            spacing = np.ldexp(1.0, np.maximum(exponent, self.emin) - self.precision + 1)
+            spacing = np.ldexp(np.ones_like(x), np.maximum(exponent, self.emin) - self.precision + 1)
             # x / spacing is exact (a power of two); rint rounds half to even
             rounded = np.where(np.isfinite(x), np.rint(x / spacing) * spacing, x)
             past = np.abs(rounded) > self.largest
