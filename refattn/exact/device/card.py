@@ -15,9 +15,10 @@ from ..doubledouble import table
 
 __all__ = ["KERNELS", "KEYS", "OPTIONS", "ROWS", "Card", "card_of", "cupy_with_gpu", "text_of"]
 
-THREADS = 256
-KEYS = 2048
-"""Keys of a tile: what a block's threads hold, and what leaves the heads of a weight 20 bits at every level."""
+THREADS, PER = 256, 8
+"""Threads of a block, which has one row, and the keys that each holds in registers."""
+KEYS = THREADS * PER
+"""Keys of a tile: what a block holds, and what leaves the heads of a weight 20 bits at every level."""
 ROWS = 2**14
 """Query rows of a tile, where there is memory for them."""
 KERNELS = ("weigh", "collect", "trusted")
@@ -27,8 +28,9 @@ LEAST = 80
 
 
 def text_of(level: int) -> str:
-    """Return the kernels' text for a level."""
-    return f"#define LEVEL {level}\n" + (Path(__file__).parent / "kernels.cu").read_text(encoding="utf-8")
+    """Return the kernels' whole text for a level."""
+    defined = f"#define LEVEL {level}\n#define THREADS {THREADS}\n#define PER {PER}\n"
+    return defined + (Path(__file__).parent / "kernels.cu").read_text(encoding="utf-8")
 
 
 def cupy_with_gpu() -> Any:
@@ -98,12 +100,12 @@ class Card:
     ----------
     xp : module
         Where its arrays are made: CuPy.
-    keys : int
-        Keys of a tile.
+    threads, keys : int
+        Threads of a block, keys of a tile.
     """
 
     def __init__(self, cupy: Any, number: int) -> None:
-        self.xp, self.number, self.keys = cupy, number, KEYS
+        self.xp, self.number, self.threads, self.keys = cupy, number, THREADS, KEYS
         self._one, self._zero = np.ones(1), np.zeros(1)
         self._kernels: dict[tuple[int, str], Any] = {}
 
@@ -143,7 +145,7 @@ class Card:
                 self._kernels[level, name] = module.get_function(name)
             except Exception as e:
                 raise BuildError(f"device: compiling {name} failed with {type(e).__name__}: {e}") from e
-        self._kernels[level, name]((blocks,), (THREADS,), given)
+        self._kernels[level, name]((blocks,), (self.threads,), given)
 
     @cached_property
     def table(self) -> tuple[Any, float, float]:

@@ -18,7 +18,7 @@ from ..heads import Head
 from ..levels import Level
 from ..stream import Forward
 from ..tiles import Sums
-from .card import KEYS, ROWS, THREADS
+from .card import KEYS, ROWS
 
 __all__ = ["OnDevice", "bytes_needed", "rows_of_a_tile"]
 
@@ -153,7 +153,7 @@ class OnDevice(Forward):
         self.values[n].levels(planes.reshape(r, -1), level, list(parts))
         d_v = self.out.shape[1]
         device.launch(
-            level, "collect", max(1, -(-r * d_v // THREADS)),
+            level, "collect", max(1, -(-r * d_v // device.threads)),
             (parts, np.int64(self._parts.shape[1] * d_v), np.int32(r), np.int32(d_v), fade, part.num, part.num_low),
         )  # fmt: skip
         part.done += 1

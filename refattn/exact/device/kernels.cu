@@ -1,7 +1,6 @@
 // The steps of the streaming path on a GPU, for one level (LEVEL): those of compiled.py, with the same bounds.
+// THREADS of a block and PER keys of each, at least a tile's, are defined before this text.
 // A product's error is exact by a fused multiply-add that is written out; no other product and sum may be fused.
-#define THREADS 256
-#define PER 8  // keys of a thread; a tile has at most THREADS * PER
 #define PLANES (LEVEL + 1)
 #define BITS 12
 #define TABLE 4096

@@ -14,13 +14,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def stand_in(folder, monkeypatch):
-    """Return a function that puts a stand-in for CuPy in its place."""
+    """Return a function that puts a stand-in for CuPy in its place, with fewer threads to a block: they take turns."""
 
-    def put(**what):
+    def put(threads=64, **what):
         module = cupys_part(folder, **what)
+        monkeypatch.setattr(card, "THREADS", threads)
+        monkeypatch.setattr(card, "KEYS", threads * card.PER)
         for room in (asked, card):
             monkeypatch.setattr(room, "cupy_with_gpu", lambda: module)
-        monkeypatch.setattr(card, "card_of", card.card_of)
         card.card_of.cache_clear()
         return module
 

@@ -138,16 +138,17 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
         return np.array(self.a)
 
 
+@cache
+def library(code, folder):
+    return compiled(f"exact{abs(hash(code))}", PRELUDE + code, KERNELS, folder, "-ffp-contract=off", "-mfma")
+
+
 def cupys_part(folder, free=2**36, capability="90", mode=0, gpus=1, broken=None):
     """Return a module's stand-in; `seen` of it tells what was launched. `broken` takes a product and spoils it."""
     seen = SimpleNamespace(launched=[], free=free)
 
     class CUDARuntimeError(RuntimeError):
         pass
-
-    @cache
-    def library(code):
-        return compiled(f"exact{abs(hash(code))}", PRELUDE + code, KERNELS, folder, "-ffp-contract=off", "-mfma")
 
     class Kernel:
         def __init__(self, code, name):
@@ -164,7 +165,7 @@ def cupys_part(folder, free=2**36, capability="90", mode=0, gpus=1, broken=None)
                     assert type(x) in (np.int32, np.int64, np.uint64, np.float64), type(x)
                     cells.append(np.ctypeslib.as_ctypes_type(x.dtype)(x.item()))
             pointers = (ctypes.c_void_p * len(cells))(*[ctypes.addressof(c) for c in cells])
-            found = library(self.code).emulate(
+            found = library(self.code, folder).emulate(
                 self.name.encode(), ctypes.c_uint(grid[0]), ctypes.c_uint(1), ctypes.c_int(block[0]),
                 ctypes.c_size_t(0), pointers, ctypes.c_int(0),
             )  # fmt: skip

@@ -9,7 +9,7 @@ import refattn
 from refattn.exact import run as runner
 from refattn.exact.arithmetics import Balls
 from refattn.exact.device import forward
-from refattn.exact.device.card import KEYS, ROWS, card_of
+from refattn.exact.device.card import ROWS, card_of
 from refattn.exact.levels import Level
 from tests.exact import gate as cpu
 from tests.exact.device.drawn import compare, draw
@@ -22,7 +22,7 @@ def same_bits(device, problems, seed=0, most=(400, 400, 400, 6000)):
     rng, wrong, levels, card = np.random.default_rng(seed), 0, Counter(), card_of(0)
     before = card.keys, forward.ROWS, forward.FEWEST
     for i in range(problems):
-        card.keys, forward.ROWS = int(rng.choice([48, 512, KEYS])), int(rng.choice([16, 1024, ROWS]))
+        card.keys, forward.ROWS = int(rng.choice([48, 512, before[0]])), int(rng.choice([16, 1024, ROWS]))
         forward.FEWEST = min(forward.FEWEST, forward.ROWS)
         problem, out, lse = draw(rng, most[i % len(most)])
         mine = refattn.evaluate(problem, rounding=out, lse_rounding=lse, device=device)
@@ -41,7 +41,7 @@ def enclosures(elements, seed=0, levels=(0, 1, 2, 3), draw=cpu.draw):
     before = card.keys
     while count < elements:
         problem, _ = draw(rng, "softmax")
-        card.keys = int(rng.choice([48, KEYS]))
+        card.keys = int(rng.choice([48, before]))
         balls = Balls(cpu.BITS)
         with balls.working():
             exact = runner.run(problem, balls)
