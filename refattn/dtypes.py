@@ -136,9 +136,9 @@ class Format:
 
     def round_array(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Round every element of a float64 array as :meth:`round` does, once (no double rounding)."""
-        x = np.multiply(x, 1.0, dtype=np.float64)  # a new array, of NumPy or of CuPy
+        x = x if hasattr(x, "__cuda_array_interface__") else np.asarray(x, np.float64)
         if self.precision == 53:
-            return x
+            return x.copy()
         with np.errstate(all="ignore"):
             exponent = np.frexp(np.where(np.isfinite(x), x, 0.0))[1] - 1
             spacing = np.ldexp(np.ones_like(x), np.maximum(exponent, self.emin) - self.precision + 1)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .doubledouble import U, two_sum
-from .heads import Head, numbers_of
+from .heads import Head, finite_rows, numbers_of
 from .levels import UP, Level
 
 __all__ = ["Raw", "add", "add_dbias", "collect", "finite", "mark", "put", "specials"]
@@ -63,7 +63,7 @@ def add(target: NDArray[Any], index: Any, x: NDArray[Any]) -> None:
 
 def finite(one: Head) -> bool:
     """Tell whether no query of a head sees NaN or inf."""
-    odd = np.nonzero(~np.isfinite(one.values).all(1))[0]
+    odd = np.nonzero(~finite_rows(one.values))[0]
     return not one.spoilt.any() and not (odd.size and one.allowed[:, odd].any())
 
 
@@ -85,7 +85,7 @@ def specials(one: Head, raw: Raw, f: Any, positive: bool) -> None:
         lse = raw["lse"][at]
         mark(lse, ~one.allowed.any(1), -np.inf if one.sink is None else one.sink, f)
         mark(lse, one.spoilt, np.nan, f)
-    odd = np.nonzero(~np.isfinite(one.values).all(1))[0]
+    odd = np.nonzero(~finite_rows(one.values))[0]
     seen = one.allowed[:, odd].astype(np.float32)
     if seen.any():
         kinds = (np.isposinf, np.isneginf, np.isnan)

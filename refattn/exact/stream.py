@@ -48,6 +48,8 @@ KEYS = 512  # what suits the compiled steps, with ROWS
 PLAIN_ROWS, PLAIN_KEYS = 128, 256  # NumPy's steps make temporaries: keep them in cache
 SLACK = 1 + 2.0**-12
 """More than what a head's rounding adds to the bounds of heads and tails, whose width is at least 20 bits."""
+SQUARED = 2.0**-520
+"""More than the root of what fewer than 2**34 squares lose that fall below 2**-1074."""
 MOST_CAP = 2.0**10
 """A softcap's error is in proportion to it: larger ones, and their inverses, are left to the operators."""
 
@@ -67,7 +69,7 @@ def streams(one: Head, backward: bool = False) -> bool:
 
 def norms(x: Float) -> Float:
     """Return an upper bound of each row's 2-norm."""
-    found: Float = np.sqrt((x * x).sum(1)) * UP + ETA
+    found: Float = np.sqrt((x * x).sum(1)) * UP + SQUARED
     return found
 
 
@@ -102,8 +104,25 @@ class Right:
             size = np.abs(x)
             self.most[t], self.sums[t] = largest(size, 1), size.sum(1)
             self.norm[t] = float(largest(norms(x), 0))
-        self.lead = next((t for t in range(level + 1) if self.norm[level - t] > ETA), level)
+        # the first tails may be all 0: of narrow formats most are
+        self.lead = next((t for t in range(level + 1) if float(largest(self.most[level - t], 0)) > 0), level)
         self.tails = np.concatenate([x.T for x in tails[: level + 1 - self.lead][::-1]], 0)
+
+    def columns(self, at: slice) -> Right:
+        """Return some columns."""
+        part = copy.copy(self)
+        part.heads, part.tails = self.heads[:, at], self.tails[:, at]
+        return part
+
+    def rows(self, at: slice) -> Right:
+        """Return some rows, with the bounds of all."""
+        part, w = copy.copy(self), self.most.shape[1]
+        part.k = at.stop - at.start
+        part.heads, part.tails = (
+            x.reshape(len(x) // self.k, self.k, w)[:, at].reshape(len(x) // self.k * part.k, w)
+            for x in (self.heads, self.tails)
+        )
+        return part
 
     def levels(self, left: Float, level: int, out: list[Float]) -> None:
         """Write the products of left = [A_0 .. A_{L-1} A_{>=L}] by level; the last is the rounded one."""
@@ -192,15 +211,20 @@ class Forward:
         b, q = head_bits(d, level), f.array(one.q if len(rows) == len(one.q) else one.q[rows])
         heads, tails = q._cut(b, level)
         self.left = np.concatenate([*heads, tails[level]], 1)
-        self.keys = each(lambda t: Right(k[t], f, b), self.tiles, threads)
         self.width = head_bits(min(self.wide, n_k), level)
-        self.values = each(lambda t: Right(v[t].T, f, self.width), self.tiles, threads)
+        if f.device is None:
+            self.keys = of_keys = each(lambda t: Right(k[t], f, b), self.tiles, threads)
+            self.values = of_values = each(lambda t: Right(v[t].T, f, self.width), self.tiles, threads)
+        else:  # one cut for all keys: there a tile's would cost its launches
+            of_keys, of_values = [Right(k, f, b)], [Right(v.T, f, self.width)]
+            self.keys = [of_keys[0].columns(t) for t in self.tiles]
+            self.values = [of_values[0].rows(t) for t in self.tiles]
         self.sigma = np.array([1.5 * 2.0 ** (52 - self.width - s * (self.width + 1)) for s in range(level)])
-        self.most_v = np.max(np.stack([x.most for x in self.values]), 0)  # (L + 1, d_v)
-        self.sums_v = np.sum(np.stack([x.sums for x in self.values]), 0) * UP
+        self.most_v = np.max(np.stack([x.most for x in of_values]), 0)  # (L + 1, d_v)
+        self.sums_v = np.sum(np.stack([x.sums for x in of_values]), 0) * (1 + 2.0**-30)
         # the radius of a score in base 2, one a row
-        lost = gamma(d * (level + 1) + level + 4) * product_sizes([*heads, tails[level]], self.keys) * UP
-        size = norms(q.h) * max(x.norm[0] for x in self.keys) * UP
+        lost = gamma(d * (level + 1) + level + 4) * product_sizes([*heads, tails[level]], of_keys) * UP
+        size = norms(q.h) * max(x.norm[0] for x in of_keys) * UP
         c, rc = abs(self.c) * UP, float(np.ravel(scale.r)[0])
         r = lost + 2.0**-100 * size
         self.radius = (16 * U * U * size * c + (size + r) * rc + c * r) * UP + ETA

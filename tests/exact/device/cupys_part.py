@@ -126,13 +126,14 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
     def astype(self, dtype):
         return Array(self.a.astype(dtype))
 
+    def copy(self):
+        return Array(self.a.copy())
+
     def view(self, dtype):
         return Array(self.a.view(dtype))
 
     def reshape(self, *shape):
-        found = self.a.reshape(*shape)
-        assert np.shares_memory(found, self.a) or not found.size, "CuPy would copy"
-        return Array(found)
+        return Array(self.a.reshape(*shape))
 
     def get(self):
         return np.array(self.a)
