@@ -27,6 +27,8 @@ FEWEST = 256
 """Rows of the smallest tile that is tried where memory is short."""
 AT_THE_END = 32
 """More matrices (rows, d_v) than are alive while a tile of rows is finished."""
+WIDEST, LONGEST = 2**12, 2**22
+"""Terms of a bound's sum over a row, and over keys, which are added in any order (docs/proofs/streaming.md)."""
 NONE, ALL = -2, -1
 """In place of a row's line of the mask: it sees no key of the tile, or every key."""
 
@@ -66,11 +68,16 @@ def rows_of_a_tile(one: Head, f: Level, rows: int) -> int:
     Raises
     ------
     UnsupportedProblem
-        Even the fewest rows need more memory than there is; it says how much.
+        Even the fewest rows need more memory than there is; it says how much. Or keys are too wide or too many.
     """
     size, free = ROWS, f.device.free()
     more = one.bias is not None or not one.allowed.all()
     (n_k, d), d_v = one.k.shape, one.v.shape[1]
+    if d >= WIDEST or n_k >= LONGEST:
+        raise UnsupportedProblem(
+            f"device: got {n_k} keys of {d} numbers; bounds are proven for fewer than {LONGEST} keys of fewer than "
+            f"{WIDEST}; use device='cpu'"
+        )
     while (need := bytes_needed(rows, n_k, d, d_v, f.level, size, more)) > free and size > FEWEST:
         size //= 2
     if need > free:

@@ -173,6 +173,12 @@ def test_too_little_memory_says_how_much_is_needed(stand_in, monkeypatch):
     assert {n for name, n in module.seen.launched if name == "weigh"} == {256, 88}
 
 
+def test_what_no_bound_is_proven_for_is_refused(trusted):
+    p = head(np.random.default_rng(0), n=1, m=2, d=4096)
+    with pytest.raises(UnsupportedProblem, match="got 2 keys of 4096 numbers; bounds are proven for fewer than"):
+        refattn.evaluate(p, rounding="float64", device="cuda")
+
+
 def test_empty_axes(trusted):
     for n, m, d, d_v in ((0, 3, 2, 2), (3, 0, 2, 2), (2, 3, 0, 2)):
         p = Problem(np.ones((1, 1, n, d)), np.ones((1, 1, m, d)), np.ones((1, 1, m, d_v)))
