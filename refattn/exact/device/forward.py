@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UnsupportedProblem
+from ...masks import band
 from ...rules import EMPTY, FULL, View
 from ...rules.spans import UNSURE
 from ..heads import Head
@@ -29,8 +30,8 @@ AT_THE_END = 32
 """More matrices (rows, d_v) than are alive while a tile of rows is finished."""
 WIDEST, LONGEST = 2**12, 2**22
 """Terms of a bound's sum over a row, and over keys, which are added in any order (docs/proofs/streaming.md)."""
-NONE, ALL = -2, -1
-"""In place of a row's line of the mask: it sees no key of the tile, or every key."""
+UNMASKED = -1
+"""In place of a row's line of the mask: it sees all keys from its first to its last."""
 
 
 def bytes_needed(n_q: int, n_k: int, d: int, d_v: int, level: int, rows: int, more: bool = False) -> int:
@@ -95,6 +96,7 @@ class OnDevice(Forward):
         self.tall, constant = rows_of_a_tile(one, f, len(rows)), Level(f.level).log2e
         self.log2e = float(constant.h[0, 0]), float(constant.l[0, 0])
         super().__init__(one, f, rows, unit, into, threads=1)
+        self.ends = band(one.problem, one.batch, one.rows, one.keys)
 
     def run(self) -> None:
         """Compute all rows."""
@@ -106,36 +108,43 @@ class OnDevice(Forward):
         for start in range(0, len(self.rows), size):
             at = slice(start, min(start + size, len(self.rows)))
             sums = Sums.of(at.stop - at.start, d_v, xp)
-            for n, some, line, mask in self._seen(at):
-                self._add_some(n, at, some, line, mask, sums)
+            for n, some, sees, mask in self._seen(at):
+                self._add_some(n, at, some, sees, mask, sums)
             self._finish(at, sums)
         del self._planes, self._parts
 
     def _seen(self, at: slice) -> Iterator[tuple[int, slice, Any, Any]]:
         """Yield tiles of keys, the rows from the first to the last that see some of it, and what these see.
 
-        For each row a line of a mask, ``ALL`` or ``NONE``; None where all rows see all keys.
+        That is for each row its first key in the tile, the one behind its last, and its line of a mask or ``UNMASKED``,
+        and the mask; None where all rows see all keys.
         """
         rows, allowed = self.rows[at], self.head.allowed
         for n, keys in enumerate(self.tiles):
+            w = keys.stop - keys.start
             if self.whole:
                 yield n, slice(0, len(rows)), None, None
                 continue
-            kind = self.kinds[at, n] if isinstance(allowed, View) else np.full(len(rows), UNSURE)
-            lines = np.nonzero(kind != EMPTY)[0]
+            if self.ends is not None:
+                first, end = (np.clip(x[rows] - keys.start, 0, w) for x in self.ends)
+                open_ = np.zeros(0, np.intp)
+            else:
+                kind = self.kinds[at, n] if isinstance(allowed, View) else np.full(len(rows), UNSURE)
+                first, end = np.zeros(len(rows), np.int64), np.where(kind == EMPTY, 0, w)
+                open_ = np.nonzero((kind != EMPTY) & (kind != FULL))[0]
+            lines = np.nonzero(first < end)[0]
             if not lines.size:
                 continue
             some = slice(int(lines[0]), int(lines[-1]) + 1)
-            kind = kind[some]
-            open_ = np.nonzero((kind != EMPTY) & (kind != FULL))[0]
-            if not open_.size and (kind == FULL).all():
+            if not open_.size and (first[some] == 0).all() and (end[some] == w).all():
                 yield n, some, None, None
                 continue
-            line = np.where(kind == FULL, ALL, NONE).astype(np.int32)
-            line[open_] = np.arange(len(open_))
-            yield n, some, line, allowed[rows[some][open_], keys].astype(np.uint8)
+            sees = np.stack([first, end, np.full(len(rows), UNMASKED)], 1).astype(np.int32)
+            sees[open_, 2] = np.arange(len(open_))
+            mask = allowed[rows[open_], keys].astype(np.uint8) if open_.size else None
+            yield n, some, np.ascontiguousarray(sees[some]), mask
 
-    def _add_some(self, n: int, at: slice, some: slice, line: Any, mask: Any, sums: Sums) -> None:
+    def _add_some(self, n: int, at: slice, some: slice, sees: Any, mask: Any, sums: Sums) -> None:
         """Add a tile of keys to the sums of some rows of a tile."""
         level, device, keys = self.f.level, self.f.device, self.tiles[n]
         xp, r, w = self.f.xp, some.stop - some.start, keys.stop - keys.start
@@ -145,7 +154,7 @@ class OnDevice(Forward):
         fade = self._fade[:r]
         self.keys[n].levels(self.left[here], level, [planes[:, t] for t in range(level + 1)])
         bias = None if self.head.bias is None else xp.asarray(self.head.bias[self.rows[here], keys])
-        given = [x if x is None else xp.asarray(x) for x in (bias, line, mask)]
+        given = [x if x is None else xp.asarray(x) for x in (bias, sees, mask)]
         pointer = [np.uint64(0) if x is None else x for x in given]
         table, *ln2 = device.table
         (k, k_low), (c, c_low) = self.cap or ((0.0, 0.0), (0.0, 0.0))

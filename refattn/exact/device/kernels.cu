@@ -5,10 +5,9 @@
 #define BITS 12
 #define TABLE 4096
 #define FLOOR (-250.0)
-#define ALL (-1)   // in place of a row's line of the mask: it sees every key of the tile
 #define FULL_WARP 0xffffffffu
-const double BIG = 6755399441055744.0;  // 1.5 * 2**52: its last place is 1
-const long long BIG_BITS = 0x4338000000000000ll;
+constexpr double BIG = 6755399441055744.0;  // 1.5 * 2**52: its last place is 1
+constexpr long long BIG_BITS = 0x4338000000000000ll;
 
 __device__ __forceinline__ void two_sum(double a, double b, double& s, double& e) {
     const double sum = a + b, t = sum - a;
@@ -70,25 +69,28 @@ __device__ __forceinline__ double larger(double a, double b) { return a > b || a
 
 // One block a row: turn the scores' levels of a tile, planes (rows, LEVEL + 1, w), into the weights' heads and tail in
 // their place; raise the row's shift m, and add to its denominator. fade is what the row's sums were multiplied with.
-extern "C" __global__ void __launch_bounds__(THREADS) weigh(
+// sees is null where every row sees every key.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) weigh(
     double* planes, int w, double c, double c_low,
     const double* __restrict__ table, double ln2, double ln2_low,
     int capped, double k, double k_low, double cap, double cap_low,
     const double* __restrict__ bias, double log2e, double log2e_low,
-    const int* __restrict__ line, const unsigned char* __restrict__ mask,
+    const int* __restrict__ sees, const unsigned char* __restrict__ mask,
     double cut0, double cut1, double cut2, double* m, double* den, double* den_low, double* fade) {
     __shared__ double tops[THREADS / 32], sums[THREADS / 32][PLANES][2];
     const int row = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     double* own = planes + (size_t)row * PLANES * w;
     const double before = m[row], minus_infinity = -__longlong_as_double(0x7ff0000000000000ll);
-    const int at = line ? line[row] : ALL;  // below ALL: it sees no key of the tile
+    // the row's first key in the tile, the one behind its last, and its line of the mask, below 0 where it needs none
+    const int first = sees ? sees[3 * row] : 0, end = sees ? sees[3 * row + 1] : w;
+    const unsigned char* seen = sees && sees[3 * row + 2] >= 0 ? mask + (size_t)sees[3 * row + 2] * w : 0;
     double h[PER], low[PER], top = minus_infinity;
 #pragma unroll
     for (int i = 0; i < PER; i++) {
         const int j = thread + i * THREADS;
         h[i] = minus_infinity;
         low[i] = 0.0;
-        if (j < w && (at == ALL || (at >= 0 && mask[(size_t)at * w + j]))) {
+        if (j >= first && j < end && (!seen || seen[j])) {
             double s = own[j], s_low = 0.0, e;
             if (LEVEL > 0) { two_sum(s, own[w + j], s, e); s_low += e; }
             if (LEVEL > 1) { two_sum(s, own[2 * w + j], s, e); s_low += e; }
