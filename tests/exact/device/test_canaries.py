@@ -63,7 +63,7 @@ def test_a_product_that_is_off_now_and_then_is_refused(stand_in):
     """Only the bound for sums in any order sees an error in sums that are not checked exactly."""
 
     def broken(a, b, found):
-        return found + 2.0**-40 if b.shape[1] == 48 else found
+        return found + 2.0**-40 if (a % 1 != 0).mean() > 0.9 else found
 
     with pytest.raises(UnsupportedProblem, match="the check 'sums in any order' failed"):
         canaries.check(Card(stand_in(broken=broken), 0))
