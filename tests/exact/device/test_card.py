@@ -12,7 +12,7 @@ from refattn import Problem, UnsupportedProblem
 from refattn.errors import InvalidProblem
 from refattn.exact.device import asked
 from refattn.exact.device.card import KERNELS, OPTIONS, Card, cupy_with_gpu, text_of
-from tests.gpu.compiled import NVCC, check_compiles
+from tests.gpu.compiled import EVERY, NVCC, check_compiles
 from tests.he.device.emulated import GXX
 
 from .cupys_part import cupys_part
@@ -71,7 +71,7 @@ def test_products_of_any_layout(tmp_path):
 
 
 @NVCC
-@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("level", range(4) if EVERY else (2, 3))
 def test_kernels_compile_without_spills(tmp_path, level):
     check_compiles(tmp_path / "kernels.cu", text_of(level))
 
