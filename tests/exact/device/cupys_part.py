@@ -34,7 +34,9 @@ SCALARS = (bool, int, float, np.generic)
 UFUNCS = """absolute add subtract multiply divide negative sqrt log2 maximum minimum ceil rint frexp ldexp nextafter
 copysign isfinite isnan isinf signbit equal not_equal less less_equal greater greater_equal invert bitwise_and
 bitwise_or logical_not right_shift left_shift"""
-FUNCTIONS = "where stack concatenate outer broadcast_to moveaxis full_like ones_like zeros_like max sum"
+FUNCTIONS = (
+    "ascontiguousarray where stack concatenate outer broadcast_to moveaxis full_like ones_like zeros_like max sum"
+)
 
 
 def taken(x):

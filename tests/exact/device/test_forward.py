@@ -64,6 +64,13 @@ def test_a_threads_keys_and_tiles_of_rows_meet(trusted, monkeypatch):
     assert sorted(rows) == [6, 8, 8, 16, 16, 16]
 
 
+def test_a_tile_of_one_key(trusted):
+    card_of(0).keys = 16
+    p = head(np.random.default_rng(4), n=5, m=17, d=3)
+    mine = refattn.evaluate(p, rounding="float64", device="cuda")
+    assert compare(mine, refattn.evaluate(p, rounding="float64")) == 0
+
+
 def test_a_row_that_stays_open_goes_up_a_level_and_to_the_cpu(trusted):
     rng = np.random.default_rng(2)
     p = head(rng, n=4, m=8, d=3)
