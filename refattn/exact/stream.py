@@ -119,7 +119,7 @@ class Right:
         part, w = copy.copy(self), self.most.shape[1]
         part.k = at.stop - at.start
         part.heads, part.tails = (
-            np.ascontiguousarray(x.reshape(len(x) // self.k, self.k, w)[:, at]).reshape(len(x) // self.k * part.k, w)
+            x.reshape(len(x) // self.k, self.k, w)[:, at].copy().reshape(len(x) // self.k * part.k, w)
             for x in (self.heads, self.tails)
         )
         return part
