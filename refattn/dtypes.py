@@ -136,7 +136,7 @@ class Format:
 
     def round_array(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Round every element of a float64 array as :meth:`round` does, once (no double rounding)."""
-        x = np.asarray(x, np.float64)
+        x = x if hasattr(x, "__cuda_array_interface__") else np.asarray(x, np.float64)
         if self.precision == 53:
             return x.copy()
         if self.name in ("float32", "float16"):  # NumPy's own conversions round to nearest even, once
@@ -144,7 +144,7 @@ class Format:
                 return x.astype(self.name).astype(np.float64)
         with np.errstate(all="ignore"):
             exponent = np.frexp(np.where(np.isfinite(x), x, 0.0))[1] - 1
-            spacing = np.ldexp(1.0, np.maximum(exponent, self.emin) - self.precision + 1)
+            spacing = np.ldexp(np.ones_like(x), np.maximum(exponent, self.emin) - self.precision + 1)
             # x / spacing is exact (a power of two); rint rounds half to even
             rounded = np.where(np.isfinite(x), np.rint(x / spacing) * spacing, x)
             past = np.abs(rounded) > self.largest

@@ -14,7 +14,18 @@ from .problem import Problem
 from .rules import Rule, View, atoms
 from .validation import ALIGNMENTS
 
-__all__ = ["WRITTEN", "both", "causal", "diagonal", "document", "padding", "sliding_window", "unused", "visible"]
+__all__ = [
+    "WRITTEN",
+    "band",
+    "both",
+    "causal",
+    "diagonal",
+    "document",
+    "padding",
+    "sliding_window",
+    "unused",
+    "visible",
+]
 
 Mask = NDArray[np.bool_]
 WRITTEN = 2**22
@@ -128,6 +139,23 @@ def _by_rules(p: Problem, batch: int, head: int, rows: slice, keys: slice) -> Vi
     return View(
         [(r, rows.start, keys.start, whole) for r in others] + [(r, 0, 0, (0, 0, *shape)) for r in inside], shape
     )
+
+
+def band(problem: Problem, batch: int, rows: slice, keys: slice) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """Return the first key that each row sees and the one behind the last; None where more than a diagonal says so.
+
+    Parameters
+    ----------
+    problem, batch, rows, keys
+        As in :func:`visible`.
+    """
+    if any(x is not None for x in (problem.allowed, problem.bias, problem.weight)):
+        return None
+    n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
+    place, (left, right) = np.arange(n_q) + diagonal(problem, batch, rows, keys), _sides(problem)
+    first = np.zeros_like(place) if left is None else place - left
+    end = np.full_like(place, n_k) if right is None else place + right + 1
+    return np.clip(first, 0, n_k), np.clip(end, 0, n_k)
 
 
 def _sides(p: Problem) -> tuple[int | None, int | None]:

@@ -100,3 +100,22 @@ def test_a_long_mask_is_a_view_with_the_same_keys(seed, monkeypatch):
     monkeypatch.setattr(masks, "WRITTEN", 0)
     for b, s, want in whole:
         assert np.array_equal(np.asarray(masks.visible(p, b, 0, *s, by_rules=True)), want)
+
+
+def test_a_band_is_what_is_visible_where_only_a_diagonal_says_so():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        n, m = (int(x) for x in rng.integers(1, 9, 2))
+        more = {"causal": [None, "bottom_right", "top_left"][rng.integers(3)]}
+        if rng.random() < 0.7:
+            more["window"] = tuple(None if rng.random() < 0.3 else int(x) for x in rng.integers(0, 9, 2))
+        if rng.random() < 0.3:
+            more |= {"lengths_q": rng.integers(0, n + 1, 1), "lengths_k": rng.integers(0, m + 1, 1)}
+        p = Problem(np.ones((1, 1, n, 1)), np.ones((1, 1, m, 1)), np.ones((1, 1, m, 1)), **more)
+        for rows, keys in p.segments(0):
+            first, end = masks.band(p, 0, rows, keys)
+            places = np.arange(keys.stop - keys.start)
+            expected = (places >= first[:, None]) & (places < end[:, None])
+            np.testing.assert_array_equal(masks.visible(p, 0, 0, rows, keys), expected)
+    masked = Problem(p.query, p.key, p.value, allowed=np.ones((1, 1, n, m), bool))
+    assert masks.band(masked, 0, slice(0, n), slice(0, m)) is None

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -229,19 +230,28 @@ def failing(kernel: Function, model: Model, able: frozenset[str]) -> Callable[[P
     return fails
 
 
+class _UnboundedError(Exception):
+    """A model has no bound of a call: that is no word of the kernel's."""
+
+
 def _case_run(kernel: Kernel, case: Case, dtype: str) -> Callable[[], Check]:
     name, able, model = f"{case.name}[{dtype}]", kernel.capabilities, kernel.model(dtype)
 
     def run() -> Check:
         problem, notes = case.problem(dtype), Notes()
         lacks = able.missing(problem)
-        try:
-            with one_thread():
-                known = of_case(case, dtype, model, backward=False)
-        except UnsupportedProblem as e:  # the model's, and no word of the kernel's
-            return Check(name, "unsupported", message=str(e))
+
+        def known() -> Expected:
+            try:
+                return of_case(case, dtype, model, backward=False)
+            except UnsupportedProblem as e:
+                raise _UnboundedError(str(e)) from e
+
         lse, some = able.lse and not lacks, case.sample(problem)
-        check = guarded(name, lambda: judged(kernel.call, problem, known, model, lse, notes, some))
+        try:
+            check = guarded(name, lambda: judged(kernel.call, problem, known, model, lse, notes, some))
+        except _UnboundedError as e:
+            return Check(name, "unsupported", message=str(e))
         return replace(settled(check, kernel, problem, lacks, notes), rules=notes.rules, either=notes.either)
 
     return run

@@ -12,7 +12,7 @@ from ..dtypes import FORMATS, format_of
 from ..errors import UnsupportedProblem, expect
 from ..exact.heads import Head, heads, rows_of
 from ..exact.lowering import lower
-from ..exact.run import specials
+from ..exact.results import specials
 from ..problem import Problem
 from ..variants import Steps, variant_of
 from .bounds.smoothed import mean_of, smoothed

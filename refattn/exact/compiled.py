@@ -13,11 +13,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from .doubledouble import EXP2_FLOOR, TABLE_BITS, _table
+from .doubledouble import EXP2_FLOOR, TABLE_BITS, table
 
 __all__ = ["accumulate", "capped", "cut", "gradient_weights", "row_sum_error", "row_sums", "scores", "weights"]
 
-_HIGH, _LOW, (_C, _C_LOW) = _table()
+_HIGH, _LOW, (_C, _C_LOW) = table()
 _BOTH = np.ascontiguousarray(np.concatenate([_HIGH, _LOW]))
 _SIZE = 1 << TABLE_BITS
 _MAGIC = 1.5 * 2.0**52

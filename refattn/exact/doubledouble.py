@@ -12,9 +12,10 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
+from .anywhere import beside
 from .precision import precision
 
-__all__ = ["EXP2_ERROR", "EXP2_FLOOR", "U", "constant", "exp2", "fast_two_sum", "two_prod", "two_sum"]
+__all__ = ["EXP2_ERROR", "EXP2_FLOOR", "U", "constant", "exp2", "fast_two_sum", "table", "two_prod", "two_sum"]
 
 Float = NDArray[np.float64]
 
@@ -61,7 +62,7 @@ def constant(x: Any) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=1)
-def _table() -> tuple[Float, Float, tuple[float, float]]:
+def table() -> tuple[Float, Float, tuple[float, float]]:
     """Return 2**(i / TABLE) as two arrays, and log(2) / TABLE."""
     with precision(300):
         pairs = [constant(flint.arb(2) ** (flint.arb(i) / TABLE)) for i in range(TABLE)]
@@ -88,7 +89,7 @@ def exp2(h: Float, low: Float) -> tuple[Float, Float]:
     h + low = k / 4096 + r with k an integer and abs(r) <= 2**-13 · 1.001; 2**(k / 4096) comes from a table, 2**r from a
     polynomial of degree 6 whose first two terms are double-double.
     """
-    table_high, table_low, (c, c_low) = _table()
+    *powers, (c, c_low) = table()
     dead = ~(h >= EXP2_FLOOR)  # also where h is no number
     z = np.where(dead, EXP2_FLOOR, h) * TABLE
     k = np.rint(z)
@@ -103,7 +104,7 @@ def exp2(h: Float, low: Float) -> tuple[Float, Float]:
     rest = (y * s) * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720))))
     q, e = fast_two_sum(y, 0.5 * s)
     q_low = e + (y_low + 0.5 * s_low) + rest
-    t, t_low = table_high[i], table_low[i]
+    t, t_low = (beside(h, x)[i] for x in powers)
     p, e = two_prod(t, q)
     out, e2 = fast_two_sum(t, p)
     low_part = e2 + (e + t * q_low + (t_low + t_low * q))

@@ -22,6 +22,8 @@ from ..problem import Problem
 from ..variants import variant_of
 from .answer import Answer
 from .arithmetics import Balls, Floats
+from .device.asked import asked, on
+from .device.card import Card
 from .enclosure import Enclosure
 from .field import Field
 from .levels import Level
@@ -52,6 +54,7 @@ def evaluate(
     n_jobs: int | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    device: str = "cpu",
 ) -> Answer:
     """Evaluate one attention call exactly.
 
@@ -80,6 +83,9 @@ def evaluate(
         With `rounding`: a folder that keeps finished parts; the same call goes on from there after an interrupt.
     progress : callable, optional
         Called as ``progress(done, total)`` after each part.
+    device : str
+        "cpu", or with `rounding` an NVIDIA GPU: "cuda" (CuPy's current one), "cuda:0" and so on. There it computes out
+        and lse of softmax attention, to the same bits; what is left undecided goes on in Arb on the CPU.
 
     Returns
     -------
@@ -91,17 +97,21 @@ def evaluate(
     InvalidProblem, InvalidInput
         An option that the operator does not take; `bits`, `rounding` or `gradients` that make no sense.
     UnsupportedProblem
-        An option of Problem that means nothing for the operator; gradients of non-finite inputs.
+        An option of Problem that means nothing for the operator; gradients of non-finite inputs; what a GPU does not
+        compute, no GPU, too little memory of it (says how much is needed), or one whose arithmetic is not trusted.
     """
     lowered = lower(problem)
     if isinstance(bits, bool) or not isinstance(bits, int) or not 32 <= bits <= 2**20:
         raise InvalidInput(f"bits: got {bits!r}, expected an integer from 32 to {2**20}")
     if n_jobs is not None and (isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1):
         raise InvalidInput(f"n_jobs: got {n_jobs!r}, expected an integer of at least 1 or None")
+    card = asked(device, problem, rounding, gradients=gradients, dlse=dlse, n_jobs=n_jobs, checkpoint=checkpoint,
+                 progress=progress)  # fmt: skip
     threads = n_jobs or os.cpu_count() or 1
     dout, at_lse = _both(problem, gradients, dlse)
     if lowered.problem is not problem:
         more: Any = {"dlse": dlse, "n_jobs": n_jobs, "checkpoint": checkpoint, "progress": progress}
+        more["device"] = device
         answer = evaluate(
             lowered.problem, bits, rounding=rounding, lse_rounding=lse_rounding, gradients=gradients, **more
         )
@@ -113,6 +123,9 @@ def evaluate(
             enclosures = {n: Enclosure.of(x) for n, x in raw.items()}
         return Answer(problem, {n: e.mid for n, e in enclosures.items()}, enclosures, None, {}, raw)
     form, lse_form = format_of(rounding), format_of(lse_rounding or rounding)
+    if card is not None:
+        with on(card):
+            return _rounded(problem, form, lse_form, None, threads, device=card)
     cut = at_lse is None and (checkpoint is not None or progress is not None or (n_jobs or 1) > 1)
     pieces = parts(problem, dout) if cut else []
     if len(pieces) < 2 and checkpoint is None:
@@ -188,14 +201,16 @@ def _rounded(
     dout: NDArray[np.float64] | None,
     threads: int,
     dlse: NDArray[np.float64] | None = None,
+    device: Card | None = None,
 ) -> Answer:
     need = np.ones(problem.out_shape[:3], bool)
     own_bias = problem.bias is not None and problem.bias.shape == (*problem.out_shape[:3], problem.n_k)
     state = State(form, lse_form, ("out", "lse", "dq", "dbias") if own_bias else ("out", "lse", "dq"))
-    work = Work(problem, dout, threads, dlse)
+    work = Work(problem, dout, threads, dlse, device)
     by_key, keys = work.by_keys, None
     first = (START if dout is None else START_BACK)[form.precision]
-    levels: list[Level | Balls] = [*(Level(level) for level in range(first, 4)), *(Balls(bits) for bits in LADDER)]
+    levels: list[Level | Balls] = [Level(level, device) for level in range(first, 4)]
+    levels += [Balls(bits) for bits in LADDER]
     for f in levels:
         start = time.perf_counter()
         with f.working() if isinstance(f, Balls) else nullcontext():

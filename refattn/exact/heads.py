@@ -19,7 +19,18 @@ from ..problem import Problem
 from ..variants import Rows, variant_of
 from .matrix import Matrix
 
-__all__ = ["Given", "Head", "gate_of", "heads", "matrix_of", "numbers_of", "plain_scores", "rows_of"]
+__all__ = [
+    "Given",
+    "Head",
+    "all_finite",
+    "finite_rows",
+    "gate_of",
+    "heads",
+    "matrix_of",
+    "numbers_of",
+    "plain_scores",
+    "rows_of",
+]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -252,7 +263,7 @@ def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
                 parts = (q[b, h, rows], k[b, h // group, keys], v[b, h // group, keys])
                 bad = _spoilt(parts[0], parts[1], bias, s, allowed)
                 live = allowed.any(1) & ~bad
-                clean = [x if np.isfinite(x).all() else np.where(np.isfinite(x), x, 0.0) for x in parts]
+                clean = [x if all_finite(x) else np.where(np.isfinite(x), x, 0.0) for x in parts]
                 if bias is not None:
                     bias = np.where(np.isfinite(bias), bias, 0.0)
                 if s is not None and not np.isfinite(s):
@@ -294,6 +305,17 @@ def plain_scores(one: Head, row: int) -> Float:
         return np.asarray((s if o.bias is None else s + o.bias).a[0])
 
 
+def all_finite(x: Float) -> bool:
+    """Tell whether an array has neither NaN nor inf: a finite sum says so at once."""
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(x.sum()) or np.isfinite(x).all())
+
+
+def finite_rows(x: Float) -> Mask:
+    """Tell which rows have neither NaN nor inf."""
+    return np.ones(len(x), bool) if all_finite(x) else np.asarray(np.isfinite(x).all(1))
+
+
 def _weights(x: Float) -> Float:
     if not (x >= 0).all() or np.isinf(x).any():
         raise InvalidProblem("weight: has a number below 0, NaN or inf; it says how often a key counts")
@@ -302,9 +324,10 @@ def _weights(x: Float) -> Float:
 
 def _spoilt(q: Float, k: Float, bias: Float | None, sink: float | None, allowed: Mask) -> Mask:
     """Return the rows that are NaN by the contract: a non-finite query, key in sight, bias above -inf, or sink."""
-    lost: Mask = np.asarray((~np.isfinite(k)).any(1))
-    bad: Mask = np.asarray(allowed[:, lost].any(1))
-    bad |= ~np.isfinite(q).all(1) & allowed.any(1)
+    lost = ~finite_rows(k)
+    bad: Mask = np.asarray(allowed[:, lost].any(1)) if lost.any() else np.zeros(len(q), bool)
+    if not all_finite(q):
+        bad |= ~np.isfinite(q).all(1) & allowed.any(1)
     if bias is not None:
         bad |= (np.asarray(allowed) & ~np.isfinite(bias)).any(1)
     if sink is not None and not np.isfinite(sink):

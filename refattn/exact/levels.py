@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import elementwise
+from .anywhere import largest
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, constant, exp2, two_prod, two_sum
 from .matrix import Reflected, UnsureSign
 from .precision import precision
 
-__all__ = ["ETA", "UP", "Bounded", "Level"]
+__all__ = ["ETA", "UP", "Bounded", "Level", "gamma", "head_bits"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -49,19 +50,25 @@ def head_bits(k: int, level: int) -> int:
 
 
 class Level:
-    """The arithmetic of one level L, 0 to 3."""
+    """The arithmetic of one level L, 0 to 3, on the CPU or on a GPU (a ``refattn.exact.device.Card``)."""
 
-    def __init__(self, level: int) -> None:
-        self.level = level
+    def __init__(self, level: int, device: Any = None) -> None:
+        self.level, self.device = level, device
+        self.xp = np if device is None else device.xp
         self.name = f"float64 enclosures, L = {level}"
         with precision(LOG2E_BITS):
             high, low = constant(1 / flint.arb(2).log())
-        self.log2e = Bounded(self, *(np.array([[x]]) for x in (high, low, 2.0**-104)))
+        self.log2e = Bounded(self, *(self.xp.array([[x]]) for x in (high, low, 2.0**-104)))
+
+    @property
+    def steps(self) -> Any:
+        """The elementwise steps: the device's, or those of :func:`refattn.exact.elementwise.steps`."""
+        return self.device or elementwise.steps()
 
     def array(self, x: Float) -> Bounded:
-        """Take in a float64 array, exactly."""
-        x = np.asarray(x, np.float64)
-        return Bounded(self, x, np.zeros((1, 1)), np.zeros((1, 1)))
+        """Take in a float64 array, exactly; to the device, if there is one."""
+        x = self.xp.asarray(x, np.float64)
+        return Bounded(self, x, self.xp.zeros((1, 1)), self.xp.zeros((1, 1)))
 
     def number(self, x: Any) -> Bounded:
         """Take in an int, float or Fraction as a (1, 1) matrix."""
@@ -83,7 +90,7 @@ class Level:
     def _ball(self, x: Any) -> Bounded:
         h, low = constant(x)
         exact = x == flint.arb(h)
-        return Bounded(self, *(np.array([[v]]) for v in (h, low, 0.0 if exact else abs(h) * 2.0**-104)))
+        return Bounded(self, *(self.xp.array([[v]]) for v in (h, low, 0.0 if exact else abs(h) * 2.0**-104)))
 
 
 class Bounded(Reflected):
@@ -160,7 +167,7 @@ class Bounded(Reflected):
         o = self._taken(o)
         s, e = two_sum(self.h, o.h)
         if self._by_row(o):  # abs(e) <= u abs(s), abs(l) <= u abs(h)
-            small = 2 * U * (_row_max(self.h) + _row_max(o.h))
+            small = 2 * U * (largest(np.abs(self.h), 1)[:, None] + largest(np.abs(o.h), 1)[:, None])
         else:
             small = np.abs(e) + np.abs(self.l) + np.abs(o.l)
         h, low = two_sum(s, e + (self.l + o.l))
@@ -178,7 +185,7 @@ class Bounded(Reflected):
         a, b = self.h * o.l, self.l * o.h
         h, low = two_sum(p, e + (a + b))
         if o.h.shape == (1, 1) and self._by_row():
-            size, c = _row_max(self.h) * UP, np.abs(o.h) * UP
+            size, c = largest(np.abs(self.h), 1)[:, None] * UP, np.abs(o.h) * UP
             return Bounded(self.f, h, low, (16 * U * U * size * c + size * o.r + c * self.r + self.r * o.r) * UP + ETA)
         small = np.abs(self.l * o.l) + 4 * U * (np.abs(e) + np.abs(a) + np.abs(b))
         x, y = np.abs(self.h) + np.abs(self.l), np.abs(o.h) + np.abs(o.l)
@@ -222,7 +229,7 @@ class Bounded(Reflected):
         h, low = exp2(np.minimum(t.h, 1000.0), t.l)
         # 2**d - 1 for the argument's radius d <= 1 is at most 0.7 d 1.5
         relative = EXP2_ERROR + np.where(t.r <= 2.0**-10, 0.694 * t.r, np.where(t.r <= 1, 1.05 * t.r, np.inf))
-        floor = np.full((1, 1), 2.0 ** (EXP2_FLOOR + 1))
+        floor = self.f.xp.full((1, 1), 2.0 ** (EXP2_FLOOR + 1))
         if (t.h > 1000.0).any():
             floor = np.where(t.h > 1000.0, np.inf, floor)
         return Bounded(self.f, h, low, floor, relative * UP)
@@ -247,7 +254,18 @@ class Bounded(Reflected):
         return Bounded(self.f, sign * t.h, sign * t.l, t.r + self.r)
 
     def log(self) -> Bounded:
-        """Natural logarithm, through Arb: meant for columns."""
+        """Natural logarithm, t log 2 + log(1 + e), with t near log2(x) and 1 + e = x 2**-t."""
+        near = (self.h > 2.0**-240) & (self.h < 2.0**240)
+        t = np.log2(np.where(near, self.h, 1.0))
+        h, low = exp2(-t, np.zeros_like(t))
+        e = self * Bounded(self.f, h, low, h * (2 * EXP2_ERROR)) - 1
+        size = np.abs(e.h) + np.abs(e.l) + e.r
+        r = np.where(near & (size <= 0.5), (e.r + size * size) * UP, np.inf)
+        found = self.f.array(t) * self.f.log2() + Bounded(self.f, e.h, e.l, r)
+        return found if self.f.device is not None or near.all() else self._log()
+
+    def _log(self) -> Bounded:
+        """Natural logarithm, through Arb: of numbers far from 1."""
         out = np.empty((3, *self.h.shape))
         low, r = (np.broadcast_to(x, self.h.shape) for x in (self.l, self.r))
         with precision(160):
@@ -306,11 +324,13 @@ class Bounded(Reflected):
         """Return heads A_0 .. A_{L-1} and tails A_{>=0} .. A_{>=L}, cut along rows; heads and differences are exact."""
         if b in self.kept:
             return self.kept[b]  # type: ignore[no-any-return]
-        top = np.abs(self.h).max(1, initial=0.0)
-        e = np.where(top > 0, np.ldexp(1.0, np.frexp(np.where(np.isfinite(top), top, 1.0))[1]), 1.0)
-        sigma = np.array([e * (1.5 * 2.0 ** (52 - b - s * (b + 1))) for s in range(level)]).reshape(level, len(e))
-        heads, tails = np.empty((level, *self.h.shape)), np.empty((level + 1, *self.h.shape))
-        elementwise.steps().cut(self.h, np.broadcast_to(self.l, self.h.shape), sigma, heads, tails)
+        top, xp = largest(np.abs(self.h), 1), self.f.xp
+        e = np.where(top > 0, np.ldexp(np.ones_like(top), np.frexp(np.where(np.isfinite(top), top, 1.0))[1]), 1.0)
+        sigma = xp.empty((level, len(e)))
+        for s in range(level):
+            sigma[s] = e * (1.5 * 2.0 ** (52 - b - s * (b + 1)))
+        heads, tails = xp.empty((level, *self.h.shape)), xp.empty((level + 1, *self.h.shape))
+        self.f.steps.cut(self.h, np.broadcast_to(self.l, self.h.shape), sigma, heads, tails)
         self.kept[b] = list(heads), list(tails)
         return self.kept[b]  # type: ignore[no-any-return]
 
@@ -366,10 +386,6 @@ def _row_sum(x: Float) -> Float:
 
 def _column_max(x: Float) -> Float:
     return np.asarray(np.abs(x).max(0, keepdims=True))
-
-
-def _row_max(x: Float) -> Float:
-    return np.asarray(np.abs(x).max(1, initial=0.0, keepdims=True))
 
 
 def _radius_sum(x: Bounded) -> Float:

@@ -16,11 +16,11 @@ from ..variants import Rows as RowsShape
 from ..variants import Steps, variant_of
 from .arithmetics import Floats
 from .backward import backward
-from .doubledouble import U, two_sum
 from .heads import Head, heads, matrix_of, numbers_of
 from .keys import FEW, Rows, few_keys, rows_by_definition, rows_of
-from .levels import UP, Bounded, Level
+from .levels import Bounded, Level
 from .lowering import lower
+from .results import Raw, add, add_dbias, collect, finite, mark, put, specials
 from .steps import by_steps
 from .stream import Forward, forward_pass, stream, streams
 from .tape import Tape, gradients
@@ -32,9 +32,8 @@ TILE = 2**18  # scores alive at a time: rows are taken in tiles, so memory stays
 TILE_LEVEL = 2**17
 FURTHER = ("dbias", "dsink", "dalpha", "dbeta")  # gradients of what a call may have
 STREAM_FROM = 256  # keys: fewer are faster whole
+ONLY = "has no streaming path, and nothing else runs on a GPU"
 
-Raw = dict[str, NDArray[Any]]
-"""Arrays by name. Elements are an arithmetic's numbers; those of a level stand along a last axis as h, l, r."""
 RowsByHead = dict[tuple[int, int, int], Rows]
 """What the rows of a head know, by batch, head and first row."""
 
@@ -52,6 +51,8 @@ class Work:
         Threads for the streaming path.
     dlse : (b, h_q, n_q) float64, optional
         The gradient arriving at lse: it goes by the tape.
+    device : refattn.exact.device.card.Card, optional
+        Where levels run: every head by the streaming path.
 
     Raises
     ------
@@ -65,14 +66,17 @@ class Work:
         dout: NDArray[np.float64] | None = None,
         threads: int = 1,
         dlse: NDArray[np.float64] | None = None,
+        device: Any = None,
     ) -> None:
         self.p, self.dout, self.threads, self.dlse = problem.to("numpy"), dout, threads, dlse
         self.variant = variant_of(problem.variant)
-        self.heads = list(heads(self.p))
+        self.heads = list(heads(self.p, by_rules=device is not None))
         self.unused = unused(self.p)
-        if dout is not None and not all(_finite(s) for s in self.heads):
+        if dout is not None and not all(finite(s) for s in self.heads):
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
-        self.streamed = [len(s.k) >= STREAM_FROM and streams(s) for s in self.heads]
+        self.streamed = [(device is not None or len(s.k) >= STREAM_FROM) and streams(s) for s in self.heads]
+        if device is not None and not all(self.streamed):
+            raise UnsupportedProblem(f"device: {problem.variant} attention with these options {ONLY}; use device='cpu'")
         plain = dlse is None and self.p.out_scale is None
         self.backward = [
             yes and plain and dout is not None and streams(s, backward=True) and _plain(s, dout)
@@ -121,18 +125,18 @@ class Work:
         dict
             Arrays of the arithmetic's numbers by name; numbers that the contract fixes are plain floats.
         """
-        if isinstance(f, Level):
+        if isinstance(f, Level):  # a device has been checked when it was asked for, with the CPU's arithmetic
             check_machine()
             check_thread()
         raw, known, dout = self._empty(f), {} if known is None else known, self.dout
         if self.unused is not None and "lse" in raw:
-            raw["lse"][np.broadcast_to(self.unused[0][:, None], self.p.out_shape[:3])] = _fixed(-np.inf, f)
+            mark(raw["lse"], np.broadcast_to(self.unused[0][:, None], self.p.out_shape[:3]), -np.inf, f)
         for i, one in enumerate(self.heads):
             wanted = one.live if need is None else one.live & need[one.batch, one.head, one.rows]
             lines, floating = np.nonzero(wanted)[0], isinstance(f, Level)
             if isinstance(self.variant.shape, Steps):
                 for name, x in by_steps(one, f, self.variant.shape, dout).items():
-                    _put(one, name, x, raw)
+                    put(one, name, x, raw)
             elif floating and dout is not None and self.backward[i]:
                 if lines.size or keys is not None:
                     _backward(one, f, lines, raw, dout, self.threads, keys, known)
@@ -145,7 +149,7 @@ class Work:
             specials(one, raw, f, self.variant.positive)
             if self.dlse is not None and one.sink is not None and "dsink" in raw:
                 alone = self.dlse[one.batch, one.head, one.rows][~one.allowed.any(1) & ~one.spoilt]
-                _add(raw["dsink"], (one.head,), numbers_of(matrix_of(f, alone[None]).sum())[0, 0])
+                add(raw["dsink"], (one.head,), numbers_of(matrix_of(f, alone[None]).sum())[0, 0])
         return raw
 
     def _by_tiles(self, one: Head, f: Any, lines: NDArray[np.intp], raw: Raw, sums: bool) -> None:
@@ -175,20 +179,13 @@ def _streamed(one: Head, f: Level, lines: NDArray[np.intp], raw: Raw, threads: i
     if one.out_scale is not None:
         out[...] = numbers_of(Bounded(f, *np.moveaxis(out, -1, 0)) / f.number(one.out_scale))
     if not whole:
-        raw["out"][at], raw["lse"][at] = _scaled(out, unit), lse
-
-
-def _put(one: Head, name: str, x: NDArray[Any], raw: Raw) -> None:
-    """Write what a recurrence gives of one head."""
-    if name in ("dk", "dv"):
-        _add(raw[name], (one.batch, one.head_kv, one.keys), x)
-    else:
-        raw[name][(one.batch, one.head) if name == "state" else (one.batch, one.head, one.rows)] = x
+        place = f.xp.asarray(at[2])
+        raw["out"][at[:2]][place], raw["lse"][at[:2]][place] = _scaled(out, unit), lse
 
 
 def _empty(f: Any, shape: tuple[int, ...]) -> NDArray[Any]:
     if isinstance(f, Level):
-        return np.zeros((*shape, 3))
+        return f.xp.zeros((*shape, 3))  # type: ignore[no-any-return]
     return np.zeros(shape, f.dtype) if isinstance(f, Floats) else np.full(shape, 0, object)
 
 
@@ -224,7 +221,7 @@ def _tile(
             if dlse is not None:
                 ends, arriving = [out, lse], [*arriving, matrix_of(f, dlse[at][:, None])]
             grads = gradients(ends, arriving, list(leaves.values()))
-            _collect(one, at, dict(zip(leaves, grads, strict=True)), raw, sums)
+            collect(one, at, dict(zip(leaves, grads, strict=True)), raw, sums)
             out, lse = out.value, None if lse is None else lse.value
         _shaped(one, "out", out, (len(tile), one.v.shape[1]))
         raw["out"][at] = _scaled(numbers_of(out), unit)
@@ -267,7 +264,7 @@ def _backward(
 
     def dbias(rows: slice, columns: slice, g: Bounded) -> None:
         with lock:
-            _add_dbias(one, (one.batch, one.head, at[2][rows]), columns, g, raw)
+            add_dbias(one, (one.batch, one.head, at[2][rows]), columns, g, raw)
 
     result, rows = backward(
         one, f, lines, dout[at], threads, None if one.bias is None else dbias, forward and forward.some(lines)
@@ -277,9 +274,9 @@ def _backward(
         known[one.batch, one.head, one.rows.start] = rows
     if keys is None:
         for x in ("dk", "dv"):
-            _add(raw[x], (one.batch, one.head_kv, one.keys), numbers_of(result[x]))
+            add(raw[x], (one.batch, one.head_kv, one.keys), numbers_of(result[x]))
     if "dsink" in result:
-        _add(raw["dsink"], (one.head,), numbers_of(result["dsink"])[0, 0])
+        add(raw["dsink"], (one.head,), numbers_of(result["dsink"])[0, 0])
 
 
 def _place(one: Head, rows: NDArray[np.intp]) -> tuple[Any, ...]:
@@ -310,7 +307,7 @@ def _keys(
     for i in range(0, len(wanted), FEW):
         some = wanted[i : i + FEW]
         for x, g in zip(("dk", "dv"), few_keys(one, f, arriving, some, known[name], threads), strict=True):
-            _add(raw[x], (one.batch, one.head_kv, one.keys.start + some), numbers_of(g))
+            add(raw[x], (one.batch, one.head_kv, one.keys.start + some), numbers_of(g))
     return forward
 
 
@@ -323,78 +320,13 @@ def _unit(v: NDArray[np.float64]) -> int:
 def _scaled(x: NDArray[Any], unit: int) -> NDArray[Any]:
     if unit == 0:
         return x
-    out = np.ldexp(x, unit)
+    out: Any = np.ldexp(x, np.full_like(x, unit, np.int32))
     lost = (np.abs(out[..., 0]) < 2.0**-950) | ~np.isfinite(out[..., 0])  # too near the edge to be a power of two apart
-    out[lost, 2] = np.inf
-    return np.asarray(out)
-
-
-def _collect(one: Head, at: Any, grads: dict[str, Any], raw: Raw, sums: bool) -> None:
-    b, h, _ = at
-    raw["dq"][at] = numbers_of(grads["dq"])
-    for name in ("dk", "dv") if sums else ():
-        _add(raw[name], (b, one.head_kv, one.keys), numbers_of(grads[name]))
-    if "dsink" in grads:
-        _add(raw["dsink"], (h,), numbers_of(grads["dsink"])[0, 0])
-    if "dbias" in grads:
-        _add_dbias(one, at, slice(0, one.k.shape[0]), grads["dbias"], raw)
-
-
-def _add_dbias(one: Head, at: Any, columns: slice, g: Any, raw: Raw) -> None:
-    """Add the gradient by the scores of some rows and keys where the bias has them, summed where it was spread."""
-    b, h, lines = at
-    shape = one.problem.bias.shape
-    g = g if shape[2] > 1 else g.T.sum().T
-    g = g if shape[3] > 1 else g.sum()
-    rows = lines[:, None] if shape[2] > 1 else np.zeros((1, 1), int)
-    keys = np.arange(one.keys.start, one.keys.stop)[None, columns] if shape[3] > 1 else np.zeros((1, 1), int)
-    _add(raw["dbias"], (b if shape[0] > 1 else 0, h if shape[1] > 1 else 0, rows, keys), numbers_of(g))
-
-
-def _add(target: NDArray[Any], index: Any, x: NDArray[Any]) -> None:
-    """Add numbers in place."""
-    old = target[index]
-    if target.dtype == object or target.shape[-1] != 3 or x.ndim != old.ndim:
-        target[index] = old + x
-        return
-    s, e = two_sum(old[..., 0], x[..., 0])
-    low = old[..., 1] + x[..., 1]
-    h, tail = two_sum(s, e + low)
-    lost = 2 * U * (np.abs(e) + np.abs(old[..., 1]) + np.abs(x[..., 1]))
-    target[index] = np.stack([h, tail, (old[..., 2] + x[..., 2] + lost) * UP], -1)
+    out[..., 2] = np.where(lost, np.inf, out[..., 2])
+    return out  # type: ignore[no-any-return]
 
 
 def _tiles(lines: NDArray[np.intp], n_k: int, most: int) -> Iterator[NDArray[np.intp]]:
     size = max(1, most // max(n_k, 1))
     for start in range(0, len(lines), size):
         yield lines[start : start + size]
-
-
-def _finite(one: Head) -> bool:
-    odd = np.nonzero(~np.isfinite(one.values).all(1))[0]
-    return not one.spoilt.any() and not (odd.size and one.allowed[:, odd].any())
-
-
-def _fixed(x: float, f: Any) -> Any:
-    """Return a number that the contract fixes as one of an arithmetic."""
-    return np.array([x, 0.0, 0.0]) if isinstance(f, Level) else x
-
-
-def specials(one: Head, raw: Raw, f: Any, positive: bool) -> None:
-    """Write what the contract fixes: rows without keys, rows that see NaN or inf."""
-    at = (one.batch, one.head, one.rows)
-
-    out = raw["out"][at]
-    if "lse" in raw:
-        lse = raw["lse"][at]
-        lse[~one.allowed.any(1)] = _fixed(-np.inf if one.sink is None else one.sink, f)
-        lse[one.spoilt] = _fixed(np.nan, f)
-    odd = np.nonzero(~np.isfinite(one.values).all(1))[0]
-    seen = one.allowed[:, odd].astype(np.float32)
-    if seen.any():
-        kinds = (np.isposinf, np.isneginf, np.isnan)
-        plus, minus, nan = (seen @ kind(one.values[odd]).astype(np.float32) > 0 for kind in kinds)
-        nan |= (plus & minus) | ((plus | minus) & (not positive))
-        for where, x in ((plus, np.inf), (minus, -np.inf), (nan, np.nan)):
-            out[where] = _fixed(x, f)
-    out[one.spoilt] = _fixed(np.nan, f)

@@ -9,11 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import Format
+from .anywhere import beside, on_host
 from .enclosure import Enclosure
 
 __all__ = ["State"]
 
 BY_KEY = ("dk", "dv")
+
+
+def _settled(e: Enclosure, form: Format) -> tuple[Enclosure, NDArray[np.float64], NDArray[np.bool_]]:
+    """Round an enclosure where it is, on the CPU or on a device, and return all of it on the CPU."""
+    value, decided = e.settle(form)
+    return Enclosure(*map(on_host, (e.mid, e.tail, e.radius))), on_host(value), on_host(decided)
 
 
 class State:
@@ -48,9 +55,7 @@ class State:
         """Take in what an arithmetic gave for the needed rows and keys, and round what it decides."""
         for name, x in raw.items():
             if name not in self.values:
-                e = enclose(x)
-                self.enclosures[name] = e
-                self.values[name], self.decided[name] = e.settle(self.form(name))
+                self.enclosures[name], self.values[name], self.decided[name] = _settled(enclose(x), self.form(name))
                 continue
             by_key = name in BY_KEY and keys is not None
             if name not in self.by_row and not by_key and not need.all():
@@ -60,10 +65,10 @@ class State:
                 fresh &= keys[..., None]
             if name in self.by_row:
                 fresh &= need if name == "lse" else need[..., None]
-            better, e = enclose(x[fresh]), self.enclosures[name]
+            better, value, decided = _settled(enclose(x[beside(x, fresh)]), self.form(name))
             for part in ("mid", "tail", "radius"):
-                getattr(e, part)[fresh] = getattr(better, part)
-            self.values[name][fresh], self.decided[name][fresh] = better.settle(self.form(name))
+                getattr(self.enclosures[name], part)[fresh] = getattr(better, part)
+            self.values[name][fresh], self.decided[name][fresh] = value, decided
 
     def open_keys(self) -> NDArray[np.bool_]:
         """Return the keys with a gradient that is not decided, (b, h_kv, n_k)."""

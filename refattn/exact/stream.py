@@ -19,6 +19,7 @@ from ..rules import FULL, PARTIAL, View
 from ..rules.spans import UNSURE
 from ..variants import variant_of
 from . import elementwise
+from .anywhere import largest, two_to
 from .blas import one_thread
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, two_prod
 from .heads import Head
@@ -47,6 +48,8 @@ KEYS = 512  # what suits the compiled steps, with ROWS
 PLAIN_ROWS, PLAIN_KEYS = 128, 256  # NumPy's steps make temporaries: keep them in cache
 SLACK = 1 + 2.0**-12
 """More than what a head's rounding adds to the bounds of heads and tails, whose width is at least 20 bits."""
+SQUARED = 2.0**-520
+"""More than the root of what fewer than 2**34 squares lose that fall below 2**-1074."""
 MOST_CAP = 2.0**10
 """A softcap's error is in proportion to it: larger ones, and their inverses, are left to the operators."""
 
@@ -66,7 +69,8 @@ def streams(one: Head, backward: bool = False) -> bool:
 
 def norms(x: Float) -> Float:
     """Return an upper bound of each row's 2-norm."""
-    return np.asarray(np.sqrt((x * x).sum(1)) * UP + ETA)
+    found: Float = np.sqrt((x * x).sum(1)) * UP + SQUARED
+    return found
 
 
 def product_sizes(left: list[Float], right: list[Right]) -> Float:
@@ -75,38 +79,56 @@ def product_sizes(left: list[Float], right: list[Right]) -> Float:
     By rows: the 1-norm times the largest element, or the 2-norms.
     """
     level = len(left) - 1
-    most = np.max([x.most.max(1, initial=0.0) for x in right], 0)
+    most = np.max(np.stack([largest(x.most, 1) for x in right]), 0)
     norm = np.max([x.norm for x in right], 0)
-    total = np.zeros(len(left[0]))
+    total: Any = 0.0
     for s, a in enumerate(left):
         total += np.minimum(np.abs(a).sum(1) * most[level - s], norms(a) * norm[level - s]) * UP
-    return total
+    found: Float = total
+    return found
 
 
 class Right:
     """A right operand B (k, w), cut along its columns: what each level of a product needs."""
 
     def __init__(self, turned: Any, f: Level, b: int) -> None:
-        level = f.level
+        level, self.product = f.level, np.matmul if f.device is None else f.device.matmul
         turned = turned if isinstance(turned, Bounded) else f.array(turned)
         heads, tails = turned._cut(b, level)
         self.k = turned.shape[1]
-        self.heads = np.concatenate([x.T for x in heads[::-1]], 0) if level else np.zeros((0, turned.shape[0]))
+        self.heads = np.concatenate([x.T for x in heads[::-1]], 0) if level else turned.h.T[:0]
         # of each column, by tail
-        self.most, self.sums = (np.empty((level + 1, turned.shape[0])) for _ in range(2))
+        self.most, self.sums = (f.xp.empty((level + 1, turned.shape[0])) for _ in range(2))
         self.norm = np.empty(level + 1)
         for t, x in enumerate(tails):
             size = np.abs(x)
-            self.most[t], self.sums[t] = size.max(1, initial=0.0), size.sum(1)
-            self.norm[t] = norms(x).max(initial=0.0)
-        self.lead = next((t for t in range(level + 1) if self.norm[level - t] > ETA), level)
+            self.most[t], self.sums[t] = largest(size, 1), size.sum(1)
+            self.norm[t] = float(largest(norms(x), 0))
+        # the first tails may be all 0: of narrow formats most are
+        self.lead = next((t for t in range(level + 1) if float(largest(self.most[level - t], 0)) > 0), level)
         self.tails = np.concatenate([x.T for x in tails[: level + 1 - self.lead][::-1]], 0)
+
+    def columns(self, at: slice) -> Right:
+        """Return some columns."""
+        part = copy.copy(self)
+        part.heads, part.tails = self.heads[:, at], self.tails[:, at]
+        return part
+
+    def rows(self, at: slice) -> Right:
+        """Return some rows, with the bounds of all."""
+        part, w = copy.copy(self), self.most.shape[1]
+        part.k = at.stop - at.start
+        part.heads, part.tails = (
+            x.reshape(len(x) // self.k, self.k, w)[:, at].copy().reshape(len(x) // self.k * part.k, w)
+            for x in (self.heads, self.tails)
+        )
+        return part
 
     def levels(self, left: Float, level: int, out: list[Float]) -> None:
         """Write the products of left = [A_0 .. A_{L-1} A_{>=L}] by level; the last is the rounded one."""
         for t in range(level):
-            np.matmul(left[:, : (t + 1) * self.k], self.heads[(level - 1 - t) * self.k :], out=out[t])
-        np.matmul(left[:, self.lead * self.k :], self.tails, out=out[level])
+            self.product(left[:, : (t + 1) * self.k], self.heads[(level - 1 - t) * self.k :], out=out[t])
+        self.product(left[:, self.lead * self.k :], self.tails, out=out[level])
 
 
 def stream(
@@ -142,6 +164,9 @@ def forward_pass(
     into: tuple[Float, Float] | None = None,
 ) -> Forward:
     """Do what :func:`stream` does, and return all that a gradient needs of it."""
+    if f.device is not None:
+        on_device: Forward = f.device.forward(one, f, rows, unit, into)
+        return on_device
     work = Forward(one, f, rows, unit, into, threads)
     if isinstance(one.allowed, View):
         each(work.gathered, groups(len(rows)), threads)
@@ -170,29 +195,36 @@ class Forward:
     def __init__(
         self, one: Head, f: Level, rows: NDArray[np.intp], unit: int, into: tuple[Float, Float] | None, threads: int
     ) -> None:
-        self.head, self.f, self.rows = one, f, rows
+        self.head, self.f, self.rows, host, xp = one, f, rows, Level(f.level), f.xp
         level, (n_k, d) = f.level, one.k.shape
-        v = np.ldexp(one.v, -unit) if unit else one.v
-        self.out, self.lse = into or (np.zeros((len(rows), v.shape[1], 3)), np.zeros((len(rows), 3)))
-        scale = one.options(f, slice(0, 1)).scale * f.log2e
+        k, v = xp.asarray(one.k), xp.asarray(np.ldexp(one.v, -unit) if unit else one.v)
+        self.out: Any
+        self.lse: Any
+        self.out, self.lse = into or (xp.zeros((len(rows), v.shape[1], 3)), xp.zeros((len(rows), 3)))
+        scale = one.options(host, slice(0, 1)).scale * host.log2e
         self.c, self.c_low = float(scale.h[0, 0]), float(scale.l[0, 0])
         self.ln2 = f.log2()
         self.whole = bool(one.allowed.all())
-        self.wide = tile_sizes()[1]
+        self.wide = tile_sizes()[1] if f.device is None else f.device.keys
         self.tiles, self.kinds = tiles_of(one.allowed, rows, n_k, self.wide)
-        self.shift, self.relative, self.sums = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros((len(rows), 3))
+        self.shift, self.relative, self.sums = xp.zeros(len(rows)), xp.zeros(len(rows)), xp.zeros((len(rows), 3))
         b, q = head_bits(d, level), f.array(one.q if len(rows) == len(one.q) else one.q[rows])
         heads, tails = q._cut(b, level)
         self.left = np.concatenate([*heads, tails[level]], 1)
-        self.keys = each(lambda t: Right(one.k[t], f, b), self.tiles, threads)
         self.width = head_bits(min(self.wide, n_k), level)
-        self.values = each(lambda t: Right(v[t].T, f, self.width), self.tiles, threads)
+        if f.device is None:
+            self.keys = of_keys = each(lambda t: Right(k[t], f, b), self.tiles, threads)
+            self.values = of_values = each(lambda t: Right(v[t].T, f, self.width), self.tiles, threads)
+        else:  # one cut for all keys: there a tile's would cost its launches
+            of_keys, of_values = [Right(k, f, b)], [Right(v.T, f, self.width)]
+            self.keys = [of_keys[0].columns(t) for t in self.tiles]
+            self.values = [of_values[0].rows(t) for t in self.tiles]
         self.sigma = np.array([1.5 * 2.0 ** (52 - self.width - s * (self.width + 1)) for s in range(level)])
-        self.most_v = np.max([x.most for x in self.values], 0)  # (L + 1, d_v)
-        self.sums_v = np.sum([x.sums for x in self.values], 0) * UP
+        self.most_v = np.max(np.stack([x.most for x in of_values]), 0)  # (L + 1, d_v)
+        self.sums_v = np.sum(np.stack([x.sums for x in of_values]), 0) * (1 + 2.0**-30)
         # the radius of a score in base 2, one a row
-        lost = gamma(d * (level + 1) + level + 4) * product_sizes([*heads, tails[level]], self.keys) * UP
-        size = norms(one.q[rows]) * max(x.norm[0] for x in self.keys) * UP
+        lost = gamma(d * (level + 1) + level + 4) * product_sizes([*heads, tails[level]], of_keys) * UP
+        size = norms(q.h) * max(x.norm[0] for x in of_keys) * UP
         c, rc = abs(self.c) * UP, float(np.ravel(scale.r)[0])
         r = lost + 2.0**-100 * size
         self.radius = (16 * U * U * size * c + (size + r) * rc + c * r) * UP + ETA
@@ -201,11 +233,12 @@ class Forward:
         if one.problem.softcap is not None:
             self._capped(one.problem.softcap)
         if one.bias is not None:
-            self.size = self.size + 1.5 * np.abs(one.bias[rows]).max(1)
+            self.size = self.size + xp.asarray(1.5 * np.abs(one.bias[rows]).max(1))
 
     def _capped(self, cap: float) -> None:
         """Note what a softcap needs, and what it does to the scores' radius: its slope is at most 1."""
-        most, k = self.f.number(cap) * self.f.log2e, 2.0 / cap
+        host, k = Level(self.f.level), 2.0 / cap
+        most = host.number(cap) * host.log2e
         p, e = two_prod(np.float64(k), np.float64(cap))
         self.cap = (k, float(((2.0 - p) - e) / cap)), (float(most.h[0, 0]), float(most.l[0, 0]))
         top = self.cap[1][0] * UP
@@ -308,7 +341,7 @@ class Forward:
         tail = sizes[level]
         adds = 8 * done * (level + 1) * U * U  # of the double-double sums
         weight = (relative + adds) * z + n_k * 2.0 ** (EXP2_FLOOR + 1)
-        r_den = (weight + (elementwise.steps().row_sum_error(self.wide) + 2 * U) * tail) * SLACK
+        r_den = (weight + (f.steps.row_sum_error(self.wide) + 2 * U) * tail) * SLACK
 
         def lost(s: int, part: int) -> Float:
             by_row = np.outer(sizes[s], self.most_v[part])
@@ -323,7 +356,7 @@ class Forward:
         if one.sink is not None:
             s = f.number(one.sink) * f.log2e
             up = np.maximum(m, np.ceil(s.h[0, 0]))[:, None]
-            fade = np.exp2(np.maximum(m[:, None] - up, -1074.0))
+            fade = two_to(np.maximum(m[:, None] - up, -1074.0))
             top, bottom = (
                 Bounded(f, x.h * fade, x.l * fade, np.where(x.r == 0, 0.0, x.r * fade + ETA)) for x in (top, bottom)
             )

@@ -36,9 +36,9 @@ class Sums:
     done: Float
 
     @classmethod
-    def of(cls, r: int, d_v: int) -> Sums:
+    def of(cls, r: int, d_v: int, xp: Any = np) -> Sums:
         """Return those of rows that have seen no key."""
-        return cls(np.full(r, LOWEST), *(np.zeros((r, d_v)) for _ in range(2)), *(np.zeros(r) for _ in range(3)))
+        return cls(xp.full(r, LOWEST), *(xp.zeros((r, d_v)) for _ in range(2)), *(xp.zeros(r) for _ in range(3)))
 
     def some(self, lines: Any) -> Sums:
         """Return those of some rows."""

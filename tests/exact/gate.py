@@ -1,8 +1,11 @@
 """The soundness gate: enclosures of every level against Arb at 320 bits, over families that hide nothing.
 
 Run ``python tests/exact/gate.py 100000000`` for 10^8 comparisons; the tests run a part of it.
+``python -m tests.exact.gate --device cuda`` compares random calls on a GPU with the CPU, bit for bit, and enclosures of
+a level there with Arb.
 """
 
+import argparse
 import sys
 import time
 
@@ -116,9 +119,8 @@ def gate(elements, seed=0, levels=(0, 1, 2, 3), variant=None, stop=None):
     return count, violations, worst, lost
 
 
-if __name__ == "__main__":
+def main(total):
     start = time.time()
-    total = int(float(sys.argv[1])) if len(sys.argv) > 1 else 10**6
     runner.STREAM_FROM = 64  # both paths
     done, wrong, worst_of, nothing = gate(total)
     print(
@@ -126,4 +128,18 @@ if __name__ == "__main__":
     )
     for (array, level), ratio in sorted(worst_of.items()):
         print(f"{array:6s} L = {level}: worst error / radius {ratio:.4f}")
-    sys.exit(1 if wrong else 0)
+    return wrong
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("elements", nargs="?", default="1e6", help="comparisons with Arb")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--problems", type=int, default=400, help="calls to compare on a GPU")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    if asked.device == "cpu":
+        sys.exit(1 if main(int(float(asked.elements))) else 0)
+    from tests.exact.device.gate import gate as on_device
+
+    sys.exit(1 if on_device(asked.device, asked.problems, int(float(asked.elements)), asked.seed) else 0)

@@ -250,3 +250,18 @@ def test_stats_tell_what_each_tier_decided(make):
     assert sum(s["decided"] for s in a.stats.values()) == a.out.size + a.lse.size
     assert next(iter(a.stats)) == "float64 enclosures, L = 1"
     assert all(s["seconds"] >= 0 for s in a.stats.values())
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_values_whose_squares_underflow_keep_their_tails(level, monkeypatch):
+    """A column of values near 2**-600 beside one of whole numbers: its tails' squares are 0, the tails are not."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((1, 1, n, 8)) for n in (4, 30))
+    v = np.stack([rng.integers(-3, 4, 30) * 1.0, rng.standard_normal(30) * 2.0**-600], 1)[None, None]
+    whole, tiled = (x["out"] for x in both(Problem(q, k, v), level, monkeypatch))
+    off = np.abs((whole[..., 0] - tiled[..., 0]) + (whole[..., 1] - tiled[..., 1]))
+    assert (off <= whole[..., 2] + tiled[..., 2]).all()
+
+
+def test_norms_bound_numbers_whose_squares_underflow():
+    assert (stream.norms(np.full((1, 4), 2.0**-600)) >= 2.0**-599).all()

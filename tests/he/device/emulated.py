@@ -9,22 +9,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refattn.he.device.build import text_of
+from refattn.he.device.build import KERNELS, text_of
 
 GXX = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 GUARD = 0xA5
 
 
-@cache
-def library(log_degree, folder):
-    text = (Path(__file__).parent / "emulator.cpp").read_text().replace("KERNELS_TEXT", text_of(log_degree))
-    source, made = folder / f"emulator{log_degree}.cpp", folder / f"emulator{log_degree}.so"
-    source.write_text(text)
-    # some g++ check by themselves that a longjmp goes up the stack; these go between stacks
-    command = ["g++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-o", str(made), str(source)]
+def compiled(name, text, kernels, folder, *options):
+    """Compile kernels for the CPU, by g++: a library with `emulate`."""
+    listed = " ".join(f"KERNEL_OF({k})" for k in kernels)
+    whole = (Path(__file__).parent / "emulator.cpp").read_text().replace("KERNELS_LIST", listed)
+    source, made = folder / f"{name}.cpp", folder / f"{name}.so"
+    source.write_text(whole.replace("KERNELS_TEXT", text))
+    options += ("-U_FORTIFY_SOURCE",)  # some g++ check that a longjmp goes up the stack; these go between stacks
+    command = ["g++", "-std=c++17", "-O1", *options, "-shared", "-fPIC", "-o", str(made), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(made))
+
+
+@cache
+def library(log_degree, folder):
+    return compiled(f"emulator{log_degree}", text_of(log_degree), KERNELS, folder)
 
 
 class Emulated:

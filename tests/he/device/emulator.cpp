@@ -66,8 +66,7 @@ extern "C" int emulate(
     const char* name, unsigned blocks, unsigned items, int threads, size_t bytes, void** given, int order) {
     static char* stacks = (char*)malloc((size_t)STACK * MOST_THREADS);
 #define KERNEL_OF(k) if (!strcmp(name, #k)) chosen = [](void** a) { apply(k, a); }; else
-    KERNEL_OF(inverse_rows) KERNEL_OF(spread) KERNEL_OF(times_key) KERNEL_OF(drop) KERNEL_OF(each) KERNEL_OF(sum)
-    KERNEL_OF(dot) KERNEL_OF(residues) KERNEL_OF(subtract) KERNEL_OF(seed_roots) KERNEL_OF(seed_words) KERNEL_OF(seed_again) return 1;
+    KERNELS_LIST return 1;
     const unsigned long long guard = 0x0123456789ABCDEFull;
     std::vector<unsigned long long> room(bytes / 8 + 64, guard);
     shared_words = room.data();

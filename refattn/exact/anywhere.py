@@ -1,0 +1,30 @@
+"""The few things that NumPy's own functions do not do alike for arrays of NumPy and of CuPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["beside", "largest", "on_host", "two_to"]
+
+
+def beside(x: Any, y: NDArray[Any]) -> Any:
+    """Return a NumPy array where x is: itself, or a copy on x's device."""
+    return np.asarray(y, like=x) if hasattr(x, "__cuda_array_interface__") else y
+
+
+def on_host(x: Any) -> Any:
+    """Return an array as NumPy's: itself, or a copy of what is on a device."""
+    return x.get() if hasattr(x, "__cuda_array_interface__") else x
+
+
+def largest(x: Any, axis: int) -> Any:
+    """Return the largest of sizes along an axis, 0 where there are none (CuPy's max takes no ``initial``)."""
+    return x.max(axis) if x.shape[axis] else x.sum(axis)
+
+
+def two_to(x: Any) -> Any:
+    """Return 2**x of whole numbers from -1074, exactly: a device's exp2 may be off by a last place."""
+    return np.ldexp(np.ones_like(x), x.astype(np.int32))

@@ -1,0 +1,178 @@
+"""A GPU through CuPy: its arrays, matrix products and kernels, trusted once they have passed their checks."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import BuildError, UnsupportedProblem
+from .. import elementwise
+from ..doubledouble import table
+
+__all__ = ["KERNELS", "KEYS", "OPTIONS", "ROWS", "Card", "card_of", "cupy_with_gpu", "text_of"]
+
+THREADS, PER = 256, 8
+"""Threads of a block, which has one row, and the keys that each holds in registers."""
+KEYS = THREADS * PER
+"""Keys of a tile: what a block holds, and what leaves the heads of a weight 20 bits at every level."""
+ROWS = 2**14
+"""Query rows of a tile, where there is memory for them."""
+KERNELS = ("weigh", "collect", "trusted")
+OPTIONS = ("-std=c++17", "--fmad=false")
+LEAST = 80
+"""The first compute capability whose matrix unit has float64: 8.0."""
+
+
+def text_of(level: int) -> str:
+    """Return the kernels' whole text for a level."""
+    defined = f"#define LEVEL {level}\n#define THREADS {THREADS}\n#define PER {PER}\n"
+    return defined + (Path(__file__).parent / "kernels.cu").read_text(encoding="utf-8")
+
+
+def cupy_with_gpu() -> Any:
+    """Return CuPy.
+
+    Raises
+    ------
+    UnsupportedProblem
+        It is not installed, or finds no GPU.
+    """
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as e:  # or a library that it needs is missing
+        raise UnsupportedProblem(
+            f"device: 'cuda' needs the package cupy ({e}); pip install 'refattn[cuda12]' or 'refattn[cuda13]', or use "
+            "device='cpu'"
+        ) from e
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as e:
+        raise UnsupportedProblem(f"device: 'cuda' finds no GPU ({e}); use device='cpu'") from e
+    if not count:
+        raise UnsupportedProblem("device: 'cuda' finds no GPU; use device='cpu'")
+    return cupy
+
+
+@lru_cache(maxsize=8)
+def card_of(number: int) -> Card:
+    """Return a GPU by its number; its arithmetic is checked at first use.
+
+    Raises
+    ------
+    UnsupportedProblem
+        There is no such GPU, it is too old, or a check of its arithmetic fails; with the name of what failed.
+    BuildError
+        The kernels do not compile.
+    """
+    from .canaries import check  # it calls a card
+
+    cupy = cupy_with_gpu()
+    count = cupy.cuda.runtime.getDeviceCount()
+    if number >= count:
+        raise UnsupportedProblem(f"device: got 'cuda:{number}', this machine has {count} GPU(s), counted from 0")
+    capability = str(cupy.cuda.Device(number).compute_capability)
+    if int(capability) < LEAST:
+        raise UnsupportedProblem(
+            f"device: 'cuda:{number}' has compute capability {capability[:-1]}.{capability[-1]}, expected 8.0 or more: "
+            "what is assumed of float64 products was checked on those; use device='cpu'"
+        )
+    card = Card(cupy, number)
+    with card.current():
+        check(card)
+    return card
+
+
+class Card:
+    """A GPU: what ``Level`` and the streaming path ask of a device.
+
+    Parameters
+    ----------
+    cupy : module
+        CuPy.
+    number : int
+        The GPU's.
+
+    Attributes
+    ----------
+    xp : module
+        Where its arrays are made: CuPy.
+    threads, keys : int
+        Threads of a block, keys of a tile.
+    """
+
+    def __init__(self, cupy: Any, number: int) -> None:
+        self.xp, self.number, self.threads, self.keys = cupy, number, THREADS, KEYS
+        self._one, self._zero = np.ones(1), np.zeros(1)
+        self._kernels: dict[tuple[int, str], Any] = {}
+
+    def current(self) -> Any:
+        """Return a context in which this GPU is CuPy's current one."""
+        return self.xp.cuda.Device(self.number)
+
+    # the steps of a level -----------------------------------------------------------------------------------------
+
+    cut = staticmethod(elementwise.cut)
+
+    @staticmethod
+    def row_sum_error(w: int) -> float:
+        """Return the error of a sum over w keys, over the sum of absolute values: compensated, and rounded once."""
+        return 2.0**-52
+
+    def matmul(self, a: Any, b: Any, out: Any) -> None:
+        """Write the product of two float64 matrices, by cuBLAS in float64; each has an axis of unit stride."""
+        (m, k), n = a.shape, b.shape[1]
+        if 0 in (m, n, k):
+            out[...] = 0.0
+            return
+        cublas = self.xp.cuda.cublas
+        (kind_a, step_a), (kind_b, step_b) = _laid_out(a), _laid_out(b)
+        # cuBLAS counts by columns: it is asked for the transpose
+        cublas.dgemm(
+            self.xp.cuda.device.get_cublas_handle(), kind_b, kind_a, n, m, k,
+            self._one.ctypes.data, b.data.ptr, step_b, a.data.ptr, step_a,
+            self._zero.ctypes.data, out.data.ptr, _laid_out(out)[1],
+        )  # fmt: skip
+
+    def launch(self, level: int, name: str, blocks: int, given: tuple[Any, ...]) -> None:
+        """Queue a kernel of a level."""
+        if (level, name) not in self._kernels:
+            module = self.xp.RawModule(code=text_of(level), options=OPTIONS, backend="nvrtc")
+            try:
+                self._kernels[level, name] = module.get_function(name)
+            except Exception as e:
+                raise BuildError(f"device: compiling {name} failed with {type(e).__name__}: {e}") from e
+        self._kernels[level, name]((blocks,), (self.threads,), given)
+
+    @cached_property
+    def table(self) -> tuple[Any, float, float]:
+        """2**(i / 4096) as pairs on the device, and log(2) / 4096 as two numbers."""
+        high, low, log2 = table()
+        return self.xp.asarray(np.stack([high, low], 1)), *log2
+
+    def forward(self, one: Any, f: Any, rows: Any, unit: int, into: Any) -> Any:
+        """Return one head's forward pass, done: see :func:`refattn.exact.stream.forward_pass`."""
+        from .forward import OnDevice  # it is built on the streaming path, which asks for it here
+
+        work = OnDevice(one, f, rows, unit, into)
+        work.run()
+        return work
+
+    # memory -------------------------------------------------------------------------------------------------------
+
+    def free(self) -> int:
+        """Return how many bytes can be had: of the GPU, and of what CuPy keeps for itself."""
+        return int(self.xp.cuda.runtime.memGetInfo()[0]) + int(self.xp.get_default_memory_pool().free_bytes())
+
+
+def _laid_out(x: Any) -> tuple[int, int]:
+    """Return whether a matrix lies by columns (1), and the step from one row or column to the next, for cuBLAS."""
+    (rows, columns), (down, right) = x.shape, (s // 8 for s in x.strides)
+    if right == 1 or columns == 1:
+        return 0, max(down if rows > 1 else columns, columns)
+    if down == 1 or rows == 1:
+        return 1, max(right if columns > 1 else rows, rows)
+    raise UnsupportedProblem("device: a matrix of a product has no axis of unit stride")

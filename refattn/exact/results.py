@@ -1,0 +1,96 @@
+"""Where the numbers of a head go in a call's arrays, and what the contract fixes of these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .doubledouble import U, two_sum
+from .heads import Head, finite_rows, numbers_of
+from .levels import UP, Level
+
+__all__ = ["Raw", "add", "add_dbias", "collect", "finite", "mark", "put", "specials"]
+
+Raw = dict[str, NDArray[Any]]
+"""Arrays by name. Elements are an arithmetic's numbers; those of a level stand along a last axis as h, l, r."""
+
+
+def put(one: Head, name: str, x: NDArray[Any], raw: Raw) -> None:
+    """Write what a recurrence gives of one head."""
+    if name in ("dk", "dv"):
+        add(raw[name], (one.batch, one.head_kv, one.keys), x)
+    else:
+        raw[name][(one.batch, one.head) if name == "state" else (one.batch, one.head, one.rows)] = x
+
+
+def collect(one: Head, at: Any, grads: dict[str, Any], raw: Raw, sums: bool) -> None:
+    """Write the gradients of some rows, and add them where they are sums over rows."""
+    b, h, _ = at
+    raw["dq"][at] = numbers_of(grads["dq"])
+    for name in ("dk", "dv") if sums else ():
+        add(raw[name], (b, one.head_kv, one.keys), numbers_of(grads[name]))
+    if "dsink" in grads:
+        add(raw["dsink"], (h,), numbers_of(grads["dsink"])[0, 0])
+    if "dbias" in grads:
+        add_dbias(one, at, slice(0, one.k.shape[0]), grads["dbias"], raw)
+
+
+def add_dbias(one: Head, at: Any, columns: slice, g: Any, raw: Raw) -> None:
+    """Add the gradient by the scores of some rows and keys where the bias has them, summed where it was spread."""
+    b, h, lines = at
+    shape = one.problem.bias.shape
+    g = g if shape[2] > 1 else g.T.sum().T
+    g = g if shape[3] > 1 else g.sum()
+    rows = lines[:, None] if shape[2] > 1 else np.zeros((1, 1), int)
+    keys = np.arange(one.keys.start, one.keys.stop)[None, columns] if shape[3] > 1 else np.zeros((1, 1), int)
+    add(raw["dbias"], (b if shape[0] > 1 else 0, h if shape[1] > 1 else 0, rows, keys), numbers_of(g))
+
+
+def add(target: NDArray[Any], index: Any, x: NDArray[Any]) -> None:
+    """Add numbers in place."""
+    old = target[index]
+    if target.dtype == object or target.shape[-1] != 3 or x.ndim != old.ndim:
+        target[index] = old + x
+        return
+    s, e = two_sum(old[..., 0], x[..., 0])
+    low = old[..., 1] + x[..., 1]
+    h, tail = two_sum(s, e + low)
+    lost = 2 * U * (np.abs(e) + np.abs(old[..., 1]) + np.abs(x[..., 1]))
+    target[index] = np.stack([h, tail, (old[..., 2] + x[..., 2] + lost) * UP], -1)
+
+
+def finite(one: Head) -> bool:
+    """Tell whether no query of a head sees NaN or inf."""
+    odd = np.nonzero(~finite_rows(one.values))[0]
+    return not one.spoilt.any() and not (odd.size and one.allowed[:, odd].any())
+
+
+def mark(to: NDArray[Any], where: Any, x: float, f: Any) -> None:
+    """Write a number that the contract fixes where it says so."""
+    if not isinstance(f, Level):
+        to[where] = x
+    elif where.any():
+        for i, part in enumerate((x, 0.0, 0.0)):
+            to[..., i][f.xp.asarray(where)] = part
+
+
+def specials(one: Head, raw: Raw, f: Any, positive: bool) -> None:
+    """Write what the contract fixes: rows without keys, rows that see NaN or inf."""
+    at = (one.batch, one.head, one.rows)
+
+    out = raw["out"][at]
+    if "lse" in raw:
+        lse = raw["lse"][at]
+        mark(lse, ~one.allowed.any(1), -np.inf if one.sink is None else one.sink, f)
+        mark(lse, one.spoilt, np.nan, f)
+    odd = np.nonzero(~finite_rows(one.values))[0]
+    seen = one.allowed[:, odd].astype(np.float32)
+    if seen.any():
+        kinds = (np.isposinf, np.isneginf, np.isnan)
+        plus, minus, nan = (seen @ kind(one.values[odd]).astype(np.float32) > 0 for kind in kinds)
+        nan |= (plus & minus) | ((plus | minus) & (not positive))
+        for where, x in ((plus, np.inf), (minus, -np.inf), (nan, np.nan)):
+            mark(out, where, x, f)
+    mark(out, one.spoilt, np.nan, f)

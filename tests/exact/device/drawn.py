@@ -1,0 +1,85 @@
+"""Random calls of softmax attention for a device: every option of the streaming path, formats, and what is special."""
+
+import numpy as np
+
+from refattn import Problem, rules
+from refattn.arrays import from_float64
+from refattn.dtypes import format_of
+
+__all__ = ["compare", "draw"]
+
+FORMS = ("float64", "float32", "float16", "bfloat16")
+FAMILIES = {
+    "gaussian": lambda r, s: r.standard_normal(s),
+    "same sign": lambda r, s: 1 + 2.0**-20 * r.standard_normal(s),
+    "wide exponents": lambda r, s: r.standard_normal(s) * 2.0 ** r.integers(-30, 4, s),
+    "integers": lambda r, s: r.integers(-3, 4, s) * 1.0,  # ties and zeros
+    "peaked": lambda r, s: r.standard_normal(s) * 8.0,
+    "constant": lambda r, s: np.full(s, float(r.standard_normal())),
+}
+
+
+def draw(rng, most=400):
+    """Return a problem and the formats that out and lse are rounded to."""
+    n, m, d, d_v = (int(x) for x in (rng.integers(1, 40), rng.integers(1, most), *rng.choice([1, 3, 8, 16, 40], 2)))
+    packed = rng.random() < 0.15
+    b, h_kv = (1 if packed else int(rng.integers(1, 3))), int(rng.integers(1, 3))
+    h = h_kv * int(rng.integers(1, 3))
+    form = FORMS[rng.integers(len(FORMS))]
+    pick = lambda s: FAMILIES[list(FAMILIES)[rng.integers(len(FAMILIES))]](rng, s)  # noqa: E731
+    cast = lambda x: from_float64(format_of(form).round_array(x), form)  # noqa: E731
+    q, k, v = pick((b, h, n, d)), pick((b, h_kv, m, d)), pick((b, h_kv, m, d_v))
+    if form == "float64" and rng.random() < 0.1:
+        v = v * 2.0 ** int(rng.choice([-1000, -300, 300, 900]))
+    if rng.random() < 0.1:
+        k[..., rng.integers(m), :] = np.nan
+    if rng.random() < 0.1:
+        v[..., rng.integers(m), 0] = np.inf
+    more = options(rng, b, h, n, m, packed)
+    if "bias" in more:
+        more["bias"] = cast(more["bias"])
+    if "sink" in more:
+        more["sink"] = cast(more["sink"])
+    out, lse = (FORMS[rng.integers(len(FORMS))] for _ in range(2))
+    return Problem(*map(cast, (q, k, v)), **more), out, lse
+
+
+def options(rng, b, h, n, m, packed):
+    more = {}
+    if rng.random() < 0.4:
+        more["causal"] = ["bottom_right", "top_left"][rng.integers(2)]
+    if rng.random() < 0.25:
+        more["window"] = (int(rng.integers(0, m + 1)), None if rng.random() < 0.5 else int(rng.integers(0, m + 1)))
+    if rng.random() < 0.3:
+        more["softcap"] = float(2.0 ** rng.integers(-3, 6) * rng.uniform(1, 2))
+    if rng.random() < 0.3:
+        more["sink"] = rng.standard_normal(h) * float(rng.choice([1.0, 30.0]))
+        if rng.random() < 0.2:
+            more["sink"][0] = -np.inf
+    if rng.random() < 0.3:
+        shape = (b, h, n, m) if rng.random() < 0.5 else (1, 1, 1, m)
+        more["bias"] = rng.standard_normal(shape) * 3
+        more["bias"][rng.random(shape) < 0.1] = -np.inf
+    if rng.random() < 0.3:
+        rule = rules.document(rng.integers(0, 3, n).tolist(), rng.integers(0, 3, m).tolist())
+        more["allowed"] = rng.random((b, 1, n, m)) < 0.7 if rng.random() < 0.5 else rule
+    if rng.random() < 0.2:
+        more["scale"] = float(rng.choice([0.125, 0.3, -1.0, 2.0]))
+    if packed:
+        cut_q, cut_k = (np.sort(rng.integers(0, x + 1, 2)) for x in (n, m))
+        more |= {"cu_seqlens_q": np.array([0, *cut_q, n]), "cu_seqlens_k": np.array([0, *cut_k, m])}
+    elif rng.random() < 0.2:
+        more |= {"lengths_q": rng.integers(0, n + 1, b), "lengths_k": rng.integers(0, m + 1, b)}
+    return more
+
+
+def compare(mine, theirs):
+    """Return how many elements differ in any bit, NaN being NaN, or in being decided."""
+    assert mine.values.keys() == theirs.values.keys()
+    wrong = sum(mine.undecided[n] != theirs.undecided[n] for n in mine.values)
+    for name, x in mine.values.items():
+        y, wide = theirs.values[name], f"u{x.dtype.itemsize}"
+        assert x.dtype == y.dtype
+        both_nan = np.isnan(x.astype(np.float64)) & np.isnan(y.astype(np.float64))
+        wrong += int(((x.view(wide) != y.view(wide)) & ~both_nan).sum())
+    return wrong

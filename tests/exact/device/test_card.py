@@ -1,0 +1,82 @@
+"""CuPy and the kernels: what is missing is said, products of any layout, and what nvcc makes of the kernels."""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import refattn
+from refattn import Problem, UnsupportedProblem
+from refattn.errors import InvalidProblem
+from refattn.exact.device import asked
+from refattn.exact.device.card import KERNELS, OPTIONS, Card, cupy_with_gpu, text_of
+from tests.gpu.compiled import EVERY, NVCC, check_compiles
+from tests.he.device.emulated import GXX
+
+from .cupys_part import cupys_part
+
+CALL = Problem(*(np.ones((1, 1, 2, 2)) for _ in range(3)))
+
+
+def test_without_cupy_its_name_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(UnsupportedProblem, match=r"device: 'cuda' needs the package cupy .*pip install"):
+        refattn.evaluate(CALL, rounding="float64", device="cuda")
+
+
+def test_without_a_gpu_it_is_said(monkeypatch, tmp_path):
+    module = cupys_part(tmp_path, gpus=0)
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    with pytest.raises(UnsupportedProblem, match="device: 'cuda' finds no GPU; use device='cpu'"):
+        cupy_with_gpu()
+
+    def none():
+        raise module.cuda.runtime.CUDARuntimeError("no driver")
+
+    module.cuda.runtime.getDeviceCount = none
+    with pytest.raises(UnsupportedProblem, match=r"device: 'cuda' finds no GPU \(no driver\)"):
+        cupy_with_gpu()
+
+
+def test_an_array_on_another_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(asked, "kind_of", lambda x: None if x is None else "cupy")
+    p = SimpleNamespace(**dict.fromkeys(asked.ARRAYS))
+    p.key = SimpleNamespace(device=SimpleNamespace(id=1))
+    with pytest.raises(InvalidProblem, match=r"key: is on GPU 1, device='cuda:0' is GPU 0; move it, or use .*cuda:1"):
+        asked.asked("cuda:0", p, "float64")
+
+
+@GXX
+def test_products_of_any_layout(tmp_path):
+    card, rng = Card(cupys_part(tmp_path), 0), np.random.default_rng(0)
+    a, b = rng.standard_normal((5, 7)), rng.standard_normal((7, 4))
+    made = card.xp.asarray
+    wide, deep = rng.standard_normal((5, 20)), rng.standard_normal((20, 4))
+    wide[:, 3:10], deep[6:13] = a, b
+    lefts = made(a), made(np.ascontiguousarray(a.T)).T, made(wide)[:, 3:10]
+    rights = made(b), made(np.ascontiguousarray(b.T)).T, made(deep)[6:13]
+    for x in lefts:
+        for y in rights:
+            planes = card.xp.zeros((5, 3, 4))
+            card.matmul(x, y, planes[:, 1])
+            assert (planes.get()[:, 1] == a @ b).all()
+            assert not planes.get()[:, ::2].any()
+    thin = card.xp.zeros((1, 1))
+    card.matmul(lefts[0][:1], rights[0][:, :1], thin)
+    assert float(thin[0, 0]) == (a[:1] @ b[:, :1])[0, 0]
+    with pytest.raises(UnsupportedProblem, match="no axis of unit stride"):
+        card.matmul(made(wide)[:, ::2], made(deep)[::2], card.xp.zeros((5, 4)))
+
+
+@NVCC
+@pytest.mark.parametrize("level", range(4) if EVERY else (2, 3))
+def test_kernels_compile_without_spills(tmp_path, level):
+    check_compiles(tmp_path / "kernels.cu", text_of(level))
+
+
+def test_no_product_is_fused_by_the_compiler():
+    assert "--fmad=false" in OPTIONS
+    names = re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", text_of(0))
+    assert tuple(names) == KERNELS

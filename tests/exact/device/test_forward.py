@@ -1,0 +1,222 @@
+"""The streaming path on a device: the CPU's bits, enclosures that hold, and errors that are planted."""
+
+import math
+
+import numpy as np
+import pytest
+
+import refattn
+from refattn import Problem, UnsupportedProblem, masks, rules
+from refattn.errors import InvalidInput
+from refattn.exact.device import forward
+from refattn.exact.device.card import KEYS, card_of
+from refattn.exact.device.forward import bytes_needed
+from refattn.exact.levels import Level, head_bits
+from refattn.exact.run import Work
+from tests.exact.device.drawn import compare, draw
+from tests.exact.device.gate import enclosures, same_bits
+from tests.he.device.emulated import GXX
+
+pytestmark = GXX
+
+
+def head(rng, n=40, m=300, d=16, **more):
+    q, k, v = (rng.standard_normal((1, 1, x, d)) for x in (n, m, m))
+    return Problem(q, k, v, **more)
+
+
+def test_bits_are_the_cpus_over_all_options(trusted):
+    wrong, levels = same_bits("cuda", 14, seed=3, most=(60, 200))
+    assert wrong == 0
+    assert {f"float64 enclosures, L = {i}" for i in range(3)} <= set(levels)
+    launched = {name for name, _ in trusted.seen.launched}
+    assert launched == {"weigh", "collect"}
+
+
+def test_blocks_of_the_size_that_a_gpu_has(stand_in, monkeypatch):
+    from refattn.exact.device import canaries
+
+    monkeypatch.setattr(canaries, "check", lambda card: None)
+    stand_in(threads=256)
+    p = head(np.random.default_rng(0), n=3, m=2500, d=4, softcap=3.0, sink=np.ones(1))
+    mine = refattn.evaluate(p, rounding="float64", device="cuda")
+    assert compare(mine, refattn.evaluate(p, rounding="float64")) == 0
+
+
+def test_enclosures_hold_at_every_level(trusted):
+    count, violations, _ = enclosures(1500, seed=1)
+    assert count >= 1500
+    assert violations == 0
+
+
+def test_a_threads_keys_and_tiles_of_rows_meet(trusted, monkeypatch):
+    """Two tiles of keys wider than a block's threads, three of rows, a mask by a rule: a row begins in the second."""
+    monkeypatch.setattr(forward, "ROWS", 16)
+    monkeypatch.setattr(forward, "FEWEST", 16)
+    monkeypatch.setattr(masks, "WRITTEN", 0)
+    card_of(0).keys = 400
+    ids = [1] * 10 + [0] * 30, [0] * 500 + [1] * 200
+    p = head(np.random.default_rng(0), m=700, allowed=rules.document(*ids), causal="bottom_right")
+    mine = refattn.evaluate(p, rounding="float64", device="cuda")
+    assert compare(mine, refattn.evaluate(p, rounding="float64")) == 0
+    rows = [blocks for name, blocks in trusted.seen.launched if name == "weigh"]
+    # the first ten rows see keys of the second tile only, the others of both
+    assert sorted(rows) == [6, 8, 8, 16, 16, 16]
+
+
+def test_a_tile_of_one_key(trusted):
+    card_of(0).keys = 16
+    p = head(np.random.default_rng(4), n=5, m=17, d=3)
+    mine = refattn.evaluate(p, rounding="float64", device="cuda")
+    assert compare(mine, refattn.evaluate(p, rounding="float64")) == 0
+
+
+def test_a_row_that_stays_open_goes_up_a_level_and_to_the_cpu(trusted):
+    rng = np.random.default_rng(2)
+    p = head(rng, n=4, m=8, d=3)
+    tied = Problem(p.query, p.key, np.full_like(p.value, 257.0))  # halfway between two numbers of bfloat16
+    mine = refattn.evaluate(tied, rounding="bfloat16", lse_rounding="float64", device="cuda")
+    assert compare(mine, refattn.evaluate(tied, rounding="bfloat16", lse_rounding="float64")) == 0
+    assert [*mine.stats][:4] == [f"float64 enclosures, L = {i}" for i in range(4)]
+    assert [*mine.stats][4].startswith("Arb")
+
+
+@pytest.mark.parametrize("where", ["radius", "slice", "shift", "mask"])
+def test_planted_errors_are_caught(trusted, monkeypatch, where):
+    """A radius that forgets the weights, a slice taken one place too low, a shift off by one row, a mask not read."""
+    from refattn.exact.device.card import Card
+
+    if where == "radius":
+        finish = forward.OnDevice._finish
+
+        def broken(self, at, sums):
+            self.most_v = self.most_v * 2.0**-60
+            finish(self, at, sums)
+
+        monkeypatch.setattr(forward.OnDevice, "_finish", broken)
+    elif where == "slice":
+        matmul, calls = Card.matmul, []
+
+        def broken(self, a, b, out):
+            matmul(self, a, b, out)
+            calls.append(a.shape)
+            if len(calls) == 1:
+                out[0, 0] = float(out[0, 0]) * (1 + 2.0**-30)
+
+        monkeypatch.setattr(Card, "matmul", broken)
+    else:
+        launch = Card.launch
+
+        def broken(self, level, name, blocks, given):
+            given = list(given)
+            if name == "weigh" and where == "mask":
+                given[15] = np.uint64(0)
+            if name == "collect" and where == "shift":
+                given[4] = self.xp.asarray(np.roll(given[4].get(), 1))
+            launch(self, level, name, blocks, tuple(given))
+
+        monkeypatch.setattr(Card, "launch", broken)
+    p = head(np.random.default_rng(5), n=12, m=130, causal="bottom_right")
+    card_of(0).keys = 48
+    raw = Work(p, device=card_of(0)).run(Level(1, card_of(0)))
+    good = Work(p).run(Level(3))
+    off = np.abs((raw["out"].get()[..., 0] - good["out"][..., 0]) + (raw["out"].get()[..., 1] - good["out"][..., 1]))
+    honest = (off <= raw["out"].get()[..., 2] + good["out"][..., 2]).all()
+    assert not honest
+
+
+def test_what_is_planted_is_what_fails(trusted):
+    """The same comparison without an error holds."""
+    p = head(np.random.default_rng(5), n=12, m=130, causal="bottom_right")
+    card_of(0).keys = 48
+    raw = Work(p, device=card_of(0)).run(Level(1, card_of(0)))["out"].get()
+    good = Work(p).run(Level(3))["out"]
+    off = np.abs((raw[..., 0] - good[..., 0]) + (raw[..., 1] - good[..., 1]))
+    assert (off <= raw[..., 2] + good[..., 2]).all()
+
+
+def test_a_rows_sum_is_compensated(trusted):
+    """A thread's weights are 1 and seven times 0.87u, which plain additions would lose: 6u, where 2u may be lost."""
+    card = card_of(0)
+    planes = np.full((1, 1, 512), -60.0)
+    planes[0, 0, 64::64], planes[0, 0, 0] = -53.2, 0.0  # the keys of one thread
+    there, (table, *ln2) = card.xp.asarray(planes), card.table
+    m, den, low, fade = (card.xp.asarray(np.array([x])) for x in (0.0, 0.0, 0.0, 1.0))
+    number, none, none_of_it = np.float64(0.0), np.uint64(0), np.int32(0)
+    given = (there, np.int32(512), np.float64(1.0), number, table, *map(np.float64, ln2), none_of_it, *[number] * 4)
+    card.launch(0, "weigh", 1, (*given, none, number, number, none, none, *[number] * 3, m, den, low, fade))
+    off = math.fsum([float(den[0]), float(low[0]), *(-there.get().ravel())])
+    assert abs(off) <= card.row_sum_error(512) * float(den[0])
+    assert float(m[0]) == 0.0
+
+
+def test_tiles_leave_a_head_of_a_weight_its_bits():
+    """The bounds of the streaming path take a head for at least 20 bits wide (docs/proofs/streaming.md, SLACK)."""
+    assert all(head_bits(KEYS, level) >= 20 for level in range(4))
+    assert KEYS <= 2048  # a block's threads hold so many
+
+
+def test_what_has_no_streaming_path_is_refused_by_name(trusted):
+    rng = np.random.default_rng(0)
+    p = head(rng, n=3, m=5)
+    more = {"variant": "sigmoid"}, {"weight": np.ones((1, 1, 3, 5))}, {"softcap": 1e6}
+    for changes in more:
+        with pytest.raises(UnsupportedProblem, match=r"device: .* has no streaming path"):
+            refattn.evaluate(Problem(p.query, p.key, p.value, **changes), rounding="float64", device="cuda")
+    with pytest.raises(UnsupportedProblem, match="device: gradients is for the CPU"):
+        refattn.evaluate(p, rounding="float64", gradients=np.ones(p.out_shape), device="cuda")
+    with pytest.raises(UnsupportedProblem, match="device: n_jobs is for the CPU"):
+        refattn.evaluate(p, rounding="float64", n_jobs=2, device="cuda")
+    with pytest.raises(InvalidInput, match="device: a GPU gives correctly rounded answers; pass rounding="):
+        refattn.evaluate(p, device="cuda")
+    for name in ("gpu", "CUDA", "cuda:", None, 0):
+        with pytest.raises(InvalidInput, match=r"device: got .*, expected 'cpu', 'cuda', or 'cuda:0'"):
+            refattn.evaluate(p, rounding="float64", device=name)
+
+
+def test_operators_that_are_softmax_run(trusted):
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((1, 1, 64, 8)) for _ in range(3))
+    p = Problem(q, k, v, variant="moba", causal="bottom_right", options={"block_size": 8, "topk": 2})
+    mine = refattn.evaluate(p, rounding="float32", device="cuda")
+    assert compare(mine, refattn.evaluate(p, rounding="float32")) == 0
+
+
+def test_too_little_memory_says_how_much_is_needed(stand_in, monkeypatch):
+    from refattn.exact.device import canaries
+
+    monkeypatch.setattr(canaries, "check", lambda card: None)
+    module = stand_in(free=2**20)
+    p = head(np.random.default_rng(0), n=600, m=700)
+    need = bytes_needed(600, 700, 16, 16, 2, forward.FEWEST)
+    with pytest.raises(UnsupportedProblem, match=f"needs {need / 1e9:.3g} GB of the GPU's memory, 0.00105 GB are free"):
+        refattn.evaluate(p, rounding="float64", device="cuda")
+    module.seen.free = need  # what it asks for is enough, in smaller tiles of rows
+    mine = refattn.evaluate(p, rounding="float64", device="cuda")
+    assert compare(mine, refattn.evaluate(p, rounding="float64")) == 0
+    assert {n for name, n in module.seen.launched if name == "weigh"} == {256, 88}
+
+
+def test_what_no_bound_is_proven_for_is_refused(trusted):
+    p = head(np.random.default_rng(0), n=1, m=2, d=4096)
+    with pytest.raises(UnsupportedProblem, match="got 2 keys of 4096 numbers; bounds are proven for fewer than"):
+        refattn.evaluate(p, rounding="float64", device="cuda")
+
+
+def test_empty_axes(trusted):
+    for n, m, d, d_v in ((0, 3, 2, 2), (3, 0, 2, 2), (2, 3, 0, 2)):
+        p = Problem(np.ones((1, 1, n, d)), np.ones((1, 1, m, d)), np.ones((1, 1, m, d_v)))
+        mine = refattn.evaluate(p, rounding="float64", device="cuda")
+        assert compare(mine, refattn.evaluate(p, rounding="float64")) == 0
+
+
+def test_drawn_calls_have_every_option():
+    rng = np.random.default_rng(0)
+    seen, forms = set(), set()
+    for _ in range(60):
+        p, out, lse = draw(rng)
+        names = ("causal", "window", "softcap", "sink", "bias", "allowed", "scale", "cu_seqlens_q", "lengths_q")
+        seen |= {n for n in names if getattr(p, n) is not None}
+        forms |= {out, lse}
+    assert seen == set(names)
+    assert forms == {"float64", "float32", "float16", "bfloat16"}
