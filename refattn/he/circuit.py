@@ -126,7 +126,7 @@ def _split(xs: Sequence[Any], each: int) -> list[Sequence[Any]]:
 
 
 def _dot(m: Any, a: Sequence[Any], b: Sequence[Any]) -> Any:
-    """Return a sum of products, rescaled once; products with known numbers are not relinearised. None for no terms."""
+    """Return a sum of products, rescaled once; those with known numbers are not relinearised, and None has none."""
     sealed = [(x, y) for x, y in zip(a, b, strict=True) if not (y is None or isinstance(y, Plain))]
     if len(sealed) == len(a):
         return m.dot(a, b)
@@ -139,7 +139,7 @@ def _dot(m: Any, a: Sequence[Any], b: Sequence[Any]) -> Any:
         if isinstance(y, Plain):
             more = m.times(x, y)
             total = more if total is None else m.add(total, more)
-    return None if total is None else m.rescale(total)
+    return m.rescale(total)
 
 
 def _turned(m: Any, layout: Layout, turned: Sequence[Sequence[Any]], bs: Sequence[Sequence[Any]], sign: int) -> Any:
@@ -149,8 +149,6 @@ def _turned(m: Any, layout: Layout, turned: Sequence[Sequence[Any]], bs: Sequenc
     total = None
     for giant in range(layout.parts // baby):
         part = _dot(m, every, [x for of_span in bs for x in of_span[giant * baby : (giant + 1) * baby]])
-        if part is None:
-            continue
         if giant:
             part = m.rotate(part, giant * baby * unit)
         total = part if total is None else m.add(total, part)

@@ -216,9 +216,7 @@ class DecodingServer:
                 f"he: got a token of another sequence than the one in the cache, of {count} tokens; drop that first"
             )
         if count >= longest:
-            raise InvalidInput(
-                f"he: got a token for a cache that has its longest, {longest}; drop it, or plan a longer"
-            )
+            raise InvalidInput(f"he: the cache has its longest, {longest} tokens; drop it, or plan a longer one")
         if number != count:
             again = "again" if number < count else "before those between"
             raise InvalidInput(f"he: got token {number} {again}, expected token {count}: each comes once, in order")

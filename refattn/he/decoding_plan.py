@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidInput
+from ..errors import InvalidInput, UnsupportedProblem
 from ..validation import shown
 from .arguments import MOST_SIZE, check_arguments, is_count
 from .arithmetic import Numbers
 from .cache import Cache, Tokens, context_of
 from .inputs import decoded
 from .inverse import Inverse
+from .layer import LINE
 from .layout import Layout, token_layouts
 from .plan import Attention, fastest
 from .planned import MOST_BYTES, bytes_text
@@ -84,10 +85,18 @@ class DecodingPlan(Attention):
 
     @property
     def cache_bytes(self) -> int:
-        """Of the longest cache, at the server."""
-        shared, known = self.shared_of(self.layout, self.n_k, self.context)
-        words = (self.ring.levels + 1 + self.value_limbs) * self.ring.degree * len(self.layout.blocks())
-        return (16 * shared + 8 * known) * words
+        """Of the ciphertexts in the longest cache, at the server."""
+        return 16 * self._words * self.shared_of(self.layout, self.n_k, self.context)[0]
+
+    @property
+    def context_bytes(self) -> int:
+        """Of the plaintexts of whole spans in the clear, at the server."""
+        return 8 * self._words * self.shared_of(self.layout, self.n_k, self.context)[1]
+
+    @property
+    def _words(self) -> int:
+        """Numbers in a polynomial of a key's ciphertext and in one of a value's, over all blocks of heads."""
+        return (self.ring.levels + 1 + self.value_limbs) * self.ring.degree * len(self.layout.blocks())
 
     @property
     def token_bytes(self) -> int:
@@ -101,14 +110,18 @@ class DecodingPlan(Attention):
 
     def report(self) -> dict[str, Any]:
         """Return all that the plan says, of a token with the longest cache, as what JSON holds."""
-        more = {"longest": self.longest, "context": self.context, "cache_bytes": self.cache_bytes}
-        return more | {"cache_bytes_of_a_token": self.token_bytes} | super().report()
+        names = ("longest", "context", "cache_bytes", "token_bytes", "context_bytes")
+        return {n: getattr(self, n) for n in names} | super().report()
 
     def words(self) -> str:
         """Return what the plan says in a sentence: time, bytes, security, error."""
         kept = f", {bytes_text(self.token_bytes)} of cache a token, {bytes_text(self.cache_bytes)} at {self.longest}"
         after = f" after {self.context} in the clear" if self.context else ""
         return "a token: " + super().words() + kept + after
+
+    def waiting_ms(self) -> float:
+        """Return what plans are compared by: the time of the server, and of the upload by the line it is for."""
+        return super().waiting_ms() + LINE[self.upload] * self.upload_bytes
 
     def warnings(self) -> list[str]:
         """Return what a user may not want: a long time, or many bytes."""
@@ -170,7 +183,10 @@ def plan_decoding(
     upload: str = "full",
     inverse: Inverse | None = None,
 ) -> DecodingPlan:
-    """Return the fastest plan for decoding on ciphertexts: each new token attends to all before it, and to itself.
+    """Return a plan for decoding on ciphertexts: each new token attends to all before it, and to itself.
+
+    It is the one with the least time of the server and of sending a token, over a line of 1 Gbit/s, or of 10 where
+    ``upload`` is "whole".
 
     Levels, rotations and the error's bound hold for every step of a sequence; the time and the bytes of the cache are
     those of the last one.
@@ -188,8 +204,8 @@ def plan_decoding(
     denominator, epsilon, scale, norms, value_most, tolerance, normalize, inverse
         As :func:`refattn.he.plan` takes them: the denominators are those of all steps, the norms and values also those
         of the context. ``he.ranges`` of a call with ``causal="bottom_right"`` has them.
-    upload : {"full", "compact", "whole"}
-        As :func:`refattn.he.plan` takes it; "compact" sends the query in one ciphertext, keys and values as they are.
+    upload : {"full", "whole"}
+        As :func:`refattn.he.plan` takes it.
 
     Raises
     ------
@@ -203,6 +219,8 @@ def plan_decoding(
             raise InvalidInput(
                 f"{name}: got {shown(n)}, expected an integer of at least {least} and at most {MOST_SIZE}"
             )
+    if upload == "compact":
+        raise UnsupportedProblem("he: upload='compact' is not for decoding, where a token has few ciphertexts")
     n_k = longest + context
     check_arguments(
         1, n_k, d, d_v, heads, p, denominator, epsilon, norms, value_most, tolerance, normalize, "latency", upload, 1,
@@ -216,7 +234,7 @@ def plan_decoding(
     }  # fmt: skip
 
     def layouts(slots: int) -> list[Layout]:
-        return token_layouts(slots, n_k, max(d, d_v), heads, upload)
+        return token_layouts(slots, n_k, max(d, d_v), heads)
 
     found = fastest(DecodingPlan, given, layouts, inverse)
     counts = Counter(found.counts)

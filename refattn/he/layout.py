@@ -310,7 +310,7 @@ def layouts_for(
     return found
 
 
-def token_layouts(slots: int, n_k: int, d: int, heads: int, upload: str = "full") -> list[Layout]:
+def token_layouts(slots: int, n_k: int, d: int, heads: int) -> list[Layout]:
     """Return the layouts of one query a head: from all keys in a ciphertext to as few as leave its features together.
 
     Few keys in a ciphertext leave room for more features: a token is then in fewer ciphertexts, and its products with
@@ -330,7 +330,7 @@ def token_layouts(slots: int, n_k: int, d: int, heads: int, upload: str = "full"
             for groups in reversed(_powers(1, 2 * min(pairs, slots // (rows * columns)))[-4:]):
                 parts, spans = pairs // groups, keys // rows
                 if parts <= rows:
-                    found.append(Layout(slots, keys, columns, groups, parts, 1, heads, upload == "compact", spans))
+                    found.append(Layout(slots, keys, columns, groups, parts, 1, heads, spans=spans))
         if found:
             return found
     raise UnsupportedProblem(f"he: n_k = {n_k} and d = {d} do not fit {slots} slots")

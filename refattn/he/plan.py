@@ -59,6 +59,10 @@ class Attention(Call):
         whole = predicted_ms(costs, degree, self.counts) * len(blocks) + predicted_ms(costs, degree, loads)
         return whole / len(blocks) * math.ceil(len(blocks) / workers)
 
+    def waiting_ms(self) -> float:
+        """Return what plans are compared by: the time of the server with as many workers as they are made for."""
+        return self.predicted_ms(workers=self.workers)
+
     def report(self) -> dict[str, Any]:
         """Return all that the plan says, as what JSON holds."""
         inverse = "the client divides"
@@ -282,7 +286,7 @@ def _with_layout(
         approximation=approximation,
         noise=0.0,
     )
-    if best is not None and made.predicted_ms(workers=made.workers) >= best.predicted_ms(workers=best.workers):
+    if best is not None and made.waiting_ms() >= best.waiting_ms():
         return None
     with np.errstate(over="ignore", invalid="ignore"):  # an infinite bound is above every tolerance
         noise = noise_of(made)
