@@ -12,9 +12,11 @@ from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, h
 from refattn.he.arithmetic import Counted, Levels
 from refattn.he.cache import Cache, Tokens, context_of
 from refattn.he.decoding_plan import DecodingPlan
+from refattn.he.device.chain import chain_of
+from refattn.he.device.trace import Trace
 from refattn.he.layout import token_layouts
 from refattn.he.linear import Plain
-from refattn.he.noise import ERROR, quantile
+from refattn.he.noise import ERROR, Bounds, quantile
 from refattn.he.plan import noise_of
 from refattn.he.sampled import Sampled
 from refattn.he.saved import plan_from_json, plan_to_json
@@ -41,6 +43,13 @@ def test_every_step_is_exact_but_for_the_polynomial(slots, context):
         assert np.abs(out - he.reference(x)[0]).max() <= plan.approximation + ROUNDING
     # a step's token is the last that it sees, and the first token sees no other
     assert np.abs(out[:, 0] - out[:, -1]).max() > 0.1
+
+
+@pytest.mark.parametrize("sizes", [(1, 0, 1, 1, 1), (1, 1, 1, 3, 1), (2, 1, 5, 1, 2), (3, 0, 3, 8, 5)], ids=str)
+def test_sizes_that_fill_nothing(sizes):
+    x = sequence(*sizes)
+    plan = planned(x)
+    assert np.abs(plan.simulate(*taken(x)) - he.reference(x)[0]).max() <= plan.approximation + ROUNDING
 
 
 def test_heads_that_do_not_fit_come_in_blocks():
@@ -347,12 +356,22 @@ def test_a_result_to_be_shown_has_noise_added():
     assert 0.1 < error.max() / share.deviation(plan.noise) < 8
 
 
-def test_known_numbers_have_the_scale_that_they_say():
+def test_known_numbers_have_the_scale_and_the_noise_that_they_say():
     ring = planned(sequence(2)).ring
-    m = Sampled(ring, 0)
-    a = m.rescale(m.square(m.fresh(np.ones(ring.slots, complex), 4)))
-    assert m.times(a, Plain(np.ones(ring.slots, complex), 2.0**30)).scale == a.scale * 2.0**30
-    assert m.times(a, Plain(np.ones(ring.slots, complex))).scale == a.scale**2
+    m, ones = Sampled(ring, 0), np.ones(ring.slots, complex)
+    a = m.rescale(m.square(m.fresh(ones, 4)))
+    assert m.times(a, Plain(ones)).scale == a.scale**2
+    traced = Trace(chain_of(ring))
+    b = traced.input(3, 2.0**40)
+    assert (traced.times(b, Plain(ones)).scale, traced.times(b, Plain(ones, 2.0**30)).scale) == (2.0**80, 2.0**70)
+    bounds = Bounds(ring, 1.0, np.ones(1))
+    for scale in (2.0**20, 2.0**30, 2.0**ring.middle):
+        plain = Plain(3 * ones, scale)
+        sampled, bound = m.times(m.fresh(ones, 4), plain), bounds.times(bounds.fresh(1.0), plain)
+        assert (sampled.scale, bound.value) == (bound.scale, 3.0)
+        seen = np.mean(np.abs(sampled.slots - 3) ** 2)
+        # 8192 complex numbers: within 6 / sqrt(8192) but for a chance of 2e-9
+        assert abs(seen / bound.variance[0] - 1) < 6 / np.sqrt(8192)
 
 
 def test_the_pages_example_runs(tmp_path, capsys):
