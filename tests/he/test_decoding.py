@@ -303,6 +303,17 @@ def test_tokens_outside_the_plan_are_refused_and_are_none_of_the_sequence():
         he.DecodingClient(wide).encrypt_token(*[np.full((1, 4), 2.0)] * 3)
 
 
+def test_denominators_are_those_over_all_tokens_so_far():
+    given = {"denominator": (1.0, 5.0), "epsilon": 1.0, "norms": (9, 9), "value_most": 1, "scale": 1.0}
+    client = he.DecodingClient(he.plan_decoding(4, 4, **given, **CLIENT))
+    one = np.eye(4)[:1]
+    for _ in range(2):
+        client.encrypt_token(0 * one, one, one)
+    # 1 + 4 + 4, though its own key adds nothing
+    with pytest.raises(InvalidProblem, match=r"head 0 of token 2 has 9, outside the plan's \(1, 5\)"):
+        client.encrypt_token(2 * one, np.eye(4)[1:2], one)
+
+
 def test_contexts_that_are_not_the_plans_are_refused():
     x = sequence(2, 3, 4, heads=2)
     plan, none = planned(x, **CLIENT), planned(sequence(2, 0, 4, heads=2), **CLIENT)

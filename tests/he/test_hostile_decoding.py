@@ -8,6 +8,7 @@ import pytest
 
 from refattn import InvalidInput, RefattnError, he
 from refattn.he import wire
+from refattn.he.cache import Cache
 from refattn.he.decoding import PLACE
 from refattn.he.seal import from_bytes, to_bytes
 
@@ -182,6 +183,19 @@ def test_a_key_that_cancels_the_cache_is_refused(session):
     parts = parts_of(message)
     with pytest.raises(InvalidInput, match=r"he: the token cannot be computed: .*; encrypt it anew"):
         server.step(repacked(message, [*parts[:2], against, *parts[3:]]))
+    goes_on(client, server, message)
+
+
+def test_a_step_that_fails_late_leaves_the_cache_as_it_was(session, monkeypatch):
+    client, server, message = session
+
+    def fails(*_):
+        raise RuntimeError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Cache, "attend", fails)
+        with pytest.raises(InvalidInput, match="he: the token cannot be computed: no; encrypt it anew"):
+            server.step(message)
     goes_on(client, server, message)
 
 
