@@ -204,11 +204,13 @@ def test_bytes_changed_anywhere_are_refused_or_give_a_reply(session):
     client, server, message = session
     rng = np.random.default_rng(0)
     parts = parts_of(message)
-    refused = 0
+    refused = sure = 0
     for _ in range(40):
         bad = [bytearray(p) for p in parts]
-        part = bad[rng.integers(len(bad))]
+        at = rng.integers(len(bad))
+        part = bad[at]
         part[rng.integers(min(len(part), 200))] ^= 1 << rng.integers(8)
+        sure += at == 0  # another place than the next one
         cache = server._cache
         try:
             server.step(repacked(message, bad))
@@ -217,7 +219,7 @@ def test_bytes_changed_anywhere_are_refused_or_give_a_reply(session):
             assert server._cache is cache
         else:
             server._cache = cache
-    assert refused > 20
+    assert refused >= sure > 5
     goes_on(client, server, message)
 
 
