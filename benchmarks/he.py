@@ -101,6 +101,29 @@ def rows() -> Iterator[Row]:
             plan = he.plan(128, 128, 64, None, heads, p, **given, upload=upload, workers=workers)
             at = f"{heads} x 128 x 64, p={p}, {workers} workers, {plan.upload_bytes / 1e6:.0f} MB up"
             yield Row(at, timed(plan, x, workers), "s", at_most=most if upload == "whole" else None)
+    yield from decoding()
+
+
+def decoding() -> Iterator[Row]:
+    """A sequence of 128 tokens: the time of the last of them, and the worst error of all."""
+    for heads in (1, 12):
+        x = random_call(128, 64, heads, 2)[0].replace(causal="bottom_right")
+        q, k, v = (np.asarray(a)[0] for a in (x.query, x.key, x.value))
+        plan = he.plan_decoding(128, 64, heads=heads, **he.ranges(x, margin=0.05))
+        client = he.DecodingClient(plan)
+        server, exact, times, worst = he.DecodingServer(plan, client.evaluation_keys()), he.reference(x)[0], [], 0.0
+        for i in range(128):
+            token = client.encrypt_token(q[:, i], k[:, i], v[:, i])
+            start = time.perf_counter()
+            reply = server.step(token)
+            times.append(time.perf_counter() - start)
+            worst = max(worst, float(np.abs(client.decrypt(reply) - exact[:, i]).max()))
+        seconds, predicted = statistics.median(times[-RUNS:]), plan.predicted_ms(measure(plan.ring)) / 1e3
+        at = f"decoding {heads} x 128 x 64, p=2"
+        up = f"{plan.upload_bytes / 1e6:.0f} MB up, {server.cache_bytes / 1e6:.0f} MB of cache"
+        yield Row(f"{at}, the last token, {up}, degree {plan.ring.degree}", seconds, "s")
+        yield Row(f"{at}, predicted over measured time", predicted / seconds, "ratio")
+        yield Row(f"{at}, error's bound over the worst seen", plan.error / worst, "ratio", at_least=1.0)
 
 
 def digits() -> Iterator[Row]:

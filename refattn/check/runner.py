@@ -21,7 +21,7 @@ from ..exact.driver import enclose
 from ..problem import VARIANT, Problem
 from ..variants import Steps, variant_of
 from .ahead import Ahead
-from .bounds.expected import Expected, Key, expected, of_answer, of_case, unbounded
+from .bounds.expected import Expected, Key, UnboundedError, expected, of_answer, of_case, unbounded
 from .call import Function, Result, call_gradients, call_kernel
 from .compare import Worst, against
 from .diagnose.rules import verdicts
@@ -230,10 +230,6 @@ def failing(kernel: Function, model: Model, able: frozenset[str]) -> Callable[[P
     return fails
 
 
-class _UnboundedError(Exception):
-    """A model has no bound of a call: that is no word of the kernel's."""
-
-
 def _case_run(kernel: Kernel, case: Case, dtype: str) -> Callable[[], Check]:
     name, able, model = f"{case.name}[{dtype}]", kernel.capabilities, kernel.model(dtype)
 
@@ -245,12 +241,12 @@ def _case_run(kernel: Kernel, case: Case, dtype: str) -> Callable[[], Check]:
             try:
                 return of_case(case, dtype, model, backward=False)
             except UnsupportedProblem as e:
-                raise _UnboundedError(str(e)) from e
+                raise UnboundedError(str(e)) from e
 
         lse, some = able.lse and not lacks, case.sample(problem)
         try:
             check = guarded(name, lambda: judged(kernel.call, problem, known, model, lse, notes, some))
-        except _UnboundedError as e:
+        except UnboundedError as e:
             return Check(name, "unsupported", message=str(e))
         return replace(settled(check, kernel, problem, lacks, notes), rules=notes.rules, either=notes.either)
 

@@ -132,7 +132,7 @@ def serve(
     else:
         what = plan_from_json(Path(program).read_bytes())
         if not isinstance(what, Plan):
-            raise InvalidInput(f"serve: {program} is the plan of a layer or an encoder; serve the layer's weights")
+            raise InvalidInput(f"serve: {program} is no plan of attention; serve a layer's or an encoder's weights")
         if given["upload"]:
             raise InvalidInput(f"serve: --upload is for a layer's weights; {program} is a plan, which has its own")
     app = service(what, given["sessions"], given["expire"], tokens=tokens, device=given["device"])

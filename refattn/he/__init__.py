@@ -1,5 +1,7 @@
 """Power-softmax attention on ciphertexts (CKKS, by TenSEAL's binding of SEAL): plan, simulate, client, server."""
 
+from .decoding import DecodingClient, DecodingServer
+from .decoding_plan import DecodingPlan, plan_decoding
 from .encoder import Encoder
 from .encoder_plan import EncoderPlan
 from .inputs import reference, simulate
@@ -11,6 +13,7 @@ from .sessions import Client, Server, Sharing
 from .weights import EncoderWeights, Feedforward, Weights
 
 __all__ = [
-    "Client", "Encoder", "EncoderPlan", "EncoderWeights", "Feedforward", "Layer", "LayerPlan", "Plan", "Server",
-    "Sharing", "Weights", "plan", "ranges", "reference", "simulate",
+    "Client", "DecodingClient", "DecodingPlan", "DecodingServer", "Encoder", "EncoderPlan", "EncoderWeights",
+    "Feedforward", "Layer", "LayerPlan", "Plan", "Server", "Sharing", "Weights", "plan", "plan_decoding", "ranges",
+    "reference", "simulate",
 ]  # fmt: skip

@@ -7,8 +7,9 @@ The same text runs on float64 numbers (`Numbers`), on counts of operations and l
   products, relinearised and rescaled once;
 - ``add``, ``add_constant``, ``negate``; ``times_constant``: at the square of its operand's scale;
 - ``relinearize``, ``rescale``, ``rotate`` (slot s gets what slot s + k holds), ``conjugate``;
-- ``times``, ``plus``: with numbers in slots that the server knows (linear.Plain), times at the scale's square;
-  ``like``: a number at another's level and scale (a layer needs these, attention does not: noise.Bounds has none);
+- ``times``, ``plus``: with numbers in slots that the server knows (linear.Plain), times at the scale's square, or at
+  the product with the numbers' own scale; ``like``: a number at another's level and scale (a layer needs it, attention
+  does not: noise.Bounds has none, nor ``plus``);
 - ``step``: where the program is; ``within``, ``quotient``, ``another``: promises about values (that p-th powers add up
   to a denominator; that a numerator is a mean of values times it; that this is of another key than the first).
 """

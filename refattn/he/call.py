@@ -79,6 +79,16 @@ class Call(Planned):
     noise: float
 
     @property
+    def sums(self) -> int:
+        """How many fresh ciphertexts are added up in one of the keys or values."""
+        return 1
+
+    @property
+    def replies(self) -> int:
+        """How many results the chance of a larger noise is for, together."""
+        return 1
+
+    @property
     def outs(self) -> int:
         """Ciphertexts of a reply."""
         return (self.layout.outs + (self.inverse is None)) * len(self.layout.blocks())

@@ -9,6 +9,7 @@ from typing import Any
 from .arithmetic import Arithmetic, Counted, Levels, Numbers
 from .inverse import Inverse
 from .layout import BatchLayout, Layout
+from .linear import Plain
 
 __all__ = ["Arithmetic", "Counted", "Levels", "Numbers", "attend"]  # those of arithmetic.py for who looks here
 
@@ -38,16 +39,17 @@ def attend(
     added : float
         epsilon, added to the denominator.
     q, k, v : sequences of ciphertexts
-        As ``layout.query_slots``, ``key_slots`` and ``value_slots`` make them.
+        As ``layout.query_slots``, ``key_slots`` and ``value_slots`` make them. Keys and values may be of fewer spans
+        than the layout has; a span's may be numbers that the server knows (linear.Plain), None where those are zeros.
     """
     if isinstance(layout, BatchLayout):
         return _attend_batch(m, layout, p, inverse, added, q, k, v)
     m.step("products")
     turned_q = [_turns(m, layout, q[0], 1)] if layout.compact else []
     weights: list[Any] = []
-    for of_span in _split(k, layout.spans):
+    for of_span in _split(k, layout.parts):
         m.step("products")
-        x = _turned(m, layout, turned_q, [of_span], 1) if layout.compact else m.dot(q, of_span)
+        x = _turned(m, layout, turned_q, [of_span], 1) if layout.compact else _dot(m, q, of_span)
         x = m.add(x, m.conjugate(x))  # 2·Re: two features a slot
         for step in layout.group_steps():
             x = m.add(x, m.rotate(x, step))
@@ -57,7 +59,7 @@ def attend(
         weights.append(m.another(w) if weights else w)
     m.step("values")
     turned = [_turns(m, layout, w, -1) for w in weights]
-    n = _turned(m, layout, turned, _split(v, layout.spans), -1)  # over `parts` neighbouring keys of all spans
+    n = _turned(m, layout, turned, _split(v, layout.parts), -1)  # over `parts` neighbouring keys of all spans
     m.step("denominator")
     d, *rest = itertools.chain(*turned)
     for more in rest:
@@ -119,9 +121,25 @@ def _turns(m: Any, layout: Layout, a: Any, sign: int) -> list[Any]:
     return [a] + [m.rotate(a, r * sign * layout.columns) for r in range(1, layout.baby)]
 
 
-def _split(xs: Sequence[Any], count: int) -> list[Sequence[Any]]:
-    each = len(xs) // count
-    return [xs[i * each : (i + 1) * each] for i in range(count)]
+def _split(xs: Sequence[Any], each: int) -> list[Sequence[Any]]:
+    return [xs[i : i + each] for i in range(0, len(xs), each)]
+
+
+def _dot(m: Any, a: Sequence[Any], b: Sequence[Any]) -> Any:
+    """Return a sum of products, rescaled once; those with known numbers are not relinearised, and None has none."""
+    sealed = [(x, y) for x, y in zip(a, b, strict=True) if not (y is None or isinstance(y, Plain))]
+    if len(sealed) == len(a):
+        return m.dot(a, b)
+    total = None
+    for x, y in sealed:
+        more = m.mul(x, y)
+        total = more if total is None else m.add(total, more)
+    total = None if total is None else m.relinearize(total)
+    for x, y in zip(a, b, strict=True):
+        if isinstance(y, Plain):
+            more = m.times(x, y)
+            total = more if total is None else m.add(total, more)
+    return m.rescale(total)
 
 
 def _turned(m: Any, layout: Layout, turned: Sequence[Sequence[Any]], bs: Sequence[Sequence[Any]], sign: int) -> Any:
@@ -130,7 +148,7 @@ def _turned(m: Any, layout: Layout, turned: Sequence[Sequence[Any]], bs: Sequenc
     every = [x for of_span in turned for x in of_span]
     total = None
     for giant in range(layout.parts // baby):
-        part = m.dot(every, [x for of_span in bs for x in of_span[giant * baby : (giant + 1) * baby]])
+        part = _dot(m, every, [x for of_span in bs for x in of_span[giant * baby : (giant + 1) * baby]])
         if giant:
             part = m.rotate(part, giant * baby * unit)
         total = part if total is None else m.add(total, part)

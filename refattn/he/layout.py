@@ -11,7 +11,7 @@ the division: few columns in many blocks take more of both, but blocks can be co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import UnsupportedProblem
 
-__all__ = ["BatchLayout", "Layout", "layouts_for"]
+__all__ = ["BatchLayout", "Layout", "layouts_for", "token_layouts"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -162,8 +162,10 @@ class Layout:
         of_span = slice(span * self.rows, (span + 1) * self.rows)
         return np.tile(seen[heads, rows, of_span].T, (self.groups, 1))
 
-    def key_slots(self, k: Float, seen: NDArray[np.bool_], block: tuple[int, int]) -> list[Complex]:
-        """Return the slots of the keys of a block's heads; k is (heads, keys, pairs·2).
+    def key_slots(
+        self, k: Float, seen: NDArray[np.bool_], block: tuple[int, int], spans: Iterable[int] | None = None
+    ) -> list[Complex]:
+        """Return the slots of the keys of a block's heads, of all spans or some; k is (heads, keys, pairs·2).
 
         Where the queries come once, the keys are turned ahead by their giant steps.
 
@@ -177,18 +179,19 @@ class Layout:
         if self.compact and not masked and not seen.all():
             raise UnsupportedProblem("he: upload='compact' takes no masks where a head's queries need several blocks")
         found = []
-        for span in range(self.spans):
+        for span in range(self.spans) if spans is None else spans:
             mask = self._tiled(self._mask(seen, block, span) + 0j) if masked else 1
             for r in range(self.parts):
                 turn = r // self.baby * self.baby * self.columns if self.compact else 0
                 found.append(np.roll(self._of_keys(z, r, block, span) * mask, turn))
         return found
 
-    def value_slots(self, v: Float, block: tuple[int, int]) -> list[Complex]:
-        """Return the slots of the values, turned ahead by their baby steps."""
+    def value_slots(self, v: Float, block: tuple[int, int], spans: Iterable[int] | None = None) -> list[Complex]:
+        """Return the slots of the values, of all spans or some, turned ahead by their baby steps."""
         z = v[..., 0::2] + 1j * v[..., 1::2]
         turns = [r % self.baby * self.columns for r in range(self.parts)]
-        return [np.roll(self._of_keys(z, r, block, s), turn) for s in range(self.spans) for r, turn in enumerate(turns)]
+        every = range(self.spans) if spans is None else spans
+        return [np.roll(self._of_keys(z, r, block, s), turn) for s in every for r, turn in enumerate(turns)]
 
     def _of_keys(self, z: Complex, r: int, block: tuple[int, int], span: int) -> Complex:
         heads = np.array([h for h, _ in self._columns(block)])
@@ -305,3 +308,29 @@ def layouts_for(
             f"he: n_k = {n_k}, d = {max(d_k, d_v)} and {heads} heads of {n_q} queries do not fit {slots} slots"
         )
     return found
+
+
+def token_layouts(slots: int, n_k: int, d: int, heads: int) -> list[Layout]:
+    """Return the layouts of one query a head: from all keys in a ciphertext to as few as leave its features together.
+
+    Few keys in a ciphertext leave room for more features: a token is then in fewer ciphertexts, and its products with
+    all keys take more of them.
+
+    Raises
+    ------
+    UnsupportedProblem
+        The keys and features do not fit.
+    """
+    keys, pairs, most = (1 << (n - 1).bit_length() for n in (n_k, -(-d // 2), heads))
+    for columns in reversed(_powers(1, 2 * min(most, slots))):
+        if columns > 1 and keys * columns > 8 * slots:
+            continue  # heads in several blocks rather than keys in very many spans: the same work
+        found = []
+        for rows in reversed(_powers(1, 2 * min(keys, slots // columns))[-4:]):  # spans soon cost more than parts
+            for groups in reversed(_powers(1, 2 * min(pairs, slots // (rows * columns)))[-4:]):
+                parts, spans = pairs // groups, keys // rows
+                if parts <= rows:
+                    found.append(Layout(slots, keys, columns, groups, parts, 1, heads, spans=spans))
+        if found:
+            return found
+    raise UnsupportedProblem(f"he: n_k = {n_k} and d = {d} do not fit {slots} slots")

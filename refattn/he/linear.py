@@ -24,9 +24,18 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Plain:
-    """Numbers in slots that the server knows; equal only to itself, as what is encoded of it is kept by it."""
+    """Numbers in slots that the server knows; equal only to itself, as what is encoded of it is kept by it.
+
+    Attributes
+    ----------
+    slots : (slots,) array
+        The numbers; where noise is bounded, their largest size.
+    scale : float or None
+        What they are multiplied with in a product; None for the scale of the ciphertext that they meet.
+    """
 
     slots: NDArray[np.complex128]
+    scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,6 +135,12 @@ class Bounds(Arithmetic):
     def times_constant(self, a: Noisy, c: float) -> Noisy:
         variance = c**2 * a.variance + a.value**2 / 12 / a.scale**2
         return replace(a, value=a.value * c, variance=variance, scale=a.scale**2)
+
+    def times(self, a: Noisy, plain: Any) -> Noisy:
+        most, scale = float(np.abs(plain.slots).max()), plain.scale or a.scale
+        rounded = self.ring.degree / 12 / scale**2
+        variance = most**2 * a.variance + (a.value**2 + a.variance) * rounded
+        return replace(a, value=a.value * most, variance=variance, scale=a.scale * scale)
 
     def relinearize(self, a: Noisy) -> Noisy:
         n, ring = self.ring.degree, self.ring

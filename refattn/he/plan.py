@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,42 +21,29 @@ from .costs import COSTS, Costs, predicted_ms
 from .inputs import decoded, encoded
 from .inverse import Inverse, choose
 from .layout import BatchLayout, Layout, layouts_for
+from .linear import Plain
 from .noise import Bounds, Ring, quantile
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Attention", "Plan", "fastest", "plan"]
 
 MOST_BITS = {8192: 218, 16384: 438, 32768: 881}
 """Bits of a chain at 128 bits of security (homomorphicencryption.org's table, SEAL's TC128)."""
 LEAST_MIDDLE, MOST_MIDDLE, MOST_FIRST = 25, 48, 60
+P = TypeVar("P", bound="Attention")
 
 
-@dataclass(frozen=True)
-class Plan(Call):
-    """An encrypted call, planned; its attributes are those of ``refattn.he.call.Call``."""
+class Attention(Call):
+    """What plans of attention compute, and say, alike."""
+
+    @classmethod
+    def shared_of(cls, layout: Any, n_k: int, context: int) -> tuple[int, int]:
+        """Return the ciphertexts of a block's keys, and how many more are not encrypted; as many hold values."""
+        return layout.shared_parts, 0
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> Self:
         """What a server needs to compute it: this."""
         return self
-
-    def encoded(self, problem: Problem) -> tuple[tuple[int, ...], list[tuple[NDArray[np.complex128], int]]]:
-        """Return the result's shape, and slots and primes of each ciphertext of a query."""
-        return encoded(self, problem)
-
-    def decoded(self, slots: Sequence[NDArray[np.complex128]], shape: tuple[int, ...]) -> NDArray[np.float64]:
-        """Return out from the slots of a reply."""
-        return decoded(self, slots, shape)
-
-    def tasks(self, parts: Sequence[Any]) -> list[tuple[Sequence[Any], Sequence[Any]]]:
-        """Return the ciphertexts of each block: those that its head's blocks share, and its own."""
-        found, at, shared, previous = [], 0, 2 * self.layout.shared_parts, None
-        for head, _ in self.layout.blocks():
-            if head != previous:
-                previous, first = head, at
-                at += shared
-            found.append((parts[first : first + shared], parts[at : at + self.layout.query_parts]))
-            at += self.layout.query_parts
-        return found
 
     def compute(self, m: Any, shared: Sequence[Any], queries: Sequence[Any]) -> list[Any]:
         """Return a block's result by an arithmetic."""
@@ -71,6 +58,10 @@ class Plan(Call):
             loads = Counter({k: c * len(blocks) // groups for k, c in loads.items()})
         whole = predicted_ms(costs, degree, self.counts) * len(blocks) + predicted_ms(costs, degree, loads)
         return whole / len(blocks) * math.ceil(len(blocks) / workers)
+
+    def waiting_ms(self) -> float:
+        """Return what plans are compared by: the time of the server with as many workers as they are made for."""
+        return self.predicted_ms(workers=self.workers)
 
     def report(self) -> dict[str, Any]:
         """Return all that the plan says, as what JSON holds."""
@@ -96,6 +87,30 @@ class Plan(Call):
             "error_approximation": self.approximation,
             "error_noise": self.noise,
         }
+
+
+@dataclass(frozen=True)
+class Plan(Attention):
+    """An encrypted call, planned; its attributes are those of ``refattn.he.call.Call``."""
+
+    def encoded(self, problem: Problem) -> tuple[tuple[int, ...], list[tuple[NDArray[np.complex128], int]]]:
+        """Return the result's shape, and slots and primes of each ciphertext of a query."""
+        return encoded(self, problem)
+
+    def decoded(self, slots: Sequence[NDArray[np.complex128]], shape: tuple[int, ...]) -> NDArray[np.float64]:
+        """Return out from the slots of a reply."""
+        return decoded(self, slots, shape)
+
+    def tasks(self, parts: Sequence[Any]) -> list[tuple[Sequence[Any], Sequence[Any]]]:
+        """Return the ciphertexts of each block: those that its head's blocks share, and its own."""
+        found, at, shared, previous = [], 0, 2 * self.layout.shared_parts, None
+        for head, _ in self.layout.blocks():
+            if head != previous:
+                previous, first = head, at
+                at += shared
+            found.append((parts[first : first + shared], parts[at : at + self.layout.query_parts]))
+            at += self.layout.query_parts
+        return found
 
 
 def plan(
@@ -164,53 +179,80 @@ def plan(
         workers, scale, inverse,
     )  # fmt: skip
     d_v = d_k if d_v is None else d_v
-    low, high = denominator
-    inverses: Sequence[Inverse | None] = [None]
-    if normalize == "server":
-        inverses = [inverse] if inverse else choose(low, high, tolerance / value_most)[:4]
-    found: list[Plan] = []
-    obstacles: list[str] = []
     given = {
-        "n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_v, "heads": heads, "p": p,
-        "denominator": (float(low), float(high)), "epsilon": float(epsilon),
-        "scale": 1 / math.sqrt(d_k) if scale is None else float(scale),
-        "norms": (float(norms[0]), float(norms[1])), "value_most": float(value_most),
-        "normalize": normalize, "mode": mode, "upload": upload, "workers": workers,
-        "tolerance": float(tolerance),
+        "n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_v, "heads": heads, "p": p, "denominator": denominator,
+        "epsilon": epsilon, "scale": scale, "norms": norms, "value_most": value_most, "normalize": normalize,
+        "mode": mode, "upload": upload, "workers": workers, "tolerance": tolerance,
     }  # fmt: skip
+
+    def layouts(slots: int) -> Sequence[Layout | BatchLayout]:
+        return layouts_for(slots, n_q, n_k, d_k, d_v, heads, mode, upload)
+
+    return fastest(Plan, given, layouts, inverse)
+
+
+def fastest(
+    kind: type[P],
+    given: dict[str, Any],
+    layouts: Callable[[int], Sequence[Layout | BatchLayout]],
+    inverse: Inverse | None,
+) -> P:
+    """Return the fastest plan of a kind, from checked arguments, the layouts for some slots, and a polynomial or None.
+
+    Raises
+    ------
+    UnsupportedProblem
+        No ring at 128 bits of security does it.
+    """
+    low, high = (float(x) for x in given["denominator"])
+    given = given | {n: float(given[n]) for n in ("epsilon", "value_most", "tolerance")}
+    given["denominator"], given["norms"] = (low, high), tuple(map(float, given["norms"]))
+    given["scale"] = 1 / math.sqrt(given["d_k"]) if given["scale"] is None else float(given["scale"])
+    tolerance = given["tolerance"]
+    inverses: Sequence[Inverse | None] = [None]
+    if given["normalize"] == "server":
+        inverses = [inverse] if inverse else choose(low, high, tolerance / given["value_most"])[:4]
+    best: P | None = None
+    obstacles: list[str] = []
     for candidate in inverses:
         for degree in MOST_BITS:
             # obstacles of the polynomial with the fewest levels are told, last those in the largest ring
-            found += _try(given, candidate, degree, obstacles if candidate is inverses[0] else [])
-    if not found:
+            best = _try(kind, given, candidate, degree, layouts, obstacles if candidate is inverses[0] else [], best)
+    if best is None:
         why = obstacles[-1] if obstacles else f"no polynomial is within {tolerance:.3g} on ({low:.3g}, {high:.3g})"
         raise UnsupportedProblem(
             f"he: {why}; a smaller p, a narrower denominator (a larger epsilon), a larger tolerance or "
             "normalize='client' would help"
         )
-    return min(found, key=lambda x: x.predicted_ms(workers=workers))
+    return best
 
 
-def _try(given: dict[str, Any], inverse: Inverse | None, degree: int, obstacles: list[str]) -> list[Plan]:
-    """Return the plans at a degree, and note what was in the way."""
-    sizes = {n: given[n] for n in ("n_q", "n_k", "d_k", "d_v", "heads", "mode", "upload")}
+def _try(
+    kind: type[P], given: dict[str, Any], inverse: Inverse | None, degree: int,
+    layouts: Callable[[int], Sequence[Layout | BatchLayout]], obstacles: list[str], best: P | None,
+) -> P | None:  # fmt: skip
+    """Return the fastest of the plans at a degree and one that is there, and note what was in the way."""
     try:
-        layouts = layouts_for(degree // 2, **sizes)
+        found = layouts(degree // 2)
     except UnsupportedProblem as e:
         obstacles.append(str(e).removeprefix("he: "))
-        return []
-    made = (_with_layout(given, inverse, degree, layout, obstacles) for layout in layouts)
-    return [x for x in made if x is not None]
+        return best
+    for layout in found:
+        best = _with_layout(kind, given, inverse, degree, layout, obstacles, best) or best
+    return best
 
 
 def _with_layout(
-    given: dict[str, Any], inverse: Inverse | None, degree: int, layout: Layout | BatchLayout, obstacles: list[str]
-) -> Plan | None:
-    """Return the plan with a layout, or None, with what was in the way."""
-    queries, shared = layout.query_parts, layout.shared_parts
+    kind: type[P], given: dict[str, Any], inverse: Inverse | None, degree: int, layout: Layout | BatchLayout,
+    obstacles: list[str], best: P | None,
+) -> P | None:  # fmt: skip
+    """Return the plan with a layout, or None: for what was in the way, or as the best so far is as fast."""
+    queries = layout.query_parts
+    shared, more = kind.shared_of(layout, given["n_k"], given.get("context", 0))
+    known: list[Any] = [Plain(np.zeros(1, complex))] * more
     counting, top = Levels(), Counted(99)
     common = (layout, given["p"], inverse, given["epsilon"])
-    outs = attend(counting, *common, [top] * queries, [top] * shared, [top] * shared)
+    outs = attend(counting, *common, [top] * queries, [top] * shared + known, [top] * shared + known)
     depth = 99 - min(x.limbs for x in outs)
     # a special prime larger than the others keeps the key switching's noise small
     above = _above(given, inverse)
@@ -231,9 +273,9 @@ def _with_layout(
     ring = Ring(degree, first, middle, MOST_FIRST, depth)
     exact, top = Levels(), Counted(depth + 1)
     at_values = Counted(depth + 1 - counting.levels["products"] - counting.levels["power"])
-    attend(exact, *common, [top] * queries, [top] * shared, [at_values] * shared)
+    attend(exact, *common, [top] * queries, [top] * shared + known, [at_values] * shared + known)
     approximation = 0.0 if inverse is None else inverse.relative_error * given["value_most"]
-    made = Plan(
+    made = kind(
         **given,
         ring=ring,
         layout=layout,
@@ -244,6 +286,8 @@ def _with_layout(
         approximation=approximation,
         noise=0.0,
     )
+    if best is not None and made.waiting_ms() >= best.waiting_ms():
+        return None
     with np.errstate(over="ignore", invalid="ignore"):  # an infinite bound is above every tolerance
         noise = noise_of(made)
         made = replace(made, noise=math.inf if math.isnan(noise) else noise)
@@ -262,7 +306,7 @@ def _above(given: dict[str, Any], inverse: Inverse | None) -> int:
     return max(3, math.ceil(math.log2(max(largest, 1.0))) + 2)
 
 
-def noise_of(p: Plan) -> float:
+def noise_of(p: Attention) -> float:
     """Return the bound on what CKKS noise adds to an element of out."""
     low, high = ((x - p.epsilon) * p.input_factor for x in p.denominator)
     points = low + (high - low) * np.linspace(0, 1, 257) ** 2  # closest where quotients change most
@@ -272,9 +316,14 @@ def noise_of(p: Plan) -> float:
     q = m.fresh(p.norms[0] * factor / 2 / math.sqrt(pairs))
     k = m.fresh(p.norms[1] / math.sqrt(pairs))
     v = m.fresh(math.sqrt(2) * p.value_most)
-    queries, shared = p.layout.query_parts, p.layout.shared_parts
-    outs = attend(m, p.layout, p.p, p.inverse, p.epsilon, [q] * queries, [k] * shared, [v] * shared)
-    count = p.heads * p.n_q * p.d_v
+    shared, known = p.shared_of(p.layout, p.n_k, getattr(p, "context", 0))
+    # the first span has the key with all the weight: one of ciphertexts, whose noise is larger than known numbers'
+    keys, values = (
+        [replace(x, variance=p.sums * x.variance)] * shared + [Plain(x.value.astype(complex), x.scale)] * known
+        for x in (k, v)
+    )
+    outs = attend(m, p.layout, p.p, p.inverse, p.epsilon, [q] * p.layout.query_parts, keys, values)
+    count = p.heads * p.n_q * p.d_v * p.replies
     if p.inverse is None:
         # d(n/d) = dn/d - n/d · dd/d, where d has its epsilon
         variance = outs[0].variance + 2 * p.value_most**2 * outs[-1].variance

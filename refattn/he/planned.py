@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .noise import Ring
 
-__all__ = ["Planned", "Program"]
+__all__ = ["Planned", "Program", "bytes_text"]
 
 MOST_SECONDS, MOST_BYTES = 30.0, 10**9
 """Above these a plan warns."""
@@ -70,10 +70,10 @@ class Planned(ABC):
     def words(self) -> str:
         """Return what the plan says in a sentence: time, bytes, security, error."""
         found = self.report()
-        text = f"{found['predicted_ms'] / 1e3:.2g} s on one core, {_bytes(self.upload_bytes)} up"
+        text = f"{found['predicted_ms'] / 1e3:.2g} s on one core, {bytes_text(self.upload_bytes)} up"
         if found.get("rounds", 1) > 1:
             text += f" in {found['rounds']} rounds"
-        text += f", {_bytes(self.key_bytes)} of keys once, 128-bit security"
+        text += f", {bytes_text(self.key_bytes)} of keys once, 128-bit security"
         if "error_noise" in found:
             noise = found["error_noise"]
             text += f", error at most {noise + found['error_approximation']:.2g}, of which noise {noise:.1g}"
@@ -85,7 +85,7 @@ class Planned(ABC):
         found = [f"the server will take about {seconds:.0f} s a query"] if seconds > MOST_SECONDS else []
         for what, n in (("a query sends", self.upload_bytes), ("the evaluation keys have", self.key_bytes)):
             if n > MOST_BYTES:
-                found.append(f"{what} {_bytes(n)}")
+                found.append(f"{what} {bytes_text(n)}")
         return found
 
     def table(self) -> Table:
@@ -121,7 +121,8 @@ class Program(Protocol):
         """Return a block's result by an arithmetic."""
 
 
-def _bytes(n: int) -> str:
+def bytes_text(n: int) -> str:
+    """Return a number of bytes in words."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= size:
             return f"{n / size:.3g} {unit}"

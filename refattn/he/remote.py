@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from ..errors import InvalidInput, ServiceError, UnsupportedProblem, install, printable
+from .decoding_plan import DecodingPlan
 from .encoder_plan import EncoderPlan
 from .layer_plan import LayerPlan
 from .plan import Plan
@@ -89,6 +90,8 @@ class Remote:
     def plan(self) -> Plan | LayerPlan | EncoderPlan:
         """Return the server's plan, checked to be within 128 bits of security and within this client's limits."""
         made = plan_from_json(self._call("GET", "/plan", most=MOST_TEXT), self._most)
+        if isinstance(made, DecodingPlan):
+            raise InvalidInput("he: got a plan of decoding, whose tokens are not sent over HTTP here")
         self._reply_most = made.reply_most
         return made
 

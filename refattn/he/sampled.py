@@ -76,14 +76,15 @@ class Sampled(Arithmetic):
     def times_constant(self, a: Sample, c: float) -> Sample:
         return Sample(a.slots * (round(c * a.scale) / a.scale), a.scale**2, a.limbs)
 
-    def _encoded(self, a: Sample, plain: Any) -> Complex:
-        return np.asarray(plain.slots + self._noise(self.ring.degree / 12 / a.scale**2))
+    def _encoded(self, scale: float, plain: Any) -> Complex:
+        return np.asarray(plain.slots + self._noise(self.ring.degree / 12 / scale**2))
 
     def times(self, a: Sample, plain: Any) -> Sample:
-        return Sample(a.slots * self._encoded(a, plain), a.scale**2, a.limbs)
+        scale = plain.scale or a.scale
+        return Sample(a.slots * self._encoded(scale, plain), a.scale * scale, a.limbs)
 
     def plus(self, a: Sample, plain: Any) -> Sample:
-        return replace(a, slots=a.slots + self._encoded(a, plain))
+        return replace(a, slots=a.slots + self._encoded(a.scale, plain))
 
     def like(self, a: Sample, b: Sample) -> Sample:
         return Sample(a.slots + self._noise(self._rounding(b.scale)), b.scale, b.limbs)

@@ -12,7 +12,8 @@ import numpy as np
 from ..errors import InvalidInput, RefattnError
 from ..files import load_arrays, save_arrays
 from ..validation import shown
-from .arguments import is_number
+from .arguments import MOST_SIZE, is_count, is_number
+from .decoding_plan import DecodingPlan, plan_decoding
 from .encoder_plan import EncoderPlan
 from .foreign import encoder_plan_of, layer_plan_of
 from .inverse import Inverse
@@ -41,23 +42,25 @@ RANGES = (
 )
 
 
-def plan_to_json(made: Plan | LayerPlan | EncoderPlan) -> str:
+def plan_to_json(made: Plan | DecodingPlan | LayerPlan | EncoderPlan) -> str:
     """Return a plan as JSON, for a client elsewhere. No weight is in it."""
-    if isinstance(made, Plan):
+    if isinstance(made, Plan | DecodingPlan):
         what: dict[str, Any] = {n: getattr(made, n) for n in (*ARGUMENTS, *RANGES)}
         if made.inverse is not None:
             what["inverse"] = [made.inverse.doublings, made.inverse.odd]
+        if isinstance(made, DecodingPlan):
+            what["context"] = made.context
     else:
         what = {f.name: getattr(made, f.name) for f in fields(made)}
         what |= {"ring": asdict(made.ring), "layout": asdict(made.layout)}
         what["counts"] = [[name, limbs, count] for (name, limbs), count in sorted(made.counts.items())]
-    kind = {Plan: "attention", LayerPlan: "layer", EncoderPlan: "encoder"}[type(made)]
+    kind = {Plan: "attention", DecodingPlan: "decoding", LayerPlan: "layer", EncoderPlan: "encoder"}[type(made)]
     return json.dumps(
         {"refattn": f"he {kind} plan", "version": PLAN_VERSION, "digest": made.digest.hex(), "plan": what}
     )
 
 
-def plan_from_json(text: str | bytes, most_bytes: int = 2**40) -> Plan | LayerPlan | EncoderPlan:
+def plan_from_json(text: str | bytes, most_bytes: int = 2**40) -> Plan | DecodingPlan | LayerPlan | EncoderPlan:
     """Return the plan of some JSON.
 
     Parameters
@@ -81,14 +84,18 @@ def plan_from_json(text: str | bytes, most_bytes: int = 2**40) -> Plan | LayerPl
         kind, version, digest, what = (whole[n] for n in ("refattn", "version", "digest", "plan"))
         if version != PLAN_VERSION:
             raise InvalidInput(f"he: got a plan of version {shown(version)}, expected {PLAN_VERSION}")
-        if kind == "he attention plan":
-            made: Plan | LayerPlan | EncoderPlan = _attention(dict(what))
+        if kind == "he decoding plan":
+            made: Plan | DecodingPlan | LayerPlan | EncoderPlan = _decoding(dict(what))
+        elif kind == "he attention plan":
+            made = _attention(dict(what))
         elif kind == "he layer plan":
             made = layer_plan_of(dict(what))
         elif kind == "he encoder plan":
             made = encoder_plan_of(dict(what))
         else:
-            raise InvalidInput(f"he: got {shown(kind)}, expected a plan of attention, of a layer or of an encoder")
+            raise InvalidInput(
+                f"he: got {shown(kind)}, expected a plan of attention, of decoding, of a layer or of an encoder"
+            )
     except RefattnError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
@@ -103,6 +110,19 @@ def plan_from_json(text: str | bytes, most_bytes: int = 2**40) -> Plan | LayerPl
 
 def _attention(what: dict[str, Any]) -> Plan:
     given = [what.pop(n) for n in ARGUMENTS]
+    return plan(*given, **_ranges(what))
+
+
+def _decoding(what: dict[str, Any]) -> DecodingPlan:
+    n_q, n_k, d, d_v, heads, p = (what.pop(n) for n in ARGUMENTS)
+    if (n_q, what.pop("mode"), what.pop("workers")) != (1, "latency", 1) or not is_count(what["context"], 0, MOST_SIZE):
+        raise InvalidInput("he: got what is no plan of decoding: it has one query at a time, and one process")
+    longest = n_k - what["context"]
+    return plan_decoding(longest, d, d_v, heads, p, **_ranges(what))
+
+
+def _ranges(what: dict[str, Any]) -> dict[str, Any]:
+    """Return what JSON holds of ranges and the polynomial as a plan takes them."""
     of, denominator = what.pop("inverse", None), what["denominator"]
     for name in ("denominator", "norms"):
         if isinstance(what[name], list):
@@ -112,7 +132,7 @@ def _attention(what: dict[str, Any]) -> Plan:
             raise InvalidInput(f"inverse: got {shown(of)}, expected [doublings, order]")
         low, high = map(_float, denominator)
         what["inverse"] = Inverse(low, high, *of)
-    return plan(*given, **what)
+    return what
 
 
 def _float(x: Any) -> float:

@@ -290,19 +290,19 @@ class Sealed(Arithmetic):
         return self._new(self.evaluator.multiply_plain, a, self._constant(a, c))
 
     def times(self, a: Any, plain: Any) -> Any:
-        return self._new(self.evaluator.multiply_plain, a, self._encoded(a, plain))
+        return self._new(self.evaluator.multiply_plain, a, self._encoded(a, plain, plain.scale or a.scale))
 
     def plus(self, a: Any, plain: Any) -> Any:
-        return self._new(self.evaluator.add_plain, a, self._encoded(a, plain))
+        return self._new(self.evaluator.add_plain, a, self._encoded(a, plain, a.scale))
 
-    def _encoded(self, a: Any, plain: Any) -> Any:
-        """Return a server's numbers at a ciphertext's level and scale, encoded once while the scale is the same."""
+    def _encoded(self, a: Any, plain: Any, scale: float) -> Any:
+        """Return a server's numbers at a ciphertext's level and a scale, encoded once while the scale is the same."""
         key = (plain, a.coeff_modulus_size())
-        scale, made = self._plains.get(key, (None, None))
-        if scale != a.scale:
+        kept, made = self._plains.get(key, (None, None))
+        if kept != scale:
             made = self.api.Plaintext()
-            self.encoder.encode(plain.slots.tolist(), a.parms_id(), a.scale, made)
-            self._plains[key] = (a.scale, made)
+            self.encoder.encode(plain.slots.tolist(), a.parms_id(), scale, made)
+            self._plains[key] = (scale, made)
         return made
 
     def like(self, a: Any, b: Any) -> Any:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import secrets
 from collections.abc import Callable, Iterable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +28,8 @@ from .plan import Plan
 from .plausible import check_out, check_reply
 from .processes import pool_of, stop
 from .refresh import Masks, check_masked, refreshed, zero_of
-from .seal import api, context, decode, encode, from_bytes, galois_elements, to_bytes, whole_bytes
+from .seal import from_bytes
+from .secret import Holder, Sharing
 from .shared import Slice, held
 from .wire import FRESH, KEYS, MASKED, QUERY, REPLY, Message, kind_of, pack, query_of, unpack
 from .worker import Sent, Worker, begin, block
@@ -43,37 +43,7 @@ SLACK = 2
 """How many times the planned bytes a message may have."""
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """How a decrypted result is made fit to be shown (noise flooding): see the page on security.
-
-    Attributes
-    ----------
-    bits : int
-        s: an attacker's advantage is at most about 2**-s (statistical security).
-    results : int
-        How many results of one key will be shown in all.
-    """
-
-    bits: int = 30
-    results: int = 1
-
-    def __post_init__(self) -> None:
-        if not is_count(self.bits, 1, 1000) or not is_count(self.results, 1, 2**60):
-            raise InvalidInput(
-                f"he: got {shown(self.bits)} bits and {shown(self.results)} results, expected integers of at least 1"
-            )
-
-    def deviation(self, noise: float) -> float:
-        """Return the standard deviation to add where the encryption's noise is at most so large.
-
-        sqrt(12·results)·2**(bits/2) times it: Li, Micciancio, Schultz and Sorrell, 2022 (ePrint 2022/816), as OpenFHE
-        uses it; recalled from OpenFHE's documentation, not from the paper.
-        """
-        return float(math.sqrt(12 * self.results) * 2.0 ** (self.bits / 2) * noise)
-
-
-class Client:
+class Client(Holder):
     """Holds a secret key: encrypts queries, decrypts replies. The secret key has no way out of it.
 
     Parameters
@@ -85,30 +55,16 @@ class Client:
     def __init__(self, plan: Plan | LayerPlan | EncoderPlan) -> None:
         if not isinstance(plan, Plan | LayerPlan | EncoderPlan):
             raise InvalidInput(f"plan: got {type(plan).__name__}, expected a plan: he.plan(...), or a program's .plan")
-        self.plan = plan
-        s, made = api(), context(plan.ring)
-        self._generator = s.KeyGenerator(made)
-        secret = self._generator.secret_key()
-        self._public = s.PublicKey()
-        self._generator.create_public_key(self._public)
-        self._encryptor = s.Encryptor(made, self._public, secret)
-        self._decryptor = s.Decryptor(made, secret)
-        self._encoder = s.CKKSEncoder(made)
-        self._name = secrets.token_bytes(16)
+        super().__init__(plan)
         self._asked: dict[bytes, tuple[int, ...]] = {}  # shapes of the replies that are waited for
         self._stage: dict[bytes, int] = {}  # of an encoder's queries, the block that works on them
 
     def __repr__(self) -> str:
         return f"Client(degree {self.plan.ring.degree}, {len(self._asked)} queries without a reply)"
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a client holds a secret key and is not pickled or copied")
-
     def evaluation_keys(self) -> bytes:
         """Return what a server needs: keys for relinearisation, the plan's rotations and the conjugation."""
-        relin = self._generator.create_relin_keys()
-        galois = self._generator.create_galois_keys(galois_elements(self.plan.ring, self.plan.rotations))
-        parts: tuple[bytes, ...] = (to_bytes(relin), to_bytes(galois))
+        parts = self._keys()
         if isinstance(self.plan, EncoderPlan):
             parts += (zero_of(self._encryptor, self.plan),)
         return pack(Message(KEYS, self.plan.digest, self._name, bytes(16), parts))
@@ -211,30 +167,12 @@ class Client:
         found = [from_bytes("Ciphertext", plan.ring, x) for x in m.parts]
         check_reply(plan, found)
         with np.errstate(all="ignore"):  # what is not finite is told below
-            out = plan.decoded([self._decrypted(x) for x in found], self._asked[m.query])
+            out: Float = plan.decoded([self._decrypted(x) for x in found], self._asked[m.query])
         check_out(plan, out)
         del self._asked[m.query], self._stage[m.query]
         if share is None or not isinstance(plan, Plan):
             return out
-        draw = secrets.SystemRandom().gauss
-        deviation = share.deviation(plan.noise)
-        return np.asarray(out + np.array([draw(0.0, deviation) for _ in range(out.size)]).reshape(out.shape))
-
-    def _encrypted(self, slots: Any, limbs: int) -> bytes:
-        return self._sent(encode(self._encoder, slots, self.plan.ring, limbs))
-
-    def _sent(self, plain: Any) -> bytes:
-        if self.plan.upload == "whole":
-            return whole_bytes(self._encryptor, plain)
-        return to_bytes(self._encryptor.encrypt_symmetric(plain))
-
-    def _opened(self, ciphertext: Any) -> Any:
-        plain = api().Plaintext()
-        self._decryptor.decrypt(ciphertext, plain)
-        return plain
-
-    def _decrypted(self, ciphertext: Any) -> Any:
-        return decode(self._encoder, self._opened(ciphertext))
+        return share.drowned(out, plan.noise)
 
 
 class Server:

@@ -10,16 +10,17 @@ from itertools import accumulate, pairwise
 
 from ..errors import InvalidInput
 
-__all__ = ["FRESH", "KEYS", "MASKED", "QUERY", "REPLY", "Message", "kind_of", "pack", "query_of", "unpack"]
+__all__ = ["FRESH", "KEYS", "MASKED", "QUERY", "REPLY", "TOKEN", "Message", "kind_of", "pack", "query_of", "unpack"]
 
 MAGIC, VERSION = b"refattn-he", 2
-KEYS, QUERY, REPLY, MASKED, FRESH = 1, 2, 3, 4, 5
+KEYS, QUERY, REPLY, MASKED, FRESH, TOKEN = 1, 2, 3, 4, 5, 6
 NAMES = {
     KEYS: "evaluation keys",
     QUERY: "a query",
     REPLY: "a reply",
     MASKED: "a masked result",
     FRESH: "a refreshed result",
+    TOKEN: "a token",
 }
 HEAD = struct.Struct("<10sBB32s16s16sI")
 DIGEST = 32
@@ -33,7 +34,8 @@ class Message:
     Attributes
     ----------
     kind : int
-        KEYS, QUERY, REPLY, MASKED (of a block that is not the last) or FRESH (the client's answer to it).
+        KEYS, QUERY, REPLY, MASKED (of a block that is not the last), FRESH (the client's answer to it) or TOKEN (a
+        query with the key and value that are kept; its first part is its place in its sequence).
     plan, client, query : bytes
         Digest of the plan, and random names of the client and of its query; of FRESH the name of the masked result.
     parts : tuple of bytes or memoryview

@@ -50,6 +50,11 @@ class Worker:
         self._shared: tuple[Sequence[Sent], list[Any]] = ((), [])
         self._query = -1
 
+    @property
+    def arithmetic(self) -> Sealed:
+        """What computes with the client's keys."""
+        return self._arithmetic
+
     def block(self, shared: Sequence[Sent], queries: Sequence[Sent], query: int = 0, stage: int = 0) -> list[bytes]:
         """Return the ciphertexts of a block's result, of ciphertexts of the query of a number; or of a later stage."""
         # the files of another query may have the same names

@@ -108,7 +108,7 @@ def test_a_plan_that_is_none_is_refused_at_once(text, monkeypatch):
         (json.dumps(ATTENTION | {"plan": []}), "got what is no plan: "),
         (json.dumps(ATTENTION | {"plan": "x"}), "got what is no plan: "),
         (json.dumps(ATTENTION | {"plan": None}), "got what is no plan: "),
-        (json.dumps(ATTENTION | {"refattn": {}}), "got {}, expected a plan of attention, of a layer or of an encoder"),
+        (json.dumps(ATTENTION | {"refattn": {}}), "got {}, expected a plan of attention, of decoding, of a layer or"),
     ],
     ids=lambda x: str(x)[:20],
 )

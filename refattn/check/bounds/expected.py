@@ -135,6 +135,10 @@ def _inner(known: Expected) -> dict[str, Float]:
     return limit if known.dout is None else without(gradient_bounds(known.answer, wide, known.dout, limit))
 
 
+class UnboundedError(Exception):
+    """A model has no bound of a call: that is no word of the kernel's."""
+
+
 def unbounded(problem: Problem, model: Model) -> str:
     """Return why a model says nothing of a call; "" where it has bounds."""
     try:

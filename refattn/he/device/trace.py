@@ -132,7 +132,8 @@ class Trace(Arithmetic):
         return self._did("plus", a.size, a.limbs, a.scale, (a,), Plain(plain, a.limbs, a.scale))
 
     def times(self, a: Node, plain: Any) -> Node:
-        return self._did("times", a.size, a.limbs, a.scale * a.scale, (a,), Plain(plain, a.limbs, a.scale))
+        scale = plain.scale or a.scale
+        return self._did("times", a.size, a.limbs, a.scale * scale, (a,), Plain(plain, a.limbs, scale))
 
     def like(self, a: Node, b: Node) -> Node:
         limbs = b.limbs + 1
