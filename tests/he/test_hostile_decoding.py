@@ -246,7 +246,7 @@ def test_a_reply_that_cannot_be_right_is_not_believed(session):
 def test_parts_of_a_token_are_counted_before_they_are_hashed(session, monkeypatch):
     _, server, message = session
     many = repacked(message, [b""] * 10**5)
-    monkeypatch.setattr(wire, "_sha256", lambda data: pytest.fail("a part was looked at"))
+    monkeypatch.setattr(wire, "_digests", lambda data: pytest.fail("a part was looked at"))
     with pytest.raises(InvalidInput, match="of 100000 parts, expected 4 by the plan"):
         server.step(many)
 
