@@ -16,10 +16,10 @@ import numpy as np
 
 import refattn
 from refattn import Problem
-from refattn.arrays import from_float64, to_float64
+from refattn.arrays import cupy_with_gpu, from_float64, to_float64
 from refattn.bench import Row
 from refattn.dtypes import format_of
-from refattn.exact.device.card import KEYS, ROWS, Card, card_of, cupy_with_gpu
+from refattn.exact.device.card import KEYS, ROWS, Card, card_of
 
 D = 128
 CHECKED = 32

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from refattn import he
+from refattn.arrays import cupy_with_gpu
 from refattn.bench import Row, load
 from refattn.errors import UnsupportedProblem
 from refattn.he.baselines import random_call
-from refattn.he.device.card import cupy_with_gpu
 from refattn.he.device.chain import chain_of
 from refattn.he.device.format import read_ciphertext
 from refattn.he.device.launches import launches_of

@@ -1,7 +1,7 @@
 """Arrays of NumPy, PyTorch, CuPy and JAX in; the same kind, type and device out.
 
 A kind is a library's import name. Nothing here imports a library that the caller has not imported already, except
-:func:`to_kind`, which is asked for one by name.
+:func:`to_kind` and :func:`cupy_with_gpu`, which are asked for one by name.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import HELD, format_of, no_format
-from .errors import InvalidInput, InvalidProblem
+from .errors import InvalidInput, InvalidProblem, UnsupportedProblem
 
-__all__ = ["KINDS", "dtype_name", "kind_of", "like", "native", "to_kind", "to_numpy", "why_unusable"]
+__all__ = ["KINDS", "cupy_with_gpu", "dtype_name", "kind_of", "like", "native", "to_kind", "to_numpy", "why_unusable"]
 
 KINDS = ("numpy", "torch", "cupy", "jax")
 
@@ -218,3 +218,27 @@ def from_float64(x: NDArray[np.float64], dtype: Any) -> NDArray[Any]:
     narrow = np.asarray(x, np.float64)
     with np.errstate(all="ignore"):  # through float32 a number of a narrower format is still itself
         return narrow.astype(form.dtype) if form.precision >= 24 else narrow.astype(np.float32).astype(form.dtype)
+
+
+def cupy_with_gpu() -> Any:
+    """Return CuPy.
+
+    Raises
+    ------
+    UnsupportedProblem
+        It is not installed, or finds no GPU.
+    """
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as e:  # or a library that it needs is missing
+        raise UnsupportedProblem(
+            f"device='cuda' needs the package cupy ({e}); pip install 'refattn[cuda12]' or 'refattn[cuda13]', or use "
+            "device='cpu'"
+        ) from e
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as e:
+        raise UnsupportedProblem(f"device='cuda' finds no GPU ({e}); use device='cpu'") from e
+    if not count:
+        raise UnsupportedProblem("device='cuda' finds no GPU; use device='cpu'")
+    return cupy

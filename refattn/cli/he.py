@@ -105,8 +105,8 @@ def serve(
 
     Beyond this machine (--host) a token is demanded of every request.
     """
+    from ..arrays import cupy_with_gpu
     from ..he import Encoder, EncoderWeights, Layer, Plan
-    from ..he.device.card import cupy_with_gpu
     from ..he.listen import listen
     from ..he.saved import load_weights, plan_from_json
     from ..he.service import service

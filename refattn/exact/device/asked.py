@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ...arrays import kind_of
+from ...arrays import cupy_with_gpu, kind_of
 from ...errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ...problem import Problem
-from .card import Card, card_of, cupy_with_gpu
+from .card import Card, card_of
 
 __all__ = ["asked", "on"]
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...arrays import cupy_with_gpu
 from ...errors import BuildError, UnsupportedProblem
 from .. import elementwise
 from ..doubledouble import table
 
-__all__ = ["KERNELS", "KEYS", "OPTIONS", "ROWS", "Card", "card_of", "cupy_with_gpu", "text_of"]
+__all__ = ["KERNELS", "KEYS", "OPTIONS", "ROWS", "Card", "card_of", "text_of"]
 
 THREADS, PER = 256, 8
 """Threads of a block, which has one row, and the keys that each holds in registers."""
@@ -31,30 +31,6 @@ def text_of(level: int) -> str:
     """Return the kernels' whole text for a level."""
     defined = f"#define LEVEL {level}\n#define THREADS {THREADS}\n#define PER {PER}\n"
     return defined + (Path(__file__).parent / "kernels.cu").read_text(encoding="utf-8")
-
-
-def cupy_with_gpu() -> Any:
-    """Return CuPy.
-
-    Raises
-    ------
-    UnsupportedProblem
-        It is not installed, or finds no GPU.
-    """
-    try:
-        cupy = importlib.import_module("cupy")
-    except ImportError as e:  # or a library that it needs is missing
-        raise UnsupportedProblem(
-            f"device: 'cuda' needs the package cupy ({e}); pip install 'refattn[cuda12]' or 'refattn[cuda13]', or use "
-            "device='cpu'"
-        ) from e
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as e:
-        raise UnsupportedProblem(f"device: 'cuda' finds no GPU ({e}); use device='cpu'") from e
-    if not count:
-        raise UnsupportedProblem("device: 'cuda' finds no GPU; use device='cpu'")
-    return cupy
 
 
 @lru_cache(maxsize=8)

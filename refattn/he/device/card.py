@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -10,36 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays import cupy_with_gpu
 from ...errors import BuildError, UnsupportedProblem
 from .build import KERNELS, geometry, text_of
 
-__all__ = ["Card", "cupy_with_gpu"]
+__all__ = ["Card"]
 
 TO_DEVICE, TO_HOST = 1, 2
 """CUDA's numbers of directions."""
-
-
-def cupy_with_gpu() -> Any:
-    """Return CuPy.
-
-    Raises
-    ------
-    UnsupportedProblem
-        It is not installed, or finds no GPU.
-    """
-    try:
-        cupy = importlib.import_module("cupy")
-    except ImportError as e:  # or a library that it needs is missing
-        raise UnsupportedProblem(
-            f"he: device='cuda' needs the package cupy ({e}); pip install 'refattn[cuda12]' or 'refattn[cuda13]'"
-        ) from e
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as e:
-        raise UnsupportedProblem(f"he: device='cuda' finds no GPU ({e}); use device='cpu'") from e
-    if not count:
-        raise UnsupportedProblem("he: device='cuda' finds no GPU; use device='cpu'")
-    return cupy
 
 
 @lru_cache(maxsize=8)

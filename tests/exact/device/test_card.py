@@ -9,10 +9,12 @@ import pytest
 
 import refattn
 from refattn import Problem, UnsupportedProblem
+from refattn.arrays import cupy_with_gpu
 from refattn.errors import InvalidProblem
 from refattn.exact.device import asked
-from refattn.exact.device.card import KERNELS, OPTIONS, Card, cupy_with_gpu, text_of
-from tests.gpu.compiled import EVERY, NVCC, check_compiles
+from refattn.exact.device.card import KERNELS, OPTIONS, Card, text_of
+from tests.conftest import NIGHTLY
+from tests.gpu.compiled import NVCC, check_compiles
 from tests.he.device.emulated import GXX
 
 from .cupys_part import cupys_part
@@ -22,21 +24,21 @@ CALL = Problem(*(np.ones((1, 1, 2, 2)) for _ in range(3)))
 
 def test_without_cupy_its_name_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(UnsupportedProblem, match=r"device: 'cuda' needs the package cupy .*pip install"):
+    with pytest.raises(UnsupportedProblem, match=r"device='cuda' needs the package cupy .*pip install"):
         refattn.evaluate(CALL, rounding="float64", device="cuda")
 
 
 def test_without_a_gpu_it_is_said(monkeypatch, tmp_path):
     module = cupys_part(tmp_path, gpus=0)
     monkeypatch.setitem(sys.modules, "cupy", module)
-    with pytest.raises(UnsupportedProblem, match="device: 'cuda' finds no GPU; use device='cpu'"):
+    with pytest.raises(UnsupportedProblem, match="device='cuda' finds no GPU; use device='cpu'"):
         cupy_with_gpu()
 
     def none():
         raise module.cuda.runtime.CUDARuntimeError("no driver")
 
     module.cuda.runtime.getDeviceCount = none
-    with pytest.raises(UnsupportedProblem, match=r"device: 'cuda' finds no GPU \(no driver\)"):
+    with pytest.raises(UnsupportedProblem, match=r"device='cuda' finds no GPU \(no driver\)"):
         cupy_with_gpu()
 
 
@@ -71,7 +73,7 @@ def test_products_of_any_layout(tmp_path):
 
 
 @NVCC
-@pytest.mark.parametrize("level", range(4) if EVERY else (2, 3))
+@pytest.mark.parametrize("level", range(4) if NIGHTLY else (2, 3))
 def test_kernels_compile_without_spills(tmp_path, level):
     check_compiles(tmp_path / "kernels.cu", text_of(level))
 

@@ -5,7 +5,8 @@ import pytest
 
 import refattn
 from refattn import Problem, UnsupportedProblem
-from refattn.exact.device.card import card_of, cupy_with_gpu
+from refattn.arrays import cupy_with_gpu
+from refattn.exact.device.card import card_of
 from tests.exact.device.drawn import compare
 from tests.exact.device.gate import enclosures, same_bits
 

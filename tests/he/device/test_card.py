@@ -1,16 +1,18 @@
 """The GPU itself: where there is one, words are SEAL's, graphs can run again, and memory is written over."""
 
+import importlib
 import importlib.util
 
 import numpy as np
 import pytest
 
 from refattn import UnsupportedProblem, he
+from refattn.arrays import cupy_with_gpu
 from refattn.errors import BuildError
 from refattn.he import wire
 from refattn.he.device import card
 from refattn.he.device.build import KERNELS, geometry
-from refattn.he.device.card import Card, cupy_with_gpu
+from refattn.he.device.card import Card
 from refattn.he.device.schedule import schedule_of
 
 from ..relay import Relay
@@ -71,8 +73,8 @@ def test_memory_is_written_over():
 @pytest.fixture
 def cupy(monkeypatch, folder):
     made = cupys_part(folder)
-    real = card.importlib.import_module
-    monkeypatch.setattr(card.importlib, "import_module", lambda name: made if name == "cupy" else real(name))
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name: made if name == "cupy" else real(name))
     card._kernels.cache_clear()
     yield made
     card._kernels.cache_clear()

@@ -1,13 +1,14 @@
 """Sessions on a device that is emulated: words are SEAL's, bad input is refused before a kernel, nothing is left."""
 
 import gc
+import importlib
 
 import numpy as np
 import pytest
 
 from refattn import InvalidInput, UnsupportedProblem, he
 from refattn.he import sessions, wire
-from refattn.he.device import card, launches
+from refattn.he.device import launches
 from refattn.he.device.chain import Chain
 from refattn.he.device.launches import seed_launches, seed_room
 from refattn.he.device.seeds import expanded, first_rejected, stream
@@ -178,6 +179,6 @@ def test_devices_that_are_not_there_are_named(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(card.importlib, "import_module", missing)
+    monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(UnsupportedProblem, match=r"device='cuda' needs the package cupy .*; pip install"):
         he.Server(e.program, e.keys, device="cuda")
