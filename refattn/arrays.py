@@ -17,7 +17,19 @@ from numpy.typing import NDArray
 from .dtypes import HELD, format_of, no_format
 from .errors import InvalidInput, InvalidProblem, UnsupportedProblem
 
-__all__ = ["KINDS", "cupy_with_gpu", "dtype_name", "kind_of", "like", "native", "to_kind", "to_numpy", "why_unusable"]
+__all__ = [
+    "KINDS",
+    "cupy_with_gpu",
+    "dtype_name",
+    "kind_of",
+    "like",
+    "memory_of",
+    "native",
+    "overlapping",
+    "to_kind",
+    "to_numpy",
+    "why_unusable",
+]
 
 KINDS = ("numpy", "torch", "cupy", "jax")
 
@@ -138,10 +150,14 @@ def to_kind(x: NDArray[Any], kind: str, device: Any = None) -> Any:
         Where to put it (PyTorch, JAX and CuPy), by default the library's own default.
     """
     if kind == "numpy":
+        if device is not None:
+            raise InvalidInput(f"device: got {device!r} for numpy, which has none; leave it out")
         return x
     if kind not in KINDS:
         raise InvalidInput(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     x = native(x)
+    if device is not None:
+        _expect_device(kind, device)
     if kind == "torch":
         import torch
 
@@ -168,6 +184,55 @@ def to_kind(x: NDArray[Any], kind: str, device: Any = None) -> Any:
         _, block, start = laid_out(x)
         whole = cupy.asarray(block)
         return cupy.ndarray(x.shape, x.dtype, whole[start:].data, strides=_strides(x))
+
+
+def _expect_device(kind: str, device: Any) -> None:
+    """Refuse a device that a library does not have here, before anything is made on it."""
+    try:
+        if kind == "torch":
+            importlib.import_module("torch").empty(0, device=device)
+        elif kind == "jax":
+            importlib.import_module("jax").device_put(np.zeros(0, np.float32), device)
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as e:
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise InvalidInput(f"device: got {device!r}, which {kind} does not have here ({why}); name another") from e
+
+
+def memory_of(x: Any) -> NDArray[Any] | None:
+    """Return a NumPy array that lies where an array lies, whose elements must not be read.
+
+    None where it is empty, or its library does not say: arrays of JAX are never written.
+    """
+    kind = kind_of(x)
+    if kind == "numpy":
+        return np.asarray(x) if x.size else None
+    if kind not in ("torch", "cupy") or 0 in x.shape:
+        return None
+    if kind == "torch":
+        place, size = x.data_ptr(), x.element_size()
+        strides = tuple(n * size for n in x.stride())
+    else:
+        place, size, strides = x.data.ptr, x.itemsize, x.strides
+    said = {"version": 3, "data": (place, True), "shape": tuple(x.shape), "strides": strides, "typestr": f"|V{size}"}
+    return np.asarray(type("Placed", (), {"__array_interface__": said})())
+
+
+def overlapping(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Tell whether elements of an array share memory, by its strides in bytes."""
+    steps = sorted((abs(s), n) for s, n in zip(strides, shape, strict=True) if n > 1)
+    if 0 in shape or not steps:
+        return False
+    if steps[0][0] < itemsize:
+        return True
+    end, nested = itemsize, True
+    for step, n in steps:
+        nested, end = nested and step >= end, end + step * (n - 1)
+    if nested:
+        return False
+    at = np.zeros(1, np.int64)
+    for step, n in steps:  # rows that reach past where the next begin: look at every place
+        at = np.add.outer(at, step * np.arange(n)).ravel()
+    return bool((np.diff(np.sort(at)) < itemsize).any())
 
 
 def _strides(x: NDArray[Any]) -> tuple[int, ...]:

@@ -10,14 +10,15 @@ append_paged_kv_cache, and kernels that write by a slot_mapping; FlashAttention'
 from __future__ import annotations
 
 from collections import Counter
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import dtype_name, kind_of, to_numpy
+from .arrays import dtype_name, kind_of, memory_of, overlapping, to_numpy, why_unusable
 from .dtypes import FORMATS
-from .errors import InvalidInput, InvalidProblem
+from .errors import InvalidInput, InvalidProblem, expect
 
 __all__ = [
     "AXES",
@@ -59,13 +60,16 @@ def check_pages(p: Any) -> None:
     """Refuse a table that does not fit the caches, and new keys that do not fit the table."""
     if p.block_table is None:
         return
-    x, ends = p.block_table, getattr(p.cu_seqlens_q, "shape", ())
-    many = ends[0] - 1 if ends else p.batch
+    x, many = p.block_table, p.batch if p.cu_seqlens_q is None else p.cu_seqlens_q.shape[0] - 1
+    if (why := why_unusable(x)) is not None:
+        raise InvalidProblem(f"block_table: {why}")
     whole = kind_of(x) is not None and dtype_name(x).lstrip("u").startswith("int")
     if not whole or len(x.shape) != 2 or x.shape[0] != many:
         got = type(x).__name__ if kind_of(x) is None else f"{dtype_name(x)} of shape {tuple(x.shape)}"
         what = "batch item" if p.cu_seqlens_q is None else "packed sequence"
         raise InvalidProblem(f"block_table: got {got}, expected ({many}, pages) integers, a row for each {what}")
+    if kind_of(x) != p.kind:
+        raise InvalidProblem(f"block_table: is of {kind_of(x)} and query of {p.kind}; pass arrays of one library")
 
 
 def check_read(p: Any) -> None:
@@ -100,11 +104,9 @@ def _check_new(p: Any, readers: Counter[int]) -> None:
         if tuple(x.shape) != (p.batch, p.heads_kv, n_new, cache.shape[3]):
             want = f"({p.batch}, {p.heads_kv}, {'new rows' if n_new is None else n_new}, {cache.shape[3]})"
             raise InvalidProblem(f"{name}: got shape {tuple(x.shape)}, expected {want}")
-        steps = cache.stride() if kind_of(cache) == "torch" else getattr(cache, "strides", ())
-        if 0 not in cache.shape and any(s == 0 and n > 1 for s, n in zip(steps, cache.shape, strict=False)):
-            raise InvalidProblem(f"{name}: is written into a cache whose elements share memory; pass a copy of it")
     if p.cu_seqlens_q is not None and p.lengths_q is not None:
         raise InvalidProblem("new_key: packed sequences with lengths_q have no new keys; leave gaps out of the packing")
+    _check_memory(p)
     counts, used = _counts(p), _used(p)
     for b, (n, m) in enumerate(zip(counts.tolist(), used.tolist(), strict=True)):
         if n > m:
@@ -123,21 +125,59 @@ def _check_new(p: Any, readers: Counter[int]) -> None:
             )
 
 
+def _check_memory(p: Any) -> None:
+    """Refuse caches that are written where something else lies."""
+    placed = {n: memory_of(x) for n, x in p.arrays().items()}
+    caches = {n: x for n in ("key", "value") if (x := placed.pop(n)) is not None}
+    for name, x in caches.items():
+        if overlapping(x.shape, x.strides, x.itemsize):
+            raise InvalidProblem(f"{name}: its elements share memory, and new_{name} is written there; pass a copy")
+    for name, other in placed.items():
+        for cache, x in caches.items():
+            if other is not None and np.shares_memory(x, other):
+                raise InvalidProblem(f"{name}: shares memory with {cache}, where new keys are written; pass a copy")
+    if len(caches) == 2 and np.shares_memory(caches["key"], caches["value"]):
+        _check_shared(p, caches["key"], caches["value"])
+
+
+def _check_shared(p: Any, key: NDArray[Any], value: NDArray[Any]) -> None:
+    """Allow a value that is columns of key's rows, as of a latent, where the new rows agree in them."""
+    steps = zip(key.strides, value.strides, key.shape, value.shape, strict=True)
+    same = key.itemsize == value.itemsize and all(s == t or 1 in (m, n) for s, t, m, n in steps)
+    step = (key if key.shape[3] > 1 else value).strides[3] or key.itemsize
+    gap = value.__array_interface__["data"][0] - key.__array_interface__["data"][0]
+    first, rest = divmod(gap, step)  # the column of key at which value begins
+    low, high = min(0, first), max(p.d_k, first + p.d_v)
+    strides = tuple((key if n > 1 else value).strides[i] for i, n in enumerate(key.shape[:3]))
+    if not same or rest or overlapping((*key.shape[:3], high - low), (*strides, step), key.itemsize):
+        raise InvalidProblem(
+            "value: shares memory with key's other rows, and new keys are written there; pass a copy of it, or columns "
+            "of key, key[..., :d_v]"
+        )
+    a, b = max(0, first), min(p.d_k, first + p.d_v)
+    new_key, new_value = to_numpy(p.new_key, "new_key")[..., a:b], to_numpy(p.new_value, "new_value")
+    if new_key.tobytes() != new_value[..., a - first : b - first].tobytes():
+        raise InvalidProblem(
+            f"new_value: differs from new_key in columns {a} to {b - 1} of key, which value shares; give both the same "
+            "numbers there, or pass a copy of value"
+        )
+
+
 def _table(p: Any) -> Integers:
-    return to_numpy(p.block_table).astype(np.int64)
+    return to_numpy(p.block_table, "block_table").astype(np.int64)
 
 
 def _used(p: Any) -> Integers:
     """Return how many keys of each row of the table are used."""
     if p.lengths_k is not None:
-        return to_numpy(p.lengths_k).astype(np.int64)
+        return to_numpy(p.lengths_k, "lengths_k").astype(np.int64)
     return np.full(p.block_table.shape[0], p.room)
 
 
 def _counts(p: Any) -> Integers:
     """Return how many keys are new in each row of the table."""
     if p.cu_seqlens_q is not None:
-        ends = to_numpy(p.cu_seqlens_q).astype(np.int64)
+        ends = to_numpy(p.cu_seqlens_q, "cu_seqlens_q").astype(np.int64)
         return ends[1:] - ends[:-1]
     return np.full(p.batch, p.new_key.shape[2])
 
@@ -163,7 +203,15 @@ def slots(problem: Any) -> Integers:
     Returns
     -------
     slots : (b, new keys) int64 array
+
+    Raises
+    ------
+    InvalidInput
+        What is no call, or one without new keys.
     """
+    _expect_call(problem)
+    if problem.new_key is None:
+        raise InvalidInput("problem: has no new_key, expected a call in pages that appends; only new keys have slots")
     page, place = _places(problem)
     return page * int(problem.page_size) + place
 
@@ -194,7 +242,13 @@ def gathered(problem: Any) -> Any:
     ----------
     problem : Problem
         New keys are written first. What is not read, pages that nobody owns among it, is 0 here.
+
+    Raises
+    ------
+    InvalidInput
+        What is no call.
     """
+    _expect_call(problem)
     if problem.block_table is None:
         return problem
     p = problem.to("numpy")
@@ -260,18 +314,15 @@ def in_pages(
     new : int
         How many of each item's keys are new: the call writes them.
     fill : float
-        What stands in pages that nobody owns, behind `lengths_k`, and where new keys go.
+        What stands in pages that nobody owns, behind `lengths_k`, and where new keys go; 1 instead of NaN or infinity
+        where the type has none.
+
+    Raises
+    ------
+    InvalidInput
+        Which argument cannot be used, and what was expected.
     """
-    p = problem
-    if layout not in ("NHD", "HND"):
-        raise InvalidInput(f"layout: got {layout!r}, expected 'NHD' or 'HND'")
-    if p.cu_seqlens_q is not None or p.block_table is not None:
-        raise InvalidInput("problem: is packed or in pages already; expected keys (b, h_kv, n_k, d)")
-    if not isinstance(page_size, int) or page_size < 1 or p.n_k % page_size:
-        raise InvalidInput(f"page_size: got {page_size!r}, expected an integer of at least 1 that divides {p.n_k} keys")
-    used = np.full(p.batch, p.n_k) if p.lengths_k is None else to_numpy(p.lengths_k).astype(np.int64)
-    if not 0 <= new <= min(used, default=0):
-        raise InvalidInput(f"new: got {new}, expected 0 to {min(used, default=0)}, the keys that every item has")
+    p, used = problem, _expect_pages(problem, page_size, layout, rng, spare, new, fill)
     columns = p.n_k // page_size
     owned = np.arange(columns) < -(-used // page_size)[:, None]
     places = rng.permutation(int(owned.sum()) + spare)
@@ -281,7 +332,7 @@ def in_pages(
     keep = np.arange(p.n_k) < (used - new)[:, None]
     for name in ("key", "value"):
         x = getattr(p, name).swapaxes(1, 2)
-        nothing = fill if np.isfinite(fill) or x.dtype.name in FORMATS else 1
+        nothing = _filling(f"{name}: fill", fill, x.dtype)
         rows = np.where(keep[..., None, None], x, np.array(nothing).astype(x.dtype))
         cache = np.full((len(places), page_size, *x.shape[2:]), nothing, x.dtype)
         cache[table[owned]] = rows.reshape(p.batch, columns, page_size, *x.shape[2:])[owned]
@@ -296,3 +347,39 @@ def in_pages(
                 raise InvalidInput(f"{name}_scale: is by batch or token; expected one by head or channel")
             changed[f"{name}_scale"] = scale if layout == "HND" else scale.swapaxes(1, 2)
     return p.replace(**changed, block_table=table, page_layout=layout)
+
+
+def _expect_call(x: Any) -> None:
+    expect(hasattr(x, "block_table") and hasattr(x, "query"), "problem", x, "a Problem")
+
+
+def _expect_pages(p: Any, page_size: Any, layout: Any, rng: Any, spare: Any, new: Any, fill: Any) -> Integers:
+    """Refuse what cannot be put in pages so, and return how many keys of each item are used."""
+
+    def whole(x: Any, low: int) -> bool:
+        return isinstance(x, int | np.integer) and not isinstance(x, bool) and bool(x >= low)
+
+    _expect_call(p)
+    expect(isinstance(layout, str) and layout in ("NHD", "HND"), "layout", layout, "'NHD' or 'HND'")
+    if p.kind != "numpy":
+        raise InvalidInput(f"problem: is of {p.kind}, expected arrays of NumPy; pass problem.to('numpy')")
+    if p.cu_seqlens_q is not None or p.block_table is not None:
+        raise InvalidInput("problem: is packed or in pages already; expected keys (b, h_kv, n_k, d)")
+    good = whole(page_size, 1) and not p.n_k % page_size
+    expect(good, "page_size", page_size, f"an integer of at least 1 that divides {p.n_k} keys")
+    expect(isinstance(rng, np.random.Generator), "rng", rng, "a Generator, numpy.random.default_rng(0)")
+    expect(whole(spare, 0), "spare", spare, "an integer of at least 0")
+    expect(isinstance(fill, Real) and not isinstance(fill, bool), "fill", fill, "a number, NaN or an infinity")
+    used = np.full(p.batch, p.n_k) if p.lengths_k is None else p.lengths_k.astype(np.int64)
+    most = min(used.tolist(), default=0)
+    expect(whole(new, 0) and new <= most, "new", new, f"an integer from 0 to {most}, the keys that every item has")
+    return used
+
+
+def _filling(name: str, fill: float, dtype: np.dtype[Any]) -> float:
+    """Return what fills a cache of a type."""
+    if dtype.name in FORMATS or not np.isfinite(fill):
+        return fill if dtype.name in FORMATS else 1
+    if dtype == np.int8:
+        expect(-128 <= fill <= 127 and fill == int(fill), name, fill, "an int8, -128 to 127")
+    return fill

@@ -180,7 +180,7 @@ class Problem:
             if kind_of(x) == "numpy" and not x.dtype.isnative:
                 object.__setattr__(self, name, native(x))
         check_layout(self)
-        for check in (check_tensors, check_options, check_pages, check_masks, check_packing, check_lengths):
+        for check in (check_tensors, check_options, check_packing, check_pages, check_masks, check_lengths):
             check(self)
         for check in (check_scales, check_read, check_positions):
             check(self)
@@ -330,7 +330,7 @@ class Problem:
         """Return the same call with every array of another kind (``"numpy"``, ``"torch"``, ``"jax"``, ``"cupy"``)."""
         if kind == self.kind and device is None:
             return self
-        changed: dict[str, Any] = {n: x if x is None else to_kind(to_numpy(x), kind, device) for n, x in self._arrays()}
+        changed: dict[str, Any] = {n: to_kind(to_numpy(x, n), kind, device) for n, x in self.arrays().items()}
         return replace(self, **changed)
 
     def replace(self, **changes: Any) -> Problem:

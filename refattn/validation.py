@@ -183,6 +183,7 @@ def check_packing(p: Any) -> None:
     paged = p.block_table is not None
     check_offsets(p, p.cu_seqlens_q, p.cu_seqlens_q if paged else p.cu_seqlens_k)
     for name, end in (("cu_seqlens_q", p.n_q), *(() if paged else (("cu_seqlens_k", p.n_k),))):
+        _one_library(p, name, getattr(p, name))
         x = to_numpy(getattr(p, name), name)
         if x[0] != 0 or x[-1] != end or (np.diff(x.astype(np.int64)) < 0).any():
             raise InvalidProblem(
@@ -205,6 +206,7 @@ def check_lengths(p: Any) -> None:
             object.__setattr__(p, name, int(x))
             continue
         expect_array(name, x)
+        _one_library(p, name, x)
         if tuple(x.shape) != (many,) or not dtype_name(x).lstrip("u").startswith("int"):
             what = "batch item" if p.cu_seqlens_q is None else "packed sequence"
             raise InvalidProblem(
@@ -297,6 +299,11 @@ def _is_finite(x: Any) -> bool:
 
 def _is_int(x: Any) -> bool:
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def _one_library(p: Any, name: str, x: Any) -> None:
+    if kind_of(x) != p.kind:
+        raise InvalidProblem(f"{name}: is of {kind_of(x)} and query of {p.kind}; pass arrays of one library")
 
 
 def expect_array(name: str, x: Any) -> None:

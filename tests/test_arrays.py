@@ -5,7 +5,18 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from refattn.arrays import dtype_name, from_float64, kind_of, like, native, to_float64, to_kind, to_numpy
+from refattn.arrays import (
+    dtype_name,
+    from_float64,
+    kind_of,
+    like,
+    memory_of,
+    native,
+    overlapping,
+    to_float64,
+    to_kind,
+    to_numpy,
+)
 from refattn.dtypes import FORMATS
 from refattn.errors import InvalidInput, InvalidProblem
 
@@ -106,3 +117,38 @@ def test_a_tensor_that_only_says_it_is_negated():
     z = torch._neg_view(torch.tensor([2.0, -4.0]))
     assert z.is_neg()
     assert (to_numpy(z) == [-2, 4]).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "text"),
+    [
+        ("torch", "cuda:7", "device: got 'cuda:7', which torch does not have here"),
+        ("torch", "tpu", "device: got 'tpu', which torch does not have here"),
+        ("torch", [1], r"device: got \[1\], which torch does not have here"),
+        ("jax", "cuda:7", "device: got 'cuda:7', which jax does not have here"),
+        ("numpy", "cuda", "device: got 'cuda' for numpy, which has none; leave it out"),
+    ],
+)
+def test_a_device_that_is_not_there(kind, device, text):
+    with pytest.raises(InvalidInput, match=f"^{text}"):
+        to_kind(np.ones(3, np.float32), kind, device)
+
+
+def test_elements_that_share_memory():
+    """Beside a count of the bytes that an array's elements have."""
+    for shape in ((3,), (3, 1, 2), (2, 3, 2), (1, 1), (2, 0)):
+        for strides in np.ndindex(*([9] * len(shape))):
+            places = [sum(i * s for i, s in zip(at, strides, strict=True)) for at in np.ndindex(*shape)]
+            taken = [p + i for p in places for i in range(2)]
+            assert overlapping(shape, strides, 2) == (len(set(taken)) < len(taken)), (shape, strides)
+            assert overlapping(shape, tuple(-s for s in strides), 2) == overlapping(shape, strides, 2)
+
+
+def test_where_an_array_lies():
+    x = torch.arange(12, dtype=torch.bfloat16).reshape(3, 4)
+    one, two, row = (memory_of(y) for y in (x[:, :2], x[:, 2:], x[1]))
+    assert (one.shape, one.strides, one.itemsize) == ((3, 2), (8, 2), 2)
+    assert [np.shares_memory(one, y) for y in (two, row)] == [False, True]
+    assert memory_of(jnp.ones(3)) is memory_of(x[:0]) is None
+    y = np.ones(3)
+    assert np.shares_memory(memory_of(y), y)

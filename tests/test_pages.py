@@ -9,6 +9,7 @@ import torch
 from refattn import (
     Capabilities,
     InvalidInput,
+    InvalidProblem,
     Problem,
     UnsupportedProblem,
     check_kernel,
@@ -178,15 +179,147 @@ def test_what_in_pages_refuses(make):
     p, rng = call(make), np.random.default_rng(0)
     x = in_pages(p, 8, "NHD", rng)
     one = p.replace(key_scale=np.ones((1, 1, 24, 1), np.float32))
-    for args, more, text in (
-        ((p, 5, "NHD"), {}, "page_size: got 5, expected an integer of at least 1 that divides 24 keys"),
-        ((p, 8, "NDH"), {}, "layout: got 'NDH', expected 'NHD' or 'HND'"),
-        ((x, 8, "NHD"), {}, "problem: is packed or in pages already"),
-        ((p, 8, "NHD"), {"new": 8}, "new: got 8, expected 0 to 7"),
-        ((one, 8, "NHD"), {}, "key_scale: is by batch or token"),
+    whole = p.replace(**{n: getattr(p, n).astype(np.int8) for n in ("key", "value")}, out_dtype="float32")
+    size, new = (
+        "page_size: got {}, expected an integer of at least 1 that divides 24 keys",
+        "new: got {}, expected an in",
+    )
+    for change, text in (
+        ({"page_size": 5}, size.format(5)),
+        ({"page_size": True}, size.format(True)),
+        ({"page_size": 4.0}, size.format("4.0")),
+        ({"layout": "NDH"}, "layout: got 'NDH', expected 'NHD' or 'HND'"),
+        ({"layout": ["NHD"]}, r"layout: got \['NHD'\], expected 'NHD' or 'HND'"),
+        ({"problem": x}, "problem: is packed or in pages already"),
+        ({"problem": 3}, "problem: got 3, expected a Problem"),
+        ({"problem": p.to("torch")}, r"problem: is of torch, expected arrays of NumPy; pass problem.to\('numpy'\)"),
+        ({"problem": one}, "key_scale: is by batch or token"),
+        ({"problem": whole, "fill": 300}, "key: fill: got 300, expected an int8, -128 to 127"),
+        ({"rng": 3}, r"rng: got 3, expected a Generator, numpy.random.default_rng\(0\)"),
+        ({"rng": None}, "rng: got None, expected a Generator"),
+        ({"new": 8}, new.format(8) + "teger from 0 to 7, the keys that every item has"),
+        ({"new": 1.0}, new.format("1.0")),
+        ({"new": "a"}, new.format("'a'")),
+        ({"new": -1}, new.format(-1)),
+        ({"spare": -1}, "spare: got -1, expected an integer of at least 0"),
+        ({"spare": 1.5}, "spare: got 1.5, expected an integer of at least 0"),
+        ({"fill": "a"}, "fill: got 'a', expected a number, NaN or an infinity"),
+        ({"fill": None}, "fill: got None, expected a number"),
     ):
-        with pytest.raises(InvalidInput, match=text):
-            in_pages(*args, rng, **more)
+        given = {"problem": p, "page_size": 8, "layout": "NHD", "rng": rng} | change
+        with pytest.raises(InvalidInput, match=f"^{text}"):
+            in_pages(**given)
+    for wrong, text in (
+        (lambda: slots(3), "problem: got 3, expected a Problem"),
+        (lambda: slots(p), "problem: has no new_key, expected a call in pages that appends"),
+        (lambda: slots(x), "problem: has no new_key, expected a call in pages that appends"),
+        (lambda: gathered(None), "problem: got None, expected a Problem"),
+    ):
+        with pytest.raises(InvalidInput, match=f"^{text}"):
+            wrong()
+    assert (in_pages(whole, 8, "NHD", rng, fill=-7).key == -7).any()
+
+
+def latents(first=0, width=6, new=(0, 0), kind="numpy", step=1):
+    """One array of caches, key and value in columns of it, and what is new in them."""
+    both = np.arange(4 * 2 * 1 * 16, dtype=np.float32).reshape(4, 2, 1, 16)
+    fresh = np.arange(16, dtype=np.float32)[::step].reshape(1, 1, 1, -1) * np.ones((2, 1, 1, 1), np.float32)
+    key, value = both[..., 4 * step : 12 * step : step], both[..., 4 * step + first :: step][..., :width]
+    new_key, new_value = (
+        fresh[..., 4:12] + np.float32(new[0]),
+        fresh[..., 4 + first :][..., :width] + np.float32(new[1]),
+    )
+    given = {"query": np.ones((2, 2, 1, 8), np.float32), "key": key, "value": value}
+    given |= {
+        "new_key": new_key,
+        "new_value": new_value,
+        "block_table": np.array([[0, 1], [2, 3]]),
+        "lengths_k": LATENT,
+    }
+    if kind == "torch":
+        whole = torch.from_numpy(both)
+        given = {n: torch.from_numpy(x.copy()) for n, x in given.items()}
+        given |= {"key": whole[..., 4:12], "value": whole[..., 4 + first : 4 + first + width]}
+    return Problem(**given, page_layout="NHD")
+
+
+LATENT = np.array([3, 2])
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("first", [0, 2, -2, 4])
+def test_a_value_may_be_columns_of_the_key(first, kind):
+    """As a latent's: written once or twice, the caches are the same. Where the new rows differ they are not."""
+    p = latents(first, kind=kind)
+    if kind == "numpy":
+        want = appended(p)
+        append(p)
+        assert (want["key"] == p.key).all()
+        assert (want["value"] == p.value).all()
+    a, b = max(0, first), min(8, first + 6)
+    text = f"^new_value: differs from new_key in columns {a} to {b - 1} of key, which value shares; give both the same"
+    with pytest.raises(InvalidProblem, match=text):
+        latents(first, new=(0, 1), kind=kind)
+    assert latents(8, 4, new=(0, 1), kind=kind).d_v == 4  # beside the key, and none of its columns
+
+
+def cache(*shape):
+    return np.ones(shape or (4, 2, 1, 8), np.float32)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda k: {"key": k, "value": k, "new_value": 2 * k[:2, :1]},
+            "new_value: differs from new_key in columns 0 to 7",
+        ),
+        (
+            lambda k: {"key": k[:3], "value": k[1:]},
+            "value: shares memory with key's other rows, and new keys are written",
+        ),
+        (lambda k: {"key": k, "value": k[::-1]}, "value: shares memory with key's other rows"),
+        (
+            lambda k: {"key": k[:, :1], "value": k.reshape(-1)[4:60].reshape(7, 1, 1, 8)[:4]},
+            "value: shares memory with key's",
+        ),
+        (
+            lambda k: {"key": k, "new_key": k[:2, :1]},
+            "new_key: shares memory with key, where new keys are written; pass a",
+        ),
+        (lambda k: {"value": k, "query": k[:2, :1]}, "query: shares memory with value, where new keys are written"),
+        (
+            lambda k: {"key": np.lib.stride_tricks.as_strided(k, k.shape, (0, 32, 32, 4))},
+            "key: its elements share memory, and new_key is written there",
+        ),
+        (
+            lambda k: {"value": np.lib.stride_tricks.as_strided(k, k.shape, (32, 32, 32, 4))},
+            "value: its elements share memory, and new_value is written there; pass a copy",
+        ),
+    ],
+)
+def test_nothing_may_lie_where_new_keys_are_written(change, text, kind):
+    given = {"query": cache(2, 1, 1, 8), "key": cache(), "value": cache(), "block_table": np.array([[0], [2]])}
+    given |= {"new_key": cache(2, 1, 1, 8), "new_value": cache(2, 1, 1, 8), "lengths_k": np.array([1, 1])}
+    given |= change(cache())
+    if kind == "torch":
+        if any(s < 0 for x in given.values() for s in x.strides):
+            return  # a tensor has none
+        given = {n: torch.from_numpy(x) for n, x in given.items()}
+    with pytest.raises(InvalidProblem, match=f"^{text}"):
+        Problem(**given, page_layout="NHD")
+    assert Problem(**{n: x for n, x in given.items() if not n.startswith("new")}, page_layout="NHD").page_size
+
+
+def test_a_label_and_an_ability_that_say_nothing(make):
+    p = call(make)
+    for label in (3, None, ""):
+        with pytest.raises(InvalidInput, match=f"label: got {label!r}, expected a string, what to call the check"):
+            check_problem(tiled, p, label)
+    with pytest.raises(InvalidInput, match="capabilities: features has 'appending' alone, expected a layout"):
+        Capabilities({"float32"}, features={"appending"})
+    assert Capabilities({"float32"}, features={"appending", "paged_hnd"}).features
 
 
 @pytest.mark.parametrize("bug", PAGED_BUGS)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import to_numpy
-from ..errors import InvalidInput, MismatchError, UnsupportedProblem
+from ..arrays import kind_of, to_numpy
+from ..errors import InvalidInput, MismatchError, UnsupportedProblem, expect
 from ..problem import Problem
 from .close import assert_close
 from .model import Capabilities
@@ -22,6 +22,14 @@ __all__ = ["call_of", "flashinfer_evaluator", "of_module"]
 
 OPERATIONS = ("gqa_ragged", "gqa_paged")
 """The attention of flashinfer-bench that a Problem can say; pages are gathered."""
+AXES_OF: dict[str, dict[str, tuple[str, ...]]] = {
+    "gqa_ragged": {"q": ("rows", "h_q", "d"), "k": ("keys", "h_kv", "d"), "v": ("keys", "h_kv", "d")}
+    | {"kv_indptr": ("offsets",)},
+    "gqa_paged": {"q": ("rows", "h_q", "d")}
+    | dict.fromkeys(("k_cache", "v_cache"), ("pages", "page", "h_kv", "d"))
+    | dict.fromkeys(("kv_indptr", "kv_indices"), ("numbers",)),
+}
+"""The arrays that each must have, and their axes."""
 ONLY = frozenset({"lengths_differ", "d_v_differs"})
 
 
@@ -71,12 +79,17 @@ def call_of(op_type: str, inputs: Mapping[str, Any], causal: bool) -> Problem:
     ------
     UnsupportedProblem
         Another operation.
+    InvalidInput
+        An input that is missing, is of another shape or type, or names pages that are not there.
+    InvalidProblem
+        Numbers that do not fit together.
     """
     if op_type not in OPERATIONS:
         raise UnsupportedProblem(f"op_type: got {op_type!r}; a Problem says {', '.join(OPERATIONS)}")
-    given = {n: to_numpy(x, n) if hasattr(x, "shape") else x for n, x in inputs.items()}
+    expect(isinstance(causal, bool | np.bool_), "causal", causal, "True or False")
+    given = _given(op_type, inputs)
     q = given["q"]
-    ends_q = given.get("qo_indptr", np.arange(len(q) + 1, dtype=np.int32)).astype(np.int32)
+    ends_q = given.get("qo_indptr", np.arange(len(q) + 1)).astype(np.int32)
     if op_type == "gqa_ragged":
         k, v, ends_k = given["k"], given["v"], given["kv_indptr"].astype(np.int32)
     else:
@@ -87,15 +100,62 @@ def call_of(op_type: str, inputs: Mapping[str, Any], causal: bool) -> Problem:
         query,
         key,
         value,
-        scale=float(given["sm_scale"]),
+        scale=float(np.asarray(given["sm_scale"]).item()),
         causal="bottom_right" if causal else None,
         cu_seqlens_q=ends_q,
         cu_seqlens_k=ends_k,
     )
 
 
+def _given(op_type: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a workload's arrays as NumPy's, after looking whether each is there and of its shape."""
+    expect(isinstance(inputs, Mapping), "inputs", inputs, "a mapping of the definition's names to arrays")
+    given = {n: to_numpy(x, n) if kind_of(x) is not None else x for n, x in inputs.items()}
+    shapes = AXES_OF[op_type]
+    for name in (*shapes, "sm_scale"):
+        expect(name in given, "inputs", list(given), f"{name!r} among them, as {op_type} needs")
+    for name, axes in shapes.items():
+        x = given[name]
+        good = kind_of(x) is not None and x.ndim == len(axes)
+        got = f"shape {x.shape}" if kind_of(x) is not None else type(x).__name__
+        if not good:
+            raise InvalidInput(f"{name}: got {got}, expected an array ({', '.join(axes)})")
+    for name in ("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len"):
+        x = given.get(name)
+        if x is not None and (kind_of(x) is None or x.ndim != 1 or x.dtype.kind not in "iu"):
+            raise InvalidInput(f"{name}: got {getattr(x, 'dtype', type(x).__name__)}, expected integers on one axis")
+    for name in ("qo_indptr", "kv_indptr"):
+        x = given.get(name)
+        if x is not None and (x.size < 2 or int(x[0]) != 0 or (np.diff(x.astype(np.int64)) < 0).any()):
+            raise InvalidInput(f"{name}: got {x.tolist()}, expected at least 2 offsets that start at 0 and never fall")
+    scale = np.asarray(given["sm_scale"])
+    expect(scale.size == 1 and scale.dtype.kind in "iuf", "sm_scale", given["sm_scale"], "one number")
+    return given
+
+
+def _expect_pages(given: Mapping[str, Any]) -> None:
+    """Refuse pages that are not there, and lengths of last pages that no page has."""
+    (pages, size), cache = given["k_cache"].shape[:2], given["v_cache"]
+    if cache.shape[:3] != given["k_cache"].shape[:3]:
+        raise InvalidInput(f"v_cache: shape is {cache.shape}, expected k_cache's {given['k_cache'].shape} but for d")
+    starts, named = given["kv_indptr"].astype(np.int64), given["kv_indices"]
+    if starts[-1] > len(named):
+        raise InvalidInput(f"kv_indptr: ends at {starts[-1]}, expected at most {len(named)}, the length of kv_indices")
+    used = named[: starts[-1]]
+    if wrong := [n for n in used.tolist() if not 0 <= n < pages]:
+        raise InvalidInput(f"kv_indices: names page {wrong[0]}, expected 0 to {pages - 1}, the pages that there are")
+    last = given.get("kv_last_page_len")
+    if last is None:
+        return
+    if len(last) != len(starts) - 1:
+        raise InvalidInput(f"kv_last_page_len: has {len(last)} numbers, expected {len(starts) - 1}, one a sequence")
+    if wrong := [n for n, m in zip(last.tolist(), np.diff(starts).tolist(), strict=True) if m and not 1 <= n <= size]:
+        raise InvalidInput(f"kv_last_page_len: has {wrong[0]}, expected 1 to {size}, the keys that a page has")
+
+
 def _places(given: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Return where in the cache the keys of all sequences lie, one after another, and where each sequence ends."""
+    _expect_pages(given)
     size, starts = given["k_cache"].shape[1], given["kv_indptr"]
     found: list[NDArray[np.int64]] = []
     for i, (first, end) in enumerate(pairwise(starts)):

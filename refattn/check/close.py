@@ -98,7 +98,7 @@ def allowed_error(problem: Problem, model: Model | None = None, *, dout: Any = N
         their inputs' shapes. In the units of the results.
     """
     plain, chosen = _call(problem, model)
-    return expected(plain, chosen, None if dout is None else to_numpy(dout)).allowed
+    return expected(plain, chosen, None if dout is None else to_numpy(dout, "dout")).allowed
 
 
 def _call(problem: Any, model: Any) -> tuple[Problem, Model]:

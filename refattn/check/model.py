@@ -251,6 +251,8 @@ class Capabilities:
                 raise InvalidInput(
                     f"capabilities: {name} has {unknown[0]!r}, expected some of {', '.join(sorted(known))}"
                 )
+        if "appending" in self.features and not self.features & {"paged_nhd", "paged_hnd"}:
+            raise InvalidInput("capabilities: features has 'appending' alone, expected a layout, 'paged_nhd', beside")
 
     def missing(self, problem: Problem) -> list[str]:
         """Return what a call needs and the kernel does not have."""

@@ -128,7 +128,12 @@ def probed(kernel: Kernel, variant: str = VARIANT) -> Capabilities:
             lacks.add(name)
     columns = _call(_columns, dtype, variant)
     side_by_side = able.last_axis_contiguous or (v.takes(columns) and tried(kernel, columns) == "raises")
-    return replace(able, features=able.features - lacks, last_axis_contiguous=side_by_side)
+    return replace(able, features=_with_layout(able.features - lacks), last_axis_contiguous=side_by_side)
+
+
+def _with_layout(features: frozenset[str]) -> frozenset[str]:
+    """Return features without appending where no layout of pages is among them: a kernel that always appends."""
+    return features if features & {"paged_nhd", "paged_hnd"} else features - {"appending"}
 
 
 def _call(build: Callable[[Draw], Problem], dtype: str, variant: str) -> Problem:
@@ -180,7 +185,7 @@ def found(kernel: Kernel, variant: str = VARIANT) -> tuple[Capabilities, dict[st
     stored = [t for t in ELEMENTS if t not in (*dtypes, *WIDE, "float64")]
     elements = frozenset(t for t in stored if ask(f"elements {t}", partial(_typed, blocks=ONE, elements=t, **size)))
     ask("keys by column", partial(_columns, n_q=size["n"], n_k=size["n"], d=size["d"]))
-    features -= _other_corner(kernel, features, dtype, size, said, variant)
+    features = _with_layout(features - _other_corner(kernel, features, dtype, size, said, variant))
     call = _call(plain, dtype, variant)
     lse = said[dtype] != "raises" and call_kernel(kernel.call, call).lse is not None
     able = Capabilities(

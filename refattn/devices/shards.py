@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import kind_of, to_numpy
+from ..arrays import dtype_name, kind_of, to_numpy
+from ..dtypes import FORMATS
 from ..errors import InvalidInput, UnsupportedProblem, expect
 from ..exact.driver import evaluate
 from ..functions.arguments import namespace, whole
-from ..functions.parts import merge
+from ..functions.parts import expect_part, merge
 from ..masks import visible
 from ..problem import Problem
 
@@ -162,11 +163,14 @@ def merged(parts: Sequence[Part], order: str = "ring", *, first: int = 0) -> Par
     Raises
     ------
     InvalidInput
-        No parts, an order that there is not, a rank outside, or arrays that do not fit.
+        No parts, an order that there is not, a rank outside, arrays that do not fit, or an lse of NaN or infinity.
     """
     expect(isinstance(order, str) and order in ORDERS, "order", order, f"one of {', '.join(ORDERS)}")
-    expect(len(parts) > 0, "parts", parts, "at least one pair of out and lse")
+    good = isinstance(parts, Sequence) and not isinstance(parts, str) and len(parts) > 0
+    expect(good, "parts", parts, "at least one pair of out and lse")
     own = whole("first", first, 0, len(parts) - 1)
+    for i, part in enumerate(parts):
+        expect_part(f"parts[{i}]", part, parts[0])
     return ORDERS[order]([parts[(own - i) % len(parts)] for i in range(len(parts))])
 
 
@@ -193,12 +197,14 @@ def arriving(part: Part, found: Part, dout: Any) -> tuple[Any, Any]:
     Raises
     ------
     InvalidInput
-        Arrays of other shapes or libraries.
+        What is no pair of float arrays, arrays of other shapes or libraries, or an lse of NaN or infinity.
     """
-    xp = namespace(**{"part out": part[0], "part lse": part[1], "out": found[0], "lse": found[1], "dout": dout})
-    shapes = [tuple(x.shape) for x in (*part, *found, dout)]
-    if shapes != [shapes[0], shapes[0][:-1]] * 2 + [shapes[0]]:
-        raise InvalidInput(f"arriving: got shapes {shapes}, expected out and lse of one shape twice, and dout of out's")
+    expect_part("part", part, part)
+    expect_part("found", found, part)
+    xp = namespace(**{"part out": part[0], "dout": dout})
+    if tuple(dout.shape) != tuple(part[0].shape) or dtype_name(dout) not in FORMATS:
+        got = f"{dtype_name(dout)} of shape {tuple(dout.shape)}"
+        raise InvalidInput(f"dout: got {got}, expected floats of out's shape {tuple(part[0].shape)}")
     some, none = part[1] > -xp.inf, xp.zeros_like(part[1])
     gap = xp.where(some, part[1], none) - xp.where(some, found[1], none)
     weight = xp.where(some, xp.exp(gap), none)

@@ -8,11 +8,12 @@ from typing import Any
 
 import array_api_compat as api
 import numpy as np
+from numpy.typing import NDArray
 
-from ..arrays import kind_of
+from ..arrays import kind_of, to_numpy
 from ..errors import InvalidInput
 
-__all__ = ["axes", "namespace", "real", "whole", "within"]
+__all__ = ["axes", "integers", "namespace", "real", "whole", "within"]
 
 
 def namespace(**arrays: Any) -> Any:
@@ -48,6 +49,30 @@ def axes(name: str, x: Any, *wanted: str | int) -> None:
         raise InvalidInput(f"{name}: shape is {tuple(x.shape)}, expected ({said}), each at least 1")
 
 
+def integers(name: str, x: Any) -> NDArray[Any]:
+    """Return integers, an array of any library or a list, as a NumPy array of their type.
+
+    Raises
+    ------
+    InvalidInput
+        They are none, or do not make an array.
+    """
+    try:
+        found = np.asarray(x) if kind_of(x) is None else to_numpy(x, name)
+    except (TypeError, ValueError, OverflowError) as e:
+        raise InvalidInput(f"{name}: got {_shown(x)}, expected an array of integers ({e})") from e
+    if found.dtype.kind not in "iu":
+        raise InvalidInput(f"{name}: got {found.dtype}, expected integers")
+    return found
+
+
+def _shown(x: Any) -> str:
+    try:
+        return repr(x)[:200]
+    except ValueError:  # an integer of thousands of digits
+        return f"a huge {type(x).__name__}"
+
+
 def whole(name: str, x: Any, least: int, most: int | None = None) -> int:
     """Return a whole number in a range.
 
@@ -59,7 +84,7 @@ def whole(name: str, x: Any, least: int, most: int | None = None) -> int:
     fits = isinstance(x, int | np.integer) and not isinstance(x, bool)
     if not fits or x < least or (most is not None and x > most):
         up = "" if most is None else f" to {most}"
-        raise InvalidInput(f"{name}: got {x!r}, expected a whole number from {least}{up or ' on'}")
+        raise InvalidInput(f"{name}: got {_shown(x)}, expected a whole number from {least}{up or ' on'}")
     return int(x)
 
 
@@ -74,7 +99,7 @@ def real(name: str, x: Any, least: float, most: float = math.inf) -> Any:
     fits = isinstance(x, Real) and not isinstance(x, bool)
     if not fits or not least <= x <= most or math.isinf(x):
         up = "on" if math.isinf(most) else f"to {most}"
-        raise InvalidInput(f"{name}: got {x!r}, expected a finite number from {least} {up}")
+        raise InvalidInput(f"{name}: got {_shown(x)}, expected a finite number from {least} {up}")
     return int(x) if isinstance(x, np.integer) else x  # NumPy's would wrap in what is made of it
 
 
@@ -88,5 +113,5 @@ def within(name: str, x: Any, low: float, high: float, *, open_low: bool = False
     """
     fits = isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
     if not fits or not (low < x if open_low else low <= x) or not x <= high:
-        raise InvalidInput(f"{name}: got {x!r}, expected a number in {'(' if open_low else '['}{low}, {high}]")
+        raise InvalidInput(f"{name}: got {_shown(x)}, expected a number in {'(' if open_low else '['}{low}, {high}]")
     return float(x)

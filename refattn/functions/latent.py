@@ -12,6 +12,8 @@ numbers and k^R 64. Formulas recalled, not read again.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,16 @@ from ..problem import Problem
 __all__ = ["absorbed", "expanded", "projected"]
 
 Array = NDArray[Any]
+SHAPES = {
+    "query": ("b", "h", "n_q", "d"),
+    "query_rope": ("b", "h", "n_q", "r"),
+    "latent": ("b", "n_k", "c"),
+    "key_rope": ("b", "n_k", "r"),
+    "w_uk": ("h", "d", "c"),
+    "w_uv": ("h", "d_v", "c"),
+    "out": ("b", "h", "n_q", "c"),
+}
+"""The axes of each argument: those of one name have one length."""
 
 
 def absorbed(
@@ -64,9 +76,9 @@ def absorbed(
     Raises
     ------
     InvalidInput
-        Arrays that do not fit together, or of other libraries than NumPy.
+        Arrays that do not fit together, or of other libraries than NumPy; an option that Problem does not have.
     """
-    _check(query, query_rope, latent, key_rope, w_uk=w_uk)
+    _check(more, query=query, query_rope=query_rope, latent=latent, key_rope=key_rope, w_uk=w_uk)
     kind = dtype_name(query)
     inside = _rounded(np.einsum("bhnd,hdc->bhnc", to_float64(query), to_float64(w_uk)), kind)
     key = np.concatenate([latent, key_rope], -1)[:, None]
@@ -103,7 +115,7 @@ def expanded(
     InvalidInput
         As :func:`absorbed`.
     """
-    _check(query, query_rope, latent, key_rope, w_uk=w_uk, w_uv=w_uv)
+    _check(more, query=query, query_rope=query_rope, latent=latent, key_rope=key_rope, w_uk=w_uk, w_uv=w_uv)
     kind, heads = dtype_name(query), query.shape[1]
     made, value = (_rounded(np.einsum("bnc,hdc->bhnd", to_float64(latent), to_float64(w)), kind) for w in (w_uk, w_uv))
     shared = np.broadcast_to(key_rope[:, None], (key_rope.shape[0], heads, *key_rope.shape[1:]))
@@ -113,9 +125,14 @@ def expanded(
 
 
 def projected(out: Array, w_uv: Array) -> NDArray[np.float64]:
-    """Return each head's output W_uv o from the absorbed call's (b, h, n_q, c), in float64: (b, h, n_q, d_v)."""
-    if out.ndim != 4 or w_uv.ndim != 3 or out.shape[1] != w_uv.shape[0] or out.shape[3] != w_uv.shape[2]:
-        raise InvalidInput(f"w_uv: shape is {w_uv.shape}, expected (h, d_v, c) for out's {out.shape}, (b, h, n_q, c)")
+    """Return each head's output W_uv o from the absorbed call's (b, h, n_q, c), in float64: (b, h, n_q, d_v).
+
+    Raises
+    ------
+    InvalidInput
+        Arrays that do not fit together, or of other libraries than NumPy.
+    """
+    _check_arrays({"out": out, "w_uv": w_uv})
     return np.asarray(np.einsum("bhnc,hdc->bhnd", to_float64(out), to_float64(w_uv)))
 
 
@@ -127,27 +144,40 @@ def _rounded(x: NDArray[np.float64], kind: str) -> Array:
     return from_float64(FORMATS[kind].round_array(x), kind)
 
 
-def _check(query: Array, query_rope: Array, latent: Array, key_rope: Array, **weights: Array) -> None:
-    arrays = {"query": query, "query_rope": query_rope, "latent": latent, "key_rope": key_rope, **weights}
+def _check(more: dict[str, Any], **arrays: Array) -> None:
+    _check_arrays(arrays)
+    query = arrays["query"]
+    for name, x in arrays.items():
+        if dtype_name(x) != dtype_name(query):
+            raise InvalidInput(f"{name}: got dtype {dtype_name(x)}, expected query's {dtype_name(query)}; cast it")
+    if query.shape[3] + arrays["query_rope"].shape[3] == 0:
+        raise InvalidInput("query, query_rope: have no columns, d = r = 0; expected at least one of both together")
+    taken, known = ("query", "key", "value", "scale"), [f.name for f in fields(Problem)]
+    for name in more:
+        if name in taken or name not in known:
+            why = "is made here" if name in taken else "is no option of Problem"
+            raise InvalidInput(f"{name}: {why}; leave it out")
+
+
+def _check_arrays(arrays: dict[str, Array]) -> None:
+    """Refuse what is no array of a float format, or of other axes, and lengths of an axis that are not one."""
+    found: dict[str, dict[str, int]] = {}
     for name, x in arrays.items():
         if not isinstance(x, np.ndarray):
             raise InvalidInput(f"{name}: got {type(x).__name__}, expected a NumPy array")
-        if dtype_name(x) != dtype_name(query) or dtype_name(x) not in FORMATS:
-            raise InvalidInput(
-                f"{name}: got dtype {dtype_name(x)}, expected query's {dtype_name(query)}, a float format"
-            )
-    if query.ndim != 4 or latent.ndim != 3:
-        raise InvalidInput(
-            f"query, latent: shapes are {query.shape} and {latent.shape}, expected (b, h, n_q, d) and (b, n_k, c)"
-        )
-    b, h, n_q, d = query.shape
-    n_k, c = latent.shape[1:]
-    r = query_rope.shape[-1] if query_rope.ndim else 0
-    wanted: dict[str, tuple[Any, ...]] = {
-        "query_rope": (b, h, n_q, r), "latent": (b, n_k, c), "key_rope": (b, n_k, r), "w_uk": (h, d, c),
-    }  # fmt: skip
-    if "w_uv" in weights:
-        wanted["w_uv"] = (h, weights["w_uv"].shape[1] if weights["w_uv"].ndim == 3 else "d_v", c)
-    for name, shape in wanted.items():
-        if tuple(arrays[name].shape) != shape:
-            raise InvalidInput(f"{name}: shape is {tuple(arrays[name].shape)}, expected {shape}")
+        if dtype_name(x) not in FORMATS:
+            raise InvalidInput(f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; cast it")
+        if x.ndim != len(SHAPES[name]):
+            raise InvalidInput(f"{name}: shape is {x.shape}, expected ({', '.join(SHAPES[name])})")
+        for axis, n in zip(SHAPES[name], x.shape, strict=True):
+            found.setdefault(axis, {})[name] = n
+            if n < 1 and axis in ("h", "c", "d_v"):
+                raise InvalidInput(f"{name}: shape is {x.shape}, expected {axis} of at least 1")
+    for axis, lengths in found.items():
+        counts = Counter(lengths.values()).most_common()
+        if len(counts) == 2 and counts[1][1] == 1 < counts[0][1]:
+            odd, as_in = ([name for name, n in lengths.items() if n == m] for m in (counts[1][0], counts[0][0]))
+            raise InvalidInput(f"{odd[0]}: {axis} is {counts[1][0]}, expected {counts[0][0]} as in {', '.join(as_in)}")
+        if len(counts) > 1:
+            said = " and ".join(f"{n} in {name}" for name, n in lengths.items())
+            raise InvalidInput(f"{', '.join(lengths)}: {axis} is {said}, expected one length")

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import dtype_name, from_float64, like, to_float64, to_numpy
+from ..arrays import dtype_name, from_float64, kind_of, like, to_float64, to_numpy
 from ..dtypes import FORMATS, format_of
-from ..errors import InvalidInput, UnsupportedProblem
+from ..errors import InvalidInput, UnsupportedProblem, expect
 from ..exact.driver import evaluate
 from ..problem import Problem
 from .arguments import namespace
 
-__all__ = ["attend", "merge", "numbers", "rounded"]
+__all__ = ["attend", "expect_part", "merge", "numbers", "rounded"]
 
 Array = NDArray[np.float64]
 
@@ -76,6 +76,37 @@ def attend(
     return np.asarray(answer.out), np.asarray(answer.lse)
 
 
+def expect_part(name: str, part: Any, first: Any) -> None:
+    """Refuse what is no (out, lse) of the first part's shape and library, or has an lse that no keys have.
+
+    Numbers that a library does not give while it traces are not looked at.
+
+    Raises
+    ------
+    InvalidInput
+        Which part, what it got, what was expected.
+    """
+    pair = isinstance(part, tuple | list) and len(part) == 2
+    expect(pair, name, part if kind_of(part) is None else f"{type(part).__name__}", "a pair of out and lse")
+    out, lse = part
+    xp = namespace(**{"out of the first part": first[0], f"{name} out": out, f"{name} lse": lse})
+    for said, x in ((f"{name} out", out), (f"{name} lse", lse)):
+        if dtype_name(x) not in FORMATS:
+            raise InvalidInput(f"{said}: got dtype {dtype_name(x)}, expected a float format; cast it")
+    shape, rows = tuple(out.shape), tuple(lse.shape)
+    if not shape or rows != shape[:-1] or shape != tuple(first[0].shape):
+        raise InvalidInput(
+            f"{name}: shapes are {shape} and {rows}, expected the first part's out and its shape without the last axis "
+            "for lse"
+        )
+    try:
+        good = bool(xp.all(lse < xp.inf))
+    except (TypeError, RuntimeError):
+        return
+    if not good:
+        raise InvalidInput(f"{name} lse: holds NaN or infinity, expected finite numbers, or -inf where no key is seen")
+
+
 def merge(parts: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
     """Return attention to all keys from attention to parts of them.
 
@@ -97,23 +128,19 @@ def merge(parts: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
     Raises
     ------
     InvalidInput
-        No parts, or arrays of other shapes than the first part's.
+        No parts, what is no pair of float arrays, arrays of other shapes or libraries than the first part's, or an lse
+        of NaN or infinity.
 
     Notes
     -----
     The merge of FlashAttention's tiles; RetrievalAttention merges its parts so (arXiv 2409.10516; public code was read,
     which does not shift the log-sum-exp of the retrieved part).
     """
+    expect(isinstance(parts, Sequence) and not isinstance(parts, str), "parts", parts, "a list of pairs of out and lse")
     if not parts:
         raise InvalidInput("parts: got none, expected at least one pair of out and lse")
-    for i, (out, lse) in enumerate(parts):
-        namespace(**{f"parts[{i}] out": out, f"parts[{i}] lse": lse})
-        shape, rows = tuple(out.shape), tuple(lse.shape)
-        if rows != shape[:-1] or shape != tuple(parts[0][0].shape):
-            raise InvalidInput(
-                f"parts[{i}]: shapes are {shape} and {rows}, expected the first part's out and its shape without the "
-                "last axis for lse"
-            )
+    for i, part in enumerate(parts):
+        expect_part(f"parts[{i}]", part, parts[0])
     xp = namespace(out=parts[0][0])
     lses = xp.stack([lse for _, lse in parts])
     top = xp.max(lses, axis=0)

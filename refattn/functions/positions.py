@@ -7,6 +7,7 @@ configurations of transformers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,16 +15,17 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import from_float64
+from ..arrays import from_float64, like, to_numpy
 from ..dtypes import format_of
-from ..errors import InvalidInput
+from ..errors import InvalidInput, expect
 from ..exact.precision import precision
-from .arguments import real, whole
+from .arguments import integers, namespace, real, whole
 
 __all__ = ["alibi_slopes", "rotary_tables", "t5_bias", "t5_buckets"]
 
 BITS = 320
 """Working precision: angles of positions below 2**63, and 200 bits of their cosines."""
+LARGEST = 2**63 - 1
 SCALINGS: dict[str, dict[str, float | None]] = {
     "default": {},
     "linear": {"factor": None},
@@ -75,13 +77,14 @@ def rotary_tables(
     Raises
     ------
     InvalidInput
-        An odd dim, an unknown scaling or one without its numbers, positions that are no integers, sections that do
-        not add up.
+        An odd dim, an unknown scaling, one without its numbers or whose two bounds are in the wrong order, positions
+        that are no integers below 2**63, sections that do not add up.
     """
     if whole("dim", dim, 2) % 2:
         raise InvalidInput(f"dim: got {dim}, expected an even number; columns turn in pairs")
     if real("base", base, 1) == 1:
         raise InvalidInput("base: got 1, expected a number above 1")
+    expect(scaling is None or isinstance(scaling, Mapping), "scaling", scaling, "a mapping with 'rope_type', or None")
     where = _positions(positions, sections)
     axis = _axes(sections, dim // 2, len(where))
     form = format_of(dtype)
@@ -99,16 +102,20 @@ def rotary_tables(
 def _positions(positions: Any, sections: Sequence[int] | None) -> NDArray[np.int64]:
     if isinstance(positions, int | np.integer) and not isinstance(positions, bool):
         positions = np.arange(whole("positions", positions, 1))
-    x = np.asarray(positions)
-    if x.dtype.kind not in "iu" or x.ndim != (1 if sections is None else 2):
+    x = integers("positions", positions)
+    if x.ndim != (1 if sections is None else 2):
         want = "integers on one axis" if sections is None else "integers, a row for each axis, with sections"
         raise InvalidInput(f"positions: got {x.dtype} of shape {x.shape}, expected {want}")
+    if x.size and int(x.max()) > LARGEST:
+        raise InvalidInput(f"positions: got {x.max()}, expected numbers below 2**63")
     return np.atleast_2d(x.astype(np.int64))
 
 
 def _axes(sections: Sequence[int] | None, pairs: int, axes: int) -> list[int]:
     if sections is None:
         return [0] * pairs
+    good = isinstance(sections, Sequence | np.ndarray) and not isinstance(sections, str)
+    expect(good, "sections", sections, "a sequence of integers, how many pairs follow each axis")
     counts = [whole("sections", n, 0) for n in sections]
     if len(counts) != axes or sum(counts) != pairs:
         raise InvalidInput(
@@ -133,11 +140,17 @@ def _frequencies(dim: int, base: float, scaling: Mapping[str, Any]) -> tuple[lis
     if kind not in SCALINGS:
         raise InvalidInput(f"scaling: got rope_type {kind!r}, expected one of {', '.join(SCALINGS)}")
     known = SCALINGS[kind]
-    if unknown := sorted(set(given) - set(known)):
+    if unknown := sorted(set(given) - set(known), key=str):
         raise InvalidInput(f"scaling: {kind} has no {unknown[0]!r}; it has {', '.join(known) or 'no numbers'}")
     if missing := [n for n, x in known.items() if x is None and n not in given]:
         raise InvalidInput(f"scaling: {kind} needs {missing[0]!r}")
     n = {name: flint.arb(float(real(f"scaling[{name!r}]", x, 1e-6))) for name, x in {**known, **given}.items()}
+    for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+        if low in n and not (n[low] < n[high] or (kind == "yarn" and n[low] == n[high])):
+            raise InvalidInput(
+                f"scaling[{high!r}]: got {float(n[high]):g}, expected more than {low!r}, {float(n[low]):g}; between "
+                "the two it goes from one to the other"
+            )
     root, one = flint.arb(float(base)), flint.arb(1)
     if kind == "ntk":
         if dim == 2:
@@ -219,35 +232,61 @@ def t5_buckets(
     Raises
     ------
     InvalidInput
-        `relative` has no integers; numbers too small to have a bucket by logarithm.
+        `relative` has no integers; numbers too small to have a bucket by logarithm; a table of more than 2**31 rows.
     """
-    x = np.asarray(relative)
-    if x.dtype.kind not in "iu":
-        raise InvalidInput(f"relative: got {x.dtype}, expected integers")
-    x = x.astype(np.int64)
-    half = whole("buckets", buckets, 4 if bidirectional else 2) // (2 if bidirectional else 1)
+    x = integers("relative", relative)
+    expect(isinstance(bidirectional, bool | np.bool_), "bidirectional", bidirectional, "True or False")
+    half = whole("buckets", buckets, 4 if bidirectional else 2, 2**31) // (2 if bidirectional else 1)
     near = half // 2
-    whole("max_distance", max_distance, near + 1)
+    most = whole("max_distance", max_distance, near + 1, LARGEST)
+    # from max_distance on all distances are one: no type's largest or smallest number wraps
+    x = np.clip(np.minimum(x, x.dtype.type(LARGEST)).astype(np.int64) if x.dtype == np.uint64 else x, -most, most)
+    x = x.astype(np.int64)
     first = np.where(x > 0, half, 0) if bidirectional else np.zeros_like(x)
     far = np.abs(x) if bidirectional else np.maximum(-x, 0)
-    steps = half - near
-    # distance n has bucket near + k where (n / near)^steps >= (max_distance / near)^k
-    edges = [
-        next(n for n in range(near, max_distance + 1) if n**steps * near**k >= max_distance**k * near**steps)
-        for k in range(1, steps)
-    ]
-    later = near + np.searchsorted(np.array(edges, np.int64), far, side="right")
-    return np.asarray(first + np.where(far < near, far, np.minimum(later, half - 1)))
+    return np.asarray(first + np.where(far < near, far, near + _steps(np.maximum(far, near), near, most, half - near)))
+
+
+def _steps(far: NDArray[np.int64], near: int, most: int, steps: int) -> NDArray[np.int64]:
+    """Return by how many equal steps of the logarithm distances lie above `near`, below `steps`, which `most` has."""
+    by = np.log1p((far - near) / near) / np.log1p((most - near) / near) * steps
+    found = np.floor(by).astype(np.int64)
+    # two logarithms of quotients of integers, each within 3 roundings and 4 ulp, a quotient and a product: at most 26
+    # roundings of 2**-53; where so much may hide an edge it is decided exactly
+    edge = np.rint(by)
+    unsure = np.flatnonzero(np.abs(by - edge) <= 2.0**-48 * by)
+    each, back = np.unique(far.flat[unsure], return_inverse=True)
+    at = np.zeros(len(each), np.int64)
+    at[back] = edge.flat[unsure].astype(np.int64)
+    exact = [k if _reaches(n, near, most, k, steps) else k - 1 for n, k in zip(each.tolist(), at.tolist(), strict=True)]
+    found.flat[unsure] = np.array(exact, np.int64)[back]
+    return np.asarray(np.minimum(found, steps - 1))
+
+
+def _reaches(n: int, near: int, most: int, k: int, steps: int) -> bool:
+    """Decide (n / near)^steps >= (most / near)^k."""
+    common = math.gcd(k, steps)
+    k, steps = k // common, steps // common
+    if steps < 64:
+        return bool(n**steps * near**k >= most**k * near**steps)
+    # equal ones are powers r^k and r^steps of one fraction, and r^64 has no numerator below 2**63 but 1: none is equal
+    bits = 128
+    while True:
+        with precision(bits):
+            gap = steps * (flint.arb(n) / near).log() - k * (flint.arb(most) / near).log()
+            if not gap.contains(0):
+                return bool(gap > 0)
+        bits *= 2
 
 
 def t5_bias(
-    table: NDArray[Any], n_q: int, n_k: int, *, offset: int = 0, bidirectional: bool = True, max_distance: int = 128
-) -> NDArray[Any]:
+    table: Any, n_q: int, n_k: int, *, offset: int = 0, bidirectional: bool = True, max_distance: int = 128
+) -> Any:
     """Return T5's bias of a call: the table's number for the bucket of key j - query (i + offset) and the head.
 
     Parameters
     ----------
-    table : (buckets, h) NumPy array
+    table : (buckets, h) array
         What the model learned.
     n_q, n_k : int
         Queries and keys.
@@ -259,13 +298,20 @@ def t5_bias(
     Returns
     -------
     (1, h, n_q, n_k) array
-        For ``Problem(bias=...)``.
+        For ``Problem(bias=...)``, of the table's library and type.
+
+    Raises
+    ------
+    InvalidInput
+        A table that is no array (buckets, h), an offset that is no integer, and as :func:`t5_buckets`.
     """
-    x = np.asarray(table)
+    namespace(table=table)
+    x = to_numpy(table, "table")
     if x.ndim != 2:
         raise InvalidInput(f"table: got shape {x.shape}, expected (buckets, heads)")
+    first = whole("offset", offset, -(2**62), 2**62)
     rows, keys = np.arange(whole("n_q", n_q, 0)), np.arange(whole("n_k", n_k, 0))
     at = t5_buckets(
-        keys[None, :] - (rows + offset)[:, None], bidirectional=bidirectional, buckets=len(x), max_distance=max_distance
+        keys[None, :] - (rows + first)[:, None], bidirectional=bidirectional, buckets=len(x), max_distance=max_distance
     )
-    return np.ascontiguousarray(np.moveaxis(x[at], 2, 0)[None])
+    return like(np.ascontiguousarray(np.moveaxis(x[at], 2, 0)[None]), table)

@@ -80,6 +80,47 @@ def test_other_operations_are_refused():
         call_of("moe", {}, False)
 
 
+X = np.ones((6, 4, 2, 8), np.float32)
+PAGED = {"q": np.ones((2, 4, 8), np.float32), "k_cache": X, "v_cache": X, "sm_scale": 0.35}
+PAGED |= {n: np.array(x, np.int32) for n, x in (("kv_indptr", [0, 2, 3]), ("kv_indices", [0, 1, 2]))}
+PAGED["kv_last_page_len"] = np.array([4, 3], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"q": None}, "q: got NoneType, expected an array"),
+        ({"q": X}, r"q: got shape \(6, 4, 2, 8\), expected an array \(rows, h_q, d\)"),
+        ({"kv_indices": np.array([0, 9, 2])}, "kv_indices: names page 9, expected 0 to 5, the pages that there are"),
+        ({"kv_indices": np.array([0, -1, 2])}, "kv_indices: names page -1, expected 0 to 5"),
+        ({"kv_indices": np.array([0.0, 1, 2])}, "kv_indices: got float64, expected integers on one axis"),
+        ({"kv_indptr": np.array([0, 2, 7])}, "kv_indptr: ends at 7, expected at most 3, the length of kv_indices"),
+        (
+            {"kv_indptr": np.array([0, 2, 1])},
+            r"kv_indptr: got \[0, 2, 1\], expected at least 2 offsets that start at 0",
+        ),
+        ({"kv_last_page_len": np.array([9, 3])}, "kv_last_page_len: has 9, expected 1 to 4, the keys that a page has"),
+        ({"kv_last_page_len": np.array([0, 3])}, "kv_last_page_len: has 0, expected 1 to 4"),
+        ({"kv_last_page_len": np.array([4])}, "kv_last_page_len: has 1 numbers, expected 2, one a sequence"),
+        ({"v_cache": X[:5]}, r"v_cache: shape is \(5, 4, 2, 8\), expected k_cache's \(6, 4, 2, 8\) but for d"),
+        ({"sm_scale": "a"}, "sm_scale: got 'a', expected one number"),
+    ],
+)
+def test_bad_workloads(change, text):
+    with pytest.raises(InvalidInput, match=f"^{text}"):
+        call_of("gqa_paged", PAGED | change, True)
+
+
+def test_workloads_that_lack_something():
+    for name in ("q", "sm_scale", "kv_indices"):
+        with pytest.raises(InvalidInput, match=f"inputs: got .*, expected '{name}' among them, as gqa_paged needs"):
+            call_of("gqa_paged", {n: x for n, x in PAGED.items() if n != name}, True)
+    with pytest.raises(InvalidInput, match=r"inputs: got \[1\], expected a mapping"):
+        call_of("gqa_paged", [1], True)
+    with pytest.raises(InvalidInput, match="causal: got 'yes', expected True or False"):
+        call_of("gqa_paged", PAGED, "yes")
+
+
 @pytest.fixture
 def bench(monkeypatch):
     """Stand for the parts of flashinfer-bench that are used."""

@@ -154,22 +154,21 @@ def test_arriving_by_hand(kind):
 def test_a_ring_begins_with_its_own_keys():
     seen = []
 
-    class Noted:
-        def __init__(self, name):
-            self.name = name
-
-    parts = [Noted(n) for n in "abcd"]
-    ORDERS["noted"] = lambda given: seen.extend(x.name for x in given)
+    parts = [(np.full((1, 2), i), np.zeros(1)) for i in (0.0, 1.0, 2.0, 3.0)]
+    ORDERS["noted"] = lambda given: seen.extend(out[0, 0] for out, _ in given)
     try:
         merged(parts, "noted", first=1)
     finally:
         del ORDERS["noted"]
-    assert seen == ["b", "a", "d", "c"]
+    assert seen == [1, 0, 3, 2]
 
 
 def one(**more):
     x = np.zeros((1, 1, 8, 2))
     return Problem(x, x, x, **more)
+
+
+ZEROS = np.zeros((2, 1)), np.zeros(2)
 
 
 @pytest.mark.parametrize(
@@ -183,9 +182,30 @@ def one(**more):
         (lambda: merged([(1, 2)], first=1), "first: got 1, expected a whole number from 0 to 0"),
         (lambda: parts_of(None, 2), "problem: got None, expected a Problem"),
         (lambda: parts_of(one(), 3), "n: got 8 rows, which 'contiguous' does not cut into 3 equal chunks; pad them"),
-        (lambda: arriving((np.zeros((2, 1)), np.zeros(2)), (np.zeros((2, 1)), np.zeros(3)), np.zeros((2, 1))),
-            "arriving: got shapes [(2, 1), (2,), (2, 1), (3,), (2, 1)], expected out and lse of one shape twice, and "
-            "dout of out's"),
+        (lambda: arriving(ZEROS, (np.zeros((2, 1)), np.zeros(3)), np.zeros((2, 1))),
+            "found: shapes are (2, 1) and (3,), expected the first part's out and its shape without the last axis for "
+            "lse"),
+        (lambda: arriving(ZEROS, ZEROS, np.zeros((2, 2))),
+            "dout: got float64 of shape (2, 2), expected floats of out's shape (2, 1)"),
+        (lambda: arriving(None, None, None), "part: got None, expected a pair of out and lse"),
+        (lambda: arriving(ZEROS, np.zeros((2, 1)), None), "found: got 'ndarray', expected a pair of out and lse"),
+        (lambda: arriving((np.zeros((2, 1), int), np.zeros(2)), ZEROS, np.zeros((2, 1))),
+            "part out: got dtype int64, expected a float format; cast it"),
+        (lambda: merged(None), "parts: got None, expected at least one pair of out and lse"),
+        (lambda: merged({"a": ZEROS}), "parts: got {'a': (array([[0.],\n       [0.]]), array([0., 0.]))}, expected at "
+            "least one pair of out and lse"),
+        (lambda: merged([ZEROS[0]] * 2), "parts[0]: got 'ndarray', expected a pair of out and lse"),
+        (lambda: merged([(*ZEROS, ZEROS[1])]), "parts[0]: got " + repr((*ZEROS, ZEROS[1])) + ", expected a pair of out "
+            "and lse"),
+        (lambda: merged([(ZEROS[0], np.zeros(3))]),
+            "parts[0]: shapes are (2, 1) and (3,), expected the first part's out and its shape without the last axis "
+            "for lse"),
+        (lambda: merged([ZEROS, tuple(map(torch.from_numpy, ZEROS))]),
+            "parts[1] out: is an array of torch, expected numpy's, as out of the first part is"),
+        (lambda: merged([(ZEROS[0], np.array([0, np.nan]))]),
+            "parts[0] lse: holds NaN or infinity, expected finite numbers, or -inf where no key is seen"),
+        (lambda: merged([ZEROS, (ZEROS[0], np.array([0, np.inf]))]),
+            "parts[1] lse: holds NaN or infinity, expected finite numbers, or -inf where no key is seen"),
     ],
 )  # fmt: skip
 def test_bad_input(wrong, text):

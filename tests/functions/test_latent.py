@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from refattn import InvalidInput, evaluate
 from refattn.functions.latent import absorbed, expanded, projected
@@ -53,14 +54,23 @@ def test_products_are_rounded_once_and_the_scale_is_that_of_the_heads():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({3: np.zeros((1, 9, 3), np.float32)}, r"key_rope: shape is \(1, 9, 3\), expected \(1, 9, 64\)"),
-        ({4: np.zeros((2, 128, 5), np.float32)}, r"w_uk: shape is \(2, 128, 5\), expected \(2, 128, 512\)"),
-        ({5: np.zeros((1, 128, 512), np.float32)}, r"w_uv: shape is \(1, 128, 512\), expected \(2, 128, 512\)"),
+        (
+            {3: np.zeros((1, 9, 3), np.float32)},
+            "query_rope, key_rope: r is 64 in query_rope and 3 in key_rope, exp",
+        ),
+        ({4: np.zeros((2, 128, 5), np.float32)}, "w_uk: c is 5, expected 512 as in latent, w_uv"),
+        ({5: np.zeros((1, 128, 512), np.float32)}, "w_uv: h is 1, expected 2 as in query, query_rope, w_uk"),
         (
             {2: np.zeros((9, 512), np.float32)},
-            r"query, latent: shapes are .* and \(9, 512\), expected \(b, h, n_q, d\)",
+            r"latent: shape is \(9, 512\), expected \(b, n_k, c\)",
         ),
-        ({1: np.zeros(3, np.float64)}, "query_rope: got dtype float64, expected query's float32, a float format"),
+        ({1: np.zeros((1, 2, 2, 64))}, "query_rope: got dtype float64, expected query's float32; cast it"),
+        ({0: np.zeros((1, 2, 2, 7), np.float32)}, "query, w_uk: d is 7 in query and 128 in w_uk, expected one length"),
+        ({1: np.zeros((1, 2, 2, 3), np.float32)}, "query_rope, key_rope: r is 3 in query_rope and 64 in key_rope"),
+        ({2: np.zeros((1, 9, 3), np.float32)}, "latent: c is 3, expected 512 as in w_uk, w_uv"),
+        ({3: np.zeros((4, 9, 64), np.float32)}, "key_rope: b is 4, expected 1 as in query, query_rope, latent"),
+        ({4: np.zeros((2, 128, 512), int)}, "w_uk: got dtype int64, expected one of float64"),
+        ({5: np.zeros((2, 0, 512), np.float32)}, r"w_uv: shape is \(2, 0, 512\), expected d_v of at least 1"),
         ({0: [1.0]}, "query: got list, expected a NumPy array"),
     ],
 )
@@ -72,8 +82,31 @@ def test_errors(change, text):
         expanded(*given)
 
 
-def test_errors_of_the_projection():
-    with pytest.raises(
-        InvalidInput, match=r"w_uv: shape is \(2, 3, 5\), expected \(h, d_v, c\) for out's \(1, 2, 4, 6\)"
+def test_errors_of_options():
+    given = drawn()[:5]
+    for more, text in (
+        ({"foo": 1}, "foo: is no option of Problem; leave it out"),
+        ({"key": given[3]}, "key: is made here; leave it out"),
     ):
-        projected(np.zeros((1, 2, 4, 6)), np.zeros((2, 3, 5)))
+        with pytest.raises(InvalidInput, match=f"^{text}$"):
+            absorbed(*given, **more)
+    none = [np.zeros(s, np.float32) for s in ((1, 2, 3, 0), (1, 2, 3, 0), (1, 9, 4), (1, 9, 0), (2, 0, 4))]
+    with pytest.raises(InvalidInput, match="query, query_rope: have no columns, d = r = 0; expected at least one"):
+        absorbed(*none)
+
+
+@pytest.mark.parametrize(
+    ("out", "w_uv", "text"),
+    [
+        (np.zeros((1, 2, 4, 6)), np.zeros((2, 3, 5)), "out, w_uv: c is 6 in out and 5 in w_uv, expected one length"),
+        (np.zeros((1, 2, 4, 6)), np.zeros((3, 3, 6)), "out, w_uv: h is 2 in out and 3 in w_uv, expected one length"),
+        ([1.0], np.zeros((2, 3, 6)), "out: got list, expected a NumPy array"),
+        (None, None, "out: got NoneType, expected a NumPy array"),
+        (torch.zeros(1, 2, 4, 6), np.zeros((2, 3, 6)), "out: got Tensor, expected a NumPy array"),
+        (np.zeros((1, 2, 4, 6)), np.zeros((2, 3, 6), int), "w_uv: got dtype int64, expected one of float64"),
+        (np.zeros((2, 4, 6)), np.zeros((2, 3, 6)), r"out: shape is \(2, 4, 6\), expected \(b, h, n_q, c\)"),
+    ],
+)
+def test_errors_of_the_projection(out, w_uv, text):
+    with pytest.raises(InvalidInput, match=text):
+        projected(out, w_uv)

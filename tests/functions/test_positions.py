@@ -5,8 +5,10 @@ import math
 import mpmath
 import numpy as np
 import pytest
+import torch
 
 from refattn import InvalidInput, Problem, evaluate
+from refattn.functions import positions
 from refattn.functions.positions import alibi_slopes, rotary_tables, t5_bias, t5_buckets
 
 
@@ -138,6 +140,48 @@ def test_buckets(both, buckets, most):
     assert got.tolist() == [bucket(n, both, buckets, most) for n in x.tolist()]
 
 
+def by_powers(n, near, most, steps):
+    """How many k below `steps` have (n / near)^steps >= (most / near)^k, by one comparison of integers each."""
+    return sum(n**steps * near**k >= most**k * near**steps for k in range(1, steps))
+
+
+@pytest.mark.parametrize(("buckets", "most"), [(64, 4096), (64, 2**31), (200, 300), (64, 2**62)])
+def test_buckets_on_edges(buckets, most):
+    """Near each edge, where a logarithm does not tell: powers of 2 lie on edges."""
+    near = steps = buckets // 2
+    edges = [round(near * (most / near) ** (k / steps)) for k in range(1, steps)]
+    x = np.unique([min(max(e + i, near), most) for e in edges for i in (-1, 0, 1)])
+    got = t5_buckets(-x, bidirectional=False, buckets=buckets, max_distance=most)
+    assert got.tolist() == [near + by_powers(n, near, most, steps) for n in x.tolist()]
+
+
+def test_the_largest_and_smallest_distances():
+    """They share the last bucket of their side, in every type; one of -2**63 is not wrapped."""
+    for dtype in (np.int8, np.uint8, np.int16, np.int64, np.uint64):
+        info = np.iinfo(dtype)
+        got = t5_buckets(np.array([info.min, 0, info.max], dtype), max_distance=100)
+        assert got.tolist() == [0 if info.min == 0 else 15, 0, 31]
+    assert t5_buckets(np.array([2**63 - 1, -(2**63)]), max_distance=2**63 - 1).tolist() == [31, 15]
+    assert t5_buckets(np.zeros((2, 0), int)).shape == (2, 0)
+
+
+def test_large_tables_do_not_take_longer(monkeypatch):
+    """What is decided in integers is counted: at most the distances that are asked for, not each bucket."""
+    asked, decide = [], positions._reaches
+    monkeypatch.setattr(positions, "_reaches", lambda *a: asked.append(a) or decide(*a))
+    x = np.array([3 * 2**27, 2**30, 2**30 + 1, 2**31])
+    got = t5_buckets(-x, bidirectional=False, buckets=2**31, max_distance=2**31)
+    assert got.tolist() == [3 * 2**27, 2**30, 2**30 + 1, 2**31 - 1]
+    assert len(asked) <= len(x)
+
+
+def test_a_bias_is_of_its_table():
+    table = torch.arange(64, dtype=torch.bfloat16).reshape(32, 2).requires_grad_()
+    got = t5_bias(table, 2, 3)
+    assert (got.dtype, tuple(got.shape)) == (torch.bfloat16, (1, 2, 2, 3))
+    assert got[0, 1, 0].tolist() == [1, 2 * 17 + 1, 2 * 18 + 1]
+
+
 def test_bias():
     tables = np.random.default_rng(0).standard_normal((32, 3)).astype(np.float32)
     got = t5_bias(tables, 4, 9, offset=5)
@@ -155,7 +199,7 @@ def test_bias():
         (lambda: rotary_tables(4, 8, base=math.nan), "base: got nan, expected a finite number"),
         (
             lambda: rotary_tables(np.ones(3), 8),
-            r"positions: got float64 of shape \(3,\), expected integers on one axis",
+            "positions: got float64, expected integers",
         ),
         (lambda: rotary_tables(4, 8, sections=(4,)), "expected integers, a row for each axis, with sections"),
         (
@@ -174,8 +218,50 @@ def test_bias():
         ),
         (lambda: alibi_slopes(0), "heads: got 0, expected a whole number from 1 on"),
         (lambda: t5_buckets(np.ones(2)), "relative: got float64, expected integers"),
-        (lambda: t5_buckets(np.arange(2), buckets=2), "buckets: got 2, expected a whole number from 4 on"),
-        (lambda: t5_buckets(np.arange(2), max_distance=8), "max_distance: got 8, expected a whole number from 9 on"),
+        (lambda: t5_buckets(np.arange(2), buckets=2), "buckets: got 2, expected a whole number from 4 to 2147483648"),
+        (lambda: t5_buckets(np.arange(2), max_distance=8), "max_distance: got 8, expected a whole number from 9 to 9"),
+        (lambda: rotary_tables([[1], [1, 2]], 8), r"positions: got \[\[1\], \[1, 2\]\], expected an array of integers"),
+        (
+            lambda: rotary_tables(np.array([2**64 - 1], np.uint64), 8),
+            r"positions: got 18446744073709551615, expected numbers below 2\*\*63",
+        ),
+        (
+            lambda: rotary_tables(3, 8, scaling="yarn"),
+            "scaling: got 'yarn', expected a mapping with 'rope_type', or None",
+        ),
+        (lambda: rotary_tables(3, 8, scaling=[1]), r"scaling: got \[1\], expected a mapping"),
+        (lambda: rotary_tables(3, 8, scaling=5), "scaling: got 5, expected a mapping"),
+        (lambda: rotary_tables(3, 8, scaling={1: 2, "a": 3}), "scaling: default has no 1; it has no numbers"),
+        (
+            lambda: rotary_tables(3, 8, scaling=SCALED[4] | {"high_freq_factor": 1.0}),
+            r"scaling\['high_freq_factor'\]: got 1, expected more than 'low_freq_factor', 1; between",
+        ),
+        (
+            lambda: rotary_tables(3, 8, scaling=SCALED[4] | {"low_freq_factor": 5.0}),
+            r"scaling\['high_freq_factor'\]: got 4, expected more than 'low_freq_factor', 5; between",
+        ),
+        (
+            lambda: rotary_tables(3, 8, scaling=SCALED[3] | {"beta_fast": 1.0, "beta_slow": 32.0}),
+            r"scaling\['beta_fast'\]: got 1, expected more than 'beta_slow', 32; between",
+        ),
+        (
+            lambda: rotary_tables(np.zeros((1, 3), int), 8, sections=4),
+            "sections: got 4, expected a sequence of int",
+        ),
+        (lambda: alibi_slopes(-(10**5000)), "heads: got a huge int, expected a whole number from 1 on"),
+        (lambda: t5_buckets(np.arange(2), bidirectional=3), "bidirectional: got 3, expected True or False"),
+        (
+            lambda: t5_buckets(np.arange(2), buckets=2**40),
+            "buckets: got 1099511627776, expected a whole number from 4 to",
+        ),
+        (lambda: t5_bias(np.ones((32, 2)), 2, 2, offset="a"), "offset: got 'a', expected a whole number from -46"),
+        (lambda: t5_bias(np.ones((32, 2)), 2, 2, offset=0.5), "offset: got 0.5, expected a whole number"),
+        (lambda: t5_bias(np.ones((32, 2)), 2, 2, offset=2**70), "offset: got 1180591620717411303424, expected a whole"),
+        (
+            lambda: t5_bias(np.ones((32, 2)), 2, 2, offset=np.arange(2)),
+            r"offset: got array\(\[0, 1\]\), expected a",
+        ),
+        (lambda: t5_bias([[1.0]], 2, 2), "table: got list, expected an array"),
         (lambda: t5_bias(np.ones(3), 2, 2), r"table: got shape \(3,\), expected \(buckets, heads\)"),
     ],
 )

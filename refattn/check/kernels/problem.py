@@ -39,13 +39,14 @@ def check_problem(
     problem : Problem
         The call.
     label : str
-        What to call the check.
+        What to call the check, at least one character.
     gradients : (b, h_q, n_q, d_v) array, optional
         The gradient arriving at out: checks the gradients, too.
     model, name
         As in :func:`check_kernel`.
     """
     expect(isinstance(problem, Problem), "problem", problem, "a Problem")
+    expect(isinstance(label, str) and label != "", "label", label, "a string, what to call the check")
     if isinstance(kernel, str):
         kernel = find(kernel)[0].kernel()
     asked, plain = Kernel.of(kernel, model=model, name=name), problem.to("numpy")
