@@ -21,7 +21,7 @@ from refattn.check.bugs.paged import PAGED_BUGS
 from refattn.check.bugs.planted import planted
 from refattn.check.diagnose.shrink import program, shrink
 from refattn.check.inputs.draw import Draw
-from refattn.check.inputs.families import cases
+from refattn.check.inputs.families import BESIDE, cases, fitted
 from refattn.check.inputs.paged import PAGED, paged
 from refattn.check.kernel import Kernel
 from refattn.check.kernels.tiled import gradients, tiled
@@ -129,7 +129,7 @@ def test_packed_sequences_have_a_row_of_the_table_each():
     p = drawn("appended-packed")
     ends, used = p.cu_seqlens_q, p.lengths_k
     assert p.segments() == [
-        (slice(0, 9), slice(0, 9)), (slice(9, 13), slice(64, 94)), (slice(13, 14), slice(128, 192))
+        (slice(0, 9), slice(0, 9)), (slice(9, 13), slice(80, 110)), (slice(13, 14), slice(160, 224))
     ]  # fmt: skip
     whole, caches = evaluate(p, rounding="float32"), appended(p)
     for i in range(3):
@@ -194,6 +194,106 @@ def test_a_bug_is_caught_in_quick(bug):
     for dtype in ("float32", "bfloat16"):
         calls = (c.problem(dtype) for c in cases("softmax", "quick") if c.family == "pages")
         assert any(check_problem(planted(bug), p, "quick").count("failed") for p in calls), dtype
+
+
+def caught(change, features):
+    """Which cases, as a kernel with these features gets them, fail a kernel that answers another call."""
+    able = Capabilities({"float32"}, features)
+    asked = [c for c in (fitted(c, able) for c in cases("softmax") if c.family == "pages") if c is not None]
+    calls = [(c.label, c.problem("float32")) for c in asked]
+    calls = [(n, p) for n, p in calls if not able.missing(p)]
+    assert all(check_problem(tiled, p, "right").passed for _, p in calls)
+    return [n for n, p in calls if check_problem(lambda p: tiled(change(p)), p, "wrong").count("failed")]
+
+
+LOST = ["window", "softcap", "sink", "scale", "bias", "allowed", "weight", "lengths_q", "alibi_slopes", "causal"]
+LOST = [(n,) for n in LOST] + [("positions_q",), ("rotary", "rotary_cos", "rotary_sin")]
+
+
+@pytest.mark.parametrize("names", LOST)
+def test_an_option_lost_in_pages_shows(names):
+    calls = [c.problem("float32") for c in cases("softmax") if c.name in BESIDE]
+    calls = [p for p in calls if getattr(p, names[0]) is not None]
+    wrong = planted_in(lambda p: p.replace(**dict.fromkeys(names)))
+    assert any(check_problem(wrong, p, "wrong").count("failed") for p in calls)
+
+
+def planted_in(change):
+    return lambda p: tiled(change(p))
+
+
+def longest(p):
+    """The row stride of a table from the longest item."""
+    if p.lengths_k is None:
+        return p
+    n, t = -(-int(p.lengths_k.max()) // p.page_size), p.block_table
+    return p.replace(block_table=np.resize(t, len(t) * n).reshape(len(t), n))
+
+
+def short(most):
+    return lambda p: p if p.lengths_k is None else p.replace(lengths_k=np.minimum(p.lengths_k, most))
+
+
+def slot_of_the_next_page(p):
+    return p if p.value_scale is None else p.replace(value_scale=np.roll(p.value_scale, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "label"),
+    [
+        (longest, "shared"),
+        (short(512), "page-of-one"),
+        (lambda p: p.replace(block_table=p.block_table.astype(np.uint8)), "page-of-one"),
+        (
+            lambda p: p if p.lengths_k is not None else p.replace(lengths_k=np.full(len(p.block_table), p.room - 1)),
+            "in-one-array",
+        ),
+        (slot_of_the_next_page, "float8"),
+    ],
+)
+def test_a_table_or_length_misread_shows(change, label):
+    p = next(c for c in cases("softmax") if (c.family, c.label) == ("pages", label)).problem("float32")
+    assert check_problem(tiled, p, "right").passed
+    assert check_problem(lambda p: tiled(change(p)), p, "wrong").count("failed")
+
+
+SERVER = {"causal_bottom_right", "lengths_differ", "lengths_k", "grouped_heads"}
+
+
+@pytest.mark.parametrize(
+    ("features", "change"),
+    [
+        (SERVER | {"paged_nhd", "appending"}, lambda p: p.replace(new_key=None, new_value=None)),
+        ({"lengths_differ", "paged_hnd", "appending"}, lambda p: p.replace(new_key=None, new_value=None)),
+        (
+            FEATURES - {"grouped_heads"} | {"paged_nhd", "lengths_k"},
+            lambda p: p.replace(block_table=p.block_table[::-1]),
+        ),
+        (FEATURES | {"paged_nhd", "paged_hnd"}, lambda p: p.replace(block_table=p.block_table[::-1])),
+    ],
+)
+def test_cases_have_what_a_kernel_has(features, change):
+    assert caught(change, frozenset(features))
+
+
+def test_scales_are_named_by_the_layout(make):
+    p = in_pages(call(make, d=8), 4, "NHD", np.random.default_rng(5), fill=1.0)
+    pages = p.key.shape[0]
+    for layout in LAYOUTS:
+        key, value = (x if layout == "NHD" else x.swapaxes(1, 2) for x in (p.key, p.value))
+        for one, name in (((1, 1, 2, 1), "head"), ((pages, 4, 1, 1), "token"), ((pages, 1, 1, 1), "block")):
+            shape = one if layout == "NHD" else (one[0], one[2], one[1], 1)
+            x, scale = quantised(key.astype(float), "float8_e4m3fn", shape)
+            q = p.replace(key=x, value=value, key_scale=scale, out_dtype="float32", page_layout=layout)
+            assert {n for n in q.features() if n.startswith("scales_by")} == {f"scales_by_{name}"}, (layout, shape)
+
+
+def test_laws_have_the_layout_that_a_kernel_has():
+    able = Capabilities({"float32"}, FEATURES | {"paged_hnd"})
+    p = law_problem(LAWS["pages_moved"], "float32", "softmax", able)
+    assert (p.page_layout, able.missing(p)) == ("HND", [])
+    found = [LAWS["pages_moved"].test(Trial(k, flash("float32"), able), p) for k in (tiled, planted("table_ignored"))]
+    assert [w.failures > 0 for w in found] == [False, True]
 
 
 def test_nan_that_nobody_owns_is_told_from_wrong_numbers():
