@@ -11,6 +11,7 @@ from refattn import (
     InvalidInput,
     Problem,
     UnsupportedProblem,
+    assert_close,
     check_kernel,
     check_problem,
     evaluate,
@@ -364,6 +365,43 @@ def test_nothing_else_may_change(change, text, make):
     (check,) = report.checks
     assert re.search(text, check.message), check.message
     assert check_problem(kept(lambda p: None), x, "kept").passed
+
+
+def test_one_cache_of_keys_and_values_stays_one(make):
+    """Compressed keys, whose first columns are the values: a kernel writes once."""
+    p = in_pages(call(make, d=8), 3, "NHD", np.random.default_rng(0), new=5)
+    new = p.new_key[..., :6].copy()
+    x = p.replace(value=p.key[..., :6], new_value=new)
+
+    def kernel(p, times=1):
+        at = slots(p)
+        for _ in range(times):
+            p.key[at // 3, at % 3] = p.new_key.swapaxes(1, 2)
+        assert np.shares_memory(p.key, p.value)
+        return tiled(p.replace(new_key=None, new_value=None))
+
+    assert check_problem(kernel, x, "once").passed
+    assert check_problem(tiled, x, "twice").passed
+    lazy = check_problem(lambda p: kernel(p, 0), x, "never")
+    assert "is not the new row" in lazy.checks[0].message
+    apart = x.replace(value=x.value.copy())
+    assert check_problem(tiled, apart, "two").passed
+    assert not check_problem(kernel, apart, "two").passed
+
+
+def test_gradients_that_cannot_be_judged_are_said(make):
+    x = in_pages(call(make), 3, "NHD", np.random.default_rng(0))
+    report = check_problem(tiled, x, "pages", gradients=np.ones(x.out_shape, np.float32))
+    assert report.verdict == "right, gradients not judged"
+    assert check_problem(tiled, x, "pages").verdict == "right"
+
+
+def test_results_alone_say_nothing_of_caches(make):
+    x = in_pages(call(make), 3, "NHD", np.random.default_rng(0), new=5)
+    with pytest.raises(InvalidInput, match="problem: appends, and the caches that a kernel must leave behind are not"):
+        assert_close(tiled(x)[0], x)
+    flat = gathered(x)
+    assert_close(tiled(x)[0], flat)
 
 
 def test_a_torch_kernel_writes_into_its_tensors(make):

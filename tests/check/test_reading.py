@@ -127,7 +127,7 @@ def test_a_declared_feature_that_nothing_asks_for_is_said():
     assert unasked(kernel, "sigmoid", done[:1]) == ()  # it has none of them
     assert unasked(Kernel.of(lambda p: p), "softmax", []) == ()
     report = Report("k", "softmax", (done[0],), unasked=missed)
-    assert report.verdict == "right, 2 features not asked for"
+    assert report.verdict == "right, 2 features not judged"
     assert report.of_format("float32").verdict == report.verdict
     assert report.to_dict()["unasked"] == ["appending", "softcap"]
     assert [_bad(report, strict) for strict in (False, True)] == [False, True]

@@ -40,7 +40,7 @@ def check_problem(
     label : str
         What to call the check.
     gradients : (b, h_q, n_q, d_v) array, optional
-        The gradient arriving at out: checks the gradients, too.
+        The gradient arriving at out: checks the gradients, too. Where they cannot be judged the verdict says so.
     model, name
         As in :func:`check_kernel`.
     """
@@ -64,4 +64,5 @@ def check_problem(
             )
         )
     models = {problem.out_type: asdict(chosen)}
-    return Report(asked.name, problem.variant, tuple(checks), models=models)
+    missed = ("gradients",) if checks[-1].verdict == "unsupported" and len(checks) > 1 else ()
+    return Report(asked.name, problem.variant, tuple(checks), models=models, unasked=missed)

@@ -148,7 +148,8 @@ class Report:
     flags : str
         What its repeat commands need besides: how the kernel was run.
     unasked : tuple of str
-        The features that the kernel declares and that no check which ran had, of a run of all checks of a budget.
+        The features that the kernel declares and that no check which ran had, of a run of all checks of a budget;
+        "gradients" where they were to be checked on a call and could not.
     """
 
     kernel: str
@@ -196,7 +197,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The verdict in words: right, right with the edges that differ or what was not asked, WRONG, nothing ran."""
+        """The verdict in words: right, right with the edges that differ or what was not judged, WRONG, nothing ran."""
         if self.count("failed"):
             return "WRONG"
         if not self.ran:
@@ -204,7 +205,7 @@ class Report:
         n = len(self.broken)
         edges = f" · {n} edge{'s differ' if n > 1 else ' differs'}" if n else ""
         m = len(self.unasked)
-        asked = f", {m} feature{'s' * (m != 1)} not asked for" if m else ""
+        asked = f", {self.unasked[0] if m == 1 else f'{m} features'} not judged" if m else ""
         return "right" + edges + asked + ("" if self.fits else f", {self.ran} of {len(self.checks)} checks fit")
 
     @property
