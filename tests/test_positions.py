@@ -267,6 +267,14 @@ def offset_ignored(p):
     return p.replace(positions_q=at)
 
 
+def from_room(p):
+    """The places of queries from what there is room for, not from what is used."""
+    if p.positions_q is not None or p.lengths_k is None:
+        return p
+    first = p.n_k - p.n_q + np.arange(p.n_q)
+    return p.replace(positions_q=np.broadcast_to(first, (p.batch, p.n_q)).copy())
+
+
 BOTH = ("positions_q", "positions_k")
 ROTARY, ALIBI = (lambda p: p.rotary is not None), (lambda p: p.alibi_slopes is not None)
 
@@ -278,6 +286,7 @@ ROTARY, ALIBI = (lambda p: p.rotary is not None), (lambda p: p.alibi_slopes is n
         (half_of_all, ROTARY),
         (of_key_heads, ALIBI),
         (offset_ignored, ALIBI),
+        (from_room, ALIBI),
         (without(*BOTH), ALIBI),
         (without(*BOTH, where=lambda p: p.cu_seqlens_q is not None), ROTARY),
         (without(*BOTH, where=lambda p: (p.positions_q is None) != (p.positions_k is None)), ROTARY),

@@ -102,7 +102,13 @@ def _options(d: Draw) -> Problem:
     more: dict[str, Any] = {"bias": d.normal(1, 4, 5, ROOM), "allowed": d.mask(3, 1, 5, ROOM), "sink": d.normal(4)}
     more |= {"window": (17, 3), "softcap": 4.0, "scale": 0.3, "alibi_slopes": slopes(d, 4) / 8}
     more |= {"weight": np.exp(d.normal(3, 1, 1, ROOM)), "lengths_q": np.array([5, 2, 4], np.int32)}
-    return paged(d, 8, "NHD", causal="bottom_right", **more, positions_q=d.rng.integers(40, 64, 5))
+    return paged(d, 8, "NHD", causal="bottom_right", **more)
+
+
+def _rotary(d: Draw) -> Problem:
+    """Return a call whose queries stand anywhere, and whose keys at their places in their items."""
+    more: dict[str, Any] = {"positions_q": d.rng.integers(0, 90, 5), **rotary(d, "interleaved", 12, 90, 500.0)}
+    return paged(d, 4, "HND", new=3, causal="bottom_right", **more)
 
 
 PAGED: dict[str, tuple[Callable[[Draw], Problem], tuple[str, ...]]] = {
@@ -119,9 +125,6 @@ PAGED: dict[str, tuple[Callable[[Draw], Problem], tuple[str, ...]]] = {
     # an option that the paged path alone leaves out
     "options": (_options, ()),
     # old keys and new ones are turned, by where they stand in their item
-    "rotary": (
-        lambda d: paged(d, 4, "HND", new=3, causal="bottom_right", **rotary(d, "interleaved", 12, 90, 500.0)),
-        (),
-    ),
+    "rotary": (_rotary, ()),
 }
 """Calls by label, and the formats that they are made in; () is all."""
