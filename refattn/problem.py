@@ -321,6 +321,9 @@ class Problem:
                 continue
             yield "scales"
             one, many = (tuple(getattr(a, "shape", (1, 1, 1, 1))) for a in (scale, x))
+            if self.page_layout is not None and name != "query_scale":  # a page and a place in it are one axis
+                head, place = (2, 1) if self.page_layout == "NHD" else (1, 2)
+                one, many = ((1, a[head], a[0] * a[place], a[3]) for a in (one, many))
             yield from ("scales_by_head",) if max(one[:2]) > 1 else ()
             for axis, kind in ((2, "scales_by_token"), (3, "scales_by_channel")):
                 if one[axis] > 1:

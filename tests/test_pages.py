@@ -12,6 +12,7 @@ from refattn import (
     InvalidProblem,
     Problem,
     UnsupportedProblem,
+    assert_close,
     check_kernel,
     check_problem,
     evaluate,
@@ -22,7 +23,7 @@ from refattn.check.bugs.paged import PAGED_BUGS
 from refattn.check.bugs.planted import planted
 from refattn.check.diagnose.shrink import program, shrink
 from refattn.check.inputs.draw import Draw
-from refattn.check.inputs.families import cases
+from refattn.check.inputs.families import BESIDE, cases, fitted
 from refattn.check.inputs.paged import PAGED, paged
 from refattn.check.kernel import Kernel
 from refattn.check.kernels.tiled import gradients, tiled
@@ -130,7 +131,7 @@ def test_packed_sequences_have_a_row_of_the_table_each():
     p = drawn("appended-packed")
     ends, used = p.cu_seqlens_q, p.lengths_k
     assert p.segments() == [
-        (slice(0, 9), slice(0, 9)), (slice(9, 13), slice(64, 94)), (slice(13, 14), slice(128, 192))
+        (slice(0, 9), slice(0, 9)), (slice(9, 13), slice(80, 110)), (slice(13, 14), slice(160, 224))
     ]  # fmt: skip
     whole, caches = evaluate(p, rounding="float32"), appended(p)
     for i in range(3):
@@ -329,6 +330,106 @@ def test_a_bug_is_caught_in_quick(bug):
         assert any(check_problem(planted(bug), p, "quick").count("failed") for p in calls), dtype
 
 
+def caught(change, features):
+    """Which cases, as a kernel with these features gets them, fail a kernel that answers another call."""
+    able = Capabilities({"float32"}, features)
+    asked = [c for c in (fitted(c, able) for c in cases("softmax") if c.family == "pages") if c is not None]
+    calls = [(c.label, c.problem("float32")) for c in asked]
+    calls = [(n, p) for n, p in calls if not able.missing(p)]
+    assert all(check_problem(tiled, p, "right").passed for _, p in calls)
+    return [n for n, p in calls if check_problem(lambda p: tiled(change(p)), p, "wrong").count("failed")]
+
+
+LOST = ["window", "softcap", "sink", "scale", "bias", "allowed", "weight", "lengths_q", "alibi_slopes", "causal"]
+LOST = [(n,) for n in LOST] + [("positions_q",), ("rotary", "rotary_cos", "rotary_sin")]
+
+
+@pytest.mark.parametrize("names", LOST)
+def test_an_option_lost_in_pages_shows(names):
+    calls = [c.problem("float32") for c in cases("softmax") if c.name in BESIDE]
+    calls = [p for p in calls if getattr(p, names[0]) is not None]
+    wrong = planted_in(lambda p: p.replace(**dict.fromkeys(names)))
+    assert any(check_problem(wrong, p, "wrong").count("failed") for p in calls)
+
+
+def planted_in(change):
+    return lambda p: tiled(change(p))
+
+
+def longest(p):
+    """The row stride of a table from the longest item."""
+    if p.lengths_k is None:
+        return p
+    n, t = -(-int(p.lengths_k.max()) // p.page_size), p.block_table
+    return p.replace(block_table=np.resize(t, len(t) * n).reshape(len(t), n))
+
+
+def short(most):
+    return lambda p: p if p.lengths_k is None else p.replace(lengths_k=np.minimum(p.lengths_k, most))
+
+
+def slot_of_the_next_page(p):
+    return p if p.value_scale is None else p.replace(value_scale=np.roll(p.value_scale, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "label"),
+    [
+        (longest, "shared"),
+        (short(512), "page-of-one"),
+        (lambda p: p.replace(block_table=p.block_table.astype(np.uint8)), "page-of-one"),
+        (
+            lambda p: p if p.lengths_k is not None else p.replace(lengths_k=np.full(len(p.block_table), p.room - 1)),
+            "in-one-array",
+        ),
+        (slot_of_the_next_page, "float8"),
+    ],
+)
+def test_a_table_or_length_misread_shows(change, label):
+    p = next(c for c in cases("softmax") if (c.family, c.label) == ("pages", label)).problem("float32")
+    assert check_problem(tiled, p, "right").passed
+    assert check_problem(lambda p: tiled(change(p)), p, "wrong").count("failed")
+
+
+SERVER = {"causal_bottom_right", "lengths_differ", "lengths_k", "grouped_heads"}
+
+
+@pytest.mark.parametrize(
+    ("features", "change"),
+    [
+        (SERVER | {"paged_nhd", "appending"}, lambda p: p.replace(new_key=None, new_value=None)),
+        ({"lengths_differ", "paged_hnd", "appending"}, lambda p: p.replace(new_key=None, new_value=None)),
+        (
+            FEATURES - {"grouped_heads"} | {"paged_nhd", "lengths_k"},
+            lambda p: p.replace(block_table=p.block_table[::-1]),
+        ),
+        (FEATURES | {"paged_nhd", "paged_hnd"}, lambda p: p.replace(block_table=p.block_table[::-1])),
+    ],
+)
+def test_cases_have_what_a_kernel_has(features, change):
+    assert caught(change, frozenset(features))
+
+
+def test_scales_are_named_by_the_layout(make):
+    p = in_pages(call(make, d=8), 4, "NHD", np.random.default_rng(5), fill=1.0)
+    pages = p.key.shape[0]
+    for layout in LAYOUTS:
+        key, value = (x if layout == "NHD" else x.swapaxes(1, 2) for x in (p.key, p.value))
+        for one, name in (((1, 1, 2, 1), "head"), ((pages, 4, 1, 1), "token"), ((pages, 1, 1, 1), "block")):
+            shape = one if layout == "NHD" else (one[0], one[2], one[1], 1)
+            x, scale = quantised(key.astype(float), "float8_e4m3fn", shape)
+            q = p.replace(key=x, value=value, key_scale=scale, out_dtype="float32", page_layout=layout)
+            assert {n for n in q.features() if n.startswith("scales_by")} == {f"scales_by_{name}"}, (layout, shape)
+
+
+def test_laws_have_the_layout_that_a_kernel_has():
+    able = Capabilities({"float32"}, FEATURES | {"paged_hnd"})
+    p = law_problem(LAWS["pages_moved"], "float32", "softmax", able)
+    assert (p.page_layout, able.missing(p)) == ("HND", [])
+    found = [LAWS["pages_moved"].test(Trial(k, flash("float32"), able), p) for k in (tiled, planted("table_ignored"))]
+    assert [w.failures > 0 for w in found] == [False, True]
+
+
 def test_nan_that_nobody_owns_is_told_from_wrong_numbers():
     p = paged(Draw(FORMATS["float32"], np.random.default_rng(3), "softmax"), 8, "NHD", fill=np.nan)
     (check,) = check_problem(planted("page_tail_read"), p, "nan").checks
@@ -397,6 +498,43 @@ def test_nothing_else_may_change(change, text, make):
     (check,) = report.checks
     assert re.search(text, check.message), check.message
     assert check_problem(kept(lambda p: None), x, "kept").passed
+
+
+def test_one_cache_of_keys_and_values_stays_one(make):
+    """Compressed keys, whose first columns are the values: a kernel writes once."""
+    p = in_pages(call(make, d=8), 3, "NHD", np.random.default_rng(0), new=5)
+    new = p.new_key[..., :6].copy()
+    x = p.replace(value=p.key[..., :6], new_value=new)
+
+    def kernel(p, times=1):
+        at = slots(p)
+        for _ in range(times):
+            p.key[at // 3, at % 3] = p.new_key.swapaxes(1, 2)
+        assert np.shares_memory(p.key, p.value)
+        return tiled(p.replace(new_key=None, new_value=None))
+
+    assert check_problem(kernel, x, "once").passed
+    assert check_problem(tiled, x, "twice").passed
+    lazy = check_problem(lambda p: kernel(p, 0), x, "never")
+    assert "is not the new row" in lazy.checks[0].message
+    apart = x.replace(value=x.value.copy())
+    assert check_problem(tiled, apart, "two").passed
+    assert not check_problem(kernel, apart, "two").passed
+
+
+def test_gradients_that_cannot_be_judged_are_said(make):
+    x = in_pages(call(make), 3, "NHD", np.random.default_rng(0))
+    report = check_problem(tiled, x, "pages", gradients=np.ones(x.out_shape, np.float32))
+    assert report.verdict == "right, gradients not judged"
+    assert check_problem(tiled, x, "pages").verdict == "right"
+
+
+def test_results_alone_say_nothing_of_caches(make):
+    x = in_pages(call(make), 3, "NHD", np.random.default_rng(0), new=5)
+    with pytest.raises(InvalidInput, match="problem: appends, and the caches that a kernel must leave behind are not"):
+        assert_close(tiled(x)[0], x)
+    flat = gathered(x)
+    assert_close(tiled(x)[0], flat)
 
 
 def test_a_torch_kernel_writes_into_its_tensors(make):

@@ -23,7 +23,7 @@ from refattn import (
 from refattn.check.bounds.forward import forward
 from refattn.check.bounds.rounded import HOWS, simulate
 from refattn.check.diagnose.shrink import program
-from refattn.check.inputs.families import cases
+from refattn.check.inputs.families import cases, fitted
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import FEATURES, FURTHER, flash
 from refattn.dtypes import ELEMENTS
@@ -232,6 +232,90 @@ def test_a_wrong_gradient_fails():
     kernel.gradients = lambda p, dout: tiled.gradients(p.replace(rotary_sin=-p.rotary_sin), dout)
     report = check_problem(kernel, p, "x", gradients=np.ones(p.out_shape, np.float32))
     assert [c.verdict for c in report.checks] == ["passed", "failed"]
+
+
+def without(*names, where=lambda p: True):
+    return lambda p: p.replace(**dict.fromkeys(names)) if where(p) else p
+
+
+def own_tables(p):
+    m, r = p.rotary_cos.shape
+    angle, kind = np.arange(m)[:, None] * 1e4 ** (-np.arange(r) / r), p.rotary_cos.dtype
+    return p.replace(rotary_cos=np.cos(angle).astype(kind), rotary_sin=np.sin(angle).astype(kind))
+
+
+def half_of_all(p):
+    """Pair c with c + d / 2 where fewer columns are turned."""
+    r, d = p.rotary_cos.shape[1], p.d_k
+    if p.rotary != "half" or 2 * r == d:
+        return p
+    order = np.r_[0:r, d // 2 : d // 2 + r, r : d // 2, d // 2 + r : d]
+    return p.replace(query=p.query[..., order], key=p.key[..., order])
+
+
+def of_key_heads(p):
+    """Slopes counted by key heads."""
+    x = p.alibi_slopes
+    return p if x.ndim == 2 else p.replace(alibi_slopes=np.repeat(x[: p.heads_kv], p.heads // p.heads_kv))
+
+
+def offset_ignored(p):
+    """In the places of queries alone: the mask keeps it."""
+    if p.offset is None:
+        return p
+    at = np.concatenate([k.stop - k.start - (q.stop - q.start) + np.arange(q.stop - q.start) for q, k in p.segments()])
+    return p.replace(positions_q=at)
+
+
+def from_room(p):
+    """The places of queries from what there is room for, not from what is used."""
+    if p.positions_q is not None or p.lengths_k is None:
+        return p
+    first = p.n_k - p.n_q + np.arange(p.n_q)
+    return p.replace(positions_q=np.broadcast_to(first, (p.batch, p.n_q)).copy())
+
+
+BOTH = ("positions_q", "positions_k")
+ROTARY, ALIBI = (lambda p: p.rotary is not None), (lambda p: p.alibi_slopes is not None)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (own_tables, ROTARY),
+        (half_of_all, ROTARY),
+        (of_key_heads, ALIBI),
+        (offset_ignored, ALIBI),
+        (from_room, ALIBI),
+        (without(*BOTH), ALIBI),
+        (without(*BOTH, where=lambda p: p.cu_seqlens_q is not None), ROTARY),
+        (without(*BOTH, where=lambda p: (p.positions_q is None) != (p.positions_k is None)), ROTARY),
+        (
+            without(*BOTH, where=lambda p: any(x is not None and x.ndim == 1 for x in (p.positions_q, p.positions_k))),
+            ROTARY,
+        ),
+    ],
+)
+def test_what_kernels_get_wrong_is_caught(change, where):
+    calls = [c.problem("float32") for c in cases("softmax") if c.family == "positions"]
+    failed = [check_problem(lambda p: tiled(change(p)), p, "wrong").count("failed") for p in calls if where(p)]
+    assert any(failed)
+
+
+@pytest.mark.parametrize(
+    ("more", "lost", "change"),
+    [
+        ({"rotary_interleaved"}, set(), {"rotary": "half"}),
+        ({"rotary_half"}, {"grouped_heads"}, {"rotary": "interleaved"}),
+        ({"alibi_slopes"}, {"softcap"}, {"alibi_slopes": None}),
+    ],
+)
+def test_cases_have_what_a_kernel_has(more, lost, change):
+    able = Capabilities({"float32"}, FEATURES - lost | more)
+    calls = [fitted(c, able).problem("float32") for c in cases("softmax") if c.family == "positions"]
+    calls = [p for p in calls if not able.missing(p)]
+    assert all(check_problem(tiled, p, "right").passed for p in calls)
+    assert any(check_problem(lambda p: tiled(p.replace(**change)), p, "wrong").count("failed") for p in calls)
 
 
 def test_a_kernel_that_knows_no_positions_is_not_asked_for_them():

@@ -14,12 +14,14 @@ import threading
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import cast
 
 from ..variants.own import FILES, know, portable
 from .bounds.expected import Expected, Key, keep, kept, made
 from .inputs.calls import Call
 from .inputs.families import Case, cases
+from .model import Capabilities
 
 __all__ = ["Ahead", "serve"]
 
@@ -109,7 +111,7 @@ class _Workers:
         case, *rest = key
         process = self._mine.process
         # a case's function does not travel: the other process finds the case by its name
-        asked = case if isinstance(case.build, Call) else (case.variant, case.name)
+        asked = case if isinstance(case.build, Call) else (case.variant, case.name, case.able)
         pickle.dump((portable(case.variant), asked, rest), process.stdin)
         process.stdin.flush()
         return cast(Expected, pickle.load(process.stdout))
@@ -135,5 +137,5 @@ def serve() -> None:
         answers.flush()
 
 
-def _named(variant: str, name: str) -> Case:
-    return next(c for c in cases(variant, "nightly") if c.name == name)
+def _named(variant: str, name: str, able: Capabilities | None) -> Case:
+    return replace(next(c for c in cases(variant, "nightly") if c.name == name), able=able)

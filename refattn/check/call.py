@@ -186,11 +186,13 @@ def call_gradients(
 def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, dict[str, NDArray[Any]], frozenset[str]]:
     """Return what a call gives on copies of the inputs, those copies, which it must have left alone, and what it read.
 
-    A copy lies in memory as its original does: with the same strides, gaps and axes that are spread. A rule comes as
-    the array that it stands for.
+    A copy lies in memory as its original does: with the same strides, gaps and axes that are spread, and a cache of
+    values that is a part of the cache of keys is a part of its copy. A rule comes as the array that it stands for.
     """
     problem = problem.written_out()
     given = {n: laid_out(np.asarray(x))[0] for n, x in problem.arrays().items()}
+    if problem.block_table is not None:
+        given |= _shared(problem.key, problem.value)
     asked, seen = watched(problem.replace(**given))
     _scrub(problem)
     result = guarded(lambda: call(asked))
@@ -200,6 +202,19 @@ def _on_copies(call: Callable[[Problem], Any], problem: Problem) -> tuple[Any, d
         before = {n: x for n, x in before.items() if n not in ("key", "value")}
     unchanged(given, before)
     return result, given, frozenset(seen)
+
+
+def _shared(key: NDArray[Any], value: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Return copies of two caches where the values lie within the keys, as those of compressed keys do; else none."""
+    if not np.shares_memory(key, value) or key.dtype != value.dtype:
+        return {}
+    copy, block, start = laid_out(key)
+    away = value.__array_interface__["data"][0] - key.__array_interface__["data"][0]
+    (low, high), (first, last) = np.lib.array_utils.byte_bounds(key), np.lib.array_utils.byte_bounds(value)
+    if copy.strides != key.strides or first < low or last > high:
+        return {}
+    at = start * key.dtype.itemsize + away
+    return {"key": copy, "value": np.ndarray(value.shape, value.dtype, block, at, value.strides)}
 
 
 def guarded(call: Callable[[], Any]) -> Any:

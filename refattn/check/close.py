@@ -60,10 +60,16 @@ def assert_close(
     MismatchError
         The worst element: where it is, what was got, what is exact, what is allowed.
     InvalidInput
-        Arrays of other shapes, types or names than the call's; gradients without dout.
+        Arrays of other shapes, types or names than the call's; gradients without dout; a call that appends.
     """
     plain, chosen = _call(problem, model)
     expect(isinstance(seed, Integral) and seed >= 0, "seed", seed, "an integer of at least 0")
+    if plain.new_key is not None:
+        raise InvalidInput(
+            "problem: appends, and the caches that a kernel must leave behind are not among the results; use "
+            "check_problem, or compare out by refattn.pages.gathered(problem) and the caches with "
+            "refattn.pages.appended(problem), both made before the kernel runs"
+        )
     if gradients is None and dout is not None:
         raise InvalidInput("dout: belongs to gradients; pass both")
     found = {"out": _array("out", out, plain.out_shape, plain.out_type)}

@@ -384,11 +384,16 @@ LAWS = {
 """The laws, by name."""
 
 
-def law_problem(law: Law, dtype: str, variant: str) -> Problem:
-    """Return the problem that a law is tried on: where an operator does not take it, the first that it names itself."""
+def law_problem(law: Law, dtype: str, variant: str, able: Capabilities | None = None) -> Problem:
+    """Return the problem that a law is tried on: where an operator does not take it, the first that it names itself.
+
+    In pages it has what a kernel can do, where that is given.
+    """
     v = variant_of(variant)
     p = law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant))
     if v.takes(p):
+        if able is not None and p.block_table is not None and able.missing(p):
+            return law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant, able))
         return p
     settings = {"b": p.batch, "h": p.heads, "h_kv": p.heads_kv} | dict(next(iter(v.cases.values()), {}))
     settings["options"] = v.fitted(settings.get("options", {}), p.heads)

@@ -25,7 +25,7 @@ from .kernel import Kernel
 from .model import FEATURES, FURTHER, GRADIENTS, Capabilities
 from .reading import unread
 
-__all__ = ["WIDTHS", "found", "probed", "tried"]
+__all__ = ["WIDTHS", "found", "has", "probed", "tried"]
 
 WIDTHS = (16, 32, 33, 40, 64, 72, 80, 96, 128, 160, 192, 256, 512)
 LENGTHS = (1, 2, 8, 16, 32, 64, 128)
@@ -141,6 +141,14 @@ def _call(build: Callable[[Draw], Problem], dtype: str, variant: str) -> Problem
     always = "causal_bottom_right" in variant_of(variant).always and problem.causal is None
     always = always and problem.alignment is None  # no operator that is always causal has the other corner
     return problem.replace(causal="bottom_right") if always else problem
+
+
+def has(variant: str, feature: str) -> bool:
+    """Tell whether an operator takes calls that have a feature and nothing else."""
+    if feature not in CALLS:
+        return False
+    problem = _call(CALLS[feature], "float32", variant)
+    return feature in problem.features() and variant_of(variant).takes(problem)
 
 
 FIRST = ("float32", "float16", "bfloat16")

@@ -21,18 +21,18 @@ from ..exact.driver import enclose
 from ..problem import VARIANT, Problem
 from ..variants import Steps, variant_of
 from .ahead import Ahead
-from .bounds.expected import Expected, Key, UnboundedError, expected, of_answer, of_case, unbounded
+from .bounds.expected import Expected, Key, UnboundedError, bounded, expected, of_answer, of_case, unbounded
 from .call import Function, Result, call_gradients, call_kernel
 from .compare import Worst, against
 from .diagnose.rules import verdicts
-from .inputs.families import Case, calls, cases
+from .inputs.families import Case, calls, cases, fitted
 from .inputs.sample import WHOLE, Sample
 from .kernel import Kernel
 from .laws import LAWS, Law, law_problem
 from .model import Capabilities, Model, ModelFor
 from .probe import probed
 from .report.report import Check, Report
-from .settle import Notes, settled
+from .settle import Notes, settled, unasked
 from .suspects import suspects
 from .trial import Trial
 
@@ -128,10 +128,12 @@ def check_kernel(
             done.append(item.run())
     models = {d: asdict(judged.model(d)) for d in sorted({i.dtype for i in items})}
     left = len(items) - len(done)
+    missed = unasked(judged, variant, done) if only is None else ()
     whole = only is None and budget != "quick" and not left
     return Report(
-        judged.name, variant, tuple(done), judged.version, models, judged.capabilities.edges, whole, seed, left, budget
-    )
+        judged.name, variant, tuple(done), judged.version, models, judged.capabilities.edges, whole, seed, left, budget,
+        unasked=missed,
+    )  # fmt: skip
 
 
 def _whole(x: Any) -> bool:
@@ -164,9 +166,10 @@ def plan(
             "forms=, or leave gradients out of the capabilities"
         )
     wanted = tuple(dtypes or [d for d in FORMATS if d in able.dtypes])
+    given = [c for c in (fitted(c, able) for c in cases(variant, budget) if asked(only, c.family)) if c is not None]
     items = []
     for dtype in wanted:
-        for case in cases(variant, budget) + drawn:
+        for case in given + drawn:
             if (not case.dtypes or dtype in case.dtypes) and case.says(judged.model(dtype)):
                 key = (case, dtype, judged.model(dtype), False)
                 items.append(Item(f"{case.name}[{dtype}]", dtype, _case_run(judged, case, dtype), key))
@@ -236,19 +239,15 @@ def _case_run(kernel: Kernel, case: Case, dtype: str) -> Callable[[], Check]:
     def run() -> Check:
         problem, notes = case.problem(dtype), Notes()
         lacks = able.missing(problem)
-
-        def known() -> Expected:
-            try:
-                return of_case(case, dtype, model, backward=False)
-            except UnsupportedProblem as e:
-                raise UnboundedError(str(e)) from e
-
+        known = partial(bounded, case, dtype, model)
         lse, some = able.lse and not lacks, case.sample(problem)
         try:
             check = guarded(name, lambda: judged(kernel.call, problem, known, model, lse, notes, some))
         except UnboundedError as e:
             return Check(name, "unsupported", message=str(e))
-        return replace(settled(check, kernel, problem, lacks, notes), rules=notes.rules, either=notes.either)
+        asks = tuple(sorted(problem.features()))
+        check = settled(check, kernel, problem, lacks, notes)
+        return replace(check, rules=notes.rules, either=notes.either, features=asks)
 
     return run
 
@@ -274,7 +273,7 @@ def _law_run(kernel: Kernel, law: Law, dtype: str, variant: str) -> Callable[[],
     name, able = f"law/{law.name}[{dtype}]", kernel.capabilities
 
     def run() -> Check:
-        problem = law_problem(law, dtype, variant)
+        problem = law_problem(law, dtype, variant, able)
         lacks = able.missing(problem) + law.missing(able, kernel.serial)
         if lacks:
             return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..problem import Problem
 from ..validation import SCALES
 from .kernel import Kernel
+from .probe import has
 from .reading import SOURCE, unread
 from .report.report import Check
 
-__all__ = ["RAISED", "Notes", "settled"]
+__all__ = ["RAISED", "Notes", "settled", "unasked"]
 
 RAISED = "the kernel raised"
 ENDS = (f"{RAISED} SystemExit", f"{RAISED} GeneratorExit")
@@ -68,3 +70,20 @@ def settled(check: Check, kernel: Kernel, problem: Problem, lacks: list[str], no
         if raised and not check.message.startswith(ENDS) and problem.features() - {"lengths_differ"}:
             return replace(check, verdict="unsupported")
     return check
+
+
+def unasked(kernel: Kernel, variant: str, done: Sequence[Check]) -> tuple[str, ...]:
+    """Return the features that a kernel declares, its operator has, and no comparison with the exact answer asked for.
+
+    Parameters
+    ----------
+    kernel : Kernel
+        Of one that declares nothing there are none.
+    variant : str
+        The operator.
+    done : sequence of Check
+        The checks, those that did not run among them.
+    """
+    asked_for = {n for c in done if c.verdict not in ("unread", "unsupported") for n in c.features}
+    left = kernel.capabilities.features - asked_for if kernel.declared else frozenset()
+    return tuple(n for n in sorted(left) if has(variant, n))

@@ -74,7 +74,7 @@ EVERY = 5.0  # seconds between lines of progress in a log
 @click.option("--memory-limit", type=float, help=f"GiB for an untrusted kernel, by default {MEMORY_LIMIT:g}; 0: none.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Draw the family calls by this seed. Default: anew.")
 @click.option("--n-jobs", type=click.IntRange(1), help="Processes that make exact answers. Default: one for each core.")
-@click.option("--strict", is_flag=True, help="An edge that differs, or an option that is not read, is a failure, too.")
+@click.option("--strict", is_flag=True, help="Edges that differ, options not read, features not asked for: failures.")
 @click.option("--baseline", "baseline_file", help="A TOML file of known failures: they do not count, new ones do.")
 @click.option("--update-baseline", is_flag=True, help="Write the failures of this run to the baseline.")
 @click.option("--problem", "problem_file", help="Check on one problem, from a file of refattn.save_problem.")
@@ -254,7 +254,8 @@ def _exit(reports: list[Report], strict: bool, broken: int, stale: bool, written
 
 
 def _bad(r: Report, strict: bool) -> bool:
-    return r.count("failed") > 0 or bool(r.kept) or (strict and (bool(r.failures) or r.count("unread") > 0))
+    more = bool(r.failures or r.unasked) or r.count("unread") > 0
+    return r.count("failed") > 0 or bool(r.kept) or (strict and more)
 
 
 def _run(

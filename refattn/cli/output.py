@@ -49,7 +49,7 @@ def table_of(reports: Iterable[Report]) -> Table:
             here = r.of_format(dtype)
             counts = [str(here.count(v)) for v in ("passed", "failed", "edge")]
             not_run = str(here.count("unread") + here.count("unsupported"))
-            color = "red" if here.count("failed") else "green" if here.fits else "yellow"
+            color = "red" if here.count("failed") else "green" if here.fits and not here.unasked else "yellow"
             name = escape(Path(r.kernel).name)
             table.add_row(name, dtype, *counts, not_run, _largest(here), f"[{color}]{here.verdict}[/]")
     return table
@@ -112,7 +112,7 @@ def _print(console: Console, text: str) -> None:
 
 
 def print_outside(console: Console, reports: list[Report], kernels: tuple[str, ...]) -> None:
-    """Say what did not run, and why."""
+    """Say what did not run, and why, and what nothing asked for."""
     for r in reports:
         lacks: dict[str, int] = {}
         for c in r.checks:
@@ -123,6 +123,8 @@ def print_outside(console: Console, reports: list[Report], kernels: tuple[str, .
             more = " ..." if len(lacks) > 4 else ""
             _print(console, f"{r.kernel}: {_counted(sum(lacks.values()))} not run: {text}{more}")
     for r in reports:
+        if r.unasked:
+            _print(console, f"{r.kernel}: declared, and no check asked for it: {', '.join(r.unasked)}")
         if r.left:
             _print(console, f"{r.kernel}: the time was over before {r.left} checks, which did not run")
         if r.either:

@@ -57,8 +57,10 @@ def check_context_parallel(
     layout : {"contiguous", "zigzag", "striped"}
         Which rows and keys each rank has, as ``refattn.devices.shards.LAYOUTS`` says.
     problem : Problem, optional
-        A call of query, key, value and numbers: no mask or bias as an array. By default two causal calls with grouped
-        heads are drawn, in float32, the second with keys that grow along the sequence, so that parts weigh unequally.
+        A call of query, key, value and numbers: no mask or bias as an array. By default four calls with grouped
+        heads are drawn, in float32: a causal one; one with keys that grow along the sequence, so that parts weigh
+        unequally; two batch items without a mask, with a scale; a causal one with a window. A function raises
+        UnsupportedProblem for what it does not take of ``shard.options``.
     model : Model, optional
         How the parts are computed and merged; by default a flash kernel's, merged in its accumulator. An implementation
         that rounds each part's out to 16 bits before the merge loses more: check it in float32.
@@ -124,7 +126,11 @@ def _cases(problem: Problem | None, world_size: int, layout: str, seed: int) -> 
         q, k, v = (_normal(rng, (1, h, n, 16), "float32") for h in (4, 2, 2))
         plain = Problem(q, k, v, causal="bottom_right")
         growing = (k * np.linspace(0.1, 4, n, dtype=np.float32)[:, None]).astype(np.float32)
-        return {"gaussian": plain, "growing": plain.replace(key=growing)}
+        # of two batch items, which the first says nothing of, and without a mask
+        q, k, v = (_normal(rng, (2, h, n, 8), "float32") for h in (2, 1, 1))
+        options = {"scaled": Problem(q, k, v, scale=0.7)}
+        options["window"] = Problem(q[1:], k[1:], v[1:], causal="bottom_right", window=(n // 2 - 3, None))
+        return {"gaussian": plain, "growing": plain.replace(key=growing), **options}
     expect(isinstance(problem, Problem), "problem", problem, "a Problem")
     for name in (*problem.arrays(), *problem.settings()):
         good = name in ("query", "key", "value") or (name in SETTINGS and name not in problem.arrays())

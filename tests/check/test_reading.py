@@ -1,5 +1,6 @@
 """Which options a kernel reads, and what that makes of its answers."""
 
+import io
 import pickle
 import re
 
@@ -7,7 +8,12 @@ import numpy as np
 import pytest
 
 from refattn import Capabilities, Problem, check_kernel
+from refattn.check.kernel import Kernel
 from refattn.check.reading import note, plain, unread, watched
+from refattn.check.report.report import Check, Report
+from refattn.check.settle import unasked
+from refattn.cli.check import _bad
+from refattn.cli.output import console_of, print_outside
 
 from ..conftest import SMALL
 
@@ -105,3 +111,38 @@ def test_a_refusal_inside_the_capabilities_is_a_failure():
     )
     (check,) = check_kernel(refuses, only="gaussian/plain", capabilities=Capabilities(refuses=True)).checks
     assert check.verdict == "unsupported"
+
+
+def test_a_declared_feature_that_nothing_asks_for_is_said():
+    able = Capabilities(features={"bias", "sink", "softcap", "appending", "state"})
+    done = [
+        Check("a[float32]", "passed", features=("bias",)),
+        Check("b[float32]", "unsupported", features=("appending",)),
+        Check("c[float32]", "unread", features=("softcap",)),
+        Check("d[float32]", "failed", features=("sink", "window")),
+    ]
+    kernel = Kernel.of(lambda p: p, capabilities=able)
+    missed = unasked(kernel, "softmax", done)
+    assert missed == ("appending", "softcap")
+    assert unasked(kernel, "sigmoid", done[:1]) == ()  # it has none of them
+    assert unasked(Kernel.of(lambda p: p), "softmax", []) == ()
+    report = Report("k", "softmax", (done[0],), unasked=missed)
+    assert report.verdict == "right, 2 features not judged"
+    assert report.of_format("float32").verdict == report.verdict
+    assert report.to_dict()["unasked"] == ["appending", "softcap"]
+    assert [_bad(report, strict) for strict in (False, True)] == [False, True]
+    text = io.StringIO()
+    print_outside(console_of(text), [report], ())
+    assert "k: declared, and no check asked for it: appending, softcap\n" in text.getvalue()
+
+
+def test_a_run_says_what_nothing_asked_for(monkeypatch):
+    from refattn.check import runner
+    from refattn.check.kernels.tiled import tiled
+
+    plan = runner.plan
+    few = lambda *args, **more: [i for i in plan(*args, **more) if i.name == "ragged/tile-plus-one[float32]"]  # noqa: E731
+    monkeypatch.setattr(runner, "plan", few)
+    able = Capabilities(features={"causal_top_left", "softcap"})
+    assert check_kernel(tiled, capabilities=able, budget="ci").unasked == ("softcap",)
+    assert check_kernel(tiled, capabilities=able, only="ragged/tile-plus-one").verdict == "right"

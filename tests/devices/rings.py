@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import types
+from dataclasses import replace
 
 from refattn import UnsupportedProblem
 from refattn.devices import ring as right
@@ -48,6 +49,22 @@ def planted(name):
 
 for _name in EDITS:
     globals()[_name] = planted(_name)
+
+
+def always_causal(shard):
+    return right.ring(replace(shard, options=shard.options | {"causal": "bottom_right"}))
+
+
+def never_scaled(shard):
+    return right.ring(replace(shard, options={n: x for n, x in shard.options.items() if n != "scale"}))
+
+
+def no_window(shard):
+    return right.ring(replace(shard, options={n: x for n, x in shard.options.items() if n != "window"}))
+
+
+def first_of_the_batch(shard):
+    return {n: x[:1].expand_as(x).clone() for n, x in right.ring(shard).items()}
 
 
 def out_alone(shard):

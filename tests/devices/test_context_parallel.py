@@ -15,7 +15,7 @@ import pytest
 
 from refattn import InvalidInput, KernelError, Problem, UnsupportedProblem, assert_close
 from refattn.devices import context_parallel
-from refattn.devices.context_parallel import _merging, check_context_parallel, judged_ranks
+from refattn.devices.context_parallel import _cases, _merging, check_context_parallel, judged_ranks
 from refattn.devices.ranks import Ranks, _loaded, _shard, function_of
 
 from ..snippets import run
@@ -93,6 +93,22 @@ def test_rings_of_two_ranks(make, pool):
         assert wrong == BROKEN.get(name, {"out", "lse", "dq", "dk", "dv"}), name
         assert all(f"{n} at batch 0" in "".join(c.message for c in checks) for n in wrong)
     assert len(judge(pool, rings.out_alone, p)[0].arrays) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("always_causal", "scaled"),
+        ("never_scaled", "scaled"),
+        ("first_of_the_batch", "scaled"),
+        ("no_window", "window"),
+    ],
+)
+def test_what_is_ignored_shows_in_the_calls_that_are_drawn(pool, name, label):
+    p = _cases(None, 2, "zigzag", 0)[label]
+    assert {c.verdict for c in judge(pool, getattr(rings, name), p)} == {"failed"}
+    told = judge(pool, "refattn.devices.ring:ring", p)
+    assert {c.verdict for c in told} == {"passed" if label == "scaled" else "unsupported"}
 
 
 def test_results_that_break_the_contract_are_told(make, pool):

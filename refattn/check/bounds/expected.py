@@ -202,6 +202,20 @@ def kept(key: Key) -> bool:
     return key in (_LARGE if key[0].sampled else _SMALL)
 
 
+def bounded(case: Case, dtype: str, model: Model) -> Expected:
+    """Return what a case's out and lse are compared with.
+
+    Raises
+    ------
+    UnboundedError
+        The model says nothing of it.
+    """
+    try:
+        return of_case(case, dtype, model, backward=False)
+    except UnsupportedProblem as e:
+        raise UnboundedError(str(e)) from e
+
+
 def made(case: Case, dtype: str, model: Model, backward: bool) -> Expected:
     """Return what is expected of a case."""
     return of_answer(_answer(case, dtype, backward), model, _arriving(case, dtype) if backward else None)

@@ -286,7 +286,7 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "keys-past-16-bits": _entry(_many_keys, "causal", "bias"),
         # queries and keys without a column: every key weighs the same, and 1 / sqrt(0) must not be read
         "no-width": _entry(lambda d: d.problem(d=0, d_v=16, causal="bottom_right"), "causal", "lengths_k"),
-        "no-batch": _entry(lambda d: d.problem(5, 7, b=0)),
+        "no-batch": _entry(lambda d: d.problem(7, 7, b=0)),
         "no-keys": _entry(lambda d: d.problem(5, 0)),
         "no-queries": _entry(lambda d: d.problem(0, 5)),
         # a tile that is full, one short, one over; lengths that no tile divides

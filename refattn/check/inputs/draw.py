@@ -11,17 +11,53 @@ from ...arrays import from_float64
 from ...dtypes import Format
 from ...gates import RECURRENT
 from ...problem import Problem
+from ..model import Capabilities
 
 __all__ = ["Draw", "Float"]
 
 Float = NDArray[np.float64]
+OPTIONS = frozenset({"window", "softcap", "sink", "bias", "allowed", "weight", "scale", "lengths_q", "lengths_k"})
+OPTIONS |= {"offset", "alignment", "alibi_slopes"}
+"""Arguments of a call that are features of the same name."""
+CORNERS = ("bottom_right", "top_left")
 
 
 class Draw:
-    """Random tensors of one format."""
+    """Random tensors of one format; with a kernel's capabilities, calls without the options that it does not have."""
 
-    def __init__(self, form: Format, rng: np.random.Generator, variant: str) -> None:
-        self.form, self.rng, self.variant = form, rng, variant
+    def __init__(self, form: Format, rng: np.random.Generator, variant: str, able: Capabilities | None = None) -> None:
+        self.form, self.rng, self.variant, self.able = form, rng, variant, able
+
+    def has(self, feature: str) -> bool:
+        """Tell whether a call may have a feature."""
+        return self.able is None or feature in self.able.features
+
+    def width(self, d: int) -> int:
+        """Return a width of queries and keys that a call may have: this one, or the narrowest that there is."""
+        widths = frozenset() if self.able is None else self.able.head_dims
+        return d if not widths or d in widths else min(widths)
+
+    def one_of(self, name: str, *others: str, of: str) -> str:
+        """Return the first of several names whose feature, `of` and the name, a call may have; else the first."""
+        return next((n for n in (name, *others) if self.has(f"{of}_{n.lower()}")), name)
+
+    def fitted(self, more: dict[str, Any]) -> dict[str, Any]:
+        """Return options without those that a call may not have."""
+        if self.able is None:
+            return more
+        found = {n: x for n, x in more.items() if n not in OPTIONS or x is None or self.has(n)}
+        corner = found.get("causal")
+        if corner is not None and not self.has(f"causal_{corner}"):
+            found["causal"] = next((c for c in CORNERS if self.has(f"causal_{c}")), None)
+        for c in CORNERS:
+            if f"causal_{c}" in self.able.always:
+                found["causal"] = c
+        if found.get("causal") is None and found.get("window") is None:
+            found.pop("offset", None)
+        placed = found.get("rotary") is not None or found.get("alibi_slopes") is not None
+        if not placed or not self.has("positions"):
+            found = {n: x for n, x in found.items() if n not in ("positions_q", "positions_k")}
+        return found
 
     def tensor(self, x: Float) -> NDArray[Any]:
         """Round float64 numbers to the format, held to its finite range."""
@@ -85,7 +121,9 @@ class Draw:
 
         A state or a gate that is True is drawn, and an alpha of "channels".
         """
-        h_kv, d_v = h if h_kv is None else h_kv, d if d_v is None else d_v
+        more, d = self.fitted(more), self.width(d)
+        h_kv = h if h_kv is None or not self.has("grouped_heads") else h_kv
+        d_v = d if d_v is None or not self.has("d_v_differs") else self.width(d_v)
         if asked := [n for n in RECURRENT if isinstance(more.get(n), bool | str)]:
             kind = more.get("alpha")
             found = self.recurrent(b, h, n_k, d, d_v, kind == "channels", kind == "strong")

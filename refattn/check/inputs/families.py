@@ -12,19 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import FORMATS
-from ...errors import InvalidInput
+from ...errors import InvalidInput, InvalidProblem
 from ...gates import RECURRENT
 from ...masks import unused
 from ...problem import Problem
 from ...variants import variant_of
-from ..model import Capabilities, Model
+from ..model import FURTHER, Capabilities, Model
 from .builders import BUILDERS, Build
 from .calls import Call, drawn
 from .draw import Draw
 from .models import known
 from .sample import Sample, sample_of
 
-__all__ = ["BUDGETS", "FAMILIES", "Case", "calls", "cases", "forget"]
+__all__ = ["BUDGETS", "FAMILIES", "Case", "calls", "cases", "fitted", "forget"]
 
 FAMILIES = {
     "gaussian": "plain random data through every option: a flag ignored, a head or a broadcast axis mapped wrongly",
@@ -60,6 +60,10 @@ FORWARD_ONLY = (
     "extreme/one-huge-value",
 )
 """Cases without a gradient: NaN in sight, or dout·v past the type's range."""
+SIDE = frozenset({"lengths_q", "lengths_k", "offset", "positions", "rotary_partial"})
+"""Features of kernels that say so which a case may have beside what it is about."""
+BESIDE = ("pages/options", "pages/rotary")
+"""Cases of one more option beside others: kernels without pages do not list them."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Case:
         Whether some rows of a large call are compared, not all.
     gradients : bool
         Whether its gradients are checked, too.
+    able : Capabilities, optional
+        Those of a kernel: options that it does not have are left out.
     """
 
     family: str
@@ -92,6 +98,7 @@ class Case:
     draw: int = 0
     sampled: bool = False
     gradients: bool = True
+    able: Capabilities | None = None
 
     def sample(self, problem: Problem) -> Sample | None:
         """Return the rows that are compared; None where all are."""
@@ -138,7 +145,40 @@ class Case:
 @lru_cache(maxsize=4)  # a check asks for it a few times
 def _built(case: Case, dtype: str) -> Problem:
     seed = zlib.crc32(f"{case.variant} {case.name}".encode())
-    return case.build(Draw(FORMATS[dtype], np.random.default_rng(seed), case.variant))
+    return case.build(Draw(FORMATS[dtype], np.random.default_rng(seed), case.variant, case.able))
+
+
+def fitted(case: Case, able: Capabilities) -> Case | None:
+    """Return a case as a kernel can do it.
+
+    What a case has beside what it is about is left out where the kernel lacks it. A case stays as it is where the
+    kernel has all of it, or not what it is about; it is None where it would stay and is one of ``BESIDE``.
+
+    Parameters
+    ----------
+    case : Case
+        As :func:`cases` returns it.
+    able : Capabilities
+        What the kernel can do.
+    """
+    if _traits(replace(case, draw=0))[1] & FURTHER - SIDE and able.features & FURTHER - SIDE:
+        return _refitted(case, able)
+    return None if case.name.partition("#")[0] in BESIDE else case
+
+
+@lru_cache(maxsize=4096)
+def _refitted(case: Case, able: Capabilities) -> Case | None:
+    dtype = next((n for n in FORMATS if n in able.dtypes and n in (case.dtypes or FORMATS)), "float32")
+    if not able.missing(case.problem(dtype)):
+        return case
+    made = replace(case, able=able)
+    try:
+        problem = made.problem(dtype)
+        if problem.features() & FURTHER - SIDE and not able.missing(problem):
+            return made
+    except InvalidProblem:  # its arrays are of another width, say
+        pass
+    return None if case.name.partition("#")[0] in BESIDE else case
 
 
 BUDGETS = ("quick", "ci", "nightly")
@@ -194,7 +234,8 @@ def calls(variant: str, able: Capabilities, budget: str = "ci", seed: int = 0) -
 def forget() -> None:
     """Drop what is kept of operators that were replaced."""
     _built.cache_clear()
-    _fits.cache_clear()
+    _refitted.cache_clear()
+    _traits.cache_clear()
 
 
 def _cases(variant: str) -> list[Case]:
@@ -227,10 +268,16 @@ def _crossed(variant: str, settings: Mapping[str, Any]) -> Build:
     return build
 
 
-@lru_cache(maxsize=4096)
 def _fits(case: Case) -> bool:
     """Tell whether an operator takes a case at all: some have no masks, some need as many keys as queries."""
-    return variant_of(case.variant).takes(case.problem(case.dtypes[0] if case.dtypes else "float32"))
+    return _traits(case)[0]
+
+
+@lru_cache(maxsize=4096)
+def _traits(case: Case) -> tuple[bool, frozenset[str]]:
+    """Return whether its operator takes a case, and the features of its call."""
+    problem = case.problem(case.dtypes[0] if case.dtypes else "float32")
+    return variant_of(case.variant).takes(problem), problem.features()
 
 
 def _own(settings: Mapping[str, Any]) -> Build:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ...positions import STYLES
 from ...problem import Problem
 from .draw import Draw
 
@@ -14,7 +15,14 @@ __all__ = ["POSITIONED", "rotary", "slopes"]
 
 
 def rotary(d: Draw, style: str, pairs: int, longest: int = 80, base: float = 10000.0) -> dict[str, Any]:
-    """Return arguments of rotary positions: cosines and sines in float32 (float64 for float64), as kernels get them."""
+    """Return arguments of rotary positions: cosines and sines in float32 (float64 for float64), as kernels get them.
+
+    Where calls may not have the style they get the other, where some columns may not be left all are turned.
+    """
+    style = d.one_of(style, *STYLES, of="rotary")
+    if not d.has(f"rotary_{style}"):
+        return {}
+    pairs = d.width(32) // 2 if pairs == 16 or not d.has("rotary_partial") else pairs
     angle = np.arange(longest)[:, None] * base ** (-np.arange(pairs) / pairs)
     wide = np.float64 if d.form.precision == 53 else np.float32
     return {"rotary": style, "rotary_cos": np.cos(angle).astype(wide), "rotary_sin": np.sin(angle).astype(wide)}
@@ -29,16 +37,22 @@ def slopes(d: Draw, *shape: int) -> Any:
 
 def _given(d: Draw) -> Problem:
     """Return a call whose queries and keys stand anywhere, each batch item's elsewhere; some columns are not turned."""
-    p = d.problem(20, 40, b=2, **rotary(d, "interleaved", 12, 200))
-    at = {f"positions_{x}": d.rng.integers(0, 200, (2, n), dtype=np.int32) for x, n in (("q", 20), ("k", 40))}
-    return p.replace(**at)
+    at: dict[str, Any] = {
+        f"positions_{x}": d.rng.integers(0, 200, (2, n), dtype=np.int32) for x, n in (("q", 20), ("k", 40))
+    }
+    tables = rotary(d, "interleaved", 12, 200)
+    if tables:  # numbers of no formula: a kernel that makes its own has others
+        x = d.rng.uniform(-1.25, 1.25, (2, *tables["rotary_cos"].shape)).astype(tables["rotary_cos"].dtype)
+        tables |= {"rotary_cos": x[0], "rotary_sin": x[1]}
+    return d.problem(20, 40, b=2, **tables, **at)
 
 
 def _decoded(d: Draw) -> Problem:
     """Return four tokens for each of three caches of their own lengths, the rows behind them full of other numbers."""
-    p = d.problem(
-        4, 67, b=3, h=1, causal="bottom_right", lengths_k=np.array([67, 33, 5], np.int32), **rotary(d, "half", 16)
-    )
+    lengths: dict[str, Any] = {"lengths_k": np.array([67, 33, 5], np.int32), "alibi_slopes": slopes(d, 4)}
+    p = d.problem(4, 67, b=3, h=4, h_kv=2, causal="bottom_right", **lengths, **rotary(d, "half", 12, base=1e6))
+    if p.lengths_k is None:
+        return p
     key, value = p.key.copy(), p.value.copy()
     for b, n in enumerate((67, 33, 5)):
         key[b, :, n:], value[b, :, n:] = 8, 8
@@ -46,22 +60,27 @@ def _decoded(d: Draw) -> Problem:
 
 
 def _packed(d: Draw) -> Problem:
-    ends: dict[str, Any] = {f"cu_seqlens_{x}": np.array([0, 17, 17, 40], np.int32) for x in "qk"}
-    return d.problem(40, 40, causal="bottom_right", **ends, **rotary(d, "half", 16), alibi_slopes=slopes(d, 2))
+    """Return sequences whose keys begin elsewhere than their queries and stand anywhere; queries have an offset."""
+    ends = {"q": [0, 17, 17, 40], "k": [0, 20, 22, 52]}
+    more: dict[str, Any] = {f"cu_seqlens_{x}": np.array(e, np.int32) for x, e in ends.items()}
+    more |= {"offset": np.array([2, 0, 3]), "positions_k": d.rng.integers(0, 80, 52), "alibi_slopes": slopes(d, 2)}
+    return d.problem(40, 52, causal="bottom_right", **more, **rotary(d, "half", 16))
 
 
 def _alibi(d: Draw) -> Problem:
-    more: dict[str, Any] = {"softcap": 5.0, "bias": d.normal(1, 1, 1, 40)}
+    more: dict[str, Any] = {"softcap": 5.0, "bias": d.normal(1, 1, 1, 40), "positions_k": d.rng.integers(0, 40, 40)}
     return d.problem(20, 40, b=2, h=4, h_kv=2, alibi_slopes=slopes(d, 2, 4), **more)
+
+
+def _half(d: Draw) -> Problem:
+    at: dict[str, Any] = {"positions_q": d.rng.integers(0, 80, 20)}
+    return d.problem(20, 40, h=4, h_kv=2, causal="bottom_right", **at, **rotary(d, "half", 16, base=500.0))
 
 
 Entry = tuple[Callable[[Draw], Problem], tuple[str, ...]]
 POSITIONED: dict[str, Entry] = {
-    # half for interleaved, a position too far, angles the other way round
-    "rotary-half": (
-        lambda d: d.problem(20, 40, h=4, h_kv=2, causal="bottom_right", **rotary(d, "half", 16)),
-        ("rotary", "causal"),
-    ),
+    # half for interleaved, a position too far, angles the other way round, one of two positions taken for none
+    "rotary-half": (_half, ("rotary", "causal")),
     "rotary-given": (_given, ("rotary",)),
     "rotary-decoding": (_decoded, ("rotary", "causal", "lengths_k")),
     "rotary-packed": (_packed, ("rotary", "alibi_slopes", "causal")),

@@ -39,6 +39,8 @@ def typed(
         if blocks is None:
             continue
         x = getattr(p, name).astype(np.float64)
+        if name != "query" and blocks[1] == sizes["h_kv"]:
+            blocks = (blocks[0], p.heads_kv, *blocks[2:])
         if name != "query":
             x = (
                 x

@@ -73,8 +73,10 @@ SETTINGS += ["variant", "options"]
 class Problem:
     """One attention call, with the names of refattn's; it notes which options are read."""
 
-    def __init__(self, values: dict[str, Any], seen: set[str], kind: str = "numpy") -> None:
-        self._values, self._seen, self.kind = values, seen, kind
+    def __init__(
+        self, values: dict[str, Any], seen: set[str], kind: str = "numpy", lacks: tuple[str, ...] = ()
+    ) -> None:
+        self._values, self._seen, self.kind, self.lacks = values, seen, kind, lacks
 
     def __getattr__(self, name: str) -> Any:
         if name not in ARRAYS + SETTINGS:
@@ -131,7 +133,7 @@ class Problem:
         values = {
             n: _to(x, kind, device) if n in ARRAYS and hasattr(x, "shape") else x for n, x in self._values.items()
         }
-        return Problem(values, self._seen, kind)
+        return Problem(values, self._seen, kind, self.lacks)
 
 
 def _to(x: Any, kind: str, device: Any) -> Any:
@@ -169,6 +171,24 @@ def _numpy(x: Any) -> Any:
     return np.asarray(x.get() if hasattr(x, "get") and not isinstance(x, dict) else x)
 
 
+class Capabilities(dict[str, Any]):
+    """What a kernel declares, as it is sent; what a call needs is looked at on the other side, not here."""
+
+    def __init__(self, dtypes: Any = ("float32",), features: Any = None, **more: Any) -> None:
+        said = {"dtypes": dtypes} | ({} if features is None else {"features": features}) | more
+        super().__init__({n: _plain(x) for n, x in said.items()})
+
+    def require(self, problem: Problem) -> None:
+        """Raise Unsupported where the judge says that a call needs what the kernel does not have."""
+        if problem.lacks:
+            raise Unsupported(f"not in its capabilities: {', '.join(problem.lacks)}")
+
+
+def _plain(x: Any) -> Any:
+    """Return a set as a list, which JSON has."""
+    return sorted(x) if isinstance(x, set | frozenset | tuple) else x
+
+
 class _Nothing(importlib.abc.MetaPathFinder):
     """Refuse every import of refattn but that of the module that stands for it."""
 
@@ -179,10 +199,7 @@ class _Nothing(importlib.abc.MetaPathFinder):
 
 def _hide() -> None:
     found: Any = types.ModuleType("refattn")
-    found.Capabilities = lambda dtypes=("float32",), features=None, **more: {
-        "dtypes": sorted(dtypes), **({} if features is None else {"features": sorted(features)}),
-        **{n: sorted(x) if isinstance(x, set | frozenset) else x for n, x in more.items()},
-    }  # fmt: skip
+    found.Capabilities = Capabilities
     found.UnsupportedProblem, found.Problem = Unsupported, Problem
     sys.modules["refattn"] = found
     sys.meta_path.insert(0, _Nothing())
@@ -204,7 +221,7 @@ def _answer(
     dout, seen = arrays.pop("dout", None), set[str]()
     before = {n: x.tobytes() for n, x in arrays.items()}
     kind, device = able.get("arrays", "numpy"), able.get("device") or None
-    asked = Problem(header["settings"] | arrays, seen).to(kind, device)
+    asked = Problem(header["settings"] | arrays, seen, lacks=tuple(header["lacks"])).to(kind, device)
     if dout is None:
         parts = kernel(asked)
         parts = parts if isinstance(parts, tuple | list) else (parts,)

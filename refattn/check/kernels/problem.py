@@ -41,7 +41,7 @@ def check_problem(
     label : str
         What to call the check, at least one character.
     gradients : (b, h_q, n_q, d_v) array, optional
-        The gradient arriving at out: checks the gradients, too.
+        The gradient arriving at out: checks the gradients, too. Where they cannot be judged the verdict says so.
     model, name
         As in :func:`check_kernel`.
     """
@@ -63,4 +63,5 @@ def check_problem(
         exact = partial(expected, plain, chosen, dout)
         checks.append(guarded(name_of, lambda: judged_gradients(called, plain, dout, exact, wanted, Notes())))
     models = {problem.out_type: asdict(chosen)}
-    return Report(asked.name, problem.variant, tuple(checks), models=models)
+    missed = ("gradients",) if checks[-1].verdict == "unsupported" and len(checks) > 1 else ()
+    return Report(asked.name, problem.variant, tuple(checks), models=models, unasked=missed)

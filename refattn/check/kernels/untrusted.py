@@ -112,7 +112,9 @@ class Untrusted:
             self._start()
         settings = bare.settings() | {"variant": bare.variant}
         sent = bare.arrays() | ({} if dout is None else {"dout": np.asarray(dout)})
-        header, arrays = self._exchange({"settings": settings}, sent, self.seconds)
+        header, arrays = self._exchange(
+            {"settings": settings, "lacks": self.capabilities.missing(bare)}, sent, self.seconds
+        )
         if header["kind"] == "unsupported":
             raise UnsupportedProblem(str(header["text"]))
         if header["kind"] != "answer":

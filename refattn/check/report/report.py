@@ -60,6 +60,8 @@ class Check:
     either : int
         Rows in which the kernel's rounding may choose other keys than the exact scores do: each was compared with the
         choice that it is nearest to.
+    features : tuple of str
+        The features of its call, where that was compared with the exact answer.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Check:
     edges: tuple[str, ...] = ()
     call: str = ""
     either: int = 0
+    features: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> str:
@@ -144,6 +147,9 @@ class Report:
         What failures say, from :func:`refattn.check.diagnose.explain.explain`.
     flags : str
         What its repeat commands need besides: how the kernel was run.
+    unasked : tuple of str
+        The features that the kernel declares and that no check which ran had, of a run of all checks of a budget;
+        "gradients" where they were to be checked on a call and could not.
     """
 
     kernel: str
@@ -158,6 +164,7 @@ class Report:
     budget: str = "ci"
     diagnosis: Diagnosis | None = None
     flags: str = ""
+    unasked: tuple[str, ...] = ()
 
     @property
     def right(self) -> bool:
@@ -190,14 +197,16 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The verdict in words: right, right with the edges that differ, WRONG, or nothing ran."""
+        """The verdict in words: right, right with the edges that differ or what was not judged, WRONG, nothing ran."""
         if self.count("failed"):
             return "WRONG"
         if not self.ran:
             return "nothing ran"
         n = len(self.broken)
         edges = f" · {n} edge{'s differ' if n > 1 else ' differs'}" if n else ""
-        return "right" + edges + ("" if self.fits else f", {self.ran} of {len(self.checks)} checks fit")
+        m = len(self.unasked)
+        asked = f", {self.unasked[0] if m == 1 else f'{m} features'} not judged" if m else ""
+        return "right" + edges + asked + ("" if self.fits else f", {self.ran} of {len(self.checks)} checks fit")
 
     @property
     def fits(self) -> bool:
@@ -277,6 +286,7 @@ class Report:
                 "diagnosis": None if self.diagnosis is None else asdict(self.diagnosis),
                 "either": self.either,
                 "left": self.left,
+                "unasked": self.unasked,
                 "counts": counts,
                 "models": self.models,
                 "correctly_rounded": self.correctly_rounded,
@@ -356,23 +366,9 @@ def _said(*command: str) -> str:
 
 
 PACKAGES = (
-    "refattn",
-    "numpy",
-    "mpmath",
-    "python-flint",
-    "ml-dtypes",
-    "torch",
-    "fa3-fwd",
-    "jax",
-    "onnxruntime",
-    "openvino",
-    "keras",
-    "triton",
-    "cupy-cuda12x",
-    "cupy-cuda13x",
-    "tenseal",
-    "zstandard",
-)
+    "refattn", "numpy", "mpmath", "python-flint", "ml-dtypes", "torch", "fa3-fwd", "jax", "onnxruntime", "openvino",
+    "keras", "triton", "cupy-cuda12x", "cupy-cuda13x", "tenseal", "zstandard",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -33,6 +33,14 @@ def attention(p):
 attention.capabilities = Capabilities({"float32"}, features={"lengths_differ"}, lse=True)
 attention.gradients = lambda p, dout: {"dq": np.zeros_like(p.query)}
 
+ABLE = Capabilities({"float32"}, features={"lengths_differ"})
+
+def required(p):
+    ABLE.require(p)
+    return attention(p)
+
+required.capabilities = ABLE
+
 def torch(p):
     import torch
     q, k, v = p.query, p.key, p.value
@@ -121,6 +129,13 @@ def test_it_is_judged_as_any_other(ask):
     with pytest.raises(UnsupportedProblem, match="masks"):
         kernel(plain().replace(causal="top_left"))
     assert set(kernel.gradients(plain(), np.zeros(plain().out_shape, np.float32))) == {"dq"}
+
+
+def test_it_may_require_its_capabilities(ask):
+    kernel = ask("required")
+    assert check_kernel(kernel, only="gaussian/plain", dtypes=["float32"]).verdict == "right"
+    with pytest.raises(UnsupportedProblem, match="not in its capabilities: causal_top_left"):
+        kernel(plain().replace(causal="top_left"))
 
 
 def test_tensors_of_torch(ask):
