@@ -45,6 +45,12 @@ def _check(weights: Sequence[Any]) -> Any:
     return xp
 
 
+def _check_pairs(weights: Sequence[Any], key: Any, value: Any) -> None:
+    _check(weights)
+    axes("key", key, "n", weights[0].shape[0])
+    axes("value", value, key.shape[0], weights[-1].shape[1])
+
+
 def _sigmoid(xp: Any, x: Any) -> Any:
     e = xp.exp(-xp.abs(x))
     return xp.where(x >= 0, 1 / (1 + e), e / (1 + e))
@@ -90,9 +96,7 @@ def memory_loss(weights: Sequence[Any], key: Any, value: Any) -> Any:
     InvalidInput
         Shapes that do not fit together.
     """
-    _check(weights)
-    axes("key", key, "n", weights[0].shape[0])
-    axes("value", value, key.shape[0], weights[-1].shape[1])
+    _check_pairs(weights, key, value)
     off = read_memory(weights, key) - value
     return (off * off).sum(-1)
 
@@ -107,9 +111,7 @@ def memory_gradient(weights: Sequence[Any], key: Any, value: Any) -> list[Any]:
     InvalidInput
         Shapes that do not fit together.
     """
-    _check(weights)
-    axes("key", key, "n", weights[0].shape[0])
-    axes("value", value, key.shape[0], weights[-1].shape[1])
+    _check_pairs(weights, key, value)
     inputs, results = _forward(weights, key)
     back = 2 * (results[-1] - value)
     found = []
