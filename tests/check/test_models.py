@@ -203,7 +203,7 @@ def test_a_denominator_of_rounded_weights():
 
 def test_what_a_model_does_not_say_is_not_run():
     """Neither gradients nor what smoothed keys do not go with count against a kernel."""
-    kernel = declared(plain, Capabilities({"float32"}, features={"softcap", "scale"}, lse=True))
+    kernel = declared(plain, Capabilities({"float32"}, features={"softcap", "scale", "lengths_differ"}, lse=True))
     for only in ("gaussian/softcap", "law/*"):
         found = check_kernel(kernel, model=MODELS["sage"], only=f"{only}*", dtypes=["float32"]).checks
         assert {c.verdict for c in found} <= {"unsupported", "passed"}

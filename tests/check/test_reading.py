@@ -114,26 +114,26 @@ def test_a_refusal_inside_the_capabilities_is_a_failure():
 
 
 def test_a_declared_feature_that_nothing_asks_for_is_said():
-    able = Capabilities(features={"bias", "sink", "softcap", "appending", "state"})
+    able = Capabilities(features={"bias", "sink", "softcap", "appending", "paged_nhd", "state"})
     done = [
         Check("a[float32]", "passed", features=("bias",)),
-        Check("b[float32]", "unsupported", features=("appending",)),
+        Check("b[float32]", "unsupported", features=("appending", "paged_nhd")),
         Check("c[float32]", "unread", features=("softcap",)),
         Check("d[float32]", "failed", features=("sink", "window")),
     ]
     kernel = Kernel.of(lambda p: p, capabilities=able)
     missed = unasked(kernel, "softmax", done)
-    assert missed == ("appending", "softcap")
+    assert missed == ("appending", "paged_nhd", "softcap")
     assert unasked(kernel, "sigmoid", done[:1]) == ()  # it has none of them
     assert unasked(Kernel.of(lambda p: p), "softmax", []) == ()
     report = Report("k", "softmax", (done[0],), unasked=missed)
-    assert report.verdict == "right, 2 features not judged"
+    assert report.verdict == "right, 3 features not judged"
     assert report.of_format("float32").verdict == report.verdict
-    assert report.to_dict()["unasked"] == ["appending", "softcap"]
+    assert report.to_dict()["unasked"] == ["appending", "paged_nhd", "softcap"]
     assert [_bad(report, strict) for strict in (False, True)] == [False, True]
     text = io.StringIO()
     print_outside(console_of(text), [report], ())
-    assert "k: declared, and no check asked for it: appending, softcap\n" in text.getvalue()
+    assert "k: declared, and no check asked for it: appending, paged_nhd, softcap\n" in text.getvalue()
 
 
 def test_a_run_says_what_nothing_asked_for(monkeypatch):

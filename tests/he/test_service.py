@@ -266,4 +266,4 @@ def test_the_plan_of_a_layer_alone_is_not_served(tmp_path):
     weights = layer(classes=3)[0]
     (tmp_path / "plan.json").write_text(plan_to_json(he.Layer(replace(weights, p=4)).plan))
     done = CliRunner().invoke(main, ["he", "serve", str(tmp_path / "plan.json")])
-    assert (done.exit_code, "serve the layer's weights" in done.output) == (2, True), done.output
+    assert (done.exit_code, "serve a layer's or an encoder's weights" in done.output) == (2, True), done.output
