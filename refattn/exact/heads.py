@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,7 +92,7 @@ class Head:
     batch, head, head_kv : int
         Where it comes from.
     rows, keys : slice
-        Its queries and keys.
+        Its queries and keys; the keys of a part are an integer array.
     q, k, v : (n_q, d_k), (n_k, d_k), (n_k, d_v)
         With 0 in place of NaN and inf.
     bias : (n_q, n_k) or None
@@ -113,6 +113,8 @@ class Head:
         Rows whose out and lse are NaN by the contract.
     values : (n_k, d_v)
         The values as they came, NaN and inf included.
+    lines : (n_q,) integer array or None
+        Of a part, where its rows stand in the call.
     """
 
     problem: Problem
@@ -120,7 +122,7 @@ class Head:
     head: int
     head_kv: int
     rows: slice
-    keys: slice
+    keys: Any
     q: Float
     k: Float
     v: Float
@@ -133,6 +135,30 @@ class Head:
     weight: Float | None = None
     state: Float | None = None
     gates: dict[str, Float] = field(default_factory=dict)
+    lines: NDArray[np.intp] | None = None
+
+    def places(self, rows: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Return where some of its rows stand in the call."""
+        return self.rows.start + rows if self.lines is None else self.lines[rows]
+
+    def part(self, rows: NDArray[np.intp], keys: NDArray[np.intp]) -> Head:
+        """Return some rows with the keys outside which these see none, for a definition that reads no places."""
+        at = np.ix_(rows, keys)
+        bias, weight = (None if x is None else x[at] for x in (self.bias, self.weight))
+        return replace(
+            self,
+            keys=self.keys.start + keys,
+            q=self.q[rows],
+            k=self.k[keys],
+            v=self.v[keys],
+            bias=bias,
+            allowed=np.asarray(self.allowed[at]),
+            live=self.live[rows],
+            spoilt=self.spoilt[rows],
+            values=self.values[keys],
+            weight=weight,
+            lines=self.places(rows),
+        )
 
     @property
     def out_scale(self) -> float | None:

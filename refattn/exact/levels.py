@@ -196,6 +196,8 @@ class Bounded(Reflected):
 
     def __truediv__(self, o: Any) -> Bounded:
         o = self._taken(o)
+        if o.shape == (len(self.h), 1) and self.f.device is None and not any(x.any() for x in (o.h - 1, o.l, o.r)):
+            return self
         q = self.h / o.h
         p, e = two_prod(q, o.h)
         first = self.h - p - e
@@ -337,8 +339,8 @@ class Bounded(Reflected):
     def __matmul__(self, o: Bounded) -> Bounded:
         level, k = self.f.level, self.h.shape[1]
         if 0 in (*self.h.shape, *o.h.shape):
-            return self.f.array(np.zeros((self.h.shape[0], o.h.shape[1])))
-        b = head_bits(k, level)
+            return self.f.array(np.zeros((len(self.h), o.h.shape[1])))
+        b, wide = head_bits(k, level), o.h.shape[1] > k  # a wide product keeps one radius a row
         left, left_tails = self._cut(b, level)
         right, right_tails = ([x.T for x in part] for part in _columns(o)._cut(b, level))
         pairs = [(left[s] if s < level else left_tails[level], right_tails[level - s]) for s in range(level + 1)]
@@ -351,26 +353,20 @@ class Bounded(Reflected):
             low = low + e
         if pairs:
             last = np.concatenate([x for x, _ in pairs], 1) @ np.concatenate([y for _, y in pairs], 0)
-            h, e = two_sum(h, last)
+            h, e = two_sum(h, last) if level else (last, 0.0)
             low = low + e
-        h, low = two_sum(h, low + np.zeros_like(h))
-        one, top = _row_sum(self.h), _column_max(o.h)
-        # the rounded level: its own sums, and the tails' rounding to float64
-        r: Any = 0.0
-        for x, y in pairs:
-            r = r + gamma(k * (level + 1) + level + 4) * _row_sum(x) * _column_max(y)
-        r = r + 2.0**-100 * one * top
-        own = _radius_sum(self)
-        their = _column_max(np.broadcast_to(o.r, o.h.shape)) if o.r.any() else np.zeros((1, 1))
+        h, low = two_sum(h, low + np.zeros_like(h)) if level else (h, np.zeros_like(h))
+        one, top, own = _row_sum(self.h), _most(o.h, wide), _radius_sum(self)
+        rounding = gamma(k * (level + 1) + level + 4)  # the rounded level's own sums, and tails' to float64
+        r: Any = 2.0**-100 * one * top + sum(rounding * _row_sum(x) * _most(y, wide) for x, y in pairs)
+        their = _most(np.broadcast_to(o.r, o.h.shape), wide) if o.r.any() else np.zeros((1, 1))
         if self.h.shape[0] <= WIDE and self.r.shape == self.h.shape:  # few rows: each radius times its own element
             through = (self.r @ np.abs(o.h)) * (1 + 2.0**-30)
         else:
             through = own * top
         r = (r + through + (one + own) * their) * UP + ETA
         r = np.where((one + own == 0) | (top + their == 0), 0.0, r)  # a sum of exact zeros
-        if r.shape[1] > k:  # a wide product keeps one radius a row
-            r = r.max(1, keepdims=True)
-        return Bounded(self.f, h, low, r)
+        return Bounded(self.f, h, low, r.max(1, keepdims=True) if wide else r)
 
 
 def _columns(o: Bounded) -> Bounded:
@@ -386,6 +382,10 @@ def _row_sum(x: Float) -> Float:
 
 def _column_max(x: Float) -> Float:
     return np.asarray(np.abs(x).max(0, keepdims=True))
+
+
+def _most(x: Float, wide: bool) -> Float:
+    return np.asarray(_column_max(x).max(1, keepdims=True)) if wide else _column_max(x)
 
 
 def _radius_sum(x: Bounded) -> Float:

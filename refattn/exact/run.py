@@ -12,17 +12,19 @@ from numpy.typing import NDArray
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..masks import unused
 from ..problem import Problem
+from ..rules import View
 from ..variants import Rows as RowsShape
 from ..variants import Steps, variant_of
 from .arithmetics import Floats
 from .backward import backward
+from .gather import joined, parts, seeing
 from .heads import Head, heads, matrix_of, numbers_of
 from .keys import FEW, Rows, few_keys, rows_by_definition, rows_of
 from .levels import Bounded, Level
 from .lowering import lower
 from .results import Raw, add, add_dbias, collect, finite, mark, put, specials
 from .steps import by_steps
-from .stream import Forward, forward_pass, stream, streams
+from .stream import Forward, each, forward_pass, stream, streams
 from .tape import Tape, gradients
 from .trust import check_machine, check_thread
 
@@ -137,20 +139,50 @@ class Work:
             if isinstance(self.variant.shape, Steps):
                 for name, x in by_steps(one, f, self.variant.shape, dout).items():
                     put(one, name, x, raw)
-            elif floating and dout is not None and self.backward[i]:
-                if lines.size or keys is not None:
-                    _backward(one, f, lines, raw, dout, self.threads, keys, known)
-            elif floating and dout is None and self.streamed[i] and lines.size:
-                _streamed(one, f, lines, raw, self.threads)
             else:
+                forward = None
                 if dout is not None and keys is not None:
-                    _keys(one, f, raw, dout, self.threads, keys, known)
-                self._by_tiles(one, f, lines, raw, sums=keys is None)
+                    forward = _keys(one, f, raw, dout, self.threads, keys, known)
+                if floating and dout is not None and self.backward[i]:
+                    if lines.size:
+                        self._backward(one, f, lines, raw, known, keys is None, forward)
+                elif (some := parts(one, f, lines)) is not None:
+                    self._gathered(one, f, some, raw, self.streamed[i] and dout is None, keys is None)
+                elif floating and dout is None and self.streamed[i] and lines.size:
+                    _streamed(one, f, lines, raw, self.threads)
+                else:
+                    self._by_tiles(one, f, lines, raw, sums=keys is None)
             specials(one, raw, f, self.variant.positive)
             if self.dlse is not None and one.sink is not None and "dsink" in raw:
                 alone = self.dlse[one.batch, one.head, one.rows][~one.allowed.any(1) & ~one.spoilt]
                 add(raw["dsink"], (one.head,), numbers_of(matrix_of(f, alone[None]).sum())[0, 0])
         return raw
+
+    def _gathered(self, one: Head, f: Any, some: Iterator[Head], raw: Raw, streamed: bool, sums: bool) -> None:
+        """Run parts of a head."""
+        if streamed and isinstance(f, Level):
+            each(lambda x: _streamed(x, f, np.arange(len(x.q)), raw, 1), some, self.threads)
+        else:
+            for x in some:
+                self._by_tiles(x, f, np.arange(len(x.q)), raw, sums)
+
+    def _backward(
+        self, one: Head, f: Level, lines: NDArray[np.intp], raw: Raw, known: RowsByHead, sums: bool, forward: Any
+    ) -> None:
+        """Run the streaming path's gradients of a head, by parts where a rule lists keys, and note what rows know."""
+        dout, lock = self.dout, threading.Lock()
+        assert dout is not None
+        some = parts(one, f, lines)
+        if some is None:
+            rows = _gradients(one, f, lines, raw, dout, self.threads, sums, forward, lock)
+        else:
+
+            def of(x: Head) -> Rows:
+                return _gradients(x, f, np.arange(len(x.q)), raw, dout, 1, sums, None, lock)
+
+            rows = joined(each(of, some, self.threads), lines)
+        if len(lines) == one.live.sum():
+            known[one.batch, one.head, one.rows.start] = rows
 
     def _by_tiles(self, one: Head, f: Any, lines: NDArray[np.intp], raw: Raw, sums: bool) -> None:
         if not lines.size:
@@ -172,8 +204,8 @@ def run(problem: Problem, f: Any, dout: Any = None, threads: int = 1, dlse: Any 
 def _streamed(one: Head, f: Level, lines: NDArray[np.intp], raw: Raw, threads: int) -> None:
     """Run softmax over a level by tiles of keys, into the result itself where every row is wanted."""
     unit = _unit(one.v)
-    whole = unit == 0 and len(lines) == one.rows.stop - one.rows.start
-    at = (one.batch, one.head, one.rows if whole else np.arange(one.rows.start, one.rows.stop)[lines])
+    whole = unit == 0 and len(lines) == one.rows.stop - one.rows.start and one.lines is None
+    at = (one.batch, one.head, one.rows if whole else one.places(lines))
     into = (raw["out"][at], raw["lse"][at]) if whole else None  # views: nothing is copied
     out, lse = stream(one, f, lines, unit, threads, into)
     if one.out_scale is not None:
@@ -246,41 +278,37 @@ def _plain(one: Head, dout: NDArray[np.float64]) -> bool:
     return _unit(one.v) == _unit(dout[one.batch, one.head]) == _unit(one.q) == _unit(one.k) == 0
 
 
-def _backward(
+def _gradients(
     one: Head,
     f: Level,
     lines: NDArray[np.intp],
     raw: Raw,
     dout: NDArray[np.float64],
     threads: int,
-    keys: NDArray[np.bool_] | None,
-    known: RowsByHead,
-) -> None:
-    forward = None if keys is None else _keys(one, f, raw, dout, threads, keys, known)
-    if not lines.size:
-        return
-    at = _place(one, lines)
-    lock = threading.Lock()
+    sums: bool,
+    forward: Forward | None,
+    lock: Any,
+) -> Rows:
+    at, inside = _place(one, lines), threading.Lock()
 
     def dbias(rows: slice, columns: slice, g: Bounded) -> None:
-        with lock:
+        with inside:
             add_dbias(one, (one.batch, one.head, at[2][rows]), columns, g, raw)
 
     result, rows = backward(
         one, f, lines, dout[at], threads, None if one.bias is None else dbias, forward and forward.some(lines)
     )
     raw["out"][at], raw["lse"][at], raw["dq"][at] = result["out"], result["lse"], result["dq"]
-    if len(lines) == one.live.sum():
-        known[one.batch, one.head, one.rows.start] = rows
-    if keys is None:
-        for x in ("dk", "dv"):
+    with lock:
+        for x in ("dk", "dv") if sums else ():
             add(raw[x], (one.batch, one.head_kv, one.keys), numbers_of(result[x]))
-    if "dsink" in result:
-        add(raw["dsink"], (one.head,), numbers_of(result["dsink"])[0, 0])
+        if "dsink" in result:
+            add(raw["dsink"], (one.head,), numbers_of(result["dsink"])[0, 0])
+    return rows
 
 
 def _place(one: Head, rows: NDArray[np.intp]) -> tuple[Any, ...]:
-    return one.batch, one.head, one.rows.start + rows
+    return one.batch, one.head, one.places(rows)
 
 
 def _keys(
@@ -297,18 +325,37 @@ def _keys(
     wanted = np.nonzero(keys[one.batch, one.head_kv, one.keys])[0]
     if not (wanted.size and live.size):
         return None  # nothing is wanted, or no row sees a key: dk and dv stay 0
-    arriving = dout[_place(one, live)]
     if name not in known:
-        if isinstance(f, Level):
+        lists = isinstance(one.allowed, View) and one.allowed.lists
+        if isinstance(f, Level) and not lists:
             forward = forward_pass(one, f, live, threads)
-            known[name] = rows_of(forward, arriving, threads)
+            known[name] = rows_of(forward, dout[_place(one, live)], threads)
         else:
-            known[name] = rows_by_definition(one, f, live, arriving, max(1, TILE // len(one.k)))
+            live = seeing(one, live, wanted)
+            if not live.size:
+                return None
+            known[name] = _known(one, f, live, dout, threads)
+    arriving = dout[_place(one, known[name].index)]
     for i in range(0, len(wanted), FEW):
         some = wanted[i : i + FEW]
         for x, g in zip(("dk", "dv"), few_keys(one, f, arriving, some, known[name], threads), strict=True):
             add(raw[x], (one.batch, one.head_kv, one.keys.start + some), numbers_of(g))
     return forward
+
+
+def _known(one: Head, f: Any, rows: NDArray[np.intp], dout: NDArray[np.float64], threads: int) -> Rows:
+    """Return what some rows know, by parts of the head where each row sees few keys."""
+
+    def of(x: Head, lines: NDArray[np.intp]) -> Rows:
+        arriving = dout[_place(x, lines)]
+        if isinstance(f, Level):
+            return rows_of(forward_pass(x, f, lines, 1), arriving, 1)
+        return rows_by_definition(x, f, lines, arriving, max(1, TILE // len(x.k)))
+
+    some = parts(one, f, rows)
+    if some is None:
+        return of(one, rows)
+    return joined(each(lambda x: of(x, np.arange(len(x.q))), some, threads if isinstance(f, Level) else 1), rows)
 
 
 def _unit(v: NDArray[np.float64]) -> int:

@@ -8,8 +8,9 @@ as they are made; products are those of ``levels.py``. The numerator's and the d
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -50,6 +51,8 @@ SLACK = 1 + 2.0**-12
 """More than what a head's rounding adds to the bounds of heads and tails, whose width is at least 20 bits."""
 SQUARED = 2.0**-520
 """More than the root of what fewer than 2**34 squares lose that fall below 2**-1074."""
+AHEAD = 16
+"""Items for each thread that are made at a time."""
 MOST_CAP = 2.0**10
 """A softcap's error is in proportion to it: larger ones, and their inverses, are left to the operators."""
 
@@ -181,12 +184,18 @@ def each_tile(rows: int, work: Callable[[slice], None], threads: int) -> None:
     each(work, [slice(i, min(i + size, rows)) for i in range(0, rows, size)][::-1], threads)
 
 
-def each(work: Callable[[T], R], items: list[T], threads: int) -> list[R]:
+def each(work: Callable[[T], R], items: Iterable[T], threads: int) -> list[R]:
     """Call ``work`` on every item, by threads of which each has BLAS for itself."""
-    if threads == 1 or len(items) == 1:
+    if threads == 1 or (isinstance(items, list) and len(items) == 1):
         return [work(x) for x in items]
     with one_thread(), ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, items))
+        if isinstance(items, list):
+            return list(pool.map(work, items))
+        found: list[R] = []  # items are made as they are worked on
+        left = iter(items)
+        while some := list(islice(left, AHEAD * threads)):
+            found += pool.map(work, some)
+        return found
 
 
 class Forward:

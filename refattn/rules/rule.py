@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,18 @@ class Rule:
 
     def cuts(self, n_k: int) -> NDArray[np.int64] | None:
         """Return where its blocks of keys begin, if it has any: tiles that end there are whole ones more often."""
+        return None
+
+    def ranges(self, rows: NDArray[np.int64], call: tuple[int, int, int, int]) -> NDArray[np.int64] | None:
+        """Return ranges of keys outside which some rows see none, (rows, ranges, 2), if the rule lists them.
+
+        Parameters
+        ----------
+        rows : integer array
+            Places from 0.
+        call : (batch, head, n_q, n_k)
+            Whose they are, and how many queries and keys there are.
+        """
         return None
 
     def __and__(self, o: Rule) -> Rule:
@@ -176,6 +189,8 @@ class Atom(Rule):
         As of a :class:`Rule`.
     cuts : callable, optional
         ``cuts(n_k)`` returns where its blocks of keys begin.
+    ranges : callable, optional
+        As :meth:`Rule.ranges`.
     """
 
     made: Any = None
@@ -189,9 +204,10 @@ class Atom(Rule):
         batches: int = 1,
         heads: int = 1,
         cuts: Callable[[int], NDArray[np.int64] | None] | None = None,
+        ranges: Callable[..., NDArray[np.int64]] | None = None,
     ) -> None:
         self._text, self._formula, self._misfit, self.batches, self.heads = text, formula, misfit, batches, heads
-        self._cuts = cuts
+        self._cuts, self._ranges = cuts, ranges
 
     def __reduce__(self) -> Any:
         return super().__reduce__() if self.made is None else self.made
@@ -211,6 +227,10 @@ class Atom(Rule):
     def cuts(self, n_k: int) -> NDArray[np.int64] | None:
         """Return where its blocks of keys begin, if it has any."""
         return None if self._cuts is None else self._cuts(n_k)
+
+    def ranges(self, rows: NDArray[np.int64], call: tuple[int, int, int, int]) -> NDArray[np.int64] | None:
+        """Return ranges of keys outside which some rows see none, if there are such."""
+        return None if self._ranges is None else self._ranges(rows, call)
 
 
 class _Both(Rule):
@@ -242,6 +262,13 @@ class _Both(Rule):
         found = self.parts[0].cuts(n_k)
         return self.parts[1].cuts(n_k) if found is None else found
 
+    def ranges(self, rows: NDArray[np.int64], call: tuple[int, int, int, int]) -> NDArray[np.int64] | None:
+        """Return those of one of them, or of both."""
+        found = [x for part in self.parts if (x := part.ranges(rows, call)) is not None]
+        if self.sign == "&":
+            return found[0] if found else None
+        return np.concatenate(found, 1) if len(found) == 2 else None
+
 
 class _Not(Rule):
     def __init__(self, of: Rule) -> None:
@@ -271,13 +298,11 @@ def remade(make: Callable[..., Rule]) -> Callable[..., Rule]:
     @wraps(make)
     def made(*args: Any, **named: Any) -> Rule:
         rule = make(*args, **named)
-        rule.made = (_made, (make.__name__, args, named))  # type: ignore[attr-defined]
+        rule.made = (_made, (make.__module__, make.__name__, args, named))  # type: ignore[attr-defined]
         return rule
 
     return made
 
 
-def _made(name: str, args: Any, named: Any) -> Rule:
-    from . import atoms
-
-    return getattr(atoms, name)(*args, **named)  # type: ignore[no-any-return]
+def _made(module: str, name: str, args: Any, named: Any) -> Rule:
+    return getattr(import_module(module), name)(*args, **named)  # type: ignore[no-any-return]

@@ -19,6 +19,8 @@ Mask = NDArray[np.bool_]
 Codes = NDArray[np.int8]
 CHUNK = 2**20
 """Truth values that are made at a time."""
+TOGETHER = 2**14
+"""Pairs of a query and a key that cost about as much as one more group of rows."""
 COARSE = 512
 """Rows and keys of the tiles that are asked first."""
 
@@ -102,6 +104,37 @@ class View:
         found = [rule.cuts(self.shape[1]) for rule, *_ in self.parts]
         return next((x for x in found if x is not None), None)
 
+    def ranges(self, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Return ranges of keys outside which some rows see none, (rows, ranges, 2), if a rule lists them."""
+        for rule, row, key, call in self.parts:
+            if (found := rule.ranges(rows + row, call)) is not None:
+                return np.clip(found - key, 0, self.shape[1])
+        return None
+
+    @property
+    def lists(self) -> bool:
+        """Tell whether a rule lists the keys that a row sees."""
+        return self.ranges(np.arange(0)) is not None
+
+    def listed(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield rows, some at a time, and the keys outside which these see none: where rules list them."""
+        start, size = 0, 1
+        while start < len(rows):
+            some = rows[start : start + size]
+            found = self.ranges(some)
+            assert found is not None
+            many = np.maximum(found[..., 1] - found[..., 0], 0).sum(1)
+            # a group of r rows looks at r times the keys of one: r² for what a group costs beside
+            most = max(1, int((TOGETHER / max(float(many.mean()), 1.0)) ** 0.5))
+            if len(some) > most:
+                some, found = some[:most], found[:most]
+            marks = np.zeros(self.shape[1] + 1, np.int64)
+            low, high = found[..., 0].ravel(), found[..., 1].ravel()
+            np.add.at(marks, low[high > low], 1)
+            np.add.at(marks, high[high > low], -1)
+            yield some, np.nonzero(np.cumsum(marks[:-1]))[0]
+            start, size = start + len(some), most
+
     def touches(self, keys: NDArray[np.int64]) -> Mask:
         """Tell whether a row sees a key between two edges, (n_q, edges - 1)."""
         found, rows = np.zeros((self.shape[0], len(keys) - 1), bool), edges(self.shape[0], COARSE)
@@ -128,6 +161,9 @@ class View:
         return found
 
     def _rows_with_a_key(self) -> Mask:
+        if self.lists:
+            parts = [self[rows, keys].any(1) for rows, keys in self.listed(np.arange(self.shape[0]))]
+            return np.concatenate([np.zeros(0, bool), *parts])
         rows, keys = edges(self.shape[0], COARSE), edges(self.shape[1], COARSE)
         found, coarse = np.zeros(self.shape[0], bool), self.states(rows, keys, settle=False)
         for i in range(len(rows) - 1):

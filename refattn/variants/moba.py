@@ -39,7 +39,7 @@ def fits(p: Problem) -> str | None:
     return unplaced(p, "blocks")
 
 
-DEFINE = Selected(scores, choices, full={"topk": 2**31})
+DEFINE = Selected(scores, choices, full={"topk": 2**31}, alone=True)
 MOBA = Variant(
     name="moba",
     define=DEFINE,

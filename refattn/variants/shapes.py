@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import Problem
+from ..rules import Rule
 
 __all__ = ["Choices", "Lowered", "Rows", "Selected", "Shape", "Steps"]
 
@@ -54,25 +55,30 @@ class Lowered:
 class Choices:
     """What a row may choose among.
 
+    Where candidates are nearly as many as keys, write them as numbers of keys and rules: then no call is too long.
+
     Attributes
     ----------
-    members : (m, n_k) bool array
-        Which keys each candidate stands for.
-    may : (n_q, m) bool array
-        Which candidates a row chooses from.
-    must : (n_q, m) bool array
+    members : (m, n_k) bool array or (n_k,) integer array
+        Which keys each candidate stands for; or whose each key is, -1 for none, a candidate's keys being neighbours.
+    may : (n_q, m) bool array or Rule
+        Which candidates a row chooses from; as a rule of queries and candidates, these in place of keys.
+    must : (n_q, m) bool array, optional
         Which it takes besides, whatever their scores.
     count : int
         How many it chooses; all of `may` where there are no more.
     seen : (n_q, m) bool array, optional
         Which candidates a row's scores look at, where they are a softmax over them; by default `may` and `must`.
+    kept : Rule, optional
+        Which keys a row takes besides.
     """
 
-    members: Mask
-    may: Mask
-    must: Mask
+    members: NDArray[Any]
+    may: Any
+    must: Any
     count: int
     seen: Mask | None = None
+    kept: Rule | None = None
 
 
 @dataclass(frozen=True)
@@ -93,12 +99,15 @@ class Selected:
         Options under which everything is chosen, so that the operator is its core.
     together : callable
         ``together(o)`` tells whether the query heads of a key head add up their scores and choose the same.
+    alone : bool
+        Whether a candidate's score depends on its own keys only: of scores that lie close, only those are made again.
     """
 
     scores: Callable[..., Any]
     choices: Callable[..., Choices]
     full: Any
     together: Callable[[Any], bool] = lambda o: False
+    alone: bool = False
 
     def changed(self, scores: Callable[..., Any] | None = None, **change: Any) -> Selected:
         """Return it with other scores, and other arguments of choices after the options: a mistake, say."""

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..problem import Problem
+from ..rules import Rule
+from ..rules.rule import Atom
 from .option import Option, boolean, whole
 from .shapes import Choices, Selected
 from .variant import Variant, packed, unplaced
@@ -25,22 +27,33 @@ def choices(n_q: int, n_k: int, o: Any, sink: int = 0, local: int = 0, count: in
 
     The rest is for mistakes: so many more first, near and chosen ones, and whether a block must lie whole in between.
     """
-    first, size = min(o.sink_keys + sink, n_k), o.block_size
-    starts = np.arange(first, n_k, size)
-    key, at = np.arange(n_k), (np.arange(n_q) + n_k - n_q)[:, None]
-    near = at - (o.local + local) + 1  # the first of the nearest keys
-    may = starts + (size if whole else 1) <= near
-    rest = np.maximum(first + np.maximum(near - first, 0) // size * size, first)  # after the last whole block
-    must = (key <= at) & ((key < first) | (key >= np.minimum(near, rest if whole else near)))
-    blocks = (key >= starts[:, None]) & (key < starts[:, None] + size)
-    none = np.zeros((n_q, len(starts)), bool)
-    members = np.concatenate([blocks, np.eye(n_k, dtype=bool)])
+    first, size = min(max(o.sink_keys + sink, 0), n_k), o.block_size
+    key, back = np.arange(n_k), n_k - n_q
+    near = back - (o.local + local) + 1 - first  # from first to the nearest keys of row 0
+    many = (size if whole else 1) - near
+    may = Atom("before the nearest", lambda x: x.k <= (x.q - many) // size)
     return Choices(
-        members,
-        np.concatenate([may, np.zeros((n_q, n_k), bool)], 1),
-        np.concatenate([none, must], 1),
+        np.where(key < first, -1, (key - first) // size),
+        may,
+        None,
         max(o.topk + count, 0),
+        kept=kept(first, near, size if whole else 1, back),
     )
+
+
+def kept(first: int, near: int, size: int, back: int) -> Rule:
+    """Return the first keys and, from the last whole block on, the nearest ones, up to the query's own."""
+
+    def formula(x: Any) -> Any:
+        return (x.k <= x.q + back) & ((x.k < first) | ((x.k - first) // size >= (x.q + near) // size))
+
+    def ranges(rows: Any, call: Any) -> Any:
+        ends = np.zeros((len(rows), 2, 2), np.int64)
+        ends[:, 0, 1] = first
+        ends[:, 1] = np.stack([first + (rows + near) // size * size, rows + back + 1], 1)
+        return np.maximum(ends, 0)
+
+    return Atom(f"kept({first}, {near}, {size}, {back})", formula, ranges=ranges)
 
 
 def fits(p: Problem) -> str | None:
@@ -50,7 +63,7 @@ def fits(p: Problem) -> str | None:
     return unplaced(p, "choices")
 
 
-DEFINE = Selected(scores, choices, full={"topk": 2**31}, together=lambda o: o.by_group)
+DEFINE = Selected(scores, choices, full={"topk": 2**31}, together=lambda o: o.by_group, alone=True)
 TOPK = Variant(
     name="topk",
     define=DEFINE,

@@ -1,17 +1,32 @@
 import pickle
 import tracemalloc
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
-from refattn import InvalidProblem, Problem, check_problem, evaluate, load_problem, masks, rules, save_problem
+from refattn import (
+    InvalidInput,
+    InvalidProblem,
+    Problem,
+    check_problem,
+    evaluate,
+    load_problem,
+    masks,
+    rules,
+    save_problem,
+)
 from refattn.check.bounds import expected
 from refattn.check.inputs.sample import sample_of
 from refattn.check.model import flash
-from refattn.exact import lowering, tiles
+from refattn.exact import choosing, lowering, tiles
+from refattn.exact.arithmetics import Balls
 from refattn.exact.heads import heads
+from refattn.exact.levels import Level
 from refattn.exact.parts import fingerprint
+from refattn.exact.run import Work
 from refattn.rules.atoms import changed
+from refattn.rules.lists import listed
 from refattn.rules.view import View
 
 
@@ -78,6 +93,8 @@ def test_lost_numbers_and_packed_sequences(views):
         ("moba", {"block_size": 100, "topk": 2}),
         ("nsa_selected", {"block_size": 8, "topk": 4, "forced": "first_previous_own"}),
         ("topk", {"block_size": 40, "topk": 3, "by_group": True}),
+        ("topk", {"block_size": 64, "topk": 2}),
+        ("topk", {"topk": 5, "local": 3}),
         ("power_blocks", {"block_size": 8, "window_blocks": 2}),
         ("titans_mac", {"persistent": 3, "segment": 50}),
         ("block_sparse", {"blocks": tuple(tuple((a + b) % 3 == 0 for b in range(4)) for a in range(4)),
@@ -89,16 +106,16 @@ def test_operators_choose_the_same_without_their_masks(monkeypatch, variant, opt
     p = call(300, 310 if "shape" not in options else 303, variant=variant, options=options)
     if variant in ("moba", "nsa_selected", "topk"):
         p = p.replace(causal="bottom_right")
-    if variant == "moba":
+    if variant in ("moba", "topk"):
         key = np.array(p.key)
         key[:, :, 256:272] = key[:, :, 32:48]  # equal blocks: ties
         p = p.replace(key=key)
     want = evaluate(p, rounding="float32")
     monkeypatch.setattr(masks, "WRITTEN", 0)
     monkeypatch.setattr(lowering, "WRITTEN", 0)
-    monkeypatch.setattr(lowering, "SCORES", 900)
+    monkeypatch.setattr(choosing, "SCORES", 900)
     got = evaluate(p, rounding="float32")
-    assert isinstance(got.core.allowed, rules.Rule) or variant == "topk"
+    assert isinstance(got.core.allowed, rules.Rule)
     found = got.core.written_out().allowed
     np.testing.assert_array_equal(np.broadcast_to(found, np.shape(want.core.allowed)), want.core.allowed)
     for n in want.values:
@@ -106,6 +123,73 @@ def test_operators_choose_the_same_without_their_masks(monkeypatch, variant, opt
     if want.margins is not None:
         np.testing.assert_array_equal(got.margins == 0, want.margins == 0)
         np.testing.assert_array_equal(np.float32(got.margins), np.float32(want.margins))
+
+
+def test_long_choices_of_single_keys_need_no_booleans_of_pairs(monkeypatch):
+    n = 2100
+    assert n * n > masks.WRITTEN
+    p = call(n, n, heads=(1, 1), variant="topk", causal="bottom_right", options={"topk": 3})
+    monkeypatch.setattr(choosing, "ROWS", 20)
+    monkeypatch.setattr(choosing, "SCORES", 1)
+    evaluate(p.replace(query=p.query[:, :, :9]), rounding="bfloat16")
+    tracemalloc.start()
+    evaluate(p, rounding="bfloat16")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < n * n
+
+
+OPTIONS = {"topk": 5, "local": 3, "sink_keys": 2}
+CHOICES = {
+    "single keys": ("topk", OPTIONS),
+    "none": ("topk", OPTIONS | {"topk": 0}),
+    "short blocks": ("topk", OPTIONS | {"block_size": 7}),
+    "blocks of 40": ("moba", {"block_size": 40, "topk": 2}),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_gradients_of_what_is_chosen_are_those_of_its_mask(views, name):
+    variant, options = CHOICES[name]
+    p = call(200, 210, causal="bottom_right", variant=variant, options=options, sink=np.float32([0.5, -1.0]))
+    core = lowering.lower(p).problem
+    dout = np.random.default_rng(5).standard_normal(p.out_shape)
+    got, want = (evaluate(x, rounding="float32", gradients=dout) for x in (core, core.written_out()))
+    assert {"dq", "dk", "dv", "dsink"} < want.values.keys()
+    for n in want.values:
+        np.testing.assert_array_equal(got.values[n], want.values[n], n)
+        assert got.undecided[n] == 0
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_balls_run_over_what_a_row_chose(views, monkeypatch, name):
+    variant, options = CHOICES[name]
+    p = call(90, 300, heads=(2, 1), causal="bottom_right", variant=variant, options=options)
+    core, widest, product = lowering.lower(p).problem, [], Balls.matmul
+    monkeypatch.setattr(Balls, "matmul", lambda f, a, b: widest.append(max(b.shape)) or product(f, a, b))
+    dout = np.random.default_rng(5).standard_normal(p.out_shape)
+    got = evaluate(core, bits=80, gradients=dout)
+    most = int(np.asarray(core.written_out().allowed).sum(-1).max())
+    assert max(widest) <= max(most, 8)  # 8 features
+    want = evaluate(core, rounding="float64", gradients=dout)
+    for n in want.values:
+        assert (got.enclosures[n].error(want.values[n]) < np.inf).all()
+        np.testing.assert_array_equal(np.float32(got.values[n]), np.float32(want.values[n]), n)
+
+
+def test_few_open_keys_ask_the_rows_that_see_them(views):
+    p = lowering.lower(call(90, 300, heads=(2, 1), causal="bottom_right", variant="topk", options=OPTIONS)).problem
+    dout = np.random.default_rng(5).standard_normal(p.out_shape)
+    keys = np.zeros((1, 1, 300), bool)
+    keys[..., [0, 7, 250, 299]] = True
+    none = np.zeros(p.out_shape[:3], bool)
+    whole = evaluate(p, rounding="float64", gradients=dout)
+    for f in (Level(2), Balls(120)):
+        with f.working() if isinstance(f, Balls) else nullcontext():
+            raw = Work(p, dout).run(f, none, keys)
+        for n in ("dk", "dv"):
+            found = raw[n][..., 0] if isinstance(f, Level) else np.vectorize(float)(raw[n])
+            np.testing.assert_array_equal(np.float32(found[keys]), np.float32(whole.values[n][keys]))
 
 
 def test_tiles_end_where_blocks_do():
@@ -187,6 +271,31 @@ def test_other_masks_for_some_rows():
     for b, h in np.ndindex(2, 2):
         cut = want[b, h].reshape(7, 3, 3)
         assert made.tiles(7, 9, 1, 3, b, h).tolist() == np.where(cut.all(2), 2, cut.any(2).astype(int)).tolist()
+
+
+def test_a_rule_of_lists():
+    rng = np.random.default_rng(0)
+    starts, ends = np.array([1, 3, 4, 9]), np.array([3, 4, 8, 11])
+    lists = np.where(rng.random((2, 1, 7, 3)) < 0.3, -1, np.argsort(rng.random((2, 1, 7, 4)), -1)[..., :3])
+    want = np.zeros((2, 1, 7, 12), bool)
+    for b, _, i, c in np.ndindex(lists.shape):
+        if lists[b, 0, i, c] >= 0:
+            want[b, 0, i, starts[lists[b, 0, i, c]] : ends[lists[b, 0, i, c]]] = True
+    rule = listed(lists, starts, ends, 12)
+    np.testing.assert_array_equal(rule.written(2, 3, 7, 12), want)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(rule)).written(2, 3, 7, 12), want)
+    cut = want[1, 0].reshape(7, 4, 3)
+    assert rule.tiles(7, 12, 1, 3, 1).tolist() == np.where(cut.all(2), 2, cut.any(2).astype(int)).tolist()
+    view = View.of(rule & rules.causal(), 7, 12, 1)
+    seen = want[1, 0] & masks.causal(7, 12)
+    for rows, keys in view.listed(np.arange(7)):
+        others = np.setdiff1d(np.arange(12), keys)
+        assert not seen[np.ix_(rows, others)].any()
+        assert want[1, 0][rows].any(0)[keys].all()
+    np.testing.assert_array_equal(view.any(1), seen.any(1))
+    assert not View.of(rules.causal() | rule, 7, 12).lists
+    with pytest.raises(InvalidInput, match="of 7 queries and 12 keys, and the call has 7 and 11"):
+        rule.dense(7, 11)
 
 
 def test_calls_that_a_rule_does_not_fit():

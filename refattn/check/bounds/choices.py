@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...exact.answer import Answer
+from ...exact.choosing import candidates, choosers, keys_of, scores_of
 from ...exact.driver import evaluate
 from ...exact.enclosure import Enclosure
 from ...exact.heads import Head
 from ...exact.levels import Level
-from ...exact.lowering import candidates, choosers, keys_of, scores_of
 from ...problem import Problem
 from ...rules import Rule, View
 from ...rules.atoms import changed

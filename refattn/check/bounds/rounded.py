@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import FORMATS, Format, format_of
+from ...exact.choosing import scores_of
 from ...exact.heads import Head, heads, rows_of
-from ...exact.lowering import scores_of
 from ...exact.matrix import Reflected
 from ...problem import Problem
 from ...variants import Choices, Selected, Steps, variant_of

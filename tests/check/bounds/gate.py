@@ -18,7 +18,7 @@ from refattn.check.inputs.families import cases
 from refattn.check.inputs.values import numbers
 from refattn.check.model import MODELS, Model, materialised
 from refattn.dtypes import FORMATS
-from refattn.exact.lowering import candidates, choosers
+from refattn.exact.choosing import candidates, choosers
 from refattn.gates import RECURRENT
 from refattn.variants import Selected, Steps
 

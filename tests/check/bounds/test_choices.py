@@ -15,8 +15,8 @@ from refattn.check.bounds.operands import Operands
 from refattn.check.compare import compare
 from refattn.check.kernels.sparse import sparse
 from refattn.check.model import Model, flash
+from refattn.exact.choosing import candidates, scores_of
 from refattn.exact.heads import heads
-from refattn.exact.lowering import candidates, scores_of
 
 from ...conftest import tensor
 

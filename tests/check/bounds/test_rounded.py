@@ -9,8 +9,8 @@ from refattn import VARIANTS, Problem
 from refattn.check.bounds.rounded import HOWS, Rounded, Rounding, simulate, simulate_scores, simulate_steps
 from refattn.check.model import Model, inside_type
 from refattn.dtypes import FORMATS
+from refattn.exact.choosing import candidates
 from refattn.exact.heads import heads
-from refattn.exact.lowering import candidates
 
 U, TINY, S, W = 2.0**-11, 2.0**-25, 2.0**-8, 2.0**-3
 MODEL = Model("float16", "float8_e5m2", "bfloat16", exp_ulps=3, tile=2, chain=2)
