@@ -21,6 +21,7 @@ from refattn.exact.lowering import lower
 
 TOKENS = 131072
 KEYS, BLOCKS, TOPK, D = 65536, 128, 3, 64
+FEWER = 16384
 
 
 def peak(call: Callable[[], Any]) -> float:
@@ -79,6 +80,32 @@ def chosen() -> Iterator[Row]:
     yield Row(f"{at}, memory / n² booleans", peak(calls["chosen"]) / KEYS**2, "ratio", at_most=1.0)
 
 
+def gathered() -> Iterator[Row]:
+    """Gradients of MoBA, beside those of as many queries and keys; single keys chosen by topk, without the choice."""
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((1, 1, FEWER, D)).astype(np.float32) for _ in range(4))
+    size = FEWER // BLOCKS
+    p = Problem(q, k, v, causal="bottom_right", variant="moba", options={"block_size": size, "topk": TOPK})
+    single = Problem(q, k, v, causal="bottom_right", variant="topk")
+    core = lower(single).problem
+    base = Problem(q, k[:, :, : TOPK * size], v[:, :, : TOPK * size])
+    evaluate(base.replace(query=q[:, :, :256]), rounding="float32", gradients=dout[:, :, :256])
+    calls: dict[str, Callable[[], Any]] = {
+        "gradients": lambda: evaluate(p, rounding="float32", gradients=dout),
+        "as many": lambda: evaluate(base, rounding="float32", gradients=dout),
+        "single": lambda: evaluate(core, rounding="float32"),
+        "single, choice": lambda: lower(single),
+    }
+    cost, at = seconds(calls, 1), f"n={FEWER} d={D}"
+    yield Row(f"{at} MoBA {TOPK} of {BLOCKS} blocks, gradients", cost["gradients"], "s")
+    yield Row(
+        f"{at} MoBA {TOPK} of {BLOCKS} blocks, gradients / as many keys", cost["gradients"] / cost["as many"], "ratio"
+    )
+    yield Row(f"{at} topk, the choice among all keys", cost["single, choice"], "s")
+    yield Row(f"{at} topk, attention to what was chosen", cost["single"], "s")
+
+
 def rows() -> Iterator[Row]:
     yield from tiles()
     yield from chosen()
+    yield from gathered()

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rules import View
 from . import elementwise, stream, tiles
 from .doubledouble import EXP2_FLOOR, U, two_sum
-from .heads import Head
+from .heads import Head, numbers_of
 from .keys import Rows, column
 from .levels import ETA, UP, Bounded, Level, gamma, head_bits
 from .stream import SLACK, Forward, Right, each, each_tile, forward_pass, norms, product_sizes
@@ -60,7 +62,10 @@ def backward(
         The forward pass of these rows, where it is there already.
     """
     work = _Backward(forward or forward_pass(one, f, rows, threads), dout, dbias, threads)
-    each_tile(len(rows), work.tile, threads)
+    if work.pieces:
+        each(work.gathered, tiles.groups(len(rows)), threads)
+    else:
+        each_tile(len(rows), work.tile, threads)
     with np.errstate(all="ignore"):
         return work.finish(), Rows(rows, column(f, work.forward.lse), column(f, work.d))
 
@@ -72,11 +77,28 @@ def _full(x: Bounded) -> Float:
 class _Sums:
     """One thread's part of dk and dv, transposed, and what their radii need."""
 
-    def __init__(self, d: int, d_v: int, n_k: int) -> None:
+    def __init__(self, d: int, d_v: int, n_k: int, n_tiles: int) -> None:
         self.dk, self.dk_low, self.dv, self.dv_low = (np.zeros((w, n_k)) for w in (d, d, d_v, d_v))
         self.weights, self.products = np.zeros((n_k, 3)), np.zeros(n_k)
-        self.lost_k, self.lost_v = np.zeros(d), np.zeros(d_v)
+        self.lost_k, self.lost_v, self.pieces = np.zeros((n_tiles, d)), np.zeros((n_tiles, d_v)), np.zeros(n_tiles)
         self.most_k, self.most_v = np.zeros((2, d)), np.zeros((2, d_v))
+
+
+@dataclass
+class _Held(tiles.Kept):
+    """What rows have so far: dq and the sums of G as two numbers each, the sums of |G|, and the tiles added."""
+
+    dq: Float
+    dq_low: Float
+    left: Float
+    left_low: Float
+    size: Float
+    done: Float
+
+    @classmethod
+    def of(cls, r: int, d: int) -> _Held:
+        """Return those of rows that have seen no key."""
+        return cls(np.zeros((r, d)), np.zeros((r, d)), *(np.zeros(r) for _ in range(4)))
 
 
 class _Backward:
@@ -87,7 +109,9 @@ class _Backward:
         self.head, self.f, self.rows = one, f, rows = forward.head, forward.f, forward.rows
         level, k, v = f.level, one.k, one.v
         self.tiles = self.forward.tiles
-        self.width = head_bits(max(min(stream.tile_sizes()[1], len(k)), stream.tile_sizes()[0]), level)
+        self.pieces = isinstance(one.allowed, View) and dbias is None
+        self.most_rows = tiles.MOST_ROWS if self.pieces else stream.tile_sizes()[0]
+        self.width = head_bits(max(min(stream.tile_sizes()[1], len(k)), self.most_rows), level)
         self.sigma = np.array([1.5 * 2.0 ** (52 - self.width - s * (self.width + 1)) for s in range(level)])
         self.across = head_bits(v.shape[1], level)
         self.values = each(lambda t: Right(v[t], f, self.across), self.tiles, threads)
@@ -98,14 +122,14 @@ class _Backward:
         steps = (2.0 ** -(self.width + s * (self.width + 1) + 1) for s in range(level))
         self.steps = np.array([1.0, *steps]) * SLACK
         self.scale = one.options(f, slice(0, 1)).scale
-        self.dq, self.d = np.zeros((len(rows), k.shape[1], 3)), np.zeros((len(rows), 3))
+        self.dq, self.d, self.e = np.zeros((len(rows), k.shape[1], 3)), np.zeros((len(rows), 3)), np.zeros(len(rows))
         self.local = threading.local()
         self.all: list[_Sums] = []
         self.lock = threading.Lock()
 
     def _sums(self) -> _Sums:
         if not hasattr(self.local, "sums"):
-            self.local.sums = _Sums(self.head.k.shape[1], self.head.v.shape[1], len(self.head.k))
+            self.local.sums = _Sums(self.head.k.shape[1], self.head.v.shape[1], len(self.head.k), len(self.tiles))
             with self.lock:
                 self.all.append(self.local.sums)
         sums: _Sums = self.local.sums
@@ -118,47 +142,80 @@ class _Backward:
             self._tile(at, row, self._sums())
 
     def _tile(self, at: slice, row: _Row, sums: _Sums) -> None:
-        one, fw, step, level = self.head, self.forward, elementwise.steps(), self.f.level
-        rows = self.rows[at]
-        r = len(rows)
-        dq, dq_low = np.zeros((r, one.k.shape[1])), np.zeros((r, one.k.shape[1]))
-        part = [np.empty((r, one.k.shape[1])) for _ in range(level + 1)]
-        left_over, left_over_low, row_sums = np.zeros(r), np.zeros(r), np.empty((r, level + 1))
-        by_z, g_size = np.zeros(len(one.k)), np.zeros(r)
-        done, wide, known = 0, 0, tiles.seen(one.allowed, rows, self.tiles, fw.whole)
-        for n, (keys, seen) in enumerate(zip(self.tiles, known, strict=True)):
-            if seen is not None and not seen.any():
-                continue
-            w, done = keys.stop - keys.start, done + 1
-            if w != wide:
-                wide, room = w, [np.empty((r, w)) for _ in range(2 * level + 6)]
-                weights, products = np.empty((r, level + 1, w)), np.empty((r, level + 1, w))
-            c, g_levels = room[: level + 1], room[level + 1 : 2 * level + 2]
-            h, low, g, g_low = room[2 * level + 2 :]
-            fw.scores(n, at, seen, c, h, low)
-            self.values[n].levels(row.left, level, g_levels)
-            step.scores(g_levels, 1.0, 0.0, g, g_low)
-            d = (row.d.h[:, 0], row.d.l[:, 0])
-            step.gradient_weights(h, low, fw.shift[at], g, g_low, *d, 1 / row.e, self.sigma, weights, products)
-            self.keys[n].levels(products.reshape(r, -1), level, part)
-            for x in part:
-                step.accumulate(dq, dq_low, x)
-            step.row_sums(products, row_sums)
-            for s in range(level + 1):
-                elementwise.accumulate(left_over, left_over_low, row_sums[:, s])
-            self._by_keys(row, weights, products, keys, sums, step)
-            columns = weights[:, 0].T @ row.omega + 2.0**-self.width * row.omega.sum(0)
-            sums.weights[keys] += columns[:, :3]
-            by_z[keys] = columns[:, 3]
-            np.abs(products[:, 0], out=h)
-            g_size += h.sum(1)
-            sums.products[keys] += h.T @ row.relative_g + 2.0**-self.width * row.relative_g.sum()
-            if self.dbias is not None:
-                self.dbias(at, keys, row.by_score(weights, products).where(seen))
-        self.d[at], off = row.better_d(left_over, left_over_low, g_size, done)
-        self.dq[at] = row.dq(dq, dq_low, g_size, off, done)
-        sums.weights[:, 1] += off.max(initial=0.0) * by_z * UP
-        self._loses(row, sums, r)
+        rows, by_z = self.rows[at], np.zeros(len(self.head.k))
+        held = _Held.of(len(rows), self.head.k.shape[1])
+        for n, seen in enumerate(tiles.seen(self.head.allowed, rows, self.tiles, self.forward.whole)):
+            if seen is None or seen.any():
+                self._add(n, row, seen, held, sums, by_z)
+        sums.weights[:, 1] += self._finish(row, held) * by_z * UP
+        self._loses(row, sums, slice(None))
+
+    def gathered(self, at: slice) -> None:
+        """Compute a group of rows by what a rule says: of each tile of keys, the rows that see some of it."""
+        sums, by_z, first = self._sums(), np.zeros(len(self.head.k)), at.start
+        held = _Held.of(at.stop - first, self.head.k.shape[1])
+        parts = [np.arange(i, min(i + tiles.ROWS, at.stop)) for i in range(first, at.stop, tiles.ROWS)]
+        with np.errstate(all="ignore"):
+            for part in parts:
+                row = _Row(self, part)
+                self.d[part], self.e[part] = numbers_of(row.d)[:, 0], row.e
+            for n in range(len(self.tiles)):
+                for lines, seen in self.forward.seeing(n, at):
+                    row, mine = _Row(self, first + lines, known=True), held.some(lines)
+                    self._add(n, row, seen, mine, sums, by_z)
+                    held.put(lines, mine)
+                    self._loses(row, sums, n)
+                    sums.pieces[n] += 1
+            off = [self._finish(_Row(self, part, known=True), held.some(part - first)) for part in parts]
+            sums.weights[:, 1] += max(off) * by_z * UP
+
+    def _finish(self, row: _Row, held: _Held) -> float:
+        """Write dq and a better dout·out of some rows; return how far off that was that is in their sums, at most."""
+        self.d[row.at], off = row.better_d(held.left, held.left_low, held.size, held.done)
+        self.dq[row.at] = row.dq(held.dq, held.dq_low, held.size, off, held.done)
+        return float(off.max(initial=0.0))
+
+    def _room(self, r: int, w: int) -> tuple[list[Float], list[Float], Float, Float]:
+        """Return memory for the numbers of a tile, kept while its size stays."""
+        level, d = self.f.level, self.head.k.shape[1]
+        if getattr(self.local, "size", None) != (r, w):
+            planes = [np.empty((r, level + 1, w)) for _ in range(2)]
+            wide, narrow = (
+                [np.empty((r, w)) for _ in range(2 * level + 6)],
+                [np.empty((r, d)) for _ in range(level + 1)],
+            )
+            self.local.size, self.local.room = (r, w), (wide, narrow, *planes)
+        return self.local.room  # type: ignore[no-any-return]
+
+    def _add(self, n: int, row: _Row, seen: Any, held: _Held, sums: _Sums, by_z: Float) -> None:
+        """Add a tile of keys to the sums of some rows, and these rows to the sums of its keys."""
+        fw, step, level, keys, at = self.forward, elementwise.steps(), self.f.level, self.tiles[n], row.at
+        r = len(held.dq)
+        room, part, weights, products = self._room(r, keys.stop - keys.start)
+        c, g_levels = room[: level + 1], room[level + 1 : 2 * level + 2]
+        h, low, g, g_low = room[2 * level + 2 :]
+        fw.scores(n, at, seen, c, h, low)
+        self.values[n].levels(row.left, level, g_levels)
+        step.scores(g_levels, 1.0, 0.0, g, g_low)
+        d = (row.d.h[:, 0], row.d.l[:, 0])
+        step.gradient_weights(h, low, fw.shift[at], g, g_low, *d, 1 / row.e, self.sigma, weights, products)
+        self.keys[n].levels(products.reshape(r, -1), level, part)
+        for x in part:
+            step.accumulate(held.dq, held.dq_low, x)
+        row_sums = np.empty((r, level + 1))
+        step.row_sums(products, row_sums)
+        for s in range(level + 1):
+            elementwise.accumulate(held.left, held.left_low, row_sums[:, s])
+        held.done += 1
+        self._by_keys(row, weights, products, keys, sums, step)
+        columns = weights[:, 0].T @ row.omega + 2.0**-self.width * row.omega.sum(0)
+        sums.weights[keys] += columns[:, :3]
+        by_z[keys] += columns[:, 3]
+        np.abs(products[:, 0], out=h)
+        held.size += h.sum(1)
+        sums.products[keys] += h.T @ row.relative_g + 2.0**-self.width * row.relative_g.sum()
+        if self.dbias is not None:
+            self.dbias(at, keys, row.by_score(weights, products).where(seen))
 
     def _by_keys(self, row: _Row, weights: Float, products: Float, keys: slice, sums: _Sums, step: Any) -> None:
         """Add what these rows give to dk and dv of some keys, level by level."""
@@ -174,18 +231,18 @@ class _Backward:
                     pairs = [(tails[level - s], s) for s in range(level + 1)]
                 _product(pairs, planes, total[:, keys], total_low[:, keys], step)
 
-    def _loses(self, row: _Row, sums: _Sums, r: int) -> None:
-        """Add what the rounded level loses over these rows, by column: all but the first plane, which goes by key."""
-        level = self.f.level
+    def _loses(self, row: _Row, sums: _Sums, n: int | slice) -> None:
+        """Add what the rounded level loses over rows, by column, in a tile or all: but the first plane, by key."""
+        level, r = self.f.level, len(row.e)
         for (_, tails), lost, most in (
             (row.q, sums.lost_k, sums.most_k),
             (row.dout, sums.lost_v, sums.most_v),
         ):
             one = [np.abs(t).sum(1) * UP for t in tails]
             for s in range(1, level + 1):
-                lost += gamma(r + 2 * level + 6) * self.steps[s] * one[level - s] * UP
+                lost[n] += gamma(r + 2 * level + 6) * self.steps[s] * one[level - s] * UP
             if level:
-                lost += 2 * U * self.steps[level] * one[0] * UP
+                lost[n] += 2 * U * self.steps[level] * one[0] * UP
             np.maximum(most, [np.abs(t).max(1, initial=0.0) for t in (tails[0], tails[level])], out=most)
 
     def finish(self) -> dict[str, Any]:
@@ -196,14 +253,19 @@ class _Backward:
             for name in ("dk", "dv"):
                 for part in (name, f"{name}_low"):
                     step.accumulate(getattr(first, name), getattr(first, f"{name}_low"), getattr(x, part))
-        adds = 4 * (2 * len(others) + (len(self.rows) // stream.tile_sizes()[0] + 2) * (f.level + 1)) * U * U
+        times = (
+            np.sum([s.pieces for s in self.all], 0).max(initial=0) if self.pieces else len(self.rows) // self.most_rows
+        )
+        adds = 4 * (2 * len(others) + (times + 2) * (f.level + 1)) * U * U
         y = np.sum([s.weights for s in self.all], axis=0) * SLACK
         y[:, 1] += np.sum([s.products for s in self.all], axis=0) * SLACK
-        rounding = gamma(stream.tile_sizes()[0] + 2 * f.level + 6) + (0 if f.level else 2 * U)
+        rounding = gamma(self.most_rows + 2 * f.level + 6) + (0 if f.level else 2 * U)
         results: dict[str, Any] = {}
         own = {"dk": np.abs(one.q[self.rows]).max(0), "dv": np.abs(self.dout).max(0)}
         for name, at in (("dk", 1), ("dv", 0)):
-            lost = np.sum([getattr(s, f"lost_{name[1]}") for s in self.all], 0)
+            lost = np.zeros((len(one.k), len(own[name])))
+            for keys, x in zip(self.tiles, np.sum([getattr(s, f"lost_{name[1]}") for s in self.all], 0), strict=True):
+                lost[keys] = x
             most, tail = np.max([getattr(s, f"most_{name[1]}") for s in self.all], 0)
             floor = len(self.rows) * 2.0 ** (EXP2_FLOOR + 1)
             r = np.outer(y[:, at], own[name]) + np.outer(y[:, 2], rounding * tail + 2 * adds * most) + floor * most
@@ -221,20 +283,20 @@ class _Backward:
 class _Row:
     """What one tile of rows needs beside its scores, and what it loses."""
 
-    def __init__(self, work: _Backward, at: slice) -> None:
-        self.work, f, fw, level = work, work.f, work.forward, work.f.level
+    def __init__(self, work: _Backward, at: Any, known: bool = False) -> None:
+        self.work, self.at, f, fw, level = work, at, work.f, work.forward, work.f.level
         dout = work.dout[at]
         self.arriving = dout.any(1)
         out = Bounded(f, *np.moveaxis(fw.out[at], -1, 0))
         z = column(f, fw.sums[at])
         self.z = np.abs(z.h[:, 0]) * (1 + 2.0**-30)
-        self.d = (f.array(dout) * out).sum()
+        self.d = column(f, work.d[at]) if known else (f.array(dout) * out).sum()
         heads, tails = f.array(dout)._cut(work.across, level)
         self.left = np.concatenate([*heads, tails[level]], 1)
         lost = product_sizes([*heads, tails[level]], work.values)
         lost = gamma(dout.shape[1] * (level + 1) + level + 4) * lost
         self.size = (norms(dout) * work.norm_v + np.abs(self.d.h[:, 0])) * UP + ETA
-        self.e = np.ldexp(1.0, np.frexp(self.size)[1])
+        self.e = work.e[at] if known else np.ldexp(1.0, np.frexp(self.size)[1])
         # the shift may be the sink's, and then larger than the scores
         self.weight = fw.relative[at] + 8 * U * U * (np.abs(fw.shift[at]) + 2 * fw.size[at])
         # the error of X for the d that is used
@@ -264,7 +326,7 @@ class _Row:
             return np.asarray(np.minimum(self.z * SLACK, n_k * steps[s]))
         return np.asarray(np.minimum(self.z * UP + (n_k * steps[1] if len(steps) > 1 else 0.0), n_k))
 
-    def _adds(self, done: int) -> float:
+    def _adds(self, done: Float) -> Float:
         return 4 * done * (self.work.f.level + 1) * U * U
 
     def _off(self, g_size: Float) -> Float:
@@ -272,7 +334,7 @@ class _Row:
         sizes = np.minimum(g_size * SLACK + len(self.work.head.k) * 2.0**-self.work.width, self.z * SLACK)
         return np.asarray(self.weight * self.e * sizes + self.lost_x * self.z)
 
-    def dq(self, h: Float, low: Float, g_size: Float, off: Float, done: int) -> Float:
+    def dq(self, h: Float, low: Float, g_size: Float, off: Float, done: Float) -> Float:
         """Return the rows' dq with its radius; d is off by `off`."""
         work, f, level, n_k = self.work, self.work.f, self.work.f.level, len(self.work.head.k)
         weight = (self._off(g_size) + off * self.z) / self.e + 2 * self._adds(done) * self.z
@@ -289,7 +351,7 @@ class _Row:
         x = Bounded(f, h, low, r) * self._scaled() * work.scale
         return np.stack([x.h, *(np.broadcast_to(v, x.h.shape) for v in (x.l, x.r))], -1)
 
-    def better_d(self, h: Float, low: Float, g_size: Float, done: int) -> tuple[Float, Float]:
+    def better_d(self, h: Float, low: Float, g_size: Float, done: Float) -> tuple[Float, Float]:
         """Return dout·out from the rows' sums of G, which would be 0 for the true one, and how far off it was."""
         work, f, fw, level, d = self.work, self.work.f, self.work.forward, self.work.f.level, self.d
         off = _full(d)

@@ -8,7 +8,7 @@ as they are made; products are those of ``levels.py``. The numerator's and the d
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
@@ -257,8 +257,9 @@ class Forward:
     def some(self, rows: NDArray[np.intp]) -> Forward:
         """Return what is known of some of the rows."""
         part, index = copy.copy(self), np.searchsorted(self.rows, rows)
-        for name in ("rows", "left", "shift", "relative", "sums", "radius", "size", "out", "lse"):
-            setattr(part, name, getattr(self, name)[index])
+        for name in ("rows", "left", "shift", "relative", "sums", "radius", "size", "out", "lse", "kinds"):
+            if getattr(self, name) is not None:
+                setattr(part, name, getattr(self, name)[index])
         return part
 
     def tile(self, at: slice) -> None:
@@ -277,27 +278,28 @@ class Forward:
 
     def gathered(self, at: slice) -> None:
         """Compute rows by what a rule says: of each tile of keys, the rows that see some of it, gathered."""
-        view, rows = self.head.allowed, self.rows[at]
-        assert isinstance(view, View)
+        rows = self.rows[at]
         sums, room = Sums.of(len(rows), self.out.shape[1]), Room(self.f.level, self.out.shape[1])
-        kinds = self.kinds[at]
         with np.errstate(all="ignore"):
-            for n, keys in enumerate(self.tiles):
-                for lines in pieces(np.nonzero(kinds[:, n] == FULL)[0]):
-                    self._gather(n, at, lines, None, sums, room)
-                for lines in pieces(np.nonzero((kinds[:, n] == PARTIAL) | (kinds[:, n] == UNSURE))[0]):
-                    seen = view[rows[lines], keys]
-                    some = seen.any(1)
-                    self._gather(n, at, lines[some], seen[some], sums, room)
+            for n in range(len(self.tiles)):
+                for lines, seen in self.seeing(n, at):
+                    part = sums.some(lines)
+                    self._add(n, at.start + lines, seen, part, room)
+                    sums.put(lines, part)
             for i in range(0, len(rows), ROWS):
                 here = slice(i, min(i + ROWS, len(rows)))
                 self._finish(slice(at.start + here.start, at.start + here.stop), sums.some(here))
 
-    def _gather(self, n: int, at: slice, lines: NDArray[np.intp], seen: Any, sums: Sums, room: Room) -> None:
-        if lines.size:
-            part = sums.some(lines)
-            self._add(n, at.start + lines, seen, part, room)
-            sums.put(lines, part)
+    def seeing(self, n: int, at: slice) -> Iterator[tuple[NDArray[np.intp], Any]]:
+        """Yield of a group of rows, piece by piece, those that see a tile's keys, and which; None for all."""
+        view, rows, kinds = self.head.allowed, self.rows[at], self.kinds[at][:, n]
+        for lines in pieces(np.nonzero(kinds == FULL)[0]):
+            yield lines, None
+        for lines in pieces(np.nonzero((kinds == PARTIAL) | (kinds == UNSURE))[0]):
+            seen = view[rows[lines], self.tiles[n]]
+            some = seen.any(1)
+            if some.any():
+                yield lines[some], seen[some]
 
     def _add(self, n: int, at: Any, seen: Any, sums: Sums, room: Room) -> None:
         """Add a tile of keys to the sums of some rows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from ..rules import EMPTY, FULL, View
 from ..rules.spans import UNSURE
 
-__all__ = ["ROWS", "Room", "Sums", "groups", "pieces", "seen", "tiles_of"]
+__all__ = ["MOST_ROWS", "ROWS", "Kept", "Room", "Sums", "groups", "pieces", "seen", "tiles_of"]
 
 Float = NDArray[np.float64]
 ROWS = 256
 """Rows of a tile: what suits the compiled steps."""
+MOST_ROWS = 3 * ROWS // 2
+"""The most rows of a piece."""
 LOWEST = -(2.0**60)
 NARROW = 64
 """The fewest keys of a tile that ends where a rule's blocks do."""
@@ -24,8 +26,21 @@ GROUPS = (2**11, 2**14)
 """The fewest and the most rows whose tiles of keys are gathered together."""
 
 
+class Kept:
+    """Arrays by row, as attributes."""
+
+    def some(self, lines: Any) -> Self:
+        """Return those of some rows."""
+        return type(self)(*(x[lines] for x in vars(self).values()))
+
+    def put(self, lines: Any, part: Self) -> None:
+        """Take back those of some rows."""
+        for name, x in vars(part).items():
+            getattr(self, name)[lines] = x
+
+
 @dataclass
-class Sums:
+class Sums(Kept):
     """What rows have so far: their shift, numerator and denominator as two numbers each, and the tiles added."""
 
     m: Float
@@ -39,15 +54,6 @@ class Sums:
     def of(cls, r: int, d_v: int, xp: Any = np) -> Sums:
         """Return those of rows that have seen no key."""
         return cls(xp.full(r, LOWEST), *(xp.zeros((r, d_v)) for _ in range(2)), *(xp.zeros(r) for _ in range(3)))
-
-    def some(self, lines: Any) -> Sums:
-        """Return those of some rows."""
-        return Sums(*(x[lines] for x in vars(self).values()))
-
-    def put(self, lines: Any, part: Sums) -> None:
-        """Take back those of some rows."""
-        for name, x in vars(part).items():
-            getattr(self, name)[lines] = x
 
 
 class Room:
