@@ -46,7 +46,7 @@ def ssa_streams(
     import torch
 
     xp = attended(query, key, value)
-    _torch(query=query, gate=gate, selected=selected)
+    _torch(query=query, value=value, gate=gate, selected=selected)
     b, heads, n_q, _ = query.shape
     axes("gate", gate, b, heads, n_q, 1)
     axes("selected", selected, b, key.shape[1], n_q, key.shape[2])

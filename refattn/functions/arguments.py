@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..arrays import kind_of, to_numpy
 from ..errors import InvalidInput
 
-__all__ = ["axes", "integers", "namespace", "real", "whole", "within"]
+__all__ = ["axes", "factor", "integers", "namespace", "ordered", "real", "whole", "within"]
 
 
 def namespace(**arrays: Any) -> Any:
@@ -101,6 +101,33 @@ def real(name: str, x: Any, least: float, most: float = math.inf) -> Any:
         up = "on" if math.isinf(most) else f"to {most}"
         raise InvalidInput(f"{name}: got {_shown(x)}, expected a finite number from {least} {up}")
     return int(x) if isinstance(x, np.integer) else x  # NumPy's would wrap in what is made of it
+
+
+def factor(name: str, x: Any) -> Any:
+    """Return a number of any sign, NaN and inf too: a float, a fraction, or an array without axes.
+
+    Raises
+    ------
+    InvalidInput
+        It is none.
+    """
+    if (isinstance(x, Real) and not isinstance(x, bool)) or (kind_of(x) is not None and x.ndim == 0):
+        return x
+    raise InvalidInput(f"{name}: got {_shown(x)}, expected a number")
+
+
+def ordered(name: str, x: Any, seen: Any = None) -> None:
+    """Check that scores have an order, where they are seen; infinite ones have: they come first and last.
+
+    Raises
+    ------
+    InvalidInput
+        One is NaN.
+    """
+    xp = api.array_namespace(x)
+    lost = xp.isnan(x) if seen is None else xp.isnan(x) & seen
+    if bool(xp.any(lost)):
+        raise InvalidInput(f"{name}: holds NaN, which has no place in an order; mend what made the scores")
 
 
 def within(name: str, x: Any, low: float, high: float, *, open_low: bool = False) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat as api
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace, whole, within
+from .arguments import axes, namespace, ordered, whole, within
 from .probabilities import attended, causal_mask, probabilities, rank
 
 __all__ = ["block_budget", "proxy_block_mask", "proxy_block_scores"]
@@ -147,6 +147,11 @@ def proxy_block_mask(scores: Any, budget: Any, *, sink: int = 1) -> Any:
     row, column = place[:, None], place[None, :]
     seen = column <= row
     forced = seen & ((column < sink) | (column == row))
+    ordered("scores", scores, seen)
+    if bool(xp.any(xp.isinf(scores) & seen)):
+        raise InvalidInput(
+            "scores: holds inf, expected finite ones: it would come before the blocks that are always taken"
+        )
     order = rank(xp, xp.where(forced, math.inf, xp.where(seen, scores, -math.inf)))
     share = (budget[:, :, None] * (place + 1) + (count - 1)) // count
     least = xp.sum(xp.astype(forced, share.dtype), axis=-1)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..arrays import like
 from ..errors import InvalidInput
-from .arguments import axes, namespace, whole, within
+from .arguments import axes, namespace, ordered, whole, within
 from .dense import check_floats
 from .parts import attend, numbers, rounded
 
@@ -157,6 +157,7 @@ def members_of(scores: Any, window: int) -> Any:
     if scores.ndim < 2:
         raise InvalidInput(f"scores: shape is {tuple(scores.shape)}, expected (..., tokens, clusters)")
     window = whole("window", window, 1, scores.shape[-2])
+    ordered("scores", scores)
     # sorting scores in descending order would put equal ones in descending order, too
     order = xp.argsort(-xp.matrix_transpose(scores), axis=-1, stable=True)
     return order[..., :window]

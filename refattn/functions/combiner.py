@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
-from .arguments import whole
+from .arguments import factor, whole
 from .dense import as_index, check_call, masked_softmax
 
 __all__ = ["Regions", "combiner_attention", "combiner_regions"]
@@ -152,7 +152,7 @@ def combiner_attention(
     if pool not in POOLS:
         raise InvalidInput(f"pool: got {pool!r}, expected one of {', '.join(POOLS)}")
     regions = combiner_regions(n, pattern, block=block, causal=causal, mode=mode)
-    query = query * (1 / math.sqrt(d) if scale is None else scale)
+    query = query * (1 / math.sqrt(d) if scale is None else factor("scale", scale))
 
     keys, values, inner = [key], [value], []
     for members in regions.members:

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat as api
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace, within
+from .arguments import axes, factor, namespace, within
 from .dense import check_floats, layer_norm, masked_softmax
 
 __all__ = [
@@ -169,13 +169,15 @@ def ista_step(x: Any, z: Any, dictionary: Any, eta: Any, weight: Any) -> Any:
     Source: as `coding_rate`.
     """
     xp = namespace(x=x, z=z, dictionary=dictionary)
-    if dictionary.ndim != 2 or x.ndim < 1 or z.ndim < 1 or tuple(dictionary.shape) != (x.shape[-1], z.shape[-1]):
+    if x.ndim < 1 or z.ndim < 1 or tuple(x.shape[:-1]) != tuple(z.shape[:-1]):
+        raise InvalidInput(f"z: shape is {tuple(z.shape)}, expected x's {tuple(x.shape)} before the last axis")
+    if dictionary.ndim != 2 or tuple(dictionary.shape) != (x.shape[-1], z.shape[-1]):
         raise InvalidInput(
             f"dictionary: shape is {tuple(dictionary.shape)}, expected ({x.shape[-1]}, {z.shape[-1]}), x's and z's dim"
         )
-    if not eta > 0:
+    if not factor("eta", eta) > 0:
         raise InvalidInput(f"eta: got {eta!r}, expected a number above 0")
-    if not weight >= 0:
+    if not factor("weight", weight) >= 0:
         raise InvalidInput(f"weight: got {weight!r}, expected a number of at least 0")
     return xp.maximum(z + eta * ((x - z @ dictionary.T) @ dictionary) - eta * weight, 0 * z)
 

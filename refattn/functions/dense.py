@@ -10,7 +10,7 @@ import numpy as np
 from ..arrays import dtype_name
 from ..dtypes import is_float
 from ..errors import InvalidInput
-from .arguments import namespace
+from .arguments import factor, namespace
 
 __all__ = ["as_index", "check_call", "check_floats", "layer_norm", "masked_softmax"]
 
@@ -57,6 +57,12 @@ def check_call(query: Any, key: Any, value: Any) -> Any:
     return xp
 
 
+def _spreads(small: Any, shape: Any) -> bool:
+    return len(small) <= len(shape) and all(
+        n in (1, m) for n, m in zip(reversed(tuple(small)), reversed(tuple(shape)), strict=False)
+    )
+
+
 def as_index(places: Any, model: Any) -> Any:
     """Return whole numbers or truth values as an array of the library and on the device of another array."""
     return api.array_namespace(model).asarray(np.asarray(places), device=api.device(model))
@@ -71,7 +77,10 @@ def masked_softmax(scores: Any, allowed: Any = None) -> tuple[Any, Any]:
     allowed : boolean array of a shape that broadcasts to the scores', optional
         True where a score counts; None is everywhere.
     """
-    xp = api.array_namespace(scores)
+    xp = namespace(scores=scores) if allowed is None else namespace(scores=scores, allowed=allowed)
+    if scores.ndim < 1 or (allowed is not None and not _spreads(allowed.shape, scores.shape)):
+        other = "" if allowed is None else f", to which allowed's {tuple(allowed.shape)} spreads"
+        raise InvalidInput(f"scores: shape is {tuple(scores.shape)}, expected (..., n){other}")
     if allowed is not None:
         scores = xp.where(allowed, scores, -xp.inf)
     top = xp.max(scores, axis=-1, keepdims=True)
@@ -93,6 +102,8 @@ def layer_norm(x: Any, epsilon: float) -> Any:
     epsilon : float
         Added to the variance.
     """
-    xp = api.array_namespace(x)
+    xp = namespace(x=x)
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise InvalidInput(f"x: shape is {tuple(x.shape)}, expected (..., features), at least 1")
     centred = x - xp.mean(x, axis=-1, keepdims=True)
-    return centred / xp.sqrt(xp.mean(centred**2, axis=-1, keepdims=True) + epsilon)
+    return centred / xp.sqrt(xp.mean(centred**2, axis=-1, keepdims=True) + factor("epsilon", epsilon))

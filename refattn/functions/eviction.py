@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat as api
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace, whole
+from .arguments import axes, namespace, ordered, whole
 from .dense import check_floats
 from .probabilities import attended, causal_mask, probabilities, rank
 
@@ -102,6 +102,7 @@ def evict(key: Any, value: Any, scores: Any, *, capacity: int) -> tuple[Any, Any
     all_places = xp.broadcast_to(xp.arange(n, device=api.device(key)), key.shape[:3])
     if n <= capacity:
         return key, value, all_places
+    ordered("scores", scores)
     order = xp.argsort(-scores, axis=-1, stable=True)[..., : capacity - window]
     kept = xp.concat([order, all_places[..., n - window :]], axis=-1)
     return _rows(xp, key, kept), _rows(xp, value, kept), kept
@@ -246,6 +247,7 @@ def specpc_select(
     places = xp.broadcast_to(xp.arange(n, device=api.device(scores)), scores.shape)
     if n <= capacity:
         return places
+    ordered("scores", scores)
     order = rank(xp, _pooled(xp, scores, (pool - 1) // 2, pool // 2, pooling))
     # A token is first listed by the best one near it; a clamped neighbour repeats one that is nearer. Tokens beyond the
     # best `capacity` are listed behind these, and cut off.

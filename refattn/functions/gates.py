@@ -9,7 +9,7 @@ import array_api_compat as api
 
 from ..arrays import kind_of
 from ..errors import InvalidInput
-from .arguments import axes, namespace, whole, within
+from .arguments import axes, namespace, ordered, whole, within
 from .probabilities import attended, causal_mask, probabilities, rank
 
 __all__ = ["seer_decode", "seer_gate", "seer_gate_loss", "seer_gate_target", "seer_select"]
@@ -172,6 +172,7 @@ def seer_select(gate: Any, *, threshold: float | None = None, ratio: float | Non
     if ratio is None:
         chosen = gate > within("threshold", threshold, 0, 1)
     else:
+        ordered("gate", gate, seen)
         kept = max(1, int((1 - math.sqrt(1 - within("ratio", ratio, 0, 1, open_low=True))) * count))
         chosen = rank(xp, xp.where(seen, gate, -math.inf)) < kept
     dense = xp.arange(count, device=api.device(gate)) >= count - whole("dense_rows", dense_rows, 0)
@@ -291,7 +292,9 @@ def _rotated(x: Any, places: Any, base: float) -> Any:
     import torch
 
     half = x.shape[-1] // 2
-    rates = base ** (-torch.arange(half, dtype=x.dtype, device=x.device) / half)
+    rates = within("base", base, 0, math.inf, open_low=True) ** (
+        -torch.arange(half, dtype=x.dtype, device=x.device) / half
+    )
     angle = places.to(x.dtype)[:, None] * rates
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)

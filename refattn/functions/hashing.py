@@ -35,6 +35,7 @@ class Hash(NamedTuple):
 
 def code_weights(h: Any, g: Any) -> Any:
     """Return ``w_ij = h_i·g_j + bits + 1`` of codes (..., n, bits): at least 1 for codes of -1, 0 and 1."""
+    _codes(h, g)
     return h @ g.mT + (h.shape[-1] + 1)
 
 
@@ -44,8 +45,25 @@ def linear_sums(h: Any, g: Any, value: Any, of_bias: Any) -> Any:
     With ``of_bias = sum_j v_j`` these are the means of values by :func:`code_weights`. Any numbers with a sum and a
     product will do, fractions too.
     """
+    _codes(h, g)
+    namespace(g=g, value=value, of_bias=of_bias)
+    if value.ndim != g.ndim or tuple(value.shape[:-1]) != tuple(g.shape[:-1]):
+        raise InvalidInput(
+            f"value: shape is {tuple(value.shape)}, expected {tuple(g.shape[:-1])} before features, as g"
+        )
+    wanted = (*h.shape[:-1], value.shape[-1])
+    if of_bias.ndim > len(wanted) or any(
+        a not in (1, n) for a, n in zip(of_bias.shape[::-1], wanted[::-1], strict=False)
+    ):
+        raise InvalidInput(f"of_bias: shape is {tuple(of_bias.shape)}, expected one that spreads to {wanted}")
     bias = h.shape[-1] + 1
     return (h @ (g.mT @ value) + bias * of_bias) / (h @ g.sum(-2)[..., None] + bias * g.shape[-2])
+
+
+def _codes(h: Any, g: Any) -> None:
+    namespace(h=h, g=g)
+    if h.ndim < 2 or g.ndim != h.ndim or tuple(g.shape[:-2]) != tuple(h.shape[:-2]) or g.shape[-1] != h.shape[-1]:
+        raise InvalidInput(f"g: shape is {tuple(g.shape)}, expected that of h, {tuple(h.shape)}, but for the tokens")
 
 
 def code_attention(query: Any, key: Any, value: Any, *, mode: str = "paper") -> Any:

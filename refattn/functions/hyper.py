@@ -218,6 +218,8 @@ def _known(mode: str) -> None:
 
 
 def _check_planes(x: Any, planes: Any) -> None:
+    if x.ndim < 1:
+        raise InvalidInput("x: has no axes, expected (..., dim)")
     if planes.ndim != 2 or planes.shape[0] != x.shape[-1] or not 1 <= planes.shape[1] <= 31:
         raise InvalidInput(f"planes: shape is {tuple(planes.shape)}, expected ({x.shape[-1]}, bits), 1 to 31 bits")
 

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat as api
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace, whole
+from .arguments import axes, namespace, ordered, whole
 from .dense import check_floats, masked_softmax
 from .probabilities import attended, causal_mask, rank, scored
 
@@ -227,7 +227,6 @@ def indexer_select(scores: Any, *, topk: int = 2048) -> Any:
     _, n_q, n_k = scores.shape
     if n_q > n_k:
         raise InvalidInput(f"scores: has {n_q} queries and {n_k} keys; each query stands at a key of its own")
-    if bool(xp.any(xp.isnan(scores))):
-        raise InvalidInput("scores: holds NaN, which has no place in an order; mend the indexer")
+    ordered("scores", scores)
     seen = causal_mask(xp, n_q, n_k, scores)
     return seen & (rank(xp, xp.where(seen, scores, -math.inf)) < topk)

@@ -10,7 +10,7 @@ import array_api_compat as api
 from ..arrays import dtype_name
 from ..dtypes import is_float
 from ..errors import InvalidInput
-from .arguments import axes, namespace
+from .arguments import axes, factor, namespace
 from .dense import masked_softmax
 
 __all__ = ["attended", "causal_mask", "probabilities", "rank", "scored"]
@@ -72,7 +72,7 @@ def probabilities(xp: Any, query: Any, key: Any, scale: float | None, seen: Any)
     (b, h_kv, h_q/h_kv, n_q, n_k) array
         In query's type: give float32 or wider.
     """
-    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else factor("scale", scale)
     return masked_softmax(scored(xp, query, key, scale), seen)[0]
 
 

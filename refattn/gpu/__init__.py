@@ -4,6 +4,7 @@ from .attention import attention
 from .backward import attention_backward
 from .cache import attention_with_cache
 from .kernel import Plan
+from .lowered import lowered
 from .plan import IMPLS, plan
 
-__all__ = ["IMPLS", "Plan", "attention", "attention_backward", "attention_with_cache", "plan"]
+__all__ = ["IMPLS", "Plan", "attention", "attention_backward", "attention_with_cache", "lowered", "plan"]

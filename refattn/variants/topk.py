@@ -95,6 +95,7 @@ TOPK = Variant(
         "taken with these.",
         "A tie goes to the lower block; a row with no more blocks between than topk takes them all.",
         "Where a kernel's own scores cannot tell two blocks apart, it may take either: the row is judged by both.",
+        "A NaN or infinite number in a query or key counts as 0 in scores; a row that takes such a key is NaN.",
     ),
     has_lse=True,
     positive=True,

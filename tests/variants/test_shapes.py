@@ -424,3 +424,24 @@ def test_a_group_may_choose_top_keys_together():
     assert [np.nonzero(r)[0].tolist() for r in lower(p).problem.allowed[0, :, 3]] == [[0, 3], [1, 3]]
     p = p.replace(options=options | {"by_group": True})
     assert [np.nonzero(r)[0].tolist() for r in lower(p).problem.allowed[0, :, 3]] == [[2, 3], [2, 3]]
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [("moba", {"block_size": 3, "topk": 2}), ("nsa_selected", {"block_size": 3, "topk": 2}), ("topk", {"topk": 2})],
+)
+def test_a_lost_number_counts_as_0_in_scores(make, variant, options, lost):
+    p = make(30, 30, causal="bottom_right", variant=variant, options=options)
+    key = np.array(p.key)
+    key[0, 0, 7, 2] = 0
+    chosen = lower(p.replace(key=key)).problem.allowed
+    key[0, 0, 7, 2] = lost
+    q = p.replace(key=key)
+    np.testing.assert_array_equal(lower(q).problem.allowed, chosen)
+    spoilt = np.isnan(evaluate(q, rounding="float32").out).all(-1)
+    seen = chosen[..., 7] & (np.arange(30) >= 7)
+    seen[:, p.heads // p.heads_kv :] = False
+    np.testing.assert_array_equal(spoilt, seen)
+    assert spoilt.any()
+    assert not spoilt[..., 7:].all()
