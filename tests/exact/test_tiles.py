@@ -148,10 +148,10 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", [*CHOICES, "blocks of 64"])
 def test_gradients_of_what_is_chosen_are_those_of_its_mask(views, name):
-    variant, options = CHOICES[name]
-    p = call(200, 210, causal="bottom_right", variant=variant, options=options, sink=np.float32([0.5, -1.0]))
+    variant, options = CHOICES.get(name, ("moba", {"block_size": 64, "topk": 2}))
+    p = call(250, 270, causal="bottom_right", variant=variant, options=options, sink=np.float32([0.5, -1.0]))
     core = lowering.lower(p).problem
     dout = np.random.default_rng(5).standard_normal(p.out_shape)
     got, want = (evaluate(x, rounding="float32", gradients=dout) for x in (core, core.written_out()))
