@@ -38,7 +38,7 @@ Mask = NDArray[np.bool_]
 
 def matrix_of(f: Any, x: Float) -> Any:
     """Take a float64 matrix into an arithmetic, exactly."""
-    taken = f.array(x)
+    taken = f.operand(x) if hasattr(f, "operand") else f.array(x)
     return Matrix(taken, f) if isinstance(taken, np.ndarray) else taken  # a field and a level have their own
 
 
