@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,8 @@ class Answer:
         shapes.
         Float64 nearest to the enclosure's middle, or correctly rounded numbers in the asked format.
     enclosures : dict
-        An :class:`Enclosure` for each, with a proven radius for every element.
+        An :class:`Enclosure` for each, with a proven radius for every element. After an evaluation on a GPU they stay
+        in its memory until they are read.
     rounding : str or None
         The format that the values are correctly rounded to.
     undecided : dict
@@ -50,7 +52,7 @@ class Answer:
 
     problem: Problem
     values: dict[str, NDArray[Any]]
-    enclosures: dict[str, Enclosure]
+    enclosures: Mapping[str, Enclosure]
     rounding: str | None
     undecided: dict[str, int]
     balls: Raw

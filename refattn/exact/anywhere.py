@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["beside", "largest", "on_host", "two_to"]
+from ..arrays import from_float64, to_float64
+from ..dtypes import Format
+
+__all__ = ["beside", "largest", "narrowed", "on_host", "two_to", "widened"]
 
 
 def beside(x: Any, y: NDArray[Any]) -> Any:
@@ -23,6 +26,28 @@ def on_host(x: Any) -> Any:
 def largest(x: Any, axis: int) -> Any:
     """Return the largest of sizes along an axis, 0 where there are none (CuPy's max takes no ``initial``)."""
     return x.max(axis) if x.shape[axis] else x.sum(axis)
+
+
+def widened(x: NDArray[Any], xp: Any) -> Any:
+    """Return a NumPy array's numbers in float64, on xp's device: they go there as they are."""
+    if xp is np or x.dtype.name not in ("bfloat16", "float16", "float32"):
+        return xp.asarray(to_float64(x))
+    if x.dtype.name != "bfloat16":
+        return xp.asarray(x).astype(np.float64)
+    bits = xp.asarray(x.view(np.uint16)).astype(np.uint32)
+    return (bits << 16).view(np.float32).astype(np.float64)
+
+
+def narrowed(x: Any, form: Format) -> NDArray[Any]:
+    """Return numbers of a format in its own type, as NumPy's: what comes from a device is narrow already."""
+    if not hasattr(x, "__cuda_array_interface__"):
+        return from_float64(x, form.name)
+    if form.name in ("float64", "float32", "float16"):
+        return np.asarray(on_host(x.astype(form.dtype)))
+    if form.name == "bfloat16":
+        bits = x.astype(np.float32).view(np.uint32) >> 16
+        return np.asarray(on_host(bits.astype(np.uint16)).view(form.dtype))
+    return from_float64(on_host(x), form.name)
 
 
 def two_to(x: Any) -> Any:

@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import from_float64, kind_of, to_float64, to_numpy
+from ..arrays import kind_of, to_float64, to_numpy
 from ..dtypes import Format, format_of
 from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..masks import unused
 from ..problem import Problem
 from ..variants import variant_of
 from .answer import Answer
+from .anywhere import narrowed
 from .arithmetics import Balls, Floats
 from .device.asked import asked, on
 from .device.card import Card
-from .enclosure import Enclosure
+from .enclosure import Enclosure, Fetched
 from .field import Field
 from .levels import Level
 from .lowering import lower
@@ -207,12 +208,16 @@ def _rounded(
     own_bias = problem.bias is not None and problem.bias.shape == (*problem.out_shape[:3], problem.n_k)
     state = State(form, lse_form, ("out", "lse", "dq", "dbias") if own_bias else ("out", "lse", "dq"))
     work = Work(problem, dout, threads, dlse, device)
+    there = device is not None
     by_key, keys = work.by_keys, None
     first = (START if dout is None else START_BACK)[form.precision]
     levels: list[Level | Balls] = [Level(level, device) for level in range(first, 4)]
     levels += [Balls(bits) for bits in LADDER]
     for f in levels:
         start = time.perf_counter()
+        if there and isinstance(f, Balls):  # Arb is the CPU's
+            there, work = False, Work(problem, dout, threads, dlse)
+            state.fetch()
         with f.working() if isinstance(f, Balls) else nullcontext():
             known: RowsByHead = {}
             try:
@@ -238,9 +243,18 @@ def _rounded(
             break
         keys = _few_keys(state) if by_key and not state.sums_open else None
         need = state.open_rows(keys_apart=keys is not None)
-    typed = {n: from_float64(v, state.form(n).name) for n, v in state.values.items()}
+    typed = {n: narrowed(v, state.form(n)) for n, v in state.values.items()}
     open_ = {n: int((~d).sum()) for n, d in state.decided.items()}
-    return Answer(problem, typed, state.enclosures, form.name, open_, {}, state.stats, state.decided)
+    return Answer(
+        problem,
+        typed,
+        Fetched(state.enclosures) if there else state.enclosures,
+        form.name,
+        open_,
+        {},
+        state.stats,
+        state.decided,
+    )
 
 
 def _over_balls(work: Work, f: Balls, *some: Any) -> Raw:

@@ -17,6 +17,7 @@ from ..masks import block, diagonal, distance, visible
 from ..positions import partners, places, slope_of, tables, turned
 from ..problem import Problem
 from ..variants import Rows, variant_of
+from .anywhere import on_host, widened
 from .matrix import Matrix
 
 __all__ = [
@@ -236,7 +237,7 @@ class Head:
         return SimpleNamespace(**known | {"sink": self.sink})
 
 
-def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
+def heads(problem: Problem, by_rules: bool = False, xp: Any = np) -> Iterator[Head]:
     """Yield the heads of a call, batch by batch, query heads of one key head together.
 
     Parameters
@@ -245,12 +246,14 @@ def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
         The call.
     by_rules : bool
         Whether long masks are views, whatever the call has.
+    xp : module
+        Where queries, keys and values are: NumPy, or that of a device.
     """
     p = problem.to("numpy")
-    q, k, v = (to_float64(to_numpy(x)) for x in (p.query, p.key, p.value))
+    q, k, v = (widened(to_numpy(x), xp) for x in (p.query, p.key, p.value))
     sink = None if p.sink is None else to_float64(p.sink)
     if p.d_k == 0:  # one column of zeros gives the same products
-        q, k = (np.zeros((*x.shape[:3], 1)) for x in (q, k))
+        q, k = (xp.zeros((*x.shape[:3], 1)) for x in (q, k))
     gates = {n: gate(n, to_float64(x)) for n in GATES if (x := getattr(p, n)) is not None}
     group = p.heads // p.heads_kv
     for b in range(p.batch):
@@ -313,7 +316,7 @@ def all_finite(x: Float) -> bool:
 
 def finite_rows(x: Float) -> Mask:
     """Tell which rows have neither NaN nor inf."""
-    return np.ones(len(x), bool) if all_finite(x) else np.asarray(np.isfinite(x).all(1))
+    return np.ones(len(x), bool) if all_finite(x) else np.asarray(on_host(np.isfinite(x).all(1)))
 
 
 def _weights(x: Float) -> Float:
@@ -327,7 +330,7 @@ def _spoilt(q: Float, k: Float, bias: Float | None, sink: float | None, allowed:
     lost = ~finite_rows(k)
     bad: Mask = np.asarray(allowed[:, lost].any(1)) if lost.any() else np.zeros(len(q), bool)
     if not all_finite(q):
-        bad |= ~np.isfinite(q).all(1) & allowed.any(1)
+        bad |= ~finite_rows(q) & allowed.any(1)
     if bias is not None:
         bad |= (np.asarray(allowed) & ~np.isfinite(bias)).any(1)
     if sink is not None and not np.isfinite(sink):

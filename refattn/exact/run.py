@@ -14,6 +14,7 @@ from ..masks import unused
 from ..problem import Problem
 from ..variants import Rows as RowsShape
 from ..variants import Steps, variant_of
+from .anywhere import largest
 from .arithmetics import Floats
 from .backward import backward
 from .heads import Head, heads, matrix_of, numbers_of
@@ -70,7 +71,7 @@ class Work:
     ) -> None:
         self.p, self.dout, self.threads, self.dlse = problem.to("numpy"), dout, threads, dlse
         self.variant = variant_of(problem.variant)
-        self.heads = list(heads(self.p, by_rules=device is not None))
+        self.heads = list(heads(self.p, device is not None, np if device is None else device.place(self.p)))
         self.unused = unused(self.p)
         if dout is not None and not all(finite(s) for s in self.heads):
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
@@ -313,7 +314,7 @@ def _keys(
 
 def _unit(v: NDArray[np.float64]) -> int:
     """Return the exponent to take off the values where they lie far from 1: outputs are linear in them."""
-    e = int(np.frexp(np.abs(v).max(initial=0.0))[1])
+    e = int(np.frexp(float(largest(np.abs(v).reshape(-1), 0)))[1])
     return e if abs(e) > 200 else 0
 
 

@@ -8,7 +8,7 @@ as they are made; products are those of ``levels.py``. The numerator's and the d
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from ..rules import FULL, PARTIAL, View
 from ..rules.spans import UNSURE
 from ..variants import variant_of
 from . import elementwise
-from .anywhere import largest, two_to
+from .anywhere import beside, largest, two_to
 from .blas import one_thread
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, two_prod
 from .heads import Head
@@ -131,6 +131,19 @@ class Right:
         self.product(left[:, self.lead * self.k :], self.tails, out=out[level])
 
 
+class TilesOfRows(Sequence[Right]):
+    """Some rows each of a right operand, copied when they are asked for: together they are as large as all of it."""
+
+    def __init__(self, whole: Right, tiles: list[slice]) -> None:
+        self.whole, self.tiles = whole, tiles
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __getitem__(self, n: Any) -> Any:
+        return self.whole.rows(self.tiles[n])
+
+
 def stream(
     one: Head, f: Level, rows: NDArray[np.intp], unit: int, threads: int, into: tuple[Float, Float] | None = None
 ) -> tuple[Float, Float]:
@@ -197,7 +210,8 @@ class Forward:
     ) -> None:
         self.head, self.f, self.rows, host, xp = one, f, rows, Level(f.level), f.xp
         level, (n_k, d) = f.level, one.k.shape
-        k, v = xp.asarray(one.k), xp.asarray(np.ldexp(one.v, -unit) if unit else one.v)
+        k, v = xp.asarray(one.k), xp.asarray(one.v)
+        v = np.ldexp(v, np.full_like(v, -unit, np.int32)) if unit else v
         self.out: Any
         self.lse: Any
         self.out, self.lse = into or (xp.zeros((len(rows), v.shape[1], 3)), xp.zeros((len(rows), 3)))
@@ -208,17 +222,18 @@ class Forward:
         self.wide = tile_sizes()[1] if f.device is None else f.device.keys
         self.tiles, self.kinds = tiles_of(one.allowed, rows, n_k, self.wide)
         self.shift, self.relative, self.sums = xp.zeros(len(rows)), xp.zeros(len(rows)), xp.zeros((len(rows), 3))
-        b, q = head_bits(d, level), f.array(one.q if len(rows) == len(one.q) else one.q[rows])
-        heads, tails = q._cut(b, level)
-        self.left = np.concatenate([*heads, tails[level]], 1)
-        self.width = head_bits(min(self.wide, n_k), level)
+        b, self.width = head_bits(d, level), head_bits(min(self.wide, n_k), level)
         if f.device is None:
+            self.values: Sequence[Right]
             self.keys = of_keys = each(lambda t: Right(k[t], f, b), self.tiles, threads)
             self.values = of_values = each(lambda t: Right(v[t].T, f, self.width), self.tiles, threads)
         else:  # one cut for all keys: there a tile's would cost its launches
             of_keys, of_values = [Right(k, f, b)], [Right(v.T, f, self.width)]
             self.keys = [of_keys[0].columns(t) for t in self.tiles]
-            self.values = [of_values[0].rows(t) for t in self.tiles]
+            self.values = TilesOfRows(of_values[0], self.tiles)
+        q = f.array(one.q if len(rows) == len(one.q) else one.q[beside(one.q, rows)])
+        heads, tails = q._cut(b, level)
+        self.left = np.concatenate([*heads, tails[level]], 1)
         self.sigma = np.array([1.5 * 2.0 ** (52 - self.width - s * (self.width + 1)) for s in range(level)])
         self.most_v = np.max(np.stack([x.most for x in of_values]), 0)  # (L + 1, d_v)
         self.sums_v = np.sum(np.stack([x.sums for x in of_values]), 0) * (1 + 2.0**-30)

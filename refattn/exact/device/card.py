@@ -19,10 +19,12 @@ THREADS, PER = 256, 8
 """Threads of a block, which has one row, and the keys that each holds in registers."""
 KEYS = THREADS * PER
 """Keys of a tile: what a block holds, and what leaves the heads of a weight 20 bits at every level."""
-ROWS = 2**14
+ROWS = 2**13
 """Query rows of a tile, where there is memory for them."""
 KERNELS = ("weigh", "collect", "trusted")
 OPTIONS = ("-std=c++17", "--fmad=false")
+MOST_INPUTS = 8
+"""One part in so many of the free memory may be taken by inputs that stay."""
 LEAST = 80
 """The first compute capability whose matrix unit has float64: 8.0."""
 
@@ -138,6 +140,14 @@ class Card:
         return work
 
     # memory -------------------------------------------------------------------------------------------------------
+
+    def place(self, problem: Any) -> Any:
+        """Return where the inputs of a call are kept in float64: on the device, where they leave it most of its memory.
+
+        NumPy else; they are copied head by head then.
+        """
+        arrays = (problem.query, problem.key, problem.value)
+        return self.xp if 8 * sum(int(x.size) for x in arrays) <= self.free() // MOST_INPUTS else np
 
     def free(self) -> int:
         """Return how many bytes can be had: of the GPU, and of what CuPy keeps for itself."""
