@@ -320,8 +320,11 @@ class Bounded(Reflected):
 
     # the product --------------------------------------------------------------------------------------------------
 
-    def _cut(self, b: int, level: int) -> tuple[list[Float], list[Float]]:
-        """Return heads A_0 .. A_{L-1} and tails A_{>=0} .. A_{>=L}, cut along rows; heads and differences are exact."""
+    def _cut(self, b: int, level: int, into: tuple[Any, Any] | None = None) -> tuple[list[Float], list[Float]]:
+        """Return heads A_0 .. A_{L-1} and tails A_{>=0} .. A_{>=L}, cut along rows; heads and differences are exact.
+
+        They are written into arrays (L, n, m) and (L + 1, n, m) where these are given.
+        """
         if b in self.kept:
             return self.kept[b]  # type: ignore[no-any-return]
         top, xp = largest(np.abs(self.h), 1), self.f.xp
@@ -329,7 +332,7 @@ class Bounded(Reflected):
         sigma = xp.empty((level, len(e)))
         for s in range(level):
             sigma[s] = e * (1.5 * 2.0 ** (52 - b - s * (b + 1)))
-        heads, tails = xp.empty((level, *self.h.shape)), xp.empty((level + 1, *self.h.shape))
+        heads, tails = into or (xp.empty((level, *self.h.shape)), xp.empty((level + 1, *self.h.shape)))
         self.f.steps.cut(self.h, np.broadcast_to(self.l, self.h.shape), sigma, heads, tails)
         self.kept[b] = list(heads), list(tails)
         return self.kept[b]  # type: ignore[no-any-return]

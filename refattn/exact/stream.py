@@ -94,9 +94,9 @@ class Right:
     def __init__(self, turned: Any, f: Level, b: int) -> None:
         level, self.product = f.level, np.matmul if f.device is None else f.device.matmul
         turned = turned if isinstance(turned, Bounded) else f.array(turned)
-        heads, tails = turned._cut(b, level)
+        room, flat = (None, None) if f.device is None else _room(turned.h, level, f.xp)
+        heads, tails = turned._cut(b, level, room)
         self.k = turned.shape[1]
-        self.heads = np.concatenate([x.T for x in heads[::-1]], 0) if level else turned.h.T[:0]
         # of each column, by tail
         self.most, self.sums = (f.xp.empty((level + 1, turned.shape[0])) for _ in range(2))
         self.norm = np.empty(level + 1)
@@ -106,6 +106,10 @@ class Right:
             self.norm[t] = float(largest(norms(x), 0))
         # the first tails may be all 0: of narrow formats most are
         self.lead = next((t for t in range(level + 1) if float(largest(self.most[level - t], 0)) > 0), level)
+        if flat is not None:
+            self.heads, self.tails = flat[0], flat[1][self.lead * self.k :]
+            return
+        self.heads = np.concatenate([x.T for x in heads[::-1]], 0) if level else turned.h.T[:0]
         self.tails = np.concatenate([x.T for x in tails[: level + 1 - self.lead][::-1]], 0)
 
     def columns(self, at: slice) -> Right:
@@ -129,6 +133,21 @@ class Right:
         for t in range(level):
             self.product(left[:, : (t + 1) * self.k], self.heads[(level - 1 - t) * self.k :], out=out[t])
         self.product(left[:, self.lead * self.k :], self.tails, out=out[level])
+
+
+def _room(x: Any, level: int, xp: Any) -> tuple[Any, Any]:
+    """Return where heads (L, n, m) and tails (L + 1, n, m) of a device's matrix go, and the operands that these are."""
+    (n, m), rooms, flat = x.shape, [], []
+    for parts in (level, level + 1):
+        if x.strides[1] > x.strides[0]:
+            base = xp.empty((parts, m, n))
+            rooms.append(np.moveaxis(base, 1, 2)[::-1])
+            flat.append(base.reshape(parts * m, n))
+        else:
+            base = xp.empty((n, parts, m))
+            rooms.append(np.moveaxis(base, 1, 0)[::-1])
+            flat.append(base.reshape(n, parts * m).T)
+    return tuple(rooms), flat
 
 
 class TilesOfRows(Sequence[Right]):

@@ -10,7 +10,6 @@ import numpy as np
 
 from ...arrays import cupy_with_gpu
 from ...errors import BuildError, UnsupportedProblem
-from .. import elementwise
 from ..doubledouble import table
 
 __all__ = ["KERNELS", "KEYS", "OPTIONS", "ROWS", "Card", "card_of", "text_of"]
@@ -19,9 +18,9 @@ THREADS, PER = 256, 8
 """Threads of a block, which has one row, and the keys that each holds in registers."""
 KEYS = THREADS * PER
 """Keys of a tile: what a block holds, and what leaves the heads of a weight 20 bits at every level."""
-ROWS = 2**13
-"""Query rows of a tile, where there is memory for them."""
-KERNELS = ("weigh", "collect", "trusted")
+ROWS = 2**15
+"""Query rows of a tile, over the parts that a number of the level has, where there is memory for them."""
+KERNELS = ("cut", "weigh", "collect", "trusted")
 OPTIONS = ("-std=c++17", "--fmad=false")
 MOST_INPUTS = 8
 """One part in so many of the free memory may be taken by inputs that stay."""
@@ -93,7 +92,17 @@ class Card:
 
     # the steps of a level -----------------------------------------------------------------------------------------
 
-    cut = staticmethod(elementwise.cut)
+    def cut(self, x: Any, y: Any, sigma: Any, heads: Any, tails: Any) -> None:
+        """Cut x + y along rows, as :func:`refattn.exact.elementwise.cut` does, wherever the parts lie."""
+        steps = [tuple(s // 8 for s in a.strides) for a in (x, y, heads, tails)]
+        size, by_rows = x.shape, (1, 0)
+        if steps[0][1] > steps[0][0]:  # neighbours in memory are rows
+            size, by_rows = size[::-1], (0, 1)
+            steps = [(*s[:-2], s[-1], s[-2]) for s in steps]
+        numbers = (*size, x.shape[0], *by_rows, *steps[0], *steps[1], *steps[2], *steps[3])
+        blocks = -(-size[0] * size[1] // self.threads)
+        if blocks:
+            self.launch(len(heads), "cut", blocks, (x, y, sigma, heads, tails, *map(np.int64, numbers)))
 
     @staticmethod
     def row_sum_error(w: int) -> float:

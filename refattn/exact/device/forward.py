@@ -55,7 +55,7 @@ def bytes_needed(n_q: int, n_k: int, d: int, d_v: int, level: int, rows: int, mo
 
 
 def rows_of_a_tile(one: Head, f: Level, rows: int) -> int:
-    """Return how many rows a tile has: the most of ``ROWS`` and its halves that there is memory for.
+    """Return how many rows a tile has: the most of the level's share of ``ROWS`` and its halves that memory holds.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def rows_of_a_tile(one: Head, f: Level, rows: int) -> int:
     UnsupportedProblem
         Even the fewest rows need more memory than there is; it says how much. Or keys are too wide or too many.
     """
-    size, free = ROWS, f.device.free()
+    size, free = ROWS // (1 << f.level.bit_length()), f.device.free()
     more = one.bias is not None or not one.allowed.all()
     (n_k, d), d_v = one.k.shape, one.v.shape[1]
     if d >= WIDEST or n_k >= LONGEST:

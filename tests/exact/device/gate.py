@@ -22,8 +22,8 @@ def same_bits(device, problems, seed=0, most=(400, 400, 400, 6000)):
     rng, wrong, levels, card = np.random.default_rng(seed), 0, Counter(), card_of(0)
     before = card.keys, forward.ROWS, forward.FEWEST
     for i in range(problems):
-        card.keys, forward.ROWS = int(rng.choice([48, 512, before[0]])), int(rng.choice([16, 1024, ROWS]))
-        forward.FEWEST = min(forward.FEWEST, forward.ROWS)
+        card.keys, forward.ROWS = int(rng.choice([48, 512, before[0]])), int(rng.choice([64, 4096, ROWS]))
+        forward.FEWEST = min(forward.FEWEST, forward.ROWS // 4)
         problem, out, lse = draw(rng, most[i % len(most)])
         mine = refattn.evaluate(problem, rounding=out, lse_rounding=lse, device=device)
         off = compare(mine, refattn.evaluate(problem, rounding=out, lse_rounding=lse))

@@ -30,7 +30,7 @@ def test_bits_are_the_cpus_over_all_options(trusted):
     assert wrong == 0
     assert {f"float64 enclosures, L = {i}" for i in range(3)} <= set(levels)
     launched = {name for name, _ in trusted.seen.launched}
-    assert launched == {"weigh", "collect"}
+    assert launched == {"cut", "weigh", "collect"}
 
 
 def test_blocks_of_the_size_that_a_gpu_has(stand_in, monkeypatch):
@@ -51,7 +51,7 @@ def test_enclosures_hold_at_every_level(trusted):
 
 def test_a_threads_keys_and_tiles_of_rows_meet(trusted, monkeypatch):
     """Two tiles of keys wider than a block's threads, three of rows, a mask by a rule: a row begins in the second."""
-    monkeypatch.setattr(forward, "ROWS", 16)
+    monkeypatch.setattr(forward, "ROWS", 64)  # at this level a fourth of them
     monkeypatch.setattr(forward, "FEWEST", 16)
     monkeypatch.setattr(masks, "WRITTEN", 0)
     card_of(0).keys = 400
