@@ -98,8 +98,9 @@ class Fetched(Mapping[str, Enclosure]):
 
     def __getitem__(self, name: str) -> Enclosure:
         e = self._all[name]
-        self._all[name] = here = Enclosure(*map(on_host, (e.mid, e.tail, e.radius)))
-        return here
+        if not isinstance(e.mid, np.ndarray):
+            self._all[name] = e = Enclosure(*map(on_host, (e.mid, e.tail, e.radius)))
+        return e
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._all)

@@ -321,10 +321,7 @@ class Bounded(Reflected):
     # the product --------------------------------------------------------------------------------------------------
 
     def _cut(self, b: int, level: int, into: tuple[Any, Any] | None = None) -> tuple[list[Float], list[Float]]:
-        """Return heads A_0 .. A_{L-1} and tails A_{>=0} .. A_{>=L}, cut along rows; heads and differences are exact.
-
-        They are written into arrays (L, n, m) and (L + 1, n, m) where these are given.
-        """
+        """Return heads A_0 .. A_{L-1} and tails A_{>=0} .. A_{>=L}, cut along rows, exactly; `into` is room for them."""
         if b in self.kept:
             return self.kept[b]  # type: ignore[no-any-return]
         top, xp = largest(np.abs(self.h), 1), self.f.xp

@@ -22,6 +22,8 @@ ROWS = 2**15
 """Query rows of a tile, over the parts that a number of the level has, where there is memory for them."""
 KERNELS = ("cut", "weigh", "collect", "trusted")
 OPTIONS = ("-std=c++17", "--fmad=false")
+LARGE = 2**25
+"""Bytes of an array from which waiting for the GPU to free memory costs little beside the work on it."""
 MOST_INPUTS = 8
 """One part in so many of the free memory may be taken by inputs that stay."""
 LEAST = 80
@@ -149,6 +151,11 @@ class Card:
         return work
 
     # memory -------------------------------------------------------------------------------------------------------
+
+    def trim(self, size: int) -> None:
+        """Give back what CuPy keeps for itself, where arrays are of so many bytes that its pieces do not fit others."""
+        if size >= LARGE:
+            self.xp.get_default_memory_pool().free_all_blocks()
 
     def place(self, problem: Any) -> Any:
         """Return where the inputs of a call are kept in float64: on the device, where they leave it most of its memory.

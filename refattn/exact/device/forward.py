@@ -93,6 +93,7 @@ class OnDevice(Forward):
     """One head's operands, prepared on a device, and its results there."""
 
     def __init__(self, one: Head, f: Level, rows: NDArray[np.intp], unit: int, into: tuple[Any, Any] | None) -> None:
+        f.device.trim(8 * one.k.size)
         self.tall, constant = rows_of_a_tile(one, f, len(rows)), Level(f.level).log2e
         self.log2e = float(constant.h[0, 0]), float(constant.l[0, 0])
         super().__init__(one, f, rows, unit, into, threads=1)
@@ -101,6 +102,7 @@ class OnDevice(Forward):
     def run(self) -> None:
         """Compute all rows."""
         size = self.tall
+        self.f.device.trim(8 * self.left.size)
         level, xp, d_v = self.f.level, self.f.xp, self.out.shape[1]
         r, w = min(size, len(self.rows)), max(t.stop - t.start for t in self.tiles) if self.tiles else 0
         self._planes, self._fade = xp.empty(r * (level + 1) * w), xp.empty(r)

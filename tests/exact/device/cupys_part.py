@@ -148,7 +148,7 @@ def library(code, folder):
 
 def cupys_part(folder, free=2**36, capability="90", mode=0, gpus=1, broken=None):
     """Return a module's stand-in; `seen` of it tells what was launched. `broken` takes a product and spoils it."""
-    seen = SimpleNamespace(launched=[], free=free)
+    seen = SimpleNamespace(launched=[], freed=[], free=free)
 
     class CUDARuntimeError(RuntimeError):
         pass
@@ -215,6 +215,8 @@ def cupys_part(folder, free=2**36, capability="90", mode=0, gpus=1, broken=None)
         device=SimpleNamespace(get_cublas_handle=lambda: 7),
     )  # fmt: skip
 
+    pool = SimpleNamespace(free_bytes=lambda: 0, free_all_blocks=lambda: seen.freed.append(1))
+
     def made(function):
         def call(*some, **more):
             return Array(function(*map(taken, some), **more))
@@ -226,7 +228,7 @@ def cupys_part(folder, free=2**36, capability="90", mode=0, gpus=1, broken=None)
 
     return SimpleNamespace(
         cuda=cuda, RawModule=RawModule, seen=seen, asarray=asarray, array=asarray, empty=made(_filled),
-        zeros=made(np.zeros), full=made(np.full), get_default_memory_pool=lambda: SimpleNamespace(free_bytes=lambda: 0),
+        zeros=made(np.zeros), full=made(np.full), get_default_memory_pool=lambda: pool,
     )  # fmt: skip
 
 
