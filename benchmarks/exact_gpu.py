@@ -37,6 +37,8 @@ CALLS: tuple[tuple[int, str, bool, float | None], ...] = (
     (65536, "float64", True, None),
     (65536, "bfloat16", False, 0.3),
 )
+LAST = 1024, 2**20
+"""Rows, and the keys of the call whose last rows they are."""
 
 
 def rows() -> Iterator[Row]:
@@ -57,6 +59,8 @@ def rows() -> Iterator[Row]:
             plain_of[n] = plain(cupy, n)
             yield Row(f"n = {n}, plain CuPy float64", plain_of[n], "s")
         yield from call(cupy, card, n, form, causal, most, plain_of[n])
+    for form in ("bfloat16", "float64"):
+        yield from some_rows(cupy, form)
 
 
 def random_call(n: int, form: str, causal: bool) -> Problem:
@@ -138,6 +142,25 @@ def same(problem: Problem, answer: Any, form: str, causal: bool) -> float:
             found += int((to_float64(mine) == to_float64(theirs)).sum())
             total += theirs.size
     return found / total
+
+
+def some_rows(cupy: Any, form: str) -> Iterator[Row]:
+    """Yield the figures of the last rows of a long causal call."""
+    rows, n = LAST
+    at, rng = f"{rows} exact rows on {n} keys, {form}", np.random.default_rng(n)
+    q, k, v = (from_float64(format_of(form).round_array(rng.standard_normal((1, 1, x, D))), form) for x in (rows, n, n))
+    problem = Problem(q, k, v, causal="bottom_right")
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    answer = refattn.evaluate(problem, rounding=form, device="cuda")
+    yield Row(f"{at}, memory", pool.total_bytes() / 1e9, "GB")
+    yield Row(f"{at}, undecided", float(sum(answer.undecided.values())), "", at_most=0.0)
+    few = 8
+    exact = refattn.evaluate(refattn.query_rows(problem, rows - few, rows), rounding=form)
+    pairs = (answer.out[:, :, -few:], exact.out), (answer.lse[:, :, -few:], exact.lse)
+    found = sum(int((to_float64(a) == to_float64(b)).sum()) for a, b in pairs)
+    yield Row(f"{at}, same bits as the CPU's, {few} rows", found / sum(b.size for _, b in pairs), "share", at_least=1.0)
+    yield Row(at, seconds(cupy, lambda: refattn.evaluate(problem, rounding=form, device="cuda")), "s", at_most=0.5)
 
 
 def products(cupy: Any, card: Card, n: int, level: int) -> float:

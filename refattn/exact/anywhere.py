@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["beside", "largest", "on_host", "two_to"]
+__all__ = ["beside", "largest", "on_host", "scaled", "two_to"]
 
 
 def beside(x: Any, y: NDArray[Any]) -> Any:
@@ -23,6 +23,11 @@ def on_host(x: Any) -> Any:
 def largest(x: Any, axis: int) -> Any:
     """Return the largest of sizes along an axis, 0 where there are none (CuPy's max takes no ``initial``)."""
     return x.max(axis) if x.shape[axis] else x.sum(axis)
+
+
+def scaled(x: Any, e: int) -> Any:
+    """Return x * 2**e, rounded once."""
+    return np.ldexp(x, np.full_like(x, e, np.int32)) if e else x
 
 
 def two_to(x: Any) -> Any:

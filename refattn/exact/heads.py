@@ -17,6 +17,7 @@ from ..masks import block, diagonal, distance, visible
 from ..positions import partners, places, slope_of, tables, turned
 from ..problem import Problem
 from ..variants import Rows, variant_of
+from .anywhere import beside, on_host
 from .matrix import Matrix
 
 __all__ = [
@@ -236,7 +237,7 @@ class Head:
         return SimpleNamespace(**known | {"sink": self.sink})
 
 
-def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
+def heads(problem: Problem, by_rules: bool = False, take: Callable[[NDArray[Any]], Any] = to_float64) -> Iterator[Head]:
     """Yield the heads of a call, batch by batch, query heads of one key head together.
 
     Parameters
@@ -245,12 +246,14 @@ def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
         The call.
     by_rules : bool
         Whether long masks are views, whatever the call has.
+    take : callable
+        Makes float64 of keys and values, on the CPU or on a device.
     """
     p = problem.to("numpy")
-    q, k, v = (to_float64(to_numpy(x)) for x in (p.query, p.key, p.value))
+    q, k, v = to_float64(to_numpy(p.query)), *(take(to_numpy(x)) for x in (p.key, p.value))
     sink = None if p.sink is None else to_float64(p.sink)
     if p.d_k == 0:  # one column of zeros gives the same products
-        q, k = (np.zeros((*x.shape[:3], 1)) for x in (q, k))
+        q, k = np.zeros((*q.shape[:3], 1)), beside(k, np.zeros((*k.shape[:3], 1)))
     gates = {n: gate(n, to_float64(x)) for n in GATES if (x := getattr(p, n)) is not None}
     group = p.heads // p.heads_kv
     for b in range(p.batch):
@@ -312,8 +315,8 @@ def all_finite(x: Float) -> bool:
 
 
 def finite_rows(x: Float) -> Mask:
-    """Tell which rows have neither NaN nor inf."""
-    return np.ones(len(x), bool) if all_finite(x) else np.asarray(np.isfinite(x).all(1))
+    """Tell which rows have neither NaN nor inf, on the CPU."""
+    return np.ones(len(x), bool) if all_finite(x) else np.asarray(on_host(np.isfinite(x).all(1)))
 
 
 def _weights(x: Float) -> Float:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .anywhere import beside, on_host
 from .doubledouble import U, two_sum
 from .heads import Head, finite_rows, numbers_of
 from .levels import UP, Level
@@ -89,7 +90,8 @@ def specials(one: Head, raw: Raw, f: Any, positive: bool) -> None:
     seen = one.allowed[:, odd].astype(np.float32)
     if seen.any():
         kinds = (np.isposinf, np.isneginf, np.isnan)
-        plus, minus, nan = (seen @ kind(one.values[odd]).astype(np.float32) > 0 for kind in kinds)
+        values = on_host(one.values[beside(one.values, odd)])
+        plus, minus, nan = (seen @ kind(values).astype(np.float32) > 0 for kind in kinds)
         nan |= (plus & minus) | ((plus | minus) & (not positive))
         for where, x in ((plus, np.inf), (minus, -np.inf), (nan, np.nan)):
             mark(out, where, x, f)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..masks import unused
 from ..problem import Problem
 from ..variants import Rows as RowsShape
 from ..variants import Steps, variant_of
+from .anywhere import largest, scaled
 from .arithmetics import Floats
 from .backward import backward
 from .heads import Head, heads, matrix_of, numbers_of
@@ -70,18 +72,24 @@ class Work:
     ) -> None:
         self.p, self.dout, self.threads, self.dlse = problem.to("numpy"), dout, threads, dlse
         self.variant = variant_of(problem.variant)
-        self.heads = list(heads(self.p, by_rules=device is not None))
+        self.device = device
+        self.there = self.heads if device is None else device.heads(self.p) or self.heads
         self.unused = unused(self.p)
-        if dout is not None and not all(finite(s) for s in self.heads):
+        if dout is not None and not all(finite(s) for s in self.there):
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
-        self.streamed = [(device is not None or len(s.k) >= STREAM_FROM) and streams(s) for s in self.heads]
+        self.streamed = [(device is not None or len(s.k) >= STREAM_FROM) and streams(s) for s in self.there]
         if device is not None and not all(self.streamed):
             raise UnsupportedProblem(f"device: {problem.variant} attention with these options {ONLY}; use device='cpu'")
         plain = dlse is None and self.p.out_scale is None
         self.backward = [
             yes and plain and dout is not None and streams(s, backward=True) and _plain(s, dout)
-            for yes, s in zip(self.streamed, self.heads, strict=True)
+            for yes, s in zip(self.streamed, self.there, strict=True)
         ]
+
+    @cached_property
+    def heads(self) -> list[Head]:
+        """The heads, on the CPU; :attr:`there` has those of a device, made once for all levels."""
+        return list(heads(self.p, by_rules=self.device is not None))
 
     @property
     def by_keys(self) -> bool:
@@ -131,7 +139,7 @@ class Work:
         raw, known, dout = self._empty(f), {} if known is None else known, self.dout
         if self.unused is not None and "lse" in raw:
             mark(raw["lse"], np.broadcast_to(self.unused[0][:, None], self.p.out_shape[:3]), -np.inf, f)
-        for i, one in enumerate(self.heads):
+        for i, one in enumerate(self.there if getattr(f, "device", None) is not None else self.heads):
             wanted = one.live if need is None else one.live & need[one.batch, one.head, one.rows]
             lines, floating = np.nonzero(wanted)[0], isinstance(f, Level)
             if isinstance(self.variant.shape, Steps):
@@ -158,7 +166,7 @@ class Work:
         shape, floating = self.variant.shape, isinstance(f, Level)
         assert isinstance(shape, RowsShape)
         unit = _unit(one.v) if floating and self.dout is None else 0
-        k, v = (matrix_of(f, x) for x in (one.k, np.ldexp(one.v, -unit)))
+        k, v = (matrix_of(f, x) for x in (one.k, scaled(one.v, -unit)))
         most = TILE_LEVEL if floating else TILE
         for tile in [lines] if shape.together else _tiles(lines, one.k.shape[0], most):
             _tile(one, f, shape, tile, k, v, unit, raw, self.dout, sums, self.dlse)
@@ -313,14 +321,14 @@ def _keys(
 
 def _unit(v: NDArray[np.float64]) -> int:
     """Return the exponent to take off the values where they lie far from 1: outputs are linear in them."""
-    e = int(np.frexp(np.abs(v).max(initial=0.0))[1])
+    e = int(np.frexp(float(largest(largest(np.abs(v), 1), 0)))[1])
     return e if abs(e) > 200 else 0
 
 
 def _scaled(x: NDArray[Any], unit: int) -> NDArray[Any]:
     if unit == 0:
         return x
-    out: Any = np.ldexp(x, np.full_like(x, unit, np.int32))
+    out: Any = scaled(x, unit)
     lost = (np.abs(out[..., 0]) < 2.0**-950) | ~np.isfinite(out[..., 0])  # too near the edge to be a power of two apart
     out[..., 2] = np.where(lost, np.inf, out[..., 2])
     return out  # type: ignore[no-any-return]

@@ -19,7 +19,7 @@ from ..rules import FULL, PARTIAL, View
 from ..rules.spans import UNSURE
 from ..variants import variant_of
 from . import elementwise
-from .anywhere import largest, two_to
+from .anywhere import largest, scaled, two_to
 from .blas import one_thread
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, two_prod
 from .heads import Head
@@ -197,7 +197,7 @@ class Forward:
     ) -> None:
         self.head, self.f, self.rows, host, xp = one, f, rows, Level(f.level), f.xp
         level, (n_k, d) = f.level, one.k.shape
-        k, v = xp.asarray(one.k), xp.asarray(np.ldexp(one.v, -unit) if unit else one.v)
+        k, v = xp.asarray(one.k), xp.asarray(scaled(one.v, -unit))
         self.out: Any
         self.lse: Any
         self.out, self.lse = into or (xp.zeros((len(rows), v.shape[1], 3)), xp.zeros((len(rows), 3)))

@@ -137,6 +137,12 @@ class Card:
         work.run()
         return work
 
+    def heads(self, problem: Any) -> Any:
+        """Return a call's heads with keys and values here; None where they are too many: see ``taken.py``."""
+        from .taken import heads_on
+
+        return heads_on(self, problem)
+
     # memory -------------------------------------------------------------------------------------------------------
 
     def free(self) -> int:
