@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["beside", "largest", "on_host", "scaled", "two_to"]
+__all__ = ["beside", "largest", "on_host", "product", "scaled", "two_to", "within"]
 
 
 def beside(x: Any, y: NDArray[Any]) -> Any:
@@ -23,6 +23,20 @@ def on_host(x: Any) -> Any:
 def largest(x: Any, axis: int) -> Any:
     """Return the largest of sizes along an axis, 0 where there are none (CuPy's max takes no ``initial``)."""
     return x.max(axis) if x.shape[axis] else x.sum(axis)
+
+
+def product(device: Any, a: Any, b: Any) -> Any:
+    """Return the product of two float64 matrices: NumPy's, or the one that a device is trusted for."""
+    if device is None:
+        return a @ b
+    out = device.xp.empty((a.shape[0], b.shape[1]))
+    device.matmul(a, b, out)
+    return out
+
+
+def within(x: Any, index: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return an index with its arrays where x is."""
+    return tuple(beside(x, i) if isinstance(i, np.ndarray) else i for i in index)
 
 
 def scaled(x: Any, e: int) -> Any:

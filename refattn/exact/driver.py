@@ -85,7 +85,8 @@ def evaluate(
         Called as ``progress(done, total)`` after each part.
     device : str
         "cpu", or with `rounding` an NVIDIA GPU: "cuda" (CuPy's current one), "cuda:0" and so on. There it computes out
-        and lse of softmax attention, to the same bits; what is left undecided goes on in Arb on the CPU.
+        and lse of softmax attention and its gradients, to the same bits; what is left undecided goes on in Arb on the
+        CPU.
 
     Returns
     -------
@@ -105,8 +106,7 @@ def evaluate(
         raise InvalidInput(f"bits: got {bits!r}, expected an integer from 32 to {2**20}")
     if n_jobs is not None and (isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1):
         raise InvalidInput(f"n_jobs: got {n_jobs!r}, expected an integer of at least 1 or None")
-    card = asked(device, problem, rounding, gradients=gradients, dlse=dlse, n_jobs=n_jobs, checkpoint=checkpoint,
-                 progress=progress)  # fmt: skip
+    card = asked(device, problem, rounding, dlse=dlse, n_jobs=n_jobs, checkpoint=checkpoint, progress=progress)
     threads = n_jobs or os.cpu_count() or 1
     dout, at_lse = _both(problem, gradients, dlse)
     if lowered.problem is not problem:
@@ -125,7 +125,7 @@ def evaluate(
     form, lse_form = format_of(rounding), format_of(lse_rounding or rounding)
     if card is not None:
         with on(card):
-            return _rounded(problem, form, lse_form, None, threads, device=card)
+            return _rounded(problem, form, lse_form, dout, threads, device=card)
     cut = at_lse is None and (checkpoint is not None or progress is not None or (n_jobs or 1) > 1)
     pieces = parts(problem, dout) if cut else []
     if len(pieces) < 2 and checkpoint is None:
@@ -228,7 +228,7 @@ def _rounded(
             if by_key and keys is None and isinstance(f, Level) and (few := _few_keys(state)) is not None:
                 # again, one level up, with what this level's rows know
                 none = np.zeros_like(need)
-                raw = work.run(Level(min(f.level + 1, 3)), none, few, known)
+                raw = work.run(Level(min(f.level + 1, 3), device), none, few, known)
                 state.take(raw, none, few, _enclosed)
         if isinstance(f, Balls) and f.bits == EXACT_FROM and not state.done:
             exact_lse(problem, state, boundaries)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .anywhere import beside, on_host
+from .anywhere import beside, on_host, within
 from .doubledouble import U, two_sum
 from .heads import Head, finite_rows, numbers_of
 from .levels import UP, Level
@@ -51,6 +51,7 @@ def add_dbias(one: Head, at: Any, columns: slice, g: Any, raw: Raw) -> None:
 
 def add(target: NDArray[Any], index: Any, x: NDArray[Any]) -> None:
     """Add numbers in place."""
+    index = within(target, index)
     old = target[index]
     if target.dtype == object or target.shape[-1] != 3 or x.ndim != old.ndim:
         target[index] = old + x

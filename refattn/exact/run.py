@@ -15,7 +15,7 @@ from ..masks import unused
 from ..problem import Problem
 from ..variants import Rows as RowsShape
 from ..variants import Steps, variant_of
-from .anywhere import largest, scaled
+from .anywhere import largest, scaled, within
 from .arithmetics import Floats
 from .backward import backward
 from .heads import Head, heads, matrix_of, numbers_of
@@ -70,7 +70,8 @@ class Work:
         dlse: NDArray[np.float64] | None = None,
         device: Any = None,
     ) -> None:
-        self.p, self.dout, self.threads, self.dlse = problem.to("numpy"), dout, threads, dlse
+        self.p, self.dout, self.dlse = problem.to("numpy"), dout, dlse
+        self.threads = threads if device is None else 1  # a device's work queues up by itself
         self.variant = variant_of(problem.variant)
         self.device = device
         self.there = self.heads if device is None else device.heads(self.p) or self.heads
@@ -85,6 +86,11 @@ class Work:
             yes and plain and dout is not None and streams(s, backward=True) and _plain(s, dout)
             for yes, s in zip(self.streamed, self.there, strict=True)
         ]
+        if device is not None and dout is not None and not all(self.backward):
+            raise UnsupportedProblem(
+                "device: gradients of a call with a softcap or an out_scale, or with numbers beyond 2**200, have no "
+                "streaming path, and nothing else runs on a GPU; use device='cpu'"
+            )
 
     @cached_property
     def heads(self) -> list[Head]:
@@ -277,7 +283,8 @@ def _backward(
     result, rows = backward(
         one, f, lines, dout[at], threads, None if one.bias is None else dbias, forward and forward.some(lines)
     )
-    raw["out"][at], raw["lse"][at], raw["dq"][at] = result["out"], result["lse"], result["dq"]
+    for name in ("out", "lse", "dq"):
+        raw[name][within(raw[name], at)] = result[name]
     if len(lines) == one.live.sum():
         known[one.batch, one.head, one.rows.start] = rows
     if keys is None:

@@ -19,7 +19,7 @@ from ..rules import FULL, PARTIAL, View
 from ..rules.spans import UNSURE
 from ..variants import variant_of
 from . import elementwise
-from .anywhere import largest, scaled, two_to
+from .anywhere import beside, largest, scaled, two_to
 from .blas import one_thread
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, two_prod
 from .heads import Head
@@ -249,7 +249,9 @@ class Forward:
         """Return what is known of some of the rows."""
         part, index = copy.copy(self), np.searchsorted(self.rows, rows)
         for name in ("rows", "left", "shift", "relative", "sums", "radius", "size", "out", "lse"):
-            setattr(part, name, getattr(self, name)[index])
+            x = getattr(self, name)
+            setattr(part, name, x[beside(x, index)])
+        part.kinds = None if self.kinds is None else self.kinds[index]
         return part
 
     def tile(self, at: slice) -> None:

@@ -113,10 +113,10 @@ class Card:
             self._zero.ctypes.data, out.data.ptr, _laid_out(out)[1],
         )  # fmt: skip
 
-    def launch(self, level: int, name: str, blocks: int, given: tuple[Any, ...]) -> None:
-        """Queue a kernel of a level."""
+    def launch(self, level: int, name: str, blocks: int, given: tuple[Any, ...], text: Any = None) -> None:
+        """Queue a kernel of a level, of this text or another."""
         if (level, name) not in self._kernels:
-            module = self.xp.RawModule(code=text_of(level), options=OPTIONS, backend="nvrtc")
+            module = self.xp.RawModule(code=(text or text_of)(level), options=OPTIONS, backend="nvrtc")
             try:
                 self._kernels[level, name] = module.get_function(name)
             except Exception as e:
@@ -142,6 +142,12 @@ class Card:
         from .taken import heads_on
 
         return heads_on(self, problem)
+
+    def backward(self, *given: Any) -> Any:
+        """Return the gradients of one head: see :func:`refattn.exact.backward.backward`."""
+        from .backward import backward
+
+        return backward(self, *given)
 
     # memory -------------------------------------------------------------------------------------------------------
 

@@ -163,8 +163,6 @@ def test_what_has_no_streaming_path_is_refused_by_name(trusted):
     for changes in more:
         with pytest.raises(UnsupportedProblem, match=r"device: .* has no streaming path"):
             refattn.evaluate(Problem(p.query, p.key, p.value, **changes), rounding="float64", device="cuda")
-    with pytest.raises(UnsupportedProblem, match="device: gradients is for the CPU"):
-        refattn.evaluate(p, rounding="float64", gradients=np.ones(p.out_shape), device="cuda")
     with pytest.raises(UnsupportedProblem, match="device: n_jobs is for the CPU"):
         refattn.evaluate(p, rounding="float64", n_jobs=2, device="cuda")
     with pytest.raises(InvalidInput, match="device: a GPU gives correctly rounded answers; pass rounding="):
