@@ -21,6 +21,7 @@ from ..masks import unused
 from ..problem import Problem
 from ..variants import variant_of
 from .answer import Answer
+from .anywhere import on_host
 from .arithmetics import Balls, Floats
 from .device.asked import asked, on
 from .device.card import Card
@@ -134,7 +135,7 @@ def evaluate(
     return _in_parts(problem, form, lse_form, dout, pieces, n_jobs or 1, threads, checkpoint, progress)
 
 
-def enclose(problem: Problem, level: int = 2, *, gradients: Any = None) -> Answer:
+def enclose(problem: Problem, level: int = 2, *, gradients: Any = None, device: str = "cpu") -> Answer:
     """Return values with a proven radius from one run in certified floating point: the fastest proven answer.
 
     Parameters
@@ -146,19 +147,23 @@ def enclose(problem: Problem, level: int = 2, *, gradients: Any = None) -> Answe
         :func:`evaluate`.
     gradients : (b, h_q, n_q, d_v) array, optional
         As in :func:`evaluate`, which says what is raised, too.
+    device : str
+        As in :func:`evaluate`.
     """
-    lowered = lower(problem)
+    lowered, card = lower(problem), asked(device, problem, "float64")
     if lowered.problem is not problem:
-        answer = enclose(lowered.problem, level, gradients=gradients)
+        answer = enclose(lowered.problem, level, gradients=gradients, device=device)
         return replace(answer, problem=problem, core=answer.core or lowered.problem, margins=lowered.margins)
     dout = None if gradients is None else _arriving(problem, gradients)
     try:
-        raw = Work(problem, dout, os.cpu_count() or 1).run(Level(level), np.ones(problem.out_shape[:3], bool), None, {})
+        with on(card):
+            work, need = Work(problem, dout, os.cpu_count() or 1, device=card), np.ones(problem.out_shape[:3], bool)
+            raw = {n: on_host(x) for n, x in work.run(Level(level, card), need, None, {}).items()}
     except UnsureSign:
         return evaluate(problem, rounding="float64", gradients=gradients)
     enclosures = {n: _enclosed(x) for n, x in raw.items()}
     if any(np.isinf(e.radius).any() for e in enclosures.values()):
-        return evaluate(problem, rounding="float64", gradients=gradients)
+        return evaluate(problem, rounding="float64", gradients=gradients, device=device)
     return Answer(problem, {n: e.mid for n, e in enclosures.items()}, enclosures, None, {}, {})
 
 
