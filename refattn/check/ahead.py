@@ -19,6 +19,7 @@ from typing import cast
 
 from ..variants.own import FILES, know, portable
 from .bounds.expected import Expected, Key, keep, kept, made
+from .bounds.truth import on_a_gpu
 from .inputs.calls import Call
 from .inputs.families import Case, cases
 from .model import Capabilities
@@ -45,7 +46,9 @@ class Ahead:
     """
 
     def __init__(self, keys: Iterable[Key], jobs: int) -> None:
-        wanted = [k for k in dict.fromkeys(keys) if _travels(k) and not kept(k)] if jobs > 1 else []
+        there = on_a_gpu()  # large calls' answers are: they are not made here, too
+        own = [k for k in dict.fromkeys(keys) if _travels(k) and not (kept(k) or (there and k[0].sampled))]
+        wanted = own if jobs > 1 else []
         self._left = wanted if len(wanted) > FEWEST else []
         self._made: dict[Key, Future[Expected]] = {}
         self._block: list[Key] = []

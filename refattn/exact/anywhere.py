@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import from_float64, to_float64
+from ..arrays import from_float64
 from ..dtypes import Format
 
-__all__ = ["beside", "largest", "narrowed", "on_host", "two_to", "widened"]
+__all__ = ["beside", "largest", "narrowed", "on_host", "product", "scaled", "two_to", "within"]
 
 
 def beside(x: Any, y: NDArray[Any]) -> Any:
@@ -28,16 +28,6 @@ def largest(x: Any, axis: int) -> Any:
     return x.max(axis) if x.shape[axis] else x.sum(axis)
 
 
-def widened(x: NDArray[Any], xp: Any) -> Any:
-    """Return a NumPy array's numbers in float64, on xp's device: they go there as they are."""
-    if xp is np or x.dtype.name not in ("bfloat16", "float16", "float32"):
-        return xp.asarray(to_float64(x))
-    if x.dtype.name != "bfloat16":
-        return xp.asarray(x).astype(np.float64)
-    bits = xp.asarray(x.view(np.uint16)).astype(np.uint32)
-    return (bits << 16).view(np.float32).astype(np.float64)
-
-
 def narrowed(x: Any, form: Format) -> NDArray[Any]:
     """Return numbers of a format in its own type, as NumPy's: what comes from a device is narrow already."""
     if not hasattr(x, "__cuda_array_interface__"):
@@ -48,6 +38,25 @@ def narrowed(x: Any, form: Format) -> NDArray[Any]:
         bits = x.astype(np.float32).view(np.uint32) >> 16
         return np.asarray(on_host(bits.astype(np.uint16)).view(form.dtype))
     return from_float64(on_host(x), form.name)
+
+
+def product(device: Any, a: Any, b: Any) -> Any:
+    """Return the product of two float64 matrices: NumPy's, or the one that a device is trusted for."""
+    if device is None:
+        return a @ b
+    out = device.xp.empty((a.shape[0], b.shape[1]))
+    device.matmul(a, b, out)
+    return out
+
+
+def within(x: Any, index: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return an index with its arrays where x is."""
+    return tuple(beside(x, i) if isinstance(i, np.ndarray) else i for i in index)
+
+
+def scaled(x: Any, e: int) -> Any:
+    """Return x * 2**e, rounded once."""
+    return np.ldexp(x, np.full_like(x, e, np.int32)) if e else x
 
 
 def two_to(x: Any) -> Any:

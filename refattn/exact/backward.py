@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import elementwise, stream, tiles
+from .anywhere import beside, largest
 from .doubledouble import EXP2_FLOOR, U, two_sum
 from .heads import Head
 from .keys import Rows, column
 from .levels import ETA, UP, Bounded, Level, gamma, head_bits
 from .stream import SLACK, Forward, Right, each, each_tile, forward_pass, norms, product_sizes
 
-__all__ = ["backward"]
+__all__ = ["Backward", "KeySums", "Row", "backward"]
 
 Float = NDArray[np.float64]
 
@@ -59,7 +61,10 @@ def backward(
     forward : Forward, optional
         The forward pass of these rows, where it is there already.
     """
-    work = _Backward(forward or forward_pass(one, f, rows, threads), dout, dbias, threads)
+    if f.device is not None:
+        there: tuple[dict[str, Any], Rows] = f.device.backward(one, f, rows, dout, dbias, forward)
+        return there
+    work = Backward(forward or forward_pass(one, f, rows, threads), dout, dbias, threads)
     each_tile(len(rows), work.tile, threads)
     with np.errstate(all="ignore"):
         return work.finish(), Rows(rows, column(f, work.forward.lse), column(f, work.d))
@@ -69,55 +74,68 @@ def _full(x: Bounded) -> Float:
     return np.broadcast_to(x.r, x.h.shape)
 
 
-class _Sums:
+class KeySums:
     """One thread's part of dk and dv, transposed, and what their radii need."""
 
-    def __init__(self, d: int, d_v: int, n_k: int) -> None:
-        self.dk, self.dk_low, self.dv, self.dv_low = (np.zeros((w, n_k)) for w in (d, d, d_v, d_v))
-        self.weights, self.products = np.zeros((n_k, 3)), np.zeros(n_k)
-        self.lost_k, self.lost_v = np.zeros(d), np.zeros(d_v)
-        self.most_k, self.most_v = np.zeros((2, d)), np.zeros((2, d_v))
+    def __init__(self, d: int, d_v: int, n_k: int, xp: Any = np) -> None:
+        self.dk, self.dk_low, self.dv, self.dv_low = (xp.zeros((w, n_k)) for w in (d, d, d_v, d_v))
+        self.weights, self.products = xp.zeros((n_k, 3)), xp.zeros(n_k)
+        self.lost_k, self.lost_v = xp.zeros(d), xp.zeros(d_v)
+        self.most_k, self.most_v = xp.zeros((2, d)), xp.zeros((2, d_v))
 
 
-class _Backward:
+class Backward:
     """One head's operands and results."""
 
     def __init__(self, forward: Forward, dout: Float, dbias: Any, threads: int) -> None:
-        self.forward, self.dout, self.dbias = forward, dout, dbias
         self.head, self.f, self.rows = one, f, rows = forward.head, forward.f, forward.rows
-        level, k, v = f.level, one.k, one.v
+        self.forward, self.dout, self.dbias = forward, f.xp.asarray(dout), dbias
+        level, xp, k = f.level, f.xp, one.k
         self.tiles = self.forward.tiles
-        self.width = head_bits(max(min(stream.tile_sizes()[1], len(k)), stream.tile_sizes()[0]), level)
+        self.rows_at_a_time = stream.tile_sizes()[0] if f.device is None else f.device.keys
+        self.width = head_bits(max(min(forward.wide, len(k)), self.rows_at_a_time), level)
         self.sigma = np.array([1.5 * 2.0 ** (52 - self.width - s * (self.width + 1)) for s in range(level)])
-        self.across = head_bits(v.shape[1], level)
-        self.values = each(lambda t: Right(v[t], f, self.across), self.tiles, threads)
-        self.keys = each(lambda t: Right(k[t].T, f, self.width), self.tiles, threads)
-        self.norm_v = max(x.norm[0] for x in self.values)
-        self.most_k, self.sums_k = np.max([x.most for x in self.keys], 0), np.sum([x.sums for x in self.keys], 0) * UP
+        self.across = head_bits(one.v.shape[1], level)
+        self.of_values, of_keys = self.operands(threads)
+        self.norm_v = max(x.norm[0] for x in self.of_values)
+        self.most_k = np.max(np.stack([x.most for x in of_keys]), 0)
+        self.sums_k = np.sum(np.stack([x.sums for x in of_keys]), 0) * (1 + 2.0**-30)
         # bounds of a weight's heads and tail, and of a product's
         steps = (2.0 ** -(self.width + s * (self.width + 1) + 1) for s in range(level))
-        self.steps = np.array([1.0, *steps]) * SLACK
-        self.scale = one.options(f, slice(0, 1)).scale
-        self.dq, self.d = np.zeros((len(rows), k.shape[1], 3)), np.zeros((len(rows), 3))
+        self.steps = [x * SLACK for x in (1.0, *steps)]
+        scale = one.options(Level(level), slice(0, 1)).scale
+        self.scale = Bounded(f, *map(xp.asarray, (scale.h, scale.l, scale.r)))
+        self.dq, self.d = xp.zeros((len(rows), k.shape[1], 3)), xp.zeros((len(rows), 3))
         self.local = threading.local()
-        self.all: list[_Sums] = []
+        self.all: list[KeySums] = []
         self.lock = threading.Lock()
 
-    def _sums(self) -> _Sums:
+    def operands(self, threads: int) -> tuple[list[Right], list[Right]]:
+        """Cut values and keys by tiles; return those that bounds are made of."""
+        k, v, f = self.head.k, self.head.v, self.f
+        self.values = each(lambda t: Right(v[t], f, self.across), self.tiles, threads)
+        self.keys = each(lambda t: Right(k[t].T, f, self.width), self.tiles, threads)
+        return self.values, self.keys
+
+    def terms(self, rows: int) -> int:
+        """Return how many roundings a sum over rows goes through in one product, at most."""
+        return rows
+
+    def _sums(self) -> KeySums:
         if not hasattr(self.local, "sums"):
-            self.local.sums = _Sums(self.head.k.shape[1], self.head.v.shape[1], len(self.head.k))
+            self.local.sums = KeySums(self.head.k.shape[1], self.head.v.shape[1], len(self.head.k))
             with self.lock:
                 self.all.append(self.local.sums)
-        sums: _Sums = self.local.sums
+        sums: KeySums = self.local.sums
         return sums
 
     def tile(self, at: slice) -> None:
         """Compute one tile of rows."""
         with np.errstate(all="ignore"):
-            row = _Row(self, at)
+            row = Row(self, at)
             self._tile(at, row, self._sums())
 
-    def _tile(self, at: slice, row: _Row, sums: _Sums) -> None:
+    def _tile(self, at: slice, row: Row, sums: KeySums) -> None:
         one, fw, step, level = self.head, self.forward, elementwise.steps(), self.f.level
         rows = self.rows[at]
         r = len(rows)
@@ -157,10 +175,9 @@ class _Backward:
                 self.dbias(at, keys, row.by_score(weights, products).where(seen))
         self.d[at], off = row.better_d(left_over, left_over_low, g_size, done)
         self.dq[at] = row.dq(dq, dq_low, g_size, off, done)
-        sums.weights[:, 1] += off.max(initial=0.0) * by_z * UP
-        self._loses(row, sums, r)
+        self.loses(row, sums, r, off, by_z)
 
-    def _by_keys(self, row: _Row, weights: Float, products: Float, keys: slice, sums: _Sums, step: Any) -> None:
+    def _by_keys(self, row: Row, weights: Float, products: Float, keys: slice, sums: KeySums, step: Any) -> None:
         """Add what these rows give to dk and dv of some keys, level by level."""
         level = self.f.level
         for (heads, tails), planes, total, total_low in (
@@ -174,19 +191,28 @@ class _Backward:
                     pairs = [(tails[level - s], s) for s in range(level + 1)]
                 _product(pairs, planes, total[:, keys], total_low[:, keys], step)
 
-    def _loses(self, row: _Row, sums: _Sums, r: int) -> None:
-        """Add what the rounded level loses over these rows, by column: all but the first plane, which goes by key."""
+    def loses(self, row: Row, sums: KeySums, r: int, off: Any, by_z: Any) -> None:
+        """Add what d's error costs each key, and what the rounded level loses over these rows.
+
+        That is by column, and of all but the first plane, which goes by key.
+        """
         level = self.f.level
+        sums.weights[:, 1] += largest(off, 0) * by_z * UP
         for (_, tails), lost, most in (
             (row.q, sums.lost_k, sums.most_k),
             (row.dout, sums.lost_v, sums.most_v),
         ):
-            one = [np.abs(t).sum(1) * UP for t in tails]
+            one = [np.abs(t).sum(1) * (1 + 2.0**-30) for t in tails]
             for s in range(1, level + 1):
-                lost += gamma(r + 2 * level + 6) * self.steps[s] * one[level - s] * UP
+                lost += gamma(self.terms(r) + 2 * level + 6) * self.steps[s] * one[level - s] * UP
             if level:
                 lost += 2 * U * self.steps[level] * one[0] * UP
-            np.maximum(most, [np.abs(t).max(1, initial=0.0) for t in (tails[0], tails[level])], out=most)
+            np.maximum(most, np.stack([largest(np.abs(t), 1) for t in (tails[0], tails[level])]), out=most)
+
+    @property
+    def additions(self) -> int:
+        """How often something is added to dk and dv of a key, at most."""
+        return 2 * (len(self.all) - 1) + (len(self.rows) // self.rows_at_a_time + 2) * (self.f.level + 1)
 
     def finish(self) -> dict[str, Any]:
         """Add up the threads' parts."""
@@ -196,15 +222,18 @@ class _Backward:
             for name in ("dk", "dv"):
                 for part in (name, f"{name}_low"):
                     step.accumulate(getattr(first, name), getattr(first, f"{name}_low"), getattr(x, part))
-        adds = 4 * (2 * len(others) + (len(self.rows) // stream.tile_sizes()[0] + 2) * (f.level + 1)) * U * U
-        y = np.sum([s.weights for s in self.all], axis=0) * SLACK
-        y[:, 1] += np.sum([s.products for s in self.all], axis=0) * SLACK
-        rounding = gamma(stream.tile_sizes()[0] + 2 * f.level + 6) + (0 if f.level else 2 * U)
+        adds = 4 * self.additions * U * U
+        y: Any = sum(s.weights for s in self.all) * SLACK
+        y[:, 1] += sum(s.products for s in self.all) * SLACK
+        rounding = gamma(self.terms(self.rows_at_a_time) + 2 * f.level + 6) + (0 if f.level else 2 * U)
         results: dict[str, Any] = {}
-        own = {"dk": np.abs(one.q[self.rows]).max(0), "dv": np.abs(self.dout).max(0)}
+        own = {
+            "dk": largest(np.abs(f.array(one.q[beside(one.q, self.rows)]).h), 0),
+            "dv": largest(np.abs(self.dout), 0),
+        }
         for name, at in (("dk", 1), ("dv", 0)):
-            lost = np.sum([getattr(s, f"lost_{name[1]}") for s in self.all], 0)
-            most, tail = np.max([getattr(s, f"most_{name[1]}") for s in self.all], 0)
+            lost = sum(getattr(s, f"lost_{name[1]}") for s in self.all)
+            most, tail = reduce(np.maximum, (getattr(s, f"most_{name[1]}") for s in self.all))
             floor = len(self.rows) * 2.0 ** (EXP2_FLOOR + 1)
             r = np.outer(y[:, at], own[name]) + np.outer(y[:, 2], rounding * tail + 2 * adds * most) + floor * most
             r = np.where(own[name] == 0, 0.0, (r + lost) * UP + ETA)
@@ -218,10 +247,10 @@ class _Backward:
         return results
 
 
-class _Row:
+class Row:
     """What one tile of rows needs beside its scores, and what it loses."""
 
-    def __init__(self, work: _Backward, at: slice) -> None:
+    def __init__(self, work: Backward, at: slice) -> None:
         self.work, f, fw, level = work, work.f, work.forward, work.f.level
         dout = work.dout[at]
         self.arriving = dout.any(1)
@@ -231,10 +260,10 @@ class _Row:
         self.d = (f.array(dout) * out).sum()
         heads, tails = f.array(dout)._cut(work.across, level)
         self.left = np.concatenate([*heads, tails[level]], 1)
-        lost = product_sizes([*heads, tails[level]], work.values)
+        lost = product_sizes([*heads, tails[level]], work.of_values)
         lost = gamma(dout.shape[1] * (level + 1) + level + 4) * lost
         self.size = (norms(dout) * work.norm_v + np.abs(self.d.h[:, 0])) * UP + ETA
-        self.e = np.ldexp(1.0, np.frexp(self.size)[1])
+        self.e = np.ldexp(np.ones_like(self.size), np.frexp(self.size)[1])
         # the shift may be the sink's, and then larger than the scores
         self.weight = fw.relative[at] + 8 * U * U * (np.abs(fw.shift[at]) + 2 * fw.size[at])
         # the error of X for the d that is used
@@ -242,9 +271,9 @@ class _Row:
         self.inverse = inverse = f.number(1) / z
         relative = self.weight + inverse.r[:, 0] / np.abs(inverse.h[:, 0]) + 2.0**-98
         per_z = np.abs(inverse.h[:, 0]) * UP
-        self.omega = np.stack([relative * per_z, self.lost_x * per_z, np.ones(len(dout)), per_z], 1) * UP
+        self.omega = np.stack([relative * per_z, self.lost_x * per_z, np.ones_like(per_z), per_z], 1) * UP
         self.relative_g = relative * self.e * per_z * UP
-        self.q = self._turned(work.head.q[work.rows[at]] * self.e[:, None])
+        self.q = self._turned(f.array(work.head.q[beside(work.head.q, work.rows[at])]).h * self.e[:, None])
         self.dout = self._turned(dout)
 
     def _turned(self, x: Float) -> tuple[list[Float], list[Float]]:
@@ -252,17 +281,17 @@ class _Row:
         f = self.work.f
         return (f.array(x) * self.inverse).T._cut(self.work.width, f.level)
 
-    def _scaled(self) -> Bounded:
-        """Return e / z, (r, 1)."""
-        e, x = self.e[:, None], self.inverse
-        return Bounded(self.work.f, x.h * e, x.l * e, x.r * e)
+    def _scaled(self, some: slice = slice(None)) -> Bounded:
+        """Return e / z of some rows, (r, 1)."""
+        e, x = self.e[some, None], self.inverse
+        return Bounded(self.work.f, x.h[some] * e, x.l[some] * e, x.r[some] * e)
 
     def _size(self, s: int) -> Float:
         """Return a bound of the sum over keys of a plane of the products, one a row."""
         n_k, steps = len(self.work.head.k), self.work.steps
         if s:
-            return np.asarray(np.minimum(self.z * SLACK, n_k * steps[s]))
-        return np.asarray(np.minimum(self.z * UP + (n_k * steps[1] if len(steps) > 1 else 0.0), n_k))
+            return np.minimum(self.z * SLACK, n_k * steps[s])
+        return np.minimum(self.z * UP + (n_k * steps[1] if len(steps) > 1 else 0.0), float(n_k))
 
     def _adds(self, done: int) -> float:
         return 4 * done * (self.work.f.level + 1) * U * U
@@ -270,7 +299,8 @@ class _Row:
     def _off(self, g_size: Float) -> Float:
         """Return what the sums of w X are off by, for the d that is used, from the sums of |G|."""
         sizes = np.minimum(g_size * SLACK + len(self.work.head.k) * 2.0**-self.work.width, self.z * SLACK)
-        return np.asarray(self.weight * self.e * sizes + self.lost_x * self.z)
+        off: Float = self.weight * self.e * sizes + self.lost_x * self.z
+        return off
 
     def dq(self, h: Float, low: Float, g_size: Float, off: Float, done: int) -> Float:
         """Return the rows' dq with its radius; d is off by `off`."""
@@ -285,7 +315,7 @@ class _Row:
         rounded = sum(lost(s, level - s) for s in range(level + 1))
         r = np.outer(weight, work.most_k[0]) + 2 * U * lost(level, 0)
         r = (r + gamma(work.forward.wide * (level + 1) + level + 4) * rounded) * SLACK * UP + ETA
-        r = np.where(np.outer(self.arriving, work.most_k[0] > 0), r, 0.0)
+        r = np.where(self.arriving[:, None] & (work.most_k[0] > 0)[None], r, 0.0)
         x = Bounded(f, h, low, r) * self._scaled() * work.scale
         return np.stack([x.h, *(np.broadcast_to(v, x.h.shape) for v in (x.l, x.r))], -1)
 
@@ -295,13 +325,13 @@ class _Row:
         off = _full(d)
         if work.head.sink is None:
             r = self._off(g_size) / self.e + self._adds(done) * self.z + len(work.head.k) * 2.0 ** (EXP2_FLOOR + 1)
-            r = r + (elementwise.steps().row_sum_error(fw.wide) + 2 * U) * self._size(level)
+            r = r + (f.steps.row_sum_error(fw.wide) + 2 * U) * self._size(level)
             more = Bounded(f, h[:, None], low[:, None], r[:, None] * SLACK * UP + ETA) * self._scaled()
-            d, off = Bounded(f, d.h, d.l, np.zeros((1, 1))) + more, (np.abs(more.h) + more.r) * SLACK
+            d, off = Bounded(f, d.h, d.l, f.xp.zeros((1, 1))) + more, (np.abs(more.h) + more.r) * SLACK
         return np.concatenate([d.h, d.l, _full(d)], 1), off[:, 0]
 
-    def by_score(self, weights: Float, products: Float) -> Bounded:
-        """Return dS of a tile of keys."""
+    def by_score(self, weights: Float, products: Float, some: slice = slice(None)) -> Bounded:
+        """Return dS of a tile of keys and of some of the rows."""
         f, level = self.work.f, self.work.f.level
         h, low = products[:, 0], np.zeros_like(products[:, 0])
         for s in range(1, level + 1):
@@ -309,10 +339,10 @@ class _Row:
             low = low + e
         h, low = two_sum(h, low)
         size = weights[:, 0] + self.work.steps[1] if level else weights[:, 0]
-        lost_x = ((self.lost_x + _full(self.d)[:, 0]) / self.e)[:, None]
-        r = (np.abs(h) * self.weight[:, None] + size * lost_x) * SLACK + 2.0 ** (EXP2_FLOOR + 1)
+        lost_x = ((self.lost_x + _full(self.d)[:, 0]) / self.e)[some, None]
+        r = (np.abs(h) * self.weight[some, None] + size * lost_x) * SLACK + 2.0 ** (EXP2_FLOOR + 1)
         r = r + 4 * U * self.work.steps[level]
-        return Bounded(f, h, low, r) * self._scaled()
+        return Bounded(f, h, low, r) * self._scaled(some)
 
 
 def _product(pairs: list[tuple[Float, int]], planes: Float, h: Float, low: Float, step: Any) -> None:

@@ -17,7 +17,7 @@ from ..masks import block, diagonal, distance, visible
 from ..positions import partners, places, slope_of, tables, turned
 from ..problem import Problem
 from ..variants import Rows, variant_of
-from .anywhere import on_host, widened
+from .anywhere import beside, on_host
 from .matrix import Matrix
 
 __all__ = [
@@ -237,7 +237,7 @@ class Head:
         return SimpleNamespace(**known | {"sink": self.sink})
 
 
-def heads(problem: Problem, by_rules: bool = False, xp: Any = np) -> Iterator[Head]:
+def heads(problem: Problem, by_rules: bool = False, take: Callable[[NDArray[Any]], Any] = to_float64) -> Iterator[Head]:
     """Yield the heads of a call, batch by batch, query heads of one key head together.
 
     Parameters
@@ -246,14 +246,14 @@ def heads(problem: Problem, by_rules: bool = False, xp: Any = np) -> Iterator[He
         The call.
     by_rules : bool
         Whether long masks are views, whatever the call has.
-    xp : module
-        Where queries, keys and values are: NumPy, or that of a device.
+    take : callable
+        Makes float64 of queries, keys and values, on the CPU or on a device.
     """
     p = problem.to("numpy")
-    q, k, v = (widened(to_numpy(x), xp) for x in (p.query, p.key, p.value))
+    q, k, v = (take(to_numpy(x)) for x in (p.query, p.key, p.value))
     sink = None if p.sink is None else to_float64(p.sink)
     if p.d_k == 0:  # one column of zeros gives the same products
-        q, k = (xp.zeros((*x.shape[:3], 1)) for x in (q, k))
+        q, k = (beside(x, np.zeros((*x.shape[:3], 1))) for x in (q, k))
     gates = {n: gate(n, to_float64(x)) for n in GATES if (x := getattr(p, n)) is not None}
     group = p.heads // p.heads_kv
     for b in range(p.batch):
@@ -315,7 +315,7 @@ def all_finite(x: Float) -> bool:
 
 
 def finite_rows(x: Float) -> Mask:
-    """Tell which rows have neither NaN nor inf."""
+    """Tell which rows have neither NaN nor inf, on the CPU."""
     return np.ones(len(x), bool) if all_finite(x) else np.asarray(on_host(np.isfinite(x).all(1)))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .anywhere import on_host
+from .anywhere import beside, on_host, within
 from .doubledouble import U, two_sum
 from .heads import Head, finite_rows, numbers_of
 from .levels import UP, Level
@@ -51,6 +51,7 @@ def add_dbias(one: Head, at: Any, columns: slice, g: Any, raw: Raw) -> None:
 
 def add(target: NDArray[Any], index: Any, x: NDArray[Any]) -> None:
     """Add numbers in place."""
+    index = within(target, index)
     old = target[index]
     if target.dtype == object or target.shape[-1] != 3 or x.ndim != old.ndim:
         target[index] = old + x
@@ -89,7 +90,8 @@ def specials(one: Head, raw: Raw, f: Any, positive: bool) -> None:
     odd = np.nonzero(~finite_rows(one.values))[0]
     seen = one.allowed[:, odd].astype(np.float32)
     if seen.any():
-        kinds, values = (np.isposinf, np.isneginf, np.isnan), on_host(one.values)[odd]
+        kinds = (np.isposinf, np.isneginf, np.isnan)
+        values = on_host(one.values[beside(one.values, odd)])
         plus, minus, nan = (seen @ kind(values).astype(np.float32) > 0 for kind in kinds)
         nan |= (plus & minus) | ((plus | minus) & (not positive))
         for where, x in ((plus, np.inf), (minus, -np.inf), (nan, np.nan)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..masks import unused
 from ..problem import Problem
 from ..variants import Rows as RowsShape
 from ..variants import Steps, variant_of
-from .anywhere import largest
+from .anywhere import largest, scaled, within
 from .arithmetics import Floats
 from .backward import backward
 from .heads import Head, heads, matrix_of, numbers_of
@@ -69,20 +70,32 @@ class Work:
         dlse: NDArray[np.float64] | None = None,
         device: Any = None,
     ) -> None:
-        self.p, self.dout, self.threads, self.dlse = problem.to("numpy"), dout, threads, dlse
+        self.p, self.dout, self.dlse = problem.to("numpy"), dout, dlse
+        self.threads = threads if device is None else 1  # a device's work queues up by itself
         self.variant = variant_of(problem.variant)
-        self.heads = list(heads(self.p, device is not None, np if device is None else device.place(self.p)))
+        self.device = device
+        self.there = self.heads if device is None else device.heads(self.p) or self.heads
         self.unused = unused(self.p)
-        if dout is not None and not all(finite(s) for s in self.heads):
+        if dout is not None and not all(finite(s) for s in self.there):
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
-        self.streamed = [(device is not None or len(s.k) >= STREAM_FROM) and streams(s) for s in self.heads]
+        self.streamed = [(device is not None or len(s.k) >= STREAM_FROM) and streams(s) for s in self.there]
         if device is not None and not all(self.streamed):
             raise UnsupportedProblem(f"device: {problem.variant} attention with these options {ONLY}; use device='cpu'")
         plain = dlse is None and self.p.out_scale is None
         self.backward = [
             yes and plain and dout is not None and streams(s, backward=True) and _plain(s, dout)
-            for yes, s in zip(self.streamed, self.heads, strict=True)
+            for yes, s in zip(self.streamed, self.there, strict=True)
         ]
+        if device is not None and dout is not None and not all(self.backward):
+            raise UnsupportedProblem(
+                "device: gradients of a call with a softcap or an out_scale, or with numbers beyond 2**200, have no "
+                "streaming path, and nothing else runs on a GPU; use device='cpu'"
+            )
+
+    @cached_property
+    def heads(self) -> list[Head]:
+        """The heads, on the CPU; :attr:`there` has those of a device, made once for all levels."""
+        return list(heads(self.p, by_rules=self.device is not None))
 
     @property
     def by_keys(self) -> bool:
@@ -132,7 +145,7 @@ class Work:
         raw, known, dout = self._empty(f), {} if known is None else known, self.dout
         if self.unused is not None and "lse" in raw:
             mark(raw["lse"], np.broadcast_to(self.unused[0][:, None], self.p.out_shape[:3]), -np.inf, f)
-        for i, one in enumerate(self.heads):
+        for i, one in enumerate(self.there if getattr(f, "device", None) is not None else self.heads):
             wanted = one.live if need is None else one.live & need[one.batch, one.head, one.rows]
             lines, floating = np.nonzero(wanted)[0], isinstance(f, Level)
             if isinstance(self.variant.shape, Steps):
@@ -159,7 +172,7 @@ class Work:
         shape, floating = self.variant.shape, isinstance(f, Level)
         assert isinstance(shape, RowsShape)
         unit = _unit(one.v) if floating and self.dout is None else 0
-        k, v = (matrix_of(f, x) for x in (one.k, np.ldexp(one.v, -unit)))
+        k, v = (matrix_of(f, x) for x in (one.k, scaled(one.v, -unit)))
         most = TILE_LEVEL if floating else TILE
         for tile in [lines] if shape.together else _tiles(lines, one.k.shape[0], most):
             _tile(one, f, shape, tile, k, v, unit, raw, self.dout, sums, self.dlse)
@@ -270,7 +283,8 @@ def _backward(
     result, rows = backward(
         one, f, lines, dout[at], threads, None if one.bias is None else dbias, forward and forward.some(lines)
     )
-    raw["out"][at], raw["lse"][at], raw["dq"][at] = result["out"], result["lse"], result["dq"]
+    for name in ("out", "lse", "dq"):
+        raw[name][within(raw[name], at)] = result[name]
     if len(lines) == one.live.sum():
         known[one.batch, one.head, one.rows.start] = rows
     if keys is None:
@@ -321,7 +335,7 @@ def _unit(v: NDArray[np.float64]) -> int:
 def _scaled(x: NDArray[Any], unit: int) -> NDArray[Any]:
     if unit == 0:
         return x
-    out: Any = np.ldexp(x, np.full_like(x, unit, np.int32))
+    out: Any = scaled(x, unit)
     lost = (np.abs(out[..., 0]) < 2.0**-950) | ~np.isfinite(out[..., 0])  # too near the edge to be a power of two apart
     out[..., 2] = np.where(lost, np.inf, out[..., 2])
     return out  # type: ignore[no-any-return]

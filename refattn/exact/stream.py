@@ -19,7 +19,7 @@ from ..rules import FULL, PARTIAL, View
 from ..rules.spans import UNSURE
 from ..variants import variant_of
 from . import elementwise
-from .anywhere import beside, largest, two_to
+from .anywhere import beside, largest, scaled, two_to
 from .blas import one_thread
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, two_prod
 from .heads import Head
@@ -137,16 +137,11 @@ class Right:
 
 def _room(x: Any, level: int, xp: Any) -> tuple[Any, Any]:
     """Return where heads (L, n, m) and tails (L + 1, n, m) of a device's matrix go, and the operands that these are."""
-    (n, m), rooms, flat = x.shape, [], []
+    (n, m), rooms, flat, down = x.shape, [], [], x.strides[1] > x.strides[0]
     for parts in (level, level + 1):
-        if x.strides[1] > x.strides[0]:
-            base = xp.empty((parts, m, n))
-            rooms.append(np.moveaxis(base, 1, 2)[::-1])
-            flat.append(base.reshape(parts * m, n))
-        else:
-            base = xp.empty((n, parts, m))
-            rooms.append(np.moveaxis(base, 1, 0)[::-1])
-            flat.append(base.reshape(n, parts * m).T)
+        base = xp.empty((parts, m, n) if down else (n, parts, m))
+        rooms.append((np.moveaxis(base, 1, 2) if down else np.moveaxis(base, 1, 0))[::-1])
+        flat.append(base.reshape(parts * m, n) if down else base.reshape(n, parts * m).T)
     return tuple(rooms), flat
 
 
@@ -229,8 +224,7 @@ class Forward:
     ) -> None:
         self.head, self.f, self.rows, host, xp = one, f, rows, Level(f.level), f.xp
         level, (n_k, d) = f.level, one.k.shape
-        k, v = xp.asarray(one.k), xp.asarray(one.v)
-        v = np.ldexp(v, np.full_like(v, -unit, np.int32)) if unit else v
+        k, v = xp.asarray(one.k), xp.asarray(scaled(one.v, -unit))
         self.out: Any
         self.lse: Any
         self.out, self.lse = into or (xp.zeros((len(rows), v.shape[1], 3)), xp.zeros((len(rows), 3)))
@@ -283,7 +277,9 @@ class Forward:
         """Return what is known of some of the rows."""
         part, index = copy.copy(self), np.searchsorted(self.rows, rows)
         for name in ("rows", "left", "shift", "relative", "sums", "radius", "size", "out", "lse"):
-            setattr(part, name, getattr(self, name)[index])
+            x = getattr(self, name)
+            setattr(part, name, x[beside(x, index)])
+        part.kinds = None if self.kinds is None else self.kinds[index]
         return part
 
     def tile(self, at: slice) -> None:

@@ -23,6 +23,7 @@ from .choices import Either, either
 from .forward import forward
 from .gradients import gradient_bounds
 from .predict import predict
+from .truth import made_by
 
 __all__ = [
     "Expected",
@@ -81,7 +82,7 @@ def exact(problem: Problem, dout: Any = None, dlse: Any = None) -> Answer:
     large = problem.n_q * problem.n_k > LARGE
     # faster than balls where no gradient needs an exact decision, or where there are many scores
     rounding = "float64" if dout is None or large else None
-    return replace(evaluate(problem, gradients=dout, dlse=dlse, rounding=rounding), balls={})
+    return replace(made_by(evaluate, problem, dout, dlse=dlse, rounding=rounding), balls={})
 
 
 def expected(problem: Problem, model: Model, dout: Any = None, dlse: Any = None) -> Expected:
@@ -235,7 +236,7 @@ def _answer(case: Case, dtype: str, backward: bool) -> Answer:
     problem = case.problem(dtype)
     sample = case.sample(problem)
     dout = _arriving(case, dtype) if backward else None
-    return enclose(problem if sample is None else sample.of(problem), gradients=dout)
+    return made_by(enclose, problem if sample is None else sample.of(problem), dout)
 
 
 def _arriving(case: Case, dtype: str) -> Any:

@@ -24,8 +24,6 @@ KERNELS = ("cut", "weigh", "collect", "trusted")
 OPTIONS = ("-std=c++17", "--fmad=false")
 LARGE = 2**25
 """Bytes of an array from which waiting for the GPU to free memory costs little beside the work on it."""
-MOST_INPUTS = 8
-"""One part in so many of the free memory may be taken by inputs that stay."""
 LEAST = 80
 """The first compute capability whose matrix unit has float64: 8.0."""
 
@@ -126,10 +124,10 @@ class Card:
             self._zero.ctypes.data, out.data.ptr, _laid_out(out)[1],
         )  # fmt: skip
 
-    def launch(self, level: int, name: str, blocks: int, given: tuple[Any, ...]) -> None:
-        """Queue a kernel of a level."""
+    def launch(self, level: int, name: str, blocks: int, given: tuple[Any, ...], text: Any = None) -> None:
+        """Queue a kernel of a level, of this text or another."""
         if (level, name) not in self._kernels:
-            module = self.xp.RawModule(code=text_of(level), options=OPTIONS, backend="nvrtc")
+            module = self.xp.RawModule(code=(text or text_of)(level), options=OPTIONS, backend="nvrtc")
             try:
                 self._kernels[level, name] = module.get_function(name)
             except Exception as e:
@@ -150,20 +148,24 @@ class Card:
         work.run()
         return work
 
+    def heads(self, problem: Any) -> Any:
+        """Return a call's heads with their numbers here; None where these are too many: see ``taken.py``."""
+        from .taken import heads_on
+
+        return heads_on(self, problem)
+
+    def backward(self, *given: Any) -> Any:
+        """Return the gradients of one head: see :func:`refattn.exact.backward.backward`."""
+        from .backward import backward
+
+        return backward(self, *given)
+
     # memory -------------------------------------------------------------------------------------------------------
 
     def trim(self, size: int) -> None:
         """Give back what CuPy keeps for itself, where arrays are of so many bytes that its pieces do not fit others."""
         if size >= LARGE:
             self.xp.get_default_memory_pool().free_all_blocks()
-
-    def place(self, problem: Any) -> Any:
-        """Return where the inputs of a call are kept in float64: on the device, where they leave it most of its memory.
-
-        NumPy else; they are copied head by head then.
-        """
-        arrays = (problem.query, problem.key, problem.value)
-        return self.xp if 8 * sum(int(x.size) for x in arrays) <= self.free() // MOST_INPUTS else np
 
     def free(self) -> int:
         """Return how many bytes can be had: of the GPU, and of what CuPy keeps for itself."""

@@ -49,7 +49,8 @@ def bytes_needed(n_q: int, n_k: int, d: int, d_v: int, level: int, rows: int, mo
         Whether there is a bias or a mask.
     """
     rows, keys = min(rows, n_q), min(KEYS, n_k)
-    operands = (2 * level + 3) * n_k * (d + d_v) + (3 * level + 4) * n_q * d
+    # keys and values, and once more the larger of them while it is cut
+    operands = (2 * level + 3) * n_k * (d + d_v) + (2 * level + 2) * n_k * max(d, d_v) + (3 * level + 4) * n_q * d
     tile = rows * keys * (level + 1 + 2 * more) + rows * d_v * (level + 3 + AT_THE_END)
     return 8 * (operands + 3 * n_q * (d_v + 1) + tile)
 

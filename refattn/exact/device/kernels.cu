@@ -64,6 +64,9 @@ __device__ __forceinline__ void softly_capped(
     low = minus ? -e : e;
 }
 
+// the larger number, or what is none
+__device__ __forceinline__ double larger(double a, double b) { return a > b || a != a ? a : b; }
+
 // Heads and tails of x + low, as elementwise.cut has them. Arrays have an outer axis and an inner one, whose steps are
 // given, and heads and tails one more; sigma (LEVEL, rows) goes by whichever of them is the rows.
 extern "C" __global__ void __launch_bounds__(THREADS) cut(
@@ -84,9 +87,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) cut(
         tail[(s + 1) * tails_next] = a + b;
     }
 }
-
-// the larger number, or what is none
-__device__ __forceinline__ double larger(double a, double b) { return a > b || a != a ? a : b; }
 
 // One block a row: turn the scores' levels of a tile, planes (rows, LEVEL + 1, w), into the weights' heads and tail in
 // their place; raise the row's shift m, and add to its denominator. fade is what the row's sums were multiplied with.

@@ -10,7 +10,7 @@ from refattn import Problem, UnsupportedProblem, masks, rules
 from refattn.arrays import from_float64, to_float64
 from refattn.dtypes import format_of
 from refattn.errors import InvalidInput
-from refattn.exact.anywhere import narrowed, widened
+from refattn.exact.anywhere import narrowed
 from refattn.exact.device import card, forward
 from refattn.exact.device.card import KEYS, card_of
 from refattn.exact.device.forward import bytes_needed
@@ -166,8 +166,6 @@ def test_what_has_no_streaming_path_is_refused_by_name(trusted):
     for changes in more:
         with pytest.raises(UnsupportedProblem, match=r"device: .* has no streaming path"):
             refattn.evaluate(Problem(p.query, p.key, p.value, **changes), rounding="float64", device="cuda")
-    with pytest.raises(UnsupportedProblem, match="device: gradients is for the CPU"):
-        refattn.evaluate(p, rounding="float64", gradients=np.ones(p.out_shape), device="cuda")
     with pytest.raises(UnsupportedProblem, match="device: n_jobs is for the CPU"):
         refattn.evaluate(p, rounding="float64", n_jobs=2, device="cuda")
     with pytest.raises(InvalidInput, match="device: a GPU gives correctly rounded answers; pass rounding="):
@@ -220,12 +218,10 @@ def test_enclosures_stay_there_until_they_are_read(trusted):
 
 
 @pytest.mark.parametrize("form", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"])
-def test_numbers_keep_their_bits_on_the_way_there_and_back(trusted, form):
+def test_numbers_keep_their_bits_on_the_way_back(trusted, form):
     numbers = np.array([0.0, -0.0, 1.0, -1.5, 2.0**-9, -(2.0**-6), 448.0, np.inf, -np.inf, np.nan])
     x = from_float64(numbers, form)
-    there = widened(x, trusted)
-    assert (there.get().view(np.int64) == to_float64(x).view(np.int64)).all()
-    back = narrowed(there, format_of(form))
+    back = narrowed(trusted.asarray(to_float64(x)), format_of(form))
     assert back.dtype == x.dtype
     assert (to_float64(back).view(np.int64) == to_float64(x).view(np.int64)).all()
 
