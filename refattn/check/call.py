@@ -124,7 +124,7 @@ def used(problem: Problem, found: dict[str, NDArray[Any]]) -> dict[str, NDArray[
     return kept
 
 
-SOURCES = {"dq": "query", "dk": "key", "dv": "value"} | {f"d{n}": n for n in ("bias", "sink", "alpha", "beta")}
+SOURCES = {"dq": "query", "dk": "key", "dv": "value"} | {f"d{n}": n for n in ("bias", "sink", "alpha", "beta", "state")}
 """The input that each gradient belongs to."""
 
 

@@ -30,7 +30,7 @@ __all__ = ["Raw", "RowsByHead", "Work", "run", "specials"]
 
 TILE = 2**18  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
 TILE_LEVEL = 2**17
-FURTHER = ("dbias", "dsink", "dalpha", "dbeta")  # gradients of what a call may have
+FURTHER = ("dbias", "dsink", "dalpha", "dbeta", "dstate")  # gradients of what a call may have
 STREAM_FROM = 256  # keys: fewer are faster whole
 ONLY = "has no streaming path, and nothing else runs on a GPU"
 

@@ -143,7 +143,15 @@ GATED_DELTA = Variant(
     source="Yang et al., Gated Delta Networks, arXiv 2412.06464, recalled: one alpha for each head. Kimi Linear, arXiv "
     "2510.26692, recalled: an alpha for each channel of the keys; the reference in fla/ops/kda/naive.py was read.",
     uses=frozenset({"causal", "state", "alpha", "beta"}),
-    laws=("determinism", "batch_independence", "batch_invariance", "values_doubled", "grouped_heads", "state_carried"),
+    laws=(
+        "determinism",
+        "batch_independence",
+        "batch_invariance",
+        "values_doubled",
+        "grouped_heads",
+        "state_carried",
+        "state_gradient",
+    ),
     bugs=tuple(n for n in COMMON_BUGS if n in ("zeroed_head", "wrong_scale", "heads_tiled", "value_of_next_key")),
     families=("gaussian",),
     contract=(

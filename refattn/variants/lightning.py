@@ -44,7 +44,15 @@ LIGHTNING = Variant(
     "linear_attention.py and TransNormerLLM's slopes were read: no scale, no denominator.",
     uses=frozenset({"causal", "state"}),
     options={"decay": Option((), "rate for each query head, in 1/position", rate_per_head, rates)},
-    laws=("determinism", "batch_independence", "batch_invariance", "values_doubled", "grouped_heads", "state_carried"),
+    laws=(
+        "determinism",
+        "batch_independence",
+        "batch_invariance",
+        "values_doubled",
+        "grouped_heads",
+        "state_carried",
+        "state_gradient",
+    ),
     bugs=tuple(n for n in COMMON_BUGS if n in ("zeroed_head", "wrong_scale", "heads_tiled", "value_of_next_key")),
     families=("gaussian", "ragged", "peaked", "probe", "drift"),
     contract=(

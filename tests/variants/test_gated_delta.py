@@ -191,3 +191,45 @@ def test_a_step_that_is_not_linear_is_refused():
 def test_bounds_are_finite_where_a_decay_is_zero():
     p = call(17)
     assert all(np.isfinite(x).all() for x in bounds(evaluate(p), flash("float32")).values())
+
+
+def test_the_gradient_by_the_start_is_what_out_gains_by_each_of_its_numbers():
+    """Out is affine in the state that a call starts from: an element's slope is what it gains from 0 to 1."""
+    p = call(n=4)
+    dout = np.random.default_rng(1).integers(-2, 3, p.out_shape).astype(float)
+    a = evaluate(p, rounding="float64", gradients=dout)
+
+    def loss(moved):
+        flat = [x for h in range(2) for row in written_out(moved, h)[0] for x in row]
+        return sum(Fraction(g) * x for g, x in zip(dout.ravel(), flat, strict=True))
+
+    assert a.dstate.shape == p.state.shape
+    for at in np.ndindex(p.state.shape):
+        ends = []
+        for end in (0.0, 1.0):
+            state = p.state.copy()
+            state[at] = end
+            ends.append(loss(p.replace(state=state)))
+        assert a.dstate[at] == float(ends[1] - ends[0])
+    assert evaluate(p.replace(state=None), gradients=dout).dstate is None
+
+
+def test_a_start_counts_as_one_more_token():
+    """A token with the key e_i, the value s_i and a step of 1 writes row i: dstate is then the dv of such tokens."""
+    p = call(n=4)
+    dout = np.random.default_rng(1).integers(-2, 3, p.out_shape).astype(float)
+    d, group = p.d_k, p.heads
+    wide = {n: np.repeat(getattr(p, n), group, 1) for n in ("key", "value")}
+    before = {
+        "query": np.zeros((1, group, d, d)),
+        "key": np.broadcast_to(np.eye(d), (1, group, d, d)),
+        "value": p.state,
+        "alpha": np.ones((1, group, d, d)),
+        "beta": np.ones((1, group, d, 1)),
+    }
+    given = {n: getattr(p, n) for n in before} | wide
+    longer = p.replace(state=None, **{n: np.concatenate([x, given[n]], 2) for n, x in before.items()})
+    late = np.concatenate([np.zeros((1, group, d, p.d_v)), dout], 2)
+    a, b = (evaluate(x, rounding="float64", gradients=g) for x, g in ((p, dout), (longer, late)))
+    assert (a.dstate == b.dv[:, :, :d]).all()
+    assert (a.out == b.out[:, :, d:]).all()

@@ -107,6 +107,8 @@ def _taped(one: Head, model: Model, arriving: Float, limit: Float, total: Any, s
     found = head_gradients(one, model, arriving[at], arriving, limit)
     for n in {"dq", "dalpha", "dbeta"} & set(total):
         total[n][at] = found[n][1]
+    if "dstate" in total:
+        total["dstate"][at[:2]] = found["dstate"][1]
     for n in sums:
         sums[n][keys] += found[n][0]
         total[n][keys] += found[n][1]

@@ -206,10 +206,10 @@ KERNELS: dict[str, Entry] = {
             Capabilities(
                 frozenset({"float32", "float16", "bfloat16"}),
                 frozenset({"causal_bottom_right", "grouped_heads", "d_v_differs", "scale", "state", "alpha", "beta"}),
-                gradients=frozenset({"dq", "dk", "dv", "dalpha", "dbeta"}),
+                gradients=frozenset({"dq", "dk", "dv", "dalpha", "dbeta", "dstate"}),
             ),
             flash,
-            variants=frozenset({"gated_delta"}),
+            variants=frozenset({"gated_delta", "lightning"}),
         ),
         Entry(
             "torch-sdpa-flash",

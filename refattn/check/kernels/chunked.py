@@ -1,4 +1,4 @@
-"""Our kernel for the gated delta rule, in PyTorch: chunks of 8 tokens, whose changes of the state are solved for.
+"""Our kernel for recurrences, in PyTorch: chunks of 8 tokens; of the delta rule the state's changes are solved for.
 
 Written from the recurrence, not from the operator's forms: the decays between two tokens of a chunk are running
 products, and a triangular system is solved where the form multiplies by an inverse. Float32 inside.
@@ -20,18 +20,20 @@ from .gradients import with_gradients
 __all__ = ["chunked"]
 
 CHUNK = 8
-TAKES = ("gated_delta",)
-NAMES = ("query", "key", "value", "alpha", "beta")
+TAKES = ("gated_delta", "lightning")
+NAMES = ("query", "key", "value", "alpha", "beta", "state")
 
 
 def _tensors(problem: Problem) -> dict[str, Any]:
-    """Return a call's arrays in float32, alpha of 1 where there is none."""
+    """Return a call's arrays in float32, and an alpha for each token: 1 where the call has none, lightning's decay."""
     import torch
 
     if problem.variant not in TAKES:
         raise UnsupportedProblem(f"refattn-chunked: takes {', '.join(TAKES)}, got {problem.variant}")
     found = {n: torch.from_numpy(to_float64(x)).float() for n, x in problem.to("numpy").arrays().items()}
-    return {"alpha": torch.ones_like(found["beta"])} | found
+    rates = torch.tensor(problem.options.get("decay", (0.0,)), dtype=torch.float32)
+    fade = torch.exp(-rates)[:, None, None].expand(problem.batch, problem.heads, problem.n_q, 1)
+    return {"alpha": fade} | found
 
 
 def _run(problem: Problem, x: dict[str, Any]) -> tuple[Any, Any]:
@@ -44,11 +46,14 @@ def _run(problem: Problem, x: dict[str, Any]) -> tuple[Any, Any]:
     state = x.get("state", torch.zeros(*problem.out_shape[:2], problem.d_k, problem.d_v))
     out = [torch.zeros(*problem.out_shape[:2], 0, problem.d_v)]
     for i in range(0, problem.n_q, CHUNK):
-        q_c, k_c, v_c, alpha, beta = (y[:, :, i : i + CHUNK] for y in (q, k, v, x["alpha"], x["beta"]))
+        q_c, k_c, v_c, alpha = (y[:, :, i : i + CHUNK] for y in (q, k, v, x["alpha"]))
         fade, start = _decays(alpha)
-        a = torch.einsum("bhic,bhijc,bhjc->bhij", k_c, fade.expand(*fade.shape[:-1], k.shape[-1]), k_c)
-        a = torch.eye(a.shape[-1]) + beta * a.tril(-1)
-        change = torch.linalg.solve_triangular(a, beta * (v_c - (k_c * start) @ state), upper=False)
+        change = v_c
+        if "beta" in x:
+            beta = x["beta"][:, :, i : i + CHUNK]
+            a = torch.einsum("bhic,bhijc,bhjc->bhij", k_c, fade.expand(*fade.shape[:-1], k.shape[-1]), k_c)
+            a = torch.eye(a.shape[-1]) + beta * a.tril(-1)
+            change = torch.linalg.solve_triangular(a, beta * (v_c - (k_c * start) @ state), upper=False)
         reads = torch.einsum("bhic,bhijc,bhjc->bhij", q_c, fade.expand(*fade.shape[:-1], k.shape[-1]), k_c)
         out.append((q_c * start) @ state + reads @ change)
         state = state * start[:, :, -1:].mT + (k_c * fade[:, :, -1]).mT @ change
