@@ -303,7 +303,7 @@ def _part(part: Part, form: Format, lse_form: Format, threads: int) -> dict[str,
 
 def _shape(problem: Problem, name: str) -> tuple[int, ...]:
     if name == "state":
-        return (problem.batch, problem.heads, problem.d_k, problem.d_v)
+        return problem.state_shape
     if name in ("out", "lse"):
         return problem.out_shape if name == "out" else problem.out_shape[:3]
     source = {"dq": "query", "dk": "key", "dv": "value"}.get(name, name[1:])

@@ -94,7 +94,7 @@ class Work:
         if self.variant.has_lse:
             shapes["lse"] = p.out_shape[:3]
         if isinstance(self.variant.shape, Steps):
-            shapes["state"] = (p.batch, p.heads, p.d_k, p.d_v)
+            shapes["state"] = p.state_shape
         if self.dout is not None:
             shapes |= {"dq": p.query.shape, "dk": p.key.shape, "dv": p.value.shape}
             shapes |= {n: getattr(p, n[1:]).shape for n in FURTHER if getattr(p, n[1:]) is not None}

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..problem import Problem
 from .shapes import Rows, Steps
-from .variant import COMMON_BUGS, Variant
+from .variant import Variant, packed_at
 
 __all__ = ["GATED_DELTA"]
 
@@ -152,12 +152,13 @@ GATED_DELTA = Variant(
         "state_carried",
         "state_gradient",
     ),
-    bugs=tuple(n for n in COMMON_BUGS if n in ("zeroed_head", "wrong_scale", "heads_tiled", "value_of_next_key")),
+    bugs=("zeroed_head", "wrong_scale", "heads_tiled", "sequences_joined", "value_of_next_key"),
     families=("gaussian",),
     contract=(
         "scale None is 1: the paper has none; fla's functions take 1/sqrt(d_k).",
         "alpha is the decay itself, not its logarithm; beta the step, not its logit. Without alpha nothing fades.",
         "Keys are taken as they are: the papers' have length 1, which the caller sees to.",
+        "Each packed sequence starts from a state of its own, or from 0.",
         "The state is float32 or wider in a kernel of the flash models: what it loses is counted at every step.",
     ),
     default_scale="one",
@@ -171,11 +172,14 @@ GATED_DELTA = Variant(
             ("chunk-end", CHUNK, {"alpha": True}),
             ("grouped", 9, {"alpha": True, "h": 4, "h_kv": 2}),
             ("state", 12, {"alpha": "channels", "state": True}),
+            ("packed", 21, {"alpha": True, **packed_at(0, 1, 12, 12, 21)}),
             ("long", 67, {"alpha": "strong", "d": 16, "d_v": 24, "b": 2}),
             ("wide", 9, {"alpha": "channels", "d": 72}),
         )
     },
-    quick=frozenset({f"gaussian/{n}" for n in ("delta", "chunk-end", "state", "gated-and-all", "long")}),
+    quick=frozenset(
+        {f"gaussian/{n}" for n in ("delta", "chunk-end", "state", "gated-and-all", "packed-and-all", "long")}
+    ),
     wrong={
         "error_of_the_old_state": _wrong("the error is that of the state before it fades", _old_error),
         "fades_after_the_token": _wrong("the state fades after the token has moved it", _faded_after),
@@ -189,5 +193,5 @@ GATED_DELTA = Variant(
     },
     fits=fits,
     always=frozenset({"causal_bottom_right", "beta"}),
-    never=frozenset({"lengths_differ", "no_rows_or_keys", "causal_top_left", "variable_lengths"}),
+    never=frozenset({"lengths_differ", "no_rows_or_keys", "causal_top_left"}),
 )

@@ -233,3 +233,34 @@ def test_a_start_counts_as_one_more_token():
     a, b = (evaluate(x, rounding="float64", gradients=g) for x, g in ((p, dout), (longer, late)))
     assert (a.dstate == b.dv[:, :, :d]).all()
     assert (a.out == b.out[:, :, d:]).all()
+
+
+@pytest.mark.parametrize("variant", ["gated_delta", "lightning"])
+def test_a_packed_sequence_is_what_it_is_alone(variant):
+    """Gradients too; each starts from its own state, an empty one keeps it."""
+    p = call(n=7)
+    if variant == "lightning":
+        p = p.replace(variant=variant, alpha=None, beta=None, options={"decay": (0.5, 0.125)})
+    rng, ends = np.random.default_rng(2), np.array([0, 3, 3, 7], np.int32)
+    state = rng.integers(-2, 3, (3, 2, p.d_k, p.d_v)).astype(float)
+    packed = p.replace(state=state, cu_seqlens_q=ends, cu_seqlens_k=ends)
+    dout = rng.integers(-2, 3, p.out_shape).astype(float)
+    a = evaluate(packed, rounding="float64", gradients=dout)
+    assert a.state.shape == a.dstate.shape == state.shape
+    assert (a.state[1] == state[1]).all()
+    assert not a.dstate[1].any()
+    for i, (rows, _) in enumerate(packed.segments()):
+        alone = {n: x[:, :, rows] for n, x in p.arrays().items() if n != "state"} | {"state": state[i : i + 1]}
+        b = evaluate(p.replace(**alone), rounding="float64", gradients=dout[:, :, rows])
+        for n, x in b.values.items():
+            own = a.values[n][i : i + 1] if n in ("state", "dstate") else a.values[n][:, :, rows]
+            assert (own == x).all(), (i, n)
+
+
+def test_forms_agree_where_sequences_are_packed(monkeypatch):
+    monkeypatch.setattr(agree, "FEW", 10**6)
+    ends = np.array([0, 0, 1, 10, 17], np.int32)
+    p = call(17, state=False, seed=3, cu_seqlens_q=ends, cu_seqlens_k=ends)
+    assert differing_form(p) == ""
+    rates = {"variant": "lightning", "options": {"decay": (0.5, 0.125)}}
+    assert differing_form(p.replace(alpha=None, beta=None, state=np.ones((4, 2, 3, 2)), **rates)) == ""

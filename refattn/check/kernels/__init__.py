@@ -205,7 +205,10 @@ KERNELS: dict[str, Entry] = {
             _load("chunked", "chunked"),
             Capabilities(
                 frozenset({"float32", "float16", "bfloat16"}),
-                frozenset({"causal_bottom_right", "grouped_heads", "d_v_differs", "scale", "state", "alpha", "beta"}),
+                frozenset(
+                    {"causal_bottom_right", "grouped_heads", "d_v_differs", "scale", "variable_lengths"}
+                    | {"state", "alpha", "beta"}
+                ),
                 gradients=frozenset({"dq", "dk", "dv", "dalpha", "dbeta", "dstate"}),
             ),
             flash,

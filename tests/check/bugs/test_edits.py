@@ -69,6 +69,10 @@ WHERE = {
     "dstate_without_the_first_decay": ("gated_delta", "float32", ("gaussian/state/gradients", "law/state_gradient")),
     "dstate_of_the_first_head_of_a_group": ("lightning", "float32", ("gaussian/one-token-and-all/gradients",)),
     "dstate_kept_in_bfloat16": ("gated_delta", "float32", ("gaussian/state/gradients",)),
+    "state_of_the_sequence_before": ("lightning", "float32", ("gaussian/packed",)),
+    "state_of_the_first_sequence": ("gated_delta", "float32", ("gaussian/packed-and-all",)),
+    "decay_from_the_start_of_the_pack": ("lightning", "float32", ("gaussian/packed-and-all",)),
+    "last_state_of_the_pack_for_all": ("lightning", "float32", ("gaussian/packed",)),
 }
 """A bug of a recurrence: its operator, a format, and checks that it fails."""
 
