@@ -134,6 +134,11 @@ def _no_delta(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
     return state, q * o.scale @ state
 
 
+def _clamped(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    o.beta = o.beta - (o.beta - 1.0).relu()
+    return step(state, q, k, v, o)
+
+
 GATED_DELTA = Variant(
     name="gated_delta",
     define=Steps(step, linear=True),
@@ -157,6 +162,7 @@ GATED_DELTA = Variant(
     contract=(
         "scale None is 1: the paper has none; fla's functions take 1/sqrt(d_k).",
         "alpha is the decay itself, not its logarithm; beta the step, not its logit. Without alpha nothing fades.",
+        "beta may go up to 2 (allow_neg_eigval in fla's layers): above 1 a step overshoots the value.",
         "Keys are taken as they are: the papers' have length 1, which the caller sees to.",
         "Each packed sequence starts from a state of its own, or from 0.",
         "The state is float32 or wider in a kernel of the flash models: what it loses is counted at every step.",
@@ -172,19 +178,24 @@ GATED_DELTA = Variant(
             ("chunk-end", CHUNK, {"alpha": True}),
             ("grouped", 9, {"alpha": True, "h": 4, "h_kv": 2}),
             ("state", 12, {"alpha": "channels", "state": True}),
+            ("large-steps", 14, {"alpha": True, "beta": "large"}),
             ("packed", 21, {"alpha": True, **packed_at(0, 1, 12, 12, 21)}),
             ("long", 67, {"alpha": "strong", "d": 16, "d_v": 24, "b": 2}),
             ("wide", 9, {"alpha": "channels", "d": 72}),
         )
     },
     quick=frozenset(
-        {f"gaussian/{n}" for n in ("delta", "chunk-end", "state", "gated-and-all", "packed-and-all", "long")}
+        {
+            f"gaussian/{n}"
+            for n in ("delta", "chunk-end", "state", "gated-and-all", "packed-and-all", "large-steps", "long")
+        }
     ),
     wrong={
         "error_of_the_old_state": _wrong("the error is that of the state before it fades", _old_error),
         "fades_after_the_token": _wrong("the state fades after the token has moved it", _faded_after),
         "beta_on_the_value_alone": _wrong("beta multiplies the value alone, not what the state says", _whole_error),
         "read_before_the_token": _wrong("a query reads the state that its own token has not moved", _early_read),
+        "steps_clamped_to_one": _wrong("beta above 1 counts as 1, so that no step turns the state round", _clamped),
         "no_delta": _wrong("the value is added, whatever the state says of the key", _no_delta),
         "inverse_to_first_order": (
             "in a chunk a change counts for later tokens, but not what it does to their changes",

@@ -9,6 +9,7 @@ import pytest
 from refattn import VARIANTS, InvalidInput, Problem, evaluate
 from refattn.check.bounds.forward import bounds
 from refattn.check.bounds.stepped import stepped
+from refattn.check.inputs.families import cases
 from refattn.check.model import flash
 from refattn.exact import agree
 from refattn.exact.agree import differing_form, under
@@ -126,6 +127,36 @@ def test_orthonormal_keys_are_learnt_in_one_pass():
     a = evaluate(p, rounding="float64")
     assert (a.out == v).all()
     assert (a.state[0, 0] == v[0, 0, [4, 1, 2, 3]]).all()
+
+
+def test_steps_above_one_are_what_sums_of_fractions_are():
+    p = call()
+    p = p.replace(beta=2 * p.beta)
+    assert (p.beta > 1).any()
+    a = evaluate(p, rounding="float64")
+    for h in range(2):
+        out, s = written_out(p, h)
+        assert a.out[0, h].tolist() == [[float(x) for x in row] for row in out]
+        assert a.state[0, h].tolist() == [[float(x) for x in row] for row in s]
+
+
+def test_two_steps_of_two_give_the_state_back():
+    """A step of 2 mirrors what the state says of a key of length 1 in the value; the same again undoes it."""
+    rng = np.random.default_rng(0)
+    k = np.full((1, 1, 2, 4), 0.5)
+    v = np.tile(rng.integers(-9, 9, 3).astype(float), (1, 1, 2, 1))
+    state = rng.integers(-9, 9, (1, 1, 4, 3)).astype(float)
+    more = {"causal": "bottom_right", "variant": "gated_delta", "beta": np.full((1, 1, 2, 1), 2.0), "state": state}
+    a = evaluate(Problem(k, k, v, **more), rounding="float64")
+    assert (a.state == state).all()
+    assert (a.out[0, 0, 0] == 2 * v[0, 0, 0] - k[0, 0, 0] @ state[0, 0]).all()
+
+
+def test_a_case_has_steps_above_one_and_keys_of_length_one():
+    (case,) = (c for c in cases("gated_delta") if c.label == "large-steps")
+    p = case.problem("float64")
+    assert 1 < p.beta.max() <= 2
+    assert (np.abs((p.key * p.key).sum(-1) - 1) < 2.0**-48).all()  # 8 squares, a root and a division
 
 
 @pytest.mark.parametrize("channels", [True, False])

@@ -128,18 +128,22 @@ class Draw:
     ) -> Problem:
         """Build a problem of normal tensors, or of those given.
 
-        A state or a gate that is True is drawn, and an alpha of "channels".
+        A state or a gate that is True is drawn, and an alpha of "channels". A beta that is "large" goes up to 2, where
+        a step turns what the state says of its key round; keys then have length 1, so that nothing grows.
         """
         more, d = self.fitted(more), self.width(d)
+        large = isinstance(more.get("beta"), str)
         h_kv = h if h_kv is None or not self.has("grouped_heads") else h_kv
         d_v = d if d_v is None or not self.has("d_v_differs") else self.width(d_v)
         if asked := [n for n in RECURRENT if isinstance(more.get(n), bool | str)]:
-            kind = more.get("alpha")
+            kind = more["alpha"] if isinstance(more.get("alpha"), str) else ""
             many = None if more.get("cu_seqlens_q") is None else len(more["cu_seqlens_q"]) - 1
             found = self.recurrent(b, h, n_k, d, d_v, kind == "channels", kind == "strong", many)
+            found["beta"] = found["beta"] * (2 * d if large else 1)
             more |= {n: found[n] if more[n] else None for n in asked}
         q = self.normal(b, h, n_q, d) if q is None else q
         k = self.normal(b, h_kv, n_k, d) if k is None else k
+        k = k / np.sqrt((k * k).sum(-1, keepdims=True)) if large else k
         v = self.normal(b, h_kv, n_k, d_v) if v is None else v
         wide = np.float64 if self.form.precision == 53 else np.float32
         for name in ("bias", "sink", "weight", *RECURRENT):
