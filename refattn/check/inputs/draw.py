@@ -124,9 +124,10 @@ class Draw:
         q: Float | None = None,
         k: Float | None = None,
         v: Float | None = None,
+        codes: bool = False,
         **more: Any,
     ) -> Problem:
-        """Build a problem of normal tensors, or of those given.
+        """Build a problem of normal tensors, or of those given; with `codes` queries and keys are -1, 0 and 1.
 
         A state or a gate that is True is drawn, and an alpha of "channels". A beta that is "large" goes up to 2, where
         a step turns what the state says of its key round; keys then have length 1, so that nothing grows.
@@ -144,6 +145,7 @@ class Draw:
         q = self.normal(b, h, n_q, d) if q is None else q
         k = self.normal(b, h_kv, n_k, d) if k is None else k
         k = k / np.sqrt((k * k).sum(-1, keepdims=True)) if large else k
+        q, k = (np.sign(x) * (np.abs(x) > 1 / 16) for x in (q, k)) if codes else (q, k)
         v = self.normal(b, h_kv, n_k, d_v) if v is None else v
         wide = np.float64 if self.form.precision == 53 else np.float32
         for name in ("bias", "sink", "weight", *RECURRENT):
