@@ -153,11 +153,7 @@ def _problems(
     more: dict[str, Any] = {"causal": next((a for a in ALIGNMENTS if f"causal_{a}" in on), None)}
     more |= _numbers(draw, on, more["causal"], max(n_q, n_k))
     if "variable_lengths" in on:
-        cuts = draw(st.lists(st.tuples(st.integers(0, n_q), st.integers(0, n_k)), max_size=3))
-        # where queries and keys must be as many, so they must in each sequence
-        of_keys = 0 if "lengths_differ" in v.never else 1
-        for name, end, at in (("cu_seqlens_q", n_q, 0), ("cu_seqlens_k", n_k, of_keys)):
-            more[name] = np.array([0, *sorted(c[at] for c in cuts), end], np.int32)
+        more |= _packs(draw, n_q, n_k, alike="lengths_differ" in v.never)
     more |= lengths(draw, on, more, (b, n_q, n_k))
     if "weight" in on:
         more["weight"] = np.exp(d.normal(*_broadcastable(draw, (b, h, n_q, n_k))))
@@ -184,6 +180,13 @@ def _problems(
     problem = positioned(draw, problem, on)
     found = typed(draw, _poison(problem, d) if family == "poison" else problem, on)
     return paged(draw, found, on, np.nan if family == "poison" else 1.0)
+
+
+def _packs(draw: st.DrawFn, n_q: int, n_k: int, alike: bool) -> dict[str, Any]:
+    """Draw the offsets of packed sequences, with as many queries as keys in each where that must be so."""
+    cuts = draw(st.lists(st.tuples(st.integers(0, n_q), st.integers(0, n_k)), max_size=3))
+    ends = (("cu_seqlens_q", n_q, 0), ("cu_seqlens_k", n_k, 0 if alike else 1))
+    return {name: np.array([0, *sorted(c[at] for c in cuts), end], np.int32) for name, end, at in ends}
 
 
 def _recurrent(
