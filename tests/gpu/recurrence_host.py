@@ -1,4 +1,4 @@
-"""The text of the recurrences' kernels as C++: a thread for each of a block's threads, barriers between them.
+"""The text of the recurrences' kernels as C++: a block's threads take turns, from one barrier to the next.
 
 g++ compiles the very text that a GPU gets, with what CUDA has and C++ has not put before it.
 """
@@ -14,16 +14,15 @@ __all__ = ["library", "run"]
 
 BEFORE = r"""
 #include <algorithm>
-#include <barrier>
 #include <cmath>
-#include <thread>
+#include <functional>
+#include <ucontext.h>
 #include <vector>
 using std::min;
 typedef float float32;
 struct Three { int x; };
 struct float4 { float x, y, z, w; };
-static thread_local Three threadIdx;
-static Three blockIdx;
+static Three threadIdx, blockIdx;
 #define __global__
 #define __launch_bounds__(...)
 #define __shared__
@@ -32,10 +31,12 @@ static Three blockIdx;
 #define UNROLL
 typedef T Type;
 static constexpr int THREADS = 32 * WARPS;
-static std::barrier<>* everyone;
+static ucontext_t turns, own[THREADS];
+static bool done[THREADS];
+static std::function<void()> body;
 static float exchanged[THREADS];
 alignas(16) float memory[1 << 16];
-static void __syncthreads() { everyone->arrive_and_wait(); }
+static void __syncthreads() { swapcontext(&own[threadIdx.x], &turns); }
 static float __shfl_xor_sync(unsigned, float x, int other) {
     exchanged[threadIdx.x] = x;
     __syncthreads();
@@ -56,13 +57,28 @@ static void load_tile(float* tile, const T* source, long long stride, int rows, 
 }
 """
 AFTER = r"""
-template <typename F> static void blocks(int grid, F kernel) {
-    std::barrier<> all(THREADS);
-    everyone = &all;
+static void one() { body(); done[threadIdx.x] = true; }
+static void blocks(int grid, std::function<void()> kernel) {
+    static std::vector<char> stacks(THREADS << 16);
+    body = kernel;
     for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) {
-        std::vector<std::thread> threads;
-        for (int i = 0; i < THREADS; i++) threads.emplace_back([=] { threadIdx.x = i; kernel(); });
-        for (auto& t : threads) t.join();
+        for (int i = 0; i < THREADS; i++) {
+            getcontext(&own[i]);
+            own[i].uc_stack.ss_sp = &stacks[i << 16];
+            own[i].uc_stack.ss_size = 1 << 16;
+            own[i].uc_link = &turns;
+            done[i] = false;
+            makecontext(&own[i], one, 0);
+        }
+        for (bool left = true; left;) {
+            left = false;
+            for (int i = 0; i < THREADS; i++) {
+                if (done[i]) continue;
+                left = true;
+                threadIdx.x = i;
+                swapcontext(&turns, &own[i]);
+            }
+        }
     }
 }
 extern "C" void run_lightning(int grid, const Tensor* x, const float* start, float* last, const double* rates,
@@ -86,7 +102,7 @@ def library(folder, width, gate):
     path = folder / f"recurrence-{width}-{gate}.cpp"
     path.write_text(defines + text + AFTER)
     made = path.with_suffix(".so")
-    command = ("g++", "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-o", made, path)
+    command = ("g++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-o", made, path)
     subprocess.run([*map(str, command)], check=True)
     return ctypes.CDLL(str(made))
 

@@ -15,16 +15,16 @@ from refattn.gpu.views import View
 from .recurrence_host import library, run
 
 GXX = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-PACK = {f"cu_seqlens_{x}": np.array([0, 1, 1, 36, 70], np.int32) for x in "qk"}
+PACK = {f"cu_seqlens_{x}": np.array([0, 1, 1, 35, 38], np.int32) for x in "qk"}
 CALLS = {
     "lightning": (
-        {"n": 65, "d": 64, "h": 4, "h_kv": 2, "state": True, "scale": 0.3},
-        {"n": 70, "d": 64, "d_v": 24, "state": True, **PACK},
+        {"n": 36, "d": 64, "d_v": 16, "h": 4, "h_kv": 2, "state": True, "scale": 0.3},
+        {"n": 38, "d": 64, "d_v": 24, "state": True, **PACK},
     ),
     "gated_delta": (
-        {"n": 34, "d": 56, "d_v": 40, "h": 4, "h_kv": 2, "alpha": "strong", "beta": True, "state": True, "scale": 0.3},
-        {"n": 70, "d": 64, "d_v": 24, "alpha": True, "beta": True, "state": True, **PACK},
-        {"n": 34, "d": 64, "alpha": "channels", "beta": True, "state": True},
+        {"n": 34, "d": 56, "d_v": 40, "h": 2, "h_kv": 2, "alpha": "strong", "beta": True, "state": True, "scale": 0.3},
+        {"n": 38, "d": 64, "d_v": 24, "alpha": True, "beta": True, "state": True, **PACK},
+        {"n": 34, "d": 64, "d_v": 8, "alpha": "channels", "beta": True, "state": True},
     ),
 }
 
