@@ -127,6 +127,7 @@ def _run(
     entry: str, given: dict[str, Any], scale: float | None, state: Any, cu_seqlens: Any, options: dict[str, Any]
 ) -> tuple[Any, Any]:
     query = given["query"]
+    _no_graph(entry, [*given.values(), state])
     device = device_of(query, "query")
     with on(device):
         arrays = {n: view(x, n) for n, x in given.items() if n in ("query", "key", "value")}
@@ -170,6 +171,12 @@ def _check(
     if capability(device) < (8, 0):
         raise UnsupportedProblem(f"gpu: {entry} needs compute capability 8.0 or later, got {capability(device)}")
     layout(list(arrays.values()))
+
+
+def _no_graph(entry: str, arrays: list[Any]) -> None:
+    """Refuse tensors whose gradient PyTorch's graph wants: it would be lost without a word."""
+    if any(getattr(x, "requires_grad", False) for x in arrays) and library("torch").is_grad_enabled():
+        raise UnsupportedProblem(f"gpu: {entry} has no gradients; detach its arrays, or call it in torch.no_grad()")
 
 
 def _sequences(cu: Any, batch: int) -> int:

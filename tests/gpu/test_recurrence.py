@@ -59,6 +59,15 @@ def test_arrays_that_are_on_no_gpu_are_named():
         lightning(0.0, p.key, p.value, decay=(0.1,))
 
 
+def test_a_gradient_is_not_lost_without_a_word():
+    torch = pytest.importorskip("torch")
+    x = torch.ones(1, 1, 4, 8)
+    with pytest.raises(UnsupportedProblem, match="gpu: lightning has no gradients; detach its arrays"):
+        lightning(x, x, x.clone().requires_grad_(), decay=(0.1,))
+    with torch.no_grad(), pytest.raises(InvalidProblem, match="query: is on device cpu, expected a GPU"):
+        lightning(x, x, x.clone().requires_grad_(), decay=(0.1,))
+
+
 @pytest.mark.parametrize(("shape", "gate"), [(None, 0), ((1, 1, 4, 1), 1), ((1, 1, 4, 8), 2)])
 def test_what_is_launched(monkeypatch, shape, gate):
     """Without a GPU: what the kernel is compiled with, its grid, and where its arguments point."""
