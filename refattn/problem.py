@@ -49,8 +49,7 @@ class Problem:
     ----------
     query : (b, h_q, n_q, d_k) array
         Of NumPy, PyTorch, CuPy or JAX, in one of the formats of ``refattn.dtypes.FORMATS``; with `out_dtype` also int8
-        or float4_e2m1fn. Where d_k is 0 every
-        product is an empty sum, 0, whatever the scale.
+        or float4_e2m1fn. Where d_k is 0 every product is an empty sum, 0, whatever the scale.
     key : (b, h_kv, n_k, d_k) array
         Of query's kind, and type unless `out_dtype` is given; h_kv divides h_q, and query head h uses key head
         h // (h_q / h_kv).
@@ -83,7 +82,7 @@ class Problem:
     weight : (b or 1, h_q or 1, n_q or 1, n_k or 1) float array, optional
         Of at least 0: how often each key counts. Its logarithm is added to the scores, exactly; 0 removes a key.
     state : (b, h_q, d_k, d_v) float array, optional
-        The state that a recurrence starts from; None is 0.
+        The state that a recurrence starts from; None is 0. With cu_seqlens it is (m, h_q, d_k, d_v).
     lengths_q, lengths_k : (b,) integer arrays, optional
         How many rows, and how many keys, of each batch item are used: the first ones. What lies behind them is never
         read, and what a kernel leaves in unused rows of its results is not looked at. With cu_seqlens they are (m,),
@@ -266,6 +265,12 @@ class Problem:
         """The corner that the diagonal meets, one of ``ALIGNMENTS``."""
         return self.causal or self.alignment or "bottom_right"
 
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """The shape of a recurrence's state: (b, h_q, d_k, d_v), with packed sequences (m, h_q, d_k, d_v)."""
+        many = self.batch if self.cu_seqlens_q is None else int(self.cu_seqlens_q.shape[0]) - 1
+        return (many, self.heads, self.d_k, self.d_v)
+
     def segments(self, batch: int = 0) -> list[tuple[slice, slice]]:
         """Return the used query rows and key rows of each packed sequence of a batch item (one, if none is packed)."""
         q, starts = _spans(self.cu_seqlens_q, self.n_q, self.lengths_q, batch), self.cu_seqlens_k
@@ -275,7 +280,7 @@ class Problem:
 
     def features(self) -> frozenset[str]:
         """Return what a kernel must be able to do for this call, as names of ``Capabilities``."""
-        found = {name for name in MEANINGS[1:-1] if name != "rotary" and getattr(self, name) is not None}
+        found = {name for name in (*MEANINGS[1:-1], "scale") if name != "rotary" and getattr(self, name) is not None}
         if self.causal is None and self.corner == "top_left":
             found.add("alignment")
         if self.window is not None and any(side is not None and side < 0 for side in self.window):
@@ -302,8 +307,6 @@ class Problem:
             found.add("d_v_differs")
         if self.n_q != self.n_k:
             found.add("lengths_differ")
-        if self.scale is not None:
-            found.add("scale")
         if 0 in (self.batch, self.n_q, self.n_k):
             found.add("no_rows_or_keys")
         return frozenset(found)

@@ -19,7 +19,16 @@ from .inputs.draw import Draw
 from .model import Capabilities
 from .page_laws import pages_case, pages_moved, unowned_unread
 from .protocol import changed_in_place, many_repeats, options_between, results_kept, shapes_between, two_threads
-from .shape_laws import first_case, full_budget_is_dense, lengths_cut, offset_of_corner, state_carried
+from .shape_laws import (
+    batch_invariance,
+    first_case,
+    full_budget_is_dense,
+    lengths_cut,
+    offset_of_corner,
+    row_invariance,
+    state_carried,
+    state_gradient,
+)
 from .trial import Trial, agree
 
 __all__ = ["LAWS", "Law", "law_problem"]
@@ -140,24 +149,6 @@ def _batch_independence(ask: Trial, p: Problem) -> Worst:
     return agree(ask.out(p)[:1], ask.out(other)[:1], limit, "what another batch holds changes the output")
 
 
-def _batch_invariance(ask: Trial, p: Problem) -> Worst:
-    alone = [ask.out(p.replace(**{n: x[i : i + 1] for n, x in p.arrays().items()})) for i in range(p.batch)]
-    limit: Any = 0.0 if ask.able.batch_invariant else 2 * ask.allowed(p)["out"]
-    return agree(np.concatenate(alone), ask.out(p), limit, "a batch alone gives another output than among others")
-
-
-def _row_invariance(ask: Trial, p: Problem) -> Worst:
-    """Compute rows in chunks, each with the keys up to its last row, one of them a single row; the same bits."""
-    before, whole, n = p.n_k - p.n_q, ask.out(p), p.n_q
-    found = []
-    for i, j in ((0, n // 3), (n // 3, n - 1), (n - 1, n)):
-        keys = {name: getattr(p, name)[:, :, : before + j] for name in ("key", "value")}
-        out = ask.out(p.replace(query=p.query[:, :, i:j], **keys))
-        text = f"rows {i} to {j - 1} alone have other bits than among all {n}"
-        found.append(agree(out, whole[:, :, i:j], 0.0, text))
-    return max(found, key=lambda w: w.ratio)
-
-
 def _values_doubled(ask: Trial, p: Problem) -> Worst:
     twice = p.replace(value=(p.value * p.value.dtype.type(2)).astype(p.value.dtype))
     form, out = FORMATS[p.dtype], 2 * ask.out(p)
@@ -225,6 +216,14 @@ LAWS = {
             "state",
             shape=Steps,
         ),
+        Law(
+            "state_gradient",
+            "what the state of the start adds to out is what its gradient says",
+            first_case(state=True),
+            state_gradient,
+            "dstate",
+            uses=frozenset({"state"}),
+        ),
         Law("determinism", "the same call twice gives the same bits", lambda d: d.problem(65, 130), _determinism),
         Law(
             "changed_in_place",
@@ -261,13 +260,13 @@ LAWS = {
             "batch_invariance",
             "a batch alone gives what it gives among others; the same bits where the capabilities say so",
             lambda d: d.problem(2, 259, b=3),
-            _batch_invariance,
+            batch_invariance,
         ),
         Law(
             "row_invariance",
             "rows in chunks, and a row alone, have the bits that they have among all; where the capabilities say so",
             lambda d: d.problem(2051, 2100, b=2, h=4, h_kv=2, d=64, causal="bottom_right"),
-            _row_invariance,
+            row_invariance,
             "row_invariant",
             uses=frozenset({"causal"}),
         ),

@@ -60,7 +60,7 @@ FURTHER = frozenset(
 """What a kernel has only where it says so."""
 
 
-GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink", "dalpha", "dbeta"})
+GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink", "dalpha", "dbeta", "dstate"})
 """The gradients of a call, each of its input's shape and type."""
 
 

@@ -27,8 +27,8 @@ class Answer:
         The call.
     values : dict
         Arrays by name: ``out`` (b, h_q, n_q, d_v), ``lse`` (b, h_q, n_q) where the operator has one; with gradients
-        ``dq``, ``dk``, ``dv`` and, where present, ``dbias``, ``dsink``, ``dalpha`` and ``dbeta``, of their inputs'
-        shapes.
+        ``dq``, ``dk``, ``dv`` and, where present, ``dbias``, ``dsink``, ``dalpha``, ``dbeta`` and ``dstate``, of
+        their inputs' shapes.
         Float64 nearest to the enclosure's middle, or correctly rounded numbers in the asked format.
     enclosures : dict
         An :class:`Enclosure` for each, with a proven radius for every element. After an evaluation on a GPU they stay
@@ -123,6 +123,11 @@ class Answer:
     def dbeta(self) -> NDArray[Any] | None:
         """The gradient by beta."""
         return self.values.get("dbeta")
+
+    @property
+    def dstate(self) -> NDArray[Any] | None:
+        """The gradient by the state that a recurrence starts from, (b, h_q, d_k, d_v)."""
+        return self.values.get("dstate")
 
     def radius(self, name: str = "out") -> NDArray[np.float64]:
         """Return the proven bound on ``|value - exact|`` for every element of an array."""

@@ -73,7 +73,8 @@ def evaluate(
     lse_rounding : str, optional
         Another format for lse, which is often kept wider than out.
     gradients : (b, h_q, n_q, d_v) array, optional
-        The gradient arriving at out: asks for dq, dk, dv, dbias, dsink, dalpha, dbeta.
+        The gradient arriving at out: asks for dq, dk, dv, dbias, dsink, dalpha, dbeta,
+        dstate, those whose inputs the call has.
     dlse : (b, h_q, n_q) array, optional
         The gradient arriving at lse, beside the one at out (or alone): the score of key j gets p_ij dlse_i more. A row
         without keys passes nothing on, but to its sink.
@@ -320,7 +321,7 @@ def _part(part: Part, form: Format, lse_form: Format, threads: int) -> dict[str,
 
 def _shape(problem: Problem, name: str) -> tuple[int, ...]:
     if name == "state":
-        return (problem.batch, problem.heads, problem.d_k, problem.d_v)
+        return problem.state_shape
     if name in ("out", "lse"):
         return problem.out_shape if name == "out" else problem.out_shape[:3]
     source = {"dq": "query", "dk": "key", "dv": "value"}.get(name, name[1:])

@@ -92,6 +92,8 @@ class Head:
     ----------
     batch, head, head_kv : int
         Where it comes from.
+    sequence : int
+        Which state is its own: its batch item, or packed sequence.
     rows, keys : slice
         Its queries and keys.
     q, k, v : (n_q, d_k), (n_k, d_k), (n_k, d_v)
@@ -134,6 +136,7 @@ class Head:
     weight: Float | None = None
     state: Float | None = None
     gates: dict[str, Float] = field(default_factory=dict)
+    sequence: int = 0
 
     @property
     def out_scale(self) -> float | None:
@@ -258,7 +261,8 @@ def heads(problem: Problem, by_rules: bool = False, take: Callable[[NDArray[Any]
     group = p.heads // p.heads_kv
     for b in range(p.batch):
         for h in range(p.heads):
-            for rows, keys in p.segments(b):
+            for i, (rows, keys) in enumerate(p.segments(b)):
+                sequence = b if p.cu_seqlens_q is None else i
                 allowed = visible(p, b, h, rows, keys, by_rules)
                 bias = None if p.bias is None else to_float64(block(p.bias, b, h, rows, keys))
                 weight = None if p.weight is None else _weights(to_float64(block(p.weight, b, h, rows, keys)))
@@ -271,7 +275,7 @@ def heads(problem: Problem, by_rules: bool = False, take: Callable[[NDArray[Any]
                     bias = np.where(np.isfinite(bias), bias, 0.0)
                 if s is not None and not np.isfinite(s):
                     s = None
-                state = None if p.state is None else finite_state(to_float64(p.state[b, h]))
+                state = None if p.state is None else finite_state(to_float64(p.state[sequence, h]))
                 yield Head(
                     p,
                     b,
@@ -291,6 +295,7 @@ def heads(problem: Problem, by_rules: bool = False, take: Callable[[NDArray[Any]
                     weight,
                     state,
                     {n: x[b, h, keys] for n, x in gates.items()},
+                    sequence,
                 )
 
 

@@ -23,7 +23,8 @@ def put(one: Head, name: str, x: NDArray[Any], raw: Raw) -> None:
     if name in ("dk", "dv"):
         add(raw[name], (one.batch, one.head_kv, one.keys), x)
     else:
-        raw[name][(one.batch, one.head) if name == "state" else (one.batch, one.head, one.rows)] = x
+        of_state = name in ("state", "dstate")
+        raw[name][(one.sequence, one.head) if of_state else (one.batch, one.head, one.rows)] = x
 
 
 def collect(one: Head, at: Any, grads: dict[str, Any], raw: Raw, sums: bool) -> None:

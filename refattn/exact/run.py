@@ -32,7 +32,7 @@ __all__ = ["Raw", "RowsByHead", "Work", "run", "specials"]
 
 TILE = 2**18  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
 TILE_LEVEL = 2**17
-FURTHER = ("dbias", "dsink", "dalpha", "dbeta")  # gradients of what a call may have
+FURTHER = ("dbias", "dsink", "dalpha", "dbeta", "dstate")  # gradients of what a call may have
 STREAM_FROM = 256  # keys: fewer are faster whole
 ONLY = "has no streaming path, and nothing else runs on a GPU"
 
@@ -108,7 +108,7 @@ class Work:
         if self.variant.has_lse:
             shapes["lse"] = p.out_shape[:3]
         if isinstance(self.variant.shape, Steps):
-            shapes["state"] = (p.batch, p.heads, p.d_k, p.d_v)
+            shapes["state"] = p.state_shape
         if self.dout is not None:
             shapes |= {"dq": p.query.shape, "dk": p.key.shape, "dv": p.value.shape}
             shapes |= {n: getattr(p, n[1:]).shape for n in FURTHER if getattr(p, n[1:]) is not None}

@@ -5,5 +5,15 @@ from .backward import attention_backward
 from .cache import attention_with_cache
 from .kernel import Plan
 from .plan import IMPLS, plan
+from .recurrence import gated_delta, lightning
 
-__all__ = ["IMPLS", "Plan", "attention", "attention_backward", "attention_with_cache", "plan"]
+__all__ = [
+    "IMPLS",
+    "Plan",
+    "attention",
+    "attention_backward",
+    "attention_with_cache",
+    "gated_delta",
+    "lightning",
+    "plan",
+]

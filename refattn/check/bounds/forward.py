@@ -98,9 +98,9 @@ def _recurrence(
     final, inside = FORMATS[answer.call.out_type], format_of(model.accumulator)
     limit["state"], variance["state"] = (np.zeros(answer.enclosures["state"].mid.shape) for _ in range(2))
     for one in heads(answer.call):
-        at = (one.batch, one.head, one.rows)
+        at, own = (one.batch, one.head, one.rows), (one.sequence, one.head)
         out, state = stepped(one, shape, model)
-        for (found, spread), n, where, form in ((out, "out", at, final), (state, "state", at[:2], inside)):
+        for (found, spread), n, where, form in ((out, "out", at, final), (state, "state", own, inside)):
             exact = np.nan_to_num(np.abs(answer.enclosures[n].mid[where]), posinf=0.0)
             u, tiny = (by_chance(form, model) * x for x in (form.unit_roundoff, floor(form, model)))
             total = found * (1 + u) + u * exact + tiny

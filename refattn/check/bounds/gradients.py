@@ -103,10 +103,14 @@ def gradient_bounds(
 
 def _taped(one: Head, model: Model, arriving: Float, limit: Float, total: Any, sums: Any) -> None:
     """Add what one head loses by the tape of its definition."""
+    if not len(one.q):  # nothing arrives
+        return
     at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
     found = head_gradients(one, model, arriving[at], arriving, limit)
     for n in {"dq", "dalpha", "dbeta"} & set(total):
         total[n][at] = found[n][1]
+    if "dstate" in total:
+        total["dstate"][one.sequence, one.head] = found["dstate"][1]
     for n in sums:
         sums[n][keys] += found[n][0]
         total[n][keys] += found[n][1]

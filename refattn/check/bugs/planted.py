@@ -113,6 +113,18 @@ def _ignored(*names: str) -> Callable[[Problem], Problem]:
     return before
 
 
+def _joined(p: Problem) -> Problem:
+    """Take packed sequences for one; of a recurrence it starts from the first one's state."""
+    if p.cu_seqlens_q is None or p.state is None:
+        return _ignored("cu_seqlens_q", "cu_seqlens_k")(p)
+    return p.replace(cu_seqlens_q=None, cu_seqlens_k=None, state=p.state[:1])
+
+
+def _last_of_all(p: Problem, out: NDArray[Any], more: NDArray[Any] | None) -> Pair:
+    """Return the state after the last token for each sequence."""
+    return out, np.repeat(more, p.state_shape[0], 0) if more is not None and more.ndim == 4 else more
+
+
 def _window_off_by_one(p: Problem) -> Problem:
     return p if p.window is None else p.replace(window=tuple(None if w is None else w + 1 for w in p.window))
 
@@ -304,7 +316,7 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "softcap_after_bias": (_same, _cap_after_bias),
     "sink_ignored": (_ignored("sink"), _keep),
     "heads_tiled": (_heads_tiled, _keep),
-    "sequences_joined": (_ignored("cu_seqlens_q", "cu_seqlens_k"), _keep),
+    "sequences_joined": (_joined, _last_of_all),
     "lengths_ignored": (_ignored("lengths_q", "lengths_k"), _keep),
     "lengths_one_more": (_lengths_one_more, _keep),
     "corner_of_unused": (_corner_of_all, _keep),

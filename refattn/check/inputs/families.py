@@ -259,10 +259,11 @@ def _crossed(variant: str, settings: Mapping[str, Any]) -> Build:
         v, n_q, n_k = variant_of(variant), settings.get("n_q", 37), settings.get("n_k", 67)
         h, h_kv = settings.get("h", 4), settings.get("h_kv", 2)
         width = settings.get("d", 32)
-        given = d.options(h, n_q, n_k, width, settings.get("d_v", width))
+        many = len(settings["cu_seqlens_q"]) - 1 if "cu_seqlens_q" in settings else 1
+        given = d.options(h, n_q, n_k, width, settings.get("d_v", width), many)
         more = {n: x for n, x in given.items() if n in v.uses} | dict(settings)
         more |= {"h": h, "h_kv": h_kv, "b": 1, "scale": 0.3, "options": v.fitted(settings.get("options", {}), h)}
-        more |= {n: given[n] for n in RECURRENT if n in v.uses and settings.get(n) != "channels"}
+        more |= {n: given[n] for n in RECURRENT if n in v.uses and settings.get(n) not in ("channels", "large")}
         return d.problem(**more)
 
     return build

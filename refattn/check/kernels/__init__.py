@@ -153,6 +153,17 @@ def _gpu(name: str, package: str, dtypes: str, features: str, lse: bool = False,
 
 
 _HALF = "float16 bfloat16"
+_STEPS = "causal_bottom_right grouped_heads d_v_differs scale variable_lengths state alpha beta"
+_OF_STEPS = frozenset({"dq", "dk", "dv", "dalpha", "dbeta", "dstate"})
+
+
+def _recurrent(name: str, package: str, load: Callable[[], Function], **more: Any) -> Entry:
+    able = Capabilities(frozenset(f"float32 {_HALF}".split()), frozenset(_STEPS.split()), **more)
+    return Entry(
+        name, package, load, able, flash, gpu="device" in more, variants=frozenset({"gated_delta", "lightning"})
+    )
+
+
 _PLAIN = "causal_top_left grouped_heads scale"
 
 
@@ -199,18 +210,8 @@ KERNELS: dict[str, Entry] = {
             flash,
             variants=frozenset(SPARSE),
         ),
-        Entry(
-            "refattn-chunked",
-            "torch",
-            _load("chunked", "chunked"),
-            Capabilities(
-                frozenset({"float32", "float16", "bfloat16"}),
-                frozenset({"causal_bottom_right", "grouped_heads", "d_v_differs", "scale", "state", "alpha", "beta"}),
-                gradients=frozenset({"dq", "dk", "dv", "dalpha", "dbeta"}),
-            ),
-            flash,
-            variants=frozenset({"gated_delta"}),
-        ),
+        _recurrent("refattn-chunked", "torch", _load("chunked", "chunked"), gradients=_OF_STEPS),
+        _recurrent("refattn-gpu-recurrent", "cupy", _load("cuda", "recurrent"), arrays="torch", device="cuda"),
         Entry(
             "torch-sdpa-flash",
             "torch",

@@ -98,6 +98,8 @@ class Problem:
     n_k = property(lambda self: self._rows * self.room)
     d_v = property(lambda self: int(self._values["value"].shape[3]))
     out_shape = property(lambda self: (self.batch, self.heads, self.n_q, self.d_v))
+    state_shape = property(lambda self: (self._states, self.heads, self.d_k, self.d_v))
+    _states = property(lambda self: len(self._values["cu_seqlens_q"]) - 1 if self._packed else self.batch)
     out_type = property(lambda self: self.out_dtype or self.dtype)
     dtype = property(lambda self: str(self._values["query"].dtype).removeprefix("torch."))
 

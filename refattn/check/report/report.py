@@ -27,6 +27,7 @@ PLACES = {
     "dbias": ("batch", "head", "row", "key"),
     "dsink": ("head",),
     **dict.fromkeys(("dalpha", "dbeta"), ("batch", "head", "token", "channel")),
+    "dstate": ("batch", "head", "channel", "column"),
 }
 VERDICTS = ("passed", "failed", "edge", "known", "unread", "unsupported")
 

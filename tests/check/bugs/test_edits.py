@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 
 from refattn import Capabilities, check_kernel
-from refattn.check.bugs.edits import BUGS, CLASSES, broken
+from refattn.check.bugs.edits import BUGS, CLASSES, RECURRENT_BUGS, broken
 from refattn.check.diagnose.explain import SIGNATURES
+from refattn.check.kernels import KERNELS
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import GRADIENTS
 from refattn.check.runner import plan
@@ -58,6 +59,35 @@ def test_a_bug_is_caught(name):
 
 
 def test_an_edit_that_no_longer_applies_is_an_error(monkeypatch):
-    monkeypatch.setattr("refattn.check.bugs.edits._source", lambda: "nothing")
+    monkeypatch.setattr("refattn.check.bugs.edits._source", lambda kernel: "nothing")
     with pytest.raises(ValueError, match="stands 0 times in the kernel, expected once"):
         broken("heads_tiled")
+
+
+ENTRY = KERNELS["refattn-chunked"]
+WHERE = {
+    "dstate_without_the_first_decay": ("gated_delta", "float32", ("gaussian/state/gradients", "law/state_gradient")),
+    "dstate_of_the_first_head_of_a_group": ("lightning", "float32", ("gaussian/one-token-and-all/gradients",)),
+    "dstate_kept_in_bfloat16": ("gated_delta", "float32", ("gaussian/state/gradients",)),
+    "state_of_the_sequence_before": ("lightning", "float32", ("gaussian/packed",)),
+    "state_of_the_first_sequence": ("gated_delta", "float32", ("gaussian/packed-and-all",)),
+    "decay_from_the_start_of_the_pack": ("lightning", "float32", ("gaussian/packed-and-all",)),
+    "last_state_of_the_pack_for_all": ("lightning", "float32", ("gaussian/packed",)),
+}
+"""A bug of a recurrence: its operator, a format, and checks that it fails."""
+
+
+def verdict(kernel, variant, name, dtype):
+    """The verdict of one check of a recurrence's kernel."""
+    able = ENTRY.capabilities
+    (check,) = check_kernel(kernel, variant, capabilities=able, dtypes=[dtype], only=f"{name}[{dtype}]").checks
+    return check.verdict
+
+
+@pytest.mark.parametrize("name", RECURRENT_BUGS)
+def test_a_bug_of_a_recurrence_is_caught(name):
+    pytest.importorskip("torch")
+    variant, dtype, checks = WHERE[name]
+    for check in checks:
+        assert verdict(broken(name), variant, check, dtype) == "failed"
+    assert verdict(ENTRY.kernel().call, variant, checks[0], dtype) == "passed"
