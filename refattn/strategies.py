@@ -19,7 +19,7 @@ from .arrays import from_float64, kind_of, like
 from .check.inputs.draw import Draw
 from .check.inputs.values import RARE, VALUES, numbers
 from .check.model import FEATURES, FURTHER
-from .drawn_options import FURTHER_ON, NEEDS, PAGED, TYPES, lengths, paged, positioned, typed
+from .drawn_options import FURTHER_ON, NEEDS, PAGED, TYPES, dropped, lengths, paged, positioned, typed
 from .dtypes import FORMATS, Format, format_of, is_float
 from .errors import InvalidInput
 from .gates import RECURRENT
@@ -157,6 +157,8 @@ def _problems(
         for name, end, at in (("cu_seqlens_q", n_q, 0), ("cu_seqlens_k", n_k, 1)):
             more[name] = np.array([0, *sorted(c[at] for c in cuts), end], np.int32)
     more |= lengths(draw, on, more, (b, n_q, n_k))
+    if "dropout_mask" in on:
+        more |= dropped(draw, _broadcastable(draw, (b, h, n_q, n_k)))
     if "weight" in on:
         more["weight"] = np.exp(d.normal(*_broadcastable(draw, (b, h, n_q, n_k))))
     more |= _recurrent(draw, d, on, (b, h, n_k, d_k, d_v))

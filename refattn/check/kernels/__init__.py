@@ -222,7 +222,7 @@ KERNELS: dict[str, Entry] = {
             "torch-sdpa-math",
             "torch",
             _load("torch_sdpa", "sdpa_math"),
-            _able("float32 float16 bfloat16 float64", f"{_SDPA} d_v_differs", gradients="dq dk dv dbias"),
+            _able("float32 float16 bfloat16 float64", f"{_SDPA} d_v_differs dropout_mask", gradients="dq dk dv dbias"),
             materialised,
         ),
         Entry(

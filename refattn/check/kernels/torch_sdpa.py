@@ -70,6 +70,8 @@ def sdpa(problem: Problem, backend: str) -> Any:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     p, mask = problem.to("torch"), attention_mask(problem)
+    if p.dropout_mask is not None:  # what the public function calls takes a mask, and it does not
+        return _dropped(p, mask)
     with sdpa_kernel(getattr(SDPBackend, backend)):
         q, k, v = side_by_side(p.query, p.key, p.value)
         return F.scaled_dot_product_attention(
@@ -81,6 +83,17 @@ def sdpa(problem: Problem, backend: str) -> Any:
             scale=p.scale,
             enable_gqa=p.heads != p.heads_kv,
         )
+
+
+def _dropped(p: Problem, mask: Any) -> Any:
+    """Return what the math backend gives with a given dropout mask."""
+    import torch
+
+    math = torch.ops.aten._scaled_dot_product_attention_math
+    first = p.causal is not None and mask is None
+    gqa, extra = p.heads != p.heads_kv, additive(mask, p.query)
+    more = {"dropout_mask": p.dropout_mask, "scale": p.scale, "enable_gqa": gqa}
+    return math(p.query, p.key, p.value, extra, p.dropout_p, first, **more)[0]
 
 
 # it refuses a mask that needs a gradient
