@@ -17,7 +17,7 @@ ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
 BASE = {
     "errors", "dtypes", "arrays", "gates", "rules", "pages", "validation", "positions", "problem", "scales", "masks",
-    "dropout", "features", "files", "modules", "version",
+    "dropout", "features", "scores", "files", "modules", "version",
 }  # fmt: skip
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
@@ -36,6 +36,7 @@ EDGES = {
     "dropout": {"errors", "arrays", "validation"},
     "features": {"arrays", "validation"},
     "problem": {"errors", "arrays", "dropout", "features", "gates", "pages", "positions", "rules", "validation"},
+    "scores": {"errors", "arrays", "positions", "problem", "validation"},
     "masks": {"errors", "positions", "problem", "rules", "validation"},
     "files": BASE - {"files", "modules", "version", "scales"},
     "variants": BASE,

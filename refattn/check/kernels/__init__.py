@@ -137,7 +137,7 @@ KERNELS: dict[str, Entry] = {
             "torch-flex",
             "torch",
             load("torch_sdpa", "flex"),
-            able("float32 float16 bfloat16 float64", f"{_PARTS} {_FLEX}"),
+            able("float32 float16 bfloat16 float64", f"{_PARTS} {_FLEX} alibi_slopes positions"),
             _flushing("bfloat16"),
         ),
         Entry(

@@ -11,6 +11,7 @@ from ... import masks
 from ...arrays import to_kind, to_numpy
 from ...errors import UnsupportedProblem
 from ...problem import Problem
+from ...scores import score_mod
 from .gradients import Gradients, by_name, with_gradients
 
 __all__ = ["additive", "attention_mask", "flex", "flex_compiled", "sdpa", "sdpa_flash", "sdpa_math"]
@@ -140,20 +141,13 @@ def _flex(problem: Problem, call: Any) -> Any:
             seen if plain.allowed is None else seen & plain.allowed, (p.batch, p.heads, p.n_q, p.n_k)
         ).copy()
     )
-    bias = None if p.bias is None else p.bias.expand(p.batch, p.heads, p.n_q, p.n_k)
-
-    def score_mod(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
-        if p.softcap is not None:
-            score = torch.tanh(score / p.softcap) * p.softcap
-        return score if bias is None else score + bias[b, h, i, j]
-
     blocks = create_block_mask(lambda b, h, i, j: mask[b, h, i, j], p.batch, p.heads, p.n_q, p.n_k, device="cpu")
     with torch.no_grad():  # flex_attention has no backward on a CPU
         return call(
             p.query,
             p.key,
             p.value,
-            score_mod=score_mod,
+            score_mod=score_mod(p),
             block_mask=blocks,
             scale=p.scale,
             enable_gqa=p.heads != p.heads_kv,
