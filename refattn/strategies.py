@@ -19,7 +19,7 @@ from .arrays import from_float64, kind_of, like
 from .check.inputs.draw import Draw
 from .check.inputs.values import RARE, VALUES, numbers
 from .check.model import FEATURES, FURTHER
-from .drawn_options import FURTHER_ON, NEEDS, PAGED, TYPES, lengths, paged, positioned, typed
+from .drawn_options import FURTHER_ON, NEEDS, PAGED, TYPES, dropped, lengths, paged, positioned, typed
 from .dtypes import FORMATS, Format, format_of, is_float
 from .errors import InvalidInput
 from .gates import RECURRENT
@@ -155,6 +155,8 @@ def _problems(
     if "variable_lengths" in on:
         more |= _packs(draw, n_q, n_k, alike="lengths_differ" in v.never)
     more |= lengths(draw, on, more, (b, n_q, n_k))
+    if "dropout_mask" in on:
+        more |= dropped(draw, _broadcastable(draw, (b, h, n_q, n_k)))
     if "weight" in on:
         more["weight"] = np.exp(d.normal(*_broadcastable(draw, (b, h, n_q, n_k))))
     sequences = len(more["cu_seqlens_q"]) - 1 if "variable_lengths" in on else b

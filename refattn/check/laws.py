@@ -16,13 +16,18 @@ from ..variants.shapes import Shape
 from .compare import Worst
 from .gradient_laws import calls_between, gradient_steps, lse_gradient, row_sums, spread_gradient
 from .inputs.draw import Draw
+from .inputs.dropped import dropout
 from .model import Capabilities
 from .page_laws import pages_case, pages_moved, unowned_unread
 from .protocol import changed_in_place, many_repeats, options_between, results_kept, shapes_between, two_threads
 from .shape_laws import (
     batch_invariance,
+    dropout_complement,
     first_case,
     full_budget_is_dense,
+    grouped_heads,
+    key_permutation,
+    layout,
     lengths_cut,
     offset_of_corner,
     row_invariance,
@@ -89,26 +94,12 @@ def _determinism(ask: Trial, p: Problem) -> Worst:
     return max(found, key=lambda w: w.ratio)
 
 
-def _key_permutation(ask: Trial, p: Problem) -> Worst:
-    order = np.random.default_rng(0).permutation(p.n_k)
-    moved = p.replace(key=p.key[:, :, order], value=p.value[:, :, order])
-    limit = ask.allowed(p)["out"] + ask.allowed(moved)["out"]
-    return agree(ask.out(moved), ask.out(p), limit, "the order of the keys matters")
-
-
 def _masked_keys_unread(ask: Trial, p: Problem) -> Worst:
     hidden = ~p.allowed.any((0, 1, 2))
     key, value = p.key.copy(), p.value.copy()
     key[:, :, hidden], value[:, :, hidden] = 3, -7
     text = "a key that no row may see changes the output"
     return agree(ask.out(p.replace(key=key, value=value)), ask.out(p), 0.0, text)
-
-
-def _grouped_heads(ask: Trial, p: Problem) -> Worst:
-    group = p.heads // p.heads_kv
-    wide = p.replace(key=np.repeat(p.key, group, axis=1), value=np.repeat(p.value, group, axis=1))
-    limit = 2 * ask.allowed(p)["out"]
-    return agree(ask.out(p), ask.out(wide), limit, "grouped heads differ from repeated ones")
 
 
 def _split_and_merge(ask: Trial, p: Problem) -> Worst:
@@ -156,12 +147,6 @@ def _values_doubled(ask: Trial, p: Problem) -> Worst:
     step = form.smallest_subnormal if ask.model.subnormals else 2 * form.smallest_normal
     limit = np.where(np.abs(out) < 4 * form.smallest_normal, step, 0.0)
     return agree(ask.out(twice), out, limit, "values twice as large do not double the output")
-
-
-def _layout(ask: Trial, p: Problem) -> Worst:
-    turned = {n: np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for n, x in p.arrays().items()}
-    limit = 2 * ask.allowed(p)["out"]
-    return agree(ask.out(p.replace(**turned)), ask.out(p), limit, "strides change the output")
 
 
 def _bias_shifted(ask: Trial, p: Problem) -> Worst:
@@ -254,7 +239,7 @@ LAWS = {
             two_threads,
             "threads",
         ),
-        Law("key_permutation", "the order of the keys does not matter", lambda d: d.problem(), _key_permutation),
+        Law("key_permutation", "the order of the keys does not matter", lambda d: d.problem(), key_permutation),
         Law("batch_independence", "a batch does not matter to another", lambda d: d.problem(b=3), _batch_independence),
         Law(
             "batch_invariance",
@@ -287,6 +272,13 @@ LAWS = {
             uses=frozenset({"causal", "offset"}),
         ),
         Law(
+            "dropout_complement",
+            "what a mask keeps and what it drops add up to the call without dropout, divided by 1 - p",
+            lambda d: d.problem(b=2, **dropout(d, 0.25, 1, 2, 37, 67)),
+            dropout_complement,
+            uses=frozenset({"dropout_mask"}),
+        ),
+        Law(
             "pages_moved",
             "where the pages of a cache lie does not matter",
             pages_case,
@@ -301,7 +293,7 @@ LAWS = {
             uses=frozenset({"causal", "lengths_k"}),
         ),
         Law("values_doubled", "the output is linear in the values", lambda d: d.problem(), _values_doubled),
-        Law("layout", "strides do not matter", lambda d: d.problem(b=2, h=3), _layout),
+        Law("layout", "strides do not matter", lambda d: d.problem(b=2, h=3), layout),
         Law(
             "bias_shifted",
             "a constant added to a row's scores does not matter",
@@ -316,9 +308,7 @@ LAWS = {
             _masked_keys_unread,
             uses=frozenset({"allowed"}),
         ),
-        Law(
-            "grouped_heads", "grouped heads equal repeated key heads", lambda d: d.problem(h=6, h_kv=2), _grouped_heads
-        ),
+        Law("grouped_heads", "grouped heads equal repeated key heads", lambda d: d.problem(h=6, h_kv=2), grouped_heads),
         Law(
             "split_and_merge",
             "two halves of the keys, merged through lse, equal the whole",

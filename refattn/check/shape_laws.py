@@ -17,8 +17,12 @@ from .trial import Trial, agree
 
 __all__ = [
     "batch_invariance",
+    "dropout_complement",
     "first_case",
     "full_budget_is_dense",
+    "grouped_heads",
+    "key_permutation",
+    "layout",
     "lengths_cut",
     "offset_of_corner",
     "row_invariance",
@@ -64,6 +68,38 @@ def row_invariance(ask: Trial, p: Problem) -> Worst:
         text = f"rows {i} to {j - 1} alone have other bits than among all {n}"
         found.append(agree(out, whole[:, :, i:j], 0.0, text))
     return max(found, key=lambda w: w.ratio)
+
+
+def dropout_complement(ask: Trial, p: Problem) -> Worst:
+    """Keep what was dropped and drop what was kept: both together are the call without dropout."""
+    other, whole = p.replace(dropout_mask=~p.dropout_mask), p.replace(dropout_mask=None, dropout_p=None)
+    by = 1 / (1 - (p.dropout_p or 0.0))
+    limit = ask.allowed(p)["out"] + ask.allowed(other)["out"] + by * ask.allowed(whole)["out"]
+    text = "what a mask keeps and what it drops do not add up to the call without dropout"
+    return agree(ask.out(p) + ask.out(other), by * ask.out(whole), limit, text)
+
+
+def grouped_heads(ask: Trial, p: Problem) -> Worst:
+    """Repeat the key heads."""
+    group = p.heads // p.heads_kv
+    wide = p.replace(key=np.repeat(p.key, group, axis=1), value=np.repeat(p.value, group, axis=1))
+    limit = 2 * ask.allowed(p)["out"]
+    return agree(ask.out(p), ask.out(wide), limit, "grouped heads differ from repeated ones")
+
+
+def key_permutation(ask: Trial, p: Problem) -> Worst:
+    """Take the keys in another order."""
+    order = np.random.default_rng(0).permutation(p.n_k)
+    moved = p.replace(key=p.key[:, :, order], value=p.value[:, :, order])
+    limit = ask.allowed(p)["out"] + ask.allowed(moved)["out"]
+    return agree(ask.out(moved), ask.out(p), limit, "the order of the keys matters")
+
+
+def layout(ask: Trial, p: Problem) -> Worst:
+    """Lay every array out as (b, n, h, d)."""
+    turned = {n: np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for n, x in p.arrays().items()}
+    limit = 2 * ask.allowed(p)["out"]
+    return agree(ask.out(p.replace(**turned)), ask.out(p), limit, "strides change the output")
 
 
 def full_budget_is_dense(ask: Trial, p: Problem) -> Worst:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,6 +107,8 @@ class Head:
         None also where it is -inf.
     weight : (n_q, n_k) or None
         How often each key counts.
+    kept : (n_q, n_k) bool or None
+        Which weights dropout keeps.
     state : (d_k, d_v) or None
         What a recurrence starts from.
     gates : dict
@@ -134,6 +137,7 @@ class Head:
     spoilt: Mask
     values: Float
     weight: Float | None = None
+    kept: Mask | None = None
     state: Float | None = None
     gates: dict[str, Float] = field(default_factory=dict)
     sequence: int = 0
@@ -191,6 +195,8 @@ class Head:
             slope=None if p.alibi_slopes is None else f.number(slope_of(p, self.batch, self.head)),
             scale=scale,
             softcap=None if p.softcap is None else f.number(p.softcap),
+            kept=None if self.kept is None else self.kept[rows],
+            share=None if p.dropout_p is None else f.number(1 - Fraction(p.dropout_p)),
             bias=None if self.bias is None else column(self.bias[rows]),
             sink=None if self.sink is None else column([[self.sink]]),
             weight=None if self.weight is None else column(self.weight[rows]),
@@ -266,6 +272,7 @@ def heads(problem: Problem, by_rules: bool = False, take: Callable[[NDArray[Any]
                 allowed = visible(p, b, h, rows, keys, by_rules)
                 bias = None if p.bias is None else to_float64(block(p.bias, b, h, rows, keys))
                 weight = None if p.weight is None else _weights(to_float64(block(p.weight, b, h, rows, keys)))
+                kept = None if p.dropout_mask is None else np.asarray(block(p.dropout_mask, b, h, rows, keys), bool)
                 s = None if sink is None or np.isneginf(sink[h]) else float(sink[h])
                 parts = (q[b, h, rows], k[b, h // group, keys], v[b, h // group, keys])
                 bad = _spoilt(parts[0], parts[1], bias, s, allowed)
@@ -293,6 +300,7 @@ def heads(problem: Problem, by_rules: bool = False, take: Callable[[NDArray[Any]
                     bad,
                     parts[2],
                     weight,
+                    kept,
                     state,
                     {n: x[b, h, keys] for n, x in gates.items()},
                     sequence,

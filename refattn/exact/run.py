@@ -160,7 +160,7 @@ class Work:
                 if dout is not None and keys is not None:
                     _keys(one, f, raw, dout, self.threads, keys, known)
                 self._by_tiles(one, f, lines, raw, sums=keys is None)
-            specials(one, raw, f, self.variant.positive)
+            specials(one, raw, f, self.variant.positive and one.kept is None)
             if self.dlse is not None and one.sink is not None and "dsink" in raw:
                 alone = self.dlse[one.batch, one.head, one.rows][~one.allowed.any(1) & ~one.spoilt]
                 add(raw["dsink"], (one.head,), numbers_of(matrix_of(f, alone[None]).sum())[0, 0])

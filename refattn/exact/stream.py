@@ -60,11 +60,12 @@ def tile_sizes() -> tuple[int, int]:
 
 
 def streams(one: Head, backward: bool = False) -> bool:
-    """Tell whether this path knows a call: softmax without weights and positions; backward without a softcap, too."""
+    """Tell whether this path knows a call: softmax without weights, dropout, positions; backward without a softcap."""
     p = one.problem
     fused, cap = variant_of(p.variant).fused, p.softcap
     known = cap is None or (not backward and 1 / MOST_CAP <= cap <= MOST_CAP)
-    return fused == STREAMED and known and one.weight is None and p.rotary is None and p.alibi_slopes is None
+    plain = one.weight is None and one.kept is None and p.rotary is None and p.alibi_slopes is None
+    return fused == STREAMED and known and plain
 
 
 def norms(x: Float) -> Float:

@@ -67,11 +67,11 @@ class Expected:
         """Return what the accumulator's own roundings may add to an array, which may all go one way; None if unknown.
 
         Roundings to a narrower type, of the weights and of the result, scatter: half go up. Where operands are
-        narrowed, or written after they were turned, their errors are common to all rows, and where nothing is narrower
-        than the accumulator all is inner.
+        narrowed, or written after they were turned, their errors are common to all rows, as is that of 1 / (1 - p) at
+        the largest weight, and where nothing is narrower than the accumulator all is inner.
         """
         turned = self.answer.call.rotary is not None and self.model.loss(self.model.rotated)
-        narrow = self.model.operands or self.model.forward_only or turned
+        narrow = self.model.operands or self.model.forward_only or turned or self.answer.call.dropout_mask is not None
         if narrow or self.either is not None or self.model.loss(dtype) == 0:
             return None
         return lambda: _inner(self)[name]
@@ -119,7 +119,8 @@ def of_answer(answer: Answer, model: Model, dout: Any = None, dlse: Any = None) 
     if dout is None:
         return Expected(answer, allowed, variance, model, None, either(answer, model))
     limit = gradient_bounds(answer, model, dout, allowed, dlse)
-    known = variant_of(answer.call.variant).fused == STREAMED and answer.call.rotary is None
+    call = answer.call
+    known = variant_of(call.variant).fused == STREAMED and call.rotary is None and call.dropout_mask is None
     return Expected(answer, limit, predict(answer, model, dout, variance, dlse) if known else {}, model, dout)
 
 

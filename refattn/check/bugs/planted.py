@@ -24,6 +24,7 @@ from ...validation import SCALES
 from ...variants import Rows, Steps, variant_of
 from ..call import Function
 from ..kernels.tiled import tiled
+from .dropped import DROPOUT_BUGS, lse_of_kept
 from .paged import PAGED_BUGS
 
 __all__ = ["PLANTED", "mistaken", "plain", "planted"]
@@ -347,6 +348,7 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "output_too_narrow": (_same, _too_narrow),
     "masked_value_read": (_same, _masked_value_read),
     "scores_clamped": (_clamped, _keep),
-    **{name: (before, _keep) for name, before in PAGED_BUGS.items()},
+    "dropout_in_lse": (_same, lse_of_kept),
+    **{name: (before, _keep) for name, before in (PAGED_BUGS | DROPOUT_BUGS).items()},
 }
 """Planted bugs by name: an edit of the problem that the kernel is given, and one of what it returns."""

@@ -110,6 +110,8 @@ def _steps(p: Problem, dout: Any) -> Iterator[Call]:
     for names in ((*turned, "alibi_slopes", *POSITIONS), turned, ("alibi_slopes",), POSITIONS):
         if any(getattr(p, n) is not None for n in names):
             yield from _valid(lambda names=names: (p.replace(**dict.fromkeys(names)), dout))
+    if p.dropout_mask is not None:
+        yield from _valid((p.replace(dropout_mask=None, dropout_p=None), dout))
     for name in ("bias", "allowed", "sink", "softcap", "window", "causal", "scale", "state", "alpha"):
         if getattr(p, name) is not None and not (name == "causal" and p.window is not None):
             yield from _valid((p.replace(**{name: None}), dout))
@@ -212,7 +214,7 @@ def _cut(p: Problem, dout: Any, offsets: Any = None, **parts: Any) -> Any:
         b, h, hk, i, j = (parts.get(n, slice(None)) for n in ("batch", "heads", "heads_kv", "rows", "keys"))
         changed: dict[str, Any] = {"query": p.query[b][:, h][:, :, i]}
         changed |= {n: getattr(p, n)[b][:, hk][:, :, j] for n in ("key", "value")}
-        for name in ("bias", "allowed"):
+        for name in ("bias", "allowed", "dropout_mask"):
             x = getattr(p, name)
             if x is not None:
                 for axis, at in enumerate((b, h, i, j)):

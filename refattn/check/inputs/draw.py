@@ -17,7 +17,7 @@ __all__ = ["Draw", "Float"]
 
 Float = NDArray[np.float64]
 OPTIONS = frozenset({"window", "softcap", "sink", "bias", "allowed", "weight", "scale", "lengths_q", "lengths_k"})
-OPTIONS |= {"offset", "alignment", "alibi_slopes"}
+OPTIONS |= {"offset", "alignment", "alibi_slopes", "dropout_mask"}
 """Arguments of a call that are features of the same name."""
 CORNERS = ("bottom_right", "top_left")
 
@@ -54,6 +54,8 @@ class Draw:
                 found["causal"] = c
         if found.get("causal") is None and found.get("window") is None:
             found.pop("offset", None)
+        if found.get("dropout_mask") is None:
+            found.pop("dropout_p", None)
         placed = found.get("rotary") is not None or found.get("alibi_slopes") is not None
         if not placed or not self.has("positions"):
             found = {n: x for n, x in found.items() if n not in ("positions_q", "positions_k")}

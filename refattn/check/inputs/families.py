@@ -39,6 +39,7 @@ FAMILIES = {
     "poison": "NaN and inf behind the mask, and in sight of some rows only",
     "positions": "rotary positions, ALiBi slopes: pairs, signs and places mistaken, a slope of the next head",
     "types": "types of their own and scales: a descale lost, another head's or block's, a narrow out",
+    "dropout": "weights that a given mask drops: a scale forgotten, a softmax of what is kept, another head's mask",
     "pages": "keys in pages of a cache, NaN where nobody owns them; new keys written: tables, strides, tails, slots",
     "models": "calls that models in use make, the same in every run; some rows are compared",
     "calls": "calls as models make them, drawn by a seed: every two options meet; some rows are compared",
@@ -62,8 +63,8 @@ FORWARD_ONLY = (
 """Cases without a gradient: NaN in sight, or dout·v past the type's range."""
 SIDE = frozenset({"lengths_q", "lengths_k", "offset", "positions", "rotary_partial"})
 """Features of kernels that say so which a case may have beside what it is about."""
-BESIDE = ("pages/options", "pages/rotary")
-"""Cases of one more option beside others: kernels without pages do not list them."""
+BESIDE = ("pages/options", "pages/rotary", "dropout/options", "dropout/decoding")
+"""Cases of one more option beside others: kernels without pages, or dropout, do not list them."""
 
 
 @dataclass(frozen=True)

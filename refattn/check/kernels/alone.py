@@ -64,10 +64,10 @@ class Unsupported(Exception):
 
 ARRAYS = ["query", "key", "value", "sink", "bias", "allowed", "cu_seqlens_q", "cu_seqlens_k", "weight", "state"]
 ARRAYS += ["alpha", "beta", "lengths_q", "lengths_k", "offset", "query_scale", "key_scale", "value_scale", "out_scale"]
-ARRAYS += ["block_table", "new_key", "new_value"]
+ARRAYS += ["block_table", "new_key", "new_value", "dropout_mask"]
 ARRAYS += ["rotary_cos", "rotary_sin", "alibi_slopes", "positions_q", "positions_k"]
 SETTINGS = ["scale", "causal", "window", "softcap", "alignment", "out_dtype", "page_layout", "rotary"]
-SETTINGS += ["variant", "options"]
+SETTINGS += ["dropout_p", "variant", "options"]
 
 
 class Problem:
