@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,22 @@ def he() -> None:
 @click.option("--normalize", type=click.Choice(["server", "client"]), default="server", show_default=True)
 @click.option("--mode", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True)
 @click.option("--upload", type=click.Choice(["full", "compact", "whole"]), default="full", show_default=True)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What to predict times for."
+)
 @click.option("-o", "--output", help="Write the plan to this file, for `serve` and for clients.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--raw", is_flag=True, help="Print all numbers as a table.")
 def plan_(
-    sizes: tuple[int, ...], data: str | None, margin: float | None, output: str | None, as_json: bool, raw: bool,
-    **given: Any,
+    sizes: tuple[int, ...], data: str | None, margin: float | None, device: str, output: str | None, as_json: bool,
+    raw: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Plan an encrypted call: ring, levels, keys, time, bytes and error, before any key exists.
 
     Sizes and ranges are told, or measured on a problem's .npz file (--from); what is told counts before what is
-    measured.
+    measured. With --device cuda the plan is the same, and what a GPU takes for it is told beside one core's time.
     """
-    from ..he import plan
+    from ..he import on_gpu, plan
     from ..he.ranges import ranges_of_file
     from ..he.saved import plan_to_json
 
@@ -66,13 +70,14 @@ def plan_(
     made = plan(n_q, n_k, d_k, d_v, heads, given.pop("p", 2), **given)
     if output:
         write_text(output, plan_to_json(made))
+    gpu = on_gpu(made) if device == "cuda" else None
     if as_json:
-        click.echo(json.dumps(made.report(), indent=1))
-    elif raw:
-        click.echo(made.table())
+        click.echo(json.dumps(made.report() | ({} if gpu is None else {"gpu": asdict(gpu)}), indent=1))
     else:
-        click.echo(made.words())
-    for text in made.warnings():
+        click.echo(made.table() if raw else made.words())
+        if gpu is not None:
+            click.echo(gpu.words())
+    for text in made.warnings(None if gpu is None else gpu.bytes_ms / 1e3):
         click.echo(f"warning: {text}", err=True)
 
 

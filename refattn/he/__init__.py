@@ -2,6 +2,7 @@
 
 from .decoding import DecodingClient, DecodingServer
 from .decoding_plan import DecodingPlan, plan_decoding
+from .device.predict import GpuTimes, on_gpu
 from .encoder import Encoder
 from .encoder_plan import EncoderPlan
 from .inputs import reference, simulate
@@ -14,6 +15,6 @@ from .weights import EncoderWeights, Feedforward, Weights
 
 __all__ = [
     "Client", "DecodingClient", "DecodingPlan", "DecodingServer", "Encoder", "EncoderPlan", "EncoderWeights",
-    "Feedforward", "Layer", "LayerPlan", "Plan", "Server", "Sharing", "Weights", "plan", "plan_decoding", "ranges",
-    "reference", "simulate",
+    "Feedforward", "GpuTimes", "Layer", "LayerPlan", "Plan", "Server", "Sharing", "Weights", "on_gpu", "plan",
+    "plan_decoding", "ranges", "reference", "simulate",
 ]  # fmt: skip

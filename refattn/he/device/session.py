@@ -27,7 +27,7 @@ from .seeds import SEED
 from .tables import Device, Tables
 from .trace import Plain
 
-__all__ = ["Session", "bytes_of"]
+__all__ = ["Session", "bytes_of", "elements_of", "plains_of"]
 
 BATCH, BATCHES = 64, 3
 """Ciphertexts that are checked together, and such batches on their way: two are checked while the device reads one."""
@@ -43,8 +43,8 @@ def bytes_of(*schedules: Schedule) -> int:
     chain = schedules[0].chain
     degree, primes = chain.degree, len(chain.primes)
     key = 16 * (primes - 1) * primes * degree
-    plains = sum(8 * x.limbs * degree for x in _plains(schedules))
-    elements = len(_elements(schedules))
+    plains = sum(8 * x.limbs * degree for x in plains_of(schedules))
+    elements = len(elements_of(schedules))
     return 8 * _words(schedules) + (elements + 1) * key + 4 * degree * elements + plains + Tables.bytes_of(chain)
 
 
@@ -54,12 +54,12 @@ def _words(schedules: Sequence[Schedule]) -> int:
     return max((2 + len(chain.primes)) * chain.degree, *(x.words for x in schedules))
 
 
-def _elements(schedules: Sequence[Schedule]) -> list[int]:
+def elements_of(schedules: Sequence[Schedule]) -> list[int]:
     """Return the Galois elements that keys are needed for."""
     return sorted({e for x in schedules for e in x.elements})
 
 
-def _plains(schedules: Sequence[Schedule]) -> list[Plain]:
+def plains_of(schedules: Sequence[Schedule]) -> list[Plain]:
     """Return what is to be encoded, each once."""
     steps = (step for x in schedules for step in x.steps)
     return list(dict.fromkeys(op.what for step in steps for op in step.operations if isinstance(op.what, Plain)))
@@ -136,14 +136,14 @@ class Session:
         loads = [[x.inputs[i].limbs for i in step.loaded] for x in self.schedules for step in x.steps]
         most = max(sum(seed_room(n, degree) for n in load) for load in loads)
         self._room = device.empty(8 * max(most, (limbs - 1) * seed_room(limbs, degree)))
-        elements = _elements(self.schedules)
+        elements = elements_of(self.schedules)
         at_keys = {e: self._put_key(x) for e, x in keys.items() if e in (0, *elements)}
         self._memory = device.empty(8 * _words(self.schedules))
         self._seeds = np.zeros((max(len(x.limbs) for x in self._stages), SEED), np.uint8)
         self._at_seeds = device.empty(self._seeds.nbytes) if self._seeded else 0
         self._at = Addresses(
             self._memory, at_keys, {e: tables.stored(chain.permutation(e)) for e in elements},
-            self._encoded(_plains(self.schedules)), self._at_seeds, self._room,
+            self._encoded(plains_of(self.schedules)), self._at_seeds, self._room,
         )  # fmt: skip
         for stage in self._stages:
             for steps in stage.schedule.phases:

@@ -2,7 +2,8 @@
 
 compile: the kernels for every degree, by nvcc, without spills. emulate: every operation at every degree, the kernels
 run by g++ against the executor. grid: whole plans, the executor against SEAL. gpu: the same and larger ones, and
-encoders with their masks, on a GPU against SEAL where TenSEAL is installed, and against the executor.
+encoders with their masks, on a GPU against SEAL where TenSEAL is installed, and against the executor. predicted: times
+and memory of blocks and many inputs, as predicted, beside those that were measured.
 """
 
 import importlib.util
@@ -33,6 +34,7 @@ from .drawn import Drawn
 from .emulated import Emulated
 from .every import RINGS, Every
 from .exchange import Exchange
+from .predicted import predicted
 from .rounds import same_rounds
 
 GRID = [(4, 4), (16, 32), (32, 64)]
@@ -134,7 +136,8 @@ def gpu(count):
 def main(words):
     """Run stages, and say how many comparisons failed; a number is how many random calls there are."""
     stages = {
-        "compile": lambda _: compile_all(), "emulate": lambda _: emulate(), "grid": grid, "gpu": gpu
+        "compile": lambda _: compile_all(), "emulate": lambda _: emulate(), "grid": grid, "gpu": gpu,
+        "predicted": lambda _: predicted(),
     }  # fmt: skip
     counts = [int(w) for w in words if w.isdigit()]
     failed = 0
