@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 
 from ..baselines import random_call
+from ..cache import context_of
+from ..decoding_plan import DecodingPlan
 from ..encoder import Encoder
 from ..plan import Plan, plan
 from ..planned import Program, bytes_text
+from .decoding import kinds_of, step_of
 from .launches import Addresses, Launch, launches_of
 from .schedule import Schedule, schedule_of
 from .session import BATCH, CHUNK, bytes_of, plains_of
@@ -125,8 +128,9 @@ def on_gpu(program: Program, costs: GpuCosts | None = None) -> GpuTimes:
 
     Parameters
     ----------
-    program : Plan, Layer or Encoder
-        What would be computed. The plan of a layer or an encoder is not enough: its weights are a part of the schedule.
+    program : Plan, DecodingPlan, Layer or Encoder
+        What would be computed; of decoding a token with the longest cache. The plan of a layer or an encoder is not
+        enough: its weights are a part of the schedule.
     costs : GpuCosts, optional
         By default those of an NVIDIA H200.
 
@@ -136,19 +140,32 @@ def on_gpu(program: Program, costs: GpuCosts | None = None) -> GpuTimes:
         A program that the GPU does not compute.
     """
     costs = COSTS if costs is None else costs
-    rounds = program.plan.rounds if isinstance(program, Encoder) else 1
-    schedules = [schedule_of(program, k) for k in range(rounds)]
+    kept = 0
+    if isinstance(program, DecodingPlan):
+        every, kept = _steps(program), program.cache_bytes
+        schedules = every[-1:]  # with the longest cache
+    else:
+        rounds = program.plan.rounds if isinstance(program, Encoder) else 1
+        every = schedules = [schedule_of(program, k) for k in range(rounds)]
     seeded = program.plan.upload != "whole"
     computing = sum(sum(kernel_ms(costs, x.chain.degree, counted(x, seeded)).values()) for x in schedules)
     host = sum(_host_ms(costs, x, _message_mb(program, k), seeded) for k, x in enumerate(schedules))
-    words = max(x.words for x in schedules)
-    return GpuTimes(computing, host + computing, bytes_of(*schedules), 8 * words, costs)
+    words = max(x.words for x in every)
+    return GpuTimes(computing, host + computing, bytes_of(*every) + kept, 8 * words, costs)
+
+
+def _steps(plan: DecodingPlan) -> list[Schedule]:
+    """Return the schedules of a sequence's steps; what a context holds is of no account."""
+    k, v = (np.zeros((plan.heads, plan.context, d)) for d in (plan.d_k, plan.d_v))
+    context = context_of(plan, (k, v) if plan.context else None)
+    return [step_of(plan, context, count) for count in kinds_of(plan).values()]
 
 
 def counted(schedule: Schedule, seeded: bool) -> Counts:
     """Return the launches of each kernel, their items, and the limbs that these read."""
     elements = dict.fromkeys((0, *schedule.elements), 0)
-    at = Addresses(0, elements, elements, dict.fromkeys(plains_of([schedule]), 0), int(seeded))
+    plains, held = dict.fromkeys(plains_of([schedule]), 0), [0] * schedule.held
+    at = Addresses(0, elements, elements, plains, int(seeded), held=held)
     found: Counts = Counter()
     for x in launches_of(schedule, schedule.steps, at)[0]:
         kernel = "seeds" if x.kernel.startswith("seed_") else x.kernel
@@ -195,15 +212,15 @@ def _host_ms(costs: GpuCosts, schedule: Schedule, megabytes: float, seeded: bool
 
 
 def _reply_mb(schedule: Schedule) -> float:
-    return sum(8 * x.size * x.limbs * schedule.chain.degree for x in schedule.outs) / MB
+    return sum(8 * x.size * x.limbs * schedule.chain.degree for x in schedule.replies) / MB
 
 
 def _serial_mb(schedule: Schedule, megabytes: float, threads: int) -> float:
     """Return what one thread unpacks, one after another: of each load its share, or the largest piece it takes."""
-    parts = [x.limbs if x.size == 2 else 0 for x in schedule.inputs]
+    parts = [x.limbs if x.size == 2 else 0 for x in schedule.inputs[: schedule.came]]
     each, found = megabytes / sum(parts), 0.0
     for step in schedule.steps:
-        limbs = sorted((parts[i] for i in step.loaded), reverse=True)
+        limbs = sorted((parts[i] for i in schedule.sent(step)), reverse=True)
         for start in range(0, len(limbs), BATCH * 2):  # two batches are on their way
             some = limbs[start : start + BATCH * 2]
             found += each * max(sum(some[:CHUNK]), sum(some) / threads)
