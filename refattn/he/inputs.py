@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from .call import Call
 from .planned import Program
 from .sampled import Sampled
 
-__all__ = ["decoded", "encoded", "reference", "simulate", "simulated"]
+__all__ = ["decoded", "encoded", "reference", "sequence_of", "simulate", "simulated"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -180,6 +181,31 @@ def _fits(plan: Call, p: Problem) -> None:
     for name, x in found.items():
         if x != getattr(plan, name):
             raise InvalidProblem(f"{name}: got {x}, expected the plan's {getattr(plan, name)}")
+
+
+def sequence_of(plan: Call, p: Problem) -> tuple[list[tuple[Float, Float, Float]], Float | None]:
+    """Return a call's rows as the tokens of a sequence, (query, key, value) each, and the keys of its context or None.
+
+    Raises
+    ------
+    InvalidProblem
+        Its sizes or options are not the plan's, or a row sees others than the tokens before it and its own.
+    """
+    checked(p)
+    _fits(replace(plan, n_q=p.n_q, n_k=p.n_k), p)
+    n, context, longest = p.n_q, p.n_k - p.n_q, getattr(plan, "longest", 0)
+    if p.batch != 1 or context != getattr(plan, "context", 0) or n > longest:
+        raise InvalidProblem(
+            f"query: got {n} tokens after {context} in the clear, in a batch of {p.batch}, expected one sequence of at "
+            f"most {longest} after {getattr(plan, 'context', 0)}, by the plan"
+        )
+    steps = np.tril(np.ones((n, p.n_k), bool), context)
+    if any((visible(p, 0, h, slice(0, n), slice(0, p.n_k)) != steps).any() for h in range(p.heads)):
+        raise InvalidProblem("causal: a token sees those before it and itself; pass causal='bottom_right' and no mask")
+    q, k, v = (to_float64(np.asarray(x))[0] for x in (p.query, p.key, p.value))
+    k, v = (np.repeat(x, p.heads // p.heads_kv, 0) for x in (k, v))
+    tokens = [(q[:, i], k[:, context + i], v[:, context + i]) for i in range(n)]
+    return tokens, k[:, :context] if context else None
 
 
 def _counts(p: Problem, batch: int, head: int) -> NDArray[np.int64]:
