@@ -28,21 +28,22 @@ Complex = NDArray[np.complex128]
 
 
 def reference(problem: Problem) -> Float:
-    """Return power-softmax attention, (b, h, n_q, d_v), correctly rounded to float64: what a plan approximates.
+    """Return attention, (b, h, n_q, d_v), correctly rounded to float64: what a plan approximates.
 
     Parameters
     ----------
     problem : Problem
-        Of variant "power".
+        Of variant "power" or "sigmoid".
 
     Raises
     ------
     InvalidProblem
         It has an option that the operator does not know or cannot take.
     UnsupportedProblem
-        It is of another variant, or a part of the call, e.g. a softcap, means nothing to power-softmax.
+        It is of another variant, or a part of the call, e.g. a softcap, means nothing to it.
     """
-    checked(problem)
+    if not isinstance(problem, Problem) or problem.variant != "sigmoid":
+        checked(problem)
     return to_float64(evaluate(problem, rounding="float64").out)
 
 
