@@ -31,7 +31,7 @@ __all__ = ["SigmoidPlan", "plan_sigmoid"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
-TRIED = 4
+TRIED = 2
 """Polynomials that are tried: a rougher one may leave too little room for noise."""
 
 
@@ -226,8 +226,8 @@ def plan_sigmoid(
 ) -> SigmoidPlan:
     """Return the fastest plan for sigmoid attention on ciphertexts within a tolerance.
 
-    .. math:: o_i = \\sum_j p(s \\cdot q_i \\cdot k_j + b)\\, v_j, \\qquad
-        |o_i - \\sum_j \\sigma(s \\cdot q_i \\cdot k_j + b)\\, v_j| \\le n_k \\cdot v_{max} \\cdot \\epsilon_p + noise
+    o_i = sum_j p(scale·q_i·k_j + offset) v_j, which is within n_k · value_most · p.error, and the noise, of
+    sum_j sigmoid(scale·q_i·k_j + offset) v_j.
 
     p is a polynomial with a certified error on the range of scores. A value that is masked is a zero, so a masked key
     weighs nothing. Source: Ramapuram et al., arXiv 2409.04431, section 2 (the operator).

@@ -175,6 +175,15 @@ def test_inputs_outside_the_plan_are_refused():
 GIVEN = {"scores": (-4.0, 4.0), "offset": 0.0, "norms": (2.0, 2.0), "value_most": 1.0}
 
 
+def test_noise_of_the_scores_is_counted():
+    """A fresh ciphertext's noise meets the norms: with a thousand times those it is what most of the bound is of."""
+    x = call()
+    plan = planned(x)
+    wide = planned(x, norms=tuple(1e3 * n for n in plan.norms))
+    assert (wide.ring, wide.polynomial) == (plan.ring, plan.polynomial)
+    assert wide.noise > 5 * plan.noise
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "text"),
     [

@@ -120,8 +120,7 @@ class GpuTimes:
 def on_gpu(program: Program, costs: GpuCosts | None = None) -> GpuTimes:
     """Return the times and the memory that a program would take on a GPU.
 
-    .. math:: t = \\sum_{\\text{kernels}} (a \\cdot \\text{launches} + b \\cdot \\text{limbs}) \\cdot
-        \\text{N log N of the ring over that of 16384, for the limbs}
+    A kernel's time is a for each launch and b for each limb that it reads, b by N log N of the ring over that of 16384.
 
     Launches and what they read are counted of the schedule that the GPU would be given; memory is what a session would
     ask for.
