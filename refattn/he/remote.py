@@ -87,11 +87,9 @@ class Remote:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def plan(self) -> Plan | LayerPlan | EncoderPlan:
+    def plan(self) -> Plan | DecodingPlan | LayerPlan | EncoderPlan:
         """Return the server's plan, checked to be within 128 bits of security and within this client's limits."""
         made = plan_from_json(self._call("GET", "/plan", most=MOST_TEXT), self._most)
-        if isinstance(made, DecodingPlan):
-            raise InvalidInput("he: got a plan of decoding, whose tokens are not sent over HTTP here")
         self._reply_most = made.reply_most
         return made
 
@@ -127,6 +125,27 @@ class Remote:
         if self._session is None:
             raise InvalidInput("he: open a session with evaluation keys first")
         return self._call("POST", f"/sessions/{self._session}/queries", query, most=self._reply_most)
+
+    def step(self, token: bytes) -> bytes:
+        """Return the reply to a token of a sequence that is decoded; errors as of :meth:`attend`.
+
+        Where the server cannot be reached, the token may be in the cache or not: drop the sequence and begin another.
+        """
+        return self.attend(token)
+
+    def drop(self) -> None:
+        """Have the server forget the cache of a sequence that is decoded.
+
+        Raises
+        ------
+        InvalidInput
+            There is no session, or the server refuses it, with what it says.
+        ServiceError
+            The server cannot be reached, or fails.
+        """
+        if self._session is None:
+            raise InvalidInput("he: open a session with evaluation keys first")
+        self._call("DELETE", f"/sessions/{self._session}/sequence", most=2**16)
 
     def close(self) -> None:
         """End the session."""

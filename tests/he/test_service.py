@@ -116,6 +116,8 @@ def test_clients_do_not_get_in_each_others_way():
             ):
                 answer = await http.post(where + "/queries", content=body)
                 assert (answer.status_code, text in answer.json()["error"]) == (status, True), answer.text
+            answer = await http.delete(at_b + "/sequence")
+            assert (answer.status_code, "nothing is decoded here" in answer.json()["error"]) == (404, True)
             # and it is still up
             answer = await http.post(at_b + "/queries", content=b.encrypt(CALL))
             assert np.abs(b.decrypt(answer.content) - he.reference(CALL)).max() <= PLAN.error
