@@ -23,7 +23,7 @@ __all__ = ["Remote"]
 MOST_REPLY = 2**28
 """Bytes of a reply where the plan is not known."""
 PIECE = 2**20
-"""Bytes of a message that are sent at once where somebody is told."""
+"""Bytes of a message that are sent at once."""
 GRACE = 0.5
 """Seconds in which the connection itself may say that the time is over, and what it waited for."""
 
@@ -178,15 +178,17 @@ class Remote:
             raise self._late() from e
 
     def _content(self, body: bytes | None) -> dict[str, Any]:
-        """Return a message as httpx takes it: in pieces where somebody wants to know how many are sent."""
+        """Return a message as httpx takes it: in pieces, of which it copies what is left each time the network takes
+        some, and of a message as a whole that would be many times the message."""
         sent = self._sent
-        if sent is None or body is None:
+        if body is None or (sent is None and len(body) <= PIECE):
             return {"content": body}
 
         def pieces() -> Iterator[bytes]:
             for i in range(0, len(body), PIECE):
                 yield body[i : i + PIECE]
-                sent(min(i + PIECE, len(body)), len(body))
+                if sent is not None:
+                    sent(min(i + PIECE, len(body)), len(body))
 
         return {"content": pieces(), "headers": {"content-length": str(len(body))}}
 
