@@ -100,6 +100,23 @@ def test_keys_that_stay_open_go_on_alone_on_the_device(trusted, monkeypatch):
     assert compare(mine, refattn.evaluate(p, rounding="float32", gradients=dout)) == 0
 
 
+@GXX
+def test_some_rows_take_their_part_of_a_forward_pass(trusted, monkeypatch):
+    """A long mask by rules: what rows are to each tile goes with them."""
+    monkeypatch.setattr(masks, "WRITTEN", 0)
+    card_of(0).keys = 64
+    p, dout = call(m=200, allowed=rules.document([0] * 10 + [1] * 30, [0] * 130 + [1] * 70))
+    need, keys = np.zeros(p.out_shape[:3], bool), np.ones((1, 1, 200), bool)
+    need[0, 0, [3, 12, 31]] = True
+    work, f = Work(p, dout, device=card_of(0)), Level(2, card_of(0))
+    raw, good = work.run(f, need, keys, {}), Work(p, dout).run(Level(3))
+    for name in GRADIENTS:
+        x, y = raw[name].get(), good[name]
+        x, y = (x[need], y[need]) if name == "dq" else (x, y)
+        assert (np.abs((x[..., 0] - y[..., 0]) + (x[..., 1] - y[..., 1])) <= x[..., 2] + y[..., 2]).all()
+        assert np.isfinite(x).all()
+
+
 def honest(p, dout, names=GRADIENTS, level=1):
     """Return whether enclosures of a level on the device hold, by those of the last level on the CPU."""
     raw, good = Work(p, dout, device=card_of(0)).run(Level(level, card_of(0))), Work(p, dout).run(Level(3))
