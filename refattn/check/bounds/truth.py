@@ -17,7 +17,7 @@ from ...exact.driver import enclose
 from ...problem import Problem
 from ..model import Capabilities
 
-__all__ = ["Truth", "device_of", "made_by", "on_a_gpu", "on_device", "pays"]
+__all__ = ["Truth", "device_of", "made_by", "on_a_gpu", "on_device", "pays", "takes_long"]
 
 SCORE = 2.5e-10
 """Seconds of a CPU for a score and a number of its key and value (docs/exactness.md: 67 ms at n = 1,024, d = 128)."""
@@ -88,11 +88,24 @@ def on_a_gpu() -> bool:
 
 def pays(problem: Problem, backward: bool) -> bool:
     """Tell whether the CPU takes longer for a call than the copy to a GPU and back."""
-    numbers = problem.d_k + problem.d_v
-    scores = problem.batch * problem.heads * problem.n_q * problem.n_k
-    copied = 8 * problem.batch * (problem.heads_kv * problem.n_k + 4 * problem.heads * problem.n_q) * numbers
+    p, rows = problem, problem.heads * problem.n_q
+    return takes_long(p.batch * rows * p.n_k, p.batch * (p.heads_kv * p.n_k + 4 * rows), p.d_k + p.d_v, backward)
+
+
+def takes_long(scores: int, lines: int, width: int, backward: bool) -> bool:
+    """Tell whether so many scores take the CPU longer than so many lines, of keys and results, take to be copied.
+
+    Parameters
+    ----------
+    scores, lines : int
+        Of all heads.
+    width : int
+        Numbers of a key and a value.
+    backward : bool
+        Whether gradients are asked for.
+    """
     factor = BACKWARD if backward else 1.0
-    return SCORE * scores * numbers * factor > copied * factor / BYTES + START
+    return factor * SCORE * scores * width > factor * 8 * lines * width / BYTES + START
 
 
 def made_by(make: Callable[..., Answer], problem: Problem, dout: Any = None, **more: Any) -> Answer:

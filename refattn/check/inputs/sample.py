@@ -15,7 +15,7 @@ from ...problem import Problem
 from ...scales import dequantised
 from ...variants import Rows, variant_of
 
-__all__ = ["WHOLE", "Sample", "sample_of", "separate"]
+__all__ = ["LINES", "WHOLE", "Sample", "sample_of", "separate"]
 
 ROWS = 24
 LINES = 64

@@ -1,6 +1,7 @@
 """Exact answers made on a GPU, by a stand-in: the same verdicts, what it cannot do counted, no GPU said."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 import refattn
 from refattn import Capabilities, Problem, UnsupportedProblem, check_kernel
 from refattn.check import runner
-from refattn.check.ahead import Ahead
+from refattn.check.ahead import Ahead, for_the_gpu
 from refattn.check.bounds import expected, truth
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import FEATURES, UNDECLARED
@@ -106,11 +107,17 @@ def test_what_is_wrong_with_a_call_is_raised(all_there):
 
 
 @GXX
-def test_answers_of_large_calls_are_not_made_in_other_processes(all_there):
+def test_answers_that_are_made_there_are_not_made_in_other_processes(all_there, monkeypatch):
     keys = [i.key for i in runner.plan(tiled, capabilities=ABLE, only="calls/*", seed=1) if i.key]
-    with truth.on_device("cuda"), Ahead(keys, 2) as ahead:
-        assert not ahead._left
-        assert not ahead._made
+    with truth.on_device("cuda"):
+        with Ahead(keys, 2) as ahead:
+            assert not ahead._left
+            assert not ahead._made
+        monkeypatch.undo()  # with what it costs, calls of a few thousand keys stay with the CPU's processes
+        assert not any(for_the_gpu(k) for k in keys)
+        long = replace(keys[0][0], build=replace(keys[0][0].build, lengths=((64, 2**18),), h_kv=1))
+        assert for_the_gpu((long, *keys[0][1:]))
+    assert not for_the_gpu((long, *keys[0][1:]))
 
 
 def test_without_a_gpu_it_is_said(monkeypatch):

@@ -81,8 +81,20 @@ def test_a_bias_has_a_gradient(trusted):
     p, dout = call(n=12, m=90, bias=bias)
     mine = same(p, dout)
     assert not mine.dbias[np.isneginf(bias)].any()
+    raw = Work(p, dout, device=card_of(0)).run(Level(1, card_of(0)))["dbias"].get()
+    assert not raw[np.isneginf(bias)].any()  # exactly: what is -inf has no radius
+    assert (raw[np.isfinite(bias)][:, 2] > 0).all()
     for shape in ((1, 1, 1, 90), (1, 1, 12, 1), (1, 1, 1, 1)):  # over keys, gradients sum to 0
         assert honest(p.replace(bias=rng.standard_normal(shape)), dout, ("dbias",)) == [True]
+
+
+@GXX
+def test_a_biass_gradient_where_some_rows_see_no_key_of_a_tile(trusted, monkeypatch):
+    monkeypatch.setattr(masks, "WRITTEN", 0)
+    card_of(0).keys = 48
+    p, dout = call(n=70, m=90, bias=np.random.default_rng(2).standard_normal((1, 1, 70, 90)), causal="top_left")
+    assert honest(p, dout, ("dbias", "dq")) == [True, True]
+    assert {n for name, n in trusted.seen.launched if name == "slope"} == {70, 25}  # two tiles of 45 keys
 
 
 @GXX
@@ -98,6 +110,38 @@ def test_keys_that_stay_open_go_on_alone_on_the_device(trusted, monkeypatch):
     assert levels[:2] == ["0", "1"]  # all, then some keys one level up
     monkeypatch.undo()
     assert compare(mine, refattn.evaluate(p, rounding="float32", gradients=dout)) == 0
+
+
+@GXX
+def test_sums_over_rows_for_a_keys_radius(trusted):
+    """Of small whole numbers they are exact: 300 rows in three parts, 70 keys in two blocks, three planes."""
+    card, rng = card_of(0), np.random.default_rng(0)
+    planes, slopes, omega, relative = (
+        rng.integers(-9, 9, s) * 1.0 for s in ((300, 3, 70), (300, 3, 70), (300, 4), 300)
+    )
+    out, there = card.xp.empty((3, 5, 70)), [card.xp.asarray(x) for x in (planes, slopes, omega, relative)]
+    sizes = (np.int32(300), np.int32(70), np.int32(2), np.int32(backward.EACH))
+    card.launch(2, "by_key", 6, (*there[:2], *sizes, *there[2:], out), backward.text_back)
+    found = out.get().sum(0)
+    assert (found[:4] == (planes[:, 0].T @ omega).T).all()
+    assert (found[4] == np.abs(slopes[:, 0]).T @ relative).all()
+
+
+@GXX
+def test_some_rows_take_their_part_of_a_forward_pass(trusted, monkeypatch):
+    """A long mask by rules: what rows are to each tile goes with them."""
+    monkeypatch.setattr(masks, "WRITTEN", 0)
+    card_of(0).keys = 64
+    p, dout = call(m=200, allowed=rules.document([0] * 10 + [1] * 30, [0] * 130 + [1] * 70))
+    need, keys = np.zeros(p.out_shape[:3], bool), np.ones((1, 1, 200), bool)
+    need[0, 0, [3, 12, 31]] = True
+    work, f = Work(p, dout, device=card_of(0)), Level(2, card_of(0))
+    raw, good = work.run(f, need, keys, {}), Work(p, dout).run(Level(3))
+    for name in GRADIENTS:
+        x, y = raw[name].get(), good[name]
+        x, y = (x[need], y[need]) if name == "dq" else (x, y)
+        assert (np.abs((x[..., 0] - y[..., 0]) + (x[..., 1] - y[..., 1])) <= x[..., 2] + y[..., 2]).all()
+        assert np.isfinite(x).all()
 
 
 def honest(p, dout, names=GRADIENTS, level=1):
