@@ -6,8 +6,9 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from refattn import InvalidProblem, UnsupportedProblem, check_problem
+from refattn import InvalidProblem, UnsupportedProblem, check_kernel, check_problem
 from refattn.check.inputs.draw import Draw
+from refattn.check.kernels import KERNELS
 from refattn.dtypes import FORMATS
 from refattn.gpu import gated_delta, lightning, recurrence
 from refattn.gpu.views import View
@@ -105,3 +106,21 @@ def test_what_is_launched(monkeypatch, shape, gate):
     wide = call("gated_delta", 4, d=136, beta=True)
     with pytest.raises(UnsupportedProblem, match="gpu: gated_delta takes queries and keys of up to 128 columns, got"):
         gated_delta(wide.query, wide.key, wide.value, beta=wide.beta)
+
+
+ENTRY = KERNELS["refattn-recurrent"]
+
+
+@pytest.mark.skipif(not ENTRY.here, reason="needs a GPU and CuPy")
+@pytest.mark.parametrize("dtype", recurrence.TYPES)
+@pytest.mark.parametrize("variant", CALLS)
+def test_it_is_right_on_a_gpu(variant, dtype):
+    report = check_kernel(ENTRY.kernel(), variant, dtypes=[dtype], budget="quick", only="gaussian/*")
+    assert report.right, [report.describe(c) for c in report.failures]
+    assert report.count("passed") >= 5
+
+
+def test_it_is_found_for_recurrences():
+    assert ENTRY.variants == set(CALLS)
+    assert ENTRY.gpu
+    assert not ENTRY.capabilities.gradients

@@ -121,7 +121,7 @@ KERNELS: dict[str, Entry] = {
             variants=frozenset(SPARSE),
         ),
         _recurrent("refattn-chunked", "torch", load("chunked", "chunked"), gradients=_OF_STEPS),
-        _recurrent("refattn-gpu-recurrent", "cupy", load("cuda", "recurrent"), arrays="torch", device="cuda"),
+        _recurrent("refattn-recurrent", "cupy", load("cuda", "recurrent"), arrays="torch", device="cuda"),
         Entry(
             "torch-sdpa-flash",
             "torch",
