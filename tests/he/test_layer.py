@@ -69,7 +69,7 @@ def test_the_simulation_is_the_formulas(name):
 
 @pytest.mark.parametrize(
     ("name", "upload", "workers"),
-    [("scores", "full", 1), ("causal scores, more features", "full", 2), ("causal scores, more features", "whole", 1)],
+    [("scores", "full", 1), ("causal scores, more features", "full", 2), ("scores", "whole", 1)],
 )
 def test_encrypted_scores_are_the_simulation(name, upload, workers):
     pytest.importorskip("tenseal")
