@@ -7,6 +7,7 @@ the float64 products of the call alone: what the time cannot be below. Bits are 
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ from refattn.arrays import cupy_with_gpu, from_float64, to_float64
 from refattn.bench import Row
 from refattn.dtypes import format_of
 from refattn.exact.device.card import KEYS, ROWS, Card, card_of
+from refattn.exact.enclosure import Enclosure
+from refattn.exact.levels import Level
+from refattn.exact.run import Work
 
 D = 128
 CHECKED = 32
@@ -37,6 +41,14 @@ CALLS: tuple[tuple[int, str, bool, float | None], ...] = (
     (65536, "float64", True, None),
     (65536, "bfloat16", False, 0.3),
 )
+BACKWARD: tuple[tuple[int, str, bool, float | None], ...] = (
+    (4096, "float32", False, None),
+    (16384, "float32", False, 0.5),
+    (16384, "bfloat16", False, None),
+)
+"""With gradients; a causal call ends in Arb, since dq of a row with one key is exactly 0."""
+LAST = 1024, 2**20
+"""Rows, and the keys of the call whose last rows they are."""
 
 
 def rows() -> Iterator[Row]:
@@ -57,6 +69,10 @@ def rows() -> Iterator[Row]:
             plain_of[n] = plain(cupy, n)
             yield Row(f"n = {n}, plain CuPy float64", plain_of[n], "s")
         yield from call(cupy, card, n, form, causal, most, plain_of[n])
+    for form in ("bfloat16", "float64"):
+        yield from some_rows(cupy, form)
+    for n, form, causal, most in BACKWARD:
+        yield from gradients(cupy, n, form, causal, most)
 
 
 def random_call(n: int, form: str, causal: bool) -> Problem:
@@ -137,6 +153,62 @@ def same(problem: Problem, answer: Any, form: str, causal: bool) -> float:
         for mine, theirs in ((answer.out[:, :, some], exact.out), (answer.lse[:, :, some], exact.lse)):
             found += int((to_float64(mine) == to_float64(theirs)).sum())
             total += theirs.size
+    return found / total
+
+
+def some_rows(cupy: Any, form: str) -> Iterator[Row]:
+    """Yield the figures of the last rows of a long causal call."""
+    rows, n = LAST
+    at, rng = f"{rows} exact rows on {n} keys, {form}", np.random.default_rng(n)
+    q, k, v = (from_float64(format_of(form).round_array(rng.standard_normal((1, 1, x, D))), form) for x in (rows, n, n))
+    problem = Problem(q, k, v, causal="bottom_right")
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    answer = refattn.evaluate(problem, rounding=form, device="cuda")
+    yield Row(f"{at}, memory", pool.total_bytes() / 1e9, "GB")
+    yield Row(f"{at}, undecided", float(sum(answer.undecided.values())), "", at_most=0.0)
+    few = 8
+    exact = refattn.evaluate(refattn.query_rows(problem, rows - few, rows), rounding=form)
+    pairs = (answer.out[:, :, -few:], exact.out), (answer.lse[:, :, -few:], exact.lse)
+    found = sum(int((to_float64(a) == to_float64(b)).sum()) for a, b in pairs)
+    yield Row(f"{at}, same bits as the CPU's, {few} rows", found / sum(b.size for _, b in pairs), "share", at_least=1.0)
+    yield Row(at, seconds(cupy, lambda: refattn.evaluate(problem, rounding=form, device="cuda")), "s", at_most=0.5)
+
+
+def gradients(cupy: Any, n: int, form: str, causal: bool, most: float | None) -> Iterator[Row]:
+    """Yield the figures of a call with all gradients; dq is compared with the CPU's, by its last rows."""
+    at = f"n = {n}, {form}{', causal' if causal else ''}, out and all gradients"
+    problem = random_call(n, form, causal)
+    dout = np.random.default_rng(n + 1).standard_normal(problem.out_shape)
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    answer = refattn.evaluate(problem, rounding=form, gradients=dout, device="cuda")
+    yield Row(f"{at}, memory in arrays n x d of float64", pool.total_bytes() / (8 * n * D), "")
+    yield Row(f"{at}, undecided", float(sum(answer.undecided.values())), "", at_most=0.0)
+    yield Row(f"{at}, levels", float(len(answer.stats)), "")
+    few = refattn.query_rows(problem, n - 8, n)
+    exact = refattn.evaluate(few, rounding=form, gradients=dout[:, :, -8:])
+    pairs = [(to_float64(answer.values[x])[:, :, -8:], to_float64(exact.values[x])) for x in ("out", "lse", "dq")]
+    found = sum(int((a == b).sum()) for a, b in pairs)
+    yield Row(f"{at}, same bits as the CPU's, 8 rows", found / sum(b.size for _, b in pairs), "share", at_least=1.0)
+    yield Row(f"{at}, dk and dv", by_keys(problem, dout, answer), "share", at_least=1.0)
+    took = seconds(cupy, lambda: refattn.evaluate(problem, rounding=form, gradients=dout, device="cuda"))
+    yield Row(at, took, "s", at_most=most)
+    for level, s in answer.stats.items():
+        yield Row(f"{at}, of it {level}", s["seconds"], "s")
+
+
+def by_keys(problem: Problem, dout: Any, answer: Any) -> float:
+    """Return the share of dk and dv of some keys that are the CPU's enclosures' rounded numbers."""
+    keys = np.zeros((1, 1, problem.n_k), bool)
+    keys[0, 0, :: problem.n_k // 8] = True
+    none, form = np.zeros(problem.out_shape[:3], bool), format_of(problem.out_type)
+    raw = Work(problem, dout, os.cpu_count() or 1).run(Level(2), none, keys)
+    found = total = 0
+    for name in ("dk", "dv"):
+        value, decided = Enclosure(*np.moveaxis(raw[name][keys], -1, 0)).settle(form)
+        found += int((value == to_float64(answer.values[name])[keys])[decided].sum())
+        total += int(decided.sum())
     return found / total
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .check.parametrize import parametrize_with_checks
     from .check.simulate import simulate
     from .devices.context_parallel import check_context_parallel
+    from .dropout import dropout_mask
     from .errors import (
         InvalidInput,
         InvalidProblem,
@@ -50,6 +51,7 @@ _WHERE = {
     "check.parametrize": ("parametrize_with_checks",),
     "check.simulate": ("simulate",),
     "devices.context_parallel": ("check_context_parallel",),
+    "dropout": ("dropout_mask",),
     "errors": (
         "InvalidInput",
         "InvalidProblem",
@@ -115,6 +117,7 @@ __all__ = [
     "check_kernel",
     "check_problem",
     "compare",
+    "dropout_mask",
     "evaluate",
     "linear_attention",
     "load_problem",

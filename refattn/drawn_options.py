@@ -15,7 +15,7 @@ from .positions import POSITIONS, STYLES
 from .problem import Problem
 from .validation import ALIGNMENTS
 
-__all__ = ["FURTHER_ON", "NEEDS", "PAGED", "TYPES", "lengths", "paged", "positioned", "typed"]
+__all__ = ["FURTHER_ON", "NEEDS", "PAGED", "TYPES", "dropped", "lengths", "paged", "positioned", "typed"]
 
 FURTHER_ON = (
     "lengths_k", "lengths_q", "offset", "alignment", "negative_window", "d_k_zero",
@@ -46,6 +46,12 @@ def lengths(draw: st.DrawFn, on: set[str], more: dict[str, Any], sizes: tuple[in
     if "alignment" in on and more["causal"] is None:
         found["alignment"] = draw(st.sampled_from(ALIGNMENTS))
     return found
+
+
+def dropped(draw: st.DrawFn, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Draw which weights are kept, and the probability that says what these are divided by."""
+    rng = np.random.default_rng(draw(st.integers(0, 255)))
+    return {"dropout_p": draw(st.sampled_from((0.25, 0.0, 0.9))), "dropout_mask": rng.random(shape) < 0.7}
 
 
 def positioned(draw: st.DrawFn, p: Problem, on: set[str]) -> Problem:

@@ -20,7 +20,8 @@ def check_shape(p: Any, name: str, shape: tuple[int, ...]) -> None:
     """Refuse a state or a gate of another shape than a call's tensors ask for."""
     of_token = (p.batch, p.heads, p.n_k)
     if name == "state":
-        good, text = [(p.batch, p.heads, p.d_k, p.d_v)], "(b, h_q, d_k, d_v) = {}, a matrix for each query head"
+        of = "b" if p.cu_seqlens_q is None else "packed sequences"
+        good, text = [p.state_shape], f"({of}, h_q, d_k, d_v) = {{}}, a matrix for each query head"
     elif name == "alpha":
         good = [(*of_token, 1), (*of_token, p.d_k)]
         text = "(b, h_q, n_k, 1) = {}, or d_k numbers for each token and query head in place of 1"

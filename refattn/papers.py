@@ -64,8 +64,8 @@ PAPERS = (
     Paper(
         "EcoFormer",
         "arXiv 2209.09004",
-        ("functions.hashing", "functions.costs.ecoformer_operations", "claim ecoformer-energy"),
-        ("functions/test_hashing.py", "functions/costs/test_operations.py"),
+        ("operator ecoformer", "functions.hashing", "functions.costs.ecoformer_operations", "claim ecoformer-energy"),
+        ("variants/test_ecoformer.py", "functions/test_hashing.py", "functions/costs/test_operations.py"),
         "its released formula, by mode",
         TRAINING,
     ),

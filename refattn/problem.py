@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from .arrays import dtype_name, kind_of, native, to_kind, to_numpy
+from .dropout import check_dropout
 from .errors import InvalidProblem
+from .features import features_of
 from .gates import RECURRENT
 from .pages import AXES, PAGES, check_layout, check_pages, check_read
 from .positions import PLACED, check_positions
@@ -31,10 +33,10 @@ from .validation import (
 
 __all__ = ["MEANINGS", "VARIANT", "Problem"]
 
-TENSORS = ("query", "key", "value", "bias", "allowed", "sink", "weight", *RECURRENT)
+TENSORS = ("query", "key", "value", "bias", "allowed", "sink", "weight", "dropout_mask", *RECURRENT)
 MEANINGS = (
     "causal", "window", "softcap", "sink", "bias", "allowed", "weight", *RECURRENT, "lengths_q", "lengths_k", "offset",
-    "rotary", "alibi_slopes", "alignment",
+    "rotary", "alibi_slopes", "dropout_mask", "alignment",
 )  # fmt: skip
 """The options that mean something for some operators only."""
 VARIANT = "softmax"
@@ -49,8 +51,7 @@ class Problem:
     ----------
     query : (b, h_q, n_q, d_k) array
         Of NumPy, PyTorch, CuPy or JAX, in one of the formats of ``refattn.dtypes.FORMATS``; with `out_dtype` also int8
-        or float4_e2m1fn. Where d_k is 0 every
-        product is an empty sum, 0, whatever the scale.
+        or float4_e2m1fn. Where d_k is 0 every product is an empty sum, 0, whatever the scale.
     key : (b, h_kv, n_k, d_k) array
         Of query's kind, and type unless `out_dtype` is given; h_kv divides h_q, and query head h uses key head
         h // (h_q / h_kv).
@@ -83,7 +84,7 @@ class Problem:
     weight : (b or 1, h_q or 1, n_q or 1, n_k or 1) float array, optional
         Of at least 0: how often each key counts. Its logarithm is added to the scores, exactly; 0 removes a key.
     state : (b, h_q, d_k, d_v) float array, optional
-        The state that a recurrence starts from; None is 0.
+        The state that a recurrence starts from; None is 0. With cu_seqlens it is (m, h_q, d_k, d_v).
     lengths_q, lengths_k : (b,) integer arrays, optional
         How many rows, and how many keys, of each batch item are used: the first ones. What lies behind them is never
         read, and what a kernel leaves in unused rows of its results is not looked at. With cu_seqlens they are (m,),
@@ -119,6 +120,11 @@ class Problem:
         The slope times the distance of query and key in positions is taken off a score, after softcap.
     positions_q, positions_k : (n,) or (b, n) integer arrays, optional
         Where queries and keys stand. None: key j of a sequence is at j, and a query at its key on the diagonal.
+    dropout_p : float, optional
+        The probability p that a weight is dropped, at least 0 and below 1: weights that are kept are divided by 1 - p,
+        after the softmax. lse knows nothing of it.
+    dropout_mask : (b or 1, h_q or 1, n_q or 1, n_k or 1) boolean array, optional
+        True where a weight is kept; comes with dropout_p. ``refattn.dropout_mask`` makes those that kernels draw.
     alpha, beta : (b, h_q, n_k, 1 or d_k) and (b, h_q, n_k, 1) float arrays, optional
         A recurrence's gates: what a token keeps of the state, 0 to 1 (None is 1), and how far it moves it, 0 to 2.
 
@@ -169,6 +175,8 @@ class Problem:
     alibi_slopes: Any = None
     positions_q: Any = None
     positions_k: Any = None
+    dropout_p: float | None = None
+    dropout_mask: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, Mapping) or any(not isinstance(n, str) for n in self.options):
@@ -182,7 +190,7 @@ class Problem:
         check_layout(self)
         for check in (check_tensors, check_options, check_packing, check_pages, check_masks, check_lengths):
             check(self)
-        for check in (check_scales, check_read, check_positions):
+        for check in (check_scales, check_read, check_positions, check_dropout):
             check(self)
 
     def __reduce__(self) -> Any:
@@ -266,6 +274,12 @@ class Problem:
         """The corner that the diagonal meets, one of ``ALIGNMENTS``."""
         return self.causal or self.alignment or "bottom_right"
 
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """The shape of a recurrence's state: (b, h_q, d_k, d_v), with packed sequences (m, h_q, d_k, d_v)."""
+        many = self.batch if self.cu_seqlens_q is None else int(self.cu_seqlens_q.shape[0]) - 1
+        return (many, self.heads, self.d_k, self.d_v)
+
     def segments(self, batch: int = 0) -> list[tuple[slice, slice]]:
         """Return the used query rows and key rows of each packed sequence of a batch item (one, if none is packed)."""
         q, starts = _spans(self.cu_seqlens_q, self.n_q, self.lengths_q, batch), self.cu_seqlens_k
@@ -275,59 +289,7 @@ class Problem:
 
     def features(self) -> frozenset[str]:
         """Return what a kernel must be able to do for this call, as names of ``Capabilities``."""
-        found = {name for name in MEANINGS[1:-1] if name != "rotary" and getattr(self, name) is not None}
-        if self.causal is None and self.corner == "top_left":
-            found.add("alignment")
-        if self.window is not None and any(side is not None and side < 0 for side in self.window):
-            found.add("negative_window")
-        if self.causal is not None:
-            found.add(f"causal_{self.causal}")
-        if self.cu_seqlens_q is not None:
-            found.add("variable_lengths")
-        if self.heads != self.heads_kv:
-            found.add("grouped_heads")
-        if self.d_k == 0:
-            found.add("d_k_zero")
-        if self.rotary is not None:
-            found.add(f"rotary_{self.rotary}")
-            if 2 * self.rotary_cos.shape[1] < self.d_k:
-                found.add("rotary_partial")
-        if self.positions_q is not None or self.positions_k is not None:
-            found.add("positions")
-        if self.typed:
-            found |= set(self._types())
-        if self.page_layout is not None:
-            found |= {f"paged_{self.page_layout.lower()}"} | ({"appending"} if self.new_key is not None else set())
-        if self.d_k != self.d_v:
-            found.add("d_v_differs")
-        if self.n_q != self.n_k:
-            found.add("lengths_differ")
-        if self.scale is not None:
-            found.add("scale")
-        if 0 in (self.batch, self.n_q, self.n_k):
-            found.add("no_rows_or_keys")
-        return frozenset(found)
-
-    def _types(self) -> Iterator[str]:
-        if any(dtype_name(x) != self.dtype for x in (self.key, self.value)):
-            yield "types_differ"
-        if self.out_type != self.dtype:
-            yield "out_dtype"
-        if self.out_scale is not None:
-            yield "out_scale"
-        for name in SCALES[:3]:
-            scale, x = getattr(self, name), getattr(self, name.removesuffix("_scale"))
-            if scale is None:
-                continue
-            yield "scales"
-            one, many = (tuple(getattr(a, "shape", (1, 1, 1, 1))) for a in (scale, x))
-            if self.page_layout is not None and name != "query_scale":  # a page and a place in it are one axis
-                head, place = (2, 1) if self.page_layout == "NHD" else (1, 2)
-                one, many = ((1, a[head], a[0] * a[place], a[3]) for a in (one, many))
-            yield from ("scales_by_head",) if max(one[:2]) > 1 else ()
-            for axis, kind in ((2, "scales_by_token"), (3, "scales_by_channel")):
-                if one[axis] > 1:
-                    yield kind if one[axis] == many[axis] else "scales_by_block"
+        return features_of(self, MEANINGS)
 
     def to(self, kind: str, device: Any = None) -> Problem:
         """Return the same call with every array of another kind (``"numpy"``, ``"torch"``, ``"jax"``, ``"cupy"``)."""

@@ -19,7 +19,7 @@ from .arrays import from_float64, kind_of, like
 from .check.inputs.draw import Draw
 from .check.inputs.values import RARE, VALUES, numbers
 from .check.model import FEATURES, FURTHER
-from .drawn_options import FURTHER_ON, NEEDS, PAGED, TYPES, lengths, paged, positioned, typed
+from .drawn_options import FURTHER_ON, NEEDS, PAGED, TYPES, dropped, lengths, paged, positioned, typed
 from .dtypes import FORMATS, Format, format_of, is_float
 from .errors import InvalidInput
 from .gates import RECURRENT
@@ -153,13 +153,14 @@ def _problems(
     more: dict[str, Any] = {"causal": next((a for a in ALIGNMENTS if f"causal_{a}" in on), None)}
     more |= _numbers(draw, on, more["causal"], max(n_q, n_k))
     if "variable_lengths" in on:
-        cuts = draw(st.lists(st.tuples(st.integers(0, n_q), st.integers(0, n_k)), max_size=3))
-        for name, end, at in (("cu_seqlens_q", n_q, 0), ("cu_seqlens_k", n_k, 1)):
-            more[name] = np.array([0, *sorted(c[at] for c in cuts), end], np.int32)
+        more |= _packs(draw, n_q, n_k, alike="lengths_differ" in v.never)
     more |= lengths(draw, on, more, (b, n_q, n_k))
+    if "dropout_mask" in on:
+        more |= dropped(draw, _broadcastable(draw, (b, h, n_q, n_k)))
     if "weight" in on:
         more["weight"] = np.exp(d.normal(*_broadcastable(draw, (b, h, n_q, n_k))))
-    more |= _recurrent(draw, d, on, (b, h, n_k, d_k, d_v))
+    sequences = len(more["cu_seqlens_q"]) - 1 if "variable_lengths" in on else b
+    more |= _recurrent(draw, d, on, (b, h, n_k, d_k, d_v), sequences)
     if "sink" in on:
         size = draw(st.sampled_from((1.0, 100.0, -np.inf)))
         more["sink"] = size * (d.normal(h) if np.isfinite(size) else np.ones(h))
@@ -183,11 +184,20 @@ def _problems(
     return paged(draw, found, on, np.nan if family == "poison" else 1.0)
 
 
-def _recurrent(draw: st.DrawFn, d: Draw, on: set[str], size: tuple[int, int, int, int, int]) -> dict[str, Any]:
-    """Draw a recurrence's state and gates, those that are asked for."""
+def _packs(draw: st.DrawFn, n_q: int, n_k: int, alike: bool) -> dict[str, Any]:
+    """Draw the offsets of packed sequences, with as many queries as keys in each where that must be so."""
+    cuts = draw(st.lists(st.tuples(st.integers(0, n_q), st.integers(0, n_k)), max_size=3))
+    ends = (("cu_seqlens_q", n_q, 0), ("cu_seqlens_k", n_k, 0 if alike else 1))
+    return {name: np.array([0, *sorted(c[at] for c in cuts), end], np.int32) for name, end, at in ends}
+
+
+def _recurrent(
+    draw: st.DrawFn, d: Draw, on: set[str], size: tuple[int, int, int, int, int], sequences: int
+) -> dict[str, Any]:
+    """Draw a recurrence's gates, and a state for each sequence, those that are asked for."""
     if not on & set(RECURRENT):
         return {}
-    given = d.recurrent(*size, channels="alpha" in on and draw(st.booleans()))
+    given = d.recurrent(*size, channels="alpha" in on and draw(st.booleans()), sequences=sequences)
     return {n: x for n, x in given.items() if n in on}
 
 

@@ -47,6 +47,20 @@ def test_what_is_no_gate_is_named(changes, text):
             run(call(**changes))
 
 
+def test_packed_sequences_have_a_state_each_and_as_many_keys_as_queries():
+    ends = {f"cu_seqlens_{x}": np.array([0, 1, 3], np.int32) for x in "qk"}
+    p = call(state=ones(2, 2, 2, 2), **ends)
+    assert evaluate(p).state.shape == p.state_shape == (2, 2, 2, 2)
+    assert call().state_shape == (1, 2, 2, 2)
+    with pytest.raises(
+        InvalidProblem, match=r"state: got shape .*, expected \(packed sequences, h_q, d_k, d_v\) = \(2,"
+    ):
+        call(state=ones(1, 2, 2, 2), **ends)
+    other = p.replace(cu_seqlens_k=np.array([0, 2, 3], np.int32))
+    with pytest.raises(InvalidProblem, match="cu_seqlens_k: expected cu_seqlens_q's offsets: each token brings"):
+        evaluate(other)
+
+
 @pytest.mark.parametrize("name", ["alpha", "beta"])
 def test_other_operators_have_no_gates(name):
     p = call().replace(variant="softmax", alpha=None, beta=None)

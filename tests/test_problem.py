@@ -301,7 +301,8 @@ def test_features_are_those_that_capabilities_know():
     table = {"rotary_cos": ones(9, 7), "rotary_sin": ones(9, 7)}
     turned = [good(rotary=style, **table, positions_q=np.arange(5)) for style in ("half", "interleaved")]
     assert turned[0].features() ^ turned[1].features() == {"rotary_half", "rotary_interleaved"}
-    calls = (everything, scaled, rest, ragged, narrow, *pages, *turned, good(alibi_slopes=ones(8)))
+    dropped = good(dropout_p=0.5, dropout_mask=ones(1, 8, 1, 7, dtype=bool))
+    calls = (everything, scaled, rest, ragged, narrow, *pages, *turned, good(alibi_slopes=ones(8)), dropped)
     assert frozenset().union(*(p.features() for p in calls)) == FEATURES | FURTHER
     assert Problem(*(ones(1, 1, 2, 4) for _ in range(3))).features() == frozenset()
 

@@ -188,7 +188,8 @@ def test_a_wrong_kernel_shrinks_to_a_small_call():
     def wrong(p):
         return not check_problem(kernel, p, "corner").passed
 
-    p = smallest(problems(max_rows=8, max_keys=8, max_dim=4), wrong)
+    features = [*FEATURES, "lengths_q", "lengths_k"]
+    p = smallest(problems(max_rows=8, max_keys=8, max_dim=4, features=features), wrong)
     # The corners differ where lengths do: the call's, a packed sequence's, or a batch's own. Which of them is found
     # first depends on the modules that are loaded: Hypothesis draws from the constants in their source.
     ways = {"lengths_differ", "variable_lengths", "lengths_q", "lengths_k"}

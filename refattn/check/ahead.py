@@ -19,11 +19,13 @@ from typing import cast
 
 from ..variants.own import FILES, know, portable
 from .bounds.expected import Expected, Key, keep, kept, made
+from .bounds.truth import on_a_gpu, takes_long
 from .inputs.calls import Call
 from .inputs.families import Case, cases
+from .inputs.sample import LINES
 from .model import Capabilities
 
-__all__ = ["Ahead", "serve"]
+__all__ = ["Ahead", "for_the_gpu", "serve"]
 
 BLOCK = 24
 """Answers to a block, more than workers: the run's block and the next are held, each of at most some ten megabytes."""
@@ -45,7 +47,8 @@ class Ahead:
     """
 
     def __init__(self, keys: Iterable[Key], jobs: int) -> None:
-        wanted = [k for k in dict.fromkeys(keys) if _travels(k) and not kept(k)] if jobs > 1 else []
+        own = [k for k in dict.fromkeys(keys) if _travels(k) and not (kept(k) or for_the_gpu(k))]
+        wanted = own if jobs > 1 else []
         self._left = wanted if len(wanted) > FEWEST else []
         self._made: dict[Key, Future[Expected]] = {}
         self._block: list[Key] = []
@@ -87,6 +90,15 @@ class Ahead:
 def _travels(key: Key) -> bool:
     """Tell whether another process can find the operator: the package's own, or one of a file."""
     return portable(key[0].variant) is None or key[0].variant in FILES
+
+
+def for_the_gpu(key: Key) -> bool:
+    """Tell whether the run has an answer made on a GPU: that of a call whose compared rows see many keys."""
+    case, call = key[0], key[0].build
+    if not (on_a_gpu() and case.sampled and isinstance(call, Call)):
+        return False
+    keys = sum(n for _, n in call.lengths)
+    return takes_long(LINES * keys, call.h_kv * keys, call.d + call.d_v, key[3])
 
 
 class _Workers:

@@ -59,8 +59,8 @@ def call_kernel(kernel: Function, problem: Problem) -> Result:
     ----------
     kernel : callable
         Returns out, or (out, lse): out of shape (b, h_q, n_q, d_v) and query's type, lse of shape (b, h_q, n_q) in a
-        float format; of a recurrence (out, state), state of shape (b, h_q, d_k, d_v); arrays of NumPy, PyTorch, CuPy
-        or JAX.
+        float format; of a recurrence (out, state), state of ``problem.state_shape``; arrays of NumPy, PyTorch, CuPy or
+        JAX.
     problem : Problem
         With NumPy arrays.
 
@@ -96,8 +96,7 @@ def result_of(result: Any, problem: Problem) -> Result:
         whose = "query's" if problem.out_dtype is None else "out_dtype"
         raise KernelError(f"out: got dtype {dtype_name(out)}, expected {whose} {problem.out_type}")
     if more is not None:
-        state = (*problem.out_shape[:2], problem.d_k, problem.d_v)
-        _expect(name, more, problem.out_shape[:3] if name == "lse" else state)
+        _expect(name, more, problem.out_shape[:3] if name == "lse" else problem.state_shape)
         if dtype_name(more) not in FORMATS:
             raise KernelError(f"{name}: got dtype {dtype_name(more)}, expected one of {', '.join(FORMATS)}")
     rest: dict[str, Any] = {} if more is None else {name: _numpy(more)}
@@ -124,7 +123,7 @@ def used(problem: Problem, found: dict[str, NDArray[Any]]) -> dict[str, NDArray[
     return kept
 
 
-SOURCES = {"dq": "query", "dk": "key", "dv": "value"} | {f"d{n}": n for n in ("bias", "sink", "alpha", "beta")}
+SOURCES = {"dq": "query", "dk": "key", "dv": "value"} | {f"d{n}": n for n in ("bias", "sink", "alpha", "beta", "state")}
 """The input that each gradient belongs to."""
 
 

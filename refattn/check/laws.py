@@ -16,10 +16,24 @@ from ..variants.shapes import Shape
 from .compare import Worst
 from .gradient_laws import calls_between, gradient_steps, lse_gradient, row_sums, spread_gradient
 from .inputs.draw import Draw
+from .inputs.dropped import dropout
 from .model import Capabilities
 from .page_laws import pages_case, pages_moved, unowned_unread
 from .protocol import changed_in_place, many_repeats, options_between, results_kept, shapes_between, two_threads
-from .shape_laws import first_case, full_budget_is_dense, lengths_cut, offset_of_corner, state_carried
+from .shape_laws import (
+    batch_invariance,
+    dropout_complement,
+    first_case,
+    full_budget_is_dense,
+    grouped_heads,
+    key_permutation,
+    layout,
+    lengths_cut,
+    offset_of_corner,
+    row_invariance,
+    state_carried,
+    state_gradient,
+)
 from .trial import Trial, agree
 
 __all__ = ["LAWS", "Law", "law_problem"]
@@ -80,26 +94,12 @@ def _determinism(ask: Trial, p: Problem) -> Worst:
     return max(found, key=lambda w: w.ratio)
 
 
-def _key_permutation(ask: Trial, p: Problem) -> Worst:
-    order = np.random.default_rng(0).permutation(p.n_k)
-    moved = p.replace(key=p.key[:, :, order], value=p.value[:, :, order])
-    limit = ask.allowed(p)["out"] + ask.allowed(moved)["out"]
-    return agree(ask.out(moved), ask.out(p), limit, "the order of the keys matters")
-
-
 def _masked_keys_unread(ask: Trial, p: Problem) -> Worst:
     hidden = ~p.allowed.any((0, 1, 2))
     key, value = p.key.copy(), p.value.copy()
     key[:, :, hidden], value[:, :, hidden] = 3, -7
     text = "a key that no row may see changes the output"
     return agree(ask.out(p.replace(key=key, value=value)), ask.out(p), 0.0, text)
-
-
-def _grouped_heads(ask: Trial, p: Problem) -> Worst:
-    group = p.heads // p.heads_kv
-    wide = p.replace(key=np.repeat(p.key, group, axis=1), value=np.repeat(p.value, group, axis=1))
-    limit = 2 * ask.allowed(p)["out"]
-    return agree(ask.out(p), ask.out(wide), limit, "grouped heads differ from repeated ones")
 
 
 def _split_and_merge(ask: Trial, p: Problem) -> Worst:
@@ -140,24 +140,6 @@ def _batch_independence(ask: Trial, p: Problem) -> Worst:
     return agree(ask.out(p)[:1], ask.out(other)[:1], limit, "what another batch holds changes the output")
 
 
-def _batch_invariance(ask: Trial, p: Problem) -> Worst:
-    alone = [ask.out(p.replace(**{n: x[i : i + 1] for n, x in p.arrays().items()})) for i in range(p.batch)]
-    limit: Any = 0.0 if ask.able.batch_invariant else 2 * ask.allowed(p)["out"]
-    return agree(np.concatenate(alone), ask.out(p), limit, "a batch alone gives another output than among others")
-
-
-def _row_invariance(ask: Trial, p: Problem) -> Worst:
-    """Compute rows in chunks, each with the keys up to its last row, one of them a single row; the same bits."""
-    before, whole, n = p.n_k - p.n_q, ask.out(p), p.n_q
-    found = []
-    for i, j in ((0, n // 3), (n // 3, n - 1), (n - 1, n)):
-        keys = {name: getattr(p, name)[:, :, : before + j] for name in ("key", "value")}
-        out = ask.out(p.replace(query=p.query[:, :, i:j], **keys))
-        text = f"rows {i} to {j - 1} alone have other bits than among all {n}"
-        found.append(agree(out, whole[:, :, i:j], 0.0, text))
-    return max(found, key=lambda w: w.ratio)
-
-
 def _values_doubled(ask: Trial, p: Problem) -> Worst:
     twice = p.replace(value=(p.value * p.value.dtype.type(2)).astype(p.value.dtype))
     form, out = FORMATS[p.dtype], 2 * ask.out(p)
@@ -165,12 +147,6 @@ def _values_doubled(ask: Trial, p: Problem) -> Worst:
     step = form.smallest_subnormal if ask.model.subnormals else 2 * form.smallest_normal
     limit = np.where(np.abs(out) < 4 * form.smallest_normal, step, 0.0)
     return agree(ask.out(twice), out, limit, "values twice as large do not double the output")
-
-
-def _layout(ask: Trial, p: Problem) -> Worst:
-    turned = {n: np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for n, x in p.arrays().items()}
-    limit = 2 * ask.allowed(p)["out"]
-    return agree(ask.out(p.replace(**turned)), ask.out(p), limit, "strides change the output")
 
 
 def _bias_shifted(ask: Trial, p: Problem) -> Worst:
@@ -225,6 +201,14 @@ LAWS = {
             "state",
             shape=Steps,
         ),
+        Law(
+            "state_gradient",
+            "what the state of the start adds to out is what its gradient says",
+            first_case(state=True),
+            state_gradient,
+            "dstate",
+            uses=frozenset({"state"}),
+        ),
         Law("determinism", "the same call twice gives the same bits", lambda d: d.problem(65, 130), _determinism),
         Law(
             "changed_in_place",
@@ -255,19 +239,19 @@ LAWS = {
             two_threads,
             "threads",
         ),
-        Law("key_permutation", "the order of the keys does not matter", lambda d: d.problem(), _key_permutation),
+        Law("key_permutation", "the order of the keys does not matter", lambda d: d.problem(), key_permutation),
         Law("batch_independence", "a batch does not matter to another", lambda d: d.problem(b=3), _batch_independence),
         Law(
             "batch_invariance",
             "a batch alone gives what it gives among others; the same bits where the capabilities say so",
             lambda d: d.problem(2, 259, b=3),
-            _batch_invariance,
+            batch_invariance,
         ),
         Law(
             "row_invariance",
             "rows in chunks, and a row alone, have the bits that they have among all; where the capabilities say so",
             lambda d: d.problem(2051, 2100, b=2, h=4, h_kv=2, d=64, causal="bottom_right"),
-            _row_invariance,
+            row_invariance,
             "row_invariant",
             uses=frozenset({"causal"}),
         ),
@@ -288,6 +272,13 @@ LAWS = {
             uses=frozenset({"causal", "offset"}),
         ),
         Law(
+            "dropout_complement",
+            "what a mask keeps and what it drops add up to the call without dropout, divided by 1 - p",
+            lambda d: d.problem(b=2, **dropout(d, 0.25, 1, 2, 37, 67)),
+            dropout_complement,
+            uses=frozenset({"dropout_mask"}),
+        ),
+        Law(
             "pages_moved",
             "where the pages of a cache lie does not matter",
             pages_case,
@@ -302,7 +293,7 @@ LAWS = {
             uses=frozenset({"causal", "lengths_k"}),
         ),
         Law("values_doubled", "the output is linear in the values", lambda d: d.problem(), _values_doubled),
-        Law("layout", "strides do not matter", lambda d: d.problem(b=2, h=3), _layout),
+        Law("layout", "strides do not matter", lambda d: d.problem(b=2, h=3), layout),
         Law(
             "bias_shifted",
             "a constant added to a row's scores does not matter",
@@ -317,9 +308,7 @@ LAWS = {
             _masked_keys_unread,
             uses=frozenset({"allowed"}),
         ),
-        Law(
-            "grouped_heads", "grouped heads equal repeated key heads", lambda d: d.problem(h=6, h_kv=2), _grouped_heads
-        ),
+        Law("grouped_heads", "grouped heads equal repeated key heads", lambda d: d.problem(h=6, h_kv=2), grouped_heads),
         Law(
             "split_and_merge",
             "two halves of the keys, merged through lse, equal the whole",

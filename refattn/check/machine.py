@@ -6,6 +6,7 @@ keys under a running maximum, as flash kernels do: what is multiplied or added u
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -183,13 +184,30 @@ class Machined(Rounded):
         return f.rounded(y * (1 + f.spread(y.shape) * f.model.exp_ulps * f.inside.unit_roundoff))
 
     def __mul__(self, o: Any) -> Rounded:
-        found = super().__mul__(o)
-        if self.tiles:
-            by = o.a if isinstance(o, Rounded) else np.full((1, 1), o)
-            by = np.broadcast_to(by, self.a.shape)
-            more = (replace(t, weights=self.f.rounded(t.weights * by[:, t.keys])) for t in self.tiles)
-            return Machined(self.f, found.a, found.kind, found.seen, found.shifted, tuple(more))
-        return found
+        def scaled(t: Tile) -> Float:
+            by = np.broadcast_to(o.a if isinstance(o, Rounded) else np.full((1, 1), o), self.a.shape)
+            return self.f.rounded(t.weights * by[:, t.keys])
+
+        return self._by_tiles(super().__mul__(o), scaled)
+
+    def __truediv__(self, o: Any) -> Rounded:
+        found = super().__truediv__(o)
+        return found if isinstance(o, Rounded) else self._by_tiles(found, lambda t: self.f.rounded(t.weights / o))
+
+    def where(self, mask: Mask | None) -> Rounded:
+        """Keep the elements where `mask` holds; the others become 0."""
+        found = super().where(mask)
+        if mask is None:
+            return found
+        keep = np.broadcast_to(mask, self.a.shape)
+        return self._by_tiles(found, lambda t: np.where(keep[:, t.keys], t.weights, 0.0))
+
+    def _by_tiles(self, found: Rounded, weights: Callable[[Tile], Float]) -> Rounded:
+        """Return a result with the same done to every tile."""
+        if not self.tiles:
+            return found
+        more = tuple(replace(t, weights=weights(t)) for t in self.tiles)
+        return Machined(self.f, found.a, found.kind, found.seen, found.shifted, more)
 
     def __matmul__(self, o: Any) -> Machined:
         f, y = self.f, o.a

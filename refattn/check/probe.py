@@ -40,6 +40,7 @@ CALLS: dict[str, Build] = {
     "bias": lambda draw, n=64, **w: draw.problem(n, n, bias=draw.normal(1, 2, n, n), **w),
     "allowed": lambda draw, n=64, **w: draw.problem(n, n, allowed=draw.mask(1, 2, n, n), **w),
     "weight": lambda draw, n=64, **w: draw.problem(n, n, weight=np.exp(draw.normal(1, 2, n, n)), **w),
+    "dropout_mask": lambda draw, n=64, **w: draw.problem(n, n, dropout_p=0.25, dropout_mask=draw.mask(1, 2, n, n), **w),
     "lengths_q": lambda draw, n=64, **w: draw.problem(n, n, b=2, lengths_q=_used(n), **w),
     "lengths_k": lambda draw, n=64, **w: draw.problem(n, n, b=2, lengths_k=_used(n), **w),
     "offset": lambda draw, n=64, **w: draw.problem(n, n, causal="top_left", offset=n // 2, **w),

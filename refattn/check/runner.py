@@ -22,6 +22,7 @@ from ..problem import VARIANT, Problem
 from ..variants import Steps, variant_of
 from .ahead import Ahead
 from .bounds.expected import Expected, Key, UnboundedError, bounded, expected, of_answer, of_case, unbounded
+from .bounds.truth import device_of, made_by, on_device
 from .call import Function, Result, call_gradients, call_kernel
 from .compare import Worst, against
 from .diagnose.rules import verdicts
@@ -118,7 +119,7 @@ def check_kernel(
         items.sort(key=lambda i: i.name not in first)
     done: list[Check] = []
     start = time.perf_counter()
-    with Ahead([i.key for i in items if i.key is not None], n_jobs) as ahead:
+    with on_device(device_of(judged.capabilities)) as truth, Ahead([i.key for i in items if i.key], n_jobs) as ahead:
         for item in items:
             if seconds is not None and time.perf_counter() - start > seconds:
                 break
@@ -132,7 +133,7 @@ def check_kernel(
     whole = only is None and budget != "quick" and not left
     return Report(
         judged.name, variant, tuple(done), judged.version, models, judged.capabilities.edges, whole, seed, left, budget,
-        unasked=missed,
+        unasked=missed, truth=str(truth),
     )  # fmt: skip
 
 
@@ -323,7 +324,7 @@ def judged(
         raise KernelError("the kernel returned no lse, but its capabilities name it; return (out, lse)")
     other = None if some is None else suspects(problem, whole)
     if other is not None:
-        rows = of_answer(enclose(other.of(problem)), model)
+        rows = of_answer(made_by(enclose, other.of(problem)), model)
         for name in [n for n in whole.arrays() if n in rows.allowed]:
             x = other.take(name, whole.arrays()[name])
             # chosen for their errors, they say nothing of errors in general

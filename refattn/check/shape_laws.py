@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..dtypes import FORMATS
 from ..problem import VARIANT, Problem
 from ..variants import Selected, variant_of
 from .bounds.expected import expected
@@ -14,7 +15,20 @@ from .compare import Worst
 from .inputs.draw import Draw
 from .trial import Trial, agree
 
-__all__ = ["first_case", "full_budget_is_dense", "lengths_cut", "offset_of_corner", "state_carried"]
+__all__ = [
+    "batch_invariance",
+    "dropout_complement",
+    "first_case",
+    "full_budget_is_dense",
+    "grouped_heads",
+    "key_permutation",
+    "layout",
+    "lengths_cut",
+    "offset_of_corner",
+    "row_invariance",
+    "state_carried",
+    "state_gradient",
+]
 
 
 def lengths_cut(ask: Trial, p: Problem) -> Worst:
@@ -35,6 +49,57 @@ def offset_of_corner(ask: Trial, p: Problem) -> Worst:
     limit = 2 * ask.allowed(p)["out"]
     text = "top_left with an offset to the other corner is not bottom_right"
     return agree(ask.out(p), ask.out(p.replace(causal="bottom_right", offset=None)), limit, text)
+
+
+def batch_invariance(ask: Trial, p: Problem) -> Worst:
+    """Compute each batch item alone."""
+    alone = [ask.out(p.replace(**{n: x[i : i + 1] for n, x in p.arrays().items()})) for i in range(p.batch)]
+    limit: Any = 0.0 if ask.able.batch_invariant else 2 * ask.allowed(p)["out"]
+    return agree(np.concatenate(alone), ask.out(p), limit, "a batch alone gives another output than among others")
+
+
+def row_invariance(ask: Trial, p: Problem) -> Worst:
+    """Compute rows in chunks, each with the keys up to its last row, one of them a single row; the same bits."""
+    before, whole, n = p.n_k - p.n_q, ask.out(p), p.n_q
+    found = []
+    for i, j in ((0, n // 3), (n // 3, n - 1), (n - 1, n)):
+        keys = {name: getattr(p, name)[:, :, : before + j] for name in ("key", "value")}
+        out = ask.out(p.replace(query=p.query[:, :, i:j], **keys))
+        text = f"rows {i} to {j - 1} alone have other bits than among all {n}"
+        found.append(agree(out, whole[:, :, i:j], 0.0, text))
+    return max(found, key=lambda w: w.ratio)
+
+
+def dropout_complement(ask: Trial, p: Problem) -> Worst:
+    """Keep what was dropped and drop what was kept: both together are the call without dropout."""
+    other, whole = p.replace(dropout_mask=~p.dropout_mask), p.replace(dropout_mask=None, dropout_p=None)
+    by = 1 / (1 - (p.dropout_p or 0.0))
+    limit = ask.allowed(p)["out"] + ask.allowed(other)["out"] + by * ask.allowed(whole)["out"]
+    text = "what a mask keeps and what it drops do not add up to the call without dropout"
+    return agree(ask.out(p) + ask.out(other), by * ask.out(whole), limit, text)
+
+
+def grouped_heads(ask: Trial, p: Problem) -> Worst:
+    """Repeat the key heads."""
+    group = p.heads // p.heads_kv
+    wide = p.replace(key=np.repeat(p.key, group, axis=1), value=np.repeat(p.value, group, axis=1))
+    limit = 2 * ask.allowed(p)["out"]
+    return agree(ask.out(p), ask.out(wide), limit, "grouped heads differ from repeated ones")
+
+
+def key_permutation(ask: Trial, p: Problem) -> Worst:
+    """Take the keys in another order."""
+    order = np.random.default_rng(0).permutation(p.n_k)
+    moved = p.replace(key=p.key[:, :, order], value=p.value[:, :, order])
+    limit = ask.allowed(p)["out"] + ask.allowed(moved)["out"]
+    return agree(ask.out(moved), ask.out(p), limit, "the order of the keys matters")
+
+
+def layout(ask: Trial, p: Problem) -> Worst:
+    """Lay every array out as (b, n, h, d)."""
+    turned = {n: np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for n, x in p.arrays().items()}
+    limit = 2 * ask.allowed(p)["out"]
+    return agree(ask.out(p.replace(**turned)), ask.out(p), limit, "strides change the output")
 
 
 def full_budget_is_dense(ask: Trial, p: Problem) -> Worst:
@@ -61,12 +126,27 @@ def state_carried(ask: Trial, p: Problem) -> Worst:
     return max(found, whole, key=lambda w: w.ratio)
 
 
-def first_case() -> Callable[[Draw], Problem]:
-    """Return a maker of the first call that an operator names for itself, with its whole budget where it chooses."""
+def state_gradient(ask: Trial, p: Problem) -> Worst:
+    """Take the state away: out is linear in it, so dout·out changes by its gradient times the state."""
+    d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
+    dout, none = d.tensor(d.normal(*p.out_shape)), p.replace(state=np.zeros_like(p.state))
+    wide, state = dout.astype(np.float64), p.state.astype(np.float64)
+    change = (wide * (ask.out(p) - ask.out(none))).sum((2, 3))
+    said = (ask.gradients(p, dout)["dstate"] * state).sum((2, 3))
+    lost = (np.abs(wide) * (ask.allowed(p)["out"] + ask.allowed(none)["out"])).sum((2, 3))
+    lost = lost + (ask.allowed(p, dout)["dstate"] * np.abs(state)).sum((2, 3))
+    return agree(said, change, lost, "dstate times the state is not what the state adds to out", "dstate")
+
+
+def first_case(**more: Any) -> Callable[[Draw], Problem]:
+    """Return a maker of the first call that an operator names for itself, with its whole budget where it chooses.
+
+    More settings of the call may be given.
+    """
 
     def build(d: Draw) -> Problem:
         v = variant_of(d.variant)
-        settings: dict[str, Any] = dict(next(iter(v.cases.values()), {}))
+        settings: dict[str, Any] = {**next(iter(v.cases.values()), {}), **more}
         if isinstance(v.shape, Selected):
             settings["options"] = {**settings.get("options", {}), **v.shape.full}
         return d.problem(**settings)

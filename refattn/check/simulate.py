@@ -66,8 +66,9 @@ def simulate(problem: Problem, model: Model, seed: int = 0) -> Any:
     for name in ("split", "from_lse"):
         if getattr(model, name):
             raise UnsupportedProblem(f"simulate: a model with {name} merges or weighs in ways that are not simulated")
-    if model.weights_scale and problem.weight is not None:
-        raise UnsupportedProblem("simulate: weights_scale is of weights that are at most 1; the call counts keys")
+    if model.weights_scale and not (problem.weight is None and problem.dropout_mask is None):
+        why = "counts keys" if problem.dropout_mask is None else "divides weights by 1 - dropout_p"
+        raise UnsupportedProblem(f"simulate: weights_scale is of weights that are at most 1; the call {why}")
     p = lower(problem).problem.to("numpy")
     variant, rng = variant_of(p.variant), np.random.default_rng(seed)
     found = {"out": np.zeros(p.out_shape)}

@@ -49,6 +49,7 @@ HINTS = {n: f"give it as --{n}" for n in ("causal", "scale", "softcap")} | {"mas
 @click.option("--rows", "rows", help="START:STOP: only these query rows; with --gradients out, lse and dq of them.")
 @click.option("--n-jobs", type=click.IntRange(1), help="Processes; by default one, with a thread for each core.")
 @click.option("--checkpoint", help="A folder for finished parts: the same command goes on from there.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 ...")
 def exact(
     source: str,
     rounding: str,
@@ -61,6 +62,7 @@ def exact(
     rows: str | None,
     n_jobs: int | None,
     checkpoint: str | None,
+    device: str,
 ) -> None:
     """Write the correctly rounded answer of the call in INPUT.npz.
 
@@ -78,17 +80,19 @@ def exact(
     if rows is not None:
         start, stop = _ends(rows)
         problem, dout = query_rows(problem, start, stop), _part(problem, dout, start, stop)
-    elif dout is not None:
+    elif dout is not None and device == "cpu":
         _warn(problem, dout, rounding)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("parts", total=None)
+        told = (lambda done, total: bar.update(task, completed=done, total=total)) if device == "cpu" else None
         answer = evaluate(
             problem,
             rounding=rounding,
             gradients=dout,
             n_jobs=n_jobs,
             checkpoint=checkpoint,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=told,
+            device=device,
         )
     values = {n: x for n, x in answer.values.items() if rows is None or n in OF_ROWS}
     undecided = {n: x for n, x in answer.undecided.items() if n in values}

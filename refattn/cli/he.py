@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import click
 import numpy as np
@@ -34,19 +36,23 @@ def he() -> None:
 @click.option("--normalize", type=click.Choice(["server", "client"]), default="server", show_default=True)
 @click.option("--mode", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True)
 @click.option("--upload", type=click.Choice(["full", "compact", "whole"]), default="full", show_default=True)
+@click.option("--decoding", is_flag=True, help="Plan N_Q encrypted tokens, one by one, after N_K - N_Q in the clear.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What to predict times for."
+)
 @click.option("-o", "--output", help="Write the plan to this file, for `serve` and for clients.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--raw", is_flag=True, help="Print all numbers as a table.")
 def plan_(
-    sizes: tuple[int, ...], data: str | None, margin: float | None, output: str | None, as_json: bool, raw: bool,
-    **given: Any,
+    sizes: tuple[int, ...], data: str | None, margin: float | None, device: str, output: str | None, as_json: bool,
+    raw: bool, decoding: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Plan an encrypted call: ring, levels, keys, time, bytes and error, before any key exists.
 
     Sizes and ranges are told, or measured on a problem's .npz file (--from); what is told counts before what is
-    measured.
+    measured. With --device cuda the plan is the same, and what a GPU takes for it is told beside one core's time.
     """
-    from ..he import plan
+    from ..he import DecodingPlan, Plan, on_gpu, plan, plan_decoding
     from ..he.ranges import ranges_of_file
     from ..he.saved import plan_to_json
 
@@ -63,16 +69,23 @@ def plan_(
         wanted = ["N_Q N_K D_K D_V HEADS"] * (len(sizes) != 5) + [f"--{n.replace('_', '-')}" for n in missing]
         raise InvalidInput(f"plan: say {', '.join(wanted)}, or --from a problem's file to measure it")
     n_q, n_k, d_k, d_v, heads = sizes
-    made = plan(n_q, n_k, d_k, d_v, heads, given.pop("p", 2), **given)
+    made: Plan | DecodingPlan
+    if decoding:
+        if given.pop("mode") != "latency" or n_k < n_q:
+            raise InvalidInput(f"plan: --decoding goes with --mode latency and N_K of at least N_Q = {n_q}")
+        made = plan_decoding(n_q, d_k, d_v, heads, given.pop("p", 2), context=n_k - n_q, **given)
+    else:
+        made = plan(n_q, n_k, d_k, d_v, heads, given.pop("p", 2), **given)
     if output:
         write_text(output, plan_to_json(made))
+    gpu = on_gpu(made) if device == "cuda" else None
     if as_json:
-        click.echo(json.dumps(made.report(), indent=1))
-    elif raw:
-        click.echo(made.table())
+        click.echo(json.dumps(made.report() | ({} if gpu is None else {"gpu": asdict(gpu)}), indent=1))
     else:
-        click.echo(made.words())
-    for text in made.warnings():
+        click.echo(made.table() if raw else made.words())
+        if gpu is not None:
+            click.echo(gpu.words())
+    for text in made.warnings(None if gpu is None else gpu.bytes_ms / 1e3):
         click.echo(f"warning: {text}", err=True)
 
 
@@ -87,6 +100,7 @@ def plan_(
 )
 @click.option("--tolerance", default=1e-2, show_default=True, help="Of a layer's polynomial for 1/D, relative.")
 @click.option("--upload", type=click.Choice(["full", "whole"]), help="Of a layer; a plan has its own.  [default: full]")
+@click.option("--context", type=click.Path(exists=True, dir_okay=False), help="A plan's tokens in the clear: .npz.")
 @click.option("--certificate", help="A file with a TLS certificate.")
 @click.option("--key", help="The file with its key.")
 @click.option(
@@ -99,14 +113,16 @@ def serve(
     certificate: str | None,
     key: str | None,
     token_file: str | None,
+    context: str | None,
     **given: Any,
 ) -> None:
-    """Serve a plan of attention, or a layer with its weights, over HTTP.
+    """Serve a plan of attention or of decoding, or a layer with its weights, over HTTP.
 
-    Beyond this machine (--host) a token is demanded of every request.
+    Beyond this machine (--host) a token is demanded of every request. A context has arrays key and value, (heads,
+    tokens, d).
     """
     from ..arrays import cupy_with_gpu
-    from ..he import Encoder, EncoderWeights, Layer, Plan
+    from ..he import DecodingPlan, Encoder, EncoderWeights, Layer, Plan
     from ..he.listen import listen
     from ..he.saved import load_weights, plan_from_json
     from ..he.service import service
@@ -131,13 +147,23 @@ def serve(
             what = Layer(weights, *made)
     else:
         what = plan_from_json(Path(program).read_bytes())
-        if not isinstance(what, Plan):
+        if not isinstance(what, Plan | DecodingPlan):
             raise InvalidInput(f"serve: {program} is no plan of attention; serve a layer's or an encoder's weights")
         if given["upload"]:
             raise InvalidInput(f"serve: --upload is for a layer's weights; {program} is a plan, which has its own")
-    app = service(what, given["sessions"], given["expire"], tokens=tokens, device=given["device"])
+    known = None if context is None else _context(context)
+    app = service(what, given["sessions"], given["expire"], tokens=tokens, device=given["device"], context=known)
     where = {"certificate": certificate, "key": key}
     listen(app, host, port, **where, announce=lambda url: click.echo(f"listening at {url}"))  # type: ignore[arg-type]
+
+
+def _context(path: str) -> tuple[Any, Any]:
+    """Return the keys and values of a file."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return found["key"], found["value"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, BadZipFile) as e:
+        raise InvalidInput(f"serve: --context: {path} is no .npz file of key and value: {e}") from e
 
 
 class _Steps:
@@ -166,10 +192,11 @@ class _Steps:
 def query(url: str, source: str, output: str, expected: str | None, token_file: str | None) -> None:
     """Encrypt INPUT, have a server compute, decrypt the result.
 
-    INPUT is a problem's .npz file for a plan of attention, or a .npy file with an (n, d) array for a layer. Keys are
-    made for this one query; the secret one stays here.
+    INPUT is a problem's .npz file for a plan of attention or of decoding, whose queries are those of the tokens, or a
+    .npy file with an (n, d) array for a layer. Keys are made for this one query; the secret one stays here.
     """
-    from ..he import Client
+    from ..he import Client, DecodingClient, DecodingPlan
+    from ..he.inputs import sequence_of
     from ..he.remote import Remote
     from ..he.saved import plan_from_json
     from ..he.tokens import read_tokens
@@ -189,13 +216,22 @@ def query(url: str, source: str, output: str, expected: str | None, token_file: 
         plan = server.plan()
         if expected is not None and plan_from_json(Path(expected).read_bytes()).digest != plan.digest:
             raise InvalidInput(f"{url} has another plan than {expected}")
-        plan.encoded(x)  # a wrong input is refused before keys are made
+        if isinstance(plan, DecodingPlan):
+            tokens, known = sequence_of(plan, x)
+        else:
+            plan.encoded(x)  # a wrong input is refused before keys are made
         click.echo(plan.words(), err=True)
-        client = Client(plan)
+        client = DecodingClient(plan, known) if isinstance(plan, DecodingPlan) else Client(plan)
         keys = client.evaluation_keys()
         steps.done("keys")
         server.open(keys)
         steps.done("server reads keys")
+        if isinstance(client, DecodingClient):
+            found = []
+            for i, part in enumerate(tokens):
+                found.append(client.decrypt(server.step(client.encrypt_token(*part))))
+                steps.done(f"token {i}")
+            return _written(output, np.stack(found, 1)[None])
         answer = client.encrypt(x)
         steps.done("encrypt")
         answer = server.attend(answer)
@@ -207,5 +243,9 @@ def query(url: str, source: str, output: str, expected: str | None, token_file: 
             steps.done("compute")
         out = client.decrypt(answer)
         steps.done("decrypt")
+    _written(output, out)
+
+
+def _written(output: str, out: Any) -> None:
     write_whole(output, lambda f: np.save(f, out))
     click.echo(f"{output}: {' x '.join(map(str, out.shape))}")

@@ -125,6 +125,8 @@ def print_outside(console: Console, reports: list[Report], kernels: tuple[str, .
     for r in reports:
         if r.unasked:
             _print(console, f"{r.kernel}: declared, and no check asked for it: {', '.join(r.unasked)}")
+        if r.truth:
+            _print(console, f"{r.kernel}: {r.truth}")
         if r.left:
             _print(console, f"{r.kernel}: the time was over before {r.left} checks, which did not run")
         if r.either:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +27,12 @@ class Answer:
         The call.
     values : dict
         Arrays by name: ``out`` (b, h_q, n_q, d_v), ``lse`` (b, h_q, n_q) where the operator has one; with gradients
-        ``dq``, ``dk``, ``dv`` and, where present, ``dbias``, ``dsink``, ``dalpha`` and ``dbeta``, of their inputs'
-        shapes.
+        ``dq``, ``dk``, ``dv`` and, where present, ``dbias``, ``dsink``, ``dalpha``, ``dbeta`` and ``dstate``, of
+        their inputs' shapes.
         Float64 nearest to the enclosure's middle, or correctly rounded numbers in the asked format.
     enclosures : dict
-        An :class:`Enclosure` for each, with a proven radius for every element.
+        An :class:`Enclosure` for each, with a proven radius for every element. After an evaluation on a GPU they stay
+        in its memory until they are read.
     rounding : str or None
         The format that the values are correctly rounded to.
     undecided : dict
@@ -50,7 +52,7 @@ class Answer:
 
     problem: Problem
     values: dict[str, NDArray[Any]]
-    enclosures: dict[str, Enclosure]
+    enclosures: Mapping[str, Enclosure]
     rounding: str | None
     undecided: dict[str, int]
     balls: Raw
@@ -121,6 +123,11 @@ class Answer:
     def dbeta(self) -> NDArray[Any] | None:
         """The gradient by beta."""
         return self.values.get("dbeta")
+
+    @property
+    def dstate(self) -> NDArray[Any] | None:
+        """The gradient by the state that a recurrence starts from, (b, h_q, d_k, d_v)."""
+        return self.values.get("dstate")
 
     def radius(self, name: str = "out") -> NDArray[np.float64]:
         """Return the proven bound on ``|value - exact|`` for every element of an array."""

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["beside", "largest", "on_host", "two_to"]
+from ..arrays import from_float64
+from ..dtypes import Format
+
+__all__ = ["beside", "largest", "narrowed", "on_host", "product", "scaled", "two_to", "within"]
 
 
 def beside(x: Any, y: NDArray[Any]) -> Any:
@@ -23,6 +26,37 @@ def on_host(x: Any) -> Any:
 def largest(x: Any, axis: int) -> Any:
     """Return the largest of sizes along an axis, 0 where there are none (CuPy's max takes no ``initial``)."""
     return x.max(axis) if x.shape[axis] else x.sum(axis)
+
+
+def narrowed(x: Any, form: Format) -> NDArray[Any]:
+    """Return numbers of a format in its own type, as NumPy's: what comes from a device is narrow already."""
+    if not hasattr(x, "__cuda_array_interface__"):
+        return from_float64(x, form.name)
+    if form.name in ("float64", "float32", "float16"):
+        return np.asarray(on_host(x.astype(form.dtype)))
+    if form.name == "bfloat16":
+        bits = x.astype(np.float32).view(np.uint32) >> 16
+        return np.asarray(on_host(bits.astype(np.uint16)).view(form.dtype))
+    return from_float64(on_host(x), form.name)
+
+
+def product(device: Any, a: Any, b: Any) -> Any:
+    """Return the product of two float64 matrices: NumPy's, or the one that a device is trusted for."""
+    if device is None:
+        return a @ b
+    out = device.xp.empty((a.shape[0], b.shape[1]))
+    device.matmul(a, b, out)
+    return out
+
+
+def within(x: Any, index: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return an index with its arrays where x is."""
+    return tuple(beside(x, i) if isinstance(i, np.ndarray) else i for i in index)
+
+
+def scaled(x: Any, e: int) -> Any:
+    """Return x * 2**e, rounded once."""
+    return np.ldexp(x, np.full_like(x, e, np.int32)) if e else x
 
 
 def two_to(x: Any) -> Any:

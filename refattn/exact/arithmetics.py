@@ -229,6 +229,12 @@ class Balls(_Objects):
         # not by `number`, which asks of each of very many what it is
         return _objects(x.shape, map(flint.arb, np.asarray(x, np.float64).ravel().tolist()))
 
+    def operand(self, x: Array) -> Any:
+        """Take in a float64 matrix, exactly: a large one is made into balls when they are asked for."""
+        from .sliced import taken  # its products are a level's, which imports much
+
+        return taken(self, x)
+
     def matmul(self, a: Array, b: Array) -> Array:
         """Return the matrix product by FLINT's ball matrices."""
         n, k, m = a.shape[0], a.shape[1], b.shape[1]

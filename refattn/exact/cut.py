@@ -51,7 +51,7 @@ def query_rows(problem: Problem, start: int, stop: int) -> Problem:
     _check(p)
     rows = slice(int(start), int(stop))
     cut: dict[str, Any] = {"query": p.query[:, :, rows]}
-    cut |= {n: _of_rows(getattr(p, n), rows) for n in ("bias", "weight")}
+    cut |= {n: _of_rows(getattr(p, n), rows) for n in ("bias", "weight", "dropout_mask")}
     cut["allowed"] = _written(p, rows) if isinstance(p.allowed, Rule) else _of_rows(p.allowed, rows)
     if p.causal or p.window:
         cut |= _aligned(p, rows, cut["allowed"])

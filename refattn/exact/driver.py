@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import from_float64, kind_of, to_float64, to_numpy
+from ..arrays import kind_of, to_float64, to_numpy
 from ..dtypes import Format, format_of
 from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..masks import unused
 from ..problem import Problem
 from ..variants import variant_of
 from .answer import Answer
+from .anywhere import narrowed, on_host
 from .arithmetics import Balls, Floats
 from .device.asked import asked, on
 from .device.card import Card
-from .enclosure import Enclosure
+from .enclosure import Enclosure, Fetched
 from .field import Field
 from .levels import Level
 from .lowering import lower
@@ -72,7 +73,8 @@ def evaluate(
     lse_rounding : str, optional
         Another format for lse, which is often kept wider than out.
     gradients : (b, h_q, n_q, d_v) array, optional
-        The gradient arriving at out: asks for dq, dk, dv, dbias, dsink, dalpha, dbeta.
+        The gradient arriving at out: asks for dq, dk, dv, dbias, dsink, dalpha, dbeta,
+        dstate, those whose inputs the call has.
     dlse : (b, h_q, n_q) array, optional
         The gradient arriving at lse, beside the one at out (or alone): the score of key j gets p_ij dlse_i more. A row
         without keys passes nothing on, but to its sink.
@@ -85,7 +87,8 @@ def evaluate(
         Called as ``progress(done, total)`` after each part.
     device : str
         "cpu", or with `rounding` an NVIDIA GPU: "cuda" (CuPy's current one), "cuda:0" and so on. There it computes out
-        and lse of softmax attention, to the same bits; what is left undecided goes on in Arb on the CPU.
+        and lse of softmax attention and its gradients, to the same bits; what is left undecided goes on in Arb on the
+        CPU.
 
     Returns
     -------
@@ -105,8 +108,7 @@ def evaluate(
         raise InvalidInput(f"bits: got {bits!r}, expected an integer from 32 to {2**20}")
     if n_jobs is not None and (isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1):
         raise InvalidInput(f"n_jobs: got {n_jobs!r}, expected an integer of at least 1 or None")
-    card = asked(device, problem, rounding, gradients=gradients, dlse=dlse, n_jobs=n_jobs, checkpoint=checkpoint,
-                 progress=progress)  # fmt: skip
+    card = asked(device, problem, rounding, dlse=dlse, n_jobs=n_jobs, checkpoint=checkpoint, progress=progress)
     threads = n_jobs or os.cpu_count() or 1
     dout, at_lse = _both(problem, gradients, dlse)
     if lowered.problem is not problem:
@@ -125,7 +127,7 @@ def evaluate(
     form, lse_form = format_of(rounding), format_of(lse_rounding or rounding)
     if card is not None:
         with on(card):
-            return _rounded(problem, form, lse_form, None, threads, device=card)
+            return _rounded(problem, form, lse_form, dout, threads, device=card)
     cut = at_lse is None and (checkpoint is not None or progress is not None or (n_jobs or 1) > 1)
     pieces = parts(problem, dout) if cut else []
     if len(pieces) < 2 and checkpoint is None:
@@ -134,7 +136,7 @@ def evaluate(
     return _in_parts(problem, form, lse_form, dout, pieces, n_jobs or 1, threads, checkpoint, progress)
 
 
-def enclose(problem: Problem, level: int = 2, *, gradients: Any = None) -> Answer:
+def enclose(problem: Problem, level: int = 2, *, gradients: Any = None, device: str = "cpu") -> Answer:
     """Return values with a proven radius from one run in certified floating point: the fastest proven answer.
 
     Parameters
@@ -146,19 +148,23 @@ def enclose(problem: Problem, level: int = 2, *, gradients: Any = None) -> Answe
         :func:`evaluate`.
     gradients : (b, h_q, n_q, d_v) array, optional
         As in :func:`evaluate`, which says what is raised, too.
+    device : str
+        As in :func:`evaluate`.
     """
-    lowered = lower(problem)
+    lowered, card = lower(problem), asked(device, problem, "float64")
     if lowered.problem is not problem:
-        answer = enclose(lowered.problem, level, gradients=gradients)
+        answer = enclose(lowered.problem, level, gradients=gradients, device=device)
         return replace(answer, problem=problem, core=answer.core or lowered.problem, margins=lowered.margins)
     dout = None if gradients is None else _arriving(problem, gradients)
     try:
-        raw = Work(problem, dout, os.cpu_count() or 1).run(Level(level), np.ones(problem.out_shape[:3], bool), None, {})
+        with on(card):
+            work, need = Work(problem, dout, os.cpu_count() or 1, device=card), np.ones(problem.out_shape[:3], bool)
+            raw = {n: on_host(x) for n, x in work.run(Level(level, card), need, None, {}).items()}
     except UnsureSign:
         return evaluate(problem, rounding="float64", gradients=gradients)
     enclosures = {n: _enclosed(x) for n, x in raw.items()}
     if any(np.isinf(e.radius).any() for e in enclosures.values()):
-        return evaluate(problem, rounding="float64", gradients=gradients)
+        return evaluate(problem, rounding="float64", gradients=gradients, device=device)
     return Answer(problem, {n: e.mid for n, e in enclosures.items()}, enclosures, None, {}, {})
 
 
@@ -207,12 +213,16 @@ def _rounded(
     own_bias = problem.bias is not None and problem.bias.shape == (*problem.out_shape[:3], problem.n_k)
     state = State(form, lse_form, ("out", "lse", "dq", "dbias") if own_bias else ("out", "lse", "dq"))
     work = Work(problem, dout, threads, dlse, device)
+    there = device is not None
     by_key, keys = work.by_keys, None
     first = (START if dout is None else START_BACK)[form.precision]
     levels: list[Level | Balls] = [Level(level, device) for level in range(first, 4)]
     levels += [Balls(bits) for bits in LADDER]
     for f in levels:
         start = time.perf_counter()
+        if there and isinstance(f, Balls):  # Arb is the CPU's
+            there = False
+            state.fetch()
         with f.working() if isinstance(f, Balls) else nullcontext():
             known: RowsByHead = {}
             try:
@@ -228,7 +238,7 @@ def _rounded(
             if by_key and keys is None and isinstance(f, Level) and (few := _few_keys(state)) is not None:
                 # again, one level up, with what this level's rows know
                 none = np.zeros_like(need)
-                raw = work.run(Level(min(f.level + 1, 3)), none, few, known)
+                raw = work.run(Level(min(f.level + 1, 3), device), none, few, known)
                 state.take(raw, none, few, _enclosed)
         if isinstance(f, Balls) and f.bits == EXACT_FROM and not state.done:
             exact_lse(problem, state, boundaries)
@@ -238,9 +248,18 @@ def _rounded(
             break
         keys = _few_keys(state) if by_key and not state.sums_open else None
         need = state.open_rows(keys_apart=keys is not None)
-    typed = {n: from_float64(v, state.form(n).name) for n, v in state.values.items()}
+    typed = {n: narrowed(v, state.form(n)) for n, v in state.values.items()}
     open_ = {n: int((~d).sum()) for n, d in state.decided.items()}
-    return Answer(problem, typed, state.enclosures, form.name, open_, {}, state.stats, state.decided)
+    return Answer(
+        problem,
+        typed,
+        Fetched(state.enclosures) if there else state.enclosures,
+        form.name,
+        open_,
+        {},
+        state.stats,
+        state.decided,
+    )
 
 
 def _over_balls(work: Work, f: Balls, *some: Any) -> Raw:
@@ -302,7 +321,7 @@ def _part(part: Part, form: Format, lse_form: Format, threads: int) -> dict[str,
 
 def _shape(problem: Problem, name: str) -> tuple[int, ...]:
     if name == "state":
-        return (problem.batch, problem.heads, problem.d_k, problem.d_v)
+        return problem.state_shape
     if name in ("out", "lse"):
         return problem.out_shape if name == "out" else problem.out_shape[:3]
     source = {"dq": "query", "dk": "key", "dv": "value"}.get(name, name[1:])

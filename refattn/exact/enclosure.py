@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import Format
+from .anywhere import on_host
 
-__all__ = ["Enclosure"]
+__all__ = ["Enclosure", "Fetched"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -86,6 +88,25 @@ class Enclosure:
                 np.where(point, self.mid, np.nextafter(low, -np.inf)),
                 np.where(point, self.mid, np.nextafter(high, np.inf)),
             )
+
+
+class Fetched(Mapping[str, Enclosure]):
+    """Enclosures by name; those on a device stay there until they are read, which takes longer than all of the rest."""
+
+    def __init__(self, enclosures: dict[str, Enclosure]) -> None:
+        self._all = enclosures
+
+    def __getitem__(self, name: str) -> Enclosure:
+        e = self._all[name]
+        if not isinstance(e.mid, np.ndarray):
+            self._all[name] = e = Enclosure(*map(on_host, (e.mid, e.tail, e.radius)))
+        return e
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
 
 
 def _split(x: Any) -> tuple[float, float, float]:

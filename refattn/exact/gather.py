@@ -46,6 +46,7 @@ def parts(one: Head, f: Any, lines: Lines) -> Iterator[Head] | None:
         return None
     lists = isinstance(view, View) and view.lists
     if isinstance(f, Level):
+        lists = lists and f.device is None  # a head's part is cut on the CPU
         return (one.part(rows, keys) for rows, keys in view.listed(lines)) if lists else None  # type: ignore[attr-defined]
     if not isinstance(f, Balls | Field) or len(one.k) < FROM or not lines.size:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..masks import block, diagonal, distance, visible
 from ..positions import partners, places, slope_of, tables, turned
 from ..problem import Problem
 from ..variants import Rows, variant_of
+from .anywhere import beside, on_host
 from .matrix import Matrix
 
 __all__ = [
@@ -38,7 +40,7 @@ Mask = NDArray[np.bool_]
 
 def matrix_of(f: Any, x: Float) -> Any:
     """Take a float64 matrix into an arithmetic, exactly."""
-    taken = f.array(x)
+    taken = f.operand(x) if hasattr(f, "operand") else f.array(x)
     return Matrix(taken, f) if isinstance(taken, np.ndarray) else taken  # a field and a level have their own
 
 
@@ -91,6 +93,8 @@ class Head:
     ----------
     batch, head, head_kv : int
         Where it comes from.
+    sequence : int
+        Which state is its own: its batch item, or packed sequence.
     rows, keys : slice
         Its queries and keys; the keys of a part are an integer array.
     q, k, v : (n_q, d_k), (n_k, d_k), (n_k, d_v)
@@ -103,6 +107,8 @@ class Head:
         None also where it is -inf.
     weight : (n_q, n_k) or None
         How often each key counts.
+    kept : (n_q, n_k) bool or None
+        Which weights dropout keeps.
     state : (d_k, d_v) or None
         What a recurrence starts from.
     gates : dict
@@ -133,8 +139,10 @@ class Head:
     spoilt: Mask
     values: Float
     weight: Float | None = None
+    kept: Mask | None = None
     state: Float | None = None
     gates: dict[str, Float] = field(default_factory=dict)
+    sequence: int = 0
     lines: NDArray[np.intp] | None = None
 
     def places(self, rows: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -157,6 +165,7 @@ class Head:
             spoilt=self.spoilt[rows],
             values=self.values[keys],
             weight=weight,
+            kept=None if self.kept is None else self.kept[at],
             lines=self.places(rows),
         )
 
@@ -213,6 +222,8 @@ class Head:
             slope=None if p.alibi_slopes is None else f.number(slope_of(p, self.batch, self.head)),
             scale=scale,
             softcap=None if p.softcap is None else f.number(p.softcap),
+            kept=None if self.kept is None else self.kept[rows],
+            share=None if p.dropout_p is None else f.number(1 - Fraction(p.dropout_p)),
             bias=None if self.bias is None else column(self.bias[rows]),
             sink=None if self.sink is None else column([[self.sink]]),
             weight=None if self.weight is None else column(self.weight[rows]),
@@ -262,7 +273,7 @@ class Head:
         return SimpleNamespace(**known | {"sink": self.sink})
 
 
-def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
+def heads(problem: Problem, by_rules: bool = False, take: Callable[[NDArray[Any]], Any] = to_float64) -> Iterator[Head]:
     """Yield the heads of a call, batch by batch, query heads of one key head together.
 
     Parameters
@@ -271,20 +282,24 @@ def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
         The call.
     by_rules : bool
         Whether long masks are views, whatever the call has.
+    take : callable
+        Makes float64 of queries, keys and values, on the CPU or on a device.
     """
     p = problem.to("numpy")
-    q, k, v = (to_float64(to_numpy(x)) for x in (p.query, p.key, p.value))
+    q, k, v = (take(to_numpy(x)) for x in (p.query, p.key, p.value))
     sink = None if p.sink is None else to_float64(p.sink)
     if p.d_k == 0:  # one column of zeros gives the same products
-        q, k = (np.zeros((*x.shape[:3], 1)) for x in (q, k))
+        q, k = (beside(x, np.zeros((*x.shape[:3], 1))) for x in (q, k))
     gates = {n: gate(n, to_float64(x)) for n in GATES if (x := getattr(p, n)) is not None}
     group = p.heads // p.heads_kv
     for b in range(p.batch):
         for h in range(p.heads):
-            for rows, keys in p.segments(b):
+            for i, (rows, keys) in enumerate(p.segments(b)):
+                sequence = b if p.cu_seqlens_q is None else i
                 allowed = visible(p, b, h, rows, keys, by_rules)
                 bias = None if p.bias is None else to_float64(block(p.bias, b, h, rows, keys))
                 weight = None if p.weight is None else _weights(to_float64(block(p.weight, b, h, rows, keys)))
+                kept = None if p.dropout_mask is None else np.asarray(block(p.dropout_mask, b, h, rows, keys), bool)
                 s = None if sink is None or np.isneginf(sink[h]) else float(sink[h])
                 parts = (q[b, h, rows], k[b, h // group, keys], v[b, h // group, keys])
                 bad = _spoilt(parts[0], parts[1], bias, s, allowed)
@@ -294,7 +309,7 @@ def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
                     bias = np.where(np.isfinite(bias), bias, 0.0)
                 if s is not None and not np.isfinite(s):
                     s = None
-                state = None if p.state is None else finite_state(to_float64(p.state[b, h]))
+                state = None if p.state is None else finite_state(to_float64(p.state[sequence, h]))
                 yield Head(
                     p,
                     b,
@@ -312,8 +327,10 @@ def heads(problem: Problem, by_rules: bool = False) -> Iterator[Head]:
                     bad,
                     parts[2],
                     weight,
+                    kept,
                     state,
                     {n: x[b, h, keys] for n, x in gates.items()},
+                    sequence,
                 )
 
 
@@ -338,8 +355,8 @@ def all_finite(x: Float) -> bool:
 
 
 def finite_rows(x: Float) -> Mask:
-    """Tell which rows have neither NaN nor inf."""
-    return np.ones(len(x), bool) if all_finite(x) else np.asarray(np.isfinite(x).all(1))
+    """Tell which rows have neither NaN nor inf, on the CPU."""
+    return np.ones(len(x), bool) if all_finite(x) else np.asarray(on_host(np.isfinite(x).all(1)))
 
 
 def _weights(x: Float) -> Float:
@@ -353,7 +370,7 @@ def _spoilt(q: Float, k: Float, bias: Float | None, sink: float | None, allowed:
     lost = ~finite_rows(k)
     bad: Mask = np.asarray(allowed[:, lost].any(1)) if lost.any() else np.zeros(len(q), bool)
     if not all_finite(q):
-        bad |= ~np.isfinite(q).all(1) & allowed.any(1)
+        bad |= ~finite_rows(q) & allowed.any(1)
     if bias is not None:
         bad |= (np.asarray(allowed) & ~np.isfinite(bias)).any(1)
     if sink is not None and not np.isfinite(sink):

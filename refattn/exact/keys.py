@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..variants import Rows as RowsShape
 from ..variants import variant_of
+from .anywhere import beside
 from .heads import Head, matrix_of
 from .levels import Bounded, Level
 from .matrix import Matrix
@@ -26,7 +27,8 @@ __all__ = ["FEW", "Rows", "few_keys", "rows_by_definition", "rows_of"]
 Float = NDArray[np.float64]
 FEW = 64
 """Keys that :func:`few_keys` takes at a time: so many columns of a level keep a radius for each element."""
-ROWS = 2**9
+ROWS, ROWS_THERE = 2**9, 2**11
+"""Rows at a time, on the CPU and on a device."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def rows_of(forward: Forward, dout: Float, threads: int) -> Rows:
             d = (f.array(dout[at]) * Bounded(f, *np.moveaxis(forward.out[at], -1, 0))).sum()
         return np.concatenate([d.h, d.l, np.broadcast_to(d.r, d.h.shape)], 1)
 
-    d = np.concatenate(each(part, _slices(len(forward.rows)), threads))
+    d = np.concatenate(each(part, _slices(len(forward.rows), f), threads))
     return Rows(forward.rows, column(f, forward.lse), column(f, d))
 
 
@@ -91,7 +93,7 @@ def few_keys(one: Head, f: Any, dout: Float, keys: NDArray[np.intp], known: Rows
     threads : int
         Tiles of rows to work on at a time.
     """
-    k, v = matrix_of(f, one.k[keys]), matrix_of(f, one.v[keys])
+    k, v = (matrix_of(f, x[beside(x, keys)]) for x in (one.k, one.v))
 
     def part(at: slice) -> tuple[Any, Any]:
         rows = known.index[at]
@@ -101,10 +103,12 @@ def few_keys(one: Head, f: Any, dout: Float, keys: NDArray[np.intp], known: Rows
             s = q @ k.T * o.scale
             if one.bias is not None:
                 s = s + matrix_of(f, one.bias[np.ix_(rows, keys)])
-            p = (s - _part(known.lse, at)).exp(one.allowed[np.ix_(rows, keys)])
+            seen = one.allowed[np.ix_(rows, keys)]
+            seen = f.xp.asarray(seen) if isinstance(f, Level) else seen
+            p = (s - _part(known.lse, at)).exp(seen)
             return (p * (g @ v.T - _part(known.d, at))).T @ q * o.scale, p.T @ g
 
-    (dk, dv), *others = each(part, _slices(len(known.index)), threads if isinstance(f, Level) else 1)
+    (dk, dv), *others = each(part, _slices(len(known.index), f), threads if isinstance(f, Level) else 1)
     for x, y in others:
         dk, dv = dk + x, dv + y
     return dk, dv
@@ -115,8 +119,9 @@ def column(f: Level, x: Float) -> Bounded:
     return Bounded(f, *(part[:, None] for part in x.T))
 
 
-def _slices(n: int) -> list[slice]:
-    return [slice(i, i + ROWS) for i in range(0, n, ROWS)]
+def _slices(n: int, f: Any) -> list[slice]:
+    size = ROWS if getattr(f, "device", None) is None else ROWS_THERE
+    return [slice(i, i + size) for i in range(0, n, size)]
 
 
 def _part(x: Any, at: slice) -> Any:

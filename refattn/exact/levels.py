@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import elementwise
-from .anywhere import largest
+from .anywhere import largest, product
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, constant, exp2, two_prod, two_sum
 from .matrix import Reflected, UnsureSign
 from .precision import precision
@@ -32,6 +32,8 @@ Mask = NDArray[np.bool_]
 
 UP = 1 + 2.0**-40
 """More than the rounding of any radius computed here in fewer than 2**12 operations."""
+ALL = 1 + 2.0**-30
+"""More than the rounding of a sum of fewer than 2**22 numbers above 0, in any order."""
 ETA = 2.0**-1000
 """More than all that underflow can lose in one operator, for sums of fewer than 2**70 terms."""
 LOG2E_BITS = 200
@@ -322,8 +324,8 @@ class Bounded(Reflected):
 
     # the product --------------------------------------------------------------------------------------------------
 
-    def _cut(self, b: int, level: int) -> tuple[list[Float], list[Float]]:
-        """Return heads A_0 .. A_{L-1} and tails A_{>=0} .. A_{>=L}, cut along rows; heads and differences are exact."""
+    def _cut(self, b: int, level: int, into: tuple[Any, Any] | None = None) -> tuple[list[Float], list[Float]]:
+        """Return heads A_0 .. A_{L-1} and tails A_{>=0} .. A_{>=L}, cut along rows exactly, in `into` if given."""
         if b in self.kept:
             return self.kept[b]  # type: ignore[no-any-return]
         top, xp = largest(np.abs(self.h), 1), self.f.xp
@@ -331,7 +333,7 @@ class Bounded(Reflected):
         sigma = xp.empty((level, len(e)))
         for s in range(level):
             sigma[s] = e * (1.5 * 2.0 ** (52 - b - s * (b + 1)))
-        heads, tails = xp.empty((level, *self.h.shape)), xp.empty((level + 1, *self.h.shape))
+        heads, tails = into or (xp.empty((level, *self.h.shape)), xp.empty((level + 1, *self.h.shape)))
         self.f.steps.cut(self.h, np.broadcast_to(self.l, self.h.shape), sigma, heads, tails)
         self.kept[b] = list(heads), list(tails)
         return self.kept[b]  # type: ignore[no-any-return]
@@ -345,23 +347,23 @@ class Bounded(Reflected):
         right, right_tails = ([x.T for x in part] for part in _columns(o)._cut(b, level))
         pairs = [(left[s] if s < level else left_tails[level], right_tails[level - s]) for s in range(level + 1)]
         pairs = [(x, y) for x, y in pairs if y.any() and x.any()]
-        h: Any = np.zeros((self.h.shape[0], o.h.shape[1]))
-        low: Any = 0.0
+        device, low = self.f.device, 0.0
+        h: Any = self.f.xp.zeros((self.h.shape[0], o.h.shape[1]))
         for t in range(level):
-            exact = np.concatenate(left[: t + 1], 1) @ np.concatenate(right[t::-1], 0)
+            exact = product(device, np.concatenate(left[: t + 1], 1), np.concatenate(right[t::-1], 0))
             h, e = two_sum(h, exact)
             low = low + e
         if pairs:
-            last = np.concatenate([x for x, _ in pairs], 1) @ np.concatenate([y for _, y in pairs], 0)
+            last = product(device, np.concatenate([x for x, _ in pairs], 1), np.concatenate([y for _, y in pairs], 0))
             h, e = two_sum(h, last) if level else (last, 0.0)
             low = low + e
         h, low = two_sum(h, low + np.zeros_like(h)) if level else (h, np.zeros_like(h))
         one, top, own = _row_sum(self.h), _most(o.h, wide), _radius_sum(self)
         rounding = gamma(k * (level + 1) + level + 4)  # the rounded level's own sums, and tails' to float64
         r: Any = 2.0**-100 * one * top + sum(rounding * _row_sum(x) * _most(y, wide) for x, y in pairs)
-        their = _most(np.broadcast_to(o.r, o.h.shape), wide) if o.r.any() else np.zeros((1, 1))
+        their = _most(np.broadcast_to(o.r, o.h.shape), wide) if o.r.any() else 0.0
         if self.h.shape[0] <= WIDE and self.r.shape == self.h.shape:  # few rows: each radius times its own element
-            through = (self.r @ np.abs(o.h)) * (1 + 2.0**-30)
+            through = product(device, self.r, np.abs(o.h)) * ALL
         else:
             through = own * top
         r = (r + through + (one + own) * their) * UP + ETA
@@ -372,27 +374,27 @@ class Bounded(Reflected):
 def _columns(o: Bounded) -> Bounded:
     """Return the transpose, kept with the matrix so that its cuts are made once."""
     if "columns" not in o.kept:
-        o.kept["columns"] = Bounded(o.f, np.ascontiguousarray(o.h.T), o.l.T, o.r.T)
+        o.kept["columns"] = Bounded(o.f, o.h.T.copy(), o.l.T, o.r.T)
     return o.kept["columns"]  # type: ignore[no-any-return]
 
 
-def _row_sum(x: Float) -> Float:
-    return np.asarray(np.abs(x).sum(1, keepdims=True) * (1 + 2.0**-30))
+def _row_sum(x: Any) -> Any:
+    return np.abs(x).sum(1, keepdims=True) * ALL
 
 
-def _column_max(x: Float) -> Float:
-    return np.asarray(np.abs(x).max(0, keepdims=True))
+def _column_max(x: Any) -> Any:
+    return np.abs(x).max(0, keepdims=True)
 
 
-def _most(x: Float, wide: bool) -> Float:
-    return np.asarray(_column_max(x).max(1, keepdims=True)) if wide else _column_max(x)
+def _most(x: Any, wide: bool) -> Any:
+    return _column_max(x).max(1, keepdims=True) if wide else _column_max(x)
 
 
-def _radius_sum(x: Bounded) -> Float:
+def _radius_sum(x: Bounded) -> Any:
     """Return the sum of each row's radii, (n, 1)."""
-    rest: Float = x.rest.sum(1, keepdims=True) if x.rest.shape[1] > 1 else x.rest * float(x.h.shape[1])
+    rest: Any = x.rest.sum(1, keepdims=True) if x.rest.shape[1] > 1 else x.rest * float(x.h.shape[1])
     if x.relative is None:
-        return np.asarray(rest * UP)
+        return rest * ALL
     if x.relative.shape[1] > 1:
-        return np.asarray((rest + (x.relative * np.abs(x.h)).sum(1, keepdims=True)) * UP)
-    return np.asarray((rest + x.relative * _row_sum(x.h)) * UP)
+        return (rest + (x.relative * np.abs(x.h)).sum(1, keepdims=True)) * ALL
+    return (rest + x.relative * _row_sum(x.h)) * ALL

@@ -102,6 +102,7 @@ def _parts(p: Problem, dout: NDArray[np.float64] | None, size: int) -> Iterator[
                     "bias": _block(p.bias, b, heads, rows),
                     "allowed": _allowed(p, b, heads, rows),
                     "weight": _block(p.weight, b, heads, rows),
+                    "dropout_mask": _block(p.dropout_mask, b, heads, rows),
                 }
                 if rows != slice(0, p.n_q) and (p.causal or p.window):
                     # a block of rows is not aligned as the whole is: write its mask out

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .anywhere import beside, on_host, within
 from .doubledouble import U, two_sum
 from .heads import Head, finite_rows, numbers_of
 from .levels import UP, Level
@@ -22,7 +23,8 @@ def put(one: Head, name: str, x: NDArray[Any], raw: Raw) -> None:
     if name in ("dk", "dv"):
         add(raw[name], (one.batch, one.head_kv, one.keys), x)
     else:
-        raw[name][(one.batch, one.head) if name == "state" else (one.batch, one.head, one.rows)] = x
+        of_state = name in ("state", "dstate")
+        raw[name][(one.sequence, one.head) if of_state else (one.batch, one.head, one.rows)] = x
 
 
 def collect(one: Head, at: Any, grads: dict[str, Any], raw: Raw, sums: bool) -> None:
@@ -50,6 +52,7 @@ def add_dbias(one: Head, at: Any, columns: slice, g: Any, raw: Raw) -> None:
 
 def add(target: NDArray[Any], index: Any, x: NDArray[Any]) -> None:
     """Add numbers in place."""
+    index = within(target, index)
     old = target[index]
     if target.dtype == object or target.shape[-1] != 3 or x.ndim != old.ndim:
         target[index] = old + x
@@ -89,7 +92,8 @@ def specials(one: Head, raw: Raw, f: Any, positive: bool) -> None:
     seen = one.allowed[:, odd].astype(np.float32)
     if seen.any():
         kinds = (np.isposinf, np.isneginf, np.isnan)
-        plus, minus, nan = (seen @ kind(one.values[odd]).astype(np.float32) > 0 for kind in kinds)
+        values = on_host(one.values[beside(one.values, odd)])
+        plus, minus, nan = (seen @ kind(values).astype(np.float32) > 0 for kind in kinds)
         nan |= (plus & minus) | ((plus | minus) & (not positive))
         for where, x in ((plus, np.inf), (minus, -np.inf), (nan, np.nan)):
             mark(out, where, x, f)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..problem import Problem
 from ..rules import View
 from ..variants import Rows as RowsShape
 from ..variants import Steps, variant_of
+from .anywhere import largest, scaled, within
 from .arithmetics import Floats
 from .backward import backward
 from .gather import joined, parts, seeing
@@ -32,7 +34,7 @@ __all__ = ["Raw", "RowsByHead", "Work", "run", "specials"]
 
 TILE = 2**18  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
 TILE_LEVEL = 2**17
-FURTHER = ("dbias", "dsink", "dalpha", "dbeta")  # gradients of what a call may have
+FURTHER = ("dbias", "dsink", "dalpha", "dbeta", "dstate")  # gradients of what a call may have
 STREAM_FROM = 256  # keys: fewer are faster whole
 ONLY = "has no streaming path, and nothing else runs on a GPU"
 
@@ -70,20 +72,32 @@ class Work:
         dlse: NDArray[np.float64] | None = None,
         device: Any = None,
     ) -> None:
-        self.p, self.dout, self.threads, self.dlse = problem.to("numpy"), dout, threads, dlse
+        self.p, self.dout, self.dlse = problem.to("numpy"), dout, dlse
+        self.threads = threads if device is None else 1  # a device's work queues up by itself
         self.variant = variant_of(problem.variant)
-        self.heads = list(heads(self.p, by_rules=device is not None))
+        self.device = device
+        self.there = self.heads if device is None else device.heads(self.p) or self.heads
         self.unused = unused(self.p)
-        if dout is not None and not all(finite(s) for s in self.heads):
+        if dout is not None and not all(finite(s) for s in self.there):
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
-        self.streamed = [(device is not None or len(s.k) >= STREAM_FROM) and streams(s) for s in self.heads]
+        self.streamed = [(device is not None or len(s.k) >= STREAM_FROM) and streams(s) for s in self.there]
         if device is not None and not all(self.streamed):
             raise UnsupportedProblem(f"device: {problem.variant} attention with these options {ONLY}; use device='cpu'")
         plain = dlse is None and self.p.out_scale is None
         self.backward = [
             yes and plain and dout is not None and streams(s, backward=True) and _plain(s, dout)
-            for yes, s in zip(self.streamed, self.heads, strict=True)
+            for yes, s in zip(self.streamed, self.there, strict=True)
         ]
+        if device is not None and dout is not None and not all(self.backward):
+            raise UnsupportedProblem(
+                "device: gradients of a call with a softcap or an out_scale, or with numbers beyond 2**200, have no "
+                "streaming path, and nothing else runs on a GPU; use device='cpu'"
+            )
+
+    @cached_property
+    def heads(self) -> list[Head]:
+        """The heads, on the CPU; :attr:`there` has those of a device, made once for all levels."""
+        return list(heads(self.p, by_rules=self.device is not None))
 
     @property
     def by_keys(self) -> bool:
@@ -96,7 +110,7 @@ class Work:
         if self.variant.has_lse:
             shapes["lse"] = p.out_shape[:3]
         if isinstance(self.variant.shape, Steps):
-            shapes["state"] = (p.batch, p.heads, p.d_k, p.d_v)
+            shapes["state"] = p.state_shape
         if self.dout is not None:
             shapes |= {"dq": p.query.shape, "dk": p.key.shape, "dv": p.value.shape}
             shapes |= {n: getattr(p, n[1:]).shape for n in FURTHER if getattr(p, n[1:]) is not None}
@@ -133,7 +147,7 @@ class Work:
         raw, known, dout = self._empty(f), {} if known is None else known, self.dout
         if self.unused is not None and "lse" in raw:
             mark(raw["lse"], np.broadcast_to(self.unused[0][:, None], self.p.out_shape[:3]), -np.inf, f)
-        for i, one in enumerate(self.heads):
+        for i, one in enumerate(self.there if getattr(f, "device", None) is not None else self.heads):
             wanted = one.live if need is None else one.live & need[one.batch, one.head, one.rows]
             lines, floating = np.nonzero(wanted)[0], isinstance(f, Level)
             if isinstance(self.variant.shape, Steps):
@@ -152,7 +166,7 @@ class Work:
                     _streamed(one, f, lines, raw, self.threads)
                 else:
                     self._by_tiles(one, f, lines, raw, sums=keys is None)
-            specials(one, raw, f, self.variant.positive)
+            specials(one, raw, f, self.variant.positive and one.kept is None)
             if self.dlse is not None and one.sink is not None and "dsink" in raw:
                 alone = self.dlse[one.batch, one.head, one.rows][~one.allowed.any(1) & ~one.spoilt]
                 add(raw["dsink"], (one.head,), numbers_of(matrix_of(f, alone[None]).sum())[0, 0])
@@ -190,7 +204,7 @@ class Work:
         shape, floating = self.variant.shape, isinstance(f, Level)
         assert isinstance(shape, RowsShape)
         unit = _unit(one.v) if floating and self.dout is None else 0
-        k, v = (matrix_of(f, x) for x in (one.k, np.ldexp(one.v, -unit)))
+        k, v = (matrix_of(f, x) for x in (one.k, scaled(one.v, -unit)))
         most = TILE_LEVEL if floating else TILE
         for tile in [lines] if shape.together else _tiles(lines, one.k.shape[0], most):
             _tile(one, f, shape, tile, k, v, unit, raw, self.dout, sums, self.dlse)
@@ -298,7 +312,8 @@ def _gradients(
     result, rows = backward(
         one, f, lines, dout[at], threads, None if one.bias is None else dbias, forward and forward.some(lines)
     )
-    raw["out"][at], raw["lse"][at], raw["dq"][at] = result["out"], result["lse"], result["dq"]
+    for name in ("out", "lse", "dq"):
+        raw[name][within(raw[name], at)] = result[name]
     with lock:
         for x in ("dk", "dv") if sums else ():
             add(raw[x], (one.batch, one.head_kv, one.keys), numbers_of(result[x]))
@@ -327,7 +342,7 @@ def _keys(
         return None  # nothing is wanted, or no row sees a key: dk and dv stay 0
     if name not in known:
         lists = isinstance(one.allowed, View) and one.allowed.lists
-        if isinstance(f, Level) and not lists:
+        if isinstance(f, Level) and (f.device is not None or not lists):
             forward = forward_pass(one, f, live, threads)
             known[name] = rows_of(forward, dout[_place(one, live)], threads)
         else:
@@ -360,14 +375,14 @@ def _known(one: Head, f: Any, rows: NDArray[np.intp], dout: NDArray[np.float64],
 
 def _unit(v: NDArray[np.float64]) -> int:
     """Return the exponent to take off the values where they lie far from 1: outputs are linear in them."""
-    e = int(np.frexp(np.abs(v).max(initial=0.0))[1])
+    e = int(np.frexp(float(largest(np.abs(v).reshape(-1), 0)))[1])
     return e if abs(e) > 200 else 0
 
 
 def _scaled(x: NDArray[Any], unit: int) -> NDArray[Any]:
     if unit == 0:
         return x
-    out: Any = np.ldexp(x, np.full_like(x, unit, np.int32))
+    out: Any = scaled(x, unit)
     lost = (np.abs(out[..., 0]) < 2.0**-950) | ~np.isfinite(out[..., 0])  # too near the edge to be a power of two apart
     out[..., 2] = np.where(lost, np.inf, out[..., 2])
     return out  # type: ignore[no-any-return]

@@ -10,21 +10,18 @@ from numpy.typing import NDArray
 
 from ..dtypes import Format
 from .anywhere import beside, on_host
-from .enclosure import Enclosure
+from .enclosure import Enclosure, Fetched
 
 __all__ = ["State"]
 
 BY_KEY = ("dk", "dv")
 
 
-def _settled(e: Enclosure, form: Format) -> tuple[Enclosure, NDArray[np.float64], NDArray[np.bool_]]:
-    """Round an enclosure where it is, on the CPU or on a device, and return all of it on the CPU."""
-    value, decided = e.settle(form)
-    return Enclosure(*map(on_host, (e.mid, e.tail, e.radius))), on_host(value), on_host(decided)
-
-
 class State:
-    """Rounded values, which of them are decided, and the enclosures that decide them, by array."""
+    """Rounded values, which of them are decided, and the enclosures that decide them, by array.
+
+    Values and enclosures stay where they were computed, on a device too; what is decided is kept on the CPU.
+    """
 
     def __init__(self, form: Format, lse_form: Format, by_row: tuple[str, ...] = ("out", "lse", "dq")) -> None:
         self.by_row = by_row  # the others sum over rows
@@ -55,7 +52,9 @@ class State:
         """Take in what an arithmetic gave for the needed rows and keys, and round what it decides."""
         for name, x in raw.items():
             if name not in self.values:
-                self.enclosures[name], self.values[name], self.decided[name] = _settled(enclose(x), self.form(name))
+                self.enclosures[name] = first = enclose(x)
+                self.values[name], decided = first.settle(self.form(name))
+                self.decided[name] = on_host(decided)
                 continue
             by_key = name in BY_KEY and keys is not None
             if name not in self.by_row and not by_key and not need.all():
@@ -65,10 +64,17 @@ class State:
                 fresh &= keys[..., None]
             if name in self.by_row:
                 fresh &= need if name == "lse" else need[..., None]
-            better, value, decided = _settled(enclose(x[beside(x, fresh)]), self.form(name))
+            there = beside(x, fresh)
+            better = enclose(x[there])
+            value, decided = better.settle(self.form(name))
             for part in ("mid", "tail", "radius"):
-                getattr(self.enclosures[name], part)[fresh] = getattr(better, part)
-            self.values[name][fresh], self.decided[name][fresh] = value, decided
+                getattr(self.enclosures[name], part)[there] = getattr(better, part)
+            self.values[name][there], self.decided[name][fresh] = value, on_host(decided)
+
+    def fetch(self) -> None:
+        """Take what is on a device to the CPU, which goes on."""
+        self.enclosures = dict(Fetched(self.enclosures))
+        self.values = {n: on_host(x) for n, x in self.values.items()}
 
     def open_keys(self) -> NDArray[np.bool_]:
         """Return the keys with a gradient that is not decided, (b, h_kv, n_k)."""

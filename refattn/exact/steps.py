@@ -15,7 +15,9 @@ __all__ = ["by_steps"]
 
 
 def by_steps(one: Head, f: Any, shape: Steps, dout: NDArray[np.float64] | None) -> dict[str, NDArray[Any]]:
-    """Return the arithmetic's numbers of a head's out and last state, and with `dout` of dq, dk, dv and its gates'.
+    """Return the arithmetic's numbers of a head's out and last state, and with `dout` of its gradients.
+
+    These are dq, dk, dv, those by its gates, and by the state that it starts from where the call has one.
 
     Parameters
     ----------
@@ -32,8 +34,9 @@ def by_steps(one: Head, f: Any, shape: Steps, dout: NDArray[np.float64] | None) 
     o = one.options(f, wrap=Tape) if taped else one.options(f)
     with np.errstate(all="ignore"):
         shape.prepare(o)
-        start = matrix_of(f, np.zeros((one.q.shape[1], one.v.shape[1])))
-        state: Any = o.state if o.state is not None else Tape(start) if taped else start
+        zero = matrix_of(f, np.zeros((one.q.shape[1], one.v.shape[1])))
+        start: Any = o.state if o.state is not None else Tape(zero) if taped else zero
+        state = start
         tokens = one.tokens(f)
         if taped:
             tokens = [([Tape(x) for x in x3], {n: Tape(g) for n, g in gates.items()}) for x3, gates in tokens]
@@ -47,10 +50,11 @@ def by_steps(one: Head, f: Any, shape: Steps, dout: NDArray[np.float64] | None) 
         arriving = dout[one.batch, one.head, one.rows]  # type: ignore[index]
         seeds = [matrix_of(f, arriving[t : t + 1]) for t in range(len(outs))]
         leaves = [[*x3, *gates.values()] for x3, gates in tokens]
-        grads = gradients(outs, seeds, [x for token in leaves for x in token])
+        *grads, of_start = gradients(outs, seeds, [*(x for token in leaves for x in token), start])
     wide = {"dq": one.q, "dk": one.k, "dv": one.v} | {f"d{n}": x for n, x in one.gates.items()}
     by = {n: _stacked(f, grads[i :: len(wide)], x.shape[1]) for i, (n, x) in enumerate(wide.items())}
     out = _stacked(f, [x.value for x in outs], one.v.shape[1])
+    by |= {} if one.state is None else {"dstate": numbers_of(of_start)}
     return {"out": out, "state": numbers_of(state.value), **by}
 
 

@@ -8,7 +8,7 @@ as they are made; products are those of ``levels.py``. The numerator's and the d
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
@@ -20,12 +20,12 @@ from ..rules import FULL, PARTIAL, View
 from ..rules.spans import UNSURE
 from ..variants import variant_of
 from . import elementwise
-from .anywhere import largest, two_to
+from .anywhere import beside, largest, scaled, two_to
 from .blas import one_thread
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, two_prod
 from .heads import Head
 from .levels import ETA, UP, Bounded, Level, gamma, head_bits
-from .tiles import ROWS, Room, Sums, groups, pieces, tiles_of
+from .tiles import ROWS, Room, Sums, TilesOfRows, groups, pieces, tiles_of
 
 __all__ = [
     "Forward",
@@ -63,11 +63,12 @@ def tile_sizes() -> tuple[int, int]:
 
 
 def streams(one: Head, backward: bool = False) -> bool:
-    """Tell whether this path knows a call: softmax without weights and positions; backward without a softcap, too."""
+    """Tell whether this path knows a call: softmax without weights, dropout, positions; backward without a softcap."""
     p = one.problem
     fused, cap = variant_of(p.variant).fused, p.softcap
     known = cap is None or (not backward and 1 / MOST_CAP <= cap <= MOST_CAP)
-    return fused == STREAMED and known and one.weight is None and p.rotary is None and p.alibi_slopes is None
+    plain = one.weight is None and one.kept is None and p.rotary is None and p.alibi_slopes is None
+    return fused == STREAMED and known and plain
 
 
 def norms(x: Float) -> Float:
@@ -97,9 +98,9 @@ class Right:
     def __init__(self, turned: Any, f: Level, b: int) -> None:
         level, self.product = f.level, np.matmul if f.device is None else f.device.matmul
         turned = turned if isinstance(turned, Bounded) else f.array(turned)
-        heads, tails = turned._cut(b, level)
+        room, flat = (None, None) if f.device is None else _room(turned.h, level, f.xp)
+        heads, tails = turned._cut(b, level, room)
         self.k = turned.shape[1]
-        self.heads = np.concatenate([x.T for x in heads[::-1]], 0) if level else turned.h.T[:0]
         # of each column, by tail
         self.most, self.sums = (f.xp.empty((level + 1, turned.shape[0])) for _ in range(2))
         self.norm = np.empty(level + 1)
@@ -109,6 +110,10 @@ class Right:
             self.norm[t] = float(largest(norms(x), 0))
         # the first tails may be all 0: of narrow formats most are
         self.lead = next((t for t in range(level + 1) if float(largest(self.most[level - t], 0)) > 0), level)
+        if flat is not None:
+            self.heads, self.tails = flat[0], flat[1][self.lead * self.k :]
+            return
+        self.heads = np.concatenate([x.T for x in heads[::-1]], 0) if level else turned.h.T[:0]
         self.tails = np.concatenate([x.T for x in tails[: level + 1 - self.lead][::-1]], 0)
 
     def columns(self, at: slice) -> Right:
@@ -132,6 +137,16 @@ class Right:
         for t in range(level):
             self.product(left[:, : (t + 1) * self.k], self.heads[(level - 1 - t) * self.k :], out=out[t])
         self.product(left[:, self.lead * self.k :], self.tails, out=out[level])
+
+
+def _room(x: Any, level: int, xp: Any) -> tuple[Any, Any]:
+    """Return where heads (L, n, m) and tails (L + 1, n, m) of a device's matrix go, and the operands that these are."""
+    (n, m), rooms, flat, down = x.shape, [], [], x.strides[1] > x.strides[0]
+    for parts in (level, level + 1):
+        base = xp.empty((parts, m, n) if down else (n, parts, m))
+        rooms.append((np.moveaxis(base, 1, 2) if down else np.moveaxis(base, 1, 0))[::-1])
+        flat.append(base.reshape(parts * m, n) if down else base.reshape(n, parts * m).T)
+    return tuple(rooms), flat
 
 
 def stream(
@@ -206,7 +221,7 @@ class Forward:
     ) -> None:
         self.head, self.f, self.rows, host, xp = one, f, rows, Level(f.level), f.xp
         level, (n_k, d) = f.level, one.k.shape
-        k, v = xp.asarray(one.k), xp.asarray(np.ldexp(one.v, -unit) if unit else one.v)
+        k, v = xp.asarray(one.k), xp.asarray(scaled(one.v, -unit))
         self.out: Any
         self.lse: Any
         self.out, self.lse = into or (xp.zeros((len(rows), v.shape[1], 3)), xp.zeros((len(rows), 3)))
@@ -217,17 +232,18 @@ class Forward:
         self.wide = tile_sizes()[1] if f.device is None else f.device.keys
         self.tiles, self.kinds = tiles_of(one.allowed, rows, n_k, self.wide)
         self.shift, self.relative, self.sums = xp.zeros(len(rows)), xp.zeros(len(rows)), xp.zeros((len(rows), 3))
-        b, q = head_bits(d, level), f.array(one.q if len(rows) == len(one.q) else one.q[rows])
-        heads, tails = q._cut(b, level)
-        self.left = np.concatenate([*heads, tails[level]], 1)
-        self.width = head_bits(min(self.wide, n_k), level)
+        b, self.width = head_bits(d, level), head_bits(min(self.wide, n_k), level)
         if f.device is None:
+            self.values: Sequence[Right]
             self.keys = of_keys = each(lambda t: Right(k[t], f, b), self.tiles, threads)
             self.values = of_values = each(lambda t: Right(v[t].T, f, self.width), self.tiles, threads)
         else:  # one cut for all keys: there a tile's would cost its launches
             of_keys, of_values = [Right(k, f, b)], [Right(v.T, f, self.width)]
             self.keys = [of_keys[0].columns(t) for t in self.tiles]
-            self.values = [of_values[0].rows(t) for t in self.tiles]
+            self.values = TilesOfRows(of_values[0], self.tiles)
+        q = f.array(one.q if len(rows) == len(one.q) else one.q[beside(one.q, rows)])
+        heads, tails = q._cut(b, level)
+        self.left = np.concatenate([*heads, tails[level]], 1)
         self.sigma = np.array([1.5 * 2.0 ** (52 - self.width - s * (self.width + 1)) for s in range(level)])
         self.most_v = np.max(np.stack([x.most for x in of_values]), 0)  # (L + 1, d_v)
         self.sums_v = np.sum(np.stack([x.sums for x in of_values]), 0) * (1 + 2.0**-30)
@@ -257,9 +273,10 @@ class Forward:
     def some(self, rows: NDArray[np.intp]) -> Forward:
         """Return what is known of some of the rows."""
         part, index = copy.copy(self), np.searchsorted(self.rows, rows)
-        for name in ("rows", "left", "shift", "relative", "sums", "radius", "size", "out", "lse", "kinds"):
-            if getattr(self, name) is not None:
-                setattr(part, name, getattr(self, name)[index])
+        for name in ("rows", "left", "shift", "relative", "sums", "radius", "size", "out", "lse"):
+            x = getattr(self, name)
+            setattr(part, name, x[beside(x, index)])
+        part.kinds = None if self.kinds is None else self.kinds[index]
         return part
 
     def tile(self, at: slice) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..rules import EMPTY, FULL, View
 from ..rules.spans import UNSURE
 
-__all__ = ["MOST_ROWS", "ROWS", "Kept", "Room", "Sums", "groups", "pieces", "seen", "tiles_of"]
+__all__ = ["MOST_ROWS", "ROWS", "Kept", "Room", "Sums", "TilesOfRows", "groups", "pieces", "seen", "tiles_of"]
 
 Float = NDArray[np.float64]
 ROWS = 256
@@ -91,6 +91,19 @@ def tiles_of(allowed: Any, rows: NDArray[np.intp], n_k: int, wide: int) -> tuple
     used = (kinds != EMPTY).any(0)
     tiles = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
     return [t for t, yes in zip(tiles, used.tolist(), strict=True) if yes], kinds[:, used]
+
+
+class TilesOfRows(Sequence[Any]):
+    """Some rows each of a right operand, copied when they are asked for: together they are as large as all of it."""
+
+    def __init__(self, whole: Any, tiles: list[slice]) -> None:
+        self.whole, self.tiles = whole, tiles
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __getitem__(self, n: Any) -> Any:
+        return self.whole.rows(self.tiles[n])
 
 
 def groups(rows: int) -> list[slice]:

@@ -6,5 +6,16 @@ from .cache import attention_with_cache
 from .kernel import Plan
 from .lowered import lowered
 from .plan import IMPLS, plan
+from .recurrence import gated_delta, lightning
 
-__all__ = ["IMPLS", "Plan", "attention", "attention_backward", "attention_with_cache", "lowered", "plan"]
+__all__ = [
+    "IMPLS",
+    "Plan",
+    "attention",
+    "attention_backward",
+    "attention_with_cache",
+    "gated_delta",
+    "lightning",
+    "lowered",
+    "plan",
+]

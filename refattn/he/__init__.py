@@ -2,6 +2,7 @@
 
 from .decoding import DecodingClient, DecodingServer
 from .decoding_plan import DecodingPlan, plan_decoding
+from .device.predict import GpuTimes, on_gpu
 from .encoder import Encoder
 from .encoder_plan import EncoderPlan
 from .inputs import reference, simulate
@@ -10,10 +11,11 @@ from .layer_plan import LayerPlan
 from .plan import Plan, plan
 from .ranges import ranges
 from .sessions import Client, Server, Sharing
+from .sigmoid import SigmoidPlan, plan_sigmoid
 from .weights import EncoderWeights, Feedforward, Weights
 
 __all__ = [
     "Client", "DecodingClient", "DecodingPlan", "DecodingServer", "Encoder", "EncoderPlan", "EncoderWeights",
-    "Feedforward", "Layer", "LayerPlan", "Plan", "Server", "Sharing", "Weights", "plan", "plan_decoding", "ranges",
-    "reference", "simulate",
+    "Feedforward", "GpuTimes", "Layer", "LayerPlan", "Plan", "Server", "Sharing", "SigmoidPlan", "Weights",
+    "on_gpu", "plan", "plan_decoding", "plan_sigmoid", "ranges", "reference", "simulate",
 ]  # fmt: skip

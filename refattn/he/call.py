@@ -94,6 +94,11 @@ class Call(Planned):
         return (self.layout.outs + (self.inverse is None)) * len(self.layout.blocks())
 
     @property
+    def out_most(self) -> float:
+        """The largest element of a result: that of the values, of which it is a mean."""
+        return self.value_most
+
+    @property
     def input_factor(self) -> float:
         """What sums of powers are multiplied with before the circuit sees them."""
         return 1 / self.denominator[1] if self.inverse is None else self.inverse.input_factor

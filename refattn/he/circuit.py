@@ -7,11 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from .arithmetic import Arithmetic, Counted, Levels, Numbers
-from .inverse import Inverse
+from .inverse import Inverse, product
 from .layout import BatchLayout, Layout
 from .linear import Plain
 
-__all__ = ["Arithmetic", "Counted", "Levels", "Numbers", "attend"]  # those of arithmetic.py for who looks here
+__all__ = [
+    "Arithmetic",
+    "Counted",
+    "Levels",
+    "Numbers",
+    "attend",
+    "attend_sigmoid",
+]  # those of arithmetic.py for who looks here
 
 
 def attend(
@@ -71,6 +78,35 @@ def attend(
         return [_sum_keys(m, layout, n), d]
     n, d = m.quotient(n, d)
     return [_sum_keys(m, layout, inverse.apply(m, n, d, added))]
+
+
+def attend_sigmoid(
+    m: Any, layout: Layout, polynomial: Any, shift: float, q: Sequence[Any], k: Sequence[Any], v: Sequence[Any]
+) -> list[Any]:
+    """Return a block of queries' sigmoid attention: weights are a polynomial of scores, and values have its constant.
+
+    Parameters
+    ----------
+    m, layout, q, k, v
+        As :func:`attend` takes them.
+    polynomial : Polynomial
+        Of w in [-1, 1]; its monic factors are multiplied here.
+    shift : float
+        Added to the products of queries and keys, which are then w.
+    """
+    weights = []
+    for of_span in _split(k, layout.parts):
+        m.step("products")
+        x = _dot(m, q, of_span)
+        x = m.add(x, m.conjugate(x))  # 2·Re: two features a slot
+        for step in layout.group_steps():
+            x = m.add(x, m.rotate(x, step))
+        m.step("sigmoid")
+        w = m.within(m.add_constant(x, shift), 1)
+        weights.append(product(m, polynomial.apply(m, w)))
+    m.step("values")
+    turned = [_turns(m, layout, w, -1) for w in weights]
+    return [_sum_keys(m, layout, _turned(m, layout, turned, _split(v, layout.parts), -1))]
 
 
 def _attend_batch(

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import struct
 import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidInput, UnsupportedProblem
+from ..errors import InvalidInput
 from ..validation import shown
+from .arguments import check_device
 from .cache import Cache, Tokens, context_of
 from .decoding_plan import DecodingPlan
+from .device.card import Card
+from .device.decoding import DecodingSession, is_zero, kind_of
 from .linear import Plain
 from .plausible import check_out, check_reply
 from .seal import encode, from_bytes, to_bytes
 from .secret import Holder, Sharing
+from .sessions import MOST_THREADS, SLACK
 from .wire import KEYS, REPLY, TOKEN, Message, pack, unpack
 from .worker import Sent, Worker
 
 __all__ = ["DecodingClient", "DecodingServer"]
 
 Float = NDArray[np.float64]
-SLACK = 2
-"""How many times the planned bytes a message may have."""
 PLACE = struct.Struct("<16sI")
 """A sequence's random name, and a token's number in it."""
 MOST_SEQUENCES = 2**16
@@ -136,8 +142,9 @@ class DecodingServer:
     context : (k, v), optional
         Keys and values in the clear, (heads, context, d) and (heads, context, d_v): of as many tokens as the plan says.
         They stay here.
-    device : {"cpu"}
-        Where it is computed.
+    device : {"cpu", "cuda"}
+        Where it is computed. On a GPU, the current one of CuPy, keys and cache stay in its memory until ``close``,
+        which writes zeros over them; the replies are the same words.
     """
 
     def __init__(self, plan: DecodingPlan, keys: bytes, context: Any = None, device: str = "cpu") -> None:
@@ -145,32 +152,48 @@ class DecodingServer:
             raise InvalidInput(f"plan: got {type(plan).__name__}, expected that of he.plan_decoding(...)")
         if not isinstance(keys, bytes | bytearray | memoryview):
             raise InvalidInput(f"keys: got {type(keys).__name__}, expected the bytes of client.evaluation_keys()")
-        if device == "cuda":
-            raise UnsupportedProblem("device: decoding is computed on the CPU; leave device out")
-        if device != "cpu":
-            raise InvalidInput(f"device: got {shown(device)}, expected 'cpu'")
+        check_device(device)
         self.plan = plan
         m = unpack(keys, KEYS, plan.digest, SLACK * (plan.key_bytes + 2**20), parts=2)
-        self._client, self._worker = m.client, Worker(plan, m.parts)
-        self._arithmetic = self._worker.arithmetic
-        self._empty = Cache(plan, context_of(plan, context, self._zero))
-        self._cache, self._sequence = self._empty, b""
+        self._client, self._sequence = m.client, b""
+        self._threads: ThreadPoolExecutor | None = None
+        self._held: OnCpu | DecodingSession
+        if device == "cuda":
+            known = context_of(plan, context, partial(is_zero, plan))
+            self._threads = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+            self._held = DecodingSession(plan, known, m.parts, Card(plan.ring.degree), self._threads.map)
+        else:
+            self._held = OnCpu(plan, m.parts, context)
         self._dropped: set[bytes] = set()
         self._lock = threading.Lock()  # a step is of the cache as it was
 
     def __repr__(self) -> str:
         return f"DecodingServer(degree {self.plan.ring.degree}, {self.tokens} tokens of {self.plan.longest})"
 
+    def __enter__(self) -> DecodingServer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write zeros over what a GPU holds, and stop the threads that it needs."""
+        if isinstance(self._held, DecodingSession):
+            self._held.close()
+        if self._threads is not None:
+            self._threads.shutdown()
+
     @property
     def tokens(self) -> int:
         """Tokens in the cache."""
-        return self._cache.count
+        return self._held.count
 
     @property
     def cache_bytes(self) -> int:
         """Of the ciphertexts in the cache now."""
-        shared = [x for of in (*self._cache.keys, *self._cache.values) for x in of]
-        return sum(16 * x.coeff_modulus_size() * self.plan.ring.degree for x in shared)
+        plan, spans = self.plan, kind_of(self.plan, self.tokens - 1)[0] if self.tokens else 0
+        most = plan.shared_of(plan.layout, plan.n_k, plan.context)[0]
+        return plan.cache_bytes // most * spans * plan.layout.parts
 
     def step(self, token: bytes) -> bytes:
         """Return the reply to a token, whose key and value are then in the cache.
@@ -181,27 +204,24 @@ class DecodingServer:
             It is no token of this plan and this client, was changed on its way, or is not the next one of the sequence
             in the cache. The cache is then as it was.
         """
-        plan, limbs = self.plan, self.plan.part_limbs()
+        plan = self.plan
         with self._lock:
-            m = unpack(token, TOKEN, plan.digest, SLACK * (plan.upload_bytes + 2**20), parts=1 + len(limbs))
+            parts = 1 + len(plan.part_limbs())
+            m = unpack(token, TOKEN, plan.digest, SLACK * (plan.upload_bytes + 2**20), parts=parts)
             if m.client != self._client:
                 raise InvalidInput("he: got a token of another client than the one whose keys are here")
             sequence = self._next(bytes(m.parts[0]))
-            parts = self._worker.loaded(list(map(Sent, m.parts[1:], limbs)))
-            try:
-                after = self._cache.appended(self._arithmetic, parts)
-                outs = tuple(to_bytes(x) for x in after.attend(self._arithmetic, parts))
-            except (RuntimeError, ValueError) as e:  # SEAL's: honest ciphertexts do not come so far
-                raise InvalidInput(f"he: the token cannot be computed: {e}; encrypt it anew") from e
-            self._cache, self._sequence = after, sequence
+            outs = tuple(self._held.step(m.parts[1:]))
+            self._sequence = sequence
         return pack(Message(REPLY, plan.digest, self._client, m.query, outs))
 
     def drop(self) -> None:
         """Forget the cache: the next token is the first one of another sequence."""
         with self._lock:
+            self._held.drop()
             if self._sequence:
                 self._dropped.add(self._sequence)
-            self._cache, self._sequence = self._empty, b""
+            self._sequence = b""
 
     def _next(self, place: bytes) -> bytes:
         """Return the sequence of a token's place, where that is the next one."""
@@ -224,7 +244,46 @@ class DecodingServer:
             raise InvalidInput(f"he: {MOST_SEQUENCES} sequences of this client were dropped; make another client")
         return bytes(sequence)
 
+
+class OnCpu:
+    """A cache of SEAL's ciphertexts, with a client's keys.
+
+    Parameters
+    ----------
+    plan : DecodingPlan
+        What is computed.
+    parts : two of bytes
+        Relinearisation keys and rotation keys.
+    context : (k, v) or None
+        Keys and values in the clear.
+    """
+
+    def __init__(self, plan: DecodingPlan, parts: Sequence[bytes | memoryview], context: Any) -> None:
+        self.plan, self._worker = plan, Worker(plan, parts)
+        self.arithmetic = self._worker.arithmetic
+        self.cache = self._empty = Cache(plan, context_of(plan, context, self._zero))
+
+    @property
+    def count(self) -> int:
+        """Tokens in the cache."""
+        return self.cache.count
+
+    def step(self, parts: Sequence[bytes | memoryview]) -> list[bytes]:
+        """Return the ciphertexts of a reply; the token is then in the cache, and not where anything fails."""
+        loaded = self._worker.loaded(list(map(Sent, parts, self.plan.part_limbs())))
+        try:
+            after = self.cache.appended(self.arithmetic, loaded)
+            found = [to_bytes(x) for x in after.attend(self.arithmetic, loaded)]
+        except (RuntimeError, ValueError) as e:  # SEAL's: honest ciphertexts do not come so far
+            raise InvalidInput(f"he: the token cannot be computed: {e}; encrypt it anew") from e
+        self.cache = after
+        return found
+
+    def drop(self) -> None:
+        """Forget the cache."""
+        self.cache = self._empty
+
     def _zero(self, plain: Plain) -> bool:
         """Tell whether numbers are all zero once they are encoded: SEAL takes no product with those."""
         ring = self.plan.ring
-        return bool(encode(self._arithmetic.encoder, plain.slots, ring, ring.levels + 1).is_zero())
+        return bool(encode(self.arithmetic.encoder, plain.slots, ring, ring.levels + 1).is_zero())

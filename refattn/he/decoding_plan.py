@@ -123,10 +123,10 @@ class DecodingPlan(Attention):
         """Return what plans are compared by: the time of the server, and of the upload by the line it is for."""
         return super().waiting_ms() + LINE[self.upload] * self.upload_bytes
 
-    def warnings(self) -> list[str]:
-        """Return what a user may not want: a long time, or many bytes."""
+    def warnings(self, seconds: float | None = None) -> list[str]:
+        """Return what a user may not want: a long time (by default that of one core), or many bytes."""
         kept = [f"the cache grows to {bytes_text(self.cache_bytes)}"] if self.cache_bytes > MOST_BYTES else []
-        return super().warnings() + kept
+        return super().warnings(seconds) + kept
 
     def decoded(self, slots: Sequence[NDArray[np.complex128]], shape: tuple[int, ...]) -> Float:
         """Return out from the slots of a reply."""

@@ -13,6 +13,8 @@ from typing import Any
 
 from ..errors import RefattnError
 from .bodies import Refused
+from .decoding import DecodingServer
+from .decoding_plan import DecodingPlan
 from .planned import Program
 from .processes import limit_memory, pool_of, stop
 from .sessions import Server
@@ -28,13 +30,17 @@ BEGIN_SECONDS = 300.0
 
 
 def memory_of(plan: Any) -> int:
-    """Return the bytes that a session's process may take: keys and ciphertexts unpacked, thrice, and 2 GiB."""
+    """Return the bytes that a session's process may take: keys and ciphertexts unpacked, thrice, and 2 GiB.
+
+    Of decoding a step's cache stands beside that before it, and the context has its numbers beside its plaintexts.
+    """
     ring, operations = plan.ring, plan.counts
     limb = 8 * ring.degree
     keys = (len(plan.rotations) + 2) * (ring.levels + 1) * 2 * (ring.levels + 2) * limb
     query = sum(2 * limbs * limb for limbs in plan.part_limbs())
     plains = sum(c * limbs * limb for (n, limbs), c in operations.items() if n in ("multiply_plain", "add_plain"))
-    return int(3 * (keys + query + plains) + 2 * (plan.key_bytes + plan.upload_bytes) + 2**31)
+    kept = plan.cache_bytes + 3 * plan.context_bytes if isinstance(plan, DecodingPlan) else 0
+    return int(3 * (keys + query + plains + kept) + 2 * (plan.key_bytes + plan.upload_bytes) + 2**31)
 
 
 def seconds_of(plan: Any) -> float:
@@ -60,6 +66,8 @@ class Hosted:
         Names of its queries.
     running : int
         Queries that wait or run.
+    context : (k, v) or None
+        Of decoding, what is in the clear.
     """
 
     program: Program
@@ -69,6 +77,7 @@ class Hosted:
     device: str = "cpu"
     asked: set[bytes] = field(default_factory=set)
     running: int = 0
+    context: Any = None
 
     def __post_init__(self) -> None:
         limit = () if self.device == "cuda" else (limit_memory, memory_of(self.program.plan))
@@ -84,12 +93,17 @@ class Hosted:
 
     async def begin(self, keys: bytes) -> None:
         """Give the process a client's keys; they are looked at there."""
-        await self._call(BEGIN_SECONDS, _begin, self.program, keys, self.device)
+        await self._call(BEGIN_SECONDS, _begin, self.program, keys, self.device, self.context)
 
     async def attend(self, query: bytes) -> bytes:
         """Return the reply to a query, one at a time; the query is looked at in the process."""
         async with self._turn:
             return bytes(await self._call(self.seconds, _attend, query))
+
+    async def drop(self) -> None:
+        """Forget the cache of a sequence that is decoded, after the tokens that wait."""
+        async with self._turn:
+            await self._call(self.seconds, _drop)
 
     async def _call(self, seconds: float, call: Any, *given: Any) -> Any:
         """Return what the process does; whatever goes wrong there but for a refusal ends the session.
@@ -122,12 +136,15 @@ class Ended(Refused):
     """A refusal that ends the session."""
 
 
-_HERE: dict[str, Server] = {}
+_HERE: dict[str, Server | DecodingServer] = {}
 """The server of a session's process."""
 
 
-def _begin(program: Any, keys: bytes, device: str) -> None:
-    _HERE["server"] = Server(program, keys, device=device)
+def _begin(program: Any, keys: bytes, device: str, context: Any) -> None:
+    if isinstance(program, DecodingPlan):
+        _HERE["server"] = DecodingServer(program, keys, context, device)
+    else:
+        _HERE["server"] = Server(program, keys, device=device)
 
 
 def _close() -> None:
@@ -143,4 +160,11 @@ def _end(pool: ProcessPoolExecutor) -> None:
 
 
 def _attend(query: bytes) -> bytes:
-    return _HERE["server"].attend(query)
+    server = _HERE["server"]
+    return server.step(query) if isinstance(server, DecodingServer) else server.attend(query)
+
+
+def _drop() -> None:
+    server = _HERE["server"]
+    if isinstance(server, DecodingServer):
+        server.drop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,28 +21,29 @@ from .call import Call
 from .planned import Program
 from .sampled import Sampled
 
-__all__ = ["decoded", "encoded", "reference", "simulate", "simulated"]
+__all__ = ["decoded", "encoded", "reference", "sequence_of", "simulate", "simulated"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
 
 
 def reference(problem: Problem) -> Float:
-    """Return power-softmax attention, (b, h, n_q, d_v), correctly rounded to float64: what a plan approximates.
+    """Return attention, (b, h, n_q, d_v), correctly rounded to float64: what a plan approximates.
 
     Parameters
     ----------
     problem : Problem
-        Of variant "power".
+        Of variant "power" or "sigmoid".
 
     Raises
     ------
     InvalidProblem
         It has an option that the operator does not know or cannot take.
     UnsupportedProblem
-        It is of another variant, or a part of the call, e.g. a softcap, means nothing to power-softmax.
+        It is of another variant, or a part of the call, e.g. a softcap, means nothing to it.
     """
-    checked(problem)
+    if not isinstance(problem, Problem) or problem.variant != "sigmoid":
+        checked(problem)
     return to_float64(evaluate(problem, rounding="float64").out)
 
 
@@ -180,6 +182,31 @@ def _fits(plan: Call, p: Problem) -> None:
     for name, x in found.items():
         if x != getattr(plan, name):
             raise InvalidProblem(f"{name}: got {x}, expected the plan's {getattr(plan, name)}")
+
+
+def sequence_of(plan: Call, p: Problem) -> tuple[list[tuple[Float, Float, Float]], Float | None]:
+    """Return a call's rows as the tokens of a sequence, (query, key, value) each, and the keys of its context or None.
+
+    Raises
+    ------
+    InvalidProblem
+        Its sizes or options are not the plan's, or a row sees others than the tokens before it and its own.
+    """
+    checked(p)
+    _fits(replace(plan, n_q=p.n_q, n_k=p.n_k), p)
+    n, context, longest = p.n_q, p.n_k - p.n_q, getattr(plan, "longest", 0)
+    if p.batch != 1 or context != getattr(plan, "context", 0) or n > longest:
+        raise InvalidProblem(
+            f"query: got {n} tokens after {context} in the clear, in a batch of {p.batch}, expected one sequence of at "
+            f"most {longest} after {getattr(plan, 'context', 0)}, by the plan"
+        )
+    steps = np.tril(np.ones((n, p.n_k), bool), context)
+    if any((visible(p, 0, h, slice(0, n), slice(0, p.n_k)) != steps).any() for h in range(p.heads)):
+        raise InvalidProblem("causal: a token sees those before it and itself; pass causal='bottom_right' and no mask")
+    q, k, v = (to_float64(np.asarray(x))[0] for x in (p.query, p.key, p.value))
+    k, v = (np.repeat(x, p.heads // p.heads_kv, 0) for x in (k, v))
+    tokens = [(q[:, i], k[:, context + i], v[:, context + i]) for i in range(n)]
+    return tokens, k[:, :context] if context else None
 
 
 def _counts(p: Problem, batch: int, head: int) -> NDArray[np.int64]:

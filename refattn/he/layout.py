@@ -186,12 +186,21 @@ class Layout:
                 found.append(np.roll(self._of_keys(z, r, block, span) * mask, turn))
         return found
 
-    def value_slots(self, v: Float, block: tuple[int, int], spans: Iterable[int] | None = None) -> list[Complex]:
-        """Return the slots of the values, of all spans or some, turned ahead by their baby steps."""
+    def value_slots(
+        self, v: Float, block: tuple[int, int], spans: Iterable[int] | None = None,
+        seen: NDArray[np.bool_] | None = None,
+    ) -> list[Complex]:  # fmt: skip
+        """Return the slots of the values, of all spans or some, turned ahead by their baby steps.
+
+        With `seen`, where a block has whole heads, a value that a query does not see is 0 for that query.
+        """
         z = v[..., 0::2] + 1j * v[..., 1::2]
         turns = [r % self.baby * self.columns for r in range(self.parts)]
-        every = range(self.spans) if spans is None else spans
-        return [np.roll(self._of_keys(z, r, block, s), turn) for s in every for r, turn in enumerate(turns)]
+        found = []
+        for span in range(self.spans) if spans is None else spans:
+            mask = 1 if seen is None else self._tiled(self._mask(seen, block, span) + 0j)
+            found += [np.roll(self._of_keys(z, r, block, span) * mask, turn) for r, turn in enumerate(turns)]
+        return found
 
     def _of_keys(self, z: Complex, r: int, block: tuple[int, int], span: int) -> Complex:
         heads = np.array([h for h, _ in self._columns(block)])

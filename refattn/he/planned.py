@@ -79,9 +79,9 @@ class Planned(ABC):
             text += f", error at most {noise + found['error_approximation']:.2g}, of which noise {noise:.1g}"
         return text
 
-    def warnings(self) -> list[str]:
-        """Return what a user may not want: a long time, or many bytes."""
-        seconds = self.report()["predicted_ms"] / 1e3
+    def warnings(self, seconds: float | None = None) -> list[str]:
+        """Return what a user may not want: a long time (by default that of one core), or many bytes."""
+        seconds = self.report()["predicted_ms"] / 1e3 if seconds is None else seconds
         found = [f"the server will take about {seconds:.0f} s a query"] if seconds > MOST_SECONDS else []
         for what, n in (("a query sends", self.upload_bytes), ("the evaluation keys have", self.key_bytes)):
             if n > MOST_BYTES:

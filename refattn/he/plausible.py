@@ -103,8 +103,8 @@ def check_out(plan: Any, out: NDArray[np.float64]) -> None:
     Parameters
     ----------
     plan : Plan or LayerPlan
-        What was asked. A mean of values is not larger than the largest of them; of a layer nothing is known but that
-        results are numbers.
+        What was asked. A mean of values is not larger than the largest of them, a sum by sigmoids not larger than all
+        keys' together; of a layer nothing is known but that results are numbers.
     out : array
         What was decrypted.
 
@@ -116,9 +116,9 @@ def check_out(plan: Any, out: NDArray[np.float64]) -> None:
     if not np.isfinite(out).all():
         raise InvalidInput(f"he: got a reply with numbers that are not finite; {NOT_BELIEVED}")
     largest = float(np.abs(out).max(initial=0.0))
-    if isinstance(plan, Call) and largest > plan.value_most + plan.error:
+    if isinstance(plan, Call) and largest > plan.out_most + plan.error:
         raise InvalidInput(
-            f"he: got a reply with {largest:.4g}, expected at most the plan's {plan.value_most:.4g} and its error of "
+            f"he: got a reply with {largest:.4g}, expected at most the plan's {plan.out_most:.4g} and its error of "
             f"{plan.error:.2g}; {NOT_BELIEVED}"
         )
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..errors import InvalidInput, UnsupportedProblem
 from .inverse import product
 
-__all__ = ["ACTIVATIONS", "Activation", "Polynomial", "activation", "inverse_sqrt"]
+__all__ = ["ACTIVATIONS", "Activation", "Polynomial", "activation", "inverse_sqrt", "sigmoids"]
 
 Float = NDArray[np.float64]
 POINTS = 1 << 18
@@ -154,6 +154,77 @@ def inverse_sqrt(low: float, high: float, tolerance: float, most: int = 14) -> P
         f"inverse_sqrt: degree {most} has a relative error of {made.error:.2g} on ({low:.3g}, {high:.3g}), above "
         f"{tolerance:.2g}; narrow the interval"
     )
+
+
+def sigmoids(low: float, high: float, tolerance: float, count: int, most: int = 31) -> list[Polynomial]:
+    """Return polynomials of odd degree near 1/(1 + exp(-x)) on [low, high]: the least within a tolerance, and the next.
+
+    Their error is that of the product of factors, as it is computed, in float64.
+
+    Parameters
+    ----------
+    low, high : float
+        The interval.
+    tolerance : float
+        The largest error wanted.
+    count : int
+        How many.
+    most : int
+        The largest degree.
+
+    Raises
+    ------
+    InvalidInput
+        The interval is empty or not finite, or the tolerance is not above 0.
+    UnsupportedProblem
+        No polynomial up to the largest degree is near enough.
+    """
+    if not (-math.inf < low < high < math.inf):
+        raise InvalidInput(f"sigmoids: got the interval ({low}, {high}), expected low < high")
+    _check_tolerance(tolerance)
+
+    def f(x: Float) -> Float:
+        return np.asarray((1 + np.tanh(x / 2)) / 2)
+
+    half, found = (high - low) / 2, []  # type: float, list[Polynomial]
+    points = np.linspace(-1, 1, 4001)
+    for degree in range(1, most + 1, 2):
+        nodes = chebyshev.chebpts1(degree + 1)
+        near = chebyshev.chebfit(nodes, f(low + (nodes + 1) * half), degree)
+        seen = float(np.abs(f(low + (points + 1) * half) - chebyshev.chebval(points, near)).max())
+        # interpolation's error is at most 2 + 2/pi·log(n + 1) times the best polynomial's
+        if seen > tolerance * (2 + 2 / math.pi * math.log(degree + 1)):
+            continue
+        w = np.cos(np.linspace(0, math.pi, 40 * (degree + 2)))
+        x = low + (w + 1) * (high - low) / 2
+        coefficients = tuple(float(c) for c in _fit(f(x), w, np.ones_like(w), degree))
+        made = Polynomial(low, high, coefficients, math.inf)
+        if np.abs(f(x) - made(x)).max() <= tolerance:
+            made = Polynomial(low, high, coefficients, _sigmoid_error(f, made))
+            if made.error <= tolerance:
+                found.append(made)
+        if len(found) == count:
+            break
+    if not found:
+        raise UnsupportedProblem(
+            f"he: no polynomial up to degree {most} is within {tolerance:.2g} of the sigmoid on ({low:.3g}, "
+            f"{high:.3g}); narrow the interval"
+        )
+    return found
+
+
+def _sigmoid_error(f: Callable[[Float], Float], p: Polynomial) -> float:
+    """Return a bound on a polynomial's error, by its factors: at many points, and by second derivatives between."""
+    w = np.linspace(-1, 1, POINTS)
+    constant, factors = p.factors()
+    x, of = p.low + (w + 1) * (p.high - p.low) / 2, np.full_like(w, constant)
+    for factor in factors:
+        of *= np.polynomial.polynomial.polyval(w, factor)
+    half = (p.high - p.low) / 2
+    # Markov: |T_k''| <= k**2 (k**2 - 1) / 3; the sigmoid's is at most 1/(6 sqrt(3))
+    bend = sum(k * k * (k * k - 1) / 3 * abs(c) for k, c in enumerate(p.coefficients)) + half**2 / (6 * math.sqrt(3))
+    rounding = 1e-13 * (2 + sum(abs(c) for c in p.coefficients))
+    return float(np.abs(f(x) - of).max()) + (2 / (POINTS - 1)) ** 2 / 8 * bend + rounding
 
 
 @dataclass(frozen=True)

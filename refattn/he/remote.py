@@ -23,7 +23,7 @@ __all__ = ["Remote"]
 MOST_REPLY = 2**28
 """Bytes of a reply where the plan is not known."""
 PIECE = 2**20
-"""Bytes of a message that are sent at once where somebody is told."""
+"""Bytes of a message that are sent at once."""
 GRACE = 0.5
 """Seconds in which the connection itself may say that the time is over, and what it waited for."""
 
@@ -87,11 +87,9 @@ class Remote:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def plan(self) -> Plan | LayerPlan | EncoderPlan:
+    def plan(self) -> Plan | DecodingPlan | LayerPlan | EncoderPlan:
         """Return the server's plan, checked to be within 128 bits of security and within this client's limits."""
         made = plan_from_json(self._call("GET", "/plan", most=MOST_TEXT), self._most)
-        if isinstance(made, DecodingPlan):
-            raise InvalidInput("he: got a plan of decoding, whose tokens are not sent over HTTP here")
         self._reply_most = made.reply_most
         return made
 
@@ -128,6 +126,27 @@ class Remote:
             raise InvalidInput("he: open a session with evaluation keys first")
         return self._call("POST", f"/sessions/{self._session}/queries", query, most=self._reply_most)
 
+    def step(self, token: bytes) -> bytes:
+        """Return the reply to a token of a sequence that is decoded; errors as of :meth:`attend`.
+
+        Where the server cannot be reached, the token may be in the cache or not: drop the sequence and begin another.
+        """
+        return self.attend(token)
+
+    def drop(self) -> None:
+        """Have the server forget the cache of a sequence that is decoded.
+
+        Raises
+        ------
+        InvalidInput
+            There is no session, or the server refuses it, with what it says.
+        ServiceError
+            The server cannot be reached, or fails.
+        """
+        if self._session is None:
+            raise InvalidInput("he: open a session with evaluation keys first")
+        self._call("DELETE", f"/sessions/{self._session}/sequence", most=2**16)
+
     def close(self) -> None:
         """End the session."""
         try:
@@ -159,15 +178,17 @@ class Remote:
             raise self._late() from e
 
     def _content(self, body: bytes | None) -> dict[str, Any]:
-        """Return a message as httpx takes it: in pieces where somebody wants to know how many are sent."""
+        """Return a message as httpx takes it: in pieces, of which it copies what is left each time the network takes
+        some, and of a message as a whole that would be many times the message."""
         sent = self._sent
-        if sent is None or body is None:
+        if body is None or (sent is None and len(body) <= PIECE):
             return {"content": body}
 
         def pieces() -> Iterator[bytes]:
             for i in range(0, len(body), PIECE):
                 yield body[i : i + PIECE]
-                sent(min(i + PIECE, len(body)), len(body))
+                if sent is not None:
+                    sent(min(i + PIECE, len(body)), len(body))
 
         return {"content": pieces(), "headers": {"content-length": str(len(body))}}
 

@@ -20,6 +20,8 @@ from .inverse import Inverse
 from .layer_plan import LayerPlan
 from .plan import Plan, plan
 from .polynomials import Activation, Polynomial
+from .sigmoid import SigmoidPlan, arguments_of
+from .sigmoid import plan_of as sigmoid_plan_of
 from .weights import EncoderWeights, Feedforward, Weights, check, check_encoder
 
 __all__ = ["load_weights", "plan_from_json", "plan_to_json", "save_weights"]
@@ -44,8 +46,10 @@ RANGES = (
 
 def plan_to_json(made: Plan | DecodingPlan | LayerPlan | EncoderPlan) -> str:
     """Return a plan as JSON, for a client elsewhere. No weight is in it."""
-    if isinstance(made, Plan | DecodingPlan):
-        what: dict[str, Any] = {n: getattr(made, n) for n in (*ARGUMENTS, *RANGES)}
+    if isinstance(made, SigmoidPlan):
+        what: dict[str, Any] = arguments_of(made)
+    elif isinstance(made, Plan | DecodingPlan):
+        what = {n: getattr(made, n) for n in (*ARGUMENTS, *RANGES)}
         if made.inverse is not None:
             what["inverse"] = [made.inverse.doublings, made.inverse.odd]
         if isinstance(made, DecodingPlan):
@@ -54,7 +58,8 @@ def plan_to_json(made: Plan | DecodingPlan | LayerPlan | EncoderPlan) -> str:
         what = {f.name: getattr(made, f.name) for f in fields(made)}
         what |= {"ring": asdict(made.ring), "layout": asdict(made.layout)}
         what["counts"] = [[name, limbs, count] for (name, limbs), count in sorted(made.counts.items())]
-    kind = {Plan: "attention", DecodingPlan: "decoding", LayerPlan: "layer", EncoderPlan: "encoder"}[type(made)]
+    kinds = {Plan: "attention", SigmoidPlan: "sigmoid", DecodingPlan: "decoding", LayerPlan: "layer"}
+    kind = {**kinds, EncoderPlan: "encoder"}[type(made)]
     return json.dumps(
         {"refattn": f"he {kind} plan", "version": PLAN_VERSION, "digest": made.digest.hex(), "plan": what}
     )
@@ -86,6 +91,8 @@ def plan_from_json(text: str | bytes, most_bytes: int = 2**40) -> Plan | Decodin
             raise InvalidInput(f"he: got a plan of version {shown(version)}, expected {PLAN_VERSION}")
         if kind == "he decoding plan":
             made: Plan | DecodingPlan | LayerPlan | EncoderPlan = _decoding(dict(what))
+        elif kind == "he sigmoid plan":
+            made = sigmoid_plan_of(dict(what))
         elif kind == "he attention plan":
             made = _attention(dict(what))
         elif kind == "he layer plan":

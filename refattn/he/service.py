@@ -1,7 +1,8 @@
 """A server over HTTP: sessions that expire, limits on sizes, rates, memory and time, a process for each client's keys.
 
 GET /plan gives the plan. POST /sessions with evaluation keys opens a session; its name, which only that client knows,
-is the way to POST /sessions/NAME/queries and to DELETE /sessions/NAME. Errors are JSON: {"error": text}.
+is the way to POST /sessions/NAME/queries and to DELETE /sessions/NAME. Of decoding a query is a token, and DELETE
+/sessions/NAME/sequence forgets the cache. Errors are JSON: {"error": text}.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 from ..errors import InvalidInput, UnsupportedProblem, install
 from .bodies import Bodies, Refused
+from .cache import context_of
+from .decoding_plan import DecodingPlan
 from .encoder import Encoder
 from .hosted import MOST_ASKED, Ended, Hosted, seconds_of
 from .layer import Layer
@@ -32,17 +35,18 @@ WAITING = 4
 
 
 def service(
-    program: Plan | Layer | Encoder,
+    program: Plan | DecodingPlan | Layer | Encoder,
     sessions: int = 8,
     seconds: float = 3600.0,
     tokens: Iterable[str] | None = None,
     device: str = "cpu",
+    context: Any = None,
 ) -> Any:
     """Return a Starlette application that serves a plan or a layer.
 
     Parameters
     ----------
-    program : Plan, Layer or Encoder
+    program : Plan, DecodingPlan, Layer or Encoder
         What is computed.
     sessions : int
         The most sessions at once. Each has a process of its own, and its keys in memory.
@@ -53,11 +57,13 @@ def service(
         that opened it. None: requests from this machine need none, and others are refused.
     device : {"cpu", "cuda"}
         Where queries are computed. A session that the GPU has no memory for is refused.
+    context : (k, v), optional
+        Of decoding: keys and values in the clear, the same for all sessions, as ``DecodingServer`` takes them.
 
     Raises
     ------
     InvalidInput
-        Numbers that have no meaning, or a token that is too short.
+        Numbers that have no meaning, a token that is too short, or a context that is not the plan's.
     UnsupportedProblem
         Starlette is not installed.
     """
@@ -69,7 +75,11 @@ def service(
         raise UnsupportedProblem(f"he: serving needs the package starlette; {install('he')}") from e
     if sessions < 1 or not seconds > 0:
         raise InvalidInput(f"he: got {sessions} sessions and {seconds} seconds, expected at least 1 and above 0")
-    desk = _Desk(program, sessions, seconds, Tokens(tokens), device)
+    if isinstance(program, DecodingPlan):
+        context_of(program, context)  # refused now, not with the first client
+    elif context is not None:
+        raise InvalidInput("context: got one, expected None: it is for a plan of decoding")
+    desk = _Desk(program, sessions, seconds, Tokens(tokens), device, context)
 
     async def refused(request: Any, error: Any) -> Any:
         return JSONResponse({"error": str(error)}, getattr(error, "status", 400), getattr(error, "headers", None))
@@ -79,6 +89,7 @@ def service(
         Route("/sessions", desk.begin, methods=["POST"]),
         Route("/sessions/{name}/queries", desk.ask, methods=["POST"]),
         Route("/sessions/{name}", desk.end, methods=["DELETE"]),
+        Route("/sessions/{name}/sequence", desk.drop, methods=["DELETE"]),
     ]
     handlers: dict[Any, Any] = {Refused: refused, InvalidInput: refused, UnsupportedProblem: refused}
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=desk.lifespan)
@@ -96,9 +107,10 @@ class _Desk:
     """The sessions of a service, and what is done for each kind of request."""
 
     def __init__(
-        self, program: Plan | Layer | Encoder, sessions: int, seconds: float, tokens: Tokens, device: str
-    ) -> None:
-        self.device = device
+        self, program: Plan | DecodingPlan | Layer | Encoder, sessions: int, seconds: float, tokens: Tokens,
+        device: str, context: Any,
+    ) -> None:  # fmt: skip
+        self.device, self.context = device, context
         self.program, self.plan = program, program.plan
         self.sessions, self.seconds, self.tokens = sessions, seconds, tokens
         self.text = plan_to_json(self.plan)
@@ -122,7 +134,9 @@ class _Desk:
         async with self.bodies.read(request, self.most_keys) as keys:
             self._free()
             name = secrets.token_hex(32)
-            session = self.open[name] = Hosted(self.program, owner, _now(), seconds_of(self.plan), self.device)
+            limit = seconds_of(self.plan)
+            session = Hosted(self.program, owner, _now(), limit, self.device, context=self.context)
+            self.open[name] = session
             session.running += 1  # does not expire while it begins
             try:
                 await session.begin(keys)
@@ -149,19 +163,38 @@ class _Desk:
             if len(session.asked) >= MOST_ASKED:
                 raise Refused(429, f"this session has answered {MOST_ASKED} queries; open another one")
             session.asked.add(asked)
-            session.running += 1
             try:
-                reply = await session.attend(query)
-            except Ended:
-                self.open.pop(name, None)
-                raise
+                async with self._running(name, session):
+                    reply = await session.attend(query)
             except InvalidInput:
                 session.asked.discard(asked)  # nothing was computed
                 raise
-            finally:
-                session.running -= 1
-                session.used = _now()
         return Response(reply, media_type="application/octet-stream")
+
+    async def drop(self, request: Any) -> Any:
+        from starlette.responses import Response
+
+        name, session = self._session(request)
+        if not isinstance(self.plan, DecodingPlan):
+            raise Refused(404, "nothing is decoded here: the plan has no sequence to forget")
+        if session.running >= WAITING:
+            raise Refused(429, f"{WAITING} tokens of this session are waiting; drop the sequence when one is answered")
+        async with self._running(name, session):
+            await session.drop()
+        return Response(status_code=204)
+
+    @asynccontextmanager
+    async def _running(self, name: str, session: Hosted) -> AsyncIterator[None]:
+        """Count what a session does as long as it is done; a session that it ends is none of ours after."""
+        session.running += 1
+        try:
+            yield
+        except Ended:
+            self.open.pop(name, None)
+            raise
+        finally:
+            session.running -= 1
+            session.used = _now()
 
     async def end(self, request: Any) -> Any:
         from starlette.responses import Response

@@ -17,6 +17,7 @@ from ..errors import InvalidInput, RefattnError
 from ..exact.agree import under
 from ..gates import GATES
 from ..problem import MEANINGS
+from ..validation import OFFSETS
 from ..variants import VARIANTS, Option, Steps, Variant, variant_of
 from ..variants.own import BUILT_IN, FILES, from_file
 from ..variants.shapes import Shape
@@ -26,8 +27,8 @@ __all__ = ["load", "register"]
 
 SCALES = ("rsqrt", "one")
 LABEL = re.compile(r"[a-z0-9][a-z0-9_-]*")
-SETTINGS = frozenset({"n_q", "n_k", "b", "h", "h_kv", "d", "d_v", "scale", "options", *MEANINGS})
-"""What a case may set: lengths, the scale, options."""
+SETTINGS = frozenset({"n_q", "n_k", "b", "h", "h_kv", "d", "d_v", "scale", "options", "codes", *OFFSETS, *MEANINGS})
+"""What a case may set: lengths, the scale, options, packed sequences, and whether queries and keys are codes."""
 TAKEN = frozenset(
     {"allowed", "bias", "count", "distance", "length", "one", "place", "scale", "sink", "softcap", "state", "toeplitz",
      "weight"}

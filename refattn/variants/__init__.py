@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import InvalidInput
 from .block_sparse import BLOCK_SPARSE
+from .ecoformer import ECOFORMER
 from .gated_delta import GATED_DELTA
 from .lightning import LIGHTNING
 from .linear import LINEAR
@@ -33,6 +34,7 @@ VARIANTS: dict[str, Variant] = {
         POWER,
         SIGMOID,
         RELU,
+        ECOFORMER,
         LIGHTNING,
         GATED_DELTA,
         BLOCK_SPARSE,

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..problem import Problem
 from .shapes import Rows, Steps
-from .variant import COMMON_BUGS, Variant
+from .variant import Variant, packed_at
 
 __all__ = ["GATED_DELTA"]
 
@@ -134,6 +134,11 @@ def _no_delta(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
     return state, q * o.scale @ state
 
 
+def _clamped(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    o.beta = o.beta - (o.beta - 1.0).relu()
+    return step(state, q, k, v, o)
+
+
 GATED_DELTA = Variant(
     name="gated_delta",
     define=Steps(step, linear=True),
@@ -143,13 +148,23 @@ GATED_DELTA = Variant(
     source="Yang et al., Gated Delta Networks, arXiv 2412.06464, recalled: one alpha for each head. Kimi Linear, arXiv "
     "2510.26692, recalled: an alpha for each channel of the keys; the reference in fla/ops/kda/naive.py was read.",
     uses=frozenset({"causal", "state", "alpha", "beta"}),
-    laws=("determinism", "batch_independence", "batch_invariance", "values_doubled", "grouped_heads", "state_carried"),
-    bugs=tuple(n for n in COMMON_BUGS if n in ("zeroed_head", "wrong_scale", "heads_tiled", "value_of_next_key")),
+    laws=(
+        "determinism",
+        "batch_independence",
+        "batch_invariance",
+        "values_doubled",
+        "grouped_heads",
+        "state_carried",
+        "state_gradient",
+    ),
+    bugs=("zeroed_head", "wrong_scale", "heads_tiled", "sequences_joined", "value_of_next_key"),
     families=("gaussian",),
     contract=(
         "scale None is 1: the paper has none; fla's functions take 1/sqrt(d_k).",
         "alpha is the decay itself, not its logarithm; beta the step, not its logit. Without alpha nothing fades.",
+        "beta may go up to 2 (allow_neg_eigval in fla's layers): above 1 a step overshoots the value.",
         "Keys are taken as they are: the papers' have length 1, which the caller sees to.",
+        "Each packed sequence starts from a state of its own, or from 0.",
         "The state is float32 or wider in a kernel of the flash models: what it loses is counted at every step.",
     ),
     default_scale="one",
@@ -163,16 +178,24 @@ GATED_DELTA = Variant(
             ("chunk-end", CHUNK, {"alpha": True}),
             ("grouped", 9, {"alpha": True, "h": 4, "h_kv": 2}),
             ("state", 12, {"alpha": "channels", "state": True}),
+            ("large-steps", 14, {"alpha": True, "beta": "large"}),
+            ("packed", 21, {"alpha": True, **packed_at(0, 1, 12, 12, 21)}),
             ("long", 67, {"alpha": "strong", "d": 16, "d_v": 24, "b": 2}),
             ("wide", 9, {"alpha": "channels", "d": 72}),
         )
     },
-    quick=frozenset({f"gaussian/{n}" for n in ("delta", "chunk-end", "state", "gated-and-all", "long")}),
+    quick=frozenset(
+        {
+            f"gaussian/{n}"
+            for n in ("delta", "chunk-end", "state", "gated-and-all", "packed-and-all", "large-steps", "long")
+        }
+    ),
     wrong={
         "error_of_the_old_state": _wrong("the error is that of the state before it fades", _old_error),
         "fades_after_the_token": _wrong("the state fades after the token has moved it", _faded_after),
         "beta_on_the_value_alone": _wrong("beta multiplies the value alone, not what the state says", _whole_error),
         "read_before_the_token": _wrong("a query reads the state that its own token has not moved", _early_read),
+        "steps_clamped_to_one": _wrong("beta above 1 counts as 1, so that no step turns the state round", _clamped),
         "no_delta": _wrong("the value is added, whatever the state says of the key", _no_delta),
         "inverse_to_first_order": (
             "in a chunk a change counts for later tokens, but not what it does to their changes",
@@ -181,5 +204,5 @@ GATED_DELTA = Variant(
     },
     fits=fits,
     always=frozenset({"causal_bottom_right", "beta"}),
-    never=frozenset({"lengths_differ", "no_rows_or_keys", "causal_top_left", "variable_lengths"}),
+    never=frozenset({"lengths_differ", "no_rows_or_keys", "causal_top_left"}),
 )

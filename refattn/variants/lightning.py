@@ -6,7 +6,7 @@ from typing import Any
 
 from .option import Option, rate_per_head
 from .shapes import Steps
-from .variant import COMMON_BUGS, Variant
+from .variant import Variant, packed_at
 
 __all__ = ["LIGHTNING"]
 
@@ -44,12 +44,21 @@ LIGHTNING = Variant(
     "linear_attention.py and TransNormerLLM's slopes were read: no scale, no denominator.",
     uses=frozenset({"causal", "state"}),
     options={"decay": Option((), "rate for each query head, in 1/position", rate_per_head, rates)},
-    laws=("determinism", "batch_independence", "batch_invariance", "values_doubled", "grouped_heads", "state_carried"),
-    bugs=tuple(n for n in COMMON_BUGS if n in ("zeroed_head", "wrong_scale", "heads_tiled", "value_of_next_key")),
+    laws=(
+        "determinism",
+        "batch_independence",
+        "batch_invariance",
+        "values_doubled",
+        "grouped_heads",
+        "state_carried",
+        "state_gradient",
+    ),
+    bugs=("zeroed_head", "wrong_scale", "heads_tiled", "sequences_joined", "value_of_next_key"),
     families=("gaussian", "ragged", "peaked", "probe", "drift"),
     contract=(
         "scale None is 1: the paper has none.",
         "A token's own key counts in full: the decay falls on the state before it.",
+        "Each packed sequence starts from a state of its own, or from 0, and its decay counts from its first token.",
         "The state is float32 or wider in a kernel of the flash models: what it loses is counted at every step.",
     ),
     default_scale="one",
@@ -65,8 +74,16 @@ LIGHTNING = Variant(
             "causal": "bottom_right",
             "options": {"decay": (0.0, 0.1, 0.2, 0.3)},
         },
+        "packed": {
+            "n_q": 21,
+            "n_k": 21,
+            "d": 16,
+            "causal": "bottom_right",
+            "options": {"decay": (0.1, 0.4)},
+            **packed_at(0, 1, 12, 12, 21),
+        },
         "state": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "options": {"decay": (0.1, 0.2)}, "state": True},
     },
     always=frozenset({"causal_bottom_right"}),
-    never=frozenset({"lengths_differ", "no_rows_or_keys", "causal_top_left", "variable_lengths"}),
+    never=frozenset({"lengths_differ", "no_rows_or_keys", "causal_top_left"}),
 )

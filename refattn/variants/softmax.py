@@ -30,6 +30,8 @@ def attention(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
     if o.weight is not None:
         p = p * o.weight
     z = p.sum() if o.sink is None else p.sum() + (o.sink - m).exp()
+    if o.kept is not None:
+        p = p.where(o.kept) / o.share
     return (p @ v) / z, m + z.log()
 
 
@@ -38,13 +40,14 @@ SOFTMAX = Variant(
     define=attention,
     formula="out_i = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + exp(sink)),  "
     "s_ij = softcap·tanh(scale·q_i·k_j / softcap) - slope·|place_i - place_j| + bias_ij + log weight_ij, "
-    "q and k turned by rotary positions;  lse_i = log(sum_j exp(s_ij) + exp(sink))",
+    "q and k turned by rotary positions;  lse_i = log(sum_j exp(s_ij) + exp(sink));  "
+    "with dropout v_j counts kept_ij / (1 - p) times in out",
     unit="u · sum_j p_ij |v_jc|",
     source="Vaswani et al., arXiv 1706.03762, eq. 1; softcap as in Gemma 2 (arXiv 2408.00118, section 2); "
     "the sink logit as in StreamingLLM's softmax1 (arXiv 2309.17453, eq. 2), learnable in gpt-oss. "
     "Recalled, not read again.",
     compared="PyTorch, JAX, ONNX Runtime, OpenVINO and Keras: {doc}`../kernels`",
-    uses=frozenset({"causal", "window", "softcap", "sink", "bias", "allowed", "weight"})
+    uses=frozenset({"causal", "window", "softcap", "sink", "bias", "allowed", "weight", "dropout_mask"})
     | {"lengths_q", "lengths_k", "offset", "alignment", "rotary", "alibi_slopes"},
     has_lse=True,
     positive=True,
@@ -54,6 +57,7 @@ SOFTMAX = Variant(
         "split_and_merge",
         "lengths_cut",
         "offset_of_corner",
+        "dropout_complement",
         "pages_moved",
         "unowned_unread",
         "bias_shifted",
@@ -102,8 +106,16 @@ SOFTMAX = Variant(
         "positions_ignored",
         "alibi_ignored",
         "alibi_of_next_head",
+        "dropout_ignored",
+        "dropout_unscaled",
+        "dropout_before_softmax",
+        "dropout_in_lse",
+        "dropout_of_next_head",
+        "dropout_of_next_warp",
+        "dropout_of_next_lane",
+        "dropout_inverted",
     ),
-    families=(*COMMON_FAMILIES, "shifted", "extreme", "types", "pages", "positions"),
+    families=(*COMMON_FAMILIES, "shifted", "extreme", "types", "pages", "positions", "dropout"),
     quick=frozenset(
         {
             "empty/rows-allowed",
@@ -148,6 +160,7 @@ SOFTMAX = Variant(
             "positions/rotary-half",
             "positions/rotary-given",
             "positions/alibi-by-batch",
+            "dropout/plain",
         }
     ),
     contract=(

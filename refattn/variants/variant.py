@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..problem import MEANINGS, Problem
 from .option import Option
@@ -214,6 +216,11 @@ def packed(p: Problem, what: str) -> str | None:
     return f"cu_seqlens_q: {what} of packed sequences are not defined; pass one sequence at a time"
 
 
+def packed_at(*ends: int) -> dict[str, Any]:
+    """Return the offsets of packed sequences with as many queries as keys, for a case."""
+    return {f"cu_seqlens_{x}": np.array(ends, np.int32) for x in "qk"}
+
+
 def unplaced(p: Problem, what: str) -> str | None:
     """Return why a call has no key at which each query stands, or is packed, or None."""
     if p.n_q > p.n_k:
@@ -227,12 +234,12 @@ NEEDED = {"causal": "'bottom_right' or 'top_left'"}
 
 def _no_sequence(p: Problem) -> str | None:
     """Return why a recurrence cannot take a call, or None."""
-    if p.cu_seqlens_q is not None:
-        return "cu_seqlens_q: a recurrence over packed sequences is not defined; pass one sequence at a time"
     if p.causal is None:
         return "causal: a recurrence sees no later token; set causal='bottom_right'"
     if p.n_q != p.n_k:
         return f"key: axis seq is {p.n_k}, expected query's {p.n_q}: each token brings a query, a key and a value"
+    if any(rows != keys for rows, keys in p.segments()):
+        return "cu_seqlens_k: expected cu_seqlens_q's offsets: each token brings a query, a key and a value"
     return None
 
 

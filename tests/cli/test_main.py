@@ -326,6 +326,14 @@ def test_exact_rows(tmp_path, make):
         assert (result.exit_code, text in result.output) == (2, True), result.output
 
 
+def test_exact_on_a_gpu_says_where_there_is_none(tmp_path, make, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    save_problem(make(2, 3), tmp_path / "in.npz")
+    more = ("--rounding", "float64", "--out", tmp_path / "out.npz", "--device", "cuda", "--rows", "0:1")
+    result = call("exact", tmp_path / "in.npz", *more)
+    assert (result.exit_code, "device='cuda' needs the package cupy" in result.output) == (2, True), result.output
+
+
 def test_exact_says_that_gradients_take_long(tmp_path, make, monkeypatch):
     module = importlib.import_module("refattn.cli.exact")
     monkeypatch.setattr(module, "LARGE", 81)

@@ -36,8 +36,10 @@ def cut(p):
         if getattr(p, mask) is not None:
             x = getattr(p, mask)
             found[mask] = x[:1, :, rows:][..., -6:] if x.shape[2] > 1 else x[:1, ..., -6:]
+    if p.cu_seqlens_q is not None:  # 21 tokens become 6
+        found |= {n: np.minimum(getattr(p, n) // 3, 6) for n in ("cu_seqlens_q", "cu_seqlens_k")}
     if p.state is not None:
-        found["state"] = p.state[:1, ..., :5]
+        found["state"] = p.state[: None if p.cu_seqlens_q is not None else 1, ..., :5]
     found |= {n: x[:1, :, -6:] for n in ("alpha", "beta") if (x := getattr(p, n)) is not None}
     found |= {n: x[:1] for n in ("lengths_q", "lengths_k", "offset") if np.ndim(x := getattr(p, n)) > 0}
     for name, most in (("lengths_q", -rows), ("lengths_k", 6)):

@@ -1,14 +1,25 @@
-"""Compiling a kernel for Hopper GPUs, and what its assembler must say of it."""
+"""Compiling a kernel for Hopper GPUs, and what its assembler must say of it.
 
+What compiled so once is not compiled again by the same compiler: `compiled.txt` has its digests.
+`python -m tests.gpu.compiled` compiles all that tests compile, and writes that file.
+"""
+
+import hashlib
 import re
 import shutil
 import subprocess
+from functools import cache
+from pathlib import Path
 
 import pytest
 
 from ..conftest import NIGHTLY
 
 __all__ = ["NVCC", "check_compiles", "core"]
+
+KEPT = Path(__file__).with_name("compiled.txt")
+KNOWN = set() if NIGHTLY else set(KEPT.read_text().split())
+"""Digests of what compiled without spills and warnings."""
 
 NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 APART = ("WIDTH", "WIDTH_K", "WIDTH_V", "D_K", "D_V", "HEAD_DIM", "GRADIENT", "QUERY")
@@ -18,15 +29,32 @@ compiled with all others' values."""
 COMMAND = ("nvcc", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v", "-o")
 
 
-def check_compiles(path, text, name=""):
-    """Compile a text for sm_90a: without spills and without a warning."""
+@cache
+def _compiler():
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _command(arch):
+    return [x.replace("90a", arch) for x in COMMAND]
+
+
+def digest(text, arch="90a"):
+    """Return what changes where the text, the command or the compiler's version does."""
+    return hashlib.sha256("\0".join((_compiler(), *_command(arch), text)).encode()).hexdigest()[:16]
+
+
+def check_compiles(path, text, name="", arch="90a"):
+    """Compile a text for sm_90a, or another, without spills or a warning; one that is known to is left alone."""
+    if digest(text, arch) in KNOWN:
+        return
     path.write_text(text)
-    done = subprocess.run([*COMMAND, f"{path}bin", str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*_command(arch), f"{path}bin", str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, (name, done.stderr)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", done.stderr)
     assert set(frames) == {("0", "0", "0")}, (name, done.stderr)
     # products that wait for each other, or a register budget that is not respected
     assert not re.search(r"C75\d\d|warning", done.stderr), (name, done.stderr)
+    KNOWN.add(digest(text, arch))
 
 
 def core(texts):
@@ -51,3 +79,19 @@ def _values(text):
     macros = dict(line.split(maxsplit=2)[1:] for line in defines.splitlines())
     apart = tuple(macros.get(name) for name in APART)
     return {(rest.partition("\n")[0], apart, *m) for m in (macros or {"": ""}).items()}
+
+
+def main():
+    """Compile all that tests compile, and keep the digests."""
+    from . import compiled  # this module is another one here
+
+    compiled.KNOWN.clear()
+    tests = Path(__file__).parents[1]
+    places = [str(tests / x) for x in ("gpu", "he/device", "exact/device")]
+    if pytest.main(["-q", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-k", "without_spills", *places]):
+        raise SystemExit("not written")
+    KEPT.write_text("".join(f"{x}\n" for x in sorted(compiled.KNOWN)))
+
+
+if __name__ == "__main__":
+    main()

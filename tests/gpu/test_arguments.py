@@ -23,6 +23,8 @@ KERNELS = [
     ("trilinear.cu", "trilinear_forward"),
     ("trilinear_backward.cu", "trilinear_backward"),
     ("trilinear_backward.cu", "trilinear_delta"),
+    ("recurrence.cu", "lightning"),
+    ("recurrence.cu", "gated_delta"),
 ]
 TYPES = """
 typedef unsigned short u16; typedef unsigned u32; struct alignas(64) TensorMap { char bytes[128]; };

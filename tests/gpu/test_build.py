@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from refattn.gpu import trilinear
+from refattn.gpu import recurrence, trilinear
 from refattn.gpu.build import text_of
 from refattn.gpu.kernel import ACCURACIES, Call
 from refattn.gpu.plan import KERNELS, configured
@@ -75,6 +75,8 @@ CALLS = list(calls())
 TRILINEAR = [trilinear.macros(d, keys) for d in (64, 128) for keys in (64, 65)]
 TRILINEAR += [trilinear.macros_backward(d, query) for d in (64, 128) for query in (True, False)]
 
+RECURRENT = [recurrence.macros(t, d, gate) for t in recurrence.TYPES for d in (64, 128) for gate in (0, 1, 2)]
+
 
 def text(kernel, call):
     return KERNELS[kernel].source(configured(kernel, call).macros)
@@ -84,6 +86,7 @@ def text(kernel, call):
 def test_every_kernel_compiles_without_spills(tmp_path):
     texts = core({"pack": text_of("pack.cu", {})} | {call: text(*call) for call in CALLS})
     texts |= {str(m): trilinear.source(m) for m in TRILINEAR}
+    texts |= core({str(m): recurrence.source(m) for m in RECURRENT})
 
     def build(item):
         i, (call, written) = item
@@ -97,6 +100,11 @@ def test_every_kernel_compiles_without_spills(tmp_path):
 def test_shared_memory_suffices_for_the_trilinear_kernels(m):
     bytes_of = trilinear.shared_bytes_backward if "QUERY" in m else trilinear.shared_bytes
     assert bytes_of(m) <= MOST
+
+
+@pytest.mark.parametrize("m", RECURRENT)
+def test_shared_memory_suffices_for_the_recurrences(m):
+    assert max(recurrence.shared_bytes(entry, m) for entry in ("lightning", "gated_delta")) <= MOST // 3
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -9,6 +9,7 @@ import pytest
 from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, he, power_attention
 from refattn.he.polynomials import activation, inverse_sqrt
 from refattn.he.saved import load_weights, save_weights
+from refattn.he.service import Remote
 from refattn.he.weights import EncoderWeights, Feedforward, Weights
 
 from .relay import plan
@@ -71,19 +72,24 @@ def test_the_simulation_is_the_formulas(name):
 
 
 @pytest.fixture(scope="module")
-def session():
-    """Return a small encoder's program, its client, keys, server and tokens."""
-    pytest.importorskip("tenseal")
+def small():
+    """Return a small encoder's weights, its program and tokens."""
     weights, x, _ = encoder(n=3, d=4, hidden=4, tolerance=0.3)  # few levels: this is about ciphertexts
-    made = he.Encoder(weights, 0.3)
-    client = he.Client(made.plan)
-    keys = client.evaluation_keys()
-    return made, client, keys, he.Server(made, keys), x
+    return weights, he.Encoder(weights, 0.3), x
 
 
-def test_encrypted_blocks_are_the_simulation(session):
-    made, client, _, server, x = session
-    out = client.ask(x, server.attend)
+def test_encrypted_blocks_are_the_simulation(small, served, tmp_path):
+    """The server is another process, which has the weights from a file."""
+    for package in ("tenseal", "httpx", "starlette", "uvicorn"):
+        pytest.importorskip(package)
+    weights, made, x = small
+    save_weights(weights, tmp_path / "w.npz")
+    with Remote(served(tmp_path / "w.npz", "--tolerance", "0.3")) as server:
+        plan = server.plan()
+        assert plan.digest == made.plan.digest
+        client = he.Client(plan)
+        server.open(client.evaluation_keys())
+        out = client.ask(x, server.attend)
     expected = made.simulate(x)
     # noise: as drawn, but for what one draw may be off by
     drawn = np.abs(made.simulate(x, seed=0) - expected).max()
@@ -170,8 +176,8 @@ def test_a_plan_for_a_gpu_has_fewer_ciphertexts():
         he.Encoder(weights, 0.3, device="tpu")
 
 
-def test_an_encoders_plan_says_what_a_refresh_promises(session):
-    made, *_ = session
+def test_an_encoders_plan_says_what_a_refresh_promises(small):
+    _, made, _ = small
     plan = made.plan
     report = plan.report()
     assert report["rounds"] == 2

@@ -177,8 +177,8 @@ def test_keys_of_another_plan_or_structure_are_refused(session):
 def test_a_key_that_cancels_the_cache_is_refused(session):
     """The sum of such keys has no second polynomial: what it holds would lie open."""
     client, server, message = session
-    held = server._cache.keys[0][0]
-    m = server._arithmetic
+    held = server._held.cache.keys[0][0]
+    m = server._held.arithmetic
     against = to_bytes(m.negate(held))
     parts = parts_of(message)
     with pytest.raises(InvalidInput, match=r"he: the token cannot be computed: .*; encrypt it anew"):
@@ -211,14 +211,14 @@ def test_bytes_changed_anywhere_are_refused_or_give_a_reply(session):
         part = bad[at]
         part[rng.integers(min(len(part), 200))] ^= 1 << rng.integers(8)
         sure += at == 0  # another place than the next one
-        cache = server._cache
+        cache = server._held.cache
         try:
             server.step(repacked(message, bad))
         except RefattnError:
             refused += 1
-            assert server._cache is cache
+            assert server._held.cache is cache
         else:
-            server._cache = cache
+            server._held.cache = cache
     assert refused >= sure > 5
     goes_on(client, server, message)
 
@@ -257,7 +257,7 @@ def test_a_context_stays_at_the_server():
     plan = planned(x, normalize="client", tolerance=1.0)
     context = taken(x)[3]
     client, server = begun(x, plan, known=False)
-    assert server._empty.context is not None
+    assert server._held.cache.context is not None
     assert all(struct.pack("<d", float(y)) not in client.evaluation_keys() for y in context[0].ravel()[:2])
     assert np.abs(decoded(client, server, x) - he.reference(x)[0]).max() <= plan.error
 
@@ -269,7 +269,7 @@ def test_ciphertexts_in_the_cache_are_those_that_were_checked(session):
     reply = server.step(bytes(data))
     data[:] = bytes(len(data))
     assert np.abs(client.decrypt(reply) - EXACT[:, 2]).max() <= PLAN.error
-    held = server._cache.keys[0][0]
+    held = server._held.cache.keys[0][0]
     again = from_bytes("Ciphertext", PLAN.ring, to_bytes(held))
     assert again.coeff_modulus_size() == PLAN.ring.levels + 1
     goes_on(client, server, token(client, X, 3), 3)

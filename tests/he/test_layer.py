@@ -67,28 +67,36 @@ def test_the_simulation_is_the_formulas(name):
     assert made.plan.outs == 1
 
 
-@pytest.mark.parametrize("name", ["scores", "causal scores, more features"])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_encrypted_scores_are_the_simulation(name, workers):
+@pytest.mark.parametrize(
+    ("name", "upload", "workers"),
+    [("scores", "full", 1), ("causal scores, more features", "full", 2), ("scores", "whole", 1)],
+)
+def test_encrypted_scores_are_the_simulation(name, upload, workers):
     pytest.importorskip("tenseal")
     weights, x, _ = layer(**SIZES[name])
-    made = he.Layer(weights, 1e-2)
+    compare(he.Layer(weights, 1e-2, upload), x, workers)
+
+
+def test_an_encrypted_block_is_the_simulation():
+    """In full ciphertexts: whole ones are opened before anything is computed, as those of scores are."""
+    pytest.importorskip("tenseal")
+    weights, x, _ = layer(4, 8, 1, 8, 12, seed=1)
+    compare(he.Layer(weights, 5e-2), x)
+
+
+def test_a_block_of_whole_ciphertexts_computes_the_same():
+    weights, x, _ = layer(4, 8, 1, 8, 12, seed=1)
+    full, whole = (he.Layer(weights, 5e-2, upload).simulate(x) for upload in ("full", "whole"))
+    # the order of sums differs: some thousand (2**12) roundings of 2**-52 each
+    assert np.abs(full - whole).max() <= 2.0**-40 * np.abs(full).max()
+
+
+def compare(made, x, workers=1):
+    """Ask a server, and compare what it says with the simulation."""
     client = he.Client(made.plan)
     with he.Server(made, client.evaluation_keys(), workers) as server:
         query = client.encrypt(x)
         out = client.decrypt(server.attend(query))
-    assert np.abs(out - made.simulate(x)).max() <= 1e-5 * np.abs(out).max()
-    assert 0.8 <= len(query) / made.plan.upload_bytes <= 1.25
-
-
-@pytest.mark.parametrize("upload", ["full", "whole"])
-def test_an_encrypted_block_is_the_simulation(upload):
-    pytest.importorskip("tenseal")
-    weights, x, _ = layer(4, 8, 1, 8, 12, seed=1)
-    made = he.Layer(weights, 5e-2, upload)
-    client = he.Client(made.plan)
-    query = client.encrypt(x)
-    out = client.decrypt(he.Server(made, client.evaluation_keys()).attend(query))
     assert np.abs(out - made.simulate(x)).max() <= 1e-5 * np.abs(out).max()
     assert 0.8 <= len(query) / made.plan.upload_bytes <= 1.25
 

@@ -4,8 +4,6 @@ import asyncio
 import json
 import os
 import re
-import subprocess
-import sys
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -116,6 +114,8 @@ def test_clients_do_not_get_in_each_others_way():
             ):
                 answer = await http.post(where + "/queries", content=body)
                 assert (answer.status_code, text in answer.json()["error"]) == (status, True), answer.text
+            answer = await http.delete(at_b + "/sequence")
+            assert (answer.status_code, "nothing is decoded here" in answer.json()["error"]) == (404, True)
             # and it is still up
             answer = await http.post(at_b + "/queries", content=b.encrypt(CALL))
             assert np.abs(b.decrypt(answer.content) - he.reference(CALL)).max() <= PLAN.error
@@ -168,24 +168,6 @@ def test_a_process_that_dies_takes_only_its_session(monkeypatch):
             await opened(http, client)
 
     asyncio.run(go())
-
-
-@pytest.fixture
-def served(tmp_path):
-    """Return a function that serves a file by the command line in a process of its own, and the URL."""
-    started = []
-
-    def serve(path, *more):
-        command = [sys.executable, "-m", "refattn", "he", "serve", str(path), "--port", "0", *more]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        started.append(process)
-        return process.stdout.readline().removeprefix("listening at ").strip()
-
-    yield serve
-    for process in started:
-        process.terminate()
-        process.wait(30)
-        process.stdout.close()
 
 
 def test_the_commands_plan_serve_and_query(tmp_path, served):

@@ -17,9 +17,12 @@ def digest(notebook):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def execute(path):
-    """Return the notebook with its outputs; whatever its cells raise is raised."""
+def execute(path, slow=True):
+    """Return the notebook with its outputs; whatever its cells raise is raised. Without the cells tagged "slow" where
+    those are not asked for."""
     notebook = nbformat.read(path, 4)
+    if not slow:
+        notebook.cells = [c for c in notebook.cells if "slow" not in c.metadata.get("tags", ())]
     NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": path.parent}}).execute()
     notebook.metadata["executed"] = digest(notebook)
     return notebook

@@ -14,6 +14,7 @@ import pytest
 
 import refattn
 
+from ..conftest import NIGHTLY
 from ..snippets import run
 from .notebooks import NOTEBOOKS, complaints, execute, unshown
 
@@ -38,8 +39,9 @@ def build(folder):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_runs_without_warnings(path, monkeypatch):
+    """Nightly with its slow cells: those in which a served encoder is asked, which tests/he/test_encoder.py does."""
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    assert complaints(execute(path)) == []
+    assert complaints(execute(path, slow=NIGHTLY)) == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -54,6 +56,9 @@ def test_the_tests_of_notebooks_can_fail(tmp_path):
     path = tmp_path / "x.ipynb"
     nbformat.write(notebook, path)
     assert unshown(notebook) == "not executed from the first cell to the last"
+    notebook.cells[0].metadata["tags"] = ["slow"]
+    nbformat.write(notebook, path)
+    assert execute(path, slow=False).cells == []
     done = execute(path)
     assert "hot" in complaints(done)[0]
     assert unshown(done) is None

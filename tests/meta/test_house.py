@@ -17,7 +17,7 @@ ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
 BASE = {
     "errors", "dtypes", "arrays", "gates", "rules", "pages", "validation", "positions", "problem", "scales", "masks",
-    "files", "modules", "version",
+    "dropout", "features", "scores", "files", "modules", "version",
 }  # fmt: skip
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
@@ -33,7 +33,10 @@ EDGES = {
     "pages": {"errors", "dtypes", "arrays"},
     "validation": {"errors", "dtypes", "arrays", "gates", "rules", "pages"},
     "positions": {"errors", "dtypes", "arrays", "validation"},
-    "problem": {"errors", "arrays", "gates", "pages", "positions", "rules", "validation"},
+    "dropout": {"errors", "arrays", "validation"},
+    "features": {"arrays", "validation"},
+    "problem": {"errors", "arrays", "dropout", "features", "gates", "pages", "positions", "rules", "validation"},
+    "scores": {"errors", "arrays", "positions", "problem", "validation"},
     "masks": {"errors", "positions", "problem", "rules", "validation"},
     "files": BASE - {"files", "modules", "version", "scales"},
     "variants": BASE,
@@ -80,7 +83,8 @@ PUBLIC = {
     "VARIANTS", "Answer", "Capabilities", "InvalidInput", "InvalidProblem", "KernelError", "Law", "MismatchError",
     "Model", "Problem", "RefattnError", "Report", "UnsupportedProblem", "Variant", "__version__",
     "allowed_error", "assert_close", "check_context_parallel", "check_kernel",
-    "check_problem", "compare", "evaluate", "linear_attention", "load_problem", "masks", "parametrize_with_checks",
+    "check_problem", "compare", "dropout_mask", "evaluate", "linear_attention", "load_problem", "masks",
+    "parametrize_with_checks",
     "power_attention", "query_rows", "reference", "register", "rules", "save_problem", "sigmoid_attention", "simulate",
     "softmax_attention",
 }  # fmt: skip
@@ -323,7 +327,9 @@ def test_no_tolerance_is_picked_by_hand():
 def test_no_reference_says_again_what_attention_is():
     """Only variants/ defines; the tiled kernel and the planted ones are under test themselves."""
     softmaxes = {p.relative_to(ROOT).as_posix() for p in SOURCES if re.search(r"def .*attention\(q[,:]", p.read_text())}
-    assert softmaxes == {f"variants/{v}.py" for v in ("softmax", "linear", "power", "sigmoid", "relu", "urpe")}
+    assert softmaxes == {
+        f"variants/{v}.py" for v in ("softmax", "linear", "power", "sigmoid", "relu", "urpe", "ecoformer")
+    }
 
 
 @pytest.mark.parametrize(

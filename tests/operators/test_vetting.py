@@ -25,7 +25,7 @@ def forget():
 @pytest.mark.parametrize("name", OWN)
 def test_every_operator_of_the_package_passes(name):
     with under(replace(VARIANTS[name], name=f"another_{name}", fused="")) as v:
-        assert len(calls_of(v)) > 10
+        assert len(calls_of(v)) >= 5
         vet(v)
 
 

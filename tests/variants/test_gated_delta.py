@@ -9,6 +9,7 @@ import pytest
 from refattn import VARIANTS, InvalidInput, Problem, evaluate
 from refattn.check.bounds.forward import bounds
 from refattn.check.bounds.stepped import stepped
+from refattn.check.inputs.families import cases
 from refattn.check.model import flash
 from refattn.exact import agree
 from refattn.exact.agree import differing_form, under
@@ -128,6 +129,36 @@ def test_orthonormal_keys_are_learnt_in_one_pass():
     assert (a.state[0, 0] == v[0, 0, [4, 1, 2, 3]]).all()
 
 
+def test_steps_above_one_are_what_sums_of_fractions_are():
+    p = call()
+    p = p.replace(beta=2 * p.beta)
+    assert (p.beta > 1).any()
+    a = evaluate(p, rounding="float64")
+    for h in range(2):
+        out, s = written_out(p, h)
+        assert a.out[0, h].tolist() == [[float(x) for x in row] for row in out]
+        assert a.state[0, h].tolist() == [[float(x) for x in row] for row in s]
+
+
+def test_two_steps_of_two_give_the_state_back():
+    """A step of 2 mirrors what the state says of a key of length 1 in the value; the same again undoes it."""
+    rng = np.random.default_rng(0)
+    k = np.full((1, 1, 2, 4), 0.5)
+    v = np.tile(rng.integers(-9, 9, 3).astype(float), (1, 1, 2, 1))
+    state = rng.integers(-9, 9, (1, 1, 4, 3)).astype(float)
+    more = {"causal": "bottom_right", "variant": "gated_delta", "beta": np.full((1, 1, 2, 1), 2.0), "state": state}
+    a = evaluate(Problem(k, k, v, **more), rounding="float64")
+    assert (a.state == state).all()
+    assert (a.out[0, 0, 0] == 2 * v[0, 0, 0] - k[0, 0, 0] @ state[0, 0]).all()
+
+
+def test_a_case_has_steps_above_one_and_keys_of_length_one():
+    (case,) = (c for c in cases("gated_delta") if c.label == "large-steps")
+    p = case.problem("float64")
+    assert 1 < p.beta.max() <= 2
+    assert (np.abs((p.key * p.key).sum(-1) - 1) < 2.0**-48).all()  # 8 squares, a root and a division
+
+
 @pytest.mark.parametrize("channels", [True, False])
 @pytest.mark.parametrize("n", [1, 7, 8, 17])
 def test_forms_agree_in_the_field_however_many_tokens(monkeypatch, n, channels):
@@ -191,3 +222,76 @@ def test_a_step_that_is_not_linear_is_refused():
 def test_bounds_are_finite_where_a_decay_is_zero():
     p = call(17)
     assert all(np.isfinite(x).all() for x in bounds(evaluate(p), flash("float32")).values())
+
+
+def test_the_gradient_by_the_start_is_what_out_gains_by_each_of_its_numbers():
+    """Out is affine in the state that a call starts from: an element's slope is what it gains from 0 to 1."""
+    p = call(n=4)
+    dout = np.random.default_rng(1).integers(-2, 3, p.out_shape).astype(float)
+    a = evaluate(p, rounding="float64", gradients=dout)
+
+    def loss(moved):
+        flat = [x for h in range(2) for row in written_out(moved, h)[0] for x in row]
+        return sum(Fraction(g) * x for g, x in zip(dout.ravel(), flat, strict=True))
+
+    assert a.dstate.shape == p.state.shape
+    for at in np.ndindex(p.state.shape):
+        ends = []
+        for end in (0.0, 1.0):
+            state = p.state.copy()
+            state[at] = end
+            ends.append(loss(p.replace(state=state)))
+        assert a.dstate[at] == float(ends[1] - ends[0])
+    assert evaluate(p.replace(state=None), gradients=dout).dstate is None
+
+
+def test_a_start_counts_as_one_more_token():
+    """A token with the key e_i, the value s_i and a step of 1 writes row i: dstate is then the dv of such tokens."""
+    p = call(n=4)
+    dout = np.random.default_rng(1).integers(-2, 3, p.out_shape).astype(float)
+    d, group = p.d_k, p.heads
+    wide = {n: np.repeat(getattr(p, n), group, 1) for n in ("key", "value")}
+    before = {
+        "query": np.zeros((1, group, d, d)),
+        "key": np.broadcast_to(np.eye(d), (1, group, d, d)),
+        "value": p.state,
+        "alpha": np.ones((1, group, d, d)),
+        "beta": np.ones((1, group, d, 1)),
+    }
+    given = {n: getattr(p, n) for n in before} | wide
+    longer = p.replace(state=None, **{n: np.concatenate([x, given[n]], 2) for n, x in before.items()})
+    late = np.concatenate([np.zeros((1, group, d, p.d_v)), dout], 2)
+    a, b = (evaluate(x, rounding="float64", gradients=g) for x, g in ((p, dout), (longer, late)))
+    assert (a.dstate == b.dv[:, :, :d]).all()
+    assert (a.out == b.out[:, :, d:]).all()
+
+
+@pytest.mark.parametrize("variant", ["gated_delta", "lightning"])
+def test_a_packed_sequence_is_what_it_is_alone(variant):
+    """Gradients too; each starts from its own state, an empty one keeps it."""
+    p = call(n=7)
+    if variant == "lightning":
+        p = p.replace(variant=variant, alpha=None, beta=None, options={"decay": (0.5, 0.125)})
+    rng, ends = np.random.default_rng(2), np.array([0, 3, 3, 7], np.int32)
+    state = rng.integers(-2, 3, (3, 2, p.d_k, p.d_v)).astype(float)
+    packed = p.replace(state=state, cu_seqlens_q=ends, cu_seqlens_k=ends)
+    dout = rng.integers(-2, 3, p.out_shape).astype(float)
+    a = evaluate(packed, rounding="float64", gradients=dout)
+    assert a.state.shape == a.dstate.shape == state.shape
+    assert (a.state[1] == state[1]).all()
+    assert not a.dstate[1].any()
+    for i, (rows, _) in enumerate(packed.segments()):
+        alone = {n: x[:, :, rows] for n, x in p.arrays().items() if n != "state"} | {"state": state[i : i + 1]}
+        b = evaluate(p.replace(**alone), rounding="float64", gradients=dout[:, :, rows])
+        for n, x in b.values.items():
+            own = a.values[n][i : i + 1] if n in ("state", "dstate") else a.values[n][:, :, rows]
+            assert (own == x).all(), (i, n)
+
+
+def test_forms_agree_where_sequences_are_packed(monkeypatch):
+    monkeypatch.setattr(agree, "FEW", 10**6)
+    ends = np.array([0, 0, 1, 10, 17], np.int32)
+    p = call(17, state=False, seed=3, cu_seqlens_q=ends, cu_seqlens_k=ends)
+    assert differing_form(p) == ""
+    rates = {"variant": "lightning", "options": {"decay": (0.5, 0.125)}}
+    assert differing_form(p.replace(alpha=None, beta=None, state=np.ones((4, 2, 3, 2)), **rates)) == ""

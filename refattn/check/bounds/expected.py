@@ -23,6 +23,7 @@ from .choices import Either, either
 from .forward import forward
 from .gradients import gradient_bounds
 from .predict import predict
+from .truth import made_by
 
 __all__ = [
     "Expected",
@@ -66,11 +67,11 @@ class Expected:
         """Return what the accumulator's own roundings may add to an array, which may all go one way; None if unknown.
 
         Roundings to a narrower type, of the weights and of the result, scatter: half go up. Where operands are
-        narrowed, or written after they were turned, their errors are common to all rows, and where nothing is narrower
-        than the accumulator all is inner.
+        narrowed, or written after they were turned, their errors are common to all rows, as is that of 1 / (1 - p) at
+        the largest weight, and where nothing is narrower than the accumulator all is inner.
         """
         turned = self.answer.call.rotary is not None and self.model.loss(self.model.rotated)
-        narrow = self.model.operands or self.model.forward_only or turned
+        narrow = self.model.operands or self.model.forward_only or turned or self.answer.call.dropout_mask is not None
         if narrow or self.either is not None or self.model.loss(dtype) == 0:
             return None
         return lambda: _inner(self)[name]
@@ -81,7 +82,7 @@ def exact(problem: Problem, dout: Any = None, dlse: Any = None) -> Answer:
     large = problem.n_q * problem.n_k > LARGE
     # faster than balls where no gradient needs an exact decision, or where there are many scores
     rounding = "float64" if dout is None or large else None
-    return replace(evaluate(problem, gradients=dout, dlse=dlse, rounding=rounding), balls={})
+    return replace(made_by(evaluate, problem, dout, dlse=dlse, rounding=rounding), balls={})
 
 
 def expected(problem: Problem, model: Model, dout: Any = None, dlse: Any = None) -> Expected:
@@ -118,7 +119,8 @@ def of_answer(answer: Answer, model: Model, dout: Any = None, dlse: Any = None) 
     if dout is None:
         return Expected(answer, allowed, variance, model, None, either(answer, model))
     limit = gradient_bounds(answer, model, dout, allowed, dlse)
-    known = variant_of(answer.call.variant).fused == STREAMED and answer.call.rotary is None
+    call = answer.call
+    known = variant_of(call.variant).fused == STREAMED and call.rotary is None and call.dropout_mask is None
     return Expected(answer, limit, predict(answer, model, dout, variance, dlse) if known else {}, model, dout)
 
 
@@ -235,7 +237,7 @@ def _answer(case: Case, dtype: str, backward: bool) -> Answer:
     problem = case.problem(dtype)
     sample = case.sample(problem)
     dout = _arriving(case, dtype) if backward else None
-    return enclose(problem if sample is None else sample.of(problem), gradients=dout)
+    return made_by(enclose, problem if sample is None else sample.of(problem), dout)
 
 
 def _arriving(case: Case, dtype: str) -> Any:

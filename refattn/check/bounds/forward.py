@@ -98,9 +98,9 @@ def _recurrence(
     final, inside = FORMATS[answer.call.out_type], format_of(model.accumulator)
     limit["state"], variance["state"] = (np.zeros(answer.enclosures["state"].mid.shape) for _ in range(2))
     for one in heads(answer.call):
-        at = (one.batch, one.head, one.rows)
+        at, own = (one.batch, one.head, one.rows), (one.sequence, one.head)
         out, state = stepped(one, shape, model)
-        for (found, spread), n, where, form in ((out, "out", at, final), (state, "state", at[:2], inside)):
+        for (found, spread), n, where, form in ((out, "out", at, final), (state, "state", own, inside)):
             exact = np.nan_to_num(np.abs(answer.enclosures[n].mid[where]), posinf=0.0)
             u, tiny = (by_chance(form, model) * x for x in (form.unit_roundoff, floor(form, model)))
             total = found * (1 + u) + u * exact + tiny
@@ -121,18 +121,29 @@ class HeadLosses:
         The arithmetic, which knows the weights.
     lost_values : (n_k, d_v) array
         What the values lose before they are multiplied.
+    dropped : bool
+        Whether the weights are what dropout keeps of them.
     """
 
     out: Lossy
     lse: Lossy | None
     f: Losses
     lost_values: Float
+    dropped: bool = False
 
     @property
     def weights(self) -> Node:
         """What the values were multiplied with, (n_q, n_k), up to the row's factor."""
         assert self.f.weights is not None
         return self.f.weights.node
+
+    @property
+    def summed(self) -> Node:
+        """What the denominator adds up: the weights, before dropout."""
+        node: Node = self.weights
+        if self.dropped:
+            node = node.links[0].parent.links[0].parent
+        return node
 
     @property
     def divides(self) -> bool:
@@ -150,6 +161,12 @@ class HeadLosses:
         """What each key's value counts in the output, (n_q, n_k); 0 in rows that see no key."""
         with np.errstate(all="ignore"):
             return np.asarray(np.where(self.divided == 0, 0.0, self.weights.a / self.divided))
+
+    @property
+    def probabilities(self) -> Float:
+        """The same before dropout."""
+        with np.errstate(all="ignore"):
+            return np.asarray(np.where(self.divided == 0, 0.0, self.summed.a / self.divided))
 
     @property
     def score_errors(self) -> Float:
@@ -188,17 +205,34 @@ def head_losses(one: Head, rows: Any, model: Model, unit: float = 1.0) -> HeadLo
     v = f.leaf(one.v * unit, ("k", "v"), lost.v * unit, lost.var_v * unit**2)
     with np.errstate(all="ignore"):
         out, lse = rows_of(one).define(q, k, v, one.options(f, rows))
-    head = HeadLosses(out, lse, f, lost.v * unit)
+    head = HeadLosses(out, lse, f, lost.v * unit, one.kept is not None)
     if lse is not None:
         _merged(head, model, one, unit)
+    if head.dropped:
+        _rescaled(head, model, one, unit)
     return head
+
+
+def _rescaled(head: HeadLosses, model: Model, one: Head, unit: float) -> None:
+    """Add what 1 / (1 - p) loses, which is common to all weights: p, 1 - p and its inverse are rounded.
+
+    A kernel that stores its scores may store what dropout leaves, too, or the values divided by 1 - p.
+    """
+    p, f, node = float(one.problem.dropout_p or 0.0), head.f, head.out.node
+    relative = f.times(3 + p / (1 - p))
+    node.err = node.err + relative * np.abs(head.out.a)
+    node.var = node.var + (relative * head.out.a) ** 2 / 3
+    if f.u_scores:
+        size = np.abs(head.shares), np.abs(one.v * unit)
+        node.err = node.err + f.u_scores * (size[0] @ size[1])
+        node.var = node.var + f.var_scores * (size[0] ** 2 @ size[1] ** 2)
 
 
 def _merged(head: HeadLosses, model: Model, one: Head, unit: float) -> None:
     """Add what merging parts of the keys loses: a part weighs exp of its lse less the whole's, both rounded."""
     parts = model.merges(one.k.shape[0], one.sink is not None)
     assert head.lse is not None
-    f, n, lse = head.f, head.weights, np.abs(head.lse.a)
+    f, n, lse = head.f, head.summed, np.abs(head.lse.a)
     if parts > 1:
         more = (parts - 1) * f.u * (2 * lse + model.exp_ulps + 4) * n.a
         n.err, n.span = n.err + more, n.span + more
@@ -264,6 +298,8 @@ def _of_out(
             rest += part
             continue
         moved += part
+        if joint is head.summed:
+            variance += _by_parts(one, head, g, model)
         if joint is not weights:
             continue
         for product, alone in parts:
@@ -272,7 +308,6 @@ def _of_out(
             variance += (
                 _over_keys(alone * alone, product.cast[1], joint) + _over_keys(alone, product.cast[2], joint) ** 2
             )
-        variance += _by_parts(one, head, g, model)
     if node.amplify is None:
         return moved + rest, variance
     # whatever the weights are, their mean lies among the values, and roundings are in proportion to the largest
@@ -302,7 +337,7 @@ def _by_parts(one: Head, head: HeadLosses, g: Float, model: Model) -> Any:
     if head.lse is None or model.merges(one.k.shape[0], one.sink is not None) < 2:
         return 0.0
     starts = np.arange(0, one.k.shape[0], model.split)
-    by_part = np.add.reduceat(g * head.weights.a, starts, axis=2)
+    by_part = np.add.reduceat(g * head.summed.a, starts, axis=2)
     moved = np.square(by_part).sum(2).T
     if one.sink is not None:  # the sink's part is what the keys' leave
         moved = moved + np.square(by_part.sum(2)).T

@@ -103,10 +103,14 @@ def gradient_bounds(
 
 def _taped(one: Head, model: Model, arriving: Float, limit: Float, total: Any, sums: Any) -> None:
     """Add what one head loses by the tape of its definition."""
+    if not len(one.q):  # nothing arrives
+        return
     at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
     found = head_gradients(one, model, arriving[at], arriving, limit)
     for n in {"dq", "dalpha", "dbeta"} & set(total):
         total[n][at] = found[n][1]
+    if "dstate" in total:
+        total["dstate"][one.sequence, one.head] = found["dstate"][1]
     for n in sums:
         sums[n][keys] += found[n][0]
         total[n][keys] += found[n][1]
@@ -133,18 +137,18 @@ def _head(
     o, lost_o = np.nan_to_num(o, posinf=0, neginf=0), np.nan_to_num(lost_o, nan=np.inf)
     plain, head = one.plain(), head_losses(one, slice(None), model)
     assert head.lse is not None
-    weights, lse, e = head.shares, head.lse.a[:, 0], head.score_errors
+    weights, lse, e = head.probabilities, head.lse.a[:, 0], head.score_errors
+    kept, off = _dropout(one, model, u)
     tiles = np.ceil(one.k.shape[0] / model.tile)
     passes = 1 + model.exp_ulps + tiles * (model.exp_ulps + 1) + 4
     lost_p = weights * (np.expm1(np.minimum(e + np.nan_to_num(lost_lse)[:, None], 700.0)) + passes * u)
     tiny = max(floor(inside_type(model.weights), model), floor(inside, model))
     allowed = np.asarray(one.allowed)
     lost_p = (np.minimum(lost_p, 1.0) + tiny) * allowed  # a right kernel's P stays in [0, 1], up to a rounding
-    size, values = np.abs(dout), np.abs(one.v)
-    dp, dp_size = dout @ one.v.T, size @ values.T
-    n, d_v = allowed.sum(1, keepdims=True), dout.shape[1]
+    size, values, n, d_v = np.abs(dout), np.abs(one.v), allowed.sum(1, keepdims=True), dout.shape[1]
+    dp, dp_size = kept * (dout @ one.v.T), kept * (size @ values.T)
     lost_dp = (d_v + 1) * u * dp_size + model.loss(model.scores) * np.abs(dp)
-    lost_dp = lost_dp + lost_dout @ values.T + (size + lost_dout) @ operands.v.T
+    lost_dp = lost_dp + kept * (lost_dout @ values.T + (size + lost_dout) @ operands.v.T) + off * dp_size
     d = (dout * o).sum(1, keepdims=True)
     from_out = (size * lost_o).sum(1, keepdims=True) + (d_v + 1) * u * (size * np.abs(o)).sum(1, keepdims=True)
     from_p = (lost_p * np.abs(dp) + weights * lost_dp).sum(1, keepdims=True)
@@ -173,7 +177,7 @@ def _head(
     rows = model.depth(_rows_of(one)) + np.ceil(dout.shape[0] / model.tile) + 3
     dk = scale * (lost_ds.T @ q + rows * u * (ds.T @ q) + tiny * (seen.T @ q)) + tiny * (seen.T @ q + rows)
     sums["dk"][keys] += turned.back(1, scale * (ds.T @ q), np.zeros_like(dk))
-    lost_p = lost_p + u_p * weights
+    lost_p, weights = kept * (lost_p + (u_p + off) * weights), kept * weights  # values meet what dropout leaves
     total["dv"][keys] += lost_p.T @ size + rows * u * (weights.T @ size) + tiny * (seen.T @ size + rows)
     sums["dv"][keys] += weights.T @ size
     if turned.lossy:
@@ -182,6 +186,14 @@ def _head(
         total["dv"][keys] += (weights + lost_p).T @ lost_dout
     total["dq"][at] = turned.back(0, dq, scale * (ds @ k))
     total["dk"][keys] += turned.back(1, dk, scale * (ds.T @ q))
+
+
+def _dropout(one: Head, model: Model, u: float) -> tuple[Any, float]:
+    """Return what dropout multiplies weights with, (n_q, n_k), and what doing so twice loses; 1 and 0 without it."""
+    if one.kept is None:
+        return 1.0, 0.0
+    share = 1 - float(one.problem.dropout_p or 0.0)
+    return one.kept / share, (5 + 1 / share) * u + model.loss(model.scores)
 
 
 def spread_over(one: Head) -> int:

@@ -169,7 +169,8 @@ class Lossy(Products):
         with np.errstate(all="ignore"):
             y = self.a / b
         if not isinstance(o, Lossy):
-            return self._with(o, y, (1 / b, 0.0), marks=self._kept(b > 0))
+            kept = self._kept(b > 0) | (self.node.marks & {"shifted"})
+            return self._with(o, y, (1 / b, 0.0), marks=kept)
         # (a + da) / (b + db) moves by (da - y db) / (b + db), for errors of any size
         with np.errstate(all="ignore"):
             left = 1 - np.broadcast_to(o.node.span, b.shape) / np.abs(b)

@@ -280,19 +280,19 @@ def simulate_steps(
 ) -> dict[str, Float]:
     """Return what a kernel would give that takes a recurrence token by token: out and the last state."""
     p = problem.to("numpy")
-    found = {"out": np.zeros(p.out_shape), "state": np.zeros((p.batch, p.heads, p.d_k, p.d_v))}
+    found = {"out": np.zeros(p.out_shape), "state": np.zeros(p.state_shape)}
     for one in heads(p):
         f, at = Rounding(model, how, rng, 1), (one.batch, one.head)
         o, operands = one.options(f), f.operands(one)
         state = f.state(np.zeros((p.d_k, p.d_v))) if o.state is None else o.state
         with np.errstate(all="ignore"):
             shape.prepare(o)
-            for t in range(p.n_q):
+            for t in range(len(one.q)):
                 q, k, v = (Rounded(f, x.a[t : t + 1], x.kind) for x in operands)
                 vars(o).update({n: f.array(x[t : t + 1]) for n, x in one.gates.items()})
                 state, out = shape.step(state, q, k, v, o)
-                found["out"][at][t] = f.rounded(out.a, FORMATS[p.dtype])[0]
-        found["state"][at] = f.rounded(state.a)
+                found["out"][at][one.rows][t] = f.rounded(out.a, FORMATS[p.dtype])[0]
+        found["state"][one.sequence, one.head] = f.rounded(state.a)
     return found
 
 

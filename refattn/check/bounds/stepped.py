@@ -59,9 +59,9 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float],
             variances.append(np.broadcast_to(variance, out.shape))
             state = f.leaf(state.a, ("d", "v"), lost_state, var_state)  # without the graph behind it
         moved = _moved(one, shape, common)
-    last = state.node
+    last, none = state.node, np.zeros((0, one.v.shape[1]))  # there may be no token
     return (
-        (np.concatenate(spans), np.concatenate(variances) + moved[0]),
+        (np.concatenate([none, *spans]), np.concatenate([none, *variances]) + moved[0]),
         (np.broadcast_to(last.span, state.shape), np.broadcast_to(last.var, state.shape) + moved[1]),
     )
 

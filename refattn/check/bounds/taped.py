@@ -2,6 +2,9 @@
 
 Errors are taken on and never back, so nothing cancels: wider than softmax's own (``gradients.py``), at the cost of one
 backward pass. A kernel may take its stored output for what the definition gives, so that rounding counts, too.
+
+A kernel of a recurrence may go token by token, backward too: where a step only fades the state, so that errors do not
+grow, what that loses is allowed as well.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...exact.heads import Head, rows_of
+from ...exact.heads import Head, gate_of, rows_of
 from ...exact.tape import Tape, gradients
+from ...variants import Steps, variant_of
 from ..model import Model
 from .losses import Losses, Lossy
 from .operands import Operands, lost
@@ -41,20 +45,57 @@ def head_gradients(one: Head, model: Model, dout: Float, arriving: Any, limit: F
     Returns
     -------
     dict
-        By gradient "dq", "dk", "dv", "dbias", "dalpha", "dbeta": size and largest error.
+        By gradient "dq", "dk", "dv", "dbias", "dalpha", "dbeta", "dstate": size and largest error.
     """
     f, off = Losses(model, one.k.shape[0]), Operands.of(one, model)
     q = f.leaf(one.q, ("q", "d"), off.q)
     k, v = f.leaf(one.k, ("k", "d"), off.k), f.leaf(one.v, ("k", "v"), off.v)
     leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
     o = one.options(f, wrap=Tape)
-    leaves |= {f"d{n}": x for n in ("bias", "alpha", "beta") if (x := getattr(o, n)) is not None}
+    leaves |= {f"d{n}": x for n in ("bias", "alpha", "beta", "state") if (x := getattr(o, n)) is not None}
     with np.errstate(all="ignore"):
         out, _ = rows_of(one).define(leaves["dq"], leaves["dk"], leaves["dv"], o)
         out.value.node.span = out.value.node.span + np.nan_to_num(limit, nan=np.inf)
         seed = f.leaf(dout, ("q", "v"), lost(dout, arriving, model))
         grads: list[Lossy] = gradients([out], [seed], list(leaves.values()))
-    return {
-        n: (np.abs(g.a), np.nan_to_num(np.broadcast_to(g.node.span, g.a.shape), nan=np.inf))
-        for n, g in zip(leaves, grads, strict=True)
-    }
+    found = {n: (np.abs(g.a), _span(g)) for n, g in zip(leaves, grads, strict=True)}
+    shape = variant_of(one.problem.variant).shape
+    if isinstance(shape, Steps) and not shape.linear:
+        more = _stepped(one, shape, model, dout, lost(dout, arriving, model), off)
+        found |= {n: (size, np.maximum(span, more[n])) for n, (size, span) in found.items()}
+    return found
+
+
+def _stepped(one: Head, shape: Steps, model: Model, dout: Float, lost_dout: Any, off: Operands) -> dict[str, Float]:
+    """Return the largest errors of the gradients of a recurrence that goes token by token, forward and backward."""
+    f = Losses(model, 1)
+    o = one.options(f, wrap=Tape)
+    zero = f.leaf(np.zeros((one.q.shape[1], one.v.shape[1])), ("d", "v"))
+    start: Tape = Tape(zero) if o.state is None else o.state
+    state, outs, seeds, leaves = start, [], [], []
+    with np.errstate(all="ignore"):
+        shape.prepare(o)
+        for t in range(len(one.q)):
+            at = slice(t, t + 1)
+            q, k, v = (
+                Tape(f.leaf(x[at], axes, less[at]))
+                for x, axes, less in (
+                    (one.q, ("q", "d"), off.q),
+                    (one.k, ("k", "d"), off.k),
+                    (one.v, ("k", "v"), off.v),
+                )
+            )
+            gates = {n: Tape(gate_of(f, x[at])) for n, x in one.gates.items()}
+            vars(o).update(gates)
+            state, out = shape.step(state, q, k, v, o)
+            outs.append(out)
+            seeds.append(f.leaf(dout[at], ("q", "v"), np.broadcast_to(lost_dout, dout.shape)[at]))
+            leaves.append([q, k, v, *gates.values()])
+        *grads, of_start = gradients(outs, seeds, [*(x for token in leaves for x in token), start])
+    names = ["dq", "dk", "dv", *(f"d{n}" for n in one.gates)]
+    found = {n: np.concatenate([_span(g) for g in grads[i :: len(names)]]) for i, n in enumerate(names)}
+    return found | {"dstate": _span(of_start)}
+
+
+def _span(g: Lossy) -> Float:
+    return np.asarray(np.nan_to_num(np.broadcast_to(g.node.span, g.a.shape), nan=np.inf))

@@ -24,6 +24,7 @@ from ...validation import SCALES
 from ...variants import Rows, Steps, variant_of
 from ..call import Function
 from ..kernels.tiled import tiled
+from .dropped import DROPOUT_BUGS, lse_of_kept
 from .paged import PAGED_BUGS
 
 __all__ = ["PLANTED", "mistaken", "plain", "planted"]
@@ -111,6 +112,18 @@ def _ignored(*names: str) -> Callable[[Problem], Problem]:
         return without if variant_of(p.variant).takes(without) else p
 
     return before
+
+
+def _joined(p: Problem) -> Problem:
+    """Take packed sequences for one; of a recurrence it starts from the first one's state."""
+    if p.cu_seqlens_q is None or p.state is None:
+        return _ignored("cu_seqlens_q", "cu_seqlens_k")(p)
+    return p.replace(cu_seqlens_q=None, cu_seqlens_k=None, state=p.state[:1])
+
+
+def _last_of_all(p: Problem, out: NDArray[Any], more: NDArray[Any] | None) -> Pair:
+    """Return the state after the last token for each sequence."""
+    return out, np.repeat(more, p.state_shape[0], 0) if more is not None and more.ndim == 4 else more
 
 
 def _window_off_by_one(p: Problem) -> Problem:
@@ -304,7 +317,7 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "softcap_after_bias": (_same, _cap_after_bias),
     "sink_ignored": (_ignored("sink"), _keep),
     "heads_tiled": (_heads_tiled, _keep),
-    "sequences_joined": (_ignored("cu_seqlens_q", "cu_seqlens_k"), _keep),
+    "sequences_joined": (_joined, _last_of_all),
     "lengths_ignored": (_ignored("lengths_q", "lengths_k"), _keep),
     "lengths_one_more": (_lengths_one_more, _keep),
     "corner_of_unused": (_corner_of_all, _keep),
@@ -335,6 +348,7 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "output_too_narrow": (_same, _too_narrow),
     "masked_value_read": (_same, _masked_value_read),
     "scores_clamped": (_clamped, _keep),
-    **{name: (before, _keep) for name, before in PAGED_BUGS.items()},
+    "dropout_in_lse": (_same, lse_of_kept),
+    **{name: (before, _keep) for name, before in (PAGED_BUGS | DROPOUT_BUGS).items()},
 }
 """Planted bugs by name: an edit of the problem that the kernel is given, and one of what it returns."""

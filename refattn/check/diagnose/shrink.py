@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from ...errors import InvalidProblem, UnsupportedProblem
+from ...gates import GATES, RECURRENT
 from ...pages import appended, gathered
 from ...positions import POSITIONS, ROTARY
 from ...problem import Problem
+from ...variants import Steps, variant_of
 from ...variants.own import named
 
 __all__ = ["boundary", "program", "shrink"]
@@ -66,8 +68,10 @@ def boundary(problem: Problem, dout: Any, fails: Fails) -> str:
     cuts: list[tuple[str, int, Any]] = [
         ("n_k", p.n_k, _cut(p, dout, keys=slice(p.n_k - 1))),
         ("n_q", p.n_q, _cut(p, dout, rows=slice(p.n_q - 1))),
-        ("d_k", p.d_k, lambda: (p.replace(query=p.query[..., :-1], key=p.key[..., :-1]), dout)),
+        ("d_k", p.d_k, _narrower(p, dout, slice(p.d_k - 1))),
     ]
+    if _by_token(p):
+        cuts[:2] = [("n_q", p.n_q, _cut(p, dout, rows=slice(p.n_q - 1), keys=slice(p.n_q - 1)))]
     for name, size, cut in cuts:
         if size > 1 and any(not fails(*call) for call in _valid(cut)):
             tile = max((t for t in TILES if (size - 1) % t == 0), default=0)
@@ -106,7 +110,9 @@ def _steps(p: Problem, dout: Any) -> Iterator[Call]:
     for names in ((*turned, "alibi_slopes", *POSITIONS), turned, ("alibi_slopes",), POSITIONS):
         if any(getattr(p, n) is not None for n in names):
             yield from _valid(lambda names=names: (p.replace(**dict.fromkeys(names)), dout))
-    for name in ("bias", "allowed", "sink", "softcap", "window", "causal", "scale"):
+    if p.dropout_mask is not None:
+        yield from _valid((p.replace(dropout_mask=None, dropout_p=None), dout))
+    for name in ("bias", "allowed", "sink", "softcap", "window", "causal", "scale", "state", "alpha"):
         if getattr(p, name) is not None and not (name == "causal" and p.window is not None):
             yield from _valid((p.replace(**{name: None}), dout))
     for side, width in enumerate(p.window or ()):
@@ -125,16 +131,36 @@ def _steps(p: Problem, dout: Any) -> Iterator[Call]:
             yield from _valid(_cut(p, dout, heads=slice(at, None, group)))
     if p.cu_seqlens_q is None:
         for part in _halves(p.n_k):
-            yield from _valid(_cut(p, dout, keys=part))
-        for part in _halves(p.n_q):
+            yield from _valid(_cut(p, dout, keys=part, **({"rows": part} if _by_token(p) else {})))
+        for part in _halves(p.n_q) if not _by_token(p) else ():
             yield from _valid(_cut(p, dout, rows=part))
     for part in _halves(p.d_v):
-        value = p.value[..., part]
-        yield from _valid((p.replace(value=value), None if dout is None else dout[..., part]))
+        state = {} if p.state is None else {"state": p.state[..., part]}
+        value, arriving = p.value[..., part], None if dout is None else dout[..., part]
+        yield from _valid((p.replace(value=value, **state), arriving))
     for part in _halves(p.d_k):
         # the default scale is that of the width: keep it, so that a step changes one thing
-        yield from _valid((p.replace(query=p.query[..., part], key=p.key[..., part]), dout))
+        yield from _valid(_narrower(p, dout, part))
     yield from _simpler(p, dout)
+
+
+def _by_token(p: Problem) -> bool:
+    """Tell whether each token brings a query and a key: then both are cut together."""
+    return isinstance(variant_of(p.variant).shape, Steps)
+
+
+def _narrower(p: Problem, dout: Any, part: slice) -> Any:
+    """Return a function that makes the call with some columns of queries and keys."""
+
+    def make() -> Call:
+        changed = {"query": p.query[..., part], "key": p.key[..., part]}
+        if p.state is not None:
+            changed["state"] = p.state[:, :, part]
+        if p.alpha is not None and p.alpha.shape[3] > 1:
+            changed["alpha"] = p.alpha[..., part]
+        return p.replace(**changed), dout
+
+    return make
 
 
 def _halves(n: int) -> Iterator[slice]:
@@ -149,7 +175,7 @@ def _halves(n: int) -> Iterator[slice]:
 
 def _simpler(p: Problem, dout: Any) -> Iterator[Call]:
     """Yield the call with one tensor's numbers rounded to small integers."""
-    for name in ("query", "key", "value", "bias", "sink", "dout"):
+    for name in ("query", "key", "value", "bias", "sink", *RECURRENT, "dout"):
         x = dout if name == "dout" else getattr(p, name)
         if x is None:
             continue
@@ -164,16 +190,21 @@ def _shorter(p: Problem, dout: Any) -> Iterator[Call]:
     """Yield packed calls with one sequence alone, or dropped, or shorter."""
     segments = p.segments()
     for i, (rows, keys) in enumerate(segments):
-        yield from _valid(_cut(p.replace(cu_seqlens_q=None, cu_seqlens_k=None), dout, rows=rows, keys=keys))
+        yield from _valid(_cut(p, dout, (None, None), rows=rows, keys=keys, sequences=slice(i, i + 1)))
         n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
         parts: list[tuple[slice, slice] | None] = [None] if len(segments) > 1 else []
-        parts += [(slice(rows.start + r.start, rows.start + r.stop), keys) for r in _halves(n_q)]
-        parts += [(rows, slice(keys.start + k.start, keys.start + k.stop)) for k in _halves(n_k)]
+        some = [slice(rows.start + r.start, rows.start + r.stop) for r in _halves(n_q)]
+        if _by_token(p):
+            parts += [(r, r) for r in some]
+        else:
+            parts += [(r, keys) for r in some]
+            parts += [(rows, slice(keys.start + k.start, keys.start + k.stop)) for k in _halves(n_k)]
         for part in parts:
             kept = segments[:i] + ([] if part is None else [part]) + segments[i + 1 :]
             at = [np.concatenate([np.arange(s[axis].start, s[axis].stop) for s in kept]) for axis in (0, 1)]
             offsets = [np.cumsum([0, *(s[axis].stop - s[axis].start for s in kept)], dtype=np.int32) for axis in (0, 1)]
-            yield from _valid(_cut(p, dout, rows=at[0], keys=at[1], offsets=offsets))
+            left = [j for j in range(len(segments)) if part is not None or j != i]
+            yield from _valid(_cut(p, dout, offsets, rows=at[0], keys=at[1], sequences=left))
 
 
 def _cut(p: Problem, dout: Any, offsets: Any = None, **parts: Any) -> Any:
@@ -183,7 +214,7 @@ def _cut(p: Problem, dout: Any, offsets: Any = None, **parts: Any) -> Any:
         b, h, hk, i, j = (parts.get(n, slice(None)) for n in ("batch", "heads", "heads_kv", "rows", "keys"))
         changed: dict[str, Any] = {"query": p.query[b][:, h][:, :, i]}
         changed |= {n: getattr(p, n)[b][:, hk][:, :, j] for n in ("key", "value")}
-        for name in ("bias", "allowed"):
+        for name in ("bias", "allowed", "dropout_mask"):
             x = getattr(p, name)
             if x is not None:
                 for axis, at in enumerate((b, h, i, j)):
@@ -197,12 +228,24 @@ def _cut(p: Problem, dout: Any, offsets: Any = None, **parts: Any) -> Any:
         for name, at in zip(POSITIONS, (i, j), strict=True):
             if (x := getattr(p, name)) is not None:
                 changed[name] = x[at] if x.ndim == 1 else x[b][:, at]
+        for name in GATES:
+            if (x := getattr(p, name)) is not None:
+                changed[name] = x[b][:, h][:, :, j]
+        if p.state is not None:
+            changed["state"] = p.state[parts.get("sequences", b)][:, h]
         changed = {n: np.ascontiguousarray(x) for n, x in changed.items()}
+        changed["options"] = {n: _of_heads(p, n, x, h) for n, x in p.options.items()}
         if offsets is not None:
             changed |= {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1]}
         return p.replace(**changed), None if dout is None else dout[b][:, h][:, :, i]
 
     return make
+
+
+def _of_heads(p: Problem, name: str, x: Any, heads: slice) -> Any:
+    """Return an operator's own option for some heads."""
+    by_head = variant_of(p.variant).options[name].by_head and isinstance(x, tuple) and len(x) == p.heads
+    return x[heads] if by_head else x
 
 
 def _valid(call: Any) -> Iterator[Call]:

@@ -11,6 +11,7 @@ from ...dtypes import FORMATS
 from ...masks import unused
 from ...problem import Problem
 from .draw import Draw
+from .dropped import DROPPED
 from .paged import PAGED
 from .positioned import POSITIONED
 from .typed import TYPED
@@ -369,6 +370,7 @@ BUILDERS: dict[str, dict[str, Entry]] = {
         "huge-products": _entry(_huge_products, dtypes=("float32", "bfloat16", "float64")),
     },
     "positions": {label: _entry(build, *needs) for label, (build, needs) in POSITIONED.items()},
+    "dropout": {label: _entry(build, *needs) for label, (build, needs) in DROPPED.items()},
     "types": {label: _entry(build, dtypes=dtypes) for label, (build, dtypes) in TYPED.items()},
     "pages": {label: _entry(build, "lengths_k", dtypes=dtypes) for label, (build, dtypes) in PAGED.items()},
     "poison": {

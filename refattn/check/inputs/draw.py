@@ -17,7 +17,7 @@ __all__ = ["Draw", "Float"]
 
 Float = NDArray[np.float64]
 OPTIONS = frozenset({"window", "softcap", "sink", "bias", "allowed", "weight", "scale", "lengths_q", "lengths_k"})
-OPTIONS |= {"offset", "alignment", "alibi_slopes"}
+OPTIONS |= {"offset", "alignment", "alibi_slopes", "dropout_mask"}
 """Arguments of a call that are features of the same name."""
 CORNERS = ("bottom_right", "top_left")
 
@@ -54,6 +54,8 @@ class Draw:
                 found["causal"] = c
         if found.get("causal") is None and found.get("window") is None:
             found.pop("offset", None)
+        if found.get("dropout_mask") is None:
+            found.pop("dropout_p", None)
         placed = found.get("rotary") is not None or found.get("alibi_slopes") is not None
         if not placed or not self.has("positions"):
             found = {n: x for n, x in found.items() if n not in ("positions_q", "positions_k")}
@@ -74,8 +76,8 @@ class Draw:
         mask[..., :1] = True
         return mask
 
-    def options(self, h: int, n_q: int, n_k: int, d: int, d_v: int | None = None) -> dict[str, Any]:
-        """Draw every option of Problem that an operator may have."""
+    def options(self, h: int, n_q: int, n_k: int, d: int, d_v: int | None = None, sequences: int = 1) -> dict[str, Any]:
+        """Draw every option of Problem that an operator may have, a state for each of so many packed sequences."""
         return {
             "causal": "bottom_right",
             "window": (n_k // 2, 5),
@@ -84,20 +86,29 @@ class Draw:
             "bias": self.normal(1, h, n_q, n_k),
             "allowed": self.mask(1, 1, n_q, n_k),
             "weight": np.exp(self.normal(1, 1, 1, n_k)),
-            **self.recurrent(1, h, n_k, d, d if d_v is None else d_v),
+            **self.recurrent(1, h, n_k, d, d if d_v is None else d_v, sequences=sequences),
         }
 
     def recurrent(
-        self, b: int, h: int, n: int, d: int, d_v: int, channels: bool = False, strong: bool = False
+        self,
+        b: int,
+        h: int,
+        n: int,
+        d: int,
+        d_v: int,
+        channels: bool = False,
+        strong: bool = False,
+        sequences: int | None = None,
     ) -> dict[str, Float]:
         """Draw a state and gates; beta is so small that keys of normal numbers, of length sqrt(d), make nothing grow.
 
-        With `channels` alpha is drawn for each channel; if `strong`, some tokens forget nearly all.
+        There is a state for each batch item, or each of so many packed sequences. With `channels` alpha is drawn for
+        each channel; if `strong`, some tokens forget nearly all.
         """
         gates = np.random.default_rng((b, h, n, d))  # another, so that other operators' numbers stay what they are
         fade = gates.random((b, h, n, d if channels else 1))
         return {
-            "state": self.normal(b, h, d, d_v),
+            "state": self.normal(b if sequences is None else sequences, h, d, d_v),
             "alpha": np.where(fade < 1 / 8, fade * 2.0**-16, 1 - fade**3 / 2) if strong else 1 - fade**3 / 2,
             "beta": gates.random((b, h, n, 1)) / d,
         }
@@ -115,21 +126,28 @@ class Draw:
         q: Float | None = None,
         k: Float | None = None,
         v: Float | None = None,
+        codes: bool = False,
         **more: Any,
     ) -> Problem:
-        """Build a problem of normal tensors, or of those given.
+        """Build a problem of normal tensors, or of those given; with `codes` queries and keys are -1, 0 and 1.
 
-        A state or a gate that is True is drawn, and an alpha of "channels".
+        A state or a gate that is True is drawn, and an alpha of "channels". A beta that is "large" goes up to 2, where
+        a step turns what the state says of its key round; keys then have length 1, so that nothing grows.
         """
         more, d = self.fitted(more), self.width(d)
+        large = isinstance(more.get("beta"), str)
         h_kv = h if h_kv is None or not self.has("grouped_heads") else h_kv
         d_v = d if d_v is None or not self.has("d_v_differs") else self.width(d_v)
         if asked := [n for n in RECURRENT if isinstance(more.get(n), bool | str)]:
-            kind = more.get("alpha")
-            found = self.recurrent(b, h, n_k, d, d_v, kind == "channels", kind == "strong")
+            kind = more["alpha"] if isinstance(more.get("alpha"), str) else ""
+            many = None if more.get("cu_seqlens_q") is None else len(more["cu_seqlens_q"]) - 1
+            found = self.recurrent(b, h, n_k, d, d_v, kind == "channels", kind == "strong", many)
+            found["beta"] = found["beta"] * (2 * d if large else 1)
             more |= {n: found[n] if more[n] else None for n in asked}
         q = self.normal(b, h, n_q, d) if q is None else q
         k = self.normal(b, h_kv, n_k, d) if k is None else k
+        k = k / np.sqrt((k * k).sum(-1, keepdims=True)) if large else k
+        q, k = (np.sign(x) * (np.abs(x) > 1 / 16) for x in (q, k)) if codes else (q, k)
         v = self.normal(b, h_kv, n_k, d_v) if v is None else v
         wide = np.float64 if self.form.precision == 53 else np.float32
         for name in ("bias", "sink", "weight", *RECURRENT):

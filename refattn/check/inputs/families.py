@@ -39,6 +39,7 @@ FAMILIES = {
     "poison": "NaN and inf behind the mask, and in sight of some rows only",
     "positions": "rotary positions, ALiBi slopes: pairs, signs and places mistaken, a slope of the next head",
     "types": "types of their own and scales: a descale lost, another head's or block's, a narrow out",
+    "dropout": "weights that a given mask drops: a scale forgotten, a softmax of what is kept, another head's mask",
     "pages": "keys in pages of a cache, NaN where nobody owns them; new keys written: tables, strides, tails, slots",
     "models": "calls that models in use make, the same in every run; some rows are compared",
     "calls": "calls as models make them, drawn by a seed: every two options meet; some rows are compared",
@@ -62,8 +63,8 @@ FORWARD_ONLY = (
 """Cases without a gradient: NaN in sight, or dout·v past the type's range."""
 SIDE = frozenset({"lengths_q", "lengths_k", "offset", "positions", "rotary_partial"})
 """Features of kernels that say so which a case may have beside what it is about."""
-BESIDE = ("pages/options", "pages/rotary")
-"""Cases of one more option beside others: kernels without pages do not list them."""
+BESIDE = ("pages/options", "pages/rotary", "dropout/options", "dropout/decoding")
+"""Cases of one more option beside others: kernels without pages, or dropout, do not list them."""
 
 
 @dataclass(frozen=True)
@@ -259,10 +260,11 @@ def _crossed(variant: str, settings: Mapping[str, Any]) -> Build:
         v, n_q, n_k = variant_of(variant), settings.get("n_q", 37), settings.get("n_k", 67)
         h, h_kv = settings.get("h", 4), settings.get("h_kv", 2)
         width = settings.get("d", 32)
-        given = d.options(h, n_q, n_k, width, settings.get("d_v", width))
+        many = len(settings["cu_seqlens_q"]) - 1 if "cu_seqlens_q" in settings else 1
+        given = d.options(h, n_q, n_k, width, settings.get("d_v", width), many)
         more = {n: x for n, x in given.items() if n in v.uses} | dict(settings)
         more |= {"h": h, "h_kv": h_kv, "b": 1, "scale": 0.3, "options": v.fitted(settings.get("options", {}), h)}
-        more |= {n: given[n] for n in RECURRENT if n in v.uses and settings.get(n) != "channels"}
+        more |= {n: given[n] for n in RECURRENT if n in v.uses and settings.get(n) not in ("channels", "large")}
         return d.problem(**more)
 
     return build

@@ -15,7 +15,7 @@ from ...problem import Problem
 from ...scales import dequantised
 from ...variants import Rows, variant_of
 
-__all__ = ["WHOLE", "Sample", "sample_of", "separate"]
+__all__ = ["LINES", "WHOLE", "Sample", "sample_of", "separate"]
 
 ROWS = 24
 LINES = 64
@@ -54,7 +54,7 @@ class Sample:
         rules = (p.causal, p.window, p.allowed, p.cu_seqlens_q, p.lengths_q, p.lengths_k)
         masked = any(x is not None for x in rules)
         bias = None if p.bias is None else self._of_scores(p.bias)
-        weight = None if p.weight is None else self._of_scores(p.weight)
+        weight, kept = (None if x is None else self._of_scores(x) for x in (p.weight, p.dropout_mask))
         return p.replace(
             query=p.query[b, heads][None][:, :, rows],
             key=p.key[b, groups][None],
@@ -62,6 +62,7 @@ class Sample:
             sink=None if p.sink is None else p.sink[heads],
             bias=bias,
             weight=weight,
+            dropout_mask=kept,
             allowed=self._allowed(p) if masked else None,
             causal=None,
             window=None,

@@ -3,113 +3,29 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from importlib import metadata
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from ...dtypes import ELEMENTS, FORMATS
-from ...errors import InvalidInput, KernelError, RefattnError, install
+from ...errors import InvalidInput, KernelError, RefattnError
 from ...modules import module_of
-from ...problem import VARIANT, Problem
-from ...version import VERSION
+from ...problem import VARIANT
 from ..call import Function
 from ..kernel import Kernel
 from ..model import FEATURES, FURTHER, GRADIENTS, Capabilities, Model, ModelFor, flash, materialised
 from ..state import restored
 from . import tiled
+from .entry import Entry, able, declared, load
+from .packages import PACKAGES, on_gpu
 
-__all__ = ["EXAMPLE", "KERNELS", "Entry", "find", "found"]
+__all__ = ["EXAMPLE", "KERNELS", "Entry", "declared", "find", "found"]
 
 SPARSE = ("block_sparse", "power_blocks", "neighborhood", "titans_mac", "moba", "topk", "nsa_selected", "view_local")
 EXAMPLE = "example-no-rescale"
 """A wrong kernel's name."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A kernel by name.
-
-    Attributes
-    ----------
-    name : str
-        What the command line calls it.
-    package : str
-        The package that must be importable; "" for our own.
-    load : callable
-        Returns the kernel.
-    capabilities : Capabilities
-        What it can do.
-    model : callable
-        From a format's name to its rounding model.
-    named_only : str
-        Why it runs only when it is named, "" where it always runs.
-    gpu : bool
-        Whether it needs an NVIDIA GPU.
-    variants : frozenset of str
-        The operators that it computes.
-    """
-
-    name: str
-    package: str
-    load: Callable[[], Function]
-    capabilities: Capabilities
-    model: ModelFor
-    named_only: str = ""
-    gpu: bool = False
-    variants: frozenset[str] = frozenset({VARIANT})
-
-    def kernel(self) -> Kernel:
-        """Return the kernel; one that we call by an adapter of ours raises outside its capabilities."""
-        loaded = self.load()
-        call = loaded if ":" in self.name else declared(loaded, self.capabilities)
-        return Kernel.of(call, model=self.model, capabilities=self.capabilities, name=self.name, version=self.version)
-
-    @property
-    def here(self) -> bool:
-        """Tell whether its package can be imported, and its GPU is there."""
-        if self.gpu and not Path("/dev/nvidia0").exists():
-            return False
-        return not self.package or importlib.util.find_spec(self.package) is not None
-
-    @property
-    def version(self) -> str:
-        """The version of its package: for our own kernels, refattn's."""
-        package = "refattn" if self.name.startswith("refattn") else self.package or "refattn"
-        return f"{package} {VERSION if package == 'refattn' else metadata.version(package)}"
-
-
-def _load(module: str, name: str) -> Callable[[], Function]:
-    return lambda: getattr(importlib.import_module(f"{__name__}.{module}"), name)
-
-
-def declared(kernel: Function, able: Capabilities) -> Function:
-    """Return a kernel that raises outside its capabilities: our adapters leave such options out."""
-
-    def call(problem: Problem) -> Any:
-        able.require(problem)
-        return kernel(problem)
-
-    call.__name__ = getattr(kernel, "__name__", "kernel")
-    call.serial = getattr(kernel, "serial", False)  # type: ignore[attr-defined]
-    if hasattr(kernel, "gradients"):
-
-        def gradients(problem: Problem, *arriving: Any) -> Any:
-            able.require(problem)
-            return kernel.gradients(problem, *arriving)
-
-        call.gradients = gradients  # type: ignore[attr-defined]
-    return call
-
-
-def _able(dtypes: str, features: str, *, lse: bool = False, gradients: str = "", refuses: bool = False) -> Capabilities:
-    given = frozenset(features.split()) | {"lengths_differ"}
-    back = frozenset(gradients.split())
-    return Capabilities(frozenset(dtypes.split()), given, lse=lse, gradients=back, refuses=refuses)
 
 
 _PARTS = "causal_top_left bias allowed grouped_heads scale"
@@ -128,31 +44,36 @@ def _torch_flash(dtype: str) -> Model:
     )
 
 
-def _cuda(dtype: str) -> Model:
-    """Return the model of a flash kernel on a GPU: ex2.approx is within 2**-22, subnormal float32 is zero."""
-    ulps = 4.0 if FORMATS[dtype].precision <= 24 else 3.0
-    return replace(flash(dtype), exp_ulps=ulps, subnormals=dtype == "float16", group_sum=dtype)
-
-
 def _unrounded(dtype: str) -> Model:
     """Return the model of a flash kernel on a GPU that does not round P to the input's type."""
-    model = _cuda(dtype)
+    model = on_gpu(dtype)
     return replace(model, weights=model.accumulator)
 
 
 def _split(dtype: str) -> Model:
     """Return the model of a flash kernel on a GPU that merges parts of at least 16 keys."""
-    return replace(_cuda(dtype), split=16)
+    return replace(on_gpu(dtype), split=16)
 
 
 def _gpu(name: str, package: str, dtypes: str, features: str, lse: bool = False, named_only: str = "") -> Entry:
     # PyTorch and cuDNN say at a call what they have no kernel for
-    able = _able(dtypes, features, lse=lse, gradients="" if name == "cuda-triton" else "dq dk dv", refuses=True)
-    load = _load("cuda", name.removeprefix("cuda-").replace("-", "_"))
-    return Entry(name, package, load, able, _cuda, named_only, gpu=True)
+    given = able(dtypes, features, lse=lse, gradients="" if name == "cuda-triton" else "dq dk dv", refuses=True)
+    kernel = load("cuda", name.removeprefix("cuda-").replace("-", "_"))
+    return Entry(name, package, kernel, given, on_gpu, named_only, gpu=True)
 
 
 _HALF = "float16 bfloat16"
+_STEPS = "causal_bottom_right grouped_heads d_v_differs scale variable_lengths state alpha beta"
+_OF_STEPS = frozenset({"dq", "dk", "dv", "dalpha", "dbeta", "dstate"})
+
+
+def _recurrent(name: str, package: str, load: Callable[[], Function], **more: Any) -> Entry:
+    able = Capabilities(frozenset(f"float32 {_HALF}".split()), frozenset(_STEPS.split()), **more)
+    return Entry(
+        name, package, load, able, flash, gpu="device" in more, variants=frozenset({"gated_delta", "lightning"})
+    )
+
+
 _PLAIN = "causal_top_left grouped_heads scale"
 
 
@@ -167,7 +88,7 @@ KERNELS: dict[str, Entry] = {
         Entry(
             "refattn-tiled",
             "",
-            _load("tiled", "tiled"),
+            load("tiled", "tiled"),
             Capabilities(
                 frozenset({"float32", "float16", "bfloat16"}),
                 FEATURES | FURTHER,
@@ -182,15 +103,15 @@ KERNELS: dict[str, Entry] = {
         Entry(
             EXAMPLE,
             "",
-            _load("example", "no_rescale"),
-            _able("float32", "d_v_differs scale"),
+            load("example", "no_rescale"),
+            able("float32", "d_v_differs scale"),
             flash,
             named_only="it is wrong on purpose, to show what is said of such a kernel",
         ),
         Entry(
             "refattn-sparse",
             "",
-            _load("sparse", "sparse"),
+            load("sparse", "sparse"),
             Capabilities(
                 frozenset({"float32", "float16", "bfloat16"}),
                 (FEATURES - {"variable_lengths"}) | {"weight"},
@@ -199,52 +120,42 @@ KERNELS: dict[str, Entry] = {
             flash,
             variants=frozenset(SPARSE),
         ),
-        Entry(
-            "refattn-chunked",
-            "torch",
-            _load("chunked", "chunked"),
-            Capabilities(
-                frozenset({"float32", "float16", "bfloat16"}),
-                frozenset({"causal_bottom_right", "grouped_heads", "d_v_differs", "scale", "state", "alpha", "beta"}),
-                gradients=frozenset({"dq", "dk", "dv", "dalpha", "dbeta"}),
-            ),
-            flash,
-            variants=frozenset({"gated_delta"}),
-        ),
+        _recurrent("refattn-chunked", "torch", load("chunked", "chunked"), gradients=_OF_STEPS),
+        _recurrent("refattn-recurrent", "cupy", load("cuda", "recurrent"), arrays="torch", device="cuda"),
         Entry(
             "torch-sdpa-flash",
             "torch",
-            _load("torch_sdpa", "sdpa_flash"),
-            _able("float32 float16 bfloat16 float64", _SDPA, lse=True, gradients="dq dk dv"),
+            load("torch_sdpa", "sdpa_flash"),
+            able("float32 float16 bfloat16 float64", _SDPA, lse=True, gradients="dq dk dv"),
             _torch_flash,
         ),
         Entry(
             "torch-sdpa-math",
             "torch",
-            _load("torch_sdpa", "sdpa_math"),
-            _able("float32 float16 bfloat16 float64", f"{_SDPA} d_v_differs", gradients="dq dk dv dbias"),
+            load("torch_sdpa", "sdpa_math"),
+            able("float32 float16 bfloat16 float64", f"{_SDPA} d_v_differs dropout_mask", gradients="dq dk dv dbias"),
             materialised,
         ),
         Entry(
             "torch-flex",
             "torch",
-            _load("torch_sdpa", "flex"),
-            _able("float32 float16 bfloat16 float64", f"{_PARTS} {_FLEX}"),
+            load("torch_sdpa", "flex"),
+            able("float32 float16 bfloat16 float64", f"{_PARTS} {_FLEX} alibi_slopes positions"),
             _flushing("bfloat16"),
         ),
         Entry(
             "torch-flex-compiled",
             "torch",
-            _load("torch_sdpa", "flex_compiled"),
-            _able("float32 bfloat16", f"{_PARTS} {_FLEX}"),
+            load("torch_sdpa", "flex_compiled"),
+            able("float32 bfloat16", f"{_PARTS} {_FLEX}"),
             flash,
             "it compiles C++ for each shape, minutes in all",
         ),
         Entry(
             "jax",
             "jax",
-            _load("others", "jax_attention"),
-            _able(
+            load("others", "jax_attention"),
+            able(
                 "float32 float16 bfloat16",
                 "causal_top_left window bias allowed grouped_heads scale no_rows_or_keys",
                 gradients="dq dk dv dbias",
@@ -256,7 +167,7 @@ KERNELS: dict[str, Entry] = {
             Entry(
                 name,
                 "cupy",
-                _load("cuda", function),
+                load("cuda", function),
                 Capabilities(
                     frozenset(dtypes.split()),
                     FEATURES - {"bias", "allowed", "variable_lengths"} if "decode" in function else FEATURES,
@@ -277,11 +188,11 @@ KERNELS: dict[str, Entry] = {
                 variants=frozenset({VARIANT} if "decode" in function else {VARIANT, "block_sparse"}),
             )
             for name, function, dtypes, d_max, model in (
-                ("refattn-gpu", "ours", f"float64 float32 {_HALF}", 256, _cuda),
+                ("refattn-gpu", "ours", f"float64 float32 {_HALF}", 256, on_gpu),
                 ("refattn-gpu-decode", "ours_decode", _HALF, 128, _split),
                 ("refattn-gpu-high", "ours_high", _HALF, 256, _unrounded),
-                ("refattn-gpu-invariant", "ours_invariant", f"float32 {_HALF}", 256, _cuda),
-                ("refattn-gpu-mma", "ours_mma", _HALF, 256, _cuda),
+                ("refattn-gpu-invariant", "ours_invariant", f"float32 {_HALF}", 256, on_gpu),
+                ("refattn-gpu-mma", "ours_mma", _HALF, 256, on_gpu),
                 ("refattn-gpu-mma-high", "ours_mma_high", _HALF, 128, _unrounded),
                 ("refattn-gpu-simt", "ours_simt", f"float64 float32 {_HALF}", 256, _unrounded),
             )
@@ -302,24 +213,25 @@ KERNELS: dict[str, Entry] = {
         Entry(
             "onnxruntime",
             "onnxruntime",
-            _load("others", "onnxruntime_attention"),
-            _able("float32 float16", "causal_top_left bias allowed softcap grouped_heads scale d_v_differs"),
+            load("others", "onnxruntime_attention"),
+            able("float32 float16", "causal_top_left bias allowed softcap grouped_heads scale d_v_differs"),
             materialised,
         ),
         Entry(
             "openvino",
             "openvino",
-            _load("others", "openvino_attention"),
-            _able("float32", "causal_top_left bias allowed scale d_v_differs"),
+            load("others", "openvino_attention"),
+            able("float32", "causal_top_left bias allowed scale d_v_differs"),
             flash,
         ),
         Entry(
             "keras",
             "keras",
-            _load("others", "keras_attention"),
-            _able("float32 float16 bfloat16", "causal_top_left bias allowed scale", gradients="dq dk dv dbias"),
+            load("others", "keras_attention"),
+            able("float32 float16 bfloat16", "causal_top_left bias allowed scale", gradients="dq dk dv dbias"),
             _flushing("bfloat16"),
         ),
+        *PACKAGES,
     )
 }
 """The kernels by name."""
@@ -359,11 +271,7 @@ def find(name: str) -> list[Entry]:
         )
     missing = [e for e in exact if not e.here]
     if missing:
-        raise InvalidInput(
-            f"kernel: {name} needs an NVIDIA GPU and the package {missing[0].package}"
-            if missing[0].gpu
-            else f"kernel: {name} needs the package {missing[0].package}; {install(missing[0].package)}"
-        )
+        raise InvalidInput(f"kernel: {name} {missing[0].needs}")
     return exact
 
 

@@ -1,4 +1,4 @@
-"""Our kernel for the gated delta rule, in PyTorch: chunks of 8 tokens, whose changes of the state are solved for.
+"""Our kernel for recurrences, in PyTorch: chunks of 8 tokens; of the delta rule the state's changes are solved for.
 
 Written from the recurrence, not from the operator's forms: the decays between two tokens of a chunk are running
 products, and a triangular system is solved where the form multiplies by an inverse. Float32 inside.
@@ -20,18 +20,21 @@ from .gradients import with_gradients
 __all__ = ["chunked"]
 
 CHUNK = 8
-TAKES = ("gated_delta",)
-NAMES = ("query", "key", "value", "alpha", "beta")
+TAKES = ("gated_delta", "lightning")
+NAMES = ("query", "key", "value", "alpha", "beta", "state")
 
 
 def _tensors(problem: Problem) -> dict[str, Any]:
-    """Return a call's arrays in float32, alpha of 1 where there is none."""
+    """Return a call's arrays in float32, and an alpha for each token: 1 where the call has none, lightning's decay."""
     import torch
 
     if problem.variant not in TAKES:
         raise UnsupportedProblem(f"refattn-chunked: takes {', '.join(TAKES)}, got {problem.variant}")
-    found = {n: torch.from_numpy(to_float64(x)).float() for n, x in problem.to("numpy").arrays().items()}
-    return {"alpha": torch.ones_like(found["beta"])} | found
+    given = {n: x for n, x in problem.to("numpy").arrays().items() if n in NAMES}
+    found = {n: torch.from_numpy(to_float64(x)).float() for n, x in given.items()}
+    rates = torch.tensor(problem.options.get("decay", (0.0,)), dtype=torch.float32)
+    fade = torch.exp(-rates)[:, None, None].expand(problem.batch, problem.heads, problem.n_q, 1)
+    return {"alpha": fade} | found
 
 
 def _run(problem: Problem, x: dict[str, Any]) -> tuple[Any, Any]:
@@ -41,17 +44,33 @@ def _run(problem: Problem, x: dict[str, Any]) -> tuple[Any, Any]:
     group = problem.heads // problem.heads_kv
     q = x["query"] * (1.0 if problem.scale is None else problem.scale)
     k, v = (x[n].repeat_interleave(group, 1) for n in ("key", "value"))
-    state = x.get("state", torch.zeros(*problem.out_shape[:2], problem.d_k, problem.d_v))
-    out = [torch.zeros(*problem.out_shape[:2], 0, problem.d_v)]
-    for i in range(0, problem.n_q, CHUNK):
-        q_c, k_c, v_c, alpha, beta = (y[:, :, i : i + CHUNK] for y in (q, k, v, x["alpha"], x["beta"]))
+    start = x.get("state", torch.zeros(*problem.state_shape))
+    out, states = [], []
+    for i, (rows, _) in enumerate(problem.segments()):
+        state = start if problem.cu_seqlens_q is None else start[i : i + 1]
+        tokens = {"q": q, "k": k, "v": v} | {n: x[n] for n in ("alpha", "beta") if n in x}
+        part, state = _sequence({n: y[:, :, rows] for n, y in tokens.items()}, state)
+        out.append(part)
+        states.append(state)
+    return torch.cat(out, 2), torch.cat(states)
+
+
+def _sequence(x: dict[str, Any], state: Any) -> tuple[Any, Any]:
+    """Return out and the last state of one sequence of each batch item."""
+    import torch
+
+    out = [torch.zeros_like(x["v"][:, :, :0])]
+    for i in range(0, x["q"].shape[2], CHUNK):
+        q, k, v, alpha = (x[n][:, :, i : i + CHUNK] for n in ("q", "k", "v", "alpha"))
         fade, start = _decays(alpha)
-        a = torch.einsum("bhic,bhijc,bhjc->bhij", k_c, fade.expand(*fade.shape[:-1], k.shape[-1]), k_c)
-        a = torch.eye(a.shape[-1]) + beta * a.tril(-1)
-        change = torch.linalg.solve_triangular(a, beta * (v_c - (k_c * start) @ state), upper=False)
-        reads = torch.einsum("bhic,bhijc,bhjc->bhij", q_c, fade.expand(*fade.shape[:-1], k.shape[-1]), k_c)
-        out.append((q_c * start) @ state + reads @ change)
-        state = state * start[:, :, -1:].mT + (k_c * fade[:, :, -1]).mT @ change
+        wide = fade.expand(*fade.shape[:-1], k.shape[-1])
+        change = v
+        if "beta" in x:
+            beta = x["beta"][:, :, i : i + CHUNK]
+            a = torch.eye(k.shape[2]) + beta * torch.einsum("bhic,bhijc,bhjc->bhij", k, wide, k).tril(-1)
+            change = torch.linalg.solve_triangular(a, beta * (v - (k * start) @ state), upper=False)
+        out.append((q * start) @ state + torch.einsum("bhic,bhijc,bhjc->bhij", q, wide, k) @ change)
+        state = state * start[:, :, -1:].mT + (k * fade[:, :, -1]).mT @ change
     return torch.cat(out, 2), state
 
 

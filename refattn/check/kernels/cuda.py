@@ -30,6 +30,7 @@ __all__ = [
     "ours_mma",
     "ours_mma_high",
     "ours_simt",
+    "recurrent",
     "triton",
 ]
 
@@ -79,6 +80,17 @@ ours, ours_high = _Ours(), _Ours("high")
 ours_decode = _Ours(impl="decode")
 ours_invariant = _Ours(batch_invariant=True)
 ours_mma, ours_mma_high, ours_simt = _Ours(impl="mma"), _Ours("high", "mma"), _Ours(impl="simt")
+
+
+def recurrent(p: Problem) -> Any:
+    """Return out and the last state of a recurrence by refattn.gpu."""
+    from ...gpu import gated_delta, lightning
+
+    more = {"scale": p.scale, "state": p.state, "cu_seqlens": p.cu_seqlens_q}
+    if p.variant == "lightning":
+        rates = variant_of(p.variant).settings(p)["decay"]
+        return lightning(p.query, p.key, p.value, decay=rates, **more)
+    return gated_delta(p.query, p.key, p.value, alpha=p.alpha, beta=p.beta, **more)
 
 
 class _Torch:

@@ -136,7 +136,8 @@ def _split(c: _Call, b: int, h: int, i: slice, split: slice, seq: tuple[slice, s
         z = kept + p.sum(1)
         m = top
         share = np.where(z > 0, 1 / z, 0)
-        out = out * (kept * share)[:, None] + c.rounded(p * share[:, None]) @ c.v[b, c.head_kv(h), j]
+        p = c.dropped(p * share[:, None], b, h, i, j)
+        out = out * (kept * share)[:, None] + c.rounded(p) @ c.v[b, c.head_kv(h), j]
     lse = np.where(np.isneginf(m), 0, m) + np.log(z)
     return out, lse
 
@@ -151,9 +152,9 @@ def _backward(
         s, slope = c.scores(b, h, i, j, seq)
         p = np.exp(s - safe[:, None])
         p = c.weighted(p, b, h, i, j)
-        dp = dout @ c.v[b, hk, j].T
+        dp = c.dropped(dout @ c.v[b, hk, j].T, b, h, i, j)
         ds = p * (dp - delta[:, None])
-        total["dv"][b, hk, j] += c.rounded(p).T @ dout
+        total["dv"][b, hk, j] += c.rounded(c.dropped(p, b, h, i, j)).T @ dout
         if c.bias is not None:
             c.add_bias(total["dbias"], b, h, i, j, ds)
         ds = c.rounded(ds * slope) * c.scale
@@ -325,6 +326,14 @@ class _Call:
     def weighted(self, p: Array, b: int, h: int, i: slice, j: slice) -> Array:
         """Return a tile of exponentials times how often each key counts."""
         return p if self.weight is None else p * self.block(self.weight, b, h, i, j)
+
+    def dropped(self, x: Array, b: int, h: int, i: slice, j: slice) -> Array:
+        """Return a tile of weights, or of their gradients, after dropout."""
+        p, mask = self.problem.dropout_p, self.problem.dropout_mask
+        if p is None or mask is None:
+            return x
+        by = self.kind.type(1) / (self.kind.type(1) - self.kind.type(p))
+        return np.where(self.block(mask, b, h, i, j), x * by, 0)
 
     def block(self, x: Array, b: int, h: int, i: slice, j: slice) -> Array:
         """Return a tile of an array that broadcasts to (b, h, n_q, n_k)."""

@@ -11,6 +11,7 @@ from ... import masks
 from ...arrays import to_kind, to_numpy
 from ...errors import UnsupportedProblem
 from ...problem import Problem
+from ...scores import score_mod
 from .gradients import Gradients, by_name, with_gradients
 
 __all__ = ["additive", "attention_mask", "flex", "flex_compiled", "sdpa", "sdpa_flash", "sdpa_math"]
@@ -70,6 +71,8 @@ def sdpa(problem: Problem, backend: str) -> Any:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     p, mask = problem.to("torch"), attention_mask(problem)
+    if p.dropout_mask is not None:  # what the public function calls takes a mask, and it does not
+        return _dropped(p, mask)
     with sdpa_kernel(getattr(SDPBackend, backend)):
         q, k, v = side_by_side(p.query, p.key, p.value)
         return F.scaled_dot_product_attention(
@@ -81,6 +84,17 @@ def sdpa(problem: Problem, backend: str) -> Any:
             scale=p.scale,
             enable_gqa=p.heads != p.heads_kv,
         )
+
+
+def _dropped(p: Problem, mask: Any) -> Any:
+    """Return what the math backend gives with a given dropout mask."""
+    import torch
+
+    math = torch.ops.aten._scaled_dot_product_attention_math
+    first = p.causal is not None and mask is None
+    gqa, extra = p.heads != p.heads_kv, additive(mask, p.query)
+    more = {"dropout_mask": p.dropout_mask, "scale": p.scale, "enable_gqa": gqa}
+    return math(p.query, p.key, p.value, extra, p.dropout_p, first, **more)[0]
 
 
 # it refuses a mask that needs a gradient
@@ -127,20 +141,13 @@ def _flex(problem: Problem, call: Any) -> Any:
             seen if plain.allowed is None else seen & plain.allowed, (p.batch, p.heads, p.n_q, p.n_k)
         ).copy()
     )
-    bias = None if p.bias is None else p.bias.expand(p.batch, p.heads, p.n_q, p.n_k)
-
-    def score_mod(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
-        if p.softcap is not None:
-            score = torch.tanh(score / p.softcap) * p.softcap
-        return score if bias is None else score + bias[b, h, i, j]
-
     blocks = create_block_mask(lambda b, h, i, j: mask[b, h, i, j], p.batch, p.heads, p.n_q, p.n_k, device="cpu")
     with torch.no_grad():  # flex_attention has no backward on a CPU
         return call(
             p.query,
             p.key,
             p.value,
-            score_mod=score_mod,
+            score_mod=score_mod(p),
             block_mask=blocks,
             scale=p.scale,
             enable_gqa=p.heads != p.heads_kv,

@@ -27,6 +27,7 @@ PLACES = {
     "dbias": ("batch", "head", "row", "key"),
     "dsink": ("head",),
     **dict.fromkeys(("dalpha", "dbeta"), ("batch", "head", "token", "channel")),
+    "dstate": ("batch", "head", "channel", "column"),
 }
 VERDICTS = ("passed", "failed", "edge", "known", "unread", "unsupported")
 
@@ -150,6 +151,8 @@ class Report:
     unasked : tuple of str
         The features that the kernel declares and that no check which ran had, of a run of all checks of a budget;
         "gradients" where they were to be checked on a call and could not.
+    truth : str
+        Where exact answers were made, of a kernel on a GPU.
     """
 
     kernel: str
@@ -165,6 +168,7 @@ class Report:
     diagnosis: Diagnosis | None = None
     flags: str = ""
     unasked: tuple[str, ...] = ()
+    truth: str = ""
 
     @property
     def right(self) -> bool:
@@ -287,6 +291,7 @@ class Report:
                 "either": self.either,
                 "left": self.left,
                 "unasked": self.unasked,
+                "truth": self.truth,
                 "counts": counts,
                 "models": self.models,
                 "correctly_rounded": self.correctly_rounded,

@@ -10,7 +10,6 @@ import numpy as np
 
 from ...arrays import cupy_with_gpu
 from ...errors import BuildError, UnsupportedProblem
-from .. import elementwise
 from ..doubledouble import table
 
 __all__ = ["KERNELS", "KEYS", "OPTIONS", "ROWS", "Card", "card_of", "text_of"]
@@ -19,10 +18,12 @@ THREADS, PER = 256, 8
 """Threads of a block, which has one row, and the keys that each holds in registers."""
 KEYS = THREADS * PER
 """Keys of a tile: what a block holds, and what leaves the heads of a weight 20 bits at every level."""
-ROWS = 2**14
-"""Query rows of a tile, where there is memory for them."""
-KERNELS = ("weigh", "collect", "trusted")
+ROWS = 2**15
+"""Query rows of a tile, over the parts that a number of the level has, where there is memory for them."""
+KERNELS = ("cut", "weigh", "collect", "trusted")
 OPTIONS = ("-std=c++17", "--fmad=false")
+LARGE = 2**25
+"""Bytes of an array from which waiting for the GPU to free memory costs little beside the work on it."""
 LEAST = 80
 """The first compute capability whose matrix unit has float64: 8.0."""
 
@@ -91,7 +92,17 @@ class Card:
 
     # the steps of a level -----------------------------------------------------------------------------------------
 
-    cut = staticmethod(elementwise.cut)
+    def cut(self, x: Any, y: Any, sigma: Any, heads: Any, tails: Any) -> None:
+        """Cut x + y along rows, as :func:`refattn.exact.elementwise.cut` does, wherever the parts lie."""
+        steps = [tuple(s // 8 for s in a.strides) for a in (x, y, heads, tails)]
+        size, by_rows = x.shape, (1, 0)
+        if steps[0][1] > steps[0][0]:  # neighbours in memory are rows
+            size, by_rows = size[::-1], (0, 1)
+            steps = [(*s[:-2], s[-1], s[-2]) for s in steps]
+        numbers = (*size, x.shape[0], *by_rows, *steps[0], *steps[1], *steps[2], *steps[3])
+        blocks = -(-size[0] * size[1] // self.threads)
+        if blocks:
+            self.launch(len(heads), "cut", blocks, (x, y, sigma, heads, tails, *map(np.int64, numbers)))
 
     @staticmethod
     def row_sum_error(w: int) -> float:
@@ -113,10 +124,10 @@ class Card:
             self._zero.ctypes.data, out.data.ptr, _laid_out(out)[1],
         )  # fmt: skip
 
-    def launch(self, level: int, name: str, blocks: int, given: tuple[Any, ...]) -> None:
-        """Queue a kernel of a level."""
+    def launch(self, level: int, name: str, blocks: int, given: tuple[Any, ...], text: Any = None) -> None:
+        """Queue a kernel of a level, of this text or another."""
         if (level, name) not in self._kernels:
-            module = self.xp.RawModule(code=text_of(level), options=OPTIONS, backend="nvrtc")
+            module = self.xp.RawModule(code=(text or text_of)(level), options=OPTIONS, backend="nvrtc")
             try:
                 self._kernels[level, name] = module.get_function(name)
             except Exception as e:
@@ -137,7 +148,24 @@ class Card:
         work.run()
         return work
 
+    def heads(self, problem: Any) -> Any:
+        """Return a call's heads with their numbers here; None where these are too many: see ``taken.py``."""
+        from .taken import heads_on
+
+        return heads_on(self, problem)
+
+    def backward(self, *given: Any) -> Any:
+        """Return the gradients of one head: see :func:`refattn.exact.backward.backward`."""
+        from .backward import backward
+
+        return backward(self, *given)
+
     # memory -------------------------------------------------------------------------------------------------------
+
+    def trim(self, size: int) -> None:
+        """Give back what CuPy keeps for itself, where arrays are of so many bytes that its pieces do not fit others."""
+        if size >= LARGE:
+            self.xp.get_default_memory_pool().free_all_blocks()
 
     def free(self) -> int:
         """Return how many bytes can be had: of the GPU, and of what CuPy keeps for itself."""

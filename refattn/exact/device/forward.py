@@ -49,13 +49,14 @@ def bytes_needed(n_q: int, n_k: int, d: int, d_v: int, level: int, rows: int, mo
         Whether there is a bias or a mask.
     """
     rows, keys = min(rows, n_q), min(KEYS, n_k)
-    operands = (2 * level + 3) * n_k * (d + d_v) + (3 * level + 4) * n_q * d
+    # keys and values, and once more the larger of them while it is cut
+    operands = (2 * level + 3) * n_k * (d + d_v) + (2 * level + 2) * n_k * max(d, d_v) + (3 * level + 4) * n_q * d
     tile = rows * keys * (level + 1 + 2 * more) + rows * d_v * (level + 3 + AT_THE_END)
     return 8 * (operands + 3 * n_q * (d_v + 1) + tile)
 
 
 def rows_of_a_tile(one: Head, f: Level, rows: int) -> int:
-    """Return how many rows a tile has: the most of ``ROWS`` and its halves that there is memory for.
+    """Return how many rows a tile has: the most of the level's share of ``ROWS`` and its halves that memory holds.
 
     Parameters
     ----------
@@ -71,7 +72,7 @@ def rows_of_a_tile(one: Head, f: Level, rows: int) -> int:
     UnsupportedProblem
         Even the fewest rows need more memory than there is; it says how much. Or keys are too wide or too many.
     """
-    size, free = ROWS, f.device.free()
+    size, free = ROWS // (1 << f.level.bit_length()), f.device.free()
     more = one.bias is not None or not one.allowed.all()
     (n_k, d), d_v = one.k.shape, one.v.shape[1]
     if d >= WIDEST or n_k >= LONGEST:
@@ -93,6 +94,7 @@ class OnDevice(Forward):
     """One head's operands, prepared on a device, and its results there."""
 
     def __init__(self, one: Head, f: Level, rows: NDArray[np.intp], unit: int, into: tuple[Any, Any] | None) -> None:
+        f.device.trim(8 * one.k.size)
         self.tall, constant = rows_of_a_tile(one, f, len(rows)), Level(f.level).log2e
         self.log2e = float(constant.h[0, 0]), float(constant.l[0, 0])
         super().__init__(one, f, rows, unit, into, threads=1)
@@ -101,6 +103,7 @@ class OnDevice(Forward):
     def run(self) -> None:
         """Compute all rows."""
         size = self.tall
+        self.f.device.trim(8 * self.left.size)
         level, xp, d_v = self.f.level, self.f.xp, self.out.shape[1]
         r, w = min(size, len(self.rows)), max(t.stop - t.start for t in self.tiles) if self.tiles else 0
         self._planes, self._fade = xp.empty(r * (level + 1) * w), xp.empty(r)

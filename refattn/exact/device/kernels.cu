@@ -67,6 +67,27 @@ __device__ __forceinline__ void softly_capped(
 // the larger number, or what is none
 __device__ __forceinline__ double larger(double a, double b) { return a > b || a != a ? a : b; }
 
+// Heads and tails of x + low, as elementwise.cut has them. Arrays have an outer axis and an inner one, whose steps are
+// given, and heads and tails one more; sigma (LEVEL, rows) goes by whichever of them is the rows.
+extern "C" __global__ void __launch_bounds__(THREADS) cut(
+    const double* __restrict__ x, const double* __restrict__ low, const double* __restrict__ sigma, double* heads,
+    double* tails, long long outer, long long inner, long long rows, long long sigma_outer, long long sigma_inner,
+    long long x_outer, long long x_inner, long long low_outer, long long low_inner, long long heads_next,
+    long long heads_outer, long long heads_inner, long long tails_next, long long tails_outer, long long tails_inner) {
+    const long long i = (long long)blockIdx.x * THREADS + threadIdx.x, o = i / inner, n = i % inner;
+    if (o >= outer) return;
+    double a = x[o * x_outer + n * x_inner], b = low[o * low_outer + n * low_inner];
+    double* head = heads + o * heads_outer + n * heads_inner;
+    double* tail = tails + o * tails_outer + n * tails_inner;
+    *tail = a + b;
+    for (int s = 0; s < LEVEL; s++) {
+        const double c = sigma[s * rows + o * sigma_outer + n * sigma_inner], first = (a + c) - c;
+        two_sum(a - first, b, a, b);
+        head[s * heads_next] = first;
+        tail[(s + 1) * tails_next] = a + b;
+    }
+}
+
 // One block a row: turn the scores' levels of a tile, planes (rows, LEVEL + 1, w), into the weights' heads and tail in
 // their place; raise the row's shift m, and add to its denominator. fade is what the row's sums were multiplied with.
 // sees is null where every row sees every key.

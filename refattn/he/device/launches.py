@@ -13,7 +13,10 @@ from .build import ITEM, geometry
 from .schedule import Schedule, Step
 from .trace import Node, Operation, Plain
 
-__all__ = ["MOST_REJECTED", "Addresses", "Launch", "launches_of", "plain_launches", "seed_launches", "seed_room"]
+__all__ = [
+    "MOST_REJECTED", "Addresses", "Launch", "copy_launches", "launches_of", "plain_launches", "seed_launches",
+    "seed_room",
+]  # fmt: skip
 
 ROUND, INVERSE = 1, 2
 NEGATE, TIMES, PLUS, TIMES_PLAIN, PLUS_PLAIN, COPY = range(6)
@@ -46,6 +49,8 @@ class Addresses:
         By `Plain`.
     seeds, seed_room : int
         The seeds of the query's ciphertexts, 64 bytes each; where they are expanded. 0 where there are none.
+    held : sequence of int
+        The ciphertexts that stay on the device from one message to the next, in the order of the schedule's inputs.
     """
 
     memory: int
@@ -54,6 +59,7 @@ class Addresses:
     plains: Mapping[Plain, int]
     seeds: int = 0
     seed_room: int = 0
+    held: Sequence[int] = ()
 
 
 def seed_room(limbs: int, degree: int) -> int:
@@ -81,6 +87,15 @@ def plain_launches(degree: int, jobs: Sequence[tuple[int, int, int, int]]) -> li
             first.append({"src": src, "dst": room + at, "prime": k})
             last.append({"src": room + at, "dst": dst + at, "prime": k})
     return [*_launches("residues", first), *_launches("subtract", last)]
+
+
+def copy_launches(degree: int, jobs: Sequence[tuple[int, int, int]]) -> list[Launch]:
+    """Return what copies limbs: jobs of (their address, the copies' address, how many)."""
+    limb = 8 * degree
+    return _launches(
+        "each",
+        [{"src": src + k * limb, "dst": dst + k * limb, "flags": COPY} for src, dst, n in jobs for k in range(n)],
+    )
 
 
 def _launches(kernel: str, items: Sequence[Mapping[str, int]], limbs: int = 1) -> list[Launch]:
@@ -142,9 +157,12 @@ class _Maker:
         return self.at.memory + 8 * self.schedule.place(node, polynomial, limb)
 
     def load(self, loaded: Sequence[int]) -> None:
-        """Expand the seeds of what was loaded."""
+        """Expand the seeds of what was loaded; bring what stays on the device to its place."""
+        inputs, came = self.schedule.inputs, self.schedule.came
+        copies = [(self.at.held[i - came], self._place(x := inputs[i]), x.size * x.limbs) for i in loaded if i >= came]
+        self.found += copy_launches(self.chain.degree, copies)
         if self.at.seeds:
-            found = [(i, self.schedule.inputs[i]) for i in loaded]
+            found = [(i, inputs[i]) for i in loaded if i < came]
             jobs = [(self.at.seeds + 64 * i, self._place(x, 1), x.limbs) for i, x in found if x.size == 2]
             self.found += seed_launches(self.chain.degree, jobs, self.at.seed_room)
 

@@ -15,9 +15,9 @@ from functools import cached_property
 
 from ..planned import Program
 from .chain import Chain
-from .trace import Node, Operation, trace_of
+from .trace import Node, Operation, Trace, trace_of
 
-__all__ = ["Schedule", "Step", "schedule_of", "scratch_limbs"]
+__all__ = ["Schedule", "Step", "schedule_of", "scheduled", "scratch_limbs"]
 
 MOST_SCRATCH = 2**26
 """Words that a step may need beside its operands and results: 512 MiB; a larger batch is cut."""
@@ -36,7 +36,7 @@ class Step:
     operations : tuple of Operation
         What is done; none of a load.
     loaded : tuple of int
-        The places, in the query, of what is loaded.
+        The places, among the inputs, of what is loaded.
     scratch : tuple of int
         For each operation, where words of its own begin.
     """
@@ -63,6 +63,9 @@ class Schedule:
         By a node's number, its first word.
     words : int
         The memory's size: the peak of all that lives at once.
+    held, kept : int
+        How many of the inputs, the last ones, do not come with a message: they stay on the device from one to the next.
+        How many of the outs, the last ones, are to stay there.
     """
 
     chain: Chain
@@ -71,6 +74,22 @@ class Schedule:
     steps: Sequence[Step]
     places: dict[int, int]
     words: int
+    held: int = 0
+    kept: int = 0
+
+    @property
+    def came(self) -> int:
+        """How many of the inputs come with a message."""
+        return len(self.inputs) - self.held
+
+    def sent(self, step: Step) -> list[int]:
+        """Return the places, in a message, of what a step takes in of it."""
+        return [i for i in step.loaded if i < self.came]
+
+    @property
+    def replies(self) -> Sequence[Node]:
+        """The outs that are sent."""
+        return self.outs[: len(self.outs) - self.kept]
 
     def place(self, node: Node, polynomial: int = 0, limb: int = 0) -> int:
         """Return the first word of a polynomial's limb."""
@@ -94,11 +113,15 @@ class Schedule:
 
 def schedule_of(program: Program, stage: int = 0) -> Schedule:
     """Return the schedule of a plan, of a layer, or of a block of an encoder."""
-    trace, outs = trace_of(program, stage)
+    return scheduled(*trace_of(program, stage))
+
+
+def scheduled(trace: Trace, outs: Sequence[Node], held: int = 0, kept: int = 0) -> Schedule:
+    """Return the schedule of what was written down; `held` and `kept` as a `Schedule` has them."""
     operations = _joined(_summed(trace.operations, outs), outs)
     grouped = _steps(trace.inputs, operations, trace.chain.degree)
     steps, places, words = _placed(trace.chain.degree, trace.inputs, grouped, outs)
-    return Schedule(trace.chain, trace.inputs, outs, steps, places, words)
+    return Schedule(trace.chain, trace.inputs, outs, steps, places, words, held, kept)
 
 
 def _uses(operations: Iterable[Operation], outs: Iterable[Node]) -> Counter[int]:

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -27,7 +27,7 @@ from .seeds import SEED
 from .tables import Device, Tables
 from .trace import Plain
 
-__all__ = ["Session", "bytes_of"]
+__all__ = ["Session", "bytes_of", "elements_of", "plains_of"]
 
 BATCH, BATCHES = 64, 3
 """Ciphertexts that are checked together, and such batches on their way: two are checked while the device reads one."""
@@ -43,8 +43,8 @@ def bytes_of(*schedules: Schedule) -> int:
     chain = schedules[0].chain
     degree, primes = chain.degree, len(chain.primes)
     key = 16 * (primes - 1) * primes * degree
-    plains = sum(8 * x.limbs * degree for x in _plains(schedules))
-    elements = len(_elements(schedules))
+    plains = sum(8 * x.limbs * degree for x in plains_of(schedules))
+    elements = len(elements_of(schedules))
     return 8 * _words(schedules) + (elements + 1) * key + 4 * degree * elements + plains + Tables.bytes_of(chain)
 
 
@@ -54,12 +54,12 @@ def _words(schedules: Sequence[Schedule]) -> int:
     return max((2 + len(chain.primes)) * chain.degree, *(x.words for x in schedules))
 
 
-def _elements(schedules: Sequence[Schedule]) -> list[int]:
+def elements_of(schedules: Sequence[Schedule]) -> list[int]:
     """Return the Galois elements that keys are needed for."""
     return sorted({e for x in schedules for e in x.elements})
 
 
-def _plains(schedules: Sequence[Schedule]) -> list[Plain]:
+def plains_of(schedules: Sequence[Schedule]) -> list[Plain]:
     """Return what is to be encoded, each once."""
     steps = (step for x in schedules for step in x.steps)
     return list(dict.fromkeys(op.what for step in steps for op in step.operations if isinstance(op.what, Plain)))
@@ -99,13 +99,12 @@ class Session:
     def __init__(self, program: Program, parts: Sequence[Data], device: Device, each: Each = map) -> None:
         self.program, self.device, self.each = program, device, each
         plan = program.plan
-        rounds = plan.rounds if isinstance(program, Encoder) else 1
-        self.schedules = [schedule_of(program, k) for k in range(rounds)]
+        self.schedules = self._planned()
         self._stages = [_Stage(s, [x.limbs if x.size == 2 else 0 for x in s.inputs]) for s in self.schedules]
         self.chain, self._lock = self.schedules[0].chain, threading.Lock()
         self._scale, self._seeded = 2.0**plan.ring.middle, plan.upload != "whole"
         keys = self._read_keys(parts, galois_elements(plan.ring, plan.rotations))  # before any memory is asked for
-        needed = bytes_of(*self.schedules) + ROOM
+        needed = bytes_of(*self.schedules) + self._kept_bytes() + ROOM
         if needed > device.free():
             raise UnsupportedProblem(
                 f"he: a session of this plan takes {needed / 1e9:.2f} GB of the GPU's memory, of which "
@@ -118,6 +117,19 @@ class Session:
             self._end()
             raise
 
+    def _planned(self) -> list[Schedule]:
+        """Return what is recorded, by the message that it is for."""
+        program = self.program
+        return [schedule_of(program, k) for k in range(program.plan.rounds if isinstance(program, Encoder) else 1)]
+
+    def _kept_bytes(self) -> int:
+        """Return the bytes of ciphertexts that stay from one message to the next."""
+        return 0
+
+    def _held(self, stage: int) -> Sequence[int]:
+        """Return where a program's inputs are that stay from one message to the next."""
+        return ()
+
     def _read_keys(self, parts: Sequence[Data], elements: Sequence[int]) -> dict[int, list[Received]]:
         relin = read_keys("RelinKeys", parts[0], self.chain, [0])
         galois = read_keys("GaloisKeys", parts[1], self.chain, [(e - 1) // 2 for e in elements])
@@ -126,28 +138,29 @@ class Session:
     def _begin(self, keys: dict[int, list[Received]]) -> None:
         device, chain = self.device, self.chain
         self._tables = tables = Tables(device, chain)
-        inputs = [x for s in self.schedules for x in s.inputs]
+        inputs = [x for s in self.schedules for x in s.inputs[: s.came]]
         size = max(x.limbs * (1 if self._seeded else x.size) for x in inputs) * 8 * chain.degree
-        loaded = max(len(step.loaded) for s in self.schedules for step in s.steps)
+        loaded = max(len(s.sent(step)) for s in self.schedules for step in s.steps)
         places = (min(BATCHES, -(-loaded // BATCH)), min(BATCH, loaded))
         self._slots = device.pinned(places[0] * places[1] * size).reshape(*places, size)
         self._marks: list[Any] = [None] * BATCHES
         limbs, degree = len(chain.primes), chain.degree
-        loads = [[x.inputs[i].limbs for i in step.loaded] for x in self.schedules for step in x.steps]
+        loads = [[x.inputs[i].limbs for i in x.sent(step)] for x in self.schedules for step in x.steps]
         most = max(sum(seed_room(n, degree) for n in load) for load in loads)
         self._room = device.empty(8 * max(most, (limbs - 1) * seed_room(limbs, degree)))
-        elements = _elements(self.schedules)
+        elements = elements_of(self.schedules)
         at_keys = {e: self._put_key(x) for e, x in keys.items() if e in (0, *elements)}
         self._memory = device.empty(8 * _words(self.schedules))
         self._seeds = np.zeros((max(len(x.limbs) for x in self._stages), SEED), np.uint8)
         self._at_seeds = device.empty(self._seeds.nbytes) if self._seeded else 0
         self._at = Addresses(
             self._memory, at_keys, {e: tables.stored(chain.permutation(e)) for e in elements},
-            self._encoded(_plains(self.schedules)), self._at_seeds, self._room,
+            self._encoded(plains_of(self.schedules)), self._at_seeds, self._room,
         )  # fmt: skip
-        for stage in self._stages:
+        for number, stage in enumerate(self._stages):
+            at = replace(self._at, held=self._held(number))
             for steps in stage.schedule.phases:
-                run = tables.recorded(*launches_of(stage.schedule, steps, self._at))
+                run = tables.recorded(*launches_of(stage.schedule, steps, at))
                 stage.phases.append((steps, run))
 
     def _encoded(self, plains: Sequence[Plain]) -> dict[Plain, int]:
@@ -215,17 +228,24 @@ class Session:
         """
         of = self._stages[stage]
         with self._lock:  # one query at a time has the memory
-            self.check_open()
-            for steps, run in of.phases:
-                self._load(of, [i for step in steps for i in step.loaded], [*parts, *masks])
-                run()
-            replies = [self._reply(of, x) for x in of.schedule.outs]
-        for words in replies:
-            if not words[1].any():
-                raise InvalidInput("he: the query cannot be computed: a result's second polynomial is zero")
-        return [ciphertext_bytes(w, self.chain, x.scale) for w, x in zip(replies, of.schedule.outs, strict=True)]
+            return self._bytes(of, self._computed(of, [*parts, *masks]))
 
-    def _reply(self, of: _Stage, node: Any) -> Words:
+    def _computed(self, of: _Stage, parts: Sequence[Any]) -> list[Words]:
+        """Return the words of a reply, none of which is without a second polynomial."""
+        self.check_open()
+        for steps, run in of.phases:
+            self._load(of, [i for step in steps for i in of.schedule.sent(step)], parts)
+            run()
+        replies = [self._words(of, x) for x in of.schedule.replies]
+        if not all(words[1].any() for words in replies):
+            raise InvalidInput("he: the query cannot be computed: a result's second polynomial is zero")
+        return replies
+
+    def _bytes(self, of: _Stage, replies: Sequence[Words]) -> list[bytes]:
+        nodes = of.schedule.replies
+        return [ciphertext_bytes(w, self.chain, x.scale) for w, x in zip(replies, nodes, strict=True)]
+
+    def _words(self, of: _Stage, node: Any) -> Words:
         shape = (node.size, node.limbs, self.chain.degree)
         found = self.device.get(self._memory + 8 * of.schedule.place(node), 8 * int(np.prod(shape)))
         return found.view(np.uint64).reshape(shape)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from refattn import VARIANTS, Capabilities, Problem, assert_close, check_kernel, evaluate
+from refattn import VARIANTS, Capabilities, Problem, UnsupportedProblem, assert_close, check_kernel, evaluate
 from refattn.check.bounds.choices import either, score_errors
 from refattn.check.bounds.expected import expected
 from refattn.check.bounds.forward import bounds, forward
@@ -107,6 +107,8 @@ def test_neither_choice_is_a_failure():
 def lightning(problem, late=False):
     """Return Lightning attention in float32, token by token, and the last state; with a bug, the decay one late."""
     p = problem.to("numpy")
+    if p.cu_seqlens_q is not None:
+        raise UnsupportedProblem("cu_seqlens_q: one sequence at a time")
     group = p.heads // p.heads_kv
     k, v = (np.repeat(x, group, 1).astype(np.float32) for x in (p.key, p.value))
     fade = np.exp(-np.asarray(p.options["decay"], np.float32))[None, :, None, None]

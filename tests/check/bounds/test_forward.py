@@ -30,13 +30,13 @@ module = importlib.import_module("refattn.check.bounds.forward")
 
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [("softmax", d) for d in ("float32", "bfloat16", "float16", "float64")]
+    [("softmax", d) for d in ("float16", "float64")]
     + [(v, d) for v in ("linear", "power", "sigmoid") for d in ("float32", "bfloat16")],
 )
 def test_a_right_kernel_is_within_its_bound_everywhere(variant, dtype):
     able = Capabilities({dtype}, FEATURES | FURTHER, lse=variant == "softmax", elements=ELEMENTS)
     model = replace(flash(dtype), split=64 if variant == "softmax" else 0)  # the tiled kernel merges parts of 64 keys
-    # longer calls: tests/check/kernels/test_kernels.py
+    # softmax in float32 and bfloat16, and longer calls: tests/check/kernels/test_kernels.py
     report = check_kernel(plain, variant, model=model, capabilities=able, dtypes=[dtype], only=SMALL)
     assert report.passed, [report.describe(c) for c in report.failures]
     lacking = [c.message.rpartition(" ")[2] for c in report.checks if c.verdict == "unsupported"]

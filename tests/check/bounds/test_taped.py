@@ -5,14 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from refattn import Problem, evaluate
+from refattn import VARIANTS, Problem, evaluate
 from refattn.arrays import to_float64
 from refattn.check.bounds.forward import bounds
 from refattn.check.bounds.gradients import gradient_bounds
 from refattn.check.bounds.operands import Operands, lost
 from refattn.check.bounds.taped import head_gradients
-from refattn.check.model import Model
+from refattn.check.model import Model, flash
+from refattn.exact.agree import under
 from refattn.exact.heads import heads
+from refattn.variants import Steps
+from refattn.variants.lightning import prepare, step
 
 from ...conftest import tensor
 from .coarse import TINY, TINY_W, S, U, W, times
@@ -102,3 +105,22 @@ def test_a_running_sum_is_rescaled_once_for_each_tile_of_keys(make):
     found = [head_gradients(one, Model(tile=n), g, g, np.zeros_like(g))["dv"][1] for n in (7, 8, 100)]
     assert (found[0] > found[1]).all()
     assert (found[1] == found[2]).all()
+
+
+def test_a_recurrence_may_fade_token_by_token():
+    """From a state alone: each step rounds the decay again, which decays by distance do not."""
+    n, u = 64, 2.0**-24
+    one = np.ones((1, 1, n, 1), np.float32)
+    options = {"decay": (0.001,)}
+    state = np.ones((1, 1, 1, 1), np.float32)
+    p = Problem(one, 0 * one, 0 * one, causal="bottom_right", variant="lightning", options=options, state=state)
+    dout = np.zeros_like(one)
+    dout[0, 0, -1] = 1
+    found = gradient_bounds(evaluate(p, gradients=dout), flash("float32"), dout, {"out": np.zeros(one.shape)})
+    least = (np.exp(-0.001) * (1 - u) ** 2) ** n  # the decay is rounded once, and each product with it
+    lost = np.exp(-0.001 * n) - least
+    assert found["dstate"].item() > lost
+    with under(replace(VARIANTS["lightning"], name="dense", define=Steps(step, prepare, linear=True))):
+        p = p.replace(variant="dense")
+        found = gradient_bounds(evaluate(p, gradients=dout), flash("float32"), dout, {"out": np.zeros(one.shape)})
+    assert found["dstate"].item() < lost  # what a form of all tokens alone would allow

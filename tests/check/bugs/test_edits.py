@@ -2,12 +2,14 @@
 
 import json
 from collections import Counter
+from functools import cache
 
 import pytest
 
 from refattn import Capabilities, check_kernel
-from refattn.check.bugs.edits import BUGS, CLASSES, broken
+from refattn.check.bugs.edits import BUGS, CLASSES, RECURRENT_BUGS, broken
 from refattn.check.diagnose.explain import SIGNATURES
+from refattn.check.kernels import KERNELS
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import GRADIENTS
 from refattn.check.runner import plan
@@ -25,6 +27,11 @@ def failed(kernel, dtype, names):
         report = check_kernel(kernel, capabilities=ABLE, dtypes=[dtype], only=f"{name}[{dtype}]")
         found |= {c.name.split("[")[0] for c in report.failures}
     return found
+
+
+@cache
+def failed_by_the_right_kernel(dtype, name):
+    return failed(tiled, dtype, {name})
 
 
 def test_there_are_enough_of_every_class():
@@ -51,13 +58,42 @@ def test_a_bug_is_caught(name):
     # one of the checks that it fails: from the middle of the small ones, where there are some
     all_of_them = [TABLE["checks"][i] for i in at]
     some = [c for c in all_of_them if not c.startswith(("models/", "law/"))] or all_of_them
-    names = {some[len(some) // 2]}
+    where = some[len(some) // 2]
     dtype = "bfloat16" if name in TABLE["bfloat16"] else "float32"
-    assert failed(broken(name), dtype, names) == names
-    assert failed(tiled, dtype, names) == set()
+    assert failed(broken(name), dtype, {where}) == {where}
+    assert failed_by_the_right_kernel(dtype, where) == set()
 
 
 def test_an_edit_that_no_longer_applies_is_an_error(monkeypatch):
-    monkeypatch.setattr("refattn.check.bugs.edits._source", lambda: "nothing")
+    monkeypatch.setattr("refattn.check.bugs.edits._source", lambda kernel: "nothing")
     with pytest.raises(ValueError, match="stands 0 times in the kernel, expected once"):
         broken("heads_tiled")
+
+
+ENTRY = KERNELS["refattn-chunked"]
+WHERE = {
+    "dstate_without_the_first_decay": ("gated_delta", "float32", ("gaussian/state/gradients", "law/state_gradient")),
+    "dstate_of_the_first_head_of_a_group": ("lightning", "float32", ("gaussian/one-token-and-all/gradients",)),
+    "dstate_kept_in_bfloat16": ("gated_delta", "float32", ("gaussian/state/gradients",)),
+    "state_of_the_sequence_before": ("lightning", "float32", ("gaussian/packed",)),
+    "state_of_the_first_sequence": ("gated_delta", "float32", ("gaussian/packed-and-all",)),
+    "decay_from_the_start_of_the_pack": ("lightning", "float32", ("gaussian/packed-and-all",)),
+    "last_state_of_the_pack_for_all": ("lightning", "float32", ("gaussian/packed",)),
+}
+"""A bug of a recurrence: its operator, a format, and checks that it fails."""
+
+
+def verdict(kernel, variant, name, dtype):
+    """The verdict of one check of a recurrence's kernel."""
+    able = ENTRY.capabilities
+    (check,) = check_kernel(kernel, variant, capabilities=able, dtypes=[dtype], only=f"{name}[{dtype}]").checks
+    return check.verdict
+
+
+@pytest.mark.parametrize("name", RECURRENT_BUGS)
+def test_a_bug_of_a_recurrence_is_caught(name):
+    pytest.importorskip("torch")
+    variant, dtype, checks = WHERE[name]
+    for check in checks:
+        assert verdict(broken(name), variant, check, dtype) == "failed"
+    assert verdict(ENTRY.kernel().call, variant, checks[0], dtype) == "passed"

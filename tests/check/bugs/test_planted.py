@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from refattn import VARIANTS, Capabilities, check_kernel
+from refattn.check.bugs.dropped import DROPOUT_BUGS
 from refattn.check.bugs.paged import PAGED_BUGS
 from refattn.check.bugs.planted import PLANTED, mistaken, plain, planted
 from refattn.check.model import FEATURES, FURTHER
@@ -12,13 +13,15 @@ from refattn.dtypes import ELEMENTS
 
 from ...conftest import NIGHTLY, SMALL
 
-OWN = ("types/", "pages/", "positions/")
+OWN = ("types/", "pages/", "positions/", "dropout/")
 """Families of further options, in which any bug may show."""
 SINKS = {"poison/sink-nan", "poison/sink-inf"}
-WRONG = [(v, b, "float32") for v in VARIANTS for b in VARIANTS[v].bugs if b not in PAGED_BUGS]
+ELSEWHERE = {*PAGED_BUGS, *DROPOUT_BUGS, "dropout_in_lse"}
+"""Bugs that tests/test_pages.py and tests/test_dropout.py have."""
+WRONG = [(v, b, "float32") for v in VARIANTS for b in VARIANTS[v].bugs if b not in ELSEWHERE]
 WRONG += [
-    ("softmax", b, "bfloat16") for b in VARIANTS["softmax"].bugs if b not in {"out_scale_ignored", *PAGED_BUGS}
-]  # out is float8 there; those of pages are in tests/test_pages.py
+    ("softmax", b, "bfloat16") for b in VARIANTS["softmax"].bugs if b not in {"out_scale_ignored", *ELSEWHERE}
+]  # out is float8 there
 
 
 WHERE = {

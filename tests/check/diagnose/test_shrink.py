@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from refattn import Capabilities, Problem
+from refattn import VARIANTS, Capabilities, Problem
 from refattn.check.bugs.edits import broken
 from refattn.check.diagnose.shrink import boundary, program, shrink
 from refattn.check.inputs.families import cases
@@ -115,3 +115,53 @@ def test_the_length_at_which_a_kernel_begins_to_fail_is_said():
     assert fails(p, None)
     assert "passes with n_k = 512, fails with 513, an edge of tiles of 256" in boundary(p, None, fails)
     assert boundary(p.replace(key=k[:, :, :1], value=v[:, :, :1]), None, lambda p, dout: True) == ""
+
+
+RECURRENT = {
+    "state_of_the_sequence_before": ("lightning", "gaussian/packed"),
+    "dstate_without_the_first_decay": ("gated_delta", "gaussian/state"),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_bug_of_a_recurrence_shrinks(name):
+    pytest.importorskip("torch")
+    variant, case = RECURRENT[name]
+    (found,) = (c for c in cases(variant) if c.name == case)
+    dout = found.arriving("float32") if name.startswith("dstate") else None
+    fails = failing(broken(name), flash("float32"), GRADIENTS)
+    p, dout = shrink(found.problem("float32"), dout, fails, 20.0)
+    assert fails(p, dout)
+    assert p.n_q == p.n_k <= 3
+    assert p.d_k <= 2
+    assert p.d_v <= 2
+    assert p.heads <= 2
+    assert p.state is None or p.state.shape == p.state_shape
+
+
+def test_a_recurrence_is_cut_by_tokens_heads_and_widths():
+    """A kernel that forgets the state of head 3, from token 5 on."""
+    (found,) = (c for c in cases("gated_delta") if c.name == "gaussian/gated-and-all")
+    p = found.problem("float32")
+    mark = p.query[0, 3, 5, 2]  # one number that the call must keep
+
+    def fails(p, dout):
+        return VARIANTS[p.variant].takes(p) and bool((p.query == mark).any()) and bool((p.beta > 0).all())
+
+    small, _ = shrink(p, None, fails, 20.0)
+    assert (small.heads, small.heads_kv, small.n_q, small.d_k, small.d_v) == (1, 1, 1, 1, 1)
+    assert small.query.item() == mark
+    assert small.state is small.alpha is None
+    assert small.beta.item() == p.beta[0, 3, 5, 0]
+    wide = p.replace(alpha=np.repeat(p.alpha, p.d_k, 3))
+    kept, _ = shrink(wide, None, lambda x, dout: fails(x, dout) and x.alpha is not None, 20.0)
+    assert kept.alpha.shape == (1, 1, 1, 1)
+    assert boundary(wide, None, lambda x, dout: x.n_q > 5) == ""
+    assert (
+        boundary(
+            wide.replace(**{n: x[:, :, :6] for n, x in wide.arrays().items() if n != "state"}),
+            None,
+            lambda x, dout: x.n_q > 5,
+        )
+        == "passes with n_q = 5, fails with 6"
+    )

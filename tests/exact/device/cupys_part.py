@@ -4,13 +4,14 @@ What CuPy would refuse is refused: an implicit copy to or from the device, a fun
 """
 
 import ctypes
+import re
 from contextlib import nullcontext
 from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 
-from refattn.exact.device.card import KERNELS, OPTIONS
+from refattn.exact.device.card import OPTIONS
 from tests.he.device.emulated import compiled
 
 __all__ = ["Array", "cupys_part"]
@@ -143,12 +144,13 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
 
 @cache
 def library(code, folder):
-    return compiled(f"exact{abs(hash(code))}", PRELUDE + code, KERNELS, folder, "-ffp-contract=off", "-mfma")
+    names = re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", code)
+    return compiled(f"exact{abs(hash(code))}", PRELUDE + code, names, folder, "-ffp-contract=off", "-mfma")
 
 
 def cupys_part(folder, free=2**36, capability="90", mode=0, gpus=1, broken=None):
     """Return a module's stand-in; `seen` of it tells what was launched. `broken` takes a product and spoils it."""
-    seen = SimpleNamespace(launched=[], free=free)
+    seen = SimpleNamespace(launched=[], freed=[], free=free)
 
     class CUDARuntimeError(RuntimeError):
         pass
@@ -215,6 +217,8 @@ def cupys_part(folder, free=2**36, capability="90", mode=0, gpus=1, broken=None)
         device=SimpleNamespace(get_cublas_handle=lambda: 7),
     )  # fmt: skip
 
+    pool = SimpleNamespace(free_bytes=lambda: 0, free_all_blocks=lambda: seen.freed.append(1))
+
     def made(function):
         def call(*some, **more):
             return Array(function(*map(taken, some), **more))
@@ -226,7 +230,7 @@ def cupys_part(folder, free=2**36, capability="90", mode=0, gpus=1, broken=None)
 
     return SimpleNamespace(
         cuda=cuda, RawModule=RawModule, seen=seen, asarray=asarray, array=asarray, empty=made(_filled),
-        zeros=made(np.zeros), full=made(np.full), get_default_memory_pool=lambda: SimpleNamespace(free_bytes=lambda: 0),
+        zeros=made(np.zeros), full=made(np.full), get_default_memory_pool=lambda: pool,
     )  # fmt: skip
 
 

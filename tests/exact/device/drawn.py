@@ -6,7 +6,7 @@ from refattn import Problem, rules
 from refattn.arrays import from_float64
 from refattn.dtypes import format_of
 
-__all__ = ["compare", "draw"]
+__all__ = ["FORMS", "backward", "compare", "draw"]
 
 FORMS = ("float64", "float32", "float16", "bfloat16")
 FAMILIES = {
@@ -71,6 +71,25 @@ def options(rng, b, h, n, m, packed):
     elif rng.random() < 0.2:
         more |= {"lengths_q": rng.integers(0, n + 1, b), "lengths_k": rng.integers(0, m + 1, b)}
     return more
+
+
+def backward(rng, most):
+    """Return a problem whose gradients a GPU computes, and a gradient that arrives.
+
+    Calls with many scores have no ties: those end in Arb on the CPU, twice.
+    """
+    while True:
+        p, *_ = draw(rng, most)
+        if p.softcap is not None or p.batch * p.heads * p.n_q * p.n_k > 8 * most:
+            continue
+        numbers = [np.abs(x.astype(np.float64)) for x in (p.query, p.key, p.value)]
+        largest = [float(x.max(initial=0.0)) for x in numbers]
+        tied = any(x.size and not np.ptp(x) for x in numbers) or all((x % 1 == 0).all() for x in numbers)
+        if all(x == 0 or 2.0**-199 < x < 2.0**199 for x in largest) and not (tied and p.n_k > 40):  # and no NaN
+            break
+    dout = FAMILIES[list(FAMILIES)[rng.integers(len(FAMILIES))]](rng, p.out_shape)
+    dout[rng.random(p.out_shape[:3]) < 0.1] = 0.0
+    return p, dout
 
 
 def compare(mine, theirs):

@@ -11,6 +11,7 @@ import refattn
 from refattn import Problem, UnsupportedProblem
 from refattn.arrays import cupy_with_gpu
 from refattn.errors import InvalidProblem
+from refattn.exact import elementwise
 from refattn.exact.device import asked
 from refattn.exact.device.card import KERNELS, OPTIONS, Card, text_of
 from tests.conftest import NIGHTLY
@@ -48,6 +49,30 @@ def test_an_array_on_another_gpu_is_refused(monkeypatch):
     p.key = SimpleNamespace(device=SimpleNamespace(id=1))
     with pytest.raises(InvalidProblem, match=r"key: is on GPU 1, device='cuda:0' is GPU 0; move it, or use .*cuda:1"):
         asked.asked("cuda:0", p, "float64")
+
+
+@GXX
+@pytest.mark.parametrize("level", [0, 1, 3])
+@pytest.mark.parametrize("turned", [False, True])
+def test_cuts_are_the_cpus_wherever_parts_lie(folder, level, turned):
+    card, rng = Card(cupys_part(folder), 0), np.random.default_rng(level)
+    x, low = rng.standard_normal((37, 300)), rng.standard_normal((37, 300)) * 2.0**-55
+    sigma = 1.5 * 2.0 ** (52 - 20 - 21 * np.arange(level)[:, None] + np.ones(37))
+    made, there = card.xp.asarray, (lambda a: np.ascontiguousarray(a.T).T) if turned else lambda a: a
+    for y in (low, np.zeros((1, 1))):
+        y = np.broadcast_to(y, x.shape)
+        heads, tails = np.zeros((level, 37, 300)), np.zeros((level + 1, 37, 300))
+        elementwise.cut(x, y, sigma, heads, tails)
+        room = card.xp.zeros
+        for mine in (
+            [room((n, 37, 300))[::-1] for n in (level, level + 1)],
+            [np.moveaxis(room((37, n, 300)), 1, 0) for n in (level, level + 1)],
+            [np.moveaxis(room((n, 300, 37)), 1, 2) for n in (level, level + 1)],
+        ):
+            spread = y if y.strides[1] else y[:1, :1]
+            card.cut(made(there(x)), np.broadcast_to(made(spread), x.shape), made(sigma), *mine)
+            assert (mine[0].get() == heads).all()
+            assert (mine[1].get() == tails).all()
 
 
 @GXX

@@ -7,8 +7,11 @@ import pytest
 
 import refattn
 from refattn import Problem, UnsupportedProblem, masks, rules
+from refattn.arrays import from_float64, to_float64
+from refattn.dtypes import format_of
 from refattn.errors import InvalidInput
-from refattn.exact.device import forward
+from refattn.exact.anywhere import narrowed
+from refattn.exact.device import card, forward
 from refattn.exact.device.card import KEYS, card_of
 from refattn.exact.device.forward import bytes_needed
 from refattn.exact.levels import Level, head_bits
@@ -30,7 +33,7 @@ def test_bits_are_the_cpus_over_all_options(trusted):
     assert wrong == 0
     assert {f"float64 enclosures, L = {i}" for i in range(3)} <= set(levels)
     launched = {name for name, _ in trusted.seen.launched}
-    assert launched == {"weigh", "collect"}
+    assert launched == {"cut", "weigh", "collect"}
 
 
 def test_blocks_of_the_size_that_a_gpu_has(stand_in, monkeypatch):
@@ -51,7 +54,7 @@ def test_enclosures_hold_at_every_level(trusted):
 
 def test_a_threads_keys_and_tiles_of_rows_meet(trusted, monkeypatch):
     """Two tiles of keys wider than a block's threads, three of rows, a mask by a rule: a row begins in the second."""
-    monkeypatch.setattr(forward, "ROWS", 16)
+    monkeypatch.setattr(forward, "ROWS", 64)  # at this level a fourth of them
     monkeypatch.setattr(forward, "FEWEST", 16)
     monkeypatch.setattr(masks, "WRITTEN", 0)
     card_of(0).keys = 400
@@ -163,8 +166,6 @@ def test_what_has_no_streaming_path_is_refused_by_name(trusted):
     for changes in more:
         with pytest.raises(UnsupportedProblem, match=r"device: .* has no streaming path"):
             refattn.evaluate(Problem(p.query, p.key, p.value, **changes), rounding="float64", device="cuda")
-    with pytest.raises(UnsupportedProblem, match="device: gradients is for the CPU"):
-        refattn.evaluate(p, rounding="float64", gradients=np.ones(p.out_shape), device="cuda")
     with pytest.raises(UnsupportedProblem, match="device: n_jobs is for the CPU"):
         refattn.evaluate(p, rounding="float64", n_jobs=2, device="cuda")
     with pytest.raises(InvalidInput, match="device: a GPU gives correctly rounded answers; pass rounding="):
@@ -195,6 +196,34 @@ def test_too_little_memory_says_how_much_is_needed(stand_in, monkeypatch):
     mine = refattn.evaluate(p, rounding="float64", device="cuda")
     assert compare(mine, refattn.evaluate(p, rounding="float64")) == 0
     assert {n for name, n in module.seen.launched if name == "weigh"} == {256, 88}
+
+
+def test_large_arrays_find_memory_that_small_ones_left(trusted, monkeypatch):
+    p = head(np.random.default_rng(0))
+    refattn.evaluate(p, rounding="bfloat16", device="cuda")
+    assert not trusted.seen.freed
+    monkeypatch.setattr(card, "LARGE", 1)
+    refattn.evaluate(p, rounding="bfloat16", device="cuda")
+    assert trusted.seen.freed
+
+
+def test_enclosures_stay_there_until_they_are_read(trusted):
+    answer = refattn.evaluate(head(np.random.default_rng(0)), rounding="float16", device="cuda")
+    assert set(answer.enclosures) == {"out", "lse"}
+    there = answer.enclosures._all["out"]
+    assert hasattr(there.mid, "__cuda_array_interface__")
+    here = answer.enclosures["out"]
+    assert isinstance(here.mid, np.ndarray)
+    assert answer.enclosures["out"] is here
+
+
+@pytest.mark.parametrize("form", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"])
+def test_numbers_keep_their_bits_on_the_way_back(trusted, form):
+    numbers = np.array([0.0, -0.0, 1.0, -1.5, 2.0**-9, -(2.0**-6), 448.0, np.inf, -np.inf, np.nan])
+    x = from_float64(numbers, form)
+    back = narrowed(trusted.asarray(to_float64(x)), format_of(form))
+    assert back.dtype == x.dtype
+    assert (to_float64(back).view(np.int64) == to_float64(x).view(np.int64)).all()
 
 
 def test_what_no_bound_is_proven_for_is_refused(trusted):

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not here(), reason="needs an NVIDIA GPU and CuPy
 
 def test_random_calls():
     assert same_bits("cuda", 40)[0] == 0
+    assert same_bits("cuda", 20, most=(40, 300), gradients=True)[0] == 0
     assert enclosures(20000)[1] == 0
 
 
@@ -36,6 +37,14 @@ def test_a_long_call_with_tiles_of_full_size():
     theirs = refattn.evaluate(few, rounding="float64")
     assert (mine.out[:, :, -40:] == theirs.out).all()
     assert (mine.lse[:, :, -40:] == theirs.lse).all()
+
+
+def test_gradients_with_tiles_of_full_size():
+    rng = np.random.default_rng(2)
+    q, k, v, dout = (rng.standard_normal((1, 1, n, 64)) for n in (3000, 5000, 5000, 3000))
+    p = Problem(q, k, v, causal="bottom_right")
+    mine = refattn.evaluate(p, rounding="float32", gradients=dout, device="cuda")
+    assert compare(mine, refattn.evaluate(p, rounding="float32", gradients=dout)) == 0
 
 
 def test_arrays_on_the_gpu_and_on_the_host_give_the_same():

@@ -2,7 +2,8 @@
 
 compile: the kernels for every degree, by nvcc, without spills. emulate: every operation at every degree, the kernels
 run by g++ against the executor. grid: whole plans, the executor against SEAL. gpu: the same and larger ones, and
-encoders with their masks, on a GPU against SEAL where TenSEAL is installed, and against the executor.
+encoders with their masks, and decoding, on a GPU against SEAL where TenSEAL is installed, and against the executor.
+predicted: times and memory of blocks and many inputs, as predicted, beside those that were measured.
 """
 
 import importlib.util
@@ -26,6 +27,8 @@ from refattn.he.device.session import Session
 
 from ...gpu.compiled import check_compiles
 from ..make import planned, problem
+from ..make_decoding import planned as planned_decoding
+from ..make_decoding import sequence, taken, token
 from ..relay import Relay
 from ..test_encoder import encoder
 from ..test_layer import layer
@@ -33,7 +36,8 @@ from .drawn import Drawn
 from .emulated import Emulated
 from .every import RINGS, Every
 from .exchange import Exchange
-from .rounds import same_rounds
+from .predicted import predicted
+from .rounds import contents, same_rounds
 
 GRID = [(4, 4), (16, 32), (32, 64)]
 MODES = [{}, {"upload": "whole"}, {"upload": "compact"}, {"normalize": "client"}]
@@ -118,6 +122,25 @@ def masked():
         yield f"encoder, {name}", all(found) and bool(near)
 
 
+def decodings():
+    """Yield whether each step's message of a GPU is SEAL's, and within the plan's bound."""
+    for (n, context, d, heads), p, upload in itertools.product(
+        ((6, 0, 8, 2), (5, 11, 16, 3), (20, 0, 32, 12)), (2, 4), ("full", "whole")
+    ):  # fmt: skip
+        x = sequence(n, context, d, heads=heads, p=p, epsilon=3.0)
+        plan = planned_decoding(x, tolerance=0.1, upload=upload)
+        known, exact, good = taken(x)[3], he.reference(x)[0], True
+        client = he.DecodingClient(plan)
+        keys = client.evaluation_keys()
+        with he.DecodingServer(plan, keys, known) as cpu, he.DecodingServer(plan, keys, known, "cuda") as card:
+            for i in range(n):
+                message = token(client, x, i)
+                ours = card.step(message)
+                good &= contents(plan, ours) == contents(plan, cpu.step(message))
+                good &= bool(np.abs(client.decrypt(ours) - exact[:, i]).max() <= plan.error)
+        yield f"decoding {n} tokens after {context}, {heads} x {d}, p = {p}, {upload}", good
+
+
 def gpu(count):
     """Yield whether a GPU gives the executor's words, and SEAL's where TenSEAL is installed."""
     for (degree, ring), upload, seed in itertools.product(RINGS.items(), ("full", "whole"), range(3)):
@@ -125,6 +148,7 @@ def gpu(count):
     if importlib.util.find_spec("tenseal"):
         yield from grid(count, "cuda")
         yield from masked()
+        yield from decodings()
         return
     print("no TenSEAL: programs are compared with the executor only")
     for name, _, program in itertools.chain(calls(count), encoders()):
@@ -134,7 +158,8 @@ def gpu(count):
 def main(words):
     """Run stages, and say how many comparisons failed; a number is how many random calls there are."""
     stages = {
-        "compile": lambda _: compile_all(), "emulate": lambda _: emulate(), "grid": grid, "gpu": gpu
+        "compile": lambda _: compile_all(), "emulate": lambda _: emulate(), "grid": grid, "gpu": gpu,
+        "predicted": lambda _: predicted(),
     }  # fmt: skip
     counts = [int(w) for w in words if w.isdigit()]
     failed = 0

@@ -1,0 +1,221 @@
+"""Recurrences on a GPU, forward: Lightning attention and the gated delta rule, in time O(n) (recurrence.cu)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..arrays import dtype_name, kind_of
+from ..errors import InvalidProblem, UnsupportedProblem
+from ..problem import Problem
+from ..variants import variant_of
+from .arguments import arguments_of
+from .build import compiled, text_of
+from .launch import capability, queue
+from .views import (
+    View,
+    cast,
+    check_devices,
+    device_of,
+    empty,
+    finish,
+    layout,
+    library,
+    on,
+    side_by_side,
+    stream_of,
+    view,
+)
+
+__all__ = ["gated_delta", "lightning", "macros", "shared_bytes", "source"]
+
+FILE = "recurrence.cu"
+TYPES = ("float16", "bfloat16", "float32")
+WIDTHS = (64, 128)
+COLUMNS, CHUNK = 32, 32
+
+
+def macros(dtype: str, d: int, gate: int) -> dict[str, Any]:
+    """Return what the kernels are compiled with; gate: 0 without alpha, 1 with one a token, 2 one for each channel."""
+    return {"T": dtype, "D": min(w for w in WIDTHS if w >= d), "WARPS": 4, "GATE": gate}
+
+
+def source(m: Mapping[str, Any]) -> str:
+    """Return the kernels' text."""
+    return text_of(FILE, m)
+
+
+def shared_bytes(entry: str, m: Mapping[str, Any]) -> int:
+    """Return the dynamic shared memory of a block, in bytes."""
+    d = m["D"]
+    if entry == "lightning":
+        return int(4 * (2 * CHUNK * (d + 4) + CHUNK * COLUMNS + CHUNK * (CHUNK + 4) + d * COLUMNS + CHUNK + 1))
+    return int(4 * (2 * CHUNK * d + CHUNK * COLUMNS + CHUNK + CHUNK * (0, 1, d)[m["GATE"]]))
+
+
+def lightning(
+    query: Any, key: Any, value: Any, *, decay: Sequence[float], scale: float | None = None, state: Any = None,
+    cu_seqlens: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return Lightning attention and its last state, computed on the GPU that the arrays are on.
+
+    ``S_t = exp(-decay) S_(t-1) + k_t^T v_t``, ``out_t = scale q_t S_t``; sums and the state are in float32.
+
+    Parameters
+    ----------
+    query : (b, h_q, n, d_k) array of CuPy, PyTorch or JAX
+        float16, bfloat16 or float32; d_k up to 128; any strides with a contiguous last axis.
+    key, value : (b, h_kv, n, d_k) and (b, h_kv, n, d_v) arrays
+        Of query's library, type and device; h_kv divides h_q.
+    decay : sequence of h_q floats
+        The rates, in 1/position.
+    scale : float, optional
+        None is 1.
+    state : (b, h_q, d_k, d_v) array, optional
+        What it starts from; None is 0. With `cu_seqlens` it is (m, h_q, d_k, d_v).
+    cu_seqlens : (m + 1,) integer array, optional
+        Offsets of m packed sequences (b is 1), each with a state of its own. Their values are not checked.
+
+    Returns
+    -------
+    out : (b, h_q, n, d_v) array
+        Of query's type.
+    state : array
+        After the last token, in float32, of the shape that `state` has.
+
+    Raises
+    ------
+    InvalidProblem
+        Shapes, types or devices that do not fit together.
+    UnsupportedProblem
+        A type, a width or a GPU that the kernel does not take. There are no gradients.
+
+    Notes
+    -----
+    Source: Qin et al., Lightning Attention-2, arXiv 2401.04658: chunks of 32 tokens.
+    """
+    options = {"decay": tuple(map(float, decay))}
+    return _run("lightning", {"query": query, "key": key, "value": value}, scale, state, cu_seqlens, options)
+
+
+def gated_delta(
+    query: Any, key: Any, value: Any, *, beta: Any, alpha: Any = None, scale: float | None = None, state: Any = None,
+    cu_seqlens: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return the gated delta rule's output and its last state, computed on the GPU that the arrays are on.
+
+    ``S' = alpha_t S_(t-1)``, ``S_t = S' + beta_t k_t^T (v_t - k_t S')``, ``out_t = scale q_t S_t``, token by token.
+
+    Parameters
+    ----------
+    query, key, value, scale, state, cu_seqlens
+        As in :func:`lightning`; also what is returned and raised.
+    beta : (b, h_q, n, 1) array
+        How far each token moves the state, 0 to 2.
+    alpha : (b, h_q, n, 1 or d_k) array, optional
+        What each token keeps of it, 0 to 1; None keeps all. The gates' values are not checked.
+
+    Notes
+    -----
+    Source: Yang et al., Gated Delta Networks, arXiv 2412.06464; Kimi Linear, arXiv 2510.26692; both recalled.
+    """
+    given = {"query": query, "key": key, "value": value, "alpha": alpha, "beta": beta}
+    return _run("gated_delta", given, scale, state, cu_seqlens, {})
+
+
+def _run(
+    entry: str, given: dict[str, Any], scale: float | None, state: Any, cu_seqlens: Any, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    query = given["query"]
+    _no_graph(entry, [*given.values(), state])
+    device = device_of(query, "query")
+    with on(device):
+        arrays = {n: view(x, n) for n, x in given.items() if n in ("query", "key", "value")}
+        _check(entry, given, arrays, device, scale, options)
+        (b, h, n, d_k), (_, h_kv, _, d_v) = arrays["query"].shape, arrays["value"].shape
+        many = b if cu_seqlens is None else _sequences(cu_seqlens, b)
+        gates = {n: _float32(given[n], n, side_by_side) for n in ("alpha", "beta") if given.get(n) is not None}
+        start = None if state is None else _float32(state, "state", _contiguous)
+        if start is not None and tuple(start.shape) != (many, h, d_k, d_v):
+            raise InvalidProblem(f"state: got shape {tuple(start.shape)}, expected {(many, h, d_k, d_v)}")
+        cu = None if cu_seqlens is None else _contiguous(cast(cu_seqlens, "int32", "cu_seqlens"))
+        rates = _rates(query, options["decay"]) if "decay" in options else None
+        more = {"state": start, "cu_seqlens": cu, "decay": rates} | gates
+        arrays |= {n: view(x, n) for n, x in more.items() if x is not None}
+        check_devices(arrays)
+        out, arrays["out"] = empty(query, (b, h, n, d_v), arrays["query"].dtype)
+        last, arrays["last"] = empty(query, (many, h, d_k, d_v), "float32")
+        gate = 0 if "alpha" not in gates else 1 if gates["alpha"].shape[3] == 1 else 2
+        m = macros(arrays["query"].dtype, d_k, gate)
+        grid = many * h * -(-d_v // COLUMNS)
+        if grid:
+            sizes = {"heads": h, "group": h // h_kv, "n": n, "d_k": d_k, "d_v": d_v}
+            values = _values(entry, arrays) | {"z": sizes, "scale": 1.0 if scale is None else float(scale)}
+            shared, (major, minor) = shared_bytes(entry, m), capability(device)
+            kernel = compiled(source(m), entry, shared, f"sm_{major}{minor}", device)
+            queue(kernel, grid, 128, shared, stream_of(query, device), arguments_of(FILE, entry), values)
+        out, last = finish(query, [out, last], list(arrays.values()))
+    return out, last
+
+
+def _check(
+    entry: str, given: dict[str, Any], arrays: dict[str, View], device: int, scale: float | None, options: Any
+) -> None:
+    """Refuse what does not fit together, and what the kernels do not take; nothing on the device is read."""
+    p = Problem(**given, scale=scale, causal="bottom_right", variant=entry, options=options)
+    variant_of(entry).settings(p)
+    if p.dtype not in TYPES:
+        raise UnsupportedProblem(f"gpu: {entry} takes {', '.join(TYPES)}, got {p.dtype}")
+    if p.d_k > WIDTHS[-1]:
+        raise UnsupportedProblem(f"gpu: {entry} takes queries and keys of up to {WIDTHS[-1]} columns, got {p.d_k}")
+    if capability(device) < (8, 0):
+        raise UnsupportedProblem(f"gpu: {entry} needs compute capability 8.0 or later, got {capability(device)}")
+    layout(list(arrays.values()))
+
+
+def _no_graph(entry: str, arrays: list[Any]) -> None:
+    """Refuse tensors whose gradient PyTorch's graph wants: it would be lost without a word."""
+    if any(getattr(x, "requires_grad", False) for x in arrays) and library("torch").is_grad_enabled():
+        raise UnsupportedProblem(f"gpu: {entry} has no gradients; detach its arrays, or call it in torch.no_grad()")
+
+
+def _sequences(cu: Any, batch: int) -> int:
+    if kind_of(cu) is None or len(cu.shape) != 1 or cu.shape[0] < 2 or "int" not in dtype_name(cu):
+        raise InvalidProblem("cu_seqlens: expected at least 2 integers on one axis, the offsets of packed sequences")
+    if batch != 1:
+        raise InvalidProblem(f"query: axis batch is {batch}, expected 1 with cu_seqlens; pack along the seq axis")
+    return int(cu.shape[0]) - 1
+
+
+def _float32(x: Any, name: str, lie: Any) -> Any:
+    return lie(cast(x, "float32", name))
+
+
+def _contiguous(x: Any) -> Any:
+    return (
+        x.contiguous() if kind_of(x) == "torch" else x if kind_of(x) == "jax" else library("cupy").ascontiguousarray(x)
+    )
+
+
+def _rates(like: Any, decay: tuple[float, ...]) -> Any:
+    if kind_of(like) == "torch":
+        torch = library("torch")
+        return torch.tensor(decay, dtype=torch.float64, device=like.device)
+    return library("cupy").array(decay, "float64")
+
+
+def _values(entry: str, arrays: Mapping[str, View]) -> dict[str, Any]:
+    """Return the kernel's arrays by the names of its parameters."""
+
+    def pointer(name: str) -> int:
+        return arrays[name].pointer if name in arrays else 0
+
+    def tensor(name: str) -> tuple[int, ...]:
+        return (arrays[name].pointer, *arrays[name].spread()[:3]) if name in arrays else (0, 0, 0, 0)
+
+    found: dict[str, Any] = {"q": tensor("query"), "k": tensor("key"), "v": tensor("value"), "out": tensor("out")}
+    found |= {"start": pointer("state"), "last": pointer("last"), "cu": pointer("cu_seqlens")}
+    own: dict[str, Any] = (
+        {"rates": pointer("decay")} if entry == "lightning" else {n: tensor(n) for n in ("alpha", "beta")}
+    )
+    return found | own

@@ -1,0 +1,105 @@
+"""What a call makes of its scores, as FlexAttention's ``score_mod``: softcap, ALiBi, bias and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .arrays import to_float64, to_numpy
+from .errors import InvalidInput, UnsupportedProblem
+from .positions import places
+from .problem import VARIANT, Problem
+from .validation import shown
+
+__all__ = ["score_mod"]
+
+OUTSIDE = ("rotary", "sink", "dropout_mask", "block_table", "query_scale", "key_scale", "value_scale", "out_scale")
+"""What acts before or behind the scores."""
+
+
+def score_mod(problem: Problem, device: Any = None) -> Callable[[Any, Any, Any, Any, Any], Any]:
+    r"""Return a call's ``score_mod(score, b, h, q_idx, kv_idx)``, its tables as tensors.
+
+    With s = scale q·k, which FlexAttention makes, it returns
+
+        softcap tanh(s / softcap) - slope_bh |place_i - place_j| + bias_bhij + log weight_bhij
+
+    without the terms that the call has not. Which keys a query sees is not in it: ``refattn.rules.mask_mod`` and
+    ``block_mask`` say that of a rule. A bias of -inf and a weight of 0 hide their keys.
+
+    Parameters
+    ----------
+    problem : Problem
+        A call of softmax attention.
+    device : str or torch.device, optional
+        Where the tables lie; None is where a call of PyTorch's tensors has its own, else the CPU.
+
+    Returns
+    -------
+    callable
+        For ``flex_attention(..., score_mod=...)``. A bias of PyTorch's is not copied, so gradients reach it.
+
+    Raises
+    ------
+    InvalidInput
+        It is no Problem.
+    UnsupportedProblem
+        Another operator, or what acts before or behind the scores: rotary positions, a sink, dropout, scales, pages.
+
+    Notes
+    -----
+    FlexAttention's documentation in PyTorch 2.13 was read.
+    """
+    if not isinstance(problem, Problem):
+        raise InvalidInput(f"problem: got {shown(problem)}, expected a Problem")
+    p = problem
+    if p.variant != VARIANT:
+        raise UnsupportedProblem(f"variant: score_mod is of {VARIANT} attention, got {p.variant}")
+    for name in OUTSIDE:
+        if getattr(p, name) is not None:
+            raise UnsupportedProblem(f"{name}: is no term of a score; give FlexAttention what it makes of the call")
+    import torch
+
+    device = (p.query.device if p.kind == "torch" else "cpu") if device is None else device
+    whole = (p.batch, p.heads, p.n_q, p.n_k)
+
+    def tensor(x: Any) -> Any:
+        return torch.as_tensor(np.array(x, order="C"), device=device)
+
+    bias = p.bias
+    if bias is not None:
+        bias = bias.to(device) if p.kind == "torch" else tensor(to_float64(to_numpy(bias)).astype(np.float32))
+        bias = bias.expand(whole)
+    weight = None if p.weight is None else tensor(_logs(p)).expand(whole)
+    slopes, at, cap = None, _places(p), p.softcap
+    if p.alibi_slopes is not None:
+        given = to_float64(to_numpy(p.alibi_slopes)).astype(np.float32)
+        slopes = tensor(np.broadcast_to(given, (p.batch, p.heads)))
+    at_q, at_k = (tensor(x) for x in at)
+
+    def mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        if cap is not None:
+            score = torch.tanh(score / cap) * cap
+        if slopes is not None:
+            score = score - slopes[b, h] * (at_q[b, q_idx] - at_k[b, kv_idx]).abs()
+        if bias is not None:
+            score = score + bias[b, h, q_idx, kv_idx]
+        return score if weight is None else score + weight[b, h, q_idx, kv_idx]
+
+    return mod
+
+
+def _logs(p: Problem) -> Any:
+    with np.errstate(divide="ignore"):
+        return np.log(to_float64(to_numpy(p.weight))).astype(np.float32)
+
+
+def _places(p: Problem) -> tuple[Any, Any]:
+    """Return the positions (b, n_q) of queries and (b, n_k) of keys, 0 where these are not used."""
+    found = np.zeros((p.batch, p.n_q), np.int64), np.zeros((p.batch, p.n_k), np.int64)
+    for b in range(p.batch if p.alibi_slopes is not None else 0):
+        for rows, keys in p.segments(b):
+            found[0][b, rows], found[1][b, keys] = places(p, b, rows, keys)
+    return found

@@ -1,0 +1,57 @@
+"""Predictions beside the measurements that are kept: those of blocks take a while to plan, and are a stage of gate.py.
+
+Kernels' times, and whole ones of attention, are what the costs were fitted to. Blocks and encoders are not: they have
+other kernels, twice the degree and more primes, and are held to the same residuals.
+"""
+
+import json
+from pathlib import Path
+
+from refattn import he
+from refattn.bench import load
+from refattn.he.baselines import random_call
+from refattn.he.device.predict import COSTS, on_gpu
+
+FILE = Path(__file__).parents[3] / "benchmarks" / "results" / "he-gpu-h200.json"
+ROWS = {row["name"]: row["value"] for row in json.loads(FILE.read_text(encoding="utf-8"))["rows"]}
+
+
+def bound(what):
+    """Return the largest ratio of a time: it is a sum of parts, each within its residual."""
+    return COSTS.of_kernels if what == "computing" else max(COSTS.of_kernels, COSTS.of_host)
+
+
+def ratios(name, program):
+    """Yield what was measured of a program, the ratio of its prediction to that, and the most it may be."""
+    found = on_gpu(program)
+    inputs = f"{name}, an input on the GPU"
+    for what, row, ms in (
+        ("computing", f"{name}, computing", found.computing_ms),
+        ("bytes to bytes", f"{name}, bytes to bytes", found.bytes_ms),
+        ("bytes to bytes", f"{name}, server on the GPU", found.bytes_ms / 1e3),
+        ("bytes to bytes", inputs, found.bytes_ms / getattr(program, "heads", 1)),
+    ):
+        if row in ROWS:
+            yield what, ms / ROWS[row], bound(what)
+    asked = ROWS.get(f"{name}, memory of the session")
+    if asked is not None:
+        yield "memory", found.memory_bytes / round(1e9 * asked), 1.0
+
+
+def programs():
+    """Yield names and programs that take long to plan: many inputs, a block, an encoder."""
+    plan = he.plan(16, 16, 32, heads=8192, mode="throughput", **random_call(16, 32, 8192, 2)[1])
+    yield "8192 slots, 8192 inputs of 16 x 32", plan
+    from refattn.he.torch import weights_of
+
+    yield "block 16 x 64", he.Layer(weights_of(load("he").a_block()[0], 16), tolerance=1e-2)
+    weights, _ = load("he_gpu").an_encoder()
+    name = "two-layer encoder, 16 tokens, d = 64, masked refresh"
+    yield name, he.Encoder(weights, tolerance=1e-2, device="cuda")
+
+
+def predicted():
+    """Yield whether predictions are within their bounds."""
+    for name, program in programs():
+        for what, ratio, most in ratios(name, program):
+            yield f"{name}, {what}: predicted over measured {ratio:.3f}, at most {most:.3f}", 1 / most <= ratio <= most
