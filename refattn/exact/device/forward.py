@@ -103,7 +103,7 @@ class OnDevice(Forward):
     def run(self) -> None:
         """Compute all rows."""
         size = self.tall
-        self.f.device.trim(8 * self.left.size)
+        self.f.device.trim(8 * self.head.k.size)
         level, xp, d_v = self.f.level, self.f.xp, self.out.shape[1]
         r, w = min(size, len(self.rows)), max(t.stop - t.start for t in self.tiles) if self.tiles else 0
         self._planes, self._fade = xp.empty(r * (level + 1) * w), xp.empty(r)
