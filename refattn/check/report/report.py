@@ -272,7 +272,6 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values; numbers that JSON lacks become "nan", "inf" or "-inf"."""
-        counts = {v: self.count(v) for v in VERDICTS}
         checks = [asdict(c) | {"ratio": c.ratio, "reproduce": self.command(c)} for c in self.checks]
         plain: dict[str, Any] = _plain(
             {
@@ -292,7 +291,7 @@ class Report:
                 "left": self.left,
                 "unasked": self.unasked,
                 "truth": self.truth,
-                "counts": counts,
+                "counts": {v: self.count(v) for v in VERDICTS},
                 "models": self.models,
                 "correctly_rounded": self.correctly_rounded,
                 "checks": checks,
