@@ -46,7 +46,8 @@ def add_dbias(one: Head, at: Any, columns: slice, g: Any, raw: Raw) -> None:
     g = g if shape[2] > 1 else g.T.sum().T
     g = g if shape[3] > 1 else g.sum()
     rows = lines[:, None] if shape[2] > 1 else np.zeros((1, 1), int)
-    keys = np.arange(one.keys.start, one.keys.stop)[None, columns] if shape[3] > 1 else np.zeros((1, 1), int)
+    places = np.arange(one.keys.start, one.keys.stop) if isinstance(one.keys, slice) else one.keys
+    keys = places[None, columns] if shape[3] > 1 else np.zeros((1, 1), int)
     add(raw["dbias"], (b if shape[0] > 1 else 0, h if shape[1] > 1 else 0, rows, keys), numbers_of(g))
 
 

@@ -303,10 +303,10 @@ def _gradients(
     forward: Forward | None,
     lock: Any,
 ) -> Rows:
-    at, inside = _place(one, lines), threading.Lock()
+    at = _place(one, lines)
 
     def dbias(rows: slice, columns: slice, g: Bounded) -> None:
-        with inside:
+        with lock:
             add_dbias(one, (one.batch, one.head, at[2][rows]), columns, g, raw)
 
     result, rows = backward(

@@ -177,6 +177,31 @@ def test_balls_run_over_what_a_row_chose(views, monkeypatch, name):
         np.testing.assert_array_equal(np.float32(got.values[n]), np.float32(want.values[n]), n)
 
 
+RNG = np.random.default_rng(7)
+TERMS = {
+    "dropout": {"dropout_p": 0.3, "dropout_mask": RNG.random((1, 2, 90, 300)) >= 0.3},
+    "dropout, the same for all rows": {"dropout_p": 0.5, "dropout_mask": RNG.random((1, 1, 1, 300)) >= 0.5},
+    "bias": {"bias": RNG.standard_normal((1, 2, 90, 300)).astype(np.float32)},
+    "bias, the same for all rows": {"bias": RNG.standard_normal((1, 1, 1, 300)).astype(np.float32)},
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_what_goes_by_pairs_is_cut_with_a_heads_rows_and_keys(views, name):
+    """Levels take rows some at a time, balls one by one; the mask written out, levels take the head whole."""
+    variant, options = CHOICES["short blocks"]
+    p = call(90, 300, causal="bottom_right", variant=variant, options=options)
+    core = lowering.lower(p).problem.replace(**TERMS[name])
+    dout = np.random.default_rng(5).standard_normal(p.out_shape)
+    want = evaluate(core.written_out(), rounding="float32", gradients=dout)
+    got = evaluate(core, rounding="float32", gradients=dout, n_jobs=2)
+    balls = evaluate(core, bits=80, gradients=dout)
+    assert got.values.keys() == want.values.keys()
+    for n in want.values:
+        np.testing.assert_array_equal(got.values[n], want.values[n], n)
+        np.testing.assert_array_equal(np.float32(balls.values[n]), want.values[n], n)
+
+
 def test_few_open_keys_ask_the_rows_that_see_them(views):
     p = lowering.lower(call(90, 300, heads=(2, 1), causal="bottom_right", variant="topk", options=OPTIONS)).problem
     dout = np.random.default_rng(5).standard_normal(p.out_shape)
