@@ -342,7 +342,7 @@ def _keys(
         return None  # nothing is wanted, or no row sees a key: dk and dv stay 0
     if name not in known:
         lists = isinstance(one.allowed, View) and one.allowed.lists
-        if isinstance(f, Level) and (f.device is not None or not lists):
+        if isinstance(f, Level) and not lists:
             forward = forward_pass(one, f, live, threads)
             known[name] = rows_of(forward, dout[_place(one, live)], threads)
         else:

@@ -7,9 +7,10 @@ import pytest
 
 import refattn
 from refattn import Problem, UnsupportedProblem, masks, rules
-from refattn.exact import driver
+from refattn.exact import driver, lowering
 from refattn.exact.device import backward
 from refattn.exact.device.card import Card, card_of
+from refattn.exact.heads import Head, heads
 from refattn.exact.levels import Level
 from refattn.exact.run import Work
 from tests.conftest import NIGHTLY
@@ -69,6 +70,19 @@ def test_a_long_mask_by_rules_and_rows_that_see_nothing(trusted, monkeypatch):
     card_of(0).keys = 64
     ids = [1] * 10 + [0] * 25 + [7] * 5, [0] * 130 + [1] * 70
     same(*call(m=200, allowed=rules.document(*ids)))
+
+
+@GXX
+def test_a_head_whose_keys_are_listed_is_taken_whole(trusted, monkeypatch):
+    monkeypatch.setattr(masks, "WRITTEN", 0)
+    monkeypatch.setattr(lowering, "WRITTEN", 0)
+    p, dout = call(n=60, m=80, causal="bottom_right", variant="topk", options={"topk": 4, "local": 1})
+    core, cut, part = lowering.lower(p).problem, [], Head.part
+    assert next(heads(core)).allowed.lists
+    monkeypatch.setattr(Head, "part", lambda one, *some: cut.append(type(one.q)) or part(one, *some))
+    same(core, dout, "float64")
+    assert "slope" in {name for name, _ in trusted.seen.launched}
+    assert set(cut) == {np.ndarray}
 
 
 @GXX
