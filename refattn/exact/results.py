@@ -12,10 +12,12 @@ from .doubledouble import U, two_sum
 from .heads import Head, finite_rows, numbers_of
 from .levels import UP, Level
 
-__all__ = ["Raw", "add", "add_dbias", "collect", "finite", "mark", "put", "specials"]
+__all__ = ["Raw", "add", "add_dbias", "collect", "finite", "mark", "put", "single", "specials"]
 
 Raw = dict[str, NDArray[Any]]
 """Arrays by name. Elements are an arithmetic's numbers; those of a level stand along a last axis as h, l, r."""
+CHUNK = 2**20
+"""Truth values of a mask that are made at a time."""
 
 
 def put(one: Head, name: str, x: NDArray[Any], raw: Raw) -> None:
@@ -80,10 +82,25 @@ def mark(to: NDArray[Any], where: Any, x: float, f: Any) -> None:
             to[..., i][f.xp.asarray(where)] = part
 
 
+def single(one: Head, raw: Raw, f: Level) -> None:
+    """Write 0 for a level's gradients of rows that see one key: softmax weighs it 1, and dP - dout·out is 0.
+
+    No radius would decide that these are 0. The mask is looked at where all of a row's dq may be.
+    """
+    at = (one.batch, one.head, one.rows)
+    h, low, r = (np.abs(raw["dq"][at][..., i]) for i in range(3))
+    rows = np.nonzero(on_host((h + low <= r).all(1) & (r > 0).any(1)))[0]
+    alone, step = np.zeros(len(h), bool), max(1, CHUNK // len(one.k))
+    for some in (rows[i : i + step] for i in range(0, len(rows), step)):
+        alone[some] = one.allowed[some].sum(1) == 1
+    own = "dbias" in raw and one.problem.bias.shape == (*one.problem.out_shape[:3], one.problem.n_k)
+    for name in ("dq", "dbias") if own else ("dq",):
+        mark(raw[name][at], alone, 0.0, f)
+
+
 def specials(one: Head, raw: Raw, f: Any, positive: bool) -> None:
     """Write what the contract fixes: rows without keys, rows that see NaN or inf."""
     at = (one.batch, one.head, one.rows)
-
     out = raw["out"][at]
     if "lse" in raw:
         lse = raw["lse"][at]

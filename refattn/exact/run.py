@@ -24,9 +24,9 @@ from .heads import Head, heads, matrix_of, numbers_of
 from .keys import FEW, Rows, few_keys, rows_by_definition, rows_of
 from .levels import Bounded, Level
 from .lowering import lower
-from .results import Raw, add, add_dbias, collect, finite, mark, put, specials
+from .results import Raw, add, add_dbias, collect, finite, mark, put, single, specials
 from .steps import by_steps
-from .stream import Forward, each, forward_pass, stream, streams
+from .stream import STREAMED, Forward, each, forward_pass, stream, streams
 from .tape import Tape, gradients
 from .trust import check_machine, check_thread
 
@@ -167,6 +167,9 @@ class Work:
                 else:
                     self._by_tiles(one, f, lines, raw, sums=keys is None)
             specials(one, raw, f, self.variant.positive and one.kept is None)
+            plain = self.variant.fused == STREAMED and self.dlse is None and one.sink is None
+            if floating and plain and dout is not None and len(one.k):
+                single(one, raw, f)
             if self.dlse is not None and one.sink is not None and "dsink" in raw:
                 alone = self.dlse[one.batch, one.head, one.rows][~one.allowed.any(1) & ~one.spoilt]
                 add(raw["dsink"], (one.head,), numbers_of(matrix_of(f, alone[None]).sum())[0, 0])

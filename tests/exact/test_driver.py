@@ -3,6 +3,7 @@
 from fractions import Fraction
 
 import flint
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -373,6 +374,55 @@ def test_identical_values_have_zero_gradients(make):
 
 
 # bad calls -----------------------------------------------------------------------------------------------------------
+
+
+def drawn(n_q, n_k, **more):
+    rng = np.random.default_rng(4)
+    q, k, v, dout = (rng.standard_normal((1, 1, n, 4)) for n in (n_q, n_k, n_k, n_q))
+    return Problem(q, k, v, **more), dout
+
+
+@pytest.mark.parametrize("n", [20, 300])
+@pytest.mark.parametrize("name", ["causal", "bias", "dropout", "softcap", "scaled"])
+def test_a_row_with_one_key_has_a_gradient_of_0_without_balls(n, name):
+    rng = np.random.default_rng(5)
+    more = {
+        "bias": {"bias": rng.standard_normal((1, 1, n, n))},
+        "dropout": {"dropout_p": 0.25, "dropout_mask": rng.random((1, 1, n, n)) >= 0.25},
+        "softcap": {"softcap": 2.0},
+        "scaled": {"out_scale": 3.0, "weight": np.full((1, 1, 1, n), 2.0)},
+    }.get(name, {})
+    p, dout = drawn(n, n, causal="bottom_right", **more)
+    a = evaluate(p, rounding="float32", gradients=dout)
+    assert set(a.undecided.values()) == {0}
+    # a short call's dbias of masked scores is 0 within a radius
+    assert (n, name) == (20, "bias") or not any("Arb" in x for x in a.stats)
+    for x in ("dq", "dbias") if name == "bias" else ("dq",):
+        first = a.values[x][0, 0, 0]
+        np.testing.assert_array_equal(first.view(np.uint32), 0)  # +0
+        assert a.values[x][0, 0, 1].any()
+
+
+@pytest.mark.parametrize("n", [2, 300])
+@pytest.mark.parametrize("name", ["sink", "dlse", "another key"])
+def test_a_gradient_that_is_nearly_0_is_not_0(n, name):
+    """Against the formula: dS_j = P_j (dout·v_j - sum_i P_i dout·v_i + dlse), which has e^-200 or dlse as a factor."""
+    seen, bias = 1 + (name == "another key"), np.zeros((1, 1, 1, n))
+    bias[..., 1] = -200.0
+    sink, dlse = (np.array([-200.0]), 0.0) if name == "sink" else (None, 1e-40 if name == "dlse" else 0.0)
+    p, dout = drawn(1, n, bias=bias, allowed=(np.arange(n) < seen)[None, None, None], sink=sink, scale=0.5)
+    more = {"dlse": np.full((1, 1, 1), dlse)} if dlse else {}
+    got = evaluate(p, rounding="float64", gradients=dout, **more).values["dq"][0, 0, 0]
+    with mpmath.workprec(900):
+        q, k, v, g = (mpmath.matrix(x[0, 0].tolist()) for x in (p.query, p.key, p.value, dout))
+        w = [mpmath.exp((q[0, :] * k[j, :].T)[0] / 2 + bias[0, 0, 0, j]) for j in range(seen)]
+        z = sum(w) + (mpmath.exp(-200) if sink is not None else 0)
+        at_p = [(g[0, :] * v[j, :].T)[0] for j in range(seen)]
+        d = sum(x / z * y for x, y in zip(w, at_p, strict=True))
+        by_score = [x / z * (y - d + dlse) for x, y in zip(w, at_p, strict=True)]
+        want = [float(sum(by_score[j] * k[j, c] for j in range(seen)) / 2) for c in range(4)]
+    assert 0 not in want
+    np.testing.assert_array_equal(got, want)
 
 
 def test_an_answer_prints_itself_in_one_line(make):
