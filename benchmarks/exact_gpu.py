@@ -46,7 +46,7 @@ BACKWARD: tuple[tuple[int, str, bool, float | None], ...] = (
     (16384, "float32", False, 0.5),
     (16384, "bfloat16", False, None),
 )
-"""With gradients; a causal call ends in Arb, since dq of a row with one key is exactly 0."""
+"""With gradients."""
 LAST = 1024, 2**20
 """Rows, and the keys of the call whose last rows they are."""
 
