@@ -62,7 +62,7 @@ RULES = {
 @pytest.mark.parametrize("more", [{}, {"sink": np.float32([0.5, -1.0])}, {"causal": "bottom_right", "softcap": 3.0}])
 def test_a_rule_gives_what_its_array_gives(views, name, more):
     p = call(300, 310, allowed=RULES[name], **more)
-    # gradients of rows with one key are zeros, which balls must find
+    # dk of a key that no row sees, or only rows with one key, is 0, which balls must find
     dout = None if more or "single" in name or "none" in name else np.random.default_rng(5).standard_normal(p.out_shape)
     got, want = (evaluate(x, rounding="float32", gradients=dout) for x in (p, p.written_out()))
     assert isinstance(next(heads(p)).allowed, View)
