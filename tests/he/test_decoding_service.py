@@ -17,7 +17,7 @@ from . import forge
 from .make import planned as planned_call
 from .make import problem
 from .make_decoding import planned, sequence, taken, token
-from .test_service import opened, running, served  # noqa: F401 (a fixture)
+from .test_service import opened, running
 
 pytest.importorskip("tenseal")
 pytest.importorskip("httpx")
