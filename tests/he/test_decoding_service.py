@@ -131,7 +131,7 @@ def test_fewer_tokens_than_the_longest_are_a_sequence():
     assert np.array_equal(known, context[0])
 
 
-def test_the_commands_plan_serve_and_query(tmp_path, served):  # noqa: F811
+def test_the_commands_plan_serve_and_query(tmp_path, served):
     run = CliRunner().invoke
     save_problem(X, tmp_path / "in.npz")
     np.savez(tmp_path / "known.npz", key=KNOWN[0], value=KNOWN[1])
