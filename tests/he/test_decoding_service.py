@@ -17,7 +17,7 @@ from . import forge
 from .make import planned as planned_call
 from .make import problem
 from .make_decoding import planned, sequence, taken, token
-from .test_service import opened, running, served  # noqa: F401 (a fixture)
+from .test_service import opened, running
 
 pytest.importorskip("tenseal")
 pytest.importorskip("httpx")
@@ -131,7 +131,7 @@ def test_fewer_tokens_than_the_longest_are_a_sequence():
     assert np.array_equal(known, context[0])
 
 
-def test_the_commands_plan_serve_and_query(tmp_path, served):  # noqa: F811
+def test_the_commands_plan_serve_and_query(tmp_path, served):
     run = CliRunner().invoke
     save_problem(X, tmp_path / "in.npz")
     np.savez(tmp_path / "known.npz", key=KNOWN[0], value=KNOWN[1])
