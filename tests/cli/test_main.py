@@ -106,7 +106,7 @@ def test_nothing_ran_is_2(kernels):
         (["check", "--tolerance", "1e-3"], "No such option"),
         (["show", "cosine"], "error: variant: got 'cosine'"),
         (["list", "--checks", "cosine"], "error: variant: got 'cosine'"),
-        (["bench", "everything"], "error: bench: got 'everything', expected one of accuracy, decode, exact"),
+        (["bench", "everything"], "error: bench: got 'everything', expected one of accuracy, accuracy_long, decode"),
     ],
     ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else "",
 )
