@@ -161,6 +161,22 @@ def test_gradients_of_what_is_chosen_are_those_of_its_mask(views, name):
         assert got.undecided[n] == 0
 
 
+@pytest.mark.parametrize("sink", [None, np.float32([0.5])])
+def test_gathered_gradients_enclose_the_exact_ones(views, monkeypatch, sink):
+    """Two groups of rows, pieces of tiles, two threads: a sum that is lost, or added twice, is seen at once."""
+    monkeypatch.setattr(tiles, "GROUPS", (100, 200))
+    p = call(300, 310, heads=(1, 1), allowed=RULES["window and first keys"], sink=sink)
+    dout = np.random.default_rng(5).standard_normal(p.out_shape)
+    want = evaluate(p, bits=200, gradients=dout).enclosures
+    for level in range(4):
+        work = Work(p, dout, 2)
+        assert work.backward == [True]
+        for n, x in work.run(Level(level)).items():
+            # a tail holds the exact number to 2u² of it; differences of near numbers round by u of what is small
+            off = np.abs((x[..., 0] - want[n].mid) + (x[..., 1] - want[n].tail))
+            assert (off <= x[..., 2] * (1 + 2.0**-50) + 2.0**-103 * np.abs(want[n].mid) + want[n].radius).all(), n
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_balls_run_over_what_a_row_chose(views, monkeypatch, name):
     variant, options = CHOICES[name]
