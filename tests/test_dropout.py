@@ -15,6 +15,7 @@ from refattn import (
     InvalidProblem,
     Problem,
     UnsupportedProblem,
+    assert_close,
     check_kernel,
     check_problem,
     dropout_mask,
@@ -349,3 +350,23 @@ def test_what_has_no_dropout_says_so():
         evaluate(p.replace(variant="sigmoid"))
     with pytest.raises(UnsupportedProblem, match="dropout_mask"):
         Capabilities({"float32"}).require(p)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
+def test_a_gpu_draws_these_masks(p):
+    """PyTorch's kernels return their masks where they are asked to: FlashAttention's copy, and the efficient kernel."""
+    ops, (b, h, n, m, d) = torch.ops.aten, (2, 3, 200, 333, 64)
+    torch.manual_seed(7)
+    q, k, v = (torch.randn(b, h, x, d, device="cuda", dtype=torch.float16) * 0.3 for x in (n, m, m))
+    found = ops._scaled_dot_product_flash_attention(q, k, v, p, False, True)
+    seed, offset = (x % 2**64 for x in found[6].view(torch.int64).tolist())
+    mask = dropout_mask(seed, offset, (b, h, n, m), p)
+    assert (mask == (found[8][:, :, :n, :m] > 0).cpu().numpy()).all()
+    call = Problem(*(x.cpu().numpy() for x in (q, k, v)), dropout_p=p, dropout_mask=mask)
+    assert_close(found[0].cpu().numpy(), call)
+    found = ops._scaled_dot_product_efficient_attention(q, k, v, None, True, p)
+    seed, offset = (int(x) % 2**64 for x in found[2:4])
+    drawn = torch.empty(b, h, n, m, device="cuda")
+    ops._fill_mem_eff_dropout_mask_(drawn, p, seed, offset)
+    assert (dropout_mask(seed, offset, (b, h, n, m), p, "efficient") == (drawn > p).cpu().numpy()).all()
