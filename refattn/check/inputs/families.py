@@ -265,7 +265,11 @@ def _crossed(variant: str, settings: Mapping[str, Any]) -> Build:
         given = d.options(h, n_q, n_k, width, settings.get("d_v", width), many)
         more = {n: x for n, x in given.items() if n in v.uses} | dict(settings)
         more |= {"h": h, "h_kv": h_kv, "b": 1, "scale": 0.3, "options": v.fitted(settings.get("options", {}), h)}
-        more |= {n: given[n] for n in RECURRENT if n in v.uses and settings.get(n) not in ("channels", "large")}
+        more |= {
+            n: given[n]
+            for n in RECURRENT
+            if n in v.uses and settings.get(n) not in ("channels", "strong channels", "large")
+        }
         return d.problem(**more)
 
     return build
