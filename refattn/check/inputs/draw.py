@@ -103,8 +103,7 @@ class Draw:
         """Draw a state and gates; beta is so small that keys of normal numbers, of length sqrt(d), make nothing grow.
 
         There is a state for each batch item, or each of so many packed sequences. With `channels` alpha is drawn for
-        each channel; if `strong`, some tokens forget nearly all, and some all: an alpha of exactly 0, whose logarithm is
-        no number.
+        each channel; if `strong`, some tokens forget nearly all, and some all: an alpha of exactly 0.
         """
         gates = np.random.default_rng((b, h, n, d))  # another, so that other operators' numbers stay what they are
         fade = gates.random((b, h, n, d if channels else 1))
