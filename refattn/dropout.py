@@ -17,6 +17,7 @@ Which counter belongs to which weight is each kernel's own. Read:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,9 @@ Words = NDArray[np.uint32]
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 GROWTH = 0x9E3779B9, 0xBB67AE85
 LOW = np.uint64(0xFFFFFFFF)
+BELOW_ONE = "a number of at least 0 and below 1 (in float64)"
+MOST_WEIGHTS = 2**36
+"""The weights of a mask, at most: drawing takes some dozens of bytes for each."""
 
 
 def check_dropout(p: Any) -> None:
@@ -46,7 +50,7 @@ def check_dropout(p: Any) -> None:
             "and refattn.dropout_mask makes the masks that kernels draw"
         )
     if not _probability(p.dropout_p):
-        raise InvalidProblem(f"dropout_p: got {shown(p.dropout_p)}, expected a number of at least 0 and below 1")
+        raise InvalidProblem(f"dropout_p: got {shown(p.dropout_p)}, expected {BELOW_ONE}")
     object.__setattr__(p, "dropout_p", float(p.dropout_p))
     x, full = p.dropout_mask, (p.batch, p.heads, p.n_q, p.n_k)
     expect_array("dropout_mask", x)
@@ -62,7 +66,8 @@ def check_dropout(p: Any) -> None:
 
 def _probability(x: Any) -> bool:
     real = isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
-    return bool(real and 0 <= x < 1)
+    # a wider type's number just below 1 is 1 in float64
+    return bool(real and 0 <= x < 1 and float(x) < 1)
 
 
 def philox(counter: Any, key: tuple[int, int], rounds: int = 10) -> Words:
@@ -130,9 +135,9 @@ def dropout_mask(
     Raises
     ------
     InvalidInput
-        An argument that is none of these. PyTorch's math backend on a CPU draws from another generator, and on a GPU
-        from Philox by a layout that hangs on the card and the version: ``torch.native_dropout`` returns its mask.
-        cuDNN's layout is not public.
+        An argument that is none of these, or a shape of more than 2**36 weights. PyTorch's math backend on a CPU draws
+        from another generator, and on a GPU from Philox by a layout that hangs on the card and the version:
+        ``torch.native_dropout`` returns its mask. cuDNN's layout is not public.
     """
     for name, x in (("seed", seed), ("offset", offset)):
         if not isinstance(x, int | np.integer) or isinstance(x, bool) or not 0 <= x < 2**64:
@@ -141,11 +146,14 @@ def dropout_mask(
     if len(sizes) != 4 or any(not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 0 for n in sizes):
         raise InvalidInput(f"shape: got {shown(shape)}, expected (b, h_q, n_q, n_k)")
     if not _probability(p):
-        raise InvalidInput(f"p: got {shown(p)}, expected a number of at least 0 and below 1")
+        raise InvalidInput(f"p: got {shown(p)}, expected {BELOW_ONE}")
     if not isinstance(drawn_as, str) or drawn_as not in DRAWN:
         more = f"; {ELSEWHERE[drawn_as]}" if isinstance(drawn_as, str) and drawn_as in ELSEWHERE else ""
         raise InvalidInput(f"drawn_as: got {shown(drawn_as)}, expected one of {', '.join(DRAWN)}{more}")
     b, h, n_q, n_k = (int(n) for n in sizes)
+    # NumPy multiplies the axes other than those of 0, in 64 bits
+    if math.prod(n or 1 for n in (b, h, n_q, n_k)) > MOST_WEIGHTS:
+        raise InvalidInput(f"shape: got {shown(shape)}, expected at most 2**36 weights, axes of 0 counted as 1")
     return DRAWN[drawn_as](int(seed), int(offset), (b, h, n_q, n_k), float(p))
 
 
@@ -168,7 +176,7 @@ def _flash(seed: int, offset: int, shape: Shape, p: float) -> NDArray[np.bool_]:
 
 
 def _efficient(seed: int, offset: int, shape: Shape, p: float) -> NDArray[np.bool_]:
-    at = np.uint64(offset) + np.arange(int(np.prod(shape)), dtype=np.uint64)
+    at = np.uint64(offset) + np.arange(math.prod(shape), dtype=np.uint64)
     block = at // np.uint64(4)
     zero = np.zeros_like(block)
     words = philox(np.stack([block & LOW, block >> np.uint64(32), zero, zero], -1), (seed & int(LOW), seed >> 32))

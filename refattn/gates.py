@@ -43,6 +43,11 @@ def gate(name: str, x: NDArray[np.float64]) -> NDArray[np.float64]:
     out = ~((x >= 0) & (x <= GATES[name]))
     if out.any():
         at = tuple(int(i) for i in np.argwhere(out)[0])
-        why = "a decay above 1 makes the state grow; pass exp of its logarithm" if name == "alpha" else "clamp it"
+        why = "clamp it"
+        if np.isnan(x[at]):
+            why = "look where it comes from"
+        elif name == "alpha":
+            why = "is it the decay's logarithm? pass its exp"
+            why = "a decay above 1 makes the state grow; pass exp of its logarithm" if x[at] > 1 else why
         raise InvalidProblem(f"{name}: got {x[at]} at {at}, expected numbers from 0 to {GATES[name]}; {why}")
     return x

@@ -9,14 +9,18 @@ import numpy as np
 
 from .arrays import to_float64, to_numpy
 from .errors import InvalidInput, UnsupportedProblem
+from .masks import band
 from .positions import places
 from .problem import VARIANT, Problem
+from .rules import Rule
 from .validation import shown
 
 __all__ = ["score_mod"]
 
 OUTSIDE = ("rotary", "sink", "dropout_mask", "block_table", "query_scale", "key_scale", "value_scale", "out_scale")
 """What acts before or behind the scores."""
+HIDING = ("causal", "window", "lengths_q", "lengths_k", "cu_seqlens_q")
+"""What leaves each query a stretch of keys."""
 
 
 def score_mod(problem: Problem, device: Any = None) -> Callable[[Any, Any, Any, Any, Any], Any]:
@@ -26,8 +30,9 @@ def score_mod(problem: Problem, device: Any = None) -> Callable[[Any, Any, Any, 
 
         softcap tanh(s / softcap) - slope_bh |place_i - place_j| + bias_bhij + log weight_bhij
 
-    without the terms that the call has not. Which keys a query sees is not in it: ``refattn.rules.mask_mod`` and
-    ``block_mask`` say that of a rule. A bias of -inf and a weight of 0 hide their keys.
+    without the terms that the call has not, and -inf for a key that the query does not see by causal, window, lengths,
+    cu_seqlens or an array in `allowed`. A rule in `allowed` is not in it: ``refattn.rules.mask_mod`` and ``block_mask``
+    say it, and let FlexAttention skip tiles. A bias of -inf and a weight of 0 hide their keys.
 
     Parameters
     ----------
@@ -73,11 +78,14 @@ def score_mod(problem: Problem, device: Any = None) -> Callable[[Any, Any, Any, 
         bias = bias.to(device) if p.kind == "torch" else tensor(to_float64(to_numpy(bias)).astype(np.float32))
         bias = bias.expand(whole)
     weight = None if p.weight is None else tensor(_logs(p)).expand(whole)
-    slopes, at, cap = None, _places(p), p.softcap
+    slopes, at, cap, stretch, allowed = None, _places(p), p.softcap, _stretch(p), None
+    if p.allowed is not None and not isinstance(p.allowed, Rule):
+        allowed = (p.allowed.to(device) if p.kind == "torch" else tensor(to_numpy(p.allowed))).expand(whole)
     if p.alibi_slopes is not None:
         given = to_float64(to_numpy(p.alibi_slopes)).astype(np.float32)
         slopes = tensor(np.broadcast_to(given, (p.batch, p.heads)))
     at_q, at_k = (tensor(x) for x in at)
+    ends = None if stretch is None else [tensor(x) for x in stretch]
 
     def mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         if cap is not None:
@@ -86,7 +94,12 @@ def score_mod(problem: Problem, device: Any = None) -> Callable[[Any, Any, Any, 
             score = score - slopes[b, h] * (at_q[b, q_idx] - at_k[b, kv_idx]).abs()
         if bias is not None:
             score = score + bias[b, h, q_idx, kv_idx]
-        return score if weight is None else score + weight[b, h, q_idx, kv_idx]
+        if weight is not None:
+            score = score + weight[b, h, q_idx, kv_idx]
+        if ends is not None:
+            seen = (kv_idx >= ends[0][b, q_idx]) & (kv_idx < ends[1][b, q_idx])
+            score = torch.where(seen, score, -torch.inf)
+        return score if allowed is None else torch.where(allowed[b, h, q_idx, kv_idx], score, -torch.inf)
 
     return mod
 
@@ -103,3 +116,20 @@ def _places(p: Problem) -> tuple[Any, Any]:
         for rows, keys in p.segments(b):
             found[0][b, rows], found[1][b, keys] = places(p, b, rows, keys)
     return found
+
+
+def _stretch(p: Problem) -> tuple[Any, Any] | None:
+    """Return the first key that each query sees and the one behind its last, (b, n_q) each; None where nothing hides.
+
+    An unused row, and one that sees none, have two that are equal.
+    """
+    if all(getattr(p, n) is None for n in HIDING):
+        return None
+    bare = p.replace(allowed=None, bias=None, weight=None)
+    first, end = (np.zeros((p.batch, p.n_q), np.int64) for _ in range(2))
+    for b in range(p.batch):
+        for rows, keys in p.segments(b):
+            found = band(bare, b, rows, keys)
+            assert found is not None  # it has no mask but the diagonal's
+            first[b, rows], end[b, rows] = (x + keys.start for x in found)
+    return first, end

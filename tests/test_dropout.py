@@ -242,6 +242,9 @@ def test_what_belongs_to_whom():
         ({"offset": 1.0}, "offset: got 1.0"),
         ({"shape": (1, 2, 3)}, "shape: got \\(1, 2, 3\\), expected \\(b, h_q, n_q, n_k\\)"),
         ({"shape": (1, 2, 3, -1)}, "shape: got"),
+        ({"shape": (2**40, 2**40, 1, 1)}, "shape: got .* expected at most 2\\*\\*36 weights"),
+        ({"shape": (2**31, 2**31, 0, 1), "drawn_as": "efficient"}, "shape: got .* axes of 0 counted as 1"),
+        ({"shape": (np.int64(2**31), np.int64(2**33), 1, 1)}, "shape: got .* at most"),
         ({"p": 1.0}, "p: got 1.0, expected a number of at least 0 and below 1"),
         ({"p": np.nan}, "p: got nan"),
         ({"drawn_as": "fa3"}, "drawn_as: got 'fa3', expected one of flash, efficient$"),
@@ -266,11 +269,73 @@ def test_what_kernels_get_wrong_is_caught(name):
     assert not report.right
 
 
+def whole(p):
+    return np.broadcast_to(p.dropout_mask, (p.batch, p.heads, p.n_q, p.n_k))
+
+
+def of_first(axis, n):
+    return lambda p: p.replace(dropout_mask=np.take(whole(p), np.arange(whole(p).shape[axis]) % n, axis))
+
+
+def where(condition, change):
+    return lambda p: p.replace(**change(p)) if condition(p) else p
+
+
+def from_the_masks_corner(p):
+    mask = whole(p).copy()
+    for rows, keys in p.segments():
+        mask[:, :, rows, keys] = whole(p)[:, :, : rows.stop - rows.start, : keys.stop - keys.start]
+    return p.replace(dropout_mask=mask) if p.batch == 1 else p
+
+
+def square(p):
+    return p.n_q == p.n_k
+
+
+def ignored(p):
+    return {"dropout_p": None, "dropout_mask": None}
+
+
+LARGER = {
+    "mask of the first 64 rows": ("square", of_first(2, 64)),
+    "mask of the first 64 keys": ("square", of_first(3, 64)),
+    "mask of four heads": ("square", of_first(1, 4)),
+    "mask transposed": ("square", where(square, lambda p: {"dropout_mask": whole(p).swapaxes(2, 3)})),
+    "own key kept": ("square", where(square, lambda p: {"dropout_mask": whole(p) | np.eye(p.n_q, dtype=bool)})),
+    "lost beside allowed": ("square", where(lambda p: p.allowed is not None, ignored)),
+    "p in float16": ("square", lambda p: p.replace(dropout_p=float(np.float16(p.dropout_p)))),
+    "p in bytes": ("square", lambda p: p.replace(dropout_p=1 - (int(255 * (1 - p.dropout_p)) + 1) / 256)),
+    "mask of the first 256 keys": ("spread", of_first(3, 256)),
+    "one row ignored": ("spread", where(lambda p: p.dropout_mask.shape[2] < p.n_q, ignored)),
+    "packs read from the mask's corner": ("packed", from_the_masks_corner),
+}
+"""Kernels that are wrong where calls are larger or have more, and the case that says so."""
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_what_shows_in_larger_calls_alone_is_caught(name):
+    case, change = LARGER[name]
+    p = next(c for c in cases("softmax") if c.name == f"dropout/{case}").problem("float32")
+    report = check_problem(lambda p: tiled(change(p)), p, name, model=tiled.model)
+    assert not report.right
+
+
+def test_what_shows_in_larger_calls_is_asked_of_kernels_with_dropout():
+    def asked(without):
+        able = Capabilities({"float32"}, ABLE.features - without, lse=True)
+        return {c.name for c in check_kernel(tiled, capabilities=able, only="dropout/*").checks}
+
+    names = {f"dropout/{n}[float32]" for n in ("plain", "options", "decoding", "square", "spread", "packed")}
+    assert asked({"grouped_heads"}) == names
+    assert asked({"variable_lengths"}) == names - {"dropout/packed[float32]"}
+    assert asked({"dropout_mask"}) == {"dropout/plain[float32]"}
+
+
 def test_a_right_kernel_passes_and_is_predicted():
     able = Capabilities({"bfloat16"}, ABLE.features, lse=True, gradients={"dq", "dk", "dv", "dbias", "dsink"})
     report = check_kernel(tiled, capabilities=able, dtypes=["bfloat16"], only="dropout/*", model=tiled.model)
     assert report.passed, report.failures
-    assert report.count("passed") == 6
+    assert report.count("passed") == 12
     found = [c.arrays[0].figures.rms for c in report.checks if "gradients" not in c.name]
     assert 0.8 < min(found) < max(found) < 1.2
 
@@ -331,6 +396,7 @@ def test_simulated_kernels_pass():
         ({"dropout_mask": None}, "dropout_p: got a probability without dropout_mask"),
         ({"dropout_p": 1.0}, "dropout_p: got 1.0, expected a number of at least 0 and below 1"),
         ({"dropout_p": True}, "dropout_p: got True"),
+        ({"dropout_p": np.longdouble(1) - np.longdouble(2) ** -60}, "dropout_p: got .* below 1 \\(in float64"),
         ({"dropout_p": np.nan}, "dropout_p: got nan"),
         ({"dropout_mask": np.ones((2, 4, 5, 7))}, "dropout_mask: got dtype float64, expected bool"),
         ({"dropout_mask": np.ones((5, 7), bool)}, "dropout_mask: got shape \\(5, 7\\), expected \\(2, 4, 5, 7\\)"),

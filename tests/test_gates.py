@@ -35,9 +35,13 @@ def ones(*shape):
         ({"beta": None}, "beta: got None, expected how far each token moves the state"),
         ({"causal": None}, "causal: a recurrence sees no later token"),
         ({"alpha": 1.5 * ones(1, 2, 3, 1)}, "alpha: got 1.5 at .* from 0 to 1; a decay above 1 makes the state grow"),
-        ({"alpha": -ones(1, 2, 3, 2)}, r"alpha: got -1.0 at \(0, 0, 0, 0\), expected numbers from 0 to 1"),
+        (
+            {"alpha": -ones(1, 2, 3, 2)},
+            r"alpha: got -1.0 at \(0, 0, 0, 0\), expected numbers from 0 to 1; is it the decay's logarithm",
+        ),
+        ({"alpha": np.nan * ones(1, 2, 3, 1)}, "alpha: got nan at .*; look where it comes from"),
         ({"beta": 2.5 * ones(1, 2, 3, 1)}, "beta: got 2.5 at .* from 0 to 2; clamp it"),
-        ({"beta": np.nan * ones(1, 2, 3, 1)}, "beta: got nan at"),
+        ({"beta": np.nan * ones(1, 2, 3, 1)}, "beta: got nan at .*; look where it comes from"),
         ({"state": np.nan * ones(1, 2, 2, 2)}, "state: has NaN or inf; a recurrence starts from numbers"),
     ],
 )

@@ -36,6 +36,11 @@ CALLS = {
     "all": small(softcap=3.0, alibi_slopes=SLOPES, bias=BIAS, weight=WEIGHT, causal="bottom_right"),
     "packed": small(b=1, alibi_slopes=SLOPES[0], **ENDS),
     "lengths": small(alibi_slopes=SLOPES, lengths_k=np.array([9, 4]), causal="bottom_right"),
+    "window": small(window=(3, 0), alignment="top_left", bias=BIAS),
+    "window, packed": small(b=1, window=(1, 1), **ENDS),
+    "more rows than keys": small(9, 5, causal="bottom_right"),
+    "array": small(allowed=np.random.default_rng(3).random((2, 4, 5, 9)) < 0.6, causal="bottom_right"),
+    "array of keys": small(allowed=np.arange(9).reshape(1, 1, 1, 9) % 3 > 0, lengths_q=np.array([5, 2])),
 }
 
 
@@ -47,32 +52,37 @@ def seen(p):
             n, m = rows.stop - rows.start, keys.stop - keys.start
             first = (p.offset or 0) + (m - n if p.corner == "bottom_right" else 0)
             far = np.arange(m) - np.arange(n)[:, None] - first
-            mask[b, 0, rows, keys] = far <= 0 if p.causal else True
-    return torch.as_tensor(mask)
+            left, right = p.window or (None, None)
+            here = far <= 0 if p.causal else np.ones_like(far, bool)
+            here &= (left is None or far >= -left) & (right is None or far <= right)
+            mask[b, 0, rows, keys] = here
+    allowed = True if p.allowed is None else p.allowed
+    return np.broadcast_to(mask & allowed, (p.batch, p.heads, p.n_q, p.n_k))
 
 
 def kernel(p):
-    """FlexAttention with the call's score_mod."""
-    t, mask = p.to("torch"), seen(p)
-    blocks = flex.create_block_mask(lambda b, h, i, j: mask[b, 0, i, j], p.batch, None, p.n_q, p.n_k, device="cpu")
-    mod = score_mod(t if p.kind == "torch" else p)
-    return flex.flex_attention(t.query, t.key, t.value, mod, blocks, scale=p.scale)
+    """FlexAttention with the call's score_mod and nothing else."""
+    t = p.to("torch")
+    return flex.flex_attention(t.query, t.key, t.value, score_mod(t if p.kind == "torch" else p), scale=p.scale)
 
 
-@pytest.mark.parametrize("label", ["slopes, given positions", "bias of keys", "weight", "all", "packed"])
+@pytest.mark.parametrize("label", [n for n in CALLS if n not in ("nothing", "softcap", "slopes", "bias")])
 def test_flexattention_with_it_is_right(label):
     p = CALLS[label]
     report = check_problem(kernel, p, label, model=flash)
     assert report.right, [c.message for c in report.checks]
 
 
-@pytest.mark.parametrize("label", [n for n in CALLS if n != "lengths"])
+@pytest.mark.parametrize("label", CALLS)
 def test_every_score_is_the_formulas(label):
     p, mod = CALLS[label], score_mod(CALLS[label])
+    shown = seen(p)
     for b, h, i, j in np.ndindex(p.batch, p.heads, p.n_q, p.n_k):
-        segment = next(s for s in p.segments(b) if s[0].start <= i < s[0].stop)
-        if not segment[1].start <= j < segment[1].stop:
+        got = mod(torch.tensor(1.25), *(torch.tensor(x) for x in (b, h, i, j))).item()
+        if not shown[b, h, i, j]:
+            assert got == -math.inf
             continue
+        segment = next(s for s in p.segments(b) if s[0].start <= i < s[0].stop)
         rows, keys = segment
         first = (keys.stop - keys.start) - (rows.stop - rows.start) if p.corner == "bottom_right" else 0
         first += p.offset or 0
@@ -87,7 +97,6 @@ def test_every_score_is_the_formulas(label):
         s += 0.0 if p.bias is None else float(np.broadcast_to(p.bias, (p.batch, p.heads, p.n_q, p.n_k))[b, h, i, j])
         weight = 1.0 if p.weight is None else float(p.weight[b, 0, 0, j])
         s += math.log(weight) if weight else -math.inf
-        got = mod(torch.tensor(1.25), *(torch.tensor(x) for x in (b, h, i, j))).item()
         # five roundings to float32, of numbers of at most 64
         assert got == s or abs(got - s) <= 5 * 2.0**-24 * 64
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import kind_of, to_float64, to_numpy
-from ..dtypes import Format, format_of
+from ..arrays import dtype_name, kind_of, to_float64, to_numpy
+from ..dtypes import FORMATS, Format, format_of
 from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..masks import unused
 from ..problem import Problem
@@ -191,6 +191,8 @@ def _arriving(problem: Problem, x: Any, name: str = "gradients") -> NDArray[np.f
         got = tuple(getattr(x, "shape", ())) or type(x).__name__
         of = "out" if name == "gradients" else "lse"
         raise InvalidProblem(f"{name}: got {got}, expected an array of {of}'s shape {shape}")
+    if dtype_name(x) not in FORMATS:
+        raise InvalidProblem(f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; cast it")
     wide = to_float64(to_numpy(x))
     if (gone := unused(problem)) is not None:
         rows = gone[0][:, None, :]

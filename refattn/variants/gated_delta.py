@@ -181,7 +181,7 @@ GATED_DELTA = Variant(
             ("large-steps", 14, {"alpha": True, "beta": "large"}),
             ("packed", 21, {"alpha": True, **packed_at(0, 1, 12, 12, 21)}),
             ("long", 67, {"alpha": "strong", "d": 16, "d_v": 24, "b": 2}),
-            ("wide", 9, {"alpha": "channels", "d": 72}),
+            ("wide", 9, {"alpha": "strong channels", "d": 72}),
         )
     },
     quick=frozenset(

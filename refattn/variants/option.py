@@ -137,4 +137,7 @@ def per_head(value: Any, heads: int) -> str | None:
 def rate_per_head(value: Any, heads: int, other: str = "") -> str | None:
     """Check for a tuple with a finite number of at least 0 for each query head."""
     ok = isinstance(value, tuple) and len(value) == heads and all(_number(x) and x >= 0 for x in value)
-    return None if ok else f"{other}a tuple of {heads} finite numbers of at least 0, one for each query head"
+    if ok:
+        return None
+    more = "; make it a tuple" if isinstance(value, list | np.ndarray) else ""
+    return f"{other}a tuple of {heads} finite numbers of at least 0, one for each query head{more}"

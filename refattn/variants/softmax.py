@@ -161,6 +161,7 @@ SOFTMAX = Variant(
             "positions/rotary-given",
             "positions/alibi-by-batch",
             "dropout/plain",
+            "dropout/square",
         }
     ),
     contract=(

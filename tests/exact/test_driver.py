@@ -443,6 +443,10 @@ def test_bad_calls_are_named(make):
         evaluate(p, rounding="float20")
     with pytest.raises(InvalidProblem, match=r"gradients: got \(2, 2\), expected an array of out's shape"):
         evaluate(p, gradients=np.ones((2, 2)))
+    for name in ("gradients", "dlse"):
+        whole = {"gradients": p.out_shape, "dlse": p.out_shape[:3]}[name]
+        with pytest.raises(InvalidProblem, match=f"{name}: got dtype int64, expected one of .*; cast it"):
+            evaluate(p, **{name: np.ones(whole, np.int64)})
     with pytest.raises(InvalidProblem, match="gradients: got float"):
         evaluate(p, gradients=1.0)
     with pytest.raises(UnsupportedProblem, match="gradients: NaN or inf in the arriving gradient"):

@@ -25,7 +25,7 @@ CALLS = {
     "gated_delta": (
         {"n": 34, "d": 56, "d_v": 40, "h": 2, "h_kv": 2, "alpha": "strong", "beta": True, "state": True, "scale": 0.3},
         {"n": 38, "d": 64, "d_v": 24, "alpha": True, "beta": True, "state": True, **PACK},
-        {"n": 34, "d": 64, "d_v": 8, "alpha": "channels", "beta": True, "state": True},
+        {"n": 34, "d": 64, "d_v": 8, "alpha": "strong channels", "beta": True, "state": True},
     ),
 }
 

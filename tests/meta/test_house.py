@@ -36,7 +36,7 @@ EDGES = {
     "dropout": {"errors", "arrays", "validation"},
     "features": {"arrays", "validation"},
     "problem": {"errors", "arrays", "dropout", "features", "gates", "pages", "positions", "rules", "validation"},
-    "scores": {"errors", "arrays", "positions", "problem", "validation"},
+    "scores": {"errors", "arrays", "masks", "positions", "problem", "rules", "validation"},
     "masks": {"errors", "positions", "problem", "rules", "validation"},
     "files": BASE - {"files", "modules", "version", "scales"},
     "variants": BASE,

@@ -6,10 +6,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from refattn import VARIANTS, InvalidInput, Problem, evaluate
+from refattn import VARIANTS, InvalidInput, Problem, check_problem, evaluate
 from refattn.check.bounds.forward import bounds
 from refattn.check.bounds.stepped import stepped
 from refattn.check.inputs.families import cases
+from refattn.check.kernels.chunked import chunked
 from refattn.check.model import flash
 from refattn.exact import agree
 from refattn.exact.agree import differing_form, under
@@ -157,6 +158,22 @@ def test_a_case_has_steps_above_one_and_keys_of_length_one():
     p = case.problem("float64")
     assert 1 < p.beta.max() <= 2
     assert (np.abs((p.key * p.key).sum(-1) - 1) < 2.0**-48).all()  # 8 squares, a root and a division
+
+
+@pytest.mark.parametrize(("label", "channels"), [("long", False), ("wide", True)])
+def test_a_kernel_of_logarithms_fails_where_a_decay_is_zero(label, channels):
+    """It takes -inf off -inf and gives NaN; zeros by head, and by channel, are asked for."""
+    (case,) = (c for c in cases("gated_delta") if c.label == label)
+    p = case.problem("float32")
+    assert (p.alpha.shape[3] > 1) == channels
+
+    def wrong(p):
+        out, state = chunked(p)
+        out = np.where((p.alpha == 0).any((2, 3), keepdims=True), out.dtype.type(np.nan), out)
+        return out, state
+
+    assert check_problem(chunked, p, label).passed
+    assert not check_problem(wrong, p, label).right
 
 
 @pytest.mark.parametrize("channels", [True, False])

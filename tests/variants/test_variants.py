@@ -83,6 +83,8 @@ def test_a_form_that_differs_is_found(make):
         ("linear", {"feature": "cos"}, "feature: got 'cos', expected one of identity, relu, elu1, exp"),
         ("linear", {"normalize": 1}, "normalize: got 1, expected True or False"),
         ("linear", {"decay": (0.1,)}, "decay: got .* expected None or a tuple of 2 finite numbers"),
+        ("linear", {"decay": [0.1, 0.2]}, "decay: got .* expected None or a tuple of 2 .*; make it a tuple"),
+        ("linear", {"decay": np.array([0.1, 0.2])}, "decay: got array.*; make it a tuple"),
         ("linear", {"decay": (0.1, 0.2)}, "decay: needs causal"),
         ("sigmoid", {"offset": float("inf")}, "offset: got inf, expected a finite number or None"),
     ],

@@ -103,13 +103,14 @@ class Draw:
         """Draw a state and gates; beta is so small that keys of normal numbers, of length sqrt(d), make nothing grow.
 
         There is a state for each batch item, or each of so many packed sequences. With `channels` alpha is drawn for
-        each channel; if `strong`, some tokens forget nearly all.
+        each channel; if `strong`, some tokens forget nearly all, and some all: an alpha of exactly 0.
         """
         gates = np.random.default_rng((b, h, n, d))  # another, so that other operators' numbers stay what they are
         fade = gates.random((b, h, n, d if channels else 1))
+        little = np.where(fade < 1 / 32, 0.0, fade * 2.0**-16)
         return {
             "state": self.normal(b if sequences is None else sequences, h, d, d_v),
-            "alpha": np.where(fade < 1 / 8, fade * 2.0**-16, 1 - fade**3 / 2) if strong else 1 - fade**3 / 2,
+            "alpha": np.where(fade < 1 / 8, little, 1 - fade**3 / 2) if strong else 1 - fade**3 / 2,
             "beta": gates.random((b, h, n, 1)) / d,
         }
 
@@ -131,8 +132,9 @@ class Draw:
     ) -> Problem:
         """Build a problem of normal tensors, or of those given; with `codes` queries and keys are -1, 0 and 1.
 
-        A state or a gate that is True is drawn, and an alpha of "channels". A beta that is "large" goes up to 2, where
-        a step turns what the state says of its key round; keys then have length 1, so that nothing grows.
+        A state or a gate that is True is drawn, and an alpha of "channels", "strong" or both. A beta that is "large"
+        goes up to 2, where a step turns what the state says of its key round; keys then have length 1, so that nothing
+        grows.
         """
         more, d = self.fitted(more), self.width(d)
         large = isinstance(more.get("beta"), str)
@@ -141,7 +143,7 @@ class Draw:
         if asked := [n for n in RECURRENT if isinstance(more.get(n), bool | str)]:
             kind = more["alpha"] if isinstance(more.get("alpha"), str) else ""
             many = None if more.get("cu_seqlens_q") is None else len(more["cu_seqlens_q"]) - 1
-            found = self.recurrent(b, h, n_k, d, d_v, kind == "channels", kind == "strong", many)
+            found = self.recurrent(b, h, n_k, d, d_v, "channels" in kind, "strong" in kind, many)
             found["beta"] = found["beta"] * (2 * d if large else 1)
             more |= {n: found[n] if more[n] else None for n in asked}
         q = self.normal(b, h, n_q, d) if q is None else q

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ...problem import Problem
 from .draw import Draw
 
@@ -33,6 +35,27 @@ def _decoded(d: Draw) -> Problem:
     return d.problem(1, 200, b=3, h=4, h_kv=1, **dropout(d, 0.5, 1, 1, 1, 200))
 
 
+def _square(d: Draw) -> Problem:
+    """Return as many rows as keys, past two tiles of 64, with more than four heads and a mask of the keys seen, too.
+
+    16-bit types round a p of 0.1, and no byte is drawn above it as often.
+    """
+    n = 130
+    return d.problem(n, n, h=6, h_kv=2, allowed=d.mask(1, 1, n, n), **dropout(d, 0.1, 1, 6, n, n))
+
+
+def _spread(d: Draw) -> Problem:
+    """Return keys past 256, with a mask of each head that all rows and batch items share."""
+    return d.problem(5, 300, b=2, h=2, **dropout(d, 0.3, 1, 2, 1, 300))
+
+
+def _packed(d: Draw) -> Problem:
+    """Return sequences whose weights lie along the diagonal of the mask."""
+    ends = {"q": [0, 5, 5, 40], "k": [0, 20, 22, 70]}
+    more: dict[str, Any] = {f"cu_seqlens_{x}": np.array(e, np.int32) for x, e in ends.items()}
+    return d.problem(40, 70, **more, **dropout(d, 0.2, 1, 2, 40, 70))
+
+
 Entry = tuple[Callable[[Draw], Problem], tuple[str, ...]]
 DROPPED: dict[str, Entry] = {
     # a scale that is missing, a denominator of what is kept, the mask of the next head or row
@@ -40,5 +63,11 @@ DROPPED: dict[str, Entry] = {
     # rows of which nothing is kept: out is 0, lse is not
     "options": (_options, ("dropout_mask", "bias", "sink", "softcap", "causal")),
     "decoding": (_decoded, ("dropout_mask",)),
+    # the mask of the first tile or of four heads for all, transposed, lost beside another mask; a p that is rounded
+    "square": (_square, ("dropout_mask", "allowed")),
+    # the mask of the first keys for all, a mask with one row ignored
+    "spread": (_spread, ("dropout_mask",)),
+    # the mask's first rows and keys for each sequence
+    "packed": (_packed, ("dropout_mask",)),
 }
 """Calls by label, and the options that an operator must have for them."""

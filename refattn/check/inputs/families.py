@@ -21,6 +21,7 @@ from ..model import FURTHER, Capabilities, Model
 from .builders import BUILDERS, Build
 from .calls import Call, drawn
 from .draw import Draw
+from .dropped import DROPPED
 from .models import known
 from .sample import Sample, sample_of
 
@@ -63,7 +64,7 @@ FORWARD_ONLY = (
 """Cases without a gradient: NaN in sight, or dout·v past the type's range."""
 SIDE = frozenset({"lengths_q", "lengths_k", "offset", "positions", "rotary_partial"})
 """Features of kernels that say so which a case may have beside what it is about."""
-BESIDE = ("pages/options", "pages/rotary", "dropout/options", "dropout/decoding")
+BESIDE = ("pages/options", "pages/rotary", *(f"dropout/{n}" for n in DROPPED if n != "plain"))
 """Cases of one more option beside others: kernels without pages, or dropout, do not list them."""
 
 
@@ -264,7 +265,11 @@ def _crossed(variant: str, settings: Mapping[str, Any]) -> Build:
         given = d.options(h, n_q, n_k, width, settings.get("d_v", width), many)
         more = {n: x for n, x in given.items() if n in v.uses} | dict(settings)
         more |= {"h": h, "h_kv": h_kv, "b": 1, "scale": 0.3, "options": v.fitted(settings.get("options", {}), h)}
-        more |= {n: given[n] for n in RECURRENT if n in v.uses and settings.get(n) not in ("channels", "large")}
+        more |= {
+            n: given[n]
+            for n in RECURRENT
+            if n in v.uses and settings.get(n) not in ("channels", "strong channels", "large")
+        }
         return d.problem(**more)
 
     return build
