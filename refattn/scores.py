@@ -26,7 +26,7 @@ HIDING = ("causal", "window", "lengths_q", "lengths_k", "cu_seqlens_q")
 def score_mod(problem: Problem, device: Any = None) -> Callable[[Any, Any, Any, Any, Any], Any]:
     r"""Return a call's ``score_mod(score, b, h, q_idx, kv_idx)``, its tables as tensors.
 
-    With s = scale q·k, which FlexAttention makes, it returns
+    With s = scale q·k, which FlexAttention makes, it returns ::
 
         softcap tanh(s / softcap) - slope_bh |place_i - place_j| + bias_bhij + log weight_bhij
 

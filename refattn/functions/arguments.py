@@ -104,14 +104,15 @@ def real(name: str, x: Any, least: float, most: float = math.inf) -> Any:
 
 
 def factor(name: str, x: Any) -> Any:
-    """Return a number of any sign, NaN and inf too: a float, a fraction, or an array without axes.
+    """Return a number of any sign, NaN and inf too: a float, a fraction, one of python-flint's, or an array of no axes.
 
     Raises
     ------
     InvalidInput
         It is none.
     """
-    if (isinstance(x, Real) and not isinstance(x, bool)) or (kind_of(x) is not None and x.ndim == 0):
+    fits = x.ndim == 0 if kind_of(x) is not None else hasattr(type(x), "__float__") and not isinstance(x, bool)
+    if fits:
         return x
     raise InvalidInput(f"{name}: got {_shown(x)}, expected a number")
 
