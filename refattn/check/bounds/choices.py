@@ -153,7 +153,8 @@ def score_errors(ones: tuple[Head, ...], shape: Selected, c: Choices, model: Mod
     s = scores_of(ones, shape, c, Level(1)).h
     e = np.broadcast_to(node.span, s.shape)
     # and they are stored; products over features may leave the range below, which no softmax would notice
-    return s, e + f.u_scores * (np.abs(s) + e) + len(ones) * (2 * ones[0].q.shape[1] + 2) * f.floor
+    stored = f.u_scores * (np.abs(s) + e) if f.u_scores else 0.0  # a span may be inf
+    return s, e + stored + len(ones) * (2 * ones[0].q.shape[1] + 2) * f.floor
 
 
 def _unsure(ones: tuple[Head, ...], shape: Selected, c: Choices, model: Model) -> list[tuple[int, list[Mask]]]:
