@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..arrays import from_float64
 from ..dtypes import Format
 
-__all__ = ["beside", "largest", "narrowed", "on_host", "product", "scaled", "two_to", "within"]
+__all__ = ["beside", "largest", "narrowed", "on_host", "power_above", "product", "scaled", "two_to", "within"]
 
 
 def beside(x: Any, y: NDArray[Any]) -> Any:
@@ -38,6 +38,11 @@ def narrowed(x: Any, form: Format) -> NDArray[Any]:
         bits = x.astype(np.float32).view(np.uint32) >> 16
         return np.asarray(on_host(bits.astype(np.uint16)).view(form.dtype))
     return from_float64(on_host(x), form.name)
+
+
+def power_above(x: Any) -> Any:
+    """Return powers of two above sizes; 1 where these are 0 or no number."""
+    return np.where(x > 0, np.ldexp(np.ones_like(x), np.frexp(np.where(np.isfinite(x), x, 1.0))[1]), 1.0)
 
 
 def product(device: Any, a: Any, b: Any) -> Any:

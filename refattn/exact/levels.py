@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import elementwise
-from .anywhere import largest, product
+from .anywhere import largest, power_above, product
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, constant, exp2, two_prod, two_sum
 from .matrix import Reflected, UnsureSign
 from .precision import precision
@@ -329,7 +329,7 @@ class Bounded(Reflected):
         if b in self.kept:
             return self.kept[b]  # type: ignore[no-any-return]
         top, xp = largest(np.abs(self.h), 1), self.f.xp
-        e = np.where(top > 0, np.ldexp(np.ones_like(top), np.frexp(np.where(np.isfinite(top), top, 1.0))[1]), 1.0)
+        e = power_above(top)
         sigma = xp.empty((level, len(e)))
         for s in range(level):
             sigma[s] = e * (1.5 * 2.0 ** (52 - b - s * (b + 1)))

@@ -12,6 +12,7 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
+from .anywhere import power_above
 from .blas import one_thread
 from .levels import ETA, UP, Bounded, Level, gamma, head_bits
 from .matrix import Matrix
@@ -116,7 +117,7 @@ def _block(left: list[Float], right: Float, bits: int) -> Any:
     h, low, t, r = left
     (n, k), tops = h.shape, (np.abs(h).max(1), np.abs(right).max(0))
     count = next(c for c in range(2, 24) if c * (head_bits(k, c) + 1) - np.log2(k * (c + 1)) >= bits)
-    b, (unit, units) = head_bits(k, count), map(_above, tops)
+    b, (unit, units) = head_bits(k, count), map(power_above, tops)
     point, rest = np.zeros((1, 1)), right
     heads = np.stack(Bounded(Level(0), h, low, point)._cut(b, count)[0])
     sums = np.zeros((count, n, right.shape[1]))
@@ -132,11 +133,6 @@ def _block(left: list[Float], right: Float, bits: int) -> Any:
     for x in sums:
         found = found + _balls(x, np.zeros_like(x))
     return found
-
-
-def _above(x: Float) -> Float:
-    """Return powers of two above numbers, 1 where they are 0."""
-    return np.where(x > 0, np.ldexp(1.0, np.frexp(x)[1]), 1.0)
 
 
 def _sum(x: Float) -> Float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..problem import Problem
 from .shapes import Rows, Steps
-from .variant import Variant, packed_at
+from .variant import STEP_BUGS, STEP_LAWS, Variant, packed_at
 
 __all__ = ["GATED_DELTA"]
 
@@ -148,16 +148,8 @@ GATED_DELTA = Variant(
     source="Yang et al., Gated Delta Networks, arXiv 2412.06464, recalled: one alpha for each head. Kimi Linear, arXiv "
     "2510.26692, recalled: an alpha for each channel of the keys; the reference in fla/ops/kda/naive.py was read.",
     uses=frozenset({"causal", "state", "alpha", "beta"}),
-    laws=(
-        "determinism",
-        "batch_independence",
-        "batch_invariance",
-        "values_doubled",
-        "grouped_heads",
-        "state_carried",
-        "state_gradient",
-    ),
-    bugs=("zeroed_head", "wrong_scale", "heads_tiled", "sequences_joined", "value_of_next_key"),
+    laws=STEP_LAWS,
+    bugs=STEP_BUGS,
     families=("gaussian",),
     contract=(
         "scale None is 1: the paper has none; fla's functions take 1/sqrt(d_k).",

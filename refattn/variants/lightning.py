@@ -6,7 +6,7 @@ from typing import Any
 
 from .option import Option, rate_per_head
 from .shapes import Steps
-from .variant import Variant, packed_at
+from .variant import STEP_BUGS, STEP_LAWS, Variant, packed_at
 
 __all__ = ["LIGHTNING"]
 
@@ -44,16 +44,8 @@ LIGHTNING = Variant(
     "linear_attention.py and TransNormerLLM's slopes were read: no scale, no denominator.",
     uses=frozenset({"causal", "state"}),
     options={"decay": Option((), "rate for each query head, in 1/position", rate_per_head, rates)},
-    laws=(
-        "determinism",
-        "batch_independence",
-        "batch_invariance",
-        "values_doubled",
-        "grouped_heads",
-        "state_carried",
-        "state_gradient",
-    ),
-    bugs=("zeroed_head", "wrong_scale", "heads_tiled", "sequences_joined", "value_of_next_key"),
+    laws=STEP_LAWS,
+    bugs=STEP_BUGS,
     families=("gaussian", "ragged", "peaked", "probe", "drift"),
     contract=(
         "scale None is 1: the paper has none.",

@@ -13,7 +13,7 @@ from ..problem import MEANINGS, Problem
 from .option import Option
 from .shapes import Rows, Shape, Steps
 
-__all__ = ["CALL_LAWS", "COMMON_BUGS", "COMMON_FAMILIES", "COMMON_LAWS", "Variant"]
+__all__ = ["CALL_LAWS", "COMMON_BUGS", "COMMON_FAMILIES", "COMMON_LAWS", "STEP_BUGS", "STEP_LAWS", "Variant"]
 
 CALL_LAWS = (
     "determinism",
@@ -39,6 +39,17 @@ COMMON_LAWS = (
     "layout",
     "spread_gradient",
 )
+STEP_LAWS = (
+    "determinism",
+    "batch_independence",
+    "batch_invariance",
+    "values_doubled",
+    "grouped_heads",
+    "state_carried",
+    "state_gradient",
+)
+STEP_BUGS = ("zeroed_head", "wrong_scale", "heads_tiled", "sequences_joined", "value_of_next_key")
+"""Laws and planted bugs of recurrences."""
 COMMON_BUGS = (
     "zeroed_head",
     "own_key_dropped",
