@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cmp_to_key, reduce
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +14,13 @@ from numpy.typing import NDArray
 from ..errors import InvalidProblem
 from ..masks import band, block
 from ..problem import Problem
-from ..rules import Rule, View
+from ..rules import EMPTY, FULL, Rule, View
+from ..rules.spans import UNSURE
 from ..variants import Choices, Selected, variant_of
-from .arithmetics import Balls
-from .field import Field
+from .firsts import by_tiles
 from .heads import Head, heads, matrix_of
-from .levels import Bounded, Level
+from .levels import Level
+from .ranking import Scorer, decided, ranked, scored, some
 from .runs import Runs
 
 __all__ = ["Sight", "candidates", "choose", "choosers", "keys_of", "scores_of"]
@@ -32,9 +31,8 @@ SCORES = 2**18
 """Scores that are made at a time in long calls."""
 ROWS = 128
 """The fewest rows that are scored at a time."""
-PARTS = 16
-"""Lengths at which candidates that no row looks at are left out."""
-LADDER = (256, 1024, 4096)  # bits at which scores that enclosures cannot tell apart are looked at again
+MANY = 8
+"""Among so many times the candidates that a row chooses, the first are found in tiles."""
 
 
 def choosers(problem: Problem, shape: Selected) -> Iterator[tuple[Head, ...]]:
@@ -95,20 +93,45 @@ class Sight:
 
     def some(self, rows: NDArray[np.intp]) -> tuple[Mask, Mask, Mask]:
         """Return which candidates some rows may and must take, and which their scores look at, (rows, m) each."""
-        c, shape = self.c, (len(rows), self.m)
-        sight = self._sight[rows] if self._sight is not None else self._by_band(rows)
-        if isinstance(c.may, Rule):
-            may = c.may.block(rows, np.arange(self.m), len(self.one.q), max(self.m, 1))
-        else:
-            may = c.may[rows]
-        may, must = may & sight, np.zeros(shape, bool) if c.must is None else c.must[rows] & sight
-        return may, must, may | must if c.seen is None else c.seen[rows] & sight
+        c, every = self.c, slice(0, self.m)
+        may, must = self.may(rows, every), self.must(rows)
+        return may, must, may | must if c.seen is None else c.seen[rows] & self._seeing(rows, every)
 
-    def _by_band(self, rows: NDArray[np.intp]) -> Mask:
+    def may(self, rows: NDArray[np.intp], part: slice) -> Mask:
+        """Return which of some candidates some rows may take, (rows, part)."""
+        if isinstance(self.c.may, Rule):
+            may = self.c.may.block(rows, np.arange(part.start, part.stop), len(self.one.q), max(self.m, 1))
+        else:
+            may = self.c.may[rows, part]
+        return np.asarray(may & self._seeing(rows, part))
+
+    def must(self, rows: NDArray[np.intp]) -> Mask:
+        """Return which candidates some rows must take, (rows, m)."""
+        if self.c.must is None:
+            return np.zeros((len(rows), self.m), bool)
+        return np.asarray(self.c.must[rows] & self._seeing(rows, slice(0, self.m)))
+
+    def codes(self, rows: NDArray[np.intp], cuts: NDArray[np.int64]) -> NDArray[np.int8]:
+        """Tell of the candidates between cuts whether rows that are neighbours may take none (EMPTY), or all (FULL)."""
+        found, last = np.full(len(cuts) - 1, UNSURE, np.int8), rows[[0, -1]] + [0, 1]
+        if isinstance(self.c.may, Rule):
+            found = View.of(self.c.may, len(self.one.q), self.m).states(last, cuts, settle=False)[0]
+        if self._band is None or self.runs is None:
+            return np.where(found == FULL, UNSURE, found)
+        first, end = (x[rows] for x in self._band)
+        starts, ends = self.runs.starts, self.runs.ends
+        inside = (starts[cuts[1:] - 1] < end.min()) & (ends[cuts[:-1]] > first.max()) & (first < end).all()
+        outside = (starts[cuts[:-1]] >= end.max()) | (ends[cuts[1:] - 1] <= first.min())
+        return np.where(outside, EMPTY, np.where(inside | (found == EMPTY), found, UNSURE))
+
+    def _seeing(self, rows: NDArray[np.intp], part: slice) -> Mask:
+        """Return which of some candidates have a key that some rows see, (rows, part)."""
+        if self._sight is not None:
+            return self._sight[rows, part]
         assert self._band is not None
         assert self.runs is not None
         first, end = (x[rows, None] for x in self._band)
-        return np.asarray((self.runs.starts < end) & (self.runs.ends > first) & (first < end))
+        return np.asarray((self.runs.starts[part] < end) & (self.runs.ends[part] > first) & (first < end))
 
 
 def _in_sight(allowed: Any, sight: Sight) -> Mask:
@@ -181,20 +204,7 @@ def scores_of(
     given = given or [(matrix_of(f, x.q[rows]), matrix_of(f, x.k)) for x in ones]
     members = np.asarray(c.members, np.float64)
     seen = (c.may | c.must if c.seen is None else c.seen)[rows]
-    return _scores(ones, shape, f, given, rows, matrix_of(f, members), members.sum(1), seen)
-
-
-def _scores(
-    ones: tuple[Head, ...], shape: Selected, f: Any, given: Any, rows: Any, members: Any, sizes: Any, seen: Mask
-) -> Any:
-    found = []
-    with np.errstate(all="ignore"):
-        for one, (q, k) in zip(ones, given, strict=True):
-            o = one.options(f, rows)
-            o.members, o.sizes, o.seen = members, matrix_of(f, np.asarray(sizes, np.float64)[:, None]), seen
-            o.unseen = matrix_of(f, np.where(seen.any(1, keepdims=True), 0.0, 1.0))
-            found.append(shape.scores(q, k, o))
-        return reduce(operator.add, found)
+    return scored(ones, shape, f, given, rows, matrix_of(f, members), members.sum(1), seen)
 
 
 def choose(ones: tuple[Head, ...], shape: Selected, sight: Sight, put: Any) -> Float:
@@ -212,8 +222,10 @@ def choose(ones: tuple[Head, ...], shape: Selected, sight: Sight, put: Any) -> F
         ``put(rows, taken)`` takes which candidates some rows take, (rows, m) bool.
     """
     n_q, long, count = len(ones[0].q), isinstance(ones[0].allowed, View), sight.c.count
+    if long and shape.alone and sight.runs is not None and sight.runs.apart and 0 < MANY * count < sight.m:
+        return by_tiles(ones, shape, sight, put)
     step = max(ROWS, SCORES // max(sight.m, 1)) if long else max(n_q, 1)
-    levels = [_Scorer(ones, shape, sight, Level(n)) for n in ((0, 1) if long else (1,))]
+    levels = [Scorer(ones, shape, sight, Level(n)) for n in ((0, 1) if long else (1,))]
     margins = np.full(n_q, np.inf)
     for i in range(0, n_q, step):
         rows = np.arange(i, min(i + step, n_q))
@@ -223,140 +235,15 @@ def choose(ones: tuple[Head, ...], shape: Selected, sight: Sight, put: Any) -> F
         close = np.nonzero(free)[0] if count else np.zeros(0, np.intp)
         for scorer in levels if close.size else ():
             s, m = scorer.scores(rows[close], may[close], seen[close])
-            apart, first, margin = _ranked(s, may[close, :m], count)
+            apart, first, margin = ranked(s, may[close, :m], count)
             taken[close[apart], :m] |= first[apart]
             margins[rows[close[apart]]] = margin[apart]
-            close, s = close[~apart], _some(s, ~apart)
+            close, s = close[~apart], some(s, ~apart)
             if not close.size:
                 break
         if close.size:
-            choices = _decided(levels[-1], rows[close], may[close], seen[close], s)
+            choices = decided(levels[-1], rows[close], may[close], seen[close], s)
             for j, (inside, gap) in zip(close.tolist(), choices, strict=True):
                 taken[j, inside], margins[rows[j]] = True, gap
         put(rows, taken)
     return margins
-
-
-class _Scorer:
-    """Scores over one arithmetic: of the candidates up to the last that some rows look at."""
-
-    def __init__(self, ones: tuple[Head, ...], shape: Selected, sight: Sight, f: Any) -> None:
-        self.ones, self.shape, self.sight, self.f = ones, shape, sight, f
-        self._keys: list[Any] = []
-        members = np.asarray(sight.c.members)
-        self.sizes = sight.runs.sizes if sight.runs is not None else members.sum(1)
-
-    def scores(self, rows: NDArray[np.intp], may: Mask, seen: Mask) -> tuple[Any, int]:
-        """Return the scores (rows, m) of the first m candidates, and m: later ones are not looked at."""
-        f, runs = self.f, self.sight.runs
-        self._keys = self._keys or [matrix_of(f, x.k) for x in self.ones]
-        last = int(np.nonzero((may | seen).any(0))[0].max(initial=0)) + 1
-        part = -(-self.sight.m // PARTS)  # sums of the first candidates are kept from rows to rows
-        m = min(-(-last // part) * part, self.sight.m)
-        members = runs.over(f, m) if runs is not None else matrix_of(f, np.asarray(self.sight.c.members[:m], float))
-        given = [(matrix_of(f, x.q[rows]), k) for x, k in zip(self.ones, self._keys, strict=True)]
-        return _scores(self.ones, self.shape, f, given, rows, members, self.sizes[:m], seen[:, :m]), m
-
-    def of(self, row: int, at: NDArray[np.intp], f: Any) -> Any:
-        """Return the scores of some candidates of a row over another arithmetic, from their keys alone, (1, at)."""
-        runs = self.sight.runs
-        assert runs is not None
-        keys = np.concatenate([np.arange(a, b) for a, b in zip(runs.starts[at], runs.ends[at], strict=True)])
-        whose = np.repeat(np.arange(len(at)), self.sizes[at])
-        members = matrix_of(f, np.asarray(whose == np.arange(len(at))[:, None], np.float64))
-        given = [(matrix_of(f, x.q[row : row + 1]), matrix_of(f, x.k[keys])) for x in self.ones]
-        seen = np.ones((1, len(at)), bool)
-        return _scores(self.ones, self.shape, f, given, slice(row, row + 1), members, self.sizes[at], seen)
-
-
-def _ranked(s: Bounded, may: Mask, count: int) -> tuple[Mask, Mask, Float]:
-    """Return which rows' first scores are proven to be the first, which these are, and the margins."""
-    mid, radius = np.where(may, s.h, -np.inf), np.abs(s.l) + s.r if s.l.any() else s.r
-    first, m = np.zeros(may.shape, bool), may.shape[1]
-    order = np.argpartition(mid, (m - count - 1, m - count), axis=1)[:, m - count - 1 :]
-    np.put_along_axis(first, order[:, 1:], True, 1)
-    with np.errstate(invalid="ignore"):
-        if radius.shape[1] == 1:
-            ends = np.take_along_axis(mid, order[:, :2], 1)
-            margin, low, high = ends[:, 1] - ends[:, 0], ends[:, 1] - radius[:, 0], ends[:, 0] + radius[:, 0]
-        else:
-            outside = may & ~first
-            low = np.where(first, mid - radius, np.inf).min(1)
-            high = np.where(outside, mid + radius, -np.inf).max(1)
-            margin = np.where(first, mid, np.inf).min(1) - np.where(outside, mid, -np.inf).max(1)
-    return low > high, first, margin
-
-
-def _some(s: Bounded, rows: Any) -> Bounded:
-    return Bounded(s.f, *(np.broadcast_to(x, s.h.shape)[rows] for x in (s.h, s.l, s.r)))
-
-
-def _rivals(s: Any, may: Mask, count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return of a row which candidates are surely chosen, and whose scores must be looked at again.
-
-    The scores of the others are proven to be below all of these, and those of the first above.
-    """
-    low, high = (np.where(may, s[0] + sign * (np.abs(s[1]) + s[2]), -np.inf) for sign in (-1, 1))
-    open_ = may & (high >= np.sort(low)[-count]) & (low <= np.sort(high)[-count - 1])
-    while True:
-        least, most = low[open_].min(), high[open_].max()
-        wider = may & (low <= most) & (high >= least)
-        if (wider == open_).all():
-            return np.nonzero(may & (low > most))[0], np.nonzero(open_)[0]
-        open_ = wider
-
-
-def _decided(
-    level: _Scorer, rows: NDArray[np.intp], may: Mask, seen: Mask, s: Any
-) -> list[tuple[NDArray[np.intp], float]]:
-    """Choose for rows whose scores lie close: by more bits, and by the prime field where they are equal."""
-    ones, sight, alone = level.ones, level.sight, level.shape.alone and level.sight.runs is not None
-    field, count = Field(ones[0].q.shape[1]), sight.c.count
-    found: dict[int, tuple[NDArray[np.intp], float]] = {}
-    if alone:
-        parts = [_rivals([x[n] for x in (s.h, s.l, s.r)], may[n, : s.shape[1]], count) for n in range(len(rows))]
-        images = [level.of(int(row), at, field).image[0] for row, (_, at) in zip(rows, parts, strict=True)]
-    else:
-        images = list(_Scorer(ones, level.shape, sight, field).scores(rows, may, seen)[0].image)
-    for bits in LADDER:
-        balls = Balls(bits)
-        with balls.working():
-            left = np.array([n for n in range(len(rows)) if n not in found])
-            if alone:
-                scores = [level.of(int(rows[n]), parts[n][1], balls).a[0] for n in left]
-            else:
-                scores = _Scorer(ones, level.shape, sight, balls).scores(rows[left], may[left], seen[left])[0].a
-            for n, x in zip(left.tolist(), scores, strict=True):
-                sure, at = parts[n] if alone else (np.zeros(0, np.intp), np.nonzero(may[n])[0])
-                places = np.arange(len(at)) if alone else at
-                choice = _by_balls(places, x, images[n], count - len(sure))
-                if choice is not None:
-                    inside = at[choice[0]] if alone else choice[0]
-                    found[n] = np.concatenate([sure, inside]), choice[1]
-        if len(found) == len(rows):
-            return [found[n] for n in range(len(rows))]
-    row = next(int(rows[n]) for n in range(len(rows)) if n not in found)
-    raise InvalidProblem(f"scores: two candidates of row {row} differ by less than {LADDER[-1]} bits can tell")
-
-
-def _by_balls(at: NDArray[np.intp], s: Any, image: Any, count: int) -> tuple[NDArray[np.intp], float] | None:
-    """Choose by balls and images of scores; None where the balls are too wide."""
-    order = _sorted_exactly(sorted(at, key=lambda j: (-float(s[j].mid()), j)), s)
-    last, first = order[count - 1], order[count]
-    tied = [j for j in at if image[j] == image[last]]
-    if any(s[j].overlaps(s[last]) for j in at if j not in tied):
-        return None
-    above = [j for j in at if j not in tied and s[j] > s[last]]
-    inside = above + sorted(tied)[: count - len(above)]
-    margin = 0.0 if image[first] == image[last] else float((s[last] - s[first]).mid())
-    return np.array(inside), margin
-
-
-def _sorted_exactly(order: list[Any], s: Any) -> list[Any]:
-    """Sort by the midpoints themselves, which float64 may round together; equal ones by index."""
-
-    def compare(i: Any, j: Any) -> int:
-        gap = s[i].mid() - s[j].mid()
-        return -1 if gap > 0 else 1 if gap < 0 else int(i) - int(j)
-
-    return sorted(order, key=cmp_to_key(compare))

@@ -19,7 +19,7 @@ from refattn import (
 from refattn.check.bounds import expected
 from refattn.check.inputs.sample import sample_of
 from refattn.check.model import flash
-from refattn.exact import choosing, lowering, tiles
+from refattn.exact import choosing, firsts, lowering, tiles
 from refattn.exact.arithmetics import Balls
 from refattn.exact.heads import heads
 from refattn.exact.levels import Level
@@ -129,8 +129,7 @@ def test_long_choices_of_single_keys_need_no_booleans_of_pairs(monkeypatch):
     n = 2800
     assert n * n > masks.WRITTEN
     p = call(n, n, heads=(1, 1), variant="topk", causal="bottom_right", options={"topk": 3})
-    monkeypatch.setattr(choosing, "ROWS", 20)
-    monkeypatch.setattr(choosing, "SCORES", 1)
+    monkeypatch.setattr(firsts, "TALL", 20)
     evaluate(p.replace(query=p.query[:, :, :9]), rounding="bfloat16")
     tracemalloc.start()
     evaluate(p, rounding="bfloat16", n_jobs=1)  # each thread has tiles of its own
