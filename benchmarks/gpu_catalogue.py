@@ -1,12 +1,16 @@
 """Operators of the catalogue by block masks on a GPU: time over that of attention to all keys, beside their density.
 
-16,384 tokens, bfloat16, 2 heads of 128. The density is the part of blocks of 128 by 128 that have a pair that is seen:
-what the kernel computes. Queries of MoBA and of NSA's selection are alike within 128 tokens, so that their rows choose
-alike; of independent ones nearly every block is chosen by some row. "/ dense" is held to fall with the density.
+16,384 tokens, bfloat16, 16 batches of 2 heads of 128 that all choose alike. The density is the part of blocks of 128 by
+128 that have a pair that is seen: what the kernel computes. Queries of MoBA and of NSA's selection are alike within 128
+tokens, so that their rows choose alike; of independent ones nearly every block is chosen by some row.
+
+Blocks that are seen in part have bits, which the kernel by mma.sync takes and the one by wgmma does not: "/ dense" is
+over the fastest dense kernel, "/ dense by mma" over mma.sync's. Both are held to fall with the density.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -16,7 +20,7 @@ import numpy as np
 from refattn import Problem
 from refattn.bench import Row, gpu_medians, gpu_torch
 
-N, H, D, BLOCK = 16384, 2, 128, 128
+N, H, D, BLOCK, BATCHES = 16384, 2, 128, 128, 16
 SIDE = 128
 """Tokens along each side of the image."""
 CALLS: dict[str, tuple[str, list[dict[str, Any]]]] = {
@@ -42,23 +46,30 @@ def rows() -> Iterator[Row]:
     from refattn.gpu import attention
     from refattn.gpu.lowered import lowered
 
-    given = [torch.from_numpy(x).to("cuda", torch.bfloat16) for x in tokens()]
+    one = [torch.from_numpy(x).to("cuda", torch.bfloat16) for x in tokens()]
+    given = [x.repeat(BATCHES, 1, 1, 1) for x in one]
     for name, (variant, settings) in CALLS.items():
         causal = None if variant == "neighborhood" else "bottom_right"
-        calls: dict[str, Any] = {"dense": partial(attention, *given, causal=causal)}
+        calls: dict[str, Any] = {
+            "dense": partial(attention, *given, causal=causal),
+            "dense by mma": partial(attention, *given, causal=causal, impl="mma"),
+        }
         density: dict[str, float] = {}
         for options in settings:
-            p = Problem(*given, causal=causal, variant=variant, options=options)
+            p = Problem(*one, causal=causal, variant=variant, options=options)
             made = lowered(p, BLOCK, BLOCK)
             said = ", ".join(f"{n}={x}" for n, x in options.items() if n not in ("shape", "stride"))
-            seen = made["block_mask"][0].float().expand(1, H, -1, -1)
+            seen = (made["block_mask"][0] != 0).float().expand(1, H, -1, -1)
             every = torch.ones_like(seen)
             density[said] = float(seen.tril().sum() / every.tril().sum() if causal else seen.mean())
             calls[said] = partial(attention, *given, **made)
-        cost, before = gpu_medians(torch, calls), 1.0
-        yield Row(f"n={N} dense{', causal' if causal else ''}", cost["dense"], "ms")
+        cost = gpu_medians(torch, calls)
+        for dense in ("dense", "dense by mma"):
+            yield Row(f"n={N} {dense}{', causal' if causal else ''}", cost[dense], "ms")
+        before = dict.fromkeys(("dense", "dense by mma"), math.inf)
         for said, part in density.items():
-            of = cost[said] / cost["dense"]
             yield Row(f"n={N} {name} {said}, density", part, "of blocks")
-            yield Row(f"n={N} {name} {said} / dense", of, "ratio", at_most=before)
-            before = of
+            for dense, most in before.items():
+                of = cost[said] / cost[dense]
+                yield Row(f"n={N} {name} {said} / {dense}", of, "ratio", at_most=None if most == math.inf else most)
+                before[dense] = of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import UnsupportedProblem
 from .forward import forward
 from .views import traced
 
@@ -22,7 +23,7 @@ def attention(
     sink: Any = None,
     bias: Any = None,
     allowed: Any = None,
-    block_mask: tuple[Any, int, int] | None = None,
+    block_mask: tuple[Any, ...] | None = None,
     cu_seqlens: tuple[Any, Any] | None = None,
     return_lse: bool = False,
     accuracy: str = "fast",
@@ -48,9 +49,12 @@ def attention(
         Likewise.
     scale, causal, window, softcap, sink, bias, allowed
         As in :class:`refattn.Problem`; the bias of query's type or float32.
-    block_mask : (blocks, block_q, block_k), optional
+    block_mask : (blocks, block_q, block_k) or (blocks, block_q, block_k, bits), optional
         A boolean array (b or 1, h_q or 1, ceil(n_q / block_q), ceil(n_k / block_k)), True where a block of scores is
-        computed. Hidden tiles are never loaded.
+        computed. Hidden tiles are never loaded. With ``bits``, (tiles, block_q, block_k / 32) int32 and contiguous,
+        ``blocks`` is int32: 0 for a hidden block, 1 for a whole one, 2 + i for one of which each row sees the keys of
+        its bits in tile i, key j in bit j % 32 of word j // 32. Their values are not checked. It is for 16-bit types,
+        and has no gradients.
     cu_seqlens : (cu_seqlens_q, cu_seqlens_k), optional
         Integer arrays of m + 1 offsets of m sequences packed along the sequence axes, as in :class:`refattn.Problem`.
         Their values are not checked, which would wait for the GPU; nothing outside the arrays is read.
@@ -78,6 +82,10 @@ def attention(
         from . import torch_operators
 
         if torch_operators.needed(query, key, value, sink, bias):
+            if isinstance(block_mask, tuple | list) and len(block_mask) == 4:
+                raise UnsupportedProblem(
+                    "block_mask: has no gradients with bits of blocks, and is not compiled; pass allowed in their place"
+                )
             found = torch_operators.attention(query, key, value, options, accuracy, impl, batch_invariant)
             return found if return_lse else found[0]
     elif traced(query, key, value, sink, bias, allowed, block_mask, cu_seqlens):

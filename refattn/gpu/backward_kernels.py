@@ -28,6 +28,8 @@ def _mma_obstacle(call: Call, capability: tuple[int, int]) -> str:
         return f"takes head dims up to {WIDEST} backward, got {call.d_k} and {call.d_v}"
     if call.bias not in (None, call.dtype, "float32"):
         return f"takes a bias of {call.dtype} or float32, got {call.bias}"
+    if call.tiles:
+        return "takes no bits of blocks; pass allowed"
     if call.blocks and call.packed:
         return "takes a block mask or packed sequences, got both"
     return ""

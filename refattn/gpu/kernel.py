@@ -35,6 +35,8 @@ class Call:
         Whether an option is in use; causal, window and bias (its format) as they are given.
     blocks : (block_q, block_k) or None
         Rows and keys of a block of the block mask.
+    tiles : bool
+        Whether blocks have bits, by which they are seen in part.
     positive_scale, aligned, mapped : bool
         Whether the scale is above 0; whether all rows begin at multiples of 16 bytes; whether tensor maps can describe
         the arrays (strides above 0, too).
@@ -63,6 +65,7 @@ class Call:
     mapped: bool
     accuracy: str
     batch_invariant: bool = False
+    tiles: bool = False
 
     @classmethod
     def of(
@@ -72,6 +75,7 @@ class Call:
         blocks: tuple[int, int] | None,
         *,
         packed: bool = False,
+        tiles: bool = False,
         aligned: bool = True,
         mapped: bool = True,
     ) -> Call:
@@ -99,6 +103,7 @@ class Call:
             aligned=aligned,
             mapped=mapped,
             accuracy=accuracy,
+            tiles=tiles,
         )
 
 

@@ -117,6 +117,8 @@ def params(plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[
     arrays = dict(arrays)
     if plan.impl == "mma" and plan.macros["BLOCKS"] == 1:
         arrays["blocks"] = arrays["block_bits"]
+    if call.tiles:
+        arrays["allowed"] = arrays["bits"]
     spread = {n: arrays[n].spread() if n in arrays else (0,) * 4 for n in ("bias", "allowed", "blocks")}
     return {
         **{to: arrays[n].pointer if n in arrays else 0 for to, n in POINTERS.items()},

@@ -25,7 +25,8 @@
 // (multiple of 32), STAGES, MIN_BLOCKS: the tiling; ALIGNED 0|1: pointers and strides of q, k, v, out are multiples
 // of 16 bytes; ACCURACY_HIGH 0|1; CAUSAL, WINDOW, SOFTCAP, SINK, MASK, PACKED 0|1: the option is in use; BIAS 0, 1
 // (type of the inputs), 2 (float); BLOCKS 0, 1 (bits packed by pack.cu, of multiples of BLOCK_M rows and BLOCK_N
-// keys), 2 (bytes, of any size); PRESCALE 1: needed where scale <= 0.
+// keys), 2 (bytes, of any size), 3 (as 1, but ints: 0 hidden, 1 whole, 2 + i seen by the bits of tile i of p.mask,
+// (tiles, block_q, block_k / 32) words); PRESCALE 1: needed where scale <= 0.
 //
 // Launch: grid tiles * h * b with tiles = ceil(n_q / BLOCK_M), or n_q / BLOCK_M + sequences if PACKED (n_q, n_k:
 // total rows; bias and mask are indexed by total rows and keys, too), block 32 * WARPS, dynamic shared memory
@@ -95,6 +96,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
         }
         return t;
     };
+#elif BLOCKS == 3
+    const int* blocks = (const int*)p.blocks + batch * p.blocks_b + head * p.blocks_h + m0 / p.block_q * p.blocks_q;
+    const int tiles_a_block = p.block_k / BLOCK_N;
+    auto next_tile = [&](int t) {
+        const int count = (n_k + p.block_k - 1) / p.block_k;
+        while (t < end) {
+            const int block = t / tiles_a_block, mine = block + lane;
+            const u32 seen = __ballot_sync(~0u, mine < count && blocks[min(mine, count - 1)]);
+            if (seen & 1) break;
+            t = (seen ? block + __ffs(seen) - 1 : block + 32) * tiles_a_block;
+        }
+        return t;
+    };
 #elif BLOCKS == 2
     const unsigned char* blocks = p.blocks + batch * p.blocks_b + head * p.blocks_h;
     bool partial = false;  // whether some block of the tile is 0
@@ -149,7 +163,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
         // some ----
         bool masked = MASK || BIAS || n0 + BLOCK_N > n_k || (HAS_RIGHT && n0 + BLOCK_N - 1 > right) ||
                       (HAS_LEFT && n0 < left + m_count - 1);
-#if BLOCKS == 2
+#if BLOCKS == 3
+        const int kind = blocks[n0 / p.block_k];
+        masked |= kind > 1;
+#elif BLOCKS == 2
         const bool some_zero = partial;  // next_tile below moves `partial` on
         masked |= some_zero;
 #endif
@@ -209,7 +226,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
                     const long long i = q_start + m0 + min(row, m_count - 1);
                     [[maybe_unused]] const long long j = (long long)k_start + n0 + column;
 #endif
-#if MASK
+#if BLOCKS == 3
+                    u32 bits[WORDS];
+                    const long long line = max(kind - 2, 0) * (long long)p.block_q + (m0 + row) % p.block_q;
+                    const u32* mask = p.mask + line * (p.block_k / 32) + n0 % p.block_k / 32;
+                    UNROLL for (int w = 0; w < WORDS; w++) bits[w] = (kind > 1 ? mask[w] : ~0u) >> column;
+#elif MASK
                     const u32* mask = p.mask + batch * p.mask_b + head * p.mask_h + i * p.mask_q;
                     u32 bits[WORDS + 1];
                     const int first_word = (k_start + n0) / 32, last_word = (p.n_k - 1) / 32,
@@ -241,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention(cons
                             const int at = 8 * n + e;
                             float& x = s[r / 2][n][r % 2 * 2 + e];
                             bool seen = at <= last && !(HAS_LEFT && at < first);
-#if MASK
+#if MASK || BLOCKS == 3
                             seen = seen && (bits[n / 4] >> (n % 4 * 8 + e) & 1);
 #endif
 #if BLOCKS == 2

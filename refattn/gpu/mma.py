@@ -19,7 +19,7 @@ WIDTHS = (32, 64, 96, 128, 192, 256)
 
 def _rich(call: Call) -> int:
     """Return how many options are in use that take registers."""
-    return sum((call.allowed, call.bias is not None, call.blocks is not None, call.packed))
+    return sum((call.allowed or call.tiles, call.bias is not None, call.blocks is not None, call.packed))
 
 
 def obstacle(call: Call, capability: tuple[int, int]) -> str:
@@ -34,6 +34,9 @@ def obstacle(call: Call, capability: tuple[int, int]) -> str:
         return f"takes a bias of {call.dtype} or float32, got {call.bias}"
     if call.blocks and call.packed:
         return "takes a block mask or packed sequences, got both"
+    if call.tiles and (call.allowed or (call.blocks and (call.blocks[0] % 64 or call.blocks[1] % 32))):
+        given = "allowed" if call.allowed else "blocks of {} and {}".format(*call.blocks or ())
+        return f"takes bits of blocks of multiples of 64 rows and 32 keys, without allowed, got {given}"
     if call.accuracy == "high" and (_rich(call) or call.window) and max(call.d_k, call.d_v) > 128:
         return (
             "takes accuracy='high' with a bias, masks, a window or packed sequences for head dims up to 128, "
@@ -55,6 +58,9 @@ def macros(call: Call) -> dict[str, Any]:
     rich = _rich(call)
     more = rich + high + (not call.aligned) + (call.window is not None) + (rich > 0 and call.softcap)
     more += call.blocks is not None and call.causal is not None
+    others = call.bias, call.softcap, call.window, high, not call.aligned, not call.positive_scale
+    if call.tiles and not any(others):
+        more = 0
     width = max(wide_k, wide_v)
     if width <= 64:
         tiles, keys, stages = 2, 128 if width == 64 and not rich and call.aligned else 64, 2
@@ -67,7 +73,7 @@ def macros(call: Call) -> dict[str, Any]:
         block_q, block_k = call.blocks
         tiles = tiles if block_q % (64 * tiles) == 0 else 1
         keys = keys if block_k % keys == 0 else 32
-        blocks = 1 if block_q % (64 * tiles) == 0 and block_k % keys == 0 else 2
+        blocks = 3 if call.tiles else 1 if block_q % (64 * tiles) == 0 and block_k % keys == 0 else 2
     return {
         "BF16": int(call.dtype == "bfloat16"),
         "WIDTH_K": wide_k,

@@ -49,7 +49,8 @@ def plan(
         No kernel computes it; the text says what is in the way.
     """
     blocks = None if block_mask is None else check_block_mask(problem, block_mask)
-    call = replace(Call.of(problem, accuracy, blocks), batch_invariant=batch_invariant)
+    call = Call.of(problem, accuracy, blocks, tiles=block_mask is not None and len(block_mask) == 4)
+    call = replace(call, batch_invariant=batch_invariant)
     return choose(call, impl, capability)
 
 
@@ -97,18 +98,27 @@ def check_block_mask(p: Problem, mask: Any) -> tuple[int, int]:
         No triple of an array and two sizes, another library or type, or a shape that does not fit.
     """
     try:
-        blocks, *sizes = mask
-        block_q, block_k = (int(n) for n in sizes)
+        blocks, block_q, block_k, *bits = mask
+        block_q, block_k = (int(n) for n in (block_q, block_k))
+        if len(bits) > 1:
+            raise ValueError
     except (TypeError, ValueError) as e:
-        raise InvalidProblem("block_mask: expected (blocks, block_q, block_k)") from e
-    if kind_of(blocks) != p.kind:
-        raise InvalidProblem(f"block_mask: is of {kind_of(blocks)} and query of {p.kind}; pass arrays of one library")
-    if dtype_name(blocks) != "bool":
-        raise InvalidProblem(f"block_mask: got dtype {dtype_name(blocks)}, expected bool")
+        raise InvalidProblem("block_mask: expected (blocks, block_q, block_k), or bits of blocks as a fourth") from e
+    for x in (blocks, *bits):
+        if kind_of(x) != p.kind:
+            raise InvalidProblem(f"block_mask: is of {kind_of(x)} and query of {p.kind}; pass arrays of one library")
+        if dtype_name(x) != ("int32" if bits else "bool"):
+            expected = "int32 with bits of blocks" if bits else "bool"
+            raise InvalidProblem(f"block_mask: got dtype {dtype_name(x)}, expected {expected}")
     if min(block_q, block_k) < 1:
         raise InvalidProblem(f"block_mask: got blocks of {block_q} rows and {block_k} keys, expected at least 1")
     full = (p.batch, p.heads, -(-p.n_q // block_q), -(-p.n_k // block_k))
     shape = tuple(blocks.shape)
     if len(shape) != 4 or shape[2:] != full[2:] or any(a not in (1, b) for a, b in zip(shape, full, strict=True)):
         raise InvalidProblem(f"block_mask: got shape {shape}, expected {full}, or 1 in place of its first two axes")
+    for x in bits:
+        size = (block_q, block_k // 32)
+        if block_k % 32 or len(x.shape) != 3 or tuple(x.shape[1:]) != size:
+            text = f"({', '.join(map(str, ('tiles', *size)))}) for blocks whose keys are a multiple of 32"
+            raise InvalidProblem(f"block_mask: got bits of shape {tuple(x.shape)}, expected {text}")
     return block_q, block_k

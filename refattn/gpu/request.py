@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -85,8 +86,16 @@ class Request:
         aligned, mapped = layout([self.arrays[n] for n in TENSORS if n in self.arrays and n != "lse"])
         aligned = aligned and not (problem.d_k % 8 or problem.d_v % 8)  # so are rows of results, which are contiguous
         packed = self.offsets is not None
-        found = Call.of(problem, accuracy, blocks, packed=packed, aligned=aligned, mapped=mapped)
+        tiles = "bits" in self.arrays
+        if tiles and not all(_contiguous(self.arrays[n]) for n in ("blocks", "bits")):
+            raise InvalidProblem("block_mask: blocks and their bits must be contiguous; pass copies that are")
+        found = Call.of(problem, accuracy, blocks, packed=packed, tiles=tiles, aligned=aligned, mapped=mapped)
         return replace(found, batch_invariant=batch_invariant)
+
+
+def _contiguous(x: View) -> bool:
+    sizes = [math.prod(x.shape[i + 1 :]) for i in range(len(x.shape))]
+    return all(n == 1 or s == size for n, s, size in zip(x.shape, x.strides, sizes, strict=True))
 
 
 def read(
@@ -107,7 +116,10 @@ def read(
     if sink is not None:
         given["sink"] = cast(sink, "float64" if dtype_name(given["query"]) == "float64" else "float32", "sink")
     if block_mask is not None:
-        given["blocks"], *sizes = parts_of(block_mask, "block_mask", ("blocks", "block_q", "block_k"))
+        bits = isinstance(block_mask, tuple | list) and len(block_mask) == 4
+        parts = parts_of(block_mask, "block_mask", ("blocks", "block_q", "block_k", *["bits"] * bits))
+        given["blocks"], *sizes = parts[:3]
+        given |= dict(zip(["bits"] * bits, parts[3:], strict=True))
     if cu_seqlens is not None:
         offsets = parts_of(cu_seqlens, "cu_seqlens", CU_SEQLENS)
         for n, x in zip(("cu_q", "cu_k"), offsets, strict=True):

@@ -27,6 +27,8 @@ def obstacle(call: Call, capability: tuple[int, int]) -> str:
     wide = "float64" if call.dtype == "float64" else "float32"
     if call.bias not in (None, call.dtype, wide):
         return f"takes a bias of {call.dtype} or {wide}, got {call.bias}"
+    if call.tiles:
+        return "takes no bits of blocks; pass allowed"
     if call.blocks and call.packed:
         return "takes a block mask or packed sequences, got both"
     return ""

@@ -67,8 +67,9 @@ def obstacle(call: Call, capability: tuple[int, int]) -> str:
 
 
 def _obstacle_of_blocks(call: Call) -> str:
-    options = ("window", "softcap", "sink", "bias", "allowed", "packed")
-    given = [n.replace("packed", "cu_seqlens") for n in options if getattr(call, n)]
+    options = {"packed": "cu_seqlens", "tiles": "bits of blocks"}
+    names = ("window", "softcap", "sink", "bias", "allowed", *options)
+    given = [options.get(n, n) for n in names if getattr(call, n)]
     if given or not call.positive_scale:
         return f"takes block masks without {', '.join(given) or 'a scale up to 0'}"
     width_k, width_v = _widths(call)
