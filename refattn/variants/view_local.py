@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import product
 from typing import Any
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 from ..masks import both
 from ..problem import Problem
+from ..rules import Rule
+from ..rules.lists import listed
 from .option import Option, at_least_zero, finite, one_of, whole
 from .shapes import Lowered
 from .variant import COMMON_BUGS, COMMON_LAWS, Variant, packed
@@ -22,6 +25,8 @@ Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 SLACK = Fraction(1, 10**6)
 """What the release takes off the radius."""
+LISTED = 4
+"""Bytes of a listed patch, which are more than the booleans of all where more than one of so many is near."""
 
 
 def voxel_centres(resolution: int) -> Array:
@@ -103,17 +108,53 @@ def view_local_mask(
     centres, places, short
         For mistakes: other functions, and what is taken off the radius.
     """
+    seen = np.zeros((resolution**3, patches**2), bool)
+    for voxel, first, end in near(projection, resolution, patches, radius, image, mode, centres, places, short):
+        seen[voxel, first:end] = True
+    return seen
+
+
+def near(
+    projection: Any,
+    resolution: int,
+    patches: int,
+    radius: float,
+    image: int,
+    mode: str,
+    centres: Any = voxel_centres,
+    places: Any = places,
+    short: Fraction | None = None,
+) -> Iterator[tuple[int, int, int]]:
+    """Yield a voxel, the first patch that it sees of a row of patches, and the one behind the last."""
     at = places(projection, centres(resolution), image, mode) * Fraction(patches, image) - Fraction(1, 2)
-    taken = (SLACK if mode == "released" else Fraction(0)) if short is None else short
-    reach = Fraction(radius) - taken
-    # integers over a denominator for each voxel: fractions would be ten times slower
-    units = [math.lcm(reach.denominator, *(x.denominator for x in row)) for row in at]
-    unit = np.array(units, object).reshape(-1, 1)
-    whole = np.array([[int(x * n) for x in row] for row, n in zip(at, units, strict=True)], object).reshape(-1, 2)
-    apart = (whole[:, :, None] - unit[:, :, None] * np.arange(patches).astype(object)) ** 2
-    limit = np.array([int(reach * n) ** 2 if reach >= 0 else -1 for n in units], object).reshape(-1, 1, 1)
-    seen = apart[:, 0, :, None] + apart[:, 1, None, :] <= limit
-    return np.asarray(seen, bool).reshape(len(units), patches**2)
+    reach = Fraction(radius) - ((SLACK if mode == "released" else Fraction(0)) if short is None else short)
+    for voxel, place in enumerate(at if reach >= 0 else ()):
+        # integers over one denominator
+        unit = math.lcm(reach.denominator, *(x.denominator for x in place))
+        row, column, limit = (int(x * unit) for x in (*place, reach))
+        for i in range(max(-((limit - row) // unit), 0), min((row + limit) // unit + 1, patches)):
+            along = math.isqrt(limit**2 - (row - unit * i) ** 2)
+            first, end = max(-((along - column) // unit), 0), min((column + along) // unit + 1, patches)
+            if first < end:
+                yield voxel, i * patches + first, i * patches + end
+
+
+def near_rule(p: Problem, o: Any, **change: Any) -> Rule | None:
+    """Return the view as lists of patches; None where most patches are near."""
+    spans = np.array([*near(o.projection, edge(p.n_q), o.patches, o.radius, o.image, o.mode, **change)], np.int64)
+    voxel, first, end = spans.reshape(-1, 3).T
+    many, before = np.bincount(voxel, end - first, p.n_q).astype(np.int64), p.n_k - o.patches**2
+    width = int(many.max(initial=0)) + 1
+    if LISTED * width > o.patches**2:
+        return None
+    lists = np.full((1, 1, p.n_q, width), -1, np.int32)
+    lists[..., 0] = 0  # the keys before the patches
+    place = np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
+    start = np.cumsum(end - first) - (end - first)
+    which = np.arange(many.sum()) + np.repeat(first - start, end - first)
+    lists[0, 0, np.repeat(np.arange(p.n_q), many), place + 1] = which + 1
+    starts = np.append(0, before + np.arange(o.patches**2))
+    return listed(lists, starts, np.append(before, starts[1:] + 1), p.n_k)
 
 
 def lower(p: Problem, o: Any, first: bool = True, blocked: bool = False, fill: bool = False, **change: Any) -> Problem:
@@ -124,11 +165,13 @@ def lower(p: Problem, o: Any, first: bool = True, blocked: bool = False, fill: b
     """
     if o.projection is None:
         return p.replace(variant="softmax", options={})
-    near = view_local_mask(o.projection, edge(p.n_q), o.patches, o.radius, o.image, o.mode, **change)
-    near = ~near if blocked else near
-    near = near | ~near.any(1, keepdims=True) if fill else near
-    others = np.ones((p.n_q, p.n_k - near.shape[1]), bool)
-    mask = np.concatenate([others, near] if first else [near, others], 1)[None, None]
+    if first and not blocked and not fill and (rule := near_rule(p, o, **change)) is not None:
+        return p.replace(variant="softmax", options={}, allowed=both(p.allowed, rule))
+    seen = view_local_mask(o.projection, edge(p.n_q), o.patches, o.radius, o.image, o.mode, **change)
+    seen = ~seen if blocked else seen
+    seen = seen | ~seen.any(1, keepdims=True) if fill else seen
+    others = np.ones((p.n_q, p.n_k - seen.shape[1]), bool)
+    mask = np.concatenate([others, seen] if first else [seen, others], 1)[None, None]
     return p.replace(variant="softmax", options={}, allowed=both(p.allowed, mask))
 
 
