@@ -113,7 +113,7 @@ class Sight:
 
     def codes(self, rows: NDArray[np.intp], cuts: NDArray[np.int64]) -> NDArray[np.int8]:
         """Tell of the candidates between cuts whether rows that are neighbours may take none (EMPTY), or all (FULL)."""
-        found, last = np.full(len(cuts) - 1, UNSURE, np.int8), rows[[0, -1]] + [0, 1]
+        found, last = np.full(len(cuts) - 1, UNSURE, np.int8), np.array([rows[0], rows[-1] + 1])
         if isinstance(self.c.may, Rule):
             found = View.of(self.c.may, len(self.one.q), self.m).states(last, cuts, settle=False)[0]
         if self._band is None or self.runs is None:

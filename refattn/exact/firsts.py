@@ -131,7 +131,9 @@ class Contenders:
     def __init__(self, rows: int, count: int, work: Any = None) -> None:
         self.count, self.work, self.limit = count, work, 2 * count + SPARE
         shape = rows, self.limit
-        self.at, self.mid, self.radius = np.zeros(shape, np.intp), np.zeros(shape), np.zeros(shape)
+        self.at: Any = np.zeros(shape, np.intp)
+        self.mid: Any = np.zeros(shape)
+        self.radius: Any = np.zeros(shape)
         self.many = np.zeros(rows, np.intp)
         self.floor = np.full((rows, 1), -np.inf)  # of the lower ends the `count`-th largest
         self.solid = np.zeros((rows, 1), bool)  # whether so many scores are above it, or it exactly
