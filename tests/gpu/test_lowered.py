@@ -1,13 +1,18 @@
 """Operators as block masks: what these leave is the operator; on a GPU, what it computes is the exact answer's."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from refattn import InvalidInput, Problem, UnsupportedProblem, check_problem, evaluate, masks
+from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, check_problem, evaluate, masks
 from refattn.check.kernels import KERNELS
 from refattn.exact import lowering
 from refattn.gpu.lowered import lowered
+from refattn.gpu.plan import plan
+
+lowered_module = sys.modules[lowered.__module__]
 
 CAUSAL = {"causal": "bottom_right"}
 SPARSE = {"block_size": 16, "window_blocks": 1}
@@ -64,6 +69,48 @@ def test_whole_blocks_leave_no_rest():
     assert not made["block_mask"][0].all()
     torch_made = lowered(call("moba", to=torch.from_numpy))
     assert {type(torch_made["allowed"]), type(torch_made["block_mask"][0])} == {torch.Tensor}
+
+
+@pytest.mark.parametrize("variant", ["moba", "topk", "neighborhood"])
+def test_bits_of_blocks_are_the_rest(variant):
+    p = call(variant, to=lambda x: torch.from_numpy(np.float32(x)).to(torch.bfloat16))
+    blocks, *size, bits = lowered(p, 64, 32)["block_mask"]
+    words = bits.numpy().view(np.uint32)
+    assert (size, words.shape[1:], lowered(p, 64, 32)["allowed"]) == ([64, 32], (64, 1), None)
+    mask, keys = evaluate(p, rounding="float32").core.allowed, np.arange(88)
+    mask = np.broadcast_to(mask if isinstance(mask, np.ndarray) else mask.written(1, 4, 88, 88), (1, 4, 88, 88))
+    for b, h, i, j in np.ndindex(1, 4, 88, 88):
+        kind = int(blocks[b, h if blocks.shape[1] > 1 else 0, i // 64, j // 32])
+        seen = kind == 1 or (kind > 1 and words[kind - 2, i % 64, 0] >> keys[j] % 32 & 1)
+        assert bool(seen) == mask[b, h, i, j]
+    found = plan(p.replace(variant="softmax", options={}), block_mask=(blocks, *size, bits))
+    assert (found.impl, found.macros["BLOCKS"]) == ("mma", 3)
+    learning = p.replace(query=p.query.clone().requires_grad_())
+    for other, sizes in ((learning, (64, 32)), (p, (64, 48)), (p, (32, 32))):
+        made = lowered(other, *sizes)
+        assert len(made["block_mask"]) == 3
+        assert made["allowed"] is not None
+
+
+def test_bits_that_do_not_fit_are_named():
+    p = call("softmax", 64, lambda x: torch.from_numpy(np.float32(x)).to(torch.bfloat16))
+    blocks, bits = torch.ones((1, 1, 1, 2), dtype=torch.int32), torch.zeros((3, 64, 1), dtype=torch.int32)
+    for mask, text in [
+        ((blocks.bool(), 64, 32, bits), "got dtype bool, expected int32 with bits of blocks"),
+        ((blocks, 64, 32, bits[:, :32]), r"got bits of shape \(3, 32, 1\), expected \(tiles, 64, 1\)"),
+        ((blocks, 64, 32, bits, 1), r"expected \(blocks, block_q, block_k\), or bits of blocks as a fourth"),
+    ]:
+        with pytest.raises(InvalidProblem, match=f"block_mask: {text}"):
+            plan(p, block_mask=mask)
+    for impl, text in (("simt", "takes no bits of blocks"), ("sm90", "takes block masks without window, bits of")):
+        with pytest.raises(UnsupportedProblem, match=text):
+            plan(p, block_mask=(blocks, 64, 32, bits), impl=impl)
+
+
+def test_more_booleans_than_fit_are_refused(monkeypatch):
+    monkeypatch.setattr(lowered_module, "MOST", 4 * 88 * 88 - 1)
+    with pytest.raises(UnsupportedProblem, match="allowed: needs 4 times 88 by 88 booleans; bits of blocks take their"):
+        lowered(call("moba"))
 
 
 def test_what_has_no_block_mask_is_refused():
