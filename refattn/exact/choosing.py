@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from ..problem import Problem
 from ..rules import EMPTY, FULL, Rule, View
 from ..rules.spans import UNSURE
 from ..variants import Choices, Selected, variant_of
+from .blas import one_thread
 from .firsts import by_tiles
 from .heads import Head, heads, matrix_of
 from .levels import Level
@@ -31,8 +34,8 @@ SCORES = 2**18
 """Scores that are made at a time in long calls."""
 ROWS = 128
 """The fewest rows that are scored at a time."""
-MANY = 8
-"""Among so many times the candidates that a row chooses, the first are found in tiles."""
+MANY = 2048
+"""Of so many candidates the first are found in tiles, where a row chooses fewer than one of eight."""
 
 
 def choosers(problem: Problem, shape: Selected) -> Iterator[tuple[Head, ...]]:
@@ -222,28 +225,42 @@ def choose(ones: tuple[Head, ...], shape: Selected, sight: Sight, put: Any) -> F
         ``put(rows, taken)`` takes which candidates some rows take, (rows, m) bool.
     """
     n_q, long, count = len(ones[0].q), isinstance(ones[0].allowed, View), sight.c.count
-    if long and shape.alone and sight.runs is not None and sight.runs.apart and 0 < MANY * count < sight.m:
+    if long and shape.alone and sight.runs is not None and sight.runs.apart and 0 < 8 * count < sight.m >= MANY:
         return by_tiles(ones, shape, sight, put)
     step = max(ROWS, SCORES // max(sight.m, 1)) if long else max(n_q, 1)
     levels = [Scorer(ones, shape, sight, Level(n)) for n in ((0, 1) if long else (1,))]
     margins = np.full(n_q, np.inf)
-    for i in range(0, n_q, step):
-        rows = np.arange(i, min(i + step, n_q))
-        may, must, seen = sight.some(rows)
-        free = may.sum(1) > count
-        taken = must | (may & ~free[:, None]) if count else must
-        close = np.nonzero(free)[0] if count else np.zeros(0, np.intp)
-        for scorer in levels if close.size else ():
-            s, m = scorer.scores(rows[close], may[close], seen[close])
-            apart, first, margin = ranked(s, may[close, :m], count)
-            taken[close[apart], :m] |= first[apart]
-            margins[rows[close[apart]]] = margin[apart]
-            close, s = close[~apart], some(s, ~apart)
-            if not close.size:
-                break
-        if close.size:
-            choices = decided(levels[-1], rows[close], may[close], seen[close], s)
-            for j, (inside, gap) in zip(close.tolist(), choices, strict=True):
-                taken[j, inside], margins[rows[j]] = True, gap
+
+    def some_rows(start: int) -> None:
+        rows = np.arange(start, min(start + step, n_q))
+        taken, margins[rows] = _choice(levels, rows)
         put(rows, taken)
+
+    if n_q <= step:
+        some_rows(0)
+        return margins
+    with one_thread(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(some_rows, range(0, n_q, step)))
     return margins
+
+
+def _choice(levels: list[Scorer], rows: NDArray[np.intp]) -> tuple[Mask, Float]:
+    """Return which candidates some rows take, and their margins."""
+    sight, count = levels[0].sight, levels[0].sight.c.count
+    may, must, seen = sight.some(rows)
+    free, margins = may.sum(1) > count, np.full(len(rows), np.inf)
+    taken = must | (may & ~free[:, None]) if count else must
+    close = np.nonzero(free)[0] if count else np.zeros(0, np.intp)
+    for scorer in levels if close.size else ():
+        s, m = scorer.scores(rows[close], may[close], seen[close])
+        apart, first, margin = ranked(s, may[close, :m], count)
+        taken[close[apart], :m] |= first[apart]
+        margins[close[apart]] = margin[apart]
+        close, s = close[~apart], some(s, ~apart)
+        if not close.size:
+            return taken, margins
+    if close.size:
+        choices = decided(levels[-1], rows[close], may[close], seen[close], s)
+        for j, (inside, gap) in zip(close.tolist(), choices, strict=True):
+            taken[j, inside], margins[j] = True, gap
+    return taken, margins

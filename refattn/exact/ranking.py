@@ -54,7 +54,7 @@ class Scorer:
     def scores(self, rows: NDArray[np.intp], may: Mask, seen: Mask) -> tuple[Any, int]:
         """Return the scores (rows, m) of the first m candidates, and m: later ones are not looked at."""
         f, runs = self.f, self.sight.runs
-        self._keys = self._keys or [matrix_of(f, x.k) for x in self.ones]
+        self._keys = self._keys or [matrix_of(f, x.k) for x in self.ones]  # two threads may both make them
         last = int(np.nonzero((may | seen).any(0))[0].max(initial=0)) + 1
         part = -(-self.sight.m // PARTS)  # sums of the first candidates are kept from rows to rows
         m = min(-(-last // part) * part, self.sight.m)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -77,8 +78,9 @@ class Runs:
         """Return the first m as a matrix (m, n_k) of 0 and 1 to multiply keys by, over an arithmetic."""
         if self._over is None or self._over.f is not f:
             self._over = _Sums(self, f)
-        self._over.m = m
-        return self._over
+        found = copy(self._over)  # another thread may want another m
+        found.m = m
+        return found
 
 
 class _Sums:
@@ -95,9 +97,11 @@ class _Sums:
         found = self._kept[id(k)][1]
         if self.m == len(self.runs.starts):
             return found
-        if self._first.get(id(k), (0, None))[0] != self.m:
-            self._first[id(k)] = self.m, found.T.columns(np.arange(self.m)).T
-        return self._first[id(k)][1]
+        m, first = self._first.get(id(k), (0, None))
+        if m != self.m:
+            first = found.T.columns(np.arange(self.m)).T
+            self._first[id(k)] = self.m, first
+        return first
 
     def _sums(self, k: Any) -> Any:
         runs = self.runs

@@ -349,7 +349,7 @@ class Forward:
         if self.head.bias is not None:
             self._add_bias(h, low, self.head.bias[self.rows[at], self.tiles[n]])
         if seen is not None and not seen.all():
-            h[~seen] = -np.inf
+            np.putmask(h, ~seen, -np.inf)
 
     def _add_bias(self, h: Float, low: Float, bias: Float) -> None:
         """Add a bias in base 2, in place; what it loses is counted with the shift's rounding."""

@@ -42,6 +42,7 @@ class View:
     def __init__(self, parts: list[tuple[Rule, int, int, tuple[int, int, int, int]]], shape: tuple[int, int]) -> None:
         self.parts, self.shape = parts, shape
         self._seeing: Mask | None = None
+        self._coarse: Codes | None = None
 
     @classmethod
     def of(cls, rule: Rule, n_q: int, n_k: int, batch: int = 0, head: int = 0) -> View:
@@ -82,7 +83,9 @@ class View:
 
     def by_row(self, rows: NDArray[np.int64], keys: NDArray[np.int64]) -> Codes:
         """Tell of each of some rows what the keys between edges are to it; UNSURE where ranges do not say."""
-        return self._codes((rows, rows), keys)
+        step = max(1, TOGETHER * 16 // max(len(keys) - 1, 1))  # so that their integers stay in cache
+        parts = [rows[i : i + step] for i in range(0, max(len(rows), 1), step)]
+        return np.concatenate([self._codes((x, x), keys) for x in parts])
 
     def around(self, rows: NDArray[np.int64], keys: NDArray[np.int64]) -> int:
         """Tell what the keys between two edges are to all rows from the first to the last of some."""
@@ -165,7 +168,7 @@ class View:
             parts = [self[rows, keys].any(1) for rows, keys in self.listed(np.arange(self.shape[0]))]
             return np.concatenate([np.zeros(0, bool), *parts])
         rows, keys = edges(self.shape[0], COARSE), edges(self.shape[1], COARSE)
-        found, coarse = np.zeros(self.shape[0], bool), self.states(rows, keys, settle=False)
+        found, coarse = np.zeros(self.shape[0], bool), self.coarse()
         for i in range(len(rows) - 1):
             left = np.arange(rows[i], rows[i + 1])
             # full ones first, then from the last: there a causal row has its own key
@@ -187,9 +190,13 @@ class View:
 
     def all(self) -> bool:
         """Tell whether every key is seen by every query."""
-        return bool(
-            (self.states(edges(self.shape[0], COARSE), edges(self.shape[1], COARSE), settle=False) == FULL).all()
-        )
+        return bool((self.coarse() == FULL).all())
+
+    def coarse(self) -> Codes:
+        """Tell what large tiles are, UNSURE where ranges do not say: asked more than once, made once."""
+        if self._coarse is None:
+            self._coarse = self.states(*(edges(n, COARSE) for n in self.shape), settle=False)
+        return self._coarse
 
     def sum(self, axis: int = 1, keepdims: bool = False) -> NDArray[np.int64]:
         """Return how many keys each row sees (axis 1), or by how many rows each key is seen (0)."""

@@ -43,6 +43,8 @@ OPTIONS = (
     {"packed": True, "causal": "top_left"},
     {"blocks": (128, 128)},
     {"blocks": (40, 40), "allowed": True, "bias": "own", "softcap": True, "window": (3, 3), "sink": True},
+    {"blocks": (64, 32), "tiles": True, "bias": "own", "softcap": True, "window": (3, 3), "sink": True},
+    {"blocks": (128, 128), "tiles": True, "causal": "bottom_right", "sink": True},
 )
 MANY = {"bias": "bfloat16", "softcap": True, "window": (3, 3), "sink": True, "causal": None}
 MOST = 232448  # bytes of shared memory that a block of sm_90 may have
