@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -230,7 +231,7 @@ class Forward:
         self.ln2 = f.log2()
         self.whole = bool(one.allowed.all())
         self.wide = tile_sizes()[1] if f.device is None else f.device.keys
-        self.tiles, self.kinds = tiles_of(one.allowed, rows, n_k, self.wide)
+        self.tiles, self.kinds = tiles_of(one.allowed, rows, n_k, self.wide, partial(each, threads=threads))
         self.shift, self.relative, self.sums = xp.zeros(len(rows)), xp.zeros(len(rows)), xp.zeros((len(rows), 3))
         b, self.width = head_bits(d, level), head_bits(min(self.wide, n_k), level)
         if f.device is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -73,11 +73,13 @@ class Room:
         return [x[:r] for x in self._scores]
 
 
-def tiles_of(allowed: Any, rows: NDArray[np.intp], n_k: int, wide: int) -> tuple[list[slice], Any]:
+def tiles_of(
+    allowed: Any, rows: NDArray[np.intp], n_k: int, wide: int, each: Callable[..., Any] = map
+) -> tuple[list[slice], Any]:
     """Return tiles of keys, and of a rule what they are to each row, (rows, tiles).
 
     They are as wide as may be, or where a rule has blocks, of whole blocks or equal parts of one; those that no row
-    sees are left out.
+    sees are left out. `each` calls a function on items, as ``map`` does.
     """
     if not isinstance(allowed, View):
         return [slice(j, min(j + wide, n_k)) for j in range(0, n_k, wide)], None
@@ -87,7 +89,8 @@ def tiles_of(allowed: Any, rows: NDArray[np.intp], n_k: int, wide: int) -> tuple
             many = -(-(end - start) // wide)
             ends += [start + (end - start) * i // many for i in range(1, many + 1)]
             start = end
-    kinds = allowed.by_row(rows, np.array([0, *ends]))
+    lines = [rows[i : i + GROUPS[0]] for i in range(0, max(len(rows), 1), GROUPS[0])]
+    kinds = np.concatenate(list(each(lambda x: allowed.by_row(x, np.array([0, *ends])), lines)))
     used = (kinds != EMPTY).any(0)
     tiles = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
     return [t for t, yes in zip(tiles, used.tolist(), strict=True) if yes], kinds[:, used]
