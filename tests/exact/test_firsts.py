@@ -5,6 +5,7 @@ import pytest
 
 from refattn import Problem, masks
 from refattn.exact import choosing, firsts, lowering
+from refattn.exact.levels import Bounded, Level
 from refattn.exact.lowering import lower
 
 N, D = 90, 4
@@ -85,3 +86,37 @@ def test_few_are_kept_where_a_thousand_keys_are_alike():
     taken, margins = work.choose(np.arange(1))
     assert np.nonzero(taken[0])[0].tolist() == [0, 1, 2]
     assert margins[0] == 0
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_left_out_comes_after_the_first_whatever_the_scores_are(by_row, seed):
+    """Whole numbers as ends: sums are exact. A score may be anywhere between its ends."""
+    rng, count, f = np.random.default_rng(seed), 3, Level(0)
+    shape = (40, 60)
+    mid = rng.integers(-30, 31, shape).astype(float)
+    radius = rng.choice([0, 0, 1, 2], (40, 1 if by_row else 60)).astype(float)
+    may = rng.random(shape) < 0.8
+    kept = firsts.Contenders(40, count + 1)
+    for i in range(0, 60, 20):
+        at = slice(i, i + 20)
+        part = radius if by_row else radius[:, at]
+        kept.take(i, Bounded(f, mid[:, at], np.zeros((40, 20)), part), may[:, at])
+    kept.narrow(np.arange(40))
+    first, margins, sure = kept.first(count)
+    assert sure.any()
+    assert not sure.all()
+    low, high = mid - radius, mid + radius
+    for n in range(40):
+        there = np.nonzero(may[n])[0]
+        before = {j: sum(low[n, i] > high[n, j] or (low[n, i] == high[n, j] and i < j) for i in there) for j in there}
+        left = kept.at[n, : kept.many[n]].tolist()
+        assert left == sorted(left)
+        assert {j for j in there if before[j] <= count} <= set(left) <= set(there.tolist())
+        chosen = sorted(kept.at[n, first[n]].tolist())
+        order = sorted(there, key=lambda j: (-mid[n, j], j))
+        assert chosen == sorted(order[:count])
+        assert margins[n] == mid[n, order[count - 1]] - mid[n, order[count]]
+        if sure[n]:
+            rest = set(there.tolist()) - set(chosen)
+            assert all(low[n, i] > high[n, j] or (low[n, i] == high[n, j] and i < j) for i in chosen for j in rest)
