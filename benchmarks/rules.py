@@ -105,7 +105,20 @@ def gathered() -> Iterator[Row]:
     yield Row(f"{at} topk, attention to what was chosen", cost["single"], "s")
 
 
+def among_all() -> Iterator[Row]:
+    """The choice of 64 keys among all earlier ones, beside the products that any choice by float64 needs."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((1, 1, KEYS, 128)).astype(np.float32) for _ in range(2))
+    p = Problem(q, k, k, causal="bottom_right", variant="topk", options={"topk": 64})
+    some, every = np.float64(q[0, 0, : KEYS // 16]), np.float64(k[0, 0])
+    cost = seconds({"choice": lambda: lower(p), "products": lambda: some @ every.T}, 1)
+    at = f"n={KEYS} d=128 topk 64"
+    yield Row(f"{at}, the choice among all keys", cost["choice"], "s")
+    yield Row(f"{at}, half of all products in float64", 8 * cost["products"], "s")
+
+
 def rows() -> Iterator[Row]:
     yield from tiles()
     yield from chosen()
     yield from gathered()
+    yield from among_all()

@@ -195,7 +195,8 @@ class View:
     def coarse(self) -> Codes:
         """Tell what large tiles are, UNSURE where ranges do not say: asked more than once, made once."""
         if self._coarse is None:
-            self._coarse = self.states(*(edges(n, COARSE) for n in self.shape), settle=False)
+            rows, keys = (edges(n, COARSE) for n in self.shape)
+            self._coarse = self.states(rows, keys, settle=False)
         return self._coarse
 
     def sum(self, axis: int = 1, keepdims: bool = False) -> NDArray[np.int64]:
