@@ -82,16 +82,22 @@ def attention(
         from . import torch_operators
 
         if torch_operators.needed(query, key, value, sink, bias):
-            if isinstance(block_mask, tuple | list) and len(block_mask) == 4:
-                raise UnsupportedProblem(
-                    "block_mask: has no gradients with bits of blocks, and is not compiled; pass allowed in their place"
-                )
+            _without_bits(block_mask)
             found = torch_operators.attention(query, key, value, options, accuracy, impl, batch_invariant)
             return found if return_lse else found[0]
     elif traced(query, key, value, sink, bias, allowed, block_mask, cu_seqlens):
         from . import jax_operators
 
+        _without_bits(block_mask)
         found = jax_operators.attention(query, key, value, options, accuracy, impl, batch_invariant)
         return found if return_lse else found[0]
     out, lse = forward(query, key, value, accuracy=accuracy, impl=impl, batch_invariant=batch_invariant, **options)
     return (out, lse) if return_lse else out
+
+
+def _without_bits(block_mask: Any) -> None:
+    """Refuse bits of blocks where a graph is made of a call."""
+    if isinstance(block_mask, tuple | list) and len(block_mask) == 4:
+        raise UnsupportedProblem(
+            "block_mask: has no gradients with bits of blocks, and is not compiled; pass allowed in their place"
+        )

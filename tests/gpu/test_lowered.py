@@ -9,6 +9,7 @@ import torch
 from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, check_problem, evaluate, masks
 from refattn.check.kernels import KERNELS
 from refattn.exact import lowering
+from refattn.gpu import attention
 from refattn.gpu.lowered import lowered
 from refattn.gpu.plan import plan
 
@@ -107,6 +108,13 @@ def test_bits_that_do_not_fit_are_named():
             plan(p, block_mask=(blocks, 64, 32, bits), impl=impl)
 
 
+def test_bits_have_no_gradients():
+    q = torch.zeros((1, 1, 64, 16), dtype=torch.bfloat16, requires_grad=True)
+    blocks, bits = torch.ones((1, 1, 1, 2), dtype=torch.int32), torch.zeros((3, 64, 1), dtype=torch.int32)
+    with pytest.raises(UnsupportedProblem, match="block_mask: has no gradients with bits of blocks"):
+        attention(q, q, q, block_mask=(blocks, 64, 32, bits))
+
+
 def test_more_booleans_than_fit_are_refused(monkeypatch):
     monkeypatch.setattr(lowered_module, "MOST", 4 * 88 * 88 - 1)
     with pytest.raises(UnsupportedProblem, match="allowed: needs 4 times 88 by 88 booleans; bits of blocks take their"):
@@ -124,13 +132,12 @@ def test_what_has_no_block_mask_is_refused():
 
 
 @pytest.mark.skipif(not KERNELS["refattn-gpu"].here, reason="needs an NVIDIA GPU and CuPy")
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("variant", OPERATORS)
-def test_the_gpu_computes_the_operator(variant):
-    from refattn.gpu import attention
-
+def test_the_gpu_computes_the_operator(variant, dtype):
     def kernel(p):
         given = [torch.from_numpy(x).cuda() for x in (p.query, p.key, p.value)]
         options = lowered(p.replace(query=given[0], key=given[1], value=given[2]))
         return attention(*given, **options).cpu().numpy()
 
-    assert not check_problem(kernel, call(variant), variant).failures
+    assert not check_problem(kernel, call(variant, to=lambda x: x.astype(dtype)), variant).failures

@@ -6,7 +6,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from refattn import InvalidProblem, evaluate
+from refattn import InvalidProblem, evaluate, masks
+from refattn.exact import lowering
 from refattn.exact.lowering import lower
 from refattn.variants.view_local import FLAT, project_pinhole, view, view_local_mask, voxel_centres
 
@@ -55,6 +56,24 @@ def test_the_release_by_its_formulas(resolution):
         i, j = np.divmod(np.arange(256), 16)
         blocked = np.hypot(row[:, None] - i, column[:, None] - j) > 4 - 1e-6
         assert (view_local_mask(view(224, turn, up), resolution, 16, 4.0, 224, "released") == ~blocked).all()
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_a_long_call_lists_the_patches(make, monkeypatch, mode):
+    camera = view(56, 30.0, ahead=mode == "paper")
+    own = {"projection": camera, "patches": 5, "image": 56, "radius": 0.75, "mode": mode}
+    p = make(64, 28, h=1, variant="view_local", options=own)
+    want = evaluate(p, rounding="float32")
+    for room in (masks, lowering):
+        monkeypatch.setattr(room, "WRITTEN", 0)
+    got = evaluate(p, rounding="float32")
+    assert repr(got.core.allowed).startswith("listed(")
+    seen = np.concatenate([np.ones((64, 3), bool), view_local_mask(camera, 4, 5, 0.75, 56, mode)], 1)
+    assert seen[:, 3:].any(1).any()
+    np.testing.assert_array_equal(got.core.written_out().allowed[0, 0], seen)
+    np.testing.assert_array_equal(want.core.allowed[0, 0], seen)
+    np.testing.assert_array_equal(got.out, want.out)
+    np.testing.assert_array_equal(got.lse, want.lse)
 
 
 def test_rounding_goes_to_the_even_pixel():
