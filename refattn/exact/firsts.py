@@ -36,20 +36,24 @@ WIDE, TALL = 2048, 512
 FIRST = 256
 """Candidates of the first tile, which all are kept at first."""
 SPARE = 64
+"""Candidates that a row keeps beside twice those that it may choose."""
+ROOM = 2**21
+"""Candidates that the rows of a tile keep, where one keeps many."""
 
 
 def by_tiles(ones: tuple[Head, ...], shape: Selected, sight: Sight, put: Any) -> Float:
     """Choose as ``choosing.choose`` does, among candidates whose scores depend on their own keys, which lie apart."""
     n_q = len(ones[0].q)
     margins, work = np.full(n_q, np.inf), _Tiled(ones, shape, sight)
+    tall = min(TALL, max(32, ROOM // (2 * sight.c.count + SPARE)))
 
     def some(start: int) -> None:
-        rows = np.arange(start, min(start + TALL, n_q))
+        rows = np.arange(start, min(start + tall, n_q))
         taken, margins[rows] = work.choose(rows)
         put(rows, taken)
 
     with one_thread(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(some, range(0, n_q, TALL)))
+        list(pool.map(some, range(0, n_q, tall)))
     return margins
 
 
