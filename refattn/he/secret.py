@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..errors import InvalidInput
 from ..validation import shown
 from .arguments import is_count
-from .seal import api, context, decode, encode, galois_elements, to_bytes, whole_bytes
+from .seal import api, context, decode, encode, galois_elements, to_bytes, unpacked, whole_bytes
 
 __all__ = ["Holder", "Sharing"]
 
@@ -62,10 +62,12 @@ class Holder:
     ----------
     plan : Planned
         What the server will compute.
+    compressed : bool
+        Whether what is encrypted from a seed is sent compressed.
     """
 
-    def __init__(self, plan: Any) -> None:
-        self.plan = plan
+    def __init__(self, plan: Any, compressed: bool = True) -> None:
+        self.plan, self._compressed = plan, compressed
         s, made = api(), context(plan.ring)
         self._generator = s.KeyGenerator(made)
         secret = self._generator.secret_key()
@@ -91,7 +93,8 @@ class Holder:
     def _sent(self, plain: Any) -> bytes:
         if self.plan.upload == "whole":
             return whole_bytes(self._encryptor, plain)
-        return to_bytes(self._encryptor.encrypt_symmetric(plain))
+        saved = to_bytes(self._encryptor.encrypt_symmetric(plain))
+        return saved if self._compressed else unpacked(saved)
 
     def _opened(self, ciphertext: Any) -> Any:
         plain = api().Plaintext()

@@ -58,7 +58,8 @@ def pack(m: Message) -> bytes:
 
 def _digest(head: bytes, parts: Sequence[bytes | memoryview], each: Callable[..., Iterable[bytes]]) -> bytes:
     """Return the digest of a message: of its head and its parts' digests."""
-    some = [parts[i : i + 8] for i in range(0, len(parts), 8)]  # what a thread takes at a time
+    most = max(1, min(8, len(parts) // 16))  # what a thread takes at a time: few large parts are for as many threads
+    some = [parts[i : i + most] for i in range(0, len(parts), most)]
     return hashlib.sha256(b"".join((head, *each(_digests, some)))).digest()
 
 

@@ -20,13 +20,15 @@ from ..planned import Program, bytes_text
 from .decoding import kinds_of, step_of
 from .launches import Addresses, Launch, launches_of
 from .schedule import Schedule, schedule_of
-from .session import BATCH, CHUNK, bytes_of, plains_of
+from .session import BATCH, bytes_of, plains_of
 
 __all__ = ["COSTS", "GpuCosts", "GpuTimes", "counted", "fitted", "on_gpu"]
 
 Counts = Counter[tuple[str, str]]
 """By (kernel, "launches", "items" or "limbs")."""
 MB = 1e6
+CHUNK = 8
+"""Ciphertexts that a thread took at a time when the host was measured."""
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ __all__ = ["Session", "bytes_of", "elements_of", "plains_of"]
 
 BATCH, BATCHES = 64, 3
 """Ciphertexts that are checked together, and such batches on their way: two are checked while the device reads one."""
-CHUNK = 8
-"""Ciphertexts of a batch that a thread takes at a time."""
+CHUNK = 4
+"""The most ciphertexts of a batch that a thread takes at a time: a sixteenth of it, or one."""
 ROOM = 2**28
 """Bytes left free beside a session: for the driver and for what is recorded."""
 Each = Callable[..., Iterable[Any]]
@@ -309,8 +309,8 @@ class Session:
 
 def _chunks(of: _Stage, batch: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
     """Yield what a thread takes at a time, all of one level, and where it begins in its batch."""
-    at = 0
+    at, most = 0, max(1, len(batch) * CHUNK // BATCH)
     for _, alike in groupby(batch, lambda i: of.limbs[i]):
         rest = list(alike)
-        yield from ((at + i, rest[i : i + CHUNK]) for i in range(0, len(rest), CHUNK))
+        yield from ((at + i, rest[i : i + most]) for i in range(0, len(rest), most))
         at += len(rest)
