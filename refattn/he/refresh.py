@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ..errors import InvalidInput
@@ -21,7 +22,7 @@ from .integers import composed, drawn, flooded, plaintext, seeded, transformed, 
 from .seal import api, context, from_bytes, level, primes, to_bytes
 from .structure import check_ciphertext
 
-__all__ = ["Masks", "Waiting", "check_masked", "refreshed", "zero_of"]
+__all__ = ["Masks", "Waiting", "check_masked", "plaintext_of", "refreshed", "zero_of"]
 
 WAITING = 4
 """Masked results of a client that wait for its answer: an older one is forgotten."""
@@ -34,22 +35,30 @@ def _slots(plan: EncoderPlan, words: Any, scale: float) -> Pair:
     return scaled(slots(p), 1 / scale)
 
 
-def _plaintexts(plan: EncoderPlan, stage: int, tokens: Pair, squares: Pair) -> list[bytes]:
-    """Return what SEAL saves of the plaintexts of a later message."""
+def _coefficients(plan: EncoderPlan, z: Pair) -> Pair:
+    """Return slots as coefficients, times the scale."""
     scale = 2.0**plan.ring.middle
-    return [
-        plaintext(plan.ring, coefficients((z[0] * scale, z[1] * scale)), limbs, scale)
-        for z, limbs in plan.placed(stage, tokens, squares)
-    ]
+    return coefficients((z[0] * scale, z[1] * scale))
 
 
-def refreshed(plan: EncoderPlan, stage: int, plains: Sequence[Any], scales: Sequence[float]) -> list[Any]:
-    """Return the plaintexts that a client encrypts, from what it decrypted of a masked result.
+def plaintext_of(plan: EncoderPlan, job: tuple[Callable[[], Pair], int]) -> bytes:
+    """Return what SEAL saves of a plaintext: what makes its coefficients, and its primes."""
+    return plaintext(plan.ring, job[0](), job[1], 2.0**plan.ring.middle)
+
+
+def refreshed(
+    plan: EncoderPlan, stage: int, plains: Sequence[Any], scales: Sequence[float]
+) -> list[tuple[Callable[[], Pair], int]]:
+    """Return what a client encrypts, from what it decrypted of a masked result: what makes coefficients, and primes.
 
     Nothing here looks at the numbers: whatever they are, they are encoded, and nobody learns more than that.
     """
     found = [_slots(plan, words_of(plan.ring, x), s) for x, s in zip(plains, scales, strict=True)]
-    return [from_bytes("Plaintext", plan.ring, x) for x in _plaintexts(plan, stage, *plan.taken(found))]
+    return _jobs(plan, stage, *plan.taken(found))
+
+
+def _jobs(plan: EncoderPlan, stage: int, tokens: Pair, squares: Pair) -> list[tuple[Callable[[], Pair], int]]:
+    return [(partial(_coefficients, plan, z), limbs) for z, limbs in plan.placed(stage, tokens, squares)]
 
 
 class Waiting:
@@ -144,7 +153,7 @@ class Masks(Waiting):
     def taken(self, name: bytes) -> tuple[bytes, list[Any]]:
         """Return the query of a masked result, and what is to be subtracted from the answer; once."""
         query, stage, (tokens, squares) = self._once(name)
-        return query, _plaintexts(self.plan, stage, tokens, squares)
+        return query, [plaintext_of(self.plan, x) for x in _jobs(self.plan, stage, tokens, squares)]
 
 
 def check_masked(plan: EncoderPlan, found: Sequence[Any]) -> list[float]:

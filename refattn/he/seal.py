@@ -195,7 +195,9 @@ def zstandard() -> Any:
     try:
         return importlib.import_module("zstandard")
     except ModuleNotFoundError as e:
-        raise UnsupportedProblem(f"he: what is sent uncompressed, and encoders, need the package zstandard; {install('he')}") from e
+        raise UnsupportedProblem(
+            f"he: what is sent uncompressed, and encoders, need the package zstandard; {install('he')}"
+        ) from e
 
 
 def from_bytes(kind: str, ring: Ring, data: bytes | memoryview) -> Any:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidInput
 from ..validation import shown
+from .ahead import Zeros
 from .arguments import is_count
 from .seal import api, context, decode, encode, galois_elements, to_bytes, unpacked, whole_bytes
 
@@ -76,6 +77,7 @@ class Holder:
         self._encryptor = s.Encryptor(made, self._public, secret)
         self._decryptor = s.Decryptor(made, secret)
         self._encoder = s.CKKSEncoder(made)
+        self._zeros = Zeros(self._encryptor, plan.ring, plan.upload == "whole", compressed)
         self._name = secrets.token_bytes(16)
 
     def __reduce__(self) -> NoReturn:

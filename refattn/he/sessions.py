@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem, WorkerDied
 from ..validation import shown
+from .ahead import from_slots
 from .arguments import MOST_WORKERS, check_device, is_count
 from .device.card import Card
 from .device.masks import Masks as DeviceMasks
@@ -27,10 +30,11 @@ from .layer_plan import LayerPlan
 from .plan import Plan
 from .plausible import check_out, check_reply
 from .processes import pool_of, stop
-from .refresh import Masks, check_masked, refreshed, zero_of
-from .seal import from_bytes
+from .refresh import Masks, check_masked, plaintext_of, refreshed, zero_of
+from .seal import from_bytes, primes
 from .secret import Holder, Sharing
 from .shared import Slice, held
+from .transform import MOST
 from .wire import FRESH, KEYS, MASKED, QUERY, REPLY, Message, kind_of, pack, query_of, unpack
 from .worker import Sent, Worker, begin, block
 
@@ -39,6 +43,8 @@ __all__ = ["Client", "Server", "Sharing"]
 Float = NDArray[np.float64]
 MOST_THREADS = 16
 """Threads that check a query's ciphertexts for a GPU."""
+LARGE = 2**24
+"""Bytes of a message from which on a client's threads share its digests."""
 SLACK = 2
 """How many times the planned bytes a message may have."""
 
@@ -88,10 +94,34 @@ class Client(Holder):
             without a sign of it.
         """
         shape, slots = self.plan.encoded(x)
-        parts = tuple(self._encrypted(s, limbs) for s, limbs in slots)
+        ring = self.plan.ring
+        parts = self._zeros.sealed([(partial(from_slots, ring, s), limbs) for s, limbs in slots])
+        if parts is None:
+            parts = tuple(self._encrypted(s, limbs) for s, limbs in slots)
         name = secrets.token_bytes(16)
         self._asked[name], self._stage[name] = shape, 0
-        return pack(Message(QUERY, self.plan.digest, self._name, name, parts))
+        return self._packed(QUERY, name, parts)
+
+    def _packed(self, kind: int, name: bytes, parts: tuple[bytes, ...]) -> bytes:
+        each = self._zeros.each if sum(map(len, parts)) >= LARGE else map
+        return pack(Message(kind, self.plan.digest, self._name, name, parts), each)
+
+    def prepare(self) -> None:
+        """Make ahead what takes a client nearly all of its time, and depends on no input: encryptions of zero.
+
+        The next call is then encrypted faster, several ciphertexts at once. Each is used once; for the call after that
+        prepare again, e.g. while nobody waits. They are as secret as the input, and stay in this process.
+        """
+        plan = self.plan
+        rounds = plan.rounds if isinstance(plan, EncoderPlan) else 1
+        if max(primes(plan.ring)) >= MOST:
+            raise UnsupportedProblem("he: a plan with a prime of more than 55 bits cannot be prepared for")
+        wanted: Counter[int] = Counter()
+        for stage in range(rounds):
+            wanted.update(plan.part_limbs(stage) if isinstance(plan, EncoderPlan) else plan.part_limbs())
+        from_slots(plan.ring, np.zeros(plan.ring.slots, np.complex128))  # its tables, before threads want them
+        for limbs in (wanted - self._zeros.count()).elements():
+            self._zeros.make(limbs)
 
     def ask(self, x: Any, attend: Callable[[bytes], bytes], share: Sharing | None = None) -> Float:
         """Return the result of a call: encrypt it, have it computed, answer masked results, decrypt.
@@ -130,9 +160,13 @@ class Client(Holder):
             raise InvalidInput(f"he: got a masked result with a name of {len(name)} bytes, expected 16")
         found = [from_bytes("Ciphertext", plan.ring, x) for x in m.parts[1:]]
         scales = check_masked(plan, found)
-        plains = refreshed(plan, stage, [self._opened(x) for x in found], scales)
+        jobs = refreshed(plan, stage, [self._opened(x) for x in found], scales)
+        parts = self._zeros.sealed(jobs)
+        if parts is None:
+            plains = self._zeros.each(partial(plaintext_of, plan), jobs)
+            parts = tuple(self._sent(from_bytes("Plaintext", plan.ring, x)) for x in plains)
         self._stage[m.query] = stage
-        return pack(Message(FRESH, plan.digest, self._name, name, tuple(self._sent(x) for x in plains)))
+        return self._packed(FRESH, name, parts)
 
     def decrypt(self, reply: bytes, share: Sharing | None = None) -> Float:
         """Return the result, e.g. out (b, h, n_q, d_v), of a reply to a query of this client.

@@ -49,11 +49,11 @@ class Message:
     parts: tuple[bytes | memoryview, ...]
 
 
-def pack(m: Message) -> bytes:
-    """Return a message's bytes."""
+def pack(m: Message, each: Callable[..., Iterable[bytes]] = map) -> bytes:
+    """Return a message's bytes; `each` as of `unpack`."""
     head = HEAD.pack(MAGIC, VERSION, m.kind, m.plan, m.client, m.query, len(m.parts))
     head += struct.pack(f"<{len(m.parts)}Q", *map(len, m.parts))
-    return b"".join((head, *m.parts, _digest(head, m.parts, map)))
+    return b"".join((head, *m.parts, _digest(head, m.parts, each)))
 
 
 def _digest(head: bytes, parts: Sequence[bytes | memoryview], each: Callable[..., Iterable[bytes]]) -> bytes:
