@@ -8,6 +8,7 @@ while it computes, so several threads transform at once.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from threading import Lock
 from typing import Any
 
@@ -68,7 +69,7 @@ def forward(words: Whole, ring: Ring) -> NDArray[np.uint64]:
     primes, found = chain_of(ring).primes[: len(words)], np.empty(words.shape, np.uint64)
     small = next((k for k, q in enumerate(primes) if q <= LARGE), len(words))
     cuts = [0, *range(small, len(words), TOGETHER), len(words)]
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         if start < stop:
             found[start:stop] = _transformed(words[start:stop], ring, start, max(primes[start:stop]) > LARGE)
     return found
