@@ -47,13 +47,14 @@ def plaintext_of(plan: EncoderPlan, job: tuple[Callable[[], Pair], int]) -> byte
 
 
 def refreshed(
-    plan: EncoderPlan, stage: int, plains: Sequence[Any], scales: Sequence[float]
+    plan: EncoderPlan, stage: int, plains: Sequence[Any], scales: Sequence[float], each: Callable[..., Any] = map
 ) -> list[tuple[Callable[[], Pair], int]]:
     """Return what a client encrypts, from what it decrypted of a masked result: what makes coefficients, and primes.
 
     Nothing here looks at the numbers: whatever they are, they are encoded, and nobody learns more than that.
+    `each` maps a function over the results: threads'.
     """
-    found = [_slots(plan, words_of(plan.ring, x), s) for x, s in zip(plains, scales, strict=True)]
+    found = list(each(lambda x, scale: _slots(plan, words_of(plan.ring, x), scale), plains, scales))
     return _jobs(plan, stage, *plan.taken(found))
 
 

@@ -160,7 +160,7 @@ class Client(Holder):
             raise InvalidInput(f"he: got a masked result with a name of {len(name)} bytes, expected 16")
         found = [from_bytes("Ciphertext", plan.ring, x) for x in m.parts[1:]]
         scales = check_masked(plan, found)
-        jobs = refreshed(plan, stage, [self._opened(x) for x in found], scales)
+        jobs = refreshed(plan, stage, [self._opened(x) for x in found], scales, self._zeros.each)
         parts = self._zeros.sealed(jobs)
         if parts is None:
             plains = self._zeros.each(partial(plaintext_of, plan), jobs)

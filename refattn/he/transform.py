@@ -30,7 +30,7 @@ U = 2**-53. The quotient of b·w is off by at most 1/2 + 3·U·|b| (three roundi
 q·(1/2 + 3·U·|b|). Of q below LARGE a word grows to 19·q in 15 stages. Of larger ones |b| is at most q/2 and a little
 when it is multiplied, so what is left is below 7·q, and 15 stages add up to 105·q, below 2**62.
 """
-TOGETHER = 4
+TOGETHER = 2
 """Primes that are transformed together: of few words a call takes longer than what it computes."""
 _ONE = Lock()
 

@@ -16,7 +16,7 @@ struct Drop {  // by (dropped, kept)
 };
 enum { ROUND = 1, INVERSE = 2 };
 
-// The inverse's pass over rows: dst = src, permuted if there is perm; below 2q. grid (N / 1024, items)
+// The inverse's pass over rows: dst = src, permuted if there is perm; below 4q. grid (N / 1024, items)
 KERNEL(Rows::THREADS) inverse_rows(
     const Item* items, const Prime* primes, const ulonglong2* __restrict__ inverse_roots) {
     SHARED(s);
@@ -82,13 +82,11 @@ extern "C" __global__ void __launch_bounds__(Columns::THREADS, 1024 / Columns::T
 // and add, the sums for the key's two polynomials. Digit `from` is not at src: it is x, permuted if there is perm.
 // key: this prime's limb of the first digit's first polynomial. INVERSE: followed by the inverse's pass over rows.
 // grid (N / 1024, items)
-extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
+extern "C" __global__ void __launch_bounds__(Rows::THREADS, 4) times_key(
     const Item* items, const Prime* primes, const ulonglong2* __restrict__ roots,
     const ulonglong2* __restrict__ inverse_roots, int count) {
     SHARED(s);
     const int start = blockIdx.x * Rows::WORDS;
-    const Prime& p = primes[items[blockIdx.y].prime];
-    const u32 polynomial = count * N;
     u64 upper0[8] = {}, lower0[8] = {}, upper1[8] = {}, lower1[8] = {};
     constexpr int ROOM = Rows::WORDS;
     int turn = 0;  // two rooms in turns: who writes to one has seen all read from it
@@ -96,7 +94,8 @@ extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
     for (u32 j = 0; j < items[blockIdx.y].count; j++) {
         const int thread = again(threadIdx.x);
         const Item& it = items[again(blockIdx.y)];
-        const u64* key = words(it.key) + (size_t)j * 2 * polynomial + start;
+        const Prime& p = primes[it.prime];
+        const u64* key = words(it.key) + (size_t)j * 2 * count * N + start;
         u64 v[8];
         if (j == it.from) {
             const u64* x = words(it.x);
@@ -117,11 +116,12 @@ extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
         for (int e = 0; e < 8; e++) {
             int i = Last<Rows>::place(thread, e);
             add_product(upper0[e], lower0[e], v[e], key[i]);
-            add_product(upper1[e], lower1[e], v[e], key[i + polynomial]);
+            add_product(upper1[e], lower1[e], v[e], key[i + count * N]);
         }
     }
     const int thread = again(threadIdx.x);
     const Item& it = items[again(blockIdx.y)];
+    const Prime& p = primes[it.prime];
     const bool inverse = it.flags & INVERSE;
 #pragma unroll
     for (int e = 0; e < 8; e++) {
@@ -163,7 +163,7 @@ KERNEL(Rows::THREADS) drop(
 #pragma unroll
     for (int e = 0; e < 8; e++) {
         int i = Last<Rows>::place(thread, e), whole = start + i;
-        v[e] = below(scaled(x[i] + ((q << 2) - v[e]), d.inverse, d.inverse_shifted, q), q);
+        v[e] = below(scaled(x[i] + ((q << 3) - v[e]), d.inverse, d.inverse_shifted, q), q);
         if (add) v[e] = below(v[e] + add[perm ? perm[whole] : whole], q);
         if (plus) v[e] = below(v[e] + plus[whole], q);
     }
@@ -213,7 +213,7 @@ KERNEL(Rows::THREADS) subtract(const Item* items, const Prime* primes, const ulo
 #pragma unroll
     for (int e = 0; e < 8; e++) {
         int i = Last<Rows>::place(thread, e);
-        u64 y = below(below(v[e], q << 1), q);
+        u64 y = below(below(below(v[e], q << 2), q << 1), q);
         dst[i] = it.x ? below(x[i] + (q - y), q) : y;
     }
 }
