@@ -35,7 +35,7 @@ from .seal import from_bytes, primes
 from .secret import Holder, Sharing
 from .shared import Slice, held
 from .transform import MOST
-from .wire import FRESH, KEYS, MASKED, QUERY, REPLY, Message, kind_of, pack, query_of, unpack
+from .wire import FRESH, KEYS, MASKED, QUERY, REPLY, Message, digests, kind_of, pack, query_of, unpack, unread
 from .worker import Sent, Worker, begin, block
 
 __all__ = ["Client", "Server", "Sharing"]
@@ -299,7 +299,10 @@ class Server:
         if masks is not None and kind_of(query) == FRESH:
             kind, stage = FRESH, masks.stage_of(query_of(query))
         limbs = masks.plan.part_limbs(stage) if masks is not None else plan.part_limbs()
-        m = unpack(query, kind, plan.digest, most, self._each, parts=len(limbs))
+        given = unread(query, kind, plan.digest, most, parts=len(limbs))
+        m, late = given.message, isinstance(self._worker, Session) and masks is None
+        if not late:  # a masked result is not answered by a message that was changed
+            given.check(digests(m.parts, self._each))
         if m.client != self._client:
             raise InvalidInput("he: got a query of another client than the one whose keys are here")
         name, mask = m.query, []  # type: bytes, list[Any]
@@ -307,7 +310,7 @@ class Server:
             name, mask = masks.taken(m.query)
         if isinstance(self._worker, Session):
             try:
-                outs = tuple(self._worker.attend(m.parts, stage, mask))
+                outs = tuple(self._worker.attend(m.parts, stage, mask, given.check if late else None))
             finally:
                 for x in mask:
                     x[:] = 0
