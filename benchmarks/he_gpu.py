@@ -170,7 +170,7 @@ def kernels(at: str, session: Session, most: float | None) -> Iterator[Row]:
         groups.setdefault("seeds" if launch.kernel.startswith("seed_") else launch.kernel, []).append(launch)
     for kernel, of in sorted(groups.items()):
         run = session._tables.recorded(of, lists)
-        items = sum(len(x.items) for x in of)
+        items = sum(x.results for x in of)
         yield Row(f"{at}, {len(of)} launches of {kernel}, {items} items", computing_ms(session, run), "ms")
     rest = session._tables.recorded([x for x in launches if not x.kernel.startswith("seed_")], lists)
     yield Row(f"{at}, computing, seeds expanded before", computing_ms(session, rest), "ms", at_most=most)
