@@ -291,9 +291,9 @@ KERNEL(256) sum(const Item* items, const Prime* primes) {
     put(it.dst, TWO, total.x, total.y);
 }
 
-// DOTS sums of `count` products of ciphertexts, whose first operands are the same: this prime's limb of three polynomials
-// each, key words apart. list: where each sum goes; then for each product the addresses of this limb of the first
-// operand's polynomials, and of each second one's.
+// DOTS sums of `count` products of ciphertexts, whose first operands are the same: this prime's limb of three
+// polynomials each, key words apart. list: where each sum goes; then for each product the addresses of this limb of the
+// first operand's polynomials, and of each second one's.
 template <int DOTS>
 DEVICE void dots_of(const Item& it, const u64* list, const Prime& p) {
     const size_t at = blockIdx.x * 128 + threadIdx.x;
