@@ -26,6 +26,7 @@ from .transform import forward, remainders
 
 __all__ = ["Zeros", "from_slots"]
 
+Slots = NDArray[np.complex128]
 MOST_THREADS = 16
 SCALE = 32 + struct.calcsize(FIELDS.format[:-2])
 """Where a saved ciphertext's scale is."""
@@ -73,13 +74,13 @@ class Zeros:
         """Return how many there are, by primes left."""
         return Counter({limbs: len(x) for limbs, x in self._made.items() if x})
 
-    def sealed(self, jobs: Sequence[tuple[Callable[[], Pair], int]]) -> tuple[bytes, ...] | None:
+    def sealed(self, jobs: Sequence[tuple[Pair | Slots, int]]) -> tuple[bytes, ...] | None:
         """Return encryptions of polynomials, as SEAL saves them, or nothing where there are too few zeros.
 
         Parameters
         ----------
-        jobs : sequence of (callable, int)
-            What makes a polynomial's coefficients, times the ring's scale, and primes left.
+        jobs : sequence of (pair of arrays, or array; int)
+            A polynomial's coefficients, times the ring's scale, or numbers in slots; and primes left.
         """
         if Counter(limbs for _, limbs in jobs) - self.count():
             return None
@@ -87,16 +88,16 @@ class Zeros:
         return tuple(self.each(partial(_sum, self.ring, self._compressed and not self._whole), jobs, zeros))
 
 
-def from_slots(ring: Ring, slots: NDArray[np.complex128]) -> Pair:
+def from_slots(ring: Ring, slots: Slots) -> Pair:
     """Return the coefficients of numbers in slots, times the ring's scale: SEAL's, by its floating-point operations."""
     found = nearest(slots, ring.degree, 2.0**ring.middle)
     return found, np.zeros_like(found)
 
 
-def _sum(ring: Ring, compressed: bool, job: tuple[Callable[[], Pair], int], zero: bytearray) -> bytes:
+def _sum(ring: Ring, compressed: bool, job: tuple[Pair | Slots, int], zero: bytearray) -> bytes:
     """Return a ciphertext: the zero, which is written over, and a polynomial."""
-    make, limbs = job
-    words = forward(remainders(make(), ring, limbs), ring)
+    given, limbs = job
+    words = forward(remainders(given if isinstance(given, tuple) else from_slots(ring, given), ring, limbs), ring)
     place = np.frombuffer(zero, np.uint8, words.nbytes, FRONT)
     total = place.copy().view(np.uint64).reshape(words.shape) + words
     q = np.array(primes(ring)[:limbs], np.uint64)[:, None]

@@ -12,8 +12,9 @@ from __future__ import annotations
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
+
+import numpy as np
 
 from ..errors import InvalidInput
 from .embedding import Pair, coefficients, scaled, slots
@@ -35,31 +36,38 @@ def _slots(plan: EncoderPlan, words: Any, scale: float) -> Pair:
     return scaled(slots(p), 1 / scale)
 
 
-def _coefficients(plan: EncoderPlan, z: Pair) -> Pair:
-    """Return slots as coefficients, times the scale."""
-    scale = 2.0**plan.ring.middle
-    return coefficients((z[0] * scale, z[1] * scale))
+Job = tuple[Pair, int]
+"""A polynomial's coefficients, times the scale, and the primes that are left."""
+TOGETHER = 3
+"""Polynomials whose slots a thread transforms at once: of one alone the calls take as long as what they compute."""
 
 
-def plaintext_of(plan: EncoderPlan, job: tuple[Callable[[], Pair], int]) -> bytes:
-    """Return what SEAL saves of a plaintext: what makes its coefficients, and its primes."""
-    return plaintext(plan.ring, job[0](), job[1], 2.0**plan.ring.middle)
+def plaintext_of(plan: EncoderPlan, job: Job) -> bytes:
+    """Return what SEAL saves of a plaintext."""
+    return plaintext(plan.ring, *job, 2.0**plan.ring.middle)
 
 
 def refreshed(
     plan: EncoderPlan, stage: int, plains: Sequence[Any], scales: Sequence[float], each: Callable[..., Any] = map
-) -> list[tuple[Callable[[], Pair], int]]:
-    """Return what a client encrypts, from what it decrypted of a masked result: what makes coefficients, and primes.
+) -> list[Job]:
+    """Return what a client encrypts, from what it decrypted of a masked result.
 
     Nothing here looks at the numbers: whatever they are, they are encoded, and nobody learns more than that.
     `each` maps a function over the results: threads'.
     """
     found = list(each(lambda x, scale: _slots(plan, words_of(plan.ring, x), scale), plains, scales))
-    return _jobs(plan, stage, *plan.taken(found))
+    return _jobs(plan, stage, *plan.taken(found), each)
 
 
-def _jobs(plan: EncoderPlan, stage: int, tokens: Pair, squares: Pair) -> list[tuple[Callable[[], Pair], int]]:
-    return [(partial(_coefficients, plan, z), limbs) for z, limbs in plan.placed(stage, tokens, squares)]
+def _jobs(plan: EncoderPlan, stage: int, tokens: Pair, squares: Pair, each: Callable[..., Any] = map) -> list[Job]:
+    placed, scale = plan.placed(stage, tokens, squares), 2.0**plan.ring.middle
+    some = [placed[i : i + TOGETHER] for i in range(0, len(placed), TOGETHER)]
+
+    def coefficients_of(few: Sequence[tuple[Pair, int]]) -> list[Job]:
+        high, low = coefficients((np.stack([z[0] for z, _ in few]) * scale, np.stack([z[1] for z, _ in few]) * scale))
+        return [((high[i], low[i]), limbs) for i, (_, limbs) in enumerate(few)]
+
+    return [x for jobs in each(coefficients_of, some) for x in jobs]
 
 
 class Waiting:

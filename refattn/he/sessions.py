@@ -94,8 +94,7 @@ class Client(Holder):
             without a sign of it.
         """
         shape, slots = self.plan.encoded(x)
-        ring = self.plan.ring
-        parts = self._zeros.sealed([(partial(from_slots, ring, s), limbs) for s, limbs in slots])
+        parts = self._zeros.sealed(slots)
         if parts is None:
             parts = tuple(self._encrypted(s, limbs) for s, limbs in slots)
         name = secrets.token_bytes(16)
