@@ -73,23 +73,23 @@ def _at(x: Complex, where: Any) -> Complex:
 
 
 def _transformed(x: Complex, degree: int) -> Complex:
-    """Return sum_k x_k·exp(2i·pi·t·k / n), by Stockham's order of Cooley and Tukey's steps."""
+    """Return sum_k x_k·exp(2i·pi·t·k / n) along the last axis, by Stockham's order of Cooley and Tukey's steps."""
     n, stride = degree // 2, 1
-    x = _at(x, np.s_[:, None])
+    x = _at(x, np.s_[..., None])
     while n > 1:
         half = n // 2
-        a, b = _at(x, np.s_[:half]), _at(x, np.s_[half:])
+        a, b = _at(x, np.s_[..., :half, :]), _at(x, np.s_[..., half:, :])
         powers = _at(_roots(degree), np.s_[0 : 4 * stride * half : 4 * stride])
         sums = _add(a[0], b[0]), _add(a[1], b[1])
         rest = _times((_add(a[0], _negative(b[0])), _add(a[1], _negative(b[1]))), _at(powers, np.s_[:, None]))
         x = _joined(sums, rest, half, 2 * stride)
         n, stride = half, 2 * stride
-    return _at(x, 0)
+    return _at(x, np.s_[..., 0, :])
 
 
 def _joined(a: Complex, b: Complex, rows: int, columns: int) -> Complex:
     def one(u: Float, v: Float) -> Float:
-        return np.stack([u, v], 1).reshape(rows, columns)
+        return np.stack([u, v], -2).reshape(*u.shape[:-2], rows, columns)
 
     (p, q), (r, s) = a, b
     return (one(p[0], r[0]), one(p[1], r[1])), (one(q[0], s[0]), one(q[1], s[1]))
@@ -110,19 +110,19 @@ def slots(p: Pair) -> Pair:
 
     Parameters
     ----------
-    p : pair of (N,) float arrays
+    p : pair of (..., N) float arrays
         Its coefficients.
 
     Returns
     -------
-    pair of (N/2,) complex arrays
+    pair of (..., N/2) complex arrays
     """
-    degree = len(p[0])
+    degree = p[0].shape[-1]
     half = degree // 2
-    c = (p[0][:half], p[1][:half]), (p[0][half:], p[1][half:])
+    c = (p[0][..., :half], p[1][..., :half]), (p[0][..., half:], p[1][..., half:])
     x = _transformed(_times(c, _at(_roots(degree), np.s_[:half])), degree)
     at, turned = _order(degree)
-    (a, b), (c1, d) = _at(x, at)
+    (a, b), (c1, d) = _at(x, np.s_[..., at])
     sign = np.where(turned, -1.0, 1.0)
     return a + 1j * (sign * c1), b + 1j * (sign * d)
 
@@ -132,26 +132,26 @@ def coefficients(z: Pair) -> Pair:
 
     Parameters
     ----------
-    z : pair of (N/2,) complex arrays
+    z : pair of (..., N/2) complex arrays
         The slots, times the scale.
 
     Returns
     -------
-    pair of (N,) float arrays
+    pair of (..., N) float arrays
         Whole numbers, which add up to the coefficients.
     """
-    degree = 2 * len(z[0])
+    degree = 2 * z[0].shape[-1]
     at, turned = _order(degree)
-    found = np.empty((4, degree // 2))
+    found = np.empty((4, *z[0].shape))
     sign = np.where(turned, 1.0, -1.0)  # the inverse is the conjugate of the transform of the conjugate
     for row, values in enumerate((z[0].real, z[1].real, sign * z[0].imag, sign * z[1].imag)):
-        found[row, at] = values
+        found[row][..., at] = values
     x = _transformed(((found[0], found[1]), (found[2], found[3])), degree)
     # conjugated, times z**-k: the conjugate of x·z**k
     real, imaginary = _times(x, _at(_roots(degree), np.s_[: degree // 2]))
     each = 2.0 / degree  # a power of 2
-    high = np.concatenate([real[0], -imaginary[0]]) * each
-    low = np.concatenate([real[1], -imaginary[1]]) * each
+    high = np.concatenate([real[0], -imaginary[0]], -1) * each
+    low = np.concatenate([real[1], -imaginary[1]], -1) * each
     whole = np.rint(high)
     return whole, np.rint((high - whole) + low)
 

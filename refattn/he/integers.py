@@ -20,10 +20,11 @@ from .embedding import Pair
 from .noise import Ring
 from .seal import HEADER, NONE, api, context, from_bytes, level, primes, saved_body, to_bytes
 from .structure import check_ciphertext
+from .transform import forward, remainders
 
 __all__ = [
-    "add", "composed", "drawn", "flooded", "plaintext", "residues", "seeded", "small", "transformed", "wide",
-    "words_of",
+    "add", "composed", "drawn", "flooded", "plaintext", "residues", "saved", "seeded", "small", "transformed",
+    "wide", "words_of",
 ]  # fmt: skip
 
 Words = NDArray[np.uint64]
@@ -44,13 +45,14 @@ def _header() -> tuple[int, ...]:
     return HEADER.unpack_from(to_bytes(api().Plaintext()))
 
 
-def _saved(data: bytes) -> bytes:
+def saved(data: bytes, compression: int = NONE) -> bytes:
+    """Return what SEAL saves of an object, from its body, which may be compressed."""
     magic, size, major, minor, *_ = _header()
-    return HEADER.pack(magic, size, major, minor, NONE, 0, size + len(data)) + data
+    return HEADER.pack(magic, size, major, minor, compression, 0, size + len(data)) + data
 
 
 def _array(words: Words) -> bytes:
-    return _saved(struct.pack("<Q", words.size) + words.tobytes())
+    return saved(struct.pack("<Q", words.size) + words.tobytes())
 
 
 def _name(ring: Ring, limbs: int) -> bytes:
@@ -61,7 +63,7 @@ def ciphertext(ring: Ring, words: Words, scale: float, ready: bool) -> Any:
     """Return a ciphertext of two polynomials' words, (2, primes, N), in the form for products or by coefficients."""
     _, limbs, degree = words.shape
     fields = FIELDS.pack(ready, 2, degree, limbs, scale, 1)
-    return from_bytes("Ciphertext", ring, _saved(_name(ring, limbs) + fields + _array(words)))
+    return from_bytes("Ciphertext", ring, saved(_name(ring, limbs) + fields + _array(words)))
 
 
 def words_of(ring: Ring, x: Any) -> Words:
@@ -95,11 +97,11 @@ def plaintext(ring: Ring, p: Pair, limbs: int, scale: float) -> bytes:
     scale : float
         What its numbers are multiplied with.
     """
-    return _plain(ring, transformed(ring, residues(p, primes(ring)[:limbs]), True), scale)
+    return _plain(ring, forward(remainders(p, ring, limbs), ring), scale)
 
 
 def _plain(ring: Ring, words: Words, scale: float) -> bytes:
-    return _saved(_name(ring, len(words)) + struct.pack("<Qd", words.size, scale) + _array(words))
+    return saved(_name(ring, len(words)) + struct.pack("<Qd", words.size, scale) + _array(words))
 
 
 def residues(p: Pair, moduli: list[int]) -> Words:

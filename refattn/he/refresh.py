@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from ..errors import InvalidInput
 from .embedding import Pair, coefficients, scaled, slots
@@ -21,7 +23,7 @@ from .integers import composed, drawn, flooded, plaintext, seeded, transformed, 
 from .seal import api, context, from_bytes, level, primes, to_bytes
 from .structure import check_ciphertext
 
-__all__ = ["Masks", "Waiting", "check_masked", "refreshed", "zero_of"]
+__all__ = ["Masks", "Waiting", "check_masked", "plaintext_of", "refreshed", "zero_of"]
 
 WAITING = 4
 """Masked results of a client that wait for its answer: an older one is forgotten."""
@@ -34,22 +36,38 @@ def _slots(plan: EncoderPlan, words: Any, scale: float) -> Pair:
     return scaled(slots(p), 1 / scale)
 
 
-def _plaintexts(plan: EncoderPlan, stage: int, tokens: Pair, squares: Pair) -> list[bytes]:
-    """Return what SEAL saves of the plaintexts of a later message."""
-    scale = 2.0**plan.ring.middle
-    return [
-        plaintext(plan.ring, coefficients((z[0] * scale, z[1] * scale)), limbs, scale)
-        for z, limbs in plan.placed(stage, tokens, squares)
-    ]
+Job = tuple[Pair, int]
+"""A polynomial's coefficients, times the scale, and the primes that are left."""
+TOGETHER = 3
+"""Polynomials whose slots a thread transforms at once: of one alone the calls take as long as what they compute."""
 
 
-def refreshed(plan: EncoderPlan, stage: int, plains: Sequence[Any], scales: Sequence[float]) -> list[Any]:
-    """Return the plaintexts that a client encrypts, from what it decrypted of a masked result.
+def plaintext_of(plan: EncoderPlan, job: Job) -> bytes:
+    """Return what SEAL saves of a plaintext."""
+    return plaintext(plan.ring, *job, 2.0**plan.ring.middle)
+
+
+def refreshed(
+    plan: EncoderPlan, stage: int, plains: Sequence[Any], scales: Sequence[float], each: Callable[..., Any] = map
+) -> list[Job]:
+    """Return what a client encrypts, from what it decrypted of a masked result.
 
     Nothing here looks at the numbers: whatever they are, they are encoded, and nobody learns more than that.
+    `each` maps a function over the results: threads'.
     """
-    found = [_slots(plan, words_of(plan.ring, x), s) for x, s in zip(plains, scales, strict=True)]
-    return [from_bytes("Plaintext", plan.ring, x) for x in _plaintexts(plan, stage, *plan.taken(found))]
+    found = list(each(lambda x, scale: _slots(plan, words_of(plan.ring, x), scale), plains, scales))
+    return _jobs(plan, stage, *plan.taken(found), each)
+
+
+def _jobs(plan: EncoderPlan, stage: int, tokens: Pair, squares: Pair, each: Callable[..., Any] = map) -> list[Job]:
+    placed, scale = plan.placed(stage, tokens, squares), 2.0**plan.ring.middle
+    some = [placed[i : i + TOGETHER] for i in range(0, len(placed), TOGETHER)]
+
+    def coefficients_of(few: Sequence[tuple[Pair, int]]) -> list[Job]:
+        high, low = coefficients((np.stack([z[0] for z, _ in few]) * scale, np.stack([z[1] for z, _ in few]) * scale))
+        return [((high[i], low[i]), limbs) for i, (_, limbs) in enumerate(few)]
+
+    return [x for jobs in each(coefficients_of, some) for x in jobs]
 
 
 class Waiting:
@@ -144,7 +162,7 @@ class Masks(Waiting):
     def taken(self, name: bytes) -> tuple[bytes, list[Any]]:
         """Return the query of a masked result, and what is to be subtracted from the answer; once."""
         query, stage, (tokens, squares) = self._once(name)
-        return query, _plaintexts(self.plan, stage, tokens, squares)
+        return query, [plaintext_of(self.plan, x) for x in _jobs(self.plan, stage, tokens, squares)]
 
 
 def check_masked(plan: EncoderPlan, found: Sequence[Any]) -> list[float]:

@@ -34,6 +34,7 @@ __all__ = [
     "primes",
     "saved_body",
     "to_bytes",
+    "unpacked",
     "whole_bytes",
 ]
 
@@ -154,7 +155,11 @@ def whole_bytes(encryptor: Any, plain: Any) -> bytes:
     """Return a ciphertext of a plaintext with both its polynomials, not compressed."""
     made = api().Ciphertext()
     encryptor.encrypt_symmetric(plain, made)
-    saved = to_bytes(made)
+    return unpacked(to_bytes(made))
+
+
+def unpacked(saved: bytes) -> bytes:
+    """Return what SEAL saved, not compressed."""
     magic, size, major, minor, compression, reserved, _ = HEADER.unpack_from(saved)
     if compression == NONE:
         return saved
@@ -190,7 +195,9 @@ def zstandard() -> Any:
     try:
         return importlib.import_module("zstandard")
     except ModuleNotFoundError as e:
-        raise UnsupportedProblem(f"he: upload='whole' and encoders need the package zstandard; {install('he')}") from e
+        raise UnsupportedProblem(
+            f"he: what is sent uncompressed, and encoders, need the package zstandard; {install('he')}"
+        ) from e
 
 
 def from_bytes(kind: str, ring: Ring, data: bytes | memoryview) -> Any:

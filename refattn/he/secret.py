@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidInput
 from ..validation import shown
+from .ahead import Zeros
 from .arguments import is_count
-from .seal import api, context, decode, encode, galois_elements, to_bytes, whole_bytes
+from .seal import api, context, decode, encode, galois_elements, to_bytes, unpacked, whole_bytes
 
 __all__ = ["Holder", "Sharing"]
 
@@ -62,10 +63,12 @@ class Holder:
     ----------
     plan : Planned
         What the server will compute.
+    compressed : bool
+        Whether what is encrypted from a seed is sent compressed.
     """
 
-    def __init__(self, plan: Any) -> None:
-        self.plan = plan
+    def __init__(self, plan: Any, compressed: bool = True) -> None:
+        self.plan, self._compressed = plan, compressed
         s, made = api(), context(plan.ring)
         self._generator = s.KeyGenerator(made)
         secret = self._generator.secret_key()
@@ -74,6 +77,7 @@ class Holder:
         self._encryptor = s.Encryptor(made, self._public, secret)
         self._decryptor = s.Decryptor(made, secret)
         self._encoder = s.CKKSEncoder(made)
+        self._zeros = Zeros(self._encryptor, plan.ring, plan.upload == "whole", compressed)
         self._name = secrets.token_bytes(16)
 
     def __reduce__(self) -> NoReturn:
@@ -91,7 +95,8 @@ class Holder:
     def _sent(self, plain: Any) -> bytes:
         if self.plan.upload == "whole":
             return whole_bytes(self._encryptor, plain)
-        return to_bytes(self._encryptor.encrypt_symmetric(plain))
+        saved = to_bytes(self._encryptor.encrypt_symmetric(plain))
+        return saved if self._compressed else unpacked(saved)
 
     def _opened(self, ciphertext: Any) -> Any:
         plain = api().Plaintext()

@@ -54,7 +54,7 @@ def geometry(kernel: str, degree: int, limbs: int = 1) -> tuple[int, int, int]:
         "drop": (degree // rows, rows // 8, 8 * rows),
         "each": (degree // 512, 256, 0),
         "sum": (degree // 512, 256, 0),
-        "dot": (degree // 512, 256, 0),
+        "dot": (degree // 128, 128, 0),
         "residues": (degree // columns, columns // 8, 8 * columns),
         "subtract": (degree // rows, rows // 8, 8 * rows),
         "seed_roots": (-(-limbs * degree // 512 // 64), 64, 0),

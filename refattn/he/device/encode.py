@@ -15,7 +15,7 @@ from .modular import Words
 from .trace import Plain
 from .words import Evaluator
 
-__all__ = ["encoded", "whole_numbers"]
+__all__ = ["encoded", "nearest", "whole_numbers"]
 
 Float = NDArray[np.float64]
 
@@ -70,6 +70,14 @@ def encoded(plain: Plain, ring: Ring) -> Words:
     return Evaluator(chain_of(ring)).transformed(whole_numbers(plain, ring), plain.limbs)
 
 
+def nearest(slots: NDArray[np.complex128], degree: int, scale: float) -> Float:
+    """Return the coefficients of numbers in slots as whole numbers; halves go away from zero."""
+    found = _coefficients(slots, degree, scale / degree)
+    whole = np.floor(np.abs(found))
+    whole += np.abs(found) - whole >= 0.5
+    return np.copysign(whole, found)
+
+
 def whole_numbers(plain: Plain, ring: Ring) -> Words:
     """Return the coefficients of numbers in slots, (2, N), as `refattn.he.integers.wide` has whole numbers.
 
@@ -79,9 +87,8 @@ def whole_numbers(plain: Plain, ring: Ring) -> Words:
         They are too large for the primes that are left.
     """
     chain = chain_of(ring)
-    found = _coefficients(plain.of.slots, ring.degree, plain.scale / ring.degree)
-    whole = np.floor(np.abs(found))
-    whole += np.abs(found) - whole >= 0.5  # halves away from zero
+    found = nearest(plain.of.slots, ring.degree, plain.scale)
+    whole = np.abs(found)
     if math.ceil(math.log2(max(whole.max(), 1.0))) + 1 >= math.prod(chain.primes[: plain.limbs]).bit_length():
         raise UnsupportedProblem(f"he: numbers of a scale of {plain.scale:.6g} do not fit {plain.limbs} primes")
     upper = np.floor(whole * 2.0**-64)

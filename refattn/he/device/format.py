@@ -9,7 +9,8 @@ the words. Where the second polynomial is a seed, half of the words are there, a
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,7 +29,7 @@ __all__ = [
     "ciphertext_bytes",
     "polynomial_bytes",
     "read_ciphertext",
-    "read_ciphertexts",
+    "read_into",
     "read_keys",
     "whole",
 ]
@@ -41,6 +42,8 @@ FRONT = FIELDS.size + HEADER.size + 8
 BLAKE2XB = 1
 """SEAL's number of the generator that expands seeds."""
 Data = bytes | memoryview
+_OWN = threading.local()
+"""Of each thread, what undoes compression: its own memory is not asked for again with each ciphertext."""
 
 
 @dataclass(frozen=True)
@@ -124,15 +127,17 @@ def _decompressed(reader: _Reader, sizes: Iterable[int]) -> bytes:
     package, rest = zstandard(), reader.take(len(reader.data) - HEADER.size)
     try:
         reader.expect("its body's size", package.frame_content_size(rest), *sizes)
-        return bytes(package.ZstdDecompressor().decompress(rest, allow_extra_data=False))
+        if not hasattr(_OWN, "zstd"):
+            _OWN.zstd = package.ZstdDecompressor()
+        return bytes(_OWN.zstd.decompress(rest, allow_extra_data=False))
     except package.ZstdError as e:
         raise reader.refuse(f"what is compressed is damaged: {e}") from e
 
 
 def read_ciphertext(data: Data, chain: Chain, limbs: int, scale: float, seeded: bool) -> Received:
-    """Return a ciphertext: :func:`read_ciphertexts` of one."""
-    room = np.empty((1, polynomial_bytes(chain, limbs, seeded)), np.uint8)
-    (seed,) = read_ciphertexts([data], chain, limbs, scale, seeded, room)
+    """Return a ciphertext of a query; arguments and errors as of :func:`read_into`."""
+    room = np.empty(polynomial_bytes(chain, limbs, seeded), np.uint8)
+    seed = read_into(room, data, chain, limbs, scale, seeded)
     return Received(room.view("<u8").reshape(-1, limbs, chain.degree), seed)
 
 
@@ -141,44 +146,38 @@ def polynomial_bytes(chain: Chain, limbs: int, seeded: bool) -> int:
     return (8 if seeded else 16) * limbs * chain.degree
 
 
-def read_ciphertexts(
-    given: Sequence[Data], chain: Chain, limbs: int, scale: float, seeded: bool, into: NDArray[np.uint8]
-) -> list[bytes]:
-    """Write the polynomials of a query's ciphertexts, checked, and return the seeds of the second ones.
+def read_into(room: NDArray[np.uint8], data: Data, chain: Chain, limbs: int, scale: float, seeded: bool) -> bytes:
+    """Write the polynomials of a query's ciphertext, checked, and return the seed of the second one.
 
     Parameters
     ----------
-    given : sequence of bytes
+    room : uint8 array
+        Where polynomials are written, from its begin. What is there after an error is of no ciphertext.
+    data : bytes
         What came.
     chain : Chain
         The ring's.
     limbs, scale : int, float
-        The primes that each must have left, and its scale.
+        The primes that it must have left, and its scale.
     seeded : bool
-        Whether each second polynomial must be a seed, or must be there.
-    into : (ciphertexts, bytes) uint8 array
-        Where polynomials are written, a row for each. What is there after an error is of no ciphertext.
+        Whether the second polynomial must be a seed, or must be there.
 
     Raises
     ------
     InvalidInput
-        Some bytes are something else, or a word is not below its prime, or a second polynomial is zero.
+        The bytes are something else, or a word is not below its prime, or the second polynomial is zero.
     """
-    size, seeds = polynomial_bytes(chain, limbs, seeded), []
-    for data, row in zip(given, into, strict=True):
-        reader = _body("Ciphertext", data, [_size(chain, limbs, seeded)])
-        found, seed = _parts(reader, chain, limbs, scale, seeded)
-        reader.end()
-        row[:size] = np.frombuffer(found, np.uint8)
-        seeds.append(seed)
-    # all at once: a thread that waits for Python's lock before each check waits for longer than the check takes
-    words = into[:, :size].view("<u8").reshape(len(into), -1, limbs, chain.degree)
-    most = words.max(axis=3)
+    reader = _body("Ciphertext", data, [_size(chain, limbs, seeded)])
+    found, seed = _parts(reader, chain, limbs, scale, seeded)
+    reader.end()
+    into = room[: polynomial_bytes(chain, limbs, seeded)]
+    into[:] = np.frombuffer(found, np.uint8)
+    most = into.view("<u8").reshape(-1, limbs, chain.degree).max(axis=2)
     if (most >= chain.q[:limbs]).any():
         raise reader.refuse("a word is not below its prime")
-    if not seeded and not most[:, 1].any(axis=1).all():
+    if not seeded and not most[1].any():
         raise reader.refuse("its second polynomial is zero: nothing in it is encrypted")
-    return seeds
+    return seed
 
 
 def read_keys(what: str, data: Data, chain: Chain, indices: Iterable[int]) -> dict[int, list[Received]]:

@@ -16,7 +16,28 @@ struct Drop {  // by (dropped, kept)
 };
 enum { ROUND = 1, INVERSE = 2 };
 
-// The inverse's pass over rows: dst = src, permuted if there is perm; below 2q. grid (N / 1024, items)
+// Two words side by side: a thread's words of the last round of rows are such pairs, and one access is for both.
+DEVICE ulonglong2 two(const u64* x, int i) { return *(const ulonglong2*)(x + i); }
+DEVICE void put(u64* x, int i, u64 a, u64 b) {
+    ulonglong2 y;
+    y.x = a, y.y = b;
+    *(ulonglong2*)(x + i) = y;
+}
+// A limb's words as the last round has them, from start on; permuted if there is perm.
+DEVICE void in_last(u64 (&v)[8], const u64* x, const u32* perm, int start, int thread) {
+#pragma unroll
+    for (int e = 0; e < 8; e += 2) {
+        const int i = start + Last<Rows>::place(thread, e);
+        if (perm) {
+            v[e] = x[perm[i]], v[e + 1] = x[perm[i + 1]];
+        } else {
+            const ulonglong2 y = two(x, i);
+            v[e] = y.x, v[e + 1] = y.y;
+        }
+    }
+}
+
+// The inverse's pass over rows: dst = src, permuted if there is perm; below 4q. grid (N / 1024, items)
 KERNEL(Rows::THREADS) inverse_rows(
     const Item* items, const Prime* primes, const ulonglong2* __restrict__ inverse_roots) {
     SHARED(s);
@@ -25,11 +46,7 @@ KERNEL(Rows::THREADS) inverse_rows(
     const u64* src = words(it.src);
     const u32* perm = (const u32*)it.perm;
     u64 v[8];
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
-        int i = start + Last<Rows>::place(thread, e);
-        v[e] = src[perm ? perm[i] : i];
-    }
+    in_last(v, src, perm, start, thread);
     inverse_tile<Rows>(v, s, inverse_roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, primes[it.prime].q);
     u64* dst = words(it.dst) + start;
 #pragma unroll
@@ -87,8 +104,6 @@ extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
     const ulonglong2* __restrict__ inverse_roots, int count) {
     SHARED(s);
     const int start = blockIdx.x * Rows::WORDS;
-    const Prime& p = primes[items[blockIdx.y].prime];
-    const u32 polynomial = count * N;
     u64 upper0[8] = {}, lower0[8] = {}, upper1[8] = {}, lower1[8] = {};
     constexpr int ROOM = Rows::WORDS;
     int turn = 0;  // two rooms in turns: who writes to one has seen all read from it
@@ -96,16 +111,11 @@ extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
     for (u32 j = 0; j < items[blockIdx.y].count; j++) {
         const int thread = again(threadIdx.x);
         const Item& it = items[again(blockIdx.y)];
-        const u64* key = words(it.key) + (size_t)j * 2 * polynomial + start;
+        const Prime& p = primes[it.prime];
+        const u64* key = words(it.key) + (size_t)j * 2 * count * N + start;
         u64 v[8];
         if (j == it.from) {
-            const u64* x = words(it.x);
-            const u32* perm = (const u32*)it.perm;
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                int i = start + Last<Rows>::place(thread, e);
-                v[e] = x[perm ? perm[i] : i];
-            }
+            in_last(v, words(it.x), (const u32*)it.perm, start, thread);
         } else {
             const u64* src = words(it.src) + (size_t)j * N + start;
 #pragma unroll
@@ -114,14 +124,16 @@ extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
             turn ^= 1;
         }
 #pragma unroll
-        for (int e = 0; e < 8; e++) {
-            int i = Last<Rows>::place(thread, e);
-            add_product(upper0[e], lower0[e], v[e], key[i]);
-            add_product(upper1[e], lower1[e], v[e], key[i + polynomial]);
+        for (int e = 0; e < 8; e += 2) {
+            const int i = Last<Rows>::place(thread, e);
+            const ulonglong2 k0 = two(key, i), k1 = two(key, i + count * N);
+            add_product(upper0[e], lower0[e], v[e], k0.x), add_product(upper0[e + 1], lower0[e + 1], v[e + 1], k0.y);
+            add_product(upper1[e], lower1[e], v[e], k1.x), add_product(upper1[e + 1], lower1[e + 1], v[e + 1], k1.y);
         }
     }
     const int thread = again(threadIdx.x);
     const Item& it = items[again(blockIdx.y)];
+    const Prime& p = primes[it.prime];
     const bool inverse = it.flags & INVERSE;
 #pragma unroll
     for (int e = 0; e < 8; e++) {
@@ -134,11 +146,18 @@ extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
         inverse_tile<Rows>(lower1, s + (turn ^ 1) * ROOM, w, base_of(blockIdx.x), thread, p.q);
     }
     u64 *a = words(it.dst) + start, *b = words(it.add) + start;
+    if (inverse) {
 #pragma unroll
-    for (int e = 0; e < 8; e++) {
-        int i = inverse ? First<Rows>::place(thread, e) : Last<Rows>::place(thread, e);
-        a[i] = lower0[e];
-        b[i] = lower1[e];
+        for (int e = 0; e < 8; e++) {
+            const int i = First<Rows>::place(thread, e);
+            a[i] = lower0[e], b[i] = lower1[e];
+        }
+    } else {
+#pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+            const int i = Last<Rows>::place(thread, e);
+            put(a, i, lower0[e], lower0[e + 1]), put(b, i, lower1[e], lower1[e + 1]);
+        }
     }
 }
 
@@ -161,20 +180,34 @@ KERNEL(Rows::THREADS) drop(
     for (int e = 0; e < 8; e++) v[e] = src[First<Rows>::place(thread, e)];
     forward_tile<Rows>(v, s, roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, q);
 #pragma unroll
-    for (int e = 0; e < 8; e++) {
-        int i = Last<Rows>::place(thread, e), whole = start + i;
-        v[e] = below(scaled(x[i] + ((q << 2) - v[e]), d.inverse, d.inverse_shifted, q), q);
-        if (add) v[e] = below(v[e] + add[perm ? perm[whole] : whole], q);
-        if (plus) v[e] = below(v[e] + plus[whole], q);
+    for (int e = 0; e < 8; e += 2) {
+        const int i = Last<Rows>::place(thread, e), whole = start + i;
+        const ulonglong2 y = two(x, i);
+        v[e] = below(scaled(y.x + ((q << 3) - v[e]), d.inverse, d.inverse_shifted, q), q);
+        v[e + 1] = below(scaled(y.y + ((q << 3) - v[e + 1]), d.inverse, d.inverse_shifted, q), q);
+        if (add) {
+            if (perm) {
+                v[e] = below(v[e] + add[perm[whole]], q), v[e + 1] = below(v[e + 1] + add[perm[whole + 1]], q);
+            } else {
+                const ulonglong2 z = two(add, whole);
+                v[e] = below(v[e] + z.x, q), v[e + 1] = below(v[e + 1] + z.y, q);
+            }
+        }
+        if (plus) {
+            const ulonglong2 z = two(plus, whole);
+            v[e] = below(v[e] + z.x, q), v[e + 1] = below(v[e + 1] + z.y, q);
+        }
     }
     u64* dst = words(it.dst) + start;
     if (it.flags & INVERSE) {
         __syncthreads();
         inverse_tile<Rows>(v, s, inverse_roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, q);
-    }
 #pragma unroll
-    for (int e = 0; e < 8; e++)
-        dst[it.flags & INVERSE ? First<Rows>::place(thread, e) : Last<Rows>::place(thread, e)] = v[e];
+        for (int e = 0; e < 8; e++) dst[First<Rows>::place(thread, e)] = v[e];
+    } else {
+#pragma unroll
+        for (int e = 0; e < 8; e += 2) put(dst, Last<Rows>::place(thread, e), v[e], v[e + 1]);
+    }
 }
 
 // Whole numbers modulo a prime, and the forward pass over columns. src: the lower words of their sizes; N words on, the
@@ -213,7 +246,7 @@ KERNEL(Rows::THREADS) subtract(const Item* items, const Prime* primes, const ulo
 #pragma unroll
     for (int e = 0; e < 8; e++) {
         int i = Last<Rows>::place(thread, e);
-        u64 y = below(below(v[e], q << 1), q);
+        u64 y = below(below(below(v[e], q << 2), q << 1), q);
         dst[i] = it.x ? below(x[i] + (q - y), q) : y;
     }
 }
@@ -221,11 +254,7 @@ KERNEL(Rows::THREADS) subtract(const Item* items, const Prime* primes, const ulo
 // ---- word by word: grid (N / 512, items), 256 threads with two words each ----
 #define TWO ((blockIdx.x * 256 + threadIdx.x) * 2)
 DEVICE ulonglong2 two(u64 address, size_t i) { return *(const ulonglong2*)(words(address) + i); }
-DEVICE void put(u64 address, size_t i, u64 a, u64 b) {
-    ulonglong2 y;
-    y.x = a, y.y = b;
-    *(ulonglong2*)(words(address) + i) = y;
-}
+DEVICE void put(u64 address, size_t i, u64 a, u64 b) { put(words(address) + i, 0, a, b); }
 
 enum { NEGATE, TIMES, PLUS, TIMES_PLAIN, PLUS_PLAIN, COPY };
 // dst = src, changed as flags say: by the constant key (add: its quotient for `scaled`), or by the words at x.
@@ -262,25 +291,43 @@ KERNEL(256) sum(const Item* items, const Prime* primes) {
     put(it.dst, TWO, total.x, total.y);
 }
 
-// The sum of `count` products of ciphertexts, this prime's limb of three polynomials, key words apart, from dst on.
-// x: for each product the addresses of this limb of both operands' first polynomials, and of their second.
-KERNEL(256) dot(const Item* items, const Prime* primes) {
+// DOTS sums of `count` products of ciphertexts, whose first operands are the same: this prime's limb of three
+// polynomials each, key words apart. list: where each sum goes; then for each product the addresses of this limb of the
+// first operand's polynomials, and of each second one's.
+template <int DOTS>
+DEVICE void dots_of(const Item& it, const u64* list, const Prime& p) {
+    const size_t at = blockIdx.x * 128 + threadIdx.x;
+    u64 upper[DOTS][3] = {}, lower[DOTS][3] = {};
+    const u64* from = list + DOTS;
+#pragma unroll 2
+    for (u32 r = 0; r < it.count; r++, from += 2 + 2 * DOTS) {
+        const u64 a0 = words(from[0])[at], a1 = words(from[1])[at];
+        u64 b0[DOTS], b1[DOTS];
+#pragma unroll
+        for (int d = 0; d < DOTS; d++) b0[d] = words(from[2 + 2 * d])[at], b1[d] = words(from[3 + 2 * d])[at];
+#pragma unroll
+        for (int d = 0; d < DOTS; d++) {
+            add_product(upper[d][0], lower[d][0], a0, b0[d]);
+            add_product(upper[d][1], lower[d][1], a0, b1[d]);
+            add_product(upper[d][1], lower[d][1], a1, b0[d]);
+            add_product(upper[d][2], lower[d][2], a1, b1[d]);
+        }
+    }
+#pragma unroll
+    for (int d = 0; d < DOTS; d++)
+#pragma unroll
+        for (int c = 0; c < 3; c++) words(list[d])[at + c * it.key] = reduced_wide(upper[d][c], lower[d][c], p);
+}
+// `limbs` of them, 1 to 4. grid (N / 128, items)
+KERNEL(128) dot(const Item* items, const Prime* primes) {
     const Item& it = items[blockIdx.y];
     const Prime& p = primes[it.prime];
     const u64* list = words(it.x);
-    u64 upper[3][2] = {}, lower[3][2] = {};
-#pragma unroll 2
-    for (u32 r = 0; r < it.count; r++, list += 4) {
-        const ulonglong2 a0 = two(list[0], TWO), a1 = two(list[1], TWO), b0 = two(list[2], TWO), b1 = two(list[3], TWO);
-        add_product(upper[0][0], lower[0][0], a0.x, b0.x), add_product(upper[0][1], lower[0][1], a0.y, b0.y);
-        add_product(upper[1][0], lower[1][0], a0.x, b1.x), add_product(upper[1][1], lower[1][1], a0.y, b1.y);
-        add_product(upper[1][0], lower[1][0], a1.x, b0.x), add_product(upper[1][1], lower[1][1], a1.y, b0.y);
-        add_product(upper[2][0], lower[2][0], a1.x, b1.x), add_product(upper[2][1], lower[2][1], a1.y, b1.y);
-    }
-#pragma unroll
-    for (int c = 0; c < 3; c++) {
-        u64 a = reduced_wide(upper[c][0], lower[c][0], p), b = reduced_wide(upper[c][1], lower[c][1], p);
-        put(it.dst, TWO + c * it.key, a, b);
+    switch (it.limbs) {
+        case 1: dots_of<1>(it, list, p); break;
+        case 2: dots_of<2>(it, list, p); break;
+        case 3: dots_of<3>(it, list, p); break;
+        case 4: dots_of<4>(it, list, p); break;
     }
 }
 

@@ -22,6 +22,8 @@ ROUND, INVERSE = 1, 2
 NEGATE, TIMES, PLUS, TIMES_PLAIN, PLUS_PLAIN, COPY = range(6)
 MOST_REJECTED = 255
 """Words of a seed's polynomial that may be left out; a chain's primes lie so that one in 2**28 is."""
+MOST_DOTS = 4
+"""Sums of products that a thread has in registers."""
 FILLING = 528
 """Blocks that keep a GPU busy: four for each of 132 multiprocessors."""
 
@@ -33,6 +35,11 @@ class Launch:
     kernel: str
     items: NDArray[Any]
     limbs: int = 1
+
+    @property
+    def results(self) -> int:
+        """How many items there would be if each had one result."""
+        return int(self.items["limbs"].sum()) if self.kernel == "dot" else len(self.items)
 
 
 @dataclass(frozen=True)
@@ -203,15 +210,20 @@ class _Maker:
         self._add("sum", items)
 
     def dot(self, step: Step) -> None:
-        """Add products of ciphertexts."""
-        items = []
+        """Add products of ciphertexts; sums whose first operands are the same read them once."""
+        together: dict[tuple[Node, ...], list[Operation]] = {}
         for op in step.operations:
-            half, o = len(op.operands) // 2, op.out
-            for k in range(o.limbs):
-                item = {"x": 8 * len(self.lists), "count": half, "prime": k, "dst": self._place(o, 0, k)}
-                items.append(item | {"key": o.limbs * self.chain.degree})
-                for a, b in zip(op.operands[:half], op.operands[half:], strict=True):
-                    self.lists += [self._place(x, c, k) for x in (a, b) for c in (0, 1)]
+            together.setdefault(op.operands[: len(op.operands) // 2], []).append(op)
+        items = []
+        for first, ops in together.items():
+            for some in (ops[i : i + MOST_DOTS] for i in range(0, len(ops), MOST_DOTS)):
+                for k in range(some[0].out.limbs):
+                    item = {"x": 8 * len(self.lists), "count": len(first), "prime": k, "limbs": len(some)}
+                    items.append(item | {"key": some[0].out.limbs * self.chain.degree})
+                    self.lists += [self._place(op.out, 0, k) for op in some]
+                    for r, a in enumerate(first):
+                        them = (a, *(op.operands[len(first) + r] for op in some))
+                        self.lists += [self._place(x, c, k) for x in them for c in (0, 1)]
         self._add("dot", items)
 
     def unmask(self, step: Step) -> None:

@@ -1,4 +1,4 @@
-// Arithmetic modulo primes below 2**61; modular.py says the same in NumPy.
+// Arithmetic modulo primes below 2**60; modular.py says the same in NumPy.
 typedef unsigned long long u64;
 typedef unsigned int u32;
 #ifndef SHARED
@@ -31,6 +31,12 @@ DEVICE u64 below(u64 x, u64 m) { return x >= m ? x - m : x; }
 
 // x·w modulo q, or q more, of any word x
 DEVICE u64 scaled(u64 x, u64 w, u64 w_shifted, u64 q) { return x * w - __umul64hi(w_shifted, x) * q; }
+
+// x·w modulo q, or up to three times q more: without the product of the lower halves, and what the middle ones carry
+DEVICE u64 nearly(u64 x, u64 w, u64 w_shifted, u64 q) {
+    const u32 x0 = x, x1 = x >> 32, w0 = w_shifted, w1 = w_shifted >> 32;
+    return x * w - ((u64)x1 * w1 + __umulhi(x1, w0) + __umulhi(x0, w1)) * q;
+}
 
 DEVICE u64 reduced(u64 x, const Prime& p) { return below(x - __umul64hi(x, p.ratio1) * p.q, p.q); }
 

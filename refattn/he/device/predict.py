@@ -20,13 +20,15 @@ from ..planned import Program, bytes_text
 from .decoding import kinds_of, step_of
 from .launches import Addresses, Launch, launches_of
 from .schedule import Schedule, schedule_of
-from .session import BATCH, CHUNK, bytes_of, plains_of
+from .session import BATCH, bytes_of, plains_of
 
 __all__ = ["COSTS", "GpuCosts", "GpuTimes", "counted", "fitted", "on_gpu"]
 
 Counts = Counter[tuple[str, str]]
 """By (kernel, "launches", "items" or "limbs")."""
 MB = 1e6
+CHUNK = 8
+"""Ciphertexts that a thread took at a time when the host was measured."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def counted(schedule: Schedule, seeded: bool) -> Counts:
     found: Counts = Counter()
     for x in launches_of(schedule, schedule.steps, at)[0]:
         kernel = "seeds" if x.kernel.startswith("seed_") else x.kernel
-        for what, n in (("launches", 1), ("items", len(x.items)), ("limbs", _limbs(x))):
+        for what, n in (("launches", 1), ("items", x.results), ("limbs", _limbs(x))):
             found[kernel, what] += n
     return found
 
@@ -178,7 +180,9 @@ def _limbs(launch: Launch) -> int:
     items = launch.items
     if launch.kernel == "spread":  # the inverse's pass and what it is written to, then a pass for each prime
         return int(items["count"].sum()) + 2 * len(items)
-    if launch.kernel in ("times_key", "sum", "dot"):
+    if launch.kernel == "dot":
+        return int((items["count"] * items["limbs"]).sum())
+    if launch.kernel in ("times_key", "sum"):
         return int(items["count"].sum())
     return int(items["limbs"].sum()) if launch.kernel.startswith("seed_") else len(items)
 

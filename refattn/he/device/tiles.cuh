@@ -54,9 +54,9 @@ DEVICE void forward_stages(u64 (&v)[8], const ulonglong2* roots, int root, u64 q
 #pragma unroll
         for (int b = 0; b < 1 << (K - 1 - STAGE); b++) {
             const int i = FIRST + (a << (K - STAGE)) + b, j = i + (1 << (K - 1 - STAGE));
-            u64 x = below(v[i], q << 1), y = scaled(v[j], w.x, w.y, q);
+            u64 x = below(v[i], q << 2), y = nearly(v[j], w.x, w.y, q);
             v[i] = x + y;
-            v[j] = x + ((q << 1) - y);
+            v[j] = x + ((q << 2) - y);
         }
     }
     if constexpr (STAGE + 1 < K) forward_stages<K, STAGE + 1, FIRST, ROOT>(v, roots, root, q);
@@ -71,8 +71,8 @@ DEVICE void inverse_stages(u64 (&v)[8], const ulonglong2* roots, int root, u64 q
         for (int b = 0; b < 1 << (K - 1 - STAGE); b++) {
             const int i = FIRST + (a << (K - STAGE)) + b, j = i + (1 << (K - 1 - STAGE));
             u64 x = v[i], y = v[j];
-            v[i] = below(x + y, q << 1);
-            v[j] = scaled(x + ((q << 1) - y), w.x, w.y, q);
+            v[i] = below(x + y, q << 2);
+            v[j] = nearly(x + ((q << 2) - y), w.x, w.y, q);
         }
     }
     if constexpr (STAGE > 0) inverse_stages<K, STAGE - 1, FIRST, ROOT>(v, roots, root, q);
@@ -105,7 +105,7 @@ template <class T> using First = Round<T, T::S - T::K1, T::K1>;
 template <class T> using Middle = Round<T, T::K3, T::K2>;
 template <class T> using Last = Round<T, 0, T::K3>;
 
-// The forward transform of a tile: v in the order of the first round, then in that of the last; below 4q both times.
+// The forward transform of a tile: v in the order of the first round, then in that of the last; below 8q both times.
 template <class T>
 DEVICE void forward_tile(u64 (&v)[8], u64* s, const ulonglong2* roots, int base, int thread, u64 q) {
     forward_round<T, T::S - T::K1, T::K1>(v, roots, base, thread, q);
@@ -123,7 +123,7 @@ DEVICE void forward_tile(u64 (&v)[8], u64* s, const ulonglong2* roots, int base,
     forward_round<T, 0, T::K3>(v, roots, base, thread, q);
 }
 
-// Its inverse but for a factor of 2**-S, the orders the other way round; below 2q both times.
+// Its inverse but for a factor of 2**-S, the orders the other way round; below 4q both times.
 template <class T>
 DEVICE void inverse_tile(u64 (&v)[8], u64* s, const ulonglong2* roots, int base, int thread, u64 q) {
     inverse_round<T, 0, T::K3>(v, roots, base, thread, q);

@@ -9,6 +9,7 @@
 struct Place { unsigned x, y, z; };
 static Place threadIdx, blockIdx;
 struct alignas(16) ulonglong2 { unsigned long long x, y; };
+static inline unsigned int __umulhi(unsigned int a, unsigned int b) { return (unsigned long long)a * b >> 32; }
 static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return (unsigned long long)((unsigned __int128)a * b >> 64);
 }

@@ -41,6 +41,9 @@ class Every:
     def compute(self, m, shared, parts):
         a, b, c = parts
         product = m.dot([a, b], [c, c])  # of two levels
+        d = m.add(c, c)
+        for second in (*2 * ([c, d], [d, c], [d, d]), [c, d]):  # seven sums with one first operand: four and three
+            product = m.add(product, m.dot([a, b], second))
         square = m.rescale(m.relinearize(m.square(c)))
         once = m.rotate(product, 1)
         turned = m.add(once, m.rotate(product, 3))

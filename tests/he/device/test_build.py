@@ -46,7 +46,7 @@ def test_arguments_are_those_of_the_text():
 def test_grids_cover_a_limb(kernel, degree):
     limbs = 3
     blocks, threads, shared = geometry(kernel, degree, limbs)
-    words = {"seed_roots": 512, "seed_words": 8, "each": 2, "sum": 2, "dot": 2}.get(kernel, 8)
+    words = {"seed_roots": 512, "seed_words": 8, "each": 2, "sum": 2, "dot": 1}.get(kernel, 8)
     total = degree * (limbs if kernel.startswith("seed") else 1)
     assert shared <= MOST
     assert threads <= 1024
