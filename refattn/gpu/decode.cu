@@ -55,7 +55,7 @@ DEVICE Sequence sequence_of(const Params& p, const Split& s, const Cache& c, int
                     right = p.causal ? (long long)corner + p.n_q
                                      : p.right < 0 ? n : (long long)corner + p.n_q + p.right;
     const int first = (int)clamp(left, 0, n), last = (int)clamp(right, first, n),
-              unit = n >= 65536 ? 2048 : n >= 16384 ? 1024 : n >= 4096 ? 512 : 256;
+              unit = n >= 65536 ? 1024 : n >= 16384 ? 512 : 256;
     return {n, first, last, unit, (last - first + unit - 1) / unit};
 #else
     return {p.n_k, s.first_key, s.first_key + s.keys, s.unit, s.units};
@@ -365,10 +365,10 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c) {
 }
 
 #if !CACHE
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Params p,
+extern "C" __global__ void __launch_bounds__(THREADS, 2) decode(const __grid_constant__ Params p,
     const __grid_constant__ Split s) { run(p, s, {}); }
 #else
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_cache(const __grid_constant__ Params p,
+extern "C" __global__ void __launch_bounds__(THREADS, 2) decode_cache(const __grid_constant__ Params p,
     const __grid_constant__ Split s, const __grid_constant__ Cache c) { run(p, s, c); }
 
 // The parts before those of each sequence, and of all: one block.

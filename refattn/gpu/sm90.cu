@@ -102,14 +102,37 @@ DEVICE void apply_mask(float (&s)[NS], const int (&limit)[2], const int (&low)[2
         if (c >= limit[r] || (LEFT && c < low[r])) s[i] = -INFINITY_F;
     }
 }
-// s: tanh(s inner), within 3 ulp: an odd polynomial where no argument of the warp reaches 0.3, else one up to 0.6, and
-// the exponential
-DEVICE void cap(float (&s)[NS], float inner) {
+// What the warp's scores reach at most. STEEP: from here on powers of `inner` would overflow.
+constexpr float SMALL_CAPPED = 0.3f, SMALLER_CAPPED = 0.16f, STEEP = 1e5f;
+DEVICE float reached(const float (&s)[NS], float inner) {
     float most[4] = {};
 #pragma unroll
     for (int i = 0; i < NS; i++) most[i % 4] = fmaxf(most[i % 4], fabsf(s[i]));
-    const float t = inner * inner;
-    if (__any_sync(~0u, fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])) * fabsf(inner) >= 0.3f)) {
+    const float top = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])) * fabsf(inner);
+    return fabsf(inner) >= STEEP ? INFINITY_F : top;
+}
+// tanh(x inner) / x for |x inner| below 0.3 (DEGREE 3) or 0.16 (2), within 3 ulp: a polynomial of x^2, times `by`.
+template <int DEGREE> struct Cap {
+    float c[DEGREE + 1], back;
+    DEVICE Cap(float inner, float by) : back(1.f / by) {
+        const float t = inner * inner, up = inner * by;
+        c[0] = up, c[1] = (DEGREE == 3 ? -0.333332861f : -0.333313733f) * t * up;
+        c[2] = (DEGREE == 3 ? 0.133238735f : 0.131285191f) * t * t * up;
+        if (DEGREE == 3) c[DEGREE] = -0.0511326762f * t * t * t * up;
+    }
+    DEVICE float slope(float x) const {
+        const float u = x * x;
+        float y = c[DEGREE];
+#pragma unroll
+        for (int i = DEGREE - 1; i >= 0; i--) y = fmaf(y, u, c[i]);
+        return y;
+    }
+    DEVICE float value(float x) const { return x * slope(x) * back; }
+};
+// s: tanh(s inner), within 3 ulp: Cap where no argument of the warp reaches 0.3, else an odd polynomial up to 0.6, and
+// the exponential
+DEVICE void cap(float (&s)[NS], float inner) {
+    if (__any_sync(~0u, reached(s, inner) >= SMALL_CAPPED)) {
 #pragma unroll
         for (int i = 0; i < NS; i++) {
             const float y = s[i] * inner, x = fabsf(y), u = y * y,
@@ -119,14 +142,23 @@ DEVICE void cap(float (&s)[NS], float inner) {
             s[i] = x >= 0.6f ? copysignf(large, y) : fmaf(z * u, y, y);
         }
     } else {
-        const float c1 = -0.333332861f * t * inner, c2 = 0.133238735f * t * t * inner,
-                    c3 = -0.0511326762f * t * t * t * inner;
+        const Cap<3> of(inner, 1.f);
 #pragma unroll
-        for (int i = 0; i < NS; i++) {
-            const float u = s[i] * s[i];
-            s[i] *= fmaf(fmaf(fmaf(c3, u, c2), u, c1), u, inner);
-        }
+        for (int i = 0; i < NS; i++) s[i] *= of.slope(s[i]);
     }
+}
+// softmax of scores that all count, capped first: where they are small, the polynomial is the exponent's slope
+DEVICE bool capped_softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&factor)[2], float inner,
+                           float scale_log2)
+{
+    const float most = reached(s, inner);
+    if (__any_sync(~0u, most >= SMALL_CAPPED)) {
+        cap(s, inner);
+        return softmax<false>(s, top, sum, factor, scale_log2);
+    }
+    if (__any_sync(~0u, most >= SMALLER_CAPPED))
+        return softmax<false>(s, top, sum, factor, scale_log2, Cap<3>(inner, scale_log2));
+    return softmax<false>(s, top, sum, factor, scale_log2, Cap<2>(inner, scale_log2));
 }
 DEVICE void round_p(u32 (&p)[(1 + HIGH) * NP], const float (&s)[NS]) {
 #pragma unroll
@@ -433,9 +465,14 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         wgmma_wait<1>();
         pin(s);
         release_k(next);
-        if (SCALED) finish_scores(s, given);
-        if (masked.value) mask(s, j);
-        bool moved = softmax<decltype(masked)::value>(s, top, sum, factor, scale_log2);
+        bool moved;
+        if (SOFTCAP && !BIAS && !PRESCALE && !masked.value) {
+            moved = capped_softmax(s, top, sum, factor, scale / x.softcap, scale_log2);
+        } else {
+            if (SCALED) finish_scores(s, given);
+            if (masked.value) mask(s, j);
+            moved = softmax<decltype(masked)::value>(s, top, sum, factor, scale_log2);
+        }
         wgmma_wait<0>();
         pin(o);
         release_v();
