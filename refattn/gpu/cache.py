@@ -224,7 +224,7 @@ def _launch(
     parts = b * h_kv * decode.most_units(call.n_k)
     _, kept = empty(like, (parts * rows * (width + 2) + b + 1,), "float32")
     stats = kept.pointer + 4 * parts * rows * width
-    grid = max(1, min(parts, decode.BLOCKS * attribute(device, "MultiProcessorCount")))
+    grid = max(1, min(parts, attribute(device, "MultiProcessorCount")))
     cut = {"first_key": 0, "keys": 0, "unit": 0, "units": 0, "workers": grid}
     values = {
         "p": params(plan, call, arrays, options, 0),

@@ -55,7 +55,7 @@ DEVICE Sequence sequence_of(const Params& p, const Split& s, const Cache& c, int
                     right = p.causal ? (long long)corner + p.n_q
                                      : p.right < 0 ? n : (long long)corner + p.n_q + p.right;
     const int first = (int)clamp(left, 0, n), last = (int)clamp(right, first, n),
-              unit = n >= 65536 ? 1024 : n >= 16384 ? 512 : 256;
+              unit = n >= 65536 ? 2048 : n >= 16384 ? 1024 : n >= 4096 ? 512 : 256;
     return {n, first, last, unit, (last - first + unit - 1) / unit};
 #else
     return {p.n_k, s.first_key, s.first_key + s.keys, s.unit, s.units};
@@ -80,12 +80,19 @@ DEVICE Part part_of(const Params& p, const Split& s, const Cache& c, long long p
 #endif
 }
 
+// Which page a key lies in, and its row there; a division takes long, and pages are mostly of a power of two.
+struct Spot { int page, row; };
+DEVICE Spot spot_of(const Cache& c, int key) {
+    if ((c.page & (c.page - 1)) == 0) return {key >> (31 - __clz(c.page)), key & (c.page - 1)};
+    return {key / c.page, key % c.page};
+}
+
 // What is loaded next: keys key .. last - 1; row: the page of the lane's row of that tile
 struct Place { long long part, end; int key, last, batch, row; const Item *k, *v; };
 DEVICE void look_up(Place& x, const Cache& c) {
 #if CACHE == 2
     const int key = x.key + (threadIdx.x & 15);
-    x.row = key < x.last ? c.table[x.batch * c.table_b + key / c.page] : -1;
+    x.row = key < x.last ? c.table[x.batch * c.table_b + spot_of(c, key).page] : -1;
 #endif
 }
 DEVICE void find(Place& x, const Params& p, const Split& s, const Cache& c) {   // the warp's first tile of a part
@@ -107,7 +114,7 @@ DEVICE void load(Place& x, const Params& p, const Split& s, const Cache& c, u32 
         bool whole = ALIGNED && x.key + 16 <= x.last && p.d_k == WIDTH_K && p.d_v == WIDTH_V;
 #if CACHE == 2
         // where the lane's row begins, or nowhere: a page that is none is not read
-        const int inside = (x.key + (threadIdx.x & 15)) % c.page, first = __shfl_sync(~0u, inside, 0);
+        const int inside = spot_of(c, x.key + (threadIdx.x & 15)).row, first = __shfl_sync(~0u, inside, 0);
         const bool there = x.row >= 0 && x.row < c.pages;
         whole = whole && first + 16 <= c.page && __shfl_sync(~0u, there, 0);     // 16 rows of one page
         if (whole) {
@@ -143,7 +150,8 @@ DEVICE Scales scales_of(const Cache& c, const Part& at, int key, int last) {
         if (j >= last) continue;
         long long first = at.batch, row = j;
 #if CACHE == 2
-        first = c.table[at.batch * c.table_b + j / c.page], row = j % c.page;
+        const Spot spot = spot_of(c, j);
+        first = c.table[at.batch * c.table_b + spot.page], row = spot.row;
         if (first < 0 || first >= c.pages) continue;
 #endif
         if (c.k_scale) y.k[h] = c.k_scale[first * c.ks_b + at.head * c.ks_h + row * c.ks_n];
@@ -365,10 +373,10 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c) {
 }
 
 #if !CACHE
-extern "C" __global__ void __launch_bounds__(THREADS, 2) decode(const __grid_constant__ Params p,
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Params p,
     const __grid_constant__ Split s) { run(p, s, {}); }
 #else
-extern "C" __global__ void __launch_bounds__(THREADS, 2) decode_cache(const __grid_constant__ Params p,
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_cache(const __grid_constant__ Params p,
     const __grid_constant__ Split s, const __grid_constant__ Cache c) { run(p, s, c); }
 
 // The parts before those of each sequence, and of all: one block.

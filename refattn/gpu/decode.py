@@ -12,16 +12,14 @@ from .build import text_of
 from .kernel import Call, Kernel
 from .simt import target, threads
 
-__all__ = ["BLOCKS", "KERNEL", "MOST_QUERIES", "Split", "most_units", "split_of", "with_cache"]
+__all__ = ["KERNEL", "MOST_QUERIES", "Split", "most_units", "split_of", "with_cache"]
 
 FILE = "decode.cu"
-MOST_QUERIES, WIDEST, WARPS = 16, 128, 4
-BLOCKS = 2
-"""Blocks of a multiprocessor: while one adds its warps' sums up, the other's loads go on."""
-UNITS = ((65536, 1024), (16384, 512), (0, 256))
+MOST_QUERIES, WIDEST, WARPS = 16, 128, 8
+UNITS = ((65536, 2048), (16384, 1024), (4096, 512), (0, 256))
 """Keys of a part by the fewest keys: few long parts cost little traffic, many short ones fill the GPU."""
-SHARED = 105000
-"""Bytes of shared memory that a block's rings may take: nearly half of what there is beside the sums."""
+SHARED = 210000
+"""Bytes of shared memory that a block's rings may take: nearly all that there is beside the sums."""
 
 
 @dataclass(frozen=True)

@@ -92,20 +92,29 @@ struct Line {
     DEVICE float slope(float) const { return scale_log2; }
     DEVICE float value(float x) const { return x; }
 };
-// s: scores in, numerators out. top: the value of the row maximum, sum: running lane sums. Returns whether a maximum
-// of the warp moved: O must then be multiplied with factor.
-template <bool MASKED, int NS, class Curve>
-DEVICE bool softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&factor)[2], float scale_log2, Curve of)
-{
-    float now[2];
+// The largest score of each row that the lane has, of their absolute values where ABSOLUTE.
+template <bool ABSOLUTE, int NS> DEVICE void largest(const float (&s)[NS], float (&most)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float a = s[2 * r], b = s[2 * r + 1];
+        if (ABSOLUTE) a = fabsf(a), b = fabsf(b);
 #pragma unroll
-        for (int i = 4; i < NS; i += 4) { a = fmaxf(a, s[i + 2 * r]); b = fmaxf(b, s[i + 2 * r + 1]); }
-        now[r] = fmaxf(top[r], of.value(quad_max(fmaxf(a, b))));
-        factor[r] = 1.f;
+        for (int i = 4; i < NS; i += 4) {
+            const float x = s[i + 2 * r], y = s[i + 2 * r + 1];
+            a = fmaxf(a, ABSOLUTE ? fabsf(x) : x), b = fmaxf(b, ABSOLUTE ? fabsf(y) : y);
+        }
+        most[r] = fmaxf(a, b);
     }
+}
+// s: scores in, numerators out. most: what bounds the lane's scores of each row. top: the value of a row's bound, sum:
+// running lane sums. Returns whether a bound of the warp moved: O must then be multiplied with factor.
+template <bool MASKED, int NS, class Curve>
+DEVICE bool softmax(float (&s)[NS], const float (&most)[2], float (&top)[2], float (&sum)[2], float (&factor)[2],
+                    float scale_log2, Curve of)
+{
+    float now[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) now[r] = fmaxf(top[r], of.value(quad_max(most[r]))), factor[r] = 1.f;
     bool moved = __any_sync(~0u, now[0] > top[0] || now[1] > top[1]);
     if (moved) {
 #pragma unroll
@@ -129,8 +138,11 @@ DEVICE bool softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&fa
     return moved;
 }
 template <bool MASKED, int NS>
-DEVICE bool softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&factor)[2], float scale_log2)
-{ return softmax<MASKED>(s, top, sum, factor, scale_log2, Line{scale_log2}); }
+DEVICE bool softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&factor)[2], float scale_log2) {
+    float most[2];
+    largest<false>(s, most);
+    return softmax<MASKED>(s, most, top, sum, factor, scale_log2, Line{scale_log2});
+}
 template <int N> DEVICE void rescale(float (&o)[N], const float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < N; i++) o[i] *= factor[i / 2 % 2];

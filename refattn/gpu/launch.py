@@ -16,7 +16,7 @@ from ..arrays import kind_of
 from . import simt, sm90
 from .arguments import Arguments, arguments_of
 from .build import compiled, text_of
-from .decode import BLOCKS, split_of
+from .decode import split_of
 from .kernel import Call, Plan
 from .plan import configured
 from .recorded import Launch, Maps, note
@@ -100,7 +100,7 @@ def _launch_split(
     rows, width = call.group * n_q, m["WIDTH_V"]
     _, kept = empty(like, (parts * rows * (width + 2),), "float32")
     multiprocessors = attribute(device, "MultiProcessorCount")
-    stats, grid = kept.pointer + 4 * parts * rows * width, min(parts, BLOCKS * multiprocessors)
+    stats, grid = kept.pointer + 4 * parts * rows * width, min(parts, multiprocessors)
     takes = plan.kernel.takes
     cut = {"first_key": split.first_key, "keys": split.keys, "unit": split.unit, "units": split.units, "workers": grid}
     values = {

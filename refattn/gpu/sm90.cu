@@ -102,15 +102,10 @@ DEVICE void apply_mask(float (&s)[NS], const int (&limit)[2], const int (&low)[2
         if (c >= limit[r] || (LEFT && c < low[r])) s[i] = -INFINITY_F;
     }
 }
-// What the warp's scores reach at most. STEEP: from here on powers of `inner` would overflow.
-constexpr float SMALL_CAPPED = 0.3f, SMALLER_CAPPED = 0.16f, STEEP = 1e5f;
-DEVICE float reached(const float (&s)[NS], float inner) {
-    float most[4] = {};
-#pragma unroll
-    for (int i = 0; i < NS; i++) most[i % 4] = fmaxf(most[i % 4], fabsf(s[i]));
-    const float top = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])) * fabsf(inner);
-    return fabsf(inner) >= STEEP ? INFINITY_F : top;
-}
+// Below these arguments a tanh is a polynomial, of fewer terms. STEEP: from here on powers of `inner` would overflow.
+constexpr float SMALL = 0.3f, SMALLER = 0.16f, STEEP = 1e5f;
+// What P may lose of its type's range: a row's bound may be that far above its scores, in powers of 2.
+constexpr float SPARE = BF16 ? 64.f : 15.f;
 // tanh(x inner) / x for |x inner| below 0.3 (DEGREE 3) or 0.16 (2), within 3 ulp: a polynomial of x^2, times `by`.
 template <int DEGREE> struct Cap {
     float c[DEGREE + 1], back;
@@ -132,7 +127,9 @@ template <int DEGREE> struct Cap {
 // s: tanh(s inner), within 3 ulp: Cap where no argument of the warp reaches 0.3, else an odd polynomial up to 0.6, and
 // the exponential
 DEVICE void cap(float (&s)[NS], float inner) {
-    if (__any_sync(~0u, reached(s, inner) >= SMALL_CAPPED)) {
+    float most[2];
+    largest<true>(s, most);
+    if (__any_sync(~0u, fmaxf(most[0], most[1]) * fabsf(inner) >= SMALL) || fabsf(inner) >= STEEP) {
 #pragma unroll
         for (int i = 0; i < NS; i++) {
             const float y = s[i] * inner, x = fabsf(y), u = y * y,
@@ -147,18 +144,20 @@ DEVICE void cap(float (&s)[NS], float inner) {
         for (int i = 0; i < NS; i++) s[i] *= of.slope(s[i]);
     }
 }
-// softmax of scores that all count, capped first: where they are small, the polynomial is the exponent's slope
+// softmax of scores that all count, capped first: where they are small, the polynomial is the exponent's slope, and a
+// row is bounded by its absolute values, which are looked at anyway
 DEVICE bool capped_softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&factor)[2], float inner,
                            float scale_log2)
 {
-    const float most = reached(s, inner);
-    if (__any_sync(~0u, most >= SMALL_CAPPED)) {
-        cap(s, inner);
-        return softmax<false>(s, top, sum, factor, scale_log2);
-    }
-    if (__any_sync(~0u, most >= SMALLER_CAPPED))
-        return softmax<false>(s, top, sum, factor, scale_log2, Cap<3>(inner, scale_log2));
-    return softmax<false>(s, top, sum, factor, scale_log2, Cap<2>(inner, scale_log2));
+    float most[2];
+    largest<true>(s, most);
+    const float reach = inner < STEEP ? fmaxf(most[0], most[1]) * inner : INFINITY_F;
+    if (2.f * SMALLER * scale_log2 <= SPARE && !__any_sync(~0u, reach >= SMALLER))
+        return softmax<false>(s, most, top, sum, factor, scale_log2, Cap<2>(inner, scale_log2));
+    if (2.f * SMALL * scale_log2 <= SPARE && !__any_sync(~0u, reach >= SMALL))
+        return softmax<false>(s, most, top, sum, factor, scale_log2, Cap<3>(inner, scale_log2));
+    cap(s, inner);
+    return softmax<false>(s, top, sum, factor, scale_log2);
 }
 DEVICE void round_p(u32 (&p)[(1 + HIGH) * NP], const float (&s)[NS]) {
 #pragma unroll

@@ -49,12 +49,12 @@ def test_shared_memory_suffices():
 
 
 def test_the_parts_of_the_keys():
-    assert split_of(FEW) == Split(0, 5000, 256, 20)
+    assert split_of(FEW) == Split(0, 5000, 512, 10)
     assert split_of(replace(FEW, n_k=100, n_q=4)) == Split(0, 100, 256, 1)
-    assert split_of(replace(FEW, n_k=65536, group=8)) == Split(0, 65536, 1024, 64)
-    assert split_of(replace(FEW, n_q=4, window=(1000, None))) == Split(3996, 1004, 256, 4)
-    assert split_of(replace(FEW, n_q=4, causal="top_left")) == Split(0, 4, 256, 1)
-    assert split_of(replace(FEW, n_q=4, causal="top_left", window=(0, 9))) == Split(0, 4, 256, 1)
+    assert split_of(replace(FEW, n_k=65536, group=8)) == Split(0, 65536, 2048, 32)
+    assert split_of(replace(FEW, n_q=4, window=(1000, None))) == Split(3996, 1004, 512, 2)
+    assert split_of(replace(FEW, n_q=4, causal="top_left")) == Split(0, 4, 512, 1)
+    assert split_of(replace(FEW, n_q=4, causal="top_left", window=(0, 9))) == Split(0, 4, 512, 1)
     assert split_of(replace(FEW, n_k=3, n_q=9, causal="bottom_right")) == Split(0, 3, 256, 1)
     assert split_of(replace(FEW, n_k=0)).units == 0
 
@@ -94,7 +94,7 @@ def test_two_launches(driver, monkeypatch):  # noqa: F811
     options = {"scale": 0.5, "causal": None, "window": None, "softcap": None}
     launches.launch(call, choose(call, "decode", (9, 0)), None, given, options, 7)
     (first, grid, threads, *_, a), (second, rows, _, shared, stream, b) = driver.launches
-    assert (first, grid, threads) == ("decode", 4, 128)  # 2 batches of 1 key head of 2 parts
+    assert (first, grid, threads) == ("decode", 4, 256)  # 2 batches of 1 key head of 2 parts
     assert (second, rows, shared, stream) == ("merge", 2 * 4 * 8, 0, 7)
     assert a == b
     width = 64
