@@ -78,13 +78,14 @@ DEVICE void product_qk(float (&s)[NS], u64 q, u64 k) {  // q, k: descriptors of 
     }
     wgmma_commit();
 }
-DEVICE void product_pv(float (&o)[NO], const u32 (&p)[(1 + HIGH) * NP], u64 v) {
+// keep: 0 where O is set, not added to
+DEVICE void product_pv(float (&o)[NO], const u32 (&p)[(1 + HIGH) * NP], u64 v, int keep) {
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 16; i++) {
         u64 dv = v + ((i * 2048) >> 4);
-        pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], dv);
+        pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], dv, i == 0 ? keep : 1);
 #if HIGH
-        pv(o, p[NP + 4 * i], p[NP + 4 * i + 1], p[NP + 4 * i + 2], p[NP + 4 * i + 3], dv);
+        pv(o, p[NP + 4 * i], p[NP + 4 * i + 1], p[NP + 4 * i + 2], p[NP + 4 * i + 3], dv, 1);
 #endif
     }
     wgmma_commit();
@@ -317,6 +318,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
     Ring<STAGES> k, v;
     float o[NO], top[2], sum[2], factor[2];
     u32 p[(1 + HIGH) * NP];
+    int keep = 0;                                                             // whether O is of this tile
     // the thread's rows see keys lows[r] .. keys[r] - 1; blocks unmasked_from <= j < unmasked need no mask
     int keys[2], lows[2], unmasked, unmasked_from, first_block;
     const u32* bits[2];
@@ -398,7 +400,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
             }
         }
     };
-    auto finish = [&](const Work& w) {
+    auto finish = [&](const Work& w, const float (&o)[NO], const float (&top)[2], const float (&sum)[2]) {
         const int row = w.row + my_row;
         float inverse[2];
         u16* to[2];
@@ -459,7 +461,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         product_qk(s, desc_q(), desc_k());
         barrier_wait(bars + FULL_V + 8 * v.stage, v.phase);
         wgmma_fence();
-        product_pv(o, p, desc_v());
+        product_pv(o, p, desc_v(), keep), keep = 1;
         if (PINGPONG) token_pass(consumer);
         wgmma_wait<1>();
         pin(s);
@@ -480,41 +482,71 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         return next;
     };
     if (PINGPONG && consumer == CONSUMERS - 1) token_pass(consumer);
-    for (Work w = fetch(); w.blocks >= 0; w = fetch()) {
+    // the next tile that sees keys; those before it get zeros
+    auto next_tile = [&]() {
+        Work w = fetch();
+        for (; w.blocks == 0; w = fetch()) {
+            const float none[NO] = {}, no_top[2] = {-INFINITY_F, -INFINITY_F}, no_sum[2] = {};
+            release(bars + EMPTY_Q + 8 * q.stage);
+            q.advance();
+            finish(w, none, no_top, no_sum);
+        }
+        return w;
+    };
+    // queues S = Q K^T of the tile's first block; returns the next one
+    auto begin = [&](const Work& w, float (&s)[NS]) {
+        barrier_wait(bars + FULL_K + 8 * k.stage, k.phase);
+        const int next = next_block(w.blocks - 1);
+        wgmma_fence();
+        product_qk(s, desc_q(), desc_k());
+        return next;
+    };
+    auto begun = [&](const Work& w, float (&s)[NS], int next) {               // the softmax of that block
+        u32 given[BIAS_WORDS];
         start(w);
-        clear();
+        keep = 0;
+        if (BIAS) load_bias(given, bias, (w.blocks - 1) * BLOCK_N + 2 * lane4, z.n_k);
+        wgmma_wait<0>();
+        pin(s);
+        release_k(next);
+        if (SCALED) finish_scores(s, given);
+        mask(s, w.blocks - 1);
+        softmax<true>(s, top, sum, factor, scale_log2);
+        round_p(p, s);
+    };
+    clear();
+    int j = 0;
+    Work w = next_tile();
+    if (w.blocks > 0) {
+        float s[NS];
+        j = begin(w, s);
+        begun(w, s, j);
+    }
+    while (w.blocks > 0) {
+        while ((MASK && j >= 0) || (RIGHT && j >= unmasked && j >= 0)) j = step(j, Yes());
+        while (j >= unmasked_from) j = step(j, No());
+        while (LEFT && j >= 0) j = step(j, Yes());
+        barrier_wait(bars + FULL_V + 8 * v.stage, v.phase);
+        wgmma_fence();
+        product_pv(o, p, desc_v(), keep);
+        q.advance();
+        // the last product runs while the next tile's first one is queued, and that one while this tile goes out
+        const Work done = w;
+        w = next_tile();
         if (w.blocks > 0) {
-            int j;
-            {
-                float s[NS];
-                barrier_wait(bars + FULL_K + 8 * k.stage, k.phase);
-                j = next_block(w.blocks - 1);
-                u32 given[BIAS_WORDS];
-                if (BIAS) load_bias(given, bias, (w.blocks - 1) * BLOCK_N + 2 * lane4, z.n_k);
-                wgmma_fence();
-                product_qk(s, desc_q(), desc_k());
-                wgmma_wait<0>();
-                pin(s);
-                release_k(j);
-                if (SCALED) finish_scores(s, given);
-                mask(s, w.blocks - 1);
-                softmax<true>(s, top, sum, factor, scale_log2);
-                round_p(p, s);
-            }
-            while ((MASK && j >= 0) || (RIGHT && j >= unmasked && j >= 0)) j = step(j, Yes());
-            while (j >= unmasked_from) j = step(j, No());
-            while (LEFT && j >= 0) j = step(j, Yes());
-            barrier_wait(bars + FULL_V + 8 * v.stage, v.phase);
-            wgmma_fence();
-            product_pv(o, p, desc_v());
+            float s[NS];
+            j = begin(w, s);
+            wgmma_wait<1>();
+            pin(o);
+            release_v();
+            finish(done, o, top, sum);
+            begun(w, s, j);
+        } else {
             wgmma_wait<0>();
             pin(o);
             release_v();
-        } else {
-            release(bars + EMPTY_Q + 8 * q.stage);
+            finish(done, o, top, sum);
         }
-        q.advance();
-        finish(w);
     }
 }
 
