@@ -12,7 +12,8 @@
 //     edge of the band) come first, those in the middle need no mask, the left edge comes last. In each step it issues
 //     S' = Q K'^T for the next block, then O += P V for the current one, and computes the softmax of S' while O += P V
 //     runs. P stays in registers: the accumulator layout of S is the A operand layout of P V.
-//     SCALED: scores are scaled before the softmax: softcap, then bias, which is loaded while S' is computed.
+//     SCALED: scores are scaled before the softmax: softcap, then bias, which is loaded while S' is computed. Where all
+//     of a tile's scores count and are small, softcap is a polynomial that the exponent's multiplication takes in.
 //  4. PINGPONG: named barriers pass a token from consumer to consumer, so that one issues its products while the
 //     others are in their softmax.
 //  5. Softmax is online, base 2: p = 2^(s * scale * log2 e - max * scale * log2 e + OFFSET); the row sum is reduced
@@ -20,8 +21,8 @@
 //     range of its type: up in float16, whose smallest numbers are not small; down in bfloat16, so that sums of its
 //     largest values stay finite.
 //  6. HIGH: P = hi + lo, two 16-bit parts, O += hi V + lo V: the rounding of P leaves the result.
-//  7. Epilogue: sink, division by the row sum, transpose within each quad of lanes, 16-byte stores. The producer
-//     already loads the next tile meanwhile.
+//  7. Epilogue: sink, division by the row sum, transpose within each quad of lanes, 16-byte stores. The first product
+//     of the next tile of rows runs meanwhile: it is queued right behind the last one of this tile.
 //  8. REPAIR: a hidden key's p is 0, and 0 * NaN is NaN. Tiles with an output that is not finite are marked in
 //     `redo`, a byte for 64 rows of a sequence; simt.cu computes them anew.
 //
@@ -94,72 +95,15 @@ DEVICE void product_pv(float (&o)[NO], const u32 (&p)[(1 + HIGH) * NP], u64 v, i
 // ---- softmax -----------------------------------------------------------------------------------------------------
 // Register i of S holds row 8 * (i / 2 % 2) of the thread's two rows, column 8 * (i / 4) + i % 2 after the thread's
 // first column.
-DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-// keeps columns from low[row] to limit[row] - 1
-DEVICE void apply_mask(float (&s)[NS], const int (&limit)[2], const int (&low)[2]) {
+// keeps columns before edge[row], or from it on where FROM
+template <bool FROM> DEVICE void apply_mask(float (&s)[NS], const int (&edge)[2]) {
 #pragma unroll
     for (int i = 0; i < NS; i++) {
         const int c = 8 * (i / 4) + i % 2, r = i / 2 % 2;
-        if (c >= limit[r] || (LEFT && c < low[r])) s[i] = -INFINITY_F;
+        if ((c < edge[r]) == FROM) s[i] = -INFINITY_F;
     }
 }
-// Below these arguments a tanh is a polynomial, of fewer terms. STEEP: from here on powers of `inner` would overflow.
-constexpr float SMALL = 0.3f, SMALLER = 0.16f, STEEP = 1e5f;
-// What P may lose of its type's range: a row's bound may be that far above its scores, in powers of 2.
-constexpr float SPARE = BF16 ? 64.f : 15.f;
-// tanh(x inner) / x for |x inner| below 0.3 (DEGREE 3) or 0.16 (2), within 3 ulp: a polynomial of x^2, times `by`.
-template <int DEGREE> struct Cap {
-    float c[DEGREE + 1], back;
-    DEVICE Cap(float inner, float by) : back(1.f / by) {
-        const float t = inner * inner, up = inner * by;
-        c[0] = up, c[1] = (DEGREE == 3 ? -0.333332861f : -0.333313733f) * t * up;
-        c[2] = (DEGREE == 3 ? 0.133238735f : 0.131285191f) * t * t * up;
-        if (DEGREE == 3) c[DEGREE] = -0.0511326762f * t * t * t * up;
-    }
-    DEVICE float slope(float x) const {
-        const float u = x * x;
-        float y = c[DEGREE];
-#pragma unroll
-        for (int i = DEGREE - 1; i >= 0; i--) y = fmaf(y, u, c[i]);
-        return y;
-    }
-    DEVICE float value(float x) const { return x * slope(x) * back; }
-};
-// s: tanh(s inner), within 3 ulp: Cap where no argument of the warp reaches 0.3, else an odd polynomial up to 0.6, and
-// the exponential
-DEVICE void cap(float (&s)[NS], float inner) {
-    float most[2];
-    largest<true>(s, most);
-    if (__any_sync(~0u, fmaxf(most[0], most[1]) * fabsf(inner) >= SMALL) || fabsf(inner) >= STEEP) {
-#pragma unroll
-        for (int i = 0; i < NS; i++) {
-            const float y = s[i] * inner, x = fabsf(y), u = y * y,
-                        large = 1.f - 2.f * reciprocal(1.f + exp2_fast(x * (2.f * LOG2E)));
-            float z = fmaf(u, 0.0157296831f, -0.0523029624f);
-            z = fmaf(z, u, 0.133152977f), z = fmaf(z, u, -0.333327681f);
-            s[i] = x >= 0.6f ? copysignf(large, y) : fmaf(z * u, y, y);
-        }
-    } else {
-        const Cap<3> of(inner, 1.f);
-#pragma unroll
-        for (int i = 0; i < NS; i++) s[i] *= of.slope(s[i]);
-    }
-}
-// softmax of scores that all count, capped first: where they are small, the polynomial is the exponent's slope, and a
-// row is bounded by its absolute values, which are looked at anyway
-DEVICE bool capped_softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&factor)[2], float inner,
-                           float scale_log2)
-{
-    float most[2];
-    largest<true>(s, most);
-    const float reach = inner < STEEP ? fmaxf(most[0], most[1]) * inner : INFINITY_F;
-    if (2.f * SMALLER * scale_log2 <= SPARE && !__any_sync(~0u, reach >= SMALLER))
-        return softmax<false>(s, most, top, sum, factor, scale_log2, Cap<2>(inner, scale_log2));
-    if (2.f * SMALL * scale_log2 <= SPARE && !__any_sync(~0u, reach >= SMALL))
-        return softmax<false>(s, most, top, sum, factor, scale_log2, Cap<3>(inner, scale_log2));
-    cap(s, inner);
-    return softmax<false>(s, top, sum, factor, scale_log2);
-}
+#include "softcap.cuh"
 DEVICE void round_p(u32 (&p)[(1 + HIGH) * NP], const float (&s)[NS]) {
 #pragma unroll
     for (int i = 0; i < NP; i++) {
@@ -373,7 +317,8 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
     auto mask = [&](float (&s)[NS], int j) {
         const int base = j * BLOCK_N + 2 * lane4, limit[2] = {keys[0] - base, keys[1] - base},
                   low[2] = {lows[0] - base, lows[1] - base};
-        if (j >= unmasked || (LEFT && j < unmasked_from)) apply_mask(s, limit, low);
+        if (j >= unmasked) apply_mask<false>(s, limit);
+        if (LEFT && j < unmasked_from) apply_mask<true>(s, low);
         if (MASK) {
 #pragma unroll
             for (int i = 0; i < NS; i += 16)                                  // 32 keys
