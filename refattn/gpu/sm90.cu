@@ -297,7 +297,6 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         const int top_row = w.row + consumer * 64;
         unmasked = (RIGHT ? max(0, min(w.n_k, top_row + band.high + 1)) : w.n_k) / BLOCK_N;
         unmasked_from = LEFT ? (max(0, top_row + 63 + band.low) + BLOCK_N - 1) / BLOCK_N : 0;
-        first_block = LEFT ? max(0, w.row + band.low) / BLOCK_N : 0;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int row = w.row + my_row + 8 * r, inside = min(row, w.n_q - 1);
@@ -440,6 +439,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
     };
     // queues S = Q K^T of the tile's first block; returns the next one
     auto begin = [&](const Work& w, float (&s)[NS]) {
+        first_block = LEFT ? max(0, w.row + band_of(w.n_q, w.n_k, x).low) / BLOCK_N : 0;
         barrier_wait(bars + FULL_K + 8 * k.stage, k.phase);
         const int next = next_block(w.blocks - 1);
         wgmma_fence();
