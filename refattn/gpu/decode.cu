@@ -1,14 +1,17 @@
 // Attention forward of few queries over many keys, 16-bit queries, by mma.sync: every key is read once.
 //
 // Steps
-//  1. The rows of a tile are the queries of all heads of a key head's group. Keys come in parts of `unit`, a number
-//     that depends on a sequence's keys alone: the same bits for any batch, on any GPU. A block takes consecutive parts
-//     of consecutive key heads. CACHE: the keys of a sequence are lengths[batch], which `starts` turns into parts.
+//  1. Rows are the queries of all heads of a key head's group, in TILES tiles of 8. Keys come in parts of `unit`, a
+//     number that depends on a sequence's keys alone: the same bits for any batch, on any GPU. A block takes
+//     consecutive parts of consecutive key heads. CACHE: the keys of a sequence are lengths[batch], which `starts`
+//     turns into parts.
 //  2. Warp w takes tiles w, w + WARPS, ... of 16 keys of a part. They come by cp.async into the warp's own ring of
 //     STAGES, ahead also across parts and heads, so that loads never stop. Q is in registers. CACHE 2: key j is row
 //     j % page of page table[batch][j / page]; a lane reads a page's number a tile ahead of the copies that need it.
-//  3. S = Q K^T, softcap, band, online softmax (base 2, see OFFSET in mma.cu), O += P V. ACCURACY_HIGH: P in two
-//     16-bit parts. KV8: bytes become 16-bit numbers on their way to registers (decode_tiles.cuh).
+//     SCALES 2: tokens' scales are read a tile ahead, too.
+//  3. S^T = K Q^T, softcap, band, online softmax (base 2, see OFFSET in mma.cu), O^T += V^T P^T: 16 keys, or columns,
+//     by 8 rows, so that few rows waste little. ACCURACY_HIGH: P in two 16-bit parts. KV8: bytes become 16-bit numbers
+//     on their way to registers (decode_tiles.cuh).
 //  4. At a part's end the warps' O are added up, in order, four rows at a time through shared memory. O, maximum
 //     and sum of the part go to device memory.
 //  5. `merge` adds the parts of a row up: warp w takes parts w, w + 16, ... in order, then the warps' sums are
@@ -16,7 +19,7 @@
 //
 // Hidden keys: as in mma.cu, step 6.
 //
-// Macros: BF16; WIDTH_K, WIDTH_V: 32, 64, 96 or 128; WARPS, M_TILES (of 16 rows), STAGES; BLOCK_N 16; ALIGNED;
+// Macros: BF16; WIDTH_K, WIDTH_V: 32, 64, 96 or 128; WARPS, TILES (of 8 rows: 1, 2, 4, 8), STAGES; BLOCK_N 16; ALIGNED;
 // ACCURACY_HIGH, SOFTCAP, BAND (causal or window) 0|1; CACHE: 0 all keys, 1 lengths, 2 lengths and pages; KV8: keys and
 // values in float8_e4m3fn; SCALES: 0 none, 1 a key head's, 2 a token's.
 // Launch: starts: grid 1, block 1024; decode: grid s.workers, block 32 * WARPS, shared memory decode.shared_bytes;
@@ -35,14 +38,13 @@ struct Cache {
     float k_by, v_by;                                     // scales of all keys and of all values
     int page, pages, most;
 };
-constexpr int NO = WIDTH_V / 8, QK = WIDTH_K / 16, STEP = 16 * WARPS;
+constexpr int COLUMNS = WIDTH_V / 16, QK = WIDTH_K / 16, STEP = 16 * WARPS, MOST = 8 * TILES;
 constexpr int COPIES = ALIGNED ? 16 : 1;                  // of a lane at a time
-constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 32768.f;
 
 #include "decode_tiles.cuh"
 
+constexpr float OFFSET = HALF_P ? 15.f : -16.f, UNSHIFT = HALF_P ? 1.f / 32768.f : 65536.f;
 constexpr u32 KEY_BYTES = 16 * sizeof(Item) * WIDTH_K, STAGE = KEY_BYTES + 16 * sizeof(Item) * WIDTH_V;
-
 
 // The keys of a sequence that some row sees, first .. last - 1, in parts.
 struct Sequence { int n_k, first, last, unit, units; };
@@ -78,12 +80,19 @@ DEVICE Part part_of(const Params& p, const Split& s, const Cache& c, long long p
 #endif
 }
 
+// Which page a key lies in, and its row there; a division takes long, and pages are mostly of a power of two.
+struct Spot { int page, row; };
+DEVICE Spot spot_of(const Cache& c, int key) {
+    if ((c.page & (c.page - 1)) == 0) return {key >> (31 - __clz(c.page)), key & (c.page - 1)};
+    return {key / c.page, key % c.page};
+}
+
 // What is loaded next: keys key .. last - 1; row: the page of the lane's row of that tile
 struct Place { long long part, end; int key, last, batch, row; const Item *k, *v; };
 DEVICE void look_up(Place& x, const Cache& c) {
 #if CACHE == 2
     const int key = x.key + (threadIdx.x & 15);
-    x.row = key < x.last ? c.table[x.batch * c.table_b + key / c.page] : -1;
+    x.row = key < x.last ? c.table[x.batch * c.table_b + spot_of(c, key).page] : -1;
 #endif
 }
 DEVICE void find(Place& x, const Params& p, const Split& s, const Cache& c) {   // the warp's first tile of a part
@@ -102,15 +111,27 @@ DEVICE void find(Place& x, const Params& p, const Split& s, const Cache& c) {   
 }
 DEVICE void load(Place& x, const Params& p, const Split& s, const Cache& c, u32 to) {
     if (x.part < x.end) {
+        bool whole = ALIGNED && x.key + 16 <= x.last && p.d_k == WIDTH_K && p.d_v == WIDTH_V;
 #if CACHE == 2
         // where the lane's row begins, or nowhere: a page that is none is not read
-        const int inside = (x.key + (threadIdx.x & 15)) % c.page;
+        const int inside = spot_of(c, x.key + (threadIdx.x & 15)).row, first = __shfl_sync(~0u, inside, 0);
         const bool there = x.row >= 0 && x.row < c.pages;
-        copy_rows<WIDTH_K>(to, x.k, there ? x.row * p.k_b + inside * p.k_n : -1, 16, p.d_k);
-        copy_rows<WIDTH_V>(to + KEY_BYTES, x.v, there ? x.row * p.v_b + inside * p.v_n : -1, 16, p.d_v);
+        whole = whole && first + 16 <= c.page && __shfl_sync(~0u, there, 0);     // 16 rows of one page
+        if (whole) {
+            RowsK::copy(to, x.k + (x.row * p.k_b + first * p.k_n), p.k_n);
+            RowsV::copy(to + KEY_BYTES, x.v + (x.row * p.v_b + first * p.v_n), p.v_n);
+        } else {
+            RowsK::copy_some(to, x.k, there ? x.row * p.k_b + inside * p.k_n : -1, 16, p.d_k);
+            RowsV::copy_some(to + KEY_BYTES, x.v, there ? x.row * p.v_b + inside * p.v_n : -1, 16, p.d_v);
+        }
 #else
-        copy_rows<WIDTH_K>(to, x.k + x.key * p.k_n, p.k_n, x.last - x.key, p.d_k);
-        copy_rows<WIDTH_V>(to + KEY_BYTES, x.v + x.key * p.v_n, p.v_n, x.last - x.key, p.d_v);
+        if (whole) {
+            RowsK::copy(to, x.k + x.key * p.k_n, p.k_n);
+            RowsV::copy(to + KEY_BYTES, x.v + x.key * p.v_n, p.v_n);
+        } else {
+            RowsK::copy_some(to, x.k + x.key * p.k_n, p.k_n, x.last - x.key, p.d_k);
+            RowsV::copy_some(to + KEY_BYTES, x.v + x.key * p.v_n, p.v_n, x.last - x.key, p.d_v);
+        }
 #endif
         x.key += STEP;
         if (x.key >= x.last) x.part++, find(x, p, s, c);
@@ -118,28 +139,121 @@ DEVICE void load(Place& x, const Params& p, const Split& s, const Cache& c, u32 
     }
     commit();
 }
-// A token's scale: of page or batch, head and row, by strides.
-DEVICE float scale_of(const float* scales, const Cache& c, int batch, int key, long long along_b, long long along_n) {
-    if (CACHE != 2) return scales[batch * along_b + key * along_n];
-    const int page = c.table[batch * c.table_b + key / c.page];
-    return page >= 0 && page < c.pages ? scales[page * along_b + key % c.page * along_n] : 1.f;
+// Tokens' scales: those of the lane's two keys of a tile, of page or batch, head and row, by strides; 1 where there is
+// no key: what no sequence owns is not read.
+struct Scales { float k[2], v[2]; };
+DEVICE Scales scales_of(const Cache& c, const Part& at, int key, int last) {
+    Scales y = {{1.f, 1.f}, {1.f, 1.f}};
+#if SCALES == 2
+    UNROLL for (int h = 0; h < 2; h++) {
+        const int j = key + (threadIdx.x & 31) / 4 + 8 * h;
+        if (j >= last) continue;
+        long long first = at.batch, row = j;
+#if CACHE == 2
+        const Spot spot = spot_of(c, j);
+        first = c.table[at.batch * c.table_b + spot.page], row = spot.row;
+        if (first < 0 || first >= c.pages) continue;
+#endif
+        if (c.k_scale) y.k[h] = c.k_scale[first * c.ks_b + at.head * c.ks_h + row * c.ks_n];
+        if (c.v_scale) y.v[h] = c.v_scale[first * c.vs_b + at.head * c.vs_h + row * c.vs_n];
+    }
+#endif
+    return y;
+}
+
+// The queries of a key head as fragments: row lane / 4 of each tile of 8. HALF: whether they are float16.
+struct Queries { u32 x[TILES][QK][2]; float by[TILES][2]; bool half; };
+DEVICE void fetch(Queries& q, const Params& p, int batch, int head) {
+    const int lane = threadIdx.x & 31, group = p.h / p.h_kv, rows = group * p.n_q;
+    const u16* from = (const u16*)p.q + batch * p.q_b + head * group * p.q_h;
+    UNROLL for (int n = 0; n < TILES; n++) {
+        const int row = 8 * n + lane / 4;
+        const u16* first = from + row / p.n_q * p.q_h + row % p.n_q * p.q_n;
+        UNROLL for (int i = 0; i < QK; i++)
+            UNROLL for (int e = 0; e < 2; e++) {
+                const int d = query_column(i, e);
+                q.x[n][i][e] = (row < rows && d < p.d_k ? first[d] : 0)
+                             | (row < rows && d + 1 < p.d_k ? (u32)first[d + 1] << 16 : 0);
+            }
+    }
+    q.half = HALF_Q;
+    UNROLL for (int n = 0; n < TILES; n++) q.by[n][0] = q.by[n][1] = 1.f;
+#if KV8 && BF16
+    // Times a power of two a row, which `by` takes back; where that loses a bit they stay bfloat16.
+    u32 narrow[TILES][QK][2];
+    bool lost = false;
+    UNROLL for (int n = 0; n < TILES; n++) {
+        float top = 0.f;
+        UNROLL for (int i = 0; i < QK; i++)
+            UNROLL for (int e = 0; e < 2; e++) top = fmaxf(top, fmaxf(fabsf(lower_of<false>(q.x[n][i][e])),
+                fabsf(lower_of<false>(q.x[n][i][e] >> 16))));
+        top = quad_max(top);
+        const int power = top == 0 ? 0 : min(14 - (__float_as_int(top) >> 23) + 127, 100);
+        const float up = __int_as_float((127 + power) << 23), down = __int_as_float((127 - power) << 23);
+        UNROLL for (int i = 0; i < QK; i++)
+            UNROLL for (int e = 0; e < 2; e++) {
+                const float y = lower_of<false>(q.x[n][i][e]) * up, z = lower_of<false>(q.x[n][i][e] >> 16) * up;
+                const u32 w = packed<true>(y, z);
+                narrow[n][i][e] = w;
+                lost |= !(lower_of<true>(w) == y && lower_of<true>(w >> 16) == z);
+            }
+        UNROLL for (int e = 0; e < 2; e++) q.by[n][e] = __shfl_sync(~0u, down, 4 * (2 * (lane & 3) + e));
+    }
+    q.half = !__any_sync(~0u, lost);
+    UNROLL for (int n = 0; n < TILES; n++) {
+        if (!q.half) q.by[n][0] = q.by[n][1] = 1.f;
+        UNROLL for (int i = 0; i < QK; i++)
+            UNROLL for (int e = 0; e < 2; e++) q.x[n][i][e] = q.half ? narrow[n][i][e] : q.x[n][i][e];
+    }
+#endif
+}
+// Scores of 16 keys: lane 4 i + j has those of keys i, i + 8 and of rows 2 j, 2 j + 1 of each tile.
+template <bool HALF> DEVICE void scores(float (&x)[TILES][4], const Queries& q, u32 tile) {
+    constexpr int CHAINS = TILES == 1 ? 2 : 1;            // products that do not wait for each other
+    float y[CHAINS][TILES][4] = {};
+    const Keys keys(tile);
+    UNROLL for (int i = 0; i < QK; i++) {
+        u32 a[4];
+        keys.template fragment<HALF>(a, i);
+        UNROLL for (int n = 0; n < TILES; n++) product<HALF>(y[i % CHAINS][n], a, q.x[n][i][0], q.x[n][i][1]);
+    }
+    UNROLL for (int n = 0; n < TILES; n++)
+        UNROLL for (int e = 0; e < 4; e++) x[n][e] = CHAINS == 2 ? y[0][n][e] + y[CHAINS - 1][n][e] : y[0][n][e];
+}
+// O^T += V^T P^T for weights x as `scores` gives them.
+DEVICE void add_values(float (&o)[COLUMNS][TILES][4], const float (&x)[TILES][4], u32 tile) {
+    constexpr int PARTS = 1 + ACCURACY_HIGH;
+    u32 b[PARTS][TILES][2];
+    UNROLL for (int n = 0; n < TILES; n++)
+        UNROLL for (int h = 0; h < 2; h++) {
+            const u32 w = packed<HALF_P>(x[n][2 * h], x[n][2 * h + 1]);
+            b[0][n][h] = transposed(w);
+            if (ACCURACY_HIGH) b[PARTS - 1][n][h] = transposed(packed<HALF_P>(
+                x[n][2 * h] - lower_of<HALF_P>(w), x[n][2 * h + 1] - lower_of<HALF_P>(w >> 16)));
+        }
+    UNROLL for (int c = 0; c < COLUMNS; c += 2) {
+        u32 a[2][4];
+        value_fragments(a, tile, c);
+        UNROLL for (int i = 0; i < 2; i++)
+            UNROLL for (int n = 0; n < TILES; n++)
+                UNROLL for (int k = 0; k < PARTS; k++) product<HALF_P>(o[c + i][n], a[i], b[k][n][0], b[k][n][1]);
+    }
 }
 
 DEVICE void run(const Params& p, const Split& s, const Cache& c) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    const int lane = threadIdx.x & 31, column = 2 * (lane & 3), warp = threadIdx.x / 32;
+    const int lane = threadIdx.x & 31, own = lane / 4, column = 2 * (lane & 3), warp = threadIdx.x / 32;
     const u32 ring = shared_address(shared) + warp * STAGES * STAGE;
     float* sums = (float*)(shared + WARPS * STAGES * STAGE);                  // of 4 rows of each warp
     float2* tops = (float2*)(sums + WARPS * 4 * WIDTH_V);                     // maximum and sum of each warp's rows
-    const int group = p.h / p.h_kv, rows = group * p.n_q;
+    const int rows = p.h / p.h_kv * p.n_q;
     const long long total = CACHE ? c.starts[p.b] : (long long)p.b * p.h_kv * s.units;
     Place next = {blockIdx.x * total / s.workers, (blockIdx.x + 1) * total / s.workers};
     const long long begin = next.part, end = next.end;
     find(next, p, s, c);
     UNROLL for (int i = 0; i < STAGES - 1; i++) load(next, p, s, c, ring + i * STAGE);
 
-    const float scale2 = (float)(p.scale * 1.4426950408889634);
-    u32 q[M_TILES][QK][4];
+    Queries q;
     int known_batch = -1, known_head = -1;                // whose queries are in q
     float k_by = CACHE ? c.k_by : 1.f, v_by = CACHE ? c.v_by : 1.f;          // SCALES 1: times the key head's
     int stage = 0;
@@ -152,27 +266,18 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c) {
         const int right = (int)min(corner + (p.causal ? 0 : p.right < 0 ? far : p.right), far);
         if (at.batch != known_batch || at.head != known_head) {
             known_batch = at.batch, known_head = at.head;
-            const u16* from = (const u16*)p.q + at.batch * p.q_b + at.head * group * p.q_h;
-            UNROLL for (int m = 0; m < M_TILES; m++)
-                UNROLL for (int e = 0; e < 4; e++) {
-                    const int row = 16 * m + lane / 4 + e % 2 * 8;
-                    const u16* first = from + row / p.n_q * p.q_h + row % p.n_q * p.q_n;
-                    UNROLL for (int i = 0; i < QK; i++) {
-                        const int d = query_column(i, e / 2);
-                        q[m][i][e] = (row < rows && d < p.d_k ? first[d] : 0) | (row < rows
-                            && d + 1 < p.d_k ? (u32)first[d + 1] << 16 : 0);
-                    }
-                }
+            fetch(q, p, at.batch, at.head);
 #if SCALES == 1
             k_by = c.k_by * (c.k_scale ? c.k_scale[at.batch * c.ks_b + at.head * c.ks_h] : 1.f);
             v_by = c.v_by * (c.v_scale ? c.v_scale[at.batch * c.vs_b + at.head * c.vs_h] : 1.f);
 #endif
         }
-        float o[M_TILES][NO][4], row_max[ROWS], row_sum[ROWS];
-        UNROLL for (int r = 0; r < ROWS; r++) row_max[r] = -INF, row_sum[r] = 0;
-        UNROLL for (int m = 0; m < M_TILES; m++)
-            UNROLL for (int n = 0; n < NO; n++) o[m][n][0] = o[m][n][1] = o[m][n][2] = o[m][n][3] = 0;
+        const float inner = (float)(SOFTCAP ? p.scale / p.softcap : p.scale * 1.4426950408889634) * k_by,
+            outer = (float)(p.softcap * 1.4426950408889634);
+        float o[COLUMNS][TILES][4] = {}, row_max[TILES][2], row_sum[TILES][2] = {};
+        UNROLL for (int n = 0; n < TILES; n++) row_max[n][0] = row_max[n][1] = -INF;
         const int first = at.of.first + at.index * at.of.unit, last = min(at.of.last, first + at.of.unit);
+        Scales ahead = scales_of(c, at, first + 16 * warp, last);
 #pragma unroll 1
         for (int key = first + 16 * warp; key < last; key += STEP) {
             wait<STAGES - 2>();
@@ -181,127 +286,80 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c) {
             load(next, p, s, c, ring + (stage ? stage - 1 : STAGES - 1) * STAGE);
             const u32 tile = ring + stage * STAGE;
             stage = stage == STAGES - 1 ? 0 : stage + 1;
+            const Scales by = ahead;
+            ahead = scales_of(c, at, key + STEP, last);
 
-            float x[M_TILES][NS][4];
-            UNROLL for (int m = 0; m < M_TILES; m++)
-                UNROLL for (int n = 0; n < NS; n++) x[m][n][0] = x[m][n][1] = x[m][n][2] = x[m][n][3] = 0;
-            UNROLL for (int i = 0; i < QK; i++) {
-                u32 b[4];
-                key_fragment(b, tile, i);
-                UNROLL for (int m = 0; m < M_TILES; m++) mma(x[m][0], q[m][i], b[0], b[1]), mma(x[m][1], q[m][i], b[2],
-                    b[3]);
-            }
-            const float inner = (SOFTCAP ? (float)(p.scale / p.softcap) : scale2) * k_by,
-                outer = (float)(p.softcap * 1.4426950408889634);
-            float by[NS][2];                              // SCALES 2: of the lane's keys, for values
-            UNROLL for (int n = 0; n < NS; n++)
-                UNROLL for (int e = 0; e < 2; e++) {
-                    by[n][e] = 1.f;
-#if SCALES == 2
-                    const int j = key + 8 * n + column + e;
-                    if (j >= last) continue;              // what no sequence owns is not read
-                    if (c.v_scale) by[n][e] = scale_of(c.v_scale + at.head * c.vs_h, c, at.batch, j, c.vs_b, c.vs_n);
-                    if (!c.k_scale) continue;
-                    const float y = scale_of(c.k_scale + at.head * c.ks_h, c, at.batch, j, c.ks_b, c.ks_n);
-                    UNROLL for (int r = 0; r < ROWS; r++) x[r / 2][n][r % 2 * 2 + e] *= y;
-#endif
-                }
-            UNROLL for (int m = 0; m < M_TILES; m++)
-                UNROLL for (int n = 0; n < NS; n++)
+            float x[TILES][4];
+            if (HALF_Q && (!BF16 || q.half)) scores<true>(x, q, tile);
+            else scores<false>(x, q, tile);
+            UNROLL for (int n = 0; n < TILES; n++)
+                UNROLL for (int e = 0; e < 4; e++) {
+                    float y = x[n][e];
+                    if (SCALES == 2) y *= by.k[e / 2];
                     // rounded here in every variant: joined with the subtraction below, bits would differ
-                    UNROLL for (int e = 0; e < 4; e++) x[m][n][e] = SOFTCAP
-                        ? __fmul_rn(outer, tanhf(x[m][n][e] * inner)) : __fmul_rn(x[m][n][e], inner);
-            if (key + 16 > n_k || (BAND && (p.n_q - 1 + left > key || right < key + 15))) {
-                UNROLL for (int r = 0; r < ROWS; r++) {
-                    const int i = (16 * (r / 2) + r % 2 * 8 + lane / 4) % p.n_q;
-                    UNROLL for (int n = 0; n < NS; n++)
-                        UNROLL for (int e = 0; e < 2; e++) {
-                            const int j = key + 8 * n + column + e;
-                            const bool on = j < n_k && (!BAND || (j >= i + left && j <= i + right));
-                            x[r / 2][n][r % 2 * 2 + e] = on ? x[r / 2][n][r % 2 * 2 + e] : -INF;
-                        }
+                    y = __fmul_rn(y, KV8 && BF16 ? inner * q.by[n][e % 2] : inner);
+                    x[n][e] = SOFTCAP ? __fmul_rn(outer, tanhf(y)) : y;
                 }
+            if (key + 16 > n_k || (BAND && (p.n_q - 1 + left > key || right < key + 15))) {
+                UNROLL for (int n = 0; n < TILES; n++)
+                    UNROLL for (int e = 0; e < 4; e++) {
+                        const int i = (8 * n + column + e % 2) % p.n_q, j = key + own + 8 * (e / 2);
+                        const bool on = j < n_k && (!BAND || (j >= i + left && j <= i + right));
+                        x[n][e] = on ? x[n][e] : -INF;
+                    }
                 if (__any_sync(~0u, not_numbers(tile + KEY_BYTES))) odd_values(o, x, tile + KEY_BYTES);
             }
-            // ---- online softmax ----
-            float top[ROWS];
+            // ---- online softmax: maxima of rows are looked for where some lane has a larger score ----
             bool move = false;
-            UNROLL for (int r = 0; r < ROWS; r++) {
-                const float* y = &x[r / 2][0][r % 2 * 2];
-                top[r] = quad_max(fmaxf(fmaxf(y[0], y[1]), fmaxf(y[4], y[5])));
-                move |= top[r] > row_max[r];
-            }
+            UNROLL for (int n = 0; n < TILES; n++)
+                UNROLL for (int e = 0; e < 2; e++) move |= fmaxf(x[n][e], x[n][2 + e]) > row_max[n][e];
             if (__any_sync(~0u, move)) {
-                UNROLL for (int r = 0; r < ROWS; r++) {
-                    const float old = row_max[r];
-                    row_max[r] = fmaxf(old, top[r]);
-                    const float factor = row_max[r] == old || old == -INF ? 1.f : exp2_fast(old - row_max[r]);
-                    row_sum[r] = __fmul_rn(row_sum[r], factor);
-                    UNROLL for (int n = 0; n < NO; n++) o[r / 2][n][r % 2 * 2] *= factor,
-                        o[r / 2][n][r % 2 * 2 + 1] *= factor;
-                }
-            }
-            UNROLL for (int r = 0; r < ROWS; r++) {
-                const float shift = (row_max[r] == -INF ? 0.f : row_max[r]) - OFFSET;
-                UNROLL for (int n = 0; n < NS; n++)
+                UNROLL for (int n = 0; n < TILES; n++)
                     UNROLL for (int e = 0; e < 2; e++) {
-                        float& y = x[r / 2][n][r % 2 * 2 + e];
-                        y = exp2_fast(y - shift);
-                        row_sum[r] += y;
-                        if (SCALES == 2) y = y == 0 ? 0.f : y * by[n][e];   // of a hidden key nothing is taken
+                        const float old = row_max[n][e];
+                        row_max[n][e] = fmaxf(old, column_max(fmaxf(x[n][e], x[n][2 + e])));
+                        const float factor = row_max[n][e] == old || old == -INF ? 1.f : exp2_fast(old - row_max[n][e]);
+                        row_sum[n][e] = __fmul_rn(row_sum[n][e], factor);
+                        UNROLL for (int i = 0; i < COLUMNS; i++) o[i][n][e] *= factor, o[i][n][2 + e] *= factor;
                     }
             }
-            // ---- O += P V ----
-            u32 a[M_TILES][4];
-#if ACCURACY_HIGH
-            u32 rest[M_TILES][4];
-#endif
-            UNROLL for (int m = 0; m < M_TILES; m++)
+            UNROLL for (int n = 0; n < TILES; n++)
                 UNROLL for (int e = 0; e < 4; e++) {
-                    const float y = x[m][e / 2][e % 2 * 2], z = x[m][e / 2][e % 2 * 2 + 1];
-                    a[m][e] = pack(y, z);
-#if ACCURACY_HIGH
-                    rest[m][e] = pack(y - lower_half(a[m][e]), z - upper_half(a[m][e]));
-#endif
+                    const float top = row_max[n][e % 2], y = exp2_fast(x[n][e] - ((top == -INF ? 0.f : top) - OFFSET));
+                    row_sum[n][e % 2] += y;
+                    x[n][e] = SCALES == 2 && y != 0 ? y * by.v[e / 2] : y;    // of a hidden key nothing is taken
                 }
-            UNROLL for (int n = 0; n < NO; n += 2) {
-                u32 b[4];
-                value_fragment(b, tile + KEY_BYTES, n / 2);
-                UNROLL for (int m = 0; m < M_TILES; m++) {
-                    mma(o[m][n], a[m], b[0], b[1]), mma(o[m][n + 1], a[m], b[2], b[3]);
-#if ACCURACY_HIGH
-                    mma(o[m][n], rest[m], b[0], b[1]), mma(o[m][n + 1], rest[m], b[2], b[3]);
-#endif
-                }
-            }
+            add_values(o, x, tile + KEY_BYTES);
         }
         // ---- the part's sums ----
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            const float sum = quad_sum(row_sum[r]) * UNSHIFT;
-            if ((lane & 3) == 0) tops[warp * WARP_M + 8 * r + lane / 4] = make_float2(row_max[r], sum);
-        }
+        UNROLL for (int n = 0; n < TILES; n++)
+            UNROLL for (int e = 0; e < 2; e++) {
+                const float sum = column_sum(row_sum[n][e]) * UNSHIFT;
+                if (own == 0) tops[warp * MOST + 8 * n + column + e] = make_float2(row_max[n][e], sum);
+            }
         __syncthreads();
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            float top = -INF;
-            UNROLL for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w * WARP_M + 8 * r + lane / 4].x);
-            const float factor = row_max[r] == -INF ? 0.f : exp2_fast(row_max[r] - top) * (UNSHIFT * v_by);
-            UNROLL for (int n = 0; n < NO; n++) o[r / 2][n][r % 2 * 2] *= factor, o[r / 2][n][r % 2 * 2 + 1] *= factor;
-        }
+        UNROLL for (int n = 0; n < TILES; n++)
+            UNROLL for (int e = 0; e < 2; e++) {
+                float top = -INF;
+                UNROLL for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w * MOST + 8 * n + column + e].x);
+                const float factor = row_max[n][e] == -INF ? 0.f : exp2_fast(row_max[n][e] - top) * (UNSHIFT * v_by);
+                UNROLL for (int i = 0; i < COLUMNS; i++) o[i][n][e] *= factor, o[i][n][2 + e] *= factor;
+            }
         if (threadIdx.x < rows) {
             float top = -INF, sum = 0.f;
-            UNROLL for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w * WARP_M + threadIdx.x].x);
+            UNROLL for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w * MOST + threadIdx.x].x);
             UNROLL for (int w = 0; w < WARPS; w++) {
-                const float2 x = tops[w * WARP_M + threadIdx.x];
+                const float2 x = tops[w * MOST + threadIdx.x];
                 if (x.x != -INF) sum = fmaf(exp2_fast(x.x - top), x.y, sum);
             }
             s.stats[part * rows + threadIdx.x] = make_float2(top, sum);
         }
-        UNROLL for (int j = 0; j < WARP_M / 4; j++) {
+        UNROLL for (int j = 0; j < MOST / 4; j++) {       // four rows at a time
             if (4 * j >= rows) break;
-            if (lane / 16 == j % 2) {
-                float* to = sums + (warp * 4 + lane / 4 % 4) * WIDTH_V;
-                UNROLL for (int n = 0; n < NO; n++)
-                    UNROLL for (int e = 0; e < 2; e++) to[value_column(n, e)] = o[j / 4][n][j / 2 % 2 * 2 + e];
+            if (column / 4 == j % 2) {
+                UNROLL for (int i = 0; i < COLUMNS; i++)
+                    UNROLL for (int e = 0; e < 4; e++)
+                        sums[(warp * 4 + column % 4 + e % 2) * WIDTH_V + value_column(i, e / 2)] = o[i][j / 2][e];
             }
             __syncthreads();
             for (int i = threadIdx.x; i < 4 * WIDTH_V; i += THREADS) {

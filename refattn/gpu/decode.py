@@ -96,13 +96,13 @@ def why(call: Call) -> str:
 def macros(call: Call) -> dict[str, Any]:
     """Return what the kernel is compiled with."""
     wide_k, wide_v = (min(w for w in mma.WIDTHS if w >= d) for d in (call.d_k, call.d_v))
-    rows = -(-call.group * call.n_q // 16)
+    tiles = -(-call.group * call.n_q // 8)
     return {
         "BF16": int(call.dtype == "bfloat16"),
         "WIDTH_K": wide_k,
         "WIDTH_V": wide_v,
         "WARPS": WARPS,
-        "M_TILES": 1 if rows == 1 else 2 if rows == 2 else 4,
+        "TILES": 1 << (tiles - 1).bit_length(),
         "BLOCK_N": 16,
         "STAGES": _stages(wide_k + wide_v, 2),
         "ALIGNED": int(call.aligned),
@@ -128,7 +128,7 @@ def with_cache(m: Mapping[str, Any], pages: bool, narrow: bool, scales: int) -> 
 
 def block_rows(m: Mapping[str, Any]) -> int:
     """Return the rows of a tile."""
-    return int(16 * m["M_TILES"])
+    return int(8 * m["TILES"])
 
 
 def shared_bytes(m: Mapping[str, Any]) -> int:

@@ -86,20 +86,35 @@ DEVICE float upper_half(u32 x) {
 // ---- softmax, online, base 2; numerators are times 2^OFFSET ------------------------------------------------------
 // UNSHIFT = 2^-OFFSET
 [[maybe_unused]] constexpr float OFFSET = BF16 ? -16.f : 15.f, UNSHIFT = BF16 ? 65536.f : 1.f / 32768.f;
-// s: scores in, numerators out. top: the row maximum, sum: running lane sums. Returns whether a maximum of the warp
-// moved: O must then be multiplied with factor.
-template <bool MASKED, int NS>
-DEVICE bool softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&factor)[2], float scale_log2)
+// What softmax takes of a score x: x slope(x) is the exponent of 2, value(x) times scale_log2 is it, too.
+struct Line {
+    float scale_log2;
+    DEVICE float slope(float) const { return scale_log2; }
+    DEVICE float value(float x) const { return x; }
+};
+// The largest score of each row that the lane has, of their absolute values where ABSOLUTE.
+template <bool ABSOLUTE, int NS> DEVICE void largest(const float (&s)[NS], float (&most)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float a = s[2 * r], b = s[2 * r + 1];
+        if (ABSOLUTE) a = fabsf(a), b = fabsf(b);
+#pragma unroll
+        for (int i = 4; i < NS; i += 4) {
+            const float x = s[i + 2 * r], y = s[i + 2 * r + 1];
+            a = fmaxf(a, ABSOLUTE ? fabsf(x) : x), b = fmaxf(b, ABSOLUTE ? fabsf(y) : y);
+        }
+        most[r] = fmaxf(a, b);
+    }
+}
+// s: scores in, numerators out. most: what bounds the lane's scores of each row. top: the value of a row's bound, sum:
+// running lane sums. Returns whether a bound of the warp moved: O must then be multiplied with factor.
+template <bool MASKED, int NS, class Curve>
+DEVICE bool softmax(float (&s)[NS], const float (&most)[2], float (&top)[2], float (&sum)[2], float (&factor)[2],
+                    float scale_log2, Curve of)
 {
     float now[2];
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float a = fmaxf(top[r], s[2 * r]), b = s[2 * r + 1];
-#pragma unroll
-        for (int i = 4; i < NS; i += 4) { a = fmaxf(a, s[i + 2 * r]); b = fmaxf(b, s[i + 2 * r + 1]); }
-        now[r] = quad_max(fmaxf(a, b));
-        factor[r] = 1.f;
-    }
+    for (int r = 0; r < 2; r++) now[r] = fmaxf(top[r], of.value(quad_max(most[r]))), factor[r] = 1.f;
     bool moved = __any_sync(~0u, now[0] > top[0] || now[1] > top[1]);
     if (moved) {
 #pragma unroll
@@ -113,14 +128,20 @@ DEVICE bool softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&fa
         float base = (MASKED && top[r] == -INFINITY_F ? 0.f : top[r]) * scale_log2 - OFFSET, a = 0.f, b = 0.f;
 #pragma unroll
         for (int i = 0; i < NS; i += 4) {
-            float x = exp2_fast(fmaf(s[i + 2 * r], scale_log2, -base)),
-                  y = exp2_fast(fmaf(s[i + 2 * r + 1], scale_log2, -base));
+            const float s0 = s[i + 2 * r], s1 = s[i + 2 * r + 1];
+            float x = exp2_fast(fmaf(s0, of.slope(s0), -base)), y = exp2_fast(fmaf(s1, of.slope(s1), -base));
             s[i + 2 * r] = x; s[i + 2 * r + 1] = y;
             a += x; b += y;
         }
         sum[r] = fmaf(sum[r], factor[r], a + b);
     }
     return moved;
+}
+template <bool MASKED, int NS>
+DEVICE bool softmax(float (&s)[NS], float (&top)[2], float (&sum)[2], float (&factor)[2], float scale_log2) {
+    float most[2];
+    largest<false>(s, most);
+    return softmax<MASKED>(s, most, top, sum, factor, scale_log2, Line{scale_log2});
 }
 template <int N> DEVICE void rescale(float (&o)[N], const float (&factor)[2]) {
 #pragma unroll

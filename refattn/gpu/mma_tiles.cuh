@@ -7,11 +7,13 @@ typedef unsigned short u16;
 #define UNROLL _Pragma("unroll")
 #define INF __int_as_float(0x7f800000)
 
+[[maybe_unused]] constexpr int THREADS = 32 * WARPS;
+#ifdef M_TILES
 // ROWS: query rows a lane
-[[maybe_unused]] constexpr int THREADS = 32 * WARPS, WARP_M = 16 * M_TILES, BLOCK_M = WARP_M * WARPS,
-                               ROWS = 2 * M_TILES;
+[[maybe_unused]] constexpr int WARP_M = 16 * M_TILES, BLOCK_M = WARP_M * WARPS, ROWS = 2 * M_TILES;
+#endif
 // 8-column tiles of S
-constexpr int NS = BLOCK_N / 8;
+[[maybe_unused]] constexpr int NS = BLOCK_N / 8;
 [[maybe_unused]] constexpr u32 K_BYTES = BLOCK_N * 2 * WIDTH_K, V_BYTES = BLOCK_N * 2 * WIDTH_V;
 [[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 

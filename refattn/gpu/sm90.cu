@@ -12,7 +12,8 @@
 //     edge of the band) come first, those in the middle need no mask, the left edge comes last. In each step it issues
 //     S' = Q K'^T for the next block, then O += P V for the current one, and computes the softmax of S' while O += P V
 //     runs. P stays in registers: the accumulator layout of S is the A operand layout of P V.
-//     SCALED: scores are scaled before the softmax: softcap, then bias, which is loaded while S' is computed.
+//     SCALED: scores are scaled before the softmax: softcap, then bias, which is loaded while S' is computed. Where all
+//     of a tile's scores count and are small, softcap is a polynomial that the exponent's multiplication takes in.
 //  4. PINGPONG: named barriers pass a token from consumer to consumer, so that one issues its products while the
 //     others are in their softmax.
 //  5. Softmax is online, base 2: p = 2^(s * scale * log2 e - max * scale * log2 e + OFFSET); the row sum is reduced
@@ -20,8 +21,8 @@
 //     range of its type: up in float16, whose smallest numbers are not small; down in bfloat16, so that sums of its
 //     largest values stay finite.
 //  6. HIGH: P = hi + lo, two 16-bit parts, O += hi V + lo V: the rounding of P leaves the result.
-//  7. Epilogue: sink, division by the row sum, transpose within each quad of lanes, 16-byte stores. The producer
-//     already loads the next tile meanwhile.
+//  7. Epilogue: sink, division by the row sum, transpose within each quad of lanes, 16-byte stores. The first product
+//     of the next tile of rows runs meanwhile: it is queued right behind the last one of this tile.
 //  8. REPAIR: a hidden key's p is 0, and 0 * NaN is NaN. Tiles with an output that is not finite are marked in
 //     `redo`, a byte for 64 rows of a sequence; simt.cu computes them anew.
 //
@@ -78,13 +79,14 @@ DEVICE void product_qk(float (&s)[NS], u64 q, u64 k) {  // q, k: descriptors of 
     }
     wgmma_commit();
 }
-DEVICE void product_pv(float (&o)[NO], const u32 (&p)[(1 + HIGH) * NP], u64 v) {
+// keep: 0 where O is set, not added to
+DEVICE void product_pv(float (&o)[NO], const u32 (&p)[(1 + HIGH) * NP], u64 v, int keep) {
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 16; i++) {
         u64 dv = v + ((i * 2048) >> 4);
-        pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], dv);
+        pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], dv, i == 0 ? keep : 1);
 #if HIGH
-        pv(o, p[NP + 4 * i], p[NP + 4 * i + 1], p[NP + 4 * i + 2], p[NP + 4 * i + 3], dv);
+        pv(o, p[NP + 4 * i], p[NP + 4 * i + 1], p[NP + 4 * i + 2], p[NP + 4 * i + 3], dv, 1);
 #endif
     }
     wgmma_commit();
@@ -93,41 +95,15 @@ DEVICE void product_pv(float (&o)[NO], const u32 (&p)[(1 + HIGH) * NP], u64 v) {
 // ---- softmax -----------------------------------------------------------------------------------------------------
 // Register i of S holds row 8 * (i / 2 % 2) of the thread's two rows, column 8 * (i / 4) + i % 2 after the thread's
 // first column.
-DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-// keeps columns from low[row] to limit[row] - 1
-DEVICE void apply_mask(float (&s)[NS], const int (&limit)[2], const int (&low)[2]) {
+// keeps columns before edge[row], or from it on where FROM
+template <bool FROM> DEVICE void apply_mask(float (&s)[NS], const int (&edge)[2]) {
 #pragma unroll
     for (int i = 0; i < NS; i++) {
         const int c = 8 * (i / 4) + i % 2, r = i / 2 % 2;
-        if (c >= limit[r] || (LEFT && c < low[r])) s[i] = -INFINITY_F;
+        if ((c < edge[r]) == FROM) s[i] = -INFINITY_F;
     }
 }
-// s: tanh(s inner), within 3 ulp: an odd polynomial where no argument of the warp reaches 0.3, else one up to 0.6, and
-// the exponential
-DEVICE void cap(float (&s)[NS], float inner) {
-    float most[4] = {};
-#pragma unroll
-    for (int i = 0; i < NS; i++) most[i % 4] = fmaxf(most[i % 4], fabsf(s[i]));
-    const float t = inner * inner;
-    if (__any_sync(~0u, fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])) * fabsf(inner) >= 0.3f)) {
-#pragma unroll
-        for (int i = 0; i < NS; i++) {
-            const float y = s[i] * inner, x = fabsf(y), u = y * y,
-                        large = 1.f - 2.f * reciprocal(1.f + exp2_fast(x * (2.f * LOG2E)));
-            float z = fmaf(u, 0.0157296831f, -0.0523029624f);
-            z = fmaf(z, u, 0.133152977f), z = fmaf(z, u, -0.333327681f);
-            s[i] = x >= 0.6f ? copysignf(large, y) : fmaf(z * u, y, y);
-        }
-    } else {
-        const float c1 = -0.333332861f * t * inner, c2 = 0.133238735f * t * t * inner,
-                    c3 = -0.0511326762f * t * t * t * inner;
-#pragma unroll
-        for (int i = 0; i < NS; i++) {
-            const float u = s[i] * s[i];
-            s[i] *= fmaf(fmaf(fmaf(c3, u, c2), u, c1), u, inner);
-        }
-    }
-}
+#include "softcap.cuh"
 DEVICE void round_p(u32 (&p)[(1 + HIGH) * NP], const float (&s)[NS]) {
 #pragma unroll
     for (int i = 0; i < NP; i++) {
@@ -286,6 +262,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
     Ring<STAGES> k, v;
     float o[NO], top[2], sum[2], factor[2];
     u32 p[(1 + HIGH) * NP];
+    int keep = 0;                                                             // whether O is of this tile
     // the thread's rows see keys lows[r] .. keys[r] - 1; blocks unmasked_from <= j < unmasked need no mask
     int keys[2], lows[2], unmasked, unmasked_from, first_block;
     const u32* bits[2];
@@ -320,7 +297,6 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         const int top_row = w.row + consumer * 64;
         unmasked = (RIGHT ? max(0, min(w.n_k, top_row + band.high + 1)) : w.n_k) / BLOCK_N;
         unmasked_from = LEFT ? (max(0, top_row + 63 + band.low) + BLOCK_N - 1) / BLOCK_N : 0;
-        first_block = LEFT ? max(0, w.row + band.low) / BLOCK_N : 0;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int row = w.row + my_row + 8 * r, inside = min(row, w.n_q - 1);
@@ -340,7 +316,8 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
     auto mask = [&](float (&s)[NS], int j) {
         const int base = j * BLOCK_N + 2 * lane4, limit[2] = {keys[0] - base, keys[1] - base},
                   low[2] = {lows[0] - base, lows[1] - base};
-        if (j >= unmasked || (LEFT && j < unmasked_from)) apply_mask(s, limit, low);
+        if (j >= unmasked) apply_mask<false>(s, limit);
+        if (LEFT && j < unmasked_from) apply_mask<true>(s, low);
         if (MASK) {
 #pragma unroll
             for (int i = 0; i < NS; i += 16)                                  // 32 keys
@@ -367,7 +344,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
             }
         }
     };
-    auto finish = [&](const Work& w) {
+    auto finish = [&](const Work& w, const float (&o)[NO], const float (&top)[2], const float (&sum)[2]) {
         const int row = w.row + my_row;
         float inverse[2];
         u16* to[2];
@@ -428,14 +405,19 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         product_qk(s, desc_q(), desc_k());
         barrier_wait(bars + FULL_V + 8 * v.stage, v.phase);
         wgmma_fence();
-        product_pv(o, p, desc_v());
+        product_pv(o, p, desc_v(), keep), keep = 1;
         if (PINGPONG) token_pass(consumer);
         wgmma_wait<1>();
         pin(s);
         release_k(next);
-        if (SCALED) finish_scores(s, given);
-        if (masked.value) mask(s, j);
-        bool moved = softmax<decltype(masked)::value>(s, top, sum, factor, scale_log2);
+        bool moved;
+        if (SOFTCAP && !BIAS && !PRESCALE && !masked.value) {
+            moved = capped_softmax(s, top, sum, factor, scale / x.softcap, scale_log2);
+        } else {
+            if (SCALED) finish_scores(s, given);
+            if (masked.value) mask(s, j);
+            moved = softmax<decltype(masked)::value>(s, top, sum, factor, scale_log2);
+        }
         wgmma_wait<0>();
         pin(o);
         release_v();
@@ -444,41 +426,72 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         return next;
     };
     if (PINGPONG && consumer == CONSUMERS - 1) token_pass(consumer);
-    for (Work w = fetch(); w.blocks >= 0; w = fetch()) {
+    // the next tile that sees keys; those before it get zeros
+    auto next_tile = [&]() {
+        Work w = fetch();
+        for (; w.blocks == 0; w = fetch()) {
+            const float none[NO] = {}, no_top[2] = {-INFINITY_F, -INFINITY_F}, no_sum[2] = {};
+            release(bars + EMPTY_Q + 8 * q.stage);
+            q.advance();
+            finish(w, none, no_top, no_sum);
+        }
+        return w;
+    };
+    // queues S = Q K^T of the tile's first block; returns the next one
+    auto begin = [&](const Work& w, float (&s)[NS]) {
+        first_block = LEFT ? max(0, w.row + band_of(w.n_q, w.n_k, x).low) / BLOCK_N : 0;
+        barrier_wait(bars + FULL_K + 8 * k.stage, k.phase);
+        const int next = next_block(w.blocks - 1);
+        wgmma_fence();
+        product_qk(s, desc_q(), desc_k());
+        return next;
+    };
+    auto begun = [&](const Work& w, float (&s)[NS], int next) {               // the softmax of that block
+        u32 given[BIAS_WORDS];
         start(w);
-        clear();
+        keep = 0;
+        if (BIAS) load_bias(given, bias, (w.blocks - 1) * BLOCK_N + 2 * lane4, z.n_k);
+        wgmma_wait<0>();
+        pin(s);
+        release_k(next);
+        if (SCALED) finish_scores(s, given);
+        mask(s, w.blocks - 1);
+        softmax<true>(s, top, sum, factor, scale_log2);
+        round_p(p, s);
+    };
+    clear();
+    int j = 0;
+    Work w = next_tile();
+    if (w.blocks > 0) {
+        float s[NS];
+        j = begin(w, s);
+        begun(w, s, j);
+    }
+    while (w.blocks > 0) {
+        while ((MASK && j >= 0) || (RIGHT && j >= unmasked && j >= 0)) j = step(j, Yes());
+        while (j >= unmasked_from) j = step(j, No());
+        while (LEFT && j >= 0) j = step(j, Yes());
+        barrier_wait(bars + FULL_V + 8 * v.stage, v.phase);
+        wgmma_fence();
+        product_pv(o, p, desc_v(), keep);
+        q.advance();
+        // the last product runs while the next tile's first one is queued, and that one while this tile goes out
+        const Work done = w;
+        w = next_tile();
         if (w.blocks > 0) {
-            int j;
-            {
-                float s[NS];
-                barrier_wait(bars + FULL_K + 8 * k.stage, k.phase);
-                j = next_block(w.blocks - 1);
-                u32 given[BIAS_WORDS];
-                if (BIAS) load_bias(given, bias, (w.blocks - 1) * BLOCK_N + 2 * lane4, z.n_k);
-                wgmma_fence();
-                product_qk(s, desc_q(), desc_k());
-                wgmma_wait<0>();
-                pin(s);
-                release_k(j);
-                if (SCALED) finish_scores(s, given);
-                mask(s, w.blocks - 1);
-                softmax<true>(s, top, sum, factor, scale_log2);
-                round_p(p, s);
-            }
-            while ((MASK && j >= 0) || (RIGHT && j >= unmasked && j >= 0)) j = step(j, Yes());
-            while (j >= unmasked_from) j = step(j, No());
-            while (LEFT && j >= 0) j = step(j, Yes());
-            barrier_wait(bars + FULL_V + 8 * v.stage, v.phase);
-            wgmma_fence();
-            product_pv(o, p, desc_v());
+            float s[NS];
+            j = begin(w, s);
+            wgmma_wait<1>();
+            pin(o);
+            release_v();
+            finish(done, o, top, sum);
+            begun(w, s, j);
+        } else {
             wgmma_wait<0>();
             pin(o);
             release_v();
-        } else {
-            release(bars + EMPTY_Q + 8 * q.stage);
+            finish(done, o, top, sum);
         }
-        q.advance();
-        finish(w);
     }
 }
 

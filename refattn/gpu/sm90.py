@@ -187,16 +187,17 @@ def source(m: Mapping[str, Any]) -> str:
     wrappers = (
         wgmma("qk_first", m["BLOCK_N"], kind, first=True, from_registers=False),
         wgmma("qk_next", m["BLOCK_N"], kind, first=False, from_registers=False),
-        wgmma("pv", m["WIDTH_V"], kind, first=False, from_registers=True, rows=True),
+        wgmma("pv", m["WIDTH_V"], kind, first=None, from_registers=True, rows=True),
     )
     return text_of(FILE, m).replace("// (wgmma wrappers)", "".join(wrappers))
 
 
 def wgmma(
-    name: str, n: int, kind: str, *, first: bool, from_registers: bool, rows: bool = False, rows_a: bool = False
+    name: str, n: int, kind: str, *, first: bool | None, from_registers: bool, rows: bool = False, rows_a: bool = False
 ) -> str:
     """Return a wrapper of wgmma m64 n<n> k16: float32 accumulators (set, or added to), A from memory or registers.
 
+    first: whether they are set; None: where the wrapper's last argument, ``keep``, is 0.
     rows: B has its 16 rows along the contraction (V), else its n rows are contracted with (K). rows_a: so has A.
     """
     count = n // 2
@@ -209,9 +210,12 @@ def wgmma(
     else:
         a, b, last = f"%{count}", f"%{count + 1}", f"p, 1, 1, {int(rows_a)}, {int(rows)}"
         given, parameters = '"l"(a), "l"(b)', "u64 a, u64 b"
+    keep = "0" if first else "1"
+    if first is None:
+        keep, given, parameters = f"%{count + (5 if from_registers else 2)}", f'{given}, "r"(keep)', f"{parameters}, int keep"
     return (
         f"DEVICE void {name}(float (&d)[{count}], {parameters}) {{\n"
-        f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, {0 if first else 1}, 0;\\n"\n'
+        f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, {keep}, 0;\\n"\n'
         f'                 "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} '
         f'{{{accumulators}}}, {a}, {b}, {last};\\n}}"\n'
         f"                 : {results}\n                 : {given});\n}}\n"
