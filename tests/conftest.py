@@ -1,6 +1,5 @@
 """Shared makers of small problems, and Hypothesis profiles."""
 
-import compileall
 import os
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-import refattn
 from refattn import VARIANTS, Problem
 from refattn.arrays import from_float64
 from refattn.dtypes import FORMATS
@@ -31,12 +29,12 @@ SMALL = "!*ls/*"
 
 
 def pytest_configure(config):
-    """Give every process that this one starts one thread of BLAS, another would spin on the next one's core, and
-    compiled modules, where Python is told to keep none."""
+    """Give every process that this one starts one thread of BLAS, another would spin on the next one's core, and have
+    modules compiled once, also where Python is told to keep none: hundreds of processes import them."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    if sys.dont_write_bytecode and not hasattr(config, "workerinput"):
-        compileall.compile_dir(Path(refattn.__file__).parent, quiet=2)
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -49,8 +47,17 @@ def pytest_xdist_make_scheduler(config, log):
     return WorkStealingScheduling(config, log)
 
 
+LONGEST = (
+    "tests/meta/test_docs.py::test_documentation_builds_without_warnings_and_links_lead_somewhere",
+    "tests/meta/test_house.py::test_lint_and_types",
+    "tests/he/test_encoder.py::test_encrypted_blocks_are_the_simulation",
+)
+"""Single tests of 25 to 60 s: the last of them would leave other processes idle."""
+
+
 def pytest_collection_modifyitems(items):
-    """Mark what `slow.txt` lists."""
+    """Begin with the longest tests, and mark what `slow.txt` lists."""
+    items.sort(key=lambda item: item.nodeid not in LONGEST)
     slow = set(Path(__file__).with_name("slow.txt").read_text().splitlines())
     for item in items:
         if item.nodeid.partition("[")[0] in slow:

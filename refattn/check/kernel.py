@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from ..errors import InvalidInput, expect, printable
@@ -94,6 +95,7 @@ def _by_format(model: Model | ModelFor) -> ModelFor:
     if isinstance(model, Model):
         return lambda dtype: model
 
+    @cache  # a plan asks for it with each case
     def made(dtype: str) -> Model:
         try:
             found = model(dtype)

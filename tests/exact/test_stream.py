@@ -1,5 +1,7 @@
 """The streaming path is the definition over the same level: enclosures overlap, roundings agree."""
 
+from functools import lru_cache
+
 import mpmath
 import numpy as np
 import pytest
@@ -52,13 +54,25 @@ def both(p, level, monkeypatch):
     return whole, run(p, Level(level), None)
 
 
+DOUT = np.random.default_rng(2).standard_normal((1, 2, 70, 5))
+
+
+@lru_cache(maxsize=1)
+def whole_of(name, level, backward):
+    """Return a call over a level by its definition, once for the compiled steps and NumPy's: it needs one of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "STREAM_FROM", 10**9)
+        return run(problem(**CALLS[name]), Level(level), DOUT if backward else None)
+
+
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "numpy"])
 @pytest.mark.parametrize("level", range(4))
 @pytest.mark.parametrize("name", CALLS)
 def test_enclosures_overlap(name, level, compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr(elementwise, "steps", lambda: elementwise)
-    whole, streamed = both(problem(**CALLS[name]), level, monkeypatch)
+    monkeypatch.setattr(runner, "STREAM_FROM", 1)
+    whole, streamed = whole_of(name, level, False), run(problem(**CALLS[name]), Level(level), None)
     for array in ("out", "lse"):
         a, b = whole[array], streamed[array]
         with np.errstate(invalid="ignore"):
@@ -78,12 +92,8 @@ GRADIENTS = {n: c for n, c in CALLS.items() if n != "huge scale" and "softcap" n
 def test_gradients_overlap_with_the_tapes(name, level, compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr(elementwise, "steps", lambda: elementwise)
-    p = problem(**GRADIENTS[name])
-    dout = rng.standard_normal(p.out_shape)
-    monkeypatch.setattr(runner, "STREAM_FROM", 10**9)
-    whole = run(p, Level(level), dout)
     monkeypatch.setattr(runner, "STREAM_FROM", 1)
-    streamed = run(p, Level(level), dout, threads=2)
+    whole, streamed = whole_of(name, level, True), run(problem(**CALLS[name]), Level(level), DOUT, threads=2)
     assert set(whole) == set(streamed)
     for array in set(whole) - {"out", "lse"}:
         a, b = whole[array], streamed[array]

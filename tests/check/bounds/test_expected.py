@@ -4,10 +4,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from refattn import VARIANTS
+from refattn import VARIANTS, evaluate
 from refattn.check.inputs.families import cases
 from refattn.check.model import flash
 from refattn.rules import causal
+
+from ...conftest import tensor
 
 module = importlib.import_module("refattn.check.bounds.expected")
 
@@ -71,3 +73,57 @@ def test_another_definition_of_that_name_is_another_call(make, monkeypatch):
     before = module.expected(p, model)
     monkeypatch.setitem(VARIANTS, "linear", replace(VARIANTS["linear"]))
     assert module.expected(p, model) is not before
+
+
+HIDING = {"n_q": 4, "n_k": 9, "h": 4, "h_kv": 2, "causal": "top_left"}
+"""Rows that see four keys; five that no row sees."""
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype", "more"),
+    [
+        ("softmax", "float32", {}),
+        ("softmax", "float64", {}),
+        ("softmax", "bfloat16", HIDING),
+        ("linear", "float32", {}),
+        ("linear", "float32", HIDING),
+        ("gated_delta", "float32", {}),
+    ],
+)
+def test_gradients_are_those_of_balls(call_of, variant, dtype, more):
+    p = call_of(variant, dtype=dtype, **more)
+    dout, model = tensor(np.random.default_rng(3), p.out_shape, dtype), flash(dtype)
+    known, balls = module.expected(p, model, dout), evaluate(p, gradients=dout).enclosures
+    for name, allowed in known.allowed.items():
+        a, b = known.answer.enclosures[name], balls[name]
+        assert (np.abs((a.mid - b.mid) + (a.tail - b.tail)) <= a.radius + b.radius).all(), name
+        assert (a.radius <= allowed * 2.0**-20).all(), name
+
+
+@pytest.mark.parametrize("variant", ["softmax", "linear", "sigmoid"])
+def test_a_gradient_of_a_key_that_no_row_sees_is_exactly_0(call_of, variant):
+    p = call_of(variant, **HIDING)
+    known = module.expected(p, flash("float32"), tensor(np.random.default_rng(3), p.out_shape))
+    for name in ("dk", "dv"):
+        e = known.answer.enclosures[name]
+        assert (e.mid[:, :, 4:] == 0).all()
+        assert (e.radius[:, :, 4:] == 0).all(), name
+        assert (e.mid[:, :, :4] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_softmax_needs_no_balls(call_of, monkeypatch, dtype):
+    monkeypatch.setattr(module, "evaluate", None)
+    p = call_of("softmax", dtype=dtype, **HIDING)
+    known = module.expected(p, flash(dtype), tensor(np.random.default_rng(4), p.out_shape, dtype))
+    assert known.answer.rounding is None
+
+
+def test_what_floating_point_leaves_wide_is_made_in_balls(call_of, monkeypatch):
+    wide = module.enclose
+    monkeypatch.setattr(module, "enclose", lambda problem, level, **more: wide(problem, 0, **more))
+    p = call_of("softmax", seed=5, dtype="float64")
+    dout = tensor(np.random.default_rng(4), p.out_shape, "float64")
+    known, balls = module.expected(p, flash("float64"), dout), evaluate(p, gradients=dout).enclosures
+    for name in known.allowed:
+        np.testing.assert_array_equal(known.answer.enclosures[name].radius, balls[name].radius)
