@@ -35,7 +35,7 @@ from .seal import from_bytes, primes
 from .secret import Holder, Sharing
 from .shared import Slice, held
 from .transform import MOST
-from .wire import FRESH, KEYS, MASKED, QUERY, REPLY, Message, digests, kind_of, pack, query_of, unpack, unread
+from .wire import FRESH, KEYS, MASKED, QUERY, REPLY, Message, kind_of, pack, query_of, unpack
 from .worker import Sent, Worker, begin, block
 
 __all__ = ["Client", "Server", "Sharing"]
@@ -298,10 +298,7 @@ class Server:
         if masks is not None and kind_of(query) == FRESH:
             kind, stage = FRESH, masks.stage_of(query_of(query))
         limbs = masks.plan.part_limbs(stage) if masks is not None else plan.part_limbs()
-        given = unread(query, kind, plan.digest, most, parts=len(limbs))
-        m, late = given.message, isinstance(self._worker, Session) and masks is None
-        if not late:  # a masked result is not answered by a message that was changed
-            given.check(digests(m.parts, self._each))
+        m = unpack(query, kind, plan.digest, most, self._each, parts=len(limbs))
         if m.client != self._client:
             raise InvalidInput("he: got a query of another client than the one whose keys are here")
         name, mask = m.query, []  # type: bytes, list[Any]
@@ -309,7 +306,7 @@ class Server:
             name, mask = masks.taken(m.query)
         if isinstance(self._worker, Session):
             try:
-                outs = tuple(self._worker.attend(m.parts, stage, mask, given.check if late else None))
+                outs = tuple(self._worker.attend(m.parts, stage, mask))
             finally:
                 for x in mask:
                     x[:] = 0

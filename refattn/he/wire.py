@@ -10,10 +10,7 @@ from itertools import accumulate, pairwise
 
 from ..errors import InvalidInput
 
-__all__ = [
-    "FRESH", "KEYS", "MASKED", "QUERY", "REPLY", "TOKEN", "Message", "Unread", "digests", "kind_of", "pack", "query_of",
-    "unpack", "unread",
-]  # fmt: skip
+__all__ = ["FRESH", "KEYS", "MASKED", "QUERY", "REPLY", "TOKEN", "Message", "kind_of", "pack", "query_of", "unpack"]
 
 MAGIC, VERSION = b"refattn-he", 2
 KEYS, QUERY, REPLY, MASKED, FRESH, TOKEN = 1, 2, 3, 4, 5, 6
@@ -56,48 +53,18 @@ def pack(m: Message, each: Callable[..., Iterable[bytes]] = map) -> bytes:
     """Return a message's bytes; `each` as of `unpack`."""
     head = HEAD.pack(MAGIC, VERSION, m.kind, m.plan, m.client, m.query, len(m.parts))
     head += struct.pack(f"<{len(m.parts)}Q", *map(len, m.parts))
-    return b"".join((head, *m.parts, hashlib.sha256(head + digests(m.parts, each)).digest()))
+    return b"".join((head, *m.parts, _digest(head, m.parts, each)))
 
 
-def digests(parts: Sequence[bytes | memoryview], each: Callable[..., Iterable[bytes]] = map) -> bytes:
-    """Return parts' SHA-256 digests, one after another; `each` as of `unpack`."""
+def _digest(head: bytes, parts: Sequence[bytes | memoryview], each: Callable[..., Iterable[bytes]]) -> bytes:
+    """Return the digest of a message: of its head and its parts' digests."""
     most = max(1, min(8, len(parts) // 16))  # what a thread takes at a time: few large parts are for as many threads
-    return b"".join(each(_digests, [parts[i : i + most] for i in range(0, len(parts), most)]))
+    some = [parts[i : i + most] for i in range(0, len(parts), most)]
+    return hashlib.sha256(b"".join((head, *each(_digests, some)))).digest()
 
 
 def _digests(parts: Sequence[bytes | memoryview]) -> bytes:
     return b"".join(hashlib.sha256(x).digest() for x in parts)
-
-
-CHANGED = "he: the message was cut short or changed on its way: "
-
-
-@dataclass(frozen=True)
-class Unread:
-    """A message whose digest was not looked at: whoever reads its parts takes theirs, and calls `check` with them.
-
-    Attributes
-    ----------
-    message : Message
-        What it says.
-    head, digest : bytes
-        What comes before its parts, and after them.
-    """
-
-    message: Message
-    head: bytes
-    digest: bytes
-
-    def check(self, digests: bytes) -> None:
-        """Refuse a message that was changed, by its parts' SHA-256 digests, one after another.
-
-        Raises
-        ------
-        InvalidInput
-            It was.
-        """
-        if hashlib.sha256(self.head + digests).digest() != self.digest:
-            raise InvalidInput(f"{CHANGED}its digest does not fit")
 
 
 def unpack(
@@ -108,27 +75,7 @@ def unpack(
     each: Callable[..., Iterable[bytes]] = map,
     parts: int | None = None,
 ) -> Message:
-    """Return the message of some bytes, which nobody changed.
-
-    Parameters
-    ----------
-    data, kind, plan, most, parts
-        As :func:`unread` takes them.
-    each : callable
-        What maps a function over the parts: threads', to look at several at once.
-
-    Raises
-    ------
-    InvalidInput
-        It is something else, of another version or plan, too long, cut short or changed.
-    """
-    found = unread(data, kind, plan, most, parts)
-    found.check(digests(found.message.parts, each))
-    return found.message
-
-
-def unread(data: bytes, kind: int, plan: bytes, most: int, parts: int | None = None) -> Unread:
-    """Return the message of some bytes, of which all but the digest was looked at.
+    """Return the message of some bytes.
 
     Parameters
     ----------
@@ -140,13 +87,15 @@ def unread(data: bytes, kind: int, plan: bytes, most: int, parts: int | None = N
         Digest of the plan that it must be of.
     most : int
         The most bytes that such a message may have.
+    each : callable
+        What maps a function over the parts: threads', to look at several at once.
     parts : int, optional
         How many parts it must have; by default any number up to `MOST_PARTS`. They are counted before any is looked at.
 
     Raises
     ------
     InvalidInput
-        It is something else, of another version or plan, too long or cut short.
+        It is something else, of another version or plan, too long, cut short or changed.
     """
     if len(data) > most:
         raise InvalidInput(f"he: got {len(data)} bytes, expected at most {most} for {NAMES[kind]} of this plan")
@@ -162,15 +111,18 @@ def unread(data: bytes, kind: int, plan: bytes, most: int, parts: int | None = N
     if count > MOST_PARTS if parts is None else count != parts:
         expected = f"at most {MOST_PARTS}" if parts is None else str(parts)
         raise InvalidInput(f"he: got {NAMES[kind]} of {count} parts, expected {expected} by the plan")
+    changed = "he: the message was cut short or changed on its way: "
     end, at = len(data) - DIGEST, HEAD.size + 8 * count
     if at > end:
-        raise InvalidInput(f"{CHANGED}it says it has {count} parts, more than its bytes hold")
+        raise InvalidInput(f"{changed}it says it has {count} parts, more than its bytes hold")
     sizes = struct.unpack_from(f"<{count}Q", data, HEAD.size)
     if at + sum(sizes) != end:
-        raise InvalidInput(f"{CHANGED}its parts do not fill it")
+        raise InvalidInput(f"{changed}its parts do not fill it")
     whole, ends = memoryview(data), [at, *(at + x for x in accumulate(sizes))]
     found_parts = tuple(whole[i:j] for i, j in pairwise(ends))
-    return Unread(Message(kind, of_plan, client, query, found_parts), bytes(data[:at]), bytes(data[end:]))
+    if _digest(data[:at], found_parts, each) != data[end:]:
+        raise InvalidInput(f"{changed}its digest does not fit")
+    return Message(kind, of_plan, client, query, found_parts)
 
 
 def kind_of(data: bytes) -> int:

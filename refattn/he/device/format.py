@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,7 +29,7 @@ __all__ = [
     "ciphertext_bytes",
     "polynomial_bytes",
     "read_ciphertext",
-    "read_into",
+    "read_ciphertexts",
     "read_keys",
     "whole",
 ]
@@ -135,9 +135,9 @@ def _decompressed(reader: _Reader, sizes: Iterable[int]) -> bytes:
 
 
 def read_ciphertext(data: Data, chain: Chain, limbs: int, scale: float, seeded: bool) -> Received:
-    """Return a ciphertext of a query; arguments and errors as of :func:`read_into`."""
-    room = np.empty(polynomial_bytes(chain, limbs, seeded), np.uint8)
-    seed = read_into(room, data, chain, limbs, scale, seeded)
+    """Return a ciphertext: :func:`read_ciphertexts` of one."""
+    room = np.empty((1, polynomial_bytes(chain, limbs, seeded)), np.uint8)
+    (seed,) = read_ciphertexts([data], chain, limbs, scale, seeded, room)
     return Received(room.view("<u8").reshape(-1, limbs, chain.degree), seed)
 
 
@@ -146,38 +146,44 @@ def polynomial_bytes(chain: Chain, limbs: int, seeded: bool) -> int:
     return (8 if seeded else 16) * limbs * chain.degree
 
 
-def read_into(room: NDArray[np.uint8], data: Data, chain: Chain, limbs: int, scale: float, seeded: bool) -> bytes:
-    """Write the polynomials of a query's ciphertext, checked, and return the seed of the second one.
+def read_ciphertexts(
+    given: Sequence[Data], chain: Chain, limbs: int, scale: float, seeded: bool, into: NDArray[np.uint8]
+) -> list[bytes]:
+    """Write the polynomials of a query's ciphertexts, checked, and return the seeds of the second ones.
 
     Parameters
     ----------
-    room : uint8 array
-        Where polynomials are written, from its begin. What is there after an error is of no ciphertext.
-    data : bytes
+    given : sequence of bytes
         What came.
     chain : Chain
         The ring's.
     limbs, scale : int, float
-        The primes that it must have left, and its scale.
+        The primes that each must have left, and its scale.
     seeded : bool
-        Whether the second polynomial must be a seed, or must be there.
+        Whether each second polynomial must be a seed, or must be there.
+    into : (ciphertexts, bytes) uint8 array
+        Where polynomials are written, a row for each. What is there after an error is of no ciphertext.
 
     Raises
     ------
     InvalidInput
-        The bytes are something else, or a word is not below its prime, or the second polynomial is zero.
+        Some bytes are something else, or a word is not below its prime, or a second polynomial is zero.
     """
-    reader = _body("Ciphertext", data, [_size(chain, limbs, seeded)])
-    found, seed = _parts(reader, chain, limbs, scale, seeded)
-    reader.end()
-    into = room[: polynomial_bytes(chain, limbs, seeded)]
-    into[:] = np.frombuffer(found, np.uint8)
-    most = into.view("<u8").reshape(-1, limbs, chain.degree).max(axis=2)
+    size, seeds = polynomial_bytes(chain, limbs, seeded), []
+    for data, row in zip(given, into, strict=True):
+        reader = _body("Ciphertext", data, [_size(chain, limbs, seeded)])
+        found, seed = _parts(reader, chain, limbs, scale, seeded)
+        reader.end()
+        row[:size] = np.frombuffer(found, np.uint8)
+        seeds.append(seed)
+    # all at once: a thread that waits for Python's lock before each check waits for longer than the check takes
+    words = into[:, :size].view("<u8").reshape(len(into), -1, limbs, chain.degree)
+    most = words.max(axis=3)
     if (most >= chain.q[:limbs]).any():
         raise reader.refuse("a word is not below its prime")
-    if not seeded and not most[1].any():
+    if not seeded and not most[:, 1].any(axis=1).all():
         raise reader.refuse("its second polynomial is zero: nothing in it is encrypted")
-    return seed
+    return seeds
 
 
 def read_keys(what: str, data: Data, chain: Chain, indices: Iterable[int]) -> dict[int, list[Received]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import weakref
 from collections import deque
@@ -20,7 +19,7 @@ from ..encoder import Encoder
 from ..planned import Program
 from ..seal import galois_elements
 from .encode import whole_numbers
-from .format import Data, Received, ciphertext_bytes, polynomial_bytes, read_into, read_keys
+from .format import Data, Received, ciphertext_bytes, polynomial_bytes, read_ciphertexts, read_keys
 from .launches import Addresses, launches_of, plain_launches, seed_launches, seed_room
 from .modular import Words
 from .schedule import Schedule, Step, schedule_of
@@ -145,7 +144,6 @@ class Session:
         places = (min(BATCHES, -(-loaded // BATCH)), min(BATCH, loaded))
         self._slots = device.pinned(places[0] * places[1] * size).reshape(*places, size)
         self._marks: list[Any] = [None] * BATCHES
-        self._digests: list[bytes] | None = None
         limbs, degree = len(chain.primes), chain.degree
         loads = [[x.inputs[i].limbs for i in x.sent(step)] for x in self.schedules for step in x.steps]
         most = max(sum(seed_room(n, degree) for n in load) for load in loads)
@@ -211,13 +209,7 @@ class Session:
             for _, run in stage.phases:
                 run()
 
-    def attend(
-        self,
-        parts: Sequence[Data],
-        stage: int = 0,
-        masks: Sequence[Words] = (),
-        check: Callable[[bytes], None] | None = None,
-    ) -> list[bytes]:
+    def attend(self, parts: Sequence[Data], stage: int = 0, masks: Sequence[Words] = ()) -> list[bytes]:
         """Return the ciphertexts of a reply, or of a block's result, which nobody but the server may see.
 
         Parameters
@@ -228,9 +220,6 @@ class Session:
             The block.
         masks : sequence of (2, N) arrays
             What is to be subtracted from an answer (`refattn.he.integers.wide`).
-        check : callable, optional
-            Called with the parts' digests before there is a reply. They are taken while the parts are read for all else
-            that is checked: a byte that comes from memory once is hashed, looked at and copied.
 
         Raises
         ------
@@ -239,11 +228,7 @@ class Session:
         """
         of = self._stages[stage]
         with self._lock:  # one query at a time has the memory
-            self._digests = None if check is None else [b""] * len(parts)
-            found = self._computed(of, [*parts, *masks])
-            if check is not None and self._digests is not None:
-                check(b"".join(self._digests))
-            return self._bytes(of, found)
+            return self._bytes(of, self._computed(of, [*parts, *masks]))
 
     def _computed(self, of: _Stage, parts: Sequence[Any]) -> list[Words]:
         """Return the words of a reply, none of which is without a second polynomial."""
@@ -308,15 +293,12 @@ class Session:
             for slot, x in zip(slots, given, strict=True):
                 slot[: x.nbytes] = x.reshape(-1).view(np.uint8)
             return None
-        for i, slot, x in zip(chunk, slots, given, strict=True):
-            if self._digests is not None:
-                self._digests[i] = hashlib.sha256(x).digest()
-            try:
-                seed = read_into(slot, x, self.chain, limbs, self._scale, self._seeded)
-            except InvalidInput as e:
-                return e
-            if self._seeded:
-                self._seeds[i] = np.frombuffer(seed, np.uint8)
+        try:
+            seeds = read_ciphertexts(given, self.chain, limbs, self._scale, self._seeded, slots)
+        except InvalidInput as e:
+            return e
+        if self._seeded:
+            self._seeds[chunk] = np.frombuffer(b"".join(seeds), np.uint8).reshape(len(chunk), SEED)
         return None
 
     def close(self) -> None:
