@@ -21,8 +21,8 @@
 //     range of its type: up in float16, whose smallest numbers are not small; down in bfloat16, so that sums of its
 //     largest values stay finite.
 //  6. HIGH: P = hi + lo, two 16-bit parts, O += hi V + lo V: the rounding of P leaves the result.
-//  7. Epilogue: sink, division by the row sum, transpose within each quad of lanes, 16-byte stores. The first product
-//     of the next tile of rows runs meanwhile: it is queued right behind the last one of this tile.
+//  7. Epilogue: sink, division by the row sum, transpose within each quad of lanes, 16-byte stores. OVERLAP: the
+//     first product of the next tile of rows runs meanwhile, queued right behind the last one of this tile.
 //  8. REPAIR: a hidden key's p is 0, and 0 * NaN is NaN. Tiles with an output that is not finite are marked in
 //     `redo`, a byte for 64 rows of a sequence; simt.cu computes them anew.
 //
@@ -49,6 +49,9 @@ constexpr int NP = BLOCK_N / 4;                       // registers of P a thread
 constexpr int BOXES_K = (WIDTH_K + 63) / 64, BOXES_V = (WIDTH_V + 63) / 64;
 constexpr u32 Q_BYTES = BLOCK_M * BOXES_K * 128, K_BYTES = BLOCK_N * BOXES_K * 128, V_BYTES = BLOCK_N * BOXES_V * 128;
 constexpr bool SCALED = SOFTCAP || BIAS || PRESCALE, REPAIR = RIGHT || LEFT || MASK || PACKED;
+// The first product of the next tile of rows runs while this one goes out: with more to keep, registers do not last
+// (bias), or it took longer.
+constexpr bool OVERLAP = !BIAS && !LEFT && !PACKED && !HIGH;
 constexpr int BIAS_WORDS = BIAS == 2 ? NS : BIAS ? NS / 2 : 1;   // registers of a tile's bias a thread
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr u32 ARRIVALS = 4 * CONSUMERS;               // one arrival a consumer warp frees a slot
@@ -262,7 +265,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
     Ring<STAGES> k, v;
     float o[NO], top[2], sum[2], factor[2];
     u32 p[(1 + HIGH) * NP];
-    int keep = 0;                                                             // whether O is of this tile
+    int keep = 1;                                                             // 0: O is of the tile before
     // the thread's rows see keys lows[r] .. keys[r] - 1; blocks unmasked_from <= j < unmasked need no mask
     int keys[2], lows[2], unmasked, unmasked_from, first_block;
     const u32* bits[2];
@@ -405,7 +408,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         product_qk(s, desc_q(), desc_k());
         barrier_wait(bars + FULL_V + 8 * v.stage, v.phase);
         wgmma_fence();
-        product_pv(o, p, desc_v(), keep), keep = 1;
+        product_pv(o, p, desc_v(), OVERLAP ? keep : 1), keep = 1;
         if (PINGPONG) token_pass(consumer);
         wgmma_wait<1>();
         pin(s);
@@ -438,7 +441,9 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         return w;
     };
     // queues S = Q K^T of the tile's first block; returns the next one
-    auto begin = [&](const Work& w, float (&s)[NS]) {
+    auto begin = [&](const Work& w, float (&s)[NS], u32 (&given)[BIAS_WORDS]) {
+        if (!OVERLAP) start(w);
+        if (BIAS) load_bias(given, bias, (w.blocks - 1) * BLOCK_N + 2 * lane4, z.n_k);
         first_block = LEFT ? max(0, w.row + band_of(w.n_q, w.n_k, x).low) / BLOCK_N : 0;
         barrier_wait(bars + FULL_K + 8 * k.stage, k.phase);
         const int next = next_block(w.blocks - 1);
@@ -446,11 +451,9 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         product_qk(s, desc_q(), desc_k());
         return next;
     };
-    auto begun = [&](const Work& w, float (&s)[NS], int next) {               // the softmax of that block
-        u32 given[BIAS_WORDS];
-        start(w);
-        keep = 0;
-        if (BIAS) load_bias(given, bias, (w.blocks - 1) * BLOCK_N + 2 * lane4, z.n_k);
+    // the softmax of that block
+    auto begun = [&](const Work& w, float (&s)[NS], const u32 (&given)[BIAS_WORDS], int next) {
+        if (OVERLAP) start(w), keep = 0;
         wgmma_wait<0>();
         pin(s);
         release_k(next);
@@ -459,38 +462,53 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         softmax<true>(s, top, sum, factor, scale_log2);
         round_p(p, s);
     };
-    clear();
-    int j = 0;
-    Work w = next_tile();
-    if (w.blocks > 0) {
-        float s[NS];
-        j = begin(w, s);
-        begun(w, s, j);
-    }
-    while (w.blocks > 0) {
+    auto end = [&](const Work& w, auto queued) {                              // products queued after the last one
+        wgmma_wait<decltype(queued)::value>();
+        pin(o);
+        release_v();
+        finish(w, o, top, sum);
+    };
+    auto walk = [&](int j) {                                                  // up to the last product, which is queued
         while ((MASK && j >= 0) || (RIGHT && j >= unmasked && j >= 0)) j = step(j, Yes());
         while (j >= unmasked_from) j = step(j, No());
         while (LEFT && j >= 0) j = step(j, Yes());
         barrier_wait(bars + FULL_V + 8 * v.stage, v.phase);
         wgmma_fence();
-        product_pv(o, p, desc_v(), keep);
+        product_pv(o, p, desc_v(), OVERLAP ? keep : 1);
         q.advance();
+    };
+    u32 given[BIAS_WORDS];
+    Work w = next_tile();
+    if (!OVERLAP) {
+        for (; w.blocks > 0; w = next_tile()) {
+            float s[NS];
+            clear();
+            const int j = begin(w, s, given);
+            begun(w, s, given, j);
+            walk(j);
+            end(w, Number<0>());
+        }
+        return;
+    }
+    clear();
+    int j = 0;
+    if (w.blocks > 0) {
+        float s[NS];
+        j = begin(w, s, given);
+        begun(w, s, given, j);
+    }
+    while (w.blocks > 0) {
+        walk(j);
         // the last product runs while the next tile's first one is queued, and that one while this tile goes out
         const Work done = w;
         w = next_tile();
         if (w.blocks > 0) {
             float s[NS];
-            j = begin(w, s);
-            wgmma_wait<1>();
-            pin(o);
-            release_v();
-            finish(done, o, top, sum);
-            begun(w, s, j);
+            j = begin(w, s, given);
+            end(done, Number<1>());
+            begun(w, s, given, j);
         } else {
-            wgmma_wait<0>();
-            pin(o);
-            release_v();
-            finish(done, o, top, sum);
+            end(done, Number<0>());
         }
     }
 }
