@@ -45,7 +45,7 @@ def pytest_runtest_makereport(item):
 def pytest_runtest_logreport(report):
     """Add up, in the process that prints."""
     folder = report.nodeid.split("::")[0].split("/")[1]
-    SPENT[folder.removesuffix(".py") if folder in BUDGETS else "files"] += report.cpu
+    SPENT[folder if folder in BUDGETS else "files"] += report.cpu
 
 
 def pytest_terminal_summary(terminalreporter):
