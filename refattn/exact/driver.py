@@ -235,13 +235,14 @@ def _rounded(
                 if f is levels[-1]:
                     raise
                 continue
-            state.take(raw, need, keys, Enclosure.of if isinstance(f, Balls) else _enclosed)
+            enclose = Enclosure.of if isinstance(f, Balls) else _enclosed if device is None else device.enclosed
+            state.take(raw, need, keys, enclose)
             boundaries = decide_by_ends(raw, state) if isinstance(f, Balls) else {}
             if by_key and keys is None and isinstance(f, Level) and (few := _few_keys(state)) is not None:
                 # again, one level up, with what this level's rows know
                 none = np.zeros_like(need)
                 raw = work.run(Level(min(f.level + 1, 3), device), none, few, known)
-                state.take(raw, none, few, _enclosed)
+                state.take(raw, none, few, enclose)
         if isinstance(f, Balls) and f.bits == EXACT_FROM and not state.done:
             exact_lse(problem, state, boundaries)
             exact_ties(work, state, state.open_rows(), boundaries)

@@ -20,7 +20,7 @@ from ..rules import FULL, PARTIAL, View
 from ..rules.spans import UNSURE
 from ..variants import variant_of
 from . import elementwise
-from .anywhere import beside, largest, scaled, two_to
+from .anywhere import beside, largest, on_host, scaled, two_to
 from .blas import one_thread
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, two_prod
 from .heads import Head
@@ -35,6 +35,7 @@ __all__ = [
     "forward_pass",
     "norms",
     "product_sizes",
+    "sizes_of",
     "stream",
     "streams",
     "tile_sizes",
@@ -77,6 +78,15 @@ def norms(x: Float) -> Float:
     return found
 
 
+def sizes_of(f: Level, x: Float) -> tuple[Float, Float, Float]:
+    """Return each row's largest size, its sum of sizes, and an upper bound of its 2-norm."""
+    if f.device is not None:
+        there: tuple[Float, Float, Float] = f.device.sizes(x)
+        return there
+    size = np.abs(x)
+    return largest(size, 1), size.sum(1), norms(x)
+
+
 def product_sizes(left: list[Float], right: list[Right]) -> Float:
     """Return bounds of sum |A_s| |B_{>=L-s}| over the parts s of A, for any column of B, one a row.
 
@@ -87,7 +97,8 @@ def product_sizes(left: list[Float], right: list[Right]) -> Float:
     norm = np.max([x.norm for x in right], 0)
     total: Any = 0.0
     for s, a in enumerate(left):
-        total += np.minimum(np.abs(a).sum(1) * most[level - s], norms(a) * norm[level - s]) * UP
+        _, one, two = sizes_of(right[0].f, a)
+        total += np.minimum(one * most[level - s], two * norm[level - s]) * UP
     found: Float = total
     return found
 
@@ -96,20 +107,20 @@ class Right:
     """A right operand B (k, w), cut along its columns: what each level of a product needs."""
 
     def __init__(self, turned: Any, f: Level, b: int) -> None:
-        level, self.product = f.level, np.matmul if f.device is None else f.device.matmul
+        level, self.f, self.product = f.level, f, np.matmul if f.device is None else f.device.matmul
         turned = turned if isinstance(turned, Bounded) else f.array(turned)
         room, flat = (None, None) if f.device is None else _room(turned.h, level, f.xp)
         heads, tails = turned._cut(b, level, room)
         self.k = turned.shape[1]
         # of each column, by tail
         self.most, self.sums = (f.xp.empty((level + 1, turned.shape[0])) for _ in range(2))
-        self.norm = np.empty(level + 1)
+        ends = f.xp.empty((2, level + 1))
         for t, x in enumerate(tails):
-            size = np.abs(x)
-            self.most[t], self.sums[t] = largest(size, 1), size.sum(1)
-            self.norm[t] = float(largest(norms(x), 0))
+            self.most[t], self.sums[t], norm = sizes_of(f, x)
+            ends[0, t], ends[1, t] = largest(self.most[t], 0), largest(norm, 0)
+        top, self.norm = on_host(ends)
         # the first tails may be all 0: of narrow formats most are
-        self.lead = next((t for t in range(level + 1) if float(largest(self.most[level - t], 0)) > 0), level)
+        self.lead = next((t for t in range(level + 1) if top[level - t] > 0), level)
         if flat is not None:
             self.heads, self.tails = flat[0], flat[1][self.lead * self.k :]
             return
@@ -127,7 +138,7 @@ class Right:
         part, w = copy.copy(self), self.most.shape[1]
         part.k = at.stop - at.start
         part.heads, part.tails = (
-            x.reshape(len(x) // self.k, self.k, w)[:, at].copy().reshape(len(x) // self.k * part.k, w)
+            np.ascontiguousarray(x.reshape(len(x) // self.k, self.k, w)[:, at]).reshape(len(x) // self.k * part.k, w)
             for x in (self.heads, self.tails)
         )
         return part
@@ -249,7 +260,7 @@ class Forward:
         self.sums_v = np.sum(np.stack([x.sums for x in of_values]), 0) * (1 + 2.0**-30)
         # the radius of a score in base 2, one a row
         lost = gamma(d * (level + 1) + level + 4) * product_sizes([*heads, tails[level]], of_keys) * UP
-        size = norms(q.h) * max(x.norm[0] for x in of_keys) * UP
+        size = sizes_of(f, q.h)[2] * max(x.norm[0] for x in of_keys) * UP
         c, rc = abs(self.c) * UP, float(np.ravel(scale.r)[0])
         r = lost + 2.0**-100 * size
         self.radius = (16 * U * U * size * c + (size + r) * rc + c * r) * UP + ETA

@@ -140,6 +140,18 @@ class Card:
         high, low, log2 = table()
         return self.xp.asarray(np.stack([high, low], 1)), *log2
 
+    def sizes(self, x: Any) -> tuple[Any, Any, Any]:
+        """Return what :func:`refattn.exact.stream.sizes_of` does."""
+        from .finish import sizes  # what ends a tile is built on the streaming path, which asks for this
+
+        return sizes(self, x)
+
+    def enclosed(self, x: Any) -> Any:
+        """Return a level's numbers as enclosures that are rounded here."""
+        from .finish import OnCard
+
+        return OnCard(self, x)
+
     def forward(self, one: Any, f: Any, rows: Any, unit: int, into: Any) -> Any:
         """Return one head's forward pass, done: see :func:`refattn.exact.stream.forward_pass`."""
         from .forward import OnDevice  # it is built on the streaming path, which asks for it here

@@ -20,13 +20,14 @@ from ..levels import Level
 from ..stream import Forward
 from ..tiles import Sums
 from .card import KEYS, ROWS
+from .finish import finish
 
 __all__ = ["OnDevice", "bytes_needed", "rows_of_a_tile"]
 
 Float = NDArray[np.float64]
 FEWEST = 256
 """Rows of the smallest tile that is tried where memory is short."""
-AT_THE_END = 32
+AT_THE_END = 8
 """More matrices (rows, d_v) than are alive while a tile of rows is finished."""
 WIDEST, LONGEST = 2**12, 2**22
 """Terms of a bound's sum over a row, and over keys, which are added in any order (docs/proofs/streaming.md)."""
@@ -115,6 +116,9 @@ class OnDevice(Forward):
                 self._add_some(n, at, some, sees, mask, sums)
             self._finish(at, sums)
         del self._planes, self._parts
+
+    def _finish(self, at: slice, sums: Sums) -> None:
+        finish(self, at, sums)
 
     def _seen(self, at: slice) -> Iterator[tuple[int, slice, Any, Any]]:
         """Yield tiles of keys, the rows from the first to the last that see some of it, and what these see.

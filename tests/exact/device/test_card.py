@@ -14,6 +14,7 @@ from refattn.errors import InvalidProblem
 from refattn.exact import elementwise
 from refattn.exact.device import asked
 from refattn.exact.device.card import KERNELS, OPTIONS, Card, text_of
+from refattn.exact.device.finish import text_finish
 from tests.conftest import NIGHTLY
 from tests.gpu.compiled import NVCC, check_compiles
 from tests.he.device.emulated import GXX
@@ -101,6 +102,7 @@ def test_products_of_any_layout(tmp_path):
 @pytest.mark.parametrize("level", range(4) if NIGHTLY else (2, 3))
 def test_kernels_compile_without_spills(tmp_path, level):
     check_compiles(tmp_path / "kernels.cu", text_of(level))
+    check_compiles(tmp_path / "finish.cu", text_finish(level))
 
 
 def test_no_product_is_fused_by_the_compiler():

@@ -11,7 +11,7 @@ from refattn.arrays import from_float64, to_float64
 from refattn.dtypes import format_of
 from refattn.errors import InvalidInput
 from refattn.exact.anywhere import narrowed
-from refattn.exact.device import card, forward
+from refattn.exact.device import card, finish, forward
 from refattn.exact.device.card import KEYS, card_of
 from refattn.exact.device.forward import bytes_needed
 from refattn.exact.levels import Level, head_bits
@@ -33,7 +33,7 @@ def test_bits_are_the_cpus_over_all_options(trusted):
     assert wrong == 0
     assert {f"float64 enclosures, L = {i}" for i in range(3)} <= set(levels)
     launched = {name for name, _ in trusted.seen.launched}
-    assert launched == {"cut", "weigh", "collect"}
+    assert launched == {"cut", "weigh", "collect", *finish.KERNELS}
 
 
 def test_blocks_of_the_size_that_a_gpu_has(stand_in, monkeypatch):
@@ -110,13 +110,13 @@ def test_planted_errors_are_caught(trusted, monkeypatch, where):
     else:
         launch = Card.launch
 
-        def broken(self, level, name, blocks, given):
+        def broken(self, level, name, blocks, given, *text):
             given = list(given)
             if name == "weigh" and where == "mask":
                 given[15] = np.uint64(0)
             if name == "collect" and where == "shift":
                 given[4] = self.xp.asarray(np.roll(given[4].get(), 1))
-            launch(self, level, name, blocks, tuple(given))
+            launch(self, level, name, blocks, tuple(given), *text)
 
         monkeypatch.setattr(Card, "launch", broken)
     p = head(np.random.default_rng(5), n=12, m=130, causal="bottom_right")
