@@ -228,9 +228,10 @@ def _rounded(
         with f.working() if isinstance(f, Balls) else nullcontext():
             known: RowsByHead = {}
             try:
-                raw = (
-                    _over_balls(work, f, need, keys, known) if isinstance(f, Balls) else work.run(f, need, keys, known)
-                )
+                if isinstance(f, Balls):
+                    raw = _over_balls(work, f, need, keys, known, state.open_columns() if work.by_columns else None)
+                else:
+                    raw = work.run(f, need, keys, known)
             except UnsureSign:
                 if f is levels[-1]:
                     raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -104,6 +105,11 @@ class Work:
         """Tell whether the gradients of some keys can be computed alone."""
         return self.dout is not None and all(self.backward)
 
+    @property
+    def by_columns(self) -> bool:
+        """Tell whether some columns of out can be computed alone: each is the mean of a column of the values."""
+        return self.dout is None and self.variant.fused == STREAMED
+
     def _empty(self, f: Any) -> Raw:
         p = self.p
         shapes: dict[str, tuple[int, ...]] = {"out": p.out_shape}
@@ -122,6 +128,7 @@ class Work:
         need: NDArray[np.bool_] | None = None,
         keys: NDArray[np.bool_] | None = None,
         known: RowsByHead | None = None,
+        columns: NDArray[np.intp] | None = None,
     ) -> Raw:
         """Run the definition over one arithmetic.
 
@@ -135,6 +142,8 @@ class Work:
             The keys whose dk and dv are wanted, counted over all rows, where :attr:`by_keys` holds; others keep 0.
         known : dict, optional
             What rows know, by head: taken where it is there, else kept here.
+        columns : integer array, optional
+            The columns of out that are wanted, for balls, where :attr:`by_columns` holds; others keep 0.
 
         Returns
         -------
@@ -161,11 +170,11 @@ class Work:
                     if lines.size:
                         self._backward(one, f, lines, raw, known, keys is None, forward)
                 elif (some := parts(one, f, lines)) is not None:
-                    self._gathered(one, f, some, raw, self.streamed[i] and dout is None, keys is None)
+                    self._gathered(one, f, some, raw, self.streamed[i] and dout is None, keys is None, columns)
                 elif floating and dout is None and self.streamed[i] and lines.size:
                     _streamed(one, f, lines, raw, self.threads)
                 else:
-                    self._by_tiles(one, f, lines, raw, sums=keys is None)
+                    self._by_tiles(one, f, lines, raw, keys is None, columns)
             specials(one, raw, f, self.variant.positive and one.kept is None)
             plain = self.variant.fused == STREAMED and self.dlse is None and one.sink is None
             if floating and plain and dout is not None and len(one.k):
@@ -175,13 +184,15 @@ class Work:
                 add(raw["dsink"], (one.head,), numbers_of(matrix_of(f, alone[None]).sum())[0, 0])
         return raw
 
-    def _gathered(self, one: Head, f: Any, some: Iterator[Head], raw: Raw, streamed: bool, sums: bool) -> None:
+    def _gathered(
+        self, one: Head, f: Any, some: Iterator[Head], raw: Raw, streamed: bool, sums: bool, columns: Any
+    ) -> None:
         """Run parts of a head."""
         if streamed and isinstance(f, Level):
             each(lambda x: _streamed(x, f, np.arange(len(x.q)), raw, 1), some, self.threads)
         else:
             for x in some:
-                self._by_tiles(x, f, np.arange(len(x.q)), raw, sums)
+                self._by_tiles(x, f, np.arange(len(x.q)), raw, sums, columns)
 
     def _backward(
         self, one: Head, f: Level, lines: NDArray[np.intp], raw: Raw, known: RowsByHead, sums: bool, forward: Any
@@ -201,16 +212,17 @@ class Work:
         if len(lines) == one.live.sum():
             known[one.batch, one.head, one.rows.start] = rows
 
-    def _by_tiles(self, one: Head, f: Any, lines: NDArray[np.intp], raw: Raw, sums: bool) -> None:
+    def _by_tiles(self, one: Head, f: Any, lines: NDArray[np.intp], raw: Raw, sums: bool, columns: Any = None) -> None:
         if not lines.size:
             return
         shape, floating = self.variant.shape, isinstance(f, Level)
         assert isinstance(shape, RowsShape)
+        one = one if columns is None else replace(one, v=np.ascontiguousarray(one.v[:, columns]))
         unit = _unit(one.v) if floating and self.dout is None else 0
         k, v = (matrix_of(f, x) for x in (one.k, scaled(one.v, -unit)))
         most = TILE_LEVEL if floating else TILE
         for tile in [lines] if shape.together else _tiles(lines, one.k.shape[0], most):
-            _tile(one, f, shape, tile, k, v, unit, raw, self.dout, sums, self.dlse)
+            _tile(one, f, shape, tile, k, v, unit, raw, self.dout, sums, self.dlse, columns)
 
 
 def run(problem: Problem, f: Any, dout: Any = None, threads: int = 1, dlse: Any = None, **some: Any) -> Raw:
@@ -250,6 +262,7 @@ def _tile(
     dout: NDArray[np.float64] | None,
     sums: bool,
     dlse: NDArray[np.float64] | None,
+    columns: NDArray[np.intp] | None = None,
 ) -> None:
     define = shape.define
     o = one.options(f, tile) if dout is None else one.options(f, tile, Tape)
@@ -273,7 +286,8 @@ def _tile(
             collect(one, at, dict(zip(leaves, grads, strict=True)), raw, sums)
             out, lse = out.value, None if lse is None else lse.value
         _shaped(one, "out", out, (len(tile), one.v.shape[1]))
-        raw["out"][at] = _scaled(numbers_of(out), unit)
+        to = at if columns is None else (*at[:2], at[2][:, None], columns)
+        raw["out"][to] = _scaled(numbers_of(out), unit)
         if (lse is None) == ("lse" in raw):
             given = "no lse" if lse is None else "an lse"
             raise InvalidProblem(f"{one.problem.variant}: has_lse is {'lse' in raw}, its definition returns {given}")

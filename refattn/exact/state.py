@@ -81,6 +81,14 @@ class State:
         sure = [np.asarray(self.decided[name].all(-1)) for name in BY_KEY]
         return ~(sure[0] & sure[1])
 
+    def open_columns(self) -> NDArray[np.intp] | None:
+        """Return the columns of out that are not decided, one at least, where these are few; else None."""
+        if "out" not in self.decided:
+            return None
+        open_ = ~self.decided["out"].all((0, 1, 2))
+        found = np.nonzero(open_)[0]
+        return (found if found.size else np.arange(1)) if 2 * found.size < open_.size else None
+
     @property
     def sums_open(self) -> bool:
         """Tell whether anything that sums over rows, dk and dv apart, is not decided."""
