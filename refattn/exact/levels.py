@@ -328,10 +328,8 @@ class Bounded(Reflected):
         """Return heads A_0 .. A_{L-1} and tails A_{>=0} .. A_{>=L}, cut along rows exactly, in `into` if given."""
         if b in self.kept:
             return self.kept[b]  # type: ignore[no-any-return]
-        xp, device = self.f.xp, self.f.device
-        sigma = xp.empty((level, len(self.h)))
-        if level:
-            e = power_above(largest(np.abs(self.h), 1) if device is None else device.sizes(self.h)[0])
+        xp, device, sigma = self.f.xp, self.f.device, self.f.xp.empty((level, len(self.h)))
+        e = power_above(largest(np.abs(self.h), 1) if device is None else device.sizes(self.h)[0]) if level else 1.0
         for s in range(level):
             sigma[s] = e * (1.5 * 2.0 ** (52 - b - s * (b + 1)))
         heads, tails = into or (xp.empty((level, *self.h.shape)), xp.empty((level + 1, *self.h.shape)))

@@ -141,7 +141,7 @@ class Card:
         return self.xp.asarray(np.stack([high, low], 1)), *log2
 
     def sizes(self, x: Any) -> tuple[Any, Any, Any]:
-        """Return what :func:`refattn.exact.stream.sizes_of` does."""
+        """Return what :func:`refattn.exact.right.sizes_of` does."""
         from .finish import sizes  # what ends a tile is built on the streaming path, which asks for this
 
         return sizes(self, x)

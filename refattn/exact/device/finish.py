@@ -16,7 +16,8 @@ from ..anywhere import on_host
 from ..doubledouble import EXP2_ERROR, EXP2_FLOOR, U
 from ..enclosure import Enclosure
 from ..levels import ETA, UP, Level, gamma
-from ..stream import SLACK, SQUARED, Forward
+from ..right import SQUARED
+from ..stream import SLACK, Forward
 from ..tiles import Sums
 from .card import text_of
 
@@ -38,7 +39,7 @@ def text_finish(level: int) -> str:
 
 
 def sizes(card: Any, x: Any) -> tuple[Any, Any, Any]:
-    """Return each row's largest size, its sum of sizes, and a bound of its 2-norm, as ``stream.norms`` has it.
+    """Return each row's largest size, its sum of sizes, and a bound of its 2-norm, as ``right.norms`` has it.
 
     Parameters
     ----------
