@@ -253,17 +253,9 @@ def _rounded(
         keys = _few_keys(state) if by_key and not state.sums_open else None
         need = state.open_rows(keys_apart=keys is not None)
     typed = {n: narrowed(v, state.form(n)) for n, v in state.values.items()}
-    open_ = {n: int((~d).sum()) for n, d in state.decided.items()}
-    return Answer(
-        problem,
-        typed,
-        Fetched(state.enclosures) if there else state.enclosures,
-        form.name,
-        open_,
-        {},
-        state.stats,
-        state.decided,
-    )
+    open_ = {n: d.size - int(np.count_nonzero(d)) for n, d in state.decided.items()}
+    enclosures = Fetched(state.enclosures) if there else state.enclosures
+    return Answer(problem, typed, enclosures, form.name, open_, {}, state.stats, state.decided)
 
 
 def _over_balls(work: Work, f: Balls, *some: Any) -> Raw:

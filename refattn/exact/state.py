@@ -116,6 +116,6 @@ class State:
 
     def count(self, level: str, seconds: float) -> None:
         """Note what a level decided."""
-        now = sum(int(d.sum()) for d in self.decided.values())
+        now = sum(int(np.count_nonzero(d)) for d in self.decided.values())
         self.stats[level] = {"decided": now - self._before, "seconds": seconds}
         self._before = now
