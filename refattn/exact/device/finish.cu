@@ -111,7 +111,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sizes_down(
 }
 
 // One thread a row: the radius of its denominator, the sink, its log-sum-exp, and what the radius of its numerator
-// needs, by_row (rows, PLANES + 2): the weights' error, the sum's bounds by heads and tail, what the sink multiplies with.
+// needs, by_row (rows, PLANES + 2): bounds of the sums of heads and of the tail, the weights' error, and what the sink
+// multiplies with.
 extern "C" __global__ void __launch_bounds__(THREADS) close_rows(
     int rows, double keys, double half0, double half1, double half2, double sums_lose,
     const double* __restrict__ table, double ln2, double ln2_low, double e_h, double e_low, double e_r,
@@ -173,7 +174,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) divide(
     double r = own[PLANES] * top + 2.0 * U * last;
     r = top == 0.0 ? 0.0 : (r + rounding * rounded) * SLACK * UP + ETA;
     if (fade != 1.0 && r != 0.0) r = r * fade + ETA;
-    const Number found = over({num[i] * fade, num_low[i] * fade, r}, {sums[3 * row], sums[3 * row + 1], sums[3 * row + 2]});
+    const Number bottom = {sums[3 * row], sums[3 * row + 1], sums[3 * row + 2]};
+    const Number found = over({num[i] * fade, num_low[i] * fade, r}, bottom);
     out[3 * i] = found.h;
     out[3 * i + 1] = found.low;
     out[3 * i + 2] = found.r;
