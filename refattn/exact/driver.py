@@ -215,16 +215,12 @@ def _rounded(
     own_bias = problem.bias is not None and problem.bias.shape == (*problem.out_shape[:3], problem.n_k)
     state = State(form, lse_form, ("out", "lse", "dq", "dbias") if own_bias else ("out", "lse", "dq"))
     work = Work(problem, dout, threads, dlse, device)
-    there = device is not None
     by_key, keys = work.by_keys, None
     first = (START if dout is None else START_BACK)[form.precision]
     levels: list[Level | Balls] = [Level(level, device) for level in range(first, 4)]
     levels += [Balls(bits) for bits in LADDER]
     for f in levels:
         start = time.perf_counter()
-        if there and isinstance(f, Balls):  # Arb is the CPU's
-            there = False
-            state.fetch()
         with f.working() if isinstance(f, Balls) else nullcontext():
             known: RowsByHead = {}
             try:
@@ -254,7 +250,7 @@ def _rounded(
         need = state.open_rows(keys_apart=keys is not None)
     typed = {n: narrowed(v, state.form(n)) for n, v in state.values.items()}
     open_ = {n: d.size - int(np.count_nonzero(d)) for n, d in state.decided.items()}
-    enclosures = Fetched(state.enclosures) if there else state.enclosures
+    enclosures = state.enclosures if device is None else Fetched(state.enclosures)
     return Answer(problem, typed, enclosures, form.name, open_, {}, state.stats, state.decided)
 
 

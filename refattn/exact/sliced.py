@@ -86,7 +86,7 @@ class Plain(Matrix):
 
 def _in_range(x: Float, axis: int) -> bool:
     """Tell whether the largest of each row or column is 0 or of a size that slices can be made of."""
-    top = np.abs(x).max(axis, initial=0.0)
+    top = np.maximum(x.max(axis, initial=0.0), -x.min(axis, initial=0.0))
     return bool(((top == 0) | ((top < RANGE) & (top > 1 / RANGE))).all())  # False where there is NaN
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import Format
 from .anywhere import beside, on_host
-from .enclosure import Enclosure, Fetched
+from .enclosure import Enclosure
 
 __all__ = ["State"]
 
@@ -64,17 +64,13 @@ class State:
                 fresh &= keys[..., None]
             if name in self.by_row:
                 fresh &= need if name == "lse" else need[..., None]
-            there = beside(x, fresh)
-            better = enclose(x[there])
+            better = enclose(x[beside(x, fresh)])
             value, decided = better.settle(self.form(name))
-            for part in ("mid", "tail", "radius"):
-                getattr(self.enclosures[name], part)[there] = getattr(better, part)
-            self.values[name][there], self.decided[name][fresh] = value, on_host(decided)
-
-    def fetch(self) -> None:
-        """Take what is on a device to the CPU, which goes on."""
-        self.enclosures = dict(Fetched(self.enclosures))
-        self.values = {n: on_host(x) for n, x in self.values.items()}
+            there = beside(self.values[name], fresh)
+            pairs = [(getattr(self.enclosures[name], n), getattr(better, n)) for n in ("mid", "tail", "radius")]
+            for to, new in [*pairs, (self.values[name], value)]:  # on a device also where the CPU goes on
+                to[there] = beside(to, new) if isinstance(new, np.ndarray) else new
+            self.decided[name][fresh] = on_host(decided)
 
     def open_keys(self) -> NDArray[np.bool_]:
         """Return the keys with a gradient that is not decided, (b, h_kv, n_k)."""
