@@ -16,6 +16,7 @@ from refattn.exact.device.card import KEYS, card_of
 from refattn.exact.device.forward import bytes_needed
 from refattn.exact.levels import Level, head_bits
 from refattn.exact.run import Work
+from refattn.exact.stream import Forward
 from tests.exact.device.drawn import compare, draw
 from tests.exact.device.gate import enclosures, same_bits
 from tests.he.device.emulated import GXX
@@ -136,6 +137,35 @@ def test_what_is_planted_is_what_fails(trusted):
     good = Work(p).run(Level(3))["out"]
     off = np.abs((raw[..., 0] - good[..., 0]) + (raw[..., 1] - good[..., 1]))
     assert (off <= raw[..., 2] + good[..., 2]).all()
+
+
+@pytest.mark.parametrize("sink", [None, np.array([3.0]), np.array([-40.0])])
+def test_a_tile_ends_as_the_operators_end_it(trusted, monkeypatch, sink):
+    """The finishing kernels beside the text of the CPU, over the same sums: the same numbers, the same radii."""
+    ends, names = [], ("out", "shift", "sums", "relative", "lse")
+
+    def both(work, at, sums):
+        for end in (finish.finish, Forward._finish):
+            end(work, at, sums)
+            ends.append([getattr(work, n)[at].get() for n in names])
+
+    monkeypatch.setattr(forward.OnDevice, "_finish", both)
+    p = head(np.random.default_rng(6), n=70, m=40, d=5, sink=sink, causal="bottom_right")
+    p.value[..., 2] = 0.0
+    for level in range(4):
+        ends.clear()
+        Work(p, device=card_of(0)).run(Level(level, card_of(0)))
+        for mine, theirs in zip(ends[::2], ends[1::2], strict=True):
+            assert np.isfinite(mine[0]).all()
+            assert not mine[0][:, 2].any()  # of a column of zeros all is 0, and known
+            for x, y in zip(mine[:3], theirs[:3], strict=True):
+                assert (x[..., :2] == y[..., :2]).all() if x.ndim > 1 else (x == y).all()
+            radii = [(x[..., 2], y[..., 2]) for x, y in zip(mine, theirs, strict=True) if x.ndim > 1]
+            for x, y in [*radii[:-1], (mine[3], theirs[3])]:  # each within UP of what is not rounded
+                assert (np.abs(x - y) <= 2.0**-40 * y).all()
+            (x, r), (y, s) = ((z[-1][:, :2], z[-1][:, 2]) for z in (mine, theirs))
+            assert (np.abs((x[:, 0] - y[:, 0]) + (x[:, 1] - y[:, 1])) <= r + s).all()  # log2 may differ
+            assert (r <= 2 * s).all()
 
 
 def test_a_rows_sum_is_compensated(trusted):
