@@ -14,11 +14,13 @@ from refattn.exact.anywhere import narrowed
 from refattn.exact.device import card, finish, forward
 from refattn.exact.device.card import KEYS, card_of
 from refattn.exact.device.forward import bytes_needed
+from refattn.exact.enclosure import Enclosure
 from refattn.exact.levels import Level, head_bits
 from refattn.exact.run import Work
 from refattn.exact.stream import Forward
+from tests.exact.device import gate
 from tests.exact.device.drawn import compare, draw
-from tests.exact.device.gate import enclosures, same_bits
+from tests.exact.device.gate import against, enclosures, same_bits
 from tests.he.device.emulated import GXX
 
 pytestmark = GXX
@@ -51,6 +53,26 @@ def test_enclosures_hold_at_every_level(trusted):
     count, violations, _ = enclosures(1500, seed=1)
     assert count >= 1500
     assert violations == 0
+
+
+def test_the_gate_sees_what_is_outside():
+    exact = Enclosure(np.array([1.0, 1.0, 1.0, -np.inf, np.nan]), np.array([2.0**-60, 0, 0, 0, 0]), np.zeros(5))
+    got = np.array([[1, 2.0**-60, 2.0**-90], [1, 3 * 2.0**-80, 2.0**-80], [1, 0, 0], [-np.inf, 0, 0], [0.0, 0, 1]])
+    assert against(exact, got).tolist() == [0.0, 3 * (1 - 2.0**-40), 0.0, 0.0, np.inf]
+    assert against(exact, np.full((5, 3), np.inf)).tolist() == [np.inf, np.inf]  # what is no number proves nothing
+
+
+def test_parts_that_ended_are_not_run_again(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(gate, "same_bits", lambda *some: asked.append(some) or (some[1] - 1, {"Arb": 2}))
+    monkeypatch.setattr(gate, "enclosures", lambda *some, draw: asked.append(some) or (7, 0, {("out", 1): 0.5}))
+    for _ in range(2):
+        assert gate.gate("cuda", gate.CALLS + 2, 5, seed=1, folder=tmp_path / "kept") == 2 * gate.CALLS
+        assert len(asked) == 5  # parts of 25 and 2 calls, the same with gradients, one of comparisons
+    assert len({some[2] for some in asked[:2]}) == 2  # each has a seed of its own
+    said = capsys.readouterr().out
+    assert "27 calls on cuda, 25 differ from the CPU" in said
+    assert "7 comparisons with Arb at 320 bits, 0 violations" in said
 
 
 def test_a_threads_keys_and_tiles_of_rows_meet(trusted, monkeypatch):
