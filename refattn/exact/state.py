@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import Format
-from .anywhere import beside, on_host
+from .anywhere import beside, on_host, within
 from .enclosure import Enclosure
 
 __all__ = ["State"]
@@ -64,13 +64,14 @@ class State:
                 fresh &= keys[..., None]
             if name in self.by_row:
                 fresh &= need if name == "lse" else need[..., None]
-            better = enclose(x[beside(x, fresh)])
+            at = np.unravel_index(np.flatnonzero(fresh), fresh.shape)
+            better = enclose(x[within(x, at)])
             value, decided = better.settle(self.form(name))
-            there = beside(self.values[name], fresh)
+            there = within(self.values[name], at)
             pairs = [(getattr(self.enclosures[name], n), getattr(better, n)) for n in ("mid", "tail", "radius")]
             for to, new in [*pairs, (self.values[name], value)]:  # on a device also where the CPU goes on
                 to[there] = beside(to, new) if isinstance(new, np.ndarray) else new
-            self.decided[name][fresh] = on_host(decided)
+            self.decided[name][at] = on_host(decided)
 
     def open_keys(self) -> NDArray[np.bool_]:
         """Return the keys with a gradient that is not decided, (b, h_kv, n_k)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -145,11 +146,10 @@ class Forward:
         self.out, self.lse = into or (xp.zeros((len(rows), v.shape[1], 3)), xp.zeros((len(rows), 3)))
         scale = one.options(host, slice(0, 1)).scale * host.log2e
         self.c, self.c_low = float(scale.h[0, 0]), float(scale.l[0, 0])
-        self.ln2 = f.log2()
         self.whole = bool(one.allowed.all())
         self.wide = tile_sizes()[1] if f.device is None else f.device.keys
         self.tiles, self.kinds = tiles_of(one.allowed, rows, n_k, self.wide)
-        self.shift, self.relative, self.sums = xp.zeros(len(rows)), xp.zeros(len(rows)), xp.zeros((len(rows), 3))
+        self.shift, self.relative, self.sums = xp.empty(len(rows)), xp.empty(len(rows)), xp.empty((len(rows), 3))
         b, self.width = head_bits(d, level), head_bits(min(self.wide, n_k), level)
         if f.device is None:
             self.values: Sequence[Right]
@@ -187,6 +187,11 @@ class Forward:
         top = self.cap[1][0] * UP
         self.radius = (self.radius + top * elementwise.CAPPED_ERROR + float(np.ravel(most.r)[0])) * UP
         self.size = np.minimum(self.size, top)
+
+    @cached_property
+    def ln2(self) -> Bounded:
+        """log(2)."""
+        return self.f.log2()
 
     def some(self, rows: NDArray[np.intp]) -> Forward:
         """Return what is known of some of the rows."""

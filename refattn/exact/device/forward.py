@@ -73,7 +73,7 @@ def rows_of_a_tile(one: Head, f: Level, rows: int) -> int:
     UnsupportedProblem
         Even the fewest rows need more memory than there is; it says how much. Or keys are too wide or too many.
     """
-    size, free = ROWS // (1 << f.level.bit_length()), f.device.free()
+    size = ROWS // (1 << f.level.bit_length())
     more = one.bias is not None or not one.allowed.all()
     (n_k, d), d_v = one.k.shape, one.v.shape[1]
     if d >= WIDEST or n_k >= LONGEST:
@@ -81,6 +81,7 @@ def rows_of_a_tile(one: Head, f: Level, rows: int) -> int:
             f"device: got {n_k} keys of {d} numbers; bounds are proven for fewer than {LONGEST} keys of fewer than "
             f"{WIDEST}; use device='cpu'"
         )
+    free = f.device.free(2 * bytes_needed(rows, n_k, d, d_v, f.level, size, more))
     while (need := bytes_needed(rows, n_k, d, d_v, f.level, size, more)) > free and size > FEWEST:
         size //= 2
     if need > free:
