@@ -172,7 +172,7 @@ class OnDevice(Forward):
             level, "weigh", r,
             (planes, np.int32(w), np.float64(self.c), np.float64(self.c_low), table, *map(np.float64, ln2),
              np.int32(self.cap is not None), *scalars, pointer[0], *map(np.float64, self.log2e), pointer[1], pointer[2],
-             *map(np.float64, cuts), part.m, part.den, part.den_low, fade),
+             *map(np.float64, cuts), part.m, part.den, part.den_low, fade, part.done),
         )  # fmt: skip
         self.values[n].levels(planes.reshape(r, -1), level, list(parts))
         d_v = self.out.shape[1]
@@ -180,4 +180,3 @@ class OnDevice(Forward):
             level, "collect", max(1, -(-r * d_v // device.threads)),
             (parts, np.int64(self._parts.shape[1] * d_v), np.int32(r), np.int32(d_v), fade, part.num, part.num_low),
         )  # fmt: skip
-        part.done += 1

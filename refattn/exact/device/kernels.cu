@@ -119,7 +119,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) cut(
 }
 
 // One block a row: turn the scores' levels of a tile, planes (rows, LEVEL + 1, w), into the weights' heads and tail in
-// their place; raise the row's shift m, and add to its denominator. fade is what the row's sums were multiplied with.
+// their place; raise the row's shift m, add to its denominator, and count the tile. fade is what the row's sums were
+// multiplied with.
 // sees is null where every row sees every key.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) weigh(
     double* planes, int w, double c, double c_low,
@@ -127,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) weigh(
     int capped, double k, double k_low, double cap, double cap_low,
     const double* __restrict__ bias, double log2e, double log2e_low,
     const int* __restrict__ sees, const unsigned char* __restrict__ mask,
-    double cut0, double cut1, double cut2, double* m, double* den, double* den_low, double* fade) {
+    double cut0, double cut1, double cut2, double* m, double* den, double* den_low, double* fade, double* done) {
     __shared__ double tops[THREADS / 32], sums[THREADS / 32][PLANES][2];
     const int row = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     double* own = planes + (size_t)row * PLANES * w;
@@ -201,6 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) weigh(
     den[row] = d;
     den_low[row] = d_low;
     fade[row] = factor;
+    done[row] += 1.0;
 }
 
 // num + num_low (rows, width) times the row's fade, plus the levels of a product, parts (LEVEL + 1, stride)

@@ -196,13 +196,13 @@ def test_a_rows_sum_is_compensated(trusted):
     planes = np.full((1, 1, 512), -60.0)
     planes[0, 0, 64::64], planes[0, 0, 0] = -53.2, 0.0  # the keys of one thread
     there, (table, *ln2) = card.xp.asarray(planes), card.table
-    m, den, low, fade = (card.xp.asarray(np.array([x])) for x in (0.0, 0.0, 0.0, 1.0))
+    m, den, low, fade, done = (card.xp.asarray(np.array([x])) for x in (0.0, 0.0, 0.0, 1.0, 3.0))
     number, none, none_of_it = np.float64(0.0), np.uint64(0), np.int32(0)
     given = (there, np.int32(512), np.float64(1.0), number, table, *map(np.float64, ln2), none_of_it, *[number] * 4)
-    card.launch(0, "weigh", 1, (*given, none, number, number, none, none, *[number] * 3, m, den, low, fade))
+    card.launch(0, "weigh", 1, (*given, none, number, number, none, none, *[number] * 3, m, den, low, fade, done))
     off = math.fsum([float(den[0]), float(low[0]), *(-there.get().ravel())])
     assert abs(off) <= card.row_sum_error(512) * float(den[0])
-    assert float(m[0]) == 0.0
+    assert (float(m[0]), float(done[0])) == (0.0, 4.0)
 
 
 def test_tiles_leave_a_head_of_a_weight_its_bits():
