@@ -1,6 +1,6 @@
 // What is asked of a matrix before its products, and what a tile of rows ends with, after the text of kernels.cu and in
 // its words: the operators of levels.py, what a row is finished with in stream.py, the rounding test of enclosure.py.
-// U, UP, ETA, SLACK, EXP2_ERROR and BELOW are theirs, and defined before this text.
+// U, UP, ETA, SLACK, SQUARED, EXP2_ERROR and BELOW are theirs, and defined before this text.
 #define LEAST_EXPONENT (-1074.0)
 
 struct Number { double h, low, r; };  // h + low, known within r
@@ -65,8 +65,8 @@ __device__ __forceinline__ Number log_of(Number x, Number log_two, const double*
     return plus(times({t, 0.0, 0.0}, log_two), e);
 }
 
-// Of each row of x (rows, columns), whose neighbours in memory are columns: the largest size, the sum of sizes, and
-// that of squares, in out (3, rows). A warp has one row.
+// Of each row of x (rows, columns), whose neighbours in memory are columns: the largest size, the sum of sizes, and a
+// bound of the 2-norm, in out (3, rows). A warp has one row.
 extern "C" __global__ void __launch_bounds__(THREADS) sizes_across(
     const double* __restrict__ x, long long rows, long long columns, long long step, double* out) {
     const long long row = (long long)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
@@ -86,12 +86,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) sizes_across(
     if (row < rows && threadIdx.x % 32 == 0) {
         out[row] = top;
         out[rows + row] = sum;
-        out[2 * rows + row] = squares;
+        out[2 * rows + row] = sqrt(squares) * UP + SQUARED;
     }
 }
 
-// The same where neighbours are rows: by parts of `each` columns, out (3, parts, rows). A thread has one row of a part,
-// and blocks are `across` to a part.
+// The same where neighbours are rows, but sums of squares: by parts of `each` columns, out (3, parts, rows). A thread
+// has one row of a part, and blocks are `across` to a part.
 extern "C" __global__ void __launch_bounds__(THREADS) sizes_down(
     const double* __restrict__ x, long long rows, long long columns, long long step, int across, int parts,
     long long each, double* out) {

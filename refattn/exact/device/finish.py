@@ -25,7 +25,8 @@ __all__ = ["KERNELS", "OnCard", "finish", "sizes", "text_finish"]
 
 KERNELS = ("sizes_across", "sizes_down", "close_rows", "divide", "settle")
 CONSTANTS = {
-    "U": U, "UP": UP, "ETA": ETA, "SLACK": SLACK, "EXP2_ERROR": EXP2_ERROR, "BELOW": 2.0 ** (EXP2_FLOOR + 1)
+    "U": U, "UP": UP, "ETA": ETA, "SLACK": SLACK, "SQUARED": SQUARED, "EXP2_ERROR": EXP2_ERROR,
+    "BELOW": 2.0 ** (EXP2_FLOOR + 1),
 }  # fmt: skip
 PARTS, SHORTEST = 2**10, 2**6
 """Parts of columns that lie along a row at most, and the fewest columns of one."""
@@ -63,8 +64,8 @@ def sizes(card: Any, x: Any) -> tuple[Any, Any, Any]:
         given = (x, *numbers, np.int32(across), np.int32(parts), np.int64(each), out)
         card.launch(0, "sizes_down", across * parts, given, text_finish)
         found = out.sum(1)
-        found[0] = out[0].max(0)
-    return found[0], found[1], np.sqrt(found[2]) * UP + SQUARED
+        found[0], found[2] = out[0].max(0), np.sqrt(found[2]) * UP + SQUARED
+    return found[0], found[1], found[2]
 
 
 def finish(work: Forward, at: slice, sums: Sums) -> None:
