@@ -44,7 +44,7 @@ def product(left, right, bits=BITS):
         return (Matrix(f.array(left), f) @ sliced.taken(f, right)).a
 
 
-@pytest.mark.parametrize(("n", "k", "m"), [(1, 64, 600), (1, 2100, 16), (3, 4096, 24)])
+@pytest.mark.parametrize(("n", "k", "m"), [(1, 64, 600), (1, 2100, 16), (2, 2100, 16)])
 @pytest.mark.parametrize("wide", [False, True])
 def test_products_are_enclosed_to_their_bits(n, k, m, wide):
     left, right = matrices(1, n, k, m, wide)
