@@ -44,6 +44,7 @@ CALLS: tuple[tuple[int, str, bool, float | None], ...] = (
 BACKWARD: tuple[tuple[int, str, bool, float | None], ...] = (
     (4096, "float32", False, None),
     (16384, "float32", False, 0.5),
+    (16384, "float32", True, None),
     (16384, "bfloat16", False, None),
 )
 """With gradients."""

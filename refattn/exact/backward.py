@@ -28,8 +28,9 @@ from .doubledouble import EXP2_FLOOR, U
 from .heads import Head, numbers_of
 from .keys import Rows, column
 from .levels import ETA, UP, Bounded, Level, gamma, head_bits
+from .right import Right
 from .row import Row
-from .stream import SLACK, Forward, Right, each, each_tile, forward_pass
+from .stream import SLACK, Forward, each, each_tile, forward_pass
 
 __all__ = ["Backward", "Held", "KeySums", "backward"]
 

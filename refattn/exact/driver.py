@@ -215,33 +215,31 @@ def _rounded(
     own_bias = problem.bias is not None and problem.bias.shape == (*problem.out_shape[:3], problem.n_k)
     state = State(form, lse_form, ("out", "lse", "dq", "dbias") if own_bias else ("out", "lse", "dq"))
     work = Work(problem, dout, threads, dlse, device)
-    there = device is not None
     by_key, keys = work.by_keys, None
     first = (START if dout is None else START_BACK)[form.precision]
     levels: list[Level | Balls] = [Level(level, device) for level in range(first, 4)]
     levels += [Balls(bits) for bits in LADDER]
     for f in levels:
         start = time.perf_counter()
-        if there and isinstance(f, Balls):  # Arb is the CPU's
-            there = False
-            state.fetch()
         with f.working() if isinstance(f, Balls) else nullcontext():
             known: RowsByHead = {}
             try:
-                raw = (
-                    _over_balls(work, f, need, keys, known) if isinstance(f, Balls) else work.run(f, need, keys, known)
-                )
+                if isinstance(f, Balls):
+                    raw = _over_balls(work, f, need, keys, known, state.open_columns() if work.by_columns else None)
+                else:
+                    raw = work.run(f, need, keys, known)
             except UnsureSign:
                 if f is levels[-1]:
                     raise
                 continue
-            state.take(raw, need, keys, Enclosure.of if isinstance(f, Balls) else _enclosed)
+            enclose = Enclosure.of if isinstance(f, Balls) else _enclosed if device is None else device.enclosed
+            state.take(raw, need, keys, enclose)
             boundaries = decide_by_ends(raw, state) if isinstance(f, Balls) else {}
             if by_key and keys is None and isinstance(f, Level) and (few := _few_keys(state)) is not None:
                 # again, one level up, with what this level's rows know
                 none = np.zeros_like(need)
                 raw = work.run(Level(min(f.level + 1, 3), device), none, few, known)
-                state.take(raw, none, few, _enclosed)
+                state.take(raw, none, few, enclose)
         if isinstance(f, Balls) and f.bits == EXACT_FROM and not state.done:
             exact_lse(problem, state, boundaries)
             exact_ties(work, state, state.open_rows(), boundaries)
@@ -251,17 +249,9 @@ def _rounded(
         keys = _few_keys(state) if by_key and not state.sums_open else None
         need = state.open_rows(keys_apart=keys is not None)
     typed = {n: narrowed(v, state.form(n)) for n, v in state.values.items()}
-    open_ = {n: int((~d).sum()) for n, d in state.decided.items()}
-    return Answer(
-        problem,
-        typed,
-        Fetched(state.enclosures) if there else state.enclosures,
-        form.name,
-        open_,
-        {},
-        state.stats,
-        state.decided,
-    )
+    open_ = {n: d.size - int(np.count_nonzero(d)) for n, d in state.decided.items()}
+    enclosures = state.enclosures if device is None else Fetched(state.enclosures)
+    return Answer(problem, typed, enclosures, form.name, open_, {}, state.stats, state.decided)
 
 
 def _over_balls(work: Work, f: Balls, *some: Any) -> Raw:

@@ -13,6 +13,7 @@ docs/proofs/products.md and docs/proofs/operators.md.
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import flint
@@ -58,9 +59,12 @@ class Level:
         self.level, self.device = level, device
         self.xp = np if device is None else device.xp
         self.name = f"float64 enclosures, L = {level}"
+
+    @cached_property
+    def log2e(self) -> Bounded:
+        """1 / log(2)."""
         with precision(LOG2E_BITS):
-            high, low = constant(1 / flint.arb(2).log())
-        self.log2e = Bounded(self, *(self.xp.array([[x]]) for x in (high, low, 2.0**-104)))
+            return self._ball(1 / flint.arb(2).log())
 
     @property
     def steps(self) -> Any:
@@ -91,8 +95,8 @@ class Level:
 
     def _ball(self, x: Any) -> Bounded:
         h, low = constant(x)
-        exact = x == flint.arb(h)
-        return Bounded(self, *(self.xp.array([[v]]) for v in (h, low, 0.0 if exact else abs(h) * 2.0**-104)))
+        r = 0.0 if x == flint.arb(h) else abs(h) * 2.0**-104
+        return Bounded(self, *(self.xp.array([[v]]) for v in (h, low, r)))
 
 
 class Bounded(Reflected):
@@ -192,9 +196,8 @@ class Bounded(Reflected):
         small = np.abs(self.l * o.l) + 4 * U * (np.abs(e) + np.abs(a) + np.abs(b))
         x, y = np.abs(self.h) + np.abs(self.l), np.abs(o.h) + np.abs(o.l)
         r = (small + x * o.r + y * self.r + self.r * o.r) * UP + ETA
-        return Bounded(
-            self.f, h, low, np.where((x + self.r == 0) | (y + o.r == 0), 0.0, r)
-        )  # 0 times a number is exact
+        r = np.where((x + self.r == 0) | (y + o.r == 0), 0.0, r)  # 0 times a number is exact
+        return Bounded(self.f, h, low, r)
 
     def __truediv__(self, o: Any) -> Bounded:
         o = self._taken(o)
@@ -328,9 +331,8 @@ class Bounded(Reflected):
         """Return heads A_0 .. A_{L-1} and tails A_{>=0} .. A_{>=L}, cut along rows exactly, in `into` if given."""
         if b in self.kept:
             return self.kept[b]  # type: ignore[no-any-return]
-        top, xp = largest(np.abs(self.h), 1), self.f.xp
-        e = power_above(top)
-        sigma = xp.empty((level, len(e)))
+        xp, device, sigma = self.f.xp, self.f.device, self.f.xp.empty((level, len(self.h)))
+        e = power_above(largest(np.abs(self.h), 1) if device is None else device.sizes(self.h)[0]) if level else 1.0
         for s in range(level):
             sigma[s] = e * (1.5 * 2.0 ** (52 - b - s * (b + 1)))
         heads, tails = into or (xp.empty((level, *self.h.shape)), xp.empty((level + 1, *self.h.shape)))
@@ -382,12 +384,9 @@ def _row_sum(x: Any) -> Any:
     return np.abs(x).sum(1, keepdims=True) * ALL
 
 
-def _column_max(x: Any) -> Any:
-    return np.abs(x).max(0, keepdims=True)
-
-
 def _most(x: Any, wide: bool) -> Any:
-    return _column_max(x).max(1, keepdims=True) if wide else _column_max(x)
+    top = np.abs(x).max(0, keepdims=True)
+    return top.max(1, keepdims=True) if wide else top
 
 
 def _radius_sum(x: Bounded) -> Any:

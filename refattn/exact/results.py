@@ -67,9 +67,14 @@ def add(target: NDArray[Any], index: Any, x: NDArray[Any]) -> None:
     target[index] = np.stack([h, tail, (old[..., 2] + x[..., 2] + lost) * UP], -1)
 
 
+def odd_values(one: Head) -> NDArray[np.intp]:
+    """Return the keys whose values have NaN or inf."""
+    return np.zeros(0, np.intp) if one.v is one.values else np.nonzero(~finite_rows(one.values))[0]
+
+
 def finite(one: Head) -> bool:
     """Tell whether no query of a head sees NaN or inf."""
-    odd = np.nonzero(~finite_rows(one.values))[0]
+    odd = odd_values(one)
     return not one.spoilt.any() and not (odd.size and one.allowed[:, odd].any())
 
 
@@ -106,7 +111,7 @@ def specials(one: Head, raw: Raw, f: Any, positive: bool) -> None:
         lse = raw["lse"][at]
         mark(lse, ~one.allowed.any(1), -np.inf if one.sink is None else one.sink, f)
         mark(lse, one.spoilt, np.nan, f)
-    odd = np.nonzero(~finite_rows(one.values))[0]
+    odd = odd_values(one)
     seen = one.allowed[:, odd].astype(np.float32)
     if seen.any():
         kinds = (np.isposinf, np.isneginf, np.isnan)

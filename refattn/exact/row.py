@@ -11,7 +11,8 @@ from .anywhere import beside
 from .doubledouble import EXP2_FLOOR, U, two_sum
 from .keys import column
 from .levels import ETA, UP, Bounded, gamma
-from .stream import SLACK, norms, product_sizes
+from .right import norms, product_sizes
+from .stream import SLACK
 
 if TYPE_CHECKING:
     from .backward import Backward

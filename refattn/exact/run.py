@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -13,33 +14,38 @@ from numpy.typing import NDArray
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..masks import unused
 from ..problem import Problem
-from ..rules import View
 from ..variants import Rows as RowsShape
 from ..variants import Steps, variant_of
-from .anywhere import largest, scaled, within
+from .anywhere import scaled
 from .arithmetics import Floats
-from .backward import backward
-from .gather import joined, parts, seeing
+from .gather import joined, parts
 from .heads import Head, heads, matrix_of, numbers_of
-from .keys import FEW, Rows, few_keys, rows_by_definition, rows_of
-from .levels import Bounded, Level
+from .keys import Rows
+from .levels import Level
 from .lowering import lower
-from .results import Raw, add, add_dbias, collect, finite, mark, put, single, specials
+from .results import Raw, add, collect, finite, mark, put, single, specials
 from .steps import by_steps
-from .stream import STREAMED, Forward, each, forward_pass, stream, streams
+from .stream import STREAMED, each, streams
+from .streamed import (
+    TILE,
+    RowsByHead,
+    head_gradients,
+    in_units,
+    near_one,
+    open_keys,
+    place,
+    streamed_head,
+    unit_of,
+)
 from .tape import Tape, gradients
 from .trust import check_machine, check_thread
 
 __all__ = ["Raw", "RowsByHead", "Work", "run", "specials"]
 
-TILE = 2**18  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
 TILE_LEVEL = 2**17
 FURTHER = ("dbias", "dsink", "dalpha", "dbeta", "dstate")  # gradients of what a call may have
 STREAM_FROM = 256  # keys: fewer are faster whole
 ONLY = "has no streaming path, and nothing else runs on a GPU"
-
-RowsByHead = dict[tuple[int, int, int], Rows]
-"""What the rows of a head know, by batch, head and first row."""
 
 
 class Work:
@@ -83,15 +89,15 @@ class Work:
         self.streamed = [(device is not None or len(s.k) >= STREAM_FROM) and streams(s) for s in self.there]
         if device is not None and not all(self.streamed):
             raise UnsupportedProblem(f"device: {problem.variant} attention with these options {ONLY}; use device='cpu'")
-        plain = dlse is None and self.p.out_scale is None
+        plain = dlse is None
         self.backward = [
-            yes and plain and dout is not None and streams(s, backward=True) and _plain(s, dout)
+            yes and plain and dout is not None and streams(s, backward=True) and near_one(s, dout)
             for yes, s in zip(self.streamed, self.there, strict=True)
         ]
         if device is not None and dout is not None and not all(self.backward):
             raise UnsupportedProblem(
-                "device: gradients of a call with a softcap or an out_scale, or with numbers beyond 2**200, have no "
-                "streaming path, and nothing else runs on a GPU; use device='cpu'"
+                "device: gradients of a call with a softcap, or with numbers beyond 2**200, have no streaming path, "
+                "and nothing else runs on a GPU; use device='cpu'"
             )
 
     @cached_property
@@ -103,6 +109,11 @@ class Work:
     def by_keys(self) -> bool:
         """Tell whether the gradients of some keys can be computed alone."""
         return self.dout is not None and all(self.backward)
+
+    @property
+    def by_columns(self) -> bool:
+        """Tell whether some columns of out can be computed alone: each is the mean of a column of the values."""
+        return self.dout is None and self.variant.fused == STREAMED
 
     def _empty(self, f: Any) -> Raw:
         p = self.p
@@ -122,6 +133,7 @@ class Work:
         need: NDArray[np.bool_] | None = None,
         keys: NDArray[np.bool_] | None = None,
         known: RowsByHead | None = None,
+        columns: NDArray[np.intp] | None = None,
     ) -> Raw:
         """Run the definition over one arithmetic.
 
@@ -135,6 +147,8 @@ class Work:
             The keys whose dk and dv are wanted, counted over all rows, where :attr:`by_keys` holds; others keep 0.
         known : dict, optional
             What rows know, by head: taken where it is there, else kept here.
+        columns : integer array, optional
+            The columns of out that are wanted, for balls, where :attr:`by_columns` holds; others keep 0.
 
         Returns
         -------
@@ -156,16 +170,16 @@ class Work:
             else:
                 forward = None
                 if dout is not None and keys is not None:
-                    forward = _keys(one, f, raw, dout, self.threads, keys, known)
+                    forward = open_keys(one, f, raw, dout, self.threads, keys, known)
                 if floating and dout is not None and self.backward[i]:
                     if lines.size:
                         self._backward(one, f, lines, raw, known, keys is None, forward)
                 elif (some := parts(one, f, lines)) is not None:
-                    self._gathered(one, f, some, raw, self.streamed[i] and dout is None, keys is None)
+                    self._gathered(one, f, some, raw, self.streamed[i] and dout is None, keys is None, columns)
                 elif floating and dout is None and self.streamed[i] and lines.size:
-                    _streamed(one, f, lines, raw, self.threads)
+                    streamed_head(one, f, lines, raw, self.threads)
                 else:
-                    self._by_tiles(one, f, lines, raw, sums=keys is None)
+                    self._by_tiles(one, f, lines, raw, keys is None, columns)
             specials(one, raw, f, self.variant.positive and one.kept is None)
             plain = self.variant.fused == STREAMED and self.dlse is None and one.sink is None
             if floating and plain and dout is not None and len(one.k):
@@ -175,13 +189,15 @@ class Work:
                 add(raw["dsink"], (one.head,), numbers_of(matrix_of(f, alone[None]).sum())[0, 0])
         return raw
 
-    def _gathered(self, one: Head, f: Any, some: Iterator[Head], raw: Raw, streamed: bool, sums: bool) -> None:
+    def _gathered(
+        self, one: Head, f: Any, some: Iterator[Head], raw: Raw, streamed: bool, sums: bool, columns: Any
+    ) -> None:
         """Run parts of a head."""
         if streamed and isinstance(f, Level):
-            each(lambda x: _streamed(x, f, np.arange(len(x.q)), raw, 1), some, self.threads)
+            each(lambda x: streamed_head(x, f, np.arange(len(x.q)), raw, 1), some, self.threads)
         else:
             for x in some:
-                self._by_tiles(x, f, np.arange(len(x.q)), raw, sums)
+                self._by_tiles(x, f, np.arange(len(x.q)), raw, sums, columns)
 
     def _backward(
         self, one: Head, f: Level, lines: NDArray[np.intp], raw: Raw, known: RowsByHead, sums: bool, forward: Any
@@ -191,45 +207,32 @@ class Work:
         assert dout is not None
         some = parts(one, f, lines)
         if some is None:
-            rows = _gradients(one, f, lines, raw, dout, self.threads, sums, forward, lock)
+            rows = head_gradients(one, f, lines, raw, dout, self.threads, sums, forward, lock)
         else:
 
             def of(x: Head) -> Rows:
-                return _gradients(x, f, np.arange(len(x.q)), raw, dout, 1, sums, None, lock)
+                return head_gradients(x, f, np.arange(len(x.q)), raw, dout, 1, sums, None, lock)
 
             rows = joined(each(of, some, self.threads), lines)
         if len(lines) == one.live.sum():
             known[one.batch, one.head, one.rows.start] = rows
 
-    def _by_tiles(self, one: Head, f: Any, lines: NDArray[np.intp], raw: Raw, sums: bool) -> None:
+    def _by_tiles(self, one: Head, f: Any, lines: NDArray[np.intp], raw: Raw, sums: bool, columns: Any = None) -> None:
         if not lines.size:
             return
         shape, floating = self.variant.shape, isinstance(f, Level)
         assert isinstance(shape, RowsShape)
-        unit = _unit(one.v) if floating and self.dout is None else 0
+        one = one if columns is None else replace(one, v=np.ascontiguousarray(one.v[:, columns]))
+        unit = unit_of(one.v) if floating and self.dout is None else 0
         k, v = (matrix_of(f, x) for x in (one.k, scaled(one.v, -unit)))
         most = TILE_LEVEL if floating else TILE
         for tile in [lines] if shape.together else _tiles(lines, one.k.shape[0], most):
-            _tile(one, f, shape, tile, k, v, unit, raw, self.dout, sums, self.dlse)
+            _tile(one, f, shape, tile, k, v, unit, raw, self.dout, sums, self.dlse, columns)
 
 
 def run(problem: Problem, f: Any, dout: Any = None, threads: int = 1, dlse: Any = None, **some: Any) -> Raw:
     """Run a call of any shape over one arithmetic, once; the arguments are those of :class:`Work` and its ``run``."""
     return Work(lower(problem).problem, dout, threads, dlse).run(f, **some)
-
-
-def _streamed(one: Head, f: Level, lines: NDArray[np.intp], raw: Raw, threads: int) -> None:
-    """Run softmax over a level by tiles of keys, into the result itself where every row is wanted."""
-    unit = _unit(one.v)
-    whole = unit == 0 and len(lines) == one.rows.stop - one.rows.start and one.lines is None
-    at = (one.batch, one.head, one.rows if whole else one.places(lines))
-    into = (raw["out"][at], raw["lse"][at]) if whole else None  # views: nothing is copied
-    out, lse = stream(one, f, lines, unit, threads, into)
-    if one.out_scale is not None:
-        out[...] = numbers_of(Bounded(f, *np.moveaxis(out, -1, 0)) / f.number(one.out_scale))
-    if not whole:
-        place = f.xp.asarray(at[2])
-        raw["out"][at[:2]][place], raw["lse"][at[:2]][place] = _scaled(out, unit), lse
 
 
 def _empty(f: Any, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -250,11 +253,12 @@ def _tile(
     dout: NDArray[np.float64] | None,
     sums: bool,
     dlse: NDArray[np.float64] | None,
+    columns: NDArray[np.intp] | None = None,
 ) -> None:
     define = shape.define
     o = one.options(f, tile) if dout is None else one.options(f, tile, Tape)
     q = matrix_of(f, one.q[tile])
-    at = _place(one, tile)
+    at = place(one, tile)
     with np.errstate(all="ignore"):
         if dout is None:
             out, lse = define(q, k, v, o)
@@ -273,7 +277,8 @@ def _tile(
             collect(one, at, dict(zip(leaves, grads, strict=True)), raw, sums)
             out, lse = out.value, None if lse is None else lse.value
         _shaped(one, "out", out, (len(tile), one.v.shape[1]))
-        raw["out"][at] = _scaled(numbers_of(out), unit)
+        to = at if columns is None else (*at[:2], at[2][:, None], columns)
+        raw["out"][to] = in_units(numbers_of(out), unit)
         if (lse is None) == ("lse" in raw):
             given = "no lse" if lse is None else "an lse"
             raise InvalidProblem(f"{one.problem.variant}: has_lse is {'lse' in raw}, its definition returns {given}")
@@ -288,107 +293,6 @@ def _shaped(one: Head, name: str, x: Any, expected: tuple[int, int]) -> None:
         raise InvalidProblem(
             f"{one.problem.variant}: its definition returns {name} of shape {got}, expected {expected}"
         )
-
-
-def _plain(one: Head, dout: NDArray[np.float64]) -> bool:
-    """Tell whether all of a head's numbers lie near enough to 1."""
-    return _unit(one.v) == _unit(dout[one.batch, one.head]) == _unit(one.q) == _unit(one.k) == 0
-
-
-def _gradients(
-    one: Head,
-    f: Level,
-    lines: NDArray[np.intp],
-    raw: Raw,
-    dout: NDArray[np.float64],
-    threads: int,
-    sums: bool,
-    forward: Forward | None,
-    lock: Any,
-) -> Rows:
-    at = _place(one, lines)
-
-    def dbias(rows: slice, columns: slice, g: Bounded) -> None:
-        with lock:
-            add_dbias(one, (one.batch, one.head, at[2][rows]), columns, g, raw)
-
-    result, rows = backward(
-        one, f, lines, dout[at], threads, None if one.bias is None else dbias, forward and forward.some(lines)
-    )
-    for name in ("out", "lse", "dq"):
-        raw[name][within(raw[name], at)] = result[name]
-    with lock:
-        for x in ("dk", "dv") if sums else ():
-            add(raw[x], (one.batch, one.head_kv, one.keys), numbers_of(result[x]))
-        if "dsink" in result:
-            add(raw["dsink"], (one.head,), numbers_of(result["dsink"])[0, 0])
-    return rows
-
-
-def _place(one: Head, rows: NDArray[np.intp]) -> tuple[Any, ...]:
-    return one.batch, one.head, one.places(rows)
-
-
-def _keys(
-    one: Head,
-    f: Any,
-    raw: Raw,
-    dout: NDArray[np.float64],
-    threads: int,
-    keys: NDArray[np.bool_],
-    known: RowsByHead,
-) -> Forward | None:
-    """Add dk and dv of the keys that are wanted; return the forward pass if a level had to make one."""
-    name, live, forward = (one.batch, one.head, one.rows.start), np.nonzero(one.live)[0], None
-    wanted = np.nonzero(keys[one.batch, one.head_kv, one.keys])[0]
-    if not (wanted.size and live.size):
-        return None  # nothing is wanted, or no row sees a key: dk and dv stay 0
-    if name not in known:
-        lists = isinstance(one.allowed, View) and one.allowed.lists
-        if isinstance(f, Level) and not lists:
-            forward = forward_pass(one, f, live, threads)
-            known[name] = rows_of(forward, dout[_place(one, live)], threads)
-        else:
-            live = seeing(one, live, wanted)
-            if not live.size:
-                return None
-            known[name] = _known(one, f, live, dout, threads)
-    arriving = dout[_place(one, known[name].index)]
-    for i in range(0, len(wanted), FEW):
-        some = wanted[i : i + FEW]
-        for x, g in zip(("dk", "dv"), few_keys(one, f, arriving, some, known[name], threads), strict=True):
-            add(raw[x], (one.batch, one.head_kv, one.keys.start + some), numbers_of(g))
-    return forward
-
-
-def _known(one: Head, f: Any, rows: NDArray[np.intp], dout: NDArray[np.float64], threads: int) -> Rows:
-    """Return what some rows know, by parts of the head where each row sees few keys."""
-
-    def of(x: Head, lines: NDArray[np.intp]) -> Rows:
-        arriving = dout[_place(x, lines)]
-        if isinstance(f, Level):
-            return rows_of(forward_pass(x, f, lines, 1), arriving, 1)
-        return rows_by_definition(x, f, lines, arriving, max(1, TILE // len(x.k)))
-
-    some = parts(one, f, rows)
-    if some is None:
-        return of(one, rows)
-    return joined(each(lambda x: of(x, np.arange(len(x.q))), some, threads if isinstance(f, Level) else 1), rows)
-
-
-def _unit(v: NDArray[np.float64]) -> int:
-    """Return the exponent to take off the values where they lie far from 1: outputs are linear in them."""
-    e = int(np.frexp(float(largest(np.abs(v).reshape(-1), 0)))[1])
-    return e if abs(e) > 200 else 0
-
-
-def _scaled(x: NDArray[Any], unit: int) -> NDArray[Any]:
-    if unit == 0:
-        return x
-    out: Any = scaled(x, unit)
-    lost = (np.abs(out[..., 0]) < 2.0**-950) | ~np.isfinite(out[..., 0])  # too near the edge to be a power of two apart
-    out[..., 2] = np.where(lost, np.inf, out[..., 2])
-    return out  # type: ignore[no-any-return]
 
 
 def _tiles(lines: NDArray[np.intp], n_k: int, most: int) -> Iterator[NDArray[np.intp]]:

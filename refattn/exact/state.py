@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import Format
-from .anywhere import beside, on_host
-from .enclosure import Enclosure, Fetched
+from .anywhere import beside, on_host, within
+from .enclosure import Enclosure
 
 __all__ = ["State"]
 
@@ -64,22 +64,27 @@ class State:
                 fresh &= keys[..., None]
             if name in self.by_row:
                 fresh &= need if name == "lse" else need[..., None]
-            there = beside(x, fresh)
-            better = enclose(x[there])
+            at = np.unravel_index(np.flatnonzero(fresh), fresh.shape)
+            better = enclose(x[within(x, at)])
             value, decided = better.settle(self.form(name))
-            for part in ("mid", "tail", "radius"):
-                getattr(self.enclosures[name], part)[there] = getattr(better, part)
-            self.values[name][there], self.decided[name][fresh] = value, on_host(decided)
-
-    def fetch(self) -> None:
-        """Take what is on a device to the CPU, which goes on."""
-        self.enclosures = dict(Fetched(self.enclosures))
-        self.values = {n: on_host(x) for n, x in self.values.items()}
+            there = within(self.values[name], at)
+            pairs = [(getattr(self.enclosures[name], n), getattr(better, n)) for n in ("mid", "tail", "radius")]
+            for to, new in [*pairs, (self.values[name], value)]:  # on a device also where the CPU goes on
+                to[there] = beside(to, new) if isinstance(new, np.ndarray) else new
+            self.decided[name][at] = on_host(decided)
 
     def open_keys(self) -> NDArray[np.bool_]:
         """Return the keys with a gradient that is not decided, (b, h_kv, n_k)."""
         sure = [np.asarray(self.decided[name].all(-1)) for name in BY_KEY]
         return ~(sure[0] & sure[1])
+
+    def open_columns(self) -> NDArray[np.intp] | None:
+        """Return the columns of out that are not decided, one at least, where these are few; else None."""
+        if "out" not in self.decided:
+            return None
+        open_ = ~self.decided["out"].all((0, 1, 2))
+        found = np.nonzero(open_)[0]
+        return (found if found.size else np.arange(1)) if 2 * found.size < open_.size else None
 
     @property
     def sums_open(self) -> bool:
@@ -108,6 +113,6 @@ class State:
 
     def count(self, level: str, seconds: float) -> None:
         """Note what a level decided."""
-        now = sum(int(d.sum()) for d in self.decided.values())
+        now = sum(int(np.count_nonzero(d)) for d in self.decided.values())
         self.stats[level] = {"decided": now - self._before, "seconds": seconds}
         self._before = now

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -21,21 +21,19 @@ from ..rules import FULL, PARTIAL, View
 from ..rules.spans import UNSURE
 from ..variants import variant_of
 from . import elementwise
-from .anywhere import beside, largest, scaled, two_to
+from .anywhere import beside, scaled, two_to
 from .blas import one_thread
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, two_prod
 from .heads import Head
 from .levels import ETA, UP, Bounded, Level, gamma, head_bits
+from .right import Right, product_sizes, sizes_of
 from .tiles import ROWS, Room, Sums, TilesOfRows, groups, pieces, tiles_of
 
 __all__ = [
     "Forward",
-    "Right",
     "each",
     "each_tile",
     "forward_pass",
-    "norms",
-    "product_sizes",
     "stream",
     "streams",
     "tile_sizes",
@@ -50,8 +48,6 @@ KEYS = 512  # what suits the compiled steps, with ROWS
 PLAIN_ROWS, PLAIN_KEYS = 128, 256  # NumPy's steps make temporaries: keep them in cache
 SLACK = 1 + 2.0**-12
 """More than what a head's rounding adds to the bounds of heads and tails, whose width is at least 20 bits."""
-SQUARED = 2.0**-520
-"""More than the root of what fewer than 2**34 squares lose that fall below 2**-1074."""
 AHEAD = 16
 """Items for each thread that are made at a time."""
 MOST_CAP = 2.0**10
@@ -70,84 +66,6 @@ def streams(one: Head, backward: bool = False) -> bool:
     known = cap is None or (not backward and 1 / MOST_CAP <= cap <= MOST_CAP)
     plain = one.weight is None and one.kept is None and p.rotary is None and p.alibi_slopes is None
     return fused == STREAMED and known and plain
-
-
-def norms(x: Float) -> Float:
-    """Return an upper bound of each row's 2-norm."""
-    found: Float = np.sqrt((x * x).sum(1)) * UP + SQUARED
-    return found
-
-
-def product_sizes(left: list[Float], right: list[Right]) -> Float:
-    """Return bounds of sum |A_s| |B_{>=L-s}| over the parts s of A, for any column of B, one a row.
-
-    By rows: the 1-norm times the largest element, or the 2-norms.
-    """
-    level = len(left) - 1
-    most = np.max(np.stack([largest(x.most, 1) for x in right]), 0)
-    norm = np.max([x.norm for x in right], 0)
-    total: Any = 0.0
-    for s, a in enumerate(left):
-        total += np.minimum(np.abs(a).sum(1) * most[level - s], norms(a) * norm[level - s]) * UP
-    found: Float = total
-    return found
-
-
-class Right:
-    """A right operand B (k, w), cut along its columns: what each level of a product needs."""
-
-    def __init__(self, turned: Any, f: Level, b: int) -> None:
-        level, self.product = f.level, np.matmul if f.device is None else f.device.matmul
-        turned = turned if isinstance(turned, Bounded) else f.array(turned)
-        room, flat = (None, None) if f.device is None else _room(turned.h, level, f.xp)
-        heads, tails = turned._cut(b, level, room)
-        self.k = turned.shape[1]
-        # of each column, by tail
-        self.most, self.sums = (f.xp.empty((level + 1, turned.shape[0])) for _ in range(2))
-        self.norm = np.empty(level + 1)
-        for t, x in enumerate(tails):
-            size = np.abs(x)
-            self.most[t], self.sums[t] = largest(size, 1), size.sum(1)
-            self.norm[t] = float(largest(norms(x), 0))
-        # the first tails may be all 0: of narrow formats most are
-        self.lead = next((t for t in range(level + 1) if float(largest(self.most[level - t], 0)) > 0), level)
-        if flat is not None:
-            self.heads, self.tails = flat[0], flat[1][self.lead * self.k :]
-            return
-        self.heads = np.concatenate([x.T for x in heads[::-1]], 0) if level else turned.h.T[:0]
-        self.tails = np.concatenate([x.T for x in tails[: level + 1 - self.lead][::-1]], 0)
-
-    def columns(self, at: slice) -> Right:
-        """Return some columns."""
-        part = copy.copy(self)
-        part.heads, part.tails = self.heads[:, at], self.tails[:, at]
-        return part
-
-    def rows(self, at: slice) -> Right:
-        """Return some rows, with the bounds of all."""
-        part, w = copy.copy(self), self.most.shape[1]
-        part.k = at.stop - at.start
-        part.heads, part.tails = (
-            x.reshape(len(x) // self.k, self.k, w)[:, at].copy().reshape(len(x) // self.k * part.k, w)
-            for x in (self.heads, self.tails)
-        )
-        return part
-
-    def levels(self, left: Float, level: int, out: list[Float]) -> None:
-        """Write the products of left = [A_0 .. A_{L-1} A_{>=L}] by level; the last is the rounded one."""
-        for t in range(level):
-            self.product(left[:, : (t + 1) * self.k], self.heads[(level - 1 - t) * self.k :], out=out[t])
-        self.product(left[:, self.lead * self.k :], self.tails, out=out[level])
-
-
-def _room(x: Any, level: int, xp: Any) -> tuple[Any, Any]:
-    """Return where heads (L, n, m) and tails (L + 1, n, m) of a device's matrix go, and the operands that these are."""
-    (n, m), rooms, flat, down = x.shape, [], [], x.strides[1] > x.strides[0]
-    for parts in (level, level + 1):
-        base = xp.empty((parts, m, n) if down else (n, parts, m))
-        rooms.append((np.moveaxis(base, 1, 2) if down else np.moveaxis(base, 1, 0))[::-1])
-        flat.append(base.reshape(parts * m, n) if down else base.reshape(n, parts * m).T)
-    return tuple(rooms), flat
 
 
 def stream(
@@ -228,11 +146,10 @@ class Forward:
         self.out, self.lse = into or (xp.zeros((len(rows), v.shape[1], 3)), xp.zeros((len(rows), 3)))
         scale = one.options(host, slice(0, 1)).scale * host.log2e
         self.c, self.c_low = float(scale.h[0, 0]), float(scale.l[0, 0])
-        self.ln2 = f.log2()
         self.whole = bool(one.allowed.all())
         self.wide = tile_sizes()[1] if f.device is None else f.device.keys
         self.tiles, self.kinds = tiles_of(one.allowed, rows, n_k, self.wide, partial(each, threads=threads))
-        self.shift, self.relative, self.sums = xp.zeros(len(rows)), xp.zeros(len(rows)), xp.zeros((len(rows), 3))
+        self.shift, self.relative, self.sums = xp.empty(len(rows)), xp.empty(len(rows)), xp.empty((len(rows), 3))
         b, self.width = head_bits(d, level), head_bits(min(self.wide, n_k), level)
         if f.device is None:
             self.values: Sequence[Right]
@@ -250,7 +167,7 @@ class Forward:
         self.sums_v = np.sum(np.stack([x.sums for x in of_values]), 0) * (1 + 2.0**-30)
         # the radius of a score in base 2, one a row
         lost = gamma(d * (level + 1) + level + 4) * product_sizes([*heads, tails[level]], of_keys) * UP
-        size = norms(q.h) * max(x.norm[0] for x in of_keys) * UP
+        size = sizes_of(f, q.h)[2] * max(x.norm[0] for x in of_keys) * UP
         c, rc = abs(self.c) * UP, float(np.ravel(scale.r)[0])
         r = lost + 2.0**-100 * size
         self.radius = (16 * U * U * size * c + (size + r) * rc + c * r) * UP + ETA
@@ -270,6 +187,11 @@ class Forward:
         top = self.cap[1][0] * UP
         self.radius = (self.radius + top * elementwise.CAPPED_ERROR + float(np.ravel(most.r)[0])) * UP
         self.size = np.minimum(self.size, top)
+
+    @cached_property
+    def ln2(self) -> Bounded:
+        """log(2)."""
+        return self.f.log2()
 
     def some(self, rows: NDArray[np.intp]) -> Forward:
         """Return what is known of some of the rows."""

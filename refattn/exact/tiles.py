@@ -53,7 +53,7 @@ class Sums(Kept):
     @classmethod
     def of(cls, r: int, d_v: int, xp: Any = np) -> Sums:
         """Return those of rows that have seen no key."""
-        return cls(xp.full(r, LOWEST), *(xp.zeros((r, d_v)) for _ in range(2)), *(xp.zeros(r) for _ in range(3)))
+        return cls(xp.full(r, LOWEST), *xp.zeros((2, r, d_v)), *xp.zeros((3, r)))
 
 
 class Room:

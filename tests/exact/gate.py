@@ -1,8 +1,8 @@
 """The soundness gate: enclosures of every level against Arb at 320 bits, over families that hide nothing.
 
 Run ``python tests/exact/gate.py 100000000`` for 10^8 comparisons; the tests run a part of it.
-``python -m tests.exact.gate --device cuda`` compares random calls on a GPU with the CPU, bit for bit, and enclosures of
-a level there with Arb.
+``python -m tests.exact.gate --device cuda --problems 2000 --jobs 8 --folder kept 1e8`` compares random calls on a GPU
+with the CPU, bit for bit, and enclosures of a level there with Arb; with the same folder it goes on where it ended.
 """
 
 import argparse
@@ -137,9 +137,12 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--problems", type=int, default=400, help="calls to compare on a GPU")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="processes, on a GPU")
+    parser.add_argument("--folder", help="where what parts have found is kept, on a GPU")
     asked = parser.parse_args()
     if asked.device == "cpu":
         sys.exit(1 if main(int(float(asked.elements))) else 0)
     from tests.exact.device.gate import gate as on_device
 
-    sys.exit(1 if on_device(asked.device, asked.problems, int(float(asked.elements)), asked.seed) else 0)
+    found = on_device(asked.device, asked.problems, int(float(asked.elements)), asked.seed, asked.jobs, asked.folder)
+    sys.exit(1 if found else 0)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, evaluate, reference
 from refattn.arrays import from_float64, to_float64
 from refattn.dtypes import FORMATS
+from refattn.exact import driver
 from refattn.exact.arithmetics import Balls
 from refattn.exact.run import run
 
@@ -467,3 +468,17 @@ def test_inputs_are_taken_as_they_are():
     outs = [evaluate(p, rounding="float32").out for p in problems]
     assert (outs[0] == outs[1]).all()
     assert (outs[1] == outs[2]).all()
+
+
+def test_columns_that_stay_open_are_decided_alone(monkeypatch):
+    """Two columns of ties among nine: Arb is asked for these, and all of each."""
+    rng, asked = np.random.default_rng(11), []
+    q, k, v = (rng.standard_normal((1, 1, n, 9)) for n in (4, 30, 30))
+    v[..., 3], v[..., 7] = 257.0, -257.0  # halfway between two numbers of bfloat16
+    p, over = Problem(q, k, v), driver._over_balls
+    monkeypatch.setattr(driver, "_over_balls", lambda *some: asked.append(some[-1]) or over(*some))
+    found = evaluate(p, rounding="bfloat16", lse_rounding="float64")
+    assert found.undecided == {"out": 0, "lse": 0}
+    assert (found.out.astype(float)[..., [3, 7]] == [256.0, -256.0]).all()
+    assert asked
+    assert all(x.tolist() == [3, 7] for x in asked)

@@ -10,7 +10,7 @@ from refattn import Problem
 from refattn.exact import sliced
 from refattn.exact.arithmetics import Balls
 from refattn.exact.matrix import Matrix
-from refattn.exact.run import run
+from refattn.exact.run import Work, run
 
 BITS = 128
 
@@ -44,7 +44,7 @@ def product(left, right, bits=BITS):
         return (Matrix(f.array(left), f) @ sliced.taken(f, right)).a
 
 
-@pytest.mark.parametrize(("n", "k", "m"), [(1, 64, 600), (1, 2100, 16), (3, 4096, 8)])
+@pytest.mark.parametrize(("n", "k", "m"), [(1, 64, 600), (1, 2100, 16), (2, 2100, 16)])
 @pytest.mark.parametrize("wide", [False, True])
 def test_products_are_enclosed_to_their_bits(n, k, m, wide):
     left, right = matrices(1, n, k, m, wide)
@@ -58,7 +58,7 @@ def test_products_are_enclosed_to_their_bits(n, k, m, wide):
 
 
 def test_balls_on_the_left_are_known_within_theirs():
-    left, right = matrices(2, 2, 3000, 12)
+    left, right = matrices(2, 2, 3000, 16)
     f = Balls(BITS)
     with f.working():
         thirds = np.vectorize(lambda x: flint.arb(x) / 3, otypes=[object])(left)
@@ -86,8 +86,33 @@ def test_a_remainder_that_is_not_counted_is_seen(monkeypatch):
     real, none = sliced._balls, np.zeros_like(left)
     with Balls(400).working():  # Arb's own rounding would cover it
         assert holds(sliced.product(left, none, none, none, right, BITS), exactly(left, right))
-        monkeypatch.setattr(sliced, "_balls", lambda x, r: real(x, r * 2.0**-30))
+        monkeypatch.setattr(sliced, "_balls", lambda x, *r: real(x, *(y * 2.0**-30 for y in r)))
         assert not holds(sliced.product(left, none, none, none, right, BITS), exactly(left, right))
+
+
+def test_three_numbers_hold_a_sum_within_what_they_leave():
+    rng = np.random.default_rng(9)
+    terms = [rng.standard_normal((2, 40)) * 2.0 ** (-20 * i - rng.integers(0, 20, (2, 40))) for i in range(12)]
+    terms[1][0] = -terms[0][0]
+    three, left = sliced._three(terms)
+    for at in np.ndindex(2, 40):
+        off = sum(Fraction(float(x[at])) for x in terms) - sum(Fraction(float(x[at])) for x in three)
+        assert abs(off) <= Fraction(float(left[at]))
+    assert (left > 0).any()
+    assert left.max() < 2.0**-140
+
+
+def test_columns_alone_are_those_of_the_whole():
+    rng = np.random.default_rng(10)
+    p = Problem(*(rng.standard_normal((1, 2, n, 7)) for n in (3, 90, 90)), causal="bottom_right")
+    work, f, need = Work(p), Balls(BITS), np.array([[[True, False, True], [False, True, False]]])
+    with f.working():
+        whole, part = work.run(f, need), work.run(f, need, columns=np.array([2, 5]))
+    assert not any(x != 0 for x in part["out"][..., [0, 1, 3, 4, 6]].ravel())
+    for name, at in (("out", (need,)), ("lse", (need,))):
+        x, y = (found[name][at] for found in (whole, part))
+        x, y = (x[:, [2, 5]], y[:, [2, 5]]) if name == "out" else (x, y)
+        assert all(a.overlaps(b) and a.rel_accuracy_bits() > 90 for a, b in zip(x.ravel(), y.ravel(), strict=True))
 
 
 @pytest.mark.parametrize("odd", [1e200, 1e-200, np.inf])

@@ -14,6 +14,7 @@ There is no tolerance to choose.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from ...dtypes import FORMATS, format_of
 from ...exact.answer import Answer
+from ...exact.anywhere import beside, largest, on_host
 from ...exact.heads import Head, heads, rows_of
 from ...variants import Steps, variant_of
 from ..model import C, Model, inside_type
@@ -31,11 +33,13 @@ from .operands import Operands
 from .rules import by_chance, floor
 from .smoothed import put_back, smoothed
 from .stepped import stepped
+from .truth import on_the_gpu
 
 __all__ = ["HeadLosses", "bounds", "forward", "head_losses"]
 
 Float = NDArray[np.float64]
-CHUNK = 2**21  # elements of (rows, keys, d_v) alive at a time
+CHUNK, CHUNK_THERE = 2**21, 2**26
+"""Elements of (rows, keys, d_v) alive at a time, on the CPU and on a GPU."""
 
 
 def bounds(answer: Answer, model: Model) -> dict[str, Float]:
@@ -71,10 +75,11 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
     for one in heads(problem) if variant.rows is not None else ():
         at = (one.batch, one.head, one.rows)
         live = np.nonzero(one.live)[0]
-        size = max(1, CHUNK // max(1, one.k.shape[0] * one.v.shape[1]))
+        put, each = on_the_gpu(one.live.sum() * one.v.size), one.v.size
+        size = max(1, (CHUNK if put is np.asarray else CHUNK_THERE) // max(1, each))
         for start in range(0, len(live), size):
             rows = live[start : start + size]
-            found = _rows(one, rows, exact[at][rows], model)
+            found = _rows(one, rows, exact[at][rows], model, put)
             for n in names:
                 limit[n][at][rows], variance[n][at][rows] = found[n]
         if one.sink is not None and "lse" in names:  # rows that see the sink alone: it is taken to base 2 and back
@@ -253,7 +258,9 @@ def _merged(head: HeadLosses, model: Model, one: Head, unit: float) -> None:
     head.lse.node.var = head.lse.node.var + f.cu * (parts + parts**2) * head.lse.a**2
 
 
-def _rows(one: Head, rows: NDArray[np.intp], o: Float, model: Model) -> dict[str, tuple[Float, Float]]:
+def _rows(
+    one: Head, rows: NDArray[np.intp], o: Float, model: Model, put: Callable[[Float], Any]
+) -> dict[str, tuple[Float, Float]]:
     final, by = FORMATS[one.problem.out_type], one.out_scale or 1.0
     # sums of the largest float64 numbers leave float64's range: work in smaller units there (a power of two)
     unit = 2.0**-64 if np.abs(one.v).max(initial=0.0) > 2.0**900 else 1.0
@@ -261,7 +268,7 @@ def _rows(one: Head, rows: NDArray[np.intp], o: Float, model: Model) -> dict[str
     with np.errstate(all="ignore"):
         head = head_losses(one, rows, model, unit)
         graph = Graph([x.node for x in (head.out, head.lse) if x is not None])
-        total, variance = _of_out(one, head, graph, o, rows, model, unit)
+        total, variance = _of_out(one, head, graph, o, rows, model, unit, put)
         if one.out_scale is not None:  # one division, or a product with a rounded inverse
             u = format_of(model.accumulator).unit_roundoff
             total, variance, o = (total + 2 * u * np.abs(o)) / by, variance / by**2, o / by
@@ -285,13 +292,20 @@ def _rows(one: Head, rows: NDArray[np.intp], o: Float, model: Model) -> dict[str
 
 
 def _of_out(
-    one: Head, head: HeadLosses, graph: Graph, o: Float, rows: NDArray[np.intp], model: Model, unit: float
+    one: Head,
+    head: HeadLosses,
+    graph: Graph,
+    o: Float,
+    rows: NDArray[np.intp],
+    model: Model,
+    unit: float,
+    put: Callable[[Float], Any],
 ) -> tuple[Float, Float]:
     """Return the bound and the variance of out, its own rounding apart."""
     node, weights, shape = head.out.node, head.weights, head.out.a.shape
     rest, variance = (np.broadcast_to(x, shape).copy() for x in node.flow)
     moved: Float = np.zeros(shape)
-    for joint, g, parts in graph.joints(node, shape[1]):
+    for joint, g, parts in graph.joints(node, shape[1], put):
         part = _over_keys(np.abs(g), joint.flow[0], joint)
         variance += _over_keys(g * g, joint.flow[1], joint)
         if joint is not weights and not joint.above(weights):
@@ -312,32 +326,37 @@ def _of_out(
         return moved + rest, variance
     # whatever the weights are, their mean lies among the values, and roundings are in proportion to the largest
     seen, v = one.allowed[rows], np.abs(one.v * unit) + head.lost_values
-    hull = _largest(np.abs(one.v[None] * unit - o[:, None]), seen)
+    hull = _largest(np.abs(put(one.v * unit)[None] - put(o)[:, None]), seen)
     hull = np.maximum(hull, np.abs(o)) if "more" in node.marks else hull
-    most = (node.relative + 2 * head.f.u + head.f.u_weights) * _largest(np.broadcast_to(v, (len(rows), *v.shape)), seen)
+    most = (node.relative + 2 * head.f.u + head.f.u_weights) * _largest(put(v)[None], seen)
     under = (head.f.floor_weights + head.f.floor) * (seen @ v) + head.f.floor * seen.sum(1, keepdims=True)
     # below a row's maximum the denominator is at least 1
     most = most + (under if "shifted" in weights.marks else under * node.amplify / np.abs(head.divided))
-    most = most + node.err + _largest(np.broadcast_to(head.lost_values, (len(rows), *v.shape)), seen)
+    most = most + node.err + _largest(put(head.lost_values)[None], seen)
     total = np.fmin(moved * node.amplify, hull) + np.fmin(rest * node.amplify, most)
     return total * (1 + head.f.u), variance
 
 
-def _largest(x: Float, seen: NDArray[np.bool_]) -> Float:
-    """Return the largest of the keys that each row sees, (n_q, d_v)."""
-    return np.asarray(np.where(seen[:, :, None], x, 0.0).max(1, initial=0.0))
+def _largest(x: Any, seen: NDArray[np.bool_]) -> Float:
+    """Return the largest of sizes of the keys that each row sees, (n_q, d_v)."""
+    found: Float = on_host(largest(np.where(beside(x, seen)[:, :, None], x, 0.0), 1))
+    return found
 
 
-def _over_keys(g: Float, x: Any, joint: Node) -> Float:
-    return np.asarray(np.einsum("cij,ij->ic", g, np.broadcast_to(x, joint.a.shape)))
+def _over_keys(g: Any, x: Any, joint: Node) -> Float:
+    x = np.broadcast_to(x, joint.a.shape)
+    if isinstance(g, np.ndarray):
+        return np.asarray(np.einsum("cij,ij->ic", g, x))
+    found: Float = on_host((g * beside(g, x)).sum(2)).T
+    return found
 
 
-def _by_parts(one: Head, head: HeadLosses, g: Float, model: Model) -> Any:
+def _by_parts(one: Head, head: HeadLosses, g: Any, model: Model) -> Any:
     """Return the variance of out by the errors of the parts that are merged: each is common to all keys of its part."""
     if head.lse is None or model.merges(one.k.shape[0], one.sink is not None) < 2:
         return 0.0
-    starts = np.arange(0, one.k.shape[0], model.split)
-    by_part = np.add.reduceat(g * head.summed.a, starts, axis=2)
+    terms, starts = g * beside(g, head.summed.a), range(0, one.k.shape[0], model.split)
+    by_part = on_host(np.stack([terms[:, :, i : i + model.split].sum(2) for i in starts], 2))
     moved = np.square(by_part).sum(2).T
     if one.sink is not None:  # the sink's part is what the keys' leave
         moved = moved + np.square(by_part.sum(2)).T

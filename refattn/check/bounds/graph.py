@@ -14,7 +14,7 @@ and not to first order only. Proof: docs/proofs/bounds.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UnsupportedProblem
+from ...exact.anywhere import beside
 from ...exact.tape import parents_first
 
 __all__ = ["Graph", "Left", "Link", "Node", "Right", "Scaled", "Summed", "Turned"]
@@ -143,9 +144,9 @@ class Scaled(Link):
 
     def pull(self, child: Node, g: Float) -> Float:
         """Take the adjoint back: columns that the parent has but once are summed."""
-        g = g * self.slope
+        g = g * _there(self.slope, g)
         if child.by_column and not self.parent.by_column:
-            return np.ascontiguousarray(g.T)[:, :, None]
+            return g.T.copy()[:, :, None]
         one = self.parent.a.shape[1] == 1 and g.shape[-1] != 1
         return g.sum(-1, keepdims=True) if one and not child.by_column else g
 
@@ -171,9 +172,9 @@ class Left(Link):
 
     def pull(self, child: Node, g: Float) -> Float:
         """Take the adjoint back."""
-        if child.by_column:
-            return g.T[:, :, None] * self.b.T[:, None, :]
-        return np.asarray(g @ self.b.T)
+        b = _there(self.b, g)
+        back: Float = g.T[:, :, None] * b.T[:, None, :] if child.by_column else g @ b.T
+        return back
 
     @property
     def spreads(self) -> bool:
@@ -230,6 +231,11 @@ class Summed(Link):
         return np.broadcast_to(g, (*g.shape[:2], self.parent.a.shape[1]))
 
 
+def _there(x: Any, g: Any) -> Any:
+    """Return an array where an adjoint is."""
+    return beside(g, x) if isinstance(x, np.ndarray) else x
+
+
 def _times(slope: Any, x: Any) -> Any:
     with np.errstate(all="ignore"):
         return np.where(np.equal(x, 0), 0.0, slope * x)
@@ -251,7 +257,9 @@ class Graph:
         self._joints = _flows(self._order)
         self._wanted = _leading_to(self._order, self._joints)
 
-    def joints(self, output: Node, columns: int) -> Iterator[tuple[Node, Float, list[tuple[Node, Float]]]]:
+    def joints(
+        self, output: Node, columns: int, put: Callable[[Float], Any] = np.asarray
+    ) -> Iterator[tuple[Node, Any, list[tuple[Node, Any]]]]:
         """Yield each joint with its adjoint; what reaches the output without one is ``output.flow``.
 
         Parameters
@@ -260,6 +268,8 @@ class Graph:
             The one that is asked about.
         columns : int
             How many columns it has.
+        put : callable
+            Puts an array where adjoints are made: on the CPU, or on a GPU.
 
         Yields
         ------
@@ -268,7 +278,7 @@ class Graph:
         parts : list of (Node, array)
             For weights: the products with values that they enter, and their adjoint by each alone.
         """
-        grads: dict[int, Any] = {id(output): np.ones((len(output.a), columns) if output.by_column else (1, 1, 1))}
+        grads: dict[int, Any] = {id(output): put(np.ones((len(output.a), columns) if output.by_column else (1, 1, 1)))}
         parts: dict[int, list[tuple[Node, Float]]] = {}
         for node in reversed(self._order):
             g = grads.pop(id(node), None)

@@ -11,18 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from ...arrays import cupy_with_gpu
 from ...errors import BuildError, UnsupportedProblem
 from ...exact.answer import Answer
 from ...exact.driver import enclose
 from ...problem import Problem
 from ..model import Capabilities
 
-__all__ = ["Truth", "device_of", "made_by", "on_a_gpu", "on_device", "pays", "takes_long"]
+__all__ = ["Truth", "device_of", "made_by", "on_a_gpu", "on_device", "on_the_gpu", "pays", "takes_long"]
 
 SCORE = 2.5e-10
 """Seconds of a CPU for a score and a number of its key and value (docs/exactness.md: 67 ms at n = 1,024, d = 128)."""
 BACKWARD = 3.5
 """How much more gradients take, counted in products."""
+MANY = 2**22
+"""Numbers of bounds whose making takes the CPU longer than a GPU's copies and starts."""
 BYTES, START = 4e9, 0.03
 """Bytes a second to a GPU and back, and the seconds of its kernels' starts."""
 
@@ -84,6 +87,16 @@ def on_a_gpu() -> bool:
     """Tell whether a GPU is asked for."""
     now = _NOW.get()
     return now is not None and now.device != "cpu"
+
+
+def on_the_gpu(numbers: int) -> Callable[[Any], Any]:
+    """Return what puts an array where so many numbers are best made: on the GPU that is asked for, or NumPy's."""
+    now = _NOW.get()
+    if now is None or not on_a_gpu() or numbers < MANY:
+        return np.asarray
+    cupy = cupy_with_gpu()
+    here = now.device in ("cuda", f"cuda:{cupy.cuda.Device().id}")  # what follows goes to the current one
+    return cupy.asarray if here else np.asarray
 
 
 def pays(problem: Problem, backward: bool) -> bool:

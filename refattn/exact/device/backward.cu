@@ -80,33 +80,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) slope(
             rest[s] += e;
         }
     }
-    for (int step = 16; step; step /= 2) {
-        most += __shfl_xor_sync(FULL_WARP, most, step);
-#pragma unroll
-        for (int s = 0; s < PLANES; s++) {
-            double e;
-            two_sum(total[s], __shfl_xor_sync(FULL_WARP, total[s], step), total[s], e);
-            rest[s] += __shfl_xor_sync(FULL_WARP, rest[s], step);
-            rest[s] += e;
-        }
-    }
-    if (!lane) {
-        sizes[warp] = most;
-#pragma unroll
-        for (int s = 0; s < PLANES; s++) { sums[warp][s][0] = total[s]; sums[warp][s][1] = rest[s]; }
-    }
-    __syncthreads();
+    for (int step = 16; step; step /= 2) most += __shfl_xor_sync(FULL_WARP, most, step);
+    if (!lane) sizes[warp] = most;
+    double h = thread ? 0.0 : sum[row], low = thread ? 0.0 : sum_low[row];
+    add_planes(total, rest, sums, h, low);
     if (thread) return;
-    double h = sum[row], low = sum_low[row];
-    for (int s = 0; s < PLANES; s++) {
-        double all = 0.0, all_low = 0.0, e;
-        for (int i = 0; i < THREADS / 32; i++) {
-            two_sum(all, sums[i][s][0], all, e);
-            all_low += e + sums[i][s][1];
-        }
-        two_sum(h, all + all_low, h, e);
-        two_sum(h, low + e, h, low);
-    }
     sum[row] = h;
     sum_low[row] = low;
     for (int i = 0; i < THREADS / 32; i++) size[row] += sizes[i];

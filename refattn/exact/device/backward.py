@@ -18,8 +18,9 @@ from ..backward import Backward, Held, KeySums
 from ..heads import Head
 from ..keys import Rows, column
 from ..levels import UP, Level
+from ..right import Right
 from ..row import Row
-from ..stream import Forward, Right, forward_pass
+from ..stream import Forward, forward_pass
 from .card import text_of
 from .forward import FEWEST, WIDEST
 

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...dtypes import FORMATS
 from ...errors import UnsupportedProblem
 from ..doubledouble import exp2, two_prod, two_sum
+from ..enclosure import Enclosure
 from ..levels import gamma
 
 __all__ = ["CHECKS", "check"]
@@ -134,6 +136,28 @@ def elementwise(card: Any) -> bool:
     return all((a.view(np.int64) == b.get().view(np.int64)).all() for a, b in zip(mine, theirs, strict=True))
 
 
+def rounding(card: Any) -> bool:
+    """Enclosures are rounded to each format as on the CPU: quotients, neighbours, ties, and what is decided."""
+    rng = np.random.default_rng(5)
+    for form in FORMATS.values():
+        h = rng.standard_normal(1024) * 2.0 ** rng.integers(form.emin - 9, form.emax + 9, 1024).clip(-1022, 1022)
+        h[::4] = form.round_array(h[::4])
+        h[1::4] = h[::4] * (1 + 2.0**-form.precision)  # many are ties
+        h[~np.isfinite(h)] = 1.0
+        x = np.stack([h, h * 2.0**-54, np.abs(h) * 2.0 ** -rng.integers(form.precision - 2, 90, 1024)], -1)
+        x[::3, 2], x[::5, 1] = 0.0, 0.0
+        x[:4] = [[np.nan, 0, 0], [np.inf, 0, 0], [0, 0, 0], [np.inf, 1, 1]]
+        mine, sure = card.enclosed(card.xp.asarray(x)).settle(form)
+        x[3] = np.nan, 0, np.inf
+        value, decided = Enclosure(*x.T).settle(form)
+        found = mine.get()
+        if (sure != decided).any() or not np.array_equal(found, value, equal_nan=True):
+            return False
+        if (np.signbit(found) != np.signbit(value))[~np.isnan(value)].any():
+            return False
+    return True
+
+
 CHECKS: dict[str, Callable[[Any], bool]] = {
     "native float64": native,
     "exact products": exact_products,
@@ -142,5 +166,6 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "sums in any order": sums_in_any_order,
     "steps": steps,
     "elementwise": elementwise,
+    "rounding": rounding,
 }
 """The checks by name."""

@@ -140,6 +140,18 @@ class Card:
         high, low, log2 = table()
         return self.xp.asarray(np.stack([high, low], 1)), *log2
 
+    def sizes(self, x: Any) -> tuple[Any, Any, Any]:
+        """Return what :func:`refattn.exact.right.sizes_of` does."""
+        from .finish import sizes  # what ends a tile is built on the streaming path, which asks for this
+
+        return sizes(self, x)
+
+    def enclosed(self, x: Any) -> Any:
+        """Return a level's numbers as enclosures that are rounded here."""
+        from .finish import OnCard
+
+        return OnCard(self, x)
+
     def forward(self, one: Any, f: Any, rows: Any, unit: int, into: Any) -> Any:
         """Return one head's forward pass, done: see :func:`refattn.exact.stream.forward_pass`."""
         from .forward import OnDevice  # it is built on the streaming path, which asks for it here
@@ -167,9 +179,15 @@ class Card:
         if size >= LARGE:
             self.xp.get_default_memory_pool().free_all_blocks()
 
-    def free(self) -> int:
-        """Return how many bytes can be had: of the GPU, and of what CuPy keeps for itself."""
-        return int(self.xp.cuda.runtime.memGetInfo()[0]) + int(self.xp.get_default_memory_pool().free_bytes())
+    def free(self, enough: int | None = None) -> int:
+        """Return how many bytes can be had: of the GPU, and of what CuPy keeps for itself.
+
+        Where that alone is `enough`, the GPU is not asked, which takes as long as many small steps.
+        """
+        kept = int(self.xp.get_default_memory_pool().free_bytes())
+        if enough is not None and kept >= enough:
+            return kept
+        return int(self.xp.cuda.runtime.memGetInfo()[0]) + kept
 
 
 def _laid_out(x: Any) -> tuple[int, int]:

@@ -20,13 +20,14 @@ from ..levels import Level
 from ..stream import Forward
 from ..tiles import Sums
 from .card import KEYS, ROWS
+from .finish import finish
 
 __all__ = ["OnDevice", "bytes_needed", "rows_of_a_tile"]
 
 Float = NDArray[np.float64]
 FEWEST = 256
 """Rows of the smallest tile that is tried where memory is short."""
-AT_THE_END = 32
+AT_THE_END = 8
 """More matrices (rows, d_v) than are alive while a tile of rows is finished."""
 WIDEST, LONGEST = 2**12, 2**22
 """Terms of a bound's sum over a row, and over keys, which are added in any order (docs/proofs/streaming.md)."""
@@ -72,7 +73,7 @@ def rows_of_a_tile(one: Head, f: Level, rows: int) -> int:
     UnsupportedProblem
         Even the fewest rows need more memory than there is; it says how much. Or keys are too wide or too many.
     """
-    size, free = ROWS // (1 << f.level.bit_length()), f.device.free()
+    size = ROWS // (1 << f.level.bit_length())
     more = one.bias is not None or not one.allowed.all()
     (n_k, d), d_v = one.k.shape, one.v.shape[1]
     if d >= WIDEST or n_k >= LONGEST:
@@ -80,6 +81,7 @@ def rows_of_a_tile(one: Head, f: Level, rows: int) -> int:
             f"device: got {n_k} keys of {d} numbers; bounds are proven for fewer than {LONGEST} keys of fewer than "
             f"{WIDEST}; use device='cpu'"
         )
+    free = f.device.free(2 * bytes_needed(rows, n_k, d, d_v, f.level, size, more))
     while (need := bytes_needed(rows, n_k, d, d_v, f.level, size, more)) > free and size > FEWEST:
         size //= 2
     if need > free:
@@ -115,6 +117,9 @@ class OnDevice(Forward):
                 self._add_some(n, at, some, sees, mask, sums)
             self._finish(at, sums)
         del self._planes, self._parts
+
+    def _finish(self, at: slice, sums: Sums) -> None:
+        finish(self, at, sums)
 
     def _seen(self, at: slice) -> Iterator[tuple[int, slice, Any, Any]]:
         """Yield tiles of keys, the rows from the first to the last that see some of it, and what these see.
@@ -167,7 +172,7 @@ class OnDevice(Forward):
             level, "weigh", r,
             (planes, np.int32(w), np.float64(self.c), np.float64(self.c_low), table, *map(np.float64, ln2),
              np.int32(self.cap is not None), *scalars, pointer[0], *map(np.float64, self.log2e), pointer[1], pointer[2],
-             *map(np.float64, cuts), part.m, part.den, part.den_low, fade),
+             *map(np.float64, cuts), part.m, part.den, part.den_low, fade, part.done),
         )  # fmt: skip
         self.values[n].levels(planes.reshape(r, -1), level, list(parts))
         d_v = self.out.shape[1]
@@ -175,4 +180,3 @@ class OnDevice(Forward):
             level, "collect", max(1, -(-r * d_v // device.threads)),
             (parts, np.int64(self._parts.shape[1] * d_v), np.int32(r), np.int32(d_v), fade, part.num, part.num_low),
         )  # fmt: skip
-        part.done += 1

@@ -67,6 +67,36 @@ __device__ __forceinline__ void softly_capped(
 // the larger number, or what is none
 __device__ __forceinline__ double larger(double a, double b) { return a > b || a != a ? a : b; }
 
+// Add the sums of a block's threads, total + rest of each plane, to h + low in its first thread.
+__device__ __forceinline__ void add_planes(
+    double (&total)[PLANES], double (&rest)[PLANES], double (*sums)[PLANES][2], double& h, double& low) {
+    for (int step = 16; step; step /= 2)
+#pragma unroll
+        for (int s = 0; s < PLANES; s++) {
+            double e;
+            two_sum(total[s], __shfl_xor_sync(FULL_WARP, total[s], step), total[s], e);
+            rest[s] += __shfl_xor_sync(FULL_WARP, rest[s], step);
+            rest[s] += e;
+        }
+    if (threadIdx.x % 32 == 0)
+#pragma unroll
+        for (int s = 0; s < PLANES; s++) {
+            sums[threadIdx.x / 32][s][0] = total[s];
+            sums[threadIdx.x / 32][s][1] = rest[s];
+        }
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int s = 0; s < PLANES; s++) {
+        double all = 0.0, all_low = 0.0, e;
+        for (int i = 0; i < THREADS / 32; i++) {
+            two_sum(all, sums[i][s][0], all, e);
+            all_low += e + sums[i][s][1];
+        }
+        two_sum(h, all + all_low, h, e);
+        two_sum(h, low + e, h, low);
+    }
+}
+
 // Heads and tails of x + low, as elementwise.cut has them. Arrays have an outer axis and an inner one, whose steps are
 // given, and heads and tails one more; sigma (LEVEL, rows) goes by whichever of them is the rows.
 extern "C" __global__ void __launch_bounds__(THREADS) cut(
@@ -89,7 +119,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) cut(
 }
 
 // One block a row: turn the scores' levels of a tile, planes (rows, LEVEL + 1, w), into the weights' heads and tail in
-// their place; raise the row's shift m, and add to its denominator. fade is what the row's sums were multiplied with.
+// their place; raise the row's shift m, add to its denominator, and count the tile. fade is what the row's sums were
+// multiplied with.
 // sees is null where every row sees every key.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) weigh(
     double* planes, int w, double c, double c_low,
@@ -97,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) weigh(
     int capped, double k, double k_low, double cap, double cap_low,
     const double* __restrict__ bias, double log2e, double log2e_low,
     const int* __restrict__ sees, const unsigned char* __restrict__ mask,
-    double cut0, double cut1, double cut2, double* m, double* den, double* den_low, double* fade) {
+    double cut0, double cut1, double cut2, double* m, double* den, double* den_low, double* fade, double* done) {
     __shared__ double tops[THREADS / 32], sums[THREADS / 32][PLANES][2];
     const int row = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     double* own = planes + (size_t)row * PLANES * w;
@@ -158,34 +189,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) weigh(
             rest[s] += e;
         }
     }
-    for (int step = 16; step; step /= 2)
-#pragma unroll
-        for (int s = 0; s < PLANES; s++) {
-            double e;
-            two_sum(total[s], __shfl_xor_sync(FULL_WARP, total[s], step), total[s], e);
-            rest[s] += __shfl_xor_sync(FULL_WARP, rest[s], step);
-            rest[s] += e;
-        }
-    if (!lane)
-#pragma unroll
-        for (int s = 0; s < PLANES; s++) { sums[warp][s][0] = total[s]; sums[warp][s][1] = rest[s]; }
-    __syncthreads();
-    if (thread) return;
-    const double by = larger(before - after, -1074.0), factor = by == by ? ldexp(1.0, (int)by) : by;
-    double d = den[row] * factor, d_low = den_low[row] * factor;
-    for (int s = 0; s < PLANES; s++) {
-        double all = 0.0, all_low = 0.0, e;
-        for (int i = 0; i < THREADS / 32; i++) {
-            two_sum(all, sums[i][s][0], all, e);
-            all_low += e + sums[i][s][1];
-        }
-        two_sum(d, all + all_low, d, e);
-        two_sum(d, d_low + e, d, d_low);
+    double d = 0.0, d_low = 0.0, factor = 1.0;
+    if (!thread) {
+        const double by = larger(before - after, -1074.0);
+        factor = by == by ? ldexp(1.0, (int)by) : by;
+        d = den[row] * factor;
+        d_low = den_low[row] * factor;
     }
+    add_planes(total, rest, sums, d, d_low);
+    if (thread) return;
     m[row] = after;
     den[row] = d;
     den_low[row] = d_low;
     fade[row] = factor;
+    done[row] += 1.0;
 }
 
 // num + num_low (rows, width) times the row's fade, plus the levels of a product, parts (LEVEL + 1, stride)

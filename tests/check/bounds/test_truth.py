@@ -11,8 +11,9 @@ from refattn import Capabilities, Problem, UnsupportedProblem, check_kernel
 from refattn.check import runner
 from refattn.check.ahead import Ahead, for_the_gpu
 from refattn.check.bounds import expected, truth
+from refattn.check.bounds.forward import forward
 from refattn.check.kernels.tiled import tiled
-from refattn.check.model import FEATURES, UNDECLARED
+from refattn.check.model import FEATURES, UNDECLARED, flash
 from refattn.exact.driver import enclose
 from tests.exact.device.conftest import folder, stand_in, trusted  # noqa: F401  fixtures
 from tests.he.device.emulated import GXX
@@ -48,6 +49,23 @@ def test_it_pays_where_rows_and_keys_are_many():
     assert not truth.pays(call(1, 2**16), False)  # the copy takes longer
     assert truth.pays(call(2**12, 2**13), True)
     assert not truth.pays(call(2**12, 2**13), False)  # less than a start's time
+
+
+@pytest.mark.parametrize("more", [{"causal": "bottom_right"}, {"sink": np.array([0.5]), "out_scale": 3.0}])
+def test_bounds_made_there_are_the_cpus(trusted, monkeypatch, more):  # noqa: F811
+    rng, made, real = np.random.default_rng(0), [], trusted.asarray
+    p = Problem(*(rng.standard_normal((1, 1, n, 8)).astype(np.float32) for n in (9, 70, 70)), **more)
+    answer, model = refattn.evaluate(p), replace(flash("bfloat16"), split=32)
+    here = forward(answer, model)
+    monkeypatch.setattr(truth, "MANY", 0)
+    monkeypatch.setattr(truth, "cupy_with_gpu", lambda: trusted)
+    monkeypatch.setattr(trusted, "asarray", lambda x, *type: made.append(x.shape) or real(x, *type))
+    with truth.on_device("cuda"):
+        there = forward(answer, model)
+    assert (9, 8) in made
+    for mine, theirs in zip(there, here, strict=True):
+        for name in ("out", "lse"):  # sums over keys of what is not negative, in another order
+            assert (np.abs(mine[name] - theirs[name]) <= 8 * p.n_k * 2.0**-53 * theirs[name]).all()
 
 
 def wrong(problem):

@@ -234,5 +234,5 @@ def cupys_part(folder, free=2**36, capability="90", mode=0, gpus=1, broken=None)
     )  # fmt: skip
 
 
-def _filled(shape):
-    return np.full(shape, np.nan)  # what is read before it is written shows
+def _filled(shape, dtype=np.float64):
+    return np.full(shape, np.nan if dtype == np.float64 else 165, dtype)  # what is read before it is written shows

@@ -1,12 +1,16 @@
 """Random calls of softmax attention for a device: every option of the streaming path, formats, and what is special."""
 
+from functools import cache
+
 import numpy as np
 
 from refattn import Problem, rules
 from refattn.arrays import from_float64
+from refattn.check.inputs.families import cases
 from refattn.dtypes import format_of
+from refattn.variants import VARIANTS, Lowered, Selected, variant_of
 
-__all__ = ["FORMS", "backward", "compare", "draw"]
+__all__ = ["FORMS", "backward", "compare", "draw", "operator"]
 
 FORMS = ("float64", "float32", "float16", "bfloat16")
 FAMILIES = {
@@ -23,8 +27,9 @@ def draw(rng, most=400):
     """Return a problem and the formats that out and lse are rounded to."""
     n, m, d, d_v = (int(x) for x in (rng.integers(1, 40), rng.integers(1, most), *rng.choice([1, 3, 8, 16, 40], 2)))
     packed = rng.random() < 0.15
-    b, h_kv = (1 if packed else int(rng.integers(1, 3))), int(rng.integers(1, 3))
-    h = h_kv * int(rng.integers(1, 3))
+    two = lambda: 1 + int(rng.random() < 0.3)  # noqa: E731
+    b, h_kv = (1 if packed else two()), two()
+    h = h_kv * two()
     form = FORMS[rng.integers(len(FORMS))]
     pick = lambda s: FAMILIES[list(FAMILIES)[rng.integers(len(FAMILIES))]](rng, s)  # noqa: E731
     cast = lambda x: from_float64(format_of(form).round_array(x), form)  # noqa: E731
@@ -71,6 +76,18 @@ def options(rng, b, h, n, m, packed):
     elif rng.random() < 0.2:
         more |= {"lengths_q": rng.integers(0, n + 1, b), "lengths_k": rng.integers(0, m + 1, b)}
     return more
+
+
+@cache
+def small(name):
+    return [c for c in cases(name) if not c.sampled and all(c.problem(f).n_k < 300 for f in FORMS[:1])]
+
+
+def operator(rng):
+    """Return a call of an operator that chooses keys or writes a mask, in one of the formats."""
+    names = [n for n in VARIANTS if isinstance(variant_of(n).shape, Lowered | Selected)]
+    known = small(names[rng.integers(len(names))])
+    return known[rng.integers(len(known))].problem(FORMS[rng.integers(len(FORMS))])
 
 
 def backward(rng, most):

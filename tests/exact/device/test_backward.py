@@ -54,7 +54,13 @@ def test_enclosures_hold_at_every_level(trusted):
 
 
 @GXX
-@pytest.mark.parametrize("options", [{"causal": "bottom_right"}, {"sink": np.array([0.5, -3.0]), "scale": 0.3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": "bottom_right"},
+        {"sink": np.array([0.5, -3.0]), "scale": 0.3, "out_scale": np.full((1, 2, 1, 1), 3.0)},
+    ],
+)
 def test_tiles_and_parts_of_rows_meet(trusted, monkeypatch, options):
     """Two tiles of 80 rows in two parts each, four tiles of keys, two heads that share theirs."""
     monkeypatch.setattr(backward, "ROWS", 80)
@@ -247,7 +253,7 @@ def test_too_little_memory_says_how_much_is_needed(stand_in, monkeypatch):
 def test_what_has_no_streaming_gradients_is_refused(trusted):
     p, dout = call(n=3, m=5)
     for changes in ({"softcap": 2.0}, {"value": p.value * 2.0**300}):
-        with pytest.raises(UnsupportedProblem, match="device: gradients of a call with a softcap or an out_scale"):
+        with pytest.raises(UnsupportedProblem, match="device: gradients of a call with a softcap, or with numbers"):
             refattn.evaluate(p.replace(**changes), rounding="float64", gradients=dout, device="cuda")
     with pytest.raises(UnsupportedProblem, match="device: dlse is for the CPU"):
         refattn.evaluate(p, rounding="float64", gradients=dout, dlse=dout[..., 0], device="cuda")

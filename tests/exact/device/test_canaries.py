@@ -5,7 +5,8 @@ import pytest
 
 import refattn
 from refattn import Problem, UnsupportedProblem
-from refattn.exact.device import canaries, card
+from refattn.dtypes import FORMATS
+from refattn.exact.device import canaries, card, finish
 from refattn.exact.device.card import Card, card_of
 from tests.he.device.emulated import GXX
 
@@ -69,6 +70,18 @@ def test_a_product_that_is_off_now_and_then_is_refused(stand_in):
         canaries.check(Card(stand_in(broken=broken), 0))
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("x = rint(", "x = floor("), ("least = whole ? h : nextafter(least, -infinite())", "least = h")],
+)
+def test_a_rounding_that_is_not_the_cpus_is_refused(stand_in, monkeypatch, right, wrong):
+    text = finish.text_finish
+    assert right in text(0)
+    monkeypatch.setattr(finish, "text_finish", lambda level: text(level).replace(right, wrong))
+    with pytest.raises(UnsupportedProblem, match="the check 'rounding' failed"):
+        canaries.check(Card(stand_in(), 0))
+
+
 def test_emulation_that_is_switched_on_is_refused(stand_in, monkeypatch):
     module = stand_in()
     monkeypatch.setenv("CUBLAS_EMULATE_DOUBLE_PRECISION", "1")
@@ -108,7 +121,8 @@ def test_array_functions_of_other_bits_are_refused(stand_in, monkeypatch):
 def test_what_is_not_broken_is_trusted_once(stand_in):
     module = stand_in()
     assert card_of(0) is card_of(0)
-    assert [name for name, _ in module.seen.launched] == ["trusted"]
+    assert {name for name, _ in module.seen.launched} == {"trusted", "settle"}
+    assert len(module.seen.launched) == 1 + len(FORMATS)
 
 
 def test_every_check_has_its_reason():

@@ -1,5 +1,6 @@
 """CuPy and the kernels: what is missing is said, products of any layout, and what nvcc makes of the kernels."""
 
+import math
 import re
 import sys
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ from refattn import Problem, UnsupportedProblem
 from refattn.arrays import cupy_with_gpu
 from refattn.errors import InvalidProblem
 from refattn.exact import elementwise
-from refattn.exact.device import asked
+from refattn.exact.device import asked, finish
 from refattn.exact.device.card import KERNELS, OPTIONS, Card, text_of
+from refattn.exact.device.finish import text_finish
 from tests.conftest import NIGHTLY
 from tests.gpu.compiled import NVCC, check_compiles
 from tests.he.device.emulated import GXX
@@ -101,9 +103,30 @@ def test_products_of_any_layout(tmp_path):
 @pytest.mark.parametrize("level", range(4) if NIGHTLY else (2, 3))
 def test_kernels_compile_without_spills(tmp_path, level):
     check_compiles(tmp_path / "kernels.cu", text_of(level))
+    check_compiles(tmp_path / "finish.cu", text_finish(level))
 
 
 def test_no_product_is_fused_by_the_compiler():
     assert "--fmad=false" in OPTIONS
     names = re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", text_of(0))
     assert tuple(names) == KERNELS
+
+
+@GXX
+@pytest.mark.parametrize("shape", [(1, 1), (37, 300), (70, 3), (3, 0), (0, 3)])
+def test_sizes_are_the_cpus_wherever_rows_lie(folder, shape, monkeypatch):
+    monkeypatch.setattr(finish, "SHORTEST", 7)
+    card, rng = Card(cupys_part(folder), 0), np.random.default_rng(0)
+    x = rng.standard_normal(shape) * 2.0 ** rng.integers(-600, 300, (shape[0], 1))
+    x[::3] = 0.0
+    wide = np.full((shape[0], shape[1] + 2), np.inf)  # of which the middle is taken
+    wide[:, 1:-1] = x
+    there = card.xp.asarray(wide)[:, 1:-1], card.xp.asarray(np.ascontiguousarray(wide.T)).T[:, 1:-1]
+    for a in there:
+        most, total, norm = (y.get() for y in card.sizes(a))
+        assert (most == np.abs(x).max(1, initial=0.0)).all()
+        exact = np.abs(x).sum(1)
+        assert (np.abs(total - exact) <= 2 * shape[1] * 2.0**-53 * exact).all()  # sums in two orders
+        true = np.array([math.hypot(*row) for row in x.tolist()])
+        assert (norm >= true).all()
+        assert (norm <= true * (1 + 2.0**-39) + 2.0**-519).all()

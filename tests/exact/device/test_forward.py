@@ -11,13 +11,16 @@ from refattn.arrays import from_float64, to_float64
 from refattn.dtypes import format_of
 from refattn.errors import InvalidInput
 from refattn.exact.anywhere import narrowed
-from refattn.exact.device import card, forward
+from refattn.exact.device import card, finish, forward
 from refattn.exact.device.card import KEYS, card_of
 from refattn.exact.device.forward import bytes_needed
+from refattn.exact.enclosure import Enclosure
 from refattn.exact.levels import Level, head_bits
 from refattn.exact.run import Work
+from refattn.exact.stream import Forward
+from tests.exact.device import gate
 from tests.exact.device.drawn import compare, draw
-from tests.exact.device.gate import enclosures, same_bits
+from tests.exact.device.gate import against, enclosures, same_bits
 from tests.he.device.emulated import GXX
 
 pytestmark = GXX
@@ -33,7 +36,7 @@ def test_bits_are_the_cpus_over_all_options(trusted):
     assert wrong == 0
     assert {f"float64 enclosures, L = {i}" for i in range(3)} <= set(levels)
     launched = {name for name, _ in trusted.seen.launched}
-    assert launched == {"cut", "weigh", "collect"}
+    assert launched == {"cut", "weigh", "collect", *finish.KERNELS}
 
 
 def test_blocks_of_the_size_that_a_gpu_has(stand_in, monkeypatch):
@@ -50,6 +53,26 @@ def test_enclosures_hold_at_every_level(trusted):
     count, violations, _ = enclosures(1500, seed=1)
     assert count >= 1500
     assert violations == 0
+
+
+def test_the_gate_sees_what_is_outside():
+    exact = Enclosure(np.array([1.0, 1.0, 1.0, -np.inf, np.nan]), np.array([2.0**-60, 0, 0, 0, 0]), np.zeros(5))
+    got = np.array([[1, 2.0**-60, 2.0**-90], [1, 3 * 2.0**-80, 2.0**-80], [1, 0, 0], [-np.inf, 0, 0], [0.0, 0, 1]])
+    assert against(exact, got).tolist() == [0.0, 3 * (1 - 2.0**-40), 0.0, 0.0, np.inf]
+    assert against(exact, np.full((5, 3), np.inf)).tolist() == [np.inf, np.inf]  # what is no number proves nothing
+
+
+def test_parts_that_ended_are_not_run_again(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(gate, "same_bits", lambda *some: asked.append(some) or (some[1] - 1, {"Arb": 2}))
+    monkeypatch.setattr(gate, "enclosures", lambda *some, draw: asked.append(some) or (7, 0, {("out", 1): 0.5}))
+    for _ in range(2):
+        assert gate.gate("cuda", gate.CALLS + 2, 5, seed=1, folder=tmp_path / "kept") == 2 * gate.CALLS
+        assert len(asked) == 5  # parts of 25 and 2 calls, the same with gradients, one of comparisons
+    assert len({some[2] for some in asked[:2]}) == 2  # each has a seed of its own
+    said = capsys.readouterr().out
+    assert "27 calls on cuda, 25 differ from the CPU" in said
+    assert "7 comparisons with Arb at 320 bits, 0 violations" in said
 
 
 def test_a_threads_keys_and_tiles_of_rows_meet(trusted, monkeypatch):
@@ -110,13 +133,13 @@ def test_planted_errors_are_caught(trusted, monkeypatch, where):
     else:
         launch = Card.launch
 
-        def broken(self, level, name, blocks, given):
+        def broken(self, level, name, blocks, given, *text):
             given = list(given)
             if name == "weigh" and where == "mask":
                 given[15] = np.uint64(0)
             if name == "collect" and where == "shift":
                 given[4] = self.xp.asarray(np.roll(given[4].get(), 1))
-            launch(self, level, name, blocks, tuple(given))
+            launch(self, level, name, blocks, tuple(given), *text)
 
         monkeypatch.setattr(Card, "launch", broken)
     p = head(np.random.default_rng(5), n=12, m=130, causal="bottom_right")
@@ -138,19 +161,48 @@ def test_what_is_planted_is_what_fails(trusted):
     assert (off <= raw[..., 2] + good[..., 2]).all()
 
 
+@pytest.mark.parametrize("sink", [None, np.array([3.0]), np.array([-40.0])])
+def test_a_tile_ends_as_the_operators_end_it(trusted, monkeypatch, sink):
+    """The finishing kernels beside the text of the CPU, over the same sums: the same numbers, the same radii."""
+    ends, names = [], ("out", "shift", "sums", "relative", "lse")
+
+    def both(work, at, sums):
+        for end in (finish.finish, Forward._finish):
+            end(work, at, sums)
+            ends.append([getattr(work, n)[at].get() for n in names])
+
+    monkeypatch.setattr(forward.OnDevice, "_finish", both)
+    p = head(np.random.default_rng(6), n=70, m=40, d=5, sink=sink, causal="bottom_right")
+    p.value[..., 2] = 0.0
+    for level in range(4):
+        ends.clear()
+        Work(p, device=card_of(0)).run(Level(level, card_of(0)))
+        for mine, theirs in zip(ends[::2], ends[1::2], strict=True):
+            assert np.isfinite(mine[0]).all()
+            assert not mine[0][:, 2].any()  # of a column of zeros all is 0, and known
+            for x, y in zip(mine[:3], theirs[:3], strict=True):
+                assert (x[..., :2] == y[..., :2]).all() if x.ndim > 1 else (x == y).all()
+            radii = [(x[..., 2], y[..., 2]) for x, y in zip(mine, theirs, strict=True) if x.ndim > 1]
+            for x, y in [*radii[:-1], (mine[3], theirs[3])]:  # each within UP of what is not rounded
+                assert (np.abs(x - y) <= 2.0**-40 * y).all()
+            (x, r), (y, s) = ((z[-1][:, :2], z[-1][:, 2]) for z in (mine, theirs))
+            assert (np.abs((x[:, 0] - y[:, 0]) + (x[:, 1] - y[:, 1])) <= r + s).all()  # log2 may differ
+            assert (r <= 2 * s).all()
+
+
 def test_a_rows_sum_is_compensated(trusted):
     """A thread's weights are 1 and seven times 0.87u, which plain additions would lose: 6u, where 2u may be lost."""
     card = card_of(0)
     planes = np.full((1, 1, 512), -60.0)
     planes[0, 0, 64::64], planes[0, 0, 0] = -53.2, 0.0  # the keys of one thread
     there, (table, *ln2) = card.xp.asarray(planes), card.table
-    m, den, low, fade = (card.xp.asarray(np.array([x])) for x in (0.0, 0.0, 0.0, 1.0))
+    m, den, low, fade, done = (card.xp.asarray(np.array([x])) for x in (0.0, 0.0, 0.0, 1.0, 3.0))
     number, none, none_of_it = np.float64(0.0), np.uint64(0), np.int32(0)
     given = (there, np.int32(512), np.float64(1.0), number, table, *map(np.float64, ln2), none_of_it, *[number] * 4)
-    card.launch(0, "weigh", 1, (*given, none, number, number, none, none, *[number] * 3, m, den, low, fade))
+    card.launch(0, "weigh", 1, (*given, none, number, number, none, none, *[number] * 3, m, den, low, fade, done))
     off = math.fsum([float(den[0]), float(low[0]), *(-there.get().ravel())])
     assert abs(off) <= card.row_sum_error(512) * float(den[0])
-    assert float(m[0]) == 0.0
+    assert (float(m[0]), float(done[0])) == (0.0, 4.0)
 
 
 def test_tiles_leave_a_head_of_a_weight_its_bits():
