@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,15 +26,19 @@ from refattn.arrays import cupy_with_gpu
 from refattn.bench import Row, load
 from refattn.errors import UnsupportedProblem
 from refattn.he.baselines import random_call
+from refattn.he.decoding import OnCpu
 from refattn.he.device.chain import chain_of
+from refattn.he.device.decoding import DecodingSession
 from refattn.he.device.format import read_ciphertext
 from refattn.he.device.launches import launches_of
 from refattn.he.device.schedule import schedule_of
 from refattn.he.device.session import Session, bytes_of
+from refattn.he.device.trace import Node
 from refattn.he.saved import save_weights
 from refattn.he.seal import api
 from refattn.he.service import Remote
-from refattn.he.wire import MASKED, QUERY, REPLY, kind_of, unpack
+from refattn.he.wire import KEYS, MASKED, QUERY, REPLY, TOKEN, kind_of, unpack
+from refattn.he.worker import Sent
 
 RUNS = 10
 # heads, n, d, p; the most milliseconds of computing, and from bytes to bytes of a seeded query
@@ -63,6 +67,7 @@ def rows() -> Iterator[Row]:
     yield from throughput()
     yield from block()
     yield from encoder()
+    yield from decoding()
 
 
 def session_of(server: he.Server) -> Session:
@@ -99,8 +104,12 @@ def seconds(call: Callable[[], Any], runs: int = RUNS) -> float:
 
 def words(message: bytes, plan: he.Plan) -> list[bytes]:
     """Return a reply's words."""
-    parts = unpack(message, REPLY, plan.digest, plan.reply_most).parts
-    chain, outs = chain_of(plan.ring), schedule_of(plan).outs
+    return words_of(unpack(message, REPLY, plan.digest, plan.reply_most).parts, plan, schedule_of(plan).outs)
+
+
+def words_of(parts: Sequence[bytes | memoryview], plan: he.Plan | he.DecodingPlan, outs: Sequence[Node]) -> list[bytes]:
+    """Return the words of a result's ciphertexts."""
+    chain = chain_of(plan.ring)
     found = (read_ciphertext(x, chain, o.limbs, o.scale, False) for x, o in zip(parts, outs, strict=True))
     return [x.words.tobytes() for x in found]
 
@@ -307,3 +316,50 @@ def encoder() -> Iterator[Row]:
             remote.open(client.evaluation_keys())
             took = seconds(partial(client.ask, tokens, remote.attend), runs)
         yield Row(f"{at} over loopback, per input, {name}", took, "s", at_most=0.5 if device == "cuda" else None)
+
+
+def decoding(heads: int = 12, n: int = 128, d: int = 64, runs: int = 32) -> Iterator[Row]:
+    """Yield the figures of a sequence's last token, whose cache has all others.
+
+    A step is done once, so bytes to bytes is a median of the last `runs` tokens, which are of one program. SEAL's cache
+    grows with the GPU's, and computes the last token.
+    """
+    x = random_call(n, d, heads, 2)[0].replace(causal="bottom_right")
+    q, k, v = (np.asarray(a)[0] for a in (x.query, x.key, x.value))
+    plan = he.plan_decoding(n, d, heads=heads, **he.ranges(x, margin=0.05))
+    client, at = he.DecodingClient(plan), f"decoding {heads} x {n} x {d}, p = 2, full"
+    keys, times = client.evaluation_keys(), []
+    seals = OnCpu(plan, unpack(keys, KEYS, plan.digest, 2**40).parts, None)
+    with he.DecodingServer(plan, keys, device="cuda") as gpu:
+        session = gpu._held
+        assert isinstance(session, DecodingSession)
+        for i in range(n):
+            message = client.encrypt_token(q[:, i], k[:, i], v[:, i])
+            parts = unpack(message, TOKEN, plan.digest, 2**40).parts[1:]
+            if i < n - 1:
+                loaded = seals._worker.loaded(list(map(Sent, parts, plan.part_limbs())))
+                seals.cache = seals.cache.appended(seals.arithmetic, loaded)
+            start = time.perf_counter()
+            reply = gpu.step(message)
+            times.append(time.perf_counter() - start)
+        last = session._stages[-1]
+
+        def compute() -> None:
+            for _, run in last.phases:
+                run()
+
+        yield Row(f"{at}, the last token, computing", computing_ms(session, compute), "ms")
+        memory = bytes_of(*session.schedules) + plan.cache_bytes
+        yield Row(f"{at}, memory of the session", memory / 1e9, "GB")
+    yield Row(f"{at}, a token", len(message) / 1e6, "MB")
+    took = 1e3 * statistics.median(times[-runs:])
+    yield Row(f"{at}, the last token, bytes to bytes", took, "ms", at_most=50.0)
+    start = time.perf_counter()
+    theirs = seals.step(parts)
+    cpu = time.perf_counter() - start
+    ours, outs = unpack(reply, REPLY, plan.digest, plan.reply_most).parts, last.schedule.replies
+    same = words_of(ours, plan, outs) == words_of(theirs, plan, outs)
+    yield Row(f"{at}, the last reply is SEAL's in all words", float(same), "", at_least=1.0)
+    yield Row(f"{at}, the last token, the CPU's server, one core", cpu, "s")
+    off = float(np.abs(client.decrypt(reply) - he.reference(x)[0, :, -1]).max())
+    yield Row(f"{at}, error's bound over the last token's error", plan.error / off, "ratio", at_least=1.0)

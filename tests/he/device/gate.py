@@ -3,6 +3,7 @@
 compile: the kernels for every degree, by nvcc, without spills. emulate: every operation at every degree, the kernels
 run by g++ against the executor. grid: whole plans, the executor against SEAL. gpu: the same and larger ones, and
 encoders with their masks, and decoding, on a GPU against SEAL where TenSEAL is installed, and against the executor.
+decoding: of those on a GPU the sequences that are decoded, twelve, alone.
 predicted: times and memory of blocks and many inputs, as predicted, beside those that were measured.
 """
 
@@ -159,7 +160,7 @@ def main(words):
     """Run stages, and say how many comparisons failed; a number is how many random calls there are."""
     stages = {
         "compile": lambda _: compile_all(), "emulate": lambda _: emulate(), "grid": grid, "gpu": gpu,
-        "predicted": lambda _: predicted(),
+        "decoding": lambda _: decodings(), "predicted": lambda _: predicted(),
     }  # fmt: skip
     counts = [int(w) for w in words if w.isdigit()]
     failed = 0
