@@ -1,4 +1,4 @@
-"""Power-softmax attention on ciphertexts: times, predictions, errors; digits; a whole block. Peers are in he_peers.
+"""Attention on ciphertexts: times, predictions, errors; digits; blocks; decoding. Peers are in he_peers.
 
 Normal inputs, epsilon a tenth of the mean denominator, 128-bit security. Times are the server's, from the query's bytes
 to the reply's: medians of 5 after one to warm up, on one core unless workers are named. The worst errors seen are those
@@ -21,7 +21,7 @@ import numpy as np
 from refattn import he
 from refattn.bench import Row
 from refattn.errors import UnsupportedProblem
-from refattn.he.baselines import edge_call, random_call
+from refattn.he.baselines import edge_call, random_call, random_sigmoid
 from refattn.he.costs import measure
 from refattn.he.planned import Planned
 from refattn.problem import Problem
@@ -74,13 +74,14 @@ def errors(plan: he.Plan, problems: tuple[Problem, ...]) -> tuple[float, float]:
 
 def rows() -> Iterator[Row]:
     """Ratios to the baselines, times, predictions and errors."""
-    ratios, slack = [], []
+    ratios, slack, power = [], [], {}
     for n, d, heads, p in GRID:
         x, given = random_call(n, d, heads, p)
         plan = he.plan(n, n, d, None, heads, p, **given)
         client = he.Client(plan)
         with he.Server(plan, client.evaluation_keys()) as server:
             seconds, ratio = compared(plan, 3, partial(server.attend, client.encrypt(x)))
+        power[heads, n, d, p] = seconds
         error, noise = errors(plan, (x, edge_call(x, given)))
         at = f"{heads} x {n} x {d}, p={p}"
         yield Row(f"{at} server, {plan.upload_bytes / 1e6:.0f} MB up, degree {plan.ring.degree}", seconds, "s")
@@ -92,6 +93,8 @@ def rows() -> Iterator[Row]:
     worst = max(ratios, key=lambda r: abs(r - 1))
     yield Row("predicted over measured time, furthest from 1", worst, "ratio", at_most=1.15, at_least=0.85)
     yield Row("error's bound over the worst seen, largest", max(slack), "ratio", at_most=30.0)
+    for n, d, heads in (SIZES[0], SIZES[-1]):
+        yield from sigmoid(n, d, heads, power[heads, n, d, 2])
     yield from digits()
     yield from block()
     workers = os.cpu_count() or 1
@@ -102,6 +105,22 @@ def rows() -> Iterator[Row]:
             at = f"{heads} x 128 x 64, p={p}, {workers} workers, {plan.upload_bytes / 1e6:.0f} MB up"
             yield Row(at, timed(plan, x, workers), "s", at_most=most if upload == "whole" else None)
     yield from decoding()
+
+
+def sigmoid(n: int, d: int, heads: int, power: float) -> Iterator[Row]:
+    """Sigmoid attention, its errors on inputs as they are drawn, and its time over power-softmax's, p = 2."""
+    x, given = random_sigmoid(n, d, heads)
+    plan = he.plan_sigmoid(n, n, d, heads=heads, **given)
+    client = he.Client(plan)
+    with he.Server(plan, client.evaluation_keys()) as server:
+        seconds, ratio = compared(plan, 3, partial(server.attend, client.encrypt(x)))
+    error, noise = errors(plan, (x,))
+    at = f"sigmoid {heads} x {n} x {d}, degree {plan.polynomial.degree}"
+    yield Row(f"{at} server, {plan.upload_bytes / 1e6:.0f} MB up, degree {plan.ring.degree}", seconds, "s")
+    yield Row(f"{at} over power-softmax, p=2", seconds / power, "ratio")
+    yield Row(f"{at} predicted over measured time", ratio, "ratio")
+    yield Row(f"{at} error's bound over the worst seen", plan.error / error, "ratio", at_least=1.0)
+    yield Row(f"{at} noise's bound over the worst seen", plan.noise / noise, "ratio", at_least=1.0)
 
 
 def decoding() -> Iterator[Row]:

@@ -278,8 +278,8 @@ def plan_sigmoid(
 
 def _fastest(given: dict[str, Any]) -> SigmoidPlan:
     """Return the fastest plan of checked arguments; errors as of `plan_sigmoid`."""
-    (low, high), n_q, n_k, upload = (given[n] for n in ("scores", "n_q", "n_k", "upload"))
-    sizes = tuple(given[n] for n in ("n_q", "n_k", "d_k", "d_v", "heads"))
+    low, high = given["scores"]
+    n_q, n_k, d_k, d_v, heads = (given[n] for n in ("n_q", "n_k", "d_k", "d_v", "heads"))
     best: SigmoidPlan | None = None
     obstacle = ""
     for polynomial in sigmoids(low, high, given["tolerance"] / n_k / given["value_most"], TRIED):
@@ -290,7 +290,7 @@ def _fastest(given: dict[str, Any]) -> SigmoidPlan:
             )
         for degree in MOST_BITS:
             try:
-                layouts = layouts_for(degree // 2, *sizes, "latency", upload)
+                layouts = layouts_for(degree // 2, n_q, n_k, d_k, d_v, heads, "latency", given["upload"])
             except UnsupportedProblem as e:
                 obstacle = str(e).removeprefix("he: ")
                 continue

@@ -27,6 +27,7 @@ from refattn.he.device.schedule import schedule_of
 from refattn.he.device.session import Session
 
 from ...gpu.compiled import check_compiles
+from .. import make_sigmoid
 from ..make import planned, problem
 from ..make_decoding import planned as planned_decoding
 from ..make_decoding import sequence, taken, token
@@ -74,7 +75,7 @@ def emulate():
 
 
 def calls(count):
-    """Yield names, calls and programs: layers, a masked call, then the grid's sizes, heads, powers and modes."""
+    """Yield names, calls and programs: layers, masked calls, sigmoid attention, then the grid's sizes and modes."""
     for classes in (0, 3):
         weights, x, _ = layer(classes=classes)
         for upload in ("full", "whole"):
@@ -82,6 +83,11 @@ def calls(count):
     for causal in ("top_left", "bottom_right"):
         x = problem(8, 16, 8, heads=2, epsilon=1.0, causal=causal)
         yield f"causal, {causal}", x, planned(x)
+    for sizes, more in (
+        ((3, 3, 4), {"tolerance": 0.3}), ((16, 24, 32), {}), ((16, 16, 32), {"upload": "whole"}), ((64, 64, 64), {}),
+    ):  # fmt: skip
+        x = make_sigmoid.call(*sizes, heads=2, causal="bottom_right")
+        yield f"sigmoid, 2 heads of {sizes}, {more}", x, make_sigmoid.planned(x, **more)
     every = itertools.cycle(itertools.product(GRID, (1, 2), (2, 4), MODES))
     for seed, ((n, d), heads, p, more) in zip(range(count), every, strict=False):
         x, given = random_call(n, d, heads, p, seed)
