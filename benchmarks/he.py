@@ -97,6 +97,7 @@ def rows() -> Iterator[Row]:
         yield from sigmoid(n, d, heads, power[heads, n, d, 2])
     yield from digits()
     yield from block()
+    yield from encoder()
     workers = os.cpu_count() or 1
     for heads, p, most in ((1, 2, 0.8), (1, 4, 1.2), (12, 2, 8.0)):
         x, given = random_call(128, 64, heads, p)
@@ -217,6 +218,64 @@ def a_block() -> tuple[Any, np.ndarray, np.ndarray]:
         (1.0, 1.2 * seen[0][1]), seen[1][0] / 1.2, seen[1][1] * 1.2, 1.2 * max(abs(seen[2][0]), abs(seen[2][1]))
     )
     return module, x[0].numpy(), exact
+
+
+def an_encoder(blocks: int) -> tuple[Any, np.ndarray]:
+    """Return an encoder (16 tokens, d = 64, 4 heads, 256 hidden features, 10 classes, as PyTorch begins), and tokens.
+
+    The polynomials are for what 64 inputs show, with room.
+    """
+    import torch
+
+    from refattn.he import torch as nets
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 16, 64, dtype=torch.float64)
+
+    def made(k: int) -> nets.Block:
+        attention = nets.PowerSoftmaxAttention(64, 4, p=2, epsilon=1.0, denominator=(1.0, 1e3), tolerance=1e-2)
+        norm, first = (nets.PolynomialRMSNorm(64, 0.1, 2.0, 1e-2) for _ in range(2))
+        return nets.Block(attention, norm, 256, nets.PolynomialActivation("gelu", 4.0, 1e-2), first if k else None)
+
+    module = nets.Encoder([made(k) for k in range(blocks)], torch.nn.Linear(64, 10)).double()
+    he.ranges(module, x)
+    return module, x[0].numpy()
+
+
+def encoder(blocks: int = 4) -> Iterator[Row]:
+    """Blocks end to end with masked refreshes, client and server in one process; against the model in the clear."""
+    import torch
+
+    from refattn.he import torch as nets
+
+    module, x = an_encoder(blocks)
+    with torch.no_grad():
+        exact, clear = (nets.polynomial(module, on)(torch.tensor(x)[None])[0].numpy() for on in (False, True))
+    program = he.Encoder(nets.weights_of(module, 16), tolerance=1e-2)
+    plan, most = program.plan, he.noise_bound(program, x)
+    client = he.Client(plan)
+    server, times = he.Server(program, client.evaluation_keys()), []
+
+    def attend(message: bytes) -> bytes:
+        start = time.perf_counter()
+        answer = server.attend(message)
+        times.append(time.perf_counter() - start)
+        return answer
+
+    start = time.perf_counter()
+    out = client.ask(x, attend)
+    took = time.perf_counter() - start
+    at = f"{blocks}-layer encoder 16 x 64, degree {plan.ring.degree}, {plan.ring.levels} levels"
+    up = f"{plan.upload_bytes / 1e6:.0f} MB up in {plan.rounds} rounds, {plan.key_bytes / 1e6:.0f} MB of keys"
+    yield Row(f"{at}, {up}, server", sum(times), "s")
+    yield Row(f"{at}, client", took - sum(times), "s")
+    yield Row(f"{at}, predicted over measured time", plan.predicted_ms() / 1e3 / sum(times), "ratio")
+    off = float(np.abs(out - clear).max())
+    yield Row(f"{at}, error against the model in the clear, its polynomials", off, "absolute", at_most=most)
+    yield Row(f"{at}, noise's bound over that", most / off, "ratio", at_least=1.0)
+    yield Row(f"{at}, error against the exact functions", float(np.abs(out - exact).max()), "absolute")
+    yield Row(f"{at}, largest score", float(np.abs(exact).max()), "absolute")
+    yield Row(f"{at}, encrypted class is the clear one", float(out.argmax() == exact.argmax()), "", at_least=1.0)
 
 
 def block() -> Iterator[Row]:

@@ -244,28 +244,6 @@ def block() -> Iterator[Row]:
     yield Row("block 16 x 64, noise", off, "absolute")
 
 
-def an_encoder(blocks: int = 2) -> tuple[Any, np.ndarray]:
-    """Return an encoder (16 tokens, d = 64, 4 heads, 256 hidden features, 10 classes, as PyTorch begins), and tokens.
-
-    The polynomials are for what 64 inputs show, with room.
-    """
-    import torch
-
-    from refattn.he import torch as nets
-
-    torch.manual_seed(0)
-    x = torch.randn(64, 16, 64, dtype=torch.float64)
-
-    def made(k: int) -> nets.Block:
-        attention = nets.PowerSoftmaxAttention(64, 4, p=2, epsilon=1.0, denominator=(1.0, 1e3), tolerance=1e-2)
-        norm, first = (nets.PolynomialRMSNorm(64, 0.1, 2.0, 1e-2) for _ in range(2))
-        return nets.Block(attention, norm, 256, nets.PolynomialActivation("gelu", 4.0, 1e-2), first if k else None)
-
-    module = nets.Encoder([made(k) for k in range(blocks)], torch.nn.Linear(64, 10)).double()
-    he.ranges(module, x)
-    return nets.weights_of(module, 16), x[0].numpy()
-
-
 @contextmanager
 def served(weights: Any, device: str) -> Iterator[str]:
     """Give the URL of `refattn he serve` in a process of its own."""
@@ -299,9 +277,12 @@ def conversation(client: he.Client, server: he.Server, tokens: np.ndarray) -> tu
 def encoder() -> Iterator[Row]:
     """Yield the figures of two blocks: an input's way over loopback, and what client and server have of it."""
     try:
-        weights, tokens = an_encoder()
+        from refattn.he.torch import weights_of
+
+        module, tokens = load("he").an_encoder(2)
     except ModuleNotFoundError as e:
         raise UnsupportedProblem("bench: the encoder needs PyTorch") from e
+    weights = weights_of(module, 16)
     at = "two-layer encoder, 16 tokens, d = 64, masked refresh"
     start = time.perf_counter()
     program = he.Encoder(weights, tolerance=1e-2, device="cuda")

@@ -45,7 +45,7 @@ def programs():
     from refattn.he.torch import weights_of
 
     yield "block 16 x 64", he.Layer(weights_of(load("he").a_block()[0], 16), tolerance=1e-2)
-    weights, _ = load("he_gpu").an_encoder()
+    weights = weights_of(load("he").an_encoder(2)[0], 16)
     name = "two-layer encoder, 16 tokens, d = 64, masked refresh"
     yield name, he.Encoder(weights, tolerance=1e-2, device="cuda")
 
