@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 
 from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, he, power_attention
+from refattn.he.device.trace import trace_of
+from refattn.he.noise import Ring
+from refattn.he.plausible import Size, Sizes
 from refattn.he.polynomials import activation, inverse_sqrt
 from refattn.he.saved import load_weights, save_weights
 from refattn.he.service import Remote
 from refattn.he.weights import EncoderWeights, Feedforward, Weights
 
+from .apart import apart
 from .relay import plan
 
 
@@ -86,12 +90,18 @@ def test_four_encrypted_layers_are_the_simulation(small, served, tmp_path):
     weights, made, x = small
     expected, bound = made.simulate(x), he.noise_bound(made, x)
     save_weights(weights, tmp_path / "w.npz")
-    with Remote(served(tmp_path / "w.npz", "--tolerance", "0.3")) as server:
-        plan = server.plan()
-        assert plan.digest == made.plan.digest
-        client = he.Client(plan)
-        server.open(client.evaluation_keys())
-        out = client.ask(x, server.attend)
+    url = served(tmp_path / "w.npz", "--tolerance", "0.3")
+
+    @apart
+    def asked():
+        with Remote(url) as server:
+            plan = server.plan()
+            assert plan.digest == made.plan.digest
+            client = he.Client(plan)
+            server.open(client.evaluation_keys())
+            return client.ask(x, server.attend)
+
+    out = asked()
     assert 0 < np.abs(out - expected).max() <= bound <= 1e-4 * np.abs(expected).max()
 
 
@@ -196,6 +206,32 @@ def test_a_plan_for_a_gpu_has_fewer_ciphertexts():
     assert plans["cuda"].predicted_ms() > plans["cpu"].predicted_ms()  # on a core
     with pytest.raises(InvalidInput, match="device: got 'tpu', expected 'cpu' or 'cuda'"):
         he.Encoder(weights, 0.3, device="tpu")
+
+
+def test_scales_are_those_that_a_device_writes_down(small):
+    """Primes are not quite powers of 2, and squares double what scales are off by: the plan says how far it goes."""
+    _, made, _ = small
+    plan, ring = made.plan, made.plan.ring
+    for block, stage in zip(made.stages, range(4), strict=True):
+        _, nodes = trace_of(made, stage)  # which decides scales as SEAL does
+        parts = [Size(2.0**ring.middle, limbs) for limbs in plan.part_limbs(stage)]
+        assert [x.scale for x in block.compute(Sizes(ring), (), parts)] == [x.scale for x in nodes]
+        most = max(max(x.scale / 2.0**ring.middle, 2.0**ring.middle / x.scale) for x in nodes)
+        assert 1 < most < plan.drift[stage == 3]
+    assert plan.drift == (2.0, 2.0)
+    wide = replace(plan, drift=(4.0, 8.0))  # as of 20 levels and small primes
+    assert (wide.refresh_most, wide.digest == plan.digest) == (plan.refresh_most / 2, False)
+    assert plan.refresh_error < wide.refresh_error < 2 * plan.refresh_error
+
+
+def test_many_levels_of_small_primes_drift_and_are_planned_for():
+    """Narrow ranges of long polynomials: 20 levels, the fewest bits; scales are then off by more than 2."""
+    chain = Ring(32768, 52, 38, 60, 20)
+    x = Size(2.0**38, 21)
+    for _ in range(18):
+        m = Sizes(chain)
+        x = m.rescale(m.square(x))
+    assert max(x.scale / 2.0**38, 2.0**38 / x.scale) > 3
 
 
 def test_an_encoders_plan_says_what_a_refresh_promises(small):
