@@ -24,6 +24,8 @@ from refattn.errors import UnsupportedProblem
 from refattn.he.baselines import edge_call, random_call, random_sigmoid
 from refattn.he.costs import measure
 from refattn.he.planned import Planned
+from refattn.he.wire import TOKEN, unpack
+from refattn.he.worker import Sent
 from refattn.problem import Problem
 
 RUNS = 5
@@ -125,7 +127,11 @@ def sigmoid(n: int, d: int, heads: int, power: float) -> Iterator[Row]:
 
 
 def decoding() -> Iterator[Row]:
-    """A sequence of 128 tokens: the time of the last of them, and the worst error of all."""
+    """A sequence of 128 tokens: the time of the last of them, and the worst error of those that are attended to.
+
+    Of one head all are. Of twelve, which would take above a minute, those between the first and the last six go into
+    the cache without a step of their own: the last ones' cache, time and error are the same.
+    """
     for heads in (1, 12):
         x = random_call(128, 64, heads, 2)[0].replace(causal="bottom_right")
         q, k, v = (np.asarray(a)[0] for a in (x.query, x.key, x.value))
@@ -134,6 +140,9 @@ def decoding() -> Iterator[Row]:
         server, exact, times, worst = he.DecodingServer(plan, client.evaluation_keys()), he.reference(x)[0], [], 0.0
         for i in range(128):
             token = client.encrypt_token(q[:, i], k[:, i], v[:, i])
+            if heads > 1 and 0 < i < 127 - RUNS:
+                appended(server._held, token)
+                continue
             start = time.perf_counter()
             reply = server.step(token)
             times.append(time.perf_counter() - start)
@@ -144,6 +153,13 @@ def decoding() -> Iterator[Row]:
         yield Row(f"{at}, the last token, {up}, degree {plan.ring.degree}", seconds, "s")
         yield Row(f"{at}, predicted over measured time", predicted / seconds, "ratio")
         yield Row(f"{at}, error's bound over the worst seen", plan.error / worst, "ratio", at_least=1.0)
+
+
+def appended(held: Any, token: bytes) -> None:
+    """Put a token into SEAL's cache, as a step does, and compute nothing else."""
+    parts = unpack(token, TOKEN, held.plan.digest, 2**40).parts[1:]
+    loaded = held._worker.loaded(list(map(Sent, parts, held.plan.part_limbs())))
+    held.cache = held.cache.appended(held.arithmetic, loaded)
 
 
 def digits() -> Iterator[Row]:

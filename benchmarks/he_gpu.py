@@ -38,7 +38,6 @@ from refattn.he.saved import save_weights
 from refattn.he.seal import api
 from refattn.he.service import Remote
 from refattn.he.wire import KEYS, MASKED, QUERY, REPLY, TOKEN, kind_of, unpack
-from refattn.he.worker import Sent
 from refattn.problem import Problem
 
 RUNS = 10
@@ -323,17 +322,15 @@ def decoding(heads: int = 12, n: int = 128, d: int = 64, runs: int = 32) -> Iter
     q, k, v = (np.asarray(a)[0] for a in (x.query, x.key, x.value))
     plan = he.plan_decoding(n, d, heads=heads, **he.ranges(x, margin=0.05))
     client, at = he.DecodingClient(plan), f"decoding {heads} x {n} x {d}, p = 2, full"
-    keys, times = client.evaluation_keys(), []
+    keys, times, appended = client.evaluation_keys(), [], load("he").appended
     seals = OnCpu(plan, unpack(keys, KEYS, plan.digest, 2**40).parts, None)
     with he.DecodingServer(plan, keys, device="cuda") as gpu:
         session = gpu._held
         assert isinstance(session, DecodingSession)
         for i in range(n):
             message = client.encrypt_token(q[:, i], k[:, i], v[:, i])
-            parts = unpack(message, TOKEN, plan.digest, 2**40).parts[1:]
             if i < n - 1:
-                loaded = seals._worker.loaded(list(map(Sent, parts, plan.part_limbs())))
-                seals.cache = seals.cache.appended(seals.arithmetic, loaded)
+                appended(seals, message)
             start = time.perf_counter()
             reply = gpu.step(message)
             times.append(time.perf_counter() - start)
@@ -350,7 +347,7 @@ def decoding(heads: int = 12, n: int = 128, d: int = 64, runs: int = 32) -> Iter
     took = 1e3 * statistics.median(times[-runs:])
     yield Row(f"{at}, the last token, bytes to bytes", took, "ms", at_most=50.0)
     start = time.perf_counter()
-    theirs = seals.step(parts)
+    theirs = seals.step(unpack(message, TOKEN, plan.digest, 2**40).parts[1:])
     cpu = time.perf_counter() - start
     ours, outs = unpack(reply, REPLY, plan.digest, plan.reply_most).parts, last.schedule.replies
     same = words_of(ours, plan, outs) == words_of(theirs, plan, outs)
