@@ -35,6 +35,9 @@ def run(*arguments):
 @pytest.mark.parametrize("offset", [None, 0.75])
 def test_ranges_are_those_of_the_pairs_that_are_seen(offset):
     x = call(5, 6, 4, heads=2, causal="bottom_right", options={"offset": offset}, scale=-0.4)
+    q, k = x.query.copy(), x.key.copy()
+    q[0, 0, :, 0], q[0, 0, 0, 0], k[0, 0, 5] = 0.0, 5.0, (10.0, 0.0, 0.0, 0.0)  # a large score that is masked
+    x = x.replace(query=q, key=k)
     added = -math.log(6) if offset is None else offset
     low = high = 0.0
     for h in range(2):
