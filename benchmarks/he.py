@@ -1,4 +1,4 @@
-"""Power-softmax attention on ciphertexts: times, predictions, errors; digits; a whole block. Peers are in he_peers.
+"""Attention on ciphertexts: times, predictions, errors; digits; blocks; decoding. Peers are in he_peers.
 
 Normal inputs, epsilon a tenth of the mean denominator, 128-bit security. Times are the server's, from the query's bytes
 to the reply's: medians of 5 after one to warm up, on one core unless workers are named. The worst errors seen are those
@@ -21,9 +21,11 @@ import numpy as np
 from refattn import he
 from refattn.bench import Row
 from refattn.errors import UnsupportedProblem
-from refattn.he.baselines import edge_call, random_call
+from refattn.he.baselines import edge_call, random_call, random_sigmoid
 from refattn.he.costs import measure
 from refattn.he.planned import Planned
+from refattn.he.wire import TOKEN, unpack
+from refattn.he.worker import Sent
 from refattn.problem import Problem
 
 RUNS = 5
@@ -74,13 +76,14 @@ def errors(plan: he.Plan, problems: tuple[Problem, ...]) -> tuple[float, float]:
 
 def rows() -> Iterator[Row]:
     """Ratios to the baselines, times, predictions and errors."""
-    ratios, slack = [], []
+    ratios, slack, power = [], [], {}
     for n, d, heads, p in GRID:
         x, given = random_call(n, d, heads, p)
         plan = he.plan(n, n, d, None, heads, p, **given)
         client = he.Client(plan)
         with he.Server(plan, client.evaluation_keys()) as server:
             seconds, ratio = compared(plan, 3, partial(server.attend, client.encrypt(x)))
+        power[heads, n, d, p] = seconds
         error, noise = errors(plan, (x, edge_call(x, given)))
         at = f"{heads} x {n} x {d}, p={p}"
         yield Row(f"{at} server, {plan.upload_bytes / 1e6:.0f} MB up, degree {plan.ring.degree}", seconds, "s")
@@ -92,8 +95,11 @@ def rows() -> Iterator[Row]:
     worst = max(ratios, key=lambda r: abs(r - 1))
     yield Row("predicted over measured time, furthest from 1", worst, "ratio", at_most=1.15, at_least=0.85)
     yield Row("error's bound over the worst seen, largest", max(slack), "ratio", at_most=30.0)
+    for n, d, heads in (SIZES[0], SIZES[-1]):
+        yield from sigmoid(n, d, heads, power[heads, n, d, 2])
     yield from digits()
     yield from block()
+    yield from encoder()
     workers = os.cpu_count() or 1
     for heads, p, most in ((1, 2, 0.8), (1, 4, 1.2), (12, 2, 8.0)):
         x, given = random_call(128, 64, heads, p)
@@ -104,8 +110,28 @@ def rows() -> Iterator[Row]:
     yield from decoding()
 
 
+def sigmoid(n: int, d: int, heads: int, power: float) -> Iterator[Row]:
+    """Sigmoid attention, its errors on inputs as they are drawn, and its time over power-softmax's, p = 2."""
+    x, given = random_sigmoid(n, d, heads)
+    plan = he.plan_sigmoid(n, n, d, heads=heads, **given)
+    client = he.Client(plan)
+    with he.Server(plan, client.evaluation_keys()) as server:
+        seconds, ratio = compared(plan, 3, partial(server.attend, client.encrypt(x)))
+    error, noise = errors(plan, (x,))
+    at = f"sigmoid {heads} x {n} x {d}, degree {plan.polynomial.degree}"
+    yield Row(f"{at} server, {plan.upload_bytes / 1e6:.0f} MB up, degree {plan.ring.degree}", seconds, "s")
+    yield Row(f"{at} over power-softmax, p=2", seconds / power, "ratio")
+    yield Row(f"{at} predicted over measured time", ratio, "ratio")
+    yield Row(f"{at} error's bound over the worst seen", plan.error / error, "ratio", at_least=1.0)
+    yield Row(f"{at} noise's bound over the worst seen", plan.noise / noise, "ratio", at_least=1.0)
+
+
 def decoding() -> Iterator[Row]:
-    """A sequence of 128 tokens: the time of the last of them, and the worst error of all."""
+    """A sequence of 128 tokens: the time of the last of them, and the worst error of those that are attended to.
+
+    Of one head all are. Of twelve, which would take above a minute, those between the first and the last six go into
+    the cache without a step of their own: the last ones' cache, time and error are the same.
+    """
     for heads in (1, 12):
         x = random_call(128, 64, heads, 2)[0].replace(causal="bottom_right")
         q, k, v = (np.asarray(a)[0] for a in (x.query, x.key, x.value))
@@ -114,6 +140,9 @@ def decoding() -> Iterator[Row]:
         server, exact, times, worst = he.DecodingServer(plan, client.evaluation_keys()), he.reference(x)[0], [], 0.0
         for i in range(128):
             token = client.encrypt_token(q[:, i], k[:, i], v[:, i])
+            if heads > 1 and 0 < i < 127 - RUNS:
+                appended(server._held, token)
+                continue
             start = time.perf_counter()
             reply = server.step(token)
             times.append(time.perf_counter() - start)
@@ -124,6 +153,13 @@ def decoding() -> Iterator[Row]:
         yield Row(f"{at}, the last token, {up}, degree {plan.ring.degree}", seconds, "s")
         yield Row(f"{at}, predicted over measured time", predicted / seconds, "ratio")
         yield Row(f"{at}, error's bound over the worst seen", plan.error / worst, "ratio", at_least=1.0)
+
+
+def appended(held: Any, token: bytes) -> None:
+    """Put a token into SEAL's cache, as a step does, and compute nothing else."""
+    parts = unpack(token, TOKEN, held.plan.digest, 2**40).parts[1:]
+    loaded = held._worker.loaded(list(map(Sent, parts, held.plan.part_limbs())))
+    held.cache = held.cache.appended(held.arithmetic, loaded)
 
 
 def digits() -> Iterator[Row]:
@@ -198,6 +234,64 @@ def a_block() -> tuple[Any, np.ndarray, np.ndarray]:
         (1.0, 1.2 * seen[0][1]), seen[1][0] / 1.2, seen[1][1] * 1.2, 1.2 * max(abs(seen[2][0]), abs(seen[2][1]))
     )
     return module, x[0].numpy(), exact
+
+
+def an_encoder(blocks: int) -> tuple[Any, np.ndarray]:
+    """Return an encoder (16 tokens, d = 64, 4 heads, 256 hidden features, 10 classes, as PyTorch begins), and tokens.
+
+    The polynomials are for what 64 inputs show, with room.
+    """
+    import torch
+
+    from refattn.he import torch as nets
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 16, 64, dtype=torch.float64)
+
+    def made(k: int) -> nets.Block:
+        attention = nets.PowerSoftmaxAttention(64, 4, p=2, epsilon=1.0, denominator=(1.0, 1e3), tolerance=1e-2)
+        norm, first = (nets.PolynomialRMSNorm(64, 0.1, 2.0, 1e-2) for _ in range(2))
+        return nets.Block(attention, norm, 256, nets.PolynomialActivation("gelu", 4.0, 1e-2), first if k else None)
+
+    module = nets.Encoder([made(k) for k in range(blocks)], torch.nn.Linear(64, 10)).double()
+    he.ranges(module, x)
+    return module, x[0].numpy()
+
+
+def encoder(blocks: int = 4) -> Iterator[Row]:
+    """Blocks end to end with masked refreshes, client and server in one process; against the model in the clear."""
+    import torch
+
+    from refattn.he import torch as nets
+
+    module, x = an_encoder(blocks)
+    with torch.no_grad():
+        exact, clear = (nets.polynomial(module, on)(torch.tensor(x)[None])[0].numpy() for on in (False, True))
+    program = he.Encoder(nets.weights_of(module, 16), tolerance=1e-2)
+    plan, most = program.plan, he.noise_bound(program, x)
+    client = he.Client(plan)
+    server, times = he.Server(program, client.evaluation_keys()), []
+
+    def attend(message: bytes) -> bytes:
+        start = time.perf_counter()
+        answer = server.attend(message)
+        times.append(time.perf_counter() - start)
+        return answer
+
+    start = time.perf_counter()
+    out = client.ask(x, attend)
+    took = time.perf_counter() - start
+    at = f"{blocks}-layer encoder 16 x 64, degree {plan.ring.degree}, {plan.ring.levels} levels"
+    up = f"{plan.upload_bytes / 1e6:.0f} MB up in {plan.rounds} rounds, {plan.key_bytes / 1e6:.0f} MB of keys"
+    yield Row(f"{at}, {up}, server", sum(times), "s")
+    yield Row(f"{at}, client", took - sum(times), "s")
+    yield Row(f"{at}, predicted over measured time", plan.predicted_ms() / 1e3 / sum(times), "ratio")
+    off = float(np.abs(out - clear).max())
+    yield Row(f"{at}, error against the model in the clear, its polynomials", off, "absolute", at_most=most)
+    yield Row(f"{at}, noise's bound over that", most / off, "ratio", at_least=1.0)
+    yield Row(f"{at}, error against the exact functions", float(np.abs(out - exact).max()), "absolute")
+    yield Row(f"{at}, largest score", float(np.abs(exact).max()), "absolute")
+    yield Row(f"{at}, encrypted class is the clear one", float(out.argmax() == exact.argmax()), "", at_least=1.0)
 
 
 def block() -> Iterator[Row]:

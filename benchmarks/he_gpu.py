@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,16 +26,20 @@ from refattn import he
 from refattn.arrays import cupy_with_gpu
 from refattn.bench import Row, load
 from refattn.errors import UnsupportedProblem
-from refattn.he.baselines import random_call
+from refattn.he.baselines import random_call, random_sigmoid
+from refattn.he.decoding import OnCpu
 from refattn.he.device.chain import chain_of
+from refattn.he.device.decoding import DecodingSession
 from refattn.he.device.format import read_ciphertext
 from refattn.he.device.launches import launches_of
 from refattn.he.device.schedule import schedule_of
 from refattn.he.device.session import Session, bytes_of
+from refattn.he.device.trace import Node
 from refattn.he.saved import save_weights
 from refattn.he.seal import api, unpacked
 from refattn.he.service import Remote
-from refattn.he.wire import MASKED, QUERY, REPLY, kind_of, pack, unpack
+from refattn.he.wire import KEYS, MASKED, QUERY, REPLY, TOKEN, kind_of, pack, unpack
+from refattn.problem import Problem
 
 RUNS = 10
 # heads, n, d, p; the most milliseconds of computing, and from bytes to bytes of a seeded query
@@ -61,9 +65,12 @@ def rows() -> Iterator[Row]:
     for size in SIZES:
         yield from attention(*size, "full")
     yield from attention(*SIZES[1][:4], None, None, "whole")
+    for heads, n, d in ((1, 16, 32), (1, 128, 64), (12, 128, 64)):
+        yield from sigmoid(heads, n, d)
     yield from throughput()
     yield from block()
     yield from encoder()
+    yield from decoding()
 
 
 def session_of(server: he.Server) -> Session:
@@ -100,8 +107,12 @@ def seconds(call: Callable[[], Any], runs: int = RUNS) -> float:
 
 def words(message: bytes, plan: he.Plan) -> list[bytes]:
     """Return a reply's words."""
-    parts = unpack(message, REPLY, plan.digest, plan.reply_most).parts
-    chain, outs = chain_of(plan.ring), schedule_of(plan).outs
+    return words_of(unpack(message, REPLY, plan.digest, plan.reply_most).parts, plan, schedule_of(plan).outs)
+
+
+def words_of(parts: Sequence[bytes | memoryview], plan: he.Plan | he.DecodingPlan, outs: Sequence[Node]) -> list[bytes]:
+    """Return the words of a result's ciphertexts."""
+    chain = chain_of(plan.ring)
     found = (read_ciphertext(x, chain, o.limbs, o.scale, False) for x, o in zip(parts, outs, strict=True))
     return [x.words.tobytes() for x in found]
 
@@ -140,9 +151,20 @@ def attention(
     """Yield a plan's figures."""
     x, given = random_call(n, d, heads, p)
     plan = he.plan(n, n, d, heads=heads, p=p, **given, upload=upload)
-    client = he.Client(plan)
+    yield from served_call(f"{heads} x {n} x {d}, p = {p}, {upload}", plan, x, most, most_bytes)
+
+
+def sigmoid(heads: int, n: int, d: int) -> Iterator[Row]:
+    """Yield the figures of sigmoid attention."""
+    x, given = random_sigmoid(n, d, heads)
+    plan = he.plan_sigmoid(n, n, d, heads=heads, **given)
+    yield from served_call(f"sigmoid {heads} x {n} x {d}, full", plan, x, None, None)
+
+
+def served_call(at: str, plan: he.Plan, x: Problem, most: float | None, most_bytes: float | None) -> Iterator[Row]:
+    """Yield the figures of a call, and whether its reply is SEAL's."""
+    client, upload = he.Client(plan), plan.upload
     keys, query = client.evaluation_keys(), client.encrypt(x)
-    at = f"{heads} x {n} x {d}, p = {p}, {upload}"
     start = time.perf_counter()
     with he.Server(plan, keys, device="cuda") as gpu:
         yield Row(f"{at}, session begun in", time.perf_counter() - start, "s")
@@ -174,7 +196,7 @@ def attention(
             cpu_took = seconds(lambda: cpu.attend(query), 3)
     yield Row(f"{at}, reply is SEAL's in all words", float(words(theirs, plan) == words(reply, plan)), "", at_least=1.0)
     yield Row(f"{at}, CPU's server, two cores", cpu_took, "s")
-    least = 25.0 if heads == 12 else None
+    least = 25.0 if plan.heads == 12 and plan.operator == "power" else None
     yield Row(f"{at}, times the CPU's server", cpu_took / took, "ratio", at_least=least)
 
 
@@ -240,28 +262,6 @@ def block() -> Iterator[Row]:
     yield Row("block 16 x 64, noise", off, "absolute")
 
 
-def an_encoder(blocks: int = 2) -> tuple[Any, np.ndarray]:
-    """Return an encoder (16 tokens, d = 64, 4 heads, 256 hidden features, 10 classes, as PyTorch begins), and tokens.
-
-    The polynomials are for what 64 inputs show, with room.
-    """
-    import torch
-
-    from refattn.he import torch as nets
-
-    torch.manual_seed(0)
-    x = torch.randn(64, 16, 64, dtype=torch.float64)
-
-    def made(k: int) -> nets.Block:
-        attention = nets.PowerSoftmaxAttention(64, 4, p=2, epsilon=1.0, denominator=(1.0, 1e3), tolerance=1e-2)
-        norm, first = (nets.PolynomialRMSNorm(64, 0.1, 2.0, 1e-2) for _ in range(2))
-        return nets.Block(attention, norm, 256, nets.PolynomialActivation("gelu", 4.0, 1e-2), first if k else None)
-
-    module = nets.Encoder([made(k) for k in range(blocks)], torch.nn.Linear(64, 10)).double()
-    he.ranges(module, x)
-    return nets.weights_of(module, 16), x[0].numpy()
-
-
 @contextmanager
 def served(weights: Any, device: str) -> Iterator[str]:
     """Give the URL of `refattn he serve` in a process of its own."""
@@ -302,9 +302,12 @@ def conversation(client: he.Client, server: he.Server, tokens: np.ndarray) -> tu
 def encoder() -> Iterator[Row]:
     """Yield the figures of two blocks: an input's way over loopback, and what client and server have of it."""
     try:
-        weights, tokens = an_encoder()
+        from refattn.he.torch import weights_of
+
+        module, tokens = load("he").an_encoder(2)
     except ModuleNotFoundError as e:
         raise UnsupportedProblem("bench: the encoder needs PyTorch") from e
+    weights = weights_of(module, 16)
     at = "two-layer encoder, 16 tokens, d = 64, masked refresh"
     start = time.perf_counter()
     program = he.Encoder(weights, tolerance=1e-2, device="cuda")
@@ -340,3 +343,48 @@ def encoder() -> Iterator[Row]:
         most = 0.5 if device == "cuda" else None
         yield Row(f"{at} over loopback, per input, {name}", took, "s", at_most=most)
         yield Row(f"{at} over loopback, per input, {name}, prepared", soon, "s", at_most=most)
+
+
+def decoding(heads: int = 12, n: int = 128, d: int = 64, runs: int = 32) -> Iterator[Row]:
+    """Yield the figures of a sequence's last token, whose cache has all others.
+
+    A step is done once, so bytes to bytes is a median of the last `runs` tokens, which are of one program. SEAL's cache
+    grows with the GPU's, and computes the last token.
+    """
+    x = random_call(n, d, heads, 2)[0].replace(causal="bottom_right")
+    q, k, v = (np.asarray(a)[0] for a in (x.query, x.key, x.value))
+    plan = he.plan_decoding(n, d, heads=heads, **he.ranges(x, margin=0.05))
+    client, at = he.DecodingClient(plan), f"decoding {heads} x {n} x {d}, p = 2, full"
+    keys, times, appended = client.evaluation_keys(), [], load("he").appended
+    seals = OnCpu(plan, unpack(keys, KEYS, plan.digest, 2**40).parts, None)
+    with he.DecodingServer(plan, keys, device="cuda") as gpu:
+        session = gpu._held
+        assert isinstance(session, DecodingSession)
+        for i in range(n):
+            message = client.encrypt_token(q[:, i], k[:, i], v[:, i])
+            if i < n - 1:
+                appended(seals, message)
+            start = time.perf_counter()
+            reply = gpu.step(message)
+            times.append(time.perf_counter() - start)
+        last = session._stages[-1]
+
+        def compute() -> None:
+            for _, run in last.phases:
+                run()
+
+        yield Row(f"{at}, the last token, computing", computing_ms(session, compute), "ms")
+        memory = bytes_of(*session.schedules) + plan.cache_bytes
+        yield Row(f"{at}, memory of the session", memory / 1e9, "GB")
+    yield Row(f"{at}, a token", len(message) / 1e6, "MB")
+    took = 1e3 * statistics.median(times[-runs:])
+    yield Row(f"{at}, the last token, bytes to bytes", took, "ms", at_most=50.0)
+    start = time.perf_counter()
+    theirs = seals.step(unpack(message, TOKEN, plan.digest, 2**40).parts[1:])
+    cpu = time.perf_counter() - start
+    ours, outs = unpack(reply, REPLY, plan.digest, plan.reply_most).parts, last.schedule.replies
+    same = words_of(ours, plan, outs) == words_of(theirs, plan, outs)
+    yield Row(f"{at}, the last reply is SEAL's in all words", float(same), "", at_least=1.0)
+    yield Row(f"{at}, the last token, the CPU's server, one core", cpu, "s")
+    off = float(np.abs(client.decrypt(reply) - he.reference(x)[0, :, -1]).max())
+    yield Row(f"{at}, error's bound over the last token's error", plan.error / off, "ratio", at_least=1.0)

@@ -20,16 +20,19 @@ __all__ = ["he"]
 
 @click.group()
 def he() -> None:
-    """Power-softmax attention on encrypted inputs: plan a call, serve it, query a server."""
+    """Power-softmax or sigmoid attention on encrypted inputs: plan a call, serve it, query a server."""
 
 
 @he.command(name="plan")
 @click.argument("sizes", metavar="[N_Q N_K D_K D_V HEADS]", nargs=-1, type=int)
 @click.option("--from", "data", type=click.Path(exists=True, dir_okay=False), help="Measure sizes and ranges on this.")
 @click.option("--margin", type=float, help="With --from: the room that ranges get.  [default: 0.2]")
+@click.option("--operator", help="What is computed: power or sigmoid.  [default: power]")
 @click.option("--p", type=int, help="The even power: 2, 4, 6 or 8.  [default: 2]")
 @click.option("--denominator", type=(float, float), help="The range of the denominators.")
 @click.option("--epsilon", type=float, help="Added to the denominators.  [default: 0]")
+@click.option("--scores", type=(float, float), help="Of sigmoid attention: the range of scale·q·k + offset.")
+@click.option("--offset", type=float, help="Of sigmoid attention: added to every score.  [default: -log(N_K)]")
 @click.option("--norms", type=(float, float), help="The largest norms of a query and of a key row.")
 @click.option("--value-most", type=float, help="The largest size of an element of value.")
 @click.option("--tolerance", default=1e-2, show_default=True, help="The largest error of an element of out.")
@@ -45,37 +48,20 @@ def he() -> None:
 @click.option("--raw", is_flag=True, help="Print all numbers as a table.")
 def plan_(
     sizes: tuple[int, ...], data: str | None, margin: float | None, device: str, output: str | None, as_json: bool,
-    raw: bool, decoding: bool, **given: Any,
+    raw: bool, operator: str | None, **given: Any,
 ) -> None:  # fmt: skip
     """Plan an encrypted call: ring, levels, keys, time, bytes and error, before any key exists.
+
+    The operator is power-softmax attention, or sigmoid attention: --scores stands for --denominator then.
 
     Sizes and ranges are told, or measured on a problem's .npz file (--from); what is told counts before what is
     measured. With --device cuda the plan is the same, and what a GPU takes for it is told beside one core's time.
     """
-    from ..he import DecodingPlan, Plan, on_gpu, plan, plan_decoding
-    from ..he.ranges import ranges_of_file
+    from ..he import on_gpu
+    from ..he.commanded import planned
     from ..he.saved import plan_to_json
 
-    given = {n: x for n, x in given.items() if x is not None}
-    if data is not None:
-        found, measured = ranges_of_file(data, 0.2 if margin is None else margin, given)
-        if sizes and sizes != found:
-            raise InvalidInput(f"plan: {data} has sizes {found}, the command says {sizes}; leave them out")
-        sizes, given = found, measured | given
-    elif margin is not None:
-        raise InvalidInput("plan: --margin goes with --from")
-    missing = [n for n in ("denominator", "norms", "value_most") if n not in given]
-    if missing or len(sizes) != 5:
-        wanted = ["N_Q N_K D_K D_V HEADS"] * (len(sizes) != 5) + [f"--{n.replace('_', '-')}" for n in missing]
-        raise InvalidInput(f"plan: say {', '.join(wanted)}, or --from a problem's file to measure it")
-    n_q, n_k, d_k, d_v, heads = sizes
-    made: Plan | DecodingPlan
-    if decoding:
-        if given.pop("mode") != "latency" or n_k < n_q:
-            raise InvalidInput(f"plan: --decoding goes with --mode latency and N_K of at least N_Q = {n_q}")
-        made = plan_decoding(n_q, d_k, d_v, heads, given.pop("p", 2), context=n_k - n_q, **given)
-    else:
-        made = plan(n_q, n_k, d_k, d_v, heads, given.pop("p", 2), **given)
+    made = planned(sizes, data, margin, operator, given)
     if output:
         write_text(output, plan_to_json(made))
     gpu = on_gpu(made) if device == "cuda" else None
@@ -93,6 +79,7 @@ def plan_(
 @click.argument("program", metavar="PLAN.json|WEIGHTS.npz", type=click.Path(exists=True, dir_okay=False))
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one; it is printed.")
+@click.option("--operator", help="Refuse a plan of another.  [default: the plan's]")
 @click.option("--sessions", default=8, show_default=True, help="The most sessions at once: a process and keys each.")
 @click.option("--expire", default=3600.0, show_default=True, help="Seconds without a query after which one ends.")
 @click.option(
@@ -114,6 +101,7 @@ def serve(
     key: str | None,
     token_file: str | None,
     context: str | None,
+    operator: str | None,
     **given: Any,
 ) -> None:
     """Serve a plan of attention or of decoding, or a layer with its weights, over HTTP.
@@ -123,6 +111,7 @@ def serve(
     """
     from ..arrays import cupy_with_gpu
     from ..he import DecodingPlan, Encoder, EncoderWeights, Layer, Plan
+    from ..he.commanded import check_operator
     from ..he.listen import listen
     from ..he.saved import load_weights, plan_from_json
     from ..he.service import service
@@ -151,6 +140,7 @@ def serve(
             raise InvalidInput(f"serve: {program} is no plan of attention; serve a layer's or an encoder's weights")
         if given["upload"]:
             raise InvalidInput(f"serve: --upload is for a layer's weights; {program} is a plan, which has its own")
+    check_operator(operator, program, what.plan)
     known = None if context is None else _context(context)
     app = service(what, given["sessions"], given["expire"], tokens=tokens, device=given["device"], context=known)
     where = {"certificate": certificate, "key": key}
@@ -188,15 +178,19 @@ class _Steps:
 @click.argument("source", metavar="INPUT", type=click.Path(exists=True, dir_okay=False))
 @click.option("-o", "--output", required=True, help="The .npy file for the result.")
 @click.option("--plan", "expected", type=click.Path(exists=True, dir_okay=False), help="Refuse a server with another.")
+@click.option("--operator", help="Take INPUT's arrays as its call; refuse a server of another.")
 @click.option("--token-file", help="A file with the token that the server demands (mode 600).")
-def query(url: str, source: str, output: str, expected: str | None, token_file: str | None) -> None:
+def query(
+    url: str, source: str, output: str, expected: str | None, operator: str | None, token_file: str | None
+) -> None:
     """Encrypt INPUT, have a server compute, decrypt the result.
 
     INPUT is a problem's .npz file for a plan of attention or of decoding, whose queries are those of the tokens, or a
     .npy file with an (n, d) array for a layer. Keys are made for this one query; the secret one stays here.
     """
     from ..he import Client, DecodingClient, DecodingPlan
-    from ..he.inputs import sequence_of
+    from ..he.commanded import check_operator
+    from ..he.inputs import called, sequence_of
     from ..he.remote import Remote
     from ..he.saved import plan_from_json
     from ..he.tokens import read_tokens
@@ -216,6 +210,8 @@ def query(url: str, source: str, output: str, expected: str | None, token_file: 
         plan = server.plan()
         if expected is not None and plan_from_json(Path(expected).read_bytes()).digest != plan.digest:
             raise InvalidInput(f"{url} has another plan than {expected}")
+        check_operator(operator, url, plan)
+        x = x if operator is None else called(plan, x)
         if isinstance(plan, DecodingPlan):
             tokens, known = sequence_of(plan, x)
         else:

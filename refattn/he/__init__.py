@@ -3,6 +3,7 @@
 from .decoding import DecodingClient, DecodingServer
 from .decoding_plan import DecodingPlan, plan_decoding
 from .device.predict import GpuTimes, on_gpu
+from .drawn import noise_bound
 from .encoder import Encoder
 from .encoder_plan import EncoderPlan
 from .inputs import reference, simulate
@@ -17,5 +18,5 @@ from .weights import EncoderWeights, Feedforward, Weights
 __all__ = [
     "Client", "DecodingClient", "DecodingPlan", "DecodingServer", "Encoder", "EncoderPlan", "EncoderWeights",
     "Feedforward", "GpuTimes", "Layer", "LayerPlan", "Plan", "Server", "Sharing", "SigmoidPlan", "Weights",
-    "on_gpu", "plan", "plan_decoding", "plan_sigmoid", "ranges", "reference", "simulate",
+    "noise_bound", "on_gpu", "plan", "plan_decoding", "plan_sigmoid", "ranges", "reference", "simulate",
 ]  # fmt: skip

@@ -12,8 +12,8 @@ from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..validation import shown
 
 __all__ = [
-    "MOST_SIZE", "MOST_WORKERS", "POWERS", "UPLOADS", "check_arguments", "check_margin", "check_power", "is_count",
-    "is_number", "numbers_of",
+    "MOST", "MOST_SIZE", "MOST_WORKERS", "POWERS", "UPLOADS", "check_arguments", "check_margin", "check_power",
+    "is_count", "is_number", "numbers_of",
 ]  # fmt: skip
 
 POWERS = (2, 4, 6, 8)

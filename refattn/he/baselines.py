@@ -16,8 +16,9 @@ from ..errors import UnsupportedProblem, install
 from ..problem import Problem
 from .arithmetic import Numbers
 from .inverse import Inverse
+from .ranges import ranges
 
-__all__ = ["ckks_tensor", "ckks_vector", "edge_call", "random_call"]
+__all__ = ["ckks_tensor", "ckks_vector", "edge_call", "random_call", "random_sigmoid"]
 
 Float = NDArray[np.float64]
 
@@ -109,6 +110,14 @@ def random_call(n: int, d: int, heads: int, p: int, seed: int = 0) -> tuple[Prob
         "value_most": float(np.abs(v).max()),
     }
     return Problem(q, k, v, variant="power", options={"p": p, "epsilon": epsilon}), given
+
+
+def random_sigmoid(n: int, d: int, heads: int, seed: int = 0) -> tuple[Problem, dict[str, Any]]:
+    """Return a call of sigmoid attention of normal numbers, and its ranges as a plan wants them."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((1, heads, n, d)) for _ in range(3))
+    x = Problem(q, k, v, variant="sigmoid")
+    return x, ranges(x, margin=0.02)
 
 
 def edge_call(x: Problem, given: dict[str, Any]) -> Problem:

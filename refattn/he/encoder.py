@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..errors import InvalidInput, UnsupportedProblem
 from .arguments import check_device
 from .arithmetic import Counted, Levels, Numbers
-from .encoder_plan import REFRESHED, EncoderPlan
+from .encoder_plan import MOST_DRIFT, REFRESHED, EncoderPlan
 from .inverse import product
 from .layer import LEAST_MIDDLE, LINE, Layer, kappa_of, layouts_of, least_of, no_ring, sums
 from .layer_plan import axes_of, period_of
@@ -26,6 +26,7 @@ from .layout import Layout
 from .linear import Arrangement, Plain, compiled
 from .noise import Ring
 from .plan import MOST_BITS, MOST_FIRST
+from .plausible import Size, Sizes
 from .sampled import Sampled
 from .weights import EncoderWeights, Feedforward, Weights, check_encoder
 
@@ -259,16 +260,22 @@ class Encoder:
         if middle < LEAST_MIDDLE:
             return None
         ring = Ring(degree, FIRST, middle, MOST_FIRST, most)
-        exact = Levels()
+        exact, scales, drift = Levels(), Sizes(ring), [2.0, 2.0]
         for k, block in enumerate(blocks):
             top, residual, squares = limbs[k]
-            parts = [Counted(top)] * 2 * copies + [Counted(residual)]
-            parts += [Counted(squares)] * 2 if block._norm is not None else []
-            block.compute(exact, (), parts)
+            more = [squares] * 2 if block._norm is not None else []
+            parts = [top] * 2 * copies + [residual, *more]
+            block.compute(exact, (), [Counted(n) for n in parts])
+            for out in block.compute(scales, (), [Size(2.0**middle, n) for n in parts]):
+                off = 1.001 * out.scale / 2.0**middle
+                drift[k == last] = max(drift[k == last], off, 1.002 / off)
+        if not max(drift) <= MOST_DRIFT:
+            return None
         return EncoderPlan(
             n, d, heads, 0 if w.head is None else w.head.shape[1], ring, layout, spread, apart, tuple(limbs),
             self._factors(d), first.first_epsilon, 1.0 if w.head is not None else 1 / self._scales[-1], dict(levels),
             exact.counts, tuple(sorted({r % ring.slots for r in exact.rotations})), self._upload, first.centred,
+            (drift[0], drift[1]),
         )  # fmt: skip
 
     def _factors(self, d: int) -> tuple[tuple[float, float], ...]:

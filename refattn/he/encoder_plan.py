@@ -21,13 +21,15 @@ from .layout import Layout
 from .noise import Ring
 from .planned import Planned
 
-__all__ = ["REFRESHED", "EncoderPlan"]
+__all__ = ["MOST_DRIFT", "REFRESHED", "EncoderPlan"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
 REFRESHED = 2
 """Primes that a block's result has left where it is masked: values and mask fit below them."""
 CHANCE = 2.0**-40
+MOST_DRIFT = 16
+"""A result whose scale is further off is none: it would have few bits left."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class EncoderPlan(Planned):
         "full" or "whole", as in :func:`refattn.he.plan`.
     centred : bool
         Whether the client first takes each token's mean over features from it.
+    drift : (float, float)
+        The factors, at least 2, within which the scales of masked results and of the reply are the ring's: primes are
+        not quite 2**middle, and each square doubles what a scale is off by.
     """
 
     n: int
@@ -79,6 +84,7 @@ class EncoderPlan(Planned):
     rotations: tuple[int, ...]
     upload: str = "full"
     centred: bool = False
+    drift: tuple[float, float] = (2.0, 2.0)
 
     @property
     def rounds(self) -> int:
@@ -114,21 +120,21 @@ class EncoderPlan(Planned):
         """The largest root mean square of a result's slots with which a refresh is right but for a chance of 2**-40.
 
         Value and mask wrap round the modulus Q at coefficient c with the chance abs(c)/Q; the sum of abs(c) is at most
-        sqrt(N) times their norm, which is the slots' root mean square times the scale, at most twice 2**middle.
+        sqrt(N) times their norm, which is the slots' root mean square times the scale, at most `drift` of 2**middle.
         """
         modulus = 2.0 ** (self.ring.first + self.ring.middle - 1)
-        return CHANCE * modulus / (math.sqrt(self.ring.degree) * 2.0 ** (self.ring.middle + 1))
+        return CHANCE * modulus / (math.sqrt(self.ring.degree) * self.drift[0] * 2.0**self.ring.middle)
 
     @property
     def refresh_error(self) -> float:
         """A bound on what a refresh adds to a slot besides a fresh ciphertext's noise, but for a chance of 2**-40.
 
-        Client and server each transform twice, and round N coefficients once; the scale is at least half of 2**middle.
+        Client and server each transform twice, and round N coefficients once; the scale is at least 2**middle / drift.
         """
         degree, half = self.ring.degree, math.sqrt(self.ring.degree / 2)
         largest = spread(degree, 2 ** (self.ring.first + self.ring.middle), CHANCE)
         factor = max(1.0, *(abs(x) for pair in self.factors for x in pair))
-        transforms = 4 * error(degree) * half * largest * 2 * factor
+        transforms = 4 * error(degree) * half * largest * self.drift[0] * factor
         return (transforms + half * math.sqrt(degree)) / 2.0**self.ring.middle
 
     def predicted_ms(self, costs: Costs = COSTS) -> float:
@@ -139,7 +145,7 @@ class EncoderPlan(Planned):
     def digest(self) -> bytes:
         """What messages name the plan by."""
         names = ("n", "d", "heads", "classes", "spread", "apart", "limbs", "factors", "first_epsilon", "out_factor")
-        text = {n: getattr(self, n) for n in (*names, "upload", "centred")}
+        text = {n: getattr(self, n) for n in (*names, "upload", "centred", "drift")}
         text |= {"ring": asdict(self.ring), "layout": asdict(self.layout), "rotations": self.rotations}
         return hashlib.sha256(json.dumps({"encoder": text}, sort_keys=True).encode()).digest()
 

@@ -10,7 +10,7 @@ from ..errors import InvalidInput
 from ..validation import shown
 from .arguments import LEAST, MOST, POWERS, is_count, is_number
 from .costs import COSTS
-from .encoder_plan import EncoderPlan
+from .encoder_plan import MOST_DRIFT, EncoderPlan
 from .integers import MOST_FIRST
 from .layer_plan import LayerPlan, period_of
 from .layout import Layout
@@ -51,7 +51,7 @@ def encoder_plan_of(what: dict[str, Any]) -> EncoderPlan:
     good = good and len(factors) == len(limbs)
     if not good or not all(isinstance(x, list) for x in (*limbs, *factors)):
         raise InvalidInput(f"he: the plan's limbs and factors are no lists of as many blocks, at most {MOST_BLOCKS}")
-    rows = {"limbs": tuple(map(tuple, limbs)), "factors": tuple(map(tuple, factors))}
+    rows = {"limbs": tuple(map(tuple, limbs)), "factors": tuple(map(tuple, factors)), "drift": tuple(what["drift"])}
     made = EncoderPlan(**what | _common(what) | rows)
     most = made.ring.levels + 1
     for k, row in enumerate(made.limbs):
@@ -63,6 +63,8 @@ def encoder_plan_of(what: dict[str, Any]) -> EncoderPlan:
     _check_sizes(made)
     _expect("ring.first", made.ring.first, made.ring.first <= MOST_FIRST, f"at most {MOST_FIRST} for an encoder")
     _check_factor(made, "out_factor")
+    good = len(made.drift) == 2 and all(is_number(x) and 2 <= x <= MOST_DRIFT for x in made.drift)
+    _expect("drift", made.drift, good, f"two numbers from 2 to {MOST_DRIFT}")
     return made
 
 

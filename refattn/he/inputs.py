@@ -21,7 +21,7 @@ from .call import Call
 from .planned import Program
 from .sampled import Sampled
 
-__all__ = ["decoded", "encoded", "reference", "sequence_of", "simulate", "simulated"]
+__all__ = ["called", "decoded", "encoded", "reference", "sequence_of", "simulate", "simulated"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -42,21 +42,28 @@ def reference(problem: Problem) -> Float:
     UnsupportedProblem
         It is of another variant, or a part of the call, e.g. a softcap, means nothing to it.
     """
-    if not isinstance(problem, Problem) or problem.variant != "sigmoid":
-        checked(problem)
+    checked(problem, "sigmoid" if getattr(problem, "variant", "") == "sigmoid" else "power")
     return to_float64(evaluate(problem, rounding="float64").out)
 
 
-def checked(problem: Problem) -> dict[str, Any]:
+def called(plan: Any, x: Any) -> Any:
+    """Return a problem as a call of a plan's operator, with the plan's options; anything else as it is."""
+    if not isinstance(x, Problem) or x.variant == plan.operator:
+        return x
+    names = ("offset",) if plan.operator == "sigmoid" else ("p", "epsilon")
+    return x.replace(variant=plan.operator, options={n: getattr(plan, n) for n in names if hasattr(plan, n)})
+
+
+def checked(problem: Problem, operator: str = "power") -> dict[str, Any]:
     """Return a problem's own options with defaults filled in, checked as the exact evaluation checks them.
 
     This is the one check for what is computed exactly and on ciphertexts: an option that one refuses, both do.
     """
     if not isinstance(problem, Problem):
         raise InvalidProblem(f"he: got {type(problem).__name__}, expected a Problem")
-    if problem.variant != "power":
-        raise UnsupportedProblem(f"he: computes variant 'power', got {problem.variant!r}")
-    return dict(VARIANTS["power"].settings(problem))
+    if problem.variant != operator:
+        raise UnsupportedProblem(f"he: computes variant {operator!r}, got {problem.variant!r}")
+    return dict(VARIANTS[operator].settings(problem))
 
 
 def simulate(plan: Program, problem: Problem, seed: int | None = None) -> Float:

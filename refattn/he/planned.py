@@ -21,6 +21,8 @@ MOST_SECONDS, MOST_BYTES = 30.0, 10**9
 class Planned(ABC):
     """Sizes of messages from the ring, the rotations and the ciphertexts of a query; the report as a table."""
 
+    operator = "power"
+    """The variant that is computed."""
     ring: Ring
     rotations: tuple[int, ...]
     upload: str

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from ..errors import InvalidInput
 from .arithmetic import Arithmetic
 from .call import Call
+from .device.chain import chain_of
 from .noise import Ring
-from .seal import primes
 from .structure import check_ciphertext
 
 __all__ = ["Size", "Sizes", "check_out", "check_reply"]
@@ -65,13 +65,22 @@ class Sizes(Arithmetic):
         return a
 
     def rescale(self, a: Size) -> Size:
-        return Size(a.scale / primes(self.ring)[a.limbs - 1], a.limbs - 1)
+        return Size(a.scale / chain_of(self.ring).primes[a.limbs - 1], a.limbs - 1)
 
     def rotate(self, a: Size, k: int) -> Size:
         return a
 
     def conjugate(self, a: Size) -> Size:
         return a
+
+    def times(self, a: Size, plain: Any) -> Size:
+        return Size(a.scale * (plain.scale or a.scale), a.limbs)
+
+    def plus(self, a: Size, plain: Any) -> Size:
+        return a
+
+    def like(self, a: Size, b: Size) -> Size:
+        return b
 
 
 def check_reply(plan: Any, found: Sequence[Any]) -> None:
@@ -80,7 +89,8 @@ def check_reply(plan: Any, found: Sequence[Any]) -> None:
     Parameters
     ----------
     plan : Plan or LayerPlan
-        What was asked. Of a layer, whose program the client does not know, the scale is known within a factor of 2.
+        What was asked. Of a layer, whose program the client does not know, the scale is known within a factor of 2, of
+        an encoder within the plan's ``drift``.
     found : sequence of Ciphertext
         What SEAL loaded.
 
@@ -94,7 +104,7 @@ def check_reply(plan: Any, found: Sequence[Any]) -> None:
         wanted = [(x.limbs, x.scale) for x in sizes_of(plan)]
     wanted *= len(found) // len(wanted)
     for x, (limbs, scale) in zip(found, wanted, strict=True):
-        check_ciphertext("a ciphertext of the reply", x, plan.ring, limbs, scale)
+        check_ciphertext("a ciphertext of the reply", x, plan.ring, limbs, scale, getattr(plan, "drift", (2.0, 2.0))[1])
 
 
 def check_out(plan: Any, out: NDArray[np.float64]) -> None:

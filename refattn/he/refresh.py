@@ -171,10 +171,10 @@ def check_masked(plan: EncoderPlan, found: Sequence[Any]) -> list[float]:
     Raises
     ------
     InvalidInput
-        One is of another structure or level, or of a scale not within a factor of 2 of the ring's.
+        One is of another structure or level, or of a scale not within the plan's factor of the ring's.
     """
     for x in found:
-        check_ciphertext("a ciphertext of the masked result", x, plan.ring, REFRESHED, None)
+        check_ciphertext("a ciphertext of the masked result", x, plan.ring, REFRESHED, None, plan.drift[0])
     return [float(x.scale) for x in found]
 
 

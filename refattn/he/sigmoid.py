@@ -17,11 +17,10 @@ from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..masks import visible
 from ..problem import Problem
 from ..validation import shown
-from ..variants import VARIANTS
-from .arguments import check_arguments, is_number
+from .arguments import MOST, check_arguments, is_number
 from .arithmetic import Counted, Levels
 from .circuit import attend_sigmoid
-from .inputs import out_of
+from .inputs import checked, out_of
 from .layout import Layout, layouts_for
 from .noise import Bounds, Noisy, Ring, quantile
 from .plan import LEAST_MIDDLE, MOST_BITS, MOST_FIRST, MOST_MIDDLE, Plan
@@ -49,6 +48,7 @@ class SigmoidPlan(Plan):
         What stands for the sigmoid on that range.
     """
 
+    operator = "sigmoid"
     layout: Layout
     scores: tuple[float, float]
     offset: float
@@ -168,11 +168,7 @@ class SigmoidPlan(Plan):
 
 
 def _fits(plan: SigmoidPlan, p: Any) -> None:
-    if not isinstance(p, Problem):
-        raise InvalidProblem(f"he: got {type(p).__name__}, expected a Problem")
-    if p.variant != "sigmoid":
-        raise UnsupportedProblem(f"he: the plan computes variant 'sigmoid', got {p.variant!r}")
-    offset = VARIANTS["sigmoid"].settings(p)["offset"]
+    offset = checked(p, "sigmoid")["offset"]
     if p.kind != "numpy" or p.cu_seqlens_q is not None or p.bias is not None:
         raise UnsupportedProblem("he: takes arrays of numpy, without a bias and not packed")
     found = {n: getattr(p, n) for n in ("n_q", "n_k", "d_k", "d_v")} | {"heads": p.batch * p.heads}
@@ -264,6 +260,9 @@ def plan_sigmoid(
     )  # fmt: skip
     offset = -math.log(n_k) if offset is None else float(offset)
     low, high = map(float, scores)
+    for name, x in (("scores", low), ("scores", high), ("offset", offset)):
+        if abs(x) > MOST:
+            raise InvalidInput(f"{name}: got {x:g}, expected from {-MOST:g} to {MOST:g}; choose another unit")
     if not low <= offset <= high or not low < high:
         raise InvalidInput(f"scores: got ({low:g}, {high:g}), expected low < high with the offset, {offset:g}, between")
     d_v = d_k if d_v is None else d_v
@@ -274,12 +273,24 @@ def plan_sigmoid(
         "upload": upload, "workers": 1, "tolerance": float(tolerance), "inverse": None, "scores": (low, high),
         "offset": offset,
     }  # fmt: skip
+    return _fastest(given)
+
+
+def _fastest(given: dict[str, Any]) -> SigmoidPlan:
+    """Return the fastest plan of checked arguments; errors as of `plan_sigmoid`."""
+    low, high = given["scores"]
+    n_q, n_k, d_k, d_v, heads = (given[n] for n in ("n_q", "n_k", "d_k", "d_v", "heads"))
     best: SigmoidPlan | None = None
     obstacle = ""
-    for polynomial in sigmoids(low, high, tolerance / n_k / value_most, TRIED):
+    for polynomial in sigmoids(low, high, given["tolerance"] / n_k / given["value_most"], TRIED):
+        if sum(len(f) - 1 for f in polynomial.factors()[1]) < polynomial.degree:
+            raise UnsupportedProblem(
+                f"he: on ({low:g}, {high:g}) the sigmoid is too near a constant for a polynomial; take scores that "
+                "reach nearer to 0"
+            )
         for degree in MOST_BITS:
             try:
-                layouts = layouts_for(degree // 2, n_q, n_k, d_k, d_v, heads, "latency", upload)
+                layouts = layouts_for(degree // 2, n_q, n_k, d_k, d_v, heads, "latency", given["upload"])
             except UnsupportedProblem as e:
                 obstacle = str(e).removeprefix("he: ")
                 continue
@@ -295,6 +306,13 @@ def plan_sigmoid(
     if best is None:
         raise UnsupportedProblem(f"he: {obstacle}; a narrower range of scores or a larger tolerance would help")
     return best
+
+
+def _largest(polynomial: Polynomial) -> float:
+    """Return a bound on all products of the polynomial's monic factors, for w in [-1, 1]."""
+    w = np.linspace(-1, 1, 513)  # a quadratic's largest is at an end, its least has the smaller size or is seen near
+    sizes = (np.abs(np.polynomial.polynomial.polyval(w, f)).max() for f in polynomial.factors()[1])
+    return math.prod(max(1.0, float(x)) for x in sizes)
 
 
 def _with_layout(given: dict[str, Any], polynomial: Polynomial, degree: int, layout: Layout) -> SigmoidPlan | str:
@@ -315,6 +333,12 @@ def _with_layout(given: dict[str, Any], polynomial: Polynomial, degree: int, lay
     if middle < LEAST_MIDDLE:
         return f"{depth} levels are needed, for which degree {degree} has no room at 128 bits of security"
     ring = Ring(degree, middle + above, middle, MOST_FIRST, depth)
+    largest = _largest(polynomial)
+    if largest > 2.0 ** (ring.first - 3):  # weights and their parts have a prime beside the first one, at least
+        return (
+            f"the polynomial's factors have products up to {largest:.2g}, too large for degree {degree}: those of "
+            "scores nearer to 0 are smaller"
+        )
     exact, _ = ran(depth + 1, depth + 1 - counting.levels["products"] - counting.levels.get("sigmoid", 0))
     made = SigmoidPlan(
         **given, ring=ring, layout=layout, levels={s: n for s, n in exact.levels.items() if n},

@@ -42,7 +42,9 @@ def check_keys(ring: Ring, rotations: tuple[int, ...], relin: Any, galois: Any) 
                 _check(f"a digit of the {name}", digit.data(), ring, ring.levels + 2, None)
 
 
-def check_ciphertext(what: str, x: Any, ring: Ring, limbs: int | None, scale: float | None) -> None:
+def check_ciphertext(
+    what: str, x: Any, ring: Ring, limbs: int | None, scale: float | None, within: float = 2.0
+) -> None:
     """Refuse a ciphertext that is not as a plan says.
 
     Parameters
@@ -56,8 +58,9 @@ def check_ciphertext(what: str, x: Any, ring: Ring, limbs: int | None, scale: fl
     limbs : int or None
         Primes that it must have left, where that is known.
     scale : float or None
-        What its numbers must be multiplied with, to nine digits; None where only its size is known: within a factor of
-        2 of the ring's.
+        What its numbers must be multiplied with, to nine digits; None where only its size is known.
+    within : float
+        How near the ring's it must be then: within this factor.
 
     Raises
     ------
@@ -65,7 +68,7 @@ def check_ciphertext(what: str, x: Any, ring: Ring, limbs: int | None, scale: fl
         It is not so.
     """
     _check(what, x, ring, limbs, scale)
-    low, high = (0.5, 2.0) if scale is None else (1 - 1e-9, 1 + 1e-9)
+    low, high = (1 / within, within) if scale is None else (1 - 1e-9, 1 + 1e-9)
     wanted = 2.0**ring.middle if scale is None else scale
     if not low <= x.scale / wanted <= high:  # NaN, too
         raise InvalidInput(

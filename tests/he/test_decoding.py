@@ -20,6 +20,7 @@ from refattn.he.plan import noise_of
 from refattn.he.sampled import Sampled
 from refattn.he.saved import plan_from_json, plan_to_json
 
+from .apart import apart
 from .make_decoding import begun, decoded, planned, sequence, taken, token, with_layouts
 
 ROUNDING = 2.0**-38
@@ -70,6 +71,7 @@ SESSIONS = {
 
 
 @pytest.mark.parametrize("name", SESSIONS)
+@apart
 def test_encrypted_steps_are_within_the_bound(name, monkeypatch):
     x, more, layout = SESSIONS[name]
     if layout:

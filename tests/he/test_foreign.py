@@ -13,12 +13,16 @@ from refattn.he.call import Call
 from refattn.he.inverse import Inverse
 from refattn.he.layer_plan import LayerPlan
 from refattn.he.saved import plan_from_json, plan_to_json
+from refattn.he.sigmoid import SigmoidPlan
 
 from .make import planned, problem
+from .make_sigmoid import call
+from .make_sigmoid import planned as planned_sigmoid
 from .test_layer import layer
 
 ATTENTION = json.loads(plan_to_json(planned(problem(4, 4, 4, epsilon=1.0))))
 LAYER = json.loads(plan_to_json(he.Layer(layer(classes=3)[0]).plan))
+SIGMOID = json.loads(plan_to_json(planned_sigmoid(call(4, 4, 4, heads=1), tolerance=0.3)))
 INF, NAN = float("inf"), float("nan")
 WRONG = {
     "n_q": [10**6, "4", 4.0, -4, 0, True, None, 10**400, [4]],
@@ -39,6 +43,14 @@ WRONG = {
     "workers": [10**9, 0, "1", 1.0],
     "inverse": [[10**9, 3], [41, 1], [2, 10**6 + 1], [2, 10**9 + 1], [-1, 3], [2, 4], [2, INF], [2], "x", {}, [1.0, 3]],
     "foo": [1],
+}
+WRONG_SIGMOID = {
+    n: WRONG[n] for n in ("n_q", "n_k", "d_k", "d_v", "heads", "scale", "norms", "value_most", "tolerance", "foo")
+} | {
+    "scores": [[NAN, 2], [2, 1], [1, 1], ["a", 1], [1, 2, 3], None, 5, {}, [-INF, INF], [-1, 10**400], [-1e308, 1e308]],
+    "offset": [NAN, INF, "x", [1], 1e308, -1e200, 10**400, 5e9, True],
+    "upload": ["x", None, "compact"],
+    "mode": ["latency"],
 }
 WRONG_LAYER = {
     "ring.degree": [1024, 12345, 8192.5, "x", -8192, 2**40],
@@ -84,9 +96,9 @@ def cases(base, wrong):
             yield pytest.param(json.dumps(changed), id=f"{base['refattn']} {name} {str(value)[:20]}")
 
 
-@pytest.mark.parametrize("text", [*cases(ATTENTION, WRONG), *cases(LAYER, WRONG_LAYER)])
+@pytest.mark.parametrize("text", [*cases(ATTENTION, WRONG), *cases(SIGMOID, WRONG_SIGMOID), *cases(LAYER, WRONG_LAYER)])
 def test_a_plan_that_is_none_is_refused_at_once(text, monkeypatch):
-    for kind in (Call, LayerPlan):  # a liar reckons the digest, too
+    for kind in (Call, SigmoidPlan, LayerPlan):  # a liar reckons the digest, too
         monkeypatch.setattr(kind, "digest", property(lambda plan: bytes(32)))
     start = time.process_time()
     with pytest.raises(RefattnError) as refused:
@@ -118,7 +130,7 @@ def test_text_that_is_no_plan(text, expected):
 
 
 def test_a_plan_that_asks_for_too_much_is_refused():
-    for base in (ATTENTION, LAYER):
+    for base in (ATTENTION, SIGMOID, LAYER):
         made = plan_from_json(json.dumps(base))
         assert plan_from_json(json.dumps(base), max(made.key_bytes, made.upload_bytes)).digest == made.digest
         with pytest.raises(InvalidInput, match=r"asks for \d+ bytes of keys, expected at most most_bytes = 1000000"):

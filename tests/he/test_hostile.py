@@ -12,6 +12,7 @@ from refattn.he.plausible import check_out
 from refattn.he.seal import from_bytes, to_bytes
 
 from . import forge
+from .apart import apart
 from .make import planned, problem
 from .test_layer import layer
 
@@ -108,6 +109,7 @@ def test_numbers_that_are_none_are_not_believed(what):
         check_out(PLAN, np.array([-PLAN.value_most - 2 * PLAN.error]))
 
 
+@apart
 def test_a_layers_reply_of_another_scale_is_not_believed():
     program = he.Layer(layer(n=4, d=4, heads=1, d_k=4, classes=2)[0])
     client = he.Client(program.plan)
@@ -145,6 +147,7 @@ def test_a_row_without_keys_is_not_divided_by_noise():
     assert np.abs(out - he.reference(y)).max() <= plan.error
 
 
+@apart
 def test_keys_of_another_structure_are_refused(exchange):
     client, keys, *_ = exchange
     relin, galois = forge.parts_of(keys, wire.KEYS, PLAN)
@@ -221,6 +224,7 @@ def test_the_plan_knows_the_parts_of_a_query():
         assert plan.loads() == {(plan.load, n): plan.part_limbs().count(n) for n in set(plan.part_limbs())}
 
 
+@apart
 def test_what_is_kept_of_a_layers_weights_does_not_grow_with_scales():
     program = he.Layer(layer(n=4, d=4, heads=1, d_k=4, classes=2)[0])
     plan, x = program.plan, np.ones((4, 4))

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from refattn import InvalidInput, he
 from refattn.he import refresh, wire
 from refattn.he.integers import composed, transformed, words_of
+from refattn.he.refresh import check_masked
 from refattn.he.saved import plan_from_json, plan_to_json
 from refattn.he.seal import from_bytes, level, primes, to_bytes
 
@@ -306,6 +308,15 @@ def test_sharing_an_encoders_result_is_refused(session):
         client.ask(X, server.attend, he.Sharing())
 
 
+def test_a_scale_may_be_off_by_as_much_as_the_plan_says(session):
+    program, client, server = session
+    parts = forge.parts_of(server.attend(client.encrypt(X)), wire.MASKED, program.plan)[1:]
+    off = [from_bytes("Ciphertext", RING, forge.with_fields(p, times=3.0)) for p in parts]
+    with pytest.raises(InvalidInput, match=r"of scale .*, expected"):
+        check_masked(program.plan, off)
+    assert check_masked(replace(program.plan, drift=(4.0, 2.0)), off) == [x.scale for x in off]
+
+
 def test_plans_of_encoders_survive_json_and_are_checked():
     import json
 
@@ -321,6 +332,10 @@ def test_plans_of_encoders_survive_json_and_are_checked():
         ({"limbs": [[3, 2, 0], [3, 2, 0], [3, 3, 2]]}, "limbs of .* integers from 1 to 3"),
         ({"limbs": [[3, 2], [3, 2, 1], [3, 3, 2]]}, "limbs of .* integers from 1 to 3"),
         ({"factors": [[1.0, 1.0], [float("nan"), 1.0], [1.0, 1.0]]}, "factors of .* two finite numbers"),
+        ({"drift": [2.0, 17.0]}, "drift of .* two numbers from 2 to 16"),
+        ({"drift": [1.5, 2.0]}, "drift of .* two numbers from 2 to 16"),
+        ({"drift": [2.0]}, "drift of .* two numbers from 2 to 16"),
+        ({"drift": 2.0}, "got what is no plan: TypeError"),
         ({"factors": [[1.0, 1.0], [1e200, 1.0], [1.0, 1.0]]}, "factors of .* two finite numbers"),
         ({"ring": good["plan"]["ring"] | {"first": 54}}, "ring.first of 54, expected at most 52"),
         ({"out_factor": 0.0}, "out_factor of .*, expected a finite number other than 0"),

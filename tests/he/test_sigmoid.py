@@ -1,7 +1,6 @@
 """Sigmoid attention on ciphertexts: polynomial, bounds, masks, messages, and refusals."""
 
 import json
-import math
 
 import mpmath
 import numpy as np
@@ -16,29 +15,11 @@ from refattn.he.polynomials import sigmoids
 from refattn.he.saved import plan_from_json, plan_to_json
 from refattn.masks import visible
 
-from .device.exchange import Exchange
+from .device.exchange import exchange
+from .make_sigmoid import call, planned
 
 ROUNDING = 2.0**-40
 """float64's, of some hundred operations of 2**-53 on numbers below 8."""
-
-
-def call(n_q=5, n_k=7, d=6, d_v=None, heads=2, seed=0, **more):
-    rng = np.random.default_rng(seed)
-    q, k, v = (rng.standard_normal((1, heads, n, f)) for n, f in ((n_q, d), (n_k, d), (n_k, d_v or d)))
-    return Problem(q, k, v, variant="sigmoid", **more)
-
-
-def planned(x, **more):
-    q, k, v = (np.asarray(a)[0] for a in (x.query, x.key, x.value))
-    offset = x.options.get("offset")
-    offset = -math.log(x.n_k) if offset is None else offset
-    scale = 1 / math.sqrt(x.d_k) if x.scale is None else x.scale
-    s = scale * np.einsum("hid,hjd->hij", q, k) + offset
-    given = {
-        "scores": (min(s.min(), offset) - 0.1, max(s.max(), offset) + 0.1), "offset": offset, "scale": x.scale,
-        "norms": tuple(np.linalg.norm(a, axis=-1).max() for a in (q, k)), "value_most": np.abs(v).max(),
-    }  # fmt: skip
-    return he.plan_sigmoid(x.n_q, x.n_k, x.d_k, x.d_v, x.heads, **given | more)
 
 
 @pytest.mark.parametrize("interval", [(-4.0, 4.0), (-12.0, 1.5), (0.0, 0.5)])
@@ -123,9 +104,8 @@ def test_scores_at_the_ends_stay_within_the_bounds():
 
 def test_encrypted_it_is_within_the_bound_and_a_gpus_words_are_seals():
     pytest.importorskip("tenseal")
-    x = call(3, 4, 4, heads=1, causal="top_left")
-    plan = planned(x, tolerance=0.3)
-    e = Exchange(plan, x)
+    e = exchange("sigmoid, several heads, causal")
+    x, plan = e.x, e.plan
     out = e.client.decrypt(e.reply)
     assert np.abs(out - he.reference(x)).max() <= plan.error
     assert np.abs(out - he.simulate(plan, x)).max() <= plan.noise
@@ -133,7 +113,6 @@ def test_encrypted_it_is_within_the_bound_and_a_gpus_words_are_seals():
     keys, parts = e.given_words()
     found = execute(schedule, keys, parts, lambda a: encoded(a, plan.ring))
     assert all(np.array_equal(a, b) for a, b in zip(found, e.replied_words(schedule.outs), strict=True))
-    assert he.on_gpu(plan).memory_bytes > 0
 
 
 def test_a_plan_survives_json_and_says_what_it_is():
@@ -195,6 +174,14 @@ def test_noise_of_the_scores_is_counted():
         ({"scores": 5}, InvalidInput, "scores: got 5, expected two finite numbers"),
         ({"offset": "x"}, InvalidInput, "offset: got 'x', expected a finite number"),
         ({"norms": (0.0, 1.0)}, InvalidInput, "norms: got 0"),
+        ({"scores": (-1e308, 1e308)}, InvalidInput, r"scores: got -1e\+308, expected from -1e\+100 to 1e\+100"),
+        ({"offset": -1e200}, InvalidInput, r"offset: got -1e\+200, expected from"),
+        ({"scores": (-52.0, -48.0), "offset": -50.0}, UnsupportedProblem, "too near a constant for a polynomial"),
+        (
+            {"scores": (48.0, 52.0), "offset": 50.0},
+            UnsupportedProblem,
+            "factors have products up to 1.9e\\+15, too",
+        ),
         ({"upload": "compact"}, UnsupportedProblem, "upload='compact' is not for sigmoid attention"),
         ({"tolerance": 1e-12}, UnsupportedProblem, "he: no polynomial up to degree 31 is within"),
         ({"scores": (-4e3, 4e3)}, UnsupportedProblem, "narrow the interval"),

@@ -11,6 +11,7 @@ from refattn.he.device.format import read_ciphertext, read_keys, whole
 from refattn.he.noise import Ring
 from refattn.he.seal import galois_elements
 
+from .. import make_sigmoid
 from ..forge import body
 from ..make import planned, problem
 
@@ -21,6 +22,7 @@ PLANS = {
     "whole, several heads": ((2, 2, 2), {"heads": 2, "normalize": "client", "upload": "whole"}),
     "compact, p = 4": ((4, 4, 4), {"p": 4, "normalize": "client", "upload": "compact"}),
     "a slot is an input": ((1, 2, 2), {"normalize": "client", "mode": "throughput"}),
+    "sigmoid, several heads, causal": ((3, 3, 4), {"heads": 2, "tolerance": 0.3}),
 }
 
 
@@ -63,6 +65,9 @@ class Exchange:
 def exchange(name):
     sizes, more = PLANS[name]
     more = dict(more)
+    if name.startswith("sigmoid"):
+        x = make_sigmoid.call(*sizes, heads=more.pop("heads"), causal="top_left")
+        return Exchange(make_sigmoid.planned(x, **more), x)
     x = problem(*sizes, heads=more.pop("heads", 1), p=more.pop("p", 2), epsilon=1.0)
     plan = planned(x, **more)
     return Exchange(plan, x)

@@ -3,6 +3,7 @@
 compile: the kernels for every degree, by nvcc, without spills. emulate: every operation at every degree, the kernels
 run by g++ against the executor. grid: whole plans, the executor against SEAL. gpu: the same and larger ones, and
 encoders with their masks, and decoding, on a GPU against SEAL where TenSEAL is installed, and against the executor.
+decoding: of those on a GPU the sequences that are decoded, twelve, alone.
 predicted: times and memory of blocks and many inputs, as predicted, beside those that were measured.
 """
 
@@ -26,6 +27,7 @@ from refattn.he.device.schedule import schedule_of
 from refattn.he.device.session import Session
 
 from ...gpu.compiled import check_compiles
+from .. import make_sigmoid
 from ..make import planned, problem
 from ..make_decoding import planned as planned_decoding
 from ..make_decoding import sequence, taken, token
@@ -73,7 +75,7 @@ def emulate():
 
 
 def calls(count):
-    """Yield names, calls and programs: layers, a masked call, then the grid's sizes, heads, powers and modes."""
+    """Yield names, calls and programs: layers, masked calls, sigmoid attention, then the grid's sizes and modes."""
     for classes in (0, 3):
         weights, x, _ = layer(classes=classes)
         for upload in ("full", "whole"):
@@ -81,6 +83,11 @@ def calls(count):
     for causal in ("top_left", "bottom_right"):
         x = problem(8, 16, 8, heads=2, epsilon=1.0, causal=causal)
         yield f"causal, {causal}", x, planned(x)
+    for sizes, more in (
+        ((3, 3, 4), {"tolerance": 0.3}), ((16, 24, 32), {}), ((16, 16, 32), {"upload": "whole"}), ((64, 64, 64), {}),
+    ):  # fmt: skip
+        x = make_sigmoid.call(*sizes, heads=2, causal="bottom_right")
+        yield f"sigmoid, 2 heads of {sizes}, {more}", x, make_sigmoid.planned(x, **more)
     every = itertools.cycle(itertools.product(GRID, (1, 2), (2, 4), MODES))
     for seed, ((n, d), heads, p, more) in zip(range(count), every, strict=False):
         x, given = random_call(n, d, heads, p, seed)
@@ -159,7 +166,7 @@ def main(words):
     """Run stages, and say how many comparisons failed; a number is how many random calls there are."""
     stages = {
         "compile": lambda _: compile_all(), "emulate": lambda _: emulate(), "grid": grid, "gpu": gpu,
-        "predicted": lambda _: predicted(),
+        "decoding": lambda _: decodings(), "predicted": lambda _: predicted(),
     }  # fmt: skip
     counts = [int(w) for w in words if w.isdigit()]
     failed = 0

@@ -16,6 +16,11 @@ FILE = Path(__file__).parents[3] / "benchmarks" / "results" / "he-gpu-h200.json"
 ROWS = {row["name"]: row["value"] for row in json.loads(FILE.read_text(encoding="utf-8"))["rows"]}
 
 
+def measured(file):
+    """Return the figures of a file of results, by name."""
+    return {row["name"]: row["value"] for row in json.loads((FILE.parent / file).read_text(encoding="utf-8"))["rows"]}
+
+
 def bound(what):
     """Return the largest ratio of a time: it is a sum of parts, each within its residual."""
     return COSTS.of_kernels if what == "computing" else max(COSTS.of_kernels, COSTS.of_host)
@@ -45,7 +50,7 @@ def programs():
     from refattn.he.torch import weights_of
 
     yield "block 16 x 64", he.Layer(weights_of(load("he").a_block()[0], 16), tolerance=1e-2)
-    weights, _ = load("he_gpu").an_encoder()
+    weights = weights_of(load("he").an_encoder(2)[0], 16)
     name = "two-layer encoder, 16 tokens, d = 64, masked refresh"
     yield name, he.Encoder(weights, tolerance=1e-2, device="cuda")
 

@@ -17,7 +17,7 @@ from refattn.he.device.predict import COSTS, MB, WITHOUT_ROW, counted, fitted, o
 from refattn.he.device.schedule import schedule_of
 
 from ..make import planned, problem
-from .predicted import ROWS, bound, ratios
+from .predicted import ROWS, bound, measured, ratios
 
 ATTENTION = [(1, 16, 32, 2, "full"), (1, 128, 64, 2, "full"), (1, 128, 64, 4, "full"), (12, 128, 64, 2, "full")]
 PLANS = {
@@ -79,6 +79,18 @@ def test_memory_is_what_sessions_asked_for():
         found = on_gpu(plan)
         assert found.memory_bytes == round(1e9 * ROWS[f"{name}, memory of the session"])
         assert found.ciphertext_bytes == round(1e9 * ROWS[f"{name}, of it ciphertexts at their peak"])
+
+
+def test_a_decoded_token_is_within_the_fits_residual():
+    """Its costs are those of attention: nothing was fitted to it."""
+    x = random_call(128, 64, 12, 2)[0].replace(causal="bottom_right")
+    plan = he.plan_decoding(128, 64, heads=12, **he.ranges(x, margin=0.05))
+    rows, at = measured("he-gpu-decoding-h200.json"), "decoding 12 x 128 x 64, p = 2, full"
+    found = on_gpu(plan)
+    for row, ms in (("computing", found.computing_ms), ("bytes to bytes", found.bytes_ms)):
+        ratio, most = ms / rows[f"{at}, the last token, {row}"], bound(row)
+        assert 1 / most <= ratio <= most, (row, ratio)
+    assert found.memory_bytes == round(1e9 * rows[f"{at}, memory of the session"])
 
 
 def test_times_follow_the_costs():
