@@ -9,9 +9,11 @@ from ..arrays import dtype_name, kind_of
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..problem import Problem
 from ..variants import variant_of
+from . import lightning_mma
 from .arguments import arguments_of
 from .build import compiled, text_of
 from .launch import capability, queue
+from .request import Kept
 from .views import (
     View,
     cast,
@@ -131,7 +133,11 @@ def _run(
     device = device_of(query, "query")
     with on(device):
         arrays = {n: view(x, n) for n, x in given.items() if n in ("query", "key", "value")}
-        _check(entry, given, arrays, device, scale, options)
+        places = tuple((n, x.shape, x.strides, x.dtype) for n, x in arrays.items())
+        kinds = tuple((n, *_kind(given.get(n))) for n in ("alpha", "beta"))
+        asked = (entry, places, kinds, _kind(state), _kind(cu_seqlens), scale, type(scale), *options.items(), device)
+        if _KNOWN.find(asked) is None:
+            _check(entry, given, arrays, device, scale, options)
         (b, h, n, d_k), (_, h_kv, _, d_v) = arrays["query"].shape, arrays["value"].shape
         many = b if cu_seqlens is None else _sequences(cu_seqlens, b)
         gates = {n: _float32(given[n], n, side_by_side) for n in ("alpha", "beta") if given.get(n) is not None}
@@ -139,23 +145,44 @@ def _run(
         if start is not None and tuple(start.shape) != (many, h, d_k, d_v):
             raise InvalidProblem(f"state: got shape {tuple(start.shape)}, expected {(many, h, d_k, d_v)}")
         cu = None if cu_seqlens is None else _contiguous(cast(cu_seqlens, "int32", "cu_seqlens"))
-        rates = _rates(query, options["decay"]) if "decay" in options else None
+        rates = _rates(query, device, options["decay"]) if "decay" in options else None
         more = {"state": start, "cu_seqlens": cu, "decay": rates} | gates
         arrays |= {n: view(x, n) for n, x in more.items() if x is not None}
         check_devices(arrays)
+        _KNOWN[asked] = True
         out, arrays["out"] = empty(query, (b, h, n, d_v), arrays["query"].dtype)
         last, arrays["last"] = empty(query, (many, h, d_k, d_v), "float32")
-        gate = 0 if "alpha" not in gates else 1 if gates["alpha"].shape[3] == 1 else 2
-        m = macros(arrays["query"].dtype, d_k, gate)
-        grid = many * h * -(-d_v // COLUMNS)
-        if grid:
-            sizes = {"heads": h, "group": h // h_kv, "n": n, "d_k": d_k, "d_v": d_v}
-            values = _values(entry, arrays) | {"z": sizes, "scale": 1.0 if scale is None else float(scale)}
-            shared, (major, minor) = shared_bytes(entry, m), capability(device)
-            kernel = compiled(source(m), entry, shared, f"sm_{major}{minor}", device)
-            queue(kernel, grid, 128, shared, stream_of(query, device), arguments_of(FILE, entry), values)
+        sizes = {"heads": h, "group": h // h_kv, "n": n, "d_k": d_k, "d_v": d_v}
+        values = _values(entry, arrays) | {"z": sizes, "scale": 1.0 if scale is None else float(scale)}
+        if min(many, h, d_v):
+            _launch(entry, query, arrays, values, many, stream_of(query, device))
         out, last = finish(query, [out, last], list(arrays.values()))
     return out, last
+
+
+_KNOWN: Kept[bool] = Kept()
+"""Calls that were checked before, by all that the checks depend on."""
+
+
+def _kind(x: Any) -> tuple[Any, ...]:
+    """Return what the checks depend on of an array."""
+    return (type(x), *(() if kind_of(x) is None else (tuple(x.shape), x.dtype)))
+
+
+def _launch(
+    entry: str, like: Any, arrays: dict[str, View], values: dict[str, Any], sequences: int, stream: int
+) -> None:
+    """Queue a call on tensor cores where a kernel takes it, else on the CUDA cores."""
+    if entry == "lightning" and lightning_mma.takes(arrays):
+        lightning_mma.launch(like, arrays, values, sequences, stream)
+        return
+    q, device = arrays["query"], arrays["query"].device
+    gate = 0 if "alpha" not in arrays else 1 if arrays["alpha"].shape[3] == 1 else 2
+    m = macros(q.dtype, q.shape[3], gate)
+    grid = sequences * q.shape[1] * -(-arrays["value"].shape[3] // COLUMNS)
+    shared, (major, minor) = shared_bytes(entry, m), capability(device)
+    kernel = compiled(source(m), entry, shared, f"sm_{major}{minor}", device)
+    queue(kernel, grid, 128, shared, stream, arguments_of(FILE, entry), values)
 
 
 def _check(
@@ -197,11 +224,19 @@ def _contiguous(x: Any) -> Any:
     )
 
 
-def _rates(like: Any, decay: tuple[float, ...]) -> Any:
-    if kind_of(like) == "torch":
-        torch = library("torch")
-        return torch.tensor(decay, dtype=torch.float64, device=like.device)
-    return library("cupy").array(decay, "float64")
+def _rates(like: Any, device: int, decay: tuple[float, ...]) -> Any:
+    """Return the rates on the GPU; they are kept, as copying them there waits for it."""
+    key = (kind_of(like) == "torch", device, decay)
+    if key not in _RATES:
+        if key[0]:
+            torch = library("torch")
+            _RATES[key] = torch.tensor(decay, dtype=torch.float64, device=like.device)
+        else:
+            _RATES[key] = library("cupy").array(decay, "float64")
+    return _RATES[key]
+
+
+_RATES: Kept[Any] = Kept()
 
 
 def _values(entry: str, arrays: Mapping[str, View]) -> dict[str, Any]:
