@@ -108,7 +108,6 @@ static void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 }
 """
 OWN = r"""
-static int again(int x) { return x; }
 static u32 turned(u32 x) {
     const unsigned (*all)[6] = exchange(&x, 1);
     int lane = threadIdx.x % 32, row = lane % 4 * 2, shift = lane / 4 % 2 * 16;
