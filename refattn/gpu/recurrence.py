@@ -9,7 +9,7 @@ from ..arrays import dtype_name, kind_of
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..problem import Problem
 from ..variants import variant_of
-from . import lightning_mma
+from . import delta_mma, lightning_mma
 from .arguments import arguments_of
 from .build import compiled, text_of
 from .launch import capability, queue
@@ -173,8 +173,9 @@ def _launch(
     entry: str, like: Any, arrays: dict[str, View], values: dict[str, Any], sequences: int, stream: int
 ) -> None:
     """Queue a call on tensor cores where a kernel takes it, else on the CUDA cores."""
-    if entry == "lightning" and lightning_mma.takes(arrays):
-        lightning_mma.launch(like, arrays, values, sequences, stream)
+    faster = lightning_mma if entry == "lightning" else delta_mma
+    if faster.takes(arrays):
+        faster.launch(like, arrays, values, sequences, stream)
         return
     q, device = arrays["query"], arrays["query"].device
     gate = 0 if "alpha" not in arrays else 1 if arrays["alpha"].shape[3] == 1 else 2
