@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .arguments import arguments_of
-from .build import compiled, text_of
-from .launch import capability, queue
-from .lightning_mma import CHUNK, WIDTHS
+from .build import text_of
+from .lightning_mma import CHUNK, WIDTHS, queue_all
 from .views import View, empty, layout
 
-__all__ = ["COLUMNS", "KEPT_BYTES", "launch", "macros", "shared_bytes", "source", "takes"]
+__all__ = ["FILE", "launch", "macros", "shape", "shared_bytes", "source", "takes"]
 
 FILE = "delta.cu"
 COLUMNS = 32
@@ -45,17 +43,32 @@ def shared_bytes(entry: str, m: Mapping[str, Any]) -> int:
     return int(2 * CHUNK * (5 * m["WIDTH_K"] + 2 * COLUMNS) + 8 * TILE + changes + 3 * 8 * CHUNK)
 
 
-def launch(like: Any, arrays: Mapping[str, View], values: Mapping[str, Any], sequences: int, stream: int) -> None:
+def shape(
+    sizes: tuple[int, int, int], sequences: int, batch: int, packed: bool
+) -> tuple[dict[str, int], dict[str, int], int]:
+    """Return what struct Sizes has more, the grids by kernel in their order, and how many numbers are kept.
+
+    Parameters
+    ----------
+    sizes : (h_q, n, d_v)
+        Of the call.
+    sequences, batch : int
+        How many states there are for each head, and batch items.
+    packed : bool
+        Whether sequences are packed: then each may leave a chunk unfilled.
+    """
+    h, n, d_v = sizes
+    slots = n // CHUNK + sequences if packed else batch * -(-n // CHUNK)
+    grids = {"delta_chunks": slots * h, "gated_delta": sequences * h * -(-d_v // COLUMNS)}
+    return {"sequences": sequences}, grids, slots * h * KEPT_BYTES // 4
+
+
+def launch(like: Any, arrays: dict[str, View], values: Mapping[str, Any], sequences: int, stream: int) -> None:
     """Queue the kernels of a call; the arguments are those of :func:`refattn.gpu.lightning_mma.launch`."""
     (b, h, n, d_k), d_v, device = arrays["query"].shape, arrays["value"].shape[3], arrays["query"].device
     m = macros(d_k, int("alpha" in arrays))
-    slots = n // CHUNK + sequences if "cu_seqlens" in arrays else b * -(-n // CHUNK)
-    kept = empty(like, (slots * h * KEPT_BYTES // 4,), "float32")[1].pointer
-    given = {**values, "kept": kept, "z": values["z"] | {"sequences": sequences}}
-    grids = {"delta_chunks": slots * h, "gated_delta": sequences * h * -(-d_v // COLUMNS)}
-    text, target = source(m), "sm_{}{}".format(*capability(device))
-    for entry, grid in grids.items():
-        if grid:
-            shared, to = shared_bytes(entry, m), arguments_of(FILE, entry)
-            kernel = compiled(text, entry, shared, target, device)
-            queue(kernel, grid, 128, shared, stream, to, {x: given[x] for x in to.parameters.members})
+    more, grids, count = shape((h, n, d_v), sequences, b, "cu_seqlens" in arrays)
+    if count and "kept" not in arrays:
+        arrays["kept"] = empty(like, (count,), "float32")[1]
+    given = {**values, "kept": arrays["kept"].pointer if count else 0, "z": values["z"] | more}
+    queue_all(FILE, source(m), grids, {x: shared_bytes(x, m) for x in grids}, given, device, stream)

@@ -10,13 +10,33 @@ from .build import compiled, text_of
 from .launch import attribute, capability, queue
 from .views import View, empty, layout
 
-__all__ = ["CHUNK", "cut", "launch", "macros", "shared_bytes", "source", "takes"]
+__all__ = [
+    "CHUNK",
+    "FILE",
+    "WIDTHS",
+    "cut",
+    "launch",
+    "macros",
+    "queue_all",
+    "shape",
+    "shared_bytes",
+    "source",
+    "takes",
+]
 
 FILE = "lightning.cu"
 WIDTHS = (64, 128)
 CHUNK = 64
 FEWEST = 4
 """Chunks of a part: fewer would cost more for their start than they gain."""
+
+
+PLACES = {
+    **{"q.data": "query", "k.data": "key", "v.data": "value", "out.data": "out", "start": "state", "last": "last"},
+    **{"alpha.data": "alpha", "beta.data": "beta", "rates": "decay", "cu": "cu_seqlens"},
+    **{"states": "kept", "kept": "kept"},
+}
+"""Arrays by what the recurrences' kernels call them."""
 
 
 def takes(arrays: Mapping[str, View]) -> bool:
@@ -65,15 +85,39 @@ def cut(n: int, blocks: int, room: int) -> tuple[int, int]:
     return max(1, -(-chunks // max(1, length))), CHUNK * max(1, length)
 
 
-def launch(like: Any, arrays: Mapping[str, View], values: Mapping[str, Any], sequences: int, stream: int) -> None:
+def shape(
+    m: Mapping[str, Any], sizes: tuple[int, int, int], sequences: int, room: int
+) -> tuple[dict[str, int], dict[str, int], int]:
+    """Return how tokens are cut, the grids by kernel in their order, and how many numbers are kept between them.
+
+    Parameters
+    ----------
+    m : mapping
+        The macros.
+    sizes : (h_q, n, d_v)
+        Of the call.
+    sequences : int
+        How many states there are for each head.
+    room : int
+        As in :func:`cut`.
+    """
+    h, n, d_v = sizes
+    blocks = sequences * h * -(-d_v // m["WIDTH_V"])
+    parts, length = cut(n, blocks, room)
+    state = m["WIDTH_K"] * m["WIDTH_V"]
+    grids = {"lightning_states": blocks * (parts - 1), "lightning_scan": blocks * state // 1024 * (parts > 2)}
+    return {"parts": parts, "length": length}, grids | {"lightning": blocks * parts}, blocks * (parts - 1) * state
+
+
+def launch(like: Any, arrays: dict[str, View], values: Mapping[str, Any], sequences: int, stream: int) -> None:
     """Queue the kernels of a call.
 
     Parameters
     ----------
     like : array
         What is allocated comes from its library.
-    arrays : mapping of str to View
-        query and value.
+    arrays : dict of str to View
+        query and value; what is kept between the kernels is added, as kept.
     values : mapping
         The arguments of the kernel for the CUDA cores (recurrence.py).
     sequences : int
@@ -83,17 +127,29 @@ def launch(like: Any, arrays: Mapping[str, View], values: Mapping[str, Any], seq
     """
     (_, h, n, d_k), d_v, device = arrays["query"].shape, arrays["value"].shape[3], arrays["query"].device
     m = macros(d_k, d_v)
-    blocks = sequences * h * -(-d_v // m["WIDTH_V"])
-    parts, length = cut(n, blocks, m["MIN_BLOCKS"] * attribute(device, "MultiProcessorCount"))
-    state = m["WIDTH_K"] * m["WIDTH_V"]
-    kept = empty(like, (blocks * (parts - 1) * state,), "float32")[1].pointer if parts > 1 else 0
-    given = {**values, "states": kept, "z": values["z"] | {"parts": parts, "length": length}}
-    text, target = source(m), "sm_{}{}".format(*capability(device))
-    grids = {"lightning_states": blocks * (parts - 1), "lightning_scan": blocks * state // 1024 * (parts > 2)}
-    for entry, grid in (grids | {"lightning": blocks * parts}).items():
+    cuts, grids, count = shape(m, (h, n, d_v), sequences, m["MIN_BLOCKS"] * attribute(device, "MultiProcessorCount"))
+    if count and "kept" not in arrays:
+        arrays["kept"] = empty(like, (count,), "float32")[1]
+    given = {**values, "states": arrays["kept"].pointer if count else 0, "z": values["z"] | cuts}
+    queue_all(FILE, source(m), grids, {x: shared_bytes(x, m) for x in grids}, given, device, stream)
+
+
+def queue_all(
+    file: str,
+    text: str,
+    grids: Mapping[str, int],
+    shared: Mapping[str, int],
+    values: Mapping[str, Any],
+    device: int,
+    stream: int,
+) -> None:
+    """Queue kernels of one text one after another, each with those of the values that it takes."""
+    target = "sm_{}{}".format(*capability(device))
+    for entry, grid in grids.items():
         if grid:
-            shared, given_to = shared_bytes(entry, m), arguments_of(FILE, entry)
-            kernel = compiled(text, entry, shared, target, device)
+            takes = arguments_of(file, entry)
+            kernel = compiled(text, entry, shared[entry], target, device)
+            own = {x: values[x] for x in takes.parameters.members}
+            places = {to: x for to, x in PLACES.items() if to in takes.places}
             threads = 256 if entry == "lightning_scan" else 128
-            own = {n: given[n] for n in given_to.parameters.members}
-            queue(kernel, grid, threads, shared, stream, given_to, own)
+            queue(kernel, grid, threads, shared[entry], stream, takes, own, places)

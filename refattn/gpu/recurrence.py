@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from ..arrays import dtype_name, kind_of
@@ -10,12 +11,13 @@ from ..errors import InvalidProblem, UnsupportedProblem
 from ..problem import Problem
 from ..variants import variant_of
 from . import delta_mma, lightning_mma
-from .arguments import arguments_of
-from .build import compiled, text_of
-from .launch import capability, queue
+from .build import text_of
+from .launch import capability
+from .recorded import recording, replay
 from .request import Kept
 from .views import (
     View,
+    capturing,
     cast,
     check_devices,
     device_of,
@@ -138,7 +140,7 @@ def _run(
         asked = (entry, places, kinds, _kind(state), _kind(cu_seqlens), scale, type(scale), *options.items(), device)
         if _KNOWN.find(asked) is None:
             _check(entry, given, arrays, device, scale, options)
-        (b, h, n, d_k), (_, h_kv, _, d_v) = arrays["query"].shape, arrays["value"].shape
+        (b, h, n, d_k), d_v = arrays["query"].shape, arrays["value"].shape[3]
         many = b if cu_seqlens is None else _sequences(cu_seqlens, b)
         gates = {n: _float32(given[n], n, side_by_side) for n in ("alpha", "beta") if given.get(n) is not None}
         start = None if state is None else _float32(state, "state", _contiguous)
@@ -152,10 +154,8 @@ def _run(
         _KNOWN[asked] = True
         out, arrays["out"] = empty(query, (b, h, n, d_v), arrays["query"].dtype)
         last, arrays["last"] = empty(query, (many, h, d_k, d_v), "float32")
-        sizes = {"heads": h, "group": h // h_kv, "n": n, "d_k": d_k, "d_v": d_v}
-        values = _values(entry, arrays) | {"z": sizes, "scale": 1.0 if scale is None else float(scale)}
         if min(many, h, d_v):
-            _launch(entry, query, arrays, values, many, stream_of(query, device))
+            _queue(entry, query, arrays, many, 1.0 if scale is None else float(scale), asked)
         out, last = finish(query, [out, last], list(arrays.values()))
     return out, last
 
@@ -169,21 +169,39 @@ def _kind(x: Any) -> tuple[Any, ...]:
     return (type(x), *(() if kind_of(x) is None else (tuple(x.shape), x.dtype)))
 
 
-def _launch(
-    entry: str, like: Any, arrays: dict[str, View], values: dict[str, Any], sequences: int, stream: int
+def _queue(
+    entry: str, like: Any, arrays: dict[str, View], sequences: int, scale: float, asked: tuple[Any, ...]
 ) -> None:
+    """Queue a call's kernels: those of one of its kind again, with other addresses, or new ones."""
+    stream = stream_of(like, arrays["query"].device)
+    kind = (asked, *((x.strides, x.pointer % 16) for x in arrays.values()), stream)
+    count, graph = _KEPT.find(kind), capturing(stream)
+    if count:
+        arrays["kept"] = empty(like, (count,), "float32")[1]
+    if count is None or graph or not replay(kind, arrays):
+        with nullcontext() if graph else recording(kind):
+            _launch(entry, like, arrays, sequences, scale, stream)
+        _KEPT[kind] = arrays["kept"].shape[0] if "kept" in arrays else 0
+
+
+_KEPT: Kept[int] = Kept()
+"""How many numbers are kept between the kernels of a kind of call."""
+
+
+def _launch(entry: str, like: Any, arrays: dict[str, View], sequences: int, scale: float, stream: int) -> None:
     """Queue a call on tensor cores where a kernel takes it, else on the CUDA cores."""
+    q, d_v, device = arrays["query"], arrays["value"].shape[3], arrays["query"].device
+    (_, h, n, d_k), h_kv = q.shape, arrays["value"].shape[1]
+    sizes = {"heads": h, "group": h // h_kv, "n": n, "d_k": d_k, "d_v": d_v}
+    values = _values(entry, arrays) | {"z": sizes, "scale": scale}
     faster = lightning_mma if entry == "lightning" else delta_mma
     if faster.takes(arrays):
         faster.launch(like, arrays, values, sequences, stream)
         return
-    q, device = arrays["query"], arrays["query"].device
     gate = 0 if "alpha" not in arrays else 1 if arrays["alpha"].shape[3] == 1 else 2
-    m = macros(q.dtype, q.shape[3], gate)
-    grid = sequences * q.shape[1] * -(-arrays["value"].shape[3] // COLUMNS)
-    shared, (major, minor) = shared_bytes(entry, m), capability(device)
-    kernel = compiled(source(m), entry, shared, f"sm_{major}{minor}", device)
-    queue(kernel, grid, 128, shared, stream, arguments_of(FILE, entry), values)
+    m = macros(q.dtype, d_k, gate)
+    grids, shared = {entry: sequences * h * -(-d_v // COLUMNS)}, {entry: shared_bytes(entry, m)}
+    lightning_mma.queue_all(FILE, source(m), grids, shared, values, device, stream)
 
 
 def _check(

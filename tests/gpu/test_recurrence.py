@@ -10,10 +10,12 @@ from refattn import InvalidProblem, UnsupportedProblem, check_kernel, check_prob
 from refattn.check.inputs.draw import Draw
 from refattn.check.kernels import KERNELS
 from refattn.dtypes import FORMATS
-from refattn.gpu import gated_delta, lightning, recurrence
+from refattn.gpu import gated_delta, lightning, lightning_mma, recurrence
 from refattn.gpu.views import View
 
 from .recurrence_host import library, run
+from .recurrence_warps import libraries
+from .recurrence_warps import run as on_warps
 
 GXX = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 PACK = {f"cu_seqlens_{x}": np.array([0, 1, 1, 35, 38], np.int32) for x in "qk"}
@@ -30,8 +32,8 @@ CALLS = {
 }
 
 
-def call(variant, n, **more):
-    d = Draw(FORMATS["float32"], np.random.default_rng(0), variant)
+def call(variant, n, dtype="float32", **more):
+    d = Draw(FORMATS[dtype], np.random.default_rng(0), variant)
     given = {
         "h": 1,
         "options": {"decay": (0.1, 0.9, 0.0, 0.4)[: more.get("h", 1)]} if variant == "lightning" else {},
@@ -50,6 +52,36 @@ def test_the_text_computes_the_definition(tmp_path, variant):
             made[gate] = library(tmp_path, 64, gate)
         report = check_problem(lambda x, gate=gate: run(made[gate], x), p, "host")
         assert report.passed, (given, report.describe(report.checks[0]))
+
+
+ENDS = {f"cu_seqlens_{x}": np.array([0, 1, 1, 65, 200], np.int32) for x in "qk"}
+TENSOR_CORES = (
+    ("lightning", 1, {"n": 100, "d": 56, "d_v": 72, "h": 2, "h_kv": 1, "state": True, "scale": 0.3}),
+    ("lightning", 16, {"n": 200, "d": 8, "d_v": 66, "state": True, **ENDS}),
+    ("gated_delta", 1, {"n": 200, "d": 16, "d_v": 13, "alpha": "strong", "beta": True, "state": True, **ENDS}),
+    ("gated_delta", 1, {"n": 70, "d": 56, "d_v": 40, "h": 2, "h_kv": 1, "alpha": True, "beta": "large"}),
+)
+"""Operator, blocks that parts of a sequence may fill, and the call."""
+
+
+@GXX
+def test_the_text_for_tensor_cores_computes_the_definition(tmp_path, monkeypatch):
+    monkeypatch.setattr(lightning_mma, "FEWEST", 1)  # so that 200 tokens are four parts
+    made = libraries(tmp_path)
+    for variant, room, given in TENSOR_CORES:
+        p = call(variant, dtype="bfloat16", **given)
+        report = check_problem(lambda x, room=room: on_warps(made, x, room), p, "host")
+        assert report.passed, (given, report.describe(report.checks[0]))
+
+
+def test_parts_cover_a_sequence():
+    for n in (0, 1, 64, 65, 1000, 8192, 10**6):
+        for blocks in (1, 2, 32, 263, 264, 1000):
+            parts, length = lightning_mma.cut(n, blocks, 264)
+            assert length % lightning_mma.CHUNK == 0
+            assert (parts - 1) * length < max(n, 1) <= parts * length
+            assert parts == 1 or (blocks * parts <= 264 and length >= 4 * lightning_mma.CHUNK)
+    assert lightning_mma.cut(8192, 32, 264) == (8, 1024)
 
 
 def test_arrays_that_are_on_no_gpu_are_named():
@@ -82,14 +114,18 @@ def test_what_is_launched(monkeypatch, shape, gate):
         x = np.empty(size, dtype)
         return x, place(x, "out")
 
-    def queue(kernel, grid, threads, shared, stream, takes, values):
+    def queue(kernel, grid, threads, shared, stream, takes, values, places):
+        assert {x.partition(".")[0] for x in places} <= values.keys()
         seen.update(takes.unpack(takes.pack(**values)), grid=grid, kernel=kernel)
 
-    own = {"view": place, "empty": empty, "queue": queue, "device_of": lambda x, n: 0, "on": lambda n: nullcontext()}
+    own = {"view": place, "empty": empty, "device_of": lambda x, n: 0, "on": lambda n: nullcontext()}
     own |= {"capability": lambda n: (9, 0), "stream_of": lambda x, n: 0, "cast": lambda x, t, n: x}
-    own |= {"_contiguous": lambda x: x, "compiled": lambda text, entry, *_: (text.partition("//")[0], entry)}
+    own |= {"_contiguous": lambda x: x, "capturing": lambda x: True}
     for name, stand_in in own.items():
         monkeypatch.setattr(recurrence, name, stand_in)
+    monkeypatch.setattr(lightning_mma, "queue", queue)
+    monkeypatch.setattr(lightning_mma, "capability", lambda n: (9, 0))
+    monkeypatch.setattr(lightning_mma, "compiled", lambda text, entry, *_: (text.partition("//")[0], entry))
     alpha = None if shape is None else np.ones(shape, np.float32)
     out, last = gated_delta(p.query, p.key, p.value, alpha=alpha, beta=p.beta, state=p.state, scale=0.5)
     assert seen["kernel"][1] == "gated_delta"
