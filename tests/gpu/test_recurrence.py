@@ -6,11 +6,12 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from refattn import InvalidProblem, UnsupportedProblem, check_kernel, check_problem
+from refattn import InvalidProblem, Problem, UnsupportedProblem, check_kernel, check_problem
 from refattn.check.inputs.draw import Draw
+from refattn.check.kernel import Kernel
 from refattn.check.kernels import KERNELS
 from refattn.dtypes import FORMATS
-from refattn.gpu import gated_delta, lightning, lightning_mma, recurrence
+from refattn.gpu import gated_delta, lightning, lightning_backward, lightning_mma, recurrence, recurrence_backward
 from refattn.gpu.views import View
 
 from .recurrence_host import library, run
@@ -74,6 +75,49 @@ def test_the_text_for_tensor_cores_computes_the_definition(tmp_path, monkeypatch
         assert report.passed, (given, report.describe(report.checks[0]))
 
 
+@GXX
+def test_gradients_are_the_same_kernels_with_other_roles(tmp_path, monkeypatch):
+    made, ends = libraries(tmp_path), np.array([0, 1, 1, 66, 80], np.int32)
+    p = call("lightning", 80, "bfloat16", d=66, d_v=66, state=True, scale=0.3, cu_seqlens_q=ends, cu_seqlens_k=ends)
+
+    def run_on(entry, given, scale, state, cu, options, back):
+        step = -1 if back else 1
+        given, state = {n: x[:, :, ::step] for n, x in given.items()}, None if state is None else state.copy()
+        more = {"scale": scale, "state": state, "cu_seqlens_q": cu, "cu_seqlens_k": cu, "options": options}
+        out, last = on_warps(made, Problem(**given, causal="bottom_right", variant=entry, **more))
+        return out[:, :, ::step], last
+
+    def gradients(x, dout):
+        more = {"decay": x.options["decay"], "scale": x.scale, "state": x.state, "cu_seqlens": x.cu_seqlens_q}
+        found = lightning_backward(x.query, x.key, x.value, dout.astype(x.query.dtype), **more)
+        return dict(zip(("dq", "dk", "dv", "dstate"), found, strict=True))
+
+    monkeypatch.setattr(recurrence, "run", run_on)
+    monkeypatch.setattr(recurrence_backward, "_numbers", lambda like, x: np.array(x, np.float32))
+    kernel = Kernel.of(lambda x: on_warps(made, x), name="warps")
+    kernel.call.gradients = gradients
+    dout = np.random.default_rng(1).standard_normal(p.out_shape).astype(p.query.dtype)
+    report = check_problem(kernel, p, "host", gradients=dout)
+    assert report.passed, [report.describe(c) for c in report.failures]
+    assert not report.unasked
+
+
+def test_an_array_is_turned_without_a_copy():
+    x = np.zeros((2, 3, 5, 8), np.float32)[:, 1:]
+    back, found = x[:, :, ::-1], recurrence._turned(View(x.ctypes.data, x.shape, (120, 40, 8, 1), "float32", 0))
+    assert found.pointer == back.ctypes.data
+    assert tuple(4 * s for s in found.strides) == back.strides
+
+
+def test_what_gradients_do_not_take_is_named():
+    x = np.zeros((1, 2, 4, 8), np.float32)
+    wide = np.zeros((1, 2, 4, 136), np.float32)
+    with pytest.raises(UnsupportedProblem, match="take as many key heads as query heads, got 1 and 2; repeat"):
+        lightning_backward(x, x[:, :1], x[:, :1], x, decay=(0.1, 0.2))
+    with pytest.raises(UnsupportedProblem, match="gradients of lightning take values of up to 128 columns, got 136"):
+        lightning_backward(x, x, wide, wide, decay=(0.1, 0.2))
+
+
 def test_parts_cover_a_sequence():
     for n in (0, 1, 64, 65, 1000, 8192, 10**6):
         for blocks in (1, 2, 32, 263, 264, 1000):
@@ -95,10 +139,31 @@ def test_arrays_that_are_on_no_gpu_are_named():
 def test_a_gradient_is_not_lost_without_a_word():
     torch = pytest.importorskip("torch")
     x = torch.ones(1, 1, 4, 8)
-    with pytest.raises(UnsupportedProblem, match="gpu: lightning has no gradients; detach its arrays"):
-        lightning(x, x, x.clone().requires_grad_(), decay=(0.1,))
+    with pytest.raises(UnsupportedProblem, match="gpu: gated_delta has no gradients; detach its arrays"):
+        gated_delta(x, x, x.clone().requires_grad_(), beta=x[..., :1])
     with torch.no_grad(), pytest.raises(InvalidProblem, match="query: is on device cpu, expected a GPU"):
-        lightning(x, x, x.clone().requires_grad_(), decay=(0.1,))
+        gated_delta(x, x, x.clone().requires_grad_(), beta=x[..., :1])
+
+
+def test_pytorchs_graph_gets_gradients(monkeypatch):
+    """Without a GPU: what the graph's function passes on, forward and backward."""
+    torch = pytest.importorskip("torch")
+    seen = []
+
+    def run_on(entry, given, scale, state, cu, options, back=False):
+        seen.append((back, scale, options["decay"], state is None))
+        q, v = given["query"], given["value"]
+        return torch.full((*q.shape[:3], v.shape[3]), 2.0), torch.ones(1, 1, q.shape[3], v.shape[3])
+
+    monkeypatch.setattr(recurrence, "run", run_on)
+    q, k, v, state = (torch.ones(1, 1, *s, requires_grad=True) for s in ((4, 8), (4, 8), (4, 6), (8, 6)))
+    monkeypatch.setattr(recurrence_backward, "_numbers", lambda like, x: torch.tensor(x))
+    out, last = lightning(q, k, v, decay=(0.5,), scale=3.0, state=state)
+    assert not last.requires_grad
+    found = torch.autograd.grad(out.sum(), (q, k, v, state))
+    assert [x.shape for x in found] == [x.shape for x in (q, k, v, state)]
+    assert seen == [(back, 3.0, (0.5,), none) for back, none in ((0, 0), (0, 0), (1, 1), (1, 1))]
+    assert np.float32(found[3][0, 0, 0, 0]) == np.float32(3.0 * np.exp(-0.5))
 
 
 @pytest.mark.parametrize(("shape", "gate"), [(None, 0), ((1, 1, 4, 1), 1), ((1, 1, 4, 8), 2)])
