@@ -191,7 +191,7 @@ gated_delta(const Tensor q, const Tensor k, const Tensor v, const Tensor out, co
         const u32 k_s = smem_k + now % 3 * K_BYTES,
                   u_s = smem_u + (now % 2 * 2 + pair) * STEPS * 2 * 32 * 16 + lane * 16;
         float o[1][NS][4];
-        read_state(o, s, (solves ? k_s : smem_q + now % 2 * K_BYTES) + right_of<TileK>(lane));
+        read_state<NS>(o, s, (solves ? k_s : smem_q + now % 2 * K_BYTES) + right_of<TileK>(lane));
         by_token(o, g);
         if (solves) {
             // ---- R = V - g K S ----

@@ -168,7 +168,7 @@ lightning(const Tensor q, const Tensor k, const Tensor v, const Tensor out, cons
 
         // ---- out^T = fade^(i+1) S^T Q^T ----
         float o[M_TILES][NS][4];
-        read_state(o, s, q_s + right);
+        read_state<4>(o, s, q_s + right);
         by_token(o, fade + 1);
         __syncthreads();  // P is there
 

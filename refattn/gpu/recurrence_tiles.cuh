@@ -76,19 +76,20 @@ DEVICE void values_at(u32 (&v)[M_TILES], u32 tile) {
         v[m] = TileV::step(tile + right_of<TileV>(threadIdx.x & 31), first_row(threadIdx.x) / 16 + m);
 }
 
-// o = S^T X^T: X's 64 rows of all channels, at x with the lane's place in it.
-DEVICE void read_state(float (&o)[M_TILES][NS][4], const State& s, u32 x) {
+// o = S^T X^T: X's 64 rows of all channels, at x with the lane's place in it. TOGETHER: tiles of 8 rows whose products
+// with the high part come before those with the low part, which wait for them.
+template <int TOGETHER> DEVICE void read_state(float (&o)[M_TILES][NS][4], const State& s, u32 x) {
     UNROLL for (int m = 0; m < M_TILES; m++) UNROLL for (int n = 0; n < NS; n++)
         UNROLL for (int e = 0; e < 4; e++) o[m][n][e] = 0.f;
     UNROLL for (int i = 0; i < WIDTH_K / 16; i++) {
-        u32 high[M_TILES][4], low[M_TILES][4], b[4];
-        UNROLL for (int m = 0; m < M_TILES; m++) parts_of(high[m], low[m], s[m][2 * i], s[m][2 * i + 1]);
-        UNROLL for (int n = 0; n < NS; n += 2) {
-            load_matrix(b, TileK::step(x, i) + n * 16 * WIDTH_K);
-            UNROLL for (int m = 0; m < M_TILES; m++) {
-                mma(o[m][n], high[m], b[0], b[1]), mma(o[m][n + 1], high[m], b[2], b[3]);
-                mma(o[m][n], low[m], b[0], b[1]), mma(o[m][n + 1], low[m], b[2], b[3]);
-            }
+        u32 parts[2][M_TILES][4], b[TOGETHER / 2][4];
+        UNROLL for (int m = 0; m < M_TILES; m++) parts_of(parts[0][m], parts[1][m], s[m][2 * i], s[m][2 * i + 1]);
+        UNROLL for (int n = 0; n < NS; n += TOGETHER) {
+            UNROLL for (int j = 0; j < TOGETHER; j += 2)
+                load_matrix(b[j / 2], TileK::step(x, i) + (n + j) * 16 * WIDTH_K);
+            UNROLL for (int h = 0; h < 2; h++) UNROLL for (int j = 0; j < TOGETHER; j++)
+                UNROLL for (int m = 0; m < M_TILES; m++)
+                    mma(o[m][n + j], parts[h][m], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
         }
     }
 }
