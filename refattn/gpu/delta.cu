@@ -1,16 +1,16 @@
-// The gated delta rule forward on tensor cores by mma.sync (sm_80 and later), bfloat16, an alpha for each token or none:
-// out and the last state.
+// The gated delta rule forward on tensor cores by mma.sync (sm_80 and later), bfloat16, an alpha for each token or
+// none: out and the last state.
 //
 //   S' = alpha_t S_(t-1),  S_t = S' + beta_t k_t^T (v_t - k_t S'),  out_t = scale q_t S_t;  sums and S are in float32.
 //
 // Steps (the WY form: the changes of 64 tokens are solved for together)
-//  1. `delta_chunks`, a block a chunk: with L_ij the product of alpha after token j up to i, and A_ij = beta_i (k_i k_j)
-//     L_ij below the diagonal, it makes W = (I + A)^-1 diag(beta) by substitution in float32, a thread a column, and
-//     P_ij = (q_i k_j) L_ij, j up to i. Both are kept as two bfloat16 parts, with the decays g from the chunk's start
+//  1. `delta_chunks`, a block a chunk: with L_ij the product of alpha after token j up to i, and below the diagonal
+//     A_ij = beta_i (k_i k_j) L_ij, it makes W = (I + A)^-1 diag(beta) by substitution in float32, a thread a column,
+//     and P_ij = (q_i k_j) L_ij, j up to i. Both are kept as two bfloat16 parts, with the decays g from the chunk's start
 //     and those to its end. Products, not differences of logarithms: an alpha of 0 is no special case.
 //  2. `gated_delta`, a block for 32 columns of the values of a head, goes through the chunks. Two warps solve: the
-//     changes are U = W (V - g K S), and the state becomes g_end S + K^T (U L_end). Two warps read, one chunk later, from
-//     a copy of the state that the same products make: out = g Q S + P U.
+//     changes are U = W (V - g K S), and the state becomes g_end S + K^T (U L_end). Two warps read, one chunk later,
+//     from a copy of the state that the same products make: out = g Q S + P U.
 //  3. S, and what W meets, are multiplied as two bfloat16 numbers for each float32 one, so that U is known to float32's
 //     precision or nearly; U is then rounded to bfloat16, once for out, and once, with its decay, for the state.
 //
@@ -174,7 +174,8 @@ gated_delta(const Tensor q, const Tensor k, const Tensor v, const Tensor out, co
         copy(smem_g + i % 3 * 8 * CHUNK, from + 4 * P_BYTES, 8 * CHUNK);
     };
     auto load_late = [&](int i) {  // what reading takes
-        TileK::load<CHUNK>(smem_q + i % 2 * K_BYTES, at(q, p, p.head, i * CHUNK, 0), q.row, p.tokens - i * CHUNK, z.d_k);
+        const int rows = p.tokens - i * CHUNK;
+        TileK::load<CHUNK>(smem_q + i % 2 * K_BYTES, at(q, p, p.head, i * CHUNK, 0), q.row, rows, z.d_k);
         copy(smem_p + i % 2 * 2 * P_BYTES, chunk + (long long)i * z.heads * KEPT_BYTES + 2 * P_BYTES, 2 * P_BYTES);
     };
     State s;

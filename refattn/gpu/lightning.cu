@@ -10,7 +10,7 @@
 //     kernel alone.
 //  2. The state lies transposed in registers, for each warp WARP_M columns of the values by all channels: what a
 //     product leaves there is the left operand of the next, so it meets the queries as it is, as two bfloat16 numbers
-//     for each float32 one (what both leave is 2^-16 of it, no more than what the rounding in 5. stays below its bound).
+//     for each float32 one (what both leave is 2^-16 of it: no more than the rounding in 5. stays below its bound).
 //  3. A block goes through its tokens by chunks of 64; the next chunk arrives by cp.async meanwhile. Weights
 //     P_ij = (q_i k_j) fade^(i-j), j up to i, are shared out between the warps by rows, rounded to bfloat16 and laid
 //     into shared memory.

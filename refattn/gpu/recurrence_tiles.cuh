@@ -67,7 +67,8 @@ DEVICE void parts_of(u32 (&high)[4], u32 (&low)[4], const float (&x)[4], const f
         low[e] = pack(a - lower_half(high[e]), b - upper_half(high[e]));
     }
 }
-// Where a lane's rows of a right operand lie in a tile with its rows (`right`), or across them (`along`); of a left one.
+// Where a lane's rows of a right operand lie in a tile, with its rows (`right`) or across them (`along`, as of a left
+// one).
 template <typename T> DEVICE u32 right_of(int lane) { return T::chunk((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1); }
 template <typename T> DEVICE u32 along_of(int lane) { return T::chunk(lane & 15, lane >> 4); }
 // Addresses of the warp's part of V^T, 16 rows each.

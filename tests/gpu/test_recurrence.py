@@ -58,7 +58,7 @@ def test_the_text_computes_the_definition(tmp_path, variant):
 ENDS = {f"cu_seqlens_{x}": np.array([0, 1, 1, 65, 200], np.int32) for x in "qk"}
 TENSOR_CORES = (
     ("lightning", 1, {"n": 100, "d": 56, "d_v": 72, "h": 2, "h_kv": 1, "state": True, "scale": 0.3}),
-    ("lightning", 16, {"n": 200, "d": 8, "d_v": 66, "state": True, **ENDS}),
+    ("lightning", 16, {"n": 200, "d": 8, "d_v": 66, "state": True, "options": {"decay": (0.01,)}, **ENDS}),
     ("gated_delta", 1, {"n": 200, "d": 16, "d_v": 13, "alpha": "strong", "beta": True, "state": True, **ENDS}),
     ("gated_delta", 1, {"n": 70, "d": 56, "d_v": 40, "h": 2, "h_kv": 1, "alpha": True, "beta": "large"}),
 )
@@ -73,6 +73,20 @@ def test_the_text_for_tensor_cores_computes_the_definition(tmp_path, monkeypatch
         p = call(variant, dtype="bfloat16", **given)
         report = check_problem(lambda x, room=room: on_warps(made, x, room), p, "host")
         assert report.passed, (given, report.describe(report.checks[0]))
+
+
+@GXX
+def test_keys_that_come_again(tmp_path):
+    """The state says of them what the value is: what is left is small beside both, and shows what they lose."""
+    made, n = libraries(tmp_path), 70
+    p = call("gated_delta", n, "bfloat16", d=8, d_v=8, beta=True, state=True)
+    key = p.key.astype(np.float64)
+    key = (key / np.linalg.norm(key, axis=3, keepdims=True)).astype(p.key.dtype)
+    for count, beta in ((1, 1.0), (2, 1.9)):
+        again = {name: np.repeat(x[:, :, :count], n // count, 2) for name, x in (("key", key), ("value", p.value))}
+        same = p.replace(**again, beta=np.full((1, 1, n, 1), beta, np.float32))
+        report = check_problem(lambda x: on_warps(made, x), same, "host")
+        assert report.passed, (count, report.describe(report.checks[0]))
 
 
 @GXX
