@@ -6,8 +6,8 @@
 // Steps (the WY form: the changes of 64 tokens are solved for together)
 //  1. `delta_chunks`, a block a chunk: with L_ij the product of alpha after token j up to i, and below the diagonal
 //     A_ij = beta_i (k_i k_j) L_ij, it makes W = (I + A)^-1 diag(beta) by substitution in float32, a thread a column,
-//     and P_ij = (q_i k_j) L_ij, j up to i. Both are kept as two bfloat16 parts, with the decays g from the chunk's start
-//     and those to its end. Products, not differences of logarithms: an alpha of 0 is no special case.
+//     and P_ij = (q_i k_j) L_ij, j up to i. Both are kept as two bfloat16 parts, with the decays g from the chunk's
+//     start and those to its end. Products, not differences of logarithms: an alpha of 0 is no special case.
 //  2. `gated_delta`, a block for 32 columns of the values of a head, goes through the chunks. Two warps solve: the
 //     changes are U = W (V - g K S), and the state becomes g_end S + K^T (U L_end). Two warps read, one chunk later,
 //     from a copy of the state that the same products make: out = g Q S + P U.
@@ -78,7 +78,7 @@ delta_chunks(const Tensor q, const Tensor k, const Gate alpha, const Gate beta, 
     }
     __syncthreads();
     if (threadIdx.x <= CHUNK) {  // a column of L; the last thread has the decays from the chunk's start
-        const int j = (int)threadIdx.x < CHUNK ? threadIdx.x : -1;
+        const int j = (int)threadIdx.x < CHUNK ? (int)threadIdx.x : -1;
         float x = 1.f;
         for (int i = 0; i < CHUNK; i++) {
             if (i > j) x *= a_s[i];
