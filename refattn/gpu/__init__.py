@@ -7,6 +7,7 @@ from .kernel import Plan
 from .lowered import lowered
 from .plan import IMPLS, plan
 from .recurrence import gated_delta, lightning
+from .recurrence_backward import lightning_backward
 
 __all__ = [
     "IMPLS",
@@ -16,6 +17,7 @@ __all__ = [
     "attention_with_cache",
     "gated_delta",
     "lightning",
+    "lightning_backward",
     "lowered",
     "plan",
 ]

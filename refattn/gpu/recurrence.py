@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from ..arrays import dtype_name, kind_of
+from ..dtypes import FORMATS
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..problem import Problem
 from ..variants import variant_of
-from .arguments import arguments_of
-from .build import compiled, text_of
-from .launch import capability, queue
+from . import delta_mma, lightning_mma
+from .build import text_of
+from .launch import capability
+from .recorded import recording, replay
+from .request import Kept
 from .views import (
     View,
+    capturing,
     cast,
     check_devices,
     device_of,
@@ -27,7 +33,7 @@ from .views import (
     view,
 )
 
-__all__ = ["gated_delta", "lightning", "macros", "shared_bytes", "source"]
+__all__ = ["WIDTHS", "gated_delta", "lightning", "macros", "rates_of", "run", "shared_bytes", "source"]
 
 FILE = "recurrence.cu"
 TYPES = ("float16", "bfloat16", "float32")
@@ -59,7 +65,8 @@ def lightning(
 ) -> tuple[Any, Any]:  # fmt: skip
     """Return Lightning attention and its last state, computed on the GPU that the arrays are on.
 
-    ``S_t = exp(-decay) S_(t-1) + k_t^T v_t``, ``out_t = scale q_t S_t``; sums and the state are in float32.
+    ``S_t = exp(-decay) S_(t-1) + k_t^T v_t``, ``out_t = scale q_t S_t``; sums and the state are in float32. Gradients
+    of out flow through PyTorch's graph (:func:`refattn.gpu.lightning_backward`); the last state has none.
 
     Parameters
     ----------
@@ -88,14 +95,20 @@ def lightning(
     InvalidProblem
         Shapes, types or devices that do not fit together.
     UnsupportedProblem
-        A type, a width or a GPU that the kernel does not take. There are no gradients.
+        A type, a width or a GPU that the kernel does not take; gradients with grouped heads or d_v past 128.
 
     Notes
     -----
     Source: Qin et al., Lightning Attention-2, arXiv 2401.04658: chunks of 32 tokens.
     """
-    options = {"decay": tuple(map(float, decay))}
-    return _run("lightning", {"query": query, "key": key, "value": value}, scale, state, cu_seqlens, options)
+    rates = tuple(map(float, decay))
+    if _in_graph([query, key, value, state]):
+        from .recurrence_backward import function
+
+        found: tuple[Any, Any] = function().apply(query, key, value, state, cu_seqlens, rates, scale)
+        return found
+    given = {"query": query, "key": key, "value": value}
+    return run("lightning", given, scale, state, cu_seqlens, {"decay": rates})
 
 
 def gated_delta(
@@ -109,7 +122,7 @@ def gated_delta(
     Parameters
     ----------
     query, key, value, scale, state, cu_seqlens
-        As in :func:`lightning`; also what is returned and raised.
+        As in :func:`lightning`; also what is returned and raised. There are no gradients.
     beta : (b, h_q, n, 1) array
         How far each token moves the state, 0 to 2.
     alpha : (b, h_q, n, 1 or d_k) array, optional
@@ -120,42 +133,97 @@ def gated_delta(
     Source: Yang et al., Gated Delta Networks, arXiv 2412.06464; Kimi Linear, arXiv 2510.26692; both recalled.
     """
     given = {"query": query, "key": key, "value": value, "alpha": alpha, "beta": beta}
-    return _run("gated_delta", given, scale, state, cu_seqlens, {})
+    _no_graph("gated_delta", [*given.values(), state])
+    return run("gated_delta", given, scale, state, cu_seqlens, {})
 
 
-def _run(
-    entry: str, given: dict[str, Any], scale: float | None, state: Any, cu_seqlens: Any, options: dict[str, Any]
-) -> tuple[Any, Any]:
+def run(
+    entry: str, given: dict[str, Any], scale: float | None, state: Any, cu_seqlens: Any, options: dict[str, Any],
+    back: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return a recurrence's out and last state; back: the last token comes first, in out, too."""
     query = given["query"]
-    _no_graph(entry, [*given.values(), state])
     device = device_of(query, "query")
     with on(device):
         arrays = {n: view(x, n) for n, x in given.items() if n in ("query", "key", "value")}
-        _check(entry, given, arrays, device, scale, options)
-        (b, h, n, d_k), (_, h_kv, _, d_v) = arrays["query"].shape, arrays["value"].shape
+        if back:
+            arrays = {n: _turned(x) for n, x in arrays.items()}
+        places = tuple((n, x.shape, x.strides, x.dtype) for n, x in arrays.items())
+        kinds = tuple((n, *_kind(given.get(n))) for n in ("alpha", "beta"))
+        asked = (entry, places, kinds, _kind(state), _kind(cu_seqlens), scale, type(scale), *options.items(), device)
+        if _KNOWN.find(asked) is None:
+            _check(entry, given, arrays, device, scale, options)
+        (b, h, n, d_k), d_v = arrays["query"].shape, arrays["value"].shape[3]
         many = b if cu_seqlens is None else _sequences(cu_seqlens, b)
         gates = {n: _float32(given[n], n, side_by_side) for n in ("alpha", "beta") if given.get(n) is not None}
         start = None if state is None else _float32(state, "state", _contiguous)
         if start is not None and tuple(start.shape) != (many, h, d_k, d_v):
             raise InvalidProblem(f"state: got shape {tuple(start.shape)}, expected {(many, h, d_k, d_v)}")
         cu = None if cu_seqlens is None else _contiguous(cast(cu_seqlens, "int32", "cu_seqlens"))
-        rates = _rates(query, options["decay"]) if "decay" in options else None
+        rates = rates_of(query, device, options["decay"]) if "decay" in options else None
         more = {"state": start, "cu_seqlens": cu, "decay": rates} | gates
         arrays |= {n: view(x, n) for n, x in more.items() if x is not None}
         check_devices(arrays)
+        _KNOWN[asked] = True
         out, arrays["out"] = empty(query, (b, h, n, d_v), arrays["query"].dtype)
+        if back:
+            arrays["out"] = _turned(arrays["out"])
         last, arrays["last"] = empty(query, (many, h, d_k, d_v), "float32")
-        gate = 0 if "alpha" not in gates else 1 if gates["alpha"].shape[3] == 1 else 2
-        m = macros(arrays["query"].dtype, d_k, gate)
-        grid = many * h * -(-d_v // COLUMNS)
-        if grid:
-            sizes = {"heads": h, "group": h // h_kv, "n": n, "d_k": d_k, "d_v": d_v}
-            values = _values(entry, arrays) | {"z": sizes, "scale": 1.0 if scale is None else float(scale)}
-            shared, (major, minor) = shared_bytes(entry, m), capability(device)
-            kernel = compiled(source(m), entry, shared, f"sm_{major}{minor}", device)
-            queue(kernel, grid, 128, shared, stream_of(query, device), arguments_of(FILE, entry), values)
+        if min(many, h, d_v):
+            _queue(entry, query, arrays, many, 1.0 if scale is None else float(scale), asked)
         out, last = finish(query, [out, last], list(arrays.values()))
     return out, last
+
+
+_KNOWN: Kept[bool] = Kept()
+"""Calls that were checked before, by all that the checks depend on."""
+
+
+def _turned(x: View) -> View:
+    """Return the same array from its last token to its first."""
+    b, h, row, d = x.strides
+    start = x.pointer + max(0, x.shape[2] - 1) * row * FORMATS[x.dtype].dtype.itemsize
+    return replace(x, pointer=start, strides=(b, h, -row, d))
+
+
+def _kind(x: Any) -> tuple[Any, ...]:
+    """Return what the checks depend on of an array."""
+    return (type(x), *(() if kind_of(x) is None else (tuple(x.shape), x.dtype)))
+
+
+def _queue(
+    entry: str, like: Any, arrays: dict[str, View], sequences: int, scale: float, asked: tuple[Any, ...]
+) -> None:
+    """Queue a call's kernels: those of one of its kind again, with other addresses, or new ones."""
+    stream = stream_of(like, arrays["query"].device)
+    kind = (asked, *((x.strides, x.pointer % 16) for x in arrays.values()), stream)
+    count, graph = _KEPT.find(kind), capturing(stream)
+    if count:
+        arrays["kept"] = empty(like, (count,), "float32")[1]
+    if count is None or graph or not replay(kind, arrays):
+        with nullcontext() if graph else recording(kind):
+            _launch(entry, like, arrays, sequences, scale, stream)
+        _KEPT[kind] = arrays["kept"].shape[0] if "kept" in arrays else 0
+
+
+_KEPT: Kept[int] = Kept()
+"""How many numbers are kept between the kernels of a kind of call."""
+
+
+def _launch(entry: str, like: Any, arrays: dict[str, View], sequences: int, scale: float, stream: int) -> None:
+    """Queue a call on tensor cores where a kernel takes it, else on the CUDA cores."""
+    q, d_v, device = arrays["query"], arrays["value"].shape[3], arrays["query"].device
+    (_, h, n, d_k), h_kv = q.shape, arrays["value"].shape[1]
+    sizes = {"heads": h, "group": h // h_kv, "n": n, "d_k": d_k, "d_v": d_v}
+    values = _values(entry, arrays) | {"z": sizes, "scale": scale}
+    faster = lightning_mma if entry == "lightning" else delta_mma
+    if faster.takes(arrays):
+        faster.launch(like, arrays, values, sequences, stream)
+        return
+    gate = 0 if "alpha" not in arrays else 1 if arrays["alpha"].shape[3] == 1 else 2
+    m = macros(q.dtype, d_k, gate)
+    grids, shared = {entry: sequences * h * -(-d_v // COLUMNS)}, {entry: shared_bytes(entry, m)}
+    lightning_mma.queue_all(FILE, source(m), grids, shared, values, device, stream)
 
 
 def _check(
@@ -173,9 +241,14 @@ def _check(
     layout(list(arrays.values()))
 
 
+def _in_graph(arrays: list[Any]) -> bool:
+    """Tell whether PyTorch's graph wants a gradient."""
+    return any(getattr(x, "requires_grad", False) for x in arrays) and bool(library("torch").is_grad_enabled())
+
+
 def _no_graph(entry: str, arrays: list[Any]) -> None:
     """Refuse tensors whose gradient PyTorch's graph wants: it would be lost without a word."""
-    if any(getattr(x, "requires_grad", False) for x in arrays) and library("torch").is_grad_enabled():
+    if _in_graph(arrays):
         raise UnsupportedProblem(f"gpu: {entry} has no gradients; detach its arrays, or call it in torch.no_grad()")
 
 
@@ -197,11 +270,19 @@ def _contiguous(x: Any) -> Any:
     )
 
 
-def _rates(like: Any, decay: tuple[float, ...]) -> Any:
-    if kind_of(like) == "torch":
-        torch = library("torch")
-        return torch.tensor(decay, dtype=torch.float64, device=like.device)
-    return library("cupy").array(decay, "float64")
+def rates_of(like: Any, device: int, decay: tuple[float, ...]) -> Any:
+    """Return the rates on the GPU; they are kept, as copying them there waits for it."""
+    key = (kind_of(like) == "torch", device, decay)
+    if key not in _RATES:
+        if key[0]:
+            torch = library("torch")
+            _RATES[key] = torch.tensor(decay, dtype=torch.float64, device=like.device)
+        else:
+            _RATES[key] = library("cupy").array(decay, "float64")
+    return _RATES[key]
+
+
+_RATES: Kept[Any] = Kept()
 
 
 def _values(entry: str, arrays: Mapping[str, View]) -> dict[str, Any]:

@@ -115,28 +115,28 @@ class Sizes(ctypes.Structure):
     _fields_ = tuple((n, ctypes.c_int) for n in ("heads", "group", "n", "d_k", "d_v"))
 
 
-def _tensor(x):
+def tensor(x):
     if x is None:
         return Tensor(None, 0, 0, 0)
     return Tensor(x.ctypes.data, *(s // x.itemsize for s in x.strides[:3]))
 
 
-def _pointer(x):
+def pointer(x):
     return None if x is None else x.ctypes.data_as(ctypes.c_void_p)
 
 
 def run(made, p):
     """Return out and the last state of a call of float32."""
     out, last = np.full(p.out_shape, np.nan, np.float32), np.full(p.state_shape, np.nan, np.float32)
-    given = (Tensor * 4)(*(_tensor(x) for x in (p.query, p.key, p.value, out)))
+    given = (Tensor * 4)(*(tensor(x) for x in (p.query, p.key, p.value, out)))
     sizes = Sizes(p.heads, p.heads // p.heads_kv, p.n_q, p.d_k, p.d_v)
     cu = None if p.cu_seqlens_q is None else np.ascontiguousarray(p.cu_seqlens_q, np.int32)
     grid = p.state_shape[0] * p.heads * -(-p.d_v // 32)
     scale = ctypes.c_float(1.0 if p.scale is None else p.scale)
     if p.variant == "lightning":
         kernel, own = made.run_lightning, np.array(p.options["decay"], np.float64)
-        own_pointer = _pointer(own)
+        own_pointer = pointer(own)
     else:
-        kernel, own_pointer = made.run_gated_delta, (Tensor * 2)(_tensor(p.alpha), _tensor(p.beta))
-    kernel(grid, given, _pointer(p.state), _pointer(last), own_pointer, _pointer(cu), ctypes.byref(sizes), scale)
+        kernel, own_pointer = made.run_gated_delta, (Tensor * 2)(tensor(p.alpha), tensor(p.beta))
+    kernel(grid, given, pointer(p.state), pointer(last), own_pointer, pointer(cu), ctypes.byref(sizes), scale)
     return out, last

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from refattn.gpu import recurrence, trilinear
+from refattn.gpu import delta_mma, lightning_mma, recurrence, trilinear
 from refattn.gpu.build import text_of
 from refattn.gpu.kernel import ACCURACIES, Call
 from refattn.gpu.plan import KERNELS, configured
@@ -78,6 +78,8 @@ TRILINEAR = [trilinear.macros(d, keys) for d in (64, 128) for keys in (64, 65)]
 TRILINEAR += [trilinear.macros_backward(d, query) for d in (64, 128) for query in (True, False)]
 
 RECURRENT = [recurrence.macros(t, d, gate) for t in recurrence.TYPES for d in (64, 128) for gate in (0, 1, 2)]
+ON_TENSOR_CORES = [(lightning_mma, lightning_mma.macros(d, d_v)) for d in (64, 128) for d_v in (64, 128)]
+ON_TENSOR_CORES += [(delta_mma, delta_mma.macros(d, gate)) for d in (64, 128) for gate in (0, 1)]
 
 
 def text(kernel, call):
@@ -89,6 +91,7 @@ def test_every_kernel_compiles_without_spills(tmp_path):
     texts = core({"pack": text_of("pack.cu", {})} | {call: text(*call) for call in CALLS})
     texts |= {str(m): trilinear.source(m) for m in TRILINEAR}
     texts |= core({str(m): recurrence.source(m) for m in RECURRENT})
+    texts |= core({str(m): module.source(m) for module, m in ON_TENSOR_CORES})
 
     def build(item):
         i, (call, written) = item
@@ -107,6 +110,18 @@ def test_shared_memory_suffices_for_the_trilinear_kernels(m):
 @pytest.mark.parametrize("m", RECURRENT)
 def test_shared_memory_suffices_for_the_recurrences(m):
     assert max(recurrence.shared_bytes(entry, m) for entry in ("lightning", "gated_delta")) <= MOST // 3
+
+
+def test_shared_memory_suffices_for_the_recurrences_on_tensor_cores():
+    """As many blocks as the kernels are compiled for fit, with the 1 KiB that each costs besides."""
+    for d in (64, 128):
+        for d_v in (64, 128):
+            m = lightning_mma.macros(d, d_v)
+            for entry in ("lightning", "lightning_states"):
+                assert m["MIN_BLOCKS"] * (lightning_mma.shared_bytes(entry, m) + 1024) <= MOST + 1024
+        m = delta_mma.macros(d, 1)
+        assert 3 * (delta_mma.shared_bytes("delta_chunks", m) + 1024) <= MOST + 1024
+        assert delta_mma.shared_bytes("gated_delta", m) <= MOST
 
 
 @pytest.mark.parametrize("call", CALLS)

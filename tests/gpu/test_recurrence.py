@@ -6,14 +6,17 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from refattn import InvalidProblem, UnsupportedProblem, check_kernel, check_problem
+from refattn import InvalidProblem, Problem, UnsupportedProblem, check_kernel, check_problem
 from refattn.check.inputs.draw import Draw
+from refattn.check.kernel import Kernel
 from refattn.check.kernels import KERNELS
 from refattn.dtypes import FORMATS
-from refattn.gpu import gated_delta, lightning, recurrence
+from refattn.gpu import gated_delta, lightning, lightning_backward, lightning_mma, recurrence, recurrence_backward
 from refattn.gpu.views import View
 
 from .recurrence_host import library, run
+from .recurrence_warps import libraries
+from .recurrence_warps import run as on_warps
 
 GXX = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 PACK = {f"cu_seqlens_{x}": np.array([0, 1, 1, 35, 38], np.int32) for x in "qk"}
@@ -30,8 +33,8 @@ CALLS = {
 }
 
 
-def call(variant, n, **more):
-    d = Draw(FORMATS["float32"], np.random.default_rng(0), variant)
+def call(variant, n, dtype="float32", **more):
+    d = Draw(FORMATS[dtype], np.random.default_rng(0), variant)
     given = {
         "h": 1,
         "options": {"decay": (0.1, 0.9, 0.0, 0.4)[: more.get("h", 1)]} if variant == "lightning" else {},
@@ -52,6 +55,93 @@ def test_the_text_computes_the_definition(tmp_path, variant):
         assert report.passed, (given, report.describe(report.checks[0]))
 
 
+ENDS = {f"cu_seqlens_{x}": np.array([0, 1, 1, 65, 200], np.int32) for x in "qk"}
+TENSOR_CORES = (
+    ("lightning", 1, {"n": 100, "d": 56, "d_v": 72, "h": 2, "h_kv": 1, "state": True, "scale": 0.3}),
+    ("lightning", 16, {"n": 200, "d": 8, "d_v": 66, "state": True, "options": {"decay": (0.01,)}, **ENDS}),
+    ("gated_delta", 1, {"n": 200, "d": 16, "d_v": 13, "alpha": "strong", "beta": True, "state": True, **ENDS}),
+    ("gated_delta", 1, {"n": 70, "d": 56, "d_v": 40, "h": 2, "h_kv": 1, "alpha": True, "beta": "large"}),
+)
+"""Operator, blocks that parts of a sequence may fill, and the call."""
+
+
+@GXX
+def test_the_text_for_tensor_cores_computes_the_definition(tmp_path, monkeypatch):
+    monkeypatch.setattr(lightning_mma, "FEWEST", 1)  # so that 200 tokens are four parts
+    made = libraries(tmp_path)
+    for variant, room, given in TENSOR_CORES:
+        p = call(variant, dtype="bfloat16", **given)
+        report = check_problem(lambda x, room=room: on_warps(made, x, room), p, "host")
+        assert report.passed, (given, report.describe(report.checks[0]))
+
+
+@GXX
+def test_keys_that_come_again(tmp_path):
+    """The state says of them what the value is: what is left is small beside both, and shows what they lose."""
+    made, n = libraries(tmp_path), 70
+    p = call("gated_delta", n, "bfloat16", d=8, d_v=8, beta=True, state=True)
+    key = p.key.astype(np.float64)
+    key = (key / np.linalg.norm(key, axis=3, keepdims=True)).astype(p.key.dtype)
+    for count, beta in ((1, 1.0), (2, 1.9)):
+        again = {name: np.repeat(x[:, :, :count], n // count, 2) for name, x in (("key", key), ("value", p.value))}
+        same = p.replace(**again, beta=np.full((1, 1, n, 1), beta, np.float32))
+        report = check_problem(lambda x: on_warps(made, x), same, "host")
+        assert report.passed, (count, report.describe(report.checks[0]))
+
+
+@GXX
+def test_gradients_are_the_same_kernels_with_other_roles(tmp_path, monkeypatch):
+    made, ends = libraries(tmp_path), np.array([0, 1, 1, 66, 80], np.int32)
+    p = call("lightning", 80, "bfloat16", d=66, d_v=66, state=True, scale=0.3, cu_seqlens_q=ends, cu_seqlens_k=ends)
+
+    def run_on(entry, given, scale, state, cu, options, back):
+        step = -1 if back else 1
+        given, state = {n: x[:, :, ::step] for n, x in given.items()}, None if state is None else state.copy()
+        more = {"scale": scale, "state": state, "cu_seqlens_q": cu, "cu_seqlens_k": cu, "options": options}
+        out, last = on_warps(made, Problem(**given, causal="bottom_right", variant=entry, **more))
+        return out[:, :, ::step], last
+
+    def gradients(x, dout):
+        more = {"decay": x.options["decay"], "scale": x.scale, "state": x.state, "cu_seqlens": x.cu_seqlens_q}
+        found = lightning_backward(x.query, x.key, x.value, dout.astype(x.query.dtype), **more)
+        return dict(zip(("dq", "dk", "dv", "dstate"), found, strict=True))
+
+    monkeypatch.setattr(recurrence, "run", run_on)
+    monkeypatch.setattr(recurrence_backward, "_numbers", lambda like, x: np.array(x, np.float32))
+    kernel = Kernel.of(lambda x: on_warps(made, x), name="warps")
+    kernel.call.gradients = gradients
+    dout = np.random.default_rng(1).standard_normal(p.out_shape).astype(p.query.dtype)
+    report = check_problem(kernel, p, "host", gradients=dout)
+    assert report.passed, [report.describe(c) for c in report.failures]
+    assert not report.unasked
+
+
+def test_an_array_is_turned_without_a_copy():
+    x = np.zeros((2, 3, 5, 8), np.float32)[:, 1:]
+    back, found = x[:, :, ::-1], recurrence._turned(View(x.ctypes.data, x.shape, (120, 40, 8, 1), "float32", 0))
+    assert found.pointer == back.ctypes.data
+    assert tuple(4 * s for s in found.strides) == back.strides
+
+
+def test_what_gradients_do_not_take_is_named():
+    x = np.zeros((1, 2, 4, 8), np.float32)
+    wide = np.zeros((1, 2, 4, 136), np.float32)
+    with pytest.raises(UnsupportedProblem, match="take as many key heads as query heads, got 1 and 2; repeat"):
+        lightning_backward(x, x[:, :1], x[:, :1], x, decay=(0.1, 0.2))
+    with pytest.raises(UnsupportedProblem, match="gradients of lightning take values of up to 128 columns, got 136"):
+        lightning_backward(x, x, wide, wide, decay=(0.1, 0.2))
+
+
+def test_parts_cover_a_sequence():
+    for n in (0, 1, 64, 65, 1000, 8192, 10**6):
+        for blocks in (1, 2, 32, 263, 264, 1000):
+            parts, length = lightning_mma.cut(n, blocks, 264)
+            assert length % lightning_mma.CHUNK == 0
+            assert (parts - 1) * length < max(n, 1) <= parts * length
+            assert parts == 1 or (blocks * parts <= 264 and length >= 4 * lightning_mma.CHUNK)
+    assert lightning_mma.cut(8192, 32, 264) == (8, 1024)
+
+
 def test_arrays_that_are_on_no_gpu_are_named():
     p = call("gated_delta", 4, d=8, alpha=True, beta=True)
     with pytest.raises(UnsupportedProblem, match="query: got an array of numpy, expected one of cupy, torch or jax"):
@@ -63,10 +153,31 @@ def test_arrays_that_are_on_no_gpu_are_named():
 def test_a_gradient_is_not_lost_without_a_word():
     torch = pytest.importorskip("torch")
     x = torch.ones(1, 1, 4, 8)
-    with pytest.raises(UnsupportedProblem, match="gpu: lightning has no gradients; detach its arrays"):
-        lightning(x, x, x.clone().requires_grad_(), decay=(0.1,))
+    with pytest.raises(UnsupportedProblem, match="gpu: gated_delta has no gradients; detach its arrays"):
+        gated_delta(x, x, x.clone().requires_grad_(), beta=x[..., :1])
     with torch.no_grad(), pytest.raises(InvalidProblem, match="query: is on device cpu, expected a GPU"):
-        lightning(x, x, x.clone().requires_grad_(), decay=(0.1,))
+        gated_delta(x, x, x.clone().requires_grad_(), beta=x[..., :1])
+
+
+def test_pytorchs_graph_gets_gradients(monkeypatch):
+    """Without a GPU: what the graph's function passes on, forward and backward."""
+    torch = pytest.importorskip("torch")
+    seen = []
+
+    def run_on(entry, given, scale, state, cu, options, back=False):
+        seen.append((back, scale, options["decay"], state is None))
+        q, v = given["query"], given["value"]
+        return torch.full((*q.shape[:3], v.shape[3]), 2.0), torch.ones(1, 1, q.shape[3], v.shape[3])
+
+    monkeypatch.setattr(recurrence, "run", run_on)
+    q, k, v, state = (torch.ones(1, 1, *s, requires_grad=True) for s in ((4, 8), (4, 8), (4, 6), (8, 6)))
+    monkeypatch.setattr(recurrence_backward, "_numbers", lambda like, x: torch.tensor(x))
+    out, last = lightning(q, k, v, decay=(0.5,), scale=3.0, state=state)
+    assert not last.requires_grad
+    found = torch.autograd.grad(out.sum(), (q, k, v, state))
+    assert [x.shape for x in found] == [x.shape for x in (q, k, v, state)]
+    assert seen == [(back, 3.0, (0.5,), none) for back, none in ((0, 0), (0, 0), (1, 1), (1, 1))]
+    assert np.float32(found[3][0, 0, 0, 0]) == np.float32(3.0 * np.exp(-0.5))
 
 
 @pytest.mark.parametrize(("shape", "gate"), [(None, 0), ((1, 1, 4, 1), 1), ((1, 1, 4, 8), 2)])
@@ -82,14 +193,18 @@ def test_what_is_launched(monkeypatch, shape, gate):
         x = np.empty(size, dtype)
         return x, place(x, "out")
 
-    def queue(kernel, grid, threads, shared, stream, takes, values):
+    def queue(kernel, grid, threads, shared, stream, takes, values, places):
+        assert {x.partition(".")[0] for x in places} <= values.keys()
         seen.update(takes.unpack(takes.pack(**values)), grid=grid, kernel=kernel)
 
-    own = {"view": place, "empty": empty, "queue": queue, "device_of": lambda x, n: 0, "on": lambda n: nullcontext()}
+    own = {"view": place, "empty": empty, "device_of": lambda x, n: 0, "on": lambda n: nullcontext()}
     own |= {"capability": lambda n: (9, 0), "stream_of": lambda x, n: 0, "cast": lambda x, t, n: x}
-    own |= {"_contiguous": lambda x: x, "compiled": lambda text, entry, *_: (text.partition("//")[0], entry)}
+    own |= {"_contiguous": lambda x: x, "capturing": lambda x: True}
     for name, stand_in in own.items():
         monkeypatch.setattr(recurrence, name, stand_in)
+    monkeypatch.setattr(lightning_mma, "queue", queue)
+    monkeypatch.setattr(lightning_mma, "capability", lambda n: (9, 0))
+    monkeypatch.setattr(lightning_mma, "compiled", lambda text, entry, *_: (text.partition("//")[0], entry))
     alpha = None if shape is None else np.ones(shape, np.float32)
     out, last = gated_delta(p.query, p.key, p.value, alpha=alpha, beta=p.beta, state=p.state, scale=0.5)
     assert seen["kernel"][1] == "gated_delta"
