@@ -15,12 +15,14 @@ from .positions import POSITIONS, STYLES
 from .problem import Problem
 from .validation import ALIGNMENTS
 
-__all__ = ["FURTHER_ON", "NEEDS", "PAGED", "TYPES", "dropped", "lengths", "paged", "positioned", "typed"]
+__all__ = ["DROPPED", "FURTHER_ON", "NEEDS", "PAGED", "TYPES", "dropped", "lengths", "paged", "positioned", "typed"]
 
 FURTHER_ON = (
     "lengths_k", "lengths_q", "offset", "alignment", "negative_window", "d_k_zero",
     "rotary_half", "rotary_interleaved", "rotary_partial", "alibi_slopes", "positions",
+    "dropout_mask", "dropout_bits", "philox_flash", "philox_efficient",
 )  # fmt: skip
+DROPPED = frozenset({"dropout_mask", "dropout_bits", "philox_flash", "philox_efficient"})
 TYPES = (
     "scales", "scales_by_head", "scales_by_token", "scales_by_channel", "scales_by_block",
     "out_scale", "out_dtype", "types_differ",
@@ -28,6 +30,7 @@ TYPES = (
 PAGED = ("paged_nhd", "paged_hnd", "appending")
 NEEDS = {"negative_window": "window", "d_k_zero": "lengths_k", "positions": "alibi_slopes"}
 NEEDS |= dict.fromkeys(("rotary_half", "rotary_interleaved", "rotary_partial"), "rotary")
+NEEDS |= {"dropout_bits": "dropout_mask", "philox_flash": "philox_layout", "philox_efficient": "philox_layout"}
 """What an operator has that takes a feature without an option of its own."""
 
 
@@ -48,10 +51,22 @@ def lengths(draw: st.DrawFn, on: set[str], more: dict[str, Any], sizes: tuple[in
     return found
 
 
-def dropped(draw: st.DrawFn, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Draw which weights are kept, and the probability that says what these are divided by."""
+def dropped(draw: st.DrawFn, on: set[str], shape: tuple[int, ...], n_k: int, whole: bool) -> dict[str, Any]:
+    """Draw which weights are kept, or the seed that says so, and the probability that they are divided by.
+
+    A seed of the efficient kernel's is drawn for calls that are whole: without packed sequences and lengths.
+    """
+    layouts = ["flash"] * ("philox_flash" in on) + ["efficient"] * ("philox_efficient" in on and whole)
+    if not layouts and not on & {"dropout_mask", "dropout_bits"}:
+        return {}
     rng = np.random.default_rng(draw(st.integers(0, 255)))
-    return {"dropout_p": draw(st.sampled_from((0.25, 0.0, 0.9))), "dropout_mask": rng.random(shape) < 0.7}
+    p = {"dropout_p": draw(st.sampled_from((0.25, 0.0, 0.9)))}
+    if layouts:
+        seed, offset = (int(x) for x in rng.integers(0, 2**64, 2, np.uint64))
+        return p | {"philox_layout": layouts[seed % len(layouts)], "philox_seed": seed, "philox_offset": offset}
+    if "dropout_bits" in on:
+        return p | {"dropout_mask": rng.integers(0, 256, (*shape[:3], -(-n_k // 8)), np.uint8)}
+    return p | {"dropout_mask": rng.random(shape) < 0.7}
 
 
 def positioned(draw: st.DrawFn, p: Problem, on: set[str]) -> Problem:

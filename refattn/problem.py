@@ -36,7 +36,7 @@ __all__ = ["MEANINGS", "VARIANT", "Problem"]
 TENSORS = ("query", "key", "value", "bias", "allowed", "sink", "weight", "dropout_mask", *RECURRENT)
 MEANINGS = (
     "causal", "window", "softcap", "sink", "bias", "allowed", "weight", *RECURRENT, "lengths_q", "lengths_k", "offset",
-    "rotary", "alibi_slopes", "dropout_mask", "alignment",
+    "rotary", "alibi_slopes", "philox_layout", "dropout_mask", "alignment",
 )  # fmt: skip
 """The options that mean something for some operators only."""
 VARIANT = "softmax"
@@ -124,7 +124,12 @@ class Problem:
         The probability p that a weight is dropped, at least 0 and below 1: weights that are kept are divided by 1 - p,
         after the softmax. lse knows nothing of it.
     dropout_mask : (b or 1, h_q or 1, n_q or 1, n_k or 1) boolean array, optional
-        True where a weight is kept; comes with dropout_p. ``refattn.dropout_mask`` makes those that kernels draw.
+        True where a weight is kept; comes with dropout_p. As bits it is uint8, (b or 1, h_q or 1, n_q or 1, n_k / 8
+        rounded up), key j at bit j mod 8 of byte j // 8, the lowest bit first.
+    philox_layout : {None, "flash", "efficient"}
+        Whose mask a seed draws, in place of dropout_mask: that of ``refattn.dropout_mask(drawn_as=)``.
+    philox_seed, philox_offset : int, optional
+        Of 64 bits; without an offset it is 0.
     alpha, beta : (b, h_q, n_k, 1 or d_k) and (b, h_q, n_k, 1) float arrays, optional
         A recurrence's gates: what a token keeps of the state, 0 to 1 (None is 1), and how far it moves it, 0 to 2.
 
@@ -177,6 +182,9 @@ class Problem:
     positions_k: Any = None
     dropout_p: float | None = None
     dropout_mask: Any = None
+    philox_layout: str | None = None
+    philox_seed: int | None = None
+    philox_offset: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, Mapping) or any(not isinstance(n, str) for n in self.options):

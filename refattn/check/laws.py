@@ -16,7 +16,7 @@ from ..variants.shapes import Shape
 from .compare import Worst
 from .gradient_laws import calls_between, gradient_steps, lse_gradient, row_sums, spread_gradient
 from .inputs.draw import Draw
-from .inputs.dropped import dropout
+from .inputs.dropped import dropout, philox
 from .model import Capabilities
 from .page_laws import pages_case, pages_moved, unowned_unread
 from .protocol import changed_in_place, many_repeats, options_between, results_kept, shapes_between, two_threads
@@ -30,6 +30,7 @@ from .shape_laws import (
     layout,
     lengths_cut,
     offset_of_corner,
+    philox_moved,
     row_invariance,
     state_carried,
     state_gradient,
@@ -279,6 +280,13 @@ LAWS = {
             uses=frozenset({"dropout_mask"}),
         ),
         Law(
+            "philox_moved",
+            "heads draw one after another: without the first, from an offset past it, the others are the same",
+            lambda d: d.problem(20, 33, h=3, **philox(d, 0.25, "flash", "efficient")),
+            philox_moved,
+            uses=frozenset({"philox_layout"}),
+        ),
+        Law(
             "pages_moved",
             "where the pages of a cache lie does not matter",
             pages_case,
@@ -376,12 +384,13 @@ LAWS = {
 def law_problem(law: Law, dtype: str, variant: str, able: Capabilities | None = None) -> Problem:
     """Return the problem that a law is tried on: where an operator does not take it, the first that it names itself.
 
-    In pages it has what a kernel can do, where that is given.
+    In pages, or with a seed of dropout, it has what a kernel can do, where that is given.
     """
     v = variant_of(variant)
     p = law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant))
     if v.takes(p):
-        if able is not None and p.block_table is not None and able.missing(p):
+        named = p.block_table is not None or p.philox_layout is not None
+        if able is not None and named and able.missing(p):
             return law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant, able))
         return p
     settings = {"b": p.batch, "h": p.heads, "h_kv": p.heads_kv} | dict(next(iter(v.cases.values()), {}))

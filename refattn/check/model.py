@@ -53,7 +53,8 @@ FEATURES = frozenset(
 """What a call may ask of a kernel beyond plain attention: what a kernel is taken to have that does not say."""
 FURTHER = frozenset(
     {"weight", "state", "alpha", "beta", "lengths_q", "lengths_k", "offset", "alignment", "negative_window", "d_k_zero"}
-    | {"dropout_mask", "types_differ", "out_dtype", "out_scale", "paged_nhd", "paged_hnd", "appending"}
+    | {"dropout_mask", "dropout_bits", "philox_flash", "philox_efficient"}
+    | {"types_differ", "out_dtype", "out_scale", "paged_nhd", "paged_hnd", "appending"}
     | {"scales", "scales_by_head", "scales_by_token", "scales_by_channel", "scales_by_block"}
     | {"rotary_half", "rotary_interleaved", "rotary_partial", "alibi_slopes", "positions"}
 )

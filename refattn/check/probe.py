@@ -18,6 +18,7 @@ from .bounds.expected import expected
 from .call import call_gradients, call_kernel
 from .compare import compare
 from .inputs.draw import Draw
+from .inputs.dropped import bits, philox
 from .inputs.paged import paged
 from .inputs.positioned import rotary, slopes
 from .inputs.typed import ONE, WIDE, typed
@@ -41,6 +42,9 @@ CALLS: dict[str, Build] = {
     "allowed": lambda draw, n=64, **w: draw.problem(n, n, allowed=draw.mask(1, 2, n, n), **w),
     "weight": lambda draw, n=64, **w: draw.problem(n, n, weight=np.exp(draw.normal(1, 2, n, n)), **w),
     "dropout_mask": lambda draw, n=64, **w: draw.problem(n, n, dropout_p=0.25, dropout_mask=draw.mask(1, 2, n, n), **w),
+    "dropout_bits": lambda draw, n=64, **w: draw.problem(n, n, **bits(draw, 0.25, 1, 2, n, n), **w),
+    "philox_flash": lambda draw, n=64, **w: draw.problem(n, n, **philox(draw, 0.25, "flash"), **w),
+    "philox_efficient": lambda draw, n=64, **w: draw.problem(n, n, **philox(draw, 0.25, "efficient"), **w),
     "lengths_q": lambda draw, n=64, **w: draw.problem(n, n, b=2, lengths_q=_used(n), **w),
     "lengths_k": lambda draw, n=64, **w: draw.problem(n, n, b=2, lengths_k=_used(n), **w),
     "offset": lambda draw, n=64, **w: draw.problem(n, n, causal="top_left", offset=n // 2, **w),

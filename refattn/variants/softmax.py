@@ -48,7 +48,7 @@ SOFTMAX = Variant(
     "Recalled, not read again.",
     compared="PyTorch, JAX, ONNX Runtime, OpenVINO and Keras: {doc}`../kernels`",
     uses=frozenset({"causal", "window", "softcap", "sink", "bias", "allowed", "weight", "dropout_mask"})
-    | {"lengths_q", "lengths_k", "offset", "alignment", "rotary", "alibi_slopes"},
+    | {"philox_layout", "lengths_q", "lengths_k", "offset", "alignment", "rotary", "alibi_slopes"},
     has_lse=True,
     positive=True,
     fused="softmax",
@@ -58,6 +58,7 @@ SOFTMAX = Variant(
         "lengths_cut",
         "offset_of_corner",
         "dropout_complement",
+        "philox_moved",
         "pages_moved",
         "unowned_unread",
         "bias_shifted",
@@ -114,6 +115,9 @@ SOFTMAX = Variant(
         "dropout_of_next_warp",
         "dropout_of_next_lane",
         "dropout_inverted",
+        "dropout_bits_turned",
+        "philox_offset_by_warp",
+        "philox_seed_halved",
     ),
     families=(*COMMON_FAMILIES, "shifted", "extreme", "types", "pages", "positions", "dropout"),
     quick=frozenset(
@@ -162,6 +166,8 @@ SOFTMAX = Variant(
             "positions/alibi-by-batch",
             "dropout/plain",
             "dropout/square",
+            "dropout/bits",
+            "dropout/philox",
         }
     ),
     contract=(

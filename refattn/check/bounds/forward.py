@@ -178,8 +178,8 @@ class HeadLosses:
 
     @property
     def score_variances(self) -> Any:
-        """The variance of every weight's relative error, (n_q, n_k)."""
-        n = self.weights
+        """The variance of every weight's relative error before dropout, (n_q, n_k)."""
+        n = self.summed
         with np.errstate(all="ignore"):
             return np.where(n.a > 0, n.flow[1] / np.square(n.a), 0.0)
 

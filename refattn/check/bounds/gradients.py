@@ -37,7 +37,7 @@ from .operands import Operands, lost
 from .rules import floor
 from .taped import head_gradients
 
-__all__ = ["gradient_bounds"]
+__all__ = ["dropped", "gradient_bounds", "spread", "spread_over"]
 
 Float = NDArray[np.float64]
 
@@ -138,7 +138,7 @@ def _head(
     plain, head = one.plain(), head_losses(one, slice(None), model)
     assert head.lse is not None
     weights, lse, e = head.probabilities, head.lse.a[:, 0], head.score_errors
-    kept, off = _dropout(one, model, u)
+    kept, off = dropped(one, model, u)
     tiles = np.ceil(one.k.shape[0] / model.tile)
     passes = 1 + model.exp_ulps + tiles * (model.exp_ulps + 1) + 4
     lost_p = weights * (np.expm1(np.minimum(e + np.nan_to_num(lost_lse)[:, None], 700.0)) + passes * u)
@@ -188,7 +188,7 @@ def _head(
     total["dk"][keys] += turned.back(1, dk, scale * (ds.T @ q))
 
 
-def _dropout(one: Head, model: Model, u: float) -> tuple[Any, float]:
+def dropped(one: Head, model: Model, u: float) -> tuple[Any, float]:
     """Return what dropout multiplies weights with, (n_q, n_k), and what doing so twice loses; 1 and 0 without it."""
     if one.kept is None:
         return 1.0, 0.0

@@ -24,7 +24,7 @@ from ...validation import SCALES
 from ...variants import Rows, Steps, variant_of
 from ..call import Function
 from ..kernels.tiled import tiled
-from .dropped import DROPOUT_BUGS, lse_of_kept
+from .dropped import DROPOUT_BUGS, SEED_BUGS, lse_of_kept
 from .paged import PAGED_BUGS
 
 __all__ = ["PLANTED", "mistaken", "plain", "planted"]
@@ -48,7 +48,8 @@ def planted(name: str) -> Function:
 
     def kernel(problem: Problem) -> Any:
         # an operator that is lowered goes wrong after it
-        call = problem if problem.typed or problem.block_table is not None else lower(problem).problem
+        as_is = problem.typed or problem.block_table is not None or name in SEED_BUGS
+        call = problem if as_is else lower(problem).problem
         result = plain(before(call))
         out, lse = result if isinstance(result, tuple) else (result, None)
         out, lse = after(problem, out.copy(), None if lse is None else lse.copy())
@@ -349,6 +350,6 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "masked_value_read": (_same, _masked_value_read),
     "scores_clamped": (_clamped, _keep),
     "dropout_in_lse": (_same, lse_of_kept),
-    **{name: (before, _keep) for name, before in (PAGED_BUGS | DROPOUT_BUGS).items()},
+    **{name: (before, _keep) for name, before in (PAGED_BUGS | DROPOUT_BUGS | SEED_BUGS).items()},
 }
 """Planted bugs by name: an edit of the problem that the kernel is given, and one of what it returns."""

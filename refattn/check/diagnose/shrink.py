@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ...dropout import PHILOX
 from ...errors import InvalidProblem, UnsupportedProblem
 from ...gates import GATES, RECURRENT
 from ...pages import appended, gathered
@@ -110,8 +111,8 @@ def _steps(p: Problem, dout: Any) -> Iterator[Call]:
     for names in ((*turned, "alibi_slopes", *POSITIONS), turned, ("alibi_slopes",), POSITIONS):
         if any(getattr(p, n) is not None for n in names):
             yield from _valid(lambda names=names: (p.replace(**dict.fromkeys(names)), dout))
-    if p.dropout_mask is not None:
-        yield from _valid((p.replace(dropout_mask=None, dropout_p=None), dout))
+    if p.dropout_p is not None:
+        yield from _valid((p.replace(dropout_mask=None, dropout_p=None, **dict.fromkeys(PHILOX)), dout))
     for name in ("bias", "allowed", "sink", "softcap", "window", "causal", "scale", "state", "alpha"):
         if getattr(p, name) is not None and not (name == "causal" and p.window is not None):
             yield from _valid((p.replace(**{name: None}), dout))

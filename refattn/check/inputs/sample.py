@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...dropout import drawn
 from ...masks import unused, visible
 from ...positions import part_of
 from ...problem import Problem
@@ -49,7 +50,7 @@ class Sample:
 
     def of(self, p: Problem) -> Problem:
         """Return the rows as a call of their own: every mask in ``allowed``, the keys as they are."""
-        p = dequantised(p)
+        p = drawn(dequantised(p))
         b, heads, groups, rows = self.batch, list(self.heads), list(self.groups), list(self.rows)
         rules = (p.causal, p.window, p.allowed, p.cu_seqlens_q, p.lengths_q, p.lengths_k)
         masked = any(x is not None for x in rules)

@@ -67,7 +67,7 @@ ARRAYS += ["alpha", "beta", "lengths_q", "lengths_k", "offset", "query_scale", "
 ARRAYS += ["block_table", "new_key", "new_value", "dropout_mask"]
 ARRAYS += ["rotary_cos", "rotary_sin", "alibi_slopes", "positions_q", "positions_k"]
 SETTINGS = ["scale", "causal", "window", "softcap", "alignment", "out_dtype", "page_layout", "rotary"]
-SETTINGS += ["dropout_p", "variant", "options"]
+SETTINGS += ["dropout_p", "philox_layout", "philox_seed", "philox_offset", "variant", "options"]
 
 
 class Problem:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays import from_float64, to_float64
+from ...dropout import drawn
 from ...dtypes import FORMATS
 from ...errors import UnsupportedProblem
 from ...masks import unused
@@ -179,7 +180,7 @@ class _Call:
     def __init__(self, problem: Problem, keys: int) -> None:
         if problem.variant != VARIANT:
             raise UnsupportedProblem(f"variant: the tiled kernel computes {VARIANT}, not {problem.variant}")
-        self.problem = p = problem.to("numpy")
+        self.problem = p = drawn(problem.to("numpy"))
         self.kind = np.dtype(np.float64 if "float64" in (p.dtype, p.out_type) else np.float32)
         self.keys = keys
         with np.errstate(divide="ignore"):  # of no columns, where it does not matter
