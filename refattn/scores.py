@@ -17,7 +17,7 @@ from .validation import SCALES, shown
 
 __all__ = ["score_mod"]
 
-OUTSIDE = ("rotary", "sink", "dropout_mask", "philox_layout", "block_table", *SCALES)
+OUTSIDE = ("query_norm", "key_norm", "rotary", "sink", "dropout_mask", "philox_layout", "block_table", *SCALES)
 """What acts before or behind the scores."""
 HIDING = ("causal", "window", "lengths_q", "lengths_k", "cu_seqlens_q")
 """What leaves each query a stretch of keys."""

@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import FORMATS
+from ..norms import NORMS
 from ..problem import Problem
 from ..variants import Selected, Steps, variant_of
 from ..variants.shapes import Shape
 from .compare import Worst
 from .gradient_laws import calls_between, gradient_steps, lse_gradient, row_sums, spread_gradient
 from .inputs.draw import Draw
-from .inputs.dropped import dropout, philox
+from .inputs.dropped import dropout, philox_case
+from .inputs.positioned import norm_case
 from .model import Capabilities
 from .page_laws import pages_case, pages_moved, unowned_unread
 from .protocol import changed_in_place, many_repeats, options_between, results_kept, shapes_between, two_threads
@@ -29,6 +31,7 @@ from .shape_laws import (
     key_permutation,
     layout,
     lengths_cut,
+    norm_scaled,
     offset_of_corner,
     philox_moved,
     row_invariance,
@@ -279,12 +282,9 @@ LAWS = {
             dropout_complement,
             uses=frozenset({"dropout_mask"}),
         ),
+        Law("norm_scaled", "the size of normed rows does not matter", norm_case, norm_scaled, uses=frozenset(NORMS)),
         Law(
-            "philox_moved",
-            "heads draw one after another: without the first, from an offset past it, the others are the same",
-            lambda d: d.problem(20, 33, h=3, **philox(d, 0.25, "flash", "efficient")),
-            philox_moved,
-            uses=frozenset({"philox_layout"}),
+            "philox_moved", "heads draw one after another", philox_case, philox_moved, uses=frozenset({"philox_layout"})
         ),
         Law(
             "pages_moved",

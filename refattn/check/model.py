@@ -57,11 +57,13 @@ FURTHER = frozenset(
     | {"types_differ", "out_dtype", "out_scale", "paged_nhd", "paged_hnd", "appending"}
     | {"scales", "scales_by_head", "scales_by_token", "scales_by_channel", "scales_by_block"}
     | {"rotary_half", "rotary_interleaved", "rotary_partial", "alibi_slopes", "positions"}
+    | {"query_norm", "key_norm"}
 )
 """What a kernel has only where it says so."""
 
 
 GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink", "dalpha", "dbeta", "dstate"})
+GRADIENTS |= {"dquery_norm", "dkey_norm"}
 """The gradients of a call, each of its input's shape and type."""
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..masks import unused
+from ..norms import NORMS
 from ..problem import Problem
 from ..rules import View
 from ..variants import Rows as RowsShape
@@ -34,7 +35,7 @@ __all__ = ["Raw", "RowsByHead", "Work", "run", "specials"]
 
 TILE = 2**18  # scores alive at a time: rows are taken in tiles, so memory stays O(n d)
 TILE_LEVEL = 2**17
-FURTHER = ("dbias", "dsink", "dalpha", "dbeta", "dstate")  # gradients of what a call may have
+FURTHER = ("dbias", "dsink", "dalpha", "dbeta", "dstate", *(f"d{n}" for n in NORMS))  # of what a call may have
 STREAM_FROM = 256  # keys: fewer are faster whole
 ONLY = "has no streaming path, and nothing else runs on a GPU"
 
@@ -261,7 +262,7 @@ def _tile(
             out = out if one.out_scale is None else out / f.number(one.out_scale)
         else:
             leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
-            for name in ("bias", "sink"):
+            for name in ("bias", "sink", *NORMS):
                 if getattr(o, name) is not None:
                     leaves["d" + name] = getattr(o, name)
             out, lse = define(leaves["dq"], leaves["dk"], leaves["dv"], o)

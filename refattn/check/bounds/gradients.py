@@ -171,7 +171,7 @@ def _head(
         lost_ds, ds = lost_ds * (slope + lost_slope) + ds * lost_slope, ds * slope
     lost_ds = lost_ds + u_p * ds
     scale, q, k = abs(float(plain.scale)), np.abs(turned.q), np.abs(turned.k)
-    at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
+    keys = one.batch, one.head_kv, one.keys
     seen = np.asarray(one.allowed).astype(np.float64)
     dq = scale * (lost_ds @ k + (model.depth(n) + tiles + 3) * u * (ds @ k) + tiny * (seen @ k)) + tiny * (seen @ k + n)
     rows = model.depth(_rows_of(one)) + np.ceil(dout.shape[0] / model.tile) + 3
@@ -184,8 +184,18 @@ def _head(
         dq = dq + scale * ((ds + lost_ds) @ turned.lost_k)
         dk = dk + scale * ((ds + lost_ds).T @ turned.lost_q)
         total["dv"][keys] += (weights + lost_p).T @ lost_dout
-    total["dq"][at] = turned.back(0, dq, scale * (ds @ k))
-    total["dk"][keys] += turned.back(1, dk, scale * (ds.T @ q))
+    _features(one, turned, (dq, dk), (scale * (ds @ k), scale * (ds.T @ q)), total)
+
+
+def _features(
+    one: Head, turned: Rotated, errors: tuple[Float, Float], sizes: tuple[Float, Float], total: dict[str, Float]
+) -> None:
+    """Add what gradients by queries, keys and norms' weights lose, from those by what is multiplied."""
+    total["dq"][one.batch, one.head, one.rows] = turned.back(0, errors[0], sizes[0])
+    total["dk"][one.batch, one.head_kv, one.keys] += turned.back(1, errors[1], sizes[1])
+    for which, name in enumerate(("dquery_norm", "dkey_norm")):
+        if name in total:
+            total[name] += turned.of_weights(which, errors[which], sizes[which])
 
 
 def dropped(one: Head, model: Model, u: float) -> tuple[Any, float]:

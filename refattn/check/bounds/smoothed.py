@@ -27,7 +27,7 @@ Float = NDArray[np.float64]
 
 def refuse(problem: Any) -> None:
     """Raise UnsupportedProblem where a constant added to a row's scores changes the answer."""
-    why = [n for n in ("softcap", "sink", "rotary") if getattr(problem, n) is not None]
+    why = [n for n in ("softcap", "sink", "rotary", "query_norm", "key_norm") if getattr(problem, n) is not None]
     if variant_of(problem.variant).fused != STREAMED:
         why.append(f"{problem.variant} attention")
     if why:

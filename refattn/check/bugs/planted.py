@@ -17,6 +17,7 @@ from ...exact.driver import reference
 from ...exact.heads import heads
 from ...exact.lowering import lower
 from ...exact.stream import STREAMED
+from ...norms import NORMS, has_norms
 from ...positions import POSITIONS, ROTARY, partners, places, tables
 from ...problem import Problem
 from ...scales import spread, values
@@ -284,6 +285,24 @@ def _turned(p: Problem, x: NDArray[np.float64], which: int) -> NDArray[np.float6
     return found
 
 
+def _unweighted(p: Problem) -> Problem:
+    """Divide rows by their root mean square, and leave the weights out."""
+    return p.replace(**{n: np.ones_like(x) for n in NORMS if (x := getattr(p, n)) is not None})
+
+
+def _norm_last(p: Problem) -> Problem:
+    """Take the norm of what is turned already."""
+    if p.rotary is None or not has_norms(p):
+        return p
+    found = {}
+    for which, name in enumerate(("query", "key")):
+        x, w = _turned(p, getattr(p, name).astype(np.float64), which), getattr(p, NORMS[which])
+        if w is not None:
+            x = x / np.sqrt((x * x).mean(3, keepdims=True) + p.norm_eps) * np.asarray(w, np.float64)
+        found[name] = from_float64(FORMATS[p.dtype].round_array(x), p.dtype)
+    return p.replace(**found, **dict.fromkeys((*ROTATED, *NORMS, "norm_eps")))
+
+
 def _next_slope(p: Problem) -> Problem:
     return p if p.alibi_slopes is None else p.replace(alibi_slopes=np.roll(p.alibi_slopes, 1, -1))
 
@@ -338,6 +357,9 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "rotary_before_scale": (_before_scale, _keep),
     "query_at_next_position": (_next_position, _keep),
     "positions_ignored": (_ignored(*POSITIONS), _keep),
+    "norm_ignored": (_ignored(*NORMS, "norm_eps"), _keep),
+    "norm_unweighted": (_unweighted, _keep),
+    "norm_after_rotary": (_norm_last, _keep),
     "alibi_ignored": (_ignored("alibi_slopes"), _keep),
     "alibi_of_next_head": (_next_slope, _keep),
     "value_of_next_key": (lambda p: p.replace(value=np.roll(p.value, 1, axis=2)), _keep),

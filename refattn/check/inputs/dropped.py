@@ -10,7 +10,7 @@ import numpy as np
 from ...problem import Problem
 from .draw import Draw
 
-__all__ = ["DROPPED", "bits", "dropout", "philox"]
+__all__ = ["DROPPED", "bits", "dropout", "philox", "philox_case"]
 
 
 def dropout(d: Draw, p: float, *shape: int) -> dict[str, Any]:
@@ -83,6 +83,11 @@ def _philox(d: Draw) -> Problem:
 
 def _efficient(d: Draw) -> Problem:
     return d.problem(20, 33, b=2, h=2, causal="top_left", **philox(d, 0.1, "efficient", "flash"))
+
+
+def philox_case(d: Draw) -> Problem:
+    """Return three heads, of which the first can be left out."""
+    return d.problem(20, 33, h=3, **philox(d, 0.25, "flash", "efficient"))
 
 
 Entry = tuple[Callable[[Draw], Problem], tuple[str, ...]]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ...dropout import drawn
 from ...masks import unused, visible
+from ...norms import NORMS
 from ...positions import part_of
 from ...problem import Problem
 from ...scales import dequantised
@@ -83,6 +84,8 @@ class Sample:
             return x[self.batch, list(self.heads)][None][:, :, list(self.rows)]
         if name in ("dk", "dv"):
             return x[self.batch, list(self.groups)][None]
+        if name[1:] in NORMS:
+            return x
         return x[list(self.heads)] if name == "dsink" else self._of_scores(x)
 
     def rest(self, name: str, x: NDArray[Any]) -> NDArray[Any]:
@@ -109,7 +112,7 @@ class Sample:
         """Return the place in the whole call of a place among these rows."""
         if name == "dsink":
             return (self.heads[at[0]],)
-        if name == "dbias":
+        if name == "dbias" or name[1:] in NORMS:
             return at
         if name in ("dk", "dv"):
             return (self.batch, self.groups[at[1]], *at[2:])

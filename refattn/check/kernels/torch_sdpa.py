@@ -82,7 +82,7 @@ def sdpa(problem: Problem, backend: str) -> Any:
             k,
             v,
             mask,
-            dropout_p=0.0 if p.philox_seed is None else p.dropout_p,
+            dropout_p=(p.dropout_p or 0.0) if p.philox_seed is not None else 0.0,
             is_causal=p.causal is not None and mask is None,
             scale=p.scale,
             enable_gqa=p.heads != p.heads_kv,
