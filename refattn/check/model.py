@@ -63,7 +63,7 @@ FURTHER = frozenset(
 
 
 GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink", "dalpha", "dbeta", "dstate"})
-GRADIENTS |= {"dquery_norm", "dkey_norm"}
+GRADIENTS |= {"dquery_norm", "dkey_norm", "dalibi_slopes"}
 """The gradients of a call, each of its input's shape and type."""
 
 

@@ -67,7 +67,7 @@ def parts(problem: Problem, dout: NDArray[np.float64] | None, rows: int | None =
     shared = (p.bias is not None and (p.bias.shape[0] < p.batch or p.bias.shape[1] < p.heads)) or (
         p.sink is not None and p.batch > 1
     )
-    shared = shared or has_norms(p)
+    shared = shared or has_norms(p) or p.alibi_slopes is not None
     ragged = any(x is not None and not isinstance(x, int) for x in (p.lengths_q, p.lengths_k, p.offset))
     if p.cu_seqlens_q is not None or ragged or not by_rows(p) or (dout is not None and shared):
         return []

@@ -27,6 +27,7 @@ from ...errors import UnsupportedProblem
 from ...exact.answer import Answer
 from ...exact.heads import Head, heads
 from ...exact.stream import STREAMED
+from ...positions import places
 from ...variants import variant_of
 from ..call import SOURCES
 from ..model import Model, inside_type
@@ -160,6 +161,8 @@ def _head(
     lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds + tiny) * allowed
     if "dbias" in total:
         spread(one, total["dbias"], lost_ds + model.depth(spread_over(one)) * u * ds)
+    if "dalibi_slopes" in total:
+        _slopes(one, model, u, ds, lost_ds, total["dalibi_slopes"])
     if "dsink" in total and one.sink is not None:
         _sink(one, model, u, lse, d[:, 0], lost_lse, lost_d[:, 0], total["dsink"])
     if p.softcap is not None:
@@ -185,6 +188,15 @@ def _head(
         dk = dk + scale * ((ds + lost_ds).T @ turned.lost_q)
         total["dv"][keys] += (weights + lost_p).T @ lost_dout
     _features(one, turned, (dq, dk), (scale * (ds @ k), scale * (ds.T @ q)), total)
+
+
+def _slopes(one: Head, model: Model, u: float, ds: Float, lost_ds: Float, total: Float) -> None:
+    """Add what is lost of the gradient by a head's ALiBi slope: a sum of distances times gradients by scores."""
+    p = one.problem
+    rows, keys = places(p, one.batch, one.rows, one.keys)
+    apart = np.abs(rows[:, None] - keys).astype(np.float64)
+    n = model.depth(ds.size * (p.batch if total.ndim == 1 else 1)) + 3
+    total[(one.head,) if total.ndim == 1 else (one.batch, one.head)] += (apart * (lost_ds + n * u * ds)).sum()
 
 
 def _features(

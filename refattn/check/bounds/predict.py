@@ -16,6 +16,7 @@ from ...arrays import to_float64
 from ...dtypes import FORMATS, format_of
 from ...exact.answer import Answer
 from ...exact.heads import Head, heads
+from ...positions import places
 from ..call import SOURCES
 from ..model import C, Model, inside_type
 from .forward import HeadLosses, head_losses
@@ -174,6 +175,15 @@ def _masks(s: _Parts, total: Any) -> None:
         score = score + cu * (model.depth(spread_over(one)) / 6 + 1) * w2 * x * x
         score = score + (s.weights.sum(1, keepdims=True) ** 2 * s.var_d / one.k.shape[0] if one_key else 0.0)
         spread(one, total["dbias"], np.where(s.wild, np.nan, score if one_key else score * np.asarray(one.allowed)))
+    if "dalibi_slopes" in total:
+        rows, keys = places(one.problem, one.batch, one.rows, one.keys)
+        apart = np.abs(rows[:, None] - keys) * (np.asarray(one.allowed) * 1.0)
+        ds, at = apart * s.weights * x, (one.batch, one.head)[-total["dalibi_slopes"].ndim :]
+        each = apart * apart * (w2 * (x * x * (s.var_p + 2 * cu) + s.var_dp) + max(s.tiny_w, tiny) * x * x)
+        common = s.var_d * (apart * s.weights).sum(1, keepdims=True) ** 2
+        common = common + cu * (2 * s.lse**2 + 4) * ds.sum(1, keepdims=True) ** 2  # of the lse
+        more = cu * (model.depth(ds.size) / 6 + 1) * (ds * ds).sum()
+        total["dalibi_slopes"][at] += (each + common / each.shape[1]).sum() + more
     if "dsink" in total and one.sink is not None:
         lse = s.lse[:, 0]
         p_sink, d = np.exp(one.sink - lse), s.d[:, 0]

@@ -86,6 +86,8 @@ class Sample:
             return x[self.batch, list(self.groups)][None]
         if name[1:] in NORMS:
             return x
+        if name == "dalibi_slopes":
+            return (x if x.ndim == 1 else x[self.batch])[list(self.heads)]
         return x[list(self.heads)] if name == "dsink" else self._of_scores(x)
 
     def rest(self, name: str, x: NDArray[Any]) -> NDArray[Any]:
@@ -110,7 +112,7 @@ class Sample:
 
     def place(self, name: str, at: tuple[int, ...]) -> tuple[int, ...]:
         """Return the place in the whole call of a place among these rows."""
-        if name == "dsink":
+        if name in ("dsink", "dalibi_slopes"):
             return (self.heads[at[0]],)
         if name == "dbias" or name[1:] in NORMS:
             return at

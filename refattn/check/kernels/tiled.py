@@ -85,6 +85,8 @@ def gradients(problem: Problem, dout: Array, dlse: Array | None = None, keys: in
         total["dbias"] = np.zeros_like(c.bias)
     if c.sink is not None:
         total["dsink"] = np.zeros_like(c.sink)
+    if c.slopes is not None:
+        total["dalibi_slopes"] = np.zeros(c.problem.alibi_slopes.shape, c.kind)
     with np.errstate(all="ignore"):
         delta = (arriving * to_float64(out).astype(c.kind)).sum(-1)
         if dlse is not None:
@@ -164,6 +166,8 @@ def _backward(
         total["dv"][b, hk, j] += c.rounded(c.dropped(p, b, h, i, j)).T @ dout
         if c.bias is not None:
             c.add_bias(total["dbias"], b, h, i, j, ds)
+        if c.slopes is not None:
+            total["dalibi_slopes"][(b, h)[-total["dalibi_slopes"].ndim :]] -= (ds * c.apart(b, i, j)).sum()
         ds = c.rounded(ds * slope) * c.scale
         total["dq"][b, h, i] += ds @ c.finite_k[b, hk, j]
         total["dk"][b, hk, j] += ds.T @ q
@@ -329,10 +333,14 @@ class _Call:
             t = np.tanh(s / cap)
             s, slope = t * cap, np.where(seen, 1 - t * t, 0)  # NaN behind the mask must not meet a dS of 0
         if self.slopes is not None:
-            s = s - self.slopes[b, h] * np.abs(self.at[0][b, i][:, None] - self.at[1][b, j]).astype(self.kind)
+            s = s - self.slopes[b, h] * self.apart(b, i, j)
         if self.bias is not None:
             s = s + self.block(self.bias, b, h, i, j)
         return np.where(seen, s, -np.inf).astype(self.kind), slope
+
+    def apart(self, b: int, i: slice, j: slice) -> Array:
+        """Return the distances of queries and keys in positions."""
+        return np.abs(self.at[0][b, i][:, None] - self.at[1][b, j]).astype(self.kind)
 
     def weighted(self, p: Array, b: int, h: int, i: slice, j: slice) -> Array:
         """Return a tile of exponentials times how often each key counts."""

@@ -26,6 +26,8 @@ PLACES = {
     **dict.fromkeys(("dk", "dv"), ("batch", "head", "key", "column")),
     "dbias": ("batch", "head", "row", "key"),
     "dsink": ("head",),
+    **dict.fromkeys(("dquery_norm", "dkey_norm"), ("column",)),
+    "dalibi_slopes": ("head",),
     **dict.fromkeys(("dalpha", "dbeta"), ("batch", "head", "token", "channel")),
     "dstate": ("batch", "head", "channel", "column"),
 }
