@@ -127,6 +127,11 @@ MODELS: dict[str, ModelFor] = {
     "hopper-float8-promoted": lambda dtype: hopper_float8(dtype, 128),
     "sage": sage,
     "sage-int8": lambda dtype: sage(dtype, "int8", "int8", weights_scale="static"),
+    "sage-half": lambda dtype: sage(dtype, value_sums="float16" if FORMATS[dtype].precision < 24 else ""),
+    "sage2-smooth": lambda dtype: sage(
+        dtype, "float8_e4m3fn", "float8_e4m3fn", weights_scale="static", smoothed_queries=True, tile=64
+    ),
+    "float4-weights": lambda dtype: replace(flash(dtype), weights="float4_e2m1fn", weights_scale="micro"),
     "sage2": lambda dtype: sage(
         dtype, "float8_e4m3fn", "float8_e4m3fn", weights_scale="static", aligned_bits=13, fused=32, promoted=64, tile=64
     ),

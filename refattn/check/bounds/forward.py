@@ -198,7 +198,7 @@ def head_losses(one: Head, rows: Any, model: Model, unit: float = 1.0) -> HeadLo
     unit : float
         A power of two that the values are multiplied with.
     """
-    one = smoothed(one) if model.smoothed else one
+    one = smoothed(one, model.block * model.smoothed_queries) if model.smoothed else one
     f, lost = Losses(model, one.k.shape[0]), Operands.of(one, model)
     q = f.leaf(one.q[rows], ("q", "d"), lost.q[rows], lost.var_q[rows])
     k = f.leaf(one.k, ("k", "d"), lost.k, lost.var_k)

@@ -340,7 +340,7 @@ class _Call:
 
     def apart(self, b: int, i: slice, j: slice) -> Array:
         """Return the distances of queries and keys in positions."""
-        return np.abs(self.at[0][b, i][:, None] - self.at[1][b, j]).astype(self.kind)
+        return np.asarray(np.abs(self.at[0][b, i][:, None] - self.at[1][b, j]).astype(self.kind))
 
     def weighted(self, p: Array, b: int, h: int, i: slice, j: slice) -> Array:
         """Return a tile of exponentials times how often each key counts."""
