@@ -139,6 +139,8 @@ def test_the_law_of_offsets(layout):
             return tiled(p)
         return tiled(q.replace(dropout_mask=np.broadcast_to(q.dropout_mask[:, :1], q.dropout_mask.shape)))
 
+    none = check_kernel(tiled, capabilities=Capabilities({"float32"}, lse=True), only="law/philox_moved")
+    assert [c.verdict for c in none.checks] == ["unsupported"]
     for kernel, good in ((tiled, True), (alike, False)):
         report = check_kernel(kernel, capabilities=able, only="law/philox_moved", model=tiled.model)
         assert len(report.checks) == 1

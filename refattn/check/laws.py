@@ -389,10 +389,10 @@ def law_problem(law: Law, dtype: str, variant: str, able: Capabilities | None = 
     v = variant_of(variant)
     p = law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant))
     if v.takes(p):
-        named = p.block_table is not None or p.philox_layout is not None
-        if able is not None and named and able.missing(p):
-            return law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant, able))
-        return p
+        if able is None or (p.block_table is None and p.philox_layout is None) or not able.missing(p):
+            return p
+        made = law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant, able))
+        return p if made.philox_layout is None and p.philox_layout is not None else made
     settings = {"b": p.batch, "h": p.heads, "h_kv": p.heads_kv} | dict(next(iter(v.cases.values()), {}))
     settings["options"] = v.fitted(settings.get("options", {}), p.heads)
     return Draw(FORMATS[dtype], np.random.default_rng(1), variant).problem(**settings)
