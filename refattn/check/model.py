@@ -212,6 +212,8 @@ class Capabilities:
         The widths d_k and d_v that it takes; empty means all up to d_max.
     seq_multiple : int
         What n_q and n_k must be multiples of.
+    page_multiple : int
+        What the number of keys of a page must be a multiple of.
     always : frozenset of str
         Features that every call must have, e.g. {"causal_bottom_right"}.
     last_axis_contiguous : bool
@@ -240,13 +242,14 @@ class Capabilities:
     row_invariant: bool = False
     dlse: bool = False
     elements: frozenset[str] = frozenset()
+    page_multiple: int = 1
 
     def __post_init__(self) -> None:
         typed("capabilities", self)
-        if min(self.seq_multiple, self.d_max, *self.head_dims) < 1:
+        if min(self.seq_multiple, self.page_multiple, self.d_max, *self.head_dims) < 1:
             raise InvalidInput(
-                f"capabilities: got seq_multiple={self.seq_multiple!r}, d_max={self.d_max} and "
-                f"head_dims={set(self.head_dims)}, expected integers of at least 1"
+                f"capabilities: got seq_multiple={self.seq_multiple!r}, page_multiple={self.page_multiple!r}, "
+                f"d_max={self.d_max} and head_dims={set(self.head_dims)}, expected integers of at least 1"
             )
         if self.arrays not in KINDS or (self.arrays == "numpy" and self.device):
             raise InvalidInput(
@@ -271,6 +274,8 @@ class Capabilities:
             lacks.append(f"dim {max(problem.d_k, problem.d_v)}")
         elif self.head_dims and not {problem.d_k, problem.d_v} <= self.head_dims:
             lacks.append(f"dim {', '.join(str(d) for d in sorted({problem.d_k, problem.d_v} - self.head_dims))}")
+        if problem.block_table is not None and problem.page_size % self.page_multiple:
+            lacks.append(f"pages of {problem.page_size} keys, which are no multiple of {self.page_multiple}")
         if problem.n_q % self.seq_multiple or problem.n_k % self.seq_multiple:
             lacks.append(f"lengths that are no multiples of {self.seq_multiple}")
         lacks += [f"calls without {n}" for n in sorted(self.always - problem.features())]

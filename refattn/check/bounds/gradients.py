@@ -159,10 +159,7 @@ def _head(
     x = np.abs(dp - d)
     ds = weights * x
     lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds + tiny) * allowed
-    if "dbias" in total:
-        spread(one, total["dbias"], lost_ds + model.depth(spread_over(one)) * u * ds)
-    if "dalibi_slopes" in total:
-        _slopes(one, model, u, ds, lost_ds, total["dalibi_slopes"])
+    _added(one, model, u, ds, lost_ds, total)
     if "dsink" in total and one.sink is not None:
         _sink(one, model, u, lse, d[:, 0], lost_lse, lost_d[:, 0], total["dsink"])
     if p.softcap is not None:
@@ -180,7 +177,8 @@ def _head(
     rows = model.depth(_rows_of(one)) + np.ceil(dout.shape[0] / model.tile) + 3
     dk = scale * (lost_ds.T @ q + rows * u * (ds.T @ q) + tiny * (seen.T @ q)) + tiny * (seen.T @ q + rows)
     sums["dk"][keys] += turned.back(1, scale * (ds.T @ q), np.zeros_like(dk))
-    lost_p, weights = kept * (lost_p + (u_p + off) * weights), kept * weights  # values meet what dropout leaves
+    off = off + u_p * (1 if one.kept is None else 2)  # P is rounded, or before it is divided and after
+    lost_p, weights = kept * (lost_p + off * weights), kept * weights  # values meet what dropout leaves
     total["dv"][keys] += lost_p.T @ size + rows * u * (weights.T @ size) + tiny * (seen.T @ size + rows)
     sums["dv"][keys] += weights.T @ size
     if turned.lossy:
@@ -190,13 +188,16 @@ def _head(
     _features(one, turned, (dq, dk), (scale * (ds @ k), scale * (ds.T @ q)), total)
 
 
-def _slopes(one: Head, model: Model, u: float, ds: Float, lost_ds: Float, total: Float) -> None:
-    """Add what is lost of the gradient by a head's ALiBi slope: a sum of distances times gradients by scores."""
-    p = one.problem
-    rows, keys = places(p, one.batch, one.rows, one.keys)
-    apart = np.abs(rows[:, None] - keys).astype(np.float64)
-    n = model.depth(ds.size * (p.batch if total.ndim == 1 else 1)) + 3
-    total[(one.head,) if total.ndim == 1 else (one.batch, one.head)] += (apart * (lost_ds + n * u * ds)).sum()
+def _added(one: Head, model: Model, u: float, ds: Float, lost_ds: Float, total: dict[str, Float]) -> None:
+    """Add what is lost of gradients by what is added to scores: the bias, and a head's ALiBi slope times distances."""
+    if "dbias" in total:
+        spread(one, total["dbias"], lost_ds + model.depth(spread_over(one)) * u * ds)
+    if "dalibi_slopes" in total:
+        p, by_head = one.problem, total["dalibi_slopes"]
+        rows, keys = places(p, one.batch, one.rows, one.keys)
+        apart = np.abs(rows[:, None] - keys).astype(np.float64)
+        n = model.depth(ds.size * (p.batch if by_head.ndim == 1 else 1)) + 3
+        by_head[(one.batch, one.head)[-by_head.ndim :]] += (apart * (lost_ds + n * u * ds)).sum()
 
 
 def _features(

@@ -28,6 +28,7 @@ def unnormed(p: Problem, x: Array, g: Array, which: int) -> tuple[Array, Array]:
     w, gone = to_float64(getattr(p, NORMS[which])).astype(x.dtype), unused(p)
     if gone is not None:
         x = np.where(gone[which][:, None, :, None], 0, x)
+    x = np.where(np.isfinite(x).all(-1, keepdims=True), x, 0)  # a key that no row sees
     r = _inverse_root(p, x)
     back = r * (w * g - x * r * r * (x * w * g).mean(-1, keepdims=True))
     return back, (g * x * r).sum((0, 1, 2))
