@@ -131,8 +131,12 @@ def test_slopes_are_a_bias_and_positions_those_of_the_diagonal():
             evaluate(x, rounding="float64", gradients=np.ones(p.out_shape))
             for x in (p, p.replace(alibi_slopes=None, bias=bias))
         )
-        for name, x in one.values.items():
-            assert x.tobytes() == two.values[name].tobytes(), name
+        terms = far * two.values["dbias"]
+        # each of at most 35 terms, and of as many sums, is off by one rounding
+        limit = 70 * 2.0**-53 * np.abs(terms).sum((2, 3))
+        assert (np.abs(one.values["dalibi_slopes"] + terms.sum((2, 3))) <= limit).all()
+        for name in set(one.values) - {"dalibi_slopes"}:
+            assert one.values[name].tobytes() == two.values[name].tobytes(), name
     shared = small(5, 7, alibi_slopes=slopes[0])
     assert (evaluate(shared).out[1] == evaluate(small(5, 7, alibi_slopes=np.repeat(slopes[:1], 2, 0))).out[1]).all()
 
