@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,33 @@ from hypothesis import strategies as st
 from .arrays import from_float64
 from .dtypes import FORMATS
 from .errors import InvalidProblem
+from .norms import NORMS
 from .pages import in_pages
 from .positions import POSITIONS, STYLES
 from .problem import Problem
 from .validation import ALIGNMENTS
 
-__all__ = ["FURTHER_ON", "NEEDS", "PAGED", "TYPES", "dropped", "lengths", "paged", "positioned", "typed"]
+__all__ = [
+    "APART",
+    "FURTHER_ON",
+    "NEEDS",
+    "PAGED",
+    "TYPES",
+    "dropped",
+    "lengths",
+    "norms",
+    "paged",
+    "positioned",
+    "typed",
+]
 
 FURTHER_ON = (
     "lengths_k", "lengths_q", "offset", "alignment", "negative_window", "d_k_zero",
     "rotary_half", "rotary_interleaved", "rotary_partial", "alibi_slopes", "positions",
+    "dropout_mask", "dropout_bits", "philox_flash", "philox_efficient",
 )  # fmt: skip
+APART = ("causal", "rotary", "philox_layout", *FURTHER_ON)
+"""Options that are no features of the same name, and those further on."""
 TYPES = (
     "scales", "scales_by_head", "scales_by_token", "scales_by_channel", "scales_by_block",
     "out_scale", "out_dtype", "types_differ",
@@ -28,6 +45,7 @@ TYPES = (
 PAGED = ("paged_nhd", "paged_hnd", "appending")
 NEEDS = {"negative_window": "window", "d_k_zero": "lengths_k", "positions": "alibi_slopes"}
 NEEDS |= dict.fromkeys(("rotary_half", "rotary_interleaved", "rotary_partial"), "rotary")
+NEEDS |= {"dropout_bits": "dropout_mask", "philox_flash": "philox_layout", "philox_efficient": "philox_layout"}
 """What an operator has that takes a feature without an option of its own."""
 
 
@@ -48,10 +66,35 @@ def lengths(draw: st.DrawFn, on: set[str], more: dict[str, Any], sizes: tuple[in
     return found
 
 
-def dropped(draw: st.DrawFn, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Draw which weights are kept, and the probability that says what these are divided by."""
+def dropped(
+    draw: st.DrawFn, on: set[str], full: tuple[int, ...], spread: Callable[..., tuple[int, ...]], more: dict[str, Any]
+) -> dict[str, Any]:
+    """Draw which weights are kept, or the seed that says so, and the probability that they are divided by.
+
+    A seed of the efficient kernel's is drawn for calls that are whole: without packed sequences, lengths and pages.
+    """
+    whole = not any(n in more for n in ("cu_seqlens_q", "lengths_q", "lengths_k")) and not on & {*PAGED}
+    layouts = ["flash"] * ("philox_flash" in on) + ["efficient"] * ("philox_efficient" in on and whole)
+    if not layouts and not on & {"dropout_mask", "dropout_bits"}:
+        return {}
     rng = np.random.default_rng(draw(st.integers(0, 255)))
-    return {"dropout_p": draw(st.sampled_from((0.25, 0.0, 0.9))), "dropout_mask": rng.random(shape) < 0.7}
+    p = {"dropout_p": draw(st.sampled_from((0.25, 0.0, 0.9)))}
+    if layouts:
+        seed, offset = (int(x) for x in rng.integers(0, 2**64, 2, np.uint64))
+        return p | {"philox_layout": layouts[seed % len(layouts)], "philox_seed": seed, "philox_offset": offset}
+    shape = spread(draw, full)
+    if "dropout_bits" in on:
+        return p | {"dropout_mask": rng.integers(0, 256, (*shape[:3], -(-full[3] // 8)), np.uint8)}
+    return p | {"dropout_mask": rng.random(shape) < 0.7}
+
+
+def norms(draw: st.DrawFn, on: set[str], d_k: int) -> dict[str, Any]:
+    """Draw the weights of the norms that are asked for, and what is added to their mean squares."""
+    names = [n for n in NORMS if n in on]
+    if not names or not d_k:
+        return {}
+    rng = np.random.default_rng(draw(st.integers(0, 255)))
+    return {n: rng.normal(1, 0.5, d_k).astype(np.float32) for n in names} | {"norm_eps": 1e-5}
 
 
 def positioned(draw: st.DrawFn, p: Problem, on: set[str]) -> Problem:

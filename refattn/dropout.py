@@ -18,50 +18,128 @@ Which counter belongs to which weight is each kernel's own. Read:
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import dtype_name, kind_of
+from .arrays import dtype_name, kind_of, to_kind, to_numpy
 from .errors import InvalidInput, InvalidProblem
 from .validation import expect_array, shown
 
-__all__ = ["check_dropout", "dropout_mask", "philox"]
+__all__ = ["PHILOX", "check_dropout", "drawn", "dropout_mask", "philox", "weights_shape"]
 
 Words = NDArray[np.uint32]
+Shape = tuple[int, int, int, int]
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 GROWTH = 0x9E3779B9, 0xBB67AE85
 LOW = np.uint64(0xFFFFFFFF)
 BELOW_ONE = "a number of at least 0 and below 1 (in float64)"
+PHILOX = ("philox_layout", "philox_seed", "philox_offset")
+"""What a call has that names a mask by its seed."""
 MOST_WEIGHTS = 2**36
 """The weights of a mask, at most: drawing takes some dozens of bytes for each."""
 
 
 def check_dropout(p: Any) -> None:
     """Refuse a mask without a probability, the other way round, and either that does not fit a call."""
-    if p.dropout_mask is None and p.dropout_p is None:
+    given = [n for n in PHILOX if getattr(p, n) is not None]
+    if p.dropout_mask is None and p.dropout_p is None and not given:
         return
     if p.dropout_p is None:
-        raise InvalidProblem("dropout_mask: got a mask without dropout_p; what is kept is divided by 1 - dropout_p")
-    if p.dropout_mask is None:
+        name = given[0] if given else "dropout_mask"
+        what = "a seed's" if given else "a mask"
+        raise InvalidProblem(f"{name}: got {what} without dropout_p; what is kept is divided by 1 - dropout_p")
+    if p.dropout_mask is None and not given:
         raise InvalidProblem(
             "dropout_p: got a probability without dropout_mask; an exact answer needs to know which weights are kept, "
-            "and refattn.dropout_mask makes the masks that kernels draw"
+            "and refattn.dropout_mask makes the masks that kernels draw, philox_layout and philox_seed name them"
         )
     if not _probability(p.dropout_p):
         raise InvalidProblem(f"dropout_p: got {shown(p.dropout_p)}, expected {BELOW_ONE}")
     object.__setattr__(p, "dropout_p", float(p.dropout_p))
+    if given:
+        _check_philox(p, given)
+        return
     x, full = p.dropout_mask, (p.batch, p.heads, p.n_q, p.n_k)
     expect_array("dropout_mask", x)
     if kind_of(x) != p.kind:
         raise InvalidProblem(f"dropout_mask: is of {kind_of(x)} and query of {p.kind}; pass arrays of one library")
-    if dtype_name(x) != "bool":
-        raise InvalidProblem(f"dropout_mask: got dtype {dtype_name(x)}, expected bool, True where a weight is kept")
-    if len(x.shape) != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True)):
+    bits = dtype_name(x) == "uint8"
+    if not bits and dtype_name(x) != "bool":
         raise InvalidProblem(
-            f"dropout_mask: got shape {tuple(x.shape)}, expected {full} or 1 in place of an axis; add axes of length 1"
+            f"dropout_mask: got dtype {dtype_name(x)}, expected bool, True where a weight is kept, or bits in uint8"
         )
+    full = (*full[:3], -(-p.n_k // 8)) if bits else full
+    spread = full[:3] if bits else full
+    good = len(x.shape) == 4 and all(a in (1, b) for a, b in zip(x.shape[: len(spread)], spread, strict=True))
+    if not good or (bits and x.shape[3] != full[3]):
+        what = " (8 keys to a byte) or 1 in place of another axis" if bits else " or 1 in place of an axis"
+        raise InvalidProblem(f"dropout_mask: got shape {tuple(x.shape)}, expected {full}{what}; add axes of length 1")
+
+
+def _check_philox(p: Any, given: list[str]) -> None:
+    if p.dropout_mask is not None:
+        raise InvalidProblem(f"{given[0]}: got a seed's beside dropout_mask; give one of the two")
+    for name in PHILOX[:2]:
+        if getattr(p, name) is None:
+            raise InvalidProblem(f"{name}: is missing beside {given[0]}; a mask is drawn by a layout and a seed")
+    _known("philox_layout", p.philox_layout, InvalidProblem)
+    for name in PHILOX[1:]:
+        if (x := getattr(p, name)) is not None:
+            _word(name, x, InvalidProblem)
+            object.__setattr__(p, name, int(x))
+    if p.philox_layout == "efficient":
+        for name in ("cu_seqlens_q", "lengths_q", "lengths_k", "block_table"):
+            if getattr(p, name) is not None:
+                raise InvalidProblem(
+                    f"philox_layout: got 'efficient' beside {name}; it counts the weights of whole arrays alone"
+                )
+    if math.prod(n or 1 for n in weights_shape(p)) > MOST_WEIGHTS:
+        raise InvalidProblem("philox_layout: got a call of more than 2**36 weights; cut it into heads")
+
+
+def weights_shape(p: Any) -> Shape:
+    """Return the shape whose weights a seed names: of packed sequences each with as many as the longest."""
+    if p.cu_seqlens_q is None:
+        return p.batch, p.heads, p.n_q, p.n_k
+    if p.block_table is not None:
+        many, longest_k = int(p.block_table.shape[0]), p.room
+    else:
+        many, longest_k = int(p.cu_seqlens_k.shape[0]) - 1, _longest(p.cu_seqlens_k)
+    return many, p.heads, _longest(p.cu_seqlens_q), longest_k
+
+
+def _longest(ends: Any) -> int:
+    return int(np.diff(to_numpy(ends).astype(np.int64)).max(initial=0))
+
+
+def drawn(p: Any) -> Any:
+    """Return the same call with booleans in dropout_mask where it names its mask by a seed or has it in bits."""
+    if p.dropout_mask is not None and dtype_name(p.dropout_mask) == "uint8":
+        bits = np.unpackbits(to_numpy(p.dropout_mask), axis=3, count=p.n_k, bitorder="little")
+        return p.replace(dropout_mask=_like(p, bits.astype(bool)))
+    if p.philox_seed is None:
+        return p
+    mask = dropout_mask(p.philox_seed, p.philox_offset or 0, weights_shape(p), p.dropout_p, p.philox_layout)
+    if p.cu_seqlens_q is not None:
+        packed = np.zeros((1, p.heads, p.n_q, p.n_k), bool)
+        for one, q, k in zip(mask, *(_starts(p, x) for x in "qk"), strict=True):
+            packed[0][:, q, k] = one[:, : q.stop - q.start, : k.stop - k.start]
+        mask = packed
+    return p.replace(dropout_mask=_like(p, mask), **dict.fromkeys(PHILOX))
+
+
+def _starts(p: Any, axis: str) -> list[slice]:
+    """Return where packed sequences lie, what is not used of them too."""
+    ends = getattr(p, f"cu_seqlens_{axis}")
+    at = np.arange(p.block_table.shape[0] + 1) * p.room if ends is None else to_numpy(ends)
+    return [slice(int(a), int(b)) for a, b in pairwise(at.tolist())]
+
+
+def _like(p: Any, mask: NDArray[np.bool_]) -> Any:
+    return to_kind(mask, p.kind, getattr(p.query, "device", None) if p.kind == "torch" else None)
 
 
 def _probability(x: Any) -> bool:
@@ -140,16 +218,13 @@ def dropout_mask(
         ``torch.native_dropout`` returns its mask. cuDNN's layout is not public.
     """
     for name, x in (("seed", seed), ("offset", offset)):
-        if not isinstance(x, int | np.integer) or isinstance(x, bool) or not 0 <= x < 2**64:
-            raise InvalidInput(f"{name}: got {shown(x)}, expected an integer of at least 0 and below 2**64")
+        _word(name, x, InvalidInput)
     sizes = shape if isinstance(shape, tuple | list) else ()
     if len(sizes) != 4 or any(not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 0 for n in sizes):
         raise InvalidInput(f"shape: got {shown(shape)}, expected (b, h_q, n_q, n_k)")
     if not _probability(p):
         raise InvalidInput(f"p: got {shown(p)}, expected {BELOW_ONE}")
-    if not isinstance(drawn_as, str) or drawn_as not in DRAWN:
-        more = f"; {ELSEWHERE[drawn_as]}" if isinstance(drawn_as, str) and drawn_as in ELSEWHERE else ""
-        raise InvalidInput(f"drawn_as: got {shown(drawn_as)}, expected one of {', '.join(DRAWN)}{more}")
+    _known("drawn_as", drawn_as, InvalidInput)
     b, h, n_q, n_k = (int(n) for n in sizes)
     # NumPy multiplies the axes other than those of 0, in 64 bits
     if math.prod(n or 1 for n in (b, h, n_q, n_k)) > MOST_WEIGHTS:
@@ -157,7 +232,15 @@ def dropout_mask(
     return DRAWN[drawn_as](int(seed), int(offset), (b, h, n_q, n_k), float(p))
 
 
-Shape = tuple[int, int, int, int]
+def _known(name: str, x: Any, error: type[Exception]) -> None:
+    if not isinstance(x, str) or x not in DRAWN:
+        more = f"; {ELSEWHERE[x]}" if isinstance(x, str) and x in ELSEWHERE else ""
+        raise error(f"{name}: got {shown(x)}, expected one of {', '.join(DRAWN)}{more}")
+
+
+def _word(name: str, x: Any, error: type[Exception]) -> None:
+    if not isinstance(x, int | np.integer) or isinstance(x, bool) or not 0 <= x < 2**64:
+        raise error(f"{name}: got {shown(x)}, expected an integer of at least 0 and below 2**64")
 
 
 def _flash(seed: int, offset: int, shape: Shape, p: float) -> NDArray[np.bool_]:

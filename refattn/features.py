@@ -10,6 +10,9 @@ from .validation import SCALES
 
 __all__ = ["features_of"]
 
+NAMED = ("rotary", "dropout_mask", "philox_layout")
+"""Options whose feature says how they are given."""
+
 
 def features_of(p: Any, meanings: Sequence[str]) -> frozenset[str]:
     """Return the features of a call.
@@ -21,7 +24,7 @@ def features_of(p: Any, meanings: Sequence[str]) -> frozenset[str]:
     meanings : sequence of str
         The options that mean something for some operators only: the first is causal, the last alignment.
     """
-    found = {name for name in meanings[1:-1] if name != "rotary" and getattr(p, name) is not None}
+    found = {name for name in meanings[1:-1] if name not in NAMED and getattr(p, name) is not None}
     plain = {
         "alignment": p.causal is None and p.corner == "top_left",
         "negative_window": p.window is not None and any(side is not None and side < 0 for side in p.window),
@@ -40,6 +43,10 @@ def features_of(p: Any, meanings: Sequence[str]) -> frozenset[str]:
         found.add(f"rotary_{p.rotary}")
         if 2 * p.rotary_cos.shape[1] < p.d_k:
             found.add("rotary_partial")
+    if p.philox_layout is not None:
+        found.add(f"philox_{p.philox_layout}")
+    if p.dropout_mask is not None:
+        found.add("dropout_bits" if dtype_name(p.dropout_mask) == "uint8" else "dropout_mask")
     if p.typed:
         found |= set(_types(p))
     if p.page_layout is not None:

@@ -15,6 +15,7 @@ from .dropout import check_dropout
 from .errors import InvalidProblem
 from .features import features_of
 from .gates import RECURRENT
+from .norms import NORMS, check_norms
 from .pages import AXES, PAGES, check_layout, check_pages, check_read
 from .positions import PLACED, check_positions
 from .rules import Rule
@@ -36,7 +37,7 @@ __all__ = ["MEANINGS", "VARIANT", "Problem"]
 TENSORS = ("query", "key", "value", "bias", "allowed", "sink", "weight", "dropout_mask", *RECURRENT)
 MEANINGS = (
     "causal", "window", "softcap", "sink", "bias", "allowed", "weight", *RECURRENT, "lengths_q", "lengths_k", "offset",
-    "rotary", "alibi_slopes", "dropout_mask", "alignment",
+    "rotary", "alibi_slopes", *NORMS, "philox_layout", "dropout_mask", "alignment",
 )  # fmt: skip
 """The options that mean something for some operators only."""
 VARIANT = "softmax"
@@ -116,6 +117,11 @@ class Problem:
         past 2r are not turned.
     rotary_cos, rotary_sin : (m, r) float arrays, optional
         The cosine and sine of each pair's angle at positions 0 to m - 1; ``refattn.functions.positions`` makes some.
+    query_norm, key_norm : (d_k,) float arrays, optional
+        Each row of queries, or keys, is divided by its root mean square and multiplied with these weights, before it is
+        turned: w x / sqrt(mean(x^2) + norm_eps).
+    norm_eps : float > 0, optional
+        Comes with query_norm and key_norm.
     alibi_slopes : (h_q,) or (b, h_q) float array, optional
         The slope times the distance of query and key in positions is taken off a score, after softcap.
     positions_q, positions_k : (n,) or (b, n) integer arrays, optional
@@ -124,7 +130,12 @@ class Problem:
         The probability p that a weight is dropped, at least 0 and below 1: weights that are kept are divided by 1 - p,
         after the softmax. lse knows nothing of it.
     dropout_mask : (b or 1, h_q or 1, n_q or 1, n_k or 1) boolean array, optional
-        True where a weight is kept; comes with dropout_p. ``refattn.dropout_mask`` makes those that kernels draw.
+        True where a weight is kept; comes with dropout_p. As bits it is uint8, (b or 1, h_q or 1, n_q or 1, n_k / 8
+        rounded up), key j at bit j mod 8 of byte j // 8, the lowest bit first.
+    philox_layout : {None, "flash", "efficient"}
+        Whose mask a seed draws, in place of dropout_mask: that of ``refattn.dropout_mask(drawn_as=)``.
+    philox_seed, philox_offset : int, optional
+        Of 64 bits; without an offset it is 0.
     alpha, beta : (b, h_q, n_k, 1 or d_k) and (b, h_q, n_k, 1) float arrays, optional
         A recurrence's gates: what a token keeps of the state, 0 to 1 (None is 1), and how far it moves it, 0 to 2.
 
@@ -177,6 +188,12 @@ class Problem:
     positions_k: Any = None
     dropout_p: float | None = None
     dropout_mask: Any = None
+    philox_layout: str | None = None
+    philox_seed: int | None = None
+    philox_offset: int | None = None
+    query_norm: Any = None
+    key_norm: Any = None
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, Mapping) or any(not isinstance(n, str) for n in self.options):
@@ -190,7 +207,7 @@ class Problem:
         check_layout(self)
         for check in (check_tensors, check_options, check_packing, check_pages, check_masks, check_lengths):
             check(self)
-        for check in (check_scales, check_read, check_positions, check_dropout):
+        for check in (check_scales, check_read, check_positions, check_norms, check_dropout):
             check(self)
 
     def __reduce__(self) -> Any:
@@ -334,7 +351,7 @@ class Problem:
         printer.text(repr(self))
 
     def _arrays(self) -> Iterator[tuple[str, Any]]:
-        for name in TENSORS + OFFSETS + LENGTHS + SCALES + PAGES + PLACED:
+        for name in TENSORS + OFFSETS + LENGTHS + SCALES + PAGES + PLACED + NORMS:
             x = getattr(self, name)
             if not isinstance(x, Rule) and (name not in ("offset", *SCALES) or kind_of(x) is not None):
                 yield name, x

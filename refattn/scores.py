@@ -13,11 +13,11 @@ from .masks import band
 from .positions import places
 from .problem import VARIANT, Problem
 from .rules import Rule
-from .validation import shown
+from .validation import SCALES, shown
 
 __all__ = ["score_mod"]
 
-OUTSIDE = ("rotary", "sink", "dropout_mask", "block_table", "query_scale", "key_scale", "value_scale", "out_scale")
+OUTSIDE = ("query_norm", "key_norm", "rotary", "sink", "dropout_mask", "philox_layout", "block_table", *SCALES)
 """What acts before or behind the scores."""
 HIDING = ("causal", "window", "lengths_q", "lengths_k", "cu_seqlens_q")
 """What leaves each query a stretch of keys."""

@@ -19,7 +19,7 @@ from .arrays import from_float64, kind_of, like
 from .check.inputs.draw import Draw
 from .check.inputs.values import RARE, VALUES, numbers
 from .check.model import FEATURES, FURTHER
-from .drawn_options import FURTHER_ON, NEEDS, PAGED, TYPES, dropped, lengths, paged, positioned, typed
+from .drawn_options import APART, FURTHER_ON, NEEDS, PAGED, TYPES, dropped, lengths, norms, paged, positioned, typed
 from .dtypes import FORMATS, Format, format_of, is_float
 from .errors import InvalidInput
 from .gates import RECURRENT
@@ -102,7 +102,7 @@ def _features(v: Variant) -> list[str]:
     """Return the features that an operator has, the simplest first."""
     always = ["lengths_differ", "d_v_differs", "grouped_heads", "scale", "variable_lengths", "no_rows_or_keys"]
     causal = [f"causal_{a}" for a in reversed(ALIGNMENTS)] if "causal" in v.uses else []  # a later flag is kept
-    found = causal + always + [n for n in MEANINGS[::-1] if n in v.uses and n not in ("causal", "rotary", *FURTHER_ON)]
+    found = causal + always + [n for n in MEANINGS[::-1] if n in v.uses and n not in APART]
     found += [n for n in FURTHER_ON if NEEDS.get(n, n) in v.uses]
     found += (TYPES if "types" in v.families else ()) + (PAGED if "pages" in v.families else ())
     return [n for n in found if n not in v.never]
@@ -155,8 +155,8 @@ def _problems(
     if "variable_lengths" in on:
         more |= _packs(draw, n_q, n_k, alike="lengths_differ" in v.never)
     more |= lengths(draw, on, more, (b, n_q, n_k))
-    if "dropout_mask" in on:
-        more |= dropped(draw, _broadcastable(draw, (b, h, n_q, n_k)))
+    more |= dropped(draw, on, (b, h, n_q, n_k), _broadcastable, more)
+    more |= norms(draw, on, 0 if "d_k_zero" in on else d_k)
     if "weight" in on:
         more["weight"] = np.exp(d.normal(*_broadcastable(draw, (b, h, n_q, n_k))))
     sequences = len(more["cu_seqlens_q"]) - 1 if "variable_lengths" in on else b

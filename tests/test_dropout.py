@@ -26,7 +26,7 @@ from refattn import (
     simulate,
     strategies,
 )
-from refattn.check.bugs.dropped import DROPOUT_BUGS
+from refattn.check.bugs.dropped import DROPOUT_BUGS, SEED_BUGS
 from refattn.check.bugs.planted import planted
 from refattn.check.inputs.families import cases
 from refattn.check.kernels import KERNELS
@@ -261,12 +261,11 @@ def test_what_nobody_draws_is_refused(change, text):
 # kernels -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*DROPOUT_BUGS, "dropout_in_lse"])
+@pytest.mark.parametrize("name", [*DROPOUT_BUGS, *SEED_BUGS, "dropout_in_lse"])
 def test_what_kernels_get_wrong_is_caught(name):
-    report = check_kernel(
-        planted(name), capabilities=ABLE, dtypes=["bfloat16"], only="dropout/plain", model=tiled.model
-    )
-    assert not report.right
+    case = "philox" if name.startswith("philox") else "bits" if "bits" in name else "plain"
+    more = {"dtypes": ["bfloat16"], "only": f"dropout/{case}", "budget": "quick", "model": tiled.model}
+    assert not check_kernel(planted(name), capabilities=ABLE, **more).right
 
 
 def whole(p):
@@ -325,19 +324,28 @@ def test_what_shows_in_larger_calls_is_asked_of_kernels_with_dropout():
         able = Capabilities({"float32"}, ABLE.features - without, lse=True)
         return {c.name for c in check_kernel(tiled, capabilities=able, only="dropout/*").checks}
 
-    names = {f"dropout/{n}[float32]" for n in ("plain", "options", "decoding", "square", "spread", "packed")}
-    assert asked({"grouped_heads"}) == names
-    assert asked({"variable_lengths"}) == names - {"dropout/packed[float32]"}
-    assert asked({"dropout_mask"}) == {"dropout/plain[float32]"}
+    def named(*labels):
+        return {f"dropout/{n}[float32]" for n in labels}
+
+    masks, seeds, bits = ("plain", "options", "decoding", "square", "spread"), ("philox", "philox-efficient"), ("bits",)
+    assert asked({"grouped_heads"}) == named(*masks, "packed", *seeds, *bits)
+    assert asked({"variable_lengths"}) == named(*masks, *seeds, *bits)
+    assert asked({"dropout_mask", "dropout_bits"}) == named("plain", *seeds)  # the first is listed as what is missing
+    assert asked({"philox_flash", "philox_efficient"}) == named(*masks, "packed", *bits)
+    assert asked({"philox_flash", "dropout_bits"}) == named(*masks, "packed", *seeds)  # by the layout that is there
 
 
 def test_a_right_kernel_passes_and_is_predicted():
     able = Capabilities({"bfloat16"}, ABLE.features, lse=True, gradients={"dq", "dk", "dv", "dbias", "dsink"})
     report = check_kernel(tiled, capabilities=able, dtypes=["bfloat16"], only="dropout/*", model=tiled.model)
     assert report.passed, report.failures
-    assert report.count("passed") == 12
-    found = [c.arrays[0].figures.rms for c in report.checks if "gradients" not in c.name]
-    assert 0.8 < min(found) < max(found) < 1.2
+    assert report.count("passed") == 18
+    found = {}
+    for w in (w for c in report.checks for w in c.arrays):
+        found.setdefault(w.array, []).append(w.figures.rms)
+    assert set(found) == {"out", "lse", "dq", "dk", "dv", "dbias", "dsink"}
+    for name, least in (("out", 0.8), ("dq", 0.8), ("dk", 0.6), ("dv", 0.6)):  # less where few rows are summed
+        assert least < min(found[name]) < max(found[name]) < 1.2, name
 
 
 def test_pytorchs_math_backend_passes_with_its_mask():

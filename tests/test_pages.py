@@ -1,6 +1,7 @@
 """Keys and values in pages: the answer is that of the keys that the table names, and new keys go where it says."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -614,3 +615,23 @@ def test_a_failing_call_is_made_smaller():
     assert (small.batch, small.d_k, small.new_key is not None) == (1, 1, True)
     wrong = failing(planted("zeroed_head"), flash("float32"), frozenset())
     assert shrink(p, None, wrong)[0].block_table is None
+
+
+def test_kernels_that_take_pages_of_some_sizes_are_asked_for_these():
+    able = replace(ABLE, page_multiple=256)
+    found = check_kernel(tiled, capabilities=able, only="pages/*", model=tiled.model)
+    assert found.passed, found.failures
+    asked = [c for c in found.checks if c.verdict == "passed"]
+    assert len(asked) >= 4
+    sizes = set()
+
+    def noted(p):
+        sizes.add(p.page_size)
+        return tiled(p)
+
+    check_kernel(noted, capabilities=able, only="pages/shared", model=tiled.model)
+    assert sizes == {256}
+    p = next(c for c in cases("softmax") if c.name == "pages/shared").problem("float32")
+    assert able.missing(p) == ["pages of 8 keys, which are no multiple of 256"]
+    with pytest.raises(InvalidInput, match="page_multiple=0"):
+        replace(ABLE, page_multiple=0)

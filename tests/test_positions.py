@@ -131,8 +131,12 @@ def test_slopes_are_a_bias_and_positions_those_of_the_diagonal():
             evaluate(x, rounding="float64", gradients=np.ones(p.out_shape))
             for x in (p, p.replace(alibi_slopes=None, bias=bias))
         )
-        for name, x in one.values.items():
-            assert x.tobytes() == two.values[name].tobytes(), name
+        terms = far * two.values["dbias"]
+        # each of at most 35 terms, and of as many sums, is off by one rounding
+        limit = 70 * 2.0**-53 * np.abs(terms).sum((2, 3))
+        assert (np.abs(one.values["dalibi_slopes"] + terms.sum((2, 3))) <= limit).all()
+        for name in set(one.values) - {"dalibi_slopes"}:
+            assert one.values[name].tobytes() == two.values[name].tobytes(), name
     shared = small(5, 7, alibi_slopes=slopes[0])
     assert (evaluate(shared).out[1] == evaluate(small(5, 7, alibi_slopes=np.repeat(slopes[:1], 2, 0))).out[1]).all()
 
@@ -210,7 +214,7 @@ def test_a_right_kernel_passes_and_is_predicted():
     able = Capabilities({"bfloat16"}, ABLE.features, lse=True, gradients={"dq", "dk", "dv", "dbias"})
     report = check_kernel(tiled, capabilities=able, dtypes=["bfloat16"], only="positions/*")
     assert report.passed, report.failures
-    assert report.count("passed") == 10
+    assert report.count("passed") == 14
     found = [c.arrays[0].figures.rms for c in report.checks if "gradients" not in c.name]
     assert 0.8 < min(found) < max(found) < 1.2
 
@@ -312,7 +316,8 @@ def test_what_kernels_get_wrong_is_caught(change, where):
 )
 def test_cases_have_what_a_kernel_has(more, lost, change):
     able = Capabilities({"float32"}, FEATURES - lost | more)
-    calls = [fitted(c, able).problem("float32") for c in cases("softmax") if c.family == "positions"]
+    made = [fitted(c, able) for c in cases("softmax") if c.family == "positions"]
+    calls = [c.problem("float32") for c in made if c is not None]
     calls = [p for p in calls if not able.missing(p)]
     assert all(check_problem(tiled, p, "right").passed for p in calls)
     assert any(check_problem(lambda p: tiled(p.replace(**change)), p, "wrong").count("failed") for p in calls)

@@ -13,6 +13,7 @@ from ..arrays import dtype_name, kind_of, laid_out, to_numpy
 from ..dtypes import FORMATS
 from ..errors import InvalidProblem, KernelError, UnsupportedProblem, printable
 from ..masks import unused
+from ..norms import NORMS
 from ..pages import AXES, appended, slots
 from ..problem import Problem
 from ..variants import Steps, variant_of
@@ -123,7 +124,8 @@ def used(problem: Problem, found: dict[str, NDArray[Any]]) -> dict[str, NDArray[
     return kept
 
 
-SOURCES = {"dq": "query", "dk": "key", "dv": "value"} | {f"d{n}": n for n in ("bias", "sink", "alpha", "beta", "state")}
+SOURCES = {"dq": "query", "dk": "key", "dv": "value"}
+SOURCES |= {f"d{n}": n for n in ("bias", "sink", "alpha", "beta", "state", "alibi_slopes", *NORMS)}
 """The input that each gradient belongs to."""
 
 

@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import FORMATS
+from ..norms import NORMS
 from ..problem import Problem
 from ..variants import Selected, Steps, variant_of
 from ..variants.shapes import Shape
 from .compare import Worst
 from .gradient_laws import calls_between, gradient_steps, lse_gradient, row_sums, spread_gradient
 from .inputs.draw import Draw
-from .inputs.dropped import dropout
+from .inputs.dropped import dropout, philox_case
+from .inputs.positioned import norm_case
 from .model import Capabilities
 from .page_laws import pages_case, pages_moved, unowned_unread
 from .protocol import changed_in_place, many_repeats, options_between, results_kept, shapes_between, two_threads
@@ -29,7 +31,9 @@ from .shape_laws import (
     key_permutation,
     layout,
     lengths_cut,
+    norm_scaled,
     offset_of_corner,
+    philox_moved,
     row_invariance,
     state_carried,
     state_gradient,
@@ -278,6 +282,10 @@ LAWS = {
             dropout_complement,
             uses=frozenset({"dropout_mask"}),
         ),
+        Law("norm_scaled", "the size of normed rows does not matter", norm_case, norm_scaled, uses=frozenset(NORMS)),
+        Law(
+            "philox_moved", "heads draw one after another", philox_case, philox_moved, uses=frozenset({"philox_layout"})
+        ),
         Law(
             "pages_moved",
             "where the pages of a cache lie does not matter",
@@ -376,14 +384,15 @@ LAWS = {
 def law_problem(law: Law, dtype: str, variant: str, able: Capabilities | None = None) -> Problem:
     """Return the problem that a law is tried on: where an operator does not take it, the first that it names itself.
 
-    In pages it has what a kernel can do, where that is given.
+    In pages, or with a seed of dropout, it has what a kernel can do, where that is given.
     """
     v = variant_of(variant)
     p = law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant))
     if v.takes(p):
-        if able is not None and p.block_table is not None and able.missing(p):
-            return law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant, able))
-        return p
+        if able is None or (p.block_table is None and p.philox_layout is None) or not able.missing(p):
+            return p
+        made = law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant, able))
+        return p if made.philox_layout is None and p.philox_layout is not None else made
     settings = {"b": p.batch, "h": p.heads, "h_kv": p.heads_kv} | dict(next(iter(v.cases.values()), {}))
     settings["options"] = v.fitted(settings.get("options", {}), p.heads)
     return Draw(FORMATS[dtype], np.random.default_rng(1), variant).problem(**settings)

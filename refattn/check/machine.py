@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from .bounds.operands import of_values, scale_of
 from .bounds.rounded import Rounded, Rounding
 from .bounds.stores import largest_of
 from .model import INTEGERS, Model, inside_type
+from .rounding import MICRO
 from .sums import Adder
 
 __all__ = ["Machine", "Machined"]
@@ -236,26 +238,29 @@ class Machined(Rounded):
     def _over_tiles(self, y: Float, values: bool) -> Float:
         """Return the running sum over tiles: of weights times values, stored as the model says, or of weights."""
         f, model = self.f, self.f.model
-        adder = f.adder if values else Adder(_plain(model), f.rounded)
+        adder, kept = (f.adder, f.rounded) if values else (Adder(_plain(model), f.rounded), f.rounded)
+        if values and model.value_sums:
+            kept = partial(f.rounded, form=FORMATS[model.value_sums])
+            adder = Adder(replace(model, accumulator=model.value_sums, value_sums=""), kept)
         whole = values and model.weights in INTEGERS and (model.values or model.operands) in INTEGERS
-        apart = values and model.weights_scale in ("row", "block")
+        apart = values and model.weights_scale in ("row", "block", "micro")
         part, total = np.zeros((2, len(self.a), y.shape[1]))
         since = 0
         for t in self.tiles:
             if not (t.fade == 1).all():
-                part, total = f.rounded(part * t.fade), f.rounded(total * t.fade)
+                part, total = kept(part * t.fade), kept(total * t.fade)
             weights, unit = self._stored(t.weights, values)
             for a, b in f.passes(weights, y[t.keys]) if values else [(weights, y[t.keys])]:
                 if apart:
                     more = adder.run(np.zeros_like(part), a, b, whole)
-                    total = f.rounded(total + f.rounded(more * unit))
+                    total = kept(total + kept(more * unit))
                     continue
                 for start, stop in _cuts(since, t.keys.stop - t.keys.start, adder.part):
                     part = adder.run(part, a[:, start:stop], b[start:stop], whole)
                     if (since + stop) % adder.part == 0:
-                        part, total = np.zeros_like(part), f.rounded(total + part)
+                        part, total = np.zeros_like(part), kept(total + part)
             since += t.keys.stop - t.keys.start
-        total = f.rounded(total + part) if total.any() else part
+        total = kept(total + part) if total.any() else part
         return f.rounded(total / largest_of(model.weights)) if values and model.weights_scale == "static" else total
 
     def _stored(self, w: Float, values: bool) -> tuple[Float, Any]:
@@ -266,6 +271,8 @@ class Machined(Rounded):
         if not model.weights_scale or not w.size:
             narrow = model.loss(model.weights) and not (model.passes == 3 and model.weights == model.operands)
             return (f.rounded(w, inside_type(model.weights)) if narrow else w), 1.0
+        if model.weights_scale == "micro":
+            return self._micro(w)
         form, largest = inside_type(model.weights), largest_of(model.weights)
         unit: Any = 1 / largest
         if model.weights_scale != "static":
@@ -278,10 +285,30 @@ class Machined(Rounded):
         scaled = f.rounded(w * largest) if model.weights_scale == "static" else f.rounded(w / unit)
         return f.rounded(np.minimum(scaled, form.largest), form), unit
 
+    def _micro(self, w: Float) -> tuple[Float, Float]:
+        """Return a tile's weights in float4 times a scale for each 16 keys, and the scale of a row."""
+        f, form, scales = self.f, inside_type(self.f.model.weights), FORMATS["float8_e4m3fn"]
+        unit = f.rounded(w.max(1, keepdims=True) / (form.largest * scales.largest))
+        unit = np.where(unit > 0, unit, 1.0)
+        scaled, starts = f.rounded(w / unit), np.arange(0, w.shape[1], MICRO)
+        s = scales.round_array(np.minimum(np.maximum.reduceat(scaled, starts, axis=1) / form.largest, scales.largest))
+        s = np.where(s > 0, s, 1.0)[:, np.arange(w.shape[1]) // MICRO]
+        return form.round_array(np.minimum(scaled / s, form.largest)) * s, unit
+
 
 def _plain(model: Model) -> Model:
     """Return how a model adds what no matrix unit adds."""
-    return replace(model, aligned_bits=0, promoted=0, passes=1, scales="", operands="", values="", smoothed=False)
+    return replace(
+        model,
+        aligned_bits=0,
+        promoted=0,
+        passes=1,
+        scales="",
+        operands="",
+        values="",
+        smoothed=False,
+        smoothed_queries=False,
+    )
 
 
 def _cuts(since: int, n: int, part: int) -> list[tuple[int, int]]:

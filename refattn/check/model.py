@@ -53,14 +53,17 @@ FEATURES = frozenset(
 """What a call may ask of a kernel beyond plain attention: what a kernel is taken to have that does not say."""
 FURTHER = frozenset(
     {"weight", "state", "alpha", "beta", "lengths_q", "lengths_k", "offset", "alignment", "negative_window", "d_k_zero"}
-    | {"dropout_mask", "types_differ", "out_dtype", "out_scale", "paged_nhd", "paged_hnd", "appending"}
+    | {"dropout_mask", "dropout_bits", "philox_flash", "philox_efficient"}
+    | {"types_differ", "out_dtype", "out_scale", "paged_nhd", "paged_hnd", "appending"}
     | {"scales", "scales_by_head", "scales_by_token", "scales_by_channel", "scales_by_block"}
     | {"rotary_half", "rotary_interleaved", "rotary_partial", "alibi_slopes", "positions"}
+    | {"query_norm", "key_norm"}
 )
 """What a kernel has only where it says so."""
 
 
 GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink", "dalpha", "dbeta", "dstate"})
+GRADIENTS |= {"dquery_norm", "dkey_norm", "dalibi_slopes"}
 """The gradients of a call, each of its input's shape and type."""
 
 
@@ -124,6 +127,11 @@ MODELS: dict[str, ModelFor] = {
     "hopper-float8-promoted": lambda dtype: hopper_float8(dtype, 128),
     "sage": sage,
     "sage-int8": lambda dtype: sage(dtype, "int8", "int8", weights_scale="static"),
+    "sage-half": lambda dtype: sage(dtype, value_sums="float16" if FORMATS[dtype].precision < 24 else ""),
+    "sage2-smooth": lambda dtype: sage(
+        dtype, "float8_e4m3fn", "float8_e4m3fn", weights_scale="static", smoothed_queries=True, tile=64
+    ),
+    "float4-weights": lambda dtype: replace(flash(dtype), weights="float4_e2m1fn", weights_scale="micro"),
     "sage2": lambda dtype: sage(
         dtype, "float8_e4m3fn", "float8_e4m3fn", weights_scale="static", aligned_bits=13, fused=32, promoted=64, tile=64
     ),
@@ -204,6 +212,8 @@ class Capabilities:
         The widths d_k and d_v that it takes; empty means all up to d_max.
     seq_multiple : int
         What n_q and n_k must be multiples of.
+    page_multiple : int
+        What the number of keys of a page must be a multiple of.
     always : frozenset of str
         Features that every call must have, e.g. {"causal_bottom_right"}.
     last_axis_contiguous : bool
@@ -232,13 +242,14 @@ class Capabilities:
     row_invariant: bool = False
     dlse: bool = False
     elements: frozenset[str] = frozenset()
+    page_multiple: int = 1
 
     def __post_init__(self) -> None:
         typed("capabilities", self)
-        if min(self.seq_multiple, self.d_max, *self.head_dims) < 1:
+        if min(self.seq_multiple, self.page_multiple, self.d_max, *self.head_dims) < 1:
             raise InvalidInput(
-                f"capabilities: got seq_multiple={self.seq_multiple!r}, d_max={self.d_max} and "
-                f"head_dims={set(self.head_dims)}, expected integers of at least 1"
+                f"capabilities: got seq_multiple={self.seq_multiple!r}, page_multiple={self.page_multiple!r}, "
+                f"d_max={self.d_max} and head_dims={set(self.head_dims)}, expected integers of at least 1"
             )
         if self.arrays not in KINDS or (self.arrays == "numpy" and self.device):
             raise InvalidInput(
@@ -263,6 +274,8 @@ class Capabilities:
             lacks.append(f"dim {max(problem.d_k, problem.d_v)}")
         elif self.head_dims and not {problem.d_k, problem.d_v} <= self.head_dims:
             lacks.append(f"dim {', '.join(str(d) for d in sorted({problem.d_k, problem.d_v} - self.head_dims))}")
+        if problem.block_table is not None and problem.page_size % self.page_multiple:
+            lacks.append(f"pages of {problem.page_size} keys, which are no multiple of {self.page_multiple}")
         if problem.n_q % self.seq_multiple or problem.n_k % self.seq_multiple:
             lacks.append(f"lengths that are no multiples of {self.seq_multiple}")
         lacks += [f"calls without {n}" for n in sorted(self.always - problem.features())]

@@ -18,8 +18,9 @@ from .bounds.expected import expected
 from .call import call_gradients, call_kernel
 from .compare import compare
 from .inputs.draw import Draw
+from .inputs.dropped import bits, philox
 from .inputs.paged import paged
-from .inputs.positioned import rotary, slopes
+from .inputs.positioned import norms, rotary, slopes
 from .inputs.typed import ONE, WIDE, typed
 from .kernel import Kernel
 from .model import FEATURES, FURTHER, GRADIENTS, Capabilities
@@ -41,6 +42,9 @@ CALLS: dict[str, Build] = {
     "allowed": lambda draw, n=64, **w: draw.problem(n, n, allowed=draw.mask(1, 2, n, n), **w),
     "weight": lambda draw, n=64, **w: draw.problem(n, n, weight=np.exp(draw.normal(1, 2, n, n)), **w),
     "dropout_mask": lambda draw, n=64, **w: draw.problem(n, n, dropout_p=0.25, dropout_mask=draw.mask(1, 2, n, n), **w),
+    "dropout_bits": lambda draw, n=64, **w: draw.problem(n, n, **bits(draw, 0.25, 1, 2, n, n), **w),
+    "philox_flash": lambda draw, n=64, **w: draw.problem(n, n, **philox(draw, 0.25, "flash"), **w),
+    "philox_efficient": lambda draw, n=64, **w: draw.problem(n, n, **philox(draw, 0.25, "efficient"), **w),
     "lengths_q": lambda draw, n=64, **w: draw.problem(n, n, b=2, lengths_q=_used(n), **w),
     "lengths_k": lambda draw, n=64, **w: draw.problem(n, n, b=2, lengths_k=_used(n), **w),
     "offset": lambda draw, n=64, **w: draw.problem(n, n, causal="top_left", offset=n // 2, **w),
@@ -65,6 +69,8 @@ CALLS: dict[str, Build] = {
     "rotary_interleaved": lambda draw, n=64, **w: draw.problem(n, n, **_rotary(draw, "interleaved", n, **w), **w),
     "rotary_partial": lambda draw, n=64, **w: draw.problem(n, n, **_rotary(draw, "half", n, 4, **w), **w),
     "positions": lambda draw, n=64, **w: draw.problem(n, n, **_rotary(draw, "half", n, **w), **_places(n), **w),
+    "query_norm": lambda draw, n=64, **w: draw.problem(n, n, **_norm(draw, "query_norm", **w), **w),
+    "key_norm": lambda draw, n=64, **w: draw.problem(n, n, **_norm(draw, "key_norm", **w), **w),
     "alibi_slopes": lambda draw, n=64, **w: draw.problem(n, n, alibi_slopes=slopes(draw, 2), **w),
     "d_k_zero": lambda draw, n=64, **w: draw.problem(n, n, **(w | {"d": 0, "d_v": w.get("d", 32)})),
     "scale": lambda draw, n=64, **w: draw.problem(n, n, scale=0.3, **w),
@@ -85,6 +91,11 @@ def _other(draw: Draw) -> str:
 def _typed(draw: Draw, blocks: Any, n: int = 64, elements: str = "float8_e4m3fn", **size: Any) -> Problem:
     """Return a call of float8 keys and values, and queries where `blocks` says how they are scaled, too."""
     return typed(draw, elements, blocks, blocks or ONE, blocks or ONE, **{"n_q": n, "n_k": n, "b": 1, "h": 2} | size)
+
+
+def _norm(draw: Draw, name: str, **size: Any) -> dict[str, Any]:
+    found = norms(draw, size.get("d", 32))
+    return {name: found[name], "norm_eps": found["norm_eps"]}
 
 
 def _rotary(draw: Draw, style: str, n: int, part: int = 2, **size: Any) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import FORMATS, Format, format_of
+from ..dtypes import FLOAT4, FORMATS, Format, format_of
 from ..errors import InvalidInput
 
-__all__ = ["INTEGERS", "SCALED", "TF32", "C", "Model", "inside_type", "relative", "typed"]
+__all__ = ["INTEGERS", "MICRO", "SCALED", "TF32", "C", "Model", "inside_type", "relative", "typed"]
 
 C = 3 / (8 * math.log(2)) / 3
 """The variance of a rounding to nearest over u^2 of the number's square, mantissas spread as they are."""
@@ -29,12 +29,16 @@ INTEGERS = {
 INSIDE = (*FORMATS, "tf32")
 SCALED = ("float8_e4m3fn", "float8_e5m2", *INTEGERS)
 """What P may be stored as under a scale."""
+MICRO = 16
+"""Keys that share a scale in float8_e4m3fn where P is in float4_e2m1fn."""
 
 
 def inside_type(name: str) -> Format:
-    """Return a type that a kernel computes in: a format, tf32, or integers of 8 and 4 bits."""
+    """Return a type that a kernel computes in: a format, tf32, or integers of 8 and 4 bits, or P's float4."""
     if name in INTEGERS:
         return INTEGERS[name]
+    if name == FLOAT4.name:
+        return FLOAT4
     return TF32 if name == "tf32" else format_of(name)
 
 
@@ -43,7 +47,7 @@ def relative(form: Format) -> float:
     return 0.0 if form.name in INTEGERS else form.unit_roundoff
 
 
-OPEN = ("group_sum", "operands", "denominator", "rotated", "values")
+OPEN = ("group_sum", "operands", "denominator", "rotated", "values", "value_sums")
 """Types of a Model that need not be named."""
 MOST = 2**31
 """More keys than any call has."""
@@ -118,9 +122,16 @@ class Model:
         are.
     weights_scale : str
         "" where P is rounded as it is; "static" where it is scaled so that 1 becomes the largest number of the type of
-        ``weights``, "row" or "block" where the largest of a row's ``tile`` keys, or of ``block`` rows of them, does.
+        ``weights``, "row" or "block" where the largest of a row's ``tile`` keys, or of ``block`` rows of them, does;
+        "micro" where the largest of each 16 keys of a row does, under a scale in float8_e4m3fn, of which the largest
+        number is the row's largest in a tile.
     smoothed : bool
         Whether the mean of all keys is taken off each key before ``operands``, and put back into lse.
+    smoothed_queries : bool
+        Whether the mean of each ``block`` of queries is taken off these, too, and its product with the keys, made in
+        the accumulator's type, added to their scores.
+    value_sums : str
+        The type in which weights times values are added, and rescaled; "" is the accumulator.
     aligned_bits : int
         Of matrix units that add ``fused`` products and the running sum at once: how many bits below the exponent of
         the largest of these are kept, the others cut off; 0 where each addition is rounded.
@@ -157,13 +168,17 @@ class Model:
     fused: int = 16
     promoted: int = 0
     stochastic: bool = False
+    smoothed_queries: bool = False
+    value_sums: str = ""
 
     def __post_init__(self) -> None:
         typed("model", self)
         for part, known in (
             *((n, FORMATS) for n in ("accumulator", "scores", "lse")),
             *((n, INSIDE) for n in ("group_sum", "denominator", "rotated")),
-            *((n, (*INSIDE, *INTEGERS)) for n in ("weights", "operands")),
+            ("value_sums", FORMATS),
+            ("weights", (*INSIDE, *INTEGERS, FLOAT4.name)),
+            ("operands", (*INSIDE, *INTEGERS)),
             ("values", (*INSIDE, *INTEGERS, "input")),
         ):
             name = getattr(self, part)
@@ -199,11 +214,18 @@ class Model:
 
     def _stored(self) -> None:
         """Refuse narrow types that do not go together."""
-        if self.weights_scale not in ("", "static", "row", "block"):
+        if self.weights_scale not in ("", "static", "row", "block", "micro"):
             raise InvalidInput(
-                f"model: got weights_scale={self.weights_scale!r}, expected '', 'static', 'row' or 'block'"
+                f"model: got weights_scale={self.weights_scale!r}, expected '', 'static', 'row', 'block' or 'micro'"
             )
-        if self.weights_scale and self.weights not in SCALED:
+        if (self.weights == FLOAT4.name) != (self.weights_scale == "micro"):
+            raise InvalidInput(f"model: P in {FLOAT4.name} and weights_scale='micro' go together; give both")
+        if self.weights_scale == "micro" and (self.tile % MICRO or self.stochastic):
+            raise InvalidInput(
+                f"model: got tile={self.tile} and stochastic={self.stochastic} with weights_scale='micro', expected a "
+                f"multiple of {MICRO}, and False"
+            )
+        if self.weights_scale not in ("", "micro") and self.weights not in SCALED:
             raise InvalidInput(f"model: weights={self.weights!r} is not scaled; {', '.join(SCALED)} may be")
         if self.weights in INTEGERS and not self.weights_scale:
             raise InvalidInput(f"model: P in {self.weights} is 0 or 1 without a scale; give weights_scale='static'")
@@ -213,6 +235,10 @@ class Model:
             raise InvalidInput("model: values and smoothed are of operands; name their type, e.g. operands='int8'")
         if self.smoothed and self.scales == "tensor":
             raise InvalidInput("model: smoothed keys are scaled by blocks of rows; give scales='block'")
+        if self.smoothed_queries and not self.smoothed:
+            raise InvalidInput("model: smoothed_queries goes with smoothed keys; give smoothed=True")
+        if self.value_sums and self.aligned_bits:
+            raise InvalidInput("model: value_sums is of sums that are rounded one by one; leave aligned_bits out")
         if self.stochastic and self.passes == 3:
             raise InvalidInput("model: operands in three passes are rounded to nearest")
 
@@ -235,7 +261,7 @@ class Model:
     @property
     def forward_only(self) -> tuple[str, ...]:
         """What the model has that no bound of gradients knows of."""
-        names = ("values", "weights_scale", "smoothed", "aligned_bits", "stochastic")
+        names = ("values", "weights_scale", "smoothed", "aligned_bits", "stochastic", "value_sums")
         return tuple(n for n in names if getattr(self, n)) + (("operands",) if self.operands in INTEGERS else ())
 
     @property

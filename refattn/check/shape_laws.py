@@ -24,7 +24,9 @@ __all__ = [
     "key_permutation",
     "layout",
     "lengths_cut",
+    "norm_scaled",
     "offset_of_corner",
+    "philox_moved",
     "row_invariance",
     "state_carried",
     "state_gradient",
@@ -77,6 +79,23 @@ def dropout_complement(ask: Trial, p: Problem) -> Worst:
     limit = ask.allowed(p)["out"] + ask.allowed(other)["out"] + by * ask.allowed(whole)["out"]
     text = "what a mask keeps and what it drops do not add up to the call without dropout"
     return agree(ask.out(p) + ask.out(other), by * ask.out(whole), limit, text)
+
+
+def norm_scaled(ask: Trial, p: Problem) -> Worst:
+    """Double queries and keys, and take four times the epsilon."""
+    twice = {n: (2 * getattr(p, n)).astype(getattr(p, n).dtype) for n in ("query", "key")}
+    other = p.replace(**twice, norm_eps=4 * (p.norm_eps or 0.0))
+    text = "queries and keys that are twice as large, with four times the epsilon, give another output"
+    return agree(ask.out(other), ask.out(p), 2 * ask.allowed(p)["out"], text)
+
+
+def philox_moved(ask: Trial, p: Problem) -> Worst:
+    """Leave the first head out, and move the offset by the numbers that it draws."""
+    step = 32 if p.philox_layout == "flash" else p.n_q * p.n_k
+    rest = {n: getattr(p, n)[:, 1:] for n in ("query", "key", "value")}
+    moved = p.replace(**rest, philox_offset=int(p.philox_offset or 0) + step)
+    text = "the other heads, drawn from an offset past the first, are not what they are beside it"
+    return agree(ask.out(moved), ask.out(p)[:, 1:], 2 * ask.allowed(moved)["out"], text)
 
 
 def grouped_heads(ask: Trial, p: Problem) -> Worst:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..exact.lowering import lower
 from ..exact.results import specials
 from ..problem import Problem
 from ..variants import Steps, variant_of
-from .bounds.smoothed import mean_of, smoothed
+from .bounds.smoothed import mean_of, query_means, smoothed
 from .machine import Machine, Machined
 from .model import Model
 
@@ -91,7 +92,7 @@ def _rows(one: Head, rows: NDArray[np.intp], model: Model, rng: np.random.Genera
     """Write what some rows of a head give."""
     f, plain = Machine(model, rng, one.k.shape[0]), one
     if model.smoothed:
-        one = smoothed(one)
+        one = _smoothed(f, one, model)
     with np.errstate(all="ignore"):
         out, lse = rows_of(one).define(*f.operands(one, rows), one.options(f, rows))
         y = out.a
@@ -103,6 +104,16 @@ def _rows(one: Head, rows: NDArray[np.intp], model: Model, rng: np.random.Genera
             if model.smoothed:
                 lse = _put_back(f, lse, plain, rows)
             found["lse"][at] = f.rounded(lse.a, format_of(model.lse))[:, 0]
+
+
+def _smoothed(f: Machine, one: Head, model: Model) -> Head:
+    """Return a head less its means, the mean's product with the keys as a kernel makes it beside the matrix unit."""
+    found = smoothed(one)
+    if not model.smoothed_queries:
+        return found
+    mean = f.rounded(query_means(one.q, model.block))
+    more = f.rounded(f.plain().product(mean, f.rounded(found.k).T) * float(one.plain(slice(0, 1)).scale))
+    return replace(found, q=f.rounded(one.q - mean), bias=more if one.bias is None else f.rounded(one.bias + more))
 
 
 def _put_back(f: Machine, lse: Any, one: Head, rows: Any) -> Any:

@@ -60,6 +60,7 @@ def pasted(able: Capabilities, name: str) -> str:
         "dlse",
         "head_dims",
         "seq_multiple",
+        "page_multiple",
         "last_axis_contiguous",
         "arrays",
         "device",

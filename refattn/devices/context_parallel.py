@@ -42,7 +42,7 @@ def check_context_parallel(
 ) -> Report:
     """Check attention that several processes compute together, each on its shard of one call.
 
-    Every rank is a process on this machine, in a group of torch.distributed on the CPU. What it returns is compared
+    Every rank is a process on this machine, in a group of torch.distributed. What it returns is compared
     with its rows, and its keys, of the exact answer of the whole call, element by element, by the bound of a kernel
     that merges parts as small as the layout's chunks.
 
@@ -57,15 +57,16 @@ def check_context_parallel(
     layout : {"contiguous", "zigzag", "striped"}
         Which rows and keys each rank has, as ``refattn.devices.shards.LAYOUTS`` says.
     problem : Problem, optional
-        A call of query, key, value and numbers: no mask or bias as an array. By default four calls with grouped
+        A call of query, key, value and numbers: no mask or bias as an array. By default seven calls with grouped
         heads are drawn, in float32: a causal one; one with keys that grow along the sequence, so that parts weigh
-        unequally; two batch items without a mask, with a scale; a causal one with a window. A function raises
-        UnsupportedProblem for what it does not take of ``shard.options``.
+        unequally; two batch items without a mask, with a scale; causal ones with a window, with an offset, and with
+        the other corner and more keys than queries; a softcap. A function raises UnsupportedProblem for what it does
+        not take of ``shard.options``.
     model : Model, optional
         How the parts are computed and merged; by default a flash kernel's, merged in its accumulator. An implementation
         that rounds each part's out to 16 bits before the merge loses more: check it in float32.
-    backend : {"gloo"}
-        The group's backend.
+    backend : {"gloo", "nccl"}
+        The group's backend. With NCCL rank r has GPU r, and its shard is there.
     seconds : float
         The time limit of one call on all ranks, and of their start.
     seed : int
@@ -130,6 +131,10 @@ def _cases(problem: Problem | None, world_size: int, layout: str, seed: int) -> 
         q, k, v = (_normal(rng, (2, h, n, 8), "float32") for h in (2, 1, 1))
         options = {"scaled": Problem(q, k, v, scale=0.7)}
         options["window"] = Problem(q[1:], k[1:], v[1:], causal="bottom_right", window=(n // 2 - 3, None))
+        # each alone, so that what a function does not take is told for that option
+        options["offset"] = Problem(q[1:], k[1:], v[1:], causal="bottom_right", offset=n // 4 + 1)
+        options["softcap"] = Problem(q[1:], k[1:], v[1:], softcap=0.75)
+        options["corner"] = Problem(q[1:, :, : n // 2], k[1:], v[1:], causal="top_left")
         return {"gaussian": plain, "growing": plain.replace(key=growing), **options}
     expect(isinstance(problem, Problem), "problem", problem, "a Problem")
     for name in (*problem.arrays(), *problem.settings()):

@@ -21,7 +21,7 @@ from ..functions.arguments import whole, within
 
 __all__ = ["BACKENDS", "Ranks", "Shard", "function_of"]
 
-BACKENDS = ("gloo",)
+BACKENDS = ("gloo", "nccl")
 MOST = 64
 """Processes on one machine."""
 LONGEST = 1e6
@@ -32,7 +32,7 @@ GRACE = 1.0
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank has of a call: PyTorch's tensors, on the CPU.
+    """What one rank has of a call: PyTorch's tensors, on the CPU, with NCCL on the rank's own GPU.
 
     Attributes
     ----------
@@ -94,20 +94,25 @@ class Ranks:
     ----------
     world_size : int
         How many, 1 to 64.
-    backend : {"gloo"}
-        What carries their messages.
+    backend : {"gloo", "nccl"}
+        What carries their messages: gloo between CPUs, NCCL between NVIDIA GPUs, of which each rank has one.
     seconds : float
         The time limit of one run, the start of the processes included.
 
     Raises
     ------
     InvalidInput
-        A number, a backend or a limit that cannot be used.
+        A number, a backend or a limit that cannot be used; NCCL with fewer GPUs than ranks.
     """
 
     def __init__(self, world_size: int, backend: str = "gloo", seconds: float = 60.0) -> None:
         self.world_size = whole("world_size", world_size, 1, MOST)
         expect(backend in BACKENDS, "backend", backend, f"one of {', '.join(BACKENDS)}")
+        if backend == "nccl" and (there := _gpus()) < self.world_size:
+            raise InvalidInput(
+                f"backend: got 'nccl' with {self.world_size} ranks and {there} NVIDIA GPUs, expected one for each "
+                "rank; take fewer, or gloo"
+            )
         self.backend, self.seconds = backend, within("seconds", seconds, 0, LONGEST, open_low=True)
         self._processes: list[Any] = []
         self._pipes: list[connection.Connection] = []
@@ -227,7 +232,8 @@ def _serve(rank: int, world_size: int, backend: str, store: str, seconds: float,
             if not joined:
                 _join(rank, world_size, backend, store, seconds)
                 joined = True
-            pipe.send(("answer", _named(_told("raised", partial(call, _shard(fields))))))
+            on = f"cuda:{rank}" if backend == "nccl" else None
+            pipe.send(("answer", _named(_told("raised", partial(call, _shard(fields, on))))))
         except UnsupportedProblem as e:
             pipe.send(("unsupported", str(e)))
         except (KernelError, InvalidInput) as e:
@@ -270,6 +276,8 @@ def _join(rank: int, world_size: int, backend: str, store: str, seconds: float) 
     from torch import distributed
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     distributed.init_process_group(
         backend,
         init_method=f"file://{store}",
@@ -279,8 +287,14 @@ def _join(rank: int, world_size: int, backend: str, store: str, seconds: float) 
     )
 
 
-def _shard(fields: dict[str, Any]) -> Shard:
-    return Shard(**{n: x if kind_of(x) is None else to_kind(x, "torch") for n, x in fields.items()})
+def _shard(fields: dict[str, Any], device: str | None = None) -> Shard:
+    return Shard(**{n: x if kind_of(x) is None else to_kind(x, "torch", device) for n, x in fields.items()})
+
+
+def _gpus() -> int:
+    import torch
+
+    return int(torch.cuda.device_count())
 
 
 def _named(found: Any) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 from ..errors import UnsupportedProblem
 from .ranks import Shard
 
-__all__ = ["ring"]
+__all__ = ["expect_taken", "repeated", "ring", "scores", "summed"]
 
-TAKEN = ("causal", "scale", "offset")
+TAKEN = ("causal", "scale", "offset", "alignment", "window", "softcap")
 
 
 def ring(shard: Shard) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def ring(shard: Shard) -> dict[str, Any]:
     Parameters
     ----------
     shard : Shard
-        With float32 or float64 tensors, and causal, scale and offset alone.
+        With float32 or float64 tensors.
 
     Returns
     -------
@@ -33,59 +33,73 @@ def ring(shard: Shard) -> dict[str, Any]:
     Raises
     ------
     UnsupportedProblem
-        Another option, or another type.
+        An option that it does not take, or another type.
     """
     import torch
 
-    for name in shard.options:
-        if name not in TAKEN:
-            raise UnsupportedProblem(f"{name}: the ring takes {', '.join(TAKEN)}")
-    if shard.query.dtype not in (torch.float32, torch.float64):
-        raise UnsupportedProblem(f"query: the ring takes float32 and float64, got {shard.query.dtype}")
+    expect_taken("ring", shard)
     q, dout, rows = shard.query, shard.dout, shard.rows
-    out, lse = torch.zeros_like(dout), torch.full(q.shape[:3], -torch.inf, dtype=q.dtype)
+    out, lse = torch.zeros_like(dout), torch.full_like(dout[..., 0], -torch.inf)
     k, v, at = shard.key, shard.value, shard.keys
     for _ in range(shard.world_size):
-        s = _scores(shard, q, k, rows, at)
+        s = scores(shard, q, k, rows, at)[0]
         part = torch.logsumexp(s, 3)
         both = torch.logaddexp(lse, part)
         kept, new = (torch.exp(x - both).nan_to_num(0.0)[..., None] for x in (lse, part))
-        out = kept * out + new * (torch.softmax(s, 3).nan_to_num(0.0) @ _repeated(shard, v))
+        out = kept * out + new * (torch.softmax(s, 3).nan_to_num(0.0) @ repeated(shard, v))
         lse = both
         k, v, at = _passed_on(shard, k, v, at)
 
     delta = (dout * out).sum(3, keepdim=True)
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     for _ in range(shard.world_size):
-        p = torch.exp(_scores(shard, q, k, rows, at) - lse[..., None]).nan_to_num(0.0)
-        ds = p * (dout @ _repeated(shard, v).mT - delta) * _scale(shard)
-        dq = dq + ds @ _repeated(shard, k)
-        dk = dk + _summed(shard, ds.mT @ q)
-        dv = dv + _summed(shard, p.mT @ dout)
+        s, slope = scores(shard, q, k, rows, at)
+        p = torch.exp(s - lse[..., None]).nan_to_num(0.0)
+        ds = p * (dout @ repeated(shard, v).mT - delta) * slope
+        dq = dq + ds @ repeated(shard, k)
+        dk = dk + summed(shard, ds.mT @ q)
+        dv = dv + summed(shard, p.mT @ dout)
         k, v, at, dk, dv = _passed_on(shard, k, v, at, dk, dv)
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 
-def _scale(shard: Shard) -> float:
-    given = shard.options.get("scale")
-    return float(shard.query.shape[3] ** -0.5 if given is None else given)
+def expect_taken(name: str, shard: Shard) -> None:
+    """Refuse a shard with options or a type that a function here does not take."""
+    import torch
+
+    for option in shard.options:
+        if option not in TAKEN:
+            raise UnsupportedProblem(f"{option}: the {name} takes {', '.join(TAKEN)}")
+    if shard.query.dtype not in (torch.float32, torch.float64):
+        raise UnsupportedProblem(f"query: the {name} takes float32 and float64, got {shard.query.dtype}")
 
 
-def _scores(shard: Shard, q: Any, k: Any, rows: Any, at: Any) -> Any:
-    """Return the scores of rows to keys, by their places in the whole call."""
-    s = q @ _repeated(shard, k).mT * _scale(shard)
-    causal = shard.options.get("causal")
-    if causal is None:
-        return s
-    first = shard.options.get("offset", 0) + (shard.n_k - shard.n_q if causal == "bottom_right" else 0)
-    return s.masked_fill(at > rows[:, None] + first, float("-inf"))
+def scores(shard: Shard, q: Any, k: Any, rows: Any, at: Any) -> tuple[Any, Any]:
+    """Return the scores of rows to keys, by their places in the whole call, and their slope by the products q k^T."""
+    options, scale = shard.options, shard.options.get("scale")
+    slope: Any = float(q.shape[3] ** -0.5 if scale is None else scale)
+    s, cap = q @ repeated(shard, k).mT * slope, options.get("softcap")
+    if cap is not None:
+        t = (s / cap).tanh()
+        s, slope = cap * t, slope * (1 - t * t)
+    causal, (left, right) = options.get("causal"), options.get("window") or (None, None)
+    corner = causal or options.get("alignment") or "bottom_right"
+    first = options.get("offset", 0) + (shard.n_k - shard.n_q if corner == "bottom_right" else 0)
+    if causal is not None:
+        s = s.masked_fill(at > rows[:, None] + first, float("-inf"))
+    if left is not None:
+        s = s.masked_fill(at < rows[:, None] + first - left, float("-inf"))
+    if right is not None:
+        s = s.masked_fill(at > rows[:, None] + first + right, float("-inf"))
+    return s, slope
 
 
-def _repeated(shard: Shard, x: Any) -> Any:
+def repeated(shard: Shard, x: Any) -> Any:
+    """Return keys or values for each query head."""
     return x.repeat_interleave(shard.query.shape[1] // x.shape[1], 1)
 
 
-def _summed(shard: Shard, x: Any) -> Any:
+def summed(shard: Shard, x: Any) -> Any:
     """Return what the query heads of each group give, added up."""
     return x.unflatten(1, (shard.key.shape[1], -1)).sum(2)
 

@@ -49,6 +49,8 @@ class Floats:
         with np.errstate(all="ignore"):
             if function == "relu":
                 return np.asarray(np.maximum(a, self.dtype.type(0)))
+            if function == "rsqrt":
+                return np.asarray(self.dtype.type(1) / np.sqrt(a))
             if function == "sigmoid":
                 e = np.exp(-np.abs(a))
                 return np.asarray(np.where(a >= 0, self.dtype.type(1), e) / (1 + e))
@@ -143,6 +145,7 @@ class Multiprecision(_Objects):
             "log": c.log,
             "tanh": c.tanh,
             "sqrt": c.sqrt,
+            "rsqrt": lambda x: 1 / c.sqrt(x),
             "sigmoid": self.sigmoid,
             "relu": lambda x: x if x > 0 else c.mpf(0),
         }
@@ -168,6 +171,7 @@ class Intervals(_Objects):
             "exp": c.exp,
             "log": c.log,
             "sqrt": c.sqrt,
+            "rsqrt": lambda x: 1 / c.sqrt(x),
             "sigmoid": self.sigmoid,
             "tanh": self._tanh,
             "relu": lambda x: self.larger(x, c.mpf(0)),
@@ -210,6 +214,7 @@ class Balls(_Objects):
             "log": arb.log,
             "tanh": _tanh,
             "sqrt": arb.sqrt,
+            "rsqrt": arb.rsqrt,
             "sigmoid": self.sigmoid,
             "relu": arb.nonnegative_part,
         }

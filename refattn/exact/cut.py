@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import kind_of, like, to_numpy
+from ..dropout import drawn
 from ..errors import InvalidInput, UnsupportedProblem
 from ..masks import visible
 from ..positions import places
@@ -43,7 +44,7 @@ def query_rows(problem: Problem, start: int, stop: int) -> Problem:
     UnsupportedProblem
         Packed sequences, lengths_q, a scale for each query, or an operator whose rows do not stand alone.
     """
-    p = problem
+    p: Problem = drawn(problem)
     if not all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in (start, stop)) or not (
         0 <= start < stop <= p.n_q
     ):

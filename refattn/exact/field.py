@@ -231,6 +231,10 @@ class FieldMatrix(Reflected):
         """Stand-in of the logarithm."""
         return FieldMatrix(self.f, self._each(self.image, lambda z: 0 if z == 1 else self.f.oracle("log", z)))
 
+    def rsqrt(self) -> FieldMatrix:
+        """Stand-in of 1 / sqrt(x)."""
+        return FieldMatrix(self.f, self._each(self.image, lambda z: self.f.oracle("rsqrt", z)))
+
     def relu(self) -> FieldMatrix:
         """max(x, 0) of rational numbers."""
         return self.where(self.positive())

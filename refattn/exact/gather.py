@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..norms import has_norms
 from ..rules import View
 from ..variants import variant_of
 from .arithmetics import Balls
@@ -42,7 +43,7 @@ def parts(one: Head, f: Any, lines: Lines) -> Iterator[Head] | None:
         Its rows.
     """
     p, view = one.problem, one.allowed
-    if variant_of(p.variant).fused != STREAMED or p.rotary is not None or p.alibi_slopes is not None:
+    if variant_of(p.variant).fused != STREAMED or p.rotary is not None or p.alibi_slopes is not None or has_norms(p):
         return None
     lists = isinstance(view, View) and view.lists
     if isinstance(f, Level):

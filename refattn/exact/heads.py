@@ -15,7 +15,8 @@ from ..arrays import to_float64, to_numpy
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..gates import GATES, finite_state, gate
 from ..masks import block, diagonal, distance, visible
-from ..positions import partners, places, slope_of, tables, turned
+from ..norms import NORMS, multiplied
+from ..positions import partners, places, slope_of, tables
 from ..problem import Problem
 from ..variants import Rows, variant_of
 from .anywhere import beside, on_host
@@ -207,6 +208,7 @@ class Head:
             return wrap(f.state(self.state)) if hasattr(f, "state") else column(self.state)
 
         gates = {n: wrap(gate_of(f, self.gates[n])) if n in self.gates else None for n in GATES}
+        gates |= {n: None if (w := getattr(p, n)) is None else wrap(gate_of(f, to_float64(w)[None])) for n in NORMS}
         made = Given(
             {
                 "allowed": lambda: self.allowed[rows],
@@ -219,7 +221,9 @@ class Head:
                 **self._positioned(f, rows, wrap),
             },
             partner=None if p.rotary is None else partners(p),
-            slope=None if p.alibi_slopes is None else f.number(slope_of(p, self.batch, self.head)),
+            norm_eps=None if p.norm_eps is None else f.number(p.norm_eps),
+            width=f.number(max(p.d_k, 1)),
+            slope=None if p.alibi_slopes is None else column([[slope_of(p, self.batch, self.head)]]),
             scale=scale,
             softcap=None if p.softcap is None else f.number(p.softcap),
             kept=None if self.kept is None else self.kept[rows],
@@ -341,8 +345,7 @@ def plain_scores(one: Head, row: int) -> Float:
     f, at = Floats(), slice(row, row + 1)
     o, q, k = one.options(f, at), matrix_of(f, one.q[at]), matrix_of(f, one.k)
     with np.errstate(all="ignore"):
-        if o.partner is not None:
-            q, k = turned(q, o.cos_q, o.sin_q, o), turned(k, o.cos_k, o.sin_k, o)
+        q, k = multiplied(q, k, o)
         s = q @ k.T * o.scale
         s = s if o.slope is None else s - o.apart * o.slope
         return np.asarray((s if o.bias is None else s + o.bias).a[0])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dropout import drawn
 from ..errors import InvalidProblem
 from ..masks import WRITTEN, both
 from ..problem import VARIANT, Problem
@@ -51,7 +52,7 @@ def lower(problem: Problem, shape: Shape | None = None) -> Lowering:
     InvalidProblem, UnsupportedProblem
         The call does not fit its operator.
     """
-    if (plain := dequantised(problem)) is not problem:
+    if (plain := drawn(dequantised(problem))) is not problem:
         return lower(plain, shape)
     variant = variant_of(problem.variant)
     settings, shape = variant.settings(problem), shape or variant.shape

@@ -37,7 +37,7 @@ class Arithmetic(Protocol):
         """Return the matrix product."""
 
     def apply(self, function: str, a: Array) -> Array:
-        """Apply exp, log, tanh, sigmoid or relu to every element."""
+        """Apply exp, log, tanh, sigmoid, rsqrt or relu to every element."""
 
     def shift(self, a: Array, where: Mask) -> Array:
         """Return for each row an exact number near its largest element where `where` holds (0 if none does), (n, 1)."""
@@ -69,6 +69,10 @@ class Reflected:
 
     def __rtruediv__(self, o: Any) -> Any:
         return (self.zeros() + o) / self  # type: ignore[attr-defined]
+
+    def rsqrt(self) -> Any:
+        """1 / sqrt(x), by the logarithm."""
+        return (self.log() * -0.5).exp()  # type: ignore[attr-defined]
 
     def gated(self, g: Any) -> Any:
         """Return `g` where this is above 0, and 0 elsewhere: what relu takes back."""
@@ -189,6 +193,10 @@ class Matrix(Reflected):
     def tanh(self) -> Matrix:
         """Hyperbolic tangent."""
         return self._apply("tanh")
+
+    def rsqrt(self) -> Matrix:
+        """1 / sqrt(x) of numbers above 0."""
+        return self._apply("rsqrt")
 
     def relu(self) -> Matrix:
         """max(x, 0)."""

@@ -19,6 +19,7 @@ from ..arrays import native
 from ..errors import InvalidInput, WorkerDied
 from ..files import load_arrays, plain, save_arrays, sync
 from ..masks import both, visible
+from ..norms import has_norms
 from ..positions import part_of
 from ..problem import Problem
 from ..rules import Rule, View
@@ -58,13 +59,15 @@ class Part:
 def parts(problem: Problem, dout: NDArray[np.float64] | None, rows: int | None = None) -> list[Part]:
     """Cut a call along batches, key heads and, where no gradient is asked for, blocks of so many rows.
 
-    A gradient that is a sum over batches or heads (of a bias or a sink that they share) keeps the call whole, and so
-    does an operator in which places count (distances, a recurrence) or heads have options of their own, and lengths.
+    A gradient that is a sum over batches or heads (of a bias, a sink or weights that they share) keeps the call whole,
+    and so does an operator in which places count (distances, a recurrence) or heads have options of their own, and
+    lengths.
     """
     p = problem.to("numpy")
     shared = (p.bias is not None and (p.bias.shape[0] < p.batch or p.bias.shape[1] < p.heads)) or (
         p.sink is not None and p.batch > 1
     )
+    shared = shared or has_norms(p) or p.alibi_slopes is not None
     ragged = any(x is not None and not isinstance(x, int) for x in (p.lengths_q, p.lengths_k, p.offset))
     if p.cu_seqlens_q is not None or ragged or not by_rows(p) or (dout is not None and shared):
         return []

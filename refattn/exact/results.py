@@ -37,6 +37,12 @@ def collect(one: Head, at: Any, grads: dict[str, Any], raw: Raw, sums: bool) -> 
         add(raw[name], (b, one.head_kv, one.keys), numbers_of(grads[name]))
     if "dsink" in grads:
         add(raw["dsink"], (h,), numbers_of(grads["dsink"])[0, 0])
+    if "dalibi_slopes" in grads:
+        index = (h,) if one.problem.alibi_slopes.ndim == 1 else (b, h)
+        add(raw["dalibi_slopes"], index, numbers_of(grads["dalibi_slopes"])[0, 0])
+    for name in ("dquery_norm", "dkey_norm"):
+        if name in grads:
+            add(raw[name], (slice(None),), numbers_of(grads[name])[0])
     if "dbias" in grads:
         add_dbias(one, at, slice(0, one.k.shape[0]), grads["dbias"], raw)
 

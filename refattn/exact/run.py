@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidProblem, UnsupportedProblem
 from ..masks import unused
+from ..norms import NORMS
 from ..problem import Problem
 from ..variants import Rows as RowsShape
 from ..variants import Steps, variant_of
@@ -43,7 +44,8 @@ from .trust import check_machine, check_thread
 __all__ = ["Raw", "RowsByHead", "Work", "run", "specials"]
 
 TILE_LEVEL = 2**17
-FURTHER = ("dbias", "dsink", "dalpha", "dbeta", "dstate")  # gradients of what a call may have
+FURTHER = ("dbias", "dsink", "dalpha", "dbeta", "dstate", "dalibi_slopes", *(f"d{n}" for n in NORMS))
+"""Gradients of what a call may have."""
 STREAM_FROM = 256  # keys: fewer are faster whole
 ONLY = "has no streaming path, and nothing else runs on a GPU"
 
@@ -265,9 +267,10 @@ def _tile(
             out = out if one.out_scale is None else out / f.number(one.out_scale)
         else:
             leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
-            for name in ("bias", "sink"):
-                if getattr(o, name) is not None:
-                    leaves["d" + name] = getattr(o, name)
+            for name in ("bias", "sink", "alibi_slopes", *NORMS):
+                option = getattr(o, "slope" if name == "alibi_slopes" else name)
+                if option is not None:
+                    leaves["d" + name] = option
             out, lse = define(leaves["dq"], leaves["dk"], leaves["dv"], o)
             out = out if one.out_scale is None else out / f.number(one.out_scale)
             ends, arriving = [out], [matrix_of(f, dout[at])]

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..norms import has_norms
 from ..rules import FULL, PARTIAL, View
 from ..rules.spans import UNSURE
 from ..variants import variant_of
@@ -60,11 +61,12 @@ def tile_sizes() -> tuple[int, int]:
 
 
 def streams(one: Head, backward: bool = False) -> bool:
-    """Tell whether this path knows a call: softmax without weights, dropout, positions; backward without a softcap."""
+    """Tell whether this path knows a call: plain softmax, by scores of given columns; backward without a softcap."""
     p = one.problem
     fused, cap = variant_of(p.variant).fused, p.softcap
     known = cap is None or (not backward and 1 / MOST_CAP <= cap <= MOST_CAP)
     plain = one.weight is None and one.kept is None and p.rotary is None and p.alibi_slopes is None
+    plain = plain and not has_norms(p)
     return fused == STREAMED and known and plain
 
 

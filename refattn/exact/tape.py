@@ -104,6 +104,12 @@ class Tape(Reflected):
         y = self.value.tanh()
         return Tape(y, (self, lambda g: g - g * (y * y)))
 
+    def rsqrt(self) -> Tape:
+        """1 / sqrt(x)."""
+        x = self.value
+        y = x.rsqrt()
+        return Tape(y, (self, lambda g: -(g * y) / (x + x)))
+
     def positive(self) -> Mask:
         """Tell where an element is above 0."""
         found: Mask = self.value.positive()

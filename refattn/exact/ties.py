@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from math import isqrt
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import to_float64
 from ..dtypes import Format
 from ..errors import UnsupportedProblem
+from ..norms import NORMS
 from ..positions import partners, places, slope_of, tables
 from ..problem import Problem
 from ..variants import variant_of
@@ -33,17 +36,18 @@ def exact_lse(problem: Problem, state: State, boundaries: Boundaries) -> None:
     """
     if "lse" not in state.decided or problem.softcap is not None:
         return
-    scale = _rational_scale(problem)
+    scale, width = _scale(problem)
     for one in heads(problem):
         at = (one.batch, one.head, one.rows)
         for i in np.nonzero(~state.decided["lse"][at])[0]:
             place = (one.batch, one.head, one.rows.start + int(i))
             seen = np.nonzero(one.allowed[i])[0]
             j = int(seen[int(np.argmax(plain_scores(one, int(i))[seen]))])
-            dot, added = _score(one, int(i), j)
-            if scale is None and dot != 0:
+            dot, added, square = _score(one, int(i), j)
+            root = _root(square * width)
+            if root is None and dot != 0:
                 continue  # a surd is no boundary
-            s = dot * (scale or 0) + added
+            s = dot * scale / (root or 1) + added
             form = state.form("lse")
             if len(seen) == 1 and one.sink is None:
                 state.settle("lse", place, form.round(s))
@@ -51,10 +55,17 @@ def exact_lse(problem: Problem, state: State, boundaries: Boundaries) -> None:
                 state.settle("lse", place, form.round(s + Fraction(1, 2**FAR)))
 
 
-def _score(one: Head, i: int, j: int) -> tuple[Fraction, Fraction]:
-    """Return the exact product of a query and a key, turned by their positions, and what is added to the score."""
-    p = one.problem
+def _score(one: Head, i: int, j: int) -> tuple[Fraction, Fraction, Fraction]:
+    """Return the exact product of a query and a key, turned by their positions, and what is added to the score.
+
+    The last number is the square of what the product is to be divided by: of norms, else 1.
+    """
+    p, square = one.problem, Fraction(1)
     q, k = ([Fraction(x) for x in row.tolist()] for row in (one.q[i], one.k[j]))
+    for name, x in zip(NORMS, (q, k), strict=True):
+        if (w := getattr(p, name)) is not None:
+            square *= sum((a * a for a in x), Fraction(0)) / len(x) + Fraction(p.norm_eps or 0)
+            x[:] = [a * Fraction(b) for a, b in zip(x, to_float64(w).tolist(), strict=True)]
     at = places(p, one.batch, one.rows, one.keys) if p.rotary or p.alibi_slopes is not None else None
     if p.rotary is not None and at is not None:
         partner = partners(p).tolist()
@@ -62,7 +73,7 @@ def _score(one: Head, i: int, j: int) -> tuple[Fraction, Fraction]:
     added = Fraction(0 if one.bias is None else float(one.bias[i, j]))
     if p.alibi_slopes is not None and at is not None:
         added -= Fraction(slope_of(p, one.batch, one.head)) * abs(int(at[0][i]) - int(at[1][j]))
-    return sum((a * b for a, b in zip(q, k, strict=True)), Fraction(0)), added
+    return sum((a * b for a, b in zip(q, k, strict=True)), Fraction(0)), added, square
 
 
 def _turned(x: list[Fraction], partner: list[int], cos: NDArray[Any], sin: NDArray[Any]) -> list[Fraction]:
@@ -70,13 +81,18 @@ def _turned(x: list[Fraction], partner: list[int], cos: NDArray[Any], sin: NDArr
     return [a * Fraction(c) + x[other] * Fraction(s) for a, c, other, s in rows]
 
 
-def _rational_scale(problem: Problem) -> Fraction | None:
+def _scale(problem: Problem) -> tuple[Fraction, int]:
+    """Return the scale as a / sqrt(n): a, and n."""
     if problem.scale is not None:
-        return Fraction(problem.scale)
-    if variant_of(problem.variant).default_scale == "one" or problem.d_k == 0:
-        return Fraction(1)
-    root = int(np.sqrt(problem.d_k) + 0.5)
-    return Fraction(1, root) if root * root == problem.d_k else None
+        return Fraction(problem.scale), 1
+    one = variant_of(problem.variant).default_scale == "one" or problem.d_k == 0
+    return Fraction(1), 1 if one else problem.d_k
+
+
+def _root(x: Fraction) -> Fraction | None:
+    """Return the square root of a fraction where it is one."""
+    above, below = isqrt(x.numerator), isqrt(x.denominator)
+    return Fraction(above, below) if above**2 == x.numerator and below**2 == x.denominator else None
 
 
 def decide_by_ends(raw: dict[str, NDArray[Any]], state: State) -> Boundaries:

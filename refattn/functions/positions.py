@@ -15,13 +15,13 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import from_float64, like, to_numpy
+from ..arrays import from_float64, like, to_float64, to_numpy
 from ..dtypes import format_of
 from ..errors import InvalidInput, expect
 from ..exact.precision import precision
 from .arguments import integers, namespace, real, whole
 
-__all__ = ["alibi_slopes", "rotary_tables", "t5_bias", "t5_buckets"]
+__all__ = ["alibi_slopes", "rotary_tables", "t5_bias", "t5_bias_gradient", "t5_buckets"]
 
 BITS = 320
 """Working precision: angles of positions below 2**63, and 200 bits of their cosines."""
@@ -315,3 +315,40 @@ def t5_bias(
         keys[None, :] - (rows + first)[:, None], bidirectional=bidirectional, buckets=len(x), max_distance=max_distance
     )
     return like(np.ascontiguousarray(np.moveaxis(x[at], 2, 0)[None]), table)
+
+
+def t5_bias_gradient(
+    dbias: Any, buckets: int, *, offset: int = 0, bidirectional: bool = True, max_distance: int = 128
+) -> NDArray[np.float64]:
+    """Return the gradient by T5's table of that by its bias: the sum over all pairs of a bucket, rounded once.
+
+    What is allowed of it, and the radius of an exact one, are the same sums of what is allowed of dbias, and of its
+    radius, each element off by one rounding more.
+
+    Parameters
+    ----------
+    dbias : (1, h, n_q, n_k) array
+        The gradient by a bias that all batch items share: ``refattn.evaluate(problem, gradients=dout).dbias``.
+    buckets : int
+        The table's length.
+    offset, bidirectional, max_distance
+        As in :func:`t5_bias`.
+
+    Returns
+    -------
+    (buckets, h) float64 array
+
+    Raises
+    ------
+    InvalidInput
+        A gradient of another shape, and as :func:`t5_bias`.
+    """
+    namespace(dbias=dbias)
+    x = to_float64(to_numpy(dbias, "dbias"))
+    if x.ndim != 4 or x.shape[0] != 1:
+        raise InvalidInput(f"dbias: got shape {x.shape}, expected (1, heads, queries, keys)")
+    first = whole("offset", offset, -(2**62), 2**62)
+    apart = np.arange(x.shape[3])[None, :] - (np.arange(x.shape[2]) + first)[:, None]
+    more: dict[str, Any] = {"bidirectional": bidirectional, "max_distance": max_distance}
+    at = np.asarray(t5_buckets(apart, buckets=buckets, **more))
+    return np.array([[math.fsum(one[at == b]) for one in x[0]] for b in range(buckets)])

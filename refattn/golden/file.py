@@ -26,6 +26,8 @@ __all__ = ["BITS", "VERSION", "answer_of", "array_of", "document_of", "parse", "
 
 VERSION = 1
 BITS = 16  # allowed errors are rounded up to these: the last bits of a machine's exp do not show
+NAMED = ("scale", "causal", "window", "softcap")
+"""Settings that every document has."""
 SIZES = {"b": "batch", "h_q": "heads", "h_kv": "heads_kv"} | {n: n for n in ("n_q", "n_k", "d_k", "d_v")}
 Document = dict[str, Any]
 
@@ -61,6 +63,7 @@ def document_of(case: str, problem: Problem, dout: NDArray[Any] | None = None) -
     variant, model = variant_of(problem.variant), flash(problem.dtype)
     near = 1 / math.sqrt(problem.d_k) if variant.default_scale == "rsqrt" and problem.d_k else 1.0
     head = {"golden": VERSION, "case": case, "variant": problem.variant, "dtype": problem.dtype}
+    further = {n: _plain(x) for n, x in problem.settings().items() if n not in (*NAMED, "variant", "options")}
     return head | {
         "sizes": {n: getattr(problem, attribute) for n, attribute in SIZES.items()},
         "scale": _plain(problem.scale),
@@ -68,6 +71,7 @@ def document_of(case: str, problem: Problem, dout: NDArray[Any] | None = None) -
         "causal": problem.causal,
         "window": _plain(problem.window),
         "softcap": _plain(problem.softcap),
+        **({"settings": further} if further else {}),
         "options": _plain(variant.settings(problem)),
         "model": _plain(asdict(model)),
         "inputs": {n: _stored(x) for n, x in (problem.arrays() | ({} if dout is None else {"dout": dout})).items()},
@@ -155,7 +159,8 @@ def array_of(stored: Document, key: str = "data") -> NDArray[Any]:
 def problem_of(document: Document) -> Problem:
     """Return the call that a document holds."""
     arrays: Any = {n: array_of(x) for n, x in document["inputs"].items() if n != "dout"}
-    settings: Any = {n: _back(document[n]) for n in ("scale", "causal", "window", "softcap", "variant")}
+    settings: Any = {n: _back(document[n]) for n in (*NAMED, "variant")}
+    settings |= {n: _back(x) for n, x in document.get("settings", {}).items()}
     return Problem(**arrays, **settings, options={n: _back(x) for n, x in document["options"].items()})
 
 
@@ -164,7 +169,7 @@ def text_of(document: Document) -> str:
     left, right = document["window"] or (None, None)
     head = {n: document[n] for n in ("golden", "case", "variant", "dtype")} | document["sizes"]
     head |= {"scale": document["scale_float64"], "causal": document["causal"], "softcap": document["softcap"]}
-    head |= {"window_left": left, "window_right": right} | document["options"]
+    head |= {"window_left": left, "window_right": right} | document.get("settings", {}) | document["options"]
     arrays = [(n, x["type"], x["shape"], x["data"]) for n, x in document["inputs"].items()]
     for n, x in document["exact"].items():
         arrays.append((f"{n}_rounded", x["type"], x["shape"], x["rounded"]))

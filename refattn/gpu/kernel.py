@@ -17,7 +17,7 @@ ACCURACIES = ("fast", "high")
 """P rounded to the input's type, or kept in two parts of it: then the error is the output's own rounding."""
 FURTHER = frozenset({"d_k_zero", "negative_window", "lengths_q", "lengths_k", "offset", "alignment"})
 FURTHER |= {"paged_nhd", "paged_hnd", "appending", "rotary_half", "rotary_interleaved", "alibi_slopes"}
-FURTHER |= {"dropout_mask"}
+FURTHER |= {"dropout_mask", "dropout_bits", "philox_flash", "philox_efficient", "query_norm", "key_norm"}
 """What a Problem can ask for and no kernel here takes."""
 
 

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from ..arrays import like
 from ..errors import InvalidInput, UnsupportedProblem
 from ..exact.lowering import lower
+from ..norms import NORMS
 from ..problem import VARIANT, Problem
 from ..rules import EMPTY, PARTIAL, Rule, array
 from ..validation import SCALES
 
 __all__ = ["lowered"]
 
-NEVER = ("weight", "rotary", "alibi_slopes", "lengths_q", "lengths_k", "offset", "alignment", "block_table")
+NEVER = ("weight", *NORMS, "rotary", "alibi_slopes", "lengths_q", "lengths_k", "offset", "alignment", "block_table")
 MOST = 2**31
 """Booleans of pairs that are written out."""
 TAKEN = ("scale", "causal", "window", "softcap", "sink", "bias")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..positions import turned
+from ..norms import NORMS, multiplied
 from .variant import COMMON_BUGS, COMMON_FAMILIES, COMMON_LAWS, Variant
 
 __all__ = ["SOFTMAX", "scores"]
 
 
 def scores(q: Any, k: Any, o: Any) -> Any:
-    """Return the scores: rotary positions, products, scale, softcap, ALiBi, bias, in this order."""
-    if o.partner is not None:
-        q, k = turned(q, o.cos_q, o.sin_q, o), turned(k, o.cos_k, o.sin_k, o)
+    """Return the scores: norms, rotary positions, products, scale, softcap, ALiBi, bias, in this order."""
+    q, k = multiplied(q, k, o)
     s = q @ k.T * o.scale
     if o.softcap is not None:
         s = (s / o.softcap).tanh() * o.softcap
@@ -40,7 +39,8 @@ SOFTMAX = Variant(
     define=attention,
     formula="out_i = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + exp(sink)),  "
     "s_ij = softcap·tanh(scale·q_i·k_j / softcap) - slope·|place_i - place_j| + bias_ij + log weight_ij, "
-    "q and k turned by rotary positions;  lse_i = log(sum_j exp(s_ij) + exp(sink));  "
+    "q and k normed (w x / sqrt(mean(x^2) + eps)), then turned by rotary positions;  "
+    "lse_i = log(sum_j exp(s_ij) + exp(sink));  "
     "with dropout v_j counts kept_ij / (1 - p) times in out",
     unit="u · sum_j p_ij |v_jc|",
     source="Vaswani et al., arXiv 1706.03762, eq. 1; softcap as in Gemma 2 (arXiv 2408.00118, section 2); "
@@ -48,7 +48,7 @@ SOFTMAX = Variant(
     "Recalled, not read again.",
     compared="PyTorch, JAX, ONNX Runtime, OpenVINO and Keras: {doc}`../kernels`",
     uses=frozenset({"causal", "window", "softcap", "sink", "bias", "allowed", "weight", "dropout_mask"})
-    | {"lengths_q", "lengths_k", "offset", "alignment", "rotary", "alibi_slopes"},
+    | {"lengths_q", "lengths_k", "offset", "alignment", "rotary", "alibi_slopes", "philox_layout", *NORMS},
     has_lse=True,
     positive=True,
     fused="softmax",
@@ -57,7 +57,9 @@ SOFTMAX = Variant(
         "split_and_merge",
         "lengths_cut",
         "offset_of_corner",
+        "norm_scaled",
         "dropout_complement",
+        "philox_moved",
         "pages_moved",
         "unowned_unread",
         "bias_shifted",
@@ -104,6 +106,9 @@ SOFTMAX = Variant(
         "rotary_before_scale",
         "query_at_next_position",
         "positions_ignored",
+        "norm_ignored",
+        "norm_unweighted",
+        "norm_after_rotary",
         "alibi_ignored",
         "alibi_of_next_head",
         "dropout_ignored",
@@ -114,6 +119,9 @@ SOFTMAX = Variant(
         "dropout_of_next_warp",
         "dropout_of_next_lane",
         "dropout_inverted",
+        "dropout_bits_turned",
+        "philox_offset_by_warp",
+        "philox_seed_halved",
     ),
     families=(*COMMON_FAMILIES, "shifted", "extreme", "types", "pages", "positions", "dropout"),
     quick=frozenset(
@@ -160,8 +168,11 @@ SOFTMAX = Variant(
             "positions/rotary-half",
             "positions/rotary-given",
             "positions/alibi-by-batch",
+            "positions/norm-rotary",
             "dropout/plain",
             "dropout/square",
+            "dropout/bits",
+            "dropout/philox",
         }
     ),
     contract=(

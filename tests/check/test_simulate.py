@@ -15,10 +15,10 @@ from . import simulate_gate as gate
 B, H = "bfloat16", "float16"
 
 
-def call(dtype, n_q=32, n_k=256, d=32, h=4, shift=0.0, side=0.0, peak=1.0, **more):
+def call(dtype, n_q=32, n_k=256, d=32, h=4, shift=0.0, side=0.0, middle=0.0, peak=1.0, **more):
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(1, h, n, d)) for n in (n_q, n_k, n_k))
-    parts = (FORMATS[dtype].round_array(x) for x in (peak * q, k + side, v + shift))
+    parts = (FORMATS[dtype].round_array(x) for x in (peak * q + middle, k + side, v + shift))
     return Problem(*(from_float64(x, dtype) for x in parts), **more)
 
 
@@ -47,6 +47,18 @@ PAIRS = {
     "P in int8 for a row, in bfloat16": (SCALED["row"], flash(B), call(B, out_dtype="float32")),
     "int8, P too": (MODELS["sage-int8"](B), MODELS["sage"](B), call(B, h=16, n_k=128, d=64, peak=0.25)),
     "P in float8, float16": (MODELS["sage2"](B), MODELS["sage"](B), call(B, h=8, peak=0.5)),
+    "P V in float16, float32": (
+        replace(flash(H), value_sums=H),
+        flash(H),
+        call(H, h=1, n_q=16, n_k=2048, d=16, shift=4.0, peak=0.5),
+    ),
+    "keys smoothed, queries too": (
+        sage(B),
+        replace(sage(B), smoothed_queries=True),
+        call(B, middle=32.0, n_q=16, h=2, d=64, scale=0.02, out_dtype="float32"),
+    ),
+    "P in float4, bfloat16": (MODELS["float4-weights"](B), flash(B), call(B, n_q=16, h=2)),
+    "P in float4, int8": (MODELS["float4-weights"](B), SCALED["static"], call(B, n_q=16, h=2, peak=0.25)),
     "int8, bfloat16": (MODELS["sage"](B), flash(B), call(B)),
     "keys as they are, smoothed": (replace(sage(B), smoothed=False), sage(B), call(B, side=3.0)),
     "by chance, to nearest": (
@@ -96,7 +108,9 @@ def test_a_drawn_call_is_within_its_bound(name):
     assert elements > 0
 
 
-@pytest.mark.parametrize("name", ["flash", "tf32", "hopper-float8", "sage", "sage2", "by-chance"])
+@pytest.mark.parametrize(
+    "name", ["flash", "tf32", "hopper-float8", "sage", "sage2", "by-chance", "float4-weights", "sage-half"]
+)
 def test_errors_are_as_large_as_predicted(name):
     dtype = "float32" if name == "tf32" else B
     found = gate.judged(call(dtype, h=2, n_q=16, n_k=128), gate.ALL[name](dtype), 0)

@@ -1,5 +1,7 @@
 """Rings of 2 and 4 ranks in every layout: ``python -m tests.devices.gate [RANKS ...]``, minutes.
 
+With ``nccl`` in place of the numbers, a short run on as many GPUs as there are, up to 4.
+
 Ours and PyTorch's must pass on every call, each planted bug must be caught on each layout where it is one, and a rank
 that waits for nobody, inside a collective, must be ended. Prints a row for each.
 """
@@ -18,7 +20,7 @@ from . import rings
 
 KNOWN = {"tests.peers.torch_ring:ring": {"out"}, "tests.peers.torch_ring:ring_by_all_to_all": {"out"}}
 """What PyTorch's merge is known to lose, on some calls (docs/devices.md)."""
-RIGHT = ("refattn.devices.ring:ring", "tests.peers.torch_ring:ring", "tests.peers.torch_ring:ring_by_all_to_all")
+RIGHT = ("refattn.devices.ring:ring", "refattn.devices.tree:tree", *KNOWN)
 
 
 def calls(size):
@@ -81,7 +83,38 @@ def main(sizes):
     return failed
 
 
+def nccl(size):
+    """Ring and tree, causal zig-zag, forward and backward, each option alone, planted bugs; PyTorch's own is shown."""
+    p, failed = _cases(None, size, "zigzag", 0), 0
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((1, h, 512, 64)).astype(np.float32) for h in (2, 1, 1))
+    p |= {"longer": Problem(q, k, v, causal="bottom_right")}
+    bugs = [f"tests.devices.rings:{n}" for n in (*rings.EDITS, "unweighed")]
+    with Ranks(size, "nccl", seconds=40) as ranks:
+        for name in (*RIGHT[:2], *bugs, "tests.peers.torch_ring:whole"):
+            for label, call in p.items():
+                if name in bugs and label != "gaussian":
+                    continue
+                try:
+                    checks = judged_ranks(ranks, function_of(name)[1], call, "zigzag", _merging(call, size, "zigzag"))
+                except KernelError as e:
+                    print("raised", name, label, e, flush=True)
+                    break
+                worst = {w.array: max(x.ratio for c in checks for x in c.arrays if x.array == w.array)
+                    for w in checks[0].arrays}  # fmt: skip
+                said = {c.verdict for c in checks}
+                good = said == ({"passed"} if name in RIGHT else {"failed"} if name in bugs else said)
+                failed += not good
+                print("ok  " if good else "BAD ", size, name, label, *said, {n: f"{x:.3g}" for n, x in worst.items()},
+                    checks[0].message if "unsupported" in said else "", flush=True)  # fmt: skip
+    return failed
+
+
 if __name__ == "__main__":
     from tests.devices import gate  # functions under a name that ranks find
 
+    if sys.argv[1:] == ["nccl"]:
+        import torch
+
+        sys.exit(bool(gate.nccl(min(4, torch.cuda.device_count()))))
     sys.exit(bool(gate.main([int(x) for x in sys.argv[1:]] or [2, 4])))

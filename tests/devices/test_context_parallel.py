@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from refattn import InvalidInput, KernelError, Problem, UnsupportedProblem, asse
 from refattn.devices import context_parallel
 from refattn.devices.context_parallel import _cases, _merging, check_context_parallel, judged_ranks
 from refattn.devices.ranks import Ranks, _loaded, _shard, function_of
+from refattn.devices.tree import tree
 
 from ..snippets import run
 from . import rings
 
+torch = pytest.importorskip("torch")
 pytest.importorskip("torch.distributed")
 BROKEN = {
     "lse_in_base_2": {"out", "lse", "dq", "dk", "dv"},
@@ -102,13 +105,24 @@ def test_rings_of_two_ranks(make, pool):
         ("never_scaled", "scaled"),
         ("first_of_the_batch", "scaled"),
         ("no_window", "window"),
+        ("no_offset", "offset"),
+        ("no_softcap", "softcap"),
+        ("other_corner", "corner"),
     ],
 )
 def test_what_is_ignored_shows_in_the_calls_that_are_drawn(pool, name, label):
     p = _cases(None, 2, "zigzag", 0)[label]
     assert {c.verdict for c in judge(pool, getattr(rings, name), p)} == {"failed"}
-    told = judge(pool, "refattn.devices.ring:ring", p)
-    assert {c.verdict for c in told} == {"passed" if label == "scaled" else "unsupported"}
+    assert {c.verdict for c in judge(pool, "refattn.devices.ring:ring", p)} == {"passed"}
+
+
+def test_trees_of_two_ranks(pool):
+    """Every call that is drawn; a part that is not weighed is caught."""
+    for label, p in _cases(None, 2, "zigzag", 0).items():
+        checks = judge(pool, "refattn.devices.tree:tree", p)
+        assert [c.verdict for c in checks] == ["passed"] * 2, label
+        assert [w.array for w in checks[0].arrays] == ["out", "lse", "dq", "dk", "dv"]
+        assert {c.verdict for c in judge(pool, "tests.devices.rings:unweighed", p)} == {"failed"}
 
 
 def test_results_that_break_the_contract_are_told(make, pool):
@@ -227,7 +241,9 @@ def test_bad_input(make):
         ({"world_size": 0}, "world_size: got 0, expected a whole number from 1 on"),
         ({"world_size": 65}, "world_size: got 65, expected a whole number from 1 to 64"),
         ({"layout": "spiral"}, "layout: got 'spiral', expected one of contiguous, zigzag, striped"),
-        ({"backend": "nccl"}, "backend: got 'nccl', expected one of gloo"),
+        ({"backend": "mpi"}, "backend: got 'mpi', expected one of gloo, nccl"),
+        ({"backend": "nccl", "world_size": 64}, f"backend: got 'nccl' with 64 ranks and {torch.cuda.device_count()} "
+            "NVIDIA GPUs, expected one for each rank; take fewer, or gloo"),
         ({"seconds": 0}, "seconds: got 0, expected a number in (0, 1000000.0]"),
         ({"seconds": float("nan")}, "seconds: got nan, expected a number in (0, 1000000.0]"),
         ({"seed": -1}, "seed: got -1, expected a whole number from 0 on"),
@@ -239,9 +255,9 @@ def test_bad_input(make):
         ({"problem": Problem(x, x, x), "layout": "zigzag", "world_size": 4},
             "n: got 12 rows, which 'zigzag' does not cut into 8 equal chunks; pad them"),
     ):  # fmt: skip
-        many = {"problem": p} | wrong if wrong.get("world_size") == 65 else wrong
-        if wrong.get("world_size") == 65:
-            many["problem"] = Problem(*[np.zeros((1, 1, 65, 2), np.float32)] * 3)
+        many = dict(wrong)
+        if (ranks := wrong.get("world_size", 0)) >= 64:
+            many["problem"] = Problem(*[np.zeros((1, 1, ranks, 2), np.float32)] * 3)
         with pytest.raises(InvalidInput, match=f"^{re.escape(text)}$"):
             check_context_parallel(ring, **many)
     for function, text in (
@@ -271,18 +287,27 @@ def shard(make, dtype="float32", **more):
     return _shard(fields)
 
 
-def test_the_ring_refuses_what_it_does_not_take(make):
-    for more, text in (
-        ({"window": (1, 1)}, "window: the ring takes causal, scale, offset"),
-        ({"dtype": "bfloat16"}, "query: the ring takes float32 and float64, got torch.bfloat16"),
-    ):
-        with pytest.raises(UnsupportedProblem, match=f"^{re.escape(text)}$"):
-            rings.right.ring(shard(make, **more))
+def test_what_is_not_taken_is_refused(make):
+    for name, function in (("ring", rings.right.ring), ("tree", tree)):
+        for change, text in (
+            ({"options": {"sink": 0.0}}, f"sink: the {name} takes causal, scale, offset, alignment, window, softcap"),
+            ({"query": torch.ones(1, dtype=torch.bfloat16)},
+                f"query: the {name} takes float32 and float64, got torch.bfloat16"),
+        ):  # fmt: skip
+            with pytest.raises(UnsupportedProblem, match=f"^{re.escape(text)}$"):
+                function(replace(shard(make), **change))
+    with pytest.raises(UnsupportedProblem, match=r"^world_size: the tree takes powers of two, got 3$"):
+        tree(replace(shard(make), world_size=3))
 
 
 def test_the_ring_of_one_rank(make):
     """Alone it is the whole call: an offset, and another corner, too."""
-    for more in ({}, {"causal": "top_left", "offset": 1, "scale": 0.3}, {"causal": "bottom_right", "offset": -2}):
+    for more in (
+        {"softcap": 0.5},
+        {"causal": "top_left", "offset": 1, "scale": 0.3},
+        {"causal": "bottom_right", "offset": -2},
+        {"window": (1, 0), "alignment": "top_left"},
+    ):
         p = make(4, 4, 4, h=2, **more)
         found = {n: x.numpy() for n, x in rings.right.ring(shard(make, **more)).items()}
         gradients = {n: found[n] for n in ("dq", "dk", "dv")}

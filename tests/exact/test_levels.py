@@ -48,6 +48,7 @@ UNARY = {
     "relu": (lambda a: a.relu(), lambda x: x.nonnegative_part()),
     "power": (lambda a: a.power(4), lambda x: x**4),
     "log": (lambda a: (a * a).log(), lambda x: (x * x).log()),
+    "rsqrt": (lambda a: (a * a).rsqrt(), lambda x: (x * x).rsqrt()),
 }
 SHAPES = [((5, 7), (5, 7)), ((5, 7), (5, 1)), ((5, 7), (1, 1)), ((5, 90), (1, 1)), ((5, 90), (5, 1))]
 

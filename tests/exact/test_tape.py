@@ -23,6 +23,7 @@ OPERATORS = {
     "sigmoid": lambda a, b: a.sigmoid(where=MASK) + b.sigmoid(),
     "log": lambda a, b: (a * a).log() + b,
     "tanh": lambda a, b: a.tanh() * b,
+    "rsqrt": lambda a, b: (a * a + MP.number(1)).rsqrt() * b,
     "relu": lambda a, b: a.relu() + b,
     "power": lambda a, b: a.power(4, where=MASK) + b.power(2),
     "where": lambda a, b: a.where(MASK) * b,

@@ -279,3 +279,25 @@ def test_gradients_where_there_are_none(tmp_path):
     document = json.loads((tmp_path / "forward" / "extreme.huge-values.float32.json").read_text())
     assert "dout" not in document["inputs"]
     assert set(document["exact"]) == {"out", "lse"}
+
+
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("dropout/philox", {"dropout_p", "philox_layout", "philox_seed", "philox_offset"}),
+        ("positions/norm-rotary", {"rotary", "norm_eps"}),
+        ("gaussian/offset", {"offset"}),
+    ],
+)
+def test_what_else_a_call_says_is_kept(case, settings, tmp_path):
+    make(tmp_path / "set", dtypes=("float32",), only=case, text=True)
+    assert {c.verdict for c in verify(tmp_path / "set")} == {"passed"}
+    name = f"{case.replace('/', '.')}.float32.json"
+    document = json.loads((tmp_path / "set" / name).read_text())
+    assert set(document["settings"]) == settings
+    call = next(c for c in cases("softmax") if c.name == case).problem("float32")
+    assert problem_of(document).settings() == call.settings()
+    for n in settings:
+        assert f"\n{n} " in (tmp_path / "set" / name.replace(".json", ".txt")).read_text()
+    rewrite(tmp_path / "set", name, lambda d: d.pop("settings"))
+    assert "failed" in {c.verdict for c in verify(tmp_path / "set")}

@@ -17,7 +17,7 @@ ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
 BASE = {
     "errors", "dtypes", "arrays", "gates", "rules", "pages", "validation", "positions", "problem", "scales", "masks",
-    "dropout", "features", "scores", "files", "modules", "version",
+    "dropout", "norms", "features", "scores", "files", "modules", "version",
 }  # fmt: skip
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
@@ -33,9 +33,21 @@ EDGES = {
     "pages": {"errors", "dtypes", "arrays"},
     "validation": {"errors", "dtypes", "arrays", "gates", "rules", "pages"},
     "positions": {"errors", "dtypes", "arrays", "validation"},
+    "norms": {"errors", "dtypes", "arrays", "positions", "validation"},
     "dropout": {"errors", "arrays", "validation"},
     "features": {"arrays", "validation"},
-    "problem": {"errors", "arrays", "dropout", "features", "gates", "pages", "positions", "rules", "validation"},
+    "problem": {
+        "errors",
+        "arrays",
+        "dropout",
+        "features",
+        "gates",
+        "norms",
+        "pages",
+        "positions",
+        "rules",
+        "validation",
+    },
     "scores": {"errors", "arrays", "masks", "positions", "problem", "rules", "validation"},
     "masks": {"errors", "positions", "problem", "rules", "validation"},
     "files": BASE - {"files", "modules", "version", "scales"},

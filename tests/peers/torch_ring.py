@@ -13,9 +13,11 @@ aten = torch.ops.aten
 
 def whole(shard):
     """context_parallel around scaled_dot_product_attention; it makes the shards itself, so it gets the whole call."""
-    mesh = init_device_mesh("cpu", (shard.world_size,))
+    if shard.layout != "zigzag" or set(shard.options) != {"causal"} or shard.n_q != shard.n_k:
+        raise UnsupportedProblem(f"{shard.layout}: context_parallel balances causal rows zigzag, and takes no options")
+    mesh = init_device_mesh(shard.query.device.type, (shard.world_size,))
     n = shard.n_q
-    q, k, v = (torch.zeros(*x.shape[:2], n, x.shape[3]) for x in (shard.query, shard.key, shard.value))
+    q, k, v = (x.new_zeros(*x.shape[:2], n, x.shape[3]) for x in (shard.query, shard.key, shard.value))
     for x, part in ((q, shard.query), (k, shard.key), (v, shard.value)):
         x[:, :, shard.rows] = part
         torch.distributed.all_reduce(x)

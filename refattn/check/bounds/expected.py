@@ -17,6 +17,7 @@ from ...exact.driver import enclose, evaluate
 from ...exact.enclosure import Enclosure
 from ...exact.heads import heads
 from ...exact.stream import STREAMED
+from ...norms import has_norms
 from ...problem import Problem
 from ...variants import Steps, variant_of
 from ..inputs.families import Case
@@ -72,8 +73,9 @@ class Expected:
         narrowed, or written after they were turned, their errors are common to all rows, as is that of 1 / (1 - p) at
         the largest weight, and where nothing is narrower than the accumulator all is inner.
         """
-        turned = self.answer.call.rotary is not None and self.model.loss(self.model.rotated)
-        narrow = self.model.operands or self.model.forward_only or turned or self.answer.call.dropout_mask is not None
+        call = self.answer.call
+        turned = (call.rotary is not None or has_norms(call)) and self.model.loss(self.model.rotated)
+        narrow = self.model.operands or self.model.forward_only or turned or call.dropout_mask is not None
         if narrow or self.either is not None or self.model.loss(dtype) == 0:
             return None
         return lambda: _inner(self)[name]
@@ -156,7 +158,7 @@ def of_answer(answer: Answer, model: Model, dout: Any = None, dlse: Any = None) 
         return Expected(answer, allowed, variance, model, None, either(answer, model))
     limit = gradient_bounds(answer, model, dout, allowed, dlse)
     call = answer.call
-    known = variant_of(call.variant).fused == STREAMED and call.rotary is None and call.dropout_mask is None
+    known = variant_of(call.variant).fused == STREAMED and call.rotary is None and not has_norms(call)
     return Expected(answer, limit, predict(answer, model, dout, variance, dlse) if known else {}, model, dout)
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays import to_float64
 from ...dtypes import format_of
 from ...exact.heads import Head
 from ...exact.matrix import Reflected
-from ...positions import partners, places, tables, turned
+from ...norms import NORMS, has_norms, multiplied
+from ...positions import partners, places, tables
 from ..model import Model, inside_type
 from .graph import Link, Node, Scaled
 from .operands import Operands
@@ -88,28 +90,32 @@ class Rotated:
     @classmethod
     def of(cls, one: Head, model: Model, lost: Operands, f: Any) -> Rotated:
         """Return them over an arithmetic of losses."""
-        if one.problem.rotary is None:
+        if one.problem.rotary is None and not has_norms(one.problem):
             return cls(one, model, one.q, one.k, lost.q, lost.k)
-        o = one.options(f)
         q, k = f.leaf(one.q, ("q", "d"), lost.q), f.leaf(one.k, ("k", "d"), lost.k)
-        q, k = turned(q, o.cos_q, o.sin_q, o), turned(k, o.cos_k, o.sin_k, o)
+        q, k = multiplied(q, k, one.options(f))
         spans = (np.broadcast_to(x.node.span, x.a.shape) for x in (q, k))
         return cls(one, model, q.a, k.a, *spans)
 
     @property
     def lossy(self) -> bool:
         """Tell whether anything is lost before queries and keys are multiplied."""
-        return bool(self.model.operands) or self.one.problem.rotary is not None
+        return bool(self.model.operands) or self.moved
+
+    @property
+    def moved(self) -> bool:
+        """Tell whether queries or keys are something else once they are multiplied."""
+        return self.one.problem.rotary is not None or has_norms(self.one.problem)
 
     @property
     def products_lost(self) -> Any:
         """What turning costs the products of queries and keys, (n_q, n_k)."""
-        if self.one.problem.rotary is None:
+        if not self.moved:
             return 0.0
         return self.lost_q @ (np.abs(self.k) + self.lost_k).T + np.abs(self.q) @ self.lost_k.T
 
     def back(self, which: int, error: Float, size: Float) -> Float:
-        """Return the errors of a gradient by queries (0) or keys (1), from those of the gradient by the turned ones.
+        """Return the errors of a gradient by queries (0) or keys (1), from those of the gradient by what is multiplied.
 
         Parameters
         ----------
@@ -118,9 +124,46 @@ class Rotated:
         error, size : (n, d_k) arrays
             The largest error and a bound of the size of the gradient by what was multiplied.
         """
+        error, size = self._turned_back(which, error, size)
+        weight = getattr(self.one.problem, NORMS[which])
+        if weight is None:
+            return error
+        x, w, r = self._norm(which)
+        tiny = floor(format_of(self.model.accumulator), self.model)
+        error = error + self.model.loss(self.model.rotated) * (size + error) + tiny
+        c = self._relative(x.shape[1])
+
+        def taken(g: Float) -> Float:  # r (w g - x r^2 mean(x w g)), by sizes
+            return np.asarray(r * (w * g + x * r * r * (x * w * g).mean(1, keepdims=True)))
+
+        return np.asarray(taken(error) + c * taken(size + error) + x.shape[1] * tiny * (1 + r))
+
+    def of_weights(self, which: int, error: Float, size: Float) -> Float:
+        """Return the errors of the gradient by a norm's weights, (d_k,); arguments as those of :meth:`back`."""
+        error, size = self._turned_back(which, error, size)
+        x, _, r = self._norm(which)
+        c = self._relative(x.shape[1]) + self.model.depth(len(x)) * format_of(self.model.accumulator).unit_roundoff
+        c = c + 2 * self.model.loss(self.model.rotated)  # of what arrives, and of the row that it meets
+        return np.asarray((x * r * (error + c * (size + error))).sum(0))
+
+    def _norm(self, which: int) -> tuple[Float, Float, Float]:
+        """Return the sizes of queries or keys, the norm's weights, and 1 / sqrt(mean(x^2) + eps) of each row."""
+        p, x = self.one.problem, np.abs((self.one.q, self.one.k)[which])
+        w = np.abs(to_float64(getattr(p, NORMS[which])))[None]
+        return x, w, 1 / np.sqrt((x * x).mean(1, keepdims=True) + p.norm_eps)
+
+    def _relative(self, d: int) -> float:
+        """Return what a row's mean and its root lose, and the products with them, relatively: two powers of the root.
+
+        A mean of d squares is good to d + 2 roundings, its root to half of that and 3 more.
+        """
+        return float((2 * d + 20) * format_of(self.model.accumulator).unit_roundoff)
+
+    def _turned_back(self, which: int, error: Float, size: Float) -> tuple[Float, Float]:
+        """Return the error and the size of a gradient by what is turned, from those by what is turned already."""
         p = self.one.problem
         if p.rotary is None:
-            return error
+            return error, size
         u, inside = format_of(self.model.accumulator).unit_roundoff, format_of(self.model.accumulator)
         error = error + self.model.loss(self.model.rotated) * (size + error) + floor(inside, self.model)
         cos, sin = (np.abs(x) for x in tables(p, places(p, self.one.batch, self.one.rows, self.one.keys)[which]))
@@ -129,4 +172,4 @@ class Rotated:
         def turn(x: Float) -> Float:
             return np.asarray(x * cos + (x * sin)[:, at])
 
-        return turn(error) + 3 * u * turn(size + error) + 3 * floor(inside, self.model)
+        return turn(error) + 3 * u * turn(size + error) + 3 * floor(inside, self.model), turn(size)

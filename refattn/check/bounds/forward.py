@@ -183,8 +183,8 @@ class HeadLosses:
 
     @property
     def score_variances(self) -> Any:
-        """The variance of every weight's relative error, (n_q, n_k)."""
-        n = self.weights
+        """The variance of every weight's relative error before dropout, (n_q, n_k)."""
+        n = self.summed
         with np.errstate(all="ignore"):
             return np.where(n.a > 0, n.flow[1] / np.square(n.a), 0.0)
 
@@ -203,7 +203,7 @@ def head_losses(one: Head, rows: Any, model: Model, unit: float = 1.0) -> HeadLo
     unit : float
         A power of two that the values are multiplied with.
     """
-    one = smoothed(one) if model.smoothed else one
+    one = smoothed(one, model.block * model.smoothed_queries) if model.smoothed else one
     f, lost = Losses(model, one.k.shape[0]), Operands.of(one, model)
     q = f.leaf(one.q[rows], ("q", "d"), lost.q[rows], lost.var_q[rows])
     k = f.leaf(one.k, ("k", "d"), lost.k, lost.var_k)
@@ -221,12 +221,15 @@ def head_losses(one: Head, rows: Any, model: Model, unit: float = 1.0) -> HeadLo
 def _rescaled(head: HeadLosses, model: Model, one: Head, unit: float) -> None:
     """Add what 1 / (1 - p) loses, which is common to all weights: p, 1 - p and its inverse are rounded.
 
-    A kernel that stores its scores may store what dropout leaves, too, or the values divided by 1 - p.
+    A kernel that stores its scores may store what dropout leaves, too, or the values divided by 1 - p. One that rounds
+    weights may do so before and after, as PyTorch's memory-efficient kernel does; predicted is one rounding.
     """
     p, f, node = float(one.problem.dropout_p or 0.0), head.f, head.out.node
     relative = f.times(3 + p / (1 - p))
     node.err = node.err + relative * np.abs(head.out.a)
     node.var = node.var + (relative * head.out.a) ** 2 / 3
+    if f.u_weights:  # once before weights are dropped, and once more after they are divided
+        node.err = node.err + f.u_weights * (np.abs(head.shares) @ np.abs(one.v * unit))
     if f.u_scores:
         size = np.abs(head.shares), np.abs(one.v * unit)
         node.err = node.err + f.u_scores * (size[0] @ size[1])

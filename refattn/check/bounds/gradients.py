@@ -27,6 +27,7 @@ from ...errors import UnsupportedProblem
 from ...exact.answer import Answer
 from ...exact.heads import Head, heads
 from ...exact.stream import STREAMED
+from ...positions import places
 from ...variants import variant_of
 from ..call import SOURCES
 from ..model import Model, inside_type
@@ -37,7 +38,7 @@ from .operands import Operands, lost
 from .rules import floor
 from .taped import head_gradients
 
-__all__ = ["gradient_bounds"]
+__all__ = ["dropped", "gradient_bounds", "spread", "spread_over"]
 
 Float = NDArray[np.float64]
 
@@ -138,7 +139,7 @@ def _head(
     plain, head = one.plain(), head_losses(one, slice(None), model)
     assert head.lse is not None
     weights, lse, e = head.probabilities, head.lse.a[:, 0], head.score_errors
-    kept, off = _dropout(one, model, u)
+    kept, off = dropped(one, model, u)
     tiles = np.ceil(one.k.shape[0] / model.tile)
     passes = 1 + model.exp_ulps + tiles * (model.exp_ulps + 1) + 4
     lost_p = weights * (np.expm1(np.minimum(e + np.nan_to_num(lost_lse)[:, None], 700.0)) + passes * u)
@@ -158,8 +159,7 @@ def _head(
     x = np.abs(dp - d)
     ds = weights * x
     lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds + tiny) * allowed
-    if "dbias" in total:
-        spread(one, total["dbias"], lost_ds + model.depth(spread_over(one)) * u * ds)
+    _added(one, model, u, ds, lost_ds, total)
     if "dsink" in total and one.sink is not None:
         _sink(one, model, u, lse, d[:, 0], lost_lse, lost_d[:, 0], total["dsink"])
     if p.softcap is not None:
@@ -171,24 +171,47 @@ def _head(
         lost_ds, ds = lost_ds * (slope + lost_slope) + ds * lost_slope, ds * slope
     lost_ds = lost_ds + u_p * ds
     scale, q, k = abs(float(plain.scale)), np.abs(turned.q), np.abs(turned.k)
-    at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
+    keys = one.batch, one.head_kv, one.keys
     seen = np.asarray(one.allowed).astype(np.float64)
     dq = scale * (lost_ds @ k + (model.depth(n) + tiles + 3) * u * (ds @ k) + tiny * (seen @ k)) + tiny * (seen @ k + n)
     rows = model.depth(_rows_of(one)) + np.ceil(dout.shape[0] / model.tile) + 3
     dk = scale * (lost_ds.T @ q + rows * u * (ds.T @ q) + tiny * (seen.T @ q)) + tiny * (seen.T @ q + rows)
     sums["dk"][keys] += turned.back(1, scale * (ds.T @ q), np.zeros_like(dk))
-    lost_p, weights = kept * (lost_p + (u_p + off) * weights), kept * weights  # values meet what dropout leaves
+    off = off + u_p * (1 if one.kept is None else 2)  # P is rounded, or before it is divided and after
+    lost_p, weights = kept * (lost_p + off * weights), kept * weights  # values meet what dropout leaves
     total["dv"][keys] += lost_p.T @ size + rows * u * (weights.T @ size) + tiny * (seen.T @ size + rows)
     sums["dv"][keys] += weights.T @ size
     if turned.lossy:
         dq = dq + scale * ((ds + lost_ds) @ turned.lost_k)
         dk = dk + scale * ((ds + lost_ds).T @ turned.lost_q)
         total["dv"][keys] += (weights + lost_p).T @ lost_dout
-    total["dq"][at] = turned.back(0, dq, scale * (ds @ k))
-    total["dk"][keys] += turned.back(1, dk, scale * (ds.T @ q))
+    _features(one, turned, (dq, dk), (scale * (ds @ k), scale * (ds.T @ q)), total)
 
 
-def _dropout(one: Head, model: Model, u: float) -> tuple[Any, float]:
+def _added(one: Head, model: Model, u: float, ds: Float, lost_ds: Float, total: dict[str, Float]) -> None:
+    """Add what is lost of gradients by what is added to scores: the bias, and a head's ALiBi slope times distances."""
+    if "dbias" in total:
+        spread(one, total["dbias"], lost_ds + model.depth(spread_over(one)) * u * ds)
+    if "dalibi_slopes" in total:
+        p, by_head = one.problem, total["dalibi_slopes"]
+        rows, keys = places(p, one.batch, one.rows, one.keys)
+        apart = np.abs(rows[:, None] - keys).astype(np.float64)
+        n = model.depth(ds.size * (p.batch if by_head.ndim == 1 else 1)) + 3
+        by_head[(one.batch, one.head)[-by_head.ndim :]] += (apart * (lost_ds + n * u * ds)).sum()
+
+
+def _features(
+    one: Head, turned: Rotated, errors: tuple[Float, Float], sizes: tuple[Float, Float], total: dict[str, Float]
+) -> None:
+    """Add what gradients by queries, keys and norms' weights lose, from those by what is multiplied."""
+    total["dq"][one.batch, one.head, one.rows] = turned.back(0, errors[0], sizes[0])
+    total["dk"][one.batch, one.head_kv, one.keys] += turned.back(1, errors[1], sizes[1])
+    for which, name in enumerate(("dquery_norm", "dkey_norm")):
+        if name in total:
+            total[name] += turned.of_weights(which, errors[which], sizes[which])
+
+
+def dropped(one: Head, model: Model, u: float) -> tuple[Any, float]:
     """Return what dropout multiplies weights with, (n_q, n_k), and what doing so twice loses; 1 and 0 without it."""
     if one.kept is None:
         return 1.0, 0.0

@@ -278,6 +278,16 @@ class Lossy(Products):
         own = self._rounded(y, self.node.axes, np.abs(y) + whole, 2.0)
         return self._function(y, slope, (whole, rest), own, None)
 
+    def rsqrt(self) -> Lossy:
+        """1 / sqrt(x) of numbers above 0."""
+        f, x, span = self.f, self.a, np.broadcast_to(self.node.span, self.shape)
+        with np.errstate(all="ignore"):
+            y = 1 / np.sqrt(x)
+            whole = np.where(span < x, 1 / np.sqrt(np.maximum(x - span, 0.0)) - y, np.inf)
+        slope = -y / (2 * x)
+        own = f.times(3) * (y + whole), 3 * f.cu * y * y
+        return self._function(y, slope, (whole, np.maximum(whole + slope * span, 0.0)), own, None)
+
     def log(self) -> Lossy:
         """Natural logarithm."""
         f, x = self.f, self.a

@@ -46,6 +46,10 @@ class Operands:
             more = inside_type(model.accumulator).unit_roundoff * (np.abs(one.k) + 2 * mean_size(one))
             found[1], found[4] = found[1] + more, found[4] + C * more**2
         u = inside_type(model.accumulator).unit_roundoff
+        if model.smoothed_queries:  # the mean is rounded, what is left of a query, and the mean's product with keys
+            whole = np.nan_to_num(to_float64(p.query)[one.batch, one.head, one.rows], posinf=0, neginf=0)
+            more = u * np.abs(one.q) + (one.q.shape[1] + 6) * u * np.abs(whole - one.q)
+            found[0], found[3] = found[0] + more, found[3] + C * more**2
         for i, name in enumerate(("query_scale", "key_scale", "value_scale")):
             if getattr(p, name) is not None:  # the element times its scale, or their product times it, is rounded
                 size = np.abs(pairs[i][0])
@@ -58,9 +62,11 @@ def of_values(model: Model) -> Model:
     if not model.values:
         return model
     if model.values == "input":
-        return replace(model, operands="", scales="", passes=1, values="", smoothed=False)
+        return replace(model, operands="", scales="", passes=1, values="", smoothed=False, smoothed_queries=False)
     scales = model.scales if model.values in SCALED else ""
-    return replace(model, operands=model.values, scales=scales, passes=1, values="", smoothed=False)
+    return replace(
+        model, operands=model.values, scales=scales, passes=1, values="", smoothed=False, smoothed_queries=False
+    )
 
 
 def lost(x: Float, tensor: Any, model: Model) -> Float:

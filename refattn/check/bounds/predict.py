@@ -16,10 +16,11 @@ from ...arrays import to_float64
 from ...dtypes import FORMATS, format_of
 from ...exact.answer import Answer
 from ...exact.heads import Head, heads
+from ...positions import places
 from ..call import SOURCES
 from ..model import C, Model, inside_type
 from .forward import HeadLosses, head_losses
-from .gradients import spread, spread_over
+from .gradients import dropped, spread, spread_over
 from .graph import Graph
 from .losses import Losses
 from .rules import floor
@@ -88,7 +89,8 @@ class _Parts:
     dout: Float
     o: Float
     lse: Float
-    weights: Float
+    weights: Float  # before dropout
+    kept: Any  # what dropout multiplies them with
     slope: Any  # of the softcap
     x: Float  # dout·v - dout·out
     wild: NDArray[np.bool_]
@@ -112,16 +114,18 @@ class _Parts:
         lse = np.where(one.allowed.any(1), np.nan_to_num(losses.lse.a[:, 0], neginf=0.0), 0.0)[:, None]
         plain = one.plain()
         t = 0.0 if plain.softcap is None else np.tanh(one.q @ one.k.T * plain.scale / plain.softcap)
-        g2, dp = dout * dout, dout @ v.T
-        var_dp = cu * _dot(losses.f, v.shape[1], dout, v.T) + C * model.loss(model.scores) ** 2 * dp * dp
+        (kept, off), g2 = dropped(one, model, inside.unit_roundoff), dout * dout
+        dp = kept * (dout @ v.T)
+        var_dp = kept * kept * cu * _dot(losses.f, v.shape[1], dout, v.T)
+        var_dp = var_dp + C * (model.loss(model.scores) ** 2 + off**2) * dp * dp
         var_d = (g2 * var_out).sum(1, keepdims=True) + cu * (g2 * o * o).sum(1, keepdims=True)
         var_p = np.where(wild, 1.0, var_w) + cu * ((2 + 2 * parts) * (lse**2 + 2))
         d = (dout * o).sum(1, keepdims=True) - dlse[:, None]
         var_d = var_d + cu * dlse[:, None] ** 2
         x = dp - d
         return cls(
-            one, model, losses, cu, tiny, tiny_w, dout, o, lse, losses.shares, 1 - np.square(t), x, wild, var_p, var_dp,
-            var_d, var_lse, d,
+            one, model, losses, cu, tiny, tiny_w, dout, o, lse, losses.probabilities, kept, 1 - np.square(t), x, wild,
+            var_p, var_dp, var_d, var_lse, d,
         )  # fmt: skip
 
 
@@ -153,7 +157,8 @@ def _inputs(s: _Parts, total: Any) -> None:
     dk = scale**2 * ((own + slope**2 * w2 * s.var_d).T @ (q * q) + cu * _dot(f, rows, ds.T, q))
     total["dk"][keys] += dk + tiny_s * (seen.T @ (q * q)) + s.tiny * rows
     g2 = s.dout * s.dout
-    dv = (w2 * (s.var_p + cu_p)).T @ g2 + cu * _dot(f, rows, s.weights.T, s.dout)
+    by = s.kept * s.weights
+    dv = (by * by * (s.var_p + cu_p)).T @ g2 + cu * _dot(f, rows, by.T, s.dout)
     total["dv"][keys] += dv + max(s.tiny_w, s.tiny) * (seen.T @ g2) + s.tiny * rows
     if s.wild.any():
         total["dk"][keys], total["dv"][keys] = np.nan, np.nan
@@ -170,6 +175,15 @@ def _masks(s: _Parts, total: Any) -> None:
         score = score + cu * (model.depth(spread_over(one)) / 6 + 1) * w2 * x * x
         score = score + (s.weights.sum(1, keepdims=True) ** 2 * s.var_d / one.k.shape[0] if one_key else 0.0)
         spread(one, total["dbias"], np.where(s.wild, np.nan, score if one_key else score * np.asarray(one.allowed)))
+    if "dalibi_slopes" in total:
+        rows, keys = places(one.problem, one.batch, one.rows, one.keys)
+        apart = np.abs(rows[:, None] - keys) * (np.asarray(one.allowed) * 1.0)
+        ds, at = apart * s.weights * x, (one.batch, one.head)[-total["dalibi_slopes"].ndim :]
+        each = apart * apart * (w2 * (x * x * (s.var_p + 2 * cu) + s.var_dp) + max(s.tiny_w, tiny) * x * x)
+        common = s.var_d * (apart * s.weights).sum(1, keepdims=True) ** 2
+        common = common + cu * (2 * s.lse**2 + 4) * ds.sum(1, keepdims=True) ** 2  # of the lse
+        more = cu * (model.depth(ds.size) / 6 + 1) * (ds * ds).sum()
+        total["dalibi_slopes"][at] += (each + common / each.shape[1]).sum() + more
     if "dsink" in total and one.sink is not None:
         lse = s.lse[:, 0]
         p_sink, d = np.exp(one.sink - lse), s.d[:, 0]

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UnsupportedProblem
+from ..model import C
 from .features import Features
 from .graph import Left, Node, Right, Summed
 from .rules import in_logarithm
@@ -39,10 +40,12 @@ class Products(Features):
             relative, own = self._added(n, 2, y, walk, squares)
             err, var = relative * size, own
         else:
-            relative, own = self._added(steps, tiles + 3, y, walk, squares)
-            err = relative * size + (steps + tiles + 3) * f.floor
+            values = b.axes == ("k", "v") and a.axes[0] == "q"
+            u, tiny = (f.u_sums, f.floor_sums) if values else (f.u, f.floor)
+            relative, own = self._added(steps, tiles + 3, y, walk, squares, u)
+            err = relative * size + (steps + tiles + 3) * tiny
             again = f.idle(a.a) if tiles else 0
-            var = own + f.cu * (tiles + again**2) * walk + (steps + tiles) * f.floor**2 / 3
+            var = own + C * u * u * (tiles + again**2) * walk + (steps + tiles) * tiny**2 / 3
         if f.unit is not None and not (over_features and f.whole):
             cut, lost = self._cut(o)
             kept = size if over_features else size * (1 + f.u_weights) + f.floor_weights * np.abs(b.a).sum(0)
@@ -74,11 +77,15 @@ class Products(Features):
             found.marks |= {"product"}
         return self._new(found)
 
-    def _added(self, steps: Any, more: Any, y: Float, walk: Float, squares: Float) -> tuple[Any, Any]:
+    def _added(
+        self, steps: Any, more: Any, y: Float, walk: Float, squares: Float, u: float | None = None
+    ) -> tuple[Any, Any]:
         """Return what adding loses over the terms' sizes, `more` roundings included, and its variance without these."""
         f, n = self.f, self.node.a.shape[1]
         if f.unit is None or (self.node.axes[1] not in ("q", "k") and f.whole):
             depth = f.model.depth(n) if self.node.axes[1] not in ("q", "k") else steps
+            if u is not None and u != f.u:
+                return np.expm1((steps + more) * np.log1p(u)), C * u * u * (depth * walk + squares)
             return f.times(steps + more), f.cu * (depth * walk + squares)
         joins = f.unit.joins(n)
         return f.times(joins + more), f.cu * (joins * walk + y * y)

@@ -214,6 +214,10 @@ class Rounded(Reflected):
         """Hyperbolic tangent, to 2 ulps."""
         return self._score(np.tanh(self.a), 2.0)
 
+    def rsqrt(self) -> Rounded:
+        """1 / sqrt(x), to 2 ulps."""
+        return self._function(1 / np.sqrt(self.a), 2.0, None)
+
     def log(self) -> Rounded:
         """Natural logarithm: of base 2, times log 2."""
         with np.errstate(all="ignore"):

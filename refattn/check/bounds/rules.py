@@ -55,7 +55,9 @@ class Rules:
         self.whole = model.operands in INTEGERS  # sums of integers are exact
         self.bits, self.bits_values = (precision(model, n) for n in (model.operands, model.values or model.operands))
         self.bits_weights = precision(model, model.weights)
-        self.u_weights, self.floor_weights = self.stored.relative, self.stored.floor
+        self.u_weights, self.floor_weights = self.stored.relative, self.stored.floor + self.stored.least
+        sums = format_of(model.value_sums or model.accumulator)
+        self.u_sums, self.floor_sums = sums.unit_roundoff, floor(sums, model)
 
     def number(self, x: Any) -> float:
         """Take in a number."""

@@ -20,14 +20,14 @@ from ...exact.heads import Head
 from ...exact.stream import STREAMED
 from ...variants import variant_of
 
-__all__ = ["mean_of", "mean_size", "put_back", "refuse", "seen_keys", "smoothed"]
+__all__ = ["mean_of", "mean_size", "put_back", "query_means", "refuse", "seen_keys", "smoothed"]
 
 Float = NDArray[np.float64]
 
 
 def refuse(problem: Any) -> None:
     """Raise UnsupportedProblem where a constant added to a row's scores changes the answer."""
-    why = [n for n in ("softcap", "sink", "rotary") if getattr(problem, n) is not None]
+    why = [n for n in ("softcap", "sink", "rotary", "query_norm", "key_norm") if getattr(problem, n) is not None]
     if variant_of(problem.variant).fused != STREAMED:
         why.append(f"{problem.variant} attention")
     if why:
@@ -47,11 +47,29 @@ def mean_of(one: Head) -> Float:
     return one.k[seen].mean(0, keepdims=True) if seen.any() else np.zeros((1, one.k.shape[1]))
 
 
-def smoothed(one: Head) -> Head:
-    """Return a head with the mean taken off the keys that are seen, and 0 in place of the others."""
+def smoothed(one: Head, block: int = 0) -> Head:
+    """Return a head with the mean taken off the keys that are seen, and 0 in place of the others.
+
+    With a block, the mean of each so many queries is taken off these, too, and what that leaves out of a score is in
+    the bias (SageAttention2, arXiv 2411.10958, "smooth Q"; recalled).
+    """
     refuse(one.problem)
     seen = seen_keys(one)
-    return replace(one, k=np.where(seen[:, None], one.k - mean_of(one), 0.0))
+    k = np.where(seen[:, None], one.k - mean_of(one), 0.0)
+    if not block:
+        return replace(one, k=k)
+    mean = query_means(one.q, block)
+    more = float(one.plain(slice(0, 1)).scale) * mean @ k.T
+    return replace(one, k=k, q=one.q - mean, bias=more if one.bias is None else one.bias + more)
+
+
+def query_means(q: Float, block: int) -> Float:
+    """Return for each query the mean of its block, (n_q, d_k)."""
+    if not len(q):
+        return q
+    starts = np.arange(0, len(q), block)
+    size = np.diff(np.append(starts, len(q)))[:, None]
+    return np.asarray((np.add.reduceat(q, starts, axis=0) / size)[np.arange(len(q)) // block])
 
 
 def mean_size(one: Head) -> float:

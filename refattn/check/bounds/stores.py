@@ -20,16 +20,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...dtypes import FLOAT4, FORMATS
 from ..model import INTEGERS, C, Model, inside_type
+from ..rounding import MICRO
 
 __all__ = ["Stored", "largest_of"]
 
 Float = NDArray[np.float64]
+SCALE = FORMATS["float8_e4m3fn"]
+"""The type of micro scales."""
 
 
 def largest_of(name: str) -> float:
     """Return what 1 becomes under a scale: the largest integer, or a float type's largest power of two."""
     largest = inside_type(name).largest
+    if name == FLOAT4.name:
+        return largest / (1 + SCALE.unit_roundoff)  # under a scale that was rounded up
     return largest if name in INTEGERS else 2.0 ** math.floor(math.log2(largest))
 
 
@@ -54,6 +60,15 @@ class Stored:
             model.scatter(model.weights) + 2 * C * u * u * more,
         )
 
+    @property
+    def least(self) -> float:
+        """What micro scales below their type's normal numbers cost, of a tile's largest weight.
+
+        A scale is off by half of a step, 6 times which a weight may be clipped, in units of the tile's largest over 6
+        times the type's largest number.
+        """
+        return SCALE.smallest_subnormal / 2 / SCALE.largest if self.model.weights_scale == "micro" else 0.0
+
     def under(self) -> float:
         """Return what underflow costs where weights are divided by their sum first, which no scale is made for."""
         return 0.0 if self.model.weights_scale else self.floor
@@ -66,12 +81,19 @@ class Stored:
             step = np.minimum(np.abs(w), tiny) if self.model.weights in INTEGERS else tiny
             return variance + step * tiny / 6, np.zeros_like(w)
         lost = (np.abs(w) < tiny) & (w != 0)
+        if self.model.weights_scale == "micro":  # steps are known: a relative one above the smallest normal number
+            form = inside_type(self.model.weights)
+            s = np.maximum(self._tops(np.abs(w)) / form.largest, 1e-300)
+            return np.where(lost, 0.0, (form.ulp_array(np.abs(w) / s) * s) ** 2 / 12 * seen), np.where(lost, -w, 0.0)
         return np.where(lost, 0.0, variance + tiny**2 / 3 * seen), np.where(lost, -w, 0.0)
 
     def _tops(self, w: Float) -> Any:
         """Return the largest weight under each weight's scale, 1 where the scale is static."""
-        if self.model.weights_scale not in ("row", "block") or not w.size:
+        if self.model.weights_scale not in ("row", "block", "micro") or not w.size:
             return 1.0
+        if self.model.weights_scale == "micro":
+            top = np.maximum.reduceat(w, np.arange(0, w.shape[1], MICRO), axis=1)
+            return top[:, np.arange(w.shape[1]) // MICRO]
         keys, rows = np.arange(0, w.shape[1], self.model.tile), np.arange(0, w.shape[0], self.model.block)
         top = np.maximum.reduceat(w, keys, axis=1)
         if self.model.weights_scale == "block":

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from ... import masks
+from ...dropout import drawn
 from ...problem import Problem
 from ..kernels.tiled import tiled
 
-__all__ = ["DROPOUT_BUGS", "lse_of_kept"]
+__all__ = ["DROPOUT_BUGS", "SEED_BUGS", "lse_of_kept"]
 
 
 def _of_kept(p: Problem) -> Problem:
@@ -38,8 +39,26 @@ def _changed(**changes: Any) -> Callable[[Problem], Problem]:
     return before
 
 
+def _offset_by_warp(p: Problem) -> Problem:
+    """Draw from an offset past the 32 lanes of a warp."""
+    return p if p.philox_seed is None else p.replace(philox_offset=((p.philox_offset or 0) + 32) % 2**64)
+
+
+def _low_seed(p: Problem) -> Problem:
+    """Draw by the lower half of the seed."""
+    return p if p.philox_seed is None else p.replace(philox_seed=p.philox_seed % 2**32)
+
+
+def _turned(p: Problem) -> Problem:
+    """Count the bits of a byte from the highest."""
+    if p.dropout_mask is None or p.dropout_mask.dtype != np.uint8:
+        return p
+    return p.replace(dropout_mask=np.packbits(np.unpackbits(p.dropout_mask, axis=3, bitorder="little"), axis=3))
+
+
 def lse_of_kept(p: Problem, out: Any, lse: Any) -> tuple[Any, Any]:
     """Return the lse of what is kept."""
+    p = drawn(p)
     return (out, lse) if p.dropout_mask is None or lse is None else (out, tiled(_of_kept(p))[1])
 
 
@@ -53,3 +72,9 @@ DROPOUT_BUGS: dict[str, Callable[[Problem], Problem]] = {
     "dropout_inverted": lambda p: p if p.dropout_mask is None else p.replace(dropout_mask=~p.dropout_mask),
 }
 """Edits of the problem that the kernel is given, by name."""
+SEED_BUGS: dict[str, Callable[[Problem], Problem]] = {
+    "philox_offset_by_warp": _offset_by_warp,
+    "philox_seed_halved": _low_seed,
+    "dropout_bits_turned": _turned,
+}
+"""Edits of a call whose mask is not drawn yet."""

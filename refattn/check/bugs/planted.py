@@ -17,6 +17,7 @@ from ...exact.driver import reference
 from ...exact.heads import heads
 from ...exact.lowering import lower
 from ...exact.stream import STREAMED
+from ...norms import NORMS, has_norms
 from ...positions import POSITIONS, ROTARY, partners, places, tables
 from ...problem import Problem
 from ...scales import spread, values
@@ -24,7 +25,7 @@ from ...validation import SCALES
 from ...variants import Rows, Steps, variant_of
 from ..call import Function
 from ..kernels.tiled import tiled
-from .dropped import DROPOUT_BUGS, lse_of_kept
+from .dropped import DROPOUT_BUGS, SEED_BUGS, lse_of_kept
 from .paged import PAGED_BUGS
 
 __all__ = ["PLANTED", "mistaken", "plain", "planted"]
@@ -48,7 +49,8 @@ def planted(name: str) -> Function:
 
     def kernel(problem: Problem) -> Any:
         # an operator that is lowered goes wrong after it
-        call = problem if problem.typed or problem.block_table is not None else lower(problem).problem
+        as_is = problem.typed or problem.block_table is not None or name in SEED_BUGS
+        call = problem if as_is else lower(problem).problem
         result = plain(before(call))
         out, lse = result if isinstance(result, tuple) else (result, None)
         out, lse = after(problem, out.copy(), None if lse is None else lse.copy())
@@ -283,6 +285,24 @@ def _turned(p: Problem, x: NDArray[np.float64], which: int) -> NDArray[np.float6
     return found
 
 
+def _unweighted(p: Problem) -> Problem:
+    """Divide rows by their root mean square, and leave the weights out."""
+    return p.replace(**{n: np.ones_like(x) for n in NORMS if (x := getattr(p, n)) is not None})
+
+
+def _norm_last(p: Problem) -> Problem:
+    """Take the norm of what is turned already."""
+    if p.rotary is None or not has_norms(p):
+        return p
+    found = {}
+    for which, name in enumerate(("query", "key")):
+        x, w = _turned(p, getattr(p, name).astype(np.float64), which), getattr(p, NORMS[which])
+        if w is not None:
+            x = x / np.sqrt((x * x).mean(3, keepdims=True) + p.norm_eps) * np.asarray(w, np.float64)
+        found[name] = from_float64(FORMATS[p.dtype].round_array(x), p.dtype)
+    return p.replace(**found, **dict.fromkeys((*ROTATED, *NORMS, "norm_eps")))
+
+
 def _next_slope(p: Problem) -> Problem:
     return p if p.alibi_slopes is None else p.replace(alibi_slopes=np.roll(p.alibi_slopes, 1, -1))
 
@@ -337,6 +357,9 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "rotary_before_scale": (_before_scale, _keep),
     "query_at_next_position": (_next_position, _keep),
     "positions_ignored": (_ignored(*POSITIONS), _keep),
+    "norm_ignored": (_ignored(*NORMS, "norm_eps"), _keep),
+    "norm_unweighted": (_unweighted, _keep),
+    "norm_after_rotary": (_norm_last, _keep),
     "alibi_ignored": (_ignored("alibi_slopes"), _keep),
     "alibi_of_next_head": (_next_slope, _keep),
     "value_of_next_key": (lambda p: p.replace(value=np.roll(p.value, 1, axis=2)), _keep),
@@ -349,6 +372,6 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "masked_value_read": (_same, _masked_value_read),
     "scores_clamped": (_clamped, _keep),
     "dropout_in_lse": (_same, lse_of_kept),
-    **{name: (before, _keep) for name, before in (PAGED_BUGS | DROPOUT_BUGS).items()},
+    **{name: (before, _keep) for name, before in (PAGED_BUGS | DROPOUT_BUGS | SEED_BUGS).items()},
 }
 """Planted bugs by name: an edit of the problem that the kernel is given, and one of what it returns."""

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ...dropout import PHILOX
 from ...errors import InvalidProblem, UnsupportedProblem
 from ...gates import GATES, RECURRENT
+from ...norms import NORMS, has_norms
 from ...pages import appended, gathered
 from ...positions import POSITIONS, ROTARY
 from ...problem import Problem
@@ -110,8 +112,10 @@ def _steps(p: Problem, dout: Any) -> Iterator[Call]:
     for names in ((*turned, "alibi_slopes", *POSITIONS), turned, ("alibi_slopes",), POSITIONS):
         if any(getattr(p, n) is not None for n in names):
             yield from _valid(lambda names=names: (p.replace(**dict.fromkeys(names)), dout))
-    if p.dropout_mask is not None:
-        yield from _valid((p.replace(dropout_mask=None, dropout_p=None), dout))
+    if has_norms(p):
+        yield from _valid((p.replace(**dict.fromkeys((*NORMS, "norm_eps"))), dout))
+    if p.dropout_p is not None:
+        yield from _valid((p.replace(dropout_mask=None, dropout_p=None, **dict.fromkeys(PHILOX)), dout))
     for name in ("bias", "allowed", "sink", "softcap", "window", "causal", "scale", "state", "alpha"):
         if getattr(p, name) is not None and not (name == "causal" and p.window is not None):
             yield from _valid((p.replace(**{name: None}), dout))
@@ -153,7 +157,7 @@ def _narrower(p: Problem, dout: Any, part: slice) -> Any:
     """Return a function that makes the call with some columns of queries and keys."""
 
     def make() -> Call:
-        changed = {"query": p.query[..., part], "key": p.key[..., part]}
+        changed = {n: getattr(p, n)[..., part] for n in ("query", "key", *NORMS) if getattr(p, n) is not None}
         if p.state is not None:
             changed["state"] = p.state[:, :, part]
         if p.alpha is not None and p.alpha.shape[3] > 1:

@@ -280,7 +280,7 @@ def where(name: str, failing: NDArray[np.bool_]) -> tuple[str, ...]:
     failing : bool array
         Of the array's shape.
     """
-    if not failing.any() or name == "dsink":
+    if not failing.any() or failing.ndim == 1:
         return ()
     words = {
         0: "batch",

@@ -22,6 +22,7 @@ from ...problem import Problem
 from ...variants import variant_of
 from ..model import Capabilities
 from .draw import Draw
+from .dropped import bits, dropout, philox
 from .layouts import LAYOUTS, laid
 from .sample import separate
 
@@ -81,6 +82,7 @@ class Call:
     used: str = ""
     offset: int | None = None
     alignment: str | None = None
+    dropout: str = ""
 
     def __call__(self, d: Draw) -> Problem:
         """Build it."""
@@ -102,6 +104,7 @@ class Call:
         if self.used:
             more |= _used(d, self)
         more |= {n: getattr(self, n) for n in ("offset", "alignment") if getattr(self, n) is not None}
+        more |= _dropped(d, self.dropout, full)
         options = variant_of(d.variant).fitted({}, self.h)
         p = d.problem(n_q, n_k, q=q, k=k, v=v, scale=self.scale, options=options, **more)
         if self.wide_bias and d.form.precision < 24:  # in float32 beside 16-bit queries
@@ -133,6 +136,13 @@ def _used(d: Draw, c: Call) -> dict[str, Any]:
     less = d.rng.integers(0, np.maximum(most, 0) + 1)[:, None]
     left = (lengths - less).astype(np.int32)
     return ({"lengths_q": left[:, 0].copy()} if c.used == "both" else {}) | {"lengths_k": left[:, 1].copy()}
+
+
+def _dropped(d: Draw, kind: str, full: tuple[int, ...]) -> dict[str, Any]:
+    """Return a mask of dropout of all weights, as booleans or bits, or the seed of one."""
+    if kind in ("flash", "efficient"):
+        return philox(d, 0.1, kind)
+    return {} if not kind else (bits if kind == "bits" else dropout)(d, 0.1, *full)
 
 
 def _mask(d: Draw, shape: tuple[int, ...], hidden: str) -> NDArray[np.bool_]:
@@ -284,6 +294,10 @@ def _further(uses: frozenset[str], has: frozenset[str]) -> dict[str, list[Any]]:
     """Return the axes that only kernels have that name their features, so that others' calls stay as they are."""
     used = [x for x, names in (("k", {"lengths_k"}), ("both", {"lengths_q", "lengths_k"})) if names <= has & uses]
     found = {"used": ["", *used]} if used else {}
+    if "dropout_mask" in uses:
+        kinds = ("dropout_mask", "dropout_bits", "philox_flash", "philox_efficient")
+        dropped = [n.partition("_")[2] for n in kinds if n in has]
+        found |= {"dropout": ["", *dropped]} if dropped else {}
     return found | ({"offset": [None, 3]} if "offset" in has & uses else {})
 
 
@@ -308,11 +322,13 @@ def _call(row: dict[str, Any], rng: random.Random, able: Capabilities, budget: s
     window = sides.get(row["window"])
     # keys that one batch or head hides another sees: numbers behind a mask are not shared
     layout = "bshd" if row["layout"] == "spread" and row["hidden"] else row["layout"]
+    used, dropped = row.get("used", "") if kind != "cross" else "", row.get("dropout", "")
     return Call(
         kind, b, group * h_kv, h_kv, tuple(pairs), d, d_v, row["numbers"], layout, row["hidden"], row["causal"],
         window, row["softcap"], row["scale"], row["sink"], row["bias"], row["allowed"],
         bool(row["bias"]) and row["wide_bias"],
-        used=row.get("used", "") if kind != "cross" else "", offset=row.get("offset"),
+        used=used, offset=row.get("offset"),
+        dropout="" if dropped == "efficient" and (used or kind == "packed") else dropped,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ...arrays import from_float64
 from ...dtypes import Format
 from ...gates import RECURRENT
+from ...norms import NORMS
 from ...problem import Problem
 from ..model import Capabilities
 
@@ -17,7 +18,7 @@ __all__ = ["Draw", "Float"]
 
 Float = NDArray[np.float64]
 OPTIONS = frozenset({"window", "softcap", "sink", "bias", "allowed", "weight", "scale", "lengths_q", "lengths_k"})
-OPTIONS |= {"offset", "alignment", "alibi_slopes", "dropout_mask"}
+OPTIONS |= {"offset", "alignment", "alibi_slopes", *NORMS}
 """Arguments of a call that are features of the same name."""
 CORNERS = ("bottom_right", "top_left")
 
@@ -54,7 +55,15 @@ class Draw:
                 found["causal"] = c
         if found.get("causal") is None and found.get("window") is None:
             found.pop("offset", None)
-        if found.get("dropout_mask") is None:
+        if not any(found.get(n) is not None for n in NORMS):
+            found.pop("norm_eps", None)
+        if more.get("dropout_mask") is not None:
+            feature = "dropout_bits" if more["dropout_mask"].dtype == np.uint8 else "dropout_mask"
+            found |= {} if self.has(feature) else {"dropout_mask": None}
+        layout = found.get("philox_layout")
+        if layout is not None and not self.has(f"philox_{layout}"):
+            found = {n: x for n, x in found.items() if not n.startswith("philox")}
+        if found.get("dropout_mask") is None and found.get("philox_layout") is None:
             found.pop("dropout_p", None)
         placed = found.get("rotary") is not None or found.get("alibi_slopes") is not None
         if not placed or not self.has("positions"):

@@ -10,12 +10,28 @@ import numpy as np
 from ...problem import Problem
 from .draw import Draw
 
-__all__ = ["DROPPED", "dropout"]
+__all__ = ["DROPPED", "bits", "dropout", "philox", "philox_case"]
 
 
 def dropout(d: Draw, p: float, *shape: int) -> dict[str, Any]:
     """Return a probability and a mask of so many weights, none of which is alike for two heads or rows."""
     return {"dropout_p": p, "dropout_mask": d.rng.random(shape) >= p}
+
+
+def bits(d: Draw, p: float, *shape: int) -> dict[str, Any]:
+    """Return the same with 8 keys to a byte, and ones in the bits past the last key."""
+    found = dropout(d, p, *shape)
+    rest = ((0, 0),) * 3 + ((0, -shape[3] % 8),)
+    kept = np.pad(found["dropout_mask"], rest, constant_values=True)
+    return found | {"dropout_mask": np.packbits(kept, axis=3, bitorder="little")}
+
+
+def philox(d: Draw, p: float, *layouts: str) -> dict[str, Any]:
+    """Return a probability and a seed of the first layout that calls may have, else of the first."""
+    seed, offset = (int(d.rng.integers(2**63)), 4 * int(d.rng.integers(2**30)))
+    return {
+        "dropout_p": p, "philox_layout": d.one_of(*layouts, of="philox"), "philox_seed": seed, "philox_offset": offset
+    }  # fmt: skip
 
 
 def _plain(d: Draw) -> Problem:
@@ -56,6 +72,24 @@ def _packed(d: Draw) -> Problem:
     return d.problem(40, 70, **more, **dropout(d, 0.2, 1, 2, 40, 70))
 
 
+def _bits(d: Draw) -> Problem:
+    return d.problem(20, 70, b=2, h=2, **bits(d, 0.25, 2, 2, 20, 70))
+
+
+def _philox(d: Draw) -> Problem:
+    """Return a call that names a mask by its seed, with more heads than key heads and a tail in both axes."""
+    return d.problem(37, 70, b=2, h=4, h_kv=2, **philox(d, 0.25, "flash", "efficient"))
+
+
+def _efficient(d: Draw) -> Problem:
+    return d.problem(20, 33, b=2, h=2, causal="top_left", **philox(d, 0.1, "efficient", "flash"))
+
+
+def philox_case(d: Draw) -> Problem:
+    """Return three heads, of which the first can be left out."""
+    return d.problem(20, 33, h=3, **philox(d, 0.25, "flash", "efficient"))
+
+
 Entry = tuple[Callable[[Draw], Problem], tuple[str, ...]]
 DROPPED: dict[str, Entry] = {
     # a scale that is missing, a denominator of what is kept, the mask of the next head or row
@@ -69,5 +103,11 @@ DROPPED: dict[str, Entry] = {
     "spread": (_spread, ("dropout_mask",)),
     # the mask's first rows and keys for each sequence
     "packed": (_packed, ("dropout_mask",)),
+    # the highest bit first, the last byte of a row
+    "bits": (_bits, ("dropout_mask",)),
+    # an offset by a warp, counters of rows and keys the other way round, a seed of 32 bits
+    "philox": (_philox, ("philox_layout",)),
+    # counters of a row that end elsewhere
+    "philox-efficient": (_efficient, ("philox_layout", "causal")),
 }
 """Calls by label, and the options that an operator must have for them."""

@@ -64,7 +64,8 @@ FORWARD_ONLY = (
 """Cases without a gradient: NaN in sight, or dout·v past the type's range."""
 SIDE = frozenset({"lengths_q", "lengths_k", "offset", "positions", "rotary_partial"})
 """Features of kernels that say so which a case may have beside what it is about."""
-BESIDE = ("pages/options", "pages/rotary", *(f"dropout/{n}" for n in DROPPED if n != "plain"))
+_DROPPED = tuple(f"dropout/{n}" for n in DROPPED if n != "plain")
+BESIDE = ("pages/options", "pages/rotary", "positions/norm", "positions/norm-rotary", *_DROPPED)
 """Cases of one more option beside others: kernels without pages, or dropout, do not list them."""
 
 

@@ -41,6 +41,9 @@ def paged(
     sizes: dict[str, Any] = {"n_q": 5, "n_k": ROOM, "h": 4, "h_kv": 2, "b": 3} | more
     if lengths is not None:
         sizes |= {"b": len(lengths), "lengths_k": np.array(lengths, np.int32)}
+    if draw.able is not None and draw.able.page_multiple > 1:  # pages and room for whole ones
+        page_size = -(-page_size // draw.able.page_multiple) * draw.able.page_multiple
+        sizes["n_k"] = -(-sizes["n_k"] // page_size) * page_size
     layout, new = draw.one_of(layout, *LAYOUTS, of="paged"), new if draw.has("appending") else 0
     p = draw.problem(**sizes)
     by = np.exp2(np.arange(p.batch)[:, None, None, None] - np.arange(p.heads_kv)[:, None, None])

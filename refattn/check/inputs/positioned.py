@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from ...norms import NORMS
 from ...positions import STYLES
 from ...problem import Problem
 from .draw import Draw
 
-__all__ = ["POSITIONED", "rotary", "slopes"]
+__all__ = ["POSITIONED", "norm_case", "norms", "rotary", "slopes"]
 
 
 def rotary(d: Draw, style: str, pairs: int, longest: int = 80, base: float = 10000.0) -> dict[str, Any]:
@@ -77,6 +78,29 @@ def _half(d: Draw) -> Problem:
     return d.problem(20, 40, h=4, h_kv=2, causal="bottom_right", **at, **rotary(d, "half", 16, base=500.0))
 
 
+def norms(d: Draw, width: int = 32) -> dict[str, Any]:
+    """Return weights of queries' and keys' norms, unlike for every column, and an epsilon that small rows feel."""
+    wide = np.float64 if d.form.precision == 53 else np.float32
+    weights = (np.exp(d.normal(d.width(width)) / 2).astype(wide) for _ in NORMS)
+    return dict(zip(NORMS, weights, strict=True)) | {"norm_eps": 1e-5}
+
+
+def _normed(d: Draw) -> Problem:
+    """Return rows of sizes from 1/64 to 8, so that a norm that is not taken, or taken of all rows, shows."""
+    sizes = 2.0 ** d.rng.integers(-6, 4, (2, 1, 40, 1))
+    q, k = d.normal(2, 4, 20, d.width(32)) * sizes[:, :, :20], d.normal(2, 2, 40, d.width(32)) * sizes
+    return d.problem(20, 40, b=2, h=4, h_kv=2, q=q, k=k if d.has("grouped_heads") else None, **norms(d))
+
+
+def _normed_turned(d: Draw) -> Problem:
+    return d.problem(20, 40, h=4, h_kv=2, causal="bottom_right", **norms(d), **rotary(d, "half", 16, base=500.0))
+
+
+def norm_case(d: Draw) -> Problem:
+    """Return a plain call with norms."""
+    return d.problem(20, 33, **norms(d))
+
+
 Entry = tuple[Callable[[Draw], Problem], tuple[str, ...]]
 POSITIONED: dict[str, Entry] = {
     # half for interleaved, a position too far, angles the other way round, one of two positions taken for none
@@ -84,6 +108,10 @@ POSITIONED: dict[str, Entry] = {
     "rotary-given": (_given, ("rotary",)),
     "rotary-decoding": (_decoded, ("rotary", "causal", "lengths_k")),
     "rotary-packed": (_packed, ("rotary", "alibi_slopes", "causal")),
+    # a norm that is left out, of one of two, or without weights
+    "norm": (_normed, ("query_norm", "key_norm")),
+    # weights that are of the turned columns: rotary positions before the norm
+    "norm-rotary": (_normed_turned, ("query_norm", "key_norm", "rotary", "causal")),
     # before and behind the query, after softcap, a slope of the neighbour's head or batch
     "alibi-by-batch": (_alibi, ("alibi_slopes", "softcap", "bias")),
 }

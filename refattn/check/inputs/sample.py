@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...dropout import drawn
 from ...masks import unused, visible
+from ...norms import NORMS
 from ...positions import part_of
 from ...problem import Problem
 from ...scales import dequantised
@@ -49,7 +51,7 @@ class Sample:
 
     def of(self, p: Problem) -> Problem:
         """Return the rows as a call of their own: every mask in ``allowed``, the keys as they are."""
-        p = dequantised(p)
+        p = drawn(dequantised(p))
         b, heads, groups, rows = self.batch, list(self.heads), list(self.groups), list(self.rows)
         rules = (p.causal, p.window, p.allowed, p.cu_seqlens_q, p.lengths_q, p.lengths_k)
         masked = any(x is not None for x in rules)
@@ -82,6 +84,10 @@ class Sample:
             return x[self.batch, list(self.heads)][None][:, :, list(self.rows)]
         if name in ("dk", "dv"):
             return x[self.batch, list(self.groups)][None]
+        if name[1:] in NORMS:
+            return x
+        if name == "dalibi_slopes":
+            return (x if x.ndim == 1 else x[self.batch])[list(self.heads)]
         return x[list(self.heads)] if name == "dsink" else self._of_scores(x)
 
     def rest(self, name: str, x: NDArray[Any]) -> NDArray[Any]:
@@ -106,9 +112,9 @@ class Sample:
 
     def place(self, name: str, at: tuple[int, ...]) -> tuple[int, ...]:
         """Return the place in the whole call of a place among these rows."""
-        if name == "dsink":
+        if name in ("dsink", "dalibi_slopes"):
             return (self.heads[at[0]],)
-        if name == "dbias":
+        if name == "dbias" or name[1:] in NORMS:
             return at
         if name in ("dk", "dv"):
             return (self.batch, self.groups[at[1]], *at[2:])

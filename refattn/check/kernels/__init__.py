@@ -197,8 +197,8 @@ KERNELS: dict[str, Entry] = {
                 ("refattn-gpu-simt", "ours_simt", f"float64 float32 {_HALF}", 256, _unrounded),
             )
         ),
-        _gpu("cuda-flash", "torch", _HALF, _PLAIN),
-        _gpu("cuda-efficient", "torch", f"float32 {_HALF}", f"{_PLAIN} bias allowed d_v_differs"),
+        _gpu("cuda-flash", "torch", _HALF, f"{_PLAIN} philox_flash"),
+        _gpu("cuda-efficient", "torch", f"float32 {_HALF}", f"{_PLAIN} bias allowed d_v_differs philox_efficient"),
         _gpu("cuda-cudnn", "torch", _HALF, f"{_PLAIN} bias allowed d_v_differs"),
         _gpu("cuda-math", "torch", f"float64 float32 {_HALF}", f"{_PLAIN} bias allowed d_v_differs"),
         _gpu(

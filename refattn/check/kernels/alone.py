@@ -65,9 +65,9 @@ class Unsupported(Exception):
 ARRAYS = ["query", "key", "value", "sink", "bias", "allowed", "cu_seqlens_q", "cu_seqlens_k", "weight", "state"]
 ARRAYS += ["alpha", "beta", "lengths_q", "lengths_k", "offset", "query_scale", "key_scale", "value_scale", "out_scale"]
 ARRAYS += ["block_table", "new_key", "new_value", "dropout_mask"]
-ARRAYS += ["rotary_cos", "rotary_sin", "alibi_slopes", "positions_q", "positions_k"]
+ARRAYS += ["rotary_cos", "rotary_sin", "alibi_slopes", "positions_q", "positions_k", "query_norm", "key_norm"]
 SETTINGS = ["scale", "causal", "window", "softcap", "alignment", "out_dtype", "page_layout", "rotary"]
-SETTINGS += ["dropout_p", "variant", "options"]
+SETTINGS += ["norm_eps", "dropout_p", "philox_layout", "philox_seed", "philox_offset", "variant", "options"]
 
 
 class Problem:

@@ -17,8 +17,6 @@ from ...problem import Problem
 __all__ = ["fa3_forward", "flash_2", "flash_3", "vllm_flash"]
 
 NAMES = ("query", "key", "value")
-PAGE = 256
-"""A page of FlashAttention 2 holds a multiple of so many keys."""
 
 
 def gradients_of(run: Any) -> Any:
@@ -100,10 +98,6 @@ def flash_2(p: Problem) -> Any:
     if p.block_table is not None or p.lengths_k is not None:
         if p.cu_seqlens_q is not None:
             raise UnsupportedProblem("cu_seqlens_q: flash_attn_with_kvcache takes no packed queries")
-        if p.page_size % PAGE:
-            raise UnsupportedProblem(
-                f"block_table: pages of {p.page_size} keys, FlashAttention 2 takes multiples of 256"
-            )
         return _cached(p, flash_attn.flash_attn_with_kvcache, "block_table", **slopes)
     if p.cu_seqlens_q is not None:
         tensors, where = _packed(p)

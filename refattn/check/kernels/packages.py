@@ -56,6 +56,7 @@ def _entry(
     lse: bool = True,
     d_max: int = 256,
     head_dims: frozenset[int] = frozenset(),
+    page_multiple: int = 1,
 ) -> Entry:
     given = Capabilities(
         dtypes,
@@ -68,6 +69,7 @@ def _entry(
         refuses=True,  # a size or a page that it has no kernel for
         deterministic=not gradients,
         head_dims=head_dims,
+        page_multiple=page_multiple,
     )
     return Entry(
         name, package, load(module, function), given, model, gpu=True, how=how, distribution=distribution or package
@@ -83,6 +85,7 @@ PACKAGES = (
         f"{_FLASH} alibi_slopes",
         "pip install flash-attn --no-build-isolation",
         gradients=BACK,
+        page_multiple=256,
     ),
     _entry(
         "flash-attn-3",

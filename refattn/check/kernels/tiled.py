@@ -15,13 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays import from_float64, to_float64
+from ...dropout import drawn
 from ...dtypes import FORMATS
 from ...errors import UnsupportedProblem
 from ...masks import unused
+from ...norms import NORMS, has_norms
 from ...pages import append, gathered
 from ...problem import VARIANT, Problem
 from ...scales import spread
 from ..model import Model, flash
+from .normed import normed, unnormed
 
 __all__ = ["gradients", "model", "tiled"]
 
@@ -46,7 +49,7 @@ def tiled(problem: Problem, keys: int = KEYS) -> tuple[Array, Array]:
     """
     if problem.new_key is not None:
         append(problem)
-    if problem.rotary is not None:
+    if problem.rotary is not None or has_norms(problem):
         problem = gathered(problem)  # keys are turned by where they stand, which a page does not know
     c = _Call(problem, keys)
     out, lse = np.zeros(problem.out_shape, c.kind), np.full(problem.out_shape[:3], -np.inf, c.kind)
@@ -82,6 +85,8 @@ def gradients(problem: Problem, dout: Array, dlse: Array | None = None, keys: in
         total["dbias"] = np.zeros_like(c.bias)
     if c.sink is not None:
         total["dsink"] = np.zeros_like(c.sink)
+    if c.slopes is not None:
+        total["dalibi_slopes"] = np.zeros(c.problem.alibi_slopes.shape, c.kind)
     with np.errstate(all="ignore"):
         delta = (arriving * to_float64(out).astype(c.kind)).sum(-1)
         if dlse is not None:
@@ -91,8 +96,12 @@ def gradients(problem: Problem, dout: Array, dlse: Array | None = None, keys: in
     if c.problem.rotary is not None:
         for which, name in enumerate(("dq", "dk")):
             total[name] = c.turned(c.rounded(total[name]), which, -1)
-    names = {"dq": "query", "dk": "key", "dv": "value", "dbias": "bias", "dsink": "sink"}
-    given = {n: getattr(problem.to("numpy"), names[n]) for n in total}
+    for which, name in enumerate(("dq", "dk")):
+        if getattr(c.problem, NORMS[which]) is not None:
+            back = unnormed(c.problem, c.raw[which], c.rounded(total[name]), which)
+            total[name], total[f"d{NORMS[which]}"] = back
+    names = {"dq": "query", "dk": "key", "dv": "value"}
+    given = {n: getattr(problem.to("numpy"), names.get(n, n[1:])) for n in total}
     form = {n: "float64" if x.dtype == np.float64 else x.dtype.name for n, x in given.items()}
     return {n: from_float64(FORMATS[form[n]].round_array(x.astype(np.float64)), form[n]) for n, x in total.items()}
 
@@ -157,6 +166,8 @@ def _backward(
         total["dv"][b, hk, j] += c.rounded(c.dropped(p, b, h, i, j)).T @ dout
         if c.bias is not None:
             c.add_bias(total["dbias"], b, h, i, j, ds)
+        if c.slopes is not None:
+            total["dalibi_slopes"][(b, h)[-total["dalibi_slopes"].ndim :]] -= (ds * c.apart(b, i, j)).sum()
         ds = c.rounded(ds * slope) * c.scale
         total["dq"][b, h, i] += ds @ c.finite_k[b, hk, j]
         total["dk"][b, hk, j] += ds.T @ q
@@ -179,7 +190,8 @@ class _Call:
     def __init__(self, problem: Problem, keys: int) -> None:
         if problem.variant != VARIANT:
             raise UnsupportedProblem(f"variant: the tiled kernel computes {VARIANT}, not {problem.variant}")
-        self.problem = p = problem.to("numpy")
+        p: Problem = drawn(problem.to("numpy"))
+        self.problem = p
         self.kind = np.dtype(np.float64 if "float64" in (p.dtype, p.out_type) else np.float32)
         self.keys = keys
         with np.errstate(divide="ignore"):  # of no columns, where it does not matter
@@ -192,6 +204,9 @@ class _Call:
         if p.typed:
             self.take_scales()
         self.slopes: Array | None = None
+        self.raw = self.q, self.k
+        if has_norms(p):
+            self.q, self.k = (self.rounded(normed(p, x, i)) for i, x in enumerate(self.raw))
         if p.rotary is not None or p.alibi_slopes is not None:
             self.take_positions()
         # what no row sees may be anything: it must not meet a weight of 0
@@ -318,10 +333,14 @@ class _Call:
             t = np.tanh(s / cap)
             s, slope = t * cap, np.where(seen, 1 - t * t, 0)  # NaN behind the mask must not meet a dS of 0
         if self.slopes is not None:
-            s = s - self.slopes[b, h] * np.abs(self.at[0][b, i][:, None] - self.at[1][b, j]).astype(self.kind)
+            s = s - self.slopes[b, h] * self.apart(b, i, j)
         if self.bias is not None:
             s = s + self.block(self.bias, b, h, i, j)
         return np.where(seen, s, -np.inf).astype(self.kind), slope
+
+    def apart(self, b: int, i: slice, j: slice) -> Array:
+        """Return the distances of queries and keys in positions."""
+        return np.asarray(np.abs(self.at[0][b, i][:, None] - self.at[1][b, j]).astype(self.kind))
 
     def weighted(self, p: Array, b: int, h: int, i: slice, j: slice) -> Array:
         """Return a tile of exponentials times how often each key counts."""

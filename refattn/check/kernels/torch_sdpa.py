@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -73,17 +75,38 @@ def sdpa(problem: Problem, backend: str) -> Any:
     p, mask = problem.to("torch"), attention_mask(problem)
     if p.dropout_mask is not None:  # what the public function calls takes a mask, and it does not
         return _dropped(p, mask)
-    with sdpa_kernel(getattr(SDPBackend, backend)):
+    with sdpa_kernel(getattr(SDPBackend, backend)), seeded(p):
         q, k, v = side_by_side(p.query, p.key, p.value)
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
             mask,
+            dropout_p=(p.dropout_p or 0.0) if p.philox_seed is not None else 0.0,
             is_causal=p.causal is not None and mask is None,
             scale=p.scale,
             enable_gqa=p.heads != p.heads_kv,
         )
+
+
+@contextmanager
+def seeded(p: Problem) -> Iterator[None]:
+    """Have PyTorch's generator of a GPU draw from a call's seed and offset; it is as it was afterwards."""
+    if p.philox_seed is None:
+        yield
+        return
+    import torch
+
+    seed, offset, device = p.philox_seed, p.philox_offset or 0, p.query.device
+    if device.type != "cuda" or offset % 4:
+        raise UnsupportedProblem("philox_offset: PyTorch draws from a multiple of 4, on a GPU")
+    generator, before = torch.cuda.default_generators[device.index], torch.cuda.get_rng_state(device)
+    try:
+        generator.manual_seed(seed)
+        generator.set_offset(offset)
+        yield
+    finally:
+        torch.cuda.set_rng_state(before, device)
 
 
 def _dropped(p: Problem, mask: Any) -> Any:

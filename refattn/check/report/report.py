@@ -22,13 +22,11 @@ from ..compare import Worst
 __all__ = ["Check", "Diagnosis", "Report", "junit", "machine", "summary", "versions"]
 
 ROW = ("batch", "head", "row", "column")
-PLACES = {
-    **dict.fromkeys(("dk", "dv"), ("batch", "head", "key", "column")),
-    "dbias": ("batch", "head", "row", "key"),
-    "dsink": ("head",),
-    **dict.fromkeys(("dalpha", "dbeta"), ("batch", "head", "token", "channel")),
-    "dstate": ("batch", "head", "channel", "column"),
-}
+PLACES: dict[str, tuple[str, ...]] = dict.fromkeys(("dk", "dv"), ("batch", "head", "key", "column"))
+PLACES |= {"dbias": ("batch", "head", "row", "key"), "dstate": ("batch", "head", "channel", "column")}
+PLACES |= dict.fromkeys(("dalpha", "dbeta"), ("batch", "head", "token", "channel"))
+PLACES |= dict.fromkeys(("dsink", "dalibi_slopes"), ("head",))
+PLACES |= dict.fromkeys(("dquery_norm", "dkey_norm"), ("column",))
 VERDICTS = ("passed", "failed", "edge", "known", "unread", "unsupported")
 
 
@@ -306,7 +304,8 @@ class Report:
 
 def element(w: Worst) -> str:
     """Return the worst element in words: its place, what was got, what is exact, what was allowed."""
-    place = ", ".join(f"{n} {i}" for n, i in zip(PLACES.get(w.array, ROW), w.place, strict=False))
+    names = PLACES.get(w.array, ROW) if len(w.place) != 2 else ROW  # of slopes by batch item
+    place = ", ".join(f"{n} {i}" for n, i in zip(names, w.place, strict=False))
     return (
         f"{w.array} at {place}: got {w.got:.9g}, exact {w.exact:.9g}, allowed error {w.allowed:.3g}, "
         f"{_ratio(w.ratio)} times that; {w.failures} of {w.elements} elements fail"

@@ -203,7 +203,7 @@ def test_what_the_packages_are_told(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "label", "text"),
     [
-        ("flash-attn-2", "pages of 16", "pages of 16 keys, FlashAttention 2 takes multiples of 256"),
+        ("flash-attn-2", "pages of 16", "pages of 16 keys, which are no multiple of 256"),
         ("flash-attn-2", "top left", "causal_top_left"),
         ("flash-attn-2", "narrow values", "d_v_differs"),
         ("flash-attn-3", "slopes", "alibi_slopes"),
