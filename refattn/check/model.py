@@ -127,6 +127,7 @@ MODELS: dict[str, ModelFor] = {
     "sage2": lambda dtype: sage(
         dtype, "float8_e4m3fn", "float8_e4m3fn", weights_scale="static", aligned_bits=13, fused=32, promoted=64, tile=64
     ),
+    "flash-ratios": lambda dtype: replace(flash(dtype), cumulated=64),
 }
 """The named models: by name, from a format to its model. "flash" and "math" of float64 compute in float64."""
 

@@ -18,6 +18,7 @@ from ...exact.heads import Head, gate_of, rows_of
 from ...exact.tape import Tape, gradients
 from ...variants import Steps, variant_of
 from ..model import Model
+from .cumulated import decays_met, steps_lost
 from .losses import Losses, Lossy
 from .operands import Operands, lost
 
@@ -52,6 +53,8 @@ def head_gradients(one: Head, model: Model, dout: Float, arriving: Any, limit: F
     k, v = f.leaf(one.k, ("k", "d"), off.k), f.leaf(one.v, ("k", "v"), off.v)
     leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
     o = one.options(f, wrap=Tape)
+    if model.cumulated and "alpha" in one.gates:
+        o.alpha.value.node.err = steps_lost(one, model)
     leaves |= {f"d{n}": x for n in ("bias", "alpha", "beta", "state") if (x := getattr(o, n)) is not None}
     with np.errstate(all="ignore"):
         out, _ = rows_of(one).define(leaves["dq"], leaves["dk"], leaves["dv"], o)
@@ -59,6 +62,8 @@ def head_gradients(one: Head, model: Model, dout: Float, arriving: Any, limit: F
         seed = f.leaf(dout, ("q", "v"), lost(dout, arriving, model))
         grads: list[Lossy] = gradients([out], [seed], list(leaves.values()))
     found = {n: (np.abs(g.a), _span(g)) for n, g in zip(leaves, grads, strict=True)}
+    if "dalpha" in found:
+        found["dalpha"] = found["dalpha"][0], found["dalpha"][1] + decays_met(one, model, dout)
     shape = variant_of(one.problem.variant).shape
     if isinstance(shape, Steps) and not shape.linear:
         more = _stepped(one, shape, model, dout, lost(dout, arriving, model), off)
