@@ -211,6 +211,8 @@ class Capabilities:
         Whether it demands that the elements of query, key and value lie side by side along the last axis.
     dlse : bool
         Whether its attribute ``gradients`` takes the gradient arriving at lse as a third argument.
+    dstate_out : bool
+        Whether, of a recurrence, it takes the gradient arriving at the last state as a third argument.
     elements : frozenset of str
         Further types of query, key, value and out, beside one of `dtypes`: out of ``refattn.dtypes.ELEMENTS``.
     """
@@ -232,6 +234,7 @@ class Capabilities:
     last_axis_contiguous: bool = False
     row_invariant: bool = False
     dlse: bool = False
+    dstate_out: bool = False
     elements: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ def steps_lost(one: Head, model: Model) -> Float:
     return _since(one, model) * one.gates["alpha"]
 
 
-def decays_met(one: Head, model: Model, dout: Float) -> Any:
+def decays_met(one: Head, model: Model, dout: Float, of_state: Float | None = None) -> Any:
     """Return what roundings leave of terms that cancel in the gradient by alpha, (n_k, 1 or d_k); 0 without ratios.
 
     A term is a product over d_v numbers times one over d_k: (d_v + d_k + 4) u of the sizes of its products. Both of its
@@ -61,7 +61,7 @@ def decays_met(one: Head, model: Model, dout: Float) -> Any:
     if not model.cumulated or sizes is None:
         return 0.0
     alpha, u = one.gates["alpha"], format_of(model.accumulator).unit_roundoff
-    products, sums = sizes(one, dout, model.cumulated)
+    products, sums = sizes(one, dout, model.cumulated, of_state)
     adds = 2 * min(model.cumulated, len(alpha)) + model.exp_ulps + 2
     met = (dout.shape[1] + one.k.shape[1] + 4) * u * products + (adds * u + model.loss(model.weights)) * sums
     return np.divide(met, alpha, out=np.zeros_like(met), where=alpha > 0)

@@ -16,7 +16,7 @@ from ...exact.answer import Answer
 from ...exact.driver import enclose, evaluate
 from ...exact.stream import STREAMED
 from ...problem import Problem
-from ...variants import variant_of
+from ...variants import Steps, variant_of
 from ..inputs.families import Case
 from ..model import Model
 from .choices import Either, either
@@ -82,7 +82,8 @@ def exact(problem: Problem, dout: Any = None, dlse: Any = None) -> Answer:
     large = problem.n_q * problem.n_k > LARGE
     # faster than balls where no gradient needs an exact decision, or where there are many scores
     rounding = "float64" if dout is None or large else None
-    return replace(made_by(evaluate, problem, dout, dlse=dlse, rounding=rounding), balls={})
+    name = "dstate_out" if isinstance(variant_of(problem.variant).shape, Steps) else "dlse"
+    return replace(made_by(evaluate, problem, dout, rounding=rounding, **{name: dlse}), balls={})
 
 
 def expected(problem: Problem, model: Model, dout: Any = None, dlse: Any = None) -> Expected:
