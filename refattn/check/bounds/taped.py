@@ -68,8 +68,8 @@ def head_gradients(
         grads: list[Lossy] = gradients([out], [seed], list(leaves.values()))
     found = {n: (np.abs(g.a), _span(g)) for n, g in zip(leaves, grads, strict=True)}
     if of_state is not None:
-        u, more = format_of(model.accumulator).unit_roundoff, _from_state(one, model, of_state)
-        for n, (size, span) in more.items():  # both parts rounded, then added
+        u = format_of(model.accumulator).unit_roundoff
+        for n, (size, span) in _from_state(one, model, of_state).items():  # both parts rounded, then added
             both = found[n][0] + size
             found[n] = both, found[n][1] + span + 2 * u * (both + found[n][1] + span)
     if "dalpha" in found:
