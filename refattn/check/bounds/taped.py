@@ -95,7 +95,7 @@ def _from_state(one: Head, model: Model, of_state: Float) -> dict[str, tuple[Flo
         reads = Tape(f.leaf(np.eye(len(of_state)), ("q", "d")))
         out, _ = rows_of(one).define(reads, leaves["dk"], leaves["dv"], o)
         grads = gradients([out], [f.leaf(of_state, ("q", "v"))], list(leaves.values()))
-    return {n: (np.abs(g.a), _span(g)) for n, g in zip(leaves, grads, strict=True)}
+    return {n: (abs(g.a), _span(g)) for n, g in zip(leaves, grads, strict=True)}
 
 
 def _stepped(
