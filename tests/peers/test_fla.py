@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from refattn import Problem, check_problem
+from refattn import Problem, check_problem, evaluate
 from refattn.functions.native import compressed_attention
 
 torch = pytest.importorskip("torch")
@@ -156,3 +156,17 @@ def test_selected_attention_agrees_where_every_earlier_block_is_whole(seed):
     assert found.passed, str(found)
     own = p.replace(options=options | {"forced": "own"})
     assert not check_problem(kernel, own, "selected").passed
+
+
+def test_a_weight_that_rounds_to_one_drops_their_first_block():
+    """They force blocks by a score of 1, and another block's weight may round to that: ours always takes them."""
+    nsa = pytest.importorskip("fla.ops.nsa.naive", reason=WHY, exc_type=ImportError)
+    means = torch.zeros(1, 8, 1, 4)
+    means[0, 1] = 40.0
+    theirs = nsa.naive_nsa_topk(torch.ones(1, 16, 1, 4), means, 3, 2, 1.0)[0, -1, 0]
+    assert sorted(theirs.tolist()) == [1, 6, 7]
+    keys, values = means.double().repeat_interleave(2, 1).transpose(1, 2).numpy(), np.zeros((1, 1, 16, 1))
+    values[..., 0, 0] = 1.0  # of the first block
+    options = {"block_size": 2, "topk": 3, "forced": "first_previous_own"}
+    p = Problem(np.ones((1, 1, 16, 4)), keys, values, causal="bottom_right", variant="nsa_selected", options=options)
+    assert evaluate(p, rounding="float64").out[0, 0, -1, 0] == 1 / 6  # six keys of equal scores, the first among them
