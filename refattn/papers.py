@@ -57,8 +57,8 @@ PAPERS = (
         "SSA, with NSA and MoBA",
         "arXiv 2511.20102, 2502.11089, 2502.13189",
         ("operator nsa_selected", "operator moba", "functions.alignment", "claim sparse-alignment"),
-        ("variants/test_shapes.py", "functions/test_alignment.py"),
-        "",
+        ("variants/test_shapes.py", "functions/test_alignment.py", "peers/test_fla.py"),
+        "fla's naive NSA; of MoBA fla has a kernel alone",
         "NSA's learned compression and gates, whose sum with the window is linear; " + TRAINING,
     ),
     Paper(
@@ -145,8 +145,8 @@ PAPERS = (
         "Lightning Attention and TransNormer",
         "arXiv 2401.04658",
         ("operator lightning", "claim lightning-chunks", "claim lightning-powers"),
-        ("variants/test_shapes.py",),
-        "",
+        ("variants/test_shapes.py", "peers/test_fla.py"),
+        "fla's naive simple_gla",
         "the block around it (norm and gate), which is a layer",
     ),
     Paper(

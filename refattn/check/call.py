@@ -144,7 +144,8 @@ def call_gradients(
     dout : (b, h_q, n_q, d_v) NumPy array
         The gradient arriving at out, of query's type.
     dlse : (b, h_q, n_q) NumPy array, optional
-        The gradient arriving at lse, of its type: the kernel gets it as a third argument.
+        The gradient arriving at lse, or at a recurrence's last state, of its type: the kernel gets it as a third
+        argument.
 
     Returns
     -------

@@ -29,6 +29,7 @@ from .shape_laws import (
     full_budget_is_dense,
     grouped_heads,
     key_permutation,
+    last_state_gradient,
     layout,
     lengths_cut,
     norm_scaled,
@@ -58,7 +59,8 @@ class Law:
     test : callable
         ``test(asked, problem) -> Worst``.
     needs : str
-        "", "lse", "dlse", "state", "threads", "row_invariant", or the gradient without which it cannot be tried.
+        "", "lse", "dlse", "dstate_out", "state", "threads", "row_invariant", or the gradient without which it cannot be
+        tried.
     named_only : str
         Why it runs only where it is named, "" where it always runs.
     uses : frozenset of str
@@ -80,7 +82,7 @@ class Law:
         """Return what it needs and the kernel does not have, which may take one call at a time."""
         if self.needs == "threads":
             return ["two calls at a time in a process of its own"] if serial else []
-        said = {n for n in ("lse", "row_invariant", "dlse") if getattr(able, n)}
+        said = {n for n in ("lse", "row_invariant", "dlse", "dstate_out") if getattr(able, n)}
         there = not self.needs or self.needs in able.gradients | able.features | said
         return [] if there else [self.needs]
 
@@ -211,6 +213,14 @@ LAWS = {
             first_case(state=True),
             state_gradient,
             "dstate",
+            uses=frozenset({"state"}),
+        ),
+        Law(
+            "last_state_gradient",
+            "a gradient that arrives at the last state, too, is right",
+            first_case(state=True),
+            last_state_gradient,
+            "dstate_out",
             uses=frozenset({"state"}),
         ),
         Law("determinism", "the same call twice gives the same bits", lambda d: d.problem(65, 130), _determinism),

@@ -135,6 +135,7 @@ MODELS: dict[str, ModelFor] = {
     "sage2": lambda dtype: sage(
         dtype, "float8_e4m3fn", "float8_e4m3fn", weights_scale="static", aligned_bits=13, fused=32, promoted=64, tile=64
     ),
+    "flash-ratios": lambda dtype: replace(flash(dtype), cumulated=64),
 }
 """The named models: by name, from a format to its model. "flash" and "math" of float64 compute in float64."""
 
@@ -220,6 +221,8 @@ class Capabilities:
         Whether it demands that the elements of query, key and value lie side by side along the last axis.
     dlse : bool
         Whether its attribute ``gradients`` takes the gradient arriving at lse as a third argument.
+    dstate_out : bool
+        Whether, of a recurrence, it takes the gradient arriving at the last state as a third argument.
     elements : frozenset of str
         Further types of query, key, value and out, beside one of `dtypes`: out of ``refattn.dtypes.ELEMENTS``.
     """
@@ -241,6 +244,7 @@ class Capabilities:
     last_axis_contiguous: bool = False
     row_invariant: bool = False
     dlse: bool = False
+    dstate_out: bool = False
     elements: frozenset[str] = frozenset()
     page_multiple: int = 1
 

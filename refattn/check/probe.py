@@ -13,7 +13,7 @@ from ..dtypes import ELEMENTS, FORMATS
 from ..errors import KernelError, UnsupportedProblem
 from ..exact.blas import one_thread
 from ..problem import VARIANT, Problem
-from ..variants import variant_of
+from ..variants import Steps, variant_of
 from .bounds.expected import expected
 from .call import call_gradients, call_kernel
 from .compare import compare
@@ -218,7 +218,8 @@ def found(kernel: Kernel, variant: str = VARIANT) -> tuple[Capabilities, dict[st
         head_dims=frozenset() if widths == list(WIDTHS) else frozenset(widths),
         seq_multiple=step,
         elements=elements,
-        dlse=lse and _takes_dlse(kernel, call),
+        dlse=lse and _takes(kernel, call, call.out_shape[:3], "dq"),
+        dstate_out=isinstance(variant_of(variant).shape, Steps) and _takes(kernel, call, call.state_shape, "dk"),
         last_axis_contiguous=said.get("keys by column") == "raises" and said[dtype] != "raises",
     )
     return able, said, dtype
@@ -244,16 +245,16 @@ def _other_corner(
     return both - right
 
 
-def _takes_dlse(kernel: Kernel, call: Problem) -> bool:
-    """Tell whether a gradient arriving at lse, and it alone, changes what comes back."""
+def _takes(kernel: Kernel, call: Problem, shape: tuple[int, ...], name: str) -> bool:
+    """Tell whether a gradient arriving at lse or at the last state, and it alone, changes one that comes back."""
     if not hasattr(kernel.call, "gradients"):
         return False
-    dout, dlse = np.zeros(call.out_shape, call.query.dtype), np.ones(call.out_shape[:3], np.float32)
+    dout, other = np.zeros(call.out_shape, call.query.dtype), np.ones(shape, np.float32)
     try:
-        found, _ = call_gradients(kernel.call, call, dout, dlse)
+        found, _ = call_gradients(kernel.call, call, dout, other)
     except (KernelError, UnsupportedProblem):
         return False
-    return bool(np.asarray(found.get("dq", 0)).any())
+    return bool(np.asarray(found.get(name, 0)).any())
 
 
 def _gradients(kernel: Kernel, call: Problem) -> frozenset[str]:

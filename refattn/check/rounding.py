@@ -139,6 +139,9 @@ class Model:
         How many products such a unit adds at once.
     promoted : int
         After how many products such a sum goes over to one in the accumulator's type; 0 where it never does.
+    cumulated : int
+        Tokens of a chunk in which a recurrence's decays are multiplied up, or their logarithms added, so that the decay
+        between two tokens is a ratio; 0 where it is a product of the decays between.
     stochastic : bool
         Whether what goes to a narrower type than the accumulator goes up or down by chance, with the exact value as
         its mean.
@@ -170,6 +173,7 @@ class Model:
     stochastic: bool = False
     smoothed_queries: bool = False
     value_sums: str = ""
+    cumulated: int = 0
 
     def __post_init__(self) -> None:
         typed("model", self)
@@ -209,6 +213,8 @@ class Model:
             raise InvalidInput("model: passes and scales are of operands; name their type, e.g. operands='tf32'")
         if self.passes == 3 and self.scales:
             raise InvalidInput("model: operands in three passes are not scaled")
+        if not 0 <= self.cumulated <= MOST:
+            raise InvalidInput(f"model: got cumulated={self.cumulated}, expected 0 to {MOST} tokens")
         self._stored()
         self._adders()
 

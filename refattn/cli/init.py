@@ -58,6 +58,7 @@ def pasted(able: Capabilities, name: str) -> str:
         "lse",
         "gradients",
         "dlse",
+        "dstate_out",
         "head_dims",
         "seq_multiple",
         "page_multiple",

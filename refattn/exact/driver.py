@@ -19,7 +19,7 @@ from ..dtypes import FORMATS, Format, format_of
 from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..masks import unused
 from ..problem import Problem
-from ..variants import variant_of
+from ..variants import Steps, variant_of
 from .answer import Answer
 from .anywhere import narrowed, on_host
 from .arithmetics import Balls, Floats
@@ -52,6 +52,7 @@ def evaluate(
     lse_rounding: str | None = None,
     gradients: Any = None,
     dlse: Any = None,
+    dstate_out: Any = None,
     n_jobs: int | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -78,6 +79,8 @@ def evaluate(
     dlse : (b, h_q, n_q) array, optional
         The gradient arriving at lse, beside the one at out (or alone): the score of key j gets p_ij dlse_i more. A row
         without keys passes nothing on, but to its sink.
+    dstate_out : array of the state's shape, optional
+        Of a recurrence: the gradient arriving at its last state, beside the one at out (or alone).
     n_jobs : int, optional
         With `rounding`: processes for batches, heads and blocks of rows (by joblib, where it is installed), or threads
         where there is one part; None is this process, a thread for each core. The answer does not depend on it.
@@ -110,9 +113,15 @@ def evaluate(
         raise InvalidInput(f"n_jobs: got {n_jobs!r}, expected an integer of at least 1 or None")
     card = asked(device, problem, rounding, dlse=dlse, n_jobs=n_jobs, checkpoint=checkpoint, progress=progress)
     threads = n_jobs or os.cpu_count() or 1
-    dout, at_lse = _both(problem, gradients, dlse)
+    dout, at_lse = _both(problem, gradients, dlse, dstate_out)
     if lowered.problem is not problem:
-        more: Any = {"dlse": dlse, "n_jobs": n_jobs, "checkpoint": checkpoint, "progress": progress}
+        more: Any = {
+            "dlse": dlse,
+            "dstate_out": dstate_out,
+            "n_jobs": n_jobs,
+            "checkpoint": checkpoint,
+            "progress": progress,
+        }
         more["device"] = device
         answer = evaluate(
             lowered.problem, bits, rounding=rounding, lse_rounding=lse_rounding, gradients=gradients, **more
@@ -173,28 +182,39 @@ def reference(problem: Problem, dtype: Any = np.float64) -> dict[str, NDArray[An
     return run(problem, Floats(dtype))
 
 
-def _both(problem: Problem, gradients: Any, dlse: Any) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
-    """Return the gradients that arrive at out and at lse; the one at out is 0 where only the other is there."""
-    if dlse is None:
-        return None if gradients is None else _arriving(problem, gradients), None
-    if not variant_of(problem.variant).has_lse:
+def _both(
+    problem: Problem, gradients: Any, dlse: Any, dstate_out: Any
+) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Return the gradients that arrive at out and at what comes beside it: lse, or a recurrence's last state.
+
+    The one at out is 0 where only the other is there.
+    """
+    variant = variant_of(problem.variant)
+    if dlse is not None and not variant.has_lse:
         raise UnsupportedProblem(f"dlse: {problem.variant} attention has no lse; leave it out")
-    at_lse = _arriving(problem, dlse, "dlse")
-    return np.zeros(problem.out_shape) if gradients is None else _arriving(problem, gradients), at_lse
+    if dstate_out is not None and not isinstance(variant.shape, Steps):
+        raise UnsupportedProblem(f"dstate_out: {problem.variant} attention has no state; leave it out")
+    if dlse is None and dstate_out is None:
+        return None if gradients is None else _arriving(problem, gradients), None
+    other = _arriving(problem, dlse, "dlse") if dstate_out is None else _arriving(problem, dstate_out, "dstate_out")
+    return np.zeros(problem.out_shape) if gradients is None else _arriving(problem, gradients), other
 
 
 def _arriving(problem: Problem, x: Any, name: str = "gradients") -> NDArray[np.float64]:
-    shape = problem.out_shape if name == "gradients" else problem.out_shape[:3]
+    of, shape = {
+        "gradients": ("out", problem.out_shape),
+        "dlse": ("lse", problem.out_shape[:3]),
+        "dstate_out": ("the state", problem.state_shape),
+    }[name]
     if problem.block_table is not None:
         raise UnsupportedProblem(f"{name}: keys in pages have none; ask for those of refattn.pages.gathered(problem)")
     if kind_of(x) is None or tuple(x.shape) != shape:
         got = tuple(getattr(x, "shape", ())) or type(x).__name__
-        of = "out" if name == "gradients" else "lse"
         raise InvalidProblem(f"{name}: got {got}, expected an array of {of}'s shape {shape}")
     if dtype_name(x) not in FORMATS:
         raise InvalidProblem(f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; cast it")
     wide = to_float64(to_numpy(x))
-    if (gone := unused(problem)) is not None:
+    if name != "dstate_out" and (gone := unused(problem)) is not None:
         rows = gone[0][:, None, :]
         wide = np.where(rows if wide.ndim == 3 else rows[..., None], 0.0, wide)
     if not np.isfinite(wide).all():

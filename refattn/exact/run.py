@@ -167,7 +167,7 @@ class Work:
             wanted = one.live if need is None else one.live & need[one.batch, one.head, one.rows]
             lines, floating = np.nonzero(wanted)[0], isinstance(f, Level)
             if isinstance(self.variant.shape, Steps):
-                for name, x in by_steps(one, f, self.variant.shape, dout).items():
+                for name, x in by_steps(one, f, self.variant.shape, dout, self.dlse).items():
                     put(one, name, x, raw)
             else:
                 forward = None

@@ -14,7 +14,13 @@ from .tape import Tape, gradients
 __all__ = ["by_steps"]
 
 
-def by_steps(one: Head, f: Any, shape: Steps, dout: NDArray[np.float64] | None) -> dict[str, NDArray[Any]]:
+def by_steps(
+    one: Head,
+    f: Any,
+    shape: Steps,
+    dout: NDArray[np.float64] | None,
+    dstate_out: NDArray[np.float64] | None = None,
+) -> dict[str, NDArray[Any]]:
     """Return the arithmetic's numbers of a head's out and last state, and with `dout` of its gradients.
 
     These are dq, dk, dv, those by its gates, and by the state that it starts from where the call has one.
@@ -29,6 +35,8 @@ def by_steps(one: Head, f: Any, shape: Steps, dout: NDArray[np.float64] | None) 
         The recurrence.
     dout : (b, h_q, n_q, d_v) float64, optional
         The gradient arriving at out.
+    dstate_out : array of the state's shape, optional
+        With `dout`, the gradient arriving at the last state.
     """
     taped = dout is not None
     o = one.options(f, wrap=Tape) if taped else one.options(f)
@@ -49,8 +57,11 @@ def by_steps(one: Head, f: Any, shape: Steps, dout: NDArray[np.float64] | None) 
             return {"out": _stacked(f, outs, one.v.shape[1]), "state": numbers_of(state)}
         arriving = dout[one.batch, one.head, one.rows]  # type: ignore[index]
         seeds = [matrix_of(f, arriving[t : t + 1]) for t in range(len(outs))]
+        ends = outs
+        if dstate_out is not None:
+            ends, seeds = [*outs, state], [*seeds, matrix_of(f, dstate_out[one.sequence, one.head])]
         leaves = [[*x3, *gates.values()] for x3, gates in tokens]
-        *grads, of_start = gradients(outs, seeds, [*(x for token in leaves for x in token), start])
+        *grads, of_start = gradients(ends, seeds, [*(x for token in leaves for x in token), start])
     wide = {"dq": one.q, "dk": one.k, "dv": one.v} | {f"d{n}": x for n, x in one.gates.items()}
     by = {n: _stacked(f, grads[i :: len(wide)], x.shape[1]) for i, (n, x) in enumerate(wide.items())}
     out = _stacked(f, [x.value for x in outs], one.v.shape[1])

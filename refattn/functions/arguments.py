@@ -13,7 +13,21 @@ from numpy.typing import NDArray
 from ..arrays import kind_of, to_numpy
 from ..errors import InvalidInput
 
-__all__ = ["axes", "factor", "integers", "namespace", "ordered", "real", "whole", "within"]
+__all__ = [
+    "axes",
+    "factor",
+    "flag",
+    "function",
+    "instance",
+    "integers",
+    "namespace",
+    "ordered",
+    "places",
+    "real",
+    "under",
+    "whole",
+    "within",
+]  # fmt: skip
 
 
 def namespace(**arrays: Any) -> Any:
@@ -73,6 +87,22 @@ def _shown(x: Any) -> str:
         return f"a huge {type(x).__name__}"
 
 
+def under(name: str, parts: Any, expected: str, check: Any) -> Any:
+    """Return what a check of an argument's parts returns; an error of it says which argument they are of.
+
+    Raises
+    ------
+    InvalidInput
+        The argument has not as many parts as `expected` names; what the check refuses.
+    """
+    if not isinstance(parts, tuple | list) or len(parts) != expected.count(",") + 1:
+        raise InvalidInput(f"{name}: got {type(parts).__name__}, expected {expected}")
+    try:
+        return check(*parts)
+    except InvalidInput as e:
+        raise InvalidInput(f"{name}: {e}") from None
+
+
 def whole(name: str, x: Any, least: int, most: int | None = None) -> int:
     """Return a whole number in a range.
 
@@ -117,6 +147,60 @@ def factor(name: str, x: Any) -> Any:
     raise InvalidInput(f"{name}: got {_shown(x)}, expected a number")
 
 
+def flag(name: str, x: Any) -> bool:
+    """Return True or False, refusing what Python would only take for one of them.
+
+    Raises
+    ------
+    InvalidInput
+        It is neither.
+    """
+    if not isinstance(x, bool | np.bool_):
+        raise InvalidInput(f"{name}: got {_shown(x)}, expected True or False")
+    return bool(x)
+
+
+def function(name: str, x: Any) -> None:
+    """Check that an argument can be called.
+
+    Raises
+    ------
+    InvalidInput
+        It cannot.
+    """
+    if not callable(x):
+        raise InvalidInput(f"{name}: got {_shown(x)}, expected a function")
+
+
+def instance(name: str, x: Any, kind: type, how: str) -> None:
+    """Check that an argument is an object of a class; `how` says where such ones come from.
+
+    Raises
+    ------
+    InvalidInput
+        It is another.
+    """
+    if not isinstance(x, kind):
+        raise InvalidInput(
+            f"{name}: got {_shown(x)}, expected {kind.__module__.split('.')[0]}'s {kind.__name__}; {how}"
+        )
+
+
+def places(name: str, x: Any, count: int) -> None:
+    """Check an array of any library for places among some things, from 0 on.
+
+    Raises
+    ------
+    InvalidInput
+        It is no array of integers, or one is out of range.
+    """
+    xp = api.array_namespace(x)
+    if not xp.isdtype(x.dtype, "integral"):
+        raise InvalidInput(f"{name}: holds {x.dtype}, expected integers from 0 to {count - 1}")
+    if bool(xp.any((x < 0) | (x >= count))):
+        raise InvalidInput(f"{name}: one is out of range, expected integers from 0 to {count - 1}")
+
+
 def ordered(name: str, x: Any, seen: Any = None) -> None:
     """Check that scores have an order, where they are seen; infinite ones have: they come first and last.
 
@@ -126,13 +210,15 @@ def ordered(name: str, x: Any, seen: Any = None) -> None:
         One is NaN.
     """
     xp = api.array_namespace(x)
+    if not xp.isdtype(x.dtype, "real floating"):
+        return
     lost = xp.isnan(x) if seen is None else xp.isnan(x) & seen
     if bool(xp.any(lost)):
         raise InvalidInput(f"{name}: holds NaN, which has no place in an order; mend what made the scores")
 
 
 def within(name: str, x: Any, low: float, high: float, *, open_low: bool = False) -> float:
-    """Return a number in [low, high], or (low, high] with `open_low`.
+    """Return a finite number in [low, high], or (low, high] with `open_low`.
 
     Raises
     ------
@@ -140,6 +226,7 @@ def within(name: str, x: Any, low: float, high: float, *, open_low: bool = False
         It is none (NaN is not, either), or outside.
     """
     fits = isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
-    if not fits or not (low < x if open_low else low <= x) or not x <= high:
-        raise InvalidInput(f"{name}: got {_shown(x)}, expected a number in {'(' if open_low else '['}{low}, {high}]")
+    if not fits or not (low < x if open_low else low <= x) or not x <= high or math.isinf(x):
+        end = "inf)" if math.isinf(high) else f"{high}]"
+        raise InvalidInput(f"{name}: got {_shown(x)}, expected a number in {'(' if open_low else '['}{low}, {end}")
     return float(x)

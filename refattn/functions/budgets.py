@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat as api
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace, ordered, whole, within
+from .arguments import axes, namespace, ordered, places, whole, within
 from .probabilities import attended, causal_mask, probabilities, rank
 
 __all__ = ["block_budget", "proxy_block_mask", "proxy_block_scores"]
@@ -97,6 +97,7 @@ def block_budget(query: Any, key: Any, *, gamma: float, block: int = 128, scale:
     count = -(-n // whole("block", block, 1))
     last = query[:, :, (count - 1) * block :]
     p = probabilities(xp, last, key, scale, causal_mask(xp, last.shape[2], n, query))
+    ordered("query, key", p)
     a = xp.reshape(xp.max(_blocks(xp, p, block, -1), axis=-2), (b, heads, count))
     a = xp.sort(a / xp.sum(a, axis=-1, keepdims=True), axis=-1, descending=True)
     below = xp.cumulative_sum(a, axis=-1) < gamma if gamma < 1 else xp.ones_like(a) > 0
@@ -140,8 +141,7 @@ def proxy_block_mask(scores: Any, budget: Any, *, sink: int = 1) -> Any:
     heads = budget.shape[1]
     if heads % groups:
         raise InvalidInput(f"budget: axis heads is {heads}, expected a multiple of the {groups} groups of scores")
-    if not xp.isdtype(budget.dtype, "integral"):
-        raise InvalidInput("budget: expected integers, numbers of blocks; block_budget returns them")
+    places("budget", budget, count + 1)
     whole("sink", sink, 0)
     place = xp.arange(count, device=api.device(scores))
     row, column = place[:, None], place[None, :]

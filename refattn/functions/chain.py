@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..arrays import to_numpy
 from ..errors import InvalidInput, expect
-from .arguments import axes, namespace, whole, within
+from .arguments import axes, function, namespace, whole, within
 from .maps import attention_entropy, nonnegative
 
 __all__ = ["RATIOS", "Chain", "Marginal", "attention_chain", "chain_marginal", "low_entropy_heads"]
@@ -280,6 +280,7 @@ def chain_marginal(
     at, ends = _positions("chain", chain, 0, len(x) - 1), _positions("answer", answer, 0, len(x) - 1)
     if both := sorted(set(at) & set(ends)):
         raise InvalidInput(f"chain: holds {both}, which answer holds too; leave its positions out of the chain")
+    function("conditional", conditional)
     candidates, most = whole("candidates", candidates, 1), whole("most", most, 0)
     least = within("least", least, 0, 1)
     p = _distribution(conditional, x)

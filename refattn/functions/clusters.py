@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..arrays import like
 from ..errors import InvalidInput
-from .arguments import axes, namespace, ordered, whole, within
+from .arguments import axes, namespace, ordered, places, whole, within
 from .dense import check_floats
 from .parts import attend, numbers, rounded
 
@@ -36,6 +36,8 @@ RELEASED_EPSILON = 1e-5
 def normalised(x: Any) -> Any:
     """Return vectors of length 1: ``x / |x|`` along the last axis; a zero vector stays 0."""
     xp = namespace(x=x)
+    if x.ndim < 1:
+        raise InvalidInput("x: has no axes, expected (..., features)")
     square = xp.sum(x * x, axis=-1, keepdims=True)
     return x / xp.sqrt(xp.where(square > 0, square, xp.ones_like(square)))
 
@@ -77,7 +79,9 @@ def nearest_mean(x: Any, means: Any) -> Any:
     -------
     (b, h, n) integer array
     """
-    return namespace(x=x).argmax(cluster_scores(x, means), axis=-1)
+    scores = cluster_scores(x, means)
+    ordered("x, means", scores)
+    return namespace(x=x).argmax(scores, axis=-1)
 
 
 def kmeans_step(x: Any, means: Any) -> Any:
@@ -191,6 +195,7 @@ def scatter_mean(x: Any, members: Any, tokens: int, *, epsilon: float = 0.0) -> 
     if x.ndim < 2 or tuple(members.shape) != tuple(x.shape[:-1]):
         raise InvalidInput(f"members: shape is {tuple(members.shape)}, expected x's without its last axis")
     tokens, epsilon = whole("tokens", tokens, 1), within("epsilon", epsilon, 0, 1)
+    places("members", members, tokens)
     own = xp.astype(members[..., None, :] == xp.arange(tokens, device=api.device(x))[:, None], x.dtype)
     count = xp.sum(own, axis=-1)[..., None]
     none = count == 0
@@ -221,6 +226,7 @@ def commitment_loss(x: Any, means: Any, *, weight: float = 1e-4) -> Any:
     for name, t in (("x", x), ("means", means)):
         if not isinstance(t, torch.Tensor):
             raise InvalidInput(f"{name}: got {type(t).__name__}, expected a PyTorch tensor")
+    check_floats(x=x, means=means)
     weight = within("weight", weight, 0, float("inf"))
     with torch.no_grad():
         own = torch.nn.functional.one_hot(nearest_mean(x, means), means.shape[1]).to(means.dtype)
@@ -343,11 +349,13 @@ def _with_memory(
 ) -> tuple[list[NDArray[Any]], NDArray[Any]]:
     """Put a cluster's memory before its keys and values."""
     h, c, d, d_v = sizes
-    k, v = memory
+    if not isinstance(memory, tuple | list) or len(memory) != 2:
+        raise InvalidInput(f"memory: got {type(memory).__name__}, expected a pair of keys and values")
+    k, v = (numbers(f"memory {name}", x) for name, x in zip(("key", "value"), memory, strict=True))
     axes("memory key", k, h, c, "memory", d)
     m = k.shape[2]
     axes("memory value", v, h, c, m, d_v)
     b = inner[0].shape[0]
-    before = [numbers(f"memory {name}", x).reshape(1, h * c, m, -1) for name, x in (("key", k), ("value", v))]
+    before = [x.reshape(1, h * c, m, -1) for x in (k, v)]
     joined = [np.concatenate([np.repeat(x, b, 0), y], 2) for x, y in zip(before, inner, strict=True)]
     return joined, np.concatenate([np.ones((*seen.shape[:-1], m), bool), seen], -1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..arrays import to_numpy
 from ..errors import InvalidInput
-from .arguments import axes, namespace, whole, within
+from .arguments import axes, instance, namespace, ordered, whole, within
 from .parts import attend, numbers, rounded
 
 __all__ = ["Codebook", "batch_norm", "codebook_attention", "codebook_step", "denormalised", "nearest_code"]
@@ -58,6 +58,7 @@ def codebook_attention(query: Any, codes: Any, values: Any, counts: Any, *, scal
     """
     namespace(query=query, codes=codes, values=values, counts=counts)
     axes("codes", codes, "batch", "heads", "codes", "features")
+    axes("values", values, *codes.shape[:3], "features")
     axes("counts", counts, codes.shape[2])
     n = to_numpy(counts, "counts").astype(np.float64)
     if not np.isfinite(n).all() or (n < 0).any() or not n.any():
@@ -86,6 +87,8 @@ def nearest_code(x: Any, codes: Any) -> Any:
     xp = namespace(x=x, codes=codes)
     axes("x", x, "tokens", "features")
     axes("codes", codes, "codes", x.shape[1])
+    ordered("x", x)
+    ordered("codes", codes)
     # differences, not |x|² + |c|² - 2x·c, which may order near codes wrongly
     return xp.argmin(xp.sum((x[:, None] - codes[None]) ** 2, axis=-1), axis=1)
 
@@ -123,6 +126,7 @@ def codebook_step(x: Any, book: Codebook, *, decay: float = 0.99, epsilon: float
     -----
     Source: LargeGT's public code (read), whose quantiser is that of VQ-VAE (arXiv 1711.00937, appendix A.1; recalled).
     """
+    instance("book", book, Codebook, "make one of codes, sizes and sums")
     xp = namespace(x=x, codes=book.codes, sizes=book.sizes, sums=book.sums)
     labels = nearest_code(x, book.codes)
     m = book.codes.shape[0]

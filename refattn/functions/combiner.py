@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
-from .arguments import factor, whole
+from .arguments import factor, flag, whole
 from .dense import as_index, check_call, masked_softmax
 
 __all__ = ["Regions", "combiner_attention", "combiner_regions"]
@@ -151,6 +151,7 @@ def combiner_attention(
         raise InvalidInput(f"query: has {query.shape[-2]} tokens, expected key's {n}; regions are of both")
     if pool not in POOLS:
         raise InvalidInput(f"pool: got {pool!r}, expected one of {', '.join(POOLS)}")
+    flag("return_weights", return_weights)
     regions = combiner_regions(n, pattern, block=block, causal=causal, mode=mode)
     query = query * (1 / math.sqrt(d) if scale is None else factor("scale", scale))
 

@@ -175,10 +175,10 @@ def ista_step(x: Any, z: Any, dictionary: Any, eta: Any, weight: Any) -> Any:
         raise InvalidInput(
             f"dictionary: shape is {tuple(dictionary.shape)}, expected ({x.shape[-1]}, {z.shape[-1]}), x's and z's dim"
         )
-    if not factor("eta", eta) > 0:
-        raise InvalidInput(f"eta: got {eta!r}, expected a number above 0")
-    if not factor("weight", weight) >= 0:
-        raise InvalidInput(f"weight: got {weight!r}, expected a number of at least 0")
+    if not factor("eta", eta) > 0 or math.isinf(float(eta)):
+        raise InvalidInput(f"eta: got {eta!r}, expected a finite number above 0")
+    if not factor("weight", weight) >= 0 or math.isinf(float(weight)):
+        raise InvalidInput(f"weight: got {weight!r}, expected a finite number of at least 0")
     return xp.maximum(z + eta * ((x - z @ dictionary.T) @ dictionary) - eta * weight, 0 * z)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from ..arrays import dtype_name
 from ..dtypes import is_float
 from ..errors import InvalidInput
-from .arguments import factor, namespace
+from .arguments import namespace, real
 
 __all__ = ["as_index", "check_call", "check_floats", "layer_norm", "masked_softmax"]
 
@@ -106,4 +106,4 @@ def layer_norm(x: Any, epsilon: float) -> Any:
     if x.ndim < 1 or x.shape[-1] < 1:
         raise InvalidInput(f"x: shape is {tuple(x.shape)}, expected (..., features), at least 1")
     centred = x - xp.mean(x, axis=-1, keepdims=True)
-    return centred / xp.sqrt(xp.mean(centred**2, axis=-1, keepdims=True) + factor("epsilon", epsilon))
+    return centred / xp.sqrt(xp.mean(centred**2, axis=-1, keepdims=True) + real("epsilon", epsilon, 0))

@@ -59,6 +59,7 @@ def speckv_scores(
     if w == n:
         raise InvalidInput(f"query: has as many queries as there are keys, {n}, expected fewer; give the last w only")
     p = probabilities(xp, query, key, scale, causal_mask(xp, w, n, query))[..., : n - w]
+    ordered("query, key", p)
     found = xp.max(p, axis=(2, 3)) if reduce == "max" else xp.mean(p, axis=(2, 3))
     return _pooled(xp, found, pool // 2, pool // 2, pooling)
 

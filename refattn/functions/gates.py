@@ -10,6 +10,7 @@ import array_api_compat as api
 from ..arrays import kind_of
 from ..errors import InvalidInput
 from .arguments import axes, namespace, ordered, whole, within
+from .dense import check_floats
 from .probabilities import attended, causal_mask, probabilities, rank
 
 __all__ = ["seer_decode", "seer_gate", "seer_gate_loss", "seer_gate_target", "seer_select"]
@@ -125,7 +126,7 @@ def seer_gate_loss(log_gate: Any, target: Any) -> Any:
     """
     import torch
 
-    namespace(log_gate=log_gate, target=target)
+    check_floats(log_gate=log_gate, target=target)
     axes("log_gate", log_gate, "batch", "heads", "blocks", "blocks")
     axes("target", target, *log_gate.shape)
     rows = slice(log_gate.shape[2] // 4, None)
@@ -242,6 +243,7 @@ def seer_decode(
         places = torch.arange(whole_blocks, device=key.device) * block
         q, k = _rotated(q, places.new_tensor([n - 1]), base), _rotated(k, places, base)
         gate = (q @ k.transpose(-1, -2) / math.sqrt(w_q.shape[-1])).softmax(-1)[:, :, 0]
+        ordered("query, key, w_q, w_k", gate)
         if count is None:
             picked = gate > within("threshold", threshold, 0, 1)
         else:
@@ -270,6 +272,7 @@ def _weights(query: Any, key: Any, w_q: Any, w_k: Any) -> None:
     _is_torch(query)
     axes("w_q", w_q, query.shape[1], query.shape[3], "gate")
     axes("w_k", w_k, key.shape[1], 3 * key.shape[3], w_q.shape[2])
+    check_floats(query=query, w_q=w_q, w_k=w_k)
     if w_q.shape[2] % 2:
         raise InvalidInput(f"w_q: axis gate is {w_q.shape[2]}, expected an even number, which RoPE turns in pairs")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace, whole, within
+from .arguments import axes, instance, namespace, ordered, whole, within
 from .clusters import normalised
 
 __all__ = [
@@ -159,6 +159,7 @@ def hash_codes(x: Any, learned: Hash) -> Any:
 
 
 def _projected(x: Any, learned: Hash) -> Any:
+    instance("learned", learned, Hash, "learn_hash makes one")
     namespace(x=x, anchors=learned.anchors, center=learned.center, planes=learned.planes)
     features = kernel_features(x, learned.anchors)
     h, m = learned.anchors.shape[:2]
@@ -181,6 +182,8 @@ def _tensor(name: str, x: Any) -> None:
 
     if not isinstance(x, torch.Tensor):
         raise InvalidInput(f"{name}: got {type(x).__name__}, expected a PyTorch tensor")
+    if not x.is_floating_point():
+        raise InvalidInput(f"{name}: holds {x.dtype}, expected floats; cast it")
 
 
 def similarity_targets(x: Any, *, neighbours: int = 10) -> Any:
@@ -200,6 +203,7 @@ def similarity_targets(x: Any, *, neighbours: int = 10) -> Any:
     xp = namespace(x=x)
     axes("x", x, "batch", "heads", "tokens", "features")
     neighbours = whole("neighbours", neighbours, 1, max(x.shape[2] // 2, 1))
+    ordered("x", x)
     products = x @ x.mT
 
     def rank(score: Any) -> Any:
@@ -272,6 +276,7 @@ def learn_hash(
 
     _tensor("x", x)
     axes("x", x, "batch", "heads", "tokens", "features")
+    instance("generator", generator, torch.Generator, "use torch.Generator().manual_seed(seed)")
     bits, steps = whole("bits", bits, 1), whole("steps", steps, 0)
     anchors = whole("anchors", anchors, 1, x.shape[2])
     x = normalised(x.detach())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidInput
-from .arguments import namespace, whole
+from .arguments import factor, namespace, ordered, whole
 from .dense import as_index, check_call, check_floats, masked_softmax
 from .parts import merge
 
@@ -51,6 +51,8 @@ def angular_hash(x: Any, planes: Any, *, mode: str = "paper") -> Any:
     xp = namespace(x=x, planes=planes)
     _known(mode)
     _check_planes(x, planes)
+    ordered("x", x)
+    ordered("planes", planes)
     powers = as_index(1 << np.arange(planes.shape[1]), x)
     code = xp.sum(xp.where(x @ planes > 0, powers, xp.zeros_like(powers)), axis=-1)
     if mode == "released":
@@ -121,7 +123,7 @@ def hyper_attention(
     """
     xp = check_call(query, key, value)
     _check(query, key, planes, draw, block_size, min_length, causal, mode)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else factor("scale", scale)
 
     def exact(q: Any, k: Any, v: Any, allowed: Any = None) -> tuple[Any, Any]:
         p, lse = masked_softmax(q @ xp.matrix_transpose(k) * scale, allowed)
@@ -268,6 +270,8 @@ def _hashed_lengths(n_q: int, n_k: int, causal: bool, least: int) -> Iterator[tu
 
 def _orders(xp: Any, q: Any, k: Any, planes: Any, mode: str) -> list[Any]:
     """Return the orders that sort queries and keys by bucket, equal ones as they come."""
+    for name, x in (("query", q), ("key", k)):
+        ordered(name, x)
     return [xp.argsort(angular_hash(x, planes, mode=mode), axis=-1, stable=True) for x in (q, k)]
 
 

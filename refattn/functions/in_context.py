@@ -9,7 +9,7 @@ from typing import Any
 import array_api_compat as api
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace, whole, within
+from .arguments import axes, factor, namespace, ordered, whole, within
 
 __all__ = [
     "arm_scores",
@@ -151,6 +151,9 @@ def ridge_layer(tokens: Any, *, step: Any, weight: Any = 1) -> Callable[[Any], A
     d = (width - 2) // 3
     if width != 3 * d + 2 or d < 1:
         raise InvalidInput(f"tokens: have {width} entries, expected 3 d + 2; use ridge_tokens")
+    for name, x in (("step", step), ("weight", weight)):
+        if not factor(name, x) >= 0 or math.isinf(float(x)):
+            raise InvalidInput(f"{name}: got {x!r}, expected a finite number of at least 0")
     like = _like(tokens)
     sign = xp.asarray([[[1]], [[-1]]], **like)
     query = sign * (xp.eye(d + 1, width, **like) * xp.asarray([[1]] * d + [[-1]], **like))
@@ -199,6 +202,7 @@ def in_context_ridge(
     With the default step an error shrinks with every layer by (kappa - 1)/(kappa + 1) at least, kappa = M / weight.
     """
     xp = namespace(actions=actions, rewards=rewards, targets=targets)
+    ordered("actions", actions)
     tokens = ridge_tokens(actions, rewards, targets)
     within("weight", weight, 0, math.inf, open_low=True)
     if step is None:
@@ -244,6 +248,7 @@ def arm_scores(
         As in :func:`in_context_ridge`.
     """
     xp = namespace(actions=actions, rewards=rewards, arms=arms)
+    _rows("arms", arms, "K", "d")
     if depth is None:
         ridge_tokens(actions, rewards, arms)  # for its errors
         within("weight", weight, 0, math.inf, open_low=True)
@@ -284,6 +289,8 @@ def linucb(mean: Any, uncertainty: Any, width: float) -> int:
     xp = namespace(mean=mean, uncertainty=uncertainty)
     axes("mean", mean, "K")
     axes("uncertainty", uncertainty, *mean.shape)
+    ordered("mean", mean)
+    ordered("uncertainty", uncertainty)
     return int(xp.argmax(mean + within("width", width, 0, math.inf) * uncertainty))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat as api
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace, whole, within
+from .arguments import axes, namespace, ordered, places, whole, within
 from .in_context import relu_attention
 
 __all__ = ["ucb_vi", "visit_sums"]
@@ -16,6 +16,13 @@ __all__ = ["ucb_vi", "visit_sums"]
 
 def _one_hot(xp: Any, index: Any, size: int, like: dict[str, Any]) -> Any:
     return xp.astype(index[:, None] == xp.arange(size, device=like["device"]), like["dtype"])
+
+
+def _check_sizes(sizes: Any) -> None:
+    if not isinstance(sizes, tuple | list) or len(sizes) != 3:
+        raise InvalidInput(f"sizes: got {sizes!r}, expected the numbers of steps, states and actions")
+    for n in sizes:
+        whole("sizes", n, 1)
 
 
 def visit_sums(visits: Any, values: Any, sizes: tuple[int, int, int]) -> Any:
@@ -50,10 +57,9 @@ def visit_sums(visits: Any, values: Any, sizes: tuple[int, int, int]) -> Any:
     xp = namespace(visits=visits, values=values)
     axes("visits", visits, "T", 3)
     axes("values", values, visits.shape[0], "m")
-    for n in sizes:
-        whole("sizes", n, 1)
-    if len(sizes) != 3 or not xp.isdtype(visits.dtype, "integral"):
-        raise InvalidInput(f"visits: is of {visits.dtype} with {len(sizes)} sizes, expected integers and 3 sizes")
+    _check_sizes(sizes)
+    if not xp.isdtype(visits.dtype, "integral"):
+        raise InvalidInput(f"visits: is of {visits.dtype}, expected integers")
     for i, (what, n) in enumerate(zip(("step", "state", "action"), sizes, strict=True)):
         if not bool(xp.all((visits[:, i] >= 0) & (visits[:, i] < n))):
             raise InvalidInput(f"visits: a {what} is out of range, expected 0 to {n - 1}; see sizes")
@@ -115,9 +121,10 @@ def ucb_vi(visits: Any, rewards: Any, following: Any, sizes: tuple[int, int, int
     axes("rewards", rewards, visits.shape[0])
     axes("following", following, visits.shape[0])
     within("bonus", bonus, 0, math.inf)
+    _check_sizes(sizes)
     horizon, states, _ = sizes
-    if not bool(xp.all((following >= 0) & (following < states))):
-        raise InvalidInput(f"following: a state is out of range, expected 0 to {states - 1}; see sizes")
+    places("following", following, states)
+    ordered("rewards", rewards)
     like = {"dtype": rewards.dtype, "device": api.device(rewards)}
     after = _one_hot(xp, following, states, like)
     sums = visit_sums(visits, xp.concat([xp.ones_like(rewards)[:, None], rewards[:, None], after], axis=-1), sizes)

@@ -9,7 +9,7 @@ import array_api_compat as api
 import numpy as np
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace, whole
+from .arguments import axes, instance, namespace, whole
 from .dense import as_index, masked_softmax
 
 __all__ = [
@@ -36,8 +36,9 @@ def start_memory(*weights: Any) -> Memory:
 
 
 def _check(weights: Sequence[Any]) -> Any:
-    if not weights:
-        raise InvalidInput("weights: got none, expected a matrix for each layer")
+    if not isinstance(weights, tuple | list) or not weights:
+        got = "none" if weights == () else type(weights).__name__
+        raise InvalidInput(f"weights: got {got}, expected a tuple with a matrix for each layer")
     xp = namespace(**{f"weights[{i}]": w for i, w in enumerate(weights)})
     axes("weights[0]", weights[0], "d_k", "width")
     for i, w in enumerate(weights[1:], 1):
@@ -45,8 +46,19 @@ def _check(weights: Sequence[Any]) -> Any:
     return xp
 
 
+def _check_memory(memory: Any) -> None:
+    instance("memory", memory, Memory, "start_memory makes one")
+    _check(memory.weights)
+    if not isinstance(memory.momentum, tuple | list):
+        raise InvalidInput(f"memory: its momentum is {memory.momentum!r}, expected a matrix for each layer")
+    namespace(
+        **{"weights[0]": memory.weights[0]}, **{f"memory's momentum[{i}]": m for i, m in enumerate(memory.momentum)}
+    )
+
+
 def _check_pairs(weights: Sequence[Any], key: Any, value: Any) -> None:
     _check(weights)
+    namespace(**{"weights[0]": weights[0], "key": key, "value": value})
     axes("key", key, "n", weights[0].shape[0])
     axes("value", value, key.shape[0], weights[-1].shape[1])
 
@@ -84,6 +96,7 @@ def read_memory(weights: Sequence[Any], query: Any) -> Any:
         Matrices that do not fit together or the queries.
     """
     _check(weights)
+    namespace(**{"weights[0]": weights[0], "query": query})
     axes("query", query, "n", weights[0].shape[0])
     return _forward(weights, query)[1][-1]
 
@@ -169,8 +182,8 @@ def neural_memory(
     Source: Behrouz et al., Titans, arXiv 2501.00663, eqs. 9-13 (a summary was read, and titans-pytorch 0.5.5). The
     released GELU, norms and residual inside the memory are not here: pass keys and values as your block makes them.
     """
+    _check_memory(memory)
     namespace(query=query, key=key, value=value, theta=theta, eta=eta, alpha=alpha, memory=memory.weights[0])
-    _check(memory.weights)
     if (speeds := [m.shape for m in memory.momentum]) != [w.shape for w in memory.weights]:
         shapes = ", ".join(str(tuple(w.shape)) for w in memory.weights)
         raise InvalidInput(f"memory: its momentum is {', '.join(map(str, map(tuple, speeds)))}, expected {shapes}")
@@ -243,6 +256,9 @@ def memory_as_context(
     :func:`neural_memory`, its section 4.1 by a summary.
     """
     _block(x, memory, persistent)
+    for name in ("theta", "eta", "alpha"):
+        namespace(**{"x": x, name: gates.get(name)})
+        axes(name, gates[name], x.shape[0])
     xp, out, p = api.array_namespace(x), [], persistent.shape[0]
     for start in range(0, x.shape[0], whole("segment", segment, 1)):
         s = x[start : start + segment]
@@ -300,6 +316,7 @@ def memory_as_layer(x: Any, memory: Memory, persistent: Any, *, window: int, **g
 
 
 def _block(x: Any, memory: Memory, persistent: Any) -> None:
+    _check_memory(memory)
     namespace(x=x, persistent=persistent, memory=memory.weights[0])
     axes("x", x, "n", "d")
     if persistent.ndim != 2 or persistent.shape[1] != x.shape[1]:

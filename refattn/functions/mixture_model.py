@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..arrays import kind_of
 from ..errors import InvalidInput
-from .arguments import axes, whole, within
+from .arguments import axes, function, instance, under, whole, within
+from .dense import check_floats
 from .mixtures import gmm_from_tokens, gmm_kl, gmm_nll, gmm_posterior, gmm_tokens
 
 __all__ = ["Trained", "mean_posterior_kl", "mixture_decoder", "random_priors", "train"]
@@ -97,6 +99,8 @@ def random_priors(count: int, components: int, generator: Any) -> tuple[Any, Any
     """
     import torch
 
+    if generator is not None:
+        instance("generator", generator, torch.Generator, "use torch.Generator().manual_seed(seed)")
     shape = (whole("count", count, 1), whole("components", components, 2))
     # exponential numbers over their sum; far from 0 so that logits stay moderate
     drawn = 0.05 - torch.log1p(-torch.rand(shape, generator=generator))
@@ -162,8 +166,15 @@ def mean_posterior_kl(model: Any, prior: tuple[Any, Any, Any], z: Any) -> tuple[
     """
     import torch
 
+    function("model", model)
+    under("prior", prior, "(weights, means, covariances)", gmm_tokens)
+    check_floats(prior=prior[0], z=z)
+    axes("z", z, prior[0].shape[0], 1)
     with torch.no_grad():
-        out = model(gmm_tokens(*prior), z[:, None]).double()
+        out = model(gmm_tokens(*prior), z[:, None])
+        if kind_of(out) != "torch":
+            raise InvalidInput(f"model: gave {type(out).__name__}, expected a tensor of tokens")
+        out = out.double()
         weights, means, covariances = (x.double() for x in prior)
         before = weights, means, covariances
         one = torch.ones(1, 1, dtype=torch.float64)
@@ -209,6 +220,7 @@ def train(
     for name, x in (("steps", steps), ("batch", batch), ("tested", tested)):
         whole(name, x, 1)
     within("rate", rate, 0, math.inf, open_low=True)
+    seed = whole("seed", seed, 0, 2**63 - 2)
     generator, other = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     test = random_priors(tested, components, other)
     _, seen = _drawn(test, other)

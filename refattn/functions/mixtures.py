@@ -9,7 +9,7 @@ import array_api_compat as api
 import numpy as np
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace, whole
+from .arguments import axes, namespace, under, whole
 
 __all__ = [
     "gmm_filter",
@@ -299,8 +299,9 @@ def gmm_kl(p: tuple[Any, Any, Any], q: tuple[Any, Any, Any]) -> Any:
         As in :func:`gmm_posterior`; more than one variable; other batch axes.
     """
     marks = []
-    for name, (weights, means, covariances) in (("p", p), ("q", q)):
-        xp, _ = _mixture(weights, means, covariances)
+    for name, given in (("p", p), ("q", q)):
+        xp, _ = under(name, given, "(weights, means, covariances)", _mixture)
+        weights, means, covariances = given
         if means.shape[-1] != 1 or weights.shape[:-1] != p[0].shape[:-1]:
             raise InvalidInput(
                 f"{name}: means have shape {tuple(means.shape)}, expected {(*p[0].shape[:-1], 'k', 1)}: one variable, "
@@ -355,8 +356,7 @@ def gmm_tokens(weights: Any, means: Any, covariances: Any) -> Any:
     d = means.shape[-1]
     lower = xp.reshape(lower, (*means.shape[:-1], d * d))
     logit = (xp.log(weights) - xp.log1p(-weights))[..., None]
-    log_diagonal = xp.log(_places(xp, lower, [i * d + i for i in range(d)]))
-    parts = [logit, means, log_diagonal]
+    parts = [logit, means, xp.log(_places(xp, lower, [i * d + i for i in range(d)]))]  # the last one: log diag L
     return xp.concat([*parts, _places(xp, lower, [i * d + j for i, j in _below(d)])] if d > 1 else parts, axis=-1)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat as api
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace, ordered, whole
+from .arguments import axes, factor, namespace, ordered, whole
 from .dense import check_floats, masked_softmax
 from .probabilities import attended, causal_mask, rank, scored
 
@@ -29,7 +29,7 @@ def _places(xp: Any, query: Any, key: Any) -> Any:
 
 def _weights(xp: Any, query: Any, key: Any, size: int, scale: float | None) -> tuple[Any, Any]:
     """Return the softmax of a query over the means of blocks that end at or before it, and its log-sum-exp."""
-    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else factor("scale", scale)
     ends = xp.arange(1, key.shape[2] // size + 1, device=api.device(key)) * size - 1
     return masked_softmax(scored(xp, query, _blocks(xp, key, size), scale), ends <= _places(xp, query, key))
 
@@ -73,6 +73,7 @@ def compressed_attention(
     its learned compression, as in the released code of SSA, which was read.
     """
     xp = attended(query, key, value)
+    namespace(query=query, value=value)
     size = whole("block_size", block_size, 1)
     p, lse = _weights(xp, query, key, size, scale)
     return _joined(xp, p, _blocks(xp, value, size)), xp.reshape(lse, query.shape[:3])
@@ -109,6 +110,7 @@ def select_blocks(query: Any, key: Any, *, block_size: int = 16, topk: int = 16,
         none = xp.zeros((*weights.shape[:-1], 1), dtype=weights.dtype, device=api.device(weights))
         weights = xp.concat([weights, none], axis=-1)
     blocks = xp.arange(count, device=api.device(key))
+    ordered("query, key", weights, blocks < mine)
     weights = xp.where(blocks < mine, weights, -math.inf)
     return ((rank(xp, weights) < topk - 1) & (blocks < mine)) | (blocks == mine)
 
@@ -150,10 +152,10 @@ def native_sparse_attention(
     The selected part is an operator of its own, exact and judged (``refattn list``); the sum is linear in the parts.
     """
     xp = attended(query, key, value)
-    namespace(query=query, gates=gates)
+    namespace(query=query, value=value, gates=gates)
     axes("gates", gates, *query.shape[:3], 3)
     window = whole("window", window, 1)
-    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else factor("scale", scale)
     s, causal = scored(xp, query, key, scale), causal_mask(xp, query.shape[2], key.shape[2], key)
     at, keys = _places(xp, query, key), xp.arange(key.shape[2], device=api.device(key))
     chosen = xp.take(
@@ -195,7 +197,7 @@ def indexer_scores(query: Any, key: Any, weights: Any) -> Any:
     axes("key", key, query.shape[0], "keys", query.shape[3])
     axes("weights", weights, query.shape[0], query.shape[2], query.shape[1])
     s = xp.matmul(query, xp.matrix_transpose(key)[:, None])
-    s = xp.where(s > 0, s, xp.zeros_like(s))
+    s = xp.where(s < 0, xp.zeros_like(s), s)  # NaN stays
     return xp.sum(xp.matrix_transpose(weights)[..., None] * s, axis=1)
 
 

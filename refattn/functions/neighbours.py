@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..arrays import to_numpy
 from ..errors import InvalidInput
-from .arguments import axes, namespace, whole
+from .arguments import axes, instance, namespace, whole
 from .parts import attend, numbers, rounded
 
 __all__ = ["hop_context", "neighbour_lists", "neighbour_tokens", "readout"]
@@ -88,6 +88,7 @@ def neighbour_tokens(indptr: Any, indices: Any, length: int, generator: np.rando
     -----
     Source: Dwivedi et al., LargeGT (arXiv 2312.11109); public code was read, which draws once before training.
     """
+    instance("generator", generator, np.random.Generator, "use numpy.random.default_rng(seed)")
     lists, more = neighbour_lists(indptr, indices), whole("length", length, 2) - 1
     n = len(lists)
     tokens = np.empty((n, length), np.int64)
@@ -125,6 +126,7 @@ def hop_context(indptr: Any, indices: Any, x: Any, *, hops: int = 2) -> list[Any
     """
     start, nodes = _graph(indptr, indices)
     n = len(start) - 1
+    namespace(x=x)
     axes("x", x, n, "features")
     y, found = numbers("x", x), []
     rows = np.repeat(np.arange(n), np.diff(start))

@@ -29,6 +29,8 @@ def numbers(name: str, x: Any) -> Array:
         It is no array of floats, or holds NaN or an infinity.
     """
     namespace(**{name: x})
+    if dtype_name(x) not in FORMATS:
+        raise InvalidInput(f"{name}: holds {dtype_name(x)}, expected floats; cast it")
     found = to_float64(to_numpy(x, name))
     if not np.isfinite(found).all():
         raise InvalidInput(f"{name}: holds NaN or an infinity, expected finite numbers")
@@ -89,7 +91,7 @@ def expect_part(name: str, part: Any, first: Any) -> None:
     pair = isinstance(part, tuple | list) and len(part) == 2
     expect(pair, name, part if kind_of(part) is None else f"{type(part).__name__}", "a pair of out and lse")
     out, lse = part
-    xp = namespace(**{"out of the first part": first[0], f"{name} out": out, f"{name} lse": lse})
+    xp = namespace(**{"parts[0] out": first[0], f"{name} out": out, f"{name} lse": lse})
     for said, x in ((f"{name} out", out), (f"{name} lse", lse)):
         if dtype_name(x) not in FORMATS:
             raise InvalidInput(f"{said}: got dtype {dtype_name(x)}, expected a float format; cast it")

@@ -309,6 +309,7 @@ def t5_bias(
     x = to_numpy(table, "table")
     if x.ndim != 2:
         raise InvalidInput(f"table: got shape {x.shape}, expected (buckets, heads)")
+    whole("table's buckets", len(x), 2)
     first = whole("offset", offset, -(2**62), 2**62)
     rows, keys = np.arange(whole("n_q", n_q, 0)), np.arange(whole("n_k", n_k, 0))
     at = t5_buckets(

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..errors import InvalidInput
-from .arguments import axes, whole
+from .arguments import axes, whole, within
 from .dense import check_floats, layer_norm, masked_softmax
 
 __all__ = ["abmilp_pool", "fold_cross_attention", "multi_query_pool", "simpool"]
@@ -144,10 +144,9 @@ def simpool(x: Any, w_q: Any, w_k: Any, *, gamma: float | None = None, epsilon: 
     d = _tokens(x)
     for name, w in (("w_q", w_q), ("w_k", w_k)):
         axes(name, w, d, d)
-    if not epsilon > 0:
-        raise InvalidInput(f"epsilon: got {epsilon!r}, expected a number above 0")
-    if gamma is not None and not gamma > 0:
-        raise InvalidInput(f"gamma: got {gamma!r}, expected None or a number above 0")
+    within("epsilon", epsilon, 0, math.inf, open_low=True)
+    if gamma is not None:
+        within("gamma", gamma, 0, math.inf, open_low=True)
     asked = xp.mean(x, axis=-2, keepdims=True) @ w_q.T
     normal = layer_norm(x, epsilon)
     p, _ = masked_softmax(asked @ xp.matrix_transpose(normal @ w_k.T) / math.sqrt(d))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..arrays import like, to_numpy
 from ..errors import InvalidInput
-from .arguments import axes, namespace, whole
+from .arguments import axes, function, instance, integers, namespace, places, whole
 from .clusters import kmeans, nearest_mean
 from .indexes import Index
 from .parts import attend, merge, numbers, rounded
@@ -42,7 +42,11 @@ def build_indexes(
     keys = numbers("key", key)
     axes("key", keys, "batch", "heads", "keys", "features")
     first, last = _some_between(keys.shape[2], sinks, local)
-    return [[build(head[first:last]) for head in batch] for batch in keys]
+    function("build", build)
+    found = [[build(head[first:last]) for head in batch] for batch in keys]
+    if not hasattr(found[0][0], "search"):
+        raise InvalidInput(f"build: gave {type(found[0][0]).__name__}, expected an index with a function search")
+    return found
 
 
 def _between(n: int, sinks: int, local: int) -> tuple[int, int]:
@@ -131,7 +135,7 @@ def retrieval_attention(
     steady[first:last] = False
     found = np.zeros((b, h, n_q, n), bool)
     if retrieved:
-        if len(indexes) != b or any(len(x) != h_kv for x in indexes):
+        if not isinstance(indexes, tuple | list) or len(indexes) != b or any(len(x) != h_kv for x in indexes):
             raise InvalidInput(f"indexes: expected {b} sequences of {h_kv}, one for each batch and key head")
         for at in np.ndindex(b, h):
             group = at[1] // (h // h_kv)
@@ -152,15 +156,15 @@ def _marked(hits: Array, shape: tuple[int, int], may: Array, name: str) -> Array
     if hits.shape != shape or not np.issubdtype(hits.dtype, np.integer):
         raise InvalidInput(f"{name}: search gave {hits.dtype} of shape {hits.shape}, expected integers of {shape}")
     marked = np.zeros((shape[0], len(may)), bool)
-    for row, places in zip(marked, hits, strict=True):
-        places = places[places != -1]
-        if len(wrong := places[(places < 0) | (places >= len(may))]):
+    for row, found in zip(marked, hits, strict=True):
+        found = found[found != -1]
+        if len(wrong := found[(found < 0) | (found >= len(may))]):
             raise InvalidInput(f"{name}: search gave the key {wrong[0]}, which is out of range of {len(may)} keys")
-        if len(np.unique(places)) < len(places):
-            raise InvalidInput(f"{name}: search gave the key {_twice(places)} twice; a key counts once")
-        if len(wrong := places[~may[places]]):
+        if len(np.unique(found)) < len(found):
+            raise InvalidInput(f"{name}: search gave the key {_twice(found)} twice; a key counts once")
+        if len(wrong := found[~may[found]]):
             raise InvalidInput(f"{name}: search gave the key {wrong[0]}, which allowed hides")
-        row[places] = True
+        row[found] = True
     return marked
 
 
@@ -195,8 +199,7 @@ def summaries(keys: Any, values: Any, labels: Any, clusters: int) -> tuple[Any, 
     for name, x in (("keys", keys), ("values", values)):
         if x.ndim < 2 or tuple(x.shape[:-1]) != tuple(labels.shape):
             raise InvalidInput(f"labels: shape is {tuple(labels.shape)}, expected that of {name} without its last axis")
-    if xp.any((labels < 0) | (labels >= clusters)):
-        raise InvalidInput(f"labels: expected clusters from 0 to {clusters - 1}")
+    places("labels", labels, clusters)
     own = xp.stack([xp.astype(labels == c, keys.dtype) for c in range(clusters)], axis=-2)
     sizes = xp.sum(own, axis=-1)
     some = xp.where(sizes == 0, xp.ones_like(sizes), sizes)[..., None]
@@ -224,6 +227,7 @@ def segment_labels(
     keys = numbers("key", key)
     axes("key", keys, "batch", "heads", "keys", "features")
     segment, size = whole("segment", segment, 1), whole("size", size, 1)
+    instance("generator", generator, np.random.Generator, "use numpy.random.default_rng(seed)")
     labels, used = [], 0
     for start in range(0, keys.shape[2], segment):
         x = keys[:, :, start : start + segment]
@@ -287,7 +291,8 @@ def clustered_attention(
     first, last = _some_between(n, sinks, local)
     namespace(key=key, labels=labels)
     axes("labels", labels, b, h_kv, last - first)
-    own = to_numpy(labels, "labels")
+    own = integers("labels", labels)
+    places("labels", own, n)
     clusters = max(int(own.max()), 0) + 1
     retrieved = whole("retrieved", retrieved, 0, clusters)
     estimated = whole("estimated", estimated, 0, clusters - retrieved)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..arrays import to_numpy
 from ..errors import InvalidInput, expect
-from .arguments import axes, namespace, whole, within
+from .arguments import axes, function, instance, namespace, whole, within
 
 __all__ = [
     "Scanpath",
@@ -165,6 +165,8 @@ def fit_similarity_encoding(
 
     n, width, steps = whole("n", n, 2), whole("width", width, 1), whole("steps", steps, 0)
     rate = within("rate", rate, 0, 1, open_low=True)
+    if generator is not None:
+        instance("generator", generator, torch.Generator, "use torch.Generator().manual_seed(seed)")
     encoding = torch.randn(n, width, dtype=torch.float64, generator=generator).requires_grad_()
     adam = torch.optim.Adam([encoding], lr=rate)
     for _ in range(steps):
@@ -313,6 +315,7 @@ def decode_scanpath(
     InvalidInput
         Logits of another shape, NaN or infinite upwards, or none that a step may choose.
     """
+    function("logits", logits)
     steps = whole("steps", steps, 1)
     chosen: list[int] = []
     total = 0.0

@@ -10,8 +10,8 @@ import array_api_compat as api
 import numpy as np
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace, whole, within
-from .dense import masked_softmax
+from .arguments import axes, factor, namespace, ordered, whole, within
+from .dense import check_floats, masked_softmax
 from .probabilities import attended, causal_mask, scored
 
 __all__ = ["count_error", "spark_attention", "spark_ffn", "statistical_topk"]
@@ -60,6 +60,8 @@ def statistical_topk(x: Any, k: int, *, ddof: int = 1, mode: str = "soft", smoot
     within("smooth", smooth, 0, math.inf)
     if mode not in ("soft", "mask"):
         raise InvalidInput(f"mode: got {mode!r}, expected 'soft' or 'mask'")
+    check_floats(x=x)
+    ordered("x", x)
     above = x - _threshold(xp, x, xp.ones_like(x, dtype=xp.bool), np.asarray([n]), k, ddof)
     if mode == "mask":
         return _passed(xp, x, above)
@@ -142,6 +144,8 @@ def spark_ffn(x: Any, k1: Any, k2: Any, v: Any, *, k: int, ddof: int = 1, smooth
         raise InvalidInput(f"x: shape is {tuple(x.shape)}, expected a last axis of more than k1's {r} features")
     axes("k2", k2, x.shape[-1] - r, neurons)
     axes("v", v, neurons, "features")
+    ordered("x", x)
+    ordered("k1", k1)
     fired = statistical_topk(x[..., :r] @ k1, k, ddof=ddof, smooth=smooth)
     gelu = fired * (1 + xp.tanh(math.sqrt(2 / math.pi) * (fired + 0.044715 * fired**3))) / 2
     return (gelu * (x[..., r:] @ k2)) @ v
@@ -195,6 +199,8 @@ def spark_attention(
     xp = attended(query, key, value)
     b, heads, n_q, d = query.shape
     n_k = key.shape[2]
+    namespace(query=query, value=value)
+    factor("scale", scale)
     whole("r", r, 1, d - 1)
     whole("k", k, 1)
     whole("ddof", ddof, 0, 1)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidInput
-from .arguments import namespace, whole
+from .arguments import flag, instance, namespace, whole
 from .dense import as_index
 
 __all__ = [
@@ -241,12 +241,18 @@ def run_recurrence(recurrence: Recurrence, value: Any, state: Any = None) -> tup
     -----
     Source: as :class:`Recurrence`.
     """
+    instance("recurrence", recurrence, Recurrence, "linear_recurrence makes one")
     xp = namespace(read=recurrence.read, value=value)
-    n = recurrence.read.shape[-3]
-    if value.ndim < 2 or value.shape[-2] != n:
-        raise InvalidInput(f"value: shape is {tuple(value.shape)}, expected (..., {n}, features)")
+    n, parts = recurrence.read.shape[-3], (recurrence.decay, recurrence.write, recurrence.read)
+    features = max(x.shape[-1] for x in parts)
+    if value.ndim < 2 or value.shape[-2] != n or value.shape[-1] < 1 or features not in (1, value.shape[-1]):
+        width = "features" if features == 1 else features
+        raise InvalidInput(f"value: shape is {tuple(value.shape)}, expected (..., {n}, {width})")
     if state is not None:
         namespace(value=value, state=state)
+        wanted = (*value.shape[:-2], max(x.shape[-2] for x in parts), value.shape[-1])
+        if tuple(state.shape) != wanted:
+            raise InvalidInput(f"state: shape is {tuple(state.shape)}, expected {wanted}")
     rows = []
     for t in range(n):
         written = recurrence.write[..., t, :, :] * value[..., t, None, :]
@@ -271,6 +277,7 @@ def recurrence_matrix(recurrence: Recurrence) -> Any:
     -----
     Source: as :class:`Recurrence`.
     """
+    instance("recurrence", recurrence, Recurrence, "linear_recurrence makes one")
     xp = namespace(read=recurrence.read)
     n = recurrence.read.shape[-3]
     carried, rows = 0 * recurrence.write, []
@@ -319,7 +326,7 @@ def taylor_features(x: Any, degree: int, *, coefficients: bool = False) -> Any:
     for r in range(1, degree + 1):
         for e in itertools.combinations_with_replacement(range(x.shape[-1]), r):
             found[e] = found[e[:-1]] * x[..., e[-1]]
-    if coefficients:
+    if flag("coefficients", coefficients):
         found = {e: f / math.prod(map(math.factorial, Counter(e).values())) for e, f in found.items()}
     return xp.stack(list(found.values()), axis=-1)
 

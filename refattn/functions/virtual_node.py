@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat as api
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace
+from .arguments import axes, function, namespace
 
 __all__ = ["virtual_node_layer"]
 
@@ -73,7 +73,24 @@ def virtual_node_layer(
         raise InvalidInput(f"edges: a node is out of range, expected 0 to {n - 1}, as x has {n} rows")
     source, target = edges[:, 0], edges[:, 1]
 
+    given = {
+        "to_virtual": to_virtual,
+        "from_virtual": from_virtual,
+        "along_edges": along_edges,
+        "update_virtual": update_virtual,
+        "update": update,
+        "aggregate_virtual": aggregate_virtual,
+        "aggregate": aggregate,
+    }
+    for name, f in given.items():
+        function(name, f)
+
+    def one(name: str, found: Any) -> Any:
+        namespace(x=x, **{f"what {name} returns": found})
+        return found
+
     def rows(name: str, messages: Any, count: int) -> Any:
+        one(name, messages)
         if messages.shape[:1] != (count,):
             raise InvalidInput(f"{name}: returned shape {tuple(messages.shape)}, expected {count} rows, one a message")
         return messages
@@ -81,7 +98,7 @@ def virtual_node_layer(
     near = rows("along_edges", along_edges(xp.take(x, target, axis=0), xp.take(x, source, axis=0)), edges.shape[0])
     nothing = xp.zeros(near.shape[1:], dtype=near.dtype, device=api.device(near))
     incoming = [near[target == i] for i in range(n)]
-    gathered = xp.stack([aggregate(m) if m.shape[0] else nothing for m in incoming], axis=0)
+    gathered = xp.stack([one("aggregate", aggregate(m)) if m.shape[0] else nothing for m in incoming], axis=0)
     told = rows("from_virtual", from_virtual(x, virtual), n)
-    seen = aggregate_virtual(rows("to_virtual", to_virtual(virtual, x), n))
-    return update(x, told, gathered), update_virtual(virtual, seen)
+    seen = one("aggregate_virtual", aggregate_virtual(rows("to_virtual", to_virtual(virtual, x), n)))
+    return one("update", update(x, told, gathered)), one("update_virtual", update_virtual(virtual, seen))

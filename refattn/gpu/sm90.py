@@ -212,7 +212,11 @@ def wgmma(
         given, parameters = '"l"(a), "l"(b)', "u64 a, u64 b"
     keep = "0" if first else "1"
     if first is None:
-        keep, given, parameters = f"%{count + (5 if from_registers else 2)}", f'{given}, "r"(keep)', f"{parameters}, int keep"
+        keep, given, parameters = (
+            f"%{count + (5 if from_registers else 2)}",
+            f'{given}, "r"(keep)',
+            f"{parameters}, int keep",
+        )
     return (
         f"DEVICE void {name}(float (&d)[{count}], {parameters}) {{\n"
         f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, {keep}, 0;\\n"\n'

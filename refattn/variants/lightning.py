@@ -42,6 +42,8 @@ LIGHTNING = Variant(
     unit="u · sum_j |w_ij v_jc|",
     source="Qin et al., Lightning Attention-2, arXiv 2401.04658; the released lightning_attn/ops/torch/"
     "linear_attention.py and TransNormerLLM's slopes were read: no scale, no denominator.",
+    compared="fla's naive simple_gla at bc3b101, recurrent and in chunks: agrees within bounds of float64; its scale "
+    "is 1/sqrt(d_k) where none is given, its gate the decay's logarithm (tests/peers/test_fla.py)",
     uses=frozenset({"causal", "state"}),
     options={"decay": Option((), "rate for each query head, in 1/position", rate_per_head, rates)},
     laws=STEP_LAWS,

@@ -65,6 +65,9 @@ NSA_SELECTED = Variant(
     source="Yuan et al., Native Sparse Attention, arXiv 2502.11089, section 3.3, recalled; the selection of SSA's "
     "release (modeling_llama_nsa.py, parallel.py) was read, and that of fla-core 0.6.0 (forced). NSA adds to it "
     "attention to the blocks' means and a window, each times a gate.",
+    compared="fla's naive NSA at bc3b101 (topk, selection, compression) with forced='first_previous_own': agrees "
+    "within bounds of float64. It takes the group's mean where ours takes the sum, of equal weights any block. It "
+    "forces blocks by a score of 1, so that one may be dropped where another's weight is 1 (tests/peers/test_fla.py)",
     uses=frozenset({"causal", "sink", "weight"}),
     options={
         "block_size": Option(16, "keys of a block; the last may be shorter", whole(1), (16, 4, 7)),

@@ -47,6 +47,7 @@ STEP_LAWS = (
     "grouped_heads",
     "state_carried",
     "state_gradient",
+    "last_state_gradient",
 )
 STEP_BUGS = ("zeroed_head", "wrong_scale", "heads_tiled", "sequences_joined", "value_of_next_key")
 """Laws and planted bugs of recurrences."""
@@ -89,6 +90,9 @@ class Variant:
         The error unit: what one rounding costs an output element.
     source : str
         Paper and equation, and what of it was read.
+    cumulated : callable, optional
+        ``cumulated(head, dout, tokens, of_state)`` returns what meets in the gradients by the logarithm of decays that
+        a kernel multiplies up in chunks of so many tokens, from each token on: the sizes of all products and of sums.
     compared : str
         With which implementation that nobody here wrote it was compared, and what came of it.
     uses : frozenset of str
@@ -149,6 +153,7 @@ class Variant:
     forms: Mapping[str, Any] = field(default_factory=dict)
     wrong: Mapping[str, tuple[str, Shape]] = field(default_factory=dict)
     compared: str = "none yet"
+    cumulated: Callable[..., Any] | None = None
     fits: Callable[[Problem], str | None] = lambda problem: None
     tries: Callable[[int, int], Sequence[Mapping[str, Any]]] | None = None
     places: bool = False

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import expect
 from ..masks import both
 from ..problem import Problem
 from ..rules import Rule
@@ -29,6 +30,11 @@ LISTED = 4
 """Bytes of a listed patch, which are more than the booleans of all where more than one of so many is near."""
 
 
+def _whole(name: str, x: Any, least: int) -> None:
+    fits = isinstance(x, int | np.integer) and not isinstance(x, bool) and bool(x >= least)
+    expect(fits, name, x, f"a whole number from {least} on")
+
+
 def voxel_centres(resolution: int) -> Array:
     """Return the centres of the voxels of [-1, 1]^3 as fractions, (resolution^3, 3), x slowest and z fastest.
 
@@ -39,6 +45,7 @@ def voxel_centres(resolution: int) -> Array:
     resolution : int
         Voxels along each axis.
     """
+    _whole("resolution", resolution, 0)
     along = [Fraction(2 * i + 1 - resolution, resolution) for i in range(resolution)]
     return np.array(list(product(along, repeat=3)), object).reshape(-1, 3)
 
@@ -60,7 +67,13 @@ def project_pinhole(projection: Any, points: Array) -> tuple[Array, Array]:
     depths : (n,)
         p_2; points in front of a camera and behind it have depths of different signs.
     """
-    matrix = np.array([[Fraction(x) for x in row] for row in projection], object)
+    try:
+        matrix = np.array([[Fraction(x) for x in row] for row in projection], object)
+    except (TypeError, ValueError, OverflowError):
+        matrix = np.array(None)
+    expect(matrix.shape == (3, 4), "projection", projection, "a matrix of three rows of four finite numbers")
+    points = np.asarray(points)
+    expect(points.ndim == 2 and points.shape[1] == 3, "points", points.shape, "an array of shape (n, 3)")
     p = points @ matrix[:, :3].T + matrix[:, 3]
     return p[:, :2] / p[:, 2:], p[:, 2]
 
@@ -108,6 +121,11 @@ def view_local_mask(
     centres, places, short
         For mistakes: other functions, and what is taken off the radius.
     """
+    _whole("resolution", resolution, 0)
+    _whole("patches", patches, 1)
+    _whole("image", image, 1)
+    expect(at_least_zero(radius, 1) is None, "radius", radius, "a finite number of at least 0")
+    expect(mode in ("paper", "released"), "mode", mode, "'paper' or 'released'")
     seen = np.zeros((resolution**3, patches**2), bool)
     for voxel, first, end in near(projection, resolution, patches, radius, image, mode, centres, places, short):
         seen[voxel, first:end] = True

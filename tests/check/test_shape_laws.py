@@ -13,7 +13,7 @@ from refattn.check.inputs.models import MODELS
 from refattn.check.kernel import Kernel
 from refattn.check.kernels.tiled import gradients, tiled
 from refattn.check.model import FEATURES, FURTHER, GRADIENTS
-from refattn.check.probe import _takes_dlse
+from refattn.check.probe import _takes
 from refattn.check.runner import plan
 from refattn.check.suspects import suspects
 from refattn.masks import unused
@@ -95,8 +95,8 @@ def test_a_gradient_at_lse_is_asked_for_in_quick(change):
 def test_init_finds_who_takes_a_gradient_at_lse():
     call = Case("ragged", "x", "softmax", lambda d: d.problem(5, 7)).problem("float32")
     for change, takes in ((lambda x: x, True), (lambda x: None, False)):
-        assert _takes_dlse(Kernel.of(with_dlse(change)), call) is takes
-    assert not _takes_dlse(Kernel.of(untidy), call)
+        assert _takes(Kernel.of(with_dlse(change)), call, call.out_shape[:3], "dq") is takes
+    assert not _takes(Kernel.of(untidy), call, call.out_shape[:3], "dq")
 
 
 def test_a_kernel_without_lengths_is_not_asked_for_them():

@@ -221,7 +221,7 @@ WRONG = [
     (block_budget, BUDGET, {"gamma": 0.0}, "gamma: got 0.0, expected a number in (0, 1]"),
     (block_budget, BUDGET, {"block": 0}, "block: got 0, expected a whole number from 1 on"),
     (proxy_block_mask, MASK, {"budget": np.ones((1, 3), int)}, "budget: axis heads is 3, expected a multiple of the 2"),
-    (proxy_block_mask, MASK, {"budget": np.ones((1, 4))}, "budget: expected integers, numbers of blocks"),
+    (proxy_block_mask, MASK, {"budget": np.ones((1, 4))}, "budget: holds float64, expected integers from 0 to"),
     (proxy_block_mask, MASK, {"sink": -1}, "sink: got -1, expected a whole number from 0 on"),
     (
         proxy_block_mask,

@@ -90,15 +90,18 @@ def test_errors():
         (lambda: visit_sums(visits, one[:3, None], SIZES), "values: shape is (3, 1), expected (5, m)"),
         (
             lambda: visit_sums(visits + 0.0, one[:, None], SIZES),
-            "visits: is of float64 with 3 sizes, expected",
+            "visits: is of float64, expected integers",
         ),
-        (lambda: visit_sums(visits, one[:, None], (3, 4)), "visits: is of int64 with 2 sizes, expected integers and 3"),
+        (lambda: visit_sums(visits, one[:, None], (3, 4)), "sizes: got (3, 4), expected the numbers of steps"),
         (lambda: visit_sums(visits, one[:, None], (3, 0, 2)), "sizes: got 0, expected a whole number from 1 on"),
         (lambda: visit_sums(visits - 1, one[:, None], SIZES), "visits: a step is out of range, expected 0 to 2"),
         (lambda: visit_sums(visits + np.array([0, 4, 0]), one[:, None], SIZES), "visits: a state is out of range"),
         (lambda: ucb_vi(visits, one, after[:2], SIZES, 1), "following: shape is (2,), expected (5)"),
-        (lambda: ucb_vi(visits, one, after + 4, SIZES, 1), "following: a state is out of range, expected 0 to 3"),
-        (lambda: ucb_vi(visits, one, after, SIZES, -1), "bonus: got -1, expected a number in [0, inf]"),
+        (
+            lambda: ucb_vi(visits, one, after + 4, SIZES, 1),
+            "following: one is out of range, expected integers from 0",
+        ),
+        (lambda: ucb_vi(visits, one, after, SIZES, -1), "bonus: got -1, expected a number in [0, inf)"),
     ):
         with pytest.raises(InvalidInput, match=re.escape(said)):
             call()

@@ -127,7 +127,7 @@ def test_errors():
         (lambda: mixture_decoder(1, 1)(torch.ones(2, 3, 3), torch.ones(3, 1, 1)), "observations: shape is (3, 1, 1)"),
         (lambda: random_priors(1, 1, None), "components: got 1, expected a whole number from 2 on"),
         (lambda: train(0), "steps: got 0, expected a whole number from 1 on"),
-        (lambda: train(1, rate=0), "rate: got 0, expected a number in (0, inf]"),
+        (lambda: train(1, rate=0), "rate: got 0, expected a number in (0, inf)"),
     ):
         with pytest.raises(InvalidInput, match=re.escape(said)):
             call()

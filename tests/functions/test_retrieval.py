@@ -239,7 +239,7 @@ def test_errors():
         clustered_attention(q, k, v, labels, retrieved=1, estimated=0, sinks=20, local=20)
     with pytest.raises(InvalidInput, match="estimated: got 1, expected a whole number from 0 to 0"):
         clustered_attention(q, k, v, labels, retrieved=1, estimated=1, sinks=4, local=6)
-    with pytest.raises(InvalidInput, match="labels: expected clusters from 0 to 0"):
+    with pytest.raises(InvalidInput, match="labels: one is out of range, expected integers from 0 to"):
         clustered_attention(q, k, v, labels - 1, retrieved=0, estimated=0, sinks=4, local=6)
     with pytest.raises(InvalidInput, match=re.escape("labels: shape is (3,), expected that of keys without its last")):
         summaries(k, v, np.zeros(3, int), 1)

@@ -255,7 +255,7 @@ WRONG = [
     (statistical_topk, {"x": X, "k": 2}, {"k": 8}, "k: got 8, expected a whole number from 1 to 7"),
     (statistical_topk, {"x": X, "k": 2}, {"ddof": 2}, "ddof: got 2, expected a whole number from 0 to 1"),
     (statistical_topk, {"x": X, "k": 2}, {"mode": "hard"}, "mode: got 'hard', expected 'soft' or 'mask'"),
-    (statistical_topk, {"x": X, "k": 2}, {"smooth": -1.0}, "smooth: got -1.0, expected a number in [0, inf]"),
+    (statistical_topk, {"x": X, "k": 2}, {"smooth": -1.0}, "smooth: got -1.0, expected a number in [0, inf)"),
     (statistical_topk, {"x": X, "k": 2}, {"x": X[:, :1]}, "x: shape is (2, 1), expected a last axis of 2 or more"),
     (count_error, {"n": 9, "k": 2, "failure": 0.1}, {"failure": 0.0}, "failure: got 0.0, expected a number in (0, 1]"),
     (spark_ffn, FFN, {"x": np.zeros((2, 4))}, "x: shape is (2, 4), expected a last axis of more than k1's 4 features"),

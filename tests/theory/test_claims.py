@@ -235,7 +235,7 @@ def test_calculators_of_the_users_own_numbers():
         spread(q, np.zeros((8, 2)), 1.0)
     assert keys_read(10, 3, 4) == 4 + 5 + 6 + 7
     assert keys_read(5, 3, 4) == 4 + 5 + 5 + 5
-    with pytest.raises(InvalidInput, match="keys_read: got budget 0"):
+    with pytest.raises(InvalidInput, match="budget: got 0"):
         keys_read(0, 3, 4)
     assert round(context_of_equal_cost(0.752e9, 28, 16, 8, 128)) == 23  # Qwen3-0.6B
     mask = np.zeros((5, 5), bool)

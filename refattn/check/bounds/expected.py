@@ -85,7 +85,8 @@ def exact(problem: Problem, dout: Any = None, dlse: Any = None) -> Answer:
     """Return the exact answer, its enclosures far narrower than any bound."""
     # faster than balls where no gradient needs an exact decision, or where there are many scores
     rounding = "float64" if dout is None or _large(problem) else None
-    return replace(made_by(evaluate, problem, dout, dlse=dlse, rounding=rounding), balls={})
+    name = "dstate_out" if isinstance(variant_of(problem.variant).shape, Steps) else "dlse"
+    return replace(made_by(evaluate, problem, dout, rounding=rounding, **{name: dlse}), balls={})
 
 
 def _large(problem: Problem) -> bool:

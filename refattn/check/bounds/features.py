@@ -57,12 +57,18 @@ class Features(Reflected):
         return type(s)(s.f, Node(s.node.a[:, at], s.node.axes, 0.0, 0.0, Picked(s.node, at)))
 
     def written(self, moved: NDArray[np.bool_]) -> Any:
-        """Return it rounded to the type that turned queries and keys are written in, where columns were turned."""
+        """Return it rounded to the type that turned queries and keys are written in.
+
+        Columns that were not turned are inputs and stay, but where inputs are of a wider type than that.
+        """
         s: Any = self
         n, u = s.node, s.f.model.loss(s.f.model.rotated)
         if not u:
             return s
-        tiny = floor(inside_type(s.f.model.rotated), s.f.model) * s.f.model.times
+        form = inside_type(s.f.model.rotated)
+        with np.errstate(over="ignore", invalid="ignore"):
+            moved = moved | (form.round_array(n.a) != n.a)
+        tiny = floor(form, s.f.model) * s.f.model.times
         err = np.where(moved, u * (np.abs(n.a) + n.span) + tiny, 0.0)
         var = np.where(moved, s.f.model.scatter(s.f.model.rotated) * n.a * n.a + tiny**2 / 3, 0.0)
         return type(s)(s.f, Node(n.a, n.axes, err, var, Scaled(n, 1.0, n.a.shape)))

@@ -28,7 +28,7 @@ from ...exact.answer import Answer
 from ...exact.heads import Head, heads
 from ...exact.stream import STREAMED
 from ...positions import places
-from ...variants import variant_of
+from ...variants import Steps, variant_of
 from ..call import SOURCES
 from ..model import Model, inside_type
 from .features import Rotated
@@ -62,7 +62,7 @@ def gradient_bounds(
     limit : dict
         What :func:`refattn.check.bounds.forward.bounds` allows out and lse.
     dlse : (b, h_q, n_q) array, optional
-        The gradient arriving at lse: D_i is dout_i·out_i - dlse_i.
+        The gradient arriving at lse: D_i is dout_i·out_i - dlse_i. Of a recurrence the one at its last state.
 
     Returns
     -------
@@ -77,8 +77,9 @@ def gradient_bounds(
     arriving, own = to_float64(dout), variant_of(p.variant).fused == STREAMED
     total = {n: np.zeros(np.shape(getattr(p, SOURCES[n]))) for n in SOURCES if n in answer.values}
     sums = {n: np.zeros_like(total[n]) for n in ("dk", "dv")}
+    steps = isinstance(variant_of(p.variant).shape, Steps)
     at_lse = np.zeros(p.out_shape[:3]) if dlse is None else to_float64(dlse)
-    if dlse is not None and not own:
+    if dlse is not None and not own and not steps:
         raise UnsupportedProblem(
             f"dlse: has no bounds for {p.variant} attention, only for what softmax kernels compute"
         )
@@ -90,7 +91,8 @@ def gradient_bounds(
                 exact = answer.enclosures["out"].mid[at]
                 _head(one, model, arriving, exact, of_out, limit["lse"][at], total, sums, at_lse[at])
             else:
-                _taped(one, model, arriving, of_out, total, sums)
+                of_state = None if dlse is None else at_lse[one.sequence, one.head]
+                _taped(one, model, arriving, of_out, total, sums, of_state)
     group = p.heads // p.heads_kv
     for n, x in total.items():
         if n in sums and group > 1:  # each head's part rounded, then added
@@ -102,12 +104,14 @@ def gradient_bounds(
     return total
 
 
-def _taped(one: Head, model: Model, arriving: Float, limit: Float, total: Any, sums: Any) -> None:
+def _taped(
+    one: Head, model: Model, arriving: Float, limit: Float, total: Any, sums: Any, of_state: Float | None = None
+) -> None:
     """Add what one head loses by the tape of its definition."""
     if not len(one.q):  # nothing arrives
         return
     at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
-    found = head_gradients(one, model, arriving[at], arriving, limit)
+    found = head_gradients(one, model, arriving[at], arriving, limit, of_state)
     for n in {"dq", "dalpha", "dbeta"} & set(total):
         total[n][at] = found[n][1]
     if "dstate" in total:

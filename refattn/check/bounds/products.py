@@ -56,7 +56,8 @@ class Products(Features):
         found = Node(y, axes, err + meet, var, Left(a, b.a), Right(b, a.a), marks=marks)
         found.relative, found.seen = relative, a.seen if b.axes[1] == "k" else None
         if not over_features:  # weights and their gradients are rounded to their type before they are multiplied
-            seen = np.ones(a.a.shape) if a.seen is None else a.seen
+            # a mask of other columns says nothing of these
+            seen = np.ones(a.a.shape) if a.seen is None or a.seen.shape[1] != n else a.seen
             tiny, reached = f.floor_weights, seen @ (np.abs(b.a) + b.span)
             rounded = (f.u_weights * size if f.u_weights else 0.0) + tiny * reached
             found.span = found.span + rounded

@@ -11,7 +11,8 @@ from ...exact.arithmetics import Floats
 from ...exact.heads import Head, gate_of, matrix_of
 from ...exact.steps import by_steps
 from ...variants import Steps
-from ..model import Model
+from ..model import C, Model
+from .cumulated import steps_lost
 from .graph import Node
 from .losses import Losses, Lossy, variance_of
 from .operands import Operands
@@ -39,6 +40,7 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float],
     o = one.options(f)
     start = np.zeros((one.q.shape[1], one.v.shape[1])) if one.state is None else one.state
     state, spans, variances = f.leaf(start, ("d", "v")), [], []
+    decays = steps_lost(one, model) if model.cumulated and "alpha" in one.gates else None
     signed = _Signed(one, shape) if shape.linear else None
     with np.errstate(all="ignore"):
         shape.prepare(o)
@@ -49,6 +51,8 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float],
             k = f.leaf(one.k[at], ("k", "d"), lost.k[at], lost.var_k[at])
             v = f.leaf(one.v[at], ("k", "v"), lost.v[at], lost.var_v[at])
             vars(o).update({n: gate_of(f, x[at]) for n, x in one.gates.items()})
+            if decays is not None:
+                o.alpha = f.leaf(one.gates["alpha"][at], ("k", "d"), decays[at], C * decays[at] ** 2)
             before = state.node
             state, out = shape.step(state, q, k, v, o)
             found = [(x.node.span, variance_of(x.node)) for x in (out, state)]

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...dtypes import format_of
 from ...exact.heads import Head, gate_of, rows_of
 from ...exact.tape import Tape, gradients
 from ...variants import Steps, variant_of
 from ..model import Model
+from .cumulated import decays_met, steps_lost
 from .losses import Losses, Lossy
 from .operands import Operands, lost
 
@@ -26,7 +28,9 @@ __all__ = ["head_gradients"]
 Float = NDArray[np.float64]
 
 
-def head_gradients(one: Head, model: Model, dout: Float, arriving: Any, limit: Float) -> dict[str, tuple[Float, Float]]:
+def head_gradients(
+    one: Head, model: Model, dout: Float, arriving: Any, limit: Float, of_state: Float | None = None
+) -> dict[str, tuple[Float, Float]]:
     """Return the sizes and the largest errors of one head's gradients, in all but the results' own roundings.
 
     Parameters
@@ -41,6 +45,8 @@ def head_gradients(one: Head, model: Model, dout: Float, arriving: Any, limit: F
         All of it: what its scale is made from.
     limit : (n_q, d_v) array
         What out may be off by.
+    of_state : (d_k, d_v) array, optional
+        The gradient arriving at a recurrence's last state.
 
     Returns
     -------
@@ -52,6 +58,8 @@ def head_gradients(one: Head, model: Model, dout: Float, arriving: Any, limit: F
     k, v = f.leaf(one.k, ("k", "d"), off.k), f.leaf(one.v, ("k", "v"), off.v)
     leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
     o = one.options(f, wrap=Tape)
+    if model.cumulated and "alpha" in one.gates:
+        o.alpha.value.node.err = steps_lost(one, model)
     leaves |= {f"d{n}": x for n in ("bias", "alpha", "beta", "state") if (x := getattr(o, n)) is not None}
     with np.errstate(all="ignore"):
         out, _ = rows_of(one).define(leaves["dq"], leaves["dk"], leaves["dv"], o)
@@ -59,14 +67,40 @@ def head_gradients(one: Head, model: Model, dout: Float, arriving: Any, limit: F
         seed = f.leaf(dout, ("q", "v"), lost(dout, arriving, model))
         grads: list[Lossy] = gradients([out], [seed], list(leaves.values()))
     found = {n: (np.abs(g.a), _span(g)) for n, g in zip(leaves, grads, strict=True)}
+    if of_state is not None:
+        u = format_of(model.accumulator).unit_roundoff
+        for n, (size, span) in _from_state(one, model, of_state).items():  # both parts rounded, then added
+            both = found[n][0] + size
+            found[n] = both, found[n][1] + span + 2 * u * (both + found[n][1] + span)
+    if "dalpha" in found:
+        found["dalpha"] = found["dalpha"][0], found["dalpha"][1] + decays_met(one, model, dout, of_state)
     shape = variant_of(one.problem.variant).shape
     if isinstance(shape, Steps) and not shape.linear:
-        more = _stepped(one, shape, model, dout, lost(dout, arriving, model), off)
+        more = _stepped(one, shape, model, dout, lost(dout, arriving, model), off, of_state)
         found |= {n: (size, np.maximum(span, more[n])) for n, (size, span) in found.items()}
     return found
 
 
-def _stepped(one: Head, shape: Steps, model: Model, dout: Float, lost_dout: Any, off: Operands) -> dict[str, Float]:
+def _from_state(one: Head, model: Model, of_state: Float) -> dict[str, tuple[Float, Float]]:
+    """Return the sizes and errors of what arrives at the last state: unit rows that read it at the end."""
+    f, off = Losses(model, one.k.shape[0]), Operands.of(one, model)
+    k, v = f.leaf(one.k, ("k", "d"), off.k), f.leaf(one.v, ("k", "v"), off.v)
+    leaves = {"dk": Tape(k), "dv": Tape(v)}
+    o = one.options(f, np.full(len(of_state), len(one.q) - 1), wrap=Tape)
+    o.scale = f.number(1)
+    if model.cumulated and "alpha" in one.gates:
+        o.alpha.value.node.err = steps_lost(one, model)
+    leaves |= {f"d{n}": x for n in ("alpha", "beta", "state") if (x := getattr(o, n)) is not None}
+    with np.errstate(all="ignore"):
+        reads = Tape(f.leaf(np.eye(len(of_state)), ("q", "d")))
+        out, _ = rows_of(one).define(reads, leaves["dk"], leaves["dv"], o)
+        grads = gradients([out], [f.leaf(of_state, ("q", "v"))], list(leaves.values()))
+    return {n: (abs(g.a), _span(g)) for n, g in zip(leaves, grads, strict=True)}
+
+
+def _stepped(
+    one: Head, shape: Steps, model: Model, dout: Float, lost_dout: Any, off: Operands, of_state: Float | None
+) -> dict[str, Float]:
     """Return the largest errors of the gradients of a recurrence that goes token by token, forward and backward."""
     f = Losses(model, 1)
     o = one.options(f, wrap=Tape)
@@ -91,6 +125,8 @@ def _stepped(one: Head, shape: Steps, model: Model, dout: Float, lost_dout: Any,
             outs.append(out)
             seeds.append(f.leaf(dout[at], ("q", "v"), np.broadcast_to(lost_dout, dout.shape)[at]))
             leaves.append([q, k, v, *gates.values()])
+        if of_state is not None:
+            outs, seeds = [*outs, state], [*seeds, f.leaf(of_state, ("d", "v"))]
         *grads, of_start = gradients(outs, seeds, [*(x for token in leaves for x in token), start])
     names = ["dq", "dk", "dv", *(f"d{n}" for n in one.gates)]
     found = {n: np.concatenate([_span(g) for g in grads[i :: len(names)]]) for i, n in enumerate(names)}

@@ -120,7 +120,7 @@ KERNELS: dict[str, Entry] = {
             flash,
             variants=frozenset(SPARSE),
         ),
-        _recurrent("refattn-chunked", "torch", load("chunked", "chunked"), gradients=_OF_STEPS),
+        _recurrent("refattn-chunked", "torch", load("chunked", "chunked"), gradients=_OF_STEPS, dstate_out=True),
         _recurrent("refattn-recurrent", "cupy", load("cuda", "recurrent"), arrays="torch", device="cuda"),
         Entry(
             "torch-sdpa-flash",

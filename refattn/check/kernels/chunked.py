@@ -89,12 +89,14 @@ def _decays(alpha: Any) -> tuple[Any, Any]:
     return torch.stack(rows, 2), torch.cat(start, 2)
 
 
-def _gradients(problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
+def _gradients(problem: Problem, dout: NDArray[Any], dstate_out: NDArray[Any] | None = None) -> dict[str, NDArray[Any]]:
     import torch
 
     p, x = problem.to("numpy"), _tensors(problem)
     leaves = {n: x[n].requires_grad_() for n in NAMES if getattr(p, n) is not None}
-    back = torch.autograd.grad(_run(p, x)[0], list(leaves.values()), torch.from_numpy(to_float64(dout)).float())
+    arriving = [dout] if dstate_out is None else [dout, dstate_out]
+    ends, seeds = _run(p, x)[: len(arriving)], [torch.from_numpy(to_float64(g)).float() for g in arriving]
+    back = torch.autograd.grad(ends, list(leaves.values()), seeds)
     short = {"query": "q", "key": "k", "value": "v"}
     return {f"d{short.get(n, n)}": _typed(g, getattr(p, n).dtype.name) for n, g in zip(leaves, back, strict=True)}
 

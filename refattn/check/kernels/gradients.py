@@ -11,7 +11,7 @@ from ...problem import Problem
 
 __all__ = ["Gradients", "by_name", "with_gradients"]
 
-Gradients = Callable[[Problem, NDArray[Any]], dict[str, NDArray[Any]]]
+Gradients = Callable[..., dict[str, NDArray[Any]]]
 """Takes a Problem and the gradient that arrives at out, of out's shape (b, h_q, n_q, d_v) and query's type. Returns
 "dq", "dk", "dv" and, where there is a bias that the kernel differentiates, "dbias", each of the shape and type of what
 it is by. Raises UnsupportedProblem where the kernel does."""

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from ...errors import InvalidInput
-from ..arguments import real, whole
+from ..arguments import function, instance, real, whole
 
 __all__ = [
     "Decoder",
@@ -72,6 +70,7 @@ class Decoding:
 
 def _shape(model: Decoder, context: int, generated: int, samples: int) -> tuple[Any, int, int, int, int, int]:
     """Return parameters, queries' and keys' features of all layers, and the sizes, after checking them."""
+    instance("model", model, Decoder, "it holds parameters, layers, heads, heads_kv and d")
     parameters, layers, heads, heads_kv, d = model
     sides = {"layers": layers, "heads": heads, "heads_kv": heads_kv, "d": d}
     layers, heads, heads_kv, d = (whole(name, x, 1) for name, x in sides.items())
@@ -205,11 +204,8 @@ def keys_read(budget: int, context: int, generated: int) -> int:
     InvalidInput
         A budget or generated tokens below 1, a prompt below 0.
     """
-    budget, context, generated = (int(x) if isinstance(x, np.integer) else x for x in (budget, context, generated))
-    if min(budget, context + 1, generated) < 1:
-        raise InvalidInput(
-            f"keys_read: got budget {budget}, context {context}, generated {generated}; expected at least 1, 0 and 1"
-        )
+    budget, context = whole("budget", budget, 1), whole("context", context, 0)
+    generated = whole("generated", generated, 1)
     short = min(max(0, budget - context), generated)  # tokens with fewer keys than the budget
     return budget * generated - (budget - context) * short + short * (short + 1) // 2
 
@@ -254,6 +250,9 @@ def crossover(cheap: Callable[[int], Any], dear: Callable[[int], Any], most: int
         `most` below 1.
     """
     x = whole("most", most, 1) + 1
+    for name, cost in (("cheap", cheap), ("dear", dear)):
+        function(name, cost)
+        real(f"{name}({most})", cost(most), -math.inf)
     while x > 1 and cheap(x - 1) < dear(x - 1):
         x -= 1
     return x if x <= most else None

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from ...errors import InvalidInput
-from ..arguments import real, whole
+from ..arguments import flag, real, whole
 
 __all__ = [
     "ADD",
@@ -113,7 +113,7 @@ def ecoformer_operations(n: int, d: int, bits: int, *, anchors: int | None = 25,
     Source: Liu et al., EcoFormer (arXiv 2209.09004); its public code was read.
     """
     n, d, bits = whole("n", n, 1), whole("d", d, 1), whole("bits", bits, 1)
-    tokens = n if shared else 2 * n
+    tokens = n if flag("shared", shared) else 2 * n
     if anchors is None:
         hashing = _dots(tokens * bits, d)
     else:
@@ -152,7 +152,7 @@ def routing_operations(n: int, d: int, clusters: int, window: int | None = None,
     """
     n, d, clusters = whole("n", n, 1), whole("d", d, 1), whole("clusters", clusters, 1)
     window = -(-n // clusters) if window is None else whole("window", window, 1, n)
-    assigned = _dots((n if shared else 2 * n) * clusters, d)
+    assigned = _dots((n if flag("shared", shared) else 2 * n) * clusters, d)
     return assigned + _attended(clusters * window**2, clusters * window, d)
 
 

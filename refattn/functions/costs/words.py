@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...errors import InvalidInput
-from ..arguments import axes, namespace, real, whole
+from ..arguments import axes, flag, namespace, real, whole
 
 __all__ = [
     "Words",
@@ -72,6 +72,7 @@ def flash_tile(d: int, memory: int, *, rule: Rule = "paper", backward: bool = Fa
     Source: Dao et al., FlashAttention (arXiv 2205.14135), algorithm 1. Recalled; the rule "fits" is derived here.
     """
     d, memory = whole("d", d, 1), whole("memory", memory, 1)
+    flag("backward", backward)
     if rule not in ("paper", "fits"):
         raise InvalidInput(f"rule: got {rule!r}, expected 'paper' or 'fits'")
     if rule == "paper":
@@ -155,6 +156,8 @@ def block_sparse_io(blocks: Any, n: int, d: int, tile: tuple[int, int] = (16, 25
     Source: Dao et al., FlashAttention (arXiv 2205.14135), algorithm 5; recalled. The block size was read in the code.
     """
     n, d = whole("n", n, 1), whole("d", d, 1)
+    if not isinstance(tile, tuple | list) or len(tile) != 2:
+        raise InvalidInput(f"tile: got {tile!r}, expected rows and keys of a block, such as (16, 256)")
     rows, columns = (whole(f"tile[{i}]", x, 1) for i, x in enumerate(tile))
     xp = namespace(blocks=blocks)
     if not xp.isdtype(blocks.dtype, "bool"):

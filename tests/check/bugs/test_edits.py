@@ -78,6 +78,7 @@ WHERE = {
     "state_of_the_sequence_before": ("lightning", "float32", ("gaussian/packed",)),
     "state_of_the_first_sequence": ("gated_delta", "float32", ("gaussian/packed-and-all",)),
     "decay_from_the_start_of_the_pack": ("lightning", "float32", ("gaussian/packed-and-all",)),
+    "gradient_of_the_last_state_dropped": ("gated_delta", "float32", ("law/last_state_gradient",)),
     "last_state_of_the_pack_for_all": ("lightning", "float32", ("gaussian/packed",)),
 }
 """A bug of a recurrence: its operator, a format, and checks that it fails."""
