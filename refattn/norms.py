@@ -30,7 +30,7 @@ def has_norms(p: Any) -> bool:
 
 def normed(x: Any, weight: Any, o: Any) -> Any:
     """Return rows over their root mean square, times weights, in any arithmetic; `o` is a definition's options."""
-    mean = (x * x).sum() / o.width + o.norm_eps
+    mean = (x * x).sum() / o.norm_width + o.norm_eps
     return (x * mean.rsqrt() * weight).written(np.ones(x.shape[1], bool))
 
 

@@ -34,6 +34,7 @@ from .shape_laws import (
     lengths_cut,
     norm_scaled,
     offset_of_corner,
+    past_31_bits,
     philox_moved,
     row_invariance,
     state_carried,
@@ -159,18 +160,6 @@ def _bias_shifted(ask: Trial, p: Problem) -> Worst:
     moved = p.replace(bias=(p.bias + p.bias.dtype.type(4)).astype(p.bias.dtype))
     limit = ask.allowed(p)["out"] + ask.allowed(moved)["out"]
     return agree(ask.out(moved), ask.out(p), limit, "a constant added to all scores changes the output")
-
-
-def _past_31_bits(ask: Trial, p: Problem) -> Worst:
-    """Repeat a few heads until their elements pass 2**31: the last ones must equal the first."""
-    many = -(-(LARGE + 1) // (p.n_k * p.d_k * p.heads)) + 1
-    whole = {n: np.tile(x, (1, many, 1, 1)) for n, x in p.arrays().items()}
-    out = ask.out(p.replace(**whole)).reshape(many, p.heads, p.n_q, p.d_v)
-    text = "heads past 2**31 elements differ from the same heads before"
-    return agree(out[-2:], np.broadcast_to(ask.out(p), (2, *out.shape[1:])), 2 * ask.allowed(p)["out"], text)
-
-
-LARGE = 2**31
 
 
 def _whole_bias(d: Draw) -> Problem:
@@ -383,7 +372,7 @@ LAWS = {
             "past_31_bits",
             "offsets past 2**31 elements do not matter",
             lambda d: d.problem(2, 1024, h=61, d=64),
-            _past_31_bits,
+            past_31_bits,
             named_only="it needs 8 to 20 GB, here and on the device",
         ),
     )

@@ -27,6 +27,7 @@ __all__ = [
     "lengths_cut",
     "norm_scaled",
     "offset_of_corner",
+    "past_31_bits",
     "philox_moved",
     "row_invariance",
     "state_carried",
@@ -186,3 +187,15 @@ def first_case(**more: Any) -> Callable[[Draw], Problem]:
         return d.problem(**settings)
 
     return build
+
+
+PAST = 2**31
+
+
+def past_31_bits(ask: Trial, p: Problem) -> Worst:
+    """Repeat a few heads until their elements pass 2**31: the last ones must equal the first."""
+    many = -(-(PAST + 1) // (p.n_k * p.d_k * p.heads)) + 1
+    whole = {n: np.tile(x, (1, many, 1, 1)) for n, x in p.arrays().items()}
+    out = ask.out(p.replace(**whole)).reshape(many, p.heads, p.n_q, p.d_v)
+    text = "heads past 2**31 elements differ from the same heads before"
+    return agree(out[-2:], np.broadcast_to(ask.out(p), (2, *out.shape[1:])), 2 * ask.allowed(p)["out"], text)

@@ -222,7 +222,7 @@ class Head:
             },
             partner=None if p.rotary is None else partners(p),
             norm_eps=None if p.norm_eps is None else f.number(p.norm_eps),
-            width=f.number(max(p.d_k, 1)),
+            norm_width=f.number(max(p.d_k, 1)),
             slope=None if p.alibi_slopes is None else column([[slope_of(p, self.batch, self.head)]]),
             scale=scale,
             softcap=None if p.softcap is None else f.number(p.softcap),

@@ -1,7 +1,7 @@
 """Compiling a kernel for Hopper GPUs, and what its assembler must say of it.
 
 What compiled so once is not compiled again by the same compiler: `compiled.txt` has its digests.
-`python -m tests.gpu.compiled` compiles all that tests compile, and writes that file.
+`python -m tests.gpu.compiled` compiles what of it is not known, and writes that file for the texts that there are.
 """
 
 import hashlib
@@ -20,6 +20,8 @@ __all__ = ["NVCC", "check_compiles", "core"]
 KEPT = Path(__file__).with_name("compiled.txt")
 KNOWN = set() if NIGHTLY else set(KEPT.read_text().split())
 """Digests of what compiled without spills and warnings."""
+SEEN: set[str] = set()
+"""Those of this run."""
 
 NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 APART = ("WIDTH", "WIDTH_K", "WIDTH_V", "D_K", "D_V", "HEAD_DIM", "GRADIENT", "QUERY")
@@ -45,7 +47,9 @@ def digest(text, arch="90a"):
 
 def check_compiles(path, text, name="", arch="90a"):
     """Compile a text for sm_90a, or another, without spills or a warning; one that is known to is left alone."""
-    if digest(text, arch) in KNOWN:
+    own = digest(text, arch)
+    if own in KNOWN:
+        SEEN.add(own)
         return
     path.write_text(text)
     done = subprocess.run([*_command(arch), f"{path}bin", str(path)], capture_output=True, text=True, check=False)
@@ -54,7 +58,8 @@ def check_compiles(path, text, name="", arch="90a"):
     assert set(frames) == {("0", "0", "0")}, (name, done.stderr)
     # products that wait for each other, or a register budget that is not respected
     assert not re.search(r"C75\d\d|warning", done.stderr), (name, done.stderr)
-    KNOWN.add(digest(text, arch))
+    KNOWN.add(own)
+    SEEN.add(own)
 
 
 def core(texts):
@@ -82,15 +87,14 @@ def _values(text):
 
 
 def main():
-    """Compile all that tests compile, and keep the digests."""
+    """Compile what tests compile and is not known, and keep the digests of all of it."""
     from . import compiled  # this module is another one here
 
-    compiled.KNOWN.clear()
     tests = Path(__file__).parents[1]
     places = [str(tests / x) for x in ("gpu", "he/device", "exact/device")]
     if pytest.main(["-q", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-k", "without_spills", *places]):
         raise SystemExit("not written")
-    KEPT.write_text("".join(f"{x}\n" for x in sorted(compiled.KNOWN)))
+    KEPT.write_text("".join(f"{x}\n" for x in sorted(compiled.SEEN)))
 
 
 if __name__ == "__main__":
