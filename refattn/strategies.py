@@ -155,8 +155,6 @@ def _problems(
     if "variable_lengths" in on:
         more |= _packs(draw, n_q, n_k, alike="lengths_differ" in v.never)
     more |= lengths(draw, on, more, (b, n_q, n_k))
-    more |= dropped(draw, on, (b, h, n_q, n_k), _broadcastable, more)
-    more |= norms(draw, on, 0 if "d_k_zero" in on else d_k)
     if "weight" in on:
         more["weight"] = np.exp(d.normal(*_broadcastable(draw, (b, h, n_q, n_k))))
     sequences = len(more["cu_seqlens_q"]) - 1 if "variable_lengths" in on else b
@@ -173,6 +171,8 @@ def _problems(
     if "allowed" in on or (family == "poison" and "allowed" in able):
         removed = draw(st.sampled_from(("keys", "nothing", "rows")))
         more["allowed"] = _mask(d, _broadcastable(draw, full), removed)
+    more |= dropped(draw, on, full, _broadcastable, more)
+    more |= norms(draw, on, 0 if "d_k_zero" in on else d_k)
     more["options"] = _own(draw, v, h, more) if v.tries is None else dict(draw(st.sampled_from(v.tries(n_q, n_k))))
     q, k, x = numbers(family, d, (b, h, n_q, d_k), (b, h_kv, n_k, d_k), (b, h_kv, n_k, d_v))
     if "d_k_zero" in on:

@@ -318,6 +318,17 @@ def t5_bias(
     return like(np.ascontiguousarray(np.moveaxis(x[at], 2, 0)[None]), table)
 
 
+def _exact_sum(x: NDArray[Any]) -> float:
+    """Return the sum of float64 numbers, rounded once: NaN of both infinities, infinite past the largest number."""
+    if not np.isfinite(x).all():
+        with np.errstate(invalid="ignore"):
+            return float(x.sum())
+    try:
+        return math.fsum(x)
+    except OverflowError:  # half the sum may fit, and tells where the whole goes
+        return 2.0 * math.fsum(x / 4) * 2.0
+
+
 def t5_bias_gradient(
     dbias: Any, buckets: int, *, offset: int = 0, bidirectional: bool = True, max_distance: int = 128
 ) -> NDArray[np.float64]:
@@ -352,4 +363,4 @@ def t5_bias_gradient(
     apart = np.arange(x.shape[3])[None, :] - (np.arange(x.shape[2]) + first)[:, None]
     more: dict[str, Any] = {"bidirectional": bidirectional, "max_distance": max_distance}
     at = np.asarray(t5_buckets(apart, buckets=buckets, **more))
-    return np.array([[math.fsum(one[at == b]) for one in x[0]] for b in range(buckets)])
+    return np.array([[_exact_sum(one[at == b]) for one in x[0]] for b in range(buckets)])

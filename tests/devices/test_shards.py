@@ -201,7 +201,7 @@ ZEROS = np.zeros((2, 1)), np.zeros(2)
             "parts[0]: shapes are (2, 1) and (3,), expected the first part's out and its shape without the last axis "
             "for lse"),
         (lambda: merged([ZEROS, tuple(map(torch.from_numpy, ZEROS))]),
-            "parts[1] out: is an array of torch, expected numpy's, as out of the first part is"),
+            "parts[1] out: is an array of torch, expected numpy's, as parts[0] out is"),
         (lambda: merged([(ZEROS[0], np.array([0, np.nan]))]),
             "parts[0] lse: holds NaN or infinity, expected finite numbers, or -inf where no key is seen"),
         (lambda: merged([ZEROS, (ZEROS[0], np.array([0, np.inf]))]),

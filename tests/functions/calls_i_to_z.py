@@ -167,6 +167,13 @@ CALLS = {
         "bidirectional": True,
         "max_distance": 16,
     },
+    "positions.t5_bias_gradient": {
+        "dbias": some(1, 2, 3, 5),
+        "buckets": 8,
+        "offset": 0,
+        "bidirectional": True,
+        "max_distance": 16,
+    },
     "positions.t5_buckets": {"relative": ints(-3, 0, 5), "bidirectional": True, "buckets": 8, "max_distance": 16},
     "probabilities.attended": {"query": Q, "key": K, "value": V},
     "probing.abmilp_pool": {"x": ROWS, "w_hidden": some(2, 4), "b_hidden": some(2), "w_score": some(2)},

@@ -118,7 +118,7 @@ def _narrow(quick: Answer | None, model: Model, dout: Any) -> Expected | None:
     known = of_answer(quick, model, dout)
     for n, allowed in known.allowed.items():
         e = quick.enclosures[n]
-        if not (np.isnan(e.mid) | (e.radius == 0) | (e.radius <= allowed * 2.0**-20)).all():
+        if not ((e.radius == 0) | (e.radius <= allowed * 2.0**-20)).all():  # NaN that is proven has radius 0
             return None
     return known
 
