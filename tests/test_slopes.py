@@ -99,9 +99,26 @@ def test_the_gradient_of_t5s_table():
     ("args", "text"),
     [
         ((np.zeros((4, 5, 7)), 8), "dbias: got shape (4, 5, 7), expected (1, heads, queries, keys)"),
+        ((np.zeros((1, 4, 5, 7), int), 8), "dbias: got dtype int64, expected a float format; cast it"),
         ((np.zeros((2, 4, 5, 7)), 8), "dbias: got shape (2, 4, 5, 7), expected (1, heads, queries, keys)"),
     ],
 )
 def test_bad_gradients_are_refused(args, text):
     with pytest.raises(InvalidInput, match=f"^{re.escape(text)}"):
         t5_bias_gradient(*args)
+
+
+def test_sums_past_the_largest_number_and_infinities():
+    one = np.full((1, 1, 1, 4), 1.7e308)
+    one[..., 2] = -1.7e308
+
+    def summed():
+        return t5_bias_gradient(one, 4, offset=1000, bidirectional=False)[-1, 0]  # all of them are far
+
+    assert summed() == np.inf
+    one[..., 3] = -1.7e308
+    assert summed() == 0.0
+    one[..., 0] = np.inf
+    assert summed() == np.inf
+    one[..., 1] = -np.inf
+    assert np.isnan(summed())

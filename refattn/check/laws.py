@@ -207,7 +207,7 @@ LAWS = {
         Law(
             "last_state_gradient",
             "a gradient that arrives at the last state, too, is right",
-            first_case(state=True),
+            first_case(state=True, b=2),
             last_state_gradient,
             "dstate_out",
             uses=frozenset({"state"}),

@@ -15,8 +15,8 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import from_float64, like, to_float64, to_numpy
-from ..dtypes import format_of
+from ..arrays import dtype_name, from_float64, like, to_float64, to_numpy
+from ..dtypes import FORMATS, format_of
 from ..errors import InvalidInput, expect
 from ..exact.precision import precision
 from .arguments import integers, namespace, real, whole
@@ -356,6 +356,8 @@ def t5_bias_gradient(
         A gradient of another shape, and as :func:`t5_bias`.
     """
     namespace(dbias=dbias)
+    if dtype_name(dbias) not in FORMATS:
+        raise InvalidInput(f"dbias: got dtype {dtype_name(dbias)}, expected a float format; cast it")
     x = to_float64(to_numpy(dbias, "dbias"))
     if x.ndim != 4 or x.shape[0] != 1:
         raise InvalidInput(f"dbias: got shape {x.shape}, expected (1, heads, queries, keys)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,28 @@ from numpy.typing import NDArray
 from ..arrays import like
 from ..errors import InvalidInput, UnsupportedProblem
 from ..exact.lowering import lower
-from ..norms import NORMS
 from ..problem import VARIANT, Problem
 from ..rules import EMPTY, PARTIAL, Rule, array
-from ..validation import SCALES
 
 __all__ = ["lowered"]
 
-NEVER = ("weight", *NORMS, "rotary", "alibi_slopes", "lengths_q", "lengths_k", "offset", "alignment", "block_table")
 MOST = 2**31
 """Booleans of pairs that are written out."""
 TAKEN = ("scale", "causal", "window", "softcap", "sink", "bias")
+KEPT = (
+    "query",
+    "key",
+    "value",
+    "allowed",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "variant",
+    "options",
+    "alpha",
+    "beta",
+    "state",
+)
+"""What is in the block mask, or is refused with the operator."""
 
 
 def lowered(problem: Problem, block_q: int = 128, block_k: int = 128) -> dict[str, Any]:
@@ -55,8 +67,10 @@ def lowered(problem: Problem, block_q: int = 128, block_k: int = 128) -> dict[st
     for name, size in (("block_q", block_q), ("block_k", block_k)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise InvalidInput(f"{name}: got {size!r}, expected a whole number from 1 on")
-    for name in (*SCALES, *NEVER):
-        if getattr(problem, name) is not None:
+    if not isinstance(problem, Problem):
+        raise InvalidInput(f"problem: got {type(problem).__name__}, expected a Problem")
+    for name in (f.name for f in fields(problem)):
+        if name not in TAKEN + KEPT and getattr(problem, name) is not None:
             raise UnsupportedProblem(f"{name}: gpu.attention has none; leave it out, or use refattn.evaluate")
     core = lower(problem).problem
     if core.variant != VARIANT or core.cu_seqlens_q is not None:

@@ -46,8 +46,8 @@ def ranges(x: Any, k: Any = None, v: Any = None, *, margin: float = 0.2, **optio
     Raises
     ------
     InvalidInput
-        A margin that has no meaning, numbers that are not finite, denominators that are all 0, or products of queries
-        and keys that are.
+        A margin that has no meaning, no numbers, numbers that are not finite, denominators that are all 0, or products
+        of queries and keys that are.
     """
     if not is_number(margin) or not 0 <= margin < 1:
         raise InvalidInput(f"margin: got {margin}, expected from 0 to below 1")
@@ -97,6 +97,9 @@ def _of_call(x: Problem, margin: float) -> dict[str, Any]:
     if x.cu_seqlens_q is not None:
         raise InvalidProblem("he: takes no packed sequences")
     q, k, v = (to_float64(np.asarray(a)) for a in (x.query, x.key, x.value))
+    for name, a in (("query", q), ("key", k), ("value", v)):
+        if not a.size:
+            raise InvalidInput(f"{name}: got shape {a.shape}, expected numbers to measure")
     if not all(np.isfinite(a).all() for a in (q, k, v)):
         raise InvalidInput("x: has numbers that are not finite")
     k = np.repeat(k, x.heads // x.heads_kv, 1)

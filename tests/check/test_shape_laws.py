@@ -11,6 +11,7 @@ from refattn.check.call import result_of
 from refattn.check.inputs.families import Case
 from refattn.check.inputs.models import MODELS
 from refattn.check.kernel import Kernel
+from refattn.check.kernels import find
 from refattn.check.kernels.tiled import gradients, tiled
 from refattn.check.model import FEATURES, FURTHER, GRADIENTS
 from refattn.check.probe import _takes
@@ -143,3 +144,23 @@ def test_rows_that_look_worst_are_used_ones(make):
     out, lse = tiled(p)
     found = suspects(p, result_of((out * np.float32(1.5), lse), p))
     assert set(found.rows) <= {0, 1}
+
+
+@pytest.mark.parametrize("variant", ["gated_delta", "lightning"])
+def test_the_gradient_of_another_sequences_state_is_noticed(variant):
+    (entry,) = find("refattn-chunked")
+    right = entry.kernel().call
+
+    def kernel(p):
+        return right(p)
+
+    def gradients_of_another(p, dout, dstate_out=None):
+        arriving = None if dstate_out is None else np.roll(np.asarray(dstate_out), 1, 0)
+        return right.gradients(p, dout, arriving)
+
+    only = "law/last_state_gradient"
+    given = {"capabilities": entry.capabilities, "model": entry.model, "dtypes": ["float32"], "only": only}
+    kernel.gradients = right.gradients
+    assert check_kernel(kernel, variant, **given).passed
+    kernel.gradients = gradients_of_another
+    assert not check_kernel(kernel, variant, **given).passed

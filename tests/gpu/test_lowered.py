@@ -127,6 +127,12 @@ def test_what_has_no_block_mask_is_refused():
     p = call("softmax")
     with pytest.raises(UnsupportedProblem, match="weight: gpu\\.attention has none"):
         lowered(p.replace(weight=np.ones((1, 1, 1, 88), np.float32)))
+    seeds = {"dropout_p": 0.5, "philox_layout": "flash", "philox_seed": 1, "philox_offset": 0}
+    for name, more in (("dropout_p", seeds), ("out_dtype", {"out_dtype": "float16"})):
+        with pytest.raises(UnsupportedProblem, match=f"{name}: gpu\\.attention has none"):
+            lowered(p.replace(**more))
+    with pytest.raises(InvalidInput, match="problem: got int, expected a Problem"):
+        lowered(3)
     with pytest.raises(UnsupportedProblem, match="variant: sigmoid attention has no block mask"):
         lowered(p.replace(variant="sigmoid", window=None))
 

@@ -86,7 +86,10 @@ def exact(problem: Problem, dout: Any = None, dlse: Any = None) -> Answer:
     # faster than balls where no gradient needs an exact decision, or where there are many scores
     rounding = "float64" if dout is None or _large(problem) else None
     name = "dstate_out" if isinstance(variant_of(problem.variant).shape, Steps) else "dlse"
-    return replace(made_by(evaluate, problem, dout, rounding=rounding, **{name: dlse}), balls={})
+    found = made_by(evaluate, problem, dout, rounding=rounding, **{name: dlse})
+    if any((np.isnan(e.mid) & (e.radius > 0)).any() for e in found.enclosures.values()):  # an overflow there
+        found = made_by(evaluate, problem, dout, rounding="float64", **{name: dlse})
+    return replace(found, balls={})
 
 
 def _large(problem: Problem) -> bool:

@@ -151,10 +151,10 @@ def _inputs(s: _Parts, total: Any) -> None:
         own = own + w2 * (s.x * s.x + s.var_dp + s.var_d) * (4 * t2 * (9 * u * u * t2) / 3 + 4 * cu)
     mean_k = (s.weights * slope) @ k
     rows = q.shape[0] * (p.heads // p.heads_kv)
-    dq = scale**2 * (own @ (k * k) + s.var_d * mean_k**2 + cu * _dot(f, n, ds, k))
-    tiny_s = s.tiny + scale**2 * max(s.tiny_w, s.tiny)
+    dq = scale * scale * (own @ (k * k) + s.var_d * mean_k**2 + cu * _dot(f, n, ds, k))
+    tiny_s = s.tiny + scale * scale * max(s.tiny_w, s.tiny)
     total["dq"][at] = np.where(s.wild, np.nan, dq + tiny_s * (seen @ (k * k)) + s.tiny * (n + tiles))
-    dk = scale**2 * ((own + slope**2 * w2 * s.var_d).T @ (q * q) + cu * _dot(f, rows, ds.T, q))
+    dk = scale * scale * ((own + slope**2 * w2 * s.var_d).T @ (q * q) + cu * _dot(f, rows, ds.T, q))
     total["dk"][keys] += dk + tiny_s * (seen.T @ (q * q)) + s.tiny * rows
     g2 = s.dout * s.dout
     by = s.kept * s.weights

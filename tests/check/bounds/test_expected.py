@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from refattn import VARIANTS, evaluate
+from refattn import VARIANTS, MismatchError, Problem, allowed_error, assert_close, evaluate
 from refattn.check.inputs.families import cases
 from refattn.check.model import flash
 from refattn.rules import causal
@@ -127,3 +127,20 @@ def test_what_floating_point_leaves_wide_is_made_in_balls(call_of, monkeypatch):
     known, balls = module.expected(p, flash("float64"), dout), evaluate(p, gradients=dout).enclosures
     for name in known.allowed:
         np.testing.assert_array_equal(known.answer.enclosures[name].radius, balls[name].radius)
+
+
+@pytest.mark.parametrize("times", [1e40, 1e100])
+def test_an_overflow_of_floating_point_is_no_nan(times):
+    r = np.random.default_rng(0)
+    q, k, v, dout = (r.standard_normal((1, 1, n, 2)) for n in (2, 3, 3, 2))
+    p = Problem(q * times, k, v)
+    g = evaluate(p, rounding="float64", gradients=dout)
+    assert np.isfinite(g.dv).all()
+    assert_close(g.out, p, gradients={"dv": g.dv}, dout=dout)
+    with pytest.raises(MismatchError):
+        assert_close(g.out, p, gradients={"dv": np.full_like(g.dv, np.nan)}, dout=dout)
+
+
+def test_a_scale_whose_square_overflows():
+    q = np.random.default_rng(0).standard_normal((1, 1, 3, 2)).astype(np.float32)
+    assert allowed_error(Problem(q, q, q, scale=1e155), dout=q)["dv"].shape == q.shape
