@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from refattn import VARIANTS, Capabilities, check_kernel
-from refattn.check import LAWS, laws
+from refattn.check import LAWS, shape_laws
 from refattn.check.bugs.edits import broken
 from refattn.check.bugs.planted import plain, planted
 from refattn.check.kernels.tiled import gradients, tiled
@@ -106,7 +106,7 @@ def test_subnormal_outputs_may_be_one_place_off():
 @pytest.fixture
 def past(monkeypatch):
     """Run the law of large offsets with small ones: 3 times 61 heads."""
-    monkeypatch.setattr(laws, "LARGE", 2 * 61 * 64 * 1024)
+    monkeypatch.setattr(shape_laws, "PAST", 2 * 61 * 64 * 1024)
     return "past_31_bits"
 
 
