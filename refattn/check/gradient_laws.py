@@ -18,7 +18,15 @@ from .compare import Worst
 from .inputs.draw import Draw
 from .trial import Trial, agree, other
 
-__all__ = ["calls_between", "gradient_steps", "lse_gradient", "right_gradients", "row_sums", "spread_gradient"]
+__all__ = [
+    "calls_between",
+    "gradient_steps",
+    "last_state_gradient",
+    "lse_gradient",
+    "right_gradients",
+    "row_sums",
+    "spread_gradient",
+]
 
 Float = NDArray[np.float64]
 
@@ -102,13 +110,22 @@ def spread_gradient(ask: Trial, p: Problem) -> Worst:
 
 def lse_gradient(ask: Trial, p: Problem) -> Worst:
     """Let a gradient arrive at lse alone, then one at out beside it."""
+    return _arriving(ask, p, p.out_shape[:3], ask.model.lse, "lse")
+
+
+def last_state_gradient(ask: Trial, p: Problem) -> Worst:
+    """Let a gradient arrive at the last state alone, then one at out beside it."""
+    return _arriving(ask, p, p.state_shape, ask.model.accumulator, "the last state")
+
+
+def _arriving(ask: Trial, p: Problem, shape: tuple[int, ...], dtype: str, what: str) -> Worst:
     d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
     dout = d.tensor(d.normal(*p.out_shape))
-    dlse = d.normal(*p.out_shape[:3]).astype(np.float64 if ask.model.lse == "float64" else np.float32)
+    further = d.normal(*shape).astype(np.float64 if dtype == "float64" else np.float32)
     found = []
-    for at_out, text in ((np.zeros_like(dout), "of lse alone"), (dout, "of out and lse")):
-        known = expected(p, ask.model, at_out, dlse)
-        for n, x in ask.gradients(p, at_out, dlse).items():
+    for at_out, text in ((np.zeros_like(dout), f"of {what} alone"), (dout, f"of out and {what}")):
+        known = expected(p, ask.model, at_out, further)
+        for n, x in ask.gradients(p, at_out, further).items():
             exact, limit = known.answer.enclosures[n].mid, known.allowed[n]
             found.append(agree(x, exact, limit, f"the gradient {text} is wrong in {n}", n))
     return max(found, key=lambda w: w.ratio)

@@ -15,7 +15,7 @@ from ..problem import Problem
 from ..variants import Selected, Steps, variant_of
 from ..variants.shapes import Shape
 from .compare import Worst
-from .gradient_laws import calls_between, gradient_steps, lse_gradient, row_sums, spread_gradient
+from .gradient_laws import calls_between, gradient_steps, last_state_gradient, lse_gradient, row_sums, spread_gradient
 from .inputs.draw import Draw
 from .inputs.dropped import dropout, philox_case
 from .inputs.positioned import norm_case
@@ -29,7 +29,6 @@ from .shape_laws import (
     full_budget_is_dense,
     grouped_heads,
     key_permutation,
-    last_state_gradient,
     layout,
     lengths_cut,
     norm_scaled,

@@ -22,7 +22,6 @@ __all__ = [
     "full_budget_is_dense",
     "grouped_heads",
     "key_permutation",
-    "last_state_gradient",
     "layout",
     "lengths_cut",
     "norm_scaled",
@@ -157,20 +156,6 @@ def state_gradient(ask: Trial, p: Problem) -> Worst:
     lost = (np.abs(wide) * (ask.allowed(p)["out"] + ask.allowed(none)["out"])).sum((2, 3))
     lost = lost + (ask.allowed(p, dout)["dstate"] * np.abs(state)).sum((2, 3))
     return agree(said, change, lost, "dstate times the state is not what the state adds to out", "dstate")
-
-
-def last_state_gradient(ask: Trial, p: Problem) -> Worst:
-    """Let a gradient arrive at the last state alone, then one at out beside it."""
-    d = Draw(FORMATS[p.dtype], np.random.default_rng(2), p.variant)
-    dout = d.tensor(d.normal(*p.out_shape))
-    of_state = d.normal(*p.state_shape).astype(np.float64 if ask.model.accumulator == "float64" else np.float32)
-    found = []
-    for at_out, text in ((np.zeros_like(dout), "of the last state alone"), (dout, "of out and the last state")):
-        known = expected(p, ask.model, at_out, of_state)
-        for n, x in ask.gradients(p, at_out, of_state).items():
-            exact, limit = known.answer.enclosures[n].mid, known.allowed[n]
-            found.append(agree(x, exact, limit, f"the gradient {text} is wrong in {n}", n))
-    return max(found, key=lambda w: w.ratio)
 
 
 def first_case(**more: Any) -> Callable[[Draw], Problem]:
