@@ -44,19 +44,32 @@ def _jax(problem: Problem) -> tuple[Call, list[Any]]:
     return call, [jnp.asarray(x) for x in (p.query, p.key, p.value, p.bias) if x is not None]
 
 
+def _compiled(call: Call, dtype: str) -> Call:
+    """Return a call as one program, as JAX is used: one for each of its operations and shapes takes three times as long.
+
+    On a CPU its products of float16 are refused within a program.
+    """
+    import jax
+
+    return call if dtype == "float16" else jax.jit(call)
+
+
 def _jax_gradients(problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
     import jax
 
     call, given = _jax(problem)
-    _, back = jax.vjp(call, *given)
-    return by_name(problem, map(np.asarray, back(jax.numpy.asarray(dout))))
+
+    def backward(arriving: Any, *given: Any) -> Any:
+        return jax.vjp(call, *given)[1](jax.numpy.asarray(arriving))
+
+    return by_name(problem, map(np.asarray, _compiled(backward, problem.dtype)(dout, *given)))
 
 
 @with_gradients(_jax_gradients)
 def jax_attention(problem: Problem) -> Any:
     """Return what jax.nn.dot_product_attention gives."""
     call, given = _jax(problem)
-    return call(*given)
+    return _compiled(call, problem.dtype)(*given)
 
 
 def _keras(problem: Problem) -> tuple[Call, list[Any]]:
