@@ -45,7 +45,7 @@ def _jax(problem: Problem) -> tuple[Call, list[Any]]:
 
 
 def _compiled(call: Call, dtype: str) -> Call:
-    """Return a call as one program, as JAX is used: one for each of its operations and shapes takes three times as long.
+    """Return a call as one program, as JAX is used: to compile each of its operations takes three times as long.
 
     On a CPU its products of float16 are refused within a program.
     """
