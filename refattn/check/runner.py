@@ -157,7 +157,7 @@ def plan(
     able = judged.capabilities
     fitting = able if judged.declared or not asked(only, "calls") else probed(judged, variant)
     by_seed = asked(only, "calls")  # those of models are the same in every run
-    drawn = calls(variant, fitting, budget, seed if by_seed else 0) if by_seed or asked(only, "models") else []
+    drawn = calls(variant, fitting, budget, seed if by_seed else None) if by_seed or asked(only, "models") else []
     expect(not isinstance(dtypes, str), "dtypes", dtypes, "a sequence of names")
     unknown = [d for d in dtypes or () if d not in FORMATS]
     if unknown:

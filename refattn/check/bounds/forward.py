@@ -309,7 +309,8 @@ def _of_out(
     rest, variance = (np.broadcast_to(x, shape).copy() for x in node.flow)
     moved: Float = np.zeros(shape)
     for joint, g, parts in graph.joints(node, shape[1], put):
-        part = _over_keys(np.abs(g), joint.flow[0], joint)
+        size = np.abs(g)
+        part = _over_keys(size, joint.flow[0], joint)
         variance += _over_keys(g * g, joint.flow[1], joint)
         if joint is not weights and not joint.above(weights):
             rest += part
@@ -321,7 +322,7 @@ def _of_out(
             continue
         for product, alone in parts:
             assert product.cast is not None
-            rest += _over_keys(np.maximum(np.abs(alone), np.abs(g)), product.cast[0], joint)
+            rest += _over_keys(np.maximum(np.abs(alone), size), product.cast[0], joint)
             variance += (
                 _over_keys(alone * alone, product.cast[1], joint) + _over_keys(alone, product.cast[2], joint) ** 2
             )
@@ -329,7 +330,7 @@ def _of_out(
         return moved + rest, variance
     # whatever the weights are, their mean lies among the values, and roundings are in proportion to the largest
     seen, v = one.allowed[rows], np.abs(one.v * unit) + head.lost_values
-    hull = _largest(np.abs(put(one.v * unit)[None] - put(o)[:, None]), seen)
+    hull = _farthest(put(one.v * unit), put(o), seen)
     hull = np.maximum(hull, np.abs(o)) if "more" in node.marks else hull
     most = (node.relative + 2 * head.f.u + head.f.u_weights) * _largest(put(v)[None], seen)
     under = (head.f.floor_weights + head.f.floor) * (seen @ v) + head.f.floor * seen.sum(1, keepdims=True)
@@ -340,8 +341,18 @@ def _of_out(
     return total * (1 + head.f.u), variance
 
 
+def _farthest(v: Any, o: Any, seen: NDArray[np.bool_]) -> Float:
+    """Return how far the values of the keys that each row sees are from its output at most, (n_q, d_v)."""
+    if seen.size and seen.all():  # the least or the largest value, rounding is monotone
+        found: Float = on_host(np.maximum(np.abs(v.max(0) - o), np.abs(v.min(0) - o)))
+        return found
+    return _largest(np.abs(v[None] - o[:, None]), seen)
+
+
 def _largest(x: Any, seen: NDArray[np.bool_]) -> Float:
-    """Return the largest of sizes of the keys that each row sees, (n_q, d_v)."""
+    """Return the largest of sizes of the keys that each row sees, (n_q, d_v), or (1, d_v) where all see the same."""
+    if len(x) == 1 and seen.all():
+        return np.asarray(on_host(largest(x, 1)))
     found: Float = on_host(largest(np.where(beside(x, seen)[:, :, None], x, 0.0), 1))
     return found
 

@@ -10,6 +10,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -216,6 +217,10 @@ def _poisoned(p: Problem, hidden: str) -> Problem:
     return p.replace(key=k, value=v)
 
 
+MOST_CALLS = {"quick": 4}
+"""How many calls a budget has at most."""
+
+
 def drawn(variant: str, able: Capabilities, budget: str, seed: int) -> list[Call]:
     """Return calls of an operator that a kernel says it can do, drawn by a seed.
 
@@ -238,21 +243,23 @@ def _drawn(variant: str, uses: frozenset[str], able: Capabilities, budget: str, 
     rng = random.Random(f"{seed} {variant}")
     axes = _axes(uses, able)
     names = list(axes)
-    rows = _covering(rng, axes, names, 2)
+    most = MOST_CALLS.get(budget)
+    rows = _covering(rng, axes, names, 2, most)
     often = {"numbers": axes["numbers"], "softcap": [*axes["softcap"][:2], None]}
     masks = [n for n in ("causal", "window", "allowed", "hidden", "kind") if len(axes[n]) > 1]
-    if len(masks) > 2:
+    if len(masks) > 2 and most is None:
         for three in _covering(rng, axes, masks, 3):
             usual = {n: rng.choice(often.get(n, x[:2])) for n, x in axes.items()}
             rows.append(usual | three)
     return tuple(dict.fromkeys(_call(row, rng, able, budget) for row in rows))
 
 
-def _covering(rng: random.Random, axes: Mapping[str, list[Any]], names: list[str], n: int) -> list[dict[str, Any]]:
-    """Return rows of values in which any n axes meet in every combination."""
-    found = [
-        dict(zip(names, x, strict=True)) for x in AllPairs([rng.sample(axes[a], len(axes[a])) for a in names], n=n)
-    ]
+def _covering(
+    rng: random.Random, axes: Mapping[str, list[Any]], names: list[str], n: int, most: int | None = None
+) -> list[dict[str, Any]]:
+    """Return rows of values in which any n axes meet in every combination, or the first of them."""
+    rows = AllPairs([rng.sample(axes[a], len(axes[a])) for a in names], n=n)
+    found = [dict(zip(names, x, strict=True)) for x in islice(rows, most)]
     pairs_storage.key_cache.clear()  # it holds every combination of every array that was ever made
     return found
 

@@ -23,7 +23,7 @@ from .calls import Call, drawn
 from .draw import Draw
 from .dropped import DROPPED
 from .models import known
-from .sample import Sample, sample_of
+from .sample import Sample, sample_of, separate
 
 __all__ = ["BUDGETS", "FAMILIES", "Case", "calls", "cases", "fitted", "forget"]
 
@@ -213,10 +213,7 @@ def cases(variant: str, budget: str = "ci") -> list[Case]:
     return [replace(c, draw=i) for i in range(NIGHTLY_DRAWS) for c in known] if budget == "nightly" else known
 
 
-MOST_CALLS = {"quick": 4, "ci": 10**6, "nightly": 10**6}
-
-
-def calls(variant: str, able: Capabilities, budget: str = "ci", seed: int = 0) -> list[Case]:
+def calls(variant: str, able: Capabilities, budget: str = "ci", seed: int | None = 0) -> list[Case]:
     """Return the calls of models and the drawn ones of an operator that a kernel says it can do.
 
     Parameters
@@ -226,10 +223,10 @@ def calls(variant: str, able: Capabilities, budget: str = "ci", seed: int = 0) -
     able : Capabilities
         What the kernel can do.
     seed : int
-        What draws those that are drawn.
+        What draws those that are drawn; None for the calls of models alone.
     """
-    found = drawn(variant, able, budget, seed)[: MOST_CALLS[budget]]
-    usual = [("models", *x) for x in known(able, variant_of(variant).uses, budget)] if found else []
+    found = [] if seed is None else drawn(variant, able, budget, seed)
+    usual = [("models", *x) for x in known(able, variant_of(variant).uses, budget)] if separate(variant) else []
     named = usual + [("calls", f"{i:03d}-{c.kind}", c, i % 3 == 0) for i, c in enumerate(found)]
     return [Case(family, label, variant, c, sampled=True, gradients=back) for family, label, c, back in named]
 

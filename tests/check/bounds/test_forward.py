@@ -330,3 +330,16 @@ def test_a_row_that_sees_its_sink_alone_loses_two_roundings_each_way(make):
     lost = (4 * 2.0**-24 + 2.0**-11) * np.array([0.5, 3.0])
     assert (limit["lse"] == lost[:, None]).all()
     assert (limit["out"] == 0).all()
+
+
+def test_where_all_keys_are_seen_the_least_and_the_largest_value_say_how_far_they_are():
+    """To the bit what all of them say: x - o rounded grows with x."""
+    rng = np.random.default_rng(0)
+    v, o = rng.standard_normal((11, 3)), rng.standard_normal((4, 3)) * [[0.1], [1], [10], [1]]
+    v[0, 0], v[1, 1], v[2, 2], o[3] = np.inf, 1e300, np.nan, -1e-300
+    for seen in (np.ones((4, 11), bool), rng.random((4, 11)) < 0.5):
+        each = np.where(seen[:, :, None], np.abs(v[None] - o[:, None]), 0.0).max(1)
+        np.testing.assert_array_equal(module._farthest(v, o, seen), each)
+        sizes = np.where(seen[:, :, None], np.abs(v)[None], 0.0).max(1)
+        np.testing.assert_array_equal(np.broadcast_to(module._largest(np.abs(v)[None], seen), (4, 3)), sizes)
+    assert module._farthest(v[:0], o, np.ones((4, 0), bool)).tolist() == np.zeros((4, 3)).tolist()

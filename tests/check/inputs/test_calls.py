@@ -43,6 +43,13 @@ def test_every_two_values_meet():
     assert any(c.d >= 128 and c.lengths[0][1] > 512 for c in found)
 
 
+def test_a_quick_run_has_the_first_of_them_and_who_asks_for_models_draws_none():
+    """A run with a time limit begins with the checks of these names."""
+    quick, ci, models = ([c.name for c in calls("softmax", ABLE, *x)] for x in (("quick", 3), ("ci", 3), ("ci", None)))
+    assert [n for n in ci if n.startswith("models/")] == models
+    assert [n for n in quick if n.startswith("calls/")] == [n for n in ci if n.startswith("calls/")][:4]
+
+
 def test_only_what_a_kernel_has_is_drawn():
     able = Capabilities(features={"causal_top_left"}, head_dims={64, 128}, seq_multiple=64, always={"causal_top_left"})
     found = calls("softmax", able, "quick", 0)
