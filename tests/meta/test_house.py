@@ -13,6 +13,8 @@ import pytest
 
 import refattn
 
+from ..conftest import LONGEST
+
 ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
 BASE = {
@@ -297,9 +299,9 @@ def untested(modules, table):
             yield name.as_posix()
 
 
-def test_slow_tests_are_there():
-    for name in (TREE / "tests" / "slow.txt").read_text().splitlines()[1:]:
-        file, _, function = name.partition("::")
+def test_slow_and_longest_tests_are_there():
+    for name in [*(TREE / "tests" / "slow.txt").read_text().splitlines()[1:], *LONGEST]:
+        file, _, function = name.partition("[")[0].partition("::")
         assert f"def {function}(" in (TREE / file).read_text(), name
 
 
