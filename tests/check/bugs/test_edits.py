@@ -53,7 +53,10 @@ def test_a_bug_is_caught(name):
     at = TABLE["bugs"][name]
     if BUGS[name].kind == "K" or name == "scale_of_an_earlier_call":  # it shows in a run, not in a check alone
         checks = plan(broken(name), capabilities=ABLE, dtypes=["float32"], only=SMALL)
-        assert any(i.run().verdict in ("failed", "edge") for i in checks)
+        known = {TABLE["checks"][i] for i in at}
+        first = next(i for i, c in enumerate(checks) if c.name.partition("[")[0] in known)
+        # a few calls before the first that fails leave something behind
+        assert any(i.run().verdict in ("failed", "edge") for i in checks[max(0, first - 4) :])
         return
     # one of the checks that it fails: from the middle of the small ones, where there are some
     all_of_them = [TABLE["checks"][i] for i in at]

@@ -55,7 +55,7 @@ def test_what_failed_checks_share():
 
 @pytest.mark.parametrize("name", ["window_left_exclusive", "no_slope_of_the_cap"])
 def test_a_bug_is_most_like_itself(name):
-    first, share = alike(report_of(name))[0]
+    first, share = alike(report_of(name, only="gaussian/*"))[0]
     assert first == name
     assert share > 0.99
 
