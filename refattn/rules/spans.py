@@ -154,6 +154,8 @@ def _plane(x: NDArray[np.bool_], a: Span, b: Span) -> Truth:
 
 def _sums(x: NDArray[Any], at: Span, axis: int) -> NDArray[np.int64]:
     """Return sums over ranges of places along an axis."""
+    if (at.lo == at.hi).all():
+        return x.take(np.ravel(at.lo), axis).astype(np.int64)
     cut = np.stack([np.ravel(at.lo), np.ravel(at.hi) + 1], 1).ravel()
     last = np.zeros_like(x.take([0], axis))  # an end may be one after the last place
     return np.add.reduceat(np.concatenate([x, last], axis), cut, axis, dtype=np.int64)[
