@@ -39,6 +39,11 @@ def _prime() -> int:
     return 8 * prod(small) * (2**160 + 3016) - 1
 
 
+@lru_cache(maxsize=2**12)
+def _inverse(n: int, modulus: int) -> int:
+    return pow(n, -1, modulus)
+
+
 def _square_part(n: int) -> tuple[int, int]:
     """Return (s, D) with n = s**2 * D and D free of squares."""
     s, d, i = 1, n, 2
@@ -64,6 +69,7 @@ class Field:
         self.root = pow(self.d, (self.p + 1) // 4, self.p)
         self.x, self.y = self._random("x"), self._random("y")
         self.signs: list[Mask] = []  # what relus were told, in order
+        self._powers: dict[tuple[Any, Any], int] = {}  # equal scores are many where they are asked for
 
     def _random(self, label: str) -> int:
         digest = b"".join(hashlib.sha512(f"{label} {i}".encode()).digest() for i in range(2))
@@ -94,12 +100,14 @@ class Field:
 
     @staticmethod
     def _residue(x: Any, modulus: int) -> int:
-        return int(x.p) * pow(int(x.q), -1, modulus) % modulus
+        return int(x.p) * _inverse(int(x.q), modulus) % modulus
 
     def exponential(self, a: Any, b: Any) -> int:
         """Return x^a · y^b."""
-        left = pow(self.x, self._residue(a, self.q), self.p) if a else 1
-        return left * pow(self.y, self._residue(b, self.q), self.p) % self.p
+        if (a, b) not in self._powers:
+            left = pow(self.x, self._residue(a, self.q), self.p) if a else 1
+            self._powers[a, b] = left * pow(self.y, self._residue(b, self.q), self.p) % self.p
+        return self._powers[a, b]
 
     def oracle(self, label: str, image: int) -> int:
         """Return the fixed pseudo-random stand-in for a function's value."""
@@ -133,12 +141,13 @@ class FieldMatrix(Reflected):
         return FieldMatrix(self.f, image % self.f.p, exact(*(self.exact or ()), *(o.exact or ())) if both else None)
 
     def _product(self, o: FieldMatrix, multiply: Any) -> FieldMatrix:
-        d = self.f.d
-        return self._combine(
-            o,
-            multiply(self.image, o.image),
-            lambda a, b, c, e: (multiply(a, e) + multiply(b, c), multiply(b, e) + multiply(a, c) * d),
-        )
+        def exact(a: Array, b: Array, c: Array, e: Array) -> Surd:
+            if not (a.any() or c.any()):  # most numbers are rational
+                whole = multiply(b, e)
+                return np.full(whole.shape, flint.fmpq(0)), whole
+            return multiply(a, e) + multiply(b, c), multiply(b, e) + multiply(a, c) * self.f.d
+
+        return self._combine(o, multiply(self.image, o.image), exact)
 
     def __matmul__(self, o: FieldMatrix) -> FieldMatrix:
         return self._product(o, np.matmul)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from .blas import one_thread
 from .doubledouble import U
 from .heads import Head, matrix_of
 from .levels import Bounded, Level
-from .ranking import Scorer, of_row, scored
+from .ranking import Scorer, of_row, rivals, scored
 from .runs import Runs
 
 if TYPE_CHECKING:
@@ -72,14 +71,6 @@ class _Tiled:
         own = Runs(self.runs.starts[a:b] - first, self.runs.ends[a:b] - first)
         return [matrix_of(self.f, x.k[first:end]) for x in self.ones], own.over(self.f, b - a), own.sizes
 
-    @cached_property
-    def kinds(self) -> Places | None:
-        """Equal numbers for candidates of the same key; None where they have several."""
-        if not self.runs.single:
-            return None
-        keys = np.concatenate([x.k[self.runs.starts] for x in self.ones], 1) + 0.0  # of -0, too, one 0
-        return np.unique(keys.view(f"V{keys.itemsize * keys.shape[1]}")[:, 0], return_inverse=True)[1]
-
     def choose(self, rows: Places) -> tuple[Mask, Float]:
         """Return which candidates neighbouring rows take, and their margins."""
         count, taken = self.sight.c.count, self.sight.must(rows)
@@ -102,10 +93,18 @@ class _Tiled:
         taken[row, best.at[row, at]] = True
         for n in np.nonzero(free & ~sure)[0].tolist():
             at = best.at[n, : best.many[n]]
-            inside, margins[n] = self._closer(int(rows[n]), at)
+            inside, margins[n] = self._alike(best, n) or self._closer(int(rows[n]), at)
             taken[n, at] = False
             taken[n, inside] = True
         return taken, margins
+
+    def _alike(self, best: Contenders, n: int) -> tuple[Places, float] | None:
+        """Choose for a row where all whose scores lie close have the same keys."""
+        at, kinds, count = best.at[n, : best.many[n]], self.finer.kinds, self.sight.c.count
+        sure, near = rivals((best.mid[n, : len(at)], 0.0, best.radius[n, : len(at)]), count)
+        if kinds is None or (kinds[at[near]] != kinds[at[near[0]]]).any():
+            return None
+        return at[np.concatenate([sure, near[: count - len(sure)]])], 0.0
 
     def _closer(self, row: int, at: Places) -> tuple[Places, float]:
         """Choose for a row among few, by more bits."""
@@ -118,7 +117,7 @@ class _Tiled:
             return at[best.at[0, first[0]]], float(margin[0])
         left = best.at[0, : best.many[0]]
         parts = [np.broadcast_to(x, s.h.shape)[0, left] for x in (s.h, s.l, s.r)]
-        return of_row(self.finer, row, at[left], parts, self.kinds)
+        return of_row(self.finer, row, at[left], parts)
 
 
 class Contenders:
@@ -198,7 +197,7 @@ class Contenders:
 
     def _repeated(self, at: Places, keep: Mask) -> None:
         """Leave out candidates of a key that `count` earlier ones have, too: their scores are the same."""
-        kinds = None if self.work is None else self.work.kinds
+        kinds = None if self.work is None else self.work.finer.kinds
         if kinds is None:
             return
         kind = np.where(keep, kinds[at], -1)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from . import elementwise
 from .anywhere import largest, power_above, product
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, constant, exp2, two_prod, two_sum
+from .lossless import divided, head_bits, lossless
 from .matrix import Reflected, UnsureSign
 from .precision import precision
 
@@ -45,11 +46,6 @@ WIDE = 64
 def gamma(k: float) -> float:
     """Return k u / (1 - k u), the error factor of k roundings."""
     return k * U / (1 - k * U)
-
-
-def head_bits(k: int, level: int) -> int:
-    """Return the width b of a head: k · level · (2**b + 1)**2 <= 2**53, so that its products sum exactly."""
-    return int((52.99 - np.log2(max(k * max(level, 1), 1))) // 2)
 
 
 class Level:
@@ -174,6 +170,8 @@ class Bounded(Reflected):
         s, e = two_sum(self.h, o.h)
         if self._by_row(o):  # abs(e) <= u abs(s), abs(l) <= u abs(h)
             small = 2 * U * (largest(np.abs(self.h), 1)[:, None] + largest(np.abs(o.h), 1)[:, None])
+            if self.f.device is None and not (self.rest.any() or o.rest.any() or self.l.any() or o.l.any()):
+                small = np.where(e.any(1, keepdims=True), small, 0.0)
         else:
             small = np.abs(e) + np.abs(self.l) + np.abs(o.l)
         h, low = two_sum(s, e + (self.l + o.l))
@@ -215,7 +213,7 @@ class Bounded(Reflected):
         lost = lost + self.r + (np.abs(q) + 2 * np.abs(t)) * o.r + ETA
         sure = least > 2 * o.r
         r = np.where(sure, lost / np.where(sure, least - o.r, 1.0) * UP + ETA, np.inf)
-        return Bounded(self.f, h, low, np.where(sure & (self.h == 0) & (self.l == 0) & (self.r == 0), 0.0, r))
+        return Bounded(self.f, h, low, np.where(sure & divided(self, o), 0.0, r))
 
     # functions ----------------------------------------------------------------------------------------------------
 
@@ -370,6 +368,8 @@ class Bounded(Reflected):
             through = own * top
         r = (r + through + (one + own) * their) * UP + ETA
         r = np.where((one + own == 0) | (top + their == 0), 0.0, r)  # a sum of exact zeros
+        if device is None and not own.any() and not np.any(their):
+            r = np.where(lossless(self, o, one * top, pairs), 0.0, r)
         return Bounded(self.f, h, low, r.max(1, keepdims=True) if wide else r)
 
 

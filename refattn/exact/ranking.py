@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from functools import cmp_to_key, reduce
+from functools import cached_property, cmp_to_key, reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,17 +14,20 @@ from ..variants import Selected
 from .arithmetics import Balls
 from .field import Field
 from .heads import Head, matrix_of
-from .levels import Bounded
+from .levels import Bounded, Level
+from .runs import Runs
 
 if TYPE_CHECKING:
     from .choosing import Sight
 
-__all__ = ["Scorer", "decided", "of_row", "ranked", "scored", "some"]
+__all__ = ["Scorer", "decided", "of_row", "ranked", "rivals", "scored", "some"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 PARTS = 16
 """Lengths at which candidates that no row looks at are left out."""
+EXACT = Level(3)
+"""What often counts sums of products without any loss: then equal scores are equal numbers."""
 LADDER = (256, 1024, 4096)  # bits at which scores that enclosures cannot tell apart are looked at again
 
 
@@ -51,6 +54,16 @@ class Scorer:
         members = np.asarray(sight.c.members)
         self.sizes = sight.runs.sizes if sight.runs is not None else members.sum(1)
 
+    @cached_property
+    def kinds(self) -> NDArray[np.intp] | None:
+        """Equal numbers for candidates of the same keys, whose scores are equal; None where keys are not neighbours."""
+        if self.sight.runs is None or not self.shape.alone:
+            return None
+        keys = np.concatenate([x.k for x in self.ones], 1) + 0.0  # of -0, too, one 0
+        known: dict[bytes, int] = {}
+        ends = zip(self.sight.runs.starts.tolist(), self.sight.runs.ends.tolist(), strict=True)
+        return np.array([known.setdefault(keys[a:b].tobytes(), len(known)) for a, b in ends], np.intp)
+
     def scores(self, rows: NDArray[np.intp], may: Mask, seen: Mask) -> tuple[Any, int]:
         """Return the scores (rows, m) of the first m candidates, and m: later ones are not looked at."""
         f, runs = self.f, self.sight.runs
@@ -67,8 +80,8 @@ class Scorer:
         runs = self.sight.runs
         assert runs is not None
         keys = np.concatenate([np.arange(a, b) for a, b in zip(runs.starts[at], runs.ends[at], strict=True)])
-        whose = np.repeat(np.arange(len(at)), self.sizes[at])
-        members = matrix_of(f, np.asarray(whose == np.arange(len(at))[:, None], np.float64))
+        ends = np.cumsum(self.sizes[at])
+        members = Runs(ends - self.sizes[at], ends).over(f, len(at))
         given = [(matrix_of(f, x.q[row : row + 1]), matrix_of(f, x.k[keys])) for x in self.ones]
         seen = np.ones((1, len(at)), bool)
         return scored(self.ones, self.shape, f, given, slice(row, row + 1), members, self.sizes[at], seen)
@@ -89,7 +102,15 @@ def ranked(s: Bounded, may: Mask, count: int) -> tuple[Mask, Mask, Float]:
             low = np.where(first, mid - radius, np.inf).min(1)
             high = np.where(outside, mid + radius, -np.inf).max(1)
             margin = np.where(first, mid, np.inf).min(1) - np.where(outside, mid, -np.inf).max(1)
-    return low > high, first, margin
+    apart = low > high
+    tied = np.nonzero(~apart & ((radius == 0) | (~may & (radius.shape[1] > 1))).all(1) & np.isfinite(s.h).all(1))[0]
+    if tied.size:  # exact numbers, h + l with l = 0
+        order = np.argsort(-mid[tied], axis=1, kind="stable")
+        first[tied] = False
+        first[tied[:, None], order[:, :count]] = True
+        ends = np.take_along_axis(mid[tied], order[:, count - 1 : count + 1], 1)
+        margin[tied], apart[tied] = ends[:, 0] - ends[:, 1], True
+    return apart, first, margin
 
 
 def some(s: Bounded, rows: Any) -> Bounded:
@@ -97,7 +118,7 @@ def some(s: Bounded, rows: Any) -> Bounded:
     return Bounded(s.f, *(np.broadcast_to(x, s.h.shape)[rows] for x in (s.h, s.l, s.r)))
 
 
-def _rivals(s: Any, count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def rivals(s: Any, count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Return of a row which candidates are surely chosen, and whose scores must be looked at again.
 
     The scores of the others are proven to be below all of these, and those of the first above.
@@ -137,22 +158,31 @@ def decided(
     raise _too_close(next(int(rows[n]) for n in range(len(rows)) if n not in found))
 
 
-def of_row(
-    level: Scorer, row: int, at: NDArray[np.intp], s: Any, kinds: NDArray[np.intp] | None = None
-) -> tuple[NDArray[np.intp], float]:
+def of_row(level: Scorer, row: int, at: NDArray[np.intp], s: Any) -> tuple[NDArray[np.intp], float]:
     """Choose for one row among candidates with such scores h, l, r: those that lie close are made again, alone.
 
-    Candidates of one kind, if kinds are given, have equal scores.
+    Of those with the same keys one is made.
     """
-    sure, open_ = _rivals(s, level.sight.c.count)
-    if kinds is not None and (kinds[at[open_]] == kinds[at[open_[0]]]).all():
-        return at[np.concatenate([sure, open_[: level.sight.c.count - len(sure)]])], 0.0
-    image = level.of(row, at[open_], Field(level.ones[0].q.shape[1])).image[0]
+    sure, open_ = rivals(s, level.sight.c.count)
+    count, of, which = level.sight.c.count - len(sure), np.arange(len(open_)), at[open_]
+    if level.kinds is not None:
+        _, one, of = np.unique(level.kinds[at[open_]], return_index=True, return_inverse=True)
+        if len(one) == 1:
+            return at[np.concatenate([sure, open_[:count]])], 0.0
+        which = at[open_[one]]
+    exact = level.of(row, which, EXACT)
+    if not exact.r.any() and np.isfinite(exact.h).all():  # h is h + l rounded, so that pairs stand as their sums do
+        h, low = (np.broadcast_to(x, exact.h.shape)[0, of] for x in (exact.h, exact.l))
+        order = np.lexsort((-low, -h))  # which is stable
+        last, first = order[count - 1], order[count]
+        margin = float((h[last] - h[first]) + (low[last] - low[first]))
+        return at[np.concatenate([sure, np.sort(open_[order[:count]])])], margin
+    image = level.of(row, which, Field(level.ones[0].q.shape[1])).image[0][of]
     for bits in LADDER:
         balls = Balls(bits)
         with balls.working():
-            x = level.of(row, at[open_], balls).a[0]
-            choice = _by_balls(np.arange(len(open_)), x, image, level.sight.c.count - len(sure))
+            x = level.of(row, which, balls).a[0][of]
+            choice = _by_balls(np.arange(len(open_)), x, image, count)
         if choice is not None:
             return at[np.concatenate([sure, open_[choice[0]]])], choice[1]
     raise _too_close(row)

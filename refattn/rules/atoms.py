@@ -255,7 +255,10 @@ def labelled(mask: Any, of_q: NDArray[np.integer] | None, of_k: NDArray[np.integ
 
     def formula(x: Any) -> Any:
         q = x.q if of_q is None else x.table("of_q", of_q, (x.q,))
-        return x.look("mask", seen, x.b, x.h, q, x.table("of_k", of_k, (x.k,)))
+        k = x.table("of_k", of_k, (x.k,))
+        if isinstance(k, np.ndarray) and k.ndim == 2 and k.size and (k == k[0, 0]).all():
+            k = k[:1, :1]  # keys of one block are looked up once
+        return x.look("mask", seen, x.b, x.h, q, k)
 
     def cuts(n_k: int) -> NDArray[np.int64]:
         return np.append(0, np.nonzero(np.diff(of_k))[0] + 1)

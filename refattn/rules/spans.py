@@ -38,7 +38,7 @@ class Truth:
         return cls(np.where(full, FULL, np.where(empty, EMPTY, rest)).astype(np.int8))
 
     def __and__(self, o: Truth) -> Truth:
-        return Truth(_AND[self.codes, o.codes])
+        return Truth(_AND.take((self.codes << 2) | o.codes, mode="clip"))  # a row of four for each code
 
     def __or__(self, o: Truth) -> Truth:
         return ~(~self & ~o)
@@ -148,14 +148,15 @@ def _plane(x: NDArray[np.bool_], a: Span, b: Span) -> Truth:
         return Truth(x[a.lo, b.lo].view(np.int8) * np.int8(FULL))
     if x.size > LARGEST:
         return Truth(np.full(np.broadcast_shapes(a.lo.shape, b.lo.shape), UNSURE, np.int8))
-    count = _sums(_sums(x, a, 0), b, 1)
-    return Truth.of(count == (a.hi - a.lo + 1) * (b.hi - b.lo + 1), count == 0, a.solid & b.solid)
+    some, every = (_over(f, _over(f, x, a, 0), b, 1) for f in (np.logical_or, np.logical_and))
+    return Truth.of(every, ~some, a.solid & b.solid)
 
 
-def _sums(x: NDArray[Any], at: Span, axis: int) -> NDArray[np.int64]:
-    """Return sums over ranges of places along an axis."""
+def _over(f: np.ufunc, x: NDArray[np.bool_], at: Span, axis: int) -> NDArray[np.bool_]:
+    """Return whether some, or all, hold over ranges of places along an axis."""
+    if (at.lo == at.hi).all():
+        return x.take(np.ravel(at.lo), axis)
     cut = np.stack([np.ravel(at.lo), np.ravel(at.hi) + 1], 1).ravel()
     last = np.zeros_like(x.take([0], axis))  # an end may be one after the last place
-    return np.add.reduceat(np.concatenate([x, last], axis), cut, axis, dtype=np.int64)[
-        tuple(slice(None, None, 2 if i == axis else 1) for i in range(2))
-    ]
+    found: NDArray[np.bool_] = f.reduceat(np.concatenate([x, last], axis), cut, axis)
+    return found[tuple(slice(None, None, 2 if i == axis else 1) for i in range(2))]

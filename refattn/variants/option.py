@@ -126,7 +126,7 @@ def even(value: Any, heads: int) -> str | None:
 
 def one_of(*names: str) -> Callable[[Any, int], str | None]:
     """Check for one of some names."""
-    return lambda value, heads: None if value in names else f"one of {', '.join(names)}"
+    return lambda value, heads: None if isinstance(value, str) and value in names else f"one of {', '.join(names)}"
 
 
 def per_head(value: Any, heads: int) -> str | None:

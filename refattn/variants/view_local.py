@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import product
@@ -17,6 +18,7 @@ from ..problem import Problem
 from ..rules import Rule
 from ..rules.lists import listed
 from .option import Option, at_least_zero, finite, one_of, whole
+from .pinhole import project_pinhole
 from .shapes import Lowered
 from .variant import COMMON_BUGS, COMMON_LAWS, Variant, packed
 
@@ -48,34 +50,6 @@ def voxel_centres(resolution: int) -> Array:
     _whole("resolution", resolution, 0)
     along = [Fraction(2 * i + 1 - resolution, resolution) for i in range(resolution)]
     return np.array(list(product(along, repeat=3)), object).reshape(-1, 3)
-
-
-def project_pinhole(projection: Any, points: Array) -> tuple[Array, Array]:
-    """Return where points of space appear in an image, and their depths: ``(u, v) = (p_0, p_1) / p_2, p = P (x, 1)``.
-
-    Parameters
-    ----------
-    projection : (3, 4) numbers
-        The matrix P.
-    points : (n, 3) array
-        Points of space. Fractions are projected exactly.
-
-    Returns
-    -------
-    places : (n, 2)
-        u and v, in pixels where P counts pixels.
-    depths : (n,)
-        p_2; points in front of a camera and behind it have depths of different signs.
-    """
-    try:
-        matrix = np.array([[Fraction(x) for x in row] for row in projection], object)
-    except (TypeError, ValueError, OverflowError):
-        matrix = np.array(None)
-    expect(matrix.shape == (3, 4), "projection", projection, "a matrix of three rows of four finite numbers")
-    points = np.asarray(points)
-    expect(points.ndim == 2 and points.shape[1] == 3, "points", points.shape, "an array of shape (n, 3)")
-    p = points @ matrix[:, :3].T + matrix[:, 3]
-    return p[:, :2] / p[:, 2:], p[:, 2]
 
 
 def places(projection: Any, points: Array, image: int, mode: str) -> Array:
@@ -120,12 +94,19 @@ def view_local_mask(
         "released" rounds places to pixels, holds them to the image, mirrors columns, and takes 1e-6 off the radius.
     centres, places, short
         For mistakes: other functions, and what is taken off the radius.
+
+    Raises
+    ------
+    InvalidInput
+        An argument is not what it says here, a voxel has depth 0, or no array holds the mask.
     """
     _whole("resolution", resolution, 0)
     _whole("patches", patches, 1)
     _whole("image", image, 1)
     expect(at_least_zero(radius, 1) is None, "radius", radius, "a finite number of at least 0")
-    expect(mode in ("paper", "released"), "mode", mode, "'paper' or 'released'")
+    expect(isinstance(mode, str) and mode in ("paper", "released"), "mode", mode, "'paper' or 'released'")
+    most = int(resolution) ** 3 * int(patches) ** 2
+    expect(most <= sys.maxsize, "resolution^3 times patches^2", most, f"at most {sys.maxsize}, the length of an array")
     seen = np.zeros((resolution**3, patches**2), bool)
     for voxel, first, end in near(projection, resolution, patches, radius, image, mode, centres, places, short):
         seen[voxel, first:end] = True

@@ -274,7 +274,7 @@ CALLS = {
     "systems.selective_recurrence": {"step": some(3, 1), "rate": some(4, 1), "write": ROWS, "read": ROWS},
     "systems.taylor_features": {"x": ROWS, "degree": 2, "coefficients": True},
     "virtual_node.virtual_node_layer": {"x": ROWS, "virtual": some(4), "edges": np.array([[0, 1], [1, 2]]), **LAYER},
-    "variants.view_local.project_pinhole": {"projection": PROJECTION, "points": some(2, 3)},
+    "variants.pinhole.project_pinhole": {"projection": PROJECTION, "points": some(2, 3)},
     "variants.view_local.view_local_mask": {
         "projection": PROJECTION,
         "resolution": 2,

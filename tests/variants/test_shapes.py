@@ -413,6 +413,8 @@ def test_a_group_chooses_by_the_sum_of_its_heads_weights():
     assert np.nonzero(lower(three).problem.allowed[0, 0, 7])[0].tolist() == [0, 1, 4, 5, 6, 7]
     with pytest.raises(InvalidProblem, match="topk: got 2, expected at least 3, the blocks that forced"):
         evaluate(p.replace(options=options | {"forced": "first_previous_own"}))
+    with pytest.raises(InvalidProblem, match=r"forced: got array\(.*, expected one of own, first_previous_own"):
+        evaluate(p.replace(options=options | {"forced": np.array(["own"] * 2)}))
 
 
 def test_a_group_may_choose_top_keys_together():

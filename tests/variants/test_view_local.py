@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from refattn import InvalidProblem, evaluate, masks
+from refattn import InvalidInput, InvalidProblem, evaluate, masks
 from refattn.exact import lowering
 from refattn.exact.lowering import lower
 from refattn.variants.view_local import FLAT, project_pinhole, view, view_local_mask, voxel_centres
@@ -175,3 +175,31 @@ def test_packed_sequences_are_refused(make):
     for options in ({}, OPTIONS):
         with pytest.raises(InvalidProblem, match="cu_seqlens_q: views of packed sequences are not defined"):
             evaluate(make(27, 27, variant="view_local", options=options, **ends))
+
+
+INSIDE = ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "text"),
+    [
+        (project_pinhole, (FLAT, [["1", "2", "3"]]), "points: got .*, expected finite numbers"),
+        (project_pinhole, (FLAT, [[0, 0, math.inf]]), "points: got .*, expected finite numbers"),
+        (project_pinhole, (FLAT, [[1, 2], [3]]), r"points: got \(\), expected an array of shape \(n, 3\)"),
+        (
+            project_pinhole,
+            (((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0)), [[0, 0, 1], [1, 2, 0]]),
+            "projection: point 1 has",
+        ),
+        (view_local_mask, (INSIDE, 3, 2, 1.0), "projection: point 1 has depth 0"),
+        (
+            view_local_mask,
+            (FLAT, 2, 2, 1.0, 8, np.array(["paper"] * 2)),
+            "mode: got .*, expected 'paper' or 'released'",
+        ),
+        (view_local_mask, (FLAT, 2**40, 2, 1.0), r"resolution\^3 times patches\^2: got \d+, expected at most"),
+    ],
+)
+def test_nonsense_is_named(function, given, text):
+    with pytest.raises(InvalidInput, match=f"^{text}"):
+        function(*given)
