@@ -19,12 +19,15 @@ from refattn import (
     save_problem,
     simulate,
 )
+from refattn.check.bugs.edits import NORM_BUGS, broken
 from refattn.check.bugs.planted import planted
 from refattn.check.diagnose.shrink import shrink
 from refattn.check.kernels import tiled as module
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import FEATURES, FURTHER, MODELS
 from refattn.scores import score_mod
+
+from .check import norms_gate
 
 ABLE = Capabilities({"float32"}, FEATURES | FURTHER, lse=True)
 BUGS = "norm_ignored", "norm_unweighted", "norm_after_rotary"
@@ -132,10 +135,26 @@ def test_a_right_kernel_passes_and_is_predicted():
     assert {w.array for c in report.checks for w in c.arrays} == {"out", "lse", *gradients}
     out = [w.figures.rms for c in report.checks for w in c.arrays if w.array == "out"]
     assert 0.8 < min(out) < max(out) < 1.2
+    # of a norm's weights there are 32 elements: their mean square is spread by a quarter
+    back = [w.figures.rms for c in report.checks for w in c.arrays if w.array in gradients]
+    assert 0.65 < min(back) < max(back) < 1.1
     law = check_kernel(tiled, capabilities=ABLE, only="law/norm_scaled", model=tiled.model)
     assert law.count("passed") == 1
     wrong = check_kernel(planted("norm_ignored"), capabilities=ABLE, only="law/norm_scaled", model=tiled.model)
     assert not wrong.passed
+
+
+@pytest.mark.parametrize("name", NORM_BUGS)
+def test_a_gradient_of_norms_that_kernels_get_wrong_is_caught_in_quick(name):
+    """In each type; in bfloat16 the bound of a sum over all rows lets it pass, and what is predicted does not."""
+    gradients = {"dq", "dk", "dv", "dquery_norm", "dkey_norm"}
+    able = Capabilities({"float32", "float16", "bfloat16"}, ABLE.features, lse=True, gradients=gradients)
+    more = {"only": "positions/norm-rotary/gradients*", "budget": "quick", "model": tiled.model}
+    assert check_kernel(broken(name), capabilities=able, **more).count("failed") == 3
+
+
+def test_pytorchs_own_gradients_pass_and_are_predicted():
+    assert norms_gate.main(3, 5, 20) == 0
 
 
 @pytest.mark.parametrize(("edit", "wrong"), [
