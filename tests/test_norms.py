@@ -194,6 +194,7 @@ def test_simulated_kernels_pass():
         ({"norm_eps": 0}, "norm_eps: got 0, expected a finite number above 0"),
         ({"norm_eps": np.inf}, "norm_eps: got inf"),
         ({"norm_eps": True}, "norm_eps: got True"),
+        ({"norm_eps": 10**400}, "norm_eps: got 1000"),
         ({"query_norm": None, "key_norm": None}, "norm_eps: nothing in the call takes a norm"),
         ({"query_norm": np.ones(4, np.float32)}, "query_norm: got shape (4,), expected (8,), a weight for each column "
             "of a head; a norm over all heads"),
@@ -206,6 +207,16 @@ def test_simulated_kernels_pass():
 def test_bad_arguments_are_refused(change, text):
     with pytest.raises(InvalidProblem, match=f"^{re.escape(text)}"):
         small(**change)
+
+
+def test_an_epsilon_that_float32_has_not_bounds_nothing():
+    """A kernel adds 0 in its place, and divides by 0 where a row is; float64's own has a bound."""
+    p = small(norm_eps=1e-40, scale=0.5)
+    check = check_problem(tiled, p, "x").checks[0]
+    assert check.verdict == "unsupported"
+    assert check.message == "norm_eps: 1e-40 has no bounds in float32, whose smallest normal number is 1.18e-38"
+    wide = p.replace(**{n: x.astype(np.float64) for n, x in p.arrays().items()})
+    assert check_problem(tiled, wide, "x").passed
 
 
 def test_what_has_no_norms_says_so():
