@@ -21,7 +21,7 @@ from .notebooks import NOTEBOOKS, complaints, execute, unshown
 TREE = Path(__file__).parents[2]
 README = (TREE / "README.md").read_text()
 SNIPPETS = sorted((TREE / "docs" / "reference").glob("*.md"))
-MORE = [TREE / "docs" / f"{name}.md" for name in ("start", "arithmetic", "checking", "contract", "recurrences")]
+MORE = [TREE / "docs" / f"{name}.md" for name in ("start", "arithmetic", "checking", "contract", "golden", "recurrences")]
 """Other pages whose examples stand on their own."""
 
 
