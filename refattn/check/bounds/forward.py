@@ -291,7 +291,7 @@ def _rows(
             u = format_of(model.accumulator).unit_roundoff
             total, variance, o = (total + 2 * u * np.abs(o)) / by, variance / by**2, o / by
         last, tiny = (by_chance(final, model) * x for x in (final.unit_roundoff, floor(final, model)))
-        total = total * (1 + last) + last * np.abs(o) + tiny
+        total = total * (1 + last) + last * np.abs(o) + tiny * ((total > 0) | (o != 0))
         if not model.subnormals:  # values that are subnormal were read as zero
             total = total + final.smallest_normal
         found = {"out": (total / unit, variance / unit**2)}
@@ -352,6 +352,7 @@ def _of_out(
     most = most + (under if "shifted" in weights.marks else under * node.amplify / np.abs(head.divided))
     most = most + node.err + _largest(put(head.lost_values)[None], seen)
     total = np.fmin(moved * node.amplify, hull) + np.fmin(rest * node.amplify, most)
+    total = np.where(seen @ v == 0, 0.0, total)  # products with 0 are 0, whatever the weights are
     return total * (1 + head.f.u), variance
 
 
