@@ -64,6 +64,7 @@ class _Lost:
         seen, cap = np.asarray(s.one.allowed) * 1.0, s.one.problem.softcap
         self.own = self.scale**2 * (s.own() + max(s.tiny_w, s.tiny) * seen) + s.tiny * seen
         self.var_q, self.var_k = (x * x * v for x, v in zip((s.q, s.k), _written(s), strict=True))
+        self.many = _times_there(s.q)[:, None], _times_there(s.k)
         self.slope = np.broadcast_to(s.slope, w.shape)
         self.p, self.curve = w * self.slope, np.zeros(w.shape)
         if cap is not None:  # the softcap's slope changes with a score, too
@@ -77,18 +78,21 @@ class _Lost:
         # of a score less its row's mean, the error of its own key apart
         self.apart = self.scale**2 * np.maximum(by_query, 0.0) + (w * w * self.by_keys).sum(1, keepdims=True)
 
-    def _followed(self, t: Float) -> tuple[Float, Float]:
-        """Return the variance of each row's sum of dS T by what is no key's or query's, and its slope by scores."""
+    def _followed(self, t: Float, many: Any) -> tuple[Float, Float]:
+        """Return the variance of each row's sum of dS T by what is no key's or query's, and its slope by scores.
+
+        Errors of dS that are `many` times the same add up by their sum's square, which is at most so often theirs.
+        """
         s, w = self.s, self.s.weights
         sums, means = (self.ds * t).sum(2, keepdims=True), (self.p * t).sum(2, keepdims=True)
         of_row = s.var_d * means**2 + s.cu * (2 * s.lse**2 + 4) * sums**2
         slopes = self.slope * w * (s.x * (self.slope * t) - sums - means * (s.x - s.dlse)) + self.curve * t
-        return (self.own * t * t).sum(2) + self.scale**2 * of_row[:, :, 0], slopes
+        return (self.own * many * t * t).sum(2) + self.scale**2 * of_row[:, :, 0], slopes
 
     def by_row(self, b: Float) -> Float:
         """Return the variances of dq's columns, (columns, n_q), whose gradient by q is `b`."""
         s, t = self.s, b @ self.s.k.T
-        found, slopes = self._followed(t)
+        found, slopes = self._followed(t, self.many[1])
         by_query = (self.var_q * (slopes @ s.k) ** 2).sum(2)
         by_key = (slopes * slopes * self.by_keys + self.ds**2 * (b * b @ self.var_k.T)).sum(2)
         return np.asarray(found + self.scale**2 * (self.scale**2 * by_query + by_key))
@@ -97,7 +101,7 @@ class _Lost:
         """Return the variances of dk's columns, (columns, n_k), whose gradient by k is `b`."""
         s, t = self.s, _met(self.s.q, b)
         moved = (self.ds * self.slope) ** 2 + self.curve**2
-        found = (t * t * (self.own + self.scale**2 * (self.p**2 * s.var_d + moved * self.apart))).sum(1)
+        found = (t * t * (self.own * self.many[0] + self.scale**2 * (self.p**2 * s.var_d + moved * self.apart))).sum(1)
         near = self.ds * self.slope * (1 - 2 * s.weights) + self.curve
         own_key = self.scale**2 * (self.var_k * ((t * near).swapaxes(1, 2) @ s.q) ** 2).sum(2)
         by_query = ((b * b @ self.var_q.T) * self.ds.T**2).sum(2)
@@ -106,7 +110,7 @@ class _Lost:
     def whole(self, b: Float, which: int) -> Float:
         """Return the variances of sums over all rows, (columns,), whose gradient by q (0) or k (1) is `b`."""
         s = self.s
-        found, slopes = self._followed(b @ s.k.T if which == 0 else _met(s.q, b))
+        found, slopes = self._followed(b @ s.k.T if which == 0 else _met(s.q, b), self.many[0] * self.many[1])
         to_q, to_k = self.scale * slopes @ s.k, self.scale * slopes.swapaxes(1, 2) @ s.q
         if which == 0:
             to_k = to_k + self.ds.T @ b
@@ -120,7 +124,7 @@ class _Lost:
         s, g = self.s, self.s.dout[:, c]
         by, rows = s.kept * s.weights, s.rows_of_a_key
         each = by * by * (s.var_p + C * s.model.loss(s.model.weights) ** 2 + self.slope**2 * self.apart)
-        found = each.T @ (g * g) + s.cu * dot(s.losses.f, rows, by.T, g)
+        found = (each * self.many[0]).T @ (g * g) + s.cu * dot(s.losses.f, rows, by.T, g)
         found = found + max(s.tiny_w, s.tiny) * (np.asarray(s.one.allowed).T @ (g * g)) + s.tiny * rows
         near = (by * self.slope * (1 - s.weights)).T * g.T[:, None]
         return np.asarray(found.T + self.scale**2 * (self.var_k * (near @ s.q) ** 2).sum(2))
@@ -129,6 +133,12 @@ class _Lost:
 def _met(q: Float, b: Float) -> Float:
     """Return the products of queries with what is there for each key, (columns, n_q, n_k)."""
     return np.asarray(q @ b.swapaxes(1, 2))
+
+
+def _times_there(x: Float) -> Float:
+    """Return how often each row is there, (n,): what is computed of rows that are alike is rounded alike."""
+    _, at, count = np.unique(x, axis=0, return_inverse=True, return_counts=True)
+    return np.asarray(count[at.reshape(-1)], np.float64)
 
 
 def _written(s: Parts) -> tuple[float, float]:

@@ -152,3 +152,8 @@ def test_errors_too_large_to_foresee_are_not_predicted(call):
     assert not any(np.isnan(x).any() for x in known.values())
     model = replace(flash("float64"), rotated="float8_e5m2")  # what is written is as far off
     assert np.isnan(predict(answer, model, dout, forward(answer, model)[1])["dkey_norm"]).all()
+
+
+def test_rows_that_are_alike_are_rounded_alike():
+    assert placed._times_there(np.array([[1.0, 2], [3, 4], [1, 2]])).tolist() == [2, 1, 2]
+    assert placed._times_there(np.zeros((0, 2))).shape == (0,)
