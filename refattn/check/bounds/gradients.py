@@ -168,12 +168,7 @@ def _head(
     if "dsink" in total and one.sink is not None:
         _sink(one, model, u, lse, d[:, 0], lost_lse, lost_d[:, 0], total["dsink"])
     if p.softcap is not None:
-        t = np.tanh(turned.q @ turned.k.T * plain.scale / p.softcap)
-        slope = 1 - t * t
-        raw = (one.q.shape[1] + 3) * u * (np.abs(turned.q) @ np.abs(turned.k).T * abs(plain.scale))
-        raw = raw + abs(plain.scale) * turned.products_lost
-        lost_slope = 2 * np.abs(t) * (raw / p.softcap * slope + 3 * u * np.abs(t)) + 3 * u
-        lost_ds, ds = lost_ds * (slope + lost_slope) + ds * lost_slope, ds * slope
+        ds, lost_ds = _capped(one, turned, u, ds, lost_ds)
     lost_ds = lost_ds + u_p * ds
     scale, q, k = abs(float(plain.scale)), np.abs(turned.q), np.abs(turned.k)
     keys = one.batch, one.head_kv, one.keys
@@ -194,6 +189,18 @@ def _head(
         dk = dk + scale * ((ds + lost_ds).T @ turned.lost_q)
         total["dv"][keys] += (weights + lost_p).T @ lost_dout
     _features(one, turned, (dq, dk), (scale * (ds @ k), scale * (ds.T @ q)), total)
+
+
+def _capped(one: Head, turned: Rotated, u: float, ds: Float, lost_ds: Float) -> tuple[Float, Float]:
+    """Return dS and what it loses behind the softcap, whose slope is off, too."""
+    scale, cap = float(one.plain().scale), one.problem.softcap
+    assert cap is not None
+    t = np.tanh(turned.q @ turned.k.T * scale / cap)
+    slope = 1 - t * t
+    raw = (one.q.shape[1] + 3) * u * (np.abs(turned.q) @ np.abs(turned.k).T * abs(scale))
+    raw = raw + abs(scale) * turned.products_lost
+    lost_slope = 2 * np.abs(t) * (raw / cap * slope + 3 * u * np.abs(t)) + 3 * u
+    return ds * slope, lost_ds * (slope + lost_slope) + ds * lost_slope
 
 
 def _added(one: Head, model: Model, u: float, ds: Float, lost_ds: Float, total: dict[str, Float]) -> None:
