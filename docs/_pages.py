@@ -174,6 +174,7 @@ def write() -> None:
     """Write them all, and copy the notebooks beside them."""
     _pictures.landing()
     _variants(HERE / "variants")
+    _pictures.of_fields()
     _functions(HERE / "functions" / "reference")
     (HERE / "functions" / "papers.md").write_text(_papers())
     (HERE / "theory").mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """The pictures that the documentation's build draws, from the definitions."""
 
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,19 @@ def of_weights(v):
     fig, axis = plt.subplots(figsize=(2, 2), layout="constrained")
     show(axis, found, "RdBu", -1, 1)
     keep(fig, f"variants/weights-{v.name}.svg")
+
+
+def of_fields():
+    """Draw the call of each snippet of fields.md, whose values tell keys apart: out over its largest number."""
+    space = {}
+    for section in (HERE / "fields.md").read_text().split("\n## "):
+        exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], space)
+        if "p" not in space:  # what they all begin with
+            continue
+        found = refattn.evaluate(space["p"], rounding="float32").out[0, 0].astype(np.float64)
+        fig, axis = plt.subplots(figsize=(2, 2), layout="constrained")
+        show(axis, found / np.abs(found).max(), "RdBu", -1, 1)
+        keep(fig, f"variants/field-{section.split(',')[0].split()[0]}.svg")
 
 
 def landing():

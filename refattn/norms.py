@@ -16,7 +16,7 @@ from .arrays import dtype_name, kind_of, to_float64, to_numpy
 from .dtypes import FORMATS
 from .errors import InvalidProblem
 from .positions import turned
-from .validation import expect_array, shown
+from .validation import expect_array, is_finite, shown
 
 __all__ = ["NORMS", "check_norms", "has_norms", "multiplied", "normed"]
 
@@ -56,7 +56,7 @@ def check_norms(p: Any) -> None:
     if eps is None:
         raise InvalidProblem(f"norm_eps: is missing beside {given[0]}; it is added to the mean square, often 1e-6")
     real = isinstance(eps, int | float | np.integer | np.floating) and not isinstance(eps, bool)
-    if not real or not 0 < eps < np.inf:
+    if not real or not is_finite(eps) or eps <= 0:
         raise InvalidProblem(f"norm_eps: got {shown(eps)}, expected a finite number above 0")
     object.__setattr__(p, "norm_eps", float(eps))
     if p.d_k == 0:

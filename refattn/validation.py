@@ -27,6 +27,7 @@ __all__ = [
     "check_scales",
     "check_tensors",
     "expect_array",
+    "is_finite",
     "shown",
 ]
 
@@ -127,7 +128,7 @@ def check_options(p: Any) -> None:
             continue
         if isinstance(x, bool) or not isinstance(x, int | float | np.integer | np.floating):
             raise InvalidProblem(f"{name}: got {shown(x)}, expected a real number or None")
-        if not _is_finite(x) or (positive and x <= 0):
+        if not is_finite(x) or (positive and x <= 0):
             want = "a finite number above 0" if positive else "a finite number"
             none = "is 1/sqrt(d_k)" if name == "scale" else "turns it off"
             raise InvalidProblem(f"{name}: got {shown(x)}, expected {want}; None {none}")
@@ -239,7 +240,7 @@ def check_scales(p: Any) -> None:
             _check_scale(p, name, x)
             values = to_numpy(x, name).astype(np.float64)
         else:
-            values = np.array(float(x) if _is_finite(x) else np.nan)
+            values = np.array(float(x) if is_finite(x) else np.nan)
             object.__setattr__(p, name, float(values))
         if not (np.isfinite(values) & (values > 0)).all():
             wrong = values[~(np.isfinite(values) & (values > 0))].flat[0]
@@ -290,7 +291,8 @@ def shown(x: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _is_finite(x: Any) -> bool:
+def is_finite(x: Any) -> bool:
+    """Tell whether a number is finite, and within float64's range."""
     try:
         return math.isfinite(x)
     except OverflowError:  # an integer beyond float64

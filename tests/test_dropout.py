@@ -444,3 +444,12 @@ def test_a_gpu_draws_these_masks(p):
     drawn = torch.empty(b, h, n, m, device="cuda")
     ops._fill_mem_eff_dropout_mask_(drawn, p, seed, offset)
     assert (dropout_mask(seed, offset, (b, h, n, m), p, "efficient") == (drawn > p).cpu().numpy()).all()
+
+
+def test_a_probability_that_is_1_in_float32_bounds_nothing():
+    x = np.ones((1, 1, 2, 4), np.float32)
+    p = Problem(x, x, x, dropout_p=1 - 2.0**-25, dropout_mask=np.ones((1, 1, 1, 1), bool))
+    check = check_problem(tiled, p, "x").checks[0]
+    assert check.verdict == "unsupported"
+    assert check.message == "dropout_p: 0.9999999701976776 has no bounds in float32, where 1 - p is 0"
+    assert check_problem(tiled, p.replace(dropout_p=1 - 2.0**-24), "x").passed

@@ -19,12 +19,15 @@ from refattn import (
     save_problem,
     simulate,
 )
+from refattn.check.bugs.edits import NORM_BUGS, broken
 from refattn.check.bugs.planted import planted
 from refattn.check.diagnose.shrink import shrink
 from refattn.check.kernels import tiled as module
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import FEATURES, FURTHER, MODELS
 from refattn.scores import score_mod
+
+from .check import norms_gate
 
 ABLE = Capabilities({"float32"}, FEATURES | FURTHER, lse=True)
 BUGS = "norm_ignored", "norm_unweighted", "norm_after_rotary"
@@ -132,10 +135,26 @@ def test_a_right_kernel_passes_and_is_predicted():
     assert {w.array for c in report.checks for w in c.arrays} == {"out", "lse", *gradients}
     out = [w.figures.rms for c in report.checks for w in c.arrays if w.array == "out"]
     assert 0.8 < min(out) < max(out) < 1.2
+    # of a norm's weights there are 32 elements: their mean square is spread by a quarter
+    back = [w.figures.rms for c in report.checks for w in c.arrays if w.array in gradients]
+    assert 0.65 < min(back) < max(back) < 1.1
     law = check_kernel(tiled, capabilities=ABLE, only="law/norm_scaled", model=tiled.model)
     assert law.count("passed") == 1
     wrong = check_kernel(planted("norm_ignored"), capabilities=ABLE, only="law/norm_scaled", model=tiled.model)
     assert not wrong.passed
+
+
+@pytest.mark.parametrize("name", NORM_BUGS)
+def test_a_gradient_of_norms_that_kernels_get_wrong_is_caught_in_quick(name):
+    """In each type; in bfloat16 the bound of a sum over all rows lets it pass, and what is predicted does not."""
+    gradients = {"dq", "dk", "dv", "dquery_norm", "dkey_norm"}
+    able = Capabilities({"float32", "float16", "bfloat16"}, ABLE.features, lse=True, gradients=gradients)
+    more = {"only": "positions/norm-rotary/gradients*", "budget": "quick", "model": tiled.model}
+    assert check_kernel(broken(name), capabilities=able, **more).count("failed") == 3
+
+
+def test_pytorchs_own_gradients_pass_and_are_predicted():
+    assert norms_gate.main(3, 5, 20) == 0
 
 
 @pytest.mark.parametrize(("edit", "wrong"), [
@@ -175,6 +194,7 @@ def test_simulated_kernels_pass():
         ({"norm_eps": 0}, "norm_eps: got 0, expected a finite number above 0"),
         ({"norm_eps": np.inf}, "norm_eps: got inf"),
         ({"norm_eps": True}, "norm_eps: got True"),
+        ({"norm_eps": 10**400}, "norm_eps: got 1000"),
         ({"query_norm": None, "key_norm": None}, "norm_eps: nothing in the call takes a norm"),
         ({"query_norm": np.ones(4, np.float32)}, "query_norm: got shape (4,), expected (8,), a weight for each column "
             "of a head; a norm over all heads"),
@@ -187,6 +207,16 @@ def test_simulated_kernels_pass():
 def test_bad_arguments_are_refused(change, text):
     with pytest.raises(InvalidProblem, match=f"^{re.escape(text)}"):
         small(**change)
+
+
+def test_an_epsilon_that_float32_has_not_bounds_nothing():
+    """A kernel adds 0 in its place, and divides by 0 where a row is; float64's own has a bound."""
+    p = small(norm_eps=1e-40, scale=0.5)
+    check = check_problem(tiled, p, "x").checks[0]
+    assert check.verdict == "unsupported"
+    assert check.message == "norm_eps: 1e-40 has no bounds in float32, whose smallest normal number is 1.18e-38"
+    wide = p.replace(**{n: x.astype(np.float64) for n, x in p.arrays().items()})
+    assert check_problem(tiled, wide, "x").passed
 
 
 def test_what_has_no_norms_says_so():

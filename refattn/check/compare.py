@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ..dtypes import Format, format_of
 from ..exact.answer import Answer
 from ..masks import visible
+from ..norms import has_norms
 from .bounds.expected import Expected
 from .diagnose.keytiles import weights_off
 from .diagnose.repeats import independent_share
@@ -155,7 +156,8 @@ def compare(
     plain = failing & ~np.logical_or.reduce([*edges.values()]) if edges else failing
     if edges and not plain.any():  # what breaks a contract says nothing of roundings
         variance = None
-    narrow = None if inner is None else Narrow(inner, lambda: _apart(name, answer, form))
+    moved = answer.call.rotary is not None or has_norms(answer.call)
+    narrow = Narrow(inner, lambda: _apart(name, answer, form)) if inner is not None or moved else None
     whole = figures(name, got, enclosure, ratio, variance, dtype, rows, narrow)
     shown = np.where(plain, ratio, -1.0) if plain.any() else ratio  # what is plainly wrong comes first
     place = tuple(int(i) for i in np.unravel_index(int(np.argmax(shown)), ratio.shape))

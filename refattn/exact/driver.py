@@ -35,7 +35,7 @@ from .run import Raw, RowsByHead, Work, run
 from .state import State
 from .ties import decide_by_ends, exact_lse, exact_ties
 
-__all__ = ["enclose", "evaluate", "reference"]
+__all__ = ["check_arriving", "enclose", "evaluate", "reference"]
 
 START = {53: 2, 24: 1, 11: 0, 8: 0, 4: 0, 3: 0}  # the first level by the precision of the result
 START_BACK = START | {53: 3}  # what a level leaves open of dk and dv costs a forward pass of the next
@@ -200,19 +200,24 @@ def _both(
     return np.zeros(problem.out_shape) if gradients is None else _arriving(problem, gradients), other
 
 
-def _arriving(problem: Problem, x: Any, name: str = "gradients") -> NDArray[np.float64]:
+def check_arriving(problem: Problem, x: Any, name: str = "gradients") -> None:
+    """Refuse an arriving gradient that is no array of the right shape and type."""
     of, shape = {
         "gradients": ("out", problem.out_shape),
         "dlse": ("lse", problem.out_shape[:3]),
         "dstate_out": ("the state", problem.state_shape),
     }[name]
-    if problem.block_table is not None:
-        raise UnsupportedProblem(f"{name}: keys in pages have none; ask for those of refattn.pages.gathered(problem)")
     if kind_of(x) is None or tuple(x.shape) != shape:
         got = tuple(getattr(x, "shape", ())) or type(x).__name__
         raise InvalidProblem(f"{name}: got {got}, expected an array of {of}'s shape {shape}")
     if dtype_name(x) not in FORMATS:
         raise InvalidProblem(f"{name}: got dtype {dtype_name(x)}, expected one of {', '.join(FORMATS)}; cast it")
+
+
+def _arriving(problem: Problem, x: Any, name: str = "gradients") -> NDArray[np.float64]:
+    if problem.block_table is not None:
+        raise UnsupportedProblem(f"{name}: keys in pages have none; ask for those of refattn.pages.gathered(problem)")
+    check_arriving(problem, x, name)
     wide = to_float64(to_numpy(x))
     if name != "dstate_out" and (gone := unused(problem)) is not None:
         rows = gone[0][:, None, :]

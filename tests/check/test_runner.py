@@ -1,7 +1,17 @@
 import numpy as np
 import pytest
 
-from refattn import VARIANTS, Capabilities, InvalidInput, Model, UnsupportedProblem, check_kernel, check_problem
+from refattn import (
+    VARIANTS,
+    Capabilities,
+    InvalidInput,
+    InvalidProblem,
+    Model,
+    Problem,
+    UnsupportedProblem,
+    check_kernel,
+    check_problem,
+)
 from refattn.check.kernels.tiled import tiled
 from refattn.check.runner import asked, matches, plan
 
@@ -194,3 +204,20 @@ def test_nothing_is_computed_for_a_call_that_is_refused(monkeypatch):
     report = check_kernel(kernel, capabilities=able, only="gaussian/causal-square*")
     assert {c.verdict for c in report.checks} == {"unsupported"}
     assert len(report.checks) == 2
+
+
+@pytest.mark.parametrize(
+    ("gradients", "text"),
+    [
+        (
+            np.ones((1, 2, 5, 7), np.float32),
+            r"^gradients: got \(1, 2, 5, 7\), expected an array of out's shape \(1, 2, ",
+        ),
+        ("ones", "^gradients: got str, expected an array of out's shape"),
+        (np.ones((1, 2, 5, 8), int), "^gradients: got dtype int64, expected one of"),
+    ],
+)
+def test_an_arriving_gradient_that_does_not_fit_is_the_callers(gradients, text):
+    x = np.ones((1, 2, 5, 8), np.float32)
+    with pytest.raises(InvalidProblem, match=text):
+        check_problem(tiled, Problem(x, x, x), "x", gradients=gradients)

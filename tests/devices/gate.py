@@ -1,6 +1,6 @@
 """Rings of 2 and 4 ranks in every layout: ``python -m tests.devices.gate [RANKS ...]``, minutes.
 
-With ``nccl`` in place of the numbers, a short run on as many GPUs as there are, up to 4.
+With ``nccl`` in place of the numbers, a short run on as many GPUs as there are, up to 4; on one, ours alone.
 
 Ours and PyTorch's must pass on every call, each planted bug must be caught on each layout where it is one, and a rank
 that waits for nobody, inside a collective, must be ended. Prints a row for each.
@@ -92,6 +92,9 @@ def nccl(size):
     bugs = [f"tests.devices.rings:{n}" for n in (*rings.EDITS, "unweighed")]
     with Ranks(size, "nccl", seconds=40) as ranks:
         for name in (*RIGHT[:2], *bugs, "tests.peers.torch_ring:whole"):
+            if size < 2 and name not in RIGHT[:2]:  # most bugs are between ranks, and PyTorch's takes no mesh of one
+                print("not run", name, "needs two ranks", flush=True)
+                continue
             for label, call in p.items():
                 if name in bugs and label != "gaussian":
                     continue

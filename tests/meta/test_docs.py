@@ -21,7 +21,8 @@ from .notebooks import NOTEBOOKS, complaints, execute, unshown
 TREE = Path(__file__).parents[2]
 README = (TREE / "README.md").read_text()
 SNIPPETS = sorted((TREE / "docs" / "reference").glob("*.md"))
-MORE = [TREE / "docs" / f"{name}.md" for name in ("start", "arithmetic", "checking", "contract", "recurrences")]
+NAMES = ("start", "arithmetic", "checking", "contract", "golden", "recurrences")
+MORE = [TREE / "docs" / f"{name}.md" for name in NAMES]
 """Other pages whose examples stand on their own."""
 
 

@@ -30,6 +30,10 @@ def ring(shard, rotate="allgather"):
     if shard.layout == "striped" or set(shard.options) - {"causal", "scale"}:
         raise UnsupportedProblem(f"{shard.layout}: PyTorch's ring takes contiguous and zigzag, causal and scale")
     group, causal = torch.distributed.group.WORLD, shard.options.get("causal") is not None
+    if shard.layout == "zigzag" and not causal:
+        raise UnsupportedProblem("causal: PyTorch's ring balances causal rows only")
+    if causal and shard.query.shape[2] != shard.key.shape[2]:
+        raise UnsupportedProblem("seq: PyTorch's ring takes as many keys as queries where it is causal")
     _attention._cp_options.enable_load_balance = shard.layout == "zigzag"
     _attention.set_rotate_method(rotate)
     heads = shard.query.shape[1] // shard.key.shape[1]

@@ -162,7 +162,7 @@ def of_answer(answer: Answer, model: Model, dout: Any = None, dlse: Any = None) 
         return Expected(answer, allowed, variance, model, None, either(answer, model))
     limit = gradient_bounds(answer, model, dout, allowed, dlse)
     call = answer.call
-    known = variant_of(call.variant).fused == STREAMED and call.rotary is None and not has_norms(call)
+    known = variant_of(call.variant).fused == STREAMED
     return Expected(answer, limit, predict(answer, model, dout, variance, dlse) if known else {}, model, dout)
 
 

@@ -22,9 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import FORMATS, format_of
+from ...errors import UnsupportedProblem
 from ...exact.answer import Answer
 from ...exact.anywhere import beside, largest, on_host
 from ...exact.heads import Head, heads, rows_of
+from ...problem import Problem
 from ...variants import Steps, variant_of
 from ..model import C, Model, inside_type
 from .graph import Graph, Node
@@ -67,6 +69,7 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
     The arguments are those of :func:`bounds`. A variance is NaN where the scores' errors are too large to foresee.
     """
     problem = answer.call
+    _expect_settings(problem, model)
     variant = variant_of(problem.variant)
     shapes = {"out": problem.out_shape} | ({"lse": problem.out_shape[:3]} if variant.has_lse else {})
     names = list(shapes)
@@ -94,6 +97,18 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
             last = form.ulp_array(np.where(np.isfinite(mid), mid, 0.0))
             variance[n] += by_chance(form, model) * last**2 / 12
     return limit, variance
+
+
+def _expect_settings(p: Problem, model: Model) -> None:
+    """Refuse numbers of a call that are 0 or 1 in a kernel's accumulator: it divides by 0, and nothing bounds that."""
+    form = format_of(model.accumulator)
+    if p.norm_eps is not None and p.norm_eps < form.smallest_normal:
+        raise UnsupportedProblem(
+            f"norm_eps: {p.norm_eps:g} has no bounds in {form.name}, whose smallest normal number is "
+            f"{form.smallest_normal:.3g}"
+        )
+    if p.dropout_p is not None and form.round_array(np.array(p.dropout_p)) >= 1:
+        raise UnsupportedProblem(f"dropout_p: {p.dropout_p!r} has no bounds in {form.name}, where 1 - p is 0")
 
 
 def _recurrence(
@@ -276,7 +291,7 @@ def _rows(
             u = format_of(model.accumulator).unit_roundoff
             total, variance, o = (total + 2 * u * np.abs(o)) / by, variance / by**2, o / by
         last, tiny = (by_chance(final, model) * x for x in (final.unit_roundoff, floor(final, model)))
-        total = total * (1 + last) + last * np.abs(o) + tiny
+        total = total * (1 + last) + last * np.abs(o) + tiny * ((total > 0) | (o != 0))
         if not model.subnormals:  # values that are subnormal were read as zero
             total = total + final.smallest_normal
         found = {"out": (total / unit, variance / unit**2)}
@@ -338,6 +353,7 @@ def _of_out(
     most = most + (under if "shifted" in weights.marks else under * node.amplify / np.abs(head.divided))
     most = most + node.err + _largest(put(head.lost_values)[None], seen)
     total = np.fmin(moved * node.amplify, hull) + np.fmin(rest * node.amplify, most)
+    total = np.where(seen @ v == 0, 0.0, total)  # products with 0 are 0, whatever the weights are
     return total * (1 + head.f.u), variance
 
 

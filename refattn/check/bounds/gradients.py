@@ -162,34 +162,45 @@ def _head(
     d = d - dlse[:, None]
     x = np.abs(dp - d)
     ds = weights * x
-    lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds + tiny) * allowed
+    alive = allowed & (x + lost_dp + lost_d > 0)  # where dout or the values are 0 so is dS, to the bit
+    lost_ds = (lost_p * x + (weights + lost_p) * (lost_dp + lost_d) + 2 * u * ds + tiny) * alive
     _added(one, model, u, ds, lost_ds, total)
     if "dsink" in total and one.sink is not None:
         _sink(one, model, u, lse, d[:, 0], lost_lse, lost_d[:, 0], total["dsink"])
     if p.softcap is not None:
-        t = np.tanh(turned.q @ turned.k.T * plain.scale / p.softcap)
-        slope = 1 - t * t
-        raw = (one.q.shape[1] + 3) * u * (np.abs(turned.q) @ np.abs(turned.k).T * abs(plain.scale))
-        raw = raw + abs(plain.scale) * turned.products_lost
-        lost_slope = 2 * np.abs(t) * (raw / p.softcap * slope + 3 * u * np.abs(t)) + 3 * u
-        lost_ds, ds = lost_ds * (slope + lost_slope) + ds * lost_slope, ds * slope
+        ds, lost_ds = _capped(one, turned, u, ds, lost_ds)
     lost_ds = lost_ds + u_p * ds
     scale, q, k = abs(float(plain.scale)), np.abs(turned.q), np.abs(turned.k)
     keys = one.batch, one.head_kv, one.keys
-    seen = np.asarray(one.allowed).astype(np.float64)
-    dq = scale * (lost_ds @ k + (model.depth(n) + tiles + 3) * u * (ds @ k) + tiny * (seen @ k)) + tiny * (seen @ k + n)
+    seen = alive.astype(np.float64)
+    terms = seen.sum(1, keepdims=True)
+    dq = scale * (lost_ds @ k + (model.depth(n) + tiles + 3) * u * (ds @ k) + tiny * (seen @ k))
+    dq = dq + tiny * (seen @ k + terms)
     rows = model.depth(_rows_of(one)) + np.ceil(dout.shape[0] / model.tile) + 3
-    dk = scale * (lost_ds.T @ q + rows * u * (ds.T @ q) + tiny * (seen.T @ q)) + tiny * (seen.T @ q + rows)
+    dk = scale * (lost_ds.T @ q + rows * u * (ds.T @ q) + tiny * (seen.T @ q))
+    dk = dk + tiny * (seen.T @ q + rows * seen.any(0)[:, None])
     sums["dk"][keys] += turned.back(1, scale * (ds.T @ q), np.zeros_like(dk))
     off = off + u_p * (1 if one.kept is None else 2)  # P is rounded, or before it is divided and after
     lost_p, weights = kept * (lost_p + off * weights), kept * weights  # values meet what dropout leaves
-    total["dv"][keys] += lost_p.T @ size + rows * u * (weights.T @ size) + tiny * (seen.T @ size + rows)
+    total["dv"][keys] += lost_p.T @ size + rows * u * (weights.T @ size) + tiny * (allowed.T @ size + rows)
     sums["dv"][keys] += weights.T @ size
     if turned.lossy:
         dq = dq + scale * ((ds + lost_ds) @ turned.lost_k)
         dk = dk + scale * ((ds + lost_ds).T @ turned.lost_q)
         total["dv"][keys] += (weights + lost_p).T @ lost_dout
     _features(one, turned, (dq, dk), (scale * (ds @ k), scale * (ds.T @ q)), total)
+
+
+def _capped(one: Head, turned: Rotated, u: float, ds: Float, lost_ds: Float) -> tuple[Float, Float]:
+    """Return dS and what it loses behind the softcap, whose slope is off, too."""
+    scale, cap = float(one.plain().scale), one.problem.softcap
+    assert cap is not None
+    t = np.tanh(turned.q @ turned.k.T * scale / cap)
+    slope = 1 - t * t
+    raw = (one.q.shape[1] + 3) * u * (np.abs(turned.q) @ np.abs(turned.k).T * abs(scale))
+    raw = raw + abs(scale) * turned.products_lost
+    lost_slope = 2 * np.abs(t) * (raw / cap * slope + 3 * u * np.abs(t)) + 3 * u
+    return ds * slope, lost_ds * (slope + lost_slope) + ds * lost_slope
 
 
 def _added(one: Head, model: Model, u: float, ds: Float, lost_ds: Float, total: dict[str, Float]) -> None:

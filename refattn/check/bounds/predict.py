@@ -6,24 +6,22 @@ meet as in the bounds (``gradients.py``), squares in place of sizes. Derived in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays import to_float64
-from ...dtypes import FORMATS, format_of
+from ...dtypes import FORMATS
 from ...exact.answer import Answer
-from ...exact.heads import Head, heads
+from ...exact.heads import heads
+from ...norms import NORMS, has_norms
 from ...positions import places
 from ..call import SOURCES
-from ..model import C, Model, inside_type
-from .forward import HeadLosses, head_losses
-from .gradients import dropped, spread, spread_over
-from .graph import Graph
-from .losses import Losses
-from .rules import floor
+from ..model import C, Model
+from .gradients import spread, spread_over
+from .parts import Parts, dot
+from .placed import placed
 
 __all__ = ["predict"]
 
@@ -51,13 +49,16 @@ def predict(answer: Answer, model: Model, dout: Any, variance: dict[str, Float],
     """
     p = answer.call.to("numpy")
     names = [n for n in answer.enclosures if n in SOURCES and not model.operands]
+    moved = p.rotary is not None or has_norms(p)
+    if moved:
+        names = [n for n in names if n in ("dq", "dk", "dv") or n[1:] in NORMS]
     total = {n: np.zeros(answer.enclosures[n].mid.shape) for n in names}
     arriving = to_float64(dout)
     at_lse = np.zeros(p.out_shape[:3]) if dlse is None else to_float64(dlse)
     for one in heads(p) if names else ():
         at = (one.batch, one.head, one.rows)
         with np.errstate(all="ignore"):
-            parts = _Parts.of(
+            parts = Parts.of(
                 one,
                 model,
                 answer.enclosures["out"].mid[at],
@@ -66,8 +67,11 @@ def predict(answer: Answer, model: Model, dout: Any, variance: dict[str, Float],
                 variance["lse"][at],
                 at_lse[at],
             )
-            _inputs(parts, total)
-            _masks(parts, total)
+            if moved:
+                placed(parts, total)
+            else:
+                _inputs(parts, total)
+                _masks(parts, total)
     for n, x in total.items():
         exact = answer.enclosures[n].mid
         with np.errstate(over="ignore"):
@@ -76,95 +80,31 @@ def predict(answer: Answer, model: Model, dout: Any, variance: dict[str, Float],
     return total
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What the variances of one head's gradients are made of."""
-
-    one: Head
-    model: Model
-    losses: HeadLosses
-    cu: float
-    tiny: float  # the square of what underflow of a sum costs, and of a weight
-    tiny_w: float
-    dout: Float
-    o: Float
-    lse: Float
-    weights: Float  # before dropout
-    kept: Any  # what dropout multiplies them with
-    slope: Any  # of the softcap
-    x: Float  # dout·v - dout·out
-    wild: NDArray[np.bool_]
-    var_p: Float  # relative
-    var_dp: Float
-    var_d: Float
-    var_lse: Float
-    d: Float  # dout·out - dlse, a column
-
-    @classmethod
-    def of(cls, one: Head, model: Model, o: Float, dout: Float, var_out: Float, var_lse: Float, dlse: Float) -> _Parts:
-        inside = format_of(model.accumulator)
-        cu = C * inside.unit_roundoff**2
-        losses = head_losses(one, slice(None), model)
-        assert losses.lse is not None
-        Graph([losses.out.node, losses.lse.node])  # the flows
-        var_w, parts = losses.score_variances, model.merges(one.k.shape[0], one.sink is not None)
-        wild = np.isnan(var_w).any(1, keepdims=True)
-        tiny_w, tiny = (floor(form, model) ** 2 / 3 for form in (inside_type(model.weights), inside))
-        o, v = np.nan_to_num(o, posinf=0, neginf=0), one.v
-        lse = np.where(one.allowed.any(1), np.nan_to_num(losses.lse.a[:, 0], neginf=0.0), 0.0)[:, None]
-        plain = one.plain()
-        t = 0.0 if plain.softcap is None else np.tanh(one.q @ one.k.T * plain.scale / plain.softcap)
-        (kept, off), g2 = dropped(one, model, inside.unit_roundoff), dout * dout
-        dp = kept * (dout @ v.T)
-        var_dp = kept * kept * cu * _dot(losses.f, v.shape[1], dout, v.T)
-        var_dp = var_dp + C * (model.loss(model.scores) ** 2 + off**2) * dp * dp
-        var_d = (g2 * var_out).sum(1, keepdims=True) + cu * (g2 * o * o).sum(1, keepdims=True)
-        var_p = np.where(wild, 1.0, var_w) + cu * ((2 + 2 * parts) * (lse**2 + 2))
-        d = (dout * o).sum(1, keepdims=True) - dlse[:, None]
-        var_d = var_d + cu * dlse[:, None] ** 2
-        x = dp - d
-        return cls(
-            one, model, losses, cu, tiny, tiny_w, dout, o, lse, losses.probabilities, kept, 1 - np.square(t), x, wild,
-            var_p, var_dp, var_d, var_lse, d,
-        )  # fmt: skip
-
-
-def _dot(f: Losses, n: Any, x: Float, y: Float) -> Float:
-    """Return the variances of sums of n rounded products, those of x @ y, over C u^2."""
-    walk, squares = f.walk(x, y)
-    return np.asarray(f.model.depth(n) * walk + squares)
-
-
-def _inputs(s: _Parts, total: Any) -> None:
+def _inputs(s: Parts, total: Any) -> None:
     """Add the variances of dq, dk and dv."""
     one, model, f, cu = s.one, s.model, s.losses.f, s.cu
-    p, q, k = one.problem, one.q, one.k
+    q, k = one.q, one.k
     at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
     cu_p, tiles = C * model.loss(model.weights) ** 2, np.ceil(k.shape[0] / model.tile)
     seen = np.asarray(one.allowed) * 1.0
-    n, w2, slope, scale = one.allowed.sum(1, keepdims=True), s.weights**2, s.slope, float(one.plain().scale)
-    ds = s.weights * s.x * slope
-    own = slope**2 * w2 * (s.x * s.x * (s.var_p + 2 * cu) + s.var_dp) + cu_p * ds * ds
-    if p.softcap is not None:  # 1 - t^2 near 0 keeps the errors of t, which is good to 2 ulps, and of its square
-        t2 = 1 - slope
-        u = format_of(model.accumulator).unit_roundoff
-        own = own + w2 * (s.x * s.x + s.var_dp + s.var_d) * (4 * t2 * (9 * u * u * t2) / 3 + 4 * cu)
+    n, w2, slope, scale = one.allowed.sum(1, keepdims=True), s.weights**2, s.slope, s.scale
+    ds, own = s.ds, s.own()
     mean_k = (s.weights * slope) @ k
-    rows = q.shape[0] * (p.heads // p.heads_kv)
-    dq = scale * scale * (own @ (k * k) + s.var_d * mean_k**2 + cu * _dot(f, n, ds, k))
+    rows = s.rows_of_a_key
+    dq = scale * scale * (own @ (k * k) + s.var_d * mean_k**2 + cu * dot(f, n, ds, k))
     tiny_s = s.tiny + scale * scale * max(s.tiny_w, s.tiny)
     total["dq"][at] = np.where(s.wild, np.nan, dq + tiny_s * (seen @ (k * k)) + s.tiny * (n + tiles))
-    dk = scale * scale * ((own + slope**2 * w2 * s.var_d).T @ (q * q) + cu * _dot(f, rows, ds.T, q))
+    dk = scale * scale * ((own + slope**2 * w2 * s.var_d).T @ (q * q) + cu * dot(f, rows, ds.T, q))
     total["dk"][keys] += dk + tiny_s * (seen.T @ (q * q)) + s.tiny * rows
     g2 = s.dout * s.dout
     by = s.kept * s.weights
-    dv = (by * by * (s.var_p + cu_p)).T @ g2 + cu * _dot(f, rows, by.T, s.dout)
+    dv = (by * by * (s.var_p + cu_p)).T @ g2 + cu * dot(f, rows, by.T, s.dout)
     total["dv"][keys] += dv + max(s.tiny_w, s.tiny) * (seen.T @ g2) + s.tiny * rows
     if s.wild.any():
         total["dk"][keys], total["dv"][keys] = np.nan, np.nan
 
 
-def _masks(s: _Parts, total: Any) -> None:
+def _masks(s: Parts, total: Any) -> None:
     """Add the variances of dbias and dsink, where there are any."""
     one, model, cu, x = s.one, s.model, s.cu, s.x
     w2, tiny = s.weights**2, s.tiny

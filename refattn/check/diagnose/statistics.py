@@ -34,14 +34,14 @@ class Narrow:
 
     Attributes
     ----------
-    inner : callable
-        Returns what may go one way: the largest error, the roundings to narrower types apart.
+    inner : callable or None
+        Returns what may go one way: the largest error, the roundings to narrower types apart. None if unknown.
     apart : callable
         Returns how many of the lines differ in what is rounded, so that their roundings are independent whatever the
         errors look like.
     """
 
-    inner: Callable[[], Float]
+    inner: Callable[[], Float] | None
     apart: Callable[[], int]
 
 
@@ -208,7 +208,9 @@ class _Lines:
 
         What the accumulator's roundings may add, all of them one way, is allowed on top.
         """
-        if not rows or not any(self._beyond(rows)):  # with fewer independent lines it is no more
+        if (
+            narrow.inner is None or not rows or not any(self._beyond(rows))
+        ):  # with fewer independent lines it is no more
             return False, False
         lines = narrow.apart()
         apart = min(rows, lines)

@@ -75,6 +75,7 @@ def _recurrent(name: str, package: str, load: Callable[[], Function], **more: An
 
 
 _PLAIN = "causal_top_left grouped_heads scale"
+_EFFICIENT = "causal_top_left scale bias allowed d_v_differs philox_efficient"  # PyTorch has no grouped heads there
 
 
 def _flushing(*dtypes: str) -> ModelFor:
@@ -198,7 +199,7 @@ KERNELS: dict[str, Entry] = {
             )
         ),
         _gpu("cuda-flash", "torch", _HALF, f"{_PLAIN} philox_flash"),
-        _gpu("cuda-efficient", "torch", f"float32 {_HALF}", f"{_PLAIN} bias allowed d_v_differs philox_efficient"),
+        _gpu("cuda-efficient", "torch", f"float32 {_HALF}", _EFFICIENT),
         _gpu("cuda-cudnn", "torch", _HALF, f"{_PLAIN} bias allowed d_v_differs"),
         _gpu("cuda-math", "torch", f"float64 float32 {_HALF}", f"{_PLAIN} bias allowed d_v_differs"),
         _gpu(

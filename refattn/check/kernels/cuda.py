@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays import to_kind, to_numpy
+from ...arrays import dtype_name, to_kind, to_numpy
 from ...errors import UnsupportedProblem
 from ...problem import VARIANT, Problem
 from ...variants import variant_of
@@ -132,6 +132,13 @@ def _backend(name: str) -> Callable[[Problem], Any]:
     return lambda p: sdpa(p, name)
 
 
+def _efficient_out(p: Problem) -> Any:
+    if p.bias is not None and p.bias.dtype != p.query.dtype:
+        kinds = f"got {dtype_name(p.bias)} beside {p.dtype}"
+        raise UnsupportedProblem(f"bias: PyTorch's memory-efficient kernel takes one of query's type, {kinds}")
+    return sdpa(p, "EFFICIENT_ATTENTION")
+
+
 def _flash_lse(p: Any) -> Any:
     import torch
 
@@ -153,7 +160,7 @@ def _efficient_lse(p: Any) -> Any:
 
 
 flash = _Torch("flash", _backend("FLASH_ATTENTION"), _flash_lse)
-efficient = _Torch("efficient", _backend("EFFICIENT_ATTENTION"), _efficient_lse)
+efficient = _Torch("efficient", _efficient_out, _efficient_lse)
 cudnn = _Torch("cudnn", _backend("CUDNN_ATTENTION"))
 math = _Torch("math", _backend("MATH"))
 

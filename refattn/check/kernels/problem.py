@@ -8,6 +8,7 @@ from typing import Any
 
 from ...arrays import to_numpy
 from ...errors import expect
+from ...exact.driver import check_arriving
 from ...problem import Problem
 from ..bounds.expected import expected
 from ..call import Function
@@ -44,9 +45,16 @@ def check_problem(
         The gradient arriving at out: checks the gradients, too. Where they cannot be judged the verdict says so.
     model, name
         As in :func:`check_kernel`.
+
+    Raises
+    ------
+    InvalidInput, InvalidProblem
+        What is wrong with an argument; `gradients` of another shape than out, say.
     """
     expect(isinstance(problem, Problem), "problem", problem, "a Problem")
     expect(isinstance(label, str) and label != "", "label", label, "a string, what to call the check")
+    if gradients is not None:
+        check_arriving(problem, gradients)
     if isinstance(kernel, str):
         kernel = find(kernel)[0].kernel()
     asked, plain = Kernel.of(kernel, model=model, name=name), problem.to("numpy")

@@ -300,3 +300,22 @@ def test_a_weight_grows_by_no_more_than_exp_700():
     found = gradient_bounds(answer, model, one, {"out": 0 * one, "lse": 0 * one[..., 0]})["dv"][0, 0, 1, 0]
     # 705 is off by an ulp of 8000, 2**-40, and so is the weight, of its size
     assert abs(found / exp(-705) / expm1(700) - 1) <= 2.0**-39
+
+
+def test_zeros_stay_zeros():
+    """Products with 0 are 0: a column of values that is 0 allows out nothing, and dq and dk, all 0, half a step."""
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (tensor(rng, (1, 2, 9, 16), "float16") for _ in range(4))
+    v[..., 3] = 0
+    answer = evaluate(Problem(q, k, v))
+    allowed = forward(answer, flash("float16"))[0]["out"]
+    assert (allowed[..., 3] == 0).all()
+    assert (np.delete(allowed, 3, 3) > 0).all()
+    answer = evaluate(Problem(q, k, 0 * v), gradients=dout)
+    limit = gradient_bounds(answer, flash("float16"), dout, forward(answer, flash("float16"))[0])
+    assert (np.concatenate([limit["dq"], limit["dk"]]) == 2.0**-25).all()
+    dout[:, :, 1:] = 0  # of rows to which nothing arrives
+    answer = evaluate(Problem(q, k, v), gradients=dout)
+    limit = gradient_bounds(answer, flash("float16"), dout, forward(answer, flash("float16"))[0])
+    assert (limit["dq"][:, :, 1:] == 2.0**-25).all()
+    assert (limit["dq"][:, :, 0] > 2.0**-24).all()

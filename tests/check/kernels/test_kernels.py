@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from refattn import InvalidInput, Problem, check_kernel, check_problem
+from refattn import InvalidInput, Problem, UnsupportedProblem, check_kernel, check_problem
 from refattn.check.kernels import _FEXP_ERROR, KERNELS, find, found
 from refattn.dtypes import FORMATS
 from refattn.variants.variant import COMMON_FAMILIES
@@ -123,6 +123,17 @@ def test_torch_flash_adds_gradients_in_bfloat16_from_block_to_block():
         rms.append(next(w.figures.rms for w in backward.arrays if w.array == "dv"))
     assert rms[0] < 1.1
     assert rms[1] > rms[0] + 0.2
+
+
+def test_the_memory_efficient_kernel_says_what_it_does_not_take():
+    """Whose bias has query's type, and heads of their own; without a GPU nothing further runs."""
+    efficient = pytest.importorskip("refattn.check.kernels.cuda")._efficient_out
+    assert "grouped_heads" not in KERNELS["cuda-efficient"].capabilities.features
+    x = tensor(np.random.default_rng(0), (1, 2, 8, 8), "bfloat16")
+    p = Problem(x, x, x, bias=np.zeros((1, 1, 8, 8), np.float32)).to("torch")
+    text = "^bias: PyTorch's memory-efficient kernel takes one of query's type, got float32 beside bfloat16$"
+    with pytest.raises(UnsupportedProblem, match=text):
+        efficient(p)
 
 
 def test_onnxruntime():
