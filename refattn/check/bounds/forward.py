@@ -14,6 +14,7 @@ There is no tolerance to choose.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from ..model import C, Model, inside_type
 from .graph import Graph, Node
 from .losses import Losses, Lossy
 from .operands import Operands
+from .pieces import of_recurrence
 from .rules import by_chance, floor
 from .smoothed import put_back, smoothed
 from .stepped import stepped
@@ -72,7 +74,8 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
     names = list(shapes)
     limit, variance = ({n: np.zeros(shapes[n]) for n in names} for _ in range(2))
     exact = answer.enclosures["out"].mid
-    for one in heads(problem) if variant.rows is not None else ():
+    by_pieces = any(of_recurrence(one, model) for one in heads(problem))
+    for one in heads(problem) if variant.rows is not None and not by_pieces else ():
         at = (one.batch, one.head, one.rows)
         live = np.nonzero(one.live)[0]
         put, each = on_the_gpu(one.live.sum() * one.v.size), one.v.size
@@ -104,8 +107,9 @@ def _recurrence(
     limit["state"], variance["state"] = (np.zeros(answer.enclosures["state"].mid.shape) for _ in range(2))
     for one in heads(answer.call):
         at, own = (one.batch, one.head, one.rows), (one.sequence, one.head)
-        out, state = stepped(one, shape, model)
-        for (found, spread), n, where, form in ((out, "out", at, final), (state, "state", own, inside)):
+        ways = [stepped(one, shape, model), *(x.forward()[:2] for x in of_recurrence(one, model))]
+        for way, (n, where, form) in itertools.product(ways, (("out", at, final), ("state", own, inside))):
+            found, spread = way[n == "state"]
             exact = np.nan_to_num(np.abs(answer.enclosures[n].mid[where]), posinf=0.0)
             u, tiny = (by_chance(form, model) * x for x in (form.unit_roundoff, floor(form, model)))
             total = found * (1 + u) + u * exact + tiny

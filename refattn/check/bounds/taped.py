@@ -22,6 +22,7 @@ from ..model import Model
 from .cumulated import decays_met, steps_lost
 from .losses import Losses, Lossy
 from .operands import Operands, lost
+from .pieces import Pieces, of_recurrence
 
 __all__ = ["head_gradients"]
 
@@ -53,6 +54,9 @@ def head_gradients(
     dict
         By gradient "dq", "dk", "dv", "dbias", "dalpha", "dbeta", "dstate": size and largest error.
     """
+    pieces = of_recurrence(one, model)
+    if pieces:
+        return _by_pieces(one, pieces, model, dout, lost(dout, arriving, model), of_state)
     f, off = Losses(model, one.k.shape[0]), Operands.of(one, model)
     q = f.leaf(one.q, ("q", "d"), off.q)
     k, v = f.leaf(one.k, ("k", "d"), off.k), f.leaf(one.v, ("k", "v"), off.v)
@@ -78,6 +82,20 @@ def head_gradients(
     if isinstance(shape, Steps) and not shape.linear:
         more = _stepped(one, shape, model, dout, lost(dout, arriving, model), off, of_state)
         found |= {n: (size, np.maximum(span, more[n])) for n, (size, span) in found.items()}
+    return found
+
+
+def _by_pieces(
+    one: Head, pieces: list[Pieces], model: Model, dout: Float, lost_dout: Any, of_state: Float | None
+) -> dict[str, tuple[Float, Float]]:
+    """Return what the gradients of a linear recurrence lose, by tokens or by chunks, whichever is more."""
+    shape = variant_of(one.problem.variant).shape
+    assert isinstance(shape, Steps)
+    ways = [Pieces(one, shape, model), *pieces]
+    each = [x.backward(dout, lost_dout, of_state, x.forward()[2]) for x in ways]
+    found = {n: tuple(np.maximum.reduce([x[n][i] for x in each]) for i in range(2)) for n in each[0]}
+    if "dalpha" in found:
+        found["dalpha"] = found["dalpha"][0], found["dalpha"][1] + decays_met(one, model, dout, of_state)
     return found
 
 
