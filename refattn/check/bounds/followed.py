@@ -59,10 +59,12 @@ class Followed:
         return self._sums(moves)
 
 
-def own_losses(source: Node, nodes: list[Node]) -> list[tuple[Float, Float]]:
-    """Return by node its largest error and its variance less what of them is a source's error taken on by the links."""
+def own_losses(sources: list[Node], nodes: list[Node]) -> list[tuple[Float, Float]]:
+    """Return by node its largest error and its variance less what of them is the sources' errors taken on."""
     through: dict[int, tuple[Any, Any]] = {}
     variances: dict[int, Any] = {}
+    if not sources:
+        return [(_at_least_0(n.span, n), np.zeros(n.a.shape)) for n in nodes]
     for n in parents_first(nodes, lambda node: [x.parent for x in node.links]):
         var = n.var
         for x in n.links:
@@ -70,7 +72,7 @@ def own_losses(source: Node, nodes: list[Node]) -> list[tuple[Float, Float]]:
             if n.cast is not None and isinstance(x, Left):  # rounding the weights, which no later node takes on
                 var = var + n.cast[1] @ (x.b * x.b) + (n.cast[2] @ x.b) ** 2
         variances[id(n)] = var
-        if n is source:
+        if any(n is x for x in sources):
             through[id(n)] = n.span, var
             continue
         parts = [(x, through[id(x.parent)]) for x in n.links if id(x.parent) in through]

@@ -31,7 +31,7 @@ from ..model import C, Model, inside_type
 from .graph import Graph, Node
 from .losses import Losses, Lossy
 from .operands import Operands
-from .pieces import of_recurrence
+from .pieces import ways_of
 from .rules import by_chance, floor
 from .smoothed import put_back, smoothed
 from .stepped import stepped
@@ -74,7 +74,7 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
     names = list(shapes)
     limit, variance = ({n: np.zeros(shapes[n]) for n in names} for _ in range(2))
     exact = answer.enclosures["out"].mid
-    by_pieces = any(of_recurrence(one, model) for one in heads(problem))
+    by_pieces = any(ways_of(one, model) for one in heads(problem))
     for one in heads(problem) if variant.rows is not None and not by_pieces else ():
         at = (one.batch, one.head, one.rows)
         live = np.nonzero(one.live)[0]
@@ -107,7 +107,7 @@ def _recurrence(
     limit["state"], variance["state"] = (np.zeros(answer.enclosures["state"].mid.shape) for _ in range(2))
     for one in heads(answer.call):
         at, own = (one.batch, one.head, one.rows), (one.sequence, one.head)
-        ways = [stepped(one, shape, model), *(x.forward()[:2] for x in of_recurrence(one, model))]
+        ways = [stepped(one, shape, model), *(x.forward()[:2] for x in ways_of(one, model))]
         for way, (n, where, form) in itertools.product(ways, (("out", at, final), ("state", own, inside))):
             found, spread = way[n == "state"]
             exact = np.nan_to_num(np.abs(answer.enclosures[n].mid[where]), posinf=0.0)

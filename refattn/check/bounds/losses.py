@@ -43,8 +43,8 @@ class Losses(Rules):
 
     name = "losses"
 
-    def __init__(self, model: Model, n_k: int) -> None:
-        super().__init__(model, n_k)
+    def __init__(self, model: Model, n_k: int, chance: bool = True) -> None:
+        super().__init__(model, n_k, chance)
         self.weights: Lossy | None = None
         """What the values were last multiplied with."""
 

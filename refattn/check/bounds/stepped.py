@@ -91,7 +91,7 @@ class _Signed:
         vars(self.o).update({n: matrix_of(f, x[at]) for n, x in self.one.gates.items()})
         q, k = (matrix_of(f, x[at]) for x in (self.one.q, self.one.k))
         move, reads = (x.a for x in self.shape.step(self.unit, q, k, self.zero, self.o))
-        lost = own_losses(before, list(made))
+        lost = own_losses([before], list(made))
         met = self.followed.met(reads)
         return [(lost[0][0] + met[0], lost[0][1] + met[1]), self.followed.step(move, *lost[1])]
 
