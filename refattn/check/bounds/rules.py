@@ -73,7 +73,7 @@ class Rules:
         return np.expm1(np.asarray(n) * math.log1p(self.u))
 
     def walk(self, x: Float, y: Float) -> tuple[Float, Float]:
-        """Return the mean square of the partial sums of x @ y, and the sum of the terms' squares; 0 if none is asked."""
+        """Return the mean square of the partial sums of x @ y, and that of the terms; 0 where chance is not asked."""
         if not self.chance:
             return np.zeros(()), np.zeros(())
         total, walk = np.zeros((2, x.shape[0], y.shape[1]))
