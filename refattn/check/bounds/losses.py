@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..model import Model
+from ..model import C, Model
 from .graph import Inverted, Node, Scaled, Turned
 from .products import Products
 from .rules import SCORES, Rules, in_logarithm, logistic, moves, slope_of_tanh, tanh
@@ -45,6 +45,9 @@ class Losses(Rules):
 
     def __init__(self, model: Model, n_k: int, chance: bool = True) -> None:
         super().__init__(model, n_k, chance)
+        self.ratios: Float | None = None
+        """By token what ratios of decays that were multiplied up since a chunk's start are off by, relative; (n, 1)."""
+
         self.weights: Lossy | None = None
         """What the values were last multiplied with."""
 
@@ -335,8 +338,10 @@ class Lossy(Products):
         link = Inverted(n, y)
         span = _substituted(size @ (n.span + own), size @ (n.span + own) @ size)
         walk = np.square(y) @ (f.cu * a * a) @ np.square(y)
-        found = Node(y, n.axes, np.maximum(span - link.forward(n.span), 0.0), walk + f.cu * y * y, link)
-        return Lossy(f, found)
+        err, var = np.maximum(span - link.forward(n.span), 0.0), walk + f.cu * y * y
+        if f.ratios is not None and not np.tril(a, -2).any():  # products of decays, from one token to the next
+            err, var = err + f.ratios * np.abs(y - unit), var + C * np.square(f.ratios * (y - unit))
+        return Lossy(f, Node(y, n.axes, err, var, link))
 
     # rows ----------------------------------------------------------------------------------------------------
 

@@ -16,32 +16,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...exact.arithmetics import Floats
-from ...exact.heads import Head, gate_of, matrix_of
+from ...exact.heads import Head, matrix_of
 from ...exact.tape import Tape, gradients
 from ...variants import Rows, Steps, variant_of
-from ..model import C, Model, flash
-from .cumulated import steps_lost
+from ..model import Model, flash
+from .cumulated import ratios_lost
 from .followed import Followed, own_losses
 from .losses import Losses
 from .operands import Operands
 
-__all__ = ["gradients_of", "ways_of"]
+__all__ = ["chunks_of", "gradients_of", "ways_of"]
 
 Float = NDArray[np.float64]
 EXACT = flash("float64")
 """Next to nothing is lost: what is left are the errors that are put in."""
 
 
+def chunks_of(one: Head) -> list[Rows]:
+    """Return the forms by chunks of a head's operator where it is a linear recurrence."""
+    v = variant_of(one.problem.variant)
+    linear = isinstance(v.shape, Steps) and v.shape.linear
+    return [x for x in v.forms.values() if isinstance(x, Rows) and x.cuts] if linear else []
+
+
 def ways_of(one: Head, model: Model) -> list[Pieces]:
     """Return how a kernel may take the head of a linear recurrence by chunks: none where it is no such operator."""
-    v = variant_of(one.problem.variant)
-    if not isinstance(v.shape, Steps) or not v.shape.linear:
-        return []
-    forms = [x for x in v.forms.values() if isinstance(x, Rows) and x.cuts]
-    trace = Trace(one, v.shape) if forms else None
-    # one chunk of all tokens is the same whatever its size
-    sizes = [(x, n) for x in forms for n in x.cuts if n == min(x.cuts) or max(m for m in x.cuts if m < n) < len(one.q)]
-    return [Pieces(trace, x, model, n) for x, n in sizes if trace is not None]
+    shape, forms = variant_of(one.problem.variant).shape, chunks_of(one)
+    trace = Trace(one, shape) if forms and isinstance(shape, Steps) else None
+    found = []
+    for x in forms:
+        sizes = sorted({*x.cuts, model.cumulated or x.cuts[0]})
+        # one chunk of all tokens is the same whatever its size, but for how it has decays
+        some = [n for n in sizes if n in (sizes[0], model.cumulated) or max(m for m in sizes if m < n) < len(one.q)]
+        found += [Pieces(trace, x, model, n) for n in some if trace is not None]
+    return found
 
 
 def gradients_of(
@@ -149,8 +157,8 @@ class Pieces:
         self.state, n = trace.states[0].shape, len(trace.one.q)
         self.cuts = [slice(i, min(i + size, n)) for i in range(0, n, size)]
         self.lost = Operands.of(self.one, model)
-        cumulated = model.cumulated and "alpha" in self.one.gates
-        self.lost_alpha = steps_lost(self.one, model) if cumulated else None
+        cumulated = size == model.cumulated and "alpha" in self.one.gates
+        self.ratios = ratios_lost(self.one, model) if cumulated else None
 
     def _run(self, f: Losses, at: slice, state: Any, wrap: Any = lambda x: x) -> Piece:
         """Run one piece over the arithmetic of losses from a state."""
@@ -161,9 +169,8 @@ class Pieces:
             off, var = (getattr(self.lost, n + name)[at] for n in ("", "var_"))
             var = np.zeros_like(var) if name == "q" and isinstance(self.shape, Rows) else var  # see _of_queries
             leaves[name] = wrap(f.leaf(x, axes, off, var))
-        if self.lost_alpha is not None:
-            off, axes = self.lost_alpha[at], gate_of(f, part.gates["alpha"]).node.axes
-            o.alpha = wrap(f.leaf(part.gates["alpha"], axes, off, C * off**2))
+        if self.ratios is not None:
+            f.ratios = self.ratios[at].max(1, keepdims=True)
         leaves |= {n: getattr(o, n) for n in self.one.gates}
         o.state = state
         if isinstance(self.shape, Rows):

@@ -17,6 +17,7 @@ from .followed import Followed, own_losses
 from .graph import Node
 from .losses import Losses, Lossy, variance_of
 from .operands import Operands
+from .pieces import chunks_of
 
 __all__ = ["stepped"]
 
@@ -41,7 +42,8 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float],
     o = one.options(f)
     start = np.zeros((one.q.shape[1], one.v.shape[1])) if one.state is None else one.state
     state, spans, variances = f.leaf(start, ("d", "v")), [], []
-    decays = steps_lost(one, model) if model.cumulated and "alpha" in one.gates else None
+    by_ratios = model.cumulated and "alpha" in one.gates and not chunks_of(one)
+    decays = steps_lost(one, model) if by_ratios else None
     signed = _Signed(one, shape) if shape.linear else None
     with np.errstate(all="ignore"):
         shape.prepare(o)
