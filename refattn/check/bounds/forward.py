@@ -14,7 +14,6 @@ There is no tolerance to choose.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -107,9 +106,9 @@ def _recurrence(
     limit["state"], variance["state"] = (np.zeros(answer.enclosures["state"].mid.shape) for _ in range(2))
     for one in heads(answer.call):
         at, own = (one.batch, one.head, one.rows), (one.sequence, one.head)
-        ways = [stepped(one, shape, model), *(x.forward()[:2] for x in ways_of(one, model))]
-        for way, (n, where, form) in itertools.product(ways, (("out", at, final), ("state", own, inside))):
-            found, spread = way[n == "state"]
+        out, state = stepped(one, shape, model)
+        outs = [out, *(x.forward()[0] for x in ways_of(one, model))]
+        for (found, spread), n, where, form in (*((x, "out", at, final) for x in outs), (state, "state", own, inside)):
             exact = np.nan_to_num(np.abs(answer.enclosures[n].mid[where]), posinf=0.0)
             u, tiny = (by_chance(form, model) * x for x in (form.unit_roundoff, floor(form, model)))
             total = found * (1 + u) + u * exact + tiny

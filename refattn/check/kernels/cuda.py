@@ -86,9 +86,7 @@ def _back(p: Problem, dout: Any, dstate_out: Any = None) -> dict[str, Any]:
     """Return the gradients of a recurrence by refattn.gpu."""
     from ...gpu import gated_delta_backward, lightning_backward
 
-    p = p.to("torch", "cuda")
     more = {"scale": p.scale, "state": p.state, "cu_seqlens": p.cu_seqlens_q}
-    dout, dstate_out = (None if x is None else to_kind(x, "torch", "cuda") for x in (dout, dstate_out))
     if p.variant == "gated_delta":
         more |= {"alpha": p.alpha, "beta": p.beta, "dstate_out": dstate_out}
         return gated_delta_backward(p.query, p.key, p.value, dout, **more)
