@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from refattn import VARIANTS, evaluate
+from refattn.check.bounds.cumulated import ratios_lost
 from refattn.check.bounds.forward import bounds
 from refattn.check.bounds.gradients import gradient_bounds
 from refattn.check.bounds.pieces import Pieces, Trace, gradients_of, ways_of
@@ -143,3 +144,44 @@ def test_without_chunks_or_signs_there_are_no_ways():
     (one,) = heads(call("gated", 9)[0])
     assert [x.size for x in ways_of(one, flash("float32"))] == [8, 64]
     assert Pieces(Trace(one, SHAPE), SHAPE, flash("float32")).forward()[0][0].shape == (9, 16)
+
+
+def test_what_a_chunk_loses_comes_to_later_outputs_and_gradients():
+    """Later tokens leave the state alone, and read its first row: out is off by its error, dq by its first column's."""
+    p, dout = call("gated", 16, d=3)
+    p.key[:, :, 8:], p.beta[:, :, 8:], p.alpha[:, :, 8:] = 0, 0, 1
+    p.query[:, :, 8:] = dout[:, :, 8:] = np.eye(3)[0]
+    (one,) = heads(p)
+    ways = ways_of(one, flash("float32"))
+    (out, _), _, before = ways[0].forward()
+    assert (before[8] > 0).all()
+    assert (out[8:] >= before[8][0]).all()
+    arriving = dout[0, 0].astype(float)
+    found = gradients_of(ways[:1], arriving, 0.0, None)
+    assert (found["dq"][1][8:] >= before[8][:, 0]).all()
+
+
+def test_what_a_chunk_loses_comes_to_gradients_of_earlier_tokens():
+    """Of the first chunk's last value: beta k times the gradient by the state after it, in whose error all may meet."""
+    p, dout = call("gated", 16, d=3)
+    (one,) = heads(p)
+    (way, _), arriving = ways_of(one, flash("float32")), dout[0, 0].astype(float)
+    _, after = way.backward(arriving, 0.0, None, way.forward()[2])
+    far = one.gates["beta"][7] * (abs(one.k[7]) @ after[7])
+    assert (gradients_of([way], arriving, 0.0, None)["dv"][1][7] >= far * (1 - 2.0**-50)).all()
+    tokens = Pieces(way.trace, SHAPE, flash("float32"))
+    assert (tokens.backward(arriving, 0.0, None, tokens.forward()[2])[0]["dv"][1][7] < far).any()
+
+
+def test_ratios_are_off_by_their_own_errors_and_no_more():
+    """From the state alone, one decay a token: out after t is off by what c_t is, and by some roundings."""
+    p, _ = call("gated", 12, d=3)
+    p = p.replace(beta=0 * p.beta)
+    (one,) = heads(p)
+    model = MODELS["flash-ratios"]("float32")
+    (plain, _), _, _ = ways_of(one, flash("float32"))[-1].forward()
+    (found, _), _, _ = ways_of(one, model)[-1].forward()
+    size = abs(one.q) @ abs(one.state)
+    far = ratios_lost(one, model)[1:] * np.cumprod(one.gates["alpha"], 0)[1:]
+    assert (found[1:] - plain[1:] >= 0.5 * far * size[1:]).all()
+    assert (found[1:] - plain[1:] <= 2 * far * size[1:]).all()
