@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import InvalidInput
 from ...exact.arithmetics import Floats
 from ...exact.heads import Head, matrix_of
 from ...exact.tape import Tape, gradients
@@ -175,6 +176,11 @@ class Pieces:
         o.state = state
         if isinstance(self.shape, Rows):
             out, _ = self.shape.define(leaves["q"], leaves["k"], leaves["v"], o, size=self.size)
+            if "last" not in vars(o):
+                raise InvalidInput(
+                    f"{part.problem.variant}: has a form with cuts={self.shape.cuts} that leaves no state; set o.last "
+                    "to the state after the last token, or leave cuts out"
+                )
             return Piece(leaves, out, o.last)
         self.shape.prepare(o)
         last, out = self.shape.step(state, leaves["q"], leaves["k"], leaves["v"], o)

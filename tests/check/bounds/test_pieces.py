@@ -1,9 +1,11 @@
 """Linear recurrences in pieces: bounds that do not grow, that no rounding passes, and that wrong gradients do."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from refattn import VARIANTS, evaluate
+from refattn import VARIANTS, InvalidInput, evaluate
 from refattn.check.bounds.cumulated import ratios_lost
 from refattn.check.bounds.forward import bounds
 from refattn.check.bounds.gradients import gradient_bounds
@@ -11,9 +13,10 @@ from refattn.check.bounds.pieces import Pieces, Trace, gradients_of, ways_of
 from refattn.check.bounds.rounded import HOWS, Rounded, Rounding
 from refattn.check.kernels import chunked as kernel
 from refattn.check.model import MODELS, flash
+from refattn.exact.agree import under
 from refattn.exact.heads import heads
 from refattn.exact.tape import Tape, gradients
-from refattn.variants import gated_delta
+from refattn.variants import Rows, gated_delta
 
 from .lengths import call
 
@@ -185,3 +188,17 @@ def test_ratios_are_off_by_their_own_errors_and_no_more():
     far = ratios_lost(one, model)[1:] * np.cumprod(one.gates["alpha"], 0)[1:]
     assert (found[1:] - plain[1:] >= 0.5 * far * size[1:]).all()
     assert (found[1:] - plain[1:] <= 2 * far * size[1:]).all()
+
+
+def test_a_form_that_leaves_no_state_is_named():
+    def silent(q, k, v, o, size=8):
+        found = gated_delta.chunked(q, k, v, o, size=size)
+        del o.last
+        return found
+
+    v = replace(VARIANTS["gated_delta"], name="silent", forms={"x": Rows(silent, together=True, cuts=(8,))})
+    with under(v):
+        (one,) = heads(call("gated", 3)[0].replace(variant="silent"))
+        (way,) = ways_of(one, flash("float32"))
+        with pytest.raises(InvalidInput, match=r"silent: has a form with cuts=\(8,\) that leaves no state; set o.last"):
+            way.forward()
