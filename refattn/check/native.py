@@ -56,15 +56,16 @@ class _Native:
         _unchanged(problem, there)
         return result
 
-    def _gradients(self, problem: Problem, dout: NDArray[Any]) -> Any:
+    def _gradients(self, problem: Problem, *arriving: NDArray[Any]) -> Any:
         there = problem.to(self.able.arrays, self.able.device or None)
-        arriving = to_kind(dout, self.able.arrays, self.able.device or None)
-        result = self.kernel.gradients(there, arriving)  # type: ignore[attr-defined]
+        given = [to_kind(x, self.able.arrays, self.able.device or None) for x in arriving]
+        result = self.kernel.gradients(there, *given)  # type: ignore[attr-defined]
         if hasattr(result, "items"):
             for name, x in result.items():
                 self._is_there(str(name), x, there)
         _unchanged(problem, there)
-        unchanged({"dout": to_numpy(arriving)}, {"dout": dout})
+        names = ("dout", "dlse")[: len(given)]
+        unchanged(dict(zip(names, map(to_numpy, given), strict=True)), dict(zip(names, arriving, strict=True)))
         return result
 
     def _is_there(self, name: str, x: Any, there: Problem) -> None:

@@ -82,6 +82,16 @@ class Reflected:
         """Return what a kernel may round to its inputs' type, the columns that moved: here it is as it was."""
         return self
 
+    def geometric(self, reach: int) -> Any:
+        """Return I + a + a^2 + ..., the inverse of I - a, of what is 0 on and above its diagonal and to this power."""
+        a: Any = self
+        n = a.shape[0]
+        total, size = a + (a.zeros() + 1.0).where(np.eye(n, dtype=bool)), 2
+        while size < min(reach, n):
+            a = a @ a
+            total, size = total + total @ a, 2 * size
+        return total
+
 
 class Matrix(Reflected):
     """An (n, m) matrix over one arithmetic; (n, 1) columns and plain numbers spread over it as in NumPy."""

@@ -110,6 +110,11 @@ class Tape(Reflected):
         y = x.rsqrt()
         return Tape(y, (self, lambda g: -(g * y) / (x + x)))
 
+    def geometric(self, reach: int) -> Tape:
+        """Return the inverse of I - a; a's gradient by it is y^T g y^T."""
+        y = self.value.geometric(reach)
+        return Tape(y, (self, lambda g: y.T @ g @ y.T))
+
     def positive(self) -> Mask:
         """Tell where an element is above 0."""
         found: Mask = self.value.positive()

@@ -3,6 +3,7 @@
 from .attention import attention
 from .backward import attention_backward
 from .cache import attention_with_cache
+from .delta_backward import gated_delta_backward
 from .kernel import Plan
 from .lowered import lowered
 from .plan import IMPLS, plan
@@ -16,6 +17,7 @@ __all__ = [
     "attention_backward",
     "attention_with_cache",
     "gated_delta",
+    "gated_delta_backward",
     "lightning",
     "lightning_backward",
     "lowered",

@@ -122,7 +122,8 @@ def gated_delta(
     Parameters
     ----------
     query, key, value, scale, state, cu_seqlens
-        As in :func:`lightning`; also what is returned and raised. There are no gradients.
+        As in :func:`lightning`; also what is returned and raised. Gradients of out and of the last state flow through
+        PyTorch's graph (:func:`refattn.gpu.gated_delta_backward`).
     beta : (b, h_q, n, 1) array
         How far each token moves the state, 0 to 2.
     alpha : (b, h_q, n, 1 or d_k) array, optional
@@ -133,7 +134,11 @@ def gated_delta(
     Source: Yang et al., Gated Delta Networks, arXiv 2412.06464; Kimi Linear, arXiv 2510.26692; both recalled.
     """
     given = {"query": query, "key": key, "value": value, "alpha": alpha, "beta": beta}
-    _no_graph("gated_delta", [*given.values(), state])
+    if _in_graph([*given.values(), state]):
+        from .delta_backward import function
+
+        found: tuple[Any, Any] = function().apply(*given.values(), state, cu_seqlens, scale)
+        return found
     return run("gated_delta", given, scale, state, cu_seqlens, {})
 
 
@@ -244,12 +249,6 @@ def _check(
 def _in_graph(arrays: list[Any]) -> bool:
     """Tell whether PyTorch's graph wants a gradient."""
     return any(getattr(x, "requires_grad", False) for x in arrays) and bool(library("torch").is_grad_enabled())
-
-
-def _no_graph(entry: str, arrays: list[Any]) -> None:
-    """Refuse tensors whose gradient PyTorch's graph wants: it would be lost without a word."""
-    if _in_graph(arrays):
-        raise UnsupportedProblem(f"gpu: {entry} has no gradients; detach its arrays, or call it in torch.no_grad()")
 
 
 def _sequences(cu: Any, batch: int) -> int:

@@ -27,8 +27,8 @@ def _faded(state: Any, o: Any) -> Any:
     return state if o.alpha is None else state * o.alpha.T
 
 
-def chunked(q: Any, k: Any, v: Any, o: Any, solved: bool = True) -> tuple[Any, None]:
-    """Write the same by chunks of 8 tokens, whose changes U of the state are solved for together (the WY form).
+def chunked(q: Any, k: Any, v: Any, o: Any, solved: bool = True, size: int = CHUNK) -> tuple[Any, None]:
+    """Write the same by chunks of so many tokens, whose changes U of the state are solved for together (the WY form).
 
     With L_ts the product of alpha after token s up to t, and L_t that from the chunk's start up to t, in a chunk
 
@@ -36,35 +36,36 @@ def chunked(q: Any, k: Any, v: Any, o: Any, solved: bool = True) -> tuple[Any, N
         out = (Q L) S + (scores within) U,  S' = L_end S + (K L_(end, .))^T U,  S the state before it.
     """
     n, t = k.shape[0], np.arange(k.shape[0])
-    at = t if q.shape[0] == n else o.allowed.sum(1) - 1  # where the rows stand
-    below, reads, start, end = _products(q, k, o, t, at)
-    within = t[:, None] // CHUNK == t // CHUNK
+    at = o.allowed.sum(1) - 1  # where the rows stand
+    below, reads, start, end = _products(q, k, o, t, at, size)
+    within = t[:, None] // size == t // size
     a = (below * o.beta).where(within & (t[:, None] > t))
-    solve = _geometric(-a) if solved else -a + _unit(a)
+    solve = (-a).geometric(size) if solved else -a + _unit(a)
     state, changes, before = o.state, None, None
-    for i in range(0, n, CHUNK):
-        here, last = (t // CHUNK == i // CHUNK)[:, None], (t == min(i + CHUNK, n) - 1)[:, None]
+    for i in range(0, n, size):
+        here, last = (t // size == i // size)[:, None], (t == min(i + size, n) - 1)[:, None]
         told = v if state is None else v - (k * start) @ state
         change = (solve @ (told * o.beta).where(here)).where(here)
         changes = _sum(changes, change)
         if state is not None:
-            before = _sum(before, ((q * _at(start, q, k, at)) @ state).where((at // CHUNK == i // CHUNK)[:, None]))
+            before = _sum(before, ((q * _at(start, q, k, at)) @ state).where((at // size == i // size)[:, None]))
             state = state * start.where(last).T.sum()
         state = _sum(state, (k * end).where(here).T @ change)
-    seen = (at[:, None] // CHUNK == t // CHUNK) & (t <= at[:, None])
+    o.last = state
+    seen = (at[:, None] // size == t // size) & (t <= at[:, None])
     return _sum(before, reads.where(seen) @ changes) * o.scale, None
 
 
-def _products(q: Any, k: Any, o: Any, t: Any, at: Any) -> tuple[Any, Any, Any, Any]:
+def _products(q: Any, k: Any, o: Any, t: Any, at: Any, size: int) -> tuple[Any, Any, Any, Any]:
     """Return K K^T and Q K^T with the decays between, and by token those since its chunk's start and to its end."""
     n, found = len(t), (None, None, None, None)
     alpha = o.beta.zeros() + 1.0 if o.alpha is None else o.alpha
-    begins, ends = (t % CHUNK == 0)[:, None], ((t % CHUNK == CHUNK - 1) | (t == n - 1))[:, None]
+    begins, ends = (t % size == 0)[:, None], ((t % size == size - 1) | (t == n - 1))[:, None]
     behind = (t[:, None] == t + 1) & ~begins  # from a token to the next of its chunk
     for c in range(alpha.shape[1]):
         own = np.arange(k.shape[1])[None] == c if alpha.shape[1] > 1 else None  # each channel has its decays, or all
         decay = alpha if own is None else alpha.where(own).sum()
-        fade = _geometric((decay + (k @ k.T).zeros()).where(behind))
+        fade = (decay + (k @ k.T).zeros()).where(behind).geometric(size)
         one = (k.zeros() + 1.0).where(own)
         channel = (
             (k.where(own) @ k.T) * fade,
@@ -78,7 +79,7 @@ def _products(q: Any, k: Any, o: Any, t: Any, at: Any) -> tuple[Any, Any, Any, A
 
 def _at(x: Any, q: Any, k: Any, at: Any) -> Any:
     """Return the rows of a matrix by token at which queries stand."""
-    if q.shape[0] == x.shape[0]:
+    if np.array_equal(at, np.arange(x.shape[0])):
         return x
     return ((q @ k.T).zeros() + 1.0).where(np.arange(x.shape[0]) == at[:, None]) @ x
 
@@ -89,15 +90,6 @@ def _sum(x: Any, y: Any) -> Any:
 
 def _unit(a: Any) -> Any:
     return (a.zeros() + 1.0).where(np.eye(a.shape[0], dtype=bool))
-
-
-def _geometric(a: Any) -> Any:
-    """Return I + a + a^2 + ... of a matrix with numbers below its diagonal alone, and within chunks, by doubling."""
-    total, size = a + _unit(a), 2
-    while size < min(CHUNK, a.shape[0]):
-        a = a @ a
-        total, size = total + total @ a, 2 * size
-    return total
 
 
 def cumulated(one: Any, dout: Any, tokens: int, of_state: Any = None) -> Any:
@@ -198,7 +190,7 @@ def _clamped(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
 GATED_DELTA = Variant(
     name="gated_delta",
     define=Steps(step, linear=True),
-    forms={"chunked": Rows(chunked, together=True)},
+    forms={"chunked": Rows(chunked, together=True, cuts=(CHUNK, 64))},
     formula="S' = alpha_t S_(t-1),  S_t = S' + beta_t k_t^T (v_t - k_t S'),  out_t = scale·q_t S_t;  S_0 = state, or 0",
     unit="u · the sizes that meet in S_t",
     source="Yang et al., Gated Delta Networks, arXiv 2412.06464, recalled: one alpha for each head. Kimi Linear, arXiv "

@@ -28,10 +28,15 @@ class Rows:
         Over an arithmetic's matrices q (n_q, d_k), k (n_k, d_k), v (n_k, d_v) and the options o.
     together : bool
         Whether a row's output depends on other rows' queries: then a head is never taken in tiles of rows.
+    cuts : tuple of int
+        Of a form of a recurrence that goes by chunks: how long those of kernels are. The form takes its own as
+        ``size`` and leaves the state after the last token as ``o.last``, so that bounds follow what a chunk loses
+        through the later ones.
     """
 
     define: Callable[..., Any]
     together: bool = False
+    cuts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from refattn import Capabilities, InvalidInput, check_kernel
+from refattn import Capabilities, InvalidInput, KernelError, Problem, check_kernel
 from refattn.check.kernels import find
 from refattn.check.kernels.tiled import gradients, tiled
+from refattn.check.native import native
 
 torch = pytest.importorskip("torch")
 ABLE = Capabilities({"bfloat16"}, lse=True, gradients={"dq", "dk", "dv"}, arrays="torch", device="cpu")
@@ -109,3 +110,25 @@ def test_a_kernel_of_a_file(tmp_path):
     entry = find(f"{path}:attention")[0]
     report = check_kernel(entry.kernel(), capabilities=entry.capabilities, only="gaussian/plain*")
     assert report.passed
+
+
+def test_what_arrives_further_on_is_of_the_kernels_library():
+    """At lse, or at a recurrence's last state."""
+    p, end = Problem(*np.ones((3, 1, 1, 4, 8), np.float32)), np.zeros((1, 1), np.float32)
+
+    def call(p):
+        raise AssertionError
+
+    def back(p, dout, further):
+        assert isinstance(dout, torch.Tensor)
+        assert isinstance(further, torch.Tensor)
+        if broken:
+            further += 1
+        return {"dq": dout.clone()}
+
+    call.gradients, broken = back, False
+    there = native(call, ABLE)
+    assert there.gradients(p, p.query, end)["dq"].shape == p.query.shape
+    broken = True
+    with pytest.raises(KernelError, match="dlse"):
+        there.gradients(p, p.query, end)

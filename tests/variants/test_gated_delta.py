@@ -14,9 +14,11 @@ from refattn.check.kernels.chunked import chunked
 from refattn.check.model import flash
 from refattn.exact import agree
 from refattn.exact.agree import differing_form, under
-from refattn.exact.heads import heads
+from refattn.exact.arithmetics import Floats
+from refattn.exact.heads import heads, matrix_of
 from refattn.operators.vetting import vet
 from refattn.variants import Steps
+from refattn.variants.gated_delta import chunked as form
 from refattn.variants.gated_delta import step
 
 
@@ -312,3 +314,18 @@ def test_forms_agree_where_sequences_are_packed(monkeypatch):
     assert differing_form(p) == ""
     rates = {"variant": "lightning", "options": {"decay": (0.5, 0.125)}}
     assert differing_form(p.replace(alpha=None, beta=None, state=np.ones((4, 2, 3, 2)), **rates)) == ""
+
+
+def test_unit_rows_that_stand_at_the_end_read_the_state_whatever_their_number():
+    """As many rows as tokens are not the tokens' own queries; the form leaves the state besides."""
+    p = call(n=4)
+    one, f = next(heads(p)), Floats()
+    d = p.d_k
+    for n in (d, 4):
+        part = replace(one, q=one.q[:n], k=one.k[:n], v=one.v[:n], gates={x: y[:n] for x, y in one.gates.items()})
+        part = replace(part, allowed=np.tril(np.ones((n, n), bool)))
+        o = part.options(f, np.full(d, n - 1))
+        o.scale = 1.0
+        out, _ = form(*(matrix_of(f, x) for x in (np.eye(d), part.k, part.v)), o)
+        assert out.a.tolist() == o.last.a.tolist()  # numbers of few bits
+        assert out.a.any()

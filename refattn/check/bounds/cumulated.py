@@ -19,7 +19,7 @@ from ...exact.heads import Head
 from ...variants import variant_of
 from ..model import Model
 
-__all__ = ["decays_met", "steps_lost"]
+__all__ = ["decays_met", "ratios_lost", "steps_lost"]
 
 Float = NDArray[np.float64]
 
@@ -35,7 +35,7 @@ def _each(one: Head, model: Model) -> Float:
     return np.asarray(format_of(model.accumulator).unit_roundoff * (2 + model.exp_ulps + (model.cumulated + 2) * logs))
 
 
-def _since(one: Head, model: Model) -> Float:
+def ratios_lost(one: Head, model: Model) -> Float:
     """Return what a ratio c_t / c_s may be off by, relative to it: what both lost since their chunk's start."""
     each, size = _each(one, model), model.cumulated
     return 2 * np.concatenate([each[:0], *(each[i : i + size].cumsum(0) for i in range(0, len(each), size))])
@@ -44,10 +44,11 @@ def _since(one: Head, model: Model) -> Float:
 def steps_lost(one: Head, model: Model) -> Float:
     """Return the error that the step to each token counts for alpha, (n_k, 1 or d_k).
 
-    A kernel's bound goes token by token: the step to t counts all that ratios from t back are off by, so that every s
-    before t has its share.
+    Where an operator has no form by chunks its bound goes token by token: the step to t counts all that ratios from t
+    back are off by, so that every s before t has its share. A form by chunks has each ratio's own error
+    (:func:`ratios_lost`): in a chunk of C tokens C / 2 times less.
     """
-    return _since(one, model) * one.gates["alpha"]
+    return ratios_lost(one, model) * one.gates["alpha"]
 
 
 def decays_met(one: Head, model: Model, dout: Float, of_state: Float | None = None) -> Any:

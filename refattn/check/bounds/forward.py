@@ -32,6 +32,7 @@ from ..model import C, Model, inside_type
 from .graph import Graph, Node
 from .losses import Losses, Lossy
 from .operands import Operands
+from .pieces import ways_of
 from .rules import by_chance, floor
 from .smoothed import put_back, smoothed
 from .stepped import stepped
@@ -75,7 +76,8 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
     names = list(shapes)
     limit, variance = ({n: np.zeros(shapes[n]) for n in names} for _ in range(2))
     exact = answer.enclosures["out"].mid
-    for one in heads(problem) if variant.rows is not None else ():
+    by_pieces = any(ways_of(one, model) for one in heads(problem))
+    for one in heads(problem) if variant.rows is not None and not by_pieces else ():
         at = (one.batch, one.head, one.rows)
         live = np.nonzero(one.live)[0]
         put, each = on_the_gpu(one.live.sum() * one.v.size), one.v.size
@@ -120,7 +122,8 @@ def _recurrence(
     for one in heads(answer.call):
         at, own = (one.batch, one.head, one.rows), (one.sequence, one.head)
         out, state = stepped(one, shape, model)
-        for (found, spread), n, where, form in ((out, "out", at, final), (state, "state", own, inside)):
+        outs = [out, *(x.forward()[0] for x in ways_of(one, model))]
+        for (found, spread), n, where, form in (*((x, "out", at, final) for x in outs), (state, "state", own, inside)):
             exact = np.nan_to_num(np.abs(answer.enclosures[n].mid[where]), posinf=0.0)
             u, tiny = (by_chance(form, model) * x for x in (form.unit_roundoff, floor(form, model)))
             total = found * (1 + u) + u * exact + tiny

@@ -25,7 +25,7 @@ from ...errors import UnsupportedProblem
 from ...exact.anywhere import beside
 from ...exact.tape import parents_first
 
-__all__ = ["Graph", "Left", "Link", "Node", "Right", "Scaled", "Summed", "Turned"]
+__all__ = ["Graph", "Inverted", "Left", "Link", "Node", "Right", "Scaled", "Summed", "Turned"]
 
 Float = NDArray[np.float64]
 WILD = 1 / 16
@@ -214,6 +214,25 @@ class Turned(Link):
     def pull(self, child: Node, g: Float) -> Float:
         """Refuse: rows of the output must stay rows."""
         raise UnsupportedProblem("bounds: a definition must not transpose what depends on the queries")
+
+
+@dataclass(frozen=True)
+class Inverted(Link):
+    """The matrix a of (I - a)^-1, which moves by y da y to first order."""
+
+    y: Float
+
+    def forward(self, x: Any) -> Any:
+        """Take largest errors on."""
+        return _product(_product_right(np.abs(self.y), x, self.parent.a.shape), np.abs(self.y), self.y.shape)
+
+    def squares(self, x: Any) -> Any:
+        """Take variances on."""
+        return _product(_product_right(self.y**2, x, self.parent.a.shape), self.y**2, self.y.shape)
+
+    def pull(self, child: Node, g: Float) -> Float:
+        """Refuse: it is made of keys, whose losses are taken on."""
+        raise UnsupportedProblem("bounds: a definition must not invert what depends on the queries")
 
 
 @dataclass(frozen=True)

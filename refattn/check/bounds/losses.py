@@ -11,6 +11,7 @@ product or sum over n keys     (depth(n) + T + 3) u |w||v|; the weights' roundin
 score + - · / or tanh          u + u_S of the result (tanh: 2 u); taking off the maximum 2 of the result, 1 of the score
 exp                            (e + 1) u of the result; below a running maximum T (e + 1) u more, for its rescales
 sigmoid, x**p                  (e + 3) u, (p + 1) u of the result
+inverse y of I - a             (2 m + 1) u |y| |a| |y|, m the numbers in a row of a
 logarithm                      4 u (size + 1)
 merging parts through lse      each merge (2 |lse| + e + 4) u of the weights, (|lse| + 2) u of the output
 underflow                      half the smallest subnormal number of the type, for each rounding
@@ -26,8 +27,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..model import Model
-from .graph import Node, Scaled, Turned
+from ..model import C, Model
+from .graph import Inverted, Node, Scaled, Turned
 from .products import Products
 from .rules import SCORES, Rules, in_logarithm, logistic, moves, slope_of_tanh, tanh
 
@@ -42,8 +43,11 @@ class Losses(Rules):
 
     name = "losses"
 
-    def __init__(self, model: Model, n_k: int) -> None:
-        super().__init__(model, n_k)
+    def __init__(self, model: Model, n_k: int, chance: bool = True) -> None:
+        super().__init__(model, n_k, chance)
+        self.ratios: Float | None = None
+        """By token what ratios of decays that were multiplied up since a chunk's start are off by, relative; (n, 1)."""
+
         self.weights: Lossy | None = None
         """What the values were last multiplied with."""
 
@@ -318,6 +322,27 @@ class Lossy(Products):
         own = f.times(p + 1) * (np.abs(y) + whole) + f.floor, (p + 1) * f.cu * y * y
         return self._function(y, slope, (whole, rest), own, where, {"positive"} if p % 2 == 0 else ())
 
+    def geometric(self, reach: int) -> Lossy:
+        """Return y = (I - a)^-1, a with 0 on and above its diagonal, as substitution gives it.
+
+        Substitution solves exactly with a row of a off by m u |a| at most, m the numbers in it, in any order; inverses
+        by blocks go through two such products: (2 m + 1) u. That and a's own error make E, and y' - y = y E y' gives
+        |y' - y| <= (I - |y| E)^-1 |y| E |y|, for errors of any size.
+        """
+        f, n, a = self.f, self.node, self.a
+        unit = np.eye(len(a))
+        y = _substituted(a, unit)
+        reached = (np.abs(a) + n.span) > 0
+        own = f.times(2 * reached.sum(1, keepdims=True) + 1) * (np.abs(a) + n.span) + f.floor * np.tri(len(a), k=-1)
+        size = np.abs(y)
+        link = Inverted(n, y)
+        span = _substituted(size @ (n.span + own), size @ (n.span + own) @ size)
+        walk = np.square(y) @ (f.cu * a * a) @ np.square(y)
+        err, var = np.maximum(span - link.forward(n.span), 0.0), walk + f.cu * y * y
+        if f.ratios is not None and not np.tril(a, -2).any():  # products of decays, from one token to the next
+            err, var = err + f.ratios * np.abs(y - unit), var + C * np.square(f.ratios * (y - unit))
+        return Lossy(f, Node(y, n.axes, err, var, link))
+
     # rows ----------------------------------------------------------------------------------------------------
 
     def shift(self, where: Mask, also: Lossy | None = None) -> Lossy:
@@ -336,6 +361,14 @@ class Lossy(Products):
 
 def _value(o: Any) -> Any:
     return o.a if isinstance(o, Lossy) else o
+
+
+def _substituted(a: Float, b: Float) -> Float:
+    """Return (I - a)^-1 b of a triangle with less than 1 on its diagonal, inf where that has more."""
+    y = np.zeros_like(b)
+    for i in range(len(a)):
+        y[i] = (b[i] + a[i, :i] @ y[:i]) / np.maximum(1 - a[i, i], 0.0)
+    return y
 
 
 def variance_of(n: Node) -> Any:

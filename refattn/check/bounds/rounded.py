@@ -186,6 +186,18 @@ class Rounded(Reflected):
         """Return zeros of the same shape."""
         return type(self)(self.f, np.zeros(self.shape), self.kind, self.seen)
 
+    def geometric(self, reach: int) -> Rounded:
+        """Return the inverse of I - a by substitution, row by row."""
+        made = type(self), self.f
+        y = np.eye(len(self.a))
+        for i, row in enumerate(self.a):
+            at = np.nonzero(row)[0]
+            if len(at):
+                y[i] = self.f.rounded(
+                    (made[0](made[1], row[None, at], None) @ made[0](made[1], y[at], None)).a[0] + y[i]
+                )
+        return made[0](made[1], y, None)
+
     def positive(self) -> Mask:
         """Tell where an element is above 0."""
         return np.asarray(self.a > 0)

@@ -42,10 +42,11 @@ def precision(model: Model, name: str) -> int:
 
 
 class Rules:
-    """The numbers of one Model for calls of some number of keys."""
+    """The numbers of one Model for calls of some number of keys; chance: whether variances are asked for."""
 
-    def __init__(self, model: Model, n_k: int) -> None:
+    def __init__(self, model: Model, n_k: int, chance: bool = True) -> None:
         inside = format_of(model.accumulator)
+        self.chance = chance
         self.model, self.u = model, inside.unit_roundoff
         self.u_scores, self.var_scores = model.loss(model.scores), model.scatter(model.scores)
         self.cu, self.exp = C * self.u**2, model.exp_ulps
@@ -72,7 +73,9 @@ class Rules:
         return np.expm1(np.asarray(n) * math.log1p(self.u))
 
     def walk(self, x: Float, y: Float) -> tuple[Float, Float]:
-        """Return the mean square of the partial sums of x @ y, and the sum of the terms' squares."""
+        """Return the mean square of the partial sums of x @ y, and that of the terms; 0 where chance is not asked."""
+        if not self.chance:
+            return np.zeros(()), np.zeros(())
         total, walk = np.zeros((2, x.shape[0], y.shape[1]))
         for part in np.array_split(np.arange(x.shape[1]), PLACES):
             at = slice(int(part[0]), int(part[-1]) + 1) if len(part) else slice(0)

@@ -13,9 +13,11 @@ from ...exact.steps import by_steps
 from ...variants import Steps
 from ..model import C, Model
 from .cumulated import steps_lost
+from .followed import Followed, own_losses
 from .graph import Node
 from .losses import Losses, Lossy, variance_of
 from .operands import Operands
+from .pieces import chunks_of
 
 __all__ = ["stepped"]
 
@@ -40,7 +42,8 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float],
     o = one.options(f)
     start = np.zeros((one.q.shape[1], one.v.shape[1])) if one.state is None else one.state
     state, spans, variances = f.leaf(start, ("d", "v")), [], []
-    decays = steps_lost(one, model) if model.cumulated and "alpha" in one.gates else None
+    by_ratios = model.cumulated and "alpha" in one.gates and not chunks_of(one)
+    decays = steps_lost(one, model) if by_ratios else None
     signed = _Signed(one, shape) if shape.linear else None
     with np.errstate(all="ignore"):
         shape.prepare(o)
@@ -82,7 +85,7 @@ class _Signed:
         self.o, d = one.options(self.f), one.q.shape[1]
         shape.prepare(self.o)
         self.unit, self.zero = matrix_of(self.f, np.eye(d)), matrix_of(self.f, np.zeros((1, d)))
-        self.moves, self.own, self.var = (np.zeros((0, d, n)) for n in (d, one.v.shape[1], one.v.shape[1]))
+        self.followed = Followed(d, one.v.shape[1])
 
     def step(self, t: int, before: Node, made: tuple[Node, Node]) -> list[tuple[Float, Float]]:
         """Return the largest errors and variances of a token's out and of the state after it, that before included."""
@@ -90,25 +93,9 @@ class _Signed:
         vars(self.o).update({n: matrix_of(f, x[at]) for n, x in self.one.gates.items()})
         q, k = (matrix_of(f, x[at]) for x in (self.one.q, self.one.k))
         move, reads = (x.a for x in self.shape.step(self.unit, q, k, self.zero, self.o))
-        found = []
-        for node, by in zip(made, (reads, move), strict=True):
-            moved = by @ self.moves
-            through, through_var = _through(node, before)
-            own = np.broadcast_to(node.span - through + 2.0**-50 * node.span, node.a.shape)
-            var = np.broadcast_to(variance_of(node) - through_var, node.a.shape)
-            total = own + (np.abs(moved) @ self.own).sum(0), var + (np.square(moved) @ self.var).sum(0)
-            found.append(total)
-        self.moves = np.concatenate([moved, np.eye(len(move))[None]])
-        self.own, self.var = (np.concatenate([x, y[None]]) for x, y in ((self.own, own), (self.var, var)))
-        return found
-
-
-def _through(node: Node, source: Node) -> tuple[Any, Any]:
-    """Return what of a node's largest error and variance is that of another node, taken on by the links."""
-    if node is source:
-        return node.span, variance_of(node)
-    parts = [(x, _through(x.parent, source)) for x in node.links]
-    return sum(x.forward(a) for x, (a, _) in parts), sum(x.squares(b) for x, (_, b) in parts)
+        lost = own_losses([before], list(made))
+        met = self.followed.met(reads)
+        return [(lost[0][0] + met[0], lost[0][1] + met[1]), self.followed.step(move, *lost[1])]
 
 
 def _taken_out(f: Losses, o: Any) -> dict[str, Float]:

@@ -22,6 +22,7 @@ from ..model import Model
 from .cumulated import decays_met, steps_lost
 from .losses import Losses, Lossy
 from .operands import Operands, lost
+from .pieces import gradients_of, ways_of
 
 __all__ = ["head_gradients"]
 
@@ -53,7 +54,11 @@ def head_gradients(
     dict
         By gradient "dq", "dk", "dv", "dbias", "dalpha", "dbeta", "dstate": size and largest error.
     """
-    f, off = Losses(model, one.k.shape[0]), Operands.of(one, model)
+    ways = ways_of(one, model)
+    if ways:
+        found = gradients_of(ways, dout, lost(dout, arriving, model), of_state)
+        return _with_ratios(found, one, model, dout, of_state)
+    f, off = Losses(model, one.k.shape[0], chance=False), Operands.of(one, model)
     q = f.leaf(one.q, ("q", "d"), off.q)
     k, v = f.leaf(one.k, ("k", "d"), off.k), f.leaf(one.v, ("k", "v"), off.v)
     leaves = {"dq": Tape(q), "dk": Tape(k), "dv": Tape(v)}
@@ -72,8 +77,7 @@ def head_gradients(
         for n, (size, span) in _from_state(one, model, of_state).items():  # both parts rounded, then added
             both = found[n][0] + size
             found[n] = both, found[n][1] + span + 2 * u * (both + found[n][1] + span)
-    if "dalpha" in found:
-        found["dalpha"] = found["dalpha"][0], found["dalpha"][1] + decays_met(one, model, dout, of_state)
+    found = _with_ratios(found, one, model, dout, of_state)
     shape = variant_of(one.problem.variant).shape
     if isinstance(shape, Steps) and not shape.linear:
         more = _stepped(one, shape, model, dout, lost(dout, arriving, model), off, of_state)
@@ -81,9 +85,17 @@ def head_gradients(
     return found
 
 
+def _with_ratios(
+    found: dict[str, tuple[Float, Float]], one: Head, model: Model, dout: Float, of_state: Float | None
+) -> dict[str, tuple[Float, Float]]:
+    if "dalpha" in found:
+        found["dalpha"] = found["dalpha"][0], found["dalpha"][1] + decays_met(one, model, dout, of_state)
+    return found
+
+
 def _from_state(one: Head, model: Model, of_state: Float) -> dict[str, tuple[Float, Float]]:
     """Return the sizes and errors of what arrives at the last state: unit rows that read it at the end."""
-    f, off = Losses(model, one.k.shape[0]), Operands.of(one, model)
+    f, off = Losses(model, one.k.shape[0], chance=False), Operands.of(one, model)
     k, v = f.leaf(one.k, ("k", "d"), off.k), f.leaf(one.v, ("k", "v"), off.v)
     leaves = {"dk": Tape(k), "dv": Tape(v)}
     o = one.options(f, np.full(len(of_state), len(one.q) - 1), wrap=Tape)
@@ -102,7 +114,7 @@ def _stepped(
     one: Head, shape: Steps, model: Model, dout: Float, lost_dout: Any, off: Operands, of_state: Float | None
 ) -> dict[str, Float]:
     """Return the largest errors of the gradients of a recurrence that goes token by token, forward and backward."""
-    f = Losses(model, 1)
+    f = Losses(model, 1, chance=False)
     o = one.options(f, wrap=Tape)
     zero = f.leaf(np.zeros((one.q.shape[1], one.v.shape[1])), ("d", "v"))
     start: Tape = Tape(zero) if o.state is None else o.state

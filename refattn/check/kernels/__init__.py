@@ -74,6 +74,7 @@ def _recurrent(name: str, package: str, load: Callable[[], Function], **more: An
     )
 
 
+_ON_GPU: Any = {"gradients": _OF_STEPS, "dstate_out": True, "refuses": True, "arrays": "torch", "device": "cuda"}
 _PLAIN = "causal_top_left grouped_heads scale"
 _EFFICIENT = "causal_top_left scale bias allowed d_v_differs philox_efficient"  # PyTorch has no grouped heads there
 
@@ -122,7 +123,7 @@ KERNELS: dict[str, Entry] = {
             variants=frozenset(SPARSE),
         ),
         _recurrent("refattn-chunked", "torch", load("chunked", "chunked"), gradients=_OF_STEPS, dstate_out=True),
-        _recurrent("refattn-recurrent", "cupy", load("cuda", "recurrent"), arrays="torch", device="cuda"),
+        _recurrent("refattn-recurrent", "cupy", load("cuda", "recurrent"), **_ON_GPU),
         Entry(
             "torch-sdpa-flash",
             "torch",

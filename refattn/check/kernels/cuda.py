@@ -13,7 +13,7 @@ from ...arrays import dtype_name, to_kind, to_numpy
 from ...errors import UnsupportedProblem
 from ...problem import VARIANT, Problem
 from ...variants import variant_of
-from .gradients import by_name
+from .gradients import by_name, with_gradients
 from .torch_sdpa import additive, attention_mask, sdpa
 
 __all__ = [
@@ -82,6 +82,22 @@ ours_invariant = _Ours(batch_invariant=True)
 ours_mma, ours_mma_high, ours_simt = _Ours(impl="mma"), _Ours("high", "mma"), _Ours(impl="simt")
 
 
+def _back(p: Problem, dout: Any, dstate_out: Any = None) -> dict[str, Any]:
+    """Return the gradients of a recurrence by refattn.gpu."""
+    from ...gpu import gated_delta_backward, lightning_backward
+
+    more = {"scale": p.scale, "state": p.state, "cu_seqlens": p.cu_seqlens_q}
+    if p.variant == "gated_delta":
+        more |= {"alpha": p.alpha, "beta": p.beta, "dstate_out": dstate_out}
+        return gated_delta_backward(p.query, p.key, p.value, dout, **more)
+    if dstate_out is not None:
+        raise UnsupportedProblem("refattn-recurrent: lightning takes no gradient at the last state")
+    rates = variant_of(p.variant).settings(p)["decay"]
+    found = lightning_backward(p.query, p.key, p.value, dout, decay=rates, **more)
+    return {n: x for n, x in zip(("dq", "dk", "dv", "dstate"), found, strict=True) if x is not None}
+
+
+@with_gradients(_back)
 def recurrent(p: Problem) -> Any:
     """Return out and the last state of a recurrence by refattn.gpu."""
     from ...gpu import gated_delta, lightning

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from refattn.check.bounds.losses import variance_of
-from refattn.check.model import C
+from refattn.check.bounds.losses import Losses, variance_of
+from refattn.check.model import C, flash
 
 from .coarse import CU, DEPTH, EXP, SEEN, TILES, TINY, TINY_W, S, U, W, alike, arithmetic, leaf, scores, times, walk
 
@@ -393,3 +393,39 @@ def test_operands_and_options_are_exact():
     assert (f.number(3), f.rsqrt(16)) == (3.0, 0.25)
     x = f.array([[1, 2]])
     assert (x.a.dtype, x.shape, x.node.span, x.node.var) == (np.float64, (1, 2), 0.0, 0.0)
+
+
+def test_an_inverse_is_off_by_what_its_matrix_is():
+    """Of numbers above 0 errors of one sign take it furthest: to (I - a - e)^-1, however large they are."""
+    a = np.array([[0, 0, 0], [2.0, 0, 0], [1.0, 3.0, 0]])
+    e = np.array([[0, 0, 0], [0.5, 0, 0], [0.25, 1.0, 0]])
+    f = Losses(flash("float64"), 3)
+    y = f.leaf(a, ("k", "k"), e, e).geometric(8)
+    unit = np.eye(3)
+    assert (y.a == np.linalg.inv(unit - a)).all()
+    far = np.linalg.inv(unit - a - e) - y.a
+    assert (abs(y.node.span - far) <= 2.0**-48 * abs(far).max()).all()
+    first = y.a @ e @ y.a
+    assert (abs(y.node.links[0].forward(e) - first) <= 2.0**-48 * first.max()).all()
+    assert (y.node.links[0].squares(e) == y.a**2 @ e @ y.a**2).all()
+
+
+def test_substitution_rounds_each_number_of_a_row():
+    """One number: the product and what a block's other product may add, 3 u of it; of two in a row 5 u."""
+    f, u, tiny = Losses(flash("float32"), 3), 2.0**-24, 2.0**-150
+    y = f.leaf(np.array([[0, 0], [4.0, 0]]), ("k", "k")).geometric(8).node
+    wanted = ((1 + u) ** 3 - 1) * 4 + tiny
+    assert abs(y.err[1, 0] - wanted) <= 2.0**-48 * wanted
+    assert y.err[0, 0] == y.err[0, 1] == 0
+    f.ratios = np.array([[0.0], [0.5]])
+    y = f.leaf(np.array([[0, 0], [4.0, 0]]), ("k", "k")).geometric(8).node
+    assert y.err[1, 0] == wanted + 2
+    assert y.err[0, 0] == 0
+
+
+def test_what_chance_is_not_asked_for_is_not_computed():
+    plain, bare = (Losses(flash("float32"), 2, chance=x) for x in (True, False))
+    one, two = (f.leaf(np.ones((2, 2)), ("k", "d")) @ f.leaf(np.ones((2, 2)), ("d", "k")) for f in (plain, bare))
+    assert (one.node.span == two.node.span).all()
+    assert np.all(one.node.var > 0)
+    assert not np.any(two.node.var)
