@@ -152,6 +152,12 @@ class Card:
 
         return OnCard(self, x)
 
+    def returned(self, x: Any, form: Any) -> Any:
+        """Return numbers of a format that are here in the format's own type, as NumPy's: see ``taken.py``."""
+        from .taken import returned
+
+        return returned(self, x, form)
+
     def forward(self, one: Any, f: Any, rows: Any, unit: int, into: Any) -> Any:
         """Return one head's forward pass, done: see :func:`refattn.exact.stream.forward_pass`."""
         from .forward import OnDevice  # it is built on the streaming path, which asks for it here

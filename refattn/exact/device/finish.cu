@@ -1,5 +1,6 @@
-// What is asked of a matrix before its products, and what a tile of rows ends with, after the text of kernels.cu and in
-// its words: the operators of levels.py, what a row is finished with in stream.py, the rounding test of enclosure.py.
+// What is asked of a matrix before its products, what a tile of rows ends with, rounding, and numbers of narrow formats,
+// after the text of kernels.cu and in its words: the operators of levels.py, what a row is finished with in stream.py,
+// the rounding test of enclosure.py.
 // U, UP, ETA, SLACK, SQUARED, EXP2_ERROR and BELOW are theirs, and defined before this text.
 #define LEAST_EXPONENT (-1074.0)
 
@@ -222,4 +223,38 @@ extern "C" __global__ void __launch_bounds__(THREADS) settle(
     const double found = same || past ? a : rounded_to(h, precision, emin, largest, infinities);
     value[i] = zero ? 0.0 : found;
     decided[i] = same || none || past || zero;
+}
+
+// A format of `bits` bits, of which `fraction` are behind the point, has a float64's bits times a power of two, without
+// the last ones: so its numbers are widened and narrowed without a step in float32, where CuPy's compiler options flush
+// subnormal numbers to 0.
+__device__ __forceinline__ unsigned long long infinite_of(int bits, int fraction) {
+    return ((1ull << (bits - 1)) - 1) >> fraction << fraction;
+}
+
+// Make numbers of such a format, of two bytes or of four, float64: up is 2 to the difference of the exponents' biases.
+extern "C" __global__ void __launch_bounds__(THREADS) widen(
+    const void* __restrict__ x, long long count, int bits, int fraction, double up, double* out) {
+    const long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= count) return;
+    const unsigned long long all = bits == 16 ? ((const unsigned short*)x)[i] : ((const unsigned int*)x)[i];
+    const unsigned long long size = all & ((1ull << (bits - 1)) - 1), last = infinite_of(bits, fraction);
+    double y = __longlong_as_double((long long)(size << (52 - fraction))) * up;
+    if (size >= last) y = size == last ? infinite() : infinite() - infinite();
+    out[i] = size != all ? -y : y;
+}
+
+// Write numbers that such a format has as its bits; down is 1 / up.
+extern "C" __global__ void __launch_bounds__(THREADS) narrow(
+    const double* __restrict__ x, long long count, int bits, int fraction, double down, void* out) {
+    const long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= count) return;
+    const double y = x[i];
+    const unsigned long long last = infinite_of(bits, fraction), sign = signbit(y) ? 1ull << (bits - 1) : 0;
+    unsigned long long size = (unsigned long long)__double_as_longlong(fabs(y) * down) >> (52 - fraction);
+    if (!isfinite(y)) size = isnan(y) ? last | 1ull << (fraction - 1) : last;
+    if (bits == 16)
+        ((unsigned short*)out)[i] = (unsigned short)(size | sign);
+    else
+        ((unsigned int*)out)[i] = (unsigned int)(size | sign);
 }

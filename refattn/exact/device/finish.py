@@ -23,7 +23,7 @@ from .card import text_of
 
 __all__ = ["KERNELS", "OnCard", "finish", "sizes", "text_finish"]
 
-KERNELS = ("sizes_across", "sizes_down", "close_rows", "divide", "settle")
+KERNELS = ("sizes_across", "sizes_down", "close_rows", "divide", "settle", "widen", "narrow")
 CONSTANTS = {
     "U": U, "UP": UP, "ETA": ETA, "SLACK": SLACK, "SQUARED": SQUARED, "EXP2_ERROR": EXP2_ERROR,
     "BELOW": 2.0 ** (EXP2_FLOOR + 1),
