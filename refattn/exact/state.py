@@ -65,9 +65,9 @@ class State:
             if name in self.by_row:
                 fresh &= need if name == "lse" else need[..., None]
             at = np.unravel_index(np.flatnonzero(fresh), fresh.shape)
-            better = enclose(x[within(x, at)])
-            value, decided = better.settle(self.form(name))
             there = within(self.values[name], at)
+            better = enclose(x[at if isinstance(x, np.ndarray) else there])
+            value, decided = better.settle(self.form(name))
             pairs = [(getattr(self.enclosures[name], n), getattr(better, n)) for n in ("mid", "tail", "radius")]
             for to, new in [*pairs, (self.values[name], value)]:  # on a device also where the CPU goes on
                 to[there] = beside(to, new) if isinstance(new, np.ndarray) else new

@@ -1,5 +1,5 @@
-// What is asked of a matrix before its products, what a tile of rows ends with, rounding, and numbers of narrow formats,
-// after the text of kernels.cu and in its words: the operators of levels.py, what a row is finished with in stream.py,
+// What is asked of a matrix before its products, what a tile of rows ends with, rounding, and narrow formats, after the
+// text of kernels.cu and in its words: the operators of levels.py, what rows lose and are finished with in stream.py,
 // the rounding test of enclosure.py.
 // U, UP, ETA, SLACK, SQUARED, EXP2_ERROR and BELOW are theirs, and defined before this text.
 #define LEAST_EXPONENT (-1074.0)
@@ -109,6 +109,56 @@ extern "C" __global__ void __launch_bounds__(THREADS) sizes_down(
     out[at] = top;
     out[next + at] = sum;
     out[2 * next + at] = squares;
+}
+
+// The parts of sizes_down joined, in found (3, rows) as sizes_across has it. A thread has one row.
+extern "C" __global__ void __launch_bounds__(THREADS) sizes_joined(
+    long long rows, int parts, const double* __restrict__ x, double* found) {
+    const long long row = (long long)blockIdx.x * THREADS + threadIdx.x, next = parts * rows;
+    if (row >= rows) return;
+    double top = 0.0, sum = 0.0, squares = 0.0;
+    for (long long at = row; at < next; at += rows) {
+        top = larger(top, x[at]);
+        sum += x[next + at];
+        squares += x[2 * next + at];
+    }
+    found[row] = top;
+    found[rows + row] = sum;
+    found[2 * rows + row] = sqrt(squares) * UP + SQUARED;
+}
+
+// What is added to a row's numbers and taken off again to leave its heads, sigma (level, rows): first, times next for
+// each head, for a row below 1. top are the rows' largest sizes.
+extern "C" __global__ void __launch_bounds__(THREADS) places(
+    long long rows, int level, double first, double next, const double* __restrict__ top, double* sigma) {
+    const long long row = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (row >= rows) return;
+    const double x = top[row];
+    int e;
+    frexp(isfinite(x) ? x : 1.0, &e);
+    double place = x > 0.0 ? ldexp(first, e) : first;
+    for (int s = 0; s < level; s++, place *= next) sigma[s * rows + row] = place;
+}
+
+// One thread a row: the radius of its scores in base 2 and a bound of their sizes, found (2, rows). each (PLANES + 1,
+// 3, rows) are the sizes of heads, of the tail and of the queries; t and n are of the keys' tails the largest numbers
+// and norms.
+extern "C" __global__ void __launch_bounds__(THREADS) radii(
+    long long rows, double rounding, double c, double rc, double t0, double t1, double t2, double t3, double n0,
+    double n1, double n2, double n3, const double* __restrict__ each, double* found) {
+    const long long row = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (row >= rows) return;
+    const double top[4] = {t0, t1, t2, t3}, norm[4] = {n0, n1, n2, n3};
+    double lost = 0.0;
+#pragma unroll
+    for (int s = 0; s < PLANES; s++) {
+        const double one = each[(3 * s + 1) * rows + row], two = each[(3 * s + 2) * rows + row];
+        lost += smaller(one * top[LEVEL - s], two * norm[LEVEL - s]) * UP;
+    }
+    lost = rounding * lost * UP;
+    const double size = each[(3 * PLANES + 2) * rows + row] * n0 * UP, r = lost + 0x1p-100 * size;
+    found[row] = (16.0 * U * U * size * c + (size + r) * rc + c * r) * UP + ETA;
+    found[rows + row] = size * c * UP;
 }
 
 // One thread a row: the radius of its denominator, the sink, its log-sum-exp, and what the radius of its numerator

@@ -20,7 +20,7 @@ from ..levels import Level
 from ..stream import Forward
 from ..tiles import Sums
 from .card import KEYS, ROWS
-from .finish import finish
+from .finish import finish, radii
 
 __all__ = ["OnDevice", "bytes_needed", "rows_of_a_tile"]
 
@@ -117,6 +117,9 @@ class OnDevice(Forward):
                 self._add_some(n, at, some, sees, mask, sums)
             self._finish(at, sums)
         del self._planes, self._parts
+
+    def _radii(self, q: Any, parts: list[Any], keys: list[Any], rc: float) -> tuple[Any, Any]:
+        return radii(self, q, parts, keys[0], rc)
 
     def _finish(self, at: slice, sums: Sums) -> None:
         finish(self, at, sums)

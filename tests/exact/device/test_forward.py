@@ -10,6 +10,7 @@ from refattn import Problem, UnsupportedProblem, masks, rules
 from refattn.arrays import from_float64, to_float64
 from refattn.dtypes import format_of
 from refattn.errors import InvalidInput
+from refattn.exact import elementwise
 from refattn.exact.anywhere import narrowed
 from refattn.exact.device import card, finish, forward
 from refattn.exact.device.card import KEYS, card_of
@@ -188,6 +189,31 @@ def test_a_tile_ends_as_the_operators_end_it(trusted, monkeypatch, sink):
             (x, r), (y, s) = ((z[-1][:, :2], z[-1][:, 2]) for z in (mine, theirs))
             assert (np.abs((x[:, 0] - y[:, 0]) + (x[:, 1] - y[:, 1])) <= r + s).all()  # log2 may differ
             assert (r <= 2 * s).all()
+
+
+@pytest.mark.parametrize("scale", [None, -3.0])
+def test_what_scores_lose_is_what_the_operators_say(trusted, monkeypatch, scale):
+    """Radii and cuts by kernels beside the text of the CPU, over the same arrays: the same bits."""
+    seen, kernel = [], forward.OnDevice._radii
+
+    def both(work, q, parts, keys, rc):
+        x = [end(work, q, parts, keys, rc) for end in (kernel, Forward._radii)]
+        seen.append([(a.get(), b.get()) for a, b in zip(*x, strict=True)])
+        return x[0]
+
+    monkeypatch.setattr(forward.OnDevice, "_radii", both)
+    p = head(np.random.default_rng(8), n=70, m=40, d=5, scale=scale)
+    p.query[0, 0, 3], p.query[0, 0, 4], p.key[..., 2] = 0.0, 2.0**-600, 0.0
+    for level in range(4):
+        Work(p, device=card_of(0)).run(Level(level, card_of(0)))
+        x = np.concatenate([p.query[0, 0], np.full((1, 5), np.nan), np.full((1, 5), np.inf)])
+        mine, theirs = card_of(0).places(trusted.asarray(x), 20, level).get(), elementwise.places(x, 20, level)
+        assert mine.shape == theirs.shape
+        assert (mine == theirs).all()
+    assert len(seen) == 4
+    for (radius, theirs), (size, their_size) in seen:
+        assert (size == their_size).all()
+        assert (radius == theirs).all()
 
 
 def test_a_rows_sum_is_compensated(trusted):
