@@ -100,7 +100,9 @@ class State:
 
     def settle(self, name: str, index: tuple[int, ...], value: float) -> None:
         """Decide one element."""
-        self.values[name][index], self.decided[name][index] = value, True
+        there = self.values[name]
+        there[index] = beside(there, np.array(value))  # as an array: CuPy writes a plain -0.0 as 0
+        self.decided[name][index] = True
 
     def open(self, *skip: str) -> list[tuple[str, tuple[int, ...]]]:
         """Return the places that are not decided."""

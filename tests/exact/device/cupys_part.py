@@ -120,6 +120,9 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
         return Array(self.a[self._index(index)])
 
     def __setitem__(self, index, x):
+        arrays = any(isinstance(i, (Array, list)) for i in (index if isinstance(index, tuple) else (index,)))
+        if isinstance(x, SCALARS) and x == 0 and not arrays:
+            x = 0  # it sets bytes to 0: a 0 loses its sign
         self.a[self._index(index)] = taken(x)
 
     def sum(self, axis=None, dtype=None, out=None, keepdims=False):
