@@ -137,6 +137,9 @@ def each(work: Callable[[T], R], items: Iterable[T], threads: int) -> list[R]:
 class Forward:
     """One head's operands, prepared, and its results."""
 
+    exp2_error = EXP2_ERROR
+    """What a weight is off by, of itself, for the score that it is made of."""
+
     def __init__(
         self, one: Head, f: Level, rows: NDArray[np.intp], unit: int, into: tuple[Float, Float] | None, threads: int
     ) -> None:
@@ -288,7 +291,9 @@ class Forward:
         n_k, m, num, den, done = one.k.shape[0], sums.m, (sums.num, sums.num_low), (sums.den, sums.den_low), sums.done
         # exp2's argument: the score's radius, the bias's and the shift's rounding (sizes up to 2 size + 1)
         delta = self.radius[at] + 128 * U * U * (2 * self.size[at] + 2)
-        relative = EXP2_ERROR + np.where(delta <= 2.0**-10, 0.694 * delta, np.where(delta <= 1, 1.05 * delta, np.inf))
+        relative = self.exp2_error + np.where(
+            delta <= 2.0**-10, 0.694 * delta, np.where(delta <= 1, 1.05 * delta, np.inf)
+        )
         # bounds of the sums of the weights, of each of their heads, and of their tails
         z = np.abs(den[0]) * (1 + 2.0**-30)
         unit = [2.0 ** -(self.width + s * (self.width + 1) + 1) for s in range(level)]  # half a head's last place

@@ -1,7 +1,7 @@
 // What is asked of a matrix before its products, what a tile of rows ends with, rounding, and narrow formats, after the
 // text of kernels.cu and in its words: the operators of levels.py, what rows lose and are finished with in stream.py,
 // the rounding test of enclosure.py.
-// U, UP, ETA, SLACK, SQUARED, EXP2_ERROR and BELOW are theirs, and defined before this text.
+// U, UP, ETA, SLACK, SQUARED, EXP2_ERROR, SHORT_ERROR and BELOW are theirs, and defined before this text.
 #define LEAST_EXPONENT (-1074.0)
 
 struct Number { double h, low, r; };  // h + low, known within r
@@ -174,7 +174,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) close_rows(
     const int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= rows) return;
     const Number log2e = {e_h, e_low, e_r}, log_two = {two_h, two_low, two_r}, sink = {sink_h, sink_low, sink_r};
-    const double delta = radius[i] + 128.0 * U * U * (2.0 * size[i] + 2.0), off = EXP2_ERROR + moved(delta);
+    const double delta = radius[i] + 128.0 * U * U * (2.0 * size[i] + 2.0);
+    const double off = (LEVEL ? EXP2_ERROR : SHORT_ERROR) + moved(delta);
     const double z = fabs(den[i]) * (1.0 + 0x1p-30), half[3] = {half0, half1, half2};
     double* own = by_row + (size_t)i * (PLANES + 2);
     double tail = z + (LEVEL > 0 ? keys * half0 : 0.0);

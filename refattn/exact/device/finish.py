@@ -23,13 +23,15 @@ from .card import text_of
 
 __all__ = ["KERNELS", "OnCard", "finish", "places", "radii", "sizes", "text_finish"]
 
+SHORT_ERROR = 2.0**-52
+"""What a weight of level 0 is off by, of itself, for the score that it is made of (``short_exp2_of``)."""
 KERNELS = (
     "sizes_across", "sizes_down", "sizes_joined", "places", "radii", "close_rows", "divide", "settle", "widen",
     "narrow",
 )  # fmt: skip
 CONSTANTS = {
     "U": U, "UP": UP, "ETA": ETA, "SLACK": SLACK, "SQUARED": SQUARED, "EXP2_ERROR": EXP2_ERROR,
-    "BELOW": 2.0 ** (EXP2_FLOOR + 1),
+    "SHORT_ERROR": SHORT_ERROR, "BELOW": 2.0 ** (EXP2_FLOOR + 1),
 }  # fmt: skip
 PARTS, SHORTEST = 2**10, 2**6
 """Parts of columns that lie along a row at most, and the fewest columns of one."""

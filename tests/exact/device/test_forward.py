@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 
@@ -229,6 +230,20 @@ def test_a_rows_sum_is_compensated(trusted):
     off = math.fsum([float(den[0]), float(low[0]), *(-there.get().ravel())])
     assert abs(off) <= card.row_sum_error(512) * float(den[0])
     assert (float(m[0]), float(done[0])) == (0.0, 4.0)
+
+
+def test_a_weight_of_level_0_is_as_near_as_is_said(trusted):
+    card, rng, w = card_of(0), np.random.default_rng(9), 512
+    scores = np.concatenate([[0.0, -0.5 / 4096, -249.9], -rng.uniform(0, 4, w // 2), -rng.uniform(0, 249, w)])[:w]
+    planes, (table, *ln2) = trusted.asarray(scores[None, None]), card.table
+    m, den, low, fade, done = (trusted.asarray(np.array([x])) for x in (0.0, 0.0, 0.0, 1.0, 0.0))
+    number, none, none_of_it = np.float64(0.0), np.uint64(0), np.int32(0)
+    given = (planes, np.int32(w), np.float64(1.0), number, table, *map(np.float64, ln2), none_of_it, *[number] * 4)
+    card.launch(0, "weigh", 1, (*given, none, number, number, none, none, *[number] * 3, m, den, low, fade, done))
+    with mpmath.workprec(200):
+        pairs = zip(planes.get().ravel(), scores, strict=True)
+        off = max(abs(mpmath.mpf(x) / mpmath.mpf(2) ** mpmath.mpf(s) - 1) for x, s in pairs)
+    assert finish.SHORT_ERROR / 4 < off <= finish.SHORT_ERROR
 
 
 def test_tiles_leave_a_head_of_a_weight_its_bits():
