@@ -70,10 +70,10 @@ def rows() -> Iterator[Row]:
             plain_of[n] = plain(cupy, n)
             yield Row(f"n = {n}, plain CuPy float64", plain_of[n], "s")
         yield from call(cupy, card, n, form, causal, most, plain_of[n])
-    for form in ("bfloat16", "float64"):
-        yield from some_rows(cupy, form)
     for n, form, causal, most in BACKWARD:
         yield from gradients(cupy, n, form, causal, most)
+    for form in ("bfloat16", "float64"):
+        yield from some_rows(cupy, form)
 
 
 def random_call(n: int, form: str, causal: bool) -> Problem:
