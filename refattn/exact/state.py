@@ -106,7 +106,8 @@ class State:
     def settle(self, name: str, index: tuple[int, ...], value: float) -> None:
         """Decide one element."""
         there = self.values[name]
-        there[index] = beside(there, np.array(value))  # as an array: CuPy writes a plain -0.0 as 0
+        # CuPy fills with a number, and with an array without an axis, by bytes of 0 where it is 0: -0.0 would become 0
+        there[index] = value if isinstance(there, np.ndarray) else beside(there, np.array([value]))
         self.decided[name][index] = True
 
     def open(self, *skip: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -56,6 +56,11 @@ def flushed(x):
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x) if x.dtype == np.float32 else x
 
 
+def filled(x):
+    """Return a number, or an array without an axis, as CuPy fills memory with it: by bytes of 0, where it is 0."""
+    return x if np.ndim(x) or x else type(x)(0) if isinstance(x, SCALARS) else np.zeros_like(x)
+
+
 def given(x):
     return tuple(map(Array, x)) if isinstance(x, tuple) else Array(x)
 
@@ -90,7 +95,7 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
 
     def __array_function__(self, function, types, args, kwargs):
         if function is np.asarray:
-            return Array(np.array(args[0], **kwargs))
+            return Array(filled(np.array(args[0], **kwargs)))
         assert function.__name__ in FUNCTIONS.split(), function.__name__
         return given(function(*map(taken, args), **{k: taken(x) for k, x in kwargs.items()}))
 
@@ -121,8 +126,10 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
 
     def __setitem__(self, index, x):
         arrays = any(isinstance(i, (Array, list)) for i in (index if isinstance(index, tuple) else (index,)))
-        if isinstance(x, SCALARS) and x == 0 and not arrays:
-            x = 0  # it sets bytes to 0: a 0 loses its sign
+        if not arrays and not isinstance(x, Array):
+            x = filled(x)
+        elif isinstance(x, Array) and self.a[self._index(index)].ndim < x.ndim:
+            x = x.reshape(-1)[0]  # leading axes of length 1 are left out
         self.a[self._index(index)] = taken(x)
 
     def sum(self, axis=None, dtype=None, out=None, keepdims=False):
@@ -237,7 +244,11 @@ def cupys_part(folder, free=2**36, capability="90", mode=0, gpus=1, broken=None)
         return call
 
     def asarray(x, dtype=None):
-        return x if isinstance(x, Array) and dtype in (None, x.dtype) else Array(np.array(getattr(x, "a", x), dtype))
+        return (
+            x
+            if isinstance(x, Array) and dtype in (None, x.dtype)
+            else Array(filled(np.array(getattr(x, "a", x), dtype)))
+        )
 
     return SimpleNamespace(
         cuda=cuda, RawModule=RawModule, seen=seen, asarray=asarray, array=asarray, empty=made(_filled),
