@@ -70,10 +70,10 @@ def rows() -> Iterator[Row]:
             plain_of[n] = plain(cupy, n)
             yield Row(f"n = {n}, plain CuPy float64", plain_of[n], "s")
         yield from call(cupy, card, n, form, causal, most, plain_of[n])
-    for form in ("bfloat16", "float64"):
-        yield from some_rows(cupy, form)
     for n, form, causal, most in BACKWARD:
         yield from gradients(cupy, n, form, causal, most)
+    for form in ("bfloat16", "float64"):
+        yield from some_rows(cupy, form)
 
 
 def random_call(n: int, form: str, causal: bool) -> Problem:
@@ -187,16 +187,16 @@ def gradients(cupy: Any, n: int, form: str, causal: bool, most: float | None) ->
     yield Row(f"{at}, memory in arrays n x d of float64", pool.total_bytes() / (8 * n * D), "")
     yield Row(f"{at}, undecided", float(sum(answer.undecided.values())), "", at_most=0.0)
     yield Row(f"{at}, levels", float(len(answer.stats)), "")
+    took = seconds(cupy, lambda: refattn.evaluate(problem, rounding=form, gradients=dout, device="cuda"))
+    yield Row(at, took, "s", at_most=most)
+    for level, s in answer.stats.items():
+        yield Row(f"{at}, of it {level}", s["seconds"], "s")
     few = refattn.query_rows(problem, n - 8, n)
     exact = refattn.evaluate(few, rounding=form, gradients=dout[:, :, -8:])
     pairs = [(to_float64(answer.values[x])[:, :, -8:], to_float64(exact.values[x])) for x in ("out", "lse", "dq")]
     found = sum(int((a == b).sum()) for a, b in pairs)
     yield Row(f"{at}, same bits as the CPU's, 8 rows", found / sum(b.size for _, b in pairs), "share", at_least=1.0)
     yield Row(f"{at}, dk and dv", by_keys(problem, dout, answer), "share", at_least=1.0)
-    took = seconds(cupy, lambda: refattn.evaluate(problem, rounding=form, gradients=dout, device="cuda"))
-    yield Row(at, took, "s", at_most=most)
-    for level, s in answer.stats.items():
-        yield Row(f"{at}, of it {level}", s["seconds"], "s")
 
 
 def by_keys(problem: Problem, dout: Any, answer: Any) -> float:

@@ -28,16 +28,11 @@ def largest(x: Any, axis: int) -> Any:
     return x.max(axis) if x.shape[axis] else x.sum(axis)
 
 
-def narrowed(x: Any, form: Format) -> NDArray[Any]:
+def narrowed(x: Any, form: Format, device: Any) -> NDArray[Any]:
     """Return numbers of a format in its own type, as NumPy's: what comes from a device is narrow already."""
     if not hasattr(x, "__cuda_array_interface__"):
         return from_float64(x, form.name)
-    if form.name in ("float64", "float32", "float16"):
-        return np.asarray(on_host(x.astype(form.dtype)))
-    if form.name == "bfloat16":
-        bits = x.astype(np.float32).view(np.uint32) >> 16
-        return np.asarray(on_host(bits.astype(np.uint16)).view(form.dtype))
-    return from_float64(on_host(x), form.name)
+    return np.asarray(device.returned(x, form))
 
 
 def power_above(x: Any) -> Any:

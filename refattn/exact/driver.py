@@ -273,7 +273,7 @@ def _rounded(
             break
         keys = _few_keys(state) if by_key and not state.sums_open else None
         need = state.open_rows(keys_apart=keys is not None)
-    typed = {n: narrowed(v, state.form(n)) for n, v in state.values.items()}
+    typed = {n: narrowed(v, state.form(n), device) for n, v in state.values.items()}
     open_ = {n: d.size - int(np.count_nonzero(d)) for n, d in state.decided.items()}
     enclosures = state.enclosures if device is None else Fetched(state.enclosures)
     return Answer(problem, typed, enclosures, form.name, open_, {}, state.stats, state.decided)

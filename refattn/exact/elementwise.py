@@ -12,9 +12,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .anywhere import largest, power_above
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, exp2, two_prod, two_sum
 
-__all__ = ["accumulate", "capped", "cut", "gradient_weights", "row_sum_error", "row_sums", "scores", "steps", "weights"]
+__all__ = [
+    "accumulate",
+    "capped",
+    "cut",
+    "gradient_weights",
+    "places",
+    "row_sum_error",
+    "row_sums",
+    "scores",
+    "steps",
+    "weights",
+]
 
 Float = NDArray[np.float64]
 
@@ -27,6 +39,13 @@ def steps() -> Any:
     except ImportError:
         return sys.modules[__name__]
     return compiled
+
+
+def places(x: Float, b: int, level: int) -> Float:
+    """Return what is added to a row's numbers and taken off again to leave its heads of b bits, (L, n)."""
+    if not level:
+        return np.empty((0, len(x)))
+    return np.outer([1.5 * 2.0 ** (52 - b - s * (b + 1)) for s in range(level)], power_above(largest(np.abs(x), 1)))
 
 
 def cut(x: Float, y: Float, sigma: Float, heads: Float, tails: Float) -> None:

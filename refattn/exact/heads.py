@@ -306,9 +306,10 @@ def heads(problem: Problem, by_rules: bool = False, take: Callable[[NDArray[Any]
                 kept = None if p.dropout_mask is None else np.asarray(block(p.dropout_mask, b, h, rows, keys), bool)
                 s = None if sink is None or np.isneginf(sink[h]) else float(sink[h])
                 parts = (q[b, h, rows], k[b, h // group, keys], v[b, h // group, keys])
-                bad = _spoilt(parts[0], parts[1], bias, s, allowed)
+                whole = [all_finite(x) for x in parts]
+                bad = _spoilt(parts[0], parts[1], whole, bias, s, allowed)
                 live = allowed.any(1) & ~bad
-                clean = [x if all_finite(x) else np.where(np.isfinite(x), x, 0.0) for x in parts]
+                clean = [x if yes else np.where(np.isfinite(x), x, 0.0) for x, yes in zip(parts, whole, strict=True)]
                 if bias is not None:
                     bias = np.where(np.isfinite(bias), bias, 0.0)
                 if s is not None and not np.isfinite(s):
@@ -368,11 +369,12 @@ def _weights(x: Float) -> Float:
     return x
 
 
-def _spoilt(q: Float, k: Float, bias: Float | None, sink: float | None, allowed: Mask) -> Mask:
+def _spoilt(q: Float, k: Float, finite: list[bool], bias: Float | None, sink: float | None, allowed: Mask) -> Mask:
     """Return the rows that are NaN by the contract: a non-finite query, key in sight, bias above -inf, or sink."""
-    lost = ~finite_rows(k)
-    bad: Mask = np.asarray(allowed[:, lost].any(1)) if lost.any() else np.zeros(len(q), bool)
-    if not all_finite(q):
+    bad: Mask = np.zeros(len(q), bool)
+    if not finite[1] and (lost := ~finite_rows(k)).any():
+        bad = np.asarray(allowed[:, lost].any(1))
+    if not finite[0]:
         bad |= ~finite_rows(q) & allowed.any(1)
     if bias is not None:
         bad |= (np.asarray(allowed) & ~np.isfinite(bias)).any(1)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import elementwise
-from .anywhere import largest, power_above, product
+from .anywhere import largest, product
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, constant, exp2, two_prod, two_sum
 from .lossless import divided, head_bits, lossless
 from .matrix import Reflected, UnsureSign
@@ -329,10 +329,8 @@ class Bounded(Reflected):
         """Return heads A_0 .. A_{L-1} and tails A_{>=0} .. A_{>=L}, cut along rows exactly, in `into` if given."""
         if b in self.kept:
             return self.kept[b]  # type: ignore[no-any-return]
-        xp, device, sigma = self.f.xp, self.f.device, self.f.xp.empty((level, len(self.h)))
-        e = power_above(largest(np.abs(self.h), 1) if device is None else device.sizes(self.h)[0]) if level else 1.0
-        for s in range(level):
-            sigma[s] = e * (1.5 * 2.0 ** (52 - b - s * (b + 1)))
+        xp, device = self.f.xp, self.f.device
+        sigma = (elementwise if device is None else device).places(self.h, b, level)
         heads, tails = into or (xp.empty((level, *self.h.shape)), xp.empty((level + 1, *self.h.shape)))
         self.f.steps.cut(self.h, np.broadcast_to(self.l, self.h.shape), sigma, heads, tails)
         self.kept[b] = list(heads), list(tails)

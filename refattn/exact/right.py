@@ -39,8 +39,7 @@ def product_sizes(left: list[Float], right: list[Right]) -> Float:
     By rows: the 1-norm times the largest element, or the 2-norms.
     """
     level = len(left) - 1
-    most = np.max(np.stack([largest(x.most, 1) for x in right]), 0)
-    norm = np.max([x.norm for x in right], 0)
+    most, norm = (np.max([getattr(x, n) for x in right], 0) for n in ("top", "norm"))
     total: Any = 0.0
     for s, a in enumerate(left):
         _, one, two = sizes_of(right[0].f, a)
@@ -58,15 +57,13 @@ class Right:
         room, flat = (None, None) if f.device is None else _room(turned.h, level, f.xp)
         heads, tails = turned._cut(b, level, room)
         self.k = turned.shape[1]
-        # of each column, by tail
-        self.most, self.sums = (f.xp.empty((level + 1, turned.shape[0])) for _ in range(2))
-        ends = f.xp.empty((2, level + 1))
+        each = f.xp.empty((3, level + 1, turned.shape[0]))
         for t, x in enumerate(tails):
-            self.most[t], self.sums[t], norm = sizes_of(f, x)
-            ends[0, t], ends[1, t] = largest(self.most[t], 0), largest(norm, 0)
-        top, self.norm = on_host(ends)
+            each[:, t] = sizes_of(f, x)
+        self.most, self.sums = each[0], each[1]  # of each column, by tail
+        self.top, self.norm = on_host(largest(each[::2], 2))
         # the first tails may be all 0: of narrow formats most are
-        self.lead = next((t for t in range(level + 1) if top[level - t] > 0), level)
+        self.lead = next((t for t in range(level + 1) if self.top[level - t] > 0), level)
         if flat is not None:
             self.heads, self.tails = flat[0], flat[1][self.lead * self.k :]
             return

@@ -59,19 +59,24 @@ class State:
             by_key = name in BY_KEY and keys is not None
             if name not in self.by_row and not by_key and not need.all():
                 continue
-            fresh = ~self.decided[name]
-            if by_key and keys is not None:
-                fresh &= keys[..., None]
-            if name in self.by_row:
-                fresh &= need if name == "lse" else need[..., None]
-            at = np.unravel_index(np.flatnonzero(fresh), fresh.shape)
-            better = enclose(x[within(x, at)])
-            value, decided = better.settle(self.form(name))
+            at = self._fresh(name, need, keys if by_key else None)
             there = within(self.values[name], at)
+            better = enclose(x[at if isinstance(x, np.ndarray) else there])
+            value, decided = better.settle(self.form(name))
             pairs = [(getattr(self.enclosures[name], n), getattr(better, n)) for n in ("mid", "tail", "radius")]
             for to, new in [*pairs, (self.values[name], value)]:  # on a device also where the CPU goes on
                 to[there] = beside(to, new) if isinstance(new, np.ndarray) else new
             self.decided[name][at] = on_host(decided)
+
+    def _fresh(self, name: str, need: NDArray[np.bool_], keys: NDArray[np.bool_] | None) -> tuple[Any, ...]:
+        """Return the places of an array that are not decided, of the needed rows or of the keys that are given."""
+        decided = self.decided[name]
+        if name not in self.by_row:
+            open_ = ~decided if keys is None else ~decided & keys[..., None]
+            return np.unravel_index(np.flatnonzero(open_), open_.shape)
+        rows = np.nonzero(need)  # few of many, mostly
+        i, *column = np.nonzero(~decided[rows])
+        return (*(x[i] for x in rows), *column)
 
     def open_keys(self) -> NDArray[np.bool_]:
         """Return the keys with a gradient that is not decided, (b, h_kv, n_k)."""
@@ -100,7 +105,10 @@ class State:
 
     def settle(self, name: str, index: tuple[int, ...], value: float) -> None:
         """Decide one element."""
-        self.values[name][index], self.decided[name][index] = value, True
+        there = self.values[name]
+        # CuPy fills with a number, and with an array without an axis, by bytes of 0 where it is 0: -0.0 would become 0
+        there[index] = value if isinstance(there, np.ndarray) else beside(there, np.array([value]))
+        self.decided[name][index] = True
 
     def open(self, *skip: str) -> list[tuple[str, tuple[int, ...]]]:
         """Return the places that are not decided."""

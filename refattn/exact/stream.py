@@ -137,6 +137,9 @@ def each(work: Callable[[T], R], items: Iterable[T], threads: int) -> list[R]:
 class Forward:
     """One head's operands, prepared, and its results."""
 
+    exp2_error = EXP2_ERROR
+    """What a weight is off by, of itself, for the score that it is made of."""
+
     def __init__(
         self, one: Head, f: Level, rows: NDArray[np.intp], unit: int, into: tuple[Float, Float] | None, threads: int
     ) -> None:
@@ -167,18 +170,20 @@ class Forward:
         self.sigma = np.array([1.5 * 2.0 ** (52 - self.width - s * (self.width + 1)) for s in range(level)])
         self.most_v = np.max(np.stack([x.most for x in of_values]), 0)  # (L + 1, d_v)
         self.sums_v = np.sum(np.stack([x.sums for x in of_values]), 0) * (1 + 2.0**-30)
-        # the radius of a score in base 2, one a row
-        lost = gamma(d * (level + 1) + level + 4) * product_sizes([*heads, tails[level]], of_keys) * UP
-        size = sizes_of(f, q.h)[2] * max(x.norm[0] for x in of_keys) * UP
-        c, rc = abs(self.c) * UP, float(np.ravel(scale.r)[0])
-        r = lost + 2.0**-100 * size
-        self.radius = (16 * U * U * size * c + (size + r) * rc + c * r) * UP + ETA
-        self.size = size * c * UP
+        self.radius, self.size = self._radii(q.h, [*heads, tails[level]], of_keys, float(np.ravel(scale.r)[0]))
         self.cap: tuple[tuple[float, float], tuple[float, float]] | None = None
         if one.problem.softcap is not None:
             self._capped(one.problem.softcap)
         if one.bias is not None:
             self.size = self.size + xp.asarray(1.5 * np.abs(one.bias[rows]).max(1))
+
+    def _radii(self, q: Float, parts: list[Float], keys: list[Right], rc: float) -> tuple[Float, Float]:
+        """Return the radius of a score in base 2 and a bound of its size, one a row; rc is the scale's radius."""
+        f, level, c = self.f, self.f.level, abs(self.c) * UP
+        lost = gamma(q.shape[1] * (level + 1) + level + 4) * product_sizes(parts, keys) * UP
+        size = sizes_of(f, q)[2] * max(x.norm[0] for x in keys) * UP
+        r = lost + 2.0**-100 * size
+        return (16 * U * U * size * c + (size + r) * rc + c * r) * UP + ETA, size * c * UP
 
     def _capped(self, cap: float) -> None:
         """Note what a softcap needs, and what it does to the scores' radius: its slope is at most 1."""
@@ -286,7 +291,9 @@ class Forward:
         n_k, m, num, den, done = one.k.shape[0], sums.m, (sums.num, sums.num_low), (sums.den, sums.den_low), sums.done
         # exp2's argument: the score's radius, the bias's and the shift's rounding (sizes up to 2 size + 1)
         delta = self.radius[at] + 128 * U * U * (2 * self.size[at] + 2)
-        relative = EXP2_ERROR + np.where(delta <= 2.0**-10, 0.694 * delta, np.where(delta <= 1, 1.05 * delta, np.inf))
+        relative = self.exp2_error + np.where(
+            delta <= 2.0**-10, 0.694 * delta, np.where(delta <= 1, 1.05 * delta, np.inf)
+        )
         # bounds of the sums of the weights, of each of their heads, and of their tails
         z = np.abs(den[0]) * (1 + 2.0**-30)
         unit = [2.0 ** -(self.width + s * (self.width + 1) + 1) for s in range(level)]  # half a head's last place

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays import to_float64
 from ...dtypes import FORMATS
 from ...errors import UnsupportedProblem
 from ..doubledouble import exp2, two_prod, two_sum
 from ..enclosure import Enclosure
 from ..levels import gamma
+from .taken import KERNELS_KNOW, returned, taken
 
 __all__ = ["CHECKS", "check"]
 
@@ -158,6 +160,23 @@ def rounding(card: Any) -> bool:
     return True
 
 
+def narrow_types(card: Any) -> bool:
+    """Numbers of narrow formats stay the same as float64 and back, those below the least normal one among them."""
+    rng = np.random.default_rng(6)
+    for form in (FORMATS[name] for name in KERNELS_KNOW):
+        size, place = 8 * form.dtype.itemsize, form.precision - 1
+        bits = rng.integers(0, 2**size, 4096).astype(f"u{form.dtype.itemsize}")
+        bits[::2] &= 2 ** (size - 1) | (2**place - 1)  # the exponent of 0 and of subnormal numbers
+        x = bits.view(form.dtype)
+        wide, there = to_float64(x), taken(card, x)
+        back, found, known = returned(card, there, form), there.get(), ~np.isnan(wide)
+        if not np.array_equal(found, wide, equal_nan=True) or (np.isnan(to_float64(back)) == known).any():
+            return False
+        if (np.signbit(found) != np.signbit(wide))[known].any() or (back.view(bits.dtype) != bits)[known].any():
+            return False
+    return True
+
+
 CHECKS: dict[str, Callable[[Any], bool]] = {
     "native float64": native,
     "exact products": exact_products,
@@ -167,5 +186,6 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "steps": steps,
     "elementwise": elementwise,
     "rounding": rounding,
+    "narrow types": narrow_types,
 }
 """The checks by name."""

@@ -140,17 +140,29 @@ class Card:
         high, low, log2 = table()
         return self.xp.asarray(np.stack([high, low], 1)), *log2
 
-    def sizes(self, x: Any) -> tuple[Any, Any, Any]:
+    def sizes(self, x: Any) -> Any:
         """Return what :func:`refattn.exact.right.sizes_of` does."""
         from .finish import sizes  # what ends a tile is built on the streaming path, which asks for this
 
         return sizes(self, x)
+
+    def places(self, x: Any, b: int, level: int) -> Any:
+        """Return what :func:`refattn.exact.elementwise.places` does."""
+        from .finish import places
+
+        return places(self, x, b, level)
 
     def enclosed(self, x: Any) -> Any:
         """Return a level's numbers as enclosures that are rounded here."""
         from .finish import OnCard
 
         return OnCard(self, x)
+
+    def returned(self, x: Any, form: Any) -> Any:
+        """Return numbers of a format that are here in the format's own type, as NumPy's: see ``taken.py``."""
+        from .taken import returned
+
+        return returned(self, x, form)
 
     def forward(self, one: Any, f: Any, rows: Any, unit: int, into: Any) -> Any:
         """Return one head's forward pass, done: see :func:`refattn.exact.stream.forward_pass`."""

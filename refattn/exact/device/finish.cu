@@ -1,6 +1,7 @@
-// What is asked of a matrix before its products, and what a tile of rows ends with, after the text of kernels.cu and in
-// its words: the operators of levels.py, what a row is finished with in stream.py, the rounding test of enclosure.py.
-// U, UP, ETA, SLACK, SQUARED, EXP2_ERROR and BELOW are theirs, and defined before this text.
+// What is asked of a matrix before its products, what a tile of rows ends with, rounding, and narrow formats, after the
+// text of kernels.cu and in its words: the operators of levels.py, what rows lose and are finished with in stream.py,
+// the rounding test of enclosure.py.
+// U, UP, ETA, SLACK, SQUARED, EXP2_ERROR, SHORT_ERROR and BELOW are theirs, and defined before this text.
 #define LEAST_EXPONENT (-1074.0)
 
 struct Number { double h, low, r; };  // h + low, known within r
@@ -110,6 +111,56 @@ extern "C" __global__ void __launch_bounds__(THREADS) sizes_down(
     out[2 * next + at] = squares;
 }
 
+// The parts of sizes_down joined, in found (3, rows) as sizes_across has it. A thread has one row.
+extern "C" __global__ void __launch_bounds__(THREADS) sizes_joined(
+    long long rows, int parts, const double* __restrict__ x, double* found) {
+    const long long row = (long long)blockIdx.x * THREADS + threadIdx.x, next = parts * rows;
+    if (row >= rows) return;
+    double top = 0.0, sum = 0.0, squares = 0.0;
+    for (long long at = row; at < next; at += rows) {
+        top = larger(top, x[at]);
+        sum += x[next + at];
+        squares += x[2 * next + at];
+    }
+    found[row] = top;
+    found[rows + row] = sum;
+    found[2 * rows + row] = sqrt(squares) * UP + SQUARED;
+}
+
+// What is added to a row's numbers and taken off again to leave its heads, sigma (level, rows): first, times next for
+// each head, for a row below 1. top are the rows' largest sizes.
+extern "C" __global__ void __launch_bounds__(THREADS) places(
+    long long rows, int level, double first, double next, const double* __restrict__ top, double* sigma) {
+    const long long row = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (row >= rows) return;
+    const double x = top[row];
+    int e;
+    frexp(isfinite(x) ? x : 1.0, &e);
+    double place = x > 0.0 ? ldexp(first, e) : first;
+    for (int s = 0; s < level; s++, place *= next) sigma[s * rows + row] = place;
+}
+
+// One thread a row: the radius of its scores in base 2 and a bound of their sizes, found (2, rows). each (PLANES + 1,
+// 3, rows) are the sizes of heads, of the tail and of the queries; t and n are of the keys' tails the largest numbers
+// and norms.
+extern "C" __global__ void __launch_bounds__(THREADS) radii(
+    long long rows, double rounding, double c, double rc, double t0, double t1, double t2, double t3, double n0,
+    double n1, double n2, double n3, const double* __restrict__ each, double* found) {
+    const long long row = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (row >= rows) return;
+    const double top[4] = {t0, t1, t2, t3}, norm[4] = {n0, n1, n2, n3};
+    double lost = 0.0;
+#pragma unroll
+    for (int s = 0; s < PLANES; s++) {
+        const double one = each[(3 * s + 1) * rows + row], two = each[(3 * s + 2) * rows + row];
+        lost += smaller(one * top[LEVEL - s], two * norm[LEVEL - s]) * UP;
+    }
+    lost = rounding * lost * UP;
+    const double size = each[(3 * PLANES + 2) * rows + row] * n0 * UP, r = lost + 0x1p-100 * size;
+    found[row] = (16.0 * U * U * size * c + (size + r) * rc + c * r) * UP + ETA;
+    found[rows + row] = size * c * UP;
+}
+
 // One thread a row: the radius of its denominator, the sink, its log-sum-exp, and what the radius of its numerator
 // needs, by_row (rows, PLANES + 2): bounds of the sums of heads and of the tail, the weights' error, and what the sink
 // multiplies with.
@@ -123,7 +174,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) close_rows(
     const int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= rows) return;
     const Number log2e = {e_h, e_low, e_r}, log_two = {two_h, two_low, two_r}, sink = {sink_h, sink_low, sink_r};
-    const double delta = radius[i] + 128.0 * U * U * (2.0 * size[i] + 2.0), off = EXP2_ERROR + moved(delta);
+    const double delta = radius[i] + 128.0 * U * U * (2.0 * size[i] + 2.0);
+    const double off = (LEVEL ? EXP2_ERROR : SHORT_ERROR) + moved(delta);
     const double z = fabs(den[i]) * (1.0 + 0x1p-30), half[3] = {half0, half1, half2};
     double* own = by_row + (size_t)i * (PLANES + 2);
     double tail = z + (LEVEL > 0 ? keys * half0 : 0.0);
@@ -222,4 +274,38 @@ extern "C" __global__ void __launch_bounds__(THREADS) settle(
     const double found = same || past ? a : rounded_to(h, precision, emin, largest, infinities);
     value[i] = zero ? 0.0 : found;
     decided[i] = same || none || past || zero;
+}
+
+// A format of `bits` bits, of which `fraction` are behind the point, has a float64's bits times a power of two, without
+// the last ones: so its numbers are widened and narrowed without a step in float32, where CuPy's compiler options flush
+// subnormal numbers to 0.
+__device__ __forceinline__ unsigned long long infinite_of(int bits, int fraction) {
+    return ((1ull << (bits - 1)) - 1) >> fraction << fraction;
+}
+
+// Make numbers of such a format, of two bytes or of four, float64: up is 2 to the difference of the exponents' biases.
+extern "C" __global__ void __launch_bounds__(THREADS) widen(
+    const void* __restrict__ x, long long count, int bits, int fraction, double up, double* out) {
+    const long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= count) return;
+    const unsigned long long all = bits == 16 ? ((const unsigned short*)x)[i] : ((const unsigned int*)x)[i];
+    const unsigned long long size = all & ((1ull << (bits - 1)) - 1), last = infinite_of(bits, fraction);
+    double y = __longlong_as_double((long long)(size << (52 - fraction))) * up;
+    if (size >= last) y = size == last ? infinite() : infinite() - infinite();
+    out[i] = size != all ? -y : y;
+}
+
+// Write numbers that such a format has as its bits; down is 1 / up.
+extern "C" __global__ void __launch_bounds__(THREADS) narrow(
+    const double* __restrict__ x, long long count, int bits, int fraction, double down, void* out) {
+    const long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= count) return;
+    const double y = x[i];
+    const unsigned long long last = infinite_of(bits, fraction), sign = signbit(y) ? 1ull << (bits - 1) : 0;
+    unsigned long long size = (unsigned long long)__double_as_longlong(fabs(y) * down) >> (52 - fraction);
+    if (!isfinite(y)) size = isnan(y) ? last | 1ull << (fraction - 1) : last;
+    if (bits == 16)
+        ((unsigned short*)out)[i] = (unsigned short)(size | sign);
+    else
+        ((unsigned int*)out)[i] = (unsigned int)(size | sign);
 }

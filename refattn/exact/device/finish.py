@@ -21,12 +21,17 @@ from ..stream import SLACK, Forward
 from ..tiles import Sums
 from .card import text_of
 
-__all__ = ["KERNELS", "OnCard", "finish", "sizes", "text_finish"]
+__all__ = ["KERNELS", "OnCard", "finish", "places", "radii", "sizes", "text_finish"]
 
-KERNELS = ("sizes_across", "sizes_down", "close_rows", "divide", "settle")
+SHORT_ERROR = 2.0**-52
+"""What a weight of level 0 is off by, of itself, for the score that it is made of (``short_exp2_of``)."""
+KERNELS = (
+    "sizes_across", "sizes_down", "sizes_joined", "places", "radii", "close_rows", "divide", "settle", "widen",
+    "narrow",
+)  # fmt: skip
 CONSTANTS = {
     "U": U, "UP": UP, "ETA": ETA, "SLACK": SLACK, "SQUARED": SQUARED, "EXP2_ERROR": EXP2_ERROR,
-    "BELOW": 2.0 ** (EXP2_FLOOR + 1),
+    "SHORT_ERROR": SHORT_ERROR, "BELOW": 2.0 ** (EXP2_FLOOR + 1),
 }  # fmt: skip
 PARTS, SHORTEST = 2**10, 2**6
 """Parts of columns that lie along a row at most, and the fewest columns of one."""
@@ -39,8 +44,8 @@ def text_finish(level: int) -> str:
     return steps + constants + (Path(__file__).parent / "finish.cu").read_text(encoding="utf-8")
 
 
-def sizes(card: Any, x: Any) -> tuple[Any, Any, Any]:
-    """Return each row's largest size, its sum of sizes, and a bound of its 2-norm, as ``right.norms`` has it.
+def sizes(card: Any, x: Any, into: Any = None) -> Any:
+    """Return each row's largest size, its sum of sizes, and a bound of its 2-norm, as ``right.norms`` has it, (3, n).
 
     Parameters
     ----------
@@ -48,12 +53,14 @@ def sizes(card: Any, x: Any) -> tuple[Any, Any, Any]:
         The GPU.
     x : (n, m) float64 array
         Neighbours in memory are columns, or rows.
+    into : (3, n) float64 array, optional
+        Where to write them.
     """
     xp, (rows, columns), (down, right) = card.xp, x.shape, (s // 8 for s in x.strides)
+    found = xp.empty((3, rows)) if into is None else into
     if not rows * columns:
-        return xp.zeros(rows), xp.zeros(rows), xp.full(rows, SQUARED)
-    if right == 1 or columns == 1:
-        found = xp.empty((3, rows))
+        found[:2], found[2] = 0.0, SQUARED
+    elif right == 1 or columns == 1:
         blocks, numbers = -(-rows // (card.threads // 32)), map(np.int64, (rows, columns, down))
         card.launch(0, "sizes_across", blocks, (x, *numbers, found), text_finish)
     else:
@@ -63,9 +70,48 @@ def sizes(card: Any, x: Any) -> tuple[Any, Any, Any]:
         numbers = map(np.int64, (rows, columns, right))
         given = (x, *numbers, np.int32(across), np.int32(parts), np.int64(each), out)
         card.launch(0, "sizes_down", across * parts, given, text_finish)
-        found = out.sum(1)
-        found[0], found[2] = out[0].max(0), np.sqrt(found[2]) * UP + SQUARED
-    return found[0], found[1], found[2]
+        card.launch(0, "sizes_joined", across, (np.int64(rows), np.int32(parts), out, found), text_finish)
+    return found
+
+
+def places(card: Any, x: Any, b: int, level: int) -> Any:
+    """Return what :func:`refattn.exact.elementwise.places` does, of a matrix on a GPU."""
+    rows = len(x)
+    sigma = card.xp.empty((level, rows))
+    if rows * level:
+        powers = np.float64(1.5 * 2.0 ** (52 - b)), np.float64(2.0 ** -(b + 1))
+        given = (np.int64(rows), np.int32(level), *powers, sizes(card, x), sigma)
+        card.launch(0, "places", -(-rows // card.threads), given, text_finish)
+    return sigma
+
+
+def radii(work: Forward, q: Any, parts: list[Any], keys: Any, rc: float) -> tuple[Any, Any]:
+    """Return the radius of a score and a bound of its size, one a row, as ``Forward._radii`` does.
+
+    Parameters
+    ----------
+    work : Forward
+        The head's operands.
+    q : (n, d) float64 array
+        The queries.
+    parts : list of (n, d) arrays
+        Their heads and their tail.
+    keys : Right
+        All keys.
+    rc : float
+        The scale's radius.
+    """
+    f, card, (rows, d) = work.f, work.f.device, q.shape
+    level, each = f.level, f.xp.empty((f.level + 2, 3, rows))
+    for s, part in enumerate([*parts, q]):
+        sizes(card, part, each[s])
+    found = f.xp.empty((2, rows))
+    ends = [*keys.top.tolist(), 0.0, 0.0, 0.0][:4], [*keys.norm.tolist(), 0.0, 0.0, 0.0][:4]
+    numbers = gamma(d * (level + 1) + level + 4), abs(work.c) * UP, rc, *ends[0], *ends[1]
+    if rows:
+        blocks = -(-rows // card.threads)
+        card.launch(level, "radii", blocks, (np.int64(rows), *map(np.float64, numbers), each, found), text_finish)
+    return found[0], found[1]
 
 
 def finish(work: Forward, at: slice, sums: Sums) -> None:

@@ -20,7 +20,7 @@ from ..levels import Level
 from ..stream import Forward
 from ..tiles import Sums
 from .card import KEYS, ROWS
-from .finish import finish
+from .finish import SHORT_ERROR, finish, radii
 
 __all__ = ["OnDevice", "bytes_needed", "rows_of_a_tile"]
 
@@ -100,6 +100,7 @@ class OnDevice(Forward):
         self.tall, constant = rows_of_a_tile(one, f, len(rows)), Level(f.level).log2e
         self.log2e = float(constant.h[0, 0]), float(constant.l[0, 0])
         super().__init__(one, f, rows, unit, into, threads=1)
+        self.exp2_error = self.exp2_error if f.level else SHORT_ERROR
         self.ends = band(one.problem, one.batch, one.rows, one.keys)
 
     def run(self) -> None:
@@ -117,6 +118,9 @@ class OnDevice(Forward):
                 self._add_some(n, at, some, sees, mask, sums)
             self._finish(at, sums)
         del self._planes, self._parts
+
+    def _radii(self, q: Any, parts: list[Any], keys: list[Any], rc: float) -> tuple[Any, Any]:
+        return radii(self, q, parts, keys[0], rc)
 
     def _finish(self, at: slice, sums: Sums) -> None:
         finish(self, at, sums)

@@ -43,6 +43,18 @@ __device__ __forceinline__ void exp2_of(
     y = rest * power;
 }
 
+// The same as one number, within 2**-52 of it: all that level 0 keeps of a weight. The argument is off by 2**-54 of a
+// place of the table, its exponential's few steps by less than 2**-64, the last sum by 2**-53.
+__device__ __forceinline__ double short_exp2_of(
+    double h, double low, const double* __restrict__ table, double ln2) {
+    const double z = h * TABLE, shifted = z + BIG, k = shifted - BIG, r = fma(low, 1.0 * TABLE, z - k), a = r * ln2;
+    const long long index = __double_as_longlong(shifted) - BIG_BITS;
+    const int i = 2 * (int)(index & (TABLE - 1));
+    const double power = __longlong_as_double(((index >> BITS) + 1023) << 52);
+    const double q = a * fma(a, fma(a, fma(a, 1.0 / 24, 1.0 / 6), 0.5), 1.0), t = table[i];
+    return (t + fma(t, q, table[i + 1])) * power;
+}
+
 // c tanh(x ln 2 / cap): c is the cap in base 2, k is 2 / cap
 __device__ __forceinline__ void softly_capped(
     double& h, double& low, double k, double k_low, double c, double c_low,
@@ -122,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cut(
 // their place; raise the row's shift m, add to its denominator, and count the tile. fade is what the row's sums were
 // multiplied with.
 // sees is null where every row sees every key.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) weigh(
+extern "C" __global__ void __launch_bounds__(THREADS, LEVEL < 2 ? 4 - LEVEL : 2) weigh(
     double* planes, int w, double c, double c_low,
     const double* __restrict__ table, double ln2, double ln2_low,
     int capped, double k, double k_low, double cap, double cap_low,
@@ -176,7 +188,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) weigh(
         two_sum(h[i], -after, z, e);
         two_sum(z, e + low[i], z, e);
         const bool dead = !(z >= FLOOR);  // also where a masked key's -inf has become no number
-        exp2_of(dead ? FLOOR : z, dead ? 0.0 : e, table, ln2, ln2_low, x, y);
+        if (LEVEL > 0)
+            exp2_of(dead ? FLOOR : z, dead ? 0.0 : e, table, ln2, ln2_low, x, y);
+        else
+            x = short_exp2_of(dead ? FLOOR : z, dead ? 0.0 : e, table, ln2), y = 0.0;
         if (dead) x = y = 0.0;
         if (LEVEL > 0) { part[0] = (x + cut0) - cut0; x -= part[0]; }
         if (LEVEL > 1) { two_sum(x, y, x, y); part[1 % PLANES] = (x + cut1) - cut1; x -= part[1 % PLANES]; }

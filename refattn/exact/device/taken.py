@@ -1,19 +1,29 @@
-"""Queries, keys and values of a call on a GPU: copied there in their own type, made float64 there."""
+"""Queries, keys and values of a call on a GPU: copied there in their own type, made float64 there; values back.
+
+No number is a float32 there: CuPy compiles all that it runs with ``-ftz=true``, which makes subnormal ones 0, where
+they become float64 and where float64 becomes float32. ``widen`` and ``narrow`` of ``finish.cu`` work on their bits.
+"""
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays import to_float64
+from ...arrays import from_float64, to_float64
+from ...dtypes import FORMATS, Format
 from ...problem import Problem
+from ..anywhere import on_host
 from ..heads import Head, heads
+from . import finish
 
-__all__ = ["heads_on", "taken"]
+__all__ = ["heads_on", "returned", "taken"]
 
+KERNELS_KNOW = ("float32", "float16", "bfloat16")
+"""Formats whose bits are a float64's but for the bias and the last ones; of the others, the host makes float64."""
 PART = 1 / 8
 """Of the free memory: what queries, keys and values of all heads may take before a head is computed."""
 
@@ -36,10 +46,45 @@ def taken(card: Any, x: NDArray[Any]) -> Any:
     x : array
         Numbers of a format of ``refattn.dtypes``.
     """
-    xp = card.xp
-    if x.dtype.name == "bfloat16":  # the first half of a float32
-        bits = xp.asarray(np.ascontiguousarray(x).view(np.uint16)).astype(np.uint32) << 16
-        return bits.view(np.float32).astype(np.float64)
-    if x.dtype.name in ("float16", "float32"):
-        return xp.asarray(x).astype(np.float64)
-    return xp.asarray(to_float64(x))
+    if x.dtype.name not in KERNELS_KNOW:
+        return card.xp.asarray(to_float64(x))
+    form = FORMATS[x.dtype.name]
+    out = card.xp.empty(x.shape)
+    _launch(card, "widen", card.xp.asarray(np.ascontiguousarray(x).view(_unsigned(form))), form, _bias(form), out)
+    return out
+
+
+def returned(card: Any, x: Any, form: Format) -> NDArray[Any]:
+    """Return float64 numbers on a GPU, which a format has, in the format's own type on the host.
+
+    Parameters
+    ----------
+    card : Card
+        The GPU.
+    x : float64 array
+        Numbers of the format, infinities and NaN among them; it lies there without gaps.
+    form : Format
+        The format.
+    """
+    if form.name not in KERNELS_KNOW:
+        return from_float64(on_host(x), form.name)
+    out = card.xp.empty(x.shape, _unsigned(form))
+    _launch(card, "narrow", x, form, -_bias(form), out)
+    return np.asarray(on_host(out).view(form.dtype))
+
+
+def _launch(card: Any, name: str, x: Any, form: Format, power: int, out: Any) -> None:
+    bits, count = 8 * form.dtype.itemsize, math.prod(x.shape)
+    numbers = np.int64(count), np.int32(bits), np.int32(form.precision - 1), np.float64(2.0**power)
+    if count:
+        card.launch(0, name, -(-count // card.threads), (x, *numbers, out), finish.text_finish)
+
+
+def _unsigned(form: Format) -> Any:
+    """Return the type of a format's bits."""
+    return np.dtype(f"u{form.dtype.itemsize}")
+
+
+def _bias(form: Format) -> int:
+    """Return how much less a format's exponents are biased by than float64's."""
+    return FORMATS["float64"].emax - form.emax

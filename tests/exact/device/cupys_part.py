@@ -1,6 +1,7 @@
 """The part of CuPy that refattn.exact uses, over NumPy: it mixes with no NumPy array, and the kernels run emulated.
 
 What CuPy would refuse is refused: an implicit copy to or from the device, a function or an argument that it lacks.
+Steps in float32 make subnormal numbers 0, as those of CuPy do, which compiles all with ``-ftz=true``.
 """
 
 import ctypes
@@ -51,6 +52,15 @@ def taken(x):
     return x
 
 
+def flushed(x):
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x) if x.dtype == np.float32 else x
+
+
+def filled(x):
+    """Return a number, or an array without an axis, as CuPy fills memory with it: by bytes of 0, where it is 0."""
+    return x if np.ndim(x) or x else type(x)(0) if isinstance(x, SCALARS) else np.zeros_like(x)
+
+
 def given(x):
     return tuple(map(Array, x)) if isinstance(x, tuple) else Array(x)
 
@@ -74,15 +84,18 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
         if ufunc is np.ldexp:  # a plain number could be taken for one of half precision
             assert all(isinstance(x, Array) for x in inputs)
             assert inputs[1].dtype == np.int32
+        inputs = [flushed(x.a) if isinstance(x, Array) else taken(x) for x in inputs]
         if out is not None:
             (to,) = out
-            ufunc(*map(taken, inputs), out=to.a, **more)
+            ufunc(*inputs, out=to.a, **more)
+            to.a[...] = flushed(to.a)
             return to
-        return given(ufunc(*map(taken, inputs), **more))
+        found = ufunc(*inputs, **more)
+        return given(tuple(map(flushed, found)) if isinstance(found, tuple) else flushed(found))
 
     def __array_function__(self, function, types, args, kwargs):
         if function is np.asarray:
-            return Array(np.array(args[0], **kwargs))
+            return Array(filled(np.array(args[0], **kwargs)))
         assert function.__name__ in FUNCTIONS.split(), function.__name__
         return given(function(*map(taken, args), **{k: taken(x) for k, x in kwargs.items()}))
 
@@ -112,6 +125,11 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
         return Array(self.a[self._index(index)])
 
     def __setitem__(self, index, x):
+        arrays = any(isinstance(i, (Array, list)) for i in (index if isinstance(index, tuple) else (index,)))
+        if not arrays and not isinstance(x, Array):
+            x = filled(x)
+        elif isinstance(x, Array) and self.a[self._index(index)].ndim < x.ndim:
+            x = x.reshape(-1)[0]  # leading axes of length 1 are left out
         self.a[self._index(index)] = taken(x)
 
     def sum(self, axis=None, dtype=None, out=None, keepdims=False):
@@ -127,7 +145,7 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
         return Array(self.a.all(axis=axis, keepdims=keepdims))
 
     def astype(self, dtype):
-        return Array(self.a.astype(dtype))
+        return Array(flushed(flushed(self.a).astype(dtype)))
 
     def copy(self):
         return Array(self.a.copy())
@@ -226,7 +244,11 @@ def cupys_part(folder, free=2**36, capability="90", mode=0, gpus=1, broken=None)
         return call
 
     def asarray(x, dtype=None):
-        return x if isinstance(x, Array) and dtype in (None, x.dtype) else Array(np.array(getattr(x, "a", x), dtype))
+        return (
+            x
+            if isinstance(x, Array) and dtype in (None, x.dtype)
+            else Array(filled(np.array(getattr(x, "a", x), dtype)))
+        )
 
     return SimpleNamespace(
         cuda=cuda, RawModule=RawModule, seen=seen, asarray=asarray, array=asarray, empty=made(_filled),

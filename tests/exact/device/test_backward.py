@@ -45,6 +45,16 @@ def test_bits_are_the_cpus_over_all_options(trusted):
 
 
 @GXX
+def test_what_arb_rounds_to_zero_keeps_its_sign(trusted):
+    """Numbers far below 2**-1074 of both signs are told to be 0 by Arb, one by one; CuPy writes a plain 0 as +0."""
+    p, dout = call(n=3, m=5, d=2)
+    p = p.replace(bias=np.where(np.arange(5) < 3, 0.0, -2000.0) * np.ones((1, 1, 3, 1)))
+    tiny = same(p, dout, "float64").values["dbias"][..., 3:]
+    assert not tiny.any()
+    assert 0 < np.signbit(tiny).sum() < tiny.size
+
+
+@GXX
 def test_enclosures_hold_at_every_level(trusted):
     count, violations, worst = enclosures(5000, seed=3)
     assert violations == 0

@@ -1,12 +1,14 @@
 """A device whose arithmetic is not as the levels take it is refused, with the name of what failed."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 import refattn
 from refattn import Problem, UnsupportedProblem
 from refattn.dtypes import FORMATS
-from refattn.exact.device import canaries, card, finish
+from refattn.exact.device import canaries, card, finish, taken
 from refattn.exact.device.card import Card, card_of
 from tests.he.device.emulated import GXX
 
@@ -71,14 +73,19 @@ def test_a_product_that_is_off_now_and_then_is_refused(stand_in):
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"),
-    [("x = rint(", "x = floor("), ("least = whole ? h : nextafter(least, -infinite())", "least = h")],
+    ("named", "right", "wrong"),
+    [
+        ("rounding", "x = rint(", "x = floor("),
+        ("rounding", "least = whole ? h : nextafter(least, -infinite())", "least = h"),
+        ("narrow types", "* up;", "* (size >> fraction ? up : 0.0);"),  # subnormal numbers are flushed
+        ("narrow types", ">> (52 - fraction);", ">> (52 - fraction); size = size >> fraction ? size : 0;"),
+    ],
 )
-def test_a_rounding_that_is_not_the_cpus_is_refused(stand_in, monkeypatch, right, wrong):
+def test_a_rounding_that_is_not_the_cpus_is_refused(stand_in, monkeypatch, named, right, wrong):
     text = finish.text_finish
     assert right in text(0)
     monkeypatch.setattr(finish, "text_finish", lambda level: text(level).replace(right, wrong))
-    with pytest.raises(UnsupportedProblem, match="the check 'rounding' failed"):
+    with pytest.raises(UnsupportedProblem, match=f"the check '{named}' failed"):
         canaries.check(Card(stand_in(), 0))
 
 
@@ -121,8 +128,9 @@ def test_array_functions_of_other_bits_are_refused(stand_in, monkeypatch):
 def test_what_is_not_broken_is_trusted_once(stand_in):
     module = stand_in()
     assert card_of(0) is card_of(0)
-    assert {name for name, _ in module.seen.launched} == {"trusted", "settle"}
-    assert len(module.seen.launched) == 1 + len(FORMATS)
+    narrow = len(taken.KERNELS_KNOW)
+    launched = {"trusted": 1, "settle": len(FORMATS), "widen": narrow, "narrow": narrow}
+    assert Counter(name for name, _ in module.seen.launched) == launched
 
 
 def test_every_check_has_its_reason():

@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from refattn import Problem, UnsupportedProblem, masks, rules
 from refattn.arrays import from_float64, to_float64
 from refattn.dtypes import format_of
 from refattn.errors import InvalidInput
+from refattn.exact import elementwise
 from refattn.exact.anywhere import narrowed
 from refattn.exact.device import card, finish, forward
 from refattn.exact.device.card import KEYS, card_of
@@ -190,6 +192,31 @@ def test_a_tile_ends_as_the_operators_end_it(trusted, monkeypatch, sink):
             assert (r <= 2 * s).all()
 
 
+@pytest.mark.parametrize("scale", [None, -3.0])
+def test_what_scores_lose_is_what_the_operators_say(trusted, monkeypatch, scale):
+    """Radii and cuts by kernels beside the text of the CPU, over the same arrays: the same bits."""
+    seen, kernel = [], forward.OnDevice._radii
+
+    def both(work, q, parts, keys, rc):
+        x = [end(work, q, parts, keys, rc) for end in (kernel, Forward._radii)]
+        seen.append([(a.get(), b.get()) for a, b in zip(*x, strict=True)])
+        return x[0]
+
+    monkeypatch.setattr(forward.OnDevice, "_radii", both)
+    p = head(np.random.default_rng(8), n=70, m=40, d=5, scale=scale)
+    p.query[0, 0, 3], p.query[0, 0, 4], p.key[..., 2] = 0.0, 2.0**-600, 0.0
+    for level in range(4):
+        Work(p, device=card_of(0)).run(Level(level, card_of(0)))
+        x = np.concatenate([p.query[0, 0], np.full((1, 5), np.nan), np.full((1, 5), np.inf)])
+        mine, theirs = card_of(0).places(trusted.asarray(x), 20, level).get(), elementwise.places(x, 20, level)
+        assert mine.shape == theirs.shape
+        assert (mine == theirs).all()
+    assert len(seen) == 4
+    for (radius, theirs), (size, their_size) in seen:
+        assert (size == their_size).all()
+        assert (radius == theirs).all()
+
+
 def test_a_rows_sum_is_compensated(trusted):
     """A thread's weights are 1 and seven times 0.87u, which plain additions would lose: 6u, where 2u may be lost."""
     card = card_of(0)
@@ -203,6 +230,20 @@ def test_a_rows_sum_is_compensated(trusted):
     off = math.fsum([float(den[0]), float(low[0]), *(-there.get().ravel())])
     assert abs(off) <= card.row_sum_error(512) * float(den[0])
     assert (float(m[0]), float(done[0])) == (0.0, 4.0)
+
+
+def test_a_weight_of_level_0_is_as_near_as_is_said(trusted):
+    card, rng, w = card_of(0), np.random.default_rng(9), 512
+    scores = np.concatenate([[0.0, -0.5 / 4096, -249.9], -rng.uniform(0, 4, w // 2), -rng.uniform(0, 249, w)])[:w]
+    planes, (table, *ln2) = trusted.asarray(scores[None, None]), card.table
+    m, den, low, fade, done = (trusted.asarray(np.array([x])) for x in (0.0, 0.0, 0.0, 1.0, 0.0))
+    number, none, none_of_it = np.float64(0.0), np.uint64(0), np.int32(0)
+    given = (planes, np.int32(w), np.float64(1.0), number, table, *map(np.float64, ln2), none_of_it, *[number] * 4)
+    card.launch(0, "weigh", 1, (*given, none, number, number, none, none, *[number] * 3, m, den, low, fade, done))
+    with mpmath.workprec(200):
+        pairs = zip(planes.get().ravel(), scores, strict=True)
+        off = max(abs(mpmath.mpf(x) / mpmath.mpf(2) ** mpmath.mpf(s) - 1) for x, s in pairs)
+    assert finish.SHORT_ERROR / 4 < off <= finish.SHORT_ERROR
 
 
 def test_tiles_leave_a_head_of_a_weight_its_bits():
@@ -273,7 +314,7 @@ def test_enclosures_stay_there_until_they_are_read(trusted):
 def test_numbers_keep_their_bits_on_the_way_back(trusted, form):
     numbers = np.array([0.0, -0.0, 1.0, -1.5, 2.0**-9, -(2.0**-6), 448.0, np.inf, -np.inf, np.nan])
     x = from_float64(numbers, form)
-    back = narrowed(trusted.asarray(to_float64(x)), format_of(form))
+    back = narrowed(trusted.asarray(to_float64(x)), format_of(form), card_of(0))
     assert back.dtype == x.dtype
     assert (to_float64(back).view(np.int64) == to_float64(x).view(np.int64)).all()
 

@@ -6,7 +6,8 @@ import pytest
 
 import refattn
 from refattn import Problem, UnsupportedProblem, masks, query_rows, rules
-from refattn.dtypes import HELD
+from refattn.arrays import from_float64
+from refattn.dtypes import HELD, format_of
 from refattn.exact.device import taken
 from refattn.exact.device.card import card_of
 from refattn.exact.device.forward import FEWEST, bytes_needed
@@ -44,7 +45,7 @@ def test_rows_keep_their_diagonal(trusted, monkeypatch, options):
 @pytest.mark.parametrize("name", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"])
 def test_numbers_taken_are_the_same(trusted, name):
     bits = np.arange(2**16, dtype=np.uint16)
-    few = np.array([0.1, -0.0, 2.0**-149, 1e30, np.inf, np.nan], np.float32)
+    few = np.array([0.1, -0.0, 2.0**-149, -(2.0**-126 - 2.0**-149), 2.0**-126, 1e30, np.inf, np.nan], np.float32)
     x = {
         "float64": few.astype(np.float64),
         "float32": few,
@@ -58,6 +59,36 @@ def test_numbers_taken_are_the_same(trusted, name):
     assert (np.isnan(there) == np.isnan(expected)).all()
     known = ~np.isnan(expected)
     assert (there[known].view(np.int64) == expected[known].view(np.int64)).all()
+    back = taken.returned(card_of(0), card_of(0).xp.asarray(expected), format_of(name))
+    assert back.dtype == x.dtype
+    assert (np.isnan(back.astype(np.float64)) == ~known).all()
+    kind = f"u{x.dtype.itemsize}"
+    assert (back[known].view(kind) == x[known].view(kind)).all()
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_answers_below_the_normal_numbers_are_kept(trusted, name):
+    """Values, a bias and a score that are subnormal, and answers of which all are; float32 steps there lose them."""
+    rng, least = np.random.default_rng(3), format_of(name).smallest_normal
+    cast = lambda x: from_float64(format_of(name).round_array(x), name)  # noqa: E731
+    q, v = (rng.uniform(-1, 1, s) for s in ((1, 1, 40, 1), (1, 1, 60, 3)))
+    p = Problem(cast(q), cast(np.full((1, 1, 60, 1), 0.5)), cast(v * least))
+    one = np.full((1, 1, 1, 1), np.sqrt(least))  # a power of two
+    alone = Problem(cast(one * q / 2), cast(one), cast(v[:, :, :1]), scale=1.0)
+    for call, which in ((p, "out"), (alone, "lse")):
+        theirs = refattn.evaluate(call, rounding=name)
+        size = np.abs(theirs.values[which].astype(np.float64))
+        assert ((size > 0) & (size < least)).all()
+        assert compare(refattn.evaluate(call, rounding=name, device="cuda"), theirs) == 0
+
+
+def test_what_stands_for_cupy_loses_them_in_float32(trusted):
+    x = np.array([2.0**-140, -(2.0**-127), 2.0**-126])
+    expected = [0.0, -0.0, 2.0**-126]
+    there = card_of(0).xp.asarray
+    for found in (there(x).astype(np.float32).view(np.uint32), (there(x.astype(np.float32)) * 1).view(np.uint32)):
+        assert (found.get() == np.array(expected, np.float32).view(np.uint32)).all()
+    assert (there(x.astype(np.float32)).astype(np.float64).get() == expected).all()
 
 
 def test_keys_stay_on_the_host_where_they_are_too_many(trusted, monkeypatch):
