@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidInput
+from .device.chain import chain_of
+from .device.words import Evaluator
 from .embedding import Pair, coefficients, scaled, slots
 from .encoder_plan import REFRESHED, EncoderPlan
-from .integers import composed, drawn, flooded, plaintext, seeded, transformed, words_of
+from .integers import composed, drawn, flooded, plaintext, seeded, words_of
 from .seal import api, context, from_bytes, level, primes, to_bytes
 from .structure import check_ciphertext
 
@@ -32,7 +34,7 @@ WAITING = 4
 def _slots(plan: EncoderPlan, words: Any, scale: float) -> Pair:
     """Return the slots of a polynomial, by its words ready for products."""
     ring = plan.ring
-    p = composed(transformed(ring, words, False), primes(ring)[:REFRESHED])
+    p = composed(Evaluator(chain_of(ring)).inverse(words, range(REFRESHED)), primes(ring)[:REFRESHED])
     return scaled(slots(p), 1 / scale)
 
 

@@ -94,14 +94,14 @@ class Client(Holder):
             without a sign of it.
         """
         shape, slots = self.plan.encoded(x)
-        parts = self._zeros.sealed(slots)
+        parts: Any = self._zeros.sealed(slots)
         if parts is None:
             parts = tuple(self._encrypted(s, limbs) for s, limbs in slots)
         name = secrets.token_bytes(16)
         self._asked[name], self._stage[name] = shape, 0
         return self._packed(QUERY, name, parts)
 
-    def _packed(self, kind: int, name: bytes, parts: tuple[bytes, ...]) -> bytes:
+    def _packed(self, kind: int, name: bytes, parts: tuple[bytes | memoryview, ...]) -> bytes:
         each = self._zeros.each if sum(map(len, parts)) >= LARGE else map
         return pack(Message(kind, self.plan.digest, self._name, name, parts), each)
 
@@ -160,7 +160,7 @@ class Client(Holder):
         found = [from_bytes("Ciphertext", plan.ring, x) for x in m.parts[1:]]
         scales = check_masked(plan, found)
         jobs = refreshed(plan, stage, [self._opened(x) for x in found], scales, self._zeros.each)
-        parts = self._zeros.sealed(jobs)
+        parts: Any = self._zeros.sealed(jobs)
         if parts is None:
             plains = self._zeros.each(partial(plaintext_of, plan), jobs)
             parts = tuple(self._sent(from_bytes("Plaintext", plan.ring, x)) for x in plains)
