@@ -23,6 +23,7 @@ from .device.card import Card
 from .device.masks import Masks as DeviceMasks
 from .device.masks import zero_of as zero_words
 from .device.session import Session
+from .embedding import coefficients
 from .encoder import Encoder
 from .encoder_plan import EncoderPlan
 from .layer import Layer
@@ -34,7 +35,7 @@ from .refresh import Masks, check_masked, plaintext_of, refreshed, zero_of
 from .seal import from_bytes, primes
 from .secret import Holder, Sharing
 from .shared import Slice, held
-from .transform import MOST
+from .transform import MOST, ready
 from .wire import FRESH, KEYS, MASKED, QUERY, REPLY, Message, kind_of, pack, query_of, unpack
 from .worker import Sent, Worker, begin, block
 
@@ -118,7 +119,10 @@ class Client(Holder):
         wanted: Counter[int] = Counter()
         for stage in range(rounds):
             wanted.update(plan.part_limbs(stage) if isinstance(plan, EncoderPlan) else plan.part_limbs())
-        from_slots(plan.ring, np.zeros(plan.ring.slots, np.complex128))  # its tables, before threads want them
+        zero = np.zeros(plan.ring.slots, np.complex128)
+        ready(from_slots(plan.ring, zero), plan.ring, 1)  # tables, and what numba compiles, before threads want them
+        if rounds > 1:
+            coefficients((zero, zero))
         for limbs in (wanted - self._zeros.count()).elements():
             self._zeros.make(limbs)
 
