@@ -96,9 +96,8 @@ def attend_sigmoid(
         Added to the products of queries and keys, which are then w.
     """
     weights = []
-    for of_some in _split(
-        k, layout.pairs if isinstance(layout, BatchLayout) else layout.parts
-    ):  # a key, or a span of them
+    together = layout.pairs if isinstance(layout, BatchLayout) else layout.parts  # of a key, or of a span of them
+    for of_some in _split(k, together):
         m.step("products")
         x = _dot(m, q, of_some)
         x = m.add(x, m.conjugate(x))  # 2·Re: two features a slot
