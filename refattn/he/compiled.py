@@ -1,4 +1,4 @@
-"""Transforms and copies, compiled by numba: the operations of ``transform.py`` and ``embedding.py``, in their order.
+"""The client's transforms, compiled by numba: the operations of ``transform.py`` and ``embedding.py``, in their order.
 
 Whole numbers come out below their primes, so any exact way gives the same words. Of double-doubles each operation is
 rounded as NumPy rounds it: a fused multiply-add gives the error of a product, which is exact either way.
@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-__all__ = ["add_whole", "copied", "inverse", "turned"]
+__all__ = ["add_whole", "inverse", "turned"]
 
 _OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "cache": True}
 _INLINE = {"forceinline": True, **_OPTIONS}
@@ -207,17 +207,3 @@ def inverse(re, im, root_re, root_im, factor):
                 re[b + i] = rest_re * w_re - rest_im * w_im
                 im[b + i] = rest_re * w_im + rest_im * w_re
         used, gap, m = used + m, 2 * gap, m // 2
-
-
-@njit(**_OPTIONS)
-def copied(data, out, most):
-    """Copy bytes to words, (rows, N), and write each row's largest word, found while the row is in the cache."""
-    size = 8 * out.shape[1]
-    for k in range(out.shape[0]):
-        row, from_, to = out[k], data[k * size : (k + 1) * size], out[k].view(np.uint8)
-        for i in range(size):
-            to[i] = from_[i]
-        largest = np.uint64(0)
-        for i in range(row.shape[0]):
-            largest = max(largest, row[i])
-        most[k] = largest

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import InvalidInput
-from ..fast import compiled
 from ..seal import HEADER, NONE, ZSTD, zstandard
 from .chain import Chain
 from .modular import Words
@@ -170,21 +169,16 @@ def read_ciphertexts(
     InvalidInput
         Some bytes are something else, or a word is not below its prime, or a second polynomial is zero.
     """
-    size, seeds, fast = polynomial_bytes(chain, limbs, seeded), [], compiled()
-    words = into[:, :size].view("<u8").reshape(len(into), -1, limbs, chain.degree)
-    most = np.zeros(words.shape[:3], np.uint64)
-    for k, (data, row) in enumerate(zip(given, into, strict=True)):
+    size, seeds = polynomial_bytes(chain, limbs, seeded), []
+    for data, row in zip(given, into, strict=True):
         reader = _body("Ciphertext", data, [_size(chain, limbs, seeded)])
         found, seed = _parts(reader, chain, limbs, scale, seeded)
         reader.end()
-        if fast is None:
-            row[:size] = np.frombuffer(found, np.uint8)
-        else:
-            fast.copied(np.frombuffer(found, np.uint8), words[k].reshape(-1, chain.degree), most[k].reshape(-1))
+        row[:size] = np.frombuffer(found, np.uint8)
         seeds.append(seed)
-    if fast is None:
-        # all at once: a thread that waits for Python's lock before each check waits for longer than the check takes
-        most = words.max(axis=3)
+    # all at once: a thread that waits for Python's lock before each check waits for longer than the check takes
+    words = into[:, :size].view("<u8").reshape(len(into), -1, limbs, chain.degree)
+    most = words.max(axis=3)
     if (most >= chain.q[:limbs]).any():
         raise reader.refuse("a word is not below its prime")
     if not seeded and not most[:, 1].any(axis=1).all():

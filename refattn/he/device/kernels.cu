@@ -291,62 +291,34 @@ KERNEL(256) sum(const Item* items, const Prime* primes) {
     put(it.dst, TWO, total.x, total.y);
 }
 
-// A sum of products in 128 bits; or in parts, of words below 2**56 that are cut at 28 bits: the products of their parts
-// add up without a carry, four of 2**56 each a turn at most, so for PARTS turns.
-struct Whole { u64 upper, lower; };
-struct Parts { u64 high, middle, low; };
-struct Cut { u32 low, high; };
-constexpr u32 PARTS = 64;
-constexpr int CUT = 28;
-
-DEVICE void operand(u64 x, u64& y) { y = x; }
-DEVICE void operand(u64 x, Cut& y) { y.low = (u32)x & ((1u << CUT) - 1), y.high = (u32)(x >> CUT); }
-DEVICE void add_product(Whole& s, u64 a, u64 b) { add_product(s.upper, s.lower, a, b); }
-DEVICE void add_product(Parts& s, const Cut& a, const Cut& b) {
-    s.low += (u64)a.low * b.low, s.high += (u64)a.high * b.high;
-    s.middle += (u64)a.low * b.high, s.middle += (u64)a.high * b.low;
-}
-DEVICE u64 reduced_sum(const Whole& s, const Prime& p) { return reduced_wide(s.upper, s.lower, p); }
-DEVICE u64 reduced_sum(const Parts& s, const Prime& p) {
-    const u64 some = s.low + (s.middle << CUT), all = some + (s.high << 2 * CUT);
-    return reduced_wide((s.middle >> (64 - CUT)) + (s.high >> (64 - 2 * CUT)) + (some < s.low) + (all < some), all, p);
-}
-
 // DOTS sums of `count` products of ciphertexts, whose first operands are the same: this prime's limb of three
 // polynomials each, key words apart. list: where each sum goes; then for each product the addresses of this limb of the
 // first operand's polynomials, and of each second one's.
-template <int DOTS, class Sum, class Operand>
-DEVICE void dots_in(const Item& it, const u64* list, const Prime& p) {
+template <int DOTS>
+DEVICE void dots_of(const Item& it, const u64* list, const Prime& p) {
     const size_t at = blockIdx.x * 128 + threadIdx.x;
-    Sum sums[DOTS][3] = {};
+    u64 upper[DOTS][3] = {}, lower[DOTS][3] = {};
     const u64* from = list + DOTS;
 #pragma unroll 2
     for (u32 r = 0; r < it.count; r++, from += 2 + 2 * DOTS) {
-        Operand a0, a1, b0[DOTS], b1[DOTS];
-        operand(words(from[0])[at], a0), operand(words(from[1])[at], a1);
+        const u64 a0 = words(from[0])[at], a1 = words(from[1])[at];
+        u64 b0[DOTS], b1[DOTS];
 #pragma unroll
-        for (int d = 0; d < DOTS; d++)
-            operand(words(from[2 + 2 * d])[at], b0[d]), operand(words(from[3 + 2 * d])[at], b1[d]);
+        for (int d = 0; d < DOTS; d++) b0[d] = words(from[2 + 2 * d])[at], b1[d] = words(from[3 + 2 * d])[at];
 #pragma unroll
         for (int d = 0; d < DOTS; d++) {
-            add_product(sums[d][0], a0, b0[d]);
-            add_product(sums[d][1], a0, b1[d]);
-            add_product(sums[d][1], a1, b0[d]);
-            add_product(sums[d][2], a1, b1[d]);
+            add_product(upper[d][0], lower[d][0], a0, b0[d]);
+            add_product(upper[d][1], lower[d][1], a0, b1[d]);
+            add_product(upper[d][1], lower[d][1], a1, b0[d]);
+            add_product(upper[d][2], lower[d][2], a1, b1[d]);
         }
     }
 #pragma unroll
     for (int d = 0; d < DOTS; d++)
 #pragma unroll
-        for (int c = 0; c < 3; c++) words(list[d])[at + c * it.key] = reduced_sum(sums[d][c], p);
+        for (int c = 0; c < 3; c++) words(list[d])[at + c * it.key] = reduced_wide(upper[d][c], lower[d][c], p);
 }
-template <int DOTS>
-DEVICE void dots_of(const Item& it, const u64* list, const Prime& p) {
-    if (p.q >> 2 * CUT || it.count > PARTS)
-        dots_in<DOTS, Whole, u64>(it, list, p);
-    else
-        dots_in<DOTS, Parts, Cut>(it, list, p);
-}
+// `limbs` of them, 1 to 4. grid (N / 128, items)
 KERNEL(128) dot(const Item* items, const Prime* primes) {
     const Item& it = items[blockIdx.y];
     const Prime& p = primes[it.prime];
