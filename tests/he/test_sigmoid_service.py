@@ -106,6 +106,8 @@ def test_the_commands_plan_serve_and_query(tmp_path, served):
     ):
         code, text = run(*arguments)
         assert (code, wanted in text) == (2, True), text
+    code, text = run(*measured, "--mode", "throughput")
+    assert (code, plan_from_json(at.read_bytes()).mode) == (0, "throughput"), text
 
 
 def test_a_call_of_another_operator_takes_the_plans_options():
