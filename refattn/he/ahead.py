@@ -21,8 +21,8 @@ from .device.encode import nearest
 from .embedding import Pair
 from .integers import FIELDS, FRONT, saved
 from .noise import Ring
-from .seal import NONE, ZSTD, api, level, primes, saved_body, to_bytes, zstandard
-from .transform import forward, remainders
+from .seal import HEADER, ZSTD, api, level, saved_body, to_bytes, zstandard
+from .transform import add_whole
 
 __all__ = ["Zeros", "from_slots"]
 
@@ -30,6 +30,9 @@ Slots = NDArray[np.complex128]
 MOST_THREADS = 16
 SCALE = 32 + struct.calcsize(FIELDS.format[:-2])
 """Where a saved ciphertext's scale is."""
+PAD = -(HEADER.size + FRONT) % 8
+"""Bytes before a saved zero, so that its words are where words can be read."""
+WORDS = PAD + HEADER.size + FRONT
 
 
 class Zeros:
@@ -49,7 +52,7 @@ class Zeros:
 
     def __init__(self, encryptor: Any, ring: Ring, whole: bool, compressed: bool) -> None:
         self._encryptor, self.ring, self._whole, self._compressed = encryptor, ring, whole, compressed
-        self._made: dict[int, list[bytearray]] = defaultdict(list)
+        self._made: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
@@ -68,13 +71,16 @@ class Zeros:
             self._encryptor.encrypt_zero_symmetric(name, made)
         else:
             made = self._encryptor.encrypt_zero_symmetric(name)
-        self._made[limbs].append(bytearray(saved_body(to_bytes(made))))
+        data = saved(saved_body(to_bytes(made)))
+        kept = np.empty(PAD + len(data), np.uint8)
+        kept[PAD:] = np.frombuffer(data, np.uint8)
+        self._made[limbs].append(kept)
 
     def count(self) -> Counter[int]:
         """Return how many there are, by primes left."""
         return Counter({limbs: len(x) for limbs, x in self._made.items() if x})
 
-    def sealed(self, jobs: Sequence[tuple[Pair | Slots, int]]) -> tuple[bytes, ...] | None:
+    def sealed(self, jobs: Sequence[tuple[Pair | Slots, int]]) -> tuple[bytes | memoryview, ...] | None:
         """Return encryptions of polynomials, as SEAL saves them, or nothing where there are too few zeros.
 
         Parameters
@@ -94,14 +100,13 @@ def from_slots(ring: Ring, slots: Slots) -> Pair:
     return found, np.zeros_like(found)
 
 
-def _sum(ring: Ring, compressed: bool, job: tuple[Pair | Slots, int], zero: bytearray) -> bytes:
+def _sum(ring: Ring, compressed: bool, job: tuple[Pair | Slots, int], kept: NDArray[np.uint8]) -> bytes | memoryview:
     """Return a ciphertext: the zero, which is written over, and a polynomial."""
     given, limbs = job
-    words = forward(remainders(given if isinstance(given, tuple) else from_slots(ring, given), ring, limbs), ring)
-    place = np.frombuffer(zero, np.uint8, words.nbytes, FRONT)
-    total = place.copy().view(np.uint64).reshape(words.shape) + words
-    q = np.array(primes(ring)[:limbs], np.uint64)[:, None]
-    place[:] = np.minimum(total, total - q).reshape(-1).view(np.uint8)  # below q the difference wraps, and is larger
-    struct.pack_into("<d", zero, SCALE, 2.0**ring.middle)
-    body = zstandard().ZstdCompressor(level=1).compress(zero) if compressed else bytes(zero)
-    return saved(body, ZSTD if compressed else NONE)
+    words = kept[WORDS : WORDS + 8 * limbs * ring.degree].view(np.uint64).reshape(limbs, -1)
+    add_whole(words, given if isinstance(given, tuple) else from_slots(ring, given), ring)
+    data = kept[PAD:].data
+    struct.pack_into("<d", data, HEADER.size + SCALE, 2.0**ring.middle)
+    if not compressed:
+        return data
+    return saved(zstandard().ZstdCompressor(level=1).compress(data[HEADER.size :]), ZSTD)

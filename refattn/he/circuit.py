@@ -81,8 +81,9 @@ def attend(
 
 
 def attend_sigmoid(
-    m: Any, layout: Layout, polynomial: Any, shift: float, q: Sequence[Any], k: Sequence[Any], v: Sequence[Any]
-) -> list[Any]:
+    m: Any, layout: Layout | BatchLayout, polynomial: Any, shift: float,
+    q: Sequence[Any], k: Sequence[Any], v: Sequence[Any],
+) -> list[Any]:  # fmt: skip
     """Return a block of queries' sigmoid attention: weights are a polynomial of scores, and values have its constant.
 
     Parameters
@@ -95,16 +96,19 @@ def attend_sigmoid(
         Added to the products of queries and keys, which are then w.
     """
     weights = []
-    for of_span in _split(k, layout.parts):
+    together = layout.pairs if isinstance(layout, BatchLayout) else layout.parts  # of a key, or of a span of them
+    for of_some in _split(k, together):
         m.step("products")
-        x = _dot(m, q, of_span)
+        x = _dot(m, q, of_some)
         x = m.add(x, m.conjugate(x))  # 2·Re: two features a slot
-        for step in layout.group_steps():
+        for step in [] if isinstance(layout, BatchLayout) else layout.group_steps():
             x = m.add(x, m.rotate(x, step))
         m.step("sigmoid")
         w = m.within(m.add_constant(x, shift), 1)
         weights.append(product(m, polynomial.apply(m, w)))
     m.step("values")
+    if isinstance(layout, BatchLayout):
+        return [m.dot(weights, v[c :: layout.pairs]) for c in range(layout.pairs)]
     turned = [_turns(m, layout, w, -1) for w in weights]
     return [_sum_keys(m, layout, _turned(m, layout, turned, _split(v, layout.parts), -1))]
 

@@ -16,7 +16,7 @@ __all__ = ["check_operator", "planned"]
 OPERATORS = ("power", "sigmoid")
 OWN: dict[str, dict[str, Any]] = {
     "power": {
-        "p": None, "denominator": None, "epsilon": None, "normalize": "server", "mode": "latency", "decoding": False,
+        "p": None, "denominator": None, "epsilon": None, "normalize": "server", "decoding": False,
     },
     "sigmoid": {"scores": None, "offset": None},
 }  # fmt: skip

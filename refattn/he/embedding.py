@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..exact.doubledouble import U, constant, fast_two_sum, two_prod, two_sum
 from ..exact.precision import precision
+from .fast import compiled
 
 __all__ = ["Pair", "coefficients", "error", "scaled", "slots", "spread"]
 
@@ -74,7 +75,12 @@ def _at(x: Complex, where: Any) -> Complex:
 
 def _transformed(x: Complex, degree: int) -> Complex:
     """Return sum_k x_k·exp(2i·pi·t·k / n) along the last axis, by Stockham's order of Cooley and Tukey's steps."""
-    n, stride = degree // 2, 1
+    fast, n, stride = compiled(), degree // 2, 1
+    if fast is not None:
+        (a, b), (c, d) = _roots(degree)
+        roots, some = np.stack([a, b, c, d]), np.stack([*x[0], *x[1]], -2)
+        found = np.array([fast.turned(y, roots) for y in some.reshape(-1, 4, n)]).reshape(some.shape)
+        return (found[..., 0, :], found[..., 1, :]), (found[..., 2, :], found[..., 3, :])
     x = _at(x, np.s_[..., None])
     while n > 1:
         half = n // 2

@@ -20,7 +20,7 @@ from .embedding import Pair
 from .noise import Ring
 from .seal import HEADER, NONE, api, context, from_bytes, level, primes, saved_body, to_bytes
 from .structure import check_ciphertext
-from .transform import forward, remainders
+from .transform import ready
 
 __all__ = [
     "add", "composed", "drawn", "flooded", "plaintext", "residues", "saved", "seeded", "small", "transformed",
@@ -97,7 +97,7 @@ def plaintext(ring: Ring, p: Pair, limbs: int, scale: float) -> bytes:
     scale : float
         What its numbers are multiplied with.
     """
-    return _plain(ring, forward(remainders(p, ring, limbs), ring), scale)
+    return _plain(ring, ready(p, ring, limbs), scale)
 
 
 def _plain(ring: Ring, words: Words, scale: float) -> bytes:

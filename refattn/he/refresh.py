@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidInput
+from .device.chain import chain_of
+from .device.words import Evaluator
 from .embedding import Pair, coefficients, scaled, slots
 from .encoder_plan import REFRESHED, EncoderPlan
-from .integers import composed, drawn, flooded, plaintext, seeded, transformed, words_of
+from .fast import compiled
+from .integers import composed, drawn, flooded, plaintext, seeded, words_of
 from .seal import api, context, from_bytes, level, primes, to_bytes
 from .structure import check_ciphertext
 
@@ -32,14 +35,14 @@ WAITING = 4
 def _slots(plan: EncoderPlan, words: Any, scale: float) -> Pair:
     """Return the slots of a polynomial, by its words ready for products."""
     ring = plan.ring
-    p = composed(transformed(ring, words, False), primes(ring)[:REFRESHED])
+    p = composed(Evaluator(chain_of(ring)).inverse(words, range(REFRESHED)), primes(ring)[:REFRESHED])
     return scaled(slots(p), 1 / scale)
 
 
 Job = tuple[Pair, int]
 """A polynomial's coefficients, times the scale, and the primes that are left."""
 TOGETHER = 3
-"""Polynomials whose slots a thread transforms at once: of one alone the calls take as long as what they compute."""
+"""Polynomials whose slots a thread transforms at once by NumPy: of one the calls take as long as what they compute."""
 
 
 def plaintext_of(plan: EncoderPlan, job: Job) -> bytes:
@@ -61,7 +64,8 @@ def refreshed(
 
 def _jobs(plan: EncoderPlan, stage: int, tokens: Pair, squares: Pair, each: Callable[..., Any] = map) -> list[Job]:
     placed, scale = plan.placed(stage, tokens, squares), 2.0**plan.ring.middle
-    some = [placed[i : i + TOGETHER] for i in range(0, len(placed), TOGETHER)]
+    together = TOGETHER if compiled() is None else 1
+    some = [placed[i : i + together] for i in range(0, len(placed), together)]
 
     def coefficients_of(few: Sequence[tuple[Pair, int]]) -> list[Job]:
         high, low = coefficients((np.stack([z[0] for z, _ in few]) * scale, np.stack([z[1] for z, _ in few]) * scale))

@@ -23,6 +23,7 @@ from .device.card import Card
 from .device.masks import Masks as DeviceMasks
 from .device.masks import zero_of as zero_words
 from .device.session import Session
+from .embedding import coefficients
 from .encoder import Encoder
 from .encoder_plan import EncoderPlan
 from .layer import Layer
@@ -34,7 +35,7 @@ from .refresh import Masks, check_masked, plaintext_of, refreshed, zero_of
 from .seal import from_bytes, primes
 from .secret import Holder, Sharing
 from .shared import Slice, held
-from .transform import MOST
+from .transform import MOST, ready
 from .wire import FRESH, KEYS, MASKED, QUERY, REPLY, Message, kind_of, pack, query_of, unpack
 from .worker import Sent, Worker, begin, block
 
@@ -94,14 +95,14 @@ class Client(Holder):
             without a sign of it.
         """
         shape, slots = self.plan.encoded(x)
-        parts = self._zeros.sealed(slots)
+        parts: Any = self._zeros.sealed(slots)
         if parts is None:
             parts = tuple(self._encrypted(s, limbs) for s, limbs in slots)
         name = secrets.token_bytes(16)
         self._asked[name], self._stage[name] = shape, 0
         return self._packed(QUERY, name, parts)
 
-    def _packed(self, kind: int, name: bytes, parts: tuple[bytes, ...]) -> bytes:
+    def _packed(self, kind: int, name: bytes, parts: tuple[bytes | memoryview, ...]) -> bytes:
         each = self._zeros.each if sum(map(len, parts)) >= LARGE else map
         return pack(Message(kind, self.plan.digest, self._name, name, parts), each)
 
@@ -118,7 +119,10 @@ class Client(Holder):
         wanted: Counter[int] = Counter()
         for stage in range(rounds):
             wanted.update(plan.part_limbs(stage) if isinstance(plan, EncoderPlan) else plan.part_limbs())
-        from_slots(plan.ring, np.zeros(plan.ring.slots, np.complex128))  # its tables, before threads want them
+        zero = np.zeros(plan.ring.slots, np.complex128)
+        ready(from_slots(plan.ring, zero), plan.ring, 1)  # tables, and what numba compiles, before threads want them
+        if rounds > 1:
+            coefficients((zero, zero))
         for limbs in (wanted - self._zeros.count()).elements():
             self._zeros.make(limbs)
 
@@ -160,7 +164,7 @@ class Client(Holder):
         found = [from_bytes("Ciphertext", plan.ring, x) for x in m.parts[1:]]
         scales = check_masked(plan, found)
         jobs = refreshed(plan, stage, [self._opened(x) for x in found], scales, self._zeros.each)
-        parts = self._zeros.sealed(jobs)
+        parts: Any = self._zeros.sealed(jobs)
         if parts is None:
             plains = self._zeros.each(partial(plaintext_of, plan), jobs)
             parts = tuple(self._sent(from_bytes("Plaintext", plan.ring, x)) for x in plains)

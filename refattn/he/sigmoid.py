@@ -21,7 +21,7 @@ from .arguments import MOST, check_arguments, is_number
 from .arithmetic import Counted, Levels
 from .circuit import attend_sigmoid
 from .inputs import checked, out_of
-from .layout import Layout, layouts_for
+from .layout import BatchLayout, Layout, layouts_for
 from .noise import Bounds, Noisy, Ring, quantile
 from .plan import LEAST_MIDDLE, MOST_BITS, MOST_FIRST, MOST_MIDDLE, Plan
 from .polynomials import Polynomial, sigmoids
@@ -49,7 +49,6 @@ class SigmoidPlan(Plan):
     """
 
     operator = "sigmoid"
-    layout: Layout
     scores: tuple[float, float]
     offset: float
     polynomial: Polynomial
@@ -76,6 +75,11 @@ class SigmoidPlan(Plan):
         return hashlib.sha256(b"sigmoid" + own + super().digest).digest()
 
     @property
+    def _shares(self) -> bool:
+        """Whether all blocks have the same keys and values: those of inputs whose queries see the same."""
+        return isinstance(self.layout, BatchLayout)
+
+    @property
     def _slope(self) -> float:
         """What a score is multiplied with to be in [-1, 1]."""
         return 2 / (self.scores[1] - self.scores[0])
@@ -97,9 +101,12 @@ class SigmoidPlan(Plan):
         q = q * (self.scale * self._slope)
         v = v * self.polynomial.factors()[0]
         found: list[tuple[Complex, int]] = []
+        # where all queries see the same keys, values of the others are 0 already
+        mask: dict[str, Any] = {} if self._shares else {"seen": seen}
         for block in layout.blocks():
-            found += [(x, top) for x in layout.key_slots(k, seen, block)]
-            found += [(x, self.value_limbs) for x in layout.value_slots(v, block, seen=seen)]
+            if not found or not self._shares:
+                found += [(x, top) for x in layout.key_slots(k, seen, block)]
+                found += [(x, self.value_limbs) for x in layout.value_slots(v, block, **mask)]
             found += [(x, top) for x in layout.query_slots(q, seen, block)]
         return problem.out_shape, found
 
@@ -107,12 +114,14 @@ class SigmoidPlan(Plan):
         """Return out from the slots of a reply."""
         layout = self.layout
         pairs = np.zeros((self.heads, layout.queries, layout.pairs), np.complex128)
-        for x, block in zip(slots, layout.blocks(), strict=True):
-            layout.read([x], pairs, block)
+        for i, block in enumerate(layout.blocks()):
+            layout.read(list(slots[layout.outs * i : layout.outs * (i + 1)]), pairs, block)
         return out_of(self, shape, pairs)
 
     def tasks(self, parts: Sequence[Any]) -> list[tuple[Sequence[Any], Sequence[Any]]]:
         """Return the ciphertexts of each block: keys and values, and queries."""
+        if self._shares:
+            return super().tasks(parts)
         shared = 2 * self.layout.shared_parts
         each = shared + self.layout.query_parts
         return [(parts[i : i + shared], parts[i + shared : i + each]) for i in range(0, len(parts), each)]
@@ -197,7 +206,9 @@ def _noise_of(p: SigmoidPlan) -> float:
     k = m.fresh(p.norms[1] / math.sqrt(pairs))
     v = m.fresh(math.sqrt(2) * p.value_most * abs(constant))
     shared = p.layout.shared_parts
-    (out,) = attend_sigmoid(m, p.layout, p.polynomial, p._shift, [q] * p.layout.query_parts, [k] * shared, [v] * shared)
+    out, *_ = attend_sigmoid(
+        m, p.layout, p.polynomial, p._shift, [q] * p.layout.query_parts, [k] * shared, [v] * shared
+    )
     # Markov: |T_k'| <= k**2; the quadratics share a square, whose noise each of them passes on
     steep = sum(k * k * abs(c) for k, c in enumerate(p.polynomial.coefficients))
     of_scores = p.n_k * 2 * p.value_most**2 * steep**2 * m.denominator_variance
@@ -219,6 +230,7 @@ def plan_sigmoid(
     value_most: float,
     tolerance: float = 1e-2,
     upload: str = "full",
+    mode: str = "latency",
 ) -> SigmoidPlan:
     """Return the fastest plan for sigmoid attention on ciphertexts within a tolerance.
 
@@ -240,6 +252,8 @@ def plan_sigmoid(
         As :func:`refattn.he.plan` takes them.
     upload : {"full", "whole"}
         As :func:`refattn.he.plan` takes it.
+    mode : {"latency", "throughput"}
+        As :func:`refattn.he.plan` takes it.
 
     Raises
     ------
@@ -253,9 +267,9 @@ def plan_sigmoid(
     if offset is not None and not is_number(offset):
         raise InvalidInput(f"offset: got {shown(offset)}, expected a finite number, or None for -log(n_k)")
     if upload == "compact":
-        raise UnsupportedProblem("he: upload='compact' is not for sigmoid attention")
+        raise UnsupportedProblem("he: upload='compact' is not for sigmoid attention; take 'full', or 'whole'")
     check_arguments(
-        n_q, n_k, d_k, d_v, heads, 2, (1.0, 2.0), 0.0, norms, value_most, tolerance, "server", "latency", upload, 1,
+        n_q, n_k, d_k, d_v, heads, 2, (1.0, 2.0), 0.0, norms, value_most, tolerance, "server", mode, upload, 1,
         scale,
     )  # fmt: skip
     offset = -math.log(n_k) if offset is None else float(offset)
@@ -269,7 +283,7 @@ def plan_sigmoid(
     given = {
         "n_q": n_q, "n_k": n_k, "d_k": d_k, "d_v": d_v, "heads": heads, "p": 1, "denominator": (1.0, 1.0),
         "epsilon": 0.0, "scale": 1 / math.sqrt(d_k) if scale is None else float(scale),
-        "norms": tuple(map(float, norms)), "value_most": float(value_most), "normalize": "server", "mode": "latency",
+        "norms": tuple(map(float, norms)), "value_most": float(value_most), "normalize": "server", "mode": mode,
         "upload": upload, "workers": 1, "tolerance": float(tolerance), "inverse": None, "scores": (low, high),
         "offset": offset,
     }  # fmt: skip
@@ -290,12 +304,12 @@ def _fastest(given: dict[str, Any]) -> SigmoidPlan:
             )
         for degree in MOST_BITS:
             try:
-                layouts = layouts_for(degree // 2, n_q, n_k, d_k, d_v, heads, "latency", given["upload"])
+                layouts = layouts_for(degree // 2, n_q, n_k, d_k, d_v, heads, given["mode"], given["upload"])
             except UnsupportedProblem as e:
                 obstacle = str(e).removeprefix("he: ")
                 continue
             for layout in layouts:
-                if not isinstance(layout, Layout) or layout.blocks_per_head > 1:
+                if isinstance(layout, Layout) and layout.blocks_per_head > 1:
                     obstacle = f"{n_q} queries do not fit a ciphertext of degree {degree} together; cut them into calls"
                     continue
                 made = _with_layout(given, polynomial, degree, layout)
@@ -315,14 +329,16 @@ def _largest(polynomial: Polynomial) -> float:
     return math.prod(max(1.0, float(x)) for x in sizes)
 
 
-def _with_layout(given: dict[str, Any], polynomial: Polynomial, degree: int, layout: Layout) -> SigmoidPlan | str:
+def _with_layout(
+    given: dict[str, Any], polynomial: Polynomial, degree: int, layout: Layout | BatchLayout
+) -> SigmoidPlan | str:
     """Return the plan with a layout, or what was in the way."""
     shared = layout.shared_parts
 
     def ran(top: int, at_values: int) -> tuple[Levels, int]:
         counting = Levels()
         parts = [Counted(top)] * layout.query_parts, [Counted(top)] * shared, [Counted(at_values)] * shared
-        (out,) = attend_sigmoid(counting, layout, polynomial, 0.0, *parts)
+        out, *_ = attend_sigmoid(counting, layout, polynomial, 0.0, *parts)
         return counting, top - out.limbs
 
     counting, depth = ran(99, 99)
@@ -364,17 +380,7 @@ def plan_of(what: dict[str, Any]) -> SigmoidPlan:
 def arguments_of(plan: SigmoidPlan) -> dict[str, Any]:
     """Return what JSON holds of a plan: what it was made of."""
     names = (
-        "n_q",
-        "n_k",
-        "d_k",
-        "d_v",
-        "heads",
-        "scores",
-        "offset",
-        "scale",
-        "norms",
-        "value_most",
-        "tolerance",
-        "upload",
-    )
+        "n_q", "n_k", "d_k", "d_v", "heads", "scores", "offset", "scale", "norms", "value_most", "tolerance", "upload",
+        "mode",
+    )  # fmt: skip
     return {n: getattr(plan, n) for n in names}

@@ -1,8 +1,8 @@
-"""Polynomials' words ready for products, without SEAL: its number-theoretic transform on whole numbers in NumPy.
+"""Polynomials' words ready for products, without SEAL: its number-theoretic transform on whole numbers.
 
 A product modulo q is taken by a quotient from float64 numbers, which is near, and whole numbers that wrap: what is left
 is exact, of either sign, and a few times q in size. It is brought below q at the end only. NumPy leaves Python's lock
-while it computes, so several threads transform at once.
+while it computes, and so does what numba compiled (`compiled.py`), so several threads transform at once.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from .device.chain import chain_of
 from .embedding import Pair
+from .fast import compiled
 from .noise import Ring
 
-__all__ = ["MOST", "forward", "remainders"]
+__all__ = ["MOST", "add_whole", "forward", "ready", "remainders"]
 
 Whole = NDArray[np.int64]
 Float = NDArray[np.float64]
@@ -35,9 +36,32 @@ TOGETHER = 2
 _ONE = Lock()
 
 
+def _rows(degree: int) -> int:
+    return 1 << (degree.bit_length() - 1) // 2
+
+
 def _stages(ring: Ring, rows: int) -> list[tuple[Whole, Float]]:
     with _ONE:  # threads begin together, and the first makes it for all
         return _made(ring, rows)
+
+
+def _tables(ring: Ring) -> tuple[Any, ...]:
+    with _ONE:
+        return _flat(ring)
+
+
+@lru_cache(maxsize=2)
+def _flat(ring: Ring) -> tuple[Any, ...]:
+    """Return what `compiled.add_whole` wants: primes, 2**60 modulo each, roots, shares, rows, and which are large."""
+    chain = chain_of(ring)
+    m = rows = _rows(chain.degree)
+    roots = chain.roots[:, :, 0].astype(np.int64)
+    while m < chain.degree:  # words of all rows are side by side there
+        of = roots[:, m : 2 * m]
+        of[:] = of.reshape(len(of), rows, -1).transpose(0, 2, 1).reshape(of.shape)
+        m *= 2
+    q = np.array(chain.primes, np.int64)
+    return q, np.array([pow(2, 60, x) for x in chain.primes]), roots, roots / q[:, None], rows, q > LARGE
 
 
 @lru_cache(maxsize=2)
@@ -77,7 +101,7 @@ def forward(words: Whole, ring: Ring) -> NDArray[np.uint64]:
 
 def _transformed(words: Whole, ring: Ring, start: int, large: bool) -> Whole:
     count, degree = words.shape
-    rows = 1 << (degree.bit_length() - 1) // 2
+    rows = _rows(degree)
     primes = np.array(chain_of(ring).primes[start : start + count], np.int64)
     x, m = words.copy(), 1
     rest, by = np.empty((2, count, degree // 2), np.int64)
@@ -146,4 +170,36 @@ def remainders(p: Pair, ring: Ring, limbs: int) -> Whole:
             _reduce(part, q, by, near)
             x += part
         _reduce(x, q, by, near)
+    return found
+
+
+def add_whole(place: NDArray[np.uint64], p: Pair, ring: Ring) -> None:
+    """Add a polynomial with whole coefficients to words ready for products, in place.
+
+    Parameters
+    ----------
+    place : (primes, N) array
+        Words below the ring's first primes.
+    p : pair of (N,) float arrays
+        As :func:`remainders` takes it.
+    ring : Ring
+        The chain.
+    """
+    fast, limbs = compiled(), len(place)
+    if fast is not None:
+        high, low = (np.ascontiguousarray(x, np.float64) for x in p)
+        if not high.shape == low.shape == (ring.degree,):
+            raise ValueError(f"coefficients of shapes {high.shape} and {low.shape}, expected ({ring.degree},)")
+        primes, factors, roots, shares, rows, large = _tables(ring)
+        fast.add_whole(place, high, low, primes, factors, roots, shares, rows, large)
+        return
+    q = np.array(chain_of(ring).primes[:limbs], np.uint64)[:, None]
+    place += forward(remainders(p, ring, limbs), ring)
+    np.minimum(place, place - q, out=place)  # below q the difference wraps, and is larger
+
+
+def ready(p: Pair, ring: Ring, limbs: int) -> NDArray[np.uint64]:
+    """Return the words ready for products of a polynomial with whole coefficients, as `remainders` takes them."""
+    found = np.zeros((limbs, ring.degree), np.uint64)
+    add_whole(found, p, ring)
     return found

@@ -1,9 +1,18 @@
-"""A server by the command line."""
+"""A server by the command line, and what is forgotten after each file."""
 
 import subprocess
 import sys
 
 import pytest
+
+from refattn.he import seal
+
+
+@pytest.fixture(autouse=True, scope="module")
+def contexts():
+    """Forget SEAL's contexts after a file: one of degree 32768 has 350 MB, which the next ones then take."""
+    yield
+    seal.context.cache_clear()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from refattn.he.polynomials import sigmoids
 from refattn.he.saved import plan_from_json, plan_to_json
 from refattn.masks import visible
 
-from .device.exchange import exchange
+from .device.exchange import Exchange, exchange
 from .make_sigmoid import call, planned
 
 ROUNDING = 2.0**-40
@@ -44,6 +44,7 @@ CALLS = {
     "causal": ({"n_q": 6, "n_k": 6, "causal": "bottom_right"}, {}),
     "an offset, several heads, few outputs": ({"heads": 3, "d": 4, "d_v": 3, "options": {"offset": -1.5}}, {}),
     "whole ciphertexts, a scale": ({"scale": 0.3}, {"upload": "whole", "tolerance": 1e-3}),
+    "a slot an input": ({"n_q": 2, "n_k": 5, "d": 3, "heads": 4}, {"mode": "throughput"}),
     "one key": ({"n_q": 1, "n_k": 1, "d": 1, "heads": 1}, {}),
 }
 
@@ -102,9 +103,32 @@ def test_scores_at_the_ends_stay_within_the_bounds():
     assert plan.out_most == 48.0
 
 
-def test_encrypted_it_is_within_the_bound_and_a_gpus_words_are_seals():
+def lengths(heads=3, n_k=4):
+    """Return a call whose heads see their first keys only, each another number of them; one sees none."""
+    seen = np.arange(n_k) < np.arange(heads)[:, None, None] + np.zeros((2, 1))
+    return call(2, n_k, 3, heads=heads, allowed=seen[None])
+
+
+def test_inputs_in_slots_may_have_fewer_keys_than_others():
+    x = lengths()
+    plan = planned(x, mode="throughput", tolerance=0.5)
+    out = he.simulate(plan, x)
+    assert np.abs(out - he.reference(x)).max() <= plan.approximation + ROUNDING
+    assert not out[0, 0].any()
+    assert out[0, 1].any()
+    with pytest.raises(UnsupportedProblem, match="takes masks that hide a key from all queries of an input"):
+        plan.encoded(x.replace(allowed=None, causal="top_left"))
+    # keys and values come once for all queries
+    assert len(plan.part_limbs()) == len(plan.encoded(x)[1]) == 2 * 4 * 2 + 2 * 2
+
+
+@pytest.mark.parametrize("mode", ["latency", "throughput"])
+def test_encrypted_it_is_within_the_bound_and_a_gpus_words_are_seals(mode):
     pytest.importorskip("tenseal")
     e = exchange("sigmoid, several heads, causal")
+    if mode == "throughput":
+        x = call(1, 2, 2, heads=3)
+        e = Exchange(planned(x, mode=mode, tolerance=0.5), x)
     x, plan = e.x, e.plan
     out = e.client.decrypt(e.reply)
     assert np.abs(out - he.reference(x)).max() <= plan.error
@@ -122,8 +146,10 @@ def test_a_plan_survives_json_and_says_what_it_is():
     assert again.polynomial == plan.polynomial
     assert plan.report()["polynomial_degree"] == plan.polynomial.degree
     assert "error at most" in plan.words()
-    other = planned(call(), offset=-1.0)
-    assert other.digest != plan.digest
+    for changed in ({"offset": -1.0}, {"mode": "throughput"}):
+        other = planned(call(), **changed)
+        assert other.digest != plan.digest
+        assert plan_from_json(plan_to_json(other)).digest == other.digest
     text = json.loads(plan_to_json(plan))
     with pytest.raises(InvalidInput, match="the plan is not what its digest says"):
         plan_from_json(json.dumps(text | {"plan": text["plan"] | {"tolerance": 1e-3}}))
@@ -182,7 +208,8 @@ def test_noise_of_the_scores_is_counted():
             UnsupportedProblem,
             "factors have products up to 1.9e\\+15, too",
         ),
-        ({"upload": "compact"}, UnsupportedProblem, "upload='compact' is not for sigmoid attention"),
+        ({"upload": "compact"}, UnsupportedProblem, "upload='compact' is not for sigmoid attention; take 'full'"),
+        ({"mode": "fast"}, InvalidInput, "mode: got 'fast', expected 'latency' or 'throughput'"),
         ({"tolerance": 1e-12}, UnsupportedProblem, "he: no polynomial up to degree 31 is within"),
         ({"scores": (-4e3, 4e3)}, UnsupportedProblem, "narrow the interval"),
         ({"value_most": 1e11, "tolerance": 1e10}, UnsupportedProblem, "no room at 128 bits of security"),

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UnsupportedProblem
+from ..fast import compiled
 from ..noise import Ring
 from .chain import bits_reversed, chain_of
 from .modular import Words
@@ -52,6 +53,9 @@ def _coefficients(slots: NDArray[np.complex128], degree: int, factor: float) -> 
     places, (root_re, root_im) = _places(degree), _roots(degree)
     re, im = np.zeros((2, degree))
     re[places], im[places] = np.tile(slots.real, 2), np.concatenate([slots.imag, -slots.imag])
+    if (fast := compiled()) is not None:
+        fast.inverse(re, im, root_re, root_im, factor)
+        return re
     used, gap, m = 0, 1, degree // 2
     while m >= 1:
         w_re, w_im = (x[used : used + m, None] for x in (root_re, root_im))
