@@ -25,8 +25,7 @@ def obstacle(call: Call, capability: tuple[int, int]) -> str:
     """Return why the kernel cannot compute a call, "" where it can."""
     if text := sm90.unfit(call, capability, WIDTHS[-1], " backward"):
         return text
-    names = {"packed": "cu_seqlens", "blocks": "block_mask"}
-    given = [names.get(n, n) for n in ("softcap", "bias", "allowed", "packed", "blocks") if getattr(call, n)]
+    given = [n for n in ("bias", "allowed") if getattr(call, n)] + ["block_mask"] * (call.blocks is not None)
     if given:
         return f"does not take {', '.join(given)} backward"
     if not 0 < min(call.n_q, call.n_k) <= max(call.n_q, call.n_k) < 2**29:
@@ -42,7 +41,8 @@ def why(call: Call) -> str:
 def macros(call: Call) -> dict[str, Any]:
     """Return what the kernel is compiled with, but for the order of its sums."""
     width = min(w for w in WIDTHS if w >= max(call.d_k, call.d_v))
-    return {"BF16": int(call.dtype == "bfloat16"), "WIDTH": width, "BLOCK_M": ROWS[width], "STAGES": 2}
+    options = {"BF16": int(call.dtype == "bfloat16"), "SOFTCAP": int(call.softcap)}
+    return {"WIDTH": width, "BLOCK_M": ROWS[width], "STAGES": 2, **options}
 
 
 def macros_of(call: Call, deterministic: bool) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def shared_bytes(m: Mapping[str, Any]) -> int:
     """Return the dynamic shared memory of a block, in bytes."""
     keys, rows = 2 * KEYS * m["WIDTH"], 2 * m["BLOCK_M"] * m["WIDTH"]
     slots = m["STAGES"] * (2 * rows + 8 * m["BLOCK_M"] + 40)
-    return int(1024 + 2 * keys + slots + 4 * KEYS * m["BLOCK_M"] + 2 * 16384 + 96)
+    return int(2 * keys + slots + 4 * KEYS * m["BLOCK_M"] + 4 * 16384 + 176)
 
 
 def source(m: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ def passes():
 def hopper():
     """Return (name, text, shared bytes) of Hopper's kernel: types, widths, orders of sums."""
     for i, (d, causal, ordered) in enumerate((d, c, o) for d in (64, 128) for c in (None, "top_left") for o in (0, 1)):
-        call = replace(PLAIN, dtype=("float16", "bfloat16")[i % 2], d_k=d, d_v=d, causal=causal)
+        call = replace(PLAIN, dtype=("float16", "bfloat16")[i % 2], d_k=d, d_v=d, causal=causal, softcap=i % 4 > 1)
         plan = hopper_plan(call, bool(ordered))
         yield f"sm90 {d} {causal} {ordered}", plan.kernel.source(plan.macros), plan.shared_bytes
 
@@ -69,9 +69,10 @@ def test_shared_memory_suffices():
 def test_which_kernel_runs():
     assert pick(KERNELS, PLAIN, None, (9, 0))[0] == "sm90"
     assert pick(KERNELS, replace(PLAIN, window=(3, None), sink=True, causal="top_left"), None, (9, 0))[0] == "sm90"
+    assert pick(KERNELS, replace(PLAIN, softcap=True, packed=True), None, (9, 0))[0] == "sm90"
     assert pick(KERNELS, PLAIN, None, (8, 0))[0] == "mma"
     for changed, text in (
-        ({"softcap": True, "packed": True}, "does not take softcap, cu_seqlens backward"),
+        ({"allowed": True, "blocks": (4, 4)}, "does not take allowed, block_mask backward"),
         ({"d_k": 60}, "takes head dims that are multiples of 8 up to 128 backward, got 60 and 64"),
         ({"mapped": False}, "takes rows that begin at multiples of 16 bytes, at strides above 0"),
         ({"n_k": 0}, r"takes 1 to 2\*\*29 - 1 rows and keys backward, got 128 and 0"),

@@ -150,8 +150,9 @@ def test_a_pass_that_is_not_wanted_marks_nothing(driver, monkeypatch, wanted):
     given |= {"dq": given["query"], "dk": given["key"], "dv": given["value"]}
     given = {n: x for n, x in given.items() if n not in ("dq", "dk", "dv") or n in wanted}
     call = replace(PLAIN, n_q=128, n_k=300, causal="bottom_right")
+    ranges = {"row_keys": 1, "key_rows": 2, "granule_keys": 3, "granule_rows": 4}
     work = backward_launch._Work(
-        call, given, {"scale": 0.5, "causal": "bottom_right", "window": None, "softcap": None}, 0, (1, 2, 3)
+        call, given, {"scale": 0.5, "causal": "bottom_right", "window": None, "softcap": None}, 0, ranges
     )
     small, simt_takes = arguments_of("sm90_backward.cu", "statistics"), arguments_of("simt_backward.cu", "backward")
     driver.takes = [small, backward_launch.hopper.KERNEL.takes, small, *[simt_takes] * 2]
