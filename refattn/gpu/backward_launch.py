@@ -169,10 +169,10 @@ def _together(work: _Work, like: Any, found: dict[str, Any], deterministic: bool
     m, takes = plan.macros, plan.kernel.takes
     rows, halves = hopper.padded_rows(m, n_q), hopper.half_tiles(m, b * h, n_q)
     _, stats = empty(like, (2 * b * h * rows,), "float32")
-    _, sums = empty(like, (4096 * halves,), "float32")
+    _, sums = empty(like, (hopper.half_bytes(m) // 4 * halves,), "float32")
     size = 1 << (4 * halves - 1).bit_length()
     turns = zeros(like, work.device, work.stream, size, "turns") if deterministic else None
-    partial = c.causal or c.window or c.packed or n_k % hopper.KEYS
+    partial = c.causal or c.window or c.packed or n_k % m["BLOCK_N"]
     passes = ((n_q, h, True), (n_k, h_kv, "dk" in a))
     # a pass that is not wanted marks nothing: nobody would unmark it
     marks = [
@@ -182,12 +182,13 @@ def _together(work: _Work, like: Any, found: dict[str, Any], deterministic: bool
     if "dq" not in a:
         found["dq"], a["dq"] = empty(like, a["query"].shape, c.dtype)
     places = {"stats": stats.pointer, "sums": sums.pointer, "turns": turns.pointer if turns else 0, "rows": rows}
+    places["together"] = hopper.together(m, a)
     redo = {n: x.pointer if x else 0 for n, x in zip(("redo_rows", "redo_keys"), marks, strict=True)}
     values = {"p": work.params(), "z": places | redo}
     most = 8 * attribute(work.device, "MultiProcessorCount")
     small = arguments_of(plan.kernel.file, "statistics")
     queue(kernel_of(plan, work.device, "statistics", 0), min(most, 16 * halves), 256, 0, work.stream, small, values)
-    grid = -(-n_k // hopper.KEYS) * h_kv * b
+    grid = -(-n_k // m["BLOCK_N"]) * h_kv * b
     everything = values | hopper.maps(m, a)
     queue(kernel_of(plan, work.device), grid, 384, plan.shared_bytes, work.stream, takes, everything)
     queue(kernel_of(plan, work.device, "convert", 0), halves, 128, 0, work.stream, small, values)

@@ -36,6 +36,10 @@ BACKWARD = [
     ("sm90", "bfloat16", (1, 2, 1, 129, 270, 128, 128), {"causal": "bottom_right"}),
     ("sm90", "float16", (2, 2, 2, 70, 150, 64, 64), {"window": (20, None)}),
     ("sm90", "bfloat16", (1, 4, 2, 200, 300, 96, 72), {"deterministic": False}),
+    ("sm90", "bfloat16", (1, 2, 1, 300, 300, 64, 64), {"packed": True, "softcap": 5.0, "causal": "bottom_right"}),
+    ("sm90", "bfloat16", (1, 4, 2, 70, 150, 256, 200), {"causal": "bottom_right"}),
+    ("sm90", "float16", (1, 2, 2, 130, 130, 136, 256), {"packed": True, "softcap": 5.0, "deterministic": False}),
+    ("sm90", "float16", (1, 2, 2, 200, 200, 128, 128), {"packed": True, "softcap": 5.0, "deterministic": False}),
     ("mma", "bfloat16", (1, 2, 1, 129, 70, 128, 128), {"causal": "bottom_right"}),
     ("mma", "float16", (1, 2, 2, 33, 150, 20, 50), {"softcap": 5.0, "bias": (1, 2, 33, 150)}),
     ("simt", "bfloat16", (1, 2, 1, 70, 90, 64, 64), {"window": (20, None), "bias": (1, 1, 1, 90)}),
@@ -120,7 +124,7 @@ def made(cupy, shape, kind, rng, options):
         blocks = rng.random((1, h, -(-n_q // size), -(-n_k // size))) < 0.6
         given["block_mask"] = (cupy.asarray(blocks), size, size)
         meant["allowed"] = np.repeat(np.repeat(blocks, size, 2), size, 3)[:, :, :n_q, :n_k]
-    if given.pop("bias", False):
+    if given.get("bias") is True:
         meant["bias"] = rng.standard_normal((1, h, n_q, n_k)).astype(kind)
         given["bias"] = bordered(cupy, meant["bias"].shape, kind, meant["bias"])[0]
     if given.pop("sink", False):
@@ -158,6 +162,7 @@ def run_backward(cupy, impl, dtype, shape, options):
     q, k, v, dout = (make(s) for s in ((b, h, n_q, d_k), (b, h_kv, n_k, d_k), (b, h_kv, n_k, d_v), (b, h, n_q, d_v)))
     if "bias" in given:
         given["bias"] = make(given["bias"])
+    given, _ = made(cupy, shape, kind, rng, given)
     forward = importlib.import_module("refattn.gpu.forward")
     forward.empty = importlib.import_module("refattn.gpu.views").empty  # as it was before the calls above
     out, lse = attention(q, k, v, return_lse=True, impl="simt", **given)
