@@ -200,3 +200,19 @@ def test_a_tensor_map_keeps_no_tensor(monkeypatch):
 def test_axes_of_one_element_are_spread():
     assert View(0, (1, 4, 1, 300), (9, 5, 7, 1), "bool", 0).spread() == (0, 5, 0, 1)
     assert views.LIBRARIES == ("cupy", "torch", "jax")
+
+
+@pytest.mark.parametrize(
+    ("ordered", "shape", "heads_kv", "expected"),
+    [
+        (1, (8, 32, 2048, 64), 32, 32),  # a head's rows and sums are a MiB, 32 of them stay in the cache
+        (1, (8, 32, 2048, 64), 8, 8),
+        (1, (1, 4, 2048, 64), 4, 4),
+        (1, (1, 32, 1 << 20, 64), 32, 1),
+        (0, (8, 32, 2048, 64), 32, 1),
+    ],
+)
+def test_heads_take_turns_where_sums_have_an_order(ordered, shape, heads_kv, expected):
+    b, _, n, d = shape
+    given = {"query": View(0, shape, (1,) * 4, "bfloat16", 0), "key": View(0, (b, heads_kv, n, d), (1,) * 4, "", 0)}
+    assert backward_launch.hopper.together({"ORDERED": ordered, "WIDTH": d}, given) == expected
