@@ -27,10 +27,10 @@
 //  7. Hidden keys: P and dS are 0 there; K and V behind the last key are. 0 * NaN is NaN: results that are not finite
 //     are marked in `redo`, by 16 rows or keys, and simt_backward.cu computes them anew.
 //
-// Macros: BF16, SOFTCAP 0 | 1; WIDTH 64 | 128 | 256 (d_k, d_v filled up; multiples of 8), BLOCK_M 128 | 64 | 64, BLOCK_N
-// 128 | 128 | 64, STAGES (2), ORDERED 0 | 1, LAST_FIRST 0 | 1. The wgmma wrappers scores_first, scores_next (A, B from
-// shared memory), add_rows (A from registers) or add_shared, and query_first, query_next (A and B with rows along the
-// contraction) are generated text (sm90_backward.py).
+// Macros: BF16, SOFTCAP 0 | 1; WIDTH 64 | 128 | 256 (d_k, d_v filled up; multiples of 8), BLOCK_M 128 | 64 | 64,
+// BLOCK_N 128 | 128 | 64, STAGES (2), ORDERED 0 | 1, LAST_FIRST 0 | 1. The wgmma wrappers scores_first, scores_next
+// (A, B from shared memory), add_rows (A from registers) or add_shared, and query_first, query_next (A and B with rows
+// along the contraction) are generated text (sm90_backward.py).
 //
 // Launch: statistics: grid any, block 256; backward: grid ceil(n_k / BLOCK_N) * h_kv * b, block 384, shared memory
 // sm90_backward.shared_bytes; convert: grid b * h * row tiles * 2, block 128.
