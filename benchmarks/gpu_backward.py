@@ -39,10 +39,12 @@ def rows() -> Iterator[Row]:
     top = 2 * 8192**3 / gpu_medians(torch, {"product": lambda: x @ x})["product"] / 1e9
     yield Row("matrix product 8192 x 8192 x 8192, bfloat16", top, "TFLOP/s")
     yield host(torch)
-    for dtype, d, lengths in (("bfloat16", 64, (512, 2048, 4096, 16384)), ("bfloat16", 128, (512, 2048, 4096, 16384))):
-        for n in lengths:
+    for d in (64, 128, 256):
+        for n in (512, 2048, 4096, 16384):
             for causal in (False, True):
-                yield from dense(torch, dtype, d, n, causal, top)
+                yield from dense(torch, "bfloat16", d, n, causal, top)
+    for d in (64, 128, 256):
+        yield from options(torch, d)
     yield from dense(torch, "float16", 128, 4096, False, top)
     for d in (64, 128):
         yield from single(torch, d)
@@ -93,13 +95,40 @@ def dense(torch: Any, dtype: str, d: int, n: int, causal: bool, top: float) -> I
     long = n >= 2048 and dtype == "bfloat16"
     for name in PEERS:
         yield Row(f"{at} ours over {name}", speed["ours"] / speed[name], "ratio")
-        least = {"flash": 1.6, "cuDNN": 0.85}[name] if long else None
+        least = {"flash": 1.6, "cuDNN": 1.0 if d == 256 else 0.85}[name] if long else None
         yield Row(f"{at} any order over {name}", speed["ours, any order"] / speed[name], "ratio", at_least=least)
     least = 0.8 if long else None
     yield Row(f"{at} ours over any order", speed["ours"] / speed["ours, any order"], "ratio", at_least=least)
     yield Row(f"{at} any order over the matrix product", speed["ours, any order"] / top, "ratio")
     if n == 4096:
         yield from errors(torch, calls, given, causal, at)
+
+
+def options(torch: Any, d: int) -> Iterator[Row]:
+    """Return softcap and packed sequences, causal, over the same without."""
+    from refattn.gpu import attention, attention_backward
+
+    h, n = WIDTH // d, 2048
+    count = TOKENS // n
+    given = [torch.randn(count, n, h, d, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    ends = torch.arange(0, TOKENS + 1, n, dtype=torch.int32, device="cuda")
+    apart, together = ([x.reshape(b, -1, h, d).transpose(1, 2) for x in given] for b in (count, 1))
+
+    def call(tensors: list[Any], deterministic: bool, **more: Any) -> Call:
+        *inputs, dout = tensors
+        more |= {"causal": "bottom_right"}
+        out, lse = attention(*inputs, return_lse=True, **more)
+        return partial(attention_backward, *inputs, out, lse, dout, deterministic=deterministic, impl="sm90", **more)
+
+    for order, deterministic in (("one order", True), ("any order", False)):
+        calls = {
+            "plain": call(apart, deterministic),
+            "softcap 30": call(apart, deterministic, softcap=30.0),
+            "packed": call(together, deterministic, cu_seqlens=(ends, ends)),
+        }
+        ms = gpu_medians(torch, calls)
+        for name in ("softcap 30", "packed"):
+            yield Row(f"bfloat16 d={d} n={n} causal, {order}, {name} over plain", ms[name] / ms["plain"], "ratio")
 
 
 def errors(torch: Any, calls: dict[str, Call], given: list[Any], causal: bool, at: str) -> Iterator[Row]:

@@ -2,8 +2,8 @@
 // sinks, sums of parts.
 //
 // keys_of_rows: a block of 64 threads has 64 rows and 64 keys, a half warp a granule of 16. Band (causal order and
-//   window) and sequence leave a row an interval of keys, and a key an interval of rows: p.row_keys, and those of
-//   16 rows or keys together. Launch: grid ceil(max(n_q, n_k) / 64), block 64.
+//   window) and sequence leave a row an interval of keys, and a key an interval of rows: p.row_keys, p.key_rows, and
+//   those of 16 rows or keys together. Launch: grid ceil(max(n_q, n_k) / 64), block 64.
 // row_products: delta, a warp a row, its 32 partial sums added pairwise. Launch: grid ceil(b * h * n_q / 8), block
 //   256.
 // sinks: dsink of a head, -sum exp(sink - lse) delta, a block a head. Launch: grid h, block 256.
@@ -53,6 +53,7 @@ extern "C" __global__ void keys_of_rows(const __grid_constant__ Params p) {
         const long long place = i - s.k;
         const long long first = max(place - s.last, 0LL), last = min(place - s.first, s.n_q - 1LL);
         if (place < s.n_k && first <= last) rows = make_int2(s.q + (int)first, s.q + (int)last);
+        p.key_rows[i] = rows;
     }
     // rows past the end do not count
     int4 all = make_int4(keys.x, i < p.n_q ? keys.x : -1, i < p.n_q ? keys.y : NEVER, keys.y);

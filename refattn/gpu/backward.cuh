@@ -11,6 +11,8 @@ struct Params {
     const int *cu_q, *cu_k;                               // offsets of packed sequences
     // by row: the first and the last key that band and sequence leave
     int2* row_keys;
+    // by key: the first and the last row that sees it
+    int2* key_rows;
     // by 16 rows: the least and the most of the first, and of the last
     int4* granule_keys;
     // by 16 keys: the first and the last row that sees one of them

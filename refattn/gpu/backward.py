@@ -70,7 +70,7 @@ def attention_backward(
         The same bits each time. Where False, "sm90" adds the parts of dq in the order in which they come, faster; the
         other kernels have one order anyway.
     impl : str, optional
-        "sm90" (Hopper: float16 and bfloat16, head dims up to 128, causal order, windows, sinks), "mma" (float16 and
+        "sm90" (Hopper: float16 and bfloat16, every option but biases, boolean and block masks), "mma" (float16 and
         bfloat16, head dims up to 128) or "simt"; by default the first that computes it. The gradient of a bias that is
         spread along an axis always comes from "simt".
 

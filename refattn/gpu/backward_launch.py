@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from ..arrays import kind_of
@@ -33,7 +34,7 @@ class _Work:
     arrays: dict[str, View]
     options: Mapping[str, Any]
     stream: int
-    ranges: tuple[int, int, int]
+    ranges: Mapping[str, int]
 
     @property
     def device(self) -> int:
@@ -42,11 +43,10 @@ class _Work:
     def params(self, redo: int = 0, parts: int = 0, splits: int = 1) -> dict[str, Any]:
         """Return the kernels' struct Params."""
         a = self.arrays
-        row_keys, granule_keys, granule_rows = self.ranges
         return {
             **{to: (a[n].pointer, *(*a[n].spread(), 1)[:4]) if n in a else (0,) * 5 for to, n in ARRAYS.items()},
             **{n: a[n].pointer if n in a else 0 for n in ("sink", "dsink", "cu_q", "cu_k")},
-            **{"row_keys": row_keys, "granule_keys": granule_keys, "granule_rows": granule_rows},
+            **self.ranges,
             **{"redo": redo, "parts": parts, "splits": splits},
             **sizes_and_options(self.call, a, self.options),
         }
@@ -108,20 +108,24 @@ def launch(
         arrays["allowed"] = pack(arrays["allowed"], call.n_k, like, stream)
     _, arrays["delta"] = empty(like, (b, h, n_q), arrays["lse"].dtype)
     granules = -(-n_q // GRANULE), -(-n_k // GRANULE)
-    _, ranges = empty(like, (4 * granules[0] + 2 * granules[1] + 2 * n_q,), "int32")
-    at = ranges.pointer
-    places = (at + 16 * granules[0] + 8 * granules[1], at, at + 16 * granules[0])
+    sizes = {"granule_keys": 4 * granules[0], "granule_rows": 2 * granules[1], "row_keys": 2 * n_q, "key_rows": 2 * n_k}
+    _, ranges = empty(like, (sum(sizes.values()),), "int32")
+    starts = accumulate(sizes.values(), initial=0)
+    places = {n: ranges.pointer + 4 * at for n, at in zip(sizes, starts, strict=False)}
     work = _Work(call, arrays, options, stream, places)
     work.support("keys_of_rows", -(-max(n_q, n_k) // 64), 64)
-    work.support("row_products", -(-b * h * n_q // 8), 256)
+    used = [arrays["delta"], ranges]
+    if kernel is hopper.KERNEL:
+        used += _together(work, like, found, deterministic)
+    else:
+        work.support("row_products", -(-b * h * n_q // 8), 256)
     if "dsink" in arrays:
         work.support("sinks", h, 256)
+    if kernel is hopper.KERNEL:
+        return used
     direct = "dbias" in arrays and kernel.name == "mma" and arrays["bias"].shape == (b, h, n_q, n_k)
     if direct:
         _clear(found["dbias"])
-    used = [arrays["delta"], ranges]
-    if kernel is hopper.KERNEL:
-        return used + _together(work, like, found, deterministic)
     if "dq" not in arrays and direct:
         found["dq"], arrays["dq"] = empty(like, q.shape, call.dtype)
     if "dq" in arrays:
@@ -165,10 +169,10 @@ def _together(work: _Work, like: Any, found: dict[str, Any], deterministic: bool
     m, takes = plan.macros, plan.kernel.takes
     rows, halves = hopper.padded_rows(m, n_q), hopper.half_tiles(m, b * h, n_q)
     _, stats = empty(like, (2 * b * h * rows,), "float32")
-    _, sums = empty(like, (4096 * halves,), "float32")
+    _, sums = empty(like, (hopper.half_bytes(m) // 4 * halves,), "float32")
     size = 1 << (4 * halves - 1).bit_length()
     turns = zeros(like, work.device, work.stream, size, "turns") if deterministic else None
-    partial = c.causal or c.window or n_k % hopper.KEYS
+    partial = c.causal or c.window or c.packed or n_k % m["BLOCK_N"]
     passes = ((n_q, h, True), (n_k, h_kv, "dk" in a))
     # a pass that is not wanted marks nothing: nobody would unmark it
     marks = [
@@ -178,12 +182,13 @@ def _together(work: _Work, like: Any, found: dict[str, Any], deterministic: bool
     if "dq" not in a:
         found["dq"], a["dq"] = empty(like, a["query"].shape, c.dtype)
     places = {"stats": stats.pointer, "sums": sums.pointer, "turns": turns.pointer if turns else 0, "rows": rows}
+    places["together"] = hopper.together(m, a)
     redo = {n: x.pointer if x else 0 for n, x in zip(("redo_rows", "redo_keys"), marks, strict=True)}
     values = {"p": work.params(), "z": places | redo}
     most = 8 * attribute(work.device, "MultiProcessorCount")
     small = arguments_of(plan.kernel.file, "statistics")
     queue(kernel_of(plan, work.device, "statistics", 0), min(most, 16 * halves), 256, 0, work.stream, small, values)
-    grid = -(-n_k // hopper.KEYS) * h_kv * b
+    grid = -(-n_k // m["BLOCK_N"]) * h_kv * b
     everything = values | hopper.maps(m, a)
     queue(kernel_of(plan, work.device), grid, 384, plan.shared_bytes, work.stream, takes, everything)
     queue(kernel_of(plan, work.device, "convert", 0), halves, 128, 0, work.stream, small, values)

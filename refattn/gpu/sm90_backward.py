@@ -10,23 +10,22 @@ from .build import text_of
 from .kernel import Call, Kernel
 from .views import View
 
-__all__ = ["KERNEL", "KEYS", "half_tiles", "macros_of", "maps", "padded_rows"]
+__all__ = ["KERNEL", "half_bytes", "half_tiles", "macros_of", "maps", "padded_rows", "together"]
 
 FILE = "sm90_backward.cu"
-WIDTHS = (64, 128)
+WIDTHS = (64, 128, 256)
 """Head dims that it is compiled for; smaller ones are filled up with zeros."""
-KEYS = 128
-"""Keys that a block owns."""
-ROWS = {64: 128, 128: 64}
-"""Rows of a tile that passes by, by width."""
+TILES = {64: (128, 128), 128: (64, 128), 256: (64, 64)}
+"""By width: rows of a tile that passes by, keys that a block owns."""
+L2_BYTES = 16 << 20
+"""Bytes of rows and sums that heads may have together, of an L2 cache of 50 MiB: 16 was faster than 32 or 64."""
 
 
 def obstacle(call: Call, capability: tuple[int, int]) -> str:
     """Return why the kernel cannot compute a call, "" where it can."""
     if text := sm90.unfit(call, capability, WIDTHS[-1], " backward"):
         return text
-    names = {"packed": "cu_seqlens", "blocks": "block_mask"}
-    given = [names.get(n, n) for n in ("softcap", "bias", "allowed", "packed", "blocks") if getattr(call, n)]
+    given = [n for n in ("bias", "allowed") if getattr(call, n)] + ["block_mask"] * (call.blocks is not None)
     if given:
         return f"does not take {', '.join(given)} backward"
     if not 0 < min(call.n_q, call.n_k) <= max(call.n_q, call.n_k) < 2**29:
@@ -42,7 +41,8 @@ def why(call: Call) -> str:
 def macros(call: Call) -> dict[str, Any]:
     """Return what the kernel is compiled with, but for the order of its sums."""
     width = min(w for w in WIDTHS if w >= max(call.d_k, call.d_v))
-    return {"BF16": int(call.dtype == "bfloat16"), "WIDTH": width, "BLOCK_M": ROWS[width], "STAGES": 2}
+    options = {"BF16": int(call.dtype == "bfloat16"), "SOFTCAP": int(call.softcap)}
+    return {"WIDTH": width, "BLOCK_M": TILES[width][0], "BLOCK_N": TILES[width][1], "STAGES": 2, **options}
 
 
 def macros_of(call: Call, deterministic: bool) -> dict[str, Any]:
@@ -53,22 +53,41 @@ def macros_of(call: Call, deterministic: bool) -> dict[str, Any]:
 
 def shared_bytes(m: Mapping[str, Any]) -> int:
     """Return the dynamic shared memory of a block, in bytes."""
-    keys, rows = 2 * KEYS * m["WIDTH"], 2 * m["BLOCK_M"] * m["WIDTH"]
+    keys, rows = 2 * m["BLOCK_N"] * m["WIDTH"], 2 * m["BLOCK_M"] * m["WIDTH"]
+    scores = 2 * m["BLOCK_M"] * m["BLOCK_N"]
     slots = m["STAGES"] * (2 * rows + 8 * m["BLOCK_M"] + 40)
-    return int(1024 + 2 * keys + slots + 4 * KEYS * m["BLOCK_M"] + 2 * 16384 + 96)
+    more = 2 * scores if m["WIDTH"] == 256 else 4 * half_bytes(m)  # P, or dq
+    return int(2 * keys + slots + 2 * scores + more + 176)
+
+
+def half_bytes(m: Mapping[str, Any]) -> int:
+    """Return the bytes of float32 sums of half a tile of dq."""
+    return int(2 * m["BLOCK_M"] * m["WIDTH"])
 
 
 def source(m: Mapping[str, Any]) -> str:
     """Return the kernel's text for some macros: its #defines, and the wgmma wrappers of its tiles."""
     kind, memory = "bf16" if m["BF16"] else "f16", {"from_registers": False}
+    wide = m["WIDTH"] == 256
+    rows, columns = (32, 128) if wide else (m["BLOCK_M"], 64)  # of S and of dq, by one consumer
     wrappers = (
-        sm90.wgmma("scores_first", m["BLOCK_M"], kind, first=True, **memory),
-        sm90.wgmma("scores_next", m["BLOCK_M"], kind, first=False, **memory),
-        sm90.wgmma("add_rows", m["WIDTH"], kind, first=False, from_registers=True, rows=True),
-        sm90.wgmma("query_first", 64, kind, first=True, rows=True, rows_a=True, **memory),
-        sm90.wgmma("query_next", 64, kind, first=False, rows=True, rows_a=True, **memory),
+        sm90.wgmma("scores_first", rows, kind, first=True, **memory),
+        sm90.wgmma("scores_next", rows, kind, first=False, **memory),
+        sm90.wgmma("add_shared", 128, kind, first=False, rows=True, **memory)
+        if wide
+        else sm90.wgmma("add_rows", m["WIDTH"], kind, first=False, from_registers=True, rows=True),
+        sm90.wgmma("query_first", columns, kind, first=True, rows=True, rows_a=True, **memory),
+        sm90.wgmma("query_next", columns, kind, first=False, rows=True, rows_a=True, **memory),
     )
     return text_of(FILE, m).replace("// (wgmma wrappers)", "".join(wrappers))
+
+
+def together(m: Mapping[str, Any], arrays: Mapping[str, View]) -> int:
+    """Return how many key heads' blocks take turns: those whose rows and sums stay in the L2 cache, if sums wait."""
+    (b, h, n_q, _), h_kv = arrays["query"].shape, arrays["key"].shape[1]
+    sequences = arrays["cu_q"].shape[0] - 1 if "cu_q" in arrays else 1
+    each = 8 * h // h_kv * -(-n_q // sequences) * m["WIDTH"]
+    return max(1, min(b * h_kv, L2_BYTES // each)) if m["ORDERED"] else 1
 
 
 def padded_rows(m: Mapping[str, Any], n_q: int) -> int:
@@ -83,7 +102,7 @@ def half_tiles(m: Mapping[str, Any], heads: int, n_q: int) -> int:
 
 def maps(m: Mapping[str, Any], arrays: Mapping[str, View]) -> dict[str, bytes]:
     """Return the tensor maps of a call."""
-    rows = {"query": m["BLOCK_M"], "key": KEYS, "value": KEYS, "dout": m["BLOCK_M"]}
+    rows = {"query": m["BLOCK_M"], "key": m["BLOCK_N"], "value": m["BLOCK_N"], "dout": m["BLOCK_M"]}
     names = {"query": "map_q", "key": "map_k", "value": "map_v", "dout": "map_dout"}
     return {to: sm90.key_map(arrays[n], rows[n], n) for n, to in names.items()}
 

@@ -4,6 +4,7 @@ import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -45,8 +46,8 @@ def passes():
 
 def hopper():
     """Return (name, text, shared bytes) of Hopper's kernel: types, widths, orders of sums."""
-    for i, (d, causal, ordered) in enumerate((d, c, o) for d in (64, 128) for c in (None, "top_left") for o in (0, 1)):
-        call = replace(PLAIN, dtype=("float16", "bfloat16")[i % 2], d_k=d, d_v=d, causal=causal)
+    for i, (d, causal, ordered) in enumerate(product((64, 128, 256), (None, "top_left"), (0, 1))):
+        call = replace(PLAIN, dtype=("float16", "bfloat16")[i % 2], d_k=d, d_v=d, causal=causal, softcap=i % 4 > 1)
         plan = hopper_plan(call, bool(ordered))
         yield f"sm90 {d} {causal} {ordered}", plan.kernel.source(plan.macros), plan.shared_bytes
 
@@ -69,10 +70,11 @@ def test_shared_memory_suffices():
 def test_which_kernel_runs():
     assert pick(KERNELS, PLAIN, None, (9, 0))[0] == "sm90"
     assert pick(KERNELS, replace(PLAIN, window=(3, None), sink=True, causal="top_left"), None, (9, 0))[0] == "sm90"
+    assert pick(KERNELS, replace(PLAIN, softcap=True, packed=True), None, (9, 0))[0] == "sm90"
     assert pick(KERNELS, PLAIN, None, (8, 0))[0] == "mma"
     for changed, text in (
-        ({"softcap": True, "packed": True}, "does not take softcap, cu_seqlens backward"),
-        ({"d_k": 60}, "takes head dims that are multiples of 8 up to 128 backward, got 60 and 64"),
+        ({"allowed": True, "blocks": (4, 4)}, "does not take allowed, block_mask backward"),
+        ({"d_k": 60}, "takes head dims that are multiples of 8 up to 256 backward, got 60 and 64"),
         ({"mapped": False}, "takes rows that begin at multiples of 16 bytes, at strides above 0"),
         ({"n_k": 0}, r"takes 1 to 2\*\*29 - 1 rows and keys backward, got 128 and 0"),
         ({"dtype": "float32"}, "takes float16 and bfloat16, got float32"),
@@ -80,7 +82,8 @@ def test_which_kernel_runs():
         with pytest.raises(UnsupportedProblem, match=f"gpu: the kernel sm90 {text}"):
             pick(KERNELS, replace(PLAIN, **changed), "sm90", (9, 0))
     assert pick(KERNELS, replace(PLAIN, dtype="float32"), None, (9, 0))[0] == "simt"
-    assert pick(KERNELS, replace(PLAIN, d_k=136), None, (9, 0))[0] == "simt"
+    assert pick(KERNELS, replace(PLAIN, d_k=136), None, (9, 0))[0] == "sm90"
+    assert pick(KERNELS, replace(PLAIN, d_k=136), None, (8, 0))[0] == "simt"
     with pytest.raises(UnsupportedProblem, match="gpu: the kernel mma takes head dims up to 128 backward, got 136 and"):
         pick(KERNELS, replace(PLAIN, d_k=136), "mma", (9, 0))
     with pytest.raises(
@@ -212,14 +215,26 @@ def test_the_same_bits_each_time(torch, impl):
 
 
 @gpu
-@pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("options", [{}, {"causal": "bottom_right"}, {"causal": "top_left", "window": (200, None)}])
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": "bottom_right", "softcap": 5.0},
+        {"causal": "top_left", "window": (200, None)},
+        {"packed": True, "window": (30, None), "softcap": 5.0},
+    ],
+)
 def test_sums_in_one_order_and_in_any(torch, d, options):
     from refattn.gpu import attention, attention_backward
 
     torch.manual_seed(0)
-    q, dout = (torch.randn(2, 4, 1100, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    k, v = (torch.randn(2, 2, 1500, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    b, options = 1 if "packed" in options else 2, dict(options)
+    if options.pop("packed", False):  # keys of a sequence without rows, and others that no row sees
+        ends = ((0, 10, 10, 300, 1100), (0, 200, 600, 1000, 1500))
+        options["cu_seqlens"] = tuple(torch.tensor(x, device="cuda", dtype=torch.int32) for x in ends)
+    q, dout = (torch.randn(b, 4, 1100, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(b, 2, 1500, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out, lse = attention(q, k, v, return_lse=True, **options)
     first = attention_backward(q, k, v, out, lse, dout, impl="sm90", **options)
     for _ in range(5):
@@ -227,7 +242,7 @@ def test_sums_in_one_order_and_in_any(torch, d, options):
         assert all(torch.equal(first[n], again[n]) for n in first)
     for other in (
         attention_backward(q, k, v, out, lse, dout, impl="sm90", deterministic=False, **options),
-        attention_backward(q, k, v, out, lse, dout, impl="mma", **options),
+        attention_backward(q, k, v, out, lse, dout, impl="simt" if d == 256 else "mma", **options),
     ):
         assert all(float((first[n] - other[n]).norm() / other[n].norm()) < 2**-8 for n in first)
     only = attention_backward(q, k, v, out, lse, dout, impl="sm90", wanted=["dq"], **options)

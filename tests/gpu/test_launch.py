@@ -150,8 +150,9 @@ def test_a_pass_that_is_not_wanted_marks_nothing(driver, monkeypatch, wanted):
     given |= {"dq": given["query"], "dk": given["key"], "dv": given["value"]}
     given = {n: x for n, x in given.items() if n not in ("dq", "dk", "dv") or n in wanted}
     call = replace(PLAIN, n_q=128, n_k=300, causal="bottom_right")
+    ranges = {"row_keys": 1, "key_rows": 2, "granule_keys": 3, "granule_rows": 4}
     work = backward_launch._Work(
-        call, given, {"scale": 0.5, "causal": "bottom_right", "window": None, "softcap": None}, 0, (1, 2, 3)
+        call, given, {"scale": 0.5, "causal": "bottom_right", "window": None, "softcap": None}, 0, ranges
     )
     small, simt_takes = arguments_of("sm90_backward.cu", "statistics"), arguments_of("simt_backward.cu", "backward")
     driver.takes = [small, backward_launch.hopper.KERNEL.takes, small, *[simt_takes] * 2]
@@ -199,3 +200,22 @@ def test_a_tensor_map_keeps_no_tensor(monkeypatch):
 def test_axes_of_one_element_are_spread():
     assert View(0, (1, 4, 1, 300), (9, 5, 7, 1), "bool", 0).spread() == (0, 5, 0, 1)
     assert views.LIBRARIES == ("cupy", "torch", "jax")
+
+
+@pytest.mark.parametrize(
+    ("ordered", "shape", "heads_kv", "sequences", "expected"),
+    [
+        (1, (8, 32, 2048, 64), 32, 0, 16),  # a head's rows and sums are a MiB, 16 of them stay in the cache
+        (1, (8, 32, 2048, 64), 8, 0, 4),
+        (1, (1, 4, 2048, 64), 4, 0, 4),
+        (1, (1, 32, 1 << 20, 64), 32, 0, 1),
+        (1, (1, 32, 16384, 64), 32, 8, 16),
+        (0, (8, 32, 2048, 64), 32, 0, 1),
+    ],
+)
+def test_heads_take_turns_where_sums_have_an_order(ordered, shape, heads_kv, sequences, expected):
+    b, _, n, d = shape
+    given = {"query": View(0, shape, (1,) * 4, "bfloat16", 0), "key": View(0, (b, heads_kv, n, d), (1,) * 4, "", 0)}
+    if sequences:
+        given["cu_q"] = View(0, (sequences + 1,), (1,), "int32", 0)
+    assert backward_launch.hopper.together({"ORDERED": ordered, "WIDTH": d}, given) == expected
