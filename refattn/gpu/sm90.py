@@ -183,10 +183,12 @@ def target(capability: tuple[int, int]) -> str:
 
 def source(m: Mapping[str, Any]) -> str:
     """Return the kernel's text for some macros: its #defines, and the wgmma wrappers of its tiles."""
-    kind = "bf16" if m["BF16"] else "f16"
+    kind, part = "bf16" if m["BF16"] else "f16", -(-m["BLOCK_N"] // 32) * 16
     wrappers = (
         wgmma("qk_first", m["BLOCK_N"], kind, first=True, from_registers=False),
         wgmma("qk_next", m["BLOCK_N"], kind, first=False, from_registers=False),
+        wgmma("part_first", part, kind, first=True, from_registers=False),
+        wgmma("part_next", part, kind, first=False, from_registers=False),
         wgmma("pv", m["WIDTH_V"], kind, first=None, from_registers=True, rows=True),
     )
     return text_of(FILE, m).replace("// (wgmma wrappers)", "".join(wrappers))
