@@ -47,7 +47,7 @@ def attention_with_cache(
     try:
         hash(asked)
     except TypeError:  # an option that is none: the checks say which
-        return _traced(asked, *given.values())
+        return tuple(_traced(asked, *given.values()))
     found: tuple[Any, Any] = _compiled(asked, *given.values())
     return found
 
