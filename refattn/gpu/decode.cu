@@ -6,24 +6,26 @@
 //     consecutive parts of consecutive key heads. CACHE: the keys of a sequence are lengths[batch], which `starts`
 //     turns into parts.
 //  2. Warp w takes tiles w, w + WARPS, ... of 16 keys of a part. They come by cp.async into the warp's own ring of
-//     STAGES, ahead also across parts and heads, so that loads never stop. Q is in registers. CACHE 2: key j is row
+//     STAGES, ahead also across parts and heads, so that loads never stop. BULK: they come by the bulk copy engine, an
+//     mbarrier a slot, so that no lane computes addresses. Q is in registers. CACHE 2: key j is row
 //     j % page of page table[batch][j / page]; a lane reads a page's number a tile ahead of the copies that need it.
 //     SCALES 2: tokens' scales are read a tile ahead, too.
 //  3. S^T = K Q^T, softcap, band, online softmax (base 2, see OFFSET in mma.cu), O^T += V^T P^T: 16 keys, or columns,
 //     by 8 rows, so that few rows waste little. ACCURACY_HIGH: P in two 16-bit parts. KV8: bytes become 16-bit numbers
 //     on their way to registers (decode_tiles.cuh).
-//  4. At a part's end the warps' O are added up, in order, four rows at a time through shared memory. O, maximum
-//     and sum of the part go to device memory.
-//  5. `merge` adds the parts of a row up: warp w takes parts w, w + 16, ... in order, then the warps' sums are
-//     added in order; sink, division, out, lse.
+//  4. At a part's end the warps' O are added up, in order, four rows at a time through shared memory: two buffers in
+//     turn, so that one barrier is enough. O, maximum and sum of the part go to device memory.
+//  5. Blocks count a key head's parts that are there, in `done`. The one that adds the last of them merges all of
+//     them, by row in a fixed order; sink, division, out, lse. CACHE: `merge_cache` does it; `merge` is for calls
+//     without keys.
 //
 // Hidden keys: as in mma.cu, step 6.
 //
-// Macros: BF16; WIDTH_K, WIDTH_V: 32, 64, 96 or 128; WARPS, TILES (of 8 rows: 1, 2, 4, 8), STAGES; BLOCK_N 16; ALIGNED;
-// ACCURACY_HIGH, SOFTCAP, BAND (causal or window) 0|1; CACHE: 0 all keys, 1 lengths, 2 lengths and pages; KV8: keys and
-// values in float8_e4m3fn; SCALES: 0 none, 1 a key head's, 2 a token's.
+// Macros: BF16; WIDTH_K, WIDTH_V: 32, 64, 96 or 128; WARPS 8; TILES (of 8 rows: 1, 2, 4, 8); STAGES; BLOCK_N 16;
+// ALIGNED, ACCURACY_HIGH, SOFTCAP, BAND (causal or window) 0|1; CACHE: 0 all keys, 1 lengths, 2 lengths and pages; KV8:
+// keys and values in float8_e4m3fn; SCALES: 0 none, 1 a key head's, 2 a token's; BULK 0|1: widths of 64 and 128.
 // Launch: starts: grid 1, block 1024; decode: grid s.workers, block 32 * WARPS, shared memory decode.shared_bytes;
-// merge: grid b * h * n_q, block 512.
+// merge: grid b * h_kv, block 32 * WARPS.
 
 #include "params.cuh"
 #include "mma_tiles.cuh"
@@ -255,8 +257,9 @@ DEVICE void add_values(float (&o)[COLUMNS][TILES][4], const float (&x)[TILES][4]
 }
 
 // Adds up the parts of a key head's rows: a warp takes every SLICES-th of a row's, then slices are added in order.
-// before: the first of the parts; kept: (WIDTH_V + 4) * WARPS floats of shared memory. All of a block's threads call it.
-DEVICE void merge_pair(const Params& p, const Split& s, long long before, int units, int batch, int head_kv, float* kept)
+// before: the first of the parts; kept: (WIDTH_V + 4) * WARPS floats of shared memory. All threads of a block call it.
+DEVICE void merge_pair(const Params& p, const Split& s, long long before, int units, int batch, int head_kv,
+                       float* kept)
 {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, group = p.h / p.h_kv, rows = group * p.n_q,
         slices = rows > WARPS / 2 ? 1 : rows > WARPS / 4 ? 2 : rows > WARPS / 8 ? 4 : 8, slice = warp % slices;
@@ -333,7 +336,8 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c, const Maps& map
     int known_batch = -1, known_head = -1;                // whose queries are in q
     float k_by = CACHE ? c.k_by : 1.f, v_by = CACHE ? c.v_by : 1.f;          // SCALES 1: times the key head's
     int stage = 0;
-    u32 phase = 0, from = begin;                          // from: the first part of the key head that this block has
+    u32 phase = 0;
+    [[maybe_unused]] u32 from = begin;                    // the first part of the key head that this block has
     for (u32 part = begin; part < end; part++) {
         const Part at = part_of(p, s, c, part);
         const int n_k = at.of.n_k;
@@ -387,7 +391,10 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c, const Maps& map
                         const bool on = j < n_k && (!BAND || (j >= i + left && j <= i + right));
                         x[n][e] = on ? x[n][e] : -INF;
                     }
-                if (__any_sync(~0u, not_numbers(tile + KEY_BYTES))) odd_values(o, x, tile + KEY_BYTES);
+                if (__any_sync(~0u, not_numbers(tile + KEY_BYTES))) {
+                    odd_values(o, x, tile + KEY_BYTES);
+                    if (BULK) fence_for_copies();         // they will overwrite what was written here
+                }
             }
             // ---- online softmax: maxima of rows are looked for where some lane has a larger score ----
             bool move = false;

@@ -26,10 +26,10 @@
 //  8. REPAIR: a hidden key's p is 0, and 0 * NaN is NaN. Tiles with an output that is not finite are marked in
 //     `redo`, a byte for 64 rows of a sequence; simt.cu computes them anew.
 //
-// Macros: WIDTH_K, WIDTH_V (multiples of 32: d_k, d_v filled up), STEPS_K (of 16 columns of d_k), BF16 0 | 1; RIGHT,
-// LEFT 0 | 1 (the band has that edge), SINK, SOFTCAP, MASK (bits packed by pack.cu), PACKED 0 | 1, BIAS 0, 1 (type of
-// the inputs), 2 (float), PRESCALE 1: needed where scale <= 0; HIGH 0 | 1, CONSUMERS 2 | 3, BLOCK_N (multiple of 16;
-// of 32 with MASK), STAGES (K, V), Q_STAGES, PINGPONG 0 | 1, BLOCKS 0 | 1 (of multiples of BLOCK_M rows and BLOCK_N
+// Macros: WIDTH_K, WIDTH_V (multiples of 32: d_k, d_v filled up), STEPS_K, STEPS_V (of 16 columns of d_k, d_v), BF16,
+// RIGHT, LEFT 0 | 1 (the band has that edge), SINK, SOFTCAP, MASK (bits packed by pack.cu), PACKED 0 | 1, BIAS 0, 1 (in
+// the inputs' type), 2 (float), PRESCALE 1: needed where scale <= 0; HIGH 0 | 1, CONSUMERS 2 | 3, BLOCK_N (multiple of
+// 16; of 32 with MASK), STAGES (K, V), Q_STAGES, PINGPONG 0 | 1, BLOCKS 0 | 1 (of multiples of BLOCK_M rows and BLOCK_N
 // keys), CONSUMER_REGISTERS and PRODUCER_REGISTERS (multiples of 8). d_k, d_v: multiples of 8. Rows of q, k, v, out
 // 16-byte aligned, last axis contiguous. The wgmma wrappers qk_first, qk_next (S (+)= Q K^T, both from shared memory)
 // and pv (O += P V, P from registers) are generated text (sm90.py) put in at the marker below, since their asm
@@ -52,10 +52,8 @@ constexpr bool SCALED = SOFTCAP || BIAS || PRESCALE, REPAIR = RIGHT || LEFT || M
 // The first product of the next tile of rows runs while this one goes out: with more to keep, registers do not last
 // (bias), or it took longer.
 constexpr bool OVERLAP = !BIAS && !LEFT && !PACKED && !HIGH;
-// Of a block at an edge of the band, a consumer whose rows see none of its keys leaves it out, and one whose rows see its
-// first (EDGE_LEFT: last) PART keys at most multiplies those alone.
-constexpr bool EDGES = RIGHT && !BLOCKS, EDGE_LEFT = LEFT && !BLOCKS && !MASK && !BIAS;
-constexpr int PART = (BLOCK_N / 2 + 15) / 16 * 16, UPPER = BLOCK_N - PART;
+// Of a tile's first block, a consumer whose rows see none of it leaves it out.
+constexpr bool SKIPS = RIGHT && !LEFT && !BLOCKS;
 constexpr int BIAS_WORDS = BIAS == 2 ? NS : BIAS ? NS / 2 : 1;   // registers of a tile's bias a thread
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr u32 ARRIVALS = 4 * CONSUMERS;               // one arrival a consumer warp frees a slot
@@ -86,27 +84,15 @@ DEVICE void product_qk(float (&s)[NS], u64 q, u64 k) {  // q, k: descriptors of 
     }
     wgmma_commit();
 }
-// of PART keys: the first ones of the tile
-DEVICE void product_part(float (&s)[NS], u64 q, u64 k) {
-    float (&first)[PART / 2] = reinterpret_cast<float (&)[PART / 2]>(s);
-#pragma unroll
-    for (int i = 0; i < STEPS_K; i++) {
-        u64 dq = q + (((i / 4) * BLOCK_M * 128 + (i % 4) * 32) >> 4),
-            dk = k + (((i / 4) * BLOCK_N * 128 + (i % 4) * 32) >> 4);
-        if (i == 0) part_first(first, dq, dk);
-        else part_next(first, dq, dk);
-    }
-    wgmma_commit();
-}
-// keep: 0 where O is set, not added to; KEYS: the first ones of the tile
-template <int KEYS = BLOCK_N>
+// keep: 0 where O is set, not added to
 DEVICE void product_pv(float (&o)[NO], const u32 (&p)[(1 + HIGH) * NP], u64 v, int keep) {
+    float (&sums)[8 * STEPS_V] = reinterpret_cast<float (&)[8 * STEPS_V]>(o);     // columns past d_v stay 0
 #pragma unroll
-    for (int i = 0; i < KEYS / 16; i++) {
+    for (int i = 0; i < BLOCK_N / 16; i++) {
         u64 dv = v + ((i * 2048) >> 4);
-        pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], dv, i == 0 ? keep : 1);
+        pv(sums, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], dv, i == 0 ? keep : 1);
 #if HIGH
-        pv(o, p[NP + 4 * i], p[NP + 4 * i + 1], p[NP + 4 * i + 2], p[NP + 4 * i + 3], dv, 1);
+        pv(sums, p[NP + 4 * i], p[NP + 4 * i + 1], p[NP + 4 * i + 2], p[NP + 4 * i + 3], dv, 1);
 #endif
     }
     wgmma_commit();
@@ -285,10 +271,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
     int keep = 1;                                                             // 0: O is of the tile before
     // the thread's rows see keys lows[r] .. keys[r] - 1; blocks unmasked_from <= j < unmasked need no mask
     int keys[2], lows[2], unmasked, unmasked_from, first_block;
-    // blocks of the tile that the consumer leaves out at its edges (0 or 1); few: of the P at hand only PART keys count,
-    // the last ones of the block where `upper`, which the block `upper_block` will be
-    int skipped = 0, skipped_left = 0, upper_block = -1;
-    bool few = false;
+    bool skipped = false;                                                     // the tile's first block is left out
     const u32* bits[2];
     Bias bias;
     auto release = [&](u32 bar) { if (lane == 0) barrier_arrive(bar); };
@@ -337,8 +320,8 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
 #pragma unroll
         for (int i = 0; i < NO; i++) o[i] = 0.f;
     };
-    auto mask = [&](float (&s)[NS], int j, int from) {                        // from: the first key of the block
-        const int base = j * BLOCK_N + from + 2 * lane4, limit[2] = {keys[0] - base, keys[1] - base},
+    auto mask = [&](float (&s)[NS], int j) {
+        const int base = j * BLOCK_N + 2 * lane4, limit[2] = {keys[0] - base, keys[1] - base},
                   low[2] = {lows[0] - base, lows[1] - base};
         if (j >= unmasked) apply_mask<false>(s, limit);
         if (LEFT && j < unmasked_from) apply_mask<true>(s, low);
@@ -409,7 +392,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
                 asm volatile("ld.shared.b32 %0, [%1];" : "=r"(next) : "r"(bars + NEXT + 4 * k.stage) : "memory");
             next = __shfl_sync(~0u, next, 0);
         }
-        return LEFT && next < first_block + skipped_left ? -1 : next;
+        return LEFT && next < first_block ? -1 : next;
     };
     auto release_k = [&](int next) {
         release(bars + EMPTY_K + 8 * k.stage);
@@ -417,31 +400,16 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         k.advance();
     };
     auto release_v = [&]() { release(bars + EMPTY_V + 8 * v.stage); v.advance(); };
-    // K and V tiles that the consumer does not need; its turn passes, too
+    // A block that is left out: its K, the consumer's turn, its V, as others count on them.
     auto skip_k = [&]() {
         barrier_wait(bars + FULL_K + 8 * k.stage, k.phase);
         release(bars + EMPTY_K + 8 * k.stage);
         k.advance();
     };
-    auto skip_v = [&]() { barrier_wait(bars + FULL_V + 8 * v.stage, v.phase); release_v(); };
     auto skip_turn = [&]() { if (PINGPONG) token_wait(consumer), token_pass(consumer); };
-    // S = Q K^T, or of PART keys alone; waits, as what is in flight must not go through branches
-    auto product_first = [&](float (&s)[NS], bool part) {
-        if (part) {
-            wgmma_fence();
-            product_part(s, desc_q(), desc_k());
-            wgmma_wait<0>();
-#pragma unroll
-            for (int i = PART / 2; i < NS; i++) s[i] = 0.f;
-        } else {
-            wgmma_fence();
-            product_qk(s, desc_q(), desc_k());
-            wgmma_wait<0>();
-        }
-        pin(s);
-    };
+    auto skip_v = [&]() { barrier_wait(bars + FULL_V + 8 * v.stage, v.phase), release_v(); };
     // S = Q K^T of block j, O += P V of block j + 1, softmax of S
-    auto step = [&](int j, auto masked, auto few, auto part) {
+    auto step = [&](int j, auto masked) {
         float s[NS];
         barrier_wait(bars + FULL_K + 8 * k.stage, k.phase);
         const int next = next_block(j);
@@ -449,25 +417,20 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         if (BIAS) load_bias(given, bias, j * BLOCK_N + 2 * lane4, z.n_k);
         if (PINGPONG) token_wait(consumer);
         wgmma_fence();
-        if (part.value) product_part(s, desc_q(), desc_k() + (UPPER * 128 >> 4));
-        else product_qk(s, desc_q(), desc_k());
+        product_qk(s, desc_q(), desc_k());
         barrier_wait(bars + FULL_V + 8 * v.stage, v.phase);
         wgmma_fence();
-        product_pv<few.value>(o, p, desc_v(), OVERLAP ? keep : 1), keep = 1;
+        product_pv(o, p, desc_v(), OVERLAP ? keep : 1), keep = 1;
         if (PINGPONG) token_pass(consumer);
         wgmma_wait<1>();
         pin(s);
         release_k(next);
-        if (part.value) {
-#pragma unroll
-            for (int i = PART / 2; i < NS; i++) s[i] = -INFINITY_F;
-        }
         bool moved;
         if (SOFTCAP && !BIAS && !PRESCALE && !masked.value) {
             moved = capped_softmax(s, top, sum, factor, scale / x.softcap, scale_log2);
         } else {
             if (SCALED) finish_scores(s, given);
-            if (masked.value) mask(s, j, part.value ? UPPER : 0);
+            if (masked.value) mask(s, j);
             moved = softmax<decltype(masked)::value>(s, top, sum, factor, scale_log2);
         }
         wgmma_wait<0>();
@@ -492,31 +455,18 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
     // queues S = Q K^T of the tile's first block; returns the next one
     auto begin = [&](const Work& w, float (&s)[NS], u32 (&given)[BIAS_WORDS]) {
         if (!OVERLAP) start(w);
-        const Band band = band_of(w.n_q, w.n_k, x);
-        const int top_row = w.row + consumer * 64;
-        first_block = LEFT ? max(0, w.row + band.low) / BLOCK_N : 0, skipped_left = 0;
         int j = w.blocks - 1;
-        if (EDGES) {                                      // keys before `seen` are seen by some row of the consumer
-            const int seen = top_row < w.n_q ? min(top_row + 63, w.n_q - 1) + band.high + 1 : 0;
-            skipped = j > first_block && seen <= j * BLOCK_N;
+        if (SKIPS) {
+            const int top_row = w.row + consumer * 64, last = min(top_row + 63, w.n_q - 1);
+            skipped = j > 0 && (top_row >= w.n_q || last + band_of(w.n_q, w.n_k, x).high < j * BLOCK_N);
             if (skipped) skip_k(), j--;
-            few = seen <= j * BLOCK_N + PART;
-        }
-        if (EDGE_LEFT) {
-            const int low = top_row + band.low;
-            skipped_left = j > first_block && low >= (first_block + 1) * BLOCK_N;
-            const int last = first_block + skipped_left;
-            upper_block = low >= last * BLOCK_N + UPPER ? last : -1;
         }
         if (BIAS) load_bias(given, bias, j * BLOCK_N + 2 * lane4, z.n_k);
+        first_block = LEFT ? max(0, w.row + band_of(w.n_q, w.n_k, x).low) / BLOCK_N : 0;
         barrier_wait(bars + FULL_K + 8 * k.stage, k.phase);
         const int next = next_block(j);
-        if (EDGES && !OVERLAP) {
-            product_first(s, few);
-        } else {
-            wgmma_fence();
-            product_qk(s, desc_q(), desc_k());
-        }
+        wgmma_fence();
+        product_qk(s, desc_q(), desc_k());
         return next;
     };
     // the softmax of that block
@@ -526,43 +476,25 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         pin(s);
         release_k(next);
         if (SCALED) finish_scores(s, given);
-        mask(s, w.blocks - 1 - skipped, 0);
-        if (EDGES && skipped) skip_turn();
+        mask(s, w.blocks - 1 - skipped);
+        if (SKIPS && skipped) skip_turn();
         softmax<true>(s, top, sum, factor, scale_log2);
         round_p(p, s);
-        if (EDGES && skipped) skip_v();
+        if (SKIPS && skipped) skip_v();
     };
     auto end = [&](const Work& w, auto queued) {                              // products queued after the last one
         wgmma_wait<decltype(queued)::value>();
         pin(o);
         release_v();
-        if (EDGE_LEFT && skipped_left) skip_v();
         finish(w, o, top, sum);
     };
-    typedef Number<BLOCK_N> All;
     auto walk = [&](int j) {                                                  // up to the last product, which is queued
-        if (EDGES && few && j >= 0) j = step(j, Yes(), Number<PART>(), No());
-        if (EDGE_LEFT) {
-            while (j >= 0 && j != upper_block)
-                j = j >= unmasked || j < unmasked_from ? step(j, Yes(), All(), No()) : step(j, No(), All(), No());
-        } else {
-            while ((MASK && j >= 0) || (RIGHT && j >= unmasked && j >= 0)) j = step(j, Yes(), All(), No());
-            while (j >= unmasked_from) j = step(j, No(), All(), No());
-            while (LEFT && j >= 0) j = step(j, Yes(), All(), No());
-        }
-        const bool upper = EDGE_LEFT && j >= 0;
-        if (EDGE_LEFT && upper) step(j, Yes(), All(), Yes());
+        while ((MASK && j >= 0) || (RIGHT && j >= unmasked && j >= 0)) j = step(j, Yes());
+        while (j >= unmasked_from) j = step(j, No());
+        while (LEFT && j >= 0) j = step(j, Yes());
         barrier_wait(bars + FULL_V + 8 * v.stage, v.phase);
-        if (EDGE_LEFT && upper) {
-            wgmma_fence();
-            product_pv<PART>(o, p, desc_v() + (UPPER * 128 >> 4), 1);
-            wgmma_wait<0>();
-        } else {
-            wgmma_fence();
-            product_pv(o, p, desc_v(), OVERLAP ? keep : 1);
-            if (EDGE_LEFT) wgmma_wait<0>();
-        }
-        if (EDGE_LEFT && skipped_left) skip_k(), skip_turn();
+        wgmma_fence();
+        product_pv(o, p, desc_v(), OVERLAP ? keep : 1);
         q.advance();
     };
     u32 given[BIAS_WORDS];
