@@ -108,8 +108,8 @@ def device_of(x: Any, name: str) -> int:
     if kind == "jax":
         if traced(x):
             raise UnsupportedProblem(
-                f"{name}: is traced by JAX (jit, grad or vmap), expected an array; of refattn.gpu only attention is "
-                "traced, and its gradients through jax.grad"
+                f"{name}: is traced by JAX (jit, grad or vmap), expected an array; of refattn.gpu only attention and "
+                "attention_with_cache are traced, and attention's gradients through jax.grad"
             )
         (device, *more) = x.devices()
         if device.platform != "gpu" or more:
