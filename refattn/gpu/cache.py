@@ -242,7 +242,7 @@ def _launch(
     stream: int,
 ) -> None:  # fmt: skip
     """Queue three kernels: where each sequence's parts begin, the parts, and their merge."""
-    (b, _, n_q, _), h_kv, device, m = arrays["query"].shape, arrays["key"].shape[1], arrays["query"].device, plan.macros
+    (b, h, n_q, _), h_kv, device, m = arrays["query"].shape, arrays["key"].shape[1], arrays["query"].device, plan.macros
     rows, width = call.group * n_q, m["WIDTH_V"]
     parts = b * h_kv * decode.most_units(call.n_k)
     _, kept = empty(like, (parts * rows * (width + 2) + b + 1,), "float32")
@@ -251,14 +251,14 @@ def _launch(
     cut = {"first_key": 0, "keys": 0, "unit": 0, "units": 0, "workers": grid}
     values = {
         "p": params(plan, call, arrays, options, 0),
-        "s": {"parts": kept.pointer, "stats": stats, "done": 0, **cut},
+        "s": {"parts": kept.pointer, "stats": stats, **cut},
         "c": _cache(call, arrays, numbers, stats + 8 * parts * rows),
     }
     threads = plan.kernel.threads(m)
     for entry, size, block, shared in (
         ("starts", 1, 1024, 0),
         ("decode_cache", grid, threads, plan.shared_bytes),
-        ("merge_cache", b * h_kv, threads, 0),
+        ("merge_cache", b * h * n_q, 512, 0),
     ):
         takes = arguments_of(decode.KERNEL.file, entry)
         queue(kernel_of(plan, device, entry, shared), size, block, shared, stream, takes, values)

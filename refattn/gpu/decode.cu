@@ -6,8 +6,7 @@
 //     consecutive parts of consecutive key heads. CACHE: the keys of a sequence are lengths[batch], which `starts`
 //     turns into parts.
 //  2. Warp w takes tiles w, w + WARPS, ... of 16 keys of a part. They come by cp.async into the warp's own ring of
-//     STAGES, ahead also across parts and heads, so that loads never stop. BULK: they come by the bulk copy engine, an
-//     mbarrier a slot, so that no lane computes addresses. Q is in registers. CACHE 2: key j is row
+//     STAGES, ahead also across parts and heads, so that loads never stop. Q is in registers. CACHE 2: key j is row
 //     j % page of page table[batch][j / page]; a lane reads a page's number a tile ahead of the copies that need it.
 //     SCALES 2: tokens' scales are read a tile ahead, too.
 //  3. S^T = K Q^T, softcap, band, online softmax (base 2, see OFFSET in mma.cu), O^T += V^T P^T: 16 keys, or columns,
@@ -15,25 +14,22 @@
 //     on their way to registers (decode_tiles.cuh).
 //  4. At a part's end the warps' O are added up, in order, four rows at a time through shared memory: two buffers in
 //     turn, so that one barrier is enough. O, maximum and sum of the part go to device memory.
-//  5. Blocks count a key head's parts that are there, in `done`. The one that adds the last of them merges all of
-//     them, by row in a fixed order; sink, division, out, lse. CACHE: `merge_cache` does it; `merge` is for calls
-//     without keys.
+//  5. `merge` adds the parts of a row up: warp w takes parts w, w + 16, ... in order, then the warps' sums are
+//     added in order; sink, division, out, lse.
 //
 // Hidden keys: as in mma.cu, step 6.
 //
-// Macros: BF16; WIDTH_K, WIDTH_V: 32, 64, 96 or 128; WARPS 8; TILES (of 8 rows: 1, 2, 4, 8); STAGES; BLOCK_N 16;
-// ALIGNED, ACCURACY_HIGH, SOFTCAP, BAND (causal or window) 0|1; CACHE: 0 all keys, 1 lengths, 2 lengths and pages; KV8:
-// keys and values in float8_e4m3fn; SCALES: 0 none, 1 a key head's, 2 a token's; BULK 0|1: widths of 64 and 128.
+// Macros: BF16; WIDTH_K, WIDTH_V: 32, 64, 96 or 128; WARPS, TILES (of 8 rows: 1, 2, 4, 8), STAGES; BLOCK_N 16; ALIGNED;
+// ACCURACY_HIGH, SOFTCAP, BAND (causal or window) 0|1; CACHE: 0 all keys, 1 lengths, 2 lengths and pages; KV8: keys and
+// values in float8_e4m3fn; SCALES: 0 none, 1 a key head's, 2 a token's.
 // Launch: starts: grid 1, block 1024; decode: grid s.workers, block 32 * WARPS, shared memory decode.shared_bytes;
-// merge: grid b * h_kv, block 32 * WARPS.
+// merge: grid b * h * n_q, block 512.
 
 #include "params.cuh"
 #include "mma_tiles.cuh"
-#include "bulk.cuh"
 
 // units: parts of a key head's keys
-// done: parts of a key head that are there, zeros before and after
-struct Split { float* parts; float2* stats; int* done; int first_key, keys, unit, units, workers; };
+struct Split { float* parts; float2* stats; int first_key, keys, unit, units, workers; };
 // starts: the parts before those of a sequence, and of all; scales: of keys and values, by page or batch, head, row;
 // page: rows of one; most: the keys that a sequence has room for
 struct Cache {
@@ -44,11 +40,9 @@ struct Cache {
 };
 constexpr int COLUMNS = WIDTH_V / 16, QK = WIDTH_K / 16, STEP = 16 * WARPS, MOST = 8 * TILES;
 constexpr int SUMS = WARPS * 4 * WIDTH_V;
-[[maybe_unused]] constexpr int COPIES = ALIGNED ? 16 : 1;                  // of a lane at a time
+constexpr int COPIES = ALIGNED ? 16 : 1;                  // of a lane at a time
 
 #include "decode_tiles.cuh"
-
-struct Maps { const TensorMap *k, *v; };
 
 constexpr float OFFSET = HALF_P ? 15.f : -16.f, UNSHIFT = HALF_P ? 1.f / 32768.f : 65536.f;
 constexpr u32 KEY_BYTES = 16 * sizeof(Item) * WIDTH_K, STAGE = KEY_BYTES + 16 * sizeof(Item) * WIDTH_V;
@@ -95,7 +89,7 @@ DEVICE Spot spot_of(const Cache& c, int key) {
 }
 
 // What is loaded next: keys key .. last - 1; row: the page of the lane's row of that tile
-struct Place { u32 part, end; int key, last, batch, row, head; const Item *k, *v; };
+struct Place { u32 part, end; int key, last, batch, row; const Item *k, *v; };
 DEVICE void look_up(Place& x, const Cache& c) {
 #if CACHE == 2
     const int key = x.key + (threadIdx.x & 15);
@@ -111,21 +105,13 @@ DEVICE void find(Place& x, const Params& p, const Split& s, const Cache& c) {   
         if (x.key < x.last) break;
     }
     if (x.part >= x.end) return;
-    x.batch = at.batch, x.head = at.head;
+    x.batch = at.batch;
     const long long batch = CACHE == 2 ? 0 : at.batch;
     x.k = (const Item*)p.k + batch * p.k_b + at.head * p.k_h, x.v = (const Item*)p.v + batch * p.v_b + at.head * p.v_h;
     look_up(x, c);
 }
-// full: the slot's barrier
-DEVICE void load(Place& x, const Params& p, const Split& s, const Cache& c, u32 to, const Maps& maps, u32 full) {
+DEVICE void load(Place& x, const Params& p, const Split& s, const Cache& c, u32 to) {
     if (x.part < x.end) {
-#if BULK
-        if ((threadIdx.x & 31) == 0) {
-            barrier_expect(full, STAGE);
-            copy_rows<WIDTH_K>(to, maps.k, full, x.key, x.head, x.batch);
-            copy_rows<WIDTH_V>(to + KEY_BYTES, maps.v, full, x.key, x.head, x.batch);
-        }
-#else
         bool whole = ALIGNED && x.key + 16 <= x.last && p.d_k == WIDTH_K && p.d_v == WIDTH_V;
 #if CACHE == 2
         // where the lane's row begins, or nowhere: a page that is none is not read
@@ -148,12 +134,11 @@ DEVICE void load(Place& x, const Params& p, const Split& s, const Cache& c, u32 
             RowsV::copy_some(to + KEY_BYTES, x.v + x.key * p.v_n, p.v_n, x.last - x.key, p.d_v);
         }
 #endif
-#endif
         x.key += STEP;
         if (x.key >= x.last) x.part++, find(x, p, s, c);
         else look_up(x, c);
     }
-    if (!BULK) commit();
+    commit();
 }
 // Tokens' scales: those of the lane's two keys of a tile, of page or batch, head and row, by strides; 1 where there is
 // no key: what no sequence owns is not read.
@@ -256,88 +241,25 @@ DEVICE void add_values(float (&o)[COLUMNS][TILES][4], const float (&x)[TILES][4]
     }
 }
 
-// Adds up the parts of a key head's rows: a warp takes every SLICES-th of a row's, then slices are added in order.
-// before: the first of the parts; kept: (WIDTH_V + 4) * WARPS floats of shared memory. All threads of a block call it.
-DEVICE void merge_pair(const Params& p, const Split& s, long long before, int units, int batch, int head_kv,
-                       float* kept)
-{
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, group = p.h / p.h_kv, rows = group * p.n_q,
-        slices = rows > WARPS / 2 ? 1 : rows > WARPS / 4 ? 2 : rows > WARPS / 8 ? 4 : 8, slice = warp % slices;
-    float* own = kept + warp * (WIDTH_V + 4);
-    for (int first = 0; first < rows; first += WARPS / slices) {
-        const int row = min(first + warp / slices, rows - 1), head = head_kv * group + row / p.n_q, query = row % p.n_q;
-        const float2* stats = s.stats + before * rows + row;
-        const float* parts = s.parts + (before * rows + row) * WIDTH_V + 4 * lane;
-        float top = -INF;
-        for (int i = lane; i < units; i += 32) top = fmaxf(top, __ldcg(stats + (long long)i * rows).x);
-        UNROLL for (int hop = 16; hop; hop /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, hop));
-        const float sink = p.sink ? ((const float*)p.sink)[head] : -INF, sink2 = __fmul_rn(sink, LOG2E);
-        top = fmaxf(top, sink2);
-        const float base = top == -INF ? 0.f : top;
-        float keys = 0.f, o[4] = {};
-#pragma unroll 4
-        for (int i = slice; i < units; i += slices) {
-            const float2 x = __ldcg(stats + (long long)i * rows);
-            const float weight = exp2_fast(x.x - base);
-            keys = fmaf(weight, x.y, keys);
-            if (4 * lane < WIDTH_V) {
-                const float4 y = __ldcg((const float4*)(parts + (long long)i * rows * WIDTH_V));
-                o[0] = fmaf(weight, y.x, o[0]), o[1] = fmaf(weight, y.y, o[1]), o[2] = fmaf(weight, y.z, o[2]),
-                    o[3] = fmaf(weight, y.w, o[3]);
-            }
-        }
-        if (slices > 1) {
-            if (4 * lane < WIDTH_V) *(float4*)(own + 4 * lane) = make_float4(o[0], o[1], o[2], o[3]);
-            if (lane == 0) own[WIDTH_V] = keys;
-            __syncthreads();
-            for (int i = 1; slice == 0 && i < slices; i++) {
-                const float* other = own + i * (WIDTH_V + 4);
-                UNROLL for (int e = 0; e < 4; e++) o[e] += 4 * lane < WIDTH_V ? other[4 * lane + e] : 0.f;
-                keys += other[WIDTH_V];
-            }
-        }
-        if (slice == 0 && first + warp / slices < rows) {
-            const float sum = keys + (sink == -INF ? 0.f : exp2_fast(sink2 - base));
-            if (lane == 0)                                // a row without keys: lse is the sink itself, or -inf
-                ((float*)p.lse)[batch * p.lse_b + head * p.lse_h + query] = keys == 0 ? sink : (top + log2f(sum)) * LN2;
-            u16* out = (u16*)p.out + batch * p.o_b + head * p.o_h + query * p.o_n;
-            UNROLL for (int e = 0; e < 4; e++)
-                if (4 * lane + e < p.d_v) out[4 * lane + e] = (u16)pack(sum == 0 ? 0.f : o[e] / sum, 0.f);
-        }
-        __syncthreads();
-    }
-}
-
-DEVICE void run(const Params& p, const Split& s, const Cache& c, const Maps& maps) {
+DEVICE void run(const Params& p, const Split& s, const Cache& c) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const int lane = threadIdx.x & 31, own = lane / 4, column = 2 * (lane & 3), warp = threadIdx.x / 32;
     const u32 ring = shared_address(shared) + warp * STAGES * STAGE;
     // two each, in turn, so that one barrier is enough: O of 4 rows of each warp; maxima and sums of each warp's rows
     float* sums = (float*)(shared + WARPS * STAGES * STAGE);
     float2* tops = (float2*)(sums + 2 * SUMS);
-    const u32 full = shared_address(tops + 2 * WARPS * MOST) + 8 * warp * STAGES;
-    [[maybe_unused]] int* flag = (int*)(tops + 2 * WARPS * MOST + WARPS * STAGES);
     int turn = 0, group = 0;
-#if BULK
-    if (lane == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1);
-        fence_for_copies();
-    }
-    __syncwarp();
-#endif
     const int rows = p.h / p.h_kv * p.n_q;
     const long long total = CACHE ? c.starts[p.b] : (long long)p.b * p.h_kv * s.units;
     Place next = {(u32)(blockIdx.x * total / s.workers), (u32)((blockIdx.x + 1) * total / s.workers)};
     const u32 begin = next.part, end = next.end;
     find(next, p, s, c);
-    UNROLL for (int i = 0; i < STAGES - 1; i++) load(next, p, s, c, ring + i * STAGE, maps, full + 8 * i);
+    UNROLL for (int i = 0; i < STAGES - 1; i++) load(next, p, s, c, ring + i * STAGE);
 
     Queries q;
     int known_batch = -1, known_head = -1;                // whose queries are in q
     float k_by = CACHE ? c.k_by : 1.f, v_by = CACHE ? c.v_by : 1.f;          // SCALES 1: times the key head's
     int stage = 0;
-    u32 phase = 0;
-    [[maybe_unused]] u32 from = begin;                    // the first part of the key head that this block has
     for (u32 part = begin; part < end; part++) {
         const Part at = part_of(p, s, c, part);
         const int n_k = at.of.n_k;
@@ -361,15 +283,12 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c, const Maps& map
         Scales ahead = scales_of(c, at, first + 16 * warp, last);
 #pragma unroll 1
         for (int key = first + 16 * warp; key < last; key += STEP) {
-            if (BULK) barrier_wait(full + 8 * stage, phase);
-            else wait<STAGES - 2>();
+            wait<STAGES - 2>();
             // the tile is there for all lanes, and the last one is read by all
             __syncwarp();
-            const int free = stage ? stage - 1 : STAGES - 1;
-            load(next, p, s, c, ring + free * STAGE, maps, full + 8 * free);
+            load(next, p, s, c, ring + (stage ? stage - 1 : STAGES - 1) * STAGE);
             const u32 tile = ring + stage * STAGE;
-            stage++;
-            if (stage == STAGES) stage = 0, phase ^= 1;
+            stage = stage == STAGES - 1 ? 0 : stage + 1;
             const Scales by = ahead;
             ahead = scales_of(c, at, key + STEP, last);
 
@@ -391,10 +310,7 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c, const Maps& map
                         const bool on = j < n_k && (!BAND || (j >= i + left && j <= i + right));
                         x[n][e] = on ? x[n][e] : -INF;
                     }
-                if (__any_sync(~0u, not_numbers(tile + KEY_BYTES))) {
-                    odd_values(o, x, tile + KEY_BYTES);
-                    if (BULK) fence_for_copies();         // they will overwrite what was written here
-                }
+                if (__any_sync(~0u, not_numbers(tile + KEY_BYTES))) odd_values(o, x, tile + KEY_BYTES);
             }
             // ---- online softmax: maxima of rows are looked for where some lane has a larger score ----
             bool move = false;
@@ -453,52 +369,15 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c, const Maps& map
                 if (i % WIDTH_V == 0) s.stats[(long long)part * rows + row] = make_float2(top, sum);
             }
         }
-#if !CACHE
-        // ---- the block that adds a key head's last part merges them ----
-        if (at.index == 0) from = part;
-        if (at.index + 1 < s.units && part + 1 < end) continue;
-        const int count = part + 1 - from;
-        __threadfence();
-        __syncthreads();
-        if (count < s.units) {
-            int* done = s.done + part / (u32)s.units;
-            if (threadIdx.x == 0) {
-                *flag = atomicAdd(done, count) + count == s.units;
-                if (*flag) *done = 0;
-                __threadfence();
-            }
-            __syncthreads();
-            if (!*flag) continue;
-        }
-        merge_pair(p, s, part - at.index, s.units, at.batch, at.head, sums + group * SUMS);
-#endif
     }
 }
 
 #if !CACHE
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ TensorMap map_k,
-    const __grid_constant__ TensorMap map_v, const __grid_constant__ Params p, const __grid_constant__ Split s)
-{ run(p, s, {}, {&map_k, &map_v}); }
-
-// For keys that no row sees.
-extern "C" __global__ void __launch_bounds__(THREADS) merge(const __grid_constant__ Params p,
-    const __grid_constant__ Split s)
-{
-    __shared__ __align__(16) float kept[WARPS * (WIDTH_V + 4)];
-    merge_pair(p, s, 0, 0, blockIdx.x / p.h_kv, blockIdx.x % p.h_kv, kept);
-}
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Params p,
+    const __grid_constant__ Split s) { run(p, s, {}); }
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_cache(const __grid_constant__ Params p,
-    const __grid_constant__ Split s, const __grid_constant__ Cache c) { run(p, s, c, {}); }
-
-extern "C" __global__ void __launch_bounds__(THREADS) merge_cache(const __grid_constant__ Params p,
-    const __grid_constant__ Split s, const __grid_constant__ Cache c)
-{
-    __shared__ __align__(16) float kept[WARPS * (WIDTH_V + 4)];
-    const int batch = blockIdx.x / p.h_kv, head = blockIdx.x % p.h_kv,
-        units = (c.starts[batch + 1] - c.starts[batch]) / p.h_kv;
-    merge_pair(p, s, c.starts[batch] + (long long)head * units, units, batch, head, kept);
-}
+    const __grid_constant__ Split s, const __grid_constant__ Cache c) { run(p, s, c); }
 
 // The parts before those of each sequence, and of all: one block.
 extern "C" __global__ void __launch_bounds__(1024) starts(const __grid_constant__ Params p,
@@ -521,4 +400,62 @@ extern "C" __global__ void __launch_bounds__(1024) starts(const __grid_constant_
     }
     if (threadIdx.x == 1023) c.starts[p.b] = ends[1023];
 }
+#endif
+
+constexpr int MERGING = 16, TOGETHER = CACHE ? 4 : 8;     // warps, parts that are read at once: registers
+DEVICE void merge_parts(const Params& p, const Split& s, const Cache& c) {
+    __shared__ float tops[MERGING], sums[MERGING], outs[MERGING][WIDTH_V];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, group = p.h / p.h_kv, rows = group * p.n_q;
+    const long long pair = blockIdx.x / rows;
+    const int row = blockIdx.x % rows, batch = pair / p.h_kv, head = pair % p.h_kv * group + row / p.n_q,
+        query = row % p.n_q;
+    const int units = CACHE ? (c.starts[batch + 1] - c.starts[batch]) / p.h_kv : s.units;
+    const long long before = CACHE ? c.starts[batch] + (long long)(pair % p.h_kv) * units : pair * units;
+    const float2* stats = s.stats + before * rows + row;
+    const float* parts = s.parts + (before * rows + row) * WIDTH_V + 4 * lane;
+    float top = -INF;
+    for (int i = threadIdx.x; i < units; i += 32 * MERGING) top = fmaxf(top, stats[(long long)i * rows].x);
+    UNROLL for (int hop = 16; hop; hop /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, hop));
+    if (lane == 0) tops[warp] = top;
+    __syncthreads();
+    UNROLL for (int i = 0; i < MERGING; i++) top = fmaxf(top, tops[i]);
+    const float sink = p.sink ? ((const float*)p.sink)[head] : -INF, sink2 = __fmul_rn(sink, LOG2E);
+    top = fmaxf(top, sink2);
+    const float base = top == -INF ? 0.f : top;
+    float sum = 0.f, o[4] = {};
+#pragma unroll TOGETHER
+    for (int i = warp; i < units; i += MERGING) {
+        const float2 x = stats[(long long)i * rows];
+        const float weight = exp2_fast(x.x - base);
+        sum = fmaf(weight, x.y, sum);
+        if (4 * lane < WIDTH_V) {
+            const float4 y = *(const float4*)(parts + (long long)i * rows * WIDTH_V);
+            o[0] = fmaf(weight, y.x, o[0]), o[1] = fmaf(weight, y.y, o[1]), o[2] = fmaf(weight, y.z, o[2]),
+                o[3] = fmaf(weight, y.w, o[3]);
+        }
+    }
+    if (lane == 0) sums[warp] = sum;
+    if (4 * lane < WIDTH_V) {
+        UNROLL for (int e = 0; e < 4; e++) outs[warp][4 * lane + e] = o[e];
+    }
+    __syncthreads();
+    float keys = 0.f;
+    UNROLL for (int i = 0; i < MERGING; i++) keys += sums[i];
+    sum = keys + (sink == -INF ? 0.f : exp2_fast(sink2 - base));
+    if (threadIdx.x == 0)                                 // a row without keys: lse is the sink itself, or -inf
+        ((float*)p.lse)[batch * p.lse_b + head * p.lse_h + query] = keys == 0 ? sink : (top + log2f(sum)) * LN2;
+    u16* out = (u16*)p.out + batch * p.o_b + head * p.o_h + query * p.o_n;
+    for (int c = threadIdx.x; c < p.d_v; c += 32 * MERGING) {
+        float x = 0.f;
+        UNROLL for (int i = 0; i < MERGING; i++) x += outs[i][c];
+        out[c] = (u16)pack(sum == 0 ? 0.f : x / sum, 0.f);
+    }
+}
+
+#if !CACHE
+extern "C" __global__ void __launch_bounds__(32 * MERGING) merge(const __grid_constant__ Params p,
+    const __grid_constant__ Split s) { merge_parts(p, s, {}); }
+#else
+extern "C" __global__ void __launch_bounds__(32 * MERGING) merge_cache(const __grid_constant__ Params p,
+    const __grid_constant__ Split s, const __grid_constant__ Cache c) { merge_parts(p, s, c); }
 #endif

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from . import mma, sm90
+from . import mma
 from .build import text_of
 from .kernel import Call, Kernel
 from .simt import target, threads
-from .views import View
 
-__all__ = ["KERNEL", "MOST_QUERIES", "Split", "maps", "most_units", "split_of", "with_cache"]
+__all__ = ["KERNEL", "MOST_QUERIES", "Split", "most_units", "split_of", "with_cache"]
 
 FILE = "decode.cu"
 MOST_QUERIES, WIDEST, WARPS = 16, 128, 8
@@ -114,7 +113,6 @@ def macros(call: Call) -> dict[str, Any]:
         "CACHE": 0,
         "KV8": 0,
         "SCALES": 0,
-        "BULK": int(call.mapped and {wide_k, wide_v} <= {64, 128}),
     }
 
 
@@ -125,7 +123,7 @@ def _stages(widths: int, item_bytes: int) -> int:
 def with_cache(m: Mapping[str, Any], pages: bool, narrow: bool, scales: int) -> dict[str, Any]:
     """Return what the kernel is compiled with for keys in a cache: in pages, in float8, with scales (see decode.cu)."""
     stages = _stages(m["WIDTH_K"] + m["WIDTH_V"], 1 if narrow else 2)
-    return {**m, "STAGES": stages, "CACHE": 2 if pages else 1, "KV8": int(narrow), "SCALES": scales, "BULK": 0}
+    return {**m, "STAGES": stages, "CACHE": 2 if pages else 1, "KV8": int(narrow), "SCALES": scales}
 
 
 def block_rows(m: Mapping[str, Any]) -> int:
@@ -136,14 +134,7 @@ def block_rows(m: Mapping[str, Any]) -> int:
 def shared_bytes(m: Mapping[str, Any]) -> int:
     """Return the dynamic shared memory of a block, in bytes."""
     rings = m["WARPS"] * m["STAGES"] * (16 if m["KV8"] else 32) * (m["WIDTH_K"] + m["WIDTH_V"])
-    sums = m["WARPS"] * (16 * m["WIDTH_V"] + 8 * block_rows(m))
-    return int(rings + 2 * sums + 8 * m["WARPS"] * m["STAGES"] + 16)
-
-
-def maps(m: Mapping[str, Any], arrays: Mapping[str, View]) -> dict[str, bytes]:
-    """Return the tensor maps of keys and values by argument, of boxes of 16 rows; zeros where the kernel has none."""
-    names = ("key", "value")
-    return {f"map_{n[0]}": sm90.key_map(arrays[n], 16, n) if m["BULK"] else bytes(128) for n in names}
+    return int(rings + 2 * m["WARPS"] * (16 * m["WIDTH_V"] + 8 * block_rows(m)))
 
 
 KERNEL = Kernel(

@@ -68,9 +68,7 @@ template <int WIDTH, bool KEYS> struct Rows {
         return KV8 && KEYS ? (CHUNKS == 8 ? row & 1 : 0)
              : CHUNKS % 8 == 0 ? row & 7 : CHUNKS == 2 ? row >> 2 & 1 : CHUNKS == 6 ? row >> 2 & 1 : row >> 1 & 3;
     }
-    static DEVICE u32 chunk(int row, int c) {
-        return BULK ? Boxes<WIDTH>::chunk(row, c) : row * BYTES + ((c ^ swizzle(row)) << 4);
-    }
+    static DEVICE u32 chunk(int row, int c) { return row * BYTES + ((c ^ swizzle(row)) << 4); }
     // A warp copies 16 whole rows; along: items from row to row.
     static DEVICE void copy(u32 to, const Item* from, long long along) {
         const int lane = threadIdx.x & 31, first = lane / LANES, c = lane % LANES;
@@ -157,25 +155,18 @@ DEVICE float odd_value(u32 tile, int j, int column) {               // NaN, or 0
     return (x & 0x7f) == 0x7f ? __int_as_float(0x7fffffff) : 0.f;
 }
 #else
-#if BULK
-typedef Boxes<WIDTH_K> PlacesK;
-typedef Boxes<WIDTH_V> PlacesV;
-#else
-typedef TileK PlacesK;
-typedef TileV PlacesV;
-#endif
 struct Keys {
     u32 at;
     DEVICE Keys(u32 tile) {
         const int lane = threadIdx.x & 31;
-        at = tile + PlacesK::chunk(lane & 15, lane >> 4);
+        at = tile + TileK::chunk(lane & 15, lane >> 4);
     }
-    template <bool HALF> DEVICE void fragment(u32 (&a)[4], int i) const { load_matrix(a, PlacesK::step(at, i)); }
+    template <bool HALF> DEVICE void fragment(u32 (&a)[4], int i) const { load_matrix(a, TileK::step(at, i)); }
 };
 DEVICE void value_fragments(u32 (&a)[2][4], u32 tile, int c) {
     const int lane = threadIdx.x & 31;
-    const u32 at = tile + PlacesV::chunk((lane & 7) + lane / 16 * 8, lane >> 3 & 1);
-    UNROLL for (int i = 0; i < 2; i++) load_matrix_transposed(a[i], PlacesV::step(at, c + i));
+    const u32 at = tile + TileV::chunk((lane & 7) + lane / 16 * 8, lane >> 3 & 1);
+    UNROLL for (int i = 0; i < 2; i++) load_matrix_transposed(a[i], TileV::step(at, c + i));
 }
 DEVICE int query_column(int i, int upper) { return 16 * i + 8 * upper + 2 * (threadIdx.x & 3); }
 DEVICE int value_column(int c, int e) { return 16 * c + 8 * e + (threadIdx.x & 31) / 4; }

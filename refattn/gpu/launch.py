@@ -16,7 +16,7 @@ from ..arrays import kind_of
 from . import simt, sm90
 from .arguments import Arguments, arguments_of
 from .build import compiled, text_of
-from .decode import maps, split_of
+from .decode import split_of
 from .kernel import Call, Plan
 from .plan import configured
 from .recorded import Launch, Maps, note
@@ -93,28 +93,23 @@ def _launch_params(
 def _launch_split(
     plan: Plan, call: Call, like: Any, arrays: Mapping[str, View], options: Mapping[str, Any], stream: int
 ) -> None:
-    """Queue decode.cu."""
+    """Queue decode.cu: the parts of the keys, and their merge."""
     (b, h, n_q, _), device, m = arrays["query"].shape, arrays["query"].device, plan.macros
     split = split_of(call)
-    pairs = b * (h // call.group)
-    parts = pairs * split.units
+    parts = b * (h // call.group) * split.units
     rows, width = call.group * n_q, m["WIDTH_V"]
     _, kept = empty(like, (parts * rows * (width + 2),), "float32")
     multiprocessors = attribute(device, "MultiProcessorCount")
     stats, grid = kept.pointer + 4 * parts * rows * width, min(parts, multiprocessors)
-    done = zeros(like, device, stream, max(16, 1 << (4 * pairs - 1).bit_length()), "done").pointer if parts else 0
+    takes = plan.kernel.takes
     cut = {"first_key": split.first_key, "keys": split.keys, "unit": split.unit, "units": split.units, "workers": grid}
     values = {
         "p": params(plan, call, arrays, options, 0),
-        "s": {"parts": kept.pointer, "stats": stats, "done": done, **cut},
+        "s": {"parts": kept.pointer, "stats": stats, **cut},
     }
-    threads = plan.kernel.threads(m)
     if parts:
-        given = values | maps(m, arrays)
-        queue(kernel_of(plan, device), grid, threads, plan.shared_bytes, stream, plan.kernel.takes, given)
-    else:
-        takes = arguments_of(plan.kernel.file, "merge")
-        queue(kernel_of(plan, device, "merge", 0), pairs, threads, 0, stream, takes, values)
+        queue(kernel_of(plan, device), grid, plan.kernel.threads(m), plan.shared_bytes, stream, takes, values)
+    queue(kernel_of(plan, device, "merge", 0), b * h * n_q, 512, 0, stream, takes, values)
 
 
 def params(plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[str, Any], redo: int) -> dict[str, Any]:

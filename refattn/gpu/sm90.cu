@@ -52,8 +52,8 @@ constexpr bool SCALED = SOFTCAP || BIAS || PRESCALE, REPAIR = RIGHT || LEFT || M
 // The first product of the next tile of rows runs while this one goes out: with more to keep, registers do not last
 // (bias), or it took longer.
 constexpr bool OVERLAP = !BIAS && !LEFT && !PACKED && !HIGH;
-// Of a tile's first block, a consumer whose rows see none of it leaves it out.
-constexpr bool SKIPS = RIGHT && !LEFT && !BLOCKS;
+// A consumer whose rows see nothing of a tile's first block leaves it out; blocks as large as tiles are mostly seen.
+constexpr bool SKIPS = RIGHT && !LEFT && !BLOCKS && BLOCK_M != BLOCK_N;
 constexpr int BIAS_WORDS = BIAS == 2 ? NS : BIAS ? NS / 2 : 1;   // registers of a tile's bias a thread
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr u32 ARRIVALS = 4 * CONSUMERS;               // one arrival a consumer warp frees a slot

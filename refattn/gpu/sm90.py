@@ -104,7 +104,7 @@ def macros(call: Call) -> dict[str, Any]:
         "STEPS_K": -(-call.d_k // 16),
         "STEPS_V": -(-call.d_v // 16),
         "BF16": int(call.dtype == "bfloat16"),
-        "PINGPONG": 1,
+        "PINGPONG": int(not options["LEFT"]),  # of a window, tiles are short, and taking turns cost more than it gave
         **options,
         **(_tiles(width_k, width_v, options) or {}),
     }

@@ -177,7 +177,7 @@ def test_three_launches(driver, monkeypatch):  # noqa: F811
     options = {"scale": 0.5, "causal": "bottom_right", "window": None, "softcap": None}
     cache._launch(call, plan, None, arrays, options, {"value_scale": 3.0}, 7)
     assert [x[0] for x in driver.launches] == list(names)
-    assert [x[1:3] for x in driver.launches] == [(1, 1024), (5, 256), (3 * 2, 256)]
+    assert [x[1:3] for x in driver.launches] == [(1, 1024), (5, 256), (3 * 8, 512)]
     assert {x[4] for x in driver.launches} == {7}
     given = driver.launches[1][5]
     assert driver.launches[0][5] == given == driver.launches[2][5]
