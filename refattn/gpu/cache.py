@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from .arguments import arguments_of
 from .kernel import ACCURACIES, Call, Plan
 from .launch import attribute, capability, kernel_of, params, queue
 from .request import Kept
-from .views import View, cast, check_devices, device_of, empty, finish, layout, on, stream_of, view
+from .views import View, cast, check_devices, device_of, empty, layout, on, placed, stream_of, view
 
 __all__ = ["attention_with_cache"]
 
@@ -42,14 +43,15 @@ def attention_with_cache(
 
     Sequence i is that of :func:`refattn.gpu.attention` over its first ``lengths[i]`` keys, bit for bit. Nothing is
     waited for, and nothing is copied. What the cache holds past a length, and in pages of no sequence, is not read.
+    With JAX it is one call of XLA, under ``jax.jit`` and outside it.
 
     Parameters
     ----------
-    query : (b, h_q, n_q, d_k) array of CuPy or PyTorch
+    query : (b, h_q, n_q, d_k) array of CuPy, PyTorch or JAX
         float16 or bfloat16; up to 16 queries, head dims up to 128; any strides with a contiguous last axis.
     key : (b, h_kv, rows, d_k) array, or (pages, h_kv, rows, d_k) with a page table
         Of query's type, or float8_e4m3fn. A cache laid out as (pages, rows, h_kv, d_k) is passed with its axes swapped:
-        ``cache.transpose(1, 2)``.
+        ``cache.transpose(1, 2)``; JAX copies it then.
     value : (b, h_kv, rows, d_v) array, or (pages, h_kv, rows, d_v)
         Of key's type.
     lengths : (b,) integer array
@@ -75,44 +77,57 @@ def attention_with_cache(
     UnsupportedProblem
         What the kernel does not compute, a gradient among it; raised before any launch.
     """
-    tensors = {"query": query, "key": key, "value": value, "sink": sink}
+    tensors = {"query": query, "key": key, "value": value, "lengths": lengths, "page_table": page_table, "sink": sink}
     if any(getattr(x, "requires_grad", False) for x in tensors.values()):
         raise UnsupportedProblem("attention_with_cache: has no gradient; pass tensors without requires_grad")
-    device = device_of(query, "query")
-    if kind_of(query) not in ("cupy", "torch"):
-        raise UnsupportedProblem(f"attention_with_cache: takes arrays of CuPy and PyTorch, got {kind_of(query)}")
-    with on(device):
-        given = {n: x for n, x in tensors.items() if x is not None}
-        if sink is not None:
-            given["sink"] = cast(sink, "float32", "sink")
-        given["lengths"] = _whole(lengths, "lengths")
-        if page_table is not None:
-            given["page_table"] = _whole(page_table, "page_table")
-        numbers = {}
-        for n, x in (("key_scale", key_scale), ("value_scale", value_scale)):
-            if x is None or isinstance(x, int | float):
-                numbers[n] = 1.0 if x is None else float(x)
-            else:
-                given[n] = cast(x, "float32", n)
-        arrays = {n: view(x, n) for n, x in given.items()}
-        options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
-        call, plan = _planned(query, arrays, options, numbers, sink, accuracy, device)
-        (b, h, n_q, d_k), d_v = arrays["query"].shape, arrays["value"].shape[3]
-        out, arrays["out"] = empty(query, (b, h, n_q, d_v), call.dtype)
-        lse, arrays["lse"] = empty(query, (b, h, n_q), "float32")
-        if min(b, h, n_q):
-            by = 1 / math.sqrt(d_k) if scale is None else float(scale)
-            _launch(call, plan, query, arrays, options | {"scale": by}, numbers, stream_of(query, device))
-        out, lse = finish(query, [out, lse], list(arrays.values()))
+    numbers = {}
+    for n, x in (("key_scale", key_scale), ("value_scale", value_scale)):
+        if x is None or isinstance(x, int | float):
+            numbers[n] = 1.0 if x is None else float(x)
+        else:
+            tensors[n] = x
+    given = {n: x for n, x in tensors.items() if x is not None}
+    options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    if kind_of(query) == "jax":
+        from . import jax_cache
+
+        out, lse = jax_cache.attention_with_cache(given, options, numbers, accuracy)
+    else:
+        with on(device_of(query, "query")):
+            for n, x in given.items():
+                device_of(x, n)
+                check_whole(n, dtype_name(x))
+            given |= {n: cast(given[n], to, n) for n, to in CAST.items() if n in given}
+            arrays = {n: view(x, n) for n, x in given.items()}
+            out, lse = computed(query, arrays, options, numbers, given.get("sink"), accuracy)
     return (out, lse) if return_lse else out
 
 
-def _whole(x: Any, name: str) -> Any:
-    """Return an integer array in int32."""
-    device_of(x, name)
-    if dtype_name(x) not in ("int32", "int64"):
-        raise InvalidProblem(f"{name}: got dtype {dtype_name(x)}, expected int32 or int64")
-    return cast(x, "int32", name)
+CAST = {"lengths": "int32", "page_table": "int32"} | dict.fromkeys(("sink", "key_scale", "value_scale"), "float32")
+"""Arrays that the kernels take in one type, and are brought into it."""
+
+
+def check_whole(name: str, dtype: str) -> None:
+    """Refuse lengths and pages that are no integers."""
+    if CAST.get(name) == "int32" and dtype not in ("int32", "int64"):
+        raise InvalidProblem(f"{name}: got dtype {dtype}, expected int32 or int64")
+
+
+def computed(
+    query: Any, arrays: dict[str, View], options: dict[str, Any], numbers: dict[str, float], sink: Any, accuracy: str,
+    into: tuple[Any, Any] | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return out and lse of a cache's arrays, which are in the kernels' types; `into` are arrays to be filled."""
+    device = arrays["query"].device
+    with on(device):
+        call, plan = _planned(query, arrays, options, numbers, sink, accuracy, device)
+        (b, h, n_q, d_k), d_v = arrays["query"].shape, arrays["value"].shape[3]
+        out, arrays["out"] = placed(into and into[0], query, (b, h, n_q, d_v), call.dtype)
+        lse, arrays["lse"] = placed(into and into[1], query, (b, h, n_q), "float32")
+        if min(b, h, n_q):
+            by = 1 / math.sqrt(d_k) if options["scale"] is None else float(options["scale"])
+            _launch(call, plan, query, arrays, options | {"scale": by}, numbers, stream_of(query, device))
+    return out, lse
 
 
 def _planned(
@@ -130,17 +145,25 @@ def _planned(
     known = _KNOWN.find(asked)
     if known is None:
         check_devices(arrays)
-        _check_shapes(arrays)
-        _check_types(arrays, numbers)
-        q, k, v = (arrays[n] for n in ("query", "key", "value"))
-        one = [empty(query, (1, h, 1, d), q.dtype)[0] for h, d in ((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3]))]
-        spread_k, spread_v = (_spread(x, q.shape[0]) for x in one)
-        problem = Problem(query, spread_k, spread_v, sink=sink, **options)
-        known = _KNOWN[asked] = _plan(problem, arrays, accuracy, capability(device))
+        make, able = lambda *x: empty(query, *x)[0], capability(device)
+        known = _KNOWN[asked] = checked(query, make, arrays, options, numbers, sink, accuracy, able)
     return known
 
 
 _KNOWN: Kept[tuple[Call, Plan]] = Kept()
+
+
+def checked(
+    query: Any, make: Callable[[tuple[int, ...], str], Any], arrays: dict[str, View], options: dict[str, Any],
+    numbers: dict[str, float], sink: Any, accuracy: str, able: tuple[int, int],
+) -> tuple[Call, Plan]:  # fmt: skip
+    """Return the call and its plan after all checks; `make` returns an array of query's library of a shape and type."""
+    _check_shapes(arrays)
+    _check_types(arrays, numbers)
+    q, k, v = (arrays[n] for n in ("query", "key", "value"))
+    one = [make((1, h, 1, d), q.dtype) for h, d in ((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3]))]
+    spread_k, spread_v = (_spread(x, q.shape[0]) for x in one)
+    return _plan(Problem(query, spread_k, spread_v, sink=sink, **options), arrays, accuracy, able)
 
 
 def _spread(x: Any, batch: int) -> Any:
@@ -233,8 +256,10 @@ def _launch(
     }
     threads = plan.kernel.threads(m)
     for entry, size, block, shared in (
-        ("starts", 1, 1024, 0), ("decode_cache", grid, threads, plan.shared_bytes), ("merge_cache", b * h * n_q, 512, 0)
-    ):  # fmt: skip
+        ("starts", 1, 1024, 0),
+        ("decode_cache", grid, threads, plan.shared_bytes),
+        ("merge_cache", b * h * n_q, 512, 0),
+    ):
         takes = arguments_of(decode.KERNEL.file, entry)
         queue(kernel_of(plan, device, entry, shared), size, block, shared, stream, takes, values)
 

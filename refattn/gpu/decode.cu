@@ -12,8 +12,8 @@
 //  3. S^T = K Q^T, softcap, band, online softmax (base 2, see OFFSET in mma.cu), O^T += V^T P^T: 16 keys, or columns,
 //     by 8 rows, so that few rows waste little. ACCURACY_HIGH: P in two 16-bit parts. KV8: bytes become 16-bit numbers
 //     on their way to registers (decode_tiles.cuh).
-//  4. At a part's end the warps' O are added up, in order, four rows at a time through shared memory. O, maximum
-//     and sum of the part go to device memory.
+//  4. At a part's end the warps' O are added up, in order, four rows at a time through shared memory: two buffers in
+//     turn, so that one barrier is enough. O, maximum and sum of the part go to device memory.
 //  5. `merge` adds the parts of a row up: warp w takes parts w, w + 16, ... in order, then the warps' sums are
 //     added in order; sink, division, out, lse.
 //
@@ -39,6 +39,7 @@ struct Cache {
     int page, pages, most;
 };
 constexpr int COLUMNS = WIDTH_V / 16, QK = WIDTH_K / 16, STEP = 16 * WARPS, MOST = 8 * TILES;
+constexpr int SUMS = WARPS * 4 * WIDTH_V;
 constexpr int COPIES = ALIGNED ? 16 : 1;                  // of a lane at a time
 
 #include "decode_tiles.cuh"
@@ -63,20 +64,20 @@ DEVICE Sequence sequence_of(const Params& p, const Split& s, const Cache& c, int
 }
 // Where a part lies: its sequence, key head and number.
 struct Part { int batch, head, index; Sequence of; };
-DEVICE Part part_of(const Params& p, const Split& s, const Cache& c, long long part) {
+DEVICE Part part_of(const Params& p, const Split& s, const Cache& c, u32 part) {
 #if CACHE
     int low = 0, high = p.b - 1;
     while (low < high) {                                  // the last sequence that starts at it or before, with parts
         const int middle = (low + high + 1) / 2;
-        if (c.starts[middle] <= part) low = middle;
+        if (c.starts[middle] <= (int)part) low = middle;
         else high = middle - 1;
     }
     const Sequence of = sequence_of(p, s, c, low);
     const int inside = (int)(part - c.starts[low]);
     return {low, inside / of.units, inside % of.units, of};
 #else
-    const long long pair = part / s.units;
-    return {(int)(pair / p.h_kv), (int)(pair % p.h_kv), (int)(part % s.units), sequence_of(p, s, c, 0)};
+    const u32 pair = part / (u32)s.units, batch = pair / (u32)p.h_kv;
+    return {(int)batch, (int)(pair - batch * p.h_kv), (int)(part - pair * s.units), sequence_of(p, s, c, 0)};
 #endif
 }
 
@@ -88,7 +89,7 @@ DEVICE Spot spot_of(const Cache& c, int key) {
 }
 
 // What is loaded next: keys key .. last - 1; row: the page of the lane's row of that tile
-struct Place { long long part, end; int key, last, batch, row; const Item *k, *v; };
+struct Place { u32 part, end; int key, last, batch, row; const Item *k, *v; };
 DEVICE void look_up(Place& x, const Cache& c) {
 #if CACHE == 2
     const int key = x.key + (threadIdx.x & 15);
@@ -244,12 +245,14 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const int lane = threadIdx.x & 31, own = lane / 4, column = 2 * (lane & 3), warp = threadIdx.x / 32;
     const u32 ring = shared_address(shared) + warp * STAGES * STAGE;
-    float* sums = (float*)(shared + WARPS * STAGES * STAGE);                  // of 4 rows of each warp
-    float2* tops = (float2*)(sums + WARPS * 4 * WIDTH_V);                     // maximum and sum of each warp's rows
+    // two each, in turn, so that one barrier is enough: O of 4 rows of each warp; maxima and sums of each warp's rows
+    float* sums = (float*)(shared + WARPS * STAGES * STAGE);
+    float2* tops = (float2*)(sums + 2 * SUMS);
+    int turn = 0, group = 0;
     const int rows = p.h / p.h_kv * p.n_q;
     const long long total = CACHE ? c.starts[p.b] : (long long)p.b * p.h_kv * s.units;
-    Place next = {blockIdx.x * total / s.workers, (blockIdx.x + 1) * total / s.workers};
-    const long long begin = next.part, end = next.end;
+    Place next = {(u32)(blockIdx.x * total / s.workers), (u32)((blockIdx.x + 1) * total / s.workers)};
+    const u32 begin = next.part, end = next.end;
     find(next, p, s, c);
     UNROLL for (int i = 0; i < STAGES - 1; i++) load(next, p, s, c, ring + i * STAGE);
 
@@ -257,7 +260,7 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c) {
     int known_batch = -1, known_head = -1;                // whose queries are in q
     float k_by = CACHE ? c.k_by : 1.f, v_by = CACHE ? c.v_by : 1.f;          // SCALES 1: times the key head's
     int stage = 0;
-    for (long long part = begin; part < end; part++) {
+    for (u32 part = begin; part < end; part++) {
         const Part at = part_of(p, s, c, part);
         const int n_k = at.of.n_k;
         // row i of queries sees keys i + left .. i + right
@@ -332,42 +335,39 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c) {
             add_values(o, x, tile + KEY_BYTES);
         }
         // ---- the part's sums ----
+        float2* top_of = tops + turn * WARPS * MOST;
+        turn ^= 1;
         UNROLL for (int n = 0; n < TILES; n++)
             UNROLL for (int e = 0; e < 2; e++) {
                 const float sum = column_sum(row_sum[n][e]) * UNSHIFT;
-                if (own == 0) tops[warp * MOST + 8 * n + column + e] = make_float2(row_max[n][e], sum);
+                if (own == 0) top_of[warp * MOST + 8 * n + column + e] = make_float2(row_max[n][e], sum);
             }
-        __syncthreads();
-        UNROLL for (int n = 0; n < TILES; n++)
-            UNROLL for (int e = 0; e < 2; e++) {
-                float top = -INF;
-                UNROLL for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w * MOST + 8 * n + column + e].x);
-                const float factor = row_max[n][e] == -INF ? 0.f : exp2_fast(row_max[n][e] - top) * (UNSHIFT * v_by);
-                UNROLL for (int i = 0; i < COLUMNS; i++) o[i][n][e] *= factor, o[i][n][2 + e] *= factor;
-            }
-        if (threadIdx.x < rows) {
-            float top = -INF, sum = 0.f;
-            UNROLL for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w * MOST + threadIdx.x].x);
-            UNROLL for (int w = 0; w < WARPS; w++) {
-                const float2 x = tops[w * MOST + threadIdx.x];
-                if (x.x != -INF) sum = fmaf(exp2_fast(x.x - top), x.y, sum);
-            }
-            s.stats[part * rows + threadIdx.x] = make_float2(top, sum);
-        }
         UNROLL for (int j = 0; j < MOST / 4; j++) {       // four rows at a time
             if (4 * j >= rows) break;
+            float* sum_of = sums + group * SUMS;
+            group ^= 1;
             if (column / 4 == j % 2) {
                 UNROLL for (int i = 0; i < COLUMNS; i++)
                     UNROLL for (int e = 0; e < 4; e++)
-                        sums[(warp * 4 + column % 4 + e % 2) * WIDTH_V + value_column(i, e / 2)] = o[i][j / 2][e];
+                        sum_of[(warp * 4 + column % 4 + e % 2) * WIDTH_V + value_column(i, e / 2)] = o[i][j / 2][e];
             }
             __syncthreads();
-            for (int i = threadIdx.x; i < 4 * WIDTH_V; i += THREADS) {
-                float x = 0.f;
-                UNROLL for (int w = 0; w < WARPS; w++) x += sums[w * 4 * WIDTH_V + i];
-                if (4 * j + i / WIDTH_V < rows) s.parts[(part * rows + 4 * j) * WIDTH_V + i] = x;
+            for (int i = 2 * threadIdx.x; i < 4 * WIDTH_V; i += 2 * THREADS) {
+                const int row = 4 * j + i / WIDTH_V;
+                if (row >= rows) break;
+                float top = -INF;
+                UNROLL for (int w = 0; w < WARPS; w++) top = fmaxf(top, top_of[w * MOST + row].x);
+                float2 x = make_float2(0.f, 0.f);
+                float sum = 0.f;
+                UNROLL for (int w = 0; w < WARPS; w++) {
+                    const float2 own = top_of[w * MOST + row], y = *(const float2*)(sum_of + w * 4 * WIDTH_V + i);
+                    const float weight = own.x == -INF ? 0.f : exp2_fast(own.x - top), by = weight * (UNSHIFT * v_by);
+                    sum = fmaf(weight, own.y, sum);
+                    x.x = fmaf(by, y.x, x.x), x.y = fmaf(by, y.y, x.y);
+                }
+                *(float2*)(s.parts + ((long long)part * rows + 4 * j) * WIDTH_V + i) = x;
+                if (i % WIDTH_V == 0) s.stats[(long long)part * rows + row] = make_float2(top, sum);
             }
-            __syncthreads();
         }
     }
 }

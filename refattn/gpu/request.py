@@ -125,13 +125,13 @@ def read(
         for n, x in zip(("cu_q", "cu_k"), offsets, strict=True):
             given[n] = cast(x, "int32", f"{n[:2]}_seqlens{n[2:]}")
     arrays = {n: view(x, n) for n, x in given.items()}
-    window = options.get("window")
-    options = options | {"window": tuple(window) if isinstance(window, list) else window}
-    cast_from = tuple(dtype_name(x) for x in (sink, *(offsets or ())) if x is not None)
+    if isinstance(options.get("window"), list):
+        options = options | {"window": tuple(options["window"])}
+    cast_from = tuple([dtype_name(x) for x in (sink, *(offsets or ())) if x is not None])
     types = type(options["scale"]), type(options["softcap"])
     asked = (*options.values(), *types, *more, None if sizes is None else tuple(sizes), cast_from)
     places = tuple(
-        (n, kind_of(given[n]), x.shape, x.strides, x.dtype, x.device, x.pointer % 16 == 0) for n, x in arrays.items()
+        [(n, kind_of(given[n]), x.shape, x.strides, x.dtype, x.device, x.pointer % 16 == 0) for n, x in arrays.items()]
     )
     return Request(given, arrays, options, sink, offsets, block_mask, (asked, places))
 

@@ -26,10 +26,10 @@
 //  8. REPAIR: a hidden key's p is 0, and 0 * NaN is NaN. Tiles with an output that is not finite are marked in
 //     `redo`, a byte for 64 rows of a sequence; simt.cu computes them anew.
 //
-// Macros: WIDTH_K, WIDTH_V (multiples of 32: d_k, d_v filled up), STEPS_K (of 16 columns of d_k), BF16 0 | 1; RIGHT,
-// LEFT 0 | 1 (the band has that edge), SINK, SOFTCAP, MASK (bits packed by pack.cu), PACKED 0 | 1, BIAS 0, 1 (type of
-// the inputs), 2 (float), PRESCALE 1: needed where scale <= 0; HIGH 0 | 1, CONSUMERS 2 | 3, BLOCK_N (multiple of 16;
-// of 32 with MASK), STAGES (K, V), Q_STAGES, PINGPONG 0 | 1, BLOCKS 0 | 1 (of multiples of BLOCK_M rows and BLOCK_N
+// Macros: WIDTH_K, WIDTH_V (multiples of 32: d_k, d_v filled up), STEPS_K, STEPS_V (of 16 columns of d_k, d_v), BF16,
+// RIGHT, LEFT 0 | 1 (the band has that edge), SINK, SOFTCAP, MASK (bits packed by pack.cu), PACKED 0 | 1, BIAS 0, 1 (in
+// the inputs' type), 2 (float), PRESCALE 1: needed where scale <= 0; HIGH 0 | 1, CONSUMERS 2 | 3, BLOCK_N (multiple of
+// 16; of 32 with MASK), STAGES (K, V), Q_STAGES, PINGPONG 0 | 1, BLOCKS 0 | 1 (of multiples of BLOCK_M rows and BLOCK_N
 // keys), CONSUMER_REGISTERS and PRODUCER_REGISTERS (multiples of 8). d_k, d_v: multiples of 8. Rows of q, k, v, out
 // 16-byte aligned, last axis contiguous. The wgmma wrappers qk_first, qk_next (S (+)= Q K^T, both from shared memory)
 // and pv (O += P V, P from registers) are generated text (sm90.py) put in at the marker below, since their asm
@@ -52,6 +52,9 @@ constexpr bool SCALED = SOFTCAP || BIAS || PRESCALE, REPAIR = RIGHT || LEFT || M
 // The first product of the next tile of rows runs while this one goes out: with more to keep, registers do not last
 // (bias), or it took longer.
 constexpr bool OVERLAP = !BIAS && !LEFT && !PACKED && !HIGH;
+// A consumer whose rows see nothing of a tile's first block leaves it out. Blocks as large as tiles are mostly seen (but
+// with a mask, registers do not last without this).
+constexpr bool SKIPS = RIGHT && !LEFT && !BLOCKS && (MASK || BLOCK_M != BLOCK_N);
 constexpr int BIAS_WORDS = BIAS == 2 ? NS : BIAS ? NS / 2 : 1;   // registers of a tile's bias a thread
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr u32 ARRIVALS = 4 * CONSUMERS;               // one arrival a consumer warp frees a slot
@@ -84,12 +87,13 @@ DEVICE void product_qk(float (&s)[NS], u64 q, u64 k) {  // q, k: descriptors of 
 }
 // keep: 0 where O is set, not added to
 DEVICE void product_pv(float (&o)[NO], const u32 (&p)[(1 + HIGH) * NP], u64 v, int keep) {
+    float (&sums)[8 * STEPS_V] = reinterpret_cast<float (&)[8 * STEPS_V]>(o);     // columns past d_v stay 0
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 16; i++) {
         u64 dv = v + ((i * 2048) >> 4);
-        pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], dv, i == 0 ? keep : 1);
+        pv(sums, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], dv, i == 0 ? keep : 1);
 #if HIGH
-        pv(o, p[NP + 4 * i], p[NP + 4 * i + 1], p[NP + 4 * i + 2], p[NP + 4 * i + 3], dv, 1);
+        pv(sums, p[NP + 4 * i], p[NP + 4 * i + 1], p[NP + 4 * i + 2], p[NP + 4 * i + 3], dv, 1);
 #endif
     }
     wgmma_commit();
@@ -268,6 +272,7 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
     int keep = 1;                                                             // 0: O is of the tile before
     // the thread's rows see keys lows[r] .. keys[r] - 1; blocks unmasked_from <= j < unmasked need no mask
     int keys[2], lows[2], unmasked, unmasked_from, first_block;
+    bool skipped = false;                                                     // the tile's first block is left out
     const u32* bits[2];
     Bias bias;
     auto release = [&](u32 bar) { if (lane == 0) barrier_arrive(bar); };
@@ -396,6 +401,14 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         k.advance();
     };
     auto release_v = [&]() { release(bars + EMPTY_V + 8 * v.stage); v.advance(); };
+    // A block that is left out: its K, the consumer's turn, its V, as others count on them.
+    auto skip_k = [&]() {
+        barrier_wait(bars + FULL_K + 8 * k.stage, k.phase);
+        release(bars + EMPTY_K + 8 * k.stage);
+        k.advance();
+    };
+    auto skip_turn = [&]() { if (PINGPONG) token_wait(consumer), token_pass(consumer); };
+    auto skip_v = [&]() { barrier_wait(bars + FULL_V + 8 * v.stage, v.phase), release_v(); };
     // S = Q K^T of block j, O += P V of block j + 1, softmax of S
     auto step = [&](int j, auto masked) {
         float s[NS];
@@ -443,10 +456,16 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
     // queues S = Q K^T of the tile's first block; returns the next one
     auto begin = [&](const Work& w, float (&s)[NS], u32 (&given)[BIAS_WORDS]) {
         if (!OVERLAP) start(w);
-        if (BIAS) load_bias(given, bias, (w.blocks - 1) * BLOCK_N + 2 * lane4, z.n_k);
+        int j = w.blocks - 1;
+        if (SKIPS) {
+            const int top_row = w.row + consumer * 64, last = min(top_row + 63, w.n_q - 1);
+            skipped = j > 0 && (top_row >= w.n_q || last + band_of(w.n_q, w.n_k, x).high < j * BLOCK_N);
+            if (skipped) skip_k(), j--;
+        }
+        if (BIAS) load_bias(given, bias, j * BLOCK_N + 2 * lane4, z.n_k);
         first_block = LEFT ? max(0, w.row + band_of(w.n_q, w.n_k, x).low) / BLOCK_N : 0;
         barrier_wait(bars + FULL_K + 8 * k.stage, k.phase);
-        const int next = next_block(w.blocks - 1);
+        const int next = next_block(j);
         wgmma_fence();
         product_qk(s, desc_q(), desc_k());
         return next;
@@ -458,9 +477,11 @@ DEVICE void consume(u32 shared, const Shape& z, float scale, u16* out, const Str
         pin(s);
         release_k(next);
         if (SCALED) finish_scores(s, given);
-        mask(s, w.blocks - 1);
+        mask(s, w.blocks - 1 - skipped);
+        if (SKIPS && skipped) skip_turn();
         softmax<true>(s, top, sum, factor, scale_log2);
         round_p(p, s);
+        if (SKIPS && skipped) skip_v();
     };
     auto end = [&](const Work& w, auto queued) {                              // products queued after the last one
         wgmma_wait<decltype(queued)::value>();

@@ -102,8 +102,9 @@ def macros(call: Call) -> dict[str, Any]:
         "WIDTH_K": width_k,
         "WIDTH_V": width_v,
         "STEPS_K": -(-call.d_k // 16),
+        "STEPS_V": -(-call.d_v // 16),
         "BF16": int(call.dtype == "bfloat16"),
-        "PINGPONG": 1,
+        "PINGPONG": int(not options["LEFT"]),  # of a window, tiles are short, and taking turns cost more than it gave
         **options,
         **(_tiles(width_k, width_v, options) or {}),
     }
@@ -187,7 +188,7 @@ def source(m: Mapping[str, Any]) -> str:
     wrappers = (
         wgmma("qk_first", m["BLOCK_N"], kind, first=True, from_registers=False),
         wgmma("qk_next", m["BLOCK_N"], kind, first=False, from_registers=False),
-        wgmma("pv", m["WIDTH_V"], kind, first=None, from_registers=True, rows=True),
+        wgmma("pv", 16 * m["STEPS_V"], kind, first=None, from_registers=True, rows=True),
     )
     return text_of(FILE, m).replace("// (wgmma wrappers)", "".join(wrappers))
 
@@ -258,9 +259,14 @@ def arguments(
     rows = n_q // block_rows(m) + sequences if sequences else -(-n_q // block_rows(m))
     tiles = rows * b * h
     # tiles whose rows differ in length are taken longest first within as many heads as have their keys and values in
-    # the L2 cache together
-    together = ((32 if m["WIDTH_K"] == 256 else 16) << 20) * group // max(1, 2 * n_k * (k.shape[3] + v.shape[3]))
+    # the L2 cache together: all of them, or what a window leaves to a tile; groups of one size, so that the last ends
+    # with short tiles, too
+    asked = _asked(arrays, options, sequences)
+    keys = min(n_k, asked["left"] + block_rows(m)) if m["LEFT"] else n_k
+    together = ((32 if m["WIDTH_K"] == 256 else 16) << 20) * group // max(1, 2 * keys * (k.shape[3] + v.shape[3]))
     head_group = max(group, min(b * h, together)) if m["RIGHT"] else 1
+    if m["LEFT"]:
+        head_group = -(-b * h // -(-b * h // head_group))
     mask = arrays.get("block_bits")
     table, spread = (0, (0, 0, 0)) if mask is None else (mask.pointer, mask.spread()[:3])
     return min(tiles, multiprocessors), {
@@ -272,7 +278,7 @@ def arguments(
         },
         "stride": out.strides[:3],
         "mask": (table, *spread, *(blocks or (1, 1))),
-        "options": _asked(arrays, options, sequences),
+        "options": asked,
         "scale": options["scale"],
     }  # fmt: skip
 

@@ -100,16 +100,16 @@ def device_of(x: Any, name: str) -> int:
     """Return the number of the GPU that an array is on; refuse others, as `view` does."""
     kind = kind_of(x)
     if kind == "torch":
-        if x.device.type != "cuda":
+        if not x.is_cuda:
             raise InvalidProblem(f"{name}: is on device {x.device}, expected a GPU; move it with {name}.cuda()")
-        return int(x.device.index)
+        return int(x.get_device())
     if kind == "cupy":
         return int(x.device.id)
     if kind == "jax":
         if traced(x):
             raise UnsupportedProblem(
-                f"{name}: is traced by JAX (jit, grad or vmap), expected an array; of refattn.gpu only attention is "
-                "traced, and its gradients through jax.grad"
+                f"{name}: is traced by JAX (jit, grad or vmap), expected an array; of refattn.gpu only attention and "
+                "attention_with_cache are traced, and attention's gradients through jax.grad"
             )
         (device, *more) = x.devices()
         if device.platform != "gpu" or more:
@@ -127,8 +127,8 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, View]:
     if kind_of(like) == "torch":
         torch = library("torch")
         out = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
-    else:
-        out = library("cupy").empty(shape, library("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
+        return out, View(out.data_ptr(), shape, out.stride(), dtype, like.get_device(), owner=out)
+    out = library("cupy").empty(shape, library("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
     return out, view(out, "out")
 
 

@@ -98,6 +98,25 @@ def test_the_hopper_kernel_and_its_repair(driver):
     assert [found[n] for n in ("block_q", "block_k", "sequences")] == [1, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("window", "together"),
+    [
+        ((1023, 0), 16),  # 16 MiB hold what 28 heads' windows leave to a tile: 32 heads in two groups of one size
+        ((100, 0), 32),
+        ((8000, None), 4),  # 16 MiB hold the keys and values of 4 heads
+        (None, 4),
+    ],
+)
+def test_heads_whose_tiles_are_taken_together(monkeypatch, window, together):
+    monkeypatch.setattr(sm90, "key_map", lambda x, rows, name: bytes(128))
+    x = View(1 << 20, (2, 16, 8192, 128), (1 << 24, 1 << 20, 128, 1), "bfloat16", 0)
+    given = dict.fromkeys(("query", "key", "value", "out"), x) | {"lse": View(1, x.shape[:3], (1,), "float32", 0)}
+    call = replace(PLAIN, n_q=8192, n_k=8192, d_k=128, d_v=128, causal="bottom_right", window=window)
+    options = {"scale": 0.5, "causal": "bottom_right", "window": window, "softcap": None}
+    _, found = sm90.arguments(choose(call, "sm90", (9, 0)).macros, given, options, None, 1, 2, 132)
+    assert found["shape"]["head_group"] == together
+
+
 @pytest.fixture
 def given():
     return arrays() | {

@@ -13,6 +13,15 @@ def problem(dtype="float16", d=64, d_v=None, n_q=100, n_k=300, **options):
     return Problem(*(np.zeros(s, dtype) for s in shapes), **options)
 
 
+def test_products_end_where_head_dims_do_and_windows_take_no_turns():
+    own = plan(problem(d=88, d_v=72), impl="sm90", capability=(9, 0))
+    text = own.kernel.source(own.macros)
+    assert (own.macros["WIDTH_V"], own.macros["STEPS_K"], own.macros["STEPS_V"]) == (96, 6, 5)
+    assert [n for n in (64, 72, 80, 88, 96) if f"m64n{n}k16" in text] == [80, 96]  # O of 80 columns; S of 96 keys
+    turns = [plan(problem(window=w), impl="sm90", capability=(9, 0)).macros["PINGPONG"] for w in (None, (5, 0))]
+    assert turns == [1, 0]
+
+
 def test_what_runs_and_why():
     p = plan(problem("bfloat16", causal="bottom_right"), accuracy="high")
     few = "the kernel decode takes 1 to 16 queries, got 100"
