@@ -9,6 +9,7 @@ from typing import Any
 from ..arrays import kind_of
 from ..problem import Problem
 from ..validation import SCALES
+from ..variants import variant_of
 
 __all__ = ["FIELDS", "SOURCE", "note", "plain", "unread", "watched"]
 
@@ -94,7 +95,7 @@ def watched(problem: Problem) -> tuple[Problem, set[str]]:
 
 
 def unread(problem: Problem, seen: set[str] | frozenset[str]) -> list[str]:
-    """Return the options that a call has and that were not read.
+    """Return the options that a call has and that were not read, but those that every call of the operator has.
 
     Parameters
     ----------
@@ -103,7 +104,7 @@ def unread(problem: Problem, seen: set[str] | frozenset[str]) -> list[str]:
     seen : set of str
         From :func:`watched`.
     """
-    asked = {SOURCE.get(name, name) for name in problem.features()} & FIELDS
+    asked = {SOURCE.get(name, name) for name in problem.features() - variant_of(problem.variant).always} & FIELDS
     if problem.typed:
         asked |= {n for n in SCALES if getattr(problem, n) is not None} | {"out_dtype"}
     if problem.options:

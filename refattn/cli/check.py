@@ -255,7 +255,7 @@ def _exit(reports: list[Report], strict: bool, broken: int, stale: bool, written
 
 def _bad(r: Report, strict: bool) -> bool:
     more = bool(r.failures or r.unasked) or r.count("unread") > 0
-    return r.count("failed") > 0 or bool(r.kept) or (strict and more)
+    return r.count("failed") > 0 or (r.ran > 0 and not r.agreed) or bool(r.kept) or (strict and more)
 
 
 def _run(

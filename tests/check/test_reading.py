@@ -14,6 +14,7 @@ from refattn.check.report.report import Check, Report
 from refattn.check.settle import unasked
 from refattn.cli.check import _bad
 from refattn.cli.output import console_of, print_outside
+from refattn.variants import VARIANTS, Selected, variant_of
 
 from ..conftest import SMALL
 
@@ -58,6 +59,10 @@ def test_a_copy_elsewhere_counts_as_read(make):
     assert type(plain(q)) is Problem
 
 
+def zeros(p):
+    return np.zeros(p.out_shape, p.query.dtype)
+
+
 def test_an_undeclared_kernel_is_right_where_it_reads_all():
     report = check_kernel(attention, only=SMALL)
     assert report.right
@@ -66,6 +71,24 @@ def test_an_undeclared_kernel_is_right_where_it_reads_all():
     assert "it does not read softcap" in {c.message for c in unread_ones}
     assert report.passed
     assert re.fullmatch(r"right, \d+ of \d+ checks fit", report.verdict)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if isinstance(variant_of(v).shape, Selected)])
+def test_what_every_call_has_excuses_nothing(variant):
+    """Zeros, from a kernel that reads no option: each call of these operators is causal."""
+    checks = check_kernel(zeros, variant, dtypes=["float32"], only="gaussian/causal-bottom-right").checks
+    assert [c.verdict for c in checks] == ["failed"]
+
+
+def test_laws_alone_make_no_kernel_right():
+    """Every call of Lightning attention has its decay as an option: zeros keep laws and read nothing."""
+    report = check_kernel(zeros, "lightning", dtypes=["float32"], only="*/de*")
+    assert {(c.name.partition("/")[0] == "law", c.verdict) for c in report.checks} == {
+        (True, "passed"),
+        (False, "unread"),
+    }
+    assert not report.right and not report.passed
+    assert report.verdict == "not judged: no answer agreed, and it read none of the options asked for"
 
 
 def test_an_option_that_is_read_and_wrong_is_wrong():

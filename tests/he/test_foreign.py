@@ -45,12 +45,12 @@ WRONG = {
     "foo": [1],
 }
 WRONG_SIGMOID = {
-    n: WRONG[n] for n in ("n_q", "n_k", "d_k", "d_v", "heads", "scale", "norms", "value_most", "tolerance", "foo")
+    n: WRONG[n]
+    for n in ("n_q", "n_k", "d_k", "d_v", "heads", "scale", "norms", "value_most", "tolerance", "mode", "foo")
 } | {
     "scores": [[NAN, 2], [2, 1], [1, 1], ["a", 1], [1, 2, 3], None, 5, {}, [-INF, INF], [-1, 10**400], [-1e308, 1e308]],
     "offset": [NAN, INF, "x", [1], 1e308, -1e200, 10**400, 5e9, True],
     "upload": ["x", None, "compact"],
-    "mode": ["latency"],
 }
 WRONG_LAYER = {
     "ring.degree": [1024, 12345, 8192.5, "x", -8192, 2**40],

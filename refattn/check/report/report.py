@@ -170,8 +170,15 @@ class Report:
 
     @property
     def right(self) -> bool:
-        """Tell whether at least one check ran and none found a wrong answer."""
-        return self.count("failed") == 0 and self.ran > 0
+        """Tell whether at least one check ran, none found a wrong answer, and not only laws hold."""
+        return self.count("failed") == 0 and self.ran > 0 and self.agreed
+
+    @property
+    def agreed(self) -> bool:
+        """Tell whether an answer agreed with the exact one, where any differed for an option that was not read."""
+        compared = [c for c in self.checks if not c.name.startswith("law/")]
+        differed = any(c.verdict == "unread" for c in compared)
+        return not differed or any(c.verdict in ("passed", "known") or set(c.edges) - {"outside"} for c in compared)
 
     @property
     def ran(self) -> int:
@@ -199,11 +206,13 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The verdict in words: right, right with the edges that differ or what was not judged, WRONG, nothing ran."""
+        """The verdict in words: right, right with the edges that differ or what was not judged, WRONG, not judged."""
         if self.count("failed"):
             return "WRONG"
         if not self.ran:
             return "nothing ran"
+        if not self.agreed:
+            return "not judged: no answer agreed, and it read none of the options asked for"
         n = len(self.broken)
         edges = f" · {n} edge{'s differ' if n > 1 else ' differs'}" if n else ""
         m = len(self.unasked)
