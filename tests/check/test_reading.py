@@ -87,7 +87,7 @@ def test_laws_alone_make_no_kernel_right():
         (True, "passed"),
         (False, "unread"),
     }
-    assert not report.right and not report.passed
+    assert (report.right, report.passed) == (False, False)
     assert report.verdict == "not judged: no answer agreed, and it read none of the options asked for"
 
 
