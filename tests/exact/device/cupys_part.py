@@ -37,7 +37,7 @@ UFUNCS = """absolute add subtract multiply divide negative sqrt log2 maximum min
 copysign isfinite isnan isinf signbit equal not_equal less less_equal greater greater_equal invert bitwise_and
 bitwise_or logical_not right_shift left_shift"""
 FUNCTIONS = (
-    "ascontiguousarray where stack concatenate outer broadcast_to moveaxis full_like ones_like zeros_like max sum"
+    "ascontiguousarray where stack concatenate outer broadcast_to moveaxis full_like ones_like zeros_like max min sum"
 )
 
 
@@ -137,6 +137,9 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
 
     def max(self, axis=None, out=None, keepdims=False):
         return Array(self.a.max(axis=axis, keepdims=keepdims))
+
+    def min(self, axis=None, out=None, keepdims=False):
+        return Array(self.a.min(axis=axis, keepdims=keepdims))
 
     def any(self, axis=None, out=None, keepdims=False):
         return Array(self.a.any(axis=axis, keepdims=keepdims))
