@@ -52,8 +52,8 @@ constexpr bool SCALED = SOFTCAP || BIAS || PRESCALE, REPAIR = RIGHT || LEFT || M
 // The first product of the next tile of rows runs while this one goes out: with more to keep, registers do not last
 // (bias), or it took longer.
 constexpr bool OVERLAP = !BIAS && !LEFT && !PACKED && !HIGH;
-// A consumer whose rows see nothing of a tile's first block leaves it out. Blocks as large as tiles are mostly seen (but
-// with a mask, registers do not last without this).
+// A consumer whose rows see nothing of a tile's first block leaves it out. Blocks as large as tiles are mostly seen
+// (but with a mask, registers do not last without this).
 constexpr bool SKIPS = RIGHT && !LEFT && !BLOCKS && (MASK || BLOCK_M != BLOCK_N);
 constexpr int BIAS_WORDS = BIAS == 2 ? NS : BIAS ? NS / 2 : 1;   // registers of a tile's bias a thread
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
