@@ -274,6 +274,9 @@ CALLS = {
     "systems.selective_recurrence": {"step": some(3, 1), "rate": some(4, 1), "write": ROWS, "read": ROWS},
     "systems.taylor_features": {"x": ROWS, "degree": 2, "coefficients": True},
     "virtual_node.virtual_node_layer": {"x": ROWS, "virtual": some(4), "edges": np.array([[0, 1], [1, 2]]), **LAYER},
+    "temperatures.llama4_factors": {"positions": ints(0, 3, 5), "floor_scale": 2, "attn_scale": 0.1},
+    "temperatures.log_n_factors": {"positions": ints(0, 3, 5), "length": 4},
+    "temperatures.tempered": {"cos": some(3, 2), "sin": some(3, 2), "factors": some(3)},
     "variants.pinhole.project_pinhole": {"projection": PROJECTION, "points": some(2, 3)},
     "variants.view_local.view_local_mask": {
         "projection": PROJECTION,
