@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from refattn.check.report.report import machine, versions
+from refattn.check.report.machine import machine, versions
 
 METRICS = {
     "gpu__time_duration.sum": "time",

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .check.report.report import machine, versions
+from .check.report.machine import machine, versions
 from .errors import InvalidInput, UnsupportedProblem
 from .files import write_text
 

@@ -35,7 +35,7 @@ SOURCE = {
 
 
 class _Watched(Problem):
-    """A call that notes which of its options are read; moving it to another library reads none."""
+    """A call that notes which options are read, or told by features(); moving it to another library reads none."""
 
     _seen: set[str]
 
@@ -46,7 +46,9 @@ class _Watched(Problem):
         return _copied(plain(self).replace(**changes), self._seen)
 
     def features(self) -> frozenset[str]:
-        return plain(self).features()
+        found = plain(self).features()
+        self._seen.update(SOURCE.get(n, n) for n in found)
+        return found
 
     def __reduce__(self) -> Any:
         self._seen.update(FIELDS)  # what is done with a copy elsewhere is not seen
@@ -104,7 +106,7 @@ def unread(problem: Problem, seen: set[str] | frozenset[str]) -> list[str]:
     seen : set of str
         From :func:`watched`.
     """
-    asked = {SOURCE.get(name, name) for name in problem.features() - variant_of(problem.variant).always} & FIELDS
+    asked = {SOURCE.get(name, name) for name in plain(problem).features() - variant_of(problem.variant).always} & FIELDS
     if problem.typed:
         asked |= {n for n in SCALES if getattr(problem, n) is not None} | {"out_dtype"}
     if problem.options:

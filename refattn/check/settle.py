@@ -10,6 +10,7 @@ from ..validation import SCALES
 from .kernel import Kernel
 from .probe import has
 from .reading import SOURCE, unread
+from .report.agreed import BLIND
 from .report.report import Check
 
 __all__ = ["RAISED", "Notes", "settled", "unasked"]
@@ -64,6 +65,8 @@ def settled(check: Check, kernel: Kernel, problem: Problem, lacks: list[str], no
     if check.verdict == "unsupported" and kernel.declared and not kernel.capabilities.refuses:
         text = f"it raised UnsupportedProblem inside its capabilities: {check.message}; declare what it does not take"
         return replace(check, verdict="failed", message=text)
+    if check.verdict == "passed" and not kernel.declared and "options" in missed:
+        return replace(check, message=BLIND)
     if check.verdict in ("failed", "edge") and not kernel.declared:
         if missed:
             return replace(check, verdict="unread", message=f"it does not read {', '.join(missed)}", edges=())

@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..check.report.report import machine, versions
+from ..check.report.machine import machine, versions
 from ..errors import install
 
 __all__ = ["doctor"]

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+import refattn
 from refattn import Capabilities, Problem, check_kernel
 from refattn.check.kernel import Kernel
 from refattn.check.reading import note, plain, unread, watched
@@ -14,7 +15,7 @@ from refattn.check.report.report import Check, Report
 from refattn.check.settle import unasked
 from refattn.cli.check import _bad
 from refattn.cli.output import console_of, print_outside
-from refattn.variants import VARIANTS, Selected, variant_of
+from refattn.variants import VARIANTS, Lowered, Selected, variant_of
 
 from ..conftest import SMALL
 
@@ -41,10 +42,11 @@ def test_moving_to_another_library_reads_nothing(make):
     p, seen = watched(make(causal="bottom_right", scale=0.5))
     there = p.to("torch")
     assert isinstance(there.query, torch.Tensor)
-    assert p.features() >= {"causal_bottom_right", "scale"}
     assert unread(p, seen) == ["causal", "scale"]
     assert there.scale == 0.5
     assert unread(p, seen) == ["causal"]
+    assert p.features() >= {"causal_bottom_right", "scale"}
+    assert not unread(p, seen)
 
 
 def test_a_copy_elsewhere_counts_as_read(make):
@@ -63,6 +65,14 @@ def zeros(p):
     return np.zeros(p.out_shape, p.query.dtype)
 
 
+def either_corner(p):
+    n, m = p.query.shape[2], p.key.shape[2]
+    causal = p.features() & {"causal_bottom_right", "causal_top_left"}
+    seen = np.tril(np.ones((n, m), bool), m - n) if causal else np.ones((n, m), bool)
+    plain = Problem(p.query, p.key, p.value, allowed=seen[None, None])
+    return refattn.reference(plain)["out"].astype(p.query.dtype)
+
+
 def test_an_undeclared_kernel_is_right_where_it_reads_all():
     report = check_kernel(attention, only=SMALL)
     assert report.right
@@ -78,6 +88,30 @@ def test_what_every_call_has_excuses_nothing(variant):
     """Zeros, from a kernel that reads no option: each call of these operators is causal."""
     checks = check_kernel(zeros, variant, dtypes=["float32"], only="gaussian/causal-bottom-right").checks
     assert [c.verdict for c in checks] == ["failed"]
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if isinstance(variant_of(v).shape, Lowered | Selected)])
+def test_plain_attention_is_no_operator_that_chooses_keys(variant):
+    """Short calls without an operator's own options are often plain attention; nothing else was asked of it."""
+
+    def plain_attention(p):
+        n, m = p.query.shape[2], p.key.shape[2]
+        seen = np.tril(np.ones((n, m), bool), m - n) if p.causal else np.ones((n, m), bool)
+        plain = Problem(p.query, p.key, p.value, allowed=seen[None, None])
+        return refattn.reference(plain)["out"].astype(p.query.dtype)
+
+    own = [n for n, case in variant_of(variant).cases.items() if "options" in case]
+    checks = [Check("gaussian/plain[float32]", "passed")]
+    for n in own[:2]:
+        checks += check_kernel(plain_attention, variant, dtypes=["float32"], only=f"gaussian/{n}").checks
+    report = Report("plain", variant, tuple(checks))
+    assert not report.right
+
+
+def test_what_features_tell_is_read():
+    """A kernel that takes either corner for the other, and asks the features which a call has."""
+    report = check_kernel(either_corner, dtypes=["float32"], only="gaussian/causal-top-left")
+    assert [c.verdict for c in report.checks] == ["failed"]
 
 
 def test_laws_alone_make_no_kernel_right():

@@ -14,7 +14,8 @@ from jinja2 import Environment, StrictUndefined
 from ..compare import Worst
 from ..diagnose.rules import RULES
 from ..diagnose.statistics import BANDS, EDGES, HEADS, Figures, bands
-from .report import PLACES, ROW, VERDICTS, Check, Report, machine, versions
+from .machine import machine, versions
+from .report import PLACES, ROW, VERDICTS, Check, Report
 
 __all__ = ["page"]
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import re
 import shlex
-import subprocess
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
 from ...problem import VARIANT
 from ...variants.own import named
 from ..compare import Worst
+from .agreed import agreed
+from .machine import machine, versions
 
-__all__ = ["Check", "Diagnosis", "Report", "junit", "machine", "summary", "versions"]
+__all__ = ["Check", "Diagnosis", "Report", "junit", "summary"]
 
 ROW = ("batch", "head", "row", "column")
 PLACES: dict[str, tuple[str, ...]] = dict.fromkeys(("dk", "dv"), ("batch", "head", "key", "column"))
@@ -176,9 +173,7 @@ class Report:
     @property
     def agreed(self) -> bool:
         """Tell whether an answer agreed with the exact one, where any differed for an option that was not read."""
-        compared = [c for c in self.checks if not c.name.startswith("law/")]
-        differed = any(c.verdict == "unread" for c in compared)
-        return not differed or any(c.verdict in ("passed", "known") or set(c.edges) - {"outside"} for c in compared)
+        return agreed(self.checks, self.variant)
 
     @property
     def ran(self) -> int:
@@ -354,44 +349,6 @@ def junit(reports: list[Report]) -> str:
     ET.indent(root)
     text = re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", ET.tostring(root, encoding="unicode"))
     return '<?xml version="1.0" encoding="utf-8"?>\n' + text + "\n"
-
-
-def machine() -> dict[str, str]:
-    """Return what machine this is, its GPU, and the commit of the source tree where there is one."""
-    gpu = _said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    commit = os.environ.get("REFATTN_COMMIT") or _said("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
-    return {
-        "system": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        **({"gpu": gpu} if gpu else {}),
-        **({"commit": commit} if commit else {}),
-    }
-
-
-def _said(*command: str) -> str:
-    """Return what a command prints, "" where it is not here or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-PACKAGES = (
-    "refattn", "numpy", "mpmath", "python-flint", "ml-dtypes", "torch", "fa3-fwd", "jax", "onnxruntime", "openvino",
-    "keras", "triton", "cupy-cuda12x", "cupy-cuda13x", "tenseal", "zstandard",
-)  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that matter, those installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _ratio(x: float) -> str:
