@@ -78,6 +78,13 @@ BAD = [
         {"key_scale": ones(1, 4, 3, 1)},
         r"key_scale: got shape \(1, 4, 3, 1\), expected 4 axes, each a divisor of",
     ),
+    (
+        {"query_scale": ones(1, 8, 5, 3)},
+        r"query_scale: got shape \(1, 8, 5, 3\), expected 4 axes, each a divisor of the tensor's \(1, 8, 5, 16\); "
+        "pad the last block, or add axes of length 1$",
+    ),
+    ({"value_scale": ones(1, 3, 7, 1)}, r"value_scale: got shape \(1, 3, 7, 1\), .*tensor's \(1, 4, 7, 24\); pad"),
+    ({"value_scale": ones(1, 4, 0, 1)}, r"value_scale: got shape \(1, 4, 0, 1\), expected 4 axes, each a divisor of"),
     ({"key_scale": ones(4)}, r"key_scale: got shape \(4,\), expected 4 axes"),
     ({"key_scale": ones(1, 8, 1, 1)}, r"key_scale: got shape \(1, 8, 1, 1\), expected .*\(1, 4, 7, 16\)"),
     ({"out_scale": ones(1, 8, 5, 1)}, r"out_scale: got shape \(1, 8, 5, 1\), expected \(1, 8, 1, 1\) or 1"),
@@ -198,6 +205,11 @@ BAD_PAGES = [
 def test_bad_pages_name_the_argument(changes, text):
     with pytest.raises(InvalidProblem, match=text):
         paged(**changes)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 7, 8), (1, 4, 1, 16)])
+def test_scales_whose_blocks_divide_each_axis_are_taken(shape):
+    assert good(key_scale=ones(*shape)).key_scale.shape == shape
 
 
 def test_good_pages():

@@ -1,7 +1,7 @@
 """Real bugs, planted as small edits of a kernel's text; the checker must fail each of them.
 
-Those of attention are edits of the tiled kernel (bugs.toml), those of norms' gradients as well (norms.toml), those of
-recurrences of the chunked one (recurrences.toml).
+Those of attention are edits of the tiled kernel (bugs.toml), those of norms' gradients (norms.toml) and of gradients
+that arrive at lse (arriving.toml) as well, those of recurrences of the chunked one (recurrences.toml).
 
 Classes: A alignment, B option ignored or composed wrongly, C rows without keys, D extreme scores, E tails, F poison
 through 0 · NaN, G index width, H heads and layout, I lse and merging, J scale and type, K races and stale memory, L
@@ -22,7 +22,7 @@ from typing import Any
 
 from ..call import Function
 
-__all__ = ["BUGS", "NORM_BUGS", "RECURRENT_BUGS", "Bug", "broken"]
+__all__ = ["BUGS", "LSE_BUGS", "NORM_BUGS", "RECURRENT_BUGS", "Bug", "broken"]
 
 CLASSES = "ABCDEFGHIJKLMNO"
 
@@ -59,7 +59,7 @@ def _source(kernel: str) -> str:
 
 def broken(name: str) -> Function:
     """Return a kernel with one bug, a module of its own (what it keeps between calls is its own, too)."""
-    bug = (BUGS | NORM_BUGS | RECURRENT_BUGS)[name]
+    bug = (BUGS | LSE_BUGS | NORM_BUGS | RECURRENT_BUGS)[name]
     text = _source(bug.kernel)
     for old, new in bug.edits:
         if text.count(old) != 1:
@@ -84,3 +84,5 @@ RECURRENT_BUGS = _table("recurrences.toml", "chunked")
 """Those of recurrences."""
 NORM_BUGS = _table("norms.toml", "tiled")
 """Those of the gradients of norms."""
+LSE_BUGS = _table("arriving.toml", "tiled")
+"""Those of the gradient that arrives at lse."""

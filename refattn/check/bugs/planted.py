@@ -26,6 +26,7 @@ from ...variants import Rows, Steps, variant_of
 from ..call import Function
 from ..kernels.tiled import tiled
 from .dropped import DROPOUT_BUGS, SEED_BUGS, lse_of_kept
+from .masked import MASK_BUGS
 from .paged import PAGED_BUGS
 
 __all__ = ["PLANTED", "mistaken", "plain", "planted"]
@@ -303,6 +304,11 @@ def _norm_last(p: Problem) -> Problem:
     return p.replace(**found, **dict.fromkeys((*ROTATED, *NORMS, "norm_eps")))
 
 
+def _absorbed_scale(p: Problem) -> Problem:
+    """Scale the scores of latent attention by the width of the latent, which the values have."""
+    return p.replace(scale=p.d_v**-0.5) if p.heads_kv == 1 < p.heads and p.d_v < p.d_k else p
+
+
 def _next_slope(p: Problem) -> Problem:
     return p if p.alibi_slopes is None else p.replace(alibi_slopes=np.roll(p.alibi_slopes, 1, -1))
 
@@ -326,6 +332,7 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "last_key_dropped": (lambda p: _keys_dropped(p, p.n_k - 1), _keep),
     "tail_tile_dropped": (lambda p: _keys_dropped(p, p.n_k // TILE * TILE if p.n_k > TILE else p.n_k), _keep),
     "wrong_scale": (lambda p: p.replace(scale=1 / p.d_k if p.scale is None else p.scale * 0.75), _keep),
+    "scale_of_latent_width": (_absorbed_scale, _keep),
     "causal_off_by_one": (_causal_off_by_one, _keep),
     "causal_ignored": (_ignored("causal"), _keep),
     "causal_corner_swapped": (_corner_swapped, _keep),
@@ -372,6 +379,6 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "masked_value_read": (_same, _masked_value_read),
     "scores_clamped": (_clamped, _keep),
     "dropout_in_lse": (_same, lse_of_kept),
-    **{name: (before, _keep) for name, before in (PAGED_BUGS | DROPOUT_BUGS | SEED_BUGS).items()},
+    **{name: (before, _keep) for name, before in (MASK_BUGS | PAGED_BUGS | DROPOUT_BUGS | SEED_BUGS).items()},
 }
 """Planted bugs by name: an edit of the problem that the kernel is given, and one of what it returns."""
