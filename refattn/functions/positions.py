@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import flint
@@ -21,7 +22,7 @@ from ..errors import InvalidInput, expect
 from ..exact.precision import precision
 from .arguments import integers, namespace, real, whole
 
-__all__ = ["alibi_slopes", "rotary_tables", "t5_bias", "t5_bias_gradient", "t5_buckets"]
+__all__ = ["alibi_slopes", "lightning_slopes", "rotary_tables", "t5_bias", "t5_bias_gradient", "t5_buckets"]
 
 BITS = 320
 """Working precision: angles of positions below 2**63, and 200 bits of their cosines."""
@@ -210,6 +211,34 @@ def alibi_slopes(heads: int) -> NDArray[np.float64]:
         return [2.0 ** (-8 * i / m) for i in range(1, m + 1)]
 
     return np.array(of(power) + of(2 * power)[::2][: n - power])
+
+
+def lightning_slopes(heads: int, layer: int, layers: int) -> NDArray[np.float64]:
+    """Return a layer's decay rates of Lightning attention: ALiBi's slopes times 1 - layer / (layers - 1) + 1e-5.
+
+    Each is the slope in float64 times the exact factor, rounded once; the release multiplies in float32.
+
+    Parameters
+    ----------
+    heads : int
+        Query heads.
+    layer : int
+        Which, from 0 on.
+    layers : int
+        How many the model has, at least 2.
+
+    Returns
+    -------
+    (heads,) float64 array
+        In 1/position, for the operator's option ``decay``.
+
+    Notes
+    -----
+    Source: the slopes of `OpenNLPLab/lightning-attention`, whose `tnl_attn.py` was read.
+    """
+    last = whole("layers", layers, 2) - 1
+    by = 1 - Fraction(whole("layer", layer, 0, last), last) + Fraction(1, 10**5)
+    return np.array([float(Fraction(x) * by) for x in alibi_slopes(heads).tolist()])
 
 
 def t5_buckets(

@@ -152,6 +152,7 @@ CALLS = {
     },
     "parts.merge": {"parts": ((some(2, 3), some(2)), (some(2, 3), -some(2)))},
     "positions.alibi_slopes": {"heads": 4},
+    "positions.lightning_slopes": {"heads": 6, "layer": 1, "layers": 4},
     "positions.rotary_tables": {
         "positions": ints(0, 3, 5),
         "dim": 4,
