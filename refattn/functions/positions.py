@@ -16,11 +16,12 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import dtype_name, from_float64, like, to_float64, to_numpy
-from ..dtypes import FORMATS, format_of
+from ..arrays import from_float64, like, to_numpy
+from ..dtypes import format_of
 from ..errors import InvalidInput, expect
 from ..exact.precision import precision
 from .arguments import integers, namespace, real, whole
+from .toeplitz import _exact_sum, _of_bias
 
 __all__ = ["alibi_slopes", "lightning_slopes", "rotary_tables", "t5_bias", "t5_bias_gradient", "t5_buckets"]
 
@@ -347,17 +348,6 @@ def t5_bias(
     return like(np.ascontiguousarray(np.moveaxis(x[at], 2, 0)[None]), table)
 
 
-def _exact_sum(x: NDArray[Any]) -> float:
-    """Return the sum of float64 numbers, rounded once: NaN of both infinities, infinite past the largest number."""
-    if not np.isfinite(x).all():
-        with np.errstate(invalid="ignore"):
-            return float(x.sum())
-    try:
-        return math.fsum(x)
-    except OverflowError:  # half the sum may fit, and tells where the whole goes
-        return 2.0 * math.fsum(x / 4) * 2.0
-
-
 def t5_bias_gradient(
     dbias: Any, buckets: int, *, offset: int = 0, bidirectional: bool = True, max_distance: int = 128
 ) -> NDArray[np.float64]:
@@ -384,14 +374,9 @@ def t5_bias_gradient(
     InvalidInput
         A gradient of another shape, and as :func:`t5_bias`.
     """
-    namespace(dbias=dbias)
-    if dtype_name(dbias) not in FORMATS:
-        raise InvalidInput(f"dbias: got dtype {dtype_name(dbias)}, expected a float format; cast it")
-    x = to_float64(to_numpy(dbias, "dbias"))
-    if x.ndim != 4 or x.shape[0] != 1:
-        raise InvalidInput(f"dbias: got shape {x.shape}, expected (1, heads, queries, keys)")
+    x = _of_bias(dbias)
     first = whole("offset", offset, -(2**62), 2**62)
-    apart = np.arange(x.shape[3])[None, :] - (np.arange(x.shape[2]) + first)[:, None]
+    apart = np.arange(x.shape[2])[None, :] - (np.arange(x.shape[1]) + first)[:, None]
     more: dict[str, Any] = {"bidirectional": bidirectional, "max_distance": max_distance}
     at = np.asarray(t5_buckets(apart, buckets=buckets, **more))
-    return np.array([[_exact_sum(one[at == b]) for one in x[0]] for b in range(buckets)])
+    return np.array([[_exact_sum(one[at == b]) for one in x] for b in range(buckets)])

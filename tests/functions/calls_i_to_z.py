@@ -274,6 +274,8 @@ CALLS = {
     },
     "systems.selective_recurrence": {"step": some(3, 1), "rate": some(4, 1), "write": ROWS, "read": ROWS},
     "systems.taylor_features": {"x": ROWS, "degree": 2, "coefficients": True},
+    "toeplitz.toeplitz_bias": {"table": some(2, 5), "n_q": 2, "n_k": 3, "offset": 1},
+    "toeplitz.toeplitz_bias_gradient": {"dbias": some(1, 2, 3, 5), "reach": 2, "offset": 0},
     "virtual_node.virtual_node_layer": {"x": ROWS, "virtual": some(4), "edges": np.array([[0, 1], [1, 2]]), **LAYER},
     "variants.pinhole.project_pinhole": {"projection": PROJECTION, "points": some(2, 3)},
     "variants.view_local.view_local_mask": {
