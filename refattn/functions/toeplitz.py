@@ -89,7 +89,7 @@ def toeplitz_bias_gradient(dbias: Any, reach: int, *, offset: int = 0) -> NDArra
 def _columns(n_q: int, n_k: int, reach: int, offset: int) -> NDArray[np.int64]:
     """Return the table's column of each query and key."""
     first = whole("offset", offset, -(2**62), 2**62)
-    return np.clip(np.arange(n_k) - (np.arange(n_q) + first)[:, None], -reach, reach) + reach
+    return np.asarray(np.clip(np.arange(n_k) - (np.arange(n_q) + first)[:, None], -reach, reach) + reach)
 
 
 def _exact_sum(x: NDArray[Any]) -> float:
@@ -111,4 +111,4 @@ def _of_bias(dbias: Any) -> NDArray[np.float64]:
     x = to_float64(to_numpy(dbias, "dbias"))
     if x.ndim != 4 or x.shape[0] != 1:
         raise InvalidInput(f"dbias: got shape {x.shape}, expected (1, heads, queries, keys)")
-    return x[0]
+    return np.asarray(x[0])

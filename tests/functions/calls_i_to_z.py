@@ -276,6 +276,17 @@ CALLS = {
     "systems.taylor_features": {"x": ROWS, "degree": 2, "coefficients": True},
     "toeplitz.toeplitz_bias": {"table": some(2, 5), "n_q": 2, "n_k": 3, "offset": 1},
     "toeplitz.toeplitz_bias_gradient": {"dbias": some(1, 2, 3, 5), "reach": 2, "offset": 0},
+    "transnormer.simple_rms_norm": {"x": ROWS, "epsilon": 0.1},
+    "transnormer.transnormer_attention": {
+        "x": some(1, 5, 4),
+        **dict.fromkeys(("w_q", "w_k", "w_v", "w_gate"), some(4, 6)),
+        "w_out": some(6, 3),
+        "decay": some(2),
+        "norm_weight": some(6),
+        "norm_bias": some(6),
+        "epsilon": 0.1,
+        "mode": "released",
+    },
     "virtual_node.virtual_node_layer": {"x": ROWS, "virtual": some(4), "edges": np.array([[0, 1], [1, 2]]), **LAYER},
     "variants.pinhole.project_pinhole": {"projection": PROJECTION, "points": some(2, 3)},
     "variants.view_local.view_local_mask": {
