@@ -144,10 +144,21 @@ PAPERS = (
     Paper(
         "Lightning Attention and TransNormer",
         "arXiv 2401.04658",
-        ("operator lightning", "claim lightning-chunks", "claim lightning-powers"),
-        ("variants/test_shapes.py", "peers/test_fla.py"),
+        (
+            "operator lightning",
+            "claim lightning-chunks",
+            "claim lightning-powers",
+            "functions.transnormer",
+            "functions.positions.lightning_slopes",
+        ),
+        (
+            "variants/test_shapes.py",
+            "peers/test_fla.py",
+            "functions/test_transnormer.py",
+            "functions/test_positions.py",
+        ),
         "fla's naive simple_gla",
-        "the block around it (norm and gate), which is a layer",
+        "rotary positions of the first layer (LRPE), the layer that mixes channels; " + TRAINING,
     ),
     Paper(
         "Neighborhood attention",
@@ -262,8 +273,8 @@ PAPERS = (
     Paper(
         "URPE",
         "arXiv 2205.13401",
-        ("operator urpe", "claim rpe-constant", "claim urpe-position"),
-        ("variants/test_urpe.py",),
+        ("operator urpe", "claim rpe-constant", "claim urpe-position", "functions.toeplitz"),
+        ("variants/test_urpe.py", "functions/test_toeplitz.py"),
         "",
         "buckets of distances; " + TRAINING,
     ),

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import dtype_name, from_float64, like, to_float64, to_numpy
-from ..dtypes import FORMATS, format_of
+from ..arrays import from_float64, like, to_numpy
+from ..dtypes import format_of
 from ..errors import InvalidInput, expect
 from ..exact.precision import precision
 from .arguments import integers, namespace, real, whole
+from .toeplitz import _exact_sum, _of_bias
 
-__all__ = ["alibi_slopes", "rotary_tables", "t5_bias", "t5_bias_gradient", "t5_buckets"]
+__all__ = ["alibi_slopes", "lightning_slopes", "rotary_tables", "t5_bias", "t5_bias_gradient", "t5_buckets"]
 
 BITS = 320
 """Working precision: angles of positions below 2**63, and 200 bits of their cosines."""
@@ -212,6 +214,34 @@ def alibi_slopes(heads: int) -> NDArray[np.float64]:
     return np.array(of(power) + of(2 * power)[::2][: n - power])
 
 
+def lightning_slopes(heads: int, layer: int, layers: int) -> NDArray[np.float64]:
+    """Return a layer's decay rates of Lightning attention: ALiBi's slopes times 1 - layer / (layers - 1) + 1e-5.
+
+    Each is the slope in float64 times the exact factor, rounded once; the release multiplies in float32.
+
+    Parameters
+    ----------
+    heads : int
+        Query heads.
+    layer : int
+        Which, from 0 on.
+    layers : int
+        How many the model has, at least 2.
+
+    Returns
+    -------
+    (heads,) float64 array
+        In 1/position, for the operator's option ``decay``.
+
+    Notes
+    -----
+    Source: the slopes of `OpenNLPLab/lightning-attention`, whose `tnl_attn.py` was read.
+    """
+    last = whole("layers", layers, 2) - 1
+    by = 1 - Fraction(whole("layer", layer, 0, last), last) + Fraction(1, 10**5)
+    return np.array([float(Fraction(x) * by) for x in alibi_slopes(heads).tolist()])
+
+
 def t5_buckets(
     relative: Any, *, bidirectional: bool = True, buckets: int = 32, max_distance: int = 128
 ) -> NDArray[np.int64]:
@@ -318,17 +348,6 @@ def t5_bias(
     return like(np.ascontiguousarray(np.moveaxis(x[at], 2, 0)[None]), table)
 
 
-def _exact_sum(x: NDArray[Any]) -> float:
-    """Return the sum of float64 numbers, rounded once: NaN of both infinities, infinite past the largest number."""
-    if not np.isfinite(x).all():
-        with np.errstate(invalid="ignore"):
-            return float(x.sum())
-    try:
-        return math.fsum(x)
-    except OverflowError:  # half the sum may fit, and tells where the whole goes
-        return 2.0 * math.fsum(x / 4) * 2.0
-
-
 def t5_bias_gradient(
     dbias: Any, buckets: int, *, offset: int = 0, bidirectional: bool = True, max_distance: int = 128
 ) -> NDArray[np.float64]:
@@ -355,14 +374,9 @@ def t5_bias_gradient(
     InvalidInput
         A gradient of another shape, and as :func:`t5_bias`.
     """
-    namespace(dbias=dbias)
-    if dtype_name(dbias) not in FORMATS:
-        raise InvalidInput(f"dbias: got dtype {dtype_name(dbias)}, expected a float format; cast it")
-    x = to_float64(to_numpy(dbias, "dbias"))
-    if x.ndim != 4 or x.shape[0] != 1:
-        raise InvalidInput(f"dbias: got shape {x.shape}, expected (1, heads, queries, keys)")
+    x = _of_bias(dbias)
     first = whole("offset", offset, -(2**62), 2**62)
-    apart = np.arange(x.shape[3])[None, :] - (np.arange(x.shape[2]) + first)[:, None]
+    apart = np.arange(x.shape[2])[None, :] - (np.arange(x.shape[1]) + first)[:, None]
     more: dict[str, Any] = {"bidirectional": bidirectional, "max_distance": max_distance}
     at = np.asarray(t5_buckets(apart, buckets=buckets, **more))
-    return np.array([[_exact_sum(one[at == b]) for one in x[0]] for b in range(buckets)])
+    return np.array([[_exact_sum(one[at == b]) for one in x] for b in range(buckets)])

@@ -1,6 +1,7 @@
 """Tables, slopes and buckets against mpmath and loops."""
 
 import math
+from fractions import Fraction
 
 import mpmath
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from refattn import InvalidInput, Problem, evaluate
 from refattn.functions import positions
-from refattn.functions.positions import alibi_slopes, rotary_tables, t5_bias, t5_buckets
+from refattn.functions.positions import alibi_slopes, lightning_slopes, rotary_tables, t5_bias, t5_buckets
 
 
 def angles(dim, base, scaling=None):
@@ -115,6 +116,20 @@ def test_slopes():
     assert twelve[8:] == [2.0**-x for x in (0.5, 1.5, 2.5, 3.5)]
 
 
+@pytest.mark.parametrize("layer", range(4))
+def test_slopes_of_layers(layer):
+    """Slopes that are powers of two by fractions; those between by 60 digits: ALiBi's own rounding and one more."""
+    got = lightning_slopes(12, layer, 4).tolist()
+    factor = [1, Fraction(2, 3), Fraction(1, 3), 0][layer] + Fraction(1, 100_000)
+    assert got[:8] == [float(factor / 2**i) for i in range(1, 9)]
+    assert lightning_slopes(8, layer, 4).tolist() == got[:8]
+    with mpmath.workdps(60):
+        for x, power in zip(got[8:], (0.5, 1.5, 2.5, 3.5), strict=True):
+            exact = mpmath.mpf(factor.numerator) / factor.denominator * mpmath.mpf(2) ** -power
+            # the power is off by at most an ulp, 2**-52 of it, and the product by half of one
+            assert abs(x - exact) <= 2 * mpmath.mpf(2) ** -52 * exact
+
+
 def bucket(n, bidirectional, buckets, most):
     """T5's rule, its logarithm by 60 digits."""
     found = 0
@@ -217,6 +232,9 @@ def test_bias():
             "scaling: ntk has no meaning for dim 2",
         ),
         (lambda: alibi_slopes(0), "heads: got 0, expected a whole number from 1 on"),
+        (lambda: lightning_slopes(4, 2, 2), "layer: got 2, expected a whole number from 0 to 1"),
+        (lambda: lightning_slopes(4, 0, 1), "layers: got 1, expected a whole number from 2 on"),
+        (lambda: lightning_slopes(0, 0, 2), "heads: got 0, expected a whole number from 1 on"),
         (lambda: t5_buckets(np.ones(2)), "relative: got float64, expected integers"),
         (lambda: t5_buckets(np.arange(2), buckets=2), "buckets: got 2, expected a whole number from 4 to 2147483648"),
         (lambda: t5_buckets(np.arange(2), max_distance=8), "max_distance: got 8, expected a whole number from 9 to 9"),
