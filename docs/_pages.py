@@ -9,6 +9,7 @@ import _pictures
 import refattn
 import refattn.functions
 from refattn.check import FAMILIES, LAWS
+from refattn.check.kernels import EXAMPLE, KERNELS
 from refattn.papers import PAPERS
 from refattn.theory import CLAIMS, run
 from refattn.theory.plots import figure
@@ -27,6 +28,7 @@ def _variant(v: refattn.Variant) -> str:
         f"Options of `Problem` that it has: {', '.join(f'`{u}`' for u in sorted(v.uses))}.",
         "## Its own options",
         "\n".join(own),
+        *_released(v),
         "## Contract",
         "\n".join(f"- {c}" for c in v.contract),
         "## Laws",
@@ -36,6 +38,8 @@ def _variant(v: refattn.Variant) -> str:
         "## Planted bugs that its checks catch",
         ", ".join(f"`{b}`" for b in v.bugs) + ".",
         *_mistakes(v),
+        "## Kernels judged for it",
+        _kernels(v),
         "## Source",
         v.source,
         f"Compared with: {v.compared}.",
@@ -48,6 +52,26 @@ def _mistakes(v: refattn.Variant) -> list[str]:
         return []
     lines = [f"- `{n}`: {text}" for n, (text, _) in v.wrong.items()]
     return ["## What implementers get wrong, each caught by its own cases", "\n".join(lines)]
+
+
+def _released(v: refattn.Variant) -> list[str]:
+    if "mode" not in v.options:
+        return []
+    mode = v.options["mode"]
+    return ["## Paper and release", f"They differ. `mode` is {mode.meaning}. The default is `{mode.default!r}`."]
+
+
+def _kernels(v: refattn.Variant) -> str:
+    """Return the kernels that refattn knows by name for an operator, without the one that is wrong on purpose."""
+    entries = [e for e in KERNELS.values() if v.name in e.variants and e.name != EXAMPLE]
+    lines = []
+    for where, gpu in (("without a GPU", False), ("on an NVIDIA GPU", True)):
+        if names := [f"`{e.name}`" for e in entries if e.gpu == gpu]:
+            lines.append(f"- {where}: {', '.join(names)}")
+    yours = f"`refattn check FILE.py:NAME --variant {v.name}` judges yours."
+    if not lines:
+        return f"refattn knows none by name. {yours}"
+    return "\n".join(lines) + f"\n\n`refattn check NAME --variant {v.name}` judges one, {yours}"
 
 
 def _seen(v: refattn.Variant) -> list[str]:
@@ -175,6 +199,7 @@ def write() -> None:
     _pictures.landing()
     _variants(HERE / "variants")
     _pictures.of_fields()
+    _pictures.of_training()
     _functions(HERE / "functions" / "reference")
     (HERE / "functions" / "papers.md").write_text(_papers())
     (HERE / "theory").mkdir(exist_ok=True)

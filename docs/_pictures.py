@@ -131,6 +131,19 @@ def of_fields():
         keep(fig, f"variants/field-{section.split(',')[0].split()[0]}.svg")
 
 
+def of_training():
+    """Draw the curves that the snippets of gates.md find: SSA's loss of alignment by step of training."""
+    space = {}
+    for code in re.findall(r"```python\n(.*?)```", (HERE / "functions" / "gates.md").read_text(), re.DOTALL):
+        exec(code, space)
+    fig, axis = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
+    for label, found in space["curves"].items():
+        axis.semilogy(found, label=label)
+    axis.set(xlabel="step", ylabel="loss of alignment")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    keep(fig, "functions/gates.svg")
+
+
 def landing():
     """Draw each row's largest error over the allowed one, of a right kernel and of one that does not rescale."""
     rng = np.random.default_rng(3)

@@ -13,6 +13,7 @@ import nbformat
 import pytest
 
 import refattn
+from refattn.check.kernels import EXAMPLE, KERNELS
 
 from ..conftest import NIGHTLY
 from ..snippets import run
@@ -103,6 +104,14 @@ def untyped(folder):
     return [p.name for p in pages if re.search(r'class="pre">Any<', p.read_text(encoding="utf-8"))]
 
 
+def kernels_of(folder, variant):
+    """Return the kernels that an operator's page names, as the build has written it."""
+    page = (folder / "variants" / f"{variant}.html").read_text(encoding="utf-8")
+    section = page.split('<section id="kernels-judged-for-it">')[1].split("</section>")[0]
+    names = re.findall(r'<span class="pre">([\w-]+)</span></code>', section.split("judges")[0])
+    return {n for n in names if n in KERNELS}
+
+
 def test_documentation_builds_without_warnings_and_links_lead_somewhere(tmp_path):
     """One test: with two, two processes would build."""
     built = build(tmp_path)
@@ -116,6 +125,9 @@ def test_documentation_builds_without_warnings_and_links_lead_somewhere(tmp_path
         "theory/index",
     ):
         assert (built / f"{page}.html").is_file(), page
+    for v in refattn.VARIANTS:
+        assert kernels_of(built, v) == {n for n, e in KERNELS.items() if v in e.variants} - {EXAMPLE}, v
+    assert "mirrored columns. The default is" in (built / "variants" / "view_local.html").read_text(encoding="utf-8")
     assert sorted(set(dead(built))) == []
     assert untyped(built) == []
 
