@@ -66,7 +66,7 @@ PAPERS = (
         "arXiv 2209.09004",
         ("operator ecoformer", "functions.hashing", "functions.costs.ecoformer_operations", "claim ecoformer-energy"),
         ("variants/test_ecoformer.py", "functions/test_hashing.py", "functions/costs/test_operations.py"),
-        "its released formula, by mode",
+        "",
         TRAINING,
     ),
     Paper(
@@ -275,7 +275,7 @@ PAPERS = (
         "arXiv 2205.13401",
         ("operator urpe", "claim rpe-constant", "claim urpe-position", "functions.toeplitz"),
         ("variants/test_urpe.py", "functions/test_toeplitz.py"),
-        "",
+        "its release at 47b711f, run beside it once",
         "buckets of distances; " + TRAINING,
     ),
     Paper(

@@ -21,6 +21,7 @@ __all__ = [
     "instance",
     "integers",
     "namespace",
+    "numbers",
     "ordered",
     "places",
     "real",
@@ -85,6 +86,30 @@ def _shown(x: Any) -> str:
         return repr(x)[:200]
     except ValueError:  # an integer of thousands of digits
         return f"a huge {type(x).__name__}"
+
+
+def numbers(name: str, x: Any, least: int | None = None) -> None:
+    """Check that an array holds no NaN, and nothing below `least`.
+
+    Under `jit` and `vmap` there are no numbers yet, and nothing is checked.
+
+    Raises
+    ------
+    InvalidInput
+        One is NaN, or too small.
+    """
+    expected = "expected numbers" if least is None else f"expected numbers of at least {least}"
+    if _any(x != x):
+        raise InvalidInput(f"{name}: holds NaN, {expected}; mend what made them")
+    if least is not None and _any(x < least):
+        raise InvalidInput(f"{name}: holds a number below {least}, {expected}")
+
+
+def _any(x: Any) -> bool:
+    try:
+        return bool(api.array_namespace(x).any(x))
+    except (TypeError, RuntimeError):  # what JAX and PyTorch raise while they trace
+        return False
 
 
 def under(name: str, parts: Any, expected: str, check: Any) -> Any:

@@ -9,7 +9,7 @@ import array_api_compat as api
 import numpy as np
 
 from ..errors import InvalidInput
-from .arguments import axes, instance, namespace, whole
+from .arguments import axes, instance, namespace, numbers, whole
 from .dense import as_index, masked_softmax
 
 __all__ = [
@@ -54,6 +54,14 @@ def _check_memory(memory: Any) -> None:
     namespace(
         **{"weights[0]": memory.weights[0]}, **{f"memory's momentum[{i}]": m for i, m in enumerate(memory.momentum)}
     )
+
+
+def _check_start(memory: Any) -> None:
+    """Check what a call starts from: its numbers, too, which later ones inside of a call may lose."""
+    _check_memory(memory)
+    for what, parts in (("weights", memory.weights), ("momentum", memory.momentum)):
+        for i, x in enumerate(parts):
+            numbers(f"memory's {what}[{i}]", x)
 
 
 def _check_pairs(weights: Sequence[Any], key: Any, value: Any) -> None:
@@ -175,13 +183,30 @@ def neural_memory(
     Raises
     ------
     InvalidInput
-        Shapes that do not fit together, a chunk below 1, another `grad_at`.
+        Shapes that do not fit together, a memory that holds NaN, a chunk below 1, another `grad_at`.
 
     Notes
     -----
     Source: Behrouz et al., Titans, arXiv 2501.00663, eqs. 9-13 (a summary was read, and titans-pytorch 0.5.5). The
     released GELU, norms and residual inside the memory are not here: pass keys and values as your block makes them.
     """
+    _check_start(memory)
+    return _taught(query, key, value, memory, theta=theta, eta=eta, alpha=alpha, chunk=chunk, grad_at=grad_at)
+
+
+def _taught(
+    query: Any,
+    key: Any,
+    value: Any,
+    memory: Memory,
+    *,
+    theta: Any,
+    eta: Any,
+    alpha: Any,
+    chunk: int = 1,
+    grad_at: str = "current",
+) -> tuple[Any, Memory]:
+    """Return what :func:`neural_memory` does, of a memory whose numbers are not looked at."""
     _check_memory(memory)
     namespace(query=query, key=key, value=value, theta=theta, eta=eta, alpha=alpha, memory=memory.weights[0])
     if (speeds := [m.shape for m in memory.momentum]) != [w.shape for w in memory.weights]:
@@ -248,7 +273,7 @@ def memory_as_context(
     Raises
     ------
     InvalidInput
-        Shapes that do not fit together.
+        Shapes that do not fit together, a memory that holds NaN.
 
     Notes
     -----
@@ -265,7 +290,7 @@ def memory_as_context(
         context = xp.concat([persistent, read_memory(memory.weights, s), s], axis=0)
         y = _attend(context, p + s.shape[0], None)[p + s.shape[0] :]
         cut = {n: g[start : start + segment] if n in ("theta", "eta", "alpha") else g for n, g in gates.items()}
-        _, memory = neural_memory(y, y, y, memory, **cut)
+        _, memory = _taught(y, y, y, memory, **cut)
         out.append(gate(y, read_memory(memory.weights, y)))
     return xp.concat(out, axis=0), memory
 
@@ -285,7 +310,7 @@ def memory_as_gate(
     Raises
     ------
     InvalidInput
-        Shapes that do not fit together.
+        Shapes that do not fit together, a memory that holds NaN.
     """
     _block(x, memory, persistent)
     xp, p = api.array_namespace(x), persistent.shape[0]
@@ -307,7 +332,7 @@ def memory_as_layer(x: Any, memory: Memory, persistent: Any, *, window: int, **g
     Raises
     ------
     InvalidInput
-        Shapes that do not fit together.
+        Shapes that do not fit together, a memory that holds NaN.
     """
     _block(x, memory, persistent)
     p, all_tokens = persistent.shape[0], api.array_namespace(x).concat([persistent, x], axis=0)
@@ -316,7 +341,7 @@ def memory_as_layer(x: Any, memory: Memory, persistent: Any, *, window: int, **g
 
 
 def _block(x: Any, memory: Memory, persistent: Any) -> None:
-    _check_memory(memory)
+    _check_start(memory)
     namespace(x=x, persistent=persistent, memory=memory.weights[0])
     axes("x", x, "n", "d")
     if persistent.ndim != 2 or persistent.shape[1] != x.shape[1]:

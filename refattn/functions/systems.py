@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidInput
-from .arguments import flag, instance, namespace, whole
+from .arguments import flag, instance, namespace, numbers, whole
 from .dense import as_index
 
 __all__ = [
@@ -155,7 +155,7 @@ def selective_recurrence(step: Any, rate: Any, write: Any, read: Any) -> Recurre
     Raises
     ------
     InvalidInput
-        Which argument is wrong, what was expected, what to change.
+        Which argument is wrong, what was expected, what to change: a step or a rate below 0 or NaN, too.
 
     Notes
     -----
@@ -173,6 +173,8 @@ def selective_recurrence(step: Any, rate: Any, write: Any, read: Any) -> Recurre
         raise InvalidInput(
             f"rate: shape is {tuple(rate.shape)}, expected ({write.shape[-1]} or 1, {step.shape[-1]} or 1)"
         )
+    numbers("step", step, 0)
+    numbers("rate", rate, 0)
     each = step[..., None, :]
     return Recurrence(xp.exp(-each * rate), write[..., None] * each, read[..., None])
 
@@ -235,7 +237,7 @@ def run_recurrence(recurrence: Recurrence, value: Any, state: Any = None) -> tup
     Raises
     ------
     InvalidInput
-        The values are no array of the system's library, or not as many.
+        The values are no array of the system's library, or not as many; the state has another shape, or holds NaN.
 
     Notes
     -----
@@ -253,6 +255,7 @@ def run_recurrence(recurrence: Recurrence, value: Any, state: Any = None) -> tup
         wanted = (*value.shape[:-2], max(x.shape[-2] for x in parts), value.shape[-1])
         if tuple(state.shape) != wanted:
             raise InvalidInput(f"state: shape is {tuple(state.shape)}, expected {wanted}")
+        numbers("state", state)
     rows = []
     for t in range(n):
         written = recurrence.write[..., t, :, :] * value[..., t, None, :]

@@ -34,6 +34,27 @@ def rates(heads: int) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(r[i % 3] for i in range(heads)) for r in ((0.03, 0.4, 0.0), (0.0, 1.5, 0.1)))
 
 
+def _own_key_faded(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    state = (state + k.T @ v) * o.fade
+    return state, q * o.scale @ state
+
+
+def _fades_late(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    added = k.T @ v
+    return state * o.fade + added, q * o.scale @ (state + added)
+
+
+def _early_read(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    return step(state, q, k, v, o)[0], q * o.scale @ (state * o.fade)
+
+
+def _whole_start(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    if o.state is None:
+        return step(state, q, k, v, o)
+    state = (state - o.state) * o.fade + o.state + k.T @ v
+    return state, q * o.scale @ state
+
+
 LIGHTNING = Variant(
     name="lightning",
     define=Steps(step, prepare),
@@ -77,6 +98,18 @@ LIGHTNING = Variant(
             **packed_at(0, 1, 12, 12, 21),
         },
         "state": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "options": {"decay": (0.1, 0.2)}, "state": True},
+    },
+    wrong={
+        "own_key_faded": ("the decay falls on a token's own key too", Steps(_own_key_faded, prepare)),
+        "fades_one_token_late": (
+            "the decay comes one token late: a query reads the state before it unfaded",
+            Steps(_fades_late, prepare),
+        ),
+        "read_before_the_token": (
+            "a query reads the state that its own token has not joined",
+            Steps(_early_read, prepare),
+        ),
+        "start_not_faded": ("the state that a sequence starts from does not fade", Steps(_whole_start, prepare)),
     },
     always=frozenset({"causal_bottom_right"}),
     never=frozenset({"lengths_differ", "no_rows_or_keys", "causal_top_left"}),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from .option import Option, one_of
 from .shapes import Rows
 from .variant import Variant
@@ -15,6 +17,16 @@ def attention(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
     """Define ReLU attention of one head."""
     w = (q @ k.T * o.scale).relu().where(o.allowed)
     return (w @ v) / o.count if o.normalize == "count" else w @ v, None
+
+
+def by_channels(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
+    """Write the same as linear attention on keys whose scores are above 0: scale·q_i times their sum of k_j^T v_j."""
+    s = q @ k.T * o.scale
+    kept, out = (s.zeros() + 1.0).where(s.positive() & o.allowed), s.zeros() @ v
+    for c in range(k.shape[1]):
+        own = np.arange(k.shape[1])[None] == c
+        out = out + q.where(own).sum() * o.scale * (kept @ (k.where(own).sum() * v))
+    return out / o.count if o.normalize == "count" else out, None
 
 
 def _all_counted(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
@@ -44,6 +56,7 @@ def _squared(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
 RELU = Variant(
     name="relu",
     define=attention,
+    forms={"by_channels": by_channels},
     formula="out_i = sum_j relu(scale·q_i·k_j) v_j, over the number of keys that row i sees where normalize is count",
     unit="u · sum_j |w_ij v_jc|",
     source="Lin, Bai, Mei, Transformers as Decision Makers, arXiv 2310.08566; the released code was read, where the "

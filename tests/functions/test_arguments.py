@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from refattn import InvalidInput
-from refattn.functions.arguments import axes, namespace, real, whole, within
+from refattn.functions.arguments import axes, namespace, numbers, real, whole, within
 
 
 def test_one_library_for_all():
@@ -54,3 +54,21 @@ def test_real_numbers_stay_as_they_are():
 
 def test_numpys_whole_numbers_do_not_wrap():
     assert type(real("n", np.int8(100), 0)) is int
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.asarray, lambda x: np.array(x, object)])
+def test_numbers_of_arrays(make):
+    numbers("x", make([0.0, math.inf]), 0)
+    numbers("x", make([-1.0, -math.inf]))
+    with pytest.raises(InvalidInput, match=r"^x: holds a number below 0, expected numbers of at least 0$"):
+        numbers("x", make([1.0, -(2.0**-60)]), 0)
+    for least, said in ((None, "numbers"), (0, "numbers of at least 0")):
+        with pytest.raises(InvalidInput, match=f"^x: holds NaN, expected {said}; mend what made them$"):
+            numbers("x", make([1.0, math.nan]), least)
+
+
+def test_fractions_and_empty_arrays_are_numbers():
+    numbers("x", np.array([Fraction(1, 3)]), 0)
+    numbers("x", np.zeros((0, 2)), 1)
+    with pytest.raises(InvalidInput, match="x: holds a number below 0"):
+        numbers("x", np.array([Fraction(-1, 3)]), 0)

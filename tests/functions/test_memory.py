@@ -241,3 +241,29 @@ def test_memories_that_do_not_fit_are_named():
         memory_as_gate(x, start_memory(np.eye(2)), np.ones((0, 3)), window=1, **g)
     with pytest.raises(InvalidInput, match="memory: goes from 2 to 3 features, expected x's 2 on both sides"):
         memory_as_layer(x, Memory((np.ones((2, 3)),), (np.ones((2, 3)),)), np.ones((0, 2)), window=1, **g)
+
+
+@pytest.mark.parametrize("part", ["weights", "momentum"])
+def test_a_memory_that_holds_no_numbers_is_refused(part):
+    m, bad, x = np.eye(2), np.array([[1.0, np.nan], [0, 1]]), np.ones((3, 2))
+    memory = start_memory(m, m)._replace(**{part: (m, bad)})
+    g = dict.fromkeys(("theta", "eta", "alpha"), np.ones(3))
+    text = rf"^memory's {part}\[1\]: holds NaN, expected numbers; mend what made them$"
+    with pytest.raises(InvalidInput, match=text):
+        neural_memory(x, x, x, memory, **g)
+    for block, more in (
+        (memory_as_context, {"segment": 2}),
+        (memory_as_gate, {"window": 1}),
+        (memory_as_layer, {"window": 1}),
+    ):
+        with pytest.raises(InvalidInput, match=text):
+            block(x, memory, x[:0], **more, **g)
+
+
+def test_what_is_lost_on_the_way_shows_in_the_answer():
+    """Tokens that are NaN: the memory that came in was not, and no error speaks of it."""
+    x, g = np.ones((4, 2)), dict.fromkeys(("theta", "eta", "alpha"), np.ones(4))
+    x[0, 0] = np.nan
+    out, memory = memory_as_context(x, start_memory(np.eye(2)), x[:0], segment=2, **g)
+    assert np.isnan(out).any()
+    assert np.isnan(memory.weights[0]).any()

@@ -263,6 +263,22 @@ X = np.ones((4, 3))
             "decay: shape is (3, 3, 1), expected (..., n,",
         ),
         (lambda: run_recurrence(linear_recurrence(X, X), X[:3]), "value: shape is (3, 3), expected (..., 4, features)"),
+        (
+            lambda: run_recurrence(linear_recurrence(X, X), X, X[:3] * np.nan),
+            "state: holds NaN, expected numbers; mend what made them",
+        ),
+        (
+            lambda: selective_recurrence(X - 1.5, X[:3, :1], X, X),
+            "step: holds a number below 0, expected numbers of at least 0",
+        ),
+        (
+            lambda: selective_recurrence(X * np.nan, X[:3, :1], X, X),
+            "step: holds NaN, expected numbers of at least 0; mend what made them",
+        ),
+        (
+            lambda: selective_recurrence(X, -X[:3, :1], X, X),
+            "rate: holds a number below 0, expected numbers of at least 0",
+        ),
         (lambda: taylor_features(X, -1), "degree: got -1, expected a whole number from 0 on"),
         (lambda: linear_recurrence(X, torch.ones(4, 3)), "key: is an array of torch, expected numpy's, as query is"),
     ],
@@ -270,3 +286,32 @@ X = np.ones((4, 3))
 def test_errors_name_the_argument(do, text):
     with pytest.raises(InvalidInput, match=re.escape(text)):
         do()
+
+
+@pytest.mark.parametrize("make", [torch.asarray, jnp.asarray])
+def test_a_state_of_other_libraries_that_is_no_number_is_refused(make):
+    x = make(X)
+    with pytest.raises(InvalidInput, match="state: holds NaN"):
+        run_recurrence(linear_recurrence(x, x), x, make(np.where(np.eye(3) > 0, np.nan, 0.0)))
+
+
+def test_steps_of_zero_and_infinite_states_are_taken():
+    """Zero is at least 0; a state of infinity is one that a caller may mean."""
+    system = selective_recurrence(0 * X, 0 * X[:3, :1], X, X)
+    assert (system.decay == 1).all()
+    assert np.isinf(run_recurrence(system, X, X[:3] * np.inf)[0]).all()
+
+
+def test_numbers_are_not_asked_for_where_there_are_none_yet():
+    """While JAX or PyTorch trace, nothing is checked, and the answer is the same."""
+
+    def run(step, state):
+        x = 1.0 + 0 * step
+        return run_recurrence(selective_recurrence(step, x[:3, :1], x, x), x, state)[0]
+
+    import jax
+
+    one, start = jnp.ones((4, 3), "float32"), jnp.ones((3, 3), "float32")
+    assert jax.jit(run)(one, start).shape == (4, 3)
+    found = torch.func.vmap(run)(torch.ones(2, 4, 3), torch.ones(2, 3, 3))
+    assert (found[1] == run(torch.ones(4, 3), torch.ones(3, 3))).all()

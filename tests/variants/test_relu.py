@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from refattn import VARIANTS, InvalidProblem, Problem, UnsupportedProblem, evaluate
-from refattn.exact.agree import under
+from refattn.exact.agree import differing_form, under
 from refattn.exact.driver import enclose
 from refattn.exact.field import Field
 from refattn.functions.in_context import relu_attention
@@ -56,6 +56,19 @@ def test_out_and_gradients_are_sums_of_fractions(more):
         assert a.values[name][0, 0].tolist() == [[float(y) for y in row] for row in x]
 
 
+@pytest.mark.parametrize("more", [{}, {"causal": "bottom_right"}, {"options": {"normalize": "none"}, "scale": 0.25}])
+def test_the_form_by_channels_agrees_in_the_field(more):
+    """25 scores, some of them exactly 0; the larger cases of test_variants.py are compared by balls."""
+    assert differing_form(call(**more)) == ""
+
+
+def test_forms_that_are_wrong_are_found():
+    v = VARIANTS["relu"]
+    for name in ("divided_by_the_weights", "sizes_of_scores", "squared_scores", "relu_of_the_output"):
+        with under(replace(v, name="other", forms={"wrong": v.wrong[name][1]})):
+            assert differing_form(call(variant="other")).startswith("form 'wrong' differs in out at"), name
+
+
 def test_it_is_the_layer_of_the_paper_without_its_matrices():
     p = call(3, causal="bottom_right")
     h = p.query[0, 0].astype(float)
@@ -77,6 +90,7 @@ BIASED = replace(
     uses=frozenset({"causal", "bias"}),
     options={},
     cases={},
+    forms={},
     wrong={},
     default_scale="rsqrt",
 )
