@@ -1,27 +1,33 @@
 """Right kernels in quick runs: ``python -m tests.check.right_gate [COUNT] [SECONDS] [OPERATOR ...]``.
 
-refattn-sparse is judged on every operator that says which keys a row sees, in float32 and in bfloat16, COUNT times each
-with seeds 0, 1, ..., by turns, until SECONDS are over. Prints for each operator and type how many runs there were and
-how many said something of a right kernel: none may.
+Our kernels refattn-sparse, refattn-weighed and refattn-chunked, which needs PyTorch, are judged on every operator that
+they compute, in float32 and in bfloat16, COUNT times each with seeds 0, 1, ..., by turns, until SECONDS are over.
+Prints for each operator and type how many runs there were and how many said something of a right kernel: none may.
 """
 
 import sys
 import time
 
 from refattn import check_kernel
-from refattn.check.kernels import SPARSE, find
+from refattn.check.kernels import KERNELS
 
-KERNEL = find("refattn-sparse")[0].kernel()
+RIGHT = {
+    v: e.kernel()
+    for e in (KERNELS[f"refattn-{n}"] for n in ("sparse", "weighed", "chunked"))
+    if e.here
+    for v in sorted(e.variants)
+}
+"""By operator, our kernel."""
 TYPES = ("float32", "bfloat16")
 
 
 def failures(variant, dtype, seed):
-    """Return what one quick run says against the kernel."""
-    found = check_kernel(KERNEL, variant, dtypes=[dtype], budget="quick", seed=seed)
+    """Return what one quick run says against an operator's kernel."""
+    found = check_kernel(RIGHT[variant], variant, dtypes=[dtype], budget="quick", seed=seed)
     return [(c.name, c.message) for c in found.failures]
 
 
-def run(count, seconds, variants=SPARSE):
+def run(count, seconds, variants=tuple(RIGHT)):
     """Return by operator and type how many runs there were, and what was said, by seed."""
     end, runs = time.monotonic() + seconds, {(v, d): 0 for v in variants for d in TYPES}
     said = {at: [] for at in runs}
@@ -37,7 +43,7 @@ def run(count, seconds, variants=SPARSE):
 def main():
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else float("inf")
-    runs, said = run(count, seconds, sys.argv[3:] or SPARSE)
+    runs, said = run(count, seconds, sys.argv[3:] or tuple(RIGHT))
     for (variant, dtype), many in runs.items():
         alarms = said[variant, dtype]
         print(f"{variant} {dtype}: {many} runs, {len({x[0] for x in alarms})} with a false alarm", flush=True)

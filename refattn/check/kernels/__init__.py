@@ -23,6 +23,7 @@ from .packages import PACKAGES, on_gpu
 
 __all__ = ["EXAMPLE", "KERNELS", "Entry", "declared", "find", "found"]
 
+WEIGHED = ("relu", "ecoformer", "urpe")
 SPARSE = ("block_sparse", "power_blocks", "neighborhood", "titans_mac", "moba", "topk", "nsa_selected", "view_local")
 EXAMPLE = "example-no-rescale"
 """A wrong kernel's name."""
@@ -121,6 +122,18 @@ KERNELS: dict[str, Entry] = {
             ),
             flash,
             variants=frozenset(SPARSE),
+        ),
+        Entry(
+            "refattn-weighed",
+            "",
+            load("weighed", "weighed"),
+            Capabilities(
+                frozenset({"float32", "float16", "bfloat16"}),
+                FEATURES - {"variable_lengths", "softcap", "sink"},
+                lse=True,
+            ),
+            flash,
+            variants=frozenset(WEIGHED),
         ),
         _recurrent("refattn-chunked", "torch", load("chunked", "chunked"), gradients=_OF_STEPS, dstate_out=True),
         _recurrent("refattn-recurrent", "cupy", load("cuda", "recurrent"), **_ON_GPU),

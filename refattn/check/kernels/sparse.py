@@ -20,7 +20,7 @@ from ...errors import UnsupportedProblem
 from ...problem import Problem
 from ...variants import variant_of
 
-__all__ = ["sparse"]
+__all__ = ["of_row", "seen", "sparse"]
 
 Array = NDArray[Any]
 Pick = Callable[[Array, Array, dict[str, Any]], Iterator[list[int]]]
@@ -46,23 +46,23 @@ def sparse(problem: Problem) -> tuple[Array, Array]:
             if (blocks := own.get("blocks")) and isinstance(blocks[0][0], tuple):  # a mask for each head
                 own["blocks"] = blocks[h if len(blocks) > 1 else 0]
             own |= {"group": q[b, g * group : (g + 1) * group], "scale": _scale(p)}
-            for i, keys in enumerate(PICKS[p.variant](q[b, h], k[b, g], own)):
-                seen = _seen(p, b, h, i, np.array(keys, np.intp))
-                out[b, h, i], lse[b, h, i] = _row(p, (b, h, i), q[b, h, i], k[b, g, seen], v[b, g, seen], seen)
+            for i, picked in enumerate(PICKS[p.variant](q[b, h], k[b, g], own)):
+                keys = seen(p, b, h, i, np.array(picked, np.intp))
+                out[b, h, i], lse[b, h, i] = _row(p, (b, h, i), q[b, h, i], k[b, g, keys], v[b, g, keys], keys)
     return from_float64(form.round_array(out.astype(np.float64)), p.dtype), lse
 
 
-def _seen(p: Problem, b: int, h: int, i: int, keys: Array) -> Array:
+def seen(p: Problem, b: int, h: int, i: int, keys: Array) -> Array:
     """Return those of a row's keys that the call shows it."""
     at = i + (0 if p.causal == "top_left" else p.n_k - p.n_q)
     left, right = p.window or (None, None)
     right = 0 if p.causal else right
     keys = keys if left is None else keys[keys >= at - left]
     keys = keys if right is None else keys[keys <= at + right]
-    return keys if p.allowed is None else keys[_of_row(p.allowed, b, h, i, p.n_k)[keys]]
+    return keys if p.allowed is None else keys[of_row(p.allowed, b, h, i, p.n_k)[keys]]
 
 
-def _of_row(x: Array, b: int, h: int, i: int, n_k: int) -> Array:
+def of_row(x: Array, b: int, h: int, i: int, n_k: int) -> Array:
     """Return a row of a mask, bias or weight whose axes of one element stand for all."""
     at = tuple(j if n > 1 else 0 for j, n in zip((b, h, i), x.shape, strict=False))
     return np.broadcast_to(x[at], n_k)
@@ -80,13 +80,13 @@ def _row(p: Problem, at: tuple[int, int, int], q: Array, k: Array, v: Array, key
     if p.softcap is not None:
         s = np.tanh(s / np.float32(p.softcap)) * np.float32(p.softcap)
     if p.bias is not None:
-        s = s + to_float64(_of_row(p.bias, *at, p.n_k)[keys]).astype(np.float32)
+        s = s + to_float64(of_row(p.bias, *at, p.n_k)[keys]).astype(np.float32)
     sink = -np.inf if p.sink is None else np.float32(to_float64(p.sink)[at[1]])
     top = np.maximum(s.max(initial=-np.inf), np.float32(sink))
     base = np.float32(0) if top == -np.inf else top
     w = np.exp(s - base)
     if p.weight is not None:
-        w = w * to_float64(_of_row(p.weight, *at, p.n_k)[keys]).astype(np.float32)
+        w = w * to_float64(of_row(p.weight, *at, p.n_k)[keys]).astype(np.float32)
     total = w.sum(dtype=np.float32) + (np.exp(sink - base) if p.sink is not None else np.float32(0))
     if total == 0:
         return np.zeros(v.shape[1], np.float32), np.float32(-np.inf)

@@ -12,7 +12,7 @@ from refattn.check.inputs.calls import drawn
 from refattn.check.inputs.families import calls
 from refattn.check.inputs.models import LONGER, MODELS, known
 from refattn.check.kernels.tiled import gradients, tiled
-from refattn.check.model import FEATURES, FURTHER, GRADIENTS
+from refattn.check.model import FEATURES, FURTHER, GRADIENTS, flash
 from refattn.variants import variant_of
 
 ABLE = Capabilities(frozenset({"float32"}), FEATURES, lse=True, gradients=GRADIENTS)
@@ -140,3 +140,10 @@ def test_calls_of_models_are_those_that_a_kernel_can_do():
         problem = next(c for c in calls("softmax", whole, "quick") if c.label == n).problem("float32")
         assert problem.d_k == call.d, n
         assert whole.missing(problem) == [], n
+
+
+def test_values_that_show_rounded_scores_are_not_asked_of_weights_that_are_scores():
+    for variant, said in (("softmax", True), ("relu", False)):
+        case = next(c for c in calls(variant, ABLE, "quick") if c.label == "matched")
+        assert case.says(flash("float32"))
+        assert case.says(flash("bfloat16")) == said

@@ -1,0 +1,61 @@
+"""The kernel of operators with weights of their own computes what the operators' definitions say."""
+
+import numpy as np
+import pytest
+
+from refattn import Problem, UnsupportedProblem, check_kernel
+from refattn.check.inputs.families import cases
+from refattn.check.kernels import KERNELS, found, weighed
+from refattn.variants import VARIANTS
+
+from ...conftest import NIGHTLY
+
+ENTRY = KERNELS["refattn-weighed"]
+
+
+def judge(variant, dtype, only):
+    return check_kernel(ENTRY.kernel().call, variant, capabilities=ENTRY.capabilities, dtypes=[dtype], only=only)
+
+
+def asked(variant, dtype):
+    """Return which checks: nightly all of normal numbers, else one call and the operator's own, in bfloat16 one of
+    them: it has two more roundings, of weights and of out."""
+    own = [f"gaussian/{n}" for n in VARIANTS[variant].cases]
+    if dtype == "bfloat16" and not NIGHTLY:
+        return [cases(variant)[0].name, own[0]]
+    edges = [f"{f}/*" for f in ("empty", "poison") if f in VARIANTS[variant].families]
+    return [*(["gaussian/*"] if NIGHTLY else [cases(variant)[0].name, *own]), *edges]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", sorted(ENTRY.variants))
+def test_it_is_right(variant, dtype):
+    for only in asked(variant, dtype):
+        report = judge(variant, dtype, only)
+        assert report.passed, report.describe(report.failures[0])
+        assert report.count("passed")
+
+
+EDITS = {
+    "relu": lambda s, keys, o: (np.maximum(s, 0), np.float32(len(keys) + 1), 0),
+    "ecoformer": lambda s, keys, o: (s + np.float32(o["bits"]), (s + np.float32(o["bits"])).sum(), 0),
+    "urpe": lambda s, keys, o: weighed._urpe(s, keys, o | {"ahead": -o["ahead"]}),
+}
+
+
+@pytest.mark.parametrize("variant", sorted(EDITS))
+def test_a_wrong_edit_fails(variant, monkeypatch):
+    monkeypatch.setitem(weighed.WEIGHTS, variant, EDITS[variant])
+    assert not judge(variant, "float32", f"gaussian/{list(VARIANTS[variant].cases)[-1]}").passed
+
+
+def test_it_is_found_for_its_operators():
+    assert set(EDITS) == ENTRY.variants == set(weighed.WEIGHTS)
+    assert all(ENTRY in found(v) for v in EDITS)
+    assert ENTRY not in found()
+
+
+def test_another_operator_is_refused():
+    q = np.ones((1, 1, 2, 2), np.float32)
+    with pytest.raises(UnsupportedProblem, match="refattn-weighed: takes relu, ecoformer, urpe, got softmax"):
+        weighed.weighed(Problem(q, q, q))
