@@ -1,7 +1,7 @@
 """Our kernel for operators with other weights than softmax's, in NumPy: it gathers a row's keys and weighs them.
 
 A row's weights are written here, not taken from the operators' definitions. Float32 inside, P rounded to the input's
-type; what a row is divided by is a sum of weights that are not rounded.
+type before a gain; what a row is divided by is a sum of weights that are not rounded.
 """
 
 from __future__ import annotations
@@ -50,9 +50,11 @@ def weighed(problem: Problem) -> Array | tuple[Array, Array]:
             s = k[b, g, keys] @ q[b, h, i]
             if p.bias is not None:
                 s = s + to_float64(of_row(p.bias, b, h, i, p.n_k)[keys]).astype(np.float32)
-            row = {"head": h, "bits": p.d_k, "ahead": keys - i - (0 if p.causal == "top_left" else p.n_k - p.n_q)}
-            w, total, lse[b, h, i] = weigh(s, keys, options | row)
+            ahead = keys - i - (0 if p.causal == "top_left" else p.n_k - p.n_q)
+            w, total, lse[b, h, i] = weigh(s, keys, options | {"bits": p.d_k})
             w = form.round_array(w.astype(np.float64)).astype(np.float32)
+            if options.get("gain"):  # after the rounding: that of a gain alone would be the same in every row
+                w = w * _gain(options["gain"][h % len(options["gain"])], ahead)
             out[b, h, i] = (w @ v[b, g, keys]) / total
     out = from_float64(form.round_array(out.astype(np.float64)), p.dtype)
     return (out, lse) if p.variant == "urpe" else out
@@ -74,10 +76,13 @@ def _urpe(s: Array, keys: Array, o: dict[str, Any]) -> tuple[Array, Any, Any]:
     total = e.sum(dtype=np.float32)
     if total == 0:  # every bias is -inf
         return np.zeros_like(e), np.float32(1), -np.inf
-    gains = o["gain"] or ((1.0,),)
-    gain = np.array(gains[o["head"] % len(gains)], np.float32)
-    reach = len(gain) // 2
-    return e * gain[np.clip(o["ahead"], -reach, reach) + reach], total, top + np.log(total)
+    return e, total, top + np.log(total)
+
+
+def _gain(row: tuple[float, ...], ahead: Array) -> Array:
+    reach = len(row) // 2
+    gain: Array = np.array(row, np.float32)
+    return np.take(gain, np.clip(ahead, -reach, reach) + reach)
 
 
 WEIGHTS: dict[str, Weigh] = {"relu": _relu, "ecoformer": _ecoformer, "urpe": _urpe}

@@ -39,7 +39,7 @@ def test_it_is_right(variant, dtype):
 EDITS = {
     "relu": lambda s, keys, o: (np.maximum(s, 0), np.float32(len(keys) + 1), 0),
     "ecoformer": lambda s, keys, o: (s + np.float32(o["bits"]), (s + np.float32(o["bits"])).sum(), 0),
-    "urpe": lambda s, keys, o: weighed._urpe(s, keys, o | {"ahead": -o["ahead"]}),
+    "urpe": lambda s, keys, o: (np.exp(s - s.max()), np.float32(len(keys)), 0),
 }
 
 
