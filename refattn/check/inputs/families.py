@@ -133,10 +133,11 @@ class Case:
     def says(self, model: Model) -> bool:
         """Tell whether it says something of a kernel: values that show narrow scores do not where it stores such.
 
-        Nor where it rounds weights that may be the scores themselves, as they are without a softmax.
+        Nor where it rounds weights that may be the scores themselves: those of an operator that may be 0 or below.
         """
         matched = isinstance(self.build, Call) and self.build.numbers == "matched"
-        scores = model.loss(model.scores) or (model.loss(model.weights) and not variant_of(self.variant).has_lse)
+        v = variant_of(self.variant)
+        scores = model.loss(model.scores) or (model.loss(model.weights) and not (v.has_lse or v.positive))
         return not (matched and scores)
 
     @property

@@ -143,7 +143,7 @@ def test_calls_of_models_are_those_that_a_kernel_can_do():
 
 
 def test_values_that_show_rounded_scores_are_not_asked_of_weights_that_are_scores():
-    for variant, said in (("softmax", True), ("relu", False)):
+    for variant, said in (("softmax", True), ("sigmoid", True), ("relu", False)):
         case = next(c for c in calls(variant, ABLE, "quick") if c.label == "matched")
         assert case.says(flash("float32"))
         assert case.says(flash("bfloat16")) == said
