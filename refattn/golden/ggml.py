@@ -121,6 +121,15 @@ def _expect_taken(p: Problem) -> None:
         with np.errstate(over="ignore"):
             if x is not None and not np.array_equal(x.astype(np.float16).astype(x.dtype), x):
                 raise InvalidInput(f"{name}: has numbers that float16 has not, to which ggml rounds; round them first")
+    for name, x in (("softcap", p.softcap), ("sink", p.sink)):
+        wide = np.asarray(0.0 if x is None else x, np.float64)
+        with np.errstate(over="ignore"):
+            if not np.array_equal(wide.astype(np.float32).astype(np.float64), wide):
+                raise InvalidInput(
+                    f"{name}: has numbers that float32 has not, as which ggml takes it; round them first"
+                )
+    if p.bias is not None and (p.bias == np.inf).any():
+        raise InvalidInput("bias: has +inf, of which ggml makes NaN; expected finite numbers or -inf")
     if not all(np.isfinite(x.astype(np.float64)).all() for x in (p.query, p.key, p.value)):
         raise InvalidInput("query, key, value: have NaN or inf, expected finite numbers")
     for b in range(p.batch):
