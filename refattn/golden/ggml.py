@@ -126,7 +126,7 @@ def _expect_taken(p: Problem) -> None:
         with np.errstate(over="ignore"):
             if not np.array_equal(wide.astype(np.float32).astype(np.float64), wide):
                 raise InvalidInput(
-                    f"{name}: has numbers that float32 has not, as which ggml takes it; round them first"
+                    f"{name}: has numbers that float32 has not, which is what ggml takes; round them"
                 )
     if p.bias is not None and (p.bias == np.inf).any():
         raise InvalidInput("bias: has +inf, of which ggml makes NaN; expected finite numbers or -inf")
