@@ -125,9 +125,7 @@ def _expect_taken(p: Problem) -> None:
         wide = np.asarray(0.0 if x is None else x, np.float64)
         with np.errstate(over="ignore"):
             if not np.array_equal(wide.astype(np.float32).astype(np.float64), wide):
-                raise InvalidInput(
-                    f"{name}: has numbers that float32 has not, which is what ggml takes; round them"
-                )
+                raise InvalidInput(f"{name}: has numbers that float32 has not, which is what ggml takes; round them")
     if p.bias is not None and (p.bias == np.inf).any():
         raise InvalidInput("bias: has +inf, of which ggml makes NaN; expected finite numbers or -inf")
     if not all(np.isfinite(x.astype(np.float64)).all() for x in (p.query, p.key, p.value)):
