@@ -17,6 +17,8 @@ __all__ = ["add_whole", "inverse", "turned"]
 
 _OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "cache": True}
 _INLINE = {"forceinline": True, **_OPTIONS}
+# _fma and the two sums are those of exact/compiled.py, written here again: numba's cache looks at a function's own file
+# alone, so a change there would leave these compiled as they were
 
 
 @intrinsic
