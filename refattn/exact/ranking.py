@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidProblem
+from ..errors import InvalidProblem, UnsupportedProblem
 from ..variants import Selected
 from .arithmetics import Balls
 from .field import Field
 from .heads import Head, matrix_of
 from .levels import Bounded, Level
 from .runs import Runs
+from .whole import Whole
 
 if TYPE_CHECKING:
     from .choosing import Sight
@@ -177,6 +178,15 @@ def of_row(level: Scorer, row: int, at: NDArray[np.intp], s: Any) -> tuple[NDArr
         last, first = order[count - 1], order[count]
         margin = float((h[last] - h[first]) + (low[last] - low[first]))
         return at[np.concatenate([sure, np.sort(open_[order[:count]])])], margin
+    try:
+        whole = level.of(row, which, Whole())
+    except UnsupportedProblem:  # roots, exponentials and the like
+        pass
+    else:
+        numbers = [whole.a[0, x] * whole.unit for x in of]
+        ranks = sorted(range(len(of)), key=lambda x: (-numbers[x], x))
+        margin = float(numbers[ranks[count - 1]] - numbers[ranks[count]])
+        return at[np.concatenate([sure, np.sort(open_[ranks[:count]])])], margin
     image = level.of(row, which, Field(level.ones[0].q.shape[1])).image[0][of]
     for bits in LADDER:
         balls = Balls(bits)

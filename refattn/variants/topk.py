@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 from ..problem import Problem
 from ..rules import Rule
 from ..rules.rule import Atom
+from .loops import chosen, first
 from .option import Option, boolean, whole
-from .shapes import Choices, Selected
+from .shapes import Choices, Lowered, Selected
 from .variant import Variant, packed, unplaced
 
 __all__ = ["TOPK"]
@@ -63,10 +65,29 @@ def fits(p: Problem) -> str | None:
     return unplaced(p, "choices")
 
 
+def by_rows(p: Problem, o: Any) -> Problem:
+    """Write the same by a loop over rows: blocks from the first keys on, until one reaches the nearest keys."""
+
+    def take(s: Any, seen: Any, at: int) -> Iterator[int]:
+        start, nearest = min(o.sink_keys, len(seen)), at + 1 - o.local
+        yield from range(start)
+        blocks = {}
+        while start + o.block_size <= nearest:
+            if seen[start : start + o.block_size].any():
+                blocks[start] = s[:, start : start + o.block_size].sum()
+            start += o.block_size
+        yield from range(start, at + 1)
+        for x in first(blocks, o.topk):
+            yield from range(x, x + o.block_size)
+
+    return chosen(p, take, together=o.by_group)
+
+
 DEFINE = Selected(scores, choices, full={"topk": 2**31}, together=lambda o: o.by_group, alone=True)
 TOPK = Variant(
     name="topk",
     define=DEFINE,
+    forms={"by_rows": Lowered(by_rows)},
     formula="softmax attention to the first sink_keys keys, the nearest `local` keys, and of the blocks of block_size "
     "keys between the topk with the largest mean q_i·k_j",
     unit="u · sum_j p_ij |v_jc|",
