@@ -90,7 +90,9 @@ def _compared(a: Problem, b: Problem) -> Iterator[tuple[str, NDArray[np.bool_]]]
 def _same_call(a: Problem, b: Problem) -> bool:
     """Tell whether two calls are one, masks written another way."""
     pairs = {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(Problem) if f.name != "allowed"}
-    if any(x is not y and (isinstance(x, np.ndarray) or isinstance(y, np.ndarray) or x != y) for x, y in pairs.values()):
+    if any(
+        x is not y and (isinstance(x, np.ndarray) or isinstance(y, np.ndarray) or x != y) for x, y in pairs.values()
+    ):
         return False
     masks = ((x.allowed, y.allowed) for x, y in zip(heads(a), heads(b), strict=True))
     return all(np.array_equal(x, y) for x, y in masks)

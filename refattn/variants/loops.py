@@ -39,9 +39,9 @@ def integers(x: Any) -> tuple[Whole, int]:
     return np.array([n * (below // m) for n, m in ratios], object).reshape(x.shape), below
 
 
-def products(p: Problem) -> tuple[Whole, int]:
-    """Return all products of queries and keys, (b, h_q, n_q, n_k), as integers over one denominator."""
-    (q, below), (k, more) = integers(p.query), integers(p.key)
+def products(p: Problem, columns: int | None = None) -> tuple[Whole, int]:
+    """Return all products of queries' and keys' first columns, (b, h_q, n_q, n_k), as integers over one denominator."""
+    (q, below), (k, more) = integers(p.query[..., :columns]), integers(p.key[..., :columns])
     heads = range(p.heads)
     found = [[q[b, h] @ k[b, h // (p.heads // p.heads_kv)].T for h in heads] for b in range(p.batch)]
     return np.array(found, object).reshape(*p.out_shape[:3], p.n_k), below * more
@@ -54,7 +54,7 @@ def sees(p: Problem) -> NDArray[np.bool_]:
     return np.asarray(np.broadcast_to(causal & (weight > 0), (*p.out_shape[:3], p.n_k)))
 
 
-def chosen(p: Problem, take: Callable[..., Iterator[int]], together: bool) -> Problem:
+def chosen(p: Problem, take: Callable[..., Iterator[int]], together: bool, scores: Whole | None = None) -> Problem:
     """Write a choice out as a mask.
 
     Parameters
@@ -66,8 +66,10 @@ def chosen(p: Problem, take: Callable[..., Iterator[int]], together: bool) -> Pr
         sees, (n_k,), and the key at which it stands.
     together : bool
         Whether the query heads of a key head choose the same.
+    scores : (b, h_q, n_q, n_k) integers, optional
+        What stands in place of the products.
     """
-    s, _ = products(p)
+    s = products(p)[0] if scores is None else scores
     seen, group = sees(p), p.heads // p.heads_kv if together else 1
     taken = np.zeros(seen.shape, bool)
     for b, h, i in np.ndindex(p.batch, p.heads // group, p.n_q):
