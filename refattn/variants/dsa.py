@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -101,9 +102,9 @@ DSA = Variant(
     has_lse=True,
     positive=True,
     cases={
-        "few": {"n_q": 67, "n_k": 67, **GROUP, "options": {"topk": 5}},
+        "few": {"n_q": 67, "n_k": 67, **GROUP, "h_kv": 2, "options": {"topk": 5}},
         "one": {"n_q": 37, "n_k": 67, "causal": "bottom_right", "options": {"topk": 1}},
-        "chunk": {"n_q": 9, "n_k": 67, **GROUP, "h_kv": 2, "options": {"topk": 7}},
+        "chunk": {"n_q": 9, "n_k": 67, **GROUP, "options": {"topk": 7}},
         "many": {"n_q": 9, "n_k": 259, **GROUP, "options": {"topk": 90}},
         "below-zero": {"n_q": 37, "n_k": 37, **GROUP, "scale": -0.3, "options": {"topk": 3}},
         "all": {"n_q": 21, "n_k": 37, **GROUP},
@@ -112,11 +113,11 @@ DSA = Variant(
         "relu_left_out": ("products below 0 count", DEFINE.changed(linear)),
         "weights_left_out": (
             "index heads are added up without weights",
-            DEFINE.changed(lambda *x: scores(*x, weighed=False)),
+            DEFINE.changed(partial(scores, weighed=False)),
         ),
         "weight_in_the_product": (
             "a product takes the weights' column, too",
-            DEFINE.changed(lambda *x: scores(*x, last=True)),
+            DEFINE.changed(partial(scores, last=True)),
         ),
         "relu_of_the_weighed": ("the ReLU comes after the weight", DEFINE.changed(lambda *x: scores(*x).relu())),
         "each_head_chooses": ("each query head chooses for itself", replace(DEFINE, together=lambda o: False)),

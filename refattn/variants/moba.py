@@ -85,6 +85,7 @@ MOBA = Variant(
     ),
     contract=(
         "A tie goes to the lower block.",
+        "A block longer than the keys is the one block, ragged: rows attend to all keys up to their own.",
         "Means are of the exact keys of a block, the ragged last one's of those that are there.",
         "Where a kernel's own scores cannot tell two blocks apart, it may take either: the row is judged by both.",
         "A NaN or infinite number in a query or key counts as 0 in scores; a row that takes such a key is NaN.",

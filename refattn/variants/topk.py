@@ -95,7 +95,7 @@ TOPK = Variant(
     "over a group of heads: by_group=True, as a sum has the same order.",
     uses=frozenset({"causal", "sink", "weight"}),
     options={
-        "topk": Option(32, "blocks that a row chooses", whole(0), (32, 5, 1)),
+        "topk": Option(32, "blocks that a row chooses; 0 is none", whole(0), (32, 5, 1)),
         "block_size": Option(1, "keys of a block", whole(1), (1, 4, 7)),
         "sink_keys": Option(4, "first keys, which a row always takes", whole(0), (4, 0, 2)),
         "local": Option(8, "nearest keys, which a row always takes, its own counted", whole(1), (8, 3, 1)),
@@ -114,6 +114,8 @@ TOPK = Variant(
     contract=(
         "Blocks count from the first key after the sink_keys; keys between the last whole block and the nearest are "
         "taken with these.",
+        "With topk=0, or a block longer than the keys between, a row takes the first and the nearest keys alone; the "
+        "latter from the last whole block on.",
         "A tie goes to the lower block; a row with no more blocks between than topk takes them all.",
         "Where a kernel's own scores cannot tell two blocks apart, it may take either: the row is judged by both.",
         "A NaN or infinite number in a query or key counts as 0 in scores; a row that takes such a key is NaN.",
