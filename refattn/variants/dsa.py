@@ -85,7 +85,6 @@ DSA = Variant(
     bugs=(
         "zeroed_head",
         "wrong_scale",
-        "heads_tiled",
         "value_of_next_key",
         "neighbour_row",
         "output_too_narrow",
@@ -102,10 +101,10 @@ DSA = Variant(
     has_lse=True,
     positive=True,
     cases={
-        "few": {"n_q": 67, "n_k": 67, **GROUP, "h_kv": 2, "options": {"topk": 5}},
-        "one": {"n_q": 37, "n_k": 67, "causal": "bottom_right", "options": {"topk": 1}},
+        "few": {"n_q": 37, "n_k": 67, **GROUP, "options": {"topk": 5}},
+        "one": {"n_q": 21, "n_k": 37, **GROUP, "options": {"topk": 1}},
         "chunk": {"n_q": 9, "n_k": 67, **GROUP, "options": {"topk": 7}},
-        "many": {"n_q": 9, "n_k": 259, **GROUP, "options": {"topk": 90}},
+        "many": {"n_q": 9, "n_k": 259, **GROUP, "options": {"topk": 30}},
         "below-zero": {"n_q": 37, "n_k": 37, **GROUP, "scale": -0.3, "options": {"topk": 3}},
         "all": {"n_q": 21, "n_k": 37, **GROUP},
     },
