@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from functools import cached_property, cmp_to_key, reduce
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 PARTS = 16
 """Lengths at which candidates that no row looks at are left out."""
+LARGEST = np.finfo(np.float64).max
 EXACT = Level(3)
 """What often counts sums of products without any loss: then equal scores are equal numbers."""
 LADDER = (256, 1024, 4096)  # bits at which scores that enclosures cannot tell apart are looked at again
@@ -185,7 +187,8 @@ def of_row(level: Scorer, row: int, at: NDArray[np.intp], s: Any) -> tuple[NDArr
     else:
         numbers = [whole.a[0, x] * whole.unit for x in of]
         ranks = sorted(range(len(of)), key=lambda x: (-numbers[x], x))
-        margin = float(numbers[ranks[count - 1]] - numbers[ranks[count]])
+        gap = numbers[ranks[count - 1]] - numbers[ranks[count]]
+        margin = float(gap) if gap <= LARGEST else math.inf
         return at[np.concatenate([sure, np.sort(open_[ranks[:count]])])], margin
     image = level.of(row, which, Field(level.ones[0].q.shape[1])).image[0][of]
     for bits in LADDER:
