@@ -106,7 +106,7 @@ DSA = Variant(
         "chunk": {"n_q": 9, "n_k": 67, **GROUP, "options": {"topk": 7}},
         "many": {"n_q": 9, "n_k": 259, **GROUP, "options": {"topk": 30}},
         "below-zero": {"n_q": 37, "n_k": 37, **GROUP, "scale": -0.3, "options": {"topk": 3}},
-        "all": {"n_q": 21, "n_k": 37, **GROUP},
+        "all": {"n_q": 21, "n_k": 37, **GROUP, "options": {"topk": 37}},
     },
     wrong={
         "relu_left_out": ("products below 0 count", DEFINE.changed(linear)),
