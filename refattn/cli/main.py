@@ -19,6 +19,7 @@ from ..version import VERSION
 from .check import check
 from .doctor import doctor
 from .exact import exact
+from .functions import table_of_functions
 from .golden import golden
 from .he import he
 from .init import init
@@ -50,7 +51,7 @@ def main() -> None:
 @click.option("--kernels", is_flag=True, help="List the kernels that refattn can call.")
 @click.option("--checks", help="List the checks of an operator.")
 def list_(kernels: bool, checks: str | None) -> None:
-    """List the operators, the kernels or the checks."""
+    """List the operators, and those that are functions of arrays by their papers; or the kernels, or the checks."""
     console = console_of(sys.stdout)
     if checks is not None:
         checks = load(checks)
@@ -81,6 +82,8 @@ def list_(kernels: bool, checks: str | None) -> None:
                 v.source,
             )
     console.print(table)
+    if not kernels:
+        console.print(table_of_functions())
 
 
 @main.command()

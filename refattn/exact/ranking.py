@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from functools import cached_property, cmp_to_key, reduce
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidProblem
+from ..errors import InvalidProblem, UnsupportedProblem
 from ..variants import Selected
 from .arithmetics import Balls
 from .field import Field
 from .heads import Head, matrix_of
 from .levels import Bounded, Level
 from .runs import Runs
+from .whole import Whole
 
 if TYPE_CHECKING:
     from .choosing import Sight
@@ -26,6 +28,7 @@ Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 PARTS = 16
 """Lengths at which candidates that no row looks at are left out."""
+LARGEST = np.finfo(np.float64).max
 EXACT = Level(3)
 """What often counts sums of products without any loss: then equal scores are equal numbers."""
 LADDER = (256, 1024, 4096)  # bits at which scores that enclosures cannot tell apart are looked at again
@@ -177,6 +180,16 @@ def of_row(level: Scorer, row: int, at: NDArray[np.intp], s: Any) -> tuple[NDArr
         last, first = order[count - 1], order[count]
         margin = float((h[last] - h[first]) + (low[last] - low[first]))
         return at[np.concatenate([sure, np.sort(open_[order[:count]])])], margin
+    try:
+        whole = level.of(row, which, Whole())
+    except UnsupportedProblem:  # roots, exponentials and the like
+        pass
+    else:
+        numbers = [whole.a[0, x] * whole.unit for x in of]
+        ranks = sorted(range(len(of)), key=lambda x: (-numbers[x], x))
+        gap = numbers[ranks[count - 1]] - numbers[ranks[count]]
+        margin = float(gap) if gap <= LARGEST else math.inf
+        return at[np.concatenate([sure, np.sort(open_[ranks[:count]])])], margin
     image = level.of(row, which, Field(level.ones[0].q.shape[1])).image[0][of]
     for bits in LADDER:
         balls = Balls(bits)

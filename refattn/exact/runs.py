@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .field import FieldMatrix
 from .levels import Bounded
 from .matrix import Matrix
+from .whole import WholeMatrix
 
 __all__ = ["Runs"]
 
@@ -109,6 +110,8 @@ class _Sums:
             return k.T.columns(runs.starts).T
         if isinstance(k, Matrix):
             return Matrix(_added(k.a, runs), k.f)
+        if isinstance(k, WholeMatrix):
+            return WholeMatrix(_added(k.a, runs), k.unit)
         if isinstance(k, FieldMatrix):
             exact = None if k.exact is None else tuple(_added(x, runs) for x in k.exact)
             return FieldMatrix(k.f, _added(k.image, runs) % k.f.p, exact)  # type: ignore[arg-type]

@@ -1,16 +1,18 @@
-"""Which tokens a stack of masked layers can hear: for any mask, and for PowerAttention's offsets."""
+"""Which tokens a stack of masked layers can hear: for a mask for each layer, and for PowerAttention's offsets."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
+from ..rules import Rule
 from .claim import Claim, Evidence, needs, total
 
-__all__ = ["CLAIMS", "of_mask", "of_offsets"]
+__all__ = ["CLAIMS", "of_layers", "of_mask", "of_offsets"]
 
 
 def of_mask(mask: Any, layers: int) -> NDArray[np.bool_]:
@@ -26,10 +28,36 @@ def of_mask(mask: Any, layers: int) -> NDArray[np.bool_]:
     seen = np.asarray(mask)
     if seen.ndim != 2 or seen.shape[0] != seen.shape[1] or seen.dtype != bool or layers < 0:
         raise InvalidInput(f"reach: got {seen.dtype} {seen.shape} and {layers} layers, expected (n, n) bools")
-    heard = np.eye(len(seen), dtype=bool)
-    step = (seen | heard).astype(np.float32)
-    for _ in range(layers):
-        heard = step @ heard.astype(np.float32) > 0
+    return of_layers([seen] * layers, len(seen))
+
+
+def of_layers(masks: Sequence[Any], n: int) -> NDArray[np.bool_]:
+    """Return which tokens each token hears after layers with masks of their own, with residuals.
+
+    A hybrid of windows and full layers, say: ``of_layers([causal() & window(3, 0)] * 5 + [causal()], n)``.
+
+    Parameters
+    ----------
+    masks : sequence of (n, n) bool arrays or rules of ``refattn.rules``
+        By layer, the first one first: whether token i attends to token j.
+    n : int
+        How many tokens.
+
+    Returns
+    -------
+    (n, n) bool array
+
+    Raises
+    ------
+    InvalidInput
+        A mask of another shape or type; its layer is named.
+    """
+    heard, own = np.eye(n, dtype=bool), np.eye(n, dtype=bool)
+    for layer, mask in enumerate(masks):
+        seen = mask.dense(n, n) if isinstance(mask, Rule) else np.asarray(mask)
+        if seen.shape != (n, n) or seen.dtype != bool:
+            raise InvalidInput(f"reach: got {seen.dtype} {seen.shape} at layer {layer}, expected ({n}, {n}) bools")
+        heard = (seen | own).astype(np.float32) @ heard.astype(np.float32) > 0
     return heard
 
 

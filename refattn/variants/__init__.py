@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import InvalidInput
 from .block_sparse import BLOCK_SPARSE
+from .dsa import DSA
 from .ecoformer import ECOFORMER
 from .gated_delta import GATED_DELTA
 from .lightning import LIGHTNING
@@ -44,6 +45,7 @@ VARIANTS: dict[str, Variant] = {
         MOBA,
         TOPK,
         NSA_SELECTED,
+        DSA,
         VIEW_LOCAL,
         URPE,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from ..problem import Problem
+from .loops import chosen, first
 from .option import Option, whole
-from .shapes import Choices, Selected
+from .shapes import Choices, Lowered, Selected
 from .variant import Variant, packed, unplaced
 
 __all__ = ["MOBA"]
@@ -39,10 +41,24 @@ def fits(p: Problem) -> str | None:
     return unplaced(p, "blocks")
 
 
+def by_rows(p: Problem, o: Any) -> Problem:
+    """Write the same by a loop over rows: earlier blocks are whole, so that their sums stand as their means do."""
+
+    def take(s: Any, seen: Any, at: int) -> Iterator[int]:
+        own = at // o.block_size * o.block_size
+        starts = [x for x in range(0, own, o.block_size) if seen[x : x + o.block_size].any()]
+        best = first({x: sum(s[0, x : x + o.block_size]) for x in starts}, o.topk - 1)
+        for x in (*best, own):
+            yield from range(x, min(x + o.block_size, len(seen)))
+
+    return chosen(p, take, together=False)
+
+
 DEFINE = Selected(scores, choices, full={"topk": 2**31}, alone=True)
 MOBA = Variant(
     name="moba",
     define=DEFINE,
+    forms={"by_rows": Lowered(by_rows)},
     formula="softmax attention to the keys of block(i) and of the topk - 1 earlier blocks b with the largest "
     "q_i·mean(K_b)",
     unit="u · sum_j p_ij |v_jc|",
@@ -69,6 +85,7 @@ MOBA = Variant(
     ),
     contract=(
         "A tie goes to the lower block.",
+        "A block longer than the keys is the one block, ragged: rows attend to all keys up to their own.",
         "Means are of the exact keys of a block, the ragged last one's of those that are there.",
         "Where a kernel's own scores cannot tell two blocks apart, it may take either: the row is judged by both.",
         "A NaN or infinite number in a query or key counts as 0 in scores; a row that takes such a key is NaN.",

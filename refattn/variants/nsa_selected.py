@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from decimal import Decimal, localcontext
 from typing import Any
 
 import numpy as np
 
 from ..problem import Problem
+from .loops import DIGITS, chosen, first_weights, products
 from .moba import MOBA
 from .moba import fits as moba_fits
 from .option import Option, one_of, whole
-from .shapes import Choices, Selected
+from .shapes import Choices, Lowered, Selected
 from .variant import Variant
 
 __all__ = ["NSA_SELECTED"]
@@ -55,10 +58,32 @@ def fits(p: Problem) -> str | None:
     return moba_fits(p)
 
 
+def by_rows(p: Problem, o: Any) -> Problem:
+    """Write the same by a loop over rows that sums exponentials in decimals, and compares their terms at a tie."""
+    with localcontext() as context:
+        context.prec = 2 * DIGITS
+        scale = 1 / Decimal(p.d_k).sqrt() if p.scale is None else Decimal(p.scale)
+        unit = scale / products(p)[1] / o.block_size  # only whole blocks are weighed
+
+    def take(s: Any, seen: Any, at: int) -> Iterator[int]:
+        own = at // o.block_size
+        forced = {own} if o.forced == "own" else {own, own - 1, 0} & set(range(own + 1))
+        spans = {b: slice(b * o.block_size, (b + 1) * o.block_size) for b in range((at + 1) // o.block_size)}
+        spans = {b: x for b, x in spans.items() if seen[x].any()}
+        sums = [[row[x].sum() for x in spans.values()] for row in s]
+        among = [n for n, b in enumerate(spans) if b < own and b not in forced]
+        best = first_weights(sums, unit, among, o.topk - FORCED[o.forced]) if among else []
+        for b in {*forced, *(list(spans)[n] for n in best)}:
+            yield from range(b * o.block_size, min((b + 1) * o.block_size, len(seen)))
+
+    return chosen(p, take, together=True)
+
+
 DEFINE = Selected(scores, choices, full={"topk": 2**31}, together=lambda o: True)
 NSA_SELECTED = Variant(
     name="nsa_selected",
     define=DEFINE,
+    forms={"by_rows": Lowered(by_rows)},
     formula="softmax attention to the keys of block(i) and of the topk - 1 earlier blocks b with the largest "
     "sum_h softmax_b(scale·q_ih·mean(K_b)), summed over the query heads h of a key head",
     unit="u · sum_j p_ij |v_jc|",
@@ -84,6 +109,7 @@ NSA_SELECTED = Variant(
     contract=(
         "A tie goes to the lower block.",
         "A block is weighed against those that end at or before the query; its own may be among these.",
+        "A block longer than the keys is the one block, ragged: rows attend to all keys up to their own.",
         "All query heads of a key head choose the same blocks.",
         "Where a kernel's own weights cannot tell two blocks apart, it may take either: the row is judged by both.",
         "A NaN or infinite number in a query or key counts as 0 in scores; a row that takes such a key is NaN.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 from ..problem import Problem
 from ..rules import Rule
 from ..rules.rule import Atom
+from .loops import chosen, first
 from .option import Option, boolean, whole
-from .shapes import Choices, Selected
+from .shapes import Choices, Lowered, Selected
 from .variant import Variant, packed, unplaced
 
 __all__ = ["TOPK"]
@@ -63,10 +65,29 @@ def fits(p: Problem) -> str | None:
     return unplaced(p, "choices")
 
 
+def by_rows(p: Problem, o: Any) -> Problem:
+    """Write the same by a loop over rows: blocks from the first keys on, until one reaches the nearest keys."""
+
+    def take(s: Any, seen: Any, at: int) -> Iterator[int]:
+        start, nearest = min(o.sink_keys, len(seen)), at + 1 - o.local
+        yield from range(start)
+        blocks = {}
+        while start + o.block_size <= nearest:
+            if seen[start : start + o.block_size].any():
+                blocks[start] = s[:, start : start + o.block_size].sum()
+            start += o.block_size
+        yield from range(start, at + 1)
+        for x in first(blocks, o.topk):
+            yield from range(x, x + o.block_size)
+
+    return chosen(p, take, together=o.by_group)
+
+
 DEFINE = Selected(scores, choices, full={"topk": 2**31}, together=lambda o: o.by_group, alone=True)
 TOPK = Variant(
     name="topk",
     define=DEFINE,
+    forms={"by_rows": Lowered(by_rows)},
     formula="softmax attention to the first sink_keys keys, the nearest `local` keys, and of the blocks of block_size "
     "keys between the topk with the largest mean q_i·k_j",
     unit="u · sum_j p_ij |v_jc|",
@@ -74,7 +95,7 @@ TOPK = Variant(
     "over a group of heads: by_group=True, as a sum has the same order.",
     uses=frozenset({"causal", "sink", "weight"}),
     options={
-        "topk": Option(32, "blocks that a row chooses", whole(0), (32, 5, 1)),
+        "topk": Option(32, "blocks that a row chooses; 0 is none", whole(0), (32, 5, 1)),
         "block_size": Option(1, "keys of a block", whole(1), (1, 4, 7)),
         "sink_keys": Option(4, "first keys, which a row always takes", whole(0), (4, 0, 2)),
         "local": Option(8, "nearest keys, which a row always takes, its own counted", whole(1), (8, 3, 1)),
@@ -93,6 +114,8 @@ TOPK = Variant(
     contract=(
         "Blocks count from the first key after the sink_keys; keys between the last whole block and the nearest are "
         "taken with these.",
+        "With topk=0, or a block longer than the keys between, a row takes the first and the nearest keys alone; the "
+        "latter from the last whole block on.",
         "A tie goes to the lower block; a row with no more blocks between than topk takes them all.",
         "Where a kernel's own scores cannot tell two blocks apart, it may take either: the row is judged by both.",
         "A NaN or infinite number in a query or key counts as 0 in scores; a row that takes such a key is NaN.",

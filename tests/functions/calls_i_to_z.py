@@ -26,6 +26,7 @@ from .call_parts import (
     K,
     Q,
     V,
+    drawer,
     generator,
     ints,
     mixture,
@@ -241,6 +242,7 @@ CALLS = {
     "scanpath.pointer_logits": {"query": some(2, 3, 4), "key": some(2, 5, 4), "mix": some(2), "bias": 0.5},
     "scanpath.similarity_loss": {"encoding": tensor(3, 4), "sigma": 2.0},
     "scanpath.step_mask": {"steps": 3, "slots": 4},
+    "sampling.sampled_weight": {"n_q": 3, "n_k": 9, "draw": drawer(), "sink": 1, "local": 2, "mode": "paper"},
     "statistical.count_error": {"n": 9, "k": 3, "failure": 0.1, "ddof": 1},
     "statistical.spark_attention": {
         "query": Q,

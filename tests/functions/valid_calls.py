@@ -20,6 +20,7 @@ HELPERS = {
     "probabilities.probabilities": "internal: takes the library",
     "probabilities.rank": "internal: takes the library",
     "probabilities.scored": "internal: takes the library",
+    "variants.loops": "second forms of operators, tested in variants/test_selected.py",
     "variants.neighborhood.grid_mask": "internal: takes an operator's settings",
     "variants.option": "checks of options, tested through Problem",
     "variants.own": "a name or a variant, tested in variants/test_own.py",

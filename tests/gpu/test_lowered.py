@@ -12,6 +12,7 @@ from refattn.exact import lowering
 from refattn.gpu import attention
 from refattn.gpu.lowered import lowered
 from refattn.gpu.plan import plan
+from refattn.variants.view_local import view
 
 lowered_module = sys.modules[lowered.__module__]
 
@@ -22,9 +23,11 @@ OPERATORS = {
     "moba": ({"block_size": 16, "topk": 2}, CAUSAL),
     "nsa_selected": ({"block_size": 8, "topk": 3}, CAUSAL),
     "topk": ({"topk": 3, "local": 2}, CAUSAL),
+    "dsa": ({"topk": 20}, CAUSAL),
     "power_blocks": (SPARSE, CAUSAL),
     "titans_mac": ({"persistent": 5, "segment": 20}, {}),
     "neighborhood": ({"shape": (8, 11), "window": (3, 4)}, {}),
+    "view_local": ({"projection": view(56, 30.0, ahead=True), "image": 56, "patches": 8, "radius": 2.0}, {}),
     "block_sparse": ({"blocks": BLOCKS, "block_q": 32, "block_k": 32}, {"softcap": 5.0}),
     "softmax": ({}, CAUSAL | {"window": (20, 0)}),
 }
@@ -34,7 +37,8 @@ def call(variant, n=88, to=np.asarray):
     rng = np.random.default_rng(0)
     options, more = OPERATORS[variant]
     q, k, v = (rng.standard_normal((1, h, n, 16)).astype(np.float32) for h in (4, 2, 2))
-    q, k, v = map(to, (q[:, :, options.get("persistent", 0) :], k, v))
+    first = n - 64 if variant == "view_local" else options.get("persistent", 0)  # 64 voxels are a cube
+    q, k, v = map(to, (q[:, :, first:], k, v))
     return Problem(q, k, v, variant=variant, options=options, **more)
 
 
@@ -57,9 +61,9 @@ def test_what_the_blocks_and_the_rest_leave_is_the_operator(monkeypatch, variant
     got = evaluate(Problem(p.query, p.key, p.value, allowed=seen, **made), rounding="float32")
     np.testing.assert_array_equal(got.out, want.out)
     np.testing.assert_array_equal(got.lse, want.lse)
-    padded = np.zeros((*seen.shape[:2], 96, 96), bool)
+    padded = np.zeros((*seen.shape[:2], 32 * blocks[0].shape[2], 96), bool)
     padded[:, :, : p.n_q, :88] = seen
-    tiles = padded.reshape(*seen.shape[:2], 3, 32, 6, 16).any((3, 5))
+    tiles = padded.reshape(*seen.shape[:2], -1, 32, 6, 16).any((3, 5))
     np.testing.assert_array_equal(np.broadcast_to(blocks[0], tiles.shape), tiles)
 
 

@@ -70,7 +70,7 @@ EDGES = {
     "operators": CORE | {"check", "check.bugs"},
     "golden": CORE | {"check"},
     "bench": CORE | {"check"},
-    "cli": CORE | {"check", "check.kernels", "operators", "golden", "he", "theory", "bench"},
+    "cli": CORE | {"check", "check.kernels", "operators", "golden", "he", "theory", "bench", "functions", "papers"},
 }
 HEAVY = [
     "torch",

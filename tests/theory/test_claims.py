@@ -14,6 +14,7 @@ from refattn import VARIANTS
 from refattn.cli.main import main
 from refattn.errors import HypothesisViolated, InvalidInput
 from refattn.functions.costs import context_of_equal_cost, hbm_bytes, keys_read, standard_io
+from refattn.rules import causal, window
 from refattn.theory import CLAIMS, Claim, Evidence, io_loops, run
 from refattn.theory.claim import judged, same, worst
 from refattn.theory.counting import Memory, Slow, held, plain
@@ -23,7 +24,7 @@ from refattn.theory.fields import disjoint, meet, over, precise
 from refattn.theory.flash_io import counted
 from refattn.theory.hyper import spread
 from refattn.theory.plots import figure
-from refattn.theory.reach import of_mask, of_offsets
+from refattn.theory.reach import of_layers, of_mask, of_offsets
 from refattn.theory.tracing import Traced
 
 # claims that speak of some things only, and what they do not speak of
@@ -248,6 +249,25 @@ def test_calculators_of_the_users_own_numbers():
     )
     with pytest.raises(InvalidInput, match="reach: got float64"):
         of_mask(np.zeros((2, 2)), 1)
+
+
+def test_layers_may_have_masks_of_their_own():
+    """A window of two, then a full layer, or the other way round: the last token hears all; the first row differs."""
+    near, full = causal() & window(1, 0), np.tri(6, dtype=bool)
+    assert (of_layers([near] * 2, 6) == of_mask(near.dense(6, 6), 2)).all()
+    for masks in ([near, full], [full, near]):
+        assert (of_layers(masks, 6) == full).all()
+    skip, back = of_offsets([3], 6), of_offsets([1], 6)
+    heard = [np.flatnonzero(of_layers(x, 6)[5]).tolist() for x in ([skip, back], [back, skip], [])]
+    assert heard == [[1, 2, 4, 5], [1, 2, 4, 5], [5]]
+    late = np.zeros((6, 6), bool)
+    late[5, 4] = True  # heard by the last token alone: what token 4 hears before counts, what it hears later does not
+    assert [np.flatnonzero(of_layers(x, 6)[5]).tolist() for x in ([skip, late], [late, skip])] == [
+        [1, 2, 4, 5],
+        [2, 4, 5],
+    ]
+    with pytest.raises(InvalidInput, match=r"^reach: got bool \(5, 5\) at layer 1, expected \(6, 6\) bools$"):
+        of_layers([near, np.tri(5, dtype=bool)], 6)
 
 
 def test_what_flash_computes_after_its_loads_is_stored():

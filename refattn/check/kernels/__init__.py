@@ -24,7 +24,17 @@ from .packages import PACKAGES, on_gpu
 __all__ = ["EXAMPLE", "KERNELS", "Entry", "declared", "find", "found"]
 
 WEIGHED = ("relu", "ecoformer", "urpe")
-SPARSE = ("block_sparse", "power_blocks", "neighborhood", "titans_mac", "moba", "topk", "nsa_selected", "view_local")
+SPARSE = (
+    "block_sparse",
+    "power_blocks",
+    "neighborhood",
+    "titans_mac",
+    "moba",
+    "topk",
+    "nsa_selected",
+    "dsa",
+    "view_local",
+)
 EXAMPLE = "example-no-rescale"
 """A wrong kernel's name."""
 

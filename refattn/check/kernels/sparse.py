@@ -172,6 +172,14 @@ def _topk(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
         yield [*range(min(first, at + 1)), *chosen, *range(max(first + count * size, min(first, near)), at + 1)]
 
 
+def _dsa(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
+    for i in range(len(q)):
+        asking, own = o["group"][:, i], i + len(k) - len(q) + 1
+        s = np.maximum(asking[:, :-1] @ k[:own, :-1].T, 0)
+        s = (asking[:, -1:] * s).sum(0, dtype=np.float32)
+        yield sorted(np.argsort(-s, kind="stable")[: o["topk"]].tolist())
+
+
 def _block_sparse(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
     blocks, size = o["blocks"], o["block_k"]
     for i in range(len(q)):
@@ -207,6 +215,7 @@ PICKS: dict[str, Pick] = {
     "moba": _moba,
     "topk": _topk,
     "nsa_selected": _nsa_selected,
+    "dsa": _dsa,
     "view_local": _view_local,
 }
 """By operator, the keys of each row of a head."""
