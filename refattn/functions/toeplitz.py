@@ -130,7 +130,7 @@ def toeplitz_gain_gradient(problem: Problem, dout: Any) -> tuple[NDArray[np.floa
     found: list[list[float]] = [[] for _ in gain]
     for r in range(max(map(len, gain))):
         rows = tuple(tuple(float(i == r) for i in range(len(row))) for row in gain)
-        answer = evaluate(problem.replace(options=problem.options | {"gain": rows}), rounding="float64")
+        answer = evaluate(problem.replace(options={**problem.options, "gain": rows}), rounding="float64")
         if left := sum(answer.undecided.values()):
             raise UnsupportedProblem(f"problem: {left} results lie nearer to a midpoint of two numbers than told")
         out = np.asarray(answer.out)
