@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from refattn import Problem, check_problem
+from refattn.check.bugs.planted import mistaken
 from refattn.functions.native import compressed_attention
+
+from ..functions.rounding import softmax_error
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the package's own
@@ -83,9 +86,13 @@ def test_their_blocks_are_counted_beside_the_own_one(topk):
 
 
 def test_their_heads_of_a_group_add_up_products():
-    """Ours add up weights, as the paper does; with equal weights of the products other blocks are chosen."""
+    """Ours add up weights, as the paper does, which is another choice; what they do is a mistake that ours know."""
     p = call(h=4, variant="nsa_selected", options={"block_size": SIZE, "topk": CHOSEN + 1})
-    assert not agrees(theirs("selected"), p)
+    found = theirs("selected")(p)
+    assert not agrees(lambda _: found, p)
+    as_released, _ = mistaken("nsa_selected", "products_summed")(p)
+    grouped = (p.query.reshape(1, 2, 2 * N, D), p.key, p.value)
+    assert np.abs(found - as_released).max() <= softmax_error(*grouped, 0.5, 2.0**-53)[0]
 
 
 def test_their_compressed_part_has_a_key_of_zeros_and_waits_for_the_next_token():
