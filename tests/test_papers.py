@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,16 @@ def test_the_page_names_the_packages_that_tests_import_and_no_others():
     texts = "".join(f.read_text() for f in (TESTS / "peers").glob("test_*.py"))
     imported = {name for name, module in PEERS.items() if f'importorskip("{module}' in texts}
     assert named == {name if name != "faiss" else "faiss-cpu" for name in (imported | {"faiss"}) - {"PyTorch"}}
+
+
+def test_continuous_integration_has_the_small_peers_in_the_versions_that_the_page_names():
+    extras = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "peers-small" in extras["test"][-1]
+    pinned = (TESTS.parent / "constraints.txt").read_text().split()
+    page = (TESTS.parent / "docs" / "peers.md").read_text()
+    rows = dict(re.findall(r"^\| ([\w-]+) ([\d.]+) \|.*`\[test\]`", page, re.MULTILINE))
+    assert sorted(rows) == sorted(x.partition(">=")[0] for x in extras["peers-small"])
+    assert {f"{name}=={version}" for name, version in rows.items()} <= set(pinned)
 
 
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda p: p.title)
