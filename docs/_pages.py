@@ -159,7 +159,7 @@ def _papers() -> str:
     """Return the table of the papers that the package builds on."""
     rows = [
         f"| {p.title} | {p.source} | {', '.join(f'`{x}`' for x in p.here)} | {', '.join(f'`{x}`' for x in p.checks)} "
-        f"| {p.peer or '-'} | {p.not_here} |"
+        f"| {p.peer or 'none'} | {p.not_here} |"
         for p in PAPERS
     ]
     head = "| paper | source | here | tests | compared with | not here |\n|---|---|---|---|---|---|\n"

@@ -22,7 +22,8 @@ class Paper:
     checks : tuple of str
         The test files below ``tests/`` that hold it, besides those that run over all operators and all claims.
     peer : str
-        Which implementation of others it was compared with, "" for none that could be had.
+        Which implementations of others it was compared with, by ;: packages whose tests are among `checks`, and
+        releases that were run by hand. "" for none that could be had.
     not_here : str
         What is left out, and why.
     """
@@ -41,8 +42,13 @@ PAPERS = (
         "FlashAttention",
         "arXiv 2205.14135",
         ("operator block_sparse", "functions.costs.flash_io", "claim flash-io", "claim flash-io-lower", "gpu"),
-        ("functions/costs/test_words.py", "theory/test_flash_io.py", "gpu/test_attention.py"),
-        "PyTorch, FlashAttention-3, cuDNN",
+        (
+            "functions/costs/test_words.py",
+            "theory/test_flash_io.py",
+            "gpu/test_attention.py",
+            "peers/test_references.py",
+        ),
+        "PyTorch; for speed FlashAttention-3 and cuDNN (docs/gpu.md)",
         "dropout; the theorem of its lower bound is a claim with constants of ours",
     ),
     Paper(
@@ -57,8 +63,9 @@ PAPERS = (
         "SSA, with NSA and MoBA",
         "arXiv 2511.20102, 2502.11089, 2502.13189",
         ("operator nsa_selected", "operator moba", "functions.alignment", "functions.native", "claim sparse-alignment"),
-        ("variants/test_selected.py", "functions/test_alignment.py", "functions/test_native.py", "peers/test_fla.py"),
-        "fla's naive NSA; of MoBA fla has a kernel alone",
+        ("variants/test_selected.py", "functions/test_alignment.py", "functions/test_native.py")
+        + ("peers/test_fla.py", "peers/test_nsa.py"),
+        "fla-core's naive NSA; native-sparse-attention-pytorch; MoBA's release, run beside it once",
         "NSA's learned compression and gates, whose sum with the window is linear; " + TRAINING,
     ),
     Paper(
@@ -82,7 +89,7 @@ PAPERS = (
         "arXiv 2209.09004",
         ("operator ecoformer", "functions.hashing", "functions.costs.ecoformer_operations", "claim ecoformer-energy"),
         ("variants/test_ecoformer.py", "functions/test_hashing.py", "functions/costs/test_operations.py"),
-        "",
+        "its release, run beside it once; no package has it",
         TRAINING,
     ),
     Paper(
@@ -97,8 +104,8 @@ PAPERS = (
         "SpecKV and SpecPC",
         "github furiosa-ai/draft-based-approx-llm",
         ("functions.eviction",),
-        ("functions/test_eviction.py",),
-        "",
+        ("functions/test_eviction.py", "peers/test_kvpress.py"),
+        "SpecKV's release, run beside it once; kvpress's SnapKV",
         "the vertical-slash prefill; drafts, which are language models",
     ),
     Paper(
@@ -121,8 +128,8 @@ PAPERS = (
         "Spark Transformer",
         "arXiv 2506.06644",
         ("functions.statistical",),
-        ("functions/test_statistical.py",),
-        "",
+        ("functions/test_statistical.py", "peers/test_gemma.py"),
+        "transformers' Gemma 3n",
         TRAINING,
     ),
     Paper(
@@ -152,15 +159,15 @@ PAPERS = (
             "claim kinetics-keys",
         ),
         ("variants/test_selected.py", "functions/test_sampling.py", "functions/costs/test_decoding.py"),
-        "its released cost model, by mode",
-        "accuracies",
+        "its release's cost model, run beside it once",
+        "random keys with weights n/m, whose release counts repeats wrongly; accuracies",
     ),
     Paper(
         "Routing Transformer",
         "arXiv 2003.05997",
         ("functions.clusters", "functions.costs.routing_operations"),
         ("functions/test_clusters.py", "functions/costs/test_operations.py", "peers/test_routing.py"),
-        "routing_transformer 1.6.1",
+        "routing-transformer",
         TRAINING,
     ),
     Paper(
@@ -179,7 +186,7 @@ PAPERS = (
             "functions/test_transnormer.py",
             "functions/test_positions.py",
         ),
-        "fla's naive simple_gla",
+        "fla-core's naive simple_gla",
         "rotary positions of the first layer (LRPE), the layer that mixes channels; " + TRAINING,
     ),
     Paper(
@@ -187,15 +194,15 @@ PAPERS = (
         "arXiv 2204.07143, 2209.15001, 2504.16922",
         ("operator neighborhood",),
         ("variants/test_shapes.py", "peers/test_natten.py"),
-        "natten 0.21.7",
+        "natten, which is its release",
         TRAINING,
     ),
     Paper(
         "Titans",
         "arXiv 2501.00663",
         ("operator titans_mac", "functions.memory"),
-        ("variants/test_shapes.py", "peers/test_titans.py", "functions/test_memory.py"),
-        "titans-pytorch 0.5.5, its mask",
+        ("variants/test_shapes.py", "peers/test_titans.py", "functions/test_memory.py", "peers/test_fla.py"),
+        "titans-pytorch; fla-core's step, which lacks parentheses",
         "the norms and the residual inside its release's memory; " + TRAINING,
     ),
     Paper(
@@ -203,7 +210,7 @@ PAPERS = (
         "arXiv 2312.11109",
         ("functions.codebook", "functions.neighbours"),
         ("functions/test_codebook.py", "functions/test_neighbours.py"),
-        "",
+        "PyTorch's BatchNorm1d, for its norm",
         TRAINING,
     ),
     Paper(
@@ -227,7 +234,7 @@ PAPERS = (
         "github Zhengxinyang/LAS-Diffusion",
         ("operator view_local",),
         ("variants/test_view_local.py",),
-        "",
+        "its release's masks, run beside it once",
         "the diffusion model",
     ),
     Paper(
@@ -265,7 +272,7 @@ PAPERS = (
         "arXiv 2306.01129",
         ("functions.crate", "claim crate-gradient", "claim crate-ista"),
         ("functions/test_crate.py", "theory/test_crate.py"),
-        "its release, run beside it once",
+        "its release, run beside it once; no package has it",
         TRAINING,
     ),
     Paper(
@@ -305,7 +312,7 @@ PAPERS = (
         "github YuyaoGe/CARVE",
         ("functions.maps",),
         ("functions/test_maps.py",),
-        "",
+        "its release at a1f0442, run beside it once",
         "the vision-language models; cropping and asking again",
     ),
     Paper(
@@ -329,7 +336,7 @@ PAPERS = (
         "arXiv 2410.09457",
         ("operator power", "he", "claim power-softmax", "claim power-softmax-range"),
         ("he/test_circuit.py", "he/test_plan.py"),
-        "TenSEAL's CKKS vectors",
+        "TenSEAL's CKKS vectors, by a benchmark (docs/he.md)",
         "bootstrapping; the paper's models",
     ),
 )

@@ -187,7 +187,8 @@ def neural_memory(
 
     Notes
     -----
-    Source: Behrouz et al., Titans, arXiv 2501.00663, eqs. 9-13 (a summary was read, and titans-pytorch 0.5.5). The
+    Source: Behrouz et al., Titans, arXiv 2501.00663, eqs. 9-13 (a summary was read, and titans-pytorch 0.5.5, whose
+    memory is compared with this one in `tests/peers`; `docs/peers.md` says what it means otherwise). The
     released GELU, norms and residual inside the memory are not here: pass keys and values as your block makes them.
     """
     _check_start(memory)

@@ -1,4 +1,4 @@
-"""A bias that depends on how far a key lies ahead of its query: b[j - i], as URPE and others learn it."""
+"""Numbers by how far a key lies ahead of its query, as URPE learns them: a bias b[j - i], and gradients by b and c."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from numpy.typing import NDArray
 
 from ..arrays import dtype_name, like, to_float64, to_numpy
 from ..dtypes import FORMATS
-from ..errors import InvalidInput
-from .arguments import axes, namespace, whole
+from ..errors import InvalidInput, UnsupportedProblem
+from ..exact.doubledouble import two_prod
+from ..exact.driver import evaluate
+from ..problem import Problem
+from .arguments import axes, instance, namespace, whole
+from .parts import numbers
 
-__all__ = ["toeplitz_bias", "toeplitz_bias_gradient"]
+__all__ = ["toeplitz_bias", "toeplitz_bias_gradient", "toeplitz_gain_gradient"]
 
 
 def toeplitz_bias(table: Any, n_q: int, n_k: int, *, offset: int = 0) -> Any:
@@ -84,6 +88,65 @@ def toeplitz_bias_gradient(dbias: Any, reach: int, *, offset: int = 0) -> NDArra
     order = np.argsort(at, kind="stable")
     ends = np.searchsorted(at[order], np.arange(1, columns))
     return np.array([[_exact_sum(d) for d in np.split(one.ravel()[order], ends)] for one in x])
+
+
+def toeplitz_gain_gradient(problem: Problem, dout: Any) -> tuple[NDArray[np.float64], ...]:
+    """Return the gradient by a call's gain: ``dc[r] = sum_{j - i' = r} p_ij (dout_i·v_j)``, p before the gain.
+
+    Out is linear in the gain, so this is the product of dout with the out of the call whose gain is 1 at a distance and
+    0 at all others, which is correctly rounded to float64 and asked for once for each distance.
+
+    Parameters
+    ----------
+    problem : Problem
+        A call with an option `gain`: (b, h_q, n_q, d) queries, and rows of numbers for distances.
+    dout : (b, h_q, n_q, d_v) float array
+        The gradient arriving at out.
+
+    Returns
+    -------
+    tuple of (2 reach + 1,) float64 arrays
+        For each row of the gain, whose end numbers count for all distances from there on; a row that all heads share
+        has the sum over heads. Off by half a unit of float64 of its sum over ``|dout·out|``, and one rounding.
+
+    Raises
+    ------
+    InvalidInput
+        What is no call, a call without a gain, a dout of another shape, of no floats, with NaN or an infinity.
+    UnsupportedProblem
+        An out that 262144 bits do not tell from a midpoint of two numbers.
+
+    Notes
+    -----
+    Source: the factor C of URPE (Luo et al., arXiv 2205.13401; its `multihead_attention.py` was read), which learns it.
+    The gradient by its bias is :func:`toeplitz_bias_gradient`.
+    """
+    instance("problem", problem, Problem, "make one, with the option gain")
+    gain = problem.options.get("gain")
+    if gain is None:
+        raise InvalidInput("problem: has no gain, expected a call with an option gain; a gain of ones is ((1.0,),)")
+    x = numbers("dout", dout)
+    axes("dout", dout, *problem.out_shape)
+    found: list[list[float]] = [[] for _ in gain]
+    for r in range(max(map(len, gain))):
+        rows = tuple(tuple(float(i == r) for i in range(len(row))) for row in gain)
+        answer = evaluate(problem.replace(options={**problem.options, "gain": rows}), rounding="float64")
+        if left := sum(answer.undecided.values()):
+            raise UnsupportedProblem(f"problem: {left} results lie nearer to a midpoint of two numbers than told")
+        out = np.asarray(answer.out)
+        for h, row in enumerate(gain):
+            here = slice(None) if len(gain) == 1 else slice(h, h + 1)
+            found[h] += [_exact_product(x[:, here], out[:, here])] if r < len(row) else []
+    return tuple(map(np.array, found))
+
+
+def _exact_product(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Return sum ab, rounded once: of numbers near 1, so that no product overflows, and what underflows is nothing."""
+    near = [int(np.frexp(np.abs(x).max(initial=0.0))[1]) for x in (a, b)]
+    if not np.isfinite(b).all():
+        return math.nan
+    terms = two_prod(np.ldexp(a, -near[0]).ravel(), np.ldexp(b, -near[1]).ravel())
+    return float(np.ldexp(_exact_sum(np.concatenate(terms)), sum(near)))
 
 
 def _columns(n_q: int, n_k: int, reach: int, offset: int) -> NDArray[np.int64]:

@@ -63,6 +63,8 @@ MOBA = Variant(
     "q_i·mean(K_b)",
     unit="u · sum_j p_ij |v_jc|",
     source="Lu et al., MoBA, arXiv 2502.13189, eq. 4 to 6; the released moba_naive.py was read.",
+    compared="moba_attn_varlen_naive of the release at 61e456b on a CPU, in float64 where it casts to float32: 40 calls"
+    " of 5 to 89 tokens agree",
     uses=frozenset({"causal", "sink", "weight"}),
     options={
         "block_size": Option(64, "keys of a block; the last may be shorter", whole(1), (64, 8, 5)),

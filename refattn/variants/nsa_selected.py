@@ -92,7 +92,9 @@ NSA_SELECTED = Variant(
     "attention to the blocks' means and a window, each times a gate.",
     compared="fla's naive NSA at bc3b101 (topk, selection, compression) with forced='first_previous_own': agrees "
     "within bounds of float64. It takes the group's mean where ours takes the sum, of equal weights any block. It "
-    "forces blocks by a score of 1, so that one may be dropped where another's weight is 1 (tests/peers/test_fla.py)",
+    "forces blocks by a score of 1, so that one may be dropped where another's weight is 1 (tests/peers/test_fla.py). "
+    "native-sparse-attention-pytorch 0.2.3: agrees where each query head has a key head of its own; it counts the own "
+    "block apart and adds up products of a group (tests/peers/test_nsa.py)",
     uses=frozenset({"causal", "sink", "weight"}),
     options={
         "block_size": Option(16, "keys of a block; the last may be shorter", whole(1), (16, 4, 7)),

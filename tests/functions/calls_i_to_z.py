@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from refattn import Problem
 from refattn.functions.indexes import FlatIndex
 from refattn.functions.mixture_model import mixture_decoder
 from refattn.functions.systems import linear_recurrence
@@ -277,6 +278,10 @@ CALLS = {
     "systems.selective_recurrence": {"step": some(3, 1), "rate": some(4, 1), "write": ROWS, "read": ROWS},
     "systems.taylor_features": {"x": ROWS, "degree": 2, "coefficients": True},
     "toeplitz.toeplitz_bias": {"table": some(2, 5), "n_q": 2, "n_k": 3, "offset": 1},
+    "toeplitz.toeplitz_gain_gradient": {
+        "problem": Problem(Q, K, V, variant="urpe", options={"gain": ((1.0, 0.5, 0.0),)}),
+        "dout": some(*Q.shape[:3], V.shape[3]),
+    },
     "toeplitz.toeplitz_bias_gradient": {"dbias": some(1, 2, 3, 5), "reach": 2, "offset": 0},
     "transnormer.simple_rms_norm": {"x": ROWS, "epsilon": 0.1},
     "transnormer.transnormer_attention": {

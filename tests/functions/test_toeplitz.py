@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from refattn import InvalidInput, Problem, evaluate
-from refattn.functions.toeplitz import toeplitz_bias, toeplitz_bias_gradient
+from refattn.functions.toeplitz import toeplitz_bias, toeplitz_bias_gradient, toeplitz_gain_gradient
 
 SIZES = [(5, 7, 2, 0), (5, 7, 2, 3), (4, 4, 3, 0), (3, 6, 9, -4), (4, 5, 0, 1), (6, 1, 1, -(2**62)), (0, 3, 1, 0)]
 """Queries, keys, reach, offset."""
@@ -60,6 +60,51 @@ def test_the_gradient_of_a_calls_table_is_autograds():
     assert np.abs(t.grad.numpy() - found).max() <= 400 * 2.0**-53 * 64
 
 
+def gained(scale, gain, n_q=3, n_k=4, **more):
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.integers(-3, 4, (2, h, n, 8)) / 4 for h, n in ((4, n_q), (2, n_k), (2, n_k)))
+    p = Problem(q, k, v, scale=scale, variant="urpe", options={"gain": gain}, **more)
+    return p, rng.integers(-3, 4, p.out_shape) / 4
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_gradient_by_a_gain_is_exact_where_its_parts_are(rows):
+    """With a scale of 0 a weight is 1/4 of 4 keys: no sum rounds. The place of row i is key i + 1."""
+    gain = tuple((0.5, -1.0, 2.0, 0.0, 3.0)[h % 2 : 5 - h % 2] for h in range(rows))
+    p, dout = gained(0.0, gain)
+    wanted = [[Fraction(0)] * len(row) for row in gain]
+    for b, h, i, j in np.ndindex(2, 4, 3, 4):
+        product = sum(Fraction(x) * Fraction(y) for x, y in zip(dout[b, h, i], p.value[b, h // 2, j], strict=True))
+        wanted[h % rows][column(i, j, len(gain[h % rows]) // 2, 1)] += product / 4
+    got = toeplitz_gain_gradient(p, dout)
+    assert [x.tolist() for x in got] == [[float(x) for x in row] for row in wanted]
+    huge = toeplitz_gain_gradient(p.replace(value=p.value * 2.0**1000), dout * 2.0**-1000)
+    assert all((a == b).all() for a, b in zip(huge, got, strict=True))
+
+
+def test_the_gradient_by_a_gain_is_autograds():
+    bias = np.random.default_rng(3).standard_normal((1, 4, 5, 7))
+    p, dout = gained(None, ((0.5, -1.0, 2.0, 0.25, 1.0),), 5, 7, bias=bias, causal="bottom_right")
+    c = torch.tensor(p.options["gain"][0], dtype=torch.float64, requires_grad=True)
+    at = torch.tensor([[column(i, j, 2, 2) for j in range(7)] for i in range(5)])
+    q, k, v = (torch.tensor(x) for x in (p.query, p.key, p.value))
+    hidden = torch.ones(5, 7, dtype=torch.bool).triu(3)
+    s = (q @ k.repeat_interleave(2, 1).mT / 8**0.5 + torch.tensor(bias)).masked_fill(hidden, -torch.inf)
+    ((s.softmax(-1) * c[at]) @ v.repeat_interleave(2, 1)).backward(torch.tensor(dout))
+    # some hundred roundings of sums of 8 * 8 * 5 * 7 terms that stay below 1 and whose weights sum to 1 in a row
+    bound = 400 * 2.0**-53 * 8 * 8 * 5
+    assert np.abs(c.grad.numpy() - toeplitz_gain_gradient(p, dout)[0]).max() <= bound
+    other = toeplitz_gain_gradient(p.replace(causal=None), dout)[0]
+    assert np.abs(c.grad.numpy() - other).max() > bound
+
+
+def test_values_that_are_no_numbers_show_in_the_gradient_by_a_gain():
+    p, dout = gained(0.0, ((1.0,),))
+    value = p.value.copy()
+    value[0, 0, 0, 0] = np.nan
+    assert np.isnan(toeplitz_gain_gradient(p.replace(value=value), dout)[0]).all()
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
@@ -73,6 +118,15 @@ def test_the_gradient_of_a_calls_table_is_autograds():
         (lambda: toeplitz_bias(np.ones((2, 5)), 3, 2.5), "n_k: got 2.5, expected a whole number from 0 on"),
         (lambda: toeplitz_bias(np.ones((2, 5)), 3, 3, offset=0.5), "offset: got 0.5, expected a whole number from -46"),
         (lambda: toeplitz_bias_gradient(np.ones((2, 4, 3, 3)), 1), "dbias: got shape (2, 4, 3, 3), expected (1, heads"),
+        (
+            lambda: toeplitz_gain_gradient(None, np.ones(3)),
+            "problem: got None, expected refattn's Problem; make one, with",
+        ),
+        (lambda: toeplitz_gain_gradient(*gained(0.0, None)), "problem: has no gain, expected a call with an option"),
+        (
+            lambda: toeplitz_gain_gradient(gained(0.0, ((1.0,),))[0], np.ones((2, 4, 3, 7))),
+            "dout: shape is (2, 4, 3, 7), expected (2, 4, 3, 8)",
+        ),
         (lambda: toeplitz_bias_gradient(np.ones((1, 4, 3, 3)), -1), "reach: got -1, expected a whole number from 0 to"),
     ],
 )

@@ -170,3 +170,36 @@ def test_a_weight_that_rounds_to_one_drops_their_first_block():
     options = {"block_size": 2, "topk": 3, "forced": "first_previous_own"}
     p = Problem(np.ones((1, 1, 16, 4)), keys, values, causal="bottom_right", variant="nsa_selected", options=options)
     assert evaluate(p, rounding="float64").out[0, 0, -1, 0] == 1 / 6  # six keys of equal scores, the first among them
+
+
+def one_step_of_titans(std):
+    """Return their memory after one token, and by autograd of their loss; the key reads a row of mean 0, std as given.
+
+    All numbers are small fractions of powers of two, so that neither rounds.
+    """
+    titans = pytest.importorskip("fla.ops.titans.naive", reason=WHY, exc_type=ImportError)
+    f64 = {"dtype": torch.float64}
+    key, value = torch.tensor([[1.0, 0, 0, 0], [0.5, -1, 2, 1.5]], **f64)
+    w, b = torch.tensor([[1.0, 0.5, -2, 1], [0.25, 0, -0.5, 1]], **f64)
+    memory = torch.zeros(4, 4, **f64)
+    memory[0] = std * torch.tensor([1.0, -1, 1, -1], **f64)
+    theta, alpha, eta = (torch.full((1, 1, 1, 1), x, **f64) for x in (0.125, 0.25, 0.5))
+    q, k, v = (x.reshape(1, 1, 1, 4) for x in (key, key, value))
+    sizes = {"eps": 0.0, "chunk_size": 1, "initial_state": memory[None, None], "output_final_state": True}
+    theirs = titans.titans_linear(q, k, v, w, b, theta, alpha, eta, **sizes)[1][0, 0]
+    leaf = memory.clone().requires_grad_()
+    said = key @ leaf
+    normed = (said - said.mean()) / said.var(unbiased=False).sqrt()
+    loss = (w * normed + b - (value - key)).square().sum()
+    return theirs, 0.75 * memory - 0.125 * torch.autograd.grad(loss, leaf)[0]
+
+
+def test_their_titans_takes_a_step_of_its_loss_where_the_memory_says_numbers_of_this_deviation():
+    theirs, wanted = one_step_of_titans(std=0.25)
+    assert torch.equal(theirs, wanted)
+
+
+@pytest.mark.xfail(reason="fla-core 0.6.0 writes D * grad - grad.sum() / (std * D) for (D * grad - grad.sum()) / (..)")
+def test_their_titans_takes_a_step_of_its_loss():
+    theirs, wanted = one_step_of_titans(std=1.0)
+    assert torch.equal(theirs, wanted)

@@ -22,12 +22,11 @@ def make(causal, shared, seed, memory=0, window=8):
     return peer, q, q if shared else k, v
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("memory", [0, 2])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_outputs_are_the_same(causal, shared, memory, seed):
-    peer, q, k, v = make(causal, shared, seed, memory)
+def test_the_outputs_are_the_same(causal, shared, memory):
+    peer, q, k, v = make(causal, shared, 0, memory)
     theirs, loss = peer.eval()(q, k, v)
     means, kept = peer.kmeans.means, None
     if peer.num_mem_kv:
