@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from . import sm90
@@ -100,11 +101,11 @@ def half_tiles(m: Mapping[str, Any], heads: int, n_q: int) -> int:
     return 2 * heads * padded_rows(m, n_q) // int(m["BLOCK_M"])
 
 
-def maps(m: Mapping[str, Any], arrays: Mapping[str, View]) -> dict[str, bytes]:
-    """Return the tensor maps of a call."""
+def maps(m: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[View], bytes]]]:
+    """Return by argument the array whose tensor map it is, and what makes one."""
     rows = {"query": m["BLOCK_M"], "key": m["BLOCK_N"], "value": m["BLOCK_N"], "dout": m["BLOCK_M"]}
     names = {"query": "map_q", "key": "map_k", "value": "map_v", "dout": "map_dout"}
-    return {to: sm90.key_map(arrays[n], rows[n], n) for n, to in names.items()}
+    return {to: (n, partial(sm90.key_map, rows=rows[n], name=n)) for n, to in names.items()}
 
 
 KERNEL = Kernel(

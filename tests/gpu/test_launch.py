@@ -161,7 +161,7 @@ def test_a_pass_that_is_not_wanted_marks_nothing(driver, monkeypatch, wanted):
     stand_ins = {
         "kernel_of": lambda plan, device, entry="", shared=0: (entry or plan.impl, None),
         "zeros": lambda *call: View(places[call[-1]], (1,), (1,), "int32", 0),
-        "empty": lambda like, shape, dtype: (None, View(80, shape, (1,), dtype, 0)),
+        "empty": lambda like, shape, dtype: (None, View(80, shape, (1,) * len(shape), dtype, 0)),
     }
     for n, x in stand_ins.items():
         monkeypatch.setattr(backward_launch, n, x)
@@ -169,13 +169,13 @@ def test_a_pass_that_is_not_wanted_marks_nothing(driver, monkeypatch, wanted):
     given |= {"dq": given["query"], "dk": given["key"], "dv": given["value"]}
     given = {n: x for n, x in given.items() if n not in ("dq", "dk", "dv") or n in wanted}
     call = replace(PLAIN, n_q=128, n_k=300, causal="bottom_right")
-    ranges = {"row_keys": 1, "key_rows": 2, "granule_keys": 3, "granule_rows": 4}
+    backward_launch.prepare(call, backward_launch.hopper.KERNEL, None, {}, given, True)
     work = backward_launch._Work(
-        call, given, {"scale": 0.5, "causal": "bottom_right", "window": None, "softcap": None}, 0, ranges
+        call, given, {"scale": 0.5, "causal": "bottom_right", "window": None, "softcap": None}, 0
     )
     small, simt_takes = arguments_of("sm90_backward.cu", "statistics"), arguments_of("simt_backward.cu", "backward")
     driver.takes = [small, backward_launch.hopper.KERNEL.takes, small, *[simt_takes] * 2]
-    backward_launch._together(work, None, {}, True)
+    backward_launch._together(work, None, True)
     names, marks = [x[0] for x in driver.launches], driver.launches[1][-1]
     both = "dk" in wanted
     assert names == ["statistics", "sm90", "convert", *["simt"] * (1 + both)]
