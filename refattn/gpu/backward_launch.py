@@ -208,7 +208,7 @@ def _together(work: _Work, like: Any, deterministic: bool) -> None:
         for i, (n, heads, on) in enumerate(passes)
     ]
     places = {"stats": a["stats"].pointer, "sums": a["sums"].pointer, "rows": rows}
-    places |= {"turns": turns.pointer if turns else 0, "together": hopper.together(m, a)}
+    places |= {"turns": turns.pointer if turns else 0, "together": hopper.together(m, a, hopper.ends(c))}
     redo = {n: x.pointer if x else 0 for n, x in zip(("redo_rows", "redo_keys"), marks, strict=True)}
     values = {"p": work.params(), "z": places | redo}
     most = 8 * attribute(work.device, "MultiProcessorCount")

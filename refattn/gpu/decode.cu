@@ -13,8 +13,7 @@
 //     by 8 rows, so that few rows waste little. ACCURACY_HIGH: P in two 16-bit parts. KV8: bytes become 16-bit numbers
 //     on their way to registers (decode_tiles.cuh).
 //  4. At a part's end the warps' O are added up, in order, four rows at a time through shared memory: two buffers in
-//     turn. A warp says that its O is there and goes on to the next part; it waits for the others, which are there by
-//     then, only after two tiles of it. O, maximum and sum of the part go to device memory.
+//     turn, so that one barrier is enough. O, maximum and sum of the part go to device memory.
 //  5. `merge` adds the parts of a row up: warp w takes parts w, w + 16, ... in order, then the warps' sums are
 //     added in order; sink, division, out, lse.
 //
@@ -242,31 +241,14 @@ DEVICE void add_values(float (&o)[COLUMNS][TILES][4], const float (&x)[TILES][4]
     }
 }
 
-// ---- an mbarrier of the block's warps -------------------------------------------------------------------------
-DEVICE void warps_init(u32 bar)
-{ asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(WARPS) : "memory"); }
-DEVICE void warp_arrives(u32 bar) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0)
-        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-DEVICE void warps_wait(u32 bar, u32 parity) {
-    asm volatile("{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra "
-                 "DONE;\nbra WAIT;\nDONE:\n}" ::"r"(bar), "r"(parity) : "memory");
-}
-
 DEVICE void run(const Params& p, const Split& s, const Cache& c) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const int lane = threadIdx.x & 31, own = lane / 4, column = 2 * (lane & 3), warp = threadIdx.x / 32;
     const u32 ring = shared_address(shared) + warp * STAGES * STAGE;
-    // two each, in turn: O of 4 rows of each warp; maxima and sums of each warp's rows
+    // two each, in turn, so that one barrier is enough: O of 4 rows of each warp; maxima and sums of each warp's rows
     float* sums = (float*)(shared + WARPS * STAGES * STAGE);
     float2* tops = (float2*)(sums + 2 * SUMS);
     int turn = 0, group = 0;
-    const u32 there = shared_address(tops + 2 * WARPS * MOST);       // whether all warps' O of 4 rows are
-    u32 parity = 0;
-    if (threadIdx.x == 0) warps_init(there);
-    __syncthreads();
     const int rows = p.h / p.h_kv * p.n_q;
     const long long total = CACHE ? c.starts[p.b] : (long long)p.b * p.h_kv * s.units;
     Place next = {(u32)(blockIdx.x * total / s.workers), (u32)((blockIdx.x + 1) * total / s.workers)};
@@ -277,32 +259,6 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c) {
     Queries q;
     int known_batch = -1, known_head = -1;                // whose queries are in q
     float k_by = CACHE ? c.k_by : 1.f, v_by = CACHE ? c.v_by : 1.f;          // SCALES 1: times the key head's
-    // rows from `waiting` on of a part are in shared memory and not added up yet; -1: none
-    int waiting = -1;
-    u32 waiting_part = 0;
-    float waiting_by = 1.f;
-    auto add_up = [&]() {
-        const float2* top_of = tops + (turn ^ 1) * WARPS * MOST;
-        const float* sum_of = sums + (group ^ 1) * SUMS;
-        warps_wait(there, parity), parity ^= 1;
-        for (int i = 2 * threadIdx.x; i < 4 * WIDTH_V; i += 2 * THREADS) {
-            const int row = waiting + i / WIDTH_V;
-            if (row >= rows) break;
-            float top = -INF;
-            UNROLL for (int w = 0; w < WARPS; w++) top = fmaxf(top, top_of[w * MOST + row].x);
-            float2 x = make_float2(0.f, 0.f);
-            float sum = 0.f;
-            UNROLL for (int w = 0; w < WARPS; w++) {
-                const float2 own = top_of[w * MOST + row], y = *(const float2*)(sum_of + w * 4 * WIDTH_V + i);
-                const float weight = own.x == -INF ? 0.f : exp2_fast(own.x - top), by = weight * (UNSHIFT * waiting_by);
-                sum = fmaf(weight, own.y, sum);
-                x.x = fmaf(by, y.x, x.x), x.y = fmaf(by, y.y, x.y);
-            }
-            *(float2*)(s.parts + ((long long)waiting_part * rows + waiting) * WIDTH_V + i) = x;
-            if (i % WIDTH_V == 0) s.stats[(long long)waiting_part * rows + row] = make_float2(top, sum);
-        }
-        waiting = -1;
-    };
     int stage = 0;
     for (u32 part = begin; part < end; part++) {
         const Part at = part_of(p, s, c, part);
@@ -377,10 +333,8 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c) {
                     x[n][e] = SCALES == 2 && y != 0 ? y * by.v[e / 2] : y;    // of a hidden key nothing is taken
                 }
             add_values(o, x, tile + KEY_BYTES);
-            if (TILES == 1 && waiting >= 0 && key >= first + 16 * warp + STEP) add_up();
         }
         // ---- the part's sums ----
-        if (waiting >= 0) add_up();
         float2* top_of = tops + turn * WARPS * MOST;
         turn ^= 1;
         UNROLL for (int n = 0; n < TILES; n++)
@@ -390,7 +344,6 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c) {
             }
         UNROLL for (int j = 0; j < MOST / 4; j++) {       // four rows at a time
             if (4 * j >= rows) break;
-            if (j > 0) add_up();
             float* sum_of = sums + group * SUMS;
             group ^= 1;
             if (column / 4 == j % 2) {
@@ -398,11 +351,25 @@ DEVICE void run(const Params& p, const Split& s, const Cache& c) {
                     UNROLL for (int e = 0; e < 4; e++)
                         sum_of[(warp * 4 + column % 4 + e % 2) * WIDTH_V + value_column(i, e / 2)] = o[i][j / 2][e];
             }
-            warp_arrives(there);
-            waiting = 4 * j, waiting_part = part, waiting_by = v_by;
+            __syncthreads();
+            for (int i = 2 * threadIdx.x; i < 4 * WIDTH_V; i += 2 * THREADS) {
+                const int row = 4 * j + i / WIDTH_V;
+                if (row >= rows) break;
+                float top = -INF;
+                UNROLL for (int w = 0; w < WARPS; w++) top = fmaxf(top, top_of[w * MOST + row].x);
+                float2 x = make_float2(0.f, 0.f);
+                float sum = 0.f;
+                UNROLL for (int w = 0; w < WARPS; w++) {
+                    const float2 own = top_of[w * MOST + row], y = *(const float2*)(sum_of + w * 4 * WIDTH_V + i);
+                    const float weight = own.x == -INF ? 0.f : exp2_fast(own.x - top), by = weight * (UNSHIFT * v_by);
+                    sum = fmaf(weight, own.y, sum);
+                    x.x = fmaf(by, y.x, x.x), x.y = fmaf(by, y.y, x.y);
+                }
+                *(float2*)(s.parts + ((long long)part * rows + 4 * j) * WIDTH_V + i) = x;
+                if (i % WIDTH_V == 0) s.stats[(long long)part * rows + row] = make_float2(top, sum);
+            }
         }
     }
-    if (waiting >= 0) add_up();
 }
 
 #if !CACHE

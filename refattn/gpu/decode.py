@@ -134,7 +134,7 @@ def block_rows(m: Mapping[str, Any]) -> int:
 def shared_bytes(m: Mapping[str, Any]) -> int:
     """Return the dynamic shared memory of a block, in bytes."""
     rings = m["WARPS"] * m["STAGES"] * (16 if m["KV8"] else 32) * (m["WIDTH_K"] + m["WIDTH_V"])
-    return int(rings + 2 * m["WARPS"] * (16 * m["WIDTH_V"] + 8 * block_rows(m)) + 8)
+    return int(rings + 2 * m["WARPS"] * (16 * m["WIDTH_V"] + 8 * block_rows(m)))
 
 
 KERNEL = Kernel(

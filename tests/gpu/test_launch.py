@@ -222,19 +222,21 @@ def test_axes_of_one_element_are_spread():
 
 
 @pytest.mark.parametrize(
-    ("ordered", "shape", "heads_kv", "sequences", "expected"),
+    ("ordered", "uneven", "shape", "heads_kv", "sequences", "expected"),
     [
-        (1, (8, 32, 2048, 64), 32, 0, 16),  # a head's rows and sums are a MiB, 16 of them stay in the cache
-        (1, (8, 32, 2048, 64), 8, 0, 4),
-        (1, (1, 4, 2048, 64), 4, 0, 4),
-        (1, (1, 32, 1 << 20, 64), 32, 0, 1),
-        (1, (1, 32, 16384, 64), 32, 8, 16),
-        (0, (8, 32, 2048, 64), 32, 0, 1),
+        (1, 0, (8, 32, 2048, 64), 32, 0, 16),  # a head's rows and sums are a MiB, 16 of them stay in the cache
+        (1, 1, (8, 32, 2048, 64), 8, 0, 4),
+        (1, 0, (1, 4, 2048, 64), 4, 0, 4),
+        (1, 0, (1, 32, 1 << 20, 64), 32, 0, 1),
+        (1, 0, (1, 32, 16384, 64), 32, 8, 16),
+        (0, 0, (8, 32, 2048, 64), 32, 0, 1),
+        (0, 1, (8, 32, 2048, 64), 32, 0, 16),
+        (0, 1, (1, 32, 16384, 64), 32, 0, 4),
     ],
 )
-def test_heads_take_turns_where_sums_have_an_order(ordered, shape, heads_kv, sequences, expected):
+def test_heads_take_turns(ordered, uneven, shape, heads_kv, sequences, expected):
     b, _, n, d = shape
     given = {"query": View(0, shape, (1,) * 4, "bfloat16", 0), "key": View(0, (b, heads_kv, n, d), (1,) * 4, "", 0)}
     if sequences:
         given["cu_q"] = View(0, (sequences + 1,), (1,), "int32", 0)
-    assert backward_launch.hopper.together({"ORDERED": ordered, "WIDTH": d}, given) == expected
+    assert backward_launch.hopper.together({"ORDERED": ordered, "WIDTH": d}, given, uneven) == expected
