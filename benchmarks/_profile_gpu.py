@@ -1,93 +1,160 @@
-"""Profile the Hopper kernels by Nsight Compute: python benchmarks/_profile_gpu.py RESULTS.json (needs ncu, a GPU)."""
+"""Profile the Hopper kernels by Nsight Compute: python -m benchmarks._profile_gpu RESULTS.json (needs ncu, a GPU).
+
+One process makes all calls; of each the kernels that it is about are profiled. The clocks are left as they are.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from refattn.bench import gpu_torch
 from refattn.check.report.machine import machine, versions
 
 METRICS = {
-    "gpu__time_duration.sum": "time",
-    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor cores busy",
-    "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active": "special functions busy",
-    "smsp__issue_active.avg.pct_of_peak_sustained_active": "instructions issued",
-    "dram__bytes_read.sum": "read from device memory",
-    "dram__bytes_write.sum": "written to device memory",
-    "sm__cycles_elapsed.avg.per_second": "clock",
+    "gpu__time_duration.sum": "time, ns",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor cores busy, %",
+    "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active": "special functions busy, %",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "instructions issued, %",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "device memory's rate, %",
+    "dram__bytes_read.sum": "read from device memory, bytes",
+    "dram__bytes_write.sum": "written to device memory, bytes",
+    "sm__cycles_elapsed.avg.per_second": "clock, Hz",
 }
-SETUP = """
-import torch
-from refattn.gpu import attention, attention_backward, attention_with_cache
-def new(*shape):
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-{made}
-for _ in range(2):
-    {call}
-torch.cuda.synchronize()
-"""
-BACKWARD = "; out, lse = attention(q, k, v, return_lse=True); dout = new(*q.shape)"
-NARROW = "; k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn); n = torch.full((8,), 65536, device='cuda')"
+STALL = re.compile(r"smsp__average_warps_issue_stalled_([a-z_]+?)_per_issue_active\.ratio")
+"""What a warp waits for: in warps, on average, for each instruction that is issued."""
+REPAIR = re.compile(r"\((?!384,)\d+,.*")
+"""The blocks of simt_backward.cu, whose kernel has the name of Hopper's."""
 
 
-def square(d: int, n: int) -> str:
-    """Return the making of 16384 tokens of 2048 features."""
-    return f"q, k, v = (new({16384 // n}, {2048 // d}, {n}, {d}) for _ in range(3))"
+def square(torch: Any, d: int, n: int, d_v: int | None = None, heads: int | None = None) -> list[Any]:
+    """Return query, key, value and dout of 16384 tokens, of 2048 features or so many heads."""
+    shape = 16384 // n, heads or 2048 // d, n
+    return [torch.randn(*shape, x, device="cuda", dtype=torch.bfloat16) for x in (d, d, d_v or d, d_v or d)]
 
 
-CACHE = "q = new(8, 32, 1, 128); k, v = (new(8, 8, 65536, 128) for _ in range(2))"
-CALLS = {
-    "d=64 n=4096": ("attention_forward", square(64, 4096), "attention(q, k, v)"),
-    "d=128 n=4096": ("attention_forward", square(128, 4096), "attention(q, k, v)"),
-    "d=128 n=4096 causal": ("attention_forward", square(128, 4096), "attention(q, k, v, causal='bottom_right')"),
-    "d=256 n=4096": ("attention_forward", square(256, 4096), "attention(q, k, v)"),
-    "d=128 n=8192 causal softcap": (
-        "attention_forward",
-        square(128, 8192),
-        "attention(q, k, v, causal='bottom_right', softcap=30.0)",
-    ),
-    "d=128 n=8192 window 1024": (
-        "attention_forward",
-        square(128, 8192),
-        "attention(q, k, v, causal='bottom_right', window=(1024, 0))",
-    ),
-    "d=64 n=512 causal": ("attention_forward", square(64, 512), "attention(q, k, v, causal='bottom_right')"),
-    "backward d=64 n=2048": (
-        "backward",
-        square(64, 2048) + BACKWARD,
-        "attention_backward(q, k, v, out, lse, dout, deterministic=False)",
-    ),
-    "backward d=128 n=4096": (
-        "backward",
-        square(128, 4096) + BACKWARD,
-        "attention_backward(q, k, v, out, lse, dout, deterministic=False)",
-    ),
-    "decode 8 x 65536": ("decode", CACHE, "attention(q, k, v)"),
-    "decode 8 x 65536 float8": ("decode_cache", CACHE + NARROW, "attention_with_cache(q, k, v, lengths=n)"),
-}
-"""The kernel that is profiled, what is made, and the call."""
+def forward(torch: Any, d: int, n: int, *, d_v: int | None = None, heads: int | None = None, **options: Any) -> Any:
+    """Return a forward call."""
+    from refattn.gpu import attention
+
+    q, k, v, _ = square(torch, d, n, d_v, heads)
+    return lambda: attention(q, k, v, **options)
 
 
-def profiled(kernel: str, made: str, call: str) -> dict[str, str]:
-    """Return the metrics of the second launch of a kernel, with their units."""
-    command = ["ncu", "--csv", "--page", "raw", "--metrics", ",".join(METRICS), "-k", f"regex:^{kernel}$"]
-    command += ["--launch-skip", "1", "-c", "1", sys.executable, "-c", SETUP.format(made=made, call=call)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    names, units, values = csv.reader(line for line in done.stdout.splitlines() if line.startswith('"'))
-    found = dict(zip(names, zip(values, units, strict=True), strict=True))
-    return {label: " ".join(found[name]) for name, label in METRICS.items()}
+def backward(torch: Any, d: int, n: int, causal: bool, deterministic: bool) -> Any:
+    """Return a backward call."""
+    from refattn.gpu import attention, attention_backward
+
+    *given, dout = square(torch, d, n)
+    more = {"causal": "bottom_right" if causal else None}
+    out, lse = attention(*given, return_lse=True, **more)
+    return lambda: attention_backward(*given, out, lse, dout, deterministic=deterministic, **more)
+
+
+def decode(torch: Any, b: int, n: int, *, narrow: bool = False) -> Any:
+    """Return a call of one query of 32 heads on 8 key heads."""
+    from refattn.gpu import attention, attention_with_cache
+
+    q = torch.randn(b, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(b, 8, n, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    if not narrow:
+        return lambda: attention(q, k, v)
+    few = [x.to(torch.float8_e4m3fn) for x in (k, v)]
+    lengths = torch.full((b,), n, device="cuda")
+    return lambda: attention_with_cache(q, *few, lengths=lengths)
+
+
+def calls(torch: Any) -> Iterator[tuple[str, tuple[str, ...], Any]]:
+    """Yield a call's name, its kernels that are profiled, and the call."""
+    causal, one = {"causal": "bottom_right"}, ("attention_forward",)
+    for d in (64, 128, 256):
+        yield f"d={d} n=4096", one, forward(torch, d, 4096)
+    for d, d_v, heads in ((80, 80, 16), (96, 96, 16), (128, 128, 16), (192, 128, 10)):
+        yield f"d={d}, {d_v} n=4096 causal", one, forward(torch, d, 4096, d_v=d_v, heads=heads, **causal)
+    yield "d=128 n=8192 causal softcap", one, forward(torch, 128, 8192, softcap=30.0, **causal)
+    yield "d=128 n=8192 causal", one, forward(torch, 128, 8192, **causal)
+    yield "d=128 n=8192 window 1024", one, forward(torch, 128, 8192, window=(1023, 0), **causal)
+    for d, n, options in ((64, 512, causal), (64, 1024, causal), (128, 512, {}), (256, 512, causal)):
+        yield f"d={d} n={n}{' causal' * bool(options)}", one, forward(torch, d, n, **options)
+    passes = ((64, 2048, False), (64, 2048, True), (128, 4096, False), (128, 16384, True), (256, 2048, True))
+    for d, n, masked in (*passes, (256, 4096, False)):
+        for ordered in (False, True):
+            at = f"backward d={d} n={n}{' causal' * masked}, {'one' if ordered else 'any'} order"
+            yield at, ("backward",), backward(torch, d, n, masked, ordered)
+    for b, n in ((8, 65536), (1, 131072), (64, 8192)):
+        yield f"decode {b} x {n}", ("decode", "merge"), decode(torch, b, n)
+    yield "decode 8 x 65536 float8", ("decode_cache", "merge_cache"), decode(torch, 8, 65536, narrow=True)
+
+
+def child() -> None:
+    """Make all calls twice, and a third time for the profiler."""
+    torch = gpu_torch()
+    torch.manual_seed(0)
+    for name, kernels, call in calls(torch):
+        call(), call()
+        torch.cuda.synchronize()
+        print("call", json.dumps([name, kernels]), flush=True)
+        torch.cuda.profiler.start()
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+        del call
+
+
+def figures(row: dict[str, str]) -> dict[str, Any]:
+    """Return a kernel's metrics, and the shares of the time that its warps wait, by what they wait for."""
+    number = {n: float(row[n].replace(",", "")) for n in row if n in METRICS or STALL.fullmatch(n)}
+    waits = {STALL.fullmatch(n)[1]: x for n, x in number.items() if n not in METRICS}  # type: ignore[index]
+    if missing := sorted(set(METRICS) - set(number)) or ["what warps wait for"] * (not waits):
+        raise RuntimeError(f"ncu: got no {', '.join(missing)}")
+    whole = sum(waits.values()) or 1.0
+    largest = sorted(waits, key=lambda n: -waits[n])[:6]
+    return {
+        **{label: number[n] for n, label in METRICS.items()},
+        "waits, %": {n: 100 * waits[n] / whole for n in largest},
+    }
+
+
+def profiled(lines: list[str]) -> dict[str, dict[str, Any]]:
+    """Return what ncu printed, by call and kernel."""
+    made = [json.loads(x.split(" ", 1)[1]) for x in lines if x.startswith("call ")]
+    names, _, *rows = csv.reader(x for x in lines if x.startswith('"'))
+    found = [dict(zip(names, values, strict=True)) for values in rows]
+    for x in found:
+        x["Kernel Name"] = x["Kernel Name"].split("(")[0]
+    kept = iter([x for x in found if not (x["Kernel Name"] == "backward" and REPAIR.match(x["Block Size"]))])
+    answer: dict[str, dict[str, Any]] = {}
+    for name, kernels in made:
+        own = answer[f"bfloat16 {name}"] = {}
+        for kernel in kernels:
+            row = next(kept)
+            if row["Kernel Name"] != kernel:
+                raise RuntimeError(f"ncu: got {row['Kernel Name']}, expected {kernel} of {name}")
+            own[kernel] = figures(row)
+    return answer
 
 
 def main(target: str) -> None:
-    """Profile all calls, and write after each what there is."""
-    whole: dict[str, Any] = {"machine": machine(), "versions": versions(), "calls": {}}
-    for name, call in CALLS.items():
-        whole["calls"][f"bfloat16 {name}"] = profiled(*call)
-        Path(target).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    """Profile all calls."""
+    if target == "-":
+        child()
+        return
+    kernels = "attention_forward|backward|decode|merge|decode_cache|merge_cache"
+    command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
+    command += ["--profile-from-start", "off", "--section", "WarpStateStats", "--metrics", ",".join(METRICS)]
+    command += ["-k", f"regex:^({kernels})$", sys.executable, "-m", "benchmarks._profile_gpu", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    Path(f"{target}.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
+    if done.returncode:
+        raise RuntimeError(f"ncu: exit code {done.returncode}: {done.stdout[-500:]} {done.stderr[-500:]}")
+    whole = {"machine": machine(), "versions": versions(), "calls": profiled(done.stdout.splitlines())}
+    Path(target).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

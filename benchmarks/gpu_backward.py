@@ -1,9 +1,10 @@
 """Gradients on the GPU beside PyTorch's flash (FlashAttention-2), cuDNN and memory-efficient kernels.
 
 Operations: 10·b·h·n²·d (half if causal), five products, whatever a kernel computes twice. Every figure is a median of
-runs that take turns, each of at least a millisecond of calls, 16384 tokens a batch, h·d = 2048. Errors are relative
-(Frobenius) against float64, over those of rounding the exact gradients once; and the worst element's over the bound of
-the check. "ours" has one order of sums; "ours, any order" adds the parts of dq as they come.
+runs that take turns, each of at least a millisecond of calls, all queued before the GPU begins (the time to queue one
+is given apart), 16384 tokens a batch, h·d = 2048. Errors are relative (Frobenius) against float64, over those of
+rounding the exact gradients once; and the worst element's over the bound of the check. "ours" has one order of sums;
+"ours, any order" adds the parts of dq as they come.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def dense(torch: Any, dtype: str, d: int, n: int, causal: bool, top: float) -> I
     at = f"{dtype} d={d} n={n}{' causal' if causal else ''}"
     calls = contestants(torch, given, causal, PEERS)
     operations = 10 * b * h * n * n * d / (2 if causal else 1)
-    speed = {name: operations / ms / 1e9 for name, ms in gpu_medians(torch, calls).items()}
+    speed = {name: operations / ms / 1e9 for name, ms in gpu_medians(torch, calls, ahead=True).items()}
     for name, x in speed.items():
         yield Row(f"{at} {name}", x, "TFLOP/s")
     long = n >= 2048 and dtype == "bfloat16"
@@ -126,7 +127,7 @@ def options(torch: Any, d: int) -> Iterator[Row]:
             "softcap 30": call(apart, deterministic, softcap=30.0),
             "packed": call(together, deterministic, cu_seqlens=(ends, ends)),
         }
-        ms = gpu_medians(torch, calls)
+        ms = gpu_medians(torch, calls, ahead=True)
         for name in ("softcap 30", "packed"):
             yield Row(f"bfloat16 d={d} n={n} causal, {order}, {name} over plain", ms[name] / ms["plain"], "ratio")
 
@@ -167,7 +168,7 @@ def single(torch: Any, d: int) -> Iterator[Row]:
     b, h, n = 4, 16, 4096
     given = [torch.randn(b, h, n, d, device="cuda") for _ in range(4)]
     calls = contestants(torch, given, False, {"efficient": "EFFICIENT_ATTENTION"})
-    for name, ms in gpu_medians(torch, calls, runs=7).items():
+    for name, ms in gpu_medians(torch, calls, runs=7, ahead=True).items():
         yield Row(f"float32 d={d} n={n} {name}", 10 * b * h * n * n * d / ms / 1e9, "TFLOP/s")
     yield from errors(torch, calls, given, False, f"float32 d={d} n={n}")
 

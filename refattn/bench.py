@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,25 +126,35 @@ def gpu_torch() -> Any:
 
 
 def gpu_medians(
-    torch: Any, calls: dict[str, Callable[[], Any]], runs: int = 15, least_ms: float = 1.0
+    torch: Any, calls: dict[str, Callable[[], Any]], runs: int = 15, least_ms: float = 1.0, ahead: bool = False
 ) -> dict[str, float]:
-    """Return the median milliseconds of each call on a GPU; the calls take turns, each for at least some time."""
+    """Return the median milliseconds of each call on a GPU; the calls take turns, each for at least some time.
 
-    def lasts(call: Callable[[], Any], repeats: int) -> float:
+    A GPU that has nothing to do waits for Python to queue the first call, and that is measured, too. With `ahead` it
+    sleeps before until all calls of a measurement are queued: what is measured then is the GPU's time alone.
+    """
+    clocks = 2_000_000  # a millisecond of them, or more: no GPU runs faster
+
+    def lasts(call: Callable[[], Any], repeats: int, sleep_ms: float = 0.0) -> tuple[float, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if sleep_ms:
+            torch.cuda._sleep(int(sleep_ms * clocks))
         start.record()
+        before = time.perf_counter()
         for _ in range(repeats):
             call()
+        queued = time.perf_counter() - before
         end.record()
         end.synchronize()
-        return float(start.elapsed_time(end)) / repeats
+        return float(start.elapsed_time(end)) / repeats, 1e3 * queued
 
-    repeats = {}
+    repeats, sleeps = {}, {}
     for name, call in calls.items():
         lasts(call, 2)
-        repeats[name] = max(1, math.ceil(least_ms / lasts(call, 4)))
+        repeats[name] = max(1, math.ceil(least_ms / lasts(call, 4)[0]))
+        sleeps[name] = 2 * lasts(call, repeats[name])[1] + 0.5 if ahead else 0.0
     times: dict[str, list[float]] = {n: [] for n in calls}
     for _ in range(runs):
         for name, call in calls.items():
-            times[name].append(lasts(call, repeats[name]))
+            times[name].append(lasts(call, repeats[name], sleeps[name])[0])
     return {n: statistics.median(t) for n, t in times.items()}

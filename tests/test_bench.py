@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -82,3 +83,33 @@ def test_the_plot_of_a_states_drift_shows_every_type(tmp_path):
     text = target.read_text()
     for label in ("float32", "bfloat16", "float16", "the delta rule with gates", "0.0001"):
         assert label in text
+
+
+class Gpu:
+    """A GPU of which a call takes 1 ms, and its host, of which it takes 0.4; times in milliseconds."""
+
+    def __init__(self):
+        self.host = self.free = 0.0
+
+    def sleep(self, clocks):
+        self.free = max(self.free, self.host) + clocks / 2e6
+
+    def call(self):
+        self.host += 0.4
+        self.free = max(self.free, self.host) + 1.0
+
+    def event(self, enable_timing):
+        found = SimpleNamespace()
+        found.record = lambda: vars(found).update(at=max(self.free, self.host))
+        found.elapsed_time = lambda end: end.at - found.at
+        found.synchronize = lambda: vars(self).update(host=max(self.host, found.at))
+        return found
+
+
+def test_what_is_queued_ahead_is_measured_without_python(monkeypatch):
+    gpu = Gpu()
+    torch = SimpleNamespace(cuda=SimpleNamespace(Event=gpu.event, _sleep=gpu.sleep))
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: gpu.host / 1e3))
+    assert bench.gpu_medians(torch, {"x": gpu.call})["x"] == pytest.approx(1.4)
+    assert bench.gpu_medians(torch, {"x": gpu.call}, ahead=True)["x"] == pytest.approx(1.0)
+    assert bench.gpu_medians(torch, {"x": gpu.call}, least_ms=4, ahead=True)["x"] == pytest.approx(1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -17,11 +17,17 @@ from .kernel import Call, Kernel, Plan
 from .launch import attribute, capability, kernel_of, pack, queue, sizes_and_options, zeros
 from .views import View, empty
 
-__all__ = ["launch"]
+__all__ = ["launch", "prepare"]
 
 SAME = ("out", "dout", "dq", "dk", "dv", "lse", "dlse", "delta", "bias", "dbias", "blocks")
 ARRAYS = {"q": "query", "k": "key", "v": "value", "mask": "allowed", **{n: n for n in SAME}}
 """Arrays by what struct Params of backward.cuh calls them."""
+RANGES = ("granule_keys", "granule_rows", "row_keys", "key_rows")
+"""Which keys rows see, and which rows see keys: see struct Params."""
+SINGLE = ("sink", "dsink", "cu_q", "cu_k")
+PLACES = {f"p.{to}.data": n for to, n in ARRAYS.items()} | {f"p.{n}": n for n in (*SINGLE, *RANGES)}
+"""By argument, the array whose address it is."""
+SUMS = PLACES | {"z.stats": "stats", "z.sums": "sums"}
 GRANULE = 16
 """Rows (or keys) that share an interval of keys (or rows) and a mark."""
 
@@ -34,7 +40,6 @@ class _Work:
     arrays: dict[str, View]
     options: Mapping[str, Any]
     stream: int
-    ranges: Mapping[str, int]
 
     @property
     def device(self) -> int:
@@ -45,8 +50,7 @@ class _Work:
         a = self.arrays
         return {
             **{to: (a[n].pointer, *(*a[n].spread(), 1)[:4]) if n in a else (0,) * 5 for to, n in ARRAYS.items()},
-            **{n: a[n].pointer if n in a else 0 for n in ("sink", "dsink", "cu_q", "cu_k")},
-            **self.ranges,
+            **{n: a[n].pointer if n in a else 0 for n in (*SINGLE, *RANGES)},
             **{"redo": redo, "parts": parts, "splits": splits},
             **sizes_and_options(self.call, a, self.options),
         }
@@ -58,7 +62,7 @@ class _Work:
         kernel = compiled(text, entry, 0, SIMT.target(capability(self.device)), self.device)
         if grid:
             takes = arguments_of("backward.cu", entry)
-            queue(kernel, grid, threads, 0, self.stream, takes, {"p": self.params(**more)})
+            queue(kernel, grid, threads, 0, self.stream, takes, {"p": self.params(**more)}, PLACES)
 
     def run(self, plan: Plan, grid: int, **more: int) -> None:
         """Queue one pass."""
@@ -66,7 +70,42 @@ class _Work:
             threads = plan.kernel.threads(plan.macros)
             kernel = kernel_of(plan, self.device)
             values = {"p": self.params(**more)}
-            queue(kernel, grid, threads, plan.shared_bytes, self.stream, plan.kernel.takes, values)
+            queue(kernel, grid, threads, plan.shared_bytes, self.stream, plan.kernel.takes, values, PLACES)
+
+
+def prepare(
+    call: Call, kernel: Kernel, like: Any, found: dict[str, Any], arrays: dict[str, View], deterministic: bool
+) -> list[View]:
+    """Allocate what a backward pass needs in between, and gradients that come with those that are wanted.
+
+    Parameters
+    ----------
+    call, kernel, like, found, arrays, deterministic
+        As in `launch`; what is allocated is added to `arrays`, gradients to `found`, too.
+
+    Returns
+    -------
+    list of View
+        What was allocated in between.
+    """
+    q, k = arrays["query"], arrays["key"]
+    (b, h, n_q, _), n_k = q.shape, k.shape[2]
+    for n, other, source in (("dk", "dv", "value"), ("dv", "dk", "key")):
+        if n in arrays and other not in arrays:
+            found[other], arrays[other] = empty(like, arrays[source].shape, call.dtype)
+    _, arrays["delta"] = empty(like, (b, h, n_q), arrays["lse"].dtype)
+    sizes = 4 * -(-n_q // GRANULE), 2 * -(-n_k // GRANULE), 2 * n_q, 2 * n_k
+    _, ranges = empty(like, (sum(sizes),), "int32")
+    for n, at in zip(RANGES, accumulate(sizes, initial=0), strict=False):
+        arrays[n] = replace(ranges, pointer=ranges.pointer + 4 * at)
+    if kernel is not hopper.KERNEL:
+        return [arrays["delta"], ranges]
+    if "dq" not in arrays:
+        found["dq"], arrays["dq"] = empty(like, q.shape, call.dtype)
+    m = hopper_plan(call, deterministic).macros
+    _, arrays["stats"] = empty(like, (2 * b * h * hopper.padded_rows(m, n_q),), "float32")
+    _, arrays["sums"] = empty(like, (hopper.half_bytes(m) // 4 * hopper.half_tiles(m, b * h, n_q),), "float32")
+    return [arrays["delta"], ranges, arrays["stats"], arrays["sums"]]
 
 
 def launch(
@@ -86,7 +125,7 @@ def launch(
     found : dict of str to array
         The gradients that are wanted, to be filled; one that comes with another is added.
     arrays : dict of str to View
-        The inputs, and the places of `found`.
+        The inputs, the places of `found`, and what `prepare` allocated.
     options : mapping
         scale (a number), causal, window, softcap.
     stream : int
@@ -97,30 +136,21 @@ def launch(
     Returns
     -------
     list of View
-        What was allocated in between.
+        What was allocated in between, beside what was prepared.
     """
     q, k = arrays["query"], arrays["key"]
     (b, h, n_q, _), (_, h_kv, n_k, _) = q.shape, k.shape
-    for n, other, source in (("dk", "dv", "value"), ("dv", "dk", "key")):
-        if n in arrays and other not in arrays:
-            found[other], arrays[other] = empty(like, arrays[source].shape, call.dtype)
     if "allowed" in arrays:
         arrays["allowed"] = pack(arrays["allowed"], call.n_k, like, stream)
-    _, arrays["delta"] = empty(like, (b, h, n_q), arrays["lse"].dtype)
-    granules = -(-n_q // GRANULE), -(-n_k // GRANULE)
-    sizes = {"granule_keys": 4 * granules[0], "granule_rows": 2 * granules[1], "row_keys": 2 * n_q, "key_rows": 2 * n_k}
-    _, ranges = empty(like, (sum(sizes.values()),), "int32")
-    starts = accumulate(sizes.values(), initial=0)
-    places = {n: ranges.pointer + 4 * at for n, at in zip(sizes, starts, strict=False)}
-    work = _Work(call, arrays, options, stream, places)
+    work = _Work(call, arrays, options, stream)
     work.support("keys_of_rows", -(-max(n_q, n_k) // 64), 64)
-    used = [arrays["delta"], ranges]
     if kernel is hopper.KERNEL:
-        used += _together(work, like, found, deterministic)
+        _together(work, like, deterministic)
     else:
         work.support("row_products", -(-b * h * n_q // 8), 256)
     if "dsink" in arrays:
         work.support("sinks", h, 256)
+    used: list[View] = []
     if kernel is hopper.KERNEL:
         return used
     direct = "dbias" in arrays and kernel.name == "mma" and arrays["bias"].shape == (b, h, n_q, n_k)
@@ -161,15 +191,13 @@ def _repair(work: _Work, which: int, n: int, heads: int, redo: View) -> None:
     work.run(plan, min(tiles, attribute(work.device, "MultiProcessorCount")), redo=redo.pointer)
 
 
-def _together(work: _Work, like: Any, found: dict[str, Any], deterministic: bool) -> list[View]:
+def _together(work: _Work, like: Any, deterministic: bool) -> None:
     """Queue Hopper's kernel for dq, dk and dv, what goes before and after it, and the repairs."""
     c, a = work.call, work.arrays
     (b, h, n_q, _), (_, h_kv, n_k, _) = a["query"].shape, a["key"].shape
     plan = hopper_plan(c, deterministic)
     m, takes = plan.macros, plan.kernel.takes
     rows, halves = hopper.padded_rows(m, n_q), hopper.half_tiles(m, b * h, n_q)
-    _, stats = empty(like, (2 * b * h * rows,), "float32")
-    _, sums = empty(like, (hopper.half_bytes(m) // 4 * halves,), "float32")
     size = 1 << (4 * halves - 1).bit_length()
     turns = zeros(like, work.device, work.stream, size, "turns") if deterministic else None
     partial = c.causal or c.window or c.packed or n_k % m["BLOCK_N"]
@@ -179,23 +207,22 @@ def _together(work: _Work, like: Any, found: dict[str, Any], deterministic: bool
         _marks(work, like, b * heads, n, f"redo {i}") if partial and on else None
         for i, (n, heads, on) in enumerate(passes)
     ]
-    if "dq" not in a:
-        found["dq"], a["dq"] = empty(like, a["query"].shape, c.dtype)
-    places = {"stats": stats.pointer, "sums": sums.pointer, "turns": turns.pointer if turns else 0, "rows": rows}
-    places["together"] = hopper.together(m, a)
+    places = {"stats": a["stats"].pointer, "sums": a["sums"].pointer, "rows": rows}
+    places |= {"turns": turns.pointer if turns else 0, "together": hopper.together(m, a, hopper.ends(c))}
     redo = {n: x.pointer if x else 0 for n, x in zip(("redo_rows", "redo_keys"), marks, strict=True)}
     values = {"p": work.params(), "z": places | redo}
     most = 8 * attribute(work.device, "MultiProcessorCount")
     small = arguments_of(plan.kernel.file, "statistics")
-    queue(kernel_of(plan, work.device, "statistics", 0), min(most, 16 * halves), 256, 0, work.stream, small, values)
+    before, after = (kernel_of(plan, work.device, entry, 0) for entry in ("statistics", "convert"))
+    queue(before, min(most, 16 * halves), 256, 0, work.stream, small, values, SUMS)
     grid = -(-n_k // m["BLOCK_N"]) * h_kv * b
-    everything = values | hopper.maps(m, a)
-    queue(kernel_of(plan, work.device), grid, 384, plan.shared_bytes, work.stream, takes, everything)
-    queue(kernel_of(plan, work.device, "convert", 0), halves, 128, 0, work.stream, small, values)
+    maps = hopper.maps(m)
+    everything = values | {to: make(a[n]) for to, (n, make) in maps.items()}
+    queue(kernel_of(plan, work.device), grid, 384, plan.shared_bytes, work.stream, takes, everything, SUMS, maps)
+    queue(after, halves, 128, 0, work.stream, small, values, SUMS)
     for which, ((n, heads, _), marked) in enumerate(zip(passes, marks, strict=True)):
         if marked:
             _repair(work, which, n, heads, marked)
-    return [stats, sums]
 
 
 def _rows(plan: Plan, which: int) -> int:

@@ -27,6 +27,8 @@ SHARED = 232448
 FASTEST = {(64, 0, 0): (3, 128, 3, 2), (64, 1, 0): (3, 128, 3, 2), (64, 0, 1): (3, 96, 3, 2)}
 FASTEST |= {(96, 0, 0): (3, 96, 2, 2), (96, 1, 0): (2, 176, 2, 1)}
 """By width, RIGHT, HIGH: what was faster than the rule for other calls."""
+SHORT = {(64, 1, 0): ((2, 128, 3, 2), 513, 1024)}
+"""Likewise, tiles that do not take turns, and from how many to how many keys they were faster."""
 REGISTERS = 204
 """What S, O, P and a tile's bias may take of the 232 registers of a thread of two consumer warpgroups."""
 NO_LIMIT = 2**30 - 1
@@ -98,15 +100,17 @@ def why(call: Call) -> str:
 def macros(call: Call) -> dict[str, Any]:
     """Return what the kernel is compiled with."""
     (width_k, width_v), options = _widths(call), _options(call)
+    tiles, short = _tiles(width_k, width_v, options), _short(width_k, width_v, options, call.n_k)
     return {
         "WIDTH_K": width_k,
         "WIDTH_V": width_v,
         "STEPS_K": -(-call.d_k // 16),
         "STEPS_V": -(-call.d_v // 16),
         "BF16": int(call.dtype == "bfloat16"),
-        "PINGPONG": int(not options["LEFT"]),  # of a window, tiles are short, and taking turns cost more than it gave
+        # of a window, tiles are short, and taking turns cost more than it gave
+        "PINGPONG": int(not options["LEFT"] and short is None),
         **options,
-        **(_tiles(width_k, width_v, options) or {}),
+        **(short or tiles or {}),
     }
 
 
@@ -129,9 +133,8 @@ def _options(call: Call) -> dict[str, int]:
 def _tiles(width_k: int, width_v: int, options: Mapping[str, int]) -> dict[str, int] | None:
     """Return the tiles: what was fastest of those that do not spill, or the largest that fit; None where none do."""
     right, high = options["RIGHT"], options["HIGH"]
-    extra = {n for n, on in options.items() if on} - {"RIGHT", "HIGH", "SINK"}
-    if width_k == width_v and not extra and (width_k, right, high) in FASTEST:
-        return _tile(*FASTEST[width_k, right, high])
+    if (kind := _plain(width_k, width_v, options)) in FASTEST:
+        return _tile(*FASTEST[kind])
     if options["BLOCKS"]:
         keys = BLOCK_MASK_KEYS[width_k] if not (high and right) else 64
         return _tile(2, keys, 3 if width_k == 64 else 2, 1 if width_k == 256 else 2)
@@ -142,6 +145,21 @@ def _tiles(width_k: int, width_v: int, options: Mapping[str, int]) -> dict[str, 
             if _registers(width_v, options, keys) <= REGISTERS and bytes_ <= SHARED:
                 return tile
     return None
+
+
+def _plain(width_k: int, width_v: int, options: Mapping[str, int]) -> tuple[int, int, int] | None:
+    """Return a call's key in FASTEST and SHORT; None where it has other options than those know."""
+    extra = {n for n, on in options.items() if on} - {"RIGHT", "HIGH", "SINK"}
+    return None if extra or width_k != width_v else (width_k, options["RIGHT"], options["HIGH"])
+
+
+def _short(width_k: int, width_v: int, options: Mapping[str, int], n_k: int) -> dict[str, int] | None:
+    """Return the tiles of a short call, where others are faster for it."""
+    kind = _plain(width_k, width_v, options)
+    if kind not in SHORT:
+        return None
+    tile, least, most = SHORT[kind]
+    return _tile(*tile) if least <= n_k <= most else None
 
 
 def _tile(consumers: int, keys: int, stages: int, query_stages: int) -> dict[str, int]:

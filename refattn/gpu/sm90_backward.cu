@@ -422,7 +422,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == 0) produce(&map_q, &map_k, &map_v, &map_dout, shared, p, z, own);
-        else if (!WIDE && threadIdx.x % 32 == 0) add_halves(shared, z, own, threadIdx.x / 32 - 1);
+        else if (threadIdx.x % 32 == 0) {
+#if !WIDE
+            add_halves(shared, z, own, threadIdx.x / 32 - 1);
+#elif ORDERED
+            if (threadIdx.x < 96) take_turns(shared, z, own, threadIdx.x / 32 - 1);
+#endif
+        }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         consume(shared, p, z);

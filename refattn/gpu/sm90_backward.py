@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from . import sm90
@@ -19,6 +20,8 @@ TILES = {64: (128, 128), 128: (64, 128), 256: (64, 64)}
 """By width: rows of a tile that passes by, keys that a block owns."""
 L2_BYTES = 16 << 20
 """Bytes of rows and sums that heads may have together, of an L2 cache of 50 MiB: 16 was faster than 32 or 64."""
+LONGEST_FIRST = 16
+"""The most heads that take turns where sums have any order and keys that come first are seen by the most rows."""
 
 
 def obstacle(call: Call, capability: tuple[int, int]) -> str:
@@ -47,8 +50,12 @@ def macros(call: Call) -> dict[str, Any]:
 
 def macros_of(call: Call, deterministic: bool) -> dict[str, Any]:
     """Return what the kernel is compiled with."""
-    last_first = deterministic and (call.causal is not None or (call.window or (None, None))[1] is not None)
-    return {**macros(call), "ORDERED": int(deterministic), "LAST_FIRST": int(last_first)}
+    return {**macros(call), "ORDERED": int(deterministic), "LAST_FIRST": int(deterministic and ends(call))}
+
+
+def ends(call: Call) -> bool:
+    """Tell whether the band has a right edge: keys that come first are seen by the most rows."""
+    return call.causal is not None or (call.window or (None, None))[1] is not None
 
 
 def shared_bytes(m: Mapping[str, Any]) -> int:
@@ -82,12 +89,16 @@ def source(m: Mapping[str, Any]) -> str:
     return text_of(FILE, m).replace("// (wgmma wrappers)", "".join(wrappers))
 
 
-def together(m: Mapping[str, Any], arrays: Mapping[str, View]) -> int:
-    """Return how many key heads' blocks take turns: those whose rows and sums stay in the L2 cache, if sums wait."""
+def together(m: Mapping[str, Any], arrays: Mapping[str, View], uneven: bool) -> int:
+    """Return how many key heads' blocks take turns: those whose rows and sums stay in the L2 cache, if sums wait.
+
+    Where they do not, and blocks are uneven, the longest of several heads come first: the grid ends with short ones.
+    """
     (b, h, n_q, _), h_kv = arrays["query"].shape, arrays["key"].shape[1]
     sequences = arrays["cu_q"].shape[0] - 1 if "cu_q" in arrays else 1
     each = 8 * h // h_kv * -(-n_q // sequences) * m["WIDTH"]
-    return max(1, min(b * h_kv, L2_BYTES // each)) if m["ORDERED"] else 1
+    most = L2_BYTES // each if m["ORDERED"] else min(2 * L2_BYTES // each, LONGEST_FIRST) if uneven else 1
+    return max(1, min(b * h_kv, most))
 
 
 def padded_rows(m: Mapping[str, Any], n_q: int) -> int:
@@ -100,11 +111,11 @@ def half_tiles(m: Mapping[str, Any], heads: int, n_q: int) -> int:
     return 2 * heads * padded_rows(m, n_q) // int(m["BLOCK_M"])
 
 
-def maps(m: Mapping[str, Any], arrays: Mapping[str, View]) -> dict[str, bytes]:
-    """Return the tensor maps of a call."""
+def maps(m: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[View], bytes]]]:
+    """Return by argument the array whose tensor map it is, and what makes one."""
     rows = {"query": m["BLOCK_M"], "key": m["BLOCK_N"], "value": m["BLOCK_N"], "dout": m["BLOCK_M"]}
     names = {"query": "map_q", "key": "map_k", "value": "map_v", "dout": "map_dout"}
-    return {to: sm90.key_map(arrays[n], rows[n], n) for n, to in names.items()}
+    return {to: (n, partial(sm90.key_map, rows=rows[n], name=n)) for n, to in names.items()}
 
 
 KERNEL = Kernel(

@@ -1,27 +1,35 @@
-// A consumer's half of dq to half tile `at` of the sums; turn: whose sums come before.
-DEVICE void add_dq(const float (&dq)[NQ], const Sums& z, u32 bars, long long at, unsigned turn) {
-    float* to = z.sums + at * (HALF_BYTES / 4) + 4 * (threadIdx.x % 128);
-    const int barrier = SHARED_DS + threadIdx.x / 128;
-    if (ORDERED) {
-        unsigned here;
-        if (threadIdx.x % 128 == 0)
-            do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(here) : "l"(z.turns + at) : "memory");
-            while (here != turn);
-        sync(barrier, 128);
+// ORDERED: a thread for each consumer waits for its turn at a half tile, and passes it on once the consumer's sums are
+// there: the consumer waits for neither. The slot is not filled anew before the consumer has had its turn.
+DEVICE void take_turns(u32 shared, const Sums& z, const Work& own, int half) {
+    const u32 bars = shared + OFFSET_BARRIERS;
+    for (Ring<STAGES> slot;; slot.advance()) {
+        barrier_wait(bars + FULL_Q + 8 * slot.stage, slot.phase);
+        const uint4 w = load_four(bars + WORK + 16 * slot.stage);
+        if ((int)w.x < 0) return;
+        unsigned *turn = z.turns + 2ll * w.y + half, here;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(here) : "l"(turn) : "memory");
+        while (here != w.w);
+        barrier_arrive(bars + EMPTY_DQ + 8 * half);
+        barrier_wait(bars + FULL_DQ + 8 * half, slot.stage);      // two stages: the parity of the tile
+        __threadfence();                                          // of what the consumer's threads did before, too
+        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(turn), "r"(own.n + 1) : "memory");
     }
+}
+// A consumer's half of dq to half tile `at` of the sums; first: nobody's sums come before.
+DEVICE void add_dq(const float (&dq)[NQ], const Sums& z, u32 bars, long long at, bool first, u32 parity) {
+    float* to = z.sums + at * (HALF_BYTES / 4) + 4 * (threadIdx.x % 128);
+    const u32 half = at % 2;
+    if (ORDERED) barrier_wait(bars + EMPTY_DQ + 8 * half, parity);
 #pragma unroll
     for (int i = 0; i < NQ; i += 4)
-        if (ORDERED && turn == 0)
+        if (ORDERED && first)
             *(float4*)(to + 128 * i) = make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
         else
             asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
                          ::"l"(to + 128 * i), "f"(dq[i]), "f"(dq[i + 1]), "f"(dq[i + 2]), "f"(dq[i + 3]) : "memory");
     if (ORDERED) {
-        __threadfence();
-        sync(barrier, 128);
-        if (threadIdx.x % 128 == 0)
-            asm volatile("st.release.gpu.global.u32 [%0], %1;"
-                         ::"l"(z.turns + at), "r"(load_four(bars + FACTORS).z / BLOCK_N + 1) : "memory");
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(bars + FULL_DQ + 8 * half);
     }
 }
 // Both consumers have all 64 keys: each computes S^T and dP^T for half of the rows, puts P^T and dS^T to shared memory,
@@ -82,7 +90,7 @@ DEVICE void consume(u32 shared, const Params& p, const Sums& z) {
         wgmma_commit();
         wgmma_wait<1>();
         pin(dq);
-        add_dq(dq, z, bars, 2ll * w.y + half, w.w);
+        add_dq(dq, z, bars, 2ll * w.y + half, w.w == 0, slot.stage);
         wgmma_wait<0>();
         pin(dk);
         pin(dv);

@@ -68,6 +68,7 @@ def calls():
                 if not KERNELS[kernel].obstacle(call, (9, 0)):
                     yield kernel, call
         yield from (("simt", replace(c, dtype=t)) for t in ("float32", "float64"))
+    yield "sm90", replace(PLAIN, n_q=1024, n_k=1024, d_k=64, d_v=64, causal="bottom_right")
     for d_k, d_v in ((96, 96), (192, 192), (192, 128), (64, 256)):
         c = replace(PLAIN, d_k=d_k, d_v=d_v, causal="bottom_right")
         yield from (("sm90", x) for x in (c, replace(c, **MANY), replace(c, accuracy="high", allowed=True)))

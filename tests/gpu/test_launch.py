@@ -161,7 +161,7 @@ def test_a_pass_that_is_not_wanted_marks_nothing(driver, monkeypatch, wanted):
     stand_ins = {
         "kernel_of": lambda plan, device, entry="", shared=0: (entry or plan.impl, None),
         "zeros": lambda *call: View(places[call[-1]], (1,), (1,), "int32", 0),
-        "empty": lambda like, shape, dtype: (None, View(80, shape, (1,), dtype, 0)),
+        "empty": lambda like, shape, dtype: (None, View(80, shape, (1,) * len(shape), dtype, 0)),
     }
     for n, x in stand_ins.items():
         monkeypatch.setattr(backward_launch, n, x)
@@ -169,13 +169,13 @@ def test_a_pass_that_is_not_wanted_marks_nothing(driver, monkeypatch, wanted):
     given |= {"dq": given["query"], "dk": given["key"], "dv": given["value"]}
     given = {n: x for n, x in given.items() if n not in ("dq", "dk", "dv") or n in wanted}
     call = replace(PLAIN, n_q=128, n_k=300, causal="bottom_right")
-    ranges = {"row_keys": 1, "key_rows": 2, "granule_keys": 3, "granule_rows": 4}
+    backward_launch.prepare(call, backward_launch.hopper.KERNEL, None, {}, given, True)
     work = backward_launch._Work(
-        call, given, {"scale": 0.5, "causal": "bottom_right", "window": None, "softcap": None}, 0, ranges
+        call, given, {"scale": 0.5, "causal": "bottom_right", "window": None, "softcap": None}, 0
     )
     small, simt_takes = arguments_of("sm90_backward.cu", "statistics"), arguments_of("simt_backward.cu", "backward")
     driver.takes = [small, backward_launch.hopper.KERNEL.takes, small, *[simt_takes] * 2]
-    backward_launch._together(work, None, {}, True)
+    backward_launch._together(work, None, True)
     names, marks = [x[0] for x in driver.launches], driver.launches[1][-1]
     both = "dk" in wanted
     assert names == ["statistics", "sm90", "convert", *["simt"] * (1 + both)]
@@ -222,19 +222,21 @@ def test_axes_of_one_element_are_spread():
 
 
 @pytest.mark.parametrize(
-    ("ordered", "shape", "heads_kv", "sequences", "expected"),
+    ("ordered", "uneven", "shape", "heads_kv", "sequences", "expected"),
     [
-        (1, (8, 32, 2048, 64), 32, 0, 16),  # a head's rows and sums are a MiB, 16 of them stay in the cache
-        (1, (8, 32, 2048, 64), 8, 0, 4),
-        (1, (1, 4, 2048, 64), 4, 0, 4),
-        (1, (1, 32, 1 << 20, 64), 32, 0, 1),
-        (1, (1, 32, 16384, 64), 32, 8, 16),
-        (0, (8, 32, 2048, 64), 32, 0, 1),
+        (1, 0, (8, 32, 2048, 64), 32, 0, 16),  # a head's rows and sums are a MiB, 16 of them stay in the cache
+        (1, 1, (8, 32, 2048, 64), 8, 0, 4),
+        (1, 0, (1, 4, 2048, 64), 4, 0, 4),
+        (1, 0, (1, 32, 1 << 20, 64), 32, 0, 1),
+        (1, 0, (1, 32, 16384, 64), 32, 8, 16),
+        (0, 0, (8, 32, 2048, 64), 32, 0, 1),
+        (0, 1, (8, 32, 2048, 64), 32, 0, 16),
+        (0, 1, (1, 32, 16384, 64), 32, 0, 4),
     ],
 )
-def test_heads_take_turns_where_sums_have_an_order(ordered, shape, heads_kv, sequences, expected):
+def test_heads_take_turns(ordered, uneven, shape, heads_kv, sequences, expected):
     b, _, n, d = shape
     given = {"query": View(0, shape, (1,) * 4, "bfloat16", 0), "key": View(0, (b, heads_kv, n, d), (1,) * 4, "", 0)}
     if sequences:
         given["cu_q"] = View(0, (sequences + 1,), (1,), "int32", 0)
-    assert backward_launch.hopper.together({"ORDERED": ordered, "WIDTH": d}, given) == expected
+    assert backward_launch.hopper.together({"ORDERED": ordered, "WIDTH": d}, given, uneven) == expected

@@ -22,6 +22,15 @@ def test_products_end_where_head_dims_do_and_windows_take_no_turns():
     assert turns == [1, 0]
 
 
+def test_short_causal_calls_have_smaller_tiles():
+    found = [plan(problem(n_q=n, n_k=n, causal="top_left"), impl="sm90").macros for n in (512, 513, 1024, 1025)]
+    assert [m["CONSUMERS"] for m in found] == [3, 2, 2, 3]
+    assert [m["PINGPONG"] for m in found] == [1, 0, 0, 1]
+    assert {m["BLOCK_N"] for m in found} == {128}  # the same keys in a step: the same bits
+    windows = plan(problem(n_q=999, n_k=999, causal="top_left", softcap=2.0), impl="sm90").macros
+    assert windows["PINGPONG"] == 1
+
+
 def test_what_runs_and_why():
     p = plan(problem("bfloat16", causal="bottom_right"), accuracy="high")
     few = "the kernel decode takes 1 to 16 queries, got 100"

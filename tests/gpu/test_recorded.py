@@ -1,11 +1,13 @@
 """Launches that are queued again: for other arrays they are what a new launch is."""
 
 from dataclasses import replace
+from itertools import count
 from threading import Thread
 
 import pytest
 
-from refattn.gpu import recorded
+from refattn.gpu import backward_launch, recorded
+from refattn.gpu.arguments import arguments_of
 from refattn.gpu.launch import launch
 from refattn.gpu.plan import choose
 from refattn.gpu.recorded import recording, replay
@@ -85,3 +87,44 @@ def test_the_oldest_are_dropped(driver, monkeypatch):  # noqa: F811
         with recording(kind):
             pass
     assert [replay(kind, {}) for kind in "abc"] == [False, False, True]
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": "bottom_right", "sink": True}, {"packed": True, "window": (9, 9)}])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_backward_pass_again_is_one_anew(driver, monkeypatch, options, ordered):  # noqa: F811
+    stand_ins = {
+        "attribute": lambda device, name: 5,
+        "compiled": lambda text, entry, *_: (entry, None),
+        "capability": lambda device: (9, 0),
+        "kernel_of": lambda plan, device, entry="", shared=0: (entry or plan.impl, None),
+        "zeros": lambda *call: View(7000, (1,), (1,), "int32", 0),
+        "empty": lambda like, shape, dtype: (None, View(next(places), shape, (1,) * len(shape), dtype, 0)),
+    }
+    for n, x in stand_ins.items():
+        monkeypatch.setattr(backward_launch, n, x)
+    call, kernel = replace(PLAIN, n_k=300, **options), backward_launch.hopper.KERNEL
+    given = arrays() | {"dout": replace(arrays()["out"], pointer=10)}
+    given |= {n: replace(given[x], pointer=p) for p, (n, x) in enumerate((("dq", "query"), ("dk", "key")), 11)}
+    given |= {n: x for n, x in MORE.items() if (call.sink and n == "sink") or (call.packed and n in ("cu_q", "cu_k"))}
+    given |= {"dsink": replace(MORE["sink"], pointer=13)} if call.sink else {}
+    asked = PLAIN_OPTIONS | {"causal": call.causal, "window": call.window}
+
+    def passed(given, start, again):
+        nonlocal places
+        places = count(start, 64)
+        backward_launch.prepare(call, kernel, None, {}, given, ordered)
+        driver.takes = [arguments_of("backward.cu", "keys_of_rows"), small, kernel.takes, small]
+        driver.takes += [arguments_of("simt_backward.cu", "backward")] * 2  # n_k is no multiple of the tile
+        driver.takes += [arguments_of("backward.cu", "sinks")] * call.sink
+        driver.launches = []
+        if not (again and replay("kind", given)):
+            with recording("kind"):
+                backward_launch.launch(call, kernel, None, {}, given, asked, 7, ordered)
+        assert not driver.takes
+        return driver.launches
+
+    small, places = arguments_of(kernel.file, "statistics"), count()
+    first, anew = passed(dict(given), 1 << 20, False), passed(moved(given), 1 << 21, False)
+    assert first != anew
+    assert passed(dict(given), 1 << 20, True) == first
+    assert passed(moved(given), 1 << 21, True) == anew
