@@ -79,7 +79,8 @@ def score_mod(problem: Problem, device: Any = None) -> Callable[[Any, Any, Any, 
     bias, term = p.bias, None
     if isinstance(bias, Term):
         wide = "float64" if p.dtype == "float64" else "float32"
-        bias, term = None, term_mod(bias, p.n_q, p.n_k, device, kind=wide)
+        term = term_mod(bias, p.n_q, p.n_k, device, kind=wide)
+        bias = None
     if bias is not None:
         bias = bias.to(device) if p.kind == "torch" else tensor(to_float64(to_numpy(bias)).astype(np.float32))
         bias = bias.expand(whole)

@@ -17,6 +17,8 @@ __all__ = ["Lookup", "Plain", "Term", "named", "number", "remade"]
 
 Float = NDArray[np.float64]
 BINDS = {"+": 0, "*": 1, "": 2}
+Factors = Callable[[Float], Float]
+MAPS: dict[str, Factors] = {"summands": np.asarray, "sizes": np.abs, "count": np.ones_like}
 CHUNK = 2**22
 """Pairs that are looked at together where gradients are gathered."""
 
@@ -53,8 +55,8 @@ class Term:
         """Yield the terms in it that look up tables, in the order in which they are written."""
         raise NotImplementedError
 
-    def pull(self, x: Places, up: Float, size: bool, into: dict[int, Float]) -> None:
-        """Add to each table's gradient, by the id of its term, what arrives at some places; or the sum of its sizes."""
+    def pull(self, x: Places, up: Float, factors: Factors, into: dict[int, Float]) -> None:
+        """Add to each table's gradient, by the id of its term, what arrives at some places times a map of factors."""
         raise NotImplementedError
 
     def __add__(self, o: Any) -> Term:
@@ -148,7 +150,7 @@ class Term:
         """Return the numbers that it looks up, by name, in float64: what a model learns."""
         return {name: found.table for name, found in named(self)}
 
-    def gradients(self, dbias: Any, n_q: int, n_k: int, *, size: bool = False) -> dict[str, Float]:
+    def gradients(self, dbias: Any, n_q: int, n_k: int, *, of: str = "summands") -> dict[str, Float]:
         r"""Return the gradient of each table from the one of the term, in float64.
 
         With B the term's numbers, dT_e = \sum dbias_bhij dB_bhij / dT_e over all pairs, whose sum is rounded as NumPy
@@ -160,8 +162,8 @@ class Term:
             The gradient that arrives at the term, of the shape of :meth:`written`.
         n_q, n_k : int
             How many queries and keys the call has.
-        size : bool
-            Whether to add the sizes of the summands instead.
+        of : {"summands", "sizes", "count"}
+            Whether to add the sizes of the summands instead, or to count them.
 
         Returns
         -------
@@ -173,6 +175,7 @@ class Term:
         InvalidInput
             An array of another shape, or a term that does not fit the call.
         """
+        expect(of in MAPS, "of", of, f"one of {', '.join(MAPS)}")
         self.check(self.batches, self.heads, n_q, n_k)
         shape, given = (self.batches, self.heads, n_q, n_k), np.asarray(dbias, np.float64)
         if given.shape != shape:
@@ -182,8 +185,7 @@ class Term:
         for b, h in np.ndindex(shape[:2]):
             for first in range(0, n_q, step):
                 rows = slice(first, min(first + step, n_q))
-                up = np.abs(given[b, h, rows]) if size else given[b, h, rows]
-                self.pull(_pairs(rows, n_k, b, h, n_q), up, size, into)
+                self.pull(_pairs(rows, n_k, b, h, n_q), MAPS[of](given[b, h, rows]), MAPS[of], into)
         return {name: into[id(found)] for name, found in named(self)}
 
 
@@ -244,7 +246,7 @@ class Plain(_Atom):
         """Yield nothing."""
         return iter(())
 
-    def pull(self, x: Places, up: Float, size: bool, into: dict[int, Float]) -> None:
+    def pull(self, x: Places, up: Float, factors: Factors, into: dict[int, Float]) -> None:
         """Keep nothing: it has no table."""
 
 
@@ -275,7 +277,7 @@ class Lookup(_Atom):
         """Yield itself."""
         yield self
 
-    def pull(self, x: Places, up: Float, size: bool, into: dict[int, Float]) -> None:
+    def pull(self, x: Places, up: Float, factors: Factors, into: dict[int, Float]) -> None:
         """Add what arrives to the elements that are looked up."""
         shape = self.table.shape
         at = [0 if n == 1 else i for n, i in zip(shape, self._index(x), strict=True)]
@@ -320,29 +322,29 @@ class _Two(Term):
         for part in self.parts:
             yield from part.lookups()
 
-    def pull(self, x: Places, up: Float, size: bool, into: dict[int, Float]) -> None:
+    def pull(self, x: Places, up: Float, factors: Factors, into: dict[int, Float]) -> None:
         """Hand on what arrives, of a product times the other factor."""
         for part, other in zip(self.parts, self.parts[::-1], strict=True):
             if next(part.lookups(), None) is None:
                 continue
-            factor = np.asarray(other.at(x), np.float64) if self.sign == "*" else np.float64(1)
-            part.pull(x, np.asarray(up * (np.abs(factor) if size else factor)), size, into)
+            factor = np.asarray(other.at(x) if self.sign == "*" else 1.0, np.float64)
+            part.pull(x, np.asarray(up * factors(factor)), factors, into)
 
 
-def remade(make: Callable[..., Any]) -> Callable[..., Any]:
+def remade(make: Callable[..., Term]) -> Callable[..., Term]:
     """Have terms of a function know how they were made."""
 
     @wraps(make)
-    def made(*args: Any, **named: Any) -> Any:
+    def made(*args: Any, **named: Any) -> Term:
         term = make(*args, **named)
-        term.made = (_made, (make.__module__, make.__name__, args, named))
+        term.made = (_made, (make.__module__, make.__name__, args, named))  # type: ignore[attr-defined]
         return term
 
     return made
 
 
-def _made(module: str, name: str, args: Any, named: Any) -> Any:
-    return getattr(import_module(module), name)(*args, **named)
+def _made(module: str, name: str, args: Any, named: Any) -> Term:
+    return getattr(import_module(module), name)(*args, **named)  # type: ignore[no-any-return]
 
 
 @remade

@@ -199,10 +199,10 @@ def when(rule: Rule) -> Term:
 
 
 def _most(most: Any) -> int:
-    most = whole("most", most, 1)
-    if most > FARTHEST:
-        raise InvalidInput(f"most: got {most}, expected at most {FARTHEST}")
-    return most
+    far = whole("most", most, 1)
+    if far > FARTHEST:
+        raise InvalidInput(f"most: got {far}, expected at most {FARTHEST}")
+    return far
 
 
 def _table(name: str, x: Any, axes: int) -> Float:

@@ -199,10 +199,20 @@ def test_gradients_of_tables_are_autograds(name):
     dbias = np.random.default_rng(3).standard_normal((term.batches, term.heads, N_Q, N_K))
     found = mod(torch.zeros(dbias.shape, dtype=torch.float64), *at)
     want = torch.autograd.grad((found * torch.as_tensor(dbias)).sum(), list(tables.values()))
-    got, sizes = (term.gradients(dbias, N_Q, N_K, size=x) for x in (False, True))
+    got, sizes = (term.gradients(dbias, N_Q, N_K, of=x) for x in ("summands", "sizes"))
     assert list(got) == list(tables)
     for (n, x), y in zip(got.items(), want, strict=True):
         assert (np.abs(x - y.numpy()) <= 2 * 100 * 2.0**-53 * sizes[n]).all()  # at most 90 summands, two ways
+
+
+def test_summands_are_counted():
+    term = terms.alibi(SLOPES) * terms.relative(FAR)
+    far = np.clip(np.arange(5)[:, None] + 4 - np.arange(9), -3, 3) + 3
+    many = term.gradients(np.zeros((1, 2, 5, 9)), 5, 9, of="count")
+    assert {n: x.tolist() for n, x in many.items()} == {
+        "heads": [[45.0, 45.0]],
+        "relative": [np.bincount(far.ravel(), minlength=7).tolist()] * 2,
+    }
 
 
 def test_tables_of_one_name_have_numbers():
@@ -236,6 +246,7 @@ BAD = [
     (lambda: (terms.distance() * 1e200).written(1, 1, 4, 4), "gives 3e.200, which float32 does not hold"),
     (lambda: (terms.distance() * 1e300 * 1e300).dense(4, 4), "gives numbers that are not finite"),
     (lambda: terms.by_key(KEYS).gradients(np.zeros((1, 1, 5, 8)), 5, 9), "dbias: got shape"),
+    (lambda: terms.by_key(KEYS).gradients(np.zeros((1, 1, 5, 9)), 5, 9, of="all"), "of: got 'all', expected one of"),
     (lambda: rules.score_mod(3, 5, 9), "term: got 3, expected a term"),
     (lambda: rules.score_mod_text(3, 5, 9), "term: got 3, expected a term"),
     (lambda: rules.score_mod(terms.distance(), 5, 9, kind="float16"), "kind: got 'float16'"),
