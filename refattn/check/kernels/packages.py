@@ -1,4 +1,4 @@
-"""Attention of packages for NVIDIA GPUs: FlashAttention 2 and 3, flashinfer, xFormers and others, by their functions.
+"""Attention of packages for NVIDIA GPUs: FlashAttention 2 to 4, flashinfer, xFormers and others, by their functions.
 
 What each takes was read in its source, of the version that docs/kernels.md names. Where that page does not say that
 one was run, its adapter has met only a stand-in of the same signature.
@@ -98,6 +98,18 @@ PACKAGES = (
         gradients=BACK,
     ),
     _entry(
+        "flash-attn-4",
+        "flash_attn.cute",
+        "flash_attn",
+        "flash_4",
+        "causal_bottom_right window softcap sink grouped_heads scale variable_lengths lengths_q lengths_k d_v_differs "
+        "paged_nhd",
+        "pip install --pre flash-attn-4",
+        on_gpu,
+        distribution="flash-attn-4",
+        gradients=BACK,
+    ),
+    _entry(
         "fa3-fwd",
         "fa3_fwd_interface",
         "flash_attn",
@@ -114,6 +126,17 @@ PACKAGES = (
         "vllm_flash",
         "causal_bottom_right window softcap grouped_heads scale variable_lengths lengths_k paged_nhd",
         "pip install vllm",
+    ),
+    _entry(
+        "sglang-native",
+        "sglang",
+        "sglang",
+        "extend",
+        "causal_bottom_right window grouped_heads scale variable_lengths lengths_q lengths_k d_v_differs paged_nhd",
+        "pip install sglang",
+        on_gpu,
+        dtypes=HALF | {"float32"},
+        lse=False,
     ),
     _entry(
         "flashinfer-prefill", "flashinfer", "flashinfer", "prefill", _PAGED, "pip install flashinfer-python",
