@@ -116,7 +116,8 @@ def _made() -> Latent:
 
 
 def _call(d: Draw, tensors: tuple[Float, Float, Float]) -> Problem:
-    return Problem(*map(d.tensor, tensors), scale=(WIDTHS[0] + WIDTHS[1]) ** -0.5, variant=d.variant)
+    q, k, v = map(d.tensor, tensors)
+    return Problem(q, k, v, scale=(WIDTHS[0] + WIDTHS[1]) ** -0.5, variant=d.variant)
 
 
 def latent_case(d: Draw) -> Problem:
