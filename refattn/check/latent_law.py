@@ -59,10 +59,12 @@ class Latent:
                 found[(*at, rng.choice(c, 2, replace=False))] = rng.choice([-1.0, 1.0], 2)
             return found
 
-        numbers = [rng.integers(-m, m + 1, s).astype(float) for m, s in (
-            (1, (b, h, n_q, d)), (1, (b, h, n_q, r)), (2, (b, n_k, c)), (2, (b, n_k, r)),
-        )]  # fmt: skip
-        return cls(*numbers, sparse(d), sparse(d_v))
+        def whole(most: int, *shape: int) -> Float:
+            return rng.integers(-most, most + 1, shape).astype(float)
+
+        query, query_rope = whole(1, b, h, n_q, d), whole(1, b, h, n_q, r)
+        latent, key_rope = whole(2, b, n_k, c), whole(2, b, n_k, r)
+        return cls(query, query_rope, latent, key_rope, sparse(d), sparse(d_v))
 
     def absorbed(self) -> tuple[Float, Float, Float]:
         """Return query, key and value of the call over the latent, of one key head."""
