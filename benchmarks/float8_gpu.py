@@ -1,7 +1,7 @@
 """A float8 kernel with scales on a GPU, judged by the exact answer of the values that its bytes mean.
 
-Floor: every element within its bound, and an rms from 0.8 to 1.2 of what the model predicts: a model that is right
-about how the kernel rounds, not only above it.
+Floor: every element within its bound, and out's rms from 0.8 to 1.2 of what the model predicts: a model that is right
+about how the kernel rounds, not only above it. Of lse, which sums what was never rounded to float8, only the bound.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def rows() -> Iterator[Row]:
     gpu_torch()
     kernel = load("_float8").attention
     for n_q, n_k, d, causal, by_head in (
-        (256, 256, 64, None, False),
-        (256, 384, 64, "bottom_right", True),
-        (200, 1000, 128, None, True),
-        (512, 512, 128, "bottom_right", False),
+        (128, 256, 64, None, False),
+        (100, 200, 64, "bottom_right", True),
+        (64, 320, 128, None, True),
+        (128, 128, 128, "bottom_right", False),
         (100, 100, 32, "top_left", True),
     ):
         p = call(n_q, n_k, d, causal, by_head)
@@ -45,6 +45,6 @@ def rows() -> Iterator[Row]:
         yield Row(f"{at}: {check.verdict}", check.verdict != "passed", "wrong", at_most=0)
         for a in check.arrays:
             yield Row(f"{at} {a.array}, error/allowed", a.ratio, "ratio", at_most=1)
-            if a.figures is not None and not np.isnan(a.figures.rms):
+            if a.array == "out" and a.figures is not None:
                 yield Row(f"{at} {a.array}, rms/predicted, at least", a.figures.rms, "ratio", at_least=LOW)
                 yield Row(f"{at} {a.array}, rms/predicted, at most", a.figures.rms, "ratio", at_most=HIGH)

@@ -115,6 +115,16 @@ class _Third:
         self.__name__, self.module = name, module
 
     def __call__(self, p: Problem) -> Any:
+        if p.d_k % 8 or p.d_v % 8:
+            raise UnsupportedProblem(f"dim: FlashAttention 3 takes multiples of 8, got {p.d_k} and {p.d_v}")
+        try:
+            return self._found(p)
+        except RuntimeError as e:
+            if "we only support" in str(e):  # of some widths, what it is compiled for
+                raise UnsupportedProblem(f"FlashAttention 3: {str(e).splitlines()[0]}") from e
+            raise
+
+    def _found(self, p: Problem) -> Any:
         package, plain = importlib.import_module(self.module), _plain(p)
         if p.cu_seqlens_q is not None and p.block_table is None:
             tensors, where = _packed(p)

@@ -57,6 +57,7 @@ def _entry(
     d_max: int = 256,
     head_dims: frozenset[int] = frozenset(),
     page_multiple: int = 1,
+    edges: str = "",
 ) -> Entry:
     given = Capabilities(
         dtypes,
@@ -70,6 +71,8 @@ def _entry(
         deterministic=not gradients,
         head_dims=head_dims,
         page_multiple=page_multiple,
+        edges=frozenset(edges.split()),
+        last_axis_contiguous=module == "flash_attn",
     )
     return Entry(
         name, package, load(module, function), given, model, gpu=True, how=how, distribution=distribution or package
@@ -118,6 +121,7 @@ PACKAGES = (
         "pip install fa3-fwd",
         distribution="fa3_fwd",
         dtypes=frozenset({"bfloat16"}),
+        edges="nan-behind-mask nan-in-sight overflow scale",
     ),
     _entry(
         "vllm-flash",

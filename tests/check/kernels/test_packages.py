@@ -238,6 +238,28 @@ def test_what_is_refused_is_named(name, label, text, monkeypatch):
         kernel.call(CALLS[label])
 
 
+@pytest.mark.parametrize("name", ["fa3-fwd", "flash-attn-3", "flash-attn-4"])
+def test_widths_that_flash_attention_has_no_kernel_for_are_refused(name, monkeypatch):
+    kernel, _ = kernel_of(name, monkeypatch)
+    with pytest.raises(UnsupportedProblem, match=r"dim: FlashAttention [34] takes multiples of 8, got 16 and 12"):
+        kernel.call(small(d_v=12))
+    if name == "flash-attn-4":
+        return
+
+    def refuses(text):
+        def call(*args, **more):
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(sys.modules[KERNELS[name].package], "flash_attn_func", call)
+
+    refuses("mha_fwd: If V headdim is different from Q/K dim, we only support some\nat")
+    with pytest.raises(UnsupportedProblem, match="FlashAttention 3: mha_fwd: If V headdim .* we only support some$"):
+        kernel.call(small(d_v=8))
+    refuses("misaligned address")
+    with pytest.raises(Exception, match="misaligned address"):
+        kernel.call(small(d_v=8))
+
+
 def test_two_things_for_one_argument_are_refused(monkeypatch):
     bias = CALLS["bias"].bias
     kernel, _ = kernel_of("xformers", monkeypatch)
