@@ -253,7 +253,7 @@ def test_widths_that_flash_attention_has_no_kernel_for_are_refused(name, monkeyp
         monkeypatch.setattr(sys.modules[KERNELS[name].package], "flash_attn_func", call)
 
     refuses("mha_fwd: If V headdim is different from Q/K dim, we only support some\nat")
-    with pytest.raises(UnsupportedProblem, match="FlashAttention 3: mha_fwd: If V headdim .* we only support some$"):
+    with pytest.raises(UnsupportedProblem, match=r"FlashAttention 3: mha_fwd: If V headdim .* we only support some$"):
         kernel.call(small(d_v=8))
     refuses("misaligned address")
     with pytest.raises(Exception, match="misaligned address"):
