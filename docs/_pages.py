@@ -199,6 +199,7 @@ def write() -> None:
     _pictures.landing()
     _variants(HERE / "variants")
     _pictures.of_fields()
+    _pictures.of_terms()
     _pictures.of_training()
     _functions(HERE / "functions" / "reference")
     (HERE / "functions" / "papers.md").write_text(_papers())

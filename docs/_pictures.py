@@ -131,6 +131,20 @@ def of_fields():
         keep(fig, f"variants/field-{section.split(',')[0].split()[0]}.svg")
 
 
+def of_terms():
+    """Draw the terms that a snippet of rules.md makes, for 8 queries and keys: white is 0, red below it."""
+    space = {"np": np}
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "rules.md").read_text(), re.DOTALL)
+    (code,) = (x for x in snippets if "drawn =" in x)
+    exec("from refattn import rules\nfrom refattn.rules import terms\n" + code, space)
+    fig, axes = plt.subplots(1, len(space["drawn"]), figsize=(10, 2), layout="constrained")
+    for axis, (label, term) in zip(axes, space["drawn"].items(), strict=True):
+        grid = term.dense(8, 8)
+        show(axis, grid / np.abs(grid).max(), "RdBu", -1, 1)
+        axis.set_title(label, fontsize=8)
+    keep(fig, "variants/terms.svg")
+
+
 def of_training():
     """Draw the curves that the snippets of gates.md find: SSA's loss of alignment by step of training."""
     space = {}

@@ -18,7 +18,7 @@ from .gates import RECURRENT
 from .norms import NORMS, check_norms
 from .pages import AXES, PAGES, check_layout, check_pages, check_read
 from .positions import PLACED, check_positions
-from .rules import Rule
+from .rules import Rule, Term
 from .validation import (
     LENGTHS,
     OFFSETS,
@@ -70,8 +70,9 @@ class Problem:
         Scores become softcap · tanh(score / softcap), before bias and mask.
     sink : (h_q,) float array, optional
         One more logit for each head, with no value.
-    bias : (b or 1, h_q or 1, n_q or 1, n_k or 1) float array, optional
-        Added to the scores; -inf removes a key.
+    bias : (b or 1, h_q or 1, n_q or 1, n_k or 1) float array, or a term, optional
+        Added to the scores; -inf removes a key. Or a term of ``refattn.rules.terms``, whose numbers are rounded once to
+        float32 (kept where queries are float64); it counts queries and keys as a rule does.
     allowed : boolean array of a shape as bias, or a rule of ``refattn.rules``, optional
         True where the query may attend to the key. A rule counts queries and keys from the first of the call, also
         where sequences are packed, and has its own diagonal.
@@ -328,16 +329,25 @@ class Problem:
         arrays = self.arrays()
         names = [f.name for f in fields(self) if f.name not in (*arrays, "options")]
         plain = {n: getattr(self, n) for n in names if getattr(self, n) not in (None, VARIANT)}
-        plain |= {"allowed": self.allowed} if isinstance(self.allowed, Rule) else {}
+        plain |= {n: x for n in ("bias", "allowed") if isinstance(x := getattr(self, n), Rule | Term)}
         return plain | ({"options": dict(self.options)} if self.options else {})
 
     def written_out(self) -> Problem:
-        """Return the same call with an array for `allowed` where that is a rule: what a kernel gets."""
-        if not isinstance(self.allowed, Rule):
+        """Return the same call with arrays for a rule in `allowed` and a term in `bias`: what a kernel gets."""
+        p = self.with_bias()
+        if not isinstance(p.allowed, Rule):
+            return p
+        return p.replace(allowed=p._like(p.allowed.written(p.batch, p.heads, p.n_q, p.n_k)))
+
+    def with_bias(self) -> Problem:
+        """Return the same call with an array for a term in `bias`."""
+        if not isinstance(self.bias, Term):
             return self
-        mask = self.allowed.written(self.batch, self.heads, self.n_q, self.n_k)
-        like = getattr(self.query, "device", None) if self.kind == "torch" else None
-        return self.replace(allowed=to_kind(mask, self.kind, like))
+        wide = "float64" if self.dtype == "float64" else "float32"
+        return self.replace(bias=self._like(self.bias.written(self.batch, self.heads, self.n_q, self.n_k, wide)))
+
+    def _like(self, x: Any) -> Any:
+        return to_kind(x, self.kind, getattr(self.query, "device", None) if self.kind == "torch" else None)
 
     def __repr__(self) -> str:
         shape = f"b={self.batch} h_q={self.heads} h_kv={self.heads_kv} n_q={self.n_q} n_k={self.n_k} d_k={self.d_k}"
@@ -353,7 +363,7 @@ class Problem:
     def _arrays(self) -> Iterator[tuple[str, Any]]:
         for name in TENSORS + OFFSETS + LENGTHS + SCALES + PAGES + PLACED + NORMS:
             x = getattr(self, name)
-            if not isinstance(x, Rule) and (name not in ("offset", *SCALES) or kind_of(x) is not None):
+            if not isinstance(x, Rule | Term) and (name not in ("offset", *SCALES) or kind_of(x) is not None):
                 yield name, x
 
 

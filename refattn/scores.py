@@ -12,7 +12,8 @@ from .errors import InvalidInput, UnsupportedProblem
 from .masks import band
 from .positions import places
 from .problem import VARIANT, Problem
-from .rules import Rule
+from .rules import Rule, Term
+from .rules import score_mod as term_mod
 from .validation import SCALES, shown
 
 __all__ = ["score_mod"]
@@ -46,6 +47,8 @@ def score_mod(problem: Problem, device: Any = None) -> Callable[[Any, Any, Any, 
     callable
         For ``flex_attention(..., score_mod=...)``. A bias of PyTorch's is not copied, so gradients reach it.
 
+        A term in `bias` is computed there, each of its operations in float32 (float64 where queries are).
+
     Raises
     ------
     InvalidInput
@@ -73,7 +76,11 @@ def score_mod(problem: Problem, device: Any = None) -> Callable[[Any, Any, Any, 
     def tensor(x: Any) -> Any:
         return torch.as_tensor(np.array(x, order="C"), device=device)
 
-    bias = p.bias
+    bias, term = p.bias, None
+    if isinstance(bias, Term):
+        wide = "float64" if p.dtype == "float64" else "float32"
+        term = term_mod(bias, p.n_q, p.n_k, device, kind=wide)
+        bias = None
     if bias is not None:
         bias = bias.to(device) if p.kind == "torch" else tensor(to_float64(to_numpy(bias)).astype(np.float32))
         bias = bias.expand(whole)
@@ -94,6 +101,8 @@ def score_mod(problem: Problem, device: Any = None) -> Callable[[Any, Any, Any, 
             score = score - slopes[b, h] * (at_q[b, q_idx] - at_k[b, kv_idx]).abs()
         if bias is not None:
             score = score + bias[b, h, q_idx, kv_idx]
+        if term is not None:
+            score = term(score, b, h, q_idx, kv_idx)
         if weight is not None:
             score = score + weight[b, h, q_idx, kv_idx]
         if ends is not None:

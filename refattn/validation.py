@@ -12,7 +12,7 @@ from .dtypes import ELEMENTS, FORMATS, HELD
 from .errors import InvalidInput, InvalidProblem
 from .gates import RECURRENT, check_shape
 from .pages import AXES
-from .rules import Rule
+from .rules import Rule, Term
 
 __all__ = [
     "ALIGNMENTS",
@@ -142,8 +142,8 @@ def check_masks(p: Any) -> None:
         x = getattr(p, name)
         if x is None:
             continue
-        if name == "allowed" and isinstance(x, Rule):
-            _check_rule(x, full)
+        if (name == "allowed" and isinstance(x, Rule)) or (name == "bias" and isinstance(x, Term)):
+            _check_rule(name, x, full)
             continue
         expect_array(name, x)
         if kind_of(x) != p.kind:
@@ -166,11 +166,11 @@ def check_masks(p: Any) -> None:
             )
 
 
-def _check_rule(rule: Rule, call: tuple[int, int, int, int]) -> None:
+def _check_rule(name: str, rule: Rule | Term, call: tuple[int, int, int, int]) -> None:
     try:
         rule.check(*call)
     except InvalidInput as e:
-        raise InvalidProblem(f"allowed: {e}") from e
+        raise InvalidProblem(f"{name}: {e}") from e
 
 
 def check_packing(p: Any) -> None:

@@ -111,7 +111,7 @@ def _call(problem: Any, model: Any) -> tuple[Problem, Model]:
     """Return a call with NumPy's arrays, and the model that it is judged by."""
     expect(isinstance(problem, Problem), "problem", problem, "a Problem")
     expect(isinstance(model, Model | None), "model", model, "a Model, such as refattn.check.model.flash('bfloat16')")
-    return problem.to("numpy"), model or flash(problem.out_type)
+    return problem.to("numpy").with_bias(), model or flash(problem.out_type)
 
 
 def _compare(found: dict[str, NDArray[Any]], plain: Problem, model: Model, some: Sample | None) -> None:

@@ -19,6 +19,7 @@ from .gradient_laws import calls_between, gradient_steps, last_state_gradient, l
 from .inputs.draw import Draw
 from .inputs.dropped import dropout, philox_case
 from .inputs.positioned import norm_case
+from .latent_law import latent_case, latent_expanded
 from .model import Capabilities
 from .page_laws import pages_case, pages_moved, unowned_unread
 from .protocol import changed_in_place, many_repeats, options_between, results_kept, shapes_between, two_threads
@@ -38,6 +39,7 @@ from .shape_laws import (
     row_invariance,
     state_carried,
     state_gradient,
+    values_doubled,
 )
 from .trial import Trial, agree
 
@@ -144,15 +146,6 @@ def _batch_independence(ask: Trial, p: Problem) -> Worst:
     # one scale for a whole tensor is made from every batch
     limit = (ask.allowed(p)["out"] + ask.allowed(other)["out"])[:1] if ask.model.scales == "tensor" else 0.0
     return agree(ask.out(p)[:1], ask.out(other)[:1], limit, "what another batch holds changes the output")
-
-
-def _values_doubled(ask: Trial, p: Problem) -> Worst:
-    twice = p.replace(value=(p.value * p.value.dtype.type(2)).astype(p.value.dtype))
-    form, out = FORMATS[p.dtype], 2 * ask.out(p)
-    # among subnormal numbers twice a rounded number is one place from twice the number, rounded
-    step = form.smallest_subnormal if ask.model.subnormals else 2 * form.smallest_normal
-    limit = np.where(np.abs(out) < 4 * form.smallest_normal, step, 0.0)
-    return agree(ask.out(twice), out, limit, "values twice as large do not double the output")
 
 
 def _bias_shifted(ask: Trial, p: Problem) -> Worst:
@@ -298,7 +291,7 @@ LAWS = {
             unowned_unread,
             uses=frozenset({"causal", "lengths_k"}),
         ),
-        Law("values_doubled", "the output is linear in the values", lambda d: d.problem(), _values_doubled),
+        Law("values_doubled", "the output is linear in the values", lambda d: d.problem(), values_doubled),
         Law("layout", "strides do not matter", lambda d: d.problem(b=2, h=3), layout),
         Law(
             "bias_shifted",
@@ -313,6 +306,12 @@ LAWS = {
             _hidden_keys,
             _masked_keys_unread,
             uses=frozenset({"allowed"}),
+        ),
+        Law(
+            "latent_expanded",
+            "attention over a latent equals that over the keys and values that are made of it",
+            latent_case,
+            latent_expanded,
         ),
         Law("grouped_heads", "grouped heads equal repeated key heads", lambda d: d.problem(h=6, h_kv=2), grouped_heads),
         Law(

@@ -31,6 +31,7 @@ __all__ = [
     "row_invariance",
     "state_carried",
     "state_gradient",
+    "values_doubled",
 ]
 
 
@@ -120,6 +121,16 @@ def layout(ask: Trial, p: Problem) -> Worst:
     turned = {n: np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for n, x in p.arrays().items()}
     limit = 2 * ask.allowed(p)["out"]
     return agree(ask.out(p.replace(**turned)), ask.out(p), limit, "strides change the output")
+
+
+def values_doubled(ask: Trial, p: Problem) -> Worst:
+    """Double the values."""
+    twice = p.replace(value=(p.value * p.value.dtype.type(2)).astype(p.value.dtype))
+    form, out = FORMATS[p.dtype], 2 * ask.out(p)
+    # among subnormal numbers twice a rounded number is one place from twice the number, rounded
+    step = form.smallest_subnormal if ask.model.subnormals else 2 * form.smallest_normal
+    limit = np.where(np.abs(out) < 4 * form.smallest_normal, step, 0.0)
+    return agree(ask.out(twice), out, limit, "values twice as large do not double the output")
 
 
 def full_budget_is_dense(ask: Trial, p: Problem) -> Worst:

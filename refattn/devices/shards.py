@@ -222,7 +222,7 @@ def _tree(parts: list[Part]) -> Part:
 def _plain(problem: Problem) -> Problem:
     """Return a call with NumPy's arrays, after looking whether all of its options are cut here."""
     expect(isinstance(problem, Problem), "problem", problem, "a Problem")
-    p = problem.to("numpy")
+    p = problem.to("numpy").with_bias()
     for name in (*p.settings(), *p.arrays()):
         if name not in (*SETTINGS, *CUT, *PACKED):
             raise UnsupportedProblem(f"{name}: calls that have it are not cut into shards")

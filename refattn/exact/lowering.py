@@ -52,7 +52,7 @@ def lower(problem: Problem, shape: Shape | None = None) -> Lowering:
     InvalidProblem, UnsupportedProblem
         The call does not fit its operator.
     """
-    if (plain := drawn(dequantised(problem))) is not problem:
+    if (plain := drawn(dequantised(problem.with_bias()))) is not problem:
         return lower(plain, shape)
     variant = variant_of(problem.variant)
     settings, shape = variant.settings(problem), shape or variant.shape

@@ -58,7 +58,7 @@ def make_ggml(folder: str | Path, problem: Problem, model: Model | None = None) 
         A folder with files in it, a call that ggml_flash_attn_ext does not take, and why.
     """
     expect(isinstance(problem, Problem), "problem", problem, "a Problem")
-    p, path = problem.to("numpy"), Path(folder)
+    p, path = problem.to("numpy").with_bias(), Path(folder)
     _expect_taken(p)
     p = p.replace(scale=float(np.float32(1 / np.sqrt(p.d_k) if p.scale is None else p.scale)))
     answer = evaluate(p, rounding="float32")

@@ -69,6 +69,7 @@ def lowered(problem: Problem, block_q: int = 128, block_k: int = 128) -> dict[st
             raise InvalidInput(f"{name}: got {size!r}, expected a whole number from 1 on")
     if not isinstance(problem, Problem):
         raise InvalidInput(f"problem: got {type(problem).__name__}, expected a Problem")
+    problem = problem.with_bias()
     for name in (f.name for f in fields(problem)):
         if name not in TAKEN + KEPT and getattr(problem, name) is not None:
             raise UnsupportedProblem(f"{name}: gpu.attention has none; leave it out, or use refattn.evaluate")

@@ -19,13 +19,17 @@ __all__ = [
     "causal",
     "changed",
     "chunk",
+    "corner_of",
     "dilated",
     "document",
+    "extent",
     "labelled",
     "prefix",
     "sinks",
     "tree",
+    "whole",
     "window",
+    "written",
 ]
 
 CORNERS = ("bottom_right", "top_left")
@@ -43,7 +47,7 @@ def causal(corner: str = "bottom_right") -> Rule:
     corner : {"bottom_right", "top_left"}
         Which corner the diagonal meets: i' = i + n_k - n_q, or i' = i.
     """
-    return Atom(_named("causal", corner=_corner(corner)), lambda x: x.k <= x.behind(corner))
+    return Atom(written("causal", corner=corner_of(corner)), lambda x: x.k <= x.behind(corner))
 
 
 @remade
@@ -57,8 +61,8 @@ def window(left: int | None, right: int | None, corner: str = "bottom_right") ->
     corner : {"bottom_right", "top_left"}
         As in :func:`causal`.
     """
-    a, b = (None if w is None else _whole(n, w, 0) for n, w in (("left", left), ("right", right)))
-    return Atom(_named("window", a, b, corner=_corner(corner)), lambda x: _near(x.behind(corner), x.k, a, b))
+    a, b = (None if w is None else whole(n, w, 0) for n, w in (("left", left), ("right", right)))
+    return Atom(written("window", a, b, corner=corner_of(corner)), lambda x: _near(x.behind(corner), x.k, a, b))
 
 
 @remade
@@ -90,7 +94,7 @@ def prefix(lengths: int | Sequence[int] | NDArray[np.integer]) -> Rule:
 @remade
 def sinks(count: int) -> Rule:
     """Return the rule of keys that are always kept: the first `count`, or all where there are fewer."""
-    count = _whole("count", count, 0)
+    count = whole("count", count, 0)
     return Atom(f"sinks({count})", lambda x: x.k < count)
 
 
@@ -126,15 +130,15 @@ def document(ids_q: Any, ids_k: Any = None) -> Rule:
 @remade
 def chunk(size: int, corner: str = "bottom_right") -> Rule:
     """Return the rule of chunks: query and key lie in the same chunk of `size` keys, i' // size = j // size."""
-    size = _whole("size", size, 1)
-    return Atom(_named("chunk", size, corner=_corner(corner)), lambda x: x.behind(corner) // size == x.k // size)
+    size = whole("size", size, 1)
+    return Atom(written("chunk", size, corner=corner_of(corner)), lambda x: x.behind(corner) // size == x.k // size)
 
 
 @remade
 def dilated(step: int, corner: str = "bottom_right") -> Rule:
     """Return the dilated rule: key and query are a multiple of `step` apart, (i' - j) % step = 0."""
-    step = _whole("step", step, 1)
-    return Atom(_named("dilated", step, corner=_corner(corner)), lambda x: (x.behind(corner) - x.k) % step == 0)
+    step = whole("step", step, 1)
+    return Atom(written("dilated", step, corner=corner_of(corner)), lambda x: (x.behind(corner) - x.k) % step == 0)
 
 
 FARTHEST = 2**26
@@ -154,7 +158,7 @@ def behind(distances: Any, size: int = 1, corner: str = "bottom_right") -> Rule:
     corner : {"bottom_right", "top_left"}
         As in :func:`causal`.
     """
-    which, size = np.unique(_integers("distances", distances, 1, 0)), _whole("size", size, 1)
+    which, size = np.unique(_integers("distances", distances, 1, 0)), whole("size", size, 1)
     if which[-1] > FARTHEST:
         raise InvalidInput(f"distances: got {which[-1]}, expected at most {FARTHEST}")
     held = np.zeros(int(which[-1]) + 3, bool)
@@ -164,7 +168,7 @@ def behind(distances: Any, size: int = 1, corner: str = "bottom_right") -> Rule:
         far = x.behind(corner) // size - x.k // size
         return x.look("distances", held, x.clip(far + 1, 0, len(held) - 1))
 
-    return Atom(_named("behind", _shown(which), size, corner=_corner(corner)), formula)
+    return Atom(written("behind", _shown(which), size, corner=corner_of(corner)), formula)
 
 
 @remade
@@ -213,7 +217,7 @@ def blocks(mask: Any, block_q: int = 128, block_k: int = 128) -> Rule:
     block_q, block_k : int
         Queries and keys of a block; the last may have fewer.
     """
-    seen, size_q, size_k = _bools("mask", mask), _whole("block_q", block_q, 1), _whole("block_k", block_k, 1)
+    seen, size_q, size_k = _bools("mask", mask), whole("block_q", block_q, 1), whole("block_k", block_k, 1)
     text = f"blocks({_shape(mask)}, {size_q}, {size_k})"
 
     def misfit(n_q: int, n_k: int) -> str | None:
@@ -329,18 +333,21 @@ def _tour(parents: NDArray[np.int64]) -> NDArray[np.int64]:
     return found
 
 
-def _named(name: str, *given: Any, corner: str) -> str:
+def written(name: str, *given: Any, corner: str) -> str:
+    """Return how a call of a function is written; the usual corner is left out."""
     words = [str(x) for x in given] + ([] if corner == CORNERS[0] else [f"corner={corner!r}"])
     return f"{name}({', '.join(words)})"
 
 
-def _corner(x: str) -> str:
+def corner_of(x: str) -> str:
+    """Return a corner, or raise."""
     if x not in CORNERS:
         raise InvalidInput(f"corner: got {x!r}, expected one of {', '.join(CORNERS)}")
     return x
 
 
-def _whole(name: str, x: Any, least: int) -> int:
+def whole(name: str, x: Any, least: int) -> int:
+    """Return a whole number of at least another, or raise."""
     if isinstance(x, bool) or not isinstance(x, int | np.integer) or not least <= x <= WIDEST:
         raise InvalidInput(f"{name}: got {x!r}, expected a whole number from {least} to 2**62")
     return int(x)
@@ -370,12 +377,13 @@ def _bools(name: str, x: Any) -> NDArray[np.bool_]:
 
 def _shown(x: NDArray[np.int64]) -> str:
     x = x[0] if x.ndim == 2 and len(x) == 1 else x
-    return str(x.tolist()) if x.size <= SHOWN else f"<integers {_size(x.shape)}>"
+    return str(x.tolist()) if x.size <= SHOWN else f"<integers {extent(x.shape)}>"
 
 
 def _shape(x: Any) -> str:
-    return f"<booleans {_size(np.shape(x))}>"
+    return f"<booleans {extent(np.shape(x))}>"
 
 
-def _size(shape: tuple[int, ...]) -> str:
+def extent(shape: tuple[int, ...]) -> str:
+    """Return a shape in words."""
     return " by ".join(map(str, shape))

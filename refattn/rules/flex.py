@@ -1,8 +1,8 @@
-"""Rules for FlexAttention: ``mask_mod`` as a function and as text, and its block masks."""
+"""Rules and terms for FlexAttention: ``mask_mod`` and ``score_mod`` as functions and as text, and its block masks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,26 +12,33 @@ from ..errors import expect
 from .places import Places
 from .rule import Rule
 from .spans import FULL, PARTIAL
+from .term import Term, named
 
-__all__ = ["block_mask", "mask_mod", "mask_mod_text"]
+__all__ = ["block_mask", "mask_mod", "mask_mod_text", "score_mod", "score_mod_text"]
 
 
 class _Tensors(Places):
     """Places as tensors, tables on a device."""
 
-    def __init__(self, held: dict[int, Any], device: Any, *where: Any) -> None:
+    def __init__(self, held: dict[int, Any], device: Any, *where: Any, kind: str = "float32") -> None:
         super().__init__(*where)
-        self._held, self._device = held, device
+        self._held, self._device, self._kind = held, device, kind
 
     def table(self, name: str, x: NDArray[Any], at: tuple[Any, ...]) -> Any:
         if id(x) not in self._held:
             import torch
 
-            self._held[id(x)] = torch.as_tensor(np.ascontiguousarray(x), device=self._device)
+            x_typed = x.astype(self._kind) if x.dtype.kind == "f" else x
+            self._held[id(x)] = torch.as_tensor(np.ascontiguousarray(x_typed), device=self._device)
         return self._held[id(x)][at]
 
     def clip(self, x: Any, least: int, most: int) -> Any:
         return x.clamp(least, most)
+
+    def number(self, x: Any) -> Any:
+        import torch
+
+        return x.to(getattr(torch, self._kind))
 
 
 class _Text(Places):
@@ -50,6 +57,9 @@ class _Text(Places):
     def clip(self, x: Any, least: int, most: int) -> Any:
         return _Word(f"{x.text}.clamp({least}, {most})")
 
+    def number(self, x: Any) -> Any:
+        return _Word(f"{x.text}.float()")
+
 
 class _Word:
     """Text of an expression; one of two sides has brackets around it."""
@@ -61,6 +71,15 @@ class _Word:
 
     def __invert__(self) -> _Word:
         return _Word(f"(~{self.text})")
+
+    def __abs__(self) -> _Word:
+        return _Word(f"{self.text}.abs()")
+
+    def __radd__(self, o: float) -> _Word:
+        return _Word(f"({o} + {self.text})")
+
+    def __rmul__(self, o: float) -> _Word:
+        return _Word(f"({o} * {self.text})")
 
 
 def _inside(x: Any) -> str:
@@ -86,8 +105,8 @@ def _operator(sign: str) -> Callable[[_Word, Any], _Word]:
 
 
 for _name, _sign in {
-    "add": "+", "sub": "-", "floordiv": "//", "mod": "%", "le": "<=", "lt": "<", "ge": ">=", "gt": ">", "eq": "==",
-    "and": "&", "or": "|",
+    "add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "le": "<=", "lt": "<", "ge": ">=", "gt": ">",
+    "eq": "==", "and": "&", "or": "|",
 }.items():  # fmt: skip
     setattr(_Word, f"__{_name}__", _operator(_sign))
 
@@ -125,6 +144,72 @@ def mask_mod_text(rule: Rule, n_q: int, n_k: int) -> tuple[str, dict[str, NDArra
     rule.check(rule.batches, rule.heads, n_q, n_k)
     places = _Text(n_q, n_k)
     return f"def mask_mod(b, h, q_idx, kv_idx):\n    return {_inside(rule.at(places))}\n", places.tables
+
+
+def score_mod(
+    term: Term,
+    n_q: int,
+    n_k: int,
+    device: Any = "cpu",
+    *,
+    tables: Mapping[str, Any] | None = None,
+    kind: str = "float32",
+) -> Callable[[Any, Any, Any, Any, Any], Any]:
+    """Return ``score_mod(score, b, h, q_idx, kv_idx)`` of FlexAttention that adds a term, in float32.
+
+    Parameters
+    ----------
+    term : Term
+        What is added.
+    n_q, n_k : int
+        How many queries and keys the call has.
+    device : str or torch.device
+        Where the tables lie.
+    tables : mapping, optional
+        From names of ``term.tables()`` to PyTorch's tensors of their shapes that stand for them: gradients reach these.
+    kind : {"float32", "float64"}
+        What the term is computed in.
+
+    Raises
+    ------
+    InvalidInput
+        The term does not fit so many queries and keys; a table that it has not, or of another shape.
+    """
+    expect(isinstance(term, Term), "term", term, "a term, such as refattn.rules.terms.alibi(slopes)")
+    expect(kind in ("float32", "float64"), "kind", kind, "'float32' or 'float64'")
+    term.check(term.batches, term.heads, n_q, n_k)
+    import torch
+
+    held: dict[int, Any] = {}
+    known = dict(named(term))
+    for name, x in (tables or {}).items():
+        expect(name in known, "tables", name, f"a name out of {', '.join(known) or 'none: the term has no table'}")
+        wanted = known[name].table.shape
+        expect(tuple(x.shape) == wanted, f"tables: {name}", tuple(x.shape), f"shape {wanted}")
+        held[id(known[name].table)] = x
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    term.at(_Tensors(held, device, zero, zero, zero, zero, n_q, n_k, kind=kind))  # tables are there before a trace
+
+    def term_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score + term.at(_Tensors(held, device, q_idx, kv_idx, b, h, n_q, n_k, kind=kind))
+
+    return term_mod
+
+
+def score_mod_text(term: Term, n_q: int, n_k: int) -> tuple[str, dict[str, NDArray[Any]]]:
+    """Return the text of a term's ``score_mod``, and the tables that it names, which are to be tensors where it stands.
+
+    Raises
+    ------
+    InvalidInput
+        The term does not fit so many queries and keys.
+    """
+    expect(isinstance(term, Term), "term", term, "a term, such as refattn.rules.terms.alibi(slopes)")
+    term.check(term.batches, term.heads, n_q, n_k)
+    places = _Text(n_q, n_k)
+    found = term.at(places)
+    found = found.text if isinstance(found, _Word) else str(found)
+    return f"def score_mod(score, b, h, q_idx, kv_idx):\n    return score + {found}\n", places.tables
 
 
 def block_mask(rule: Rule, n_q: int, n_k: int, block: int = 128, device: Any = "cpu") -> Any:

@@ -41,3 +41,7 @@ class Places:
     def clip(self, x: Any, least: int, most: int) -> Any:
         """Hold integers to a range."""
         return np.clip(x, least, most)
+
+    def number(self, x: Any) -> Any:
+        """Return truth as 1 and 0."""
+        return np.asarray(x, np.float64)

@@ -62,6 +62,7 @@ SOFTMAX = Variant(
         "philox_moved",
         "pages_moved",
         "unowned_unread",
+        "latent_expanded",
         "bias_shifted",
         "gradient_steps",
         "lse_gradient",

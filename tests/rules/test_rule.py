@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from refattn import InvalidInput, rules
+from refattn.rules import terms
 from refattn.rules.spans import UNSURE
 from refattn.rules.view import View, edges
 
@@ -102,12 +103,17 @@ def test_what_is_written_is_the_rule_again(seed):
             np.testing.assert_array_equal(again.dense(6, 6), rule.dense(6, 6))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_the_page_runs(capsys):
     page = Path(__file__).parents[2] / "docs" / "rules.md"
     run(page)
     assert "causal() & (window(3, 0) | sinks(1))\n#" in capsys.readouterr().out
     made = {str(rule).split("(")[0] for rule, _ in atoms(np.random.default_rng(0), 3, 3)}
-    assert made == set(re.findall(r"^\| `(\w+)\(", page.read_text(), re.MULTILINE))
+    tables = page.read_text().split("\n## Terms of scores")
+    assert made == set(re.findall(r"^\| `(\w+)\(", tables[0], re.MULTILINE))
+    first = re.findall(r"^\| (`\w+\(.*?) \|", tables[1].split("## A whole call")[0], re.MULTILINE)
+    named = {n for cell in first for n in re.findall(r"`(\w+)\(", cell)}
+    assert named == set(terms.__all__) - {"bucket"}
 
 
 def test_pictures():

@@ -51,7 +51,7 @@ class Sample:
 
     def of(self, p: Problem) -> Problem:
         """Return the rows as a call of their own: every mask in ``allowed``, the keys as they are."""
-        p = drawn(dequantised(p))
+        p = drawn(dequantised(p.with_bias()))
         b, heads, groups, rows = self.batch, list(self.heads), list(self.groups), list(self.rows)
         rules = (p.causal, p.window, p.allowed, p.cu_seqlens_q, p.lengths_q, p.lengths_k)
         masked = any(x is not None for x in rules)

@@ -187,17 +187,18 @@ def _flex_out(p: Problem) -> Any:
 
     if 0 in (p.n_q, p.n_k):
         raise UnsupportedProblem("seq: flex_attention refuses an axis of length 0")
-    corner = p.n_k - p.n_q if p.causal == "bottom_right" else 0
+    # no function that is compiled may hold the call: a call that notes what is read of it ends in a RecursionError
+    corner, causal, cap = p.n_k - p.n_q if p.causal == "bottom_right" else 0, p.causal is not None, p.softcap
     allowed = None if p.allowed is None else p.allowed.expand(p.batch, p.heads, p.n_q, p.n_k)
     bias = None if p.bias is None else p.bias.expand(p.batch, p.heads, p.n_q, p.n_k)
 
     def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
-        yes = j - i - corner <= 0 if p.causal is not None else j >= 0
+        yes = j - i - corner <= 0 if causal else j >= 0
         return yes if allowed is None else yes & allowed[b, h, i, j]
 
     def score(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
-        if p.softcap is not None:
-            s = torch.tanh(s / p.softcap) * p.softcap
+        if cap is not None:
+            s = torch.tanh(s / cap) * cap
         return s if bias is None else s + bias[b, h, i, j]
 
     torch._dynamo.reset()

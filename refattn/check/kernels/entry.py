@@ -70,7 +70,12 @@ class Entry:
         """Tell whether its package can be imported, and its GPU is there."""
         if self.gpu and not Path("/dev/nvidia0").exists():
             return False
-        return not self.package or importlib.util.find_spec(self.package) is not None
+        if not self.package:
+            return True
+        try:
+            return importlib.util.find_spec(self.package) is not None
+        except ModuleNotFoundError:  # of a.b, where there is no a
+            return False
 
     @property
     def version(self) -> str:

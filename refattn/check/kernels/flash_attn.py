@@ -1,4 +1,4 @@
-"""FlashAttention 2, FlashAttention 3 and vLLM's function of both.
+"""FlashAttention 2, 3 and 4, and vLLM's function of the first two.
 
 Their layout is (batch, seq, heads, dim), or (rows of all sequences, heads, dim) with offsets; caches are NHD. The
 causal diagonal meets the bottom right corner, a window's side of -1 is none, both sides include their end, and `causal`
@@ -14,7 +14,7 @@ from ...errors import UnsupportedProblem
 from ...pages import PAGES
 from ...problem import Problem
 
-__all__ = ["fa3_forward", "flash_2", "flash_3", "vllm_flash"]
+__all__ = ["fa3_forward", "flash_2", "flash_3", "flash_4", "vllm_flash"]
 
 NAMES = ("query", "key", "value")
 
@@ -115,6 +115,16 @@ class _Third:
         self.__name__, self.module = name, module
 
     def __call__(self, p: Problem) -> Any:
+        if p.d_k % 8 or p.d_v % 8:
+            raise UnsupportedProblem(f"dim: FlashAttention 3 takes multiples of 8, got {p.d_k} and {p.d_v}")
+        try:
+            return self._found(p)
+        except RuntimeError as e:
+            if "we only support" in str(e):  # of some widths, what it is compiled for
+                raise UnsupportedProblem(f"FlashAttention 3: {str(e).splitlines()[0]}") from e
+            raise
+
+    def _found(self, p: Problem) -> Any:
         package, plain = importlib.import_module(self.module), _plain(p)
         if p.cu_seqlens_q is not None and p.block_table is None:
             tensors, where = _packed(p)
@@ -131,6 +141,31 @@ class _Third:
         tensors = [rows(x) for x in (p.query, p.key, p.value)]
         out, lse = package.flash_attn_func(*tensors, **plain, return_attn_probs=True)[:2]
         return rows(out), lse
+
+
+def flash_4(p: Problem) -> Any:
+    """Return what FlashAttention 4 gives (flash_attn.cute): an open side is None, lengths need no offsets."""
+    package = importlib.import_module("flash_attn.cute")
+    if p.d_k % 8 or p.d_v % 8:
+        raise UnsupportedProblem(f"dim: FlashAttention 4 takes multiples of 8, got {p.d_k} and {p.d_v}")
+    left, right = p.window or (None, None)
+    if p.causal is not None:
+        right = None  # a wider right side beside causal means nothing
+    more: dict[str, Any] = {"softmax_scale": p.scale, "causal": p.causal is not None, "window_size": (left, right)}
+    more |= {"softcap": p.softcap or 0.0, "learnable_sink": p.sink, "return_lse": True}
+    if p.cu_seqlens_q is None and p.lengths_q is None and p.lengths_k is None and p.block_table is None:
+        out, lse = package.flash_attn_func(*(rows(x) for x in (p.query, p.key, p.value)), **more)[:2]
+        return rows(out), lse
+    packed, paged = p.cu_seqlens_q is not None, p.block_table is not None
+    more |= {f"seqused_{x}": n.int() for x in "qk" if (n := getattr(p, f"lengths_{x}")) is not None}
+    if paged:
+        more |= {"page_table": p.block_table.int(), "seqused_k": _used(p)}
+    for axis in "qk" if packed and not paged else "q" if packed else "":
+        more |= _offsets(getattr(p, f"cu_seqlens_{axis}"), axis)
+    query = rows(p.query)[0] if packed else rows(p.query)
+    key, value = (x if paged else rows(x)[0] if packed else rows(x) for x in (p.key, p.value))
+    out, lse = package.flash_attn_varlen_func(query, key, value, **more)[:2]
+    return _unpacked(out, lse) if packed else (rows(out), lse)
 
 
 def vllm_flash(p: Problem) -> Any:
@@ -166,4 +201,5 @@ def vllm_flash(p: Problem) -> Any:
 flash_3 = _Third("flash_3", "flash_attn_interface")
 fa3_forward = _Third("fa3_forward", "fa3_fwd_interface")
 flash_2.gradients = gradients_of(flash_2)  # type: ignore[attr-defined]
+flash_4.gradients = gradients_of(flash_4)  # type: ignore[attr-defined]
 flash_3.gradients = gradients_of(flash_3)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Attention of packages for NVIDIA GPUs: FlashAttention 2 and 3, flashinfer, xFormers and others, by their functions.
+"""Attention of packages for NVIDIA GPUs: FlashAttention 2 to 4, flashinfer, xFormers and others, by their functions.
 
 What each takes was read in its source, of the version that docs/kernels.md names. Where that page does not say that
 one was run, its adapter has met only a stand-in of the same signature.
@@ -57,6 +57,7 @@ def _entry(
     d_max: int = 256,
     head_dims: frozenset[int] = frozenset(),
     page_multiple: int = 1,
+    edges: str = "",
 ) -> Entry:
     given = Capabilities(
         dtypes,
@@ -70,6 +71,8 @@ def _entry(
         deterministic=not gradients,
         head_dims=head_dims,
         page_multiple=page_multiple,
+        edges=frozenset(edges.split()),
+        last_axis_contiguous=module == "flash_attn",
     )
     return Entry(
         name, package, load(module, function), given, model, gpu=True, how=how, distribution=distribution or package
@@ -98,6 +101,18 @@ PACKAGES = (
         gradients=BACK,
     ),
     _entry(
+        "flash-attn-4",
+        "flash_attn.cute",
+        "flash_attn",
+        "flash_4",
+        "causal_bottom_right window softcap sink grouped_heads scale variable_lengths lengths_q lengths_k d_v_differs "
+        "paged_nhd",
+        "pip install --pre flash-attn-4",
+        on_gpu,
+        distribution="flash-attn-4",
+        gradients=BACK,
+    ),
+    _entry(
         "fa3-fwd",
         "fa3_fwd_interface",
         "flash_attn",
@@ -106,6 +121,7 @@ PACKAGES = (
         "pip install fa3-fwd",
         distribution="fa3_fwd",
         dtypes=frozenset({"bfloat16"}),
+        edges="nan-behind-mask nan-in-sight overflow scale",
     ),
     _entry(
         "vllm-flash",
@@ -114,6 +130,17 @@ PACKAGES = (
         "vllm_flash",
         "causal_bottom_right window softcap grouped_heads scale variable_lengths lengths_k paged_nhd",
         "pip install vllm",
+    ),
+    _entry(
+        "sglang-native",
+        "sglang",
+        "sglang",
+        "extend",
+        "causal_bottom_right window grouped_heads scale variable_lengths lengths_q lengths_k d_v_differs paged_nhd",
+        "pip install sglang",
+        on_gpu,
+        dtypes=HALF | {"float32"},
+        lse=False,
     ),
     _entry(
         "flashinfer-prefill", "flashinfer", "flashinfer", "prefill", _PAGED, "pip install flashinfer-python",

@@ -57,7 +57,7 @@ def check_problem(
         check_arriving(problem, gradients)
     if isinstance(kernel, str):
         kernel = find(kernel)[0].kernel()
-    asked, plain = Kernel.of(kernel, model=model, name=name), problem.to("numpy")
+    asked, plain = Kernel.of(kernel, model=model, name=name), problem.to("numpy").with_bias()
     chosen, called = asked.model(problem.out_type), asked.call
     lse = asked.declared and asked.capabilities.lse
     notes = Notes()

@@ -15,11 +15,13 @@ from refattn.check.kernels.packages import PACKAGES
 from refattn.check.model import FEATURES, FURTHER, flash
 from refattn.pages import gathered, in_pages
 
-from . import stand_ins
+from . import newer_stand_ins, stand_ins
 
 MAKERS = {
     "flash-attn-2": stand_ins.flash_attn,
     "flash-attn-3": stand_ins.flash_3,
+    "flash-attn-4": newer_stand_ins.flash_4,
+    "sglang-native": newer_stand_ins.sglang,
     "fa3-fwd": lambda calls: stand_ins.flash_3(calls, "fa3_fwd_interface"),
     "vllm-flash": stand_ins.vllm,
     "flashinfer-prefill": stand_ins.flashinfer,
@@ -90,6 +92,7 @@ CALLS = {
     "pages of 16": paged("NHD", size=16, softcap=2.0, **DOWN),
     "pages, one row": paged("HND", n_q=1, size=8),
     "appended": paged("NHD", new=3, **DOWN),
+    "sink": small(sink=np.array([0.5, -1, 2, 0], np.float32), **DOWN),
 }
 RUNS = {
     "flash-attn-2": {
@@ -101,6 +104,15 @@ RUNS = {
         "plain", "square", "scale", "bottom right", "more queries", "window", "left side", "right side",
         "causal window", "softcap", "narrow values", "packed", "packed window", "packed lengths", "lengths",
         "decoding", "pages", "pages of 16", "appended",
+    },
+    "flash-attn-4": {
+        "plain", "square", "scale", "bottom right", "more queries", "window", "left side", "right side",
+        "causal window", "softcap", "narrow values", "packed", "packed window", "packed lengths", "lengths",
+        "decoding", "pages", "pages of 16", "sink",
+    },
+    "sglang-native": {
+        "plain", "square", "scale", "bottom right", "causal window", "narrow values", "packed", "packed lengths",
+        "lengths", "pages",
     },
     "fa3-fwd": {
         "plain", "square", "scale", "bottom right", "more queries", "softcap", "narrow values", "packed",
@@ -143,7 +155,7 @@ def test_calls_are_right_or_refused(name, monkeypatch):
             done.add(label)
             assert calls, label
             arrays = {w.array for c in report.checks for w in c.arrays}
-            assert arrays == ({"out"} if name == "transformer-engine" else {"out", "lse"}), label
+            assert arrays == ({"out"} if name in ("transformer-engine", "sglang-native") else {"out", "lse"}), label
     assert done == RUNS[name]
 
 
@@ -160,7 +172,7 @@ def test_sageattention(monkeypatch):
     assert (model.operands, model.weights, model.smoothed) == ("int8", "float8_e4m3fn", True)
 
 
-@pytest.mark.parametrize("name", ["flash-attn-2", "flash-attn-3", "xformers", "transformer-engine"])
+@pytest.mark.parametrize("name", ["flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers", "transformer-engine"])
 def test_gradients_are_autograds_of_the_packages_function(name, monkeypatch):
     kernel, _ = kernel_of(name, monkeypatch)
     for p in (small(window=(3, 1)), packed(**DOWN)):
@@ -207,6 +219,10 @@ def test_what_the_packages_are_told(monkeypatch):
         ("flash-attn-2", "top left", "causal_top_left"),
         ("flash-attn-2", "narrow values", "d_v_differs"),
         ("flash-attn-3", "slopes", "alibi_slopes"),
+        ("flash-attn-4", "slopes", "alibi_slopes"),
+        ("flash-attn-4", "appended", "appending"),
+        ("sglang-native", "more queries", "seq: SGLang's queries are the last of a request's tokens"),
+        ("sglang-native", "left side", "window: SGLang has a left side beside causal alone"),
         ("fa3-fwd", "window", "window"),
         ("fa3-fwd", "pages", "paged_nhd"),
         ("vllm-flash", "lengths", "lengths_k: it takes them of keys in pages"),
@@ -220,6 +236,28 @@ def test_what_is_refused_is_named(name, label, text, monkeypatch):
     kernel, _ = kernel_of(name, monkeypatch)
     with pytest.raises(UnsupportedProblem, match=text):
         kernel.call(CALLS[label])
+
+
+@pytest.mark.parametrize("name", ["fa3-fwd", "flash-attn-3", "flash-attn-4"])
+def test_widths_that_flash_attention_has_no_kernel_for_are_refused(name, monkeypatch):
+    kernel, _ = kernel_of(name, monkeypatch)
+    with pytest.raises(UnsupportedProblem, match=r"dim: FlashAttention [34] takes multiples of 8, got 16 and 12"):
+        kernel.call(small(d_v=12))
+    if name == "flash-attn-4":
+        return
+
+    def refuses(text):
+        def call(*args, **more):
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(sys.modules[KERNELS[name].package], "flash_attn_func", call)
+
+    refuses("mha_fwd: If V headdim is different from Q/K dim, we only support some\nat")
+    with pytest.raises(UnsupportedProblem, match=r"FlashAttention 3: mha_fwd: If V headdim .* we only support some$"):
+        kernel.call(small(d_v=8))
+    refuses("misaligned address")
+    with pytest.raises(Exception, match="misaligned address"):
+        kernel.call(small(d_v=8))
 
 
 def test_two_things_for_one_argument_are_refused(monkeypatch):
