@@ -131,7 +131,7 @@ def test_a_right_kernel_passes_and_is_predicted():
     able = Capabilities({"bfloat16"}, ABLE.features, lse=True, gradients=gradients)
     report = check_kernel(tiled, capabilities=able, dtypes=["bfloat16"], only="positions/norm*", model=tiled.model)
     assert report.passed, report.failures
-    assert report.count("passed") == 4
+    assert report.count("passed") == 6
     assert {w.array for c in report.checks for w in c.arrays} == {"out", "lse", *gradients}
     out = [w.figures.rms for c in report.checks for w in c.arrays if w.array == "out"]
     assert 0.8 < min(out) < max(out) < 1.2
@@ -149,7 +149,7 @@ def test_a_gradient_of_norms_that_kernels_get_wrong_is_caught_in_quick(name):
     """In each type; in bfloat16 the bound of a sum over all rows lets it pass, and what is predicted does not."""
     gradients = {"dq", "dk", "dv", "dquery_norm", "dkey_norm"}
     able = Capabilities({"float32", "float16", "bfloat16"}, ABLE.features, lse=True, gradients=gradients)
-    more = {"only": "positions/norm-rotary/gradients*", "budget": "quick", "model": tiled.model}
+    more = {"only": "positions/norm-aligned/gradients*", "budget": "quick", "model": tiled.model}
     assert check_kernel(broken(name), capabilities=able, **more).count("failed") == 3
 
 

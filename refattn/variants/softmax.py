@@ -185,6 +185,7 @@ SOFTMAX = Variant(
             "positions/rotary-half",
             "positions/rotary-given",
             "positions/alibi-by-batch",
+            "positions/norm-aligned",
             "positions/norm-rotary",
             "positions/t5",
             "positions/t5-causal",

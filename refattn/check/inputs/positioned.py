@@ -101,6 +101,13 @@ def _normed_turned(d: Draw) -> Problem:
     return d.problem(20, 40, h=4, h_kv=2, causal="bottom_right", **norms(d), **rotary(d, "half", 16, base=500.0))
 
 
+def _normed_aligned(d: Draw) -> Problem:
+    """Return values that are the keys; where the queries arrive, all rows add to the weights' gradients one way."""
+    grouped, width = d.has("grouped_heads"), d.width(32)
+    q, k = d.normal(1, 4, 20, width), d.normal(1, 2 if grouped else 4, 40, width)
+    return d.problem(20, 40, h=4, h_kv=2, q=q, k=k, v=k, **norms(d))
+
+
 def t5_distances(n_q: int, n_k: int) -> NDArray[np.int64]:
     """Return by how much each key is ahead of each query, (n_q, n_k): the last query stands at the last key."""
     found: NDArray[np.int64] = np.arange(n_k) - (np.arange(n_q)[:, None] + n_k - n_q)
@@ -152,6 +159,8 @@ POSITIONED: dict[str, Entry] = {
     "rotary-packed": (_packed, ("rotary", "alibi_slopes", "causal")),
     # a norm that is left out, of one of two, or without weights
     "norm": (_normed, ("query_norm", "key_norm")),
+    # gradients by the weights that are a little too large or small: here they are many times their roundings
+    "norm-aligned": (_normed_aligned, ("query_norm", "key_norm")),
     # weights that are of the turned columns: rotary positions before the norm
     "norm-rotary": (_normed_turned, ("query_norm", "key_norm", "rotary", "causal")),
     # both directions for one and the other way round, another base of the logarithm, a last bucket that none reaches
