@@ -136,7 +136,9 @@ def test_a_right_kernel_passes_and_is_predicted():
     out = [w.figures.rms for c in report.checks for w in c.arrays if w.array == "out"]
     assert 0.8 < min(out) < max(out) < 1.2
     # of a norm's weights there are 32 elements: their mean square is spread by a quarter
-    back = [w.figures.rms for c in report.checks for w in c.arrays if w.array in gradients]
+    # (where all rows add up one way columns have what a row loses in common, and are few errors)
+    apart = [c for c in report.checks if "aligned" not in c.name]
+    back = [w.figures.rms for c in apart for w in c.arrays if w.array in gradients]
     assert 0.65 < min(back) < max(back) < 1.1
     law = check_kernel(tiled, capabilities=ABLE, only="law/norm_scaled", model=tiled.model)
     assert law.count("passed") == 1
