@@ -19,6 +19,7 @@ from .errors import InvalidInput, InvalidProblem, UnsupportedProblem
 
 __all__ = [
     "KINDS",
+    "LINE",
     "cupy_with_gpu",
     "dtype_name",
     "kind_of",
@@ -244,21 +245,36 @@ def _strides(x: NDArray[Any]) -> tuple[int, ...]:
 
 BORDER = 2**14
 """Bytes of NaN before and after an array that is laid out."""
+LINE = 16
+"""Bytes that a GPU loads at once: kernels take another path, or a wrong one, where an array begins between two."""
 
 
 def laid_out(x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], int]:
     """Return a copy of an array that lies in memory as it does, the block that it lies in, and where in it it starts.
 
-    What is before, between and after its elements is NaN, so that a read there shows.
+    It begins as many bytes past a multiple of 16 as the array does. What is before, between and after its elements is
+    NaN, so that a read there shows.
     """
-    strides = _strides(x)
+    strides, step = _strides(x), x.dtype.itemsize
     spread = tuple(slice(0, 1) if s == 0 else slice(None) for s in strides)  # each number once
-    size = x.dtype.itemsize + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) if x.size else 0
-    block = np.empty((size + 2 * BORDER) // x.dtype.itemsize, x.dtype)
+    size = step + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) if x.size else 0
+    block = _from_a_line((size + 2 * BORDER + LINE) // step, x.dtype)
     block.view(np.uint8).fill(0xFF)
-    copy = np.ndarray(x.shape, x.dtype, block, BORDER, strides)
+    start = (BORDER + (_place(x) % LINE if x.size else 0)) // step
+    copy = np.ndarray(x.shape, x.dtype, block, start * step, strides)
     copy[spread] = x[spread]
-    return copy, block, BORDER // x.dtype.itemsize
+    return copy, block, start
+
+
+def _from_a_line(count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return an array of so many elements that begins at a multiple of 16 bytes."""
+    room = np.empty(count + LINE // dtype.itemsize, dtype)
+    first = -_place(room) % LINE // dtype.itemsize
+    return room[first : first + count]
+
+
+def _place(x: NDArray[Any]) -> int:
+    return int(x.__array_interface__["data"][0])
 
 
 def like(x: NDArray[Any], model: Any) -> Any:

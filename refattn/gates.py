@@ -31,8 +31,15 @@ def check_shape(p: Any, name: str, shape: tuple[int, ...]) -> None:
         raise InvalidProblem(f"{name}: got shape {shape}, expected {text.format(good[0])}")
 
 
+def _expect_floats(name: str, x: Any) -> None:
+    if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
+        got = f"dtype {x.dtype.name}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise InvalidProblem(f"{name}: got {got}, expected a NumPy array of floats")
+
+
 def finite_state(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return a state, refusing NaN and inf in it."""
+    _expect_floats("state", x)
     if not np.isfinite(x).all():
         raise InvalidProblem("state: has NaN or inf; a recurrence starts from numbers")
     return x
@@ -40,6 +47,9 @@ def finite_state(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def gate(name: str, x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return a gate's numbers, refusing those outside its range, NaN among them."""
+    if name not in GATES:
+        raise InvalidProblem(f"gate: got {name!r}, expected one of {', '.join(GATES)}")
+    _expect_floats(name, x)
     out = ~((x >= 0) & (x <= GATES[name]))
     if out.any():
         at = tuple(int(i) for i in np.argwhere(out)[0])

@@ -160,7 +160,7 @@ PAPERS = (
         ),
         ("variants/test_selected.py", "functions/test_sampling.py", "functions/costs/test_decoding.py"),
         "its release's cost model, run beside it once",
-        "random keys with weights n/m, whose release counts repeats wrongly; accuracies",
+        "accuracies",
     ),
     Paper(
         "Routing Transformer",

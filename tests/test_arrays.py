@@ -9,6 +9,7 @@ from refattn.arrays import (
     dtype_name,
     from_float64,
     kind_of,
+    laid_out,
     like,
     memory_of,
     native,
@@ -58,6 +59,20 @@ def test_to_kind_copies():
     x = np.zeros(3, np.float32)
     to_kind(x, "torch")[0] = 1
     assert x[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("name", ["bfloat16", "float32", "float64"])
+def test_where_an_array_begins_within_16_bytes_is_kept(name, kind):
+    dtype = FORMATS[name].dtype
+    whole = np.arange(40, dtype=np.float32).astype(dtype)
+    for first in range(4):
+        x = whole[first : first + 8]
+        place = x.__array_interface__["data"][0]
+        got = laid_out(x)[0] if kind == "numpy" else to_kind(x, kind)
+        there = got.__array_interface__["data"][0] if kind == "numpy" else got.data_ptr()
+        assert there % 16 == place % 16
+        assert (to_numpy(got) == x).all()
 
 
 def test_device_is_kept():

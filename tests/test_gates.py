@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from refattn import InvalidProblem, Problem, UnsupportedProblem, evaluate, load_problem, save_problem
-from refattn.gates import GATES, gate
+from refattn.gates import GATES, finite_state, gate
 
 
 def call(**changes):
@@ -77,6 +77,16 @@ def test_both_ends_of_a_gate_are_its_own():
         assert gate(name, np.array([0.0, most])).tolist() == [0.0, most]
         with pytest.raises(InvalidProblem):
             gate(name, np.nextafter([most], np.inf))
+
+
+@pytest.mark.parametrize("x", [None, "a", [0.5], 0.5, np.ones(3, complex), np.ones(3, int), np.array(["a"])])
+def test_what_is_no_array_of_floats_is_named(x):
+    got = f"dtype {x.dtype.name}" if isinstance(x, np.ndarray) else type(x).__name__
+    for name, check in (("alpha", lambda: gate("alpha", x)), ("state", lambda: finite_state(x))):
+        with pytest.raises(InvalidProblem, match=f"^{name}: got {got}, expected a NumPy array of floats"):
+            check()
+    with pytest.raises(InvalidProblem, match="gate: got 'gamma', expected one of alpha, beta"):
+        gate("gamma", np.ones(3))
 
 
 def test_gates_travel_with_a_call(tmp_path):

@@ -131,12 +131,14 @@ def test_a_right_kernel_passes_and_is_predicted():
     able = Capabilities({"bfloat16"}, ABLE.features, lse=True, gradients=gradients)
     report = check_kernel(tiled, capabilities=able, dtypes=["bfloat16"], only="positions/norm*", model=tiled.model)
     assert report.passed, report.failures
-    assert report.count("passed") == 4
+    assert report.count("passed") == 6
     assert {w.array for c in report.checks for w in c.arrays} == {"out", "lse", *gradients}
     out = [w.figures.rms for c in report.checks for w in c.arrays if w.array == "out"]
     assert 0.8 < min(out) < max(out) < 1.2
     # of a norm's weights there are 32 elements: their mean square is spread by a quarter
-    back = [w.figures.rms for c in report.checks for w in c.arrays if w.array in gradients]
+    # (where all rows add up one way columns have what a row loses in common, and are few errors)
+    apart = [c for c in report.checks if "aligned" not in c.name]
+    back = [w.figures.rms for c in apart for w in c.arrays if w.array in gradients]
     assert 0.65 < min(back) < max(back) < 1.1
     law = check_kernel(tiled, capabilities=ABLE, only="law/norm_scaled", model=tiled.model)
     assert law.count("passed") == 1
@@ -149,7 +151,7 @@ def test_a_gradient_of_norms_that_kernels_get_wrong_is_caught_in_quick(name):
     """In each type; in bfloat16 the bound of a sum over all rows lets it pass, and what is predicted does not."""
     gradients = {"dq", "dk", "dv", "dquery_norm", "dkey_norm"}
     able = Capabilities({"float32", "float16", "bfloat16"}, ABLE.features, lse=True, gradients=gradients)
-    more = {"only": "positions/norm-rotary/gradients*", "budget": "quick", "model": tiled.model}
+    more = {"only": "positions/norm-aligned/gradients*", "budget": "quick", "model": tiled.model}
     assert check_kernel(broken(name), capabilities=able, **more).count("failed") == 3
 
 

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import Format, format_of
+from ..dtypes import FORMATS, Format, format_of
 from ..exact.answer import Answer
 from ..masks import visible
 from ..norms import has_norms
 from .bounds.expected import Expected
 from .diagnose.keytiles import weights_off
-from .diagnose.repeats import independent_share
+from .diagnose.repeats import common_errors, independent_share
 from .diagnose.statistics import Figures, Narrow, figures, where
 from .edges import edges_of
 
@@ -157,7 +158,11 @@ def compare(
     if edges and not plain.any():  # what breaks a contract says nothing of roundings
         variance = None
     moved = answer.call.rotary is not None or has_norms(answer.call)
-    narrow = Narrow(inner, lambda: _apart(name, answer, form)) if inner is not None or moved else None
+    narrow = None
+    if inner is not None or moved:
+        call = answer.call.to("numpy")
+        common = partial(common_errors, call, FORMATS[call.dtype]) if name == "out" else list
+        narrow = Narrow(inner, lambda: _apart(name, answer, form), common)
     whole = figures(name, got, enclosure, ratio, variance, dtype, rows, narrow)
     shown = np.where(plain, ratio, -1.0) if plain.any() else ratio  # what is plainly wrong comes first
     place = tuple(int(i) for i in np.unravel_index(int(np.argmax(shown)), ratio.shape))

@@ -152,10 +152,18 @@ def real(name: str, x: Any, least: float, most: float = math.inf) -> Any:
         It is none, not finite, or outside.
     """
     fits = isinstance(x, Real) and not isinstance(x, bool)
-    if not fits or not least <= x <= most or math.isinf(x):
+    if not fits or not least <= x <= most or _infinite(x):
         up = "on" if math.isinf(most) else f"to {most}"
         raise InvalidInput(f"{name}: got {_shown(x)}, expected a finite number from {least} {up}")
     return int(x) if isinstance(x, np.integer) else x  # NumPy's would wrap in what is made of it
+
+
+def _infinite(x: Any) -> bool:
+    """Tell whether a number is infinite, or larger than all of float64."""
+    try:
+        return math.isinf(x)
+    except OverflowError:
+        return True
 
 
 def factor(name: str, x: Any) -> Any:
@@ -251,7 +259,7 @@ def within(name: str, x: Any, low: float, high: float, *, open_low: bool = False
         It is none (NaN is not, either), or outside.
     """
     fits = isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
-    if not fits or not (low < x if open_low else low <= x) or not x <= high or math.isinf(x):
+    if not fits or not (low < x if open_low else low <= x) or not x <= high or _infinite(x):
         end = "inf)" if math.isinf(high) else f"{high}]"
         raise InvalidInput(f"{name}: got {_shown(x)}, expected a number in {'(' if open_low else '['}{low}, {end}")
     return float(x)

@@ -7,6 +7,7 @@ comes before the norm, does not stand for them beside one.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from ..errors import InvalidInput
 from .arguments import axes, integers, namespace, real, whole
 
 __all__ = ["llama4_factors", "log_n_factors", "tempered"]
+
+MOST = 2**53
+"""Positions lie below it, so that float64 has them all."""
 
 
 def llama4_factors(positions: Any, *, floor_scale: int = 8192, attn_scale: float = 0.1) -> NDArray[np.float64]:
@@ -42,7 +46,8 @@ def llama4_factors(positions: Any, *, floor_scale: int = 8192, attn_scale: float
     InvalidInput
         Positions that are none, a floor_scale below 1, a negative attn_scale.
     """
-    at, step = _places(positions), whole("floor_scale", floor_scale, 1)
+    # a step past all positions is as good as any larger one, which an array of integers does not hold
+    at, step = _places(positions), min(whole("floor_scale", floor_scale, 1), MOST + 1)
     return np.asarray(np.log((at + 1) // step + 1) * float(real("attn_scale", attn_scale, 0)) + 1)
 
 
@@ -67,7 +72,7 @@ def log_n_factors(positions: Any, length: int) -> NDArray[np.float64]:
         Positions that are none, a length below 2.
     """
     at, base = _places(positions), whole("length", length, 2)
-    return np.where(at + 1 > base, np.log(at + 1) / np.log(base), 1.0)
+    return np.where(at + 1 > min(base, MOST), np.log(at + 1) / math.log(base), 1.0)
 
 
 def tempered(cos: Any, sin: Any, factors: Any) -> tuple[Any, Any]:
@@ -96,7 +101,7 @@ def tempered(cos: Any, sin: Any, factors: Any) -> tuple[Any, Any]:
     namespace(cos=cos, sin=sin)
     axes("cos", cos, "positions", "pairs")
     axes("sin", sin, *cos.shape)
-    by = np.asarray(factors if isinstance(factors, list) else to_numpy(factors, "factors"), np.float64)
+    by = _factors(factors)
     if by.shape != (cos.shape[0],) or not np.isfinite(by).all():
         raise InvalidInput(f"factors: got shape {by.shape}, expected ({cos.shape[0]},) finite numbers, one a position")
     found = []
@@ -110,8 +115,18 @@ def tempered(cos: Any, sin: Any, factors: Any) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
+def _factors(factors: Any) -> NDArray[np.float64]:
+    try:
+        x = np.asarray(factors) if isinstance(factors, list) else to_numpy(factors, "factors")
+    except ValueError as e:
+        raise InvalidInput(f"factors: got {type(factors).__name__}, expected an array of numbers ({e})") from e
+    if x.dtype.kind not in "iuf" and x.dtype.name not in FORMATS:
+        raise InvalidInput(f"factors: got dtype {x.dtype.name}, expected real numbers of float64")
+    return x.astype(np.float64)
+
+
 def _places(positions: Any) -> NDArray[np.int64]:
     x = integers("positions", positions)
-    if x.ndim != 1 or (x.size and (int(x.min()) < 0 or int(x.max()) >= 2**53)):
+    if x.ndim != 1 or (x.size and (int(x.min()) < 0 or int(x.max()) >= MOST)):
         raise InvalidInput(f"positions: got shape {x.shape}, expected whole numbers of 0 to 2**53 - 1 on one axis")
     return x.astype(np.int64)

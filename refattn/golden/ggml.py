@@ -8,6 +8,8 @@ backends; here each element has its own bound.
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,10 +59,12 @@ def make_ggml(folder: str | Path, problem: Problem, model: Model | None = None) 
     InvalidInput
         A folder with files in it, a call that ggml_flash_attn_ext does not take, and why.
     """
+    expect(isinstance(folder, str | os.PathLike), "folder", folder, "a path")
     expect(isinstance(problem, Problem), "problem", problem, "a Problem")
+    expect(isinstance(model, Model | None), "model", model, "a Model, such as refattn.check.model.flash('float16')")
     p, path = problem.to("numpy").with_bias(), Path(folder)
     _expect_taken(p)
-    p = p.replace(scale=float(np.float32(1 / np.sqrt(p.d_k) if p.scale is None else p.scale)))
+    p = p.replace(scale=_scale(p))
     answer = evaluate(p, rounding="float32")
     near = evaluate(p)
     limit = bounds(near, model or replace(flash("float16"), rotated=""))["out"]
@@ -85,6 +89,15 @@ def make_ggml(folder: str | Path, problem: Problem, model: Model | None = None) 
         write_whole(path / f"{name}.bin", _writer(x))
     write_text(path / "case.txt", "\n".join(lines) + "\n")
     return ["case.txt", *(f"{n}.bin" for n in tensors)]
+
+
+def _scale(p: Problem) -> float:
+    """Return the scale that ggml is told, of float32."""
+    scale = 1 / math.sqrt(p.d_k) if p.scale is None else p.scale
+    with np.errstate(over="ignore"):
+        found = float(np.float32(scale))
+    expect(math.isfinite(found) and bool(found) == bool(scale), "scale", scale, "a number in float32's range")
+    return found
 
 
 def _writer(x: NDArray[Any]) -> Any:

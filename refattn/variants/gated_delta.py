@@ -222,7 +222,7 @@ GATED_DELTA = Variant(
             ("state", 12, {"alpha": "channels", "state": True}),
             ("large-steps", 14, {"alpha": True, "beta": "large"}),
             ("packed", 21, {"alpha": True, **packed_at(0, 1, 12, 12, 21)}),
-            ("long", 67, {"alpha": "strong", "d": 16, "d_v": 24, "b": 2}),
+            ("long", 141, {"alpha": "strong", "d_v": 12, "h": 1, "h_kv": 1}),  # past two chunks of 64, one of 128
             ("wide", 9, {"alpha": "strong channels", "d": 72}),
         )
     },

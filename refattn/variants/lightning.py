@@ -98,6 +98,16 @@ LIGHTNING = Variant(
             **packed_at(0, 1, 12, 12, 21),
         },
         "state": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "options": {"decay": (0.1, 0.2)}, "state": True},
+        # past two chunks of 64, and one of 128
+        "long": {
+            "n_q": 141,
+            "n_k": 141,
+            "d": 8,
+            "h": 1,
+            "h_kv": 1,
+            "causal": "bottom_right",
+            "options": {"decay": (0.03,)},
+        },
     },
     wrong={
         "own_key_faded": ("the decay falls on a token's own key too", Steps(_own_key_faded, prepare)),

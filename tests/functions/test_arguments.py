@@ -47,6 +47,9 @@ def test_real_numbers_stay_as_they_are():
         text = f"x: got {wrong!r}, expected a finite number from 0 to 1"
         with pytest.raises(InvalidInput, match=re.escape(text)):
             real("x", wrong, 0, 1)
+    for check in (real, within):
+        with pytest.raises(InvalidInput, match=r"x: got 1000.*, expected a (finite )?number"):
+            check("x", 10**400, 0, math.inf)
     for wrong in (0, math.inf):
         with pytest.raises(InvalidInput, match=re.escape(f"x: got {wrong!r}, expected a finite number from 1 on")):
             real("x", wrong, 1)

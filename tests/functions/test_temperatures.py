@@ -99,6 +99,17 @@ def test_kinds(of):
     assert np.asarray(sin).dtype == np.float32
 
 
+def test_lengths_past_every_position_are_as_good_as_any():
+    assert llama4_factors([0, 2**53 - 1], floor_scale=2**70).tolist() == [1, 1]
+    assert llama4_factors([2**53 - 1], floor_scale=2**53, attn_scale=1).tolist() == [1 + np.log(2)]
+    assert log_n_factors([0, 2**53 - 1], 2**80).tolist() == [1, 1]
+    (factor,) = log_n_factors([2**53 - 1], 2**52)
+    assert abs(factor - 53 / 52) <= 4 * 2**-52  # two logarithms within an ulp, two quotients
+
+
+ONES = np.ones((2, 3))
+
+
 @pytest.mark.parametrize(
     ("run", "text"),
     [
@@ -112,6 +123,17 @@ def test_kinds(of):
         (lambda: tempered(np.ones((2, 3)), torch.ones(2, 3), [1, 1]), "sin"),
         (lambda: tempered(np.ones((2, 3)), np.ones((2, 3)), [1.0]), "factors: got shape \\(1,\\), expected \\(2,\\)"),
         (lambda: tempered(np.ones((2, 3)), np.ones((2, 3)), [1.0, np.inf]), "factors: got shape \\(2,\\)"),
+        (lambda: llama4_factors([1], attn_scale=10**400), "attn_scale: got 1000.*, expected a finite number from 0"),
+        (lambda: tempered(ONES, ONES, ["a", "b"]), "factors: got dtype str.*, expected real numbers"),
+        (lambda: tempered(ONES, ONES, [1j, 1]), "factors: got dtype complex128, expected real numbers"),
+        (lambda: tempered(ONES, ONES, torch.ones(2) * 1j), "factors: got dtype complex64, expected real numbers"),
+        (lambda: tempered(ONES, ONES, [None, None]), "factors: got dtype object, expected real numbers"),
+        (lambda: tempered(ONES, ONES, [10**400, 1]), "factors: got dtype object, expected real numbers"),
+        (lambda: tempered(ONES, ONES, [True, False]), "factors: got dtype bool, expected real numbers"),
+        (lambda: tempered(ONES, ONES, [[1], 1]), "factors: got list, expected an array of numbers"),
+        (lambda: tempered(ONES, ONES, None), "factors: got NoneType, expected an array of numbers"),
+        (lambda: tempered(ONES * 1j, ONES, [1.0, 1.0]), "cos: got dtype complex128"),
+        (lambda: tempered(ONES, ONES * 1j, [1.0, 1.0]), "sin: got dtype complex128"),
         (lambda: tempered(np.ones((2, 3), int), np.ones((2, 3), int), [1.0, 1.0]), "cos: "),
     ],
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from refattn import InvalidInput, Problem, evaluate
+from refattn.check.model import flash
 from refattn.golden.ggml import make_ggml
 
 PAGE = Path(__file__).parents[2] / "docs" / "golden.md"
@@ -89,6 +90,8 @@ def test_what_is_written_is_the_answer(tmp_path):
         ({"softcap": 1e60}, "softcap: has numbers that float32 has not"),
         ({"softcap": 1e-60}, "softcap: has numbers that float32 has not"),
         ({"sink": np.array([0.0, 0.0, 1e300, 0.0])}, "sink: has numbers that float32 has not"),
+        ({"scale": 1e300}, "scale: got 1e\\+300, expected a number in float32's range"),
+        ({"scale": 1e-300}, "scale: got 1e-300, expected a number in float32's range"),
         ({"window": (None, -40)}, "problem: head 0 of item 0 has a row without keys"),
         ({"value": np.full((2, 2, 40, 16), np.inf, np.float16)}, "query, key, value: have NaN or inf"),
         ({"key": np.ones((2, 2, 40, 32), np.float32)}, "key: got float32, expected float16"),
@@ -104,3 +107,11 @@ def test_calls_that_it_does_not_take_are_refused(tmp_path, change, text):
 def test_what_is_no_problem_is_refused(tmp_path):
     with pytest.raises(InvalidInput, match="problem: got 3, expected a Problem"):
         make_ggml(tmp_path, 3)
+    p = call(np.random.default_rng(2))
+    for folder in (None, 3):
+        with pytest.raises(InvalidInput, match=f"folder: got {folder}, expected a path"):
+            make_ggml(folder, p)
+    for model in ("flash", flash):
+        with pytest.raises(InvalidInput, match=r"model: got .*flash.*, expected a Model, such as"):
+            make_ggml(tmp_path / "x", p, model)
+    assert not (tmp_path / "x").exists()

@@ -180,6 +180,12 @@ def test_packed_sequences_are_refused(make):
 INSIDE = ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0))
 
 
+def test_fractions_of_any_size_have_a_place():
+    places, depths = project_pinhole(INSIDE, np.array([[10**400, 1, Fraction(1, 10**400)]], object))
+    assert places.tolist() == [[10**800, 10**400]]
+    assert depths.tolist() == [Fraction(1, 10**400)]
+
+
 @pytest.mark.parametrize(
     ("function", "given", "text"),
     [
@@ -191,6 +197,9 @@ INSIDE = ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0))
             (((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0)), [[0, 0, 1], [1, 2, 0]]),
             "projection: point 1 has",
         ),
+        (project_pinhole, (["1234"] * 3, [[0, 0, 1]]), "projection: got .*, expected a matrix of three rows"),
+        (project_pinhole, (((10**400, 0, 0, 0), *INSIDE[1:]), [[1.0, 1, 1]]), "projection: a point has no place in fl"),
+        (project_pinhole, (INSIDE, [[0.0, 0, 1], [1, 1, 5e-324]]), "projection: point 1 has no place in float64; pass"),
         (view_local_mask, (INSIDE, 3, 2, 1.0), "projection: point 1 has depth 0"),
         (
             view_local_mask,

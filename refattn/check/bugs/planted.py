@@ -28,6 +28,7 @@ from ..kernels.tiled import tiled
 from .dropped import DROPOUT_BUGS, SEED_BUGS, lse_of_kept
 from .masked import MASK_BUGS
 from .paged import PAGED_BUGS
+from .positioned import POSITION_BUGS
 
 __all__ = ["PLANTED", "mistaken", "plain", "planted"]
 
@@ -325,6 +326,7 @@ def _next_position(p: Problem) -> Problem:
 
 
 TILE = 64
+EDITS = (MASK_BUGS, PAGED_BUGS, DROPOUT_BUGS, SEED_BUGS, POSITION_BUGS)
 ROTATED = ("rotary", *ROTARY)
 PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "zeroed_head": (_same, _zeroed_head),
@@ -379,6 +381,6 @@ PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "masked_value_read": (_same, _masked_value_read),
     "scores_clamped": (_clamped, _keep),
     "dropout_in_lse": (_same, lse_of_kept),
-    **{name: (before, _keep) for name, before in (MASK_BUGS | PAGED_BUGS | DROPOUT_BUGS | SEED_BUGS).items()},
+    **{name: (before, _keep) for bugs in EDITS for name, before in bugs.items()},
 }
 """Planted bugs by name: an edit of the problem that the kernel is given, and one of what it returns."""

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays import to_float64
+from ...dtypes import Format
 from ...exact.arithmetics import Floats
 from ...exact.run import run
 from ...problem import Problem
+from ...variants import Rows, variant_of
 from ..inputs.sample import separate
 
-__all__ = ["independent_share"]
+__all__ = ["common_errors", "independent_share"]
 
 KEYS = 1024
 """Most keys that are all looked at; of more, `SOME` are."""
@@ -46,13 +49,36 @@ def independent_share(problem: Problem, precision: int) -> float:
     if not separate(p.variant, p.options) or 0 in (p.batch, p.n_q, p.n_k):
         return 1.0
     keys = np.arange(p.n_k) if p.n_k <= KEYS else np.linspace(0, p.n_k - 1, SOME).astype(int)
-    value = np.zeros((p.batch, p.heads_kv, p.n_k, len(keys)), p.value.dtype)
-    value[:, :, keys, np.arange(len(keys))] = 1
     with np.errstate(all="ignore"):
-        weights = np.nan_to_num(np.abs(run(p.replace(value=value), Floats(np.float64))["out"]), posinf=0.0)
+        weights = np.abs(_weights(p, keys))
         alike = np.repeat(_alike(p.value[:, :, keys]), p.heads // p.heads_kv, 1)[:, :, None]
         group = np.broadcast_to(alike, weights.shape)
         return min(_share(weights, weights / np.where(x > 0, x, 1), group, precision) for x in _units(weights))
+
+
+def common_errors(problem: Problem, form: Format) -> list[NDArray[np.float64]]:
+    """Return how far out is off where weights are rounded after an operator's options have changed them.
+
+    The largest exponential of a row is 1, which no format rounds; times a gain it is that gain, whose rounding is the
+    same in every row. What comes of it leans one way, and is known: one array (b, h_q, n_q, d_v) for each number over
+    which kernels round. There are none where the operator has no exponentials or the call no options.
+    """
+    p, v = problem, variant_of(problem.variant)
+    alone = isinstance(v.shape, Rows) and not v.shape.together and v.has_lse
+    if not alone or not p.options or 0 in (p.batch, p.n_q, p.n_k) or p.n_k > KEYS:
+        return []
+    with np.errstate(all="ignore"):
+        weights, plain = (_weights(x, np.arange(p.n_k)) for x in (p, p.replace(options={})))
+        value = np.repeat(np.nan_to_num(to_float64(p.value), posinf=0.0, neginf=0.0), p.heads // p.heads_kv, 1)
+        units = [np.where(x > 0, x, 1) for x in _units(plain)]
+        return [(form.round_array(weights / x) * x - weights) @ value for x in units]
+
+
+def _weights(p: Problem, keys: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return what some keys' values are weighed with, (b, h_q, n_q, keys), in float64."""
+    value = np.zeros((p.batch, p.heads_kv, p.n_k, len(keys)), p.value.dtype)
+    value[:, :, keys, np.arange(len(keys))] = 1
+    return np.nan_to_num(run(p.replace(value=value), Floats(np.float64))["out"], posinf=0.0, neginf=0.0)
 
 
 def _units(weights: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:

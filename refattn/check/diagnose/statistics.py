@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,13 @@ class Narrow:
     apart : callable
         Returns how many of the lines differ in what is rounded, so that their roundings are independent whatever the
         errors look like.
+    common : callable
+        Returns errors that roundings to narrower types have in common, of which a right kernel may have one.
     """
 
     inner: Callable[[], Float] | None
     apart: Callable[[], int]
+    common: Callable[[], list[Float]]
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,9 @@ def figures(
             excess = lines.large(min(independent, narrow.apart()))
         excess = excess or lines.large_in_a_head(unit)
         if not excess and narrow is not None:
-            excess, leans = lines.held(rows, narrow, counted, variance)
+            excess, leans = lines.held(
+                rows, narrow, counted, variance, partial(_leaning, narrow, counted, variance, exact)
+            )
     return Figures(
         name,
         rms,
@@ -203,10 +209,13 @@ class _Lines:
         with np.errstate(all="ignore"):
             return bool((np.nanmean(heads * heads, 1) > SIGMAS**2 * WIDEST).any())
 
-    def held(self, rows: int, narrow: Narrow, counted: NDArray[np.bool_], variance: Float) -> tuple[bool, bool]:
+    def held(
+        self, rows: int, narrow: Narrow, counted: NDArray[np.bool_], variance: Float, known: Callable[[], list[float]]
+    ) -> tuple[bool, bool]:
         """Tell whether errors are too large, and whether they lean, of lines whose independence is known.
 
-        What the accumulator's roundings may add, all of them one way, is allowed on top.
+        What the accumulator's roundings may add, all of them one way, is allowed on top. Errors lean only if they still
+        do when how far errors in common are `known` to lean is taken off.
         """
         if (
             narrow.inner is None or not rows or not any(self._beyond(rows))
@@ -218,16 +227,24 @@ class _Lines:
             return False, False
         with np.errstate(all="ignore"):
             more = (np.broadcast_to(narrow.inner(), counted.shape) / np.sqrt(variance))[counted]
-        large, leans = self._beyond(apart, float(np.sqrt(np.square(more).mean())), float(more.mean()))
-        return large, leans
+        top = float(np.sqrt(np.square(more).mean())), float(more.mean())
+        large, leans = self._beyond(apart, *top)
+        return large, leans and all(self._beyond(apart, *top, common)[1] for common in known())
 
-    def _beyond(self, independent: int, size: float = 0.0, mean: float = 0.0) -> tuple[bool, bool]:
-        """Tell whether the rms, and the mean, are above what is allowed and what comes on top."""
+    def _beyond(self, independent: int, size: float = 0.0, mean: float = 0.0, common: float = 0.0) -> tuple[bool, bool]:
+        """Tell whether the rms, and the mean less what is common, are above what is allowed and what comes on top."""
         large = np.sqrt(max(self._least(independent), 0.0)) > np.sqrt(WIDEST) + size
-        spread, lean = np.sqrt(np.square(self.lean).mean() / independent), float(self.lean.mean())
+        spread, lean = np.sqrt(np.square(self.lean).mean() / independent), float(self.lean.mean()) - common
         # other errors before the last rounding take its lean away, so that a right kernel's lies between 0 and that
         away = max(lean - max(self.right, 0.0), min(self.right, 0.0) - lean)
         return bool(large), bool(away > SIGMAS * spread + mean)
+
+
+def _leaning(narrow: Narrow, counted: NDArray[np.bool_], variance: Float, exact: Float) -> list[float]:
+    """Return how far each of the errors in common leans outward."""
+    with np.errstate(all="ignore"):
+        units = [np.where(counted, x / np.sqrt(variance), np.nan) for x in narrow.common()]
+    return [float(_Lines.of(x, exact, x).lean.mean()) for x in units]
 
 
 def bands(n: int, most: int = BANDS) -> list[range]:

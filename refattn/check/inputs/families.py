@@ -65,8 +65,17 @@ FORWARD_ONLY = (
 SIDE = frozenset({"lengths_q", "lengths_k", "offset", "positions", "rotary_partial"})
 """Features of kernels that say so which a case may have beside what it is about."""
 _DROPPED = tuple(f"dropout/{n}" for n in DROPPED if n != "plain")
-BESIDE = ("pages/options", "pages/rotary", "positions/norm", "positions/norm-rotary", *_DROPPED)
+BESIDE = (
+    "pages/options",
+    "pages/rotary",
+    "positions/norm",
+    "positions/norm-aligned",
+    "positions/norm-rotary",
+    *_DROPPED,
+)
 """Cases of one more option beside others: kernels without pages, or dropout, do not list them."""
+ALIGNED = ("positions/norm-aligned",)
+"""Cases at whose output their queries arrive."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,8 @@ class Case:
         size = 1.0
         if isinstance(self.build, Call) and self.build.faint_dout:  # as of a mean over many, but of normal numbers
             size = max(1e-7, 2.0**12 * FORMATS[dtype].smallest_normal)
+        if f"{self.family}/{self.label}" in ALIGNED:
+            return np.array(problem.query)
         dout, sample = draw.tensor(size * draw.normal(*problem.out_shape)), self.sample(problem)
         if sample is not None:
             return sample.only(dout)

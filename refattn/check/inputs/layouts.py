@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays import from_float64
+from ...arrays import LINE, from_float64
 from ...dtypes import FORMATS
 from ...problem import Problem
 
@@ -45,6 +45,8 @@ def laid(p: Problem, layout: str) -> Problem:
         return p.replace(**turned)
     if layout == "views":
         return _views(p)
+    if layout == "odd":  # parts of a buffer that holds something else before them
+        return p.replace(**{n: _odd(getattr(p, n)) for n in NAMES})
     if layout == "cache":  # the first rows of a cache that nothing was written to behind them
         return p.replace(**{n: _cached(getattr(p, n)) for n in NAMES[1:]})
     return p
@@ -72,6 +74,15 @@ def _cached(x: NDArray[Any]) -> NDArray[Any]:
     room = np.full((*x.shape[:2], (n // 128 + 1) * 128, x.shape[3]), np.nan).astype(x.dtype)
     room[:, :, :n] = x
     return room[:, :, :n]
+
+
+def _odd(x: NDArray[Any]) -> NDArray[Any]:
+    """Return an array that begins one element past a multiple of 16 bytes."""
+    step, room = x.dtype.itemsize, np.empty(x.size + 2 * LINE, x.dtype)
+    first = -room.__array_interface__["data"][0] % LINE // step + 1
+    found = room[first : first + x.size].reshape(x.shape)
+    found[...] = x
+    return found
 
 
 def _width(p: Problem, name: str) -> int:

@@ -111,6 +111,7 @@ LONGER: dict[str, tuple[Call, bool]] = {
     "views-spread": (Call("batches", 2, 2, 2, ((40, 72),), 64, 64, "sharp", "views", bias="batches"), True),
     "columns": (Call("batches", 2, 4, 2, ((40, 72),), 64, 64, "sharp", "columns"), True),
     "turned": (Call("batches", 2, 4, 2, ((40, 72),), 64, 64, "sharp", "turned"), True),
+    "odd-start": (Call("batches", 2, 2, 2, ((40, 72),), 64, 64, "sharp", "odd"), True),
     # more batches, heads, sequences, rows and columns than fit a few bits
     "batches-of-32": (Call("decode", 32, 4, 2, ((1, 40),), 64, 64, "sharp", causal=DOWN), False),
     "heads-of-128": (Call("few", 1, 128, 1, ((2, 70),), 32, 32, "sharp", causal=DOWN), False),

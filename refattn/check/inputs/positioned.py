@@ -6,13 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...norms import NORMS
 from ...positions import STYLES
 from ...problem import Problem
 from .draw import Draw
 
-__all__ = ["POSITIONED", "norm_case", "norms", "rotary", "slopes"]
+__all__ = ["FARTHEST", "POSITIONED", "norm_case", "norms", "rotary", "slopes", "t5_bucket", "t5_distances"]
+
+BUCKETS = 16
+FARTHEST = 32
+"""Of T5's bias: its table's length, and the distance from which on all share a bucket."""
 
 
 def rotary(d: Draw, style: str, pairs: int, longest: int = 80, base: float = 10000.0) -> dict[str, Any]:
@@ -96,6 +101,50 @@ def _normed_turned(d: Draw) -> Problem:
     return d.problem(20, 40, h=4, h_kv=2, causal="bottom_right", **norms(d), **rotary(d, "half", 16, base=500.0))
 
 
+def _normed_aligned(d: Draw) -> Problem:
+    """Return values that are the keys; where the queries arrive, all rows add to the weights' gradients one way."""
+    grouped, width = d.has("grouped_heads"), d.width(32)
+    q, k = d.normal(1, 4, 20, width), d.normal(1, 2 if grouped else 4, 40, width)
+    return d.problem(20, 40, h=4, h_kv=2, q=q, k=k, v=k, **norms(d))
+
+
+def t5_distances(n_q: int, n_k: int) -> NDArray[np.int64]:
+    """Return by how much each key is ahead of each query, (n_q, n_k): the last query stands at the last key."""
+    found: NDArray[np.int64] = np.arange(n_k) - (np.arange(n_q)[:, None] + n_k - n_q)
+    return found
+
+
+def t5_bucket(
+    ahead: NDArray[np.int64], both: bool, buckets: int = BUCKETS, farthest: int = FARTHEST
+) -> NDArray[np.int64]:
+    """Return T5's bucket of distances: near ones have one each, others share the rest by logarithm, to `farthest`.
+
+    ``functions.t5_buckets`` decides edges exactly; here a table only has to be the same wherever it is made.
+    """
+    half = buckets // 2 if both else buckets
+    near, first = half // 2, half * (ahead > 0) if both else 0 * ahead
+    far = np.abs(ahead) if both else np.maximum(-ahead, 0)
+    steps = np.log(np.maximum(far, near) / near) / np.log(farthest / near) * (half - near)
+    return np.asarray(first + np.where(far < near, far, np.minimum(near + steps.astype(np.int64), half - 1)))
+
+
+def _t5(d: Draw, n_q: int, causal: str | None) -> Problem:
+    """Return a call whose bias goes by T5's buckets, some of them past the last."""
+    bias = 2 * d.normal(1, 4, BUCKETS)[:, :, t5_bucket(t5_distances(n_q, 40), causal is None)]
+    return d.problem(n_q, 40, b=2, h=4, h_kv=2, scale=0.3, causal=causal, bias=bias)
+
+
+def _tempered(d: Draw) -> Problem:
+    """Return queries whose scores grow with their position, in steps of 8; their rows of tables are behind keys'."""
+    tables, m = rotary(d, "half", 16, 40, 500.0), 40
+    factors = 1 + np.log((np.arange(m) + 1) // 8 + 1)[:, None] / 4
+    for name in ("rotary_cos", "rotary_sin") if tables else ():
+        x = tables[name]
+        tables[name] = np.concatenate([x, (x * factors).astype(x.dtype)])
+    at: dict[str, Any] = {"positions_q": m + 20 + np.arange(20)} if tables else {}
+    return d.problem(20, 40, h=4, h_kv=2, causal="bottom_right", **at, **tables)
+
+
 def norm_case(d: Draw) -> Problem:
     """Return a plain call with norms."""
     return d.problem(20, 33, **norms(d))
@@ -110,8 +159,15 @@ POSITIONED: dict[str, Entry] = {
     "rotary-packed": (_packed, ("rotary", "alibi_slopes", "causal")),
     # a norm that is left out, of one of two, or without weights
     "norm": (_normed, ("query_norm", "key_norm")),
+    # gradients by the weights that are a little too large or small: here they are many times their roundings
+    "norm-aligned": (_normed_aligned, ("query_norm", "key_norm")),
     # weights that are of the turned columns: rotary positions before the norm
     "norm-rotary": (_normed_turned, ("query_norm", "key_norm", "rotary", "causal")),
+    # both directions for one and the other way round, another base of the logarithm, a last bucket that none reaches
+    "t5": (lambda d: _t5(d, 30, None), ("bias",)),
+    "t5-causal": (lambda d: _t5(d, 20, "bottom_right"), ("bias", "causal")),
+    # factors by position left out, of the next position, of the last query for all, on keys too
+    "tempered": (_tempered, ("rotary", "causal")),
     # before and behind the query, after softcap, a slope of the neighbour's head or batch
     "alibi-by-batch": (_alibi, ("alibi_slopes", "softcap", "bias")),
 }

@@ -24,12 +24,12 @@ __all__ = ["receive", "send"]
 NARROW = {
     n: getattr(ml_dtypes, n) for n in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "float8_e8m0fnu")
 }
-BORDER = 2**14
+BORDER, LINE = 2**14, 16
 
 
 def send(pipe: Connection, header: dict[str, Any], arrays: dict[str, Any]) -> None:
     """Send a header that JSON can hold, and arrays."""
-    about = {n: (x.dtype.name, x.shape, x.strides) for n, x in arrays.items()}
+    about = {n: (x.dtype.name, x.shape, x.strides, _place(x) % LINE) for n, x in arrays.items()}
     pipe.send_bytes(json.dumps(header | {"arrays": about}).encode())
     for x in arrays.values():
         pipe.send_bytes(np.ascontiguousarray(x).view(np.uint8).tobytes() if x.size else b"")
@@ -39,20 +39,25 @@ def receive(pipe: Connection) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a header and arrays, with what is beside their elements in memory NaN."""
     header = json.loads(pipe.recv_bytes())
     arrays = {}
-    for name, (dtype, shape, strides) in header.pop("arrays").items():
+    for name, (dtype, shape, strides, away) in header.pop("arrays").items():
         data = np.frombuffer(pipe.recv_bytes(), np.uint8).view(np.dtype(NARROW.get(dtype, dtype))).reshape(shape)
-        arrays[name] = _laid(data, strides)
+        arrays[name] = _laid(data, strides, away)
     return header, arrays
 
 
-def _laid(x: Any, strides: list[int]) -> Any:
+def _place(x: Any) -> int:
+    return int(x.__array_interface__["data"][0])
+
+
+def _laid(x: Any, strides: list[int], away: int) -> Any:
     item = x.dtype.itemsize
     if not x.size or any(s < 0 or s % item for s in strides):
         return x.copy()
     size = item + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
-    block = np.empty((size + 2 * BORDER) // item, x.dtype)
+    block = np.empty((size + 2 * BORDER + 2 * LINE) // item, x.dtype)
     block.view(np.uint8).fill(0xFF)
-    found = np.ndarray(x.shape, x.dtype, block, BORDER, tuple(strides))
+    start = BORDER + (away - _place(block)) % LINE // item * item
+    found = np.ndarray(x.shape, x.dtype, block, start, tuple(strides))
     once = tuple(slice(0, 1) if s == 0 else slice(None) for s in strides)
     found[once] = x[once]
     return found

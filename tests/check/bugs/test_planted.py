@@ -37,6 +37,12 @@ WHERE = {
     "tree_sibling_seen": "models/tree*",
     "document_boundary_off_by_one": "ragged/packed-ends*",
     "window_side_clamped": "gaussian/window-before*",
+    **dict.fromkeys(("norm_ignored", "norm_unweighted", "norm_after_rotary"), "positions/norm-rotary*"),
+    **dict.fromkeys(("norm_over_all_heads", "norm_of_keys_over_all_heads"), "positions/norm-rotary*"),
+    **dict.fromkeys(("norm_over_a_group", "norm_over_all_heads_by_one_width"), "positions/norm-rotary*"),
+    **dict.fromkeys(("t5_one_way_for_both", "t5_query_less_key"), "positions/t5[*"),
+    **dict.fromkeys(("t5_both_ways_for_one", "t5_other_base", "t5_last_unreached"), "positions/t5-causal*"),
+    **{f"temperature_{n}": "positions/tempered*" for n in ("ignored", "of_next_position", "of_last_query", "on_keys")},
     "scale_of_latent_width": "models/deepseek-decode*",
 }
 """Bugs that calls of the quick budget expose which come late: only these are run."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from refattn import Capabilities, check_kernel
 from refattn.check.inputs.calls import drawn
@@ -111,6 +112,20 @@ def test_numbers_lie_behind_masks_and_in_gaps():
     assert not p.key.flags.c_contiguous
     hidden = next(c for c in calls("softmax", ABLE) if c.build.hidden == "nan" and c.build.allowed)
     assert np.isnan(hidden.problem("float32").value).any()
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_arrays_begin_between_lines_where_a_kernel_reads_them(kind):
+    starts = []
+
+    def kernel(p):
+        arrays = (p.query, p.key, p.value)
+        starts.extend(x.data_ptr() if kind == "torch" else x.__array_interface__["data"][0] for x in arrays)
+        return tiled(p.to("numpy"))[0] if kind == "numpy" else torch.from_numpy(tiled(p.to("numpy"))[0])
+
+    able = Capabilities(arrays=kind)
+    assert check_kernel(kernel, capabilities=able, dtypes=["float32"], only="models/odd-start[float32]").passed
+    assert {x % 16 for x in starts} == {4}
 
 
 def test_gradients_of_rows_that_are_not_compared_must_be_zero():

@@ -125,6 +125,24 @@ def test_torch_flash_adds_gradients_in_bfloat16_from_block_to_block():
     assert rms[1] > rms[0] + 0.2
 
 
+def test_torch_flash_adds_gradients_in_float16_from_block_to_block():
+    """Of equal rows P is rounded to 1/2, the sum of 32 rows to 1, and so is that with 8 more: all three down."""
+    u, d = 2.0**-11, 8
+    q, k, dout = np.zeros((1, 1, 40, d)), np.zeros((1, 1, 2, d)), np.zeros((1, 1, 40, d))
+    q[..., 0], k[..., 0, 0] = 1, 4 / 2 * 0.97 * u * np.sqrt(d)  # P is 0.97 unit roundoffs above 1/2
+    dout[:, :, [0, 1, 32]] = np.array([2, 2 * 0.98 * u, 2 * 0.98 * u])[:, None]
+    q, k, dout = (x.astype(np.float16) for x in (q, k, dout))
+    p = Problem(q, k, np.ones_like(k))
+    for n, failures in ((40, d), (32, 0)):
+        of = {"gradients": dout[:, :, :n], "model": KERNELS["torch-sdpa-flash"].model}
+        (_, check) = check_problem("torch-sdpa-flash", p.replace(query=q[:, :, :n]), "x", **of).checks
+        (dv,) = (w for w in check.arrays if w.array == "dv")
+        assert dv.failures == failures
+        assert dv.got == 1
+    (_, check) = check_problem("refattn-tiled", p, "x", gradients=dout).checks
+    assert check.verdict == "passed"
+
+
 def test_the_memory_efficient_kernel_says_what_it_does_not_take():
     """Whose bias has query's type, and heads of their own; without a GPU nothing further runs."""
     efficient = pytest.importorskip("refattn.check.kernels.cuda")._efficient_out

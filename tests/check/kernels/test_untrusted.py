@@ -1,5 +1,6 @@
 """A kernel that nobody vouches for sees its call and nothing of what judges it."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from refattn import Capabilities, InvalidInput, KernelError, Problem, UnsupportedProblem, check_kernel
 from refattn.check.inputs.families import cases
 from refattn.check.kernels.alone import Problem as Stranger
+from refattn.check.kernels.alone import receive, send
 from refattn.check.kernels.untrusted import Untrusted
 from refattn.problem import TENSORS
 
@@ -160,6 +162,17 @@ def test_what_it_tries_is_named_and_the_next_call_is_not_affected(ask, function,
     for _ in range(2):
         with pytest.raises(KernelError, match=says):
             kernel(plain())
+
+
+def test_arrays_begin_where_they_began_within_16_bytes():
+    one, other = multiprocessing.Pipe()
+    whole = np.arange(40, dtype=np.float16)
+    for i in range(9):
+        x = whole[i : i + 8]
+        send(one, {}, {"x": x})
+        got = receive(other)[1]["x"]
+        assert (got == x).all()
+        assert (got.__array_interface__["data"][0] - x.__array_interface__["data"][0]) % 16 == 0
 
 
 def test_time_and_memory_are_limited(ask):

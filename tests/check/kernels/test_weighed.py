@@ -1,5 +1,8 @@
 """The kernel of operators with weights of their own computes what the operators' definitions say."""
 
+import inspect
+import types
+
 import numpy as np
 import pytest
 
@@ -47,6 +50,36 @@ EDITS = {
 def test_a_wrong_edit_fails(variant, monkeypatch):
     monkeypatch.setitem(weighed.WEIGHTS, variant, EDITS[variant])
     assert not judge(variant, "float32", f"gaussian/{list(VARIANTS[variant].cases)[-1]}").passed
+
+
+ORDER = """            w = form.round_array(w.astype(np.float64)).astype(np.float32)
+            if options.get("gain"):  # after the rounding: that of a gain alone would be the same in every row
+                w = w * _gain(options["gain"][h % len(options["gain"])], ahead)
+"""
+
+
+def rounded_after_the_gain(factor):
+    """Return the kernel with its gain before the rounding, of weights times a factor."""
+    text = inspect.getsource(weighed)
+    assert text.count(ORDER) == 1
+    gain, rounds = "".join(ORDER.splitlines(True)[1:]), ORDER.splitlines(True)[0].replace("w.as", f"({factor} * w).as")
+    module = types.ModuleType("refattn.check.kernels.other")
+    module.__package__ = "refattn.check.kernels"
+    exec(text.replace(ORDER, gain + rounds), module.__dict__)
+    return module.weighed
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1, "passed"), (1 - 2**-9, "failed")])
+def test_a_gain_that_is_rounded_is_the_same_error_in_every_row(factor, verdict):
+    """The errors of a right kernel lean as the gain's rounding does, by 0.186; those of one that leans more fail."""
+    kernel, only = rounded_after_the_gain(factor), "gaussian/gain-not-of-two-and-all"
+    (check,) = check_kernel(
+        kernel, "urpe", capabilities=ENTRY.capabilities, dtypes=["bfloat16"], only=f"{only}[bfloat16]"
+    ).checks
+    assert check.verdict == verdict
+    assert ("errors lean to smaller values" in check.message) == (verdict == "failed")
+    bias = check.arrays[0].figures.bias
+    assert 0.18 < bias < 0.19 if factor == 1 else bias < 0
 
 
 def test_it_is_found_for_its_operators():
