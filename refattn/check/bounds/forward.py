@@ -29,9 +29,10 @@ from ...exact.heads import Head, heads, rows_of
 from ...problem import Problem
 from ...variants import Steps, variant_of
 from ..model import C, Model, inside_type
-from .graph import Graph, Node
+from .graph import Graph
 from .losses import Losses, Lossy
 from .operands import Operands
+from .nodes import Node
 from .pieces import ways_of
 from .rules import by_chance, floor
 from .smoothed import put_back, smoothed

@@ -9,7 +9,7 @@ from where they stand at that token, and not what the sizes of all numbers of th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -203,6 +203,7 @@ class Pieces:
             reads = np.concatenate([r @ by for r, by in zip(self.trace.reads[at], along[:-1], strict=True)])
             with np.errstate(all="ignore"):
                 start = f.leaf(self.trace.states[at.start], ("d", "v"), error, var)
+                start.node.follow(followed.largest)
                 piece = self._run(f, at, start)
                 (own, spread), (lost, scatter) = own_losses([start.node], [piece.out.node, piece.last.node])
                 met, met_var = followed.met(reads)
@@ -244,8 +245,10 @@ class Pieces:
             errors = [*(followed.met(by)[0] for by in back[:-1]), error, *errors]
             with np.errstate(all="ignore"):
                 start = Tape(f.leaf(self.trace.states[at.start], ("d", "v"), before[at.start]))
+                start.value.node.follow(partial(_sizes, before[at.start]))
                 piece = self._run(f, at, start, Tape)
                 seeds = [f.leaf(dout[at], ("q", "v"), lost_dout[at]), f.leaf(arriving, ("d", "v"), error)]
+                seeds[1].node.follow(followed.largest if after is None else partial(_sizes, error))
                 *grads, of_start = gradients([piece.out, piece.last], seeds, [*piece.leaves.values(), start])
                 if after is None:
                     ((lost, _),) = own_losses([seeds[1].node], [of_start.node])
@@ -265,6 +268,11 @@ class Pieces:
             size, error = (np.concatenate([none, *(piece[i][j] for piece in found)]) for j in range(2))
             joined[f"d{n}"] = size, _known(error)
         return joined
+
+
+def _sizes(error: Float, by: Float) -> Float:
+    """Return what a matrix times a state may be off by, where its numbers' largest errors are known alone."""
+    return np.asarray(np.abs(by) @ error)
 
 
 def _known(x: Float) -> Float:
