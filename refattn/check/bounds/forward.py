@@ -31,8 +31,8 @@ from ...variants import Steps, variant_of
 from ..model import C, Model, inside_type
 from .graph import Graph
 from .losses import Losses, Lossy
-from .operands import Operands
 from .nodes import Node
+from .operands import Operands
 from .pieces import ways_of
 from .rules import by_chance, floor
 from .smoothed import put_back, smoothed

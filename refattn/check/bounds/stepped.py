@@ -14,8 +14,8 @@ from ...variants import Steps
 from ..model import C, Model
 from .cumulated import steps_lost
 from .followed import Followed, own_losses
-from .nodes import Node
 from .losses import Losses, Lossy, variance_of
+from .nodes import Node
 from .operands import Operands
 from .pieces import chunks_of
 
