@@ -158,7 +158,7 @@ PAPERS = (
             "functions/test_positions.py",
         ),
         "fla's naive simple_gla",
-        "rotary positions of the first layer (LRPE), the layer that mixes channels; " + TRAINING,
+        TRAINING,
     ),
     Paper(
         "Neighborhood attention",
