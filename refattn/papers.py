@@ -224,6 +224,8 @@ PAPERS = (
             "functions.in_context",
             "functions.in_context_planning",
             "claim decisions-linucb",
+            "claim decisions-thompson",
+            "claim decisions-ucb-vi",
             "claim decisions-regret",
         ),
         ("functions/test_in_context.py", "functions/test_in_context_planning.py", "theory/test_bandits.py"),

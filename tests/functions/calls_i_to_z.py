@@ -71,6 +71,7 @@ CALLS = {
         "following": ints(0, 1, 1),
         "sizes": SIZES,
         "bonus": 0.5,
+        "layers": 1,
     },
     "in_context_planning.visit_sums": {"visits": VISITS, "values": some(3, 2), "sizes": SIZES},
     "latent.absorbed": LATENT,
