@@ -187,7 +187,7 @@ PAPERS = (
             "functions/test_positions.py",
         ),
         "fla-core's naive simple_gla",
-        "rotary positions of the first layer (LRPE), the layer that mixes channels; " + TRAINING,
+        TRAINING,
     ),
     Paper(
         "Neighborhood attention",
@@ -253,6 +253,8 @@ PAPERS = (
             "functions.in_context",
             "functions.in_context_planning",
             "claim decisions-linucb",
+            "claim decisions-thompson",
+            "claim decisions-ucb-vi",
             "claim decisions-regret",
         ),
         ("functions/test_in_context.py", "functions/test_in_context_planning.py", "theory/test_bandits.py"),

@@ -1,9 +1,11 @@
 import json
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -67,11 +69,33 @@ def test_a_states_drift_is_held_to_its_bound():
         moved = m.stepped(rule, found.state, 1.0, k, v, beta, float) - found.state
         off = abs(moved).max((1, 2)) / abs(found.state).max((1, 2)) / 2.0**-24
         assert (off > found.bound["float32"]).all()
-    linear = m.drift("linear", (0.1,), 300, ("float32",))
-    mid, radius = m.enclosed(0.1, 300)
-    # 300 steps round a decay, a product and a sum each, of numbers no larger than the sum of all sizes
-    k, v, _ = m.tokens(300)
-    assert (abs(linear.state[0] - mid) <= radius + 900 * 2.0**-53 * (abs(k).T.astype(float) @ abs(v))).all()
+
+
+def test_a_states_enclosure_is_exact_to_its_radius():
+    """Of 20 tokens beside rationals, and 300 in float64, which rounds at most 40 times a token of numbers below 8."""
+    m = bench.load("recurrence")
+    k, v, beta = ([[Fraction(float(y)) for y in row] for row in x] for x in m.tokens(20))
+    fade = Fraction(float(np.float32(np.exp(-0.1))))
+    for rule in m.RULES:
+        state = [[Fraction(0)] * m.D for _ in range(m.D)]
+        for key, value, (b,) in zip(k, v, beta, strict=True):
+            state = [[fade * x for x in row] for row in state]
+            told = value
+            if rule == "delta":
+                read = [sum(key[a] * state[a][c] for a in range(m.D)) for c in range(m.D)]
+                told = [b * (x - y) for x, y in zip(value, read, strict=True)]
+            state = [[x + key[a] * y for x, y in zip(state[a], told, strict=True)] for a in range(m.D)]
+        mids, radius = m.enclosed(rule, (0.1,), 20)
+        far = max(abs(Fraction(int(y), 2**m.POINT) - x) for row, mid in zip(state, mids, strict=True)
+                  for x, y in zip(row, mid, strict=True))  # fmt: skip
+        assert 0 < far <= radius < Fraction(1, 2**110)
+        found = m.drift(rule, (0.1, 0.0), 300, ("float32",))
+        for off, room in m.off_by(rule, found.state, (0.1, 0.0), 300):
+            assert room < 2.0**-100
+            assert off <= 300 * 40 * 8 * 2.0**-53
+    seconds, size = m.timed("delta", 100)
+    assert seconds > 0
+    assert size == 4 * m.D * m.D
 
 
 def test_the_plot_of_a_states_drift_shows_every_type(tmp_path):

@@ -85,7 +85,9 @@ def visit_sums(visits: Any, values: Any, sizes: tuple[int, int, int]) -> Any:
     return xp.reshape(out[-cells:, -m:], (*sizes, m))
 
 
-def ucb_vi(visits: Any, rewards: Any, following: Any, sizes: tuple[int, int, int], bonus: float) -> Any:
+def ucb_vi(
+    visits: Any, rewards: Any, following: Any, sizes: tuple[int, int, int], bonus: float, *, layers: int | None = None
+) -> Any:
     """Return the optimistic values by which UCB-VI acts: backward induction with ``bonus / sqrt(N)`` added.
 
     ``Q_h(s, a) = min(H, r + sum_s' P(s') max_a' Q_{h+1}(s', a') + bonus / sqrt(N))`` with means r and shares P over the
@@ -101,6 +103,9 @@ def ucb_vi(visits: Any, rewards: Any, following: Any, sizes: tuple[int, int, int
         The state after it.
     bonus : float
         At least 0.
+    layers : int, optional
+        How many steps back, each made for all h at once, as a stack of so many layers makes them: values of the last
+        so many steps are UCB-VI's, those before look so many steps ahead. None is H, with which all are.
 
     Returns
     -------
@@ -128,12 +133,11 @@ def ucb_vi(visits: Any, rewards: Any, following: Any, sizes: tuple[int, int, int
     like = {"dtype": rewards.dtype, "device": api.device(rewards)}
     after = _one_hot(xp, following, states, like)
     sums = visit_sums(visits, xp.concat([xp.ones_like(rewards)[:, None], rewards[:, None], after], axis=-1), sizes)
-    later, found = xp.zeros((states,), **like), []
-    for h in reversed(range(horizon)):
-        count = sums[h, :, :, 0]
-        n = xp.where(count > 0, count, xp.ones_like(count))
-        q = (sums[h, :, :, 1] + sums[h, :, :, 2:] @ later) / n + bonus / xp.sqrt(n)
+    count = sums[..., 0]
+    n = xp.where(count > 0, count, xp.ones_like(count))
+    later, past = xp.zeros((horizon, states), **like), xp.zeros((1, states), **like)
+    for _ in range(horizon if layers is None else min(whole("layers", layers, 1), horizon)):
+        q = (sums[..., 1] + (sums[..., 2:] @ later[:, None, :, None])[..., 0]) / n + bonus / xp.sqrt(n)
         q = xp.where((count > 0) & (q < horizon), q, horizon * xp.ones_like(q))
-        later = xp.max(q, axis=-1)
-        found.append(q)
-    return xp.stack(found[::-1], axis=0)
+        later = xp.concat([xp.max(q, axis=-1)[1:], past], axis=0)
+    return q

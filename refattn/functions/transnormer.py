@@ -1,17 +1,19 @@
-"""TransNormer's attention layer: SiLU, Lightning attention, a norm of what comes out, a gate."""
+"""TransNormer's layers: Lightning attention with its norm, gate and positions (LRPE), and SGLU for the channels."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import array_api_compat as api
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace, real
+from .arguments import axes, namespace, real, whole
 from .dense import check_floats, layer_norm
 from .memory import _sigmoid
 
-__all__ = ["simple_rms_norm", "transnormer_attention"]
+__all__ = ["lrpe", "lrpe_angles", "sglu", "simple_rms_norm", "transnormer_attention"]
 
 MODES = ("paper", "released")
 EPSILON = {"paper": 1e-6, "released": 1e-5}
@@ -46,6 +48,104 @@ def simple_rms_norm(x: Any, epsilon: float = EPSILON["paper"]) -> Any:
     return x / xp.sqrt(xp.mean(x**2, axis=-1, keepdims=True) + real("epsilon", epsilon, 0))
 
 
+def lrpe_angles(heads: int, width: int) -> NDArray[np.float64]:
+    """Return the angles by which LRPE starts, ``10000^(-2 i / (h d))`` for column i of all heads' columns together.
+
+    They are parameters: a model that is trained has others.
+
+    Parameters
+    ----------
+    heads, width : int
+        h, and a head's columns d.
+
+    Returns
+    -------
+    (h, d) float64 array
+        In radians for each position.
+
+    Raises
+    ------
+    InvalidInput
+        Which argument is wrong.
+
+    Notes
+    -----
+    Source: as :func:`lrpe`.
+    """
+    columns = whole("heads", heads, 1) * whole("width", width, 1)
+    return np.asarray(10000.0 ** (-2.0 * np.arange(columns) / columns)).reshape(heads, width)
+
+
+def lrpe(x: Any, angles: Any, offset: int = 0) -> Any:
+    """Return LRPE of queries or keys, twice as wide: ``x_i cos(i angle)`` and then ``x_i sin(i angle)``.
+
+    The product of a query and a key so written is ``sum_c q_ic k_jc cos((i - j) angle_c)``: it knows their distance
+    alone, as rotary positions do, but each column has an angle of its own, and no pair of columns is turned.
+
+    Parameters
+    ----------
+    x : (..., h, n, d) float array
+        Queries or keys by head, after their activation.
+    angles : (h, d) array
+        Of x's type: :func:`lrpe_angles`, cast to it, or trained ones.
+    offset : int
+        The position of the first row, from 0 on.
+
+    Returns
+    -------
+    (..., h, n, 2 d)
+
+    Raises
+    ------
+    InvalidInput
+        Which argument is wrong.
+
+    Notes
+    -----
+    Source: Qin et al., Linearized Relative Positional Encoding, arXiv 2307.09270 (recalled), as TransNormerLLM's
+    released model code has it in its first layer (a copy was read).
+    """
+    xp = check_floats(x=x, angles=angles)
+    if x.ndim < 3 or 0 in x.shape:
+        raise InvalidInput(f"x: shape is {tuple(x.shape)}, expected (..., heads, tokens, features), each at least 1")
+    axes("angles", angles, x.shape[-3], x.shape[-1])
+    first = whole("offset", offset, 0)
+    place = xp.astype(xp.arange(first, first + x.shape[-2], device=api.device(x)), x.dtype)
+    turn = place[:, None] * angles[:, None, :]
+    return xp.concat([x * xp.cos(turn), x * xp.sin(turn)], axis=-1)
+
+
+def sglu(x: Any, w_gate: Any, w_value: Any, w_out: Any) -> Any:
+    """Return TransNormer's layer that mixes channels, ``((x w_gate) * (x w_value)) w_out``: a GLU without activation.
+
+    Parameters
+    ----------
+    x : (..., d) float array
+    w_gate, w_value : (d, m) arrays
+    w_out : (m, e) array
+
+    Returns
+    -------
+    (..., e)
+
+    Raises
+    ------
+    InvalidInput
+        Which argument is wrong.
+
+    Notes
+    -----
+    Source: as :func:`transnormer_attention`: SGLU.
+    """
+    check_floats(x=x, w_gate=w_gate, w_value=w_value, w_out=w_out)
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise InvalidInput(f"x: shape is {tuple(x.shape)}, expected (..., features), at least 1")
+    axes("w_gate", w_gate, x.shape[-1], "columns")
+    axes("w_value", w_value, *w_gate.shape)
+    axes("w_out", w_out, w_gate.shape[1], "features")
+    return ((x @ w_gate) * (x @ w_value)) @ w_out
+
+
 def transnormer_attention(
     x: Any,
     w_q: Any,
@@ -55,6 +155,7 @@ def transnormer_attention(
     w_out: Any,
     decay: Any,
     *,
+    angles: Any = None,
     norm_weight: Any = None,
     norm_bias: Any = None,
     epsilon: float | None = None,
@@ -83,6 +184,8 @@ def transnormer_attention(
     w_out : (h d_v, e) array
     decay : (h,) array
         Rates in 1/position, from 0 on: ``functions.positions.lightning_slopes``, cast to x's type.
+    angles : (h, d_k) array, optional
+        LRPE's, of the paper's first layer: q and k are written by :func:`lrpe`. None leaves positions to the decay.
     norm_weight, norm_bias : (h d_v,) arrays, optional
         LayerNorm's, in mode "released"; None is 1, and 0.
     epsilon : float, optional
@@ -102,7 +205,7 @@ def transnormer_attention(
     Notes
     -----
     Source: Qin et al., TransNormerLLM (arXiv 2307.14995; recalled, not read again); `tnl_attn.py` of
-    `OpenNLPLab/lightning-attention`, which was read. Rotary positions (LRPE) are not here.
+    `OpenNLPLab/lightning-attention`, which was read.
     """
     if mode not in MODES:
         raise InvalidInput(f"mode: got {mode!r}, expected one of {', '.join(MODES)}")
@@ -114,6 +217,8 @@ def transnormer_attention(
     heads, value = decay.shape[0], x @ w_v
     value = value if mode == "paper" else _silu(xp, value)
     q, k, v = (_heads(xp, y, heads) for y in (_silu(xp, x @ w_q), _silu(xp, x @ w_k), value))
+    if angles is not None:
+        q, k = lrpe(q, angles), lrpe(k, angles)
     out = _joined(xp, _lightning(xp, q, k, v, decay))
     gate = x @ w_gate
     if mode == "paper":

@@ -66,7 +66,7 @@ def lightning(
     """Return Lightning attention and its last state, computed on the GPU that the arrays are on.
 
     ``S_t = exp(-decay) S_(t-1) + k_t^T v_t``, ``out_t = scale q_t S_t``; sums and the state are in float32. Gradients
-    of out flow through PyTorch's graph (:func:`refattn.gpu.lightning_backward`); the last state has none.
+    of out and of the last state flow through PyTorch's graph (:func:`refattn.gpu.lightning_backward`).
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def lightning(
     InvalidProblem
         Shapes, types or devices that do not fit together.
     UnsupportedProblem
-        A type, a width or a GPU that the kernel does not take; gradients with grouped heads or d_v past 128.
+        A type, a width or a GPU that the kernel does not take; gradients with d_v past 128.
 
     Notes
     -----

@@ -12,7 +12,7 @@ import flint
 import numpy as np
 from numpy.typing import NDArray
 
-from ..functions.in_context import arm_scores
+from ..functions.in_context import arm_scores, thompson_scores
 from .claim import Claim, Evidence, judged, needs, same, total
 from .decisions import SOURCE
 from .fields import Q, meet, precise, rational, solve
@@ -267,6 +267,72 @@ def one_layer() -> Evidence:
     return _compared(False, "actions that are not LinUCB's, one layer")
 
 
+def _drawn(h: History, noise: Float) -> Float:
+    """Return Thompson sampling's scores of the arms under one draw, by eigenvectors."""
+    values, vectors = np.linalg.eigh(h.inverse)
+    mean, _ = h.scores()
+    return np.asarray(mean + NOISE * (h.arms @ ((vectors * np.sqrt(values)) @ (vectors.T @ noise))))
+
+
+def _needed_of_draw(h: History, noise: Float) -> int:
+    """Return the layers after which scores of a draw are off by less than half the best two's distance.
+
+    Layers leave a share of the mean's weights; of the root of 1/V what its iteration's residual e is, relative to it:
+    from 1 - low / trace on a round takes e to (3 e² + e³)/4 at most. Arms have norm 1 at most.
+    """
+    values = 1 / np.linalg.eigvalsh(h.inverse)
+    low, high = values.min(), values.max()
+    second, first = np.sort(_drawn(h, noise))[-2:]
+    of_mean, of_draw = np.linalg.norm(h.inverse @ h.weighted), NOISE * np.linalg.norm(noise) / math.sqrt(low)
+    share, e, pace = 1.0, 1 - low / values.sum(), (high - 1) / (high + 1)
+    for depth in itertools.count(1):
+        share, e = share * pace, (3 * e**2 + e**3) / 4
+        if 2 * (share * of_mean + e * of_draw) < first - second:
+            return depth
+    raise AssertionError
+
+
+def _known_of_draw() -> int:
+    """Return how often `_needed_of_draw` is wrong for arms 1 and s along the smallest of two eigenvalues, no mean.
+
+    Their scores are NOISE/2 and s of it, and off by e of it at most.
+    """
+    wrong = 0
+    for s, layers in ((0.0, 2), (0.75, 3), (0.98, 4)):  # e goes 0.8, 0.608, 0.333..., 0.093..., 0.0067...
+        h = History(np.array([[1.0, 0.0], [s, 0.0]]), np.diag([1 / 4, 1 / 16]), np.zeros(2), 0.0, [], [])
+        wrong += _needed_of_draw(h, np.array([1.0, 0.0])) != layers
+    return wrong
+
+
+def _draws(deep: bool, what: str, rounds: int = 30) -> Evidence:
+    wrong, depths = [], []
+
+    def policy(h: History, rng: np.random.Generator) -> int:
+        noise = np.asarray(rng.standard_normal(h.arms.shape[1]))
+        depths.append(_needed_of_draw(h, noise))
+        seen = np.array(h.actions).reshape(-1, h.arms.shape[1]), np.array(h.rewards)
+        scores = thompson_scores(*seen, h.arms, noise, variance=NOISE**2, depth=depths[-1] if deep else 1)
+        wrong.append(int(np.argmax(scores)) != int(np.argmax(_drawn(h, noise))))
+        return int(np.argmax(scores))
+
+    for seed in range(2):
+        _play(policy, 3, rounds, seed)
+    return Evidence(
+        total(*wrong, _known_of_draw()), 0, what, {"round": list(range(1, rounds + 1)), "layers": depths[:rounds]}
+    )
+
+
+def draws(rounds: int = 30) -> Evidence:
+    """A stack of ReLU layers and rounds of products that acts by itself, of the same draws."""
+    needs(rounds >= 1, "at least one round")
+    return _draws(True, "actions that are not Thompson sampling's", rounds)
+
+
+def draws_of_one_layer() -> Evidence:
+    """One layer, and one round for the root."""
+    return _draws(False, "actions that are not Thompson sampling's, one layer")
+
+
 CLAIMS = [
     Claim(
         "decisions-linucb",
@@ -274,6 +340,14 @@ CLAIMS = [
         SOURCE,
         agreement,
         one_layer,
+        ("at least one round",),
+    ),
+    Claim(
+        "decisions-thompson",
+        "A policy of ReLU attention layers takes all of Thompson sampling's actions of the same draws",
+        SOURCE,
+        draws,
+        draws_of_one_layer,
         ("at least one round",),
     ),
     Claim(

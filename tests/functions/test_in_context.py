@@ -181,6 +181,32 @@ def test_more_layers_act_as_linucb():
     assert sure[256] > 50
 
 
+def test_more_layers_act_as_thompson_sampling():
+    """Of the same draw: the root leaves what its residual is, e to (3 e² + e³)/4, and the mean as above."""
+    depths, rng = (1, 4, 16, 64, 256), np.random.default_rng(4)
+    alike, sure = dict.fromkeys(depths, 0), dict.fromkeys(depths, 0)
+    for actions, rewards, arms in game(40, 1):
+        noise = rng.standard_normal(3)
+        scores = thompson_scores(actions, rewards, arms, noise, variance=0.25)
+        second, first = np.sort(scores)[-2:]
+        v = actions.T @ actions + np.eye(3)
+        values = np.linalg.eigvalsh(v)
+        theta, residual = np.linalg.solve(v, actions.T @ rewards), 1 - values[0] / values.sum()
+        for depth in depths:
+            left, e = ((values[-1] - 1) / (values[-1] + 1)) ** depth, residual
+            for _ in range(depth):
+                e = (3 * e**2 + e**3) / 4
+            off = left * np.linalg.norm(theta) + 0.5 * e * np.linalg.norm(noise) / np.sqrt(values[0])
+            found = thompson_scores(actions, rewards, arms, noise, variance=0.25, depth=depth)
+            same = scores.argmax() == found.argmax()
+            alike[depth] += same
+            sure[depth] += 2 * off < first - second
+            assert same or 2 * off >= first - second
+            assert abs(found - scores).max() <= off + 2.0**-40
+    assert alike[256] == 40 > alike[1]
+    assert sure[256] > 35
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_policies(kind):
     mean, uncertainty = kind(np.array([1.0, 0, 2, 0.5], np.float32)), kind(np.array([0.5, 1.5, 0, 1], np.float32))

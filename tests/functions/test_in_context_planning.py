@@ -63,6 +63,23 @@ def test_values_are_backward_induction(kind, bonus):
     assert (due[counts == 0] == 3).all()
 
 
+def test_more_layers_act_as_ucb_vi():
+    """So many steps from the end values are those of all layers, to the bit; one layer acts otherwise before."""
+    rng, horizon = np.random.default_rng(3), 6
+    visits = np.stack([rng.integers(n, size=900) for n in (horizon, 4, 2)], 1)
+    told = visits, rng.integers(0, 2, 900) / 8.0, rng.integers(0, 4, 900), (horizon, 4, 2), 0.5
+    whole = ucb_vi(*told)
+    alike = []
+    for layers in range(1, horizon + 1):
+        found = ucb_vi(*told, layers=layers)
+        assert (found[horizon - layers :] == whole[horizon - layers :]).all()
+        alike.append(int((found.argmax(2) == whole.argmax(2)).sum()))
+    assert (found == whole).all()
+    assert (ucb_vi(*told, layers=99) == whole).all()
+    assert alike[0] < alike[-1] == horizon * 4
+    assert alike == sorted(alike)
+
+
 def test_regret_falls():
     """A corridor where only going on, which pays at the end, is best: late episodes lose less than early ones."""
     horizon, states = 4, 4

@@ -10,7 +10,7 @@ import torch
 
 from refattn import InvalidInput
 from refattn.functions.positions import lightning_slopes
-from refattn.functions.transnormer import simple_rms_norm, transnormer_attention
+from refattn.functions.transnormer import lrpe, lrpe_angles, sglu, simple_rms_norm, transnormer_attention
 
 RNG = np.random.default_rng(0)
 N, D, HEADS, D_K, D_V, E = 6, 5, 3, 2, 4, 3
@@ -18,13 +18,18 @@ WEIGHTS = [RNG.standard_normal(s) for s in [(D, HEADS * D_K)] * 2 + [(D, HEADS *
 X, DECAY = RNG.standard_normal((2, N, D)), lightning_slopes(HEADS, 1, 4) * 8
 NORM = {"norm_weight": RNG.standard_normal(HEADS * D_V), "norm_bias": RNG.standard_normal(HEADS * D_V)}
 
+ANGLES = np.array([[1.0, 0.3], [2.5, 0.01], [0.0, 3.0]])
+
 
 def matrix(x):
     return mpmath.matrix(np.asarray(x).tolist())
 
 
-def by_recurrence(x, mode, norm, epsilon):
-    """Return the layer of one sequence: states that fade and take tokens in, one after the other."""
+def by_recurrence(x, mode, norm, epsilon, angles=None):
+    """Return the layer of one sequence: states that fade and take tokens in, one after the other.
+
+    With angles they turn as well: states are complex, and what is read is the real part.
+    """
     mp = mpmath.mp
 
     def sigmoid(y):
@@ -37,11 +42,12 @@ def by_recurrence(x, mode, norm, epsilon):
     width, out = HEADS * D_V, mpmath.zeros(N, HEADS * D_V)
     for h in range(HEADS):
         state, fade = mpmath.zeros(D_K, D_V), mp.exp(-mpmath.mpf(float(DECAY[h])))
+        turn = [mp.expj(0.0 if angles is None else float(angles[h, a])) for a in range(D_K)]
         for i in range(N):
             for c in range(D_V):
                 for a in range(D_K):
-                    state[a, c] = fade * state[a, c] + k[i, h * D_K + a] * v[i, h * D_V + c]
-                out[i, h * D_V + c] = sum(q[i, h * D_K + a] * state[a, c] for a in range(D_K))
+                    state[a, c] = turn[a] * fade * state[a, c] + k[i, h * D_K + a] * v[i, h * D_V + c]
+                out[i, h * D_V + c] = sum(q[i, h * D_K + a] * state[a, c].real for a in range(D_K))
     for i in range(N):
         row = [out[i, c] for c in range(width)]
         if mode == "released":
@@ -57,20 +63,28 @@ def by_recurrence(x, mode, norm, epsilon):
 
 @pytest.mark.parametrize("make", [np.asarray, torch.asarray, jnp.asarray])
 @pytest.mark.parametrize(
-    ("mode", "norm", "epsilon"),
-    [("paper", None, None), ("released", None, None), ("released", NORM, None), ("paper", None, 0.25)],
+    ("mode", "norm", "epsilon", "angles"),
+    [
+        ("paper", None, None, None),
+        ("released", None, None, ANGLES),
+        ("released", NORM, None, None),
+        ("paper", None, 0.25, ANGLES),
+    ],
 )
-def test_a_recurrence_of_60_digits(make, mode, norm, epsilon):
+def test_a_recurrence_of_60_digits(make, mode, norm, epsilon, angles):
     kind = np.float32 if make is jnp.asarray else np.float64
     given = [make(np.asarray(y, kind)) for y in (X, *WEIGHTS, DECAY)]
     more = {n: make(np.asarray(y, kind)) for n, y in (norm or {}).items()}
-    got = transnormer_attention(*given, **more, epsilon=epsilon, mode=mode)
+    turned = None if angles is None else np.asarray(angles, kind)
+    got = transnormer_attention(
+        *given, **more, epsilon=epsilon, mode=mode, angles=None if turned is None else make(turned)
+    )
     assert type(got) is type(given[0])
     assert got.dtype == given[0].dtype
     assert tuple(got.shape) == (2, N, E)
     small = epsilon if epsilon is not None else {"paper": 1e-6, "released": 1e-5}[mode]
     with mpmath.workdps(60):
-        exact = np.stack([by_recurrence(x, mode, norm, mpmath.mpf(small)) for x in X])
+        exact = np.stack([by_recurrence(x, mode, norm, mpmath.mpf(small), turned) for x in X])
     # a number of the result has some 50 roundings behind it, of sums whose terms stay below 128 here
     assert np.abs(np.asarray(got, float) - exact).max() <= 50 * np.finfo(kind).eps * 128
 
@@ -110,6 +124,49 @@ def test_the_norm():
     assert simple_rms_norm(np.array([3.0, 4.0, 0.0, 0.0]), 0.0).tolist() == [1.2, 1.6, 0.0, 0.0]
     assert simple_rms_norm(np.zeros(4)).tolist() == [0.0] * 4
     assert simple_rms_norm(np.array([1.0, 1.0]), 3.0).tolist() == [0.5, 0.5]
+
+
+def test_lrpe_knows_the_distance_alone():
+    """The sum of cosines is exact to a few roundings; later rows are those of an offset, to the bit."""
+    q, k = np.array([[1.0, 2.0]] * 5)[None], np.array([[4.0, 0.5]] * 5)[None]
+    angles = np.array([[0.75, 2.0]])
+    scores = (lrpe(q, angles) @ lrpe(k, angles).mT)[0]
+    apart = np.arange(5)[:, None] - np.arange(5)
+    assert abs(scores - 4 * np.cos(0.75 * apart) - np.cos(2.0 * apart)).max() <= 5 * 16 * 2.0**-52
+    assert (lrpe(q[:, 2:], angles, 2) == lrpe(q, angles)[:, 2:]).all()
+    assert lrpe(q, angles)[0, 0].tolist() == [1.0, 2.0, 0.0, 0.0]
+
+
+def test_lrpe_starts_with_one_geometric_row_of_angles_over_all_heads():
+    found = lrpe_angles(2, 4)
+    assert found.shape == (2, 4)
+    assert found[0, 0] == 1.0
+    assert abs(found.reshape(-1)[1:] / found.reshape(-1)[:-1] - 0.1).max() <= 2.0**-50
+    assert abs(found[1, 0] - 1e-4) <= 2.0**-60
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.asarray, jnp.asarray])
+def test_sglu_is_a_product_of_two_linear_maps(make):
+    x, a, b, c = (make(np.array(y, np.float32)) for y in ([[2, -1]], [[1, 0, 3], [2, 1, 1]], [[1, 1, 0], [0, 5, 2]],
+                                                          [[1], [2], [3]]))  # fmt: skip
+    assert np.asarray(sglu(x, a, b, c)).tolist() == [[0 * 2 + 2 * (-1 * -3) + 3 * (5 * -2)]]
+
+
+def test_errors_of_lrpe_and_sglu():
+    x, angles, w = np.ones((1, 3, 2)), np.ones((1, 2)), np.ones((2, 3))
+    for call, text in (
+        (lambda: lrpe(x[0], angles), "x: shape is (3, 2), expected (..., heads, tokens, features), each at least 1"),
+        (lambda: lrpe(x, angles[:, :1]), "angles: shape is (1, 1), expected (1, 2)"),
+        (lambda: lrpe(x, angles, -1), "offset: got -1, expected"),
+        (lambda: lrpe_angles(0, 2), "heads: got 0, expected"),
+        (lambda: sglu(np.float64(1.0) * np.ones(()), w, w, w.T), "x: shape is (), expected (..., features), at least"),
+        (lambda: sglu(x, w.T, w, w.T), "w_gate: shape is (3, 2), expected (2, columns)"),
+        (lambda: sglu(x, w, w[:, :2], w.T), "w_value: shape is (2, 2), expected (2, 3)"),
+        (lambda: sglu(x, w, w, w), "w_out: shape is (2, 3), expected (3, features)"),
+        (lambda: transnormer_attention(X, *WEIGHTS, DECAY, angles=ANGLES[:2]), "angles: shape is (2, 2), expected (3,"),
+    ):
+        with pytest.raises(InvalidInput, match=f"^{re.escape(text)}"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from refattn import InvalidProblem, Problem, UnsupportedProblem, check_kernel, check_problem
+from refattn import InvalidProblem, Problem, UnsupportedProblem, check_kernel, check_problem, evaluate
+from refattn.check.bounds.forward import bounds
+from refattn.check.bounds.gradients import gradient_bounds
 from refattn.check.inputs.draw import Draw
 from refattn.check.kernel import Kernel
 from refattn.check.kernels import KERNELS
+from refattn.check.model import flash
 from refattn.dtypes import FORMATS
 from refattn.gpu import gated_delta, lightning, lightning_backward, lightning_mma, recurrence, recurrence_backward
 from refattn.gpu.views import View
@@ -89,31 +92,60 @@ def test_keys_that_come_again(tmp_path):
         assert report.passed, (count, report.describe(report.checks[0]))
 
 
-@GXX
-def test_gradients_are_the_same_kernels_with_other_roles(tmp_path, monkeypatch):
-    made, ends = libraries(tmp_path), np.array([0, 1, 1, 66, 80], np.int32)
-    p = call("lightning", 80, "bfloat16", d=66, d_v=66, state=True, scale=0.3, cu_seqlens_q=ends, cu_seqlens_k=ends)
+def by_host(made, monkeypatch):
+    """Return a kernel with gradients whose recurrences run on the CPU: on warps in bfloat16, else in plain float32."""
 
-    def run_on(entry, given, scale, state, cu, options, back):
+    def forward(x):
+        return on_warps(made[0], x) if x.dtype == "bfloat16" else run(made[1], x)
+
+    def run_on(entry, given, scale, state, cu, options, back=False):
         step = -1 if back else 1
         given, state = {n: x[:, :, ::step] for n, x in given.items()}, None if state is None else state.copy()
         more = {"scale": scale, "state": state, "cu_seqlens_q": cu, "cu_seqlens_k": cu, "options": options}
-        out, last = on_warps(made, Problem(**given, causal="bottom_right", variant=entry, **more))
+        out, last = forward(Problem(**given, causal="bottom_right", variant=entry, **more))
         return out[:, :, ::step], last
 
-    def gradients(x, dout):
+    def gradients(x, dout, dstate_out=None):
         more = {"decay": x.options["decay"], "scale": x.scale, "state": x.state, "cu_seqlens": x.cu_seqlens_q}
-        found = lightning_backward(x.query, x.key, x.value, dout.astype(x.query.dtype), **more)
-        return dict(zip(("dq", "dk", "dv", "dstate"), found, strict=True))
+        dout = dout.astype(x.query.dtype)
+        found = lightning_backward(x.query, x.key, x.value, dout, dstate_out=dstate_out, **more)
+        return {n: y for n, y in zip(("dq", "dk", "dv", "dstate"), found, strict=True) if y is not None}
 
     monkeypatch.setattr(recurrence, "run", run_on)
     monkeypatch.setattr(recurrence_backward, "_numbers", lambda like, x: np.array(x, np.float32))
-    kernel = Kernel.of(lambda x: on_warps(made, x), name="warps")
+    monkeypatch.setattr(recurrence_backward, "cast", lambda x, dtype, name: x.astype(FORMATS[dtype].dtype))
+    kernel = Kernel.of(forward, name="warps")
     kernel.call.gradients = gradients
-    dout = np.random.default_rng(1).standard_normal(p.out_shape).astype(p.query.dtype)
-    report = check_problem(kernel, p, "host", gradients=dout)
-    assert report.passed, [report.describe(c) for c in report.failures]
-    assert not report.unasked
+    return kernel
+
+
+@GXX
+def test_gradients_are_the_same_kernels_with_other_roles(tmp_path, monkeypatch):
+    kernel = by_host((libraries(tmp_path), library(tmp_path, 64, 0)), monkeypatch)
+    ends = np.array([0, 1, 1, 66, 80], np.int32)
+    packs = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+    p = call("lightning", 80, "bfloat16", d=66, d_v=66, state=True, scale=0.3, **packs)
+    grouped = call("lightning", 40, "bfloat16", d=16, d_v=24, h=4, h_kv=2, scale=0.3)
+    for x in (p, grouped):
+        dout = np.random.default_rng(1).standard_normal(x.out_shape).astype(x.query.dtype)
+        report = check_problem(kernel, x, "host", gradients=dout)
+        assert report.passed, [report.describe(c) for c in report.failures]
+        assert not report.unasked
+
+
+@GXX
+@pytest.mark.parametrize("pack", [False, True])
+def test_what_arrives_at_the_last_state_goes_on_to_keys_values_and_the_first(tmp_path, monkeypatch, pack):
+    ends = np.array([0, 1, 1, 21, 30], np.int32)
+    more = {"cu_seqlens_q": ends, "cu_seqlens_k": ends} if pack else {"h": 2, "h_kv": 1}
+    p = call("lightning", 30, d=64, d_v=24, state=True, scale=0.3, **more)
+    kernel = by_host((None, library(tmp_path, 64, 0)), monkeypatch)
+    rng = np.random.default_rng(2)
+    dout, end = (rng.standard_normal(s).astype(np.float32) for s in (p.out_shape, p.state_shape))
+    answer = evaluate(p, gradients=dout, dstate_out=end)
+    limit = gradient_bounds(answer, flash("float32"), dout, bounds(answer, flash("float32")), end)
+    for n, x in kernel.call.gradients(p, dout, end).items():
+        assert (answer.enclosures[n].error(x.astype(float)) <= limit[n]).all(), n
 
 
 def test_an_array_is_turned_without_a_copy():
@@ -126,8 +158,8 @@ def test_an_array_is_turned_without_a_copy():
 def test_what_gradients_do_not_take_is_named():
     x = np.zeros((1, 2, 4, 8), np.float32)
     wide = np.zeros((1, 2, 4, 136), np.float32)
-    with pytest.raises(UnsupportedProblem, match="take as many key heads as query heads, got 1 and 2; repeat"):
-        lightning_backward(x, x[:, :1], x[:, :1], x, decay=(0.1, 0.2))
+    with pytest.raises(InvalidProblem, match=r"dstate_out: got shape \(1, 2, 4, 8\), expected \(1, 2, 8, 8\)"):
+        lightning_backward(x, x, x, x, decay=(0.1, 0.2), dstate_out=x)
     with pytest.raises(UnsupportedProblem, match="gradients of lightning take values of up to 128 columns, got 136"):
         lightning_backward(x, x, wide, wide, decay=(0.1, 0.2))
 
@@ -171,12 +203,15 @@ def test_pytorchs_graph_gets_gradients(monkeypatch):
     monkeypatch.setattr(recurrence, "run", run_on)
     q, k, v, state = (torch.ones(1, 1, *s, requires_grad=True) for s in ((4, 8), (4, 8), (4, 6), (8, 6)))
     monkeypatch.setattr(recurrence_backward, "_numbers", lambda like, x: torch.tensor(x))
+    monkeypatch.setattr(recurrence_backward, "cast", lambda x, dtype, name: x.to(getattr(torch, dtype)))
     out, last = lightning(q, k, v, decay=(0.5,), scale=3.0, state=state)
-    assert not last.requires_grad
-    found = torch.autograd.grad(out.sum(), (q, k, v, state))
+    found = torch.autograd.grad(out.sum(), (q, k, v, state), retain_graph=True)
     assert [x.shape for x in found] == [x.shape for x in (q, k, v, state)]
     assert seen == [(back, 3.0, (0.5,), none) for back, none in ((0, 0), (0, 0), (1, 1), (1, 1))]
     assert np.float32(found[3][0, 0, 0, 0]) == np.float32(3.0 * np.exp(-0.5))
+    _, by_key, _, by_state = torch.autograd.grad(last, (q, k, v, state), 5 * torch.ones_like(last))
+    assert abs(by_key[0, 0, :, 0] - 2 - 30 * torch.exp(-0.5 * torch.arange(3, -1, -1))).max() <= 2.0**-18
+    assert abs(by_state - 3 * np.exp(-0.5) - 5 * np.exp(-2)).max() <= 2.0**-20
 
 
 @pytest.mark.parametrize(("shape", "gate"), [(None, 0), ((1, 1, 4, 1), 1), ((1, 1, 4, 8), 2)])

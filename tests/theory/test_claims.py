@@ -65,6 +65,8 @@ VIOLATED = {
     "decisions-accelerated": ({"kappas": (1.0,)}, "kappa > 1"),
     "decisions-root": ({"high": 8}, "a distance to I below 1"),
     "decisions-linucb": ({"rounds": 0}, "at least one round"),
+    "decisions-thompson": ({"rounds": 0}, "at least one round"),
+    "decisions-ucb-vi": ({"horizon": 0}, "at least one step"),
     "decisions-regret-growth": ({"starts": (0,)}, "at least one round"),
     "decisions-potential": ({"size": 2}, "at most unit norm"),
     "crate-descent": ({"steps": (Fraction(3, 2),)}, "steps s in (0, 1)"),

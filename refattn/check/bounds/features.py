@@ -20,7 +20,7 @@ from ...exact.matrix import Reflected
 from ...norms import NORMS, has_norms, multiplied
 from ...positions import partners, places, tables
 from ..model import Model, inside_type
-from .graph import Link, Node, Scaled
+from .nodes import Link, Node, Scaled
 from .operands import Operands
 from .rules import floor
 

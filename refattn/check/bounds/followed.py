@@ -20,17 +20,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...exact.tape import parents_first
-from .graph import Left, Node
+from .nodes import Left, Node
 
 __all__ = ["Followed", "own_losses"]
 
 Float = NDArray[np.float64]
 ROUND = 2.0**-50
 """What float64 may lose of a bound in taking off a part of it, relative to it."""
+KEPT = 64
+"""How many pieces' losses have matrices of their own at least; twice as many at most."""
 
 
 class Followed:
     """Losses of pieces one after another, each with the matrix by which the state has moved since.
+
+    Of pieces long ago the losses of a column of the state are held by one ellipsoid, ``{x: |l·x|² <= l·Q l}`` for all
+    l: so memory and the time of a piece stay the same however many there were. To move by M is to take Q to M Q M^T, of
+    which nothing is lost. A loss of at most ``own`` in each number is a sum of d segments; that of segments g has the
+    ellipsoid ``sum |g| · sum g g^T / |g|``, that of two sums ``(r + s) (Q / r + R / s)`` with r² and s² their traces:
+    by Cauchy and Schwarz no l·x is larger, and no other such weights have a smaller trace. Variances add up: theirs are
+    exact.
 
     Parameters
     ----------
@@ -39,24 +48,61 @@ class Followed:
     """
 
     def __init__(self, d: int, width: int) -> None:
-        self.moves, self.own, self.var = (np.zeros((0, d, n)) for n in (d, width, width))
+        self.moves = np.zeros((d, 0))  # the pieces' matrices side by side
+        self.own, self.var = (np.zeros((0, width)) for _ in range(2))
+        self.since = np.eye(d)
+        self.old, self.old_var = (np.zeros((width, d, d)) for _ in range(2))
+
+    def largest(self, by: Float) -> Float:
+        """Return the largest error of ``by`` times the state."""
+        return self._largest(by @ self.moves, by @ self.since)
 
     def met(self, by: Float) -> tuple[Float, Float]:
         """Return the largest error and the variance of ``by`` times the state."""
-        return self._sums(by @ self.moves)
+        return self._sums(by @ self.moves, by @ self.since)
 
-    def _sums(self, moved: Float) -> tuple[Float, Float]:
-        found = [
-            np.einsum("sij,sjc->ic", x, y, optimize=True) for x, y in ((np.abs(moved), self.own), (moved**2, self.var))
-        ]
-        return found[0], found[1]
+    def _largest(self, moved: Float, since: Float) -> Float:
+        found: Float = np.abs(moved) @ self.own
+        return found + np.sqrt(_along(self.old, since)) if self.old.any() else found
+
+    def _sums(self, moved: Float, since: Float) -> tuple[Float, Float]:
+        var = moved**2 @ self.var
+        return self._largest(moved, since), var + _along(self.old_var, since) if self.old_var.any() else var
 
     def step(self, by: Float, own: Float, var: Float) -> tuple[Float, Float]:
         """Move all by a piece's matrix, add what the piece loses, and return the state's largest error and variance."""
-        moves = np.concatenate([by @ self.moves, np.eye(len(by))[None]])
-        self.moves, own, var = moves, np.broadcast_to(own, self.own.shape[1:]), np.broadcast_to(var, self.own.shape[1:])
-        self.own, self.var = (np.concatenate([x, y[None]]) for x, y in ((self.own, own), (self.var, var)))
-        return self._sums(moves)
+        shape = len(by), self.own.shape[1]
+        self.moves = np.concatenate([by @ self.moves, np.eye(len(by))], 1)
+        self.own, self.var = (
+            np.concatenate([x, np.broadcast_to(y, shape)]) for x, y in ((self.own, own), (self.var, var))
+        )
+        self.since = by @ self.since
+        found = self._sums(self.moves, self.since)
+        if len(self.own) == 2 * KEPT * len(by):
+            self._fold()
+        return found
+
+    def _fold(self) -> None:
+        """Put the older half of the pieces into the ellipsoids."""
+        d = len(self.since)
+        n = KEPT * d
+        segments, own, var = self.moves[:, :n].T, self.own[:n], self.var[:n]  # a row each, for an error of 1
+        self.moves, self.own, self.var = self.moves[:, n:], self.own[n:], self.var[n:]
+        length = np.sqrt((segments**2).sum(1, keepdims=True))
+        unit = np.divide(segments, np.sqrt(length), out=np.zeros_like(segments), where=length > 0)
+        new = (own * length).sum(0)[:, None, None] * (unit.T @ (own.T[:, :, None] * unit))
+        old = self.since @ self.old @ self.since.T
+        r, s = (np.sqrt(np.trace(x, axis1=1, axis2=2))[:, None, None] for x in (old, new))
+        self.old = (r + s) * sum(np.divide(x, y, out=np.zeros_like(x), where=y > 0) for x, y in ((old, r), (new, s)))
+        room = ROUND * d * np.trace(self.old, axis1=1, axis2=2)  # for what float64 loses in these products
+        self.old += room[:, None, None] * np.eye(d)
+        self.old_var = self.since @ self.old_var @ self.since.T + segments.T @ (var.T[:, :, None] * segments)
+        self.since = np.eye(d)
+
+
+def _along(shape: Float, rows: Float) -> Float:
+    """Return by row l and column l·Q l, of the column's Q."""
+    return np.asarray(np.maximum(((rows @ shape) * rows).sum(2).T, 0.0))
 
 
 def own_losses(sources: list[Node], nodes: list[Node]) -> list[tuple[Float, Float]]:
@@ -77,13 +123,20 @@ def own_losses(sources: list[Node], nodes: list[Node]) -> list[tuple[Float, Floa
             continue
         parts = [(x, through[id(x.parent)]) for x in n.links if id(x.parent) in through]
         if parts:
-            through[id(n)] = sum(x.forward(a) for x, (a, _) in parts), sum(x.squares(b) for x, (_, b) in parts)
+            signed = _signed(n, sources)
+            sizes = sum(x.forward(a - (_signed(x.parent, sources) if x.carried() else 0.0)) for x, (a, _) in parts)
+            through[id(n)] = signed + sizes, sum(x.squares(b) for x, (_, b) in parts)
     found = []
     for n in nodes:
         span, var = through.get(id(n), (0.0, 0.0))
         own, rest = n.span - span + ROUND * n.span, variances[id(n)] - var
         found.append((_at_least_0(own, n), _at_least_0(rest, n)))
     return found
+
+
+def _signed(n: Node, sources: list[Node]) -> Any:
+    """Return what the errors of those sources that are followed become in a node at most."""
+    return sum((y for state, (_, y) in n.followed.items() if any(state is x for x in sources)), 0.0)
 
 
 def _at_least_0(x: Any, n: Node) -> Float:

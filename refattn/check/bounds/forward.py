@@ -29,8 +29,9 @@ from ...exact.heads import Head, heads, rows_of
 from ...problem import Problem
 from ...variants import Steps, variant_of
 from ..model import C, Model, inside_type
-from .graph import Graph, Node
+from .graph import Graph
 from .losses import Losses, Lossy
+from .nodes import Node
 from .operands import Operands
 from .pieces import ways_of
 from .rules import by_chance, floor

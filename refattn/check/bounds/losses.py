@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..model import C, Model
-from .graph import Inverted, Node, Scaled, Turned
+from .nodes import Inverted, Node, Scaled, Turned
 from .products import Products
 from .rules import SCORES, Rules, in_logarithm, logistic, moves, slope_of_tanh, tanh
 

@@ -8,8 +8,9 @@ from where they stand at that token, and not what the sizes of all numbers of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from .operands import Operands
 __all__ = ["chunks_of", "gradients_of", "ways_of"]
 
 Float = NDArray[np.float64]
+BLOCK = 64
+"""Tokens from one kept state to the next."""
 EXACT = flash("float64")
 """Next to nothing is lost: what is left are the errors that are put in."""
 
@@ -71,10 +74,10 @@ def gradients_of(
     """
     trace, model = ways[0].trace, ways[0].model
     tokens = Pieces(trace, trace.shape, model)
-    found, _ = tokens.backward(dout, lost_dout, of_state, tokens.forward()[2])
+    found, _ = tokens.backward(dout, lost_dout, of_state, tokens.forward(keep=True)[2])
     own, before, after = [], [], []
     for way in ways:
-        before.append(way.forward()[2])
+        before.append(way.forward(keep=True)[2])
         lost, errors = way.backward(dout, lost_dout, of_state, before[-1])
         own.append(lost)
         after.append(errors)
@@ -89,30 +92,47 @@ def gradients_of(
 class Trace:
     """A head of a linear recurrence in float64: states, and what each token reads of the one before and moves it by.
 
+    One state in ``BLOCK`` is kept; those between, and what tokens read and move, are made again where they are asked
+    for, a block at a time.
+
     Attributes
     ----------
-    states : list of (d_k, d_v) arrays
+    states : sequence of (d_k, d_v) arrays
         Before each token, and after the last.
-    reads : list of (1, d_k) arrays
-    moves : list of (d_k, d_k) arrays
+    reads : sequence of (1, d_k) arrays
+    moves : sequence of (d_k, d_k) arrays
     """
 
     def __init__(self, one: Head, shape: Steps) -> None:
         self.one, self.shape, self.f = one, shape, Floats()
-        d = one.q.shape[1]
-        self.states = [np.zeros((d, one.v.shape[1])) if one.state is None else one.state]
-        self.reads: list[Float] = []
-        self.moves: list[Float] = []
-        o = one.options(self.f)
-        shape.prepare(o)
-        unit, zero = matrix_of(self.f, np.eye(d)), matrix_of(self.f, np.zeros((1, d)))
-        with np.errstate(all="ignore"):
-            for (q, k, v), gates in one.tokens(self.f):
-                vars(o).update(gates)
-                self.states.append(shape.step(matrix_of(self.f, self.states[-1]), q, k, v, o)[0].a)
-                moves, reads = shape.step(unit, q, k, zero, o)
-                self.moves.append(moves.a)
-                self.reads.append(reads.a)
+        n, d = one.q.shape
+        self._kept = [np.zeros((d, one.v.shape[1])) if one.state is None else one.state]
+        self._made: tuple[int, tuple[list[Float], ...]] = (-1, ([], [], []))
+        for i in range(n // BLOCK):
+            self._kept.append(self._block(i)[0][-1])
+        self.states, self.reads, self.moves = Again(self, 0, n + 1), Again(self, 1, n), Again(self, 2, n)
+
+    def token(self, kind: int, t: int) -> Float:
+        """Return the state before a token (0), what it reads of it (1), or what it moves it by (2)."""
+        return self._block(t // BLOCK)[kind][t % BLOCK]
+
+    def _block(self, i: int) -> tuple[list[Float], ...]:
+        """Return the states, reads and moves of a block of tokens; the latest one's are kept."""
+        if self._made[0] != i:
+            states, reads, moves = [self._kept[i]], [], []
+            part, d = _part(self.one, slice(BLOCK * i, min(BLOCK * (i + 1), len(self.one.q)))), self.one.q.shape[1]
+            o = part.options(self.f)
+            self.shape.prepare(o)
+            unit, zero = matrix_of(self.f, np.eye(d)), matrix_of(self.f, np.zeros((1, d)))
+            with np.errstate(all="ignore"):
+                for (q, k, v), gates in part.tokens(self.f):
+                    vars(o).update(gates)
+                    states.append(self.shape.step(matrix_of(self.f, states[-1]), q, k, v, o)[0].a)
+                    move, read = self.shape.step(unit, q, k, zero, o)
+                    moves.append(move.a)
+                    reads.append(read.a)
+            self._made = i, (states, reads, moves)
+        return self._made[1]
 
     def along(self, at: slice) -> list[Float]:
         """Return by token of a chunk the product of the moves before it, and that of all."""
@@ -127,6 +147,21 @@ class Trace:
         for move in reversed(self.moves[at][1:]):
             found.append(move.T @ found[-1])
         return found[::-1]
+
+
+class Again(Sequence[Float]):
+    """What a trace makes again where it is asked for, one of a kind for each token."""
+
+    def __init__(self, trace: Trace, kind: int, n: int) -> None:
+        self.trace, self.kind, self.n = trace, kind, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self.trace.token(self.kind, t) for t in range(*at.indices(self.n))]
+        return self.trace.token(self.kind, range(self.n)[at])
 
 
 @dataclass(frozen=True)
@@ -186,23 +221,21 @@ class Pieces:
         last, out = self.shape.step(state, leaves["q"], leaves["k"], leaves["v"], o)
         return Piece(leaves, out, last)
 
-    def forward(self) -> tuple[tuple[Float, Float], tuple[Float, Float], list[Float]]:
+    def forward(self, keep: bool = False) -> tuple[tuple[Float, Float], tuple[Float, Float], list[Float]]:
         """Return errors and variances of out and of the last state, their roundings apart, and errors before tokens.
 
-        Out is (n_q, d_v), a state (d_k, d_v); of the states before each token only the largest errors are returned.
+        Out is (n_q, d_v), a state (d_k, d_v); of the states before each token only the largest errors are returned,
+        and these only where they are to be kept.
         """
-        return self._forward
-
-    @cached_property
-    def _forward(self) -> tuple[tuple[Float, Float], tuple[Float, Float], list[Float]]:
         followed, zero = Followed(*self.state), np.zeros(self.state)
         error, var, found, before = zero, zero, [(np.zeros((0, self.state[1])),) * 2], []
         for at in self.cuts:
             f, along = Losses(self.model, at.stop - at.start), self.trace.along(at)
-            before += [error, *(followed.met(by)[0] for by in along[1:-1])]
+            before += [error, *(followed.largest(by) for by in along[1:-1])] if keep else []
             reads = np.concatenate([r @ by for r, by in zip(self.trace.reads[at], along[:-1], strict=True)])
             with np.errstate(all="ignore"):
                 start = f.leaf(self.trace.states[at.start], ("d", "v"), error, var)
+                start.node.follow(followed.largest)
                 piece = self._run(f, at, start)
                 (own, spread), (lost, scatter) = own_losses([start.node], [piece.out.node, piece.last.node])
                 met, met_var = followed.met(reads)
@@ -215,8 +248,8 @@ class Pieces:
         """Return the variance of out by what queries lose: a form reads them twice, and both meet again."""
         if isinstance(self.shape, Steps) or not self.lost.var_q.any():
             return 0.0
-        scale, after = float(self.one.plain().scale), self.trace.states[1:]
-        return np.concatenate([scale**2 * x[None] @ s**2 for x, s in zip(self.lost.var_q, after, strict=True)])
+        scale, states = float(self.one.plain().scale), self.trace.states
+        return np.concatenate([scale**2 * x[None] @ states[t + 1] ** 2 for t, x in enumerate(self.lost.var_q)])
 
     def backward(
         self, dout: Float, lost_dout: Any, of_state: Float | None, before: list[Float], after: list[Float] | None = None
@@ -241,11 +274,13 @@ class Pieces:
         for at in reversed(self.cuts):
             f, back = Losses(self.model, at.stop - at.start, chance=False), self.trace.back(at)
             error = error if after is None else after[at.start]
-            errors = [*(followed.met(by)[0] for by in back[:-1]), error, *errors]
+            errors += [error, *(followed.largest(by) for by in back[-2::-1])]  # the last token's first
             with np.errstate(all="ignore"):
                 start = Tape(f.leaf(self.trace.states[at.start], ("d", "v"), before[at.start]))
+                start.value.node.follow(partial(_sizes, before[at.start]))
                 piece = self._run(f, at, start, Tape)
                 seeds = [f.leaf(dout[at], ("q", "v"), lost_dout[at]), f.leaf(arriving, ("d", "v"), error)]
+                seeds[1].node.follow(followed.largest if after is None else partial(_sizes, error))
                 *grads, of_start = gradients([piece.out, piece.last], seeds, [*piece.leaves.values(), start])
                 if after is None:
                     ((lost, _),) = own_losses([seeds[1].node], [of_start.node])
@@ -254,7 +289,7 @@ class Pieces:
                 own = own_losses(taken, [g.node for g in grads])
             found.append([(np.abs(g.a), x) for g, (x, _) in zip(grads, own, strict=True)])
             arriving = of_start.a
-        return self._joined(found[::-1]) | {"dstate": (np.abs(arriving), _known(error))}, errors
+        return self._joined(found[::-1]) | {"dstate": (np.abs(arriving), _known(error))}, errors[::-1]
 
     def _joined(self, found: list[list[tuple[Float, Float]]]) -> dict[str, tuple[Float, Float]]:
         """Return by gradient what was found by piece, one after another."""
@@ -265,6 +300,11 @@ class Pieces:
             size, error = (np.concatenate([none, *(piece[i][j] for piece in found)]) for j in range(2))
             joined[f"d{n}"] = size, _known(error)
         return joined
+
+
+def _sizes(error: Float, by: Float) -> Float:
+    """Return what a matrix times a state may be off by, where its numbers' largest errors are known alone."""
+    return np.asarray(np.abs(by) @ error)
 
 
 def _known(x: Float) -> Float:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ...errors import UnsupportedProblem
 from ..model import C
 from .features import Features
-from .graph import Left, Node, Right, Summed
+from .nodes import Left, Node, Right, Summed
 from .rules import in_logarithm
 
 __all__ = ["Products"]

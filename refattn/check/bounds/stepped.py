@@ -14,8 +14,8 @@ from ...variants import Steps
 from ..model import C, Model
 from .cumulated import steps_lost
 from .followed import Followed, own_losses
-from .graph import Node
 from .losses import Losses, Lossy, variance_of
+from .nodes import Node
 from .operands import Operands
 from .pieces import chunks_of
 
@@ -65,6 +65,8 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float],
             spans.append(np.broadcast_to(span, out.shape))
             variances.append(np.broadcast_to(variance, out.shape))
             state = f.leaf(state.a, ("d", "v"), lost_state, var_state)  # without the graph behind it
+            if signed is not None:
+                state.node.follow(signed.followed.largest)
         moved = _moved(one, shape, common)
     last, none = state.node, np.zeros((0, one.v.shape[1]))  # there may be no token
     return (

@@ -90,10 +90,8 @@ def _back(p: Problem, dout: Any, dstate_out: Any = None) -> dict[str, Any]:
     if p.variant == "gated_delta":
         more |= {"alpha": p.alpha, "beta": p.beta, "dstate_out": dstate_out}
         return gated_delta_backward(p.query, p.key, p.value, dout, **more)
-    if dstate_out is not None:
-        raise UnsupportedProblem("refattn-recurrent: lightning takes no gradient at the last state")
     rates = variant_of(p.variant).settings(p)["decay"]
-    found = lightning_backward(p.query, p.key, p.value, dout, decay=rates, **more)
+    found = lightning_backward(p.query, p.key, p.value, dout, decay=rates, dstate_out=dstate_out, **more)
     return {n: x for n, x in zip(("dq", "dk", "dv", "dstate"), found, strict=True) if x is not None}
 
 

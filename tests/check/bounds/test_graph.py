@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from refattn import UnsupportedProblem
-from refattn.check.bounds.graph import Graph, Left, Node, Right, Scaled, Summed, Turned
+from refattn.check.bounds.graph import Graph
+from refattn.check.bounds.nodes import Left, Node, Right, Scaled, Summed, Turned
 
 
 def node(a, axes=("q", "k"), err=0.0, var=0.0, *links, **more):

@@ -9,7 +9,7 @@ from refattn import VARIANTS, InvalidInput, evaluate
 from refattn.check.bounds.cumulated import ratios_lost
 from refattn.check.bounds.forward import bounds
 from refattn.check.bounds.gradients import gradient_bounds
-from refattn.check.bounds.pieces import Pieces, Trace, gradients_of, ways_of
+from refattn.check.bounds.pieces import BLOCK, Pieces, Trace, gradients_of, ways_of
 from refattn.check.bounds.rounded import HOWS, Rounded, Rounding
 from refattn.check.kernels import chunked as kernel
 from refattn.check.model import MODELS, flash
@@ -40,6 +40,24 @@ def test_a_trace_is_the_recurrence_in_loops():
     assert (along[0] == np.eye(3)).all()
     assert (back[0] == m[2].T @ m[3].T).all()
     assert (back[2] == np.eye(3)).all()
+
+
+def test_a_trace_keeps_one_state_a_block():
+    """And makes the others again, to the bit, in whatever order they are asked for."""
+    (one,) = heads(call("gated", 130, d=2)[0])
+    found, states = Trace(one, SHAPE), [one.state]
+    assert len(found._kept) == 130 // BLOCK + 1
+    for t in range(130):
+        k, beta = one.k[t : t + 1], one.gates["beta"][t]
+        state = states[-1] * one.gates["alpha"][t]
+        states.append(state + k.T @ ((one.v[t : t + 1] - k @ state) * beta))
+    for t in (130, 3, 128, 64, 63, 0, -1):
+        assert abs(found.states[t] - states[t]).max() <= 2.0**-40
+    assert len(found.states[60:70]) == 10
+    assert (found.states[60:70][4] == found.states[64]).all()
+    assert (len(found.moves), len(found.reads)) == (130, 130)
+    with pytest.raises(IndexError):
+        found.moves[130]
 
 
 class Sparse(Rounding):
@@ -156,7 +174,7 @@ def test_what_a_chunk_loses_comes_to_later_outputs_and_gradients():
     p.query[:, :, 8:] = dout[:, :, 8:] = np.eye(3)[0]
     (one,) = heads(p)
     ways = ways_of(one, flash("float32"))
-    (out, _), _, before = ways[0].forward()
+    (out, _), _, before = ways[0].forward(keep=True)
     assert (before[8] > 0).all()
     assert (out[8:] >= before[8][0]).all()
     arriving = dout[0, 0].astype(float)
@@ -169,11 +187,11 @@ def test_what_a_chunk_loses_comes_to_gradients_of_earlier_tokens():
     p, dout = call("gated", 16, d=3)
     (one,) = heads(p)
     (way, _), arriving = ways_of(one, flash("float32")), dout[0, 0].astype(float)
-    _, after = way.backward(arriving, 0.0, None, way.forward()[2])
+    _, after = way.backward(arriving, 0.0, None, way.forward(keep=True)[2])
     far = one.gates["beta"][7] * (abs(one.k[7]) @ after[7])
     assert (gradients_of([way], arriving, 0.0, None)["dv"][1][7] >= far * (1 - 2.0**-50)).all()
     tokens = Pieces(way.trace, SHAPE, flash("float32"))
-    assert (tokens.backward(arriving, 0.0, None, tokens.forward()[2])[0]["dv"][1][7] < far).any()
+    assert (tokens.backward(arriving, 0.0, None, tokens.forward(keep=True)[2])[0]["dv"][1][7] < far).any()
 
 
 def test_ratios_are_off_by_their_own_errors_and_no_more():
