@@ -126,7 +126,7 @@ def test_a_problem_is_read_as_a_sequence():
     plan = planned(x)
     tokens, known = sequence_of(plan, x)
     assert (len(tokens), known.shape) == (3, (2, 2, 6))
-    with pytest.raises(InvalidProblem, match="offset: got 0.5, expected the plan's"):
+    with pytest.raises(InvalidProblem, match=r"offset: got 0\.5, expected the plan's"):
         sequence_of(plan, x.replace(options={"offset": 0.5}))
     with pytest.raises(UnsupportedProblem, match="computes variant 'sigmoid', got 'power'"):
         sequence_of(plan, x.replace(variant="power", options={"p": 2, "epsilon": 1.0}))
