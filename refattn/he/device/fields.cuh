@@ -12,8 +12,8 @@ DEVICE u64 bits(double x) { u64 y; __builtin_memcpy(&y, &x, 8); return y; }
 #endif
 
 // What both have: of, a number of a word (below 2**52, real); REACH, how many times q a word of another prime may be;
-// forward and inverse, butterflies, `last` where the round's sums end; times, x·w of a constant, as a word below q; less,
-// a word y less x; of what a forward transform leaves, word, a word below 8q, and rest, below q.
+// forward and inverse, butterflies, `last` where the round's sums end; times, x·w of a constant, as a word below q;
+// less, a word y less x; of what a forward transform leaves, word, a word below 8q, and rest, below q.
 struct Whole {
     static constexpr u64 REACH = 1;
     u64 q;
