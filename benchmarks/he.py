@@ -1,4 +1,4 @@
-"""Attention on ciphertexts: times, predictions, errors; digits; blocks; decoding. Peers are in he_peers.
+"""Attention on ciphertexts: times, predictions, errors; blocks; decoding. Peers are in he_peers, data in he_data.
 
 Normal inputs, epsilon a tenth of the mean denominator, 128-bit security. Times are the server's, from the query's bytes
 to the reply's: medians of 5 after one to warm up, on one core unless workers are named. The worst errors seen are those
@@ -20,7 +20,6 @@ import numpy as np
 
 from refattn import he
 from refattn.bench import Row
-from refattn.errors import UnsupportedProblem
 from refattn.he.baselines import edge_call, random_call, random_sigmoid
 from refattn.he.costs import measure
 from refattn.he.planned import Planned
@@ -97,7 +96,6 @@ def rows() -> Iterator[Row]:
     yield Row("error's bound over the worst seen, largest", max(slack), "ratio", at_most=30.0)
     for n, d, heads in (SIZES[0], SIZES[-1]):
         yield from sigmoid(n, d, heads, power[heads, n, d, 2])
-    yield from digits()
     yield from block()
     yield from encoder()
     workers = os.cpu_count() or 1
@@ -160,55 +158,6 @@ def appended(held: Any, token: bytes) -> None:
     parts = unpack(token, TOKEN, held.plan.digest, 2**40).parts[1:]
     loaded = held._worker.loaded(list(map(Sent, parts, held.plan.part_limbs())))
     held.cache = held.cache.appended(held.arithmetic, loaded)
-
-
-def digits() -> Iterator[Row]:
-    """scikit-learn's digits, 450 test images: a classifier with the server's weights, encrypted and in the clear."""
-    try:
-        import torch
-        from sklearn.datasets import load_digits
-
-        from refattn.he import torch as nets
-    except ModuleNotFoundError as e:
-        raise UnsupportedProblem(f"bench he: needs PyTorch and scikit-learn: {e}") from e
-    data = load_digits()
-    tokens = (data.images / 16).reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 4)
-    order = np.random.default_rng(0).permutation(len(tokens))
-    train, test = order[:1347], order[1347:]
-    x, y = torch.tensor(tokens, dtype=torch.float32), torch.tensor(data.target)
-    torch.manual_seed(0)
-    attention = nets.PowerSoftmaxAttention(64, 4, p=2, epsilon=1.0, denominator=(1.0, 12.0))
-    model = nets.Classifier(16, 4, 10, attention, 64)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
-    for _ in range(60):
-        for part in torch.randperm(len(train)).split(64):
-            i = torch.tensor(train)[part]
-            scores = model(x[i] + 0.03 * torch.randn(len(i), 16, 4))
-            loss = torch.nn.functional.cross_entropy(scores, y[i]) + 30 * nets.range_penalty(model)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        clear = model(x[test]).argmax(1).numpy()
-        nets.polynomial(model, False)
-        model(x[train])
-    attention.set_range((1.0, 1.3 * attention.seen[1]), tolerance=3e-3)
-    layer = he.Layer(nets.weights_of(model), tolerance=3e-3)
-    client = he.Client(layer.plan)
-    server = he.Server(layer, client.evaluation_keys())
-    seconds, ratio = compared(layer.plan, 3, partial(server.attend, client.encrypt(tokens[test[0]])))
-    same, right = 0, 0
-    for i, expected in zip(test, clear, strict=True):
-        found = int(client.decrypt(server.attend(client.encrypt(tokens[i]))).argmax())
-        same += found == expected
-        right += found == data.target[i]
-    at = f"digits, degree {layer.plan.ring.degree}, {layer.plan.upload_bytes / 1e6:.0f} MB up"
-    yield Row("digits, encrypted class as in the clear", same / len(test), "share", at_least=1.0)
-    yield Row("digits, right", right / len(test), "share")
-    yield Row(f"{at}, server", seconds, "s")
-    yield Row("digits, predicted over measured time", ratio, "ratio")
 
 
 def a_block() -> tuple[Any, np.ndarray, np.ndarray]:

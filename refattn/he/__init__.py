@@ -13,10 +13,12 @@ from .plan import Plan, plan
 from .ranges import ranges
 from .sessions import Client, Server, Sharing
 from .sigmoid import SigmoidPlan, plan_sigmoid
+from .sigmoid_decoding import SigmoidDecodingPlan, plan_sigmoid_decoding
 from .weights import EncoderWeights, Feedforward, Weights
 
 __all__ = [
     "Client", "DecodingClient", "DecodingPlan", "DecodingServer", "Encoder", "EncoderPlan", "EncoderWeights",
-    "Feedforward", "GpuTimes", "Layer", "LayerPlan", "Plan", "Server", "Sharing", "SigmoidPlan", "Weights",
-    "noise_bound", "on_gpu", "plan", "plan_decoding", "plan_sigmoid", "ranges", "reference", "simulate",
+    "Feedforward", "GpuTimes", "Layer", "LayerPlan", "Plan", "Server", "Sharing", "SigmoidDecodingPlan",
+    "SigmoidPlan", "Weights", "noise_bound", "on_gpu", "plan", "plan_decoding", "plan_sigmoid", "plan_sigmoid_decoding",
+    "ranges", "reference", "simulate",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidInput, InvalidProblem
+from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from .arguments import numbers_of
 from .linear import Plain
 
@@ -85,7 +85,7 @@ class Tokens:
         row_q, row_k, row_v = (np.pad(x, ((0, 0), (0, 2 * layout.pairs - x.shape[1]))) for x in (q, k, v))
         of_k, of_v = np.zeros((2, plan.heads, layout.keys, 2 * layout.pairs))
         of_k[:, at], of_v[:, at] = row_k, row_v
-        of_q = row_q[:, None] * (plan.scale * plan.input_factor ** (1 / plan.p))
+        of_q, of_v = row_q[:, None] * plan.token_factors[0], of_v * plan.token_factors[1]
         seen, span = np.ones((plan.heads, 1, layout.keys), bool), [at // layout.rows]
         found: list[tuple[Complex, int]] = []
         for block in layout.blocks():
@@ -101,15 +101,7 @@ class Tokens:
         _within_norm("query", q, plan.norms[0])
         _within_norm("key", k, plan.norms[1])
         _within_most("value", v, plan.value_most)
-        low, high = plan.denominator
-        sums = ((plan.scale * np.einsum("hd,hjd->hj", q, keys)) ** plan.p).sum(1) + plan.epsilon
-        outside = ~(sums <= high) | (self._whole & ~(sums >= low))
-        if outside.any():
-            head = int(np.argwhere(outside)[0, 0])
-            raise InvalidProblem(
-                f"denominator: head {head} of token {self.count} has {sums[head]:.4g}, outside the plan's ({low:.4g}, "
-                f"{high:.4g}), where its inverse holds; plan a wider range"
-            )
+        plan.check_token(q, keys, self.count, self._whole)
 
 
 @dataclass(frozen=True)
@@ -200,12 +192,18 @@ def context_of(plan: Any, context: Any, zero: Callable[[Plain], bool] = lambda x
     _within_most("context", v, plan.value_most)
     width = 2 * layout.pairs
     k, v = (np.pad(x, ((0, 0), (0, layout.keys - n), (0, width - x.shape[2]))) for x in (k, v))
+    v = v * plan.token_factors[1]
     seen, whole, rest = np.ones((plan.heads, 1, layout.keys), bool), n // layout.rows, n % layout.rows
     keys, values, more = [], [], []
     for block in layout.blocks():
         of_k, of_v = ([None if zero(x) else x for x in xs] for xs in _known(plan, block, k, v, seen, range(whole)))
-        # keys that are all zero have no weight
+        # keys that are all zero have no weight, or one that is in the clear
         used = [i for i, x in enumerate(of_k) if any(y is not None for y in _span(of_k, i, layout.parts))]
+        if plan.operator == "sigmoid" and len(used) < len(of_k):
+            raise UnsupportedProblem(
+                f"he: context: {layout.rows} keys in a row are all zero, whose weights are no ciphertexts; leave these "
+                "tokens out of the context, or encrypt them"
+            )
         keys.append([of_k[i] for i in used])
         values.append([of_v[i] for i in used])
         if rest:

@@ -10,13 +10,14 @@ from .decoding_plan import DecodingPlan, plan_decoding
 from .plan import Plan, plan
 from .ranges import ranges_of_file
 from .sigmoid import plan_sigmoid
+from .sigmoid_decoding import plan_sigmoid_decoding
 
 __all__ = ["check_operator", "planned"]
 
 OPERATORS = ("power", "sigmoid")
 OWN: dict[str, dict[str, Any]] = {
     "power": {
-        "p": None, "denominator": None, "epsilon": None, "normalize": "server", "decoding": False,
+        "p": None, "denominator": None, "epsilon": None, "normalize": "server",
     },
     "sigmoid": {"scores": None, "offset": None},
 }  # fmt: skip
@@ -82,10 +83,13 @@ def planned(
         wanted = ["N_Q N_K D_K D_V HEADS"] * (len(sizes) != 5) + [f"--{n.replace('_', '-')}" for n in missing]
         raise InvalidInput(f"plan: say {', '.join(wanted)}, or --from a problem's file to measure it")
     n_q, n_k, d_k, d_v, heads = sizes
+    decoding = given.pop("decoding", False)
+    if decoding and (given.pop("mode") != "latency" or n_k < n_q):
+        raise InvalidInput(f"plan: --decoding goes with --mode latency and N_K of at least N_Q = {n_q}")
+    if operator == "sigmoid" and decoding:
+        return plan_sigmoid_decoding(n_q, d_k, d_v, heads, context=n_k - n_q, **given)
     if operator == "sigmoid":
         return plan_sigmoid(n_q, n_k, d_k, d_v, heads, **given)
-    if not given.pop("decoding"):
+    if not decoding:
         return plan(n_q, n_k, d_k, d_v, heads, given.pop("p", 2), **given)
-    if given.pop("mode") != "latency" or n_k < n_q:
-        raise InvalidInput(f"plan: --decoding goes with --mode latency and N_K of at least N_Q = {n_q}")
     return plan_decoding(n_q, d_k, d_v, heads, given.pop("p", 2), context=n_k - n_q, **given)

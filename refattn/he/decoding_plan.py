@@ -6,12 +6,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidInput, UnsupportedProblem
+from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..validation import shown
 from .arguments import MOST_SIZE, check_arguments, is_count
 from .arithmetic import Numbers
@@ -27,6 +27,7 @@ from .sampled import Sampled
 __all__ = ["DecodingPlan", "plan_decoding"]
 
 Float = NDArray[np.float64]
+D = TypeVar("D", bound="DecodingPlan")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,23 @@ class DecodingPlan(Attention):
     def replies(self) -> int:
         """Results of a sequence: the bound on the noise is for all of them."""
         return self.longest
+
+    @property
+    def token_factors(self) -> tuple[float, float]:
+        """What a token's query, and its value, are multiplied with before they are encrypted."""
+        return self.scale * self.input_factor ** (1 / self.p), 1.0
+
+    def check_token(self, q: Float, keys: Float, number: int, whole: bool) -> None:
+        """Refuse a token whose denominators, with all keys that it sees, leave the range; not `whole`: with some."""
+        low, high = self.denominator
+        sums = ((self.scale * np.einsum("hd,hjd->hj", q, keys)) ** self.p).sum(1) + self.epsilon
+        outside = ~(sums <= high) | (whole & ~(sums >= low))
+        if outside.any():
+            head = int(np.argwhere(outside)[0, 0])
+            raise InvalidProblem(
+                f"denominator: head {head} of token {number} has {sums[head]:.4g}, outside the plan's ({low:.4g}, "
+                f"{high:.4g}), where its inverse holds; plan a wider range"
+            )
 
     def loads(self) -> Counter[tuple[str, int]]:
         """Return the ciphertexts of a token by (`load`, primes left)."""
@@ -214,14 +232,7 @@ def plan_decoding(
     UnsupportedProblem
         No ring at 128 bits of security does it; the text names the step that ran out of levels and what would help.
     """
-    for name, n, least in (("longest", longest, 1), ("context", context, 0)):
-        if not is_count(n, least, MOST_SIZE):
-            raise InvalidInput(
-                f"{name}: got {shown(n)}, expected an integer of at least {least} and at most {MOST_SIZE}"
-            )
-    if upload == "compact":
-        raise UnsupportedProblem("he: upload='compact' is not for decoding, where a token has few ciphertexts")
-    n_k = longest + context
+    n_k = tokens_of(longest, context, upload)
     check_arguments(
         1, n_k, d, d_v, heads, p, denominator, epsilon, norms, value_most, tolerance, normalize, "latency", upload, 1,
         scale, inverse,
@@ -236,8 +247,24 @@ def plan_decoding(
     def layouts(slots: int) -> list[Layout]:
         return token_layouts(slots, n_k, max(d, d_v), heads)
 
-    found = fastest(DecodingPlan, given, layouts, inverse)
-    counts = Counter(found.counts)
-    for limbs in (found.ring.levels + 1, found.value_limbs):
-        counts["add", limbs] += found.layout.parts  # a token's key and value
-    return replace(found, counts=counts)
+    return appending(fastest(DecodingPlan, given, layouts, inverse))
+
+
+def tokens_of(longest: Any, context: Any, upload: Any) -> int:
+    """Return a sequence's tokens in all, the lengths checked; errors as of `plan_decoding`."""
+    for name, n, least in (("longest", longest, 1), ("context", context, 0)):
+        if not is_count(n, least, MOST_SIZE):
+            raise InvalidInput(
+                f"{name}: got {shown(n)}, expected an integer of at least {least} and at most {MOST_SIZE}"
+            )
+    if upload == "compact":
+        raise UnsupportedProblem("he: upload='compact' is not for decoding, where a token has few ciphertexts")
+    return int(longest + context)
+
+
+def appending(made: D) -> D:
+    """Return a plan whose counts have a token's way into the cache, too."""
+    counts = Counter(made.counts)
+    for limbs in (made.ring.levels + 1, made.value_limbs):
+        counts["add", limbs] += made.layout.parts  # its key and value
+    return replace(made, counts=counts)

@@ -21,7 +21,7 @@ from .call import Call
 from .planned import Program
 from .sampled import Sampled
 
-__all__ = ["called", "decoded", "encoded", "reference", "sequence_of", "simulate", "simulated"]
+__all__ = ["called", "decoded", "encoded", "fits", "reference", "sequence_of", "simulate", "simulated"]
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -149,7 +149,7 @@ def out_of(plan: Call, shape: tuple[int, ...], pairs: NDArray[np.complex128]) ->
 
 def slots_of(plan: Call, p: Problem) -> tuple[Float, Float, Float, NDArray[np.bool_]]:
     """Return query (scaled), key and value filled up with zeros, and which keys each query sees."""
-    _fits(plan, p)
+    fits(plan, p)
     layout = plan.layout
     width = 2 * layout.pairs
     q, k, v = (to_float64(np.asarray(x)) for x in (p.query, p.key, p.value))
@@ -168,7 +168,7 @@ def slots_of(plan: Call, p: Problem) -> tuple[Float, Float, Float, NDArray[np.bo
     return filled(scaled, layout.queries), filled(k, layout.keys), filled(v, layout.keys), seen
 
 
-def _fits(plan: Call, p: Problem) -> None:
+def fits(plan: Call, p: Problem) -> None:
     """Refuse a problem that is not the plan's."""
     settings = checked(p)
     if p.kind != "numpy":
@@ -191,7 +191,7 @@ def _fits(plan: Call, p: Problem) -> None:
             raise InvalidProblem(f"{name}: got {x}, expected the plan's {getattr(plan, name)}")
 
 
-def sequence_of(plan: Call, p: Problem) -> tuple[list[tuple[Float, Float, Float]], Float | None]:
+def sequence_of(plan: Any, p: Problem) -> tuple[list[tuple[Float, Float, Float]], Float | None]:
     """Return a call's rows as the tokens of a sequence, (query, key, value) each, and the keys of its context or None.
 
     Raises
@@ -199,8 +199,8 @@ def sequence_of(plan: Call, p: Problem) -> tuple[list[tuple[Float, Float, Float]
     InvalidProblem
         Its sizes or options are not the plan's, or a row sees others than the tokens before it and its own.
     """
-    checked(p)
-    _fits(replace(plan, n_q=p.n_q, n_k=p.n_k), p)
+    checked(p, plan.operator)
+    replace(plan, n_q=p.n_q, n_k=p.n_k).fits(p)
     n, context, longest = p.n_q, p.n_k - p.n_q, getattr(plan, "longest", 0)
     if p.batch != 1 or context != getattr(plan, "context", 0) or n > longest:
         raise InvalidProblem(

@@ -18,7 +18,7 @@ from .arithmetic import Counted, Levels, Numbers
 from .call import Call
 from .circuit import attend
 from .costs import COSTS, Costs, predicted_ms
-from .inputs import decoded, encoded
+from .inputs import decoded, encoded, fits
 from .inverse import Inverse, choose
 from .layout import BatchLayout, Layout, layouts_for
 from .linear import Plain
@@ -44,6 +44,10 @@ class Attention(Call):
     def plan(self) -> Self:
         """What a server needs to compute it: this."""
         return self
+
+    def fits(self, p: Problem) -> None:
+        """Refuse a problem that is not the plan's."""
+        fits(self, p)
 
     def compute(self, m: Any, shared: Sequence[Any], queries: Sequence[Any]) -> list[Any]:
         """Return a block's result by an arithmetic."""

@@ -22,6 +22,9 @@ from .plan import Plan, plan
 from .polynomials import Activation, Polynomial
 from .sigmoid import SigmoidPlan, arguments_of
 from .sigmoid import plan_of as sigmoid_plan_of
+from .sigmoid_decoding import SigmoidDecodingPlan
+from .sigmoid_decoding import arguments_of as sigmoid_decoding_of
+from .sigmoid_decoding import plan_of as sigmoid_decoding_plan_of
 from .weights import EncoderWeights, Feedforward, Weights, check, check_encoder
 
 __all__ = ["load_weights", "plan_from_json", "plan_to_json", "save_weights"]
@@ -48,6 +51,8 @@ def plan_to_json(made: Plan | DecodingPlan | LayerPlan | EncoderPlan) -> str:
     """Return a plan as JSON, for a client elsewhere. No weight is in it."""
     if isinstance(made, SigmoidPlan):
         what: dict[str, Any] = arguments_of(made)
+    elif isinstance(made, SigmoidDecodingPlan):
+        what = sigmoid_decoding_of(made)
     elif isinstance(made, Plan | DecodingPlan):
         what = {n: getattr(made, n) for n in (*ARGUMENTS, *RANGES)}
         if made.inverse is not None:
@@ -59,7 +64,7 @@ def plan_to_json(made: Plan | DecodingPlan | LayerPlan | EncoderPlan) -> str:
         what |= {"ring": asdict(made.ring), "layout": asdict(made.layout)}
         what["counts"] = [[name, limbs, count] for (name, limbs), count in sorted(made.counts.items())]
     kinds = {Plan: "attention", SigmoidPlan: "sigmoid", DecodingPlan: "decoding", LayerPlan: "layer"}
-    kind = {**kinds, EncoderPlan: "encoder"}[type(made)]
+    kind = {**kinds, SigmoidDecodingPlan: "sigmoid decoding", EncoderPlan: "encoder"}[type(made)]
     return json.dumps(
         {"refattn": f"he {kind} plan", "version": PLAN_VERSION, "digest": made.digest.hex(), "plan": what}
     )
@@ -93,6 +98,8 @@ def plan_from_json(text: str | bytes, most_bytes: int = 2**40) -> Plan | Decodin
             made: Plan | DecodingPlan | LayerPlan | EncoderPlan = _decoding(dict(what))
         elif kind == "he sigmoid plan":
             made = sigmoid_plan_of(dict(what))
+        elif kind == "he sigmoid decoding plan":
+            made = sigmoid_decoding_plan_of(dict(what))
         elif kind == "he attention plan":
             made = _attention(dict(what))
         elif kind == "he layer plan":

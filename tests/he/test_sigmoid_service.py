@@ -98,7 +98,6 @@ def test_the_commands_plan_serve_and_query(tmp_path, served):
         (("serve", at, "--operator", "power"), "plan.json computes 'sigmoid', the command says 'power'"),
         ((*measured, "--operator", "tanh"), "--operator: got 'tanh', expected power or sigmoid"),
         ((*measured, "--p", 4), "plan: --p goes with --operator power"),
-        ((*measured, "--decoding"), "plan: --decoding goes with --operator power"),
         ((*measured, "--upload", "compact"), "upload='compact' is not for sigmoid attention"),
         ((*measured, "--offset", -50), "the sigmoid is too near a constant for a polynomial"),
         (("plan", 3, 3, 4, 4, 2, "--operator", "sigmoid"), "plan: say --scores, --norms, --value-most, or --from"),
@@ -106,6 +105,9 @@ def test_the_commands_plan_serve_and_query(tmp_path, served):
     ):
         code, text = run(*arguments)
         assert (code, wanted in text) == (2, True), text
+    code, text = run(*measured, "--decoding")
+    decoding = plan_from_json(at.read_bytes())
+    assert (code, decoding.operator, decoding.longest, decoding.scores) == (0, "sigmoid", 3, plan.scores), text
     code, text = run(*measured, "--mode", "throughput")
     assert (code, plan_from_json(at.read_bytes()).mode) == (0, "throughput"), text
 

@@ -15,7 +15,7 @@ ITEM = np.dtype(
     + [(n, "<u4") for n in ("prime", "from", "count", "flags", "first", "limbs")]
 )
 """struct Item of kernels.cu."""
-PRIME = np.dtype([(n, "<u8") for n in ("q", "ratio1", "ratio0", "inverse", "inverse_shifted", "most")])
+PRIME = np.dtype([(n, "<u8") for n in ("q", "ratio1", "ratio0", "inverse", "inverse_shifted", "most", "size", "over")])
 """struct Prime of modular.cuh."""
 KERNELS = {
     "inverse_rows": ("primes", "inverse_roots"),

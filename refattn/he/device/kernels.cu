@@ -5,6 +5,7 @@
 // rescaling three, of which the first is within a drop that comes before. What comes before or after a transform's pass
 // is done with it.
 #include "modular.cuh"
+#include "fields.cuh"
 #include "tiles.cuh"
 
 struct Item {
@@ -37,61 +38,83 @@ DEVICE void in_last(u64 (&v)[8], const u64* x, const u32* perm, int start, int t
     }
 }
 
+// A kernel's text for fields of both kinds, of which the one of a prime is taken.
+#define BY_PRIME(prime, text, ...) ((prime).size ? text<Real>(__VA_ARGS__) : text<Whole>(__VA_ARGS__))
+
 // The inverse's pass over rows: dst = src, permuted if there is perm; below 4q. grid (N / 1024, items)
-KERNEL(Rows::THREADS) inverse_rows(
-    const Item* items, const Prime* primes, const ulonglong2* __restrict__ inverse_roots) {
-    SHARED(s);
-    const Item& it = items[blockIdx.y];
+template <class F>
+DEVICE void inverse_rows_in(
+    const Item& it, const Prime* primes, const ulonglong2* __restrict__ inverse_roots, u64* s) {
+    const F f(primes[it.prime]);
     const int thread = threadIdx.x, start = blockIdx.x * Rows::WORDS;
     const u64* src = words(it.src);
     const u32* perm = (const u32*)it.perm;
     u64 v[8];
     in_last(v, src, perm, start, thread);
-    inverse_tile<Rows>(v, s, inverse_roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, primes[it.prime].q);
+#pragma unroll
+    for (int e = 0; e < 8; e++) v[e] = f.of(v[e]);
+    inverse_tile<Rows>(v, s, inverse_roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, f);
     u64* dst = words(it.dst) + start;
 #pragma unroll
     for (int e = 0; e < 8; e++) dst[First<Rows>::place(thread, e)] = v[e];
+}
+KERNEL(Rows::THREADS) inverse_rows(
+    const Item* items, const Prime* primes, const ulonglong2* __restrict__ inverse_roots) {
+    SHARED(s);
+    const Item& it = items[blockIdx.y];
+    BY_PRIME(primes[it.prime], inverse_rows_in, it, primes, inverse_roots, s);
 }
 
 // The inverse's pass over columns, modulo prime `from`; then for k = first, ..., first + count - 1 the forward pass
 // over columns modulo prime k, or the last one where k is `limbs`: into dst + k·key words. Nothing for prime `from`.
 // ROUND: half of the prime is added before, and taken away after. grid (2**S2 / 16, items)
+template <class F>
+DEVICE void back(const Item& it, const Prime& from, const ulonglong2* __restrict__ inverse_roots, u64* s, u64* x) {
+    const F f(from);
+    const int thread = threadIdx.x;
+    const u64* src = words(it.src);
+    u64 v[8];
+#pragma unroll
+    for (int e = 0; e < 8; e++) v[e] = src[in_columns(Last<Columns>::place(thread, e), blockIdx.x)];
+    inverse_tile<Columns>(v, s, inverse_roots + (size_t)it.from * N, 1, thread, f);
+    const u64 half = it.flags & ROUND ? from.q >> 1 : 0;
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+        x[e * Columns::THREADS] = below(f.times(v[e], from.inverse, from.inverse_shifted) + half, from.q);
+}
+template <class F>
+DEVICE void brought_to(const Prime& p, u64 from, u64 fix, const ulonglong2* __restrict__ roots, u64* s, u64* dst) {
+    const F f(p);
+    const int thread = again(threadIdx.x);
+    const u64* x = s + Columns::WORDS + thread;
+    const bool larger = from > F::REACH * p.q;
+    u64 v[8];
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        v[e] = x[e * Columns::THREADS];
+        v[e] = f.of((larger ? reduced(v[e], p) : v[e]) + fix);
+    }
+    __syncthreads();  // all have read what the tile before left in s
+    forward_tile<Columns>(v, s, roots, 1, thread, f);
+#pragma unroll
+    for (int e = 0; e < 8; e++) dst[in_columns(Last<Columns>::place(thread, e), blockIdx.x)] = v[e];
+}
 extern "C" __global__ void __launch_bounds__(Columns::THREADS, 1024 / Columns::THREADS) spread(
     const Item* items, const Prime* primes, const ulonglong2* __restrict__ roots,
     const ulonglong2* __restrict__ inverse_roots, const Drop* drops, int count) {
     SHARED(s);
     const Item& it = items[blockIdx.y];
-    const int thread = threadIdx.x, tile = blockIdx.x;
     const Prime& from = primes[it.from];
-    const u64* src = words(it.src);
-    u64* x = s + Columns::WORDS + thread;  // what each thread keeps: registers are short
-    u64 v[8];
-#pragma unroll
-    for (int e = 0; e < 8; e++) v[e] = src[in_columns(Last<Columns>::place(thread, e), tile)];
-    inverse_tile<Columns>(v, s, inverse_roots + (size_t)it.from * N, 1, thread, from.q);
-    const u64 half = it.flags & ROUND ? from.q >> 1 : 0;
-#pragma unroll
-    for (int e = 0; e < 8; e++)
-        x[e * Columns::THREADS] =
-            below(below(scaled(v[e], from.inverse, from.inverse_shifted, from.q), from.q) + half, from.q);
+    u64* x = s + Columns::WORDS + threadIdx.x;  // what each thread keeps: registers are short
+    BY_PRIME(from, back, it, from, inverse_roots, s, x);
 #pragma unroll 1
     for (u32 k = it.first; k < it.first + it.count; k++) {
         const u32 prime = k == it.limbs ? count - 1 : k;
         if (prime == it.from) continue;
-        const int thread = again(threadIdx.x);
         const Prime& p = primes[prime];
-        const bool larger = from.q > p.q;
         const u64 fix = it.flags & ROUND ? drops[it.from * count + prime].fix : 0;
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-            v[e] = x[e * Columns::THREADS];
-            v[e] = (larger ? reduced(v[e], p) : v[e]) + fix;
-        }
-        __syncthreads();  // all have read what the tile before left in s
-        forward_tile<Columns>(v, s, roots + (size_t)prime * N, 1, thread, p.q);
         u64* dst = words(it.dst) + k * it.key;
-#pragma unroll
-        for (int e = 0; e < 8; e++) dst[in_columns(Last<Columns>::place(thread, e), tile)] = v[e];
+        BY_PRIME(p, brought_to, p, from.q, fix, roots + (size_t)prime * N, s, dst);
     }
 }
 
@@ -99,10 +122,10 @@ extern "C" __global__ void __launch_bounds__(Columns::THREADS, 1024 / Columns::T
 // and add, the sums for the key's two polynomials. Digit `from` is not at src: it is x, permuted if there is perm.
 // key: this prime's limb of the first digit's first polynomial. INVERSE: followed by the inverse's pass over rows.
 // grid (N / 1024, items)
-extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
+template <class F>
+DEVICE void times_key_in(
     const Item* items, const Prime* primes, const ulonglong2* __restrict__ roots,
-    const ulonglong2* __restrict__ inverse_roots, int count) {
-    SHARED(s);
+    const ulonglong2* __restrict__ inverse_roots, int count, u64* s) {
     const int start = blockIdx.x * Rows::WORDS;
     u64 upper0[8] = {}, lower0[8] = {}, upper1[8] = {}, lower1[8] = {};
     constexpr int ROOM = Rows::WORDS;
@@ -111,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
     for (u32 j = 0; j < items[blockIdx.y].count; j++) {
         const int thread = again(threadIdx.x);
         const Item& it = items[again(blockIdx.y)];
-        const Prime& p = primes[it.prime];
+        const F f(primes[it.prime]);
         const u64* key = words(it.key) + (size_t)j * 2 * count * N + start;
         u64 v[8];
         if (j == it.from) {
@@ -120,7 +143,9 @@ extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
             const u64* src = words(it.src) + (size_t)j * N + start;
 #pragma unroll
             for (int e = 0; e < 8; e++) v[e] = src[First<Rows>::place(thread, e)];
-            forward_tile<Rows>(v, s + turn * ROOM, roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, p.q);
+            forward_tile<Rows>(v, s + turn * ROOM, roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, f);
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[e] = f.word(v[e]);
             turn ^= 1;
         }
 #pragma unroll
@@ -134,6 +159,7 @@ extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
     const int thread = again(threadIdx.x);
     const Item& it = items[again(blockIdx.y)];
     const Prime& p = primes[it.prime];
+    const F f(p);
     const bool inverse = it.flags & INVERSE;
 #pragma unroll
     for (int e = 0; e < 8; e++) {
@@ -142,8 +168,10 @@ extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
     }
     if (inverse) {
         const ulonglong2* w = inverse_roots + (size_t)it.prime * N;
-        inverse_tile<Rows>(lower0, s + turn * ROOM, w, base_of(blockIdx.x), thread, p.q);
-        inverse_tile<Rows>(lower1, s + (turn ^ 1) * ROOM, w, base_of(blockIdx.x), thread, p.q);
+#pragma unroll
+        for (int e = 0; e < 8; e++) lower0[e] = f.of(lower0[e]), lower1[e] = f.of(lower1[e]);
+        inverse_tile<Rows>(lower0, s + turn * ROOM, w, base_of(blockIdx.x), thread, f);
+        inverse_tile<Rows>(lower1, s + (turn ^ 1) * ROOM, w, base_of(blockIdx.x), thread, f);
     }
     u64 *a = words(it.dst) + start, *b = words(it.add) + start;
     if (inverse) {
@@ -160,16 +188,22 @@ extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
         }
     }
 }
+extern "C" __global__ void __launch_bounds__(Rows::THREADS, 3) times_key(
+    const Item* items, const Prime* primes, const ulonglong2* __restrict__ roots,
+    const ulonglong2* __restrict__ inverse_roots, int count) {
+    SHARED(s);
+    BY_PRIME(primes[items[blockIdx.y].prime], times_key_in, items, primes, roots, inverse_roots, count, s);
+}
 
 // The forward pass over rows of what rounding takes away, src, and the division by prime `from`:
 // dst = (x - src) / from + add (permuted if there is perm) + plus. INVERSE: followed by the inverse's pass over rows.
 // grid (N / 1024, items)
-KERNEL(Rows::THREADS) drop(
-    const Item* items, const Prime* primes, const ulonglong2* __restrict__ roots,
-    const ulonglong2* __restrict__ inverse_roots, const Drop* drops, int count) {
-    SHARED(s);
-    const Item& it = items[blockIdx.y];
+template <class F>
+DEVICE void drop_in(
+    const Item& it, const Prime* primes, const ulonglong2* __restrict__ roots,
+    const ulonglong2* __restrict__ inverse_roots, const Drop* drops, int count, u64* s) {
     const int thread = threadIdx.x, start = blockIdx.x * Rows::WORDS;
+    const F f(primes[it.prime]);
     const u64 q = primes[it.prime].q;
     const Drop d = drops[it.from * count + it.prime];
     const u64 *src = words(it.src) + start, *x = words(it.x) + start;
@@ -178,13 +212,13 @@ KERNEL(Rows::THREADS) drop(
     u64 v[8];
 #pragma unroll
     for (int e = 0; e < 8; e++) v[e] = src[First<Rows>::place(thread, e)];
-    forward_tile<Rows>(v, s, roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, q);
+    forward_tile<Rows>(v, s, roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, f);
 #pragma unroll
     for (int e = 0; e < 8; e += 2) {
         const int i = Last<Rows>::place(thread, e), whole = start + i;
         const ulonglong2 y = two(x, i);
-        v[e] = below(scaled(y.x + ((q << 3) - v[e]), d.inverse, d.inverse_shifted, q), q);
-        v[e + 1] = below(scaled(y.y + ((q << 3) - v[e + 1]), d.inverse, d.inverse_shifted, q), q);
+        v[e] = f.times(f.less(y.x, v[e]), d.inverse, d.inverse_shifted);
+        v[e + 1] = f.times(f.less(y.y, v[e + 1]), d.inverse, d.inverse_shifted);
         if (add) {
             if (perm) {
                 v[e] = below(v[e] + add[perm[whole]], q), v[e + 1] = below(v[e + 1] + add[perm[whole + 1]], q);
@@ -201,7 +235,9 @@ KERNEL(Rows::THREADS) drop(
     u64* dst = words(it.dst) + start;
     if (it.flags & INVERSE) {
         __syncthreads();
-        inverse_tile<Rows>(v, s, inverse_roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, q);
+#pragma unroll
+        for (int e = 0; e < 8; e++) v[e] = f.of(v[e]);
+        inverse_tile<Rows>(v, s, inverse_roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, f);
 #pragma unroll
         for (int e = 0; e < 8; e++) dst[First<Rows>::place(thread, e)] = v[e];
     } else {
@@ -209,46 +245,62 @@ KERNEL(Rows::THREADS) drop(
         for (int e = 0; e < 8; e += 2) put(dst, Last<Rows>::place(thread, e), v[e], v[e + 1]);
     }
 }
+KERNEL(Rows::THREADS) drop(
+    const Item* items, const Prime* primes, const ulonglong2* __restrict__ roots,
+    const ulonglong2* __restrict__ inverse_roots, const Drop* drops, int count) {
+    SHARED(s);
+    const Item& it = items[blockIdx.y];
+    BY_PRIME(primes[it.prime], drop_in, it, primes, roots, inverse_roots, drops, count, s);
+}
 
 // Whole numbers modulo a prime, and the forward pass over columns. src: the lower words of their sizes; N words on, the
 // upper ones, with signs on top. grid (2**S2 / 16, items)
-KERNEL(Columns::THREADS) residues(const Item* items, const Prime* primes, const ulonglong2* __restrict__ roots) {
-    SHARED(s);
-    const Item& it = items[blockIdx.y];
+template <class F>
+DEVICE void residues_in(const Item& it, const Prime& p, const ulonglong2* __restrict__ roots, u64* s) {
+    const F f(p);
     const int thread = threadIdx.x, tile = blockIdx.x;
-    const Prime& p = primes[it.prime];
     const u64* src = words(it.src);
     u64 v[8];
 #pragma unroll
     for (int e = 0; e < 8; e++) {
         int i = in_columns(First<Columns>::place(thread, e), tile);
         u64 upper = src[i + N], r = reduced_wide(upper & ~(1ull << 63), src[i], p);
-        v[e] = upper >> 63 && r ? p.q - r : r;
+        v[e] = f.of(upper >> 63 && r ? p.q - r : r);
     }
-    forward_tile<Columns>(v, s, roots + (size_t)it.prime * N, 1, thread, p.q);
+    forward_tile<Columns>(v, s, roots + (size_t)it.prime * N, 1, thread, f);
     u64* dst = words(it.dst);
 #pragma unroll
     for (int e = 0; e < 8; e++) dst[in_columns(Last<Columns>::place(thread, e), tile)] = v[e];
 }
-
-// The forward pass over rows of src: dst = x less that, or that where there is no x. grid (N / 1024, items)
-KERNEL(Rows::THREADS) subtract(const Item* items, const Prime* primes, const ulonglong2* __restrict__ roots) {
+KERNEL(Columns::THREADS) residues(const Item* items, const Prime* primes, const ulonglong2* __restrict__ roots) {
     SHARED(s);
     const Item& it = items[blockIdx.y];
+    BY_PRIME(primes[it.prime], residues_in, it, primes[it.prime], roots, s);
+}
+
+// The forward pass over rows of src: dst = x less that, or that where there is no x. grid (N / 1024, items)
+template <class F>
+DEVICE void subtract_in(const Item& it, const Prime& p, const ulonglong2* __restrict__ roots, u64* s) {
+    const F f(p);
     const int thread = threadIdx.x, start = blockIdx.x * Rows::WORDS;
-    const u64 q = primes[it.prime].q;
-    const u64 *src = words(it.src) + start, *x = words(it.x) + start;
+    const u64* src = words(it.src) + start;
     u64 v[8];
 #pragma unroll
     for (int e = 0; e < 8; e++) v[e] = src[First<Rows>::place(thread, e)];
-    forward_tile<Rows>(v, s, roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, q);
+    forward_tile<Rows>(v, s, roots + (size_t)it.prime * N, base_of(blockIdx.x), thread, f);
+    const u64 q = p.q, *x = it.x ? words(it.x) + start : nullptr;
     u64* dst = words(it.dst) + start;
 #pragma unroll
     for (int e = 0; e < 8; e++) {
-        int i = Last<Rows>::place(thread, e);
-        u64 y = below(below(below(v[e], q << 2), q << 1), q);
-        dst[i] = it.x ? below(x[i] + (q - y), q) : y;
+        const int i = Last<Rows>::place(thread, e);
+        const u64 y = f.rest(v[e]);
+        dst[i] = x ? below(x[i] + (q - y), q) : y;
     }
+}
+KERNEL(Rows::THREADS) subtract(const Item* items, const Prime* primes, const ulonglong2* __restrict__ roots) {
+    SHARED(s);
+    const Item& it = items[blockIdx.y];
+    BY_PRIME(primes[it.prime], subtract_in, it, primes[it.prime], roots, s);
 }
 
 // ---- word by word: grid (N / 512, items), 256 threads with two words each ----

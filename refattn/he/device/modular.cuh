@@ -5,6 +5,7 @@ typedef unsigned int u32;
 #define SHARED(name) extern __shared__ u64 name[]
 #endif
 #define DEVICE static __device__ __forceinline__
+#define MEMBER __device__ __forceinline__
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 
 constexpr int N = 1 << LOG_DEGREE;
@@ -13,6 +14,7 @@ struct Prime {
     u64 q, ratio1, ratio0;  // floor(2**128/q) = ratio1·2**64 + ratio0
     u64 inverse, inverse_shifted;  // 1/N, and floor(that·2**64/q)
     u64 most;  // a random word from here on is left out
+    u64 size, over;  // the bits of q and 1/q in float64, of a prime below 2**48; 0 of others
 };
 
 // x, of which the compiler does not know that it was there before: what follows from it is computed again in each turn

@@ -11,9 +11,13 @@ from numpy.typing import NDArray
 from .build import ITEM, KERNELS, PRIME, geometry
 from .chain import Chain
 from .launches import Launch
+from .modular import Words
 from .seeds import first_rejected
 
 __all__ = ["Device", "Tables"]
+
+MOST_REAL = np.uint64(2**48)
+"""Primes below it are computed with in float64: see fields.cuh."""
 
 
 class Device(Protocol):
@@ -64,9 +68,12 @@ class Tables:
         primes["q"], primes["ratio1"], primes["ratio0"] = chain.q, *chain.ratio
         primes["inverse"], primes["inverse_shifted"] = chain.scale_back.T
         primes["most"] = [first_rejected(q) for q in chain.primes]
+        real = chain.q < MOST_REAL
+        primes["size"] = np.where(real, chain.q, 0).astype(np.float64).view(np.uint64)
+        primes["over"] = np.where(real, 1 / chain.q.astype(np.float64), 0).view(np.uint64)
         self._at: Mapping[str, int] = {
-            "primes": self.stored(primes), "roots": self.stored(chain.roots),
-            "inverse_roots": self.stored(chain.inverse_roots), "drops": self.stored(chain.dropping),
+            "primes": self.stored(primes), "roots": self.stored(_factors(chain, chain.roots)),
+            "inverse_roots": self.stored(_factors(chain, chain.inverse_roots)), "drops": self.stored(chain.dropping),
         }  # fmt: skip
 
     @staticmethod
@@ -97,3 +104,13 @@ class Tables:
             queued.append((x.kernel, (blocks, len(x.items)), threads, shared, tuple(given)))
             at += x.items.nbytes
         return self.device.recorded(queued)
+
+
+def _factors(chain: Chain, roots: Words) -> Words:
+    """Return roots as butterflies take them: those of a prime for float64 from -q/2 to q/2, each with its part of q."""
+    found = roots.copy()
+    for k in np.flatnonzero(chain.q < MOST_REAL):
+        q, w = int(chain.q[k]), roots[k, :, 0].astype(np.int64)
+        centered = np.where(2 * w > q, w - q, w).astype(np.float64)
+        found[k] = np.stack([centered, centered / q], 1).view(np.uint64)
+    return found

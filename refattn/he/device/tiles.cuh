@@ -45,53 +45,49 @@ DEVICE constexpr int root_of(int x) {
 }
 
 // One stage of K, then the rest (by recursion, so that every index is known when this is compiled).
-template <int K, int STAGE, int FIRST, int ROOT>
-DEVICE void forward_stages(u64 (&v)[8], const ulonglong2* roots, int root, u64 q) {
+template <int K, int STAGE, int FIRST, int ROOT, class F>
+DEVICE void forward_stages(u64 (&v)[8], const ulonglong2* roots, int root, const F& f) {
     const ulonglong2* own = roots + (root << STAGE);
 #pragma unroll
     for (int a = 0; a < 1 << STAGE; a++) {
         const ulonglong2 w = own[(ROOT << STAGE) + a];
 #pragma unroll
         for (int b = 0; b < 1 << (K - 1 - STAGE); b++) {
-            const int i = FIRST + (a << (K - STAGE)) + b, j = i + (1 << (K - 1 - STAGE));
-            u64 x = below(v[i], q << 2), y = nearly(v[j], w.x, w.y, q);
-            v[i] = x + y;
-            v[j] = x + ((q << 2) - y);
+            const int i = FIRST + (a << (K - STAGE)) + b;
+            f.forward(v[i], v[i + (1 << (K - 1 - STAGE))], w);
         }
     }
-    if constexpr (STAGE + 1 < K) forward_stages<K, STAGE + 1, FIRST, ROOT>(v, roots, root, q);
+    if constexpr (STAGE + 1 < K) forward_stages<K, STAGE + 1, FIRST, ROOT>(v, roots, root, f);
 }
-template <int K, int STAGE, int FIRST, int ROOT>
-DEVICE void inverse_stages(u64 (&v)[8], const ulonglong2* roots, int root, u64 q) {
+template <int K, int STAGE, int FIRST, int ROOT, class F>
+DEVICE void inverse_stages(u64 (&v)[8], const ulonglong2* roots, int root, const F& f) {
     const ulonglong2* own = roots + (root << STAGE);
 #pragma unroll
     for (int a = 0; a < 1 << STAGE; a++) {
         const ulonglong2 w = own[(ROOT << STAGE) + a];
 #pragma unroll
         for (int b = 0; b < 1 << (K - 1 - STAGE); b++) {
-            const int i = FIRST + (a << (K - STAGE)) + b, j = i + (1 << (K - 1 - STAGE));
-            u64 x = v[i], y = v[j];
-            v[i] = below(x + y, q << 2);
-            v[j] = nearly(x + ((q << 2) - y), w.x, w.y, q);
+            const int i = FIRST + (a << (K - STAGE)) + b;
+            f.inverse(v[i], v[i + (1 << (K - 1 - STAGE))], w, STAGE == 0);
         }
     }
-    if constexpr (STAGE > 0) inverse_stages<K, STAGE - 1, FIRST, ROOT>(v, roots, root, q);
+    if constexpr (STAGE > 0) inverse_stages<K, STAGE - 1, FIRST, ROOT>(v, roots, root, f);
 }
 
 // A round's stages; root: that of the tile's first row.
-template <class T, int LO, int K, int G = 0>
-DEVICE void forward_round(u64 (&v)[8], const ulonglong2* roots, int root, int thread, u64 q) {
+template <class T, int LO, int K, int G = 0, class F>
+DEVICE void forward_round(u64 (&v)[8], const ulonglong2* roots, int root, int thread, const F& f) {
     constexpr int more = root_of<T, LO, K>(further<T, LO, K>(G, 0));
     const int own = (root << (T::S - LO - K)) + root_of<T, LO, K>(apart<T, LO, K>(thread));
-    forward_stages<K, 0, (G << K), more>(v, roots, own, q);
-    if constexpr (G + 1 < 8 >> K) forward_round<T, LO, K, G + 1>(v, roots, root, thread, q);
+    forward_stages<K, 0, (G << K), more>(v, roots, own, f);
+    if constexpr (G + 1 < 8 >> K) forward_round<T, LO, K, G + 1>(v, roots, root, thread, f);
 }
-template <class T, int LO, int K, int G = 0>
-DEVICE void inverse_round(u64 (&v)[8], const ulonglong2* roots, int root, int thread, u64 q) {
+template <class T, int LO, int K, int G = 0, class F>
+DEVICE void inverse_round(u64 (&v)[8], const ulonglong2* roots, int root, int thread, const F& f) {
     constexpr int more = root_of<T, LO, K>(further<T, LO, K>(G, 0));
     const int own = (root << (T::S - LO - K)) + root_of<T, LO, K>(apart<T, LO, K>(thread));
-    inverse_stages<K, K - 1, (G << K), more>(v, roots, own, q);
-    if constexpr (G + 1 < 8 >> K) inverse_round<T, LO, K, G + 1>(v, roots, root, thread, q);
+    inverse_stages<K, K - 1, (G << K), more>(v, roots, own, f);
+    if constexpr (G + 1 < 8 >> K) inverse_round<T, LO, K, G + 1>(v, roots, root, thread, f);
 }
 
 // A round: its lowest bit and its bits. A thread's word e is the (e mod 2**K)-th of its (e / 2**K)-th butterfly.
@@ -105,40 +101,41 @@ template <class T> using First = Round<T, T::S - T::K1, T::K1>;
 template <class T> using Middle = Round<T, T::K3, T::K2>;
 template <class T> using Last = Round<T, 0, T::K3>;
 
-// The forward transform of a tile: v in the order of the first round, then in that of the last; below 8q both times.
-template <class T>
-DEVICE void forward_tile(u64 (&v)[8], u64* s, const ulonglong2* roots, int base, int thread, u64 q) {
-    forward_round<T, T::S - T::K1, T::K1>(v, roots, base, thread, q);
+// The forward transform of a tile: v in the order of the first round, then in that of the last; whole numbers are below
+// 8q both times, real ones between passes up to 3 and 8q, after both up to 13q.
+template <class T, class F>
+DEVICE void forward_tile(u64 (&v)[8], u64* s, const ulonglong2* roots, int base, int thread, const F& f) {
+    forward_round<T, T::S - T::K1, T::K1>(v, roots, base, thread, f);
 #pragma unroll
     for (int e = 0; e < 8; e++) s[First<T>::shared(thread, e)] = v[e];
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < 8; e++) v[e] = s[Middle<T>::shared(thread, e)];
-    forward_round<T, T::K3, T::K2>(v, roots, base, thread, q);
+    forward_round<T, T::K3, T::K2>(v, roots, base, thread, f);
 #pragma unroll
     for (int e = 0; e < 8; e++) s[Middle<T>::shared(thread, e)] = v[e];
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < 8; e++) v[e] = s[Last<T>::shared(thread, e)];
-    forward_round<T, 0, T::K3>(v, roots, base, thread, q);
+    forward_round<T, 0, T::K3>(v, roots, base, thread, f);
 }
 
-// Its inverse but for a factor of 2**-S, the orders the other way round; below 4q both times.
-template <class T>
-DEVICE void inverse_tile(u64 (&v)[8], u64* s, const ulonglong2* roots, int base, int thread, u64 q) {
-    inverse_round<T, 0, T::K3>(v, roots, base, thread, q);
+// Its inverse but for a factor of 2**-S, the orders the other way round; below 4q both times, real ones below q after.
+template <class T, class F>
+DEVICE void inverse_tile(u64 (&v)[8], u64* s, const ulonglong2* roots, int base, int thread, const F& f) {
+    inverse_round<T, 0, T::K3>(v, roots, base, thread, f);
 #pragma unroll
     for (int e = 0; e < 8; e++) s[Last<T>::shared(thread, e)] = v[e];
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < 8; e++) v[e] = s[Middle<T>::shared(thread, e)];
-    inverse_round<T, T::K3, T::K2>(v, roots, base, thread, q);
+    inverse_round<T, T::K3, T::K2>(v, roots, base, thread, f);
 #pragma unroll
     for (int e = 0; e < 8; e++) s[Middle<T>::shared(thread, e)] = v[e];
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < 8; e++) v[e] = s[First<T>::shared(thread, e)];
-    inverse_round<T, T::S - T::K1, T::K1>(v, roots, base, thread, q);
+    inverse_round<T, T::S - T::K1, T::K1>(v, roots, base, thread, f);
 }
 
 // Where a tile's word is in its limb, and the root of its first row.

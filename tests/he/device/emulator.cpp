@@ -1,4 +1,5 @@
 // Runs the kernels on a CPU, for checking them: a thread of a block is a coroutine, one block after another.
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <utility>

@@ -57,4 +57,4 @@ def test_grids_cover_a_limb(kernel, degree):
 def test_the_text_is_all_there():
     assert "#include" not in text_of(13)
     assert text_of(15).startswith("#define LOG_DEGREE 15\n")
-    assert {p.name for p in HERE.glob("*.cu*")} == {"kernels.cu", "modular.cuh", "seeds.cuh", "tiles.cuh"}
+    assert {p.name for p in HERE.glob("*.cu*")} == {"fields.cuh", "kernels.cu", "modular.cuh", "seeds.cuh", "tiles.cuh"}

@@ -74,7 +74,7 @@ def test_memory_is_written_over():
 def cupy(monkeypatch, folder):
     made = cupys_part(folder)
     real = importlib.import_module
-    monkeypatch.setattr(importlib, "import_module", lambda name: made if name == "cupy" else real(name))
+    monkeypatch.setattr(importlib, "import_module", lambda name, *at: made if name == "cupy" else real(name, *at))
     card._kernels.cache_clear()
     yield made
     card._kernels.cache_clear()

@@ -12,7 +12,7 @@ from refattn.he.device.session import ROOM
 from refattn.he.linear import Plain
 from refattn.he.seal import to_bytes
 
-from .. import forge
+from .. import forge, make_sigmoid
 from ..make_decoding import planned, sequence, taken, token, with_layouts
 from .emulated import GXX, Emulated
 from .rounds import contents
@@ -80,6 +80,17 @@ def test_words_are_seals(name, stands_for, monkeypatch):
     assert device.ended
     with pytest.raises(InvalidInput, match="the session on the GPU is closed; make another Server"):
         gpu.step(token(client, x, 1))
+
+
+@GXX
+def test_words_of_sigmoid_attention_are_seals(stands_for):
+    x = make_sigmoid.call(2, 2, 2, heads=1, causal="bottom_right")
+    plan = he.plan_sigmoid_decoding(2, 2, heads=1, **he.ranges(x), tolerance=0.2)
+    client, cpu, gpu = three(x, plan)
+    with gpu:
+        for i in range(2):
+            message = token(client, x, i)
+            assert contents(plan, gpu.step(message)) == contents(plan, cpu.step(message))
 
 
 @GXX
