@@ -10,8 +10,13 @@ from refattn.check.kernels.tiled import tiled
 KERNEL = """
 import ctypes, os, time
 import numpy as np
-from refattn import UnsupportedProblem
+from refattn import Capabilities, UnsupportedProblem
 from refattn.check.kernels.tiled import tiled
+
+def gone(p):
+    raise ValueError("misaligned address")
+
+gone.capabilities = Capabilities(arrays="torch", device="meta")  # it gives no array back
 
 def kernel(p):
     what = int(p.n_q)
@@ -60,6 +65,16 @@ def test_a_failure_has_a_name(kernel, make, rows, text):
     want = tiled(make(8, 5, 4))
     assert out.tobytes() == want[0].tobytes()
     assert lse.tobytes() == want[1].tobytes()
+
+
+def test_a_process_whose_device_is_lost_is_ended(kernel, make):
+    lost = Isolated(f"{kernel.name.rpartition(':')[0]}:gone", 2.0)
+    with pytest.raises(KernelError, match="the kernel raised ValueError: misaligned address"):
+        lost(make(9, 9, 4))
+    assert lost._process is None
+    with pytest.raises(KernelError, match="no such thing"):
+        kernel(make(4, 4, 4))
+    assert kernel._process.is_alive()
 
 
 def test_unsupported_stays_unsupported(kernel, make):
