@@ -157,7 +157,9 @@ def test_an_answer_that_cannot_be_read_is_the_kernels_failure():
             raise RuntimeError("CUDA error: misaligned address\nSearch for it in")
 
     p = Problem(*np.ones((3, 1, 1, 4, 8), np.float32))
-    with pytest.raises(KernelError, match="reading what the kernel returned raised RuntimeError: CUDA error: mis.*ss$"):
+    with pytest.raises(
+        KernelError, match=r"reading what the kernel returned raised RuntimeError: CUDA error: mis.*ss$"
+    ):
         call_kernel(lambda p: torch.zeros(p.out_shape).as_subclass(Gone), p)
 
 

@@ -68,7 +68,7 @@ def test_a_failure_has_a_name(kernel, make, rows, text):
 
 
 def test_a_process_whose_device_is_lost_is_ended(kernel, make):
-    lost = Isolated(f"{kernel.name.rpartition(':')[0]}:gone", 2.0)
+    lost = Isolated(f"{kernel.name.rpartition(':')[0]}:gone", 60.0)
     with pytest.raises(KernelError, match="the kernel raised ValueError: misaligned address"):
         lost(make(9, 9, 4))
     assert lost._process is None
