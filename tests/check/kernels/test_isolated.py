@@ -1,22 +1,20 @@
 """A kernel that hangs, crashes or misbehaves in its own process is a named failure, and the next call works."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from refattn import InvalidInput, KernelError, UnsupportedProblem, check_kernel
+from refattn.check.kernels import isolated
 from refattn.check.kernels.isolated import Isolated
 from refattn.check.kernels.tiled import tiled
 
 KERNEL = """
 import ctypes, os, time
 import numpy as np
-from refattn import Capabilities, UnsupportedProblem
+from refattn import UnsupportedProblem
 from refattn.check.kernels.tiled import tiled
-
-def gone(p):
-    raise AssertionError
-
-gone.capabilities = Capabilities(arrays="torch", device="meta")  # it gives no array back
 
 def kernel(p):
     what = int(p.n_q)
@@ -67,14 +65,33 @@ def test_a_failure_has_a_name(kernel, make, rows, text):
     assert lse.tobytes() == want[1].tobytes()
 
 
-def test_a_process_whose_device_is_lost_is_ended(kernel, make):
-    lost = Isolated(f"{kernel.name.rpartition(':')[0]}:gone", 60.0)
-    with pytest.raises(KernelError, match="the kernel raised InvalidProblem: query: is a meta tensor"):
-        lost(make(9, 9, 4))
-    assert lost._process is None
-    with pytest.raises(KernelError, match="no such thing"):
-        kernel(make(4, 4, 4))
-    assert kernel._process.is_alive()
+class Pipe:
+    def __init__(self, *told):
+        self.told, self.sent, self.send = list(told), [], lambda x: self.sent.append(x)
+
+    def poll(self, seconds):
+        return bool(self.told)
+
+    def recv(self):
+        if not self.told:
+            raise EOFError
+        return self.told.pop(0)
+
+
+def test_a_process_whose_device_is_lost_is_ended(kernel, make, monkeypatch):
+    p, text = make(4, 4, 4), "the kernel raised ValueError: no such thing"
+    for gone, kind in ((True, "lost"), (False, "error")):
+        monkeypatch.setattr(isolated, "lost", lambda able, gone=gone: gone)
+        there = Pipe((p.arrays(), p.settings() | {"variant": p.variant}, None))
+        isolated._serve(kernel.name, p.variant, there)
+        assert there.sent == ["ready", (kind, text)]
+        here = Isolated(kernel.name, 2.0)
+        nothing = lambda: None  # noqa: E731
+        here._process = SimpleNamespace(is_alive=lambda: True, kill=nothing, join=nothing)
+        here._pipe = Pipe((kind, text))
+        with pytest.raises(KernelError, match=text):
+            here(p)
+        assert (here._process is None) == gone
 
 
 def test_unsupported_stays_unsupported(kernel, make):
