@@ -153,7 +153,7 @@ class Forward:
         self.c, self.c_low = float(scale.h[0, 0]), float(scale.l[0, 0])
         self.whole = bool(one.allowed.all())
         self.wide = tile_sizes()[1] if f.device is None else f.device.keys
-        self.tiles, self.kinds = tiles_of(one.allowed, rows, n_k, self.wide, partial(each, threads=threads))
+        self.tiles, self.kinds = self._tiles(threads)
         self.shift, self.relative, self.sums = xp.empty(len(rows)), xp.empty(len(rows)), xp.empty((len(rows), 3))
         b, self.width = head_bits(d, level), head_bits(min(self.wide, n_k), level)
         if f.device is None:
@@ -176,6 +176,10 @@ class Forward:
             self._capped(one.problem.softcap)
         if one.bias is not None:
             self.size = self.size + xp.asarray(1.5 * np.abs(one.bias[rows]).max(1))
+
+    def _tiles(self, threads: int) -> tuple[list[slice], Any]:
+        """Return the tiles of keys, and what a rule says of each and each row."""
+        return tiles_of(self.head.allowed, self.rows, len(self.head.k), self.wide, partial(each, threads=threads))
 
     def _radii(self, q: Float, parts: list[Float], keys: list[Right], rc: float) -> tuple[Float, Float]:
         """Return the radius of a score in base 2 and a bound of its size, one a row; rc is the scale's radius."""

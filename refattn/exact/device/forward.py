@@ -101,7 +101,6 @@ class OnDevice(Forward):
         self.log2e = float(constant.h[0, 0]), float(constant.l[0, 0])
         super().__init__(one, f, rows, unit, into, threads=1)
         self.exp2_error = self.exp2_error if f.level else SHORT_ERROR
-        self.ends = band(one.problem, one.batch, one.rows, one.keys)
 
     def run(self) -> None:
         """Compute all rows."""
@@ -119,6 +118,18 @@ class OnDevice(Forward):
             self._finish(at, sums)
         del self._planes, self._parts
 
+    def _tiles(self, threads: int) -> tuple[list[slice], Any]:
+        one, n_k = self.head, len(self.head.k)
+        self.ends = band(one.problem, one.batch, one.rows, one.keys)
+        if self.ends is None or not isinstance(one.allowed, View):
+            return super()._tiles(threads)
+        # rows see all keys from one to another: what a rule says of each row and tile is not needed
+        first, end = (np.clip(x[self.rows], 0, n_k) for x in self.ends)
+        first, end = first[first < end] // self.wide, -(-end[first < end] // self.wide)
+        count = -(-n_k // self.wide)
+        rows = np.cumsum(np.bincount(first, minlength=count + 1) - np.bincount(end, minlength=count + 1))
+        return [slice(j * self.wide, min((j + 1) * self.wide, n_k)) for j in np.nonzero(rows)[0].tolist()], None
+
     def _radii(self, q: Any, parts: list[Any], keys: list[Any], rc: float) -> tuple[Any, Any]:
         return radii(self, q, parts, keys[0], rc)
 
@@ -132,9 +143,10 @@ class OnDevice(Forward):
         and the mask; None where all rows see all keys.
         """
         rows, allowed = self.rows[at], self.head.allowed
+        last, least = (0, 0) if self.ends is None else (self.ends[0][rows].max(), self.ends[1][rows].min())
         for n, keys in enumerate(self.tiles):
             w = keys.stop - keys.start
-            if self.whole:
+            if self.whole or (last <= keys.start and keys.stop <= least):
                 yield n, slice(0, len(rows)), None, None
                 continue
             if self.ends is not None:
