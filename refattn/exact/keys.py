@@ -27,8 +27,8 @@ __all__ = ["FEW", "Arriving", "Rows", "few_keys", "rows_by_definition", "rows_of
 Float = NDArray[np.float64]
 FEW = 64
 """Keys that :func:`few_keys` takes at a time: so many columns of a level keep a radius for each element."""
-ROWS, ROWS_THERE = 2**9, 2**11
-"""Rows at a time, on the CPU and on a device."""
+ROWS, ROWS_THERE = 2**9, 2**13
+"""Rows at a time, on the CPU and on a device, where each step costs its start."""
 
 
 @dataclass(frozen=True)
