@@ -214,9 +214,9 @@ class Card:
 
 def _laid_out(x: Any) -> tuple[int, int]:
     """Return whether a matrix lies by columns (1), and the step from one row or column to the next, for cuBLAS."""
-    (rows, columns), (down, right) = x.shape, (s // 8 for s in x.strides)
-    if right == 1 or columns == 1:
-        return 0, max(down if rows > 1 else columns, columns)
-    if down == 1 or rows == 1:
-        return 1, max(right if columns > 1 else rows, rows)
+    (rows, columns), (down, right) = x.shape, x.strides
+    if right == 8 or columns == 1:
+        return 0, max(down // 8 if rows > 1 else columns, columns)
+    if down == 8 or rows == 1:
+        return 1, max(right // 8 if columns > 1 else rows, rows)
     raise UnsupportedProblem("device: a matrix of a product has no axis of unit stride")
