@@ -2,7 +2,8 @@
 
 Times are medians of whole calls of ``refattn.evaluate`` on NumPy arrays, copies to the GPU and back counted. "plain" is
 float64 attention in CuPy: two products and a softmax, in blocks of rows, from and to the GPU's memory. "products" are
-the float64 products of the call alone: what the time cannot be below. Bits are compared with the CPU's on some rows.
+the float64 products of the call alone, at its first level: what the time cannot be below. Bits are compared with the
+CPU's on some rows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from refattn import Problem
 from refattn.arrays import cupy_with_gpu, from_float64, to_float64
 from refattn.bench import Row
 from refattn.dtypes import format_of
+from refattn.exact.device.backward import ROWS as BACKWARD_ROWS
 from refattn.exact.device.card import KEYS, ROWS, Card, card_of
 from refattn.exact.enclosure import Enclosure
 from refattn.exact.levels import Level
@@ -44,10 +46,10 @@ CALLS: tuple[tuple[int, str, bool, float | None], ...] = (
 BACKWARD: tuple[tuple[int, str, bool, float | None], ...] = (
     (4096, "float32", False, None),
     (16384, "float32", False, 0.5),
-    (16384, "float32", True, None),
-    (16384, "bfloat16", False, None),
+    (16384, "float32", True, 0.5),
+    (16384, "bfloat16", False, 0.5),
 )
-"""With gradients."""
+"""With gradients. A causal call has fewer weights, a narrow format fewer digits: both are held to float32's limit."""
 LAST = 1024, 2**20
 """Rows, and the keys of the call whose last rows they are."""
 
@@ -71,7 +73,7 @@ def rows() -> Iterator[Row]:
             yield Row(f"n = {n}, plain CuPy float64", plain_of[n], "s")
         yield from call(cupy, card, n, form, causal, most, plain_of[n])
     for n, form, causal, most in BACKWARD:
-        yield from gradients(cupy, n, form, causal, most)
+        yield from gradients(cupy, card, n, form, causal, most)
     for form in ("bfloat16", "float64"):
         yield from some_rows(cupy, form)
 
@@ -176,7 +178,7 @@ def some_rows(cupy: Any, form: str) -> Iterator[Row]:
     yield Row(at, seconds(cupy, lambda: refattn.evaluate(problem, rounding=form, device="cuda")), "s", at_most=0.5)
 
 
-def gradients(cupy: Any, n: int, form: str, causal: bool, most: float | None) -> Iterator[Row]:
+def gradients(cupy: Any, card: Card, n: int, form: str, causal: bool, most: float | None) -> Iterator[Row]:
     """Yield the figures of a call with all gradients; dq is compared with the CPU's, by its last rows."""
     at = f"n = {n}, {form}{', causal' if causal else ''}, out and all gradients"
     problem = random_call(n, form, causal)
@@ -191,6 +193,8 @@ def gradients(cupy: Any, n: int, form: str, causal: bool, most: float | None) ->
     yield Row(at, took, "s", at_most=most)
     for level, s in answer.stats.items():
         yield Row(f"{at}, of it {level}", s["seconds"], "s")
+    if not causal:
+        yield Row(f"{at}, products", products(cupy, card, n, LEVELS[form], backward=True), "s")
     few = refattn.query_rows(problem, n - 8, n)
     exact = refattn.evaluate(few, rounding=form, gradients=dout[:, :, -8:])
     pairs = [(to_float64(answer.values[x])[:, :, -8:], to_float64(exact.values[x])) for x in ("out", "lse", "dq")]
@@ -213,19 +217,36 @@ def by_keys(problem: Problem, dout: Any, answer: Any) -> float:
     return found / total
 
 
-def products(cupy: Any, card: Card, n: int, level: int) -> float:
-    """Return the seconds of the products of a call alone, tile by tile."""
-    r, w = min(n, ROWS), min(n, KEYS)
+def products(cupy: Any, card: Card, n: int, level: int, backward: bool = False) -> float:
+    """Return the seconds of the products of a call alone, tile by tile; with gradients those of both passes."""
+    r, w = min(n, BACKWARD_ROWS if backward else ROWS), min(n, KEYS)
     left, planes = cupy.ones((r, (level + 1) * D)), cupy.ones((r, level + 1, w))
     keys, values = cupy.ones(((level + 1) * D, w)), cupy.ones(((level + 1) * w, D))
-    out = cupy.empty((level + 1, r, D))
+    out, turned, by_key = cupy.empty((level + 1, r, D)), cupy.ones((D, r * (level + 1))), cupy.empty((D, w))
+
+    def scores() -> None:
+        for t in range(level + 1):
+            card.matmul(left[:, : (t + 1) * D], keys[: (t + 1) * D], planes[:, t])
+
+    def sums() -> None:
+        wide = planes.reshape(r, -1)
+        for t in range(level + 1):
+            card.matmul(wide[:, : (t + 1) * w], values[: (t + 1) * w], out[t])
+
+    def over_rows() -> None:
+        for start in range(0, r, w):
+            part = planes[start : start + w]
+            for t in range(level):
+                for s in range(t + 1):
+                    card.matmul(turned[:, start : start + w], part[:, s], by_key)
+            wide = slice(start * (level + 1), (start + w) * (level + 1))
+            card.matmul(turned[:, wide], part.reshape(-1, w), by_key)
+
+    steps = (scores, sums, scores, scores, sums, over_rows, over_rows) if backward else (scores, sums)
 
     def run() -> None:
         for _ in range(-(-n // r) * -(-n // w)):
-            for t in range(level + 1):
-                card.matmul(left[:, : (t + 1) * D], keys[: (t + 1) * D], planes[:, t])
-            wide = planes.reshape(r, -1)
-            for t in range(level + 1):
-                card.matmul(wide[:, : (t + 1) * w], values[: (t + 1) * w], out[t])
+            for step in steps:
+                step()
 
     return seconds(cupy, run)

@@ -27,8 +27,9 @@ from .model import Capabilities
 
 __all__ = ["Ahead", "for_the_gpu", "serve"]
 
-BLOCK = 24
-"""Answers to a block, more than workers: the run's block and the next are held, each of at most some ten megabytes."""
+BLOCK, EACH = 24, 4
+"""Answers to a block, at least and for each process: the run's block and the next are held, each of at most some ten
+megabytes. Where workers are many, fewer are made while the run waits for a long one."""
 FEWEST = 12
 """Fewer answers take less time than a process to start."""
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -52,6 +53,7 @@ class Ahead:
         self._left = wanted if len(wanted) > FEWEST else []
         self._made: dict[Key, Future[Expected]] = {}
         self._block: list[Key] = []
+        self._size = max(BLOCK, EACH * jobs)
         self._workers = _Workers()
         self._pool = ThreadPoolExecutor(max(1, jobs - 1), initializer=self._workers.start) if self._left else None
         self._next()
@@ -81,7 +83,7 @@ class Ahead:
                 warnings.warn(f"a process for exact answers ended ({e}); the run makes its own", stacklevel=2)
 
     def _next(self) -> None:
-        self._block, self._left = self._left[:BLOCK], self._left[BLOCK:]
+        self._block, self._left = self._left[: self._size], self._left[self._size :]
         for key in reversed(self._block):
             assert self._pool is not None
             self._made[key] = self._pool.submit(self._workers.ask, key)

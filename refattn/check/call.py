@@ -229,8 +229,7 @@ def guarded(call: Callable[[], Any]) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as e:  # SystemExit, too: a kernel does not end the run that judges it
-        first = (_text(e, lines=True).splitlines() or [""])[0][:200]
-        raise KernelError(f"the kernel raised {printable(type(e).__name__)}: {first}") from e
+        raise KernelError(f"the kernel raised {_raised(e)}") from e
 
 
 def _scrub(problem: Problem) -> None:
@@ -238,6 +237,11 @@ def _scrub(problem: Problem) -> None:
     for n in {problem.out_shape, problem.out_shape[:3]}:
         for kind in (np.float32, np.dtype(FORMATS[problem.out_type].dtype)):
             np.empty(n, kind).view(np.uint8).fill(0xFF)
+
+
+def _raised(e: BaseException) -> str:
+    first = (_text(e, lines=True).splitlines() or [""])[0][:200]
+    return f"{printable(type(e).__name__)}: {first}"
 
 
 def _text(e: BaseException, lines: bool = False) -> str:
@@ -287,6 +291,8 @@ def _numpy(x: Any) -> NDArray[Any]:
         return to_numpy(x)
     except InvalidProblem as e:
         raise KernelError(str(e)) from e
+    except Exception as e:  # what a GPU's kernel did wrong is often raised by the first copy from there
+        raise KernelError(f"reading what the kernel returned raised {_raised(e)}") from e
 
 
 def _expect(name: str, x: Any, shape: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import array_api_compat as api
+import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import kind_of, to_kind, to_numpy
@@ -15,7 +16,16 @@ from .call import Function, unchanged
 from .model import Capabilities
 from .reading import plain
 
-__all__ = ["native"]
+__all__ = ["lost", "native"]
+
+
+def lost(able: Capabilities) -> bool:
+    """Tell whether the device of a kernel's arrays takes and gives no array: some errors end a GPU for a process."""
+    try:
+        to_numpy(to_kind(np.zeros(1, np.float32), able.arrays, able.device or None))
+    except Exception:
+        return True
+    return False
 
 
 def native(kernel: Function, able: Capabilities) -> Function:

@@ -31,6 +31,7 @@ from .inputs.sample import WHOLE, Sample
 from .kernel import Kernel
 from .laws import LAWS, Law, law_problem
 from .model import Capabilities, Model, ModelFor
+from .native import lost
 from .probe import probed
 from .report.report import Check, Report
 from .settle import Notes, settled, unasked
@@ -117,8 +118,7 @@ def check_kernel(
     if seconds is not None:
         first = {i.name for i in plan(judged, variant, dtypes=dtypes, budget="quick", seed=seed)}
         items.sort(key=lambda i: i.name not in first)
-    done: list[Check] = []
-    start = time.perf_counter()
+    done, gone, there, start = list[Check](), "", not lost(judged.capabilities), time.perf_counter()
     with on_device(device_of(judged.capabilities)) as truth, Ahead([i.key for i in items if i.key], n_jobs) as ahead:
         for item in items:
             if seconds is not None and time.perf_counter() - start > seconds:
@@ -127,13 +127,16 @@ def check_kernel(
                 progress(item)
             ahead.prepare(item.key)
             done.append(item.run())
-    models = {d: asdict(judged.model(d)) for d in sorted({i.dtype for i in items})}
-    left = len(items) - len(done)
+            if there and done[-1].verdict != "passed" and lost(judged.capabilities):
+                gone, text = item.name, f"the kernel lost the device: {done[-1].message}"
+                done[-1] = replace(done[-1], verdict="failed", message=text)
+                break
+    left, models = len(items) - len(done), {d: asdict(judged.model(d)) for d in sorted({i.dtype for i in items})}
     missed = unasked(judged, variant, done) if only is None else ()
     whole = only is None and budget != "quick" and not left
     return Report(
         judged.name, variant, tuple(done), judged.version, models, judged.capabilities.edges, whole, seed, left, budget,
-        unasked=missed, truth=str(truth),
+        unasked=missed, truth=str(truth), lost=gone,
     )  # fmt: skip
 
 
@@ -247,9 +250,8 @@ def _case_run(kernel: Kernel, case: Case, dtype: str) -> Callable[[], Check]:
             check = guarded(name, lambda: judged(kernel.call, problem, known, model, lse, notes, some))
         except UnboundedError as e:
             return Check(name, "unsupported", message=str(e))
-        asks = tuple(sorted(problem.features()))
         check = settled(check, kernel, problem, lacks, notes)
-        return replace(check, rules=notes.rules, either=notes.either, features=asks)
+        return replace(check, rules=notes.rules, either=notes.either, features=tuple(sorted(problem.features())))
 
     return run
 
@@ -281,7 +283,6 @@ def _law_run(kernel: Kernel, law: Law, dtype: str, variant: str) -> Callable[[],
             return Check(name, "unsupported", message=f"not in its capabilities: {', '.join(lacks)}")
         if why := unbounded(problem, kernel.model(dtype)):
             return Check(name, "unsupported", message=why)
-
         ask = Trial(kernel.call, kernel.model(dtype), able)
         check = guarded(name, lambda: iter([law.test(ask, problem)]))
         small = problem.batch * problem.heads * problem.n_q * problem.n_k <= WHOLE

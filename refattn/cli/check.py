@@ -283,6 +283,9 @@ def _run(
                 at(f"{name} {item.name}")
 
             reports.append(check_kernel(entry.kernel(), variant, dtypes=wanted, progress=step, **which, **more))
+            if reports[-1].lost and (after := [e.name for e, _ in chosen[len(reports) :]]):
+                click.echo(f"the device is lost for this process: {', '.join(after)} did not run", err=True)
+                return
 
 
 def _ended(work: Callable[[], None]) -> int:
@@ -299,5 +302,5 @@ def _ended(work: Callable[[], None]) -> int:
 
 def _explain(entries: list[Entry], reports: list[Report]) -> None:
     for i, (entry, report) in enumerate(zip(entries, reports, strict=False)):
-        if report.count("failed"):
+        if report.count("failed") and not report.lost:
             reports[i] = replace(report, diagnosis=explain_report(entry.kernel(), report, seconds=EXPLAIN))

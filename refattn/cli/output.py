@@ -127,7 +127,11 @@ def print_outside(console: Console, reports: list[Report], kernels: tuple[str, .
             _print(console, f"{r.kernel}: declared, and no check asked for it: {', '.join(r.unasked)}")
         if r.truth:
             _print(console, f"{r.kernel}: {r.truth}")
-        if r.left:
+        if r.lost:
+            text = f"the device was lost in {r.lost}; {_counted(r.left)} after it did not run"
+            how = "--time-limit SECONDS runs each kernel in a process of its own and goes on"
+            _print(console, f"{r.kernel}: {text}; {how}")
+        elif r.left:
             _print(console, f"{r.kernel}: the time was over before {r.left} checks, which did not run")
         if r.either:
             text = "rows whose scores its rounding may order otherwise; each was compared with the choice nearest to it"

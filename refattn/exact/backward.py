@@ -7,7 +7,8 @@ G_ij = w_ij X_ij / e_i with e_i a power of two above |X_ij|:
     dk_j = scale sum_i G_ij (e_i q_i / z_i)
     dv_j = sum_i w_ij (dout_i / z_i)
 
-The forward pass gives m, z and out. The bounds are those of ``stream.py`` (docs/proofs/streaming.md).
+A gradient that arrives at lse is taken off dout_i·out_i. With a softcap G_ij comes times its slope in dq and dk. The
+forward pass gives m, z and out. The bounds are those of ``stream.py`` (docs/proofs/streaming.md).
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from . import elementwise, stream, tiles
 from .anywhere import beside, largest
 from .doubledouble import EXP2_FLOOR, U
 from .heads import Head, numbers_of
-from .keys import Rows, column
+from .keys import Arriving, Rows, column
 from .levels import ETA, UP, Bounded, Level, gamma, head_bits
 from .right import Right
 from .row import Row
 from .stream import SLACK, Forward, each, each_tile, forward_pass
 
-__all__ = ["Backward", "Held", "KeySums", "backward"]
+__all__ = ["Backward", "Held", "KeySums", "backward", "gain_of"]
 
 Float = NDArray[np.float64]
 
@@ -41,7 +42,7 @@ def backward(
     one: Head,
     f: Level,
     rows: NDArray[np.intp],
-    dout: Float,
+    arriving: Arriving,
     threads: int,
     dbias: Callable[[slice, slice, Bounded], None] | None = None,
     forward: Forward | None = None,
@@ -56,8 +57,8 @@ def backward(
         The level.
     rows : integer array
         The rows to count, each with at least one key.
-    dout : (len(rows), d_v) float64
-        The gradient arriving at these rows.
+    arriving : Arriving
+        The gradients arriving at these rows.
     threads : int
         Tiles of rows to work on at a time.
     dbias : callable, optional
@@ -66,9 +67,9 @@ def backward(
         The forward pass of these rows, where it is there already.
     """
     if f.device is not None:
-        there: tuple[dict[str, Any], Rows] = f.device.backward(one, f, rows, dout, dbias, forward)
+        there: tuple[dict[str, Any], Rows] = f.device.backward(one, f, rows, arriving, dbias, forward)
         return there
-    work = Backward(forward or forward_pass(one, f, rows, threads), dout, dbias, threads)
+    work = Backward(forward or forward_pass(one, f, rows, threads), arriving, dbias, threads)
     if work.pieces:
         each(work.gathered, tiles.groups(len(rows)), threads)
     else:
@@ -108,10 +109,13 @@ class Held(tiles.Kept):
 class Backward:
     """One head's operands and results."""
 
-    def __init__(self, forward: Forward, dout: Float, dbias: Any, threads: int) -> None:
+    def __init__(self, forward: Forward, arriving: Arriving, dbias: Any, threads: int) -> None:
         self.head, self.f, self.rows = one, f, rows = forward.head, forward.f, forward.rows
-        self.forward, self.dout, self.dbias = forward, f.xp.asarray(dout), dbias
         level, xp, k = f.level, f.xp, one.k
+        self.forward, self.dout, self.dbias = forward, xp.asarray(arriving.out), dbias
+        self.dlse = None if arriving.lse is None else xp.asarray(arriving.lse)
+        self.gain = None if forward.cap is None else gain_of(forward)
+        self.by_tails = 2 * U * (1 if self.gain is None else 2)  # with a softcap a product is cut, so rounded, twice
         self.tiles = self.forward.tiles
         self.pieces = f.device is None and isinstance(one.allowed, View) and dbias is None
         here = tiles.MOST_ROWS if self.pieces else stream.tile_sizes()[0]
@@ -199,7 +203,7 @@ class Backward:
         if getattr(self.local, "size", None) != (r, w):
             planes = [np.empty((r, level + 1, w)) for _ in range(2)]
             wide, narrow = (
-                [np.empty((r, w)) for _ in range(2 * level + 6)],
+                [np.empty((r, w)) for _ in range(2 * level + (6 if self.gain is None else 8))],
                 [np.empty((r, d)) for _ in range(level + 1)],
             )
             self.local.size, self.local.room = (r, w), (wide, narrow, *planes)
@@ -211,21 +215,17 @@ class Backward:
         r = len(held.dq)
         room, part, weights, products = self._room(r, keys.stop - keys.start)
         c, g_levels = room[: level + 1], room[level + 1 : 2 * level + 2]
-        h, low, g, g_low = room[2 * level + 2 :]
-        fw.scores(n, at, seen, c, h, low)
+        h, low, g, g_low, *gain = room[2 * level + 2 :]
+        fw.scores(n, at, seen, c, h, low, None if self.gain is None else (self.gain[0], *gain))
         self.values[n].levels(row.left, level, g_levels)
         step.scores(g_levels, 1.0, 0.0, g, g_low)
         d = (row.d.h[:, 0], row.d.l[:, 0])
         step.gradient_weights(h, low, fw.shift[at], g, g_low, *d, 1 / row.e, self.sigma, weights, products)
-        self.keys[n].levels(products.reshape(r, -1), level, part)
-        for x in part:
-            step.accumulate(held.dq, held.dq_low, x)
         row_sums = np.empty((r, level + 1))
         step.row_sums(products, row_sums)
         for s in range(level + 1):
             elementwise.accumulate(held.left, held.left_low, row_sums[:, s])
         held.done += 1
-        self._by_keys(row, weights, products, keys, sums, step)
         columns = weights[:, 0].T @ row.omega + 2.0**-self.width * row.omega.sum(0)
         sums.weights[keys] += columns[:, :3]
         by_z[keys] += columns[:, 3]
@@ -234,6 +234,12 @@ class Backward:
         sums.products[keys] += h.T @ row.relative_g + 2.0**-self.width * row.relative_g.sum()
         if self.dbias is not None:
             self.dbias(at, keys, row.by_score(weights, products).where(seen))
+        if self.gain is not None:
+            step.damped(products, *gain, self.sigma)
+        self.keys[n].levels(products.reshape(r, -1), level, part)
+        for x in part:
+            step.accumulate(held.dq, held.dq_low, x)
+        self._by_keys(row, weights, products, keys, sums, step)
 
     def _by_keys(self, row: Row, weights: Float, products: Float, keys: slice, sums: KeySums, step: Any) -> None:
         """Add what these rows give to dk and dv of some keys, level by level."""
@@ -263,7 +269,7 @@ class Backward:
             for s in range(1, level + 1):
                 lost[n] += gamma(self.terms(r) + 2 * level + 6) * self.steps[s] * one[level - s] * UP
             if level:
-                lost[n] += 2 * U * self.steps[level] * one[0] * UP
+                lost[n] += self.by_tails * self.steps[level] * one[0] * UP
             np.maximum(most, np.stack([largest(np.abs(t), 1) for t in (tails[0], tails[level])]), out=most)
 
     @property
@@ -295,7 +301,7 @@ class Backward:
         adds = 4 * self.additions * U * U
         y: Any = sum(s.weights for s in self.all) * SLACK
         y[:, 1] += sum(s.products for s in self.all) * SLACK
-        rounding = gamma(self.terms(self.rows_at_a_time) + 2 * f.level + 6) + (0 if f.level else 2 * U)
+        rounding = gamma(self.terms(self.rows_at_a_time) + 2 * f.level + 6) + (0 if f.level else self.by_tails)
         results: dict[str, Any] = {}
         own = {
             "dk": largest(np.abs(f.array(one.q[beside(one.q, self.rows)]).h), 0),
@@ -315,6 +321,18 @@ class Backward:
             p = ((s - f.array(fw.shift[:, None])) * fw.ln2).exp() / column(f, fw.sums)
             results["dsink"] = -(p * column(f, self.d)).T.sum()
         return results
+
+
+def gain_of(forward: Forward) -> tuple[tuple[float, float], Float]:
+    """Return 1 / softcap in base 2 as two numbers, and what the softcap's slopes are off by, one a row.
+
+    A slope is 1 - y**2 of y = tanh, which is off by a score's radius over the cap (docs/proofs/streaming.md).
+    """
+    host = Level(forward.f.level)
+    per = host.number(1) / (host.number(forward.head.problem.softcap) * host.log2e)
+    h, low, r = (float(np.ravel(x)[0]) for x in (per.h, per.l, per.r))
+    off = forward.radius * (h * UP)
+    return (h, low), (off * (2 + off) + 2 * r / h + 128 * U * U) * UP
 
 
 def _product(pairs: list[tuple[Float, int]], planes: Float, h: Float, low: Float, step: Any) -> None:

@@ -15,7 +15,18 @@ from numba.extending import intrinsic
 
 from .doubledouble import EXP2_FLOOR, TABLE_BITS, table
 
-__all__ = ["accumulate", "capped", "cut", "gradient_weights", "row_sum_error", "row_sums", "scores", "weights"]
+__all__ = [
+    "accumulate",
+    "capped",
+    "cut",
+    "damped",
+    "gains",
+    "gradient_weights",
+    "row_sum_error",
+    "row_sums",
+    "scores",
+    "weights",
+]
 
 _HIGH, _LOW, (_C, _C_LOW) = table()
 _BOTH = np.ascontiguousarray(np.concatenate([_HIGH, _LOW]))
@@ -270,6 +281,52 @@ def _capped(h, low, k, k_low, c, c_low):
 def capped(h, low, k, c):
     """Replace scores x = h + low in base 2 by c tanh(x ln 2 / cap), in place: c is the cap in base 2, k is 2 / cap."""
     _capped(h, low, *k, *c)
+
+
+@njit(**_OPTIONS)
+def _gains(h, low, c, c_low, gain, gain_low):
+    for i in range(h.shape[0]):
+        x_, y_, to, to_low = h[i], low[i], gain[i], gain_low[i]
+        for j in range(h.shape[1]):
+            x, y = x_[j], y_[j]
+            p = x * c
+            p, e = _two_sum(p, _fma(x, c, -p) + _fma(x, c_low, y * c))
+            z = p * p
+            z, rest = _two_sum(z, _fma(p, p, -z) + 2.0 * (p * e))
+            s, e = _two_sum(1.0, -z)
+            to[j], to_low[j] = _two_sum(s, e - rest)
+
+
+def gains(h, low, per_cap, gain, gain_low):
+    """Write the softcap's slopes 1 - (x / cap)**2 at capped scores x = h + low; per_cap is 1 / cap as two numbers."""
+    _gains(h, low, *per_cap, gain, gain_low)
+
+
+@njit(**_OPTIONS)
+def _damped(products, gain, gain_low, sigma0, sigma1, sigma2):
+    level = products.shape[1] - 1
+    for i in range(products.shape[0]):
+        for j in range(products.shape[2]):
+            h, low = products[i, 0, j], 0.0
+            for s in range(1, level + 1):
+                h, e = _two_sum(h, products[i, s, j])
+                low += e
+            x, y = gain[i, j], gain_low[i, j]
+            p = h * x
+            p, e = _two_sum(p, _fma(h, x, -p) + _fma(h, y, low * x))
+            head0, head1, head2, tail = _cut(p, e, level, sigma0, sigma1, sigma2)
+            if level > 0:
+                products[i, 0, j] = head0
+            if level > 1:
+                products[i, 1, j] = head1
+            if level > 2:
+                products[i, 2, j] = head2
+            products[i, level, j] = tail
+
+
+def damped(products, gain, gain_low, sigma):
+    """Multiply products (r, L + 1, w), heads and tail, by gain + gain_low (r, w), in place, and cut them again."""
+    _damped(products, gain, gain_low, *[*sigma, 0.0, 0.0, 0.0][:3])
 
 
 def weights(h, low, m, sigma, out):

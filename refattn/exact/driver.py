@@ -111,7 +111,7 @@ def evaluate(
         raise InvalidInput(f"bits: got {bits!r}, expected an integer from 32 to {2**20}")
     if n_jobs is not None and (isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1):
         raise InvalidInput(f"n_jobs: got {n_jobs!r}, expected an integer of at least 1 or None")
-    card = asked(device, problem, rounding, dlse=dlse, n_jobs=n_jobs, checkpoint=checkpoint, progress=progress)
+    card = asked(device, problem, rounding, n_jobs=n_jobs, checkpoint=checkpoint, progress=progress)
     threads = n_jobs or os.cpu_count() or 1
     dout, at_lse = _both(problem, gradients, dlse, dstate_out)
     if lowered.problem is not problem:
@@ -136,7 +136,7 @@ def evaluate(
     form, lse_form = format_of(rounding), format_of(lse_rounding or rounding)
     if card is not None:
         with on(card):
-            return _rounded(problem, form, lse_form, dout, threads, device=card)
+            return _rounded(problem, form, lse_form, dout, threads, at_lse, card)
     cut = at_lse is None and (checkpoint is not None or progress is not None or (n_jobs or 1) > 1)
     pieces = parts(problem, dout) if cut else []
     if len(pieces) < 2 and checkpoint is None:

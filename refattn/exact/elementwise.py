@@ -19,6 +19,8 @@ __all__ = [
     "accumulate",
     "capped",
     "cut",
+    "damped",
+    "gains",
     "gradient_weights",
     "places",
     "row_sum_error",
@@ -88,6 +90,31 @@ def capped(h: Float, low: Float, k: tuple[float, float], c: tuple[float, float])
     p, e = two_prod(t, c[0])
     p, e = two_sum(p, e + (t * c[1] + t_low * c[0]))
     h[...], low[...] = np.where(minus, -p, p), np.where(minus, -e, e)
+
+
+def gains(h: Float, low: Float, per_cap: tuple[float, float], gain: Float, gain_low: Float) -> None:
+    """Write the softcap's slopes 1 - (x / cap)**2 at capped scores x = h + low; per_cap is 1 / cap as two numbers."""
+    p, e = two_prod(h, per_cap[0])
+    y, y_low = two_sum(p, e + (h * per_cap[1] + low * per_cap[0]))
+    p, e = two_prod(y, y)
+    p, rest = two_sum(p, e + 2 * (y * y_low))
+    s, e = two_sum(1.0, -p)
+    gain[...], gain_low[...] = two_sum(s, e - rest)
+
+
+def damped(products: Float, gain: Float, gain_low: Float, sigma: Float) -> None:
+    """Multiply products (r, L + 1, w), heads and tail, by gain + gain_low (r, w), in place, and cut them again."""
+    h, low = products[:, 0], 0.0
+    for s in range(1, products.shape[1]):
+        h, e = two_sum(h, products[:, s])
+        low = low + e
+    p, e = two_prod(h, gain)
+    high, rest = two_sum(p, e + (h * gain_low + low * gain))
+    for s, cut in enumerate(sigma):
+        head = (high + cut) - cut
+        products[:, s] = head
+        high, rest = two_sum(high - head, rest)
+    products[:, len(sigma)] = high + rest
 
 
 def weights(h: Float, low: Float, m: Float, sigma: Float, out: Float) -> None:

@@ -2,8 +2,8 @@
 
     dk_j = scale sum_i P_ij (dout_i·v_j - d_i) q_i        dv_j = sum_i P_ij dout_i
 
-with P_ij = exp(s_ij - lse_i) and d_i = dout_i·out_i. Where a few elements of many are not decided, this costs next to
-nothing beside a whole backward pass.
+with P_ij = exp(s_ij - lse_i) and d_i = dout_i·out_i - dlse_i; a softcap's slope comes beside scale. Where a few
+elements of many are not decided, this costs next to nothing beside a whole backward pass.
 """
 
 from __future__ import annotations
@@ -22,13 +22,32 @@ from .levels import Bounded, Level
 from .matrix import Matrix
 from .stream import Forward, each
 
-__all__ = ["FEW", "Rows", "few_keys", "rows_by_definition", "rows_of"]
+__all__ = ["FEW", "Arriving", "Rows", "few_keys", "rows_by_definition", "rows_of"]
 
 Float = NDArray[np.float64]
 FEW = 64
 """Keys that :func:`few_keys` takes at a time: so many columns of a level keep a radius for each element."""
-ROWS, ROWS_THERE = 2**9, 2**11
-"""Rows at a time, on the CPU and on a device."""
+ROWS, ROWS_THERE = 2**9, 2**13
+"""Rows at a time, on the CPU and on a device, where each step costs its start."""
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """The gradients that arrive at rows.
+
+    Attributes
+    ----------
+    out : (..., d_v) float64
+        At out.
+    lse : (...) float64 or None
+        At lse.
+    """
+
+    out: Float
+    lse: Float | None = None
+
+    def __getitem__(self, at: Any) -> Arriving:
+        return Arriving(self.out[at], None if self.lse is None else self.lse[at])
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,7 @@ class Rows:
     index : (n,) integer array
         The rows: all that see a key.
     lse, d : matrices (n, 1) of an arithmetic
-        Log-sum-exp, and dout·out.
+        Log-sum-exp, and dout·out - dlse.
     """
 
     index: NDArray[np.intp]
@@ -48,20 +67,21 @@ class Rows:
     d: Any
 
 
-def rows_of(forward: Forward, dout: Float, threads: int) -> Rows:
+def rows_of(forward: Forward, arriving: Arriving, threads: int) -> Rows:
     """Return what rows know from a level's forward pass."""
     f = forward.f
 
     def part(at: slice) -> Float:
         with np.errstate(all="ignore"):
-            d = (f.array(dout[at]) * Bounded(f, *np.moveaxis(forward.out[at], -1, 0))).sum()
+            d = (f.array(arriving.out[at]) * Bounded(f, *np.moveaxis(forward.out[at], -1, 0))).sum()
+            d = d if arriving.lse is None else d - f.array(arriving.lse[at, None])
         return np.concatenate([d.h, d.l, np.broadcast_to(d.r, d.h.shape)], 1)
 
     d = np.concatenate(each(part, _slices(len(forward.rows), f), threads))
     return Rows(forward.rows, column(f, forward.lse), column(f, d))
 
 
-def rows_by_definition(one: Head, f: Any, rows: NDArray[np.intp], dout: Float, size: int) -> Rows:
+def rows_by_definition(one: Head, f: Any, rows: NDArray[np.intp], arriving: Arriving, size: int) -> Rows:
     """Return what rows know in any arithmetic, from the definition, `size` rows at a time."""
     shape = variant_of(one.problem.variant).shape
     assert isinstance(shape, RowsShape)
@@ -70,7 +90,9 @@ def rows_by_definition(one: Head, f: Any, rows: NDArray[np.intp], dout: Float, s
     for i in range(0, len(rows), size):
         at = rows[i : i + size]
         out, lse = shape.define(matrix_of(f, one.q[at]), k, v, one.options(f, at))
-        parts.append((lse.a, (matrix_of(f, dout[i : i + size]) * out).sum().a))
+        some = arriving[i : i + size]
+        d = (matrix_of(f, some.out) * out).sum()
+        parts.append((lse.a, (d if some.lse is None else d - matrix_of(f, some.lse[:, None])).a))
     lse, d = (Matrix(np.concatenate(x), f) for x in zip(*parts, strict=True))
     return Rows(rows, lse, d)
 
@@ -81,7 +103,7 @@ def few_keys(one: Head, f: Any, dout: Float, keys: NDArray[np.intp], known: Rows
     Parameters
     ----------
     one : Head
-        One head of softmax attention without softcap.
+        One head of softmax attention.
     f : arithmetic
         What to count in; the rows' numbers may come from a lower level.
     dout : (len(known.index), d_v) float64
@@ -100,13 +122,18 @@ def few_keys(one: Head, f: Any, dout: Float, keys: NDArray[np.intp], known: Rows
         o = one.options(f, rows[:1])
         q, g = matrix_of(f, one.q[rows]), matrix_of(f, dout[at])
         with np.errstate(all="ignore"):
-            s = q @ k.T * o.scale
+            s, gain = q @ k.T * o.scale, None
+            if o.softcap is not None:
+                t = (s / o.softcap).tanh()
+                s, gain = t * o.softcap, t * t
             if one.bias is not None:
                 s = s + matrix_of(f, one.bias[np.ix_(rows, keys)])
             seen = one.allowed[np.ix_(rows, keys)]
             seen = f.xp.asarray(seen) if isinstance(f, Level) else seen
             p = (s - _part(known.lse, at)).exp(seen)
-            return (p * (g @ v.T - _part(known.d, at))).T @ q * o.scale, p.T @ g
+            by_score = p * (g @ v.T - _part(known.d, at))
+            by_score = by_score if gain is None else by_score - by_score * gain
+            return by_score.T @ q * o.scale, p.T @ g
 
     (dk, dv), *others = each(part, _slices(len(known.index), f), threads if isinstance(f, Level) else 1)
     for x, y in others:

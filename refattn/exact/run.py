@@ -21,7 +21,7 @@ from .anywhere import scaled
 from .arithmetics import Floats
 from .gather import joined, parts
 from .heads import Head, heads, matrix_of, numbers_of
-from .keys import Rows
+from .keys import Arriving, Rows
 from .levels import Level
 from .lowering import lower
 from .results import Raw, add, collect, finite, mark, put, single, specials
@@ -62,7 +62,7 @@ class Work:
     threads : int
         Threads for the streaming path.
     dlse : (b, h_q, n_q) float64, optional
-        The gradient arriving at lse: it goes by the tape.
+        The gradient arriving at lse, or at a recurrence's last state.
     device : refattn.exact.device.card.Card, optional
         Where levels run: every head by the streaming path.
 
@@ -91,15 +91,15 @@ class Work:
         self.streamed = [(device is not None or len(s.k) >= STREAM_FROM) and streams(s) for s in self.there]
         if device is not None and not all(self.streamed):
             raise UnsupportedProblem(f"device: {problem.variant} attention with these options {ONLY}; use device='cpu'")
-        plain = dlse is None
+        self.arriving = None if dout is None else Arriving(dout, dlse)
         self.backward = [
-            yes and plain and dout is not None and streams(s, backward=True) and near_one(s, dout)
+            yes and self.arriving is not None and near_one(s, self.arriving)
             for yes, s in zip(self.streamed, self.there, strict=True)
         ]
         if device is not None and dout is not None and not all(self.backward):
             raise UnsupportedProblem(
-                "device: gradients of a call with a softcap, or with numbers beyond 2**200, have no streaming path, "
-                "and nothing else runs on a GPU; use device='cpu'"
+                "device: gradients of a call with numbers beyond 2**200 have no streaming path, and nothing else runs "
+                "on a GPU; use device='cpu'"
             )
 
     @cached_property
@@ -171,8 +171,8 @@ class Work:
                     put(one, name, x, raw)
             else:
                 forward = None
-                if dout is not None and keys is not None:
-                    forward = open_keys(one, f, raw, dout, self.threads, keys, known)
+                if self.arriving is not None and keys is not None:
+                    forward = open_keys(one, f, raw, self.arriving, self.threads, keys, known)
                 if floating and dout is not None and self.backward[i]:
                     if lines.size:
                         self._backward(one, f, lines, raw, known, keys is None, forward)
@@ -205,15 +205,15 @@ class Work:
         self, one: Head, f: Level, lines: NDArray[np.intp], raw: Raw, known: RowsByHead, sums: bool, forward: Any
     ) -> None:
         """Run the streaming path's gradients of a head, by parts where a rule lists keys, and note what rows know."""
-        dout, lock = self.dout, threading.Lock()
-        assert dout is not None
+        arriving, lock = self.arriving, threading.Lock()
+        assert arriving is not None
         some = parts(one, f, lines)
         if some is None:
-            rows = head_gradients(one, f, lines, raw, dout, self.threads, sums, forward, lock)
+            rows = head_gradients(one, f, lines, raw, arriving, self.threads, sums, forward, lock)
         else:
 
             def of(x: Head) -> Rows:
-                return head_gradients(x, f, np.arange(len(x.q)), raw, dout, 1, sums, None, lock)
+                return head_gradients(x, f, np.arange(len(x.q)), raw, arriving, 1, sums, None, lock)
 
             rows = joined(each(of, some, self.threads), lines)
         if len(lines) == one.live.sum():

@@ -60,11 +60,11 @@ def tile_sizes() -> tuple[int, int]:
     return (min(ROWS, PLAIN_ROWS), min(KEYS, PLAIN_KEYS)) if elementwise.steps() is elementwise else (ROWS, KEYS)
 
 
-def streams(one: Head, backward: bool = False) -> bool:
-    """Tell whether this path knows a call: plain softmax, by scores of given columns; backward without a softcap."""
+def streams(one: Head) -> bool:
+    """Tell whether this path knows a call: plain softmax, by scores of given columns."""
     p = one.problem
     fused, cap = variant_of(p.variant).fused, p.softcap
-    known = cap is None or (not backward and 1 / MOST_CAP <= cap <= MOST_CAP)
+    known = cap is None or 1 / MOST_CAP <= cap <= MOST_CAP
     plain = one.weight is None and one.kept is None and p.rotary is None and p.alibi_slopes is None
     plain = plain and not has_norms(p)
     return fused == STREAMED and known and plain
@@ -153,7 +153,7 @@ class Forward:
         self.c, self.c_low = float(scale.h[0, 0]), float(scale.l[0, 0])
         self.whole = bool(one.allowed.all())
         self.wide = tile_sizes()[1] if f.device is None else f.device.keys
-        self.tiles, self.kinds = tiles_of(one.allowed, rows, n_k, self.wide, partial(each, threads=threads))
+        self.tiles, self.kinds = self._tiles(threads)
         self.shift, self.relative, self.sums = xp.empty(len(rows)), xp.empty(len(rows)), xp.empty((len(rows), 3))
         b, self.width = head_bits(d, level), head_bits(min(self.wide, n_k), level)
         if f.device is None:
@@ -176,6 +176,10 @@ class Forward:
             self._capped(one.problem.softcap)
         if one.bias is not None:
             self.size = self.size + xp.asarray(1.5 * np.abs(one.bias[rows]).max(1))
+
+    def _tiles(self, threads: int) -> tuple[list[slice], Any]:
+        """Return the tiles of keys, and what a rule says of each and each row."""
+        return tiles_of(self.head.allowed, self.rows, len(self.head.k), self.wide, partial(each, threads=threads))
 
     def _radii(self, q: Float, parts: list[Float], keys: list[Right], rc: float) -> tuple[Float, Float]:
         """Return the radius of a score in base 2 and a bound of its size, one a row; rc is the scale's radius."""
@@ -270,12 +274,17 @@ class Forward:
         for x in part:
             step.accumulate(sums.num, sums.num_low, x)
 
-    def scores(self, n: int, at: Any, seen: Any, c: list[Float], h: Float, low: Float) -> None:
-        """Write the scores of one tile, in base 2, into h and low; c is room for their levels."""
+    def scores(self, n: int, at: Any, seen: Any, c: list[Float], h: Float, low: Float, gain: Any = None) -> None:
+        """Write the scores of one tile, in base 2, into h and low; c is room for their levels.
+
+        A softcap's slopes are written where `gain` says: 1 / cap in base 2, then where h and low of a slope go.
+        """
         self.keys[n].levels(self.left[at], self.f.level, c)
         elementwise.steps().scores(c, self.c, self.c_low, h, low)
         if self.cap is not None:
             elementwise.steps().capped(h, low, *self.cap)
+        if gain is not None:
+            elementwise.steps().gains(h, low, *gain)
         if self.head.bias is not None:
             self._add_bias(h, low, self.head.bias[self.rows[at], self.tiles[n]])
         if seen is not None and not seen.all():

@@ -12,7 +12,7 @@ from .anywhere import largest, scaled, within
 from .backward import backward
 from .gather import joined, parts, seeing
 from .heads import Head, numbers_of
-from .keys import FEW, Rows, few_keys, rows_by_definition, rows_of
+from .keys import FEW, Arriving, Rows, few_keys, rows_by_definition, rows_of
 from .levels import Bounded, Level
 from .results import Raw, add, add_dbias
 from .stream import Forward, each, forward_pass, stream
@@ -53,7 +53,7 @@ def head_gradients(
     f: Level,
     lines: NDArray[np.intp],
     raw: Raw,
-    dout: NDArray[np.float64],
+    arriving: Arriving,
     threads: int,
     sums: bool,
     forward: Forward | None,
@@ -67,7 +67,7 @@ def head_gradients(
             add_dbias(one, (one.batch, one.head, at[2][rows]), columns, _over(one, f, g), raw)
 
     result, rows = backward(
-        one, f, lines, dout[at], threads, None if one.bias is None else dbias, forward and forward.some(lines)
+        one, f, lines, arriving[at], threads, None if one.bias is None else dbias, forward and forward.some(lines)
     )
     for name in ("out", "lse", "dq"):
         raw[name][within(raw[name], at)] = result[name] if name == "lse" else _divided(one, f, result[name])
@@ -83,7 +83,7 @@ def open_keys(
     one: Head,
     f: Any,
     raw: Raw,
-    dout: NDArray[np.float64],
+    arriving: Arriving,
     threads: int,
     keys: NDArray[np.bool_],
     known: RowsByHead,
@@ -97,28 +97,28 @@ def open_keys(
         lists = isinstance(one.allowed, View) and one.allowed.lists
         if isinstance(f, Level) and not lists:
             forward = forward_pass(one, f, live, threads)
-            known[name] = rows_of(forward, dout[place(one, live)], threads)
+            known[name] = rows_of(forward, arriving[place(one, live)], threads)
         else:
             live = seeing(one, live, wanted)
             if not live.size:
                 return None
-            known[name] = _known(one, f, live, dout, threads)
-    arriving = dout[place(one, known[name].index)]
+            known[name] = _known(one, f, live, arriving, threads)
+    dout = arriving.out[place(one, known[name].index)]
     for i in range(0, len(wanted), FEW):
         some = wanted[i : i + FEW]
-        for x, g in zip(("dk", "dv"), few_keys(one, f, arriving, some, known[name], threads), strict=True):
+        for x, g in zip(("dk", "dv"), few_keys(one, f, dout, some, known[name], threads), strict=True):
             add(raw[x], (one.batch, one.head_kv, one.keys.start + some), numbers_of(_over(one, f, g)))
     return forward
 
 
-def _known(one: Head, f: Any, rows: NDArray[np.intp], dout: NDArray[np.float64], threads: int) -> Rows:
+def _known(one: Head, f: Any, rows: NDArray[np.intp], arriving: Arriving, threads: int) -> Rows:
     """Return what some rows know, by parts of the head where each row sees few keys."""
 
     def of(x: Head, lines: NDArray[np.intp]) -> Rows:
-        arriving = dout[place(x, lines)]
+        mine = arriving[place(x, lines)]
         if isinstance(f, Level):
-            return rows_of(forward_pass(x, f, lines, 1), arriving, 1)
-        return rows_by_definition(x, f, lines, arriving, max(1, TILE // len(x.k)))
+            return rows_of(forward_pass(x, f, lines, 1), mine, 1)
+        return rows_by_definition(x, f, lines, mine, max(1, TILE // len(x.k)))
 
     some = parts(one, f, rows)
     if some is None:
@@ -140,9 +140,11 @@ def place(one: Head, rows: NDArray[np.intp]) -> tuple[Any, ...]:
     return one.batch, one.head, one.places(rows)
 
 
-def near_one(one: Head, dout: NDArray[np.float64]) -> bool:
+def near_one(one: Head, arriving: Arriving) -> bool:
     """Tell whether all of a head's numbers lie near enough to 1."""
-    return unit_of(one.v) == unit_of(dout[one.batch, one.head]) == unit_of(one.q) == unit_of(one.k) == 0
+    here = arriving[one.batch, one.head]
+    numbers = (one.v, one.q, one.k, here.out, *([] if here.lse is None else [here.lse]))
+    return all(unit_of(x) == 0 for x in numbers)
 
 
 def unit_of(v: NDArray[np.float64]) -> int:

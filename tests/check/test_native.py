@@ -1,12 +1,16 @@
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from refattn import Capabilities, InvalidInput, KernelError, Problem, check_kernel
+from refattn.check.call import call_kernel
 from refattn.check.kernels import find
 from refattn.check.kernels.tiled import gradients, tiled
-from refattn.check.native import native
+from refattn.check.native import lost, native
+from refattn.cli.main import main
 
 torch = pytest.importorskip("torch")
 ABLE = Capabilities({"bfloat16"}, lse=True, gradients={"dq", "dk", "dv"}, arrays="torch", device="cpu")
@@ -96,6 +100,67 @@ def test_capabilities_name_a_library():
         Capabilities(arrays="tensorflow")
     with pytest.raises(InvalidInput, match="got arrays='numpy' and device='cuda'"):
         replace(ABLE, arrays="numpy", device="cuda")
+
+
+LOST = """
+import torch
+from refattn import Capabilities
+from refattn.check.kernels.tiled import tiled
+
+calls = []
+
+def one(p):
+    calls.append(p)
+    if len(calls) == 3:
+        open(__file__ + ".gone", "w").close()
+        raise RuntimeError("CUDA error: misaligned address")
+    return torch.from_numpy(tiled(p.to("numpy"))[0])
+
+def two(p):
+    raise AssertionError
+
+one.capabilities = two.capabilities = Capabilities(arrays="torch")
+"""
+
+
+def test_a_device_that_is_lost_ends_the_run_and_what_was_judged_is_told(monkeypatch, tmp_path):
+    path, to = tmp_path / "lost.py", tmp_path / "lost.json"
+    monkeypatch.setattr("refattn.check.runner.lost", lambda able: path.with_suffix(".py.gone").exists())
+    path.write_text(LOST)
+    kernels = [f"{path}:{name}" for name in ("one", "two")]
+    result = CliRunner().invoke(main, ["check", *kernels, "--only", "gaussian/w*", "--json", str(to)])
+    assert result.exit_code == 1
+    (report,) = json.loads(to.read_text())["kernels"]
+    passed, text = report["checks"][:2], "the kernel lost the device: the kernel raised RuntimeError: CUDA error: mis"
+    assert [c["verdict"] for c in report["checks"]] == ["passed", "passed", "failed"]
+    assert report["checks"][2]["message"].startswith(text)
+    assert report["left"] > 0
+    assert all(c["worst"]["elements"] for c in passed)
+    name = report["lost"]
+    assert name == report["checks"][2]["name"]
+    assert f"the device was lost in {name}; {report['left']} check" in result.output
+    assert "--time-limit SECONDS runs each kernel in a process of its own and goes on" in result.output
+    assert f"the device is lost for this process: {kernels[1]} did not run" in result.output
+
+
+def test_a_device_that_was_never_there_is_not_lost():
+    assert not lost(ABLE)
+    nowhere = replace(ABLE, device="meta")  # it takes an array, and gives none back
+    assert lost(nowhere)
+    report = check_kernel(lambda p: p.query + 0, capabilities=nowhere, only=NAME)
+    assert (report.lost, report.left, report.count("failed")) == ("", 0, 1)
+
+
+def test_an_answer_that_cannot_be_read_is_the_kernels_failure():
+    class Gone(torch.Tensor):
+        def cpu(self):
+            raise RuntimeError("CUDA error: misaligned address\nSearch for it in")
+
+    p = Problem(*np.ones((3, 1, 1, 4, 8), np.float32))
+    with pytest.raises(
+        KernelError, match=r"reading what the kernel returned raised RuntimeError: CUDA error: mis.*ss$"
+    ):
+        call_kernel(lambda p: torch.zeros(p.out_shape).as_subclass(Gone), p)
 
 
 def test_a_kernel_of_a_file(tmp_path):

@@ -61,18 +61,23 @@ def draw(rng, variant=None):
     return Problem(q, k, v, variant=variant, **more), dout if n * m < 2500 else None
 
 
+def at_lse(problem, dout):
+    """Return the gradient that arrives at lse: of softmax attention in every second call that has one at out."""
+    return dout[..., -1] * 2 if dout is not None and problem.variant == "softmax" and problem.n_q % 2 else None
+
+
 def compare(problem, dout, levels=(0, 1, 2, 3)):
     """Yield (array, level, error / radius) for every element."""
     balls = Balls(BITS)
     with balls.working():
-        exact = runner.run(problem, balls, dout)
+        exact = runner.run(problem, balls, dout, dlse=at_lse(problem, dout))
     for level in levels:
         yield from against(exact, runs(problem, dout, level), level)
 
 
 def runs(problem, dout, level):
     """Yield what the level gives: whole, then single keys with what rows know from it and from a forward pass."""
-    known, work = {}, runner.Work(problem, dout)
+    known, work = {}, runner.Work(problem, dout, dlse=at_lse(problem, dout))
     yield work.run(Level(level), known=known)
     if work.by_keys:
         none, keys = np.zeros(problem.out_shape[:3], bool), np.ones((1, problem.heads_kv, problem.n_k), bool)
@@ -88,12 +93,13 @@ def against(exact, answers, level):
             for name in got:
                 values = exact[name]
                 for (h, low, r), ball in zip(got[name].reshape(-1, 3).tolist(), values.ravel(), strict=True):
-                    if isinstance(ball, float | int):
+                    if isinstance(ball, float | int) and not np.isfinite(ball):  # what the contract fixes
                         yield name, level, 0.0 if (h == ball or h != h) and r == 0 else np.inf
                     elif not np.isfinite([h, low, r]).all():
                         yield name, level, LOST
-                    elif ball.is_finite():
-                        error = float(abs(flint.arb(h) + flint.arb(low) - ball.mid()).lower())
+                    elif isinstance(ball, float | int) or ball.is_finite():
+                        middle = flint.arb(ball) if isinstance(ball, float | int) else ball.mid()
+                        error = float(abs(flint.arb(h) + flint.arb(low) - middle).lower())
                         yield name, level, error / r if r else (0.0 if error == 0 else np.inf)
 
 

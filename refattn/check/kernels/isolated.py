@@ -13,6 +13,7 @@ from ...pages import append
 from ...problem import Problem
 from ...variants.own import know, named
 from ..call import call_gradients, call_kernel
+from ..native import lost
 from ..reading import note, plain
 from . import find
 
@@ -95,7 +96,9 @@ class Isolated:
             raise KernelError(self._death()) from e
         if kind == "unsupported":
             raise UnsupportedProblem(answer)
-        if kind == "error":
+        if kind == "lost":
+            self.close()
+        if kind in ("error", "lost"):
             raise KernelError(answer)
         note(problem, answer[1])
         return answer[0]
@@ -139,4 +142,4 @@ def _serve(name: str, variant: str, pipe: Connection) -> None:
         except UnsupportedProblem as e:
             pipe.send(("unsupported", str(e)))
         except KernelError as e:
-            pipe.send(("error", str(e)))
+            pipe.send(("lost" if lost(kernel.capabilities) else "error", str(e)))

@@ -136,7 +136,7 @@ class Report:
     seed : int
         What the calls were drawn by.
     left : int
-        How many checks did not run because the time was over.
+        How many checks did not run because the time was over, or the device was lost.
     budget : str
         What was run; calls that are drawn depend on it.
     diagnosis : Diagnosis, optional
@@ -148,6 +148,8 @@ class Report:
         "gradients" where they were to be checked on a call and could not.
     truth : str
         Where exact answers were made, of a kernel on a GPU.
+    lost : str
+        The check in which the kernel's device was lost for the process: those after it did not run.
     """
 
     kernel: str
@@ -164,6 +166,7 @@ class Report:
     flags: str = ""
     unasked: tuple[str, ...] = ()
     truth: str = ""
+    lost: str = ""
 
     @property
     def right(self) -> bool:
@@ -293,6 +296,7 @@ class Report:
                 "left": self.left,
                 "unasked": self.unasked,
                 "truth": self.truth,
+                "lost": self.lost,
                 "counts": {v: self.count(v) for v in VERDICTS},
                 "models": self.models,
                 "correctly_rounded": self.correctly_rounded,

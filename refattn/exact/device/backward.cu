@@ -19,13 +19,26 @@ __device__ __forceinline__ void cut_into(
     part[LEVEL] = x + y;
 }
 
+// the slope 1 - (x / cap)**2 of a softcap at a capped score x = h + low
+__device__ __forceinline__ void gain_at(
+    double h, double low, double per_cap, double per_cap_low, double& g, double& g_low) {
+    double p = h * per_cap, y, y_low, z, rest, e;
+    two_sum(p, fma(h, per_cap, -p) + fma(h, per_cap_low, low * per_cap), y, y_low);
+    p = y * y;
+    two_sum(p, fma(y, y, -p) + 2.0 * (y * y_low), z, rest);
+    two_sum(1.0, -z, p, e);
+    two_sum(p, e - rest, g, g_low);
+}
+
 // One block a row: turn the scores' levels of a tile, planes (rows, LEVEL + 1, w), into the weights' heads and tail,
 // and the levels of dout·v, slopes of the same shape, into those of weight (dout·v - d) / e, in their places. Add the
 // latter's sum over keys to sum + sum_low, and the sum of their first heads' sizes to size.
-// sees is null where every row sees every key; per_e is 1 / e, a power of two.
+// sees is null where every row sees every key; per_e is 1 / e, a power of two. Where scores are capped, the softcap's
+// slopes at them go to gain (rows, 2, w), of which the second are what the first leave; per_cap is 1 / cap in base 2.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) slope(
     double* planes, double* slopes, int w, double c, double c_low,
     const double* __restrict__ table, double ln2, double ln2_low,
+    int capped, double k, double k_low, double cap, double cap_low, double per_cap, double per_cap_low, double* gain,
     const double* __restrict__ bias, double log2e, double log2e_low,
     const int* __restrict__ sees, const unsigned char* __restrict__ mask,
     const double* __restrict__ m, const double* __restrict__ d, const double* __restrict__ d_low,
@@ -41,12 +54,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) slope(
 #pragma unroll
     for (int s = 0; s < PLANES; s++) total[s] = rest[s] = 0.0;
     for (int j = thread; j < w; j += THREADS) {
-        double x = 0.0, y = 0.0, p = 0.0, p_low = 0.0, e, part[PLANES];
+        double x = 0.0, y = 0.0, p = 0.0, p_low = 0.0, g = 0.0, g_low = 0.0, e, part[PLANES];
         if (j >= first && j < end && (!seen || seen[j])) {
             double s, s_low, h, low, z, a, a_low;
             levels_of(own, w, j, s, s_low);
             h = s * c;
             two_sum(h, fma(s, c, -h) + fma(s, c_low, s_low * c), h, low);
+            if (capped) {
+                softly_capped(h, low, k, k_low, cap, cap_low, table, ln2, ln2_low);
+                gain_at(h, low, per_cap, per_cap_low, g, g_low);
+            }
             if (bias) {
                 const double b = bias[(size_t)row * w + j], product = b * log2e;
                 double t, t_low;
@@ -68,6 +85,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) slope(
                 two_sum(p, fma(x, a, -p) + fma(x, a_low, y * a), p, p_low);
             }
         }
+        if (capped) {
+            gain[(size_t)row * 2 * w + j] = g;
+            gain[(size_t)row * 2 * w + w + j] = g_low;
+        }
         cut_into(x, y, cut0, cut1, cut2, part);
 #pragma unroll
         for (int s = 0; s < PLANES; s++) own[s * w + j] = part[s];
@@ -88,6 +109,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) slope(
     sum[row] = h;
     sum_low[row] = low;
     for (int i = 0; i < THREADS / 32; i++) size[row] += sizes[i];
+}
+
+// Multiply slopes (rows, LEVEL + 1, w), heads and tail, by gain (rows, 2, w), and cut them again. One thread a number.
+extern "C" __global__ void __launch_bounds__(THREADS) damp(
+    double* slopes, int rows, int w, const double* __restrict__ gain, double cut0, double cut1, double cut2) {
+    const long long i = (long long)blockIdx.x * THREADS + threadIdx.x, row = i / w, j = i % w;
+    if (row >= rows) return;
+    double *own = slopes + row * PLANES * w, s, s_low, part[PLANES];
+    levels_of(own, w, j, s, s_low);
+    const double g = gain[2 * row * w + j], g_low = gain[(2 * row + 1) * w + j], p = s * g;
+    two_sum(p, fma(s, g, -p) + fma(s, g_low, s_low * g), s, s_low);
+    cut_into(s, s_low, cut0, cut1, cut2, part);
+#pragma unroll
+    for (int k = 0; k < PLANES; k++) own[k * w + j] = part[k];
 }
 
 // For each key the sums over rows, `each` of them at a time, of its first weights times omega (rows, 4), and of the

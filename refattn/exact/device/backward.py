@@ -7,6 +7,7 @@ kernels of ``backward.cu``. Sums over rows go by parts of as many rows as a tile
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from ...errors import UnsupportedProblem
 from ..backward import Backward, Held, KeySums
 from ..heads import Head
-from ..keys import Rows, column
+from ..keys import Arriving, Rows, column
 from ..levels import UP, Level
 from ..right import Right
 from ..row import Row
@@ -27,7 +28,7 @@ from .forward import FEWEST, WIDEST
 __all__ = ["KERNELS", "OnDevice", "backward", "bytes_needed", "text_back"]
 
 Float = NDArray[np.float64]
-KERNELS = ("slope", "by_key", "add_all")
+KERNELS = ("slope", "damp", "by_key", "add_all")
 ROWS = 2**13
 """Query rows of a tile, where there is memory for them."""
 AT_THE_END = 64
@@ -42,7 +43,9 @@ def text_back(level: int) -> str:
     return steps + (Path(__file__).parent / "backward.cu").read_text(encoding="utf-8")
 
 
-def bytes_needed(n_q: int, n_k: int, d: int, d_v: int, level: int, tile: tuple[int, int], more: bool = False) -> int:
+def bytes_needed(
+    n_q: int, n_k: int, d: int, d_v: int, level: int, tile: tuple[int, int], more: bool = False, capped: bool = False
+) -> int:
     """Return how many bytes of the device a head's gradients take: operands, results, a tile of rows and keys.
 
     Parameters
@@ -55,13 +58,15 @@ def bytes_needed(n_q: int, n_k: int, d: int, d_v: int, level: int, tile: tuple[i
         Rows and keys of a tile.
     more : bool
         Whether there is a bias or a mask.
+    capped : bool
+        Whether there is a softcap.
     """
     rows, keys = min(tile[0], n_q), min(tile[1], n_k)
     widest, pairs = max(d, d_v), _pairs(level) * -(-rows // tile[1])
     # keys and values, cut once for the scores and once for the gradients; sums; the larger while it is cut
     operands = (4 * level + 7) * n_k * (d + d_v) + (2 * level + 2) * n_k * widest
     operands += (level + 8) * n_q * (d + d_v)
-    work = rows * keys * (2 * (level + 1) + 20 * more) + (pairs * keys + (level + 1) * rows) * widest
+    work = rows * keys * (2 * (level + 1 + capped) + 20 * more) + (pairs * keys + (level + 1) * rows) * widest
     return 8 * (operands + max(work + AT_THE_END * rows * widest, AT_THE_END * n_k * widest))
 
 
@@ -86,7 +91,7 @@ def rows_of_a_tile(one: Head, f: Level, rows: int) -> int:
         )
 
     def need() -> int:
-        return bytes_needed(rows, n_k, d, d_v, f.level, (size, f.device.keys), more)
+        return bytes_needed(rows, n_k, d, d_v, f.level, (size, f.device.keys), more, one.problem.softcap is not None)
 
     while need() > free and size > FEWEST:
         size //= 2
@@ -99,11 +104,11 @@ def rows_of_a_tile(one: Head, f: Level, rows: int) -> int:
 
 
 def backward(
-    card: Any, one: Head, f: Level, rows: NDArray[np.intp], dout: Float, dbias: Any, forward: Forward | None
+    card: Any, one: Head, f: Level, rows: NDArray[np.intp], arriving: Arriving, dbias: Any, forward: Forward | None
 ) -> tuple[dict[str, Any], Rows]:
     """Return what :func:`refattn.exact.backward.backward` does, computed on a GPU; its arguments, without threads."""
     tall = rows_of_a_tile(one, f, len(rows))
-    work = OnDevice(forward or forward_pass(one, f, rows, 1), dout, dbias, 1)
+    work = OnDevice(forward or forward_pass(one, f, rows, 1), arriving, dbias, 1)
     work.run(tall)
     return work.finish(), Rows(rows, column(f, work.forward.lse), column(f, work.d))
 
@@ -134,12 +139,13 @@ class OnDevice(Backward):
         level, xp, (n_k, d), d_v = self.f.level, self.f.xp, self.head.k.shape, self.head.v.shape[1]
         w, r = max((t.stop - t.start for t in self.tiles), default=0), min(tall, len(self.rows))
         self._planes, self._slopes = (xp.empty(r * (level + 1) * w) for _ in range(2))
+        self._gain = xp.empty(2 * r * w if self.gain else 0)
         parts = _pairs(level) * -(-r // self.rows_at_a_time)
         self._for_rows, self._for_keys = xp.empty((level + 1) * r * d), xp.empty(parts * max(d, d_v) * w)
         self.all.append(KeySums(d, d_v, n_k, xp=xp))
         for start in range(0, len(self.rows), tall):
             self._rows(slice(start, min(start + tall, len(self.rows))))
-        del self._planes, self._slopes, self._for_rows, self._for_keys
+        del self._planes, self._slopes, self._gain, self._for_rows, self._for_keys
 
     def _rows(self, at: slice) -> None:
         """Compute one tile of rows."""
@@ -149,15 +155,17 @@ class OnDevice(Backward):
         for n, some, sees, mask in self.forward._seen(at):  # type: ignore[attr-defined]
             held.done += 1
             planes, slopes = self._weigh(n, at, some, sees, mask, row, held)
-            self._by_row(n, some, slopes, held)
             self._radii(n, some, planes, slopes, row, by_z, sums)
+            if self.dbias is not None:
+                self._bias(n, at, some, planes, slopes, row)
+            if self.gain is not None:
+                self._damp(slopes)
+            self._by_row(n, some, slopes, held)
             for (heads, last), x, h, low in (
                 (lefts[0], slopes, sums.dk, sums.dk_low),
                 (lefts[1], planes, sums.dv, sums.dv_low),
             ):
                 self._by_key(n, some, heads, last, x, h, low)
-            if self.dbias is not None:
-                self._bias(n, at, some, planes, slopes, row)
         sums.weights[:, 1] += self.finish_rows(row, held) * by_z * UP
         self.loses(row, sums)
 
@@ -174,15 +182,26 @@ class OnDevice(Backward):
         pointer = [np.uint64(0) if x is None else x for x in given]
         table, *ln2 = device.table
         log2e = (float(x[0, 0]) for x in (self.log2e.h, self.log2e.l))
-        cuts = [*self.sigma.tolist(), 0.0, 0.0, 0.0][:3]
+        pairs = ((0.0, 0.0),) * 3 if self.gain is None or fw.cap is None else (*fw.cap, self.gain[0])
         by_row = (fw.shift[here], row.d.h[some, 0].copy(), row.d.l[some, 0].copy(), 1 / row.e[some])
         self._launch(
             "slope", r,
             (planes, slopes, np.int32(w), np.float64(fw.c), np.float64(fw.c_low), table, *map(np.float64, ln2),
-             pointer[0], *map(np.float64, log2e), pointer[1], pointer[2], *by_row, *map(np.float64, cuts),
+             np.int32(self.gain is not None), *(np.float64(x) for pair in pairs for x in pair), self._gain,
+             pointer[0], *map(np.float64, log2e), pointer[1], pointer[2], *by_row, *self._cuts(),
              held.left[some], held.left_low[some], held.size[some]),
         )  # fmt: skip
         return planes, slopes
+
+    def _cuts(self) -> Iterator[np.float64]:
+        return map(np.float64, [*self.sigma.tolist(), 0.0, 0.0, 0.0][:3])
+
+    def _damp(self, slopes: Any) -> None:
+        """Multiply products by the softcap's slopes that were noted with them."""
+        (r, _, w), threads = slopes.shape, self.f.device.threads
+        self._launch(
+            "damp", max(1, -(-r * w // threads)), (slopes, np.int32(r), np.int32(w), self._gain, *self._cuts())
+        )
 
     def _by_row(self, n: int, some: slice, slopes: Any, held: Held) -> None:
         """Add what these keys give to dq of some rows."""

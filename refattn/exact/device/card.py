@@ -83,8 +83,11 @@ class Card:
 
     def __init__(self, cupy: Any, number: int) -> None:
         self.xp, self.number, self.threads, self.keys = cupy, number, THREADS, KEYS
-        self._one, self._zero = np.ones(1), np.zeros(1)
+        self._numbers = np.array([1.0, 0.0])  # as cuBLAS takes them: where they are
+        self._one = self._numbers.ctypes.data
+        self._zero = self._one + 8
         self._kernels: dict[tuple[int, str], Any] = {}
+        self._rooms: list[Any] = []
 
     def current(self) -> Any:
         """Return a context in which this GPU is CuPy's current one."""
@@ -120,8 +123,8 @@ class Card:
         # cuBLAS counts by columns: it is asked for the transpose
         cublas.dgemm(
             self.xp.cuda.device.get_cublas_handle(), kind_b, kind_a, n, m, k,
-            self._one.ctypes.data, b.data.ptr, step_b, a.data.ptr, step_a,
-            self._zero.ctypes.data, out.data.ptr, _laid_out(out)[1],
+            self._one, b.data.ptr, step_b, a.data.ptr, step_a,
+            self._zero, out.data.ptr, _laid_out(out)[1],
         )  # fmt: skip
 
     def launch(self, level: int, name: str, blocks: int, given: tuple[Any, ...], text: Any = None) -> None:
@@ -184,6 +187,13 @@ class Card:
 
         return backward(self, *given)
 
+    def rooms(self, count: int, size: int) -> list[Any]:
+        """Return parts of the host's memory, of so many bytes each, that stay in place; they are made once."""
+        if len(self._rooms) != count:
+            make = self.xp.cuda.alloc_pinned_memory
+            self._rooms = [np.frombuffer(make(size), np.uint8, size) for _ in range(count)]
+        return self._rooms
+
     # memory -------------------------------------------------------------------------------------------------------
 
     def trim(self, size: int) -> None:
@@ -204,9 +214,9 @@ class Card:
 
 def _laid_out(x: Any) -> tuple[int, int]:
     """Return whether a matrix lies by columns (1), and the step from one row or column to the next, for cuBLAS."""
-    (rows, columns), (down, right) = x.shape, (s // 8 for s in x.strides)
-    if right == 1 or columns == 1:
-        return 0, max(down if rows > 1 else columns, columns)
-    if down == 1 or rows == 1:
-        return 1, max(right if columns > 1 else rows, rows)
+    (rows, columns), (down, right) = x.shape, x.strides
+    if right == 8 or columns == 1:
+        return 0, max(down // 8 if rows > 1 else columns, columns)
+    if down == 8 or rows == 1:
+        return 1, max(right // 8 if columns > 1 else rows, rows)
     raise UnsupportedProblem("device: a matrix of a product has no axis of unit stride")

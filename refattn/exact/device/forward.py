@@ -101,7 +101,6 @@ class OnDevice(Forward):
         self.log2e = float(constant.h[0, 0]), float(constant.l[0, 0])
         super().__init__(one, f, rows, unit, into, threads=1)
         self.exp2_error = self.exp2_error if f.level else SHORT_ERROR
-        self.ends = band(one.problem, one.batch, one.rows, one.keys)
 
     def run(self) -> None:
         """Compute all rows."""
@@ -110,7 +109,7 @@ class OnDevice(Forward):
         level, xp, d_v = self.f.level, self.f.xp, self.out.shape[1]
         r, w = min(size, len(self.rows)), max(t.stop - t.start for t in self.tiles) if self.tiles else 0
         self._planes, self._fade = xp.empty(r * (level + 1) * w), xp.empty(r)
-        self._parts = xp.empty((level + 1, r, d_v))
+        self._parts, self._given = xp.empty((level + 1, r, d_v)), self._numbers()
         for start in range(0, len(self.rows), size):
             at = slice(start, min(start + size, len(self.rows)))
             sums = Sums.of(at.stop - at.start, d_v, xp)
@@ -118,6 +117,32 @@ class OnDevice(Forward):
                 self._add_some(n, at, some, sees, mask, sums)
             self._finish(at, sums)
         del self._planes, self._parts
+
+    def _tiles(self, threads: int) -> tuple[list[slice], Any]:
+        one, n_k = self.head, len(self.head.k)
+        self.ends = band(one.problem, one.batch, one.rows, one.keys)
+        if self.ends is None or not isinstance(one.allowed, View):
+            return super()._tiles(threads)
+        # rows see all keys from one to another: what a rule says of each row and tile is not needed
+        first, end = (np.clip(x[self.rows], 0, n_k) for x in self.ends)
+        first, end = first[first < end] // self.wide, -(-end[first < end] // self.wide)
+        count = -(-n_k // self.wide)
+        rows = np.cumsum(np.bincount(first, minlength=count + 1) - np.bincount(end, minlength=count + 1))
+        return [slice(j * self.wide, min((j + 1) * self.wide, n_k)) for j in np.nonzero(rows)[0].tolist()], None
+
+    def _numbers(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """Return the numbers that every tile's weights take, as a kernel takes them."""
+        table, *ln2 = self.f.device.table
+        cap = [x for pair in self.cap or ((0.0, 0.0), (0.0, 0.0)) for x in pair]
+        cuts = [*self.sigma.tolist(), 0.0, 0.0, 0.0][:3]
+        scores = [
+            np.float64(self.c),
+            np.float64(self.c_low),
+            table,
+            *map(np.float64, ln2),
+            np.int32(self.cap is not None),
+        ]
+        return [*scores, *map(np.float64, cap)], [*map(np.float64, self.log2e)], [*map(np.float64, cuts)]
 
     def _radii(self, q: Any, parts: list[Any], keys: list[Any], rc: float) -> tuple[Any, Any]:
         return radii(self, q, parts, keys[0], rc)
@@ -132,9 +157,10 @@ class OnDevice(Forward):
         and the mask; None where all rows see all keys.
         """
         rows, allowed = self.rows[at], self.head.allowed
+        last, least = (0, 0) if self.ends is None else (self.ends[0][rows].max(), self.ends[1][rows].min())
         for n, keys in enumerate(self.tiles):
             w = keys.stop - keys.start
-            if self.whole:
+            if self.whole or (last <= keys.start and keys.stop <= least):
                 yield n, slice(0, len(rows)), None, None
                 continue
             if self.ends is not None:
@@ -162,21 +188,17 @@ class OnDevice(Forward):
         xp, r, w = self.f.xp, some.stop - some.start, keys.stop - keys.start
         here = slice(at.start + some.start, at.start + some.stop)
         planes = self._planes[: r * (level + 1) * w].reshape(r, level + 1, w)
-        parts, part = self._parts[:, :r], sums.some(some)
+        parts, part = self._parts[:, :r], sums if r == len(sums.m) else sums.some(some)
         fade = self._fade[:r]
         self.keys[n].levels(self.left[here], level, [planes[:, t] for t in range(level + 1)])
         bias = None if self.head.bias is None else xp.asarray(self.head.bias[self.rows[here], keys])
         given = [x if x is None else xp.asarray(x) for x in (bias, sees, mask)]
         pointer = [np.uint64(0) if x is None else x for x in given]
-        table, *ln2 = device.table
-        (k, k_low), (c, c_low) = self.cap or ((0.0, 0.0), (0.0, 0.0))
-        cuts = [*self.sigma.tolist(), 0.0, 0.0, 0.0][:3]
-        scalars = map(np.float64, (k, k_low, c, c_low))
+        scores, base, cuts = self._given
         device.launch(
             level, "weigh", r,
-            (planes, np.int32(w), np.float64(self.c), np.float64(self.c_low), table, *map(np.float64, ln2),
-             np.int32(self.cap is not None), *scalars, pointer[0], *map(np.float64, self.log2e), pointer[1], pointer[2],
-             *map(np.float64, cuts), part.m, part.den, part.den_low, fade, part.done),
+            (planes, np.int32(w), *scores, pointer[0], *base, pointer[1], pointer[2],
+             *cuts, part.m, part.den, part.den_low, fade, part.done),
         )  # fmt: skip
         self.values[n].levels(planes.reshape(r, -1), level, list(parts))
         d_v = self.out.shape[1]

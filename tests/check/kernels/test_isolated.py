@@ -1,9 +1,12 @@
 """A kernel that hangs, crashes or misbehaves in its own process is a named failure, and the next call works."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from refattn import InvalidInput, KernelError, UnsupportedProblem, check_kernel
+from refattn.check.kernels import isolated
 from refattn.check.kernels.isolated import Isolated
 from refattn.check.kernels.tiled import tiled
 
@@ -60,6 +63,35 @@ def test_a_failure_has_a_name(kernel, make, rows, text):
     want = tiled(make(8, 5, 4))
     assert out.tobytes() == want[0].tobytes()
     assert lse.tobytes() == want[1].tobytes()
+
+
+class Pipe:
+    def __init__(self, *told):
+        self.told, self.sent, self.send = list(told), [], lambda x: self.sent.append(x)
+
+    def poll(self, seconds):
+        return bool(self.told)
+
+    def recv(self):
+        if not self.told:
+            raise EOFError
+        return self.told.pop(0)
+
+
+def test_a_process_whose_device_is_lost_is_ended(kernel, make, monkeypatch):
+    p, text = make(4, 4, 4), "the kernel raised ValueError: no such thing"
+    for gone, kind in ((True, "lost"), (False, "error")):
+        monkeypatch.setattr(isolated, "lost", lambda able, gone=gone: gone)
+        there = Pipe((p.arrays(), p.settings() | {"variant": p.variant}, None))
+        isolated._serve(kernel.name, p.variant, there)
+        assert there.sent == ["ready", (kind, text)]
+        here = Isolated(kernel.name, 2.0)
+        nothing = lambda: None  # noqa: E731
+        here._process = SimpleNamespace(is_alive=lambda: True, kill=nothing, join=nothing)
+        here._pipe = Pipe((kind, text))
+        with pytest.raises(KernelError, match=text):
+            here(p)
+        assert (here._process is None) == gone
 
 
 def test_unsupported_stays_unsupported(kernel, make):

@@ -162,6 +162,12 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
     def get(self):
         return np.array(self.a)
 
+    def set(self, x, stream=None):
+        assert type(x) is np.ndarray
+        assert (x.dtype, x.shape) == (self.a.dtype, self.a.shape)
+        assert self.a.flags.c_contiguous
+        stream.under_way.append((self.a, x))  # x is read when the stream comes to it
+
 
 @cache
 def library(code, folder):
@@ -171,7 +177,7 @@ def library(code, folder):
 
 def cupys_part(folder, free=2**36, capability="90", mode=0, gpus=1, broken=None):
     """Return a module's stand-in; `seen` of it tells what was launched. `broken` takes a product and spoils it."""
-    seen = SimpleNamespace(launched=[], freed=[], free=free)
+    seen = SimpleNamespace(launched=[], freed=[], free=free, pinned=0)
 
     class CUDARuntimeError(RuntimeError):
         pass
@@ -238,6 +244,23 @@ def cupys_part(folder, free=2**36, capability="90", mode=0, gpus=1, broken=None)
         device=SimpleNamespace(get_cublas_handle=lambda: 7),
     )  # fmt: skip
 
+    class Stream:
+        def __init__(self):
+            self.under_way = []
+
+        def synchronize(self):
+            while self.under_way:
+                to, x = self.under_way.pop(0)
+                to[...] = x
+
+        def record(self):
+            return self
+
+    def alloc_pinned_memory(size):
+        seen.pinned += size
+        return bytearray(size)
+
+    cuda.get_current_stream, cuda.alloc_pinned_memory = Stream, alloc_pinned_memory
     pool = SimpleNamespace(free_bytes=lambda: 0, free_all_blocks=lambda: seen.freed.append(1))
 
     def made(function):

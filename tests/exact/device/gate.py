@@ -44,14 +44,14 @@ def same_bits(device, problems, seed=0, most=MOST, gradients=False, operators=0.
         card.keys, forward.ROWS = int(rng.choice([48, 512, before[0]])), int(rng.choice([64, 4096, ROWS]))
         forward.FEWEST = min(forward.FEWEST, forward.ROWS // 4)
         gradient_tiles.ROWS, gradient_tiles.FEWEST = forward.ROWS, forward.FEWEST
-        dout, (out, lse) = None, rng.choice(FORMS, 2)
+        dout, dlse, (out, lse) = None, None, rng.choice(FORMS, 2)
         if gradients:
-            problem, dout = backward(rng, most[i % len(most)])
+            problem, dout, dlse = backward(rng, most[i % len(most)])
         elif rng.random() < operators:
             problem = operator(rng)
         else:
             problem, out, lse = draw(rng, most[i % len(most)])
-        asked = {"rounding": str(out), "lse_rounding": str(lse), "gradients": dout}
+        asked = {"rounding": str(out), "lse_rounding": str(lse), "gradients": dout, "dlse": dlse}
         try:
             mine = refattn.evaluate(problem, device=device, **asked)
         except UnsupportedProblem as e:
@@ -75,11 +75,11 @@ def enclosures(elements, seed=0, levels=(0, 1, 2, 3), draw=cpu.draw):
     before = card.keys
     while count < elements:
         problem, dout = draw(rng, "softmax")
-        dout = None if problem.softcap is not None else dout
         card.keys = int(rng.choice([48, before]))
         balls = Balls(cpu.BITS)
         with balls.working():
-            exact = {n: Enclosure.of(x) for n, x in runner.run(problem, balls, dout).items()}
+            raw = runner.run(problem, balls, dout, dlse=cpu.at_lse(problem, dout))
+            exact = {n: Enclosure.of(x) for n, x in raw.items()}
         for level in levels:
             for got in runs(problem, dout, level, card):
                 for name, x in got.items():
@@ -122,7 +122,7 @@ def against(exact, got):
 
 def runs(problem, dout, level, card):
     """Yield what a level gives on a GPU: whole, then single keys with what rows know from it."""
-    known, work = {}, runner.Work(problem, dout, device=card)
+    known, work = {}, runner.Work(problem, dout, dlse=cpu.at_lse(problem, dout), device=card)
     with card.current():
         raw = work.run(Level(level, card), known=known)
         yield {name: x.get() for name, x in raw.items()}
@@ -156,14 +156,17 @@ def gate(device, problems, elements, seed=0, jobs=1, folder=None):
     start, counts, wrong = time.time(), Counter(), Counter()
     by_name = {"calls": Counter(), "gradients": Counter(), "enclosures": {}}
     sizes = {"calls": (problems, CALLS), "gradients": (problems, CALLS), "enclosures": (elements, ELEMENTS)}
-    asked = [
-        (device, what, min(each, total - i), (seed << 20) + i // each, folder)
-        for what, (total, each) in sizes.items()
-        for i in range(0, total, each)
-    ]
-    for what, count, off, names in Parallel(n_jobs=jobs, return_as="generator_unordered")(
-        delayed(part)(*x) for x in asked
-    ):
+
+    def asked():
+        """Yield parts as processes become free, of each kind until what has ended is enough: a part may find more."""
+        for what, (total, each) in sizes.items():
+            for i in range(0, total, each):
+                if counts[what] >= total:
+                    break
+                yield delayed(part)(device, what, min(each, total - i), (seed << 20) + i // each, folder)
+
+    parallel = Parallel(n_jobs=jobs, pre_dispatch=jobs, batch_size=1, return_as="generator_unordered")
+    for what, count, off, names in parallel(asked()):
         counts[what] += count
         wrong[what] += off
         if what == "enclosures":

@@ -38,7 +38,7 @@ def same(p, dout, rounding="float32"):
 
 @GXX
 def test_bits_are_the_cpus_over_all_options(trusted):
-    wrong, levels = same_bits("cuda", 4, seed=1, most=(30, 60), gradients=True)
+    wrong, levels = same_bits("cuda", 4, seed=5, most=(30, 60), gradients=True)
     assert wrong == 0
     assert {f"float64 enclosures, L = {i}" for i in range(1, 4)} <= set(levels)
     assert set(backward.KERNELS) <= {name for name, _ in trusted.seen.launched}
@@ -78,6 +78,35 @@ def test_tiles_and_parts_of_rows_meet(trusted, monkeypatch, options):
     same(*call(n=150, m=170, heads=2, **options))
     blocks = {n for name, n in trusted.seen.launched if name == "slope"}
     assert max(blocks) == 80
+
+
+@GXX
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": 1.5},
+        {"softcap": 0.25, "bias": np.linspace(-3, 3, 90).reshape(1, 1, 1, 90), "sink": np.array([0.5, -3.0])},
+    ],
+)
+def test_gradients_of_a_softcap(trusted, options):
+    """Two tiles of keys; scores near 0 and far beyond the cap, and a bias that is added behind it."""
+    card_of(0).keys = 48
+    p, dout = call(n=70, m=90, heads=2, **options)
+    same(p.replace(query=p.query * 2.0 ** np.linspace(-4, 1, 70)[:, None]), dout)
+    assert "damp" in {name for name, _ in trusted.seen.launched}
+
+
+@GXX
+@pytest.mark.parametrize("options", [{}, {"sink": np.array([0.5, -3.0]), "softcap": 1.5, "causal": "bottom_right"}])
+def test_gradients_that_arrive_at_lse(trusted, options):
+    """Beside those at out and alone; rows that see one key, or none and the sink, pass them on, too."""
+    p, dout = call(n=70, m=66, heads=2, **options)
+    dlse = np.random.default_rng(3).standard_normal(dout.shape[:3])
+    dlse[0, 0, 3] = dout[0, 0, 5] = 0.0
+    for more in ({"gradients": dout, "dlse": dlse}, {"dlse": dlse}):
+        mine = refattn.evaluate(p, rounding="float32", device="cuda", **more)
+        assert compare(mine, refattn.evaluate(p, rounding="float32", **more)) == 0
+        assert mine.dk.any()
 
 
 @GXX
@@ -194,6 +223,8 @@ PLANTED = {
     "rounded level": [True, True, False],
     "mask": [False, False, False],
     "rows moved": [False, False, False],
+    "not damped": [False, False, True],
+    "radius of slopes": [False, False, True],
 }
 
 
@@ -202,6 +233,8 @@ PLANTED = {
 def test_planted_errors_are_caught(trusted, monkeypatch, where):
     """Radii that forget what weights lose, slices that are off, a mask that is not read, rows that are mistaken."""
     p, dout = call(n=30, m=130, causal="bottom_right", seed=5)
+    if where in ("not damped", "radius of slopes"):
+        p = p.replace(softcap=1.0)
     card_of(0).keys = 48
     matmul, launch = Card.matmul, Card.launch
 
@@ -220,9 +253,13 @@ def test_planted_errors_are_caught(trusted, monkeypatch, where):
     def planted(self, level, name, blocks, given, *more):
         given = list(given)
         if name == "slope" and where == "mask":
-            given[11] = np.uint64(0)
+            given[19] = np.uint64(0)
         if name == "slope" and where == "rows moved":
-            given[13] = self.xp.asarray(np.roll(given[13].get(), 1))
+            given[21] = self.xp.asarray(np.roll(given[21].get(), 1))
+        if name == "damp" and where == "not damped":
+            return
+        if name == "damp" and where == "radius of slopes":
+            given[3] = given[3] * (1 + 2.0**-20)
         launch(self, level, name, blocks, tuple(given), *more)
 
     monkeypatch.setattr(Card, "matmul", product)
@@ -262,11 +299,11 @@ def test_too_little_memory_says_how_much_is_needed(stand_in, monkeypatch):
 @GXX
 def test_what_has_no_streaming_gradients_is_refused(trusted):
     p, dout = call(n=3, m=5)
-    for changes in ({"softcap": 2.0}, {"value": p.value * 2.0**300}):
-        with pytest.raises(UnsupportedProblem, match="device: gradients of a call with a softcap, or with numbers"):
-            refattn.evaluate(p.replace(**changes), rounding="float64", gradients=dout, device="cuda")
-    with pytest.raises(UnsupportedProblem, match="device: dlse is for the CPU"):
-        refattn.evaluate(p, rounding="float64", gradients=dout, dlse=dout[..., 0], device="cuda")
+    for changes, more in (({"value": p.value * 2.0**300}, {}), ({}, {"dlse": dout[..., 0] * 2.0**300})):
+        with pytest.raises(UnsupportedProblem, match="device: gradients of a call with numbers beyond"):
+            refattn.evaluate(p.replace(**changes), rounding="float64", gradients=dout, device="cuda", **more)
+    with pytest.raises(UnsupportedProblem, match="device: softmax attention with these options has no streaming path"):
+        refattn.evaluate(p.replace(softcap=2.0**11), rounding="float64", gradients=dout, device="cuda")
     with pytest.raises(UnsupportedProblem, match="device: gradients of values of 4096 numbers; bounds are proven"):
         refattn.evaluate(
             p.replace(value=np.ones((1, 1, 5, 4096))), rounding="float64", gradients=np.ones((1, 1, 3, 4096)),
@@ -290,12 +327,13 @@ def test_zeros_and_empty_axes(trusted):
 
 def test_gradients_are_drawn_with_every_option():
     rng, seen = np.random.default_rng(0), set()
-    names = ("causal", "window", "sink", "bias", "allowed", "cu_seqlens_q", "lengths_q")
+    names = ("causal", "window", "softcap", "sink", "bias", "allowed", "cu_seqlens_q", "lengths_q")
     for _ in range(60):
-        p, dout = drawn_backward(rng, 60)
+        p, dout, dlse = drawn_backward(rng, 60)
         assert dout.shape == p.out_shape
         seen |= {n for n in names if getattr(p, n) is not None}
-    assert len(seen) == 7
+        seen |= set() if dlse is None else {"dlse"}
+    assert len(seen) == 9
 
 
 @NVCC

@@ -1,10 +1,12 @@
 """The streaming path on a device: the CPU's bits, enclosures that hold, and errors that are planted."""
 
 import math
+import time
 
 import mpmath
 import numpy as np
 import pytest
+from joblib import parallel_config
 
 import refattn
 from refattn import Problem, UnsupportedProblem, masks, rules
@@ -75,6 +77,17 @@ def test_parts_that_ended_are_not_run_again(monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "27 calls on cuda, 25 differ from the CPU" in said
     assert "7 comparisons with Arb at 320 bits, 0 violations" in said
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_gate_ends_where_enough_is_found(monkeypatch, jobs):
+    """A part finds 30 times as much as it is asked for: 4 of 100 are enough, and those that are under way end."""
+    asked = []
+    monkeypatch.setattr(gate, "ELEMENTS", 1)
+    monkeypatch.setattr(gate, "enclosures", lambda *some, draw: asked.append(some) or time.sleep(0.02) or (30, 0, {}))
+    with parallel_config("threading"):
+        assert gate.gate("cuda", 0, 100, jobs=jobs) == 0
+    assert 4 <= len(asked) < (5 if jobs == 1 else 50)  # a busy machine may count late
 
 
 def test_a_threads_keys_and_tiles_of_rows_meet(trusted, monkeypatch):

@@ -42,6 +42,20 @@ def test_rows_keep_their_diagonal(trusted, monkeypatch, options):
     assert (refattn.evaluate(wrong, rounding="float32").out != whole.out[:, :, 35:60]).any()
 
 
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 1000])
+def test_large_arrays_go_there_in_pieces(trusted, monkeypatch, size):
+    """Of 64 bytes through three rooms, which are made once; a room is filled again when it has been read."""
+    monkeypatch.setattr(taken, "MANY", 1)
+    monkeypatch.setattr(taken, "PIECE", 64)
+    monkeypatch.setattr(taken, "ROOMS", 3)
+    x = np.arange(2 * size, dtype=np.uint16).reshape(2, size)
+    for y in (x, x[:, ::-1]):
+        there = taken.sent(card_of(0), y).get()
+        assert (there.dtype, there.shape) == (y.dtype, y.shape)
+        assert (there == y).all()
+    assert trusted.seen.pinned == 3 * 64
+
+
 @pytest.mark.parametrize("name", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"])
 def test_numbers_taken_are_the_same(trusted, name):
     bits = np.arange(2**16, dtype=np.uint16)
