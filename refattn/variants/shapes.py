@@ -157,6 +157,6 @@ def hidden_by_head(p: Problem) -> list[str]:
 def parted(p: Problem, one: int, other: int) -> str:
     """Return why two query heads of a key head cannot choose together: they do not see the same keys."""
     return (
-        f"{' and '.join(hidden_by_head(p))}: query heads {one} and {other} choose the same keys, expected none that one "
-        "of them sees and the other does not; hide the same keys from both, or give each a key head of its own"
+        f"{' and '.join(hidden_by_head(p))}: query heads {one} and {other} choose the same keys, expected none that "
+        "one of them sees and the other does not; hide the same keys from both, or give each a key head of its own"
     )

@@ -202,7 +202,7 @@ def test_heads_that_choose_together_see_the_same_keys(variant):
     assert differing_form(p.replace(weight=weight)) == ""
     weight = weight.copy()
     weight[0, 3, 0, 4] = 0
-    text = "weight: query heads 2 and 3 choose the same keys, expected none that one of them sees and the other does not"
+    text = "weight: query heads 2 and 3 choose the same keys, expected none that one of them sees and the other does"
     p, v = p.replace(weight=weight), VARIANTS[variant]
     with pytest.raises(InvalidProblem, match=text):
         evaluate(p)
