@@ -5,7 +5,8 @@
 tokens, so that their rows choose alike; of independent ones nearly every block is chosen by some row.
 
 Blocks that are seen in part have bits, which the kernel by mma.sync takes and the one by wgmma does not: "/ dense" is
-over the fastest dense kernel, "/ dense by mma" over mma.sync's. Both are held to fall with the density.
+over the fastest dense kernel, "/ dense by mma" over mma.sync's. Both are held to fall with the density. MoBA is held to
+1.2 times its density by mma.sync; "whole" are its blocks without bits, by wgmma: what a kernel with bits could reach.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ def rows() -> Iterator[Row]:
             every = torch.ones_like(seen)
             density[said] = float(seen.tril().sum() / every.tril().sum() if causal else seen.mean())
             calls[said] = partial(attention, *given, **made)
+            if variant == "moba":
+                whole = made | {"block_mask": (made["block_mask"][0] != 0, BLOCK, BLOCK)}
+                calls[f"{said}, whole"] = partial(attention, *given, **whole, impl="sm90")
         cost = gpu_medians(torch, calls)
         for dense in ("dense", "dense by mma"):
             yield Row(f"n={N} {dense}{', causal' if causal else ''}", cost[dense], "ms")
@@ -73,3 +77,7 @@ def rows() -> Iterator[Row]:
                 of = cost[said] / cost[dense]
                 yield Row(f"n={N} {name} {said} / {dense}", of, "ratio", at_most=None if most == math.inf else most)
                 before[dense] = of
+            if variant == "moba":
+                of = cost[said] / cost["dense by mma"] / part
+                yield Row(f"n={N} {name} {said} / dense by mma / density", of, "ratio", at_most=1.2)
+                yield Row(f"n={N} {name} {said}, whole / dense", cost[f"{said}, whole"] / cost["dense"], "ratio")

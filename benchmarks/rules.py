@@ -1,4 +1,4 @@
-"""What long masks cost as rules: the kinds of tiles of 131,072 tokens, and choosing blocks among 65,536 keys.
+"""What long masks cost as rules: the kinds of tiles of 131,072 tokens, choosing among 65,536 keys, and equal scores.
 
 MoBA at 3 of 128 blocks is held to at most 1.2 times exact attention of as many queries to as many keys as a row
 chooses; both are correctly rounded, and take turns. No array of n² booleans is made: memory is the peak of what is
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refattn import Problem, evaluate, rules
 from refattn.bench import Row
@@ -22,6 +23,7 @@ from refattn.exact.lowering import lower
 TOKENS = 131072
 KEYS, BLOCKS, TOPK, D = 65536, 128, 3, 64
 FEWER = 16384
+TIED = 1024, 4096
 
 
 def peak(call: Callable[[], Any]) -> float:
@@ -117,8 +119,38 @@ def among_all() -> Iterator[Row]:
     yield Row(f"{at}, half of all products in float64", 8 * cost["products"], "s")
 
 
+def tied() -> Iterator[Row]:
+    """The choice of 32 keys where scores are equal: of keys that are the same, and of a row of keys that are not."""
+    rng = np.random.default_rng(0)
+    for n in TIED:
+        a, b = rng.standard_normal((2, 1, 1, n, D)).astype(np.float32)
+        whole = rng.integers(-2, 3, (2, 1, 1, n, D)).astype(np.float32)
+        size = np.float32(2.0) ** rng.integers(-60, 61, D).astype(np.float32)
+        one = np.ones((1, 1, 1, D), np.float32)
+        kinds = {
+            "keys that are all the same": (a, np.broadcast_to(b[:, :, :1], b.shape)),
+            "integers between -2 and 2": (whole[0], whole[1]),
+            "independent numbers": (a, b),
+            "different keys of one score, a row": (one, turned(rng, a[0, 0, 0], n)),
+            "different keys of one score, sizes 2^120 apart, a row": (one, turned(rng, a[0, 0, 0] * size, n)),
+        }
+        for name, (q, k) in kinds.items():
+            p = Problem(q, k, k, causal="bottom_right", variant="topk", options={"topk": 32})
+            if n == TIED[0]:
+                lower(p)  # what is compiled or tabulated once
+            start = time.process_time()
+            lower(p)
+            yield Row(f"n={n} d={D} topk 32, the choice among {name}", time.process_time() - start, "s of CPU")
+
+
+def turned(rng: np.random.Generator, key: NDArray[np.float32], n: int) -> NDArray[np.float32]:
+    """Return keys of the same numbers in other orders: a query of ones scores them the same."""
+    return rng.permuted(np.tile(key, (1, 1, n, 1)), axis=3)
+
+
 def rows() -> Iterator[Row]:
     yield from tiles()
     yield from chosen()
     yield from gathered()
     yield from among_all()
+    yield from tied()

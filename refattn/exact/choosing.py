@@ -19,6 +19,7 @@ from ..problem import Problem
 from ..rules import EMPTY, FULL, Rule, View
 from ..rules.spans import UNSURE
 from ..variants import Choices, Selected, variant_of
+from ..variants.shapes import hidden_by_head, parted
 from .blas import one_thread
 from .firsts import by_tiles
 from .heads import Head, heads, matrix_of
@@ -39,7 +40,13 @@ MANY = 2048
 
 
 def choosers(problem: Problem, shape: Selected) -> Iterator[tuple[Head, ...]]:
-    """Yield the heads of a call, those together that add up their scores."""
+    """Yield the heads of a call, those together that add up their scores.
+
+    Raises
+    ------
+    InvalidProblem
+        Heads that choose together do not see the same keys.
+    """
     together = shape.together(SimpleNamespace(**variant_of(problem.variant).settings(problem)))
     if not together:
         yield from ((one,) for one in heads(problem, by_rules=True))
@@ -48,8 +55,13 @@ def choosers(problem: Problem, shape: Selected) -> Iterator[tuple[Head, ...]]:
     def by_key_head(x: Head) -> tuple[int, int, int]:
         return x.batch, x.head_kv, x.rows.start
 
+    apart = bool(hidden_by_head(problem))
     for _, ones in groupby(sorted(heads(problem, by_rules=True), key=by_key_head), by_key_head):
-        yield tuple(ones)
+        first, *others = group = tuple(ones)
+        for x in others if apart else ():
+            if any((x.allowed[rows] != first.allowed[rows]).any() for rows in _chunks(first.allowed)):
+                raise InvalidProblem(parted(problem, first.head, x.head))
+        yield group
 
 
 class Sight:

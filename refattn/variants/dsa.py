@@ -91,7 +91,8 @@ DSA = Variant(
     ),
     contract=(
         "A tie goes to the lower key: where all products are at most 0, scores are 0 and the first keys are taken.",
-        "All query heads of a key head read the same keys; a row with no more keys than topk reads them all.",
+        "All query heads of a key head read the same keys, and see the same: a weight of 0 for one of them alone is "
+        "refused. A row with no more keys than topk reads them all.",
         "A row's own key is chosen like others.",
         "Gradients hold the choice fixed: those of what only the indexer reads are those of softmax attention, 0 where "
         "its columns are 0.",

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import to_float64
-from ..errors import UnsupportedProblem
+from ..errors import InvalidProblem, UnsupportedProblem
 from ..problem import Problem
+from .shapes import parted
 
 __all__ = ["chosen", "first", "first_weights", "integers", "products", "sees"]
 
@@ -68,12 +69,19 @@ def chosen(p: Problem, take: Callable[..., Iterator[int]], together: bool, score
         Whether the query heads of a key head choose the same.
     scores : (b, h_q, n_q, n_k) integers, optional
         What stands in place of the products.
+
+    Raises
+    ------
+    InvalidProblem
+        Heads that choose the same do not see the same keys.
     """
     s = products(p)[0] if scores is None else scores
     seen, group = sees(p), p.heads // p.heads_kv if together else 1
     taken = np.zeros(seen.shape, bool)
     for b, h, i in np.ndindex(p.batch, p.heads // group, p.n_q):
         heads = slice(h * group, (h + 1) * group)
+        if (unlike := (seen[b, heads, i] != seen[b, h * group, i]).any(1)).any():
+            raise InvalidProblem(parted(p, h * group, h * group + int(unlike.argmax())))
         for j in take(s[b, heads, i], seen[b, h * group, i], i + p.n_k - p.n_q):
             taken[b, heads, i, j] = True
     return p.replace(variant="softmax", options={}, allowed=taken)

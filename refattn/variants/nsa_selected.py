@@ -112,7 +112,8 @@ NSA_SELECTED = Variant(
         "A tie goes to the lower block.",
         "A block is weighed against those that end at or before the query; its own may be among these.",
         "A block longer than the keys is the one block, ragged: rows attend to all keys up to their own.",
-        "All query heads of a key head choose the same blocks.",
+        "All query heads of a key head choose the same blocks, and see the same keys: a weight of 0 for one of them "
+        "alone is refused.",
         "Where a kernel's own weights cannot tell two blocks apart, it may take either: the row is judged by both.",
         "A NaN or infinite number in a query or key counts as 0 in scores; a row that takes such a key is NaN.",
     ),

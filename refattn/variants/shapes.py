@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..problem import Problem
 from ..rules import Rule
 
-__all__ = ["Choices", "Lowered", "Rows", "Selected", "Shape", "Steps"]
+__all__ = ["Choices", "Lowered", "Rows", "Selected", "Shape", "Steps", "hidden_by_head", "parted"]
 
 Mask = NDArray[np.bool_]
 
@@ -103,7 +103,8 @@ class Selected:
     full : mapping
         Options under which everything is chosen, so that the operator is its core.
     together : callable
-        ``together(o)`` tells whether the query heads of a key head add up their scores and choose the same.
+        ``together(o)`` tells whether the query heads of a key head add up their scores and choose the same. Heads
+        from which other keys are hidden are then refused: no source says among which keys they would choose.
     alone : bool
         Whether a candidate's score depends on its own keys only: of scores that lie close, only those are made again.
     """
@@ -145,3 +146,17 @@ class Steps:
 
 
 Shape = Rows | Lowered | Selected | Steps
+
+
+def hidden_by_head(p: Problem) -> list[str]:
+    """Return the arguments that may hide other keys from one query head than from another."""
+    given = {n: getattr(p, n) for n in ("allowed", "bias", "weight")}
+    return [n for n, x in given.items() if x is not None and (isinstance(x, Rule) or x.shape[1] > 1)]
+
+
+def parted(p: Problem, one: int, other: int) -> str:
+    """Return why two query heads of a key head cannot choose together: they do not see the same keys."""
+    return (
+        f"{' and '.join(hidden_by_head(p))}: query heads {one} and {other} choose the same keys, expected none that "
+        "one of them sees and the other does not; hide the same keys from both, or give each a key head of its own"
+    )

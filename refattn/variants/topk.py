@@ -116,6 +116,7 @@ TOPK = Variant(
         "taken with these.",
         "With topk=0, or a block longer than the keys between, a row takes the first and the nearest keys alone; the "
         "latter from the last whole block on.",
+        "With by_group, heads of a group see the same keys: a weight of 0 for one of them alone is refused.",
         "A tie goes to the lower block; a row with no more blocks between than topk takes them all.",
         "Where a kernel's own scores cannot tell two blocks apart, it may take either: the row is judged by both.",
         "A NaN or infinite number in a query or key counts as 0 in scores; a row that takes such a key is NaN.",

@@ -1,6 +1,7 @@
 """Operators that choose keys: where scores tie, or nearly, and at the ends of blocks and budgets; two forms agree."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,3 +191,21 @@ def test_mistakes_of_the_indexer_are_none_of_its_form():
     for name, variant in wrong.items():
         with under(variant):
             assert differing_form(call("dsa").replace(variant="other")), name
+
+
+@pytest.mark.parametrize("variant", ["nsa_selected", "topk", "dsa"])
+def test_heads_that_choose_together_see_the_same_keys(variant):
+    p = call(variant, options=CHOOSE[variant] | ({"by_group": True} if variant == "topk" else {}))
+    weight = np.ones((1, 4, 1, 14), np.float32)
+    weight[0, 2:, 0, 5] = 0  # from both heads of the second key head
+    weight[0, 1, 0, 3] = 0.5  # no 0
+    assert differing_form(p.replace(weight=weight)) == ""
+    weight = weight.copy()
+    weight[0, 3, 0, 4] = 0
+    text = "weight: query heads 2 and 3 choose the same keys, expected none that one of them sees and the other does"
+    p, v = p.replace(weight=weight), VARIANTS[variant]
+    with pytest.raises(InvalidProblem, match=text):
+        evaluate(p)
+    with pytest.raises(InvalidProblem, match=text):
+        v.forms["by_rows"].lower(p, SimpleNamespace(**v.settings(p)))
+    assert differing_form(p.replace(key=p.key[:, [0, 0, 1, 1]], value=p.value[:, [0, 0, 1, 1]])) == ""
