@@ -342,7 +342,9 @@ def over_loopback(weights: Any, tokens: np.ndarray, at: str, device: str, runs: 
     """
     name, most = f"{at} over loopback, per input, {device}", 0.5 if device == "cuda" else None
     with served(weights, device) as url, Remote(url) as remote:
-        client = he.Client(remote.plan())
+        plan = remote.plan()
+        assert not isinstance(plan, he.DecodingPlan)
+        client = he.Client(plan)
         remote.open(client.evaluation_keys())
         ask = partial(conversation, client, remote, tokens)
         yield Row(name, seconds(ask, runs), "s")
