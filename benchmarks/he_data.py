@@ -75,13 +75,14 @@ def trained(
     x, y = torch.tensor(tokens, dtype=torch.float32), torch.tensor(target)
     torch.manual_seed(0)
     attention = nets.PowerSoftmaxAttention(64, 4, p=2, epsilon=1.0, denominator=(1.0, 12.0))
-    model: Any = nets.Classifier(*tokens.shape[1:], int(target.max()) + 1, attention, 64)
+    n, features = tokens.shape[1:]
+    model: Any = nets.Classifier(n, features, int(target.max()) + 1, attention, 64)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
     for _ in range(60):
         for part in torch.randperm(len(train)).split(64):
             i = torch.tensor(train)[part]
-            scores = model(x[i] + 0.03 * torch.randn(len(i), *tokens.shape[1:]))
+            scores = model(x[i] + 0.03 * torch.randn(len(i), n, features))
             loss = torch.nn.functional.cross_entropy(scores, y[i]) + 30 * nets.range_penalty(model)
             optimizer.zero_grad()
             loss.backward()

@@ -117,13 +117,6 @@ def words_of(parts: Sequence[bytes | memoryview], plan: he.Plan | he.DecodingPla
     return [x.words.tobytes() for x in found]
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Return the seconds of a call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def uncompressed(query: bytes, plan: he.Plan | he.LayerPlan) -> bytes:
     """Return a query as a client with compressed=False sends it."""
     m = unpack(query, QUERY, plan.digest, 2**40)
@@ -286,7 +279,7 @@ def prepared(client: he.Client, call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, call()
 
 
-def conversation(client: he.Client, server: he.Server, tokens: np.ndarray) -> tuple[float, float, np.ndarray]:
+def conversation(client: he.Client, server: he.Server | Remote, tokens: np.ndarray) -> tuple[float, float, np.ndarray]:
     """Return a client's seconds, a server's, and the result, of an input."""
     start = time.perf_counter()
     message, of_server = client.encrypt(tokens), 0.0
@@ -343,16 +336,23 @@ def encoder() -> Iterator[Row]:
 
 
 def over_loopback(weights: Any, tokens: np.ndarray, at: str, device: str, runs: int) -> Iterator[Row]:
-    """Yield the time of an input's way over 127.0.0.1: a server in a process of its own, a client here."""
-    with served(weights, device) as url, Remote(url) as remote:
-        client = he.Client(remote.plan())
-        remote.open(client.evaluation_keys())
-        ask = partial(client.ask, tokens, remote.attend)
-        took = seconds(ask, runs)
-        soon = statistics.median(prepared(client, partial(timed, ask))[1] for _ in range(runs))
+    """Yield the time of an input's way over 127.0.0.1, a server in a process of its own, and what that and HTTP have.
+
+    On a GPU also of a client that does not compress what it sends.
+    """
     name, most = f"{at} over loopback, per input, {device}", 0.5 if device == "cuda" else None
-    yield Row(name, took, "s")
-    yield Row(f"{name}, prepared", soon, "s", at_most=most)
+    with served(weights, device) as url, Remote(url) as remote:
+        plan = remote.plan()
+        assert not isinstance(plan, he.DecodingPlan)
+        client = he.Client(plan)
+        remote.open(client.evaluation_keys())
+        ask = partial(conversation, client, remote, tokens)
+        yield Row(name, seconds(ask, runs), "s")
+        for more in ("", ", not compressed") if device == "cuda" else ("",):
+            client._compressed = client._zeros._compressed = not more
+            soon = [prepared(client, ask)[1] for _ in range(runs)]
+            yield Row(f"{name}, prepared{more}", statistics.median(x + y for x, y, _ in soon), "s", at_most=most)
+            yield Row(f"{name}, prepared{more}, of it HTTP and server", statistics.median(y for _, y, _ in soon), "s")
 
 
 def decoding(heads: int = 12, n: int = 128, d: int = 64, runs: int = 32) -> Iterator[Row]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +15,7 @@ from ..validation import shown
 
 __all__ = [
     "MOST", "MOST_SIZE", "MOST_WORKERS", "POWERS", "UPLOADS", "check_arguments", "check_margin", "check_power",
-    "is_count", "is_number", "numbers_of",
+    "is_count", "is_number", "numbers_of", "plans",
 ]  # fmt: skip
 
 POWERS = (2, 4, 6, 8)
@@ -24,6 +26,31 @@ LEAST, MOST = 1e-100, 1e100
 MOST_FEATURES = {"latency": 2**20, "throughput": 2**16}
 MOST_ROWS, MOST_PRODUCTS = 2**17, 2**30
 """The most numbers of a head's keys or values, rows of all heads, and products: more would be planned for long."""
+OWN = {"power": ("p", "denominator", "epsilon", "inverse"), "sigmoid": ("scores", "offset")}
+"""What one operator's plans alone take."""
+NAMES = {"power": "power-softmax", "sigmoid": "sigmoid"}
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def plans(operator: str, instead: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator of what plans one operator: another one's arguments are refused, with what to call instead."""
+
+    def decorated(call: Callable[P, R]) -> Callable[P, R]:
+        @wraps(call)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            for other in OWN.keys() - {operator}:
+                names = [n for n in OWN[other] if n in kwargs]
+                if names:
+                    raise UnsupportedProblem(
+                        f"he: {NAMES[operator]} attention is planned here, and {', '.join(names)} "
+                        f"{'is' if len(names) == 1 else 'are'} of {NAMES[other]} attention; {instead}"
+                    )
+            return call(*args, **kwargs)
+
+        return checked
+
+    return decorated
 
 
 def is_number(x: Any) -> bool:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..validation import shown
-from .arguments import MOST_SIZE, check_arguments, is_count
+from .arguments import MOST_SIZE, check_arguments, is_count, plans
 from .arithmetic import Numbers
 from .cache import Cache, Tokens, context_of
 from .inputs import decoded
@@ -183,6 +183,7 @@ class DecodingPlan(Attention):
         return np.stack(found, 1)
 
 
+@plans("power", "call he.plan_sigmoid_decoding")
 def plan_decoding(
     longest: int,
     d: int,
@@ -231,6 +232,7 @@ def plan_decoding(
         A size, range or name that has no meaning.
     UnsupportedProblem
         No ring at 128 bits of security does it; the text names the step that ran out of levels and what would help.
+        Or arguments of sigmoid attention: the text names what plans it.
     """
     n_k = tokens_of(longest, context, upload)
     check_arguments(

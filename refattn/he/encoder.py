@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem
-from .arguments import check_device
+from .arguments import check_device, plans
 from .arithmetic import Counted, Levels, Numbers
 from .encoder_plan import MOST_DRIFT, REFRESHED, EncoderPlan
 from .inverse import product
@@ -151,9 +151,10 @@ class Encoder:
     InvalidInput
         Shapes that do not fit together, or ranges that have no meaning.
     UnsupportedProblem
-        No ring at 128 bits of security has the slots and levels.
+        No ring at 128 bits of security has the slots and levels; or arguments of sigmoid attention.
     """
 
+    @plans("power", "there is no such layer; he.plan_sigmoid plans the attention alone")
     def __init__(
         self, weights: EncoderWeights, tolerance: float = 1e-2, upload: str = "full", device: str = "cpu"
     ) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput, UnsupportedProblem
+from .arguments import plans
 from .arithmetic import Counted, Levels
 from .circuit import attend
 from .inputs import simulated
@@ -58,9 +59,10 @@ class Layer:
     InvalidInput
         Shapes that do not fit together, or ranges that have no meaning.
     UnsupportedProblem
-        No ring at 128 bits of security has the slots and levels.
+        No ring at 128 bits of security has the slots and levels; or arguments of sigmoid attention.
     """
 
+    @plans("power", "there is no such layer; he.plan_sigmoid plans the attention alone")
     def __init__(self, weights: Weights, tolerance: float = 1e-2, upload: str = "full") -> None:
         if upload not in LINE:
             raise InvalidInput(f"upload: got {upload!r}, expected one of {', '.join(LINE)} for a layer")

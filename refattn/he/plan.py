@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import UnsupportedProblem
 from ..problem import Problem
-from .arguments import check_arguments
+from .arguments import check_arguments, plans
 from .arithmetic import Counted, Levels, Numbers
 from .call import Call
 from .circuit import attend
@@ -117,6 +117,7 @@ class Plan(Attention):
         return found
 
 
+@plans("power", "call he.plan_sigmoid")
 def plan(
     n_q: int,
     n_k: int,
@@ -177,6 +178,7 @@ def plan(
         A size, range or name that has no meaning.
     UnsupportedProblem
         No ring at 128 bits of security does it; the text names the step that ran out of levels and what would help.
+        Or arguments of sigmoid attention: the text names what plans it.
     """
     check_arguments(
         n_q, n_k, d_k, d_v, heads, p, denominator, epsilon, norms, value_most, tolerance, normalize, mode, upload,

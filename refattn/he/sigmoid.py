@@ -13,6 +13,7 @@ from ..arrays import to_float64
 from ..errors import InvalidProblem
 from ..masks import visible
 from ..problem import Problem
+from .arguments import plans
 from .layout import BatchLayout, Layout, layouts_for
 from .plan import Plan
 from .polynomials import Polynomial
@@ -107,6 +108,7 @@ class SigmoidPlan(Sigmoid, Plan):
         return filled(q, layout.queries), filled(k, layout.keys), filled(v, layout.keys), seen
 
 
+@plans("sigmoid", "call he.plan")
 def plan_sigmoid(
     n_q: int,
     n_k: int,
@@ -151,7 +153,8 @@ def plan_sigmoid(
     InvalidInput
         A size, range or name that has no meaning.
     UnsupportedProblem
-        No ring at 128 bits of security does it, or a head's queries do not fit a ciphertext together.
+        No ring at 128 bits of security does it, or a head's queries do not fit a ciphertext together; or
+        arguments of power-softmax attention.
     """
     sizes = (n_q, n_k, d_k, d_v, heads)
     given = arguments(sizes, scores, offset, scale, norms, value_most, tolerance, upload, mode)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
+from .arguments import plans
 from .decoding_plan import DecodingPlan, appending, tokens_of
 from .layout import Layout, token_layouts
 from .polynomials import Polynomial
@@ -51,6 +52,7 @@ class SigmoidDecodingPlan(Sigmoid, DecodingPlan):
         self.check_scores(q[:, None], keys, np.ones((self.heads, 1, keys.shape[1]), bool), number)
 
 
+@plans("sigmoid", "call he.plan_decoding")
 def plan_sigmoid_decoding(
     longest: int,
     d: int,
@@ -90,7 +92,7 @@ def plan_sigmoid_decoding(
     InvalidInput
         A size, range or name that has no meaning.
     UnsupportedProblem
-        No ring at 128 bits of security does it.
+        No ring at 128 bits of security does it; or arguments of power-softmax attention.
     """
     n_k = tokens_of(longest, context, upload)
     sizes = (1, n_k, d, d_v, heads)

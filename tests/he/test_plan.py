@@ -83,6 +83,25 @@ def test_what_has_no_meaning(changed, text):
         he.plan(**given)
 
 
+@pytest.mark.parametrize(
+    ("call", "planned", "names", "instead"),
+    [
+        (he.plan, "power-softmax", ["offset"], "call he.plan_sigmoid"),
+        (he.plan_decoding, "power-softmax", ["scores", "offset"], "call he.plan_sigmoid_decoding"),
+        (he.plan_sigmoid, "sigmoid", ["denominator", "epsilon"], "call he.plan"),
+        (he.plan_sigmoid_decoding, "sigmoid", ["p", "denominator"], "call he.plan_decoding"),
+        (he.Layer, "power-softmax", ["scores"], "there is no such layer; he.plan_sigmoid plans the attention alone"),
+        (he.Encoder, "power-softmax", ["scores"], "there is no such layer; he.plan_sigmoid plans the attention alone"),
+    ],
+)
+def test_the_other_operators_arguments_say_what_to_call(call, planned, names, instead):
+    other = {"sigmoid": "power-softmax", "power-softmax": "sigmoid"}[planned]
+    verb = "is" if len(names) == 1 else "are"
+    text = f"he: {planned} attention is planned here, and {', '.join(names)} {verb} of {other} attention; {instead}"
+    with pytest.raises(UnsupportedProblem, match=f"^{text}$"):
+        call(**dict.fromkeys(names, (1.0, 2.0)), norms=(1, 1), value_most=1)
+
+
 def test_a_plan_of_a_real_call():
     p = planned(problem(128, 128, 64, 64, 12, epsilon=12.8))
     # two heads' queries, their keys in four spans

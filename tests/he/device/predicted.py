@@ -26,7 +26,7 @@ def bound(what):
     return COSTS.of_kernels if what == "computing" else max(COSTS.of_kernels, COSTS.of_host)
 
 
-def ratios(name, program):
+def ratios(name, program, rows=ROWS):
     """Yield what was measured of a program, the ratio of its prediction to that, and the most it may be."""
     found = on_gpu(program)
     inputs = f"{name}, an input on the GPU"
@@ -36,9 +36,9 @@ def ratios(name, program):
         ("bytes to bytes", f"{name}, server on the GPU", found.bytes_ms / 1e3),
         ("bytes to bytes", inputs, found.bytes_ms / getattr(program, "heads", 1)),
     ):
-        if row in ROWS:
-            yield what, ms / ROWS[row], bound(what)
-    asked = ROWS.get(f"{name}, memory of the session")
+        if row in rows:
+            yield what, ms / rows[row], bound(what)
+    asked = rows.get(f"{name}, memory of the session")
     if asked is not None:
         yield "memory", found.memory_bytes / round(1e9 * asked), 1.0
 
@@ -56,7 +56,13 @@ def programs():
 
 
 def predicted():
-    """Yield whether predictions are within their bounds."""
+    """Yield whether predictions are within their bounds.
+
+    What blocks compute was measured again, with kernels of the costs. What a host does for them is predicted as it was
+    measured with the costs: few large ciphertexts are shared by all threads since, which took it down.
+    """
+    later = measured("he-gpu-encoder-h200.json").items()
+    rows = ROWS | {name: x for name, x in later if name.endswith((", computing", ", memory of the session"))}
     for name, program in programs():
-        for what, ratio, most in ratios(name, program):
+        for what, ratio, most in ratios(name, program, rows):
             yield f"{name}, {what}: predicted over measured {ratio:.3f}, at most {most:.3f}", 1 / most <= ratio <= most
