@@ -236,7 +236,8 @@ def save_problem(problem: Problem, path: str | Path) -> None:
 
 def _save(path: str | Path, mark: str, arrays: Mapping[str, Any], **more: Any) -> None:
     arrays = {n: to_numpy(x, n) for n, x in arrays.items()}
-    stored = {n: x if x.dtype.isbuiltin == 1 else x.view(f"u{x.dtype.itemsize}") for n, x in arrays.items()}
+    # 2 is a type from outside NumPy; of its own types it is 1, or 0 where the array came from another process
+    stored = {n: x.view(f"u{x.dtype.itemsize}") if x.dtype.isbuiltin == 2 else x for n, x in arrays.items()}
     head = {"mark": mark, "types": {n: x.dtype.name for n, x in arrays.items()}, **more}
     parts: dict[str, Any] = {"refattn": np.array(json.dumps(head, default=plain)), **stored}
     write_whole(path, lambda f: np.savez(f, **parts))

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -154,6 +155,15 @@ def test_arrays_of_any_type_and_what_is_said_about_them(tmp_path):
     assert head == {"mark": "refattn arrays 1", "types": types, "about": {"source": "here", "size": 3}}
     with pytest.raises(InvalidProblem, match="x: got list, expected an array of numpy, torch, cupy, jax; "):
         save_arrays({"x": [1]}, tmp_path / "b.npz")
+
+
+def test_arrays_from_another_process_survive(tmp_path):
+    arrays = {"bool": np.array([True, False]), "int64": np.arange(3), "float32": np.ones(2, np.float32)}
+    sent = pickle.loads(pickle.dumps(arrays))  # their types are NumPy's own, and no longer say so
+    save_arrays(sent, tmp_path / "a.npz")
+    assert {n: (x.dtype, x.tobytes()) for n, x in load_arrays(tmp_path / "a.npz").items()} == {
+        n: (x.dtype, x.tobytes()) for n, x in arrays.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,8 @@ def _known_of_draw() -> int:
     wrong = 0
     for s, layers in ((0.0, 2), (0.75, 3), (0.98, 4)):  # e goes 0.8, 0.608, 0.333..., 0.093..., 0.0067...
         h = History(np.array([[1.0, 0.0], [s, 0.0]]), np.diag([1 / 4, 1 / 16]), np.zeros(2), 0.0, [], [])
-        wrong += _needed_of_draw(h, np.array([1.0, 0.0])) != layers
+        needed = _needed_of_draw(h, np.array([1.0, 0.0]))
+        wrong += needed != layers
     return wrong
 
 
