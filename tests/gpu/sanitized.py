@@ -60,6 +60,13 @@ TRILINEAR = [
     ((2, 2, 1, 40, 7, 33, 64), {"causal": "top_left", "window": (5, 20)}),
     ((1, 3, 3, 30, 70, 5, 72), {}),
 ]
+ENGINE = [
+    # dtype, (h, h_kv, n_q, n_k, d_k, d_v), options, whether with gradients: exact/device/*.cu
+    ("float64", (2, 1, 33, 70, 16, 9), {"causal": "bottom_right", "softcap": 3.0}, False),
+    ("bfloat16", (1, 1, 5, 2100, 8, 8), {"window": (1500, None)}, False),
+    ("float64", (1, 1, 17, 40, 7, 5), {"causal": "bottom_right", "softcap": 3.0}, True),
+    ("float32", (2, 1, 20, 33, 8, 8), {"sink": True}, True),
+]
 BORDER = 512
 EMPTY = views.empty
 
@@ -254,6 +261,19 @@ def run_trilinear(cupy, shape, options):
     bordered_still(cupy, wholes)
 
 
+def run_engine(dtype, shape, options, gradients):
+    """Evaluate a call on the GPU: its bits are the CPU's. CuPy's arrays have no borders here, and no pool."""
+    from refattn import Problem, evaluate
+    from tests.exact.device.drawn import compare
+
+    _, rng, host = numbers(dtype, (1, *shape))
+    more = {**options, "sink": rng.standard_normal(shape[0]).astype(host[0].dtype)} if "sink" in options else options
+    p = Problem(*host, **more)
+    dout = rng.standard_normal(p.out_shape) if gradients else None
+    asked = {"rounding": dtype, "lse_rounding": "float64", "gradients": dout}
+    assert compare(evaluate(p, device="cuda", **asked), evaluate(p, **asked)) == 0
+
+
 if __name__ == "__main__":
     import cupy
 
@@ -269,4 +289,7 @@ if __name__ == "__main__":
         print("ok", *call, flush=True)
     for call in TRILINEAR:
         run_trilinear(cupy, *call)
+        print("ok", *call, flush=True)
+    for call in ENGINE:
+        run_engine(*call)
         print("ok", *call, flush=True)

@@ -14,8 +14,6 @@ from .card import Card, card_of
 
 __all__ = ["asked", "on"]
 
-ARRAYS = ("query", "key", "value", "bias", "allowed", "sink")
-
 
 def asked(device: Any, problem: Problem, rounding: str | None, **others: Any) -> Card | None:
     """Return the GPU that a device names, None for the CPU.
@@ -25,7 +23,7 @@ def asked(device: Any, problem: Problem, rounding: str | None, **others: Any) ->
     device : str
         "cpu", "cuda" (CuPy's current GPU) or "cuda:0" and so on.
     problem : Problem
-        The call; arrays that are on a GPU must be on this one, others are copied.
+        The call; its arrays that are on a GPU, scales and tables of pages too, must be on this one, others are copied.
     rounding : str or None
         As in :func:`refattn.evaluate`.
     **others
@@ -51,8 +49,8 @@ def asked(device: Any, problem: Problem, rounding: str | None, **others: Any) ->
         if x is not None:
             raise UnsupportedProblem(f"device: {name} is for the CPU; leave it out, or use device='cpu'")
     number = int(named[1]) if named[1] else int(cupy_with_gpu().cuda.Device().id)
-    for name in ARRAYS:
-        place = _gpu_of(getattr(problem, name))
+    for name, x in [*problem.arrays().items(), *problem.options.items()]:
+        place = _gpu_of(x)
         if place not in (None, number):
             raise InvalidProblem(
                 f"{name}: is on GPU {place}, device={device!r} is GPU {number}; move it, or use device='cuda:{place}'"

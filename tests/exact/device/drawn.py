@@ -7,12 +7,15 @@ import numpy as np
 from refattn import Problem, rules
 from refattn.arrays import from_float64
 from refattn.check.inputs.families import cases
-from refattn.dtypes import format_of
+from refattn.dtypes import FLOAT4, format_of
+from refattn.pages import in_pages
+from refattn.scales import quantised
 from refattn.variants import VARIANTS, Lowered, Selected, variant_of
 
 __all__ = ["FORMS", "backward", "compare", "draw", "operator"]
 
 FORMS = ("float64", "float32", "float16", "bfloat16")
+KINDS = ("int8", "float8", "mx", "mxfp4", "nvfp4")
 FAMILIES = {
     "gaussian": lambda r, s: r.standard_normal(s),
     "same sign": lambda r, s: 1 + 2.0**-20 * r.standard_normal(s),
@@ -26,6 +29,7 @@ FAMILIES = {
 def draw(rng, most=400):
     """Return a problem and the formats that out and lse are rounded to."""
     n, m, d, d_v = (int(x) for x in (rng.integers(1, 40), rng.integers(1, most), *rng.choice([1, 3, 8, 16, 40], 2)))
+    d = 0 if rng.random() < 0.04 else d
     packed = rng.random() < 0.15
     two = lambda: 1 + int(rng.random() < 0.3)  # noqa: E731
     b, h_kv = (1 if packed else two()), two()
@@ -46,7 +50,57 @@ def draw(rng, most=400):
     if "sink" in more:
         more["sink"] = cast(more["sink"])
     out, lse = (FORMS[rng.integers(len(FORMS))] for _ in range(2))
-    return Problem(*map(cast, (q, k, v)), **more), out, lse
+    p = Problem(*map(cast, (q, k, v)), **more)
+    kind = rng.random()
+    if kind < 0.25:
+        p = stored(rng, p)
+    if kind > 0.9 or kind < 0.1:  # some of both
+        p = paged(rng, p)
+    return p, out, lse
+
+
+def stored(rng, p):
+    """Return a call whose numbers are stored in a type of their own, with scales; itself where no scale holds them."""
+    given = [(n, getattr(p, n).astype(np.float64)) for n in ("query", "key", "value")]
+    most = [np.abs(x).max(initial=0.0) for _, x in given]
+    if not all(x == 0 or 2.0**-60 < x < 2.0**60 for x in most):  # and no NaN
+        return p
+    changed = {"out_dtype": p.dtype}
+    kind = KINDS[rng.integers(len(KINDS))]
+    for name, x in given:
+        b, h, n, d = x.shape
+        along = [m if rng.random() < 0.4 else 1 for m in (b, h, n)]
+        elements, scales, wide = {
+            "int8": ("int8", "float32", 1),
+            "float8": (("float8_e4m3fn", "float8_e5m2")[rng.integers(2)], "float32", d),
+            "mx": ("float8_e4m3fn", "float8_e8m0fnu", 8),
+            "mxfp4": (FLOAT4.name, "float8_e8m0fnu", 8),
+            "nvfp4": (FLOAT4.name, "float8_e4m3fn", 8),
+        }[kind]
+        if rng.random() < 0.2 or not x.size:
+            continue  # as it is
+        blocks = (*along, d // wide if d % wide == 0 else 1)
+        x = np.clip(x, -400.0, 400.0) if kind == "nvfp4" else x
+        changed[name], scale = quantised(x, elements, blocks, scales)
+        if kind == "nvfp4":  # times a number for the tensor
+            scale = (scale.astype(np.float64) * 0.75).astype(np.float32)
+        changed[f"{name}_scale"] = float(scale[0, 0, 0, 0]) if scale.size == 1 and rng.random() < 0.5 else scale
+    if rng.random() < 0.4:
+        changed["out_scale"] = 0.3 if rng.random() < 0.5 else rng.uniform(0.01, 4, (1, p.heads, 1, 1))
+    return p.replace(**changed)
+
+
+def paged(rng, p):
+    """Return a call whose keys lie in pages, some of them new; itself where its scales are by key."""
+    by_key = [
+        x for x in (p.key_scale, p.value_scale) if isinstance(x, np.ndarray) and (x.shape[0], x.shape[2]) != (1, 1)
+    ]
+    if p.cu_seqlens_q is not None or by_key:
+        return p
+    sizes = [s for s in (1, 4, 7, 16, p.n_k) if s and p.n_k % s == 0]
+    most = p.n_k if p.lengths_k is None else int(p.lengths_k.min())
+    new = int(rng.integers(0, min(most, 9) + 1))
+    return in_pages(p, sizes[rng.integers(len(sizes))], ["NHD", "HND"][rng.integers(2)], rng, new=new)
 
 
 def options(rng, b, h, n, m, packed):
@@ -54,7 +108,18 @@ def options(rng, b, h, n, m, packed):
     if rng.random() < 0.4:
         more["causal"] = ["bottom_right", "top_left"][rng.integers(2)]
     if rng.random() < 0.25:
-        more["window"] = (int(rng.integers(0, m + 1)), None if rng.random() < 0.5 else int(rng.integers(0, m + 1)))
+        left, right = int(rng.integers(0, m + 1)), int(rng.integers(0, m + 1))
+        more["window"] = (left, None if rng.random() < 0.5 else right)
+        if rng.random() < 0.4:  # a side below 0
+            right = -int(rng.integers(1, 4))
+            more["window"] = [(left - right, right), (None, right), (right, left - right)][rng.integers(3)]
+            if more.get("causal"):
+                more["window"] = (left - right, right)
+    if rng.random() < 0.2 and "causal" not in more:
+        more["alignment"] = ["bottom_right", "top_left"][rng.integers(2)]
+    if rng.random() < 0.25:
+        many = (3,) if packed else (b,)
+        more["offset"] = int(rng.integers(-9, 10)) if rng.random() < 0.5 else rng.integers(-9, 10, many)
     if rng.random() < 0.3:
         more["softcap"] = float(2.0 ** rng.integers(-3, 6) * rng.uniform(1, 2))
     if rng.random() < 0.3:

@@ -45,12 +45,34 @@ def test_without_a_gpu_it_is_said(monkeypatch, tmp_path):
         cupy_with_gpu()
 
 
-def test_an_array_on_another_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(asked, "kind_of", lambda x: None if x is None else "cupy")
-    p = SimpleNamespace(**dict.fromkeys(asked.ARRAYS))
-    p.key = SimpleNamespace(device=SimpleNamespace(id=1))
-    with pytest.raises(InvalidProblem, match=r"key: is on GPU 1, device='cuda:0' is GPU 0; move it, or use .*cuda:1"):
+@pytest.mark.parametrize(
+    "name", ["key", "key_scale", "block_table", "lengths_k", "new_value", "offset", "cu_seqlens_q", "alibi_slopes"]
+)
+def test_an_array_on_another_gpu_is_refused(monkeypatch, name):
+    """Whatever it is of the call: a scale, a table of pages, new keys, lengths."""
+    there = np.full((1, 1, 1, 1), 2.0)
+    monkeypatch.setattr(asked, "_gpu_of", lambda x: 1 if x is there else None)
+    p = Problem(CALL.query, CALL.key, CALL.value)
+    object.__setattr__(p, name, there)
+    with pytest.raises(
+        InvalidProblem, match=rf"{name}: is on GPU 1, device='cuda:0' is GPU 0; move it, or use .*cuda:1"
+    ):
         asked.asked("cuda:0", p, "float64")
+
+
+def test_the_gpu_of_an_array_is_its_librarys(monkeypatch):
+    monkeypatch.setattr(asked, "kind_of", lambda x: x.kind)
+    place = SimpleNamespace
+    jax = [place(platform="cpu"), place(platform="gpu", local_hardware_id=2)]
+    for x, expected in (
+        (place(kind="cupy", device=place(id=1)), 1),
+        (place(kind="torch", device=place(index=3), is_cuda=True), 3),
+        (place(kind="torch", device=place(index=None), is_cuda=False), None),
+        (place(kind="jax", devices=lambda: jax), 2),
+        (place(kind="jax", devices=lambda: jax[:1]), None),
+        (place(kind=None), None),
+    ):
+        assert asked._gpu_of(x) == expected
 
 
 @GXX

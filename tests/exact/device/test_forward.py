@@ -347,11 +347,18 @@ def test_empty_axes(trusted):
 
 def test_drawn_calls_have_every_option():
     rng = np.random.default_rng(0)
-    seen, forms = set(), set()
-    for _ in range(60):
-        p, out, lse = draw(rng)
-        names = ("causal", "window", "softcap", "sink", "bias", "allowed", "scale", "cu_seqlens_q", "lengths_q")
+    seen, forms, kinds = set(), set(), set()
+    names = ("causal", "window", "softcap", "sink", "bias", "allowed", "scale", "cu_seqlens_q", "lengths_q")
+    names += ("offset", "alignment", "query_scale", "key_scale", "value_scale", "out_scale", "block_table", "new_key")
+    for _ in range(200):
+        p, out, lse = draw(rng, 60)
         seen |= {n for n in names if getattr(p, n) is not None}
+        sides = zip(("left", "right"), p.window or (0, 0), strict=True)
+        seen |= {f"{side} below 0" for side, x in sides if (x or 0) < 0}
+        seen |= {"width 0"} if p.d_k == 0 else set()
+        seen |= {"pages and scales"} if p.block_table is not None and p.typed else set()
         forms |= {out, lse}
-    assert seen == set(names)
+        kinds |= {x.dtype.name for x in (p.query, p.key, p.value, p.key_scale) if isinstance(x, np.ndarray)}
+    assert seen == {*names, "left below 0", "right below 0", "width 0", "pages and scales"}
     assert forms == {"float64", "float32", "float16", "bfloat16"}
+    assert kinds == forms | {"int8", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "float8_e8m0fnu"}
