@@ -44,7 +44,7 @@ class Worst:
     array : str
         "out", "lse" or a gradient's name.
     ratio : float
-        |got - exact| / allowed; inf where the table is broken.
+        ``|got - exact| / allowed``; inf where the table is broken.
     place : tuple of int
         (batch, head, row or key, column), or (batch, head, row) for lse, (head,) for dsink.
     got, exact, allowed : float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import click
@@ -37,7 +38,21 @@ def list_() -> None:
         console.print(f"  source: {claim.source}", markup=False, soft_wrap=True)
 
 
-@theory.command(name="run")
+class _Naming(click.Command):
+    """A command whose help ends with the claims' names; they are imported where help is asked for."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the names, several on a line."""
+        from ..theory import CLAIMS
+
+        with formatter.section("Claims"):
+            room, indent = formatter.width - formatter.current_indent, " " * formatter.current_indent
+            # names stay whole
+            text = textwrap.fill(", ".join(CLAIMS), room, break_long_words=False, break_on_hyphens=False)
+            formatter.write(textwrap.indent(text, indent) + "\n")
+
+
+@theory.command(name="run", cls=_Naming)
 @click.argument("names", nargs=-1)
 @click.option("--all", "every", is_flag=True, help="Run every claim.")
 @click.option("--json", "json_file", help="Also write the evidence to this file as JSON.")

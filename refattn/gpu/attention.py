@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import UnsupportedProblem
 from .forward import forward
+from .request import refuse_term
 from .views import traced
 
 __all__ = ["attention"]
@@ -76,6 +77,7 @@ def attention(
     UnsupportedProblem
         No kernel computes it; raised before any launch.
     """
+    refuse_term(bias)
     options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "sink": sink, "bias": bias}
     options |= {"allowed": allowed, "block_mask": block_mask, "cu_seqlens": cu_seqlens}
     if hasattr(query, "requires_grad"):  # a tensor of PyTorch: its graph may want a gradient, or only shapes

@@ -16,7 +16,7 @@ from .kernel import Call, Kernel
 from .launch import capability
 from .plan import pick
 from .recorded import recording, replay
-from .request import Kept, Request, read
+from .request import Kept, Request, read, refuse_term
 from .views import capturing, device_of, finish, on, placed, side_by_side, stream_of
 
 __all__ = ["attention_backward", "gradients"]
@@ -92,6 +92,7 @@ def attention_backward(
     UnsupportedProblem
         No kernel computes it; raised before any launch.
     """
+    refuse_term(bias)
     given = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "sink": sink, "bias": bias}
     given |= {"allowed": allowed, "block_mask": block_mask, "cu_seqlens": cu_seqlens}
     return gradients(

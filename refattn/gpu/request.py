@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 from ..arrays import dtype_name, kind_of
 from ..errors import InvalidProblem
 from ..problem import Problem
+from ..rules import Term
 from ..validation import check_offsets
 from .kernel import Call
 from .plan import check_block_mask
 from .views import View, cast, check_devices, layout, view
 
-__all__ = ["CU_SEQLENS", "Kept", "Request", "parts_of", "read"]
+__all__ = ["CU_SEQLENS", "Kept", "Request", "parts_of", "read", "refuse_term"]
 
 CU_SEQLENS = ("cu_seqlens_q", "cu_seqlens_k")
 TENSORS = ("query", "key", "value", "out", "lse", "dout")
@@ -141,3 +142,12 @@ def parts_of(given: Any, name: str, parts: tuple[str, ...]) -> tuple[Any, ...]:
     if not isinstance(given, tuple | list) or len(given) != len(parts):
         raise InvalidProblem(f"{name}: got {type(given).__name__}, expected a tuple ({', '.join(parts)})")
     return tuple(given)
+
+
+def refuse_term(bias: Any) -> None:
+    """Refuse a formula in place of a bias: kernels read arrays."""
+    if isinstance(bias, Term):
+        raise InvalidProblem(
+            "bias: got a term of refattn.rules, expected an array; pass term.written(batch, heads, n_q, n_k), "
+            "brought to query's library and device"
+        )

@@ -1,4 +1,4 @@
-"""Masks as rules: exact integers that combine by & | ~ and are written out, block by block, only where asked for.
+"""Masks as rules: exact integers that combine by ``& | ~`` and are written out, block by block, only where asked for.
 
 What is added to scores, as terms that combine by ``+ - *``: ``refattn.rules.terms``.
 """

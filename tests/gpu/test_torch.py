@@ -174,3 +174,37 @@ def test_the_operators_keep_their_contract():
     rest = (None,) * 7 + ("bottom_right", None, None, None, 0, 0, None, "fast", False)
     assert torch_operators.needed(q)
     torch.library.opcheck(torch.ops.refattn.attention.default, (q, q, q, *rest))
+
+
+def test_a_second_derivative_is_refused(on_cpu):
+    from refattn.gpu import attention
+
+    q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (5, 7, 7))
+    (dq,) = torch.autograd.grad((attention(q, k, v) ** 2).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"through refattn\.attention_backward.*no autograd formula"):
+        torch.autograd.grad(dq.sum(), q)
+
+
+def test_a_term_in_place_of_a_bias_is_refused():
+    from refattn.gpu import attention, attention_backward
+    from refattn.rules.terms import alibi
+
+    q, bias = torch.zeros(1, 2, 5, 8), alibi([0.5, 0.25])
+    for call in (lambda: attention(q, q, q, bias=bias), lambda: attention_backward(*(q,) * 6, bias=bias)):
+        with pytest.raises(InvalidProblem, match=r"bias: got a term .*; pass term.written\(batch, heads, n_q, n_k\)"):
+            call()
+
+
+@gpu
+def test_gradients_are_those_of_differences():
+    """PyTorch's own check in float64, of every input at once."""
+    from refattn.gpu import attention
+
+    torch.manual_seed(0)
+    sizes = ((1, 2, 5, 8), (1, 1, 7, 8), (1, 1, 7, 4), (1, 2, 1, 7), (2,))
+    leaves = [torch.randn(s, device="cuda", dtype=torch.float64, requires_grad=True) for s in sizes]
+
+    def call(q, k, v, bias, sink):
+        return attention(q, k, v, bias=bias, sink=sink, causal="bottom_right", softcap=2.0, return_lse=True)
+
+    assert torch.autograd.gradcheck(call, leaves)

@@ -175,3 +175,33 @@ def test_names_in_the_documentation_exist():
     names = set(re.findall(r"\brefattn\.([a-zA-Z_]+)\b", text))
     assert names
     assert not {n for n in names if not hasattr(refattn, n) and importlib.util.find_spec(f"refattn.{n}") is None}
+
+
+def shown(text):
+    """Return the names that a page of the reference has: what its directives document, and what is in backticks."""
+    found = set(re.findall(r"`(\w+)`", text))
+    for kind, target, options in re.findall(r"^\.\. auto(\w+):: ([\w.]+)\n((?: +.*\n)*)", text, re.MULTILINE):
+        found.add(target.split(".")[-1])
+        members = re.search(r":members:([^:]*)", options)
+        if kind == "module" and members:
+            found |= set(re.findall(r"\w+", members[1])) or set(importlib.import_module(target).__all__)
+    return found
+
+
+ROOMS = ("", ".check", ".exact", ".gpu", ".he", ".operators", ".rules", ".tensor", ".theory")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_reference_has_every_public_name(room):
+    """The build finds what is named and is not there; this finds what is there and is not named."""
+    found = {n for page in (*SNIPPETS, TREE / "docs" / "devices.md") for n in shown(page.read_text())}
+    public = importlib.import_module(f"refattn{room}").__all__
+    assert sorted(set(public) - found - {"__version__"}) == []
+
+
+def test_a_name_that_no_page_has_is_found():
+    page = (
+        ".. automodule:: refattn.gpu\n   :members: plan,\n     Plan\n.. autofunction:: refattn.he.ranges\n`IMPLS` x\n"
+    )
+    assert shown(page) == {"gpu", "plan", "Plan", "ranges", "IMPLS"}
+    assert "band" in shown(".. automodule:: refattn.masks\n   :members:\n")
