@@ -9,6 +9,7 @@ import _pictures
 import refattn
 import refattn.functions
 from refattn.check import FAMILIES, LAWS
+from refattn.check.inputs.families import cases
 from refattn.check.kernels import EXAMPLE, KERNELS
 from refattn.papers import PAPERS
 from refattn.theory import CLAIMS, run
@@ -34,7 +35,7 @@ def _variant(v: refattn.Variant) -> str:
         "## Laws",
         "\n".join(f"- `{n}`: {LAWS[n].statement}" for n in v.laws),
         "## Input families",
-        "\n".join(f"- `{n}`: {FAMILIES[n]}" for n in v.families),
+        "\n".join(f"- `{n}`: {FAMILIES[n]}" for n in FAMILIES if n in {c.family for c in cases(v.name)}),
         "## Planted bugs that its checks catch",
         ", ".join(f"`{b}`" for b in v.bugs) + ".",
         *_mistakes(v),
