@@ -35,7 +35,7 @@ def _variant(v: refattn.Variant) -> str:
         "## Laws",
         "\n".join(f"- `{n}`: {LAWS[n].statement}" for n in v.laws),
         "## Input families",
-        "\n".join(f"- `{n}`: {FAMILIES[n]}" for n in FAMILIES if n in {c.family for c in cases(v.name)}),
+        families(v),
         "## Planted bugs that its checks catch",
         ", ".join(f"`{b}`" for b in v.bugs) + ".",
         *_mistakes(v),
@@ -46,6 +46,12 @@ def _variant(v: refattn.Variant) -> str:
         f"Compared with: {v.compared}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def families(v: refattn.Variant) -> str:
+    """Return the input families of which an operator has cases: of those that it names it may take none."""
+    have = {c.family for c in cases(v.name)}
+    return "\n".join(f"- `{n}`: {text}" for n, text in FAMILIES.items() if n in have)
 
 
 def _mistakes(v: refattn.Variant) -> list[str]:
