@@ -50,7 +50,7 @@ def without_root() -> Evidence:
 CLAIMS = [
     Claim(
         "probing-folding",
-        "Cross-attention of H heads from one learned query has the weights of H queries of length D, so that H·D numbers "
+        "Cross-attention of H heads from one learned query has the weights of H queries of length D: H·D numbers "
         "do the work of two matrices and a query; a bias of keys changes no weight",
         "github billpsomas/efficient-probing, whose code was read; the identity is shown here",
         folding,

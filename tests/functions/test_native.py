@@ -145,7 +145,7 @@ def test_bad_input_is_named():
 
 
 def test_an_indexers_choice_is_a_mask_over_a_latent():
-    """The choice of `dsa` as `allowed` of the absorbed call: what `dsa` gives whose keys are the latent, bit for bit."""
+    """The choice of `dsa` as `allowed` of the absorbed call: what `dsa` gives over the latent, bit for bit."""
     rng = np.random.default_rng(3)
     n, h = 9, 2
     nope, rope, index_q, latent, key_rope, index_k, w_uk = (
