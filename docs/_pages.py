@@ -9,6 +9,7 @@ import _pictures
 import refattn
 import refattn.functions
 from refattn.check import FAMILIES, LAWS
+from refattn.check.inputs.families import cases
 from refattn.check.kernels import EXAMPLE, KERNELS
 from refattn.papers import PAPERS
 from refattn.theory import CLAIMS, run
@@ -34,7 +35,7 @@ def _variant(v: refattn.Variant) -> str:
         "## Laws",
         "\n".join(f"- `{n}`: {LAWS[n].statement}" for n in v.laws),
         "## Input families",
-        "\n".join(f"- `{n}`: {FAMILIES[n]}" for n in v.families),
+        families(v),
         "## Planted bugs that its checks catch",
         ", ".join(f"`{b}`" for b in v.bugs) + ".",
         *_mistakes(v),
@@ -45,6 +46,12 @@ def _variant(v: refattn.Variant) -> str:
         f"Compared with: {v.compared}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def families(v: refattn.Variant) -> str:
+    """Return the input families of which an operator has cases: of those that it names it may take none."""
+    have = {c.family for c in cases(v.name)}
+    return "\n".join(f"- `{n}`: {text}" for n, text in FAMILIES.items() if n in have)
 
 
 def _mistakes(v: refattn.Variant) -> list[str]:

@@ -301,7 +301,7 @@ PAPERS = (
     Paper(
         "Efficient Probing",
         "github billpsomas/efficient-probing",
-        ("functions.probing",),
+        ("functions.probing", "claim probing-folding"),
         ("functions/test_probing.py",),
         "its release and SimPool's, run beside it once",
         TRAINING,

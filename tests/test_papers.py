@@ -82,6 +82,22 @@ def test_that_rule_can_fail():
     assert unknown_peers(replace(paper, peer="for speed cuDNN (docs/none.md)")) != []
 
 
+def unlisted(paper, page):
+    """Return a paper's modules of functions where the page's table has no function of any of them."""
+    rows = page.partition("\n| function | paper |")[2].splitlines()
+    names = {n for row in rows for n in re.findall(r"`(\w+)`", row.split(" | ")[0])}
+    modules = {x.split(".")[1] for x in paper.here if x.startswith("functions.") and ".costs." not in x}
+    public = {n for m in modules for n in importlib.import_module(f"refattn.functions.{m}").__all__}
+    return set() if public & names else modules
+
+
+def test_the_page_has_a_row_for_every_paper_of_functions():
+    page = (TESTS.parent / "docs" / "peers.md").read_text()
+    assert {p.title: x for p in PAPERS if (x := unlisted(p, page))} == {}
+    (seer,) = (p for p in PAPERS if p.title == "SeerAttention")
+    assert unlisted(seer, page.replace("seer_", "sear_")) == {"gates"}
+
+
 def test_every_test_beside_a_package_belongs_to_a_row():
     files = {f"peers/{f.name}" for f in (TESTS / "peers").glob("test_*.py")}
     assert files == {c for p in PAPERS for c in p.checks if c.startswith("peers/")}

@@ -21,6 +21,7 @@ from . import (
     perturbation,
     planning,
     power_softmax,
+    probing,
     quantised,
     reach,
     softmax_rounding,
@@ -63,6 +64,7 @@ MODULES = (
     lightning,
     ecoformer,
     match3_layers,
+    probing,
 )
 CLAIMS = {claim.name: claim for module in MODULES for claim in module.CLAIMS}
 """All claims, by name."""

@@ -46,14 +46,14 @@ def choices(n_q: int, n_k: int, o: Any, count: int = 0, behind: int = 0) -> Choi
     return Choices(np.arange(n_k), Atom("up to its own", lambda x: x.k <= x.q + back), None, o.topk + count)
 
 
-def by_rows(p: Problem, o: Any) -> Problem:
+def by_rows(p: Problem, o: Any, ties: bool = False) -> Problem:
     """Write the same by a loop over rows, on integers."""
     weight = integers(p.query)[0][..., -1:]
     s = products(p, p.d_k - 1)[0]
     s = weight * np.where(s > 0, s, 0)
 
     def take(s: Any, seen: Any, at: int) -> Iterator[int]:
-        yield from first({j: s[:, j].sum() for j in range(at + 1) if seen[j]}, o.topk)
+        yield from first({j: s[:, j].sum() for j in range(at + 1) if seen[j]}, o.topk, ties)
 
     return chosen(p, take, together=True, scores=s)
 
@@ -108,6 +108,8 @@ DSA = Variant(
         "many": {"n_q": 9, "n_k": 259, **GROUP, "options": {"topk": 30}},
         "below-zero": {"n_q": 37, "n_k": 37, **GROUP, "scale": -0.3, "options": {"topk": 3}},
         "all": {"n_q": 21, "n_k": 37, **GROUP, "options": {"topk": 37}},
+        "ties": {"n_q": 6, "n_k": 7, **GROUP, "ties": "equal", "options": {"topk": 1}},
+        "near-ties": {"n_q": 6, "n_k": 7, **GROUP, "ties": "ulp", "options": {"topk": 1}},
     },
     wrong={
         "relu_left_out": ("products below 0 count", DEFINE.changed(linear)),
@@ -123,6 +125,10 @@ DSA = Variant(
         "each_head_chooses": ("each query head chooses for itself", replace(DEFINE, together=lambda o: False)),
         "own_key_not_scored": ("a query's own key is none to choose", DEFINE.changed(behind=1)),
         "one_less_chosen": ("one key less is chosen", DEFINE.changed(count=-1)),
+        "all_of_a_tie": (
+            "all keys at the score of the last are taken, more than topk at a tie",
+            Lowered(by_rows).changed(ties=True),
+        ),
     },
     fits=fits,
     always=frozenset({"causal_bottom_right"}),

@@ -87,12 +87,15 @@ def chosen(p: Problem, take: Callable[..., Iterator[int]], together: bool, score
     return p.replace(variant="softmax", options={}, allowed=taken)
 
 
-def first(scores: dict[int, int], count: int) -> list[int]:
-    """Return the candidates of the largest scores, the lower one at a tie."""
-    return sorted(scores, key=lambda x: (-scores[x], x))[: max(count, 0)]
+def first(scores: dict[int, int], count: int, ties: bool = False) -> list[int]:
+    """Return the candidates of the largest scores, the lower one at a tie; with `ties`, a mistake, all at the last."""
+    best = sorted(scores, key=lambda x: (-scores[x], x))[: max(count, 0)]
+    return [x for x in scores if scores[x] >= scores[best[-1]]] if ties and best else best
 
 
-def first_weights(exponents: list[list[int]], unit: Decimal, among: list[int], count: int) -> list[int]:
+def first_weights(
+    exponents: list[list[int]], unit: Decimal, among: list[int], count: int, ties: bool = False
+) -> list[int]:
     """Return the candidates of the largest sum over heads of softmax weights, the lower one at a tie.
 
     Parameters
@@ -105,6 +108,8 @@ def first_weights(exponents: list[list[int]], unit: Decimal, among: list[int], c
         Which of them are to be chosen from.
     count : int
         How many.
+    ties : bool
+        Whether all are returned that tie with the last: a mistake.
     """
     with localcontext() as context:
         context.prec = DIGITS
@@ -121,9 +126,10 @@ def first_weights(exponents: list[list[int]], unit: Decimal, among: list[int], c
                 return -1 if gap > 0 else 1
             if unit and _terms(exponents, a) != _terms(exponents, b):
                 raise UnsupportedProblem(f"scores: candidates {a} and {b} differ by less than {CLOSE}")
-            return a - b
+            return 0
 
-        return sorted(among, key=cmp_to_key(order))[: max(count, 0)]
+        best = sorted(sorted(among), key=cmp_to_key(order))[: max(count, 0)]  # sorting keeps the lower one first
+        return [x for x in among if order(x, best[-1]) <= 0] if ties and best else best
 
 
 def _terms(exponents: list[list[int]], at: int) -> Counter[int]:

@@ -41,13 +41,13 @@ def fits(p: Problem) -> str | None:
     return unplaced(p, "blocks")
 
 
-def by_rows(p: Problem, o: Any) -> Problem:
+def by_rows(p: Problem, o: Any, ties: bool = False) -> Problem:
     """Write the same by a loop over rows: earlier blocks are whole, so that their sums stand as their means do."""
 
     def take(s: Any, seen: Any, at: int) -> Iterator[int]:
         own = at // o.block_size * o.block_size
         starts = [x for x in range(0, own, o.block_size) if seen[x : x + o.block_size].any()]
-        best = first({x: sum(s[0, x : x + o.block_size]) for x in starts}, o.topk - 1)
+        best = first({x: sum(s[0, x : x + o.block_size]) for x in starts}, o.topk - 1, ties)
         for x in (*best, own):
             yield from range(x, min(x + o.block_size, len(seen)))
 
@@ -90,6 +90,7 @@ MOBA = Variant(
         "A block longer than the keys is the one block, ragged: rows attend to all keys up to their own.",
         "Means are of the exact keys of a block, the ragged last one's of those that are there.",
         "Where a kernel's own scores cannot tell two blocks apart, it may take either: the row is judged by both.",
+        "Gradients hold the choice fixed: none goes through the scores that choose blocks.",
         "A NaN or infinite number in a query or key counts as 0 in scores; a row that takes such a key is NaN.",
     ),
     has_lse=True,
@@ -119,6 +120,20 @@ MOBA = Variant(
             "causal": "bottom_right",
             "options": {"block_size": 7, "topk": 2},
         },
+        "ties": {
+            "n_q": 11,
+            "n_k": 20,
+            "causal": "bottom_right",
+            "ties": "equal",
+            "options": {"block_size": 5, "topk": 2},
+        },
+        "near-ties": {
+            "n_q": 11,
+            "n_k": 20,
+            "causal": "bottom_right",
+            "ties": "ulp",
+            "options": {"block_size": 5, "topk": 2},
+        },
     },
     wrong={
         "own_block_counted_apart": ("topk earlier blocks are chosen beside the own one", DEFINE.changed(count=1)),
@@ -131,6 +146,10 @@ MOBA = Variant(
         "means_of_squares": (
             "the mean of squares stands for the mean",
             DEFINE.changed(lambda q, k, o: q @ ((o.members @ (k * k)) / o.sizes).T),
+        ),
+        "all_of_a_tie": (
+            "all blocks at the score of the last are taken, more than topk at a tie",
+            Lowered(by_rows).changed(ties=True),
         ),
     },
     fits=fits,

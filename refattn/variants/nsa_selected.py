@@ -58,7 +58,7 @@ def fits(p: Problem) -> str | None:
     return moba_fits(p)
 
 
-def by_rows(p: Problem, o: Any) -> Problem:
+def by_rows(p: Problem, o: Any, ties: bool = False) -> Problem:
     """Write the same by a loop over rows that sums exponentials in decimals, and compares their terms at a tie."""
     with localcontext() as context:
         context.prec = 2 * DIGITS
@@ -72,7 +72,7 @@ def by_rows(p: Problem, o: Any) -> Problem:
         spans = {b: x for b, x in spans.items() if seen[x].any()}
         sums = [[row[x].sum() for x in spans.values()] for row in s]
         among = [n for n, b in enumerate(spans) if b < own and b not in forced]
-        best = first_weights(sums, unit, among, o.topk - FORCED[o.forced]) if among else []
+        best = first_weights(sums, unit, among, o.topk - FORCED[o.forced], ties) if among else []
         for b in {*forced, *(list(spans)[n] for n in best)}:
             yield from range(b * o.block_size, min((b + 1) * o.block_size, len(seen)))
 
@@ -115,6 +115,7 @@ NSA_SELECTED = Variant(
         "All query heads of a key head choose the same blocks, and see the same keys: a weight of 0 for one of them "
         "alone is refused.",
         "Where a kernel's own weights cannot tell two blocks apart, it may take either: the row is judged by both.",
+        "Gradients hold the choice fixed: none goes through the scores that choose blocks.",
         "A NaN or infinite number in a query or key counts as 0 in scores; a row that takes such a key is NaN.",
     ),
     has_lse=True,
@@ -165,6 +166,24 @@ NSA_SELECTED = Variant(
             "causal": "bottom_right",
             "options": {"block_size": 7, "topk": 2},
         },
+        "ties": {
+            "n_q": 11,
+            "n_k": 20,
+            "h": 4,
+            "h_kv": 2,
+            "causal": "bottom_right",
+            "ties": "equal",
+            "options": {"block_size": 5, "topk": 2},
+        },
+        "near-ties": {
+            "n_q": 11,
+            "n_k": 20,
+            "h": 4,
+            "h_kv": 2,
+            "causal": "bottom_right",
+            "ties": "ulp",
+            "options": {"block_size": 5, "topk": 2},
+        },
     },
     wrong={
         "each_head_chooses": ("each query head chooses for itself", replace(DEFINE, together=lambda o: False)),
@@ -180,6 +199,10 @@ NSA_SELECTED = Variant(
         "unfinished_block_weighed": (
             "the block that a query stands in is weighed with the whole ones, later keys and all",
             DEFINE.changed(whole=False),
+        ),
+        "all_of_a_tie": (
+            "all blocks at the score of the last are taken, more than topk at a tie",
+            Lowered(by_rows).changed(ties=True),
         ),
     },
     fits=fits,

@@ -65,7 +65,7 @@ def fits(p: Problem) -> str | None:
     return unplaced(p, "choices")
 
 
-def by_rows(p: Problem, o: Any) -> Problem:
+def by_rows(p: Problem, o: Any, ties: bool = False) -> Problem:
     """Write the same by a loop over rows: blocks from the first keys on, until one reaches the nearest keys."""
 
     def take(s: Any, seen: Any, at: int) -> Iterator[int]:
@@ -77,7 +77,7 @@ def by_rows(p: Problem, o: Any) -> Problem:
                 blocks[start] = s[:, start : start + o.block_size].sum()
             start += o.block_size
         yield from range(start, at + 1)
-        for x in first(blocks, o.topk):
+        for x in first(blocks, o.topk, ties):
             yield from range(x, x + o.block_size)
 
     return chosen(p, take, together=o.by_group)
@@ -119,6 +119,7 @@ TOPK = Variant(
         "With by_group, heads of a group see the same keys: a weight of 0 for one of them alone is refused.",
         "A tie goes to the lower block; a row with no more blocks between than topk takes them all.",
         "Where a kernel's own scores cannot tell two blocks apart, it may take either: the row is judged by both.",
+        "Gradients hold the choice fixed: none goes through the scores that choose blocks.",
         "A NaN or infinite number in a query or key counts as 0 in scores; a row that takes such a key is NaN.",
     ),
     has_lse=True,
@@ -151,6 +152,20 @@ TOPK = Variant(
             "options": {"topk": 5, "by_group": True},
         },
         "none-chosen": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "options": {"topk": 0, "local": 5}},
+        "ties": {
+            "n_q": 8,
+            "n_k": 13,
+            "causal": "bottom_right",
+            "ties": "equal",
+            "options": {"topk": 1, "block_size": 3, "sink_keys": 1, "local": 2},
+        },
+        "near-ties": {
+            "n_q": 8,
+            "n_k": 13,
+            "causal": "bottom_right",
+            "ties": "ulp",
+            "options": {"topk": 1, "block_size": 3, "sink_keys": 1, "local": 2},
+        },
     },
     wrong={
         "largest_by_size": (
@@ -168,6 +183,10 @@ TOPK = Variant(
         "ranked_without_the_query": (
             "all queries choose alike",
             DEFINE.changed(lambda q, k, o: scores(q * 0 + 1, k, o)),
+        ),
+        "all_of_a_tie": (
+            "all blocks at the score of the last are taken, more than topk at a tie",
+            Lowered(by_rows).changed(ties=True),
         ),
     },
     fits=fits,

@@ -9,6 +9,7 @@ import pytest
 from refattn import InvalidInput, Problem, evaluate, softmax_attention
 from refattn.arrays import to_numpy
 from refattn.exact.lowering import lower
+from refattn.functions.latent import absorbed
 from refattn.functions.native import (
     compressed_attention,
     indexer_scores,
@@ -141,3 +142,23 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(InvalidInput, match=re.escape(text)):
             wrong()
+
+
+def test_an_indexers_choice_is_a_mask_over_a_latent():
+    """The choice of `dsa` as `allowed` of the absorbed call: what `dsa` gives over the latent, bit for bit."""
+    rng = np.random.default_rng(3)
+    n, h = 9, 2
+    nope, rope, index_q, latent, key_rope, index_k, w_uk = (
+        rng.integers(-2, 3, s).astype(float)
+        for s in ((1, h, n, 3), (1, h, n, 2), (1, 2, n, 4), (1, n, 5), (1, n, 2), (1, n, 3), (h, 3, 5))
+    )
+    read = indexer_select(indexer_scores(index_q[..., :3], index_k, np.moveaxis(index_q[..., 3], 1, 2)), topk=3)
+    inside = absorbed(nope, rope, latent, key_rope, w_uk, allowed=read[:, None])
+    query = np.zeros((1, h + 2, n, 11))
+    query[:, :h, :, :7], query[:, h:, :, 7:] = inside.query, index_q
+    key = np.concatenate([inside.key, index_k[:, None], np.zeros((1, 1, n, 1))], -1)
+    options = {"variant": "dsa", "causal": "bottom_right", "options": {"topk": 3}}
+    layer = Problem(query, key, inside.value, scale=inside.scale, **options)
+    exact = evaluate(inside, rounding="float64").out
+    np.testing.assert_array_equal(evaluate(layer, rounding="float64").out[:, :h], exact)
+    assert (evaluate(inside.replace(allowed=None, causal="bottom_right"), rounding="float64").out != exact).any()

@@ -1,5 +1,6 @@
 """The documentation builds without warnings, no link is dead, notebooks run; the README has the commands of CI."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -25,6 +26,20 @@ SNIPPETS = sorted((TREE / "docs" / "reference").glob("*.md"))
 NAMES = ("start", "arithmetic", "checking", "contract", "golden", "recurrences")
 MORE = [TREE / "docs" / f"{name}.md" for name in NAMES]
 """Other pages whose examples stand on their own."""
+
+
+def test_a_page_lists_the_families_of_which_its_operator_has_cases(monkeypatch):
+    """MoBA names the common ones, and takes no call of a family that has none with a bottom-right corner."""
+    monkeypatch.syspath_prepend(str(TREE / "docs"))
+    page = importlib.import_module("_pages")
+    assert "drift" in refattn.VARIANTS["moba"].families
+    assert re.findall(r"^- `(\w+)`:", page.families(refattn.VARIANTS["moba"]), re.MULTILINE) == [
+        "gaussian",
+        "peaked",
+        "probe",
+        "poison",
+    ]
+    assert "`drift`" in page.families(refattn.VARIANTS["softmax"])
 
 
 def build(folder):

@@ -56,6 +56,7 @@ VIOLATED = {
     "hyper-unbiased": ({"m": 0}, "at least one sample"),
     "hyper-rate": ({"sizes": (0, 1)}, "at least one sample"),
     "hyper-spectral": ({"size": 64}, "every row has an entry that is sampled"),
+    "probing-folding": ({"heads": 4}, "heads that divide D = 6, got 4"),
     "rpe-constant": ({"same": False}, "all tokens are equal"),
     "single-layer-universal": ({"positions": False}, "positions are told"),
     "boltzmann-gap": ({"beyond": (-1.0,)}, "values more than 2·log n"),

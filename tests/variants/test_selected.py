@@ -93,10 +93,10 @@ def test_forms_agree_in_the_field_and_in_balls(monkeypatch, variant):
 
 @pytest.mark.parametrize("variant", CHOOSE)
 def test_a_form_whose_ties_go_to_the_higher_candidate_differs(monkeypatch, variant):
-    def last(scores, count):
+    def last(scores, count, ties):
         return sorted(scores, key=lambda x: (-scores[x], -x))[: max(count, 0)]
 
-    def last_weights(exponents, unit, among, count):
+    def last_weights(exponents, unit, among, count, ties):
         return sorted(among, key=lambda x: -x)[: max(count, 0)]
 
     module = __import__(f"refattn.variants.{variant}", fromlist=["first"])

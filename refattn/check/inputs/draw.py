@@ -13,6 +13,7 @@ from ...gates import RECURRENT
 from ...norms import NORMS
 from ...problem import Problem
 from ..model import Capabilities
+from .tied import tied
 
 __all__ = ["Draw", "Float"]
 
@@ -137,9 +138,12 @@ class Draw:
         k: Float | None = None,
         v: Float | None = None,
         codes: bool = False,
+        ties: str | None = None,
         **more: Any,
     ) -> Problem:
         """Build a problem of normal tensors, or of those given; with `codes` queries and keys are -1, 0 and 1.
+
+        With `ties`, one of ``TIES``, queries and keys are those whose scores tie.
 
         A state or a gate that is True is drawn, and an alpha of "channels", "strong" or both. A beta that is "large"
         goes up to 2, where a step turns what the state says of its key round; keys then have length 1, so that nothing
@@ -155,6 +159,8 @@ class Draw:
             found = self.recurrent(b, h, n_k, d, d_v, "channels" in kind, "strong" in kind, many)
             found["beta"] = found["beta"] * (2 * d if large else 1)
             more |= {n: found[n] if more[n] else None for n in asked}
+        if ties is not None:
+            q, k = tied(self.rng, self.form, ties, (b, h, n_q, d), (b, h_kv, n_k, d))
         q = self.normal(b, h, n_q, d) if q is None else q
         k = self.normal(b, h_kv, n_k, d) if k is None else k
         k = k / np.sqrt((k * k).sum(-1, keepdims=True)) if large else k

@@ -6,7 +6,7 @@ import pytest
 from refattn import Problem, UnsupportedProblem, check_kernel
 from refattn.check.inputs.families import cases
 from refattn.check.kernels import KERNELS, found
-from refattn.check.kernels.sparse import sparse
+from refattn.check.kernels.sparse import PICKS, sparse
 from refattn.variants import VARIANTS, Lowered, Selected
 
 from ...conftest import NIGHTLY
@@ -39,6 +39,29 @@ def test_it_is_right(variant, dtype):
         only=asked(variant, dtype),
     )
     assert report.passed, report.describe(report.failures[0])
+
+
+def moba_by_a_threshold(q, k, o):
+    """Take every block whose score is at least that of the last to be chosen."""
+    size = o["block_size"]
+    means = np.array([k[a : a + size].mean(0, dtype=np.float32) for a in range(0, len(k), size)])
+    for i in range(len(q)):
+        own = (i + len(k) - len(q)) // size
+        s, count = means[:own] @ q[i], min(o["topk"] - 1, own)
+        best = np.flatnonzero(s >= np.sort(s)[-count]).tolist() if count else []
+        yield [j for b in [*best, own] for j in range(b * size, min(b * size + size, len(k)))]
+
+
+def test_blocks_taken_by_a_threshold_fail_where_scores_tie(monkeypatch):
+    def checked(only):
+        return check_kernel(sparse, "moba", capabilities=ENTRY.capabilities, dtypes=["float32"], only=only)
+
+    monkeypatch.setitem(PICKS, "moba", moba_by_a_threshold)
+    assert checked("gaussian/ragged[*").passed
+    assert [c.name for c in checked("gaussian/*ties[*").failures] == [
+        "gaussian/ties[float32]",
+        "gaussian/near-ties[float32]",
+    ]
 
 
 def test_another_operator_is_refused():
