@@ -105,6 +105,7 @@ DSA = Variant(
         "few": {"n_q": 37, "n_k": 67, **GROUP, "options": {"topk": 5}},
         "one": {"n_q": 21, "n_k": 37, **GROUP, "options": {"topk": 1}},
         "chunk": {"n_q": 9, "n_k": 67, **GROUP, "options": {"topk": 7}},
+        "items": {"b": 2, "n_q": 9, "n_k": 20, **GROUP, "h_kv": 2, "options": {"topk": 4}},
         "many": {"n_q": 9, "n_k": 259, **GROUP, "options": {"topk": 30}},
         "below-zero": {"n_q": 37, "n_k": 37, **GROUP, "scale": -0.3, "options": {"topk": 3}},
         "all": {"n_q": 21, "n_k": 37, **GROUP, "options": {"topk": 37}},

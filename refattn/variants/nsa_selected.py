@@ -129,6 +129,7 @@ NSA_SELECTED = Variant(
             "causal": "bottom_right",
             "options": {"block_size": 8, "topk": 3},
         },
+        "items": {"b": 2, "n_q": 19, "n_k": 37, "causal": "bottom_right", "options": {"block_size": 8, "topk": 2}},
         "own-block-only": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"block_size": 16, "topk": 1}},
         "more-than-there-are": {"n_q": 37, "n_k": 67, "causal": "bottom_right"},
         "forced": {

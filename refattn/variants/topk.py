@@ -126,6 +126,7 @@ TOPK = Variant(
     positive=True,
     cases={
         "few": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"topk": 5, "local": 3}},
+        "items": {"b": 2, "n_q": 19, "n_k": 37, "causal": "bottom_right", "options": {"topk": 4, "local": 2}},
         "one": {"n_q": 37, "n_k": 67, "causal": "bottom_right", "options": {"topk": 1, "sink_keys": 0, "local": 1}},
         "chunk": {
             "n_q": 9,

@@ -70,3 +70,27 @@ def test_another_operator_is_refused():
         UnsupportedProblem, match=r"refattn-sparse: takes block_sparse, power_blocks, neighborhood, .*, got softmax"
     ):
         sparse(Problem(q, q, q))
+
+
+@pytest.mark.parametrize("variant", ["dsa", "moba", "nsa_selected", "topk"])
+def test_a_choice_made_from_the_first_item_fails(variant, monkeypatch):
+    pick = PICKS[variant]
+
+    def first(p):
+        order, kept = [], []
+
+        def picked(q, k, o):
+            order.append(len(order))
+            if len(order) <= p.heads:  # heads of the first item come first
+                kept.append(list(pick(q, k, o)))
+            yield from kept[order[-1] % p.heads]
+
+        with monkeypatch.context() as m:
+            m.setitem(PICKS, variant, picked)
+            return sparse(p)
+
+    for kernel, right in ((sparse, True), (first, False)):
+        report = check_kernel(
+            kernel, variant, capabilities=ENTRY.capabilities, dtypes=["float32"], only="gaussian/items[*"
+        )
+        assert report.passed is right, (variant, right)
