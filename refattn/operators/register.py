@@ -30,7 +30,7 @@ LABEL = re.compile(r"[a-z0-9][a-z0-9_-]*")
 SETTINGS = frozenset(
     {"n_q", "n_k", "b", "h", "h_kv", "d", "d_v", "scale", "options", "codes", "ties", *OFFSETS, *MEANINGS}
 )
-"""What a case may set: lengths, the scale, options, packed sequences, and whether queries and keys are codes."""
+"""What a case may set: lengths, the scale, options, packed sequences, whether queries and keys are codes, or tie."""
 TAKEN = frozenset(
     {"allowed", "bias", "count", "distance", "length", "one", "place", "scale", "sink", "softcap", "state", "toeplitz",
      "weight"}

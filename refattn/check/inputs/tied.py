@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import Format
+from ...errors import InvalidInput
 
 __all__ = ["TIES", "tied"]
 
@@ -21,7 +22,14 @@ def tied(
 
     All products and sums of equal keys are small integers, so that a kernel's scores are equal too, in any order. None
     is 0 or below, where an indexer's ReLU would tie what differs.
+
+    Raises
+    ------
+    InvalidInput
+        `ties` is none of ``TIES``.
     """
+    if ties not in TIES:
+        raise InvalidInput(f"ties: got {ties!r}, expected one of {', '.join(TIES)}")
     query = rng.integers(1, 3, q).astype(float)
     key = np.repeat(rng.integers(1, 3, (*k[:2], 1, k[3])).astype(float), k[2], 2)
     if ties == "ulp":

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from refattn import InvalidInput
 from refattn.check.inputs.families import cases
 from refattn.check.inputs.tied import TIES, tied
 from refattn.dtypes import FORMATS
@@ -29,3 +30,8 @@ def test_the_choice_of_a_case_is_a_tie(variant):
     exact, near = (lower(at[n].problem("float32")).margins[..., -1] for n in ("ties", "near-ties"))
     assert (exact == 0).all()
     assert (near < 2.0**-18).all()
+
+
+def test_another_kind_is_refused():
+    with pytest.raises(InvalidInput, match=r"^ties: got 'near', expected one of equal, ulp$"):
+        tied(np.random.default_rng(0), FORMATS["float32"], "near", (1, 1, 1, 1), (1, 1, 1, 1))
