@@ -69,7 +69,8 @@ def table_gradients(problem: Problem, dout: Any, model: Model | None = None) -> 
     expect(isinstance(problem, Problem), "problem", problem, "a Problem")
     term = problem.bias
     expect(isinstance(term, Term), "problem: bias", term, "a term of refattn.rules.terms, whose tables have gradients")
-    model = model or flash(problem.out_type)
+    expect(isinstance(model, Model | None), "model", model, "a Model, such as refattn.check.model.flash('float16')")
+    model = flash(problem.out_type) if model is None else model
     known = expected(problem.to("numpy").with_bias(), model, to_numpy(dout, "dout"))
     exact, sizes = known.answer.enclosures["dbias"], (problem.n_q, problem.n_k)
     whole = np.abs(exact.mid) + np.abs(exact.tail)
@@ -102,10 +103,12 @@ def assert_tables(gradients: Mapping[str, Any], problem: Problem, dout: Any, *, 
     MismatchError
         The worst element of the first table that is wrong.
     InvalidInput
-        As :func:`table_gradients`; a name that the term has not, or an array of another shape.
+        As :func:`table_gradients`; a table left out, a name that the term has not, or an array of another shape.
     """
     expect(isinstance(gradients, Mapping) and len(gradients) > 0, "gradients", gradients, "arrays by name")
     known = table_gradients(problem, dout, model)
+    if left := [name for name in known if name not in gradients]:
+        raise InvalidInput(f"gradients: lacks {', '.join(left)}, expected all of {', '.join(known)}")
     for name, given in gradients.items():
         if name not in known:
             raise InvalidInput(f"gradients: got {name!r}, expected some of {', '.join(known) or 'none: no table'}")

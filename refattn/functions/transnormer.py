@@ -89,11 +89,12 @@ def lrpe(x: Any, angles: Any, offset: int = 0) -> Any:
     angles : (h, d) array
         Of x's type: :func:`lrpe_angles`, cast to it, or trained ones.
     offset : int
-        The position of the first row, from 0 on.
+        The position of the first row, from 0 on; the last is one that the angles' arithmetic holds.
 
     Returns
     -------
     (..., h, n, 2 d)
+        Angles, and their cosines and sines, are computed in float32 at least.
 
     Raises
     ------
@@ -109,10 +110,12 @@ def lrpe(x: Any, angles: Any, offset: int = 0) -> Any:
     if x.ndim < 3 or 0 in x.shape:
         raise InvalidInput(f"x: shape is {tuple(x.shape)}, expected (..., heads, tokens, features), each at least 1")
     axes("angles", angles, x.shape[-3], x.shape[-1])
-    first = whole("offset", offset, 0)
-    place = xp.astype(xp.arange(first, first + x.shape[-2], device=api.device(x)), x.dtype)
-    turn = place[:, None] * angles[:, None, :]
-    return xp.concat([x * xp.cos(turn), x * xp.sin(turn)], axis=-1)
+    wide = x.dtype if xp.finfo(x.dtype).bits >= 32 else xp.float32  # narrower types hold few positions
+    held = 2**53 if xp.finfo(wide).bits == 64 else 2**24
+    first = whole("offset", offset, 0, held - x.shape[-2])
+    place = xp.astype(xp.arange(first, first + x.shape[-2], device=api.device(x)), wide)
+    turn = place[:, None] * xp.astype(angles, wide)[:, None, :]
+    return xp.concat([x * xp.astype(f(turn), x.dtype) for f in (xp.cos, xp.sin)], axis=-1)
 
 
 def sglu(x: Any, w_gate: Any, w_value: Any, w_out: Any) -> Any:

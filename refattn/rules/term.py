@@ -19,6 +19,8 @@ Float = NDArray[np.float64]
 BINDS = {"+": 0, "*": 1, "": 2}
 Factors = Callable[[Float], Float]
 MAPS: dict[str, Factors] = {"summands": np.asarray, "sizes": np.abs, "count": np.ones_like}
+DEEPEST = 100
+"""Combinations in one another, each of which is a call of Python's in the next."""
 CHUNK = 2**22
 """Pairs that are looked at together where gradients are gathered."""
 
@@ -38,6 +40,8 @@ class Term:
 
     batches: int = 1
     heads: int = 1
+    deep: int = 0
+    """How many combinations stand in one another."""
 
     def at(self, x: Places) -> Any:
         """Return the numbers at places."""
@@ -95,8 +99,8 @@ class Term:
             It names other batches, heads or numbers of queries and keys than the call has.
         """
         for name, n in (("n_q", n_q), ("n_k", n_k)):
-            if n < 0:
-                raise InvalidInput(f"{name}: got {n}, expected at least 0")
+            good = isinstance(n, int | np.integer) and not isinstance(n, bool) and n >= 0
+            expect(good, name, n, "a whole number, at least 0")
         for name, mine, there in (("batches", self.batches, batch), ("query heads", self.heads, heads)):
             if mine not in (1, there):
                 raise InvalidInput(f"term: {self!r} is made for {mine} {name}, and the call has {there}")
@@ -291,6 +295,9 @@ class _Two(Term):
 
     def __init__(self, sign: str, one: Term, other: Term) -> None:
         self.sign, self.parts = sign, (one, other)
+        self.deep = 1 + max(one.deep, other.deep)
+        if self.deep > DEEPEST:
+            raise InvalidInput(f"term: combines more than {DEEPEST} terms in a row; write their sum out by dense(values)")
         for name in ("batches", "heads"):
             a, b = (getattr(x, name) for x in self.parts)
             if 1 not in (a, b) and a != b:
@@ -357,7 +364,11 @@ def number(x: Any) -> Term:
         It is no finite number.
     """
     good = isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
-    if not good or not np.isfinite(float(x)):
-        raise InvalidInput(f"term: got {x!r}, expected a term or a finite number")
-    value = float(x)
+    try:
+        value = float(x) if good else np.nan
+    except OverflowError:  # an integer beyond float64
+        value = np.inf
+    if not np.isfinite(value):
+        got = repr(x)[:200] if np.isnan(value) else f"a {type(x).__name__} beyond float64"
+        raise InvalidInput(f"term: got {got}, expected a term or a finite number")
     return Plain(repr(value), lambda places: value)

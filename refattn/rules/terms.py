@@ -147,8 +147,8 @@ def t5(values: Any, most: int = 128, both: bool = True, corner: str = "bottom_ri
     -----
     The released code finds a bucket by logarithms in float32; here it is exact, by integers.
     """
-    table = _table("values", values, 2)
-    of = bucket(np.arange(-_most(most), most + 1), table.shape[1], most, both)
+    table, most = _table("values", values, 2), _most(most)
+    of = bucket(np.arange(-most, most + 1), table.shape[1], most, both)
     named = [f"{most}"] * (most != 128) + ["both=False"] * (not both)
     text = written("t5", _shown(values), *named, corner=corner_of(corner))
 
@@ -209,10 +209,11 @@ def _table(name: str, x: Any, axes: int) -> Float:
     """Return a table of finite numbers with all of its axes; the first may be left out."""
     try:
         found = np.asarray(x)
-        wide = found.astype(np.float64)
-    except (TypeError, ValueError) as e:
+        plain = found.dtype.kind in "iuf" or found.dtype.isbuiltin == 2  # 2: ml_dtypes' floats
+        wide = found.astype(np.float64) if plain else found
+    except (TypeError, ValueError, RuntimeError) as e:  # RuntimeError: PyTorch's, of a tensor that requires grad
         raise InvalidInput(f"{name}: got {repr(x)[:200]}, expected numbers, as many in each row") from e
-    if found.dtype.kind in "bc" or not max(axes - 2, 1) <= found.ndim <= axes or not found.size:
+    if isinstance(x, np.ma.MaskedArray) or not plain or not max(axes - 2, 1) <= found.ndim <= axes or not found.size:
         raise InvalidInput(
             f"{name}: got {found.dtype} of shape {found.shape}, expected numbers on {max(axes - 2, 1)} to {axes} axes"
         )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidInput
+from ..functions.arguments import integers, whole
 from ..rules import Rule
 from .claim import Claim, Evidence, needs, total
 
 __all__ = ["CLAIMS", "of_layers", "of_mask", "of_offsets"]
+
+LAYERS, TOKENS = 10**6, 2**16
+"""The most that are taken: masks are n x n."""
 
 
 def of_mask(mask: Any, layers: int) -> NDArray[np.bool_]:
@@ -26,20 +31,20 @@ def of_mask(mask: Any, layers: int) -> NDArray[np.bool_]:
         How many such layers.
     """
     seen = np.asarray(mask)
-    if seen.ndim != 2 or seen.shape[0] != seen.shape[1] or seen.dtype != bool or layers < 0:
-        raise InvalidInput(f"reach: got {seen.dtype} {seen.shape} and {layers} layers, expected (n, n) bools")
-    return of_layers([seen] * layers, len(seen))
+    if seen.ndim != 2 or seen.shape[0] != seen.shape[1] or seen.dtype != bool:
+        raise InvalidInput(f"reach: got {seen.dtype} {seen.shape}, expected (n, n) bools")
+    return of_layers(itertools.repeat(seen, whole("layers", layers, 0, LAYERS)), len(seen))
 
 
-def of_layers(masks: Sequence[Any], n: int) -> NDArray[np.bool_]:
+def of_layers(masks: Iterable[Any], n: int) -> NDArray[np.bool_]:
     """Return which tokens each token hears after layers with masks of their own, with residuals.
 
     A hybrid of windows and full layers, say: ``of_layers([causal() & window(3, 0)] * 5 + [causal()], n)``.
 
     Parameters
     ----------
-    masks : sequence of (n, n) bool arrays or rules of ``refattn.rules``
-        By layer, the first one first: whether token i attends to token j.
+    masks : (n, n) bool arrays or rules of ``refattn.rules``
+        By layer, the first one first: whether token i attends to token j. A rule is the same for all items and heads.
     n : int
         How many tokens.
 
@@ -50,10 +55,17 @@ def of_layers(masks: Sequence[Any], n: int) -> NDArray[np.bool_]:
     Raises
     ------
     InvalidInput
-        A mask of another shape or type; its layer is named.
+        A mask of another shape or type, or one of several items or heads; its layer is named.
     """
+    if not isinstance(masks, Iterable):
+        raise InvalidInput(f"masks: got {type(masks).__name__}, expected a list of masks, one for each layer")
+    n = whole("n", n, 0, TOKENS)
     heard, own = np.eye(n, dtype=bool), np.eye(n, dtype=bool)
     for layer, mask in enumerate(masks):
+        if isinstance(mask, Rule) and (mask.batches, mask.heads) != (1, 1):
+            raise InvalidInput(
+                f"reach: layer {layer} is made for {mask.batches} items and {mask.heads} heads, expected one of each"
+            )
         seen = mask.dense(n, n) if isinstance(mask, Rule) else np.asarray(mask)
         if seen.shape != (n, n) or seen.dtype != bool:
             raise InvalidInput(f"reach: got {seen.dtype} {seen.shape} at layer {layer}, expected ({n}, {n}) bools")
@@ -62,9 +74,15 @@ def of_layers(masks: Sequence[Any], n: int) -> NDArray[np.bool_]:
 
 
 def of_offsets(offsets: Any, n: int) -> NDArray[np.bool_]:
-    """Return the causal mask in which token i attends to i - o for each offset o."""
-    at = np.arange(n)[:, None] - np.arange(n)
-    return np.isin(at, np.asarray(offsets))
+    """Return the causal mask in which token i attends to i - o for each offset o.
+
+    Raises
+    ------
+    InvalidInput
+        No array of integers, or no number of tokens.
+    """
+    n, back = whole("n", n, 0, TOKENS), integers("offsets", offsets)
+    return np.isin(np.arange(n)[:, None] - np.arange(n), back)
 
 
 def _contiguous(offsets: list[int], layers: int, n: int) -> int:
