@@ -297,7 +297,9 @@ class _Two(Term):
         self.sign, self.parts = sign, (one, other)
         self.deep = 1 + max(one.deep, other.deep)
         if self.deep > DEEPEST:
-            raise InvalidInput(f"term: combines more than {DEEPEST} terms in a row; write their sum out by dense(values)")
+            raise InvalidInput(
+                f"term: combines more than {DEEPEST} terms in a row; write their sum out by dense(values)"
+            )
         for name in ("batches", "heads"):
             a, b = (getattr(x, name) for x in self.parts)
             if 1 not in (a, b) and a != b:
@@ -365,10 +367,9 @@ def number(x: Any) -> Term:
     """
     good = isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
     try:
-        value = float(x) if good else np.nan
-    except OverflowError:  # an integer beyond float64
-        value = np.inf
+        value, got = float(x) if good else np.nan, repr(x)[:200]
+    except (OverflowError, ValueError):  # an integer beyond float64, or one that is too long to print
+        value, got = np.inf, f"a {type(x).__name__} beyond float64"
     if not np.isfinite(value):
-        got = repr(x)[:200] if np.isnan(value) else f"a {type(x).__name__} beyond float64"
         raise InvalidInput(f"term: got {got}, expected a term or a finite number")
     return Plain(repr(value), lambda places: value)

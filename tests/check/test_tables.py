@@ -76,5 +76,8 @@ def test_what_cannot_be_judged_is_said(call):
             assert_tables(given, p, dout)
     with pytest.raises(InvalidInput, match="problem: bias: got None, expected a term"):
         table_gradients(p.replace(bias=None), dout)
+    for model in ([], "flash"):
+        with pytest.raises(InvalidInput, match=r"model: got .*, expected a Model, such as"):
+            table_gradients(p, dout, model)
     with pytest.raises(InvalidInput, match="problem: got 3, expected a Problem"):
         table_gradients(3, dout)

@@ -137,6 +137,13 @@ def test_lrpe_knows_the_distance_alone():
     assert lrpe(q, angles)[0, 0].tolist() == [1.0, 2.0, 0.0, 0.0]
 
 
+def test_lrpe_holds_positions_that_a_narrow_type_does_not():
+    x, angles = np.ones((1, 2, 2)), np.array([[0.75, 2.0]])
+    wide = lrpe(x, angles, 3000)
+    narrow = lrpe(x.astype(np.float16), angles.astype(np.float16), 3000)
+    assert abs(narrow - wide).max() <= 2.0**-11 + 3001 * 2.0 * 2.0**-24  # a rounding of out, and one of an angle
+
+
 def test_lrpe_starts_with_one_geometric_row_of_angles_over_all_heads():
     found = lrpe_angles(2, 4)
     assert found.shape == (2, 4)
@@ -158,6 +165,10 @@ def test_errors_of_lrpe_and_sglu():
         (lambda: lrpe(x[0], angles), "x: shape is (3, 2), expected (..., heads, tokens, features), each at least 1"),
         (lambda: lrpe(x, angles[:, :1]), "angles: shape is (1, 1), expected (1, 2)"),
         (lambda: lrpe(x, angles, -1), "offset: got -1, expected"),
+        (
+            lambda: lrpe(x, angles, 2**53),
+            "offset: got 9007199254740992, expected a whole number from 0 to 900719925474",
+        ),
         (lambda: lrpe_angles(0, 2), "heads: got 0, expected"),
         (lambda: sglu(np.float64(1.0) * np.ones(()), w, w, w.T), "x: shape is (), expected (..., features), at least"),
         (lambda: sglu(x, w.T, w, w.T), "w_gate: shape is (3, 2), expected (2, columns)"),

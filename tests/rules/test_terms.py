@@ -4,6 +4,7 @@ import math
 import pickle
 from fractions import Fraction
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -240,7 +241,14 @@ BAD = [
     (lambda: terms.by_key(np.zeros((3, 1, 9))) + terms.by_key(np.zeros((2, 1, 9))), "is made for 3 batches and"),
     (lambda: terms.by_key(KEYS).dense(5, 8), "by_key.* has numbers of 9 keys, and the call has 8"),
     (lambda: terms.dense(WHOLE).dense(4, 9), "dense.* does not fit the call's 4 queries and 9 keys"),
-    (lambda: terms.distance().dense(-1, 8), "n_q: got -1, expected at least 0"),
+    (lambda: terms.distance().dense(-1, 8), "n_q: got -1, expected a whole number, at least 0"),
+    (lambda: terms.distance().dense(4, None), "n_k: got None, expected a whole number, at least 0"),
+    (lambda: terms.number(10**400), "term: got a int beyond float64, expected a term or a finite number"),
+    (lambda: terms.by_head([10**400]), "values: got object of shape .1,., expected numbers"),
+    (lambda: terms.by_head(["1"]), "values: got <U1 of shape .1,., expected numbers"),
+    (lambda: terms.by_head(np.ma.array([1.0], mask=[True])), "values: got float64 of shape .1,., expected numbers"),
+    (lambda: terms.by_head(torch.ones(2, requires_grad=True)), "values: got tensor.*requires_grad"),
+    (lambda: sum([terms.distance()] * 101, start=terms.number(0)), "term: combines more than 100 terms in a row"),
     (lambda: terms.by_head(SLOPES).written(2, 3, 4, 4), "is made for 2 query heads, and the call has 3"),
     (lambda: terms.distance().written(1, 1, 4, 4, "float16"), "dtype: got 'float16', expected 'float32' or"),
     (lambda: (terms.distance() * 1e200).written(1, 1, 4, 4), "gives 3e.200, which float32 does not hold"),
@@ -262,6 +270,12 @@ BAD = [
 def test_what_is_no_term_is_said(make, text):
     with pytest.raises(InvalidInput, match=text):
         make()
+
+
+def test_tables_may_be_of_narrow_types():
+    bits = ml_dtypes.bfloat16(0.5)
+    assert repr(terms.by_head(np.array([bits]))) == repr(terms.by_head(torch.tensor([0.5]))) == "by_head([0.5])"
+    assert terms.t5(np.zeros(8), np.int8(9)).dense(30, 30).shape == (30, 30)
 
 
 def test_a_problem_that_it_does_not_fit_is_refused():

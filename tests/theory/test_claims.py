@@ -14,7 +14,7 @@ from refattn import VARIANTS
 from refattn.cli.main import main
 from refattn.errors import HypothesisViolated, InvalidInput
 from refattn.functions.costs import context_of_equal_cost, hbm_bytes, keys_read, standard_io
-from refattn.rules import causal, window
+from refattn.rules import causal, prefix, window
 from refattn.theory import CLAIMS, Claim, Evidence, io_loops, run
 from refattn.theory.claim import judged, same, worst
 from refattn.theory.counting import Memory, Slow, held, plain
@@ -271,6 +271,22 @@ def test_layers_may_have_masks_of_their_own():
     ]
     with pytest.raises(InvalidInput, match=r"^reach: got bool \(5, 5\) at layer 1, expected \(6, 6\) bools$"):
         of_layers([near, np.tri(5, dtype=bool)], 6)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: of_layers(None, 3), "masks: got NoneType, expected a list of masks, one for each layer"),
+        (lambda: of_layers([causal()], -1), "n: got -1, expected a whole number"),
+        (lambda: of_layers([prefix([1, 2])], 3), "reach: layer 0 is made for 2 items and 1 heads"),
+        (lambda: of_mask(np.eye(3, dtype=bool), None), "layers: got None, expected a whole number"),
+        (lambda: of_offsets("x", 3), "offsets: got <U1, expected integers"),
+        (lambda: of_offsets([0], 1.5), "n: got 1.5, expected a whole number"),
+    ],
+)
+def test_what_has_no_reach_is_said(make, text):
+    with pytest.raises(InvalidInput, match=f"^{text}"):
+        make()
 
 
 def test_what_flash_computes_after_its_loads_is_stored():
