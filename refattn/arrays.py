@@ -313,8 +313,8 @@ def cupy_with_gpu() -> Any:
         cupy = importlib.import_module("cupy")
     except ImportError as e:  # or a library that it needs is missing
         raise UnsupportedProblem(
-            f"device='cuda' needs the package cupy ({e}); pip install '.[cuda12]' or '.[cuda13]' in a clone of refattn, or use "
-            "device='cpu'"
+            f"device='cuda' needs the package cupy ({e}); pip install '.[cuda12]' or '.[cuda13]' in a clone of "
+            "refattn, or use device='cpu'"
         ) from e
     try:
         count = cupy.cuda.runtime.getDeviceCount()
