@@ -25,6 +25,8 @@ HELPERS = {
     "variants.option": "checks of options, tested through Problem",
     "variants.own": "a name or a variant, tested in variants/test_own.py",
     "variants.power_blocks.block_mask": "internal: sizes that the variant checked",
+    "variants.shapes.hidden_by_head": "internal: takes a problem that was checked",
+    "variants.shapes.parted": "internal",
     "variants.softmax.scores": "a definition",
     "variants.titans_mac.segment_mask": "internal: sizes that the variant checked",
 }

@@ -166,8 +166,10 @@ def backward(rng, most):
             continue
         numbers = [np.abs(x.astype(np.float64)) for x in (p.query, p.key, p.value)]
         largest = [float(x.max(initial=0.0)) for x in numbers]
+        if not all(x == 0 or 2.0**-199 < x < 2.0**199 for x in largest):  # NaN or inf, too
+            continue
         tied = any(x.size and not np.ptp(x) for x in numbers) or all((x % 1 == 0).all() for x in numbers)
-        if all(x == 0 or 2.0**-199 < x < 2.0**199 for x in largest) and not (tied and p.n_k > 40):  # and no NaN
+        if not (tied and p.n_k > 40):
             break
     dout = FAMILIES[list(FAMILIES)[rng.integers(len(FAMILIES))]](rng, p.out_shape)
     dout[rng.random(p.out_shape[:3]) < 0.1] = 0.0
