@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ __all__ = ["Atom", "Rule", "remade"]
 
 Mask = NDArray[np.bool_]
 Codes = NDArray[np.int8]
+Made = TypeVar("Made")
 BINDS = {"|": 0, "&": 1, "~": 2, "": 3}
 
 
@@ -292,17 +293,17 @@ class _Not(Rule):
         return self.of.cuts(n_k)
 
 
-def remade(make: Callable[..., Rule]) -> Callable[..., Rule]:
-    """Have rules of a function know how they were made."""
+def remade(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Have rules, or terms, of a function know how they were made."""
 
     @wraps(make)
-    def made(*args: Any, **named: Any) -> Rule:
-        rule = make(*args, **named)
-        rule.made = (_made, (make.__module__, make.__name__, args, named))  # type: ignore[attr-defined]
-        return rule
+    def made(*args: Any, **named: Any) -> Made:
+        found = make(*args, **named)
+        found.made = (_made, (make.__module__, make.__name__, args, named))  # type: ignore[attr-defined]
+        return found
 
     return made
 
 
-def _made(module: str, name: str, args: Any, named: Any) -> Rule:
-    return getattr(import_module(module), name)(*args, **named)  # type: ignore[no-any-return]
+def _made(module: str, name: str, args: Any, named: Any) -> Any:
+    return getattr(import_module(module), name)(*args, **named)

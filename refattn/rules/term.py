@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import wraps
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -12,8 +10,9 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidInput, expect
 from .places import Places
+from .rule import remade
 
-__all__ = ["Lookup", "Plain", "Term", "named", "number", "remade"]
+__all__ = ["Lookup", "Plain", "Term", "named", "number"]
 
 Float = NDArray[np.float64]
 BINDS = {"+": 0, "*": 1, "": 2}
@@ -338,22 +337,6 @@ class _Two(Term):
                 continue
             factor = np.asarray(other.at(x) if self.sign == "*" else 1.0, np.float64)
             part.pull(x, np.asarray(up * factors(factor)), factors, into)
-
-
-def remade(make: Callable[..., Term]) -> Callable[..., Term]:
-    """Have terms of a function know how they were made."""
-
-    @wraps(make)
-    def made(*args: Any, **named: Any) -> Term:
-        term = make(*args, **named)
-        term.made = (_made, (make.__module__, make.__name__, args, named))  # type: ignore[attr-defined]
-        return term
-
-    return made
-
-
-def _made(module: str, name: str, args: Any, named: Any) -> Term:
-    return getattr(import_module(module), name)(*args, **named)  # type: ignore[no-any-return]
 
 
 @remade

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidInput, expect
 from .atoms import corner_of, extent, whole, written
-from .rule import Rule
-from .term import Lookup, Plain, Term, number, remade
+from .rule import Rule, remade
+from .term import Lookup, Plain, Term, number
 
 __all__ = [
     "alibi",
