@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from refattn import (
+    VARIANTS,
     Capabilities,
     InvalidInput,
     InvalidProblem,
@@ -20,11 +21,14 @@ from refattn import (
     reference,
     save_problem,
 )
+from refattn.check.bounds.expected import expected
 from refattn.check.bugs.planted import planted
+from refattn.check.bugs.typed import TYPE_BUGS
+from refattn.check.inputs.draw import Draw
 from refattn.check.inputs.typed import TYPED
 from refattn.check.kernels.tiled import tiled
-from refattn.check.model import FEATURES, FURTHER
-from refattn.dtypes import ELEMENTS, FLOAT4
+from refattn.check.model import FEATURES, FURTHER, flash
+from refattn.dtypes import ELEMENTS, FLOAT4, FORMATS
 from refattn.scales import dequantised, quantised, spread, values
 
 ABLE = Capabilities({"float32", "bfloat16"}, FEATURES | FURTHER, lse=True, elements=frozenset(ELEMENTS))
@@ -171,6 +175,39 @@ def test_a_right_kernel_passes(label):
 def test_a_bug_is_caught_in_quick(bug):
     asked = {"capabilities": ABLE, "dtypes": ["float32"], "budget": "quick", "only": "types/*"}
     assert check_kernel(planted(bug), **asked).count("failed")
+
+
+OF_BLOCKS = {
+    "mxfp8": {"block_scale_of_next", "block_scale_of_first", "blocks_of_32_read_as_16", "scale_exponent_off_by_one"},
+    "mxfp4": {"block_scale_of_next", "block_scale_of_first", "blocks_of_32_read_as_16", "scale_exponent_off_by_one"}
+    | {"nibbles_of_keys_swapped", "nibbles_of_values_swapped"},
+    "nvfp4": {"block_scale_of_next", "block_scale_of_first", "blocks_of_16_read_as_32", "tensor_scale_lost"}
+    | {"tensor_scale_twice", "nibbles_of_keys_swapped", "nibbles_of_values_swapped"},
+    "float8-by-head": set(),
+}
+OF_QUERIES = {n for n in TYPE_BUGS if n.startswith("query_scale")}
+"""Each of these shows in every call of the table."""
+
+
+@pytest.mark.parametrize("label", OF_BLOCKS)
+def test_bugs_of_narrow_types_show_in_quick(label):
+    """Out or lse is past its bound; the other edits leave the call as it is."""
+    assert f"types/{label}" in VARIANTS["softmax"].quick
+    p = TYPED[label][0](Draw(FORMATS["float32"], np.random.default_rng(0), "softmax"))
+    known, right = expected(p, flash("float32")), tiled(p)
+    wrong = OF_BLOCKS[label] | OF_QUERIES
+    for bug in TYPE_BUGS:
+        got = planted(bug)(p)
+        if bug in wrong:
+            e, limit = known.answer.enclosures, known.allowed
+            pairs = zip(("out", "lse"), got, strict=True)
+            assert any((e[n].least_error(x.astype(float)) > limit[n]).any() for n, x in pairs), bug
+        else:
+            assert all((x == y).all() for x, y in zip(got, right, strict=True)), bug
+
+
+def test_every_bug_of_types_shows_somewhere():
+    assert set.union(*OF_BLOCKS.values()) | OF_QUERIES | {"scale_clamped"} == set(TYPE_BUGS)
 
 
 def test_a_kernel_that_knows_no_types_is_not_asked_for_them():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,14 @@ from ..dtypes import FORMATS
 from ..norms import NORMS
 from ..problem import Problem
 from ..variants import Selected, Steps, variant_of
-from ..variants.shapes import Shape
+from .call_laws import CALL_LAWS
 from .compare import Worst
 from .gradient_laws import calls_between, gradient_steps, last_state_gradient, lse_gradient, row_sums, spread_gradient
 from .inputs.draw import Draw
 from .inputs.dropped import dropout, philox_case
 from .inputs.positioned import norm_case
 from .latent_law import latent_case, latent_expanded
+from .law import Law
 from .model import Capabilities
 from .page_laws import pages_case, pages_moved, unowned_unread
 from .protocol import changed_in_place, many_repeats, options_between, results_kept, shapes_between, two_threads
@@ -46,47 +46,6 @@ from .trial import Trial, agree
 __all__ = ["LAWS", "Law", "law_problem"]
 
 Float = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Law:
-    """One relation.
-
-    Attributes
-    ----------
-    name, statement : str
-        What it is called, and what it says.
-    problem : callable
-        Makes the call that it is tried on.
-    test : callable
-        ``test(asked, problem) -> Worst``.
-    needs : str
-        "", "lse", "dlse", "dstate_out", "state", "threads", "row_invariant", or the gradient without which it cannot be
-        tried.
-    named_only : str
-        Why it runs only where it is named, "" where it always runs.
-    uses : frozenset of str
-        The options of Problem that its call sets.
-    shape : type, optional
-        The shape of definition that it is about; every operator of that shape must keep it.
-    """
-
-    name: str
-    statement: str
-    problem: Callable[[Draw], Problem]
-    test: Callable[[Trial, Problem], Worst]
-    needs: str = ""
-    named_only: str = ""
-    uses: frozenset[str] = frozenset()
-    shape: type[Shape] | None = None
-
-    def missing(self, able: Capabilities, serial: bool = False) -> list[str]:
-        """Return what it needs and the kernel does not have, which may take one call at a time."""
-        if self.needs == "threads":
-            return ["two calls at a time in a process of its own"] if serial else []
-        said = {n for n in ("lse", "row_invariant", "dlse", "dstate_out") if getattr(able, n)}
-        there = not self.needs or self.needs in able.gradients | able.features | said
-        return [] if there else [self.needs]
 
 
 def _determinism(ask: Trial, p: Problem) -> Worst:
@@ -273,6 +232,7 @@ LAWS = {
             dropout_complement,
             uses=frozenset({"dropout_mask"}),
         ),
+        *CALL_LAWS,
         Law("norm_scaled", "the size of normed rows does not matter", norm_case, norm_scaled, uses=frozenset(NORMS)),
         Law(
             "philox_moved", "heads draw one after another", philox_case, philox_moved, uses=frozenset({"philox_layout"})
@@ -376,20 +336,23 @@ LAWS = {
     )
 }
 """The laws, by name."""
+ABOUT = ("philox_layout", "rotary", "positions_q")
+"""Options without which a law of them is of nothing."""
 
 
 def law_problem(law: Law, dtype: str, variant: str, able: Capabilities | None = None) -> Problem:
     """Return the problem that a law is tried on: where an operator does not take it, the first that it names itself.
 
-    In pages, or with a seed of dropout, it has what a kernel can do, where that is given.
+    In pages, with rotary positions or a seed of dropout, it has what a kernel can do, where that is given.
     """
     v = variant_of(variant)
     p = law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant))
     if v.takes(p):
-        if able is None or (p.block_table is None and p.philox_layout is None) or not able.missing(p):
+        plain = p.block_table is None and p.philox_layout is None and p.rotary is None
+        if able is None or plain or not able.missing(p):
             return p
         made = law.problem(Draw(FORMATS[dtype], np.random.default_rng(1), variant, able))
-        return p if made.philox_layout is None and p.philox_layout is not None else made
+        return p if any(getattr(made, n) is None and getattr(p, n) is not None for n in ABOUT) else made
     settings = {"b": p.batch, "h": p.heads, "h_kv": p.heads_kv} | dict(next(iter(v.cases.values()), {}))
     settings["options"] = v.fitted(settings.get("options", {}), p.heads)
     return Draw(FORMATS[dtype], np.random.default_rng(1), variant).problem(**settings)

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat as api
 
 from ..errors import InvalidInput
-from .arguments import axes, namespace, ordered, places, whole, within
+from .arguments import axes, namespace, places, whole, within
 from .in_context import relu_attention
 
 __all__ = ["ucb_vi", "visit_sums"]
@@ -115,7 +115,7 @@ def ucb_vi(
     Raises
     ------
     InvalidInput
-        As in :func:`visit_sums`; a state or bonus out of range.
+        As in :func:`visit_sums`; a state, a reward or the bonus out of range.
 
     Notes
     -----
@@ -129,7 +129,8 @@ def ucb_vi(
     _check_sizes(sizes)
     horizon, states, _ = sizes
     places("following", following, states)
-    ordered("rewards", rewards)
+    if bool(xp.any(~((rewards >= 0) & (rewards <= 1)))):
+        raise InvalidInput("rewards: one is out of range, expected numbers from 0 to 1")
     like = {"dtype": rewards.dtype, "device": api.device(rewards)}
     after = _one_hot(xp, following, states, like)
     sums = visit_sums(visits, xp.concat([xp.ones_like(rewards)[:, None], rewards[:, None], after], axis=-1), sizes)

@@ -48,7 +48,7 @@ def sampled_weight(
     Raises
     ------
     InvalidInput
-        Fewer keys than queries, counts below what is said, what `draw` gives is no place.
+        Fewer keys than queries, more than 2**31 weights, counts below what is said, what `draw` gives is no place.
 
     Notes
     -----
@@ -58,6 +58,8 @@ def sampled_weight(
     """
     n_q, sink, local = whole("n_q", n_q, 0), whole("sink", sink, 0), whole("local", local, 1)
     n_k = whole("n_k", n_k, n_q)
+    if n_q * n_k > 2**31:
+        raise InvalidInput(f"n_q, n_k: got {n_q} and {n_k}, expected at most 2**31 weights in all")
     function("draw", draw)
     if mode not in ("paper", "released"):
         raise InvalidInput(f"mode: got {mode!r}, expected 'paper' or 'released'")

@@ -72,7 +72,7 @@ def lrpe_angles(heads: int, width: int) -> NDArray[np.float64]:
     -----
     Source: as :func:`lrpe`.
     """
-    columns = whole("heads", heads, 1) * whole("width", width, 1)
+    columns = whole("heads", heads, 1, 2**31 // whole("width", width, 1, 2**31)) * width
     return np.asarray(10000.0 ** (-2.0 * np.arange(columns) / columns)).reshape(heads, width)
 
 

@@ -181,10 +181,12 @@ def score_mod(
     import torch
 
     held: dict[int, Any] = {}
-    known = dict(named(term))
-    for name, x in (tables or {}).items():
+    known, tables = dict(named(term)), {} if tables is None else tables
+    expect(isinstance(tables, Mapping), "tables", tables, "a mapping of names to tensors")
+    for name, x in tables.items():
         expect(name in known, "tables", name, f"a name out of {', '.join(known) or 'none: the term has no table'}")
         wanted = known[name].table.shape
+        expect(isinstance(x, torch.Tensor), f"tables: {name}", x, "one of PyTorch's tensors")
         expect(tuple(x.shape) == wanted, f"tables: {name}", tuple(x.shape), f"shape {wanted}")
         held[id(known[name].table)] = x
     zero = torch.zeros((), dtype=torch.int64, device=device)

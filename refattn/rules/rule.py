@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidInput
+from ..errors import InvalidInput, expect
 from .places import Places
 from .view import View, edges
 
@@ -88,8 +88,8 @@ class Rule:
             It names other batches, heads or numbers of queries and keys than the call has.
         """
         for name, n in (("n_q", n_q), ("n_k", n_k)):
-            if n < 0:
-                raise InvalidInput(f"{name}: got {n}, expected at least 0")
+            good = isinstance(n, int | np.integer) and not isinstance(n, bool) and n >= 0
+            expect(good, name, n, "a whole number, at least 0")
         for name, mine, there in (("batches", self.batches, batch), ("query heads", self.heads, heads)):
             if mine not in (1, there):
                 raise InvalidInput(f"rule: {self!r} is made for {mine} {name}, and the call has {there}")

@@ -227,12 +227,12 @@ def trial_what_a_matrix_unit_cuts_off(c):
 
 
 def trial_weights_under_a_scale(c):
-    """Half a step of int8 is 1/254; a weight below it is lost, others scatter over a step."""
+    """Half a step of int8 is 1/254; a weight below it is lost, 1 is a step's end, others scatter over a step."""
     stored = c.stores.Stored.of(c.model.Model(weights="int8", weights_scale="static"), 0.5)
     assert stored.floor == 0.5 / 127
     variance, mean = stored.expected(np.array([[1.0, 0.5, 0.001]]), np.ones((1, 3)))
     assert mean.tolist() == [[0, 0, -0.001]]
-    assert (np.abs(variance[0] * 12 * 127**2 - [1, 1, 0]) < 2.0**-20).all()  # the scale's own roundings are 2**-24
+    assert (np.abs(variance[0] * 12 * 127**2 - [0, 1, 0]) < 2.0**-20).all()  # the scale's own roundings are 2**-24
 
 
 TRIALS = tuple(f for n, f in tuple(globals().items()) if n.startswith("trial_"))

@@ -11,6 +11,7 @@ from refattn.check.bugs.planted import plain, planted
 from refattn.check.kernels.tiled import gradients, tiled
 from refattn.check.model import FEATURES, FURTHER, GRADIENTS
 from refattn.check.runner import plan
+from refattn.dtypes import ELEMENTS
 
 ABLE = Capabilities(lse=True, gradients=GRADIENTS, batch_invariant=True)
 BY_SAYING = {"row_invariance"}  # laws that a kernel is held to where it says that it keeps them
@@ -23,7 +24,7 @@ def law(kernel, name, able=ABLE):
 
 @pytest.mark.parametrize("name", [n for n in VARIANTS["softmax"].laws if not LAWS[n].named_only])
 def test_the_right_kernel_obeys(name):
-    able = replace(ABLE, features=FEATURES | FURTHER, dlse=True)
+    able = replace(ABLE, features=FEATURES | FURTHER, dlse=True, elements=ELEMENTS)
     assert law(tiled, name, able).verdict == ("unsupported" if name in BY_SAYING else "passed")
 
 

@@ -117,6 +117,13 @@ def test_errors_are_as_large_as_predicted(name):
     assert 0.75 < found["out"][1] < 1.25
 
 
+def test_rows_that_one_key_leads_in_float8():
+    """Its weight is 1, which P's scale makes a number of the type; of its rounding nothing is to be expected."""
+    model = replace(flash(B), weights="float8_e4m3fn", weights_scale="static", tile=64)
+    found = gate.judged(call(B, h=2, n_k=64, d=16, peak=4.0), model, 0)
+    assert 0.8 < found["out"][1] < 1.2
+
+
 def test_what_it_returns_is_like_the_problem():
     import torch
 

@@ -118,6 +118,12 @@ def test_errors():
             lambda: ucb_vi(visits, one, after + 4, SIZES, 1),
             "following: one is out of range, expected integers from 0",
         ),
+        (
+            lambda: ucb_vi(visits, one * 1.5, after, SIZES, 1),
+            "rewards: one is out of range, expected numbers from 0 to 1",
+        ),
+        (lambda: ucb_vi(visits, -one, after, SIZES, 1), "rewards: one is out of range"),
+        (lambda: ucb_vi(visits, one * np.nan, after, SIZES, 1), "rewards: one is out of range"),
         (lambda: ucb_vi(visits, one, after, SIZES, -1), "bonus: got -1, expected a number in [0, inf)"),
     ):
         with pytest.raises(InvalidInput, match=re.escape(said)):

@@ -50,6 +50,7 @@ def test_a_drawn_call_has_an_exact_answer():
     ("change", "text"),
     [
         ({"n_k": 3}, "n_k: got 3, expected a whole number from 4 on"),
+        ({"n_q": 2**62, "n_k": 2**62}, f"n_q, n_k: got {2**62} and {2**62}, expected at most .* weights in all"),
         ({"local": 0}, "local: got 0, expected a whole number from 1 on"),
         ({"mode": "fast"}, "mode: got 'fast', expected 'paper' or 'released'"),
         ({"draw": lambda n: np.array([n])}, r"draw: draw\(1\) gave 1 to 1, expected places from 0 to 0"),

@@ -170,6 +170,8 @@ def test_errors_of_lrpe_and_sglu():
             "offset: got 9007199254740992, expected a whole number from 0 to 900719925474",
         ),
         (lambda: lrpe_angles(0, 2), "heads: got 0, expected"),
+        (lambda: lrpe_angles(2**62, 2), f"heads: got {2**62}, expected a whole number from 1 to {2**30}"),
+        (lambda: lrpe_angles(2, 2**62), f"width: got {2**62}, expected a whole number from 1 to {2**31}"),
         (lambda: sglu(np.float64(1.0) * np.ones(()), w, w, w.T), "x: shape is (), expected (..., features), at least"),
         (lambda: sglu(x, w.T, w, w.T), "w_gate: shape is (3, 2), expected (2, columns)"),
         (lambda: sglu(x, w, w[:, :2], w.T), "w_value: shape is (2, 2), expected (2, 3)"),

@@ -20,7 +20,7 @@ from refattn import InvalidInput, rules
             "ids_q: got [[0, 1], [2]], expected integers, as many in each row",
         ),
         (lambda: rules.behind([2**61]), "distances: got 2305843009213693952, expected at most 67108864"),
-        (lambda: rules.causal().dense(-1, 4), "n_q: got -1, expected at least 0"),
+        (lambda: rules.causal().dense(-1, 4), "n_q: got -1, expected a whole number, at least 0"),
         (lambda: rules.mask_mod("x", 4, 4), "rule: got 'x', expected a rule, such as refattn.rules.causal()"),
         (lambda: rules.document([]), "ids_q: got float64 of shape (0,), expected integers, at least one"),
         (lambda: rules.document([[1], [2]], [[1]] * 3), "ids_k: got 3 batches, expected ids_q's 2, or one for all"),

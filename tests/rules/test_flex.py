@@ -63,3 +63,24 @@ def test_calls_that_do_not_fit():
     for make in (rules.mask_mod, rules.mask_mod_text, rules.block_mask):
         with pytest.raises(InvalidInput, match="prefix\\(9\\) needs 9 keys, and the call has 4"):
             make(rules.prefix(9), 4, 4)
+
+
+@pytest.mark.parametrize("n", [float("nan"), "3", None, 2.5, True, -1])
+def test_sizes_that_are_none(n):
+    term = rules.terms.alibi([0.5])
+    makers = {m: rules.causal() for m in (rules.mask_mod, rules.mask_mod_text, rules.block_mask)}
+    for make, what in (makers | dict.fromkeys((rules.score_mod, rules.score_mod_text), term)).items():
+        for name, sizes in (("n_q", (n, 4)), ("n_k", (4, n))):
+            with pytest.raises(InvalidInput, match=f"^{name}: got {n!r}, expected a whole number, at least 0$"):
+                make(what, *sizes)
+
+
+def test_tables_that_are_none():
+    term = rules.terms.alibi([0.5])
+    for tables, text in (
+        ([1], r"tables: got \[1\], expected a mapping of names to tensors"),
+        ({"heads": [0.5]}, r"tables: heads: got \[0.5\], expected one of PyTorch's tensors"),
+        ({"other": [0.5]}, "tables: got 'other', expected a name out of heads"),
+    ):
+        with pytest.raises(InvalidInput, match=f"^{text}$"):
+            rules.score_mod(term, 4, 4, tables=tables)

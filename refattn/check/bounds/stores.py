@@ -7,8 +7,9 @@ type; with one for each row or block it is that times the largest weight there, 
 rescales has running maxima below the last one: its steps are finer than these.
 
 What is expected of a weight below half a step is that it is lost, all of it, which is no scatter: sums of such errors
-have a mean. SageAttention, arXiv 2410.02367, has int8 with s = 1/127; SageAttention2, arXiv 2411.10958, float8_e4m3fn
-with s = 1/448; FlashAttention-3 scales by 2^8. The first two recalled, and the second's abstract read.
+have a mean. What a scale is made for, 1 or the largest weight under it, is a number of the type, and loses nothing.
+SageAttention, arXiv 2410.02367, has int8 with s = 1/127; SageAttention2, arXiv 2411.10958, float8_e4m3fn with
+s = 1/448; FlashAttention-3 scales by 2^8. The first two recalled, and the second's abstract read.
 """
 
 from __future__ import annotations
@@ -75,17 +76,19 @@ class Stored:
 
     def expected(self, w: Float, seen: Float) -> tuple[Float, Float]:
         """Return the variance and the mean of the errors of weights, (n_q, n_k) each."""
-        tiny = self.floor * self._tops(np.abs(w))
-        variance = self.variance * w * w
+        tops = self._tops(np.abs(w))
+        tiny = self.floor * tops
+        kept = bool(self.model.weights_scale) & (np.abs(w) == tops)
+        variance = np.where(kept, 0.0, self.variance * w * w)
         if self.model.stochastic:  # up or down by chance: no mean
             step = np.minimum(np.abs(w), tiny) if self.model.weights in INTEGERS else tiny
-            return variance + step * tiny / 6, np.zeros_like(w)
+            return variance + np.where(kept, 0.0, step * tiny / 6), np.zeros_like(w)
         lost = (np.abs(w) < tiny) & (w != 0)
         if self.model.weights_scale == "micro":  # steps are known: a relative one above the smallest normal number
             form = inside_type(self.model.weights)
-            s = np.maximum(self._tops(np.abs(w)) / form.largest, 1e-300)
+            s = np.maximum(tops / form.largest, 1e-300)
             return np.where(lost, 0.0, (form.ulp_array(np.abs(w) / s) * s) ** 2 / 12 * seen), np.where(lost, -w, 0.0)
-        return np.where(lost, 0.0, variance + tiny**2 / 3 * seen), np.where(lost, -w, 0.0)
+        return np.where(lost | kept, 0.0, variance + tiny**2 / 3 * seen), np.where(lost, -w, 0.0)
 
     def _tops(self, w: Float) -> Any:
         """Return the largest weight under each weight's scale, 1 where the scale is static."""

@@ -37,9 +37,15 @@ def _window_clamped(p: Problem) -> Problem:
     return p.replace(window=(left, right))
 
 
+def _offset_of_causal(p: Problem) -> Problem:
+    """Move the diagonal by the offset only where the call is causal."""
+    return p if p.causal is not None else p.replace(offset=None)
+
+
 MASK_BUGS: dict[str, Callable[[Problem], Problem]] = {
     "tree_sibling_seen": _sibling,
     "document_boundary_off_by_one": _boundary,
     "window_side_clamped": _window_clamped,
+    "offset_of_causal_alone": _offset_of_causal,
 }
 """An edit of the problem that a right kernel is given, by name."""

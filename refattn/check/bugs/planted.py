@@ -29,6 +29,7 @@ from .dropped import DROPOUT_BUGS, SEED_BUGS, lse_of_kept
 from .masked import MASK_BUGS
 from .paged import PAGED_BUGS
 from .positioned import POSITION_BUGS
+from .typed import TYPE_BUGS
 
 __all__ = ["PLANTED", "mistaken", "plain", "planted"]
 
@@ -326,7 +327,7 @@ def _next_position(p: Problem) -> Problem:
 
 
 TILE = 64
-EDITS = (MASK_BUGS, PAGED_BUGS, DROPOUT_BUGS, SEED_BUGS, POSITION_BUGS)
+EDITS = (MASK_BUGS, PAGED_BUGS, DROPOUT_BUGS, SEED_BUGS, POSITION_BUGS, TYPE_BUGS)
 ROTATED = ("rotary", *ROTARY)
 PLANTED: dict[str, tuple[Callable[[Problem], Problem], Callable[..., Pair]]] = {
     "zeroed_head": (_same, _zeroed_head),

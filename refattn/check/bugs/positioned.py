@@ -1,4 +1,4 @@
-"""What kernels get wrong about norms over heads, T5's buckets of distances, and factors of scores by position."""
+"""What kernels get wrong about norms over heads, T5's buckets of distances, and where queries and keys stand."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ...arrays import from_float64, to_float64
 from ...dtypes import FORMATS
 from ...norms import NORMS
+from ...positions import POSITIONS
 from ...problem import Problem
 from ..inputs.positioned import FARTHEST, t5_bucket, t5_distances
 
@@ -105,6 +106,32 @@ def _on_keys(p: Problem) -> Problem:
     return p.replace(positions_k=at + m) if m else p
 
 
+def _own_tables(p: Problem) -> Problem:
+    """Make angles by the usual formula, whatever tables are given."""
+    if p.rotary is None:
+        return p
+    m, pairs = p.rotary_cos.shape
+    angle = np.arange(m)[:, None] * 10000.0 ** (-np.arange(pairs) / pairs)
+    made = {"rotary_cos": np.cos(angle), "rotary_sin": np.sin(angle)}
+    return p.replace(**{n: x.astype(p.rotary_cos.dtype) for n, x in made.items()})
+
+
+def _in_bfloat16(p: Problem) -> Problem:
+    """Hold positions in bfloat16: past 256 some are others."""
+    at = {n: getattr(p, n) for n in POSITIONS if getattr(p, n) is not None}
+    most = None if p.rotary is None else p.rotary_cos.shape[0] - 1
+    held = {n: np.clip(to_float64(from_float64(x.astype(np.float64), "bfloat16")), None, most) for n, x in at.items()}
+    return p.replace(**{n: x.astype(at[n].dtype) for n, x in held.items()})
+
+
+def _level_for_none(p: Problem) -> Problem:
+    """Take slopes of 0 for none given, and make the usual ones."""
+    if p.alibi_slopes is None or np.any(p.alibi_slopes):
+        return p
+    made = 2.0 ** (-8 * np.arange(1, p.heads + 1) / p.heads)
+    return p.replace(alibi_slopes=made.astype(p.alibi_slopes.dtype))
+
+
 POSITION_BUGS: dict[str, Callable[[Problem], Problem]] = {
     "norm_over_all_heads": _over_all_heads,
     "norm_of_keys_over_all_heads": _keys_over_all_heads,
@@ -119,5 +146,8 @@ POSITION_BUGS: dict[str, Callable[[Problem], Problem]] = {
     "temperature_of_next_position": partial(_tempered, change=lambda f: np.append(f[1:], f[-1:])),
     "temperature_of_last_query": partial(_tempered, change=lambda f: np.full_like(f, f[-1])),
     "temperature_on_keys": _on_keys,
+    "rotary_own_tables": _own_tables,
+    "positions_in_bfloat16": _in_bfloat16,
+    "alibi_of_zero_made": _level_for_none,
 }
 """An edit of the problem that a right kernel is given, by name."""

@@ -89,10 +89,10 @@ TYPED: dict[str, tuple[Callable[[Draw], Problem], tuple[str, ...]]] = {
     "int8-by-token-and-channel": _entry(lambda d: typed(d, "int8", (2, 4, 32, 1), (2, 2, 64, 1), (1, 2, 1, 32))),
     "int8-by-block": _entry(lambda d: typed(d, "int8", (2, 4, 2, 1), (2, 2, 4, 1), None)),
     "mxfp8": _entry(
-        lambda d: typed(d, "float8_e4m3fn", (2, 4, 32, 2), (2, 2, 64, 2), (2, 2, 2, 64), "float8_e8m0fnu", d=64)
+        lambda d: typed(d, "float8_e4m3fn", (1, 4, 32, 2), (1, 2, 64, 2), (1, 2, 2, 64), "float8_e8m0fnu", b=1, d=64)
     ),
     "mxfp4": _entry(
-        lambda d: typed(d, "float4_e2m1fn", (2, 4, 32, 2), (2, 2, 64, 2), (2, 2, 2, 64), "float8_e8m0fnu", d=64)
+        lambda d: typed(d, "float4_e2m1fn", (1, 4, 32, 2), (1, 2, 64, 2), (1, 2, 2, 64), "float8_e8m0fnu", b=1, d=64)
     ),
     "nvfp4": _entry(_nvfp4),
     "out-float8": _entry(_out_float8, ("float32",)),

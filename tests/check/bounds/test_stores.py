@@ -49,6 +49,17 @@ def test_integers_are_as_far_off_as_expected(scale):
     assert 0.9 < np.square(error[~lost]).mean() / variance[~lost].mean() < 1.1
 
 
+@pytest.mark.parametrize(("name", "scale"), [("float8_e4m3fn", "static"), ("int8", "static"), ("int8", "row")])
+def test_what_a_scale_is_made_for_is_stored_as_it_is(name, scale):
+    """A row's largest weight, and a tile's, is a number of the type: nothing of it scatters."""
+    w = np.array([[1.0, 0.9, 0.5, 0.45]])
+    variance, mean = stored(name, weights_scale=scale, tile=2).expected(w, np.ones_like(w))
+    assert (variance[0] == 0).tolist() == [True, False, scale == "row", False]
+    assert not mean.any()
+    chance = stored(name, weights_scale=scale, tile=2, stochastic=True).expected(w, np.ones_like(w))[0]
+    assert (chance[0] == 0).tolist() == [True, False, scale == "row", False]
+
+
 def test_by_chance_nothing_is_lost_on_average():
     rng = np.random.default_rng(0)
     w = rng.uniform(0, 1, (40, 50))

@@ -7,17 +7,19 @@ from refattn import VARIANTS, Capabilities, check_kernel
 from refattn.check.bugs.dropped import DROPOUT_BUGS
 from refattn.check.bugs.paged import PAGED_BUGS
 from refattn.check.bugs.planted import PLANTED, mistaken, plain, planted
+from refattn.check.bugs.typed import TYPE_BUGS
 from refattn.check.model import FEATURES, FURTHER
 from refattn.check.runner import plan
 from refattn.dtypes import ELEMENTS
 
 from ...conftest import NIGHTLY, SMALL
+from ..test_call_laws import LAW_BUGS
 
 OWN = ("types/", "pages/", "positions/", "dropout/")
 """Families of further options, in which any bug may show."""
 SINKS = {"poison/sink-nan", "poison/sink-inf"}
-ELSEWHERE = {*PAGED_BUGS, *DROPOUT_BUGS, "dropout_in_lse"}
-"""Bugs that tests/test_pages.py and tests/test_dropout.py have."""
+ELSEWHERE = {*PAGED_BUGS, *DROPOUT_BUGS, "dropout_in_lse", *TYPE_BUGS, *LAW_BUGS}
+"""Bugs that test_pages.py, test_dropout.py, test_scales.py and check/test_call_laws.py of tests/ have."""
 WRONG = [(v, b, "float32") for v in VARIANTS for b in VARIANTS[v].bugs if b not in ELSEWHERE]
 WRONG += [
     ("softmax", b, "bfloat16") for b in VARIANTS["softmax"].bugs if b not in {"out_scale_ignored", *ELSEWHERE}
