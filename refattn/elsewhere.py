@@ -49,5 +49,5 @@ def hinted(made: type[T]) -> type[T]:
                 raise TypeError(f"{name}: {made.__name__} takes {ELSEWHERE[name]}")
         plain(self, *args, **options)
 
-    made.__init__ = init  # type: ignore[method-assign]
+    made.__init__ = init  # type: ignore[method-assign, assignment]
     return made

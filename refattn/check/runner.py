@@ -156,10 +156,9 @@ def plan(
     seed: int = 0,
 ) -> list[Item]:
     """Return the checks of a kernel without running them; the arguments are those of :func:`check_kernel`."""
-    known, v = cases(variant, budget), variant_of(variant)
+    known, v, by_seed = cases(variant, budget), variant_of(variant), asked(only, "calls")  # those of models are fixed
     judged = Kernel.of(kernel, model=model, capabilities=capabilities)
     able = judged.capabilities
-    by_seed = asked(only, "calls")  # those of models are the same in every run
     fitting = able if judged.declared or not by_seed else probed(judged, variant)
     drawn = calls(variant, fitting, budget, seed if by_seed else None) if by_seed or asked(only, "models") else []
     expect(not isinstance(dtypes, str), "dtypes", dtypes, "a sequence of names")
