@@ -12,6 +12,7 @@ import numpy as np
 
 from .arrays import dtype_name, kind_of, native, to_kind, to_numpy
 from .dropout import check_dropout
+from .elsewhere import hinted
 from .errors import InvalidProblem
 from .features import features_of
 from .gates import RECURRENT
@@ -44,6 +45,7 @@ VARIANT = "softmax"
 """The operator of a call that names none."""
 
 
+@hinted
 @dataclass(frozen=True, eq=False)
 class Problem:
     """One attention call: its tensors, its options and the operator they are for.

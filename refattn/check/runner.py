@@ -156,10 +156,10 @@ def plan(
     seed: int = 0,
 ) -> list[Item]:
     """Return the checks of a kernel without running them; the arguments are those of :func:`check_kernel`."""
-    v, judged = variant_of(variant), Kernel.of(kernel, model=model, capabilities=capabilities)
+    known, v, by_seed = cases(variant, budget), variant_of(variant), asked(only, "calls")  # those of models are fixed
+    judged = Kernel.of(kernel, model=model, capabilities=capabilities)
     able = judged.capabilities
-    fitting = able if judged.declared or not asked(only, "calls") else probed(judged, variant)
-    by_seed = asked(only, "calls")  # those of models are the same in every run
+    fitting = able if judged.declared or not by_seed else probed(judged, variant)
     drawn = calls(variant, fitting, budget, seed if by_seed else None) if by_seed or asked(only, "models") else []
     expect(not isinstance(dtypes, str), "dtypes", dtypes, "a sequence of names")
     unknown = [d for d in dtypes or () if d not in FORMATS]
@@ -171,7 +171,7 @@ def plan(
             "forms=, or leave gradients out of the capabilities"
         )
     wanted = tuple(dtypes or [d for d in FORMATS if d in able.dtypes])
-    given = [c for c in (fitted(c, able) for c in cases(variant, budget) if asked(only, c.family)) if c is not None]
+    given = [c for c in (fitted(c, able) for c in known if asked(only, c.family)) if c is not None]
     items = []
     for dtype in wanted:
         for case in given + drawn:

@@ -44,7 +44,9 @@ def by_paper() -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
 
 def table_of_functions() -> Table:
     """Return the table: a row for each paper and module."""
-    table = Table("paper", "functions", "in", "source")
+    table = Table()
+    for name, most in (("paper", 30), ("functions", 40), ("in", 36), ("source", 30)):
+        table.add_column(name, max_width=most, overflow="fold")
     before = ""
     for title, source, where, names in by_paper():
         same = title == before

@@ -19,6 +19,7 @@ CHILD = "from refattn.cli.guard import child; child()"
 GUARDED = ("check", "init")
 _PLACE: list[Path] = []
 _REACHED: list[bool] = []
+_TOLD: list[bool] = []
 
 
 def guarded() -> None:
@@ -33,19 +34,26 @@ def guarded() -> None:
         code = _wait(subprocess.Popen(command))
         said = place.read_text() if place.is_file() else ""
         ended = said == f"ended {code}"
-    if not ended:
+    if _TOLD:
+        sys.stderr.write("error: the run was told to end by signal 15 (SIGTERM); it has no verdict\n")
+    elif not ended:
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         where = f"at {said}" if said and not said.startswith("ended ") else "before its first check"
         more = (
             "; --time-limit SECONDS runs each kernel in a process of its own and goes on" if "check" in sys.argv else ""
         )
         sys.stderr.write(f"error: the run ended {how} {where}: the kernel left the process or crashed it{more}\n")
-    sys.exit(code if ended else 1)
+    sys.exit(code if ended and not _TOLD else 1)
 
 
 def _wait(process: subprocess.Popen[Any]) -> int:
     """Return a process's exit code; what asks us to end is passed on to it."""
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+
+    def end(*_: Any) -> None:
+        _TOLD.append(True)
+        process.terminate()
+
+    signal.signal(signal.SIGTERM, end)
     while True:
         try:
             return process.wait()

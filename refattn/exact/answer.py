@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import to_float64
+from ..errors import expect
 from ..problem import Problem
 from .enclosure import Enclosure
 from .run import Raw
@@ -131,5 +132,6 @@ class Answer:
 
     def radius(self, name: str = "out") -> NDArray[np.float64]:
         """Return the proven bound on ``|value - exact|`` for every element of an array."""
+        expect(name in self.enclosures, "name", name, f"one of {', '.join(self.enclosures)}")
         e = self.enclosures[name]
         return e.error(to_float64(self.values[name]))

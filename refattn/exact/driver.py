@@ -106,6 +106,9 @@ def evaluate(
         An option of Problem that means nothing for the operator; gradients of non-finite inputs; what a GPU does not
         compute, no GPU, too little memory of it (says how much is needed), or one whose arithmetic is not trusted.
     """
+    if not isinstance(problem, Problem):
+        what = type(problem).__name__
+        raise InvalidInput(f"problem: got {what}, expected a Problem; write evaluate(Problem(query, key, value))")
     lowered = lower(problem)
     if isinstance(bits, bool) or not isinstance(bits, int) or not 32 <= bits <= 2**20:
         raise InvalidInput(f"bits: got {bits!r}, expected an integer from 32 to {2**20}")

@@ -75,6 +75,8 @@ def test_bad_arguments():
         check_kernel(tiled, "cosine")
     with pytest.raises(InvalidInput, match="dtype: got 'int8'"):
         check_kernel(tiled, dtypes=["int8"])
+    with pytest.raises(InvalidInput, match="budget: got 'quik', expected one of quick, ci, nightly"):
+        check_kernel(tiled, budget="quik")
     with pytest.raises(InvalidInput, match="only: no check of softmax is named 'nothing'"):
         check_kernel(tiled, only="nothing")
 

@@ -110,6 +110,8 @@ def test_ending_it_ends_the_kernel(tmp_path):
         assert process.poll() is None
     began = time.monotonic()
     os.kill(process.pid, signal.SIGTERM)
-    process.communicate(timeout=30)
+    _, err = process.communicate(timeout=30)
     assert process.returncode == 1
+    assert "error: the run was told to end by signal 15 (SIGTERM); it has no verdict" in err
+    assert "kernel left" not in err
     assert time.monotonic() - began < 30

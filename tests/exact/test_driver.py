@@ -438,6 +438,10 @@ def test_an_answer_prints_itself_in_one_line(make):
 
 def test_bad_calls_are_named(make):
     p = make()
+    with pytest.raises(InvalidInput, match=r"problem: got ndarray, expected a Problem; write evaluate\(Problem\("):
+        evaluate(np.zeros(2))
+    with pytest.raises(InvalidInput, match="name: got 'o', expected one of out, lse"):
+        evaluate(p).radius("o")
     with pytest.raises(InvalidInput, match="bits: got 8, expected an integer from 32"):
         evaluate(p, 8)
     with pytest.raises(InvalidInput, match="dtype: got 'float20', expected one of float64"):

@@ -1,7 +1,18 @@
-"""Small calls of every kernel between borders of NaN, for compute-sanitizer: python -m tests.gpu.sanitized."""
+"""Small calls of every kernel between borders of NaN, for compute-sanitizer.
+
+``python -m tests.gpu.sanitized memcheck racecheck initcheck synccheck`` runs them under these tools, in as many
+processes side by side as there are cores (``--jobs=N`` for fewer), and prints what each tool says;
+``python -m tests.gpu.sanitized`` runs them as they are.
+"""
 
 import importlib
 import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -172,7 +183,6 @@ def run_backward(cupy, impl, dtype, shape, options):
     if "bias" in given:
         given["bias"] = make(given["bias"])
     given, _ = made(cupy, shape, kind, rng, given)
-    views.empty = EMPTY  # as it was before the calls above
     out, lse = attention(q, k, v, return_lse=True, impl="simt", **given)
 
     def empty(like, size, name):
@@ -274,22 +284,67 @@ def run_engine(dtype, shape, options, gradients):
     assert compare(evaluate(p, device="cuda", **asked), evaluate(p, **asked)) == 0
 
 
-if __name__ == "__main__":
+def every_call():
+    """Return what runs each call, and what is printed of it."""
+    import cupy
+
+    parts = [(run, CALLS), (run_backward, BACKWARD), (run_cache, CACHE), (run_trilinear, TRILINEAR)]
+    each = [(partial(runner, cupy, *call), call) for runner, calls in parts for call in calls]
+    return each + [(partial(run_engine, *call), call) for call in ENGINE]
+
+
+def run_share(share, of):
+    """Run every `of`-th call from number `share` on; each begins with the arrays that the package makes."""
     import cupy
 
     cupy.cuda.set_allocator(None)  # no pool: the sanitizer sees the end of every array
-    for call in CALLS:
-        run(cupy, *call)
-        print("ok", *call, flush=True)
-    for call in BACKWARD:
-        run_backward(cupy, *call)
-        print("ok", *call, flush=True)
-    for call in CACHE:
-        run_cache(cupy, *call)
-        print("ok", *call, flush=True)
-    for call in TRILINEAR:
-        run_trilinear(cupy, *call)
-        print("ok", *call, flush=True)
-    for call in ENGINE:
-        run_engine(*call)
-        print("ok", *call, flush=True)
+    for call, told in every_call()[share::of]:
+        views.empty = backward_launch.empty = importlib.import_module("refattn.gpu.trilinear").empty = EMPTY
+        call()
+        print("ok", *told, flush=True)
+
+
+def under(tool, jobs):
+    """Return (whether a tool found nothing, the calls that ran, what was printed), with `jobs` processes."""
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
+    root = Path(__file__).parents[2]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+
+    def share(i):
+        mine = [*command, sys.executable, "-m", "tests.gpu.sanitized", f"--share={i}/{jobs}"]
+        return subprocess.run(mine, capture_output=True, text=True, check=False, cwd=root, env=env)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        done = list(pool.map(share, range(jobs)))
+    printed = "".join(x.stdout + x.stderr for x in done)
+    return all(x.returncode == 0 for x in done), sum(x.stdout.count("ok ") for x in done), printed
+
+
+def main(arguments):
+    """Run what the command line asks for; returns the exit code."""
+    jobs = os.cpu_count() or 1
+    tools = []
+    for x in arguments:
+        if x.startswith("--share="):
+            share, of = map(int, x.removeprefix("--share=").split("/"))
+            run_share(share, of)
+            return 0
+        if x.startswith("--jobs="):
+            jobs = int(x.removeprefix("--jobs="))
+        else:
+            tools.append(x)
+    if not tools:
+        run_share(0, 1)
+        return 0
+    clean = True
+    for tool in tools:
+        good, ran, printed = under(tool, jobs)
+        clean = clean and good
+        print(f"{tool}: {ran} calls ran, {'nothing found' if good else 'NOT CLEAN'}", flush=True)
+        if not good:
+            print(printed)
+    return 0 if clean else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -27,6 +27,7 @@ EDGES = {
     "errors": set(),
     "version": set(),
     "papers": set(),
+    "elsewhere": set(),
     "modules": {"errors"},
     "dtypes": {"errors"},
     "arrays": {"errors", "dtypes"},
@@ -39,6 +40,7 @@ EDGES = {
     "dropout": {"errors", "arrays", "validation"},
     "features": {"arrays", "validation"},
     "problem": {
+        "elsewhere",
         "errors",
         "arrays",
         "dropout",

@@ -1,0 +1,53 @@
+"""What other libraries call an option of Problem, so that a message can name ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+__all__ = ["ELSEWHERE", "hinted"]
+
+_DIAGONAL = "causal='bottom_right' (the last row sees all keys) or 'top_left' (PyTorch's is_causal)"
+_MASK = "allowed (booleans, True takes part) or bias (numbers that are added to the scores)"
+_SCALE = "scale; None is 1/sqrt(d_k)"
+_GROUPS = "nothing: a query head reads the key head of its group by itself"
+ELSEWHERE = {
+    "is_causal": _DIAGONAL,
+    "attn_mask": _MASK,
+    "mask": _MASK,
+    "attn_bias": "bias",
+    "enable_gqa": _GROUPS,
+    "num_key_value_groups": _GROUPS,
+    "softmax_scale": _SCALE,
+    "sm_scale": _SCALE,
+    "scaling": _SCALE,
+    "window_size": "window=(left, right)",
+    "sliding_window": "window=(left, right)",
+    "soft_cap": "softcap",
+    "logits_soft_cap": "softcap",
+    "s_aux": "sink",
+    "sinks": "sink",
+    "page_table": "block_table",
+    "block_tables": "block_table",
+    "q": "query",
+    "k": "key",
+    "v": "value",
+}
+"""Their name, and what Problem calls it."""
+T = TypeVar("T")
+
+
+def hinted(made: type[T]) -> type[T]:
+    """Let a class that gets another library's name of an option say its own."""
+    plain: Callable[..., None] = made.__init__
+
+    @wraps(plain)
+    def init(self: T, *args: Any, **options: Any) -> None:
+        for name in options:
+            if name in ELSEWHERE:
+                raise TypeError(f"{name}: {made.__name__} takes {ELSEWHERE[name]}")
+        plain(self, *args, **options)
+
+    made.__init__ = init  # type: ignore[method-assign, assignment]
+    return made
