@@ -49,7 +49,8 @@ def attention(q: Any, k: Any, v: Any, o: Any, mean: Any = means, share: Any = No
 def by_codes(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
     """Write the same as a loop over codes, of n_c exp(s_c) and n_c exp(s_c) times the mean value."""
     codes = tuple(range(k.shape[0])) if o.codes is None else o.codes
-    z = out = None
+    z: Any = None
+    out: Any = None
     for code in sorted(set(codes)):
         own = np.array([[x == code] for x in codes])
         n = int(own.sum())

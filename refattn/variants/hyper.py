@@ -65,10 +65,9 @@ def by_parts(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
     s = q @ k.T * o.scale
     m = s.shift(o.allowed)
     p = (s - m).exp(where=o.allowed)
-    own, block_of = np.zeros((n_q, n_k), bool), {}
+    own = np.zeros((n_q, n_k), bool)
     for b in range(blocks):
         keys = [place for place in range(n_k) if place * blocks // n_k == b]
-        block_of |= dict.fromkeys(keys, b)
         for place in range(n_q):
             if place * blocks // n_q == b:
                 own[order_q[place], [order_k[x] for x in keys]] = True

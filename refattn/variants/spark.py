@@ -10,7 +10,7 @@ from ..problem import Problem
 from .option import Option
 from .option import whole as whole_number
 from .shapes import Rows
-from .variant import COMMON_BUGS, COMMON_LAWS, Variant
+from .variant import COMMON_LAWS, Variant
 
 __all__ = ["SPARK"]
 
@@ -90,7 +90,9 @@ SPARK = Variant(
                             predictor, (None, 1, 2), by_head=False),
     },
     laws=COMMON_LAWS,
-    bugs=COMMON_BUGS,
+    bugs=("zeroed_head", "wrong_scale", "causal_ignored", "causal_off_by_one", "window_ignored", "allowed_ignored",
+          "heads_tiled", "last_key_dropped", "value_of_next_key", "neighbour_row", "output_too_narrow",
+          "masked_value_read"),
     contract=(
         "A row without any key gives out 0.",
         "Both products have the same scale, and scale None is 1: the paper has none.",
