@@ -155,7 +155,7 @@ HYPER = Variant(
     "release. The call brings what sorts (refattn.functions.hyper.angular_hash) and what was drawn; its causal form "
     "is calls of these (refattn.functions.hyper.hyper_attention).",
     compared="refattn.functions.hyper.hyper_weight, which was run beside the release at 68b91e9",
-    uses=frozenset({"allowed"}),
+    uses=frozenset(),
     options={
         "block_size": Option(256, "keys of a block, at most; blocks are of nearly equal sizes", whole(1), (256, 8, 1),
                              places=True),
@@ -167,16 +167,16 @@ HYPER = Variant(
         "mode": Option("paper", "paper: a drawn key of the own block counts once; released: once more for each draw",
                        one_of("paper", "released"), ("paper", "released")),
     },
-    laws=("determinism", "masked_keys_unread", "grouped_heads", "batch_independence", "batch_invariance",
-          "values_doubled"),
-    bugs=("zeroed_head", "wrong_scale", "allowed_ignored", "heads_tiled", "last_key_dropped", "value_of_next_key",
+    laws=("determinism", "grouped_heads", "batch_independence", "batch_invariance", "values_doubled"),
+    families=("gaussian", "peaked", "drift", "ragged"),
+    bugs=("zeroed_head", "wrong_scale", "heads_tiled", "last_key_dropped", "value_of_next_key",
           "neighbour_row", "output_too_narrow"),
     contract=(
         "Place i of n sorted queries or keys is in block i·b // n, b = ceil(n_k / block_size): no block is empty.",
         "Where there is one block, every key counts once, whatever was drawn.",
         "A key that is drawn several times counts as often.",
-        "A key that is not allowed is never read, in a block or drawn.",
-        "A row that sees no key of its block and none that was drawn gives out 0 and lse -inf.",
+        "There are no masks: a call whose keys are hidden is softmax attention with `weight` and `allowed`.",
+        "What a NaN or an infinite number does in a key that a row does not count is not said.",
         "The lse is that of the weighted sum.",
         "Gradients hold the order and the draws fixed: none goes through what sorts.",
     ),
@@ -211,6 +211,5 @@ HYPER = Variant(
     },
     fits=fits,
     tries=tries,
-    always=frozenset(),
     never=frozenset({"variable_lengths", "no_rows_or_keys"}),
 )  # fmt: skip

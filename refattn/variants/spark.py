@@ -28,8 +28,12 @@ def parts(q: Any, k: Any, o: Any, swapped: bool = False, whole: bool = False) ->
 
 
 def softplus(x: Any) -> Any:
-    """Return log(1 + exp(x)) without a large exponential."""
-    return x.relu() + ((-(x.relu() + (-x).relu())).exp() + 1.0).log()
+    """Return log(1 + exp(x)) without a large exponential, as (x + |x|)/2 + log(1 + exp(-|x|)).
+
+    Where x is exactly 0 the slope of |x| counts as 0, so that this one's is 1/2, as it is.
+    """
+    size = x.relu() + (-x).relu()
+    return (x + size) / 2 + ((-size).exp() + 1.0).log()
 
 
 def attention(q: Any, k: Any, v: Any, o: Any, gate: Any = softplus, **change: bool) -> tuple[Any, None]:
@@ -39,11 +43,17 @@ def attention(q: Any, k: Any, v: Any, o: Any, gate: Any = softplus, **change: bo
     return ((p * gate(rest)) @ v) / p.sum(), None
 
 
-def by_sigmoid(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
-    """Write the same with weights that are divided first, and softplus(x) = -log(sigmoid(-x))."""
-    s, rest = parts(q, k, o)
+def by_channels(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
+    """Write the same with scores added up by channel, and the gate in two parts, each pooled by itself."""
+    d, found = q.shape[1], [[], []]
+    for c in range(d):
+        own = np.arange(d)[None] == c
+        late = int(c >= (d // 2 if o.predictor is None else o.predictor))
+        found[late].append(q.where(own).sum() * o.scale @ k.where(own).sum().T)
+    s, rest = (sum(x[1:], x[0]) for x in found)
     p = (s - s.shift(o.allowed)).exp(where=o.allowed)
-    return ((p / p.sum()).where(o.allowed) * -((-rest).sigmoid().log())) @ v, None
+    near = ((-(rest.relu() + (-rest).relu())).exp() + 1.0).log()
+    return (p * rest.relu() @ v + p * near @ v) / p.sum(), None
 
 
 def renormalised(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
@@ -76,7 +86,7 @@ def wrong(text: str, **change: Any) -> tuple[str, Rows]:
 SPARK = Variant(
     name="spark",
     define=attention,
-    forms={"by_sigmoid": by_sigmoid},
+    forms={"by_channels": by_channels},
     formula="out_i = sum_j exp(s_ij) log(1 + exp(g_ij)) v_j / sum_j exp(s_ij),  s_ij = scale·q_i·k_j over the first "
     "`predictor` features,  g_ij = scale·q_i·k_j over the others,  j over the keys that row i sees",
     unit="u · sum_j |w_ij v_jc|",
