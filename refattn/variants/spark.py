@@ -45,7 +45,8 @@ def attention(q: Any, k: Any, v: Any, o: Any, gate: Any = softplus, **change: bo
 
 def by_channels(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
     """Write the same with scores added up by channel, and the gate in two parts, each pooled by itself."""
-    d, found = q.shape[1], [[], []]
+    d = q.shape[1]
+    found: tuple[list[Any], list[Any]] = ([], [])
     for c in range(d):
         own = np.arange(d)[None] == c
         late = int(c >= (d // 2 if o.predictor is None else o.predictor))
