@@ -146,16 +146,18 @@ def of_terms():
 
 
 def of_training():
-    """Draw the curves that the snippets of gates.md find: SSA's loss of alignment by step of training."""
+    """Draw the curves that the snippets of gates.md find, by step of training: of a gate, and of SSA."""
     space = {}
     for code in re.findall(r"```python\n(.*?)```", (HERE / "functions" / "gates.md").read_text(), re.DOTALL):
         exec(code, space)
-    fig, axis = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
-    for label, found in space["curves"].items():
-        axis.semilogy(found, label=label)
-    axis.set(xlabel="step", ylabel="loss of alignment")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    keep(fig, "functions/gates.svg")
+    drawn = {"gate_curves": ("the gate's loss", "gate-training"), "curves": ("loss of alignment", "gates")}
+    for curves, (label, file) in drawn.items():
+        fig, axis = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
+        for name, found in space[curves].items():
+            axis.semilogy(found, label=name)
+        axis.set(xlabel="step", ylabel=label)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+        keep(fig, f"functions/{file}.svg")
 
 
 def landing():

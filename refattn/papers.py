@@ -54,8 +54,8 @@ PAPERS = (
     Paper(
         "HyperAttention",
         "arXiv 2310.05869",
-        ("functions.hyper", "claim hyper-unbiased", "claim hyper-spectral"),
-        ("functions/test_hyper.py", "theory/test_hyper.py"),
+        ("operator hyper", "functions.hyper", "claim hyper-unbiased", "claim hyper-spectral"),
+        ("variants/test_pooled.py", "functions/test_hyper.py", "theory/test_hyper.py"),
         "its release, run beside it once",
         "the zero padding of its release; " + TRAINING,
     ),
@@ -132,8 +132,8 @@ PAPERS = (
     Paper(
         "Spark Transformer",
         "arXiv 2506.06644",
-        ("functions.statistical",),
-        ("functions/test_statistical.py", "peers/test_gemma.py"),
+        ("operator spark", "functions.statistical"),
+        ("variants/test_pooled.py", "functions/test_statistical.py", "peers/test_gemma.py"),
         "transformers' Gemma 3n",
         TRAINING,
     ),
@@ -213,8 +213,8 @@ PAPERS = (
     Paper(
         "LargeGT",
         "arXiv 2312.11109",
-        ("functions.codebook", "functions.neighbours"),
-        ("functions/test_codebook.py", "functions/test_neighbours.py"),
+        ("operator codebook", "functions.codebook", "functions.neighbours"),
+        ("variants/test_pooled.py", "functions/test_codebook.py", "functions/test_neighbours.py"),
         "PyTorch's BatchNorm1d, for its norm",
         TRAINING,
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from functools import cached_property, cmp_to_key, reduce
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +55,7 @@ class Scorer:
     def __init__(self, ones: tuple[Head, ...], shape: Selected, sight: Sight, f: Any) -> None:
         self.ones, self.shape, self.sight, self.f = ones, shape, sight, f
         self._keys: list[Any] = []
+        self._making = Lock()
         members = np.asarray(sight.c.members)
         self.sizes = sight.runs.sizes if sight.runs is not None else members.sum(1)
 
@@ -70,7 +72,8 @@ class Scorer:
     def scores(self, rows: NDArray[np.intp], may: Mask, seen: Mask) -> tuple[Any, int]:
         """Return the scores (rows, m) of the first m candidates, and m: later ones are not looked at."""
         f, runs = self.f, self.sight.runs
-        self._keys = self._keys or [matrix_of(f, x.k) for x in self.ones]  # two threads may both make them
+        with self._making:  # sums of keys are kept by the keys: made by each thread, they would be summed by each
+            self._keys = self._keys or [matrix_of(f, x.k) for x in self.ones]
         last = int(np.nonzero((may | seen).any(0))[0].max(initial=0)) + 1
         part = -(-self.sight.m // PARTS)  # sums of the first candidates are kept from rows to rows
         m = min(-(-last // part) * part, self.sight.m)

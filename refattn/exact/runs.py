@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from copy import copy
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .field import FieldMatrix
-from .levels import Bounded
+from .levels import Bounded, Level
 from .matrix import Matrix
 from .whole import WholeMatrix
 
@@ -29,7 +30,9 @@ class Runs:
 
     def __init__(self, starts: NDArray[np.intp], ends: NDArray[np.intp]) -> None:
         self.starts, self.ends, self.sizes = starts, ends, ends - starts
-        self._over: _Sums | None = None
+        self._levels: dict[int, _Sums] = {}  # some rows go up a level, and the next ones begin at the first again
+        self._last: dict[int, _Sums] = {}
+        self._making = Lock()
         self.single = bool((self.sizes == 1).all())
 
     @classmethod
@@ -77,9 +80,12 @@ class Runs:
 
     def over(self, f: Any, m: int) -> _Sums:
         """Return the first m as a matrix (m, n_k) of 0 and 1 to multiply keys by, over an arithmetic."""
-        if self._over is None or self._over.f is not f:
-            self._over = _Sums(self, f)
-        found = copy(self._over)  # another thread may want another m
+        kept = self._levels if isinstance(f, Level) else self._last
+        with self._making:
+            if id(f) not in kept:
+                self._last.clear()
+                kept[id(f)] = _Sums(self, f)
+            found = copy(kept[id(f)])  # another thread may want another m
         found.m = m
         return found
 
@@ -91,10 +97,12 @@ class _Sums:
         self.runs, self.f, self.m = runs, f, len(runs.starts)
         self._kept: dict[int, tuple[Any, Any]] = {}  # by operand, which it keeps alive
         self._first: dict[int, tuple[int, Any]] = {}
+        self._making = Lock()
 
     def __matmul__(self, k: Any) -> Any:
-        if id(k) not in self._kept:
-            self._kept[id(k)] = k, self._sums(k)
+        with self._making:  # threads begin together: one makes the sums, the others wait for them
+            if id(k) not in self._kept:
+                self._kept[id(k)] = k, self._sums(k)
         found = self._kept[id(k)][1]
         if self.m == len(self.runs.starts):
             return found

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ..errors import UnsupportedProblem
 from .matrix import Mask, Reflected
 
@@ -36,9 +38,12 @@ class Tape(Reflected):
         return Tape(self.value.T, (self, lambda g: g.T))
 
     def columns(self, at: Any) -> Tape:
-        """Return the columns of those numbers, each once."""
-        back = at.argsort()
-        return Tape(self.value.columns(at), (self, lambda g: g.columns(back)))
+        """Return the columns of those numbers, none twice: nothing comes back to the others."""
+        taken, back = np.zeros(self.value.shape, bool), np.zeros(self.value.shape[1], np.intp)
+        taken[:, at], back[at] = True, np.arange(len(at))
+        if taken.all():
+            return Tape(self.value.columns(at), (self, lambda g: g.columns(back)))
+        return Tape(self.value.columns(at), (self, lambda g: g.columns(back).where(taken)))
 
     def written(self, moved: Mask) -> Tape:
         """Return what a kernel may round to its inputs' type."""

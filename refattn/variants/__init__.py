@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ..errors import InvalidInput
 from .block_sparse import BLOCK_SPARSE
+from .codebook import CODEBOOK
 from .dsa import DSA
 from .ecoformer import ECOFORMER
 from .gated_delta import GATED_DELTA
+from .hyper import HYPER
 from .lightning import LIGHTNING
 from .linear import LINEAR
 from .moba import MOBA
@@ -19,6 +21,7 @@ from .relu import RELU
 from .shapes import Choices, Lowered, Rows, Selected, Shape, Steps
 from .sigmoid import SIGMOID
 from .softmax import SOFTMAX
+from .spark import SPARK
 from .titans_mac import TITANS_MAC
 from .topk import TOPK
 from .urpe import URPE
@@ -48,6 +51,9 @@ VARIANTS: dict[str, Variant] = {
         DSA,
         VIEW_LOCAL,
         URPE,
+        CODEBOOK,
+        SPARK,
+        HYPER,
     )
 }
 """The operators that refattn knows, by name; ``refattn.register`` adds one of your own."""

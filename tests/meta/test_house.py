@@ -344,7 +344,8 @@ def test_no_reference_says_again_what_attention_is():
     """Only variants/ defines; the tiled kernel and the planted ones are under test themselves."""
     softmaxes = {p.relative_to(ROOT).as_posix() for p in SOURCES if re.search(r"def .*attention\(q[,:]", p.read_text())}
     assert softmaxes == {
-        f"variants/{v}.py" for v in ("softmax", "linear", "power", "sigmoid", "relu", "urpe", "ecoformer")
+        f"variants/{v}.py"
+        for v in ("softmax", "linear", "power", "sigmoid", "relu", "urpe", "ecoformer", "codebook", "spark", "hyper")
     }
 
 

@@ -63,6 +63,10 @@ class Losses(Rules):
         a = np.asarray(x, np.float64)
         return self.leaf(a, ("1" if a.shape[0] == 1 else "q", "1" if a.shape[1] == 1 else "k"))
 
+    def keyed(self, x: Any) -> Lossy:
+        """Take in a matrix by which keys are mixed: rows are keys, and columns unless there is one."""
+        return self.leaf(np.asarray(x, np.float64), ("k", "1" if np.shape(x)[1] == 1 else "k"))
+
     def state(self, x: Any) -> Lossy:
         """Take in the state that a recurrence starts from."""
         return self.leaf(np.asarray(x, np.float64), ("d", "v"))

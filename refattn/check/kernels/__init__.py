@@ -24,6 +24,7 @@ from .packages import PACKAGES, on_gpu
 __all__ = ["EXAMPLE", "KERNELS", "Entry", "declared", "find", "found"]
 
 WEIGHED = ("relu", "ecoformer", "urpe")
+POOLED = ("codebook", "spark", "hyper")
 SPARSE = (
     "block_sparse",
     "power_blocks",
@@ -144,6 +145,18 @@ KERNELS: dict[str, Entry] = {
             ),
             flash,
             variants=frozenset(WEIGHED),
+        ),
+        Entry(
+            "refattn-pooled",
+            "",
+            load("pooled", "pooled"),
+            Capabilities(
+                frozenset({"float32", "float16", "bfloat16"}),
+                FEATURES - {"variable_lengths", "softcap", "sink", "bias"},
+                lse=True,
+            ),
+            flash,
+            variants=frozenset(POOLED),
         ),
         _recurrent("refattn-chunked", "torch", load("chunked", "chunked"), gradients=_OF_STEPS, dstate_out=True),
         _recurrent("refattn-recurrent", "cupy", load("cuda", "recurrent"), **_ON_GPU),

@@ -18,6 +18,7 @@ def test_no_element_is_past_its_bound(definition):
     """Rows of another operator's call are bounded as that operator's: fewer of them are looked at."""
     count = 200_000 if isinstance(VARIANTS[definition[0]].shape, Rows | Steps) else 50_000
     count = 10_000 if definition[0] == "gated_delta" else count  # its decays by channel take their time
+    count = 20_000 if definition[0] in ("codebook", "hyper", "spark") else count  # softmax's own sums, otherwise fed
     found, past = gate.run(count, seed=1, names=[definition])
     assert past == []
     assert found[definition][0] >= count
