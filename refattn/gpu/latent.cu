@@ -63,20 +63,24 @@ DEVICE Band band_of(const Shape& z, const Options& x) {           // no sum pass
 struct Work { int batch, head_kv, head, query, first, end, split; };
 DEVICE Work work_of(const Shape& z, const Options& x) {
     Work w;
-    u32 i = blockIdx.x;
+    u32 i = blockIdx.x / CLUSTER;
     w.split = SPLIT ? i % z.splits : 0;
     if (SPLIT) i /= z.splits;
-    w.head = i % z.tiles_heads * z.tile_heads, i /= z.tiles_heads;
-    int m = i % z.tiles_queries;
-    i /= z.tiles_queries;
-    if (RIGHT) m = z.tiles_queries - 1 - m;                        // the longest first
+    const int tiles = z.tiles_heads * z.tiles_queries, together = (tiles + CLUSTER - 1) / CLUSTER, rows = 64 / z.tile_heads,
+              first = i % together * CLUSTER, tile = first + blockIdx.x % CLUSTER;
+    i /= together;
     w.head_kv = i % z.heads_kv, w.batch = i / z.heads_kv;
-    const int rows = 64 / z.tile_heads;
-    w.query = m * rows;
+    auto query = [&](int tile) {                                   // the longest first
+        const int m = tile / z.tiles_heads;
+        return (RIGHT ? z.tiles_queries - 1 - m : m) * rows;
+    };
+    w.head = tile % z.tiles_heads * z.tile_heads;
+    w.query = tile < tiles ? query(tile) : z.n_q;                  // past all: rows that are none
+    const int one = query(first), other = query(min(first + CLUSTER, tiles) - 1);
     const Band band = band_of(z, x);
-    const int keys = RIGHT ? min(z.n_k, min(w.query + rows, z.n_q) + band.high) : z.n_k;
+    const int keys = RIGHT ? min(z.n_k, min(max(one, other) + rows, z.n_q) + band.high) : z.n_k;
     w.end = keys > 0 ? (keys + BLOCK_N - 1) / BLOCK_N : 0;
-    w.first = LEFT ? min(max(0, w.query + band.low) / BLOCK_N, w.end) : 0;
+    w.first = LEFT ? min(max(0, min(one, other) + band.low) / BLOCK_N, w.end) : 0;
     if (SPLIT) {
         const int count = w.end - w.first, from = w.first;
         w.first = from + (int)((long long)count * w.split / z.splits);
@@ -85,14 +89,45 @@ DEVICE Work work_of(const Shape& z, const Options& x) {
     return w;
 }
 
-// Boxes of 64 columns from column 64 * first on.
+// Boxes of 64 columns from column 64 * first on. Of a cluster, a block copies its part of the keys into all blocks.
 DEVICE void copy_boxes(u32 to, const TensorMap* map, u32 bar, int first, int count, int row, int head, int batch) {
+    const int part = CLUSTER > 1 ? blockIdx.x % CLUSTER * (BLOCK_N / CLUSTER) : 0;
 #pragma unroll
     for (int i = 0; i < count; i++)
+#if CLUSTER > 1
+        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes."
+                     "multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to + i * BOX + part * 128),
+                     "l"(map), "r"(bar), "r"(64 * (first + i)), "r"(row + part), "r"(head), "r"(batch),
+                     "h"((u16)((1 << CLUSTER) - 1))
+                     : "memory");
+#else
         asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
                      "%4, %5, %6}], [%2];" ::"r"(to + i * BOX),
-                     "l"(map), "r"(bar), "r"(64 * (first + i)), "r"(row), "r"(head), "r"(batch)
+                     "l"(map), "r"(bar), "r"(64 * (first + i)), "r"(row + part), "r"(head), "r"(batch)
                      : "memory");
+#endif
+}
+// Frees a slot's group in every block of the cluster.
+DEVICE void arrive_everywhere(u32 bar) {
+#if CLUSTER > 1
+#pragma unroll
+    for (int i = 0; i < CLUSTER; i++)
+        asm volatile("{.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                     "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(bar), "r"(i) : "memory");
+#else
+    barrier_arrive(bar);
+#endif
+}
+DEVICE void cluster_sync() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+DEVICE bool barrier_done(u32 bar, u32 parity) {
+    u32 done;
+    asm volatile("{.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;}"
+                 : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+    return done;
 }
 DEVICE void copy_queries(u32 to, const TensorMap* map, u32 bar, const Work& w) {
 #pragma unroll
@@ -185,7 +220,7 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
 #pragma unroll
     for (int i = 0; i < NO; i++) o[i] = 0.f;
     auto barrier = [&](u32 kind, int slot, int group) { return bars + kind + 8 * (GROUPS * slot + group); };
-    auto release = [&](int slot, int group) { if (lane == 0) barrier_arrive(barrier(EMPTY, slot, group)); };
+    auto release = [&](int slot, int group) { if (lane == 0) arrive_everywhere(barrier(EMPTY, slot, group)); };
     const u64 desc_q = descriptor(shared, 16), desc_p = descriptor(shared + OFFSET_P, 16);
     const int mine = LEFT_VALUES + consumer;
     auto values = [&](int slot) {
@@ -196,9 +231,14 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
     auto own = [&](int t) {
         const int slot = t & 1, phase = t >> 1 & 1, j = w.end - 1 - t;
         float s[NS];
+        // what was queued of tile t - 1 runs on if this tile's keys are there; else its values are freed first
+        const bool ready = EAGER == 1 || (EAGER == 2 && __all_sync(~0u, barrier_done(barrier(FULL, slot, SHARED ? RIGHT_VALUES : KEYS), phase)));
+        if (t > 0 && !ready) wgmma_wait<0>(), release(slot ^ 1, mine);
         product_qk(s, desc_q, descriptor(shared + OFFSET_SLOTS + slot * SLOT, 16), barrier(FULL, slot, 0), phase);
+        if (t > 0 && ready) wgmma_wait<1>(), release(slot ^ 1, mine);
         wgmma_wait<0>();
         pin(s);
+        pin(o);
         if (BOXES_KEYS) release(slot, KEYS);
         if (SOFTCAP) cap(s, scale / x.softcap);
         if (PRESCALE) {
@@ -256,9 +296,6 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 16; i++) pv_shared(o, desc_p + ((i * 32) >> 4), v + ((i * 2048) >> 4));
         wgmma_commit();
-        wgmma_wait<0>();
-        pin(o);
-        release(slot, mine);
     };
     const int tiles = w.end - w.first;
     if (tiles > 0) barrier_wait(bars + FULL_Q, 0);
@@ -315,7 +352,12 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
     if (!SPLIT) store_rows(to, o, inverse, z.d - HALF * consumer, lane4);
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+#if CLUSTER > 1
+#define TOGETHER __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define TOGETHER
+#endif
+extern "C" __global__ void TOGETHER __launch_bounds__(384, 1)
     attention_latent(const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,
                      const __grid_constant__ TensorMap map_v, u16* out, float* lse, unsigned char* redo,
                      const Parts parts, const Shape shape, const Strides stride, const Options options, float scale)
@@ -324,11 +366,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     const u32 shared = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
     if (threadIdx.x == 0) {
         const u32 bars = shared + OFFSET_BARRIERS;
-        barriers_init(bars + FULL, bars + EMPTY, 2 * GROUPS, 4);  // the warps of one consumer free a group
+        barriers_init(bars + FULL, bars + EMPTY, 2 * GROUPS, 4 * CLUSTER);   // the warps of one consumer free a group
         barrier_init(bars + FULL_Q, 1);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
+    cluster_sync();
     const Work w = work_of(shape, options);
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -337,6 +380,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         consume(shared, shape, w, scale, out, stride, lse, redo, parts, options);
     }
+    __syncwarp();
+    cluster_sync();                                               // copies and arrivals of others come to the end
 }
 
 // ---- parts of keys -----------------------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ def macros(call: Call) -> dict[str, Any]:
         "SPLIT": int(few and not call.batch_invariant),
         "PRESCALE": int(not call.positive_scale),
         "BLOCK_N": 64 if call.shared else 32,
+        "CLUSTER": 2,
+        "EAGER": 2,
     }
 
 
@@ -120,7 +122,7 @@ def splits_of(tiles: int, blocks_of_keys: int, multiprocessors: int) -> int:
 
 def maps(m: Mapping[str, Any], group: int, n_q: int) -> dict[str, tuple[str, Callable[[View], bytes]]]:
     """Return by argument the array whose tensor map it is, and what makes one."""
-    keys = {f"map_{n[0]}": (n, partial(_key_map, rows=m["BLOCK_N"], name=n)) for n in ("key", "value")}
+    keys = {f"map_{n[0]}": (n, partial(_key_map, rows=m["BLOCK_N"] // m["CLUSTER"], name=n)) for n in ("key", "value")}
     return {"map_q": ("query", partial(_query_map, group=group, heads=_tile_heads(group, n_q)))} | keys
 
 
@@ -158,7 +160,7 @@ def arguments(
     group = h // h_kv
     heads = _tile_heads(group, n_q)
     of_heads, of_queries = -(-group // heads), -(-n_q // (ROWS // heads))
-    tiles = of_heads * of_queries * h_kv * b
+    tiles = -(-of_heads * of_queries // m["CLUSTER"]) * m["CLUSTER"] * h_kv * b
     splits = splits_of(tiles, -(-n_k // m["BLOCK_N"]), multiprocessors) if m["SPLIT"] else 1
     left, right = (NO_LIMIT if w is None else min(w, NO_LIMIT) for w in options["window"] or (None, None))
     places = {n: arrays[n].pointer for n in ("out", "lse")}
