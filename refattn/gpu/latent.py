@@ -26,13 +26,13 @@ LEAST_TILES = 4
 
 def obstacle(call: Call, capability: tuple[int, int]) -> str:
     """Return why the kernel cannot compute a call, "" where it can."""
+    widths = f"got {call.d_k} and {call.d_v}"
+    if call.d_k > WIDEST_K or call.d_v > WIDEST_V or max(call.d_k, call.d_v) <= NARROW:
+        return f"takes head dims of which one is above {NARROW}, up to {WIDEST_K} and {WIDEST_V}, {widths}"
     if capability != (9, 0):
         return f"needs compute capability 9.0, got {capability[0]}.{capability[1]}"
     if call.dtype not in ("float16", "bfloat16"):
         return f"takes float16 and bfloat16, got {call.dtype}"
-    widths = f"got {call.d_k} and {call.d_v}"
-    if call.d_k > WIDEST_K or call.d_v > WIDEST_V or max(call.d_k, call.d_v) <= NARROW:
-        return f"takes head dims of keys up to {WIDEST_K} and of values up to {WIDEST_V}, one above {NARROW}, {widths}"
     if call.d_k % 8 or call.d_v % 8 or not min(call.d_k, call.d_v):
         return f"takes head dims that are multiples of 8, {widths}"
     if not call.mapped:
