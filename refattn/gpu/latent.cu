@@ -4,9 +4,10 @@
 // Steps
 //  1. A block owns 64 rows of one key head: `tile_heads` query heads of its group by 64 / tile_heads queries, heads
 //     first, so that few queries of many heads fill a tile. It has one producer warpgroup and two consumers.
-//  2. The producer (one thread) copies Q once, and tiles of BLOCK_N keys in turn into two slots, by the bulk tensor copy
-//     engine (128-byte swizzle, boxes of 64 columns; what is past an array's end arrives as zeros). A slot has three
-//     groups of boxes, each with a "full" and an "empty" mbarrier: KEYS, and the LEFT and RIGHT 256 columns of values.
+//  2. The producer (one thread) copies Q once, and tiles of BLOCK_N keys in turn into two slots, by the bulk tensor
+//     copy engine (128-byte swizzle, boxes of 64 columns; what is past an array's end arrives as zeros). A slot has
+//     three groups of boxes, each with a "full" and an "empty" mbarrier: KEYS, and the LEFT and RIGHT 256 columns of
+//     values. The CLUSTER blocks of a cluster have rows of one key head; each copies a part of the keys for all of them.
 //     SHARED: values are the keys' first columns in memory. They are copied once, BLOCK_N is 64, and KEYS has only the
 //     boxes from 512 columns on. Else a slot has both, and BLOCK_N is 32.
 //  3. Consumer t % 2 computes S = Q K^T of tile t and its softmax (online, base 2; the maximum so far comes from the
@@ -14,8 +15,9 @@
 //     shared memory. Each consumer adds P V for its half of the columns of O, of its own tiles with P from registers.
 //     So one consumer's softmax runs beside the other's products. Tiles go from the last keys to the first.
 //  4. What a consumer reads last of a group it frees: the keys after S, its half of the values after P V.
-//  5. Epilogue: the row sums of both consumers, sink, division, 16-byte stores, lse. SPLIT: a block takes one of `splits`
-//     parts of its keys, and writes O, maximum and sum in float32; `merge` adds the parts of a row up in their order.
+//  5. Epilogue: the row sums of both consumers, sink, division, 16-byte stores, lse. SPLIT: where `splits` is above 1, a
+//     block takes one of so many parts of its keys, and writes O, maximum and sum in float32; `merge` adds the parts of
+//     a row up in their order.
 //  6. REPAIR: a hidden key's p is 0, and 0 * NaN is NaN. Rows with an output that is not finite are marked in `redo`,
 //     and `repair` computes them anew on the CUDA cores from lse, over the keys that they see.
 //
@@ -40,8 +42,8 @@ constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 enum Group { KEYS, LEFT_VALUES, RIGHT_VALUES, GROUPS };
 
 // Shared memory, from a 1024-byte aligned base. P: 64 rows of 128 bytes.
-constexpr u32 OFFSET_SLOTS = BOXES_QUERY * Q_BOX, OFFSET_P = OFFSET_SLOTS + 2 * SLOT, OFFSET_ROWS = OFFSET_P + 64 * 128;
-constexpr u32 TOP = OFFSET_ROWS, FACTOR = TOP + 256, SUMS = FACTOR + 256, OFFSET_BARRIERS = SUMS + 512;
+constexpr u32 OFFSET_SLOTS = BOXES_QUERY * Q_BOX, OFFSET_P = OFFSET_SLOTS + 2 * SLOT, TOP = OFFSET_P + 64 * 128;
+constexpr u32 FACTOR = TOP + 256, SUMS = FACTOR + 256, OFFSET_BARRIERS = SUMS + 512;
 constexpr u32 FULL = 0, EMPTY = FULL + 8 * 2 * GROUPS, FULL_Q = EMPTY + 8 * 2 * GROUPS;
 
 // (wgmma wrappers)
@@ -55,7 +57,7 @@ struct Options { const float* sink; float softcap; int top_left, left, right; };
 // SPLIT: float32 (splits, b, h, n_q, 512), and of each row the maximum in powers of 2 and the sum
 struct Parts { float* out; float2* stats; };
 struct Band { int low, high; };
-DEVICE Band band_of(const Shape& z, const Options& x) {           // no sum passes 2^31: lengths and limits are below 2^30
+DEVICE Band band_of(const Shape& z, const Options& x) {       // no sum passes 2^31: lengths and limits are below 2^30
     const int corner = x.top_left ? 0 : z.n_k - z.n_q;
     return {LEFT ? max(corner - x.left, -z.n_q) : -z.n_q, RIGHT ? min(corner + x.right, z.n_k) : z.n_k};
 }
@@ -66,8 +68,8 @@ DEVICE Work work_of(const Shape& z, const Options& x) {
     u32 i = blockIdx.x / CLUSTER;
     w.split = SPLIT ? i % z.splits : 0;
     if (SPLIT) i /= z.splits;
-    const int tiles = z.tiles_heads * z.tiles_queries, together = (tiles + CLUSTER - 1) / CLUSTER, rows = 64 / z.tile_heads,
-              first = i % together * CLUSTER, tile = first + blockIdx.x % CLUSTER;
+    const int tiles = z.tiles_heads * z.tiles_queries, together = (tiles + CLUSTER - 1) / CLUSTER,
+              rows = 64 / z.tile_heads, first = i % together * CLUSTER, tile = first + blockIdx.x % CLUSTER;
     i /= together;
     w.head_kv = i % z.heads_kv, w.batch = i / z.heads_kv;
     auto query = [&](int tile) {                                   // the longest first
@@ -143,7 +145,8 @@ DEVICE void produce(const TensorMap* map_q, const TensorMap* map_k, const Tensor
     barrier_expect(bars + FULL_Q, BOXES_K * Q_BOX);
     copy_queries(shared, map_q, bars + FULL_Q, w);
     for (int t = 0; t < w.end - w.first; t++) {
-        const u32 slot = t & 1, other = ~t >> 1 & 1, to = shared + OFFSET_SLOTS + slot * SLOT, row = (w.end - 1 - t) * BLOCK_N;
+        const u32 slot = t & 1, other = ~t >> 1 & 1, to = shared + OFFSET_SLOTS + slot * SLOT;
+        const int row = (w.end - 1 - t) * BLOCK_N;
         auto load = [&](int group, const TensorMap* map, u32 at, int first, int count) {
             const u32 full = bars + FULL + 8 * (GROUPS * slot + group);
             if (count == 0) return;
@@ -232,7 +235,8 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
         const int slot = t & 1, phase = t >> 1 & 1, j = w.end - 1 - t;
         float s[NS];
         // what was queued of tile t - 1 runs on if this tile's keys are there; else its values are freed first
-        const bool ready = EAGER == 1 || (EAGER == 2 && __all_sync(~0u, barrier_done(barrier(FULL, slot, SHARED ? RIGHT_VALUES : KEYS), phase)));
+        const u32 last = barrier(FULL, slot, SHARED ? RIGHT_VALUES : KEYS);
+        const bool ready = EAGER == 1 || (EAGER == 2 && __all_sync(~0u, barrier_done(last, phase)));
         if (t > 0 && !ready) wgmma_wait<0>(), release(slot ^ 1, mine);
         product_qk(s, desc_q, descriptor(shared + OFFSET_SLOTS + slot * SLOT, 16), barrier(FULL, slot, 0), phase);
         if (t > 0 && ready) wgmma_wait<1>(), release(slot ^ 1, mine);
@@ -318,8 +322,9 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
     asm volatile("bar.sync 3, 256;" ::: "memory");
     float inverse[2];
     u16* to[2];
+    const bool split = SPLIT && z.splits > 1;
     float zero[2] = {};                                           // 0 * x is 0, or NaN
-    if (REPAIR && !SPLIT) {
+    if (REPAIR) {
 #pragma unroll
         for (int i = 0; i < NO; i++) zero[i / 2 % 2] = fmaf(o[i], 0.f, zero[i / 2 % 2]);
     }
@@ -331,9 +336,8 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
             (((long long)w.batch * z.heads_kv + w.head_kv) * z.group + head) * z.n_q + query;   // in (b, h, n_q)
         float total = (load_float(of_row(SUMS, r)) + load_float(of_row(SUMS + 256, r))) * UNSHIFT,
               most = top[r] == -INFINITY_F ? -INFINITY_F : top[r] * scale_log2, by = UNSHIFT;
-        if (SPLIT) {
-            const long long at =
-                place + (long long)w.split * z.batch * z.heads_kv * z.group * z.n_q;
+        if (split) {
+            const long long at = place + (long long)w.split * z.batch * z.heads_kv * z.group * z.n_q;
             if (!inside) continue;
             if (lane4 == 0 && consumer == 0) parts.stats[at] = make_float2(most, total);
             float* dst = parts.out + at * WIDTH_V + HALF * consumer + 2 * lane4;
@@ -344,12 +348,13 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
         }
         if (SINK) by *= sunk(inside ? x.sink[w.head_kv * z.group + head] : 0.f, most, total);
         inverse[r] = total == 0.f ? 0.f : by / total;
-        if (inside && lane4 == 0 && consumer == 0) lse[place] = total == 0.f ? -INFINITY_F : LN2 * (most + __log2f(total));
+        if (inside && lane4 == 0 && consumer == 0)
+            lse[place] = total == 0.f ? -INFINITY_F : LN2 * (most + __log2f(total));
         if (REPAIR && inside && zero[r] != 0.f) redo[place] = 1;
         to[r] = inside ? out + w.batch * stride.batch + (long long)(w.head_kv * z.group + head) * stride.head
             + (long long)query * stride.row + HALF * consumer : nullptr;
     }
-    if (!SPLIT) store_rows(to, o, inverse, z.d - HALF * consumer, lane4);
+    if (!split) store_rows(to, o, inverse, z.d - HALF * consumer, lane4);
 }
 
 #if CLUSTER > 1
@@ -366,7 +371,7 @@ extern "C" __global__ void TOGETHER __launch_bounds__(384, 1)
     const u32 shared = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
     if (threadIdx.x == 0) {
         const u32 bars = shared + OFFSET_BARRIERS;
-        barriers_init(bars + FULL, bars + EMPTY, 2 * GROUPS, 4 * CLUSTER);   // the warps of one consumer free a group
+        barriers_init(bars + FULL, bars + EMPTY, 2 * GROUPS, 4 * CLUSTER);  // a consumer's warps free a group
         barrier_init(bars + FULL_Q, 1);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
@@ -421,8 +426,8 @@ DEVICE float warp_sum(float x) {
     for (int hop = 16; hop; hop /= 2) x += __shfl_xor_sync(~0u, x, hop);
     return x;
 }
-DEVICE void repair_row(long long row, const Inputs& from, u16* out, const float* lse, const Shape& z, const Strides& stride,
-                       const Options& x, float scale)
+DEVICE void repair_row(long long row, const Inputs& from, u16* out, const float* lse, const Shape& z,
+                       const Strides& stride, const Options& x, float scale)
 {
     const int heads = z.heads_kv * z.group, query = row % z.n_q, head = row / z.n_q % heads,
               batch = row / z.n_q / heads, head_kv = head / z.group, lane = threadIdx.x % 32;
@@ -452,8 +457,8 @@ DEVICE void repair_row(long long row, const Inputs& from, u16* out, const float*
 }
 // A warp looks at the marks of 128 rows, and computes those that have one.
 extern "C" __global__ void __launch_bounds__(256)
-    repair(const Inputs inputs, u16* out, const float* lse, unsigned char* redo, const Shape shape, const Strides stride,
-           const Options options, float scale)
+    repair(const Inputs inputs, u16* out, const float* lse, unsigned char* redo, const Shape shape,
+           const Strides stride, const Options options, float scale)
 {
     const long long rows = (long long)shape.batch * shape.heads_kv * shape.group * shape.n_q, words = (rows + 3) / 4;
     const int lane = threadIdx.x % 32;

@@ -126,7 +126,7 @@ def _launch_latent(
     hidden = m["RIGHT"] or m["LEFT"]
     redo = zeros(like, device, stream, max(16, 1 << (rows - 1).bit_length()), "redo").pointer if hidden else 0
     parts = {"out": 0, "stats": 0}
-    if m["SPLIT"]:
+    if splits > 1:
         size = splits * rows * latent.WIDEST_V
         _, kept = empty(like, (size + 2 * splits * rows,), "float32")
         parts = {"out": kept.pointer, "stats": kept.pointer + 4 * size}
@@ -140,7 +140,7 @@ def _launch_latent(
 
     maps = latent.maps(m, call.group, n_q)
     start(plan.kernel.entry, grid, plan.kernel.threads(m), plan.shared_bytes, maps)
-    if m["SPLIT"]:
+    if splits > 1:
         start("merge", rows, 128, 0)
     if hidden:
         start("repair", min(multiprocessors, -(-rows // 1024)), 256, 0)

@@ -18,7 +18,7 @@ __all__ = ["IMPLS", "KERNELS", "check_block_mask", "choose", "configured", "pick
 
 KERNELS = {k.name: k for k in (decode.KERNEL, sm90.KERNEL, latent.KERNEL, mma.KERNEL, simt.KERNEL)}
 IMPLS = tuple(KERNELS)
-"""The kernels, in the order in which they are tried: few queries, Hopper's wgmma, wide heads there, mma.sync, the CUDA cores."""
+"""The kernels, as they are tried: few queries, Hopper's wgmma, its wide heads, mma.sync, the CUDA cores."""
 
 
 def plan(
