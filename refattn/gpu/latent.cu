@@ -7,7 +7,7 @@
 //  2. The producer (one thread) copies Q once, and tiles of BLOCK_N keys in turn into two slots, by the bulk tensor
 //     copy engine (128-byte swizzle, boxes of 64 columns; what is past an array's end arrives as zeros). A slot has
 //     three groups of boxes, each with a "full" and an "empty" mbarrier: KEYS, and the LEFT and RIGHT 256 columns of
-//     values. The CLUSTER blocks of a cluster have rows of one key head; each copies a part of the keys for all of them.
+//     values. The CLUSTER blocks of a cluster have rows of one key head; each copies a part of the keys for all.
 //     SHARED: values are the keys' first columns in memory. They are copied once, BLOCK_N is 64, and KEYS has only the
 //     boxes from 512 columns on. Else a slot has both, and BLOCK_N is 32.
 //  3. Consumer t % 2 computes S = Q K^T of tile t and its softmax (online, base 2; the maximum so far comes from the
@@ -15,9 +15,9 @@
 //     shared memory. Each consumer adds P V for its half of the columns of O, of its own tiles with P from registers.
 //     So one consumer's softmax runs beside the other's products. Tiles go from the last keys to the first.
 //  4. What a consumer reads last of a group it frees: the keys after S, its half of the values after P V.
-//  5. Epilogue: the row sums of both consumers, sink, division, 16-byte stores, lse. SPLIT: where `splits` is above 1, a
-//     block takes one of so many parts of its keys, and writes O, maximum and sum in float32; `merge` adds the parts of
-//     a row up in their order.
+//  5. Epilogue: the row sums of both consumers, sink, division, 16-byte stores, lse. SPLIT: where `splits` is above 1,
+//     a block takes one of so many parts of its keys, and writes O, maximum and sum in float32; `merge` adds the parts
+//     of a row up in their order.
 //  6. REPAIR: a hidden key's p is 0, and 0 * NaN is NaN. Rows with an output that is not finite are marked in `redo`,
 //     and `repair` computes them anew on the CUDA cores from lse, over the keys that they see.
 //
