@@ -1,9 +1,9 @@
 """Latent attention on a GPU: keys of 576 columns, values their first 512, 128 query heads on one key head.
 
 bfloat16; every figure is a median of runs that take turns. Operations are 2·b·h·n²·(576 + 512), half where causal;
-their floor is the time of as many at the rate of a product of two matrices of 8192². Decoding is beside a copy of as many
-bytes as the latents have. "Apart" is the same call with values in memory of their own. The peers are PyTorch's kernels,
-those that take the widths; they are given keys and values for each head.
+their floor is the time of as many at the rate of a product of two matrices of 8192². Decoding is beside a copy of as
+many bytes as the latents have. "Apart" is the same call with values in memory of their own. The peers are PyTorch's
+kernels, those that take the widths; they are given keys and values for each head.
 """
 
 from __future__ import annotations

@@ -7,13 +7,14 @@
 //  2. The producer (one thread) copies Q once, and tiles of BLOCK_N keys in turn into two slots, by the bulk tensor
 //     copy engine (128-byte swizzle, boxes of 64 columns; what is past an array's end arrives as zeros). A slot has
 //     three groups of boxes, each with a "full" and an "empty" mbarrier: KEYS, and the LEFT and RIGHT 256 columns of
-//     values. The CLUSTER blocks of a cluster have rows of one key head; each copies a part of the keys for all.
+//     values.
 //     SHARED: values are the keys' first columns in memory. They are copied once, BLOCK_N is 64, and KEYS has only the
 //     boxes from 512 columns on. Else a slot has both, and BLOCK_N is 32.
 //  3. Consumer t % 2 computes S = Q K^T of tile t and its softmax (online, base 2; the maximum so far comes from the
 //     other consumer), and hands P, the maximum and the factor of what was summed up before to the other one through
 //     shared memory. Each consumer adds P V for its half of the columns of O, of its own tiles with P from registers.
-//     So one consumer's softmax runs beside the other's products. Tiles go from the last keys to the first.
+//     Tiles go from the last keys to the first. Of tiles 2 i and 2 i + 1, the products are in the order S, S', P V,
+//     P' V': the softmax of S runs beside S', that of S' beside P V, and P' V' beside the copy of the next keys.
 //  4. What a consumer reads last of a group it frees: the keys after S, its half of the values after P V.
 //  5. Epilogue: the row sums of both consumers, sink, division, 16-byte stores, lse. SPLIT: where `splits` is above 1,
 //     a block takes one of so many parts of its keys, and writes O, maximum and sum in float32; `merge` adds the parts
@@ -43,7 +44,7 @@ enum Group { KEYS, LEFT_VALUES, RIGHT_VALUES, GROUPS };
 
 // Shared memory, from a 1024-byte aligned base. P: 64 rows of 128 bytes.
 constexpr u32 OFFSET_SLOTS = BOXES_QUERY * Q_BOX, OFFSET_P = OFFSET_SLOTS + 2 * SLOT, TOP = OFFSET_P + 64 * 128;
-constexpr u32 FACTOR = TOP + 256, SUMS = FACTOR + 256, OFFSET_BARRIERS = SUMS + 512;
+constexpr u32 FACTOR = TOP + 256, SUMS = FACTOR + 256, MOVED = SUMS + 512, OFFSET_BARRIERS = MOVED + 16;
 constexpr u32 FULL = 0, EMPTY = FULL + 8 * 2 * GROUPS, FULL_Q = EMPTY + 8 * 2 * GROUPS;
 
 // (wgmma wrappers)
@@ -65,24 +66,20 @@ DEVICE Band band_of(const Shape& z, const Options& x) {       // no sum passes 2
 struct Work { int batch, head_kv, head, query, first, end, split; };
 DEVICE Work work_of(const Shape& z, const Options& x) {
     Work w;
-    u32 i = blockIdx.x / CLUSTER;
+    u32 i = blockIdx.x;
     w.split = SPLIT ? i % z.splits : 0;
     if (SPLIT) i /= z.splits;
-    const int tiles = z.tiles_heads * z.tiles_queries, together = (tiles + CLUSTER - 1) / CLUSTER,
-              rows = 64 / z.tile_heads, first = i % together * CLUSTER, tile = first + blockIdx.x % CLUSTER;
-    i /= together;
+    w.head = i % z.tiles_heads * z.tile_heads, i /= z.tiles_heads;
+    int m = i % z.tiles_queries;
+    i /= z.tiles_queries;
+    if (RIGHT) m = z.tiles_queries - 1 - m;                        // the longest first
     w.head_kv = i % z.heads_kv, w.batch = i / z.heads_kv;
-    auto query = [&](int tile) {                                   // the longest first
-        const int m = tile / z.tiles_heads;
-        return (RIGHT ? z.tiles_queries - 1 - m : m) * rows;
-    };
-    w.head = tile % z.tiles_heads * z.tile_heads;
-    w.query = tile < tiles ? query(tile) : z.n_q;                  // past all: rows that are none
-    const int one = query(first), other = query(min(first + CLUSTER, tiles) - 1);
+    const int rows = 64 / z.tile_heads;
+    w.query = m * rows;
     const Band band = band_of(z, x);
-    const int keys = RIGHT ? min(z.n_k, min(max(one, other) + rows, z.n_q) + band.high) : z.n_k;
+    const int keys = RIGHT ? min(z.n_k, min(w.query + rows, z.n_q) + band.high) : z.n_k;
     w.end = keys > 0 ? (keys + BLOCK_N - 1) / BLOCK_N : 0;
-    w.first = LEFT ? min(max(0, min(one, other) + band.low) / BLOCK_N, w.end) : 0;
+    w.first = LEFT ? min(max(0, w.query + band.low) / BLOCK_N, w.end) : 0;
     if (SPLIT) {
         const int count = w.end - w.first, from = w.first;
         w.first = from + (int)((long long)count * w.split / z.splits);
@@ -91,39 +88,14 @@ DEVICE Work work_of(const Shape& z, const Options& x) {
     return w;
 }
 
-// Boxes of 64 columns from column 64 * first on. Of a cluster, a block copies its part of the keys into all blocks.
+// Boxes of 64 columns from column 64 * first on.
 DEVICE void copy_boxes(u32 to, const TensorMap* map, u32 bar, int first, int count, int row, int head, int batch) {
-    const int part = CLUSTER > 1 ? blockIdx.x % CLUSTER * (BLOCK_N / CLUSTER) : 0;
 #pragma unroll
     for (int i = 0; i < count; i++)
-#if CLUSTER > 1
-        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes."
-                     "multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to + i * BOX + part * 128),
-                     "l"(map), "r"(bar), "r"(64 * (first + i)), "r"(row + part), "r"(head), "r"(batch),
-                     "h"((u16)((1 << CLUSTER) - 1))
-                     : "memory");
-#else
         asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
                      "%4, %5, %6}], [%2];" ::"r"(to + i * BOX),
-                     "l"(map), "r"(bar), "r"(64 * (first + i)), "r"(row + part), "r"(head), "r"(batch)
+                     "l"(map), "r"(bar), "r"(64 * (first + i)), "r"(row), "r"(head), "r"(batch)
                      : "memory");
-#endif
-}
-// Frees a slot's group in every block of the cluster.
-DEVICE void arrive_everywhere(u32 bar) {
-#if CLUSTER > 1
-#pragma unroll
-    for (int i = 0; i < CLUSTER; i++)
-        asm volatile("{.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                     "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(bar), "r"(i) : "memory");
-#else
-    barrier_arrive(bar);
-#endif
-}
-DEVICE void cluster_sync() {
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-#endif
 }
 DEVICE bool barrier_done(u32 bar, u32 parity) {
     u32 done;
@@ -223,7 +195,7 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
 #pragma unroll
     for (int i = 0; i < NO; i++) o[i] = 0.f;
     auto barrier = [&](u32 kind, int slot, int group) { return bars + kind + 8 * (GROUPS * slot + group); };
-    auto release = [&](int slot, int group) { if (lane == 0) arrive_everywhere(barrier(EMPTY, slot, group)); };
+    auto release = [&](int slot, int group) { if (lane == 0) barrier_arrive(barrier(EMPTY, slot, group)); };
     const u64 desc_q = descriptor(shared, 16), desc_p = descriptor(shared + OFFSET_P, 16);
     const int mine = LEFT_VALUES + consumer;
     auto values = [&](int slot) {
@@ -231,18 +203,57 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
     };
     // the place of one of the thread's rows in an array of the block's rows
     auto of_row = [&](u32 array, int r) { return shared + array + 4 * (my_row + 8 * r); };
-    auto own = [&](int t) {
+    // O += P V of the other consumer's tile. queued: products before it, which then have ended
+    auto take = [&](int t, auto queued) {
+        const int slot = t & 1;
+        const u64 v = values(slot);
+        auto product = [&]() {
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < BLOCK_N / 16; i++) pv_shared(o, desc_p + ((i * 32) >> 4), v + ((i * 2048) >> 4));
+            wgmma_commit();
+        };
+        take_over(slot);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            top[r] = load_float(of_row(TOP, r)), factor[r] = load_float(of_row(FACTOR, r));
+            sum[r] *= factor[r];
+        }
+        const uint4 moved = load_four(shared + MOVED);            // of each warp: all four go one way
+        barrier_wait(barrier(FULL, slot, mine), t >> 1 & 1);
+        if (moved.x | moved.y | moved.z | moved.w) {
+            if (decltype(queued)::value) wgmma_wait<0>();         // no product is queued while registers of O change
+            rescale(o, factor);
+            product();
+        } else {
+            product();
+            if (decltype(queued)::value) wgmma_wait<1>();
+        }
+    };
+    // S = Q K^T, P, O += P V of the consumer's own tile
+    auto own = [&](int t, auto second) {
+        constexpr bool SECOND = decltype(second)::value;
         const int slot = t & 1, phase = t >> 1 & 1, j = w.end - 1 - t;
+        const u32 full = barrier(FULL, slot, 0);
+        const u64 desc_k = descriptor(shared + OFFSET_SLOTS + slot * SLOT, 16);
         float s[NS];
-        // what was queued of tile t - 1 runs on if this tile's keys are there; else its values are freed first
-        const u32 last = barrier(FULL, slot, SHARED ? RIGHT_VALUES : KEYS);
-        const bool ready = EAGER == 1 || (EAGER == 2 && __all_sync(~0u, barrier_done(last, phase)));
-        if (t > 0 && !ready) wgmma_wait<0>(), release(slot ^ 1, mine);
-        product_qk(s, desc_q, descriptor(shared + OFFSET_SLOTS + slot * SLOT, 16), barrier(FULL, slot, 0), phase);
-        if (t > 0 && ready) wgmma_wait<1>(), release(slot ^ 1, mine);
-        wgmma_wait<0>();
-        pin(s);
-        pin(o);
+        if (SECOND) {
+            wgmma_wait<0>();
+            pin(o);
+            if (t > 1) release(slot, mine);
+            product_qk(s, desc_q, desc_k, full, phase);
+            take(t - 1, Yes());
+            pin(s);
+        } else {
+            // the product with the other's P runs on if this tile's keys are there; else its values are freed first
+            const bool ready = __all_sync(~0u, barrier_done(full + 8 * (SHARED ? RIGHT_VALUES : KEYS), phase));
+            if (t > 0 && !ready) wgmma_wait<0>(), release(slot ^ 1, mine);
+            product_qk(s, desc_q, desc_k, full, phase);
+            if (t > 0 && ready) wgmma_wait<1>(), release(slot ^ 1, mine);
+            wgmma_wait<0>();
+            pin(s);
+            pin(o);
+        }
         if (BOXES_KEYS) release(slot, KEYS);
         if (SOFTCAP) cap(s, scale / x.softcap);
         if (PRESCALE) {
@@ -260,21 +271,29 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
         }
         u32 p[NP];
 #pragma unroll
+        for (int i = 0; i < NP; i++) p[i] = pack(s[2 * i], s[2 * i + 1]);
+        if (SECOND) {
+            wgmma_wait<0>();
+            pin(o);
+            release(slot ^ 1, mine);                              // the other's P has been read, too
+        }
+#pragma unroll
         for (int i = 0; i < NP; i++) {
-            p[i] = pack(s[2 * i], s[2 * i + 1]);
             const int row = my_row + 8 * (i % 2);
-            asm volatile("st.shared.b32 [%0], %1;" ::"r"(
-                             shared + OFFSET_P + row * 128 + ((i / 2 ^ (row & 7)) << 4) + 4 * lane4), "r"(p[i])
-                         : "memory");
+            const u32 to = shared + OFFSET_P + row * 128 + ((i / 2 ^ (row & 7)) << 4) + 4 * lane4;
+            asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(p[i]) : "memory");
         }
         if (lane4 == 0) {
 #pragma unroll
             for (int r = 0; r < 2; r++) store_float(of_row(TOP, r), top[r]), store_float(of_row(FACTOR, r), factor[r]);
         }
+        if (lane == 0)
+            asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared + MOVED + threadIdx.x / 32 % 4 * 4), "r"((u32)moved)
+                         : "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         hand_over(consumer);
         if (moved) rescale(o, factor);
-        barrier_wait(barrier(FULL, slot, mine), phase);
+        barrier_wait(full + 8 * mine, phase);
         wgmma_fence();
         const u64 v = values(slot);
 #pragma unroll
@@ -282,36 +301,30 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
             pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], v + ((i * 2048) >> 4));
         wgmma_commit();
     };
-    auto others = [&](int t) {
-        const int slot = t & 1, phase = t >> 1 & 1;
-        wgmma_wait<0>();
-        pin(o);
-        if (t > 0) release(slot ^ 1, mine);
-        take_over(slot);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            top[r] = load_float(of_row(TOP, r)), factor[r] = load_float(of_row(FACTOR, r));
-            sum[r] *= factor[r];
-        }
-        if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) rescale(o, factor);
-        barrier_wait(barrier(FULL, slot, mine), phase);
-        wgmma_fence();
-        const u64 v = values(slot);
-#pragma unroll
-        for (int i = 0; i < BLOCK_N / 16; i++) pv_shared(o, desc_p + ((i * 32) >> 4), v + ((i * 2048) >> 4));
-        wgmma_commit();
-    };
     const int tiles = w.end - w.first;
     if (tiles > 0) barrier_wait(bars + FULL_Q, 0);
-    int t = 0;
-    if (consumer == 1 && tiles > 0) others(t++);
+    if (consumer == 0) {
 #pragma unroll 1
-    while (t < tiles) {
-        own(t++);
-        if (t < tiles) others(t++);
+        for (int t = 0; t < tiles; t += 2) {
+            own(t, No());
+            wgmma_wait<0>();
+            pin(o);
+            release(0, mine);
+            if (t + 1 < tiles) take(t + 1, No());
+        }
+        wgmma_wait<0>();                                          // before the paths join: else products are serialised
+        pin(o);
+    } else {
+#pragma unroll 1
+        for (int t = 1; t < tiles; t += 2) own(t, Yes());
+        wgmma_wait<0>();
+        pin(o);
+        if (tiles % 2) {
+            take(tiles - 1, No());
+            wgmma_wait<0>();
+            pin(o);
+        }
     }
-    wgmma_wait<0>();
-    pin(o);
 
     // both consumers have the rows' sums of their own tiles, relative to one maximum
 #pragma unroll
@@ -357,12 +370,7 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
     if (!split) store_rows(to, o, inverse, z.d - HALF * consumer, lane4);
 }
 
-#if CLUSTER > 1
-#define TOGETHER __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define TOGETHER
-#endif
-extern "C" __global__ void TOGETHER __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
     attention_latent(const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,
                      const __grid_constant__ TensorMap map_v, u16* out, float* lse, unsigned char* redo,
                      const Parts parts, const Shape shape, const Strides stride, const Options options, float scale)
@@ -371,12 +379,11 @@ extern "C" __global__ void TOGETHER __launch_bounds__(384, 1)
     const u32 shared = ((u32)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
     if (threadIdx.x == 0) {
         const u32 bars = shared + OFFSET_BARRIERS;
-        barriers_init(bars + FULL, bars + EMPTY, 2 * GROUPS, 4 * CLUSTER);  // a consumer's warps free a group
+        barriers_init(bars + FULL, bars + EMPTY, 2 * GROUPS, 4);       // a consumer's warps free a group
         barrier_init(bars + FULL_Q, 1);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
-    cluster_sync();
     const Work w = work_of(shape, options);
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -385,8 +392,6 @@ extern "C" __global__ void TOGETHER __launch_bounds__(384, 1)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         consume(shared, shape, w, scale, out, stride, lse, redo, parts, options);
     }
-    __syncwarp();
-    cluster_sync();                                               // copies and arrivals of others come to the end
 }
 
 // ---- parts of keys -----------------------------------------------------------------------------------------------

@@ -67,8 +67,6 @@ def macros(call: Call) -> dict[str, Any]:
         "SPLIT": int(few and not call.batch_invariant),
         "PRESCALE": int(not call.positive_scale),
         "BLOCK_N": 64 if call.shared else 32,
-        "CLUSTER": 2,
-        "EAGER": 2,
     }
 
 
@@ -98,7 +96,7 @@ def shared_bytes(m: Mapping[str, Any]) -> int:
     """Return the dynamic shared memory of a block, in bytes."""
     boxes = WIDEST_K // 64 + (0 if m["SHARED"] else WIDEST_V // 64)
     rows = ROWS * (WIDEST_K // 64 + 1) + 2 * m["BLOCK_N"] * boxes  # Q and P, and two slots
-    return int(1024 + 128 * rows + 4 * 4 * ROWS + 8 * 13)
+    return int(1024 + 128 * rows + 4 * 4 * ROWS + 16 + 8 * 13)
 
 
 def shared(key: View, value: View) -> bool:
@@ -120,9 +118,9 @@ def splits_of(tiles: int, blocks_of_keys: int, multiprocessors: int) -> int:
     return max(1, min(multiprocessors // tiles, blocks_of_keys // LEAST_TILES))
 
 
-def maps(m: Mapping[str, Any], group: int, n_q: int) -> dict[str, tuple[str, Callable[[View], bytes]]]:
+def maps(m: Mapping[str, Any], group: int, n_q: int) -> Mapping[str, tuple[str, Callable[[View], bytes]]]:
     """Return by argument the array whose tensor map it is, and what makes one."""
-    keys = {f"map_{n[0]}": (n, partial(_key_map, rows=m["BLOCK_N"] // m["CLUSTER"], name=n)) for n in ("key", "value")}
+    keys = {f"map_{n[0]}": (n, partial(_key_map, rows=m["BLOCK_N"], name=n)) for n in ("key", "value")}
     return {"map_q": ("query", partial(_query_map, group=group, heads=_tile_heads(group, n_q)))} | keys
 
 
@@ -160,7 +158,7 @@ def arguments(
     group = h // h_kv
     heads = _tile_heads(group, n_q)
     of_heads, of_queries = -(-group // heads), -(-n_q // (ROWS // heads))
-    tiles = -(-of_heads * of_queries // m["CLUSTER"]) * m["CLUSTER"] * h_kv * b
+    tiles = of_heads * of_queries * h_kv * b
     splits = splits_of(tiles, -(-n_k // m["BLOCK_N"]), multiprocessors) if m["SPLIT"] else 1
     left, right = (NO_LIMIT if w is None else min(w, NO_LIMIT) for w in options["window"] or (None, None))
     places = {n: arrays[n].pointer for n in ("out", "lse")}
