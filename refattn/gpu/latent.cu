@@ -44,7 +44,7 @@ enum Group { KEYS, LEFT_VALUES, RIGHT_VALUES, GROUPS };
 
 // Shared memory, from a 1024-byte aligned base. P: 64 rows of 128 bytes.
 constexpr u32 OFFSET_SLOTS = BOXES_QUERY * Q_BOX, OFFSET_P = OFFSET_SLOTS + 2 * SLOT, TOP = OFFSET_P + 64 * 128;
-constexpr u32 FACTOR = TOP + 256, SUMS = FACTOR + 256, MOVED = SUMS + 512, OFFSET_BARRIERS = MOVED + 16;
+constexpr u32 FACTOR = TOP + 256, SUMS = FACTOR + 256, OFFSET_BARRIERS = SUMS + 512;
 constexpr u32 FULL = 0, EMPTY = FULL + 8 * 2 * GROUPS, FULL_Q = EMPTY + 8 * 2 * GROUPS;
 
 // (wgmma wrappers)
@@ -203,32 +203,27 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
     };
     // the place of one of the thread's rows in an array of the block's rows
     auto of_row = [&](u32 array, int r) { return shared + array + 4 * (my_row + 8 * r); };
-    // O += P V of the other consumer's tile. queued: products before it, which then have ended
+    // O += P V of the other consumer's tile. queued: S is computed meanwhile, and there at the end
     auto take = [&](int t, auto queued) {
+        constexpr bool QUEUED = decltype(queued)::value;
         const int slot = t & 1;
-        const u64 v = values(slot);
-        auto product = [&]() {
-            wgmma_fence();
-#pragma unroll
-            for (int i = 0; i < BLOCK_N / 16; i++) pv_shared(o, desc_p + ((i * 32) >> 4), v + ((i * 2048) >> 4));
-            wgmma_commit();
-        };
         take_over(slot);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             top[r] = load_float(of_row(TOP, r)), factor[r] = load_float(of_row(FACTOR, r));
             sum[r] *= factor[r];
         }
-        const uint4 moved = load_four(shared + MOVED);            // of each warp: all four go one way
-        barrier_wait(barrier(FULL, slot, mine), t >> 1 & 1);
-        if (moved.x | moved.y | moved.z | moved.w) {
-            if (decltype(queued)::value) wgmma_wait<0>();         // no product is queued while registers of O change
+        if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) {
+            if (QUEUED) wgmma_wait<0>();                          // no product is queued while registers of O change
             rescale(o, factor);
-            product();
-        } else {
-            product();
-            if (decltype(queued)::value) wgmma_wait<1>();
         }
+        barrier_wait(barrier(FULL, slot, mine), t >> 1 & 1);
+        wgmma_fence();
+        const u64 v = values(slot);
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 16; i++) pv_shared(o, desc_p + ((i * 32) >> 4), v + ((i * 2048) >> 4));
+        wgmma_commit();
+        if (QUEUED) wgmma_wait<1>();
     };
     // S = Q K^T, P, O += P V of the consumer's own tile
     auto own = [&](int t, auto second) {
@@ -287,9 +282,6 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
 #pragma unroll
             for (int r = 0; r < 2; r++) store_float(of_row(TOP, r), top[r]), store_float(of_row(FACTOR, r), factor[r]);
         }
-        if (lane == 0)
-            asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared + MOVED + threadIdx.x / 32 % 4 * 4), "r"((u32)moved)
-                         : "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         hand_over(consumer);
         if (moved) rescale(o, factor);

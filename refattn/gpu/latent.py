@@ -96,7 +96,7 @@ def shared_bytes(m: Mapping[str, Any]) -> int:
     """Return the dynamic shared memory of a block, in bytes."""
     boxes = WIDEST_K // 64 + (0 if m["SHARED"] else WIDEST_V // 64)
     rows = ROWS * (WIDEST_K // 64 + 1) + 2 * m["BLOCK_N"] * boxes  # Q and P, and two slots
-    return int(1024 + 128 * rows + 4 * 4 * ROWS + 16 + 8 * 13)
+    return int(1024 + 128 * rows + 4 * 4 * ROWS + 8 * 13)
 
 
 def shared(key: View, value: View) -> bool:
