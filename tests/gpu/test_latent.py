@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from refattn import Problem, UnsupportedProblem, check_kernel, check_problem
 from refattn.check.kernels import KERNELS
-from refattn.gpu import latent
+from refattn.gpu import latent, request
 from refattn.gpu import launch as launches
 from refattn.gpu.arguments import arguments_of
 from refattn.gpu.latent import KERNEL, shared, splits_of
@@ -114,6 +114,18 @@ def test_values_that_are_the_keys_first_columns():
         replace(first, shape=(2, 1, 100, 584)),
     ):
         assert not shared(key, other)
+
+
+def test_a_view_of_the_keys_is_another_kind_of_call(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(request, "view", lambda x, _: View(x.data_ptr(), tuple(x.shape), x.stride(), "bfloat16", 0))
+    q, k, apart = (torch.ones(1, h, 4, 576, dtype=torch.bfloat16) for h in (2, 1, 1))
+    options = {"scale": None, "causal": None, "window": None, "softcap": None}
+    one, two = (
+        request.read({"query": q, "key": k, "value": x[..., :512]}, None, None, None, options) for x in (k, apart)
+    )
+    assert one.signature != two.signature
+    assert [x.call().shared for x in (one, two)] == [True, False]
 
 
 @pytest.fixture
