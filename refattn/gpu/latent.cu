@@ -13,8 +13,7 @@
 //  3. Consumer t % 2 computes S = Q K^T of tile t and its softmax (online, base 2; the maximum so far comes from the
 //     other consumer), and hands P, the maximum and the factor of what was summed up before to the other one through
 //     shared memory. Each consumer adds P V for its half of the columns of O, of its own tiles with P from registers.
-//     Tiles go from the last keys to the first. Of tiles 2 i and 2 i + 1, the products are in the order S, S', P V,
-//     P' V': the softmax of S runs beside S', that of S' beside P V, and P' V' beside the copy of the next keys.
+//     So one consumer's softmax runs beside the other's products. Tiles go from the last keys to the first.
 //  4. What a consumer reads last of a group it frees: the keys after S, its half of the values after P V.
 //  5. Epilogue: the row sums of both consumers, sink, division, 16-byte stores, lse. SPLIT: where `splits` is above 1,
 //     a block takes one of so many parts of its keys, and writes O, maximum and sum in float32; `merge` adds the parts
@@ -203,52 +202,18 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
     };
     // the place of one of the thread's rows in an array of the block's rows
     auto of_row = [&](u32 array, int r) { return shared + array + 4 * (my_row + 8 * r); };
-    // O += P V of the other consumer's tile. queued: S is computed meanwhile, and there at the end
-    auto take = [&](int t, auto queued) {
-        constexpr bool QUEUED = decltype(queued)::value;
-        const int slot = t & 1;
-        take_over(slot);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            top[r] = load_float(of_row(TOP, r)), factor[r] = load_float(of_row(FACTOR, r));
-            sum[r] *= factor[r];
-        }
-        if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) {
-            if (QUEUED) wgmma_wait<0>();                          // no product is queued while registers of O change
-            rescale(o, factor);
-        }
-        barrier_wait(barrier(FULL, slot, mine), t >> 1 & 1);
-        wgmma_fence();
-        const u64 v = values(slot);
-#pragma unroll
-        for (int i = 0; i < BLOCK_N / 16; i++) pv_shared(o, desc_p + ((i * 32) >> 4), v + ((i * 2048) >> 4));
-        wgmma_commit();
-        if (QUEUED) wgmma_wait<1>();
-    };
-    // S = Q K^T, P, O += P V of the consumer's own tile
-    auto own = [&](int t, auto second) {
-        constexpr bool SECOND = decltype(second)::value;
+    auto own = [&](int t) {
         const int slot = t & 1, phase = t >> 1 & 1, j = w.end - 1 - t;
-        const u32 full = barrier(FULL, slot, 0);
-        const u64 desc_k = descriptor(shared + OFFSET_SLOTS + slot * SLOT, 16);
         float s[NS];
-        if (SECOND) {
-            wgmma_wait<0>();
-            pin(o);
-            if (t > 1) release(slot, mine);
-            product_qk(s, desc_q, desc_k, full, phase);
-            take(t - 1, Yes());
-            pin(s);
-        } else {
-            // the product with the other's P runs on if this tile's keys are there; else its values are freed first
-            const bool ready = __all_sync(~0u, barrier_done(full + 8 * (SHARED ? RIGHT_VALUES : KEYS), phase));
-            if (t > 0 && !ready) wgmma_wait<0>(), release(slot ^ 1, mine);
-            product_qk(s, desc_q, desc_k, full, phase);
-            if (t > 0 && ready) wgmma_wait<1>(), release(slot ^ 1, mine);
-            wgmma_wait<0>();
-            pin(s);
-            pin(o);
-        }
+        // what was queued of tile t - 1 runs on if this tile's keys are there; else its values are freed first
+        const u32 last = barrier(FULL, slot, SHARED ? RIGHT_VALUES : KEYS);
+        const bool ready = __all_sync(~0u, barrier_done(last, phase));
+        if (t > 0 && !ready) wgmma_wait<0>(), release(slot ^ 1, mine);
+        product_qk(s, desc_q, descriptor(shared + OFFSET_SLOTS + slot * SLOT, 16), barrier(FULL, slot, 0), phase);
+        if (t > 0 && ready) wgmma_wait<1>(), release(slot ^ 1, mine);
+        wgmma_wait<0>();
+        pin(s);
+        pin(o);
         if (BOXES_KEYS) release(slot, KEYS);
         if (SOFTCAP) cap(s, scale / x.softcap);
         if (PRESCALE) {
@@ -266,17 +231,12 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
         }
         u32 p[NP];
 #pragma unroll
-        for (int i = 0; i < NP; i++) p[i] = pack(s[2 * i], s[2 * i + 1]);
-        if (SECOND) {
-            wgmma_wait<0>();
-            pin(o);
-            release(slot ^ 1, mine);                              // the other's P has been read, too
-        }
-#pragma unroll
         for (int i = 0; i < NP; i++) {
+            p[i] = pack(s[2 * i], s[2 * i + 1]);
             const int row = my_row + 8 * (i % 2);
-            const u32 to = shared + OFFSET_P + row * 128 + ((i / 2 ^ (row & 7)) << 4) + 4 * lane4;
-            asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(p[i]) : "memory");
+            asm volatile("st.shared.b32 [%0], %1;" ::"r"(
+                             shared + OFFSET_P + row * 128 + ((i / 2 ^ (row & 7)) << 4) + 4 * lane4), "r"(p[i])
+                         : "memory");
         }
         if (lane4 == 0) {
 #pragma unroll
@@ -285,7 +245,7 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         hand_over(consumer);
         if (moved) rescale(o, factor);
-        barrier_wait(full + 8 * mine, phase);
+        barrier_wait(barrier(FULL, slot, mine), phase);
         wgmma_fence();
         const u64 v = values(slot);
 #pragma unroll
@@ -293,30 +253,36 @@ DEVICE void consume(u32 shared, const Shape& z, const Work& w, float scale, u16*
             pv(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], v + ((i * 2048) >> 4));
         wgmma_commit();
     };
-    const int tiles = w.end - w.first;
-    if (tiles > 0) barrier_wait(bars + FULL_Q, 0);
-    if (consumer == 0) {
-#pragma unroll 1
-        for (int t = 0; t < tiles; t += 2) {
-            own(t, No());
-            wgmma_wait<0>();
-            pin(o);
-            release(0, mine);
-            if (t + 1 < tiles) take(t + 1, No());
-        }
-        wgmma_wait<0>();                                          // before the paths join: else products are serialised
-        pin(o);
-    } else {
-#pragma unroll 1
-        for (int t = 1; t < tiles; t += 2) own(t, Yes());
+    auto others = [&](int t) {
+        const int slot = t & 1, phase = t >> 1 & 1;
         wgmma_wait<0>();
         pin(o);
-        if (tiles % 2) {
-            take(tiles - 1, No());
-            wgmma_wait<0>();
-            pin(o);
+        if (t > 0) release(slot ^ 1, mine);
+        take_over(slot);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            top[r] = load_float(of_row(TOP, r)), factor[r] = load_float(of_row(FACTOR, r));
+            sum[r] *= factor[r];
         }
+        if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) rescale(o, factor);
+        barrier_wait(barrier(FULL, slot, mine), phase);
+        wgmma_fence();
+        const u64 v = values(slot);
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 16; i++) pv_shared(o, desc_p + ((i * 32) >> 4), v + ((i * 2048) >> 4));
+        wgmma_commit();
+    };
+    const int tiles = w.end - w.first;
+    if (tiles > 0) barrier_wait(bars + FULL_Q, 0);
+    int t = 0;
+    if (consumer == 1 && tiles > 0) others(t++);
+#pragma unroll 1
+    while (t < tiles) {
+        own(t++);
+        if (t < tiles) others(t++);
     }
+    wgmma_wait<0>();
+    pin(o);
 
     // both consumers have the rows' sums of their own tiles, relative to one maximum
 #pragma unroll
