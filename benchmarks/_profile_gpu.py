@@ -1,6 +1,7 @@
 """Profile the Hopper kernels by Nsight Compute: python -m benchmarks._profile_gpu RESULTS.json (needs ncu, a GPU).
 
-One process makes all calls; of each the kernels that it is about are profiled. The clocks are left as they are.
+One process makes all calls; of each the kernels that it is about are profiled. The clocks are left as they are. With a
+second argument, "latent", calls of latent attention alone.
 """
 
 from __future__ import annotations
@@ -70,8 +71,29 @@ def decode(torch: Any, b: int, n: int, *, narrow: bool = False) -> Any:
     return lambda: attention_with_cache(q, *few, lengths=lengths)
 
 
-def calls(torch: Any) -> Iterator[tuple[str, tuple[str, ...], Any]]:
+def latent(torch: Any, n_q: int, b: int, n: int, shared: bool = True, **options: Any) -> Any:
+    """Return a call of 128 heads on one latent, whose values are its first columns, or apart."""
+    from refattn.gpu import attention
+
+    q, k = (torch.randn(b, h, m, 576, device="cuda", dtype=torch.bfloat16) for h, m in ((128, n_q), (1, n)))
+    v = k[..., :512] if shared else k[..., :512].clone()
+    return lambda: attention(q, k, v, **options)
+
+
+def latents(torch: Any) -> Iterator[tuple[str, tuple[str, ...], Any]]:
+    """Yield calls of latent attention, as `calls` does."""
+    one = ("attention_latent",)
+    yield "latent n=4096", one, latent(torch, 4096, 1, 4096)
+    yield "latent n=4096 causal", one, latent(torch, 4096, 1, 4096, causal="bottom_right")
+    yield "latent n=4096 apart", one, latent(torch, 4096, 1, 4096, shared=False)
+    yield "latent decode 64 x 8192", one, latent(torch, 1, 64, 8192)
+
+
+def calls(torch: Any, which: str) -> Iterator[tuple[str, tuple[str, ...], Any]]:
     """Yield a call's name, its kernels that are profiled, and the call."""
+    yield from latents(torch)
+    if which == "latent":
+        return
     causal, one = {"causal": "bottom_right"}, ("attention_forward",)
     for d in (64, 128, 256):
         yield f"d={d} n=4096", one, forward(torch, d, 4096)
@@ -92,11 +114,11 @@ def calls(torch: Any) -> Iterator[tuple[str, tuple[str, ...], Any]]:
     yield "decode 8 x 65536 float8", ("decode_cache", "merge_cache"), decode(torch, 8, 65536, narrow=True)
 
 
-def child() -> None:
+def child(which: str) -> None:
     """Make all calls twice, and a third time for the profiler."""
     torch = gpu_torch()
     torch.manual_seed(0)
-    for name, kernels, call in calls(torch):
+    for name, kernels, call in calls(torch, which):
         call(), call()
         torch.cuda.synchronize()
         print("call", json.dumps([name, kernels]), flush=True)
@@ -140,15 +162,15 @@ def profiled(lines: list[str]) -> dict[str, dict[str, Any]]:
     return answer
 
 
-def main(target: str) -> None:
-    """Profile all calls."""
+def main(target: str, which: str = "") -> None:
+    """Profile all calls, or those of latent attention."""
     if target == "-":
-        child()
+        child(which)
         return
-    kernels = "attention_forward|backward|decode|merge|decode_cache|merge_cache"
+    kernels = "attention_forward|attention_latent|backward|decode|merge|decode_cache|merge_cache"
     command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
     command += ["--profile-from-start", "off", "--section", "WarpStateStats", "--metrics", ",".join(METRICS)]
-    command += ["-k", f"regex:^({kernels})$", sys.executable, "-m", "benchmarks._profile_gpu", "-"]
+    command += ["-k", f"regex:^({kernels})$", sys.executable, "-m", "benchmarks._profile_gpu", "-", which]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     Path(f"{target}.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode:

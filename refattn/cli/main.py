@@ -141,8 +141,8 @@ def bench(name: str, json_file: str | None) -> None:
     """Run a benchmark and print a row for each figure. Exit code: 1 where one is not held.
 
     NAME is accuracy, accuracy_long, decode, dropout_gpu, exact, exact_gpu, float8_gpu, gpu, gpu_backward,
-    gpu_catalogue, gpu_options, gpu_recurrence, gpu_training, he, he_data, he_gpu, he_peers, imports, judge, recurrence,
-    rules, tensor, tensor_gpu or verdicts.
+    gpu_catalogue, gpu_latent, gpu_options, gpu_recurrence, gpu_training, he, he_data, he_gpu, he_peers, imports, judge,
+    recurrence, rules, tensor, tensor_gpu or verdicts.
     """
     from ..bench import benchmarks, run
 

@@ -43,11 +43,12 @@ def attention(
     Parameters
     ----------
     query : (b, h_q, n_q, d_k) array of CuPy, PyTorch or JAX
-        float16, bfloat16, float32 or float64; d_k, d_v from 1 to 256; any strides with a contiguous last axis.
+        float16, bfloat16, float32 or float64; d_k, d_v from 1 to 256, or with the kernel "latent" to 576 and 512; any
+        strides with a contiguous last axis.
     key : (b, h_kv, n_k, d_k) array
         Of query's library, type and device; h_kv divides h_q.
     value : (b, h_kv, n_k, d_v) array
-        Likewise.
+        Likewise. Values that are a view of the keys' first columns, as of a latent, are read once.
     scale, causal, window, softcap, sink, bias, allowed
         As in :class:`refattn.Problem`; the bias of query's type or float32.
     block_mask : (blocks, block_q, block_k) or (blocks, block_q, block_k, bits), optional

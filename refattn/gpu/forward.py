@@ -42,7 +42,8 @@ def forward(
                 by = 1 / math.sqrt(arrays["query"].shape[3]) if scale is None else float(scale)
                 call, plan = known
                 # what is made in between, packed masks and parts of keys, has other addresses each time
-                again = not (graph or call.allowed or call.blocks or plan.impl == "decode")
+                parts = plan.impl == "decode" or plan.macros.get("SPLIT")
+                again = not (graph or call.allowed or call.blocks or parts)
                 with recording((asked.signature, stream)) if again else nullcontext():
                     launch(call, plan, query, arrays, asked.options | {"scale": by}, stream)
         out, lse = finish(query, [out, lse], list(arrays.values()))

@@ -44,6 +44,8 @@ class Call:
         Out of ``ACCURACIES``.
     batch_invariant : bool
         Whether a row has the same bits whatever else is in the call.
+    shared : bool
+        Whether values are the first columns of keys in memory.
     """
 
     dtype: str
@@ -66,6 +68,7 @@ class Call:
     accuracy: str
     batch_invariant: bool = False
     tiles: bool = False
+    shared: bool = False
 
     @classmethod
     def of(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import kind_of
-from . import simt, sm90
+from . import latent, simt, sm90
 from .arguments import Arguments, arguments_of
 from .build import compiled, text_of
 from .decode import split_of
@@ -53,6 +53,9 @@ def launch(call: Call, plan: Plan, like: Any, arrays: dict[str, View], options: 
     """
     if plan.impl == "decode":
         _launch_split(plan, call, like, arrays, options, stream)
+        return
+    if plan.impl == "latent":
+        _launch_latent(plan, call, like, arrays, options, stream)
         return
     device = arrays["query"].device
     if "allowed" in arrays:
@@ -110,6 +113,37 @@ def _launch_split(
     if parts:
         queue(kernel_of(plan, device), grid, plan.kernel.threads(m), plan.shared_bytes, stream, takes, values)
     queue(kernel_of(plan, device, "merge", 0), b * h * n_q, 512, 0, stream, takes, values)
+
+
+def _launch_latent(
+    plan: Plan, call: Call, like: Any, arrays: Mapping[str, View], options: Mapping[str, Any], stream: int
+) -> None:
+    """Queue latent.cu: the kernel, the merge where keys are cut into parts, the repair where keys are hidden."""
+    (b, h, n_q, _), device, m = arrays["query"].shape, arrays["query"].device, plan.macros
+    multiprocessors = attribute(device, "MultiProcessorCount")
+    grid, values = latent.arguments(m, arrays, options, multiprocessors)
+    rows, splits = b * h * n_q, values["shape"]["splits"]
+    hidden = m["RIGHT"] or m["LEFT"]
+    redo = zeros(like, device, stream, max(16, 1 << (rows - 1).bit_length()), "redo").pointer if hidden else 0
+    parts = {"out": 0, "stats": 0}
+    if splits > 1:
+        size = splits * rows * latent.WIDEST_V
+        _, kept = empty(like, (size + 2 * splits * rows,), "float32")
+        parts = {"out": kept.pointer, "stats": kept.pointer + 4 * size}
+    values |= {"redo": redo, "parts": parts, "inputs": latent.inputs(arrays)}
+
+    def start(entry: str, grid: int, threads: int, bytes_: int, maps: Maps = MappingProxyType({})) -> None:
+        takes = arguments_of(latent.FILE, entry)
+        given = {n: values[n] for n in takes.parameters.members}
+        places = {to: n for to, n in (latent.PLACES | latent.REPAIRED).items() if to in takes.places}
+        queue(kernel_of(plan, device, entry, bytes_), grid, threads, bytes_, stream, takes, given, places, maps)
+
+    maps = latent.maps(m, call.group, n_q)
+    start(plan.kernel.entry, grid, plan.kernel.threads(m), plan.shared_bytes, maps)
+    if splits > 1:
+        start("merge", rows, 128, 0)
+    if hidden:
+        start("repair", min(multiprocessors, -(-rows // 1024)), 256, 0)
 
 
 def params(plan: Plan, call: Call, arrays: Mapping[str, View], options: Mapping[str, Any], redo: int) -> dict[str, Any]:

@@ -11,14 +11,14 @@ from typing import Any
 from ..arrays import dtype_name, kind_of
 from ..errors import InvalidInput, InvalidProblem, UnsupportedProblem
 from ..problem import Problem
-from . import decode, mma, simt, sm90
+from . import decode, latent, mma, simt, sm90
 from .kernel import ACCURACIES, Call, Kernel, Plan
 
 __all__ = ["IMPLS", "KERNELS", "check_block_mask", "choose", "configured", "pick", "plan"]
 
-KERNELS = {k.name: k for k in (decode.KERNEL, sm90.KERNEL, mma.KERNEL, simt.KERNEL)}
+KERNELS = {k.name: k for k in (decode.KERNEL, sm90.KERNEL, latent.KERNEL, mma.KERNEL, simt.KERNEL)}
 IMPLS = tuple(KERNELS)
-"""The kernels, in the order in which they are tried: few queries, Hopper's wgmma, mma.sync, the CUDA cores."""
+"""The kernels, as they are tried: few queries, Hopper's wgmma, its wide heads, mma.sync, the CUDA cores."""
 
 
 def plan(

@@ -13,6 +13,7 @@ from ..problem import Problem
 from ..rules import Term
 from ..validation import check_offsets
 from .kernel import Call
+from .latent import shared
 from .plan import check_block_mask
 from .views import View, cast, check_devices, layout, view
 
@@ -52,6 +53,8 @@ class Request:
         scale, causal, window, softcap.
     sink, offsets, block_mask
         As they were given.
+    shared : bool
+        Whether values are the first columns of keys in memory.
     signature : tuple
         All that the checks and the choice of a kernel depend on.
     """
@@ -62,6 +65,7 @@ class Request:
     sink: Any
     offsets: tuple[Any, ...] | None
     block_mask: Any
+    shared: bool
     signature: tuple[Any, ...]
 
     def problem(self) -> Problem:
@@ -91,7 +95,7 @@ class Request:
         if tiles and not all(_contiguous(self.arrays[n]) for n in ("blocks", "bits")):
             raise InvalidProblem("block_mask: blocks and their bits must be contiguous; pass copies that are")
         found = Call.of(problem, accuracy, blocks, packed=packed, tiles=tiles, aligned=aligned, mapped=mapped)
-        return replace(found, batch_invariant=batch_invariant)
+        return replace(found, batch_invariant=batch_invariant, shared=self.shared)
 
 
 def _contiguous(x: View) -> bool:
@@ -130,11 +134,12 @@ def read(
         options = options | {"window": tuple(options["window"])}
     cast_from = tuple([dtype_name(x) for x in (sink, *(offsets or ())) if x is not None])
     types = type(options["scale"]), type(options["softcap"])
-    asked = (*options.values(), *types, *more, None if sizes is None else tuple(sizes), cast_from)
+    one = shared(arrays["key"], arrays["value"])
+    asked = (*options.values(), *types, *more, None if sizes is None else tuple(sizes), cast_from, one)
     places = tuple(
         [(n, kind_of(given[n]), x.shape, x.strides, x.dtype, x.device, x.pointer % 16 == 0) for n, x in arrays.items()]
     )
-    return Request(given, arrays, options, sink, offsets, block_mask, (asked, places))
+    return Request(given, arrays, options, sink, offsets, block_mask, one, (asked, places))
 
 
 def parts_of(given: Any, name: str, parts: tuple[str, ...]) -> tuple[Any, ...]:

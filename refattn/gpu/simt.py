@@ -9,7 +9,7 @@ from typing import Any
 from .build import text_of
 from .kernel import Call, Kernel
 
-__all__ = ["KERNEL", "target", "threads"]
+__all__ = ["KERNEL", "WIDEST", "target", "threads"]
 
 FILE = "simt.cu"
 TYPES = ("float16", "bfloat16", "float32", "float64")

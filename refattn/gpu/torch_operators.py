@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from ..errors import InvalidProblem
+from ..errors import InvalidProblem, UnsupportedProblem
 from .backward import SOURCES, attention_backward
 from .forward import forward
+from .simt import WIDEST
 
 __all__ = ["attention", "needed"]
 
@@ -38,7 +39,15 @@ def attention(
     ------
     InvalidProblem
         No pair or triple where one is expected.
+    UnsupportedProblem
+        Gradients of head dims that no backward kernel takes.
     """
+    widths = query.shape[-1], value.shape[-1]
+    wanted = (query, key, value, options["sink"], options["bias"])
+    if max(widths) > WIDEST and torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in wanted):
+        raise UnsupportedProblem(
+            f"gpu: has gradients for head dims up to {WIDEST}, got {widths[0]} and {widths[1]}; pass detached tensors"
+        )
     left, right = _parts(options, "window", 2)
     blocks, block_q, block_k = _parts(options, "block_mask", 3)
     cu_q, cu_k = _parts(options, "cu_seqlens", 2)

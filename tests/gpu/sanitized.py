@@ -32,6 +32,8 @@ CALLS = [
     ("sm90", "bfloat16", (1, 2, 2, 200, 200, 128, 128), {"packed": True, "causal": "bottom_right"}),
     ("decode", "bfloat16", (2, 4, 1, 3, 1100, 64, 64), {"causal": "bottom_right", "sink": True}),
     ("decode", "float16", (1, 2, 2, 5, 70, 20, 50), {"window": (40, 3), "softcap": 5.0}),
+    ("latent", "bfloat16", (1, 6, 2, 70, 150, 576, 512), {"causal": "bottom_right", "sink": True}),
+    ("latent", "float16", (2, 16, 1, 2, 1100, 328, 264), {"window": (700, 3), "softcap": 5.0}),
     ("mma", "bfloat16", (1, 2, 2, 129, 65, 64, 64), {"window": (40, 3)}),
     ("mma", "float16", (1, 2, 1, 33, 70, 20, 50), {"allowed": True, "softcap": 5.0}),
     ("mma", "bfloat16", (1, 2, 2, 100, 100, 128, 128), {"packed": True, "causal": "top_left"}),

@@ -16,6 +16,7 @@ KERNELS = [
     ("decode.cu", "decode"),
     ("decode.cu", "merge"),
     ("sm90.cu", "attention_forward"),
+    *(("latent.cu", x) for x in ("attention_latent", "merge", "repair")),
     ("pack.cu", "pack"),
     *(("backward.cu", x) for x in ("keys_of_rows", "row_products", "sinks", "add_parts")),
     ("mma_backward.cu", "backward"),

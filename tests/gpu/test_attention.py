@@ -18,7 +18,8 @@ from ..conftest import tensor
 from .calls import any_call
 
 pytestmark = pytest.mark.skipif(not KERNELS["refattn-gpu"].here, reason="needs an NVIDIA GPU and CuPy")
-OURS = [n for n in KERNELS if n.startswith("refattn-gpu") and n != "refattn-gpu-decode"]  # tests/gpu/test_decode.py
+APART = ("refattn-gpu-decode", "refattn-gpu-latent")  # tests/gpu/test_decode.py, test_latent.py
+OURS = [n for n in KERNELS if n.startswith("refattn-gpu") and n not in APART]
 
 
 @pytest.mark.parametrize("name", OURS)

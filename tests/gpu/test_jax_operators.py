@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_refused_while_jax_traces(traced):
         jax.eval_shape(lambda *x: attention(*x, causal="x"), q, k, v)
     with pytest.raises(InvalidProblem, match="key: axis dim is 32, expected query's 64"):
         jax.eval_shape(attention, q, v, v)
-    with pytest.raises(InvalidInput, match="impl: got 'fastest', expected one of decode, sm90, mma, simt"):
+    with pytest.raises(InvalidInput, match="impl: got 'fastest', expected one of decode, sm90, latent, mma, simt"):
         jax.eval_shape(lambda *x: attention(*x, impl="fastest"), q, k, v)
     with pytest.raises(InvalidProblem, match="cu_seqlens: got int, expected a tuple"):
         jax.eval_shape(lambda *x: attention(*x, cu_seqlens=5), q, k, v)

@@ -47,13 +47,15 @@ def test_what_runs_and_why():
     assert p.why == (
         "products and sums in float32; the kernel decode takes float16 and bfloat16, got float32; "
         "the kernel sm90 takes float16 and bfloat16, got float32; "
+        "the kernel latent takes head dims of which one is above 256, up to 576 and 512, got 64 and 64; "
         "the kernel mma takes float16 and bfloat16, got float32"
     )
     p = plan(problem(d=60))
     assert (p.impl, p.why) == (
         "mma",
         f"float16 on tensor cores by mma.sync; {few}; "
-        "the kernel sm90 takes head dims that are multiples of 8 up to 256, got 60 and 60",
+        "the kernel sm90 takes head dims that are multiples of 8 up to 256, got 60 and 60; "
+        "the kernel latent takes head dims of which one is above 256, up to 576 and 512, got 60 and 60",
     )
     assert plan(problem(), capability=(8, 0)).impl == "mma"
     assert plan(problem(), capability=(7, 0)).impl == "simt"
@@ -111,9 +113,9 @@ def test_what_is_not_supported_says_why(given, more, text):
 def test_what_no_kernel_takes_names_every_obstacle():
     with pytest.raises(
         UnsupportedProblem,
-        match=r"gpu: the kernel decode .*; the kernel sm90 .*; the kernel mma .*; the kernel simt .* 256",
+        match=r"gpu: the kernel decode .*; .* sm90 .*; .* latent .* 576 .*; .* mma .*; the kernel simt .* 256",
     ):
-        plan(problem(d=264))
+        plan(problem(d=584))
     with pytest.raises(UnsupportedProblem, match="gpu: computes variant 'softmax', got 'power'"):
         plan(problem(variant="power"))
 
@@ -139,7 +141,7 @@ def test_block_masks_that_do_not_fit(mask, text):
 def test_names_are_checked():
     with pytest.raises(InvalidInput, match="accuracy: got 'exact', expected one of fast, high"):
         plan(problem(), accuracy="exact")
-    with pytest.raises(InvalidInput, match="impl: got 'sm80', expected one of decode, sm90, mma, simt"):
+    with pytest.raises(InvalidInput, match="impl: got 'sm80', expected one of decode, sm90, latent, mma, simt"):
         plan(problem(), impl="sm80")
 
 

@@ -67,6 +67,11 @@ def _split(dtype: str) -> Model:
     return replace(on_gpu(dtype), split=16)
 
 
+def _latent(dtype: str) -> Model:
+    """Return the model of a flash kernel on a GPU that merges parts of at least 128 keys."""
+    return replace(on_gpu(dtype), split=128)
+
+
 def _gpu(name: str, package: str, dtypes: str, features: str, lse: bool = False, named_only: str = "") -> Entry:
     # PyTorch and cuDNN say at a call what they have no kernel for
     given = able(dtypes, features, lse=lse, gradients="" if name == "cuda-triton" else "dq dk dv", refuses=True)
@@ -234,6 +239,23 @@ KERNELS: dict[str, Entry] = {
                 ("refattn-gpu-mma-high", "ours_mma_high", _HALF, 128, _unrounded),
                 ("refattn-gpu-simt", "ours_simt", f"float64 float32 {_HALF}", 256, _unrounded),
             )
+        ),
+        Entry(
+            "refattn-gpu-latent",
+            "cupy",
+            load("cuda", "ours_latent"),
+            Capabilities(
+                frozenset(_HALF.split()),
+                FEATURES - {"bias", "allowed", "variable_lengths"},
+                lse=True,
+                head_dims=frozenset({576, 512}),
+                arrays="torch",
+                device="cuda",
+                edges=frozenset({"overflow"}),
+                last_axis_contiguous=True,
+            ),
+            _latent,
+            gpu=True,
         ),
         _gpu("cuda-flash", "torch", _HALF, f"{_PLAIN} philox_flash"),
         _gpu("cuda-efficient", "torch", f"float32 {_HALF}", _EFFICIENT),
