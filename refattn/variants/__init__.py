@@ -19,6 +19,7 @@ from .relu import RELU
 from .shapes import Choices, Lowered, Rows, Selected, Shape, Steps
 from .sigmoid import SIGMOID
 from .softmax import SOFTMAX
+from .titans import TITANS
 from .titans_mac import TITANS_MAC
 from .topk import TOPK
 from .urpe import URPE
@@ -38,6 +39,7 @@ VARIANTS: dict[str, Variant] = {
         ECOFORMER,
         LIGHTNING,
         GATED_DELTA,
+        TITANS,
         BLOCK_SPARSE,
         POWER_BLOCKS,
         NEIGHBORHOOD,
