@@ -36,7 +36,7 @@ def test_the_worst_rounding_comes_near_the_bound(definition):
     options = {"sink_keys": 0} if v.name == "topk" else options  # or the only key is none to choose
     q, key, value = (tensor(rng, (1, 1, n, 8)) for n in (6, n, n))
     q, key = (np.abs(q), np.abs(key)) if v.name == "dsa" else (q, key)  # products below 0 lose nothing
-    more |= {"beta": np.ones((1, 1, n, 1), np.float32)} if "beta" in v.always else {}
+    more |= {name: np.ones((1, 1, n, 1), np.float32) for name in ("beta", "eta") if name in v.always}
     p = Problem(q, key, np.abs(value), variant=v.name, options=v.fitted(options, 1), **more)
     p = p if v.takes(p) else p.replace(query=q[:, :, :1])  # some have no more queries than keys
     answer, worst = evaluate(p), {}
