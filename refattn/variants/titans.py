@@ -47,7 +47,8 @@ def dense(q: Any, k: Any, v: Any, o: Any, solved: bool = True) -> tuple[Any, Non
     ones, end = (k @ k.T).zeros() + 1.0, (o.eta.zeros() + 1.0).where((t == n - 1)[:, None])
     bases, rows = ones.where(t == base), ((q @ k.T).zeros() + 1.0).where(t == at[:, None])
     slow, still = _decays(o.eta, ones, t)
-    told = asked = left = None
+    told: Any = None
+    asked = left = told
     alpha = o.eta.zeros() + 1.0 if o.alpha is None else o.alpha
     for c in range(alpha.shape[1]):
         own = np.arange(k.shape[1])[None] == c if alpha.shape[1] > 1 else None  # each channel has its decays, or all
@@ -192,7 +193,7 @@ TITANS = Variant(
             ("chunks", 10, {"options": {"chunk": 4}, "state": True, "h": 4, "h_kv": 2}),
             ("at-the-start", 7, {"options": {"chunk": None}, "state": True, "h": 1, "h_kv": 1}),
             ("channels", 6, {"alpha": "channels"}),
-            ("packed", 13, {"options": {"chunk": 4}, **packed_at(0, 1, 8, 8, 13)}),
+            ("packed", 21, {"options": {"chunk": 4}, **packed_at(0, 1, 12, 12, 21)}),
             ("long", 67, {"alpha": "strong", "h": 1, "h_kv": 1}),  # past a chunk of 64
         )
     },

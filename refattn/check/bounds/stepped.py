@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...exact.arithmetics import Floats
-from ...exact.heads import Head, gate_of, matrix_of
+from ...exact.heads import Head, gate_of, matrix_of, rows_of
 from ...exact.steps import by_steps
-from ...variants import Steps
+from ...variants import Steps, variant_of
 from ..model import C, Model
 from .cumulated import steps_lost
 from .followed import Followed, own_losses
@@ -21,7 +21,7 @@ from .nodes import Node
 from .operands import Operands
 from .pieces import chunks_of
 
-__all__ = ["stepped"]
+__all__ = ["at_once", "stepped"]
 
 Float = NDArray[np.float64]
 
@@ -75,6 +75,23 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float],
         (np.concatenate([none, *spans]), np.concatenate([none, *variances]) + moved[0]),
         (np.concatenate(last[::2]), np.concatenate(last[1::2]) + moved[1]),
     )
+
+
+def at_once(one: Head, model: Model) -> list[tuple[Float, Float]]:
+    """Return the largest errors and the variances of out where a form takes all tokens together; else nothing.
+
+    They are taken on from each product to the next: such a form solves for what tokens add, and rows are no sums of
+    their own.
+    """
+    form = rows_of(one) if variant_of(one.problem.variant).rows is not None else None
+    if form is None or not form.together or not len(one.q):
+        return []
+    f, lost = Losses(model, len(one.k)), Operands.of(one, model)
+    q = f.leaf(one.q, ("q", "d"), lost.q, lost.var_q)
+    k, v = f.leaf(one.k, ("k", "d"), lost.k, lost.var_k), f.leaf(one.v, ("k", "v"), lost.v, lost.var_v)
+    with np.errstate(all="ignore"):
+        out, _ = form.define(q, k, v, one.options(f))
+        return [(np.nan_to_num(out.node.span, nan=np.inf), np.nan_to_num(variance_of(out.node)))]
 
 
 class _Signed:
