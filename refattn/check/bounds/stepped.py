@@ -62,10 +62,13 @@ def stepped(one: Head, shape: Steps, model: Model) -> tuple[tuple[Float, Float],
             found = [(x.node.span, variance_of(x.node)) for x in (out, *state)]
             if signed is not None:
                 found = signed.step(t, [x.node for x in before], [x.node for x in (out, *state)])
-            (span, variance), *lost_state = found
+            (span, variance), *own = found
             spans.append(np.broadcast_to(span, out.shape))
             variances.append(np.broadcast_to(variance, out.shape))
-            state = [f.leaf(x.a, ("d", "v"), *y) for x, y in zip(state, lost_state, strict=True)]  # no graph behind it
+            state = [
+                f.leaf(x.a, ("d", "v"), lost_state, var_state)  # without the graph behind it
+                for x, (lost_state, var_state) in zip(state, own, strict=True)
+            ]
             if signed is not None:
                 signed.follow(state)
         moved = _moved(one, shape, common)
