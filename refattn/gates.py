@@ -11,7 +11,7 @@ from .errors import InvalidProblem
 
 __all__ = ["GATES", "RECURRENT", "check_shape", "finite_state", "gate"]
 
-GATES = {"alpha": 1, "beta": 2}
+GATES = {"alpha": 1, "beta": 2, "eta": 1}
 """The gates and the most that each may be; the least is 0. Up to 2 a step along a key of length 1 does not grow."""
 RECURRENT = ("state", *GATES)
 
@@ -21,7 +21,9 @@ def check_shape(p: Any, name: str, shape: tuple[int, ...]) -> None:
     of_token = (p.batch, p.heads, p.n_k)
     if name == "state":
         of = "b" if p.cu_seqlens_q is None else "packed sequences"
-        good, text = [p.state_shape], f"({of}, h_q, d_k, d_v) = {{}}, a matrix for each query head"
+        rows = "d_k" if p.eta is None else "2 d_k"
+        more = "a matrix for each query head" if p.eta is None else "the memory, and below it its momentum"
+        good, text = [p.state_shape], f"({of}, h_q, {rows}, d_v) = {{}}, {more}"
     elif name == "alpha":
         good = [(*of_token, 1), (*of_token, p.d_k)]
         text = "(b, h_q, n_k, 1) = {}, or d_k numbers for each token and query head in place of 1"

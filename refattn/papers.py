@@ -205,8 +205,14 @@ PAPERS = (
     Paper(
         "Titans",
         "arXiv 2501.00663",
-        ("operator titans_mac", "functions.memory"),
-        ("variants/test_shapes.py", "peers/test_titans.py", "functions/test_memory.py", "peers/test_fla.py"),
+        ("operator titans", "operator titans_mac", "functions.memory"),
+        (
+            "variants/test_titans.py",
+            "variants/test_shapes.py",
+            "peers/test_titans.py",
+            "functions/test_memory.py",
+            "peers/test_fla.py",
+        ),
         "titans-pytorch; fla-core's step, which lacks parentheses",
         "the norms and the residual inside its release's memory; " + TRAINING,
     ),

@@ -139,8 +139,9 @@ class Problem:
         Whose mask a seed draws, in place of dropout_mask: that of ``refattn.dropout_mask(drawn_as=)``.
     philox_seed, philox_offset : int, optional
         Of 64 bits; without an offset it is 0.
-    alpha, beta : (b, h_q, n_k, 1 or d_k) and (b, h_q, n_k, 1) float arrays, optional
-        A recurrence's gates: what a token keeps of the state, 0 to 1 (None is 1), and how far it moves it, 0 to 2.
+    alpha, beta, eta : (b, h_q, n_k, 1 or d_k), (b, h_q, n_k, 1) and (b, h_q, n_k, 1) float arrays, optional
+        A recurrence's gates: what a token keeps of the state, 0 to 1 (None is 1), how far it moves it, 0 to 2, and what
+        it keeps of the momentum, 0 to 1. With eta a state is (b, h_q, 2 d_k, d_v): the momentum below the memory.
 
     Raises
     ------
@@ -197,6 +198,7 @@ class Problem:
     query_norm: Any = None
     key_norm: Any = None
     norm_eps: float | None = None
+    eta: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, Mapping) or any(not isinstance(n, str) for n in self.options):
@@ -296,9 +298,14 @@ class Problem:
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
-        """The shape of a recurrence's state: (b, h_q, d_k, d_v), with packed sequences (m, h_q, d_k, d_v)."""
+        """The shape of a recurrence's state: (b, h_q, d_k, d_v), m for b where m are packed, 2 d_k with a momentum."""
         many = self.batch if self.cu_seqlens_q is None else int(self.cu_seqlens_q.shape[0]) - 1
-        return (many, self.heads, self.d_k, self.d_v)
+        return (many, self.heads, self.d_k * self.state_parts, self.d_v)
+
+    @property
+    def state_parts(self) -> int:
+        """How many matrices (d_k, d_v) a recurrence's state has, one below the other."""
+        return 1 if self.eta is None else 2
 
     def segments(self, batch: int = 0) -> list[tuple[slice, slice]]:
         """Return the used query rows and key rows of each packed sequence of a batch item (one, if none is packed)."""

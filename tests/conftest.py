@@ -114,11 +114,10 @@ def call_of(make):
             n_q = n_k
         if "causal_bottom_right" in v.always:
             more.setdefault("causal", "bottom_right")
-        if "beta" in v.always:
-            b, h = more.get("b", 1), more.get("h", 2)
-            more.setdefault(
-                "beta", tensor(np.random.default_rng(1), (b, h, n_k, 1), more.get("dtype", "float32")) ** 2 / d
-            )
+        for name, most in (("beta", d), ("eta", 16)):
+            if name in v.always:
+                shape = (more.get("b", 1), more.get("h", 2), n_k, 1)
+                more.setdefault(name, tensor(np.random.default_rng(1), shape, more.get("dtype", "float32")) ** 2 / most)
         own = {n: o.draws(2)[1] for n, o in v.options.items() if o.check(o.default, 2) is not None}
         return make(n_q, n_k, d, variant=variant, **({"options": own} if own else {}) | more)
 

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from refattn import InvalidProblem, Problem, UnsupportedProblem, evaluate, load_problem, save_problem
+from refattn import InvalidInput, InvalidProblem, Problem, UnsupportedProblem, evaluate, load_problem, save_problem
+from refattn.functions.memory import Memory, neural_memory
+from refattn.functions.systems import linear_recurrence, run_recurrence, selective_recurrence
+from refattn.functions.transnormer import transnormer_attention
 from refattn.gates import GATES, finite_state, gate
 
 
@@ -12,7 +15,7 @@ def call(**changes):
     q, k, v = (rng.integers(-2, 3, (1, h, 3, 2)).astype(np.float32) for h in (2, 1, 1))
     alpha, beta = (np.full((1, 2, 3, 1), x, np.float32) for x in (0.5, 1.0))
     given = {"query": q, "key": k, "value": v, "alpha": alpha, "beta": beta, "causal": "bottom_right"} | changes
-    return Problem(**given, variant="gated_delta")
+    return Problem(**{"variant": "gated_delta"} | given)
 
 
 def ones(*shape):
@@ -51,6 +54,71 @@ def test_what_is_no_gate_is_named(changes, text):
             run(call(**changes))
 
 
+def lightning(state=None, decay=(0.5, 0.1)):
+    p = call(variant="lightning", alpha=None, beta=None, options={"decay": decay}, state=state)
+    return evaluate(p)
+
+
+def titans(state=None, **gates):
+    gates = {
+        n: np.full((1, 2, 3, 1), x, np.float32) for n, x in ({"alpha": 0.5, "beta": 1.0, "eta": 0.5} | gates).items()
+    }
+    return evaluate(call(variant="titans", state=state, **gates))
+
+
+def memory(weights=None, momentum=None):
+    x, half = np.ones((3, 2)), np.full(3, 0.5)
+    start = Memory(*((np.zeros((2, 2)) if w is None else w,) for w in (weights, momentum)))
+    return neural_memory(x, x, x, start, theta=half, eta=half, alpha=half)
+
+
+def system(state):
+    x = np.ones((3, 2))
+    return run_recurrence(linear_recurrence(x, x), x, state)
+
+
+def selective(rate):
+    x = np.ones((3, 2))
+    return selective_recurrence(np.ones((3, 1)), np.full((2, 1), rate), x, x)
+
+
+def transnormer(decay):
+    x, w = np.ones((3, 2)), np.ones((2, 2))
+    return transnormer_attention(x, w, w, w, w, w, decay=np.array([decay]))
+
+
+NAN = np.full((1, 2, 2, 2), np.nan, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("run", "text"),
+    [
+        (lambda: lightning(ones(1, 2, 3, 2)), "state: got shape .* a matrix for each query head"),
+        (lambda: lightning(NAN), "state: has NaN or inf"),
+        (lambda: lightning(decay=(-0.1, 0.0)), "decay: got .* finite numbers of at least 0"),  # it would grow
+        (lambda: lightning(decay=(np.nan, 0.0)), "decay: got .* finite numbers of at least 0"),
+        (lambda: titans(ones(1, 2, 2, 2)), "state: got shape .* 2 d_k, d_v.*, the memory, and below it its momentum"),
+        (lambda: titans(np.concatenate([ones(1, 2, 2, 2), NAN], 2)), "state: has NaN or inf"),
+        (lambda: titans(alpha=1.5), "alpha: got 1.5 .* a decay above 1"),
+        (lambda: titans(eta=1.5), "eta: got 1.5 .* from 0 to 1"),
+        (lambda: titans(eta=np.nan), "eta: got nan .* look where it comes from"),
+        (lambda: memory(np.zeros((3, 2))), "memory: its momentum is .* expected"),
+        (lambda: memory(NAN[0, 0]), r"memory's weights\[0\]: .*(nan|NaN)"),
+        (lambda: memory(momentum=NAN[0, 0]), r"memory's momentum\[0\]: .*(nan|NaN)"),
+        (lambda: system(np.zeros((3, 2))), r"state: shape is \(3, 2\), expected \(2, 2\)"),
+        (lambda: system(NAN[0, 0]), "state: .*(nan|NaN)"),
+        (lambda: selective(-0.5), "rate: holds a number below 0"),
+        (lambda: selective(np.nan), "rate: .*(nan|NaN)"),
+        (lambda: transnormer(-0.5), "decay: one is no finite number from 0 on"),
+        (lambda: transnormer(np.nan), "decay: one is no finite number from 0 on"),
+    ],
+)
+def test_every_recurrence_names_a_wrong_state_or_decay(run, text):
+    """A state of another shape, NaN in one, a decay above 1."""
+    with pytest.raises((InvalidInput, InvalidProblem), match=text):
+        run()
+
+
 def test_packed_sequences_have_a_state_each_and_as_many_keys_as_queries():
     ends = {f"cu_seqlens_{x}": np.array([0, 1, 3], np.int32) for x in "qk"}
     p = call(state=ones(2, 2, 2, 2), **ends)
@@ -85,7 +153,7 @@ def test_what_is_no_array_of_floats_is_named(x):
     for name, check in (("alpha", lambda: gate("alpha", x)), ("state", lambda: finite_state(x))):
         with pytest.raises(InvalidProblem, match=f"^{name}: got {got}, expected a NumPy array of floats"):
             check()
-    with pytest.raises(InvalidProblem, match="gate: got 'gamma', expected one of alpha, beta"):
+    with pytest.raises(InvalidProblem, match="gate: got 'gamma', expected one of alpha, beta, eta"):
         gate("gamma", np.ones(3))
 
 

@@ -318,6 +318,7 @@ def test_features_are_those_that_capabilities_know():
     seeded = [good(dropout_p=0.5, philox_layout=x, philox_seed=1) for x in ("flash", "efficient")]
     seeded += [good(dropout_p=0.5, dropout_mask=ones(1, 8, 1, 1, dtype=np.uint8))]
     seeded += [good(query_norm=ones(16), key_norm=ones(16), norm_eps=1e-6)]
+    seeded += [good(eta=ones(1, 8, 7, 1))]
     calls = (everything, scaled, rest, ragged, narrow, *pages, *turned, good(alibi_slopes=ones(8)), dropped, *seeded)
     assert frozenset().union(*(p.features() for p in calls)) == FEATURES | FURTHER
     assert Problem(*(ones(1, 1, 2, 4) for _ in range(3))).features() == frozenset()

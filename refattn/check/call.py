@@ -125,7 +125,7 @@ def used(problem: Problem, found: dict[str, NDArray[Any]]) -> dict[str, NDArray[
 
 
 SOURCES = {"dq": "query", "dk": "key", "dv": "value"}
-SOURCES |= {f"d{n}": n for n in ("bias", "sink", "alpha", "beta", "state", "alibi_slopes", *NORMS)}
+SOURCES |= {f"d{n}": n for n in ("bias", "sink", "alpha", "beta", "eta", "state", "alibi_slopes", *NORMS)}
 """The input that each gradient belongs to."""
 
 

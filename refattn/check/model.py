@@ -52,7 +52,19 @@ FEATURES = frozenset(
 )
 """What a call may ask of a kernel beyond plain attention: what a kernel is taken to have that does not say."""
 FURTHER = frozenset(
-    {"weight", "state", "alpha", "beta", "lengths_q", "lengths_k", "offset", "alignment", "negative_window", "d_k_zero"}
+    {
+        "weight",
+        "state",
+        "alpha",
+        "beta",
+        "eta",
+        "lengths_q",
+        "lengths_k",
+        "offset",
+        "alignment",
+        "negative_window",
+        "d_k_zero",
+    }
     | {"dropout_mask", "dropout_bits", "philox_flash", "philox_efficient"}
     | {"types_differ", "out_dtype", "out_scale", "paged_nhd", "paged_hnd", "appending"}
     | {"scales", "scales_by_head", "scales_by_token", "scales_by_channel", "scales_by_block"}
@@ -62,7 +74,7 @@ FURTHER = frozenset(
 """What a kernel has only where it says so."""
 
 
-GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink", "dalpha", "dbeta", "dstate"})
+GRADIENTS = frozenset({"dq", "dk", "dv", "dbias", "dsink", "dalpha", "dbeta", "deta", "dstate"})
 GRADIENTS |= {"dquery_norm", "dkey_norm", "dalibi_slopes"}
 """The gradients of a call, each of its input's shape and type."""
 

@@ -28,8 +28,8 @@ class Answer:
         The call.
     values : dict
         Arrays by name: ``out`` (b, h_q, n_q, d_v), ``lse`` (b, h_q, n_q) where the operator has one; with gradients
-        ``dq``, ``dk``, ``dv`` and, where present, ``dbias``, ``dsink``, ``dalpha``, ``dbeta`` and ``dstate``, of
-        their inputs' shapes.
+        ``dq``, ``dk``, ``dv`` and, where present, ``dbias``, ``dsink``, ``dalpha``, ``dbeta``, ``deta`` and ``dstate``,
+        of their inputs' shapes.
         Float64 nearest to the enclosure's middle, or correctly rounded numbers in the asked format.
     enclosures : dict
         An :class:`Enclosure` for each, with a proven radius for every element. After an evaluation on a GPU they stay
@@ -124,6 +124,11 @@ class Answer:
     def dbeta(self) -> NDArray[Any] | None:
         """The gradient by beta."""
         return self.values.get("dbeta")
+
+    @property
+    def deta(self) -> NDArray[Any] | None:
+        """The gradient by eta."""
+        return self.values.get("deta")
 
     @property
     def dstate(self) -> NDArray[Any] | None:

@@ -74,7 +74,7 @@ def evaluate(
     lse_rounding : str, optional
         Another format for lse, which is often kept wider than out.
     gradients : (b, h_q, n_q, d_v) array, optional
-        The gradient arriving at out: asks for dq, dk, dv, dbias, dsink, dalpha, dbeta,
+        The gradient arriving at out: asks for dq, dk, dv, dbias, dsink, dalpha, dbeta, deta,
         dstate, those whose inputs the call has.
     dlse : (b, h_q, n_q) array, optional
         The gradient arriving at lse, beside the one at out (or alone): the score of key j gets p_ij dlse_i more. A row

@@ -111,7 +111,7 @@ class Head:
     kept : (n_q, n_k) bool or None
         Which weights dropout keeps.
     state : (d_k, d_v) or None
-        What a recurrence starts from.
+        What a recurrence starts from; with a momentum (2 d_k, d_v).
     gates : dict
         Its gates by name, (n_k, 1 or d_k) each, those that the call has.
     live : (n_q,) bool
@@ -205,7 +205,9 @@ class Head:
             return column(np.asarray(values, np.float64)[np.clip(reach - steps(), 0, 2 * reach)])
 
         def state() -> Any:
-            return wrap(f.state(self.state)) if hasattr(f, "state") else column(self.state)
+            take = f.state if hasattr(f, "state") else lambda x: matrix_of(f, x)
+            found = tuple(wrap(take(x)) for x in self.start())
+            return found if len(found) > 1 else found[0]
 
         gates = {n: wrap(gate_of(f, self.gates[n])) if n in self.gates else None for n in GATES}
         gates |= {n: None if (w := getattr(p, n)) is None else wrap(gate_of(f, to_float64(w)[None])) for n in NORMS}
@@ -260,6 +262,12 @@ class Head:
             "moved": lambda: partners(p) != np.arange(p.d_k),
             "apart": apart,
         }
+
+    def start(self, held: int = 0) -> list[Float]:
+        """Return the matrices that a recurrence begins with, (d_k, d_v) each: its state's, then zeros that it holds."""
+        none, parts = np.zeros((self.q.shape[1], self.v.shape[1])), self.problem.state_parts
+        given = [none] * parts if self.state is None else np.split(self.state, parts)
+        return [*given, *[none] * held]
 
     def tokens(self, f: Any) -> list[tuple[list[Any], dict[str, Any]]]:
         """Return by token its query, key and value in an arithmetic, (1, d) each, and the gates that it has."""

@@ -44,7 +44,7 @@ from .trust import check_machine, check_thread
 __all__ = ["Raw", "RowsByHead", "Work", "run", "specials"]
 
 TILE_LEVEL = 2**17
-FURTHER = ("dbias", "dsink", "dalpha", "dbeta", "dstate", "dalibi_slopes", *(f"d{n}" for n in NORMS))
+FURTHER = ("dbias", "dsink", "dalpha", "dbeta", "deta", "dstate", "dalibi_slopes", *(f"d{n}" for n in NORMS))
 """Gradients of what a call may have."""
 STREAM_FROM = 256  # keys: fewer are faster whole
 ONLY = "has no streaming path, and nothing else runs on a GPU"

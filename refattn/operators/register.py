@@ -33,7 +33,7 @@ SETTINGS = frozenset(
 """What a case may set: lengths, the scale, options, packed sequences, whether queries and keys are codes, or tie."""
 TAKEN = frozenset(
     {"allowed", "bias", "count", "distance", "length", "matrix", "of_keys", "one", "place", "queries", "rows", "scale",
-     "sink", "softcap", "state", "toeplitz", "weight"}
+     "sink", "softcap", "state", "token", "toeplitz", "weight"}
 )  # fmt: skip
 """What every definition has; gates have their names where they are used."""
 

@@ -22,6 +22,7 @@ from .shapes import Choices, Lowered, Rows, Selected, Shape, Steps
 from .sigmoid import SIGMOID
 from .softmax import SOFTMAX
 from .spark import SPARK
+from .titans import TITANS
 from .titans_mac import TITANS_MAC
 from .topk import TOPK
 from .urpe import URPE
@@ -41,6 +42,7 @@ VARIANTS: dict[str, Variant] = {
         ECOFORMER,
         LIGHTNING,
         GATED_DELTA,
+        TITANS,
         BLOCK_SPARSE,
         POWER_BLOCKS,
         NEIGHBORHOOD,

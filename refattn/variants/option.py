@@ -21,6 +21,7 @@ __all__ = [
     "per_head",
     "rate_per_head",
     "whole",
+    "whole_or_none",
     "wholes",
 ]
 
@@ -98,6 +99,13 @@ def whole(least: int) -> Callable[[Any, int], str | None]:
         return None if ok else f"an integer of at least {least}"
 
     return check
+
+
+def whole_or_none(least: int) -> Callable[[Any, int], str | None]:
+    """Check for None or an integer of at least `least`."""
+    return lambda value, heads: (
+        None if value is None or whole(least)(value, heads) is None else (f"None or an integer of at least {least}")
+    )
 
 
 def wholes(least: int) -> Callable[[Any, int], str | None]:

@@ -124,7 +124,8 @@ class Selected:
 class Steps:
     """A recurrence with an explicit state: ``step(state, q, k, v, o) -> (state, out)``, one token after another.
 
-    The call's gates are read as ``o.alpha`` (1, 1 or d_k) and ``o.beta`` (1, 1) of the token, None where it has none.
+    The call's gates are read as ``o.alpha`` (1, 1 or d_k), ``o.beta`` and ``o.eta`` (1, 1) of the token, None where it
+    has none, and the token's number in its sequence as ``o.token``.
 
     Attributes
     ----------
@@ -135,14 +136,27 @@ class Steps:
     linear : bool
         Whether a step is a matrix (d_k, d_k) times the state and something that does not depend on it: then bounds
         follow a token's losses through later steps with their signs, where errors of a delta rule die out.
+    held : int
+        How many matrices (d_k, d_v) a step carries besides, with which no call begins or ends: zeros before the first
+        token.
 
-    The state before the first token is the call's ``state``, or zeros. Bounds of gradients need a form of all tokens at
-    once among the operator's ``forms``.
+    A state of several matrices, with a momentum or what is held, is a tuple of them. The state before the first token
+    is the call's ``state``, or zeros. Bounds of gradients need a form of all tokens at once among the operator's
+    ``forms``; of an operator with a momentum it leaves the state after the last token as ``o.last``.
     """
 
     step: Callable[..., Any]
     prepare: Callable[[Any], None] = lambda o: None
     linear: bool = False
+    held: int = 0
+
+    def take(self, state: list[Any], q: Any, k: Any, v: Any, o: Any) -> tuple[list[Any], Any]:
+        """Take in a token, the state's matrices as a list."""
+        if len(state) == 1:
+            only, out = self.step(state[0], q, k, v, o)
+            return [only], out
+        found, out = self.step(tuple(state), q, k, v, o)
+        return list(found), out
 
 
 Shape = Rows | Lowered | Selected | Steps

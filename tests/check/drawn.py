@@ -15,10 +15,11 @@ from refattn import UnsupportedProblem, check_problem, strategies
 from refattn.check.inputs.values import VALUES
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import FEATURES, FURTHER
+from refattn.gates import RECURRENT
 
 NEW = ("philox_flash", "philox_efficient", "dropout_bits", "query_norm", "key_norm", "alibi_slopes")
 ALL = list(HealthCheck)
-OTHERS = sorted((FEATURES | FURTHER) - {"state", "alpha", "beta", "weight", "paged_nhd", "paged_hnd", "appending"})
+OTHERS = sorted((FEATURES | FURTHER) - {*RECURRENT, "weight", "paged_nhd", "paged_hnd", "appending"})
 
 
 def run(feature, count):

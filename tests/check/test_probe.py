@@ -66,7 +66,7 @@ def test_keys_by_column_are_not_drawn_for_a_kernel_that_refuses_them():
 
 def test_the_tiled_kernel_can_do_all():
     able, _, _ = found(Kernel.of(tiled))
-    assert able.features == FEATURES | (FURTHER - {"state", "alpha", "beta"})
+    assert able.features == FEATURES | (FURTHER - {"state", "alpha", "beta", "eta"})
     assert able.elements == {"int8", "float4_e2m1fn"}
     assert able.dlse
     assert able.lse

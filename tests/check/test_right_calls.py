@@ -12,13 +12,14 @@ from refattn.check.inputs.values import VALUES
 from refattn.check.kernels.tiled import tiled
 from refattn.check.model import FEATURES, FURTHER, flash
 from refattn.drawn_options import PAGED
+from refattn.gates import GATES
 from refattn.strategies import problems
 
 from ..conftest import tensor
 
 FAMILIES = [f for f in VALUES if f not in ("extreme", "poison")]  # there dout·v leaves the type, or NaN has no gradient
 
-KEPT = (FEATURES | FURTHER) - {"out_dtype", "types_differ", "state", "alpha", "beta", *PAGED}
+KEPT = (FEATURES | FURTHER) - {"out_dtype", "types_differ", "state", *GATES, *PAGED}
 """All options but types of their own, which ask for a model of their own (the family `types` has those), and pages,
 which have no gradients."""
 

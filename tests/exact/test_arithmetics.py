@@ -11,6 +11,7 @@ from refattn.check.inputs.families import cases
 from refattn.exact.arithmetics import Balls, Floats, Intervals, Multiprecision
 from refattn.exact.lowering import lower
 from refattn.exact.run import run
+from refattn.gates import GATES
 from refattn.variants import Rows
 
 SMALL = [
@@ -47,7 +48,7 @@ def cut(p):
         found |= {n: np.minimum(getattr(p, n) // 3, 6) for n in ("cu_seqlens_q", "cu_seqlens_k")}
     if p.state is not None:
         found["state"] = p.state[: None if p.cu_seqlens_q is not None else 1, ..., :5]
-    found |= {n: x[:1, :, -6:] for n in ("alpha", "beta") if (x := getattr(p, n)) is not None}
+    found |= {n: x[:1, :, -6:] for n in GATES if (x := getattr(p, n)) is not None}
     found |= {n: x[:1] for n in ("lengths_q", "lengths_k", "offset") if np.ndim(x := getattr(p, n)) > 0}
     for name, most in (("lengths_q", -rows), ("lengths_k", 6)):
         if name in found:

@@ -18,10 +18,13 @@ def call(variant, packed=False, seed=0, n=9):
     rng = np.random.default_rng(seed)
     count = 3 if packed else 1
     q, k, v = (rng.standard_normal((1, 2, n, d)).astype(np.float32) for d in (4, 4, 3))
-    more = {"state": rng.standard_normal((count, 2, 4, 3)).astype(np.float32), "causal": "bottom_right"}
+    rows = 8 if variant == "titans" else 4
+    more = {"state": rng.standard_normal((count, 2, rows, 3)).astype(np.float32), "causal": "bottom_right"}
     if packed:
         more |= {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS}
-    if variant == "gated_delta":
+    if variant == "titans":
+        more["eta"], more["options"] = rng.uniform(0, 1, (1, 2, n, 1)).astype(np.float32), {"chunk": 4}
+    if variant != "lightning":
         k /= np.sqrt((k * k).sum(-1, keepdims=True))
         more["alpha"] = rng.uniform(0.5, 1, (1, 2, n, 1)).astype(np.float32)
         more["beta"] = rng.uniform(0, 1, (1, 2, n, 1)).astype(np.float32)
@@ -37,15 +40,22 @@ def by_autograd(p, dout, of_state):
     total = torch.zeros((), dtype=torch.float64)
     for h in range(2):
         for i, (rows, _) in enumerate(p.segments()):
-            s = x["state"][i, h]
+            s, *momentum = x["state"][i, h].split(4)
+            at = s
             for t in range(rows.start, rows.stop):
                 k, v = x["key"][0, h, t], x["value"][0, h, t]
-                if "alpha" in x:
+                if momentum:
+                    at = s if (t - rows.start) % 4 == 0 else at
+                    down = torch.outer(k, (v - k @ at) * x["beta"][0, h, t])
+                    momentum = [momentum[0] * x["eta"][0, h, t] + down]
+                    s = s * x["alpha"][0, h, t] + momentum[0]
+                elif "alpha" in x:
                     s = s * x["alpha"][0, h, t]
                     s = s + torch.outer(k, (v - k @ s) * x["beta"][0, h, t])
                 else:
                     s = s * float(np.exp(-p.options["decay"][h])) + torch.outer(k, v)
                 total = total + (x["query"][0, h, t] @ s) @ torch.asarray(dout[0, h, t]).double()
+            s = torch.cat([s, *momentum])
             total = total + (s * torch.asarray(of_state[i, h]).double()).sum()
     short = {"query": "dq", "key": "dk", "value": "dv"}
     names = [n for n in x if x[n].requires_grad]
@@ -55,7 +65,7 @@ def by_autograd(p, dout, of_state):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("variant", ["lightning", "gated_delta"])
+@pytest.mark.parametrize("variant", ["lightning", "gated_delta", "titans"])
 def test_gradients_are_those_of_a_loop(variant, packed):
     p, dout, of_state = call(variant, packed)
     found = evaluate(p, gradients=dout, dstate_out=of_state)
@@ -77,7 +87,7 @@ def test_gradients_are_those_of_a_loop(variant, packed):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("model", [flash, MODELS["flash-ratios"]])
-@pytest.mark.parametrize("variant", ["lightning", "gated_delta"])
+@pytest.mark.parametrize("variant", ["lightning", "gated_delta", "titans"])
 def test_a_right_kernel_lies_within_bounds_and_a_dropped_gradient_does_not(variant, model, packed):
     p, dout, of_state = call(variant, packed)
     known = expected(p, model("float32"), dout, of_state)

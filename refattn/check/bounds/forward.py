@@ -36,7 +36,7 @@ from .operands import Operands
 from .pieces import ways_of
 from .rules import by_chance, floor
 from .smoothed import put_back, smoothed
-from .stepped import stepped
+from .stepped import at_once, stepped
 from .truth import on_the_gpu
 
 __all__ = ["HeadLosses", "bounds", "forward", "head_losses"]
@@ -77,7 +77,8 @@ def forward(answer: Answer, model: Model) -> tuple[dict[str, Float], dict[str, F
     names = list(shapes)
     limit, variance = ({n: np.zeros(shapes[n]) for n in names} for _ in range(2))
     exact = answer.enclosures["out"].mid
-    by_pieces = any(ways_of(one, model) for one in heads(problem))
+    together = isinstance(variant.shape, Steps) and variant.rows is not None and variant.rows.together
+    by_pieces = together or any(ways_of(one, model) for one in heads(problem))
     for one in heads(problem) if variant.rows is not None and not by_pieces else ():
         at = (one.batch, one.head, one.rows)
         live = np.nonzero(one.live)[0]
@@ -123,7 +124,8 @@ def _recurrence(
     for one in heads(answer.call):
         at, own = (one.batch, one.head, one.rows), (one.sequence, one.head)
         out, state = stepped(one, shape, model)
-        outs = [out, *(x.forward()[0] for x in ways_of(one, model))]
+        ways = ways_of(one, model)
+        outs = [out, *(x.forward()[0] for x in ways), *([] if ways else at_once(one, model))]
         for (found, spread), n, where, form in (*((x, "out", at, final) for x in outs), (state, "state", own, inside)):
             exact = np.nan_to_num(np.abs(answer.enclosures[n].mid[where]), posinf=0.0)
             u, tiny = (by_chance(form, model) * x for x in (form.unit_roundoff, floor(form, model)))

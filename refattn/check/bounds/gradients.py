@@ -112,7 +112,7 @@ def _taped(
         return
     at, keys = (one.batch, one.head, one.rows), (one.batch, one.head_kv, one.keys)
     found = head_gradients(one, model, arriving[at], arriving, limit, of_state)
-    for n in {"dq", "dalpha", "dbeta"} & set(total):
+    for n in {"dq", "dalpha", "dbeta", "deta"} & set(total):
         total[n][at] = found[n][1]
     if "dstate" in total:
         total["dstate"][one.sequence, one.head] = found["dstate"][1]

@@ -125,8 +125,8 @@ class Trace:
             self.shape.prepare(o)
             unit, zero = matrix_of(self.f, np.eye(d)), matrix_of(self.f, np.zeros((1, d)))
             with np.errstate(all="ignore"):
-                for (q, k, v), gates in part.tokens(self.f):
-                    vars(o).update(gates)
+                for t, ((q, k, v), gates) in enumerate(part.tokens(self.f), BLOCK * i):
+                    vars(o).update(gates, token=t)
                     states.append(self.shape.step(matrix_of(self.f, states[-1]), q, k, v, o)[0].a)
                     move, read = self.shape.step(unit, q, k, zero, o)
                     moves.append(move.a)
@@ -218,6 +218,7 @@ class Pieces:
                 )
             return Piece(leaves, out, o.last)
         self.shape.prepare(o)
+        o.token = at.start
         last, out = self.shape.step(state, leaves["q"], leaves["k"], leaves["v"], o)
         return Piece(leaves, out, last)
 

@@ -300,15 +300,15 @@ def simulate_steps(
     for one in heads(p):
         f, at = Rounding(model, how, rng, 1), (one.batch, one.head)
         o, operands = one.options(f), f.operands(one)
-        state = f.state(np.zeros((p.d_k, p.d_v))) if o.state is None else o.state
+        state = [f.state(x) for x in one.start(shape.held)]
         with np.errstate(all="ignore"):
             shape.prepare(o)
             for t in range(len(one.q)):
                 q, k, v = (Rounded(f, x.a[t : t + 1], x.kind) for x in operands)
-                vars(o).update({n: f.array(x[t : t + 1]) for n, x in one.gates.items()})
-                state, out = shape.step(state, q, k, v, o)
+                vars(o).update({n: f.array(x[t : t + 1]) for n, x in one.gates.items()}, token=t)
+                state, out = shape.take(state, q, k, v, o)
                 found["out"][at][one.rows][t] = f.rounded(out.a, FORMATS[p.dtype])[0]
-        found["state"][one.sequence, one.head] = f.rounded(state.a)
+        found["state"][one.sequence, one.head] = f.rounded(np.concatenate([x.a for x in state[: p.state_parts]]))
     return found
 
 

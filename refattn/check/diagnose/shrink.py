@@ -159,7 +159,7 @@ def _narrower(p: Problem, dout: Any, part: slice) -> Any:
     def make() -> Call:
         changed = {n: getattr(p, n)[..., part] for n in ("query", "key", *NORMS) if getattr(p, n) is not None}
         if p.state is not None:
-            changed["state"] = p.state[:, :, part]
+            changed["state"] = np.concatenate([x[:, :, part] for x in np.split(p.state, p.state_parts, 2)], 2)
         if p.alpha is not None and p.alpha.shape[3] > 1:
             changed["alpha"] = p.alpha[..., part]
         return p.replace(**changed), dout

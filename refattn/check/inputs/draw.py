@@ -12,6 +12,7 @@ from ...dtypes import Format
 from ...gates import RECURRENT
 from ...norms import NORMS
 from ...problem import Problem
+from ...variants import variant_of
 from ..model import Capabilities
 from .tied import tied
 
@@ -112,16 +113,19 @@ class Draw:
     ) -> dict[str, Float]:
         """Draw a state and gates; beta is so small that keys of normal numbers, of length sqrt(d), make nothing grow.
 
-        There is a state for each batch item, or each of so many packed sequences. With `channels` alpha is drawn for
+        There is a state for each batch item, or each of so many packed sequences, of an operator with momentum with
+        that below it. With `channels` alpha is drawn for
         each channel; if `strong`, some tokens forget nearly all, and some all: an alpha of exactly 0.
         """
         gates = np.random.default_rng((b, h, n, d))  # another, so that other operators' numbers stay what they are
         fade = gates.random((b, h, n, d if channels else 1))
+        parts = 2 if "eta" in variant_of(self.variant).uses else 1
         little = np.where(fade < 1 / 32, 0.0, fade * 2.0**-16)
         return {
-            "state": self.normal(b if sequences is None else sequences, h, d, d_v),
+            "state": self.normal(b if sequences is None else sequences, h, d * parts, d_v),
             "alpha": np.where(fade < 1 / 8, little, 1 - fade**3 / 2) if strong else 1 - fade**3 / 2,
             "beta": gates.random((b, h, n, 1)) / d,
+            "eta": 1 - gates.random((b, h, n, 1)) ** 2,
         }
 
     def problem(

@@ -82,16 +82,18 @@ def _gpu(name: str, package: str, dtypes: str, features: str, lse: bool = False,
 _HALF = "float16 bfloat16"
 _STEPS = "causal_bottom_right grouped_heads d_v_differs scale variable_lengths state alpha beta"
 _OF_STEPS = frozenset({"dq", "dk", "dv", "dalpha", "dbeta", "dstate"})
+_LINEAR = ("gated_delta", "lightning")
 
 
-def _recurrent(name: str, package: str, load: Callable[[], Function], **more: Any) -> Entry:
-    able = Capabilities(frozenset(f"float32 {_HALF}".split()), frozenset(_STEPS.split()), **more)
-    return Entry(
-        name, package, load, able, flash, gpu="device" in more, variants=frozenset({"gated_delta", "lightning"})
-    )
+def _recurrent(name: str, package: str, load: Callable[[], Function], *others: str, **more: Any) -> Entry:
+    """Return a kernel of recurrences; others than those of one matrix have a momentum."""
+    features = frozenset(_STEPS.split()) | ({"eta"} if others else set())
+    gradients = _OF_STEPS | ({"deta"} if others else set())
+    able = Capabilities(frozenset(f"float32 {_HALF}".split()), features, gradients=gradients, dstate_out=True, **more)
+    return Entry(name, package, load, able, flash, gpu="device" in more, variants=frozenset({*_LINEAR, *others}))
 
 
-_ON_GPU: Any = {"gradients": _OF_STEPS, "dstate_out": True, "refuses": True, "arrays": "torch", "device": "cuda"}
+_ON_GPU: Any = {"refuses": True, "arrays": "torch", "device": "cuda"}
 _PLAIN = "causal_top_left grouped_heads scale"
 _EFFICIENT = "causal_top_left scale bias allowed d_v_differs philox_efficient"  # PyTorch has no grouped heads there
 
@@ -163,7 +165,7 @@ KERNELS: dict[str, Entry] = {
             flash,
             variants=frozenset(POOLED),
         ),
-        _recurrent("refattn-chunked", "torch", load("chunked", "chunked"), gradients=_OF_STEPS, dstate_out=True),
+        _recurrent("refattn-chunked", "torch", load("chunked", "chunked"), "titans"),
         _recurrent("refattn-recurrent", "cupy", load("cuda", "recurrent"), **_ON_GPU),
         Entry(
             "torch-sdpa-flash",

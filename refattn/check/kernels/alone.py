@@ -68,7 +68,18 @@ class Unsupported(Exception):
 
 
 ARRAYS = ["query", "key", "value", "sink", "bias", "allowed", "cu_seqlens_q", "cu_seqlens_k", "weight", "state"]
-ARRAYS += ["alpha", "beta", "lengths_q", "lengths_k", "offset", "query_scale", "key_scale", "value_scale", "out_scale"]
+ARRAYS += [
+    "alpha",
+    "beta",
+    "eta",
+    "lengths_q",
+    "lengths_k",
+    "offset",
+    "query_scale",
+    "key_scale",
+    "value_scale",
+    "out_scale",
+]
 ARRAYS += ["block_table", "new_key", "new_value", "dropout_mask"]
 ARRAYS += ["rotary_cos", "rotary_sin", "alibi_slopes", "positions_q", "positions_k", "query_norm", "key_norm"]
 SETTINGS = ["scale", "causal", "window", "softcap", "alignment", "out_dtype", "page_layout", "rotary"]
@@ -103,7 +114,8 @@ class Problem:
     n_k = property(lambda self: self._rows * self.room)
     d_v = property(lambda self: int(self._values["value"].shape[3]))
     out_shape = property(lambda self: (self.batch, self.heads, self.n_q, self.d_v))
-    state_shape = property(lambda self: (self._states, self.heads, self.d_k, self.d_v))
+    state_parts = property(lambda self: 1 if self.eta is None else 2)
+    state_shape = property(lambda self: (self._states, self.heads, self.d_k * self.state_parts, self.d_v))
     _states = property(lambda self: len(self._values["cu_seqlens_q"]) - 1 if self._packed else self.batch)
     out_type = property(lambda self: self.out_dtype or self.dtype)
     dtype = property(lambda self: str(self._values["query"].dtype).removeprefix("torch."))

@@ -1,7 +1,8 @@
 """Our kernel for recurrences, in PyTorch: chunks of 8 tokens; of the delta rule the state's changes are solved for.
 
 Written from the recurrence, not from the operator's forms: the decays between two tokens of a chunk are running
-products, and a triangular system is solved where the form multiplies by an inverse. Float32 inside.
+products, and a triangular system is solved where the form multiplies by an inverse. Float32 inside. Titans' memory goes
+token by token, but for the slopes of a chunk, which are taken at once.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from .gradients import with_gradients
 __all__ = ["chunked"]
 
 CHUNK = 8
-TAKES = ("gated_delta", "lightning")
-NAMES = ("query", "key", "value", "alpha", "beta", "state")
+TAKES = ("gated_delta", "lightning", "titans")
+NAMES = ("query", "key", "value", "alpha", "beta", "eta", "state")
 
 
 def _tensors(problem: Problem) -> dict[str, Any]:
@@ -48,8 +49,9 @@ def _run(problem: Problem, x: dict[str, Any]) -> tuple[Any, Any]:
     out, states = [], []
     for i, (rows, _) in enumerate(problem.segments()):
         state = start if problem.cu_seqlens_q is None else start[i : i + 1]
-        tokens = {"q": q, "k": k, "v": v} | {n: x[n] for n in ("alpha", "beta") if n in x}
-        part, state = _sequence({n: y[:, :, rows] for n, y in tokens.items()}, state)
+        tokens = {"q": q, "k": k, "v": v} | {n: x[n] for n in ("alpha", "beta", "eta") if n in x}
+        here = {n: y[:, :, rows] for n, y in tokens.items()}
+        part, state = _taught(here, state, problem.options.get("chunk", 1)) if "eta" in x else _sequence(here, state)
         out.append(part)
         states.append(state)
     return torch.cat(out, 2), torch.cat(states)
@@ -72,6 +74,23 @@ def _sequence(x: dict[str, Any], state: Any) -> tuple[Any, Any]:
         out.append((q * start) @ state + torch.einsum("bhic,bhijc,bhjc->bhij", q, wide, k) @ change)
         state = state * start[:, :, -1:].mT + (k * fade[:, :, -1]).mT @ change
     return torch.cat(out, 2), state
+
+
+def _taught(x: dict[str, Any], state: Any, size: int | None) -> tuple[Any, Any]:
+    """Return out of Titans' memory and the last one, with its momentum below it, of one sequence of each batch item."""
+    import torch
+
+    memory, momentum = state.chunk(2, 2)
+    out, change, start, n = [torch.zeros_like(x["v"][:, :, :0])], x["v"], 0, x["q"].shape[2]
+    for t in range(n):
+        if t % (size or n) == 0:
+            k, v, beta = (x[name][:, :, t : t + (size or n)] for name in ("k", "v", "beta"))
+            change, start = beta * (v - k @ memory), t
+        q, k, alpha, eta = (x[name][:, :, t : t + 1] for name in ("q", "k", "alpha", "eta"))
+        momentum = momentum * eta + k.mT @ change[:, :, t - start : t - start + 1]
+        memory = memory * alpha.mT + momentum
+        out.append(q @ memory)
+    return torch.cat(out, 2), torch.cat([memory, momentum], 2)
 
 
 def _decays(alpha: Any) -> tuple[Any, Any]:
@@ -103,7 +122,7 @@ def _gradients(problem: Problem, dout: NDArray[Any], dstate_out: NDArray[Any] | 
 
 @with_gradients(_gradients)
 def chunked(problem: Problem) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return out (b, h_q, n_q, d_v) and the state after the last token (b, h_q, d_k, d_v).
+    """Return out (b, h_q, n_q, d_v) and the state after the last token, of ``problem.state_shape``.
 
     Raises
     ------

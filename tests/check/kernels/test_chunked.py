@@ -27,6 +27,17 @@ def test_it_is_right(dtype):
     assert report.count("passed") >= 5
 
 
+NAMES = ["gaussian/chunks", "gaussian/nothing-forgotten/gradients", "gaussian/at-the-start-and-all/gradients"]
+"""Of Titans' memory."""
+
+
+@pytest.mark.parametrize("name", [*NAMES, "law/last_state_gradient"])
+def test_it_is_right_for_titans(name):
+    report = check_kernel(ENTRY.kernel().call, "titans", capabilities=ENTRY.capabilities, only=f"{name}[float32]")
+    assert report.passed, report.describe(report.failures[0])
+    assert report.count("passed") == 1
+
+
 @pytest.mark.parametrize("name", ["gaussian/state", "gaussian/one-token-and-all/gradients", "law/state_gradient"])
 def test_it_is_right_for_lightning(name):
     report = check_kernel(ENTRY.kernel().call, "lightning", capabilities=ENTRY.capabilities, only=f"{name}[float32]")
@@ -41,10 +52,11 @@ def test_its_own_cases_pass_the_ends_of_its_chunks():
 def test_it_is_found_for_its_operator():
     assert ENTRY in found("gated_delta")
     assert ENTRY in found("lightning")
+    assert ENTRY in found("titans")
     assert ENTRY not in found()
 
 
 def test_another_operator_is_refused():
     q = np.ones((1, 1, 2, 2), np.float32)
-    with pytest.raises(UnsupportedProblem, match="refattn-chunked: takes gated_delta, lightning, got softmax"):
+    with pytest.raises(UnsupportedProblem, match="refattn-chunked: takes gated_delta, lightning, titans, got softmax"):
         chunked(Problem(q, q, q))
