@@ -217,6 +217,8 @@ class Head:
                 "length": lambda: column([[self.k.shape[0]]]),
                 "distance": lambda: column(steps()),
                 "toeplitz": lambda: toeplitz,
+                "behind": steps,
+                "of_keys": lambda: lambda x: wrap(gate_of(f, np.asarray(x, np.float64))),
                 "place": lambda: column(np.arange(1, self.q.shape[0] + 1)[rows][:, None]),
                 **self._positioned(f, rows, wrap),
             },

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ..errors import UnsupportedProblem
 from .matrix import Mask, Reflected
 
@@ -36,9 +38,10 @@ class Tape(Reflected):
         return Tape(self.value.T, (self, lambda g: g.T))
 
     def columns(self, at: Any) -> Tape:
-        """Return the columns of those numbers, each once."""
-        back = at.argsort()
-        return Tape(self.value.columns(at), (self, lambda g: g.columns(back)))
+        """Return the columns of those numbers, each at most once: the others' gradient is 0."""
+        back, there = np.zeros(self.shape[1], np.intp), np.zeros(self.shape[1], bool)
+        back[at], there[at] = np.arange(len(at)), True
+        return Tape(self.value.columns(at), (self, lambda g: g.columns(back).where(None if there.all() else there)))
 
     def written(self, moved: Mask) -> Tape:
         """Return what a kernel may round to its inputs' type."""

@@ -32,8 +32,8 @@ SETTINGS = frozenset(
 )
 """What a case may set: lengths, the scale, options, packed sequences, whether queries and keys are codes, or tie."""
 TAKEN = frozenset(
-    {"allowed", "bias", "count", "distance", "length", "one", "place", "scale", "sink", "softcap", "state", "toeplitz",
-     "weight"}
+    {"allowed", "behind", "bias", "count", "distance", "length", "of_keys", "one", "place", "scale", "sink", "softcap",
+     "state", "toeplitz", "weight"}
 )  # fmt: skip
 """What every definition has; gates have their names where they are used."""
 

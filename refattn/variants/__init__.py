@@ -11,6 +11,7 @@ from .lightning import LIGHTNING
 from .linear import LINEAR
 from .moba import MOBA
 from .neighborhood import NEIGHBORHOOD
+from .nsa import NSA, NSA_CORES
 from .nsa_selected import NSA_SELECTED
 from .option import Option
 from .power import POWER
@@ -45,12 +46,16 @@ VARIANTS: dict[str, Variant] = {
         MOBA,
         TOPK,
         NSA_SELECTED,
+        NSA,
         DSA,
         VIEW_LOCAL,
         URPE,
     )
 }
 """The operators that refattn knows, by name; ``refattn.register`` adds one of your own."""
+
+CORES: dict[str, Variant] = {v.name: v for v in NSA_CORES}
+"""What operators of the table are lowered to that nobody calls by name, by name."""
 
 
 def variant_of(name: str) -> Variant:
@@ -61,6 +66,8 @@ def variant_of(name: str) -> Variant:
     InvalidInput
         There is none.
     """
+    if name in CORES:
+        return CORES[name]
     if name not in VARIANTS:
         raise InvalidInput(
             f"variant: got {name!r}, expected one of {', '.join(VARIANTS)}; register one of your own first, or name "

@@ -41,12 +41,15 @@ def fits(p: Problem) -> str | None:
     return unplaced(p, "blocks")
 
 
-def by_rows(p: Problem, o: Any, ties: bool = False) -> Problem:
-    """Write the same by a loop over rows: earlier blocks are whole, so that their sums stand as their means do."""
+def by_rows(p: Problem, o: Any, ties: bool = False, blind: bool = False) -> Problem:
+    """Write the same by a loop over rows: earlier blocks are whole, so that their sums stand as their means do.
+
+    Blind, a mistake, if blocks of keys that nobody sees are chosen, too.
+    """
 
     def take(s: Any, seen: Any, at: int) -> Iterator[int]:
         own = at // o.block_size * o.block_size
-        starts = [x for x in range(0, own, o.block_size) if seen[x : x + o.block_size].any()]
+        starts = [x for x in range(0, own, o.block_size) if seen[x : x + o.block_size].any() or blind]
         best = first({x: sum(s[0, x : x + o.block_size]) for x in starts}, o.topk - 1, ties)
         for x in (*best, own):
             yield from range(x, min(x + o.block_size, len(seen)))
@@ -113,6 +116,13 @@ MOBA = Variant(
             "scale": -0.3,
             "options": {"block_size": 4, "topk": 3},
         },
+        "blocks-of-weight-0": {
+            "n_q": 9,
+            "n_k": 37,
+            "causal": "bottom_right",
+            "weight": np.where(np.arange(37) // 4 % 3 == 1, 0.0, 1.5)[None, None, None],
+            "options": {"block_size": 4, "topk": 3},
+        },
         "ragged": {
             "n_q": 37,
             "n_k": 61,
@@ -147,6 +157,10 @@ MOBA = Variant(
         "means_of_squares": (
             "the mean of squares stands for the mean",
             DEFINE.changed(lambda q, k, o: q @ ((o.members @ (k * k)) / o.sizes).T),
+        ),
+        "unseen_blocks_compete": (
+            "blocks whose keys all have weight 0 are chosen like others, which leaves fewer that count",
+            Lowered(by_rows).changed(blind=True),
         ),
         "all_of_a_tie": (
             "all blocks at the score of the last are taken, more than topk at a tie",

@@ -58,25 +58,30 @@ def fits(p: Problem) -> str | None:
     return moba_fits(p)
 
 
-def by_rows(p: Problem, o: Any, ties: bool = False) -> Problem:
-    """Write the same by a loop over rows that sums exponentials in decimals, and compares their terms at a tie."""
+def by_rows(p: Problem, o: Any, ties: bool = False, blind: bool = False, columns: int | None = None) -> Problem:
+    """Write the same by a loop over rows that sums exponentials in decimals, and compares their terms at a tie.
+
+    Products are of the first `columns` numbers of queries and keys, by default of all. Blind, a mistake, if blocks of
+    keys that nobody sees are weighed, too.
+    """
+    found, below = products(p, columns)
     with localcontext() as context:
         context.prec = 2 * DIGITS
         scale = 1 / Decimal(p.d_k).sqrt() if p.scale is None else Decimal(p.scale)
-        unit = scale / products(p)[1] / o.block_size  # only whole blocks are weighed
+        unit = scale / below / o.block_size  # only whole blocks are weighed
 
     def take(s: Any, seen: Any, at: int) -> Iterator[int]:
         own = at // o.block_size
         forced = {own} if o.forced == "own" else {own, own - 1, 0} & set(range(own + 1))
         spans = {b: slice(b * o.block_size, (b + 1) * o.block_size) for b in range((at + 1) // o.block_size)}
-        spans = {b: x for b, x in spans.items() if seen[x].any()}
+        spans = {b: x for b, x in spans.items() if blind or seen[x].any()}
         sums = [[row[x].sum() for x in spans.values()] for row in s]
         among = [n for n, b in enumerate(spans) if b < own and b not in forced]
         best = first_weights(sums, unit, among, o.topk - FORCED[o.forced], ties) if among else []
         for b in {*forced, *(list(spans)[n] for n in best)}:
             yield from range(b * o.block_size, min((b + 1) * o.block_size, len(seen)))
 
-    return chosen(p, take, together=True)
+    return chosen(p, take, together=True, scores=found)
 
 
 DEFINE = Selected(scores, choices, full={"topk": 2**31}, together=lambda o: True)
@@ -159,6 +164,15 @@ NSA_SELECTED = Variant(
             "scale": -0.3,
             "options": {"block_size": 4, "topk": 3},
         },
+        "blocks-of-weight-0": {
+            "n_q": 9,
+            "n_k": 37,
+            "h": 4,
+            "h_kv": 2,
+            "causal": "bottom_right",
+            "weight": np.where(np.arange(37) // 4 % 3 == 1, 0.0, 1.5)[None, None, None],
+            "options": {"block_size": 4, "topk": 3},
+        },
         "ragged": {
             "n_q": 37,
             "n_k": 61,
@@ -200,6 +214,10 @@ NSA_SELECTED = Variant(
         "unfinished_block_weighed": (
             "the block that a query stands in is weighed with the whole ones, later keys and all",
             DEFINE.changed(whole=False),
+        ),
+        "unseen_blocks_compete": (
+            "blocks whose keys all have weight 0 are chosen like others, which leaves fewer that count",
+            Lowered(by_rows).changed(blind=True),
         ),
         "all_of_a_tie": (
             "all blocks at the score of the last are taken, more than topk at a tie",

@@ -1,7 +1,8 @@
 """Right kernels in quick runs: ``python -m tests.check.right_gate [COUNT] [SECONDS] [OPERATOR ...]``.
 
-Our kernels refattn-sparse, refattn-weighed and refattn-chunked, which needs PyTorch, are judged on every operator that
-they compute, in float32 and in bfloat16, COUNT times each with seeds 0, 1, ..., by turns, until SECONDS are over. The
+Our kernels refattn-sparse, refattn-weighed, refattn-branches and refattn-chunked, which needs PyTorch, are judged on
+every operator that they compute, in float32 and in bfloat16, COUNT times each with seeds 0, 1, ..., by turns, until
+SECONDS are over. The
 first run is a whole one. A seed draws calls and nothing else, so each further run asks for those, where an operator has
 them, and draws the numbers anew of the cases that came nearest to an alarm in the first run: an element next to its
 bound, or an rms error next to its limit. Prints for each operator and type how many runs there were, how many said
@@ -20,7 +21,7 @@ from refattn.check.kernels import KERNELS
 
 RIGHT = {
     v: e.kernel()
-    for e in (KERNELS[f"refattn-{n}"] for n in ("sparse", "weighed", "chunked"))
+    for e in (KERNELS[f"refattn-{n}"] for n in ("sparse", "weighed", "branches", "chunked"))
     if e.here
     for v in sorted(e.variants)
 }

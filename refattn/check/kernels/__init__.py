@@ -23,6 +23,7 @@ from .packages import PACKAGES, on_gpu
 
 __all__ = ["EXAMPLE", "KERNELS", "Entry", "declared", "find", "found"]
 
+BRANCHES = ("nsa",)
 WEIGHED = ("relu", "ecoformer", "urpe")
 SPARSE = (
     "block_sparse",
@@ -144,6 +145,14 @@ KERNELS: dict[str, Entry] = {
             ),
             flash,
             variants=frozenset(WEIGHED),
+        ),
+        Entry(
+            "refattn-branches",
+            "",
+            load("branches", "branches"),
+            able("float32 float16 bfloat16", "causal_bottom_right grouped_heads d_v_differs scale"),
+            flash,
+            variants=frozenset(BRANCHES),
         ),
         _recurrent("refattn-chunked", "torch", load("chunked", "chunked"), gradients=_OF_STEPS, dstate_out=True),
         _recurrent("refattn-recurrent", "cupy", load("cuda", "recurrent"), **_ON_GPU),
