@@ -105,11 +105,6 @@ DSA = Variant(
     positive=True,
     cases={
         "few": {"n_q": 37, "n_k": 67, **GROUP, "options": {"topk": 5}},
-        "one": {"n_q": 21, "n_k": 37, **GROUP, "options": {"topk": 1}},
-        "chunk": {"n_q": 9, "n_k": 67, **GROUP, "options": {"topk": 7}},
-        "items": {"b": 2, "n_q": 9, "n_k": 20, **GROUP, "h_kv": 2, "options": {"topk": 4}},
-        "many": {"n_q": 9, "n_k": 259, **GROUP, "options": {"topk": 30}},
-        "below-zero": {"n_q": 37, "n_k": 37, **GROUP, "scale": -0.3, "options": {"topk": 3}},
         "keys-of-weight-0": {
             "n_q": 9,
             "n_k": 37,
@@ -117,6 +112,11 @@ DSA = Variant(
             "weight": np.where(np.arange(37) % 3 == 1, 0.0, 1.5)[None, None, None],
             "options": {"topk": 5},
         },
+        "one": {"n_q": 21, "n_k": 37, **GROUP, "options": {"topk": 1}},
+        "chunk": {"n_q": 9, "n_k": 67, **GROUP, "options": {"topk": 7}},
+        "items": {"b": 2, "n_q": 9, "n_k": 20, **GROUP, "h_kv": 2, "options": {"topk": 4}},
+        "many": {"n_q": 9, "n_k": 259, **GROUP, "options": {"topk": 30}},
+        "below-zero": {"n_q": 37, "n_k": 37, **GROUP, "scale": -0.3, "options": {"topk": 3}},
         "all": {"n_q": 21, "n_k": 37, **GROUP, "options": {"topk": 37}},
         "ties": {"n_q": 6, "n_k": 7, **GROUP, "ties": "equal", "options": {"topk": 1}},
         "near-ties": {"n_q": 6, "n_k": 7, **GROUP, "ties": "ulp", "options": {"topk": 1}},

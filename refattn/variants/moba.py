@@ -100,6 +100,13 @@ MOBA = Variant(
     positive=True,
     cases={
         "blocks": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"block_size": 8, "topk": 3}},
+        "blocks-of-weight-0": {
+            "n_q": 9,
+            "n_k": 37,
+            "causal": "bottom_right",
+            "weight": np.where(np.arange(37) // 4 % 3 == 1, 0.0, 1.5)[None, None, None],
+            "options": {"block_size": 4, "topk": 3},
+        },
         "items": {"b": 2, "n_q": 19, "n_k": 37, "causal": "bottom_right", "options": {"block_size": 8, "topk": 2}},
         "own-block-only": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"block_size": 16, "topk": 1}},
         "more-than-there-are": {
@@ -114,13 +121,6 @@ MOBA = Variant(
             "n_k": 37,
             "causal": "bottom_right",
             "scale": -0.3,
-            "options": {"block_size": 4, "topk": 3},
-        },
-        "blocks-of-weight-0": {
-            "n_q": 9,
-            "n_k": 37,
-            "causal": "bottom_right",
-            "weight": np.where(np.arange(37) // 4 % 3 == 1, 0.0, 1.5)[None, None, None],
             "options": {"block_size": 4, "topk": 3},
         },
         "ragged": {

@@ -169,8 +169,8 @@ FORMULA = (
 UNIT = "u · sum_b |g_ib| sum_j p_bij |v_jc|"
 SOURCE = (
     "Yuan et al., Native Sparse Attention, arXiv 2502.11089, section 3.3, recalled, with the mean in place of its "
-    "learned compression, as in SSA's release (modeling_llama_nsa.py, parallel.py), which was read. The gates, sigmoids "
-    "of a linear map in the layer, are a query's last three numbers, in the order compressed, chosen, window."
+    "learned compression, as in SSA's release (modeling_llama_nsa.py, parallel.py), which was read. The gates are a "
+    "query's last three numbers, in the order compressed, chosen, window; in a layer sigmoids of a linear map."
 )
 DEFINE = Selected(scores, choices, full={"topk": 2**31}, together=lambda o: True, core="nsa_branches")
 WRONG_BRANCHES: dict[str, tuple[str, Any]] = {
@@ -202,7 +202,7 @@ NSA = Variant(
     contract=(
         "scale None is 1/sqrt(d_k), d_k with the three gates: pass the layer's own.",
         "Gates may be any numbers. A key's last three numbers are not read: their gradient is 0.",
-        "A tie goes to the lower block. Blocks are chosen as by nsa_selected, by softmaxes over the means of whole ones.",
+        "A tie goes to the lower block. Blocks are chosen as by nsa_selected: softmaxes weigh the means of whole ones.",
         "Where no block ends yet, the first branch is 0. A block longer than the keys is none of the means.",
         "Means are exact: a kernel that keeps them in a narrow type is judged by what that loses.",
         "Where a kernel's own weights cannot tell two blocks apart, it may take either: the row is judged by both.",

@@ -129,6 +129,13 @@ TOPK = Variant(
     positive=True,
     cases={
         "few": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"topk": 5, "local": 3}},
+        "blocks-of-weight-0": {
+            "n_q": 9,
+            "n_k": 37,
+            "causal": "bottom_right",
+            "weight": np.where(np.arange(37) // 4 % 3 == 1, 0.0, 1.5)[None, None, None],
+            "options": {"topk": 2, "block_size": 4, "sink_keys": 0, "local": 5},
+        },
         "items": {"b": 2, "n_q": 19, "n_k": 37, "causal": "bottom_right", "options": {"topk": 4, "local": 2}},
         "one": {"n_q": 37, "n_k": 67, "causal": "bottom_right", "options": {"topk": 1, "sink_keys": 0, "local": 1}},
         "chunk": {
@@ -154,13 +161,6 @@ TOPK = Variant(
             "h_kv": 2,
             "causal": "bottom_right",
             "options": {"topk": 5, "by_group": True},
-        },
-        "blocks-of-weight-0": {
-            "n_q": 9,
-            "n_k": 37,
-            "causal": "bottom_right",
-            "weight": np.where(np.arange(37) // 4 % 3 == 1, 0.0, 1.5)[None, None, None],
-            "options": {"topk": 2, "block_size": 4, "sink_keys": 0, "local": 5},
         },
         "none-chosen": {"n_q": 37, "n_k": 37, "causal": "bottom_right", "options": {"topk": 0, "local": 5}},
         "ties": {

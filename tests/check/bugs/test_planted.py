@@ -63,6 +63,8 @@ def test_a_planted_bug_is_caught(variant, bug, dtype):
     assert found.message
 
 
+AT_AN_EDGE = {("dsa", "signed_scale")}
+"""Mistakes that show at a scale below 0 alone: an edge, which a report without ``edges`` counts as a failure."""
 MISTAKES = [(v, n, d) for v in VARIANTS for n in VARIANTS[v].wrong for d in ("bfloat16", "float32")[: 1 + NIGHTLY]]
 """In bfloat16, whose bounds leave more room; nightly in float32 too."""
 
@@ -78,7 +80,8 @@ def test_what_implementers_get_wrong_is_caught(variant, name, dtype):
         budget="quick",
         only="gaussian/*",
     )
-    assert any(i.run().verdict == "failed" for i in checks), VARIANTS[variant].wrong[name][0]
+    says = "edge" if (variant, name) in AT_AN_EDGE else "failed"
+    assert any(i.run().verdict == says for i in checks), VARIANTS[variant].wrong[name][0]
 
 
 def test_every_planted_bug_belongs_to_an_operator():
