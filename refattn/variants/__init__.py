@@ -17,6 +17,7 @@ from .option import Option
 from .power import POWER
 from .power_blocks import POWER_BLOCKS
 from .relu import RELU
+from .seer import SEER
 from .shapes import Choices, Lowered, Rows, Selected, Shape, Steps
 from .sigmoid import SIGMOID
 from .softmax import SOFTMAX
@@ -48,6 +49,7 @@ VARIANTS: dict[str, Variant] = {
         NSA_SELECTED,
         NSA,
         DSA,
+        SEER,
         VIEW_LOCAL,
         URPE,
     )

@@ -34,6 +34,7 @@ SPARSE = (
     "topk",
     "nsa_selected",
     "dsa",
+    "seer",
     "view_local",
 )
 EXAMPLE = "example-no-rescale"

@@ -192,6 +192,21 @@ def _dsa(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
         yield sorted(np.argsort(-s, kind="stable")[: o["topk"]].tolist())
 
 
+def _seer(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
+    d, n, size = o["gate_dim"] or k.shape[1], len(k), o["block_size"]
+    starts = range(0, n, size)
+    x = np.array([o["group"][:, a : a + size, -d:].mean(1, dtype=np.float32).sum(0) for a in starts])
+    y = np.array([k[a : a + size, -d:].mean(0, dtype=np.float32) for a in starts])
+    count = max(1, int((1 - np.sqrt(1 - (o["ratio"] or 0))) * len(starts)))
+    for i in range(n):
+        s = (y[: i // size + 1] @ x[i // size]) * np.float32(o["gate_scale"])
+        gate = np.exp(s - s.max())
+        gate = gate / gate.sum(dtype=np.float32)
+        best = np.argsort(-s, kind="stable")[:count] if o["ratio"] else np.flatnonzero(gate > o["threshold"])
+        taken = best if o["ratio"] or o["threshold"] else np.arange(len(s))
+        yield [j for b in taken.tolist() for j in range(b * size, min(b * size + size, n))]
+
+
 def _block_sparse(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
     blocks, size = o["blocks"], o["block_k"]
     for i in range(len(q)):
@@ -228,6 +243,7 @@ PICKS: dict[str, Pick] = {
     "topk": _topk,
     "nsa_selected": _nsa_selected,
     "dsa": _dsa,
+    "seer": _seer,
     "view_local": _view_local,
 }
 """By operator, the keys of each row of a head."""
