@@ -108,8 +108,8 @@ PAPERS = (
     Paper(
         "SeerAttention",
         "github microsoft/SeerAttention",
-        ("functions.gates",),
-        ("functions/test_gates.py",),
+        ("operator seer", "functions.gates"),
+        ("variants/test_seer.py", "functions/test_gates.py"),
         "",
         "its kernels; batches of variable lengths; " + TRAINING,
     ),

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import Problem
-from .moba import MOBA
-from .nsa_selected import FORCED, choices, weights
+from .moba import FORCED, MOBA
+from .moba import fits as moba_fits
 from .nsa_selected import by_rows as selected_by_rows
-from .nsa_selected import fits as selected_fits
+from .nsa_selected import choices, weights
 from .option import Option, one_of, whole
 from .shapes import Lowered, Selected
 from .variant import Variant
@@ -115,7 +115,7 @@ def fits(p: Problem) -> str | None:
     """Refuse what the choice refuses, queries without gates, and numbers that a mean would carry to every row."""
     if p.d_k <= GATES:
         return f"query: axis dim is {p.d_k}, expected at least {GATES + 1}: the last {GATES} numbers are the gates"
-    if wrong := selected_fits(p):
+    if wrong := moba_fits(p):
         return wrong
     p = p.to("numpy")
     for name in ("query", "key", "value"):

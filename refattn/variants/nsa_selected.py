@@ -11,8 +11,7 @@ import numpy as np
 
 from ..problem import Problem
 from .loops import DIGITS, chosen, first_weights, products
-from .moba import MOBA
-from .moba import fits as moba_fits
+from .moba import FORCED, MOBA, fits
 from .option import Option, one_of, whole
 from .shapes import Choices, Lowered, Selected
 from .variant import Variant
@@ -45,17 +44,6 @@ def choices(n_q: int, n_k: int, o: Any, count: int = 0, whole: bool = True) -> C
     seen = (starts + o.block_size - 1 <= at) if whole else (blocks <= mine)
     members = np.arange(n_k) // o.block_size == blocks[:, None]
     return Choices(members, (blocks < mine) & ~must, must, max(o.topk - FORCED[o.forced] + count, 0), seen)
-
-
-FORCED = {"own": 1, "first_previous_own": 3}
-
-
-def fits(p: Problem) -> str | None:
-    """Refuse calls in which a query has no block of its own, and budgets below what is forced."""
-    topk, forced = p.options.get("topk", 16), p.options.get("forced", "own")
-    if topk < FORCED[forced]:
-        return f"topk: got {topk}, expected at least {FORCED[forced]}, the blocks that forced={forced!r} takes"
-    return moba_fits(p)
 
 
 def by_rows(p: Problem, o: Any, ties: bool = False, blind: bool = False, columns: int | None = None) -> Problem:

@@ -147,8 +147,12 @@ def _moba(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
     for i in range(len(q)):
         own = (i + len(k) - len(q)) // size
         there = _there(o["weighs"][i], 0, own, size)
-        best = np.argsort(-np.where(there, means[:own] @ q[i], -np.inf), kind="stable")[: o["topk"] - 1]
-        yield [j for b in sorted([*best.tolist(), own]) for j in range(b * size, min(b * size + size, len(k)))]
+        asking = o["group"][:, i].sum(0, dtype=np.float32) if o["by_group"] else q[i]
+        taken = {own} if o["forced"] == "own" else {own, max(own - 1, 0), 0}
+        order = np.argsort(-np.where(there, means[:own] @ asking, -np.inf), kind="stable").tolist()
+        left = [b for b in order if b not in taken]
+        taken |= set(left[: o["topk"] - (1 if o["forced"] == "own" else 3)])
+        yield [j for b in sorted(taken) for j in range(b * size, min(b * size + size, len(k)))]
 
 
 def _nsa_selected(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
