@@ -105,6 +105,7 @@ def _types(v: Variant) -> None:
         ("has_lse", v.has_lse, bool, "True or False"),
         ("positive", v.positive, bool, "True or False"),
         ("places", v.places, bool, "True or False"),
+        ("narrowest", v.narrowest, int, "a whole number"),
         ("options", v.options, Mapping, "a dict of Option by name"),
         ("cases", v.cases, Mapping, "a dict of settings by label"),
         ("forms", v.forms, Mapping, "a dict of definitions by name"),

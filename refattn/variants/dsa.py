@@ -149,6 +149,7 @@ DSA = Variant(
         ),
     },
     fits=fits,
+    narrowest=2,
     always=frozenset({"causal_bottom_right"}),
     never=frozenset({"variable_lengths", "causal_top_left", "no_rows_or_keys"}),
 )

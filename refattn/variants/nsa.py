@@ -255,6 +255,7 @@ NSA = Variant(
         {"block_size": 2, "topk": 2, "window_keys": 1},
         {"block_size": 7, "topk": 4, "forced": "first_previous_own", "window_keys": 3},
     ),
+    narrowest=GATES + 1,
     always=frozenset({"causal_bottom_right"}),
     never=frozenset({"variable_lengths", "causal_top_left", "no_rows_or_keys"}),
 )  # fmt: skip

@@ -118,7 +118,7 @@ def lower(
         row = list(s[b, g, r, : s.shape[3] if later else r + 1])
         if o.ratio is not None:
             most = kept(r + 1 if by_row else s.shape[3], o.ratio)
-            taken[b, g, r, first(dict(enumerate(row)), most)] = True  # type: ignore[arg-type]
+            taken[b, g, r, first(dict(enumerate(row)), most)] = True
         elif relative:
             best = max(row)
             taken[b, g, r, : len(row)] = [above([x, best], 0, _part(o.threshold)) for x in row]

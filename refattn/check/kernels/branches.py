@@ -55,7 +55,7 @@ def _mean(s: Array, v: Array, form: Format) -> Array:
         return np.zeros(v.shape[1], np.float32)
     w = np.exp(s - s.max())
     total = w.sum(dtype=np.float32)
-    return (form.round_array(w.astype(np.float64)).astype(np.float32) @ v) / total
+    return np.asarray((form.round_array(w.astype(np.float64)).astype(np.float32) @ v) / total)
 
 
 def _nsa(q: Array, k: Array, v: Array, o: Options, mean: Mean) -> Array:

@@ -136,8 +136,7 @@ def _titans_mac(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
 
 def _there(weighs: Array, first: int, count: int, size: int) -> Array:
     """Tell which of some whole blocks have a key that counts."""
-    there: Array = weighs[first : first + count * size].reshape(count, size).any(1)
-    return there
+    return np.asarray(weighs[first : first + count * size].reshape(count, size).any(1))
 
 
 def _moba(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
