@@ -141,9 +141,10 @@ def _calls() -> Iterator[tuple[str, Problem, Mask]]:
     """Yield calls of every operator that is softmax over a mask, and the mask: written out, or of what is chosen."""
     for name, variant in VARIANTS.items():
         over = VARIANT if isinstance(variant.shape, Lowered) else getattr(variant.shape, "core", "")
-        fewer = "lengths_differ" not in variant.never  # the call has fewer rows than keys
-        for seed, options in enumerate(_tried(variant) if over == VARIANT and fewer else ()):
+        for seed, options in enumerate(_tried(variant) if over == VARIANT else ()):
             call = _call(seed, variant, options)
+            if not variant.takes(call):  # it asks for as many rows as keys
+                continue
             core = lower(call).problem
             only = all(getattr(core, x) is None for x in MEANINGS if x not in ("causal", "allowed"))
             if core.variant == VARIANT and core.allowed is not None and only:
