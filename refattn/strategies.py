@@ -80,12 +80,10 @@ def problems(
     InvalidInput
         An unknown name, a limit below 1, or a feature that the operator does not have.
     """
-    v = variant_of(variant)
+    least = {"max_dim": (v := variant_of(variant)).narrowest}
     for name, limit in (("max_rows", max_rows), ("max_keys", max_keys), ("max_dim", max_dim), ("tile", tile)):
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise InvalidInput(f"{name}: got {limit!r}, expected an integer of at least 1")
-    if max_dim < v.narrowest:
-        raise InvalidInput(f"max_dim: got {max_dim}, expected at least {v.narrowest}, the least of {v.name} attention")
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < least.get(name, 1):
+            raise InvalidInput(f"{name}: got {limit!r}, expected an integer of at least {least.get(name, 1)}")
     able = _features(v)
     wanted = able if features is None else _some("features", features, sorted(FEATURES | FURTHER))
     for name in wanted:
