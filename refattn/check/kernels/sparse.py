@@ -198,7 +198,8 @@ def _dsa(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
 def _seer(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
     d, n, size = o["gate_dim"] or k.shape[1], len(k), o["block_size"]
     starts = range(0, n, size)
-    x = np.array([o["group"][:, a : a + size, -d:].mean(1, dtype=np.float32).sum(0) for a in starts])
+    asking, k = (np.where(np.isfinite(x), x, np.float32(0)) for x in (o["group"], k))  # in the gate alone
+    x = np.array([asking[:, a : a + size, -d:].mean(1, dtype=np.float32).sum(0) for a in starts])
     y = np.array([k[a : a + size, -d:].mean(0, dtype=np.float32) for a in starts])
     count = max(1, int((1 - np.sqrt(1 - (o["ratio"] or 0))) * len(starts)))
     for i in range(n):
