@@ -62,8 +62,16 @@ PAPERS = (
     Paper(
         "SSA, with NSA and MoBA",
         "arXiv 2511.20102, 2502.11089, 2502.13189",
-        ("operator nsa_selected", "operator moba", "functions.alignment", "functions.native", "claim sparse-alignment"),
         (
+            "operator nsa",
+            "operator nsa_selected",
+            "operator moba",
+            "functions.alignment",
+            "functions.native",
+            "claim sparse-alignment",
+        ),
+        (
+            "variants/test_nsa.py",
             "variants/test_selected.py",
             "functions/test_alignment.py",
             "functions/test_native.py",
@@ -71,7 +79,7 @@ PAPERS = (
             "peers/test_nsa.py",
         ),
         "fla-core's naive NSA; native-sparse-attention-pytorch; MoBA's release, run beside it once",
-        "NSA's learned compression and gates, whose sum with the window is linear; " + TRAINING,
+        "NSA's learned compression; " + TRAINING,
     ),
     Paper(
         "DeepSeek sparse attention",
@@ -100,8 +108,8 @@ PAPERS = (
     Paper(
         "SeerAttention",
         "github microsoft/SeerAttention",
-        ("functions.gates",),
-        ("functions/test_gates.py",),
+        ("operator seer", "functions.gates"),
+        ("variants/test_seer.py", "functions/test_gates.py"),
         "",
         "its kernels; batches of variable lengths; " + TRAINING,
     ),

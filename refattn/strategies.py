@@ -80,10 +80,10 @@ def problems(
     InvalidInput
         An unknown name, a limit below 1, or a feature that the operator does not have.
     """
-    v = variant_of(variant)
+    least = {"max_dim": (v := variant_of(variant)).narrowest}
     for name, limit in (("max_rows", max_rows), ("max_keys", max_keys), ("max_dim", max_dim), ("tile", tile)):
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise InvalidInput(f"{name}: got {limit!r}, expected an integer of at least 1")
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < least.get(name, 1):
+            raise InvalidInput(f"{name}: got {limit!r}, expected an integer of at least {least.get(name, 1)}")
     able = _features(v)
     wanted = able if features is None else _some("features", features, sorted(FEATURES | FURTHER))
     for name in wanted:
@@ -140,7 +140,7 @@ def _problems(
         n_q, n_k = draw(st.sampled_from(rows + none)), draw(st.sampled_from(keys + none))
     else:
         n_q = n_k = draw(st.sampled_from(_sizes(min(limits[:2]), tile) + none))
-    d_k = d_v = draw(st.sampled_from(dims))
+    d_k = d_v = draw(st.sampled_from([x for x in dims if x >= v.narrowest] or [v.narrowest]))
     if "d_v_differs" in on and len(dims) > 1:
         d_v = draw(st.sampled_from([x for x in dims if x != d_k]))
     h_kv = draw(st.sampled_from((1, 2, 3)))

@@ -137,12 +137,19 @@ def test_the_right_kernel_passes_on_whatever_is_drawn(p):
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "softmax"])
 def test_every_operator_answers_whatever_is_drawn(variant):
-    @given(problems(variant, max_rows=3, max_keys=5, max_dim=3, dtypes=["float32", "bfloat16"]))
+    wide = max(3, VARIANTS[variant].narrowest)
+
+    @given(problems(variant, max_rows=3, max_keys=5, max_dim=wide, dtypes=["float32", "bfloat16"]))
     @settings(max_examples=25)
     def run(p):
         assert evaluate(p).out.shape == p.out_shape
 
     run()
+
+
+def test_a_width_below_an_operators_least_is_refused():
+    with pytest.raises(InvalidInput, match=r"^max_dim: got 3, expected an integer of at least 4$"):
+        problems("nsa", max_dim=3)
 
 
 # shrinking --------------------------------------------------------------------------------------------------------

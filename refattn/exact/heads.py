@@ -204,6 +204,10 @@ class Head:
             reach = len(values) // 2
             return column(np.asarray(values, np.float64)[np.clip(reach - steps(), 0, 2 * reach)])
 
+        def of_keys(x: Any) -> Any:
+            a = np.asarray(x, np.float64)
+            return wrap(f.keyed(a) if hasattr(f, "keyed") else matrix_of(f, a))
+
         def state() -> Any:
             take = f.state if hasattr(f, "state") else lambda x: matrix_of(f, x)
             found = tuple(wrap(take(x)) for x in self.start())
@@ -220,9 +224,10 @@ class Head:
                 "distance": lambda: column(steps()),
                 "toeplitz": lambda: toeplitz,
                 "matrix": lambda: column,
-                "of_keys": lambda: lambda x: wrap(f.keyed(x) if hasattr(f, "keyed") else matrix_of(f, x)),
+                "of_keys": lambda: of_keys,
                 "rows": lambda: rows,
                 "queries": lambda: self.q.shape[0],
+                "behind": steps,
                 "place": lambda: column(np.arange(1, self.q.shape[0] + 1)[rows][:, None]),
                 **self._positioned(f, rows, wrap),
             },

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..dropout import drawn
 from ..errors import InvalidProblem
 from ..masks import WRITTEN, both
-from ..problem import VARIANT, Problem
+from ..problem import Problem
 from ..rules import Rule
 from ..rules.atoms import labelled
 from ..rules.lists import listed
@@ -23,7 +23,7 @@ from .choosing import Sight, choose, choosers, keys_of
 from .heads import Head
 from .tiles import NARROW
 
-__all__ = ["Lowering", "lower"]
+__all__ = ["Lowering", "core_of", "lower"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -69,6 +69,12 @@ def lower(problem: Problem, shape: Shape | None = None) -> Lowering:
     return _selected(problem, shape) if isinstance(shape, Selected) else Lowering(problem)
 
 
+def core_of(problem: Problem, shape: Selected) -> Problem:
+    """Return the call that an operator which chooses keys is where all are chosen."""
+    own, core = variant_of(problem.variant).settings(problem), variant_of(shape.core)
+    return problem.replace(variant=core.name, options={n: own[n] for n in core.options if n in own})
+
+
 def _selected(problem: Problem, shape: Selected) -> Lowering:
     p = problem.to("numpy")
     full = (*p.out_shape[:3], p.n_k)
@@ -81,7 +87,7 @@ def _selected(problem: Problem, shape: Selected) -> Lowering:
         margin = choose(ones, shape, sight, partial(taken.put, ones, sight))
         for one in ones:
             margins[one.batch, one.head, one.rows] = margin
-    core = p.replace(variant=VARIANT, options={})
+    core = core_of(p, shape)
     return Lowering(core.replace(allowed=np.zeros(full, bool) if taken is None else taken.allowed()), margins)
 
 

@@ -38,12 +38,10 @@ class Tape(Reflected):
         return Tape(self.value.T, (self, lambda g: g.T))
 
     def columns(self, at: Any) -> Tape:
-        """Return the columns of those numbers, none twice: nothing comes back to the others."""
-        taken, back = np.zeros(self.value.shape, bool), np.zeros(self.value.shape[1], np.intp)
-        taken[:, at], back[at] = True, np.arange(len(at))
-        if taken.all():
-            return Tape(self.value.columns(at), (self, lambda g: g.columns(back)))
-        return Tape(self.value.columns(at), (self, lambda g: g.columns(back).where(taken)))
+        """Return the columns of those numbers, each at most once: the others' gradient is 0."""
+        there, back = np.zeros(self.value.shape, bool), np.zeros(self.value.shape[1], np.intp)
+        there[:, at], back[at] = True, np.arange(len(at))
+        return Tape(self.value.columns(at), (self, lambda g: g.columns(back).where(None if there.all() else there)))
 
     def written(self, moved: Mask) -> Tape:
         """Return what a kernel may round to its inputs' type."""

@@ -44,7 +44,7 @@ def lowered(problem: Problem, block_q: int = 128, block_k: int = 128) -> dict[st
     ----------
     problem : Problem
         Of an operator that is lowered to softmax attention, or chooses keys: moba, nsa_selected, topk, power_blocks,
-        dsa, titans_mac, neighborhood, block_sparse, view_local; or softmax itself.
+        dsa, seer, titans_mac, neighborhood, block_sparse, view_local; or softmax itself.
     block_q, block_k : int
         Queries and keys of a block. Where they are the operator's own, fewer blocks are cut.
 

@@ -32,8 +32,8 @@ SETTINGS = frozenset(
 )
 """What a case may set: lengths, the scale, options, packed sequences, whether queries and keys are codes, or tie."""
 TAKEN = frozenset(
-    {"allowed", "bias", "count", "distance", "length", "matrix", "of_keys", "one", "place", "queries", "rows", "scale",
-     "sink", "softcap", "state", "token", "toeplitz", "weight"}
+    {"allowed", "behind", "bias", "count", "distance", "length", "matrix", "of_keys", "one", "place", "queries", "rows",
+     "scale", "sink", "softcap", "state", "token", "toeplitz", "weight"}
 )  # fmt: skip
 """What every definition has; gates have their names where they are used."""
 
@@ -105,6 +105,7 @@ def _types(v: Variant) -> None:
         ("has_lse", v.has_lse, bool, "True or False"),
         ("positive", v.positive, bool, "True or False"),
         ("places", v.places, bool, "True or False"),
+        ("narrowest", v.narrowest, int, "a whole number"),
         ("options", v.options, Mapping, "a dict of Option by name"),
         ("cases", v.cases, Mapping, "a dict of settings by label"),
         ("forms", v.forms, Mapping, "a dict of definitions by name"),

@@ -27,10 +27,10 @@ from ..exact.driver import enclose, evaluate
 from ..exact.enclosure import Enclosure
 from ..exact.field import Field
 from ..exact.heads import Given, heads, matrix_of, rows_of
-from ..exact.lowering import lower
+from ..exact.lowering import core_of, lower
 from ..exact.parts import parts
 from ..gates import RECURRENT
-from ..problem import VARIANT, Problem
+from ..problem import Problem
 from ..variants import Lowered, Option, Rows, Selected, Steps, Variant
 from ..variants.variant import CALL_LAWS
 
@@ -313,7 +313,7 @@ def _full(v: Variant, found: list[Problem]) -> None:
             raise InvalidInput(f"{v.name}: full sets {n!r} to {x!r}, expected {wrong}")
     for p in found:
         call = p.replace(options={**p.options, **v.shape.full})
-        if v.takes(call) and _differ(enclose(call), enclose(p.replace(variant=VARIANT, options={}))):
+        if v.takes(call) and _differ(enclose(call), enclose(core_of(call, v.shape))):
             raise InvalidInput(
                 f"{v.name}: full={dict(v.shape.full)} does not choose everything: it differs from its core"
             )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..exact import evaluate
 from ..exact.lowering import lower
 from ..problem import MEANINGS, VARIANT, Problem
-from ..variants import VARIANTS, Lowered, Selected, Variant
+from ..variants import VARIANTS, Lowered, Variant
 from .claim import Claim, Evidence, judged, needs, same, total
 from .fields import Dual, Q, balls, disjoint, each, exp, precise, rational, rationals, unequal, zeros
 
@@ -140,8 +140,11 @@ def _call(seed: int, variant: Variant, options: Mapping[str, Any]) -> Problem:
 def _calls() -> Iterator[tuple[str, Problem, Mask]]:
     """Yield calls of every operator that is softmax over a mask, and the mask: written out, or of what is chosen."""
     for name, variant in VARIANTS.items():
-        for seed, options in enumerate(_tried(variant) if isinstance(variant.shape, (Lowered, Selected)) else ()):
+        over = VARIANT if isinstance(variant.shape, Lowered) else getattr(variant.shape, "core", "")
+        for seed, options in enumerate(_tried(variant) if over == VARIANT else ()):
             call = _call(seed, variant, options)
+            if not variant.takes(call):  # it asks for as many rows as keys
+                continue
             core = lower(call).problem
             only = all(getattr(core, x) is None for x in MEANINGS if x not in ("causal", "allowed"))
             if core.variant == VARIANT and core.allowed is not None and only:

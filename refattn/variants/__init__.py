@@ -13,11 +13,13 @@ from .lightning import LIGHTNING
 from .linear import LINEAR
 from .moba import MOBA
 from .neighborhood import NEIGHBORHOOD
+from .nsa import NSA, NSA_CORES
 from .nsa_selected import NSA_SELECTED
 from .option import Option
 from .power import POWER
 from .power_blocks import POWER_BLOCKS
 from .relu import RELU
+from .seer import SEER
 from .shapes import Choices, Lowered, Rows, Selected, Shape, Steps
 from .sigmoid import SIGMOID
 from .softmax import SOFTMAX
@@ -50,7 +52,9 @@ VARIANTS: dict[str, Variant] = {
         MOBA,
         TOPK,
         NSA_SELECTED,
+        NSA,
         DSA,
+        SEER,
         VIEW_LOCAL,
         URPE,
         CODEBOOK,
@@ -59,6 +63,9 @@ VARIANTS: dict[str, Variant] = {
     )
 }
 """The operators that refattn knows, by name; ``refattn.register`` adds one of your own."""
+
+CORES: dict[str, Variant] = {v.name: v for v in NSA_CORES}
+"""What operators of the table are lowered to that nobody calls by name, by name."""
 
 
 def variant_of(name: str) -> Variant:
@@ -69,6 +76,8 @@ def variant_of(name: str) -> Variant:
     InvalidInput
         There is none.
     """
+    if name in CORES:
+        return CORES[name]
     if name not in VARIANTS:
         raise InvalidInput(
             f"variant: got {name!r}, expected one of {', '.join(VARIANTS)}; register one of your own first, or name "

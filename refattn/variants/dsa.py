@@ -20,14 +20,16 @@ from .variant import Variant
 __all__ = ["DSA"]
 
 
-def scores(q: Any, k: Any, o: Any, weighed: bool = True, last: bool = False) -> Any:
+def scores(q: Any, k: Any, o: Any, weighed: bool = True, last: bool = False, scaled: bool = False) -> Any:
     """Return a query head's weight, its last number, times the ReLU of its product with each key by the other numbers.
 
-    The rest is for mistakes: whether heads have weights, and whether a product takes the last numbers, too.
+    The rest is for mistakes: whether heads have weights, whether a product takes the last numbers, too, and whether it
+    is scaled.
     """
     d = k.shape[1] - 1
     own = np.arange(d + last)
-    s = (q.columns(own) @ (o.members @ k).columns(own).T).relu()
+    s = q.columns(own) @ (o.members @ k).columns(own).T
+    s = (s * o.scale if scaled else s).relu()
     return s * q.columns(np.array([d])) if weighed else s
 
 
@@ -46,14 +48,14 @@ def choices(n_q: int, n_k: int, o: Any, count: int = 0, behind: int = 0) -> Choi
     return Choices(np.arange(n_k), Atom("up to its own", lambda x: x.k <= x.q + back), None, o.topk + count)
 
 
-def by_rows(p: Problem, o: Any, ties: bool = False) -> Problem:
-    """Write the same by a loop over rows, on integers."""
+def by_rows(p: Problem, o: Any, ties: bool = False, blind: bool = False) -> Problem:
+    """Write the same by a loop over rows, on integers; blind, a mistake, if keys that nobody sees are chosen, too."""
     weight = integers(p.query)[0][..., -1:]
     s = products(p, p.d_k - 1)[0]
     s = weight * np.where(s > 0, s, 0)
 
     def take(s: Any, seen: Any, at: int) -> Iterator[int]:
-        yield from first({j: s[:, j].sum() for j in range(at + 1) if seen[j]}, o.topk, ties)
+        yield from first({j: s[:, j].sum() for j in range(at + 1) if seen[j] or blind}, o.topk, ties)
 
     return chosen(p, take, together=True, scores=s)
 
@@ -103,6 +105,13 @@ DSA = Variant(
     positive=True,
     cases={
         "few": {"n_q": 37, "n_k": 67, **GROUP, "options": {"topk": 5}},
+        "keys-of-weight-0": {
+            "n_q": 9,
+            "n_k": 37,
+            **GROUP,
+            "weight": np.where(np.arange(37) % 3 == 1, 0.0, 1.5)[None, None, None],
+            "options": {"topk": 5},
+        },
         "one": {"n_q": 21, "n_k": 37, **GROUP, "options": {"topk": 1}},
         "chunk": {"n_q": 9, "n_k": 67, **GROUP, "options": {"topk": 7}},
         "items": {"b": 2, "n_q": 9, "n_k": 20, **GROUP, "h_kv": 2, "options": {"topk": 4}},
@@ -124,6 +133,14 @@ DSA = Variant(
         ),
         "relu_of_the_weighed": ("the ReLU comes after the weight", DEFINE.changed(lambda *x: scores(*x).relu())),
         "each_head_chooses": ("each query head chooses for itself", replace(DEFINE, together=lambda o: False)),
+        "unseen_keys_compete": (
+            "keys of weight 0 are chosen like others, which leaves fewer that count",
+            Lowered(by_rows).changed(blind=True),
+        ),
+        "signed_scale": (
+            "products are scaled before the ReLU, which a scale below 0 turns",
+            DEFINE.changed(partial(scores, scaled=True)),
+        ),
         "own_key_not_scored": ("a query's own key is none to choose", DEFINE.changed(behind=1)),
         "one_less_chosen": ("one key less is chosen", DEFINE.changed(count=-1)),
         "all_of_a_tie": (
@@ -132,6 +149,7 @@ DSA = Variant(
         ),
     },
     fits=fits,
+    narrowest=2,
     always=frozenset({"causal_bottom_right"}),
     never=frozenset({"variable_lengths", "causal_top_left", "no_rows_or_keys"}),
 )

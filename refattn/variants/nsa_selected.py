@@ -11,8 +11,7 @@ import numpy as np
 
 from ..problem import Problem
 from .loops import DIGITS, chosen, first_weights, products
-from .moba import MOBA
-from .moba import fits as moba_fits
+from .moba import FORCED, MOBA, fits
 from .option import Option, one_of, whole
 from .shapes import Choices, Lowered, Selected
 from .variant import Variant
@@ -47,36 +46,30 @@ def choices(n_q: int, n_k: int, o: Any, count: int = 0, whole: bool = True) -> C
     return Choices(members, (blocks < mine) & ~must, must, max(o.topk - FORCED[o.forced] + count, 0), seen)
 
 
-FORCED = {"own": 1, "first_previous_own": 3}
+def by_rows(p: Problem, o: Any, ties: bool = False, blind: bool = False, columns: int | None = None) -> Problem:
+    """Write the same by a loop over rows that sums exponentials in decimals, and compares their terms at a tie.
 
-
-def fits(p: Problem) -> str | None:
-    """Refuse calls in which a query has no block of its own, and budgets below what is forced."""
-    topk, forced = p.options.get("topk", 16), p.options.get("forced", "own")
-    if topk < FORCED[forced]:
-        return f"topk: got {topk}, expected at least {FORCED[forced]}, the blocks that forced={forced!r} takes"
-    return moba_fits(p)
-
-
-def by_rows(p: Problem, o: Any, ties: bool = False) -> Problem:
-    """Write the same by a loop over rows that sums exponentials in decimals, and compares their terms at a tie."""
+    Products are of the first `columns` numbers of queries and keys, by default of all. Blind, a mistake, if blocks of
+    keys that nobody sees are weighed, too.
+    """
+    found, below = products(p, columns)
     with localcontext() as context:
         context.prec = 2 * DIGITS
         scale = 1 / Decimal(p.d_k).sqrt() if p.scale is None else Decimal(p.scale)
-        unit = scale / products(p)[1] / o.block_size  # only whole blocks are weighed
+        unit = scale / below / o.block_size  # only whole blocks are weighed
 
     def take(s: Any, seen: Any, at: int) -> Iterator[int]:
         own = at // o.block_size
         forced = {own} if o.forced == "own" else {own, own - 1, 0} & set(range(own + 1))
         spans = {b: slice(b * o.block_size, (b + 1) * o.block_size) for b in range((at + 1) // o.block_size)}
-        spans = {b: x for b, x in spans.items() if seen[x].any()}
+        spans = {b: x for b, x in spans.items() if blind or seen[x].any()}
         sums = [[row[x].sum() for x in spans.values()] for row in s]
         among = [n for n, b in enumerate(spans) if b < own and b not in forced]
         best = first_weights(sums, unit, among, o.topk - FORCED[o.forced], ties) if among else []
         for b in {*forced, *(list(spans)[n] for n in best)}:
             yield from range(b * o.block_size, min((b + 1) * o.block_size, len(seen)))
 
-    return chosen(p, take, together=True)
+    return chosen(p, take, together=True, scores=found)
 
 
 DEFINE = Selected(scores, choices, full={"topk": 2**31}, together=lambda o: True)
@@ -128,6 +121,15 @@ NSA_SELECTED = Variant(
             "h_kv": 2,
             "causal": "bottom_right",
             "options": {"block_size": 8, "topk": 3},
+        },
+        "blocks-of-weight-0": {
+            "n_q": 9,
+            "n_k": 37,
+            "h": 4,
+            "h_kv": 2,
+            "causal": "bottom_right",
+            "weight": np.where(np.arange(37) // 4 % 3 == 1, 0.0, 1.5)[None, None, None],
+            "options": {"block_size": 4, "topk": 3},
         },
         "items": {"b": 2, "n_q": 19, "n_k": 37, "causal": "bottom_right", "options": {"block_size": 8, "topk": 2}},
         "own-block-only": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"block_size": 16, "topk": 1}},
@@ -200,6 +202,10 @@ NSA_SELECTED = Variant(
         "unfinished_block_weighed": (
             "the block that a query stands in is weighed with the whole ones, later keys and all",
             DEFINE.changed(whole=False),
+        ),
+        "unseen_blocks_compete": (
+            "blocks whose keys all have weight 0 are chosen like others, which leaves fewer that count",
+            Lowered(by_rows).changed(blind=True),
         ),
         "all_of_a_tie": (
             "all blocks at the score of the last are taken, more than topk at a tie",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..problem import Problem
+from ..problem import VARIANT, Problem
 from ..rules import Rule
 
 __all__ = ["Choices", "Lowered", "Rows", "Selected", "Shape", "Steps", "hidden_by_head", "parted"]
@@ -107,6 +107,8 @@ class Selected:
         from which other keys are hidden are then refused: no source says among which keys they would choose.
     alone : bool
         Whether a candidate's score depends on its own keys only: of scores that lie close, only those are made again.
+    core : str
+        The operator that is evaluated, its ``allowed`` the choice; it is given those of the options that it has.
     """
 
     scores: Callable[..., Any]
@@ -114,6 +116,7 @@ class Selected:
     full: Any
     together: Callable[[Any], bool] = lambda o: False
     alone: bool = False
+    core: str = VARIANT
 
     def changed(self, scores: Callable[..., Any] | None = None, **change: Any) -> Selected:
         """Return it with other scores, and other arguments of choices after the options: a mistake, say."""

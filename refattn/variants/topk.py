@@ -65,15 +65,18 @@ def fits(p: Problem) -> str | None:
     return unplaced(p, "choices")
 
 
-def by_rows(p: Problem, o: Any, ties: bool = False) -> Problem:
-    """Write the same by a loop over rows: blocks from the first keys on, until one reaches the nearest keys."""
+def by_rows(p: Problem, o: Any, ties: bool = False, blind: bool = False) -> Problem:
+    """Write the same by a loop over rows: blocks from the first keys on, until one reaches the nearest keys.
+
+    Blind, a mistake, if blocks of keys that nobody sees are chosen, too.
+    """
 
     def take(s: Any, seen: Any, at: int) -> Iterator[int]:
         start, nearest = min(o.sink_keys, len(seen)), at + 1 - o.local
         yield from range(start)
         blocks = {}
         while start + o.block_size <= nearest:
-            if seen[start : start + o.block_size].any():
+            if blind or seen[start : start + o.block_size].any():
                 blocks[start] = s[:, start : start + o.block_size].sum()
             start += o.block_size
         yield from range(start, at + 1)
@@ -126,6 +129,13 @@ TOPK = Variant(
     positive=True,
     cases={
         "few": {"n_q": 67, "n_k": 67, "causal": "bottom_right", "options": {"topk": 5, "local": 3}},
+        "blocks-of-weight-0": {
+            "n_q": 9,
+            "n_k": 37,
+            "causal": "bottom_right",
+            "weight": np.where(np.arange(37) // 4 % 3 == 1, 0.0, 1.5)[None, None, None],
+            "options": {"topk": 2, "block_size": 4, "sink_keys": 0, "local": 5},
+        },
         "items": {"b": 2, "n_q": 19, "n_k": 37, "causal": "bottom_right", "options": {"topk": 4, "local": 2}},
         "one": {"n_q": 37, "n_k": 67, "causal": "bottom_right", "options": {"topk": 1, "sink_keys": 0, "local": 1}},
         "chunk": {
@@ -184,6 +194,10 @@ TOPK = Variant(
         "ranked_without_the_query": (
             "all queries choose alike",
             DEFINE.changed(lambda q, k, o: scores(q * 0 + 1, k, o)),
+        ),
+        "unseen_blocks_compete": (
+            "blocks whose keys all have weight 0 are chosen like others, which leaves fewer that count",
+            Lowered(by_rows).changed(blind=True),
         ),
         "all_of_a_tie": (
             "all blocks at the score of the last are taken, more than topk at a tie",

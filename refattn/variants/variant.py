@@ -129,6 +129,8 @@ class Variant:
         each other or on sizes; else each is drawn by itself.
     places : bool
         Whether the definition always reads where rows and keys stand (``o.distance``, ``o.place``).
+    narrowest : int
+        The least d_k that a call can have, for tests that draw calls.
     always, never : frozenset of str
         Features that every call has, or none can have, for tests that draw calls.
     """
@@ -157,6 +159,7 @@ class Variant:
     fits: Callable[[Problem], str | None] = lambda problem: None
     tries: Callable[[int, int], Sequence[Mapping[str, Any]]] | None = None
     places: bool = False
+    narrowest: int = 1
     always: frozenset[str] = frozenset()
     never: frozenset[str] = frozenset()
 

@@ -24,6 +24,7 @@ OPERATORS = {
     "nsa_selected": ({"block_size": 8, "topk": 3}, CAUSAL),
     "topk": ({"topk": 3, "local": 2}, CAUSAL),
     "dsa": ({"topk": 20}, CAUSAL),
+    "seer": ({"block_size": 16, "ratio": 0.5}, CAUSAL),
     "power_blocks": (SPARSE, CAUSAL),
     "titans_mac": ({"persistent": 5, "segment": 20}, {}),
     "neighborhood": ({"shape": (8, 11), "window": (3, 4)}, {}),

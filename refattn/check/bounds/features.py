@@ -31,7 +31,7 @@ Float = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Picked(Link):
-    """Columns in another order, each once."""
+    """Columns in another order, each at most once."""
 
     at: NDArray[np.intp]
 
@@ -43,7 +43,9 @@ class Picked(Link):
 
     def pull(self, child: Node, g: Float) -> Float:
         """Take the adjoint back."""
-        return np.asarray(g[..., np.argsort(self.at)])
+        back = np.zeros_like(g, shape=(*g.shape[:-1], self.parent.a.shape[1]))
+        back[..., self.at] = g
+        return back
 
 
 class Features(Reflected):

@@ -333,15 +333,13 @@ def _of_out(
         size = np.abs(g)
         part = _over_keys(size, joint.flow[0], joint)
         variance += _over_keys(g * g, joint.flow[1], joint)
-        if joint is not weights and not joint.above(weights):
+        if joint is weights or joint.above(weights):
+            moved += part
+        else:
             rest += part
-            continue
-        moved += part
         if joint is head.summed:
             variance += _by_parts(one, head, g, model)
-        if joint is not weights:
-            continue
-        for product, alone in parts:
+        for product, alone in parts:  # of a sum of several means each has weights of its own
             assert product.cast is not None
             rest += _over_keys(np.maximum(np.abs(alone), size), product.cast[0], joint)
             variance += (

@@ -23,6 +23,7 @@ from .packages import PACKAGES, on_gpu
 
 __all__ = ["EXAMPLE", "KERNELS", "Entry", "declared", "find", "found"]
 
+BRANCHES = ("nsa",)
 WEIGHED = ("relu", "ecoformer", "urpe")
 POOLED = ("codebook", "spark", "hyper")
 SPARSE = (
@@ -34,6 +35,7 @@ SPARSE = (
     "topk",
     "nsa_selected",
     "dsa",
+    "seer",
     "view_local",
 )
 EXAMPLE = "example-no-rescale"
@@ -164,6 +166,14 @@ KERNELS: dict[str, Entry] = {
             ),
             flash,
             variants=frozenset(POOLED),
+        ),
+        Entry(
+            "refattn-branches",
+            "",
+            load("branches", "branches"),
+            able("float32 float16 bfloat16", "causal_bottom_right grouped_heads d_v_differs scale"),
+            flash,
+            variants=frozenset(BRANCHES),
         ),
         _recurrent("refattn-chunked", "torch", load("chunked", "chunked"), "titans"),
         _recurrent("refattn-recurrent", "cupy", load("cuda", "recurrent"), **_ON_GPU),

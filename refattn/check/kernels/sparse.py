@@ -45,6 +45,8 @@ def sparse(problem: Problem) -> tuple[Array, Array]:
             g, own, group = h * p.heads_kv // p.heads, dict(options), p.heads // p.heads_kv
             if (blocks := own.get("blocks")) and isinstance(blocks[0][0], tuple):  # a mask for each head
                 own["blocks"] = blocks[h if len(blocks) > 1 else 0]
+            weight = None if p.weight is None else [of_row(p.weight, b, h, i, p.n_k) for i in range(p.n_q)]
+            own["weighs"] = np.ones((p.n_q, p.n_k), bool) if weight is None else to_float64(np.array(weight)) > 0
             own |= {"group": q[b, g * group : (g + 1) * group], "scale": _scale(p)}
             for i, picked in enumerate(PICKS[p.variant](q[b, h], k[b, g], own)):
                 keys = seen(p, b, h, i, np.array(picked, np.intp))
@@ -132,14 +134,24 @@ def _titans_mac(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
         yield [*range(kept), *range(kept + first, kept + t + 1)]
 
 
+def _there(weighs: Array, first: int, count: int, size: int) -> Array:
+    """Tell which of some whole blocks have a key that counts."""
+    return np.asarray(weighs[first : first + count * size].reshape(count, size).any(1))
+
+
 def _moba(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
     size = o["block_size"]
     blocks = range(0, len(k), size)
     means = np.array([k[a : a + size].mean(0, dtype=np.float32) for a in blocks]).reshape(len(blocks), k.shape[1])
     for i in range(len(q)):
         own = (i + len(k) - len(q)) // size
-        best = np.argsort(-(means[:own] @ q[i]), kind="stable")[: o["topk"] - 1]
-        yield [j for b in sorted([*best.tolist(), own]) for j in range(b * size, min(b * size + size, len(k)))]
+        there = _there(o["weighs"][i], 0, own, size)
+        asking = o["group"][:, i].sum(0, dtype=np.float32) if o["by_group"] else q[i]
+        taken = {own} if o["forced"] == "own" else {own, max(own - 1, 0), 0}
+        order = np.argsort(-np.where(there, means[:own] @ asking, -np.inf), kind="stable").tolist()
+        left = [b for b in order if b not in taken]
+        taken |= set(left[: o["topk"] - (1 if o["forced"] == "own" else 3)])
+        yield [j for b in sorted(taken) for j in range(b * size, min(b * size + size, len(k)))]
 
 
 def _nsa_selected(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
@@ -149,10 +161,11 @@ def _nsa_selected(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
         at = i + len(k) - len(q)
         own, whole = at // size, (at + 1) // size
         weigh = np.zeros(whole, np.float32)
+        there = _there(o["weighs"][i], 0, whole, size)
         for asking in o["group"][:, i]:
-            s = (means[:whole] @ asking) * o["scale"]
-            w = np.exp(s - s.max(initial=-np.inf)) if whole else s
-            weigh += w / w.sum(dtype=np.float32)
+            s = np.where(there, (means[:whole] @ asking) * o["scale"], -np.inf)
+            w = np.exp(s - s.max()) if there.any() else np.ones_like(s)
+            weigh += np.where(there, w / w.sum(dtype=np.float32), -np.inf)
         taken = {own} if o["forced"] == "own" else {own, max(own - 1, 0), 0}
         left = [b for b in np.argsort(-weigh[:own], kind="stable").tolist() if b not in taken]
         taken |= set(left[: o["topk"] - (1 if o["forced"] == "own" else 3)])
@@ -167,7 +180,8 @@ def _topk(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
         count = max(near - first, 0) // size
         means = k[first : first + count * size].reshape(count, size, k.shape[1]).mean(1, dtype=np.float32)
         asking = o["group"][:, i].sum(0, dtype=np.float32) if o["by_group"] else q[i]
-        best = np.argsort(-(means @ asking), kind="stable")[: o["topk"]]
+        there = _there(o["weighs"][i], first, count, size)
+        best = np.argsort(-np.where(there, means @ asking, -np.inf), kind="stable")[: o["topk"]]
         chosen = [first + int(b) * size + j for b in sorted(best) for j in range(size)]
         yield [*range(min(first, at + 1)), *chosen, *range(max(first + count * size, min(first, near)), at + 1)]
 
@@ -177,7 +191,24 @@ def _dsa(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
         asking, own = o["group"][:, i], i + len(k) - len(q) + 1
         s = np.maximum(asking[:, :-1] @ k[:own, :-1].T, 0)
         s = (asking[:, -1:] * s).sum(0, dtype=np.float32)
+        s = np.where(o["weighs"][i, :own], s, -np.inf)
         yield sorted(np.argsort(-s, kind="stable")[: o["topk"]].tolist())
+
+
+def _seer(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
+    d, n, size = o["gate_dim"] or k.shape[1], len(k), o["block_size"]
+    starts = range(0, n, size)
+    asking, k = (np.where(np.isfinite(x), x, np.float32(0)) for x in (o["group"], k))  # in the gate alone
+    x = np.array([asking[:, a : a + size, -d:].mean(1, dtype=np.float32).sum(0) for a in starts])
+    y = np.array([k[a : a + size, -d:].mean(0, dtype=np.float32) for a in starts])
+    count = max(1, int((1 - np.sqrt(1 - (o["ratio"] or 0))) * len(starts)))
+    for i in range(n):
+        s = (y[: i // size + 1] @ x[i // size]) * np.float32(o["gate_scale"])
+        gate = np.exp(s - s.max())
+        gate = gate / gate.sum(dtype=np.float32)
+        best = np.argsort(-s, kind="stable")[:count] if o["ratio"] else np.flatnonzero(gate > o["threshold"])
+        taken = best if o["ratio"] or o["threshold"] else np.arange(len(s))
+        yield [j for b in taken.tolist() for j in range(b * size, min(b * size + size, n))]
 
 
 def _block_sparse(q: Array, k: Array, o: dict[str, Any]) -> Iterator[list[int]]:
@@ -216,6 +247,7 @@ PICKS: dict[str, Pick] = {
     "topk": _topk,
     "nsa_selected": _nsa_selected,
     "dsa": _dsa,
+    "seer": _seer,
     "view_local": _view_local,
 }
 """By operator, the keys of each row of a head."""

@@ -65,6 +65,9 @@ def test_a_planted_bug_is_caught(variant, bug, dtype):
     assert found.message
 
 
+AT_AN_EDGE = {("dsa", "signed_scale"), ("seer", "at_the_threshold")}
+"""Mistakes that show at a scale below 0 alone, or in rows that are empty: a gate ties with a threshold only where all
+gates of its row do. These are edges, which a report without ``edges`` counts as failures."""
 MISTAKES = [(v, n, d) for v in VARIANTS for n in VARIANTS[v].wrong for d in ("bfloat16", "float32")[: 1 + NIGHTLY]]
 """In bfloat16, whose bounds leave more room; nightly in float32 too."""
 
@@ -80,7 +83,8 @@ def test_what_implementers_get_wrong_is_caught(variant, name, dtype):
         budget="quick",
         only="gaussian/*",
     )
-    assert any(i.run().verdict == "failed" for i in checks), VARIANTS[variant].wrong[name][0]
+    says = "edge" if (variant, name) in AT_AN_EDGE else "failed"
+    assert any(i.run().verdict == says for i in checks), VARIANTS[variant].wrong[name][0]
 
 
 def test_every_planted_bug_belongs_to_an_operator():

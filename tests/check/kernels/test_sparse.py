@@ -15,7 +15,8 @@ ENTRY = KERNELS["refattn-sparse"]
 
 
 def test_it_computes_every_operator_that_attends_to_some_keys():
-    assert ENTRY.variants == {v.name for v in VARIANTS.values() if isinstance(v.shape, Lowered | Selected)}
+    sums = KERNELS["refattn-branches"].variants
+    assert ENTRY.variants == {v.name for v in VARIANTS.values() if isinstance(v.shape, Lowered | Selected)} - sums
     assert ENTRY in found("moba")
     assert ENTRY not in found()
 
