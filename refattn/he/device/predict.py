@@ -20,15 +20,13 @@ from ..planned import Program, bytes_text
 from .decoding import kinds_of, step_of
 from .launches import Addresses, Launch, launches_of
 from .schedule import Schedule, schedule_of
-from .session import BATCH, bytes_of, plains_of
+from .session import BATCH, bytes_of, chunk_of, plains_of
 
 __all__ = ["COSTS", "GpuCosts", "GpuTimes", "counted", "fitted", "on_gpu"]
 
 Counts = Counter[tuple[str, str]]
 """By (kernel, "launches", "items" or "limbs")."""
 MB = 1e6
-CHUNK = 8
-"""Ciphertexts that a thread took at a time when the host was measured."""
 
 
 @dataclass(frozen=True)
@@ -224,9 +222,10 @@ def _serial_mb(schedule: Schedule, megabytes: float, threads: int) -> float:
     each, found = megabytes / sum(parts), 0.0
     for step in schedule.steps:
         limbs = sorted((parts[i] for i in schedule.sent(step)), reverse=True)
+        taken = chunk_of(len(limbs))
         for start in range(0, len(limbs), BATCH * 2):  # two batches are on their way
             some = limbs[start : start + BATCH * 2]
-            found += each * max(sum(some[:CHUNK]), sum(some) / threads)
+            found += each * max(sum(some[:taken]), sum(some) / threads)
     return found
 
 
