@@ -128,6 +128,38 @@ def encoder() -> Iterator[Row]:
         yield from over_loopback(weights, tokens, at, device, runs)
 
 
+def more_tokens(n: int, tolerance: float) -> Iterator[Row]:
+    """Yield the figures of two blocks of more tokens than fit a ciphertext's slots, whose queries come in parts."""
+    try:
+        import torch
+
+        from refattn.he import torch as nets
+    except ModuleNotFoundError as e:
+        raise UnsupportedProblem("bench: the encoder needs PyTorch") from e
+    module, tokens = load("he").an_encoder(2, n)
+    with torch.no_grad():
+        clear = nets.polynomial(module, False)(torch.tensor(tokens)[None])[0].numpy()
+    program = he.Encoder(nets.weights_of(module, n), tolerance=tolerance, device="cuda")
+    plan, at = program.plan, f"two-layer encoder, {n} tokens, d = 64, masked refresh"
+    yield Row(f"{at}, parts of queries", plan.query_parts, "")
+    yield Row(f"{at}, ciphertexts up", plan.loads().total(), "")
+    yield Row(f"{at}, up", plan.upload_bytes / 1e6, "MB")
+    client = he.Client(plan)
+    keys = client.evaluation_keys()
+    yield Row(f"{at}, keys", len(keys) / 1e6, "MB")
+    with he.Server(program, keys, device="cuda") as gpu:
+        session = of.session_of(gpu)
+        yield Row(f"{at}, memory of the session", bytes_of(*session.schedules) / 1e9, "GB")
+        yield Row(f"{at}, computing", of.computing_ms(session, session.compute), "ms")
+        conversation(client, gpu, tokens)
+        took, of_server, out = conversation(client, gpu, tokens)
+    yield Row(f"{at}, client", took, "s")
+    yield Row(f"{at}, server on the GPU", of_server, "s")
+    off = float(np.abs(out - program.simulate(tokens)).max())
+    yield Row(f"{at}, noise", off, "absolute", at_most=1e-4)
+    yield Row(f"{at}, encrypted class is the clear one", float(out.argmax() == clear.argmax()), "", at_least=1.0)
+
+
 def over_loopback(weights: Any, tokens: np.ndarray, at: str, device: str, runs: int) -> Iterator[Row]:
     """Yield the time of an input's way over 127.0.0.1, a server in a process of its own, and what that and HTTP have.
 

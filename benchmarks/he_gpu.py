@@ -56,7 +56,9 @@ def parts() -> dict[str, Callable[[], Iterator[Row]]]:
     return found | {
         "8192 inputs of 16 x 32": throughput,
         "block 16 x 64": blocks.block,
-        "two-layer encoder": blocks.encoder,
+        "two-layer encoder, 16 tokens": blocks.encoder,
+        "two-layer encoder, 32 tokens": partial(blocks.more_tokens, 32, 1e-2),
+        "two-layer encoder, 64 tokens": partial(blocks.more_tokens, 64, 5e-2),
         "decoding 12 x 128 x 64": decoding,
     }
 

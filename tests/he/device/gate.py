@@ -117,6 +117,7 @@ def encoders():
     x = np.random.default_rng(0).standard_normal((3, 5)) / 4
     for rounds, upload in itertools.product((2, 3), ("full", "whole")):
         yield f"{rounds} blocks of next to nothing, {upload}", x, Relay(rounds, upload)
+        yield f"{rounds} blocks of next to nothing, {upload}, queries in parts", x, Relay(rounds, upload, 2)
     for blocks, upload in ((2, "full"), (2, "whole"), (4, "full")):
         weights, x, _ = encoder(n=3, d=4, hidden=4, blocks=blocks, tolerance=0.3)
         yield f"{blocks} blocks, {upload}", x, he.Encoder(weights, 0.3, upload)
