@@ -91,13 +91,16 @@ def test_queries_in_parts_are_the_formulas(sizes, queries, parts, monkeypatch):
 
 def test_more_tokens_than_a_ciphertext_has_room_for():
     """64 tokens of 64 features: 8 parts of 8 queries; half as many tokens come in 2 of 16."""
+    hidden = Feedforward(*3 * [None], 0.0, np.zeros((64, 256)), *3 * [None], None)
+
+    def weights(n, then):
+        return Weights(*3 * [np.zeros((4, 64, 16))], *3 * [np.zeros((4, n, 16))], 2, 2.0, 1.0, (2.0, 3.0), False, then)
+
     for n, queries in ((16, 16), (32, 16), (64, 8), (128, 4)):
-        weights = layer(n=n, d=64, heads=4, d_k=16, classes=16)[0]
-        hidden = Feedforward(*3 * [None], 0.0, np.zeros((64, 256)), *3 * [None], None)
-        found = least_of(replace(weights, then=hidden))
+        found = least_of(weights(n, hidden))
         assert (found.queries, found.keys, found.slots) == (queries, n, 16384 if n > 16 else 8192)
-    with pytest.raises(UnsupportedProblem, match=r"needs 131072 slots, and no ring .* has more than 16384: take fewer"):
-        he.Layer(layer(n=512, d=32, heads=4, d_k=8, classes=8)[0])
+    with pytest.raises(UnsupportedProblem, match=r"needs 262144 slots, and no ring .* has more than 16384: take fewer"):
+        he.Layer(weights(512, np.zeros(16)))
 
 
 @pytest.mark.parametrize(
