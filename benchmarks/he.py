@@ -185,8 +185,8 @@ def a_block() -> tuple[Any, np.ndarray, np.ndarray]:
     return module, x[0].numpy(), exact
 
 
-def an_encoder(blocks: int) -> tuple[Any, np.ndarray]:
-    """Return an encoder (16 tokens, d = 64, 4 heads, 256 hidden features, 10 classes, as PyTorch begins), and tokens.
+def an_encoder(blocks: int, n: int = 16) -> tuple[Any, np.ndarray]:
+    """Return an encoder (n tokens, d = 64, 4 heads, 256 hidden features, 10 classes, as PyTorch begins), and tokens.
 
     The polynomials are for what 64 inputs show, with room.
     """
@@ -195,7 +195,7 @@ def an_encoder(blocks: int) -> tuple[Any, np.ndarray]:
     from refattn.he import torch as nets
 
     torch.manual_seed(0)
-    x = torch.randn(64, 16, 64, dtype=torch.float64)
+    x = torch.randn(64, n, 64, dtype=torch.float64)
 
     def made(k: int) -> nets.Block:
         attention = nets.PowerSoftmaxAttention(64, 4, p=2, epsilon=1.0, denominator=(1.0, 1e3), tolerance=1e-2)

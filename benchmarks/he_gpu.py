@@ -9,15 +9,10 @@ the CPU's server, which is SEAL. The CPU's server has two processes.
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +20,7 @@ import numpy as np
 from refattn import he
 from refattn.arrays import cupy_with_gpu
 from refattn.bench import Row, load
-from refattn.errors import UnsupportedProblem
+from refattn.errors import InvalidInput
 from refattn.he.baselines import random_call, random_sigmoid
 from refattn.he.decoding import OnCpu
 from refattn.he.device.chain import chain_of
@@ -35,10 +30,8 @@ from refattn.he.device.launches import launches_of
 from refattn.he.device.schedule import schedule_of
 from refattn.he.device.session import Session, bytes_of
 from refattn.he.device.trace import Node
-from refattn.he.saved import save_weights
 from refattn.he.seal import api, unpacked
-from refattn.he.service import Remote
-from refattn.he.wire import KEYS, MASKED, QUERY, REPLY, TOKEN, kind_of, pack, unpack
+from refattn.he.wire import KEYS, QUERY, REPLY, TOKEN, pack, unpack
 from refattn.problem import Problem
 
 RUNS = 10
@@ -51,26 +44,48 @@ SIZES: tuple[tuple[int, int, int, int, float | None, float | None], ...] = (
 )
 
 
-def rows() -> Iterator[Row]:
-    """Yield the figures.
+def parts() -> dict[str, Callable[[], Iterator[Row]]]:
+    """Return what yields the figures, by what most of its rows' names begin with."""
+    blocks = load("_he_gpu_blocks")
+    whole = (*SIZES[1][:4], None, None)
+    found = {"replies": same_words}
+    found |= {name_of(*x[:4], "full"): partial(attention, *x, "full") for x in SIZES}
+    found[name_of(*whole[:4], "whole")] = partial(attention, *whole, "whole")
+    for heads, n, d in ((1, 16, 32), (1, 32, 64), (1, 128, 64), (12, 128, 64)):
+        found[f"sigmoid {heads} x {n} x {d}, full"] = partial(sigmoid, heads, n, d)
+    return found | {
+        "8192 inputs of 16 x 32": throughput,
+        "block 16 x 64": blocks.block,
+        "two-layer encoder, 16 tokens": blocks.encoder,
+        "two-layer encoder, 32 tokens": partial(blocks.more_tokens, 32, 1e-2),
+        "two-layer encoder, 64 tokens": partial(blocks.more_tokens, 64, 5e-2),
+        "decoding 12 x 128 x 64": decoding,
+    }
+
+
+def rows(only: str = "") -> Iterator[Row]:
+    """Yield the figures, of the parts whose names contain a text.
 
     Raises
     ------
+    InvalidInput
+        No part's name does.
     UnsupportedProblem
         There is no GPU, CuPy or TenSEAL.
     """
+    every = parts()
+    asked = [part for name, part in every.items() if only in name]
+    if not asked:
+        raise InvalidInput(f"only: got {only!r}, expected a part of one of {'; '.join(every)}")
     cupy_with_gpu()
     api()
-    yield from same_words()
-    for size in SIZES:
-        yield from attention(*size, "full")
-    yield from attention(*SIZES[1][:4], None, None, "whole")
-    for heads, n, d in ((1, 16, 32), (1, 32, 64), (1, 128, 64), (12, 128, 64)):
-        yield from sigmoid(heads, n, d)
-    yield from throughput()
-    yield from block()
-    yield from encoder()
-    yield from decoding()
+    for part in asked:
+        yield from part()
+
+
+def name_of(heads: int, n: int, d: int, p: int, upload: str) -> str:
+    """Return what the rows of a call of power-softmax attention begin with."""
+    return f"{heads} x {n} x {d}, p = {p}, {upload}"
 
 
 def session_of(server: he.Server) -> Session:
@@ -144,7 +159,7 @@ def attention(
     """Yield a plan's figures."""
     x, given = random_call(n, d, heads, p)
     plan = he.plan(n, n, d, heads=heads, p=p, **given, upload=upload)
-    yield from served_call(f"{heads} x {n} x {d}, p = {p}, {upload}", plan, x, most, most_bytes)
+    yield from served_call(name_of(heads, n, d, p, upload), plan, x, most, most_bytes)
 
 
 def sigmoid(heads: int, n: int, d: int) -> Iterator[Row]:
@@ -231,128 +246,6 @@ def throughput(inputs: int = 8192) -> Iterator[Row]:
     yield Row(f"{at}, an input on the GPU", 1e3 * took / inputs, "ms")
     yield Row(f"{at}, an input on two cores", 1e3 * cpu_took / inputs, "ms")
     yield Row(f"{at}, times the CPU's", cpu_took / took, "ratio", at_least=50.0)
-
-
-def block() -> Iterator[Row]:
-    """Yield the figures of a whole block, 16 tokens, d = 64, 4 heads, 256 hidden features: that of the benchmark he."""
-    try:
-        from refattn.he.torch import weights_of
-    except ModuleNotFoundError as e:
-        raise UnsupportedProblem("bench: the block needs PyTorch") from e
-    module, tokens, _ = load("he").a_block()
-    layer = he.Layer(weights_of(module, 16), tolerance=1e-2)
-    client = he.Client(layer.plan)
-    keys, query = client.evaluation_keys(), client.encrypt(tokens)
-    start = time.perf_counter()
-    with he.Server(layer, keys, device="cuda") as gpu:
-        yield Row("block 16 x 64, session begun in", time.perf_counter() - start, "s")
-        session = session_of(gpu)
-        out = client.decrypt(gpu.attend(query))
-        yield Row("block 16 x 64, computing", computing_ms(session, session.compute), "ms")
-        for name, message in (("", query), (", not compressed", uncompressed(query, layer.plan))):
-            took = 1e3 * seconds(partial(gpu.attend, message))
-            yield Row(f"block 16 x 64, bytes to bytes{name}", took, "ms", at_most=100.0)
-        yield Row("block 16 x 64, memory of the session", bytes_of(*session.schedules) / 1e9, "GB")
-    off = float(np.abs(out - layer.simulate(tokens)).max())
-    yield Row("block 16 x 64, noise", off, "absolute")
-
-
-@contextmanager
-def served(weights: Any, device: str) -> Iterator[str]:
-    """Give the URL of `refattn he serve` in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weights.npz"
-        save_weights(weights, path)
-        command = [sys.executable, "-m", "refattn", "he", "serve", str(path), "--port", "0", "--device", device]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                assert process.stdout is not None
-                yield process.stdout.readline().split()[-1]
-            finally:
-                process.terminate()
-
-
-def prepared(client: he.Client, call: Callable[[], Any]) -> tuple[float, Any]:
-    """Return a client's seconds to prepare, and what a call then returns."""
-    start = time.perf_counter()
-    client.prepare()
-    return time.perf_counter() - start, call()
-
-
-def conversation(client: he.Client, server: he.Server | Remote, tokens: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """Return a client's seconds, a server's, and the result, of an input."""
-    start = time.perf_counter()
-    message, of_server = client.encrypt(tokens), 0.0
-    while True:
-        begin = time.perf_counter()
-        answer = server.attend(message)
-        of_server += time.perf_counter() - begin
-        if kind_of(answer) != MASKED:
-            break
-        message = client.refresh(answer)
-    out = client.decrypt(answer)
-    return time.perf_counter() - start - of_server, of_server, out
-
-
-def encoder() -> Iterator[Row]:
-    """Yield the figures of two blocks: an input's way over loopback, and what client and server have of it."""
-    try:
-        from refattn.he.torch import weights_of
-
-        module, tokens = load("he").an_encoder(2)
-    except ModuleNotFoundError as e:
-        raise UnsupportedProblem("bench: the encoder needs PyTorch") from e
-    weights = weights_of(module, 16)
-    at = "two-layer encoder, 16 tokens, d = 64, masked refresh"
-    start = time.perf_counter()
-    program = he.Encoder(weights, tolerance=1e-2, device="cuda")
-    yield Row(f"{at}, planned in", time.perf_counter() - start, "s")
-    client = he.Client(program.plan)
-    keys = client.evaluation_keys()
-    yield Row(f"{at}, ciphertexts up", program.plan.loads().total(), "")
-    yield Row(f"{at}, up", program.plan.upload_bytes / 1e6, "MB")
-    yield Row(f"{at}, keys", len(keys) / 1e6, "MB")
-    start = time.perf_counter()
-    with he.Server(program, keys, device="cuda") as gpu:
-        yield Row(f"{at}, session begun in", time.perf_counter() - start, "s")
-        session = session_of(gpu)
-        yield Row(f"{at}, memory of the session", bytes_of(*session.schedules) / 1e9, "GB")
-        conversation(client, gpu, tokens)
-        times = [conversation(client, gpu, tokens) for _ in range(3)]
-        ahead = [prepared(client, partial(conversation, client, gpu, tokens)) for _ in range(3)]
-        yield Row(f"{at}, computing", computing_ms(session, session.compute), "ms")
-    yield Row(f"{at}, client", statistics.median(x for x, _, _ in times), "s")
-    yield Row(f"{at}, client, prepared", statistics.median(x for _, (x, _, _) in ahead), "s", at_most=0.4)
-    yield Row(
-        f"{at}, client and server, prepared", statistics.median(x + y for _, (x, y, _) in ahead), "s", at_most=0.5
-    )
-    yield Row(f"{at}, client prepares in", statistics.median(x for x, _ in ahead), "s")
-    yield Row(f"{at}, server on the GPU", statistics.median(x for _, x, _ in times), "s")
-    expected = program.simulate(tokens)
-    off = max(float(np.abs(out - expected).max()) for _, _, out in times)
-    yield Row(f"{at}, noise", off, "absolute", at_most=1e-4)
-    for device, runs in (("cuda", 3), ("cpu", 1)):
-        yield from over_loopback(weights, tokens, at, device, runs)
-
-
-def over_loopback(weights: Any, tokens: np.ndarray, at: str, device: str, runs: int) -> Iterator[Row]:
-    """Yield the time of an input's way over 127.0.0.1, a server in a process of its own, and what that and HTTP have.
-
-    On a GPU also of a client that does not compress what it sends.
-    """
-    name, most = f"{at} over loopback, per input, {device}", 0.5 if device == "cuda" else None
-    with served(weights, device) as url, Remote(url) as remote:
-        plan = remote.plan()
-        assert not isinstance(plan, he.DecodingPlan)
-        client = he.Client(plan)
-        remote.open(client.evaluation_keys())
-        ask = partial(conversation, client, remote, tokens)
-        yield Row(name, seconds(ask, runs), "s")
-        for more in ("", ", not compressed") if device == "cuda" else ("",):
-            client._compressed = client._zeros._compressed = not more
-            soon = [prepared(client, ask)[1] for _ in range(runs)]
-            yield Row(f"{name}, prepared{more}", statistics.median(x + y for x, y, _ in soon), "s", at_most=most)
-            yield Row(f"{name}, prepared{more}, of it HTTP and server", statistics.median(y for _, y, _ in soon), "s")
 
 
 def decoding(heads: int = 12, n: int = 128, d: int = 64, runs: int = 32) -> Iterator[Row]:

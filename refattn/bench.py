@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import math
 import statistics
@@ -67,7 +68,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def run(name: str, console: Console, json_file: str | None) -> list[Row]:
+def run(name: str, console: Console, json_file: str | None, **given: str) -> list[Row]:
     """Run a benchmark: its module's ``rows()`` yields the figures.
 
     Parameters
@@ -78,11 +79,20 @@ def run(name: str, console: Console, json_file: str | None) -> list[Row]:
         Where rows are printed.
     json_file : str or None
         Where ``{"machine", "versions", "rows"}`` is written.
+    **given : str
+        What ``rows()`` is called with.
+
+    Raises
+    ------
+    InvalidInput
+        The benchmark takes no such argument.
     """
     module = load(name)
+    for key in given.keys() - inspect.signature(module.rows).parameters.keys():
+        raise InvalidInput(f"bench: {name} takes no --{key}")
     rows: list[Row] = []
     about = {"machine": machine(), "versions": versions()}
-    for row in _watched(module.rows(), console):
+    for row in _watched(module.rows(**given), console):
         rows.append(row)
         if json_file is not None:  # row by row: what was measured before an error or a crash is kept
             whole = about | {"rows": [asdict(r) | {"holds": r.holds} for r in rows]}

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import refattn.bench
-from refattn import bench
+from refattn import InvalidInput, bench
 
 
 def test_what_was_measured_before_an_error_is_kept(tmp_path, monkeypatch):
@@ -22,6 +22,13 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path, monkeypatch):
         bench.run("broken", Console(quiet=True), str(tmp_path / "x.json"))
     (row,) = json.loads((tmp_path / "x.json").read_text())["rows"]
     assert (row["name"], row["value"], row["holds"]) == ("a", 2.0, False)
+
+
+def test_what_a_benchmark_is_asked_for_and_does_not_take_is_refused():
+    with pytest.raises(InvalidInput, match="bench: imports takes no --device"):
+        bench.run("imports", Console(quiet=True), None, device="cuda")
+    with pytest.raises(InvalidInput, match="only: got 'x 7', expected a part of one of replies; 1 x 16 x 32, p = 2"):
+        next(iter(bench.load("he_gpu").rows("x 7")))
 
 
 @pytest.mark.parametrize("name", bench.benchmarks())

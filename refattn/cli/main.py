@@ -137,7 +137,9 @@ main.add_command(theory)
 @main.command()
 @click.argument("name")
 @click.option("--json", "json_file", help="Also write the figures to this file as JSON.")
-def bench(name: str, json_file: str | None) -> None:
+@click.option("--only", help="Of he_gpu: only the parts whose name contains this.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Of he_data: where the server computes.")
+def bench(name: str, json_file: str | None, **given: str | None) -> None:
     """Run a benchmark and print a row for each figure. Exit code: 1 where one is not held.
 
     NAME is accuracy, accuracy_long, decode, dropout_gpu, exact, exact_gpu, float8_gpu, gpu, gpu_backward,
@@ -149,5 +151,6 @@ def bench(name: str, json_file: str | None) -> None:
     if name not in benchmarks():
         raise InvalidInput(f"bench: got {name!r}, expected one of {', '.join(benchmarks())}")
     check_folders(json_file)
-    rows = run(name, console_of(sys.stdout), json_file)
+    asked = {k: x for k, x in given.items() if x is not None}
+    rows = run(name, console_of(sys.stdout), json_file, **asked)
     sys.exit(0 if all(r.holds for r in rows) else 1)

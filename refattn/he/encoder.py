@@ -19,8 +19,7 @@ from ..errors import InvalidInput, UnsupportedProblem
 from .arguments import check_device, plans
 from .arithmetic import Counted, Levels, Numbers
 from .encoder_plan import MOST_DRIFT, REFRESHED, EncoderPlan
-from .inverse import product
-from .layer import LEAST_MIDDLE, LINE, Layer, kappa_of, layouts_of, least_of, no_ring, sums
+from .layer import LEAST_MIDDLE, LINE, Layer, added, kappa_of, layouts_of, least_of, no_ring, sums
 from .layer_plan import axes_of, period_of
 from .layout import Layout
 from .linear import Arrangement, Plain, compiled
@@ -72,37 +71,32 @@ class _Block(Layer):
 
     def compute(self, m: Any, shared: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
         """Return the scores; or the block's result, and for one that is not the last the sums of squares."""
-        (o,) = super().compute(m, shared, parts)
+        outs, layout = super().compute(m, shared, parts), self._layout
         if self._head is not None:
             m.step("scores")
-            t = self._maps["head"].apply(m, [o, m.conjugate(o)])
-            t = sums(m, t, self._layout.queries, self._layout.heads)
+            held = [self._maps["head", b].apply(m, [o, m.conjugate(o)]) for b, o in enumerate(outs)]
+            t = sums(m, added(m, held), layout.queries, layout.heads)
             mean = t
-            for _ in range(1, len(self.weights.query_bias[0])):  # few primes are left: rotations cost less than keys
-                mean = m.add(t, m.rotate(mean, 1))
-            return [m.plus(mean, self._plains["head"])]
+            for _ in range(1, min(layout.queries, len(self.weights.query_bias[0]))):
+                mean = m.add(t, m.rotate(mean, 1))  # few primes are left: rotations cost less than keys
+            return [m.plus(mean, self._plains["head", 0])]
         if self._last:
-            return [o]
+            return outs
         m.step("squares")
-        s = m.rescale(m.relinearize(m.mul(o, m.conjugate(o))))
-        for step in self._layout.group_steps():
-            s = m.add(s, m.rotate(s, step))
-        return [o, sums(m, s, self._layout.queries, self._layout.heads)]
+        squares = []
+        for o in outs:
+            s = m.rescale(m.relinearize(m.mul(o, m.conjugate(o))))
+            for step in layout.group_steps():
+                s = m.add(s, m.rotate(s, step))
+            squares.append(sums(m, s, layout.queries, layout.heads))
+        return [*outs, *squares]
 
-    def _projected(self, m: Any, along_i: Sequence[Any], along_j: Sequence[Any], rest: Sequence[Any]) -> list[Any]:
+    def _normalised(self, m: Any, squares: Sequence[Any]) -> list[list[Any]]:
         if self._norm is None:
-            return super()._projected(m, along_i, along_j, rest)
+            return super()._normalised(m, squares)
         norm, epsilon = self._norm, self.weights.first_epsilon or 0.0
         shift = (2 * epsilon - norm.low - norm.high) / (norm.high - norm.low)
-        of_i, of_j = (norm.apply(m, m.add_constant(s, shift)) for s in rest)
-        found = []
-        for name, x, factors in (("query", along_i, of_i), ("key", along_j, of_j), ("value", along_j, of_j)):
-            y = sums(m, self._maps[name].apply(m, x), period_of(self._layout), self._apart)
-            # 1, 2, 4, ... of them: each product is there when the projection has come so far
-            for k in range(len(factors).bit_length()):
-                y = m.product(y, product(m, factors[2**k - 1 : 2 ** (k + 1) - 1]))
-            found.append(m.plus(y, self._plains[name]))
-        return found
+        return [norm.apply(m, m.add_constant(s, shift)) for s in squares]
 
     def _compile(self, layout: Layout, spread: int, apart: int) -> None:
         super()._compile(layout, spread, apart)
@@ -112,23 +106,27 @@ class _Block(Layer):
         weight, bias = self._head
         f, j, h, i = axes_of(layout)
         (d, classes), n = weight.shape, self.weights.query_bias.shape[1]
-        width = layout.groups * layout.heads
-        after, here = (f + 1) % layout.groups * layout.heads + h, (j == 1) & (i < n)
+        width, after = layout.groups * layout.heads, (f + 1) % layout.groups * layout.heads + h
         # of o, the pair (a, b): a·A + b·B = o·(A - iB)/2 + conj(o)·(A + iB)/2, A and B of two scores each
         x = np.pad(weight, ((0, 2 * width - d), (0, classes % 2))) / (2 * kappa_of(then.norm, d) * n)
         two = x[:, 0::2] + 1j * x[:, 1::2]
         of = np.concatenate([two[0::2] - 1j * two[1::2], two[0::2] + 1j * two[1::2]])
-        held = [Arrangement(np.where(here, i, -1), np.where(here, y, -1)) for y in (after, width + after)]
-        wanted = here & (f < two.shape[1])
-        out = Arrangement(np.where(wanted, i, -1), np.where(wanted, f, -1))
         own = np.arange(len(f)) // period_of(layout) * layout.groups * layout.queries
         unit = layout.keys * layout.columns
         # what heads hold of a token is added up later, with the tokens
         steps = (layout.columns, 1), (unit, layout.groups)
-        self._maps["head"] = compiled(held, out, own + f * layout.queries + i, of, steps)
-        pairs = np.pad(bias, (0, 2 * layout.groups - classes))
-        added = np.where(wanted & (h == 0) & (i == 0), pairs[2 * f] + 1j * pairs[2 * f + 1], 0)
-        self._plains["head"] = Plain(added)
+        for b in range(self._parts):
+            here = (j == 1) & self._real(i, b)
+            if b and here.sum() == ((j == 1) & self._real(i, 0)).sum():
+                self._maps["head", b] = self._maps["head", 0]
+                continue
+            held = [Arrangement(np.where(here, i, -1), np.where(here, y, -1)) for y in (after, width + after)]
+            wanted = here & (f < two.shape[1])
+            out = Arrangement(np.where(wanted, i, -1), np.where(wanted, f, -1))
+            self._maps["head", b] = compiled(held, out, own + f * layout.queries + i, of, steps)
+        pairs, first = np.pad(bias, (0, 2 * layout.groups - classes)), (j == 1) & (f < two.shape[1])
+        scores = np.where(first & (h == 0) & (i == 0), pairs[2 * f] + 1j * pairs[2 * f + 1], 0)
+        self._plains["head", 0] = Plain(scores)
 
 
 class Encoder:
@@ -244,11 +242,12 @@ class Encoder:
         w, degree, last = self.weights, 2 * layout.slots, len(blocks) - 1
         first = w.blocks[0]
         n, (heads, d, _) = first.query_bias.shape[1], first.query.shape
-        copies = -(-d // (spread * apart))
+        parts_of = -(-n // layout.queries)
+        copies = -(-d // (spread * apart)) * (parts_of + 1)
         limbs, levels = [], Counter[str]()
         for k, block in enumerate(blocks):
             counting = Levels()
-            parts = [Counted(99)] * (2 * copies + 1 + 2 * (block._norm is not None))
+            parts = [Counted(99)] * (copies + parts_of + (parts_of + 1) * (block._norm is not None))
             depth = 99 - min(x.limbs for x in block.compute(counting, (), parts))
             top = depth + (1 if k == last else REFRESHED)
             before = ("projections", "products", "power", "values", "division", "output")
@@ -264,10 +263,10 @@ class Encoder:
         exact, scales, drift = Levels(), Sizes(ring), [2.0, 2.0]
         for k, block in enumerate(blocks):
             top, residual, squares = limbs[k]
-            more = [squares] * 2 if block._norm is not None else []
-            parts = [top] * 2 * copies + [residual, *more]
-            block.compute(exact, (), [Counted(n) for n in parts])
-            for out in block.compute(scales, (), [Size(2.0**middle, n) for n in parts]):
+            more = [squares] * (parts_of + 1) if block._norm is not None else []
+            left = [top] * copies + [residual] * parts_of + more
+            block.compute(exact, (), [Counted(n) for n in left])
+            for out in block.compute(scales, (), [Size(2.0**middle, n) for n in left]):
                 off = 1.001 * out.scale / 2.0**middle
                 drift[k == last] = max(drift[k == last], off, 1.002 / off)
         if not max(drift) <= MOST_DRIFT:

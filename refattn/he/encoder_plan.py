@@ -94,17 +94,23 @@ class EncoderPlan(Planned):
     @property
     def outs(self) -> int:
         """Ciphertexts of the reply."""
-        return 1
+        return 1 if self.classes else self.query_parts
+
+    @property
+    def query_parts(self) -> int:
+        """Parts that the tokens come in along i: as many fit beside all of them along j."""
+        return -(-self.n // self.layout.queries)
 
     @property
     def copies(self) -> int:
-        """Ciphertexts of all tokens along i, and as many along j."""
+        """Ciphertexts of a part of the tokens along i, and as many of all along j."""
         return -(-self.d // (self.spread * self.apart))
 
     def part_limbs(self, stage: int = 0) -> list[int]:
         """Return the primes left of each ciphertext of a round's message, in its order."""
-        tokens, residual, squares = self.limbs[stage]
-        return [tokens] * 2 * self.copies + [residual] + ([squares] * 2 if stage else [])
+        (tokens, residual, squares), parts = self.limbs[stage], self.query_parts
+        found = [tokens] * (parts + 1) * self.copies + [residual] * parts
+        return found + ([squares] * (parts + 1) if stage else [])
 
     def loads(self) -> Counter[tuple[str, int]]:
         """Return the ciphertexts of all rounds by (`load`, primes left)."""
@@ -112,12 +118,17 @@ class EncoderPlan(Planned):
 
     @property
     def reply_most(self) -> int:
-        """The most bytes of a reply, or of a masked result: two ciphertexts."""
-        return 2 * (16 * REFRESHED * self.ring.degree + 2**10) + 2**10
+        """The most bytes of a reply, or of a masked result: two ciphertexts for each part."""
+        return self.masked * (16 * REFRESHED * self.ring.degree + 2**10) + 2**10
+
+    @property
+    def masked(self) -> int:
+        """Ciphertexts of a masked result: of each part the tokens, then of each their sums of squares."""
+        return 2 * self.query_parts
 
     @property
     def refresh_most(self) -> float:
-        """The largest root mean square of a result's slots with which a refresh is right but for a chance of 2**-40.
+        """The largest root mean square of a part's slots with which its refresh is right but for a chance of 2**-40.
 
         Value and mask wrap round the modulus Q at coefficient c with the chance abs(c)/Q; the sum of abs(c) is at most
         sqrt(N) times their norm, which is the slots' root mean square times the scale, at most `drift` of 2**middle.
@@ -164,7 +175,7 @@ class EncoderPlan(Planned):
             "refresh_hides": "all: what is decrypted is uniform modulo Q",
             "refresh_modulus_bits": self.ring.first + self.ring.middle,
             "refresh_is_right_for_root_mean_squares_up_to": self.refresh_most,
-            "refresh_wrong_with_chance": CHANCE,
+            "refresh_wrong_with_chance": CHANCE * self.query_parts,
             "refresh_error": self.refresh_error,
         }
 
@@ -182,8 +193,9 @@ class EncoderPlan(Planned):
             Another shape, numbers that are not finite, or tokens so large that no refresh is right.
         """
         x, y = tokens_of(self, x)
-        slots = [*along(self, y), paired(self.layout, x) * self.factors[0][0]]
-        size = float(np.sqrt((np.abs(slots[-1]) ** 2).mean()))
+        residuals = [z * self.factors[0][0] for z in paired(self, x)]
+        slots = [*along(self, y), *residuals]
+        size = max(float(np.sqrt((np.abs(z) ** 2).mean())) for z in residuals)
         if size > self.refresh_most:
             raise InvalidProblem(
                 f"x: its tokens have a root mean square of {size:.3g} in their slots, above the "
@@ -195,25 +207,27 @@ class EncoderPlan(Planned):
     def decoded(self, slots: Sequence[Complex], shape: tuple[int, ...]) -> Float:
         """Return the result from the slots of a reply."""
         if not self.classes:
-            return gathered(self.layout, slots[0] * self.out_factor)[: self.n, : self.d]
+            return gathered(self, slots) * self.out_factor
         of = self.layout
         pairs = slots[0][: period_of(of)].reshape(of.groups, of.keys, -1)[:, 1, 0] * self.out_factor
         return np.stack([pairs.real, pairs.imag], 1).ravel()[: self.classes]
 
     def taken(self, slots: Sequence[Pair]) -> tuple[Pair, Pair]:
-        """Return tokens, (n, d), and sums of squares, (n,), from a block's two results: places only, no arithmetic."""
-        whole, squares = slots
+        """Return tokens, (n, d), and sums of squares, (n,), from a block's results: places only, no arithmetic."""
+        whole, squares = slots[: self.query_parts], slots[self.query_parts :]
         _, j, h, _ = axes_of(self.layout)
         at = np.flatnonzero((j == 1) & (h == 0))[: self.layout.queries]
-        tokens = tuple(gathered(self.layout, x)[: self.n, : self.d] for x in whole)
-        return tokens, tuple(x.real[at][: self.n] for x in squares)  # type: ignore[return-value]
+        high, low = (gathered(self, x) for x in zip(*whole, strict=True))
+        sums_high, sums_low = (np.concatenate([y.real[at] for y in x])[: self.n] for x in zip(*squares, strict=True))
+        return (high, low), (sums_high, sums_low)
 
     def placed(self, stage: int, tokens: Pair, squares: Pair) -> list[tuple[Pair, int]]:
         """Return slots and primes of each ciphertext of a later message: linear in tokens and squares."""
         _, j, _, i = axes_of(self.layout)
         residual, square = self.factors[stage]
         found: list[Pair] = list(zip(*(along(self, x) for x in tokens), strict=True))
-        found.append(scaled((paired(self.layout, tokens[0]), paired(self.layout, tokens[1])), residual))
-        rows = (0, self.layout.queries - self.n)
-        found += [scaled((np.pad(squares[0], rows)[t], np.pad(squares[1], rows)[t]), square) for t in (i, j)]
+        found += [scaled(z, residual) for z in zip(*(paired(self, x) for x in tokens), strict=True)]
+        rows = (0, self.layout.keys - self.n)
+        every = [*(i + part * self.layout.queries for part in range(self.query_parts)), j]
+        found += [scaled((np.pad(squares[0], rows)[t], np.pad(squares[1], rows)[t]), square) for t in every]
         return list(zip(found, self.part_limbs(stage), strict=True))

@@ -4,6 +4,9 @@ Slots are (f, j, h, i): a pair of features f, a key j, a head h, a query i, whic
 until a ciphertext is full. Tokens come twice, along i and along j, so that no projection moves a token. Linear maps are
 linear.py's, attention is circuit.attend; its result lies in row j = 0. What follows a sum over the rows lies in rows
 j >= 1, shifted by one f: a rotation past a row's end goes to the next f, and the maps are compiled for that.
+
+Queries that do not fit beside all keys come in parts (LayerPlan.query_parts), each with ciphertexts of its own: all but
+keys and values, which the parts share, is done for each of them.
 """
 
 from __future__ import annotations
@@ -31,12 +34,18 @@ from .plan import MOST_BITS, MOST_FIRST, MOST_MIDDLE
 from .polynomials import Polynomial
 from .weights import Feedforward, Weights, check
 
-__all__ = ["LEAST_MIDDLE", "LINE", "Layer", "kappa_of", "layouts_of", "least_of", "no_ring", "pairs_of", "sums"]
+__all__ = [
+    "LEAST_MIDDLE", "LINE", "Layer", "added", "kappa_of", "layouts_of", "least_of", "no_ring", "pairs_of", "sums",
+]  # fmt: skip
 
 Float = NDArray[np.float64]
 Complex = NDArray[np.complex128]
+Name = tuple[str, int]
+"""Of a map or a plaintext: what it is for, and the part of the queries."""
 LINE = {"full": 8e-6, "whole": 8e-7}
 """Milliseconds that a byte takes: 1 Gbit/s, and 10 where whole ciphertexts are asked for."""
+MOST_PARTS = 32
+"""Parts of the queries: each is computed apart, so more would take minutes of a core and gigabytes up."""
 LEAST_MIDDLE = 36
 """Bits of a prime: fewer would leave a layer's noise above 1e-4."""
 
@@ -93,10 +102,9 @@ class Layer:
         w, then = self.weights, self.weights.then
         degree, d, n = 2 * layout.slots, w.query.shape[1], w.query_bias.shape[1]
         self._compile(layout, spread, apart)
-        copies = self._copies
+        tokens, rests = (self._parts + 1) * self._copies, self._parts
         counting = Levels()
-        (out,) = self.compute(counting, (), [Counted(99)] * (2 * copies + 1))
-        depth = 99 - out.limbs
+        depth = 99 - min(x.limbs for x in self.compute(counting, (), [Counted(99)] * (tokens + rests)))
         middle = min(MOST_MIDDLE, (MOST_BITS[degree] - MOST_FIRST - 10) // (depth + 1))
         if middle < LEAST_MIDDLE:
             return []
@@ -105,7 +113,7 @@ class Layer:
         before = sum(steps.get(s, 0) for s in ("projections", "products", "power", "values", "division", "output"))
         limbs = depth + 2 - before
         exact = Levels()
-        self.compute(exact, (), [Counted(depth + 1)] * (2 * copies) + [Counted(limbs)])
+        self.compute(exact, (), [Counted(depth + 1)] * tokens + [Counted(limbs)] * rests)
         kappa = kappa_of(then.norm, d) if isinstance(then, Feedforward) else 1.0
         return [LayerPlan(
             n, d, w.query.shape[0], w.p, 0 if isinstance(then, Feedforward) else len(then), ring, layout, spread, apart,
@@ -124,28 +132,40 @@ class Layer:
 
     def compute(self, m: Any, shared: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
         """Return the result by an arithmetic; parts are a query's ciphertexts."""
-        w, then, half = self.weights, self.weights.then, self._copies
+        w, then, parts_of = self.weights, self.weights.then, self._parts
+        tokens = [parts[k * self._copies : (k + 1) * self._copies] for k in range(parts_of + 1)]
+        rest = parts[(parts_of + 1) * self._copies :]
         m.step("projections")
-        q, k, v = self._projected(m, parts[:half], parts[half : 2 * half], parts[2 * half + 1 :])
-        (z,) = attend(m, self._layout, w.p, self.inverse, w.epsilon, [q], [k], [v])
-        if not isinstance(then, Feedforward):
-            m.step("mean")
-            z = sums(m, z, 1, self._layout.columns)
-            return [m.plus(z, self._plains["bias"])]
-        return [self._feedforward(m, then, z, parts[2 * half])]
+        factors = self._normalised(m, rest[parts_of:])
+        queries = [self._projected(m, ("query", b), tokens[b], factors[b]) for b in range(parts_of)]
+        k, v = (self._projected(m, (name, 0), tokens[-1], factors[-1]) for name in ("key", "value"))
+        outs: list[Any] = []
+        for b in range(parts_of):
+            outs += attend(m, self._layout, w.p, self.inverse, w.epsilon, [queries[b]], [k], [v])
+            if isinstance(then, Feedforward):
+                outs[b] = self._feedforward(m, then, outs[b], rest[b], b)
+        if isinstance(then, Feedforward):
+            return outs
+        m.step("mean")
+        return [m.plus(sums(m, added(m, outs), 1, self._layout.columns), self._plains["bias", 0])]
 
-    def _projected(self, m: Any, along_i: Sequence[Any], along_j: Sequence[Any], rest: Sequence[Any]) -> list[Any]:
-        """Return queries, keys and values; a layer has no other parts."""
-        period = period_of(self._layout)
-        return [
-            m.plus(sums(m, self._maps[name].apply(m, x), period, self._apart), self._plains[name])
-            for name, x in (("query", along_i), ("key", along_j), ("value", along_j))
-        ]
+    def _normalised(self, m: Any, squares: Sequence[Any]) -> list[list[Any]]:
+        """Return what each part's queries, and keys and values, are multiplied with: a layer's nothing."""
+        return [[]] * (self._parts + 1)
 
-    def _feedforward(self, m: Any, then: Feedforward, z: Any, residual: Any) -> Any:
-        layout = self._layout
+    def _projected(self, m: Any, name: Name, tokens: Sequence[Any], factors: list[Any]) -> Any:
+        """Return a part's queries, or all keys or values."""
+        y = sums(m, self._maps[name].apply(m, tokens), period_of(self._layout), self._apart)
+        # 1, 2, 4, ... of the factors: each product is there when the projection has come so far
+        for k in range(len(factors).bit_length()):
+            y = m.product(y, product(m, factors[2**k - 1 : 2 ** (k + 1) - 1]))
+        return m.plus(y, self._plains[name])
+
+    def _feedforward(self, m: Any, then: Feedforward, z: Any, residual: Any, part: int) -> Any:
+        layout, of = self._layout, {name: self._maps[name, part] for name in ("out", "up", "down")}
+        plains = {name: self._plains[name, part] for name in of}
         m.step("output")
-        y = m.plus(self._maps["out"].apply(m, [z, m.conjugate(z)]), self._plains["out"])
+        y = m.plus(of["out"].apply(m, [z, m.conjugate(z)]), plains["out"])
         y = m.add(y, m.like(residual, y))
         y = sums(m, y, layout.columns, layout.keys)
         m.step("normalisation")
@@ -155,59 +175,70 @@ class Layer:
         s = sums(m, s, layout.queries, layout.heads)
         norm = then.norm
         s = m.add_constant(s, (2 * then.norm_epsilon - norm.low - norm.high) / (norm.high - norm.low))
-        t = self._maps["up"].apply(m, [y])
+        t = of["up"].apply(m, [y])
         u = product(m, [m.add(t, m.conjugate(t)), *norm.apply(m, s)])
         m.step("activation")
-        g = then.activation.apply(m, m.plus(u, self._plains["up"]))
+        g = then.activation.apply(m, m.plus(u, plains["up"]))
         m.step("feed-forward")
-        o = sums(m, self._maps["down"].apply(m, [g]), layout.columns, layout.keys)
-        o = m.plus(o, self._plains["down"])
+        o = sums(m, of["down"].apply(m, [g]), layout.columns, layout.keys)
+        o = m.plus(o, plains["down"])
         return m.add(o, m.like(y, o))
 
     def _compile(self, layout: Layout, spread: int, apart: int) -> None:
-        """Make the maps and plaintexts for a layout."""
+        """Make the maps and plaintexts for a layout; parts of queries whose places are the same share them."""
         w, then = self.weights, self.weights.then
-        f, j, h, i = axes_of(layout)
         heads, d, _ = w.query.shape
         n = w.query_bias.shape[1]
         self._layout, self._copies, self._apart = layout, -(-d // (spread * apart)), apart
-        unit = layout.keys * layout.columns
-        steps = (layout.columns, 1), (unit, spread)
-        pair, key = (
-            f * layout.heads + h,
-            np.arange(len(f)) % period_of(layout)
-            + np.arange(len(f)) // (apart * period_of(layout)) * period_of(layout),
-        )
-        factor = w.scale * self.inverse.input_factor ** (1 / w.p) / 2
-        seen = (i < n) & (j < n) & ((j <= i) | (not w.causal)) & (h < heads)
-        self._maps: dict[str, Map] = {}
-        self._plains: dict[str, Plain] = {}
-        sides = {
-            "query": (w.query * factor, w.query_bias * factor, 1j, i, seen),
-            "key": (w.key, w.key_bias, -1j, j, (j < n) & (h < heads)),
-            "value": (w.value, w.value_bias, 1j, j, (j < n) & (h < heads)),
-        }
-        for name, (weight, bias, unit_i, token, where) in sides.items():
-            of = _paired(weight, layout.groups, layout.heads, unit_i)  # (d, pairs)
-            by = _paired(bias, layout.groups, layout.heads, unit_i)  # (n, pairs)
-            inputs = [_tokens(feature_of(layout, spread, apart, c), token, d, n) for c in range(self._copies)]
-            out = Arrangement(np.where(where, token, -1), np.where(where, pair, -1))
-            self._maps[name] = compiled(inputs, out, key, of, steps)
-            added = np.where(where, by[np.minimum(token, n - 1), pair], 0)
-            self._plains[name] = Plain(added)
+        self._parts = -(-n // layout.queries)
+        self._maps: dict[Name, Map] = {}
+        self._plains: dict[Name, Plain] = {}
+        f, j, h, i = axes_of(layout)
+        factor, here = w.scale * self.inverse.input_factor ** (1 / w.p) / 2, (j < n) & (h < heads)
+        maps: dict[bytes, Map] = {}
+        for b in range(self._parts):
+            t = i + b * layout.queries
+            seen = (t < n) & here & ((j <= t) | (not w.causal))
+            self._side("query", b, (w.query * factor, w.query_bias * factor, 1j), t, seen, spread, maps)
+        self._side("key", 0, (w.key, w.key_bias, -1j), j, here, spread, {})
+        self._side("value", 0, (w.value, w.value_bias, 1j), j, here, spread, {})
         if isinstance(then, Feedforward):
-            self._compile_output(then, layout, n, d)
-            self._compile_feedforward(then, layout, n, d)
+            for b in range(self._parts):
+                if b > 0 and (b + 1) * layout.queries <= n:  # all are tokens, as of the first part
+                    self._maps |= {(name, b): self._maps[name, 0] for name in ("out", "up", "down")}
+                    self._plains |= {(name, b): self._plains[name, 0] for name in ("out", "up", "down")}
+                    continue
+                self._compile_output(then, layout, b)
+                self._compile_feedforward(then, layout, b)
             return
         bias = np.pad(then, (0, 2 * layout.groups - len(then))) * n / self.inverse.output_factor
         added = np.where((j == 0) & (h == 0) & (i == 0), bias[2 * f] + 1j * bias[2 * f + 1], 0)
-        self._plains["bias"] = Plain(added)
+        self._plains["bias", 0] = Plain(added)
 
-    def _compile_output(self, then: Feedforward, layout: Layout, n: int, d: int) -> None:
-        """Make what leads from attention to the layer's first sum."""
+    def _side(
+        self, name: str, part: int, given: tuple[Float, Float, complex], token: NDArray[np.int64],
+        where: NDArray[np.bool_], spread: int, known: dict[bytes, Map],
+    ) -> None:  # fmt: skip
+        """Make the map and the plaintext of queries, keys or values; `known` maps are by `where`."""
+        (weight, bias, unit_i), layout, apart = given, self._layout, self._apart
+        f, _, h, _ = axes_of(layout)
+        pair, period, at = f * layout.heads + h, period_of(layout), np.arange(len(f))
+        n, d = bias.shape[1], weight.shape[1]
+        by = _paired(bias, layout.groups, layout.heads, unit_i)  # (n, pairs)
+        self._plains[name, part] = Plain(np.where(where, by[np.minimum(token, n - 1), pair], 0))
+        if where.tobytes() not in known:
+            key, unit = at % period + at // (apart * period) * period, layout.keys * layout.columns
+            of = _paired(weight, layout.groups, layout.heads, unit_i)  # (d, pairs)
+            inputs = [_tokens(feature_of(layout, spread, apart, c), token, d, n) for c in range(self._copies)]
+            out = Arrangement(np.where(where, token, -1), np.where(where, pair, -1))
+            known[where.tobytes()] = compiled(inputs, out, key, of, ((layout.columns, 1), (unit, spread)))
+        self._maps[name, part] = known[where.tobytes()]
+
+    def _compile_output(self, then: Feedforward, layout: Layout, part: int) -> None:
+        """Make what leads from attention to the layer's first sum, of a part of the queries."""
         f, j, h, i = axes_of(layout)
-        heads, d_v, _ = then.out.shape
-        width, kappa, real = layout.groups * layout.heads, kappa_of(then.norm, d), i < n
+        heads, d_v, d = then.out.shape
+        width, kappa, real = layout.groups * layout.heads, kappa_of(then.norm, d), self._real(i, part)
         pair, after = f * layout.heads + h, (f + 1) % layout.groups * layout.heads + h
         steps = (layout.queries, layout.heads), (layout.keys * layout.columns, layout.groups)
 
@@ -225,18 +256,22 @@ class Layer:
         target = np.where(j == 0, pair, after)
         wanted = real & ((j == 0) | last)
         own = np.arange(len(f)) // period_of(layout) * width * layout.queries  # repeats are results of their own
-        self._maps["out"] = compiled(
+        self._maps["out", part] = compiled(
             first, Arrangement(np.where(wanted, i, -1), np.where(wanted, target, -1)),
             own + target * layout.queries + i, of, steps,
         )  # fmt: skip
         bias = pairs_of(then.out_bias * kappa, width)
-        self._plains["out"] = Plain(np.where((j == 0) & real, bias[pair], 0))
+        self._plains["out", part] = Plain(np.where((j == 0) & real, bias[pair], 0))
 
-    def _compile_feedforward(self, then: Feedforward, layout: Layout, n: int, d: int) -> None:
-        """Make what leads from the first sum to the layer's result."""
+    def _real(self, i: NDArray[np.int64], part: int) -> NDArray[np.bool_]:
+        """Return which queries of a part are tokens."""
+        return np.asarray(i + part * self._layout.queries < self.weights.query_bias.shape[1])
+
+    def _compile_feedforward(self, then: Feedforward, layout: Layout, part: int) -> None:
+        """Make what leads from the first sum to the layer's result, of a part of the queries."""
         f, j, h, i = axes_of(layout)
-        hidden, width = then.up.shape[1], layout.groups * layout.heads
-        kappa, real = kappa_of(then.norm, d), i < n
+        (d, hidden), width = then.up.shape, layout.groups * layout.heads
+        kappa, real = kappa_of(then.norm, d), self._real(i, part)
         pair, after = f * layout.heads + h, (f + 1) % layout.groups * layout.heads + h
         steps = (layout.queries, layout.heads), (layout.keys * layout.columns, layout.groups)
         own = np.arange(len(f)) // period_of(layout) * width * layout.queries  # repeats are results of their own
@@ -247,23 +282,23 @@ class Layer:
         up = up * (then.norm.factors()[0] / (2 * kappa * then.activation.most))
         up_pairs = up[0::2] - 1j * up[1::2]
         hiddens = Arrangement(np.where(wide, i, -1), np.where(wide, unit, -1))
-        self._maps["up"] = compiled([held], hiddens, np.arange(len(f)), up_pairs, steps)
+        self._maps["up", part] = compiled([held], hiddens, np.arange(len(f)), up_pairs, steps)
         bias_up = np.where(wide, (then.up_bias / then.activation.most)[np.where(wide, unit, 0)], 0)
-        self._plains["up"] = Plain(bias_up.astype(np.complex128))
+        self._plains["up", part] = Plain(bias_up.astype(np.complex128))
 
         down = pairs_of(then.down * kappa * then.activation.constant, width)
         target = np.where(j == 0, pair, after)
         rows_in = real & (j <= layout.keys - 2)
-        self._maps["down"] = compiled(
+        self._maps["down", part] = compiled(
             [hiddens], Arrangement(np.where(rows_in, i, -1), np.where(rows_in, target, -1)),
             own + target * layout.queries + i, down, steps,
         )  # fmt: skip
         bias = pairs_of(then.down_bias * kappa, width)
-        self._plains["down"] = Plain(np.where((j == 1) & real, bias[after], 0))
+        self._plains["down", part] = Plain(np.where((j == 1) & real, bias[after], 0))
 
 
 def least_of(w: Weights) -> Layout:
-    """Return the layout with as many slots as one query's share of a ciphertext needs.
+    """Return the layout with as many slots as one repeat of a ciphertext needs: of all queries, or as many as fit.
 
     Raises
     ------
@@ -283,7 +318,10 @@ def least_of(w: Weights) -> Layout:
             f"he: {hidden} hidden features do not fit {n} tokens' slots, which hold "
             f"{max(0, rows - 2) * groups * columns}"
         )
-    return Layout(groups * rows * columns * rows, rows, columns * rows, groups, 1, rows, columns)
+    queries = rows
+    while queries > max(1, rows // MOST_PARTS) and groups * rows * columns * queries > max(MOST_BITS) // 2:
+        queries //= 2
+    return Layout(groups * rows * columns * queries, rows, columns * queries, groups, 1, queries, columns)
 
 
 def no_ring(what: str, w: Weights) -> UnsupportedProblem:
@@ -331,6 +369,14 @@ def pairs_of(x: Float, width: int) -> Complex:
 def kappa_of(norm: Polynomial, d: int) -> float:
     """Return what makes the sum of squares the variable that the normalisation's polynomial is in, but for a shift."""
     return math.sqrt(2 / (d * (norm.high - norm.low)))
+
+
+def added(m: Any, parts: Sequence[Any]) -> Any:
+    """Return the sum of ciphertexts."""
+    total = parts[0]
+    for x in parts[1:]:
+        total = m.add(total, x)
+    return total
 
 
 def sums(m: Any, x: Any, unit: int, count: int) -> Any:

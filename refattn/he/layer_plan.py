@@ -79,25 +79,28 @@ class LayerPlan(Planned):
     centred: bool = False
 
     @property
+    def query_parts(self) -> int:
+        """Parts that the tokens come in along i: as many fit beside all of them along j."""
+        return -(-self.n // self.layout.queries)
+
+    @property
     def outs(self) -> int:
         """Ciphertexts of a reply."""
-        return 1
+        return 1 if self.classes else self.query_parts
 
     @property
     def copies(self) -> int:
-        """Ciphertexts of all tokens along i, and as many along j."""
+        """Ciphertexts of a part of the tokens along i, and as many of all along j."""
         return -(-self.d // (self.spread * self.apart))
 
     def loads(self) -> Counter[tuple[str, int]]:
         """Return the ciphertexts of a query by (`load`, primes left)."""
-        found = Counter({(self.load, self.ring.levels + 1): 2 * self.copies})
-        if not self.classes:
-            found[self.load, self.residual_limbs] += 1
-        return found
+        return Counter((self.load, limbs) for limbs in self.part_limbs())
 
     def part_limbs(self) -> list[int]:
         """Return the primes left of each ciphertext of a query, in its order."""
-        return [self.ring.levels + 1] * 2 * self.copies + ([] if self.classes else [self.residual_limbs])
+        tokens = [self.ring.levels + 1] * (self.query_parts + 1) * self.copies
+        return tokens + ([] if self.classes else [self.residual_limbs] * self.query_parts)
 
     def predicted_ms(self, costs: Costs = COSTS) -> float:
         """Return the server's time on one core."""
@@ -123,6 +126,8 @@ class LayerPlan(Planned):
             )
         }
         text |= {"ring": asdict(self.ring), "factors": (self.residual_factor, self.out_factor)}
+        if self.query_parts > 1:
+            text["queries"] = self.layout.queries
         return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).digest()
 
     def report(self) -> dict[str, Any]:
@@ -155,14 +160,14 @@ class LayerPlan(Planned):
         top = self.ring.levels + 1
         found: list[tuple[Any, int]] = [(slots, top) for slots in along(self, y)]
         if not self.classes:
-            found.append((paired(self.layout, x) * self.residual_factor, self.residual_limbs))
+            found += [(slots * self.residual_factor, self.residual_limbs) for slots in paired(self, x)]
         slots = [(s.astype(np.complex128), limbs) for s, limbs in found]
         return (self.classes,) if self.classes else (self.n, self.d), slots
 
     def decoded(self, slots: Sequence[Complex], shape: tuple[int, ...]) -> Float:
         """Return the result from the slots of a reply."""
         if not self.classes:
-            return gathered(self.layout, slots[0] * self.out_factor)[: self.n, : self.d]
+            return gathered(self, slots) * self.out_factor
         f, j, h, i = (x[: period_of(self.layout)] for x in axes_of(self.layout))
         pairs = (slots[0][: len(f)] * self.out_factor)[(j == 0) & (h == 0) & (i == 0)]
         return np.stack([pairs.real, pairs.imag], 1).ravel()[: self.classes]
@@ -182,27 +187,33 @@ def tokens_of(plan: Any, x: Any) -> tuple[Float, Float]:
 
 
 def along(plan: Any, x: Float) -> list[Float]:
-    """Return the slots of an input's tokens, (n, d): those of queries, then those of keys."""
+    """Return the slots of an input's tokens, (n, d): those of queries, part by part, then those of keys."""
     _, j, _, i = axes_of(plan.layout)
     features = [feature_of(plan.layout, plan.spread, plan.apart, c) for c in range(plan.copies)]
-    x = np.pad(x, ((0, plan.layout.queries - plan.n), (0, 1 + max(int(c.max()) for c in features))))
-    return [x[t, c] for t in (i, j) for c in features]
+    x = np.pad(x, ((0, plan.layout.keys - plan.n), (0, 1 + max(int(c.max()) for c in features))))
+    tokens = [i + part * plan.layout.queries for part in range(plan.query_parts)]
+    return [x[t, c] for t in (*tokens, j) for c in features]
 
 
-def paired(layout: Layout, x: Float) -> Complex:
-    """Return the slots of (n, d) tokens where a layer's residual lies: pairs of features, in row j = 0."""
+def paired(plan: Any, x: Float) -> list[Complex]:
+    """Return the slots, part by part, of (n, d) tokens where residuals lie: pairs of features, in row j = 0."""
+    layout = plan.layout
     f, j, h, i = axes_of(layout)
     pair = 2 * (f * layout.heads + h)
-    x = np.pad(x, ((0, layout.queries - len(x)), (0, 2 * layout.pairs * layout.heads)))
-    return np.where(j == 0, x[i, pair] + 1j * x[i, pair + 1], 0)
+    x = np.pad(x, ((0, layout.keys - len(x)), (0, 2 * layout.pairs * layout.heads)))
+    tokens = [i + part * layout.queries for part in range(plan.query_parts)]
+    return [np.where(j == 0, x[t, pair] + 1j * x[t, pair + 1], 0) for t in tokens]
 
 
-def gathered(layout: Layout, slots: Complex) -> Float:
-    """Return a layer's result, filled up, from its slots: it lies in row j = 1, where that of f holds f + 1."""
+def gathered(plan: Any, parts: Sequence[Any]) -> Float:
+    """Return a layer's result, (n, d), from its parts' slots: it lies in row j = 1, where that of f holds f + 1."""
+    layout, found = plan.layout, []
     _, j, _, _ = (x[: period_of(layout)] for x in axes_of(layout))
-    rows = slots[: len(j)][j == 1].reshape(layout.groups, layout.heads, -1)
-    pairs = np.roll(rows, 1, 0).reshape(-1, layout.queries)
-    return np.stack([pairs.real, pairs.imag], 1).reshape(-1, layout.queries).T
+    for slots in parts:
+        rows = slots[: len(j)][j == 1].reshape(layout.groups, layout.heads, -1)
+        pairs = np.roll(rows, 1, 0).reshape(-1, layout.queries)
+        found.append(np.stack([pairs.real, pairs.imag], 1).reshape(-1, layout.queries).T)
+    return np.concatenate(found)[: plan.n, : plan.d]
 
 
 def axes_of(layout: Layout) -> tuple[NDArray[np.int64], ...]:

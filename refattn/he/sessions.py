@@ -154,7 +154,7 @@ class Client(Holder):
         plan = self.plan
         if not isinstance(plan, EncoderPlan):
             raise InvalidInput("he: got a masked result, which this plan has none of; it is of an encoder's plan")
-        m = unpack(masked, MASKED, plan.digest, plan.reply_most, parts=3)
+        m = unpack(masked, MASKED, plan.digest, plan.reply_most, parts=1 + plan.masked)
         stage = self._stage.get(m.query, 0) + 1
         if m.client != self._name or m.query not in self._asked or stage >= plan.rounds:
             raise InvalidInput("he: got a masked result of another client or of no query that waits for one")

@@ -1,8 +1,11 @@
 """Makers of power-softmax calls and of plans that fit them."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from refattn import Problem, he
+from refattn.he import layer as layers
 
 
 def problem(n_q=5, n_k=7, d=6, d_v=None, heads=1, p=2, epsilon=0.5, seed=0, batch=1, **more):
@@ -34,3 +37,14 @@ def ranges(x):
 def planned(x, tolerance=1e-2, **more):
     given = ranges(x) | {"epsilon": x.options["epsilon"], "scale": x.scale, "tolerance": tolerance} | more
     return he.plan(x.n_q, x.n_k, x.d_k, x.d_v, x.batch * x.heads, x.options["p"], **given)
+
+
+def in_parts(monkeypatch, queries):
+    """Have layers' queries come in parts of so many, as of more tokens than a ciphertext has room for."""
+    least_of = layers.least_of
+
+    def fewer(weights):
+        x = least_of(weights)
+        return replace(x, slots=x.slots // x.queries * queries, columns=x.heads * queries, queries=queries)
+
+    monkeypatch.setattr(layers, "least_of", fewer)

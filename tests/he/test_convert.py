@@ -96,7 +96,7 @@ def test_a_converted_encoder_is_computed_on_ciphertexts():
 
 @pytest.mark.parametrize("layers", [None, 1])
 def test_what_no_ring_has_slots_for_is_said(layers):
-    weights = nets.weights_of(nets.convert(stock(layers, 64)).model, 128)
+    weights = nets.weights_of(nets.convert(stock(layers, 64)).model, 512)
     with pytest.raises(
         UnsupportedProblem, match="slots, and no ring at 128 bits of security has more than 16384: take"
     ):

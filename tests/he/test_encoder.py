@@ -16,6 +16,7 @@ from refattn.he.service import Remote
 from refattn.he.weights import EncoderWeights, Feedforward, Weights
 
 from .apart import apart
+from .make import in_parts
 from .relay import plan
 
 
@@ -73,6 +74,23 @@ def test_the_simulation_is_the_formulas(name):
     # the polynomials for 1/D are all that differs: their relative errors pass on to all that follows
     slack = 300 * max(b.inverse.relative_error for b in made.stages) * np.abs(expected).max()
     assert np.abs(made.simulate(x) - expected).max() <= slack
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_queries_in_parts_are_the_formulas(classes, monkeypatch):
+    """Three parts of two queries, of which the last has one."""
+    in_parts(monkeypatch, 2)
+    weights, x, expected = encoder(n=5, d=4, hidden=4, classes=classes)
+    made = he.Encoder(weights, 1e-4)
+    plan = made.plan
+    assert (plan.query_parts, plan.masked, plan.outs) == (3, 6, 1 if classes else 3)
+    assert [len(plan.part_limbs(k)) for k in (0, 1)] == [4 * plan.copies + 3, 4 * plan.copies + 7]
+    slack = 300 * max(b.inverse.relative_error for b in made.stages) * np.abs(expected).max()
+    assert np.abs(made.simulate(x) - expected).max() <= slack
+    alone = replace(plan, layout=replace(plan.layout, queries=8))
+    assert plan.refresh_most == alone.refresh_most
+    assert plan.report()["refresh_wrong_with_chance"] == 3 * alone.report()["refresh_wrong_with_chance"]
+    assert plan.reply_most > 2.9 * alone.reply_most
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,20 @@
 """A whole layer: its simulation against the formulas, and ciphertexts against the simulation."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from refattn import InvalidInput, InvalidProblem, UnsupportedProblem, he, power_attention
 from refattn.he.arithmetic import Counted, Levels
+from refattn.he.layer import least_of
 from refattn.he.linear import Arrangement, compiled
 from refattn.he.polynomials import activation, inverse_sqrt
 from refattn.he.weights import Feedforward, Weights
 
 from .apart import apart
+from .make import in_parts
 
 TOLERANCE = 1e-4
 
@@ -70,6 +73,37 @@ def test_the_simulation_is_the_formulas(name):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "queries", "parts"),
+    [
+        ({"n": 5, "d": 6, "d_k": 4, "hidden": 8, "causal": True}, 2, 3),  # the last part is not full
+        ({"n": 7, "d": 6, "heads": 3, "d_k": 4, "classes": 3, "causal": True}, 4, 2),
+    ],
+)
+def test_queries_in_parts_are_the_formulas(sizes, queries, parts, monkeypatch):
+    weights, x, expected = layer(**sizes)
+    in_parts(monkeypatch, queries)
+    made = he.Layer(weights, TOLERANCE)
+    assert (made.plan.query_parts, made.plan.outs) == (parts, 1 if "classes" in sizes else parts)
+    slack = 300 * made.inverse.relative_error * np.abs(expected).max()
+    assert np.abs(made.simulate(x) - expected).max() <= slack
+    assert made.plan.digest != replace(made.plan, layout=replace(made.plan.layout, queries=8)).digest
+
+
+def test_more_tokens_than_a_ciphertext_has_room_for():
+    """64 tokens of 64 features: 8 parts of 8 queries; half as many tokens come in 2 of 16."""
+    hidden = Feedforward(*3 * [None], 0.0, np.zeros((64, 256)), *3 * [None], None)
+
+    def weights(n, then):
+        return Weights(*3 * [np.zeros((4, 64, 16))], *3 * [np.zeros((4, n, 16))], 2, 2.0, 1.0, (2.0, 3.0), False, then)
+
+    for n, queries in ((16, 16), (32, 16), (64, 8), (128, 4)):
+        found = least_of(weights(n, hidden))
+        assert (found.queries, found.keys, found.slots) == (queries, n, 16384 if n > 16 else 8192)
+    with pytest.raises(UnsupportedProblem, match=r"needs 262144 slots, and no ring .* has more than 16384: take fewer"):
+        he.Layer(weights(512, np.zeros(16)))
+
+
+@pytest.mark.parametrize(
     ("name", "upload", "workers"),
     [("scores", "full", 1), ("causal scores, more features", "full", 2), ("scores", "whole", 1)],
 )
@@ -79,12 +113,13 @@ def test_encrypted_scores_are_the_simulation(name, upload, workers):
     compare(he.Layer(weights, 1e-2, upload), x, workers)
 
 
-def test_an_encrypted_block_is_the_simulation():
+def test_an_encrypted_block_is_the_simulation(monkeypatch):
     """In full ciphertexts: whole ones are opened before anything is computed, as those of scores are.
 
-    The hidden features are more than a row of slots holds.
+    The hidden features are more than a row of slots holds, and the queries come in two parts.
     """
     pytest.importorskip("tenseal")
+    in_parts(monkeypatch, 2)
     weights, x, _ = layer(4, 4, 1, 4, 8, seed=1)
     compare(he.Layer(weights, 5e-2), x)
 
@@ -142,8 +177,6 @@ def test_the_plan_holds_no_weights_and_counts_what_runs():
     ],
 )
 def test_weights_that_do_not_fit_are_refused(change, error, text):
-    from dataclasses import replace
-
     weights, _, _ = layer()
     with pytest.raises(error, match=text):
         he.Layer(replace(weights, **change), 1e-3)

@@ -20,15 +20,13 @@ from ..planned import Program, bytes_text
 from .decoding import kinds_of, step_of
 from .launches import Addresses, Launch, launches_of
 from .schedule import Schedule, schedule_of
-from .session import BATCH, bytes_of, plains_of
+from .session import BATCH, bytes_of, chunk_of, plains_of
 
 __all__ = ["COSTS", "GpuCosts", "GpuTimes", "counted", "fitted", "on_gpu"]
 
 Counts = Counter[tuple[str, str]]
 """By (kernel, "launches", "items" or "limbs")."""
 MB = 1e6
-CHUNK = 8
-"""Ciphertexts that a thread took at a time when the host was measured."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,8 @@ class GpuCosts:
         The host's, which share a query's ciphertexts.
     of_kernels, of_host : float
         The fit's residuals: the largest ratio, either way, of a predicted and a measured time of those it is made of.
+    chunk : int or None
+        Ciphertexts that a thread takes at a time; None: as many as sessions have it take.
     """
 
     machine: str
@@ -60,6 +60,7 @@ class GpuCosts:
     threads: int
     of_kernels: float
     of_host: float
+    chunk: int | None = None
 
 
 COSTS = GpuCosts(
@@ -80,7 +81,7 @@ COSTS = GpuCosts(
     of_kernels=1.158,
     of_host=1.055,
 )
-"""What `fitted` finds in benchmarks/results/he-gpu-h200.json."""
+"""What `fitted` finds in benchmarks/results/he-gpu-h200.json, whose threads took 8 ciphertexts at a time."""
 WITHOUT_ROW = {"residues": "drop", "subtract": "drop"}
 """Kernels that nobody measured, and which they are taken for: a pass of a transform over as many words."""
 
@@ -211,22 +212,23 @@ def _host_ms(costs: GpuCosts, schedule: Schedule, megabytes: float, seeded: bool
     found = reply * _reply_mb(schedule)
     if not seeded:
         return found + costs.whole * megabytes
-    return found + query * megabytes + unpacked * _serial_mb(schedule, megabytes, costs.threads)
+    return found + query * megabytes + unpacked * _serial_mb(schedule, megabytes, costs)
 
 
 def _reply_mb(schedule: Schedule) -> float:
     return sum(8 * x.size * x.limbs * schedule.chain.degree for x in schedule.replies) / MB
 
 
-def _serial_mb(schedule: Schedule, megabytes: float, threads: int) -> float:
+def _serial_mb(schedule: Schedule, megabytes: float, costs: GpuCosts) -> float:
     """Return what one thread unpacks, one after another: of each load its share, or the largest piece it takes."""
     parts = [x.limbs if x.size == 2 else 0 for x in schedule.inputs[: schedule.came]]
     each, found = megabytes / sum(parts), 0.0
     for step in schedule.steps:
         limbs = sorted((parts[i] for i in schedule.sent(step)), reverse=True)
+        taken = costs.chunk or chunk_of(len(limbs))
         for start in range(0, len(limbs), BATCH * 2):  # two batches are on their way
             some = limbs[start : start + BATCH * 2]
-            found += each * max(sum(some[:CHUNK]), sum(some) / threads)
+            found += each * max(sum(some[:taken]), sum(some) / costs.threads)
     return found
 
 
@@ -234,7 +236,7 @@ def _ms_text(ms: float) -> str:
     return f"{ms:.2g} ms" if ms < 100 else f"{ms / 1e3:.2g} s"
 
 
-def fitted(rows: Iterable[Mapping[str, Any]], machine: str, threads: int = 16) -> GpuCosts:
+def fitted(rows: Iterable[Mapping[str, Any]], machine: str, threads: int = 16, chunk: int | None = None) -> GpuCosts:
     """Return the costs that rows of ``refattn bench he_gpu --json`` show, by least squares of relative errors.
 
     Parameters
@@ -246,6 +248,8 @@ def fitted(rows: Iterable[Mapping[str, Any]], machine: str, threads: int = 16) -
         What they were measured on.
     threads : int
         The host's.
+    chunk : int or None
+        As `GpuCosts` has it, when the rows were measured.
     """
     value = {r["name"]: float(r["value"]) for r in rows}
     kernels: dict[str, list[tuple[float, ...]]] = {}
@@ -260,13 +264,13 @@ def fitted(rows: Iterable[Mapping[str, Any]], machine: str, threads: int = 16) -
             kernels.setdefault(kernel, []).append((n, limbs, ms))
     costs = {k: _fit(x) for k, x in sorted(kernels.items())}
     pairs = {k: (a, b) for k, ((a, b), _) in costs.items()}
-    found = GpuCosts(machine, pairs, (0.0, 0.0, 0.0), 0.0, threads, max(r for _, r in costs.values()), 1.0)
+    found = GpuCosts(machine, pairs, (0.0, 0.0, 0.0), 0.0, threads, max(r for _, r in costs.values()), 1.0, chunk)
     host: list[tuple[float, ...]] = []
     whole = []
     for schedule, counts, megabytes, seeded, took in every:
         ms = took - sum(kernel_ms(found, schedule.chain.degree, counts).values())
         if seeded:
-            host.append((megabytes, _serial_mb(schedule, megabytes, threads), _reply_mb(schedule), ms))
+            host.append((megabytes, _serial_mb(schedule, megabytes, found), _reply_mb(schedule), ms))
         else:
             whole.append((megabytes, _reply_mb(schedule), ms))
     (query, unpacked, reply), of_host = _fit(host)

@@ -27,7 +27,7 @@ from .seeds import SEED
 from .tables import Device, Tables
 from .trace import Plain
 
-__all__ = ["Session", "bytes_of", "elements_of", "plains_of"]
+__all__ = ["Session", "bytes_of", "chunk_of", "elements_of", "plains_of"]
 
 BATCH, BATCHES = 64, 3
 """Ciphertexts that are checked together, and such batches on their way: two are checked while the device reads one."""
@@ -46,6 +46,11 @@ def bytes_of(*schedules: Schedule) -> int:
     plains = sum(8 * x.limbs * degree for x in plains_of(schedules))
     elements = len(elements_of(schedules))
     return 8 * _words(schedules) + (elements + 1) * key + 4 * degree * elements + plains + Tables.bytes_of(chain)
+
+
+def chunk_of(count: int) -> int:
+    """Return how many ciphertexts a thread takes at a time, of so many that a step takes in."""
+    return max(1, min(CHUNK, count // THREADS))
 
 
 def _words(schedules: Sequence[Schedule]) -> int:
@@ -260,7 +265,7 @@ class Session:
                 batch, place = wanted[start : start + BATCH], number % BATCHES
                 if self._marks[place] is not None:
                     self.device.wait(self._marks[place])  # the device has read what was here
-                chunks = list(_chunks(of, batch, max(1, min(CHUNK, len(wanted) // THREADS))))
+                chunks = list(_chunks(of, batch, chunk_of(len(wanted))))
                 slots = [self._slots[place, at : at + len(x)] for at, x in chunks]
                 given = [[parts[i] for i in x] for _, x in chunks]
                 waiting.append(

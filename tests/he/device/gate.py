@@ -4,6 +4,7 @@ compile: the kernels for every degree, by nvcc, without spills. emulate: every o
 run by g++ against the executor. grid: whole plans, the executor against SEAL. gpu: the same and larger ones, and
 encoders with their masks, and decoding, on a GPU against SEAL where TenSEAL is installed, and against the executor.
 decoding: of those on a GPU the sequences that are decoded, twelve, alone.
+problems: drawn calls on a GPU against SEAL, which the machine's cores share.
 predicted: times and memory of blocks and many inputs, as predicted, beside those that were measured.
 """
 
@@ -39,6 +40,7 @@ from .emulated import Emulated
 from .every import RINGS, Every
 from .exchange import Exchange
 from .predicted import predicted
+from .problems import problems
 from .rounds import contents, same_rounds
 
 GRID = [(4, 4), (16, 32), (32, 64)]
@@ -115,6 +117,7 @@ def encoders():
     x = np.random.default_rng(0).standard_normal((3, 5)) / 4
     for rounds, upload in itertools.product((2, 3), ("full", "whole")):
         yield f"{rounds} blocks of next to nothing, {upload}", x, Relay(rounds, upload)
+        yield f"{rounds} blocks of next to nothing, {upload}, queries in parts", x, Relay(rounds, upload, 2)
     for blocks, upload in ((2, "full"), (2, "whole"), (4, "full")):
         weights, x, _ = encoder(n=3, d=4, hidden=4, blocks=blocks, tolerance=0.3)
         yield f"{blocks} blocks, {upload}", x, he.Encoder(weights, 0.3, upload)
@@ -167,6 +170,7 @@ def main(words):
     stages = {
         "compile": lambda _: compile_all(), "emulate": lambda _: emulate(), "grid": grid, "gpu": gpu,
         "decoding": lambda _: decodings(), "predicted": lambda _: predicted(),
+        "problems": lambda count: problems(count, "cuda"),
     }  # fmt: skip
     counts = [int(w) for w in words if w.isdigit()]
     failed = 0

@@ -5,6 +5,7 @@ other kernels, twice the degree and more primes, and are held to the same residu
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from refattn import he
@@ -14,6 +15,9 @@ from refattn.he.device.predict import COSTS, on_gpu
 
 FILE = Path(__file__).parents[3] / "benchmarks" / "results" / "he-gpu-h200.json"
 ROWS = {row["name"]: row["value"] for row in json.loads(FILE.read_text(encoding="utf-8"))["rows"]}
+
+THEN = replace(COSTS, chunk=8)
+"""The costs with as many ciphertexts a thread as when the rows were measured: few are shared by all threads since."""
 
 
 def measured(file):
@@ -26,14 +30,13 @@ def bound(what):
     return COSTS.of_kernels if what == "computing" else max(COSTS.of_kernels, COSTS.of_host)
 
 
-def ratios(name, program, rows=ROWS):
+def ratios(name, program, rows=ROWS, costs=THEN):
     """Yield what was measured of a program, the ratio of its prediction to that, and the most it may be."""
-    found = on_gpu(program)
+    found = on_gpu(program, costs)
     inputs = f"{name}, an input on the GPU"
     for what, row, ms in (
         ("computing", f"{name}, computing", found.computing_ms),
         ("bytes to bytes", f"{name}, bytes to bytes", found.bytes_ms),
-        ("bytes to bytes", f"{name}, server on the GPU", found.bytes_ms / 1e3),
         ("bytes to bytes", inputs, found.bytes_ms / getattr(program, "heads", 1)),
     ):
         if row in rows:
@@ -56,13 +59,12 @@ def programs():
 
 
 def predicted():
-    """Yield whether predictions are within their bounds.
+    """Yield whether predictions are within their bounds: those of blocks by what was measured last.
 
-    What blocks compute was measured again, with kernels of the costs. What a host does for them is predicted as it was
-    measured with the costs: few large ciphertexts are shared by all threads since, which took it down.
+    What a server of two blocks takes in all is not among them: it makes masks beside, which nobody predicts.
     """
-    later = measured("he-gpu-encoder-h200.json").items()
-    rows = ROWS | {name: x for name, x in later if name.endswith((", computing", ", memory of the session"))}
     for name, program in programs():
-        for what, ratio, most in ratios(name, program, rows):
+        later = getattr(program.plan, "mode", "") != "throughput"
+        given = (measured("he-gpu-encoder-h200.json"), COSTS) if later else ()
+        for what, ratio, most in ratios(name, program, *given):
             yield f"{name}, {what}: predicted over measured {ratio:.3f}, at most {most:.3f}", 1 / most <= ratio <= most

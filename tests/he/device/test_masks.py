@@ -55,7 +55,7 @@ def asked(session):
     return masked, client.refresh(masked)
 
 
-@pytest.mark.parametrize("program", [Relay(3), Relay(2, "whole")], ids=["three", "whole"])
+@pytest.mark.parametrize("program", [Relay(3), Relay(2, "whole", 2)], ids=["three", "whole, parts"])
 def test_messages_are_seals(devices, program):
     found, out = same_rounds(program, X)
     assert found == [True] * program.plan.rounds

@@ -17,7 +17,7 @@ from refattn.he.device.predict import COSTS, MB, WITHOUT_ROW, counted, fitted, o
 from refattn.he.device.schedule import schedule_of
 
 from ..make import planned, problem
-from .predicted import ROWS, bound, measured, ratios
+from .predicted import ROWS, THEN, bound, measured, ratios
 
 ATTENTION = [(1, 16, 32, 2, "full"), (1, 128, 64, 2, "full"), (1, 128, 64, 4, "full"), (12, 128, 64, 2, "full")]
 PLANS = {
@@ -30,7 +30,7 @@ PLANS = {
 
 @pytest.fixture(scope="module")
 def again():
-    return fitted([{"name": n, "value": x} for n, x in ROWS.items()], COSTS.machine, COSTS.threads)
+    return fitted([{"name": n, "value": x} for n, x in ROWS.items()], COSTS.machine, COSTS.threads, THEN.chunk)
 
 
 def test_the_table_is_what_the_rows_give(again):
@@ -86,11 +86,21 @@ def test_a_decoded_token_is_within_the_fits_residual():
     x = random_call(128, 64, 12, 2)[0].replace(causal="bottom_right")
     plan = he.plan_decoding(128, 64, heads=12, **he.ranges(x, margin=0.05))
     rows, at = measured("he-gpu-decoding-h200.json"), "decoding 12 x 128 x 64, p = 2, full"
-    found = on_gpu(plan)
+    found = on_gpu(plan, THEN)
     for row, ms in (("computing", found.computing_ms), ("bytes to bytes", found.bytes_ms)):
         ratio, most = ms / rows[f"{at}, the last token, {row}"], bound(row)
         assert 1 / most <= ratio <= most, (row, ratio)
     assert found.memory_bytes == round(1e9 * rows[f"{at}, memory of the session"])
+
+
+def test_few_ciphertexts_are_shared_by_all_threads():
+    """One of a key, one of a query and one of values: a thread each, where it took three of them one after another."""
+    plan = PLANS["1 x 16 x 32, p = 2, full"]
+    now, then = on_gpu(plan), on_gpu(plan, THEN)
+    assert now.computing_ms == then.computing_ms
+    assert now.bytes_ms < then.bytes_ms
+    alone = on_gpu(plan, replace(COSTS, chunk=1))
+    assert now == replace(alone, costs=COSTS)
 
 
 def test_times_follow_the_costs():
