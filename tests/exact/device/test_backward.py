@@ -97,7 +97,9 @@ def test_gradients_of_a_softcap(trusted, options):
 
 
 @GXX
-@pytest.mark.parametrize("options", [{}, {"sink": np.array([0.5, -3.0]), "softcap": 1.5, "causal": "bottom_right"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"sink": np.array([0.5, -3.0]), "softcap": 1.5, "causal": "bottom_right", "out_scale": 3.0}]
+)
 def test_gradients_that_arrive_at_lse(trusted, options):
     """Beside those at out and alone; rows that see one key, or none and the sink, pass them on, too."""
     p, dout = call(n=70, m=66, heads=2, **options)
