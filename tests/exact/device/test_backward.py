@@ -8,14 +8,14 @@ import pytest
 import refattn
 from refattn import Problem, UnsupportedProblem, masks, rules
 from refattn.exact import driver, lowering
-from refattn.exact.device import backward
+from refattn.exact.device import backward, card
 from refattn.exact.device.card import Card, card_of
 from refattn.exact.heads import Head, heads
 from refattn.exact.levels import Level
 from refattn.exact.run import Work
 from tests.conftest import NIGHTLY
 from tests.exact.device.drawn import backward as drawn_backward
-from tests.exact.device.drawn import compare
+from tests.exact.device.drawn import compare, drawn_rows
 from tests.exact.device.gate import enclosures, same_bits
 from tests.gpu.compiled import NVCC, check_compiles
 from tests.he.device.emulated import GXX
@@ -299,13 +299,19 @@ def test_too_little_memory_says_how_much_is_needed(stand_in, monkeypatch):
 
 
 @GXX
-def test_what_has_no_streaming_gradients_is_refused(trusted):
+def test_definitions_have_gradients_there_where_nothing_streams(trusted, monkeypatch):
+    """Operators of rows, what softmax has beside scores, numbers beyond 2**200: in tiles of three rows."""
+    monkeypatch.setattr(card, "SCORES", 3 * 9)
+    for p in drawn_rows(np.random.default_rng(1), gradients=True):
+        same(p, np.random.default_rng(2).standard_normal(p.out_shape))
     p, dout = call(n=3, m=5)
-    for changes, more in (({"value": p.value * 2.0**300}, {}), ({}, {"dlse": dout[..., 0] * 2.0**300})):
-        with pytest.raises(UnsupportedProblem, match="device: gradients of a call with numbers beyond"):
-            refattn.evaluate(p.replace(**changes), rounding="float64", gradients=dout, device="cuda", **more)
-    with pytest.raises(UnsupportedProblem, match="device: softmax attention with these options has no streaming path"):
-        refattn.evaluate(p.replace(softcap=2.0**11), rounding="float64", gradients=dout, device="cuda")
+    same(p.replace(value=p.value * 2.0**300), dout)
+    assert "slope" not in {name for name, _ in trusted.seen.launched}
+
+
+@GXX
+def test_what_has_no_gradients_there_is_refused(trusted):
+    p, dout = call(n=3, m=5)
     with pytest.raises(UnsupportedProblem, match="device: gradients of values of 4096 numbers; bounds are proven"):
         refattn.evaluate(
             p.replace(value=np.ones((1, 1, 5, 4096))), rounding="float64", gradients=np.ones((1, 1, 3, 4096)),
