@@ -85,7 +85,7 @@ class Work:
         self.device = device
         if device is not None and isinstance(self.variant.shape, Steps):
             raise UnsupportedProblem(
-                f"device: {problem.variant} attention goes token by token, which nothing does on a GPU; use device='cpu'"
+                f"device: {problem.variant} attention goes token by token, which no GPU does here; use device='cpu'"
             )
         self.there = self.heads if device is None else device.heads(self.p) or self.heads
         self.unused = unused(self.p)

@@ -300,8 +300,8 @@ def test_too_little_memory_says_how_much_is_needed(stand_in, monkeypatch):
 
 @GXX
 def test_definitions_have_gradients_there_where_nothing_streams(trusted, monkeypatch):
-    """Operators of rows, what softmax has beside scores, numbers beyond 2**200: in tiles of three rows."""
-    monkeypatch.setattr(card, "SCORES", 3 * 9)
+    """Operators of rows, what softmax has beside scores, numbers beyond 2**200: in tiles of two rows."""
+    monkeypatch.setattr(card, "SCORES", 2 * 5)
     for p in drawn_rows(np.random.default_rng(1), gradients=True):
         same(p, np.random.default_rng(2).standard_normal(p.out_shape))
     p, dout = call(n=3, m=5)

@@ -269,7 +269,7 @@ def test_what_a_device_does_not_take_is_refused_by_name(trusted):
     rng = np.random.default_rng(0)
     p = head(rng, n=3, m=3)
     steps = p.replace(variant="lightning", causal="bottom_right", options={"decay": (0.1,)})
-    with pytest.raises(UnsupportedProblem, match="device: lightning attention goes token by token, which nothing does"):
+    with pytest.raises(UnsupportedProblem, match="device: lightning attention goes token by token, which no GPU does"):
         refattn.evaluate(steps, rounding="float64", device="cuda")
     with pytest.raises(UnsupportedProblem, match="device: n_jobs is for the CPU"):
         refattn.evaluate(p, rounding="float64", n_jobs=2, device="cuda")
@@ -282,7 +282,7 @@ def test_what_a_device_does_not_take_is_refused_by_name(trusted):
 
 def test_definitions_run_there_where_nothing_streams(trusted, monkeypatch):
     """Operators of rows, and what softmax has beside scores, in tiles of two rows: the CPU's bits by their own text."""
-    monkeypatch.setattr(card, "SCORES", 2 * 9)
+    monkeypatch.setattr(card, "SCORES", 2 * 5)
     for p in drawn_rows(np.random.default_rng(0)):
         mine = refattn.evaluate(p, rounding="float32", device="cuda")
         assert compare(mine, refattn.evaluate(p, rounding="float32")) == 0
