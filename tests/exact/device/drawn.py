@@ -196,7 +196,7 @@ def backward(rng, most):
     """
     while True:
         p, *_ = draw(rng, most)
-        if p.batch * p.heads * p.n_q * p.n_k > 8 * most:
+        if p.block_table is not None or p.batch * p.heads * p.n_q * p.n_k > 8 * most:  # keys in pages have none
             continue
         numbers = [np.abs(x.astype(np.float64)) for x in (p.query, p.key, p.value)]
         largest = [float(x.max(initial=0.0)) for x in numbers]
