@@ -7,6 +7,7 @@ import pytest
 
 import refattn
 from refattn import Problem, UnsupportedProblem, masks, rules
+from refattn.exact import backward as finishing
 from refattn.exact import driver, lowering
 from refattn.exact.device import backward, card
 from refattn.exact.device.card import Card, card_of
@@ -72,8 +73,9 @@ def test_enclosures_hold_at_every_level(trusted):
     ],
 )
 def test_tiles_and_parts_of_rows_meet(trusted, monkeypatch, options):
-    """Two tiles of 80 rows in two parts each, four tiles of keys, two heads that share theirs."""
+    """Two tiles of 80 rows in two parts each, four tiles of keys, two heads that share theirs; keys end in parts."""
     monkeypatch.setattr(backward, "ROWS", 80)
+    monkeypatch.setattr(finishing, "AT_A_TIME", 100)
     card_of(0).keys = 48
     same(*call(n=150, m=170, heads=2, **options))
     blocks = {n for name, n in trusted.seen.launched if name == "slope"}
@@ -307,6 +309,15 @@ def test_definitions_have_gradients_there_where_nothing_streams(trusted, monkeyp
     p, dout = call(n=3, m=5)
     same(p.replace(value=p.value * 2.0**300), dout)
     assert "slope" not in {name for name, _ in trusted.seen.launched}
+
+
+@GXX
+def test_a_tile_of_a_long_head_has_fewer_rows(trusted, monkeypatch):
+    one, f = next(heads(call(n=2, m=70)[0])), Level(1, card_of(0))
+    assert backward.rows_of_a_tile(one, f, 600) == backward.ROWS
+    for rows in (512, backward.FEWEST, 1):
+        monkeypatch.setattr(backward, "PAIRS", 70 * rows)
+        assert backward.rows_of_a_tile(one, f, 600) == max(rows, backward.FEWEST)
 
 
 @GXX
