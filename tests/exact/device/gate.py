@@ -49,7 +49,7 @@ def same_bits(device, problems, seed=0, most=MOST, gradients=False, operators=0.
         forward.FEWEST = min(forward.FEWEST, forward.ROWS // 4)
         gradient_tiles.ROWS, gradient_tiles.FEWEST = forward.ROWS, forward.FEWEST
         dout, dlse, (out, lse) = None, None, rng.choice(FORMS, 2)
-        if rng.random() < operators:
+        if operators and rng.random() < operators:
             problem = operator(rng, SCORES if gradients else None)
             dout = rng.standard_normal(problem.out_shape) if gradients else None
         elif gradients:
