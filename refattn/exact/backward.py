@@ -33,9 +33,11 @@ from .right import Right
 from .row import Row
 from .stream import SLACK, Forward, each, each_tile, forward_pass
 
-__all__ = ["Backward", "Held", "KeySums", "backward", "gain_of"]
+__all__ = ["AT_A_TIME", "Backward", "Held", "KeySums", "backward", "gain_of"]
 
 Float = NDArray[np.float64]
+AT_A_TIME = 2**13
+"""Keys whose gradients are finished at a time: the steps' temporary arrays are of so many."""
 
 
 def backward(
@@ -311,10 +313,16 @@ class Backward:
             lost = self._lost(name)
             most, tail = reduce(np.maximum, (getattr(s, f"most_{name[1]}") for s in self.all))
             floor = len(self.rows) * 2.0 ** (EXP2_FLOOR + 1)
-            r = np.outer(y[:, at], own[name]) + np.outer(y[:, 2], rounding * tail + 2 * adds * most) + floor * most
-            r = np.where(own[name] == 0, 0.0, (r + lost) * UP + ETA)
-            results[name] = Bounded(f, getattr(first, name).T, getattr(first, f"{name}_low").T, r)
-        results["dk"] = results["dk"] * self.scale
+            found = []
+            for start in range(0, max(len(y), 1), AT_A_TIME):
+                some = slice(start, start + AT_A_TIME)
+                r = np.outer(y[some, at], own[name]) + np.outer(y[some, 2], rounding * tail + 2 * adds * most)
+                r = (r + floor * most + (lost[some] if len(lost) == len(y) else lost)) * UP + ETA
+                h, low = (getattr(first, name + part)[:, some].T for part in ("", "_low"))
+                few = Bounded(f, h, low, np.where(own[name] == 0, 0.0, r))
+                found.append(few * self.scale if name == "dk" else few)
+            whole = (np.concatenate([getattr(part, number) for part in found]) for number in ("h", "l", "r"))
+            results[name] = found[0] if len(found) == 1 else Bounded(f, *whole)
         results["dq"], results["out"], results["lse"] = self.dq, fw.out, fw.lse
         if one.sink is not None:
             s = f.number(one.sink) * f.log2e

@@ -89,8 +89,8 @@ def evaluate(
     progress : callable, optional
         Called as ``progress(done, total)`` after each part.
     device : str
-        "cpu", or with `rounding` an NVIDIA GPU: "cuda" (CuPy's current one), "cuda:0" and so on. There it computes out
-        and lse of softmax attention and its gradients, to the same bits; what is left undecided goes on in Arb on the
+        "cpu", or with `rounding` an NVIDIA GPU: "cuda" (CuPy's current one), "cuda:0" and so on. There it computes all
+        operators but recurrences, and their gradients, to the same bits; what is left undecided goes on in Arb on the
         CPU.
 
     Returns

@@ -3,7 +3,8 @@
     dk_j = scale sum_i P_ij (dout_i·v_j - d_i) q_i        dv_j = sum_i P_ij dout_i
 
 with P_ij = exp(s_ij - lse_i) and d_i = dout_i·out_i - dlse_i; a softcap's slope comes beside scale. Where a few
-elements of many are not decided, this costs next to nothing beside a whole backward pass.
+elements of many are not decided, this costs next to nothing beside a whole backward pass. What out is divided by in the
+end (``out_scale``) is left to the end here, too: dlse counts times it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .levels import Bounded, Level
 from .matrix import Matrix
 from .stream import Forward, each
 
-__all__ = ["FEW", "Arriving", "Rows", "few_keys", "rows_by_definition", "rows_of"]
+__all__ = ["FEW", "Arriving", "Rows", "at_lse", "few_keys", "rows_by_definition", "rows_of"]
 
 Float = NDArray[np.float64]
 FEW = 64
@@ -59,7 +60,7 @@ class Rows:
     index : (n,) integer array
         The rows: all that see a key.
     lse, d : matrices (n, 1) of an arithmetic
-        Log-sum-exp, and dout·out - dlse.
+        Log-sum-exp, and dout·out - dlse, out being what is not yet divided by ``out_scale`` and dlse times it.
     """
 
     index: NDArray[np.intp]
@@ -74,7 +75,7 @@ def rows_of(forward: Forward, arriving: Arriving, threads: int) -> Rows:
     def part(at: slice) -> Float:
         with np.errstate(all="ignore"):
             d = (f.array(arriving.out[at]) * Bounded(f, *np.moveaxis(forward.out[at], -1, 0))).sum()
-            d = d if arriving.lse is None else d - f.array(arriving.lse[at, None])
+            d = d if arriving.lse is None else d - at_lse(forward.head, f, arriving.lse[at])
         return np.concatenate([d.h, d.l, np.broadcast_to(d.r, d.h.shape)], 1)
 
     d = np.concatenate(each(part, _slices(len(forward.rows), f), threads))
@@ -92,9 +93,15 @@ def rows_by_definition(one: Head, f: Any, rows: NDArray[np.intp], arriving: Arri
         out, lse = shape.define(matrix_of(f, one.q[at]), k, v, one.options(f, at))
         some = arriving[i : i + size]
         d = (matrix_of(f, some.out) * out).sum()
-        parts.append((lse.a, (d if some.lse is None else d - matrix_of(f, some.lse[:, None])).a))
+        parts.append((lse.a, (d if some.lse is None else d - at_lse(one, f, some.lse)).a))
     lse, d = (Matrix(np.concatenate(x), f) for x in zip(*parts, strict=True))
     return Rows(rows, lse, d)
+
+
+def at_lse(one: Head, f: Any, x: Float) -> Any:
+    """Return the gradients (n,) arriving at lse as a column, times what all gradients of a head are divided by last."""
+    given = matrix_of(f, x[:, None])
+    return given if one.out_scale is None else given * f.number(one.out_scale)
 
 
 def few_keys(one: Head, f: Any, dout: Float, keys: NDArray[np.intp], known: Rows, threads: int) -> tuple[Any, Any]:

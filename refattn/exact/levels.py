@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import elementwise
-from .anywhere import largest, product
+from .anywhere import beside, largest, on_host, product
 from .doubledouble import EXP2_ERROR, EXP2_FLOOR, U, constant, exp2, two_prod, two_sum
-from .lossless import divided, head_bits, lossless
+from .lossless import ALL, divided, head_bits, lossless, most, radius_sum, row_sum
 from .matrix import Reflected, UnsureSign
 from .precision import precision
 
@@ -34,8 +34,6 @@ Mask = NDArray[np.bool_]
 
 UP = 1 + 2.0**-40
 """More than the rounding of any radius computed here in fewer than 2**12 operations."""
-ALL = 1 + 2.0**-30
-"""More than the rounding of a sum of fewer than 2**22 numbers above 0, in any order."""
 ETA = 2.0**-1000
 """More than all that underflow can lose in one operator, for sums of fewer than 2**70 terms."""
 LOG2E_BITS = 200
@@ -55,6 +53,7 @@ class Level:
         self.level, self.device = level, device
         self.xp = np if device is None else device.xp
         self.name = f"float64 enclosures, L = {level}"
+        self._last: tuple[Any, Any] = (None, None)
 
     @cached_property
     def log2e(self) -> Bounded:
@@ -71,6 +70,14 @@ class Level:
         """Take in a float64 array, exactly; to the device, if there is one."""
         x = self.xp.asarray(x, np.float64)
         return Bounded(self, x, self.xp.zeros((1, 1)), self.xp.zeros((1, 1)))
+
+    def mask(self, x: Any) -> Any:
+        """Return a mask where the numbers are; a device's copy of the last one is kept, which is asked for again."""
+        if self.device is None or not isinstance(x, np.ndarray):
+            return x
+        if self._last[0] is not x:
+            self._last = x, self.xp.asarray(x)
+        return self._last[1]
 
     def number(self, x: Any) -> Bounded:
         """Take in an int, float or Fraction as a (1, 1) matrix."""
@@ -133,6 +140,7 @@ class Bounded(Reflected):
 
     def columns(self, at: NDArray[np.intp]) -> Bounded:
         """Return the columns of those numbers."""
+        at = beside(self.h, at)
         low, r = (x[:, at] if x.shape[1] > 1 else x for x in (self.l, self.r))
         return Bounded(self.f, self.h[:, at], low, r)
 
@@ -145,13 +153,13 @@ class Bounded(Reflected):
 
     def zeros(self) -> Bounded:
         """Return exact zeros of the same shape."""
-        return self.f.array(np.zeros(self.h.shape))
+        return self.f.array(self.f.xp.zeros(self.h.shape))
 
     def positive(self) -> Mask:
-        """Tell where an element is above 0; its sign must be certain."""
+        """Tell where an element is above 0, on the CPU; its sign must be certain."""
         if not ((np.abs(self.h) > np.abs(self.l) + self.r) | (self.r == 0)).all():
             raise UnsureSign(f"definition: the sign of a number is not certain in {self.f.name}")
-        return self.h > 0
+        return np.asarray(on_host(self.h > 0))
 
     def gated(self, g: Bounded) -> Bounded:
         """Return `g` where this is above 0 and 0 elsewhere; between the two where the sign is not certain."""
@@ -219,6 +227,7 @@ class Bounded(Reflected):
 
     def where(self, mask: Mask | None) -> Bounded:
         """Keep the elements where `mask` holds; the others become 0."""
+        mask = self.f.mask(mask)
         if mask is None or mask.all():
             return self
         h, low = np.where(mask, self.h, 0.0), np.where(mask, self.l, 0.0)
@@ -228,7 +237,7 @@ class Bounded(Reflected):
 
     def exp(self, where: Mask | None = None) -> Bounded:
         """Exponential: 2**(x log2 e); 0 where `where` does not hold."""
-        t = self * self.f.log2e
+        t, where = self * self.f.log2e, self.f.mask(where)
         if where is not None and not where.all():
             t = Bounded(self.f, np.where(where, t.h, 2 * EXP2_FLOOR), np.where(where, t.l, 0.0), t.rest, t.relative)
         h, low = exp2(np.minimum(t.h, 1000.0), t.l)
@@ -304,24 +313,25 @@ class Bounded(Reflected):
 
     def shift(self, where: Mask, also: Bounded | None = None) -> Bounded:
         """Return each row's largest visible h, an exact number, (n, 1)."""
-        top = np.where(where, self.h, -np.inf).max(1, initial=-np.inf, keepdims=True)
+        top = largest(np.where(self.f.mask(where), self.h, -np.inf), 1)[:, None]
         if also is not None:
             top = np.maximum(top, also.h)
-        return self.f.array(np.where(np.isneginf(top), 0.0, top))
+        return self.f.array(np.where(top == -np.inf, 0.0, top))
 
     def absmax(self, where: Mask) -> Bounded:
         """Return each row's largest visible absolute value, (n, 1)."""
+        where = self.f.mask(where)
         size = np.where(where, np.abs(self.h), 0.0)
         at = size.argmax(1)[:, None] if size.shape[1] else np.zeros((size.shape[0], 0), int)
         take = [np.take_along_axis(np.broadcast_to(x, size.shape), at, 1) for x in (self.h, self.l)]
         sign = np.where(take[0] < 0, -1.0, 1.0)
         # no other element can exceed it by more than the largest uncertainty of the row
-        slack = np.where(where, 2 * (np.abs(self.l) + self.r), 0.0).max(1, initial=0.0, keepdims=True)
+        slack = largest(np.where(where, 2 * (np.abs(self.l) + self.r), 0.0), 1)[:, None]
         return Bounded(self.f, sign * take[0], sign * take[1], slack * UP)
 
     def sum(self) -> Bounded:
         """Sum of each row, (n, 1)."""
-        return self @ self.f.array(np.ones((self.h.shape[1], 1)))
+        return self @ self.f.array(self.f.xp.ones((self.h.shape[1], 1)))
 
     # the product --------------------------------------------------------------------------------------------------
 
@@ -356,10 +366,10 @@ class Bounded(Reflected):
             h, e = two_sum(h, last) if level else (last, 0.0)
             low = low + e
         h, low = two_sum(h, low + np.zeros_like(h)) if level else (h, np.zeros_like(h))
-        one, top, own = _row_sum(self.h), _most(o.h, wide), _radius_sum(self)
+        one, top, own = row_sum(self.h), most(o.h, wide), radius_sum(self)
         rounding = gamma(k * (level + 1) + level + 4)  # the rounded level's own sums, and tails' to float64
-        r: Any = 2.0**-100 * one * top + sum(rounding * _row_sum(x) * _most(y, wide) for x, y in pairs)
-        their = _most(np.broadcast_to(o.r, o.h.shape), wide) if o.r.any() else 0.0
+        r: Any = 2.0**-100 * one * top + sum(rounding * row_sum(x) * most(y, wide) for x, y in pairs)
+        their = most(np.broadcast_to(o.r, o.h.shape), wide) if o.r.any() else 0.0
         if self.h.shape[0] <= WIDE and self.r.shape == self.h.shape:  # few rows: each radius times its own element
             through = product(device, self.r, np.abs(o.h)) * ALL
         else:
@@ -376,22 +386,3 @@ def _columns(o: Bounded) -> Bounded:
     if "columns" not in o.kept:
         o.kept["columns"] = Bounded(o.f, o.h.T.copy(), o.l.T, o.r.T)
     return o.kept["columns"]  # type: ignore[no-any-return]
-
-
-def _row_sum(x: Any) -> Any:
-    return np.abs(x).sum(1, keepdims=True) * ALL
-
-
-def _most(x: Any, wide: bool) -> Any:
-    top = np.abs(x).max(0, keepdims=True)
-    return top.max(1, keepdims=True) if wide else top
-
-
-def _radius_sum(x: Bounded) -> Any:
-    """Return the sum of each row's radii, (n, 1)."""
-    rest: Any = x.rest.sum(1, keepdims=True) if x.rest.shape[1] > 1 else x.rest * float(x.h.shape[1])
-    if x.relative is None:
-        return rest * ALL
-    if x.relative.shape[1] > 1:
-        return (rest + (x.relative * np.abs(x.h)).sum(1, keepdims=True)) * ALL
-    return (rest + x.relative * _row_sum(x.h)) * ALL

@@ -1,4 +1,4 @@
-"""Where sums of products lose nothing: all are multiples of one power of two, with fewer than 53 bits."""
+"""Where sums of products lose nothing, being multiples of one power of two below 2**53 of it; bounds of the others."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["divided", "grain", "head_bits", "lossless"]
+__all__ = ["ALL", "divided", "grain", "head_bits", "lossless", "most", "radius_sum", "row_sum"]
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+ALL = 1 + 2.0**-30
+"""More than the rounding of a sum of fewer than 2**22 numbers above 0, in any order."""
 BITS = 2.0**53
 TINY, HUGE = 2.0**-800, 2.0**1000
 """Products of slices of numbers whose product is between these neither underflow nor overflow."""
@@ -71,6 +73,27 @@ def divided(x: Any, by: Any) -> Any:
         return zero
     near = [(part == 0) | ((np.abs(part) >= TINY) & (np.abs(part) < 1 / TINY)) for part in (x.h, x.l)]
     return zero | (point & near[0] & near[1])
+
+
+def row_sum(x: Any) -> Any:
+    """Return a bound of the sum of each row's sizes, (n, 1)."""
+    return np.abs(x).sum(1, keepdims=True) * ALL
+
+
+def most(x: Any, wide: bool) -> Any:
+    """Return the largest size of each column, (1, m), or of all where the matrix is wide, (1, 1)."""
+    top = np.abs(x).max(0, keepdims=True)
+    return top.max(1, keepdims=True) if wide else top
+
+
+def radius_sum(x: Any) -> Any:
+    """Return a bound of the sum of each row's radii, (n, 1)."""
+    rest: Any = x.rest.sum(1, keepdims=True) if x.rest.shape[1] > 1 else x.rest * float(x.h.shape[1])
+    if x.relative is None:
+        return rest * ALL
+    if x.relative.shape[1] > 1:
+        return (rest + (x.relative * np.abs(x.h)).sum(1, keepdims=True)) * ALL
+    return (rest + x.relative * row_sum(x.h)) * ALL
 
 
 def _least(x: Any) -> float:

@@ -32,7 +32,7 @@ def put(one: Head, name: str, x: NDArray[Any], raw: Raw) -> None:
 def collect(one: Head, at: Any, grads: dict[str, Any], raw: Raw, sums: bool) -> None:
     """Write the gradients of some rows, and add them where they are sums over rows."""
     b, h, _ = at
-    raw["dq"][at] = numbers_of(grads["dq"])
+    raw["dq"][within(raw["dq"], at)] = numbers_of(grads["dq"])
     for name in ("dk", "dv") if sums else ():
         add(raw[name], (b, one.head_kv, one.keys), numbers_of(grads[name]))
     if "dsink" in grads:

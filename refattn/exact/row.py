@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .anywhere import beside
 from .doubledouble import EXP2_FLOOR, U, two_sum
-from .keys import column
+from .keys import at_lse, column
 from .levels import ETA, UP, Bounded, gamma
 from .right import norms, product_sizes
 from .stream import SLACK
@@ -32,9 +32,9 @@ class Row:
     def __init__(self, work: Backward, at: Any, known: bool = False) -> None:
         self.work, self.at, f, fw, level = work, at, work.f, work.forward, work.f.level
         dout = work.dout[at]
-        at_lse = None if work.dlse is None else work.dlse[at]
-        self.arriving = dout.any(1) if at_lse is None else dout.any(1) | (at_lse != 0)
-        self.at_lse = None if at_lse is None else f.array(at_lse[:, None])
+        dlse = None if work.dlse is None else work.dlse[at]
+        self.arriving = dout.any(1) if dlse is None else dout.any(1) | (dlse != 0)
+        self.at_lse = None if dlse is None else at_lse(work.head, f, dlse)
         out = Bounded(f, *np.moveaxis(fw.out[at], -1, 0))
         z = column(f, fw.sums[at])
         self.z = np.abs(z.h[:, 0]) * (1 + 2.0**-30)

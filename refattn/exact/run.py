@@ -17,7 +17,7 @@ from ..norms import NORMS
 from ..problem import Problem
 from ..variants import Rows as RowsShape
 from ..variants import Steps, variant_of
-from .anywhere import scaled
+from .anywhere import beside, scaled, within
 from .arithmetics import Floats
 from .gather import joined, parts
 from .heads import Head, heads, matrix_of, numbers_of
@@ -47,7 +47,6 @@ TILE_LEVEL = 2**17
 FURTHER = ("dbias", "dsink", "dalpha", "dbeta", "deta", "dstate", "dalibi_slopes", *(f"d{n}" for n in NORMS))
 """Gradients of what a call may have."""
 STREAM_FROM = 256  # keys: fewer are faster whole
-ONLY = "has no streaming path, and nothing else runs on a GPU"
 
 
 class Work:
@@ -64,12 +63,12 @@ class Work:
     dlse : (b, h_q, n_q) float64, optional
         The gradient arriving at lse, or at a recurrence's last state.
     device : refattn.exact.device.card.Card, optional
-        Where levels run: every head by the streaming path.
+        Where levels run: by the streaming path, or where that does not know a call by the definition's own text.
 
     Raises
     ------
     UnsupportedProblem
-        Gradients where NaN or inf is in sight of a query.
+        Gradients where NaN or inf is in sight of a query; a recurrence on a device.
     """
 
     def __init__(
@@ -84,23 +83,20 @@ class Work:
         self.threads = threads if device is None else 1  # a device's work queues up by itself
         self.variant = variant_of(problem.variant)
         self.device = device
+        if device is not None and isinstance(self.variant.shape, Steps):
+            raise UnsupportedProblem(
+                f"device: {problem.variant} attention goes token by token, which no GPU does here; use device='cpu'"
+            )
         self.there = self.heads if device is None else device.heads(self.p) or self.heads
         self.unused = unused(self.p)
         if dout is not None and not all(finite(s) for s in self.there):
             raise UnsupportedProblem("gradients: NaN or inf in sight of a query has no gradient; remove or mask it")
         self.streamed = [(device is not None or len(s.k) >= STREAM_FROM) and streams(s) for s in self.there]
-        if device is not None and not all(self.streamed):
-            raise UnsupportedProblem(f"device: {problem.variant} attention with these options {ONLY}; use device='cpu'")
         self.arriving = None if dout is None else Arriving(dout, dlse)
         self.backward = [
             yes and self.arriving is not None and near_one(s, self.arriving)
             for yes, s in zip(self.streamed, self.there, strict=True)
         ]
-        if device is not None and dout is not None and not all(self.backward):
-            raise UnsupportedProblem(
-                "device: gradients of a call with numbers beyond 2**200 have no streaming path, and nothing else runs "
-                "on a GPU; use device='cpu'"
-            )
 
     @cached_property
     def heads(self) -> list[Head]:
@@ -227,7 +223,8 @@ class Work:
         one = one if columns is None else replace(one, v=np.ascontiguousarray(one.v[:, columns]))
         unit = unit_of(one.v) if floating and self.dout is None else 0
         k, v = (matrix_of(f, x) for x in (one.k, scaled(one.v, -unit)))
-        most = TILE_LEVEL if floating else TILE
+        there = self.device if floating else None
+        most = there.scores() if there is not None else TILE_LEVEL if floating else TILE
         for tile in [lines] if shape.together else _tiles(lines, one.k.shape[0], most):
             _tile(one, f, shape, tile, k, v, unit, raw, self.dout, sums, self.dlse, columns)
 
@@ -259,7 +256,7 @@ def _tile(
 ) -> None:
     define = shape.define
     o = one.options(f, tile) if dout is None else one.options(f, tile, Tape)
-    q = matrix_of(f, one.q[tile])
+    q = matrix_of(f, one.q[beside(one.q, tile)])
     at = place(one, tile)
     with np.errstate(all="ignore"):
         if dout is None:
@@ -281,13 +278,13 @@ def _tile(
             out, lse = out.value, None if lse is None else lse.value
         _shaped(one, "out", out, (len(tile), one.v.shape[1]))
         to = at if columns is None else (*at[:2], at[2][:, None], columns)
-        raw["out"][to] = in_units(numbers_of(out), unit)
+        raw["out"][within(raw["out"], to)] = in_units(numbers_of(out), unit)
         if (lse is None) == ("lse" in raw):
             given = "no lse" if lse is None else "an lse"
             raise InvalidProblem(f"{one.problem.variant}: has_lse is {'lse' in raw}, its definition returns {given}")
         if lse is not None:
             _shaped(one, "lse", lse, (len(tile), 1))
-            raw["lse"][at] = numbers_of(lse)[:, 0]
+            raw["lse"][within(raw["lse"], at)] = numbers_of(lse)[:, 0]
 
 
 def _shaped(one: Head, name: str, x: Any, expected: tuple[int, int]) -> None:

@@ -158,9 +158,9 @@ PLANTED = {
     "one rounding in the last level": {"gamma": lambda k: 2.0**-53},
     "an exp2 that is too good": {"EXP2_ERROR": 2.0**-100},
     "heads that are too wide": {"head_bits": lambda k, level: int((53 - np.log2(max(k * max(level, 1), 1))) // 2) + 3},
-    "the wrong column": {"_most": lambda x, wide: np.abs(x).min(0, keepdims=True)},
-    "radii of operands forgotten": {"_radius_sum": lambda x: np.zeros((x.h.shape[0], 1))},
-    "sums of rows forgotten": {"_row_sum": lambda x: np.abs(x).max(1, keepdims=True) * 0},
+    "the wrong column": {"most": lambda x, wide: np.abs(x).min(0, keepdims=True)},
+    "radii of operands forgotten": {"radius_sum": lambda x: np.zeros((x.h.shape[0], 1))},
+    "sums of rows forgotten": {"row_sum": lambda x: np.abs(x).max(1, keepdims=True) * 0},
 }
 
 

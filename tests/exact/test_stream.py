@@ -38,6 +38,7 @@ CALLS = {
         "bias": rng.standard_normal(SHAPE) * 4,
         "sink": np.array([1.0, 2.0]),
         "causal": "bottom_right",
+        "out_scale": 3.0,
     },
 }
 
@@ -130,7 +131,7 @@ def test_streamed_gradients_round_alike(form, monkeypatch):
         {"sink": np.array([0.5, -1.0, 0.0, 2.0], np.float32)},
         {"bias": rng.standard_normal((1, 4, 70, 300)).astype(np.float32)},
         {"bias": rng.standard_normal((1, 4, 1, 300)).astype(np.float32)},
-        {"softcap": 1.5, "sink": np.array([0.5, -1.0, 0.0, 2.0], np.float32)},
+        {"softcap": 1.5, "sink": np.array([0.5, -1.0, 0.0, 2.0], np.float32), "out_scale": 3.0},
     ],
     ids=["plain", "causal", "window", "sink", "bias", "bias by key", "softcap"],
 )

@@ -78,6 +78,8 @@ def _gpu(name: str, package: str, dtypes: str, features: str, lse: bool = False,
     # PyTorch and cuDNN say at a call what they have no kernel for
     given = able(dtypes, features, lse=lse, gradients="" if name == "cuda-triton" else "dq dk dv", refuses=True)
     kernel = load("cuda", name.removeprefix("cuda-").replace("-", "_"))
+    if package != "jax":
+        given = replace(given, arrays="torch", device="cuda")
     return Entry(name, package, kernel, given, on_gpu, named_only, gpu=True)
 
 

@@ -116,6 +116,11 @@ def recurrent(p: Problem) -> Any:
     return gated_delta(p.query, p.key, p.value, alpha=p.alpha, beta=p.beta, **more)
 
 
+def _there(problem: Problem) -> Problem:
+    """Return a call with PyTorch's arrays on the GPU; those that are there keep their layout."""
+    return problem if problem.kind == "torch" else problem.to("torch", "cuda")
+
+
 class _Torch:
     """A kernel of PyTorch's: what it gives, its lse where it has one, and its gradients."""
 
@@ -123,20 +128,23 @@ class _Torch:
         self.__name__, self.out, self.lse = name, out, lse
 
     def __call__(self, problem: Problem) -> Any:
-        p = problem.to("torch", "cuda")
+        p = _there(problem)
         with _having(self.__name__):
             out = self.out(p)
             return out if self.lse is None or p.heads != p.heads_kv else (out, self.lse(p))
 
-    def gradients(self, problem: Problem, dout: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        """Return dq, dk and dv by autograd."""
+    def gradients(self, problem: Problem, dout: Any) -> dict[str, Any]:
+        """Return dq, dk and dv by autograd, as arrays of the call's library."""
         import torch
 
-        p = problem.to("torch", "cuda")
+        p = _there(problem)
         leaves = {n: getattr(p, n).detach().requires_grad_() for n in NAMES}
         with _having(self.__name__):
             out = self.out(p.replace(**leaves))
-        found = torch.autograd.grad(out, list(leaves.values()), to_kind(dout, "torch", "cuda"))
+        dout = dout if problem.kind == "torch" else to_kind(dout, "torch", "cuda")
+        found = torch.autograd.grad(out, list(leaves.values()), dout)
+        if problem.kind == "torch":
+            return dict(zip(("dq", "dk", "dv"), found, strict=True))
         return by_name(problem, map(to_numpy, found))
 
 
@@ -267,7 +275,7 @@ def triton(problem: Problem) -> Any:
     """Return what a plain Triton forward kernel gives (:mod:`.triton_forward`), and its lse."""
     from .triton_forward import forward
 
-    p = problem.to("torch", "cuda")
+    p = _there(problem)
     if 0 in (p.n_q, p.n_k):
         raise UnsupportedProblem("seq: an axis of length 0")
     group = p.heads // p.heads_kv

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UnsupportedProblem
-from ..backward import Backward, Held, KeySums
+from ..backward import AT_A_TIME, Backward, Held, KeySums
 from ..heads import Head
 from ..keys import Arriving, Rows, column
 from ..levels import UP, Level
@@ -31,6 +31,8 @@ Float = NDArray[np.float64]
 KERNELS = ("slope", "damp", "by_key", "add_all")
 ROWS = 2**13
 """Query rows of a tile, where there is memory for them."""
+PAIRS = 2**28
+"""Rows of a tile times keys of a head: of a long head a tile has fewer rows, and so no more of its memory."""
 AT_THE_END = 64
 """More matrices (rows, d) than are alive while a tile of rows is begun or finished, and of keys at the end."""
 EACH = 128
@@ -67,7 +69,7 @@ def bytes_needed(
     operands = (4 * level + 7) * n_k * (d + d_v) + (2 * level + 2) * n_k * widest
     operands += (level + 8) * n_q * (d + d_v)
     work = rows * keys * (2 * (level + 1 + capped) + 20 * more) + (pairs * keys + (level + 1) * rows) * widest
-    return 8 * (operands + max(work + AT_THE_END * rows * widest, AT_THE_END * n_k * widest))
+    return 8 * (operands + max(work + AT_THE_END * rows * widest, AT_THE_END * min(n_k, AT_A_TIME) * widest))
 
 
 def _pairs(level: int) -> int:
@@ -76,7 +78,7 @@ def _pairs(level: int) -> int:
 
 
 def rows_of_a_tile(one: Head, f: Level, rows: int) -> int:
-    """Return how many rows a tile has: the most of ``ROWS`` and its halves that there is memory for.
+    """Return how many rows a tile has: the most of ``ROWS`` and its halves that there is memory for, by ``PAIRS``.
 
     Raises
     ------
@@ -93,7 +95,7 @@ def rows_of_a_tile(one: Head, f: Level, rows: int) -> int:
     def need() -> int:
         return bytes_needed(rows, n_k, d, d_v, f.level, (size, f.device.keys), more, one.problem.softcap is not None)
 
-    while need() > free and size > FEWEST:
+    while (need() > free or size * n_k > PAIRS) and size > FEWEST:
         size //= 2
     if need() > free:
         raise UnsupportedProblem(
@@ -110,6 +112,7 @@ def backward(
     tall = rows_of_a_tile(one, f, len(rows))
     work = OnDevice(forward or forward_pass(one, f, rows, 1), arriving, dbias, 1)
     work.run(tall)
+    work.let_go()
     return work.finish(), Rows(rows, column(f, work.forward.lse), column(f, work.d))
 
 
@@ -119,6 +122,8 @@ class OnDevice(Backward):
     def operands(self, threads: int) -> tuple[list[Right], list[Right]]:
         """Cut values and keys once for all tiles; return those that bounds are made of."""
         xp, f = self.f.xp, self.f
+        self.forward.values = ()  # what out was made of; scores are made once more
+        f.device.trim(8 * self.head.k.size)
         values, keys = Right(xp.asarray(self.head.v), f, self.across), Right(xp.asarray(self.head.k).T, f, self.width)
         self.values, self.keys = [values.columns(t) for t in self.tiles], [keys.rows(t) for t in self.tiles]
         self.added: Counter[int] = Counter()
@@ -133,6 +138,11 @@ class OnDevice(Backward):
     def additions(self) -> int:
         """How often something is added to dk and dv of a key, at most."""
         return max(self.added.values(), default=0) + 2
+
+    def let_go(self) -> None:
+        """Give back what only tiles need, before what they have left is finished."""
+        del self.values, self.keys, self.forward.keys, self.forward.left
+        self.f.device.trim(8 * self.head.k.size)
 
     def run(self, tall: int) -> None:
         """Compute all rows, a tile of them at a time."""

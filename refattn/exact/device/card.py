@@ -22,6 +22,8 @@ ROWS = 2**15
 """Query rows of a tile, over the parts that a number of the level has, where there is memory for them."""
 KERNELS = ("cut", "weigh", "collect", "trusted")
 OPTIONS = ("-std=c++17", "--fmad=false")
+SCORES, ALIVE = 2**22, 2**8
+"""Scores that a definition's text takes at a time where there is memory, and how many matrices of them may be alive."""
 LARGE = 2**25
 """Bytes of an array from which waiting for the GPU to free memory costs little beside the work on it."""
 LEAST = 80
@@ -200,6 +202,10 @@ class Card:
         """Give back what CuPy keeps for itself, where arrays are of so many bytes that its pieces do not fit others."""
         if size >= LARGE:
             self.xp.get_default_memory_pool().free_all_blocks()
+
+    def scores(self) -> int:
+        """Return how many scores a definition's text takes at a time, where the streaming path does not know a call."""
+        return max(1, min(SCORES, self.free() // (8 * ALIVE)))
 
     def free(self, enough: int | None = None) -> int:
         """Return how many bytes can be had: of the GPU, and of what CuPy keeps for itself.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from refattn import InvalidInput, Problem, UnsupportedProblem, check_kernel, check_problem
+from refattn.check.bounds.truth import device_of
 from refattn.check.kernels import _FEXP_ERROR, KERNELS, find, found
 from refattn.dtypes import FORMATS
 from refattn.variants.variant import COMMON_FAMILIES
@@ -152,6 +153,25 @@ def test_the_memory_efficient_kernel_says_what_it_does_not_take():
     text = "^bias: PyTorch's memory-efficient kernel takes one of query's type, got float32 beside bfloat16$"
     with pytest.raises(UnsupportedProblem, match=text):
         efficient(p)
+
+
+def test_kernels_on_a_gpu_take_arrays_that_are_there():
+    """So that exact answers are made there, too, and a GPU that a kernel lost ends the run."""
+    torch = pytest.importorskip("torch")
+    cuda = pytest.importorskip("refattn.check.kernels.cuda")
+    for name in ("cuda-flash", "cuda-cudnn", "cuda-triton"):
+        able = KERNELS[name].capabilities
+        assert (able.arrays, able.device, device_of(able)) == ("torch", "cuda", "cuda")
+    x = tensor(np.random.default_rng(0), (1, 2, 4, 8), "float32")
+    p = Problem(x, x, x).to("torch")
+    kernel = cuda._Torch("math", lambda p: torch.nn.functional.scaled_dot_product_attention(p.query, p.key, p.value))
+    assert kernel(p).shape == p.out_shape
+    found = kernel.gradients(p, torch.ones(p.out_shape))
+    assert list(found) == ["dq", "dk", "dv"]
+    assert all(isinstance(g, torch.Tensor) and g.device == p.query.device for g in found.values())
+    value = p.value.clone().requires_grad_()
+    kernel(p.replace(value=value)).sum().backward()
+    assert torch.equal(found["dv"], value.grad)
 
 
 def test_onnxruntime():

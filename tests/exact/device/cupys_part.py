@@ -37,7 +37,8 @@ UFUNCS = """absolute add subtract multiply divide negative sqrt log2 maximum min
 copysign isfinite isnan isinf signbit equal not_equal less less_equal greater greater_equal invert bitwise_and
 bitwise_or logical_not right_shift left_shift"""
 FUNCTIONS = (
-    "ascontiguousarray where stack concatenate outer broadcast_to moveaxis full_like ones_like zeros_like max min sum"
+    "ascontiguousarray where stack concatenate outer broadcast_to moveaxis full_like ones_like zeros_like max min sum "
+    "take_along_axis"
 )
 
 
@@ -137,6 +138,9 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
 
     def max(self, axis=None, out=None, keepdims=False):
         return Array(self.a.max(axis=axis, keepdims=keepdims))
+
+    def argmax(self, axis=None):
+        return Array(self.a.argmax(axis))
 
     def min(self, axis=None, out=None, keepdims=False):
         return Array(self.a.min(axis=axis, keepdims=keepdims))
@@ -278,7 +282,7 @@ def cupys_part(folder, free=2**36, capability="90", mode=0, gpus=1, broken=None)
 
     return SimpleNamespace(
         cuda=cuda, RawModule=RawModule, seen=seen, asarray=asarray, array=asarray, empty=made(_filled),
-        zeros=made(np.zeros), full=made(np.full), get_default_memory_pool=lambda: pool,
+        zeros=made(np.zeros), ones=made(np.ones), full=made(np.full), get_default_memory_pool=lambda: pool,
     )  # fmt: skip
 
 

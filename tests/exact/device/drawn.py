@@ -10,9 +10,9 @@ from refattn.check.inputs.families import cases
 from refattn.dtypes import FLOAT4, format_of
 from refattn.pages import in_pages
 from refattn.scales import quantised
-from refattn.variants import VARIANTS, Lowered, Selected, variant_of
+from refattn.variants import VARIANTS, Steps, variant_of
 
-__all__ = ["FORMS", "backward", "compare", "draw", "operator"]
+__all__ = ["FORMS", "backward", "compare", "draw", "drawn_rows", "operator"]
 
 FORMS = ("float64", "float32", "float16", "bfloat16")
 KINDS = ("int8", "float8", "mx", "mxfp4", "nvfp4")
@@ -148,11 +148,45 @@ def small(name):
     return [c for c in cases(name) if not c.sampled and all(c.problem(f).n_k < 300 for f in FORMS[:1])]
 
 
-def operator(rng):
-    """Return a call of an operator that chooses keys or writes a mask, in one of the formats."""
-    names = [n for n in VARIANTS if isinstance(variant_of(n).shape, Lowered | Selected)]
-    known = small(names[rng.integers(len(names))])
-    return known[rng.integers(len(known))].problem(FORMS[rng.integers(len(FORMS))])
+def operator(rng, most=None):
+    """Return a call of an operator with its options, softmax with weights, dropout, norms and positions too.
+
+    It is in one of the formats, and has at most so many scores. A recurrence is none.
+    """
+    names = [n for n in VARIANTS if not isinstance(variant_of(n).shape, Steps)]
+    while True:
+        known = small(names[rng.integers(len(names))])
+        p = known[rng.integers(len(known))].problem(FORMS[rng.integers(len(FORMS))])
+        if most is None or p.batch * p.heads * p.n_q * p.n_k <= most:
+            return p
+
+
+def drawn_rows(rng, gradients=False):
+    """Yield calls (1, 2, 3, 5) that no streaming path knows: one for each function of scores, and softmax's options.
+
+    Those with gradients are without what has none, and without zeros, which need balls.
+    """
+    n, m, d = 3, 5, 4
+    q, k, v = (rng.standard_normal((1, h, x, d)) for h, x in ((2, n), (1, m), (1, m)))
+    bias, allowed = rng.standard_normal((1, 2, n, m)), rng.random((1, 1, n, m)) < 0.7
+    bits = np.where(rng.random((1, 2, n, d)) < 0.5, 1.0, -1.0), np.where(rng.random((1, 1, m, d)) < 0.5, 1.0, -1.0)
+    angle = rng.uniform(0, 6, (20, 2))
+    turned = {"rotary": "half", "rotary_cos": np.cos(angle), "rotary_sin": np.sin(angle)}
+    normed = {"query_norm": rng.uniform(0.5, 2, d), "key_norm": rng.uniform(0.5, 2, d), "norm_eps": 1e-6}
+    dropped = {"dropout_p": 0.25, "dropout_mask": rng.random((1, 2, n, m)) < 0.75}
+    decay = {"feature": "elu1", "decay": (0.1, 0.4)}
+    for name, more in (
+        ("sigmoid", {"bias": bias, "allowed": allowed}),
+        ("linear", {"causal": "bottom_right", "options": decay}),
+        ("power", {"allowed": allowed, "options": {"form": "mean" if gradients else "stable", "p": 4}}),
+        *([] if gradients else [("relu", {"causal": "bottom_right", "scale": 0.3})]),
+        ("urpe", {"bias": bias, "options": {"gain": ((0.5, -1.0, 2.0),)}}),
+        ("softmax", {"weight": rng.integers(1, 3, (1, 1, 1, m)) * 1.0, "softcap": 2.0**11, "out_scale": 3.0}),
+        ("softmax", turned | normed | dropped | {"sink": np.array([0.5, -1.0])}),
+        ("softmax", {"alibi_slopes": np.array([0.5, 0.25]), "bias": bias}),
+    ):
+        yield Problem(q, k, v, variant=name, **more)
+    yield Problem(*bits, v, variant="ecoformer", allowed=allowed)
 
 
 def backward(rng, most):
@@ -162,7 +196,7 @@ def backward(rng, most):
     """
     while True:
         p, *_ = draw(rng, most)
-        if p.batch * p.heads * p.n_q * p.n_k > 8 * most:
+        if p.block_table is not None or p.batch * p.heads * p.n_q * p.n_k > 8 * most:  # keys in pages have none
             continue
         numbers = [np.abs(x.astype(np.float64)) for x in (p.query, p.key, p.value)]
         largest = [float(x.max(initial=0.0)) for x in numbers]

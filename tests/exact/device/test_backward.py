@@ -7,15 +7,16 @@ import pytest
 
 import refattn
 from refattn import Problem, UnsupportedProblem, masks, rules
+from refattn.exact import backward as finishing
 from refattn.exact import driver, lowering
-from refattn.exact.device import backward
+from refattn.exact.device import backward, card
 from refattn.exact.device.card import Card, card_of
 from refattn.exact.heads import Head, heads
 from refattn.exact.levels import Level
 from refattn.exact.run import Work
 from tests.conftest import NIGHTLY
 from tests.exact.device.drawn import backward as drawn_backward
-from tests.exact.device.drawn import compare
+from tests.exact.device.drawn import compare, drawn_rows
 from tests.exact.device.gate import enclosures, same_bits
 from tests.gpu.compiled import NVCC, check_compiles
 from tests.he.device.emulated import GXX
@@ -72,8 +73,9 @@ def test_enclosures_hold_at_every_level(trusted):
     ],
 )
 def test_tiles_and_parts_of_rows_meet(trusted, monkeypatch, options):
-    """Two tiles of 80 rows in two parts each, four tiles of keys, two heads that share theirs."""
+    """Two tiles of 80 rows in two parts each, four tiles of keys, two heads that share theirs; keys end in parts."""
     monkeypatch.setattr(backward, "ROWS", 80)
+    monkeypatch.setattr(finishing, "AT_A_TIME", 100)
     card_of(0).keys = 48
     same(*call(n=150, m=170, heads=2, **options))
     blocks = {n for name, n in trusted.seen.launched if name == "slope"}
@@ -97,7 +99,9 @@ def test_gradients_of_a_softcap(trusted, options):
 
 
 @GXX
-@pytest.mark.parametrize("options", [{}, {"sink": np.array([0.5, -3.0]), "softcap": 1.5, "causal": "bottom_right"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"sink": np.array([0.5, -3.0]), "softcap": 1.5, "causal": "bottom_right", "out_scale": 3.0}]
+)
 def test_gradients_that_arrive_at_lse(trusted, options):
     """Beside those at out and alone; rows that see one key, or none and the sink, pass them on, too."""
     p, dout = call(n=70, m=66, heads=2, **options)
@@ -297,13 +301,28 @@ def test_too_little_memory_says_how_much_is_needed(stand_in, monkeypatch):
 
 
 @GXX
-def test_what_has_no_streaming_gradients_is_refused(trusted):
+def test_definitions_have_gradients_there_where_nothing_streams(trusted, monkeypatch):
+    """Operators of rows, what softmax has beside scores, numbers beyond 2**200: in tiles of two rows."""
+    monkeypatch.setattr(card, "SCORES", 2 * 5)
+    for p in drawn_rows(np.random.default_rng(1), gradients=True):
+        same(p, np.random.default_rng(2).standard_normal(p.out_shape))
     p, dout = call(n=3, m=5)
-    for changes, more in (({"value": p.value * 2.0**300}, {}), ({}, {"dlse": dout[..., 0] * 2.0**300})):
-        with pytest.raises(UnsupportedProblem, match="device: gradients of a call with numbers beyond"):
-            refattn.evaluate(p.replace(**changes), rounding="float64", gradients=dout, device="cuda", **more)
-    with pytest.raises(UnsupportedProblem, match="device: softmax attention with these options has no streaming path"):
-        refattn.evaluate(p.replace(softcap=2.0**11), rounding="float64", gradients=dout, device="cuda")
+    same(p.replace(value=p.value * 2.0**300), dout)
+    assert "slope" not in {name for name, _ in trusted.seen.launched}
+
+
+@GXX
+def test_a_tile_of_a_long_head_has_fewer_rows(trusted, monkeypatch):
+    one, f = next(heads(call(n=2, m=70)[0])), Level(1, card_of(0))
+    assert backward.rows_of_a_tile(one, f, 600) == backward.ROWS
+    for rows in (512, backward.FEWEST, 1):
+        monkeypatch.setattr(backward, "PAIRS", 70 * rows)
+        assert backward.rows_of_a_tile(one, f, 600) == max(rows, backward.FEWEST)
+
+
+@GXX
+def test_what_has_no_gradients_there_is_refused(trusted):
+    p, dout = call(n=3, m=5)
     with pytest.raises(UnsupportedProblem, match="device: gradients of values of 4096 numbers; bounds are proven"):
         refattn.evaluate(
             p.replace(value=np.ones((1, 1, 5, 4096))), rounding="float64", gradients=np.ones((1, 1, 3, 4096)),

@@ -23,7 +23,7 @@ from refattn.exact.levels import Level, head_bits
 from refattn.exact.run import Work
 from refattn.exact.stream import Forward
 from tests.exact.device import gate
-from tests.exact.device.drawn import compare, draw
+from tests.exact.device.drawn import compare, draw, drawn_rows
 from tests.exact.device.gate import against, enclosures, same_bits
 from tests.he.device.emulated import GXX
 
@@ -69,7 +69,7 @@ def test_the_gate_sees_what_is_outside():
 def test_parts_that_ended_are_not_run_again(monkeypatch, tmp_path, capsys):
     asked = []
     monkeypatch.setattr(gate, "same_bits", lambda *some: asked.append(some) or (some[1] - 1, {"Arb": 2}))
-    monkeypatch.setattr(gate, "enclosures", lambda *some, draw: asked.append(some) or (7, 0, {("out", 1): 0.5}))
+    monkeypatch.setattr(gate, "enclosures", lambda *some, draw, variant: asked.append(some) or (7, 0, {("out", 1): 0.5}))
     for _ in range(2):
         assert gate.gate("cuda", gate.CALLS + 2, 5, seed=1, folder=tmp_path / "kept") == 2 * gate.CALLS
         assert len(asked) == 5  # parts of 25 and 2 calls, the same with gradients, one of comparisons
@@ -84,7 +84,7 @@ def test_the_gate_ends_where_enough_is_found(monkeypatch, jobs):
     """A part finds 30 times as much as it is asked for: 4 of 100 are enough, and those that are under way end."""
     asked = []
     monkeypatch.setattr(gate, "ELEMENTS", 1)
-    monkeypatch.setattr(gate, "enclosures", lambda *some, draw: asked.append(some) or time.sleep(0.02) or (30, 0, {}))
+    monkeypatch.setattr(gate, "enclosures", lambda *some, draw, variant: asked.append(some) or time.sleep(0.02) or (30, 0, {}))
     with parallel_config("threading"):
         assert gate.gate("cuda", 0, 100, jobs=jobs) == 0
     assert 4 <= len(asked) < (5 if jobs == 1 else 50)  # a busy machine may count late
@@ -265,13 +265,12 @@ def test_tiles_leave_a_head_of_a_weight_its_bits():
     assert KEYS <= 2048  # a block's threads hold so many
 
 
-def test_what_has_no_streaming_path_is_refused_by_name(trusted):
+def test_what_a_device_does_not_take_is_refused_by_name(trusted):
     rng = np.random.default_rng(0)
-    p = head(rng, n=3, m=5)
-    more = {"variant": "sigmoid"}, {"weight": np.ones((1, 1, 3, 5))}, {"softcap": 1e6}
-    for changes in more:
-        with pytest.raises(UnsupportedProblem, match=r"device: .* has no streaming path"):
-            refattn.evaluate(Problem(p.query, p.key, p.value, **changes), rounding="float64", device="cuda")
+    p = head(rng, n=3, m=3)
+    steps = p.replace(variant="lightning", causal="bottom_right", options={"decay": (0.1,)})
+    with pytest.raises(UnsupportedProblem, match="device: lightning attention goes token by token, which no GPU does"):
+        refattn.evaluate(steps, rounding="float64", device="cuda")
     with pytest.raises(UnsupportedProblem, match="device: n_jobs is for the CPU"):
         refattn.evaluate(p, rounding="float64", n_jobs=2, device="cuda")
     with pytest.raises(InvalidInput, match="device: a GPU gives correctly rounded answers; pass rounding="):
@@ -279,6 +278,32 @@ def test_what_has_no_streaming_path_is_refused_by_name(trusted):
     for name in ("gpu", "CUDA", "cuda:", None, 0):
         with pytest.raises(InvalidInput, match=r"device: got .*, expected 'cpu', 'cuda', or 'cuda:0'"):
             refattn.evaluate(p, rounding="float64", device=name)
+
+
+def test_definitions_run_there_where_nothing_streams(trusted, monkeypatch):
+    """Operators of rows, and what softmax has beside scores, in tiles of two rows: the CPU's bits by their own text."""
+    monkeypatch.setattr(card, "SCORES", 2 * 5)
+    for p in drawn_rows(np.random.default_rng(0)):
+        mine = refattn.evaluate(p, rounding="float32", device="cuda")
+        assert compare(mine, refattn.evaluate(p, rounding="float32")) == 0
+        assert next(iter(mine.stats)).startswith("float64 enclosures")
+    assert "weigh" not in {name for name, _ in trusted.seen.launched}
+
+
+def test_scores_of_a_definition_fit_into_memory(trusted):
+    for free, most in ((2**36, card.SCORES), (8 * card.ALIVE * 100, 100), (0, 1)):
+        trusted.seen.free = free
+        assert card_of(0).scores() == most
+
+
+def test_masks_go_there_once_and_signs_come_back(trusted):
+    """A definition's masks are NumPy's: those that it is given, and those that it makes of signs."""
+    f = Level(1, card_of(0))
+    x, mask = f.array(np.array([[1.0, -1.0, 2.0]])), np.array([[True, True, False]])
+    assert f.mask(mask) is f.mask(mask)
+    assert f.mask(None) is None
+    assert x.where(x.positive() & mask).h.get().tolist() == [[1.0, 0.0, 0.0]]
+    assert x.columns(np.array([2, 0])).h.get().tolist() == [[2.0, 1.0]]
 
 
 def test_operators_that_are_softmax_run(trusted):
