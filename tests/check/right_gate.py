@@ -1,8 +1,8 @@
 """Right kernels in quick runs: ``python -m tests.check.right_gate [COUNT] [SECONDS] [OPERATOR ...]``.
 
-Our kernels refattn-sparse, -weighed, -pooled, -branches and -chunked, which needs PyTorch, are judged on every
-operator that they compute, in float32 and in bfloat16, COUNT times each with seeds 0, 1, ..., by turns, until SECONDS
-are over. The first run is a whole one. A seed draws calls and nothing else, so each further run asks for those, where an operator
+Our kernels refattn-sparse, -weighed, -pooled, -branches and -chunked, which needs PyTorch, are judged on every operator
+that they compute, in float32 and in bfloat16, COUNT times each with seeds 0, 1, ..., by turns, until SECONDS are over.
+The first run is a whole one. A seed draws calls and nothing else, so each further run asks for those, where an operator
 has them, and draws the numbers anew of the cases that came nearest to an alarm in the first run: an element next to its
 bound, or an rms error next to its limit. Prints for each operator and type how many runs there were, how many said
 something of a right kernel, which may be none, and how near to an alarm the nearest case came.
