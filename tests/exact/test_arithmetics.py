@@ -32,8 +32,6 @@ def shrunk(variant, name):
 def cut(p):
     rows = -6 if p.n_q == p.n_k else -3  # square calls stay so
     found = {"query": p.query[:1, :, rows:], "key": p.key[:1, :, -6:], "value": p.value[:1, :, -6:, :5]}
-    if p.state is None and p.alpha is None and p.rotary is None:  # these have a number for each channel
-        found |= {"query": found["query"][..., :6], "key": found["key"][..., :6]}
     for mask in ("bias", "allowed", "weight"):
         if getattr(p, mask) is not None:
             x = getattr(p, mask)
