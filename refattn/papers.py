@@ -47,8 +47,10 @@ PAPERS = (
             "theory/test_flash_io.py",
             "gpu/test_attention.py",
             "peers/test_references.py",
+            "peers/test_transformers.py",
+            "peers/test_xformers.py",
         ),
-        "PyTorch; for speed FlashAttention-3 and cuDNN (docs/gpu.md)",
+        "PyTorch; transformers; xformers; for speed FlashAttention-3 and cuDNN (docs/gpu.md)",
         "dropout; the theorem of its lower bound is a claim with constants of ours",
     ),
     Paper(

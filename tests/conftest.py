@@ -51,6 +51,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 LONGEST = (
+    "tests/meta/test_docs.py::test_notebooks_run_without_warnings",
     "tests/meta/test_docs.py::test_documentation_builds_without_warnings_and_links_lead_somewhere",
     "tests/meta/test_house.py::test_lint_and_types[mypy]",
     "tests/he/test_encoder.py::test_four_encrypted_layers_are_the_simulation",

@@ -24,6 +24,7 @@ PEERS = {
     "routing-transformer": "routing_transformer",
     "titans-pytorch": "titans_pytorch",
     "transformers": "transformers",
+    "xformers": "xformers",
 }
 """Packages that rows are compared with, and what tests import of them."""
 OF_ALL = {"operator": TESTS / "variants" / "test_variants.py", "claim": TESTS / "theory" / "test_claims.py"}

@@ -1,3 +1,5 @@
+from contextlib import suppress
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
@@ -21,6 +23,20 @@ REACH = settings(SEARCH, phases=[Phase.generate])
 def reach(strategy, condition):
     """Return some example that fulfils the condition, not shrunk."""
     return find(strategy, condition, settings=REACH)
+
+
+def missed(strategy, conditions):
+    """Return the names of the conditions that no example fulfils: one search for all of them."""
+    left = dict(conditions)
+
+    def found(example):
+        for name in [n for n, fulfils in left.items() if fulfils(example)]:
+            del left[name]
+        return not left
+
+    with suppress(NoSuchExample):
+        reach(strategy, found)
+    return sorted(left)
 
 
 def smallest(strategy, condition):
@@ -77,31 +93,40 @@ EDGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("edge", EDGES)
-def test_every_edge_is_reached(edge):
-    reach(problems(max_dim=8), EDGES[edge])
+def test_every_edge_is_reached():
+    assert missed(problems(max_dim=8), EDGES) == []
+    assert missed(st.booleans(), {"yes": lambda x: x, "neither": lambda x: x is None}) == ["neither"]
+
+
+def first_with(feature):
+    """Return the first operator that has a feature."""
+    return next(v for v in VARIANTS if feature in _features(VARIANTS[v]))
+
+
+def test_every_feature_is_reached():
+    for variant in {first_with(f) for f in FEATURES | FURTHER}:
+        some = [f for f in FEATURES | FURTHER if first_with(f) == variant]
+        assert missed(problems(variant), {f: lambda p, f=f: f in p.features() for f in some}) == [], variant
 
 
 @pytest.mark.parametrize("feature", sorted(FEATURES | FURTHER))
-def test_every_feature_is_reached_and_can_be_asked_for_alone(feature):
-    variant = next(v for v in VARIANTS if feature in _features(VARIANTS[v]))
-    assert feature in reach(problems(variant), lambda p: feature in p.features()).features()
+def test_every_feature_can_be_asked_for_alone(feature):
+    variant = first_with(feature)
     others = {"lengths_differ"} - VARIANTS[variant].never | VARIANTS[variant].always
     others |= {"negative_window": {"window"}, "d_k_zero": {"d_v_differs"}}.get(feature, set())
     others |= {"positions": {"alibi_slopes"}, "rotary_partial": {"rotary_half"}}.get(feature, set())
     others |= {"scales"} if feature.startswith("scales_by") else set()
     others |= {"paged_nhd"} if feature == "appending" else set()
-    alone = problems(variant, features={feature, *others}, families=["integers"])
-    assert smallest(alone, lambda p: feature in p.features()).features() <= {feature, *others}
+    alone = problems(variant, features={feature, *others}, families=["integers"], max_rows=13, max_keys=13)
+    assert reach(alone, lambda p: feature in p.features()).features() <= {feature, *others}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_option_of_an_operator_is_reached(variant):
     v = VARIANTS[variant]
-    for name in v.options:
-        reach(problems(variant), lambda p, name=name: name in p.options)
-    for name in v.uses:
-        reach(problems(variant), lambda p, name=name: getattr(p, name) is not None)
+    wanted = {f"option {n}": lambda p, n=n: n in p.options for n in v.options}
+    wanted |= {n: lambda p, n=n: getattr(p, n) is not None for n in v.uses}
+    assert missed(problems(variant), wanted) == []
 
 
 @given(st.data(), st.sampled_from(list(VARIANTS)), st.sampled_from(list(FORMATS)))

@@ -172,6 +172,14 @@ def _weight(h, low, shift):
     return 0.0 if dead else x, 0.0 if dead else y
 
 
+@njit(inline="always", **_OPTIONS)
+def _put(room, out):
+    """Copy all of it. As `out[:] = room` numba compiles for 7 s what to do where shapes differ."""
+    for s in range(room.shape[0]):
+        for j in range(room.shape[1]):
+            out[s, j] = room[s, j]
+
+
 def _make_weights(level):
     @njit(**_OPTIONS)
     def compiled(h, low, m, sigma0, sigma1, sigma2, out):
@@ -191,7 +199,7 @@ def _make_weights(level):
                 if level > 2:
                     p2[j] = head2
                 p3[j] = tail
-            out[i] = room
+            _put(room, out[i])
 
     return compiled
 
@@ -233,8 +241,8 @@ def _make_gradient_weights(level):
                 if level > 2:
                     q2[j] = head2
                 q3[j] = tail
-            out[i] = room
-            out_g[i] = room_g
+            _put(room, out[i])
+            _put(room_g, out_g[i])
 
     return compiled
 

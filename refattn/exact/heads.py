@@ -79,6 +79,11 @@ def gate_of(f: Any, x: Float) -> Any:
     return f.gate(x) if hasattr(f, "gate") else matrix_of(f, x)
 
 
+def keyed_of(f: Any, x: Float) -> Any:
+    """Take a matrix whose rows are keys, or made from them, into an arithmetic: some tell them from queries."""
+    return f.keyed(x) if hasattr(f, "keyed") else matrix_of(f, x)
+
+
 def numbers_of(m: Any) -> NDArray[Any]:
     """Return a matrix's numbers as an array; those of a level stand along a last axis as h, l, r."""
     if hasattr(m, "h"):
@@ -182,10 +187,8 @@ class Head:
     def options(self, f: Any, rows: Any = slice(None), wrap: Callable[[Any], Any] = lambda x: x) -> Given:
         """Return what a definition calls ``o``: the options in the arithmetic, for some rows; matrices wrapped."""
         p, variant = self.problem, variant_of(self.problem.variant)
-        if p.scale is not None:
-            scale = f.number(p.scale)
-        else:
-            scale = f.rsqrt(p.d_k) if variant.default_scale == "rsqrt" and p.d_k else f.number(1)
+        usual = f.rsqrt(p.d_k) if variant.default_scale == "rsqrt" and p.d_k else f.number(1)
+        scale = usual if p.scale is None else f.number(p.scale)
         own = {}
         for name, value in variant.settings(p).items():
             option = variant.options[name]
@@ -204,10 +207,6 @@ class Head:
             reach = len(values) // 2
             return column(np.asarray(values, np.float64)[np.clip(reach - steps(), 0, 2 * reach)])
 
-        def of_keys(x: Any) -> Any:
-            a = np.asarray(x, np.float64)
-            return wrap(f.keyed(a) if hasattr(f, "keyed") else matrix_of(f, a))
-
         def state() -> Any:
             take = f.state if hasattr(f, "state") else lambda x: matrix_of(f, x)
             found = tuple(wrap(take(x)) for x in self.start())
@@ -224,7 +223,7 @@ class Head:
                 "distance": lambda: column(steps()),
                 "toeplitz": lambda: toeplitz,
                 "matrix": lambda: column,
-                "of_keys": lambda: of_keys,
+                "of_keys": lambda: lambda x: wrap(keyed_of(f, np.asarray(x, np.float64))),
                 "rows": lambda: rows,
                 "queries": lambda: self.q.shape[0],
                 "behind": steps,

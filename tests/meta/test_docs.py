@@ -54,11 +54,14 @@ def build(folder):
     return folder / "html"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_runs_without_warnings(path, monkeypatch):
-    """Nightly with its slow cells: those in which a served encoder is asked, which tests/he/test_encoder.py does."""
-    monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    assert complaints(execute(path, slow=NIGHTLY)) == []
+def test_notebooks_run_without_warnings():
+    """Nightly with their slow cells: where a served encoder is asked, which tests/he/test_encoder.py does; where a
+    model is trained, with PyTorch alone or as tests/functions/test_mixture_model.py does."""
+    command = [sys.executable, "-m", "tests.meta.notebooks", "--play" if NIGHTLY else "--play-fast"]
+    done = subprocess.run(
+        command, cwd=TREE, capture_output=True, text=True, check=False, env=os.environ | {"MPLBACKEND": "agg"}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

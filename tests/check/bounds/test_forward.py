@@ -23,7 +23,7 @@ from refattn.dtypes import ELEMENTS, FORMATS
 from refattn.exact.heads import heads
 from refattn.exact.tape import parents_first
 
-from ...conftest import SMALL
+from ...conftest import NIGHTLY, SMALL
 
 module = importlib.import_module("refattn.check.bounds.forward")
 
@@ -37,12 +37,13 @@ def test_a_right_kernel_is_within_its_bound_everywhere(variant, dtype):
     able = Capabilities({dtype}, FEATURES | FURTHER, lse=variant == "softmax", elements=ELEMENTS)
     model = replace(flash(dtype), split=64 if variant == "softmax" else 0)  # the tiled kernel merges parts of 64 keys
     # softmax in float32 and bfloat16, and longer calls: tests/check/kernels/test_kernels.py
-    report = check_kernel(plain, variant, model=model, capabilities=able, dtypes=[dtype], only=SMALL)
+    whole = variant == "softmax" or dtype == "float32" or NIGHTLY  # in bfloat16 laws and masks are the same
+    only = SMALL if whole else "gaussian/*"
+    report = check_kernel(plain, variant, model=model, capabilities=able, dtypes=[dtype], only=only)
     assert report.passed, [report.describe(c) for c in report.failures]
     lacking = [c.message.rpartition(" ")[2] for c in report.checks if c.verdict == "unsupported"]
-    assert lacking == [
-        LAWS[n].needs for n in VARIANTS[variant].laws if LAWS[n].needs in {*GRADIENTS, "dlse", "row_invariant"}
-    ]
+    laws = [LAWS[n].needs for n in VARIANTS[variant].laws if LAWS[n].needs in {*GRADIENTS, "dlse", "row_invariant"}]
+    assert lacking == (laws if whole else [])
     assert report.worst(dtype) > 0.05  # the bound is not idle
 
 
