@@ -56,6 +56,8 @@ def pytest_runtest_logreport(report):
     """Add up, in the process that prints."""
     file = report.nodeid.split("::")[0]
     folder = file.split("/")[1]
+    if not hasattr(report, "cpu"):  # of a worker that ended: nobody measured it
+        return
     SPENT[folder if folder in BUDGETS else "files"] += report.cpu
     BY_TEST[report.nodeid.partition("[")[0]] += report.cpu
     HELD[file] = max(HELD[file], report.held)
