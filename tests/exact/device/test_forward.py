@@ -69,9 +69,7 @@ def test_the_gate_sees_what_is_outside():
 def test_parts_that_ended_are_not_run_again(monkeypatch, tmp_path, capsys):
     asked = []
     monkeypatch.setattr(gate, "same_bits", lambda *some: asked.append(some) or (some[1] - 1, {"Arb": 2}))
-    monkeypatch.setattr(
-        gate, "enclosures", lambda *some, draw, variant: asked.append(some) or (7, 0, {("out", 1): 0.5})
-    )
+    monkeypatch.setattr(gate, "enclosures", lambda *some, **_: asked.append(some) or (7, 0, {("out", 1): 0.5}))
     for _ in range(2):
         assert gate.gate("cuda", gate.CALLS + 2, 5, seed=1, folder=tmp_path / "kept") == 2 * gate.CALLS
         assert len(asked) == 5  # parts of 25 and 2 calls, the same with gradients, one of comparisons
@@ -86,9 +84,7 @@ def test_the_gate_ends_where_enough_is_found(monkeypatch, jobs):
     """A part finds 30 times as much as it is asked for: 4 of 100 are enough, and those that are under way end."""
     asked = []
     monkeypatch.setattr(gate, "ELEMENTS", 1)
-    monkeypatch.setattr(
-        gate, "enclosures", lambda *some, draw, variant: asked.append(some) or time.sleep(0.02) or (30, 0, {})
-    )
+    monkeypatch.setattr(gate, "enclosures", lambda *some, **_: asked.append(some) or time.sleep(0.02) or (30, 0, {}))
     with parallel_config("threading"):
         assert gate.gate("cuda", 0, 100, jobs=jobs) == 0
     assert 4 <= len(asked) < (5 if jobs == 1 else 50)  # a busy machine may count late
