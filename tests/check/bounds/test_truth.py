@@ -13,7 +13,7 @@ from refattn.check.ahead import Ahead, for_the_gpu
 from refattn.check.bounds import expected, truth
 from refattn.check.bounds.forward import forward
 from refattn.check.kernels.tiled import tiled
-from refattn.check.model import FEATURES, UNDECLARED, flash
+from refattn.check.model import UNDECLARED, flash
 from refattn.exact.driver import enclose
 from tests.exact.device.conftest import folder, stand_in, trusted  # noqa: F401  fixtures
 from tests.he.device.emulated import GXX
