@@ -15,6 +15,7 @@ from refattn.he.circuit import attend
 from refattn.he.seal import Sealed, from_bytes, to_bytes, zstandard
 from refattn.he.worker import Sent
 
+from .apart import apart
 from .make import planned, problem
 from .test_circuit import exact
 
@@ -35,14 +36,15 @@ CALLS = {
     "throughput, the client divides": (problem(2, 3, 4, batch=9), {"mode": "throughput", "normalize": "client"}),
     "compact": (problem(16, 16, 32, 32, 4, 2, 3.0, causal="bottom_right"), {"upload": "compact"}),
     "compact, the client divides": (problem(5, 7, 6, 4, 3, epsilon=0.5), {"upload": "compact", "normalize": "client"}),
-    "compact, two blocks, many parts": (problem(128, 60, 64, 64, 1, epsilon=6.0), {"upload": "compact"}),
+    "compact, many parts": (problem(128, 60, 16, 16, 1, epsilon=6.0), {"upload": "compact"}),
     "whole": (problem(16, 16, 32, 32, 4, 2, 3.0, causal="bottom_right"), {"upload": "whole"}),
     "whole, throughput": (problem(2, 3, 4, 6, 2, epsilon=0.5, batch=50), {"mode": "throughput", "upload": "whole"}),
-    "two blocks, many parts": (problem(128, 64, 128, 128, 1, epsilon=6.0), {}),
+    "many parts": (problem(128, 64, 16, 16, 1, epsilon=6.0), {}),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
+@apart
 def test_encrypted_is_the_simulation_within_its_noise(name):
     x, more = CALLS[name]
     plan = planned(x, **more)
@@ -114,7 +116,7 @@ def test_the_planner_counts_what_the_engine_does(session):
 
 
 def test_workers_give_the_same(session):
-    x = problem(128, 128, 64, 64, epsilon=12.0)
+    x = problem(128, 128, 8, 8, epsilon=12.0)
     plan = planned(x, workers=2)
     assert plan.layout.blocks_per_head == 2  # which share keys and values
     other = x.replace(key=x.key[:, :, ::-1].copy(), value=-x.value)

@@ -33,7 +33,7 @@ def test_the_worst_rounding_comes_near_the_bound(definition):
     """
     rng, v = np.random.default_rng(0), VARIANTS[definition[0]]
     more = {"causal": "bottom_right"} if "causal_bottom_right" in v.always else {}
-    weights = definition == ("nsa_selected", "scores")
+    weights = definition in (("nsa", "scores"), ("nsa_selected", "scores"))
     n, options = (6, {"block_size": 1, "topk": 2}) if weights else (1, {})
     options = {"sink_keys": 0} if v.name == "topk" else options  # or the only key is none to choose
     q, key, value = (tensor(rng, (1, 1, n, 8)) for n in (6, n, n))

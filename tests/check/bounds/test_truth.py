@@ -13,7 +13,7 @@ from refattn.check.ahead import Ahead, for_the_gpu
 from refattn.check.bounds import expected, truth
 from refattn.check.bounds.forward import forward
 from refattn.check.kernels.tiled import tiled
-from refattn.check.model import FEATURES, UNDECLARED, flash
+from refattn.check.model import UNDECLARED, flash
 from refattn.exact.driver import enclose
 from tests.exact.device.conftest import folder, stand_in, trusted  # noqa: F401  fixtures
 from tests.he.device.emulated import GXX
@@ -97,11 +97,9 @@ def test_verdicts_are_the_cpus(all_there, monkeypatch, kernel, only):
 @GXX
 def test_what_it_does_not_compute_goes_to_the_cpu_and_is_counted(all_there):
     plain = lambda p: refattn.reference(p)["out"].astype(np.float32)  # noqa: E731
-    report = check_kernel(
-        plain, only="gaussian/weight[float32]", capabilities=Capabilities(features=FEATURES | {"weight"})
-    )
+    report = check_kernel(plain, "lightning", only="gaussian/decay[float32]", capabilities=Capabilities())
     assert report.right
-    text = "exact answers of large calls: 0 made on cuda, 1 on the CPU, the last because of this: device: softmax"
+    text = "exact answers of large calls: 0 made on cuda, 1 on the CPU, the last because of this: device: lightning"
     assert report.truth.startswith(text)
 
 
