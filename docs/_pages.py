@@ -26,7 +26,7 @@ def _variant(v: refattn.Variant) -> str:
         f"```text\n{v.formula}\n```",
         *_seen(v),
         f"Error unit: `{v.unit}`. `scale=None` is {scale}.",
-        f"Options of `Problem` that it has: {', '.join(f'`{u}`' for u in sorted(v.uses))}.",
+        f"Options of `Problem` that it has: {', '.join(f'`{u}`' for u in sorted(v.uses)) or 'none'}.",
         "## Its own options",
         "\n".join(own),
         *_released(v),

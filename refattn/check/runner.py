@@ -161,7 +161,7 @@ def plan(
     able = judged.capabilities
     fitting = able if judged.declared or not by_seed else probed(judged, variant)
     drawn = calls(variant, fitting, budget, seed if by_seed else None) if by_seed or asked(only, "models") else []
-    expect(not isinstance(dtypes, str), "dtypes", dtypes, "a sequence of names")
+    expect(not isinstance(dtypes, str) and dtypes != [], "dtypes", dtypes, "a sequence of names, or None")
     unknown = [d for d in dtypes or () if d not in FORMATS]
     if unknown:
         raise no_format("dtype", unknown[0])
@@ -188,9 +188,9 @@ def plan(
     if only is not None:
         items = [i for i in items if matches(i.name, only)]
         if not items:
-            raise InvalidInput(
-                f"only: no check of {variant} is named {only!r}; refattn list --checks {variant} shows the names"
-            )
+            where = f"refattn list --checks {variant} shows the names"
+            more = ", of which quick has some" if budget == "quick" else ""
+            raise InvalidInput(f"only: no check of {variant} is named {only!r}; {where}{more}")
     return items
 
 

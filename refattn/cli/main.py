@@ -109,7 +109,7 @@ def show(variant: str) -> None:
 
     line(f"{v.name} attention\n\n  {v.formula}\n\nerror unit: {v.unit}")
     scale = "1/sqrt(d_k)" if v.default_scale == "rsqrt" else "1"
-    line(f"options of Problem: {', '.join(sorted(v.uses))}; scale None is {scale}")
+    line(f"options of Problem: {', '.join(sorted(v.uses)) or 'none'}; scale None is {scale}")
     for name, option in v.options.items():
         line(f"option {name} (default {option.default!r}): {option.meaning}")
     line("\ncontract:")

@@ -186,9 +186,8 @@ class Variant:
         """
         for name in MEANINGS:
             if getattr(problem, name) is not None and name not in self.uses:
-                raise UnsupportedProblem(
-                    f"{name}: {self.name} attention does not have it; it has {', '.join(sorted(self.uses))}"
-                )
+                known = ", ".join(sorted(self.uses)) or "none of Problem's options"
+                raise UnsupportedProblem(f"{name}: {self.name} attention does not have it; it has {known}")
         if problem.d_k == 0 and not self.fused:
             raise UnsupportedProblem(f"query: axis dim is 0, which {self.name} attention has no meaning for; give it 1")
         unknown = sorted(set(problem.options) - set(self.options))
