@@ -348,7 +348,7 @@ def _laws(v: Variant, found: list[Problem]) -> None:
     """Refuse a law that the operator's own correctly rounded answers break, or that no call of it can be tried on."""
 
     def rounded(p: Problem) -> Any:
-        values = evaluate(p, rounding=p.dtype).values
+        values = evaluate(p, rounding=p.out_type).values
         more = "lse" if v.has_lse else "state" if isinstance(v.shape, Steps) else ""
         return (values["out"], values[more]) if more else values["out"]
 
