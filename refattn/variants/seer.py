@@ -22,6 +22,8 @@ __all__ = ["SEER"]
 
 Scores = NDArray[np.object_]
 Mask = NDArray[np.bool_]
+FARTHEST = 1000
+"""Scores that are farther above a block's own leave it a gate below e^-1000, which is below every float64 threshold."""
 
 
 def spans(n: int, size: int) -> list[slice]:
@@ -69,6 +71,8 @@ def above(row: list[Fraction], own: int, threshold: Fraction, at_least: bool = F
     if len(set(row)) == 1:
         gate = Fraction(1, len(row))
         return gate > threshold or (at_least and gate == threshold)
+    if max(x - row[own] for x in row) > FARTHEST:
+        return False
     with localcontext() as context:
         context.prec = DIGITS
         total = sum(_decimal(x - row[own]).exp() for x in row)

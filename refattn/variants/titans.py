@@ -147,6 +147,11 @@ def _whole_error(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
     return (memory, momentum, at), q * o.scale @ memory
 
 
+def _clamped(state: Any, q: Any, k: Any, v: Any, o: Any) -> tuple[Any, Any]:
+    o.beta = o.beta - (o.beta - 1.0).relu()
+    return step(state, q, k, v, o)
+
+
 STEPS = Steps(step, linear=True, held=1)
 """A memory, its momentum, and what is held: the memory at which the slopes of the chunk's tokens are taken."""
 
@@ -188,7 +193,7 @@ TITANS = Variant(
         label: {"n_q": n, "n_k": n, "d": 4, "causal": "bottom_right", "alpha": True, "beta": True, "eta": True, **more}
         for label, n, more in (
             ("momentum", 9, {}),
-            ("nothing-forgotten", 7, {"alpha": None, "d_v": 5}),
+            ("nothing-forgotten", 7, {"alpha": None, "d_v": 5, "beta": "large"}),
             ("one-token", 1, {"state": True}),
             ("chunks", 10, {"options": {"chunk": 4}, "state": True, "h": 4, "h_kv": 2}),
             ("at-the-start", 7, {"options": {"chunk": None}, "state": True, "h": 1, "h_kv": 1}),
@@ -208,6 +213,7 @@ TITANS = Variant(
         "slopes_at_each_memory": _wrong(
             "in a chunk each slope is taken at the memory before its token", _each_at_its_own
         ),
+        "steps_clamped_to_one": _wrong("beta above 1 counts as 1", _clamped),
         "beta_on_the_value_alone": _wrong("beta multiplies the value alone, not what the memory says", _whole_error),
     },
     fits=fits,

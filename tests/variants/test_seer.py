@@ -53,6 +53,15 @@ def test_a_gate_at_the_threshold_is_not_above_it():
     assert blocks(ratio, 2)[0, 0, -1].tolist() == [True, True, False, False, False]
 
 
+def test_scores_of_any_size_are_compared():
+    """Exponentials of far scores are beyond any number of decimals; such a gate is 0 for every threshold."""
+    p = call(6, block_size=2)
+    p = p.replace(query=p.query * np.float32(1e18), key=p.key * np.float32(1e18))
+    assert blocks(p, 2)[0, 0].sum(1).tolist() == [1, 1, 1]
+    assert not above([Fraction(0), Fraction(10) ** 30], 0, Fraction(2) ** -1074)
+    assert above([Fraction(0), Fraction(-(10**30))], 0, Fraction(1, 2))
+
+
 def test_gates_by_hand():
     row = [Fraction(0), Fraction(1)]  # 1 / (1 + e) is 0.2689..., e / (1 + e) 0.7310...
     for test in (above, above_in_floats):

@@ -64,7 +64,7 @@ def common_errors(problem: Problem, form: Format) -> list[NDArray[np.float64]]:
     which kernels round. There are none where the operator has no exponentials or the call no options.
     """
     p, v = problem, variant_of(problem.variant)
-    alone = isinstance(v.shape, Rows) and not v.shape.together and v.has_lse
+    alone = isinstance(v.shape, Rows) and v.has_lse
     if not alone or not p.options or 0 in (p.batch, p.n_q, p.n_k) or p.n_k > KEYS:
         return []
     with np.errstate(all="ignore"):

@@ -26,6 +26,13 @@ def test_it_is_right(variant):
         assert report.count("passed")
 
 
+def test_what_common_draws_round_alike_is_no_lean():
+    """Keys that all rows drew are weighed with the same numbers, whose roundings are the same in every row."""
+    report = judge(ENTRY.kernel().call, "hyper", "bfloat16", "gaussian/drawn-and-all*")
+    assert report.passed, report.describe(report.failures[0])
+    assert report.count("passed")
+
+
 EDITS = {
     "codebook": lambda s, often, v, gate: (s, np.sqrt(often), v, gate),
     "spark": lambda s, often, v, gate: (s, often, v, np.maximum(gate, np.float32(0.5))),
