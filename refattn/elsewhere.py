@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
-__all__ = ["ELSEWHERE", "hinted"]
+__all__ = ["ELSEWHERE", "answered", "hinted"]
 
 _DIAGONAL = "causal='bottom_right' (the last row sees all keys) or 'top_left' (PyTorch's is_causal)"
 _MASK = "allowed (booleans, True takes part) or bias (numbers that are added to the scores)"
@@ -45,19 +45,28 @@ ELSEWHERE = {
     "v": "value",
 }
 """Their name, and what Problem calls it."""
+C = TypeVar("C", bound=Callable[..., Any])
 T = TypeVar("T")
 
 
-def hinted(made: type[T]) -> type[T]:
-    """Let a class that gets another library's name of an option say its own."""
-    plain: Callable[..., None] = made.__init__
+def answered(call: C) -> C:
+    """Let a function that gets another library's name of an option say its own."""
+    found: C = _answering(call, call.__name__)
+    return found
 
-    @wraps(plain)
-    def init(self: T, *args: Any, **options: Any) -> None:
+
+def hinted(made: type[T]) -> type[T]:
+    """Let a class do so."""
+    made.__init__ = _answering(made.__init__, made.__name__)  # type: ignore[method-assign]
+    return made
+
+
+def _answering(call: Any, whose: str) -> Any:
+    @wraps(call)
+    def answering(*args: Any, **options: Any) -> Any:
         for name in options:
             if name in ELSEWHERE:
-                raise TypeError(f"{name}: {made.__name__} takes {ELSEWHERE[name]}")
-        plain(self, *args, **options)
+                raise TypeError(f"{name}: {whose} takes {ELSEWHERE[name]}")
+        return call(*args, **options)
 
-    made.__init__ = init  # type: ignore[method-assign, assignment]
-    return made
+    return answering

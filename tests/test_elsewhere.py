@@ -5,7 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from refattn import Problem
+from refattn import Problem, softmax_attention
 from refattn.elsewhere import ELSEWHERE
 
 X = np.zeros((1, 1, 2, 2), np.float32)
@@ -24,3 +24,9 @@ def test_another_name(name):
 def test_an_unknown_name_is_pythons_to_refuse():
     with pytest.raises(TypeError, match="unexpected keyword argument 'nobody'"):
         Problem(X, X, X, nobody=1)
+
+
+def test_functions_answer_so_too():
+    with pytest.raises(TypeError, match=r"^is_causal: softmax_attention takes causal="):
+        softmax_attention(X, X, X, is_causal=True)
+    assert softmax_attention(X, X, X, causal="bottom_right").shape == X.shape

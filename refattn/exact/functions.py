@@ -6,6 +6,7 @@ from typing import Any
 
 from ..arrays import dtype_name, like
 from ..dtypes import FORMATS, format_of
+from ..elsewhere import answered
 from ..errors import UnsupportedProblem
 from ..problem import Problem
 from .driver import evaluate
@@ -13,6 +14,7 @@ from .driver import evaluate
 __all__ = ["linear_attention", "power_attention", "sigmoid_attention", "softmax_attention"]
 
 
+@answered
 def softmax_attention(
     query: Any,
     key: Any,
@@ -67,6 +69,7 @@ def softmax_attention(
     return _call(problem, rounding, return_lse)
 
 
+@answered
 def linear_attention(
     query: Any,
     key: Any,
@@ -109,6 +112,7 @@ def linear_attention(
     return _call(problem, rounding, False)
 
 
+@answered
 def power_attention(
     query: Any,
     key: Any,
@@ -154,6 +158,7 @@ def power_attention(
     return _call(problem, rounding, False)
 
 
+@answered
 def sigmoid_attention(
     query: Any,
     key: Any,

@@ -19,7 +19,7 @@ ROOT = Path(refattn.__file__).parent
 TREE = Path(__file__).parents[2]
 BASE = {
     "errors", "dtypes", "arrays", "gates", "rules", "pages", "validation", "positions", "problem", "scales", "masks",
-    "dropout", "norms", "features", "scores", "files", "modules", "version",
+    "dropout", "norms", "features", "scores", "files", "modules", "version", "elsewhere",
 }  # fmt: skip
 CORE = BASE | {"variants", "exact"}
 # what each room may import; check.kernels and check.bugs stand above the checker's core
