@@ -264,6 +264,11 @@ class Report:
         more += "" if self.flags.startswith("--problem") else f" --only {shlex.quote(check.name)}{budget}{seed}"
         return f"refattn check {shlex.quote(self.kernel)}{more}"
 
+    def __str__(self) -> str:
+        """Return the verdict and the count of checks in a line, then each failure in words."""
+        head = f"{self.kernel}, {self.variant}: {self.verdict} ({self.count('passed')} of {len(self.checks)} passed)"
+        return "\n".join([head, *(self.describe(c) for c in self.failures)])
+
     def describe(self, check: Check, command: str = "") -> str:
         """Return a failed check in words: what, where, got, exact, allowed, and how to repeat it (by `command`)."""
         lines = [f"{self.kernel} fails {check.name}: {check.message}"]

@@ -39,6 +39,12 @@ def test_a_failure_says_where_what_and_how_to_repeat_it(report):
     ]
 
 
+def test_it_prints_its_verdict_and_its_failures(report):
+    head, *rest = str(report).splitlines()
+    assert head == f"bad kernel, softmax: WRONG ({report.count('passed')} of {len(report.checks)} passed)"
+    assert rest == "\n".join(map(report.describe, report.failures)).splitlines()
+
+
 def test_a_budget_is_named_in_the_command():
     report = check_kernel(planted("zeroed_head"), dtypes=["float32"], budget="nightly", only="gaussian/plain")
     assert report.command(report.checks[0]).endswith("--only 'gaussian/plain[float32]' --budget nightly")
