@@ -41,7 +41,7 @@ def test_a_failure_says_where_what_and_how_to_repeat_it(report):
 
 def test_it_prints_its_verdict_and_its_failures(report):
     head, *rest = str(report).splitlines()
-    assert head == f"bad kernel, softmax: WRONG ({report.count('passed')} of {len(report.checks)} passed)"
+    assert head == f"bad kernel, softmax: {report.verdict} ({report.count('passed')} of {len(report.checks)} passed)"
     assert rest == "\n".join(map(report.describe, report.failures)).splitlines()
 
 
