@@ -197,7 +197,7 @@ def test_laws_whose_calls_are_wrong_are_one_line():
 def test_list_show_and_doctor():
     listed = call("list").output
     assert all(v in listed for v in ("softmax", "linear", "power", "sigmoid"))
-    (row,) = [x for x in listed.splitlines() if "hyper_attention" in x]
+    (row,) = [x for x in listed.splitlines() if "hyper_attention" in x and "HyperAttention" in x]
     assert all(x in row for x in ("HyperAttention", "refattn.functions.hyper", "arXiv 2310.05869"))
     kernels = call("list", "--kernels").output
     assert "torch-flex" in kernels
