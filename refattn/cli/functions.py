@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .. import functions
 from ..papers import PAPERS
+from .output import table_with
 
 __all__ = ["by_paper", "table_of_functions"]
 
@@ -44,9 +45,7 @@ def by_paper() -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
 
 def table_of_functions() -> Table:
     """Return the table: a row for each paper and module."""
-    table = Table()
-    for name, most in (("paper", 30), ("functions", 40), ("in", 36), ("source", 30)):
-        table.add_column(name, max_width=most, overflow="fold")
+    table = table_with({"paper": 30, "functions": 40, "in": 36, "source": 30})
     before = ""
     for title, source, where, names in by_paper():
         same = title == before

@@ -6,7 +6,6 @@ import sys
 from typing import Any
 
 import click
-from rich.table import Table
 
 from ..check.inputs.families import FAMILIES, cases
 from ..check.kernels import KERNELS
@@ -23,7 +22,7 @@ from .functions import table_of_functions
 from .golden import golden
 from .he import he
 from .init import init
-from .output import console_of
+from .output import console_of, table_with
 from .theory import theory
 
 __all__ = ["main"]
@@ -62,7 +61,7 @@ def list_(kernels: bool, checks: str | None) -> None:
             console.print(f"law/{law}" + (f"  (only by --only 'law/{law}[DTYPE]': {why})" if why else ""), markup=False)
         return
     if kernels:
-        table = _table(kernel=30, package=20, here=4, formats=30, features=60)
+        table = table_with({"kernel": 30, "package": 20, "here": 4, "formats": 30, "features": 60})
         for e in KERNELS.values():
             table.add_row(
                 e.name,
@@ -72,7 +71,7 @@ def list_(kernels: bool, checks: str | None) -> None:
                 ", ".join(sorted(e.capabilities.features)),
             )
     else:
-        table = _table(**{"operator": 20, "options of Problem": 40, "own options": 20, "checks": 6, "source": 60})
+        table = table_with({"operator": 20, "options of Problem": 40, "own options": 20, "checks": 6, "source": 60})
         for v in VARIANTS.values():
             table.add_row(
                 v.name,
@@ -84,14 +83,6 @@ def list_(kernels: bool, checks: str | None) -> None:
     console.print(table)
     if not kernels:
         console.print(table_of_functions())
-
-
-def _table(**widths: int) -> Table:
-    """Return a table whose columns are no wider than this, in a pipe too."""
-    table = Table()
-    for name, most in widths.items():
-        table.add_column(name, max_width=most, overflow="fold")
-    return table
 
 
 @main.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -17,7 +17,7 @@ from ..check.report.report import Check, Report
 from ..check.runner import ALONE
 from ..variants import VARIANTS
 
-__all__ = ["OPERATORS", "console_of", "print_failures", "print_outside", "table_of"]
+__all__ = ["OPERATORS", "console_of", "print_failures", "print_outside", "table_of", "table_with"]
 
 OPERATORS = ", ".join(VARIANTS) + "."
 """The operators' names, for the help of commands."""
@@ -28,6 +28,14 @@ NAMES = 4
 def console_of(stream: TextIO) -> Console:
     """Return what prints to a stream: a pipe or a log has no width of its own, let tables be as wide as they are."""
     return Console(file=stream, width=None if stream.isatty() else 1000, highlight=False)
+
+
+def table_with(widths: Mapping[str, int]) -> Table:
+    """Return an empty table whose columns are no wider than this, in a pipe too."""
+    table = Table()
+    for name, most in widths.items():
+        table.add_column(name, max_width=most, overflow="fold")
+    return table
 
 
 def table_of(reports: Iterable[Report]) -> Table:

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..problem import Problem
-from .moba import FORCED, MOBA
+from .moba import MOBA
 from .moba import fits as moba_fits
+from .nsa_selected import NSA_SELECTED, choices, weights
 from .nsa_selected import by_rows as selected_by_rows
-from .nsa_selected import choices, weights
-from .option import Option, one_of, whole
+from .option import Option, whole
 from .shapes import Lowered, Selected
 from .variant import Variant
 
@@ -50,14 +50,22 @@ def attend(s: Any, seen: Any, v: Any) -> Any:
 
 
 def branches(
-    q: Any, k: Any, v: Any, o: Any, order: tuple[int, ...] = (0, 1, 2), ragged: bool = False, last: int = 0
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    order: tuple[int, ...] = (0, 1, 2),
+    ragged: bool = False,
+    last: int = 0,
+    all_columns: bool = False,
 ) -> tuple[Any, None]:
     """Define the three branches of one head, `allowed` the keys of the chosen blocks.
 
     The rest is for mistakes: which gate is of which branch, whether the block that a row stands in is seen as a mean,
-    and how many keys more the window has.
+    how many keys more the window has, and whether products take the gates' columns, too.
     """
-    (q, gates), (k, _) = parts(q), parts(k)
+    (plain, gates), (keys, _) = parts(q), parts(k)
+    q, k = (q, k) if all_columns else (plain, keys)
     s, behind = q @ k.T * o.scale, o.behind
     near = (behind >= 0) & (behind < o.window_keys + last)
     out = attend(s, o.allowed, v) * gates[order[1]] + attend(s, near, v) * gates[order[2]]
@@ -137,28 +145,8 @@ def sigmoids(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
     return branches(q.where(~gate[None]) + q.sigmoid().where(gate[None]), k, v, o)
 
 
-def gates_in_products(q: Any, k: Any, v: Any, o: Any) -> tuple[Any, None]:
-    """Let products take the gates' columns, too."""
-    (_, gates), s, behind = parts(q), q @ k.T * o.scale, o.behind
-    near = (behind >= 0) & (behind < o.window_keys)
-    out = attend(s, o.allowed, v) * gates[1] + attend(s, near, v) * gates[2]
-    members, ends = blocks(k.shape[0], o.block_size)
-    if len(ends):
-        mean = o.of_keys(members)
-        s = q @ ((mean @ k) / o.block_size).T * o.scale
-        out = out + attend(s, behind[:, ends] >= 0, (mean @ v) / o.block_size) * gates[0]
-    return out, None
-
-
 OPTIONS = {
-    "block_size": Option(16, "keys of a block; the last may be shorter", whole(1), (16, 4, 7)),
-    "topk": Option(16, "blocks of a row, the forced ones counted", whole(1), (16, 3, 4)),
-    "forced": Option(
-        "own",
-        "blocks that a row always takes: its own, or the first and the one before its own, too (fla-core)",
-        one_of(*FORCED),
-        ("own", "first_previous_own"),
-    ),
+    **NSA_SELECTED.options,
     "window_keys": Option(128, "keys of the window, the row's own counted", whole(1), (128, 5, 1)),
 }
 FORMULA = (
@@ -178,7 +166,7 @@ WRONG_BRANCHES: dict[str, tuple[str, Any]] = {
     "unfinished_block_seen": ("the mean of the block that a row stands in is seen", partial(branches, ragged=True)),
     "window_of_one_more": ("the window has a key more", partial(branches, last=1)),
     "gates_through_a_sigmoid": ("gates are taken through a sigmoid, which they have been through", sigmoids),
-    "gates_in_the_product": ("products take the gates' columns, too", gates_in_products),
+    "gates_in_the_product": ("products take the gates' columns, too", partial(branches, all_columns=True)),
 }
 NSA_CORES = (
     core("nsa_branches", branches),

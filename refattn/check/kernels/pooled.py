@@ -7,7 +7,6 @@ rounded to the input's type.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from ...dtypes import FORMATS
 from ...errors import UnsupportedProblem
 from ...problem import Problem
 from ...variants import variant_of
-from .sparse import seen
+from .sparse import rows_with_keys
 
 __all__ = ["pooled"]
 
@@ -43,10 +42,7 @@ def pooled(problem: Problem) -> Array | tuple[Array, Array]:
     usual = 1 / np.sqrt(p.d_k) if variant.default_scale == "rsqrt" else 1
     out, lse = np.zeros(p.out_shape, np.float32), np.full(p.out_shape[:3], -np.inf, np.float32)
     with np.errstate(all="ignore"):
-        for b, h, i in product(*map(range, p.out_shape[:3])):
-            g, keys = h * p.heads_kv // p.heads, seen(p, b, h, i, np.arange(p.n_k))
-            if not len(keys):
-                continue
+        for b, h, i, g, keys in rows_with_keys(p):
             own = {n: x[h % len(x)] if isinstance(x, tuple) else x for n, x in variant.settings(p).items()}
             own |= {"n_q": p.n_q, "n_k": p.n_k, "scale": np.float32(usual if p.scale is None else p.scale)}
             s, often, values, gate = row(q[b, h, i], k[b, g, keys], v[b, g, keys], keys, i, own)

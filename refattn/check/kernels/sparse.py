@@ -54,6 +54,14 @@ def sparse(problem: Problem) -> tuple[Array, Array]:
     return from_float64(form.round_array(out.astype(np.float64)), p.dtype), lse
 
 
+def rows_with_keys(p: Problem) -> Iterator[tuple[int, int, int, int, Array]]:
+    """Yield the batch, head, row, key head and seen keys of each row that sees a key."""
+    for b, h, i in product(*map(range, p.out_shape[:3])):
+        keys = seen(p, b, h, i, np.arange(p.n_k))
+        if len(keys):
+            yield b, h, i, h * p.heads_kv // p.heads, keys
+
+
 def seen(p: Problem, b: int, h: int, i: int, keys: Array) -> Array:
     """Return those of a row's keys that the call shows it."""
     at = i + (0 if p.causal == "top_left" else p.n_k - p.n_q)

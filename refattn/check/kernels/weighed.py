@@ -7,7 +7,6 @@ type before a gain; what a row is divided by is a sum of weights that are not ro
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from ...dtypes import FORMATS
 from ...errors import UnsupportedProblem
 from ...problem import Problem
 from ...variants import variant_of
-from .sparse import of_row, seen
+from .sparse import of_row, rows_with_keys
 
 __all__ = ["weighed"]
 
@@ -43,10 +42,7 @@ def weighed(problem: Problem) -> Array | tuple[Array, Array]:
         q = q * np.float32(1 / np.sqrt(p.d_k) if p.scale is None else p.scale)
     out, lse = np.zeros(p.out_shape, np.float32), np.full(p.out_shape[:3], -np.inf, np.float32)
     with np.errstate(all="ignore"):
-        for b, h, i in product(*map(range, p.out_shape[:3])):
-            g, keys = h * p.heads_kv // p.heads, seen(p, b, h, i, np.arange(p.n_k))
-            if not len(keys):
-                continue
+        for b, h, i, g, keys in rows_with_keys(p):
             s = k[b, g, keys] @ q[b, h, i]
             if p.bias is not None:
                 s = s + to_float64(of_row(p.bias, b, h, i, p.n_k)[keys]).astype(np.float32)
