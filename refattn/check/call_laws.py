@@ -12,7 +12,7 @@ from .compare import Worst
 from .inputs.draw import Draw
 from .inputs.positioned import rotary, slopes
 from .law import Law
-from .trial import Trial, agree
+from .trial import Trial, agree, same_out
 
 __all__ = ["CALL_LAWS"]
 
@@ -36,8 +36,7 @@ def _scales_moved(ask: Trial, p: Problem) -> Worst:
     twice = {n: from_float64(2 * to_float64(getattr(p, n)), "float8_e4m3fn") for n in ("query", "value")}
     by = {"query_scale": 2.0**-13, "key_scale": 2.0**12, "value_scale": 0.5}
     other = p.replace(**twice, **{n: getattr(p, n) * np.float32(x) for n, x in by.items()})
-    limit = ask.allowed(p)["out"] + ask.allowed(other)["out"]
-    return agree(ask.out(other), ask.out(p), limit, "powers of two moved between scales and elements change the output")
+    return same_out(ask, other, p, "powers of two moved between scales and elements change the output")
 
 
 def _plain_tables(d: Draw) -> Problem:
@@ -51,8 +50,7 @@ def _plain_tables(d: Draw) -> Problem:
 def _rotary_none(ask: Trial, p: Problem) -> Worst:
     """Leave tables out that turn nothing."""
     plain = p.replace(rotary=None, rotary_cos=None, rotary_sin=None)
-    limit = ask.allowed(p)["out"] + ask.allowed(plain)["out"]
-    return agree(ask.out(p), ask.out(plain), limit, "rotary positions whose angles are all 0 change the output")
+    return same_out(ask, p, plain, "rotary positions whose angles are all 0 change the output")
 
 
 def _quarter_turns(d: Draw) -> Problem:
@@ -69,8 +67,7 @@ def _quarter_turns(d: Draw) -> Problem:
 def _positions_moved(ask: Trial, p: Problem) -> Worst:
     """Add the same number to all positions."""
     moved = p.replace(positions_q=p.positions_q + MOVED, positions_k=p.positions_k + MOVED)
-    limit = ask.allowed(p)["out"] + ask.allowed(moved)["out"]
-    return agree(ask.out(moved), ask.out(p), limit, "a number added to all positions changes the output")
+    return same_out(ask, moved, p, "a number added to all positions changes the output")
 
 
 def _level(d: Draw) -> Problem:
@@ -79,9 +76,7 @@ def _level(d: Draw) -> Problem:
 
 def _alibi_none(ask: Trial, p: Problem) -> Worst:
     """Leave slopes of 0 out."""
-    plain = p.replace(alibi_slopes=None)
-    limit = ask.allowed(p)["out"] + ask.allowed(plain)["out"]
-    return agree(ask.out(p), ask.out(plain), limit, "slopes of 0 change the output")
+    return same_out(ask, p, p.replace(alibi_slopes=None), "slopes of 0 change the output")
 
 
 def _corner_of_window(ask: Trial, p: Problem) -> Worst:

@@ -41,7 +41,7 @@ from .shape_laws import (
     state_gradient,
     values_doubled,
 )
-from .trial import Trial, agree
+from .trial import Trial, agree, same_out
 
 __all__ = ["LAWS", "Law", "law_problem"]
 
@@ -109,8 +109,7 @@ def _batch_independence(ask: Trial, p: Problem) -> Worst:
 
 def _bias_shifted(ask: Trial, p: Problem) -> Worst:
     moved = p.replace(bias=(p.bias + p.bias.dtype.type(4)).astype(p.bias.dtype))
-    limit = ask.allowed(p)["out"] + ask.allowed(moved)["out"]
-    return agree(ask.out(moved), ask.out(p), limit, "a constant added to all scores changes the output")
+    return same_out(ask, moved, p, "a constant added to all scores changes the output")
 
 
 def _whole_bias(d: Draw) -> Problem:

@@ -14,7 +14,7 @@ from ..variants import Selected, variant_of
 from .bounds.expected import expected
 from .compare import Worst
 from .inputs.draw import Draw
-from .trial import Trial, agree
+from .trial import Trial, agree, same_out
 
 __all__ = [
     "batch_invariance",
@@ -113,8 +113,7 @@ def key_permutation(ask: Trial, p: Problem) -> Worst:
     """Take the keys in another order."""
     order = np.random.default_rng(0).permutation(p.n_k)
     moved = p.replace(key=p.key[:, :, order], value=p.value[:, :, order])
-    limit = ask.allowed(p)["out"] + ask.allowed(moved)["out"]
-    return agree(ask.out(moved), ask.out(p), limit, "the order of the keys matters")
+    return same_out(ask, moved, p, "the order of the keys matters")
 
 
 def layout(ask: Trial, p: Problem) -> Worst:

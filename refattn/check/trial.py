@@ -14,7 +14,7 @@ from .call import Function, Result, call_gradients, call_kernel
 from .compare import Worst
 from .model import Capabilities, Model
 
-__all__ = ["Trial", "agree", "other"]
+__all__ = ["Trial", "agree", "other", "same_out"]
 
 Float = NDArray[np.float64]
 
@@ -79,6 +79,11 @@ def agree(x: Float, y: Float, allowed: Float | float, text: str, array: str = "o
         int(ratio.size),
         (f"{text} ({failures} of {ratio.size})",) if failures else (),
     )
+
+
+def same_out(ask: Trial, p: Problem, alike: Problem, text: str) -> Worst:
+    """Compare the out of two calls that mean the same: each may lose what its own bound allows."""
+    return agree(ask.out(p), ask.out(alike), ask.allowed(p)["out"] + ask.allowed(alike)["out"], text)
 
 
 def other(p: Problem) -> Problem:
